@@ -1,0 +1,245 @@
+"""One YAML a run, typed and derived from signatures.
+
+`load` reads a preset or a file, applies `--set key=value` and checks it; `bind` and `build` check a section such as
+`{name: unet, channels: [8, 16]}` against the constructor's own signature, so that a new class never edits this file and no
+class ever sees a config object.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+
+from medim.files import hash_of
+from medim.types import Modality, UsageError, UserError
+
+Section = dict[str, Any]
+Command = Literal["pretrain", "finetune"]
+T = typing.TypeVar("T")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ViewsConfig(_Strict):
+    """What a batch is cut from: crops of the preprocessed image and their random augmentation."""
+
+    shape: tuple[PositiveInt, ...] = Field(description="size of a view, in voxels of the preprocessed image")
+    count: Literal[1, 2] = Field(1, description="views an image; with 2, the summary of one meets the maps of the other")
+    same_place: bool = Field(True, description="cut the views of an image at one place")
+    augmentations: list[Section] = Field(default_factory=list, description="random transforms, drawn anew for each view")
+
+
+class RunConfig(_Strict):
+    """What every run has. The hash of the resolved config names the run."""
+
+    name: str = Field("custom", description="the preset this run started from")
+    modality: Modality
+    preprocessing: list[Section] = Field(description="deterministic steps; they travel with the encoder")
+    views: ViewsConfig
+    encoder: Section = Field(description="an entry of ENCODERS and its options")
+    max_steps: PositiveInt = Field(description="optimiser steps of the whole run")
+    batch_size: PositiveInt = Field(description="images a step, over all devices")
+    lr: PositiveFloat = Field(description="AdamW's peak learning rate; warm-up is linear, decay a cosine to zero")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay")
+    gradient_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
+    checkpoint_every_steps: PositiveInt = Field(100, description="steps between two checkpoints")
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = Field("32-true", description="Lightning's precision; scores stay fp32")
+    workers: int = Field(0, ge=0, description="loading processes; 0 loads in the training process")
+
+    @property
+    def spatial_dims(self) -> int:
+        """2 or 3, from the views."""
+        return len(self.views.shape)
+
+    @property
+    def hash(self) -> str:
+        """Twelve hex digits that name this configuration."""
+        return hash_of(self.model_dump(mode="json"))[:12]
+
+
+class PretrainConfig(RunConfig):
+    """A pretraining run: a list of weighted objectives."""
+
+    objectives: list[Section] = Field(min_length=1, description="entries of OBJECTIVES, each with a weight (default 1)")
+
+
+class FinetuneConfig(RunConfig):
+    """A fine-tuning run; the same schedule serves the pretrained encoder and its from-scratch twin."""
+
+    task: Literal["segmentation", "classification"]
+    decoder: Section | None = Field(None, description="an entry of DECODERS; segmentation needs one")
+    head: Section = Field(description="an entry of HEADS and its options")
+    encoder_lr_scale: PositiveFloat = Field(1.0, description="the encoder's learning rate over lr")
+    inference: Section = Field(default_factory=lambda: {"mode": "whole"}, description="how a whole image is run; travels with the model")
+
+
+_KINDS: dict[Command, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+
+
+def presets(command: Command) -> dict[str, Path]:
+    """The shipped presets of a command, by name."""
+    here = Path(__file__).parent
+    folder = next((f for f in (here / "configs", here.parent / "configs") if f.is_dir()), None)
+    if folder is None:
+        raise UserError(f"{here}: the shipped presets are missing; reinstall medim.")
+    return {path.stem: path for path in sorted((folder / command).glob("*.yaml"))}
+
+
+def read(command: Command, name_or_path: str) -> Section:
+    """Read a preset by name, or a YAML file by path, unchecked.
+
+    Raises:
+        UsageError: no such preset or file, or not a YAML mapping.
+    """
+    known = presets(command)
+    path = known.get(name_or_path) or Path(name_or_path)
+    if not path.is_file():
+        raise UsageError(f"--config {name_or_path}: {_unknown('preset or file', name_or_path, known)}")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: expected YAML ({error}).") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: expected a YAML mapping, got {type(content).__name__}.")
+    return {"name": path.stem, **content}
+
+
+def override(content: Section, assignments: Iterable[str]) -> Section:
+    """Apply `key=value` assignments; keys may be dotted (`views.shape=[64,64,64]`, `objectives.0.weight=2`).
+
+    Raises:
+        UsageError: an assignment without `=`, or a path into something that is not there.
+    """
+    content = typing.cast(Section, yaml.safe_load(yaml.safe_dump(content)))
+    for assignment in assignments:
+        path, equals, value = assignment.partition("=")
+        if not equals:
+            raise UsageError(f"--set {assignment}: expected key=value.")
+        target: Any = content
+        *parents, last = path.split(".")
+        for part in parents:
+            target = _item(target, part, assignment)
+        if isinstance(target, list):
+            _item(target, last, assignment)
+            target[int(last)] = yaml.safe_load(value)
+        elif isinstance(target, dict):
+            target[last] = yaml.safe_load(value)
+        else:
+            raise UsageError(f"--set {assignment}: {'.'.join(parents)} is a {type(target).__name__} and holds no keys.")
+    return content
+
+
+def load(command: Command, name_or_path: str, assignments: Sequence[str] = ()) -> RunConfig:
+    """Read, override and check a run's configuration.
+
+    Args:
+        command: whose presets and keys.
+        name_or_path: a preset's name or a YAML file.
+        assignments: `key=value` strings, applied in order.
+
+    Raises:
+        UsageError: an unknown key or a value of the wrong type; the message holds the nearest right spelling.
+    """
+    return check(command, override(read(command, name_or_path), assignments), where=name_or_path)
+
+
+def check(command: Command, content: Section, *, where: str) -> RunConfig:
+    """Validate a configuration's content; see `load`."""
+    kind = _KINDS[command]
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise UsageError(f"config {where}: " + "; ".join(_explain(kind, e) for e in error.errors())) from None
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved configuration as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
+
+
+def bind(table: Mapping[str, Callable[..., T]], section: Section, *, key: str = "name", given: Iterable[str] = ()) -> tuple[Callable[..., T], dict[str, Any]]:
+    """Check a section against the signature of the table's entry it names.
+
+    Args:
+        table: name to constructor (or function).
+        section: `{key: name, **options}`.
+        key: what the name stands under.
+        given: parameters that the caller will pass itself.
+
+    Returns:
+        The constructor and its checked options.
+
+    Raises:
+        UsageError: an unknown name or option, a missing option, or a value of the wrong type.
+    """
+    options = dict(section)
+    name = options.pop(key, None)
+    if name not in table:
+        raise UsageError(_unknown(key, str(name), table))
+    constructor = table[name]
+    parameters = inspect.signature(constructor).parameters
+    hints = typing.get_type_hints(constructor.__init__ if inspect.isclass(constructor) else constructor)
+    allowed = [p for p in parameters if p not in set(given)]
+    for option, value in options.items():
+        if option not in allowed:
+            raise UsageError(f"{name}: {_unknown('option', option, allowed)}")
+        try:
+            options[option] = TypeAdapter(hints[option]).validate_python(value)
+        except ValidationError as error:
+            reason = "; ".join(e["msg"] for e in error.errors())
+            raise UsageError(f"{name}.{option}: expected {parameters[option].annotation}, got {value!r} ({reason}).") from None
+    missing = [p for p in allowed if parameters[p].default is inspect.Parameter.empty and p not in options]
+    if missing:
+        raise UsageError(f"{name}: {', '.join(missing)} must be given.")
+    return constructor, options
+
+
+def build(table: Mapping[str, Callable[..., T]], section: Section, *, key: str = "name", **given: Any) -> T:
+    """Construct the table's entry that a section names.
+
+    Args:
+        table: name to constructor.
+        section: `{key: name, **options}`, checked as in `bind`.
+        key: what the name stands under.
+        **given: what the run knows (spatial_dims, channels, ...); passed where the constructor takes it.
+
+    Raises:
+        UsageError: see `bind`.
+    """
+    constructor, options = bind(table, section, key=key, given=given)
+    taken = inspect.signature(constructor).parameters
+    return constructor(**options, **{name: value for name, value in given.items() if name in taken})
+
+
+def _item(target: Any, part: str, assignment: str) -> Any:
+    if isinstance(target, dict) and part in target:
+        return target[part]
+    if isinstance(target, list) and part.isdigit() and int(part) < len(target):
+        return target[int(part)]
+    keys = list(target) if isinstance(target, dict) else [str(i) for i in range(len(target))] if isinstance(target, list) else []
+    raise UsageError(f"--set {assignment}: {_unknown('key', part, keys)}")
+
+
+def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"no {what} {name!r}.{hint} There are: {', '.join(names) or 'none'}."
+
+
+def _explain(kind: type[BaseModel], error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        model = ViewsConfig if error["loc"][0] == "views" else kind
+        return _unknown("key", str(error["loc"][-1]), model.model_fields)
+    return f"{where}: {error['msg']}, got {error['input']!r}" if error["type"] != "missing" else f"{where} must be given"
