@@ -1,0 +1,40 @@
+"""Fixtures every test can ask for, and the surroundings no test may leave traces outside of."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images: MEDIM_DATA, or shared/data beside the repository.
+
+    Skips where it is absent, and fails instead where MEDIM_REQUIRE_DATA=1 (as in .ci/run).
+    """
+    folder = Path(os.environ.get("MEDIM_DATA") or REPOSITORY.parent / "shared" / "data").resolve()
+    if (folder / "README.md").is_file():
+        return folder
+    reason = "the real images are not here: put them into ../shared/data, or set MEDIM_DATA to their folder"
+    if os.environ.get("MEDIM_REQUIRE_DATA") == "1":
+        pytest.fail(f"{reason} (MEDIM_REQUIRE_DATA=1)")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Cache, site key and MLflow database of this run lie in a temporary folder; no telemetry is sent."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDIM_CACHE", str(home / "cache"))
+        patch.setenv("XDG_CONFIG_HOME", str(home / "config"))
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
+        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        patch.setenv("MPLBACKEND", "Agg")
+        patch.delenv("MEDIM_SITE_KEY", raising=False)
+        yield
