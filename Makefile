@@ -1,0 +1,50 @@
+# The targets a person and the continuous integration use. Another environment: make test VENV=/tmp/venv
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Test processes of one thread each: torch's own threads would only compete for the same cores.
+TEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-slow lint format docs wheel clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+venv: $(STAMP) ## the virtual environment, at the tested versions of constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11: make ... PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "Debian: apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,dev]"
+	$(BIN)/python -m pip check
+	@touch $@
+
+demo: venv ## the main job on the built-in cohort, into demo/ (a few minutes)
+	$(BIN)/python pipelines/smoke.py --out demo
+
+test: venv ## the fast tests, with coverage
+	$(TEST) -m "not slow" --cov --cov-report=term
+
+test-slow: venv ## the long tests
+	$(BIN)/python -m pytest -m slow
+
+lint: venv ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict medim
+
+format: venv ## let ruff put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: venv ## the site, into site/
+	$(BIN)/mkdocs build --strict
+
+wheel: venv ## wheel and sdist, into dist/
+	$(BIN)/python -m build
+
+clean: ## everything that the targets above made, but the virtual environment
+	rm -rf build dist site demo .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
