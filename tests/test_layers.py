@@ -51,21 +51,15 @@ HOMES = {  # third party: the files that may import it
     "mlflow": ("training/tracking.py",),
     "typer": ("cli.py", "cli/*"),
 }
-LIGHT = (  # modules of the light install, which has no [train] extra
-    "__init__.py",
-    "types.py",
-    "files.py",
-    "config.py",
-    "cli.py",
-    "cli/*",
-    "data/__init__.py",
-    "data/index.py",
-    "data/identity.py",
-    "data/preprocessing.py",
-    "data/readers/*",
-    "deployment/*",
+LIGHT = ("__init__.py", "types.py", "files.py", "config.py", "cli.py", "cli/*", "data/*", "deployment/*")
+NOT_LIGHT = (  # of those, what needs the [train] extra
+    "data/transforms.py",
+    "data/store.py",
+    "data/datasets.py",
+    "data/example*.py",
+    "data/readers/monai_reader.py",
+    *EXPORTERS,
 )
-NOT_LIGHT = ("data/readers/monai_reader.py", *EXPORTERS)
 HELP = """
 import sys
 sys.argv = ["medim", "--help"]
@@ -164,7 +158,7 @@ def fault(found: Import) -> str | None:
 
 def is_light(file: str) -> bool:
     """Whether a file of medim/ belongs to the light install."""
-    return any(fnmatch(file, light) for light in LIGHT) and file not in NOT_LIGHT
+    return any(fnmatch(file, light) for light in LIGHT) and not any(fnmatch(file, heavy) for heavy in NOT_LIGHT)
 
 
 def faults(package: Path) -> list[str]:

@@ -1,0 +1,112 @@
+"""What `pip install medim` and `pip install "medim[train]"` put on a machine, seen from outside the source tree."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+import medim
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.slow
+
+
+def run(*command: str | Path, cwd: Path, succeeds: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a command outside the tree, without this environment's PYTHON* variables."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    ran = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=kept, capture_output=True, text=True, check=False
+    )
+    assert (ran.returncode == 0) is succeeds, f"{command}\n{ran.stdout[-2000:]}\n{ran.stderr[-4000:]}"
+    return ran
+
+
+def content(wheel: Path) -> dict[str, bytes]:
+    """Every file of a wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist, and the wheel that was built from it."""
+    out = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, REPOSITORY, cwd=out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    (path,) = built.glob("medim-*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def light(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bin/ of a fresh environment that holds the light install alone, at the tested versions."""
+    folder = tmp_path_factory.mktemp("light")
+    venv.create(folder / "venv", with_pip=True)
+    binaries = folder / "venv" / "bin"
+    constraints = REPOSITORY / "constraints.txt"
+    run(binaries / "python", "-m", "pip", "install", "--quiet", "--constraint", constraints, wheel, cwd=folder)
+    run(binaries / "python", "-m", "pip", "check", cwd=folder)
+    return binaries
+
+
+def test_the_wheel_holds_the_presets_and_the_type_marker_and_no_test(wheel: Path) -> None:
+    names = content(wheel)
+    presets = {f"medim/{p.relative_to(REPOSITORY)}" for p in (REPOSITORY / "configs").rglob("*.yaml")}
+    assert presets
+    assert presets <= set(names)
+    assert "medim/py.typed" in names
+    assert {name.split("/")[0] for name in names} == {"medim", f"medim-{medim.__version__}.dist-info"}
+
+
+def test_the_sdist_builds_the_very_wheel_that_the_tree_builds(wheel: Path, tmp_path: Path) -> None:
+    run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path, REPOSITORY, cwd=tmp_path)
+    (from_tree,) = tmp_path.glob("medim-*.whl")
+    assert content(from_tree) == content(wheel)
+
+
+def test_the_light_install_has_no_torch_and_answers(light: Path, tmp_path: Path) -> None:
+    run(light / "python", "-c", "import torch", cwd=tmp_path, succeeds=False)
+    assert "pretrain" in run(light / "medim", "--help", cwd=tmp_path).stdout
+    assert medim.__version__ in run(light / "medim", "--version", cwd=tmp_path).stdout
+    presets = run(light / "medim", "config", "list", cwd=tmp_path).stdout
+    assert {"mri", "xray"} <= set(presets.split())
+
+
+def test_a_command_whose_extra_is_missing_says_which_to_install(light: Path, tmp_path: Path) -> None:
+    ran = run(light / "medim", "pretrain", "--modality", "mri", "--out", "run", cwd=tmp_path, succeeds=False)
+    assert ran.returncode == 1
+    assert "medim[train]" in ran.stdout + ran.stderr
+    assert "Traceback" not in ran.stdout + ran.stderr
+
+
+def test_the_light_install_reads_and_indexes_images(light: Path, tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(np.arange(720, dtype=np.float32).reshape(8, 9, 10), np.eye(4))
+    nibabel.save(image, tmp_path / "a.nii.gz")
+    shape = run(light / "python", "-c", "import medim; print(medim.read_volume('a.nii.gz').array.shape)", cwd=tmp_path)
+    assert shape.stdout.strip() == "(1, 8, 9, 10)"
+    run(light / "medim", "index", "a.nii.gz", "--modality", "mri", "--out", "index", cwd=tmp_path)
+    assert len((tmp_path / "index" / "index.csv").read_text().splitlines()) == 2
+
+
+def test_the_wheel_with_the_train_extra_runs_from_outside_the_tree(wheel: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path / "venv", with_pip=True)
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    (here,) = {path for path in sys.path if path.endswith("site-packages")}
+    (site / "tested.pth").write_text(f"{here}\n")  # the extra's packages, from this environment, but not its medim
+    python = tmp_path / "venv" / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", wheel, cwd=tmp_path)
+    ran = run(python, "-c", "import medim.training.pretrain; print(medim.__file__)", cwd=tmp_path)
+    assert ran.stdout.strip() == str(site / "medim" / "__init__.py")
+    assert "mri" in run(tmp_path / "venv" / "bin" / "medim", "config", "list", cwd=tmp_path).stdout.split()
