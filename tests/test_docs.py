@@ -1,0 +1,111 @@
+"""The README and the site say what is true: their code blocks run, their links lead somewhere, the site builds.
+
+A block is run where its fence says `python` or `bash`, in order; the blocks of a page share a folder and, for Python, a
+namespace. Above a fence, `<!-- not run: reason -->` leaves it out, and `<!-- shortened: --set max_steps=4 -->`
+adds these options to every training command in it. `<!-- slow -->` anywhere moves the page to `make test-slow`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?://|mailto:|#)([^)#\s]+)")
+RUNNER = """
+import json, subprocess, sys
+namespace = {"__name__": "__main__"}
+for page, line, language, code in json.load(sys.stdin):
+    if language == "python":
+        exec(compile("\\n" * line + code, page, "exec"), namespace)
+    elif subprocess.run(["bash", "-euo", "pipefail", "-c", code], stdin=subprocess.DEVNULL).returncode:
+        sys.exit(f"{page}:{line}: this block failed:\\n{code}")
+"""
+
+
+def blocks(page: Path) -> list[tuple[str, int, str, str]]:
+    """Page, line of the fence, language and code of every block that is run."""
+    text = page.read_text()
+    found = []
+    for match in FENCE.finditer(text):
+        above = text[: match.start()].rstrip("\n").rsplit("\n", 1)[-1]
+        shortened = re.fullmatch(r"<!-- shortened: (.+) -->", above)
+        code = match[2]
+        if shortened:
+            code = re.sub(
+                r"^(medim (?:pretrain|finetune) .*?)$", rf"\1 {shortened[1]}", code.replace("\\\n", ""), flags=re.M
+            )
+        if match[1] in {"python", "bash"} and not re.fullmatch(r"<!-- not run: .+ -->", above):
+            found.append((str(page), text.count("\n", 0, match.start()) + 1, match[1], code))
+    return found
+
+
+def run_blocks(found: list[tuple[str, int, str, str]], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run blocks one after the other in a Python of their own, with this environment's commands in front."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    run = [sys.executable, "-c", RUNNER]
+    surroundings = {**os.environ, "PATH": path, "COLUMNS": "120"}
+    return subprocess.run(
+        run, input=json.dumps(found), env=surroundings, cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+def pages() -> list[object]:
+    """A test parameter for every page that has something to run."""
+    marks = {page: [pytest.mark.slow] if "<!-- slow -->" in page.read_text() else [] for page in PAGES}
+    return [pytest.param(p, marks=marks[p], id=str(p.relative_to(REPOSITORY))) for p in PAGES if blocks(p)]
+
+
+@pytest.mark.parametrize("page", pages())
+def test_the_code_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
+    ran = run_blocks(blocks(page), tmp_path)
+    assert ran.returncode == 0, f"{ran.stdout[-3000:]}\n{ran.stderr[-3000:]}"
+
+
+@pytest.mark.parametrize("code", ["```python\nraise ValueError\n```\n", "```bash\nfalse\ntrue\n```\n"])
+def test_a_block_that_fails_is_seen(code: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"# A page\n\n{code}")
+    ran = run_blocks(blocks(page), tmp_path)
+    assert ran.returncode != 0
+    assert "page.md" in ran.stderr
+
+
+def test_blocks_share_a_namespace_and_a_folder_and_a_marked_one_is_left_out(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```python\nn = 3\n```\n\n<!-- not run: needs a hospital -->\n```bash\nexit 1\n```\n\n"
+        "```bash\necho 4 > f\n```\n\n"
+        '```python\nassert n + int(open("f").read()) == 7\n```\n\n```console\n$ not code\n```\n'
+    )
+    assert [block[2] for block in blocks(page)] == ["python", "bash", "python"]
+    assert run_blocks(blocks(page), tmp_path).returncode == 0
+
+
+def test_a_shortened_block_gives_its_options_to_every_training_command(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "<!-- shortened: --set max_steps=4 -->\n```bash\nmedim pretrain \\\n  --out A\nmedim export A\n```\n"
+    )
+    assert blocks(page)[0][3] == "medim pretrain   --out A --set max_steps=4\nmedim export A\n"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_every_relative_link_of_a_page_leads_to_a_file(page: Path) -> None:
+    assert [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()] == []
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    ran = subprocess.run(build, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    html = (tmp_path / "site" / "index.html").read_text()
+    assert not re.findall(r'(?:src|href)="(https?:)?//(?:fonts|unpkg|cdn)[^"]*"', html)  # readable behind a firewall
