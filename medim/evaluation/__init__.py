@@ -1,0 +1,1 @@
+"""How good a trained network is: metrics with intervals over subjects, features' health, one report page."""

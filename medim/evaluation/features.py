@@ -1,0 +1,72 @@
+"""Features of many images, and whether they have collapsed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import nn
+
+from medim.types import Array
+
+_SMALL = 1e-7
+
+
+@torch.inference_mode()
+def extract(encoder: nn.Module, batches: Iterable[torch.Tensor]) -> Array:
+    """The encoder's summaries of many images.
+
+    The encoder runs in evaluation mode, on the device its weights are on, and is left in the mode it came in.
+
+    Args:
+        encoder: image -> `Features`.
+        batches: (N_i, C, ...) tensors.
+
+    Returns:
+        (N, summary_channels) float32, in the order of the batches; (0, 0) where there is none.
+    """
+    weight = next(encoder.parameters(), None)
+    device = torch.device("cpu") if weight is None else weight.device
+    training = encoder.training
+    encoder.eval()
+    try:
+        rows = [encoder(batch.to(device)).summary.float().cpu().numpy() for batch in batches]
+    finally:
+        encoder.train(training)
+    return np.concatenate(rows) if rows else np.zeros((0, 0), dtype=np.float32)
+
+
+def rankme(features: Array) -> float:
+    r"""Effective rank of a feature matrix (Garrido et al. 2023, eq. 1).
+
+    exp(-sum_k p_k log p_k) with p_k = sigma_k / sum_j sigma_j and sigma the singular values: 1 where all rows are
+    multiples of one another, min(N, d) where they are as spread out as they can be.
+
+    Args:
+        features: (N, d).
+
+    Returns:
+        At least 1; 0 where every feature is zero. NaN where a feature is not finite.
+    """
+    if not np.isfinite(features).all():
+        return float("nan")
+    sigma = np.linalg.svd(features.astype(np.float64), compute_uv=False)
+    if sigma.sum() == 0:
+        return 0.0
+    p = sigma[sigma > sigma[0] * np.finfo(np.float64).eps] / sigma.sum()
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+def feature_std(features: Array) -> float:
+    """Spread of the directions of features (Chen and He 2021, fig. 2), scaled so that 1 is isotropic and 0 collapsed.
+
+    Rows are scaled to unit length; the standard deviation over rows, averaged over the d channels, is 1 / sqrt(d) where
+    the directions are uniform on the sphere, and is given here times sqrt(d).
+
+    Args:
+        features: (N, d).
+    """
+    rows = features.astype(np.float64)
+    unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _SMALL)
+    return float(unit.std(axis=0).mean() * np.sqrt(rows.shape[1]))
