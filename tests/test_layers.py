@@ -78,6 +78,7 @@ HEAVY = {
     "pandas",
     "pyarrow",
     "sklearn",
+    "torchmetrics",
     "matplotlib",
     "nilearn",
     "SimpleITK",
