@@ -1,0 +1,186 @@
+"""Grids in space: reading an affine, and bringing an array from one grid to another.
+
+A grid is an affine (voxel index to mm, (4, 4) float64) with a shape. In 2D, rows and columns are the first two axes,
+so the four numbers and the offset that count stand in the affine's first two rows. Only numpy and scipy: the same
+lines run in training and in the hospital.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from scipy import ndimage
+
+from medim.types import Array, UserError
+
+SNAP = 1e-3  # voxels: a grid that misses another by less lies on it
+SHEAR = 2e-3  # cosine between two axes: below, text-rounded direction cosines; above, a shear that is really there
+
+
+def compact(affine: Array, dims: int) -> Array:
+    """The (dims + 1, dims + 1) matrix of a (4, 4) affine."""
+    keep = [*range(dims), 3]
+    return np.asarray(affine, np.float64)[np.ix_(keep, keep)]
+
+
+def expand(matrix: Array, affine: Array) -> Array:
+    """The (4, 4) `affine` with its first axes and offset replaced by a compact `matrix`."""
+    dims = len(matrix) - 1
+    out = np.array(affine, np.float64)
+    out[:dims, :dims] = matrix[:dims, :dims]
+    out[:dims, 3] = matrix[:dims, dims]
+    return out
+
+
+def rotation(linear: Array) -> Array:
+    """The orthogonal matrix nearest to the columns' directions (polar decomposition of the shearless part).
+
+    Raises:
+        UserError: an axis has no length, or two axes coincide.
+    """
+    length = np.linalg.norm(linear, axis=0)
+    if not np.isfinite(linear).all() or (length == 0).any() or abs(np.linalg.det(linear / length)) < 1e-3:
+        raise UserError(f"affine: expected axes that span space, got {linear.tolist()}. Repair the file's header.")
+    left, _, right = np.linalg.svd(linear / length)
+    return np.asarray(left @ right)
+
+
+def orthogonal(affine: Array, dims: int) -> Array:
+    """The affine with axes at exact right angles, where it misses them by rounding only.
+
+    Direction cosines written as text are off by 1e-7 to 1e-3. MONAI's `Spacing` takes that for a shear and moves the
+    grid by millimetres. Lengths of the axes and the place of the first voxel are kept. A real shear (a tilted gantry)
+    is left as it
+    is: `resample` straightens it, which only voxels can.
+    """
+    matrix = compact(affine, dims)
+    linear = matrix[:dims, :dims]
+    length = np.linalg.norm(linear, axis=0)
+    turn = rotation(linear)
+    cosines = (linear / length).T @ (linear / length) - np.eye(dims)
+    if np.abs(cosines).max() > SHEAR:
+        return np.array(affine, np.float64)
+    matrix[:dims, :dims] = turn * length
+    return expand(matrix, affine)
+
+
+def resample_to(
+    array: Array,
+    affine: Array,
+    target_affine: Array,
+    target_shape: Sequence[int],
+    *,
+    order: int = 1,
+    fill: Literal["edge"] | float = "edge",
+) -> Array:
+    """Bring an array from its grid to another one.
+
+    Args:
+        array: (C, ...), float or integer.
+        affine: (4, 4), of the array's grid.
+        target_affine: (4, 4), of the grid wanted.
+        target_shape: spatial shape of the grid wanted.
+        order: of the spline: 0 nearest, 1 linear, 3 cubic.
+        fill: what target voxels outside the array get: the nearest voxel's value, or a number.
+
+    Returns:
+        (C, *target_shape): the array's dtype with order 0 or where grids coincide up to a whole number of voxels (then
+        values are copied), else float32.
+    """
+    dims = array.ndim - 1
+    matrix = np.linalg.solve(compact(affine, dims), compact(target_affine, dims))
+    matrix = _snapped(matrix, target_shape)
+    linear, offset = matrix[:dims, :dims], matrix[:dims, dims]
+    used = linear != 0
+    if (used.sum(0) == 1).all() and (used.sum(1) == 1).all():
+        source_of = used.argmax(0)  # target axis k runs along source axis source_of[k]
+        moved = array.transpose(0, *(int(a) + 1 for a in source_of))
+        places = [
+            linear[a, k] * np.arange(n) + offset[a]
+            for k, (a, n) in enumerate(zip(source_of, target_shape, strict=True))
+        ]
+        if order <= 1 or all((c == np.rint(c)).all() for c in places):
+            return _along_axes(moved, places, order, fill)
+    return _in_general(array, linear, offset, tuple(target_shape), order, fill)
+
+
+def signed_permutation(matrix: Array) -> tuple[tuple[int, ...], tuple[bool, ...]] | None:
+    """Source axis and reversal for each target axis, or None where a linear part is more than that."""
+    whole = np.rint(matrix)
+    used = whole != 0
+    if np.abs(matrix - whole).max() > SNAP or not ((used.sum(0) == 1).all() and (np.abs(whole).sum(1) == 1).all()):
+        return None
+    axes = tuple(int(a) for a in used.argmax(0))
+    return axes, tuple(bool(whole[a, k] < 0) for k, a in enumerate(axes))
+
+
+def smooth(array: Array, factors: Sequence[float]) -> Array:
+    """Gaussian prefilter for axes that shrink by a factor; sigma = (factor - 1) / 2 voxels.
+
+    The width is scikit-image's and MONAI's; edges are continued, not darkened.
+    """
+    out = array
+    for axis, factor in enumerate(factors, start=1):
+        if factor > 1 + SNAP:
+            out = ndimage.gaussian_filter1d(out, (factor - 1) / 2, axis=axis, mode="nearest")
+    return out
+
+
+def _snapped(matrix: Array, shape: Sequence[int]) -> Array:
+    """Round what differs from whole numbers by less than `SNAP` voxels over the entire target grid."""
+    dims = len(matrix) - 1
+    out = matrix.copy()
+    for k, n in enumerate(shape):
+        near = np.abs(out[:dims, k] - np.rint(out[:dims, k])) * max(n, 1) < SNAP
+        out[:dims, k] = np.where(near, np.rint(out[:dims, k]), out[:dims, k])
+    near = np.abs(out[:dims, dims] - np.rint(out[:dims, dims])) < SNAP
+    out[:dims, dims] = np.where(near, np.rint(out[:dims, dims]), out[:dims, dims])
+    return out
+
+
+def _along_axes(array: Array, places: Sequence[Array], order: int, fill: Literal["edge"] | float) -> Array:
+    """Interpolate one axis after another, the one that shrinks most first; places[k] are source positions in voxels."""
+    out = array
+    for axis in sorted(range(len(places)), key=lambda k: len(places[k]) / array.shape[k + 1]):
+        out = _along_axis(out, places[axis], axis + 1, order)
+    out = np.ascontiguousarray(out)
+    if fill != "edge":
+        for axis, (place, n) in enumerate(zip(places, array.shape[1:], strict=True), start=1):
+            outside = (place < -0.5 - SNAP) | (place > n - 0.5 + SNAP)
+            if outside.any():
+                np.moveaxis(out, axis, 0)[outside] = fill
+    return out
+
+
+def _along_axis(array: Array, place: Array, axis: int, order: int) -> Array:
+    n = array.shape[axis]
+    clipped = np.clip(place, 0, n - 1)
+    nearest = np.rint(np.round(clipped, 6)).astype(np.intp)
+    if order == 0 or (clipped == nearest).all():
+        return np.take(array, nearest, axis=axis)
+    low = np.floor(clipped).astype(np.intp)
+    weight = (clipped - low).astype(np.float32).reshape([-1 if a == axis else 1 for a in range(array.ndim)])
+    values = array.astype(np.float32, copy=False)
+    out: Array = np.take(values, low, axis=axis)
+    step = np.take(values, np.minimum(low + 1, n - 1), axis=axis)
+    step -= out
+    step *= weight
+    out += step
+    return out
+
+
+def _in_general(
+    array: Array, linear: Array, offset: Array, shape: tuple[int, ...], order: int, fill: Literal["edge"] | float
+) -> Array:
+    values = array if order == 0 else array.astype(np.float32, copy=False)
+    out = np.empty((len(array), *shape), values.dtype)
+    for channel, target in zip(values, out, strict=True):
+        ndimage.affine_transform(channel, linear, offset, shape, output=target, order=order, mode="nearest")
+    if fill != "edge":
+        index = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij", sparse=True)
+        for row, shift, n in zip(linear, offset, array.shape[1:], strict=True):
+            place = sum((factor * i for factor, i in zip(row, index, strict=True)), start=np.float64(shift))
+            out[:, np.broadcast_to((place < -0.5 - SNAP) | (place > n - 0.5 + SNAP), shape)] = fill
+    return out

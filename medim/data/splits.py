@@ -1,0 +1,150 @@
+"""Who is trained on: splits and label budgets, by whole subjects, from the index and a seed alone.
+
+Everything seeded follows the order in which subjects first appear in the index, never their keys, which differ from
+site to site. One seeded order of the subjects serves all: its first ones are the validation split, or the smallest
+budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast, get_args
+
+import numpy as np
+
+from medim.types import Split, UsageError, UserError
+
+if TYPE_CHECKING:
+    from medim.data.index import Index, Record
+
+
+def split(index: Index, *, seed: int = 0, val_fraction: float = 0.2) -> dict[str, Split]:
+    """Assign every image to a split.
+
+    A source's own splits are kept. Of the subjects it leaves open, `val_fraction` (rounded, at least one of two or
+    more) are the validation split and the rest is for training; classes appear in both in like proportions.
+
+    Args:
+        index: the images.
+        seed: `--split-seed`.
+        val_fraction: share of subjects, 0 to below 1.
+
+    Returns:
+        Image key to "train", "val" or "test".
+
+    Raises:
+        UserError: the source's own splits are misnamed, or put one subject on two sides.
+    """
+    if not 0 <= val_fraction < 1:
+        raise UsageError(f"val_fraction: expected at least 0 and below 1, got {val_fraction}.")
+    known: dict[str, Split] = {}
+    for record in index.records:
+        if record.split is None:
+            continue
+        if record.split not in get_args(Split):
+            raise UserError(
+                f"{record.path}: expected split train, val or test, got {record.split!r}. Correct the column."
+            )
+        if known.setdefault(record.subject, cast(Split, record.split)) != record.split:
+            raise UserError(
+                f"{record.path}: its subject is in {record.split!r} and in {known[record.subject]!r}; a subject "
+                "belongs to one split. Correct the source's split column, or the subjects that `--subjects` gives."
+            )
+    ordered = _ordered([r for r in index.records if r.subject not in known], seed)
+    count = math.floor(val_fraction * len(ordered) + 0.5)
+    if val_fraction > 0 and len(ordered) > 1:
+        count = max(count, 1)
+    for place, group in enumerate(ordered):
+        known[group[0].subject] = "val" if place < count else "train"
+    return {record.image: known[record.subject] for record in index.records}
+
+
+def budget(
+    records: Sequence[Record], *, labelled: int | None = None, fraction: float | None = None, seed: int = 0
+) -> tuple[Record, ...]:
+    """Choose the labelled images that a run may use: whole subjects, nested for one seed.
+
+    Images without label or mask are left out first. One order of the subjects is drawn, one of each class at its head
+    and classes mixed in proportion after that, and arranged so that whole subjects meet 1, 2, 5 and every multiple of
+    ten images exactly wherever their sizes allow. A budget is the longest beginning of that order with at most the
+    images asked for: it may fall short of the count by part of a subject and never exceeds it, except that at least
+    one subject is given.
+
+    Args:
+        records: images of the training split.
+        labelled: number of images; more than there are gives all.
+        fraction: share of the labelled images, above 0 and up to 1. With neither, all of them.
+        seed: of the draw.
+
+    Returns:
+        The chosen records in the index's order.
+
+    Raises:
+        UserError: no image has a label or mask.
+        UsageError: both counts given, or out of range.
+    """
+    if labelled is not None and fraction is not None:
+        raise UsageError("--labelled and --label-fraction: expected one of them, got both.")
+    if labelled is not None and labelled < 1:
+        raise UsageError(f"--labelled: expected at least 1 image, got {labelled}.")
+    if fraction is not None and not 0 < fraction <= 1:
+        raise UsageError(f"--label-fraction: expected above 0 and up to 1, got {fraction}.")
+    usable = [r for r in records if r.label is not None or r.mask is not None]
+    if not usable:
+        raise UserError(
+            f"training split: expected labelled images, got {len(records)} without label or mask. Give --labels."
+        )
+    wanted = len(usable)
+    if labelled is not None:
+        wanted = min(labelled, wanted)
+    elif fraction is not None:
+        wanted = max(1, math.floor(fraction * wanted + 0.5))
+    chosen: set[str] = set()
+    count = 0
+    for group in _meeting_counts(_ordered(usable, seed)):
+        if count + len(group) > wanted and chosen:
+            break
+        chosen.add(group[0].subject)
+        count += len(group)
+    return tuple(r for r in usable if r.subject in chosen)
+
+
+def _ordered(records: Sequence[Record], seed: int) -> list[list[Record]]:
+    """Records by subject, in a seeded order: one subject of each class first, then classes in proportion."""
+    subjects: dict[str, list[Record]] = {}
+    for record in records:
+        subjects.setdefault(record.subject, []).append(record)
+    groups = list(subjects.values())
+    draw = np.random.default_rng(seed).permutation(len(groups))
+    strata: dict[tuple[str, ...], list[int]] = {}
+    for place in draw:
+        labels = {r.label for r in groups[place] if r.label is not None}
+        strata.setdefault(tuple(sorted(labels)), []).append(int(place))
+    if 2 * len(strata) > len(groups):  # labels that hardly repeat are numbers, not classes
+        return [groups[place] for place in draw]
+    keys = {
+        place: (rank > 0, (rank + 0.5) / len(members))
+        for members in strata.values()
+        for rank, place in enumerate(members)
+    }
+    return [groups[place] for place in sorted(keys, key=lambda place: keys[place])]
+
+
+def _meeting_counts(groups: Sequence[list[Record]]) -> list[list[Record]]:
+    """Reorder groups as little as makes their running total meet 1, 2, 5 and the multiples of ten where it can."""
+    waiting, out, count = list(groups), [], 0
+    total = sum(len(g) for g in groups)
+    for target in [1, 2, 5, *range(10, total + 10, 10)]:
+        kept = []
+        for place, group in enumerate(waiting):
+            if count == target:
+                kept.extend(waiting[place:])
+                break
+            if count + len(group) <= target:
+                out.append(group)
+                count += len(group)
+            else:
+                kept.append(group)
+        waiting = kept
+    return out + waiting
