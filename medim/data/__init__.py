@@ -1,0 +1,1 @@
+"""From image files to batches: readers, index, splits, preprocessing, store and datasets."""

@@ -1,0 +1,358 @@
+"""The work behind `build_index`: from files to records, with every identity left behind."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+
+import numpy as np
+
+from medim.data.identity import Scrubber, pseudonym
+from medim.data.layouts import Layout, folder_labels, lay_out, stem, walk
+from medim.data.readers import Found, ReadError, Refused, read_mask, reader_of
+from medim.data.readers.base import Reader
+from medim.data.readers.raster import NumpyReader, PictureReader
+from medim.data.records import Record, Rejection
+from medim.data.tables import Names, Table, joined, read_table
+from medim.types import Array, Modality, UserError, Volume
+
+_ON_GRID = 0.05  # of a voxel: how far a mask's corners may lie from its image's
+
+
+@dataclass
+class Draft:
+    """An image on its way to a record; holds identities."""
+
+    found: Found
+    subject: str
+    label: str | None = None
+    mask: Path | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class Built:
+    """What an `Index` is made of."""
+
+    root: Path
+    records: tuple[Record, ...]
+    rejected: tuple[Rejection, ...]
+    classes: tuple[str, ...]
+    hidden: frozenset[str]
+    series: dict[Path, tuple[Path, ...]] = field(repr=False)
+
+
+def build(places: Sequence[Path], modality: Modality, *, labels: Path | None, subjects: Path | None) -> Built:
+    """Find, join and scrub; see `medim.data.index.build_index`."""
+    places = _existing(places)
+    root = _root(places)
+    files = walk(places)
+    layout = lay_out(files, [path.resolve() for path in (labels, subjects) if path is not None])
+    label_tables = _tables(layout, "labels", labels)
+    _take_masks(layout, label_tables, root)
+    if not layout.images and not layout.refused and not layout.spare:
+        raise UserError(f"{', '.join(map(str, places))}: expected image files, found none. Choose another folder.")
+    found, refused = _scan(layout.images, modality)
+    found, wrong = _of_dimensions(found, modality)
+    refused += wrong + layout.refused
+    drafts = _drafts(found, layout, places)
+    _join_subjects(drafts, _tables(layout, "subjects", subjects), layout)
+    _join_labels(drafts, label_tables, root)
+    drafts, spoilt, highest = _check_masks(drafts, layout)
+    refused += spoilt
+    everything: list[Found | Refused] = [*found, *refused]
+    scrub = Scrubber(identity for image in everything for identity in image.identities)
+    names = tuple(
+        layout.classes[value] if value < len(layout.classes) else f"label-{value + 1}" for value in range(highest)
+    )
+    return Built(
+        root=root,
+        records=_records(drafts, root, scrub, modality),
+        rejected=tuple(
+            Rejection(scrub.path(_relative(r.path, root)), r.reason, r.detail)
+            for r in sorted(refused, key=lambda r: r.path)
+        ),
+        classes=layout.classes or names,
+        hidden=frozenset(part for part in root.parts if scrub.hides(part)),
+        series={draft.found.files[0]: draft.found.files for draft in drafts if len(draft.found.files) > 1},
+    )
+
+
+def sorted_labels(labels: Iterable[str | None]) -> tuple[str, ...]:
+    """The different labels, sorted: numbers by value, else by name."""
+    names = {label for label in labels if label is not None}
+    if all(name.isdecimal() for name in names):
+        return tuple(sorted(names, key=int))
+    return tuple(sorted(names))
+
+
+def _existing(places: Sequence[Path]) -> list[Path]:
+    if not places:
+        raise UserError("expected a file or folder to index, got none.")
+    for place in places:
+        if not place.exists():
+            raise UserError(f"{place}: expected a file or folder here, found none. Check the path.")
+    return [place.resolve() for place in places]
+
+
+def _root(places: Sequence[Path]) -> Path:
+    """The folder that holds all sources."""
+    return Path(os.path.commonpath([place if place.is_dir() else place.parent for place in places]))
+
+
+def _relative(path: Path, root: Path) -> PurePath:
+    return PurePath(os.path.relpath(path, root))
+
+
+def _tables(layout: Layout, kind: str, given: Path | None) -> list[tuple[Table, Path | None]]:
+    """The tables of a kind with the folder they speak of: the one the user named, else those in the source."""
+    if given is not None:
+        table = read_table(given.resolve(), kind, given=True)
+        return [(table, None)] if table else []
+    tables = [
+        (read_table(path, kind, given=False), path.parent) for path in layout.tables if path.name == f"{kind}.csv"
+    ]
+    return [(table, folder) for table, folder in tables if table]
+
+
+def _take_masks(layout: Layout, tables: Sequence[tuple[Table, Path | None]], root: Path) -> None:
+    """Files that a table names as masks are no images."""
+    cells = ((table, line, cells["mask"]) for table, _ in tables for line, cells in table.rows if cells.get("mask"))
+    for table, line, cell in cells:
+        path = table.mask(cell, root)
+        if path is None:
+            raise UserError(
+                f"{table.path}, line {line}: expected the path of a mask, relative to this table or to the source."
+            )
+        layout.images = [image for image in layout.images if image != path]
+        layout.spare.setdefault(
+            path, Refused(path=path, reason="label-without-image", detail="a label without a readable image")
+        )
+
+
+def _scan(images: Sequence[Path], modality: Modality) -> tuple[list[Found], list[Refused]]:
+    """Let each file's reader look for images."""
+    by_reader: dict[Reader, list[Path]] = defaultdict(list)
+    found: list[Found] = []
+    refused: list[Refused] = []
+    for path in images:
+        reader = reader_of(path)
+        if reader is None:
+            reason = "empty-file" if path.stat().st_size == 0 else "not-an-image"
+            refused.append(Refused(path=path, reason=reason, detail="a file of no format that medim reads"))
+        else:
+            by_reader[reader].append(path)
+    for reader, paths in by_reader.items():
+        images_of, others = reader.scan(paths, modality)
+        found += images_of
+        refused += others
+    return found, refused
+
+
+def _of_dimensions(found: Sequence[Found], modality: Modality) -> tuple[list[Found], list[Refused]]:
+    """MRI is 3D, X-rays are 2D."""
+    dims = 3 if modality == "mri" else 2
+    wrong: dict[Path, Refused] = {}
+    for image in found:
+        if len(image.shape) != dims:
+            detail = f"an image of {len(image.shape)} dimensions; {modality} has {dims}"
+            wrong[image.files[0]] = Refused(
+                path=image.files[0], reason="wrong-dimensions", detail=detail, identities=image.identities
+            )
+    return [image for image in found if len(image.shape) == dims], list(wrong.values())
+
+
+def _drafts(found: Sequence[Found], layout: Layout, places: Sequence[Path]) -> list[Draft]:
+    """One draft an image, sorted by path, with what folders say of it."""
+    pictures = (PictureReader(), NumpyReader())
+    flat = [image.files[0] for image in found if not image.item and any(r.accepts(image.files[0]) for r in pictures)]
+    said = folder_labels(flat, places)
+    drafts = []
+    for image in sorted(found, key=_order):
+        path = image.files[0]
+        label, split = said.get(path, (None, None))
+        drafts.append(
+            Draft(
+                found=image,
+                subject=image.subject or "",
+                label=image.label or label,
+                mask=layout.masks.get(path),
+                split=image.split or split,
+            )
+        )
+    return drafts
+
+
+def _order(found: Found) -> tuple[tuple[str, ...], int, int]:
+    """By path; images of one archive by split and number."""
+    split, _, place = (found.item or "").rpartition("/")
+    return found.files[0].parts, ("train", "val", "test").index(split) if split else 0, int(place or 0)
+
+
+def _join_subjects(drafts: Sequence[Draft], tables: Sequence[tuple[Table, Path | None]], layout: Layout) -> None:
+    """Give each draft its subject: a table's, else the file's own, else its stem."""
+    said = joined(_with_names(tables, drafts), {}, ("subject", "split"))
+    folders: dict[str, set[Path]] = defaultdict(set)
+    for draft in drafts:
+        folders[stem(draft.found.files[0].name)].add(draft.found.files[0].parent)
+    for place, draft in enumerate(drafts):
+        path = draft.found.files[0]
+        name = stem(path.name)
+        if len(folders[name]) > 1 and not any(folder in path.parents for folder in layout.decathlon):
+            name = str(path.parent)
+        cells = said.get(place, {})
+        draft.subject = cells["subject"][0] if "subject" in cells else draft.subject or name
+        draft.split = cells["split"][0] if "split" in cells else draft.split
+
+
+def _join_labels(drafts: Sequence[Draft], tables: Sequence[tuple[Table, Path | None]], root: Path) -> None:
+    """Give drafts the label, mask and split that a table gives them, by image or by subject."""
+    by_subject: dict[str, set[int]] = defaultdict(set)
+    for place, draft in enumerate(drafts):
+        for name in {
+            draft.subject,
+            draft.subject.rpartition("\x1f")[2],
+            f"sub-{draft.subject}",
+            pseudonym(draft.subject),
+        }:
+            by_subject[name].add(place)
+    for place, cells in joined(_with_names(tables, drafts), by_subject, ("label", "mask", "split")).items():
+        draft = drafts[place]
+        draft.label = cells["label"][0] if "label" in cells else draft.label
+        draft.split = cells["split"][0] if "split" in cells else draft.split
+        if "mask" in cells:
+            cell, table = cells["mask"]
+            draft.mask = table.mask(cell, root)
+
+
+def _with_names(tables: Sequence[tuple[Table, Path | None]], drafts: Sequence[Draft]) -> list[tuple[Table, Names]]:
+    """Tables with the images they speak of: all, or those under the folder they lie in."""
+    return [
+        (
+            table,
+            Names(
+                (place, draft.found)
+                for place, draft in enumerate(drafts)
+                if folder is None or folder in draft.found.files[0].parents
+            ),
+        )
+        for table, folder in tables
+    ]
+
+
+def _check_masks(drafts: Sequence[Draft], layout: Layout) -> tuple[list[Draft], list[Refused], int]:
+    """Refuse image and mask where the mask cannot be read or lies on another grid.
+
+    Returns:
+        the drafts that stay, what is refused, and the highest value in a mask.
+    """
+
+    def look(draft: Draft) -> ReadError | int:
+        if draft.mask is None:
+            return 0
+        try:
+            mask = read_mask(draft.mask)
+            _check_grid(mask, draft.found)
+            return int(mask.array.max())
+        except ReadError as error:
+            return error
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        results = list(pool.map(look, drafts))
+    kept, refused, highest = [], [], 0
+    taken: set[Path] = set()
+    for draft, result in zip(drafts, results, strict=True):
+        if draft.mask is not None:
+            taken.add(draft.mask)
+        if isinstance(result, int):
+            kept.append(draft)
+            highest = max(highest, result)
+            continue
+        reason = "label-off-grid" if result.reason == "label-off-grid" else "label-unreadable"
+        image = draft.found
+        refused.append(
+            Refused(
+                path=image.files[0], reason=reason, detail=f"its label: {result.detail}", identities=image.identities
+            )
+        )
+        if draft.mask is not None:
+            refused.append(Refused(path=draft.mask, reason=result.reason, detail=result.detail))
+    spare = set(layout.spare) | set(layout.masks.values())
+    for path in spare - taken:
+        default = Refused(path=path, reason="label-without-image", detail="a label without a readable image")
+        refused.append(layout.spare.get(path, default))
+    return kept, refused, highest
+
+
+def _check_grid(mask: Volume, image: Found) -> None:
+    """Refuse a mask that is not on its image's grid.
+
+    Raises:
+        ReadError: in that case.
+    """
+    if mask.shape != image.shape:
+        shapes = "x".join(map(str, mask.shape)), "x".join(map(str, image.shape))
+        raise ReadError("label-off-grid", f"the label has {shapes[0]} voxels, the image {shapes[1]}")
+    away = np.abs(_corners(mask.affine, mask.shape) - _corners(image.affine, image.shape)).max()
+    if away > _ON_GRID * min(mask.spacing):
+        raise ReadError("label-off-grid", f"the corners of label and image lie up to {away:.2f} mm apart")
+
+
+def _corners(affine: Array, shape: Sequence[int]) -> Array:
+    """(8, 3) places of a grid's corners in mm."""
+    ends = np.array([*shape, *[1] * (3 - len(shape))]) - 1
+    indices = np.array(np.meshgrid(*[(0, end) for end in ends], indexing="ij")).reshape(3, -1)
+    return np.asarray((affine[:3, :3] @ indices + affine[:3, 3:]).T)
+
+
+def _records(drafts: Sequence[Draft], root: Path, scrub: Scrubber, modality: Modality) -> tuple[Record, ...]:
+    """Drafts without identities."""
+    keys = _keys(drafts, root, scrub)
+    subjects = {draft.subject: pseudonym(draft.subject) for draft in drafts}
+    records = []
+    for draft, key in zip(drafts, keys, strict=True):
+        image = draft.found
+        path = scrub.path(_relative(image.files[0], root))
+        dims = len(image.shape)
+        records.append(
+            Record(
+                image=key,
+                path=f"{path}#{image.item}" if image.item else path,
+                subject=subjects[draft.subject],
+                session=pseudonym(image.session) if image.session else None,
+                series=pseudonym(image.series) if image.series else None,
+                modality=modality,
+                sequence=scrub.text(image.sequence),
+                shape=tuple(int(length) for length in image.shape),
+                spacing=tuple(float(length) for length in np.linalg.norm(image.affine[:3, :dims], axis=0)),
+                affine=tuple(float(value) for value in image.affine.ravel()),
+                scanner=scrub.text(image.scanner),
+                field_strength=image.field_strength,
+                label=draft.label,
+                mask=scrub.path(_relative(draft.mask, root)) if draft.mask else None,
+                split=draft.split,
+                quality=None,
+            )
+        )
+    return tuple(records)
+
+
+def _keys(drafts: Sequence[Draft], root: Path, scrub: Scrubber) -> list[str]:
+    """A key an image: its path without suffix, the folder of a series; the whole path where that names two."""
+
+    def short(found: Found) -> PurePath:
+        path = found.files[0]
+        if found.item:
+            return _relative(path.with_name(stem(path.name)), root) / found.item
+        if len(found.files) > 1:
+            return _relative(path.parent, root) if path.parent != root else PurePath(root.name)
+        return _relative(path.with_name(stem(path.name)), root)
+
+    names = [short(draft.found) for draft in drafts]
+    counts = Counter(names)
+    whole = [_relative(draft.found.files[0], root) / (draft.found.item or "") for draft in drafts]
+    return [scrub.path(name if counts[name] == 1 else path) for name, path in zip(names, whole, strict=True)]

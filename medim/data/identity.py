@@ -1,0 +1,156 @@
+"""Who an image belongs to, without saying who: keyed pseudonyms and paths without patients.
+
+A pseudonym is HMAC-SHA256 under the site key. The key never leaves the site, so nobody outside can try names or IDs
+against an index; two sites give one person two pseudonyms.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import os
+import re
+import secrets
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path, PurePath
+
+from medim.types import UserError
+
+log = logging.getLogger(__name__)
+
+_SHORT = 4  # a value shorter than this hides a path part only where it is the whole part: an ID of "2" is no word
+
+
+def site_key() -> bytes:
+    """The secret of this site.
+
+    `MEDIM_SITE_KEY` where it is set, else the file `medim/site.key` (mode 0600) in the user's config folder
+    (`$XDG_CONFIG_HOME` or `~/.config`), which is made once.
+
+    Raises:
+        UserError: the file can be neither read nor made.
+    """
+    given = os.environ.get("MEDIM_SITE_KEY", "")
+    if given:
+        return given.encode()
+    folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "medim"
+    try:
+        return _key_file(str(folder / "site.key"))
+    except OSError as error:
+        raise UserError(
+            f"{folder}: expected to keep the site key here, got '{error.strerror}'. "
+            "Set MEDIM_SITE_KEY, or XDG_CONFIG_HOME to a folder that can be written."
+        ) from error
+
+
+@lru_cache
+def _key_file(name: str) -> bytes:
+    """Read the key file, or make it: whole at once, so that two processes end with one key."""
+    path = Path(name)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            log.debug("another process made the site key first")
+        finally:
+            draft.unlink()
+    if path.stat().st_mode & 0o077:
+        log.warning("the site key could be read by other users; its mode is now 0600")
+        path.chmod(0o600)
+    key = path.read_bytes().strip()
+    if not key:
+        raise UserError(f"{path}: expected the site key, got an empty file. Remove it, and a new key will be made.")
+    return key
+
+
+def pseudonym(value: str, *, prefix: str = "s") -> str:
+    """A stable stand-in for an identity: `s-` and 12 hex digits of its HMAC-SHA256 under the site key."""
+    digest = hmac.new(site_key(), value.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()
+    return f"{prefix}-{digest[:12]}"
+
+
+class Scrubber:
+    """Replaces the parts of a path that equal an identity attribute of a file.
+
+    Case, accents of punctuation and separators do not matter: `Doe_John`, `DOE-JOHN` and `MR_DoeJohn_1` all hold the
+    identity `Doe^John`. A value shorter than 4 characters counts only where it is the whole part.
+    """
+
+    def __init__(self, identities: Iterable[str]) -> None:
+        joined = {"".join(_words(value)) for value in identities}
+        self._values = joined - {""}
+
+    def part(self, part: str) -> str:
+        """One part of a path, or its pseudonym; the file's suffix stays."""
+        return hidden(part) if self.hides(part) else part
+
+    def hides(self, part: str) -> bool:
+        """Whether a part of a path holds an identity."""
+        if not self._values or part in {".", "..", "/"}:
+            return False
+        return any(
+            run in self._values and (whole or len(run) >= _SHORT)
+            for name in {part, _split(part)[0]}
+            for run, whole in _runs(_words(name))
+        )
+
+    def path(self, path: PurePath) -> str:
+        """A relative path as it is written down, with `/` between its parts."""
+        return "/".join(self.part(part) for part in path.parts)
+
+    def text(self, text: str | None) -> str | None:
+        """A free text, or None where it holds an identity."""
+        return None if text is None or self.hides(text) else text
+
+
+def hidden(part: str) -> str:
+    """What stands in an index for a path part that holds an identity."""
+    stem, suffix = _split(part)
+    return pseudonym(stem, prefix="p") + suffix
+
+
+def find(folder: Path, written: str) -> Path:
+    """The real path of a path that a `Scrubber` wrote, relative to a folder.
+
+    Raises:
+        UserError: nothing there has that name, or the site key is another one.
+    """
+    here = folder
+    for part in PurePath(written).parts:
+        there = here / part
+        if part != ".." and not there.exists():
+            matches = [entry for entry in sorted(here.iterdir()) if hidden(entry.name) == part] if here.is_dir() else []
+            if not matches:
+                raise UserError(
+                    f"{written}: expected this file of the index under its source, found none. "
+                    "Was the source moved or changed, or another MEDIM_SITE_KEY set? Run `medim index` again."
+                )
+            there = matches[0]
+        here = there
+    return here
+
+
+def _words(text: str) -> list[str]:
+    """The runs of letters and digits of a text, in lower case."""
+    return re.findall(r"[^\W_]+", text.casefold())
+
+
+def _runs(words: list[str]) -> Iterator[tuple[str, bool]]:
+    """Every run of consecutive words, joined, and whether it is all of them."""
+    for first in range(len(words)):
+        for last in range(first + 1, len(words) + 1):
+            yield "".join(words[first:last]), last - first == len(words)
+
+
+def _split(part: str) -> tuple[str, str]:
+    """A file name as stem and suffix (`.nii.gz` is one suffix; the `.5` of a UID is none)."""
+    found = re.fullmatch(r"(.+?)((?:\.nii|\.tar)?\.[A-Za-z][A-Za-z0-9]{0,4})", part)
+    return (found[1], found[2]) if found else (part, "")

@@ -1,0 +1,275 @@
+"""From a source on the disk to an index: one row an image, one reason for everything that is none."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import cast, get_args
+
+from medim.data.building import build, sorted_labels
+from medim.data.identity import Scrubber, find, hidden, pseudonym
+from medim.data.layouts import walk
+from medim.data.readers import DICOM, ReadError, read_mask, reader_of, split_item
+from medim.data.readers.base import check_voxels
+from medim.data.records import (
+    REJECTED,
+    SCHEMA_VERSION,
+    Record,
+    Rejection,
+    read_records,
+    read_rejections,
+    write_records,
+)
+from medim.files import hash_of, read_json, write_csv, write_json
+from medim.types import Modality, UsageError, UserError, Volume
+
+__all__ = ["AllRejectedError", "Index", "Record", "Rejection", "build_index", "is_index"]
+
+log = logging.getLogger(__name__)
+
+
+class AllRejectedError(UserError):
+    """Nothing in the source is an image; `index` holds the reasons."""
+
+    exit_code = 4
+
+    def __init__(self, message: str, index: Index) -> None:
+        super().__init__(message)
+        self.index = index
+
+
+@dataclass(frozen=True)
+class Index:
+    """The images of a source.
+
+    Attributes:
+        root: folder that paths are relative to.
+        modality: "mri" or "xray".
+        records: the images, sorted by path: everything seeded follows this order.
+        rejected: every other file found.
+        classes: names of the mask values 1..K; without masks the class labels, sorted.
+        hidden: parts of `root` that hold an identity.
+    """
+
+    root: Path
+    modality: Modality
+    records: tuple[Record, ...]
+    rejected: tuple[Rejection, ...] = ()
+    classes: tuple[str, ...] = ()
+    hidden: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+    _files: dict[Path, tuple[Path, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def hash(self) -> str:
+        """Hex digest of the records and classes; the same wherever the source lies."""
+        return hash_of([self.modality, self.classes, [asdict(record) for record in self.records]])
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The class labels that occur, sorted (numbers by value)."""
+        return sorted_labels(record.label for record in self.records)
+
+    def locate(self, record: Record) -> Path:
+        """The file of an image, or the first file of its series.
+
+        Raises:
+            UserError: it is not there any more.
+        """
+        return find(self.root, split_item(record.path)[0].as_posix())
+
+    def open(self, record: Record) -> Volume:
+        """Read an image.
+
+        Raises:
+            ReadError: it has changed and is no image any more; the message names the record's path.
+        """
+        item = split_item(record.path)[1]
+        try:
+            files = self._source(record)
+            reader = reader_of(files[0])
+            if reader is None:
+                raise ReadError("not-an-image", "no reader knows this file any more")
+            volume = DICOM.read_files(files) if len(files) > 1 else reader.read(files[0], item)
+            check_voxels(volume.array)
+            if volume.shape != record.shape:
+                raise ReadError(
+                    "changed", f"shape {volume.shape}; the index says {record.shape}. Run `medim index` again"
+                )
+        except ReadError as error:
+            raise error.at(record.path) from error
+        return volume
+
+    def open_mask(self, record: Record) -> Volume:
+        """Read an image's mask: uint8 (1, ...), on the image's grid.
+
+        Raises:
+            ReadError: the record has no mask, it cannot be read, or it holds values above the number of classes.
+        """
+        if record.mask is None:
+            raise ReadError("no-mask", "expected a record with a mask", path=record.path)
+        try:
+            mask = read_mask(find(self.root, record.mask))
+        except ReadError as error:
+            raise error.at(record.mask) from error
+        if self.classes and mask.array.max() > len(self.classes):
+            detail = f"the mask holds the value {mask.array.max()}; expected 0 to {len(self.classes)}"
+            raise ReadError("unknown-class", detail, path=record.mask)
+        return mask
+
+    def fingerprint(self, record: Record) -> str:
+        """Hex digest that changes when a source file of the image or its mask changes (size or time)."""
+        files = [*self._source(record)] + ([find(self.root, record.mask)] if record.mask else [])
+        states = [(status.st_size, status.st_mtime_ns) for status in (path.stat() for path in files)]
+        return hash_of([pseudonym(str(self.root)), record.path, record.mask, states])
+
+    def write(self, out: Path) -> None:
+        """Write `index.parquet` (`index.csv` in the light install), `rejected.csv`, and `summary.json` last."""
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "summary.json").unlink(missing_ok=True)
+        write_records(out, self.records)
+        rows = [(rejection.path, rejection.reason, rejection.detail) for rejection in self.rejected]
+        write_csv(out / "rejected.csv", REJECTED, rows)
+        write_json(out / "summary.json", self._summary(out))
+
+    @classmethod
+    def read(cls, path: Path) -> Index:
+        """Read what `write` wrote: the folder, or its `index.parquet` or `index.csv`.
+
+        The source is looked for where it lay relative to the index.
+
+        Raises:
+            UserError: no whole index lies there.
+        """
+        folder = path if path.is_dir() else path.parent
+        table = next((folder / name for name in ("index.parquet", "index.csv") if (folder / name).is_file()), None)
+        if path.is_file():
+            table = path
+        if table is None or not (folder / "summary.json").is_file():
+            raise UserError(
+                f"{path}: expected an index (index.parquet or index.csv, and summary.json). Run `medim index`."
+            )
+        summary = read_json(folder / "summary.json")
+        version, modality = summary.get("schema_version"), summary.get("modality")
+        if version != SCHEMA_VERSION or modality not in get_args(Modality):
+            raise UserError(
+                f"{folder}: expected an index of schema version {SCHEMA_VERSION}, got {version}. "
+                "Run `medim index` again."
+            )
+        if summary.get("site") != pseudonym("site"):
+            log.warning("the index was made with another site key: hidden path parts cannot be found, subjects differ")
+        source = str(summary.get("source"))
+        try:
+            root = find(folder.resolve(), source).resolve()
+        except UserError:
+            root = (folder.resolve() / source).resolve()  # told when a file is asked for
+        return cls(
+            root=root,
+            modality=cast(Modality, modality),
+            records=read_records(table),
+            rejected=read_rejections(folder / "rejected.csv"),
+            classes=tuple(str(name) for name in summary.get("classes", ())),
+            hidden=_hidden_parts(root, source),
+        )
+
+    def _summary(self, out: Path) -> dict[str, object]:
+        relative = Path(os.path.relpath(self.root, out.resolve()))
+        scrub = Scrubber(self.hidden)
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "modality": self.modality,
+            "source": scrub.path(relative),
+            "site": pseudonym("site"),
+            "counts": {
+                "images": len(self.records),
+                "subjects": len({record.subject for record in self.records}),
+                "labelled": sum(record.label is not None for record in self.records),
+                "masks": sum(record.mask is not None for record in self.records),
+                "rejected": len(self.rejected),
+            },
+            "splits": dict(sorted(Counter(record.split for record in self.records if record.split).items())),
+            "labels": dict(Counter(record.label for record in self.records if record.label is not None)),
+            "reasons": dict(sorted(Counter(rejection.reason for rejection in self.rejected).items())),
+            "classes": list(self.classes),
+            "hash": self.hash,
+        }
+
+    def _source(self, record: Record) -> tuple[Path, ...]:
+        """Every file of an image, the first one first."""
+        first = self.locate(record)
+        if record.series is None or len(record.shape) == 2:
+            return (first,)
+        for folder in (first.parent, self.root):  # a series may be spread over folders
+            if first in self._files:
+                return self._files[first]
+            files = [path for path in (folder.iterdir() if folder != self.root else walk([folder])) if path.is_file()]
+            found, _ = DICOM.scan([path for path in files if DICOM.accepts(path)], self.modality)
+            self._files.update({image.files[0]: image.files for image in found if image.shape == record.shape})
+        if first not in self._files:
+            raise ReadError("changed", "its series is no image any more. Run `medim index` again", path=record.path)
+        return self._files[first]
+
+
+def is_index(path: Path) -> bool:
+    """Whether a path is an index that `Index.write` wrote: its folder, or its table."""
+    if path.is_file():
+        return path.name in {"index.parquet", "index.csv"} and (path.parent / "summary.json").is_file()
+    return (path / "summary.json").is_file() and any((path / f"index.{kind}").is_file() for kind in ("parquet", "csv"))
+
+
+def build_index(
+    source: Path | Sequence[Path],
+    modality: Modality,
+    *,
+    labels: Path | None = None,
+    subjects: Path | None = None,
+) -> Index:
+    """Find every image in a source.
+
+    NIfTI, pictures and arrays are read whole, once; of DICOM the headers alone. A subject is whom `subjects` says, or a
+    `subjects.csv` in the source; else the DICOM PatientID with its issuer, the BIDS `sub-`, or the file's stem (its
+    folder, where stems repeat from folder to folder). It is always written as a pseudonym.
+
+    Args:
+        source: files and folders in any layout of `docs/reference/cli.md`; several become one index.
+        modality: "mri" (3D) or "xray" (2D).
+        labels: CSV with columns `image` or `subject`, and `label`, `mask` (path) or `split`; else a `labels.csv` in the
+            source is used.
+        subjects: CSV with columns `image`, `subject`.
+
+    Raises:
+        UserError: a path is missing, nothing lies there, or a table contradicts itself or fits no image.
+        AllRejectedError: files were found, and none is an image of this modality.
+    """
+    if modality not in get_args(Modality):
+        raise UsageError(f"modality: expected {' or '.join(get_args(Modality))}, got {modality!r}.")
+    places = [source] if isinstance(source, str | os.PathLike) else list(source)
+    built = build([Path(place) for place in places], modality, labels=labels, subjects=subjects)
+    index = Index(
+        root=built.root,
+        modality=modality,
+        records=built.records,
+        rejected=built.rejected,
+        classes=built.classes or sorted_labels(record.label for record in built.records),
+        hidden=built.hidden,
+        _files=built.series,
+    )
+    if not index.records:
+        counts = Counter(rejection.reason for rejection in index.rejected)
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+        raise AllRejectedError(
+            f"expected {modality} images, got {len(index.rejected)} files and no image of them: {reasons}. "
+            "See rejected.csv of `medim index` for each file, or choose another --modality.",
+            index,
+        )
+    return index
+
+
+def _hidden_parts(root: Path, source: str) -> frozenset[str]:
+    """The parts of a source's path that stand hidden in the index."""
+    pairs = zip(reversed(root.parts), reversed(source.split("/")), strict=False)
+    return frozenset(real for real, written in pairs if real != written and hidden(real) == written)

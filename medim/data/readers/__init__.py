@@ -1,0 +1,122 @@
+"""The image formats medim reads, and `read_volume` over all of them.
+
+To add a format: a module here with a class that keeps to `base.Reader`, and one line in `READERS`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medim.data.readers.base import Found, Reader, ReadError, Refused, check_voxels
+from medim.data.readers.dicom import DicomReader
+from medim.data.readers.itk import ItkReader
+from medim.data.readers.nifti import NiftiReader
+from medim.data.readers.raster import NumpyReader, PictureReader
+from medim.types import Volume
+
+if TYPE_CHECKING:
+    from medim.data.readers.monai_reader import MedimReader
+
+__all__ = [
+    "READERS",
+    "Found",
+    "MedimReader",
+    "ReadError",
+    "Reader",
+    "Refused",
+    "read_mask",
+    "read_volume",
+    "reader_of",
+    "split_item",
+]
+
+DICOM = DicomReader()
+READERS: tuple[Reader, ...] = (  # the first that accepts a file reads it
+    NiftiReader(),
+    PictureReader(),
+    NumpyReader(),
+    ItkReader(),
+    DICOM,  # last: it opens files whose names say nothing
+)
+
+
+def reader_of(path: Path) -> Reader | None:
+    """The reader of a file, or None where no reader knows it."""
+    return next((reader for reader in READERS if reader.accepts(path)), None)
+
+
+def read_volume(path: str | Path) -> Volume:
+    """Read one image of any format in `READERS`.
+
+    Args:
+        path: a file; a folder that holds one DICOM series; or `archive.npz#train/12`, an image of an archive.
+            A DICOM file stands for itself alone: one slice, or all frames of a multi-frame object.
+
+    Returns:
+        float32 (C, D, H, W) with axes to Right, Anterior, Superior and mm, or (C, H, W) rows by columns.
+
+    Raises:
+        ReadError: the file is missing, damaged, of no known format, or no image; it says which and why.
+    """
+    place, item = split_item(path)
+    try:
+        if place.is_dir():
+            volume = DICOM.read_folder(place)
+        else:
+            if not place.exists():
+                raise ReadError("missing", "expected an image here, found no file or folder")
+            reader = reader_of(place)
+            if reader is None:
+                known = "; ".join(reader.name for reader in READERS)
+                raise ReadError("not-an-image", f"no reader knows this file. Formats: {known}")
+            volume = reader.read(place, item)
+        check_voxels(volume.array)
+    except ReadError as error:
+        raise error.at(path) from error
+    return volume
+
+
+def read_mask(path: str | Path) -> Volume:
+    """Read a segmentation: `read_volume` for class numbers.
+
+    Returns:
+        uint8 (1, D, H, W) or (1, H, W). An empty mask is a mask.
+
+    Raises:
+        ReadError: as `read_volume`, or a voxel is no whole number from 0 to 255.
+    """
+    place, item = split_item(path)
+    reader = reader_of(place) if place.is_file() else None
+    try:
+        if reader is None:
+            raise ReadError(
+                "missing" if not place.exists() else "not-an-image", "expected a mask in a known format here"
+            )
+        volume = reader.read(place, item)
+        labels = volume.array.astype(np.uint8) if np.isfinite(volume.array).all() else None
+        if labels is None or not np.array_equal(labels, volume.array):
+            raise ReadError("not-a-mask", "expected whole numbers from 0 to 255, one class each")
+    except ReadError as error:
+        raise error.at(path) from error
+    return volume.with_array(labels)
+
+
+def split_item(path: str | Path) -> tuple[Path, str | None]:
+    """`archive.npz#train/12` as archive and item; a file whose own name holds a `#` stays whole."""
+    text = str(path)
+    name, mark, item = text.rpartition("#")
+    if mark and not Path(text).exists() and name.lower().endswith(".npz"):
+        return Path(name), item
+    return Path(text), None
+
+
+def __getattr__(name: str) -> Any:
+    """Import the MONAI reader only where it is asked for: MONAI belongs to the train extra."""
+    if name == "MedimReader":
+        from medim.data.readers.monai_reader import MedimReader
+
+        return MedimReader
+    raise AttributeError(f"module 'medim.data.readers' has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -1,0 +1,63 @@
+"""medim's readers as a MONAI `ImageReader`, for anybody's MONAI pipeline. Needs the train extra."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from monai.config.type_definitions import PathLike
+from monai.data.image_reader import ImageReader
+from monai.utils.enums import MetaKeys, SpaceKeys
+
+from medim.data.readers import read_volume, reader_of, split_item
+from medim.types import Array, Volume
+
+
+class MedimReader(ImageReader):
+    """Loads what `read_volume` loads: a file, a folder with one DICOM series, or `archive.npz#train/12`.
+
+    Example:
+        `LoadImage(reader=MedimReader(), ensure_channel_first=True)(path)` is a (1, D, H, W) or (1, H, W) `MetaTensor`
+        with the array and the RAS+ affine of `read_volume(path)`. Several paths of one shape become channels.
+    """
+
+    def verify_suffix(self, filename: Sequence[PathLike] | PathLike) -> bool:
+        """Whether every path is one that some reader accepts."""
+        places = [split_item(name)[0] for name in _paths(filename)]
+        return all(place.is_dir() or reader_of(place) is not None for place in places)
+
+    def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> list[Volume]:
+        """Read each path.
+
+        Raises:
+            ReadError: a path is no image.
+        """
+        return [read_volume(path) for path in _paths(data)]
+
+    def get_data(self, img: Sequence[Volume]) -> tuple[Array, dict[str, Any]]:
+        """The volumes as channels, with MONAI's metadata.
+
+        Raises:
+            ValueError: the volumes differ in shape or place.
+        """
+        first = img[0]
+        for other in img[1:]:
+            if other.shape != first.shape or not np.allclose(other.affine, first.affine, atol=1e-3):
+                raise ValueError(
+                    f"expected images on one grid, got shapes {first.shape} and {other.shape}, or other affines"
+                )
+        meta: dict[str, Any] = {
+            MetaKeys.AFFINE: first.affine.copy(),
+            MetaKeys.ORIGINAL_AFFINE: first.affine.copy(),
+            MetaKeys.SPATIAL_SHAPE: np.array(first.shape),
+            MetaKeys.ORIGINAL_CHANNEL_DIM: 0,
+            MetaKeys.SPACE: SpaceKeys.RAS,
+        }
+        return np.concatenate([volume.array for volume in img]), meta
+
+
+def _paths(data: Sequence[PathLike] | PathLike) -> list[Path]:
+    return [Path(name) for name in ([data] if isinstance(data, str | os.PathLike) else data)]

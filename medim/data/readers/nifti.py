@@ -1,0 +1,125 @@
+"""NIfTI-1 and NIfTI-2 (`.nii`, `.nii.gz`), read with nibabel."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+
+from medim.data.readers.base import (
+    Found,
+    ReadError,
+    Scanned,
+    as_float,
+    check_size,
+    check_start,
+    check_voxels,
+    ras_volume,
+    scan_each,
+)
+from medim.types import Modality, Volume
+
+_DAMAGE = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError, OverflowError, MemoryError)
+_TO_MM = {1: 1000.0, 3: 0.001}  # NIFTI_UNITS_METER, NIFTI_UNITS_MICRON; everything else is taken as mm
+_DEFLATE_RATIO = 1100  # no gzip stream unpacks to more than 1032 times its size
+
+
+class NiftiReader:
+    """One volume a file; a trailing axis of length 1 is dropped."""
+
+    name = "NIfTI"
+
+    def accepts(self, path: Path) -> bool:
+        """By suffix: `.nii` or `.nii.gz`."""
+        return path.name.lower().endswith((".nii", ".nii.gz"))
+
+    def scan(self, paths: Sequence[Path], modality: Modality) -> Scanned:
+        """Read every file once: damage shows only where the voxels are unpacked."""
+        return scan_each(paths, self._look)
+
+    def read(self, path: Path, item: str | None = None) -> Volume:
+        """Read the volume.
+
+        Raises:
+            ReadError: empty, truncated, several volumes, colour, or no geometry.
+        """
+        return self._read(path)[0]
+
+    def _look(self, path: Path) -> Found:
+        volume, texts = self._read(path)
+        check_voxels(volume.array)
+        bids = re.search(r"(?:^|[/_])sub-([A-Za-z0-9]+)", path.as_posix())
+        session = re.search(r"(?:^|[/_])ses-([A-Za-z0-9]+)", path.as_posix())
+        suffix = re.fullmatch(r"sub-.*_([A-Za-z0-9]+)\.nii(?:\.gz)?", path.name)
+        return Found(
+            files=(path,),
+            shape=volume.shape,
+            affine=volume.affine,
+            subject=bids[1] if bids else None,
+            session=session[1] if bids and session else None,
+            sequence=suffix[1] if suffix else None,
+            identities=texts,
+        )
+
+    def _read(self, path: Path) -> tuple[Volume, frozenset[str]]:
+        """The volume, and the free texts of its header."""
+        check_start(path)
+        try:
+            image = (
+                nibabel.Nifti1Image.from_filename(path) if _is_nifti1(path) else nibabel.Nifti2Image.from_filename(path)
+            )
+        except _DAMAGE as error:
+            raise ReadError("unreadable", f"not a whole NIfTI header ({type(error).__name__})") from error
+        header = image.header
+        dtype: np.dtype[Any] = header.get_data_dtype()  # type: ignore[no-untyped-call]
+        if dtype.kind not in "uif":
+            raise ReadError("not-scalar", f"voxels of type {dtype}; expected one real number a voxel")
+        shape = _spatial_shape(image.shape)
+        _check_bytes(path, check_size(image.shape, dtype.itemsize))
+        try:
+            array = as_float(np.asanyarray(image.dataobj)).reshape(shape)
+        except _DAMAGE as error:
+            raise ReadError("truncated", f"the voxels end early or are damaged ({type(error).__name__})") from error
+        scale = _TO_MM.get(int(header["xyzt_units"]) & 7, 1.0)
+        affine = np.diag([scale, scale, scale, 1.0]) @ np.asarray(image.affine, dtype=np.float64)
+        names = ("db_name", "descrip") if "db_name" in header else ("descrip",)
+        texts = frozenset(bytes(header[name].item()).decode("latin-1").strip("\0 ") for name in names)
+        return ras_volume(array, affine), texts
+
+
+def _is_nifti1(path: Path) -> bool:
+    """Whether the header is of the first version; nibabel's own sniffing reads far more."""
+    with nibabel.openers.ImageOpener(str(path)) as file:
+        start: bytes = file.read(4)
+    return start not in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")
+
+
+def _spatial_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The three spatial axes of a file's shape.
+
+    Raises:
+        ReadError: fewer than three axes, or several volumes.
+    """
+    if len(shape) < 3:
+        raise ReadError("wrong-dimensions", f"shape {shape}; expected three spatial axes")
+    if any(length != 1 for length in shape[3:]):
+        raise ReadError("several-volumes", f"shape {shape}; expected one volume. Split the file, one volume a file")
+    return shape[:3]
+
+
+def _check_bytes(path: Path, announced: int) -> None:
+    """Refuse a header that announces more than the file can hold, before any memory is taken.
+
+    Raises:
+        ReadError: in that case.
+    """
+    size = path.stat().st_size
+    if announced > size * (_DEFLATE_RATIO if path.name.lower().endswith(".gz") else 1):
+        raise ReadError("truncated", f"the header announces {announced} bytes of voxels, the file has {size} bytes")

@@ -1,0 +1,209 @@
+"""Pictures (`.png`, `.jpg`, ...) and numpy arrays (`.npy`, MedMNIST's `.npz`)."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+from PIL import Image
+
+from medim.data.readers.base import (
+    Found,
+    ReadError,
+    Refused,
+    Scanned,
+    as_float,
+    check_size,
+    check_start,
+    check_voxels,
+    flat_volume,
+    ras_volume,
+    scan_each,
+)
+from medim.types import Array, Modality, Split, Volume
+
+SPLITS: tuple[Split, ...] = get_args(Split)
+_LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's mode L
+_DAMAGE = (OSError, EOFError, ValueError, SyntaxError, zipfile.BadZipFile, MemoryError, Image.DecompressionBombError)
+
+
+class PictureReader:
+    """One grey 2D image a file; colour becomes luminance, transparency is dropped."""
+
+    name = "PNG, JPEG, TIFF, BMP"
+
+    def accepts(self, path: Path) -> bool:
+        """By suffix."""
+        return path.suffix.lower() in {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
+
+    def scan(self, paths: Sequence[Path], modality: Modality) -> Scanned:
+        """Read every file once."""
+        return scan_each(paths, self._look)
+
+    def read(self, path: Path, item: str | None = None) -> Volume:
+        """Read the picture, rows by columns, 1 mm a pixel.
+
+        Raises:
+            ReadError: damaged, truncated, or with several frames.
+        """
+        check_start(path)
+        try:
+            with Image.open(path) as image:
+                check_size(image.size, 4)
+                if getattr(image, "n_frames", 1) > 1:
+                    raise ReadError("several-volumes", "the file holds several frames; expected one picture")
+                array = np.asarray(
+                    image if image.mode in {"L", "F", "I"} or image.mode[:2] == "I;" else image.convert("L")
+                )
+        except _DAMAGE as error:
+            raise ReadError("unreadable", f"the picture is damaged or truncated ({type(error).__name__})") from error
+        return flat_volume(as_float(array))
+
+    def _look(self, path: Path) -> Found:
+        volume = self.read(path)
+        check_voxels(volume.array)
+        return Found(files=(path,), shape=volume.shape, affine=volume.affine)
+
+
+class NumpyReader:
+    """`.npy` with one image; `.npz` in MedMNIST's layout (`train_images`, `train_labels`, `val_images`, ...).
+
+    Never unpickles. Geometry is unknown: 1 mm a voxel, axes as they are. An image of an archive is called by split and
+    place (`train/12`), or by its place among all (`12`).
+    """
+
+    name = "npy, MedMNIST npz"
+
+    def accepts(self, path: Path) -> bool:
+        """By suffix."""
+        return path.suffix.lower() in {".npy", ".npz"}
+
+    def scan(self, paths: Sequence[Path], modality: Modality) -> Scanned:
+        """One finding an image, not one a file."""
+        found, refused = scan_each([path for path in paths if path.suffix.lower() == ".npy"], self._look)
+        for path in paths:
+            if path.suffix.lower() == ".npz":
+                try:
+                    for image in _look_into(path):
+                        (found if isinstance(image, Found) else refused).append(image)  # type: ignore[arg-type]
+                except ReadError as error:
+                    refused.append(Refused(path=path, reason=error.reason, detail=error.detail))
+        return found, refused
+
+    def read(self, path: Path, item: str | None = None) -> Volume:
+        """Read one image.
+
+        Raises:
+            ReadError: damaged, of an unknown layout, or without that item.
+        """
+        check_start(path)
+        if path.suffix.lower() == ".npy":
+            return _as_volume(_load_npy(path))
+        images = _load(path)
+        if item is None:
+            raise ReadError("several-volumes", "the archive holds many images; name one, as in file.npz#train/0")
+        split, _, place = item.rpartition("/")
+        try:
+            if split:
+                return _as_volume(images[split][_natural(place)])
+            return _as_volume([image for name in SPLITS if name in images for image in images[name]][_natural(place)])
+        except (KeyError, IndexError, ValueError):
+            counts = ", ".join(f"{name}/0..{len(array) - 1}" for name, array in images.items() if name in SPLITS)
+            raise ReadError("no-such-item", f"no image '{item}' in the archive; it has {counts}") from None
+
+    def _look(self, path: Path) -> Found:
+        volume = self.read(path)
+        check_voxels(volume.array)
+        return Found(files=(path,), shape=volume.shape, affine=volume.affine)
+
+
+def _natural(text: str) -> int:
+    """A place: digits only, so that `-1` is no image."""
+    if not text.isdecimal():
+        raise ValueError(text)
+    return int(text)
+
+
+def _as_volume(array: Array) -> Volume:
+    """(H, W), (H, W, 3) or (D, H, W) numbers as a volume."""
+    if array.dtype.kind not in "buif":
+        raise ReadError("not-scalar", f"values of type {array.dtype}; expected real numbers")
+    numbers = as_float(array)
+    if numbers.ndim == 2:
+        return flat_volume(numbers)
+    if numbers.ndim == 3 and numbers.shape[-1] == 3:
+        return flat_volume(numbers @ _LUMINANCE)
+    if numbers.ndim == 3:
+        return ras_volume(numbers, np.eye(4))
+    raise ReadError("wrong-dimensions", f"an array of shape {array.shape}; expected (H, W), (H, W, 3) or (D, H, W)")
+
+
+def _load_npy(path: Path) -> Array:
+    """The array of a `.npy` file, never unpickled."""
+    try:
+        return np.asarray(np.load(path, allow_pickle=False))
+    except _DAMAGE as error:
+        raise ReadError("unreadable", f"not a whole numpy array of numbers ({type(error).__name__})") from error
+
+
+def _load(path: Path) -> dict[str, Array]:
+    """Images by split, and labels by `<split>_labels`; kept in memory while the file stays the same."""
+    status = path.stat()
+    return _load_archive(str(path), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=2)
+def _load_archive(name: str, size: int, changed: int) -> dict[str, Array]:
+    content: dict[str, Array] = {}
+    try:
+        with np.load(name, allow_pickle=False) as archive:
+            for split in SPLITS:
+                if f"{split}_images" in archive:
+                    content[split] = archive[f"{split}_images"]
+                if f"{split}_labels" in archive:
+                    content[f"{split}_labels"] = archive[f"{split}_labels"]
+    except _DAMAGE as error:
+        raise ReadError("unreadable", f"not a whole numpy archive of numbers ({type(error).__name__})") from error
+    if not any(split in content for split in SPLITS):
+        raise ReadError("unknown-layout", "expected MedMNIST's arrays (train_images, val_images, test_images)")
+    for split in SPLITS:
+        images, labels = content.get(split), content.get(f"{split}_labels")
+        if images is not None and (images.ndim not in {3, 4} or images.dtype.kind not in "buif"):
+            raise ReadError("wrong-dimensions", f"{split}_images has shape {images.shape} and type {images.dtype}")
+        if images is not None and labels is not None and len(images) != len(labels):
+            raise ReadError("unknown-layout", f"{len(images)} {split}_images but {len(labels)} {split}_labels")
+    return content
+
+
+def _look_into(path: Path) -> Iterator[Found | Refused]:
+    """Every image of an archive."""
+    check_start(path)
+    content = _load(path)
+    for split in SPLITS:
+        images = content.get(split)
+        if images is None or len(images) == 0:
+            continue
+        labels = content.get(f"{split}_labels")
+        classes = None if labels is None else labels.reshape(len(labels), -1)  # (N, 1); wider is multi-label
+        volume = _as_volume(images[0])
+        flat = images.reshape(len(images), -1)
+        finite = np.isfinite(flat.sum(axis=1, dtype=np.float64))
+        constant = flat.min(axis=1) == flat.max(axis=1)
+        for place in range(len(images)):
+            if not finite[place] or constant[place]:
+                detail = f"image {split}/{place} " + ("is constant" if finite[place] else "is not finite")
+                yield Refused(path=path, reason="constant" if finite[place] else "not-finite", detail=detail)
+                continue
+            yield Found(
+                files=(path,),
+                item=f"{split}/{place}",
+                shape=volume.shape,
+                affine=volume.affine,
+                subject=f"{path.name}#{split}/{place}",
+                label=str(classes[place, 0]) if classes is not None and classes.shape[1] == 1 else None,
+                split=split,
+            )

@@ -1,0 +1,161 @@
+"""The rows of an index, and the files they are kept in: parquet, or CSV where pyarrow is not installed."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from medim.files import write_bytes, write_csv
+from medim.types import UserError
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image, without anything that tells whose it is.
+
+    Attributes:
+        image: key, unique in the index.
+        path: the file, or the first file of a series, relative to the source; `#item` for one of many in a file.
+        subject: pseudonym; one a person.
+        session: pseudonym of the visit.
+        series: pseudonym of the DICOM series.
+        modality: "mri" or "xray".
+        sequence: how it was acquired (DICOM ScanningSequence, BIDS suffix).
+        shape: voxels an axis as `open` gives them, without the channel.
+        spacing: mm an axis.
+        affine: 16 numbers, row major, voxel index to RAS+ mm.
+        scanner: manufacturer and model.
+        field_strength: in tesla.
+        label: class.
+        mask: path of the segmentation, relative to the source.
+        split: "train", "val" or "test" where the source says so.
+        quality: a figure of `medim preprocess`, 0 to 1.
+    """
+
+    image: str
+    path: str
+    subject: str
+    session: str | None
+    series: str | None
+    modality: str
+    sequence: str | None
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]
+    affine: tuple[float, ...]
+    scanner: str | None
+    field_strength: float | None
+    label: str | None
+    mask: str | None
+    split: str | None
+    quality: float | None
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A file, or a series by its first file, that is no image of the index.
+
+    Attributes:
+        path: relative to the source.
+        reason: a stable code.
+        detail: a sentence.
+    """
+
+    path: str
+    reason: str
+    detail: str
+
+
+COLUMNS = tuple(field.name for field in fields(Record))
+REJECTED = tuple(field.name for field in fields(Rejection))
+_LISTS: dict[str, Callable[[Any], Any]] = {"shape": int, "spacing": float, "affine": float}
+_NUMBERS = {"field_strength", "quality"}
+_NEEDED = {"image", "path", "subject", "modality"}
+
+
+def write_records(folder: Path, records: Sequence[Record]) -> Path:
+    """Write `index.parquet`, or `index.csv` in the light install; the other one is removed.
+
+    Returns:
+        the file written.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError:
+        rows = ([_cell(value) for value in astuple(record)] for record in records)
+        write_csv(folder / "index.csv", COLUMNS, rows)
+        (folder / "index.parquet").unlink(missing_ok=True)
+        return folder / "index.csv"
+    types = {name: pyarrow.string() for name in COLUMNS}
+    types |= {name: pyarrow.list_(pyarrow.int64() if of is int else pyarrow.float64()) for name, of in _LISTS.items()}
+    types |= {name: pyarrow.float64() for name in _NUMBERS}
+    schema = pyarrow.schema(list(types.items()), metadata={"schema_version": str(SCHEMA_VERSION)})
+    columns = [[getattr(record, name) for record in records] for name in COLUMNS]
+    arrays = [pyarrow.array(column, type=types[name]) for name, column in zip(COLUMNS, columns, strict=True)]
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(arrays, schema=schema), buffer)
+    write_bytes(folder / "index.parquet", buffer.getvalue())
+    (folder / "index.csv").unlink(missing_ok=True)
+    return folder / "index.parquet"
+
+
+def read_records(path: Path) -> tuple[Record, ...]:
+    """Read `index.parquet` or `index.csv`.
+
+    Raises:
+        UserError: pyarrow is missing, or the file is damaged or lacks a column.
+    """
+    rows = _parquet_rows(path) if path.suffix == ".parquet" else _csv_rows(path)
+    try:
+        return tuple(Record(**{name: _value(name, row[name]) for name in COLUMNS}) for row in rows)
+    except KeyError as error:
+        raise UserError(f"{path}: expected the column {error} of an index. Run `medim index` again.") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: expected the values of an index, got {error}. Run `medim index` again.") from error
+
+
+def read_rejections(path: Path) -> tuple[Rejection, ...]:
+    """Read `rejected.csv`; none where it is not there."""
+    if not path.exists():
+        return ()
+    return tuple(Rejection(row["path"], row["reason"], row["detail"]) for row in _csv_rows(path))
+
+
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        import pyarrow.parquet
+    except ModuleNotFoundError:
+        raise UserError(
+            f'{path}: expected pyarrow to read parquet, which is not installed. pip install "medim[train]", '
+            "or run `medim index` here, which then writes CSV."
+        ) from None
+    try:
+        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: expected a parquet file, got something else or half of one ({error}).") from error
+    return rows
+
+
+def _csv_rows(path: Path) -> list[dict[str, Any]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _cell(value: Any) -> Any:
+    """A value in a CSV cell; numbers keep every digit."""
+    return " ".join(map(repr, value)) if isinstance(value, tuple) else value
+
+
+def _value(name: str, cell: Any) -> Any:
+    """A value from a parquet or CSV cell."""
+    if name in _LISTS:
+        return tuple(_LISTS[name](item) for item in (cell.split() if isinstance(cell, str) else cell))
+    if cell is None or (cell == "" and name not in _NEEDED):
+        return None
+    return float(cell) if name in _NUMBERS else str(cell)

@@ -1,0 +1,162 @@
+"""The tables a user joins to images: labels, masks, splits and subjects, as CSV."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from medim.data.layouts import stem
+from medim.data.readers.base import Found
+from medim.types import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A CSV file's rows.
+
+    Attributes:
+        path: the file.
+        rows: line number and cells by column name (lower case).
+        given: whether the user named it; a table that merely lies in the source is used as far as it fits.
+    """
+
+    path: Path
+    rows: tuple[tuple[int, dict[str, str]], ...]
+    given: bool
+
+    def mask(self, cell: str, root: Path) -> Path | None:
+        """The file a `mask` cell names, relative to the table or to the source."""
+        tried = [self.path.parent / cell, root / cell]
+        return next((path.resolve() for path in tried if path.is_file()), None)
+
+
+def read_table(path: Path, kind: str, *, given: bool) -> Table | None:
+    """Read a table of labels or subjects.
+
+    Args:
+        path: CSV with a header line; comma, semicolon or tab.
+        kind: "labels" (columns `image` or `subject`, and `label`, `mask` or `split`) or "subjects" (columns `image`,
+            `subject`).
+        given: whether the user named it.
+
+    Returns:
+        the table, or None where a table that lies in the source has other columns.
+
+    Raises:
+        UserError: a table that the user named is missing or has other columns.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: expected a CSV file (UTF-8) with the columns of --{kind}, got {error}.") from error
+    lines = text.splitlines()
+    delimiter = max(",;\t", key=lines[0].count) if lines else ","
+    reader = csv.DictReader(lines, delimiter=delimiter)
+    columns = [name.strip().lower() for name in reader.fieldnames or ()]
+    reader.fieldnames = columns
+    fits = {"image", "subject"} <= set(columns)
+    wanted = "image,subject"
+    if kind == "labels":
+        fits = bool({"image", "subject"} & set(columns)) and bool({"label", "mask", "split"} & set(columns))
+        wanted = "image or subject, and label or mask"
+    if not fits:
+        if given:
+            raise UserError(f"{path}: expected the columns {wanted}; got {', '.join(columns) or 'none'}.")
+        log.warning("%s is not used: it has no columns %s", path.name, wanted)
+        return None
+    rows = ((reader.line_num, {name: (cell or "").strip() for name, cell in row.items() if name}) for row in reader)
+    return Table(path, tuple(row for row in rows if any(row[1].values())), given)
+
+
+class Names:
+    """Which images a cell of a table means.
+
+    An image is meant by any ending of its path, with or without suffix (`a/b/scan.nii.gz`, `scan`), by the folder of
+    its series, by its SeriesInstanceUID, or by its item (`archive.npz#train/12`, `train/12`).
+    """
+
+    def __init__(self, images: Iterable[tuple[int, Found]]) -> None:
+        self._images: dict[str, set[int]] = defaultdict(set)
+        for place, found in images:
+            for name in _names(found):
+                self._images[name].add(place)
+
+    def image(self, cell: str) -> set[int]:
+        """The places of the images a cell may mean."""
+        name = PurePosixPath(cell.replace("\\", "/")).as_posix().lstrip("/")
+        return self._images.get(name, set())
+
+
+def _names(found: Found) -> Iterator[str]:
+    path = found.files[0]
+    ends = [f"#{found.item}"] if found.item else [""]
+    yield from found.names
+    if found.item:
+        yield found.item
+    named = [path, path.with_name(stem(path.name))] + ([path.parent] if len(found.files) > 1 else [])
+    for name in named:
+        parts = name.parts[1:]
+        for count in range(1, len(parts) + 1):
+            for end in ends:
+                yield "/".join(parts[-count:]) + end
+
+
+def rows_of(
+    table: Table, names: Names, by_subject: dict[str, set[int]]
+) -> Iterator[tuple[int, dict[str, str], set[int]]]:
+    """Each row of a table with the places of the images it means.
+
+    Rows that mean none (their image was refused, or is not here) are counted in the log by line, never by name.
+
+    Raises:
+        UserError: a name means several images, or the user named the table and no row means any.
+    """
+    lost: list[int] = []
+    for line, cells in table.rows:
+        image, subject = cells.get("image", ""), cells.get("subject", "")
+        places = names.image(image) if image else by_subject.get(subject, set())
+        if image and len(places) > 1:
+            raise UserError(
+                f"{table.path}, line {line}: expected the name of one image, got one that {len(places)} images end in. "
+                "Write more of its path."
+            )
+        if not places:
+            lost.append(line)
+            continue
+        yield line, cells, places
+    if lost and len(lost) == len(table.rows) and table.given:
+        raise UserError(
+            f"{table.path}: expected names of images in the source; none of the {len(lost)} rows means one. "
+            "Write the path relative to the source, or the file's name."
+        )
+    if lost:
+        shown = ", ".join(map(str, lost[:5])) + (", ..." if len(lost) > 5 else "")
+        log.warning("%s: %d of %d rows mean no image (lines %s)", table.path.name, len(lost), len(table.rows), shown)
+
+
+def joined(
+    tables: Sequence[tuple[Table, Names]], by_subject: dict[str, set[int]], columns: Sequence[str]
+) -> dict[int, dict[str, tuple[str, Table]]]:
+    """What tables say of each image: column to cell, and the table it stands in.
+
+    Raises:
+        UserError: two rows contradict each other.
+    """
+    said: dict[int, dict[str, tuple[str, Table]]] = defaultdict(dict)
+    for table, names in tables:
+        for line, cells, places in rows_of(table, names, by_subject):
+            for place in places:
+                for column in columns:
+                    cell = cells.get(column, "")
+                    if cell and said[place].setdefault(column, (cell, table))[0] != cell:
+                        raise UserError(
+                            f"{table.path}, line {line}: expected one {column} an image, got another one than before. "
+                            "Remove the row that is wrong."
+                        )
+    return said
