@@ -10,11 +10,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from medim.config import FinetuneConfig, PretrainConfig, ViewsConfig
+from medim.data.preprocessing import STEPS
+from medim.data.transforms import AUGMENTATIONS
+from medim.models.critics import CRITICS
+from medim.models.decoders import DECODERS
+from medim.models.encoders import ENCODERS
+from medim.models.heads import HEADS
+from medim.objectives import OBJECTIVES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
@@ -100,7 +110,24 @@ def test_a_shortened_block_gives_its_options_to_every_training_command(tmp_path:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_every_relative_link_of_a_page_leads_to_a_file(page: Path) -> None:
-    assert [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()] == []
+    prose = FENCE.sub("", page.read_text())
+    assert [link for link in LINK.findall(prose) if not (page.parent / link).exists()] == []
+
+
+def test_the_page_on_the_command_line_names_every_command_and_no_other() -> None:
+    hooks = runpy.run_path(str(REPOSITORY / "docs" / "hooks.py"))
+    table = (REPOSITORY / "docs" / "reference" / "cli.md").read_text().split("## For every command")[0]
+    named = set(re.findall(r"`medim ([a-z]+(?: [a-z]+)?)(?: NAME)?`", table))
+    assert named == set(hooks["commands"]())
+
+
+def test_the_page_on_configuration_names_every_key_and_every_entry_of_every_table() -> None:
+    keys = [f"views.{key}" for key in ViewsConfig.model_fields]
+    keys += [key for kind in (PretrainConfig, FinetuneConfig) for key in kind.model_fields if key != "views"]
+    tables = (STEPS, AUGMENTATIONS, ENCODERS, DECODERS, CRITICS, OBJECTIVES, HEADS)
+    entries = [name for table in tables for name in table]
+    page = (REPOSITORY / "docs" / "reference" / "config.md").read_text()
+    assert [name for name in keys + entries if f"`{name}`" not in page] == []
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:

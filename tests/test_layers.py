@@ -26,13 +26,14 @@ MAY_IMPORT = {  # room: the rooms of medim it may import, besides itself
     "deployment": GROUND | {"data"},
     "evaluation": GROUND | {"data", "models", "deployment"},
     "training": GROUND | {"data", "models", "objectives", "deployment", "evaluation"},
-    "cli": GROUND | {"data", "models", "objectives", "deployment", "evaluation", "training"},
+    "doctor": set(),  # looks at what is installed
+    "cli": GROUND | {"doctor", "data", "models", "objectives", "deployment", "evaluation", "training"},
     "__init__": set(),  # lazily, by name
 }
 EXPORTERS = ("deployment/export.py", "deployment/onnx.py", "deployment/monai_bundle.py")  # these need [train]
 FORMATS = ("data/readers/*", "data/example*", "deployment/*")
 HOMES = {  # third party: the files that may import it
-    "pydicom": FORMATS,
+    "pydicom": (*FORMATS, "doctor.py"),
     "highdicom": FORMATS,
     "nibabel": FORMATS,
     "SimpleITK": FORMATS,
@@ -51,7 +52,7 @@ HOMES = {  # third party: the files that may import it
     "mlflow": ("training/tracking.py",),
     "typer": ("cli.py", "cli/*"),
 }
-LIGHT = ("__init__.py", "types.py", "files.py", "config.py", "cli.py", "cli/*", "data/*", "deployment/*")
+LIGHT = ("__init__.py", "types.py", "files.py", "config.py", "doctor.py", "cli.py", "cli/*", "data/*", "deployment/*")
 NOT_LIGHT = (  # of those, what needs the [train] extra
     "data/transforms.py",
     "data/store.py",
@@ -150,7 +151,7 @@ def fault(found: Import) -> str | None:
         return None
     if top in HOMES and not any(fnmatch(found.file, home) for home in HOMES[top]):
         return f"{found}: its home is {', '.join(HOMES[top]) or 'nowhere; use lightning'}"
-    if top in {"torch", "monai"} and is_light(found.file) and here != "cli":
+    if top in {"torch", "monai"} and is_light(found.file) and here not in {"cli", "doctor"}:
         return f"{found}: the light install has no {top}"
     if top in HEAVY and is_light(found.file) and found.top_level:
         return f"{found}: the light install has no {top}; import it where it is used"
