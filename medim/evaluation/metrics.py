@@ -1,9 +1,9 @@
 """Metrics of segmentation and classification, and their 95 % intervals over subjects.
 
 Per case values come from MONAI, values over cases from scikit-learn and torchmetrics. An interval is a percentile
-bootstrap over *subjects*: a resample draws subjects with replacement and a case counts as often as its subject was drawn.
-Each metric over cases stands here a second time as a function of such weights, many resamples at once; the tests hold
-both against each other.
+bootstrap over *subjects*: a resample draws subjects with replacement, and a case counts as often as its subject. Each
+metric over cases stands here a second time as a function of such weights, many resamples at once; the tests hold both
+against each other.
 
 Rules where a mask is empty (both: neither truth nor prediction has the class; one: only one of them has it):
 
@@ -18,6 +18,7 @@ None is left out of the mean; `n` beside each metric says how many cases it stan
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -74,11 +75,13 @@ def segmentation_metrics(
             continue
         ours, theirs = (torch.from_numpy(mask[_around(masks)][None, None]) for mask in masks)  # (1, 1, ...)
         mm, near = [float(v) for v in spacing], [SURFACE_TOLERANCE_MM + _ROUNDING_MM]
-        scores[name] = {
-            "dice": float(compute_dice(ours, theirs)),
-            "hd95": float(compute_hausdorff_distance(ours, theirs, True, percentile=95, spacing=mm)),
-            "surface_dice": float(compute_surface_dice(ours, theirs, near, True, spacing=mm)),
-        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of MONAI, about its own internals
+            scores[name] = {
+                "dice": float(compute_dice(ours, theirs)),
+                "hd95": float(compute_hausdorff_distance(ours, theirs, True, percentile=95, spacing=mm)),
+                "surface_dice": float(compute_surface_dice(ours, theirs, near, True, spacing=mm)),
+            }
     return scores
 
 

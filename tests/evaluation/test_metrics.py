@@ -72,10 +72,11 @@ def test_each_class_is_scored_by_its_own_label() -> None:
     assert [found[name]["hd95"] for name in ("one", "two", "three")] == [0, None, None]
 
 
-def test_an_empty_mask_raises_no_warning() -> None:
+def test_neither_an_empty_mask_nor_a_full_one_raises_a_warning() -> None:
     empty, full = np.zeros((5, 5, 5), np.uint8), np.ones((5, 5, 5), np.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        assert segmentation_metrics(full, full, (1, 1, 1), ["it"])["it"]["dice"] == 1
         assert segmentation_metrics(empty, full, (1, 1, 1), ["it"])["it"] == {
             "dice": 0,
             "hd95": None,

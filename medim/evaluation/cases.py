@@ -1,0 +1,205 @@
+"""From labelled images to rows, a case and a class each, and from rows to metrics."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from medim.data.index import AllRejectedError, Index, Record
+from medim.deployment.inference import Kind, Network
+from medim.evaluation.metrics import (
+    RESAMPLES,
+    Metric,
+    bootstrap,
+    classification_metrics,
+    classification_statistics,
+    mean_over_subjects,
+    segmentation_metrics,
+)
+from medim.files import write_bytes
+from medim.types import Array, UserError, Volume
+
+SCHEMA_VERSION = 1
+Row = dict[str, Any]  # keys as in COLUMNS; a rejected case has one row, with `rejected` (a stable code) and `detail`
+Progress = Callable[[int, int], None]  # (cases done, cases)
+_TEXT, _NUMBER = pa.string(), pa.float64()
+_KEYS = {"image": _TEXT, "subject": _TEXT, "class": _TEXT}
+_REJECTED = {"rejected": _TEXT, "detail": _TEXT}
+COLUMNS: dict[Kind, dict[str, pa.DataType]] = {
+    "segmenter": {
+        **_KEYS,
+        "dice": _NUMBER,
+        "hd95": _NUMBER,  # mm
+        "surface_dice": _NUMBER,  # at 1 mm
+        "truth_ml": _NUMBER,  # None in 2D
+        "predicted_ml": _NUMBER,
+        **_REJECTED,
+    },
+    "classifier": {**_KEYS, "probability": _NUMBER, "label": _TEXT, "prediction": _TEXT, **_REJECTED},
+}
+
+
+def score(network: Network, index: Index, records: Sequence[Record], *, progress: Progress | None = None) -> list[Row]:
+    """Run a network on labelled images, each in its own space.
+
+    A case that cannot be read, or that the network does not take, becomes a rejected row.
+
+    Args:
+        network: a segmenter or classifier.
+        index: where the images come from.
+        records: those to run, each with a mask (segmenter) or a label (classifier).
+        progress: called after each case.
+
+    Returns:
+        Rows in the order of the records, then of the classes.
+
+    Raises:
+        AllRejectedError: no case could be run.
+        UserError: the masks' classes are not the network's.
+    """
+    relabel = _relabelling(network.classes, index.classes) if network.kind == "segmenter" else None
+    rows: list[Row] = []
+    for done, record in enumerate(records, start=1):
+        keys = {"image": record.image, "subject": record.subject}
+        rows.extend({**keys, **row} for row in _case(network, index, record, relabel))
+        if progress:
+            progress(done, len(records))
+    if rows and all(row.get("rejected") for row in rows):
+        raise AllRejectedError(
+            f"{index.root}: expected images to measure on, but all {len(records)} were rejected; the first: "
+            f"{rows[0]['image']}: {rows[0]['detail']}",
+            index,
+        )
+    return rows
+
+
+def summarise(
+    rows: Sequence[Row], kind: Kind, classes: Sequence[str], *, seed: int = 0, resamples: int = RESAMPLES
+) -> dict[str, Any]:
+    """Metrics of scored cases, each with its 95 % interval over subjects.
+
+    Args:
+        rows: what `score` returns.
+        kind: segmenter or classifier.
+        classes: the network's.
+        seed: of the bootstrap.
+        resamples: of the bootstrap.
+
+    Returns:
+        `n` images measured, their `subjects`, images `rejected`, and `metrics` (each value, ci_low, ci_high, n).
+    """
+    used = [row for row in rows if not row.get("rejected")]
+    images = dict.fromkeys((row["image"], row["subject"]) for row in used)
+    subjects = [subject for _, subject in images]
+    metrics: dict[str, Metric] = {}
+    if kind == "segmenter":
+        columns = {name: [row for row in used if row["class"] == name] for name in classes}
+        means = np.mean([[row["dice"] for row in columns[name]] for name in classes], axis=0)
+        metrics["dice"] = mean_over_subjects(list(means), subjects, seed=seed, resamples=resamples)
+        for metric in ("dice", "hd95", "surface_dice"):
+            for name in classes:
+                values = [row[metric] for row in columns[name]]
+                found = mean_over_subjects(values, subjects, seed=seed, resamples=resamples)
+                metrics[f"{metric}_{name}"] = found
+    else:
+        probabilities, labels = class_arrays(used, classes)
+        overall = classification_metrics(probabilities, labels)
+        for name, statistic in classification_statistics(probabilities, labels).items():
+            metrics[name] = bootstrap(statistic, subjects, seed=seed, resamples=resamples, value=overall[name])
+    rejected = sum(bool(row.get("rejected")) for row in rows)
+    return {"n": len(images), "subjects": len(set(subjects)), "rejected": rejected, "metrics": metrics}
+
+
+def class_arrays(rows: Sequence[Row], classes: Sequence[str]) -> tuple[Array, Array]:
+    """Probabilities (N, K) and labels (N,) of a classifier's rows, rejected ones left out."""
+    used = [row for row in rows if not row.get("rejected")]
+    probabilities = np.array([row["probability"] for row in used], dtype=np.float64).reshape(-1, len(classes))
+    labels = [classes.index(row["label"]) for row in used[:: len(classes)]]
+    return probabilities, np.array(labels, dtype=np.intp)
+
+
+def write_cases(path: Path, rows: Sequence[Row], kind: Kind) -> None:
+    """Write rows as parquet, with the columns of `COLUMNS`."""
+    schema = pa.schema(list(COLUMNS[kind].items()), metadata={"schema_version": str(SCHEMA_VERSION)})
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def read_cases(path: Path) -> list[Row]:
+    """Read what `write_cases` wrote.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        rows: list[Row] = pq.read_table(path).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(
+            f"{path}: expected the cases of an evaluation ({error}). Run `medim evaluate` again."
+        ) from error
+    return rows
+
+
+def _case(network: Network, index: Index, record: Record, relabel: Array | None) -> list[Row]:
+    """Rows of one case, without its keys."""
+    try:
+        volume = index.open(record)
+        mask = index.open_mask(record) if network.kind == "segmenter" else None
+    except Exception as error:  # a decoder may raise anything; the case is counted, the rest goes on
+        return [_rejected(getattr(error, "reason", "unreadable"), error, index)]
+    if mask is None and record.label not in network.classes:
+        detail = f"expected a label among {', '.join(network.classes)}, got {record.label!r}"
+        return [{"rejected": "unknown-class", "detail": detail}]
+    if mask is not None and mask.shape != volume.shape:
+        detail = f"expected a mask on the image's grid {volume.shape}, got {mask.shape}"
+        return [{"rejected": "mask-off-grid", "detail": detail}]
+    if mask is not None and mask.array.max() > len(network.classes):
+        detail = f"expected mask values 0 to {len(network.classes)}, got {mask.array.max()}"
+        return [{"rejected": "unknown-class", "detail": detail}]
+    try:
+        answer = network(volume)
+    except UserError as error:
+        return [_rejected("not-for-this-model", error, index)]
+    if mask is not None:
+        truth = mask.array[0] if relabel is None else relabel[mask.array[0]]
+        return _segmented(answer, truth, volume, network.classes)
+    prediction = network.classes[int(answer.argmax())]
+    return [
+        {"class": name, "probability": float(p), "label": record.label, "prediction": prediction}
+        for name, p in zip(network.classes, answer, strict=True)
+    ]
+
+
+def _segmented(prediction: Array, truth: Array, volume: Volume, classes: Sequence[str]) -> list[Row]:
+    scores = segmentation_metrics(prediction, truth, volume.spacing, classes)
+    rows: list[Row] = [{"class": name, **scores[name]} for name in classes]
+    if volume.spatial_dims == 3:
+        ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
+        for value, row in enumerate(rows, start=1):
+            row["truth_ml"] = ml * int((truth == value).sum())
+            row["predicted_ml"] = ml * int((prediction == value).sum())
+    return rows
+
+
+def _relabelling(ours: Sequence[str], theirs: Sequence[str]) -> Array | None:
+    """Table from the source's mask values to the network's; None where the source names no classes."""
+    if not theirs:
+        return None
+    if set(ours) != set(theirs):
+        raise UserError(
+            f"masks: expected the model's classes ({', '.join(ours)}), got {', '.join(theirs)}. Name them alike in "
+            "dataset.json, or measure on another source."
+        )
+    return np.array([0, *(list(ours).index(name) + 1 for name in theirs)], dtype=np.uint8)
+
+
+def _rejected(reason: str, error: Exception, index: Index) -> Row:
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return {"rejected": reason, "detail": text.replace(f"{index.root}/", "")}

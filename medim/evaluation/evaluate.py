@@ -1,0 +1,240 @@
+"""Measure a trained network on labelled images by the code that the hospital runs.
+
+`validate` measures a network in memory; `evaluate` is the command: it opens a run or a package, chooses the images, and
+writes `metrics.json`, `cases.parquet` and `summary.json`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from medim.data.index import Index, Record
+from medim.data.splits import split as split_subjects
+from medim.deployment.inference import Network, Run
+from medim.deployment.package import load_package
+from medim.evaluation.cases import SCHEMA_VERSION, Progress, score, summarise, write_cases
+from medim.evaluation.metrics import RESAMPLES
+from medim.files import fresh_folder, read_json, write_json
+from medim.models.model import as_run
+from medim.models.saved import load_model
+from medim.types import Split, UserError
+
+log = logging.getLogger(__name__)
+
+SplitChoice = Split | Literal["all"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which images are evaluated, and which are not.
+
+    Attributes:
+        records: the images.
+        split: the split they are of.
+        excluded: images left out because the model was trained on their subject; None where that is not known.
+        pretrained_on: subjects among `records` whose images the encoder saw without labels; None where it is not known.
+    """
+
+    records: tuple[Record, ...]
+    split: SplitChoice
+    excluded: tuple[Record, ...] | None
+    pretrained_on: int | None
+
+
+def validate(
+    run: Run,
+    index: Index,
+    records: Sequence[Record],
+    spec: dict[str, Any],
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a network in memory on labelled images.
+
+    Args:
+        run: the network.
+        index: where the images come from.
+        records: those to measure on; each has a mask (segmenter) or a label (classifier).
+        spec: the model's spec (see `medim.models.saved`).
+        seed: of the bootstrap.
+        progress: called after each case.
+
+    Returns:
+        `n` images measured, their `subjects`, images `rejected`, and `metrics` (each value, ci_low, ci_high, n).
+
+    Raises:
+        UserError: no image could be measured, or the classes of images and network are not the same.
+    """
+    network = network_of(run, spec)
+    rows = score(network, index, records, progress=progress)
+    return summarise(rows, network.kind, network.classes, seed=seed)
+
+
+def evaluate(
+    model: Path,
+    index: Index,
+    out: Path,
+    *,
+    split: SplitChoice | None = None,
+    include_seen: bool = False,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a run or a package on the labelled images of an index.
+
+    Args:
+        model: a fine-tuning run (run by torch) or a package (run by ONNX Runtime).
+        index: the images.
+        out: folder for `metrics.json`, `cases.parquet` and, last, `summary.json`.
+        split: which images; see `select`.
+        include_seen: keep subjects that the model was trained on.
+        seed: of the bootstrap.
+        overwrite: empty `out` first.
+        progress: called after each case.
+
+    Returns:
+        The content of `summary.json`, which holds all of `metrics.json`.
+
+    Raises:
+        UserError: no usable model or image, or a non-empty `out`.
+    """
+    began = time.perf_counter()
+    network, spec = open_network(model)
+    chosen = select(index, spec, seen_subjects(model), split=split, include_seen=include_seen)
+    fresh_folder(out, overwrite=overwrite)
+    log.info("measuring on %d images (%s)", len(chosen.records), chosen.split)
+    rows = score(network, index, chosen.records, progress=progress)
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "command": "evaluate",
+        "task": "segmentation" if network.kind == "segmenter" else "classification",
+        "split": chosen.split,
+        **_counts(chosen),
+        **summarise(rows, network.kind, network.classes, seed=seed),
+        "classes": list(network.classes),
+        "init": "pretrained" if spec.get("provenance", {}).get("parent") else "scratch",
+        "model_sha256": spec["sha256"],
+        "index_hash": index.hash,
+        "bootstrap": {"over": "subjects", "resamples": RESAMPLES, "seed": seed, "level": 0.95},
+    }
+    write_json(out / "metrics.json", content)
+    write_cases(out / "cases.parquet", rows, network.kind)
+    seconds = time.perf_counter() - began
+    summary = {
+        **content,
+        "rejected_by_reason": dict(sorted(Counter(row["rejected"] for row in rows if row.get("rejected")).items())),
+        "runtime": "onnxruntime" if _is_package(model) else "torch",
+        "seconds": seconds,
+        "seconds_per_image": seconds / len(chosen.records),
+    }
+    write_json(out / "summary.json", summary)
+    return summary
+
+
+def select(
+    index: Index,
+    spec: dict[str, Any],
+    seen: dict[str, set[str]] | None,
+    *,
+    split: SplitChoice | None = None,
+    include_seen: bool = False,
+) -> Selection:
+    """Choose the labelled images to evaluate on.
+
+    Without `split`: `test` where the source has a labelled one; the validation split where the source is the one the
+    model was fine-tuned on; else all. Subjects that the model was trained on are left out unless `include_seen`;
+    subjects seen in pretraining alone stay in and are counted.
+
+    Args:
+        index: the images.
+        spec: the model's spec.
+        seen: what `seen_subjects` found.
+        split: overrides the rule.
+        include_seen: keep subjects that the model was trained on.
+
+    Raises:
+        UserError: no image is left.
+    """
+    wanted = "mask" if spec["kind"] == "segmenter" else "label"
+    labelled = [record for record in index.records if getattr(record, wanted) is not None]
+    if not labelled:
+        count = len(index.records)
+        raise UserError(
+            f"{index.root}: expected images with a {wanted}, got {count} images without. Give --labels CSV."
+        )
+    made = spec.get("provenance", {})
+    splits = split_subjects(index, seed=made.get("split_seed", 0))
+    if split is None:
+        own = made.get("index_hash") == index.hash
+        split = "test" if any(record.split == "test" for record in labelled) else "val" if own else "all"
+    chosen = [record for record in labelled if split in ("all", splits[record.image])]
+    trained_on = seen["finetune"] if seen and not include_seen else set()
+    left = tuple(record for record in chosen if record.subject not in trained_on)
+    if not left:
+        why = f"the model was trained on all {len(chosen)}; give --include-seen" if chosen else "choose another --split"
+        raise UserError(f"{index.root}: expected labelled images to evaluate in split {split!r}, got none: {why}.")
+    if seen is None:
+        return Selection(left, split, None, None)
+    excluded = tuple(record for record in chosen if record.subject in trained_on)
+    return Selection(left, split, excluded, len({record.subject for record in left} & seen["pretrain"]))
+
+
+def seen_subjects(path: Path) -> dict[str, set[str]] | None:
+    """Subjects a run has seen, in `pretrain` (without labels) and `finetune`; None where that is not recorded."""
+    for folder in (path, path.parent):
+        if (folder / "seen_subjects.json").is_file() and not _is_package(path):
+            content = read_json(folder / "seen_subjects.json")
+            return {part: set(content.get(part, ())) for part in ("pretrain", "finetune")}
+    return None
+
+
+def open_network(path: Path) -> tuple[Network, dict[str, Any]]:
+    """A fine-tuned network and its spec: of a package by ONNX Runtime, of a run by torch.
+
+    Raises:
+        UserError: neither lies at `path`, or it is damaged, or there is an encoder alone.
+    """
+    if not _is_package(path):
+        model, spec = load_model(path)
+        return network_of(as_run(model.to("cuda" if torch.cuda.is_available() else "cpu")), spec), spec
+    package = load_package(path)
+    if package.contract.kind == "encoder":
+        raise UserError(f"{path}: expected a package that predicts, got an encoder's. Export a fine-tuned run instead.")
+    return package.network, package.contract.architecture
+
+
+def network_of(run: Run, spec: dict[str, Any]) -> Network:
+    """A network with what its spec says of feeding it."""
+    return Network(
+        run=run,
+        kind=spec["kind"],
+        modality=spec["modality"],
+        spatial_dims=spec["spatial_dims"],
+        in_channels=spec["in_channels"],
+        classes=tuple(spec["classes"]),
+        preprocessing=tuple(spec["preprocessing"]),
+        inference=spec["inference"],
+    )
+
+
+def _counts(chosen: Selection) -> dict[str, int | None]:
+    excluded = chosen.excluded
+    return {
+        "excluded_seen": None if excluded is None else len({record.subject for record in excluded}),
+        "excluded_seen_images": None if excluded is None else len(excluded),
+        "pretrained_on": chosen.pretrained_on,
+    }
+
+
+def _is_package(path: Path) -> bool:
+    return (path / "medim.json").is_file()

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from medim.data.index import AllRejectedError, Index
+from medim.data.splits import split as split_subjects
+from medim.evaluation.cases import class_arrays, read_cases, score
+from medim.evaluation.evaluate import evaluate, network_of, select, validate
+from medim.types import Array, UserError
+from tests.evaluation.conftest import make_run
+
+
+def perfect(image: Array) -> Array:
+    """(N, 1, ...) whose voxels are 100 times the label -> (N, 3, ...) logits."""
+    return np.stack([-np.abs(image[:, 0] - 100 * k) for k in range(3)], axis=1)
+
+
+def swapped(image: Array) -> Array:
+    return perfect(image)[:, [0, 2, 1]]
+
+
+def by_size(image: Array) -> Array:
+    """Logits (N, 2) of big and small by the number of bright voxels."""
+    bright = (image > 50).reshape(len(image), -1).sum(axis=1) - 130.0  # small boxes: 112 voxels; others 140 and 168
+    return np.stack([bright, -bright], axis=1) / 20
+
+
+def test_a_perfect_network_scores_one_in_the_image_s_own_space(index: Index, segmenter: dict[str, Any]) -> None:
+    found = validate(perfect, index, index.records, segmenter)
+    assert (found["n"], found["subjects"], found["rejected"]) == (8, 4, 0)
+    assert found["metrics"]["dice"] == {"value": 1, "ci_low": 1, "ci_high": 1, "n": 8}
+    for name in ("front", "back"):
+        assert found["metrics"][f"hd95_{name}"]["value"] == 0
+        assert found["metrics"][f"surface_dice_{name}"]["value"] == 1
+
+
+def test_classes_that_are_swapped_score_zero_and_have_their_distance_in_mm(
+    index: Index, segmenter: dict[str, Any]
+) -> None:
+    found = validate(swapped, index, index.records, segmenter)["metrics"]
+    assert found["dice"]["value"] == 0
+    assert found["hd95_front"]["value"] == pytest.approx(10)  # the far side of `back`: 5 voxels of 2 mm
+
+
+def test_rows_hold_the_volumes_in_millilitres(index: Index, segmenter: dict[str, Any]) -> None:
+    row = score(network_of(perfect, segmenter), index, index.records)[0]
+    assert (row["class"], row["dice"]) == ("front", 1)
+    assert row["truth_ml"] == row["predicted_ml"] == pytest.approx(3 * 4 * 4 * 2 * 1 * 0.5 / 1000)
+
+
+def test_masks_of_a_source_that_names_the_classes_in_another_order_are_relabelled(
+    index: Index, segmenter: dict[str, Any]
+) -> None:
+    other = {**segmenter, "classes": ["back", "front"]}
+    assert validate(swapped, index, index.records, other)["metrics"]["dice"]["value"] == 1
+
+
+def test_a_source_of_other_classes_is_refused(index: Index, segmenter: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"expected the model's classes \(left, right\), got front, back"):
+        validate(perfect, index, index.records, {**segmenter, "classes": ["left", "right"]})
+
+
+def test_classification_is_by_the_probability_of_each_class(index: Index, classifier: dict[str, Any]) -> None:
+    found = validate(by_size, index, index.records, classifier)
+    assert {name: metric["value"] for name, metric in found["metrics"].items() if name != "ece"} == {
+        "auroc": 1,
+        "accuracy": 1,
+        "balanced_accuracy": 1,
+        "f1": 1,
+    }
+    rows = score(network_of(by_size, classifier), index, index.records)
+    probabilities, labels = class_arrays(rows, classifier["classes"])
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1)
+    assert [classifier["classes"][k] for k in labels] == [record.label for record in index.records]
+
+
+def test_a_case_that_cannot_be_read_becomes_a_rejected_row_and_is_counted(
+    masks: Path, index: Index, segmenter: dict[str, Any]
+) -> None:
+    (masks / "imagesTr" / "case3.nii.gz").write_bytes(b"not an image")
+    steps: list[tuple[int, int]] = []
+    rows = score(network_of(perfect, segmenter), index, index.records, progress=lambda *step: steps.append(step))
+    refused = [row for row in rows if row.get("rejected")]
+    assert [row["image"] for row in refused] == [index.records[3].image]
+    assert refused[0]["rejected"]
+    assert str(masks) not in refused[0]["detail"]
+    assert steps == [(i, 8) for i in range(1, 9)]
+    found = validate(perfect, index, index.records, segmenter)
+    assert (found["n"], found["rejected"], found["metrics"]["dice"]["n"]) == (7, 1, 7)
+
+
+def test_an_image_of_another_kind_than_the_network_takes_is_a_rejected_row(
+    index: Index, classifier: dict[str, Any]
+) -> None:
+    records = [index.records[0], dataclasses.replace(index.records[1], label="huge")]
+    rows = score(network_of(by_size, classifier), index, records)
+    assert [row.get("rejected") for row in rows] == [None, None, "unknown-class"]
+    with pytest.raises(AllRejectedError, match="expected a 2D image"):
+        validate(by_size, index, index.records, {**classifier, "spatial_dims": 2})
+
+
+def test_a_fault_of_the_network_is_no_rejection(index: Index, segmenter: dict[str, Any]) -> None:
+    def broken(image: Array) -> Array:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        validate(broken, index, index.records, segmenter)
+
+
+def test_another_source_is_evaluated_whole_and_the_run_s_own_on_its_validation_split(
+    index: Index, segmenter: dict[str, Any]
+) -> None:
+    assert select(index, segmenter, None).split == "all"
+    own = {**segmenter, "provenance": {"index_hash": index.hash}}
+    chosen = select(index, own, {"pretrain": set(), "finetune": set()})
+    splits = split_subjects(index)
+    assert chosen.split == "val"
+    assert [r.image for r in chosen.records] == [i for i, s in splits.items() if s == "val"]
+    assert len(select(index, own, None, split="train").records) == 6
+
+
+def test_a_source_s_own_test_split_comes_first(index: Index, segmenter: dict[str, Any]) -> None:
+    records = tuple(dataclasses.replace(r, split="test" if i < 2 else "train") for i, r in enumerate(index.records))
+    marked = dataclasses.replace(index, records=records)
+    chosen = select(marked, {**segmenter, "provenance": {"index_hash": marked.hash}}, None)
+    assert (chosen.split, len(chosen.records)) == ("test", 2)
+
+
+def test_subjects_that_the_model_was_trained_on_are_left_out_and_counted(
+    index: Index, segmenter: dict[str, Any]
+) -> None:
+    one, two, *_ = dict.fromkeys(record.subject for record in index.records)
+    seen = {"pretrain": {one, two}, "finetune": {one}}
+    chosen = select(index, segmenter, seen)
+    assert chosen.excluded is not None
+    assert {record.subject for record in chosen.excluded} == {one}
+    assert one not in {record.subject for record in chosen.records}
+    assert (len(chosen.excluded), len(chosen.records), chosen.pretrained_on) == (2, 6, 1)
+    kept = select(index, segmenter, seen, include_seen=True)
+    assert (kept.excluded, len(kept.records)) == ((), 8)
+    everyone = {"pretrain": set(), "finetune": {record.subject for record in index.records}}
+    with pytest.raises(UserError, match="--include-seen"):
+        select(index, segmenter, everyone)
+
+
+def test_a_package_without_a_list_of_subjects_says_that_it_does_not_know(
+    index: Index, segmenter: dict[str, Any]
+) -> None:
+    chosen = select(index, segmenter, None)
+    assert (chosen.excluded, chosen.pretrained_on) == (None, None)
+
+
+def test_images_without_a_mask_are_refused_with_what_to_do(index: Index, segmenter: dict[str, Any]) -> None:
+    bare = dataclasses.replace(index, records=tuple(dataclasses.replace(r, mask=None) for r in index.records))
+    with pytest.raises(UserError, match="expected images with a mask, got 8 images without"):
+        select(bare, segmenter, None)
+
+
+def test_evaluating_a_run_writes_metrics_cases_and_last_the_summary(
+    tmp_path: Path, index: Index, segmenter: dict[str, Any]
+) -> None:
+    seen = {"pretrain": [], "finetune": [index.records[0].subject]}
+    run = make_run(tmp_path / "run", segmenter, seen)
+    summary = evaluate(run, index, tmp_path / "out")
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert {key: summary[key] for key in metrics} == metrics
+    assert (metrics["n"], metrics["subjects"], metrics["excluded_seen"], metrics["split"]) == (6, 3, 1, "all")
+    assert (metrics["excluded_seen_images"], metrics["init"], summary["runtime"]) == (2, "scratch", "torch")
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+    rows = read_cases(tmp_path / "out" / "cases.parquet")
+    assert [row["class"] for row in rows] == ["front", "back"] * 6
+    assert metrics["metrics"]["dice"]["value"] == pytest.approx(np.mean([row["dice"] for row in rows]))
+    assert pq.read_schema(tmp_path / "out" / "cases.parquet").metadata[b"schema_version"] == b"1"
+    written = (tmp_path / "out").glob("*")
+    assert not any(subject in path.read_bytes().decode(errors="ignore") for path in written for subject in ("P0", "P3"))
+
+
+def test_one_seed_gives_the_same_bytes_and_a_filled_folder_is_refused(
+    tmp_path: Path, index: Index, classifier: dict[str, Any]
+) -> None:
+    run = make_run(tmp_path / "run", classifier)
+    for out in ("one", "two"):
+        evaluate(run, index, tmp_path / out)
+    for name in ("metrics.json", "cases.parquet"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert json.loads((tmp_path / "one" / "metrics.json").read_text())["excluded_seen"] is None
+    with pytest.raises(UserError, match="--overwrite"):
+        evaluate(run, index, tmp_path / "one")
