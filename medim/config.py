@@ -1,8 +1,8 @@
 """One YAML a run, typed and derived from signatures.
 
 `load` reads a preset or a file, applies `--set key=value` and checks it; `bind` and `build` check a section such as
-`{name: unet, channels: [8, 16]}` against the constructor's own signature, so that a new class never edits this file and no
-class ever sees a config object.
+`{name: unet, channels: [8, 16]}` against the constructor's own signature, so that a new class never edits this file
+and no class ever sees a config object.
 """
 
 from __future__ import annotations
@@ -33,18 +33,22 @@ class ViewsConfig(_Strict):
     """What a batch is cut from: crops of the preprocessed image and their random augmentation."""
 
     shape: tuple[PositiveInt, ...] = Field(description="size of a view, in voxels of the preprocessed image")
-    count: Literal[1, 2] = Field(1, description="views an image; with 2, the summary of one meets the maps of the other")
+    count: Literal[1, 2] = Field(
+        1, description="views an image; with 2, the summary of one meets the maps of the other"
+    )
     same_place: bool = Field(True, description="cut the views of an image at one place")
-    augmentations: list[Section] = Field(default_factory=list, description="random transforms, drawn anew for each view")
+    augmentations: list[Section] = Field(
+        default_factory=list, description="random transforms, drawn anew for each view"
+    )
 
 
 class RunConfig(_Strict):
     """What every run has. The hash of the resolved config names the run."""
 
     name: str = Field("custom", description="the preset this run started from")
-    modality: Modality
+    modality: Modality = Field(description="mri or xray")
     preprocessing: list[Section] = Field(description="deterministic steps; they travel with the encoder")
-    views: ViewsConfig
+    views: ViewsConfig = Field(description="what a batch is cut from")
     encoder: Section = Field(description="an entry of ENCODERS and its options")
     max_steps: PositiveInt = Field(description="optimiser steps of the whole run")
     batch_size: PositiveInt = Field(description="images a step, over all devices")
@@ -53,7 +57,9 @@ class RunConfig(_Strict):
     weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay")
     gradient_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
     checkpoint_every_steps: PositiveInt = Field(100, description="steps between two checkpoints")
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = Field("32-true", description="Lightning's precision; scores stay fp32")
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = Field(
+        "32-true", description="Lightning's precision; scores stay fp32"
+    )
     workers: int = Field(0, ge=0, description="loading processes; 0 loads in the training process")
 
     @property
@@ -71,16 +77,21 @@ class PretrainConfig(RunConfig):
     """A pretraining run: a list of weighted objectives."""
 
     objectives: list[Section] = Field(min_length=1, description="entries of OBJECTIVES, each with a weight (default 1)")
+    decoder: Section | None = Field(
+        None, description="an entry of DECODERS, for objectives that decode; saved beside the encoder"
+    )
 
 
 class FinetuneConfig(RunConfig):
     """A fine-tuning run; the same schedule serves the pretrained encoder and its from-scratch twin."""
 
-    task: Literal["segmentation", "classification"]
+    task: Literal["segmentation", "classification"] = Field(description="what is learnt")
     decoder: Section | None = Field(None, description="an entry of DECODERS; segmentation needs one")
     head: Section = Field(description="an entry of HEADS and its options")
     encoder_lr_scale: PositiveFloat = Field(1.0, description="the encoder's learning rate over lr")
-    inference: Section = Field(default_factory=lambda: {"mode": "whole"}, description="how a whole image is run; travels with the model")
+    inference: Section = Field(
+        default_factory=lambda: {"mode": "whole"}, description="how a whole image is run; travels with the model"
+    )
 
 
 _KINDS: dict[Command, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
@@ -125,15 +136,19 @@ def override(content: Section, assignments: Iterable[str]) -> Section:
         path, equals, value = assignment.partition("=")
         if not equals:
             raise UsageError(f"--set {assignment}: expected key=value.")
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--set {assignment}: expected YAML after the equals sign ({error}).") from error
         target: Any = content
         *parents, last = path.split(".")
         for part in parents:
             target = _item(target, part, assignment)
         if isinstance(target, list):
             _item(target, last, assignment)
-            target[int(last)] = yaml.safe_load(value)
+            target[int(last)] = value
         elif isinstance(target, dict):
-            target[last] = yaml.safe_load(value)
+            target[last] = value
         else:
             raise UsageError(f"--set {assignment}: {'.'.join(parents)} is a {type(target).__name__} and holds no keys.")
     return content
@@ -167,7 +182,34 @@ def dump(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
 
 
-def bind(table: Mapping[str, Callable[..., T]], section: Section, *, key: str = "name", given: Iterable[str] = ()) -> tuple[Callable[..., T], dict[str, Any]]:
+def show(name: str) -> str:
+    """A preset as a user may read and copy it: its header, then every key with its meaning and its value, defaults too.
+
+    Raises:
+        UsageError: no such preset.
+    """
+    texts = []
+    for command, kind in _KINDS.items():
+        path = presets(command).get(name)
+        if path is None:
+            continue
+        header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+        meaning = {key: field.description for key, field in kind.model_fields.items()}
+        body = []
+        for line in dump(load(command, name)).splitlines():
+            key = line.partition(":")[0]
+            body += ["", f"# {meaning[key]}"] if key in meaning else []
+            body.append(line)
+        texts.append("\n".join([*header, *body]))
+    if not texts:
+        names = [n for command in _KINDS for n in presets(command)]
+        raise UsageError(f"config show: {_unknown('preset', name, names)}")
+    return "\n".join(texts)
+
+
+def bind(
+    table: Mapping[str, Callable[..., T]], section: Section, *, key: str = "name", given: Iterable[str] = ()
+) -> tuple[Callable[..., T], dict[str, Any]]:
     """Check a section against the signature of the table's entry it names.
 
     Args:
@@ -184,7 +226,7 @@ def bind(table: Mapping[str, Callable[..., T]], section: Section, *, key: str = 
     """
     options = dict(section)
     name = options.pop(key, None)
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise UsageError(_unknown(key, str(name), table))
     constructor = table[name]
     parameters = inspect.signature(constructor).parameters
@@ -197,7 +239,9 @@ def bind(table: Mapping[str, Callable[..., T]], section: Section, *, key: str = 
             options[option] = TypeAdapter(hints[option]).validate_python(value)
         except ValidationError as error:
             reason = "; ".join(e["msg"] for e in error.errors())
-            raise UsageError(f"{name}.{option}: expected {parameters[option].annotation}, got {value!r} ({reason}).") from None
+            raise UsageError(
+                f"{name}.{option}: expected {parameters[option].annotation}, got {value!r} ({reason})."
+            ) from None
     missing = [p for p in allowed if parameters[p].default is inspect.Parameter.empty and p not in options]
     if missing:
         raise UsageError(f"{name}: {', '.join(missing)} must be given.")
@@ -226,7 +270,13 @@ def _item(target: Any, part: str, assignment: str) -> Any:
         return target[part]
     if isinstance(target, list) and part.isdigit() and int(part) < len(target):
         return target[int(part)]
-    keys = list(target) if isinstance(target, dict) else [str(i) for i in range(len(target))] if isinstance(target, list) else []
+    keys = (
+        list(target)
+        if isinstance(target, dict)
+        else [str(i) for i in range(len(target))]
+        if isinstance(target, list)
+        else []
+    )
     raise UsageError(f"--set {assignment}: {_unknown('key', part, keys)}")
 
 
@@ -242,4 +292,6 @@ def _explain(kind: type[BaseModel], error: Any) -> str:
     if error["type"] == "extra_forbidden":
         model = ViewsConfig if error["loc"][0] == "views" else kind
         return _unknown("key", str(error["loc"][-1]), model.model_fields)
-    return f"{where}: {error['msg']}, got {error['input']!r}" if error["type"] != "missing" else f"{where} must be given"
+    return (
+        f"{where}: {error['msg']}, got {error['input']!r}" if error["type"] != "missing" else f"{where} must be given"
+    )

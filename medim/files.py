@@ -22,10 +22,11 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         UserError: the folder cannot be written (missing permission, full disk).
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
+    temporary: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
@@ -33,9 +34,12 @@ def write_bytes(path: Path, data: bytes) -> None:
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f"{path}: could not be written ({error.strerror}). Free some space or choose another --out.") from error
+        raise UserError(
+            f"{path}: could not be written ({error.strerror}). Free some space or choose another --out."
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -100,7 +104,10 @@ def fresh_folder(out: Path, *, overwrite: bool = False, resume: bool = False) ->
         raise UserError(f"{out}: expected a folder for the output, got a file. Choose another --out.")
     if out.is_dir() and any(out.iterdir()) and not resume:
         if not overwrite:
-            raise UserError(f"{out}: expected an empty or new folder. Use --resume to continue, --overwrite to start over, or another --out.")
+            raise UserError(
+                f"{out}: expected an empty or new folder. "
+                "Use --resume to continue, --overwrite to start over, or another --out."
+            )
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     return out

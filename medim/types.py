@@ -2,7 +2,8 @@
 
 Shapes are said here once. Spatial axes come last; `...` stands for (D, H, W) or (H, W).
 
-* 3D: axes run to the patient's Right, Anterior, Superior (RAS+), so `array[c, i + 1]` lies to the right of `array[c, i]`.
+* 3D: axes run to the patient's Right, Anterior, Superior (RAS+), so `array[c, i + 1]` lies to the right of `array[c,
+i]`.
 * 2D: axes run down the rows and along the columns, as the picture is shown.
 """
 
@@ -91,7 +92,8 @@ class Features:
     """What an encoder makes of a batch of N images.
 
     Attributes:
-        maps: local features, fine to coarse, each (N, channels[i], ...), the grid of map i being the image's over strides[i].
+        maps: local features, fine to coarse, each (N, channels[i], ...), the grid of map i being the image's over
+            strides[i].
         summary: (N, summary_channels), the global feature.
     """
 

@@ -1,0 +1,61 @@
+"""What `--data` means: files, an index, a store, or nothing (the built-in cohort)."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from medim.data.index import Index, build_index
+from medim.files import fresh_folder
+from medim.types import Modality, UserError
+
+log = logging.getLogger(__name__)
+
+
+def open_source(
+    data: Path | None, modality: Modality, *, labels: Path | None = None, subjects: Path | None = None
+) -> tuple[Index, Path | None]:
+    """Index what the user has.
+
+    Args:
+        data: images in any form that a reader takes, a folder written by `medim index` or `medim preprocess`, or None.
+        modality: which images count.
+        labels: CSV that joins labels.
+        subjects: CSV that joins subjects.
+
+    Returns:
+        The index, and the folder of the store where `data` is one.
+
+    Raises:
+        UserError: nothing usable there; or no `data` and no built-in cohort for the modality.
+    """
+    if data is None:
+        data = _built_in(modality)
+    if (data / "index.parquet").is_file() or (data / "index.csv").is_file():
+        index = Index.read(data)
+        if index.modality != modality:
+            raise UserError(
+                f"{data}: expected an index of {modality} images, got {index.modality}. "
+                f"Give --modality {index.modality}."
+            )
+        return index, data if (data / "store.json").is_file() else None
+    return build_index(data, modality, labels=labels, subjects=subjects), None
+
+
+def _built_in(modality: Modality) -> Path:
+    if modality != "mri":
+        raise UserError(
+            "--data: X-rays have no built-in cohort. Give a folder of DICOM or PNG files, or a MedMNIST file "
+            "such as pneumoniamnist.npz "
+            "(`medim fetch pneumoniamnist` will bring it; until that command is there, download it from medmnist.com)."
+        )
+    from medim.data.example import make_example
+    from medim.data.store import default_folder
+
+    folder = default_folder().parent / "example"
+    if not (folder / "nifti" / "dataset.json").is_file():
+        log.info("no --data: making the built-in cohort in the cache (simulated subjects from the MNI152 template)")
+        make_example(fresh_folder(folder, overwrite=True))
+    else:
+        log.info("no --data: using the built-in cohort (simulated subjects from the MNI152 template)")
+    return folder / "nifti"

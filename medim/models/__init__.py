@@ -1,0 +1,1 @@
+"""Networks: encoders, decoders, critics, heads, and the files they are kept in."""

@@ -1,0 +1,58 @@
+"""The contracting half of a U-Net, made of MONAI's DynUNet blocks; its maps feed `UNetDecoder`."""
+
+from __future__ import annotations
+
+import torch
+from monai.networks.blocks.dynunet_block import UnetBasicBlock
+from torch import nn
+
+from medim.models.layers import Norm, norm_spec, pool, receptive_field
+from medim.types import Features
+
+
+class UNetEncoder(nn.Module):
+    """Two 3-wide convolutions a level, the first of each deeper level with stride 2.
+
+    Block: Isensee et al. 2021 (nnU-Net), as in `monai.networks.blocks.dynunet_block`. The summary is a linear layer
+        on the
+    mean and maximum of the coarsest map, so any input size that the strides divide is taken.
+
+    Args:
+        in_channels: channels of the image.
+        spatial_dims: 2 or 3.
+        channels: channels of each level, fine to coarse; the strides are 1, 2, 4, ...
+        norm: batch (bn), instance (in) or group (gn) normalisation.
+        summary_channels: length of the summary.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        spatial_dims: int,
+        *,
+        channels: tuple[int, ...] = (16, 32, 64, 128),
+        norm: Norm = "in",
+        summary_channels: int = 64,
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.strides = tuple(2**i for i in range(len(channels)))
+        self.summary_channels = summary_channels
+        widths = (in_channels, *channels)
+        self.levels = nn.ModuleList(
+            UnetBasicBlock(spatial_dims, widths[i], widths[i + 1], 3, 1 if i == 0 else 2, norm_spec(norm))
+            for i in range(len(channels))
+        )
+        self.to_summary = nn.Linear(2 * channels[-1], summary_channels)
+
+    def forward(self, image: torch.Tensor) -> Features:
+        """Encode (N, in_channels, ...) images whose sides the last stride divides; see `Encoder`."""
+        maps = []
+        for level in self.levels:
+            image = level(image)
+            maps.append(image)
+        return Features(tuple(maps), self.to_summary(pool(maps[-1])))
+
+    def receptive_field(self, level: int) -> int:
+        """Side of what a cell of map `level` sees, in voxels (5, 11, 23, 47 for four levels)."""
+        return receptive_field([(3, 1), (3, 1), *[(3, 2), (3, 1)] * level])

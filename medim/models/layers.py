@@ -1,0 +1,50 @@
+"""Layers that exist in 2D and 3D, from MONAI's factories, and what every encoder needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from monai.networks.layers.factories import Conv
+from monai.networks.layers.utils import get_norm_layer
+from torch import nn
+
+Norm = Literal["bn", "in", "gn"]
+
+
+def norm_spec(norm: Norm) -> tuple[str, dict[str, object]]:
+    """MONAI's name and options of a normalisation: batch, instance (affine) or group (4 groups)."""
+    names: dict[Norm, tuple[str, dict[str, object]]] = {
+        "bn": ("batch", {}),
+        "in": ("instance", {"affine": True}),
+        "gn": ("group", {"num_groups": 4}),
+    }
+    return names[norm]
+
+
+def conv(
+    spatial_dims: int, in_channels: int, out_channels: int, kernel_size: int, stride: int, norm: Norm
+) -> nn.Sequential:
+    """Convolution without bias, normalisation, ReLU."""
+    layer = Conv[Conv.CONV, spatial_dims]
+    return nn.Sequential(
+        layer(in_channels, out_channels, kernel_size, stride, padding=(kernel_size - 1) // 2, bias=False),
+        get_norm_layer(norm_spec(norm), spatial_dims, out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+def pool(map_: torch.Tensor) -> torch.Tensor:
+    """Mean and maximum over the grid of a map: (N, C, ...) to (N, 2 C); exportable to ONNX at any size."""
+    axes = tuple(range(2, map_.ndim))
+    return torch.cat([map_.mean(axes), map_.amax(axes)], dim=1)
+
+
+def receptive_field(kernels_and_strides: Sequence[tuple[int, int]]) -> int:
+    """Side of what one output cell of a chain of convolutions sees, in input voxels."""
+    side, jump = 1, 1
+    for kernel, stride in kernels_and_strides:
+        side += (kernel - 1) * jump
+        jump *= stride
+    return side

@@ -1,0 +1,87 @@
+"""Encoder, decoder and head put together for a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from medim.config import Section, build
+from medim.models.decoders import DECODERS
+from medim.models.encoders import ENCODERS
+from medim.models.heads import HEADS
+from medim.types import Array, Features
+
+
+class Model(nn.Module):
+    """image -> encoder -> decoder? -> head -> logits."""
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module | None, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.head = head
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Logits of (N, in_channels, ...) images; see the head for their shape."""
+        features = self.encoder(image)
+        return self.head(features if self.decoder is None else self.decoder(features))
+
+
+def as_run(module: nn.Module) -> Callable[[Array], Array]:
+    """A module as a function of numpy arrays (N, C, ...), on the module's own device and without gradients.
+
+    An encoder's answer is its summary.
+    """
+    device = next(module.parameters()).device
+
+    def run(image: Array) -> Array:
+        with torch.inference_mode():
+            answer = module(torch.from_numpy(np.ascontiguousarray(image, np.float32)).to(device))
+        found = answer.summary if isinstance(answer, Features) else answer
+        return np.asarray(found.float().cpu().numpy())
+
+    return run
+
+
+def build_encoder(spec: dict[str, Any]) -> nn.Module:
+    """Make an encoder with fresh weights.
+
+    Args:
+        spec: `encoder` (section of ENCODERS), `in_channels`, `spatial_dims`, `input_shape`.
+    """
+    return build(
+        ENCODERS,
+        spec["encoder"],
+        in_channels=spec["in_channels"],
+        spatial_dims=spec["spatial_dims"],
+        input_shape=tuple(spec["input_shape"]),
+    )
+
+
+def build_decoder(section: Section, encoder: Any, spatial_dims: int) -> nn.Module:
+    """Make a decoder with fresh weights for an encoder's maps."""
+    return build(DECODERS, section, channels=encoder.channels, strides=encoder.strides, spatial_dims=spatial_dims)
+
+
+def build_model(spec: dict[str, Any]) -> Model:
+    """Make encoder, decoder and head with fresh weights.
+
+    Args:
+        spec: what `build_encoder` needs, and `decoder` (section or None), `head` (section), `out_channels`.
+    """
+    encoder: Any = build_encoder(spec)
+    decoder: Any = build_decoder(spec["decoder"], encoder, spec["spatial_dims"]) if spec["decoder"] else None
+    channels = (decoder.out_channels,) if decoder else encoder.channels
+    head = build(
+        HEADS,
+        spec["head"],
+        channels=channels,
+        summary_channels=encoder.summary_channels,
+        spatial_dims=spec["spatial_dims"],
+        out_channels=spec["out_channels"],
+    )
+    return Model(encoder, decoder, head)

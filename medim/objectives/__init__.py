@@ -1,0 +1,24 @@
+"""Objectives: views in, named losses out.
+
+To add one, write a module beside this file whose class meets `Objective`, and add a line to `OBJECTIVES`
+(`docs/how-to/add-objective.md`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from medim.objectives.coordinates import Coordinates
+from medim.objectives.infomax import LocalDIM
+from medim.objectives.objective import Encode, Objective, Term
+from medim.objectives.prior_matching import PriorMatching
+
+__all__ = ["OBJECTIVES", "Encode", "Objective", "Term"]
+
+OBJECTIVES: dict[str, Callable[..., nn.Module]] = {
+    "local_dim": LocalDIM,
+    "coordinates": Coordinates,
+    "prior_matching": PriorMatching,
+}

@@ -1,0 +1,59 @@
+"""What an objective is given, and what it gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from medim.types import Features, Views
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One loss of an objective.
+
+    Attributes:
+        loss: scalar, to be minimised.
+        chance: the loss of an uninformed critic or head; None where that means nothing.
+        diagnostics: scalars worth watching beside the loss.
+    """
+
+    loss: torch.Tensor
+    chance: float | None = None
+    diagnostics: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Encode(Protocol):
+    """The encoder, as objectives see it.
+
+    Attributes:
+        clean: features of the batch's views, computed once and shared: B * V images, the views of an image side by
+            side.
+        generator: where an objective takes its randomness from; seeded by run and step, so that a step can be replayed.
+    """
+
+    clean: Features
+    generator: torch.Generator
+
+    def __call__(self, image: torch.Tensor) -> Features:
+        """Encode another (corrupted) batch of images (N, C, ...)."""
+        ...
+
+    def decode(self, features: Features) -> torch.Tensor:
+        """Decode features to (N, out_channels, ...) on the image's grid; the run's config must name a decoder."""
+        ...
+
+
+class Objective(Protocol):
+    """One flat `nn.Module` a method; it owns its critics and heads.
+
+    A constructor takes what it needs of `channels`, `summary_channels`, `spatial_dims`, `grids` (the grid of each
+    map), `input_shape`, `receptive_fields`; the rest are its own keyword options. An adversarial objective also has
+    `adversary_parameters()` and `adversary_loss(encode, views)`: they are stepped first.
+    """
+
+    def __call__(self, encode: Encode, views: Views) -> dict[str, Term]:
+        """Turn views into losses, each under its own name."""
+        ...

@@ -1,0 +1,78 @@
+"""Hide a part of the image from the summary, so that it must speak of what it cannot see.
+
+Hjelm et al. 2019, section 4.3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from medim.types import UsageError
+
+
+def check_block(shape: tuple[int, ...], block: int) -> None:
+    """Refuse a block for which a view cannot hold one visible and one hidden block.
+
+    Raises:
+        UsageError: no axis is two blocks long, or one is shorter than a block.
+    """
+    if block < 1 or max(shape) < 2 * block or min(shape) < block:
+        raise UsageError(
+            f"occlusion: a view of shape {shape} cannot hold a visible and a hidden block of side {block}. "
+            f"Expected every side to be at least {block} and one at least {2 * block}: "
+            "use larger views or a smaller occlusion block."
+        )
+
+
+def draw_hidden(count: int, shape: tuple[int, ...], block: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw what to hide: a box in half of the images, everything but a box in the other half.
+
+    In every image at least one cube of side `block` stays visible and at least one is wholly hidden (the paper's two
+    constraints, with the block as large as what one local feature sees).
+
+    Args:
+        count: number of images.
+        shape: spatial shape of the images, in voxels.
+        block: side of the block, in voxels.
+        generator: source of randomness, on the CPU.
+
+    Returns:
+        (count, 1, ...) bool, True where hidden.
+    """
+    check_block(shape, block)
+    hidden = torch.zeros(count, 1, *shape, dtype=torch.bool)
+    splittable = [axis for axis, side in enumerate(shape) if side >= 2 * block]
+    for n in range(count):
+        open_axis = splittable[_randint(0, len(splittable) - 1, generator)]
+        box: Any = [_interval(side, block, axis == open_axis, generator) for axis, side in enumerate(shape)]
+        hidden[(n, 0, *box)] = True
+        if _randint(0, 1, generator):
+            hidden[n] = ~hidden[n]
+    return hidden
+
+
+def occlude(image: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Fill what is hidden with the image's mean.
+
+    Args:
+        image: (N, C, ...).
+        hidden: (N, 1, ...) bool.
+    """
+    mean = image.mean(dim=tuple(range(2, image.ndim)), keepdim=True)
+    return torch.where(hidden.to(image.device), mean, image)
+
+
+def _interval(side: int, block: int, leave_block: bool, generator: torch.Generator) -> slice:
+    """A run of at least `block` voxels; with `leave_block`, at least `block` voxels stay free on one of its ends."""
+    length = _randint(block, side - block if leave_block else side, generator)
+    start = _randint(0, side - length - (block if leave_block else 0), generator)
+    if leave_block and _randint(0, 1, generator):
+        start = side - length - start
+    return slice(start, start + length)
+
+
+def _randint(low: int, high: int, generator: torch.Generator) -> int:
+    """An integer in [low, high]."""
+    return int(torch.randint(low, high + 1, (), generator=generator))

@@ -1,0 +1,72 @@
+"""Shape the summary's distribution by an adversary (eq. 7 of Hjelm et al. 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.functional import softplus
+
+from medim.objectives.objective import Encode, Term
+from medim.types import Views
+
+
+class PriorMatching(nn.Module):
+    """A discriminator learns to tell summaries from samples of a prior; the encoder learns to fool it.
+
+    The discriminator has its own step, with the encoder detached and a gradient penalty a sample (Mescheder et al.
+    2018); the encoder minimises the non-saturating softplus(-D). With the uniform prior D sees sigmoid(summary), and
+    nothing else does.
+
+    Args:
+        summary_channels: length of the summary.
+        prior: uniform on [0, 1] (the paper's best) or standard normal.
+        hidden: widths of the discriminator's hidden layers.
+        gradient_penalty: weight of the squared gradient norm of D.
+    """
+
+    def __init__(
+        self,
+        summary_channels: int,
+        *,
+        prior: Literal["uniform", "gaussian"] = "uniform",
+        hidden: tuple[int, ...] = (1000, 200),
+        gradient_penalty: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self._prior = prior
+        self._penalty = gradient_penalty
+        widths = (summary_channels, *hidden)
+        layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
+        self.discriminator = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
+
+    def forward(self, encode: Encode, views: Views) -> dict[str, Term]:
+        """Term `prior_matching`: softplus(-D(z)), with D's parameters held fixed."""
+        for parameter in self.discriminator.parameters():
+            parameter.requires_grad_(False)
+        loss = softplus(-self.discriminator(self._squash(encode.clean.summary))).mean()
+        for parameter in self.discriminator.parameters():
+            parameter.requires_grad_(True)
+        return {"prior_matching": Term(loss)}
+
+    def adversary_parameters(self) -> Iterator[nn.Parameter]:
+        """What the adversary's own optimiser steps."""
+        return self.discriminator.parameters()
+
+    def adversary_loss(self, encode: Encode, views: Views) -> torch.Tensor:
+        """softplus(-D(prior)) + softplus(D(z)) + penalty; no gradient reaches the encoder."""
+        fake = self._squash(encode.clean.summary.detach()).requires_grad_()
+        draw = torch.rand if self._prior == "uniform" else torch.randn
+        real = draw(fake.shape, generator=encode.generator).to(fake).requires_grad_()
+        with torch.autocast(fake.device.type, enabled=False):
+            on_real, on_fake = self.discriminator(real), self.discriminator(fake)
+            loss = softplus(-on_real).mean() + softplus(on_fake).mean()
+            gradients = torch.autograd.grad(on_real.sum() + on_fake.sum(), (real, fake), create_graph=True)
+            norm = torch.stack([g.square().sum(dim=1).mean() for g in gradients]).mean()
+        return loss + self._penalty * norm
+
+    def _squash(self, summary: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(summary.float()) if self._prior == "uniform" else summary.float()

@@ -1,0 +1,1 @@
+"""Training: one pretraining module, one fine-tuning module, and what both need."""

@@ -1,0 +1,259 @@
+"""Fine-tune an encoder on few labels, or train its from-scratch twin by the very same schedule."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from medim.config import FinetuneConfig, Section, check, dump, override, presets, read
+from medim.data.datasets import LabelledDataset
+from medim.data.index import Index, Record
+from medim.data.splits import budget
+from medim.evaluation.evaluate import validate
+from medim.files import fresh_folder, read_json, write_csv, write_json, write_text
+from medim.models.model import Model, as_run, build_model
+from medim.models.saved import SCHEMA_VERSION, find, load_weights, save
+from medim.training.cohort import Cohort, open_cohort
+from medim.training.loaders import StepSampler, step_loader
+from medim.training.optim import optimiser
+from medim.training.tracking import log_results, track
+from medim.training.trainer import make_trainer, newest_checkpoint, peak_memory, versions
+from medim.types import Modality, UserError
+
+log = logging.getLogger(__name__)
+KINDS = {"segmentation": "segmenter", "classification": "classifier"}
+
+
+class FinetuneModule(pl.LightningModule):
+    """Steps a model on labelled images; the encoder at its own rate.
+
+    Args:
+        model: encoder, decoder and head.
+        config: the schedule.
+    """
+
+    def __init__(self, model: Model, config: FinetuneConfig) -> None:
+        super().__init__()
+        self.model = model
+        self._config = config
+        self.losses: list[tuple[int, str, float, None, None]] = []
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, the encoder's rate scaled by `encoder_lr_scale`."""
+        config, model = self._config, self.model
+        rest = torch.nn.ModuleList([m for m in (model.decoder, model.head) if m is not None])
+        schedule = {"lr": config.lr, "weight_decay": config.weight_decay}
+        main, decay = optimiser(
+            [(model.encoder, config.encoder_lr_scale), (rest, 1.0)],
+            **schedule,
+            warmup_steps=config.warmup_steps,
+            max_steps=config.max_steps,
+        )
+        return [main], [{"scheduler": decay, "interval": "step"}]
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], step: int) -> torch.Tensor:
+        """The head's loss on a batch of images (N, C, ...) and targets (N,) or (N, ...)."""
+        image, target = batch
+        head: Any = self.model.head
+        loss: torch.Tensor = head.loss(self.model(image), target)
+        self.losses.append((self.global_step + 1, "loss", float(loss.detach()), None, None))
+        return loss
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the losses with the weights."""
+        checkpoint["losses"] = self.losses
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the losses."""
+        self.losses = [tuple(row) for row in checkpoint["losses"]]
+
+
+def resolve_config(
+    task: str, modality: Modality | None, encoder: Path | None, name: str | None, assignments: Sequence[str] = ()
+) -> FinetuneConfig:
+    """The fine-tuning configuration that fits an encoder.
+
+    Without `name`, the preset is the pretraining preset's twin, or else the modality's. The encoder decides
+    architecture, input shape and preprocessing.
+
+    Args:
+        task: segmentation or classification.
+        modality: needed where there is no encoder.
+        encoder: a run or package, or None.
+        name: preset or file.
+        assignments: `key=value` overrides.
+
+    Raises:
+        UserError: the encoder is of another modality.
+        UsageError: see `medim.config.load`.
+    """
+    spec: Section = find(encoder)[1] if encoder else {}
+    if spec and modality and spec["modality"] != modality:
+        raise UserError(
+            f"--modality {modality}: the encoder {encoder} was pretrained on {spec['modality']}. "
+            "Leave --modality out, or choose another encoder."
+        )
+    known = presets("finetune")
+    twin = f"{spec.get('preset', '')}-{task}"
+    chosen = name or (twin if twin in known else f"{spec.get('modality', modality)}-{task}")
+    chosen = f"{chosen}-{task}" if f"{chosen}-{task}" in known else chosen
+    content = read("finetune", chosen)
+    if content.get("task", task) != task:
+        raise UserError(f"--config {chosen}: it is for {content['task']}, and --task says {task}.")
+    if spec:
+        given = {"modality": spec["modality"], "encoder": spec["encoder"], "preprocessing": spec["preprocessing"]}
+        views = {"shape": spec["input_shape"], **content.get("views", {})}
+        content = {**content, **given, "views": views}
+    config = check("finetune", override(content, assignments), where=chosen)
+    assert isinstance(config, FinetuneConfig)
+    return config
+
+
+def finetune(
+    config: FinetuneConfig,
+    index: Index,
+    out: Path,
+    *,
+    encoder: Path | None = None,
+    from_scratch: bool = False,
+    labelled: int | None = None,
+    label_fraction: float | None = None,
+    seed: int = 0,
+    split_seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+    accelerator: str = "auto",
+    store: Path | None = None,
+) -> dict[str, Any]:
+    """Fine-tune within a label budget and measure on the validation split.
+
+    The schedule is fixed, so that nothing is chosen on any split.
+
+    Args:
+        config: what to run.
+        index: the images, some of them labelled.
+        out: the run's folder.
+        encoder: a pretraining run or package whose weights (and decoder, where it has one) to start from; None starts
+            fresh.
+        from_scratch: take the encoder's architecture and preprocessing, not its weights.
+        labelled: budget in images.
+        label_fraction: budget as a share of the labelled training images.
+        seed: of fresh weights, budget, batches and augmentation.
+        split_seed: of the split by subject.
+        resume: continue from the newest checkpoint in `out`.
+        overwrite: empty `out` first.
+        accelerator: Lightning's name of the device kind.
+        store: folder of preprocessed images; None is the user's cache.
+
+    Returns:
+        The content of `summary.json`.
+
+    Raises:
+        UserError: no labels for the task, weights that do not fit, a non-empty `out`.
+    """
+    fresh_folder(out, resume=resume, overwrite=overwrite)
+    usable = [r for r in index.records if (r.mask if config.task == "segmentation" else r.label) is not None]
+    if not usable:
+        want = (
+            "a mask (an MSD folder, or --labels CSV with columns image,mask)"
+            if config.task == "segmentation"
+            else "a label (--labels CSV)"
+        )
+        raise UserError(f"--task {config.task}: expected images with {want}, got {len(index.records)} images without.")
+    cohort = open_cohort(index, usable, config.preprocessing, split_seed=split_seed, store=store)
+    train = budget(cohort.records("train"), labelled=labelled, fraction=label_fraction, seed=seed)
+    write_text(out / "config.yaml", dump(config))
+    pl.seed_everything(seed, workers=False, verbose=False)
+    spec = _spec(config, cohort, seed, split_seed)
+    model = build_model(spec)
+    if encoder and not from_scratch:
+        spec["provenance"]["parent"] = _load_pretrained(model, encoder)
+    module = FinetuneModule(model, config)
+    checkpoint, start = newest_checkpoint(out / "checkpoints") if resume else (None, 0)
+    with track("finetune", config, seed=seed, index_hash=index.hash) as logger:
+        trainer = make_trainer(config, out, logger=False, callbacks=[], accelerator=accelerator, validate=False)
+        trainer.fit(
+            module, _loader(config, cohort, train, spec["classes"], seed=seed, start=start), ckpt_path=checkpoint
+        )
+        model.eval()
+        save(out / "model", "model", model, spec)
+        write_csv(out / "history.csv", ("step", "name", "loss", "chance", "held_out"), module.losses)
+        seen = (
+            read_json(encoder / "seen_subjects.json")["pretrain"]
+            if encoder and (encoder / "seen_subjects.json").is_file()
+            else []
+        )
+        write_json(
+            out / "seen_subjects.json",
+            {"schema_version": 1, "pretrain": seen, "finetune": sorted({r.subject for r in train})},
+        )
+        log.info("measuring on %d validation images", len(cohort.records("val")))
+        summary = {
+            "schema_version": SCHEMA_VERSION,
+            "command": "finetune",
+            "task": config.task,
+            "init": "pretrained" if spec["provenance"]["parent"] else "scratch",
+            "labelled": len(train),
+            "unlabelled_left_out": len(index.records) - len(usable),
+            "steps": trainer.global_step,
+            "resumed_from_steps": [start] if start else [],
+            "loss": {"first": module.losses[0][2], "last": module.losses[-1][2]},
+            "val": validate(as_run(model), index, cohort.records("val"), spec),
+            "peak_memory_bytes": peak_memory(),
+            "device": str(trainer.strategy.root_device),
+            "config_hash": config.hash,
+            "index_hash": index.hash,
+            "versions": versions(),
+        }
+        write_json(out / "summary.json", summary)
+        log_results(logger, summary, [out / "config.yaml", out / "summary.json", out / "history.csv"])
+    return summary
+
+
+def _load_pretrained(model: Model, encoder: Path) -> str:
+    """Load an encoder's weights, and its decoder's where both sides have one; returns the encoder's sha256."""
+    weights, spec = find(encoder)
+    if spec["kind"] != "encoder":
+        load_weights(model.encoder, weights, prefix="encoder.")
+        return str(spec["sha256"])
+    load_weights(model.encoder, weights)
+    decoder = weights.with_name("decoder.safetensors")
+    if model.decoder is not None and decoder.is_file():
+        load_weights(model.decoder, decoder)
+    return str(spec["sha256"])
+
+
+def _loader(
+    config: FinetuneConfig, cohort: Cohort, records: Sequence[Record], classes: Sequence[str], *, seed: int, start: int
+) -> Any:
+    dataset = LabelledDataset(
+        cohort.store,
+        cohort.store_keys(records),
+        targets=None if config.task == "segmentation" else [classes.index(str(r.label)) for r in records],
+        shape=config.views.shape,
+        augmentations=config.views.augmentations,
+    )
+    images = [r.image for r in records]  # every labelled image counts, also two of one subject
+    return step_loader(
+        dataset,
+        StepSampler(images, batch_size=config.batch_size, steps=config.max_steps, seed=seed, start=start),
+        workers=config.workers,
+    )
+
+
+def _spec(config: FinetuneConfig, cohort: Cohort, seed: int, split_seed: int) -> dict[str, Any]:
+    classes = list(cohort.index.classes)
+    return {
+        "kind": KINDS[config.task],
+        **cohort.spec(config, seed=seed, split_seed=split_seed),
+        "decoder": config.decoder,
+        "head": config.head,
+        "out_channels": len(classes) + (config.task == "segmentation"),
+        "inference": config.inference,
+        "classes": classes,
+    }

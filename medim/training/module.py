@@ -1,0 +1,120 @@
+"""The one pretraining module. It does not change when a method is added: objectives hold the methods."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torch.optim import Adam
+
+from medim.objectives import Term
+from medim.training.encode import StepEncode
+from medim.training.loaders import seed_of
+from medim.training.optim import optimiser
+from medim.types import Views
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+class PretrainModule(pl.LightningModule):
+    """Steps an encoder (and decoder) on a weighted list of objectives.
+
+    A step: the adversaries first (own optimiser, encoder detached), then encoder, critics and heads on the weighted
+    sum of all terms.
+
+    Args:
+        encoder: the encoder.
+        decoder: shared by the objectives that decode, or None.
+        objectives: name to (objective, weight).
+        lr: peak learning rate of encoder, critics and heads.
+        adversary_lr: Adam's rate for adversaries, with the betas of the DIM authors' code (0.5, 0.999).
+        weight_decay: AdamW's.
+        warmup_steps: of the schedule.
+        max_steps: of the schedule.
+        gradient_clip: largest gradient norm; 0 does not clip.
+        seed: of the run; each step's randomness follows from it.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module | None,
+        objectives: dict[str, tuple[nn.Module, float]],
+        *,
+        lr: float,
+        weight_decay: float,
+        warmup_steps: int,
+        max_steps: int,
+        gradient_clip: float,
+        seed: int,
+        adversary_lr: float = 1e-4,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.encoder = encoder
+        self.decoder = decoder
+        self.objectives = nn.ModuleDict({name: objective for name, (objective, _) in objectives.items()})
+        self.weights = {name: weight for name, (_, weight) in objectives.items()}
+        self._adversarial: list[Any] = [o for o in self.objectives.values() if hasattr(o, "adversary_parameters")]
+        self._schedule: dict[str, Any] = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "warmup_steps": warmup_steps,
+            "max_steps": max_steps,
+        }
+        self._adversary_lr = adversary_lr
+        self._clip = gradient_clip
+        self._seed = seed
+
+    def configure_optimizers(self) -> Any:
+        """AdamW for all but the adversaries, Adam for those."""
+        adversary = [p for objective in self._adversarial for p in objective.adversary_parameters()]
+        held = {id(p) for p in adversary}
+        trained = nn.ParameterList(p for p in self.parameters() if id(p) not in held)
+        main, schedule = optimiser([(trained, 1.0)], **self._schedule)
+        optimisers = [main] + ([Adam(adversary, lr=self._adversary_lr, betas=(0.5, 0.999))] if adversary else [])
+        return optimisers, [schedule]
+
+    def training_step(self, batch: Batch, step: int) -> dict[str, Term]:
+        """One step; returns the terms for whoever watches."""
+        views, encode = self._views(batch, self.global_step, split=0)
+        optimisers = self.optimizers(use_pl_optimizer=True)
+        main, *adversaries = optimisers if isinstance(optimisers, list) else [optimisers]
+        if adversaries:
+            self._descend(sum(o.adversary_loss(encode, views) for o in self._adversarial), adversaries[0].optimizer)
+        terms = self._terms(encode, views)
+        self._descend(self.total(terms), main)
+        schedule: Any = self.lr_schedulers()
+        schedule.step()
+        return terms
+
+    def validation_step(self, batch: Batch, index: int) -> dict[str, Any]:
+        """The `terms` on held-out images, and their `summary` (N, summary_channels)."""
+        views, encode = self._views(batch, index, split=1)
+        return {"terms": self._terms(encode, views), "summary": encode.clean.summary}
+
+    def total(self, terms: dict[str, Term]) -> torch.Tensor:
+        """The weighted sum of all terms; a term's name starts with its objective's."""
+        return torch.stack([self.weights[name.partition("/")[0]] * term.loss for name, term in terms.items()]).sum()
+
+    def _terms(self, encode: StepEncode, views: Views) -> dict[str, Term]:
+        terms = {}
+        for name, objective in self.objectives.items():
+            found = objective(encode, views)
+            terms.update({name if len(found) == 1 else f"{name}/{term}": value for term, value in found.items()})
+        return terms
+
+    def _descend(self, loss: Any, optimiser: Any) -> None:
+        optimiser.zero_grad()
+        self.manual_backward(loss)
+        if self._clip:
+            held = [p for group in optimiser.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(held, self._clip)
+        optimiser.step()
+
+    def _views(self, batch: Batch, step: int, split: int) -> tuple[Views, StepEncode]:
+        generator = torch.Generator().manual_seed(seed_of(self._seed, step, split, 2))
+        views = Views(*batch)
+        return views, StepEncode(self.encoder, self.decoder, views, generator)

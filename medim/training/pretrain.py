@@ -1,0 +1,242 @@
+"""Pretrain an encoder: index in, `RUN/encoder/` out."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+
+from medim.config import PretrainConfig, build, dump
+from medim.data.datasets import ViewDataset
+from medim.data.index import Index, Record
+from medim.files import fresh_folder, write_json, write_text
+from medim.models.model import build_decoder, build_encoder
+from medim.models.saved import SCHEMA_VERSION, save
+from medim.objectives import OBJECTIVES
+from medim.training.cohort import Cohort, open_cohort
+from medim.training.loaders import StepSampler, step_loader
+from medim.training.module import PretrainModule
+from medim.training.monitor import History, verdict
+from medim.training.tracking import log_results, track
+from medim.training.trainer import make_trainer, newest_checkpoint, peak_memory, versions
+from medim.types import UserError
+
+log = logging.getLogger(__name__)
+HELD_OUT_BATCHES = 8
+
+
+def pretrain(
+    config: PretrainConfig,
+    index: Index,
+    out: Path,
+    *,
+    seed: int = 0,
+    split_seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+    accelerator: str = "auto",
+    store: Path | None = None,
+) -> dict[str, Any]:
+    """Pretrain on the training split of an index and measure on its validation split.
+
+    Args:
+        config: what to run.
+        index: the images; labels are not looked at.
+        out: the run's folder.
+        seed: of weights, batches, crops, augmentation and objectives.
+        split_seed: of the split by subject.
+        resume: continue from the newest checkpoint in `out`.
+        overwrite: empty `out` first.
+        accelerator: Lightning's name of the device kind.
+        store: folder of preprocessed images; None is the user's cache.
+
+    Returns:
+        The content of `summary.json`.
+
+    Raises:
+        UserError: too few subjects, a non-empty `out`, a device that is not there.
+    """
+    fresh_folder(out, resume=resume, overwrite=overwrite)
+    steps = config.preprocessing
+    cohort = open_cohort(index, index.records, steps, split_seed=split_seed, store=store)
+    train, held_out = cohort.records("train"), cohort.records("val")
+    config = _fitting(config, train, held_out)
+    write_text(out / "config.yaml", dump(config))
+    pl.seed_everything(seed, workers=False, verbose=False)
+    spec = {"kind": "encoder", **cohort.spec(config, seed=seed, split_seed=split_seed), "decoder": config.decoder}
+    encoder: Any = build_encoder(spec)
+    decoder = build_decoder(config.decoder, encoder, config.spatial_dims) if config.decoder else None
+    module = PretrainModule(
+        encoder,
+        decoder,
+        build_objectives(config, encoder, int(spec["in_channels"])),
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        warmup_steps=config.warmup_steps,
+        max_steps=config.max_steps,
+        gradient_clip=config.gradient_clip,
+        seed=seed,
+    )
+    history = History()
+    checkpoint, start = newest_checkpoint(out / "checkpoints") if resume else (None, 0)
+    with track("pretrain", config, seed=seed, index_hash=index.hash) as logger:
+        trainer = make_trainer(config, out, logger=logger, callbacks=[history], accelerator=accelerator)
+        loader = _loader(config, cohort, train, seed=seed, start=start)
+        held_out_loader = _held_out_loader(config, cohort, held_out, seed=seed)
+        trainer.fit(module, loader, held_out_loader, ckpt_path=checkpoint)
+        if history.held_out_step != trainer.global_step:
+            trainer.validate(module, held_out_loader, verbose=False)
+        _write_encoder(out, module, spec)
+        history.write(out / "history.csv")
+        write_json(
+            out / "seen_subjects.json",
+            {"schema_version": 1, "pretrain": sorted({r.subject for r in train}), "finetune": []},
+        )
+        summary = _summary(config, index, history, module, trainer, start)
+        write_json(out / "summary.json", summary)
+        log_results(logger, summary, [out / "config.yaml", out / "summary.json", out / "history.csv"])
+    return summary
+
+
+def build_objectives(config: PretrainConfig, encoder: Any, in_channels: int) -> dict[str, tuple[nn.Module, float]]:
+    """Make the configured objectives for an encoder, each with its weight, under its name (a second `x` is `x_2`).
+
+    Raises:
+        UsageError: a section does not fit its constructor.
+    """
+    shape = config.views.shape
+    encoder.eval()
+    with torch.no_grad():
+        maps = encoder(torch.zeros(1, in_channels, *shape)).maps
+    encoder.train()
+    objectives: dict[str, tuple[nn.Module, float]] = {}
+    for section in config.objectives:
+        options = dict(section)
+        weight = float(options.pop("weight", 1.0))
+        objective = build(
+            OBJECTIVES,
+            options,
+            channels=encoder.channels,
+            summary_channels=encoder.summary_channels,
+            spatial_dims=config.spatial_dims,
+            grids=tuple(tuple(m.shape[2:]) for m in maps),
+            input_shape=shape,
+            receptive_fields=tuple(encoder.receptive_field(level) for level in range(len(maps))),
+        )
+        name, again = str(options["name"]), sum(key.partition("_2")[0] == options["name"] for key in objectives)
+        objectives[f"{name}_{again + 1}" if again else name] = (objective, weight)
+    return objectives
+
+
+def _fitting(config: PretrainConfig, train: tuple[Record, ...], held_out: tuple[Record, ...]) -> PretrainConfig:
+    subjects = len({r.subject for r in train})
+    if subjects < 4 or len({r.subject for r in held_out}) < 2:
+        raise UserError(
+            f"pretraining: expected at least 4 subjects to train on and 2 to hold out, got {subjects} and "
+            f"{len({r.subject for r in held_out})}. Add images, or check the subject column of the index."
+        )
+    if subjects < config.batch_size:
+        log.warning(
+            "batch_size %d is more than the %d training subjects; using %d", config.batch_size, subjects, subjects
+        )
+        return config.model_copy(update={"batch_size": subjects})
+    return config
+
+
+def _dataset(config: PretrainConfig, cohort: Cohort, records: tuple[Record, ...]) -> ViewDataset:
+    views = config.views
+    return ViewDataset(
+        cohort.store,
+        cohort.store_keys(records),
+        shape=views.shape,
+        count=views.count,
+        same_place=views.same_place,
+        augmentations=views.augmentations,
+    )
+
+
+def _loader(config: PretrainConfig, cohort: Cohort, records: tuple[Record, ...], *, seed: int, start: int) -> Any:
+    subjects = [r.subject for r in records]
+    sampler = StepSampler(subjects, batch_size=config.batch_size, steps=config.max_steps, seed=seed, start=start)
+    return step_loader(_dataset(config, cohort, records), sampler, workers=config.workers)
+
+
+def _held_out_loader(config: PretrainConfig, cohort: Cohort, records: tuple[Record, ...], *, seed: int) -> Any:
+    subjects = [r.subject for r in records]
+    size = min(config.batch_size, len(set(subjects)))
+    sampler = StepSampler(subjects, batch_size=size, steps=HELD_OUT_BATCHES, seed=seed + 1)
+    return step_loader(_dataset(config, cohort, records), sampler, workers=0)
+
+
+def _write_encoder(out: Path, module: PretrainModule, spec: dict[str, Any]) -> None:
+    encoder: Any = module.encoder
+    shapes = {"channels": encoder.channels, "strides": encoder.strides, "summary_channels": encoder.summary_channels}
+    folder = out / "encoder"
+    save(
+        folder,
+        "encoder",
+        encoder,
+        {**spec, **{key: list(v) if isinstance(v, tuple) else v for key, v in shapes.items()}},
+    )
+    if module.decoder is not None:
+        save(folder, "decoder", module.decoder, {"kind": "decoder", "decoder": spec["decoder"]})
+    for name, objective in module.objectives.items():
+        if hasattr(objective, "critic"):
+            save(folder, "critic", objective, {"kind": "critic", "objective": name})
+            break
+    write_text(folder / "card.md", _card(spec))
+
+
+def _card(spec: dict[str, Any]) -> str:
+    made = spec["provenance"]
+    return (
+        f"# Encoder {spec['preset']}-{made['config_hash']}\n\n"
+        f"Pretrained by medim {made['medim']} on unlabelled {spec['modality']} images "
+        f"(index {made['index_hash'][:12]}, seed {made['seed']}).\n"
+        f"Input: {spec['spatial_dims']}D, {spec['in_channels']} channel(s), views of {spec['input_shape']} voxels "
+        "after the steps in `encoder.json`.\n\n"
+        "Research use only; not for diagnosis. Data sources, population, consent: not reported.\n"
+    )
+
+
+def _summary(
+    config: PretrainConfig, index: Index, history: History, module: PretrainModule, trainer: pl.Trainer, start: int
+) -> dict[str, Any]:
+    losses = {
+        name: {
+            "first": _finite(history.curve(name)[0]),
+            "last": _finite(history.curve(name)[-1]),
+            "held_out": _finite(history.held_out[name][0]),
+        }
+        for name in history.held_out
+    }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "command": "pretrain",
+        "objectives": module.weights,
+        "steps": trainer.global_step,
+        "resumed_from_steps": history.resumed_from_steps + ([start] if start else []),
+        "input_shape": list(config.views.shape),
+        "loss": losses,
+        "chance": history.chance(),
+        "verdict": verdict(history),
+        "rankme": _finite(history.rankme),
+        "feature_std": _finite(history.feature_std),
+        "probe": None,
+        "seconds_per_step": history.seconds_per_step,
+        "data_wait_fraction": history.data_wait_fraction,
+        "peak_memory_bytes": peak_memory(),
+        "device": str(trainer.strategy.root_device),
+        "config_hash": config.hash,
+        "index_hash": index.hash,
+        "versions": versions(),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

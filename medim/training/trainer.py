@@ -1,0 +1,153 @@
+"""Lightning's trainer as medim uses it: whole checkpoints, quiet logs, progress for terminals and for log files."""
+
+from __future__ import annotations
+
+import io
+import logging
+import resource
+import sys
+import time
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from medim.config import RunConfig
+from medim.files import write_bytes
+from medim.types import UserError
+
+log = logging.getLogger(__name__)
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are whole or absent, and hold nothing that runs code when loaded."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write beside, flush, rename."""
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_bytes(Path(path), buffer.getvalue())
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load tensors and plain values only."""
+        checkpoint: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        return checkpoint
+
+
+class LineProgress(Callback):
+    """A log line every few seconds, for output that is not a terminal."""
+
+    def __init__(self, every_seconds: float = 5.0) -> None:
+        self._every = every_seconds
+        self._began = self._last = time.monotonic()
+        self._first = 0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._began, self._first = time.monotonic(), trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        """Say step, rate and time left."""
+        now, step = time.monotonic(), trainer.global_step
+        if now - self._last < self._every and step < trainer.max_steps:
+            return
+        self._last = now
+        rate = (step - self._first) / max(1e-9, now - self._began)
+        log.info(
+            "step %d of %d, %.1f steps/s, %.0f s left", step, trainer.max_steps, rate, (trainer.max_steps - step) / rate
+        )
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
+    """The checkpoint to resume from and its step; (None, 0) where there is none."""
+    found = sorted((int(path.stem.removeprefix("step-")), path) for path in folder.glob("step-*.ckpt"))
+    return (found[-1][1], found[-1][0]) if found else (None, 0)
+
+
+def make_trainer(
+    config: RunConfig,
+    out: Path,
+    *,
+    logger: Logger | bool,
+    callbacks: list[Callback],
+    accelerator: str = "auto",
+    validate: bool = True,
+) -> pl.Trainer:
+    """A trainer for a run that counts steps, not epochs.
+
+    Args:
+        config: steps, precision and checkpoint interval.
+        out: the run's folder.
+        logger: MLflow's, or False.
+        callbacks: the run's own.
+        accelerator: Lightning's name of the device kind.
+        validate: run the validation loop at every checkpoint.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for harmless in ("Using ModelCheckpoint with manual optimization", ".*does not have many workers"):
+        warnings.filterwarnings("ignore", message=harmless)
+    checkpoints = ModelCheckpoint(
+        out / "checkpoints",
+        filename="step-{step}",
+        auto_insert_metric_name=False,
+        every_n_train_steps=config.checkpoint_every_steps,
+        save_top_k=2,
+        monitor="step",
+        mode="max",
+    )
+    progress = RichProgressBar(leave=True) if sys.stderr.isatty() and log.isEnabledFor(logging.INFO) else LineProgress()
+    try:
+        return pl.Trainer(
+            max_steps=config.max_steps,
+            max_epochs=-1,
+            accelerator=accelerator,
+            devices=1,
+            precision=config.precision,
+            callbacks=[*callbacks, checkpoints, progress],
+            logger=logger,
+            plugins=[WholeCheckpoints()],
+            default_root_dir=out,
+            deterministic=True,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+            limit_val_batches=1.0 if validate else 0,
+            val_check_interval=min(config.checkpoint_every_steps, config.max_steps),
+            check_val_every_n_epoch=None,
+            enable_model_summary=False,
+            enable_progress_bar=isinstance(progress, RichProgressBar),
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise UserError(
+            f"--accelerator {accelerator}: this machine cannot run it ({error}). See `medim doctor`."
+        ) from error
+
+
+def peak_memory() -> int:
+    """Bytes: the device's peak where one was used, else the process's."""
+    return (
+        torch.cuda.max_memory_allocated()
+        if torch.cuda.is_available()
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions that the run's result depends on."""
+    from medim import __version__
+
+    return {
+        "medim": __version__,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "lightning": metadata.version("lightning"),
+    }
