@@ -1,0 +1,309 @@
+"""A misspelt key is an error that names the right one, at every level; what passes is what the constructor takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+
+from medim.config import (
+    Command,
+    FinetuneConfig,
+    PretrainConfig,
+    Section,
+    bind,
+    build,
+    check,
+    dump,
+    load,
+    override,
+    presets,
+    read,
+    show,
+)
+from medim.models.critics import CRITICS
+from medim.models.decoders import DECODERS
+from medim.models.encoders import ENCODERS
+from medim.models.heads import HEADS
+from medim.objectives import OBJECTIVES
+from medim.types import UsageError
+
+SHIPPED: list[tuple[Command, str]] = [
+    (command, name) for command in ("pretrain", "finetune") for name in presets(command)
+]
+MINIMAL: Section = {
+    "modality": "mri",
+    "preprocessing": [{"op": "ras"}],
+    "views": {"shape": [8, 8, 8]},
+    "encoder": {"name": "unet"},
+    "objectives": [{"name": "local_dim"}],
+    "max_steps": 10,
+    "batch_size": 4,
+    "lr": 0.001,
+}
+
+
+class Thing:
+    """A table's entry."""
+
+    def __init__(
+        self,
+        channels: tuple[int, ...],
+        spatial_dims: int,
+        *,
+        kind: Literal["a", "b"] = "a",
+        width: int = 8,
+        rate: float = 0.1,
+        sizes: tuple[int, ...] = (1, 2),
+        inner: Section = {"name": "x"},  # noqa: B006
+    ) -> None:
+        self.taken = {**locals()}
+        self.taken.pop("self")
+
+
+class Narrow:
+    """An entry that needs nothing of the run."""
+
+    def __init__(self, *, width: int) -> None:
+        self.width = width
+
+
+TABLE: dict[str, Any] = {"thing": Thing, "narrow": Narrow}
+
+
+def configured(**changes: Any) -> PretrainConfig:
+    config = check("pretrain", {**MINIMAL, **changes}, where="here")
+    assert isinstance(config, PretrainConfig)
+    return config
+
+
+# --- whole files
+
+
+@pytest.mark.parametrize(("command", "name"), SHIPPED)
+def test_a_shipped_preset_loads_and_carries_its_name(command: Command, name: str) -> None:
+    config = load(command, name)
+    assert config.name == name
+    assert config.spatial_dims == (3 if config.modality == "mri" else 2)
+
+
+@pytest.mark.parametrize(("command", "name"), SHIPPED)
+def test_every_section_of_a_shipped_preset_fits_its_constructor(command: Command, name: str) -> None:
+    config = load(command, name)
+    encoder = ("in_channels", "spatial_dims", "input_shape")
+    of_maps = ("channels", "strides", "summary_channels", "spatial_dims", "grids", "input_shape", "receptive_fields")
+    bind(ENCODERS, config.encoder, given=encoder)
+    if isinstance(config, PretrainConfig):
+        for section in config.objectives:
+            options = {key: value for key, value in section.items() if key != "weight"}
+            _, bound = bind(OBJECTIVES, options, given=of_maps)
+            if "critic" in bound:
+                bind(CRITICS, bound["critic"], given=("channels", "summary_channels"))
+    if isinstance(config, FinetuneConfig):
+        bind(HEADS, config.head, given=(*of_maps, "out_channels"))
+        assert (config.decoder is not None) == (config.task == "segmentation")
+        if config.decoder:
+            bind(DECODERS, config.decoder, given=("channels", "strides", "spatial_dims"))
+
+
+@pytest.mark.parametrize(("command", "name"), SHIPPED)
+def test_a_dumped_config_loads_to_the_same_run(command: Command, name: str, tmp_path: Path) -> None:
+    config = load(command, name)
+    (tmp_path / "config.yaml").write_text(dump(config))
+    again = load(command, str(tmp_path / "config.yaml"))
+    assert again == config
+    assert again.hash == config.hash
+
+
+@pytest.mark.parametrize(("command", "name"), SHIPPED)
+def test_a_shown_preset_explains_every_key_and_is_a_config_itself(command: Command, name: str, tmp_path: Path) -> None:
+    text = show(name)
+    for key, field in type(load(command, name)).model_fields.items():
+        assert field.description, key
+        assert f"# {field.description}\n{key}:" in text
+    (tmp_path / "copy.yaml").write_text(text)
+    assert load(command, str(tmp_path / "copy.yaml")) == load(command, name)
+
+
+def test_a_hash_names_the_configuration() -> None:
+    assert configured().hash == configured().hash
+    assert len(configured().hash) == 12
+    assert configured().hash != configured(max_steps=11).hash
+    assert configured().hash != configured(encoder={"name": "unet", "norm": "bn"}).hash
+
+
+def test_an_unknown_preset_lists_the_nearest_and_all() -> None:
+    with pytest.raises(UsageError, match=r"mri-corp.*'mri-crop'.*xray-28") as error:
+        load("pretrain", "mri-corp")
+    assert error.value.exit_code == 2
+    with pytest.raises(UsageError, match="'xray-28'"):
+        show("xray_28")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"[1, 2]", "mapping, got list"), (b"a: [1", "expected YAML"), (b"\xff\xfe\x00", "expected YAML"), (b"", "mapping")],
+)
+def test_a_file_that_is_no_yaml_mapping_is_refused(content: bytes, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=rf"run\.yaml: expected.*{reason.removeprefix('expected ')}"):
+        read("pretrain", str(path))
+
+
+def test_a_preset_of_another_command_is_refused_by_its_keys() -> None:
+    content = read("finetune", "mri-segmentation")
+    with pytest.raises(UsageError, match=r"objectives must be given.*no key 'head'"):
+        check("pretrain", content, where="mri-segmentation")
+
+
+# --- keys and values
+
+
+@pytest.mark.parametrize(
+    ("changes", "nearest"),
+    [({"max_stepz": 3}, "max_steps"), ({"views": {"shape": [8, 8], "cuont": 2}}, "count"), ({"lrr": 1.0}, "lr")],
+)
+def test_a_misspelt_key_names_the_nearest(changes: Section, nearest: str) -> None:
+    with pytest.raises(UsageError, match=f"Did you mean '{nearest}'.*There are: .*{nearest}"):
+        configured(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"max_steps": 0}, "max_steps"),
+        ({"max_steps": 2.5}, "max_steps"),
+        ({"lr": -1.0}, "lr"),
+        ({"modality": "ct"}, "modality"),
+        ({"views": {"shape": [8, 0, 8]}}, r"views\.shape\.1"),
+        ({"views": {"shape": [8, 8, 8], "count": 3}}, r"views\.count"),
+        ({"precision": "64"}, "precision"),
+        ({"encoder": "unet"}, "encoder"),
+        ({"objectives": []}, "objectives"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_says_where_and_what_came(changes: Section, where: str) -> None:
+    with pytest.raises(UsageError, match=f"config here: {where}: .*got "):
+        configured(**changes)
+
+
+def test_a_missing_key_is_named() -> None:
+    content = {key: value for key, value in MINIMAL.items() if key not in ("encoder", "lr")}
+    with pytest.raises(UsageError, match=r"encoder must be given; lr must be given"):
+        check("pretrain", content, where="here")
+
+
+def test_a_config_cannot_be_changed_after_it_was_checked() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        configured().max_steps = 3
+
+
+# --- assignments
+
+
+@pytest.mark.parametrize(
+    ("assignment", "path", "value"),
+    [
+        ("max_steps=5", ("max_steps",), 5),
+        ("views.shape=[4, 4]", ("views", "shape"), [4, 4]),
+        ("views.count=2", ("views", "count"), 2),
+        ("objectives.0.weight=0.5", ("objectives", 0, "weight"), 0.5),
+        ("preprocessing.0={op: resize, shape: [4, 4]}", ("preprocessing", 0), {"op": "resize", "shape": [4, 4]}),
+        ("encoder.name=a=b", ("encoder", "name"), "a=b"),
+    ],
+)
+def test_an_assignment_reaches_the_place_it_names(assignment: str, path: tuple[Any, ...], value: Any) -> None:
+    found: Any = override(MINIMAL, [assignment])
+    for part in path:
+        found = found[part]
+    assert found == value
+    assert yaml.safe_load(yaml.safe_dump(MINIMAL)) == MINIMAL
+
+
+def test_assignments_leave_the_content_given_untouched_and_apply_in_order() -> None:
+    before = yaml.safe_dump(MINIMAL)
+    assert override(MINIMAL, ["views.count=1", "views.count=2"])["views"]["count"] == 2
+    assert yaml.safe_dump(MINIMAL) == before
+
+
+def test_a_number_in_the_notation_of_every_day_is_a_number() -> None:
+    config = check("pretrain", override(MINIMAL, ["lr=1e-3", "max_steps=7"]), where="here")
+    assert (config.lr, config.max_steps) == (1e-3, 7)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "reason"),
+    [
+        ("max_steps", "expected key=value"),
+        ("veiws.count=2", "no key 'veiws'. Did you mean 'views'"),
+        ("objectives.1.weight=2", "no key '1'.*There are: 0"),
+        ("objectives.one=2", "no key 'one'"),
+        ("lr.peak=2", "lr is a float and holds no keys"),
+        ("lr.a.b=2", "no key 'a'"),
+        ("views.shape=[8, 8", "expected YAML"),
+    ],
+)
+def test_an_assignment_that_leads_nowhere_says_where_it_stopped(assignment: str, reason: str) -> None:
+    with pytest.raises(UsageError, match=f"--set .*{reason}"):
+        override(MINIMAL, [assignment])
+
+
+def test_a_misspelt_assignment_is_caught_by_the_check() -> None:
+    with pytest.raises(UsageError, match="Did you mean 'batch_size'"):
+        check("pretrain", override(MINIMAL, ["batchsize=2"]), where="here")
+
+
+# --- sections and signatures
+
+
+def test_build_passes_the_options_and_only_what_the_constructor_takes() -> None:
+    made = build(TABLE, {"name": "thing", "width": 3, "sizes": [4, 5]}, channels=(1, 2), spatial_dims=3, grids=((1,),))
+    assert made.taken == {
+        "channels": (1, 2),
+        "spatial_dims": 3,
+        "kind": "a",
+        "width": 3,
+        "rate": 0.1,
+        "sizes": (4, 5),
+        "inner": {"name": "x"},
+    }
+    assert build(TABLE, {"name": "narrow", "width": 2}, channels=(1,), spatial_dims=3).width == 2
+
+
+def test_build_leaves_the_section_as_it_was() -> None:
+    section = {"name": "narrow", "width": 2}
+    build(TABLE, section)
+    assert section == {"name": "narrow", "width": 2}
+
+
+@pytest.mark.parametrize(
+    ("section", "reason"),
+    [
+        ({"name": "thingy"}, r"no name 'thingy'\. Did you mean 'thing'.*narrow, thing"),
+        ({}, "no name 'None'"),
+        ({"name": ["thing"]}, "no name"),
+        ({"name": "thing", "wdith": 3}, r"thing: no option 'wdith'\. Did you mean 'width'"),
+        ({"name": "thing", "spatial_dims": 2}, "thing: no option 'spatial_dims'"),
+        ({"name": "thing", "kind": "c"}, r"thing\.kind: expected Literal.*got 'c'"),
+        ({"name": "thing", "width": "wide"}, r"thing\.width: expected int, got 'wide'"),
+        ({"name": "thing", "width": 1.5}, r"thing\.width"),
+        ({"name": "thing", "sizes": 3}, r"thing\.sizes: expected tuple"),
+        ({"name": "thing", "sizes": [3, "x"]}, r"thing\.sizes"),
+        ({"name": "thing", "inner": "x"}, r"thing\.inner"),
+        ({"name": "narrow"}, "narrow: width must be given"),
+    ],
+)
+def test_a_section_that_does_not_fit_the_signature_says_why(section: Section, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        bind(TABLE, section, given=("channels", "spatial_dims"))
+
+
+def test_bind_serves_functions_under_another_key() -> None:
+    def resize(volume: object, *, shape: tuple[int, ...]) -> None: ...
+
+    function, options = bind({"resize": resize}, {"op": "resize", "shape": [2, 3]}, key="op", given=("volume",))
+    assert function is resize
+    assert options == {"shape": (2, 3)}
