@@ -97,6 +97,8 @@ def resize(volume: Volume, *, shape: tuple[int, ...], keep_aspect: bool = True, 
     if keep_aspect:
         extent = have * volume.spacing
         inner = np.clip(np.rint(extent / (extent / wanted).max()), 1, wanted)
+    if (inner == have).all():
+        return pad_or_crop(volume, shape=shape)
     factor = have / inner
     affine = _moved(volume.affine, scale=factor, offset=(factor - 1) / 2)
     array = smooth(volume.array, tuple(factor)) if antialias else volume.array
@@ -299,6 +301,8 @@ def _moved(affine: Array, *, scale: Array, offset: Array) -> Array:
 
 def _window(volume: Volume, start: Sequence[int], shape: Sequence[int]) -> Volume:
     """The box of `shape` voxels from `start` (negative: before the image); outside, each channel's minimum."""
+    if tuple(shape) == volume.shape and not any(start):
+        return volume
     array = volume.array
     inside = tuple(slice(max(a, 0), max(min(a + n, m), 0)) for a, n, m in zip(start, shape, volume.shape, strict=True))
     out = array[(slice(None), *inside)]

@@ -66,10 +66,10 @@ def budget(
     """Choose the labelled images that a run may use: whole subjects, nested for one seed.
 
     Images without label or mask are left out first. One order of the subjects is drawn, one of each class at its head
-    and classes mixed in proportion after that, and arranged so that whole subjects meet 1, 2, 5 and every multiple of
-    ten images exactly wherever their sizes allow. A budget is the longest beginning of that order with at most the
-    images asked for: it may fall short of the count by part of a subject and never exceeds it, except that at least
-    one subject is given.
+    and classes mixed in proportion after that, and arranged so that whole subjects meet 1, 2, 3 and every multiple of
+    five images exactly wherever their sizes allow. A budget is the longest beginning of that order with at most the
+    images asked for. So it never exceeds the count (except that at least one subject is given) and may fall short of
+    it by a part of one subject.
 
     Args:
         records: images of the training split.
@@ -132,10 +132,10 @@ def _ordered(records: Sequence[Record], seed: int) -> list[list[Record]]:
 
 
 def _meeting_counts(groups: Sequence[list[Record]]) -> list[list[Record]]:
-    """Reorder groups as little as makes their running total meet 1, 2, 5 and the multiples of ten where it can."""
+    """Reorder groups as little as makes their running total meet 1, 2, 3 and the multiples of five where it can."""
     waiting, out, count = list(groups), [], 0
     total = sum(len(g) for g in groups)
-    for target in [1, 2, 5, *range(10, total + 10, 10)]:
+    for target in [1, 2, 3, *range(5, total + 5, 5)]:
         kept = []
         for place, group in enumerate(waiting):
             if count == target:

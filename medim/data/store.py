@@ -79,12 +79,13 @@ class Store:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = Path(folder) if folder is not None else default_folder()
-        self._open: OrderedDict[Path, Any] = OrderedDict()
+        self._open: OrderedDict[tuple[str, str], Any] = OrderedDict()
         self._entries: dict[str, Entry] = {}
+        self._marked = (self.folder / "store.json").is_file()
 
     def __getstate__(self) -> dict[str, Any]:
         """Open files stay in the process that opened them."""
-        return {"folder": self.folder, "_open": OrderedDict(), "_entries": {}}
+        return {**self.__dict__, "_open": OrderedDict(), "_entries": {}}
 
     def key(self, index: Index, record: Record, steps: Sequence[Step]) -> str:
         """The name of an image after these steps: 32 hex digits that change when the source or a step does."""
@@ -123,16 +124,17 @@ class Store:
             "minimum": voxels.min(axis=spatial).tolist(),
             "sums": sums,
         }
-        if not (self.folder / "store.json").exists():
+        if not self._marked:
             write_json(self.folder / "store.json", {"schema_version": SCHEMA_VERSION, "kind": "medim-store"})
+            self._marked = True
         write_bytes(self._path(key, "image"), _frame(voxels, header))
         self._forget(key)
 
     def whole(self, key: str) -> bool:
         """True where the key is stored and every voxel's checksum holds."""
-        self._forget(key)
         if not self._path(key, "image").is_file():
             return False
+        self._forget(key)
         try:
             entry = self.entry(key)
             return all(_sum(self._array(key, kind)[...]) == value for kind, value in entry.sums.items())
@@ -185,17 +187,18 @@ class Store:
             raise self._damaged(key, kind) from error
 
     def _array(self, key: str, kind: str) -> Any:
+        array = self._open.get((key, kind))
+        if array is not None:
+            self._open.move_to_end((key, kind))
+            return array
         path = self._path(key, kind)
-        if path in self._open:
-            self._open.move_to_end(path)
-            return self._open[path]
         if not path.is_file():
             raise UserError(f"{path}: not in the store. Run `medim preprocess` again; it adds what is missing.")
         try:
             array = blosc2.open(str(path), mode="r", dparams=blosc2.DParams(nthreads=1))
         except (RuntimeError, ValueError, OSError) as error:
             raise self._damaged(key, kind) from error
-        self._open[path] = array
+        self._open[key, kind] = array
         if len(self._open) > OPEN_FILES:
             self._open.popitem(last=False)
         return array
@@ -203,7 +206,7 @@ class Store:
     def _forget(self, key: str) -> None:
         self._entries.pop(key, None)
         for kind in ("image", "mask"):
-            self._open.pop(self._path(key, kind), None)
+            self._open.pop((key, kind), None)
 
     def _damaged(self, key: str, kind: str) -> UserError:
         return UserError(f"{self._path(key, kind)}: damaged. Run `medim preprocess` again; it redoes damaged images.")
@@ -346,7 +349,8 @@ def _frame(array: Array, header: dict[str, Any]) -> bytes:
         filters=[blosc2.Filter.SHUFFLE],
         filters_meta=[0],
     )
-    packed = blosc2.asarray(array, chunks=chunks, blocks=blocks, cparams=compression)
+    alone = blosc2.DParams(nthreads=1)  # threads cost more than they save on a small image
+    packed = blosc2.asarray(array, chunks=chunks, blocks=blocks, cparams=compression, dparams=alone)
     packed.schunk.vlmeta["medim"] = header
     return bytes(packed.to_cframe())
 
