@@ -1,0 +1,297 @@
+"""`medim export`: a finished run becomes a package, or, where a gate fails, nothing at all."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import nn
+
+import medim
+from medim.data.preprocessing import STEPS
+from medim.deployment import gates, onnx
+from medim.deployment.card import UNKNOWN, card
+from medim.deployment.contract import (
+    GOLDEN,
+    GRAPH,
+    NOT_REPORTED,
+    POSTPROCESS,
+    REPORT,
+    RESEARCH_ONLY,
+    SCHEMA_VERSION,
+    WEIGHTS,
+    Contract,
+    PackageError,
+    Signature,
+    parse,
+)
+from medim.deployment.golden import Golden, phantom
+from medim.deployment.inference import INFERENCES, Network, Run
+from medim.deployment.package import Package, load_package, session, write_sums
+from medim.deployment.privacy import machine_words
+from medim.files import hash_of, read_json, write_bytes, write_json, write_text
+from medim.models.decoders import DECODERS
+from medim.models.encoders import ENCODERS
+from medim.models.heads import HEADS
+from medim.models.model import build_encoder, build_model
+from medim.models.saved import find, load_encoder, load_model, load_weights
+from medim.types import Array, UserError
+
+SCAN = "no path, user or host name in any file"
+PROVENANCE = re.compile(r"[\w.+:-]{0,128}")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A finished run, ready to be exported."""
+
+    network: nn.Module  # image -> logits, or (summary, *maps)
+    spec: dict[str, Any]
+    weights: Path
+    strides: tuple[int, ...]
+
+    @property
+    def run(self) -> Run:
+        """The network under torch."""
+        return torch_run(self.network)
+
+    @property
+    def source(self) -> nn.Module:
+        """The module whose weights the run saved."""
+        return self.network.encoder if isinstance(self.network, onnx.Summarised) else self.network
+
+
+def torch_run(network: nn.Module) -> Run:
+    """A torch network as a function of numpy arrays; of several outputs the first."""
+
+    def run(image: Array) -> Array:
+        parameter = next(network.parameters())
+        with torch.inference_mode():
+            out = network(torch.from_numpy(np.ascontiguousarray(image)).to(parameter))
+        first = out[0] if isinstance(out, tuple) else out
+        return np.asarray(first.cpu().numpy())
+
+    return run
+
+
+def torch_network(path: Path) -> Network:
+    """A run (or a package) under torch, with its preprocessing: the same answers as the package of it gives.
+
+    Raises:
+        UserError: nothing usable lies there.
+    """
+    loaded = _load(path)
+    spec = loaded.spec
+    return Network(
+        run=loaded.run,
+        kind=spec["kind"],
+        modality=spec["modality"],
+        spatial_dims=spec["spatial_dims"],
+        in_channels=spec["in_channels"],
+        classes=tuple(spec["classes"] or ()) if spec["kind"] != "encoder" else (),
+        preprocessing=tuple(spec["preprocessing"]),
+        inference=spec["inference"],
+    )
+
+
+def export(
+    run: Path,
+    out: Path,
+    *,
+    name: str | None = None,
+    version: str = "0.1.0",
+    intended_use: str = NOT_REPORTED,
+    overwrite: bool = False,
+) -> Package:
+    """Make a package of a run.
+
+    The folder is built beside `out` and renamed, so `out` is whole or absent; exporting twice gives the same bytes.
+
+    Args:
+        run: a run with `encoder/` or `model/`.
+        out: the package's folder.
+        name: of the package; default `<modality>-<kind>`.
+        version: semantic version of the package.
+        intended_use: a sentence for the contract and the card.
+        overwrite: replace what lies at `out`.
+
+    Raises:
+        UserError: `run` is not finished, `out` is taken, or a gate failed.
+    """
+    run, out = Path(run), Path(out)
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
+        raise UserError(f"{out}: expected an empty or new folder. Use --overwrite to replace it, or another --out.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        with _one_thread():
+            _build(run, folder, out, name=name, version=version, intended_use=intended_use)
+        folder.chmod(0o755)
+        if out.is_dir():
+            shutil.rmtree(out)
+        folder.replace(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return load_package(out)
+
+
+def _build(run: Path, folder: Path, out: Path, *, name: str | None, version: str, intended_use: str) -> None:
+    loaded = _load(run)
+    spec = loaded.spec
+    sizes = onnx.sizes_of(loaded.network, tuple(spec["input_shape"]), loaded.strides, spec["in_channels"])
+    signature = onnx.signature_of(loaded.network, sizes, spec["in_channels"], loaded.strides)
+    contract = _contract(
+        loaded,
+        signature,
+        name=name or f"{spec['modality']}-{spec['kind']}",
+        version=version,
+        intended_use=intended_use,
+        metrics=_metrics(run),
+    )
+    write_bytes(folder / WEIGHTS, loaded.weights.read_bytes())
+    graph = onnx.to_onnx(loaded.network, sizes, signature)
+    write_bytes(folder / GRAPH, graph)
+    ort = session(graph, contract, threads=1)
+    shape = [int(1.25 * n) for n in contract.inference.get("roi", ())] or [n + 3 for n in sizes.shape]
+    golden = Golden.make(phantom(shape, contract.preprocess, contract.in_channels), loaded.run, contract)
+    write_bytes(folder / GOLDEN, golden.dump())
+    results = _gates(loaded, sizes, contract, ort, golden, folder / WEIGHTS)
+    write_json(folder / "medim.json", contract.model_dump(mode="json"))
+    # The scan reads report and card too, so both are written with its line as it must turn out.
+    results[SCAN] = gates.gate(0, 0)
+    write_json(folder / REPORT, {"schema_version": SCHEMA_VERSION, "gates": results, "versions": _versions()})
+    write_text(folder / "MODEL_CARD.md", card(contract, results))
+    words = machine_words([run, out, folder])
+    results[SCAN] = gates.privacy(folder, words, _vocabulary(loaded.network), {".onnx": onnx.structure})
+    failed = {name: result for name, result in results.items() if result["verdict"] != "pass"}
+    if failed:
+        reasons = "; ".join(f"{name}: {result}" for name, result in failed.items())
+        raise UserError(f"{run}: not exported, because a gate failed. {reasons}")
+    write_sums(folder)
+
+
+def _load(path: Path) -> Loaded:
+    weights, spec = find(Path(path))
+    if spec["kind"] == "encoder":
+        encoder: Any = load_encoder(path)
+        return Loaded(onnx.Summarised(encoder).eval(), spec, weights, tuple(encoder.strides))
+    model: Any = load_model(Path(path))[0]
+    return Loaded(model, spec, weights, tuple(model.encoder.strides))
+
+
+def _contract(loaded: Loaded, signature: Signature, **fields: Any) -> Contract:
+    spec = loaded.spec
+    steps = list(spec["preprocessing"])
+    draft = Contract.model_construct(
+        schema_version=SCHEMA_VERSION,
+        kind=spec["kind"],
+        modality=spec["modality"],
+        preprocess=tuple(steps),
+        preprocess_sha256=hash_of(steps),
+        inference=spec["inference"],
+        postprocess=POSTPROCESS[spec["kind"]],
+        signature=signature,
+        classes=tuple(spec["classes"] or ()) if spec["kind"] != "encoder" else (),
+        architecture=spec,
+        provenance=_provenance(spec.get("provenance") or {}),
+        **fields,
+    )
+    try:
+        return parse(draft.model_dump_json().encode())
+    except PackageError as error:
+        raise UserError(f"{loaded.weights.parent}: the run cannot be packed: {error}") from error
+
+
+def _provenance(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Hashes, versions and numbers pass; free text, which could hold a path or a name, is refused."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            _provenance(value)
+        elif not PROVENANCE.fullmatch(str(value)):
+            raise UserError(
+                f"provenance.{key}: expected a hash, version or number, got {value!r}, which "
+                "must not leave this machine."
+            )
+    return dict(content)
+
+
+def _metrics(run: Path) -> dict[str, Any]:
+    """The figures of a run on its validation split, where it has any."""
+    summary = run / "summary.json"
+    content = read_json(summary).get("val") if summary.is_file() else None
+    return _numbers(content) if isinstance(content, Mapping) else {}
+
+
+def _numbers(content: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: _numbers(value) if isinstance(value, Mapping) else value for key, value in content.items()}
+    return {key: value for key, value in kept.items() if isinstance(value, int | float | dict)}
+
+
+def _gates(
+    loaded: Loaded, sizes: onnx.Sizes, contract: Contract, ort: Run, golden: Golden, packed: Path
+) -> dict[str, gates.Gate]:
+    """Every gate but the privacy scan, which comes last."""
+    channels, first = contract.in_channels, sizes.shape
+    training = sum(module.training for module in loaded.network.modules())
+    exact = torch_run(copy.deepcopy(loaded.network).double())
+    outside = [(1, channels + 1, *first), (1, channels, *first, 1)]
+    if sizes.fixed or sizes.multiple_of > 1:
+        outside.append((1, channels, first[0] + 1, *first[1:]))
+    return {
+        "network in evaluation mode": gates.gate(training, 0),
+        "weights are those of the run": gates.weights(_arrays(_fresh(loaded.spec, packed)), _arrays(loaded.source)),
+        "ONNX Runtime against torch, unseen sizes": gates.random_inputs(ort, loaded.run, channels, sizes.unseen()),
+        "ONNX Runtime against float64 torch, little contrast": gates.little_contrast(
+            ort, exact, channels, sizes.unseen()[0]
+        ),
+        "sizes outside the contract are refused": gates.refusals(ort, outside),
+        "phantom, from image to answer": gates.phantom_answer(golden, ort, contract),
+    }
+
+
+def _fresh(spec: dict[str, Any], weights: Path) -> nn.Module:
+    network: nn.Module = build_encoder(spec) if spec["kind"] == "encoder" else build_model(spec)
+    load_weights(network, weights)
+    return network
+
+
+def _arrays(network: nn.Module) -> dict[str, Array]:
+    return {key: value.numpy() for key, value in network.state_dict().items()}
+
+
+def _vocabulary(network: nn.Module) -> str:
+    """Words of every package, whoever made it: somebody whose account is called "image" is not found by them."""
+    words: list[Any] = [Contract.model_json_schema(), UNKNOWN, RESEARCH_ONLY, *STEPS, *INFERENCES]
+    return " ".join(map(str, [*words, *ENCODERS, *DECODERS, *HEADS, *network.state_dict()]))
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "medim": medim.__version__,
+        "numpy": np.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread, so that sums are added in one order and the export does not depend on the machine's load."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,120 @@
+"""What must hold before a package exists: each gate measures one thing and says what it allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medim.deployment.contract import Contract
+from medim.deployment.golden import LOGITS, VOXELS, Golden
+from medim.deployment.inference import Run
+from medim.deployment.privacy import readable, scan
+from medim.types import Array, UserError
+
+Gate = dict[str, Any]  # verdict (pass or fail), measured, allowed, and what explains them
+RANDOM, LITTLE_CONTRAST = 1e-4, 1e-2  # largest difference of outputs, over their size where that is above 1
+FLIPS = 1e-4  # largest part of voxels with another class, on inputs with little contrast
+TIE = 1e-5  # two classes nearer than this (over the size) are a tie, which rounding decides
+
+
+def gate(measured: float, allowed: float, *, ok: bool | None = None, **details: Any) -> Gate:
+    """A gate's result; without `ok` it passes where `measured <= allowed`."""
+    passed = measured <= allowed if ok is None else ok
+    return {"verdict": "pass" if passed else "fail", "measured": measured, "allowed": allowed, **details}
+
+
+def weights(packed: Mapping[str, Array], run: Mapping[str, Array]) -> Gate:
+    """The tensors of the package are those of the run, bit by bit."""
+    different = [key for key in sorted(packed.keys() | run.keys()) if not _same(packed.get(key), run.get(key))]
+    return gate(len(different), 0, tensors=len(run), different=different[:5])
+
+
+def random_inputs(ort: Run, torch: Run, channels: int, shapes: Sequence[tuple[int, ...]]) -> Gate:
+    """N(0, 1) at sizes and batch sizes that the tracer never saw."""
+    rng = np.random.default_rng(0)
+    inputs = [rng.standard_normal((n, channels, *shape)).astype(np.float32) for shape in shapes for n in (1, 3)]
+    return _compare(ort, torch, inputs, allowed=RANDOM, flips=0.0)
+
+
+def little_contrast(ort: Run, exact: Run, channels: int, shape: tuple[int, ...]) -> Gate:
+    """Zeros, a constant, one bright corner, a large offset: where a norm divides by next to nothing.
+
+    Args:
+        ort: the network under ONNX Runtime.
+        exact: under torch in float64, because torch's own float32 is no reference here.
+        channels: of the input.
+        shape: its grid.
+    """
+    zeros = np.zeros((1, channels, *shape), np.float32)
+    corner = zeros.copy()
+    corner[(slice(None), slice(None), *[slice(4)] * len(shape))] = 1
+    offset = (5000 + np.random.default_rng(1).standard_normal(zeros.shape)).astype(np.float32)
+    return _compare(ort, exact, [zeros, zeros - np.float32(0.7), corner, offset], allowed=LITTLE_CONTRAST, flips=FLIPS)
+
+
+def refusals(ort: Run, shapes: Sequence[tuple[int, ...]]) -> Gate:
+    """Inputs outside the contract raise; `measured` counts those that were answered."""
+    answered = []
+    for shape in shapes:
+        try:
+            ort(np.zeros(shape, np.float32))
+        except UserError:
+            continue
+        answered.append(list(shape))
+    return gate(len(answered), 0, refused=len(shapes) - len(answered), answered=answered)
+
+
+def phantom_answer(golden: Golden, ort: Run, contract: Contract) -> Gate:
+    """From image to answer on the file's own grid, ONNX Runtime against the torch answer in `golden`."""
+    found = golden.difference(ort, contract)
+    counts = {"voxels": found.voxels, "of": found.of, "allowed_part": VOXELS}
+    return gate(_rounded(found.logits), LOGITS, ok=found.small, **counts)
+
+
+def privacy(folder: Path, words: set[str], own: str, text_of: Mapping[str, Callable[[bytes], bytes]]) -> Gate:
+    """No absolute path, user or host name in any file; `measured` counts the findings.
+
+    Args:
+        folder: the package.
+        words: see `machine_words`.
+        own: medim's own vocabulary, which is nobody's secret.
+        text_of: for a file suffix, a function that takes away what cannot hold text.
+    """
+    found: dict[str, list[str]] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name, data = path.relative_to(folder).as_posix(), path.read_bytes()
+        reduce = text_of.get(path.suffix)
+        for part, text in [(name, reduce(data))] if reduce else readable(name, data):
+            hits = scan(text, words, own=own)
+            if hits:
+                found[part] = hits
+    return gate(sum(map(len, found.values())), 0, found=found)
+
+
+def _compare(ort: Run, reference: Run, inputs: Sequence[Array], *, allowed: float, flips: float) -> Gate:
+    """Largest difference over the outputs' size, and how many voxels (or images) change class but for ties."""
+    worst, flipped, ties, voxels = 0.0, 0, 0, 0
+    for image in inputs:
+        have, want = ort(image).astype(np.float64), reference(image).astype(np.float64)
+        size = max(1.0, float(np.abs(want).max()))
+        gap = float(np.abs(have - want).max()) / size
+        worst = max(worst, gap if np.isfinite(gap) else float("inf"))
+        ranked = np.sort(want, axis=1)
+        tie = ranked[:, -1] - ranked[:, max(-2, -want.shape[1])] < TIE * size
+        differs = have.argmax(1) != want.argmax(1)
+        flipped += int((differs & ~tie).sum())
+        ties += int((differs & tie).sum())
+        voxels += tie.size
+    counts = {"flips": flipped, "flips_at_ties": ties, "of": voxels, "inputs": [list(image.shape) for image in inputs]}
+    return gate(_rounded(worst), allowed, ok=worst <= allowed and flipped <= flips * voxels, **counts)
+
+
+def _same(a: Array | None, b: Array | None) -> bool:
+    return a is not None and b is not None and a.dtype == b.dtype and a.tobytes() == b.tobytes() and a.shape == b.shape
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.2e}") if np.isfinite(value) else 1e30

@@ -1,0 +1,218 @@
+"""A torch network as an ONNX graph: one file, sizes that may vary, exact norms, and nothing of this machine in it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+from torch.export import Dim
+
+from medim.deployment.contract import Signature, Symbol, Tensor
+from medim.types import Features, UserError
+
+OPSET = 20
+AXES = ("D", "H", "W")
+
+
+class Summarised(nn.Module):
+    """An encoder whose outputs are a flat tuple: the summary, then the maps, fine to coarse."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Encode (N, in_channels, ...)."""
+        features: Features = self.encoder(image)
+        return (features.summary, *features.maps)
+
+
+class ExactNorm(nn.Module):
+    """Instance or group normalisation with float64 statistics.
+
+    ONNX Runtime's own InstanceNormalization loses up to three digits where a window hardly varies; mean and variance in
+    float64 give torch's numbers everywhere.
+
+    Args:
+        norm: the layer it stands for.
+        groups: of channels normalised together; 0 makes each channel a group.
+    """
+
+    def __init__(self, norm: Any, groups: int) -> None:
+        super().__init__()
+        self.groups, self.eps = groups, norm.eps
+        self.weight: torch.Tensor | None = norm.weight
+        self.bias: torch.Tensor | None = norm.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise (N, C, ...)."""
+        values = x.double().reshape(x.shape[0], self.groups or x.shape[1], -1)  # (N, G, C / G * voxels)
+        centred = values - values.mean(dim=2, keepdim=True)
+        variance = (centred * centred).mean(dim=2, keepdim=True)
+        out = (centred * torch.rsqrt(variance + self.eps)).float().reshape(x.shape)
+        if self.weight is None or self.bias is None:
+            return out
+        per_channel = (1, -1, *[1] * (x.ndim - 2))
+        return out * self.weight.reshape(per_channel) + self.bias.reshape(per_channel)
+
+
+def with_exact_norms(network: nn.Module) -> nn.Module:
+    """A copy of a network whose instance and group norms are `ExactNorm`."""
+    network = copy.deepcopy(network)
+    for parent in list(network.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, nn.modules.instancenorm._InstanceNorm) and not layer.track_running_stats:
+                setattr(parent, name, ExactNorm(layer, 0))
+            elif isinstance(layer, nn.GroupNorm):
+                setattr(parent, name, ExactNorm(layer, layer.num_groups))
+    return network
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Which inputs a network takes.
+
+    Attributes:
+        shape: spatial shape it was trained at.
+        multiple_of: what its strides ask of every side.
+        fixed: it works at `shape` alone.
+    """
+
+    shape: tuple[int, ...]
+    multiple_of: int
+    fixed: bool
+
+    def unseen(self) -> list[tuple[int, ...]]:
+        """Shapes that no tracer saw, every side another where sides may vary."""
+        if self.fixed:
+            return [self.shape]
+        cells = ((3, 4, 2), (5, 2, 3), (2, 6, 4))
+        return [tuple(self.multiple_of * n for n in sides[: len(self.shape)]) for sides in cells]
+
+
+def sizes_of(network: nn.Module, shape: tuple[int, ...], strides: tuple[int, ...], in_channels: int) -> Sizes:
+    """Find out by trying whether a network takes other sizes than the one it was trained at."""
+    multiple = max(strides)
+    if any(n % multiple for n in shape):
+        return Sizes(shape, multiple, fixed=True)
+    other = torch.zeros(1, in_channels, *(n + (1 + axis) * multiple for axis, n in enumerate(shape)))
+    try:
+        with torch.inference_mode():
+            network(other)
+    except RuntimeError:
+        return Sizes(shape, multiple, fixed=True)
+    return Sizes(shape, multiple, fixed=False)
+
+
+def signature_of(network: nn.Module, sizes: Sizes, in_channels: int, strides: tuple[int, ...]) -> Signature:
+    """Names, shapes and rules of a network's input and outputs."""
+    sides: tuple[int | str, ...] = sizes.shape if sizes.fixed else AXES[-len(sizes.shape) :]
+    symbols = {"batch": Symbol()}
+    if not sizes.fixed:
+        symbols |= {side: Symbol(minimum=sizes.multiple_of, multiple_of=sizes.multiple_of) for side in map(str, sides)}
+    with torch.inference_mode():
+        outputs = _as_tuple(network(torch.zeros(2, in_channels, *sizes.shape)))
+    tensors = []
+    for i, out in enumerate(outputs):
+        name = ("summary" if i == 0 else f"map_{i - 1}") if isinstance(network, Summarised) else "logits"
+        grid: tuple[int | str, ...] = tuple(out.shape[2:])
+        if not sizes.fixed and grid:
+            stride = strides[i - 1] if i else 1
+            grid = tuple(side if stride == 1 else f"{side}/{stride}" for side in sides)
+        tensors.append(Tensor(name=name, shape=("batch", out.shape[1], *grid)))
+    return Signature(
+        inputs=(Tensor(name="image", shape=("batch", in_channels, *sides)),), outputs=tuple(tensors), symbols=symbols
+    )
+
+
+def to_onnx(network: nn.Module, sizes: Sizes, signature: Signature) -> bytes:
+    """Export a network in evaluation mode.
+
+    Args:
+        network: image (N, C, ...) to one tensor or a tuple of them.
+        sizes: what it takes; the batch always varies.
+        signature: names of input and outputs.
+
+    Returns:
+        The file's bytes, weights inside; the same for the same network, without stack traces or paths.
+
+    Raises:
+        UserError: torch cannot export this network with these sizes.
+    """
+    image = torch.zeros(2, int(signature.inputs[0].shape[1]), *sizes.shape)
+    varying: dict[int, Any] = {0: Dim("batch", min=1)}
+    if not sizes.fixed:
+        for axis, side in enumerate(signature.inputs[0].shape[2:], start=2):
+            cells = Dim(f"{side}_cells", min=1)  # whole cells of the coarsest map: no padding of odd sides in the graph
+            varying[axis] = sizes.multiple_of * cells if sizes.multiple_of > 1 else cells
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                with_exact_norms(network).eval(),
+                (image,),
+                dynamo=True,
+                dynamic_shapes=(varying,),
+                opset_version=OPSET,
+                external_data=False,
+                input_names=[t.name for t in signature.inputs],
+                output_names=[t.name for t in signature.outputs],
+                verbose=False,
+            )
+    except Exception as error:  # torch.onnx raises a family of its own that has changed between versions
+        raise UserError(f"ONNX export: torch {torch.__version__} cannot export it ({_last_line(error)}).") from error
+    if program is None:
+        raise UserError(f"ONNX export: torch {torch.__version__} returned no program for this network.")
+    model = clean(program.model_proto)
+    onnx.checker.check_model(model, full_check=True)
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+def clean(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Clear everything that only tells where and how the graph was made."""
+    graph = model.graph
+    values = [*graph.input, *graph.output, *graph.value_info, *graph.initializer, *graph.node, *model.functions]
+    for function in model.functions:
+        values += [*function.node, *function.value_info]
+    for thing in [model, graph, *values]:
+        thing.ClearField("metadata_props")
+        thing.ClearField("doc_string")
+    return model
+
+
+def structure(graph: bytes) -> bytes:
+    """A graph without its weights: what could hold text, for the privacy scan."""
+    model = onnx.load_model_from_string(graph)
+    for tensor in model.graph.initializer:
+        tensor.ClearField("raw_data")
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's remarks about packages that no medim network needs."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _as_tuple(out: Any) -> tuple[torch.Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,247 @@
+"""`medim predict` and `medim embed`: images in, answers out. Runs in the light install."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from medim.data.index import AllRejectedError, Index, Record, Rejection, build_index, is_index
+from medim.deployment.inference import Network
+from medim.deployment.masks import sizes, write_mask
+from medim.deployment.package import Package
+from medim.files import fresh_folder, write_bytes, write_csv, write_json
+from medim.types import Array, Modality, UsageError, UserError, Volume
+
+SCHEMA_VERSION = 1
+Inputs = Index | Path | Sequence[Path]
+Progress = Callable[[int, int], None]  # images done, images in all
+
+
+def predict(
+    package: Package | Network,
+    inputs: Inputs,
+    out: Path,
+    *,
+    as_: Literal["nifti"] = "nifti",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Segment or classify every image of a source.
+
+    Writes a mask (`.nii.gz` on the image's own grid; `.png` in 2D) or a JSON of probabilities an image, named after the
+    image's key; `predictions.csv`; `rejected.csv` with a reason for each file that got no answer; `summary.json` last.
+
+    Args:
+        package: a segmenter or classifier.
+        inputs: an index, or anything `build_index` takes.
+        out: folder for the results.
+        as_: format of a mask.
+        overwrite: empty `out` first.
+        progress: told after each image.
+
+    Returns:
+        The rows of `predictions.csv`.
+
+    Raises:
+        UserError: the package is an encoder, or `out` is taken.
+        AllRejectedError: no input got an answer (exit code 4); `rejected.csv` is written all the same.
+    """
+    network = _network(package)
+    if network.kind == "encoder":
+        raise UserError("predict: expected a segmenter or classifier, got an encoder. Use `medim embed`.")
+    if as_ != "nifti":
+        raise UsageError(f"--as {as_}: expected nifti; other formats are not offered by this version.")
+    folder = fresh_folder(out, overwrite=overwrite)
+    index = _index(inputs, network.modality, folder / "rejected.csv")
+    names = _file_names(index.records)
+    rejected: list[Rejection] = [*index.rejected]
+    rows = []
+    for record, volume, answer in _answers(network, index, rejected, progress):
+        if network.kind == "segmenter":
+            path = write_mask(folder / names[record.image], answer, volume)
+            row = {"image": record.image, "file": path.name, **sizes(answer, volume, network.classes)}
+        else:
+            row = _classified(folder, names[record.image], record, answer, network, package)
+        rows.append(row)
+    _write_rejected(folder / "rejected.csv", rejected)
+    if not rows:
+        raise _all_rejected(index, rejected)
+    write_csv(folder / "predictions.csv", list(rows[0]), (list(row.values()) for row in rows))
+    counts = {"images": len(index.records), "predicted": len(rows), "rejected": len(rejected)}
+    write_json(
+        folder / "summary.json", {"schema_version": SCHEMA_VERSION, "package": _identity(package), "counts": counts}
+    )
+    return rows
+
+
+def embed_images(
+    package: Package | Network, inputs: Inputs, out: Path, *, progress: Progress | None = None
+) -> tuple[tuple[str, ...], Array]:
+    """Write the features of every image of a source, a row an image.
+
+    `.npz` holds `image` (keys), `subject` (pseudonyms) and `features` (N, d) float32; `.csv` and `.parquet` hold
+    columns `image`, `subject`, `f0`, `f1`, ... Files without features stand with their reason in `<out>.rejected.csv`.
+
+    Args:
+        package: an encoder.
+        inputs: an index, or anything `build_index` takes.
+        out: the file to write, `.npz`, `.csv` or `.parquet`.
+        progress: told after each image.
+
+    Returns:
+        Image keys and features (N, d).
+
+    Raises:
+        UserError: the package is no encoder, or pyarrow is missing for `.parquet`.
+        UsageError: another suffix.
+        AllRejectedError: no input could be used.
+    """
+    network = _network(package)
+    if network.kind != "encoder":
+        raise UserError(f"embed: expected an encoder, got a {network.kind}. Export the pretraining run, and use that.")
+    writer = _WRITERS.get(out.suffix)
+    if writer is None:
+        raise UsageError(f"--out {out}: expected a file ending in {', '.join(_WRITERS)}.")
+    reasons = out.with_name(f"{out.name}.rejected.csv")
+    index = _index(inputs, network.modality, reasons)
+    rejected: list[Rejection] = [*index.rejected]
+    found = [(record, answer) for record, _, answer in _answers(network, index, rejected, progress)]
+    if rejected:
+        _write_rejected(reasons, rejected)
+    if not found:
+        raise _all_rejected(index, rejected)
+    features = np.stack([answer for _, answer in found]).astype(np.float32)
+    images = tuple(record.image for record, _ in found)
+    write_bytes(out, writer(images, tuple(record.subject for record, _ in found), features))
+    return images, features
+
+
+def _network(package: Package | Network) -> Network:
+    return package.network if isinstance(package, Package) else package
+
+
+def _identity(package: Package | Network) -> dict[str, str] | None:
+    """Which package gave an answer; None for a run under torch."""
+    if not isinstance(package, Package):
+        return None
+    return {"name": package.contract.name, "version": package.contract.version, "sha256": package.sha256}
+
+
+def _index(inputs: Inputs, modality: Modality, rejected: Path) -> Index:
+    if isinstance(inputs, Index):
+        index = inputs
+    else:
+        places = [Path(place) for place in ([inputs] if isinstance(inputs, str | Path) else inputs)]
+        try:
+            one_index = len(places) == 1 and is_index(places[0])
+            index = Index.read(places[0]) if one_index else build_index(places, modality)
+        except AllRejectedError as error:
+            _write_rejected(rejected, error.index.rejected)
+            raise
+    if index.modality != modality:
+        raise UserError(
+            f"expected images of modality {modality}, got an index of {index.modality}. Use another package."
+        )
+    return index
+
+
+def _answers(
+    network: Network, index: Index, rejected: list[Rejection], progress: Progress | None
+) -> Iterator[tuple[Record, Volume, Array]]:
+    """Each image that can be answered, with its answer; the others join `rejected`."""
+    for done, record in enumerate(index.records, start=1):
+        try:
+            volume = index.open(record)
+            answer = network(volume)
+        except UserError as error:
+            reason, detail = getattr(error, "reason", "not-for-this-network"), getattr(error, "detail", str(error))
+            rejected.append(Rejection(record.path, reason, detail))
+        else:
+            yield record, volume, answer
+        if progress is not None:
+            progress(done, len(index.records))
+
+
+def _classified(
+    folder: Path, name: str, record: Record, answer: Array, network: Network, package: Package | Network
+) -> dict[str, Any]:
+    chosen = network.classes[int(answer.argmax())]
+    probabilities = {label: round(float(p), 6) for label, p in zip(network.classes, answer, strict=True)}
+    content = {"schema_version": SCHEMA_VERSION, "image": record.image, "class": chosen, "probabilities": probabilities}
+    write_json(folder / f"{name}.json", {**content, "package": _identity(package)})
+    columns = {f"probability_{label}": p for label, p in probabilities.items()}
+    return {"image": record.image, "file": f"{name}.json", "class": chosen, **columns}
+
+
+def _file_names(records: Sequence[Record]) -> dict[str, str]:
+    """A file name for each image key: plain characters, at most 100, no two alike even where case does not count."""
+    names = {record.image: re.sub(r"[^A-Za-z0-9._-]+", "_", record.image).strip("._")[:100] for record in records}
+    taken: dict[str, int] = {}
+    for name in names.values():
+        taken[name.lower()] = taken.get(name.lower(), 0) + 1
+    reserved = {"", "summary", "predictions", "rejected"}
+    for key, name in names.items():
+        if taken[name.lower()] > 1 or name.lower() in reserved:
+            names[key] = f"{name or 'image'}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+    return names
+
+
+def _write_rejected(path: Path, rejected: Sequence[Rejection]) -> None:
+    write_csv(path, ("path", "reason", "detail"), ((r.path, r.reason, r.detail) for r in rejected))
+
+
+def _all_rejected(index: Index, rejected: Sequence[Rejection]) -> AllRejectedError:
+    first = f"{rejected[0].path}: {rejected[0].detail}" if rejected else "the source holds no image"
+    message = f"expected an image that this package can read, got none out of {len(rejected)}. First: {first}"
+    return AllRejectedError(message, replace(index, records=(), rejected=tuple(rejected)))
+
+
+def _npz(images: Sequence[str], subjects: Sequence[str], features: Array) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        schema_version=np.int64(SCHEMA_VERSION),
+        image=np.asarray(images, np.str_),
+        subject=np.asarray(subjects, np.str_),
+        features=features,
+    )
+    return buffer.getvalue()
+
+
+def _csv(images: Sequence[str], subjects: Sequence[str], features: Array) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "subject", *(f"f{i}" for i in range(features.shape[1]))])
+    for image, subject, row in zip(images, subjects, features, strict=True):
+        writer.writerow([image, subject, *map(str, row)])  # as few digits as give the same float32 again
+    return text.getvalue().encode()
+
+
+def _parquet(images: Sequence[str], subjects: Sequence[str], features: Array) -> bytes:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError:
+        raise UserError(
+            '.parquet: expected pyarrow, which is not installed. pip install "medim[train]", or .csv.'
+        ) from None
+    columns = {f"f{i}": column for i, column in enumerate(features.T)}
+    table = pyarrow.table({"image": list(images), "subject": list(subjects), **columns})
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(table.replace_schema_metadata({"schema_version": str(SCHEMA_VERSION)}), buffer)
+    return buffer.getvalue()
+
+
+_WRITERS: dict[str, Callable[[Sequence[str], Sequence[str], Array], bytes]] = {
+    ".npz": _npz,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}

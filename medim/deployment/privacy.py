@@ -1,0 +1,63 @@
+"""Does a file hold anything of the machine or the person that made it: paths, user name, host name?"""
+
+from __future__ import annotations
+
+import getpass
+import io
+import re
+import socket
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+ABSOLUTE = re.compile(
+    rb"(?:^|[^A-Za-z0-9_.:/~-])(/(?:home|root|Users|tmp|var|mnt|media|data|opt|usr|srv|work|workspace|scratch|private|etc|nix|proc)/[^\s\"'<>]{1,80})"
+    rb"|([A-Za-z]:\\{1,2}(?:Users|Windows|Temp|home|data)\\{1,2}[^\s\"'<>]{1,80})"
+    rb"|(\\\\[A-Za-z0-9_.-]+\\[^\s\"'<>]{1,80})"
+    rb"|(file://[^\s\"'<>]{1,80})"
+)
+EVERYBODY = frozenset(
+    ("admin", "build", "debian", "docker", "jovyan", "localdomain", "localhost", "nobody", "root", "runner", "ubuntu")
+) | {"user", "users"}
+SHORTEST = 4  # letters of a name; shorter ones are in every text
+
+
+def machine_words(places: Iterable[Path] = ()) -> set[str]:
+    """Words that must not leave: user and host names, and the folders that a run was read from and written to."""
+    words = {getpass.getuser(), socket.gethostname(), socket.gethostname().split(".")[0], Path.home().name}
+    folders = {str(Path(place).resolve()) for place in [Path.cwd(), Path.home(), Path(tempfile.gettempdir()), *places]}
+    folders = {folder for folder in folders if folder.count("/") > 1 or "\\" in folder}
+    return {word for word in words if len(word) >= SHORTEST and word.lower() not in EVERYBODY} | folders
+
+
+def scan(text: bytes, words: Iterable[str], *, own: str = "") -> list[str]:
+    """What of the machine stands in some bytes.
+
+    Args:
+        text: the bytes of a file, or that part of them that can hold text.
+        words: see `machine_words`; found as whole words only.
+        own: text of medim itself; words that stand in it are nobody's secret.
+
+    Returns:
+        Each finding once, in order; empty where there is none.
+    """
+    paths = (next(filter(None, match.groups())) for match in ABSOLUTE.finditer(text))
+    found = [path.decode("utf-8", "replace") for path in paths]
+    vocabulary = set(re.findall(r"[\w-]+", own))
+    for word in sorted(set(words) - vocabulary):
+        if re.search(rb"(?<![A-Za-z0-9])" + re.escape(word.encode()) + rb"(?![A-Za-z0-9])", text):
+            found.append(word)
+    return sorted(set(found))
+
+
+def readable(name: str, data: bytes) -> Iterator[tuple[str, bytes]]:
+    """The parts of a package's file that can hold text, by name; of weights their header, of archives their members."""
+    if name.endswith(".safetensors"):
+        yield f"{name} (header)", data[8 : 8 + int.from_bytes(data[:8], "little")]
+    elif name.endswith(".npz"):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            for member in archive.infolist():
+                yield f"{name}/{member.filename}", member.filename.encode() + b"\n" + archive.read(member)
+    else:
+        yield name, data
