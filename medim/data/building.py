@@ -23,6 +23,9 @@ from medim.types import Array, Modality, UserError, Volume
 _ON_GRID = 0.05  # of a voxel: how far a mask's corners may lie from its image's
 
 
+Series = dict[tuple[Path, tuple[int, ...]], tuple[Path, ...]]  # every file of an image, by its first file and shape
+
+
 @dataclass
 class Draft:
     """An image on its way to a record; holds identities."""
@@ -43,7 +46,7 @@ class Built:
     rejected: tuple[Rejection, ...]
     classes: tuple[str, ...]
     hidden: frozenset[str]
-    series: dict[Path, tuple[Path, ...]] = field(repr=False)
+    series: Series = field(repr=False)
 
 
 def build(places: Sequence[Path], modality: Modality, *, labels: Path | None, subjects: Path | None) -> Built:
@@ -78,7 +81,7 @@ def build(places: Sequence[Path], modality: Modality, *, labels: Path | None, su
         ),
         classes=layout.classes or names,
         hidden=frozenset(part for part in root.parts if scrub.hides(part)),
-        series={draft.found.files[0]: draft.found.files for draft in drafts if len(draft.found.files) > 1},
+        series={(d.found.files[0], d.found.shape): d.found.files for d in drafts if d.found.series},
     )
 
 
@@ -257,7 +260,12 @@ def _check_masks(drafts: Sequence[Draft], layout: Layout) -> tuple[list[Draft], 
         try:
             mask = read_mask(draft.mask)
             _check_grid(mask, draft.found)
-            return int(mask.array.max())
+            highest = int(mask.array.max())
+            if layout.classes and highest > len(layout.classes):
+                raise ReadError(
+                    "unknown-class", f"the label holds the value {highest}, dataset.json names {len(layout.classes)}"
+                )
+            return highest
         except ReadError as error:
             return error
 
@@ -272,7 +280,7 @@ def _check_masks(drafts: Sequence[Draft], layout: Layout) -> tuple[list[Draft], 
             kept.append(draft)
             highest = max(highest, result)
             continue
-        reason = "label-off-grid" if result.reason == "label-off-grid" else "label-unreadable"
+        reason = result.reason if result.reason in {"label-off-grid", "unknown-class"} else "label-unreadable"
         image = draft.found
         refused.append(
             Refused(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import cast, get_args
 
-from medim.data.building import build, sorted_labels
+from medim.data.building import Series, build, sorted_labels
 from medim.data.identity import Scrubber, find, hidden, pseudonym
 from medim.data.layouts import walk
 from medim.data.readers import DICOM, ReadError, read_mask, reader_of, split_item
@@ -39,8 +39,12 @@ class AllRejectedError(UserError):
     exit_code = 4
 
     def __init__(self, message: str, index: Index) -> None:
-        super().__init__(message)
+        super().__init__(message, index)
+        self.message = message
         self.index = index
+
+    def __str__(self) -> str:
+        return self.message
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Index:
     rejected: tuple[Rejection, ...] = ()
     classes: tuple[str, ...] = ()
     hidden: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
-    _files: dict[Path, tuple[Path, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _series: Series = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def hash(self) -> str:
@@ -203,15 +207,20 @@ class Index:
         first = self.locate(record)
         if record.series is None or len(record.shape) == 2:
             return (first,)
-        for folder in (first.parent, self.root):  # a series may be spread over folders
-            if first in self._files:
-                return self._files[first]
-            files = [path for path in (folder.iterdir() if folder != self.root else walk([folder])) if path.is_file()]
+
+        def near() -> Iterator[list[Path]]:
+            yield [first]
+            yield sorted(path for path in first.parent.iterdir() if path.is_file())
+            yield walk([self.root])  # a series may be spread over folders
+
+        for files in near():
+            if (first, record.shape) in self._series:
+                break
             found, _ = DICOM.scan([path for path in files if DICOM.accepts(path)], self.modality)
-            self._files.update({image.files[0]: image.files for image in found if image.shape == record.shape})
-        if first not in self._files:
+            self._series.update({(image.files[0], image.shape): image.files for image in found})
+        if (first, record.shape) not in self._series:
             raise ReadError("changed", "its series is no image any more. Run `medim index` again", path=record.path)
-        return self._files[first]
+        return self._series[first, record.shape]
 
 
 def is_index(path: Path) -> bool:
@@ -256,7 +265,7 @@ def build_index(
         rejected=built.rejected,
         classes=built.classes or sorted_labels(record.label for record in built.records),
         hidden=built.hidden,
-        _files=built.series,
+        _series=built.series,
     )
     if not index.records:
         counts = Counter(rejection.reason for rejection in index.rejected)

@@ -77,6 +77,7 @@ def lay_out(files: Sequence[Path], ignore: Iterable[Path] = ()) -> Layout:
     """
     layout = Layout()
     ignored = set(ignore)
+    ignored |= _written(files)
     stems = {path.parent / stem(path.name) for path in files if path.suffix not in _SIDECARS}
     for path in files:
         if path.name in _TABLES and path not in ignored:
@@ -93,6 +94,15 @@ def lay_out(files: Sequence[Path], ignore: Iterable[Path] = ()) -> Layout:
     for folder in sorted(folders):
         _decathlon(layout, folder, set(files))
     return layout
+
+
+def _written(files: Sequence[Path]) -> set[Path]:
+    """The files of an index that was written into the source."""
+    names = ("summary.json", "index.parquet", "index.csv", "rejected.csv")
+    folders = {path.parent for path in files if path.name in names[1:3]} & {
+        path.parent for path in files if path.name == names[0]
+    }
+    return {folder / name for folder in folders for name in names}
 
 
 def _is_sidecar(path: Path, stems: set[Path]) -> bool:

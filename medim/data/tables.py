@@ -70,8 +70,12 @@ def read_table(path: Path, kind: str, *, given: bool) -> Table | None:
             raise UserError(f"{path}: expected the columns {wanted}; got {', '.join(columns) or 'none'}.")
         log.warning("%s is not used: it has no columns %s", path.name, wanted)
         return None
-    rows = ((reader.line_num, {name: (cell or "").strip() for name, cell in row.items() if name}) for row in reader)
-    return Table(path, tuple(row for row in rows if any(row[1].values())), given)
+    found = ((reader.line_num, {name: (cell or "").strip() for name, cell in row.items() if name}) for row in reader)
+    try:
+        rows = tuple(row for row in found if any(row[1].values()))
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: expected a row of a CSV file, got {error}.") from error
+    return Table(path, rows, given)
 
 
 class Names:

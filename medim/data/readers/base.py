@@ -32,9 +32,19 @@ class ReadError(UserError):
         self.reason = reason
         self.detail = detail
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel between processes, with the message as it is."""
+        return _revived, (self.reason, self.detail, str(self))
+
     def at(self, path: str | Path) -> ReadError:
         """The same error with the place it happened at."""
         return ReadError(self.reason, self.detail, path=path)
+
+
+def _revived(reason: str, detail: str, message: str) -> ReadError:
+    error = ReadError(reason, detail)
+    error.args = (message,)
+    return error
 
 
 @dataclass(frozen=True, kw_only=True)

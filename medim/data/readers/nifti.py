@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import nibabel
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 
 from medim.data.readers.base import (
     Found,
@@ -26,8 +27,11 @@ from medim.data.readers.base import (
 )
 from medim.types import Modality, Volume
 
-_DAMAGE = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError, OverflowError, MemoryError)
+_DAMAGE: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, KeyError, TypeError, OverflowError, zlib.error)
+_DAMAGE += (ImageFileError, HeaderDataError, WrapStructError)
+_SECOND = (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")  # NIfTI-2: the header's size, 540
 _TO_MM = {1: 1000.0, 3: 0.001}  # NIFTI_UNITS_METER, NIFTI_UNITS_MICRON; everything else is taken as mm
+_MORE = 64 << 20  # bytes after the voxels that are read over in search of the checksum
 _DEFLATE_RATIO = 1100  # no gzip stream unpacks to more than 1032 times its size
 
 
@@ -72,19 +76,22 @@ class NiftiReader:
         """The volume, and the free texts of its header."""
         check_start(path)
         try:
-            image = (
-                nibabel.Nifti1Image.from_filename(path) if _is_nifti1(path) else nibabel.Nifti2Image.from_filename(path)
-            )
+            with nibabel.openers.ImageOpener(str(path)) as file:
+                kind = nibabel.Nifti2Image if file.read(4) in _SECOND else nibabel.Nifti1Image
+                file.seek(0)
+                header = kind.header_class.from_fileobj(file)  # type: ignore[no-untyped-call]
+            dtype, shape, offset = header.get_data_dtype(), header.get_data_shape(), int(header["vox_offset"])
         except _DAMAGE as error:
             raise ReadError("unreadable", f"not a whole NIfTI header ({type(error).__name__})") from error
-        header = image.header
-        dtype: np.dtype[Any] = header.get_data_dtype()  # type: ignore[no-untyped-call]
         if dtype.kind not in "uif":
             raise ReadError("not-scalar", f"voxels of type {dtype}; expected one real number a voxel")
-        shape = _spatial_shape(image.shape)
-        _check_bytes(path, check_size(image.shape, dtype.itemsize))
+        spatial = _spatial_shape(shape)
+        announced = check_size(shape, dtype.itemsize)
+        _check_bytes(path, offset, announced)
         try:
-            array = as_float(np.asanyarray(image.dataobj)).reshape(shape)
+            packed = path.name.lower().endswith(".gz")
+            image = kind.from_bytes(_unpack(path, offset + announced)) if packed else kind.from_filename(path)
+            array = as_float(np.asanyarray(image.dataobj)).reshape(spatial)
         except _DAMAGE as error:
             raise ReadError("truncated", f"the voxels end early or are damaged ({type(error).__name__})") from error
         scale = _TO_MM.get(int(header["xyzt_units"]) & 7, 1.0)
@@ -94,11 +101,16 @@ class NiftiReader:
         return ras_volume(array, affine), texts
 
 
-def _is_nifti1(path: Path) -> bool:
-    """Whether the header is of the first version; nibabel's own sniffing reads far more."""
-    with nibabel.openers.ImageOpener(str(path)) as file:
-        start: bytes = file.read(4)
-    return start not in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")
+def _unpack(path: Path, size: int) -> bytes:
+    """The first bytes of a gzip file, which is read to its end, where its checksum stands."""
+    with gzip.open(path) as file:
+        data = file.read(size)
+        more = 0
+        while chunk := file.read(1 << 20):
+            more += len(chunk)
+            if more > _MORE:
+                raise ReadError("unreadable", f"more than {_MORE >> 20} MiB follow the voxels")
+    return data
 
 
 def _spatial_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -114,12 +126,14 @@ def _spatial_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:3]
 
 
-def _check_bytes(path: Path, announced: int) -> None:
+def _check_bytes(path: Path, offset: int, announced: int) -> None:
     """Refuse a header that announces more than the file can hold, before any memory is taken.
 
     Raises:
         ReadError: in that case.
     """
     size = path.stat().st_size
+    if not 0 <= offset <= _MORE:
+        raise ReadError("unreadable", f"the header says that the voxels start at byte {offset}")
     if announced > size * (_DEFLATE_RATIO if path.name.lower().endswith(".gz") else 1):
         raise ReadError("truncated", f"the header announces {announced} bytes of voxels, the file has {size} bytes")

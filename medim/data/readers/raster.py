@@ -204,6 +204,6 @@ def _look_into(path: Path) -> Iterator[Found | Refused]:
                 shape=volume.shape,
                 affine=volume.affine,
                 subject=f"{path.name}#{split}/{place}",
-                label=str(classes[place, 0]) if classes is not None and classes.shape[1] == 1 else None,
+                label=f"{classes[place, 0]:g}" if classes is not None and classes.shape[1] == 1 else None,
                 split=split,
             )

@@ -1,0 +1,104 @@
+"""What every entry of READERS promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medim.data.readers import READERS, Reader, ReadError, reader_of
+from medim.types import Modality
+from tests.data.synthetic import dataset, noise, save, write_archive, write_nifti, xray
+
+
+def write_itk(path: Path) -> Path:
+    sitk: Any = pytest.importorskip("SimpleITK")
+    sitk.WriteImage(sitk.GetImageFromArray(noise(4, 5, 6)), str(path))
+    return path
+
+
+def write_png(path: Path) -> Path:
+    Image.fromarray(noise(4, 6).astype(np.uint8)).save(path)
+    return path
+
+
+def write_npy(path: Path) -> Path:
+    np.save(path, noise(4, 5, 6))
+    return path
+
+
+Sample = tuple[str, Modality, Callable[[Path], Path]]
+SAMPLES: dict[str, list[Sample]] = {  # a new reader brings its samples here
+    "NIfTI": [("a.nii", "mri", write_nifti), ("b.nii.gz", "mri", write_nifti)],
+    "PNG, JPEG, TIFF, BMP": [(name, "xray", write_png) for name in ("a.png", "b.jpg", "c.tif", "d.bmp")],
+    "npy, MedMNIST npz": [("a.npy", "mri", write_npy), ("b.npz", "xray", write_archive)],
+    "MetaImage, NRRD": [("a.mha", "mri", write_itk), ("b.nrrd", "mri", write_itk)],
+    "DICOM": [
+        ("a.dcm", "mri", lambda path: save(dataset(noise(4, 6)), path)),
+        ("IM0001", "xray", lambda path: save(xray(noise(4, 6)), path)),
+    ],
+}
+ALL = [(reader, sample) for reader in READERS for sample in SAMPLES[reader.name]]
+samples = pytest.mark.parametrize(("reader", "sample"), ALL, ids=[f"{r.name}-{s[0]}" for r, s in ALL])
+
+
+def test_every_reader_has_a_name_of_its_own_and_samples() -> None:
+    assert [reader.name for reader in READERS] == list(SAMPLES)
+
+
+@samples
+def test_a_reader_accepts_its_files_and_no_other_does(reader: Reader, sample: Sample, tmp_path: Path) -> None:
+    name, _, write = sample
+    path = write(tmp_path / name)
+    assert [other for other in READERS if other.accepts(path)] == [reader]
+    assert reader_of(path) is reader
+
+
+@samples
+def test_what_is_found_is_what_is_read(reader: Reader, sample: Sample, tmp_path: Path) -> None:
+    name, modality, write = sample
+    path = write(tmp_path / name)
+    found, refused = reader.scan([path], modality)
+    assert found
+    assert refused == []
+    for image in found:
+        volume = reader.read(path, image.item)
+        assert volume.array.dtype == np.float32
+        assert volume.array.shape == (1, *image.shape)
+        assert len(image.shape) == (3 if modality == "mri" else 2)
+        assert len(volume.native_shape) == volume.spatial_dims
+        np.testing.assert_array_equal(volume.affine, image.affine)
+        assert volume.affine.shape == volume.native_affine.shape == (4, 4)
+        if volume.spatial_dims == 3:  # RAS+: each axis runs mainly along its own direction, upwards
+            assert (np.diag(volume.affine)[:3] > 0).all()
+        assert volume.array.flags.c_contiguous
+        assert image.files == (path,)
+
+
+@samples
+@pytest.mark.parametrize("part", [0.0, 0.01, 0.3, 0.6])
+def test_a_cut_file_is_refused_and_never_a_traceback(
+    reader: Reader, sample: Sample, tmp_path: Path, part: float
+) -> None:
+    name, modality, write = sample
+    path = write(tmp_path / name)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * part)])
+    found, refused = reader.scan([path], modality)
+    assert found == []
+    assert [one.path for one in refused] == [path]
+    assert refused[0].reason.replace("-", "").isalpha()
+    assert str(tmp_path) not in refused[0].detail
+    with pytest.raises(ReadError):
+        reader.read(path, "train/0")
+
+
+@samples
+def test_a_missing_file_is_an_error_of_its_own(reader: Reader, sample: Sample, tmp_path: Path) -> None:
+    with pytest.raises(ReadError) as caught:
+        reader.read(tmp_path / sample[0])
+    assert caught.value.reason == "unreadable"
