@@ -1,6 +1,6 @@
 """Preprocessed images on disk, compressed in small blocks, so that a crop is read without the rest.
 
-One `.b2nd` file an image (Blosc2, LZ4, checked sums inside) and one a mask, named by what they were made from: the
+One `.b2nd` file an image (Blosc2, LZ4, sealed with a checksum) and one a mask, named by what they were made from: the
 source's fingerprint and the steps. A changed file or step is another key; two processes that make the same key write
 the same content, and the rename at the end is atomic, so a store may be filled twice at once and interrupted at any
 time.
@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -32,6 +32,7 @@ SCHEMA_VERSION = 1
 CHUNK, BLOCK = 64, 16  # voxels a side: what is found at once, and what is decompressed at once
 HALF_ERROR = 1 / 200  # standard deviations an intensity may be off by before float16 is too coarse for an image
 OPEN_FILES = 64
+SEAL = b"medim-1\0"  # ends every file, before the CRC-32 of what stands above; Blosc2 reads past neither
 
 Box = tuple[slice, ...]
 
@@ -56,7 +57,6 @@ class Entry:
         native_shape: spatial shape of the file's grid.
         mask: a mask is stored too.
         nbytes: size in RAM, as stored (float16 or float32), without the mask.
-        sums: CRC-32 of image and mask voxels.
     """
 
     shape: tuple[int, ...]
@@ -67,7 +67,6 @@ class Entry:
     native_shape: tuple[int, ...]
     mask: bool
     nbytes: int
-    sums: Mapping[str, int]
 
 
 class Store:
@@ -109,12 +108,10 @@ class Store:
         """Write an image (C, ...) and its mask (1, ...) on the same grid; the image last, as the sign of both."""
         voxels = _halved(image.array)
         spatial = tuple(range(1, image.array.ndim))
-        sums = {"image": _sum(voxels)}
         if mask is not None:
             labels = mask.array.astype(np.uint8, casting="unsafe")
             if not np.array_equal(labels, mask.array):
                 raise UserError("mask: expected whole numbers from 0 to 255, got others. Renumber the labels.")
-            sums["mask"] = _sum(labels)
             write_bytes(self._path(key, "mask"), _frame(labels, {"schema_version": SCHEMA_VERSION}))
         header = {
             "schema_version": SCHEMA_VERSION,
@@ -122,7 +119,7 @@ class Store:
             "native_affine": image.native_affine.ravel().tolist(),
             "native_shape": list(image.native_shape),
             "minimum": voxels.min(axis=spatial).tolist(),
-            "sums": sums,
+            "mask": mask is not None,
         }
         if not self._marked:
             write_json(self.folder / "store.json", {"schema_version": SCHEMA_VERSION, "kind": "medim-store"})
@@ -131,17 +128,14 @@ class Store:
         self._forget(key)
 
     def whole(self, key: str) -> bool:
-        """True where the key is stored and every voxel's checksum holds."""
-        if not self._path(key, "image").is_file():
+        """True where the key is stored, and image and mask are as they were written, byte by byte."""
+        if not _sealed(self._path(key, "image")):
             return False
         self._forget(key)
         try:
-            entry = self.entry(key)
-            return all(_sum(self._array(key, kind)[...]) == value for kind, value in entry.sums.items())
-        except (UserError, RuntimeError):
+            return not self.entry(key).mask or _sealed(self._path(key, "mask"))
+        except UserError:  # another schema version
             return False
-        finally:
-            self._forget(key)
 
     def entry(self, key: str) -> Entry:
         """Shape, grid and padding values of an image.
@@ -194,6 +188,8 @@ class Store:
         path = self._path(key, kind)
         if not path.is_file():
             raise UserError(f"{path}: not in the store. Run `medim preprocess` again; it adds what is missing.")
+        if not _ends_sealed(path):  # nothing unfinished goes to the parser
+            raise self._damaged(key, kind)
         try:
             array = blosc2.open(str(path), mode="r", dparams=blosc2.DParams(nthreads=1))
         except (RuntimeError, ValueError, OSError) as error:
@@ -333,8 +329,19 @@ def _halved(array: Array) -> Array:
     return array
 
 
-def _sum(array: Array) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).data)
+def _sealed(path: Path) -> bool:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    body = content[: -len(SEAL) - 4]
+    return content[len(body) :] == SEAL + zlib.crc32(body).to_bytes(4)
+
+
+def _ends_sealed(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - len(SEAL) - 4))
+        return file.read(len(SEAL)) == SEAL
 
 
 def _frame(array: Array, header: dict[str, Any]) -> bytes:
@@ -352,7 +359,8 @@ def _frame(array: Array, header: dict[str, Any]) -> bytes:
     alone = blosc2.DParams(nthreads=1)  # threads cost more than they save on a small image
     packed = blosc2.asarray(array, chunks=chunks, blocks=blocks, cparams=compression, dparams=alone)
     packed.schunk.vlmeta["medim"] = header
-    return bytes(packed.to_cframe())
+    frame = bytes(packed.to_cframe())
+    return frame + SEAL + zlib.crc32(frame).to_bytes(4)
 
 
 def _entry(array: Any, header: dict[str, Any]) -> Entry:
@@ -365,7 +373,6 @@ def _entry(array: Any, header: dict[str, Any]) -> Entry:
         affine=np.asarray(header["affine"], np.float64).reshape(4, 4),
         native_affine=np.asarray(header["native_affine"], np.float64).reshape(4, 4),
         native_shape=tuple(header["native_shape"]),
-        mask="mask" in header["sums"],
+        mask=bool(header["mask"]),
         nbytes=int(np.prod(array.shape)) * array.dtype.itemsize,
-        sums=dict(header["sums"]),
     )
