@@ -1,8 +1,9 @@
 """The README and the site say what is true: their code blocks run, their links lead somewhere, the site builds.
 
 A block is run where its fence says `python` or `bash`, in order; the blocks of a page share a folder and, for Python, a
-namespace. Above a fence, `<!-- not run: reason -->` leaves it out, and `<!-- shortened: --set max_steps=4 -->`
-adds these options to every training command in it. `<!-- slow -->` anywhere moves the page to `make test-slow`.
+namespace. Above a fence, `<!-- not run: reason -->` leaves it out, and
+`<!-- shortened: pretrain --set max_steps=4; example --subjects 8 -->` adds these options to the
+commands named. `<!-- slow -->` anywhere moves the page to `make test-slow`.
 """
 
 from __future__ import annotations
@@ -47,12 +48,11 @@ def blocks(page: Path) -> list[tuple[str, int, str, str]]:
     found = []
     for match in FENCE.finditer(text):
         above = text[: match.start()].rstrip("\n").rsplit("\n", 1)[-1]
-        shortened = re.fullmatch(r"<!-- shortened: (.+) -->", above)
         code = match[2]
-        if shortened:
-            code = re.sub(
-                r"^(medim (?:pretrain|finetune) .*?)$", rf"\1 {shortened[1]}", code.replace("\\\n", ""), flags=re.M
-            )
+        if shortened := re.fullmatch(r"<!-- shortened: (.+) -->", above):
+            code = code.replace("\\\n", "")
+            for command, options in (part.split(" ", 1) for part in shortened[1].split("; ")):
+                code = re.sub(rf"^medim {command} [^#\n]*", rf"\g<0> {options} ", code, flags=re.M)
         if match[1] in {"python", "bash"} and not re.fullmatch(r"<!-- not run: .+ -->", above):
             found.append((str(page), text.count("\n", 0, match.start()) + 1, match[1], code))
     return found
@@ -100,12 +100,16 @@ def test_blocks_share_a_namespace_and_a_folder_and_a_marked_one_is_left_out(tmp_
     assert run_blocks(blocks(page), tmp_path).returncode == 0
 
 
-def test_a_shortened_block_gives_its_options_to_every_training_command(tmp_path: Path) -> None:
+def test_a_shortened_block_gives_its_options_to_the_commands_named(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
-        "<!-- shortened: --set max_steps=4 -->\n```bash\nmedim pretrain \\\n  --out A\nmedim export A\n```\n"
+        "<!-- shortened: pretrain --set max_steps=4; example --subjects 8 -->\n"
+        "```bash\nmedim example --out S  # 24 subjects\nmedim pretrain \\\n  --out A\nmedim export A\n```\n"
     )
-    assert blocks(page)[0][3] == "medim pretrain   --out A --set max_steps=4\nmedim export A\n"
+    code = [" ".join(line.split()) for line in blocks(page)[0][3].splitlines()]
+    assert code[0] == "medim example --out S --subjects 8 # 24 subjects"
+    assert code[1] == "medim pretrain --out A --set max_steps=4"
+    assert code[2] == "medim export A"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
