@@ -101,7 +101,8 @@ def bias_field(*, strength: float = 0.3, degree: int = 3, probability: float = 0
         degree: of the polynomial.
         probability: of being applied.
     """
-    return _AboveMinimum(RandBiasField(degree=degree, coeff_range=(-strength, strength), prob=probability))
+    field = RandBiasField(degree=degree, coeff_range=(-strength, strength), prob=1.0)
+    return _AboveMinimum(field, probability=probability)
 
 
 AUGMENTATIONS: dict[str, Callable[..., RandomizableTransform]] = {
@@ -180,16 +181,17 @@ class _StepTransform(Transform):
         given = data.affine.numpy() if isinstance(data, MetaTensor) else np.eye(4)
         place = _four_by_four(given)
         out = self._function(Volume(array, place, place, array.shape[1:]), **self._options)
-        meta = dict(data.meta) if isinstance(data, MetaTensor) else None
+        kept = data.meta if isinstance(data, MetaTensor) else {}
+        meta = {name: value for name, value in kept.items() if name != "affine"}
         changed = torch.as_tensor(_like(out.affine, given))
         return MetaTensor(torch.from_numpy(np.ascontiguousarray(out.array)), affine=changed, meta=meta)
 
 
 class _AboveMinimum(RandomizableTransform):
-    """Applies another transform to what stands above the image's minimum."""
+    """Applies another transform, which always acts, to what stands above the image's minimum."""
 
-    def __init__(self, transform: RandomizableTransform) -> None:
-        super().__init__(transform.prob)
+    def __init__(self, transform: RandomizableTransform, *, probability: float) -> None:
+        super().__init__(probability)
         self._transform = transform
 
     def set_random_state(
@@ -200,6 +202,9 @@ class _AboveMinimum(RandomizableTransform):
         return self
 
     def __call__(self, data: torch.Tensor) -> torch.Tensor:
+        self.randomize(None)
+        if not self._do_transform:
+            return data
         least = data.amin()
         shaded: torch.Tensor = self._transform(data - least)
         return shaded + least
