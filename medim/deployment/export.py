@@ -46,7 +46,7 @@ from medim.models.encoders import ENCODERS
 from medim.models.heads import HEADS
 from medim.models.model import build_encoder, build_model
 from medim.models.saved import find, load_encoder, load_model, load_weights
-from medim.types import Array, UserError
+from medim.types import Array, Step, UserError, Volume
 
 SCAN = "no path, user or host name in any file"
 PROVENANCE = re.compile(r"[\w.+:-]{0,128}")
@@ -60,11 +60,23 @@ class Loaded:
     spec: dict[str, Any]
     weights: Path
     strides: tuple[int, ...]
+    sizes: onnx.Sizes
 
     @property
     def run(self) -> Run:
         """The network under torch."""
         return torch_run(self.network)
+
+    @property
+    def inference(self) -> Step:
+        """How a whole image is run; an encoder's spec may leave it out."""
+        given: Step | None = self.spec.get("inference")
+        return given or {"mode": "whole", "multiple_of": 1 if self.sizes.fixed else self.sizes.multiple_of}
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes; an encoder has none."""
+        return () if self.spec["kind"] == "encoder" else tuple(self.spec["classes"])
 
     @property
     def source(self) -> nn.Module:
@@ -99,9 +111,9 @@ def torch_network(path: Path) -> Network:
         modality=spec["modality"],
         spatial_dims=spec["spatial_dims"],
         in_channels=spec["in_channels"],
-        classes=tuple(spec["classes"] or ()) if spec["kind"] != "encoder" else (),
+        classes=loaded.classes,
         preprocessing=tuple(spec["preprocessing"]),
-        inference=spec["inference"],
+        inference=loaded.inference,
     )
 
 
@@ -149,7 +161,7 @@ def export(
 def _build(run: Path, folder: Path, out: Path, *, name: str | None, version: str, intended_use: str) -> None:
     loaded = _load(run)
     spec = loaded.spec
-    sizes = onnx.sizes_of(loaded.network, tuple(spec["input_shape"]), loaded.strides, spec["in_channels"])
+    sizes = loaded.sizes
     signature = onnx.signature_of(loaded.network, sizes, spec["in_channels"], loaded.strides)
     contract = _contract(
         loaded,
@@ -163,8 +175,7 @@ def _build(run: Path, folder: Path, out: Path, *, name: str | None, version: str
     graph = onnx.to_onnx(loaded.network, sizes, signature)
     write_bytes(folder / GRAPH, graph)
     ort = session(graph, contract, threads=1)
-    shape = [int(1.25 * n) for n in contract.inference.get("roi", ())] or [n + 3 for n in sizes.shape]
-    golden = Golden.make(phantom(shape, contract.preprocess, contract.in_channels), loaded.run, contract)
+    golden = Golden.make(_phantom(contract, sizes), loaded.run, contract)
     write_bytes(folder / GOLDEN, golden.dump())
     results = _gates(loaded, sizes, contract, ort, golden, folder / WEIGHTS)
     write_json(folder / "medim.json", contract.model_dump(mode="json"))
@@ -185,9 +196,28 @@ def _load(path: Path) -> Loaded:
     weights, spec = find(Path(path))
     if spec["kind"] == "encoder":
         encoder: Any = load_encoder(path)
-        return Loaded(onnx.Summarised(encoder).eval(), spec, weights, tuple(encoder.strides))
-    model: Any = load_model(Path(path))[0]
-    return Loaded(model, spec, weights, tuple(model.encoder.strides))
+        network: nn.Module = onnx.Summarised(encoder).eval()
+    else:
+        network = load_model(Path(path))[0]
+        encoder = network.encoder
+    strides = tuple(encoder.strides)
+    return Loaded(
+        network,
+        spec,
+        weights,
+        strides,
+        onnx.sizes_of(network, tuple(spec["input_shape"]), strides, spec["in_channels"]),
+    )
+
+
+def _phantom(contract: Contract, sizes: onnx.Sizes) -> Volume:
+    """A phantom that becomes several windows, or sides that the strides do not divide, or the one size that fits."""
+    channels = contract.in_channels
+    if sizes.fixed:
+        return phantom(sizes.shape, contract.preprocess, channels, exact=True)
+    roi = contract.inference.get("roi")
+    shape = [int(1.25 * n) for n in roi] if roi else [n + 3 for n in sizes.shape]
+    return phantom(shape, contract.preprocess, channels)
 
 
 def _contract(loaded: Loaded, signature: Signature, **fields: Any) -> Contract:
@@ -199,10 +229,10 @@ def _contract(loaded: Loaded, signature: Signature, **fields: Any) -> Contract:
         modality=spec["modality"],
         preprocess=tuple(steps),
         preprocess_sha256=hash_of(steps),
-        inference=spec["inference"],
+        inference=loaded.inference,
         postprocess=POSTPROCESS[spec["kind"]],
         signature=signature,
-        classes=tuple(spec["classes"] or ()) if spec["kind"] != "encoder" else (),
+        classes=loaded.classes,
         architecture=spec,
         provenance=_provenance(spec.get("provenance") or {}),
         **fields,

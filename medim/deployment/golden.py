@@ -101,13 +101,16 @@ class Golden:
             return cls(volume, file["logits"], file["labels"])
 
 
-def phantom(shape: Sequence[int], steps: Sequence[Step], channels: int, *, seed: int = 0) -> Volume:
+def phantom(
+    shape: Sequence[int], steps: Sequence[Step], channels: int, *, exact: bool = False, seed: int = 0
+) -> Volume:
     """A smooth head-like thing out of ellipsoids on zero background; no patient was involved.
 
     Args:
         shape: about the size wanted after preprocessing, in voxels.
         steps: the preprocessing; a `resample` tells the spacing.
         channels: of the image.
+        exact: have that shape and spacing from the start, for networks that take one size and do not resize to it.
         seed: of the ellipsoids.
 
     Returns:
@@ -116,8 +119,9 @@ def phantom(shape: Sequence[int], steps: Sequence[Step], channels: int, *, seed:
     dims = len(shape)
     rng = np.random.default_rng(seed)
     wanted = next((s["spacing"] for s in reversed(steps) if s["op"] == "resample"), [1.0] * dims)
-    spacing = np.asarray(wanted, float) * ([0.9, 1.0, 1.2] if dims == 3 else [0.9, 1.1])
-    size = [int(np.clip(np.rint(n * w / s), 8, SIDE)) for n, w, s in zip(shape, wanted, spacing, strict=True)]
+    spacing = np.asarray(wanted, float) * (1.0 if exact else np.array([0.9, 1.0, 1.2][3 - dims :]))
+    size = [int(np.rint(n * w / s)) for n, w, s in zip(shape, wanted, spacing, strict=True)]
+    size = size if exact else [int(np.clip(n, 8, SIDE)) for n in size]
     place = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in size), indexing="ij"))
     head = (place**2).sum(0) < 0.8
     picture = 300.0 * head

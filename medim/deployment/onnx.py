@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -10,7 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx
+import onnx.helper
+import onnx.numpy_helper
 import torch
 from torch import nn
 from torch.export import Dim
@@ -35,45 +37,44 @@ class Summarised(nn.Module):
         return (features.summary, *features.maps)
 
 
-class ExactNorm(nn.Module):
-    """Instance or group normalisation with float64 statistics.
+def with_exact_norms(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Replace each InstanceNormalization (GroupNorm becomes one too) by nodes with float64 mean and variance.
 
-    ONNX Runtime's own InstanceNormalization loses up to three digits where a window hardly varies; mean and variance in
-    float64 give torch's numbers everywhere.
-
-    Args:
-        norm: the layer it stands for.
-        groups: of channels normalised together; 0 makes each channel a group.
+    ONNX Runtime's own loses up to three digits where a window hardly varies; float64 gives torch's numbers everywhere.
     """
-
-    def __init__(self, norm: Any, groups: int) -> None:
-        super().__init__()
-        self.groups, self.eps = groups, norm.eps
-        self.weight: torch.Tensor | None = norm.weight
-        self.bias: torch.Tensor | None = norm.bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise (N, C, ...)."""
-        values = x.double().reshape(x.shape[0], self.groups or x.shape[1], -1)  # (N, G, C / G * voxels)
-        centred = values - values.mean(dim=2, keepdim=True)
-        variance = (centred * centred).mean(dim=2, keepdim=True)
-        out = (centred * torch.rsqrt(variance + self.eps)).float().reshape(x.shape)
-        if self.weight is None or self.bias is None:
-            return out
-        per_channel = (1, -1, *[1] * (x.ndim - 2))
-        return out * self.weight.reshape(per_channel) + self.bias.reshape(per_channel)
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        nodes += _exact_norm(node) if node.op_type == "InstanceNormalization" else [node]
+    if len(nodes) > len(model.graph.node):
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+        model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in _CONSTANTS.items())
+    return model
 
 
-def with_exact_norms(network: nn.Module) -> nn.Module:
-    """A copy of a network whose instance and group norms are `ExactNorm`."""
-    network = copy.deepcopy(network)
-    for parent in list(network.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, nn.modules.instancenorm._InstanceNorm) and not layer.track_running_stats:
-                setattr(parent, name, ExactNorm(layer, 0))
-            elif isinstance(layer, nn.GroupNorm):
-                setattr(parent, name, ExactNorm(layer, layer.num_groups))
-    return network
+_CONSTANTS = {"norm.flat": np.array([0, 0, -1]), "norm.last": np.array([2]), "norm.column": np.array([1])}
+
+
+def _exact_norm(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias over the flattened grid, whatever its dimensions."""
+    (x, scale, bias), (out,) = node.input, node.output
+    epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
+    made: list[onnx.NodeProto] = []
+
+    def add(op: str, name: str, *inputs: str, **options: Any) -> str:
+        made.append(onnx.helper.make_node(op, inputs, [name if name == out else f"{out}.{name}"], **options))
+        return str(made[-1].output[0])
+
+    values = add("Reshape", "values", add("Cast", "float64", x, to=onnx.TensorProto.DOUBLE), "norm.flat")  # (N, C, L)
+    centred = add("Sub", "centred", values, add("ReduceMean", "mean", values, "norm.last"))
+    variance = add("ReduceMean", "variance", add("Mul", "square", centred, centred), "norm.last")
+    floor = onnx.helper.make_tensor("epsilon", onnx.TensorProto.DOUBLE, [], [epsilon])
+    spread = add("Sqrt", "spread", add("Add", "padded", variance, add("Constant", "epsilon", value=floor)))
+    unit = add("Cast", "unit", add("Div", "ratio", centred, spread), to=onnx.TensorProto.FLOAT)
+    scaled = add("Mul", "scaled", unit, add("Unsqueeze", "scale", scale, "norm.column"))
+    shifted = add("Add", "shifted", scaled, add("Unsqueeze", "bias", bias, "norm.column"))
+    add("Reshape", out, shifted, add("Shape", "shape", x))
+    return made
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def to_onnx(network: nn.Module, sizes: Sizes, signature: Signature) -> bytes:
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                with_exact_norms(network).eval(),
+                network,
                 (image,),
                 dynamo=True,
                 dynamic_shapes=(varying,),
@@ -170,7 +171,7 @@ def to_onnx(network: nn.Module, sizes: Sizes, signature: Signature) -> bytes:
         raise UserError(f"ONNX export: torch {torch.__version__} cannot export it ({_last_line(error)}).") from error
     if program is None:
         raise UserError(f"ONNX export: torch {torch.__version__} returned no program for this network.")
-    model = clean(program.model_proto)
+    model = with_exact_norms(clean(program.model_proto))
     onnx.checker.check_model(model, full_check=True)
     return bytes(model.SerializeToString(deterministic=True))
 

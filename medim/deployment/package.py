@@ -55,10 +55,7 @@ class Package:
 
     def read(self, name: str) -> bytes:
         """The bytes of a file, checked once more, so that what is used is what was verified."""
-        data = (self.folder / name).read_bytes()
-        if hashlib.sha256(data).hexdigest() != self.sums.get(name):
-            raise PackageError(f"{self.folder / name}: the file changed since it was verified. {COPY_AGAIN}")
-        return data
+        return _read(self.folder / name, self.sums[name])
 
     @property
     def sha256(self) -> str:
@@ -103,7 +100,7 @@ def load_package(path: str | Path) -> Package:
     """
     folder = Path(path)
     sums = _verified(folder)
-    contract = parse((folder / "medim.json").read_bytes())
+    contract = parse(_read(folder / "medim.json", sums["medim.json"]))
     if contract.architecture.get("sha256") != sums[WEIGHTS]:
         raise PackageError(f"{folder / WEIGHTS}: not the weights that medim.json names. {COPY_AGAIN}")
     return Package(folder, contract, sums)
@@ -180,6 +177,16 @@ def write_sums(folder: Path) -> None:
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     lines = [f"{sha256(folder / name)}  {name}\n" for name in files if name != SUMS]
     write_text(folder / SUMS, "".join(lines))
+
+
+def _read(path: Path, digest: str) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise PackageError(f"{path}: could not be read ({error.strerror}). {COPY_AGAIN}") from error
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise PackageError(f"{path}: the file changed since it was verified. {COPY_AGAIN}")
+    return data
 
 
 def _verified(folder: Path) -> dict[str, str]:

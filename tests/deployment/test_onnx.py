@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from medim.deployment.contract import Signature, Symbol, Tensor
+from medim.deployment.onnx import Sizes, sizes_of, structure, to_onnx
+from medim.models.encoders.convnet import ConvNet
+from medim.types import Array, UserError
+
+SIGNATURE = Signature(
+    inputs=(Tensor(name="image", shape=("batch", 1, "H", "W")),),
+    outputs=(Tensor(name="logits", shape=("batch", 3, "H", "W")),),
+    symbols={"batch": Symbol(), "H": Symbol(minimum=2, multiple_of=2), "W": Symbol(minimum=2, multiple_of=2)},
+)
+
+
+def network(norm: type[nn.Module]) -> nn.Module:
+    """Two normalised convolutions; the second norm sees next to no variance where the image has none."""
+    torch.manual_seed(0)
+    norms = [nn.GroupNorm(4, 8) if norm is nn.GroupNorm else norm(8, affine=True) for _ in range(2)]
+    layers = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        norms[0],
+        nn.LeakyReLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        norms[1],
+        nn.Conv2d(8, 3, 1),
+    )
+    for parameter in layers.parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter)
+    return layers.eval()
+
+
+def answer(graph: bytes, image: Array) -> Array:
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"image": image})[0])
+
+
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d, nn.GroupNorm])
+def test_norms_are_exact_on_images_that_hardly_vary_at_any_size(norm: type[nn.Module]) -> None:
+    made = network(norm)
+    graph = to_onnx(made, Sizes((8, 8), 2, fixed=False), SIGNATURE)
+    operations = {node.op_type for node in onnx.load_model_from_string(graph).graph.node}
+    assert "InstanceNormalization" not in operations
+    assert "GroupNormalization" not in operations
+    exact = copy.deepcopy(made).double()
+    flat = np.full((3, 1, 14, 22), -0.7, np.float32)
+    faint = 1000 + 1e-2 * np.random.default_rng(0).standard_normal((1, 1, 10, 6)).astype(np.float32)
+    for image in (np.zeros((1, 1, 16, 4), np.float32), flat, faint):
+        with torch.no_grad():
+            want = exact(torch.from_numpy(image).double()).numpy()
+        np.testing.assert_allclose(answer(graph, image), want, atol=2e-3 if image is faint else 2e-5)
+
+
+def test_a_graph_holds_no_trace_of_where_it_was_made() -> None:
+    graph = to_onnx(nn.Conv2d(1, 3, 3, padding=1), Sizes((8, 8), 2, fixed=False), SIGNATURE)
+    model = onnx.load_model_from_string(graph)
+    assert b"/" not in structure(graph).replace(b"pkg.torch", b"")
+    assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
+    assert len(structure(graph)) < len(graph)
+
+
+def test_a_network_that_takes_one_size_is_found_out() -> None:
+    flat = ConvNet(1, 2, (32, 32), channels=(4, 8), hidden=8, summary_channels=4).eval()
+    pooled = ConvNet(1, 2, (32, 32), channels=(4, 8), hidden=8, summary_channels=4, summary="mean_max").eval()
+    assert sizes_of(flat, (32, 32), flat.strides, 1).fixed
+    assert not sizes_of(pooled, (32, 32), pooled.strides, 1).fixed
+    assert sizes_of(pooled, (30, 30), pooled.strides, 1).fixed  # traced at a size that its strides do not divide
+
+
+def test_a_network_that_cannot_be_exported_is_told_without_a_wall_of_text() -> None:
+    class Stubborn(nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return image if image.sum() > 0 else -image
+
+    with pytest.raises(UserError, match="cannot export"):
+        to_onnx(Stubborn(), Sizes((8, 8), 2, fixed=False), SIGNATURE)
