@@ -80,8 +80,8 @@ def pseudonym(value: str, *, prefix: str = "s") -> str:
 class Scrubber:
     """Replaces the parts of a path that equal an identity attribute of a file.
 
-    Case, accents of punctuation and separators do not matter: `Doe_John`, `DOE-JOHN` and `MR_DoeJohn_1` all hold the
-    identity `Doe^John`. A value shorter than 4 characters counts only where it is the whole part.
+    Case and separators do not matter, and other words may stand beside it: `Doe_John`, `DOE-JOHN` and `MR_DoeJohn_1`
+    all hold the identity `Doe^John`. A value shorter than 4 characters counts only where it is the whole part.
     """
 
     def __init__(self, identities: Iterable[str]) -> None:

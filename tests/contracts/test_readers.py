@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,25 @@ def test_a_cut_file_is_refused_and_never_a_traceback(
     assert str(tmp_path) not in refused[0].detail
     with pytest.raises(ReadError):
         reader.read(path, "train/0")
+
+
+@samples
+def test_damaged_bytes_are_an_image_of_the_right_shape_or_refused(
+    reader: Reader, sample: Sample, tmp_path: Path
+) -> None:
+    name, modality, write = sample
+    path = write(tmp_path / name)
+    whole, random = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(25):
+        damaged = bytearray(whole)
+        for place in random.integers(0, len(whole), random.integers(1, 8)):
+            damaged[place] = random.integers(256)
+        path.write_bytes(damaged)
+        found, refused = reader.scan([path], modality)
+        assert found or refused
+        for image in found:
+            with suppress(ReadError):
+                assert reader.read(path, image.item).array.shape == (1, *image.shape)
 
 
 @samples

@@ -16,6 +16,7 @@ from medim.types import Array, Modality, UserError, Volume
 
 _nibabel: Any = orientations  # carries no types
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+MIN_SPACING, MAX_SPACING = 1e-4, 1e4  # mm a voxel
 MAX_BYTES = 8 << 30  # no single scan is this large; a header that announces more is broken or hostile
 
 
@@ -157,9 +158,13 @@ def orientation_of(affine: Array) -> Array:
     Raises:
         ReadError: the affine is not finite or flattens space.
     """
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise ReadError("bad-geometry", "the affine is not finite or flattens space, so voxels have no place or size")
-    return np.asarray(_nibabel.io_orientation(affine))
+    lengths = np.linalg.norm(affine[:3, :3], axis=0) if np.isfinite(affine).all() else np.zeros(3)
+    if lengths.min() < MIN_SPACING or lengths.max() > MAX_SPACING:
+        raise ReadError("bad-geometry", f"voxels of {lengths} mm; expected finite lengths above 0")
+    orientation = np.asarray(_nibabel.io_orientation(affine))
+    if not np.isfinite(orientation).all() or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-6:
+        raise ReadError("bad-geometry", "the affine flattens space: two axes run in one direction")
+    return orientation
 
 
 def flat_volume(array: Array, spacing: Sequence[float] = (1.0, 1.0)) -> Volume:

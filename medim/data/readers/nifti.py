@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import io
+import logging
 import re
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
-from nibabel.wrapstruct import WrapStructError
+from nibabel.arrayproxy import ArrayProxy
 
 from medim.data.readers.base import (
     Found,
@@ -27,8 +27,7 @@ from medim.data.readers.base import (
 )
 from medim.types import Modality, Volume
 
-_DAMAGE: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, KeyError, TypeError, OverflowError, zlib.error)
-_DAMAGE += (ImageFileError, HeaderDataError, WrapStructError)
+_silent = logging.Logger("nibabel", logging.CRITICAL + 1)  # what its header checks mend is not worth a line each
 _SECOND = (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")  # NIfTI-2: the header's size, 540
 _TO_MM = {1: 1000.0, 3: 0.001}  # NIFTI_UNITS_METER, NIFTI_UNITS_MICRON; everything else is taken as mm
 _MORE = 64 << 20  # bytes after the voxels that are read over in search of the checksum
@@ -77,11 +76,12 @@ class NiftiReader:
         check_start(path)
         try:
             with nibabel.openers.ImageOpener(str(path)) as file:
-                kind = nibabel.Nifti2Image if file.read(4) in _SECOND else nibabel.Nifti1Image
+                kind = nibabel.Nifti2Header if file.read(4) in _SECOND else nibabel.Nifti1Header
                 file.seek(0)
-                header = kind.header_class.from_fileobj(file)  # type: ignore[no-untyped-call]
+                header: Any = kind.from_fileobj(file, check=False)  # type: ignore[no-untyped-call]
+            header.check_fix(logger=_silent, error_level=40)
             dtype, shape, offset = header.get_data_dtype(), header.get_data_shape(), int(header["vox_offset"])
-        except _DAMAGE as error:
+        except Exception as error:  # a damaged file raises whatever nibabel met
             raise ReadError("unreadable", f"not a whole NIfTI header ({type(error).__name__})") from error
         if dtype.kind not in "uif":
             raise ReadError("not-scalar", f"voxels of type {dtype}; expected one real number a voxel")
@@ -90,12 +90,15 @@ class NiftiReader:
         _check_bytes(path, offset, announced)
         try:
             packed = path.name.lower().endswith(".gz")
-            image = kind.from_bytes(_unpack(path, offset + announced)) if packed else kind.from_filename(path)
-            array = as_float(np.asanyarray(image.dataobj)).reshape(spatial)
-        except _DAMAGE as error:
+            content = io.BytesIO(_unpack(path, offset + announced)) if packed else str(path)
+            stored: Any = ArrayProxy(content, header)  # type: ignore[no-untyped-call]
+            array = as_float(np.asanyarray(stored)).reshape(spatial)
+        except ReadError:
+            raise
+        except Exception as error:
             raise ReadError("truncated", f"the voxels end early or are damaged ({type(error).__name__})") from error
         scale = _TO_MM.get(int(header["xyzt_units"]) & 7, 1.0)
-        affine = np.diag([scale, scale, scale, 1.0]) @ np.asarray(image.affine, dtype=np.float64)
+        affine = np.diag([scale, scale, scale, 1.0]) @ np.asarray(header.get_best_affine(), dtype=np.float64)
         names = ("db_name", "descrip") if "db_name" in header else ("descrip",)
         texts = frozenset(bytes(header[name].item()).decode("latin-1").strip("\0 ") for name in names)
         return ras_volume(array, affine), texts

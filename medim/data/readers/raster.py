@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +27,6 @@ from medim.types import Array, Modality, Split, Volume
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's mode L
-_DAMAGE = (OSError, EOFError, ValueError, SyntaxError, zipfile.BadZipFile, MemoryError, Image.DecompressionBombError)
 
 
 class PictureReader:
@@ -59,7 +57,9 @@ class PictureReader:
                 array = np.asarray(
                     image if image.mode in {"L", "F", "I"} or image.mode[:2] == "I;" else image.convert("L")
                 )
-        except _DAMAGE as error:
+        except ReadError:
+            raise
+        except Exception as error:  # a damaged file raises whatever the decoder met
             raise ReadError("unreadable", f"the picture is damaged or truncated ({type(error).__name__})") from error
         return flat_volume(as_float(array))
 
@@ -146,7 +146,7 @@ def _load_npy(path: Path) -> Array:
     """The array of a `.npy` file, never unpickled."""
     try:
         return np.asarray(np.load(path, allow_pickle=False))
-    except _DAMAGE as error:
+    except Exception as error:  # a damaged file raises whatever the decoder met
         raise ReadError("unreadable", f"not a whole numpy array of numbers ({type(error).__name__})") from error
 
 
@@ -166,7 +166,7 @@ def _load_archive(name: str, size: int, changed: int) -> dict[str, Array]:
                     content[split] = archive[f"{split}_images"]
                 if f"{split}_labels" in archive:
                     content[f"{split}_labels"] = archive[f"{split}_labels"]
-    except _DAMAGE as error:
+    except Exception as error:  # a damaged file raises whatever the decoder met
         raise ReadError("unreadable", f"not a whole numpy archive of numbers ({type(error).__name__})") from error
     if not any(split in content for split in SPLITS):
         raise ReadError("unknown-layout", "expected MedMNIST's arrays (train_images, val_images, test_images)")
