@@ -1,7 +1,7 @@
 """The main job on the built-in cohort, in one process: what `make demo` runs.
 
-Simulated subjects are written as NIfTI and DICOM, an encoder is pretrained on them without labels, fine-tuned on four labelled
-volumes beside its from-scratch twin, measured, exported, and run on a DICOM series.
+Simulated subjects are written as NIfTI and DICOM, an encoder is pretrained on them without labels, fine-tuned on four
+labelled volumes beside its from-scratch twin, measured, exported, and run on a DICOM series.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from medim.evaluation.report import report
 from rich.console import Console
 from rich.table import Table
 
@@ -21,7 +22,6 @@ from medim.data.index import build_index
 from medim.deployment.export import export
 from medim.deployment.predict import predict
 from medim.evaluation.evaluate import evaluate
-from medim.evaluation.report import report
 from medim.files import fresh_folder, write_json
 from medim.training.finetune import finetune
 from medim.training.pretrain import pretrain

@@ -247,7 +247,7 @@ def _loader(
 
 
 def _spec(config: FinetuneConfig, cohort: Cohort, seed: int, split_seed: int) -> dict[str, Any]:
-    classes = list(cohort.index.classes)
+    classes = list(cohort.index.classes if config.task == "segmentation" else cohort.index.labels)
     return {
         "kind": KINDS[config.task],
         **cohort.spec(config, seed=seed, split_seed=split_seed),

@@ -24,6 +24,12 @@ from medim.files import write_bytes
 from medim.types import UserError
 
 log = logging.getLogger(__name__)
+HARMLESS = (
+    "Using ModelCheckpoint with manual optimization",  # the state after the step is the one we resume from
+    ".*does not have many workers",
+    ".*your dataloader is not resumable",  # it is: StepSampler starts at the checkpoint's step
+    "Checkpoint directory .* exists and is not empty",
+)
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -93,7 +99,7 @@ def make_trainer(
         validate: run the validation loop at every checkpoint.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for harmless in ("Using ModelCheckpoint with manual optimization", ".*does not have many workers"):
+    for harmless in HARMLESS:
         warnings.filterwarnings("ignore", message=harmless)
     checkpoints = ModelCheckpoint(
         out / "checkpoints",

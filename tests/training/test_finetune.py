@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from medim.config import FinetuneConfig, PretrainConfig, check
+from medim.data.index import Index, build_index
+from medim.data.splits import split
+from medim.files import sha256
+from medim.models.saved import load_encoder, load_model
+from medim.training.finetune import finetune, resolve_config
+from medim.training.pretrain import pretrain
+from medim.types import UserError
+
+WEIGHTS = Path("model") / "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture
+def encoder(pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path, store: Path) -> Path:
+    pretrain(pretrain_config, cohort_index, tmp_path / "encoder", store=store)
+    return tmp_path / "encoder"
+
+
+def test_segmentation_learns_a_bright_ball(
+    finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path
+) -> None:
+    config = finetune_config.model_copy(update={"max_steps": 150})
+    summary = finetune(config, cohort_index, tmp_path / "run", store=store)
+    assert summary["val"]["metrics"]["dice"]["value"] > 0.8
+    assert summary["init"] == "scratch"
+
+
+def test_a_budget_counts_images_and_the_validation_subjects_are_never_trained_on(
+    finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path
+) -> None:
+    summary = finetune(finetune_config, cohort_index, tmp_path / "run", labelled=4, store=store)
+    seen = json.loads((tmp_path / "run" / "seen_subjects.json").read_text())
+    splits = split(cohort_index)
+    held_out = {r.subject for r in cohort_index.records if splits[r.image] == "val"}
+    assert summary["labelled"] == 4
+    assert len(seen["finetune"]) == 2
+    assert not held_out & set(seen["finetune"])
+
+
+def test_the_encoder_starts_from_the_pretrained_weights_and_its_twin_does_not(
+    encoder: Path, finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path
+) -> None:
+    frozen = finetune_config.model_copy(update={"encoder_lr_scale": 1e-12, "weight_decay": 0.0})
+    started = finetune(frozen, cohort_index, tmp_path / "started", encoder=encoder, store=store)
+    twin = finetune(frozen, cohort_index, tmp_path / "twin", encoder=encoder, from_scratch=True, store=store)
+    pretrained, begun, fresh = (
+        load_encoder(run).state_dict()["levels.0.conv1.conv.weight"]
+        for run in (encoder, tmp_path / "started", tmp_path / "twin")
+    )
+    assert torch.allclose(pretrained, begun, atol=1e-6)
+    assert not torch.allclose(pretrained, fresh, atol=1e-3)
+    assert (started["init"], twin["init"]) == ("pretrained", "scratch")
+    provenance = load_model(tmp_path / "started")[1]["provenance"]
+    assert provenance["parent"] == sha256(encoder / "encoder" / "encoder.safetensors")
+
+
+def test_both_arms_are_the_same_network_on_the_same_images_by_the_same_schedule(
+    encoder: Path, finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path
+) -> None:
+    for name, from_scratch in (("a", False), ("b", True)):
+        finetune(
+            finetune_config,
+            cohort_index,
+            tmp_path / name,
+            encoder=encoder,
+            from_scratch=from_scratch,
+            labelled=4,
+            store=store,
+        )
+    a, b = (safetensors.torch.load_file(tmp_path / name / WEIGHTS) for name in "ab")
+    assert {key: value.shape for key, value in a.items()} == {key: value.shape for key, value in b.items()}
+    seen = [json.loads((tmp_path / name / "seen_subjects.json").read_text())["finetune"] for name in "ab"]
+    assert seen[0] == seen[1]
+    assert (tmp_path / "a" / "config.yaml").read_bytes() == (tmp_path / "b" / "config.yaml").read_bytes()
+
+
+def test_the_same_fine_tuning_twice_gives_the_same_bytes(
+    finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path
+) -> None:
+    for name in "ab":
+        finetune(finetune_config, cohort_index, tmp_path / name, labelled=4, store=store)
+    assert sha256(tmp_path / "a" / WEIGHTS) == sha256(tmp_path / "b" / WEIGHTS)
+
+
+def test_a_resumed_fine_tuning_ends_in_the_same_bytes(
+    finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path
+) -> None:
+    finetune(finetune_config, cohort_index, tmp_path / "whole", store=store)
+    finetune(finetune_config, cohort_index, tmp_path / "cut", store=store)
+    (tmp_path / "cut" / "checkpoints" / "step-6.ckpt").unlink()
+    (tmp_path / "cut" / WEIGHTS).unlink()
+    summary = finetune(finetune_config, cohort_index, tmp_path / "cut", store=store, resume=True)
+    assert summary["resumed_from_steps"] == [3]
+    assert sha256(tmp_path / "whole" / WEIGHTS) == sha256(tmp_path / "cut" / WEIGHTS)
+
+
+def test_classification_tells_bright_pictures_from_striped_ones(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 60, (48, 28, 28), dtype=np.uint8)
+    labels = np.arange(48, dtype=np.uint8)[:, None] % 2
+    images[1::2, :, ::4] += 150
+    np.savez(
+        tmp_path / "pictures.npz",
+        train_images=images[:32],
+        train_labels=labels[:32],
+        val_images=images[32:],
+        val_labels=labels[32:],
+    )
+    index = build_index(tmp_path / "pictures.npz", "xray")
+    config = check(
+        "finetune",
+        {
+            "task": "classification",
+            "modality": "xray",
+            "preprocessing": [{"op": "normalise", "method": "zscore"}],
+            "views": {"shape": [28, 28]},
+            "encoder": {"name": "convnet", "channels": [4, 8], "summary": "mean_max", "hidden": 0},
+            "head": {"name": "classification", "maps": [1]},
+            "max_steps": 60,
+            "batch_size": 16,
+            "lr": 0.01,
+        },
+        where="the test",
+    )
+    assert isinstance(config, FinetuneConfig)
+    summary = finetune(config, index, tmp_path / "run", labelled=16, store=tmp_path / "store")
+    assert summary["labelled"] == 16
+    assert summary["val"]["metrics"]["auroc"]["value"] > 0.95
+
+
+def test_a_task_without_labels_says_what_to_give(
+    finetune_config: FinetuneConfig, volumes: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "images").mkdir()
+    source = nibabel.load(volumes / "imagesTr" / "case_00.nii.gz")
+    nibabel.save(source, tmp_path / "images" / "alone.nii.gz")
+    with pytest.raises(UserError, match="expected images with a mask"):
+        finetune(finetune_config, build_index(tmp_path / "images", "mri"), tmp_path / "run")
+
+
+def test_an_encoder_of_another_modality_is_refused(encoder: Path) -> None:
+    with pytest.raises(UserError, match="pretrained on mri"):
+        resolve_config("classification", "xray", encoder, None)
+
+
+def test_without_a_name_the_pretraining_presets_twin_is_taken_with_the_encoders_network(
+    pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path, store: Path
+) -> None:
+    config = pretrain_config.model_copy(update={"name": "mri-crop", "max_steps": 2})
+    pretrain(config, cohort_index, tmp_path / "encoder", store=store)
+    resolved = resolve_config("segmentation", None, tmp_path / "encoder", None, ["max_steps=7"])
+    assert resolved.name == "mri-crop-segmentation"
+    assert resolved.encoder == pretrain_config.encoder
+    assert resolved.preprocessing == pretrain_config.preprocessing
+    assert resolved.max_steps == 7

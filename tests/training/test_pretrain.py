@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import medim
+from medim.config import PretrainConfig, dump
+from medim.data.index import Index
+from medim.files import sha256
+from medim.training.pretrain import build_objectives, pretrain
+from medim.training.trainer import LineProgress
+from medim.types import UsageError, UserError
+
+WEIGHTS = Path("encoder") / "encoder.safetensors"
+
+
+@pytest.fixture
+def undisturbed(pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path) -> Path:
+    pretrain(pretrain_config, cohort_index, tmp_path / "undisturbed", store=tmp_path / "store")
+    return tmp_path / "undisturbed"
+
+
+def test_a_run_leaves_what_the_contract_lists(undisturbed: Path) -> None:
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    names = {"local_dim", "coordinates", "prior_matching"}
+    assert set(summary["objectives"]) == names == set(summary["loss"]) == set(summary["chance"])
+    assert summary["steps"] == 6
+    assert summary["chance"]["local_dim"] == pytest.approx(math.log(1 + 3 * 8**3))
+    assert summary["chance"]["coordinates"] == pytest.approx(3 * math.log(8))
+    assert summary["chance"]["prior_matching"] is None
+    assert summary["verdict"] in {"learning", "at-chance", "collapsed", "diverged"}
+    assert all(summary["loss"][name]["held_out"] is not None for name in names)
+    assert summary["peak_memory_bytes"] > 0 < summary["seconds_per_step"]
+    assert yaml.safe_load((undisturbed / "config.yaml").read_text())["max_steps"] == 6
+    steps = {int(row["step"]) for row in csv.DictReader((undisturbed / "history.csv").open()) if row["loss"]}
+    assert steps == set(range(1, 7))
+
+
+def test_the_loaded_encoder_gives_the_maps_and_summary_it_promises(undisturbed: Path) -> None:
+    encoder = medim.load_encoder(undisturbed)
+    features = encoder(torch.zeros(2, 1, 16, 16, 16))
+    assert [tuple(m.shape) for m in features.maps] == [
+        (2, c, *(16 // s,) * 3) for c, s in zip(encoder.channels, encoder.strides, strict=True)
+    ]
+    assert features.summary.shape == (2, encoder.summary_channels)
+
+
+def test_the_same_command_twice_gives_the_same_bytes_and_another_seed_gives_others(
+    undisturbed: Path, pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
+) -> None:
+    pretrain(pretrain_config, cohort_index, tmp_path / "again", store=tmp_path / "store")
+    pretrain(pretrain_config, cohort_index, tmp_path / "other", store=tmp_path / "store", seed=1)
+    assert sha256(undisturbed / WEIGHTS) == sha256(tmp_path / "again" / WEIGHTS)
+    assert sha256(undisturbed / WEIGHTS) != sha256(tmp_path / "other" / WEIGHTS)
+
+
+def test_loading_processes_do_not_change_a_byte(
+    undisturbed: Path, pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
+) -> None:
+    config = pretrain_config.model_copy(update={"workers": 1})
+    pretrain(config, cohort_index, tmp_path / "workers", store=tmp_path / "store")
+    assert sha256(undisturbed / WEIGHTS) == sha256(tmp_path / "workers" / WEIGHTS)
+
+
+def test_a_run_stopped_by_an_exception_and_resumed_ends_in_the_same_bytes(
+    undisturbed: Path,
+    pretrain_config: PretrainConfig,
+    cohort_index: Index,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def power_cut(
+        self: LineProgress, trainer: object, module: object, outputs: object, batch: object, index: int
+    ) -> None:
+        if trainer.global_step == 5:  # type: ignore[attr-defined]
+            raise RuntimeError("power cut")
+
+    out = tmp_path / "resumed"
+    with monkeypatch.context() as patch:
+        patch.setattr(LineProgress, "on_train_batch_end", power_cut)
+        with pytest.raises(RuntimeError, match="power cut"):
+            pretrain(pretrain_config, cohort_index, out, store=tmp_path / "store")
+    assert not (out / "summary.json").exists()
+    summary = pretrain(pretrain_config, cohort_index, out, store=tmp_path / "store", resume=True)
+    assert summary["resumed_from_steps"] == [4]
+    assert sha256(undisturbed / WEIGHTS) == sha256(out / WEIGHTS)
+    ours, theirs = (list(csv.reader((run / "history.csv").open())) for run in (out, undisturbed))
+    assert [row for row in ours if row[2]] == [row for row in theirs if row[2]]
+
+
+def test_resume_without_a_checkpoint_starts_at_step_0(
+    pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
+) -> None:
+    summary = pretrain(pretrain_config, cohort_index, tmp_path / "run", store=tmp_path / "store", resume=True)
+    assert summary["steps"] == 6
+    assert summary["resumed_from_steps"] == []
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten_unasked(
+    undisturbed: Path, pretrain_config: PretrainConfig, cohort_index: Index
+) -> None:
+    with pytest.raises(UserError, match="--resume"):
+        pretrain(pretrain_config, cohort_index, undisturbed)
+    assert (undisturbed / "summary.json").is_file()
+
+
+def test_too_few_subjects_are_refused_with_their_number(
+    pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
+) -> None:
+    few = Index(cohort_index.root, "mri", cohort_index.records[:4], (), cohort_index.classes)
+    with pytest.raises(UserError, match="at least 4 subjects to train on and 2 to hold out, got 1 and 1"):
+        pretrain(pretrain_config, few, tmp_path / "run", store=tmp_path / "store")
+
+
+def test_a_misspelt_objective_option_names_the_right_one(
+    pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
+) -> None:
+    config = pretrain_config.model_copy(update={"objectives": [{"name": "local_dim", "standardize": True}]})
+    with pytest.raises(UsageError, match="Did you mean 'standardise'"):
+        pretrain(config, cohort_index, tmp_path / "run", store=tmp_path / "store")
+
+
+def test_the_same_objective_twice_keeps_two_names(pretrain_config: PretrainConfig, undisturbed: Path) -> None:
+    twice = [{"name": "local_dim", "level": level, "weight": 0.5} for level in (0, 1)]
+    config = pretrain_config.model_copy(update={"objectives": twice})
+    objectives = build_objectives(config, medim.load_encoder(undisturbed), 1)
+    assert list(objectives) == ["local_dim", "local_dim_2"]
+    assert [weight for _, weight in objectives.values()] == [0.5, 0.5]
+
+
+@pytest.mark.slow
+def test_kill_9_after_a_checkpoint_and_resume_end_in_the_same_bytes(
+    pretrain_config: PretrainConfig, volumes: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(dump(pretrain_config.model_copy(update={"max_steps": 400, "checkpoint_every_steps": 20})))
+    run = [sys.executable, "-m", "medim.cli", "pretrain", "--modality", "mri", "--data", str(volumes), "--quiet"]
+
+    def start(name: str, *more: str) -> subprocess.Popen[str]:
+        command = [*run, "--config", str(config), "--out", str(tmp_path / name), *more]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+    undisturbed = start("undisturbed")
+    assert undisturbed.wait(timeout=300) == 0, undisturbed.stderr
+    killed = start("killed")
+    deadline = time.monotonic() + 300
+    while not list((tmp_path / "killed" / "checkpoints").glob("step-*.ckpt")):
+        assert killed.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    resumed = start("killed", "--resume")
+    assert resumed.wait(timeout=300) == 0, resumed.stderr
+    assert json.loads((tmp_path / "killed" / "summary.json").read_text())["resumed_from_steps"]
+    assert sha256(tmp_path / "undisturbed" / WEIGHTS) == sha256(tmp_path / "killed" / WEIGHTS)
