@@ -130,10 +130,12 @@ class Augmentation:
     """
 
     def __init__(self, steps: Sequence[Step], *, spatial_dims: int) -> None:
+        self._state = np.random.RandomState(0)  # MONAI takes no newer generator; all share it, each call seeds it
         self._transforms: list[tuple[Any, bool]] = []
         for step in steps:
             _check_probability(step)
             transform = build(AUGMENTATIONS, step, key="op", spatial_dims=spatial_dims)
+            transform.set_random_state(state=self._state)
             self._transforms.append((transform, step["op"] in GEOMETRIC))
 
     def __call__(self, image: torch.Tensor, seed: int, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, Any]:
@@ -149,10 +151,9 @@ class Augmentation:
         """
         if not self._transforms:
             return image, mask
-        state = np.random.RandomState(seed)  # MONAI's transforms take no newer generator
+        self._state.seed(seed)
         with _plain_tensors():
             for transform, geometric in self._transforms:
-                transform.set_random_state(state=state)
                 image = transform(image)
                 if mask is not None and geometric:
                     options = {"mode": "nearest"} if isinstance(transform, RandAffine) else {}
