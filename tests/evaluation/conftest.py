@@ -26,10 +26,8 @@ def _image(number: int) -> Array:
     return truth
 
 
-@pytest.fixture
-def masks(tmp_path: Path) -> Path:
+def make_masks(source: Path) -> Path:
     """Eight MRI volumes of four subjects with masks, whose voxels are 100 times the label; class labels beside."""
-    source = tmp_path / "source"
     for name in ("imagesTr", "labelsTr"):
         (source / name).mkdir(parents=True)
     listed, owners, labels = [], ["image,subject"], ["image,label"]
@@ -48,11 +46,16 @@ def masks(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def masks(tmp_path: Path) -> Path:
+    return make_masks(tmp_path / "source")
+
+
+@pytest.fixture
 def index(masks: Path) -> Index:
     return build_index(masks, "mri")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def segmenter() -> dict[str, Any]:
     """Spec of a network for `masks`."""
     return {
@@ -72,7 +75,7 @@ def segmenter() -> dict[str, Any]:
     }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def classifier(segmenter: dict[str, Any]) -> dict[str, Any]:
     """Spec of a network for `masks` and their labels."""
     section = {"kind": "classifier", "out_channels": 2, "decoder": None, "head": {"name": "classification"}}

@@ -1,0 +1,131 @@
+"""Pretrained against scratch: the two arms side by side, and their difference where the same images were measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medim.evaluation.cases import Row, class_arrays, read_cases
+from medim.evaluation.metrics import Metric, bootstrap, classification_statistics, mean_over_subjects
+from medim.evaluation.report import figures
+from medim.evaluation.report.page import Banner, Section, Table, lower_is_better, metric_name, metric_text, shares
+from medim.files import read_json
+
+ARMS = ("pretrained", "scratch")
+ONE_RUN = (
+    "One run each: the difference holds the luck of one seed and one choice of labels. `medim study` measures that."
+)
+
+
+def compare(folders: Mapping[str, Path], kinds: Mapping[str, str]) -> Section | None:
+    """A section where both arms of one task are among the folders; evaluations come before validation splits.
+
+    Args:
+        folders: name to folder.
+        kinds: name to kind (see `SECTIONS`).
+    """
+    for kind in ("evaluate", "finetune"):
+        arms: dict[str, tuple[Path, dict[str, Any]]] = {}
+        for name, folder in folders.items():
+            if kinds[name] == kind:
+                summary = read_json(folder / "summary.json")
+                arms.setdefault(str(summary.get("init")), (folder, summary))
+        if set(ARMS) <= set(arms) and len({arms[arm][1].get("task") for arm in ARMS}) == 1:
+            return _section(kind, [arms[arm] for arm in ARMS])
+    return None
+
+
+def differences(one: Sequence[Row], two: Sequence[Row], classes: Sequence[str], *, seed: int = 0) -> dict[str, Metric]:
+    """One minus two, paired by image, with intervals over subjects; empty where the images are not the same.
+
+    Args:
+        one: rows of an evaluation.
+        two: rows of another.
+        classes: of both.
+        seed: of the bootstrap.
+    """
+    pair = [[row for row in rows if not row.get("rejected")] for rows in (one, two)]
+    keys = [[(row["image"], row["class"]) for row in rows] for rows in pair]
+    if keys[0] != keys[1] or not keys[0]:
+        return {}
+    subjects = [row["subject"] for row in pair[0][:: len(classes)]]
+    if "probability" not in pair[0][0]:
+        found = {}
+        for metric in ("dice", "hd95", "surface_dice"):
+            for place, name in enumerate(classes):
+                sides = ([row[metric] for row in rows[place :: len(classes)]] for rows in pair)
+                gaps = [None if a is None or b is None else a - b for a, b in zip(*sides, strict=True)]
+                found[f"{metric}_{name}"] = mean_over_subjects(gaps, subjects, seed=seed)
+        means = [
+            np.mean([[r["dice"] for r in rows[k :: len(classes)]] for k in range(len(classes))], axis=0)
+            for rows in pair
+        ]
+        return {"dice": mean_over_subjects(list(means[0] - means[1]), subjects, seed=seed), **found}
+    statistics = [classification_statistics(*class_arrays(rows, classes)) for rows in pair]
+    return {
+        name: bootstrap(lambda w, a=first, b=statistics[1][name]: a(w) - b(w), subjects, seed=seed)  # type: ignore[misc]
+        for name, first in statistics[0].items()
+    }
+
+
+def _section(kind: str, arms: Sequence[tuple[Path, dict[str, Any]]]) -> Section:
+    metrics = [_metrics(summary) for _, summary in arms]
+    gaps: dict[str, Metric] = {}
+    if kind == "evaluate":
+        rows = [read_cases(folder / "cases.parquet") for folder, _ in arms]
+        gaps = differences(rows[0], rows[1], arms[0][1]["classes"])
+    table = []
+    for key in (key for key in metrics[0] if key in metrics[1]):
+        sides = [metric[key] for metric in metrics]
+        table.append((metric_name(key), *map(metric_text, sides), _gap(key, gaps.get(key), sides)))
+    first = next(iter(metrics[0]), "")
+    where = "the same images" if gaps else "their validation splits" if kind == "finetune" else "their own images"
+    labelled = [summary.get("labelled") for _, summary in arms]
+    budget = f" with {labelled[0]} labelled images each" if labelled[0] and labelled[0] == labelled[1] else ""
+    headline = f"{metric_name(first)}: {_gap(first, gaps.get(first), [m.get(first) for m in metrics])}"
+    return Section(
+        anchor="comparison",
+        title="Pretrained against scratch",
+        banner=Banner("plain", headline, f"Pretrained minus scratch, on {where}{budget}. {ONE_RUN}"),
+        tables=[
+            Table(
+                "Both arms",
+                ("Metric", "Pretrained", "Scratch", "Pretrained minus scratch"),
+                table,
+                _note(gaps),
+                wide=True,
+            )
+        ],
+        figures=[
+            figures.intervals(
+                [*shares(metrics[0]), *shares(metrics[1], second=True)], "Both arms, with their intervals", arms=ARMS
+            )
+        ],
+    )
+
+
+def _note(gaps: Mapping[str, Metric]) -> str:
+    paired = "The difference is paired by image; its interval is a 95 % bootstrap over subjects." if gaps else ""
+    return f"Each arm's interval is a 95 % bootstrap over subjects. {paired}".strip()
+
+
+def _metrics(summary: Mapping[str, Any]) -> dict[str, Any]:
+    content = summary.get("metrics") or summary.get("val") or {}
+    return dict(content.get("metrics", content))
+
+
+def _gap(key: str, gap: Metric | None, sides: Sequence[Any]) -> str:
+    """Pretrained minus scratch, and whom a paired interval without zero favours."""
+    values = [side.get("value") if isinstance(side, Mapping) else side for side in sides]
+    if gap is None:
+        return "not defined" if None in values else f"{float(values[0] or 0.0) - float(values[1] or 0.0):+.3f}"
+    value, low, high = gap["value"], gap["ci_low"], gap["ci_high"]
+    if value is None:
+        return "not defined"
+    if low is None or high is None:
+        return f"{value:+.3f}"
+    better = "pretrained better" if (value < 0) == lower_is_better(key) else "scratch better"
+    return f"{value:+.3f} ({low:+.3f} to {high:+.3f}), {better if low > 0 or high < 0 else 'no clear difference'}"

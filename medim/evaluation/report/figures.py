@@ -1,0 +1,307 @@
+"""Figures of the report: SVG inside the page, in its colours and fonts, each with what it shows in words."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+
+from medim.types import Array
+
+WIDTH = 4.6  # inches: 331 CSS pixels, about what a phone shows
+MOST_POINTS = 300
+_COLOURS = {  # what matplotlib draws -> the page's own colour, light or dark
+    "#010101": "var(--ink)",
+    "#020202": "var(--soft)",
+    "#030303": "var(--one)",
+    "#040404": "var(--two)",
+    "#050505": "var(--line)",
+}
+INK, SOFT, ONE, TWO, LINE = _COLOURS
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "medim",
+    "text.parse_math": False,
+    "font.size": 10,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.solid_capstyle": "round",
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the page.
+
+    Attributes:
+        svg: the drawing.
+        alt: what it shows, with its numbers.
+        caption: what it is.
+    """
+
+    svg: Markup
+    alt: str
+    caption: str
+
+    def placed(self, place: str) -> Markup:
+        """The drawing with ids of its own, under a name that is unique in the page, and its text alternative."""
+        text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{place}-", str(self.svg))
+        head = Markup('<svg role="img" aria-labelledby="{0}-title {0}-desc"').format(place)
+        words = Markup('<title id="{0}-title">{1}</title><desc id="{0}-desc">{2}</desc>')
+        opened, drawing = text.removeprefix("<svg").split(">", 1)
+        return Markup(head + Markup(opened + ">") + words.format(place, self.caption, self.alt) + Markup(drawing))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A loss over the steps of a run.
+
+    Attributes:
+        name: the objective's name.
+        steps: (n,) of the training losses.
+        loss: (n,).
+        held_out: pairs of step and loss on held-out subjects.
+        chance: loss of an uninformed network, or None.
+    """
+
+    name: str
+    steps: Array
+    loss: Array
+    held_out: Sequence[tuple[int, float]] = ()
+    chance: float | None = None
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its 95 % interval (None where there is none)."""
+
+    name: str
+    value: float
+    low: float | None
+    high: float | None
+    second: bool = False  # of two arms, the second
+
+
+def loss_curve(curve: Curve) -> Figure:
+    """Training loss, its running mean, the held-out loss and the chance level."""
+    finite = np.isfinite(curve.loss)
+    steps, loss = _thinned(curve.steps[finite], curve.loss[finite])
+    with _drawing(2.7) as (canvas, axes):
+        axes.plot(steps, loss, color=ONE, alpha=0.35, linewidth=1)
+        axes.plot(steps, _smoothed(loss), color=ONE, linewidth=2, label="training")
+        if curve.held_out:
+            axes.plot(*zip(*curve.held_out, strict=True), "o", color=TWO, markersize=5, label="held out")
+        if curve.chance is not None:
+            axes.axhline(curve.chance, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label="chance")
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss")
+        _legend_above(axes)
+        svg = _svg(canvas)
+    first, last = (f"{v:.3g}" for v in (loss[0], loss[-1])) if len(loss) else ("no number", "no number")
+    of = "" if curve.name == "loss" else f" of {curve.name}"
+    parts = [f"Training loss{of} over {int(curve.steps[-1])} steps: {first} at first, {last} at last"]
+    if curve.held_out:
+        parts.append(f"{curve.held_out[-1][1]:.3g} on held-out subjects")
+    if curve.chance is not None:
+        parts.append(f"chance level {curve.chance:.3g}")
+    caption = "Training loss" if curve.name == "loss" else f"Loss of {curve.name}"
+    return Figure(svg, "; ".join(parts) + ".", caption)
+
+
+def intervals(rows: Sequence[Interval], caption: str, *, arms: tuple[str, str] | None = None) -> Figure:
+    """Values between 0 and 1 as dots on lines, their intervals.
+
+    Args:
+        rows: top to bottom; rows of the same name share a line.
+        caption: of the figure.
+        arms: names of the two colours, where there are two arms.
+    """
+    names = list(dict.fromkeys(row.name for row in rows))
+    with _drawing(0.75 + 0.34 * len(names) * (1.4 if arms else 1)) as (canvas, axes):
+        for row in rows:
+            y = names.index(row.name) + (0.0 if arms is None else 0.16 if row.second else -0.16)
+            colour = TWO if row.second else ONE
+            if row.low is not None and row.high is not None:
+                axes.plot([row.low, row.high], [y, y], color=colour, linewidth=2.5, alpha=0.55)
+            marker = "D" if row.second else "o"
+            label = arms[row.second] if arms and row.name == names[0] else None
+            axes.plot(row.value, y, marker, color=colour, markersize=6, linestyle="none", label=label)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.set_xlim(-0.02, 1.02)
+        axes.grid(axis="y", visible=False)
+        if arms:
+            _legend_above(axes)
+        svg = _svg(canvas)
+    told = [f"{_arm(row, arms)}{row.name} {interval_text(row.value, row.low, row.high)}" for row in rows]
+    return Figure(svg, "; ".join(told) + ".", caption)
+
+
+def strips(values: Mapping[str, Sequence[float]], label: str, caption: str) -> Figure:
+    """A dot a case, a line a class, and the median; values between 0 and 1."""
+    with _drawing(0.8 + 0.5 * len(values)) as (canvas, axes):
+        for place, numbers in enumerate(values.values()):
+            ordered = np.sort(np.asarray(numbers))
+            spread = 0.28 * (np.arange(len(ordered)) * 0.618034 % 1 - 0.5) * 2  # even, without chance
+            axes.plot(ordered, place + spread, "o", color=ONE, markersize=3.5, alpha=0.6, markeredgewidth=0)
+            axes.plot([np.median(ordered)] * 2, [place - 0.38, place + 0.38], color=TWO, linewidth=2.5)
+        axes.set_yticks(range(len(values)), list(values))
+        axes.set_ylim(len(values) - 0.45, -0.55)
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_xlabel(f"{label} of each image; the bar is the median")
+        axes.grid(axis="y", visible=False)
+        svg = _svg(canvas)
+    told = [
+        f"{name}: median {np.median(v):.3g}, lowest {np.min(v):.3g}, highest {np.max(v):.3g}"
+        for name, v in values.items()
+    ]
+    return Figure(svg, f"{label} of each image. " + "; ".join(told) + ".", caption)
+
+
+def agreement(truth: Mapping[str, Sequence[float]], predicted: Mapping[str, Sequence[float]], caption: str) -> Figure:
+    """Predicted against true volumes in ml, and the line where they are equal."""
+    markers, colours = "oDs^v", (ONE, TWO, INK)
+    with _drawing(3.4) as (canvas, axes):
+        for place, name in enumerate(truth):
+            style: Any = {
+                "marker": markers[place % 5],
+                "color": colours[place % 3],
+                "alpha": 0.65,
+                "markeredgewidth": 0,
+            }
+            axes.plot(truth[name], predicted[name], linestyle="none", markersize=4.5, label=name, **style)
+        most = max(float(np.max([*v, 0])) for v in (*truth.values(), *predicted.values())) * 1.05 or 1.0
+        axes.plot([0, most], [0, most], color=SOFT, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.set_xlim(0, most)
+        axes.set_ylim(0, most)
+        axes.set_xlabel("true volume, ml")
+        axes.set_ylabel("predicted volume, ml")
+        _legend_above(axes)
+        svg = _svg(canvas)
+    gaps = {name: np.subtract(predicted[name], truth[name]) for name in truth}
+    told = [
+        f"{name}: predicted minus true volume {v.mean():+.3g} ml on average, SD {v.std():.2g}"
+        for name, v in gaps.items()
+    ]
+    return Figure(svg, "; ".join(told) + ".", caption)
+
+
+def reliability(confidence: Array, hit: Array, ece: float | None, caption: str) -> Figure:
+    """Share of right answers against the probability the network gave them, in ten bins.
+
+    Args:
+        confidence: (N,) probability of the predicted class.
+        hit: (N,) whether it was the label.
+        ece: of `metrics.json`, for the words.
+        caption: of the figure.
+    """
+    bins = np.clip(np.ceil(confidence * 10) - 1, 0, 9).astype(int)
+    held = [(b, bins == b) for b in range(10) if (bins == b).any()]
+    x, y = ([float(v[mask].mean()) for _, mask in held] for v in (confidence, hit.astype(float)))
+    with _drawing(3.2) as (canvas, axes):
+        axes.plot([0, 1], [0, 1], color=SOFT, linewidth=1.2, linestyle=(0, (4, 3)))
+        sizes = [20 + 180 * mask.mean() for _, mask in held]
+        axes.plot(x, y, color=ONE, linewidth=1.5)
+        axes.scatter(x, y, s=sizes, color=ONE, alpha=0.7, linewidths=0)
+        axes.set_xlim(0, 1.04)
+        axes.set_ylim(0, 1.04)
+        axes.set_xlabel("probability given")
+        axes.set_ylabel("share that was right")
+        svg = _svg(canvas)
+    told = "; ".join(
+        f"at {a:.2f} given, {b:.2f} right ({int(m.sum())})" for a, b, (_, m) in zip(x, y, held, strict=True)
+    )
+    error = "" if ece is None else f" Expected calibration error {ece:.3f}."
+    return Figure(svg, f"{told}.{error}", caption)
+
+
+def interval_text(value: float | None, low: float | None, high: float | None) -> str:
+    """`0.871 (0.862 to 0.880)`."""
+    if value is None:
+        return "not defined"
+    return number(value) if low is None or high is None else f"{number(value)} ({number(low)} to {number(high)})"
+
+
+def number(value: float) -> str:
+    """Three decimals below ten, three digits above."""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _arm(row: Interval, arms: tuple[str, str] | None) -> str:
+    return f"{arms[row.second]}, " if arms else ""
+
+
+def _smoothed(values: Array) -> Array:
+    """Running mean over a twentieth of the curve, narrower at its ends."""
+    half = max(1, len(values) // 40)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    low = np.maximum(np.arange(len(values)) - half, 0)
+    high = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    return np.asarray((total[high] - total[low]) / (high - low))
+
+
+def _thinned(steps: Array, values: Array) -> tuple[Array, Array]:
+    """At most MOST_POINTS points: means of equal parts."""
+    if len(values) <= MOST_POINTS:
+        return steps, values
+    edges = np.linspace(0, len(values), MOST_POINTS + 1).astype(int)
+    counts = np.diff(edges)
+    sums = (np.add.reduceat(v.astype(np.float64), edges[:-1]) for v in (steps, values))
+    x, y = (total / counts for total in sums)
+    return x, y
+
+
+def _legend_above(axes: Axes) -> None:
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, borderaxespad=0.2, handlelength=1.6)
+
+
+@contextmanager
+def _drawing(height: float) -> Iterator[tuple[Canvas, Axes]]:
+    with mpl.rc_context(_STYLE):
+        canvas = Canvas(figsize=(WIDTH, height), layout="constrained")
+        canvas.patch.set_visible(False)
+        axes = canvas.subplots()
+        axes.patch.set_visible(False)
+        yield canvas, axes
+
+
+def _svg(canvas: Canvas) -> Markup:
+    """The drawing as an inline element: no date, no fixed size, no outside name."""
+    buffer = io.StringIO()
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    canvas.savefig(buffer, format="svg", metadata=metadata)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].strip()
+    box = re.search(r'viewBox="([^"]+)"', text)
+    assert box is not None
+    text = re.sub(r"<svg[^>]*>", f'<svg viewBox="{box[1]}">', text, count=1)
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r"<style[^>]*>.*?</style>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL).replace("xlink:href", "href")
+    text = re.sub(r"font-family: [^;\"]+", "font-family: inherit", text)
+    for drawn, own in _COLOURS.items():
+        text = text.replace(drawn, own)
+    return Markup(re.sub(r"\s*\n\s*", " ", text))  # matplotlib escaped every label
