@@ -58,6 +58,7 @@ class ConvNet(nn.Module):
         if self._flatten:
             with torch.no_grad():
                 grid = nn.Sequential(*self.stages).eval()(torch.zeros(1, in_channels, *input_shape)).shape[2:]
+            self.stages.train()
             pooled = channels[-1] * int(torch.tensor(grid).prod())
         else:
             pooled = 2 * channels[-1]
