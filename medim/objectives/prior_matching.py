@@ -47,7 +47,9 @@ class PriorMatching(nn.Module):
         """Term `prior_matching`: softplus(-D(z)), with D's parameters held fixed."""
         for parameter in self.discriminator.parameters():
             parameter.requires_grad_(False)
-        loss = softplus(-self.discriminator(self._squash(encode.clean.summary))).mean()
+        fake = self._squash(encode.clean.summary)
+        with torch.autocast(fake.device.type, enabled=False):
+            loss = softplus(-self.discriminator(fake)).mean()
         for parameter in self.discriminator.parameters():
             parameter.requires_grad_(True)
         return {"prior_matching": Term(loss)}
