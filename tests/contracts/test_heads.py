@@ -1,0 +1,109 @@
+"""What every entry of HEADS promises, in 2D and 3D: logits, and a loss that falls towards the truth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from medim.config import build
+from medim.models.heads import HEADS
+from medim.models.saved import load_weights, save
+from medim.types import Features
+
+CLASSES = 3
+VARIANTS: dict[str, list[dict[str, Any]]] = {"classification": [{}, {"maps": [0, 1]}]}
+GRIDS: dict[int, tuple[int, ...]] = {2: (8, 6), 3: (8, 6, 4)}
+every_head = pytest.mark.parametrize(
+    ("section", "dims"),
+    [
+        pytest.param({"name": name, **options}, dims, id=f"{name}-{n}-{dims}d")
+        for name in HEADS
+        for n, options in enumerate(VARIANTS.get(name, [{}]))
+        for dims in (2, 3)
+    ],
+)
+
+
+def make(section: dict[str, Any], dims: int) -> Any:
+    torch.manual_seed(0)
+    head = build(HEADS, section, channels=(4, 6), summary_channels=5, spatial_dims=dims, out_channels=CLASSES)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_()
+    return head
+
+
+def features(dims: int) -> Features:
+    generator = torch.Generator().manual_seed(1)
+    half = tuple(side // 2 for side in GRIDS[dims])
+    maps = (torch.randn(4, 4, *GRIDS[dims], generator=generator), torch.randn(4, 6, *half, generator=generator))
+    return Features(maps, torch.randn(4, 5, generator=generator))
+
+
+def target_of(logits: torch.Tensor) -> torch.Tensor:
+    shape = (len(logits), *logits.shape[2:])
+    target = torch.randint(0, CLASSES, shape, generator=torch.Generator().manual_seed(2))
+    target.view(-1)[:CLASSES] = torch.arange(CLASSES)
+    return target
+
+
+@every_head
+def test_logits_have_a_channel_a_class(section: dict[str, Any], dims: int) -> None:
+    logits = make(section, dims)(features(dims))
+    assert logits.shape[:2] == (4, CLASSES)
+    assert logits.shape[2:] in ((), GRIDS[dims])
+
+
+@every_head
+def test_the_loss_is_a_scalar_whose_gradient_reaches_every_parameter(section: dict[str, Any], dims: int) -> None:
+    head = make(section, dims)
+    logits = head(features(dims))
+    loss = head.loss(logits, target_of(logits))
+    assert loss.shape == ()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.parameters())
+
+
+@every_head
+def test_certainty_of_the_truth_costs_nothing_and_of_an_error_much(section: dict[str, Any], dims: int) -> None:
+    head = make(section, dims)
+    target = target_of(head(features(dims)))
+    right = 50.0 * torch.nn.functional.one_hot(target, CLASSES).movedim(-1, 1)
+    even = torch.zeros_like(right)
+    assert head.loss(right, target) < 1e-3
+    assert 0.5 < head.loss(even, target) < head.loss(right.roll(1, dims=1), target)
+
+
+@every_head
+def test_reordering_a_batch_changes_no_loss(section: dict[str, Any], dims: int) -> None:
+    head = make(section, dims)
+    logits = head(features(dims))
+    target, order = target_of(logits), torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(head.loss(logits[order], target[order]), head.loss(logits, target))
+
+
+@every_head
+def test_the_loss_is_fp32_under_bf16(section: dict[str, Any], dims: int) -> None:
+    head = make(section, dims)
+    exact = head(features(dims))
+    target = target_of(exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = head.loss(head(features(dims)), target)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, head.loss(exact, target), rtol=0.05, atol=0.05)
+
+
+@every_head
+def test_a_saved_head_comes_back_bit_for_bit(section: dict[str, Any], dims: int, tmp_path: Path) -> None:
+    head = make(section, dims)
+    head(features(dims))
+    save(tmp_path, "head", head, {"kind": "head"})
+    again = make(section, dims)
+    with torch.no_grad():
+        for parameter in again.parameters():
+            parameter.zero_()
+    load_weights(again, tmp_path / "head.safetensors")
+    assert torch.equal(again.eval()(features(dims)), head.eval()(features(dims)))
