@@ -14,7 +14,7 @@ from medim.deployment.inference import Run, infer, labels_of
 from medim.types import Array, Step, Volume
 
 SAMPLES = 4096  # logits kept
-LOGITS, VOXELS = 1e-3, 1e-4  # largest difference of logits (over their size), largest part of voxels with another label
+LOGITS, VOXELS = 1e-4, 1e-4  # largest difference of logits (over their size), largest part of voxels with another label
 SIDE = 160  # largest side of a phantom
 
 

@@ -108,7 +108,7 @@ def sizes_of(network: nn.Module, shape: tuple[int, ...], strides: tuple[int, ...
     try:
         with torch.inference_mode():
             network(other)
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # a linear layer or a joined map of another size
         return Sizes(shape, multiple, fixed=True)
     return Sizes(shape, multiple, fixed=False)
 

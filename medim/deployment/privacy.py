@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import io
 import re
@@ -25,8 +26,14 @@ SHORTEST = 4  # letters of a name; shorter ones are in every text
 
 def machine_words(places: Iterable[Path] = ()) -> set[str]:
     """Words that must not leave: user and host names, and the folders that a run was read from and written to."""
-    words = {getpass.getuser(), socket.gethostname(), socket.gethostname().split(".")[0], Path.home().name}
-    folders = {str(Path(place).resolve()) for place in [Path.cwd(), Path.home(), Path(tempfile.gettempdir()), *places]}
+    words = {socket.gethostname(), socket.gethostname().split(".")[0]}
+    nearby = [Path.cwd(), Path(tempfile.gettempdir()), *places]
+    with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
+        words.add(getpass.getuser())
+    with contextlib.suppress(RuntimeError):  # nor a home
+        words.add(Path.home().name)
+        nearby.append(Path.home())
+    folders = {str(Path(place).resolve()) for place in nearby}
     folders = {folder for folder in folders if folder.count("/") > 1 or "\\" in folder}
     return {word for word in words if len(word) >= SHORTEST and word.lower() not in EVERYBODY} | folders
 

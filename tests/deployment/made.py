@@ -1,0 +1,71 @@
+"""Runs as training leaves them, tiny and with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from medim.models.model import build_encoder, build_model
+from medim.models.saved import save
+
+PLANTED = "Mustermann_Erika"  # a name in the path of every run and package here
+STEPS_3D = [
+    {"op": "orthogonalise_affine"},
+    {"op": "ras"},
+    {"op": "resample", "spacing": [1.0, 1.0, 1.5]},
+    {"op": "normalise"},
+]
+SPECS: dict[str, dict[str, Any]] = {
+    "segmenter": {
+        "modality": "mri",
+        "encoder": {"name": "unet", "channels": [4, 8]},
+        "decoder": {"name": "unet"},
+        "head": {"name": "segmentation"},
+        "out_channels": 3,
+        "spatial_dims": 3,
+        "input_shape": [16, 24, 16],
+        "preprocessing": STEPS_3D,
+        "inference": {"mode": "sliding", "roi": [16, 24, 16], "overlap": 0.5},
+        "classes": ["anterior", "posterior"],
+    },
+    "classifier": {
+        "modality": "xray",
+        "encoder": {"name": "convnet", "channels": [4, 8], "hidden": 16, "summary_channels": 8},
+        "decoder": None,
+        "head": {"name": "classification"},
+        "out_channels": 2,
+        "spatial_dims": 2,
+        "input_shape": [28, 28],
+        "preprocessing": [{"op": "resize", "shape": [28, 28]}, {"op": "normalise"}],
+        "inference": {"mode": "whole"},
+        "classes": ["normal", "pneumonia"],
+    },
+    "encoder": {
+        "modality": "xray",
+        "encoder": {"name": "unet", "channels": [4, 8], "norm": "gn", "summary_channels": 8},
+        "spatial_dims": 2,
+        "input_shape": [32, 32],
+        "preprocessing": [{"op": "normalise"}],
+        "inference": {"mode": "whole", "multiple_of": 2},
+        "classes": [],
+    },
+}
+
+
+def make_run(folder: Path, kind: str, **changes: Any) -> Path:
+    """A run as training leaves it, with random weights, norms and biases."""
+    torch.manual_seed(0)
+    hashes = {"config_hash": "ab" * 6, "index_hash": "cd" * 32, "seed": 0, "medim": "0.1.0", "parent": None}
+    spec = {"kind": kind, "in_channels": 1, **SPECS[kind], "provenance": hashes, **changes}
+    network: nn.Module = build_encoder(spec) if kind == "encoder" else build_model(spec)
+    for parameter in network.parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter, std=0.3)
+        if kind == "classifier" and parameter.shape[0] == 2:
+            nn.init.normal_(parameter)
+    name = "encoder" if kind == "encoder" else "model"
+    save(folder / name, name, network, spec)
+    return folder
