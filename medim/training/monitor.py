@@ -125,8 +125,12 @@ class History(pl.Callback):
         ]
 
     def chance(self) -> dict[str, float | None]:
-        """Chance level of each term."""
-        return {name: chance for _, name, loss, chance, _ in self.rows if "/" not in name and loss is not None}
+        """Chance level of each term; a term of several has a slash in its name, a diagnostic has no chance level."""
+        return {
+            name: chance
+            for _, name, loss, chance, _ in self.rows
+            if loss is not None and (chance is not None or "/" not in name)
+        }
 
     @property
     def seconds_per_step(self) -> float:
