@@ -1,0 +1,160 @@
+"""The verdict on a run, and the history it rests on."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from medim.objectives import Term
+from medim.training.monitor import COLUMNS, History, verdict
+
+MODULE: Any = None
+
+
+def trainer_at(step: int) -> Any:
+    return SimpleNamespace(global_step=step, logger=None, max_steps=100, should_stop=False)
+
+
+def train(history: History, step: int, **terms: Term) -> Any:
+    trainer = trainer_at(step)
+    history.on_train_batch_start(trainer, MODULE, None, step)
+    history.on_train_batch_end(trainer, MODULE, {n.replace("__", "/"): t for n, t in terms.items()}, None, step)
+    return trainer
+
+
+def validate(history: History, step: int, losses: dict[str, list[float]], summaries: torch.Tensor) -> None:
+    trainer = trainer_at(step)
+    history.on_validation_start(trainer, MODULE)
+    for index in range(max(len(values) for values in losses.values())):
+        terms = {name: Term(torch.tensor(values[index])) for name, values in losses.items()}
+        outputs = {"terms": terms, "summary": summaries}
+        history.on_validation_batch_end(trainer, MODULE, outputs, None, index)
+    history.on_validation_end(trainer, MODULE)
+
+
+def spread(count: int = 32) -> torch.Tensor:
+    return torch.randn(count, 6, generator=torch.Generator().manual_seed(0))
+
+
+def run(
+    held_out: dict[str, list[float]],
+    chance: dict[str, float | None],
+    summaries: torch.Tensor | None = None,
+) -> History:
+    history = History()
+    train(history, 1, **{n.replace("/", "__"): Term(torch.tensor(1.0), c) for n, c in chance.items()})
+    validate(history, 1, held_out, spread() if summaries is None else summaries)
+    return history
+
+
+@pytest.mark.parametrize(
+    ("held_out", "chance", "expected"),
+    [
+        ([2.0, 2.1, 1.9], 4.0, "learning"),
+        ([3.9, 3.9, 3.9], 4.0, "at-chance"),  # below by less than 5 %
+        ([3.79, 3.79, 3.79], 4.0, "learning"),
+        ([1.0, 6.5, 3.0], 4.0, "at-chance"),  # 0.5 below, but three standard errors are 4.8
+        ([4.0, 4.0], 4.0, "at-chance"),
+        ([4.3, 4.3], 4.0, "diverged"),  # above chance by more than 5 %
+        ([-0.04, -0.04], 0.0, "at-chance"),  # jsd: 5 % of 1 nat
+        ([-0.06, -0.06], 0.0, "learning"),
+        ([0.2, 0.2], 0.0, "diverged"),
+        ([math.nan, 1.0], 4.0, "diverged"),
+    ],
+)
+def test_the_verdict_weighs_the_gain_over_chance_against_its_error(
+    held_out: list[float], chance: float, expected: str
+) -> None:
+    assert verdict(run({"local_dim": held_out}, {"local_dim": chance})) == expected
+
+
+def test_every_term_with_a_chance_level_has_to_learn() -> None:
+    chance = {"local_dim": 4.0, "coordinates": 3.0, "prior_matching": None}
+    assert verdict(run({"local_dim": [2.0], "coordinates": [1.0], "prior_matching": [9.0]}, chance)) == "learning"
+    assert verdict(run({"local_dim": [2.0], "coordinates": [3.0], "prior_matching": [0.1]}, chance)) == "at-chance"
+
+
+def test_a_term_of_an_objective_of_several_counts_too() -> None:
+    chance: dict[str, float | None] = {"amdim/one": 4.0, "amdim/two": 4.0}
+    assert run({"amdim/one": [2.0], "amdim/two": [2.0]}, chance).chance() == chance
+    assert verdict(run({"amdim/one": [2.0], "amdim/two": [4.0]}, chance)) == "at-chance"
+
+
+@pytest.mark.parametrize(
+    "summaries",
+    [
+        torch.ones(32, 6),
+        torch.zeros(32, 6),
+        torch.linspace(-1, 1, 32).unsqueeze(1) * torch.ones(32, 6),  # a line through the origin
+        1 + 1e-3 * spread(),
+    ],
+    ids=["point", "zero", "line", "cloud"],
+)
+def test_summaries_on_a_point_or_a_line_are_collapsed(summaries: torch.Tensor) -> None:
+    assert verdict(run({"local_dim": [2.0]}, {"local_dim": 4.0}, summaries)) == "collapsed"
+
+
+def test_a_training_loss_that_is_no_number_stops_the_run_and_is_its_verdict() -> None:
+    history = History()
+    assert train(history, 1, local_dim=Term(torch.tensor(1.0), 4.0)).should_stop is False
+    assert train(history, 2, local_dim=Term(torch.tensor(math.inf), 4.0)).should_stop is True
+    validate(history, 2, {"local_dim": [2.0]}, spread())
+    assert verdict(history) == "diverged"
+    assert history.curve("local_dim")[0] == 1.0
+    assert math.isnan(history.curve("local_dim")[1])
+
+
+def test_summaries_that_are_no_numbers_are_measured_as_collapsed() -> None:
+    assert verdict(run({"local_dim": [2.0]}, {"local_dim": 4.0}, torch.full((8, 6), math.nan))) == "collapsed"
+
+
+def test_a_validation_forgets_the_one_before() -> None:
+    history = run({"local_dim": [2.0, 4.0]}, {"local_dim": 5.0})
+    assert history.held_out["local_dim"] == (3.0, pytest.approx(1.0))  # the standard error of 2 and 4
+    validate(history, 9, {"local_dim": [1.0]}, torch.ones(4, 6))
+    assert history.held_out["local_dim"] == (1.0, 0.0)
+    assert history.held_out_step == 9
+    assert history.feature_std == pytest.approx(0, abs=1e-6)
+
+
+def test_the_history_file_has_a_row_a_loss_a_diagnostic_and_a_held_out_value(tmp_path: Path) -> None:
+    history = History()
+    train(history, 1, local_dim=Term(torch.tensor(1.5), 4.0, {"retrieval": torch.tensor(0.25)}))
+    train(history, 2, local_dim=Term(torch.tensor(math.nan), 4.0))
+    validate(history, 2, {"local_dim": [2.0]}, spread())
+    history.write(tmp_path / "history.csv")
+    with (tmp_path / "history.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        list(COLUMNS),
+        ["1", "local_dim", "1.5", "4.0", ""],
+        ["1", "local_dim/retrieval", "0.25", "", ""],
+        ["2", "local_dim", "", "4.0", ""],
+        ["2", "local_dim", "", "", "2.0"],
+    ]
+    assert history.chance() == {"local_dim": 4.0}
+
+
+def test_a_resumed_history_goes_on_where_the_checkpoint_stood(tmp_path: Path) -> None:
+    history = run({"local_dim": [2.0]}, {"local_dim": 4.0})
+    torch.save(history.state_dict(), tmp_path / "state.ckpt")
+    again = History()
+    again.load_state_dict(torch.load(tmp_path / "state.ckpt", weights_only=True))
+    assert again.rows == history.rows
+    train(again, 2, local_dim=Term(torch.tensor(0.5), 4.0))
+    assert again.curve("local_dim") == [1.0, 0.5]
+    assert history.curve("local_dim") == [1.0], "the checkpoint's rows are not shared"
+
+
+def test_times_are_those_of_the_steps() -> None:
+    history = History()
+    for step in range(1, 4):
+        train(history, step, local_dim=Term(torch.tensor(1.0)))
+    assert history.seconds_per_step > 0
+    assert 0 <= history.data_wait_fraction <= 1
