@@ -143,7 +143,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         found = {name: value or "" for name, value in attrs}
         self.tags.append(tag)
-        if tag not in ("meta", "link", "path", "use", "br"):
+        if tag not in ("meta", "link", "path", "use", "wbr"):
             self.open.append(tag)
         if "id" in found:
             self.ids.append(found["id"])

@@ -5,10 +5,12 @@ The page asks nothing of the network, runs no script, and the same files give th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from medim import __version__
 from medim.evaluation.report.comparison import compare
@@ -74,7 +76,13 @@ def render(title: str, sections: list[Section]) -> str:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["breakable"] = breakable
     return environment.get_template(TEMPLATE).render(title=title, sections=sections, version=__version__) + "\n"
+
+
+def breakable(text: str) -> Markup:
+    """Text in which a line may break after each part of a path."""
+    return Markup(re.sub(r"[/_]|(?<!&)#", r"\g<0><wbr>", str(escape(text))))
 
 
 def kind_of(folder: Path) -> str | None:

@@ -11,13 +11,21 @@ import numpy as np
 from medim.evaluation.cases import Row, class_arrays, read_cases
 from medim.evaluation.metrics import Metric, bootstrap, classification_statistics, mean_over_subjects
 from medim.evaluation.report import figures
-from medim.evaluation.report.page import Banner, Section, Table, lower_is_better, metric_name, metric_text, shares
+from medim.evaluation.report.page import (
+    INTERVALS,
+    Banner,
+    Section,
+    Table,
+    cell,
+    lower_is_better,
+    metric_name,
+    metric_text,
+    shares,
+)
 from medim.files import read_json
 
 ARMS = ("pretrained", "scratch")
-ONE_RUN = (
-    "One run each: the difference holds the luck of one seed and one choice of labels. `medim study` measures that."
-)
+ONE_RUN = "One run each: the difference holds the luck of one seed and one choice of labels. medim study measures that."
 
 
 def compare(folders: Mapping[str, Path], kinds: Mapping[str, str]) -> Section | None:
@@ -80,7 +88,8 @@ def _section(kind: str, arms: Sequence[tuple[Path, dict[str, Any]]]) -> Section:
     table = []
     for key in (key for key in metrics[0] if key in metrics[1]):
         sides = [metric[key] for metric in metrics]
-        table.append((metric_name(key), *map(metric_text, sides), _gap(key, gaps.get(key), sides)))
+        gap = cell(_gap(key, gaps.get(key), sides))
+        table.append((metric_name(key), *(cell(metric_text(side)) for side in sides), gap))
     first = next(iter(metrics[0]), "")
     where = "the same images" if gaps else "their validation splits" if kind == "finetune" else "their own images"
     labelled = [summary.get("labelled") for _, summary in arms]
@@ -93,7 +102,7 @@ def _section(kind: str, arms: Sequence[tuple[Path, dict[str, Any]]]) -> Section:
         tables=[
             Table(
                 "Both arms",
-                ("Metric", "Pretrained", "Scratch", "Pretrained minus scratch"),
+                ("Metric", "Pretrained", "Scratch", "Difference"),
                 table,
                 _note(gaps),
                 wide=True,
@@ -108,8 +117,8 @@ def _section(kind: str, arms: Sequence[tuple[Path, dict[str, Any]]]) -> Section:
 
 
 def _note(gaps: Mapping[str, Metric]) -> str:
-    paired = "The difference is paired by image; its interval is a 95 % bootstrap over subjects." if gaps else ""
-    return f"Each arm's interval is a 95 % bootstrap over subjects. {paired}".strip()
+    paired = ", paired by image" if gaps else ""
+    return f"Difference: pretrained minus scratch{paired}. {INTERVALS}"
 
 
 def _metrics(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,11 +130,16 @@ def _gap(key: str, gap: Metric | None, sides: Sequence[Any]) -> str:
     """Pretrained minus scratch, and whom a paired interval without zero favours."""
     values = [side.get("value") if isinstance(side, Mapping) else side for side in sides]
     if gap is None:
-        return "not defined" if None in values else f"{float(values[0] or 0.0) - float(values[1] or 0.0):+.3f}"
+        return (
+            "not defined"
+            if None in values
+            else f"{float(values[0] or 0.0) - float(values[1] or 0.0):+.3f}".replace("-", "−")
+        )
     value, low, high = gap["value"], gap["ci_low"], gap["ci_high"]
     if value is None:
         return "not defined"
     if low is None or high is None:
-        return f"{value:+.3f}"
+        return f"{value:+.3f}".replace("-", "−")
     better = "pretrained better" if (value < 0) == lower_is_better(key) else "scratch better"
-    return f"{value:+.3f} ({low:+.3f} to {high:+.3f}), {better if low > 0 or high < 0 else 'no clear difference'}"
+    numbers = f"{value:+.3f} ({low:+.3f} to {high:+.3f})".replace("-", "−")
+    return f"{numbers}, {better if low > 0 or high < 0 else 'no clear difference'}"

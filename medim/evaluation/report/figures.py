@@ -14,6 +14,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
 
 from medim.types import Array
 
@@ -118,7 +119,8 @@ def loss_curve(curve: Curve) -> Figure:
             axes.axhline(curve.chance, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label="chance")
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
-        _legend_above(axes)
+        if curve.held_out or curve.chance is not None:
+            _legend_above(axes)
         svg = _svg(canvas)
     first, last = (f"{v:.3g}" for v in (loss[0], loss[-1])) if len(loss) else ("no number", "no number")
     of = "" if curve.name == "loss" else f" of {curve.name}"
@@ -151,7 +153,7 @@ def intervals(rows: Sequence[Interval], caption: str, *, arms: tuple[str, str] |
             axes.plot(row.value, y, marker, color=colour, markersize=6, linestyle="none", label=label)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.set_xlim(-0.02, 1.02)
+        _share_axis(axes, [v for row in rows for v in (row.value, row.low) if v is not None])
         axes.grid(axis="y", visible=False)
         if arms:
             _legend_above(axes)
@@ -170,7 +172,7 @@ def strips(values: Mapping[str, Sequence[float]], label: str, caption: str) -> F
             axes.plot([np.median(ordered)] * 2, [place - 0.38, place + 0.38], color=TWO, linewidth=2.5)
         axes.set_yticks(range(len(values)), list(values))
         axes.set_ylim(len(values) - 0.45, -0.55)
-        axes.set_xlim(-0.02, 1.02)
+        _share_axis(axes, [min(v) for v in values.values()])
         axes.set_xlabel(f"{label} of each image; the bar is the median")
         axes.grid(axis="y", visible=False)
         svg = _svg(canvas)
@@ -272,6 +274,13 @@ def _thinned(steps: Array, values: Array) -> tuple[Array, Array]:
     sums = (np.add.reduceat(v.astype(np.float64), edges[:-1]) for v in (steps, values))
     x, y = (total / counts for total in sums)
     return x, y
+
+
+def _share_axis(axes: Axes, values: Sequence[float]) -> None:
+    """From the tenth below the smallest value (and at most 0.8) to 1: dots, unlike bars, need no zero."""
+    low = min(0.8, np.floor(min(values) * 10) / 10)
+    axes.set_xlim(low - 0.02 * (1 - low), 1 + 0.02 * (1 - low))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
 
 
 def _legend_above(axes: Axes) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from medim.evaluation.report.figures import Figure, Interval, interval_text, number
 
 NOT_REPORTED = "not reported"
+INTERVALS = "Intervals: 95 % percentile bootstrap over subjects."
 LOWER_IS_BETTER = ("hd95", "ece")
 
 
@@ -78,19 +79,25 @@ def told(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {told(item)}" for key, item in value.items()) or "none"
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return (
-            " × ".join(map(str, value))
-            if all(isinstance(v, int) for v in value) and value
-            else ", ".join(map(told, value))
-        )
+        numbers = all(isinstance(item, int) for item in value)
+        return (" × " if numbers else ", ").join(map(str if numbers else told, value)) or "none"
     return str(value)
 
 
 def size(count: float | None) -> str:
-    """Bytes in MB or GB."""
+    """Bytes in kB, MB or GB."""
     if count is None:
         return NOT_REPORTED
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    return next(
+        f"{count / unit:.3g} {name}"
+        for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
+        if count >= unit or unit == 1
+    )
+
+
+def many(count: int | None, word: str) -> str:
+    """`1 image`, `2 images`."""
+    return f"{told(count)} {word}{'' if count == 1 else 's'}"
 
 
 def metric_name(key: str) -> str:
@@ -126,13 +133,18 @@ def metric_text(metric: Mapping[str, Any] | float | None) -> str:
     return "not defined" if metric is None else number(float(metric))
 
 
+def cell(text: str) -> str:
+    """The text of a value with its interval, as lines of a table's cell."""
+    return text.replace(" (", "\n(", 1).replace("), ", ")\n", 1)
+
+
 def metric_table(metrics: Mapping[str, Any], caption: str, note: str = "") -> Table:
     """All metrics with their intervals and the cases they stand on."""
     rows = []
     for key, metric in metrics.items():
         better = "lower" if lower_is_better(key) else "higher"
         cases = told(metric.get("n")) if isinstance(metric, Mapping) else NOT_REPORTED
-        rows.append((metric_name(key), metric_text(metric), better, cases))
+        rows.append((metric_name(key), cell(metric_text(metric)), better, cases))
     return Table(caption, ("Metric", "Value (95 % interval)", "Better", "Images"), rows, note, wide=True)
 
 

@@ -13,10 +13,12 @@ import numpy as np
 from medim.evaluation.cases import class_arrays, read_cases
 from medim.evaluation.report import figures
 from medim.evaluation.report.page import (
+    INTERVALS,
     Banner,
     Section,
     Table,
     counted,
+    many,
     metric_name,
     metric_table,
     metric_text,
@@ -53,7 +55,6 @@ VERDICTS: dict[str, Banner] = {
         "Do not use this encoder.",
     ),
 }
-INTERVALS = "Intervals: 95 % percentile bootstrap over subjects."
 
 
 def pretraining(folder: Path, anchor: str) -> Section:
@@ -130,7 +131,9 @@ def evaluation(folder: Path, anchor: str) -> Section:
     rows = read_cases(folder / "cases.parquet")
     metrics, classes = summary["metrics"], summary["classes"]
     used = [row for row in rows if not row.get("rejected")]
-    split = {"all": "all labelled images"}.get(summary["split"], f"the {summary['split']} split")
+    split = {"all": "all labelled images", "val": "the validation split", "train": "the training split"}.get(
+        summary["split"], f"the {summary['split']} split"
+    )
     facts = [
         ("Task", told(summary.get("task"))),
         ("Images", _measured(summary)),
@@ -248,7 +251,7 @@ def _headline(metrics: Mapping[str, Any], where: str) -> Banner:
 
 
 def _measured(counts: Mapping[str, Any]) -> str:
-    return f"{told(counts.get('n'))} of {told(counts.get('subjects'))} subjects"
+    return f"{many(counts.get('n'), 'image')} of {many(counts.get('subjects'), 'subject')}"
 
 
 def _machine(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

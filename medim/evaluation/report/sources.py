@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from medim.data.index import Index, Record
-from medim.evaluation.report.page import Banner, Section, Table, counted, size, told
+from medim.evaluation.report.page import Banner, Section, Table, counted, many, size, told
 from medim.files import read_json
 
 AXES = {2: ("down", "across"), 3: ("left to right", "back to front", "foot to head")}
@@ -45,16 +45,13 @@ def cohort(folder: Path, anchor: str) -> Section:
     scanners = Counter(r.scanner or "not reported" for r in records)
     if set(scanners) != {"not reported"}:
         tables.append(counted("Scanners", "Scanner", scanners))
-    state = "good" if not index.rejected else "care"
-    text = (
-        "Every file was used."
-        if not index.rejected
-        else f"{len(index.rejected):,} of {found:,} files or series were not used."
-    )
+    left_out = len(index.rejected)
+    text = f"{left_out:,} of {found:,} files or series were not used." if left_out else "Every file was used."
+    headline = f"{many(len(records), 'image')} of {many(subjects, 'subject')}"
     return Section(
         anchor=anchor,
         title=f"Images: {folder.name}",
-        banner=Banner("good" if state == "good" else "care", f"{len(records):,} images of {subjects:,} subjects", text),
+        banner=Banner("care" if left_out else "good", headline, text),
         facts=[
             ("Modality", index.modality),
             ("Classes of the masks", told(list(index.classes))),
@@ -75,6 +72,7 @@ def package(folder: Path, anchor: str) -> Section:
         if isinstance(gate, dict)
     ]
     passed = bool(rows) and all(row[1] == "pass" for row in rows)
+    headline = f"{contract.get('name')} {contract.get('version')}, {contract.get('kind')}"
     files = [path for path in folder.rglob("*") if path.is_file()]
     facts = [
         ("Name", f"{contract.get('name')} {contract.get('version')}"),
@@ -88,12 +86,12 @@ def package(folder: Path, anchor: str) -> Section:
     text = (
         f"{len(rows)} gates passed at export."
         if passed
-        else "No report of a passed export was found. Run `medim verify`."
+        else "No report of a passed export was found. Run medim verify."
     )
     return Section(
         anchor=anchor,
         title=f"Package: {folder.name}",
-        banner=Banner("good" if passed else "care", f"{contract.get('kind')} {contract.get('name')}", text),
+        banner=Banner("good" if passed else "care", headline, text),
         facts=facts,
         tables=[Table("Gates at export", ("Gate", "Verdict", "Measured", "Allowed"), rows, wide=True)] if rows else [],
         details=[("Preprocessing", "\n".join(told(step) for step in contract.get("preprocess", ())))],
