@@ -127,7 +127,7 @@ def config_list() -> None:
     from medim.config import presets
 
     for kind in ("pretrain", "finetune"):
-        for name, path in presets(kind).items():  # type: ignore[arg-type]
+        for name, path in presets(kind).items():
             console.print(
                 f"{kind:9} {name:24} {path.read_text().splitlines()[0].lstrip('# ')}", highlight=False, soft_wrap=True
             )
@@ -351,14 +351,21 @@ def verify(package: Annotated[Path, typer.Argument(help="A package.")]) -> None:
 
 @command(app)
 def embed(
-    package: Annotated[Path, typer.Argument(help="A package, or an encoder's run.")],
+    encoder: Annotated[Path, typer.Argument(metavar="PACKAGE|RUN", help="An encoder's package, or its run.")],
     inputs: Inputs,
     out: Annotated[Path, typer.Option(help="FILE.npz, .csv or .parquet.")],
 ) -> None:
     """Write a row of features an image."""
-    from medim.deployment.predict import embed as run
+    from medim.deployment.package import load_package
+    from medim.deployment.predict import embed_images
 
-    _print("embed", {"images": run(package, inputs, out), "written to": out})
+    if (encoder / "medim.json").is_file():
+        images, features = embed_images(load_package(encoder), inputs, out)
+    else:
+        from medim.evaluation.evaluate import open_encoder
+
+        images, features = embed_images(open_encoder(encoder), inputs, out)
+    _print("embed", {"images": len(images), "features": features.shape[1], "written to": out})
 
 
 @command(app)
@@ -366,10 +373,10 @@ def predict(
     package: Annotated[Path, typer.Argument(help="A package.")], inputs: Inputs, out: Out, overwrite: Overwrite = False
 ) -> None:
     """Write a segmentation or a class for each input."""
+    from medim.deployment.package import load_package
     from medim.deployment.predict import predict as run
 
-    rows = run(package, inputs, out, overwrite=overwrite)
-    for row in rows:
+    for row in run(load_package(package), inputs, out, overwrite=overwrite):
         _print(str(row.pop("image")), row)
 
 

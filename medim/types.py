@@ -62,7 +62,7 @@ class Volume:
     @property
     def shape(self) -> tuple[int, ...]:
         """Spatial shape in voxels, without the channel axis."""
-        return self.array.shape[1:]
+        return tuple(self.array.shape[1:])
 
     @property
     def spacing(self) -> tuple[float, ...]:

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from medim.evaluation.report import report
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +21,7 @@ from medim.data.index import build_index
 from medim.deployment.export import export
 from medim.deployment.predict import predict
 from medim.evaluation.evaluate import evaluate
+from medim.evaluation.report import report
 from medim.files import fresh_folder, write_json
 from medim.training.finetune import finetune
 from medim.training.pretrain import pretrain
@@ -61,8 +61,8 @@ def main() -> None:
     arms = {"pretrained": "finetune", "from scratch": "scratch"}
     measured = {arm: evaluate(out / run, index, out / f"evaluate-{run}") for arm, run in arms.items()}
     done("evaluate", None)
-    done("export", export(out / "finetune", out / "package"))
-    done("predict", predict(out / "package", [out / "cohort" / "dicom" / "EX-001_1"], out / "prediction"))
+    package = done("export", export(out / "finetune", out / "package"))
+    done("predict", predict(package, [out / "cohort" / "dicom" / "EX-001_1"], out / "prediction"))
     page = done("report", report(out))
     write_json(out / "seconds.json", seconds)
 

@@ -24,7 +24,7 @@ from medim.evaluation.cases import SCHEMA_VERSION, Progress, score, summarise, w
 from medim.evaluation.metrics import RESAMPLES
 from medim.files import fresh_folder, read_json, write_json
 from medim.models.model import as_run
-from medim.models.saved import load_model
+from medim.models.saved import load_encoder, load_model
 from medim.types import Split, UserError
 
 log = logging.getLogger(__name__)
@@ -211,6 +211,12 @@ def open_network(path: Path) -> tuple[Network, dict[str, Any]]:
     if package.contract.kind == "encoder":
         raise UserError(f"{path}: expected a package that predicts, got an encoder's. Export a fine-tuned run instead.")
     return package.network, package.contract.architecture
+
+
+def open_encoder(path: Path) -> Network:
+    """An encoder of a run, to be run by torch; what it answers is its summary."""
+    encoder: Any = load_encoder(path)
+    return network_of(as_run(encoder), {**encoder.spec, "kind": "encoder"})
 
 
 def network_of(run: Run, spec: dict[str, Any]) -> Network:
