@@ -19,6 +19,7 @@ WEIGHTS, GRAPH = "models/model.safetensors", "models/model.onnx"
 REPORT, GOLDEN = "parity/report.json", "parity/golden.npz"
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._+-]{0,63}$")]
+Label = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,64}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -102,7 +103,7 @@ class Contract(_Strict):
     inference: Step
     postprocess: Postprocess
     signature: Signature
-    classes: tuple[Name, ...] = Field((), max_length=255, description="a segmenter's without background")
+    classes: tuple[Label, ...] = Field((), max_length=255, description="a segmenter's without background")
     architecture: dict[str, Any] = Field(description="the spec that `medim.models.saved` builds the torch network from")
     provenance: dict[str, Any]
     metrics: dict[str, Any] = Field(default_factory=dict, description="of the run, on its validation split")

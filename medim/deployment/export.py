@@ -37,16 +37,16 @@ from medim.deployment.contract import (
     parse,
 )
 from medim.deployment.golden import Golden, phantom
-from medim.deployment.inference import INFERENCES, Network, Run
+from medim.deployment.inference import INFERENCES, Run
 from medim.deployment.package import Package, load_package, session, write_sums
 from medim.deployment.privacy import machine_words
 from medim.files import hash_of, read_json, write_bytes, write_json, write_text
 from medim.models.decoders import DECODERS
 from medim.models.encoders import ENCODERS
 from medim.models.heads import HEADS
-from medim.models.model import build_encoder, build_model
+from medim.models.model import as_run, build_encoder, build_model
 from medim.models.saved import find, load_encoder, load_model, load_weights
-from medim.types import Array, Step, UserError, Volume
+from medim.types import Array, UserError, Volume
 
 SCAN = "no path, user or host name in any file"
 PROVENANCE = re.compile(r"[\w.+:-]{0,128}")
@@ -65,13 +65,12 @@ class Loaded:
     @property
     def run(self) -> Run:
         """The network under torch."""
-        return torch_run(self.network)
+        return as_run(self.source)
 
     @property
-    def inference(self) -> Step:
-        """How a whole image is run; an encoder's spec may leave it out."""
-        given: Step | None = self.spec.get("inference")
-        return given or {"mode": "whole", "multiple_of": 1 if self.sizes.fixed else self.sizes.multiple_of}
+    def exact(self) -> Run:
+        """The network under torch in float64."""
+        return as_run(_Double(copy.deepcopy(self.source).double()))
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -84,37 +83,15 @@ class Loaded:
         return self.network.encoder if isinstance(self.network, onnx.Summarised) else self.network
 
 
-def torch_run(network: nn.Module) -> Run:
-    """A torch network as a function of numpy arrays; of several outputs the first."""
+class _Double(nn.Module):
+    """A float64 network behind a float32 input."""
 
-    def run(image: Array) -> Array:
-        parameter = next(network.parameters())
-        with torch.inference_mode():
-            out = network(torch.from_numpy(np.ascontiguousarray(image)).to(parameter))
-        first = out[0] if isinstance(out, tuple) else out
-        return np.asarray(first.cpu().numpy())
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
 
-    return run
-
-
-def torch_network(path: Path) -> Network:
-    """A run (or a package) under torch, with its preprocessing: the same answers as the package of it gives.
-
-    Raises:
-        UserError: nothing usable lies there.
-    """
-    loaded = _load(path)
-    spec = loaded.spec
-    return Network(
-        run=loaded.run,
-        kind=spec["kind"],
-        modality=spec["modality"],
-        spatial_dims=spec["spatial_dims"],
-        in_channels=spec["in_channels"],
-        classes=loaded.classes,
-        preprocessing=tuple(spec["preprocessing"]),
-        inference=loaded.inference,
-    )
+    def forward(self, image: torch.Tensor) -> Any:
+        return self.network(image.double())
 
 
 def export(
@@ -229,7 +206,7 @@ def _contract(loaded: Loaded, signature: Signature, **fields: Any) -> Contract:
         modality=spec["modality"],
         preprocess=tuple(steps),
         preprocess_sha256=hash_of(steps),
-        inference=loaded.inference,
+        inference=spec["inference"],
         postprocess=POSTPROCESS[spec["kind"]],
         signature=signature,
         classes=loaded.classes,
@@ -274,7 +251,6 @@ def _gates(
     """Every gate but the privacy scan, which comes last."""
     channels, first = contract.in_channels, sizes.shape
     training = sum(module.training for module in loaded.network.modules())
-    exact = torch_run(copy.deepcopy(loaded.network).double())
     outside = [(1, channels + 1, *first), (1, channels, *first, 1)]
     if sizes.fixed or sizes.multiple_of > 1:
         outside.append((1, channels, first[0] + 1, *first[1:]))
@@ -283,7 +259,7 @@ def _gates(
         "weights are those of the run": gates.weights(_arrays(_fresh(loaded.spec, packed)), _arrays(loaded.source)),
         "ONNX Runtime against torch, unseen sizes": gates.random_inputs(ort, loaded.run, channels, sizes.unseen()),
         "ONNX Runtime against float64 torch, little contrast": gates.little_contrast(
-            ort, exact, channels, sizes.unseen()[0]
+            ort, loaded.exact, channels, sizes.unseen()[0]
         ),
         "sizes outside the contract are refused": gates.refusals(ort, outside),
         "phantom, from image to answer": gates.phantom_answer(golden, ort, contract),

@@ -83,11 +83,13 @@ class Sizes:
 
     Attributes:
         shape: spatial shape it was trained at.
-        multiple_of: what its strides ask of every side.
+        stride: the coarsest.
+        multiple_of: what it asks of every side: the stride where a decoder joins maps, else 1.
         fixed: it works at `shape` alone.
     """
 
     shape: tuple[int, ...]
+    stride: int
     multiple_of: int
     fixed: bool
 
@@ -95,22 +97,26 @@ class Sizes:
         """Shapes that no tracer saw, every side another where sides may vary."""
         if self.fixed:
             return [self.shape]
+        over = 0 if self.multiple_of > 1 else min(3, self.stride - 1)  # voxels that the stride leaves over
         cells = ((3, 4, 2), (5, 2, 3), (2, 6, 4))
-        return [tuple(self.multiple_of * n for n in sides[: len(self.shape)]) for sides in cells]
+        return [tuple(self.stride * n + over for n in sides[: len(self.shape)]) for sides in cells]
 
 
 def sizes_of(network: nn.Module, shape: tuple[int, ...], strides: tuple[int, ...], in_channels: int) -> Sizes:
-    """Find out by trying whether a network takes other sizes than the one it was trained at."""
-    multiple = max(strides)
-    if any(n % multiple for n in shape):
-        return Sizes(shape, multiple, fixed=True)
-    other = torch.zeros(1, in_channels, *(n + (1 + axis) * multiple for axis, n in enumerate(shape)))
-    try:
-        with torch.inference_mode():
-            network(other)
-    except (RuntimeError, ValueError):  # a linear layer or a joined map of another size
-        return Sizes(shape, multiple, fixed=True)
-    return Sizes(shape, multiple, fixed=False)
+    """Find out by trying which other sizes than the one it was trained at a network takes."""
+    stride = max(strides)
+    for multiple in (1, stride):
+        least = [-(-n // multiple) * multiple for n in shape]
+        more = 1 if multiple == 1 else 0  # beside whole strides, which a floor would hide
+        other = torch.zeros(1, in_channels, *(n + (1 + axis) * stride + more for axis, n in enumerate(least)))
+        try:
+            with torch.inference_mode():
+                network(other)
+        except (RuntimeError, ValueError):  # a linear layer or a joined map of another size
+            continue
+        if multiple == 1 or list(shape) == least:
+            return Sizes(shape, stride, multiple, fixed=False)
+    return Sizes(shape, stride, stride, fixed=True)
 
 
 def signature_of(network: nn.Module, sizes: Sizes, in_channels: int, strides: tuple[int, ...]) -> Signature:
@@ -118,7 +124,7 @@ def signature_of(network: nn.Module, sizes: Sizes, in_channels: int, strides: tu
     sides: tuple[int | str, ...] = sizes.shape if sizes.fixed else AXES[-len(sizes.shape) :]
     symbols = {"batch": Symbol()}
     if not sizes.fixed:
-        symbols |= {side: Symbol(minimum=sizes.multiple_of, multiple_of=sizes.multiple_of) for side in map(str, sides)}
+        symbols |= {side: Symbol(minimum=sizes.stride, multiple_of=sizes.multiple_of) for side in map(str, sides)}
     with torch.inference_mode():
         outputs = _as_tuple(network(torch.zeros(2, in_channels, *sizes.shape)))
     tensors = []
@@ -152,7 +158,8 @@ def to_onnx(network: nn.Module, sizes: Sizes, signature: Signature) -> bytes:
     varying: dict[int, Any] = {0: Dim("batch", min=1)}
     if not sizes.fixed:
         for axis, side in enumerate(signature.inputs[0].shape[2:], start=2):
-            cells = Dim(f"{side}_cells", min=1)  # whole cells of the coarsest map: no padding of odd sides in the graph
+            least = sizes.stride // sizes.multiple_of
+            cells = Dim(f"{side}_cells", min=least)  # a multiple keeps paddings of odd sides out of the graph
             varying[axis] = sizes.multiple_of * cells if sizes.multiple_of > 1 else cells
     try:
         with _quiet(), torch.no_grad():

@@ -49,7 +49,7 @@ SPECS: dict[str, dict[str, Any]] = {
         "spatial_dims": 2,
         "input_shape": [32, 32],
         "preprocessing": [{"op": "normalise"}],
-        "inference": {"mode": "whole", "multiple_of": 2},
+        "inference": {"mode": "whole"},
         "classes": [],
     },
 }

@@ -12,7 +12,9 @@ from torch import nn
 from medim.deployment.contract import Signature, Symbol, Tensor
 from medim.deployment.onnx import Sizes, sizes_of, structure, to_onnx
 from medim.models.encoders.convnet import ConvNet
+from medim.models.model import build_model
 from medim.types import Array, UserError
+from tests.deployment.made import SPECS
 
 SIGNATURE = Signature(
     inputs=(Tensor(name="image", shape=("batch", 1, "H", "W")),),
@@ -47,7 +49,7 @@ def answer(graph: bytes, image: Array) -> Array:
 @pytest.mark.parametrize("norm", [nn.InstanceNorm2d, nn.GroupNorm])
 def test_norms_are_exact_on_images_that_hardly_vary_at_any_size(norm: type[nn.Module]) -> None:
     made = network(norm)
-    graph = to_onnx(made, Sizes((8, 8), 2, fixed=False), SIGNATURE)
+    graph = to_onnx(made, Sizes((8, 8), 2, 2, fixed=False), SIGNATURE)
     operations = {node.op_type for node in onnx.load_model_from_string(graph).graph.node}
     assert "InstanceNormalization" not in operations
     assert "GroupNormalization" not in operations
@@ -60,19 +62,20 @@ def test_norms_are_exact_on_images_that_hardly_vary_at_any_size(norm: type[nn.Mo
 
 
 def test_a_graph_holds_no_trace_of_where_it_was_made() -> None:
-    graph = to_onnx(nn.Conv2d(1, 3, 3, padding=1), Sizes((8, 8), 2, fixed=False), SIGNATURE)
+    graph = to_onnx(nn.Conv2d(1, 3, 3, padding=1), Sizes((8, 8), 2, 2, fixed=False), SIGNATURE)
     model = onnx.load_model_from_string(graph)
     assert b"/" not in structure(graph).replace(b"pkg.torch", b"")
     assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
     assert len(structure(graph)) < len(graph)
 
 
-def test_a_network_that_takes_one_size_is_found_out() -> None:
+def test_which_sizes_a_network_takes_is_found_out_by_trying() -> None:
     flat = ConvNet(1, 2, (32, 32), channels=(4, 8), hidden=8, summary_channels=4).eval()
     pooled = ConvNet(1, 2, (32, 32), channels=(4, 8), hidden=8, summary_channels=4, summary="mean_max").eval()
-    assert sizes_of(flat, (32, 32), flat.strides, 1).fixed
-    assert not sizes_of(pooled, (32, 32), pooled.strides, 1).fixed
-    assert sizes_of(pooled, (30, 30), pooled.strides, 1).fixed  # traced at a size that its strides do not divide
+    assert sizes_of(flat, (32, 32), flat.strides, 1) == Sizes((32, 32), 4, 4, fixed=True)
+    assert sizes_of(pooled, (30, 30), pooled.strides, 1) == Sizes((30, 30), 4, 1, fixed=False)
+    joined = build_model({**SPECS["segmenter"], "in_channels": 1}).eval()
+    assert sizes_of(joined, (16, 24, 16), (1, 2), 1) == Sizes((16, 24, 16), 2, 2, fixed=False)
 
 
 def test_a_network_that_cannot_be_exported_is_told_without_a_wall_of_text() -> None:
@@ -81,4 +84,4 @@ def test_a_network_that_cannot_be_exported_is_told_without_a_wall_of_text() -> N
             return image if image.sum() > 0 else -image
 
     with pytest.raises(UserError, match="cannot export"):
-        to_onnx(Stubborn(), Sizes((8, 8), 2, fixed=False), SIGNATURE)
+        to_onnx(Stubborn(), Sizes((8, 8), 2, 2, fixed=False), SIGNATURE)
