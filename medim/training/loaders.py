@@ -36,7 +36,10 @@ class StepSampler(Sampler[list[Item]]):
     """
 
     def __init__(self, subjects: Sequence[str], *, batch_size: int, steps: int, seed: int, start: int = 0) -> None:
-        self._scans = [np.flatnonzero(np.asarray(subjects) == subject) for subject in dict.fromkeys(subjects)]
+        scans: dict[str, list[int]] = {}
+        for image, subject in enumerate(subjects):
+            scans.setdefault(subject, []).append(image)
+        self._scans = list(scans.values())
         self._batch_size = batch_size
         self._steps = steps
         self._seed = seed

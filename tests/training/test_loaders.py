@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
 from typing import Any
 
@@ -98,6 +99,12 @@ def test_the_order_does_not_depend_on_what_subjects_are_called() -> None:
     """Keys of subjects differ from site to site; the order of the images does not."""
     renamed = [f"s-{ord('z') - ord(s)}" for s in SUBJECTS]
     assert list(sampler(renamed)) == list(sampler())
+
+
+def test_a_hundred_thousand_subjects_are_sorted_out_in_no_time() -> None:
+    began = time.process_time()
+    assert len(sampler([f"s-{n}" for n in range(100_000)]).batch(0)) == 2
+    assert time.process_time() - began < 5, "a comparison of all with all takes minutes"
 
 
 class Echo(Dataset[Any]):
