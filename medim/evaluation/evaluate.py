@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from medim.data.identity import pseudonym
 from medim.data.index import Index, Record
 from medim.data.splits import split as split_subjects
 from medim.deployment.inference import Network, Run
@@ -190,12 +191,19 @@ def select(
 
 
 def seen_subjects(path: Path) -> dict[str, set[str]] | None:
-    """Subjects a run has seen, in `pretrain` (without labels) and `finetune`; None where that is not recorded."""
-    for folder in (path, path.parent):
-        if (folder / "seen_subjects.json").is_file() and not _is_package(path):
-            content = read_json(folder / "seen_subjects.json")
-            return {part: set(content.get(part, ())) for part in ("pretrain", "finetune")}
-    return None
+    """Subjects a run has seen, in `pretrain` (without labels) and `finetune`; None where that cannot be known.
+
+    It cannot where there is no `seen_subjects.json` (a package holds none), or where that was written under another
+    site key (its `site` is not this site's): the same person has another pseudonym there.
+    """
+    file = next((f for folder in (path, path.parent) if (f := folder / "seen_subjects.json").is_file()), None)
+    if file is None or _is_package(path):
+        return None
+    content = read_json(file)
+    if content.get("site", pseudonym("site")) != pseudonym("site"):
+        log.warning("%s was written under another site key: subjects the model was trained on cannot be left out", file)
+        return None
+    return {part: set(content.get(part, ())) for part in ("pretrain", "finetune")}
 
 
 def open_network(path: Path) -> tuple[Network, dict[str, Any]]:

@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from medim.data.identity import pseudonym
 from medim.data.index import AllRejectedError, Index
 from medim.data.splits import split as split_subjects
 from medim.evaluation.cases import class_arrays, read_cases, score
-from medim.evaluation.evaluate import evaluate, network_of, select, validate
+from medim.evaluation.evaluate import evaluate, network_of, seen_subjects, select, validate
 from medim.types import Array, UserError
 from tests.evaluation.conftest import make_run
 
@@ -155,6 +156,17 @@ def test_a_package_without_a_list_of_subjects_says_that_it_does_not_know(
 ) -> None:
     chosen = select(index, segmenter, None)
     assert (chosen.excluded, chosen.pretrained_on) == (None, None)
+
+
+def test_a_list_of_subjects_from_another_site_is_not_taken_for_an_empty_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = {"pretrain": ["s-1"], "finetune": ["s-2"]}
+    path = tmp_path / "seen_subjects.json"
+    for site, expected in ((pseudonym("site"), {"pretrain": {"s-1"}, "finetune": {"s-2"}}), ("s-elsewhere", None)):
+        path.write_text(json.dumps({**content, "site": site}))
+        assert seen_subjects(tmp_path) == expected
+    assert "another site key" in caplog.text
 
 
 def test_images_without_a_mask_are_refused_with_what_to_do(index: Index, segmenter: dict[str, Any]) -> None:

@@ -253,6 +253,16 @@ def test_two_evaluations_of_the_same_images_are_paired(tmp_path: Path, index: In
     assert "+0.000 (+0.000 to +0.000), no clear difference" in html  # the same weights
 
 
+def test_arms_measured_on_other_images_are_not_compared(
+    tmp_path: Path, index: Index, segmenter: dict[str, Any]
+) -> None:
+    pretrained = {**segmenter, "provenance": {**segmenter["provenance"], "parent": "0" * 64}}
+    fewer = dataclasses.replace(index, records=index.records[:4])
+    evaluate(make_run(tmp_path / "runs" / "one", pretrained), index, tmp_path / "both" / "one")
+    evaluate(make_run(tmp_path / "runs" / "two", segmenter), fewer, tmp_path / "both" / "two")
+    assert "Pretrained against scratch" not in report(tmp_path / "both").read_text()
+
+
 def test_a_difference_is_over_the_images_both_have_a_value_of() -> None:
     rows = [
         {"image": f"i{k}", "subject": f"s{k}", "class": "it", "dice": 0.5 + k / 100, "hd95": 1.0, "surface_dice": 0.5}

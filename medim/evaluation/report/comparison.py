@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,21 +29,27 @@ ARMS = ("pretrained", "scratch")
 ONE_RUN = "One run each: the difference holds the luck of one seed and one choice of labels. medim study measures that."
 
 
+Arm = tuple[Path, dict[str, Any]]  # folder and summary
+
+
 def compare(folders: Mapping[str, Path], kinds: Mapping[str, str]) -> Section | None:
-    """A section where both arms of one task are among the folders; evaluations come before validation splits.
+    """A section where both arms of one task are among the folders, on the same images.
+
+    Evaluations are taken where two of them measured the same images; else fine-tuning runs on one index.
 
     Args:
         folders: name to folder.
         kinds: name to kind (see `SECTIONS`).
     """
     for kind in ("evaluate", "finetune"):
-        arms: dict[str, tuple[Path, dict[str, Any]]] = {}
-        for name, folder in folders.items():
-            if kinds[name] == kind:
-                summary = read_json(folder / "summary.json")
-                arms.setdefault(str(summary.get("init")), (folder, summary))
-        if set(ARMS) <= set(arms) and len({arms[arm][1].get("task") for arm in ARMS}) == 1:
-            return _section(kind, [arms[arm] for arm in ARMS])
+        runs = [(path, read_json(path / "summary.json")) for name, path in folders.items() if kinds[name] == kind]
+        arms = [[run for run in runs if run[1].get("init") == arm] for arm in ARMS]
+        for pair in itertools.product(*arms):
+            if pair[0][1].get("task") != pair[1][1].get("task"):
+                continue
+            gaps = _paired(pair) if kind == "evaluate" else {}
+            if gaps or (kind == "finetune" and pair[0][1].get("index_hash") == pair[1][1].get("index_hash")):
+                return _section(pair, gaps)
     return None
 
 
@@ -79,19 +86,21 @@ def differences(one: Sequence[Row], two: Sequence[Row], classes: Sequence[str], 
     }
 
 
-def _section(kind: str, arms: Sequence[tuple[Path, dict[str, Any]]]) -> Section:
+def _paired(pair: Sequence[Arm]) -> dict[str, Metric]:
+    one, two = (read_cases(folder / "cases.parquet") for folder, _ in pair)
+    classes = [summary["classes"] for _, summary in pair]
+    return differences(one, two, classes[0]) if classes[0] == classes[1] else {}
+
+
+def _section(arms: Sequence[Arm], gaps: Mapping[str, Metric]) -> Section:
     metrics = [_metrics(summary) for _, summary in arms]
-    gaps: dict[str, Metric] = {}
-    if kind == "evaluate":
-        rows = [read_cases(folder / "cases.parquet") for folder, _ in arms]
-        gaps = differences(rows[0], rows[1], arms[0][1]["classes"])
     table = []
     for key in (key for key in metrics[0] if key in metrics[1]):
         sides = [metric[key] for metric in metrics]
         gap = cell(_gap(key, gaps.get(key), sides))
         table.append((metric_name(key), *(cell(metric_text(side)) for side in sides), gap))
     first = next(iter(metrics[0]), "")
-    where = "the same images" if gaps else "their validation splits" if kind == "finetune" else "their own images"
+    where = "the same images" if gaps else "the validation split"
     labelled = [summary.get("labelled") for _, summary in arms]
     budget = f" with {labelled[0]} labelled images each" if labelled[0] and labelled[0] == labelled[1] else ""
     headline = f"{metric_name(first)}: {_gap(first, gaps.get(first), [m.get(first) for m in metrics])}"

@@ -80,18 +80,17 @@ def package(folder: Path, anchor: str) -> Section:
         ("Modality", told(contract.get("modality"))),
         ("Classes", told(contract.get("classes"))),
         ("Intended use", told(contract.get("intended_use"))),
-        ("Not for", told(contract.get("not_for"))),
         ("Size", size(sum(path.stat().st_size for path in files))),
     ]
     text = (
-        f"{len(rows)} gates passed at export."
+        f"{many(len(rows), 'gate')} passed at export."
         if passed
         else "No report of a passed export was found. Run medim verify."
     )
     return Section(
         anchor=anchor,
         title=f"Package: {folder.name}",
-        banner=Banner("good" if passed else "care", headline, text),
+        banner=Banner("good" if passed else "care", headline, f"{text} {contract.get('not_for') or ''}".strip()),
         facts=facts,
         tables=[Table("Gates at export", ("Gate", "Verdict", "Measured", "Allowed"), rows, wide=True)] if rows else [],
         details=[("Preprocessing", "\n".join(told(step) for step in contract.get("preprocess", ())))],
