@@ -57,7 +57,7 @@ class RunConfig(_Strict):
     weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay")
     gradient_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
     checkpoint_every_steps: PositiveInt = Field(100, description="steps between two checkpoints")
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = Field(
+    precision: Literal["32-true", "bf16-mixed"] = Field(
         "32-true", description="Lightning's precision; scores stay fp32"
     )
     workers: int = Field(0, ge=0, description="loading processes; 0 loads in the training process")
@@ -69,8 +69,8 @@ class RunConfig(_Strict):
 
     @property
     def hash(self) -> str:
-        """Twelve hex digits that name this configuration."""
-        return hash_of(self.model_dump(mode="json"))[:12]
+        """Twelve hex digits that name what is computed: neither the preset's name nor the loading processes count."""
+        return hash_of(self.model_dump(mode="json", exclude={"name", "workers"}))[:12]
 
 
 class PretrainConfig(RunConfig):

@@ -94,7 +94,7 @@ def fresh_folder(out: Path, *, overwrite: bool = False, resume: bool = False) ->
 
     Args:
         out: the folder.
-        overwrite: empty it first where it holds something.
+        overwrite: empty it first where it holds something and was made by this function.
         resume: keep what it holds.
 
     Raises:
@@ -102,12 +102,18 @@ def fresh_folder(out: Path, *, overwrite: bool = False, resume: bool = False) ->
     """
     if out.is_file():
         raise UserError(f"{out}: expected a folder for the output, got a file. Choose another --out.")
-    if out.is_dir() and any(out.iterdir()) and not resume:
+    marker = out / ".medim"
+    held = out.is_dir() and any(path != marker for path in out.iterdir())
+    if held and not resume:
         if not overwrite:
             raise UserError(
                 f"{out}: expected an empty or new folder. "
                 "Use --resume to continue, --overwrite to start over, or another --out."
             )
+        if not marker.is_file():
+            raise UserError(f"{out}: --overwrite empties only what medim made, and this is not. Empty it yourself.")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
+    if not (held and resume):
+        marker.touch()
     return out

@@ -119,14 +119,23 @@ def test_a_fresh_folder_is_made_with_its_parents(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_holds_something_is_kept_unless_the_user_says_otherwise(tmp_path: Path) -> None:
-    (tmp_path / "summary.json").write_text("{}")
+    out = fresh_folder(tmp_path / "run")
+    (out / "summary.json").write_text("{}")
     with pytest.raises(UserError, match=r"--resume.*--overwrite"):
-        fresh_folder(tmp_path)
-    assert (tmp_path / "summary.json").is_file()
+        fresh_folder(out)
+    assert (out / "summary.json").is_file()
+    fresh_folder(out, resume=True)
+    assert (out / "summary.json").is_file()
+    fresh_folder(out, overwrite=True)
+    assert [path.name for path in out.iterdir()] == [".medim"]
+
+
+def test_overwrite_never_empties_a_folder_that_medim_did_not_make(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
     fresh_folder(tmp_path, resume=True)
-    assert (tmp_path / "summary.json").is_file()
-    fresh_folder(tmp_path, overwrite=True)
-    assert not any(tmp_path.iterdir())
+    with pytest.raises(UserError, match="Empty it yourself"):
+        fresh_folder(tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 
 def test_a_file_in_the_way_of_a_folder_is_not_removed(tmp_path: Path) -> None:

@@ -42,9 +42,7 @@ class Coordinates(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 <= level < len(channels):
-            raise UsageError(
-                f"coordinates.level: expected 0 to {len(channels) - 1}, the encoder's maps, got {level}."
-            )
+            raise UsageError(f"coordinates.level: expected 0 to {len(channels) - 1}, the encoder's maps, got {level}.")
         self._level = level
         self._grid = grids[level]
         self._points = points

@@ -51,9 +51,7 @@ class LocalDIM(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 <= level < len(channels):
-            raise UsageError(
-                f"local_dim.level: expected 0 to {len(channels) - 1}, the encoder's maps, got {level}."
-            )
+            raise UsageError(f"local_dim.level: expected 0 to {len(channels) - 1}, the encoder's maps, got {level}.")
         if occlusion:
             check_block(input_shape, occlusion)
         self._estimator = estimator

@@ -27,20 +27,20 @@ def infonce(scores: torch.Tensor) -> torch.Tensor:
         log(classes) minus the cross-entropy, mean over all positives; at most log(classes).
     """
     positive, negative = _pairs(scores)
-    total = torch.logaddexp(positive, torch.logsumexp(negative.flatten(2), dim=2).unsqueeze(-1))  # (B, G, L)
+    total = torch.logaddexp(positive, torch.logsumexp(negative, dim=(2, 3)).unsqueeze(-1))  # (B, G, L)
     return math.log(classes(scores)) - (total - positive).mean()
 
 
 def jsd(scores: torch.Tensor) -> torch.Tensor:
     """Jensen-Shannon bound (eq. 4 of Hjelm et al. 2019, shifted to be 0 at equal scores of 0); at most 2 log 2."""
     positive, negative = _pairs(scores)
-    return (math.log(2) - softplus(-positive)).mean() - (softplus(negative) - math.log(2)).mean()
+    return 2 * math.log(2) - softplus(-positive).mean() - softplus(negative).sum() / _negatives(scores)
 
 
 def dv(scores: torch.Tensor) -> torch.Tensor:
     """Donsker-Varadhan bound (eq. 2 of Hjelm et al. 2019), its log over all negatives of the batch. Shift-invariant."""
     positive, negative = _pairs(scores)
-    return positive.mean() - (torch.logsumexp(negative.flatten(), dim=0) - math.log(negative.numel()))
+    return positive.mean() - (torch.logsumexp(negative.flatten(), dim=0) - math.log(_negatives(scores)))
 
 
 ESTIMATORS: dict[EstimatorName, Callable[[torch.Tensor], torch.Tensor]] = {"infonce": infonce, "jsd": jsd, "dv": dv}
@@ -58,12 +58,16 @@ def retrieval(scores: torch.Tensor) -> torch.Tensor:
 
 
 def _pairs(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positives (B, G, L) and negatives (B, G, B - 1, L)."""
-    batch, globals_, others, locations = scores.shape
+    """Positives (B, G, L), and all scores (B, G, B, L) with minus infinity in the place of every positive."""
+    batch, _, others, _ = scores.shape
     if batch != others or batch < 2:
         raise ValueError(f"scores: expected (B, G, B, L) with B of at least 2, got {tuple(scores.shape)}.")
     scores = scores.float()
     positive = scores.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (B, G, L)
-    other = ~torch.eye(batch, dtype=torch.bool, device=scores.device)
-    negative = scores.transpose(1, 2)[other].reshape(batch, batch - 1, globals_, locations).transpose(1, 2)
-    return positive, negative
+    own = torch.eye(batch, dtype=torch.bool, device=scores.device)[:, None, :, None]
+    return positive, scores.masked_fill(own, -math.inf)
+
+
+def _negatives(scores: torch.Tensor) -> int:
+    """Number of negative pairs, B (B - 1) G L."""
+    return scores.numel() // scores.shape[0] * (scores.shape[0] - 1)

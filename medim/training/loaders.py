@@ -18,7 +18,7 @@ Item = tuple[int, int]  # (index of the image, seed of its randomness)
 
 def seed_of(*parts: int) -> int:
     """One 32-bit seed from several integers."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+    return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1)[0])
 
 
 class StepSampler(Sampler[list[Item]]):

@@ -147,14 +147,18 @@ def verdict(history: History) -> Verdict:
     """One word on a run; see `summary.json` in docs/reference/files.md.
 
     `learning`: every term that has a chance level is below it, held out, by at least 5 % of it (of 1 nat where it is
-    0) and three standard errors. `diverged`: a loss stopped being a number, or a term ends above chance by as much.
-    `collapsed`: the held-out summaries lie on one point or line (RankMe below 1.5, or feature_std below 0.05).
+    0) and three standard errors; where no term has one, its first training loss takes the place. `diverged`: a loss
+    stopped being a number, or a term ends above chance by as much. `collapsed`: the held-out summaries lie on one
+    point or line (RankMe below 1.5, or feature_std below 0.05).
     """
+    levels = {name: chance for name, chance in history.chance().items() if chance is not None}
+    if not levels:
+        levels = {name: history.curve(name)[0] for name in history.chance()}
     margins = []
-    for name, chance in history.chance().items():
-        if chance is not None and name in history.held_out:
+    for name, level in levels.items():
+        if name in history.held_out:
             mean, error = history.held_out[name]
-            margins.append((chance - mean, max(0.05 * max(abs(chance), 1.0 if chance == 0 else 0.0), 3 * error)))
+            margins.append((level - mean, max(0.05 * (abs(level) or 1.0), 3 * error)))
     if history.diverged or any(not math.isfinite(gain) or gain < -need for gain, need in margins):
         return "diverged"
     if history.rankme < 1.5 or history.feature_std < 0.05:

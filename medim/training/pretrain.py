@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from medim.training.module import PretrainModule
 from medim.training.monitor import History, verdict
 from medim.training.tracking import log_results, track
 from medim.training.trainer import make_trainer, newest_checkpoint, peak_memory, versions
-from medim.types import UserError
+from medim.types import UsageError, UserError
 
 log = logging.getLogger(__name__)
 HELD_OUT_BATCHES = 8
@@ -115,9 +116,12 @@ def build_objectives(config: PretrainConfig, encoder: Any, in_channels: int) -> 
         maps = encoder(torch.zeros(1, in_channels, *shape)).maps
     encoder.train()
     objectives: dict[str, tuple[nn.Module, float]] = {}
+    counts: Counter[str] = Counter()
     for section in config.objectives:
         options = dict(section)
-        weight = float(options.pop("weight", 1.0))
+        weight = options.pop("weight", 1.0)
+        if not isinstance(weight, int | float):
+            raise UsageError(f"{options.get('name')}.weight: expected a number, got {weight!r}.")
         objective = build(
             OBJECTIVES,
             options,
@@ -128,8 +132,9 @@ def build_objectives(config: PretrainConfig, encoder: Any, in_channels: int) -> 
             input_shape=shape,
             receptive_fields=tuple(encoder.receptive_field(level) for level in range(len(maps))),
         )
-        name, again = str(options["name"]), sum(key.partition("_2")[0] == options["name"] for key in objectives)
-        objectives[f"{name}_{again + 1}" if again else name] = (objective, weight)
+        name = str(options["name"])
+        counts[name] += 1
+        objectives[f"{name}_{counts[name]}" if counts[name] > 1 else name] = (objective, float(weight))
     return objectives
 
 

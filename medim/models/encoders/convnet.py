@@ -52,8 +52,7 @@ class ConvNet(nn.Module):
         self._flatten = summary == "flatten"
         widths = (in_channels, *channels)
         self.stages = nn.ModuleList(
-            conv(spatial_dims, before, after, kernel_size, 2, norm)
-            for before, after in pairwise(widths)
+            conv(spatial_dims, before, after, kernel_size, 2, norm) for before, after in pairwise(widths)
         )
         if self._flatten:
             with torch.no_grad():
