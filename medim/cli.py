@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -155,7 +156,10 @@ def example(
     from medim.files import fresh_folder
 
     fresh_folder(out, overwrite=overwrite)
-    folder = make_example(out, subjects=subjects, spacing=spacing, formats=formats.split(","), seed=seed)  # type: ignore[arg-type]
+    chosen: Any = formats.split(",")
+    folder = make_example(
+        out, subjects=subjects, spacing=spacing, formats=chosen, seed=seed, progress=_progress("wrote")
+    )
     _print("example", {"subjects": subjects, "written to": folder})
 
 
@@ -321,7 +325,8 @@ def evaluate(
     from medim.models.saved import find
 
     found, _ = open_source(data, find(model)[1]["modality"], labels=labels, subjects=subjects)
-    metrics = run(model, found, out, split=split, include_seen=include_seen, overwrite=overwrite)
+    options: dict[str, Any] = {"split": split, "include_seen": include_seen, "overwrite": overwrite}
+    metrics = run(model, found, out, progress=_progress("measured"), **options)
     _print(
         "evaluate",
         {"cases": metrics["n"], "excluded as seen": metrics["excluded_seen"], **_intervals(metrics), "written to": out},
@@ -360,11 +365,11 @@ def embed(
     from medim.deployment.predict import embed_images
 
     if (encoder / "medim.json").is_file():
-        images, features = embed_images(load_package(encoder), inputs, out)
+        images, features = embed_images(load_package(encoder), inputs, out, progress=_progress("embedded"))
     else:
         from medim.evaluation.evaluate import open_encoder
 
-        images, features = embed_images(open_encoder(encoder), inputs, out)
+        images, features = embed_images(open_encoder(encoder), inputs, out, progress=_progress("embedded"))
     _print("embed", {"images": len(images), "features": features.shape[1], "written to": out})
 
 
@@ -376,7 +381,7 @@ def predict(
     from medim.deployment.package import load_package
     from medim.deployment.predict import predict as run
 
-    for row in run(load_package(package), inputs, out, overwrite=overwrite):
+    for row in run(load_package(package), inputs, out, overwrite=overwrite, progress=_progress("predicted")):
         _print(str(row.pop("image")), row)
 
 
@@ -388,6 +393,19 @@ def report(
     from medim.evaluation.report import report as write
 
     _print("report", {"written to": write(folder)})
+
+
+def _progress(verb: str) -> Callable[[int, int], None]:
+    """Log how many images are done, every few seconds."""
+    last = time.monotonic()
+
+    def say(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last > 5:
+            last = time.monotonic()
+            logging.getLogger("medim").info("%s %d of %d images", verb, done, total)
+
+    return say
 
 
 def _intervals(metrics: Mapping[str, Any]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 from medim.data.building import Series, build, sorted_labels
 from medim.data.identity import Scrubber, find, hidden, pseudonym
@@ -70,8 +70,18 @@ class Index:
 
     @cached_property
     def hash(self) -> str:
-        """Hex digest of the records and classes; the same wherever the source lies."""
-        return hash_of([self.modality, self.classes, [asdict(record) for record in self.records]])
+        """Hex digest of the records and classes; the same wherever the source lies and whatever the site key.
+
+        Subjects and series count by their order, not by their pseudonyms.
+        """
+        places: dict[str | None, int] = {}
+
+        def row(record: Record) -> dict[str, Any]:
+            orders = {key: places.setdefault(getattr(record, key), len(places)) for key in ("subject", "series")}
+            return asdict(record) | orders
+
+        rows = [row(record) for record in self.records]
+        return hash_of([self.modality, self.classes, rows])
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from medim.config import RunConfig
+from medim.data.identity import pseudonym
 from medim.data.index import Index, Record, Rejection
 from medim.data.splits import split
 from medim.data.store import Store, fill
+from medim.files import write_json
 from medim.training.trainer import versions
 from medim.types import Split, Step, UserError
 
@@ -104,3 +106,9 @@ def open_cohort(
             f"the first says: {failed[0].detail if failed else 'no images given'}"
         )
     return Cohort(index, shelf, keys, split(index, seed=split_seed), failed)
+
+
+def write_seen(out: Path, *, pretrain: Iterable[str], finetune: Iterable[str]) -> None:
+    """Write `seen_subjects.json`: whom the run was trained on, by pseudonym, and of which site the pseudonyms are."""
+    subjects = {"pretrain": sorted(set(pretrain)), "finetune": sorted(set(finetune))}
+    write_json(out / "seen_subjects.json", {"schema_version": 1, "site": pseudonym("site"), **subjects})

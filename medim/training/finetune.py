@@ -14,11 +14,11 @@ from medim.config import FinetuneConfig, Section, check, dump, override, presets
 from medim.data.datasets import LabelledDataset
 from medim.data.index import Index, Record
 from medim.data.splits import budget
-from medim.evaluation.evaluate import validate
-from medim.files import fresh_folder, read_json, write_csv, write_json, write_text
+from medim.evaluation.evaluate import seen_subjects, validate
+from medim.files import fresh_folder, write_csv, write_json, write_text
 from medim.models.model import Model, as_run, build_model
 from medim.models.saved import SCHEMA_VERSION, find, load_weights, save
-from medim.training.cohort import Cohort, open_cohort
+from medim.training.cohort import Cohort, open_cohort, write_seen
 from medim.training.loaders import StepSampler, step_loader
 from medim.training.optim import optimiser
 from medim.training.tracking import log_results, track
@@ -176,22 +176,17 @@ def finetune(
     module = FinetuneModule(model, config)
     checkpoint, start = newest_checkpoint(out / "checkpoints") if resume else (None, 0)
     with track("finetune", config, seed=seed, index_hash=index.hash) as logger:
-        trainer = make_trainer(config, out, logger=False, callbacks=[], accelerator=accelerator, validate=False)
+        trainer = make_trainer(
+            config, out, logger=False, callbacks=[], accelerator=accelerator, validate=False, clip=config.gradient_clip
+        )
         trainer.fit(
             module, _loader(config, cohort, train, spec["classes"], seed=seed, start=start), ckpt_path=checkpoint
         )
         model.eval()
         save(out / "model", "model", model, spec)
         write_csv(out / "history.csv", ("step", "name", "loss", "chance", "held_out"), module.losses)
-        seen = (
-            read_json(encoder / "seen_subjects.json")["pretrain"]
-            if encoder and (encoder / "seen_subjects.json").is_file()
-            else []
-        )
-        write_json(
-            out / "seen_subjects.json",
-            {"schema_version": 1, "pretrain": seen, "finetune": sorted({r.subject for r in train})},
-        )
+        origin = seen_subjects(encoder) if encoder and not from_scratch else None
+        write_seen(out, pretrain=origin["pretrain"] if origin else [], finetune=[r.subject for r in train])
         log.info("measuring on %d validation images", len(cohort.records("val")))
         summary = {
             "schema_version": SCHEMA_VERSION,

@@ -19,7 +19,7 @@ from medim.files import fresh_folder, write_json, write_text
 from medim.models.model import build_decoder, build_encoder
 from medim.models.saved import SCHEMA_VERSION, save
 from medim.objectives import OBJECTIVES
-from medim.training.cohort import Cohort, open_cohort
+from medim.training.cohort import Cohort, open_cohort, write_seen
 from medim.training.loaders import StepSampler, step_loader
 from medim.training.module import PretrainModule
 from medim.training.monitor import History, verdict
@@ -94,10 +94,7 @@ def pretrain(
             trainer.validate(module, held_out_loader, verbose=False)
         _write_encoder(out, module, spec)
         history.write(out / "history.csv")
-        write_json(
-            out / "seen_subjects.json",
-            {"schema_version": 1, "pretrain": sorted({r.subject for r in train}), "finetune": []},
-        )
+        write_seen(out, pretrain=[r.subject for r in train], finetune=[])
         summary = _summary(config, index, history, module, trainer, start)
         write_json(out / "summary.json", summary)
         log_results(logger, summary, [out / "config.yaml", out / "summary.json", out / "history.csv"])

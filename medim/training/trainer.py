@@ -87,6 +87,7 @@ def make_trainer(
     callbacks: list[Callback],
     accelerator: str = "auto",
     validate: bool = True,
+    clip: float = 0.0,
 ) -> pl.Trainer:
     """A trainer for a run that counts steps, not epochs.
 
@@ -97,6 +98,7 @@ def make_trainer(
         callbacks: the run's own.
         accelerator: Lightning's name of the device kind.
         validate: run the validation loop at every checkpoint.
+        clip: largest gradient norm, for a module that does not clip by itself; 0 does not clip.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for harmless in HARMLESS:
@@ -126,6 +128,7 @@ def make_trainer(
             use_distributed_sampler=False,
             num_sanity_val_steps=0,
             log_every_n_steps=1,
+            gradient_clip_val=clip or None,
             limit_val_batches=1.0 if validate else 0,
             val_check_interval=min(config.checkpoint_every_steps, config.max_steps),
             check_val_every_n_epoch=None,
