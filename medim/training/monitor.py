@@ -163,4 +163,4 @@ def verdict(history: History) -> Verdict:
         return "diverged"
     if history.rankme < 1.5 or history.feature_std < 0.05:
         return "collapsed"
-    return "learning" if all(gain >= need for gain, need in margins) else "at-chance"
+    return "learning" if margins and all(gain >= need for gain, need in margins) else "at-chance"

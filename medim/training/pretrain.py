@@ -86,11 +86,14 @@ def pretrain(
     history = History()
     checkpoint, start = newest_checkpoint(out / "checkpoints") if resume else (None, 0)
     with track("pretrain", config, seed=seed, index_hash=index.hash) as logger:
-        trainer = make_trainer(config, out, logger=logger, callbacks=[history], accelerator=accelerator)
         loader = _loader(config, cohort, train, seed=seed, start=start)
         held_out_loader = _held_out_loader(config, cohort, held_out, seed=seed)
+        validate = held_out_loader is not None
+        trainer = make_trainer(
+            config, out, logger=logger, callbacks=[history], accelerator=accelerator, validate=validate
+        )
         trainer.fit(module, loader, held_out_loader, ckpt_path=checkpoint)
-        if history.held_out_step != trainer.global_step:
+        if validate and history.held_out_step != trainer.global_step:
             trainer.validate(module, held_out_loader, verbose=False)
         _write_encoder(out, module, spec)
         history.write(out / "history.csv")
@@ -136,11 +139,15 @@ def build_objectives(config: PretrainConfig, encoder: Any, in_channels: int) -> 
 
 
 def _fitting(config: PretrainConfig, train: tuple[Record, ...], held_out: tuple[Record, ...]) -> PretrainConfig:
-    subjects = len({r.subject for r in train})
-    if subjects < 4 or len({r.subject for r in held_out}) < 2:
+    subjects, others = (len({r.subject for r in records}) for records in (train, held_out))
+    if subjects < 2:
         raise UserError(
-            f"pretraining: expected at least 4 subjects to train on and 2 to hold out, got {subjects} and "
-            f"{len({r.subject for r in held_out})}. Add images, or check the subject column of the index."
+            f"pretraining: expected at least 2 subjects to train on, got {subjects}. "
+            "Add images, or check the subject column of the index."
+        )
+    if others < 2:
+        log.warning(
+            "held-out subjects: %d; expected at least 2, so nothing is measured on them and no verdict possible", others
         )
     if subjects < config.batch_size:
         log.warning(
@@ -170,6 +177,8 @@ def _loader(config: PretrainConfig, cohort: Cohort, records: tuple[Record, ...],
 
 def _held_out_loader(config: PretrainConfig, cohort: Cohort, records: tuple[Record, ...], *, seed: int) -> Any:
     subjects = [r.subject for r in records]
+    if len(set(subjects)) < 2:
+        return None
     size = min(config.batch_size, len(set(subjects)))
     sampler = StepSampler(subjects, batch_size=size, steps=HELD_OUT_BATCHES, seed=seed + 1)
     return step_loader(_dataset(config, cohort, records), sampler, workers=0)
@@ -213,9 +222,9 @@ def _summary(
         name: {
             "first": _finite(history.curve(name)[0]),
             "last": _finite(history.curve(name)[-1]),
-            "held_out": _finite(history.held_out[name][0]),
+            "held_out": _finite(history.held_out[name][0]) if name in history.held_out else None,
         }
-        for name in history.held_out
+        for name in history.chance()
     }
     return {
         "schema_version": SCHEMA_VERSION,

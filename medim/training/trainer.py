@@ -28,6 +28,7 @@ HARMLESS = (
     "Using ModelCheckpoint with manual optimization",  # the state after the step is the one we resume from
     ".*does not have many workers",
     ".*your dataloader is not resumable",  # it is: StepSampler starts at the checkpoint's step
+    "You defined a `validation_step` but have no `val_dataloader`",  # too few subjects to hold out, and said so
     "Checkpoint directory .* exists and is not empty",
 )
 

@@ -115,12 +115,24 @@ def test_a_folder_that_holds_a_run_is_not_overwritten_unasked(
     assert (undisturbed / "summary.json").is_file()
 
 
-def test_too_few_subjects_are_refused_with_their_number(
+def test_a_single_training_subject_is_refused(
     pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
 ) -> None:
     few = Index(cohort_index.root, "mri", cohort_index.records[:4], (), cohort_index.classes)
-    with pytest.raises(UserError, match="at least 4 subjects to train on and 2 to hold out, got 1 and 1"):
+    with pytest.raises(UserError, match="at least 2 subjects to train on, got 1"):
         pretrain(pretrain_config, few, tmp_path / "run", store=tmp_path / "store")
+
+
+def test_four_subjects_train_with_a_smaller_batch_and_claim_nothing(
+    pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = Index(cohort_index.root, "mri", cohort_index.records[:8], (), cohort_index.classes)
+    summary = pretrain(pretrain_config, few, tmp_path / "run", store=tmp_path / "store")
+    assert summary["verdict"] == "at-chance"
+    assert summary["loss"]["local_dim"]["held_out"] is None
+    assert summary["rankme"] is None
+    assert "batch_size 4 is more than the 3 training subjects" in caplog.text
+    assert "held-out subjects: 1" in caplog.text
 
 
 def test_a_misspelt_objective_option_names_the_right_one(
