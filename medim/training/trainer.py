@@ -25,6 +25,7 @@ from medim.types import UserError
 
 log = logging.getLogger(__name__)
 HARMLESS = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own
     "Using ModelCheckpoint with manual optimization",  # the state after the step is the one we resume from
     ".*does not have many workers",
     ".*your dataloader is not resumable",  # it is: StepSampler starts at the checkpoint's step

@@ -13,7 +13,7 @@ from medim.deployment.privacy import machine_words, readable, scan
     "text",
     [
         b"weights from /home/erika/scans/a.nii",
-        b'"source": "/work/site/run"',
+        b'"source": "/srv/site/run"',
         b"C:\\Users\\erika\\scan.dcm",
         b'{"path": "C:\\\\Users\\\\erika\\\\scan.dcm"}',
         b"\\\\server\\share\\scan.dcm",

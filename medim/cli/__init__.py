@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import logging
-import sys
-import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.table import Table
 
 from medim import __version__
+from medim.cli.options import (
+    Accelerator,
+    Config,
+    Data,
+    Inputs,
+    Labels,
+    Out,
+    Overwrite,
+    Precision,
+    Resume,
+    Seed,
+    Set,
+    SplitSeed,
+    Subjects,
+)
+from medim.cli.terminal import command, console, curve, intervals, progress, show
 from medim.types import Modality, UserError
 
 app = typer.Typer(
@@ -29,76 +36,11 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="The shipped presets.")
 app.add_typer(config_app, name="config")
-console = Console()
-
-Data = Annotated[
-    Path | None, typer.Option("--data", help="Images, an index or a store. Default for MRI: the built-in cohort.")
-]
-Labels = Annotated[Path | None, typer.Option("--labels", help="CSV with columns image or subject, and label or mask.")]
-Subjects = Annotated[Path | None, typer.Option("--subjects", help="CSV with columns image,subject.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override a config key: key=value. May be repeated.")]
-Seed = Annotated[int, typer.Option("--seed", help="Fixes everything that is drawn.")]
-SplitSeed = Annotated[int, typer.Option("--split-seed", help="Seed of the split by subject.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in --out.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Empty --out first.")]
-Accelerator = Annotated[str, typer.Option("--accelerator", help="auto, cpu, cuda, mps.")]
-Precision = Annotated[str | None, typer.Option("--precision", help="32-true or bf16-mixed. Default: the config's.")]
-Config = Annotated[str | None, typer.Option("--config", help="A preset's name (medim config list) or a YAML file.")]
-Inputs = Annotated[list[Path], typer.Argument(help="NIfTI, DICOM files or folders, PNG, npz.")]
-Out = Annotated[Path, typer.Option("--out", help="Where to write.")]
-Classes = Literal["segmentation", "classification"]
 
 
 def main() -> None:
     """Entry point of the `medim` script."""
     app()
-
-
-def command(on: typer.Typer, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command that has `--quiet` and `--debug`, and turns errors into messages and exit codes."""
-    quiet = Annotated[bool, typer.Option("--quiet", help="Print results alone.")]
-    debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-    def register(body: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(body)
-        def run(**options: Any) -> None:
-            quietly, tracing = options.pop("quiet"), options.pop("debug")
-            handler = RichHandler(
-                console=Console(stderr=True),
-                show_path=False,
-                show_level=False,
-                log_time_format="%H:%M:%S",
-                markup=False,
-            )
-            logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
-            logging.getLogger("medim").setLevel(logging.WARNING if quietly else logging.INFO)
-            try:
-                body(**options)
-            except (UserError, OSError, ImportError, KeyboardInterrupt) as error:
-                if tracing:
-                    raise
-                Console(stderr=True, soft_wrap=True).print(f"medim: {_message(error)}", markup=False, highlight=False)
-                raise typer.Exit(getattr(error, "exit_code", 1)) from None
-
-        own = inspect.signature(body, eval_str=True)
-        extra = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
-            for name, annotation in (("quiet", quiet), ("debug", debug))
-        ]
-        run.__signature__ = own.replace(parameters=[*own.parameters.values(), *extra])  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
-        on.command(name)(run)
-        return body
-
-    return register
-
-
-def _message(error: BaseException) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        return f'this command needs {error.name}, which is not installed. Run: pip install "medim[train]"'
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted. What was written is whole; --resume continues."
-    return str(error)
 
 
 @app.callback(invoke_without_command=True)
@@ -158,9 +100,9 @@ def example(
     fresh_folder(out, overwrite=overwrite)
     chosen: Any = formats.split(",")
     folder = make_example(
-        out, subjects=subjects, spacing=spacing, formats=chosen, seed=seed, progress=_progress("wrote")
+        out, subjects=subjects, spacing=spacing, formats=chosen, seed=seed, progress=progress("wrote")
     )
-    _print("example", {"subjects": subjects, "written to": folder})
+    show("example", {"subjects": subjects, "written to": folder})
 
 
 @command(app)
@@ -183,7 +125,7 @@ def index(
         "subjects": len({r.subject for r in found.records}),
         "rejected": len(found.rejected),
     }
-    _print("index", {**counts, "written to": out})
+    show("index", {**counts, "written to": out})
 
 
 @command(app)
@@ -203,7 +145,7 @@ def preprocess(
     found, _ = open_source(source, modality)
     cohort = open_cohort(found, found.records, steps, split_seed=0, store=out, jobs=jobs)
     found.write(out)
-    _print(
+    show(
         "preprocess",
         {"images": len(cohort.keys), "rejected": len(found.rejected) + len(cohort.rejected), "written to": out},
     )
@@ -243,7 +185,7 @@ def pretrain(
         "accelerator": accelerator,
     }
     summary = run(settings, found, folder, store=store, **options)
-    losses = {name: _curve(loss, summary["chance"][name]) for name, loss in summary["loss"].items()}
+    losses = {name: curve(loss, summary["chance"][name]) for name, loss in summary["loss"].items()}
     shown = {
         "verdict": summary["verdict"],
         **losses,
@@ -251,12 +193,12 @@ def pretrain(
         "feature std": summary["feature_std"],
     }
     costs = {"seconds a step": summary["seconds_per_step"], "peak memory, MiB": summary["peak_memory_bytes"] / 2**20}
-    _print("pretrain", {**shown, **costs, "input shape": summary["input_shape"], "written to": folder})
+    show("pretrain", {**shown, **costs, "input shape": summary["input_shape"], "written to": folder})
 
 
 @command(app)
 def finetune(
-    task: Annotated[Classes, typer.Option(help="What to learn.")],
+    task: Annotated[Literal["segmentation", "classification"], typer.Option(help="What to learn.")],
     out: Out,
     data: Data = None,
     encoder: Annotated[str, typer.Option(help="A pretraining run or package; none starts fresh.")] = "none",
@@ -295,12 +237,12 @@ def finetune(
     }
     budget: dict[str, Any] = {"labelled": labelled, "label_fraction": label_fraction}
     summary = run(settings, found, out, encoder=origin, from_scratch=from_scratch, store=store, **budget, **options)
-    _print(
+    show(
         "finetune",
         {
             "labelled images": summary["labelled"],
             "start": summary["init"],
-            **_intervals(summary["val"]),
+            **intervals(summary["val"]),
             "written to": out,
         },
     )
@@ -326,10 +268,10 @@ def evaluate(
 
     found, _ = open_source(data, find(model)[1]["modality"], labels=labels, subjects=subjects)
     options: dict[str, Any] = {"split": split, "include_seen": include_seen, "overwrite": overwrite}
-    metrics = run(model, found, out, progress=_progress("measured"), **options)
-    _print(
+    metrics = run(model, found, out, progress=progress("measured"), **options)
+    show(
         "evaluate",
-        {"cases": metrics["n"], "excluded as seen": metrics["excluded_seen"], **_intervals(metrics), "written to": out},
+        {"cases": metrics["n"], "excluded as seen": metrics["excluded_seen"], **intervals(metrics), "written to": out},
     )
 
 
@@ -343,7 +285,7 @@ def export(
     from medim.deployment.export import export as make
 
     package = make(run, out, overwrite=overwrite)
-    _print("export", {"kind": package.contract.kind, "written to": out})
+    show("export", {"kind": package.contract.kind, "written to": out})
 
 
 @command(app)
@@ -351,7 +293,7 @@ def verify(package: Annotated[Path, typer.Argument(help="A package.")]) -> None:
     """Check every hash and the golden inputs of a package."""
     from medim.deployment.package import verify as check
 
-    _print("verify", {gate.name: f"{gate.verdict} ({gate.detail})" for gate in check(package)})
+    show("verify", {gate.name: f"{gate.verdict} ({gate.detail})" for gate in check(package)})
 
 
 @command(app)
@@ -365,12 +307,12 @@ def embed(
     from medim.deployment.predict import embed_images
 
     if (encoder / "medim.json").is_file():
-        images, features = embed_images(load_package(encoder), inputs, out, progress=_progress("embedded"))
+        images, features = embed_images(load_package(encoder), inputs, out, progress=progress("embedded"))
     else:
         from medim.evaluation.evaluate import open_encoder
 
-        images, features = embed_images(open_encoder(encoder), inputs, out, progress=_progress("embedded"))
-    _print("embed", {"images": len(images), "features": features.shape[1], "written to": out})
+        images, features = embed_images(open_encoder(encoder), inputs, out, progress=progress("embedded"))
+    show("embed", {"images": len(images), "features": features.shape[1], "written to": out})
 
 
 @command(app)
@@ -381,8 +323,8 @@ def predict(
     from medim.deployment.package import load_package
     from medim.deployment.predict import predict as run
 
-    for row in run(load_package(package), inputs, out, overwrite=overwrite, progress=_progress("predicted")):
-        _print(str(row.pop("image")), row)
+    for row in run(load_package(package), inputs, out, overwrite=overwrite, progress=progress("predicted")):
+        show(str(row.pop("image")), row)
 
 
 @command(app)
@@ -392,46 +334,4 @@ def report(
     """Write one self-contained report.html."""
     from medim.evaluation.report import report as write
 
-    _print("report", {"written to": write(folder)})
-
-
-def _progress(verb: str) -> Callable[[int, int], None]:
-    """Log how many images are done, every few seconds."""
-    last = time.monotonic()
-
-    def say(done: int, total: int) -> None:
-        nonlocal last
-        if done == total or time.monotonic() - last > 5:
-            last = time.monotonic()
-            logging.getLogger("medim").info("%s %d of %d images", verb, done, total)
-
-    return say
-
-
-def _intervals(metrics: Mapping[str, Any]) -> dict[str, str]:
-    rows = metrics.get("metrics", metrics)
-    return {
-        k: f"{_number(v['value'])} [{_number(v['ci_low'])}, {_number(v['ci_high'])}]"
-        for k, v in rows.items()
-        if isinstance(v, dict)
-    }
-
-
-def _curve(loss: Mapping[str, float | None], chance: float | None) -> str:
-    first, last, held_out = (_number(loss[key]) for key in ("first", "last", "held_out"))
-    return f"{first} -> {last}, held out {held_out}, chance {_number(chance)}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
-
-
-def _print(title: str, rows: Mapping[str, Any]) -> None:
-    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
-    for name, value in rows.items():
-        table.add_row(name, _number(value) if isinstance(value, float) else str(value))
-    console.print(table, soft_wrap=not sys.stdout.isatty(), markup=False, highlight=False)
-
-
-if __name__ == "__main__":
-    main()
+    show("report", {"written to": write(folder)})

@@ -1,0 +1,5 @@
+"""`python -m medim.cli`."""
+
+from medim.cli import main
+
+main()

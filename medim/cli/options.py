@@ -1,0 +1,24 @@
+"""Options that several commands take, each with its help text said once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Data = Annotated[
+    Path | None, typer.Option("--data", help="Images, an index or a store. Default for MRI: the built-in cohort.")
+]
+Labels = Annotated[Path | None, typer.Option("--labels", help="CSV with columns image or subject, and label or mask.")]
+Subjects = Annotated[Path | None, typer.Option("--subjects", help="CSV with columns image,subject.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a config key: key=value. May be repeated.")]
+Seed = Annotated[int, typer.Option("--seed", help="Fixes everything that is drawn.")]
+SplitSeed = Annotated[int, typer.Option("--split-seed", help="Seed of the split by subject.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in --out.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Empty --out first.")]
+Accelerator = Annotated[str, typer.Option("--accelerator", help="auto, cpu, cuda, mps.")]
+Precision = Annotated[str | None, typer.Option("--precision", help="32-true or bf16-mixed. Default: the config's.")]
+Config = Annotated[str | None, typer.Option("--config", help="A preset's name (medim config list) or a YAML file.")]
+Inputs = Annotated[list[Path], typer.Argument(help="NIfTI, DICOM files or folders, PNG, npz.")]
+Out = Annotated[Path, typer.Option("--out", help="Where to write.")]

@@ -1,0 +1,114 @@
+"""What every command shares: `--quiet`, `--debug`, errors as messages and exit codes, progress, printed results."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from medim.types import UserError
+
+console = Console()
+
+
+def command(on: typer.Typer, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command that has `--quiet` and `--debug`, and turns errors into messages and exit codes."""
+    quiet = Annotated[bool, typer.Option("--quiet", help="Print results alone.")]
+    debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+    def register(body: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(body)
+        def run(**options: Any) -> None:
+            quietly, tracing = options.pop("quiet"), options.pop("debug")
+            _log(quietly)
+            try:
+                body(**options)
+            except (UserError, OSError, ImportError, KeyboardInterrupt) as error:
+                if tracing:
+                    raise
+                Console(stderr=True, soft_wrap=True).print(f"medim: {_message(error)}", markup=False, highlight=False)
+                raise typer.Exit(getattr(error, "exit_code", 1)) from None
+
+        own = inspect.signature(body, eval_str=True)
+        extra = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+            for name, annotation in (("quiet", quiet), ("debug", debug))
+        ]
+        run.__signature__ = own.replace(parameters=[*own.parameters.values(), *extra])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
+        on.command(name)(run)
+        return body
+
+    return register
+
+
+def _log(quietly: bool) -> None:
+    """Log lines to standard error: through rich on a terminal, plain and unwrapped elsewhere."""
+    if sys.stderr.isatty():
+        form: dict[str, Any] = {"show_path": False, "show_level": False, "log_time_format": "%H:%M:%S"}
+        handler: logging.Handler = RichHandler(console=Console(stderr=True), markup=False, **form)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("medim").setLevel(logging.WARNING if quietly else logging.INFO)
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f'this command needs {error.name}, which is not installed. Run: pip install "medim[train]"'
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted. What was written is whole; --resume continues."
+    return str(error)
+
+
+def progress(verb: str) -> Callable[[int, int], None]:
+    """Log how many images are done, every few seconds."""
+    last = time.monotonic()
+
+    def say(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last > 5:
+            last = time.monotonic()
+            logging.getLogger("medim").info("%s %d of %d images", verb, done, total)
+
+    return say
+
+
+def intervals(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Each metric with its interval, as text."""
+    rows = metrics.get("metrics", metrics)
+    return {
+        k: f"{number(v['value'])} [{number(v['ci_low'])}, {number(v['ci_high'])}]"
+        for k, v in rows.items()
+        if isinstance(v, dict)
+    }
+
+
+def curve(loss: Mapping[str, float | None], chance: float | None) -> str:
+    """A term's losses in one line."""
+    first, last, held_out = (number(loss[key]) for key in ("first", "last", "held_out"))
+    return f"{first} -> {last}, held out {held_out}, chance {number(chance)}"
+
+
+def number(value: float | None) -> str:
+    """Four digits, or a dash."""
+    return "-" if value is None else f"{value:.4g}"
+
+
+def show(title: str, rows: Mapping[str, Any]) -> None:
+    """Print a result as a small table."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    for name, value in rows.items():
+        table.add_row(name, number(value) if isinstance(value, float) else str(value))
+    console.print(table, soft_wrap=not sys.stdout.isatty(), markup=False, highlight=False)
