@@ -1,6 +1,6 @@
 """The main job on the built-in cohort, in one process: what `make demo` runs.
 
-Simulated subjects are written as NIfTI and DICOM, an encoder is pretrained on them without labels, fine-tuned on four
+Simulated subjects are written as NIfTI and DICOM, an encoder is pretrained on them without labels, fine-tuned on five
 labelled volumes beside its from-scratch twin, measured, exported, and run on a DICOM series.
 """
 
@@ -26,7 +26,7 @@ from medim.files import fresh_folder, write_json
 from medim.training.finetune import finetune
 from medim.training.pretrain import pretrain
 
-LABELLED = 4
+LABELLED = 5
 
 
 def main() -> None:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medim.config import RunConfig
+from medim.config import RunConfig, dump
 from medim.data.identity import pseudonym
 from medim.data.index import Index, Record, Rejection
 from medim.data.splits import split
 from medim.data.store import Store, fill
-from medim.files import write_json
+from medim.files import write_json, write_text
 from medim.training.trainer import versions
 from medim.types import Split, Step, UserError
 
@@ -106,6 +106,20 @@ def open_cohort(
             f"the first says: {failed[0].detail if failed else 'no images given'}"
         )
     return Cohort(index, shelf, keys, split(index, seed=split_seed), failed)
+
+
+def write_config(out: Path, config: RunConfig) -> None:
+    """Write the resolved `config.yaml`, or check that the run that is taken up had the same.
+
+    Raises:
+        UserError: the folder holds a run of another configuration.
+    """
+    path, text = out / "config.yaml", dump(config)
+    if path.is_file() and path.read_text() != text:
+        raise UserError(
+            f"{path}: --resume expected the same configuration, got another. Use --overwrite to start over."
+        )
+    write_text(path, text)
 
 
 def write_seen(out: Path, *, pretrain: Iterable[str], finetune: Iterable[str]) -> None:

@@ -10,16 +10,17 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from medim.config import FinetuneConfig, Section, check, dump, override, presets, read
+from medim.config import FinetuneConfig, Section, check, override, presets, read
 from medim.data.datasets import LabelledDataset
 from medim.data.index import Index, Record
 from medim.data.splits import budget
 from medim.evaluation.evaluate import seen_subjects, validate
-from medim.files import fresh_folder, write_csv, write_json, write_text
+from medim.files import fresh_folder, write_csv, write_json
 from medim.models.model import Model, as_run, build_model
 from medim.models.saved import SCHEMA_VERSION, find, load_weights, save
-from medim.training.cohort import Cohort, open_cohort, write_seen
+from medim.training.cohort import Cohort, open_cohort, write_config, write_seen
 from medim.training.loaders import StepSampler, step_loader
+from medim.training.monitor import COLUMNS
 from medim.training.optim import optimiser
 from medim.training.tracking import log_results, track
 from medim.training.trainer import make_trainer, newest_checkpoint, peak_memory, versions
@@ -157,17 +158,12 @@ def finetune(
         UserError: no labels for the task, weights that do not fit, a non-empty `out`.
     """
     fresh_folder(out, resume=resume, overwrite=overwrite)
-    usable = [r for r in index.records if (r.mask if config.task == "segmentation" else r.label) is not None]
-    if not usable:
-        want = (
-            "a mask (an MSD folder, or --labels CSV with columns image,mask)"
-            if config.task == "segmentation"
-            else "a label (--labels CSV)"
-        )
-        raise UserError(f"--task {config.task}: expected images with {want}, got {len(index.records)} images without.")
-    cohort = open_cohort(index, usable, config.preprocessing, split_seed=split_seed, store=store)
-    train = budget(cohort.records("train"), labelled=labelled, fraction=label_fraction, seed=seed)
-    write_text(out / "config.yaml", dump(config))
+    cohort = open_cohort(index, _labelled(config, index), config.preprocessing, split_seed=split_seed, store=store)
+    train, val = (
+        budget(cohort.records("train"), labelled=labelled, fraction=label_fraction, seed=seed),
+        cohort.records("val"),
+    )
+    write_config(out, config)
     pl.seed_everything(seed, workers=False, verbose=False)
     spec = _spec(config, cohort, seed, split_seed)
     model = build_model(spec)
@@ -179,35 +175,59 @@ def finetune(
         trainer = make_trainer(
             config, out, logger=False, callbacks=[], accelerator=accelerator, validate=False, clip=config.gradient_clip
         )
-        trainer.fit(
-            module, _loader(config, cohort, train, spec["classes"], seed=seed, start=start), ckpt_path=checkpoint
-        )
-        model.eval()
-        save(out / "model", "model", model, spec)
-        write_csv(out / "history.csv", ("step", "name", "loss", "chance", "held_out"), module.losses)
+        loader = _loader(config, cohort, train, spec["classes"], seed=seed, start=start)
+        trainer.fit(module, loader, ckpt_path=checkpoint)
+        save(out / "model", "model", model.eval(), spec)
+        write_csv(out / "history.csv", COLUMNS, module.losses)
         origin = seen_subjects(encoder) if encoder and not from_scratch else None
         write_seen(out, pretrain=origin["pretrain"] if origin else [], finetune=[r.subject for r in train])
-        log.info("measuring on %d validation images", len(cohort.records("val")))
-        summary = {
-            "schema_version": SCHEMA_VERSION,
-            "command": "finetune",
-            "task": config.task,
-            "init": "pretrained" if spec["provenance"]["parent"] else "scratch",
-            "labelled": len(train),
-            "unlabelled_left_out": len(index.records) - len(usable),
-            "steps": trainer.global_step,
-            "resumed_from_steps": [start] if start else [],
-            "loss": {"first": module.losses[0][2], "last": module.losses[-1][2]},
-            "val": validate(as_run(model), index, cohort.records("val"), spec),
-            "peak_memory_bytes": peak_memory(),
-            "device": str(trainer.strategy.root_device),
-            "config_hash": config.hash,
-            "index_hash": index.hash,
-            "versions": versions(),
-        }
+        log.info("measuring on %d validation images", len(val))
+        measured = validate(as_run(model), index, val, spec) if val else None
+        summary = _summary(config, cohort, module, spec, len(train), measured, start)
         write_json(out / "summary.json", summary)
-        log_results(logger, summary, [out / "config.yaml", out / "summary.json", out / "history.csv"])
+        metrics = {f"val/{name}": m["value"] for name, m in measured["metrics"].items()} if measured else {}
+        log_results(logger, summary | metrics, [out / "config.yaml", out / "summary.json", out / "history.csv"])
     return summary
+
+
+def _labelled(config: FinetuneConfig, index: Index) -> list[Record]:
+    """The images that carry what the task learns from."""
+    if config.task == "segmentation":
+        column, want = "mask", "a mask (an MSD folder, or --labels CSV with columns image,mask)"
+    else:
+        column, want = "label", "a label (--labels CSV)"
+    found = [record for record in index.records if getattr(record, column) is not None]
+    if not found:
+        raise UserError(f"--task {config.task}: expected images with {want}, got {len(index.records)} images without.")
+    return found
+
+
+def _summary(
+    config: FinetuneConfig,
+    cohort: Cohort,
+    module: FinetuneModule,
+    spec: dict[str, Any],
+    labelled: int,
+    measured: dict[str, Any] | None,
+    start: int,
+) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "command": "finetune",
+        "task": config.task,
+        "init": "pretrained" if spec["provenance"]["parent"] else "scratch",
+        "labelled": labelled,
+        "unlabelled_left_out": len(cohort.index.records) - len(cohort.keys) - len(cohort.rejected),
+        "steps": module.global_step,
+        "resumed_from_steps": [start] if start else [],
+        "loss": {"first": module.losses[0][2], "last": module.losses[-1][2]},
+        "val": measured,
+        "peak_memory_bytes": peak_memory(),
+        "device": str(module.device),
+        "config_hash": config.hash,
+        "index_hash": cohort.index.hash,
+        "versions": versions(),
+    }
 
 
 def _load_pretrained(model: Model, encoder: Path) -> str:

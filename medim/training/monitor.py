@@ -25,7 +25,9 @@ class History(pl.Callback):
 
     Attributes:
         rows: (step, name, training loss or None, chance or None, held-out loss or None).
-        held_out: name to (mean, standard error) of the last validation.
+        held_out: name to (mean, standard error) of the last validation. A held-out batch with fewer subjects than a
+            training batch has fewer classes and a lower chance level: its losses are moved to the training level, so
+            that chance minus loss is what it is on the held-out batch.
         held_out_step: the step of that validation.
         rankme: effective rank of the held-out summaries; feature_std: their spread (1 isotropic, 0 collapsed).
         diverged: a training loss stopped being a number.
@@ -82,7 +84,8 @@ class History(pl.Callback):
     ) -> None:
         """Keep the batch's losses and summaries."""
         for name, term in outputs["terms"].items():
-            self._losses[name].append(float(term.loss))
+            below = 0.0 if term.chance is None else self._chance(name, term) - term.chance
+            self._losses[name].append(float(term.loss) + below)
         self._summaries.append(outputs["summary"].float().cpu())
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -131,6 +134,10 @@ class History(pl.Callback):
             for _, name, loss, chance, _ in self.rows
             if loss is not None and (chance is not None or "/" not in name)
         }
+
+    def _chance(self, name: str, term: Term) -> float:
+        level = next((chance for _, n, loss, chance, _ in self.rows if n == name and loss is not None), term.chance)
+        return level if level is not None else math.nan
 
     @property
     def seconds_per_step(self) -> float:

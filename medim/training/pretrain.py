@@ -12,14 +12,14 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from medim.config import PretrainConfig, build, dump
+from medim.config import PretrainConfig, build
 from medim.data.datasets import ViewDataset
 from medim.data.index import Index, Record
 from medim.files import fresh_folder, write_json, write_text
 from medim.models.model import build_decoder, build_encoder
 from medim.models.saved import SCHEMA_VERSION, save
 from medim.objectives import OBJECTIVES
-from medim.training.cohort import Cohort, open_cohort, write_seen
+from medim.training.cohort import Cohort, open_cohort, write_config, write_seen
 from medim.training.loaders import StepSampler, step_loader
 from medim.training.module import PretrainModule
 from medim.training.monitor import History, verdict
@@ -67,22 +67,10 @@ def pretrain(
     cohort = open_cohort(index, index.records, steps, split_seed=split_seed, store=store)
     train, held_out = cohort.records("train"), cohort.records("val")
     config = _fitting(config, train, held_out)
-    write_text(out / "config.yaml", dump(config))
+    write_config(out, config)
     pl.seed_everything(seed, workers=False, verbose=False)
     spec = {"kind": "encoder", **cohort.spec(config, seed=seed, split_seed=split_seed), "decoder": config.decoder}
-    encoder: Any = build_encoder(spec)
-    decoder = build_decoder(config.decoder, encoder, config.spatial_dims) if config.decoder else None
-    module = PretrainModule(
-        encoder,
-        decoder,
-        build_objectives(config, encoder, int(spec["in_channels"])),
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        warmup_steps=config.warmup_steps,
-        max_steps=config.max_steps,
-        gradient_clip=config.gradient_clip,
-        seed=seed,
-    )
+    module = _module(config, spec, seed)
     history = History()
     checkpoint, start = newest_checkpoint(out / "checkpoints") if resume else (None, 0)
     with track("pretrain", config, seed=seed, index_hash=index.hash) as logger:
@@ -102,6 +90,22 @@ def pretrain(
         write_json(out / "summary.json", summary)
         log_results(logger, summary, [out / "config.yaml", out / "summary.json", out / "history.csv"])
     return summary
+
+
+def _module(config: PretrainConfig, spec: dict[str, Any], seed: int) -> PretrainModule:
+    encoder: Any = build_encoder(spec)
+    decoder = build_decoder(config.decoder, encoder, config.spatial_dims) if config.decoder else None
+    return PretrainModule(
+        encoder,
+        decoder,
+        build_objectives(config, encoder, int(spec["in_channels"])),
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        warmup_steps=config.warmup_steps,
+        max_steps=config.max_steps,
+        gradient_clip=config.gradient_clip,
+        seed=seed,
+    )
 
 
 def build_objectives(config: PretrainConfig, encoder: Any, in_channels: int) -> dict[str, tuple[nn.Module, float]]:

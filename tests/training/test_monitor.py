@@ -158,3 +158,15 @@ def test_times_are_those_of_the_steps() -> None:
         train(history, step, local_dim=Term(torch.tensor(1.0)))
     assert history.seconds_per_step > 0
     assert 0 <= history.data_wait_fraction <= 1
+
+
+def test_a_smaller_held_out_batch_is_judged_by_its_own_chance_level() -> None:
+    history = History()
+    train(history, 1, local_dim=Term(torch.tensor(8.0), 8.6))
+    trainer = trainer_at(1)
+    history.on_validation_start(trainer, MODULE)
+    at_its_chance = {"terms": {"local_dim": Term(torch.tensor(7.6), 7.6)}, "summary": spread()}
+    history.on_validation_batch_end(trainer, MODULE, at_its_chance, None, 0)
+    history.on_validation_end(trainer, MODULE)
+    assert history.held_out["local_dim"][0] == pytest.approx(8.6)
+    assert verdict(history) == "at-chance"

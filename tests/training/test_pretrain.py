@@ -107,6 +107,14 @@ def test_resume_without_a_checkpoint_starts_at_step_0(
     assert summary["resumed_from_steps"] == []
 
 
+def test_resume_with_another_configuration_is_refused(
+    undisturbed: Path, pretrain_config: PretrainConfig, cohort_index: Index
+) -> None:
+    other = pretrain_config.model_copy(update={"lr": 0.5})
+    with pytest.raises(UserError, match="expected the same configuration"):
+        pretrain(other, cohort_index, undisturbed, resume=True)
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten_unasked(
     undisturbed: Path, pretrain_config: PretrainConfig, cohort_index: Index
 ) -> None:
