@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from medim.cli import app
+
+
+@pytest.mark.parametrize("option", ["--seed", "--split-seed"])
+@pytest.mark.parametrize("value", ["-1", str(2**32)])
+def test_a_seed_that_no_generator_takes_is_wrong_usage(option: str, value: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = CliRunner().invoke(app, ["pretrain", "--modality", "mri", option, value, "--out", str(out)])
+    assert result.exit_code == 2
+    assert option in result.output
+    assert not out.exists()
