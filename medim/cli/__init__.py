@@ -24,7 +24,7 @@ from medim.cli.options import (
     Subjects,
 )
 from medim.cli.terminal import command, console, curve, intervals, progress, show
-from medim.types import Modality, UserError
+from medim.types import Modality, UsageError, UserError
 
 app = typer.Typer(
     name="medim",
@@ -226,6 +226,10 @@ def finetune(
     from medim.training.finetune import resolve_config
 
     origin = None if encoder == "none" else Path(encoder)
+    if from_scratch and origin is None:
+        raise UsageError(
+            "--from-scratch: expected --encoder RUN, whose network the twin has. Leave it out to start fresh."
+        )
     settings = resolve_config(task, modality, origin, config, set_ or [])
     found, store = open_source(data, settings.modality, labels=labels, subjects=subjects)
     options: dict[str, Any] = {

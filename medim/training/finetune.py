@@ -24,7 +24,7 @@ from medim.training.monitor import COLUMNS
 from medim.training.optim import optimiser
 from medim.training.tracking import log_results, track
 from medim.training.trainer import make_trainer, newest_checkpoint, peak_memory, versions
-from medim.types import Modality, UserError
+from medim.types import Modality, UsageError, UserError
 
 log = logging.getLogger(__name__)
 KINDS = {"segmentation": "segmenter", "classification": "classifier"}
@@ -91,8 +91,10 @@ def resolve_config(
 
     Raises:
         UserError: the encoder is of another modality.
-        UsageError: see `medim.config.load`.
+        UsageError: neither encoder nor modality is given; or see `medim.config.load`.
     """
+    if encoder is None and modality is None:
+        raise UsageError("--modality: expected mri or xray where no --encoder is given.")
     spec: Section = find(encoder)[1] if encoder else {}
     if spec and modality and spec["modality"] != modality:
         raise UserError(

@@ -16,3 +16,10 @@ def test_a_seed_that_no_generator_takes_is_wrong_usage(option: str, value: str, 
     assert result.exit_code == 2
     assert option in result.output
     assert not out.exists()
+
+
+def test_a_twin_without_the_encoder_it_is_the_twin_of_is_wrong_usage(tmp_path: Path) -> None:
+    options = ["--task", "segmentation", "--modality", "mri", "--from-scratch", "--out", str(tmp_path / "run")]
+    result = CliRunner().invoke(app, ["finetune", *options])
+    assert result.exit_code == 2
+    assert "--encoder RUN" in result.output

@@ -16,7 +16,7 @@ from medim.files import sha256
 from medim.models.saved import load_encoder, load_model
 from medim.training.finetune import finetune, resolve_config
 from medim.training.pretrain import pretrain
-from medim.types import UserError
+from medim.types import UsageError, UserError
 
 WEIGHTS = Path("model") / "model.safetensors"
 
@@ -157,6 +157,11 @@ def test_a_task_without_labels_says_what_to_give(
 def test_an_encoder_of_another_modality_is_refused(encoder: Path) -> None:
     with pytest.raises(UserError, match="pretrained on mri"):
         resolve_config("classification", "xray", encoder, None)
+
+
+def test_with_neither_encoder_nor_modality_the_message_asks_for_one() -> None:
+    with pytest.raises(UsageError, match="--modality: expected mri or xray"):
+        resolve_config("classification", None, None, None)
 
 
 def test_without_a_name_the_pretraining_presets_twin_is_taken_with_the_encoders_network(
