@@ -141,6 +141,8 @@ def preprocess(
     from medim.data.source import open_source
     from medim.training.cohort import open_cohort
 
+    if out.exists() and not (out / "store.json").is_file() and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"{out}: expected a store, or an empty or new folder. Choose another --out.")
     steps = load("pretrain", config or modality).preprocessing
     found, _ = open_source(source, modality)
     cohort = open_cohort(found, found.records, steps, split_seed=0, store=out, jobs=jobs)

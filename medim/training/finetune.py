@@ -201,6 +201,11 @@ def _labelled(config: FinetuneConfig, index: Index) -> list[Record]:
     found = [record for record in index.records if getattr(record, column) is not None]
     if not found:
         raise UserError(f"--task {config.task}: expected images with {want}, got {len(index.records)} images without.")
+    if config.task == "classification" and len(index.labels) < 2:
+        raise UserError(
+            f"--task classification: expected labels of 2 or more classes, got {index.labels[0]!r} alone. "
+            "Add images of another class, or check the label column."
+        )
     return found
 
 

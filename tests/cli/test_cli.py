@@ -23,3 +23,11 @@ def test_a_twin_without_the_encoder_it_is_the_twin_of_is_wrong_usage(tmp_path: P
     result = CliRunner().invoke(app, ["finetune", *options])
     assert result.exit_code == 2
     assert "--encoder RUN" in result.output
+
+
+def test_a_store_is_not_written_among_other_files(tmp_path: Path) -> None:
+    (tmp_path / "scan.txt").touch()
+    result = CliRunner().invoke(app, ["preprocess", str(tmp_path), "--modality", "mri", "--out", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "expected a store" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["scan.txt"]

@@ -154,6 +154,18 @@ def test_a_task_without_labels_says_what_to_give(
         finetune(finetune_config, build_index(tmp_path / "images", "mri"), tmp_path / "run")
 
 
+def test_labels_of_one_class_alone_are_refused_before_training(
+    finetune_config: FinetuneConfig, volumes: Path, tmp_path: Path
+) -> None:
+    labels = "".join(f"case_{n:02d}.nii.gz,normal\n" for n in range(16))
+    (tmp_path / "labels.csv").write_text("image,label\n" + labels)
+    index = build_index(volumes, "mri", labels=tmp_path / "labels.csv")
+    config = finetune_config.model_copy(update={"task": "classification", "head": {"name": "classification"}})
+    with pytest.raises(UserError, match="2 or more classes, got 'normal' alone"):
+        finetune(config, index, tmp_path / "run", store=tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
 def test_an_encoder_of_another_modality_is_refused(encoder: Path) -> None:
     with pytest.raises(UserError, match="pretrained on mri"):
         resolve_config("classification", "xray", encoder, None)
