@@ -24,7 +24,7 @@ from medim.cli.options import (
     Subjects,
 )
 from medim.cli.terminal import command, console, curve, intervals, progress, show
-from medim.types import Modality, UserError
+from medim.types import Modality, UsageError, UserError
 
 app = typer.Typer(
     name="medim",
@@ -141,6 +141,8 @@ def preprocess(
     from medim.data.source import open_source
     from medim.training.cohort import open_cohort
 
+    if out.exists() and not (out / "store.json").is_file() and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"{out}: expected a store, or an empty or new folder. Choose another --out.")
     steps = load("pretrain", config or modality).preprocessing
     found, _ = open_source(source, modality)
     cohort = open_cohort(found, found.records, steps, split_seed=0, store=out, jobs=jobs)
@@ -226,6 +228,10 @@ def finetune(
     from medim.training.finetune import resolve_config
 
     origin = None if encoder == "none" else Path(encoder)
+    if from_scratch and origin is None:
+        raise UsageError(
+            "--from-scratch: expected --encoder RUN, whose network the twin has. Leave it out to start fresh."
+        )
     settings = resolve_config(task, modality, origin, config, set_ or [])
     found, store = open_source(data, settings.modality, labels=labels, subjects=subjects)
     options: dict[str, Any] = {

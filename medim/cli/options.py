@@ -13,8 +13,9 @@ Data = Annotated[
 Labels = Annotated[Path | None, typer.Option("--labels", help="CSV with columns image or subject, and label or mask.")]
 Subjects = Annotated[Path | None, typer.Option("--subjects", help="CSV with columns image,subject.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a config key: key=value. May be repeated.")]
-Seed = Annotated[int, typer.Option("--seed", help="Fixes everything that is drawn.")]
-SplitSeed = Annotated[int, typer.Option("--split-seed", help="Seed of the split by subject.")]
+LARGEST_SEED = 2**32 - 1  # what numpy and torch both take
+Seed = Annotated[int, typer.Option("--seed", help="Fixes everything that is drawn.", min=0, max=LARGEST_SEED)]
+SplitSeed = Annotated[int, typer.Option("--split-seed", help="Seed of the split by subject.", min=0, max=LARGEST_SEED)]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in --out.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Empty --out first.")]
 Accelerator = Annotated[str, typer.Option("--accelerator", help="auto, cpu, cuda, mps.")]

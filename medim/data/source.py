@@ -27,7 +27,8 @@ def open_source(
         The index, and the folder of the store where `data` is one.
 
     Raises:
-        UserError: nothing usable there; or no `data` and no built-in cohort for the modality.
+        UserError: nothing usable there; no `data` and no built-in cohort for the modality; or a table to join to an
+            index that is already made.
     """
     if data is None:
         data = _built_in(modality)
@@ -37,6 +38,12 @@ def open_source(
             raise UserError(
                 f"{data}: expected an index of {modality} images, got {index.modality}. "
                 f"Give --modality {index.modality}."
+            )
+        option = "--labels" if labels else "--subjects" if subjects else None
+        if option:
+            raise UserError(
+                f"{data}: an index is already joined, so {option} would be ignored. "
+                f"Give {option} to `medim index`, or the images themselves to --data."
             )
         return index, data if (data / "store.json").is_file() else None
     return build_index(data, modality, labels=labels, subjects=subjects), None

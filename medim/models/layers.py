@@ -10,6 +10,8 @@ from monai.networks.layers.factories import Conv
 from monai.networks.layers.utils import get_norm_layer
 from torch import nn
 
+from medim.types import UsageError
+
 Norm = Literal["bn", "in", "gn"]
 
 
@@ -33,6 +35,16 @@ def conv(
         get_norm_layer(norm_spec(norm), spatial_dims, out_channels),
         nn.ReLU(inplace=True),
     )
+
+
+def check_channels(name: str, channels: Sequence[int]) -> None:
+    """Refuse a list of channels that no network has.
+
+    Raises:
+        UsageError: the list is empty, or a number in it is below 1.
+    """
+    if not channels or min(channels) < 1:
+        raise UsageError(f"{name}.channels: expected one or more numbers above 0, got {list(channels)}.")
 
 
 def pool(map_: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from medim.training.monitor import COLUMNS
 from medim.training.optim import optimiser
 from medim.training.tracking import log_results, track
 from medim.training.trainer import make_trainer, newest_checkpoint, peak_memory, versions
-from medim.types import Modality, UserError
+from medim.types import Modality, UsageError, UserError
 
 log = logging.getLogger(__name__)
 KINDS = {"segmentation": "segmenter", "classification": "classifier"}
@@ -91,8 +91,10 @@ def resolve_config(
 
     Raises:
         UserError: the encoder is of another modality.
-        UsageError: see `medim.config.load`.
+        UsageError: neither encoder nor modality is given; or see `medim.config.load`.
     """
+    if encoder is None and modality is None:
+        raise UsageError("--modality: expected mri or xray where no --encoder is given.")
     spec: Section = find(encoder)[1] if encoder else {}
     if spec and modality and spec["modality"] != modality:
         raise UserError(
@@ -199,6 +201,11 @@ def _labelled(config: FinetuneConfig, index: Index) -> list[Record]:
     found = [record for record in index.records if getattr(record, column) is not None]
     if not found:
         raise UserError(f"--task {config.task}: expected images with {want}, got {len(index.records)} images without.")
+    if config.task == "classification" and len(index.labels) < 2:
+        raise UserError(
+            f"--task classification: expected labels of 2 or more classes, got {index.labels[0]!r} alone. "
+            "Add images of another class, or check the label column."
+        )
     return found
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from medim.config import PretrainConfig, build
 from medim.data.datasets import ViewDataset
 from medim.data.index import Index, Record
+from medim.data.transforms import Augmentation
 from medim.files import fresh_folder, write_json, write_text
 from medim.models.model import build_decoder, build_encoder
 from medim.models.saved import SCHEMA_VERSION, save
@@ -61,7 +62,9 @@ def pretrain(
 
     Raises:
         UserError: too few subjects, a non-empty `out`, a device that is not there.
+        UsageError: a section that cannot be built.
     """
+    rehearse(config)
     fresh_folder(out, resume=resume, overwrite=overwrite)
     steps = config.preprocessing
     cohort = open_cohort(index, index.records, steps, split_seed=split_seed, store=store)
@@ -90,6 +93,30 @@ def pretrain(
         write_json(out / "summary.json", summary)
         log_results(logger, summary, [out / "config.yaml", out / "summary.json", out / "history.csv"])
     return summary
+
+
+def rehearse(config: PretrainConfig) -> None:
+    """Build every part for one blank image, so that a wrong section shows before an image is read or a file written.
+
+    Raises:
+        UsageError: a section does not fit its constructor, or the encoder cannot take views of this shape.
+    """
+    if config.batch_size < 2:
+        raise UsageError(
+            f"batch_size: expected 2 or more, to tell images apart within a batch; got {config.batch_size}."
+        )
+    Augmentation(config.views.augmentations, spatial_dims=config.spatial_dims)
+    shape = config.views.shape
+    try:
+        encoder: Any = build_encoder(
+            {"encoder": config.encoder, "in_channels": 1, "spatial_dims": config.spatial_dims, "input_shape": shape}
+        )
+        build_objectives(config, encoder, 1)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"views.shape {list(shape)}: the encoder {config.encoder.get('name')!r} cannot take it ({error}). "
+            "Choose larger views or fewer channels."
+        ) from error
 
 
 def _module(config: PretrainConfig, spec: dict[str, Any], seed: int) -> PretrainModule:

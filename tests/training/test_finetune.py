@@ -16,7 +16,7 @@ from medim.files import sha256
 from medim.models.saved import load_encoder, load_model
 from medim.training.finetune import finetune, resolve_config
 from medim.training.pretrain import pretrain
-from medim.types import UserError
+from medim.types import UsageError, UserError
 
 WEIGHTS = Path("model") / "model.safetensors"
 
@@ -154,9 +154,26 @@ def test_a_task_without_labels_says_what_to_give(
         finetune(finetune_config, build_index(tmp_path / "images", "mri"), tmp_path / "run")
 
 
+def test_labels_of_one_class_alone_are_refused_before_training(
+    finetune_config: FinetuneConfig, volumes: Path, tmp_path: Path
+) -> None:
+    labels = "".join(f"case_{n:02d}.nii.gz,normal\n" for n in range(16))
+    (tmp_path / "labels.csv").write_text("image,label\n" + labels)
+    index = build_index(volumes, "mri", labels=tmp_path / "labels.csv")
+    config = finetune_config.model_copy(update={"task": "classification", "head": {"name": "classification"}})
+    with pytest.raises(UserError, match="2 or more classes, got 'normal' alone"):
+        finetune(config, index, tmp_path / "run", store=tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
 def test_an_encoder_of_another_modality_is_refused(encoder: Path) -> None:
     with pytest.raises(UserError, match="pretrained on mri"):
         resolve_config("classification", "xray", encoder, None)
+
+
+def test_with_neither_encoder_nor_modality_the_message_asks_for_one() -> None:
+    with pytest.raises(UsageError, match="--modality: expected mri or xray"):
+        resolve_config("classification", None, None, None)
 
 
 def test_without_a_name_the_pretraining_presets_twin_is_taken_with_the_encoders_network(

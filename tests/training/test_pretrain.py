@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
 import medim
-from medim.config import PretrainConfig, dump
+from medim.config import PretrainConfig, ViewsConfig, dump
 from medim.data.index import Index
 from medim.files import sha256
 from medim.training.pretrain import build_objectives, pretrain
@@ -129,6 +130,26 @@ def test_a_single_training_subject_is_refused(
     few = Index(cohort_index.root, "mri", cohort_index.records[:4], (), cohort_index.classes)
     with pytest.raises(UserError, match="at least 2 subjects to train on, got 1"):
         pretrain(pretrain_config, few, tmp_path / "run", store=tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"encoder": {"name": "unett"}}, "Did you mean 'unet'"),
+        ({"encoder": {"name": "unet", "channels": []}}, "unet.channels: expected one or more"),
+        ({"encoder": {"name": "convnet", "channels": [4, -8]}}, "convnet.channels: expected one or more"),
+        ({"objectives": [{"name": "localdim"}]}, "Did you mean 'local_dim'"),
+        ({"batch_size": 1}, "batch_size: expected 2 or more"),
+        ({"views": ViewsConfig(shape=(2, 2, 2))}, "views.shape .* cannot take it"),
+        ({"views": ViewsConfig(shape=(16, 16, 16), augmentations=[{"op": "nois"}])}, "Did you mean 'noise'"),
+    ],
+)
+def test_a_section_that_cannot_be_built_is_refused_before_anything_is_written(
+    changes: dict[str, Any], said: str, pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        pretrain(pretrain_config.model_copy(update=changes), cohort_index, tmp_path / "run", store=tmp_path / "store")
+    assert not list(tmp_path.iterdir())
 
 
 def test_four_subjects_train_with_a_smaller_batch_and_claim_nothing(

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from medim.models.layers import Norm, conv, pool, receptive_field
+from medim.models.layers import Norm, check_channels, conv, pool, receptive_field
 from medim.types import Features
 
 
@@ -45,6 +45,7 @@ class ConvNet(nn.Module):
         summary_channels: int = 64,
     ) -> None:
         super().__init__()
+        check_channels("convnet", channels)
         self.channels = channels
         self.strides = tuple(2 ** (i + 1) for i in range(len(channels)))
         self.summary_channels = summary_channels

@@ -6,7 +6,7 @@ import torch
 from monai.networks.blocks.dynunet_block import UnetBasicBlock
 from torch import nn
 
-from medim.models.layers import Norm, norm_spec, pool, receptive_field
+from medim.models.layers import Norm, check_channels, norm_spec, pool, receptive_field
 from medim.types import Features
 
 
@@ -35,6 +35,7 @@ class UNetEncoder(nn.Module):
         summary_channels: int = 64,
     ) -> None:
         super().__init__()
+        check_channels("unet", channels)
         self.channels = channels
         self.strides = tuple(2**i for i in range(len(channels)))
         self.summary_channels = summary_channels
