@@ -23,7 +23,7 @@ from medim.training.loaders import StepSampler, step_loader
 from medim.training.monitor import COLUMNS
 from medim.training.optim import optimiser
 from medim.training.tracking import log_results, track
-from medim.training.trainer import make_trainer, newest_checkpoint, peak_memory, versions
+from medim.training.trainer import fit, make_trainer, newest_checkpoint, peak_memory, versions
 from medim.types import Modality, UsageError, UserError
 
 log = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ def finetune(
             config, out, logger=False, callbacks=[], accelerator=accelerator, validate=False, clip=config.gradient_clip
         )
         loader = _loader(config, cohort, train, spec["classes"], seed=seed, start=start)
-        trainer.fit(module, loader, ckpt_path=checkpoint)
+        fit(trainer, module, loader, checkpoint=checkpoint)
         save(out / "model", "model", model.eval(), spec)
         write_csv(out / "history.csv", COLUMNS, module.losses)
         origin = seen_subjects(encoder) if encoder and not from_scratch else None

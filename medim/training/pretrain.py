@@ -25,7 +25,7 @@ from medim.training.loaders import StepSampler, step_loader
 from medim.training.module import PretrainModule
 from medim.training.monitor import History, verdict
 from medim.training.tracking import log_results, track
-from medim.training.trainer import make_trainer, newest_checkpoint, peak_memory, versions
+from medim.training.trainer import fit, make_trainer, newest_checkpoint, peak_memory, versions
 from medim.types import UsageError, UserError
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def pretrain(
         trainer = make_trainer(
             config, out, logger=logger, callbacks=[history], accelerator=accelerator, validate=validate
         )
-        trainer.fit(module, loader, held_out_loader, ckpt_path=checkpoint)
+        fit(trainer, module, loader, held_out_loader, checkpoint=checkpoint)
         if validate and history.held_out_step != trainer.global_step:
             trainer.validate(module, held_out_loader, verbose=False)
         _write_encoder(out, module, spec)

@@ -18,6 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from medim.config import RunConfig
 from medim.files import write_bytes
@@ -47,6 +48,24 @@ class WholeCheckpoints(TorchCheckpointIO):
         """Load tensors and plain values only."""
         checkpoint: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
         return checkpoint
+
+
+class StoppedError(UserError):
+    """The run was asked to stop and saved where it was; whoever asked may start it again with --resume."""
+
+    exit_code = 75
+
+
+class SaveWhenStopped(Callback):
+    """Writes a checkpoint when SIGTERM ends the run between two steps."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """Save the step that was reached."""
+        if isinstance(exception, SIGTERMException):
+            trainer.save_checkpoint(self._folder / f"step-{trainer.global_step}.ckpt")
 
 
 class LineProgress(Callback):
@@ -105,8 +124,9 @@ def make_trainer(
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for harmless in HARMLESS:
         warnings.filterwarnings("ignore", message=harmless)
+    folder = out / "checkpoints"
     checkpoints = ModelCheckpoint(
-        out / "checkpoints",
+        folder,
         filename="step-{step}",
         auto_insert_metric_name=False,
         every_n_train_steps=config.checkpoint_every_steps,
@@ -122,7 +142,7 @@ def make_trainer(
             accelerator=accelerator,
             devices=1,
             precision=config.precision,
-            callbacks=[*callbacks, checkpoints, progress],
+            callbacks=[*callbacks, checkpoints, progress, SaveWhenStopped(folder)],
             logger=logger,
             plugins=[WholeCheckpoints()],
             default_root_dir=out,
@@ -141,6 +161,23 @@ def make_trainer(
         raise UserError(
             f"--accelerator {accelerator}: this machine cannot run it ({error}). See `medim doctor`."
         ) from error
+
+
+def fit(
+    trainer: pl.Trainer, module: pl.LightningModule, loader: Any, held_out: Any = None, *, checkpoint: Path | None
+) -> None:
+    """Run the trainer, from a checkpoint where one is given.
+
+    Raises:
+        StoppedError: SIGTERM came; the step it came in is saved.
+        KeyboardInterrupt: Lightning alone would leave with a bare exit code.
+    """
+    try:
+        trainer.fit(module, loader, held_out, ckpt_path=checkpoint)
+    except SIGTERMException:
+        raise StoppedError(f"stopped by SIGTERM; step {trainer.global_step} is saved, --resume continues.") from None
+    except SystemExit:
+        raise KeyboardInterrupt from None
 
 
 def peak_memory() -> int:

@@ -20,7 +20,7 @@ from medim.config import PretrainConfig, ViewsConfig, dump
 from medim.data.index import Index
 from medim.files import sha256
 from medim.training.pretrain import build_objectives, pretrain
-from medim.training.trainer import LineProgress
+from medim.training.trainer import LineProgress, StoppedError
 from medim.types import UsageError, UserError
 
 WEIGHTS = Path("encoder") / "encoder.safetensors"
@@ -98,6 +98,29 @@ def test_a_run_stopped_by_an_exception_and_resumed_ends_in_the_same_bytes(
     assert sha256(undisturbed / WEIGHTS) == sha256(out / WEIGHTS)
     ours, theirs = (list(csv.reader((run / "history.csv").open())) for run in (out, undisturbed))
     assert [row for row in ours if row[2]] == [row for row in theirs if row[2]]
+
+
+def test_sigterm_saves_the_step_it_comes_in_and_leaves_with_75(
+    undisturbed: Path,
+    pretrain_config: PretrainConfig,
+    cohort_index: Index,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def requeue(self: LineProgress, trainer: Any, *_: object) -> None:
+        if trainer.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    out = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(LineProgress, "on_train_batch_end", requeue)
+        with pytest.raises(StoppedError, match="step 3 is saved") as stopped:
+            pretrain(pretrain_config, cohort_index, out, store=tmp_path / "store")
+    assert stopped.value.exit_code == 75
+    assert not (out / "summary.json").exists()
+    summary = pretrain(pretrain_config, cohort_index, out, store=tmp_path / "store", resume=True)
+    assert summary["resumed_from_steps"] == [3]
+    assert sha256(undisturbed / WEIGHTS) == sha256(out / WEIGHTS)
 
 
 def test_resume_without_a_checkpoint_starts_at_step_0(
