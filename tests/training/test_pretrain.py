@@ -20,7 +20,7 @@ from medim.config import PretrainConfig, ViewsConfig, dump
 from medim.data.index import Index
 from medim.files import sha256
 from medim.training.pretrain import build_objectives, pretrain
-from medim.training.trainer import LineProgress
+from medim.training.trainer import LineProgress, newest_checkpoint
 from medim.types import UsageError, UserError
 
 WEIGHTS = Path("encoder") / "encoder.safetensors"
@@ -98,6 +98,21 @@ def test_a_run_stopped_by_an_exception_and_resumed_ends_in_the_same_bytes(
     assert sha256(undisturbed / WEIGHTS) == sha256(out / WEIGHTS)
     ours, theirs = (list(csv.reader((run / "history.csv").open())) for run in (out, undisturbed))
     assert [row for row in ours if row[2]] == [row for row in theirs if row[2]]
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    undisturbed: Path, pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
+) -> None:
+    expected = sha256(undisturbed / WEIGHTS)
+    newest, step = newest_checkpoint(undisturbed / "checkpoints")
+    assert newest is not None
+    assert step == 6
+    newest.write_bytes(newest.read_bytes()[:3000])
+    assert newest_checkpoint(undisturbed / "checkpoints")[1] == 4
+    summary = pretrain(pretrain_config, cohort_index, undisturbed, store=tmp_path / "store", resume=True)
+    assert summary["resumed_from_steps"] == [4]
+    assert sha256(undisturbed / WEIGHTS) == expected
+    assert newest_checkpoint(undisturbed / "checkpoints") == (newest, 6)
 
 
 def test_resume_without_a_checkpoint_starts_at_step_0(
