@@ -10,10 +10,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from medim.config import FinetuneConfig, Section, check, override, presets, read
+from medim.config import FinetuneConfig, Section, bind, check, override, presets, read
 from medim.data.datasets import LabelledDataset
 from medim.data.index import Index, Record
 from medim.data.splits import budget
+from medim.data.transforms import Augmentation
+from medim.deployment.inference import INFERENCES
 from medim.evaluation.evaluate import seen_subjects, validate
 from medim.files import fresh_folder, write_csv, write_json
 from medim.models.model import Model, as_run, build_model
@@ -58,10 +60,19 @@ class FinetuneModule(pl.LightningModule):
         return [main], [{"scheduler": decay, "interval": "step"}]
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], step: int) -> torch.Tensor:
-        """The head's loss on a batch of images (N, C, ...) and targets (N,) or (N, ...)."""
+        """The head's loss on a batch of images (N, C, ...) and targets (N,) or (N, ...).
+
+        Raises:
+            UserError: the loss stopped being a number.
+        """
         image, target = batch
         head: Any = self.model.head
         loss: torch.Tensor = head.loss(self.model(image), target)
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"step {self.global_step + 1}: expected a finite loss, got {float(loss.detach())}. Fine-tuning "
+                f"diverged; lower lr (now {self._config.lr:g}), and check the intensities after preprocessing."
+            )
         self.losses.append((self.global_step + 1, "loss", float(loss.detach()), None, None))
         return loss
 
@@ -158,7 +169,9 @@ def finetune(
 
     Raises:
         UserError: no labels for the task, weights that do not fit, a non-empty `out`.
+        UsageError: a section that cannot be built, or parts that do not fit each other.
     """
+    rehearse(config)
     fresh_folder(out, resume=resume, overwrite=overwrite)
     cohort = open_cohort(index, _labelled(config, index), config.preprocessing, split_seed=split_seed, store=store)
     train, val = (
@@ -190,6 +203,29 @@ def finetune(
         metrics = {f"val/{name}": m["value"] for name, m in measured["metrics"].items()} if measured else {}
         log_results(logger, summary | metrics, [out / "config.yaml", out / "summary.json", out / "history.csv"])
     return summary
+
+
+def rehearse(config: FinetuneConfig) -> None:
+    """Put a blank batch through every part, so that a wrong one shows before an image is read or a file written.
+
+    Raises:
+        UsageError: a section does not fit its constructor, or the parts do not fit each other or the views.
+    """
+    bind(INFERENCES, config.inference, key="mode", given=("run", "image"))
+    Augmentation(config.views.augmentations, spatial_dims=config.spatial_dims)
+    shape, count = config.views.shape, min(2, config.batch_size)
+    made = {"encoder": config.encoder, "decoder": config.decoder, "head": config.head, "out_channels": 2}
+    target = torch.zeros((count, *shape) if config.task == "segmentation" else count, dtype=torch.int64)
+    try:
+        model = build_model({**made, "in_channels": 1, "spatial_dims": config.spatial_dims, "input_shape": shape})
+        head: Any = model.head
+        with torch.no_grad():
+            head.loss(model(torch.zeros(count, 1, *shape)), target)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise UsageError(
+            f"config {config.name}: expected encoder, decoder and head that fit each other, views.shape {list(shape)} "
+            f"and batch_size {config.batch_size}, got an error from them ({error}). Change one of these."
+        ) from error
 
 
 def _labelled(config: FinetuneConfig, index: Index) -> list[Record]:

@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 import warnings
+import zipfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -95,9 +96,22 @@ class LineProgress(Callback):
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
-    """The checkpoint to resume from and its step; (None, 0) where there is none."""
-    found = sorted((int(path.stem.removeprefix("step-")), path) for path in folder.glob("step-*.ckpt"))
-    return (found[-1][1], found[-1][0]) if found else (None, 0)
+    """The newest whole checkpoint to resume from and its step; (None, 0) where there is none."""
+    numbered = ((path.stem.removeprefix("step-"), path) for path in folder.glob("step-*.ckpt"))
+    for step, path in sorted(((int(n), path) for n, path in numbered if n.isdecimal()), reverse=True):
+        if _is_whole(path):
+            return path, step
+        log.warning("%s: damaged, so left out; an older checkpoint is taken where there is one", path)
+    return None, 0
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether every part of a checkpoint, which is a zip archive, has its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, EOFError):
+        return False
 
 
 def make_trainer(
@@ -133,6 +147,7 @@ def make_trainer(
         save_top_k=2,
         monitor="step",
         mode="max",
+        enable_version_counter=False,  # a damaged checkpoint of the same step is replaced
     )
     progress = RichProgressBar(leave=True) if sys.stderr.isatty() and log.isEnabledFor(logging.INFO) else LineProgress()
     try:

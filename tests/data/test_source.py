@@ -14,7 +14,8 @@ from medim.types import UserError
 @pytest.mark.parametrize("option", ["labels", "subjects"])
 def test_a_table_given_with_a_finished_index_is_refused_rather_than_ignored(option: str, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
-    nibabel.save(nibabel.Nifti1Image(np.ones((4, 4, 4), np.float32), np.eye(4)), tmp_path / "images" / "a.nii.gz")
+    ramp = np.arange(64, dtype=np.float32).reshape(4, 4, 4)
+    nibabel.save(nibabel.Nifti1Image(ramp, np.eye(4)), tmp_path / "images" / "a.nii.gz")
     build_index(tmp_path / "images", "mri").write(tmp_path / "index")
     table = tmp_path / "table.csv"
     table.write_text("image,subject,label\na.nii.gz,one,normal\n")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from medim.config import FinetuneConfig, PretrainConfig, check
+from medim.config import FinetuneConfig, PretrainConfig, ViewsConfig, check
 from medim.data.index import Index, build_index
 from medim.data.splits import split
 from medim.files import sha256
@@ -164,6 +165,32 @@ def test_labels_of_one_class_alone_are_refused_before_training(
     with pytest.raises(UserError, match="2 or more classes, got 'normal' alone"):
         finetune(config, index, tmp_path / "run", store=tmp_path / "store")
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"encoder": {"name": "convnet", "channels": [4, 8]}}, "finest map has stride 1"),
+        ({"head": {"name": "classification"}}, "fit each other"),
+        ({"decoder": {"name": "une"}}, "Did you mean 'unet'"),
+        ({"inference": {"mode": "slidin"}}, "Did you mean 'sliding'"),
+        ({"views": ViewsConfig(shape=(16, 24, 15))}, r"views.shape \[16, 24, 15\]"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_before_anything_is_written(
+    changes: dict[str, Any], said: str, finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        finetune(finetune_config.model_copy(update=changes), cohort_index, tmp_path / "run", store=tmp_path / "store")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_advice(
+    finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path
+) -> None:
+    with pytest.raises(UserError, match=r"expected a finite loss, got nan.*lower lr"):
+        finetune(finetune_config.model_copy(update={"lr": 1e30}), cohort_index, tmp_path / "run", store=store)
+    assert not (tmp_path / "run" / "summary.json").exists()
 
 
 def test_an_encoder_of_another_modality_is_refused(encoder: Path) -> None:

@@ -20,7 +20,7 @@ from medim.config import PretrainConfig, ViewsConfig, dump
 from medim.data.index import Index
 from medim.files import sha256
 from medim.training.pretrain import build_objectives, pretrain
-from medim.training.trainer import LineProgress, StoppedError
+from medim.training.trainer import LineProgress, StoppedError, newest_checkpoint
 from medim.types import UsageError, UserError
 
 WEIGHTS = Path("encoder") / "encoder.safetensors"
@@ -121,6 +121,21 @@ def test_sigterm_saves_the_step_it_comes_in_and_leaves_with_75(
     summary = pretrain(pretrain_config, cohort_index, out, store=tmp_path / "store", resume=True)
     assert summary["resumed_from_steps"] == [3]
     assert sha256(undisturbed / WEIGHTS) == sha256(out / WEIGHTS)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    undisturbed: Path, pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
+) -> None:
+    expected = sha256(undisturbed / WEIGHTS)
+    newest, step = newest_checkpoint(undisturbed / "checkpoints")
+    assert newest is not None
+    assert step == 6
+    newest.write_bytes(newest.read_bytes()[:3000])
+    assert newest_checkpoint(undisturbed / "checkpoints")[1] == 4
+    summary = pretrain(pretrain_config, cohort_index, undisturbed, store=tmp_path / "store", resume=True)
+    assert summary["resumed_from_steps"] == [4]
+    assert sha256(undisturbed / WEIGHTS) == expected
+    assert newest_checkpoint(undisturbed / "checkpoints") == (newest, 6)
 
 
 def test_resume_without_a_checkpoint_starts_at_step_0(
