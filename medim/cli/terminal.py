@@ -110,5 +110,5 @@ def show(title: str, rows: Mapping[str, Any]) -> None:
     """Print a result as a small table."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     for name, value in rows.items():
-        table.add_row(name, number(value) if isinstance(value, float) else str(value))
+        table.add_row(name, number(value) if value is None or isinstance(value, float) else str(value))
     console.print(table, soft_wrap=not sys.stdout.isatty(), markup=False, highlight=False)

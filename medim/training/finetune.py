@@ -24,7 +24,7 @@ from medim.training.cohort import Cohort, open_cohort, write_config, write_seen
 from medim.training.loaders import StepSampler, step_loader
 from medim.training.monitor import COLUMNS
 from medim.training.optim import optimiser
-from medim.training.tracking import log_results, track
+from medim.training.tracking import check_target, log_results, track
 from medim.training.trainer import fit, make_trainer, newest_checkpoint, peak_memory, versions
 from medim.types import Modality, UsageError, UserError
 
@@ -172,6 +172,7 @@ def finetune(
         UsageError: a section that cannot be built, or parts that do not fit each other.
     """
     rehearse(config)
+    check_target()
     fresh_folder(out, resume=resume, overwrite=overwrite)
     cohort = open_cohort(index, _labelled(config, index), config.preprocessing, split_seed=split_seed, store=store)
     train, val = (

@@ -24,7 +24,7 @@ from medim.training.cohort import Cohort, open_cohort, write_config, write_seen
 from medim.training.loaders import StepSampler, step_loader
 from medim.training.module import PretrainModule
 from medim.training.monitor import History, verdict
-from medim.training.tracking import log_results, track
+from medim.training.tracking import check_target, log_results, track
 from medim.training.trainer import fit, make_trainer, newest_checkpoint, peak_memory, versions
 from medim.types import UsageError, UserError
 
@@ -65,6 +65,7 @@ def pretrain(
         UsageError: a section that cannot be built.
     """
     rehearse(config)
+    check_target()
     fresh_folder(out, resume=resume, overwrite=overwrite)
     steps = config.preprocessing
     cohort = open_cohort(index, index.records, steps, split_seed=split_seed, store=store)

@@ -3,19 +3,54 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from lightning.pytorch.loggers import MLFlowLogger
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
 
 from medim.config import RunConfig
+from medim.types import UserError
+
+ANSWER_SECONDS = 10  # how long a tracking server may take to accept a connection
 
 
 def tracking_uri() -> str:
     """`MLFLOW_TRACKING_URI`, or a SQLite file in the working folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+
+
+def check_target() -> None:
+    """Find out within seconds whether runs can be tracked; MLflow itself retries for minutes.
+
+    Raises:
+        UserError: the server does not answer, the URI is of no kind that MLflow knows, or the working folder is
+            read-only.
+    """
+    uri = tracking_uri()
+    place = urlsplit(uri)
+    try:
+        if place.scheme in {"http", "https"}:
+            port = place.port or (443 if place.scheme == "https" else 80)
+            socket.create_connection((place.hostname or "", port), timeout=ANSWER_SECONDS).close()
+        elif not os.environ.get("MLFLOW_TRACKING_URI") and not os.access(Path.cwd(), os.W_OK):
+            raise UserError(
+                f"{Path.cwd()}: expected a folder where mlflow.db can be written, got a read-only one. "
+                "Work in another folder, or set MLFLOW_TRACKING_URI."
+            )
+        else:
+            MlflowClient(tracking_uri=uri)
+    except (OSError, ValueError, MlflowException) as error:
+        shown = urlunsplit(place._replace(netloc=place.netloc.rpartition("@")[2]))
+        raise UserError(
+            f"MLFLOW_TRACKING_URI={shown}: expected an MLflow target that answers, got: {error}. "
+            "Start the server, correct the address, or unset the variable for a local file."
+        ) from error
 
 
 @contextmanager
