@@ -108,7 +108,7 @@ def fresh_folder(out: Path, *, overwrite: bool = False, resume: bool = False) ->
         if not overwrite:
             raise UserError(
                 f"{out}: expected an empty or new folder. "
-                "Use another --out, --overwrite to start over, or --resume where the command can continue."
+                "Use another --out, --resume where the command can continue, or --overwrite to start over."
             )
         if not marker.is_file():
             raise UserError(f"{out}: --overwrite empties only what medim made, and this is not. Empty it yourself.")
