@@ -98,7 +98,7 @@ def fresh_folder(out: Path, *, overwrite: bool = False, resume: bool = False) ->
         resume: keep what it holds.
 
     Raises:
-        UserError: `out` is not empty and neither flag is given, or it is a file.
+        UserError: `out` is not empty and neither flag is given, it is a file, or it cannot be written.
     """
     if out.is_file():
         raise UserError(f"{out}: expected a folder for the output, got a file. Choose another --out.")
@@ -108,12 +108,15 @@ def fresh_folder(out: Path, *, overwrite: bool = False, resume: bool = False) ->
         if not overwrite:
             raise UserError(
                 f"{out}: expected an empty or new folder. "
-                "Use --resume to continue, --overwrite to start over, or another --out."
+                "Use another --out, --resume where the command can continue, or --overwrite to start over."
             )
         if not marker.is_file():
             raise UserError(f"{out}: --overwrite empties only what medim made, and this is not. Empty it yourself.")
         shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    if not (held and resume):
-        marker.touch()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not (held and resume):
+            marker.touch()
+    except OSError as error:
+        raise UserError(f"{out}: could not be written ({error.strerror}). Choose another --out.") from error
     return out

@@ -143,3 +143,9 @@ def test_a_file_in_the_way_of_a_folder_is_not_removed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="got a file"):
         fresh_folder(tmp_path / "out", overwrite=True)
     assert (tmp_path / "out").read_text() == "precious"
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"run: could not be written .*Choose another --out"):
+        fresh_folder(tmp_path / "file" / "run")

@@ -13,7 +13,7 @@ from medim.data.identity import pseudonym
 from medim.data.index import Index, Record, Rejection
 from medim.data.splits import split
 from medim.data.store import Store, fill
-from medim.files import write_json, write_text
+from medim.files import read_json, write_json, write_text
 from medim.training.trainer import versions
 from medim.types import Split, Step, UserError
 
@@ -108,18 +108,34 @@ def open_cohort(
     return Cohort(index, shelf, keys, split(index, seed=split_seed), failed)
 
 
-def write_config(out: Path, config: RunConfig) -> None:
-    """Write the resolved `config.yaml`, or check that the run that is taken up had the same.
+def write_config(out: Path, config: RunConfig, **inputs: str | float | None) -> None:
+    """Write `config.yaml` and `inputs.json`, or check that the run that is taken up had the same.
+
+    Args:
+        out: the run's folder.
+        config: the resolved configuration.
+        **inputs: what else decides the result: seeds, the index's hash, the label budget, the encoder's hash.
 
     Raises:
-        UserError: the folder holds a run of another configuration.
+        UserError: the folder holds a run of another configuration or other inputs.
     """
     path, text = out / "config.yaml", dump(config)
     if path.is_file() and path.read_text() != text:
         raise UserError(
             f"{path}: --resume expected the same configuration, got another. Use --overwrite to start over."
         )
+    file, content = out / "inputs.json", {"schema_version": 1, **inputs}
+    if file.is_file():
+        other = [
+            f"{key} {was} (now {content.get(key)})" for key, was in read_json(file).items() if was != content.get(key)
+        ]
+        if other:
+            raise UserError(
+                f"{file}: --resume expected the same inputs, got others; the run had {', '.join(other)}. "
+                "Use --overwrite to start over."
+            )
     write_text(path, text)
+    write_json(file, content)
 
 
 def write_seen(out: Path, *, pretrain: Iterable[str], finetune: Iterable[str]) -> None:

@@ -179,12 +179,13 @@ def finetune(
         budget(cohort.records("train"), labelled=labelled, fraction=label_fraction, seed=seed),
         cohort.records("val"),
     )
-    write_config(out, config)
     pl.seed_everything(seed, workers=False, verbose=False)
     spec = _spec(config, cohort, seed, split_seed)
     model = build_model(spec)
     if encoder and not from_scratch:
         spec["provenance"]["parent"] = _load_pretrained(model, encoder)
+    made = {key: spec["provenance"][key] for key in ("seed", "split_seed", "index_hash", "parent")}
+    write_config(out, config, **made, labelled=labelled, label_fraction=label_fraction)
     module = FinetuneModule(model, config)
     checkpoint, start = newest_checkpoint(out / "checkpoints") if resume else (None, 0)
     with track("finetune", config, seed=seed, index_hash=index.hash) as logger:

@@ -71,7 +71,7 @@ def pretrain(
     cohort = open_cohort(index, index.records, steps, split_seed=split_seed, store=store)
     train, held_out = cohort.records("train"), cohort.records("val")
     config = _fitting(config, train, held_out)
-    write_config(out, config)
+    write_config(out, config, seed=seed, split_seed=split_seed, index_hash=index.hash)
     pl.seed_everything(seed, workers=False, verbose=False)
     spec = {"kind": "encoder", **cohort.spec(config, seed=seed, split_seed=split_seed), "decoder": config.decoder}
     module = _module(config, spec, seed)

@@ -111,6 +111,16 @@ def test_a_resumed_fine_tuning_ends_in_the_same_bytes(
     assert sha256(tmp_path / "whole" / WEIGHTS) == sha256(tmp_path / "cut" / WEIGHTS)
 
 
+@pytest.mark.parametrize("changes", [{"labelled": 2}, {"seed": 1}, {"split_seed": 1}])
+def test_a_run_is_not_resumed_on_other_images_or_seeds(
+    changes: dict[str, int], finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path
+) -> None:
+    config = finetune_config.model_copy(update={"max_steps": 1})
+    finetune(config, cohort_index, tmp_path / "run", store=store)
+    with pytest.raises(UserError, match=f"expected the same inputs.*{next(iter(changes))}"):
+        finetune(config, cohort_index, tmp_path / "run", store=store, resume=True, **changes)  # type: ignore[arg-type]
+
+
 def test_classification_tells_bright_pictures_from_striped_ones(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 60, (48, 28, 28), dtype=np.uint8)
