@@ -115,10 +115,15 @@ def index(
     overwrite: Overwrite = False,
 ) -> None:
     """List every image, and every file that is none with the reason."""
-    from medim.data.index import build_index
+    from medim.data.index import AllRejectedError, build_index
+    from medim.data.records import write_rejections
     from medim.files import fresh_folder
 
-    found = build_index(sources, modality, labels=labels, subjects=subjects)
+    try:
+        found = build_index(sources, modality, labels=labels, subjects=subjects)
+    except AllRejectedError as error:
+        write_rejections(fresh_folder(out, overwrite=overwrite) / "rejected.csv", error.index.rejected)
+        raise
     found.write(fresh_folder(out, overwrite=overwrite))
     counts = {
         "images": len(found.records),

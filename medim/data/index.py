@@ -17,15 +17,15 @@ from medim.data.layouts import walk
 from medim.data.readers import DICOM, ReadError, read_mask, reader_of, split_item
 from medim.data.readers.base import check_voxels
 from medim.data.records import (
-    REJECTED,
     SCHEMA_VERSION,
     Record,
     Rejection,
     read_records,
     read_rejections,
     write_records,
+    write_rejections,
 )
-from medim.files import hash_of, read_json, write_csv, write_json
+from medim.files import hash_of, read_json, write_json
 from medim.types import Modality, UsageError, UserError, Volume
 
 __all__ = ["AllRejectedError", "Index", "Record", "Rejection", "build_index", "is_index"]
@@ -146,8 +146,7 @@ class Index:
         out.mkdir(parents=True, exist_ok=True)
         (out / "summary.json").unlink(missing_ok=True)
         write_records(out, self.records)
-        rows = [(rejection.path, rejection.reason, rejection.detail) for rejection in self.rejected]
-        write_csv(out / "rejected.csv", REJECTED, rows)
+        write_rejections(out / "rejected.csv", self.rejected)
         write_json(out / "summary.json", self._summary(out))
 
     @classmethod

@@ -120,6 +120,11 @@ def read_records(path: Path) -> tuple[Record, ...]:
         raise UserError(f"{path}: expected the values of an index, got {error}. Run `medim index` again.") from error
 
 
+def write_rejections(path: Path, rejected: Sequence[Rejection]) -> None:
+    """Write `rejected.csv`: a row, with its reason, for every file that is not used."""
+    write_csv(path, REJECTED, (astuple(rejection) for rejection in rejected))
+
+
 def read_rejections(path: Path) -> tuple[Rejection, ...]:
     """Read `rejected.csv`; none where it is not there."""
     if not path.exists():

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from medim.data.index import AllRejectedError, Index, Record, Rejection, build_index, is_index
+from medim.data.records import write_rejections
 from medim.deployment.inference import Network
 from medim.deployment.masks import sizes, write_mask
 from medim.deployment.package import Package
@@ -71,7 +72,7 @@ def predict(
         else:
             row = _classified(folder, names[record.image], record, answer, network, package)
         rows.append(row)
-    _write_rejected(folder / "rejected.csv", rejected)
+    write_rejections(folder / "rejected.csv", rejected)
     if not rows:
         raise _all_rejected(index, rejected)
     write_csv(folder / "predictions.csv", list(rows[0]), (list(row.values()) for row in rows))
@@ -115,7 +116,7 @@ def embed_images(
     rejected: list[Rejection] = [*index.rejected]
     found = [(record, answer) for record, _, answer in _answers(network, index, rejected, progress)]
     if rejected:
-        _write_rejected(reasons, rejected)
+        write_rejections(reasons, rejected)
     if not found:
         raise _all_rejected(index, rejected)
     features = np.stack([answer for _, answer in found]).astype(np.float32)
@@ -144,7 +145,7 @@ def _index(inputs: Inputs, modality: Modality, rejected: Path) -> Index:
             one_index = len(places) == 1 and is_index(places[0])
             index = Index.read(places[0]) if one_index else build_index(places, modality)
         except AllRejectedError as error:
-            _write_rejected(rejected, error.index.rejected)
+            write_rejections(rejected, error.index.rejected)
             raise
     if index.modality != modality:
         raise UserError(
@@ -192,10 +193,6 @@ def _file_names(records: Sequence[Record]) -> dict[str, str]:
         if taken[name.lower()] > 1 or name.lower() in reserved:
             names[key] = f"{name or 'image'}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     return names
-
-
-def _write_rejected(path: Path, rejected: Sequence[Rejection]) -> None:
-    write_csv(path, ("path", "reason", "detail"), ((r.path, r.reason, r.detail) for r in rejected))
 
 
 def _all_rejected(index: Index, rejected: Sequence[Rejection]) -> AllRejectedError:
