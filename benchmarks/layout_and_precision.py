@@ -71,7 +71,7 @@ def step_of(preset: str, *, bf16: bool, last: bool) -> Callable[[], None]:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
             encode = StepEncode(encoder, decoder, views, torch.Generator().manual_seed(0))
             losses = [w * t.loss for o, w in objectives.values() for t in o(encode, views).values()]
-        torch.stack(losses).sum().backward()
+        torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
 
     return step
 
