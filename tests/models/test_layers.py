@@ -18,6 +18,7 @@ def test_channels_last_changes_the_layout_and_not_the_features(encoder: type[tor
     after = module(image)
     layout = torch.channels_last if dims == 2 else torch.channels_last_3d
     kernels = [weight for weight in module.parameters() if weight.ndim == dims + 2]
-    assert kernels and all(weight.is_contiguous(memory_format=layout) for weight in kernels)
+    assert kernels
+    assert all(weight.is_contiguous(memory_format=layout) for weight in kernels)
     for one, other in zip(before.maps, after.maps, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
