@@ -60,7 +60,7 @@ def step_of(preset: str, *, bf16: bool, last: bool) -> Callable[[], None]:
     spec = {"encoder": config.encoder, "in_channels": 1, "spatial_dims": len(shape), "input_shape": list(shape)}
     encoder: Any = build_encoder(spec)
     decoder = build_decoder(config.decoder, encoder, len(shape)) if config.decoder else None
-    objectives = build_objectives(config, encoder, 1)
+    objectives = build_objectives(config, encoder, decoder, 1)
     if last:
         channels_last(encoder)
     if last and decoder is not None:
