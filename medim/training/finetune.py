@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,7 @@ def finetune(
         UserError: no labels for the task, weights that do not fit, a non-empty `out`.
         UsageError: a section that cannot be built, or parts that do not fit each other.
     """
+    began = time.perf_counter()
     rehearse(config)
     check_target()
     subset_seed = seed if subset_seed is None else subset_seed
@@ -251,6 +253,7 @@ def finetune(
         measured, cases = validate(as_run(model), index, val, spec) if val else (None, [])
         write_cases(out / "cases.parquet", cases, spec["kind"])
         summary = _summary(config, cohort, module, spec, len(train), measured, start)
+        summary["seconds"] = time.perf_counter() - began
         write_json(out / "summary.json", summary)
         metrics = {f"val/{name}": m["value"] for name, m in measured["metrics"].items()} if measured else {}
         log_results(logger, summary | metrics, [out / "config.yaml", out / "summary.json", out / "history.csv"])

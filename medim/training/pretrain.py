@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def pretrain(
         UserError: too few subjects, a non-empty `out`, a device that is not there.
         UsageError: a section that cannot be built.
     """
+    began = time.perf_counter()
     rehearse(config)
     check_target()
     fresh_folder(out, resume=resume, overwrite=overwrite)
@@ -91,6 +93,7 @@ def pretrain(
         history.write(out / "history.csv")
         write_seen(out, pretrain=[r.subject for r in train], finetune=[])
         summary = _summary(config, index, history, module, trainer, start)
+        summary["seconds"] = time.perf_counter() - began
         write_json(out / "summary.json", summary)
         log_results(logger, summary, [out / "config.yaml", out / "summary.json", out / "history.csv"])
     return summary

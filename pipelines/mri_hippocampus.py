@@ -1,0 +1,78 @@
+"""What pretraining is worth for segmenting the hippocampus: a table of docs/results.md, from nothing.
+
+Three encoders are pretrained without labels. For each label budget and three draws of it, they are fine-tuned beside
+their from-scratch twins by one schedule, and measured on the validation subjects. What is finished is kept, so the
+study can be stopped and started at any time.
+
+    python pipelines/mri_hippocampus.py --data mri-hippocampus --out studies/mri --page docs/results.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from functools import partial
+from pathlib import Path
+
+from studies import at_once, dice, difference_text, history, markdown, once, spread_text, write_section
+
+from medim.config import FinetuneConfig, PretrainConfig, load
+from medim.data.index import build_index
+from medim.evaluation.paired import paired_difference
+from medim.training.finetune import finetune
+from medim.training.pretrain import pretrain
+
+SEEDS = SUBSETS = (0, 1, 2)
+STEPS = {1: 150, 2: 150, 10: 300, 150: 600}  # label budget in volumes: steps of both arms
+ONE_PAIR = (150,)  # budgets of one encoder and one subset
+ARMS = ("from scratch", "pretrained")
+
+
+def main() -> None:
+    """Run what is missing, and write table and figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
+    parser.add_argument("--only-run", action="store_true", help="leave the page as it is")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    index, out, store = build_index(arguments.data, "mri"), arguments.out, arguments.out / "store"
+
+    settings = load("pretrain", "mri-crop")
+    assert isinstance(settings, PretrainConfig)
+    encoders = {seed: out / f"encoder-{seed}" for seed in SEEDS}
+    summaries = [once(run, partial(pretrain, settings, index, seed=s, store=store)) for s, run in encoders.items()]
+
+    rows, seconds = [], [summary["seconds"] for summary in summaries]
+    for labelled, steps in STEPS.items():
+        seeds, subsets = (SEEDS[:1], SUBSETS[:1]) if labelled in ONE_PAIR else (SEEDS, SUBSETS)
+        schedule = load("finetune", "mri-crop-segmentation", [f"max_steps={steps}", "measure_at=[20, 40, 80]"])
+        assert isinstance(schedule, FinetuneConfig)
+        grid = [(arm, s, t) for arm in ARMS for s in seeds for t in subsets]
+        cells = {(arm, s, t): out / f"{arm.replace(' ', '-')}-{labelled}-{s}-{t}" for arm, s, t in grid}
+        for (arm, s, t), run in cells.items():
+            start = {"encoder": encoders[s], "from_scratch": arm == "from scratch", "seed": s, "subset_seed": t}
+            summary = once(run, partial(finetune, schedule, index, labelled=labelled, store=store, **start))
+            seconds.append(summary["seconds"])
+        measured = {cell: dice(run) for cell, run in cells.items()}
+        subjects = next(iter(measured.values()))[1]
+        theirs, ours = ([[measured[arm, s, t][0] for t in subsets] for s in seeds] for arm in ARMS)
+        both = [[at_once(measured[arm, s, t][0], len(subjects)) for s in seeds for t in subsets] for arm in ARMS]
+        early = {cell: dict(history(run)["held out val/dice"]) for cell, run in cells.items()}
+        pairs = [(early["pretrained", s, t], early["from scratch", s, t]) for s in seeds for t in subsets]
+        sooner = [sum(a[n] - b[n] for a, b in pairs) / len(pairs) for n in (20, 40, 80)]
+        up = sum(b > a for a, b in zip(*both, strict=True))
+        difference = difference_text(paired_difference(ours, theirs, subjects))
+        gains = " / ".join(f"{gain:+.3f}" for gain in sooner)
+        rows.append([str(labelled), str(steps), *map(spread_text, both), difference, f"{up} of {len(both[0])}", gains])
+    head = ["volumes", "steps", *ARMS, "difference", "pairs up", "difference at step 20 / 40 / 80"]
+    slowest = max(summary["seconds"] for summary in summaries) / 60
+    hours = f"{len(seconds)} runs, {sum(seconds) / 3600:.1f} hours; the slowest pretraining took {slowest:.0f} minutes."
+    print(table := markdown(head, rows) + f"\n\n{hours}")
+    if not arguments.only_run:
+        write_section(arguments.page, "mri table", table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What the studies beside this file share: runs that are done once, statistics of their cases, tables and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pyarrow.csv
+from matplotlib.figure import Figure
+
+from medim.evaluation.cases import class_arrays, read_cases
+from medim.evaluation.metrics import Metric, Statistic, classification_statistics
+from medim.evaluation.paired import mean_of
+from medim.files import read_json, write_bytes, write_text
+
+
+def once(out: Path, run: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """The summary of a run, which is done (or taken up again) only where it is not finished."""
+    if (out / "summary.json").is_file():
+        summary: dict[str, Any] = read_json(out / "summary.json")
+        return summary
+    return run(out, resume=True)
+
+
+def dice(run: Path) -> tuple[Statistic, list[str]]:
+    """Mean Dice over classes of a run's validation cases as a statistic, and whose cases they are."""
+    rows = read_cases(run / "cases.parquet")
+    cases = {row["image"]: row["subject"] for row in rows}
+    values = [np.mean([row["dice"] for row in rows if row["image"] == image]) for image in cases]
+    return mean_of([float(v) for v in values]), list(cases.values())
+
+
+def auroc(rows: Sequence[dict[str, Any]]) -> tuple[Statistic, list[str]]:
+    """AUROC of a classifier's cases as a statistic, and whose cases they are."""
+    classes = list(dict.fromkeys(row["class"] for row in rows))
+    statistic = classification_statistics(*class_arrays(rows, classes))["auroc"]
+    return statistic, [row["subject"] for row in rows[:: len(classes)]]
+
+
+def at_once(statistic: Statistic, cases: int) -> float:
+    """A statistic of all cases, each counted once."""
+    return float(statistic(np.ones((1, cases)))[0])
+
+
+def history(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """The series of a run's history: training values by name, held-out ones by `held out <name>`."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in pyarrow.csv.read_csv(run / "history.csv").to_pylist():
+        held_out = row["held_out"] is not None
+        value = row["held_out"] if held_out else row["loss"]
+        if value is not None:
+            found.setdefault(f"{'held out ' if held_out else ''}{row['name']}", []).append((row["step"], value))
+    return found
+
+
+def spread_text(values: Sequence[float]) -> str:
+    """Mean and standard deviation: `0.812 ± 0.004`."""
+    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+
+
+def difference_text(metric: Metric) -> str:
+    """`**+0.012** [+0.004, +0.021]`; an interval needs more than one run."""
+    low, high = metric["ci_low"], metric["ci_high"]
+    return f"**{metric['value']:+.3f}** [{low:+.3f}, {high:+.3f}]"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_section(page: Path, name: str, text: str) -> None:
+    """Replace what stands between `<!-- name -->` and `<!-- /name -->` in a page."""
+    before, rest = page.read_text().split(f"<!-- {name} -->", 1)
+    after = rest.split(f"<!-- /{name} -->", 1)[1]
+    write_text(page, f"{before}<!-- {name} -->\n\n{text}\n\n<!-- /{name} -->{after}")
+
+
+def draw(path: Path, panels: dict[str, dict[str, list[tuple[int, float]]]], levels: dict[str, float]) -> None:
+    """Curves over steps, a panel each, as SVG: `panels[title][line]`, and a dashed line at a panel's level.
+
+    Training curves are running means over a fiftieth of their length; lines of one colour are of one name but for
+    what follows a comma.
+    """
+    with mpl.rc_context({"svg.hashsalt": "medim", "svg.fonttype": "none", "font.size": 8}):
+        figure = Figure(figsize=(3.2 * len(panels), 2.6), layout="constrained")
+        for axes, (title, lines) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items(), strict=True):
+            names = list(dict.fromkeys(name.partition(",")[0] for name in lines))
+            for name, points in lines.items():
+                steps, values = np.array(points).T
+                width = max(1, len(values) // 50)
+                smooth = np.convolve(values, np.ones(width) / width, "valid")
+                kind = name.partition(",")[0]
+                label = kind if list(lines).index(name) == [n.partition(",")[0] for n in lines].index(kind) else None
+                axes.plot(steps[width - 1 :], smooth, color=f"C{names.index(kind)}", linewidth=0.9, label=label)
+            if title in levels:
+                axes.axhline(levels[title], color="grey", linestyle="--", linewidth=0.8)
+            axes.set(title=title, xlabel="step")
+            axes.legend(frameon=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path.with_suffix(".tmp"), format="svg", metadata={"Date": None})
+        write_bytes(path, path.with_suffix(".tmp").read_bytes())
+        path.with_suffix(".tmp").unlink()
