@@ -23,7 +23,7 @@ from medim.cli.options import (
     SplitSeed,
     Subjects,
 )
-from medim.cli.terminal import command, console, curve, intervals, progress, show
+from medim.cli.terminal import command, console, curve, intervals, number, progress, show
 from medim.types import Modality, UsageError, UserError
 
 app = typer.Typer(
@@ -192,10 +192,13 @@ def pretrain(
         "accelerator": accelerator,
     }
     summary = run(settings, found, folder, store=store, **options)
+    beside = summary["diagnostics"]
     losses = {name: curve(loss, summary["chance"][name]) for name, loss in summary["loss"].items()}
+    shown_beside = {name: f"{number(v['last'])}, held out {number(v['held_out'])}" for name, v in beside.items()}
     shown = {
         "verdict": summary["verdict"],
         **losses,
+        **shown_beside,
         "rankme": summary["rankme"],
         "feature std": summary["feature_std"],
     }

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from monai.losses.dice import DiceCELoss
-from monai.networks.layers.factories import Conv
 from torch import nn
 
-from medim.models.layers import pool
+from medim.models.layers import pointwise, pool
 from medim.types import Features
 
 
@@ -110,7 +109,7 @@ class SegmentationHead(nn.Module):
 
     def __init__(self, channels: tuple[int, ...], spatial_dims: int, out_channels: int) -> None:
         super().__init__()
-        self.conv = Conv[Conv.CONV, spatial_dims](channels[0], out_channels, 1)
+        self.conv: Any = pointwise(spatial_dims, channels[0], out_channels)
         self._loss = DiceCELoss(to_onehot_y=True, softmax=True, batch=True, include_background=False)
 
     def forward(self, features: Features) -> torch.Tensor:

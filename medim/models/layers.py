@@ -37,6 +37,12 @@ def conv(
     )
 
 
+def pointwise(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
+    """A linear layer at every voxel."""
+    layer: nn.Module = Conv[Conv.CONV, spatial_dims](in_channels, out_channels, 1)
+    return layer
+
+
 def check_channels(name: str, channels: Sequence[int]) -> None:
     """Refuse a list of channels that no network has.
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from monai.networks.layers.factories import Conv
 from torch import nn
 
+from medim.models.layers import pointwise
 from medim.objectives.objective import Encode, Term
 from medim.objectives.occlusion import occlude
 from medim.types import UsageError, Views
@@ -46,7 +46,7 @@ class Reconstruction(nn.Module):
         if not 0 < hidden < 1:
             raise UsageError(f"reconstruction.hidden: expected a share above 0 and below 1, got {hidden}.")
         self._block, self._hidden = block, hidden
-        self.to_image = Conv[Conv.CONV, spatial_dims](decoded_channels, in_channels, 1)
+        self.to_image = pointwise(spatial_dims, decoded_channels, in_channels)
 
     def forward(self, encode: Encode, views: Views) -> dict[str, Term]:
         """Term `reconstruction`: squared error over hidden voxels, in units of what their filling errs (chance: 1)."""

@@ -82,10 +82,12 @@ class History(pl.Callback):
     def on_validation_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int, loader: int = 0
     ) -> None:
-        """Keep the batch's losses and summaries."""
+        """Keep the batch's losses, diagnostics and summaries."""
         for name, term in outputs["terms"].items():
             below = 0.0 if term.chance is None else self._chance(name, term) - term.chance
             self._losses[name].append(float(term.loss) + below)
+            for key, value in term.diagnostics.items():
+                self._losses[f"{name}/{key}"].append(float(value))
         self._summaries.append(outputs["summary"].float().cpu())
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -138,6 +140,16 @@ class History(pl.Callback):
     def _chance(self, name: str, term: Term) -> float:
         level = next((chance for _, n, loss, chance, _ in self.rows if n == name and loss is not None), term.chance)
         return level if level is not None else math.nan
+
+    def diagnostics(self) -> dict[str, dict[str, float | None]]:
+        """What objectives show beside their losses: mean of the last twenty steps, and the held-out value."""
+        names = dict.fromkeys(name for _, name, *_ in self.rows if name not in self.chance())
+        last = {name: [v for v in self.curve(name)[-20:] if math.isfinite(v)] for name in names}
+        held_out = {name: mean for name, (mean, _) in self.held_out.items() if math.isfinite(mean)}
+        return {
+            name: {"last": sum(values) / len(values) if values else None, "held_out": held_out.get(name)}
+            for name, values in last.items()
+        }
 
     @property
     def seconds_per_step(self) -> float:

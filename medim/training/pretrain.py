@@ -281,6 +281,7 @@ def _summary(
         "input_shape": list(config.views.shape),
         "loss": losses,
         "chance": history.chance(),
+        "diagnostics": history.diagnostics(),
         "verdict": verdict(history),
         "rankme": _finite(history.rankme),
         "feature_std": _finite(history.feature_std),

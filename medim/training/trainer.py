@@ -92,8 +92,21 @@ class LineProgress(Callback):
         self._last = now
         rate = (step - self._first) / max(1e-9, now - self._began)
         log.info(
-            "step %d of %d, %.1f steps/s, %.0f s left", step, trainer.max_steps, rate, (trainer.max_steps - step) / rate
+            "step %d of %d, %.1f steps/s, %.0f s left%s",
+            *(step, trainer.max_steps, rate, (trainer.max_steps - step) / rate),
+            _losses(outputs),
         )
+
+
+def _losses(outputs: Any) -> str:
+    """The step's losses beside their chance levels, where the module returns terms."""
+    terms: dict[str, Any] = outputs if isinstance(outputs, dict) else {}
+    found = {name: term for name, term in terms.items() if hasattr(term, "chance")}
+    texts = [
+        f"{name} {float(term.loss.detach()):.3g}" + (f" (chance {term.chance:.3g})" if term.chance is not None else "")
+        for name, term in found.items()
+    ]
+    return "".join(f", {text}" for text in texts)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
