@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from medim.files import write_json
-from medim.models.model import build_encoder
+from medim.models.model import build_decoder, build_encoder
 from medim.training.encode import StepEncode
 from medim.training.pretrain import build_objectives, resolve_config
 from medim.types import Views
@@ -46,8 +46,10 @@ def measure(preset: str, rounds: int) -> dict[str, float]:
     shape, count = config.views.shape, config.views.count
     spec = {"encoder": config.encoder, "in_channels": 1, "spatial_dims": len(shape), "input_shape": list(shape)}
     encoder: Any = build_encoder(spec)
-    objectives = build_objectives(config, encoder, 1)
+    decoder: Any = build_decoder(config.decoder, encoder, len(shape)) if config.decoder else None
+    objectives = build_objectives(config, encoder, decoder, 1)
     parameters = [*encoder.parameters(), *(p for o, _ in objectives.values() for p in o.parameters())]
+    parameters += decoder.parameters() if decoder else []
     optimiser = torch.optim.AdamW(parameters, lr=config.lr)
     views = Views(torch.randn(config.batch_size, count, 1, *shape), torch.zeros(config.batch_size, count, len(shape)))
 
@@ -57,7 +59,7 @@ def measure(preset: str, rounds: int) -> dict[str, float]:
         optimiser.zero_grad()
 
     def step() -> None:
-        encode = StepEncode(encoder, None, views, torch.Generator().manual_seed(0))
+        encode = StepEncode(encoder, decoder, views, torch.Generator().manual_seed(0))
         losses = [w * t.loss for o, w in objectives.values() for t in o(encode, views).values()]
         torch.stack(losses).sum().backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.gradient_clip)

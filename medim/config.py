@@ -89,7 +89,15 @@ class FinetuneConfig(RunConfig):
     task: Literal["segmentation", "classification"] = Field(description="what is learnt")
     decoder: Section | None = Field(None, description="an entry of DECODERS; segmentation needs one")
     head: Section = Field(description="an entry of HEADS and its options")
-    encoder_lr_scale: PositiveFloat = Field(1.0, description="the encoder's learning rate over lr")
+    pretrained_lr_scale: PositiveFloat = Field(
+        1.0, description="learning rate of what comes pretrained (encoder, decoder) over lr; fresh parts learn at lr"
+    )
+    head_init: Literal["random", "probe"] = Field(
+        "random", description="probe: start the head as a linear probe of the features it sees"
+    )
+    measure_at: tuple[PositiveInt, ...] = Field(
+        (), description="steps after which the validation split is measured on the way; nothing is chosen by it"
+    )
     inference: Section = Field(
         default_factory=lambda: {"mode": "whole"}, description="how a whole image is run; travels with the model"
     )

@@ -24,8 +24,10 @@ from monai.transforms.intensity.array import (
     RandScaleIntensity,
     RandShiftIntensity,
 )
-from monai.transforms.spatial.array import RandAffine, RandFlip
+from monai.transforms.spatial.array import RandFlip
 from monai.transforms.transform import RandomizableTransform, Transform
+from scipy.spatial.transform import Rotation
+from torch.nn.functional import affine_grid, grid_sample
 
 from medim.config import bind, build
 from medim.data.preprocessing import STEPS, check_steps
@@ -58,13 +60,11 @@ def affine(
         translate: largest shift along each axis, in voxels.
         probability: of being applied.
     """
-    return RandAffine(
-        prob=probability,
-        rotate_range=[math.radians(rotate)] * (3 if spatial_dims == 3 else 1),
-        scale_range=[scale] * spatial_dims,
-        translate_range=[translate] * spatial_dims,
-        mode="bilinear",
-        padding_mode="border",
+    return _Affine(
+        [math.radians(rotate)] * (3 if spatial_dims == 3 else 1),
+        [scale] * spatial_dims,
+        [translate] * spatial_dims,
+        probability=probability,
     )
 
 
@@ -181,7 +181,7 @@ class Augmentation:
             for transform, geometric in self._transforms:
                 image = transform(image)
                 if mask is not None and geometric:
-                    options = {"mode": "nearest"} if isinstance(transform, RandAffine) else {}
+                    options = {"mode": "nearest"} if isinstance(transform, _Affine) else {}
                     mask = transform(mask, randomize=False, **options)
         return image, mask
 
@@ -211,6 +211,45 @@ class _StepTransform(Transform):
         meta = {name: value for name, value in kept.items() if name != "affine"}
         changed = torch.as_tensor(_like(out.affine, given))
         return MetaTensor(torch.from_numpy(np.ascontiguousarray(out.array)), affine=changed, meta=meta)
+
+
+class _Affine(RandomizableTransform):
+    """MONAI's `RandAffine`, draw for draw the same map, by torch's own two calls.
+
+    On small views MONAI's bookkeeping costs more than a training step (`benchmarks/affine.py`).
+
+    Args:
+        rotate: largest angles, in radians: one in 2D, three in 3D.
+        scale: largest relative change of size along each axis.
+        translate: largest shift along each axis, in voxels.
+        probability: of being applied.
+    """
+
+    def __init__(
+        self, rotate: Sequence[float], scale: Sequence[float], translate: Sequence[float], *, probability: float
+    ) -> None:
+        super().__init__(probability)
+        self._ranges = [np.asarray(r) for r in (rotate, scale, translate)]
+
+    def randomize(self, data: Any = None) -> None:
+        super().randomize(data)
+        if self._do_transform:
+            self._angles, self._zoom, self._shift = (self.R.uniform(-r, r) for r in self._ranges)
+
+    def __call__(self, data: torch.Tensor, randomize: bool = True, mode: str = "bilinear") -> torch.Tensor:
+        if randomize:
+            self.randomize()
+        if not self._do_transform:
+            return data
+        dims, size = len(self._zoom), np.array(data.shape[:0:-1])
+        angles = [0.0] * (3 - len(self._angles)) + list(self._angles)
+        turn = Rotation.from_euler("XYZ", angles).as_matrix()[:dims, :dims]
+        # From a place in the output to one in the input, in voxels; torch's places run from -1 to 1, last axis first.
+        matrix, shift = turn * (1 + self._zoom), turn @ self._shift
+        theta = np.column_stack([matrix[::-1, ::-1] * size / size[:, None], 2 * shift[::-1] / size])
+        grid = affine_grid(torch.from_numpy(theta[None]).float(), [1, *data.shape], align_corners=False)
+        moved = grid_sample(data[None].float(), grid, mode=mode, padding_mode="border", align_corners=False)
+        return moved[0].to(data.dtype)
 
 
 class _AboveMinimum(RandomizableTransform):

@@ -21,7 +21,7 @@ from medim.data.index import Index, Record
 from medim.data.splits import split as split_subjects
 from medim.deployment.inference import Network, Run
 from medim.deployment.package import load_package
-from medim.evaluation.cases import SCHEMA_VERSION, Progress, score, summarise, write_cases
+from medim.evaluation.cases import SCHEMA_VERSION, Progress, Row, score, summarise, write_cases
 from medim.evaluation.metrics import RESAMPLES
 from medim.files import fresh_folder, read_json, write_json
 from medim.models.model import as_run
@@ -58,7 +58,7 @@ def validate(
     *,
     seed: int = 0,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[Row]]:
     """Measure a network in memory on labelled images.
 
     Args:
@@ -70,14 +70,15 @@ def validate(
         progress: called after each case.
 
     Returns:
-        `n` images measured, their `subjects`, images `rejected`, and `metrics` (each value, ci_low, ci_high, n).
+        `n` images measured, their `subjects`, images `rejected`, and `metrics` (each value, ci_low, ci_high, n); and
+        the rows of `cases.parquet`.
 
     Raises:
         UserError: no image could be measured, or the classes of images and network are not the same.
     """
     network = network_of(run, spec)
     rows = score(network, index, records, progress=progress)
-    return summarise(rows, network.kind, network.classes, seed=seed)
+    return summarise(rows, network.kind, network.classes, seed=seed), rows
 
 
 def evaluate(

@@ -6,6 +6,7 @@ To add one, write a class that meets `Head` and add a line to `HEADS` (`docs/how
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,6 +16,23 @@ from torch import nn
 
 from medim.models.layers import check_level, pool
 from medim.types import Features
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """A linear classifier of standardised features: logits are weight @ ((x - mean) / std) + bias.
+
+    Attributes:
+        mean: (d,).
+        std: (d,), above 0.
+        weight: (K, d).
+        bias: (K,).
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
 
 
 class Head(Protocol):
@@ -29,6 +47,14 @@ class Head(Protocol):
 
     def loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Scalar loss; target (N,) or (N, ...) holds class indices."""
+        ...
+
+    def inputs(self, features: Features) -> torch.Tensor:
+        """What the last layer sees, (N, d) or (N, d, ...): a linear probe is fitted to it (`head_init: probe`)."""
+        ...
+
+    def start_from(self, probe: LinearProbe) -> None:
+        """Set the last layer to a linear probe of `inputs`."""
         ...
 
 
@@ -55,13 +81,22 @@ class ClassificationHead(nn.Module):
 
     def forward(self, features: Features) -> torch.Tensor:
         """Logits (N, out_channels)."""
-        return self.linear(
-            self.norm(torch.cat([features.summary, *(pool(features.maps[level]) for level in self.maps)], dim=1))
-        )
+        return self.linear(self.norm(self.inputs(features)))
 
     def loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Cross-entropy in nats; target (N,) class indices."""
         return nn.functional.cross_entropy(logits.float(), target)
+
+    def inputs(self, features: Features) -> torch.Tensor:
+        """Summary, and mean and maximum of the maps asked for: (N, d)."""
+        return torch.cat([features.summary, *(pool(features.maps[level]) for level in self.maps)], dim=1)
+
+    @torch.no_grad()
+    def start_from(self, probe: LinearProbe) -> None:
+        """Take over a probe of `inputs`; the norm's statistics become the probe's."""
+        self.norm.running_mean, self.norm.running_var = probe.mean.clone(), probe.std.square()
+        self.linear.weight.copy_(probe.weight)
+        self.linear.bias.copy_(probe.bias)
 
 
 class SegmentationHead(nn.Module):
@@ -80,11 +115,22 @@ class SegmentationHead(nn.Module):
 
     def forward(self, features: Features) -> torch.Tensor:
         """Logits (N, out_channels, ...)."""
-        return self.conv(features.maps[0])
+        return self.conv(self.inputs(features))
 
     def loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Dice (over the batch, without the background) plus cross-entropy; target (N, ...) class indices."""
         return self._loss(logits.float(), target.unsqueeze(1))
+
+    def inputs(self, features: Features) -> torch.Tensor:
+        """The decoded map (N, channels, ...)."""
+        return features.maps[0]
+
+    @torch.no_grad()
+    def start_from(self, probe: LinearProbe) -> None:
+        """Take over a probe of the decoded map's voxels."""
+        weight = probe.weight / probe.std
+        self.conv.weight.copy_(weight.reshape(self.conv.weight.shape))
+        self.conv.bias.copy_(probe.bias - weight @ probe.mean)
 
 
 HEADS: dict[str, Callable[..., nn.Module]] = {"classification": ClassificationHead, "segmentation": SegmentationHead}

@@ -14,6 +14,7 @@ from medim.objectives.coordinates import Coordinates
 from medim.objectives.infomax import LocalDIM
 from medim.objectives.objective import Encode, Objective, Term
 from medim.objectives.prior_matching import PriorMatching
+from medim.objectives.reconstruction import Reconstruction
 
 __all__ = ["OBJECTIVES", "Encode", "Objective", "Term"]
 
@@ -21,4 +22,5 @@ OBJECTIVES: dict[str, Callable[..., nn.Module]] = {
     "local_dim": LocalDIM,
     "coordinates": Coordinates,
     "prior_matching": PriorMatching,
+    "reconstruction": Reconstruction,
 }

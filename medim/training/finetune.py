@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from medim.data.index import Index, Record
 from medim.data.splits import budget
 from medim.data.transforms import Augmentation
 from medim.deployment.inference import INFERENCES
+from medim.evaluation.cases import write_cases
 from medim.evaluation.evaluate import seen_subjects, validate
 from medim.files import fresh_folder, write_csv, write_json
 from medim.models.model import Model, as_run, build_model
 from medim.models.saved import SCHEMA_VERSION, find, load_weights, save
 from medim.training.cohort import Cohort, open_cohort, write_config, write_seen
+from medim.training.head_init import start_head_as_probe
 from medim.training.loaders import StepSampler, step_loader
 from medim.training.monitor import COLUMNS
 from medim.training.optim import optimiser
@@ -30,31 +32,36 @@ from medim.training.trainer import fit, make_trainer, newest_checkpoint, peak_me
 from medim.types import Modality, UsageError, UserError
 
 log = logging.getLogger(__name__)
+Row = tuple[int, str, float | None, None, float | None]  # the columns of history.csv
+PROBE_BATCHES = 32  # what the head is started from, where there are more
 KINDS = {"segmentation": "segmenter", "classification": "classifier"}
 
 
 class FinetuneModule(pl.LightningModule):
-    """Steps a model on labelled images; the encoder at its own rate.
+    """Steps a model on labelled images; what came pretrained at its own rate.
 
     Args:
         model: encoder, decoder and head.
         config: the schedule.
+        pretrained: the model's parts that came with weights.
     """
 
-    def __init__(self, model: Model, config: FinetuneConfig) -> None:
+    def __init__(self, model: Model, config: FinetuneConfig, pretrained: Sequence[torch.nn.Module] = ()) -> None:
         super().__init__()
         self.model = model
         self._config = config
-        self.losses: list[tuple[int, str, float, None, None]] = []
+        self._pretrained = tuple(pretrained)  # a tuple, so that they are not registered a second time
+        self.rows: list[Row] = []
 
     def configure_optimizers(self) -> Any:
-        """AdamW, the encoder's rate scaled by `encoder_lr_scale`."""
+        """AdamW, the rate of what came pretrained scaled by `pretrained_lr_scale`."""
         config, model = self._config, self.model
-        rest = torch.nn.ModuleList([m for m in (model.decoder, model.head) if m is not None])
-        schedule = {"lr": config.lr, "weight_decay": config.weight_decay}
+        parts = [part for part in (model.encoder, model.decoder, model.head) if part is not None]
+        scale = {id(part): config.pretrained_lr_scale for part in self._pretrained}
         main, decay = optimiser(
-            [(model.encoder, config.encoder_lr_scale), (rest, 1.0)],
-            **schedule,
+            [(part, scale.get(id(part), 1.0)) for part in parts],
+            lr=config.lr,
+            weight_decay=config.weight_decay,
             warmup_steps=config.warmup_steps,
             max_steps=config.max_steps,
         )
@@ -74,16 +81,40 @@ class FinetuneModule(pl.LightningModule):
                 f"step {self.global_step + 1}: expected a finite loss, got {float(loss.detach())}. Fine-tuning "
                 f"diverged; lower lr (now {self._config.lr:g}), and check the intensities after preprocessing."
             )
-        self.losses.append((self.global_step + 1, "loss", float(loss.detach()), None, None))
+        self.rows.append((self.global_step + 1, "loss", float(loss.detach()), None, None))
         return loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the losses with the weights."""
-        checkpoint["losses"] = self.losses
+        """Keep the history with the weights."""
+        checkpoint["rows"] = self.rows
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the losses."""
-        self.losses = [tuple(row) for row in checkpoint["losses"]]
+        """Take up the history."""
+        self.rows = [tuple(row) for row in checkpoint["rows"]]
+
+
+class MeasureOnTheWay(pl.Callback):
+    """Measures the validation split after given steps, into the module's history; nothing is chosen by it.
+
+    Args:
+        steps: after which.
+        measure: the model in evaluation mode to metric name and value.
+    """
+
+    def __init__(self, steps: Sequence[int], measure: Callable[[Model], dict[str, float]]) -> None:
+        self._steps, self._measure = frozenset(steps), measure
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        """Measure where the step is one of those asked for, in the run's own precision."""
+        assert isinstance(module, FinetuneModule)
+        if trainer.global_step not in self._steps:
+            return
+        with trainer.precision_plugin.forward_context():
+            found = self._measure(module.model.eval())
+        module.model.train()
+        module.rows += [(trainer.global_step, f"val/{name}", None, None, value) for name, value in found.items()]
 
 
 def resolve_config(
@@ -148,6 +179,7 @@ def finetune(
     labelled: int | None = None,
     label_fraction: float | None = None,
     seed: int = 0,
+    subset_seed: int | None = None,
     split_seed: int = 0,
     resume: bool = False,
     overwrite: bool = False,
@@ -167,7 +199,8 @@ def finetune(
         from_scratch: take the encoder's architecture and preprocessing, not its weights.
         labelled: budget in images.
         label_fraction: budget as a share of the labelled training images.
-        seed: of fresh weights, budget, batches and augmentation.
+        seed: of fresh weights, batches and augmentation.
+        subset_seed: of the draw of the label budget; None takes `seed`.
         split_seed: of the split by subject.
         resume: continue from the newest checkpoint in `out`.
         overwrite: empty `out` first.
@@ -183,33 +216,50 @@ def finetune(
     """
     rehearse(config)
     check_target()
+    subset_seed = seed if subset_seed is None else subset_seed
     fresh_folder(out, resume=resume, overwrite=overwrite)
     cohort = open_cohort(index, _labelled(config, index), config.preprocessing, split_seed=split_seed, store=store)
-    train, val = (
-        budget(cohort.records("train"), labelled=labelled, fraction=label_fraction, seed=seed),
-        cohort.records("val"),
-    )
+    train = budget(cohort.records("train"), labelled=labelled, fraction=label_fraction, seed=subset_seed)
+    val = cohort.records("val")
     pl.seed_everything(seed, workers=False, verbose=False)
     spec = _spec(config, cohort, seed, split_seed)
     model = build_model(spec)
+    pretrained: list[torch.nn.Module] = []
     if encoder and not from_scratch:
-        spec["provenance"]["parent"] = _load_pretrained(model, encoder)
+        spec["provenance"]["parent"], pretrained = _load_pretrained(model, encoder)
     made = {key: spec["provenance"][key] for key in ("seed", "split_seed", "index_hash", "parent")}
-    write_config(out, config, **made, labelled=labelled, label_fraction=label_fraction)
-    module = FinetuneModule(model, config)
+    budgeted = {"labelled": labelled, "label_fraction": label_fraction, "subset_seed": subset_seed}
+    write_config(out, config, **made, **budgeted)
     checkpoint, start = newest_checkpoint(out / "checkpoints") if resume else (None, 0)
+    if config.head_init == "probe" and not checkpoint:
+        once = min(PROBE_BATCHES, -(-len(train) // config.batch_size))
+        batches = _loader(config, cohort, train, spec["classes"], steps=once, seed=seed, augment=False)
+        start_head_as_probe(model, batches, classes=spec["out_channels"], seed=seed)
+    module = FinetuneModule(model, config, pretrained)
+
+    def measure(model: Model) -> dict[str, float]:
+        found = validate(as_run(model), index, val, spec)[0]["metrics"] if val else {}
+        return {name: metric["value"] for name, metric in found.items()}
+
     with track("finetune", config, seed=seed, index_hash=index.hash) as logger:
         trainer = make_trainer(
-            config, out, logger=False, callbacks=[], accelerator=accelerator, validate=False, clip=config.gradient_clip
+            config,
+            out,
+            logger=False,
+            callbacks=[MeasureOnTheWay(config.measure_at, measure)],
+            accelerator=accelerator,
+            validate=False,
+            clip=config.gradient_clip,
         )
-        loader = _loader(config, cohort, train, spec["classes"], seed=seed, start=start)
+        loader = _loader(config, cohort, train, spec["classes"], steps=config.max_steps, seed=seed, start=start)
         fit(trainer, module, loader, checkpoint=checkpoint)
         save(out / "model", "model", model.eval(), spec)
-        write_csv(out / "history.csv", COLUMNS, module.losses)
+        write_csv(out / "history.csv", COLUMNS, module.rows)
         origin = seen_subjects(encoder) if encoder and not from_scratch else None
         write_seen(out, pretrain=origin["pretrain"] if origin else [], finetune=[r.subject for r in train])
         log.info("measuring on %d validation images", len(val))
-        measured = validate(as_run(model), index, val, spec) if val else None
+        measured, cases = validate(as_run(model), index, val, spec) if val else (None, [])
+        write_cases(out / "cases.parquet", cases, spec["kind"])
         summary = _summary(config, cohort, module, spec, len(train), measured, start)
         write_json(out / "summary.json", summary)
         metrics = {f"val/{name}": m["value"] for name, m in measured["metrics"].items()} if measured else {}
@@ -266,6 +316,7 @@ def _summary(
     measured: dict[str, Any] | None,
     start: int,
 ) -> dict[str, Any]:
+    losses = [loss for _, _, loss, _, _ in module.rows if loss is not None]
     return {
         "schema_version": SCHEMA_VERSION,
         "command": "finetune",
@@ -275,7 +326,7 @@ def _summary(
         "unlabelled_left_out": len(cohort.index.records) - len(cohort.keys) - len(cohort.rejected),
         "steps": module.global_step,
         "resumed_from_steps": [start] if start else [],
-        "loss": {"first": module.losses[0][2], "last": module.losses[-1][2]},
+        "loss": {"first": losses[0], "last": losses[-1]},
         "val": measured,
         "peak_memory_bytes": peak_memory(),
         "device": str(module.device),
@@ -285,35 +336,45 @@ def _summary(
     }
 
 
-def _load_pretrained(model: Model, encoder: Path) -> str:
-    """Load an encoder's weights, and its decoder's where both sides have one; returns the encoder's sha256."""
+def _load_pretrained(model: Model, encoder: Path) -> tuple[str, list[torch.nn.Module]]:
+    """Load an encoder's weights, and its decoder's where both sides have one.
+
+    Returns:
+        The encoder's sha256, and the parts of the model that were loaded.
+    """
     weights, spec = find(encoder)
     if spec["kind"] != "encoder":
         load_weights(model.encoder, weights, prefix="encoder.")
-        return str(spec["sha256"])
+        return str(spec["sha256"]), [model.encoder]
     load_weights(model.encoder, weights)
     decoder = weights.with_name("decoder.safetensors")
-    if model.decoder is not None and decoder.is_file():
-        load_weights(model.decoder, decoder)
-    return str(spec["sha256"])
+    if model.decoder is None or not decoder.is_file():
+        return str(spec["sha256"]), [model.encoder]
+    load_weights(model.decoder, decoder)
+    return str(spec["sha256"]), [model.encoder, model.decoder]
 
 
 def _loader(
-    config: FinetuneConfig, cohort: Cohort, records: Sequence[Record], classes: Sequence[str], *, seed: int, start: int
+    config: FinetuneConfig,
+    cohort: Cohort,
+    records: Sequence[Record],
+    classes: Sequence[str],
+    *,
+    steps: int,
+    seed: int,
+    start: int = 0,
+    augment: bool = True,
 ) -> Any:
     dataset = LabelledDataset(
         cohort.store,
         cohort.store_keys(records),
         targets=None if config.task == "segmentation" else [classes.index(str(r.label)) for r in records],
         shape=config.views.shape,
-        augmentations=config.views.augmentations,
+        augmentations=config.views.augmentations if augment else (),
     )
     images = [r.image for r in records]  # every labelled image counts, also two of one subject
-    return step_loader(
-        dataset,
-        StepSampler(images, batch_size=config.batch_size, steps=config.max_steps, seed=seed, start=start),
-        workers=config.workers,
-    )
+    sampler = StepSampler(images, batch_size=config.batch_size, steps=steps, seed=seed, start=start)
+    return step_loader(dataset, sampler, workers=config.workers)
 
 
 def _spec(config: FinetuneConfig, cohort: Cohort, seed: int, split_seed: int) -> dict[str, Any]:

@@ -130,7 +130,8 @@ def rehearse(config: PretrainConfig) -> None:
         encoder: Any = build_encoder(
             {"encoder": config.encoder, "in_channels": 1, "spatial_dims": config.spatial_dims, "input_shape": shape}
         )
-        build_objectives(config, encoder, 1)
+        decoder = build_decoder(config.decoder, encoder, config.spatial_dims) if config.decoder else None
+        build_objectives(config, encoder, decoder, 1)
     except (RuntimeError, ValueError) as error:
         raise UsageError(
             f"views.shape {list(shape)}: the encoder {config.encoder.get('name')!r} cannot take it ({error}). "
@@ -144,7 +145,7 @@ def _module(config: PretrainConfig, spec: dict[str, Any], seed: int) -> Pretrain
     return PretrainModule(
         encoder,
         decoder,
-        build_objectives(config, encoder, int(spec["in_channels"])),
+        build_objectives(config, encoder, decoder, int(spec["in_channels"])),
         lr=config.lr,
         weight_decay=config.weight_decay,
         warmup_steps=config.warmup_steps,
@@ -154,8 +155,16 @@ def _module(config: PretrainConfig, spec: dict[str, Any], seed: int) -> Pretrain
     )
 
 
-def build_objectives(config: PretrainConfig, encoder: Any, in_channels: int) -> dict[str, tuple[nn.Module, float]]:
-    """Make the configured objectives for an encoder, each with its weight, under its name (a second `x` is `x_2`).
+def build_objectives(
+    config: PretrainConfig, encoder: Any, decoder: Any, in_channels: int
+) -> dict[str, tuple[nn.Module, float]]:
+    """Make the configured objectives, each with its weight, under its name (a second `x` is `x_2`).
+
+    Args:
+        config: the run.
+        encoder: whose features they get.
+        decoder: for those that decode; or None.
+        in_channels: channels of an image.
 
     Raises:
         UsageError: a section does not fit its constructor.
@@ -179,7 +188,9 @@ def build_objectives(config: PretrainConfig, encoder: Any, in_channels: int) -> 
             summary_channels=encoder.summary_channels,
             spatial_dims=config.spatial_dims,
             grids=tuple(tuple(m.shape[2:]) for m in maps),
+            in_channels=in_channels,
             input_shape=shape,
+            decoded_channels=decoder.out_channels if decoder else 0,
             receptive_fields=tuple(encoder.receptive_field(level) for level in range(len(maps))),
         )
         name = str(options["name"])

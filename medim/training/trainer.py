@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from medim.config import RunConfig
 from medim.files import write_bytes
+from medim.models.layers import channels_last
 from medim.types import UserError
 
 log = logging.getLogger(__name__)
@@ -181,12 +182,13 @@ def make_trainer(
 def fit(
     trainer: pl.Trainer, module: pl.LightningModule, loader: Any, held_out: Any = None, *, checkpoint: Path | None
 ) -> None:
-    """Run the trainer, from a checkpoint where one is given.
+    """Run the trainer, with convolutions channels last, from a checkpoint where one is given.
 
     Raises:
         StoppedError: SIGTERM came; the step it came in is saved.
         KeyboardInterrupt: Lightning alone would leave with a bare exit code.
     """
+    channels_last(module)
     try:
         trainer.fit(module, loader, held_out, ckpt_path=checkpoint)
     except SIGTERMException:

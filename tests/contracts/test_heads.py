@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from medim.config import build
-from medim.models.heads import HEADS
+from medim.models.heads import HEADS, LinearProbe
 from medim.models.saved import load_weights, save
 from medim.types import Features
 
@@ -107,3 +107,18 @@ def test_a_saved_head_comes_back_bit_for_bit(section: dict[str, Any], dims: int,
             parameter.zero_()
     load_weights(again, tmp_path / "head.safetensors")
     assert torch.equal(again.eval()(features(dims)), head.eval()(features(dims)))
+
+
+@every_head
+def test_a_head_that_starts_from_a_probe_answers_as_the_probe(section: dict[str, Any], dims: int) -> None:
+    head = make(section, dims).eval()
+    given = features(dims)
+    inputs = head.inputs(given)
+    width = inputs.shape[1]
+    generator = torch.Generator().manual_seed(3)
+    mean, weight = torch.randn(width, generator=generator), torch.randn(CLASSES, width, generator=generator)
+    probe = LinearProbe(mean, torch.rand(width, generator=generator) + 0.5, weight, torch.arange(CLASSES).float())
+    head.start_from(probe)
+    rows = inputs.movedim(1, -1).reshape(-1, width)
+    expected = ((rows - probe.mean) / probe.std) @ probe.weight.T + probe.bias
+    torch.testing.assert_close(head(given).movedim(1, -1).reshape(-1, CLASSES), expected, atol=1e-3, rtol=1e-3)

@@ -24,6 +24,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "coordinates": [{"hidden": 8}, {"hidden": 8, "points": 5, "see_summary": False}],
     "prior_matching": [{"hidden": [8]}, {"hidden": [8], "prior": "gaussian"}],
+    "reconstruction": [{"block": 4}, {"block": 3, "hidden": 0.3}],
 }
 SHAPES: dict[int, tuple[int, ...]] = {2: (8, 12), 3: (8, 12, 8)}
 every_objective = pytest.mark.parametrize(
@@ -68,7 +69,9 @@ def objective_of(section: dict[str, Any], dims: int, encoder: UNetEncoder) -> An
         summary_channels=encoder.summary_channels,
         spatial_dims=dims,
         grids=tuple(tuple(side // stride for side in SHAPES[dims]) for stride in encoder.strides),
+        in_channels=1,
         input_shape=SHAPES[dims],
+        decoded_channels=1,
         receptive_fields=tuple(encoder.receptive_field(level) for level in range(2)),
     )
 
@@ -129,6 +132,8 @@ def test_a_step_can_be_replayed_from_its_generator(section: dict[str, Any], dims
 
 @every_objective
 def test_the_order_of_the_batch_plays_no_part(section: dict[str, Any], dims: int, count: int) -> None:
+    if section["name"] == "reconstruction":
+        pytest.skip("what is hidden is drawn image by image")
     plain = {k: v for k, v in section.items() if k not in ("occlusion", "points")}  # these draw for each image
     encoder, objective = make(plain, dims)
     views = views_of(dims, count)

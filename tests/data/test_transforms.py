@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from monai.data.meta_obj import get_track_meta
 from monai.data.meta_tensor import MetaTensor
-from monai.transforms.spatial.array import RandAffine
+from monai.transforms.spatial.array import Affine
+from torch.nn.functional import interpolate
 
 from medim.data.preprocessing import preprocess
 from medim.data.transforms import AUGMENTATIONS, GEOMETRIC, Augmentation, as_monai
@@ -114,10 +117,31 @@ class TestAugmentation:
         torch.testing.assert_close(got[:, :8], image[:, :8])
         assert (got[:, 8:16, 8:16] - 2).abs().max() > 0.05
 
-    def test_rotation_is_in_degrees(self) -> None:
-        transform = AUGMENTATIONS["affine"](spatial_dims=3, rotate=180.0)
-        assert isinstance(transform, RandAffine)
-        assert transform.rand_affine_grid.rotate_range == pytest.approx([np.pi] * 3)
+    @pytest.mark.parametrize("shape", [(28, 36), (20, 28, 24)])
+    def test_affine_is_monais(self, shape: tuple[int, ...]) -> None:
+        dims = len(shape)
+        coarse = torch.rand(1, 1, *(side // 4 for side in shape))
+        image = interpolate(coarse, size=shape, mode="bilinear" if dims == 2 else "trilinear")[0]
+        transform = AUGMENTATIONS["affine"](spatial_dims=dims, rotate=25.0, scale=0.2, translate=3.0, probability=1.0)
+        transform.set_random_state(5)
+        got = transform(image)
+        drawn: Any = transform
+        angles = [float(angle) for angle in drawn._angles]
+        oracle = Affine(
+            rotate_params=angles if dims == 3 else angles[0],
+            scale_params=[float(1 + zoom) for zoom in drawn._zoom],
+            translate_params=[float(shift) for shift in drawn._shift],
+            padding_mode="border",
+            image_only=True,
+        )
+        torch.testing.assert_close(got, torch.as_tensor(oracle(image)), rtol=0, atol=1e-5)
+        assert (got - image).abs().max() > 0.1
+
+    def test_rotation_is_in_degrees_and_within_its_range(self) -> None:
+        transform: Any = AUGMENTATIONS["affine"](spatial_dims=3, rotate=180.0, probability=1.0)
+        transform.set_random_state(0)
+        drawn = np.abs([(transform.randomize(), transform._angles)[1] for _ in range(50)])
+        assert 3.0 < drawn.max() <= np.pi
 
     def test_no_augmentation_gives_the_image_itself(self) -> None:
         image = torch.rand(1, 4, 4)

@@ -34,7 +34,7 @@ def by_size(image: Array) -> Array:
 
 
 def test_a_perfect_network_scores_one_in_the_image_s_own_space(index: Index, segmenter: dict[str, Any]) -> None:
-    found = validate(perfect, index, index.records, segmenter)
+    found = validate(perfect, index, index.records, segmenter)[0]
     assert (found["n"], found["subjects"], found["rejected"]) == (8, 4, 0)
     assert found["metrics"]["dice"] == {"value": 1, "ci_low": 1, "ci_high": 1, "n": 8}
     for name in ("front", "back"):
@@ -45,7 +45,7 @@ def test_a_perfect_network_scores_one_in_the_image_s_own_space(index: Index, seg
 def test_classes_that_are_swapped_score_zero_and_have_their_distance_in_mm(
     index: Index, segmenter: dict[str, Any]
 ) -> None:
-    found = validate(swapped, index, index.records, segmenter)["metrics"]
+    found = validate(swapped, index, index.records, segmenter)[0]["metrics"]
     assert found["dice"]["value"] == 0
     assert found["hd95_front"]["value"] == pytest.approx(10)  # the far side of `back`: 5 voxels of 2 mm
 
@@ -60,7 +60,7 @@ def test_masks_of_a_source_that_names_the_classes_in_another_order_are_relabelle
     index: Index, segmenter: dict[str, Any]
 ) -> None:
     other = {**segmenter, "classes": ["back", "front"]}
-    assert validate(swapped, index, index.records, other)["metrics"]["dice"]["value"] == 1
+    assert validate(swapped, index, index.records, other)[0]["metrics"]["dice"]["value"] == 1
 
 
 def test_a_source_of_other_classes_is_refused(index: Index, segmenter: dict[str, Any]) -> None:
@@ -69,7 +69,7 @@ def test_a_source_of_other_classes_is_refused(index: Index, segmenter: dict[str,
 
 
 def test_classification_is_by_the_probability_of_each_class(index: Index, classifier: dict[str, Any]) -> None:
-    found = validate(by_size, index, index.records, classifier)
+    found = validate(by_size, index, index.records, classifier)[0]
     assert {name: metric["value"] for name, metric in found["metrics"].items() if name != "ece"} == {
         "auroc": 1,
         "accuracy": 1,
@@ -93,7 +93,7 @@ def test_a_case_that_cannot_be_read_becomes_a_rejected_row_and_is_counted(
     assert refused[0]["rejected"]
     assert str(masks) not in refused[0]["detail"]
     assert steps == [(i, 8) for i in range(1, 9)]
-    found = validate(perfect, index, index.records, segmenter)
+    found = validate(perfect, index, index.records, segmenter)[0]
     assert (found["n"], found["rejected"], found["metrics"]["dice"]["n"]) == (7, 1, 7)
 
 

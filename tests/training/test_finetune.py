@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import torch
 from medim.config import FinetuneConfig, PretrainConfig, ViewsConfig, check
 from medim.data.index import Index, build_index
 from medim.data.splits import split
+from medim.evaluation.cases import read_cases
 from medim.files import sha256
+from medim.models.model import build_model
 from medim.models.saved import load_encoder, load_model
-from medim.training.finetune import finetune, resolve_config
+from medim.training.finetune import FinetuneModule, finetune, resolve_config
 from medim.training.pretrain import pretrain
 from medim.types import UsageError, UserError
 
@@ -57,7 +60,7 @@ def test_a_budget_counts_images_and_the_validation_subjects_are_never_trained_on
 def test_the_encoder_starts_from_the_pretrained_weights_and_its_twin_does_not(
     encoder: Path, finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path
 ) -> None:
-    frozen = finetune_config.model_copy(update={"encoder_lr_scale": 1e-12, "weight_decay": 0.0})
+    frozen = finetune_config.model_copy(update={"pretrained_lr_scale": 1e-12, "weight_decay": 0.0})
     started = finetune(frozen, cohort_index, tmp_path / "started", encoder=encoder, store=store)
     twin = finetune(frozen, cohort_index, tmp_path / "twin", encoder=encoder, from_scratch=True, store=store)
     pretrained, begun, fresh = (
@@ -69,6 +72,79 @@ def test_the_encoder_starts_from_the_pretrained_weights_and_its_twin_does_not(
     assert (started["init"], twin["init"]) == ("pretrained", "scratch")
     provenance = load_model(tmp_path / "started")[1]["provenance"]
     assert provenance["parent"] == sha256(encoder / "encoder" / "encoder.safetensors")
+
+
+def test_what_came_pretrained_learns_at_its_own_rate_and_the_twin_at_the_full_one(
+    finetune_config: FinetuneConfig,
+) -> None:
+    model = build_model(
+        {
+            **finetune_config.model_dump(),
+            "in_channels": 1,
+            "out_channels": 2,
+            "spatial_dims": 3,
+            "input_shape": finetune_config.views.shape,
+        }
+    )
+    config = finetune_config.model_copy(update={"pretrained_lr_scale": 0.25, "warmup_steps": 0})
+    parts = {"encoder": model.encoder, "decoder": model.decoder, "head": model.head}
+    for pretrained in ([], ["encoder"], ["encoder", "decoder"]):
+        module = FinetuneModule(model, config, [parts[name] for name in pretrained])
+        (optimiser,), _ = module.configure_optimizers()
+        rates = {id(p): group["lr"] for group in optimiser.param_groups for p in group["params"]}
+        for name, part in parts.items():
+            expected = config.lr * (0.25 if name in pretrained else 1.0)
+            assert {rates[id(p)] for p in part.parameters()} == {expected}, name
+        assert len(rates) == len(list(model.parameters()))
+
+
+def test_a_head_started_as_a_probe_knows_something_before_the_first_step(
+    encoder: Path, finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path
+) -> None:
+    still = finetune_config.model_copy(update={"max_steps": 1, "lr": 1e-12, "weight_decay": 0.0})
+    dice = {
+        init: finetune(
+            still.model_copy(update={"head_init": init}), cohort_index, tmp_path / init, encoder=encoder, store=store
+        )["val"]["metrics"]["dice"]["value"]
+        for init in ("random", "probe")
+    }
+    assert dice["probe"] > max(0.3, dice["random"])
+
+
+def test_the_way_is_measured_at_the_steps_asked_for_and_changes_nothing(
+    finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path
+) -> None:
+    finetune(finetune_config, cohort_index, tmp_path / "plain", store=store)
+    measured = finetune_config.model_copy(update={"measure_at": (2, 6)})
+    summary = finetune(measured, cohort_index, tmp_path / "measured", store=store)
+    assert sha256(tmp_path / "plain" / WEIGHTS) == sha256(tmp_path / "measured" / WEIGHTS)
+    with (tmp_path / "measured" / "history.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["name"] == "val/dice"]
+    assert [int(row["step"]) for row in rows] == [2, 6]
+    assert float(rows[-1]["held_out"]) == pytest.approx(summary["val"]["metrics"]["dice"]["value"])
+
+
+def test_every_validation_case_is_written(
+    finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path
+) -> None:
+    summary = finetune(finetune_config, cohort_index, tmp_path / "run", store=store)
+    rows = read_cases(tmp_path / "run" / "cases.parquet")
+    assert len({row["image"] for row in rows}) == summary["val"]["n"]
+    assert np.mean([row["dice"] for row in rows]) == pytest.approx(summary["val"]["metrics"]["dice"]["value"], abs=0.05)
+
+
+def test_the_label_subset_has_a_seed_of_its_own(
+    finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path
+) -> None:
+    one = finetune_config.model_copy(update={"max_steps": 1})
+    seen = {}
+    for name, seeds in {"a": (0, 3), "b": (1, 3), "c": (0, 4)}.items():
+        seed, subset_seed = seeds
+        options = {"labelled": 4, "seed": seed, "subset_seed": subset_seed}
+        finetune(one, cohort_index, tmp_path / name, store=store, **options)  # type: ignore[arg-type]
+        seen[name] = json.loads((tmp_path / name / "seen_subjects.json").read_text())["finetune"]
+    assert seen["a"] == seen["b"] != seen["c"]
+    assert sha256(tmp_path / "a" / WEIGHTS) != sha256(tmp_path / "b" / WEIGHTS)
 
 
 def test_both_arms_are_the_same_network_on_the_same_images_by_the_same_schedule(

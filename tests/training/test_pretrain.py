@@ -213,7 +213,7 @@ def test_a_misspelt_objective_option_names_the_right_one(
 def test_the_same_objective_twice_keeps_two_names(pretrain_config: PretrainConfig, undisturbed: Path) -> None:
     twice = [{"name": "local_dim", "level": level, "weight": 0.5} for level in (0, 1)]
     config = pretrain_config.model_copy(update={"objectives": twice})
-    objectives = build_objectives(config, medim.load_encoder(undisturbed), 1)
+    objectives = build_objectives(config, medim.load_encoder(undisturbed), None, 1)
     assert list(objectives) == ["local_dim", "local_dim_2"]
     assert [weight for _, weight in objectives.values()] == [0.5, 0.5]
 

@@ -1,0 +1,87 @@
+"""Start the head as a linear probe of the features, before anything else learns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
+from sklearn.preprocessing import StandardScaler
+
+from medim.models.heads import LinearProbe
+from medim.models.model import Model
+from medim.types import Array
+
+ROWS_A_CLASS = 4000
+FOLDS = 5
+STRENGTHS = np.logspace(-4, 0, 5)  # C of scikit-learn, the inverse of the penalty
+
+
+def start_head_as_probe(
+    model: Model, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], *, classes: int, seed: int
+) -> None:
+    """Fit a logistic regression to what the head sees, and start the head from it.
+
+    Full fine-tuning from a random head distorts pretrained features before the head has learnt to use them; a head
+    that is right from the first step does not (LP-FT: Kumar et al. 2022, arXiv 2202.10054).
+
+    Args:
+        model: encoder, decoder and head; norms use the statistics of the batches, as in the steps that follow.
+        batches: labelled images (N, C, ...) and targets (N,) or (N, ...).
+        classes: number of classes, K.
+        seed: of the folds, and of the draw of voxels.
+    """
+    rows, labels = _rows(model.train(), batches, np.random.default_rng(seed))
+    if len(np.unique(labels)) < 2:
+        return
+    head: Any = model.head
+    head.start_from(fit_probe(rows, labels, classes=classes, seed=seed))
+
+
+def fit_probe(rows: Array, labels: Array, *, classes: int, seed: int) -> LinearProbe:
+    """A multinomial logistic regression; its penalty is chosen by cross-validation within the rows where they allow it.
+
+    Args:
+        rows: features (n, d).
+        labels: class indices (n,), of at least two classes.
+        classes: number of classes, K; those without a row get the lowest bias.
+        seed: of the folds.
+    """
+    scaler = StandardScaler().fit(rows)
+    scaled, smallest = scaler.transform(rows), int(np.bincount(labels)[np.unique(labels)].min())
+    fitted: Any = LogisticRegression(C=0.01, max_iter=500, random_state=seed)
+    if FOLDS <= smallest < ROWS_A_CLASS:
+        fitted = GridSearchCV(fitted, {"C": STRENGTHS}, scoring="neg_log_loss", cv=FOLDS)
+    fitted.fit(scaled, labels)
+    found = getattr(fitted, "best_estimator_", fitted)
+    coefficients, intercepts = found.coef_, found.intercept_
+    if len(coefficients) == 1:  # of two classes scikit-learn keeps the second one's logit alone
+        coefficients, intercepts = (np.concatenate([-half, half]) for half in (coefficients / 2, intercepts / 2))
+    weight, bias = np.zeros((classes, rows.shape[1])), np.full(classes, intercepts.min())
+    weight[found.classes_], bias[found.classes_] = coefficients, intercepts
+    return LinearProbe(*(torch.from_numpy(a).float() for a in (scaler.mean_, scaler.scale_, weight, bias)))
+
+
+@torch.no_grad()
+def _rows(
+    model: Model, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], rng: np.random.Generator
+) -> tuple[Array, Array]:
+    """What the head sees (n, d) and its targets (n,), at most `ROWS_A_CLASS` a class."""
+    found: list[tuple[Array, Array]] = []
+    head: Any = model.head
+    for image, target in batches:
+        features = model.encoder(image)
+        x = head.inputs(features if model.decoder is None else model.decoder(features)).float()
+        found.append(_few(x.movedim(1, -1).reshape(-1, x.shape[1]).numpy(), target.reshape(-1).numpy(), rng))
+    rows, labels = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return _few(rows, labels, rng)
+
+
+def _few(rows: Array, labels: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+    """At most `ROWS_A_CLASS` rows of each class, drawn at random."""
+    drawn = [rng.permutation(np.flatnonzero(labels == label))[:ROWS_A_CLASS] for label in np.unique(labels)]
+    keep = np.sort(np.concatenate(drawn))
+    return rows[keep], labels[keep]

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from medim.models.heads import LinearProbe
+from medim.models.model import Model, build_model
+from medim.training.head_init import ROWS_A_CLASS, fit_probe, start_head_as_probe
+from medim.types import Array
+
+
+def clouds(classes: int, each: int, width: int = 3) -> tuple[Array, Array]:
+    rng = np.random.default_rng(0)
+    rows = np.concatenate([rng.normal(3.0 * k, 1.0 + k, (each, width)) for k in range(classes)])
+    return rows.astype(np.float32), np.repeat(np.arange(classes), each)
+
+
+def logits(probe: LinearProbe, rows: Array) -> Array:
+    x = (torch.from_numpy(rows) - probe.mean) / probe.std
+    return (x @ probe.weight.T + probe.bias).numpy()
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_with_few_rows_it_is_a_logistic_regression_of_a_fixed_penalty(classes: int) -> None:
+    rows, labels = clouds(classes, 4)
+    scaled = StandardScaler().fit_transform(rows)
+    oracle = LogisticRegression(C=0.01).fit(scaled, labels).predict_proba(scaled)
+    got = torch.softmax(torch.from_numpy(logits(fit_probe(rows, labels, classes=classes, seed=0), rows)), dim=1)
+    np.testing.assert_allclose(got.numpy(), oracle, atol=2e-3)
+
+
+def test_with_more_rows_the_penalty_is_chosen_within_them() -> None:
+    rows, labels = clouds(2, 40)
+    few, many = fit_probe(rows[::10], labels[::10], classes=2, seed=0), fit_probe(rows, labels, classes=2, seed=0)
+    assert many.weight.norm() > 2 * few.weight.norm()  # clear classes ask for a weak penalty
+    assert (logits(many, rows).argmax(1) == labels).mean() > 0.9
+
+
+def test_a_class_without_a_row_is_never_preferred() -> None:
+    rows, labels = clouds(3, 6)
+    seen = labels != 1
+    probe = fit_probe(rows[seen], labels[seen], classes=3, seed=0)
+    assert set(logits(probe, rows).argmax(1)) <= {0, 2}
+
+
+@pytest.fixture
+def segmenter() -> Model:
+    torch.manual_seed(0)
+    return build_model(
+        {
+            "encoder": {"name": "unet", "channels": [4, 8]},
+            "decoder": {"name": "unet"},
+            "head": {"name": "segmentation"},
+            "in_channels": 1,
+            "out_channels": 2,
+            "spatial_dims": 3,
+            "input_shape": [8, 8, 8],
+        }
+    )
+
+
+def test_a_segmenter_tells_bright_from_dark_before_its_first_step(segmenter: Model) -> None:
+    generator = torch.Generator().manual_seed(1)
+    target = torch.zeros(2, 8, 8, 8, dtype=torch.int64)
+    target[:, 2:6, 2:6, 2:6] = 1
+    image = 4.0 * target.unsqueeze(1) + 0.1 * torch.randn(2, 1, 8, 8, 8, generator=generator)
+    encoder = {name: value.clone() for name, value in segmenter.encoder.state_dict().items()}
+    start_head_as_probe(segmenter, [(image, target)], classes=2, seed=0)
+    background, bright = segmenter(image).detach().unbind(1)
+    margin = bright - background
+    assert margin[target == 1].mean() - margin[target == 0].mean() > margin[target == 0].std()
+    assert all(torch.equal(value, encoder[name]) for name, value in segmenter.encoder.state_dict().items())
+    assert target.numel() < ROWS_A_CLASS
+
+
+def test_one_class_alone_leaves_the_head_as_it_was(segmenter: Model) -> None:
+    before = {name: value.clone() for name, value in segmenter.state_dict().items()}
+    image = torch.randn(1, 1, 8, 8, 8)
+    start_head_as_probe(segmenter, [(image, torch.zeros(1, 8, 8, 8, dtype=torch.int64))], classes=2, seed=0)
+    assert all(torch.equal(value, before[name]) for name, value in segmenter.state_dict().items())
