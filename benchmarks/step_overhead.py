@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 
-from medim.config import PretrainConfig, load
 from medim.files import write_json
 from medim.models.model import build_decoder, build_encoder
 from medim.training.encode import StepEncode
-from medim.training.pretrain import build_objectives
+from medim.training.pretrain import build_objectives, resolve_config
 from medim.types import Views
 
 PRESETS = ("mri-demo", "mri-crop", "xray-28", "xray")
@@ -42,8 +41,7 @@ def main() -> None:
 
 def measure(preset: str, rounds: int) -> dict[str, float]:
     """Median, lowest and highest ratio over pairs of an encoder pass and a step, after one pair to warm up."""
-    config = load("pretrain", preset)
-    assert isinstance(config, PretrainConfig)
+    config = resolve_config(preset)
     torch.manual_seed(0)
     shape, count = config.views.shape, config.views.count
     spec = {"encoder": config.encoder, "in_channels": 1, "spatial_dims": len(shape), "input_shape": list(shape)}

@@ -23,6 +23,7 @@ from medim.types import Modality, UsageError, UserError
 Section = dict[str, Any]
 Command = Literal["pretrain", "finetune"]
 T = typing.TypeVar("T")
+AUTO = "auto"  # stands for numbers that follow the images; `medim.training.sizes` fills them in
 
 
 class _Strict(BaseModel):
@@ -102,7 +103,7 @@ class FinetuneConfig(RunConfig):
     )
 
 
-_KINDS: dict[Command, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+KINDS: dict[Command, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
 
 
 def presets(command: Command) -> dict[str, Path]:
@@ -123,7 +124,7 @@ def read(command: Command, name_or_path: str) -> Section:
     known = presets(command)
     path = known.get(name_or_path) or Path(name_or_path)
     if not path.is_file():
-        raise UsageError(f"--config {name_or_path}: {_unknown('preset or file', name_or_path, known)}")
+        raise UsageError(f"--config {name_or_path}: {unknown('preset or file', name_or_path, known)}")
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -163,7 +164,7 @@ def override(content: Section, assignments: Iterable[str]) -> Section:
 
 
 def load(command: Command, name_or_path: str, assignments: Sequence[str] = ()) -> RunConfig:
-    """Read, override and check a run's configuration.
+    """Read, override and check a run's configuration in which nothing is left `auto`.
 
     Args:
         command: whose presets and keys.
@@ -177,42 +178,28 @@ def load(command: Command, name_or_path: str, assignments: Sequence[str] = ()) -
 
 
 def check(command: Command, content: Section, *, where: str) -> RunConfig:
-    """Validate a configuration's content; see `load`."""
-    kind = _KINDS[command]
+    """Validate a configuration's content, whose numbers are all given; see `load`."""
+    kind = KINDS[command]
     try:
-        return kind.model_validate(content)
+        config = kind.model_validate(content)
     except ValidationError as error:
         raise UsageError(f"config {where}: " + "; ".join(_explain(kind, e) for e in error.errors())) from None
+    if left := autos(content):
+        raise UsageError(f"config {where}: {', '.join(left)}: no rule fills in {AUTO!r} here; give a value.")
+    return config
+
+
+def autos(content: Any, at: str = "") -> list[str]:
+    """The dotted keys whose value is `auto`."""
+    if isinstance(content, dict | list):
+        items = content.items() if isinstance(content, dict) else enumerate(content)
+        return [key for part, value in items for key in autos(value, f"{at}.{part}" if at else str(part))]
+    return [at] if content == AUTO else []
 
 
 def dump(config: RunConfig) -> str:
     """The resolved configuration as YAML, every default written out."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
-
-
-def show(name: str) -> str:
-    """A preset as a user may read and copy it: its header, then every key with its meaning and its value, defaults too.
-
-    Raises:
-        UsageError: no such preset.
-    """
-    texts = []
-    for command, kind in _KINDS.items():
-        path = presets(command).get(name)
-        if path is None:
-            continue
-        header = [line for line in path.read_text().splitlines() if line.startswith("#")]
-        meaning = {key: field.description for key, field in kind.model_fields.items()}
-        body = []
-        for line in dump(load(command, name)).splitlines():
-            key = line.partition(":")[0]
-            body += ["", f"# {meaning[key]}"] if key in meaning else []
-            body.append(line)
-        texts.append("\n".join([*header, *body]))
-    if not texts:
-        names = [n for command in _KINDS for n in presets(command)]
-        raise UsageError(f"config show: {_unknown('preset', name, names)}")
-    return "\n".join(texts)
 
 
 def bind(
@@ -235,14 +222,14 @@ def bind(
     options = dict(section)
     name = options.pop(key, None)
     if not isinstance(name, str) or name not in table:
-        raise UsageError(_unknown(key, str(name), table))
+        raise UsageError(unknown(key, str(name), table))
     constructor = table[name]
     parameters = inspect.signature(constructor).parameters
     hints = typing.get_type_hints(constructor.__init__ if inspect.isclass(constructor) else constructor)
     allowed = [p for p in parameters if p not in set(given)]
     for option, value in options.items():
         if option not in allowed:
-            raise UsageError(f"{name}: {_unknown('option', option, allowed)}")
+            raise UsageError(f"{name}: {unknown('option', option, allowed)}")
         try:
             options[option] = TypeAdapter(hints[option]).validate_python(value)
         except ValidationError as error:
@@ -285,10 +272,11 @@ def _item(target: Any, part: str, assignment: str) -> Any:
         if isinstance(target, list)
         else []
     )
-    raise UsageError(f"--set {assignment}: {_unknown('key', part, keys)}")
+    raise UsageError(f"--set {assignment}: {unknown('key', part, keys)}")
 
 
-def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """The sentence on a name that is not there: the nearest one, and all."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -299,7 +287,7 @@ def _explain(kind: type[BaseModel], error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         model = ViewsConfig if error["loc"][0] == "views" else kind
-        return _unknown("key", str(error["loc"][-1]), model.model_fields)
+        return unknown("key", str(error["loc"][-1]), model.model_fields)
     return (
         f"{where}: {error['msg']}, got {error['input']!r}" if error["type"] != "missing" else f"{where} must be given"
     )

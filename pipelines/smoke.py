@@ -15,7 +15,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from medim.config import FinetuneConfig, PretrainConfig, load
 from medim.data.example import make_example
 from medim.data.index import build_index
 from medim.deployment.export import export
@@ -24,7 +23,9 @@ from medim.evaluation.evaluate import evaluate
 from medim.evaluation.report import report
 from medim.files import fresh_folder, write_json
 from medim.training.finetune import finetune
+from medim.training.finetune import resolve_config as finetune_config
 from medim.training.pretrain import pretrain
+from medim.training.pretrain import resolve_config as pretrain_config
 
 LABELLED = 5
 
@@ -46,15 +47,12 @@ def main() -> None:
         console.rule(f"{part}: {seconds[part]:.0f} s", align="left")
         return result
 
-    settings = load("pretrain", "mri-demo")
-    schedule = load("finetune", "mri-demo-segmentation")
-    assert isinstance(settings, PretrainConfig)
-    assert isinstance(schedule, FinetuneConfig)
     common = {"store": out / "store", "accelerator": arguments.accelerator}
 
     done("example", make_example(out / "cohort", subjects=24, formats=("nifti", "dicom")))
     index = done("index", build_index(out / "cohort" / "nifti", "mri"))
-    done("pretrain", pretrain(settings, index, out / "pretrain", **common))
+    done("pretrain", pretrain(pretrain_config("mri-demo", index=index), index, out / "pretrain", **common))
+    schedule = finetune_config("segmentation", "mri", out / "pretrain", None, index=index)
     budget = {"encoder": out / "pretrain", "labelled": LABELLED, **common}
     done("finetune", finetune(schedule, index, out / "finetune", **budget))
     done("from scratch", finetune(schedule, index, out / "scratch", from_scratch=True, **budget))

@@ -26,6 +26,7 @@ from medim.models.decoders import DECODERS
 from medim.models.encoders import ENCODERS
 from medim.models.heads import HEADS
 from medim.objectives import OBJECTIVES
+from medim.training.sizes import RULES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
@@ -128,6 +129,7 @@ def test_the_page_on_the_command_line_names_every_command_and_no_other() -> None
 def test_the_page_on_configuration_names_every_key_and_every_entry_of_every_table() -> None:
     keys = [f"views.{key}" for key in ViewsConfig.model_fields]
     keys += [key for kind in (PretrainConfig, FinetuneConfig) for key in kind.model_fields if key != "views"]
+    keys += RULES
     tables = (STEPS, AUGMENTATIONS, ENCODERS, DECODERS, CRITICS, OBJECTIVES, HEADS)
     entries = [name for table in tables for name in table]
     page = (REPOSITORY / "docs" / "reference" / "config.md").read_text()

@@ -78,8 +78,8 @@ def config_list() -> None:
 
 @command(config_app, "show")
 def config_show(name: Annotated[str, typer.Argument(help="A preset's name.")]) -> None:
-    """Print a preset: its own text, then every default it leaves as it is."""
-    from medim.config import show
+    """Print a preset: every value under its meaning."""
+    from medim.cli.presets import show
 
     typer.echo(show(name))
 
@@ -142,14 +142,15 @@ def preprocess(
     jobs: Annotated[int, typer.Option(help="Processes.")] = 1,
 ) -> None:
     """Preprocess images into a store that pretrain and finetune read crops from; what is whole is kept."""
-    from medim.config import load
     from medim.data.source import open_source
     from medim.training.cohort import open_cohort
+    from medim.training.pretrain import resolve_config
 
     if out.exists() and not (out / "store.json").is_file() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out}: expected a store, or an empty or new folder. Choose another --out.")
-    steps = load("pretrain", config or modality).preprocessing
+    resolve_config(config or modality)
     found, _ = open_source(source, modality)
+    steps = resolve_config(config or modality, index=found).preprocessing
     cohort = open_cohort(found, found.records, steps, split_seed=0, store=out, jobs=jobs)
     found.write(out)
     show(
@@ -174,16 +175,18 @@ def pretrain(
     subjects: Subjects = None,
 ) -> None:
     """Pretrain an encoder on unlabelled images."""
-    from medim.config import PretrainConfig, load
     from medim.data.source import open_source
     from medim.training.pretrain import pretrain as run
+    from medim.training.pretrain import resolve_config
+    from medim.training.sizes import describe
 
-    settings = load("pretrain", config or modality, [*(set_ or []), *([f"precision={precision}"] if precision else [])])
-    assert isinstance(settings, PretrainConfig)
+    chosen = config or modality, [*(set_ or []), *([f"precision={precision}"] if precision else [])]
+    settings = resolve_config(*chosen)  # a mistake in it shows before images are read
     if settings.modality != modality:
         raise UserError(f"--config {config}: it is for {settings.modality}, and --modality says {modality}.")
-    folder = out or Path("runs") / f"{settings.name}-{settings.hash}"
     found, store = open_source(data, modality, subjects=subjects)
+    settings = resolve_config(*chosen, index=found)
+    folder = out or Path("runs") / f"{settings.name}-{settings.hash}"
     options: dict[str, Any] = {
         "seed": seed,
         "split_seed": split_seed,
@@ -203,7 +206,7 @@ def pretrain(
         "feature std": summary["feature_std"],
     }
     costs = {"seconds a step": summary["seconds_per_step"], "peak memory, MiB": summary["peak_memory_bytes"] / 2**20}
-    show("pretrain", {**shown, **costs, "input shape": summary["input_shape"], "written to": folder})
+    show("pretrain", {**shown, **costs, **describe(settings, found), "written to": folder})
 
 
 @command(app)
@@ -234,14 +237,17 @@ def finetune(
     from medim.data.source import open_source
     from medim.training.finetune import finetune as run
     from medim.training.finetune import resolve_config
+    from medim.training.sizes import describe
 
     origin = None if encoder == "none" else Path(encoder)
     if from_scratch and origin is None:
         raise UsageError(
             "--from-scratch: expected --encoder RUN, whose network the twin has. Leave it out to start fresh."
         )
-    settings = resolve_config(task, modality, origin, config, set_ or [])
+    chosen = task, modality, origin, config, set_ or []
+    settings = resolve_config(*chosen)  # a mistake in it shows before images are read
     found, store = open_source(data, settings.modality, labels=labels, subjects=subjects)
+    settings = resolve_config(*chosen, index=found)
     options: dict[str, Any] = {
         "seed": seed,
         "split_seed": split_seed,
@@ -256,6 +262,7 @@ def finetune(
         {
             "labelled images": summary["labelled"],
             "start": summary["init"],
+            **describe(settings, found),
             **intervals(summary["val"]),
             "written to": out,
         },

@@ -59,7 +59,7 @@ def resample(
 
     Args:
         volume: the image.
-        spacing: wanted distance between voxel centres along each axis, in mm.
+        spacing: distance between voxel centres along each axis, in mm.
         order: of the spline; 3 is slower and overshoots at edges.
         antialias: smooth first along axes that shrink (see `medim.data.geometry.smooth`).
     """
@@ -107,7 +107,13 @@ def resize(volume: Volume, *, shape: tuple[int, ...], keep_aspect: bool = True, 
 
 
 def clip_percentiles(volume: Volume, *, lower: float = 0.5, upper: float = 99.5) -> Volume:
-    """Limit each channel to its own percentiles, so that a few hot voxels do not set the scale."""
+    """Limit each channel to its own percentiles, so that a few hot voxels do not set the scale.
+
+    Args:
+        volume: the image.
+        lower: percentile that becomes the minimum, 0 to 100.
+        upper: percentile that becomes the maximum, 0 to 100.
+    """
     if not 0 <= lower < upper <= 100:
         raise UsageError(f"clip_percentiles: expected 0 <= lower < upper <= 100, got {lower} and {upper}.")
     array = _floats(volume)
@@ -117,7 +123,12 @@ def clip_percentiles(volume: Volume, *, lower: float = 0.5, upper: float = 99.5)
 
 
 def normalise(volume: Volume, *, method: Literal["zscore", "range"] = "zscore") -> Volume:
-    """Bring each channel to mean 0 and standard deviation 1, or to [0, 1]. A constant channel becomes zero."""
+    """Bring each channel to one scale. A constant channel becomes zero.
+
+    Args:
+        volume: the image.
+        method: `zscore` to mean 0 and standard deviation 1, `range` to [0, 1].
+    """
     array = _floats(volume)
     flat = array.reshape(len(array), -1)
     if method == "zscore":
@@ -154,14 +165,24 @@ def crop_foreground(volume: Volume, *, margin: int = 0) -> Volume:
 
 
 def pad_or_crop(volume: Volume, *, shape: tuple[int, ...]) -> Volume:
-    """Cut or pad around the centre to a shape in voxels; padding has each channel's minimum."""
+    """Cut or pad around the centre to a shape; padding has each channel's minimum.
+
+    Args:
+        volume: the image.
+        shape: wanted spatial shape, in voxels.
+    """
     wanted = [int(n) for n in _per_axis("pad_or_crop.shape", shape, volume.spatial_dims)]
     start = [n // 2 - w // 2 if n > w else -((w - n) // 2) for n, w in zip(volume.shape, wanted, strict=True)]
     return _window(volume, start, wanted)
 
 
 def pad_to_multiple(volume: Volume, *, multiple: int) -> Volume:
-    """Pad around the centre until each axis is a multiple of a network's stride; padding has each channel's minimum."""
+    """Pad around the centre until a network's stride divides each axis; padding has each channel's minimum.
+
+    Args:
+        volume: the image.
+        multiple: the stride, in voxels.
+    """
     if multiple < 1:
         raise UsageError(f"pad_to_multiple.multiple: expected 1 or more voxels, got {multiple}.")
     return pad_or_crop(volume, shape=tuple(-(-n // multiple) * multiple for n in volume.shape))

@@ -69,27 +69,52 @@ def affine(
 
 
 def intensity_scale(*, factor: float = 0.1, probability: float = 0.5) -> RandomizableTransform:
-    """Multiply by 1 + a number from -factor to factor."""
+    """Multiply by a random number near 1.
+
+    Args:
+        factor: largest distance of that number from 1.
+        probability: of being applied.
+    """
     return RandScaleIntensity(factors=factor, prob=probability)
 
 
 def intensity_shift(*, offset: float = 0.1, probability: float = 0.5) -> RandomizableTransform:
-    """Add a number from -offset to offset (in units of the normalised image)."""
+    """Add a random number.
+
+    Args:
+        offset: largest size of that number, in units of the normalised image.
+        probability: of being applied.
+    """
     return RandShiftIntensity(offsets=offset, prob=probability)
 
 
 def contrast(*, gamma: tuple[float, float] = (0.7, 1.5), probability: float = 0.3) -> RandomizableTransform:
-    """Raise to a power from `gamma`, between the view's own minimum and maximum."""
+    """Raise to a random power, between the view's own minimum and maximum.
+
+    Args:
+        gamma: lowest and highest power.
+        probability: of being applied.
+    """
     return RandAdjustContrast(prob=probability, gamma=gamma)
 
 
 def noise(*, std: float = 0.1, probability: float = 0.3) -> RandomizableTransform:
-    """Add Gaussian noise whose standard deviation is drawn from 0 to `std` (in units of the normalised image)."""
+    """Add Gaussian noise of random strength.
+
+    Args:
+        std: largest standard deviation, in units of the normalised image; it is drawn from 0 to this.
+        probability: of being applied.
+    """
     return RandGaussianNoise(prob=probability, mean=0.0, std=std)
 
 
 def blur(*, sigma: tuple[float, float] = (0.25, 1.0), probability: float = 0.2) -> RandomizableTransform:
-    """Smooth with a Gaussian whose width along each axis is drawn from `sigma`, in voxels."""
+    """Smooth with a Gaussian of random width along each axis.
+
+    Args:
+        sigma: lowest and highest width (standard deviation), in voxels.
+        probability: of being applied.
+    """
     return RandGaussianSmooth(sigma_x=sigma, sigma_y=sigma, sigma_z=sigma, prob=probability)
 
 

@@ -13,7 +13,7 @@ import torch
 from monai.losses.dice import DiceCELoss
 from torch import nn
 
-from medim.models.layers import pointwise, pool
+from medim.models.layers import check_level, pointwise, pool
 from medim.types import Features
 
 
@@ -64,15 +64,15 @@ class ClassificationHead(nn.Module):
         channels: channels of the encoder's maps.
         summary_channels: length of the summary.
         out_channels: number of classes.
-        maps: levels whose mean and maximum join the summary.
+        maps: levels whose mean and maximum join the summary; below 0: from the coarsest.
     """
 
     def __init__(
         self, channels: tuple[int, ...], summary_channels: int, out_channels: int, *, maps: tuple[int, ...] = ()
     ) -> None:
         super().__init__()
-        self.maps = maps
-        width = summary_channels + sum(2 * channels[level] for level in maps)
+        self.maps = tuple(check_level("classification.maps", level, len(channels)) for level in maps)
+        width = summary_channels + sum(2 * channels[level] for level in self.maps)
         self.norm = nn.BatchNorm1d(width, affine=False)
         self.linear = nn.Linear(width, out_channels)
         nn.init.zeros_(self.linear.weight)

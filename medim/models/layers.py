@@ -53,6 +53,19 @@ def check_channels(name: str, channels: Sequence[int]) -> None:
         raise UsageError(f"{name}.channels: expected one or more numbers above 0, got {list(channels)}.")
 
 
+def check_level(name: str, level: int, count: int) -> int:
+    """The place, 0 to count - 1, of one of an encoder's maps; below 0 it is counted from the coarsest, as in Python.
+
+    Raises:
+        UsageError: there are not so many maps; the message starts with `name`.
+    """
+    if not -count <= level < count:
+        raise UsageError(
+            f"{name}: expected 0 to {count - 1}, or -1 to {-count} from the coarsest, the encoder's maps, got {level}."
+        )
+    return level % count
+
+
 def channels_last(module: nn.Module) -> None:
     """Lay the weights of convolutions out channels last, in place; their outputs follow, and steps take less time.
 

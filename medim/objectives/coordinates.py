@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from medim.models.layers import check_level
 from medim.objectives.objective import Encode, Term
-from medim.types import UsageError, Views
+from medim.types import Views
 
 
 class Coordinates(nn.Module):
@@ -22,7 +23,7 @@ class Coordinates(nn.Module):
         channels: channels of the encoder's maps.
         summary_channels: length of the summary.
         grids: grid of each map at the training shape.
-        level: which map gives the locals.
+        level: which map gives the locals; below 0: from the coarsest.
         hidden: width of the two hidden layers.
         points: locations drawn an image; 0 takes all, as the paper does.
         see_summary: give the summary to the predictor. Off, the objective cannot turn the summary into a position
@@ -41,9 +42,7 @@ class Coordinates(nn.Module):
         see_summary: bool = True,
     ) -> None:
         super().__init__()
-        if not 0 <= level < len(channels):
-            raise UsageError(f"coordinates.level: expected 0 to {len(channels) - 1}, the encoder's maps, got {level}.")
-        self._level = level
+        self._level = level = check_level("coordinates.level", level, len(channels))
         self._grid = grids[level]
         self._points = points
         self._see_summary = see_summary

@@ -10,10 +10,11 @@ from torch import nn
 
 from medim.config import Section, build
 from medim.models.critics import CRITICS
+from medim.models.layers import check_level
 from medim.objectives.mutual_information import ESTIMATORS, EstimatorName, classes, retrieval
 from medim.objectives.objective import Encode, Term
 from medim.objectives.occlusion import check_block, draw_hidden, occlude
-from medim.types import UsageError, Views
+from medim.types import Views
 
 
 class LocalDIM(nn.Module):
@@ -27,7 +28,7 @@ class LocalDIM(nn.Module):
         summary_channels: length of the summary.
         input_shape: spatial shape of the views.
         estimator: the bound: infonce, jsd or dv.
-        level: which map gives the locals (1: the second, the paper's choice).
+        level: which map gives the locals (1: the second, the paper's choice); below 0: from the coarsest.
         critic: section of CRITICS.
         standardise: batch-standardise the summary without affine parameters before the critic; keeps what differs
             between images alive when another objective pulls the summary towards a position code (docs/results.md).
@@ -50,12 +51,10 @@ class LocalDIM(nn.Module):
         occlusion: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 <= level < len(channels):
-            raise UsageError(f"local_dim.level: expected 0 to {len(channels) - 1}, the encoder's maps, got {level}.")
+        self._level = level = check_level("local_dim.level", level, len(channels))
         if occlusion:
             check_block(input_shape, occlusion)
         self._estimator = estimator
-        self._level = level
         self._penalty = score_penalty
         self._occlusion = occlusion
         self._standardise = nn.BatchNorm1d(summary_channels, affine=False) if standardise else nn.Identity()

@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from medim.config import FinetuneConfig, Section, bind, check, override, presets, read
+from medim.config import AUTO, FinetuneConfig, Section, bind, override, presets, read
 from medim.data.datasets import LabelledDataset
 from medim.data.index import Index, Record
 from medim.data.splits import budget
@@ -27,6 +27,7 @@ from medim.training.head_init import start_head_as_probe
 from medim.training.loaders import StepSampler, step_loader
 from medim.training.monitor import COLUMNS
 from medim.training.optim import optimiser
+from medim.training.sizes import resolve
 from medim.training.tracking import check_target, log_results, track
 from medim.training.trainer import fit, make_trainer, newest_checkpoint, peak_memory, versions
 from medim.types import Modality, UsageError, UserError
@@ -118,12 +119,18 @@ class MeasureOnTheWay(pl.Callback):
 
 
 def resolve_config(
-    task: str, modality: Modality | None, encoder: Path | None, name: str | None, assignments: Sequence[str] = ()
+    task: str,
+    modality: Modality | None,
+    encoder: Path | None,
+    name: str | None,
+    assignments: Sequence[str] = (),
+    index: Index | None = None,
 ) -> FinetuneConfig:
-    """The fine-tuning configuration that fits an encoder.
+    """The fine-tuning configuration that fits an encoder and an index.
 
     Without `name`, the preset is the pretraining preset's twin, or else the modality's. The encoder decides
-    architecture, input shape and preprocessing.
+    architecture, preprocessing and, where the preset leaves it open, the views' shape; for classification the views
+    are then whole images.
 
     Args:
         task: segmentation or classification.
@@ -131,10 +138,11 @@ def resolve_config(
         encoder: a run or package, or None.
         name: preset or file.
         assignments: `key=value` overrides.
+        index: the images that `auto` follows; None checks the configuration for images of the usual size.
 
     Raises:
         UserError: the encoder is of another modality.
-        UsageError: neither encoder nor modality is given; or see `medim.config.load`.
+        UsageError: neither encoder nor modality is given; or see `medim.training.sizes.resolve`.
     """
     if encoder is None and modality is None:
         raise UsageError("--modality: expected mri or xray where no --encoder is given.")
@@ -154,8 +162,10 @@ def resolve_config(
     if spec:
         given = {"modality": spec["modality"], "encoder": spec["encoder"], "preprocessing": spec["preprocessing"]}
         views = {"shape": spec["input_shape"], **content.get("views", {})}
+        if views["shape"] == AUTO and task == "segmentation":
+            views["shape"] = spec["input_shape"]
         content = {**content, **given, "views": views}
-    config = check("finetune", override(content, assignments), where=chosen)
+    config = resolve("finetune", override(content, assignments), index, where=chosen)
     assert isinstance(config, FinetuneConfig)
     return config
 

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from medim.config import PretrainConfig, build
+from medim.config import PretrainConfig, build, override, read
 from medim.data.datasets import ViewDataset
 from medim.data.index import Index, Record
 from medim.data.transforms import Augmentation
@@ -25,12 +26,29 @@ from medim.training.cohort import Cohort, open_cohort, write_config, write_seen
 from medim.training.loaders import StepSampler, step_loader
 from medim.training.module import PretrainModule
 from medim.training.monitor import History, verdict
+from medim.training.sizes import resolve
 from medim.training.tracking import check_target, log_results, track
 from medim.training.trainer import fit, make_trainer, newest_checkpoint, peak_memory, versions
 from medim.types import UsageError, UserError
 
 log = logging.getLogger(__name__)
 HELD_OUT_BATCHES = 8
+
+
+def resolve_config(name: str, assignments: Sequence[str] = (), index: Index | None = None) -> PretrainConfig:
+    """The pretraining configuration that fits an index.
+
+    Args:
+        name: preset or file.
+        assignments: `key=value` overrides.
+        index: the images that `auto` follows; None checks the configuration for images of the usual size.
+
+    Raises:
+        UsageError: see `medim.training.sizes.resolve`.
+    """
+    config = resolve("pretrain", override(read("pretrain", name), assignments), index, where=name)
+    assert isinstance(config, PretrainConfig)
+    return config
 
 
 def pretrain(

@@ -44,6 +44,13 @@ def test_a_classifier_may_look_at_maps_beside_the_summary() -> None:
     assert model(torch.randn(2, 1, 8, 12)).shape == (2, 3)
 
 
+def test_a_classifiers_map_may_be_counted_from_the_coarsest_and_must_be_there() -> None:
+    head = ClassificationHead((4, 6, 8), 5, 2, maps=(-2,))
+    assert head.linear.in_features == 5 + 2 * 6
+    with pytest.raises(UsageError, match=r"classification\.maps: expected 0 to 2.*got 3"):
+        ClassificationHead((4, 6, 8), 5, 2, maps=(3,))
+
+
 def test_a_fresh_classifier_starts_at_chance_whatever_it_sees() -> None:
     model: Any = build_model(spec_of())
     logits = model(torch.randn(4, 1, 8, 12))

@@ -106,3 +106,10 @@ def test_a_grid_it_was_not_built_for_and_a_level_that_is_not_there_are_refused()
         objective_of((3, 5))(encode_of(torch.zeros(2, 8, 5, 3)), NO_VIEWS)
     with pytest.raises(UsageError, match=r"coordinates\.level: expected 0 to 0.*got 1"):
         Coordinates((4,), 4, ((3, 5),), level=1)
+
+
+def test_a_negative_level_counts_from_the_coarsest_map() -> None:
+    objective = Coordinates((2, 4, 6), 4, ((12, 20), (6, 10), (3, 5)), level=-2, hidden=8)
+    maps = (torch.zeros(2, 2, 12, 20), torch.zeros(2, 4, 6, 10), torch.zeros(2, 6, 3, 5))
+    encode = SimpleNamespace(clean=Features(maps, torch.zeros(2, 4)), generator=torch.Generator())
+    assert objective(encode, NO_VIEWS)["coordinates"].chance == pytest.approx(math.log(6) + math.log(10))

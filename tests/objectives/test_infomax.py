@@ -75,7 +75,7 @@ def test_with_two_views_the_summary_of_each_meets_the_map_of_the_other() -> None
     assert term.diagnostics["bound"].item() == pytest.approx(sum(bounds) / 2, rel=1e-4)
 
 
-@pytest.mark.parametrize(("level", "locations"), [(0, 12 * 16), (1, 6 * 8)])
+@pytest.mark.parametrize(("level", "locations"), [(0, 12 * 16), (1, 6 * 8), (-1, 6 * 8)])
 def test_the_level_chooses_the_map_of_the_locals(level: int, locations: int) -> None:
     encoder, views = encoder_of(), views_of()
     term = objective_of(encoder, estimator="infonce", level=level)(Recorder(encoder, views), views)["local_dim"]
@@ -83,8 +83,9 @@ def test_the_level_chooses_the_map_of_the_locals(level: int, locations: int) -> 
 
 
 def test_a_level_the_encoder_has_not_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"local_dim\.level: expected 0 to 1.*got 2"):
-        objective_of(encoder_of(), level=2)
+    for level in (2, -3):
+        with pytest.raises(UsageError, match=rf"local_dim\.level: expected 0 to 1, or -1 to -2.*got {level}"):
+            objective_of(encoder_of(), level=level)
 
 
 @pytest.mark.parametrize("dims", [2, 3])

@@ -299,3 +299,18 @@ def test_without_a_name_the_pretraining_presets_twin_is_taken_with_the_encoders_
     assert resolved.encoder == pretrain_config.encoder
     assert resolved.preprocessing == pretrain_config.preprocessing
     assert resolved.max_steps == 7
+
+
+def test_what_a_twin_leaves_open_comes_from_the_encoder_and_for_classification_from_the_images(
+    pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path, store: Path
+) -> None:
+    config = pretrain_config.model_copy(update={"name": "mri", "max_steps": 2})
+    pretrain(config, cohort_index, tmp_path / "encoder", store=store)
+    segmenter, classifier = (
+        resolve_config(task, None, tmp_path / "encoder", None, index=cohort_index)
+        for task in ("segmentation", "classification")
+    )
+    assert segmenter.encoder == classifier.encoder == pretrain_config.encoder
+    assert segmenter.views.shape == pretrain_config.views.shape == tuple(segmenter.inference["roi"])
+    assert classifier.views.shape == (16, 24, 16)  # the whole image, at the encoder's spacing and stride
+    assert classifier.inference == {"mode": "whole", "multiple_of": 4}

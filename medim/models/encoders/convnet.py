@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Literal
 
@@ -59,7 +60,7 @@ class ConvNet(nn.Module):
             with torch.no_grad():
                 grid = nn.Sequential(*self.stages).eval()(torch.zeros(1, in_channels, *input_shape)).shape[2:]
             self.stages.train()
-            pooled = channels[-1] * int(torch.tensor(grid).prod())
+            pooled = channels[-1] * math.prod(grid)
         else:
             pooled = 2 * channels[-1]
         middle = (

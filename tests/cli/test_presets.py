@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import yaml
+
+from medim.cli.presets import show
+from medim.config import KINDS, Command, check, presets, read
+from medim.training.sizes import RULES, USUAL, fill_in
+from medim.types import UsageError
+
+SHIPPED: list[tuple[Command, str]] = [(command, name) for command in KINDS for name in presets(command)]
+
+
+@pytest.mark.parametrize(("command", "name"), SHIPPED)
+def test_a_shown_preset_is_that_preset(command: Command, name: str) -> None:
+    shown, shipped = (
+        check(command, fill_in(content, *USUAL[content["modality"]]), where=name)
+        for content in (yaml.safe_load(show(name)), read(command, name))
+    )
+    assert shown == shipped
+
+
+@pytest.mark.parametrize(("command", "name"), SHIPPED)
+def test_a_shown_preset_explains_every_key_and_every_option(command: Command, name: str) -> None:
+    lines = show(name).splitlines()
+    assert max(len(line) for line in lines[3:]) <= 120
+    for above, line in pairwise(lines):
+        if line and not line.lstrip().startswith("#"):
+            assert above.lstrip().startswith("#"), line
+    keys = {line.partition(":")[0] for line in lines}
+    assert set(KINDS[command].model_fields) <= keys
+
+
+def test_what_follows_the_images_is_shown_with_its_rule() -> None:
+    text = " ".join(show("mri-segmentation").replace("#", " ").split())
+    assert text.count(": auto") == 4
+    for key in ("resample.spacing", "views.shape", "encoder.channels", "inference.roi"):
+        assert f"auto: {RULES[key]}" in text
+
+
+def test_an_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match="'xray-28'"):
+        show("xray_28")
