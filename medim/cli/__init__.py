@@ -23,7 +23,7 @@ from medim.cli.options import (
     SplitSeed,
     Subjects,
 )
-from medim.cli.terminal import command, console, curve, intervals, number, progress, show
+from medim.cli.terminal import averages, command, console, curve, intervals, number, progress, show
 from medim.types import Modality, UsageError, UserError
 
 app = typer.Typer(
@@ -207,6 +207,46 @@ def pretrain(
     }
     costs = {"seconds a step": summary["seconds_per_step"], "peak memory, MiB": summary["peak_memory_bytes"] / 2**20}
     show("pretrain", {**shown, **costs, **describe(settings, found), "written to": folder})
+
+
+@command(app)
+def probe(
+    encoder: Annotated[Path, typer.Argument(help="A pretraining run, or its package.")],
+    data: Data = None,
+    protocol: Annotated[Literal["linear", "knn"], typer.Option(help="Logistic regression, or neighbours.")] = "linear",
+    label_fraction: Annotated[
+        list[float] | None,
+        typer.Option(help="Label budget, as a share of the labelled training images. May be repeated. Default: 1.0."),
+    ] = None,
+    labelled: Annotated[list[int] | None, typer.Option(help="Label budget, in images. May be repeated.")] = None,
+    seeds: Annotated[int, typer.Option(help="Label subsets a budget, drawn with seeds 0 to N - 1.", min=1)] = 1,
+    map_: Annotated[
+        list[int] | None,
+        typer.Option("--map", help="A map, 0 the finest, whose mean and maximum join the summary. Default: all."),
+    ] = None,
+    anchors: Annotated[
+        bool, typer.Option("--anchors/--no-anchors", help="Measure the untrained encoder and the pixels too.")
+    ] = True,
+    out: Annotated[Path | None, typer.Option(help="Where to write. Default: <RUN>-probe-<protocol>.")] = None,
+    labels: Labels = None,
+    subjects: Subjects = None,
+    split_seed: SplitSeed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure a frozen encoder: a simple classifier on its features, with few labels."""
+    from medim.data.source import open_source
+    from medim.evaluation.probes import probe as run
+    from medim.evaluation.sample import Budget
+    from medim.models.saved import find
+
+    budgets = [Budget(fraction=f) for f in label_fraction or ([] if labelled else [1.0])]
+    budgets += [Budget(labelled=n) for n in labelled or []]
+    found, store = open_source(data, find(encoder)[1]["modality"], labels=labels, subjects=subjects)
+    folder = out or encoder.with_name(f"{encoder.resolve().name}-probe-{protocol}")
+    options: dict[str, Any] = {"split_seed": split_seed, "anchors": anchors, "overwrite": overwrite, "store": store}
+    result = run(encoder, found, folder, protocol=protocol, budgets=budgets, seeds=range(seeds), maps=map_, **options)
+    counts = {"validation images": result["n"], "subjects seen in pretraining": result["seen"]}
+    show("probe", {**averages(result["summary"]), **counts, "written to": folder})
 
 
 @command(app)

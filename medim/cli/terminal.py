@@ -7,7 +7,7 @@ import inspect
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -92,6 +92,20 @@ def intervals(metrics: Mapping[str, Any]) -> dict[str, str]:
         k: f"{number(v['value'])} [{number(v['ci_low'])}, {number(v['ci_high'])}]"
         for k, v in rows.items()
         if isinstance(v, dict)
+    }
+
+
+def averages(summary: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Mean and standard deviation over label subsets, a line for each kind of features and each budget."""
+
+    def text(spread: Mapping[str, float | None]) -> str:
+        mean, sd = ("-" if value is None else f"{value:.3f}" for value in (spread["mean"], spread["sd"]))
+        return mean if sd == "-" else f"{mean} ± {sd}"
+
+    return {
+        f"{row['features']}, {row['budget']} labels": f"auroc {text(row['auroc'])}, "
+        f"balanced accuracy {text(row['balanced_accuracy'])}"
+        for row in summary
     }
 
 

@@ -126,9 +126,13 @@ def class_arrays(rows: Sequence[Row], classes: Sequence[str]) -> tuple[Array, Ar
 
 def write_cases(path: Path, rows: Sequence[Row], kind: Kind) -> None:
     """Write rows as parquet, with the columns of `COLUMNS`."""
-    schema = pa.schema(list(COLUMNS[kind].items()), metadata={"schema_version": str(SCHEMA_VERSION)})
+    write_parquet(path, pa.Table.from_pylist(list(rows), schema=pa.schema(list(COLUMNS[kind].items()))))
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """Write a table of cases, with its schema version."""
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), buffer)
+    pq.write_table(table.replace_schema_metadata({"schema_version": str(SCHEMA_VERSION)}), buffer)
     write_bytes(path, buffer.getvalue())
 
 

@@ -2,36 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
+from medim.models.layers import pooled
 from medim.types import Array
 
+BATCH_IMAGES, BATCH_VOXELS = 256, 1 << 22
 _SMALL = 1e-7
 
 
+def stacked(images: Iterable[Array]) -> Iterator[torch.Tensor]:
+    """Images of one shape that follow each other, in batches as large as memory likes.
+
+    Args:
+        images: (C, ...) each, of any shapes.
+
+    Yields:
+        (N_i, C, ...) float32, in the order of the images.
+    """
+    batch: list[Array] = []
+    for image in images:
+        if batch and (image.shape != batch[0].shape or len(batch) >= min(BATCH_IMAGES, BATCH_VOXELS // image.size)):
+            yield torch.from_numpy(np.stack(batch).astype(np.float32, copy=False))
+            batch = []
+        batch.append(image)
+    if batch:
+        yield torch.from_numpy(np.stack(batch).astype(np.float32, copy=False))
+
+
 @torch.inference_mode()
-def extract(encoder: nn.Module, batches: Iterable[torch.Tensor]) -> Array:
-    """The encoder's summaries of many images.
+def extract(encoder: nn.Module, batches: Iterable[torch.Tensor], *, maps: Sequence[int] = ()) -> Array:
+    """The encoder's summaries of many images, joined by the mean and maximum of some maps.
 
     The encoder runs in evaluation mode, on the device its weights are on, and is left in the mode it came in.
 
     Args:
         encoder: image -> `Features`.
         batches: (N_i, C, ...) tensors.
+        maps: levels whose mean and maximum join the summary.
 
     Returns:
-        (N, summary_channels) float32, in the order of the batches; (0, 0) where there is none.
+        (N, summary_channels + 2 * the channels of these maps) float32, in the order of the batches; (0, 0) where there
+        is none.
     """
     weight = next(encoder.parameters(), None)
     device = torch.device("cpu") if weight is None else weight.device
     training = encoder.training
     encoder.eval()
     try:
-        rows = [encoder(batch.to(device)).summary.float().cpu().numpy() for batch in batches]
+        rows = [pooled(encoder(batch.to(device)), maps).float().cpu().numpy() for batch in batches]
     finally:
         encoder.train(training)
     return np.concatenate(rows) if rows else np.zeros((0, 0), dtype=np.float32)

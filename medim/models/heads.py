@@ -13,7 +13,7 @@ import torch
 from monai.losses.dice import DiceCELoss
 from torch import nn
 
-from medim.models.layers import check_level, pointwise, pool
+from medim.models.layers import check_level, pointwise, pooled
 from medim.types import Features
 
 
@@ -88,7 +88,7 @@ class ClassificationHead(nn.Module):
 
     def inputs(self, features: Features) -> torch.Tensor:
         """Summary, and mean and maximum of the maps asked for: (N, d)."""
-        return torch.cat([features.summary, *(pool(features.maps[level]) for level in self.maps)], dim=1)
+        return pooled(features, self.maps)
 
     @torch.no_grad()
     def start_from(self, probe: LinearProbe) -> None:

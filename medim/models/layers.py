@@ -10,7 +10,7 @@ from monai.networks.layers.factories import Conv
 from monai.networks.layers.utils import get_norm_layer
 from torch import nn
 
-from medim.types import UsageError
+from medim.types import Features, UsageError
 
 Norm = Literal["bn", "in", "gn"]
 
@@ -81,6 +81,19 @@ def pool(map_: torch.Tensor) -> torch.Tensor:
     """Mean and maximum over the grid of a map: (N, C, ...) to (N, 2 C); exportable to ONNX at any size."""
     axes = tuple(range(2, map_.ndim))
     return torch.cat([map_.mean(axes), map_.amax(axes)], dim=1)
+
+
+def pooled(features: Features, maps: Sequence[int]) -> torch.Tensor:
+    """The summary, joined by the mean and maximum of some maps.
+
+    Args:
+        features: of N images.
+        maps: levels.
+
+    Returns:
+        (N, summary_channels + 2 * the channels of these maps).
+    """
+    return torch.cat([features.summary, *(pool(features.maps[level]) for level in maps)], dim=1)
 
 
 def receptive_field(kernels_and_strides: Sequence[tuple[int, int]]) -> int:

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from medim.cli import app
+from medim.models.model import build_encoder
+from medim.models.saved import save
 
 
 @pytest.mark.parametrize("option", ["--seed", "--split-seed"])
@@ -41,3 +45,32 @@ def test_a_store_is_not_written_among_other_files(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "expected a store" in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["scan.txt"]
+
+
+def test_probe_writes_beside_the_run_and_prints_a_line_for_each_kind_of_features_and_budget(tmp_path: Path) -> None:
+    spec = {"kind": "encoder", "modality": "xray", "spatial_dims": 2, "in_channels": 1, "input_shape": [8, 8]}
+    spec |= {"encoder": {"name": "unet", "channels": [2, 4]}, "preprocessing": [], "inference": {"mode": "whole"}}
+    save(tmp_path / "run" / "encoder", "encoder", build_encoder(spec), spec)
+    arrays = {}
+    for part, count in (("train", 12), ("val", 6), ("test", 1)):
+        images = np.random.default_rng(count).integers(0, 255, (count, 8, 8), np.uint8)
+        arrays |= {f"{part}_images": images, f"{part}_labels": np.arange(count)[:, None] % 2}
+    np.savez(tmp_path / "noise.npz", **arrays)
+    command = ["probe", str(tmp_path / "run"), "--data", str(tmp_path / "noise.npz"), "--protocol", "knn"]
+    budgets = ["--label-fraction", "0.5", "--label-fraction", "1.0", "--labelled", "4", "--seeds", "2", "--map", "1"]
+    result = CliRunner().invoke(app, [*command, *budgets])
+    assert result.exit_code == 0, result.output
+    content = json.loads((tmp_path / "run-probe-knn" / "probe.json").read_text())
+    assert [(row["budget"], row["subsets"]) for row in content["summary"][:3]] == [("50%", 2), ("100%", 1), ("4", 2)]
+    assert content["maps"] == [1]
+    assert all(f"{name}, 100% labels" in result.output for name in ("encoder", "random", "pixels"))
+    again = CliRunner().invoke(app, [*command, "--no-anchors"])
+    assert again.exit_code == 1
+    assert "expected an empty or new folder" in again.output
+    assert CliRunner().invoke(app, [*command, "--no-anchors", "--overwrite"]).exit_code == 0
+
+
+def test_a_probe_of_nothing_is_told_where_an_encoder_was_expected(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["probe", str(tmp_path / "nowhere"), "--data", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "expected a finished run" in result.output
