@@ -63,13 +63,27 @@ def linear(train_x: Array, train_y: Array, test_x: Array, *, seed: int, groups: 
     narrow features are offered equal penalties). Where a class has fewer than three subjects, C is 1 over the number of
     features, and `c_from` says `fixed` in place of `cross-validation`.
     """
-    scaler = StandardScaler().fit(train_x)
-    x, width = scaler.transform(train_x), train_x.shape[1]
-    chosen = _least_loss(x, train_y, np.arange(len(x)) if groups is None else groups, seed)
-    c = (FIXED if chosen is None else chosen) / width
-    fitted = _regression(c).fit(x, train_y)
-    settings = {"c": c, "c_from": "fixed" if chosen is None else "cross-validation"}
+    scaler, fitted, settings = fit_linear(train_x, train_y, seed=seed, groups=groups)
     return Answer(fitted.predict_proba(scaler.transform(test_x)), settings)
+
+
+def fit_linear(
+    x: Array, y: Array, *, seed: int, groups: Array | None = None
+) -> tuple[StandardScaler, LogisticRegression, dict[str, Any]]:
+    """The scaler and the classifier of `linear`, and what was chosen.
+
+    Args:
+        x: (M, d) features.
+        y: (M,) class indices, of two classes or more.
+        seed: of the folds.
+        groups: (M,) the subject of each row; None: each row is of another.
+    """
+    scaler = StandardScaler().fit(x)
+    scaled, width = scaler.transform(x), x.shape[1]
+    chosen = _least_loss(scaled, y, np.arange(len(x)) if groups is None else groups, seed)
+    c = (FIXED if chosen is None else chosen) / width
+    settings = {"c": c, "c_from": "fixed" if chosen is None else "cross-validation"}
+    return scaler, _regression(c).fit(scaled, y), settings
 
 
 def knn(train_x: Array, train_y: Array, test_x: Array, *, seed: int, groups: Array | None = None) -> Answer:

@@ -7,17 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV
-from sklearn.preprocessing import StandardScaler
 
+from medim.evaluation.protocols import fit_linear
 from medim.models.heads import LinearProbe
 from medim.models.model import Model
 from medim.types import Array
 
 ROWS_A_CLASS = 4000
-FOLDS = 5
-STRENGTHS = np.logspace(-4, 0, 5)  # C of scikit-learn, the inverse of the penalty
 
 
 def start_head_as_probe(
@@ -42,7 +38,7 @@ def start_head_as_probe(
 
 
 def fit_probe(rows: Array, labels: Array, *, classes: int, seed: int) -> LinearProbe:
-    """A multinomial logistic regression; its penalty is chosen by cross-validation within the rows where they allow it.
+    """The `linear` probe of `medim probe`, as weights.
 
     Args:
         rows: features (n, d).
@@ -50,13 +46,7 @@ def fit_probe(rows: Array, labels: Array, *, classes: int, seed: int) -> LinearP
         classes: number of classes, K; those without a row get the lowest bias.
         seed: of the folds.
     """
-    scaler = StandardScaler().fit(rows)
-    scaled, smallest = scaler.transform(rows), int(np.bincount(labels)[np.unique(labels)].min())
-    fitted: Any = LogisticRegression(C=0.01, max_iter=500, random_state=seed)
-    if FOLDS <= smallest < ROWS_A_CLASS:
-        fitted = GridSearchCV(fitted, {"C": STRENGTHS}, scoring="neg_log_loss", cv=FOLDS)
-    fitted.fit(scaled, labels)
-    found = getattr(fitted, "best_estimator_", fitted)
+    scaler, found, _ = fit_linear(rows, labels, seed=seed)
     coefficients, intercepts = found.coef_, found.intercept_
     if len(coefficients) == 1:  # of two classes scikit-learn keeps the second one's logit alone
         coefficients, intercepts = (np.concatenate([-half, half]) for half in (coefficients / 2, intercepts / 2))
