@@ -9,11 +9,13 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pyarrow.csv
+import pyarrow.parquet
 from matplotlib.figure import Figure
 
 from medim.evaluation.cases import class_arrays, read_cases
 from medim.evaluation.metrics import Metric, Statistic, classification_statistics
 from medim.evaluation.paired import mean_of
+from medim.evaluation.sample import Budget
 from medim.files import read_json, write_bytes, write_text
 
 
@@ -33,11 +35,21 @@ def dice(run: Path) -> tuple[Statistic, list[str]]:
     return mean_of([float(v) for v in values]), list(cases.values())
 
 
-def auroc(rows: Sequence[dict[str, Any]]) -> tuple[Statistic, list[str]]:
-    """AUROC of a classifier's cases as a statistic, and whose cases they are."""
+def auroc(rows: Sequence[dict[str, Any]]) -> Statistic:
+    """AUROC of a classifier's cases, as a statistic."""
     classes = list(dict.fromkeys(row["class"] for row in rows))
-    statistic = classification_statistics(*class_arrays(rows, classes))["auroc"]
-    return statistic, [row["subject"] for row in rows[:: len(classes)]]
+    return classification_statistics(*class_arrays(rows, classes))["auroc"]
+
+
+def probed(folder: Path, features: str, fraction: float, seed: int) -> Statistic:
+    """AUROC of one row of a probe, as a statistic."""
+    budget = Budget(fraction=fraction).name
+    rows = pyarrow.parquet.read_table(folder / "cases.parquet").to_pylist()
+    own = [row for row in rows if (row["features"], row["budget"], row["seed"]) == (features, budget, seed)]
+    classes = [name.removeprefix("probability_") for name in own[0] if name.startswith("probability_")]
+    probabilities = np.array([[row[f"probability_{name}"] for name in classes] for row in own])
+    labels = np.array([classes.index(row["label"]) for row in own])
+    return classification_statistics(probabilities, labels)["auroc"]
 
 
 def at_once(statistic: Statistic, cases: int) -> float:

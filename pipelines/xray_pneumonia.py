@@ -1,0 +1,92 @@
+"""What pretraining is worth for telling pneumonia in 28x28 X-rays: a table of docs/results.md, from nothing.
+
+Three encoders are pretrained without labels. For each label budget and five draws of it, they are fine-tuned beside
+their from-scratch twins by one schedule; frozen, they are probed beside an untrained encoder and the pixels, on the very
+same labels. All is measured on the validation split. What is finished is kept, so the study can be stopped at any time.
+
+    python pipelines/xray_pneumonia.py --data pneumoniamnist.npz --out studies/xray --page docs/results.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+from studies import at_once, auroc, difference_text, markdown, once, probed, spread_text, write_section
+
+from medim.config import FinetuneConfig, PretrainConfig, load
+from medim.data.index import build_index
+from medim.evaluation.cases import read_cases
+from medim.evaluation.metrics import Statistic
+from medim.evaluation.paired import paired_difference
+from medim.evaluation.probes import probe
+from medim.evaluation.sample import Budget
+from medim.training.finetune import finetune
+from medim.training.pretrain import pretrain
+
+SEEDS, SUBSETS = (0, 1, 2), (0, 1, 2, 3, 4)
+FRACTIONS = (0.01, 0.1, 1.0)
+TWIN, OURS = "from scratch", "fine-tuned"
+PROBES = {"encoder": "frozen, linear probe", "random": "untrained, linear probe", "pixels": "pixels, PCA, linear"}
+
+
+def main() -> None:
+    """Run what is missing, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
+    parser.add_argument("--only-run", action="store_true", help="leave the page as it is")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    index, out, store = build_index(arguments.data, "xray"), arguments.out, arguments.out / "store"
+    settings, schedule = load("pretrain", "xray-28"), load("finetune", "xray-28-classification")
+    assert isinstance(settings, PretrainConfig)
+    assert isinstance(schedule, FinetuneConfig)
+
+    encoders = [out / f"encoder-{seed}" for seed in SEEDS]
+    runs = [once(encoders[s], partial(pretrain, settings, index, seed=s, store=store)) for s in SEEDS]
+    slowest = max(run["seconds"] for run in runs) / 60
+    for s in SEEDS:
+        if not (out / f"probe-{s}" / "probe.json").is_file():
+            budgets = [Budget(fraction=fraction) for fraction in FRACTIONS]
+            anchors = s == SEEDS[0]  # an untrained encoder and the pixels know of no pretraining
+            options = {"budgets": budgets, "seeds": SUBSETS, "anchors": anchors, "store": store}
+            probe(encoders[s], index, out / f"probe-{s}", overwrite=True, **options)
+
+    values, differences = [], []
+    for fraction in FRACTIONS:
+        seeds, subsets = (SEEDS, SUBSETS) if fraction < 1 else (SEEDS[:1], SUBSETS[:1])
+        found: dict[str, list[list[Statistic]]] = {TWIN: [], OURS: []}
+        for arm, s in product(found, seeds):
+            start = {"encoder": encoders[s], "from_scratch": arm == TWIN, "label_fraction": fraction, "seed": s}
+            folders = [out / f"{arm.replace(' ', '-')}-{fraction}-{s}-{t}" for t in subsets]
+            options = [{**start, "subset_seed": t, "store": store} for t in subsets]
+            runs += [once(f, partial(finetune, schedule, index, **o)) for f, o in zip(folders, options, strict=True)]
+            found[arm].append([auroc(read_cases(folder / "cases.parquet")) for folder in folders])
+        for features, arm in PROBES.items():
+            of = seeds if features == "encoder" else [SEEDS[0]] * len(seeds)
+            found[arm] = [[probed(out / f"probe-{s}", features, fraction, t) for t in subsets] for s in of]
+        subjects = [row["subject"] for row in read_cases(folders[0] / "cases.parquet")[::2]]
+        shown = {arm: [at_once(c, len(subjects)) for row in grid for c in row] for arm, grid in found.items()}
+        budget = f"{100 * fraction:g} % ({runs[-1]['labelled']} images)"
+        values.append([budget, *map(spread_text, shown.values())])
+        for arm in (OURS, PROBES["encoder"]):
+            others = [other for other in found if other not in (OURS, PROBES["encoder"])]
+            against = [paired_difference(found[arm], found[other], subjects) for other in others]
+            up = sum(a > b for a, b in zip(shown[arm], shown[TWIN], strict=True))
+            differences.append([budget, arm, *map(difference_text, against), f"{up} of {len(shown[arm])}"])
+    hours = sum(run["seconds"] for run in runs) / 3600
+    head = ["labels", "arm", *(f"against {other}" for other in others), "pairs above the twin"]
+    tables = f"{markdown(['labels', *found], values)}\n\n{markdown(head, differences)}"
+    text = f"{tables}\n\n{len(runs)} runs, {hours:.1f} hours; the slowest pretraining took {slowest:.0f} minutes."
+    print(text)
+    if not arguments.only_run:
+        write_section(arguments.page, "xray table", text)
+
+
+if __name__ == "__main__":
+    main()
