@@ -23,7 +23,7 @@ from medim.training.finetune import finetune
 from medim.training.pretrain import pretrain
 
 SEEDS = SUBSETS = (0, 1, 2)
-STEPS = {1: 150, 2: 150, 10: 300, 150: 600}  # label budget in volumes: steps of both arms
+STEPS = {1: 300, 2: 300, 10: 300, 150: 600}  # label budget in volumes: steps of both arms
 ONE_PAIR = (150,)  # budgets of one encoder and one subset
 ARMS = ("from scratch", "pretrained")
 

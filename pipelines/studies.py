@@ -18,6 +18,8 @@ from medim.evaluation.paired import mean_of
 from medim.evaluation.sample import Budget
 from medim.files import read_json, write_bytes, write_text
 
+Series = list[tuple[int, float]]
+
 
 def once(out: Path, run: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """The summary of a run, which is done (or taken up again) only where it is not finished."""
@@ -57,9 +59,9 @@ def at_once(statistic: Statistic, cases: int) -> float:
     return float(statistic(np.ones((1, cases)))[0])
 
 
-def history(run: Path) -> dict[str, list[tuple[int, float]]]:
+def history(run: Path) -> dict[str, Series]:
     """The series of a run's history: training values by name, held-out ones by `held out <name>`."""
-    found: dict[str, list[tuple[int, float]]] = {}
+    found: dict[str, Series] = {}
     for row in pyarrow.csv.read_csv(run / "history.csv").to_pylist():
         held_out = row["held_out"] is not None
         value = row["held_out"] if held_out else row["loss"]
@@ -92,7 +94,7 @@ def write_section(page: Path, name: str, text: str) -> None:
     write_text(page, f"{before}<!-- {name} -->\n\n{text}\n\n<!-- /{name} -->{after}")
 
 
-def draw(path: Path, panels: dict[str, dict[str, list[tuple[int, float]]]], levels: dict[str, float]) -> None:
+def draw(path: Path, panels: dict[str, dict[str, Series]], levels: dict[str, float]) -> None:
     """Curves over steps, a panel each, as SVG: `panels[title][line]`, and a dashed line at a panel's level.
 
     Training curves are running means over a fiftieth of their length; lines of one colour are of one name but for

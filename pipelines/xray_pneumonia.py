@@ -1,8 +1,9 @@
 """What pretraining is worth for telling pneumonia in 28x28 X-rays: a table of docs/results.md, from nothing.
 
 Three encoders are pretrained without labels. For each label budget and five draws of it, they are fine-tuned beside
-their from-scratch twins by one schedule; frozen, they are probed beside an untrained encoder and the pixels, on the very
-same labels. All is measured on the validation split. What is finished is kept, so the study can be stopped at any time.
+their from-scratch twins by one schedule; frozen, they are probed beside an untrained encoder and the pixels, on the
+very same labels. All is measured on the validation split. What is finished is kept, so the study can be stopped and
+started at any time.
 
     python pipelines/xray_pneumonia.py --data pneumoniamnist.npz --out studies/xray --page docs/results.md
 """

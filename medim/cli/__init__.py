@@ -172,6 +172,9 @@ def pretrain(
     overwrite: Overwrite = False,
     accelerator: Accelerator = "auto",
     precision: Precision = None,
+    stop_on_collapse: Annotated[
+        bool, typer.Option("--stop-on-collapse", help="End a run that has diverged or collapsed.")
+    ] = False,
     subjects: Subjects = None,
 ) -> None:
     """Pretrain an encoder on unlabelled images."""
@@ -193,6 +196,7 @@ def pretrain(
         "resume": resume,
         "overwrite": overwrite,
         "accelerator": accelerator,
+        "stop_on_collapse": stop_on_collapse,
     }
     summary = run(settings, found, folder, store=store, **options)
     beside = summary["diagnostics"]

@@ -17,11 +17,16 @@ from medim.files import write_csv
 from medim.objectives import Term
 
 Verdict = Literal["learning", "at-chance", "collapsed", "diverged"]
+PATIENCE = 25  # steps
 COLUMNS = ("step", "name", "loss", "chance", "held_out")
 
 
 class History(pl.Callback):
     """Records each step's losses and each validation's, and keeps them through a resume.
+
+    Args:
+        stop_on_collapse: end the run where a loss has stayed a nat above its chance level for `PATIENCE` steps, or the
+            held-out summaries have collapsed.
 
     Attributes:
         rows: (step, name, training loss or None, chance or None, held-out loss or None).
@@ -30,11 +35,13 @@ class History(pl.Callback):
             that chance minus loss is what it is on the held-out batch.
         held_out_step: the step of that validation.
         rankme: effective rank of the held-out summaries; feature_std: their spread (1 isotropic, 0 collapsed).
-        diverged: a training loss stopped being a number.
+        diverged: a training loss stopped being a number, or (with `stop_on_collapse`) stayed far above chance.
         resumed_from_steps: the steps at which the run was taken up again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, stop_on_collapse: bool = False) -> None:
+        self._stop = stop_on_collapse
+        self._above: dict[str, int] = defaultdict(int)  # steps a term has been far above chance
         self.rows: list[tuple[int, str, float | None, float | None, float | None]] = []
         self.held_out: dict[str, tuple[float, float]] = {}
         self.held_out_step = -1
@@ -67,6 +74,9 @@ class History(pl.Callback):
                 )
                 metrics[key] = number
                 self.diverged |= not math.isfinite(number)
+            far = term.chance is not None and float(term.loss.detach()) > term.chance + 1.0
+            self._above[name] = self._above[name] + 1 if far else 0
+        self.diverged |= self._stop and max(self._above.values(), default=0) >= PATIENCE
         if trainer.logger and step % max(1, int(trainer.max_steps) // 200) == 0:
             trainer.logger.log_metrics(metrics, step)
         trainer.should_stop |= self.diverged
@@ -106,6 +116,7 @@ class History(pl.Callback):
             trainer.logger.log_metrics(
                 {**held_out, "rankme": self.rankme, "feature_std": self.feature_std}, trainer.global_step
             )
+        trainer.should_stop |= self._stop and self.collapsed
         self._ended = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
@@ -136,6 +147,11 @@ class History(pl.Callback):
             for _, name, loss, chance, _ in self.rows
             if loss is not None and (chance is not None or "/" not in name)
         }
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the held-out summaries lie on one point or line."""
+        return self.rankme < 1.5 or self.feature_std < 0.05
 
     def _chance(self, name: str, term: Term) -> float:
         level = next((chance for _, n, loss, chance, _ in self.rows if n == name and loss is not None), term.chance)
@@ -180,6 +196,6 @@ def verdict(history: History) -> Verdict:
             margins.append((level - mean, max(0.05 * (abs(level) or 1.0), 3 * error)))
     if history.diverged or any(not math.isfinite(gain) or gain < -need for gain, need in margins):
         return "diverged"
-    if history.rankme < 1.5 or history.feature_std < 0.05:
+    if history.collapsed:
         return "collapsed"
     return "learning" if margins and all(gain >= need for gain, need in margins) else "at-chance"

@@ -61,6 +61,7 @@ def pretrain(
     resume: bool = False,
     overwrite: bool = False,
     accelerator: str = "auto",
+    stop_on_collapse: bool = False,
     store: Path | None = None,
 ) -> dict[str, Any]:
     """Pretrain on the training split of an index and measure on its validation split.
@@ -74,6 +75,7 @@ def pretrain(
         resume: continue from the newest checkpoint in `out`.
         overwrite: empty `out` first.
         accelerator: Lightning's name of the device kind.
+        stop_on_collapse: end a run that has diverged or collapsed; its verdict says which.
         store: folder of preprocessed images; None is the user's cache.
 
     Returns:
@@ -95,7 +97,7 @@ def pretrain(
     pl.seed_everything(seed, workers=False, verbose=False)
     spec = {"kind": "encoder", **cohort.spec(config, seed=seed, split_seed=split_seed), "decoder": config.decoder}
     module = _module(config, spec, seed)
-    history = History()
+    history = History(stop_on_collapse=stop_on_collapse)
     checkpoint, start = newest_checkpoint(out / "checkpoints") if resume else (None, 0)
     with track("pretrain", config, seed=seed, index_hash=index.hash) as logger:
         loader = _loader(config, cohort, train, seed=seed, start=start)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from medim.objectives import Term
-from medim.training.monitor import COLUMNS, History, verdict
+from medim.training.monitor import COLUMNS, PATIENCE, History, verdict
 
 MODULE: Any = None
 
@@ -28,7 +28,7 @@ def train(history: History, step: int, **terms: Term) -> Any:
     return trainer
 
 
-def validate(history: History, step: int, losses: dict[str, list[float]], summaries: torch.Tensor) -> None:
+def validate(history: History, step: int, losses: dict[str, list[float]], summaries: torch.Tensor) -> Any:
     trainer = trainer_at(step)
     history.on_validation_start(trainer, MODULE)
     for index in range(max(len(values) for values in losses.values())):
@@ -36,6 +36,7 @@ def validate(history: History, step: int, losses: dict[str, list[float]], summar
         outputs = {"terms": terms, "summary": summaries}
         history.on_validation_batch_end(trainer, MODULE, outputs, None, index)
     history.on_validation_end(trainer, MODULE)
+    return trainer
 
 
 def spread(count: int = 32) -> torch.Tensor:
@@ -170,3 +171,50 @@ def test_a_smaller_held_out_batch_is_judged_by_its_own_chance_level() -> None:
     history.on_validation_end(trainer, MODULE)
     assert history.held_out["local_dim"][0] == pytest.approx(8.6)
     assert verdict(history) == "at-chance"
+
+
+@pytest.mark.parametrize(("stop", "excess", "ends"), [(True, 1.5, True), (True, 0.5, False), (False, 1.5, False)])
+def test_a_run_whose_loss_stays_far_above_chance_ends_where_that_was_asked_for(
+    stop: bool, excess: float, ends: bool
+) -> None:
+    history = History(stop_on_collapse=stop)
+    stopped = [
+        train(history, step, dim=Term(torch.tensor(4.0 + (excess if step > 5 else -1.0)), 4.0)).should_stop
+        for step in range(1, 41)
+    ]
+    assert any(stopped) == ends
+    if ends:
+        assert stopped.index(True) + 1 == 5 + PATIENCE
+        assert verdict(history) == "diverged"
+
+
+def test_one_bad_step_ends_nothing() -> None:
+    history = History(stop_on_collapse=True)
+    losses = [9.0 if step % PATIENCE == 0 else 3.0 for step in range(1, 4 * PATIENCE)]
+    assert not any(
+        train(history, step, dim=Term(torch.tensor(loss), 4.0)).should_stop for step, loss in enumerate(losses, start=1)
+    )
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_run_whose_summaries_have_collapsed_ends_where_that_was_asked_for(stop: bool) -> None:
+    history = History(stop_on_collapse=stop)
+    train(history, 1, dim=Term(torch.tensor(3.0), 4.0))
+    trainer = validate(history, 1, {"dim": [3.0]}, torch.ones(8, 6))
+    assert trainer.should_stop == stop
+    assert verdict(history) == "collapsed"
+
+
+def test_what_objectives_watch_is_kept_in_training_and_held_out() -> None:
+    history = History()
+    for step in range(1, 31):
+        train(history, step, dim=Term(torch.tensor(3.0), 4.0, {"retrieval": torch.tensor(step / 100)}))
+    trainer = trainer_at(30)
+    history.on_validation_start(trainer, MODULE)
+    for value in (0.2, 0.4):
+        terms = {"dim": Term(torch.tensor(3.0), 4.0, {"retrieval": torch.tensor(value)})}
+        history.on_validation_batch_end(trainer, MODULE, {"terms": terms, "summary": spread()}, None, 0)
+    history.on_validation_end(trainer, MODULE)
+    found = history.diagnostics()
+    assert list(found) == ["dim/retrieval"]
+    assert found["dim/retrieval"] == pytest.approx({"last": sum(range(11, 31)) / 2000, "held_out": 0.3})

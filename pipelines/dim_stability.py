@@ -1,0 +1,104 @@
+"""When DIM(L) learns, and when it does not: two tables and two figures of docs/results.md, from nothing.
+
+In 3D, a coordinate loss that is heavy and sees the summary starves DIM(L); in 2D, plain scores run away. Each setting
+is run with three seeds. What is finished is kept, so the study can be stopped and started at any time.
+
+    python pipelines/dim_stability.py --mri mri-hippocampus --xray pneumoniamnist.npz --out studies/stability
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from studies import Series, draw, history, markdown, once, write_section
+
+from medim.config import PretrainConfig, load
+from medim.data.index import build_index
+from medim.training.pretrain import pretrain
+
+SEEDS = (0, 1, 2)
+DIM = (
+    "{name: local_dim, estimator: infonce, level: 2, standardise: %s, score_penalty: 0.04, critic: {name: "
+    "encode_and_dot, width: 64, local_norm: none, summary_norm: none, scaled: true, clip: 20.0}}"
+)
+LIGHT = "{name: coordinates, weight: 0.1, level: 2, hidden: 64, points: 64, see_summary: false}"
+HEAVY = "{name: coordinates, weight: 2.0, level: 2, hidden: 64, points: 0, see_summary: true}"
+SMALL = ["encoder.channels=[4, 12, 24, 48]", "decoder=null", "max_steps=1000", "warmup_steps=20"]
+SETTINGS: dict[str, dict[str, list[str]]] = {
+    "mri-crop": {
+        "heavy": [*SMALL, f"objectives=[{DIM % 'false'}, {HEAVY}]"],
+        "heavy, standardised": [*SMALL, f"objectives=[{DIM % 'true'}, {HEAVY}]"],
+        "light, standardised": [*SMALL, f"objectives=[{DIM % 'true'}, {LIGHT}]"],
+    },
+    "xray-28": {
+        "plain": [
+            *("objectives.0.standardise=false", "objectives.0.score_penalty=0.0"),
+            *("objectives.0.critic.clip=0.0", "gradient_clip=0.0"),
+        ],
+        "stabilised": [],
+    },
+}
+SHOWN = {"loss": "local_dim", "retrieval": "local_dim/retrieval", "z": "local_dim/spread"}
+
+
+def main() -> None:
+    """Run what is missing, and write tables and figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mri", type=Path, required=True)
+    parser.add_argument("--xray", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for preset, settings in SETTINGS.items():
+        index = build_index(
+            arguments.mri if preset == "mri-crop" else arguments.xray, "mri" if preset == "mri-crop" else "xray"
+        )
+        rows, curves, chance = [], {title: {} for title in SHOWN}, 0.0
+        for name, changes in settings.items():
+            config = load("pretrain", preset, changes)
+            assert isinstance(config, PretrainConfig)
+            runs = [arguments.out / f"{preset}-{name.replace(', ', '-')}-{seed}" for seed in SEEDS]
+            options = {"stop_on_collapse": True, "store": arguments.out / "store"}
+            summaries = [once(run, partial(pretrain, config, index, seed=s, **options)) for s, run in zip(SEEDS, runs)]
+            found, chance = [history(run) for run in runs], summaries[0]["chance"]["local_dim"]
+            for (title, key), (seed, series) in ((shown, one) for shown in SHOWN.items() for one in enumerate(found)):
+                curves[title][f"{name}, {seed}"] = series[key]
+            rows.append([name, *_cells(found, chance), ", ".join(summary["verdict"] for summary in summaries)])
+        head = [
+            "setting",
+            "below chance by 0.1 at step",
+            "held out, chance - loss",
+            "retrieval",
+            "z",
+            "steps",
+            "verdicts",
+        ]
+        draw(arguments.page.parent / "figures" / f"dim-{preset}.svg", curves, {"loss": chance})
+        write_section(arguments.page, f"{preset} stability", markdown(head, rows))
+
+
+def _cells(found: list[dict[str, Series]], chance: float) -> list[str]:
+    """The table's cells of one setting: a value a seed."""
+    left = [_first_below([value for _, value in series["local_dim"]], chance - 0.1) for series in found]
+    held_out = [f"{chance - series['held out local_dim'][-1][1]:.2f}" for series in found]
+    ends = [
+        [f"{np.mean([v for _, v in series[key][-20:]]):.2f}" for series in found] for key in list(SHOWN.values())[1:]
+    ]
+    steps = [str(series["local_dim"][-1][0]) for series in found]
+    return [" / ".join(values) for values in (left, held_out, *ends, steps)]
+
+
+def _first_below(losses: list[float], level: float) -> str:
+    """The first step from which a running mean of ten lies below a level."""
+    means = np.convolve(losses, np.ones(10) / 10, "valid")
+    below = np.flatnonzero(means < level)
+    return str(int(below[0]) + 10) if len(below) else "never"
+
+
+if __name__ == "__main__":
+    main()
