@@ -19,6 +19,7 @@ from studies import Series, draw, history, markdown, once, write_section
 from medim.config import PretrainConfig, load
 from medim.data.index import build_index
 from medim.training.pretrain import pretrain
+from medim.types import Modality
 
 SEEDS = (0, 1, 2)
 DIM = (
@@ -54,30 +55,24 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    sources: dict[str, tuple[Path, Modality]] = {
+        "mri-crop": (arguments.mri, "mri"),
+        "xray-28": (arguments.xray, "xray"),
+    }
     for preset, settings in SETTINGS.items():
-        index = build_index(
-            arguments.mri if preset == "mri-crop" else arguments.xray, "mri" if preset == "mri-crop" else "xray"
-        )
-        rows, curves, chance = [], {title: {} for title in SHOWN}, 0.0
+        index, rows, chance = build_index(*sources[preset]), [], 0.0
+        curves: dict[str, dict[str, Series]] = {title: {} for title in SHOWN}
         for name, changes in settings.items():
             config = load("pretrain", preset, changes)
             assert isinstance(config, PretrainConfig)
-            runs = [arguments.out / f"{preset}-{name.replace(', ', '-')}-{seed}" for seed in SEEDS]
-            options = {"stop_on_collapse": True, "store": arguments.out / "store"}
-            summaries = [once(run, partial(pretrain, config, index, seed=s, **options)) for s, run in zip(SEEDS, runs)]
-            found, chance = [history(run) for run in runs], summaries[0]["chance"]["local_dim"]
-            for (title, key), (seed, series) in ((shown, one) for shown in SHOWN.items() for one in enumerate(found)):
-                curves[title][f"{name}, {seed}"] = series[key]
+            start = partial(pretrain, config, index, stop_on_collapse=True, store=arguments.out / "store")
+            runs = {seed: arguments.out / f"{preset}-{name.replace(', ', '-')}-{seed}" for seed in SEEDS}
+            summaries = [once(run, partial(start, seed=seed)) for seed, run in runs.items()]
+            found, chance = [history(run) for run in runs.values()], summaries[0]["chance"]["local_dim"]
+            for title, key in SHOWN.items():
+                curves[title] |= {f"{name}, {seed}": series[key] for seed, series in zip(SEEDS, found, strict=True)}
             rows.append([name, *_cells(found, chance), ", ".join(summary["verdict"] for summary in summaries)])
-        head = [
-            "setting",
-            "below chance by 0.1 at step",
-            "held out, chance - loss",
-            "retrieval",
-            "z",
-            "steps",
-            "verdicts",
-        ]
+        head = ["setting", "leaves chance at step", "held out: chance - loss", "retrieval", "z", "steps", "verdicts"]
         draw(arguments.page.parent / "figures" / f"dim-{preset}.svg", curves, {"loss": chance})
         write_section(arguments.page, f"{preset} stability", markdown(head, rows))
 

@@ -15,6 +15,7 @@ import logging
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from studies import at_once, auroc, difference_text, markdown, once, probed, spread_text, write_section
 
@@ -55,7 +56,7 @@ def main() -> None:
         if not (out / f"probe-{s}" / "probe.json").is_file():
             budgets = [Budget(fraction=fraction) for fraction in FRACTIONS]
             anchors = s == SEEDS[0]  # an untrained encoder and the pixels know of no pretraining
-            options = {"budgets": budgets, "seeds": SUBSETS, "anchors": anchors, "store": store}
+            options: dict[str, Any] = {"budgets": budgets, "seeds": SUBSETS, "anchors": anchors, "store": store}
             probe(encoders[s], index, out / f"probe-{s}", overwrite=True, **options)
 
     values, differences = [], []
@@ -65,8 +66,8 @@ def main() -> None:
         for arm, s in product(found, seeds):
             start = {"encoder": encoders[s], "from_scratch": arm == TWIN, "label_fraction": fraction, "seed": s}
             folders = [out / f"{arm.replace(' ', '-')}-{fraction}-{s}-{t}" for t in subsets]
-            options = [{**start, "subset_seed": t, "store": store} for t in subsets]
-            runs += [once(f, partial(finetune, schedule, index, **o)) for f, o in zip(folders, options, strict=True)]
+            cells: list[dict[str, Any]] = [{**start, "subset_seed": t, "store": store} for t in subsets]
+            runs += [once(f, partial(finetune, schedule, index, **o)) for f, o in zip(folders, cells, strict=True)]
             found[arm].append([auroc(read_cases(folder / "cases.parquet")) for folder in folders])
         for features, arm in PROBES.items():
             of = seeds if features == "encoder" else [SEEDS[0]] * len(seeds)
