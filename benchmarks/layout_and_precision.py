@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from medim.config import PretrainConfig, load
+from medim.config import load
 from medim.files import write_json
 from medim.models.layers import channels_last
 from medim.models.model import build_decoder, build_encoder
@@ -54,7 +54,6 @@ def measure(preset: str, rounds: int) -> dict[str, float]:
 def step_of(preset: str, *, bf16: bool, last: bool) -> Callable[[], None]:
     """One forward and backward pass of a preset on random views."""
     config = load("pretrain", preset)
-    assert isinstance(config, PretrainConfig)
     torch.manual_seed(0)
     shape, count = config.views.shape, config.views.count
     spec = {"encoder": config.encoder, "in_channels": 1, "spatial_dims": len(shape), "input_shape": list(shape)}

@@ -61,7 +61,7 @@ def measure(preset: str, rounds: int) -> dict[str, float]:
     def step() -> None:
         encode = StepEncode(encoder, decoder, views, torch.Generator().manual_seed(0))
         losses = [w * t.loss for o, w in objectives.values() for t in o(encode, views).values()]
-        torch.stack(losses).sum().backward()
+        torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
         optimiser.step()
         optimiser.zero_grad()

@@ -163,6 +163,10 @@ def override(content: Section, assignments: Iterable[str]) -> Section:
     return content
 
 
+@typing.overload
+def load(command: Literal["pretrain"], name_or_path: str, assignments: Sequence[str] = ()) -> PretrainConfig: ...
+@typing.overload
+def load(command: Literal["finetune"], name_or_path: str, assignments: Sequence[str] = ()) -> FinetuneConfig: ...
 def load(command: Command, name_or_path: str, assignments: Sequence[str] = ()) -> RunConfig:
     """Read, override and check a run's configuration in which nothing is left `auto`.
 

@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from studies import Series, draw, history, markdown, once, write_section
+from evidence import Series, draw, history, markdown, once, write_section
 
-from medim.config import PretrainConfig, load
+from medim.config import load
 from medim.data.index import build_index
 from medim.training.pretrain import pretrain
 from medim.types import Modality
@@ -64,7 +64,6 @@ def main() -> None:
         curves: dict[str, dict[str, Series]] = {title: {} for title in SHOWN}
         for name, changes in settings.items():
             config = load("pretrain", preset, changes)
-            assert isinstance(config, PretrainConfig)
             start = partial(pretrain, config, index, stop_on_collapse=True, store=arguments.out / "store")
             runs = {seed: arguments.out / f"{preset}-{name.replace(', ', '-')}-{seed}" for seed in SEEDS}
             summaries = [once(run, partial(start, seed=seed)) for seed, run in runs.items()]

@@ -14,9 +14,9 @@ import logging
 from functools import partial
 from pathlib import Path
 
-from studies import at_once, dice, difference_text, history, markdown, once, spread_text, write_section
+from evidence import at_once, dice, difference_text, history, markdown, once, spread_text, write_section
 
-from medim.config import FinetuneConfig, PretrainConfig, load
+from medim.config import load
 from medim.data.index import build_index
 from medim.evaluation.paired import paired_difference
 from medim.training.finetune import finetune
@@ -40,7 +40,6 @@ def main() -> None:
     index, out, store = build_index(arguments.data, "mri"), arguments.out, arguments.out / "store"
 
     settings = load("pretrain", "mri-crop")
-    assert isinstance(settings, PretrainConfig)
     encoders = {seed: out / f"encoder-{seed}" for seed in SEEDS}
     summaries = [once(run, partial(pretrain, settings, index, seed=s, store=store)) for s, run in encoders.items()]
 
@@ -48,7 +47,6 @@ def main() -> None:
     for labelled, steps in STEPS.items():
         seeds, subsets = (SEEDS[:1], SUBSETS[:1]) if labelled in ONE_PAIR else (SEEDS, SUBSETS)
         schedule = load("finetune", "mri-crop-segmentation", [f"max_steps={steps}", "measure_at=[20, 40, 80]"])
-        assert isinstance(schedule, FinetuneConfig)
         grid = [(arm, s, t) for arm in ARMS for s in seeds for t in subsets]
         cells = {(arm, s, t): out / f"{arm.replace(' ', '-')}-{labelled}-{s}-{t}" for arm, s, t in grid}
         for (arm, s, t), run in cells.items():

@@ -17,9 +17,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from studies import at_once, auroc, difference_text, markdown, once, probed, spread_text, write_section
+from evidence import at_once, auroc, difference_text, markdown, once, probed, spread_text, write_section
 
-from medim.config import FinetuneConfig, PretrainConfig, load
+from medim.config import load
 from medim.data.index import build_index
 from medim.evaluation.cases import read_cases
 from medim.evaluation.metrics import Statistic
@@ -32,6 +32,7 @@ from medim.training.pretrain import pretrain
 SEEDS, SUBSETS = (0, 1, 2), (0, 1, 2, 3, 4)
 FRACTIONS = (0.01, 0.1, 1.0)
 TWIN, OURS = "from scratch", "fine-tuned"
+HEADS = {TWIN: "random", OURS: "probe"}  # what suited each arm, on other subsets than these
 PROBES = {"encoder": "frozen, linear probe", "random": "untrained, linear probe", "pixels": "pixels, PCA, linear"}
 
 
@@ -45,9 +46,8 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     index, out, store = build_index(arguments.data, "xray"), arguments.out, arguments.out / "store"
-    settings, schedule = load("pretrain", "xray-28"), load("finetune", "xray-28-classification")
-    assert isinstance(settings, PretrainConfig)
-    assert isinstance(schedule, FinetuneConfig)
+    settings = load("pretrain", "xray-28")
+    schedules = {arm: load("finetune", "xray-28-classification", [f"head_init={head}"]) for arm, head in HEADS.items()}
 
     encoders = [out / f"encoder-{seed}" for seed in SEEDS]
     runs = [once(encoders[s], partial(pretrain, settings, index, seed=s, store=store)) for s in SEEDS]
@@ -67,7 +67,9 @@ def main() -> None:
             start = {"encoder": encoders[s], "from_scratch": arm == TWIN, "label_fraction": fraction, "seed": s}
             folders = [out / f"{arm.replace(' ', '-')}-{fraction}-{s}-{t}" for t in subsets]
             cells: list[dict[str, Any]] = [{**start, "subset_seed": t, "store": store} for t in subsets]
-            runs += [once(f, partial(finetune, schedule, index, **o)) for f, o in zip(folders, cells, strict=True)]
+            runs += [
+                once(f, partial(finetune, schedules[arm], index, **o)) for f, o in zip(folders, cells, strict=True)
+            ]
             found[arm].append([auroc(read_cases(folder / "cases.parquet")) for folder in folders])
         for features, arm in PROBES.items():
             of = seeds if features == "encoder" else [SEEDS[0]] * len(seeds)

@@ -97,23 +97,23 @@ def write_section(page: Path, name: str, text: str) -> None:
 def draw(path: Path, panels: dict[str, dict[str, Series]], levels: dict[str, float]) -> None:
     """Curves over steps, a panel each, as SVG: `panels[title][line]`, and a dashed line at a panel's level.
 
-    Training curves are running means over a fiftieth of their length; lines of one colour are of one name but for
-    what follows a comma.
+    Lines are running means over a fiftieth of their length, and named `setting, seed`: a colour a setting.
     """
     with mpl.rc_context({"svg.hashsalt": "medim", "svg.fonttype": "none", "font.size": 8}):
         figure = Figure(figsize=(3.2 * len(panels), 2.6), layout="constrained")
         for axes, (title, lines) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items(), strict=True):
-            names = list(dict.fromkeys(name.partition(",")[0] for name in lines))
+            names = list(dict.fromkeys(name.rpartition(", ")[0] for name in lines))
             for name, points in lines.items():
                 steps, values = np.array(points).T
                 width = max(1, len(values) // 50)
                 smooth = np.convolve(values, np.ones(width) / width, "valid")
-                kind = name.partition(",")[0]
-                label = kind if list(lines).index(name) == [n.partition(",")[0] for n in lines].index(kind) else None
-                axes.plot(steps[width - 1 :], smooth, color=f"C{names.index(kind)}", linewidth=0.9, label=label)
+                kind = name.rpartition(", ")[0]
+                axes.plot(steps[width - 1 :], smooth, color=f"C{names.index(kind)}", linewidth=0.9)
             if title in levels:
                 axes.axhline(levels[title], color="grey", linestyle="--", linewidth=0.8)
             axes.set(title=title, xlabel="step")
+            for number, name in enumerate(names):
+                axes.plot([], [], color=f"C{number}", label=name)
             axes.legend(frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path.with_suffix(".tmp"), format="svg", metadata={"Date": None})
