@@ -19,6 +19,7 @@ from medim.evaluation.sample import Budget
 from medim.files import read_json, write_bytes, write_text
 
 Series = list[tuple[int, float]]
+POINTS = 300  # of a curve, at most
 
 
 def once(out: Path, run: Callable[..., dict[str, Any]]) -> dict[str, Any]:
@@ -108,13 +109,14 @@ def draw(path: Path, panels: dict[str, dict[str, Series]], levels: dict[str, flo
                 width = max(1, len(values) // 50)
                 smooth = np.convolve(values, np.ones(width) / width, "valid")
                 kind = name.rpartition(", ")[0]
-                axes.plot(steps[width - 1 :], smooth, color=f"C{names.index(kind)}", linewidth=0.9)
+                every = -(-len(smooth) // POINTS)
+                axes.plot(steps[width - 1 :: every], smooth[::every], color=f"C{names.index(kind)}", linewidth=0.9)
             if title in levels:
                 axes.axhline(levels[title], color="grey", linestyle="--", linewidth=0.8)
             axes.set(title=title, xlabel="step")
             for number, name in enumerate(names):
                 axes.plot([], [], color=f"C{number}", label=name)
-            axes.legend(frameon=False)
+        figure.axes[0].legend(frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path.with_suffix(".tmp"), format="svg", metadata={"Date": None})
         write_bytes(path, path.with_suffix(".tmp").read_bytes())
