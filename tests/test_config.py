@@ -100,11 +100,12 @@ def test_every_section_of_a_shipped_preset_fits_its_constructor(command: Command
     config = shipped(command, name)
     encoder = ("in_channels", "spatial_dims", "input_shape")
     of_maps = ("channels", "strides", "summary_channels", "spatial_dims", "grids", "input_shape", "receptive_fields")
+    of_images = ("in_channels", "decoded_channels")
     bind(ENCODERS, config.encoder, given=encoder)
     if isinstance(config, PretrainConfig):
         for section in config.objectives:
             options = {key: value for key, value in section.items() if key != "weight"}
-            _, bound = bind(OBJECTIVES, options, given=of_maps)
+            _, bound = bind(OBJECTIVES, options, given=(*of_maps, *of_images))
             if "critic" in bound:
                 bind(CRITICS, bound["critic"], given=("channels", "summary_channels"))
     if isinstance(config, FinetuneConfig):
