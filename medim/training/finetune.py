@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,22 +99,25 @@ class MeasureOnTheWay(pl.Callback):
 
     Args:
         steps: after which.
-        measure: the model in evaluation mode to metric name and value.
+        index: where the images come from.
+        records: the validation split.
+        spec: the model's spec.
     """
 
-    def __init__(self, steps: Sequence[int], measure: Callable[[Model], dict[str, float]]) -> None:
-        self._steps, self._measure = frozenset(steps), measure
+    def __init__(self, steps: Sequence[int], index: Index, records: Sequence[Record], spec: dict[str, Any]) -> None:
+        self._steps, self._index, self._records, self._spec = frozenset(steps), index, records, spec
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
         """Measure where the step is one of those asked for, in the run's own precision."""
         assert isinstance(module, FinetuneModule)
-        if trainer.global_step not in self._steps:
+        if trainer.global_step not in self._steps or not self._records:
             return
         with trainer.precision_plugin.forward_context():
-            found = self._measure(module.model.eval())
+            measured, _ = validate(as_run(module.model.eval()), self._index, self._records, self._spec)
         module.model.train()
+        found = {name: metric["value"] for name, metric in measured["metrics"].items()}
         module.rows += [(trainer.global_step, f"val/{name}", None, None, value) for name, value in found.items()]
 
 
@@ -234,25 +237,12 @@ def finetune(
     write_config(out, config, **made, **budgeted)
     checkpoint, start = newest_checkpoint(out / "checkpoints") if resume else (None, 0)
     if config.head_init == "probe" and not checkpoint:
-        once = min(PROBE_BATCHES, -(-len(train) // config.batch_size))
-        batches = _loader(config, cohort, train, spec["classes"], steps=once, seed=seed, augment=False)
-        start_head_as_probe(model, batches, classes=spec["out_channels"], seed=seed)
+        _start_head(config, cohort, train, model, spec, seed)
     module = FinetuneModule(model, config, pretrained)
-
-    def measure(model: Model) -> dict[str, float]:
-        found = validate(as_run(model), index, val, spec)[0]["metrics"] if val else {}
-        return {name: metric["value"] for name, metric in found.items()}
-
     with track("finetune", config, seed=seed, index_hash=index.hash) as logger:
-        trainer = make_trainer(
-            config,
-            out,
-            logger=False,
-            callbacks=[MeasureOnTheWay(config.measure_at, measure)],
-            accelerator=accelerator,
-            validate=False,
-            clip=config.gradient_clip,
-        )
+        on_the_way = MeasureOnTheWay(config.measure_at, index, val, spec)
+        options: dict[str, Any] = {"accelerator": accelerator, "validate": False, "clip": config.gradient_clip}
+        trainer = make_trainer(config, out, logger=False, callbacks=[on_the_way], **options)
         loader = _loader(config, cohort, train, spec["classes"], steps=config.max_steps, seed=seed, start=start)
         fit(trainer, module, loader, checkpoint=checkpoint)
         save(out / "model", "model", model.eval(), spec)
@@ -355,6 +345,20 @@ def _load_pretrained(model: Model, encoder: Path) -> tuple[str, list[torch.nn.Mo
         return str(spec["sha256"]), [model.encoder]
     load_weights(model.decoder, decoder)
     return str(spec["sha256"]), [model.encoder, model.decoder]
+
+
+def _start_head(
+    config: FinetuneConfig,
+    cohort: Cohort,
+    records: Sequence[Record],
+    model: Model,
+    spec: dict[str, Any],
+    seed: int,
+) -> None:
+    """Start the head as a probe of every labelled image, or of `PROBE_BATCHES` batches, unaugmented."""
+    once = min(PROBE_BATCHES, -(-len(records) // config.batch_size))
+    batches = _loader(config, cohort, records, spec["classes"], steps=once, seed=seed, augment=False)
+    start_head_as_probe(model, batches, classes=spec["out_channels"], seed=seed)
 
 
 def _loader(
