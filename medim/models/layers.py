@@ -67,7 +67,7 @@ def check_level(name: str, level: int, count: int) -> int:
 
 
 def channels_last(module: nn.Module) -> None:
-    """Lay the weights of convolutions out channels last, in place; their outputs follow, and steps take less time.
+    """Lay the weights of convolutions out channels last, in place, which makes most steps cheaper.
 
     Measured by `benchmarks/layout_and_precision.py`.
     """

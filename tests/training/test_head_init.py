@@ -54,7 +54,7 @@ def segmenter() -> Model:
     )
 
 
-def test_a_segmenter_tells_bright_from_dark_before_its_first_step(segmenter: Model) -> None:
+def test_a_segmenter_scores_bright_voxels_above_dark_ones_before_its_first_step(segmenter: Model) -> None:
     generator = torch.Generator().manual_seed(1)
     target = torch.zeros(2, 8, 8, 8, dtype=torch.int64)
     target[:, 2:6, 2:6, 2:6] = 1
