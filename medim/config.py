@@ -15,13 +15,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from medim.files import hash_of
 from medim.types import Modality, UsageError, UserError
 
 Section = dict[str, Any]
 Command = Literal["pretrain", "finetune"]
+OptimiserName = Literal["adamw", "adam", "radam"]
+Schedule = Literal["cosine", "constant", "steps"]
 T = typing.TypeVar("T")
 AUTO = "auto"  # stands for numbers that follow the images; `medim.training.sizes` fills them in
 
@@ -53,9 +64,17 @@ class RunConfig(_Strict):
     encoder: Section = Field(description="an entry of ENCODERS and its options")
     max_steps: PositiveInt = Field(description="optimiser steps of the whole run")
     batch_size: PositiveInt = Field(description="images a step, over all devices")
-    lr: PositiveFloat = Field(description="AdamW's peak learning rate; warm-up is linear, decay a cosine to zero")
+    lr: PositiveFloat = Field(description="peak learning rate")
+    optimiser: OptimiserName = Field("adamw", description="AdamW, or Adam or RAdam where a paper has them")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="the optimiser's decay rates of its two moments")
+    schedule: Schedule = Field(
+        "cosine", description="the rate after the warm-up: a cosine to zero, constant, or a fifth from each of drop_at"
+    )
+    drop_at: tuple[PositiveInt, ...] = Field((), description="steps at which the schedule `steps` drops the rate")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay")
+    weight_decay: float = Field(
+        0.01, ge=0, description="weight decay of matrices; decoupled from the gradient in AdamW alone"
+    )
     gradient_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
     checkpoint_every_steps: PositiveInt = Field(100, description="steps between two checkpoints")
     precision: Literal["32-true", "bf16-mixed"] = Field(
@@ -63,10 +82,22 @@ class RunConfig(_Strict):
     )
     workers: int = Field(0, ge=0, description="loading processes; 0 loads in the training process")
 
+    @model_validator(mode="after")
+    def _drops(self) -> RunConfig:
+        if bool(self.drop_at) != (self.schedule == "steps"):
+            raise ValueError("the schedule `steps` needs drop_at, and drop_at that schedule")
+        return self
+
     @property
     def spatial_dims(self) -> int:
         """2 or 3, from the views."""
         return len(self.views.shape)
+
+    @property
+    def optimisation(self) -> dict[str, Any]:
+        """The arguments of `medim.training.optim.optimiser`."""
+        keys = ("lr", "optimiser", "betas", "schedule", "drop_at", "warmup_steps", "weight_decay", "max_steps")
+        return {key: getattr(self, key) for key in keys}
 
     @property
     def hash(self) -> str:
@@ -118,9 +149,16 @@ def presets(command: Command) -> dict[str, Path]:
 def read(command: Command, name_or_path: str) -> Section:
     """Read a preset by name, or a YAML file by path, unchecked.
 
+    A file that has `extends: NAME` holds only what differs: its keys take the place of those of the preset (or file)
+    it names, `views` key by key.
+
     Raises:
-        UsageError: no such preset or file, or not a YAML mapping.
+        UsageError: no such preset or file, not a YAML mapping, or files that extend each other in a ring.
     """
+    return _read(command, name_or_path, ())
+
+
+def _read(command: Command, name_or_path: str, above: tuple[str, ...]) -> Section:
     known = presets(command)
     path = known.get(name_or_path) or Path(name_or_path)
     if not path.is_file():
@@ -131,6 +169,13 @@ def read(command: Command, name_or_path: str) -> Section:
         raise UsageError(f"{path}: expected YAML ({error}).") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path}: expected a YAML mapping, got {type(content).__name__}.")
+    base = content.pop("extends", None)
+    if base is not None:
+        if str(base) in (*above, path.stem, str(path)):
+            raise UsageError(f"{path}: extends {base}, which extends it; let one of them hold all it needs.")
+        extended = _read(command, str(base), (*above, path.stem, str(path)))
+        views = {**extended.get("views", {}), **content["views"]} if isinstance(content.get("views"), dict) else None
+        content = {**extended, "name": path.stem, **content, **({"views": views} if views else {})}
     return {"name": path.stem, **content}
 
 

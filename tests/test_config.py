@@ -153,6 +153,37 @@ def test_a_file_that_is_no_yaml_mapping_is_refused(content: bytes, reason: str, 
         read("pretrain", str(path))
 
 
+def test_a_file_that_extends_a_preset_says_only_what_differs(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: xray-28\nviews: {count: 1}\nobjectives: [{name: local_dim}]\n")
+    base, mine = read("pretrain", "xray-28"), read("pretrain", str(path))
+    assert mine["name"] == "mine"
+    assert mine["views"] == {**base["views"], "count": 1}
+    assert mine["objectives"] == [{"name": "local_dim"}]
+    assert {**mine, "name": 0, "views": 0, "objectives": 0} == {**base, "name": 0, "views": 0, "objectives": 0}
+
+
+def test_files_that_extend_each_other_in_a_ring_are_refused(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text(f"extends: {two}\n")
+    two.write_text(f"extends: {one}\n")
+    with pytest.raises(UsageError, match="which extends it"):
+        read("pretrain", str(one))
+
+
+def test_an_extended_preset_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: xray-82\n")
+    with pytest.raises(UsageError, match="xray-28"):
+        read("pretrain", str(path))
+
+
+@pytest.mark.parametrize("assignment", ["schedule=steps", "drop_at=[5]"])
+def test_a_schedule_in_steps_and_its_steps_need_each_other(assignment: str) -> None:
+    with pytest.raises(UsageError, match="drop_at"):
+        check("pretrain", override(MINIMAL, [assignment]), where="here")
+
+
 def test_a_preset_of_another_command_is_refused_by_its_keys() -> None:
     content = read("finetune", "mri-segmentation")
     with pytest.raises(UsageError, match=r"objectives must be given.*no key 'head'"):

@@ -86,7 +86,7 @@ def _item(key: str, value: Any, meaning: str | None, tables: Tables, rules: Mapp
     if isinstance(value, list) and value and isinstance(value[0], dict):
         entries = [_dashed(_section(key, entry, tables, rules)) for entry in value]
         return [*lines, f"{key}:", *_indented([line for entry in entries for line in entry])]
-    flow = None if isinstance(value, list) else False  # a list stands in one line
+    flow = None if isinstance(value, list | tuple) else False  # a list stands in one line
     return [*lines, *yaml.safe_dump({key: value}, default_flow_style=flow, width=WIDTH).splitlines()]
 
 

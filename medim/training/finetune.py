@@ -55,17 +55,11 @@ class FinetuneModule(pl.LightningModule):
         self.rows: list[Row] = []
 
     def configure_optimizers(self) -> Any:
-        """AdamW, the rate of what came pretrained scaled by `pretrained_lr_scale`."""
+        """The run's optimiser, the rate of what came pretrained scaled by `pretrained_lr_scale`."""
         config, model = self._config, self.model
         parts = [part for part in (model.encoder, model.decoder, model.head) if part is not None]
         scale = {id(part): config.pretrained_lr_scale for part in self._pretrained}
-        main, decay = optimiser(
-            [(part, scale.get(id(part), 1.0)) for part in parts],
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            warmup_steps=config.warmup_steps,
-            max_steps=config.max_steps,
-        )
+        main, decay = optimiser([(part, scale.get(id(part), 1.0)) for part in parts], **config.optimisation)
         return [main], [{"scheduler": decay, "interval": "step"}]
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], step: int) -> torch.Tensor:

@@ -28,11 +28,8 @@ class PretrainModule(pl.LightningModule):
         encoder: the encoder.
         decoder: shared by the objectives that decode, or None.
         objectives: name to (objective, weight).
-        lr: peak learning rate of encoder, critics and heads.
+        optimisation: arguments of `medim.training.optim.optimiser`, for encoder, critics and heads.
         adversary_lr: Adam's rate for adversaries, with the betas of the DIM authors' code (0.5, 0.999).
-        weight_decay: AdamW's.
-        warmup_steps: of the schedule.
-        max_steps: of the schedule.
         gradient_clip: largest gradient norm; 0 does not clip.
         seed: of the run; each step's randomness follows from it.
     """
@@ -43,10 +40,7 @@ class PretrainModule(pl.LightningModule):
         decoder: nn.Module | None,
         objectives: dict[str, tuple[nn.Module, float]],
         *,
-        lr: float,
-        weight_decay: float,
-        warmup_steps: int,
-        max_steps: int,
+        optimisation: dict[str, Any],
         gradient_clip: float,
         seed: int,
         adversary_lr: float = 1e-4,
@@ -58,22 +52,17 @@ class PretrainModule(pl.LightningModule):
         self.objectives = nn.ModuleDict({name: objective for name, (objective, _) in objectives.items()})
         self.weights = {name: weight for name, (_, weight) in objectives.items()}
         self._adversarial: list[Any] = [o for o in self.objectives.values() if hasattr(o, "adversary_parameters")]
-        self._schedule: dict[str, Any] = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "warmup_steps": warmup_steps,
-            "max_steps": max_steps,
-        }
+        self._optimisation = optimisation
         self._adversary_lr = adversary_lr
         self._clip = gradient_clip
         self._seed = seed
 
     def configure_optimizers(self) -> Any:
-        """AdamW for all but the adversaries, Adam for those."""
+        """The run's optimiser for all but the adversaries, Adam for those."""
         adversary = [p for objective in self._adversarial for p in objective.adversary_parameters()]
         held = {id(p) for p in adversary}
         trained = nn.ParameterList(p for p in self.parameters() if id(p) not in held)
-        main, schedule = optimiser([(trained, 1.0)], **self._schedule)
+        main, schedule = optimiser([(trained, 1.0)], **self._optimisation)
         optimisers = [main] + ([Adam(adversary, lr=self._adversary_lr, betas=(0.5, 0.999))] if adversary else [])
         return optimisers, [schedule]
 

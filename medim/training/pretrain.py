@@ -151,10 +151,7 @@ def _module(config: PretrainConfig, spec: dict[str, Any], seed: int) -> Pretrain
         encoder,
         decoder,
         build_objectives(config, encoder, decoder, int(spec["in_channels"])),
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        warmup_steps=config.warmup_steps,
-        max_steps=config.max_steps,
+        optimisation=config.optimisation,
         gradient_clip=config.gradient_clip,
         seed=seed,
     )

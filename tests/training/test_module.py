@@ -43,10 +43,11 @@ class Scripted(nn.Module):
 
 def module_of(objectives: dict[str, tuple[nn.Module, float]], **options: Any) -> PretrainModule:
     torch.manual_seed(0)
-    schedule = {"lr": 1e-2, "weight_decay": 0.0, "warmup_steps": 0, "max_steps": 100, "gradient_clip": 0.0, "seed": 0}
-    decoder = options.pop("decoder", None)
+    optimisation = {"lr": 1e-2, "weight_decay": 0.0, "warmup_steps": 0, "max_steps": 100}
+    optimisation |= {key: options.pop(key) for key in list(options) if key in optimisation}
+    options = {"decoder": None, "gradient_clip": 0.0, "seed": 0, **options}
     encoder = UNetEncoder(1, 2, channels=(4, 8), norm="bn", summary_channels=6)
-    return PretrainModule(encoder, decoder, objectives, **{**schedule, **options})
+    return PretrainModule(encoder, objectives=objectives, optimisation=optimisation, **options)
 
 
 def batches(steps: int, count: int = 1) -> DataLoader[Any]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from medim.config import OptimiserName
 from medim.training.optim import optimiser
 
 
-def rates(warmup: int, steps: int, *, lr: float = 0.1) -> list[float]:
-    adamw, schedule = optimiser([(nn.Linear(1, 1), 1.0)], lr=lr, weight_decay=0, warmup_steps=warmup, max_steps=steps)
+def rates(warmup: int, steps: int, *, lr: float = 0.1, **options: Any) -> list[float]:
+    adamw, schedule = optimiser(
+        [(nn.Linear(1, 1), 1.0)], lr=lr, weight_decay=0, warmup_steps=warmup, max_steps=steps, **options
+    )
     found = []
     for _ in range(steps):
         found.append(adamw.param_groups[0]["lr"])
@@ -32,6 +36,27 @@ def test_without_warm_up_the_first_step_has_the_peak_rate() -> None:
     found = rates(0, 10)
     assert found[0] == pytest.approx(0.1)
     assert found == sorted(found, reverse=True)
+
+
+def test_a_constant_rate_stays_after_the_warm_up() -> None:
+    assert rates(2, 5, schedule="constant") == pytest.approx([0.05, 0.1, 0.1, 0.1, 0.1])
+
+
+def test_a_rate_in_steps_falls_to_a_fifth_at_each() -> None:
+    assert rates(0, 6, schedule="steps", drop_at=(2, 4)) == pytest.approx([0.1, 0.1, 0.02, 0.02, 0.004, 0.004])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam), ("radam", torch.optim.RAdam)]
+)
+def test_the_optimiser_of_the_config_steps_with_its_betas(
+    name: OptimiserName, kind: type[torch.optim.Optimizer]
+) -> None:
+    made, _ = optimiser(
+        [(nn.Linear(1, 1), 1.0)], lr=1, weight_decay=0, warmup_steps=0, max_steps=1, optimiser=name, betas=(0.5, 0.9)
+    )
+    assert type(made) is kind
+    assert made.param_groups[0]["betas"] == (0.5, 0.9)
 
 
 def test_a_run_shorter_than_its_warm_up_still_has_rates() -> None:
