@@ -122,12 +122,12 @@ def clip_percentiles(volume: Volume, *, lower: float = 0.5, upper: float = 99.5)
     return volume.with_array(np.clip(flat, low[:, None], high[:, None]).reshape(array.shape))
 
 
-def normalise(volume: Volume, *, method: Literal["zscore", "range"] = "zscore") -> Volume:
+def normalise(volume: Volume, *, method: Literal["zscore", "range", "symmetric"] = "zscore") -> Volume:
     """Bring each channel to one scale. A constant channel becomes zero.
 
     Args:
         volume: the image.
-        method: `zscore` to mean 0 and standard deviation 1, `range` to [0, 1].
+        method: `zscore` to mean 0 and standard deviation 1, `range` to [0, 1], `symmetric` to [-1, 1].
     """
     array = _floats(volume)
     flat = array.reshape(len(array), -1)
@@ -136,6 +136,8 @@ def normalise(volume: Volume, *, method: Literal["zscore", "range"] = "zscore") 
     else:
         shift = flat.min(axis=1).astype(np.float64)
         scale = flat.max(axis=1) - shift
+        if method == "symmetric":
+            shift, scale = shift + scale / 2, scale / 2
     constant = scale <= 1e-9 * np.abs(shift)
     scale = np.where(constant, 1.0, scale)
     out = ((flat - shift[:, None]) / scale[:, None]).astype(np.float32)

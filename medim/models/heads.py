@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -65,14 +66,29 @@ class ClassificationHead(nn.Module):
         summary_channels: length of the summary.
         out_channels: number of classes.
         maps: levels whose mean and maximum join the summary; below 0: from the coarsest.
+        hidden: widths of layers, each with batch norm and ReLU, before the linear one.
     """
 
     def __init__(
-        self, channels: tuple[int, ...], summary_channels: int, out_channels: int, *, maps: tuple[int, ...] = ()
+        self,
+        channels: tuple[int, ...],
+        summary_channels: int,
+        out_channels: int,
+        *,
+        maps: tuple[int, ...] = (),
+        hidden: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.maps = tuple(check_level("classification.maps", level, len(channels)) for level in maps)
-        width = summary_channels + sum(2 * channels[level] for level in self.maps)
+        widths = (summary_channels + sum(2 * channels[level] for level in self.maps), *hidden)
+        self.hidden = nn.Sequential(
+            *(
+                layer
+                for before, after in pairwise(widths)
+                for layer in (nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU(inplace=True))
+            )
+        )
+        width = widths[-1]
         self.norm = nn.BatchNorm1d(width, affine=False)
         self.linear = nn.Linear(width, out_channels)
         nn.init.zeros_(self.linear.weight)
@@ -87,8 +103,9 @@ class ClassificationHead(nn.Module):
         return nn.functional.cross_entropy(logits.float(), target)
 
     def inputs(self, features: Features) -> torch.Tensor:
-        """Summary, and mean and maximum of the maps asked for: (N, d)."""
-        return pooled(features, self.maps)
+        """Summary, and mean and maximum of the maps asked for, through the hidden layers: (N, d)."""
+        seen: torch.Tensor = self.hidden(pooled(features, self.maps))
+        return seen
 
     @torch.no_grad()
     def start_from(self, probe: LinearProbe) -> None:

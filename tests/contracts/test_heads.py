@@ -14,7 +14,9 @@ from medim.models.saved import load_weights, save
 from medim.types import Features
 
 CLASSES = 3
-VARIANTS: dict[str, list[dict[str, Any]]] = {"classification": [{}, {"maps": [0, 1]}, {"maps": [-1]}]}
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "classification": [{}, {"maps": [0, 1]}, {"maps": [-1]}, {"hidden": [7, 6]}]
+}
 GRIDS: dict[int, tuple[int, ...]] = {2: (8, 6), 3: (8, 6, 4)}
 every_head = pytest.mark.parametrize(
     ("section", "dims"),

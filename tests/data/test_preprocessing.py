@@ -176,13 +176,21 @@ class TestIntensity:
         steps: list[Step] = [{"op": "clip_percentiles"}, {"op": "normalise", "method": "range"}]
         np.testing.assert_allclose(preprocess(volume_of(array), steps).array, expected, atol=1e-5)
 
+    def test_symmetric_runs_from_minus_one_to_one(self) -> None:
+        array = smooth_image((9, 10), channels=2) * np.array([1, 1e4], np.float32).reshape(2, 1, 1)
+        half, full = (
+            preprocess(volume_of(array), [{"op": "normalise", "method": method}]).array
+            for method in ("range", "symmetric")
+        )
+        np.testing.assert_allclose(full, 2 * half - 1, atol=1e-6)
+
     def test_zscore_is_monai_normalize_intensity_channel_by_channel(self) -> None:
         array = smooth_image((9, 10, 11), channels=2) * np.array([1, 1e4], np.float32).reshape(2, 1, 1, 1)
         expected = NormalizeIntensity(channel_wise=True)(torch.from_numpy(array))
         np.testing.assert_allclose(preprocess(volume_of(array), [{"op": "normalise"}]).array, expected, atol=1e-4)
 
     @pytest.mark.parametrize("value", [0.0, 7.3, -1.7e6])
-    @pytest.mark.parametrize("method", ["zscore", "range"])
+    @pytest.mark.parametrize("method", ["zscore", "range", "symmetric"])
     def test_a_constant_image_becomes_zeros(self, method: str, value: float) -> None:
         volume = volume_of(np.full((1, 11, 13, 7), value, np.float32))
         got = preprocess(volume, [{"op": "clip_percentiles"}, {"op": "normalise", "method": method}])
