@@ -25,6 +25,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "coordinates": [{"hidden": 8}, {"hidden": 8, "points": 5, "see_summary": False}],
     "prior_matching": [{"hidden": [8]}, {"hidden": [8], "prior": "gaussian"}],
     "reconstruction": [{"block": 4}, {"block": 3, "hidden": 0.3}],
+    "cpc": [{"layers": 2}, {"level": 0, "steps": 2, "skip": 0, "negatives": 5, "scaled": True}],
 }
 SHAPES: dict[int, tuple[int, ...]] = {2: (8, 12), 3: (8, 12, 8)}
 every_objective = pytest.mark.parametrize(
@@ -134,7 +135,9 @@ def test_a_step_can_be_replayed_from_its_generator(section: dict[str, Any], dims
 def test_the_order_of_the_batch_plays_no_part(section: dict[str, Any], dims: int, count: int) -> None:
     if section["name"] == "reconstruction":
         pytest.skip("what is hidden is drawn image by image")
-    plain = {k: v for k, v in section.items() if k not in ("occlusion", "points")}  # these draw for each image
+    plain = {
+        k: v for k, v in section.items() if k not in ("occlusion", "points", "negatives")
+    }  # these draw for each image
     encoder, objective = make(plain, dims)
     views = views_of(dims, count)
     order = torch.tensor([2, 0, 3, 1])
