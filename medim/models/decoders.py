@@ -1,13 +1,18 @@
-"""Decoders: the maps of an encoder in, one map on the image's own grid out."""
+"""Decoders: the maps of an encoder in, one map on the image's own grid out; or a summary in, an image out."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from itertools import pairwise
 
+import torch
 from monai.networks.blocks.dynunet_block import UnetUpBlock
+from monai.networks.layers.factories import Conv
+from monai.networks.layers.utils import get_norm_layer
 from torch import nn
 
-from medim.models.layers import Norm, norm_spec
+from medim.models.layers import Norm, check_channels, norm_spec
 from medim.types import Features
 
 
@@ -46,6 +51,51 @@ class UNetDecoder(nn.Module):
         for level, skip in zip(self.levels, reversed(finer), strict=True):
             x = level(x, skip)
         return Features((x,), features.summary)
+
+
+class ImageDecoder(nn.Module):
+    """The generator of DCGAN: a summary in, an image out (Radford et al. 2016, arXiv 1511.06434).
+
+    A linear layer to the coarsest grid, then transposed convolutions (kernel 4, stride 2), each step with normalisation
+    and ReLU, and a 3-wide convolution to the image. The defaults are the decoder of the Deep InfoMax paper for 32x32,
+    without its tanh, since images here are not bound to [-1, 1]. Any shape: what the grid has too much is cut off.
+
+    Args:
+        summary_channels: length of the summary.
+        out_channels: channels of the image.
+        shape: spatial shape of the image, in voxels.
+        channels: channels of each step, coarse to fine; each but the first doubles the grid.
+        norm: batch (bn), instance (in) or group (gn) normalisation.
+    """
+
+    def __init__(
+        self,
+        summary_channels: int,
+        out_channels: int,
+        shape: tuple[int, ...],
+        *,
+        channels: tuple[int, ...] = (512, 256, 128, 64),
+        norm: Norm = "bn",
+    ) -> None:
+        super().__init__()
+        check_channels("image_decoder", channels)
+        dims, stride = len(shape), 2 ** (len(channels) - 1)
+        self._shape = shape
+        self._grid = (channels[0], *(math.ceil(side / stride) for side in shape))
+        self.to_grid = nn.Linear(summary_channels, math.prod(self._grid), bias=False)
+        layers = [_norm_relu(dims, channels[0], norm)]
+        for before, after in pairwise(channels):
+            layers += [Conv[Conv.CONVTRANS, dims](before, after, 4, 2, 1, bias=False), _norm_relu(dims, after, norm)]
+        self.layers = nn.Sequential(*layers, Conv[Conv.CONV, dims](channels[-1], out_channels, 3, padding=1))
+
+    def forward(self, summary: torch.Tensor) -> torch.Tensor:
+        """Draw (N, summary_channels) as images (N, out_channels, ...)."""
+        image: torch.Tensor = self.layers(self.to_grid(summary).unflatten(1, self._grid))
+        return image[(slice(None), slice(None), *(slice(side) for side in self._shape))]
+
+
+def _norm_relu(spatial_dims: int, channels: int, norm: Norm) -> nn.Module:
+    return nn.Sequential(get_norm_layer(norm_spec(norm), spatial_dims, channels), nn.ReLU(inplace=True))
 
 
 DECODERS: dict[str, Callable[..., nn.Module]] = {"unet": UNetDecoder}

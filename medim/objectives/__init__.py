@@ -11,10 +11,12 @@ from collections.abc import Callable
 from torch import nn
 
 from medim.objectives.coordinates import Coordinates
+from medim.objectives.cpc import CPC
 from medim.objectives.infomax import LocalDIM
 from medim.objectives.objective import Encode, Objective, Term
 from medim.objectives.prior_matching import PriorMatching
 from medim.objectives.reconstruction import Reconstruction
+from medim.objectives.vae import VAE, beta_vae
 
 __all__ = ["OBJECTIVES", "Encode", "Objective", "Term"]
 
@@ -23,4 +25,7 @@ OBJECTIVES: dict[str, Callable[..., nn.Module]] = {
     "coordinates": Coordinates,
     "prior_matching": PriorMatching,
     "reconstruction": Reconstruction,
+    "cpc": CPC,
+    "vae": VAE,
+    "beta_vae": beta_vae,
 }

@@ -218,6 +218,27 @@ def test_the_same_objective_twice_keeps_two_names(pretrain_config: PretrainConfi
     assert [weight for _, weight in objectives.values()] == [0.5, 0.5]
 
 
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"name": "cpc", "level": 0, "steps": 2, "layers": 1, "negatives": 4},
+        {"name": "vae", "decoder_channels": [8, 4]},
+        {"name": "beta_vae", "decoder_channels": [8, 4]},
+    ],
+    ids=lambda section: section["name"],
+)
+def test_an_objective_alone_trains_an_encoder_from_image_files(
+    section: dict[str, Any], pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
+) -> None:
+    config = pretrain_config.model_copy(update={"objectives": [section], "max_steps": 2})
+    summary = pretrain(config, cohort_index, tmp_path / "run", store=tmp_path / "store")
+    name = section["name"]
+    assert set(summary["loss"]) == set(summary["chance"]) == {name}
+    assert summary["chance"][name] > 0
+    assert all(value is not None for value in summary["loss"][name].values())
+    assert medim.load_encoder(tmp_path / "run")(torch.zeros(1, 1, 16, 16, 16)).summary.shape == (1, 8)
+
+
 @pytest.mark.slow
 def test_kill_9_after_a_checkpoint_and_resume_end_in_the_same_bytes(
     pretrain_config: PretrainConfig, volumes: Path, tmp_path: Path

@@ -1,0 +1,51 @@
+"""The context network of CPC: what lies above, gathered row by row."""
+
+from __future__ import annotations
+
+import torch
+from monai.networks.layers.factories import Conv, Pad
+from torch import nn
+
+from medim.models.layers import pointwise
+
+
+class Context(nn.Module):
+    """Gated convolutions, causal along the first axis: a cell knows rows up to its own, and nothing below.
+
+    The vertical stack of the gated PixelCNN (van den Oord et al. 2016, arXiv 1606.05328, section 2.2), as CPC on images
+    uses it: 2 x 3 (x 3) kernels over the cell's row and the one above, tanh times sigmoid, a 1x1 convolution and a
+    residual connection. A layer adds a row above and a column to either side to what is known. There is no
+    normalisation, for statistics over the grid would carry what lies below upwards.
+
+    Args:
+        spatial_dims: 2 or 3.
+        channels: of the map, and of the context.
+        layers: number of gated convolutions.
+    """
+
+    def __init__(self, spatial_dims: int, channels: int, *, layers: int = 4) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Gated(spatial_dims, channels) for _ in range(layers))
+
+    def forward(self, local: torch.Tensor) -> torch.Tensor:
+        """Gather a map (N, C, rows, ...) into contexts of the same shape."""
+        for layer in self.layers:
+            local = layer(local)
+        return local
+
+
+class _Gated(nn.Module):
+    def __init__(self, spatial_dims: int, channels: int) -> None:
+        super().__init__()
+        others = spatial_dims - 1
+        padding = (1, 1) * others + (1, 0)  # the last axis first: both sides of the columns, the upper side of the rows
+        self.causal = nn.Sequential(
+            Pad[Pad.CONSTANTPAD, spatial_dims](padding, 0.0),
+            Conv[Conv.CONV, spatial_dims](channels, 2 * channels, (2, *(3,) * others)),
+        )
+        self.mix = pointwise(spatial_dims, channels, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        value, gate = self.causal(x).chunk(2, dim=1)
+        mixed: torch.Tensor = self.mix(torch.tanh(value) * torch.sigmoid(gate))
+        return x + mixed

@@ -1,0 +1,122 @@
+"""Contrastive predictive coding: from what lies above, tell what lies below (van den Oord et al. 2018, 1807.03748)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from medim.models.context import Context
+from medim.models.layers import check_level
+from medim.objectives.objective import Encode, Term
+from medim.types import UsageError, Views
+
+
+class CPC(nn.Module):
+    """Predict the locals some rows further down, and find them among the locals of the whole batch.
+
+    The first axis of a map is read downwards: rows in 2D, slabs in 3D. From the context of row r a linear layer W_k
+    predicts the local at row r + k in the same column, for k = skip + 1, ..., skip + steps; the score of any local is
+    its dot product with the prediction (eq. 3 of the paper), and the loss is InfoNCE (eq. 4), mean over steps. The
+    classes are all locals of the batch at the rows predicted, those of the same image too (Henaff et al. 2020,
+    1905.09272): N * L of them, so N * L squared scores a step; `negatives` draws some instead, as Lowe et al. 2019
+    (1905.11786) do, whose steps, skip and context network are the defaults here.
+
+    Where the receptive fields of row r and row r + k overlap, the answer lies in the question, and little is learnt.
+    The faithful encoder is one of separate crops (`patches`); with any other, choose `skip` by `receptive_field()`.
+    CPC trains maps and leaves the summary as it was initialised: probe the maps. Give it one view an image; a second
+    one counts as another image.
+
+    Args:
+        channels: channels of the encoder's maps.
+        spatial_dims: 2 or 3.
+        grids: grid of each map at the training shape.
+        level: which map gives the locals; below 0: from the coarsest.
+        steps: rows to predict from each row; fewer where the grid ends.
+        skip: rows left out below the context, whose receptive fields overlap its own.
+        layers: gated convolutions of the context network; each lets it see one row further up.
+        negatives: locals drawn with replacement for each prediction, never its own; 0 takes all.
+        scaled: divide scores by sqrt(channels), as AMDIM does.
+    """
+
+    def __init__(
+        self,
+        channels: tuple[int, ...],
+        spatial_dims: int,
+        grids: tuple[tuple[int, ...], ...],
+        *,
+        level: int = -1,
+        steps: int = 5,
+        skip: int = 1,
+        layers: int = 4,
+        negatives: int = 0,
+        scaled: bool = False,
+    ) -> None:
+        super().__init__()
+        self._level = level = check_level("cpc.level", level, len(channels))
+        self._grid = grids[level]
+        self._ahead = range(skip + 1, min(skip + steps, self._grid[0] - 1) + 1)
+        if skip < 0 or not self._ahead:
+            raise UsageError(
+                f"cpc: nothing to predict on map {level}, a grid of {self._grid}, with steps {steps} and skip {skip}. "
+                f"Expected steps of 1 or more, skip of 0 or more, and at least skip + 2 = {skip + 2} rows: "
+                "choose a finer level, larger views or a smaller skip."
+            )
+        if negatives < 0:
+            raise UsageError(f"cpc.negatives: expected 0 (all) or more, got {negatives}.")
+        width = channels[level]
+        self._negatives = negatives
+        self._scale = width**-0.5 if scaled else 1.0
+        self.context = Context(spatial_dims, width, layers=layers)
+        self.predict = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in self._ahead)
+
+    def forward(self, encode: Encode, views: Views) -> dict[str, Term]:
+        """Term `cpc`: cross-entropy in nats, mean over steps; chance is the mean of log(classes)."""
+        local = encode.clean.maps[self._level]  # (N, C, rows, ...)
+        if local.shape[2:] != self._grid:
+            raise ValueError(f"cpc: built for a grid of {self._grid}, got {tuple(local.shape[2:])}.")
+        context = self.context(local)
+        losses, hits, chances = [], [], []
+        for k, predict in zip(self._ahead, self.predict, strict=True):
+            prediction, target = predict(cells(context[:, :, :-k])), cells(local[:, :, k:])
+            others = draw_others(len(target), self._negatives, encode.generator) if self._negatives else None
+            with torch.autocast(local.device.type, enabled=False):
+                scores, place = contrast(prediction.float() * self._scale, target.float(), others)
+                losses.append(cross_entropy(scores, place))
+            hits.append((scores.detach().argmax(dim=1) == place).float().mean())
+            chances.append(math.log(scores.shape[1]))
+        loss, chance = torch.stack(losses).mean(), sum(chances) / len(chances)
+        return {"cpc": Term(loss, chance, {"bound": chance - loss.detach(), "retrieval": torch.stack(hits).mean()})}
+
+
+def cells(map_: torch.Tensor) -> torch.Tensor:
+    """The cells of a map, image by image: (N, C, ...) to (N * L, C)."""
+    return map_.flatten(2).transpose(1, 2).flatten(0, 1)
+
+
+def contrast(
+    prediction: torch.Tensor, target: torch.Tensor, others: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score locals by their dot product with predictions; the logits of InfoNCE.
+
+    Args:
+        prediction: (M, C).
+        target: (M, C), the local that each predicts.
+        others: (M, n), which targets each is to be told from; None: all but its own.
+
+    Returns:
+        Scores (M, classes), and the class (M,) that is right.
+    """
+    if others is None:
+        return prediction @ target.T, torch.arange(len(target), device=target.device)
+    own = torch.arange(len(target)).unsqueeze(1)
+    classes = target[torch.cat([own, others], dim=1).to(target.device)]  # (M, 1 + n, C)
+    return torch.einsum("mc,mkc->mk", prediction, classes), own.new_zeros(len(target)).to(target.device)
+
+
+def draw_others(count: int, number: int, generator: torch.Generator) -> torch.Tensor:
+    """For each of `count` (2 or more) items, draw `number` others with replacement, never itself: (count, number)."""
+    drawn = torch.randint(count - 1, (count, number), generator=generator)
+    return drawn + (drawn >= torch.arange(count).unsqueeze(1))
