@@ -11,6 +11,7 @@ from collections.abc import Callable
 from torch import nn
 
 from medim.objectives.coordinates import Coordinates
+from medim.objectives.dense import DenseDIM
 from medim.objectives.infomax import LocalDIM
 from medim.objectives.objective import Encode, Objective, Term
 from medim.objectives.prior_matching import PriorMatching
@@ -23,4 +24,5 @@ OBJECTIVES: dict[str, Callable[..., nn.Module]] = {
     "coordinates": Coordinates,
     "prior_matching": PriorMatching,
     "reconstruction": Reconstruction,
+    "dense_dim": DenseDIM,
 }

@@ -29,6 +29,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "prior_matching": [{"hidden": [8]}, {"hidden": [8], "prior": "gaussian"}],
     "reconstruction": [{"block": 4}, {"block": 3, "hidden": 0.3}],
+    "dense_dim": [
+        {"width": 8, "points": 12, "block": 4},
+        {"width": 8, "points": 5, "block": 3, "negatives": "all", "scaled": False, "clip": 0.0, "score_penalty": 0.0},
+        {"width": 8, "points": 5, "block": 3, "negatives": "other_images"},
+    ],
 }
 SHAPES: dict[int, tuple[int, ...]] = {2: (8, 12), 3: (8, 12, 8)}
 every_objective = pytest.mark.parametrize(
@@ -75,6 +80,8 @@ def objective_of(section: dict[str, Any], dims: int, encoder: UNetEncoder) -> An
         grids=tuple(tuple(side // stride for side in SHAPES[dims]) for stride in encoder.strides),
         in_channels=1,
         input_shape=SHAPES[dims],
+        view_count=2,
+        aligned=True,
         decoded_channels=1,
         receptive_fields=tuple(encoder.receptive_field(level) for level in range(2)),
     )
@@ -136,7 +143,7 @@ def test_a_step_can_be_replayed_from_its_generator(section: dict[str, Any], dims
 
 @every_objective
 def test_the_order_of_the_batch_plays_no_part(section: dict[str, Any], dims: int, count: int) -> None:
-    if section["name"] == "reconstruction" or section.get("kind") == "relative":
+    if section["name"] in ("reconstruction", "dense_dim") or section.get("kind") == "relative":
         pytest.skip("what is hidden, and where a source lies, is drawn image by image")
     plain = {k: v for k, v in section.items() if k not in ("occlusion", "points")}  # these draw for each image
     encoder, objective = make(plain, dims)
