@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from medim.objectives.amdim import AMDIM
 from medim.objectives.coordinates import Coordinates
 from medim.objectives.dense import DenseDIM
 from medim.objectives.infomax import LocalDIM
@@ -25,4 +26,5 @@ OBJECTIVES: dict[str, Callable[..., nn.Module]] = {
     "prior_matching": PriorMatching,
     "reconstruction": Reconstruction,
     "dense_dim": DenseDIM,
+    "amdim": AMDIM,
 }
