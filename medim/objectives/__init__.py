@@ -10,8 +10,10 @@ from collections.abc import Callable
 
 from torch import nn
 
+from medim.objectives.amdim import AMDIM
 from medim.objectives.coordinates import Coordinates
 from medim.objectives.cpc import CPC
+from medim.objectives.dense import DenseDIM
 from medim.objectives.infomax import LocalDIM
 from medim.objectives.objective import Encode, Objective, Term
 from medim.objectives.prior_matching import PriorMatching
@@ -28,4 +30,6 @@ OBJECTIVES: dict[str, Callable[..., nn.Module]] = {
     "cpc": CPC,
     "vae": VAE,
     "beta_vae": beta_vae,
+    "dense_dim": DenseDIM,
+    "amdim": AMDIM,
 }

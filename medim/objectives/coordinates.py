@@ -1,8 +1,9 @@
-"""Predict where a local feature lies (Hjelm et al. 2019, section 4.3, absolute coordinates)."""
+"""Predict where a local feature lies (Hjelm et al. 2019, section 4.3): on the grid, or from another one."""
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import nn
@@ -16,13 +17,15 @@ from medim.types import Views
 class Coordinates(nn.Module):
     """Classify each axis of a location's place on the grid, from the local feature and the summary.
 
-    Two hidden layers with BN and ReLU (the paper's are 512 wide), one softmax an axis, cross-entropies summed over
-    axes. Grids need not be square.
+    `relative` classifies its offset from a second location instead, one random source an image, from both locals and
+    the summary: an axis of M cells has 2 M - 1 offsets. Two hidden layers with BN and ReLU (the paper's are 512 wide),
+    one softmax an axis, cross-entropies summed over axes. Grids need not be square.
 
     Args:
         channels: channels of the encoder's maps.
         summary_channels: length of the summary.
         grids: grid of each map at the training shape.
+        kind: absolute places on the grid, or relative to a source.
         level: which map gives the locals; below 0: from the coarsest.
         hidden: width of the two hidden layers.
         points: locations drawn an image; 0 takes all, as the paper does.
@@ -36,6 +39,7 @@ class Coordinates(nn.Module):
         summary_channels: int,
         grids: tuple[tuple[int, ...], ...],
         *,
+        kind: Literal["absolute", "relative"] = "absolute",
         level: int = 1,
         hidden: int = 512,
         points: int = 0,
@@ -43,36 +47,56 @@ class Coordinates(nn.Module):
     ) -> None:
         super().__init__()
         self._level = level = check_level("coordinates.level", level, len(channels))
-        self._grid = grids[level]
+        self._grid = grid = grids[level]
+        self._relative = relative = kind == "relative"
         self._points = points
         self._see_summary = see_summary
-        width = channels[level] + (summary_channels if see_summary else 0)
+        self._classes = [2 * cells - 1 if relative else cells for cells in grid]
+        self._chance = sum(offset_entropy(cells) if relative else math.log(cells) for cells in grid)
+        width = channels[level] * (2 if relative else 1) + (summary_channels if see_summary else 0)
         self.predictor = nn.Sequential(
             *(nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)),
             *(nn.Linear(hidden, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)),
-            nn.Linear(hidden, sum(self._grid)),
+            nn.Linear(hidden, sum(self._classes)),
         )
 
     def forward(self, encode: Encode, views: Views) -> dict[str, Term]:
-        """Term `coordinates`: cross-entropy in nats; chance is the uniform guess's, log(cells) summed over axes."""
+        """Term `coordinates`: cross-entropy in nats; chance is that of the best blind guess, summed over axes.
+
+        It is log(cells) for places; offsets are not equally frequent, see `offset_entropy`.
+        """
         local = encode.clean.maps[self._level]  # (N, C, ...)
         if local.shape[2:] != self._grid:
             raise ValueError(f"coordinates: built for a grid of {self._grid}, got {tuple(local.shape[2:])}.")
-        axes = torch.meshgrid(*(torch.arange(cells) for cells in self._grid), indexing="ij")
-        target = torch.stack([axis.flatten() for axis in axes])  # (dims, L)
-        count = len(local)
-        if self._points and self._points < target.shape[1]:
-            index = torch.rand(count, target.shape[1], generator=encode.generator).argsort(dim=1)[
-                :, : self._points
-            ]  # (N, points)
+        cells, count = math.prod(self._grid), len(local)
+        if self._points and self._points < cells:
+            index = torch.rand(count, cells, generator=encode.generator).argsort(dim=1)[:, : self._points]
         else:
-            index = torch.arange(target.shape[1]).expand(count, -1)
-        index_on_device = index.to(local.device)
+            index = torch.arange(cells).expand(count, -1)  # (N, points)
         flat = local.flatten(2).transpose(1, 2)  # (N, L, C)
-        x = flat.gather(1, index_on_device.unsqueeze(-1).expand(-1, -1, flat.shape[2]))
+        place = torch.cartesian_prod(*(torch.arange(side) for side in self._grid))  # (L, dims)
+        target, seen = place[index], [_at(flat, index)]
+        if self._relative:
+            source = torch.randint(cells, (count, 1), generator=encode.generator).expand_as(index)
+            target = target - place[source] + (torch.tensor(self._grid) - 1)  # 0 to 2 M - 2
+            seen.append(_at(flat, source))
         if self._see_summary:
-            x = torch.cat([x, encode.clean.summary.unsqueeze(1).expand(-1, x.shape[1], -1)], dim=2)
-        logits = self.predictor(x.flatten(0, 1)).float().split(self._grid, dim=1)
-        targets = target[:, index.flatten()].to(local.device)  # (dims, N * points)
-        loss = torch.stack([cross_entropy(axis, place) for axis, place in zip(logits, targets, strict=True)]).sum()
-        return {"coordinates": Term(loss, sum(math.log(cells) for cells in self._grid))}
+            seen.append(encode.clean.summary.unsqueeze(1).expand(-1, index.shape[1], -1))
+        logits = self.predictor(torch.cat(seen, dim=2).flatten(0, 1)).float().split(self._classes, dim=1)
+        targets = target.flatten(0, 1).to(local.device).unbind(dim=1)  # (N * points,) an axis
+        loss = torch.stack([cross_entropy(axis, right) for axis, right in zip(logits, targets, strict=True)]).sum()
+        return {"coordinates": Term(loss, self._chance)}
+
+
+def offset_entropy(cells: int) -> float:
+    """Entropy, in nats, of the offset between two independent uniform places on an axis: what a blind guess pays.
+
+    Offset d has probability (cells - |d|) / cells^2, so that this is less than log(2 cells - 1).
+    """
+    shares = [(cells - abs(offset)) / cells**2 for offset in range(1 - cells, cells)]
+    return -sum(share * math.log(share) for share in shares)
+
+
+def _at(flat: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Pick locations (N, points) of (N, L, C)."""
+    return flat.gather(1, index.to(flat.device).unsqueeze(-1).expand(-1, -1, flat.shape[2]))

@@ -1,6 +1,6 @@
-"""Hide a part of the image from the summary, so that it must speak of what it cannot see.
+"""Hide a part of the image, so that features must speak of what they cannot see.
 
-Hjelm et al. 2019, section 4.3.
+A box or all but a box (Hjelm et al. 2019, section 4.3), or random cubes (MAE, He et al. 2022, arXiv 2111.06377).
 """
 
 from __future__ import annotations
@@ -51,6 +51,45 @@ def draw_hidden(count: int, shape: tuple[int, ...], block: int, generator: torch
         if _randint(0, 1, generator):
             hidden[n] = ~hidden[n]
     return hidden
+
+
+def check_cubes(name: str, shape: tuple[int, ...], block: int, share: float) -> None:
+    """Refuse cubes of which a view does not hold two, or a share that hides nothing or all.
+
+    Raises:
+        UsageError: the message starts with `name`, the objective's.
+    """
+    if not 1 <= block <= min(shape) or max(shape) < 2 * block:
+        raise UsageError(f"{name}.block: expected cubes of which a view of {shape} holds two or more, got {block}.")
+    if not 0 < share < 1:
+        raise UsageError(f"{name}.hidden: expected a share above 0 and below 1, got {share}.")
+
+
+def draw_cubes(
+    count: int, shape: tuple[int, ...], block: int, share: float, generator: torch.Generator
+) -> torch.Tensor:
+    """Draw cubes of a regular grid; its origin moves from image to image, so that no voxel lies always on an edge.
+
+    Args:
+        count: number of images.
+        shape: spatial shape of the images, in voxels.
+        block: side of a cube, in voxels.
+        share: of the cubes to draw; at least one is drawn and one is not.
+        generator: source of randomness, on the CPU.
+
+    Returns:
+        (count, 1, ...) bool, True in the cubes drawn.
+    """
+    grid = [-(-side // block) + 1 for side in shape]
+    cells = int(torch.tensor(grid).prod())
+    number = min(max(1, round(share * cells)), cells - 1)
+    drawn = torch.rand(count, cells, generator=generator).argsort(dim=1) < number
+    cubes = drawn.reshape(count, 1, *grid)
+    for axis in range(2, cubes.ndim):
+        cubes = cubes.repeat_interleave(block, dim=axis)
+    origins = torch.randint(block, (count, len(shape)), generator=generator)
+    windows = [tuple(slice(o, o + side) for o, side in zip(row, shape, strict=True)) for row in origins.tolist()]
+    return torch.stack([image[(slice(None), *window)] for image, window in zip(cubes, windows, strict=True)])
 
 
 def occlude(image: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:

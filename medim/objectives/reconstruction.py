@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from medim.models.layers import pointwise
 from medim.objectives.objective import Encode, Term
-from medim.objectives.occlusion import occlude
+from medim.objectives.occlusion import check_cubes, draw_cubes, occlude
 from medim.types import UsageError, Views
 
 
@@ -39,12 +38,7 @@ class Reconstruction(nn.Module):
         super().__init__()
         if not decoded_channels:
             raise UsageError("reconstruction: it decodes; add a decoder to the config, such as decoder: {name: unet}.")
-        if not 1 <= block <= min(input_shape) or max(input_shape) < 2 * block:
-            raise UsageError(
-                f"reconstruction.block: expected cubes of which a view of {input_shape} holds two or more, got {block}."
-            )
-        if not 0 < hidden < 1:
-            raise UsageError(f"reconstruction.hidden: expected a share above 0 and below 1, got {hidden}.")
+        check_cubes("reconstruction", input_shape, block, hidden)
         self._block, self._hidden = block, hidden
         self.to_image = pointwise(spatial_dims, decoded_channels, in_channels)
 
@@ -58,30 +52,3 @@ class Reconstruction(nn.Module):
         missing = (image - filled).float()  # 0 where visible
         error = (painted - missing).square().mul(hidden).sum() / missing.square().sum().clamp_min(1e-12)
         return {"reconstruction": Term(error, 1.0)}
-
-
-def draw_cubes(
-    count: int, shape: tuple[int, ...], block: int, share: float, generator: torch.Generator
-) -> torch.Tensor:
-    """Draw cubes of a regular grid; its origin moves from image to image, so that no voxel lies always on an edge.
-
-    Args:
-        count: number of images.
-        shape: spatial shape of the images, in voxels.
-        block: side of a cube, in voxels.
-        share: of the cubes to draw; at least one is drawn and one is not.
-        generator: source of randomness, on the CPU.
-
-    Returns:
-        (count, 1, ...) bool, True in the cubes drawn.
-    """
-    grid = [-(-side // block) + 1 for side in shape]
-    cells = int(torch.tensor(grid).prod())
-    number = min(max(1, round(share * cells)), cells - 1)
-    drawn = torch.rand(count, cells, generator=generator).argsort(dim=1) < number
-    cubes = drawn.reshape(count, 1, *grid)
-    for axis in range(2, cubes.ndim):
-        cubes = cubes.repeat_interleave(block, dim=axis)
-    origins = torch.randint(block, (count, len(shape)), generator=generator)
-    windows = [tuple(slice(o, o + side) for o, side in zip(row, shape, strict=True)) for row in origins.tolist()]
-    return torch.stack([image[(slice(None), *window)] for image, window in zip(cubes, windows, strict=True)])

@@ -17,7 +17,7 @@ from torch import nn
 from medim.config import PretrainConfig, build, override, read
 from medim.data.datasets import ViewDataset
 from medim.data.index import Index, Record
-from medim.data.transforms import Augmentation
+from medim.data.transforms import GEOMETRIC, Augmentation
 from medim.files import fresh_folder, write_json, write_text
 from medim.models.model import build_decoder, build_encoder
 from medim.models.saved import SCHEMA_VERSION, save
@@ -171,10 +171,11 @@ def build_objectives(
     Raises:
         UsageError: a section does not fit its constructor.
     """
-    shape = config.views.shape
+    views = config.views
+    moved = any(step["op"] in GEOMETRIC for step in views.augmentations)
     encoder.eval()
     with torch.no_grad():
-        maps = encoder(torch.zeros(1, in_channels, *shape)).maps
+        maps = encoder(torch.zeros(1, in_channels, *views.shape)).maps
     encoder.train()
     objectives: dict[str, tuple[nn.Module, float]] = {}
     counts: Counter[str] = Counter()
@@ -191,7 +192,9 @@ def build_objectives(
             spatial_dims=config.spatial_dims,
             grids=tuple(tuple(m.shape[2:]) for m in maps),
             in_channels=in_channels,
-            input_shape=shape,
+            input_shape=views.shape,
+            view_count=views.count,
+            aligned=views.count == 1 or (views.same_place and not moved),
             decoded_channels=decoder.out_channels if decoder else 0,
             receptive_fields=tuple(encoder.receptive_field(level) for level in range(len(maps))),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -113,3 +114,83 @@ def test_a_negative_level_counts_from_the_coarsest_map() -> None:
     maps = (torch.zeros(2, 2, 12, 20), torch.zeros(2, 4, 6, 10), torch.zeros(2, 6, 3, 5))
     encode = SimpleNamespace(clean=Features(maps, torch.zeros(2, 4)), generator=torch.Generator())
     assert objective(encode, NO_VIEWS)["coordinates"].chance == pytest.approx(math.log(6) + math.log(10))
+
+
+class Oracle(nn.Module):
+    """Reads target and source off their one-hot codes and answers the offset; `sign` -1 mistakes one for the other."""
+
+    def __init__(self, grid: tuple[int, ...], sign: int = 1) -> None:
+        super().__init__()
+        self.grid, self.sign = grid, sign
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        codes = [code.argmax(dim=1) for code in x.split([*self.grid, *self.grid], dim=1)]
+        offsets = [a - b for a, b in zip(codes[: len(self.grid)], codes[len(self.grid) :], strict=True)]
+        self.seen.append(torch.stack(offsets))
+        logits = [one_hot(self.sign * d + m - 1, 2 * m - 1) for d, m in zip(offsets, self.grid, strict=True)]
+        return 100 * torch.cat(logits, dim=1).float()
+
+
+@every_grid
+@pytest.mark.parametrize("points", [0, 4])
+def test_the_offset_of_target_from_source_costs_nothing_and_its_opposite_much(
+    grid: tuple[int, ...], points: int
+) -> None:
+    objective = objective_of(grid, kind="relative", see_summary=False, points=points)
+    local = coordinate_map(grid, count=64)
+    objective.predictor = oracle = Oracle(grid)  # type: ignore[assignment]
+    assert objective(encode_of(local), NO_VIEWS)["coordinates"].loss.item() == pytest.approx(0, abs=1e-4)
+    (offsets,) = oracle.seen
+    for axis, cells in zip(offsets, grid, strict=True):
+        assert set(axis.tolist()) == set(range(1 - cells, cells))
+    objective.predictor = Oracle(grid, sign=-1)  # type: ignore[assignment]
+    assert objective(encode_of(local), NO_VIEWS)["coordinates"].loss.item() > 10
+
+
+def test_an_image_has_one_source_of_its_own() -> None:
+    objective = objective_of((4, 6), kind="relative", see_summary=False)
+    seen: list[torch.Tensor] = []
+    objective.predictor.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    local = torch.arange(24.0).view(1, 1, 4, 6).expand(8, 10, 4, 6)
+    for seed in (0, 0, 1):
+        objective(encode_of(local, seed=seed), NO_VIEWS)
+    targets, sources = seen[0][:, 0].view(8, 24), seen[0][:, 10].view(8, 24)
+    assert torch.equal(targets, torch.arange(24.0).expand(8, 24)), "marginalised over all targets"
+    assert (sources == sources[:, :1]).all()
+    assert len(sources[:, 0].unique()) > 1
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
+
+
+@every_grid
+def test_the_chance_of_offsets_is_the_entropy_of_all_pairs_of_places(grid: tuple[int, ...]) -> None:
+    """Who knows how frequent each offset is, and nothing else, pays chance on average over the sources."""
+    frequent = [Counter(a - b for a in range(cells) for b in range(cells)) for cells in grid]
+    shares = [torch.tensor([count[d] / m**2 for d in range(1 - m, m)]) for count, m in zip(frequent, grid, strict=True)]
+    entropy = sum(-(share * share.log()).sum().item() for share in shares)
+    objective = objective_of(grid, kind="relative", see_summary=False)
+    with torch.no_grad():
+        objective.predictor[-1].weight.zero_()
+        objective.predictor[-1].bias.copy_(torch.cat(shares).log())
+    term = objective(encode_of(torch.zeros(2000, sum(grid), *grid)), NO_VIEWS)["coordinates"]
+    assert term.chance == pytest.approx(entropy, rel=1e-6)
+    assert term.loss.item() == pytest.approx(entropy, rel=0.02)
+    assert entropy < sum(math.log(2 * cells - 1) for cells in grid)
+
+
+def test_planted_coordinates_tell_offsets_and_constant_locals_do_not() -> None:
+    grid, found = (3, 5), {}
+    for name, local in (("planted", coordinate_map(grid, 8)), ("constant", torch.ones(8, sum(grid), *grid))):
+        objective = objective_of(grid, kind="relative", hidden=32)
+        optimiser = torch.optim.Adam(objective.parameters(), lr=0.02)
+        for step in range(60):
+            term = objective(encode_of(local, seed=step), NO_VIEWS)["coordinates"]
+            optimiser.zero_grad()
+            term.loss.backward()
+            optimiser.step()
+        with torch.no_grad():
+            held_out = [objective(encode_of(local, seed=step), NO_VIEWS)["coordinates"] for step in range(1000, 1030)]
+        found[name] = sum(term.loss.item() for term in held_out) / len(held_out) / (held_out[0].chance or math.nan)
+    assert found["planted"] < 0.4
+    assert found["constant"] == pytest.approx(1, abs=0.1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import max_pool2d, max_pool3d
 
-from medim.objectives.occlusion import check_block, draw_hidden, occlude
+from medim.objectives.occlusion import check_block, draw_cubes, draw_hidden, occlude
 from medim.types import UsageError
 
 
@@ -86,3 +86,18 @@ def _is_box(mask: torch.Tensor) -> torch.Tensor:
     places = mask.nonzero()
     extent = places.max(dim=0).values - places.min(dim=0).values + 1
     return torch.tensor(int(extent.prod()) == len(places))
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (12, 16, 8)])
+def test_cubes_are_whole_and_of_the_share_asked_for(shape: tuple[int, ...]) -> None:
+    cubes = draw_cubes(200, shape, 4, 0.6, torch.Generator().manual_seed(0))
+    assert cubes.shape == (200, 1, *shape)
+    assert cubes.float().mean() == pytest.approx(0.6, abs=0.02)
+    assert not torch.equal(cubes[0], cubes[1])
+    assert cubes.flatten(1).any(dim=1).all()
+    assert not cubes.flatten(1).all(dim=1).any()
+    edges = cubes[:, :, 1:] != cubes[:, :, :-1]  # along the first axis a change comes every block, at any offset
+    rows = edges.flatten(3).any(dim=3).any(dim=1)
+    assert rows.float().mean(dim=0).min() > 0.05
+    gaps = [torch.nonzero(row).flatten().diff() for row in rows]
+    assert all(int(gap) % 4 == 0 for gaps_ in gaps for gap in gaps_)

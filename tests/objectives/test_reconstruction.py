@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from medim.objectives.reconstruction import Reconstruction, draw_cubes
+from medim.objectives.reconstruction import Reconstruction
 from medim.types import Features, UsageError, Views
 
 SHAPES = [(16, 24), (12, 16, 8)]
@@ -82,21 +82,6 @@ class TestLoss:
         flat = Views(torch.full((2, 1, 1, *shape), 3.0), torch.zeros(2, 1, len(shape)))
         answer = torch.zeros(2, 1, *shape)
         assert objective(shape)(Painter(answer), flat)["reconstruction"].loss.isfinite()
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_cubes_are_whole_and_of_the_share_asked_for(shape: tuple[int, ...]) -> None:
-    cubes = draw_cubes(200, shape, 4, 0.6, torch.Generator().manual_seed(0))
-    assert cubes.shape == (200, 1, *shape)
-    assert cubes.float().mean() == pytest.approx(0.6, abs=0.02)
-    assert not torch.equal(cubes[0], cubes[1])
-    assert cubes.flatten(1).any(dim=1).all()
-    assert not cubes.flatten(1).all(dim=1).any()
-    edges = cubes[:, :, 1:] != cubes[:, :, :-1]  # along the first axis a change comes every block, at any offset
-    rows = edges.flatten(3).any(dim=3).any(dim=1)
-    assert rows.float().mean(dim=0).min() > 0.05
-    gaps = [torch.nonzero(row).flatten().diff() for row in rows]
-    assert all(int(gap) % 4 == 0 for gaps_ in gaps for gap in gaps_)
 
 
 @pytest.mark.parametrize(

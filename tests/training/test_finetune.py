@@ -98,6 +98,21 @@ def test_what_came_pretrained_learns_at_its_own_rate_and_the_twin_at_the_full_on
         assert len(rates) == len(list(model.parameters()))
 
 
+def test_segmentation_starts_from_the_decoder_that_was_pretrained(
+    pretrain_config: PretrainConfig, finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path
+) -> None:
+    dense = {"objectives": [{"name": "dense_dim", "width": 8, "points": 20}], "decoder": {"name": "unet"}}
+    pretrain(pretrain_config.model_copy(update=dense), cohort_index, tmp_path / "dense", store=store)
+    pretrained = safetensors.torch.load_file(tmp_path / "dense" / "encoder" / "decoder.safetensors")
+    frozen = finetune_config.model_copy(update={"pretrained_lr_scale": 1e-12, "weight_decay": 0.0, "max_steps": 1})
+    for name, scratch in (("started", False), ("twin", True)):
+        finetune(frozen, cohort_index, tmp_path / name, encoder=tmp_path / "dense", from_scratch=scratch, store=store)
+        begun = safetensors.torch.load_file(tmp_path / name / WEIGHTS)
+        held = {key: begun[f"decoder.{key}"] for key in pretrained}
+        same = [torch.allclose(held[key], pretrained[key], atol=1e-6) for key in pretrained if "conv" in key]
+        assert all(same) != scratch
+
+
 def test_a_head_started_as_a_probe_knows_something_before_the_first_step(
     encoder: Path, finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path
 ) -> None:

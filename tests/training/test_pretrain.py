@@ -19,7 +19,8 @@ import medim
 from medim.config import PretrainConfig, ViewsConfig, dump
 from medim.data.index import Index
 from medim.files import sha256
-from medim.training.pretrain import build_objectives, pretrain
+from medim.objectives.coordinates import offset_entropy
+from medim.training.pretrain import build_objectives, pretrain, rehearse
 from medim.training.trainer import LineProgress, StoppedError, newest_checkpoint
 from medim.types import UsageError, UserError
 
@@ -177,6 +178,8 @@ def test_a_single_training_subject_is_refused(
         ({"encoder": {"name": "unet", "channels": []}}, "unet.channels: expected one or more"),
         ({"encoder": {"name": "convnet", "channels": [4, -8]}}, "convnet.channels: expected one or more"),
         ({"objectives": [{"name": "localdim"}]}, "Did you mean 'local_dim'"),
+        ({"objectives": [{"name": "amdim"}]}, "Set views.count: 2"),
+        ({"objectives": [{"name": "dense_dim"}]}, "add a decoder to the config"),
         ({"batch_size": 1}, "batch_size: expected 2 or more"),
         ({"views": ViewsConfig(shape=(2, 2, 2))}, "views.shape .* cannot take it"),
         ({"views": ViewsConfig(shape=(16, 16, 16), augmentations=[{"op": "nois"}])}, "Did you mean 'noise'"),
@@ -188,6 +191,47 @@ def test_a_section_that_cannot_be_built_is_refused_before_anything_is_written(
     with pytest.raises(UsageError, match=said):
         pretrain(pretrain_config.model_copy(update=changes), cohort_index, tmp_path / "run", store=tmp_path / "store")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("section", "decoder", "chance"),
+    [
+        ({"name": "dense_dim", "width": 8, "points": 20}, {"name": "unet"}, math.log(20)),
+        ({"name": "amdim", "width": 8}, None, 2 * math.log(1 + 3 * 4**3) + math.log(1 + 3 * 8**3)),
+        ({"name": "coordinates", "kind": "relative", "level": -1, "hidden": 8}, None, 3 * offset_entropy(4)),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "",
+)
+def test_objectives_of_two_views_run_to_a_summary(
+    section: dict[str, Any],
+    decoder: dict[str, Any] | None,
+    chance: float,
+    pretrain_config: PretrainConfig,
+    cohort_index: Index,
+    tmp_path: Path,
+) -> None:
+    views = pretrain_config.views.model_copy(update={"count": 2})
+    config = pretrain_config.model_copy(update={"objectives": [section], "decoder": decoder, "views": views})
+    summary = pretrain(config, cohort_index, tmp_path / "run", store=tmp_path / "store")
+    assert summary["chance"] == {section["name"]: pytest.approx(chance, abs=1e-3)}
+    assert math.isfinite(summary["loss"][section["name"]]["held_out"])
+    assert (tmp_path / "run" / "encoder" / "decoder.safetensors").is_file() == (decoder is not None)
+
+
+TWO_FLIPPED = ViewsConfig(shape=(16, 16, 16), count=2, augmentations=[{"op": "flip"}])
+TWO_APART = ViewsConfig(shape=(16, 16, 16), count=2, same_place=False)
+
+
+@pytest.mark.parametrize("views", [TWO_FLIPPED, TWO_APART])
+def test_views_whose_voxels_do_not_correspond_are_refused_by_what_needs_it(
+    views: ViewsConfig, pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
+) -> None:
+    dense = {"objectives": [{"name": "dense_dim"}], "decoder": {"name": "unet"}, "views": views}
+    with pytest.raises(UsageError, match="dense_dim: expected views of an image whose voxels correspond"):
+        pretrain(pretrain_config.model_copy(update=dense), cohort_index, tmp_path / "run", store=tmp_path / "store")
+    assert not list(tmp_path.iterdir())
+    alone = dense | {"views": views.model_copy(update={"count": 1})}
+    rehearse(pretrain_config.model_copy(update=alone))
 
 
 def test_four_subjects_train_with_a_smaller_batch_and_claim_nothing(

@@ -1,0 +1,156 @@
+"""Dense Deep InfoMax: a voxel seen around a hole finds itself among the voxels of the whole image."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from medim.objectives.objective import Encode, Term
+from medim.objectives.occlusion import check_cubes, draw_cubes, occlude
+from medim.types import Features, UsageError, Views
+
+Negatives = Literal["same_image", "other_images", "all"]
+
+
+class DenseDIM(nn.Module):
+    """Local-to-local InfoNCE at voxel level, through encoder and decoder.
+
+    Not of the paper: DIM's estimator (van den Oord et al. 2018) between the decoded features of two views of one
+    place, random cubes of the second being filled with its mean. Points are drawn over the whole view, hidden or not;
+    each is a query in the occluded view whose right answer is the same voxel of the clean one. The decoder is saved
+    beside the encoder, and segmentation starts from both.
+
+    With one view an image the clean view meets its own occluded version. With two, the first stays clean and the
+    second is occluded; they must be cut at one place and augmented in intensity alone.
+
+    The paper leaves scores as they are; here they are stabilised unless told otherwise, as in AMDIM (Bachman et al.
+    2019): divided by sqrt(width), penalised, clipped.
+
+    Args:
+        input_shape: spatial shape of the views.
+        decoded_channels: channels of the decoded map; 0 where the run has no decoder.
+        aligned: whether a voxel shows one place in every view of an image.
+        width: of the space the decoded features are projected to before the dot product.
+        points: voxels drawn an image.
+        negatives: what a point is told from: the other points of the same image, those of other images, or all.
+        block: side of a hidden cube, in voxels.
+        hidden: share of the cubes that is hidden, above 0 and below 1.
+        scaled: divide scores by sqrt(width).
+        clip: bound scores softly by clip * tanh(score / clip); 0 does not.
+        score_penalty: weight of the mean squared score before clipping.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        decoded_channels: int,
+        aligned: bool,
+        *,
+        width: int = 64,
+        points: int = 160,
+        negatives: Negatives = "same_image",
+        block: int = 8,
+        hidden: float = 0.6,
+        scaled: bool = True,
+        clip: float = 20.0,
+        score_penalty: float = 0.04,
+    ) -> None:
+        super().__init__()
+        if not decoded_channels:
+            raise UsageError("dense_dim: it decodes; add a decoder to the config, such as decoder: {name: unet}.")
+        if not aligned:
+            raise UsageError(
+                "dense_dim: expected views of an image whose voxels correspond, got views cut at different places or "
+                "moved by an augmentation. Set views.same_place: true and take flip and affine out of "
+                "views.augmentations, or set views.count: 1."
+            )
+        if not 2 <= points <= math.prod(input_shape):
+            raise UsageError(f"dense_dim.points: expected 2 to the voxels of a view of {input_shape}, got {points}.")
+        check_cubes("dense_dim", input_shape, block, hidden)
+        self._points, self._negatives = points, negatives
+        self._block, self._hidden = block, hidden
+        self._scale = width**-0.5 if scaled else 1.0
+        self._clip, self._penalty = clip, score_penalty
+        self.projection = nn.Sequential(
+            nn.Linear(decoded_channels, width), nn.ReLU(inplace=True), nn.Linear(width, width)
+        )
+
+    def forward(self, encode: Encode, views: Views) -> dict[str, Term]:
+        """Term `dense_dim`: cross-entropy in nats over the points a query may be; chance is the log of their number.
+
+        Diagnostics: the bound, and the share of points whose best match is right.
+        """
+        batch, count, _, *shape = views.image.shape
+        hidden = draw_cubes(batch, tuple(shape), self._block, self._hidden, encode.generator)
+        index = draw_points(batch, math.prod(shape), self._points, encode.generator).to(views.image.device)
+        clean = Features(tuple(map_[::count] for map_ in encode.clean.maps), encode.clean.summary[::count])
+        occluded = encode(occlude(views.image[:, -1], hidden))
+        query, key = (self._project(encode.decode(features), index) for features in (occluded, clean))
+        with torch.autocast(query.device.type, enabled=False):
+            scores, square = class_scores(query.float(), key.float(), self._negatives, self._scale, self._clip)
+            right = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape[:2])
+            loss = cross_entropy(scores.flatten(0, 1), right.flatten())
+        others = (batch - 1) * self._points
+        classes = {"same_image": self._points, "other_images": 1 + others, "all": self._points + others}
+        chance = math.log(classes[self._negatives])
+        diagnostics = {
+            "bound": chance - loss.detach(),
+            "retrieval": (scores.detach().argmax(dim=2) == right).float().mean(),
+        }
+        return {"dense_dim": Term(loss + self._penalty * square, chance, diagnostics)}
+
+    def _project(self, decoded: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Project the voxels `index` (N, P) of a map (N, C, ...): (N, P, width)."""
+        picked = decoded.flatten(2).gather(2, index.unsqueeze(1).expand(-1, decoded.shape[1], -1))
+        return self.projection(picked.transpose(1, 2))
+
+
+def draw_points(count: int, voxels: int, points: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw one voxel from each of `points` equal runs, which start anywhere: distinct, and cheap in large views.
+
+    Args:
+        count: number of images.
+        voxels: of an image.
+        points: an image, at most `voxels`.
+        generator: source of randomness, on the CPU.
+
+    Returns:
+        (count, points) int64, each voxel as likely as any other.
+    """
+    run = voxels // points
+    within = torch.randint(run, (count, points), generator=generator)
+    start = torch.randint(voxels, (count, 1), generator=generator)
+    return (start + run * torch.arange(points) + within) % voxels
+
+
+def class_scores(
+    query: torch.Tensor, key: torch.Tensor, negatives: Negatives, scale: float, clip: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score every query against its classes; those of row k have their right answer in column k.
+
+    Args:
+        query: (N, P, D), the points of N occluded views.
+        key: (N, P, D), the same points of the clean ones.
+        negatives: which other keys are classes.
+        scale: multiplies the dot products.
+        clip: bounds them softly; 0 does not.
+
+    Returns:
+        Scores (N, P, P) for `same_image`, else (1, N * P, N * P) with minus infinity where a key is no class; and the
+        mean of their squares before clipping.
+    """
+    count, points, _ = query.shape
+    if negatives != "same_image":
+        query, key = query.flatten(0, 1).unsqueeze(0), key.flatten(0, 1).unsqueeze(0)
+    scores = scale * query @ key.transpose(1, 2)
+    square = scores.square().mean()
+    scores = clip * torch.tanh(scores / clip) if clip else scores
+    if negatives == "other_images":
+        image = torch.arange(count, device=scores.device).repeat_interleave(points)
+        own = (image.unsqueeze(1) == image).fill_diagonal_(False)
+        scores = scores.masked_fill(own, -math.inf)
+    return scores, square
