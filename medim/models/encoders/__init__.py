@@ -24,7 +24,8 @@ class Encoder(Protocol):
 
     Attributes:
         channels: channels of each map, fine to coarse.
-        strides: voxels of the image a cell of each map stands for, along every axis.
+        strides: voxels from a cell of each map to the next, along every axis. The grid is the image's over it, rounded
+            either way, less what convolutions without padding cut off: ask a forward pass.
         summary_channels: length of the summary.
     """
 
