@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from medim.models.encoders.alexnet import AlexNet
 from medim.models.encoders.convnet import ConvNet
 from medim.models.encoders.unet import UNetEncoder
 from medim.types import Features
@@ -44,5 +45,6 @@ class Encoder(Protocol):
 
 ENCODERS: dict[str, Callable[..., torch.nn.Module]] = {
     "convnet": ConvNet,
+    "alexnet": AlexNet,
     "unet": UNetEncoder,
 }
