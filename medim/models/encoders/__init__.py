@@ -13,6 +13,7 @@ import torch
 
 from medim.models.encoders.alexnet import AlexNet
 from medim.models.encoders.convnet import ConvNet
+from medim.models.encoders.resnet import ResNet
 from medim.models.encoders.unet import UNetEncoder
 from medim.types import Features
 
@@ -46,5 +47,6 @@ class Encoder(Protocol):
 ENCODERS: dict[str, Callable[..., torch.nn.Module]] = {
     "convnet": ConvNet,
     "alexnet": AlexNet,
+    "resnet": ResNet,
     "unet": UNetEncoder,
 }
