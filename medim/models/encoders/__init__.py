@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from medim.models.encoders.alexnet import AlexNet
+from medim.models.encoders.amdim import AMDIMEncoder
 from medim.models.encoders.convnet import ConvNet
 from medim.models.encoders.resnet import ResNet
 from medim.models.encoders.unet import UNetEncoder
@@ -48,5 +49,6 @@ ENCODERS: dict[str, Callable[..., torch.nn.Module]] = {
     "convnet": ConvNet,
     "alexnet": AlexNet,
     "resnet": ResNet,
+    "amdim": AMDIMEncoder,
     "unet": UNetEncoder,
 }
