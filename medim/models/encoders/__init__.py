@@ -14,6 +14,7 @@ import torch
 from medim.models.encoders.alexnet import AlexNet
 from medim.models.encoders.amdim import AMDIMEncoder
 from medim.models.encoders.convnet import ConvNet
+from medim.models.encoders.patches import PatchEncoder
 from medim.models.encoders.resnet import ResNet
 from medim.models.encoders.unet import UNetEncoder
 from medim.types import Features
@@ -50,5 +51,6 @@ ENCODERS: dict[str, Callable[..., torch.nn.Module]] = {
     "alexnet": AlexNet,
     "resnet": ResNet,
     "amdim": AMDIMEncoder,
+    "patches": PatchEncoder,
     "unet": UNetEncoder,
 }
