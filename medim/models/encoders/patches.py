@@ -60,7 +60,7 @@ class PatchEncoder(nn.Module):
         crops = unfold(image, self._patch, self._stride)  # (N, *grid, in_channels, *patch)
         grid = crops.shape[1 : image.ndim - 1]
         cells = self.crop(crops.flatten(0, image.ndim - 2)).summary
-        map_ = cells.unflatten(0, (len(image), *grid)).movedim(-1, 1)
+        map_ = cells.unflatten(0, (image.shape[0], *grid)).movedim(-1, 1)
         return Features((map_,), self.to_summary(map_))
 
     def receptive_field(self, level: int) -> int:
