@@ -184,3 +184,16 @@ def receptive_field(layers: Layers) -> int:
 def level_field(levels: Sequence[Layers], level: int) -> int:
     """Side of what a cell of map `level` sees, in voxels, from the layers that each map adds."""
     return receptive_field([layer for layers in levels[: level + 1] for layer in layers])
+
+
+def in_mm(fields: Sequence[int], spacing: Sequence[float] | None) -> list[list[float]] | None:
+    """Receptive fields in mm.
+
+    Args:
+        fields: side of each in voxels.
+        spacing: of the voxels along each axis, in mm; None where every image has its own.
+
+    Returns:
+        The extent of each along every axis, or None where the spacing is not known.
+    """
+    return None if spacing is None else [[side * step for step in spacing] for side in fields]
