@@ -92,8 +92,8 @@ class Features:
     """What an encoder makes of a batch of N images.
 
     Attributes:
-        maps: local features, fine to coarse, each (N, channels[i], ...), the grid of map i being the image's over
-            strides[i].
+        maps: local features, fine to coarse, each (N, channels[i], ...), neighbouring cells of map i lying strides[i]
+            voxels apart.
         summary: (N, summary_channels), the global feature.
     """
 

@@ -18,7 +18,7 @@ from medim.config import bind
 from medim.data.geometry import compact, expand, orthogonal, resample_to, rotation, signed_permutation, smooth
 from medim.types import Array, Step, UsageError, UserError, Volume
 
-__all__ = ["STEPS", "check_steps", "onto", "preprocess", "resample_to", "restore", "to_native"]
+__all__ = ["STEPS", "check_steps", "fixed_spacing", "onto", "preprocess", "resample_to", "restore", "to_native"]
 
 KEEP = 1e-3  # mm: a spacing this near to the one asked for is kept, as MONAI's Spacing does
 
@@ -211,6 +211,12 @@ def check_steps(steps: Sequence[Step]) -> None:
     """
     for step in steps:
         bind(STEPS, step, key="op", given=("volume",))
+
+
+def fixed_spacing(steps: Sequence[Step]) -> list[float] | None:
+    """The spacing in mm, along each axis, that the steps bring every image to; None where images keep their own."""
+    last = next((step for step in reversed(steps) if step["op"] in ("ras", "resample", "resize")), {"op": "none"})
+    return [float(step) for step in last["spacing"]] if last["op"] == "resample" else None
 
 
 def preprocess(volume: Volume, steps: Sequence[Step]) -> Volume:

@@ -42,7 +42,10 @@ class Symbol(_Strict):
 
 
 class Tensor(_Strict):
-    """An input or output of the network; a side is a number or the name of a symbol (or `symbol/stride`)."""
+    """An input or output of the network; a side is a number or the name of a symbol (or `symbol/stride`).
+
+    Where convolutions are not padded, a map has fewer cells than that, `stride` voxels apart.
+    """
 
     name: str
     dtype: Literal["float32"] = "float32"

@@ -86,20 +86,23 @@ class Sizes:
         stride: the coarsest.
         multiple_of: what it asks of every side: the stride where a decoder joins maps, else 1.
         fixed: it works at `shape` alone.
+        minimum: a short side that it takes; it takes every longer one, too.
     """
 
     shape: tuple[int, ...]
     stride: int
     multiple_of: int
     fixed: bool
+    minimum: int = 1
 
     def unseen(self) -> list[tuple[int, ...]]:
         """Shapes that no tracer saw, every side another where sides may vary."""
         if self.fixed:
             return [self.shape]
         over = 0 if self.multiple_of > 1 else min(3, self.stride - 1)  # voxels that the stride leaves over
-        cells = ((3, 4, 2), (5, 2, 3), (2, 6, 4))
-        return [tuple(self.stride * n + over for n in sides[: len(self.shape)]) for sides in cells]
+        least = -(-self.minimum // self.stride) * self.stride
+        more = ((2, 3, 1), (4, 1, 2), (1, 5, 3))
+        return [tuple(least + self.stride * n + over for n in sides[: len(self.shape)]) for sides in more]
 
 
 def sizes_of(network: nn.Module, shape: tuple[int, ...], strides: tuple[int, ...], in_channels: int) -> Sizes:
@@ -108,15 +111,27 @@ def sizes_of(network: nn.Module, shape: tuple[int, ...], strides: tuple[int, ...
     for multiple in (1, stride):
         least = [-(-n // multiple) * multiple for n in shape]
         more = 1 if multiple == 1 else 0  # beside whole strides, which a floor would hide
-        other = torch.zeros(1, in_channels, *(n + (1 + axis) * stride + more for axis, n in enumerate(least)))
-        try:
-            with torch.inference_mode():
-                network(other)
-        except (RuntimeError, ValueError):  # a linear layer or a joined map of another size
-            continue
-        if multiple == 1 or list(shape) == least:
-            return Sizes(shape, stride, multiple, fixed=False)
+        other = tuple(n + (1 + axis) * stride + more for axis, n in enumerate(least))
+        if _takes(network, in_channels, other) and (multiple == 1 or list(shape) == least):
+            return Sizes(shape, stride, multiple, fixed=False, minimum=_minimum(network, in_channels, shape, stride))
     return Sizes(shape, stride, stride, fixed=True)
+
+
+def _minimum(network: nn.Module, in_channels: int, shape: tuple[int, ...], stride: int) -> int:
+    """A short side that a network takes: 1, 2, 4, ... strides, or the shortest it was trained at."""
+    side = stride
+    while side < min(shape) and not _takes(network, in_channels, (side,) * len(shape)):
+        side *= 2
+    return min(side, *shape)
+
+
+def _takes(network: nn.Module, in_channels: int, shape: tuple[int, ...]) -> bool:
+    try:
+        with torch.inference_mode():
+            network(torch.zeros(1, in_channels, *shape))
+    except (RuntimeError, ValueError):  # a linear layer, a kernel or a joined map of another size
+        return False
+    return True
 
 
 def signature_of(network: nn.Module, sizes: Sizes, in_channels: int, strides: tuple[int, ...]) -> Signature:
@@ -124,7 +139,7 @@ def signature_of(network: nn.Module, sizes: Sizes, in_channels: int, strides: tu
     sides: tuple[int | str, ...] = sizes.shape if sizes.fixed else AXES[-len(sizes.shape) :]
     symbols = {"batch": Symbol()}
     if not sizes.fixed:
-        symbols |= {side: Symbol(minimum=sizes.stride, multiple_of=sizes.multiple_of) for side in map(str, sides)}
+        symbols |= {side: Symbol(minimum=sizes.minimum, multiple_of=sizes.multiple_of) for side in map(str, sides)}
     with torch.inference_mode():
         outputs = _as_tuple(network(torch.zeros(2, in_channels, *sizes.shape)))
     tensors = []
@@ -158,7 +173,7 @@ def to_onnx(network: nn.Module, sizes: Sizes, signature: Signature) -> bytes:
     varying: dict[int, Any] = {0: Dim("batch", min=1)}
     if not sizes.fixed:
         for axis, side in enumerate(signature.inputs[0].shape[2:], start=2):
-            least = sizes.stride // sizes.multiple_of
+            least = -(-sizes.minimum // sizes.multiple_of)
             cells = Dim(f"{side}_cells", min=least)  # a multiple keeps paddings of odd sides out of the graph
             varying[axis] = sizes.multiple_of * cells if sizes.multiple_of > 1 else cells
     try:

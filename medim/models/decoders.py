@@ -23,7 +23,7 @@ class UNetDecoder(nn.Module):
         channels: channels of the encoder's maps, fine to coarse.
         strides: strides of the encoder's maps; the finest must be 1 or a power of two.
         spatial_dims: 2 or 3.
-        norm: batch (bn), instance (in) or group (gn) normalisation.
+        norm: batch (bn), instance (in), group (gn) or no (none) normalisation.
 
     Attributes:
         out_channels: channels of the decoded map.

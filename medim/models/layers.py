@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
+from operator import mul
 from typing import Literal
 
 import torch
@@ -12,29 +15,56 @@ from torch import nn
 
 from medim.types import Features, UsageError
 
-Norm = Literal["bn", "in", "gn"]
+Norm = Literal["bn", "in", "gn", "none"]
+Activation = Literal["relu", "leaky_relu"]
+Pooling = Literal["flatten", "mean_max"]
+Layers = Sequence[tuple[int, int]]  # kernel size and stride of each, in order
 
 
-def norm_spec(norm: Norm) -> tuple[str, dict[str, object]]:
-    """MONAI's name and options of a normalisation: batch, instance (affine) or group (4 groups)."""
-    names: dict[Norm, tuple[str, dict[str, object]]] = {
+def norm_spec(norm: Norm) -> str | tuple[str, dict[str, object]]:
+    """MONAI's name and options of a normalisation: batch, instance (affine), group (4 groups) or none."""
+    names: dict[Norm, str | tuple[str, dict[str, object]]] = {
         "bn": ("batch", {}),
         "in": ("instance", {"affine": True}),
         "gn": ("group", {"num_groups": 4}),
+        "none": "",
     }
     return names[norm]
 
 
+def normalisation(norm: Norm, spatial_dims: int, channels: int) -> nn.Module:
+    """A normalisation of maps (N, channels, ...); none is the identity."""
+    layer: nn.Module = get_norm_layer(norm_spec(norm), spatial_dims, channels)
+    return layer
+
+
 def conv(
-    spatial_dims: int, in_channels: int, out_channels: int, kernel_size: int, stride: int, norm: Norm
+    spatial_dims: int,
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    stride: int,
+    norm: Norm,
+    *,
+    padding: int | None = None,
+    padding_mode: str = "zeros",
+    activation: Activation = "relu",
 ) -> nn.Sequential:
-    """Convolution without bias, normalisation, ReLU."""
-    layer = Conv[Conv.CONV, spatial_dims]
-    return nn.Sequential(
-        layer(in_channels, out_channels, kernel_size, stride, padding=(kernel_size - 1) // 2, bias=False),
-        get_norm_layer(norm_spec(norm), spatial_dims, out_channels),
-        nn.ReLU(inplace=True),
+    """Convolution (with a bias where no normalisation follows), normalisation, ReLU or LeakyReLU of slope 0.2.
+
+    Padding None is (kernel_size - 1) // 2.
+    """
+    layer = Conv[Conv.CONV, spatial_dims](
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride,
+        padding=(kernel_size - 1) // 2 if padding is None else padding,
+        padding_mode=padding_mode,
+        bias=norm == "none",
     )
+    act = nn.ReLU(inplace=True) if activation == "relu" else nn.LeakyReLU(0.2, inplace=True)
+    return nn.Sequential(layer, normalisation(norm, spatial_dims, out_channels), act)
 
 
 def pointwise(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
@@ -43,14 +73,14 @@ def pointwise(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Modu
     return layer
 
 
-def check_channels(name: str, channels: Sequence[int]) -> None:
-    """Refuse a list of channels that no network has.
+def check_channels(name: str, channels: Sequence[int], *, option: str = "channels") -> None:
+    """Refuse a list of channels (or of another `option`) that no network has.
 
     Raises:
         UsageError: the list is empty, or a number in it is below 1.
     """
     if not channels or min(channels) < 1:
-        raise UsageError(f"{name}.channels: expected one or more numbers above 0, got {list(channels)}.")
+        raise UsageError(f"{name}.{option}: expected one or more numbers above 0, got {list(channels)}.")
 
 
 def check_level(name: str, level: int, count: int) -> int:
@@ -96,10 +126,74 @@ def pooled(features: Features, maps: Sequence[int]) -> torch.Tensor:
     return torch.cat([features.summary, *(pool(features.maps[level]) for level in maps)], dim=1)
 
 
-def receptive_field(kernels_and_strides: Sequence[tuple[int, int]]) -> int:
+class Summary(nn.Sequential):
+    """The last map to the summary: pool, hidden layers (Linear, BN, ReLU), Linear.
+
+    Args:
+        features: length of the pooled map: see `flat_size`, or twice its channels for `mean_max`.
+        pooling: `flatten` the map, or `mean_max`, its mean and maximum over the grid.
+        hidden: widths of the hidden layers.
+        out_channels: length of the summary; 0 leaves the last linear layer out.
+
+    Attributes:
+        out_channels: length of the summary.
+    """
+
+    def __init__(self, features: int, *, pooling: Pooling, hidden: Sequence[int], out_channels: int) -> None:
+        widths = (features, *hidden)
+        layers: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
+        if out_channels:
+            layers.append(nn.Linear(widths[-1], out_channels))
+        super().__init__(*layers)
+        self.out_channels = out_channels or widths[-1]
+        self._flatten = pooling == "flatten"
+
+    def forward(self, map_: torch.Tensor) -> torch.Tensor:
+        """(N, C, ...) to (N, out_channels)."""
+        x = map_.flatten(1) if self._flatten else pool(map_)
+        for layer in self:
+            x = layer(x)
+        return x
+
+
+def flat_size(stages: Iterable[nn.Module], in_channels: int, shape: Sequence[int]) -> int:
+    """Length of the flattened map that stages make of an image of some spatial shape; found by running them."""
+    chain = nn.Sequential(*stages).eval()
+    with torch.no_grad():
+        size = chain(torch.zeros(1, in_channels, *shape)).numel()
+    chain.train()
+    return size
+
+
+def level_strides(levels: Sequence[Layers]) -> tuple[int, ...]:
+    """Voxels between neighbouring cells of each map of an encoder, from the layers that each map adds."""
+    return tuple(accumulate((math.prod(stride for _, stride in layers) for layers in levels), mul))
+
+
+def receptive_field(layers: Layers) -> int:
     """Side of what one output cell of a chain of convolutions sees, in input voxels."""
     side, jump = 1, 1
-    for kernel, stride in kernels_and_strides:
+    for kernel, stride in layers:
         side += (kernel - 1) * jump
         jump *= stride
     return side
+
+
+def level_field(levels: Sequence[Layers], level: int) -> int:
+    """Side of what a cell of map `level` sees, in voxels, from the layers that each map adds."""
+    return receptive_field([layer for layers in levels[: level + 1] for layer in layers])
+
+
+def in_mm(fields: Sequence[int], spacing: Sequence[float] | None) -> list[list[float]] | None:
+    """Receptive fields in mm.
+
+    Args:
+        fields: side of each in voxels.
+        spacing: of the voxels along each axis, in mm; None where every image has its own.
+
+    Returns:
+        The extent of each along every axis, or None where the spacing is not known.
+    """
+    return None if spacing is None else [[side * step for step in spacing] for side in fields]

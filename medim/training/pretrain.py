@@ -17,8 +17,10 @@ from torch import nn
 from medim.config import PretrainConfig, build, override, read
 from medim.data.datasets import ViewDataset
 from medim.data.index import Index, Record
+from medim.data.preprocessing import fixed_spacing
 from medim.data.transforms import GEOMETRIC, Augmentation
 from medim.files import fresh_folder, write_json, write_text
+from medim.models.layers import in_mm
 from medim.models.model import build_decoder, build_encoder
 from medim.models.saved import SCHEMA_VERSION, save
 from medim.objectives import OBJECTIVES
@@ -252,14 +254,16 @@ def _held_out_loader(config: PretrainConfig, cohort: Cohort, records: tuple[Reco
 
 def _write_encoder(out: Path, module: PretrainModule, spec: dict[str, Any]) -> None:
     encoder: Any = module.encoder
-    shapes = {"channels": encoder.channels, "strides": encoder.strides, "summary_channels": encoder.summary_channels}
+    fields = [encoder.receptive_field(level) for level in range(len(encoder.channels))]
+    shapes = {
+        "channels": list(encoder.channels),
+        "strides": list(encoder.strides),
+        "summary_channels": encoder.summary_channels,
+        "receptive_field_voxels": fields,
+        "receptive_field_mm": in_mm(fields, fixed_spacing(spec["preprocessing"])),
+    }
     folder = out / "encoder"
-    save(
-        folder,
-        "encoder",
-        encoder,
-        {**spec, **{key: list(v) if isinstance(v, tuple) else v for key, v in shapes.items()}},
-    )
+    save(folder, "encoder", encoder, {**spec, **shapes})
     if module.decoder is not None:
         save(folder, "decoder", module.decoder, {"kind": "decoder", "decoder": spec["decoder"]})
     for name, objective in module.objectives.items():

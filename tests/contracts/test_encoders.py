@@ -18,6 +18,27 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "convnet": [
         {"channels": [4, 8, 8], "hidden": 16, "summary_channels": 8},
         {"channels": [4, 8], "kernel_size": 3, "norm": "gn", "summary": "mean_max", "hidden": 0, "summary_channels": 6},
+        {"channels": [4, 8], "stride": 1, "padding": 0, "first_norm": False, "hidden": 0, "activation": "leaky_relu"},
+    ],
+    "alexnet": [
+        {"channels": [4, 8, 8, 8, 4], "hidden": 16},
+        {"channels": [4, 4, 4, 4, 4], "norm": "in", "summary": "mean_max", "hidden": 0},
+    ],
+    "resnet": [
+        {"widths": [4, 4], "blocks": [2, 2], "hidden": 16},
+        {"widths": [4, 4, 8], "blocks": [1, 1, 2], "norm": "gn", "summary": "mean_max", "hidden": 0},
+    ],
+    "amdim": [
+        {"width": 4, "depth": 2, "summary_channels": 16},
+        {"width": 4, "depth": 1, "norm": "bn", "summary_channels": 20},
+    ],
+    "patches": [
+        {"patch": 8, "encoder": {"name": "convnet", "channels": [4, 8], "norm": "none", "hidden": 0}},
+        {
+            "patch": 8,
+            "stride": 8,
+            "encoder": {"name": "resnet", "widths": [4, 8], "blocks": [1, 1], "norm": "gn", "hidden": 0},
+        },
     ],
     "unet": [
         {"channels": [4, 8, 8], "summary_channels": 8},
@@ -31,12 +52,19 @@ CASES = [
     for dims in (2, 3)
 ]
 SHAPES: dict[int, tuple[int, ...]] = {2: (16, 24), 3: (16, 24, 16)}
+LARGER: dict[str, dict[int, tuple[int, ...]]] = {"amdim": {2: (32, 40), 3: (32, 40, 32)}}  # it takes none below 32
+NORM_KINDS = {"bn": "BatchNorm", "in": "InstanceNorm", "gn": "GroupNorm"}
 every_encoder = pytest.mark.parametrize(("section", "dims"), CASES)
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
 
 
+def shape_of(section: dict[str, Any], dims: int) -> tuple[int, ...]:
+    return LARGER.get(section["name"], SHAPES)[dims]
+
+
 def spec_of(section: dict[str, Any], dims: int, shape: tuple[int, ...] | None = None) -> dict[str, Any]:
-    return {"encoder": section, "in_channels": 2, "spatial_dims": dims, "input_shape": list(shape or SHAPES[dims])}
+    shape = shape or shape_of(section, dims)
+    return {"encoder": section, "in_channels": 2, "spatial_dims": dims, "input_shape": list(shape)}
 
 
 def make(section: dict[str, Any], dims: int, shape: tuple[int, ...] | None = None) -> Any:
@@ -44,8 +72,8 @@ def make(section: dict[str, Any], dims: int, shape: tuple[int, ...] | None = Non
     return build_encoder(spec_of(section, dims, shape))
 
 
-def images(dims: int, count: int = 4) -> torch.Tensor:
-    return torch.randn(count, 2, *SHAPES[dims], generator=torch.Generator().manual_seed(1))
+def images(section: dict[str, Any], dims: int, count: int = 4) -> torch.Tensor:
+    return torch.randn(count, 2, *shape_of(section, dims), generator=torch.Generator().manual_seed(1))
 
 
 def outputs(encoder: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
@@ -56,19 +84,29 @@ def outputs(encoder: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
 @every_encoder
 def test_maps_and_summary_have_the_promised_channels_and_strides(section: dict[str, Any], dims: int) -> None:
     encoder = make(section, dims)
-    features = encoder(images(dims))
+    features = encoder(images(section, dims))
     assert len(features.maps) == len(encoder.channels) == len(encoder.strides)
-    assert list(encoder.strides) == sorted(set(encoder.strides)), "fine to coarse"
-    for found, channels, stride in zip(features.maps, encoder.channels, encoder.strides, strict=True):
-        assert found.shape == (4, channels, *(side // stride for side in SHAPES[dims]))
+    assert list(encoder.strides) == sorted(encoder.strides), "fine to coarse"
+    for level, (found, channels, stride) in enumerate(
+        zip(features.maps, encoder.channels, encoder.strides, strict=True)
+    ):
+        assert found.shape[:2] == (4, channels)
+        for cells, side in zip(found.shape[2:], shape_of(section, dims), strict=True):
+            unpadded = (side - encoder.receptive_field(level)) // stride + 1
+            assert unpadded <= cells <= -(-side // stride)
     assert features.summary.shape == (4, encoder.summary_channels)
 
 
 @every_encoder
 def test_gradients_reach_every_parameter(section: dict[str, Any], dims: int) -> None:
     encoder = make(section, dims)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.01)  # a fixup branch starts at zero
     weights = torch.Generator().manual_seed(2)
-    sum((out * torch.randn(out.shape, generator=weights)).sum() for out in outputs(encoder, images(dims))).backward()
+    sum(
+        (out * torch.randn(out.shape, generator=weights)).sum() for out in outputs(encoder, images(section, dims))
+    ).backward()
     without = [n for n, p in encoder.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not without
 
@@ -78,23 +116,27 @@ def test_gradients_reach_every_parameter(section: dict[str, Any], dims: int) -> 
 def test_reordering_a_batch_reorders_its_features(section: dict[str, Any], dims: int, training: bool) -> None:
     encoder = make(section, dims).train(training)
     order = torch.tensor([2, 0, 3, 1])
-    for straight, shuffled in zip(outputs(encoder, images(dims)), outputs(encoder, images(dims)[order]), strict=True):
+    for straight, shuffled in zip(
+        outputs(encoder, images(section, dims)), outputs(encoder, images(section, dims)[order]), strict=True
+    ):
         torch.testing.assert_close(shuffled, straight[order], rtol=1e-3, atol=1e-4)
 
 
 @every_encoder
 def test_an_image_has_the_same_features_alone_and_in_company(section: dict[str, Any], dims: int) -> None:
     encoder = make(section, dims).eval()
-    for together, alone in zip(outputs(encoder, images(dims)), outputs(encoder, images(dims)[:1]), strict=True):
+    for together, alone in zip(
+        outputs(encoder, images(section, dims)), outputs(encoder, images(section, dims)[:1]), strict=True
+    ):
         torch.testing.assert_close(together[:1], alone, rtol=1e-4, atol=1e-5)
 
 
 @every_encoder
 def test_bf16_changes_the_features_by_rounding_only(section: dict[str, Any], dims: int) -> None:
     encoder = make(section, dims).eval()
-    exact = outputs(encoder, images(dims))
+    exact = outputs(encoder, images(section, dims))
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = outputs(encoder, images(dims))
+        rounded = outputs(encoder, images(section, dims))
     for a, b in zip(exact, rounded, strict=True):
         assert (a - b.float()).norm() < 0.05 * a.norm()
 
@@ -109,34 +151,59 @@ def test_a_fresh_encoder_follows_from_the_seed_and_is_ready_to_train(section: di
 @every_encoder
 def test_a_saved_encoder_comes_back_bit_for_bit(section: dict[str, Any], dims: int, tmp_path: Path) -> None:
     encoder = make(section, dims)
-    encoder(images(dims))  # moves running statistics, which have to travel too
+    encoder(images(section, dims))  # moves running statistics, which have to travel too
     save(tmp_path / "encoder", "encoder", encoder, {"kind": "encoder", **spec_of(section, dims)})
     again = load_encoder(tmp_path)
     assert not again.training
     assert again.spec["encoder"] == section
-    for a, b in zip(outputs(encoder.eval(), images(dims)), outputs(again, images(dims)), strict=True):
+    for a, b in zip(outputs(encoder.eval(), images(section, dims)), outputs(again, images(section, dims)), strict=True):
         assert torch.equal(a, b)
+
+
+@every_encoder
+def test_a_side_the_strides_do_not_divide_is_taken(section: dict[str, Any], dims: int) -> None:
+    shape = tuple(side + 1 + 2 * axis for axis, side in enumerate(shape_of(section, dims)))
+    encoder = make(section, dims, shape)
+    features = encoder(torch.zeros(2, 2, *shape))
+    assert features.summary.shape == (2, encoder.summary_channels)
+    assert [m.shape[1] for m in features.maps] == list(encoder.channels)
+
+
+@pytest.mark.parametrize("norm", ["bn", "in", "gn", "none"])
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_norm_names_the_norm_of_the_maps(name: str, dims: int, norm: str) -> None:
+    section = {"name": name, **VARIANTS[name][0]}
+    if name == "patches":
+        section["encoder"] = {**section["encoder"], "norm": norm}
+    else:
+        section["norm"] = norm
+    encoder = make(section, dims)
+    kinds = {type(m).__name__.rstrip("23d") for m in encoder.modules() if isinstance(m, NORMS)} - {"BatchNorm1"}
+    assert kinds == ({NORM_KINDS[norm]} if norm != "none" else set())
+    assert all(found.isfinite().all() for found in outputs(encoder, images(section, dims)))
 
 
 @every_encoder
 def test_the_receptive_field_is_what_the_gradient_sees(section: dict[str, Any], dims: int) -> None:
     last = make(section, dims)
     level_count, stride = len(last.channels), last.strides[-1]
-    side = -(-(last.receptive_field(level_count - 1) * 2) // stride) * stride
-    shape = (side,) * dims
-    encoder = make(section, dims, shape).eval()
+    side = (-(-last.receptive_field(level_count - 1) // stride) + 2) * stride
+    encoder = make(section, dims, (side,) * dims).eval()
     for module in list(encoder.modules()):
         for name, child in module.named_children():
             if isinstance(child, NORMS):  # statistics over the image would see all of it
                 setattr(module, name, nn.Identity())
+            elif isinstance(child, nn.MaxPool2d | nn.MaxPool3d):  # one voxel wins; any may
+                mean = nn.AvgPool2d if dims == 2 else nn.AvgPool3d
+                setattr(module, name, mean(child.kernel_size, child.stride))
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.copy_(parameter.abs() + 0.1)  # no rectifier sleeps
-    for level in range(level_count):
-        image = torch.ones(1, 2, *shape, requires_grad=True)
-        found = encoder(image).maps[level]
+    image = torch.ones(1, 2, *(side,) * dims, requires_grad=True)
+    for level, found in enumerate(encoder(image).maps):
         centre = tuple(cells // 2 for cells in found.shape[2:])
-        (gradient,) = torch.autograd.grad(found[(0, 0, *centre)], image)
+        (gradient,) = torch.autograd.grad(found[(0, 0, *centre)], image, retain_graph=True)
         seen = gradient[0, 0].nonzero()
         extent = seen.max(dim=0).values - seen.min(dim=0).values + 1
         assert extent.tolist() == [encoder.receptive_field(level)] * dims

@@ -155,8 +155,7 @@ def test_the_order_of_the_batch_plays_no_part(section: dict[str, Any], dims: int
         or section.get("kind") == "relative"
     ):
         pytest.skip("what is hidden, added as noise, or where a source lies, is drawn image by image")
-    drawn = ("occlusion", "points", "negatives")  # these draw for each image
-    plain = {k: v for k, v in section.items() if k not in drawn}
+    plain = {k: v for k, v in section.items() if k not in ("occlusion", "points", "negatives")}  # these draw, too
     encoder, objective = make(plain, dims)
     views = views_of(dims, count)
     order = torch.tensor([2, 0, 3, 1])

@@ -19,7 +19,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from medim.data.geometry import orthogonal
-from medim.data.preprocessing import check_steps, onto, preprocess, resample_to, restore, to_native
+from medim.data.preprocessing import check_steps, fixed_spacing, onto, preprocess, resample_to, restore, to_native
 from medim.data.readers import read_volume
 from medim.types import Array, Step, UsageError, UserError, Volume
 
@@ -458,3 +458,19 @@ def test_a_real_oblique_series_lands_on_one_grid_whichever_reader_loads_it(share
         assert got.shape == ours.shape
         np.testing.assert_allclose(got.affine, ours.affine, atol=1e-3)
         assert np.abs(got.array - ours.array).max() < 1e-3 * np.ptp(ours.array)
+
+
+@pytest.mark.parametrize(
+    ("steps", "spacing"),
+    [
+        ([{"op": "ras"}, {"op": "resample", "spacing": [1, 1, 2.5]}, {"op": "normalise"}], [1.0, 1.0, 2.5]),
+        ([{"op": "ras"}, {"op": "normalise"}], None),
+        ([{"op": "resample", "spacing": [1, 1]}, {"op": "resize", "shape": [32, 32]}], None),
+        ([{"op": "resample", "spacing": [1, 1, 2]}, {"op": "ras"}], None),  # whose axis it was depends on the image
+        ([], None),
+    ],
+)
+def test_the_spacing_is_fixed_where_the_last_step_on_the_grid_resamples(
+    steps: list[Step], spacing: list[float] | None
+) -> None:
+    assert fixed_spacing(steps) == spacing

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,9 +11,9 @@ import torch
 from torch import nn
 
 from medim.deployment.contract import Signature, Symbol, Tensor
-from medim.deployment.onnx import Sizes, sizes_of, structure, to_onnx
+from medim.deployment.onnx import Sizes, Summarised, signature_of, sizes_of, structure, to_onnx
 from medim.models.encoders.convnet import ConvNet
-from medim.models.model import build_model
+from medim.models.model import build_encoder, build_model
 from medim.types import Array, UserError
 from tests.deployment.made import SPECS
 
@@ -73,9 +74,43 @@ def test_which_sizes_a_network_takes_is_found_out_by_trying() -> None:
     flat = ConvNet(1, 2, (32, 32), channels=(4, 8), hidden=8, summary_channels=4).eval()
     pooled = ConvNet(1, 2, (32, 32), channels=(4, 8), hidden=8, summary_channels=4, summary="mean_max").eval()
     assert sizes_of(flat, (32, 32), flat.strides, 1) == Sizes((32, 32), 4, 4, fixed=True)
-    assert sizes_of(pooled, (30, 30), pooled.strides, 1) == Sizes((30, 30), 4, 1, fixed=False)
+    assert sizes_of(pooled, (30, 30), pooled.strides, 1) == Sizes((30, 30), 4, 1, fixed=False, minimum=4)
     joined = build_model({**SPECS["segmenter"], "in_channels": 1}).eval()
-    assert sizes_of(joined, (16, 24, 16), (1, 2), 1) == Sizes((16, 24, 16), 2, 2, fixed=False)
+    assert sizes_of(joined, (16, 24, 16), (1, 2), 1) == Sizes((16, 24, 16), 2, 2, fixed=False, minimum=4)
+
+
+ANY_SIZE = {"summary": "mean_max", "hidden": 0}
+ENCODERS_2D = {
+    "convnet": ({"channels": [4, 8], "stride": 1, "padding": 0, "first_norm": False, **ANY_SIZE}, 16, 8),
+    "alexnet": ({"channels": [4, 4, 4, 4, 4], **ANY_SIZE}, 24, 16),
+    "resnet": ({"widths": [4, 4], "blocks": [1, 1], "norm": "gn", **ANY_SIZE}, 16, 8),
+    "amdim": ({"width": 4, "depth": 1, "summary_channels": 16}, 40, 32),
+    "patches": ({"patch": 8, "encoder": {"name": "convnet", "channels": [4], "norm": "none", "hidden": 0}}, 16, 8),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n == "patches" else pytest.param(n, marks=pytest.mark.slow) for n in ENCODERS_2D]
+)
+def test_an_exported_encoder_takes_every_size_from_its_smallest_on(name: str) -> None:
+    options, side, smallest = ENCODERS_2D[name]
+    torch.manual_seed(0)
+    encoder: Any = build_encoder(
+        {"encoder": {"name": name, **options}, "in_channels": 1, "spatial_dims": 2, "input_shape": (side, side)}
+    )
+    for parameter in encoder.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    made = Summarised(encoder.eval()).eval()
+    sizes = sizes_of(made, (side, side), encoder.strides, 1)
+    assert (sizes.minimum, sizes.multiple_of, sizes.fixed) == (smallest, 1, False)
+    signature = signature_of(made, sizes, 1, encoder.strides)
+    graph = onnxruntime.InferenceSession(to_onnx(made, sizes, signature), providers=["CPUExecutionProvider"])
+    for shape in ((smallest, smallest), *sizes.unseen()):
+        image = torch.randn(3, 1, *shape)
+        with torch.no_grad():
+            want = made(image)
+        for ours, theirs in zip(graph.run(None, {"image": image.numpy()}), want, strict=True):
+            np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-5 * max(1.0, float(theirs.abs().max())))
 
 
 def test_a_network_that_cannot_be_exported_is_told_without_a_wall_of_text() -> None:

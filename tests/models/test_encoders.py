@@ -8,7 +8,7 @@ from torch import nn
 
 from medim.config import build
 from medim.models.encoders import ENCODERS, ConvNet, UNetEncoder
-from medim.models.layers import conv, pool, receptive_field
+from medim.models.layers import conv, in_mm, pool, receptive_field
 from medim.types import UsageError
 
 
@@ -84,6 +84,11 @@ def test_a_receptive_field_grows_by_the_kernel_times_the_strides_before_it() -> 
     assert receptive_field([]) == 1
     assert receptive_field([(3, 1)] * 3) == 7
     assert receptive_field([(5, 2), (3, 2), (3, 1), (2, 2)]) == 5 + 2 * 2 + 2 * 4 + 1 * 4
+
+
+def test_a_receptive_field_in_mm_is_its_voxels_times_their_spacing() -> None:
+    assert in_mm([4, 10], [1.0, 0.5, 3.0]) == [[4.0, 2.0, 12.0], [10.0, 5.0, 30.0]]
+    assert in_mm([4, 10], None) is None
 
 
 @pytest.mark.parametrize(("norm", "kind"), [("bn", nn.BatchNorm3d), ("in", nn.InstanceNorm3d), ("gn", nn.GroupNorm)])

@@ -56,6 +56,8 @@ def test_the_loaded_encoder_gives_the_maps_and_summary_it_promises(undisturbed: 
         (2, c, *(16 // s,) * 3) for c, s in zip(encoder.channels, encoder.strides, strict=True)
     ]
     assert features.summary.shape == (2, encoder.summary_channels)
+    assert encoder.spec["receptive_field_voxels"] == [5, 11, 23]
+    assert encoder.spec["receptive_field_mm"] is None  # no step resamples
 
 
 def test_the_same_command_twice_gives_the_same_bytes_and_another_seed_gives_others(

@@ -11,7 +11,11 @@ from typing import Protocol
 
 import torch
 
+from medim.models.encoders.alexnet import AlexNet
+from medim.models.encoders.amdim import AMDIMEncoder
 from medim.models.encoders.convnet import ConvNet
+from medim.models.encoders.patches import PatchEncoder
+from medim.models.encoders.resnet import ResNet
 from medim.models.encoders.unet import UNetEncoder
 from medim.types import Features
 
@@ -24,7 +28,8 @@ class Encoder(Protocol):
 
     Attributes:
         channels: channels of each map, fine to coarse.
-        strides: voxels of the image a cell of each map stands for, along every axis.
+        strides: voxels from a cell of each map to the next, along every axis. The grid is the image's over it, rounded
+            either way, less what convolutions without padding cut off: ask a forward pass.
         summary_channels: length of the summary.
     """
 
@@ -43,5 +48,9 @@ class Encoder(Protocol):
 
 ENCODERS: dict[str, Callable[..., torch.nn.Module]] = {
     "convnet": ConvNet,
+    "alexnet": AlexNet,
+    "resnet": ResNet,
+    "amdim": AMDIMEncoder,
+    "patches": PatchEncoder,
     "unet": UNetEncoder,
 }

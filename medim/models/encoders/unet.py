@@ -21,7 +21,7 @@ class UNetEncoder(nn.Module):
         in_channels: channels of the image.
         spatial_dims: 2 or 3.
         channels: channels of each level, fine to coarse; the strides are 1, 2, 4, ...
-        norm: batch (bn), instance (in) or group (gn) normalisation.
+        norm: batch (bn), instance (in), group (gn) or no (none) normalisation.
         summary_channels: length of the summary.
     """
 

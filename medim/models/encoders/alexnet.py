@@ -1,0 +1,73 @@
+"""The AlexNet-like net of the Deep InfoMax paper for 64x64 images, in 2D and 3D."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from monai.networks.layers.factories import Pool
+from torch import nn
+
+from medim.models.layers import Norm, Pooling, Summary, check_channels, conv, flat_size, level_field, level_strides
+from medim.types import Features
+
+POOLED = (True, True, False, False, True)
+
+
+class AlexNet(nn.Module):
+    """Five 3-wide convolutions, the first two and the last with an overlapping max-pool, then two wide linear layers.
+
+    `alex64x64` of the Deep InfoMax authors' code (configs/convnets.py), used for STL-10 and Tiny ImageNet: the local
+    map is level 2, 15x15 of 64x64; after the linear layers of 4096 comes the summary of 64. In 3D it is the AlexNet of
+    the Alzheimer studies of Fedorov et al. (arXiv 1904.10931) in kind, not in numbers.
+
+    Args:
+        in_channels: channels of the image.
+        spatial_dims: 2 or 3.
+        input_shape: spatial shape of the training views; `summary="flatten"` works at this shape only.
+        channels: output channels of the five convolutions.
+        norm: batch (bn), instance (in), group (gn) or no (none) normalisation.
+        summary: `flatten` the last map as the paper does, or `mean_max`, its mean and maximum, which takes any input
+            size.
+        hidden: width of the two layers between map and summary; 0 leaves them out.
+        summary_channels: length of the summary; 0 leaves the last linear layer out.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        spatial_dims: int,
+        input_shape: tuple[int, ...],
+        *,
+        channels: tuple[int, int, int, int, int] = (96, 192, 384, 384, 192),
+        norm: Norm = "bn",
+        summary: Pooling = "flatten",
+        hidden: int = 4096,
+        summary_channels: int = 64,
+    ) -> None:
+        super().__init__()
+        check_channels("alexnet", channels)
+        self.channels = channels
+        self._levels = [[(3, 1), (3, 2)] if pooled else [(3, 1)] for pooled in POOLED]
+        self.strides = level_strides(self._levels)
+        self.stages = nn.ModuleList()
+        for (before, after), pooled in zip(pairwise((in_channels, *channels)), POOLED, strict=True):
+            stage = conv(spatial_dims, before, after, 3, 1, norm)
+            self.stages.append(stage.append(Pool[Pool.MAX, spatial_dims](3, 2)) if pooled else stage)
+        features = flat_size(self.stages, in_channels, input_shape) if summary == "flatten" else 2 * channels[-1]
+        self.to_summary = Summary(
+            features, pooling=summary, hidden=(hidden, hidden) if hidden else (), out_channels=summary_channels
+        )
+        self.summary_channels = self.to_summary.out_channels
+
+    def forward(self, image: torch.Tensor) -> Features:
+        """Encode (N, in_channels, ...) images; see `Encoder`."""
+        maps = []
+        for stage in self.stages:
+            image = stage(image)
+            maps.append(image)
+        return Features(tuple(maps), self.to_summary(maps[-1]))
+
+    def receptive_field(self, level: int) -> int:
+        """Side of what a cell of map `level` sees, in voxels (5, 13, 21, 29, 45)."""
+        return level_field(self._levels, level)

@@ -1,0 +1,118 @@
+"""The encoder of AMDIM (Bachman et al. 2019, arXiv 1906.00910), in 2D and 3D."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from monai.networks.layers.factories import Conv, Pool
+from torch import nn
+from torch.nn.functional import pad
+
+from medim.models.layers import Norm, check_channels, conv, level_field, level_strides, normalisation
+from medim.types import Features, UsageError
+
+STEMS = {32: [(3, 1)], 64: [(3, 1)], 128: [(5, 2), (3, 1)]}  # kernel size and stride
+BLOCKS = {
+    32: [(1, 1, 1), (2, 4, 2), (4, 2, 2), (4, 3, 1), (4, 3, 1)],  # multiple of `width`, kernel size, stride
+    64: [(2, 4, 2), (4, 4, 2), (8, 2, 2), (8, 3, 1), (8, 3, 1)],
+    128: [(2, 4, 2), (4, 4, 2), (8, 2, 2), (8, 3, 1), (8, 3, 1)],
+}
+
+
+class AMDIMEncoder(nn.Module):
+    """Residual blocks without padding, so that what a cell sees grows slowly and no border tells it where it lies.
+
+    The maps of a 32x32 image are 30, 30, 14, 7, 5 and 3 wide, of 64x64 62, 30, 14, 7, 5, 3, of 128x128 64, 62, 30, 14,
+    7, 5, 3; AMDIM predicts those of 7 and 5 (levels -3 and -2). The summary f1 is the one cell that follows, or the
+    mean of the cells that follow in a larger image, after batch norm.
+
+    Args:
+        in_channels: channels of the image.
+        spatial_dims: 2 or 3.
+        size: side of the smallest image that the layers take: 32, 64 or 128.
+        width: channels of the first map (ndf), 2, 4 and, from size 64 on, 8 times as many later.
+        depth: units a block, the first of which changes the grid.
+        norm: batch (bn), instance (in), group (gn) or no (none) normalisation inside the blocks; f1 has its own.
+        summary_channels: length of the summary (n_rkhs), at least the channels of the last map.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        spatial_dims: int,
+        *,
+        size: Literal[32, 64, 128] = 32,
+        width: int = 128,
+        depth: int = 3,
+        norm: Norm = "none",
+        summary_channels: int = 1024,
+    ) -> None:
+        super().__init__()
+        check_channels("amdim", (width,), option="width")
+        check_channels("amdim", (depth,), option="depth")
+        stem, blocks = STEMS[size], BLOCKS[size]
+        self.channels = (*[width] * len(stem), *(times * width for times, _, _ in blocks))
+        self.summary_channels = summary_channels
+        if summary_channels < self.channels[-1]:
+            raise UsageError(
+                f"amdim.summary_channels: expected at least {self.channels[-1]}, the channels of the last map, "
+                f"got {summary_channels}."
+            )
+        self._levels = [[layer] for layer in [*stem, *((kernel, stride) for _, kernel, stride in blocks)]]
+        self.strides = level_strides(self._levels)
+        self.stages = nn.ModuleList()
+        for before, (kernel, stride) in zip((in_channels, width), stem, strict=False):
+            padding, mode = (0, "zeros") if stride == 1 else (2, "reflect")
+            self.stages.append(
+                conv(spatial_dims, before, width, kernel, stride, "none", padding=padding, padding_mode=mode)
+            )
+        for (before, after), (_, kernel, stride) in zip(pairwise(self.channels[len(stem) - 1 :]), blocks, strict=True):
+            units = 1 if kernel == 1 else depth  # the first block of size 32 is one unit
+            block = [_Unit(spatial_dims, before, after, kernel, stride, norm)]
+            block += [_Unit(spatial_dims, after, after, 1, 1, norm) for _ in range(units - 1)]
+            self.stages.append(nn.Sequential(*block))
+        last: Norm = "none" if norm == "in" else norm  # a single cell has no variance
+        self.to_f1 = _Unit(spatial_dims, self.channels[-1], summary_channels, 3, 1, last)
+        self.f1_norm = nn.BatchNorm1d(summary_channels)
+
+    def forward(self, image: torch.Tensor) -> Features:
+        """Encode (N, in_channels, ...) images, no side of which is below `size`; see `Encoder`."""
+        maps = []
+        for stage in self.stages:
+            image = stage(image)
+            maps.append(image)
+        return Features(tuple(maps), self.f1_norm(self.to_f1(image).flatten(2).mean(dim=2)))
+
+    def receptive_field(self, level: int) -> int:
+        """Side of what a cell of map `level` sees, in voxels (3, 3, 6, 8, 16, 24 for size 32)."""
+        return level_field(self._levels, level)
+
+
+class _Unit(nn.Module):
+    """`ConvResNxN` of the public code: convolution, norm, ReLU, 1-wide convolution that starts at zero (fixup).
+
+    The shortcut is the mean of what the convolution sees, its channels filled up with zeros. No ReLU follows the sum.
+    """
+
+    def __init__(
+        self, spatial_dims: int, in_channels: int, out_channels: int, kernel_size: int, stride: int, norm: Norm
+    ) -> None:
+        super().__init__()
+        layer = Conv[Conv.CONV, spatial_dims]
+        last = layer(out_channels, out_channels, 1, bias=False)
+        nn.init.zeros_(last.weight)
+        self.branch = nn.Sequential(
+            layer(in_channels, out_channels, kernel_size, stride, bias=False),
+            normalisation(norm, spatial_dims, out_channels),
+            nn.ReLU(inplace=True),
+            last,
+        )
+        self.shortcut = Pool[Pool.AVG, spatial_dims](kernel_size, stride)
+        self._missing = [0, 0] * spatial_dims + [0, out_channels - in_channels]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, in_channels, ...) to (N, out_channels, ...)."""
+        found: torch.Tensor = self.branch(x) + pad(self.shortcut(x), self._missing)
+        return found

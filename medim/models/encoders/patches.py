@@ -1,0 +1,76 @@
+"""An encoder that sees an image as overlapping crops, one cell a crop: the locals of CPC, in 2D and 3D."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from medim.config import Section, build
+from medim.models.layers import Summary
+from medim.types import Features, UsageError
+
+
+class PatchEncoder(nn.Module):
+    """Cut an image into overlapping cubes, encode each by itself to one vector, and lay the vectors out on their grid.
+
+    van den Oord et al. 2018 (arXiv 1807.03748); the "folded" nets of the Deep InfoMax paper's comparison with CPC:
+    64x64 in crops of 16, or 32x32 in crops of 8, give a grid of 7x7. A cell sees its crop and nothing else, as long as
+    the encoder of the crops has no batch norm, which mixes crops and images.
+
+    Args:
+        in_channels: channels of the image.
+        spatial_dims: 2 or 3.
+        patch: side of a crop, in voxels.
+        stride: voxels between neighbouring crops; 0 is half of `patch`.
+        encoder: section of ENCODERS for a crop; its summary becomes the cell.
+        summary_channels: length of the summary, a linear layer on the mean and maximum of the cells.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        spatial_dims: int,
+        *,
+        patch: int = 16,
+        stride: int = 0,
+        encoder: Section = {"name": "convnet", "norm": "none", "hidden": 0, "summary_channels": 256},  # noqa: B006
+        summary_channels: int = 64,
+    ) -> None:
+        from medim.models.encoders import ENCODERS  # the table names this class
+
+        super().__init__()
+        self._patch, self._stride = patch, stride or max(patch // 2, 1)
+        if patch < 1 or not 0 < self._stride <= patch:
+            raise UsageError(f"patches: expected crops and a stride of 1 to {patch} voxels, got {patch} and {stride}.")
+        crop: Any = build(
+            ENCODERS, encoder, in_channels=in_channels, spatial_dims=spatial_dims, input_shape=(patch,) * spatial_dims
+        )
+        self.crop = crop
+        self.channels = (crop.summary_channels,)
+        self.strides = (self._stride,)
+        self.summary_channels = summary_channels
+        self.to_summary = Summary(
+            2 * crop.summary_channels, pooling="mean_max", hidden=(), out_channels=summary_channels
+        )
+
+    def forward(self, image: torch.Tensor) -> Features:
+        """Encode (N, in_channels, ...) images, no side of which is below `patch`; see `Encoder`."""
+        crops = unfold(image, self._patch, self._stride)  # (N, *grid, in_channels, *patch)
+        grid = crops.shape[1 : image.ndim - 1]
+        cells = self.crop(crops.flatten(0, image.ndim - 2)).summary
+        map_ = cells.unflatten(0, (image.shape[0], *grid)).movedim(-1, 1)
+        return Features((map_,), self.to_summary(map_))
+
+    def receptive_field(self, level: int) -> int:
+        """Side of a crop."""
+        return self._patch
+
+
+def unfold(image: torch.Tensor, patch: int, stride: int) -> torch.Tensor:
+    """Cut (N, C, ...) into overlapping cubes: (N, *grid, C, *patch). What is left at the far borders is not seen."""
+    dims = image.ndim - 2
+    for axis in range(2, 2 + dims):
+        image = image.unfold(axis, patch, stride)
+    return image.movedim(1, 1 + dims)

@@ -1,0 +1,104 @@
+"""The residual nets of the Deep InfoMax paper, made of MONAI's bottlenecks, in 2D and 3D."""
+
+from __future__ import annotations
+
+import torch
+from monai.networks.layers.factories import Conv
+from monai.networks.nets.resnet import ResNetBottleneck
+from torch import nn
+
+from medim.models.layers import (
+    Norm,
+    Pooling,
+    Summary,
+    check_channels,
+    conv,
+    flat_size,
+    level_field,
+    level_strides,
+    norm_spec,
+    normalisation,
+)
+from medim.types import Features, UsageError
+
+
+class ResNet(nn.Module):
+    """A strided convolution, stages of bottleneck blocks, each after the first at half the grid, then the summary.
+
+    `resnet19` of the Deep InfoMax authors' code (configs/resnets.py). The maps are numbered as there: the first
+    convolution, the first stage, then of every other stage its strided first block and, if it has more, its last. The
+    authors' local map is level 2: 512 channels, 8x8 of 32x32.
+
+    Args:
+        in_channels: channels of the image.
+        spatial_dims: 2 or 3.
+        input_shape: spatial shape of the training views; `summary="flatten"` works at this shape only.
+        widths: channels inside the blocks of each stage; they put out four times as many.
+        blocks: blocks of each stage ([3, 4, 6] gives a ResNet-50 without its last stage).
+        norm: batch (bn), instance (in), group (gn) or no (none) normalisation.
+        summary: `flatten` the last map as the paper does, or `mean_max`, its mean and maximum, which takes any input
+            size.
+        hidden: width of the layer between map and summary; 0 leaves it out.
+        summary_channels: length of the summary; 0 leaves the last linear layer out.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        spatial_dims: int,
+        input_shape: tuple[int, ...],
+        *,
+        widths: tuple[int, ...] = (64, 128, 256),
+        blocks: tuple[int, ...] = (2, 2, 2),
+        norm: Norm = "bn",
+        summary: Pooling = "flatten",
+        hidden: int = 1024,
+        summary_channels: int = 64,
+    ) -> None:
+        super().__init__()
+        check_channels("resnet", widths, option="widths")
+        if len(blocks) != len(widths) or min(blocks) < 1:
+            raise UsageError(f"resnet.blocks: expected 1 or more for each of the widths {widths}, got {blocks}.")
+        groups = _groups(widths, blocks)
+        self.channels = (widths[0], *(4 * width for width, _, _ in groups))
+        self._levels = [[(3, 2)], *([(3, stride), *[(3, 1)] * (count - 1)] for _, count, stride in groups)]
+        self.strides = level_strides(self._levels)
+        self.stages = nn.ModuleList([conv(spatial_dims, in_channels, widths[0], 3, 2, norm)])
+        for before, (width, count, stride) in zip(self.channels, groups, strict=False):
+            first = _block(spatial_dims, before, width, stride, norm)
+            rest = (_block(spatial_dims, 4 * width, width, 1, norm) for _ in range(count - 1))
+            self.stages.append(nn.Sequential(first, *rest))
+        features = flat_size(self.stages, in_channels, input_shape) if summary == "flatten" else 2 * self.channels[-1]
+        self.to_summary = Summary(
+            features, pooling=summary, hidden=(hidden,) if hidden else (), out_channels=summary_channels
+        )
+        self.summary_channels = self.to_summary.out_channels
+
+    def forward(self, image: torch.Tensor) -> Features:
+        """Encode (N, in_channels, ...) images; see `Encoder`."""
+        maps = []
+        for stage in self.stages:
+            image = stage(image)
+            maps.append(image)
+        return Features(tuple(maps), self.to_summary(maps[-1]))
+
+    def receptive_field(self, level: int) -> int:
+        """Side of what a cell of map `level` sees, in voxels (3, 11, 15, 23, 31, 47)."""
+        return level_field(self._levels, level)
+
+
+def _groups(widths: tuple[int, ...], blocks: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """Width, number of blocks and stride of the first block, of the run of blocks that each map adds."""
+    groups = [(widths[0], blocks[0], 1)]
+    for width, count in zip(widths[1:], blocks[1:], strict=True):
+        groups += [(width, 1, 2), (width, count - 1, 1)] if count > 1 else [(width, 1, 2)]
+    return groups
+
+
+def _block(spatial_dims: int, channels: int, width: int, stride: int, norm: Norm) -> nn.Module:
+    """A bottleneck; its shortcut is a strided 1-wide convolution where shapes differ."""
+    shortcut = None
+    if stride > 1 or channels != 4 * width:
+        layer = Conv[Conv.CONV, spatial_dims](channels, 4 * width, 1, stride, bias=False)
+        shortcut = nn.Sequential(layer, normalisation(norm, spatial_dims, 4 * width))
+    return ResNetBottleneck(channels, width, spatial_dims, stride, shortcut, norm=norm_spec(norm))

@@ -1,0 +1,160 @@
+"""The published networks, named by their options alone: maps, fields and parameters as in their authors' code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from medim.models.model import build_encoder
+
+ALEX = 9 * (3 * 96 + 96 * 192 + 192 * 384 + 384 * 384 + 384 * 192) + 2 * (96 + 192 + 384 + 384 + 192)
+TUTORIAL = 16 * (3 * 64 + 64 * 128 + 128 * 256 + 256 * 512) + 64 + 2 * (128 + 256 + 512)
+DCGAN_3D = 64 * (32 + 32 * 64 + 64 * 128 + 128 * 256) + 32 + 2 * (64 + 128 + 256)
+
+
+def block(before: int, width: int) -> int:
+    """Weights and batch norms of a bottleneck, and of its shortcut where the channels change."""
+    shortcut = (before + 2) * 4 * width if before != 4 * width else 0
+    return before * width + 9 * width**2 + 4 * width**2 + 2 * (width + width + 4 * width) + shortcut
+
+
+RESNET19 = 3 * 9 * 64 + 2 * 64 + sum(block(*b) for b in [(64, 64), (256, 64), (256, 128), (512, 128), (512, 256)])
+RESNET19 += block(1024, 256)
+
+PUBLISHED: dict[str, tuple[dict[str, Any], tuple[int, ...], list[tuple[int, int]], list[int], int | None]] = {
+    # encoder, image, (channels, side) of each map, receptive fields, parameters (None: the convolutions vary)
+    "32x32": (
+        {"name": "convnet"},
+        (3, 32, 32),
+        [(64, 16), (128, 8), (256, 4)],
+        [4, 10, 22],
+        4_921_280,
+    ),
+    "64x64": (
+        {"name": "convnet", "channels": [64, 128, 256, 512]},
+        (3, 64, 64),
+        [(64, 32), (128, 16), (256, 8), (512, 4)],
+        [4, 10, 22, 46],
+        16 * (3 * 64 + 64 * 128 + 128 * 256 + 256 * 512) + 2 * 960 + 8192 * 1024 + 2 * 1024 + 1024 * 64 + 64,
+    ),
+    "28x28": (
+        {"name": "convnet", "channels": [64, 128], "kernel_size": 5},
+        (1, 28, 28),
+        [(64, 14), (128, 7)],
+        [5, 13],
+        25 * (64 + 64 * 128) + 2 * 192 + 6272 * 1024 + 2 * 1024 + 1024 * 64 + 64,
+    ),
+    "tutorial": (
+        {
+            "name": "convnet",
+            "channels": [64, 128, 256, 512],
+            "stride": 1,
+            "padding": 0,
+            "first_norm": False,
+            "hidden": 0,
+        },
+        (3, 32, 32),
+        [(64, 29), (128, 26), (256, 23), (512, 20)],
+        [4, 7, 10, 13],
+        TUTORIAL + 204_800 * 64 + 64,
+    ),
+    "fedorov 3D": (
+        {
+            "name": "convnet",
+            "channels": [32, 64, 128, 256],
+            "first_norm": False,
+            "activation": "leaky_relu",
+            "hidden": 0,
+        },
+        (1, 64, 64, 64),
+        [(32, 32), (64, 16), (128, 8), (256, 4)],
+        [4, 10, 22, 46],
+        DCGAN_3D + 256 * 64 * 64 + 64,  # a 4-wide unpadded convolution on 4x4x4 is a linear layer
+    ),
+    "alexnet": (
+        {"name": "alexnet"},
+        (3, 64, 64),
+        [(96, 31), (192, 15), (384, 15), (384, 15), (192, 7)],
+        [5, 13, 21, 29, 45],
+        ALEX + 9408 * 4096 + 2 * 4096 + 4096**2 + 2 * 4096 + 4096 * 64 + 64,
+    ),
+    "resnet19": (
+        {"name": "resnet"},
+        (3, 32, 32),
+        [(64, 16), (256, 16), (512, 8), (512, 8), (1024, 4), (1024, 4)],
+        [3, 11, 15, 23, 31, 47],
+        RESNET19 + 16_384 * 1024 + 2 * 1024 + 1024 * 64 + 64,
+    ),
+    "amdim 32": (
+        {"name": "amdim"},
+        (3, 32, 32),
+        [(128, 30), (128, 30), (256, 14), (512, 7), (512, 5), (512, 3)],
+        [3, 3, 6, 8, 16, 24],
+        None,
+    ),
+    "amdim 64": (
+        {"name": "amdim", "size": 64},
+        (3, 64, 64),
+        [(128, 62), (256, 30), (512, 14), (1024, 7), (1024, 5), (1024, 3)],
+        [3, 6, 12, 16, 32, 48],
+        None,
+    ),
+    "amdim 128": (
+        {"name": "amdim", "size": 128},
+        (3, 128, 128),
+        [(128, 64), (128, 62), (256, 30), (512, 14), (1024, 7), (1024, 5), (1024, 3)],
+        [5, 9, 15, 27, 35, 67, 99],
+        None,
+    ),
+    "folded 64x64": ({"name": "patches"}, (3, 64, 64), [(256, 7)], [16], None),
+    "folded 32x32": ({"name": "patches", "patch": 8}, (3, 32, 32), [(256, 7)], [8], None),
+    "folded AlexNet": (
+        {
+            "name": "patches",
+            "encoder": {"name": "alexnet", "norm": "none", "hidden": 0, "summary_channels": 0},
+        },
+        (3, 64, 64),
+        [(192, 7)],
+        [16],
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_network_has_its_maps_and_fields(name: str) -> None:
+    section, (channels, *shape), maps, fields, parameters = PUBLISHED[name]
+    spec = {"encoder": section, "in_channels": channels, "spatial_dims": len(shape), "input_shape": shape}
+    with torch.device("meta"):  # shapes alone
+        encoder: Any = build_encoder(spec)
+        features = encoder(torch.zeros(2, channels, *shape))
+    assert [tuple(m.shape[1:]) for m in features.maps] == [(n, *[side] * len(shape)) for n, side in maps]
+    assert [encoder.receptive_field(level) for level in range(len(maps))] == fields
+    assert features.summary.shape == (2, 1024 if section["name"] == "amdim" else 64)
+    if parameters is not None:
+        assert sum(p.numel() for p in encoder.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shape"),
+    [
+        ("alexnet", {"hidden": 8}, (32, 32, 32)),
+        ("resnet", {"hidden": 8}, (16, 16, 16)),
+        ("amdim", {"size": 64}, (64, 64, 64)),
+        ("amdim", {"size": 128}, (128, 128, 128)),
+        ("patches", {"patch": 8}, (32, 24, 16)),
+    ],
+)
+def test_the_same_layers_have_the_same_fields_in_3d(name: str, options: dict[str, Any], shape: tuple[int, ...]) -> None:
+    grids, fields = [], []
+    for dims in (2, 3):
+        section = {"name": name, **options}
+        spec = {"encoder": section, "in_channels": 1, "spatial_dims": dims, "input_shape": shape[:dims]}
+        with torch.device("meta"):
+            encoder: Any = build_encoder(spec)
+            grids.append([tuple(m.shape[2:4]) for m in encoder(torch.zeros(2, 1, *shape[:dims])).maps])
+        fields.append([encoder.receptive_field(level) for level in range(len(grids[-1]))])
+    assert grids[0] == grids[1]
+    assert fields[0] == fields[1]
