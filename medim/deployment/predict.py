@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -15,6 +13,7 @@ import numpy as np
 
 from medim.data.index import AllRejectedError, Index, Record, Rejection, build_index, is_index
 from medim.data.records import write_rejections
+from medim.deployment.features import WRITERS
 from medim.deployment.inference import Network
 from medim.deployment.masks import sizes, write_mask
 from medim.deployment.package import Package
@@ -108,9 +107,9 @@ def embed_images(
     network = _network(package)
     if network.kind != "encoder":
         raise UserError(f"embed: expected an encoder, got a {network.kind}. Export the pretraining run, and use that.")
-    writer = _WRITERS.get(out.suffix)
+    writer = WRITERS.get(out.suffix)
     if writer is None:
-        raise UsageError(f"--out {out}: expected a file ending in {', '.join(_WRITERS)}.")
+        raise UsageError(f"--out {out}: expected a file ending in {', '.join(WRITERS)}.")
     reasons = out.with_name(f"{out.name}.rejected.csv")
     index = _index(inputs, network.modality, reasons)
     rejected: list[Rejection] = [*index.rejected]
@@ -199,46 +198,3 @@ def _all_rejected(index: Index, rejected: Sequence[Rejection]) -> AllRejectedErr
     first = f"{rejected[0].path}: {rejected[0].detail}" if rejected else "the source holds no image"
     message = f"expected an image that this package can read, got none out of {len(rejected)}. First: {first}"
     return AllRejectedError(message, replace(index, records=(), rejected=tuple(rejected)))
-
-
-def _npz(images: Sequence[str], subjects: Sequence[str], features: Array) -> bytes:
-    buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        schema_version=np.int64(SCHEMA_VERSION),
-        image=np.asarray(images, np.str_),
-        subject=np.asarray(subjects, np.str_),
-        features=features,
-    )
-    return buffer.getvalue()
-
-
-def _csv(images: Sequence[str], subjects: Sequence[str], features: Array) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "subject", *(f"f{i}" for i in range(features.shape[1]))])
-    for image, subject, row in zip(images, subjects, features, strict=True):
-        writer.writerow([image, subject, *map(str, row)])  # as few digits as give the same float32 again
-    return text.getvalue().encode()
-
-
-def _parquet(images: Sequence[str], subjects: Sequence[str], features: Array) -> bytes:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError:
-        raise UserError(
-            '.parquet: expected pyarrow, which is not installed. pip install "medim[train]", or .csv.'
-        ) from None
-    columns = {f"f{i}": column for i, column in enumerate(features.T)}
-    table = pyarrow.table({"image": list(images), "subject": list(subjects), **columns})
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(table.replace_schema_metadata({"schema_version": str(SCHEMA_VERSION)}), buffer)
-    return buffer.getvalue()
-
-
-_WRITERS: dict[str, Callable[[Sequence[str], Sequence[str], Array], bytes]] = {
-    ".npz": _npz,
-    ".csv": _csv,
-    ".parquet": _parquet,
-}
