@@ -200,13 +200,18 @@ class Network:
         Raises:
             UserError: no critic came with the network, or the image does not fit it.
         """
+        run = self.check_score_map()
+        self._check(volume)
+        return score(run, volume, self.preprocessing, self.inference)
+
+    def check_score_map(self) -> Run:
+        """What draws the map; UserError where no critic came with the network."""
         if self.score_map is None:
             raise UserError(
                 f"map: expected an encoder with the local critic it was trained with, got a {self.kind} without. "
                 "Pretrain with the objective local_dim (and export that run), or leave --map out."
             )
-        self._check(volume)
-        return score(self.score_map, volume, self.preprocessing, self.inference)
+        return self.score_map
 
     def _check(self, volume: Volume) -> None:
         if (volume.spatial_dims, len(volume.array)) != (self.spatial_dims, self.in_channels):

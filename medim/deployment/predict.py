@@ -15,7 +15,7 @@ from medim.data.index import AllRejectedError, Index, Record, Rejection, build_i
 from medim.data.records import write_rejections
 from medim.deployment.features import WRITERS
 from medim.deployment.inference import Network
-from medim.deployment.masks import sizes, write_mask
+from medim.deployment.masks import sizes, write_map, write_mask
 from medim.deployment.package import Package
 from medim.files import fresh_folder, write_bytes, write_csv, write_json
 from medim.types import Array, Modality, UsageError, UserError, Volume
@@ -83,24 +83,35 @@ def predict(
 
 
 def embed_images(
-    package: Package | Network, inputs: Inputs, out: Path, *, progress: Progress | None = None
+    package: Package | Network,
+    inputs: Inputs,
+    out: Path,
+    *,
+    maps: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[tuple[str, ...], Array]:
     """Write the features of every image of a source, a row an image.
 
     `.npz` holds `image` (keys), `subject` (pseudonyms) and `features` (N, d) float32; `.csv` and `.parquet` hold
     columns `image`, `subject`, `f0`, `f1`, ... Files without features stand with their reason in `<out>.rejected.csv`.
+    With `maps`, each image also gets its mutual-information map on its own grid (see `write_map`), named after the
+    image's key, and `maps.csv` a row: image, file, mean, lowest and highest score.
 
     Args:
         package: an encoder.
         inputs: an index, or anything `build_index` takes.
         out: the file to write, `.npz`, `.csv` or `.parquet`.
+        maps: folder for the maps; None writes none.
+        overwrite: empty `maps` first.
         progress: told after each image.
 
     Returns:
         Image keys and features (N, d).
 
     Raises:
-        UserError: the package is no encoder, or pyarrow is missing for `.parquet`.
+        UserError: the package is no encoder, has no local critic and a map is asked for, `maps` is taken, or pyarrow is
+            missing for `.parquet`.
         UsageError: another suffix.
         AllRejectedError: no input could be used.
     """
@@ -110,10 +121,19 @@ def embed_images(
     writer = WRITERS.get(out.suffix)
     if writer is None:
         raise UsageError(f"--out {out}: expected a file ending in {', '.join(WRITERS)}.")
+    if maps is not None:
+        network.check_score_map()
+        fresh_folder(maps, overwrite=overwrite)
     reasons = out.with_name(f"{out.name}.rejected.csv")
     index = _index(inputs, network.modality, reasons)
     rejected: list[Rejection] = [*index.rejected]
-    found = [(record, answer) for record, _, answer in _answers(network, index, rejected, progress)]
+    names = _file_names(index.records)
+    found, rows = [], []
+    for record, volume, answer in _answers(network, index, rejected, progress):
+        found.append((record, answer))
+        if maps is not None:
+            path, scores = write_map(maps / names[record.image], network.scores(volume), volume)
+            rows.append({"image": record.image, "file": path.name, **scores})
     if rejected:
         write_rejections(reasons, rejected)
     if not found:
@@ -121,6 +141,8 @@ def embed_images(
     features = np.stack([answer for _, answer in found]).astype(np.float32)
     images = tuple(record.image for record, _ in found)
     write_bytes(out, writer(images, tuple(record.subject for record, _ in found), features))
+    if maps is not None:
+        write_csv(maps / "maps.csv", list(rows[0]), (list(row.values()) for row in rows))
     return images, features
 
 
