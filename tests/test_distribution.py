@@ -15,7 +15,7 @@ import pytest
 
 import medim
 from medim.deployment.export import export
-from tests.deployment.made import make_run
+from tests.deployment.made import make_run, make_run_with_critic
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow
@@ -105,8 +105,8 @@ def test_the_light_install_reads_and_indexes_images(light: Path, tmp_path: Path)
 def test_the_light_install_verifies_a_package_and_predicts_and_embeds_with_it(
     light: Path, shared_data: Path, tmp_path: Path
 ) -> None:
-    for kind in ("segmenter", "encoder"):
-        export(make_run(tmp_path / f"{kind}-run", kind), tmp_path / kind)
+    export(make_run(tmp_path / "segmenter-run", "segmenter"), tmp_path / "segmenter")
+    export(make_run_with_critic(tmp_path / "encoder-run"), tmp_path / "encoder")
     run(light / "medim", "verify", "segmenter", cwd=tmp_path)
     series = shared_data / "mri-dicom" / "Study1" / "13_HCropVolume"
     nifti = next((shared_data / "mri-hippocampus" / "imagesTr").glob("*.nii.gz"))
@@ -116,8 +116,9 @@ def test_the_light_install_verifies_a_package_and_predicts_and_embeds_with_it(
     assert any(np.array_equal(mask.affine, nibabel.load(nifti).affine) for mask in masks)
     picture = np.tile(np.arange(32, dtype=np.uint8) * 8, (32, 1))
     np.save(tmp_path / "picture.npy", picture)
-    run(light / "medim", "embed", "encoder", "picture.npy", "--out", "features.csv", cwd=tmp_path)
+    run(light / "medim", "embed", "encoder", "picture.npy", "--out", "features.csv", "--map", "maps", cwd=tmp_path)
     assert len((tmp_path / "features.csv").read_text().splitlines()) == 2
+    assert len((tmp_path / "maps" / "maps.csv").read_text().splitlines()) == 2
 
 
 def test_the_wheel_with_the_train_extra_runs_from_outside_the_tree(wheel: Path, tmp_path: Path) -> None:

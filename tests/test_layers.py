@@ -24,7 +24,7 @@ MAY_IMPORT = {  # room: the rooms of medim it may import, besides itself
     "models": GROUND,
     "objectives": GROUND | {"models"},
     "deployment": GROUND | {"data"},
-    "evaluation": GROUND | {"data", "models", "deployment"},
+    "evaluation": GROUND | {"data", "models", "objectives", "deployment"},
     "training": GROUND | {"data", "models", "objectives", "deployment", "evaluation"},
     "doctor": set(),  # looks at what is installed
     "cli": GROUND | {"doctor", "data", "models", "objectives", "deployment", "evaluation", "training"},
@@ -136,7 +136,7 @@ def fault(found: Import) -> str | None:
         there = rest[0] if rest else "__init__"
         if there == here or there.startswith("__") or (here == "__init__" and found.typing_only):
             return None
-        if there not in MAY_IMPORT[here] and not (there == "models" and found.file in EXPORTERS):
+        if there not in MAY_IMPORT[here] and not (there in {"models", "objectives"} and found.file in EXPORTERS):
             return f"{found}: {here} may import {', '.join(sorted(MAY_IMPORT[here])) or 'no other room'}"
         if (
             here == "cli"

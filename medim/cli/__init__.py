@@ -366,18 +366,26 @@ def embed(
     encoder: Annotated[Path, typer.Argument(metavar="PACKAGE|RUN", help="An encoder's package, or its run.")],
     inputs: Inputs,
     out: Annotated[Path, typer.Option(help="FILE.npz, .csv or .parquet.")],
+    map_: Annotated[
+        Path | None, typer.Option("--map", help="Folder for mutual-information maps, NIfTI or 16-bit PNG.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Empty the folder of --map first.")] = False,
 ) -> None:
-    """Write a row of features an image."""
+    """Write a row of features an image, and where the image agrees with its own summary."""
     from medim.deployment.package import load_package
     from medim.deployment.predict import embed_images
 
+    network: Any
     if (encoder / "medim.json").is_file():
-        images, features = embed_images(load_package(encoder), inputs, out, progress=progress("embedded"))
+        network = load_package(encoder)
     else:
         from medim.evaluation.evaluate import open_encoder
 
-        images, features = embed_images(open_encoder(encoder), inputs, out, progress=progress("embedded"))
-    show("embed", {"images": len(images), "features": features.shape[1], "written to": out})
+        network = open_encoder(encoder)
+    options: dict[str, Any] = {"maps": map_, "overwrite": overwrite, "progress": progress("embedded")}
+    images, features = embed_images(network, inputs, out, **options)
+    written = {"written to": out, **({"maps in": map_} if map_ else {})}
+    show("embed", {"images": len(images), "features": features.shape[1], **written})
 
 
 @command(app)

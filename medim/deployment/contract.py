@@ -17,6 +17,7 @@ RESEARCH_ONLY = "Research use only: not a medical device, not for diagnosis, tre
 NOT_REPORTED = "not reported"
 WEIGHTS, GRAPH = "models/model.safetensors", "models/model.onnx"
 REPORT, GOLDEN = "parity/report.json", "parity/golden.npz"
+SCORE_MAP, SCORE_MAP_GOLDEN = "models/score_map.onnx", "parity/score_map.npz"
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._+-]{0,63}$")]
 Label = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,64}$")]
@@ -77,6 +78,13 @@ class Signature(_Strict):
         return symbol.minimum <= side <= (symbol.maximum or side) and side % symbol.multiple_of == 0
 
 
+class ScoreMap(_Strict):
+    """An encoder's mutual-information map: image in, the critic's score of every voxel out."""
+
+    signature: Signature
+    critic: dict[str, Any] = Field(description="the objective that trained it, and the sha256 of its weights")
+
+
 class Postprocess(_Strict):
     """How an answer is made of the first output; the vocabulary is closed."""
 
@@ -106,6 +114,7 @@ class Contract(_Strict):
     inference: Step
     postprocess: Postprocess
     signature: Signature
+    score_map: ScoreMap | None = Field(None, description="of an encoder that was trained with a local critic")
     classes: tuple[Label, ...] = Field((), max_length=255, description="a segmenter's without background")
     architecture: dict[str, Any] = Field(description="the spec that `medim.models.saved` builds the torch network from")
     provenance: dict[str, Any]
@@ -124,6 +133,8 @@ class Contract(_Strict):
             raise ValueError(f"a {self.kind} is postprocessed by {POSTPROCESS[self.kind]}")
         if (self.kind == "encoder") == bool(self.classes):
             raise ValueError(f"a {self.kind} with classes {self.classes}")
+        if self.score_map and (self.kind != "encoder" or self.score_map.signature.inputs != self.signature.inputs):
+            raise ValueError("a score map that is not an encoder's, or has another input")
         return self
 
     @property

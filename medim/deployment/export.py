@@ -7,7 +7,7 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +30,12 @@ from medim.deployment.contract import (
     REPORT,
     RESEARCH_ONLY,
     SCHEMA_VERSION,
+    SCORE_MAP,
+    SCORE_MAP_GOLDEN,
     WEIGHTS,
     Contract,
     PackageError,
+    ScoreMap,
     Signature,
     parse,
 )
@@ -41,11 +44,14 @@ from medim.deployment.inference import INFERENCES, Run
 from medim.deployment.package import Package, load_package, session, write_sums
 from medim.deployment.privacy import machine_words
 from medim.files import hash_of, read_json, write_bytes, write_json, write_text
+from medim.models.critics import CRITICS
 from medim.models.decoders import DECODERS
 from medim.models.encoders import ENCODERS
 from medim.models.heads import HEADS
 from medim.models.model import as_run, build_encoder, build_model
 from medim.models.saved import find, load_encoder, load_model, load_weights
+from medim.objectives import OBJECTIVES
+from medim.objectives.score_map import load_score_map
 from medim.types import Array, UserError, Volume
 
 SCAN = "no path, user or host name in any file"
@@ -53,14 +59,14 @@ PROVENANCE = re.compile(r"[\w.+:-]{0,128}")
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A finished run, ready to be exported."""
+class Graph:
+    """A network that becomes a file of the package, with its golden input."""
 
-    network: nn.Module  # image -> logits, or (summary, *maps)
-    spec: dict[str, Any]
-    weights: Path
-    strides: tuple[int, ...]
-    sizes: onnx.Sizes
+    name: str  # how its gates begin
+    file: str
+    golden: str
+    network: Any  # image -> logits, (summary, *maps), or scores
+    signature: Signature
 
     @property
     def run(self) -> Run:
@@ -73,14 +79,24 @@ class Loaded:
         return as_run(_Double(copy.deepcopy(self.source).double()))
 
     @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes; an encoder has none."""
-        return () if self.spec["kind"] == "encoder" else tuple(self.spec["classes"])
-
-    @property
     def source(self) -> nn.Module:
         """The module whose weights the run saved."""
         return self.network.encoder if isinstance(self.network, onnx.Summarised) else self.network
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A finished run, ready to be exported."""
+
+    graphs: tuple[Graph, ...]  # the answer's first, then the score map's where there is one
+    spec: dict[str, Any]
+    weights: Path
+    sizes: onnx.Sizes
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes; an encoder has none."""
+        return () if self.spec["kind"] == "encoder" else tuple(self.spec["classes"])
 
 
 class _Double(nn.Module):
@@ -138,30 +154,24 @@ def export(
 def _build(run: Path, folder: Path, out: Path, *, name: str | None, version: str, intended_use: str) -> None:
     loaded = _load(run)
     spec = loaded.spec
-    sizes = loaded.sizes
-    signature = onnx.signature_of(loaded.network, sizes, spec["in_channels"], loaded.strides)
     contract = _contract(
         loaded,
-        signature,
         name=name or f"{spec['modality']}-{spec['kind']}",
         version=version,
         intended_use=intended_use,
         metrics=_metrics(run),
     )
     write_bytes(folder / WEIGHTS, loaded.weights.read_bytes())
-    graph = onnx.to_onnx(loaded.network, sizes, signature)
-    write_bytes(folder / GRAPH, graph)
-    ort = session(graph, contract, threads=1)
-    golden = Golden.make(_phantom(contract, sizes), loaded.run, contract)
-    write_bytes(folder / GOLDEN, golden.dump())
-    results = _gates(loaded, sizes, contract, ort, golden, folder / WEIGHTS)
+    results = _gates_of_weights(loaded, folder / WEIGHTS)
+    for graph in loaded.graphs:
+        results |= _write_graph(folder, graph, loaded.sizes, contract)
     write_json(folder / "medim.json", contract.model_dump(mode="json"))
     # The scan reads report and card too, so both are written with its line as it must turn out.
     results[SCAN] = gates.gate(0, 0)
     write_json(folder / REPORT, {"schema_version": SCHEMA_VERSION, "gates": results, "versions": _versions()})
     write_text(folder / "MODEL_CARD.md", card(contract, results))
     words = machine_words([run, out, folder])
-    results[SCAN] = gates.privacy(folder, words, _vocabulary(loaded.network), {".onnx": onnx.structure})
+    results[SCAN] = gates.privacy(folder, words, _vocabulary(loaded.graphs), {".onnx": onnx.structure})
     failed = {name: result for name, result in results.items() if result["verdict"] != "pass"}
     if failed:
         reasons = "; ".join(f"{name}: {result}" for name, result in failed.items())
@@ -174,17 +184,28 @@ def _load(path: Path) -> Loaded:
     if spec["kind"] == "encoder":
         encoder: Any = load_encoder(path)
         network: nn.Module = onnx.Summarised(encoder).eval()
+        score_map = load_score_map(path)
     else:
         network = load_model(Path(path))[0]
-        encoder = network.encoder
-    strides = tuple(encoder.strides)
-    return Loaded(
-        network,
-        spec,
-        weights,
-        strides,
-        onnx.sizes_of(network, tuple(spec["input_shape"]), strides, spec["in_channels"]),
-    )
+        encoder, score_map = network.encoder, None
+    strides, channels = tuple(encoder.strides), spec["in_channels"]
+    sizes = onnx.sizes_of(network, tuple(spec["input_shape"]), strides, channels)
+    signature = onnx.signature_of(network, sizes, channels, strides)
+    graphs = [Graph("", GRAPH, GOLDEN, network, signature)]
+    if score_map is not None:
+        signature = onnx.score_signature(signature)
+        graphs.append(Graph("score map: ", SCORE_MAP, SCORE_MAP_GOLDEN, score_map, signature))
+    return Loaded(tuple(graphs), spec, weights, sizes)
+
+
+def _write_graph(folder: Path, graph: Graph, sizes: onnx.Sizes, contract: Contract) -> dict[str, gates.Gate]:
+    """Write a network and its golden input; its gates."""
+    data = onnx.to_onnx(graph.network, sizes, graph.signature)
+    write_bytes(folder / graph.file, data)
+    ort = session(data, graph.signature, name=graph.file, threads=1)
+    golden = Golden.make(_phantom(contract, sizes), graph.run, contract)
+    write_bytes(folder / graph.golden, golden.dump())
+    return {graph.name + name: gate for name, gate in _gates(graph, sizes, contract, ort, golden).items()}
 
 
 def _phantom(contract: Contract, sizes: onnx.Sizes) -> Volume:
@@ -197,8 +218,9 @@ def _phantom(contract: Contract, sizes: onnx.Sizes) -> Volume:
     return phantom(shape, contract.preprocess, channels)
 
 
-def _contract(loaded: Loaded, signature: Signature, **fields: Any) -> Contract:
+def _contract(loaded: Loaded, **fields: Any) -> Contract:
     spec = loaded.spec
+    first, *others = loaded.graphs
     steps = list(spec["preprocessing"])
     draft = Contract.model_construct(
         schema_version=SCHEMA_VERSION,
@@ -208,7 +230,8 @@ def _contract(loaded: Loaded, signature: Signature, **fields: Any) -> Contract:
         preprocess_sha256=hash_of(steps),
         inference=spec["inference"],
         postprocess=POSTPROCESS[spec["kind"]],
-        signature=signature,
+        signature=first.signature,
+        score_map=next((ScoreMap(signature=g.signature, critic=g.network.spec) for g in others), None),
         classes=loaded.classes,
         architecture=spec,
         provenance=_provenance(spec.get("provenance") or {}),
@@ -245,21 +268,25 @@ def _numbers(content: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in kept.items() if isinstance(value, int | float | dict)}
 
 
-def _gates(
-    loaded: Loaded, sizes: onnx.Sizes, contract: Contract, ort: Run, golden: Golden, packed: Path
-) -> dict[str, gates.Gate]:
-    """Every gate but the privacy scan, which comes last."""
+def _gates_of_weights(loaded: Loaded, packed: Path) -> dict[str, gates.Gate]:
+    training = sum(module.training for graph in loaded.graphs for module in graph.network.modules())
+    run = _arrays(loaded.graphs[0].source)
+    return {
+        "network in evaluation mode": gates.gate(training, 0),
+        "weights are those of the run": gates.weights(_arrays(_fresh(loaded.spec, packed)), run),
+    }
+
+
+def _gates(graph: Graph, sizes: onnx.Sizes, contract: Contract, ort: Run, golden: Golden) -> dict[str, gates.Gate]:
+    """Gates of a graph: is it what torch computes?"""
     channels, first = contract.in_channels, sizes.shape
-    training = sum(module.training for module in loaded.network.modules())
     outside = [(1, channels + 1, *first), (1, channels, *first, 1)]
     if sizes.fixed or sizes.multiple_of > 1:
         outside.append((1, channels, first[0] + 1, *first[1:]))
     return {
-        "network in evaluation mode": gates.gate(training, 0),
-        "weights are those of the run": gates.weights(_arrays(_fresh(loaded.spec, packed)), _arrays(loaded.source)),
-        "ONNX Runtime against torch, unseen sizes": gates.random_inputs(ort, loaded.run, channels, sizes.unseen()),
+        "ONNX Runtime against torch, unseen sizes": gates.random_inputs(ort, graph.run, channels, sizes.unseen()),
         "ONNX Runtime against float64 torch, little contrast": gates.little_contrast(
-            ort, loaded.exact, channels, sizes.unseen()[0]
+            ort, graph.exact, channels, sizes.unseen()[0]
         ),
         "sizes outside the contract are refused": gates.refusals(ort, outside),
         "phantom, from image to answer": gates.phantom_answer(golden, ort, contract),
@@ -276,10 +303,11 @@ def _arrays(network: nn.Module) -> dict[str, Array]:
     return {key: value.numpy() for key, value in network.state_dict().items()}
 
 
-def _vocabulary(network: nn.Module) -> str:
+def _vocabulary(graphs: Sequence[Graph]) -> str:
     """Words of every package, whoever made it: somebody whose account is called "image" is not found by them."""
     words: list[Any] = [Contract.model_json_schema(), UNKNOWN, RESEARCH_ONLY, *STEPS, *INFERENCES]
-    return " ".join(map(str, [*words, *ENCODERS, *DECODERS, *HEADS, *network.state_dict()]))
+    words += [*ENCODERS, *DECODERS, *HEADS, *OBJECTIVES, *CRITICS]
+    return " ".join(map(str, [*words, *(key for graph in graphs for key in graph.network.state_dict())]))
 
 
 def _versions() -> dict[str, str]:

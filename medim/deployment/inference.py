@@ -141,6 +141,23 @@ def embed(run: Run, volume: Volume, preprocessing: Sequence[Step], inference: St
     return infer(run, preprocess(volume, preprocessing), inference or {"mode": "whole"})
 
 
+def score(run: Run, volume: Volume, preprocessing: Sequence[Step], inference: Step) -> Array:
+    """Scores of a mutual-information map on the grid of an image as a reader gave it.
+
+    Args:
+        run: image to scores (N, 1, ...) on the image's grid.
+        volume: as read.
+        preprocessing: the steps the encoder was trained with.
+        inference: see `infer`.
+
+    Returns:
+        (*volume.shape) float32, interpolated linearly; NaN where preprocessing cut the image away.
+    """
+    processed = preprocess(volume, preprocessing)
+    scores = restore(infer(run, processed, inference), processed, volume, order=1, fill=float("nan"))
+    return np.asarray(scores[0])
+
+
 @dataclass(frozen=True, eq=False)
 class Network:
     """A network with all that is needed to use it on an image, whatever runs it (torch or ONNX Runtime).
@@ -154,6 +171,7 @@ class Network:
         classes: names; a segmenter's without the background.
         preprocessing: deterministic steps, first to last.
         inference: see `infer`.
+        score_map: of an encoder with its local critic: image to scores (N, 1, ...) on the image's grid.
     """
 
     run: Run
@@ -164,6 +182,7 @@ class Network:
     classes: tuple[str, ...]
     preprocessing: tuple[Step, ...]
     inference: Step
+    score_map: Run | None = None
 
     def __call__(self, volume: Volume) -> Array:
         """Labels (*volume.shape) uint8 of a segmenter, probabilities (K,) of a classifier, summary (d,) of an encoder.
@@ -171,13 +190,35 @@ class Network:
         Raises:
             UserError: the image has another number of dimensions or channels than the network was trained on.
         """
+        self._check(volume)
+        answer = {"segmenter": segment, "classifier": classify, "encoder": embed}[self.kind]
+        return answer(self.run, volume, self.preprocessing, self.inference)
+
+    def scores(self, volume: Volume) -> Array:
+        """The mutual-information map of an image, (*volume.shape) float32; see `score`.
+
+        Raises:
+            UserError: no critic came with the network, or the image does not fit it.
+        """
+        run = self.check_score_map()
+        self._check(volume)
+        return score(run, volume, self.preprocessing, self.inference)
+
+    def check_score_map(self) -> Run:
+        """What draws the map; UserError where no critic came with the network."""
+        if self.score_map is None:
+            raise UserError(
+                f"map: expected an encoder with the local critic it was trained with, got a {self.kind} without. "
+                "Pretrain with the objective local_dim (and export that run), or leave --map out."
+            )
+        return self.score_map
+
+    def _check(self, volume: Volume) -> None:
         if (volume.spatial_dims, len(volume.array)) != (self.spatial_dims, self.in_channels):
             raise UserError(
                 f"expected a {self.spatial_dims}D image of {self.in_channels} channel(s), got "
                 f"{volume.spatial_dims}D of {len(volume.array)}. Use a package made for such images."
             )
-        answer = {"segmenter": segment, "classifier": classify, "encoder": embed}[self.kind]
-        return answer(self.run, volume, self.preprocessing, self.inference)
 
 
 def _padded(image: Array, shape: Sequence[int]) -> tuple[Array, tuple[slice, ...]]:

@@ -155,6 +155,12 @@ def signature_of(network: nn.Module, sizes: Sizes, in_channels: int, strides: tu
     )
 
 
+def score_signature(signature: Signature) -> Signature:
+    """A score map's: the same input, and a score at each of its voxels."""
+    sides = signature.inputs[0].shape[2:]
+    return signature.model_copy(update={"outputs": (Tensor(name="scores", shape=("batch", 1, *sides)),)})
+
+
 def to_onnx(network: nn.Module, sizes: Sizes, signature: Signature) -> bytes:
     """Export a network in evaluation mode.
 

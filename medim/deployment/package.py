@@ -12,7 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from medim.deployment.contract import GOLDEN, GRAPH, WEIGHTS, Contract, PackageError, parse
+from medim.deployment.contract import (
+    GOLDEN,
+    GRAPH,
+    SCORE_MAP,
+    SCORE_MAP_GOLDEN,
+    WEIGHTS,
+    Contract,
+    PackageError,
+    Signature,
+    parse,
+)
 from medim.deployment.golden import Golden
 from medim.deployment.inference import Network, Run
 from medim.files import sha256, write_text
@@ -65,7 +75,13 @@ class Package:
     @functools.cached_property
     def run(self) -> Run:
         """The network under ONNX Runtime, on the CPU; the first output of the signature for an input inside it."""
-        return session(self.read(GRAPH), self.contract)
+        return session(self.read(GRAPH), self.contract.signature)
+
+    @functools.cached_property
+    def score_map(self) -> Run | None:
+        """The mutual-information map under ONNX Runtime; None where the package holds none."""
+        found = self.contract.score_map
+        return session(self.read(SCORE_MAP), found.signature, name=SCORE_MAP) if found else None
 
     @functools.cached_property
     def network(self) -> Network:
@@ -80,7 +96,13 @@ class Package:
             classes=contract.classes,
             preprocessing=contract.preprocess,
             inference=contract.inference,
+            score_map=self._run_score_map if contract.score_map else None,
         )
+
+    def _run_score_map(self, image: Array) -> Array:
+        """`score_map`, whose graph is read with the first image that asks for one."""
+        assert self.score_map is not None
+        return self.score_map(image)
 
     def __call__(self, volume: Volume) -> Array:
         """Answer for one image; see `Network`."""
@@ -103,6 +125,8 @@ def load_package(path: str | Path) -> Package:
     contract = parse(_read(folder / "medim.json", sums["medim.json"]))
     if contract.architecture.get("sha256") != sums[WEIGHTS]:
         raise PackageError(f"{folder / WEIGHTS}: not the weights that medim.json names. {COPY_AGAIN}")
+    if contract.score_map and not {SCORE_MAP, SCORE_MAP_GOLDEN} <= sums.keys():
+        raise PackageError(f"{folder}: expected {SCORE_MAP} and {SCORE_MAP_GOLDEN} too. {COPY_AGAIN}")
     return Package(folder, contract, sums)
 
 
@@ -120,26 +144,34 @@ def verify(path: str | Path) -> list[Check]:
         Check("files", "pass", f"{len(package.sums)} files have the sha256 that {SUMS} names"),
         Check("contract", "pass", f"{package.contract.kind} {package.contract.name} {package.contract.version}"),
     ]
-    run = package.run
+    run, score_map = package.run, package.score_map
     checks.append(Check("network", "pass", "inputs and outputs are those of the signature"))
+    checks.append(_golden(package, "golden", GOLDEN, run))
+    if score_map is not None:
+        checks.append(_golden(package, "score map", SCORE_MAP_GOLDEN, score_map))
+    return checks
+
+
+def _golden(package: Package, name: str, file: str, run: Run) -> Check:
+    """Run a golden input and compare with its answer at export."""
     try:
-        difference = Golden.parse(package.read(GOLDEN)).difference(run, package.contract)
+        difference = Golden.parse(package.read(file)).difference(run, package.contract)
     except (UserError, ValueError, KeyError) as error:
         raise PackageError(f"{package.folder}: the golden input cannot be run ({error}). {COPY_AGAIN}") from error
     if not difference.small:
         raise PackageError(
             f"{package.folder}: the golden input gives another answer than at export: {difference}. {COPY_AGAIN}"
         )
-    checks.append(Check("golden", "pass", str(difference)))
-    return checks
+    return Check(name, "pass", str(difference))
 
 
-def session(graph: bytes, contract: Contract, *, threads: int = 2) -> Run:
+def session(graph: bytes, signature: Signature, *, name: str = GRAPH, threads: int = 2) -> Run:
     """A network under ONNX Runtime (CPU).
 
     Args:
         graph: the bytes of an ONNX file that carries its own weights.
-        contract: its signature.
+        signature: its inputs and outputs.
+        name: of the file, for errors.
         threads: that one run may use.
 
     Raises:
@@ -154,13 +186,12 @@ def session(graph: bytes, contract: Contract, *, threads: int = 2) -> Run:
     try:
         loaded = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common public base
-        raise PackageError(f"{GRAPH}: ONNX Runtime {onnxruntime.__version__} cannot load it ({error}).") from error
-    signature = contract.signature
+        raise PackageError(f"{name}: ONNX Runtime {onnxruntime.__version__} cannot load it ({error}).") from error
     have = [[(t.name, len(t.shape)) for t in tensors] for tensors in (loaded.get_inputs(), loaded.get_outputs())]
     want = [[(t.name, len(t.shape)) for t in tensors] for tensors in (signature.inputs, signature.outputs)]
     if have != want:
         raise PackageError(
-            f"{GRAPH}: expected inputs and outputs {want} (name, dimensions), got {have}. Export it again."
+            f"{name}: expected inputs and outputs {want} (name, dimensions), got {have}. Export it again."
         )
     source, answer = signature.inputs[0].name, signature.outputs[0].name
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -15,8 +13,9 @@ import numpy as np
 
 from medim.data.index import AllRejectedError, Index, Record, Rejection, build_index, is_index
 from medim.data.records import write_rejections
+from medim.deployment.features import WRITERS
 from medim.deployment.inference import Network
-from medim.deployment.masks import sizes, write_mask
+from medim.deployment.masks import sizes, write_map, write_mask
 from medim.deployment.package import Package
 from medim.files import fresh_folder, write_bytes, write_csv, write_json
 from medim.types import Array, Modality, UsageError, UserError, Volume
@@ -84,37 +83,57 @@ def predict(
 
 
 def embed_images(
-    package: Package | Network, inputs: Inputs, out: Path, *, progress: Progress | None = None
+    package: Package | Network,
+    inputs: Inputs,
+    out: Path,
+    *,
+    maps: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[tuple[str, ...], Array]:
     """Write the features of every image of a source, a row an image.
 
     `.npz` holds `image` (keys), `subject` (pseudonyms) and `features` (N, d) float32; `.csv` and `.parquet` hold
     columns `image`, `subject`, `f0`, `f1`, ... Files without features stand with their reason in `<out>.rejected.csv`.
+    With `maps`, each image also gets its mutual-information map on its own grid (see `write_map`), named after the
+    image's key, and `maps.csv` a row: image, file, mean, lowest and highest score.
 
     Args:
         package: an encoder.
         inputs: an index, or anything `build_index` takes.
         out: the file to write, `.npz`, `.csv` or `.parquet`.
+        maps: folder for the maps; None writes none.
+        overwrite: empty `maps` first.
         progress: told after each image.
 
     Returns:
         Image keys and features (N, d).
 
     Raises:
-        UserError: the package is no encoder, or pyarrow is missing for `.parquet`.
+        UserError: the package is no encoder, has no local critic and a map is asked for, `maps` is taken, or pyarrow is
+            missing for `.parquet`.
         UsageError: another suffix.
         AllRejectedError: no input could be used.
     """
     network = _network(package)
     if network.kind != "encoder":
         raise UserError(f"embed: expected an encoder, got a {network.kind}. Export the pretraining run, and use that.")
-    writer = _WRITERS.get(out.suffix)
+    writer = WRITERS.get(out.suffix)
     if writer is None:
-        raise UsageError(f"--out {out}: expected a file ending in {', '.join(_WRITERS)}.")
+        raise UsageError(f"--out {out}: expected a file ending in {', '.join(WRITERS)}.")
+    if maps is not None:
+        network.check_score_map()
+        fresh_folder(maps, overwrite=overwrite)
     reasons = out.with_name(f"{out.name}.rejected.csv")
     index = _index(inputs, network.modality, reasons)
     rejected: list[Rejection] = [*index.rejected]
-    found = [(record, answer) for record, _, answer in _answers(network, index, rejected, progress)]
+    names = _file_names(index.records)
+    found, rows = [], []
+    for record, volume, answer in _answers(network, index, rejected, progress):
+        found.append((record, answer))
+        if maps is not None:
+            path, scores = write_map(maps / names[record.image], network.scores(volume), volume)
+            rows.append({"image": record.image, "file": path.name, **scores})
     if rejected:
         write_rejections(reasons, rejected)
     if not found:
@@ -122,6 +141,8 @@ def embed_images(
     features = np.stack([answer for _, answer in found]).astype(np.float32)
     images = tuple(record.image for record, _ in found)
     write_bytes(out, writer(images, tuple(record.subject for record, _ in found), features))
+    if maps is not None:
+        write_csv(maps / "maps.csv", list(rows[0]), (list(row.values()) for row in rows))
     return images, features
 
 
@@ -199,46 +220,3 @@ def _all_rejected(index: Index, rejected: Sequence[Rejection]) -> AllRejectedErr
     first = f"{rejected[0].path}: {rejected[0].detail}" if rejected else "the source holds no image"
     message = f"expected an image that this package can read, got none out of {len(rejected)}. First: {first}"
     return AllRejectedError(message, replace(index, records=(), rejected=tuple(rejected)))
-
-
-def _npz(images: Sequence[str], subjects: Sequence[str], features: Array) -> bytes:
-    buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        schema_version=np.int64(SCHEMA_VERSION),
-        image=np.asarray(images, np.str_),
-        subject=np.asarray(subjects, np.str_),
-        features=features,
-    )
-    return buffer.getvalue()
-
-
-def _csv(images: Sequence[str], subjects: Sequence[str], features: Array) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "subject", *(f"f{i}" for i in range(features.shape[1]))])
-    for image, subject, row in zip(images, subjects, features, strict=True):
-        writer.writerow([image, subject, *map(str, row)])  # as few digits as give the same float32 again
-    return text.getvalue().encode()
-
-
-def _parquet(images: Sequence[str], subjects: Sequence[str], features: Array) -> bytes:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError:
-        raise UserError(
-            '.parquet: expected pyarrow, which is not installed. pip install "medim[train]", or .csv.'
-        ) from None
-    columns = {f"f{i}": column for i, column in enumerate(features.T)}
-    table = pyarrow.table({"image": list(images), "subject": list(subjects), **columns})
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(table.replace_schema_metadata({"schema_version": str(SCHEMA_VERSION)}), buffer)
-    return buffer.getvalue()
-
-
-_WRITERS: dict[str, Callable[[Sequence[str], Sequence[str], Array], bytes]] = {
-    ".npz": _npz,
-    ".csv": _csv,
-    ".parquet": _parquet,
-}

@@ -10,7 +10,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from medim.evaluation.metrics import RESAMPLES
 from medim.files import fresh_folder, read_json, write_json
 from medim.models.model import as_run
 from medim.models.saved import load_encoder, load_model
+from medim.objectives.score_map import load_score_map
 from medim.types import Split, UserError
 
 log = logging.getLogger(__name__)
@@ -223,9 +224,10 @@ def open_network(path: Path) -> tuple[Network, dict[str, Any]]:
 
 
 def open_encoder(path: Path) -> Network:
-    """An encoder of a run, to be run by torch; what it answers is its summary."""
+    """An encoder of a run, to be run by torch; what it answers is its summary, and its map where it has a critic."""
     encoder: Any = load_encoder(path)
-    return network_of(as_run(encoder), {**encoder.spec, "kind": "encoder"})
+    network, score_map = network_of(as_run(encoder), {**encoder.spec, "kind": "encoder"}), load_score_map(path)
+    return network if score_map is None else replace(network, score_map=as_run(score_map))
 
 
 def network_of(run: Run, spec: dict[str, Any]) -> Network:

@@ -29,7 +29,7 @@ def save(folder: Path, name: str, module: nn.Module, spec: dict[str, Any]) -> No
 
     Args:
         folder: where to write.
-        name: `encoder`, `decoder` or `model`.
+        name: `encoder`, `decoder`, `critic` or `model`.
         module: whose weights.
         spec: how to build and feed it (see the module's docstring).
     """
@@ -50,10 +50,10 @@ def find(path: Path) -> tuple[Path, dict[str, Any]]:
         for name in ("model", "encoder"):
             if (folder / f"{name}.json").is_file():
                 weights, spec = folder / f"{name}.safetensors", read_json(folder / f"{name}.json")
-                return _checked(weights, spec["sha256"]), spec
+                return checked(weights, spec["sha256"]), spec
     if (path / "medim.json").is_file():
         spec = read_json(path / "medim.json")["architecture"]
-        return _checked(path / "models" / "model.safetensors", spec["sha256"]), spec
+        return checked(path / "models" / "model.safetensors", spec["sha256"]), spec
     raise UserError(f"{path}: expected a finished run (RUN/encoder or RUN/model) or a package, found neither.")
 
 
@@ -118,7 +118,12 @@ def load_encoder(path: str | Path) -> nn.Module:
     return encoder.eval()
 
 
-def _checked(weights: Path, expected: str) -> Path:
+def checked(weights: Path, expected: str) -> Path:
+    """The file itself, where its bytes are those whose sha256 was recorded.
+
+    Raises:
+        UserError: it is missing, changed or damaged.
+    """
     if not weights.is_file():
         raise UserError(f"{weights}: the weights are missing; copy the folder again.")
     if sha256(weights) != expected:

@@ -14,7 +14,7 @@ from medim.models.layers import check_level
 from medim.objectives.mutual_information import ESTIMATORS, EstimatorName, classes, retrieval
 from medim.objectives.objective import Encode, Term
 from medim.objectives.occlusion import check_block, draw_hidden, occlude
-from medim.types import Views
+from medim.types import Features, Views
 
 
 class LocalDIM(nn.Module):
@@ -82,6 +82,19 @@ class LocalDIM(nn.Module):
             "spread": spread(encode.clean.summary),
         }
         return {"local_dim": Term(chance - bound + penalty, chance, diagnostics)}
+
+    @property
+    def level(self) -> int:
+        """The map that gives the locals, 0 the finest."""
+        return self._level
+
+    def score_map(self, features: Features) -> torch.Tensor:
+        """Score every location of N images against the summary of its own image: (N, 1, *grid of the local map)."""
+        map_ = features.maps[self._level]
+        count, _, *grid = map_.shape
+        scores, _ = self.critic(map_.flatten(2), self._standardise(features.summary).unsqueeze(-1))  # (N, G, N, L)
+        own = torch.arange(count, device=map_.device)
+        return scores[own, :, own].mean(dim=1).reshape(count, 1, *grid)
 
 
 def spread(summary: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from torch import nn
 
 from medim.config import PretrainConfig, build, override, read
@@ -24,6 +23,7 @@ from medim.models.layers import in_mm
 from medim.models.model import build_decoder, build_encoder
 from medim.models.saved import SCHEMA_VERSION, save
 from medim.objectives import OBJECTIVES
+from medim.objectives.building import known
 from medim.training.cohort import Cohort, open_cohort, write_config, write_seen
 from medim.training.loaders import StepSampler, step_loader
 from medim.training.module import PretrainModule
@@ -111,7 +111,7 @@ def pretrain(
         fit(trainer, module, loader, held_out_loader, checkpoint=checkpoint)
         if validate and history.held_out_step != trainer.global_step:
             trainer.validate(module, held_out_loader, verbose=False)
-        _write_encoder(out, module, spec)
+        _write_encoder(out, module, spec, config)
         history.write(out / "history.csv")
         write_seen(out, pretrain=[r.subject for r in train], finetune=[])
         summary = _summary(config, index, history, module, trainer, start)
@@ -175,10 +175,9 @@ def build_objectives(
     """
     views = config.views
     moved = any(step["op"] in GEOMETRIC for step in views.augmentations)
-    encoder.eval()
-    with torch.no_grad():
-        maps = encoder(torch.zeros(1, in_channels, *views.shape)).maps
-    encoder.train()
+    given = known(
+        encoder, decoder, in_channels=in_channels, spatial_dims=config.spatial_dims, input_shape=views.shape
+    ) | {"view_count": views.count, "aligned": views.count == 1 or (views.same_place and not moved)}
     objectives: dict[str, tuple[nn.Module, float]] = {}
     counts: Counter[str] = Counter()
     for section in config.objectives:
@@ -186,20 +185,7 @@ def build_objectives(
         weight = options.pop("weight", 1.0)
         if not isinstance(weight, int | float):
             raise UsageError(f"{options.get('name')}.weight: expected a number, got {weight!r}.")
-        objective = build(
-            OBJECTIVES,
-            options,
-            channels=encoder.channels,
-            summary_channels=encoder.summary_channels,
-            spatial_dims=config.spatial_dims,
-            grids=tuple(tuple(m.shape[2:]) for m in maps),
-            in_channels=in_channels,
-            input_shape=views.shape,
-            view_count=views.count,
-            aligned=views.count == 1 or (views.same_place and not moved),
-            decoded_channels=decoder.out_channels if decoder else 0,
-            receptive_fields=tuple(encoder.receptive_field(level) for level in range(len(maps))),
-        )
+        objective = build(OBJECTIVES, options, **given)
         name = str(options["name"])
         counts[name] += 1
         objectives[f"{name}_{counts[name]}" if counts[name] > 1 else name] = (objective, float(weight))
@@ -252,7 +238,7 @@ def _held_out_loader(config: PretrainConfig, cohort: Cohort, records: tuple[Reco
     return step_loader(_dataset(config, cohort, records), sampler, workers=0)
 
 
-def _write_encoder(out: Path, module: PretrainModule, spec: dict[str, Any]) -> None:
+def _write_encoder(out: Path, module: PretrainModule, spec: dict[str, Any], config: PretrainConfig) -> None:
     encoder: Any = module.encoder
     fields = [encoder.receptive_field(level) for level in range(len(encoder.channels))]
     shapes = {
@@ -266,9 +252,10 @@ def _write_encoder(out: Path, module: PretrainModule, spec: dict[str, Any]) -> N
     save(folder, "encoder", encoder, {**spec, **shapes})
     if module.decoder is not None:
         save(folder, "decoder", module.decoder, {"kind": "decoder", "decoder": spec["decoder"]})
-    for name, objective in module.objectives.items():
-        if hasattr(objective, "critic"):
-            save(folder, "critic", objective, {"kind": "critic", "objective": name})
+    for section, objective in zip(config.objectives, module.objectives.values(), strict=True):
+        if hasattr(objective, "score_map"):
+            options = {key: value for key, value in section.items() if key != "weight"}
+            save(folder, "critic", objective, {"kind": "critic", "objective": options})
             break
     write_text(folder / "card.md", _card(spec))
 

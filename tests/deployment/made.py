@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from medim.config import build
 from medim.models.model import build_encoder, build_model
 from medim.models.saved import save
+from medim.objectives import OBJECTIVES
+from medim.objectives.building import known
 
 PLANTED = "Mustermann_Erika"  # a name in the path of every run and package here
 STEPS_3D = [
@@ -54,6 +57,9 @@ SPECS: dict[str, dict[str, Any]] = {
     },
 }
 
+CRITIC = {"name": "encode_and_dot", "width": 16, "summary_norm": "none"}
+OBJECTIVE = {"name": "local_dim", "standardise": True, "critic": CRITIC}
+
 
 def make_run(folder: Path, kind: str, **changes: Any) -> Path:
     """A run as training leaves it, with random weights, norms and biases."""
@@ -68,4 +74,15 @@ def make_run(folder: Path, kind: str, **changes: Any) -> Path:
             nn.init.normal_(parameter)
     name = "encoder" if kind == "encoder" else "model"
     save(folder / name, name, network, spec)
+    return folder
+
+
+def make_run_with_critic(folder: Path, **changes: Any) -> Path:
+    """An encoder's run that kept the local critic it was trained with."""
+    make_run(folder, "encoder", **changes)
+    spec = {"in_channels": 1, **SPECS["encoder"], **changes}
+    shapes: dict[str, Any] = {"spatial_dims": spec["spatial_dims"], "input_shape": tuple(spec["input_shape"])}
+    objective = build(OBJECTIVES, OBJECTIVE, **known(build_encoder(spec), None, in_channels=1, **shapes))
+    objective.train()._standardise(torch.randn(64, 8) + 1)  # type: ignore[operator]  # statistics that are not 0 and 1
+    save(folder / "encoder", "critic", objective, {"kind": "critic", "objective": OBJECTIVE})
     return folder

@@ -20,6 +20,7 @@ from medim.config import PretrainConfig, ViewsConfig, dump
 from medim.data.index import Index
 from medim.files import sha256
 from medim.objectives.coordinates import offset_entropy
+from medim.objectives.score_map import load_score_map
 from medim.training.pretrain import build_objectives, pretrain, rehearse
 from medim.training.trainer import LineProgress, StoppedError, newest_checkpoint
 from medim.types import UsageError, UserError
@@ -58,6 +59,19 @@ def test_the_loaded_encoder_gives_the_maps_and_summary_it_promises(undisturbed: 
     assert features.summary.shape == (2, encoder.summary_channels)
     assert encoder.spec["receptive_field_voxels"] == [5, 11, 23]
     assert encoder.spec["receptive_field_mm"] is None  # no step resamples
+
+
+def test_the_critic_of_a_run_is_kept_with_what_it_is_rebuilt_from(
+    undisturbed: Path, pretrain_config: PretrainConfig
+) -> None:
+    kept = json.loads((undisturbed / "encoder" / "critic.json").read_text())
+    assert kept["objective"] == pretrain_config.objectives[0]
+    network = load_score_map(undisturbed)
+    assert network is not None
+    assert network.objective._standardise.num_batches_tracked == 6
+    scores = network(torch.randn(1, 1, 16, 16, 16))
+    assert scores.shape == (1, 1, 16, 16, 16)
+    assert scores.std() > 0
 
 
 def test_the_same_command_twice_gives_the_same_bytes_and_another_seed_gives_others(

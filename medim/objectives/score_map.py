@@ -1,0 +1,72 @@
+"""The mutual-information map: where an image agrees with its own summary, as the critic of its pretraining sees it.
+
+An objective with `level` and `score_map(features)` can draw one; pretraining saves the first of them as
+`encoder/critic.safetensors` and `critic.json`, whose `objective` is the section it is built from.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from medim.config import build
+from medim.files import read_json
+from medim.models.saved import checked, find, load_encoder, load_weights
+from medim.objectives import OBJECTIVES
+from medim.objectives.building import known
+
+
+class ScoreMap(nn.Module):
+    """Image to score at every voxel.
+
+    Args:
+        encoder: the encoder.
+        objective: the critic's, as trained with this encoder.
+        spec: `critic.json`.
+    """
+
+    def __init__(self, encoder: nn.Module, objective: nn.Module, spec: dict[str, Any]) -> None:
+        super().__init__()
+        self.encoder: Any = encoder
+        self.objective: Any = objective
+        self.spec = spec
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Scores (N, 1, ...) on the grid of (N, in_channels, ...) images; linear between the centres of cells."""
+        scores = self.objective.score_map(self.encoder(image))
+        stride = self.encoder.strides[self.objective.level]
+        for axis, size in enumerate(image.shape[2:], start=2):
+            weights = interpolation(size, scores.shape[axis], stride).to(scores)
+            scores = (scores.movedim(axis, -1) @ weights).movedim(-1, axis)
+        return scores
+
+
+def interpolation(size: int, cells: int, stride: int) -> torch.Tensor:
+    """Weights (cells, size) that bring values of cells, `stride` apart and centred on an axis, to each of its voxels.
+
+    Voxels beyond the outermost centres get the outermost value.
+    """
+    voxel, cell = (torch.arange(n, dtype=torch.float32) for n in (size, cells))
+    voxel, cell = (voxel - voxel.mean()) / stride, cell - cell.mean()  # places in cells, from the middle
+    return (1 - (voxel.clamp(cell[0], cell[-1]) - cell[:, None]).abs()).clamp_min(0)
+
+
+def load_score_map(path: Path) -> ScoreMap | None:
+    """The encoder of a run with the critic saved beside it, in evaluation mode; None where there is none.
+
+    Raises:
+        UserError: no run lies at `path`, or its files are damaged.
+    """
+    folder = find(path)[0].parent
+    spec = read_json(folder / "critic.json") if (folder / "critic.json").is_file() else {}
+    if not isinstance(spec.get("objective"), dict):  # runs of early versions kept the name alone
+        return None
+    encoder: Any = load_encoder(path)
+    views = {key: encoder.spec[key] for key in ("in_channels", "spatial_dims")}
+    given = known(encoder, None, **views, input_shape=tuple(encoder.spec["input_shape"]))
+    objective = build(OBJECTIVES, spec["objective"], **given)
+    load_weights(objective, checked(folder / "critic.safetensors", spec["sha256"]))
+    return ScoreMap(encoder, objective, spec).eval()
