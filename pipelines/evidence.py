@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +102,8 @@ def draw(path: Path, panels: dict[str, dict[str, Series]], levels: dict[str, flo
 
     Lines are running means over a fiftieth of their length, and named `setting, seed`: a colour a setting.
     """
-    with mpl.rc_context({"svg.hashsalt": "medim", "svg.fonttype": "none", "font.size": 8}):
-        figure = Figure(figsize=(3.2 * len(panels), 2.6), layout="constrained")
-        for axes, (title, lines) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items(), strict=True):
+    with drawing(1, len(panels), (3.2, 2.6)) as (figure, grid):
+        for axes, (title, lines) in zip(grid.flat, panels.items(), strict=True):
             names = list(dict.fromkeys(name.rpartition(", ")[0] for name in lines))
             for name, points in lines.items():
                 steps, values = np.array(points).T
@@ -117,7 +118,20 @@ def draw(path: Path, panels: dict[str, dict[str, Series]], levels: dict[str, flo
             for number, name in enumerate(names):
                 axes.plot([], [], color=f"C{number}", label=name)
         figure.axes[0].legend(frameon=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path.with_suffix(".tmp"), format="svg", metadata={"Date": None})
-        write_bytes(path, path.with_suffix(".tmp").read_bytes())
-        path.with_suffix(".tmp").unlink()
+        save(figure, path)
+
+
+@contextmanager
+def drawing(rows: int, columns: int, panel: tuple[float, float] = (2.4, 2.2)) -> Iterator[tuple[Figure, Any]]:
+    """A figure and its panels (rows, columns), each of so many inches, in the style of all figures."""
+    with mpl.rc_context({"svg.hashsalt": "medim", "svg.fonttype": "none", "font.size": 8}):
+        figure = Figure(figsize=(panel[0] * columns, panel[1] * rows), layout="constrained")
+        yield figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as SVG, inside `drawing`; the same figure gives the same bytes."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, drawn.getvalue())

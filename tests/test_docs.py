@@ -136,6 +136,12 @@ def test_the_page_on_configuration_names_every_key_and_every_entry_of_every_tabl
     assert [name for name in keys + entries if f"`{name}`" not in page] == []
 
 
+def test_every_objective_has_a_page_of_its_own() -> None:
+    index = (REPOSITORY / "docs" / "concepts" / "objectives.md").read_text()
+    rows = [line for line in index.splitlines() if "](objectives/" in line]
+    assert [name for name in OBJECTIVES if not any(f"`{name}`" in row for row in rows)] == []
+
+
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     ran = subprocess.run(build, cwd=REPOSITORY, capture_output=True, text=True, check=False)

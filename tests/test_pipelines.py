@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from scipy.stats import multivariate_normal
 
 PIPELINES = Path(__file__).parents[1] / "pipelines"
+DOCS = PIPELINES.parent / "docs"
 
 
 @pytest.fixture(scope="module")
-def evidence() -> Any:
-    spec = importlib.util.spec_from_file_location("evidence", PIPELINES / "evidence.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def pipeline() -> Iterator[Callable[[str], Any]]:
+    """A module of the folder, which imports those beside it by their plain names, as a script does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(PIPELINES)
+        yield importlib.import_module
 
 
-@pytest.mark.parametrize("study", ["xray_pneumonia", "mri_hippocampus", "dim_stability", "smoke"])
+@pytest.fixture(scope="module")
+def evidence(pipeline: Callable[[str], Any]) -> Any:
+    return pipeline("evidence")
+
+
+@pytest.fixture(scope="module")
+def calibration(pipeline: Callable[[str], Any]) -> Any:
+    return pipeline("mutual_information")
+
+
+@pytest.mark.parametrize("study", ["xray_pneumonia", "mri_hippocampus", "dim_stability", "smoke", "mutual_information"])
 def test_a_study_is_read_in_a_minute(study: str) -> None:
     assert len((PIPELINES / f"{study}.py").read_text().splitlines()) < 100
 
@@ -78,3 +91,63 @@ def test_curves_are_drawn_with_one_colour_a_setting(evidence: Any, tmp_path: Pat
     drawing = (tmp_path / "figures" / "curves.svg").read_text()
     assert [p.name for p in (tmp_path / "figures").iterdir()] == ["curves.svg"]
     assert drawing.count(">plain<") == drawing.count(">bound<") == 1
+
+
+def test_the_best_critic_is_the_log_ratio_of_the_densities(calibration: Any) -> None:
+    x, y = calibration.pairs(2, 1.5, 4, torch.Generator().manual_seed(0))
+    r = math.sqrt(1 - math.exp(-1.5))
+    together = multivariate_normal(cov=np.block([[np.eye(2), r * np.eye(2)], [r * np.eye(2), np.eye(2)]]))
+    alone = multivariate_normal(cov=np.eye(2))
+    expected = [[together.logpdf([*a, *b]) - alone.logpdf(a) - alone.logpdf(b) for b in y] for a in x]
+    assert calibration.log_ratio(x, y, 1.5)[:, 0, :, 0].numpy() == pytest.approx(np.array(expected))
+
+
+@pytest.mark.parametrize("dimension", [2, 32])
+def test_bounds_are_right_for_little_information_and_many_pairs(
+    calibration: Any, dimension: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "TRUTHS", (1,))
+    found = calibration.estimates(dimension, 256, train=False)
+    assert [found[name][0] for name in ("dv", "infonce", "nwj")] == pytest.approx([1, 1, 1], abs=0.06)
+
+
+def test_training_raises_every_bound(calibration: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "TRUTHS", (2,))
+    monkeypatch.setattr(calibration, "STEPS", 60)
+    found = calibration.estimates(2, 32, train=True)
+    assert min(found[name][0] for name in ("dv", "infonce", "jsd")) > 0.3
+
+
+def test_infonce_never_passes_the_log_of_the_batch_and_ends_there_and_jsd_at_two_log_two(calibration: Any) -> None:
+    found = calibration.estimates(8, 16, train=False)
+    assert max(found["infonce"]) < math.log(16)
+    assert found["infonce"][-1] == pytest.approx(math.log(16), abs=0.02)
+    assert max(found["jsd"]) < 2 * math.log(2)
+    assert found["jsd"][-1] == pytest.approx(2 * math.log(2), abs=0.05)
+    assert found["dv"][-1] > 12  # of 10: too few pairs for its logarithm
+
+
+def test_a_cell_says_up_to_where_an_estimate_is_right(calibration: Any) -> None:
+    right = [float(truth) for truth in calibration.TRUTHS]
+    assert calibration.cell(right) == "**10** (2.0 / 6.0 / 10.0)"
+    assert calibration.cell([0.5, 1.0, 2.1, 2.5, 4.0, 6.0, 8.0, -3.0]) == "**2** (2.1 / 6.0 / lost)"
+    assert calibration.cell([0.0, *right[1:]]).startswith("**0** ")
+
+
+def test_the_diagrams_of_the_site_are_those_that_the_code_draws(pipeline: Callable[[str], Any]) -> None:
+    for sketch in pipeline("diagrams").SKETCHES:
+        drawn = DOCS / "figures" / f"{sketch.__name__.replace('_', '-')}.svg"
+        assert drawn.read_text() == str(sketch()), "python pipelines/pictures.py"
+
+
+def test_every_figure_of_the_site_stands_on_a_page() -> None:
+    pages = "".join(page.read_text() for page in DOCS.rglob("*.md"))
+    assert [figure.name for figure in (DOCS / "figures").iterdir() if f"figures/{figure.name})" not in pages] == []
+
+
+def test_a_curve_drawn_twice_has_the_same_bytes(pipeline: Callable[[str], Any], tmp_path: Path) -> None:
+    pictures = pipeline("pictures")
+    for picture in (pictures.channels, pictures.linsker):
+        picture(tmp_path / "a.svg")
+        picture(tmp_path / "b.svg")
+        assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
