@@ -7,6 +7,10 @@ from collections.abc import Callable
 from sketch import Sketch
 
 
+def _kinds(marked: dict[tuple[int, int], str]) -> Callable[[int, int], str]:
+    return lambda row, column: marked.get((row, column), "off")
+
+
 def encoder(sketch: Sketch, y: float, label: str, image: str | Callable[[int, int], str] = "input") -> None:
     """An image of 8 x 8 cells at x = 20, and the encoder after it, up to x = 230."""
     sketch.grid(20, y, (8, 8), 10, image)
@@ -135,7 +139,7 @@ def coordinates() -> Sketch:
         (135, {(0, 3): "yes", (2, 1): "feature"}, "relative", "2 rows up,\n2 columns right"),
     ):
         sketch.text(60, y + 40, told, head=True)
-        sketch.grid(140, y, (4, 4), 20, lambda row, column, marked=marked: marked.get((row, column), "off"))
+        sketch.grid(140, y, (4, 4), 20, _kinds(marked))
         sketch.arrow((224, y + 40), (316, y + 40))
         sketch.box(320, y + 15, 120, 50, "small network", "net")
         sketch.arrow((444, y + 40), (536, y + 40))

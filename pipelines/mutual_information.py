@@ -1,14 +1,15 @@
 """How far DV, JSD and InfoNCE can be trusted: correlated Gaussians, whose mutual information is known.
 
 Two critics: the log density ratio, to see what a bound can give, and a small network trained to raise that bound.
-
     OMP_NUM_THREADS=1 python pipelines/mutual_information.py
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,6 @@ from torch import nn
 from medim.objectives.mutual_information import ESTIMATORS
 
 DIMENSIONS, BATCHES, TRUTHS = {2: "-", 8: "--", 32: ":"}, (16, 64, 256), (0.5, 1, 2, 3, 4, 6, 8, 10)
-PAGE, FIGURE = Path("docs/concepts/bounds.md"), Path("docs/figures/calibration.svg")
 STEPS, REPEATS = 300, 100  # training steps at each truth; batches, whose median is the estimate
 TITLES = {"dv": "DV", "infonce": "InfoNCE", "nwj": "JSD, read by NWJ", "jsd": "JSD, its own value"}
 
@@ -34,7 +34,7 @@ def log_ratio(x: torch.Tensor, y: torch.Tensor, truth: float) -> torch.Tensor:
     """The best critic there is: log p(y_j | x_i) / p(y_j), as scores (B, 1, B, 1)."""
     kept = np.exp(-2 * truth / x.shape[1])
     distance = torch.cdist((1 - kept) ** 0.5 * x, y).square()  # (B, B)
-    return (truth + (y.square().sum(1) - distance / kept) / 2)[:, None, :, None]
+    return torch.as_tensor(truth + (y.square().sum(1) - distance / kept) / 2)[:, None, :, None]
 
 
 def nwj(scores: torch.Tensor) -> torch.Tensor:
@@ -44,14 +44,14 @@ def nwj(scores: torch.Tensor) -> torch.Tensor:
 
 
 def dots(critic: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Scores (B, 1, B, 1) of a small critic: half of what it makes of x, times the other half of what it makes of y."""
-    return (critic(x.float())[:, :64] @ critic(y.float())[:, 64:].T)[:, None, :, None]
+    """Scores (B, 1, B, 1) of a small critic: half of what it makes of x times the other half of what it makes of y."""
+    return torch.einsum("iu,ju->ij", critic(x.float())[:, :64], critic(y.float())[:, 64:])[:, None, :, None]
 
 
 def estimates(dimension: int, batch: int, *, train: bool) -> dict[str, list[float]]:
     """Every reading at every truth; the networks, one a bound, go on training as the truth rises."""
-    generator, readings = torch.manual_seed(0), {**ESTIMATORS, "nwj": nwj}
-    found: dict[str, list[float]] = {name: [] for name in readings}
+    generator, found = torch.manual_seed(0), defaultdict[str, list[float]](list)
+    readings: dict[Any, Any] = {**ESTIMATORS, "nwj": nwj}
     layers = {name: (nn.Linear(dimension, 128), nn.ReLU(), nn.Linear(128, 128)) for name in ESTIMATORS}
     critics = nn.ModuleDict({name: nn.Sequential(*three) for name, three in layers.items()})
     optimiser = torch.optim.Adam(critics.parameters(), 2e-3)
@@ -59,13 +59,13 @@ def estimates(dimension: int, batch: int, *, train: bool) -> dict[str, list[floa
         for _ in range(STEPS if train else 0):
             xy = pairs(dimension, truth, batch, generator)
             optimiser.zero_grad()
-            (-sum(ESTIMATORS[name](dots(critic, *xy)) for name, critic in critics.items())).backward()
+            torch.autograd.backward([-read(dots(critics[name], *xy)) for name, read in ESTIMATORS.items()])
             optimiser.step()
         with torch.no_grad():
             drawn = [pairs(dimension, truth, batch, generator) for _ in range(REPEATS)]
             for name, read in readings.items():
                 critic = critics["jsd" if name == "nwj" else name]
-                scores = [dots(critic, *xy) if train else log_ratio(*xy, truth) for xy in drawn]
+                scores = (dots(critic, *xy) if train else log_ratio(*xy, truth) for xy in drawn)
                 found[name].append(float(np.median([read(s) for s in scores])))
     return found
 
@@ -83,7 +83,7 @@ def main() -> None:
     with drawing(2, len(TITLES)) as (figure, panels):
         for critic, dimension, batch in product(("best", "trained"), DIMENSIONS, BATCHES):
             found = estimates(dimension, batch, train=critic == "trained")
-            rows.append([critic, str(dimension), str(batch), *(cell(found[name]) for name in list(TITLES)[:3])])
+            rows.append([critic, f"{dimension}", f"{batch}", *(cell(found[name]) for name in list(TITLES)[:3])])
             for axes, (name, title) in zip(panels[int(critic == "trained")], TITLES.items(), strict=True):
                 look = f"C{BATCHES.index(batch)}{DIMENSIONS[dimension]}"
                 axes.plot(TRUTHS, found[name], look, linewidth=1, label=f"batch {batch}, {dimension}-D")
@@ -91,8 +91,8 @@ def main() -> None:
         for axes in panels[:, :3].flat:
             axes.plot(TRUTHS, TRUTHS, color="grey", linewidth=0.6)
         panels[0, 1].legend(frameon=False, fontsize=6)
-        save(figure, FIGURE)
-    write_section(PAGE, "calibration", markdown(head, rows))
+        save(figure, Path("docs/figures/calibration.svg"))
+    write_section(Path("docs/concepts/bounds.md"), "calibration", markdown(head, rows))
 
 
 if __name__ == "__main__":

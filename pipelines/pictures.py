@@ -17,7 +17,8 @@ from medim.files import write_text
 
 def binary_entropy(p: np.ndarray) -> np.ndarray:
     """Entropy of a coin, in bits."""
-    return -p * np.log2(p) - (1 - p) * np.log2(1 - p)
+    entropy: np.ndarray = -p * np.log2(p) - (1 - p) * np.log2(1 - p)
+    return entropy
 
 
 def channels(path: Path) -> None:
