@@ -1,18 +1,27 @@
 """Critics: score networks T(local, summary) whose scores estimate mutual information.
 
-A critic takes locals (B, C, L) and summaries (A, S, G) and scores every pair: (A, G, B, L), in fp32 under autocast
-too, for bf16 scores are rounded in steps that hide learning (measured: docs/results.md).
+A critic takes locals (B, C, L) and summaries (A, S, G) and scores pairs: (A, G, B, L), in fp32 under autocast too, for
+bf16 scores are rounded in steps that hide learning (measured: docs/results.md). `pairs`, bool and broadcastable to the
+scores, says which of them will be looked at; the others may hold anything. With the scores comes the mean of their
+squares before clipping, over the pairs that are looked at, for a penalty.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.functional import embedding, linear
+from torch.utils.checkpoint import checkpoint
+
+from medim.types import UsageError
 
 OutputNorm = Literal["layer", "batch", "none"]
+_AT_ONCE = 2**24  # hidden units of pairs that a concat-and-convolve critic holds at a time
 
 
 class _Embedding(nn.Module):
@@ -79,21 +88,138 @@ class EncodeAndDot(nn.Module):
         self._scale = width**-0.5 if scaled else 1.0
         self._clip = clip
 
-    def forward(self, local: torch.Tensor, summary: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, local: torch.Tensor, summary: torch.Tensor, pairs: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Score every pair.
 
         Args:
             local: (B, C, L).
             summary: (A, S, G).
+            pairs: bool, broadcastable to (A, G, B, L): which count in the mean square.
 
         Returns:
             Scores (A, G, B, L) in fp32, and the mean of their squares before clipping (for a penalty).
         """
-        embedded_local, embedded_summary = self.local(local), self.summary(summary)
-        with torch.autocast(local.device.type, enabled=False):
-            scores = torch.einsum("aug,bul->agbl", embedded_summary.float(), embedded_local.float()) * self._scale
-            square = scores.square().mean()
-            return (self._clip * torch.tanh(scores / self._clip) if self._clip else scores), square
+        return _clipped(_dot(self.summary(summary), self.local(local), self._scale), pairs, self._clip)
 
 
-CRITICS: dict[str, Callable[..., nn.Module]] = {"encode_and_dot": EncodeAndDot}
+class ConcatAndConvolve(nn.Module):
+    """Join each local with the summary and run a small network over it (Hjelm et al. 2019, section 3 and appendix).
+
+    1x1 convolutions with ReLU and no norm. The first is taken apart into its two linear halves, one over the locals and
+    one over the summaries, so that no tensor of repeated features is built. A pair costs hidden[0] * hidden[1]
+    products, where encode-and-dot pays one dot product: give it few pairs (`negatives: rolled`).
+
+    Args:
+        channels: channels of the local features.
+        summary_channels: channels of the summary.
+        hidden: widths of the hidden layers.
+        clip: bound scores softly by clip * tanh(score / clip); 0 does not (AMDIM: 20).
+    """
+
+    def __init__(
+        self, channels: int, summary_channels: int, *, hidden: tuple[int, ...] = (512, 512), clip: float = 0.0
+    ) -> None:
+        super().__init__()
+        if not hidden or min(hidden) < 1:
+            raise UsageError(f"concat_and_convolve.hidden: expected one or more widths above 0, got {list(hidden)}.")
+        self._sides = [channels, summary_channels]
+        self._widest = max(hidden)
+        self._clip = clip
+        self.hidden = nn.ModuleList(nn.Linear(*widths) for widths in pairwise((sum(self._sides), *hidden)))
+        self.score = nn.Linear(hidden[-1], 1)
+
+    def forward(
+        self, local: torch.Tensor, summary: torch.Tensor, pairs: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score pairs.
+
+        Args:
+            local: (B, C, L).
+            summary: (A, S, G).
+            pairs: bool, broadcastable to (A, G, B, L): which to score; None: all.
+
+        Returns:
+            Scores (A, G, B, L) in fp32, 0 where no pair is scored, and the mean of their squares before clipping.
+        """
+        first: Any = self.hidden[0]
+        of_local, of_summary = first.weight.split(self._sides, dim=1)
+        left = _wide(linear(summary.transpose(1, 2).flatten(0, 1), of_summary))  # (A G, hidden)
+        right = _wide(linear(local.transpose(1, 2).flatten(0, 1), of_local, first.bias))  # (B L, hidden)
+        shape = (len(summary), summary.shape[2], len(local), local.shape[2])
+        chosen = None if pairs is None else pairs.expand(shape).flatten().nonzero().squeeze(1)
+        count = math.prod(shape) if chosen is None else len(chosen)
+        size = max(1, _AT_ONCE // self._widest)
+        blocks = [(left, right, chosen, start, min(start + size, count)) for start in range(0, max(count, 1), size)]
+        if len(blocks) == 1:
+            scores = self._score(*blocks[0])
+        else:  # hidden units are made anew on the way back
+            scores = torch.cat([checkpoint(self._score, *block, use_reentrant=False) for block in blocks])
+        if chosen is not None:
+            scores = scores.new_zeros(math.prod(shape)).index_copy(0, chosen, scores)
+        return _clipped(scores.reshape(shape), pairs, self._clip)
+
+    def _score(
+        self, left: torch.Tensor, right: torch.Tensor, chosen: torch.Tensor | None, start: int, stop: int
+    ) -> torch.Tensor:
+        """Scores of some of the chosen pairs (None: of all), counted row by row of `left`."""
+        pair = torch.arange(start, stop, device=left.device) if chosen is None else chosen[start:stop]
+        # A look-up as of words: its gradient adds up in a fixed order on every device.
+        x = embedding(pair.div(len(right), rounding_mode="floor"), left) + embedding(pair % len(right), right)
+        for layer in self.hidden[1:]:
+            x = layer(x.relu_())
+        with torch.autocast(x.device.type, enabled=False):
+            scores: torch.Tensor = self.score(_wide(x).relu_()).squeeze(1)
+        return scores
+
+
+class Bilinear(nn.Module):
+    """local^T W summary (van den Oord et al. 2018, eq. 3; ST-DIM, Anand et al. 2019).
+
+    Args:
+        channels: channels of the local features.
+        summary_channels: channels of the summary.
+        scaled: divide scores by sqrt(channels).
+        clip: bound scores softly by clip * tanh(score / clip); 0 does not (AMDIM: 20).
+    """
+
+    def __init__(self, channels: int, summary_channels: int, *, scaled: bool = False, clip: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Linear(summary_channels, channels, bias=False)
+        self._scale = channels**-0.5 if scaled else 1.0
+        self._clip = clip
+
+    def forward(
+        self, local: torch.Tensor, summary: torch.Tensor, pairs: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score every pair; see `EncodeAndDot`."""
+        turned = self.weight(summary.transpose(1, 2)).transpose(1, 2)  # (A, C, G)
+        return _clipped(_dot(turned, local, self._scale), pairs, self._clip)
+
+
+CRITICS: dict[str, Callable[..., nn.Module]] = {
+    "encode_and_dot": EncodeAndDot,
+    "concat_and_convolve": ConcatAndConvolve,
+    "bilinear": Bilinear,
+}
+
+
+def _dot(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    """Scaled dot products (A, G, B, L) of (A, U, G) and (B, U, L), in fp32."""
+    with torch.autocast(left.device.type, enabled=False):
+        return torch.einsum("aug,bul->agbl", _wide(left) * scale, _wide(right))
+
+
+def _clipped(scores: torch.Tensor, pairs: torch.Tensor | None, clip: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores softly within +-clip (0: as they are), and the mean of the squares they had, over the pairs given."""
+    if pairs is None:
+        square = scores.square().mean()
+    else:
+        square = scores.square().mul(pairs).sum() / pairs.expand(scores.shape).sum().clamp_min(1)
+    return (clip * torch.tanh(scores / clip) if clip else scores), square
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """At least fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -73,6 +73,12 @@ def pointwise(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Modu
     return layer
 
 
+def unpadded(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
+    """A 3x3 convolution that sees whole neighbourhoods only; the grid loses a cell on every side."""
+    layer: nn.Module = Conv[Conv.CONV, spatial_dims](in_channels, out_channels, 3)
+    return layer
+
+
 def check_channels(name: str, channels: Sequence[int], *, option: str = "channels") -> None:
     """Refuse a list of channels (or of another `option`) that no network has.
 

@@ -14,7 +14,7 @@ from medim.objectives.amdim import AMDIM
 from medim.objectives.coordinates import Coordinates
 from medim.objectives.cpc import CPC
 from medim.objectives.dense import DenseDIM
-from medim.objectives.infomax import LocalDIM
+from medim.objectives.infomax import GlobalDIM, LocalDIM
 from medim.objectives.objective import Encode, Objective, Term
 from medim.objectives.prior_matching import PriorMatching
 from medim.objectives.reconstruction import Reconstruction
@@ -24,6 +24,7 @@ __all__ = ["OBJECTIVES", "Encode", "Objective", "Term"]
 
 OBJECTIVES: dict[str, Callable[..., nn.Module]] = {
     "local_dim": LocalDIM,
+    "global_dim": GlobalDIM,
     "coordinates": Coordinates,
     "prior_matching": PriorMatching,
     "reconstruction": Reconstruction,

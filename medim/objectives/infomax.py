@@ -1,8 +1,13 @@
-"""Deep InfoMax: maximise the mutual information of local features and summary (Hjelm et al. 2019, arXiv 1808.06670)."""
+"""Deep InfoMax: maximise the mutual information of features and summary (Hjelm et al. 2019, arXiv 1808.06670).
+
+The paper's DIM(L+G) is `local_dim` and `global_dim` in one run, their weights its beta and alpha (eq. 8).
+"""
 
 from __future__ import annotations
 
 import math
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,11 +15,13 @@ from torch import nn
 
 from medim.config import Section, build
 from medim.models.critics import CRITICS
-from medim.models.layers import check_level
-from medim.objectives.mutual_information import ESTIMATORS, EstimatorName, classes, retrieval
+from medim.models.layers import check_level, unpadded
+from medim.objectives.contrast import contrast
+from medim.objectives.foreground import foreground as foreground_cells
+from medim.objectives.mutual_information import EstimatorName, Negatives
 from medim.objectives.objective import Encode, Term
-from medim.objectives.occlusion import check_block, draw_hidden, occlude
-from medim.types import Features, Views
+from medim.objectives.occlusion import Block, seen_in_part, side_of_block
+from medim.types import Features, UsageError, Views
 
 
 class LocalDIM(nn.Module):
@@ -27,14 +34,22 @@ class LocalDIM(nn.Module):
         channels: channels of the encoder's maps.
         summary_channels: length of the summary.
         input_shape: spatial shape of the views.
+        receptive_fields: side of what a cell of each map sees, in voxels.
         estimator: the bound: infonce, jsd or dv.
         level: which map gives the locals (1: the second, the paper's choice); below 0: from the coarsest.
+        summary_level: a map whose every cell is a summary of its own (the paper's multiple globals); none: the
+            encoder's one summary.
         critic: section of CRITICS.
+        negatives: what a summary is contrasted with: all locations of all other images (all, the paper), of the next
+            image in the batch (rolled), or at each location of one other image, drawn anew (permuted).
+        foreground: leave out locations of which less than this share lies above the background, in both roles; none
+            leaves out nothing.
         standardise: batch-standardise the summary without affine parameters before the critic; keeps what differs
             between images alive when another objective pulls the summary towards a position code (docs/results.md).
         score_penalty: weight of the mean squared score (AMDIM: 0.04), which keeps scores from running away late in
             training.
-        occlusion: side, in voxels, of the block that stays visible and of the one that is hidden; 0 hides nothing.
+        occlusion: side, in voxels, of the block that stays visible and of the one that is hidden; 0 hides nothing,
+            receptive_field takes what one local sees, as the paper does.
     """
 
     def __init__(
@@ -42,46 +57,47 @@ class LocalDIM(nn.Module):
         channels: tuple[int, ...],
         summary_channels: int,
         input_shape: tuple[int, ...],
+        receptive_fields: tuple[int, ...],
         *,
         estimator: EstimatorName = "jsd",
         level: int = 1,
+        summary_level: int | None = None,
         critic: Section = {"name": "encode_and_dot"},  # noqa: B006  (never changed; shown by `medim config show`)
+        negatives: Negatives = "all",
+        foreground: float | None = None,
         standardise: bool = False,
         score_penalty: float = 0.0,
-        occlusion: int = 0,
+        occlusion: Block = 0,
     ) -> None:
         super().__init__()
         self._level = level = check_level("local_dim.level", level, len(channels))
-        if occlusion:
-            check_block(input_shape, occlusion)
-        self._estimator = estimator
-        self._penalty = score_penalty
-        self._occlusion = occlusion
+        if summary_level is not None:
+            summary_level = check_level("local_dim.summary_level", summary_level, len(channels))
+            summary_channels = channels[summary_level]
+        if foreground is not None and not 0 < foreground <= 1:
+            raise UsageError(f"local_dim.foreground: expected a share above 0 and at most 1, got {foreground}.")
+        self._summary_level = summary_level
+        self._foreground = foreground
+        self._block = side_of_block(occlusion, input_shape, receptive_fields, level)
+        self._contrast = partial(contrast, estimator=estimator, negatives=negatives, score_penalty=score_penalty)
         self._standardise = nn.BatchNorm1d(summary_channels, affine=False) if standardise else nn.Identity()
         self.critic: Any = build(CRITICS, critic, channels=channels[level], summary_channels=summary_channels)
 
     def forward(self, encode: Encode, views: Views) -> dict[str, Term]:
         """Term `local_dim`: cross-entropy for infonce (chance: log of classes), else minus the bound (chance: 0)."""
-        batch, count, _, *shape = views.image.shape
-        if self._occlusion:
-            hidden = draw_hidden(batch * count, tuple(shape), self._occlusion, encode.generator)
-            summary = encode(occlude(views.image.flatten(0, 1), hidden)).summary
-        else:
-            summary = encode.clean.summary
-        summary = self._standardise(summary).reshape(batch, count, -1)  # (B, V, S)
-        map_ = encode.clean.maps[self._level]
-        local = map_.reshape(batch, count, map_.shape[1], -1)  # (B, V, C, L)
-        pairs = [(v, (v + 1) % count) for v in range(count)]
-        scored = [self.critic(local[:, other], summary[:, view].unsqueeze(-1)) for view, other in pairs]
-        bound = torch.stack([ESTIMATORS[self._estimator](scores) for scores, _ in scored]).mean()
-        penalty = self._penalty * torch.stack([square for _, square in scored]).mean()
-        chance = math.log(classes(scored[0][0])) if self._estimator == "infonce" else 0.0
-        diagnostics = {
-            "bound": bound.detach(),
-            "retrieval": torch.stack([retrieval(scores) for scores, _ in scored]).mean(),
-            "spread": spread(encode.clean.summary),
-        }
-        return {"local_dim": Term(chance - bound + penalty, chance, diagnostics)}
+        local = encode.clean.maps[self._level]  # (N, C, ...)
+        grid, inside = tuple(local.shape[2:]), None
+        if self._foreground is not None:
+            inside = foreground_cells(views.image.flatten(0, 1), grid, self._foreground)  # (N, L)
+        summary = self._summary(seen_in_part(encode, views, self._block))
+        return {"local_dim": self._contrast(self.critic, local.flatten(2), summary, encode, views, inside)}
+
+    def _summary(self, features: Features) -> torch.Tensor:
+        """(N, S, G)."""
+        level = self._summary_level
+        summary = features.summary.unsqueeze(-1) if level is None else features.maps[level].flatten(2)
+        standardised: torch.Tensor = self._standardise(summary)
+        return standardised
 
     @property
     def level(self) -> int:
@@ -92,12 +108,73 @@ class LocalDIM(nn.Module):
         """Score every location of N images against the summary of its own image: (N, 1, *grid of the local map)."""
         map_ = features.maps[self._level]
         count, _, *grid = map_.shape
-        scores, _ = self.critic(map_.flatten(2), self._standardise(features.summary).unsqueeze(-1))  # (N, G, N, L)
+        scores, _ = self.critic(map_.flatten(2), self._summary(features))  # (N, G, N, L)
         own = torch.arange(count, device=map_.device)
         return scores[own, :, own].mean(dim=1).reshape(count, 1, *grid)
 
 
-def spread(summary: torch.Tensor) -> torch.Tensor:
-    """Standard deviation between images over the root mean square of the summary (N, S); 0 where all look the same."""
-    summary = summary.detach().float()
-    return summary.std(dim=0).square().mean().sqrt() / summary.square().mean().sqrt().clamp_min(1e-12)
+class GlobalDIM(nn.Module):
+    """DIM(G): the whole of a map against the summary (eq. 5 of the paper, over whole maps; its figure 2).
+
+    Views, occlusion and bound are those of `LocalDIM`, with one local an image: its map, flattened.
+
+    Args:
+        channels: channels of the encoder's maps.
+        summary_channels: length of the summary.
+        spatial_dims: 2 or 3.
+        grids: grid of each map at the training shape.
+        input_shape: spatial shape of the views.
+        receptive_fields: side of what a cell of each map sees, in voxels.
+        estimator: the bound: infonce, jsd or dv.
+        level: which map; below 0: from the coarsest.
+        reduce: channels of unpadded 3x3 convolutions, ReLU between them, that the map goes through before it is
+            flattened; none in the paper, 64 and 32 in most tutorials.
+        critic: section of CRITICS; the default is the paper's network of 512, 512 and 1 units.
+        negatives: what a summary is contrasted with: the maps of all other images (all), of the next image in the batch
+            (rolled), or of one other image, drawn anew (permuted).
+        standardise: batch-standardise the summary without affine parameters before the critic.
+        score_penalty: weight of the mean squared score (AMDIM: 0.04).
+        occlusion: side, in voxels, of the block that stays visible and of the one that is hidden; 0 hides nothing,
+            receptive_field takes what one cell of the map sees.
+    """
+
+    def __init__(
+        self,
+        channels: tuple[int, ...],
+        summary_channels: int,
+        spatial_dims: int,
+        grids: tuple[tuple[int, ...], ...],
+        input_shape: tuple[int, ...],
+        receptive_fields: tuple[int, ...],
+        *,
+        estimator: EstimatorName = "jsd",
+        level: int = -1,
+        reduce: tuple[int, ...] = (),
+        critic: Section = {"name": "concat_and_convolve"},  # noqa: B006  (never changed)
+        negatives: Negatives = "all",
+        standardise: bool = False,
+        score_penalty: float = 0.0,
+        occlusion: Block = 0,
+    ) -> None:
+        super().__init__()
+        self._level = level = check_level("global_dim.level", level, len(channels))
+        grid = tuple(side - 2 * len(reduce) for side in grids[level])
+        if min(grid) < 1:
+            raise UsageError(
+                f"global_dim.reduce: expected a map for which {len(reduce)} unpadded 3x3 convolutions leave something, "
+                f"got one of {grids[level]}. Use fewer, or a finer level."
+            )
+        self._block = side_of_block(occlusion, input_shape, receptive_fields, level)
+        self._contrast = partial(contrast, estimator=estimator, negatives=negatives, score_penalty=score_penalty)
+        self._standardise = nn.BatchNorm1d(summary_channels, affine=False) if standardise else nn.Identity()
+        widths = (channels[level], *reduce)
+        layers = [m for w in pairwise(widths) for m in (nn.ReLU(), unpadded(spatial_dims, *w))]
+        self.flatten = nn.Sequential(*layers[1:], nn.Flatten())
+        length = widths[-1] * math.prod(grid)
+        self.critic: Any = build(CRITICS, critic, channels=length, summary_channels=summary_channels)
+
+    def forward(self, encode: Encode, views: Views) -> dict[str, Term]:
+        """Term `global_dim`: cross-entropy for infonce (chance: log of classes), else minus the bound (chance: 0)."""
+        local = self.flatten(encode.clean.maps[self._level]).unsqueeze(-1)  # (N, C, 1)
+        summary = self._standardise(seen_in_part(encode, views, self._block).summary).unsqueeze(-1)
+        return {"global_dim": self._contrast(self.critic, local, summary, encode, views)}

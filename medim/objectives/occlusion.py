@@ -5,11 +5,34 @@ A box or all but a box (Hjelm et al. 2019, section 4.3), or random cubes (MAE, H
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from medim.types import UsageError
+from medim.objectives.objective import Encode
+from medim.types import Features, UsageError, Views
+
+Block = int | Literal["receptive_field"]
+
+
+def side_of_block(occlusion: Block, shape: tuple[int, ...], receptive_fields: tuple[int, ...], level: int) -> int:
+    """Side of the block to hide and to leave, in voxels; 0 for none.
+
+    Raises:
+        UsageError: a view cannot hold two of them.
+    """
+    block = receptive_fields[level] if occlusion == "receptive_field" else occlusion
+    if block:
+        check_block(shape, block)
+    return block
+
+
+def seen_in_part(encode: Encode, views: Views, block: int) -> Features:
+    """Features of the views behind an occlusion, or the clean ones where `block` is 0."""
+    if not block:
+        return encode.clean
+    image = views.image.flatten(0, 1)
+    return encode(occlude(image, draw_hidden(len(image), tuple(image.shape[2:]), block, encode.generator)))
 
 
 def check_block(shape: tuple[int, ...], block: int) -> None:

@@ -17,7 +17,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"width": 16},
         {"width": 4, "local_norm": "none", "summary_norm": "none", "scaled": True, "clip": 2.0},
         {"width": 8, "local_norm": "batch", "summary_norm": "batch"},
-    ]
+    ],
+    "concat_and_convolve": [{"hidden": [16, 8]}, {"hidden": [8], "clip": 2.0}],
+    "bilinear": [{}, {"scaled": True, "clip": 2.0}],
 }
 GRIDS = {2: (3, 5), 3: (2, 3, 4)}
 every_critic = pytest.mark.parametrize(
@@ -68,6 +70,18 @@ def test_scores_follow_the_order_of_batch_and_locations(section: dict[str, Any],
     straight, _ = critic(local, summary)
     shuffled, _ = critic(local[images][:, :, places], summary[others])
     torch.testing.assert_close(shuffled, straight[others][:, :, images][..., places], rtol=1e-3, atol=1e-3)
+
+
+@every_critic
+def test_pairs_that_are_looked_at_score_the_same_as_among_all(section: dict[str, Any], dims: int) -> None:
+    local, summary = features(dims)
+    critic = make(section).eval()
+    pairs = torch.rand(3, 1, 4, local.shape[2], generator=torch.Generator().manual_seed(3)) < 0.5
+    everywhere = pairs.expand(3, 2, 4, local.shape[2])
+    (scores, _), (some, square) = critic(local, summary), critic(local, summary, pairs)
+    torch.testing.assert_close(some[everywhere], scores[everywhere])
+    assert some.shape == scores.shape
+    assert square.isfinite()
 
 
 @every_critic

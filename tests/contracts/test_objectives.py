@@ -16,11 +16,19 @@ from medim.objectives import OBJECTIVES, Term
 from medim.types import Features, Views
 
 CRITIC = {"name": "encode_and_dot", "width": 8}
+CONCAT = {"name": "concat_and_convolve", "hidden": [8, 8]}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "local_dim": [
         {"critic": CRITIC},
         {"critic": CRITIC, "estimator": "infonce", "standardise": True, "score_penalty": 0.04, "occlusion": 4},
         {"critic": CRITIC, "estimator": "dv", "level": 0},
+        {"critic": CRITIC, "estimator": "infonce", "summary_level": -1, "negatives": "permuted", "foreground": 0.5},
+        {"critic": CONCAT, "negatives": "rolled", "occlusion": "receptive_field", "level": 0},
+    ],
+    "global_dim": [
+        {"critic": CONCAT},
+        {"critic": CRITIC, "estimator": "infonce", "reduce": [4], "standardise": True, "occlusion": 4},
+        {"critic": {"name": "bilinear"}, "estimator": "dv", "negatives": "permuted", "score_penalty": 0.04},
     ],
     "coordinates": [
         {"hidden": 8},
@@ -150,12 +158,10 @@ def test_a_step_can_be_replayed_from_its_generator(section: dict[str, Any], dims
 
 @every_objective
 def test_the_order_of_the_batch_plays_no_part(section: dict[str, Any], dims: int, count: int) -> None:
-    if (
-        section["name"] in ("reconstruction", "dense_dim", "amdim", "vae", "beta_vae")
-        or section.get("kind") == "relative"
-    ):
+    drawn_by_image = ("reconstruction", "dense_dim", "amdim", "vae", "beta_vae")
+    if section["name"] in drawn_by_image or section.get("kind") == "relative":
         pytest.skip("what is hidden, added as noise, or where a source lies, is drawn image by image")
-    plain = {k: v for k, v in section.items() if k not in ("occlusion", "points", "negatives")}  # these draw, too
+    plain = {k: v for k, v in section.items() if k not in ("occlusion", "points", "negatives")}  # drawn, too
     encoder, objective = make(plain, dims)
     views = views_of(dims, count)
     order = torch.tensor([2, 0, 3, 1])

@@ -1,4 +1,4 @@
-"""Encode-and-dot against its formula, and its options one by one."""
+"""Each critic against its formula, and the options one by one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from medim.models.critics import EncodeAndDot
+from medim.models import critics
+from medim.models.critics import Bilinear, ConcatAndConvolve, EncodeAndDot
+from medim.types import UsageError
 
 
 def features() -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,3 +75,79 @@ def test_each_side_has_its_own_norm() -> None:
     assert critic.local.norm is None
     assert isinstance(critic.summary.norm, nn.BatchNorm1d)
     assert isinstance(EncodeAndDot(6, 5, width=8).summary.norm, nn.LayerNorm)
+
+
+def repeated(critic: ConcatAndConvolve, local: torch.Tensor, summary: torch.Tensor) -> torch.Tensor:
+    """The plain form: every pair's features side by side, through the whole of each layer."""
+    shape = (len(summary), summary.shape[2], len(local), local.shape[2])
+    locals_ = local.permute(0, 2, 1).expand(*shape, -1)
+    summaries = summary.permute(0, 2, 1)[:, :, None, None].expand(*shape, -1)
+    x = torch.cat([locals_, summaries], dim=-1)
+    for layer in critic.hidden:
+        x = layer(x).relu()
+    return critic.score(x).squeeze(-1)
+
+
+def some_pairs() -> torch.Tensor:
+    return torch.rand(2, 1, 3, 4, generator=torch.Generator().manual_seed(3)) < 0.5
+
+
+@pytest.mark.parametrize("at_once", [2**24, 8 * 5], ids=["one block", "blocks of five pairs"])
+@pytest.mark.parametrize("pairs", [None, some_pairs()], ids=["all", "some"])
+def test_concat_and_convolve_equals_the_form_with_repeated_features(
+    pairs: torch.Tensor | None, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(critics, "_AT_ONCE", at_once)
+    critic = ConcatAndConvolve(6, 5, hidden=(8, 7)).double()
+    generator = torch.Generator().manual_seed(4)
+    sides = [torch.randn(s, generator=generator, dtype=torch.float64) for s in ((3, 6, 4), (2, 5, 2))]
+    counted = torch.ones(2, 2, 3, 4, dtype=torch.bool) if pairs is None else pairs.expand(2, 2, 3, 4)
+    found = []
+    for form in (lambda *given: critic(*given, pairs), lambda *given: (repeated(critic, *given), None)):
+        given = [side.clone().requires_grad_() for side in sides]
+        critic.zero_grad()
+        scores, square = form(*given)
+        (scores[counted] * torch.arange(1.0, 1 + int(counted.sum()))).sum().backward()
+        gradients = [x.grad for x in (*given, *critic.parameters())]
+        found.append(
+            (scores[counted].detach(), gradients, scores[counted].square().mean() if square is None else square)
+        )
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-12)
+
+
+def test_pairs_that_are_not_asked_for_cost_nothing() -> None:
+    critic, seen = ConcatAndConvolve(6, 5, hidden=(8, 8)), []
+    critic.hidden[1].register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    local, summary = features()
+    for pairs in (None, some_pairs(), torch.zeros(1, 1, 1, 1, dtype=torch.bool)):
+        scores, square = critic(local, summary, pairs)
+        assert scores.isfinite().all()
+        assert square.isfinite()
+    assert seen == [2 * 3 * 4, int(some_pairs().sum()), 0]
+
+
+def test_a_network_without_hidden_layers_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"concat_and_convolve\.hidden: expected one or more widths above 0, got \[\]"):
+        ConcatAndConvolve(6, 5, hidden=())
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_bilinear_score_is_the_local_times_the_turned_summary(scaled: bool) -> None:
+    critic = Bilinear(6, 5, scaled=scaled)
+    local, summary = features()
+    expected = torch.einsum("bcl,cs,asg->agbl", local, critic.weight.weight, summary) / (6**0.5 if scaled else 1)
+    torch.testing.assert_close(critic(local, summary)[0], expected)
+
+
+@pytest.mark.parametrize("make", [EncodeAndDot, ConcatAndConvolve, Bilinear])
+def test_the_mean_square_is_that_of_the_pairs_before_clipping(make: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    plain = make(6, 5).eval()
+    clipped = make(6, 5, clip=0.1).eval()  # type: ignore[call-arg]
+    clipped.load_state_dict(plain.state_dict())
+    pairs = some_pairs()
+    (scores, square), (held, same) = plain(*features(), pairs), clipped(*features(), pairs)
+    assert square.item() == pytest.approx(scores[pairs].square().mean().item(), rel=1e-5)
+    assert same.item() == pytest.approx(square.item())
+    torch.testing.assert_close(held[pairs], 0.1 * torch.tanh(scores[pairs] / 0.1))

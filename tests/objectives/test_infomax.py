@@ -1,4 +1,4 @@
-"""DIM(L): which summary meets which map, what occlusion hides from whom, and what a critic can learn."""
+"""DIM(L) and DIM(G): which summary meets what, what is hidden or left out of it, and what a critic can learn."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 from medim.models.encoders import ConvNet, UNetEncoder
-from medim.objectives.infomax import LocalDIM, spread
-from medim.objectives.mutual_information import infonce
+from medim.objectives.contrast import spread
+from medim.objectives.foreground import foreground
+from medim.objectives.infomax import GlobalDIM, LocalDIM
+from medim.objectives.mutual_information import ESTIMATORS, EstimatorName, Negatives, infonce
+from medim.training.module import PretrainModule
 from medim.types import Features, UsageError, Views
 
 CRITIC = {"name": "encode_and_dot", "width": 8}
@@ -48,7 +51,8 @@ def views_of(count: int = 1, batch: int = 4, shape: tuple[int, ...] = (12, 16)) 
 def objective_of(encoder: Any, shape: tuple[int, ...] = (12, 16), **options: Any) -> LocalDIM:
     torch.manual_seed(2)
     options = {"critic": CRITIC, **options}
-    return LocalDIM(encoder.channels, encoder.summary_channels, shape, **options).eval()
+    fields = tuple(encoder.receptive_field(level) for level in range(len(encoder.channels)))
+    return LocalDIM(encoder.channels, encoder.summary_channels, shape, fields, **options).eval()
 
 
 def test_with_one_view_the_loss_is_the_cross_entropy_of_the_views_own_scores() -> None:
@@ -143,6 +147,156 @@ def test_spread_is_zero_for_equal_summaries_and_one_for_centred_ones() -> None:
     assert spread(torch.zeros(8, 4)).item() == 0
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_with_a_summary_level_every_cell_of_that_map_is_a_summary(estimator: EstimatorName) -> None:
+    encoder, views = encoder_of(), views_of()
+    objective = objective_of(encoder, estimator=estimator, level=0, summary_level=-1)
+    encode = Recorder(encoder, views)
+    scores, _ = objective.critic(encode.clean.maps[0].flatten(2), encode.clean.maps[1].flatten(2))
+    assert scores.shape == (4, 6 * 8, 4, 12 * 16)
+    bound = objective(encode, views)["local_dim"].diagnostics["bound"]
+    torch.testing.assert_close(bound, ESTIMATORS[estimator](scores).detach())
+
+
+@pytest.mark.parametrize("critic", [CRITIC, {"name": "concat_and_convolve", "hidden": [8]}])
+def test_rolled_negatives_are_the_locations_of_the_next_image(critic: dict[str, Any]) -> None:
+    encoder, views = encoder_of(), views_of()
+    objective = objective_of(encoder, estimator="jsd", negatives="rolled", critic=critic)
+    encode = Recorder(encoder, views)
+    scores, _ = objective.critic(encode.clean.maps[1].flatten(2), encode.clean.summary.unsqueeze(-1))
+    rows = torch.arange(4)
+    own, following = scores[rows, 0, rows], scores[rows, 0, (rows + 1) % 4]
+    softplus = torch.nn.functional.softplus
+    expected = 2 * math.log(2) - softplus(-own).mean() - softplus(following).mean()
+    assert objective(encode, views)["local_dim"].loss.item() == pytest.approx(-expected.item(), rel=1e-4)
+    contrast = objective_of(encoder, estimator="infonce", negatives="rolled", critic=critic)(encode, views)
+    assert contrast["local_dim"].chance == pytest.approx(math.log(1 + 6 * 8))
+
+
+@pytest.mark.parametrize("negatives", ["all", "rolled", "permuted"])
+def test_locations_in_the_background_are_neither_positives_nor_negatives(negatives: Negatives) -> None:
+    encoder = encoder_of()
+    image = views_of().image
+    image[:, :, :, :, :8] = -20.0  # the left half of every image is air
+    views = Views(image, torch.zeros(4, 1, 2))
+    objective = objective_of(encoder, estimator="infonce", negatives=negatives, foreground=0.5)
+    encode = Recorder(encoder, views)
+    term = objective(encode, views)["local_dim"]
+    halves = 6 * 4
+    assert term.chance == pytest.approx(math.log(1 + halves * (3 if negatives == "all" else 1)))
+    if negatives == "all":
+        local = encode.clean.maps[1][..., 4:].flatten(2)
+        scores, _ = objective.critic(local, encode.clean.summary.unsqueeze(-1))
+        assert term.diagnostics["bound"].item() == pytest.approx(infonce(scores).item(), abs=1e-5)
+
+
+def test_views_of_air_alone_teach_nothing_and_break_nothing() -> None:
+    encoder, views = encoder_of(), Views(torch.zeros(4, 1, 1, 12, 16), torch.zeros(4, 1, 2))
+    for estimator in ESTIMATORS:
+        objective = objective_of(encoder, estimator=estimator, foreground=0.5, score_penalty=0.1)
+        term = objective(Recorder(encoder, views), views)["local_dim"]
+        term.loss.backward()
+        assert term.loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5])
+def test_a_share_that_no_cell_or_every_cell_has_is_refused(share: float) -> None:
+    with pytest.raises(UsageError, match=rf"local_dim\.foreground: expected a share above 0.*, got {share}"):
+        objective_of(encoder_of(), foreground=share)
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (8, 12, 4)])
+def test_a_cell_is_foreground_where_its_share_of_voxels_is_above_the_minimum(shape: tuple[int, ...]) -> None:
+    image = torch.full((2, 2, *shape), -1.5)
+    image[0, 0, :5] = 3.0  # half of the third row of cells
+    image[1, 1, :, 4:6] = 2.0  # in the other channel
+    noise = 0.1 * torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    image[[0, 1], [0, 1]] += noise  # in the air too
+    grid = tuple(side // 2 for side in shape)
+    for share, rows in ((0.4, 3), (0.6, 2)):
+        inside = foreground(image, grid, share).unflatten(1, grid)
+        assert inside[0, :rows].all()
+        assert not inside[0, rows:].any()
+        assert inside[1, :, 2].all()
+        assert inside[1].sum() == inside[1, :, 2].numel()
+    assert not foreground(torch.ones_like(image), grid, 0.01).any()
+
+
+def test_the_receptive_field_can_be_the_block_of_the_occlusion() -> None:
+    encoder, views = encoder_of(), views_of()
+    named, given = (objective_of(encoder, level=0, occlusion=block) for block in ("receptive_field", 5))
+    assert encoder.receptive_field(0) == 5
+    losses = [objective(Recorder(encoder, views), views)["local_dim"].loss.item() for objective in (named, given)]
+    assert losses[0] == losses[1]
+    with pytest.raises(UsageError, match="side 11"):
+        objective_of(encoder, level=1, occlusion="receptive_field")
+
+
+# --- DIM(G)
+
+
+def global_dim(encoder: Any, shape: tuple[int, ...] = (12, 16), **options: Any) -> GlobalDIM:
+    torch.manual_seed(2)
+    grids = tuple(tuple(side // stride for side in shape) for stride in encoder.strides)
+    options = {"critic": {"name": "concat_and_convolve", "hidden": [8]}, **options}
+    return GlobalDIM(encoder.channels, encoder.summary_channels, len(shape), grids, shape, (5, 11), **options).eval()
+
+
+@pytest.mark.parametrize("shape", [(12, 16), (12, 16, 8)])
+def test_dim_g_scores_whole_maps_with_summaries(shape: tuple[int, ...]) -> None:
+    encoder, views = encoder_of(len(shape)), views_of(shape=shape)
+    objective = global_dim(encoder, shape, estimator="infonce")
+    encode = Recorder(encoder, views)
+    whole = encode.clean.maps[-1].flatten(1).unsqueeze(-1)
+    scores, _ = objective.critic(whole, encode.clean.summary.unsqueeze(-1))
+    assert scores.shape == (4, 1, 4, 1)
+    term = objective(encode, views)["global_dim"]
+    assert term.chance == pytest.approx(math.log(4))
+    assert term.loss.item() == pytest.approx(math.log(4) - infonce(scores).item(), abs=1e-5)
+
+
+def test_the_global_critic_of_the_tutorials_has_their_shapes() -> None:
+    """dim-spec 7.1: 128x26x26, 3x3 convolutions of 64 and 32 channels, flattened beside 64, then 512, 512, 1."""
+    objective = GlobalDIM((128,), 64, 2, ((26, 26),), (32, 32), (7,), reduce=(64, 32))
+    assert objective.flatten(torch.zeros(2, 128, 26, 26)).shape == (2, 32 * 22 * 22)
+    kinds = [type(layer).__name__ for layer in objective.flatten]
+    assert kinds == ["Conv2d", "ReLU", "Conv2d", "Flatten"]
+    widths = [(layer.in_features, layer.out_features) for layer in (*objective.critic.hidden, objective.critic.score)]
+    assert widths == [(32 * 22 * 22 + 64, 512), (512, 512), (512, 1)]
+
+
+def test_convolutions_that_leave_nothing_of_a_map_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"global_dim\.reduce.*3 unpadded.*\(6, 8\)"):
+        global_dim(encoder_of(), reduce=(4, 4, 4))
+
+
+def test_dim_g_hides_from_the_summary_and_crosses_two_views() -> None:
+    encoder, views = encoder_of().eval(), views_of(count=2)
+    objective, met = global_dim(encoder, occlusion=4), []
+    objective.critic.register_forward_pre_hook(lambda _, args: met.append(args))
+    encode = Recorder(encoder, views)
+    objective(encode, views)
+    (hidden_image,) = encode.seen
+    summary = encoder(hidden_image).summary
+    for view, (local, given, _) in enumerate(met):
+        torch.testing.assert_close(given.squeeze(-1), summary[view::2])
+        torch.testing.assert_close(local.squeeze(-1), encoder(views.image[:, 1 - view]).maps[-1].flatten(1))
+
+
+def test_local_and_global_dim_together_are_their_weighted_sum() -> None:
+    """Eq. 8 of the paper: alpha and beta are the weights of two objectives of a run."""
+    encoder, views = encoder_of(), views_of()
+    objectives = {"local_dim": (objective_of(encoder), 0.1), "global_dim": (global_dim(encoder), 0.5)}
+    module = PretrainModule(
+        encoder, None, objectives, optimisation={"lr": 0.1, "weight_decay": 0}, gradient_clip=0, seed=0
+    )
+    encode = Recorder(encoder, views)
+    terms = {name: objective(encode, views)[name] for name, (objective, _) in objectives.items()}
+    expected = 0.1 * terms["local_dim"].loss + 0.5 * terms["global_dim"].loss
+    assert module.total(terms).item() == pytest.approx(expected.item())
+
+
 # --- learning
 
 
@@ -158,7 +312,7 @@ def train(estimator: Any, shape: tuple[int, ...], *, shuffled: bool, steps: int 
     dims = len(shape)
     encoder = ConvNet(1, dims, shape, channels=(8, 16), kernel_size=3, hidden=0, summary_channels=8, summary="mean_max")
     critic = {"name": "encode_and_dot", "width": 16, "scaled": True}
-    objective = LocalDIM(encoder.channels, 8, shape, estimator=estimator, critic=critic)
+    objective = LocalDIM(encoder.channels, 8, shape, (3, 7), estimator=estimator, critic=critic)
     optimiser = torch.optim.Adam([*encoder.parameters(), *objective.parameters()], lr=5e-3)
     generator = torch.Generator().manual_seed(1)
     found = []

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`"
 
 
 def dim() -> LocalDIM:
-    return LocalDIM((4, 8), 6, SHAPE, critic={"name": "encode_and_dot", "width": 8}, occlusion=4)
+    return LocalDIM((4, 8), 6, SHAPE, (5, 11), critic={"name": "encode_and_dot", "width": 8}, occlusion=4)
 
 
 class Scripted(nn.Module):
