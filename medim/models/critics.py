@@ -105,7 +105,7 @@ class EncodeAndDot(nn.Module):
 
 
 class ConcatAndConvolve(nn.Module):
-    """Join each local with the summary and run a small network over it (Hjelm et al. 2019, section 3 and appendix).
+    """Join each local with the summary and run a small network over it (Hjelm et al. 2019, figures 2 and 3).
 
     1x1 convolutions with ReLU and no norm. The first is taken apart into its two linear halves, one over the locals and
     one over the summaries, so that no tensor of repeated features is built. A pair costs hidden[0] * hidden[1]

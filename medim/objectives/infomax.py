@@ -114,7 +114,7 @@ class LocalDIM(nn.Module):
 
 
 class GlobalDIM(nn.Module):
-    """DIM(G): the whole of a map against the summary (eq. 5 of the paper, over whole maps; its figure 2).
+    """DIM(G): the whole of a map against the summary (section 3.1 and figure 2 of the paper).
 
     Views, occlusion and bound are those of `LocalDIM`, with one local an image: its map, flattened.
 

@@ -10,8 +10,6 @@ import torch
 from torch import nn
 
 from medim.models.encoders import ConvNet, UNetEncoder
-from medim.objectives.contrast import spread
-from medim.objectives.foreground import foreground
 from medim.objectives.infomax import GlobalDIM, LocalDIM
 from medim.objectives.mutual_information import ESTIMATORS, EstimatorName, Negatives, infonce
 from medim.training.module import PretrainModule
@@ -139,14 +137,6 @@ def test_standardising_takes_mean_and_scale_from_the_summary() -> None:
     torch.testing.assert_close(summary.var(dim=0, unbiased=False), scale / (scale + 1e-5), rtol=1e-3, atol=1e-4)
 
 
-def test_spread_is_zero_for_equal_summaries_and_one_for_centred_ones() -> None:
-    generator = torch.Generator().manual_seed(0)
-    assert spread(torch.ones(8, 4)).item() == pytest.approx(0, abs=1e-6)
-    assert spread(torch.randn(4000, 4, generator=generator)).item() == pytest.approx(1, abs=0.05)
-    assert spread(5 + torch.randn(4000, 4, generator=generator)).item() == pytest.approx(1 / math.sqrt(26), abs=0.02)
-    assert spread(torch.zeros(8, 4)).item() == 0
-
-
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_with_a_summary_level_every_cell_of_that_map_is_a_summary(estimator: EstimatorName) -> None:
     encoder, views = encoder_of(), views_of()
@@ -204,23 +194,6 @@ def test_views_of_air_alone_teach_nothing_and_break_nothing() -> None:
 def test_a_share_that_no_cell_or_every_cell_has_is_refused(share: float) -> None:
     with pytest.raises(UsageError, match=rf"local_dim\.foreground: expected a share above 0.*, got {share}"):
         objective_of(encoder_of(), foreground=share)
-
-
-@pytest.mark.parametrize("shape", [(8, 12), (8, 12, 4)])
-def test_a_cell_is_foreground_where_its_share_of_voxels_is_above_the_minimum(shape: tuple[int, ...]) -> None:
-    image = torch.full((2, 2, *shape), -1.5)
-    image[0, 0, :5] = 3.0  # half of the third row of cells
-    image[1, 1, :, 4:6] = 2.0  # in the other channel
-    noise = 0.1 * torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
-    image[[0, 1], [0, 1]] += noise  # in the air too
-    grid = tuple(side // 2 for side in shape)
-    for share, rows in ((0.4, 3), (0.6, 2)):
-        inside = foreground(image, grid, share).unflatten(1, grid)
-        assert inside[0, :rows].all()
-        assert not inside[0, rows:].any()
-        assert inside[1, :, 2].all()
-        assert inside[1].sum() == inside[1, :, 2].numel()
-    assert not foreground(torch.ones_like(image), grid, 0.01).any()
 
 
 def test_the_receptive_field_can_be_the_block_of_the_occlusion() -> None:

@@ -260,10 +260,8 @@ def the_two_steps_pull_apart(kind: type[PriorMatching]) -> None:
     start = said()
     trained, loss = list(objective.parameters()), objective.adversary_loss(encode_of(summary), NO_VIEWS)
     with torch.no_grad():
-        for p, slope in zip(
-            objective.parameters(), torch.autograd.grad(loss, list(objective.parameters())), strict=True
-        ):
-            p -= 0.05 * slope
+        for parameter, slope in zip(trained, torch.autograd.grad(loss, trained), strict=True):
+            parameter -= 0.05 * slope
     lowered = said()
     (slope,) = torch.autograd.grad(objective(encode_of(summary), NO_VIEWS)["prior_matching"].loss, summary)
     with torch.no_grad():
