@@ -16,6 +16,7 @@ from medim.objectives.infomax import LocalDIM
 from medim.objectives.objective import Encode, Objective, Term
 from medim.objectives.prior_matching import PriorMatching
 from medim.objectives.reconstruction import Reconstruction
+from medim.objectives.vae import VAE, beta_vae
 
 __all__ = ["OBJECTIVES", "Encode", "Objective", "Term"]
 
@@ -25,4 +26,6 @@ OBJECTIVES: dict[str, Callable[..., nn.Module]] = {
     "prior_matching": PriorMatching,
     "reconstruction": Reconstruction,
     "cpc": CPC,
+    "vae": VAE,
+    "beta_vae": beta_vae,
 }

@@ -222,6 +222,8 @@ def test_the_same_objective_twice_keeps_two_names(pretrain_config: PretrainConfi
     "section",
     [
         {"name": "cpc", "level": 0, "steps": 2, "layers": 1, "negatives": 4},
+        {"name": "vae", "decoder_channels": [8, 4]},
+        {"name": "beta_vae", "decoder_channels": [8, 4]},
     ],
     ids=lambda section: section["name"],
 )
