@@ -17,10 +17,10 @@ class VAE(nn.Module):
     The mean is the encoder's summary; the logarithm of the standard deviation is linear in the mean and maximum of its
     coarsest map (the papers read both from one hidden layer, which an encoder here keeps to itself). The loss is the
     squared error summed over an image's values plus beta times the KL divergence from a standard normal in nats (the
-    baseline of Hjelm et al. 2019 in its public code), all divided by the number of values: a constant, so that losses
-    of all shapes compare. `beta` is in the paper's units. The squared error grows with the number of values and the KL
-    with the summary's length, so what carries over between sizes is beta * summary_channels / values (Higgins et al.
-    2017): for a volume, scale beta up.
+    baseline of Hjelm et al. 2019 in its public code), all divided by the summed variance of the batch's images around
+    their mean: error and KL keep their balance, `beta` its units, and losses of all shapes and contrasts compare. The
+    squared error grows with the number of values and the KL with the summary's length, so what carries over between
+    sizes is beta * summary_channels / values (Higgins et al. 2017): for a volume, scale beta up.
 
     Args:
         channels: channels of the encoder's maps.
@@ -51,20 +51,20 @@ class VAE(nn.Module):
         self.decoder = ImageDecoder(summary_channels, in_channels, input_shape, channels=decoder_channels, norm=norm)
 
     def forward(self, encode: Encode, views: Views) -> dict[str, Term]:
-        """Term `vae`: (squared error + beta KL) / values.
+        """Term `vae`: (squared error + beta KL) / variance around the mean image, as the batch estimates it.
 
-        Chance is what the best decoder pays that knows nothing of the image, so no KL either: the variance around the
-        mean image, as the batch estimates it.
+        Chance is 1, what the best decoder pays that knows nothing of the image, and so no KL: it draws the mean image.
         """
         image = views.image.flatten(0, 1).float()  # (N, C, ...)
         mu = encode.clean.summary.float()
         log_sigma = self.to_log_sigma(pool(encode.clean.maps[-1])).float()
         noise = torch.randn(mu.shape, generator=encode.generator).to(mu)
-        error = (self.decoder(mu + log_sigma.exp() * noise).float() - image).square().mean()
+        drawn = self.decoder(mu + log_sigma.exp() * noise).float()
+        variance = image.var(dim=0).sum().clamp_min(1e-12)
+        error = (drawn - image).square().sum() / len(image) / variance
         kl = kl_from_normal(mu, log_sigma).mean()
-        loss = error + self._beta * kl / image[0].numel()
         diagnostics = {"kl": kl.detach(), "error": error.detach(), "active_units": active_units(mu.detach())}
-        return {"vae": Term(loss, float(image.var(dim=0).mean()), diagnostics)}
+        return {"vae": Term(error + self._beta * kl / variance, 1.0, diagnostics)}
 
 
 def beta_vae(
