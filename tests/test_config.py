@@ -100,7 +100,7 @@ def test_every_section_of_a_shipped_preset_fits_its_constructor(command: Command
     config = shipped(command, name)
     encoder = ("in_channels", "spatial_dims", "input_shape")
     of_maps = ("channels", "strides", "summary_channels", "spatial_dims", "grids", "input_shape", "receptive_fields")
-    of_images = ("in_channels", "decoded_channels")
+    of_images = ("in_channels", "decoded_channels", "view_count", "aligned")
     bind(ENCODERS, config.encoder, given=encoder)
     if isinstance(config, PretrainConfig):
         for section in config.objectives:
