@@ -24,7 +24,7 @@ from medim.files import read_json
 from medim.training.pretrain import pretrain
 
 Aurocs = dict[tuple[str, str], float]  # by what the probe sees and the label budget
-STEPS, SUBSETS, FRACTIONS, MAPS = 1500, range(5), (0.01, 0.1), {"summary": (), "summary and maps": None}
+STEPS, SUBSETS, FRACTIONS, MAPS = 1000, range(5), (0.01, 0.1), {"summary": (), "summary and maps": None}
 FIRST = "DIM-L---InfoNCE-0"
 BASE = load("pretrain", "xray-28", [f"max_steps={STEPS}"])
 LOCAL, COORDINATES = BASE.objectives
