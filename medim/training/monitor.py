@@ -141,12 +141,16 @@ class History(pl.Callback):
         ]
 
     def chance(self) -> dict[str, float | None]:
-        """Chance level of each term; a term of several has a slash in its name, a diagnostic has no chance level."""
-        return {
-            name: chance
-            for _, name, loss, chance, _ in self.rows
-            if loss is not None and (chance is not None or "/" not in name)
-        }
+        """Chance level of each term at its first step; a term of several has a slash in its name.
+
+        Where the level differs between batches (a mask of the foreground changes the number of classes), held-out
+        losses are moved to that of the first step, too. A diagnostic has no chance level.
+        """
+        found: dict[str, float | None] = {}
+        for _, name, loss, chance, _ in self.rows:
+            if loss is not None and (chance is not None or "/" not in name):
+                found.setdefault(name, chance)
+        return found
 
     @property
     def collapsed(self) -> bool:
@@ -154,7 +158,7 @@ class History(pl.Callback):
         return self.rankme < 1.5 or self.feature_std < 0.05
 
     def _chance(self, name: str, term: Term) -> float:
-        level = next((chance for _, n, loss, chance, _ in self.rows if n == name and loss is not None), term.chance)
+        level = self.chance().get(name, term.chance)
         return level if level is not None else math.nan
 
     def diagnostics(self) -> dict[str, dict[str, float | None]]:

@@ -87,6 +87,20 @@ def test_a_term_of_an_objective_of_several_counts_too() -> None:
     assert verdict(run({"amdim/one": [2.0], "amdim/two": [4.0]}, chance)) == "at-chance"
 
 
+def test_a_held_out_gain_is_over_its_own_batchs_chance_where_chance_varies() -> None:
+    history = History()
+    for step, level in enumerate((5.0, 6.0, 4.0), start=1):
+        train(history, step, local_dim=Term(torch.tensor(level - 0.5), level))
+    trainer = trainer_at(3)
+    history.on_validation_start(trainer, MODULE)
+    for level in (3.0, 4.5):
+        outputs = {"terms": {"local_dim": Term(torch.tensor(level - 1.0), level)}, "summary": spread()}
+        history.on_validation_batch_end(trainer, MODULE, outputs, None, 0)
+    history.on_validation_end(trainer, MODULE)
+    assert history.chance()["local_dim"] == 5.0
+    assert history.held_out["local_dim"][0] == pytest.approx(4.0)
+
+
 @pytest.mark.parametrize(
     "summaries",
     [
