@@ -69,11 +69,11 @@ def config_list() -> None:
     """List the shipped presets."""
     from medim.config import presets
 
-    for kind in ("pretrain", "finetune"):
-        for name, path in presets(kind).items():
-            console.print(
-                f"{kind:9} {name:24} {path.read_text().splitlines()[0].lstrip('# ')}", highlight=False, soft_wrap=True
-            )
+    rows = [(kind, name, path) for kind in ("pretrain", "finetune") for name, path in presets(kind).items()]
+    wide = max(len(name) for _, name, _ in rows)
+    for kind, name, path in rows:
+        what = path.read_text().splitlines()[0].lstrip("# ")
+        console.print(f"{kind:9} {name:{wide}} {what}", highlight=False, soft_wrap=True)
 
 
 @command(config_app, "show")
