@@ -50,7 +50,7 @@ class Coordinates(nn.Module):
         self._grid = grid = grids[level]
         self._relative = relative = kind == "relative"
         self._points = points
-        self._see_summary = see_summary
+        self._see_summary = self.reads_summary = see_summary
         self._classes = [2 * cells - 1 if relative else cells for cells in grid]
         self._chance = sum(offset_entropy(cells) if relative else math.log(cells) for cells in grid)
         width = channels[level] * (2 if relative else 1) + (summary_channels if see_summary else 0)

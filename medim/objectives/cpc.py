@@ -41,6 +41,8 @@ class CPC(nn.Module):
         scaled: divide scores by sqrt(channels), as AMDIM does.
     """
 
+    reads_summary = False
+
     def __init__(
         self,
         channels: tuple[int, ...],

@@ -44,6 +44,8 @@ class DenseDIM(nn.Module):
         score_penalty: weight of the mean squared score before clipping.
     """
 
+    reads_summary = False
+
     def __init__(
         self,
         input_shape: tuple[int, ...],

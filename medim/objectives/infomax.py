@@ -77,6 +77,7 @@ class LocalDIM(nn.Module):
         if foreground is not None and not 0 < foreground <= 1:
             raise UsageError(f"local_dim.foreground: expected a share above 0 and at most 1, got {foreground}.")
         self._summary_level = summary_level
+        self.reads_summary = summary_level is None
         self._foreground = foreground
         self._block = side_of_block(occlusion, input_shape, receptive_fields, level)
         self._contrast = partial(contrast, estimator=estimator, negatives=negatives, score_penalty=score_penalty)

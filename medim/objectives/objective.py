@@ -52,8 +52,8 @@ class Objective(Protocol):
     A constructor takes what it needs of `channels`, `summary_channels`, `spatial_dims`, `grids` (the grid of each
     map), `in_channels`, `input_shape`, `receptive_fields`, `decoded_channels` (0 without a decoder), `view_count`
     (views an image), `aligned` (whether a voxel shows one place in all of them); the rest are its own keyword options.
-    An adversarial objective also has `adversary_parameters()` and `adversary_loss(encode, views)`: they are stepped
-    first.
+    One that leaves the summary untrained says `reads_summary = False`. An adversarial objective also has
+    `adversary_parameters()` and `adversary_loss(encode, views)`: they are stepped first.
     """
 
     def __call__(self, encode: Encode, views: Views) -> dict[str, Term]:

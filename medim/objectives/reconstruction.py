@@ -25,6 +25,8 @@ class Reconstruction(nn.Module):
         hidden: share of the cubes that is hidden, above 0 and below 1.
     """
 
+    reads_summary = False
+
     def __init__(
         self,
         in_channels: int,

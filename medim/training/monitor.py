@@ -27,6 +27,7 @@ class History(pl.Callback):
     Args:
         stop_on_collapse: end the run where a loss has stayed a nat above its chance level for `PATIENCE` steps, or the
             held-out summaries have collapsed.
+        summary_trained: whether an objective reads the summary; if none does, its collapse says nothing of the run.
 
     Attributes:
         rows: (step, name, training loss or None, chance or None, held-out loss or None).
@@ -39,8 +40,9 @@ class History(pl.Callback):
         resumed_from_steps: the steps at which the run was taken up again.
     """
 
-    def __init__(self, *, stop_on_collapse: bool = False) -> None:
+    def __init__(self, *, stop_on_collapse: bool = False, summary_trained: bool = True) -> None:
         self._stop = stop_on_collapse
+        self._summary_trained = summary_trained
         self._above: dict[str, int] = defaultdict(int)  # steps a term has been far above chance
         self.rows: list[tuple[int, str, float | None, float | None, float | None]] = []
         self.held_out: dict[str, tuple[float, float]] = {}
@@ -154,8 +156,8 @@ class History(pl.Callback):
 
     @property
     def collapsed(self) -> bool:
-        """Whether the held-out summaries lie on one point or line."""
-        return self.rankme < 1.5 or self.feature_std < 0.05
+        """Whether the held-out summaries lie on one point or line, though an objective trains them."""
+        return self._summary_trained and (self.rankme < 1.5 or self.feature_std < 0.05)
 
     def _chance(self, name: str, term: Term) -> float:
         level = self.chance().get(name, term.chance)
@@ -163,7 +165,8 @@ class History(pl.Callback):
 
     def diagnostics(self) -> dict[str, dict[str, float | None]]:
         """What objectives show beside their losses: mean of the last twenty steps, and the held-out value."""
-        names = dict.fromkeys(name for _, name, *_ in self.rows if name not in self.chance())
+        terms = self.chance()
+        names = dict.fromkeys(name for _, name, *_ in self.rows if name not in terms)
         last = {name: [v for v in self.curve(name)[-20:] if math.isfinite(v)] for name in names}
         held_out = {name: mean for name, (mean, _) in self.held_out.items() if math.isfinite(mean)}
         return {

@@ -99,7 +99,8 @@ def pretrain(
     pl.seed_everything(seed, workers=False, verbose=False)
     spec = {"kind": "encoder", **cohort.spec(config, seed=seed, split_seed=split_seed), "decoder": config.decoder}
     module = _module(config, spec, seed)
-    history = History(stop_on_collapse=stop_on_collapse)
+    trained = any(getattr(objective, "reads_summary", True) for objective in module.objectives.values())
+    history = History(stop_on_collapse=stop_on_collapse, summary_trained=trained)
     checkpoint, start = newest_checkpoint(out / "checkpoints") if resume else (None, 0)
     with track("pretrain", config, seed=seed, index_hash=index.hash) as logger:
         loader = _loader(config, cohort, train, seed=seed, start=start)

@@ -148,6 +148,15 @@ def test_gradients_reach_the_encoder_and_all_that_is_the_objectives_own(
 
 
 @every_objective
+def test_an_objective_says_whether_it_trains_the_summary(section: dict[str, Any], dims: int, count: int) -> None:
+    encoder, objective = make(section, dims)
+    views = views_of(dims, count)
+    sum(term.loss for term in objective(Step(encoder, views), views).values()).backward()
+    trained = any(p.grad is not None and p.grad.any() for p in encoder.to_summary.parameters())
+    assert trained == getattr(objective, "reads_summary", True)
+
+
+@every_objective
 def test_a_step_can_be_replayed_from_its_generator(section: dict[str, Any], dims: int, count: int) -> None:
     encoder, objective = make(section, dims)
     views = views_of(dims, count)

@@ -115,6 +115,14 @@ def test_summaries_on_a_point_or_a_line_are_collapsed(summaries: torch.Tensor) -
     assert verdict(run({"local_dim": [2.0]}, {"local_dim": 4.0}, summaries)) == "collapsed"
 
 
+def test_summaries_that_no_objective_reads_decide_nothing() -> None:
+    history = History(summary_trained=False)
+    train(history, 1, dense_dim=Term(torch.tensor(1.0), 4.0))
+    validate(history, 1, {"dense_dim": [2.0]}, torch.ones(32, 6))
+    assert history.feature_std == 0
+    assert verdict(history) == "learning"
+
+
 def test_a_training_loss_that_is_no_number_stops_the_run_and_is_its_verdict() -> None:
     history = History()
     assert train(history, 1, local_dim=Term(torch.tensor(1.0), 4.0)).should_stop is False
