@@ -173,7 +173,7 @@ def to_onnx(network: nn.Module, sizes: Sizes, signature: Signature) -> bytes:
         The file's bytes, weights inside; the same for the same network, without stack traces or paths.
 
     Raises:
-        UserError: torch cannot export this network with these sizes.
+        UserError: torch cannot export this network with these sizes, or fixes a side that should vary.
     """
     image = torch.zeros(2, int(signature.inputs[0].shape[1]), *sizes.shape)
     varying: dict[int, Any] = {0: Dim("batch", min=1)}
@@ -201,6 +201,13 @@ def to_onnx(network: nn.Module, sizes: Sizes, signature: Signature) -> bytes:
         raise UserError(f"ONNX export: torch {torch.__version__} returned no program for this network.")
     model = with_exact_norms(clean(program.model_proto))
     onnx.checker.check_model(model, full_check=True)
+    traced = model.graph.input[0].type.tensor_type.shape.dim
+    sides = zip(signature.inputs[0].shape, traced, strict=True)
+    if fixed := [side for side, dim in sides if isinstance(side, str) and dim.HasField("dim_value")]:
+        raise UserError(
+            f"ONNX export: expected {', '.join(fixed)} to vary, but the network fixes it as traced. "
+            "In its forward, use x.shape[0] in place of len(x), and no loop over a number of voxels."
+        )
     return bytes(model.SerializeToString(deterministic=True))
 
 

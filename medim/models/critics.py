@@ -147,7 +147,9 @@ class ConcatAndConvolve(nn.Module):
         of_local, of_summary = first.weight.split(self._sides, dim=1)
         left = _wide(linear(summary.transpose(1, 2).flatten(0, 1), of_summary))  # (A G, hidden)
         right = _wide(linear(local.transpose(1, 2).flatten(0, 1), of_local, first.bias))  # (B L, hidden)
-        shape = (len(summary), summary.shape[2], len(local), local.shape[2])
+        shape = (summary.shape[0], summary.shape[2], local.shape[0], local.shape[2])
+        if torch.compiler.is_exporting():  # a graph takes any number of pairs, and has no loop over blocks of them
+            return _clipped(self._rest(left[:, None] + right).reshape(shape), pairs, self._clip)
         chosen = None if pairs is None else pairs.expand(shape).flatten().nonzero().squeeze(1)
         count = math.prod(shape) if chosen is None else len(chosen)
         size = max(1, _AT_ONCE // self._widest)
@@ -167,10 +169,14 @@ class ConcatAndConvolve(nn.Module):
         pair = torch.arange(start, stop, device=left.device) if chosen is None else chosen[start:stop]
         # A look-up as of words: its gradient adds up in a fixed order on every device.
         x = embedding(pair.div(len(right), rounding_mode="floor"), left) + embedding(pair % len(right), right)
+        return self._rest(x)
+
+    def _rest(self, x: torch.Tensor) -> torch.Tensor:
+        """Scores (...) of what the first layer made of pairs, (..., hidden[0])."""
         for layer in self.hidden[1:]:
             x = layer(x.relu_())
         with torch.autocast(x.device.type, enabled=False):
-            scores: torch.Tensor = self.score(_wide(x).relu_()).squeeze(1)
+            scores: torch.Tensor = self.score(_wide(x).relu_()).squeeze(-1)
         return scores
 
 

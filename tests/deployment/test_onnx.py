@@ -120,3 +120,12 @@ def test_a_network_that_cannot_be_exported_is_told_without_a_wall_of_text() -> N
 
     with pytest.raises(UserError, match="cannot export"):
         to_onnx(Stubborn(), Sizes((8, 8), 2, 2, fixed=False), SIGNATURE)
+
+
+def test_a_network_that_fixes_a_side_as_it_was_traced_is_told_apart() -> None:
+    class Counts(nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return image.expand(-1, 3, -1, -1) + torch.arange(len(image))[:, None, None, None]
+
+    with pytest.raises(UserError, match="expected batch to vary"):
+        to_onnx(Counts(), Sizes((8, 8), 2, 2, fixed=False), SIGNATURE)

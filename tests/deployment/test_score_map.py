@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -20,17 +21,22 @@ from typer.testing import CliRunner
 
 import medim
 from medim.cli import app
+from medim.config import build
 from medim.data.preprocessing import preprocess
 from medim.deployment import onnx as onnx_export
 from medim.deployment.export import export
 from medim.deployment.inference import Network, score
-from medim.deployment.package import Package, PackageError, load_package, verify, write_sums
+from medim.deployment.package import Package, PackageError, load_package, session, verify, write_sums
 from medim.deployment.predict import embed_images
 from medim.evaluation.evaluate import open_encoder
 from medim.files import read_json
-from medim.objectives.score_map import load_score_map
+from medim.models.critics import CRITICS
+from medim.models.model import as_run, build_encoder
+from medim.objectives import OBJECTIVES
+from medim.objectives.building import known
+from medim.objectives.score_map import ScoreMap, load_score_map
 from medim.types import Array, UserError, Volume
-from tests.deployment.made import OBJECTIVE, STEPS_3D, make_run, make_run_with_critic
+from tests.deployment.made import OBJECTIVE, SPECS, STEPS_3D, make_run, make_run_with_critic
 from tests.deployment.test_predict import oblique
 
 GRAPH = "models/score_map.onnx"
@@ -99,6 +105,23 @@ def test_the_map_of_a_package_is_what_torch_computes_for_the_run(package: Packag
     coarse = found.reshape(features.maps[1].shape[2:]).numpy()
     np.testing.assert_allclose(scores[::2, ::2], coarse, atol=1e-4)  # odd sides: cells lie on every other voxel
     np.testing.assert_allclose(scores[1::2, ::2], (coarse[:-1] + coarse[1:]) / 2, atol=1e-4)
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+def test_the_map_of_every_critic_becomes_a_graph_for_any_batch_and_size(critic: str) -> None:
+    torch.manual_seed(0)
+    spec = {"in_channels": 1, **SPECS["encoder"]}
+    encoder: Any = build_encoder(spec)
+    given = known(encoder, None, in_channels=1, spatial_dims=2, input_shape=(32, 32))
+    objective = build(OBJECTIVES, {"name": "local_dim", "critic": {"name": critic}}, **given)
+    network = ScoreMap(encoder, objective, {}).eval()
+    sizes = onnx_export.sizes_of(network, (32, 32), encoder.strides, 1)
+    signature = onnx_export.score_signature(onnx_export.signature_of(network, sizes, 1, encoder.strides))
+    graph = session(onnx_export.to_onnx(network, sizes, signature), signature)
+    for shape in ((1, 1, 7, 9), (3, 1, 12, 5)):
+        image = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        want = as_run(network)(image)
+        np.testing.assert_allclose(graph(image), want, atol=1e-5 * max(1, np.abs(want).max()))
 
 
 def test_the_map_is_a_graph_of_its_own_with_gates_and_a_golden_input(package: Package) -> None:
