@@ -121,6 +121,13 @@ def draw(path: Path, panels: dict[str, dict[str, Series]], levels: dict[str, flo
         save(figure, path)
 
 
+def draw_losses(path: Path, runs: Sequence[Path]) -> None:
+    """Each loss of some pretraining runs over the steps, a panel a term, its chance level dashed."""
+    levels: dict[str, float] = read_json(runs[0] / "summary.json")["chance"]
+    series = {f"seed, {number}": history(run) for number, run in enumerate(runs)}
+    draw(path, {term: {name: found[term] for name, found in series.items()} for term in levels}, levels)
+
+
 @contextmanager
 def drawing(rows: int, columns: int, panel: tuple[float, float] = (2.4, 2.2)) -> Iterator[tuple[Figure, Any]]:
     """A figure and its panels (rows, columns), each of so many inches, in the style of all figures."""

@@ -13,8 +13,9 @@ import argparse
 import logging
 from functools import partial
 from pathlib import Path
+from statistics import median
 
-from evidence import at_once, dice, difference_text, history, markdown, once, spread_text, write_section
+from evidence import at_once, dice, difference_text, draw_losses, history, markdown, once, spread_text, write_section
 
 from medim.config import load
 from medim.data.index import build_index
@@ -60,16 +61,19 @@ def main() -> None:
         early = {cell: dict(history(run)["held out val/dice"]) for cell, run in cells.items()}
         pairs = [(early["pretrained", s, t], early["from scratch", s, t]) for s in seeds for t in subsets]
         sooner = [sum(a[n] - b[n] for a, b in pairs) / len(pairs) for n in (20, 40, 80)]
-        up = sum(b > a for a, b in zip(*both, strict=True))
+        pairwise = [b - a for a, b in zip(*both, strict=True)]
+        up = f"{sum(gain > 0 for gain in pairwise)} of {len(pairwise)}"
         difference = difference_text(paired_difference(ours, theirs, subjects))
         gains = " / ".join(f"{gain:+.3f}" for gain in sooner)
-        rows.append([str(labelled), str(steps), *map(spread_text, both), difference, f"{up} of {len(both[0])}", gains])
-    head = ["volumes", "steps", *ARMS, "difference", "pairs up", "difference at step 20 / 40 / 80"]
+        middle = f"{median(pairwise):+.3f}"
+        rows.append([str(labelled), str(steps), *map(spread_text, both), difference, middle, up, gains])
+    head = ["volumes", "steps", *ARMS, "difference", "median pair", "pairs up", "difference at step 20 / 40 / 80"]
     slowest = max(summary["seconds"] for summary in summaries) / 60
     hours = f"{len(seconds)} runs, {sum(seconds) / 3600:.1f} hours; the slowest pretraining took {slowest:.0f} minutes."
     print(table := markdown(head, rows) + f"\n\n{hours}")
     if not arguments.only_run:
         write_section(arguments.page, "mri table", table)
+        draw_losses(arguments.page.parent / "figures" / "mri-crop.svg", list(encoders.values()))
 
 
 if __name__ == "__main__":
