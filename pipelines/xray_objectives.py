@@ -39,7 +39,7 @@ ARMS: dict[str, list[Section]] = {
     "DIM(L), coordinates": [LOCAL, COORDINATES],
     "DIM(L), both": [{**LOCAL, "occlusion": "receptive_field"}, COORDINATES],
     "AMDIM": [{"name": "amdim", "width": 128}],
-    "CPC": [{"name": "cpc", "level": 1, "steps": 3, "negatives": 256, "scaled": True}],
+    "CPC": [{"name": "cpc", "level": 1, "steps": 3, "negatives": 16, "scaled": True}],
     "VAE": [{"name": "vae", "decoder_channels": [128, 64, 32]}],
 }
 
