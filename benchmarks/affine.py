@@ -1,6 +1,6 @@
 """Claim: the `affine` augmentation costs a fraction of MONAI's `RandAffine`, which gives the same images.
 
-Median milliseconds a view, in turn, in one process, one thread.
+Median ratio of the time a view, in turn, in one process, one thread.
 
     python benchmarks/affine.py --out affine.json
 """
@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from monai.data.meta_obj import set_track_meta
 from monai.transforms.spatial.array import RandAffine
+from timing import Ratio, ratios, shown
 
 from medim.data.transforms import AUGMENTATIONS
 from medim.files import write_json
@@ -34,25 +32,17 @@ def main() -> None:
     set_track_meta(False)
     rows = {"x".join(map(str, shape)): measure(shape, arguments.rounds) for shape in SHAPES}
     for shape, ratio in rows.items():
-        print(f"{shape:10} medim / MONAI {ratio:.2f}")
-    write_json(arguments.out, {"schema_version": 1, "ours_over_monai": rows})
+        print(f"{shape:10} medim / MONAI {shown(ratio)}")
+    write_json(arguments.out, {"schema_version": 2, "ours_over_monai": rows})
 
 
-def measure(shape: tuple[int, ...], rounds: int) -> float:
-    """Median ratio over pairs of a call of MONAI's and one of ours, after one pair to warm up."""
+def measure(shape: tuple[int, ...], rounds: int) -> Ratio:
+    """Ratio of a call of ours to one of MONAI's."""
     dims, image = len(shape), torch.rand(1, *shape)
     ours = AUGMENTATIONS["affine"](spatial_dims=dims, rotate=10.0, scale=0.1, translate=3.0, probability=1.0)
     angles, sizes, shifts = [math.radians(10.0)] * (1 if dims == 2 else 3), [0.1] * dims, [3.0] * dims
     monai = RandAffine(prob=1.0, rotate_range=angles, scale_range=sizes, translate_range=shifts, padding_mode="border")
-    pairs = [(seconds(lambda: monai(image)), seconds(lambda: ours(image))) for _ in range(rounds + 1)][1:]
-    return statistics.median(b / a for a, b in pairs)
-
-
-def seconds(function: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call."""
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
+    return ratios({"MONAI": lambda: monai(image), "ours": lambda: ours(image)}, rounds)["ours"]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,206 @@
+"""Claims: objectives cost little beyond their arithmetic, and less than the plain form that most tutorials of DIM show.
+
+floors: step of an objective (forward and backward) over its floor: the encoder's and decoder's forward and backward
+    pass on the images it must encode, and its products, norms and softmax alone (`floors.py`); at most 1.25 for
+    `local_dim` at 64 images in 2D and 16 in 3D.
+tutorial: `local_dim` with all pairs over the plain form, on the tutorial's network: time, and memory that a step adds.
+infonce: GB that the bound of 256 images with 4096 locations takes beyond scores and their gradient; at most 0.3.
+widths: what wider critics do for a frozen linear probe, and what they cost; not run unless asked for.
+
+Ratios are of pairs in turn, in one process, in fp32: median, lowest and highest.
+
+    python benchmarks/objectives.py --out objectives.json
+    python benchmarks/objectives.py --out widths.json --parts widths --data pneumoniamnist.npz
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from floors import floor
+from replay import passes_of
+from timing import Ratio, Run, added_memory, alone, ratios, shown
+from torch import nn
+from torch.nn import functional as F
+
+from medim.config import PretrainConfig, load
+from medim.data.index import build_index
+from medim.evaluation.probes import probe
+from medim.evaluation.sample import Budget
+from medim.files import write_json
+from medim.objectives.building import known
+from medim.objectives.mutual_information import infonce
+from medim.training.pretrain import pretrain
+
+SMALL = (
+    *("local-dim", "global-dim", "local-global", "prior-matching", "coordinates", "relative-coordinates", "amdim"),
+    *("cpc", "vae", "beta-vae", "reconstruction", "dense-dim"),
+)
+LOCAL_DIM = {"dim-local-infonce": 64, "xray-28": 64, "small-2d-local-dim": 64, "small-3d-local-dim": 16, "mri-crop": 16}
+ALL_PAIRS = "objectives=[{name: local_dim, estimator: jsd, critic: {name: encode_and_dot, width: 512}}]"
+WIDTHS = (64, 128, 256, 512, 1024, 2048)
+
+
+def main() -> None:
+    """Run the parts asked for, print what they find, write it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("objectives.json"))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["floors", "tutorial", "infonce"])
+    parser.add_argument("--rounds", type=int, default=7, help="pairs of calls behind a ratio")
+    parser.add_argument("--images", type=int, default=64, help="tutorial: images a batch")
+    parser.add_argument("--data", type=Path, help="widths: the X-ray set, pneumoniamnist.npz")
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
+    parser.add_argument("--preset", default="xray-28", help="widths: its first objective is local_dim")
+    parser.add_argument("--steps", type=int, default=400, help="widths: of pretraining")
+    arguments = parser.parse_args()
+    found = {name: PARTS[name](arguments) for name in arguments.parts}
+    write_json(arguments.out, {"schema_version": 1, "threads": torch.get_num_threads(), **found})
+
+
+def floors(arguments: argparse.Namespace) -> dict[str, Ratio]:
+    """Step over floor: of `local_dim` at the sizes of the claim, and of every small preset as it is."""
+    cases = {
+        f"local_dim of {preset}, {size} images": only_local_dim(preset, size) for preset, size in LOCAL_DIM.items()
+    }
+    cases |= {name: load("pretrain", name) for dims in (2, 3) for name in (f"small-{dims}d-{kind}" for kind in SMALL)}
+    found = {}
+    for name, config in cases.items():
+        run = Run.of(config)
+        found[name] = ratios({"floor": floor_of(run, config), "step": run.step}, arguments.rounds)["step"]
+        print(f"{name:42} step / floor {shown(found[name])}", flush=True)
+    return found
+
+
+def only_local_dim(preset: str, images: int) -> PretrainConfig:
+    """A preset with no other objective."""
+    config = load("pretrain", preset, [f"batch_size={images}"])
+    sections = [section for section in config.objectives if section["name"] == "local_dim"]
+    return config.model_copy(update={"objectives": sections})
+
+
+def floor_of(run: Run, config: PretrainConfig) -> Callable[[], None]:
+    """What a step must at least do: encode and decode as it does, and each objective's own arithmetic."""
+    passes = passes_of(run)
+    images, count, channels, *shape = run.views.image.shape
+    views = {"in_channels": channels, "spatial_dims": len(shape), "input_shape": tuple(shape)}
+    sizes = known(run.encoder, run.decoder, **views) | {"images": images, "view_count": count}
+    parts = [part for section in config.objectives for part in floor(section, **sizes)]
+
+    def work() -> None:
+        for parameter in run.parameters():
+            parameter.grad = None
+        for part in (*passes, *parts):
+            part()
+
+    return work
+
+
+def tutorial(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All-pairs `local_dim` over the tutorial's form of it, encoder included in both."""
+    forms = {"tutorial": tutorial_step, "ours": all_pairs_step}
+    steps = {name: form(arguments.images) for name, form in forms.items()}
+    time = ratios(steps, max(2, arguments.rounds // 2))["ours"]
+    peaks = {name: alone(memory_of, name, arguments.images) for name in forms}
+    memory = peaks["ours"] / peaks["tutorial"]
+    gigabytes = ", ".join(f"{name} {peak / 1e9:.2f} GB" for name, peak in peaks.items())
+    print(f"all pairs / tutorial, {arguments.images} images: time {shown(time)}, memory {memory:.2f} ({gigabytes})")
+    return {"images": arguments.images, "time": time, "memory": memory, "bytes": peaks}
+
+
+def memory_of(form: str, images: int) -> int:
+    """Bytes that a step of one form adds."""
+    return added_memory({"tutorial": tutorial_step, "ours": all_pairs_step}[form](images))
+
+
+def all_pairs_step(images: int) -> Callable[[], None]:
+    """A step of `local_dim` with all pairs on the tutorial's network."""
+    return Run.of(load("pretrain", "dim-tutorial", [f"batch_size={images}", ALL_PAIRS])).step
+
+
+def tutorial_step(images: int) -> Callable[[], None]:
+    """The plain form: the summary repeated over the map, one rolled negative, a small network on both.
+
+    After DuaneNielsen/DeepInfomaxPytorch (models.py, train.py), its local term.
+    """
+    run = Run.of(load("pretrain", "dim-tutorial", [f"batch_size={images}", ALL_PAIRS]))
+    sizes = (run.encoder.channels[1] + run.encoder.summary_channels, 512, 512, 1)
+    first, second, last = (nn.Conv2d(a, b, 1) for a, b in pairwise(sizes))
+
+    def scores(map_: torch.Tensor, summary: torch.Tensor) -> torch.Tensor:
+        repeated = summary[:, :, None, None].expand(-1, -1, *map_.shape[2:])
+        return last(F.relu(second(F.relu(first(torch.cat([map_, repeated], dim=1))))))
+
+    def step() -> None:
+        for parameter in (p for part in (run.encoder, first, second, last) for p in part.parameters()):
+            parameter.grad = None
+        features = run.encoder(run.views.image.flatten(0, 1))
+        map_ = features.maps[1]
+        rolled = torch.cat([map_[1:], map_[:1]])
+        joint = -F.softplus(-scores(map_, features.summary)).mean()
+        marginal = F.softplus(scores(rolled, features.summary)).mean()
+        (marginal - joint).backward()
+
+    return step
+
+
+def infonce_memory(arguments: argparse.Namespace) -> dict[str, float]:
+    """GB beyond scores and gradient."""
+    found = alone(memory_of_infonce, 256, 4096) / 1e9
+    print(f"infonce, 256 images of 4096 locations: {found:.2f} GB beyond scores and gradient")
+    return {"gb_beyond_scores_and_gradient": found}
+
+
+def memory_of_infonce(images: int, locations: int) -> int:
+    """Bytes that the bound and its way back add beyond the gradient."""
+    scores = torch.randn(images, 1, images, locations, requires_grad=True)
+    return added_memory(lambda: infonce(scores).backward()) - scores.nbytes
+
+
+def widths(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row a width: frozen linear probe with 10 % of the labels (five subsets), and step over encoder.
+
+    Batches of 32, for the widest critics are slow; one seed.
+    """
+    if arguments.data is None:
+        raise SystemExit("widths: give --data pneumoniamnist.npz.")
+    index, rows = build_index(arguments.data, "xray"), []
+    print("width  AUROC (sd)      balanced accuracy (sd)  step / encoder")
+    for width in arguments.widths:
+        config = load("pretrain", arguments.preset, changes(width, arguments.steps))
+        run = Run.of(config)
+        (encoder,) = passes_of(run)
+        cost = ratios({"encoder": encoder, "step": run.step}, 5)["step"]
+        with tempfile.TemporaryDirectory() as folder:
+            pretrained, store = Path(folder) / "run", arguments.out.parent / "store"
+            pretrain(config, index, pretrained, store=store)
+            options: dict[str, Any] = {"budgets": [Budget(fraction=0.1)], "seeds": range(5), "store": store}
+            summary = probe(pretrained, index, Path(folder) / "probe", anchors=False, **options)["summary"][0]
+        metrics = {name: summary[name] for name in ("auroc", "balanced_accuracy")}
+        rows.append({"width": width, "step_over_encoder": cost, **metrics})
+        auroc, accuracy = (f"{m['mean']:.3f} ({m['sd']:.3f})" for m in metrics.values())
+        print(f"{width:5}  {auroc:14}  {accuracy:22}  {shown(cost)}", flush=True)
+    return rows
+
+
+def changes(width: int, steps: int) -> list[str]:
+    """To a preset, for a short run with a critic of some width."""
+    length = [f"max_steps={steps}", f"warmup_steps={steps // 10}", f"checkpoint_every_steps={steps}"]
+    return [*length, "batch_size=32", f"objectives.0.critic.width={width}"]
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
+    "floors": floors,
+    "tutorial": tutorial,
+    "infonce": infonce_memory,
+    "widths": widths,
+}
+
+
+if __name__ == "__main__":
+    main()
