@@ -34,7 +34,7 @@ test-slow: venv ## the long tests
 lint: venv ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict medim
+	$(BIN)/mypy --strict medim pipelines benchmarks
 
 format: venv ## let ruff put the code in order
 	$(BIN)/ruff check --fix .

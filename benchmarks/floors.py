@@ -41,17 +41,19 @@ def local_dim(o: Any) -> list[Part]:
     if o.summary_level is not None:
         globals_ = math.prod(o.grids[o.summary_level])
         o.summary_channels = o.channels[o.summary_level]
-    return o.view_count * _contrast(o, o.channels[o.level], cells, globals_) + _standardise(o, globals_)
+    parts: list[Part] = o.view_count * _contrast(o, o.channels[o.level], cells, globals_)
+    return parts + _standardise(o, globals_)
 
 
 def global_dim(o: Any) -> list[Part]:
     """The convolutions over the map, where there are any; then the same, with one local an image."""
     dims, grid, width = len(o.grids[o.level]), o.grids[o.level], o.channels[o.level]
-    parts = []
+    parts: list[Part] = []
     for wider in o.reduce:
         parts.append(convolution((o.images * o.view_count, width, *grid), wider, (3,) * dims))
         grid, width = tuple(side - 2 for side in grid), wider
-    return parts + o.view_count * _contrast(o, width * math.prod(grid), 1, 1) + _standardise(o, 1)
+    parts += o.view_count * _contrast(o, width * math.prod(grid), 1, 1)
+    return parts + _standardise(o, 1)
 
 
 def _contrast(o: Any, channels: int, cells: int, globals_: int) -> list[Part]:
@@ -125,7 +127,7 @@ def cpc(o: Any) -> list[Part]:
     rows, *rest = grid
     padded = (images, width, rows + 1, *(side + 2 for side in rest))
     gated = convolution(padded, 2 * width, (2, *(3 for _ in rest)))
-    parts = o.layers * [gated, convolution((images, width, *grid), width, (1,) * len(grid))]
+    parts: list[Part] = o.layers * [gated, convolution((images, width, *grid), width, (1,) * len(grid))]
     for ahead in range(o.skip + 1, min(o.skip + o.steps, rows - 1) + 1):
         count = images * (rows - ahead) * math.prod(rest)
         parts += [linear(count, width, width), linear(count, width, count), softmax(count, count)]
@@ -141,7 +143,8 @@ def vae(o: Any) -> list[Part]:
     weights = dict(decoder.named_parameters())
 
     def decode(summary: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(decoder, dict(zip(weights, values, strict=True)), summary)
+        drawn: torch.Tensor = torch.func.functional_call(decoder, dict(zip(weights, values, strict=True)), summary)
+        return drawn
 
     shapes = [(images, o.summary_channels), *(tuple(weight.shape) for weight in weights.values())]
     return [linear(images, 2 * channels, o.summary_channels), operation(decode, *shapes)]

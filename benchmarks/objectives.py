@@ -88,14 +88,15 @@ def floor_of(run: Run, config: PretrainConfig) -> Callable[[], None]:
     """What a step must at least do: encode and decode as it does, and each objective's own arithmetic."""
     passes = passes_of(run)
     images, count, channels, *shape = run.views.image.shape
-    views = {"in_channels": channels, "spatial_dims": len(shape), "input_shape": tuple(shape)}
-    sizes = known(run.encoder, run.decoder, **views) | {"images": images, "view_count": count}
-    parts = [part for section in config.objectives for part in floor(section, **sizes)]
+    views: dict[str, Any] = {"in_channels": channels, "spatial_dims": len(shape), "input_shape": tuple(shape)}
+    sizes: dict[str, Any] = known(run.encoder, run.decoder, **views) | {"images": images, "view_count": count}
+    own = [part for section in config.objectives for part in floor(section, **sizes)]
+    parts: list[Callable[[], object]] = [*passes, *own]
 
     def work() -> None:
         for parameter in run.parameters():
             parameter.grad = None
-        for part in (*passes, *parts):
+        for part in parts:
             part()
 
     return work
@@ -134,7 +135,8 @@ def tutorial_step(images: int) -> Callable[[], None]:
 
     def scores(map_: torch.Tensor, summary: torch.Tensor) -> torch.Tensor:
         repeated = summary[:, :, None, None].expand(-1, -1, *map_.shape[2:])
-        return last(F.relu(second(F.relu(first(torch.cat([map_, repeated], dim=1))))))
+        found: torch.Tensor = last(F.relu(second(F.relu(first(torch.cat([map_, repeated], dim=1))))))
+        return found
 
     def step() -> None:
         for parameter in (p for part in (run.encoder, first, second, last) for p in part.parameters()):
@@ -144,7 +146,7 @@ def tutorial_step(images: int) -> Callable[[], None]:
         rolled = torch.cat([map_[1:], map_[:1]])
         joint = -F.softplus(-scores(map_, features.summary)).mean()
         marginal = F.softplus(scores(rolled, features.summary)).mean()
-        (marginal - joint).backward()
+        torch.autograd.backward(marginal - joint)
 
     return step
 
@@ -159,7 +161,7 @@ def infonce_memory(arguments: argparse.Namespace) -> dict[str, float]:
 def memory_of_infonce(images: int, locations: int) -> int:
     """Bytes that the bound and its way back add beyond the gradient."""
     scores = torch.randn(images, 1, images, locations, requires_grad=True)
-    return added_memory(lambda: infonce(scores).backward()) - scores.nbytes
+    return added_memory(lambda: torch.autograd.backward(infonce(scores))) - scores.nbytes
 
 
 def widths(arguments: argparse.Namespace) -> list[dict[str, Any]]:

@@ -62,7 +62,8 @@ class Pass:
         pairs = zip((*found.maps, found.summary), self.seen, strict=False)
         used = [(output, seen.grad) for output, seen in pairs if seen.grad is not None]
         if used:
-            torch.autograd.backward(*zip(*used, strict=True))
+            outputs, gradients = zip(*used, strict=True)
+            torch.autograd.backward(outputs, gradients)
 
 
 def cut(features: Features) -> Features:

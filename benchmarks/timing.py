@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -22,7 +22,7 @@ from medim.types import Views
 Ratio = dict[str, float]
 
 
-def ratios(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, Ratio]:
+def ratios(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Ratio]:
     """Median (`ratio`), lowest and highest of the time of each function over that of the first.
 
     All are called in turn, round by round; a first round warms up.
