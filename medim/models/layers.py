@@ -164,6 +164,11 @@ class Summary(nn.Sequential):
         return x
 
 
+def maps_of(stages: Iterable[nn.Module], image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What each stage of a chain makes of the one before, from images (N, C, ...): maps (N, channels[i], ...)."""
+    return tuple(accumulate(stages, lambda map_, stage: stage(map_), initial=image))[1:]
+
+
 def flat_size(stages: Iterable[nn.Module], in_channels: int, shape: Sequence[int]) -> int:
     """Length of the flattened map that stages make of an image of some spatial shape; found by running them."""
     chain = nn.Sequential(*stages).eval()

@@ -8,7 +8,17 @@ import torch
 from monai.networks.layers.factories import Pool
 from torch import nn
 
-from medim.models.layers import Norm, Pooling, Summary, check_channels, conv, flat_size, level_field, level_strides
+from medim.models.layers import (
+    Norm,
+    Pooling,
+    Summary,
+    check_channels,
+    conv,
+    flat_size,
+    level_field,
+    level_strides,
+    maps_of,
+)
 from medim.types import Features
 
 POOLED = (True, True, False, False, True)
@@ -62,11 +72,8 @@ class AlexNet(nn.Module):
 
     def forward(self, image: torch.Tensor) -> Features:
         """Encode (N, in_channels, ...) images; see `Encoder`."""
-        maps = []
-        for stage in self.stages:
-            image = stage(image)
-            maps.append(image)
-        return Features(tuple(maps), self.to_summary(maps[-1]))
+        maps = maps_of(self.stages, image)
+        return Features(maps, self.to_summary(maps[-1]))
 
     def receptive_field(self, level: int) -> int:
         """Side of what a cell of map `level` sees, in voxels (5, 13, 21, 29, 45)."""

@@ -10,7 +10,7 @@ from monai.networks.layers.factories import Conv, Pool
 from torch import nn
 from torch.nn.functional import pad
 
-from medim.models.layers import Norm, check_channels, conv, level_field, level_strides, normalisation
+from medim.models.layers import Norm, check_channels, conv, level_field, level_strides, maps_of, normalisation
 from medim.types import Features, UsageError
 
 STEMS = {32: [(3, 1)], 64: [(3, 1)], 128: [(5, 2), (3, 1)]}  # kernel size and stride
@@ -79,11 +79,8 @@ class AMDIMEncoder(nn.Module):
 
     def forward(self, image: torch.Tensor) -> Features:
         """Encode (N, in_channels, ...) images, no side of which is below `size`; see `Encoder`."""
-        maps = []
-        for stage in self.stages:
-            image = stage(image)
-            maps.append(image)
-        return Features(tuple(maps), self.f1_norm(self.to_f1(image).flatten(2).mean(dim=2)))
+        maps = maps_of(self.stages, image)
+        return Features(maps, self.f1_norm(self.to_f1(maps[-1]).flatten(2).mean(dim=2)))
 
     def receptive_field(self, level: int) -> int:
         """Side of what a cell of map `level` sees, in voxels (3, 3, 6, 8, 16, 24 for size 32)."""

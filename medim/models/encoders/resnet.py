@@ -16,6 +16,7 @@ from medim.models.layers import (
     flat_size,
     level_field,
     level_strides,
+    maps_of,
     norm_spec,
     normalisation,
 )
@@ -76,11 +77,8 @@ class ResNet(nn.Module):
 
     def forward(self, image: torch.Tensor) -> Features:
         """Encode (N, in_channels, ...) images; see `Encoder`."""
-        maps = []
-        for stage in self.stages:
-            image = stage(image)
-            maps.append(image)
-        return Features(tuple(maps), self.to_summary(maps[-1]))
+        maps = maps_of(self.stages, image)
+        return Features(maps, self.to_summary(maps[-1]))
 
     def receptive_field(self, level: int) -> int:
         """Side of what a cell of map `level` sees, in voxels (3, 11, 15, 23, 31, 47)."""

@@ -6,7 +6,7 @@ import torch
 from monai.networks.blocks.dynunet_block import UnetBasicBlock
 from torch import nn
 
-from medim.models.layers import Norm, check_channels, norm_spec, pool, receptive_field
+from medim.models.layers import Norm, check_channels, maps_of, norm_spec, pool, receptive_field
 from medim.types import Features
 
 
@@ -48,11 +48,8 @@ class UNetEncoder(nn.Module):
 
     def forward(self, image: torch.Tensor) -> Features:
         """Encode (N, in_channels, ...) images whose sides the last stride divides; see `Encoder`."""
-        maps = []
-        for level in self.levels:
-            image = level(image)
-            maps.append(image)
-        return Features(tuple(maps), self.to_summary(pool(maps[-1])))
+        maps = maps_of(self.levels, image)
+        return Features(maps, self.to_summary(pool(maps[-1])))
 
     def receptive_field(self, level: int) -> int:
         """Side of what a cell of map `level` sees, in voxels (5, 11, 23, 47 for four levels)."""
