@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from medim.data.fingerprints import fingerprint
 from medim.data.index import Index, Record
 from medim.data.preprocessing import onto, preprocess
 from medim.data.store import Store, default_folder, fill
@@ -136,14 +137,24 @@ class TestContent:
 
     def test_every_file_carries_its_schema_version(self, store: Store, index: FakeIndex) -> None:
         store.add(index, index.records[0], STEPS)
-        assert json.loads((store.folder / "store.json").read_text())["schema_version"] == 1
+        assert json.loads((store.folder / "store.json").read_text())["schema_version"] == 2
+
+    def test_an_entry_carries_the_fingerprint_of_the_image_as_it_was_read(self, store: Store, index: FakeIndex) -> None:
+        one = index.records[0]
+        found = fingerprint(index.open(one))
+        cropped: list[Step] = [{"op": "pad_or_crop", "shape": [8, 8, 8]}]
+        assert found
+        assert [store.entry(store.add(index, one, steps)).fingerprint for steps in (STEPS, cropped)] == [found, found]
 
     def test_another_schema_version_is_not_read(
         self, store: Store, index: FakeIndex, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         key = store.add(index, index.records[0], STEPS)
-        monkeypatch.setattr("medim.data.store.SCHEMA_VERSION", 2)
+        monkeypatch.setattr("medim.data.store.SCHEMA_VERSION", 3)
         assert not Store(store.folder).whole(key)
+        newer = Store(store.folder)
+        assert newer.add(index, index.records[0], STEPS) != key
+        assert json.loads((store.folder / "store.json").read_text())["schema_version"] == 3
 
     def test_the_default_folder_follows_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MEDIM_CACHE", "/a")
