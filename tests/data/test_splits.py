@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydicom.uid import generate_uid
 
-from medim.data.index import Index, Record
+from medim.data.index import Index, Record, build_index
 from medim.data.splits import budget, on_both_sides, read_splits, split, write_splits
-from medim.types import UsageError, UserError
+from medim.types import Split, UsageError, UserError
+from tests.data.synthetic import noise, write_archive, write_nifti, write_series
 
 
 def record(number: int, subject: str, *, label: str | None = "a", split: str | None = None) -> Record:
@@ -230,3 +232,23 @@ class TestStored:
         (tmp_path / "split.csv").write_text("image,part\na,train\n")
         with pytest.raises(UserError, match="expected columns image and split"):
             read_splits(tmp_path / "split.csv")
+
+    def test_it_is_taken_as_labels_whatever_its_images_are_called(self, tmp_path: Path) -> None:
+        for k, person in enumerate(("Avasarala_Chrisjen", "Nagata_Naomi", "plain")):
+            name = "^".join(person.split("_"))
+            tags: dict[str, str] = {"SeriesInstanceUID": generate_uid(), "PatientID": f"ID-{k}", "PatientName": name}
+            write_series(tmp_path / "mri" / person / "T1.5", noise(5, 4, 6, seed=k), **tags)
+            write_nifti(tmp_path / "mri" / f"{person}_T2.nii.gz")
+        write_archive(tmp_path / "xray" / "small.npz")
+        for modality in ("mri", "xray"):
+            index = build_index(tmp_path / modality, modality)  # type: ignore[arg-type]
+            wanted: dict[str, Split] = {r.image: "val" if k % 2 else "train" for k, r in enumerate(index.records)}
+            of = {r.subject: wanted[r.image] for r in index.records}
+            wanted = {r.image: of[r.subject] for r in index.records}
+            path = tmp_path / f"{modality}.csv"
+            write_splits(path, index, wanted, [], seed=0)
+            again = build_index(tmp_path / modality, modality, labels=path)  # type: ignore[arg-type]
+            assert {r.image: r.split for r in again.records} == wanted
+            assert (modality == "mri") == any("p-" in image for image in wanted)
+            assert set(wanted.values()) == {"train", "val"}
+            assert not any(name in path.read_text() for name in ("Avasarala", "Naomi", "ID-"))
