@@ -103,8 +103,7 @@ def evaluate(
     """
     began = time.perf_counter()
     network, spec = open_network(model)
-    stored = next((f for folder in (model, model.parent) if (f := folder / "split.csv").is_file()), None)
-    records, part = select(index, spec, split=split, stored=stored)
+    records, part = select(index, spec, split=split, stored=_stored_split(model))
     fresh_folder(out, overwrite=overwrite)
     log.info("measuring on %d images (%s)", len(records), part)
     witness = Witness(read_seen(model), include_seen=include_seen, strict=strict)
@@ -212,6 +211,12 @@ def network_of(run: Run, spec: dict[str, Any]) -> Network:
         preprocessing=tuple(spec["preprocessing"]),
         inference=spec["inference"],
     )
+
+
+def _stored_split(model: Path) -> Path | None:
+    """`split.csv` of a run, given by its folder or its `model/`."""
+    places = [] if _is_package(model) else [model / "split.csv", model.parent / "split.csv"]
+    return next((place for place in places if place.is_file()), None)
 
 
 def _is_package(path: Path) -> bool:

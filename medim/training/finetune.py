@@ -248,7 +248,8 @@ def finetune(
         fit(trainer, module, loader, checkpoint=checkpoint)
         save(out / "model", "model", model.eval(), spec)
         write_csv(out / "history.csv", COLUMNS, module.rows)
-        (origin or _unrecorded(encoder)).then("finetune", cohort.cases(train)).write(out / "model")
+        before = _unrecorded(encoder) if origin is None else origin
+        before.then("finetune", cohort.cases(train)).write(out / "model")
         log.info("measuring on %d validation images", len(val))
         measured, cases = validate(as_run(model), index, val, spec) if val else (None, [])
         write_cases(out / "cases.parquet", cases, spec["kind"])
