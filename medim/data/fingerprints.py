@@ -23,8 +23,8 @@ def fingerprint(volume: Volume) -> str:
 
     Voxels count from their mean, in mean deviations, and the means of a coarse grid of blocks are rounded to 1/8. A
     block's mean hardly feels the rounding of single voxels (a slope kept as float32 moves them by 4e-8), so next to
-    none lies between two levels: about one rescaled copy in 10,000 is missed, and exact copies never. Images that
-    differ in a few voxels alone count as one.
+    none lies between two levels: of 4,698 rescaled X-rays of 28x28 one was missed, of 1,980 rescaled MRI crops none;
+    exact copies never are. Images that differ in a few voxels alone count as one.
 
     Args:
         volume: before any preprocessing.
