@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from medim import __version__
-from medim.cli.data import example, index, preprocess
+from medim.cli.data import example, fetch, index, preprocess
 from medim.cli.options import (
     Accelerator,
     Config,
@@ -85,7 +85,7 @@ def config_show(name: Annotated[str, typer.Argument(help="A preset's name.")]) -
     typer.echo(show(name))
 
 
-for body in (example, index, preprocess):
+for body in (example, fetch, index, preprocess):
     command(app)(body)
 
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from medim.cli.options import Config, Labels, Out, Overwrite, Seed, Subjects
-from medim.cli.terminal import progress, show
-from medim.types import Modality, UserError
+from medim.cli.terminal import console, progress, show
+from medim.types import Modality, UsageError, UserError
 
 
 def example(
@@ -30,6 +30,30 @@ def example(
         out, subjects=subjects, spacing=spacing, formats=chosen, seed=seed, progress=progress("wrote")
     )
     show("example", {"subjects": subjects, "written to": folder})
+
+
+def fetch(
+    name: Annotated[str | None, typer.Argument(help="A set's name; --list shows all.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The set's folder. Default: the cache, where --data NAME looks.")
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Show the public sets, their terms and checksums.")] = False,
+) -> None:
+    """Download a public data set, or check one that is there; what was cut is continued."""
+    from medim.data.public import fetch as bring
+    from medim.data.public_sets import SETS
+
+    if list_:
+        for known, about in SETS.items():
+            console.print(f"{known}: {about.described()}", markup=False, highlight=False, soft_wrap=True)
+        return
+    if name is None:
+        raise UsageError("expected the name of a public set: medim fetch NAME. `medim fetch --list` shows all.")
+    got = bring(name, out, progress=progress("fetched", "MB", 10**6))
+    note = SETS[got.record["name"]].note
+    rows = {"files": got.files, "licence": got.record["licence"], "cite": got.record["citation"]}
+    state = "written to" if got.new else "was there, every file as it was fetched"
+    show("fetch", {**rows, **({"note": note} if note else {}), state: got.folder})
 
 
 def index(

@@ -25,7 +25,7 @@ import numpy as np
 from medim.data.index import Index, Record, Rejection
 from medim.data.preprocessing import check_steps, onto, preprocess
 from medim.data.readers import ReadError
-from medim.files import hash_of, write_bytes, write_json
+from medim.files import cache_folder, hash_of, write_bytes, write_json
 from medim.types import Array, Step, UsageError, UserError, Volume
 
 SCHEMA_VERSION = 1
@@ -38,10 +38,8 @@ Box = tuple[slice, ...]
 
 
 def default_folder() -> Path:
-    """$MEDIM_CACHE/store, else $XDG_CACHE_HOME/medim/store, else ~/.cache/medim/store."""
-    own = os.environ.get("MEDIM_CACHE")
-    cache = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medim"
-    return cache / "store"
+    """The store in the user's cache; see `medim.files.cache_folder`."""
+    return cache_folder() / "store"
 
 
 @dataclass(frozen=True)
