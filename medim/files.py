@@ -17,7 +17,7 @@ from medim.types import UserError
 
 
 def cache_folder() -> Path:
-    """$MEDIM_CACHE, else $XDG_CACHE_HOME/medim, else ~/.cache/medim."""
+    """Where what can be made again is kept: $MEDIM_CACHE, else $XDG_CACHE_HOME/medim, else ~/.cache/medim."""
     own = os.environ.get("MEDIM_CACHE")
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medim"
 

@@ -57,7 +57,7 @@ def fetch(
 
 
 def index(
-    sources: Annotated[list[Path], typer.Argument(help="Files or folders of images.")],
+    sources: Annotated[list[Path], typer.Argument(help="Files or folders of images, or fetched sets.")],
     modality: Annotated[Modality, typer.Option(help="Which images count.")],
     out: Out,
     labels: Labels = None,
@@ -66,11 +66,13 @@ def index(
 ) -> None:
     """List every image, and every file that is none with the reason."""
     from medim.data.index import AllRejectedError, build_index
+    from medim.data.public import named
     from medim.data.records import write_rejections
     from medim.files import fresh_folder
 
+    places = [named(source, modality) for source in sources]
     try:
-        found = build_index(sources, modality, labels=labels, subjects=subjects)
+        found = build_index(places, modality, labels=labels, subjects=subjects)
     except AllRejectedError as error:
         write_rejections(fresh_folder(out, overwrite=overwrite) / "rejected.csv", error.index.rejected)
         raise

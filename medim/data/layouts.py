@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from medim.data.readers.base import Refused
+from medim.data.readers.sights import Refused
 from medim.files import read_json
 from medim.types import Split, UserError
 

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from medim.data.index import Index, build_index
+from medim.data.processes import available
 from medim.data.public import named
 from medim.files import fresh_folder
 from medim.types import Modality, UserError
@@ -49,7 +50,7 @@ def open_source(
                 f"Give {option} to `medim index`, or the images themselves to --data."
             )
         return index, data if (data / "store.json").is_file() else None
-    return build_index(data, modality, labels=labels, subjects=subjects), None
+    return build_index(data, modality, labels=labels, subjects=subjects, jobs=available()), None
 
 
 def _built_in(modality: Modality) -> Path:

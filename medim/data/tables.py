@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from medim.data.identity import pseudonym
 from medim.data.layouts import stem
-from medim.data.readers.base import Found
+from medim.data.readers.sights import Found
 from medim.types import UserError
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ class Names:
     def image(self, cell: str) -> set[int]:
         """The places of the images a cell may mean."""
         name = PurePosixPath(cell.replace("\\", "/")).as_posix().lstrip("/")
-        return self._images.get(name, set())
+        return self._images.get(name) or self._images.get(pseudonym(cell), set())
 
 
 def _names(found: Found) -> Iterator[str]:
@@ -124,7 +125,7 @@ def rows_of(
     lost: list[int] = []
     for line, cells in table.rows:
         image, subject = cells.get("image", ""), cells.get("subject", "")
-        places = names.image(image) if image else by_subject.get(subject, set())
+        places = names.image(image) if image else by_subject.get(subject) or by_subject.get(pseudonym(subject), set())
         if image and len(places) > 1:
             raise UserError(
                 f"{table.path}, line {line}: expected the name of one image, got one that {len(places)} images end in. "
