@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
 import subprocess
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -246,10 +248,20 @@ def test_a_series_that_is_not_as_announced_is_not_kept(
     assert not (tmp_path / "set").exists()
 
 
-@pytest.mark.parametrize("answer", [b"", b"[]", b"<html>", b'[{"SeriesInstanceUID": "../../etc"}]'])
-def test_an_archive_that_lists_nothing_usable_is_told(publisher: Publisher, answer: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"", "expected MR series in the collection Some MRI, got none"),
+        (b"[]", "got none"),
+        (b"<html>", "expected a JSON list"),
+        (b'[{"SeriesInstanceUID": "../../etc"}]', "one without a SeriesInstanceUID"),
+    ],
+)
+def test_an_archive_that_lists_nothing_usable_is_told(
+    publisher: Publisher, answer: bytes, said: str, tmp_path: Path
+) -> None:
     publisher.files[path_of(f"{API}/getSeries?Collection=Some+MRI&Modality=MR&format=json")] = answer
-    with pytest.raises(UserError, match="expected"):
+    with pytest.raises(UserError, match=said):
         bring("Collection", tmp_path / "set")
     assert not (tmp_path / "set").exists()
 
@@ -275,6 +287,34 @@ def test_two_at_once_do_the_work_once(publisher: Publisher, tmp_path: Path) -> N
         one.join()
     assert sorted(each.new for each in got) == [False, True]
     assert len(publisher.asked) == 1
+
+
+def test_one_that_waited_for_another_that_failed_has_the_folder_to_itself(
+    publisher: Publisher, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The one before removes the file that both locked."""
+    marker = tmp_path / "set" / ".medim"
+    marker.parent.mkdir()
+    refused: list[bool] = []
+
+    def look(done: int, total: int) -> None:
+        with marker.open("a") as other:
+            try:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                refused.append(True)
+
+    waiting = threading.Thread(target=lambda: fetch("pictures", tmp_path / "set", progress=look))
+    with marker.open("a") as file, caplog.at_level("INFO", logger="medim.data.public"):
+        fcntl.flock(file, fcntl.LOCK_EX)
+        waiting.start()
+        while "waiting for it" not in caplog.text:
+            time.sleep(0.005)
+        marker.unlink()
+        marker.parent.rmdir()
+    waiting.join()
+    assert refused
+    assert (tmp_path / "set" / "pictures.npz").is_file()
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(publisher: Publisher, tmp_path: Path) -> None:
