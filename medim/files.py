@@ -16,6 +16,12 @@ from typing import Any
 from medim.types import UserError
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $MEDIM_CACHE, else $XDG_CACHE_HOME/medim, else ~/.cache/medim."""
+    own = os.environ.get("MEDIM_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medim"
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old one or the new one and nothing between.
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from medim import __version__
+from medim.cli.data import example, fetch, index, preprocess
 from medim.cli.options import (
     Accelerator,
     Config,
@@ -85,79 +86,8 @@ def config_show(name: Annotated[str, typer.Argument(help="A preset's name.")]) -
     typer.echo(show(name))
 
 
-@command(app)
-def example(
-    out: Out,
-    subjects: Annotated[int, typer.Option(help="Number of subjects.")] = 24,
-    spacing: Annotated[float, typer.Option(help="Voxel size in mm.")] = 2.0,
-    formats: Annotated[str, typer.Option("--format", help="nifti, dicom, or both with a comma.")] = "nifti",
-    seed: Seed = 0,
-    overwrite: Overwrite = False,
-) -> None:
-    """Write the built-in cohort as files: simulated subjects from the MNI152 template."""
-    from medim.data.example import make_example
-    from medim.files import fresh_folder
-
-    fresh_folder(out, overwrite=overwrite)
-    chosen: Any = formats.split(",")
-    folder = make_example(
-        out, subjects=subjects, spacing=spacing, formats=chosen, seed=seed, progress=progress("wrote")
-    )
-    show("example", {"subjects": subjects, "written to": folder})
-
-
-@command(app)
-def index(
-    sources: Annotated[list[Path], typer.Argument(help="Files or folders of images.")],
-    modality: Annotated[Modality, typer.Option(help="Which images count.")],
-    out: Out,
-    labels: Labels = None,
-    subjects: Subjects = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """List every image, and every file that is none with the reason."""
-    from medim.data.index import AllRejectedError, build_index
-    from medim.data.records import write_rejections
-    from medim.files import fresh_folder
-
-    try:
-        found = build_index(sources, modality, labels=labels, subjects=subjects)
-    except AllRejectedError as error:
-        write_rejections(fresh_folder(out, overwrite=overwrite) / "rejected.csv", error.index.rejected)
-        raise
-    found.write(fresh_folder(out, overwrite=overwrite))
-    counts = {
-        "images": len(found.records),
-        "subjects": len({r.subject for r in found.records}),
-        "rejected": len(found.rejected),
-    }
-    show("index", {**counts, "written to": out})
-
-
-@command(app)
-def preprocess(
-    source: Annotated[Path, typer.Argument(help="Images or an index.")],
-    modality: Annotated[Modality, typer.Option(help="Which images count.")],
-    out: Out,
-    config: Config = None,
-    jobs: Annotated[int, typer.Option(help="Processes.")] = 1,
-) -> None:
-    """Preprocess images into a store that pretrain and finetune read crops from; what is whole is kept."""
-    from medim.data.source import open_source
-    from medim.training.cohort import open_cohort
-    from medim.training.pretrain import resolve_config
-
-    if out.exists() and not (out / "store.json").is_file() and (out.is_file() or any(out.iterdir())):
-        raise UserError(f"{out}: expected a store, or an empty or new folder. Choose another --out.")
-    resolve_config(config or modality)
-    found, _ = open_source(source, modality)
-    steps = resolve_config(config or modality, index=found).preprocessing
-    cohort = open_cohort(found, found.records, steps, split_seed=0, store=out, jobs=jobs)
-    found.write(out)
-    show(
-        "preprocess",
-        {"images": len(cohort.keys), "rejected": len(found.rejected) + len(cohort.rejected), "written to": out},
-    )
+for body in (example, fetch, index, preprocess):
+    command(app)(body)
 
 
 @command(app)

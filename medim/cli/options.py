@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 Data = Annotated[
-    Path | None, typer.Option("--data", help="Images, an index or a store. Default for MRI: the built-in cohort.")
+    Path | None,
+    typer.Option("--data", help="Images, an index, a store or a fetched set. Default for MRI: the built-in cohort."),
 ]
 Labels = Annotated[Path | None, typer.Option("--labels", help="CSV with columns image or subject, and label or mask.")]
 Subjects = Annotated[Path | None, typer.Option("--subjects", help="CSV with columns image,subject.")]

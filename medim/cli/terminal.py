@@ -68,19 +68,20 @@ def _message(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f'this command needs {error.name}, which is not installed. Run: pip install "medim[train]"'
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted. What was written is whole; --resume continues."
+        return "interrupted. What was written is whole; the same command continues it, with --resume where it has that."
     return str(error)
 
 
-def progress(verb: str) -> Callable[[int, int], None]:
-    """Log how many images are done, every few seconds."""
+def progress(verb: str, unit: str = "images", per: int = 1) -> Callable[[int, int], None]:
+    """Log every few seconds how many images are done, or units of `per`; a total of 0 is not known."""
     last = time.monotonic()
 
     def say(done: int, total: int) -> None:
         nonlocal last
         if done == total or time.monotonic() - last > 5:
             last = time.monotonic()
-            logging.getLogger("medim").info("%s %d of %d images", verb, done, total)
+            of = f" of {total // per}" if total else ""
+            logging.getLogger("medim").info("%s %d%s %s", verb, done // per, of, unit)
 
     return say
 

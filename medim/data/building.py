@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
@@ -13,12 +12,14 @@ import numpy as np
 
 from medim.data.identity import Scrubber, pseudonym
 from medim.data.layouts import Layout, folder_labels, lay_out, stem, walk
-from medim.data.readers import Found, ReadError, Refused, read_mask, reader_of
+from medim.data.looks import Looks
+from medim.data.readers import ReadError, gather, read_mask, reader_of
 from medim.data.readers.base import Reader
 from medim.data.readers.raster import NumpyReader, PictureReader
+from medim.data.readers.sights import Found, Refused, Scanned, Sight
 from medim.data.records import Record, Rejection
 from medim.data.tables import Names, Table, joined, read_table
-from medim.types import Array, Modality, UserError, Volume
+from medim.types import Array, Modality, UserError
 
 _ON_GRID = 0.05  # of a voxel: how far a mask's corners may lie from its image's
 
@@ -31,7 +32,7 @@ class Draft:
     """An image on its way to a record; holds identities."""
 
     found: Found
-    subject: str
+    subject: str | None
     label: str | None = None
     mask: Path | None = None
     split: str | None = None
@@ -49,23 +50,29 @@ class Built:
     series: Series = field(repr=False)
 
 
-def build(places: Sequence[Path], modality: Modality, *, labels: Path | None, subjects: Path | None) -> Built:
+def build(
+    places: Sequence[Path],
+    modality: Modality,
+    looks: Looks,
+    *,
+    labels: Path | None = None,
+    subjects: Path | None = None,
+) -> Built:
     """Find, join and scrub; see `medim.data.index.build_index`."""
-    places = _existing(places)
-    root = _root(places)
+    root = root_of(places)
     files = walk(places)
     layout = lay_out(files, [path.resolve() for path in (labels, subjects) if path is not None])
     label_tables = _tables(layout, "labels", labels)
     _take_masks(layout, label_tables, root)
     if not layout.images and not layout.refused and not layout.spare:
         raise UserError(f"{', '.join(map(str, places))}: expected image files, found none. Choose another folder.")
-    found, refused = _scan(layout.images, modality)
+    found, refused = _scan(layout.images, modality, looks)
     found, wrong = _of_dimensions(found, modality)
     refused += wrong + layout.refused
     drafts = _drafts(found, layout, places)
     _join_subjects(drafts, _tables(layout, "subjects", subjects), layout)
     _join_labels(drafts, label_tables, root)
-    drafts, spoilt, highest = _check_masks(drafts, layout)
+    drafts, spoilt, highest = _check_masks(drafts, layout, looks)
     refused += spoilt
     everything: list[Found | Refused] = [*found, *refused]
     scrub = Scrubber(identity for image in everything for identity in image.identities)
@@ -93,7 +100,12 @@ def sorted_labels(labels: Iterable[str | None]) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def _existing(places: Sequence[Path]) -> list[Path]:
+def existing(places: Sequence[Path]) -> list[Path]:
+    """The sources, resolved.
+
+    Raises:
+        UserError: none is given, or one is not there.
+    """
     if not places:
         raise UserError("expected a file or folder to index, got none.")
     for place in places:
@@ -102,7 +114,7 @@ def _existing(places: Sequence[Path]) -> list[Path]:
     return [place.resolve() for place in places]
 
 
-def _root(places: Sequence[Path]) -> Path:
+def root_of(places: Sequence[Path]) -> Path:
     """The folder that holds all sources."""
     return Path(os.path.commonpath([place if place.is_dir() else place.parent for place in places]))
 
@@ -137,7 +149,7 @@ def _take_masks(layout: Layout, tables: Sequence[tuple[Table, Path | None]], roo
         )
 
 
-def _scan(images: Sequence[Path], modality: Modality) -> tuple[list[Found], list[Refused]]:
+def _scan(images: Sequence[Path], modality: Modality, looks: Looks) -> Scanned:
     """Let each file's reader look for images."""
     by_reader: dict[Reader, list[Path]] = defaultdict(list)
     found: list[Found] = []
@@ -150,7 +162,7 @@ def _scan(images: Sequence[Path], modality: Modality) -> tuple[list[Found], list
         else:
             by_reader[reader].append(path)
     for reader, paths in by_reader.items():
-        images_of, others = reader.scan(paths, modality)
+        images_of, others = gather(reader, looks(reader.look, paths), modality)
         found += images_of
         refused += others
     return found, refused
@@ -181,7 +193,7 @@ def _drafts(found: Sequence[Found], layout: Layout, places: Sequence[Path]) -> l
         drafts.append(
             Draft(
                 found=image,
-                subject=image.subject or "",
+                subject=image.subject,
                 label=image.label or label,
                 mask=layout.masks.get(path),
                 split=image.split or split,
@@ -208,7 +220,7 @@ def _join_subjects(drafts: Sequence[Draft], tables: Sequence[tuple[Table, Path |
         if len(folders[name]) > 1 and not any(folder in path.parents for folder in layout.decathlon):
             name = str(path.parent)
         cells = said.get(place, {})
-        draft.subject = cells["subject"][0] if "subject" in cells else draft.subject or name
+        draft.subject = pseudonym(cells["subject"][0]) if "subject" in cells else draft.subject or pseudonym(name)
         draft.split = cells["split"][0] if "split" in cells else draft.split
 
 
@@ -216,13 +228,8 @@ def _join_labels(drafts: Sequence[Draft], tables: Sequence[tuple[Table, Path | N
     """Give drafts the label, mask and split that a table gives them, by image or by subject."""
     by_subject: dict[str, set[int]] = defaultdict(set)
     for place, draft in enumerate(drafts):
-        for name in {
-            draft.subject,
-            draft.subject.rpartition("\x1f")[2],
-            f"sub-{draft.subject}",
-            pseudonym(draft.subject),
-        }:
-            by_subject[name].add(place)
+        for name in (draft.subject, *draft.found.aliases):
+            by_subject[name or ""].add(place)
     for place, cells in joined(_with_names(tables, drafts), by_subject, ("label", "mask", "split")).items():
         draft = drafts[place]
         draft.label = cells["label"][0] if "label" in cells else draft.label
@@ -247,56 +254,58 @@ def _with_names(tables: Sequence[tuple[Table, Path | None]], drafts: Sequence[Dr
     ]
 
 
-def _check_masks(drafts: Sequence[Draft], layout: Layout) -> tuple[list[Draft], list[Refused], int]:
+def look_at_mask(path: Path) -> Sight:
+    """The grid of a mask, and its highest value."""
+    mask = read_mask(path)
+    return Sight(found=(Found(shape=mask.shape, affine=mask.affine, highest=int(mask.array.max())),))
+
+
+def _check_masks(drafts: Sequence[Draft], layout: Layout, looks: Looks) -> tuple[list[Draft], list[Refused], int]:
     """Refuse image and mask where the mask cannot be read or lies on another grid.
 
     Returns:
         the drafts that stay, what is refused, and the highest value in a mask.
     """
-
-    def look(draft: Draft) -> ReadError | int:
-        if draft.mask is None:
-            return 0
-        try:
-            mask = read_mask(draft.mask)
-            _check_grid(mask, draft.found)
-            highest = int(mask.array.max())
-            if layout.classes and highest > len(layout.classes):
-                raise ReadError(
-                    "unknown-class", f"the label holds the value {highest}, dataset.json names {len(layout.classes)}"
-                )
-            return highest
-        except ReadError as error:
-            return error
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = list(pool.map(look, drafts))
+    paths = list(dict.fromkeys(draft.mask for draft in drafts if draft.mask is not None))
+    sights = dict(zip(paths, looks(look_at_mask, paths), strict=True))
     kept, refused, highest = [], [], 0
-    taken: set[Path] = set()
-    for draft, result in zip(drafts, results, strict=True):
-        if draft.mask is not None:
-            taken.add(draft.mask)
-        if isinstance(result, int):
-            kept.append(draft)
-            highest = max(highest, result)
-            continue
-        reason = result.reason if result.reason in {"label-off-grid", "unknown-class"} else "label-unreadable"
+    for draft in drafts:
         image = draft.found
-        refused.append(
-            Refused(
-                path=image.files[0], reason=reason, detail=f"its label: {result.detail}", identities=image.identities
-            )
-        )
-        if draft.mask is not None:
-            refused.append(Refused(path=draft.mask, reason=result.reason, detail=result.detail))
+        try:
+            value = _highest(sights[draft.mask], image, layout) if draft.mask is not None else 0
+        except ReadError as error:
+            reason = error.reason if error.reason in {"label-off-grid", "unknown-class"} else "label-unreadable"
+            detail = f"its label: {error.detail}"
+            refused.append(Refused(path=image.files[0], reason=reason, detail=detail, identities=image.identities))
+            refused.append(Refused(path=draft.mask or Path(), reason=error.reason, detail=error.detail))
+            continue
+        kept.append(draft)
+        highest = max(highest, value)
     spare = set(layout.spare) | set(layout.masks.values())
-    for path in spare - taken:
+    for path in spare - set(paths):
         default = Refused(path=path, reason="label-without-image", detail="a label without a readable image")
         refused.append(layout.spare.get(path, default))
     return kept, refused, highest
 
 
-def _check_grid(mask: Volume, image: Found) -> None:
+def _highest(mask: Sight, image: Found, layout: Layout) -> int:
+    """The highest value in an image's mask.
+
+    Raises:
+        ReadError: the mask cannot be read, lies on another grid, or holds a class without a name.
+    """
+    if mask.refused:
+        raise ReadError(mask.refused[0].reason, mask.refused[0].detail)
+    _check_grid(mask.found[0], image)
+    highest = mask.found[0].highest
+    if layout.classes and highest > len(layout.classes):
+        raise ReadError(
+            "unknown-class", f"the label holds the value {highest}, dataset.json names {len(layout.classes)}"
+        )
+    return highest
+
+
+def _check_grid(mask: Found, image: Found) -> None:
     """Refuse a mask that is not on its image's grid.
 
     Raises:
@@ -306,7 +315,7 @@ def _check_grid(mask: Volume, image: Found) -> None:
         shapes = "x".join(map(str, mask.shape)), "x".join(map(str, image.shape))
         raise ReadError("label-off-grid", f"the label has {shapes[0]} voxels, the image {shapes[1]}")
     away = np.abs(_corners(mask.affine, mask.shape) - _corners(image.affine, image.shape)).max()
-    if away > _ON_GRID * min(mask.spacing):
+    if away > _ON_GRID * np.linalg.norm(mask.affine[:3, : len(mask.shape)], axis=0).min():
         raise ReadError("label-off-grid", f"the corners of label and image lie up to {away:.2f} mm apart")
 
 
@@ -320,7 +329,6 @@ def _corners(affine: Array, shape: Sequence[int]) -> Array:
 def _records(drafts: Sequence[Draft], root: Path, scrub: Scrubber, modality: Modality) -> tuple[Record, ...]:
     """Drafts without identities."""
     keys = _keys(drafts, root, scrub)
-    subjects = {draft.subject: pseudonym(draft.subject) for draft in drafts}
     records = []
     for draft, key in zip(drafts, keys, strict=True):
         image = draft.found
@@ -330,9 +338,9 @@ def _records(drafts: Sequence[Draft], root: Path, scrub: Scrubber, modality: Mod
             Record(
                 image=key,
                 path=f"{path}#{image.item}" if image.item else path,
-                subject=subjects[draft.subject],
-                session=pseudonym(image.session) if image.session else None,
-                series=pseudonym(image.series) if image.series else None,
+                subject=draft.subject or "",
+                session=image.session,
+                series=image.series,
                 modality=modality,
                 sequence=scrub.text(image.sequence),
                 shape=tuple(int(length) for length in image.shape),
@@ -343,7 +351,7 @@ def _records(drafts: Sequence[Draft], root: Path, scrub: Scrubber, modality: Mod
                 label=draft.label,
                 mask=scrub.path(_relative(draft.mask, root)) if draft.mask else None,
                 split=draft.split,
-                quality=None,
+                quality=" ".join(image.quality) or None,
             )
         )
     return tuple(records)

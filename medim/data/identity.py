@@ -77,16 +77,30 @@ def pseudonym(value: str, *, prefix: str = "s") -> str:
     return f"{prefix}-{digest[:12]}"
 
 
+@lru_cache(maxsize=1 << 16)
+def _token(key: bytes, joined: str) -> int:
+    digest = hmac.digest(key, f"word {joined}".encode("utf-8", "surrogateescape"), "sha256")
+    return int.from_bytes(digest[:6])
+
+
+def tokens(identities: Iterable[str]) -> frozenset[int]:
+    """What a `Scrubber` knows identities by: keyed like a pseudonym, so that they can be kept and nobody read them."""
+    key = site_key()
+    return frozenset(_token(key, joined) for value in identities if (joined := "".join(_words(value))))
+
+
 class Scrubber:
     """Replaces the parts of a path that equal an identity attribute of a file.
 
     Case and separators do not matter, and other words may stand beside it: `Doe_John`, `DOE-JOHN` and `MR_DoeJohn_1`
     all hold the identity `Doe^John`. A value shorter than 4 characters counts only where it is the whole part.
+
+    Args:
+        identities: from `tokens`.
     """
 
-    def __init__(self, identities: Iterable[str]) -> None:
-        joined = {"".join(_words(value)) for value in identities}
-        self._values = joined - {""}
+    def __init__(self, identities: Iterable[int]) -> None:
+        self._values = frozenset(identities)
 
     def part(self, part: str) -> str:
         """One part of a path, or its pseudonym; the file's suffix stays."""
@@ -96,8 +110,9 @@ class Scrubber:
         """Whether a part of a path holds an identity."""
         if not self._values or part in {".", "..", "/"}:
             return False
+        key = site_key()
         return any(
-            run in self._values and (whole or len(run) >= _SHORT)
+            (whole or len(run) >= _SHORT) and _token(key, run) in self._values
             for name in {part, _split(part)[0]}
             for run, whole in _runs(_words(name))
         )

@@ -11,9 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from medim.data.building import Series, build, sorted_labels
-from medim.data.identity import Scrubber, find, hidden, pseudonym
+from medim.data.building import Series, build, existing, root_of, sorted_labels
+from medim.data.identity import Scrubber, find, hidden, pseudonym, tokens
 from medim.data.layouts import walk
+from medim.data.looks import Looks, Progress, look_at
 from medim.data.readers import DICOM, ReadError, read_mask, reader_of, split_item
 from medim.data.readers.base import check_voxels
 from medim.data.records import (
@@ -58,6 +59,7 @@ class Index:
         rejected: every other file found.
         classes: names of the mask values 1..K; without masks the class labels, sorted.
         hidden: parts of `root` that hold an identity.
+        opened: files that had to be opened to build it; the others were as they were.
     """
 
     root: Path
@@ -66,6 +68,7 @@ class Index:
     rejected: tuple[Rejection, ...] = ()
     classes: tuple[str, ...] = ()
     hidden: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+    opened: int = field(default=0, repr=False, compare=False)
     _series: Series = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -191,7 +194,7 @@ class Index:
 
     def _summary(self, out: Path) -> dict[str, object]:
         relative = Path(os.path.relpath(self.root, out.resolve()))
-        scrub = Scrubber(self.hidden)
+        scrub = Scrubber(tokens(self.hidden))
         return {
             "schema_version": SCHEMA_VERSION,
             "modality": self.modality,
@@ -225,7 +228,8 @@ class Index:
         for files in near():
             if (first, record.shape) in self._series:
                 break
-            found, _ = DICOM.scan([path for path in files if DICOM.accepts(path)], self.modality)
+            sights = [look_at(DICOM.look, path) for path in files if DICOM.accepts(path)]
+            found, _ = DICOM.gather(sights, self.modality)
             self._series.update({(image.files[0], image.shape): image.files for image in found})
         if (first, record.shape) not in self._series:
             raise ReadError("changed", "its series is no image any more. Run `medim index` again", path=record.path)
@@ -245,10 +249,14 @@ def build_index(
     *,
     labels: Path | None = None,
     subjects: Path | None = None,
+    jobs: int = 1,
+    remember: bool = True,
+    progress: Progress | None = None,
 ) -> Index:
     """Find every image in a source.
 
-    NIfTI, pictures and arrays are read whole, once; of DICOM the headers alone. A subject is whom `subjects` says, or a
+    NIfTI, pictures and arrays are read whole, once; of DICOM the headers alone. What was seen of a file is remembered
+    until its size or time changes. A subject is whom `subjects` says, or a
     `subjects.csv` in the source; else the DICOM PatientID with its issuer, the BIDS `sub-`, or the file's stem (its
     folder, where stems repeat from folder to folder). It is always written as a pseudonym.
 
@@ -258,6 +266,9 @@ def build_index(
         labels: CSV with columns `image` or `subject`, and `label`, `mask` (path) or `split`; else a `labels.csv` in the
             source is used.
         subjects: CSV with columns `image`, `subject`.
+        jobs: processes; with more than one, a script needs the usual `if __name__ == "__main__":`.
+        remember: whether files that have not changed are left unread; see `medim.data.looks`.
+        progress: called with the number of files known, and of all of their format.
 
     Raises:
         UserError: a path is missing, nothing lies there, or a table contradicts itself or fits no image.
@@ -265,8 +276,12 @@ def build_index(
     """
     if modality not in get_args(Modality):
         raise UsageError(f"modality: expected {' or '.join(get_args(Modality))}, got {modality!r}.")
-    places = [source] if isinstance(source, str | os.PathLike) else list(source)
-    built = build([Path(place) for place in places], modality, labels=labels, subjects=subjects)
+    if jobs < 1:
+        raise UsageError(f"--jobs: expected 1 or more processes, got {jobs}.")
+    given = [source] if isinstance(source, str | os.PathLike) else list(source)
+    places = existing([Path(place) for place in given])
+    looks = Looks(root_of(places) if remember else None, jobs=jobs, progress=progress)
+    built = build(places, modality, looks, labels=labels, subjects=subjects)
     index = Index(
         root=built.root,
         modality=modality,
@@ -274,6 +289,7 @@ def build_index(
         rejected=built.rejected,
         classes=built.classes or sorted_labels(record.label for record in built.records),
         hidden=built.hidden,
+        opened=looks.opened,
         _series=built.series,
     )
     if not index.records:

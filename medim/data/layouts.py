@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from medim.data.readers.base import Refused
+from medim.data.readers.sights import Refused
 from medim.files import read_json
 from medim.types import Split, UserError
 
 _DESCRIPTIONS = {"dataset.json", "dataset_description.json", "participants.tsv", "participants.json", "DICOMDIR"}
+_DESCRIPTIONS |= {"fetched.json", "SHA256SUMS", "LICENSE"}  # beside what `medim fetch` brought
 _TABLES = {"labels.csv", "subjects.csv"}
 _SIDECARS = {".json", ".bval", ".bvec", ".tsv", ".raw", ".zraw"}  # describe or feed the image of the same name
 _DERIVED = {"mask", "dseg", "seg", "probseg", "label"}  # BIDS suffixes of what is no image

@@ -12,7 +12,7 @@ from typing import Any
 from medim.files import write_bytes, write_csv
 from medim.types import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Record:
         label: class.
         mask: path of the segmentation, relative to the source.
         split: "train", "val" or "test" where the source says so.
-        quality: a figure of `medim preprocess`, 0 to 1.
+        quality: stable codes of what is odd about it and accepted, between spaces; see `docs/reference/rejections.md`.
     """
 
     image: str
@@ -53,7 +53,7 @@ class Record:
     label: str | None
     mask: str | None
     split: str | None
-    quality: float | None
+    quality: str | None
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Rejection:
 COLUMNS = tuple(field.name for field in fields(Record))
 REJECTED = tuple(field.name for field in fields(Rejection))
 _LISTS: dict[str, Callable[[Any], Any]] = {"shape": int, "spacing": float, "affine": float}
-_NUMBERS = {"field_strength", "quality"}
+_NUMBERS = {"field_strength"}
 _NEEDED = {"image", "path", "subject", "modality"}
 
 

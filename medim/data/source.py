@@ -1,4 +1,4 @@
-"""What `--data` means: files, an index, a store, or nothing (the built-in cohort)."""
+"""What `--data` means: files, an index, a store, a public set's name, or nothing (the built-in cohort)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 
 from medim.data.index import Index, build_index
+from medim.data.processes import available
+from medim.data.public import named
 from medim.files import fresh_folder
 from medim.types import Modality, UserError
 
@@ -18,7 +20,8 @@ def open_source(
     """Index what the user has.
 
     Args:
-        data: images in any form that a reader takes, a folder written by `medim index` or `medim preprocess`, or None.
+        data: images in any form that a reader takes, a folder written by `medim index` or `medim preprocess`, the name
+            of a public set that `medim fetch` brought, or None.
         modality: which images count.
         labels: CSV that joins labels.
         subjects: CSV that joins subjects.
@@ -27,11 +30,12 @@ def open_source(
         The index, and the folder of the store where `data` is one.
 
     Raises:
-        UserError: nothing usable there; no `data` and no built-in cohort for the modality; or a table to join to an
-            index that is already made.
+        UserError: nothing usable there; a public set that was not fetched; no `data` and no built-in cohort for the
+            modality; or a table to join to an index that is already made.
     """
     if data is None:
         data = _built_in(modality)
+    data = named(data, modality)
     if (data / "index.parquet").is_file() or (data / "index.csv").is_file():
         index = Index.read(data)
         if index.modality != modality:
@@ -46,15 +50,14 @@ def open_source(
                 f"Give {option} to `medim index`, or the images themselves to --data."
             )
         return index, data if (data / "store.json").is_file() else None
-    return build_index(data, modality, labels=labels, subjects=subjects), None
+    return build_index(data, modality, labels=labels, subjects=subjects, jobs=available()), None
 
 
 def _built_in(modality: Modality) -> Path:
     if modality != "mri":
         raise UserError(
-            "--data: X-rays have no built-in cohort. Give a folder of DICOM or PNG files, or a MedMNIST file "
-            "such as pneumoniamnist.npz "
-            "(`medim fetch pneumoniamnist` will bring it; until that command is there, download it from medmnist.com)."
+            "--data: X-rays have no built-in cohort. Give a folder of DICOM or PNG files, or run "
+            "`medim fetch pneumoniamnist` and give --data pneumoniamnist."
         )
     from medim.data.example import make_example
     from medim.data.store import default_folder

@@ -8,14 +8,12 @@ time.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,9 @@ import numpy as np
 from medim.data.fingerprints import fingerprint
 from medim.data.index import Index, Record, Rejection
 from medim.data.preprocessing import check_steps, onto, preprocess
+from medim.data.processes import in_processes
 from medim.data.readers import ReadError
-from medim.files import hash_of, read_json, write_bytes, write_json
+from medim.files import cache_folder, hash_of, read_json, write_bytes, write_json
 from medim.types import Array, Step, UsageError, UserError, Volume
 
 SCHEMA_VERSION = 2
@@ -39,10 +38,8 @@ Box = tuple[slice, ...]
 
 
 def default_folder() -> Path:
-    """$MEDIM_CACHE/store, else $XDG_CACHE_HOME/medim/store, else ~/.cache/medim/store."""
-    own = os.environ.get("MEDIM_CACHE")
-    cache = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medim"
-    return cache / "store"
+    """`store` in the user's cache folder."""
+    return cache_folder() / "store"
 
 
 @dataclass(frozen=True)
@@ -284,39 +281,17 @@ def _rejection(record: Record, error: Exception) -> Rejection:
     return Rejection(record.path, "preprocessing-failed", detail)
 
 
-def _batch(store: Store, index: Index, records: Sequence[Record], steps: Sequence[Step]) -> list[Outcome]:
+def _batch(store: Store, index: Index, records: Sequence[Record], *, steps: Sequence[Step]) -> list[Outcome]:
     return list(_here(store, index, records, steps))
 
 
 def _in_processes(
     store: Store, index: Index, records: Sequence[Record], steps: Sequence[Step], jobs: int
 ) -> Iterator[Outcome]:
-    """Batches in a pool; when a process dies, the rest goes one by one through a single one and shows the culprit."""
     small = replace(index, records=(), rejected=())
-    places = {record.image: place for place, record in enumerate(records)}
-    size = max(1, min(32, len(records) // (4 * jobs)))
-    left = [list(records[i : i + size]) for i in range(0, len(records), size)]
-    while left:
-        unfinished: list[Record] = []
-        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            futures = {pool.submit(_batch, store, small, batch, list(steps)): batch for batch in left}
-            try:
-                for future in as_completed(futures):
-                    if isinstance(future.exception(), BrokenProcessPool):
-                        unfinished.extend(futures[future])
-                    else:
-                        yield from future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        unfinished.sort(key=lambda record: places[record.image])
-        if unfinished and jobs == 1:
-            culprit = unfinished.pop(0)
-            yield (
-                culprit.image,
-                Rejection(culprit.path, "worker-died", "The process that read it was killed or crashed."),
-            )
-        left, jobs = [[record] for record in unfinished], 1
+    for record, outcome in in_processes(partial(_batch, store, small, steps=list(steps)), records, jobs):
+        died = Rejection(record.path, "worker-died", "The process that read it was killed or crashed.")
+        yield outcome or (record.image, died)
 
 
 def _prepared(index: Index, record: Record, steps: Sequence[Step]) -> tuple[Volume, Volume | None, str]:

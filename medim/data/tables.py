@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from medim.data.identity import hidden
+from medim.data.identity import hidden, pseudonym
 from medim.data.layouts import stem
-from medim.data.readers.base import Found
+from medim.data.readers.sights import Found
 from medim.types import UserError
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class Names:
         name = PurePosixPath(cell.replace("\\", "/")).as_posix().lstrip("/")
         if name not in self._images and HIDDEN.search(name):
             name = "/".join(self._parts.get(part, part) for part in name.split("/"))
-        return self._images.get(name, set())
+        return self._images.get(name) or self._images.get(pseudonym(cell), set())
 
 
 def _names(found: Found) -> Iterator[str]:
@@ -136,7 +136,7 @@ def rows_of(
     lost: list[int] = []
     for line, cells in table.rows:
         image, subject = cells.get("image", ""), cells.get("subject", "")
-        places = names.image(image) if image else by_subject.get(subject, set())
+        places = names.image(image) if image else by_subject.get(subject) or by_subject.get(pseudonym(subject), set())
         if image and len(places) > 1:
             raise UserError(
                 f"{table.path}, line {line}: expected the name of one image, got one that {len(places)} images end in. "

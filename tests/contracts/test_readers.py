@@ -13,7 +13,7 @@ from PIL import Image
 
 from medim.data.readers import READERS, Reader, ReadError, reader_of
 from medim.types import Modality
-from tests.data.synthetic import dataset, noise, save, write_archive, write_nifti, xray
+from tests.data.synthetic import dataset, noise, save, scan, write_archive, write_nifti, xray
 
 
 def write_itk(path: Path) -> Path:
@@ -63,7 +63,7 @@ def test_a_reader_accepts_its_files_and_no_other_does(reader: Reader, sample: Sa
 def test_what_is_found_is_what_is_read(reader: Reader, sample: Sample, tmp_path: Path) -> None:
     name, modality, write = sample
     path = write(tmp_path / name)
-    found, refused = reader.scan([path], modality)
+    found, refused = scan(reader, [path], modality)
     assert found
     assert refused == []
     for image in found:
@@ -89,7 +89,7 @@ def test_a_cut_file_is_refused_and_never_a_traceback(
     path = write(tmp_path / name)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * part)])
-    found, refused = reader.scan([path], modality)
+    found, refused = scan(reader, [path], modality)
     assert found == []
     assert [one.path for one in refused] == [path]
     assert refused[0].reason.replace("-", "").isalpha()
@@ -110,7 +110,7 @@ def test_damaged_bytes_are_an_image_of_the_right_shape_or_refused(
         for place in random.integers(0, len(whole), random.integers(1, 8)):
             damaged[place] = random.integers(256)
         path.write_bytes(damaged)
-        found, refused = reader.scan([path], modality)
+        found, refused = scan(reader, [path], modality)
         assert found or refused
         for image in found:
             with suppress(ReadError):

@@ -560,7 +560,7 @@ def test_what_is_written_is_read_again(tmp_path: Path, monkeypatch: pytest.Monke
         assert again.hash == index.hash
         assert again.records[0].spacing == index.records[0].spacing
     summary = json.loads((tmp_path / "i" / "summary.json").read_text())
-    assert summary["schema_version"] == 1
+    assert summary["schema_version"] == 2
     assert summary["counts"] == {"images": 10, "subjects": 10, "labelled": 9, "masks": 0, "rejected": 1}
     assert summary["reasons"] == {"not-an-image": 1}
     assert summary["hash"] == index.hash
@@ -613,7 +613,7 @@ def test_another_schema_version_is_refused(tmp_path: Path) -> None:
     sample(tmp_path / "s").write(tmp_path / "i")
     summary = json.loads((tmp_path / "i" / "summary.json").read_text())
     (tmp_path / "i" / "summary.json").write_text(json.dumps(summary | {"schema_version": 99}))
-    with pytest.raises(UserError, match="schema version 1, got 99"):
+    with pytest.raises(UserError, match="schema version 2, got 99"):
         Index.read(tmp_path / "i")
 
 

@@ -5,17 +5,20 @@ To add a format: a module here with a class that keeps to `base.Reader`, and one
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medim.data.readers.base import Found, Reader, ReadError, Refused, check_voxels
+from medim.data.readers.base import Reader, ReadError, check_voxels
 from medim.data.readers.dicom import DicomReader
 from medim.data.readers.itk import ItkReader
 from medim.data.readers.nifti import NiftiReader
 from medim.data.readers.raster import NumpyReader, PictureReader
-from medim.types import Volume
+from medim.data.readers.sights import Found, Refused, Scanned, Sight
+from medim.types import Modality, Volume
 
 if TYPE_CHECKING:
     from medim.data.readers.monai_reader import MedimReader
@@ -27,6 +30,8 @@ __all__ = [
     "ReadError",
     "Reader",
     "Refused",
+    "Sight",
+    "gather",
     "read_mask",
     "read_volume",
     "reader_of",
@@ -34,6 +39,7 @@ __all__ = [
 ]
 
 DICOM = DicomReader()
+_ITEM = re.compile(r"(.+)#((?:(?:train|val|test)/)?[^#/]*)", re.DOTALL)
 READERS: tuple[Reader, ...] = (  # the first that accepts a file reads it
     NiftiReader(),
     PictureReader(),
@@ -46,6 +52,22 @@ READERS: tuple[Reader, ...] = (  # the first that accepts a file reads it
 def reader_of(path: Path) -> Reader | None:
     """The reader of a file, or None where no reader knows it."""
     return next((reader for reader in READERS if reader.accepts(path)), None)
+
+
+def gather(reader: Reader, sights: Sequence[Sight], modality: Modality | None) -> Scanned:
+    """Make images of files of one reader that were looked at.
+
+    Args:
+        reader: whose `look` they are from.
+        sights: one a file.
+        modality: DICOM images of another one are refused; None takes all.
+
+    Returns:
+        the images, and what is none: each file ends in one of the two.
+    """
+    if reader is DICOM:
+        return DICOM.gather(sights, modality)
+    return [f for sight in sights for f in sight.found], [r for sight in sights for r in sight.refused]
 
 
 def read_volume(path: str | Path) -> Volume:
@@ -105,12 +127,10 @@ def read_mask(path: str | Path) -> Volume:
 
 
 def split_item(path: str | Path) -> tuple[Path, str | None]:
-    """`archive.npz#train/12` as archive and item; a file whose own name holds a `#` stays whole."""
+    """`archive.npz#train/12` as file and item; a file whose own name holds a `#` stays whole."""
     text = str(path)
-    name, mark, item = text.rpartition("#")
-    if mark and not Path(text).exists() and name.lower().endswith(".npz"):
-        return Path(name), item
-    return Path(text), None
+    found = _ITEM.fullmatch(text)
+    return (Path(found[1]), found[2]) if found and not Path(text).exists() else (Path(text), None)
 
 
 def __getattr__(name: str) -> Any:

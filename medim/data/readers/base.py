@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from os import cpu_count
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from nibabel import orientations
 
-from medim.types import Array, Modality, UserError, Volume
+from medim.data.readers.sights import Found, Sight
+from medim.types import Array, UserError, Volume
 
 _nibabel: Any = orientations  # carries no types
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -48,49 +46,6 @@ def _revived(reason: str, detail: str, message: str) -> ReadError:
     return error
 
 
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """An image that a reader found, before anything of it is written down: holds identities.
-
-    Attributes:
-        files: every file it is made of; the first one stands for it.
-        item: its place in a file of many images ("train/12").
-        shape: spatial shape as read, (D, H, W) in RAS+ order or (H, W).
-        affine: (4, 4), of that grid.
-        subject: who it is of, as the file says; None where the file does not say.
-        names: other names a table of labels may call it by (its UIDs).
-        identities: identity attributes, to be kept out of every output.
-    """
-
-    files: tuple[Path, ...]
-    shape: tuple[int, ...]
-    affine: Array
-    item: str | None = None
-    subject: str | None = None
-    session: str | None = None
-    series: str | None = None
-    sequence: str | None = None
-    scanner: str | None = None
-    field_strength: float | None = None
-    label: str | None = None
-    split: str | None = None
-    names: tuple[str, ...] = ()
-    identities: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Refused:
-    """A file, or a series by its first file, that is no image, and why."""
-
-    path: Path
-    reason: str
-    detail: str
-    identities: frozenset[str] = frozenset()
-
-
-Scanned = tuple[list[Found], list[Refused]]
-
-
 class Reader(Protocol):
     """A family of file formats. To add one: a module with a reader, and one line in `READERS`."""
 
@@ -100,8 +55,12 @@ class Reader(Protocol):
         """Whether a file is of this format, from its name and first bytes."""
         ...
 
-    def scan(self, paths: Sequence[Path], modality: Modality) -> Scanned:
-        """Find the images in files that this reader accepts; each file ends in one of the two lists."""
+    def look(self, path: Path) -> Sight:
+        """What a file holds. Runs in a process of its own, and again only where the file has changed.
+
+        Raises:
+            ReadError: the file is no image of this format.
+        """
         ...
 
     def read(self, path: Path, item: str | None = None) -> Volume:
@@ -113,20 +72,18 @@ class Reader(Protocol):
         ...
 
 
-def scan_each(paths: Sequence[Path], look: Callable[[Path], Found]) -> Scanned:
-    """Look at each file on its own, a few at a time (unpacking and decoding leave Python's lock)."""
+def seen(volume: Volume, **said: Any) -> Sight:
+    """A file with one image, which was read whole.
 
-    def attempt(path: Path) -> Found | Refused:
-        try:
-            return look(path)
-        except ReadError as error:
-            return Refused(path=path, reason=error.reason, detail=error.detail)
+    Args:
+        volume: what was read.
+        said: what the file says beside; see `Found`.
 
-    if not paths:
-        return [], []
-    with ThreadPoolExecutor(min(8, cpu_count() or 1)) as pool:
-        results = list(pool.map(attempt, paths))
-    return [r for r in results if isinstance(r, Found)], [r for r in results if isinstance(r, Refused)]
+    Raises:
+        ReadError: a voxel is not finite, or all are equal.
+    """
+    check_voxels(volume.array)
+    return Sight(found=(Found(shape=volume.shape, affine=volume.affine, **said),))
 
 
 def ras_volume(array: Array, affine: Array) -> Volume:

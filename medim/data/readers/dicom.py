@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from medim.data.readers.base import LPS_TO_RAS, Found, ReadError, Refused, Scanned, flat_volume, ras_grid, ras_volume
-from medim.data.readers.dicom_header import Instance, looks_like_dicom, read_header
+from medim.data.readers.base import LPS_TO_RAS, ReadError, flat_volume, ras_grid, ras_volume
+from medim.data.readers.dicom_header import looks_like_dicom, read_header
 from medim.data.readers.dicom_pixels import frames_of, same_pixels
 from medim.data.readers.dicom_stack import stack
+from medim.data.readers.sights import Found, Instance, Refused, Scanned, Sight
 from medim.types import Modality, Volume
 
 
@@ -28,22 +29,32 @@ class DicomReader:
         """By suffix (`.dcm`, `.dicom`, `.ima`) or first bytes."""
         return looks_like_dicom(path)
 
-    def scan(self, paths: Sequence[Path], modality: Modality | None) -> Scanned:
-        """Find images by their headers; pixels are decoded only where two files claim to be one object."""
+    def look(self, path: Path) -> Sight:
+        """Read the header alone."""
+        return read_header(path)
+
+    def gather(self, sights: Iterable[Sight], modality: Modality | None) -> Scanned:
+        """Make images of the files that were looked at; pixels are decoded only where two files claim to be one.
+
+        Args:
+            sights: one a file.
+            modality: others are refused; None takes all.
+        """
         refused: list[Refused] = []
         instances: list[Instance] = []
-        for path in sorted(paths):
-            instance, identities = read_header(path)
-            if isinstance(instance, ReadError):
-                refused.append(
-                    Refused(path=path, reason=instance.reason, detail=instance.detail, identities=identities)
-                )
-            elif modality not in (None, instance.kind):
-                detail = f"an image of modality {instance.kind}; expected {modality}"
-                refused.append(Refused(path=path, reason="wrong-modality", detail=detail, identities=identities))
-            else:
+        for sight in sights:
+            refused += sight.refused
+            instance = sight.instance
+            if instance is None:
+                continue
+            if modality in (None, instance.kind):
                 instances.append(instance)
-        unique, copies = _without_copies(instances)
+                continue
+            detail = f"an image of modality {instance.kind}; expected {modality}"
+            refused.append(
+                Refused(path=instance.path, reason="wrong-modality", detail=detail, identities=instance.identities)
+            )
+        unique, copies = _without_copies(sorted(instances, key=lambda instance: instance.path))
         found: list[Found] = []
         for group in _groups(unique):
             try:
@@ -66,10 +77,10 @@ class DicomReader:
         """
         instances = []
         for path in paths:
-            instance, _ = read_header(path)
-            if isinstance(instance, ReadError):
-                raise instance
-            instances.append(instance)
+            sight = read_header(path).at(path)
+            if sight.instance is None:
+                raise ReadError(sight.refused[0].reason, sight.refused[0].detail)
+            instances.append(sight.instance)
         first = instances[0]
         if first.kind == "xray":
             _check_flat(first)
@@ -84,7 +95,8 @@ class DicomReader:
         Raises:
             ReadError: none or several images lie there.
         """
-        found, refused = self.scan([path for path in folder.iterdir() if path.is_file() and self.accepts(path)], None)
+        files = sorted(path for path in folder.iterdir() if path.is_file() and self.accepts(path))
+        found, refused = self.gather([self.look(path).at(path) for path in files], None)
         if len(found) == 1:
             return self.read_files(found[0].files)
         if found:
@@ -160,6 +172,7 @@ def _found(group: Sequence[Instance]) -> Found:
         shape=shape,
         affine=affine,
         subject=first.subject or first.study or first.series or None,
+        aliases=first.aliases,
         session=first.study or None,
         series=first.series or first.sop or None,
         sequence=first.sequence,

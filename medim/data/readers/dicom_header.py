@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,9 @@ import numpy as np
 import pydicom
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
+from medim.data.identity import Scrubber, pseudonym, tokens
 from medim.data.readers.base import ReadError, check_start
+from medim.data.readers.sights import Frame, Instance, Refused, Sight
 from medim.types import Modality
 
 MODALITIES: dict[str, Modality] = {"MR": "mri", "CR": "xray", "DX": "xray", "RG": "xray"}
@@ -43,44 +44,6 @@ _TAGS: list[Any] = [*_NAMES, *_IDENTITIES, *_FACTS]
 _SCREEN = {"SCREEN SAVE", "SCREENSAVE", "SCREEN"}
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """The plane of one frame in the patient (LPS, mm).
-
-    Attributes:
-        position: (3,) centre of the first pixel.
-        orientation: (6,) direction along a row, then down a column.
-        spacing: between rows, between columns.
-        thickness: distance to the next slice as the header states it.
-    """
-
-    position: tuple[float, ...]
-    orientation: tuple[float, ...]
-    spacing: tuple[float, ...]
-    thickness: float
-
-
-@dataclass(frozen=True, slots=True)
-class Instance:
-    """One DICOM file that holds an image."""
-
-    path: Path
-    kind: Modality
-    sop: str
-    series: str
-    study: str
-    subject: str | None
-    rows: int
-    columns: int
-    count: int
-    frames: tuple[Frame, ...]
-    spacing: tuple[float, float]
-    sequence: str | None
-    scanner: str | None
-    field_strength: float | None
-    identities: frozenset[str]
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """No warnings of pydicom's: they quote header values, and so patients."""
@@ -107,27 +70,22 @@ def looks_like_dicom(path: Path) -> bool:
     return start[128:] == b"DICM" or start[:4] in (b"\x08\x00\x00\x00", b"\x08\x00\x05\x00", b"\x08\x00\x08\x00")
 
 
-def read_header(path: Path) -> tuple[Instance | ReadError, frozenset[str]]:
-    """Read and judge a header.
-
-    Returns:
-        the instance, or why it is none; and the identities of the file, which are known in both cases.
-    """
-    identities: frozenset[str] = frozenset()
+def read_header(path: Path) -> Sight:
+    """Read and judge a header; the identities of the file are known even where it is refused."""
+    identities: frozenset[int] = frozenset()
     try:
         check_start(path)
         with quiet():
             dataset, pixel_start = _parse(path)
-            identities = _identities(dataset)
+            identities = tokens(_identities(dataset))
             _judge(dataset)
             _check_pixels(path, dataset, pixel_start)
-            return _instance(path, dataset, identities), identities
+            return Sight(instance=_instance(dataset, identities))
     except ReadError as error:
-        return error, identities
+        reason, detail = error.reason, error.detail
     except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError, NotImplementedError) as error:
-        return ReadError(
-            "unreadable", f"the header holds a value that cannot be read ({type(error).__name__})"
-        ), identities
+        reason, detail = "unreadable", f"the header holds a value that cannot be read ({type(error).__name__})"
+    return Sight(refused=(Refused(reason=reason, detail=detail, identities=identities),))
 
 
 def _parse(path: Path) -> tuple[pydicom.FileDataset, int]:
@@ -189,7 +147,7 @@ def _check_pixels(path: Path, dataset: pydicom.FileDataset, start: int) -> None:
         raise ReadError("truncated", f"{left} bytes of pixels; the header announces {expected}")
 
 
-def _instance(path: Path, dataset: pydicom.Dataset, identities: frozenset[str]) -> Instance:
+def _instance(dataset: pydicom.Dataset, identities: frozenset[int]) -> Instance:
     """What the index needs of a header."""
     patient, issuer = str(dataset.get("PatientID") or "").strip(), str(dataset.get("IssuerOfPatientID") or "").strip()
     kind = MODALITIES[str(dataset.Modality)]
@@ -214,23 +172,30 @@ def _instance(path: Path, dataset: pydicom.Dataset, identities: frozenset[str]) 
         ),
         None,
     )
+    scrub = Scrubber(identities)
     return Instance(
-        path=path,
         kind=kind,
-        sop=str(dataset.get("SOPInstanceUID") or ""),
-        series=str(dataset.get("SeriesInstanceUID") or ""),
-        study=str(dataset.get("StudyInstanceUID") or ""),
-        subject=(f"{issuer}\x1f{patient}" if issuer else patient) if patient else None,
+        sop=_hidden(dataset, "SOPInstanceUID"),
+        series=_hidden(dataset, "SeriesInstanceUID"),
+        study=_hidden(dataset, "StudyInstanceUID"),
+        subject=pseudonym(f"{issuer}\x1f{patient}" if issuer else patient) if patient else None,
+        aliases=(pseudonym(patient),) if patient and issuer else (),
         rows=int(dataset.Rows),
         columns=int(dataset.Columns),
         count=count,
         frames=_frames(dataset, count) if kind == "mri" else (),
         spacing=_pair(spacing),
-        sequence=sequence if kind == "mri" else None,
-        scanner=scanner or None,
+        sequence=scrub.text(sequence) if kind == "mri" else None,
+        scanner=scrub.text(scanner or None),
         field_strength=float(field) if field is not None and np.isfinite(float(field)) else None,
         identities=identities,
     )
+
+
+def _hidden(dataset: pydicom.Dataset, keyword: str) -> str:
+    """The pseudonym of a UID; empty where there is none."""
+    value = str(dataset.get(keyword) or "").strip()
+    return pseudonym(value) if value else ""
 
 
 def _pair(values: Sequence[Any]) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from medim.data.readers.base import ReadError
-from medim.data.readers.dicom_header import Frame
+from medim.data.readers.sights import Frame
 from medim.types import Array
 
 SAME_DIRECTION = 1e-4  # of unit vectors; scanners round the text of one orientation differently from slice to slice

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +9,15 @@ import numpy as np
 
 from medim.data.readers.base import (
     LPS_TO_RAS,
-    Found,
     ReadError,
-    Scanned,
     as_float,
     check_size,
     check_start,
-    check_voxels,
     ras_volume,
-    scan_each,
+    seen,
 )
-from medim.types import Modality, Volume
+from medim.data.readers.sights import Sight
+from medim.types import Volume
 
 
 class ItkReader:
@@ -32,9 +29,9 @@ class ItkReader:
         """By suffix."""
         return path.suffix.lower() in {".mha", ".mhd", ".nrrd", ".nhdr"}
 
-    def scan(self, paths: Sequence[Path], modality: Modality) -> Scanned:
-        """Read every file once."""
-        return scan_each(paths, self._look)
+    def look(self, path: Path) -> Sight:
+        """Read the whole file once."""
+        return seen(self.read(path))
 
     def read(self, path: Path, item: str | None = None) -> Volume:
         """Read the volume, LPS turned to RAS+.
@@ -64,11 +61,6 @@ class ItkReader:
         affine[:3, 3] = image.GetOrigin()
         array = as_float(sitk.GetArrayFromImage(image).transpose(2, 1, 0))  # (k, j, i) to (i, j, k)
         return ras_volume(array, LPS_TO_RAS @ affine)
-
-    def _look(self, path: Path) -> Found:
-        volume = self.read(path)
-        check_voxels(volume.array)
-        return Found(files=(path,), shape=volume.shape, affine=volume.affine)
 
 
 def _simple_itk() -> Any:

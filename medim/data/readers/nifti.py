@@ -6,7 +6,6 @@ import gzip
 import io
 import logging
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,17 @@ import nibabel
 import numpy as np
 from nibabel.arrayproxy import ArrayProxy
 
+from medim.data.identity import pseudonym, tokens
 from medim.data.readers.base import (
-    Found,
     ReadError,
-    Scanned,
     as_float,
     check_size,
     check_start,
-    check_voxels,
     ras_volume,
-    scan_each,
+    seen,
 )
-from medim.types import Modality, Volume
+from medim.data.readers.sights import Sight
+from medim.types import Volume
 
 _silent = logging.Logger("nibabel", logging.CRITICAL + 1)  # what its header checks mend is not worth a line each
 _SECOND = (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")  # NIfTI-2: the header's size, 540
@@ -43,9 +41,20 @@ class NiftiReader:
         """By suffix: `.nii` or `.nii.gz`."""
         return path.name.lower().endswith((".nii", ".nii.gz"))
 
-    def scan(self, paths: Sequence[Path], modality: Modality) -> Scanned:
-        """Read every file once: damage shows only where the voxels are unpacked."""
-        return scan_each(paths, self._look)
+    def look(self, path: Path) -> Sight:
+        """Read the whole file once: damage shows only where the voxels are unpacked."""
+        volume, texts = self._read(path)
+        bids = re.search(r"(?:^|[/_])sub-([A-Za-z0-9]+)", path.as_posix())
+        session = re.search(r"(?:^|[/_])ses-([A-Za-z0-9]+)", path.as_posix())
+        suffix = re.fullmatch(r"sub-.*_([A-Za-z0-9]+)\.nii(?:\.gz)?", path.name)
+        return seen(
+            volume,
+            subject=pseudonym(bids[1]) if bids else None,
+            aliases=(pseudonym(f"sub-{bids[1]}"),) if bids else (),
+            session=pseudonym(session[1]) if bids and session else None,
+            sequence=suffix[1] if suffix else None,
+            identities=tokens(texts),
+        )
 
     def read(self, path: Path, item: str | None = None) -> Volume:
         """Read the volume.
@@ -54,22 +63,6 @@ class NiftiReader:
             ReadError: empty, truncated, several volumes, colour, or no geometry.
         """
         return self._read(path)[0]
-
-    def _look(self, path: Path) -> Found:
-        volume, texts = self._read(path)
-        check_voxels(volume.array)
-        bids = re.search(r"(?:^|[/_])sub-([A-Za-z0-9]+)", path.as_posix())
-        session = re.search(r"(?:^|[/_])ses-([A-Za-z0-9]+)", path.as_posix())
-        suffix = re.fullmatch(r"sub-.*_([A-Za-z0-9]+)\.nii(?:\.gz)?", path.name)
-        return Found(
-            files=(path,),
-            shape=volume.shape,
-            affine=volume.affine,
-            subject=bids[1] if bids else None,
-            session=session[1] if bids and session else None,
-            sequence=suffix[1] if suffix else None,
-            identities=texts,
-        )
 
     def _read(self, path: Path) -> tuple[Volume, frozenset[str]]:
         """The volume, and the free texts of its header."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import get_args
@@ -10,20 +9,18 @@ from typing import get_args
 import numpy as np
 from PIL import Image
 
+from medim.data.identity import pseudonym
 from medim.data.readers.base import (
-    Found,
     ReadError,
-    Refused,
-    Scanned,
     as_float,
     check_size,
     check_start,
-    check_voxels,
     flat_volume,
     ras_volume,
-    scan_each,
+    seen,
 )
-from medim.types import Array, Modality, Split, Volume
+from medim.data.readers.sights import Found, Refused, Sight
+from medim.types import Array, Split, Volume
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's mode L
@@ -38,9 +35,9 @@ class PictureReader:
         """By suffix."""
         return path.suffix.lower() in {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 
-    def scan(self, paths: Sequence[Path], modality: Modality) -> Scanned:
-        """Read every file once."""
-        return scan_each(paths, self._look)
+    def look(self, path: Path) -> Sight:
+        """Read the whole file once."""
+        return seen(self.read(path))
 
     def read(self, path: Path, item: str | None = None) -> Volume:
         """Read the picture, rows by columns, 1 mm a pixel.
@@ -63,11 +60,6 @@ class PictureReader:
             raise ReadError("unreadable", f"the picture is damaged or truncated ({type(error).__name__})") from error
         return flat_volume(as_float(array))
 
-    def _look(self, path: Path) -> Found:
-        volume = self.read(path)
-        check_voxels(volume.array)
-        return Found(files=(path,), shape=volume.shape, affine=volume.affine)
-
 
 class NumpyReader:
     """`.npy` with one image; `.npz` in MedMNIST's layout (`train_images`, `train_labels`, `val_images`, ...).
@@ -82,17 +74,9 @@ class NumpyReader:
         """By suffix."""
         return path.suffix.lower() in {".npy", ".npz"}
 
-    def scan(self, paths: Sequence[Path], modality: Modality) -> Scanned:
-        """One finding an image, not one a file."""
-        found, refused = scan_each([path for path in paths if path.suffix.lower() == ".npy"], self._look)
-        for path in paths:
-            if path.suffix.lower() == ".npz":
-                try:
-                    for image in _look_into(path):
-                        (found if isinstance(image, Found) else refused).append(image)  # type: ignore[arg-type]
-                except ReadError as error:
-                    refused.append(Refused(path=path, reason=error.reason, detail=error.detail))
-        return found, refused
+    def look(self, path: Path) -> Sight:
+        """Read the whole file once; one finding an image, not one a file."""
+        return seen(self.read(path)) if path.suffix.lower() == ".npy" else _look_into(path)
 
     def read(self, path: Path, item: str | None = None) -> Volume:
         """Read one image.
@@ -114,11 +98,6 @@ class NumpyReader:
         except (KeyError, IndexError, ValueError):
             counts = ", ".join(f"{name}/0..{len(array) - 1}" for name, array in images.items() if name in SPLITS)
             raise ReadError("no-such-item", f"no image '{item}' in the archive; it has {counts}") from None
-
-    def _look(self, path: Path) -> Found:
-        volume = self.read(path)
-        check_voxels(volume.array)
-        return Found(files=(path,), shape=volume.shape, affine=volume.affine)
 
 
 def _natural(text: str) -> int:
@@ -179,10 +158,11 @@ def _load_archive(name: str, size: int, changed: int) -> dict[str, Array]:
     return content
 
 
-def _look_into(path: Path) -> Iterator[Found | Refused]:
+def _look_into(path: Path) -> Sight:
     """Every image of an archive."""
     check_start(path)
     content = _load(path)
+    found, refused = [], []
     for split in SPLITS:
         images = content.get(split)
         if images is None or len(images) == 0:
@@ -196,14 +176,15 @@ def _look_into(path: Path) -> Iterator[Found | Refused]:
         for place in range(len(images)):
             if not finite[place] or constant[place]:
                 detail = f"image {split}/{place} " + ("is constant" if finite[place] else "is not finite")
-                yield Refused(path=path, reason="constant" if finite[place] else "not-finite", detail=detail)
+                refused.append(Refused(reason="constant" if finite[place] else "not-finite", detail=detail))
                 continue
-            yield Found(
-                files=(path,),
+            image = Found(
                 item=f"{split}/{place}",
                 shape=volume.shape,
                 affine=volume.affine,
-                subject=f"{path.name}#{split}/{place}",
+                subject=pseudonym(f"{path.name}#{split}/{place}"),
                 label=f"{classes[place, 0]:g}" if classes is not None and classes.shape[1] == 1 else None,
                 split=split,
             )
+            found.append(image)
+    return Sight(found=tuple(found), refused=tuple(refused))

@@ -18,7 +18,7 @@ from medim.data.readers.base import LPS_TO_RAS
 from medim.data.readers.dicom_header import Frame
 from medim.data.readers.dicom_stack import stack
 from medim.types import Volume
-from tests.data.synthetic import AXIAL, dataset, enhanced, noise, save, write_series, xray
+from tests.data.synthetic import AXIAL, dataset, enhanced, noise, save, scan, write_series, xray
 
 OBLIQUE = (0.991332, 0.114987, -0.063548, -0.118794, 0.991118, -0.059771)
 SAGITTAL = (0.0, 1.0, 0.0, 0.0, 0.0, -1.0)
@@ -232,7 +232,7 @@ def test_a_series_that_is_no_image_is_refused_with_its_reason(tmp_path: Path, wh
     with pytest.raises(ReadError) as caught:
         read_volume(tmp_path)
     assert caught.value.reason == reason
-    found, refused = DICOM.scan(sorted(tmp_path.iterdir()), "mri")
+    found, refused = scan(DICOM, sorted(tmp_path.iterdir()), "mri")
     assert found == []
     assert {one.reason for one in refused} == {reason}
 
@@ -247,7 +247,7 @@ def test_slices_of_two_sizes_are_refused(tmp_path: Path) -> None:
 
 def test_several_frames_are_no_xray(tmp_path: Path) -> None:
     path = save(xray(noise(2, 4, 6)), tmp_path / "a.dcm")
-    assert DICOM.scan([path], "xray")[1][0].reason == "several-volumes"
+    assert scan(DICOM, [path], "xray")[1][0].reason == "several-volumes"
     with pytest.raises(ReadError, match="2 frames"):
         read_volume(path)
 
@@ -256,7 +256,7 @@ def test_a_copy_is_told_from_a_contradiction(tmp_path: Path) -> None:
     pixels = noise(4, 6)
     for name, drawn in (("a", pixels), ("b", pixels), ("c", pixels[::-1])):
         save(xray(drawn, SOPInstanceUID="1.2.3.4", ImageComments=name), tmp_path / f"{name}.dcm")
-    found, refused = DICOM.scan(sorted(tmp_path.iterdir()), "xray")
+    found, refused = scan(DICOM, sorted(tmp_path.iterdir()), "xray")
     assert [image.files[0].name for image in found] == ["a.dcm"]
     assert [(one.path.name, one.reason) for one in refused] == [
         ("b.dcm", "duplicate"),
@@ -268,7 +268,7 @@ def test_two_series_in_a_folder_are_two_images_and_no_volume(tmp_path: Path) -> 
     write_series(tmp_path)
     for path in write_series(tmp_path / "more", SeriesInstanceUID="1.2.3"):
         path.rename(tmp_path / f"more{path.name}")
-    found, refused = DICOM.scan([path for path in tmp_path.iterdir() if path.is_file()], "mri")
+    found, refused = scan(DICOM, [path for path in tmp_path.iterdir() if path.is_file()], "mri")
     assert [len(image.files) for image in found] == [5, 5]
     assert refused == []
     with pytest.raises(ReadError, match="2 images") as caught:
@@ -297,7 +297,7 @@ def test_a_file_without_preamble_and_suffix_is_known(tmp_path: Path) -> None:
 
 def test_secondary_capture_of_an_xray_is_an_xray(tmp_path: Path) -> None:
     path = save(xray(noise(4, 6), SOPClassUID=SecondaryCaptureImageStorage, Modality="CR"), tmp_path / "a.dcm")
-    assert len(DICOM.scan([path], "xray")[0]) == 1
+    assert len(scan(DICOM, [path], "xray")[0]) == 1
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,142 @@
+"""The public sets that `medim fetch` knows: what they hold, on what terms, and what their publishers say of each file.
+
+A new set is one entry in `SETS`; see docs/how-to/add-public-set.md. Checksums and addresses are copied, never made up:
+MedMNIST's from `INFO` in medmnist 3.0.2, the Decathlon's from `DecathlonDataset` in MONAI 1.6.1, and what The Cancer
+Imaging Archive sends carries its own (the NBIA Search REST API Guide on its wiki).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from medim.types import Modality
+
+
+@dataclass(frozen=True)
+class PublicFile:
+    """A file of a set.
+
+    Attributes:
+        url: the publisher's address.
+        name: what it is called here; for an archive the folder that it becomes.
+        md5: the publisher's checksum, where one is known.
+        archive: whether it is unpacked.
+    """
+
+    url: str
+    name: str
+    md5: str | None = None
+    archive: bool = False
+
+
+@dataclass(frozen=True)
+class PublicSet:
+    """A data set that anyone may download.
+
+    Attributes:
+        modality: which images it holds.
+        title: one line.
+        licence: its terms, in short.
+        citation: what its authors want cited.
+        sums: where the publisher's checksums come from; None where there are none.
+        files: what to download.
+        collection: instead of `files`, a collection of The Cancer Imaging Archive.
+        dicom: the DICOM modalities of the collection that are taken.
+        images: their number, where the publisher's table says it.
+        note: what to know before using it.
+    """
+
+    modality: Modality
+    title: str
+    licence: str
+    citation: str
+    sums: str | None
+    files: tuple[PublicFile, ...] = ()
+    collection: str | None = None
+    dicom: tuple[str, ...] = ()
+    images: int | None = None
+    note: str = ""
+
+    def described(self) -> str:
+        """What `medim fetch --list` says of it."""
+        size = f"{self.images:,} images" if self.images else "size not known"
+        sums = f"md5 from {self.sums}" if self.sums else "no checksum known: sha256 recorded at first download"
+        note = f"; {self.note}" if self.note else ""
+        return f"{self.modality}; {self.title}; {size}; {self.licence}; {sums}{note}"
+
+
+_MEDMNIST = "Yang et al. MedMNIST v2. Scientific Data 10, 41 (2023). https://doi.org/10.1038/s41597-022-01721-8"
+_DECATHLON = "Antonelli et al. The Medical Segmentation Decathlon. Nature Communications 13, 4128 (2022). "
+_DECATHLON += "https://doi.org/10.1038/s41467-022-30695-9"
+
+
+def _pneumonia(stem: str, side: int, md5: str) -> PublicSet:
+    return PublicSet(
+        modality="xray",
+        title=f"PneumoniaMNIST, chest X-rays of children, {side}x{side}, normal or pneumonia",
+        licence="CC BY 4.0",
+        citation=f"{_MEDMNIST}; Kermany et al. Cell 172(5) (2018). https://doi.org/10.1016/j.cell.2018.02.010",
+        sums="medmnist 3.0.2",
+        files=(PublicFile(f"https://zenodo.org/records/10519652/files/{stem}.npz?download=1", f"{stem}.npz", md5),),
+        images=4708 + 524 + 624,
+    )
+
+
+def _chest(stem: str, side: int, md5: str) -> PublicSet:
+    return PublicSet(
+        modality="xray",
+        title=f"ChestMNIST, frontal chest X-rays of NIH ChestX-ray14, {side}x{side}, 14 findings",
+        licence="CC BY 4.0",
+        citation=f"{_MEDMNIST}; Wang et al. ChestX-ray8. CVPR (2017). https://doi.org/10.1109/CVPR.2017.369",
+        sums="medmnist 3.0.2",
+        files=(PublicFile(f"https://zenodo.org/records/10519652/files/{stem}.npz?download=1", f"{stem}.npz", md5),),
+        images=78468 + 11219 + 22433,
+        note="for pretraining: of its 14 yes-or-no labels an image, which medim has no task for, none is read",
+    )
+
+
+def _decathlon(task: str, title: str, md5: str) -> PublicSet:
+    return PublicSet(
+        modality="mri",
+        title=f"Medical Segmentation Decathlon, {task}: {title}",
+        licence="CC BY-SA 4.0",
+        citation=_DECATHLON,
+        sums="MONAI 1.6.1",
+        files=(PublicFile(f"https://msd-for-monai.s3-us-west-2.amazonaws.com/{task}.tar", task, md5, archive=True),),
+    )
+
+
+SETS: dict[str, PublicSet] = {
+    "pneumoniamnist": _pneumonia("pneumoniamnist", 28, "28209eda62fecd6e6a2d98b1501bb15f"),
+    "pneumoniamnist_64": _pneumonia("pneumoniamnist_64", 64, "8f4eceb4ccffa70c672198ea285246c6"),
+    "pneumoniamnist_128": _pneumonia("pneumoniamnist_128", 128, "05b46931834c231683c68f40c47b2971"),
+    "pneumoniamnist_224": _pneumonia("pneumoniamnist_224", 224, "d6a3c71de1b945ea11211b03746c1fe1"),
+    "chestmnist": _chest("chestmnist", 28, "02c8a6516a18b556561a56cbdd36c4a8"),
+    "chestmnist_64": _chest("chestmnist_64", 64, "9de6cd0b934ebb5b7426cfba5efbae16"),
+    "chestmnist_128": _chest("chestmnist_128", 128, "db107e5590b27930b62dbaf558aebee3"),
+    "chestmnist_224": _chest("chestmnist_224", 224, "45bd33e6f06c3e8cdb481c74a89152aa"),
+    "Task04_Hippocampus": _decathlon(
+        "Task04_Hippocampus", "T1 crops, front and back of the hippocampus", "9d24dba78a72977dbd1d2e110310f31b"
+    ),
+    "Task02_Heart": _decathlon("Task02_Heart", "cardiac MRI, left atrium", "06ee59366e1e5124267b774dbd654057"),
+    "QIN-PROSTATE-Repeatability": PublicSet(
+        modality="mri",
+        title="QIN-PROSTATE-Repeatability, prostate MRI of 15 patients, each scanned twice, DICOM",
+        licence="CC BY 4.0",
+        citation="Fedorov et al. Data From QIN-PROSTATE-Repeatability. The Cancer Imaging Archive (2018). "
+        "https://doi.org/10.7937/K9/TCIA.2018.MR1CKGND",
+        sums="the archive, sent with the images",
+        collection="QIN-PROSTATE-Repeatability",
+        dicom=("MR",),
+    ),
+    "COVID-19-AR": PublicSet(
+        modality="xray",
+        title="COVID-19-AR, chest X-rays of 105 patients who tested positive, DICOM (its CT scans are left out)",
+        licence="CC BY 4.0",
+        citation="Desai et al. Chest imaging representing a COVID-19 positive rural U.S. population. Scientific Data "
+        "7, 414 (2020). https://doi.org/10.7937/tcia.2020.py71-5978",
+        sums="the archive, sent with the images",
+        collection="COVID-19-AR",
+        dicom=("CR", "DX"),
+    ),
+}
