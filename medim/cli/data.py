@@ -62,17 +62,23 @@ def index(
     out: Out,
     labels: Labels = None,
     subjects: Subjects = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes. Default: one a core.", min=1)] = None,
+    reread: Annotated[
+        bool, typer.Option("--reread", help="Open every file, also those that have not changed since the last time.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """List every image, and every file that is none with the reason."""
+    """List every image, and every file that is none with the reason; files that have not changed are not opened."""
     from medim.data.index import AllRejectedError, build_index
+    from medim.data.processes import available
     from medim.data.public import named
     from medim.data.records import write_rejections
     from medim.files import fresh_folder
 
     places = [named(source, modality) for source in sources]
+    how: Any = {"jobs": jobs or available(), "remember": not reread, "progress": progress("looked at", "files")}
     try:
-        found = build_index(places, modality, labels=labels, subjects=subjects)
+        found = build_index(places, modality, labels=labels, subjects=subjects, **how)
     except AllRejectedError as error:
         write_rejections(fresh_folder(out, overwrite=overwrite) / "rejected.csv", error.index.rejected)
         raise
@@ -81,6 +87,7 @@ def index(
         "images": len(found.records),
         "subjects": len({r.subject for r in found.records}),
         "rejected": len(found.rejected),
+        "files opened": found.opened,
     }
     show("index", {**counts, "written to": out})
 
