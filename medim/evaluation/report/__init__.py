@@ -13,10 +13,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from medim import __version__
+from medim.evaluation.report.cohort import cohort
 from medim.evaluation.report.comparison import compare
+from medim.evaluation.report.package import package
 from medim.evaluation.report.page import Section
 from medim.evaluation.report.runs import evaluation, finetuning, pretraining, unfinished
-from medim.evaluation.report.sources import cohort, package
 from medim.files import read_json, write_text
 from medim.types import UserError
 
