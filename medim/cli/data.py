@@ -100,6 +100,7 @@ def preprocess(
     jobs: Annotated[int, typer.Option(help="Processes.")] = 1,
 ) -> None:
     """Preprocess images into a store that pretrain and finetune read crops from; what is whole is kept."""
+    from medim.data.quality_table import assess, counts, write_quality
     from medim.data.source import open_source
     from medim.training.cohort import open_cohort
     from medim.training.pretrain import resolve_config
@@ -110,8 +111,8 @@ def preprocess(
     found, _ = open_source(source, modality)
     steps = resolve_config(config or modality, index=found).preprocessing
     cohort = open_cohort(found, found.records, steps, split_seed=0, store=out, jobs=jobs)
+    rows = assess(found.records, cohort.figures())
+    write_quality(out, rows)
     found.write(out)
-    show(
-        "preprocess",
-        {"images": len(cohort.keys), "rejected": len(found.rejected) + len(cohort.rejected), "written to": out},
-    )
+    rejected = len(found.rejected) + len(cohort.rejected)
+    show("preprocess", {"images": len(cohort.keys), "rejected": rejected, **counts(rows), "written to": out})

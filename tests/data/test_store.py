@@ -13,7 +13,8 @@ import pytest
 
 from medim.data.index import Index, Record
 from medim.data.preprocessing import onto, preprocess
-from medim.data.store import Store, default_folder, fill
+from medim.data.quality import measure
+from medim.data.store import SCHEMA_VERSION, Store, default_folder, fill
 from medim.types import Array, Step, UsageError, UserError, Volume
 
 STEPS: list[Step] = [{"op": "clip_percentiles"}, {"op": "normalise"}]
@@ -102,6 +103,7 @@ class TestContent:
             entry = store.entry(key)
             assert (entry.shape, entry.channels, entry.mask) == (one.shape, 1, True)
             assert entry.minimum == (float(store.image(key).min()),)
+            assert entry.figures == measure(index.open(one))
 
     def test_a_box_equals_the_same_part_of_the_whole(self, store: Store, index: FakeIndex) -> None:
         key = store.add(index, index.records[1], STEPS)
@@ -136,13 +138,13 @@ class TestContent:
 
     def test_every_file_carries_its_schema_version(self, store: Store, index: FakeIndex) -> None:
         store.add(index, index.records[0], STEPS)
-        assert json.loads((store.folder / "store.json").read_text())["schema_version"] == 1
+        assert json.loads((store.folder / "store.json").read_text())["schema_version"] == SCHEMA_VERSION
 
     def test_another_schema_version_is_not_read(
         self, store: Store, index: FakeIndex, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         key = store.add(index, index.records[0], STEPS)
-        monkeypatch.setattr("medim.data.store.SCHEMA_VERSION", 2)
+        monkeypatch.setattr("medim.data.store.SCHEMA_VERSION", SCHEMA_VERSION + 1)
         assert not Store(store.folder).whole(key)
 
     def test_the_default_folder_follows_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
