@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,7 +101,7 @@ def preprocess(
     jobs: Annotated[int, typer.Option(help="Processes.")] = 1,
 ) -> None:
     """Preprocess images into a store that pretrain and finetune read crops from; what is whole is kept."""
-    from medim.data.quality_table import assess, counts, write_quality
+    from medim.data.quality_table import assess, counts, flagged, write_quality
     from medim.data.source import open_source
     from medim.training.cohort import open_cohort
     from medim.training.pretrain import resolve_config
@@ -113,6 +114,6 @@ def preprocess(
     cohort = open_cohort(found, found.records, steps, split_seed=0, store=out, jobs=jobs)
     rows = assess(found.records, cohort.figures())
     write_quality(out, rows)
-    found.write(out)
+    replace(found, records=flagged(found.records, rows)).write(out)
     rejected = len(found.rejected) + len(cohort.rejected)
     show("preprocess", {"images": len(cohort.keys), "rejected": rejected, **counts(rows), "written to": out})

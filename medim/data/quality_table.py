@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,17 @@ def assess(records: Sequence[Record], figures: Mapping[str, Figures]) -> tuple[Q
         raised = flags({**asdict(found), "distance": distance})
         rows.append(Quality(record.image, found, image, distance, image_own, distance_own, raised))
     return tuple(rows)
+
+
+def flagged(records: Sequence[Record], rows: Sequence[Quality]) -> tuple[Record, ...]:
+    """The records with their flags in `quality`, behind what the reader said; flags of an earlier run go."""
+    raised = {row.image: row.flags for row in rows}
+
+    def codes(record: Record) -> str | None:
+        said = [code for code in (record.quality or "").split() if code not in FLAGS]
+        return " ".join([*said, *raised.get(record.image, ())]) or None
+
+    return tuple(replace(record, quality=codes(record)) for record in records)
 
 
 def counts(rows: Sequence[Quality]) -> dict[str, int]:

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from medim.cli import app
+from medim.data.index import Index, build_index
 from medim.data.quality_table import read_quality
 from medim.models.model import build_encoder
 from medim.models.saved import save
@@ -91,6 +92,9 @@ def test_preprocess_writes_the_quality_of_every_image_and_counts_the_flags(tmp_p
     written = (store / "quality.csv").read_bytes()
     assert len(read_quality(store)) == 9
     assert [row.nearest for row in read_quality(store) if row.flags and row.nearest] == ["x/val/0", "x/train/4"]
+    index = Index.read(store)
+    assert [r.image for r in index.records if "near-duplicate" in str(r.quality)] == ["x/train/4", "x/val/0"]
+    assert index.hash == build_index(archive, "xray").hash  # a store is made of the same images
     (store / "quality.csv").unlink()
     assert CliRunner().invoke(app, command).exit_code == 0
     assert (store / "quality.csv").read_bytes() == written

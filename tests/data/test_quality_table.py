@@ -9,7 +9,16 @@ import pytest
 
 from medim.data.index import build_index
 from medim.data.quality import Figures, measure
-from medim.data.quality_table import NEAR, Quality, assess, counts, near_duplicates, read_quality, write_quality
+from medim.data.quality_table import (
+    NEAR,
+    Quality,
+    assess,
+    counts,
+    flagged,
+    near_duplicates,
+    read_quality,
+    write_quality,
+)
 from medim.data.records import Record
 from medim.types import UserError
 from tests.data.test_store import record
@@ -53,6 +62,15 @@ def test_alike_images_of_two_subjects_are_flagged_and_those_of_one_are_told() ->
     assert [(row.nearest_own, row.distance_own) for row in rows[:2]] == [("i1", 2), ("i0", 2)]
     assert [row.flags for row in rows] == [("near-duplicate",)] * 3 + [()] * 2
     assert counts(rows) == {"near-duplicate": 3}
+
+
+def test_flags_stand_behind_what_the_reader_said_and_replace_earlier_ones() -> None:
+    records = [
+        replace(one, quality=said)
+        for one, said in zip(people("p", "q", "r"), (None, "derived", "derived clipped"), strict=True)
+    ]
+    rows = assess(records, hashed(0b0, 0b11, 0xFF << 40))
+    assert [r.quality for r in flagged(records, rows)] == ["near-duplicate", "derived near-duplicate", "derived"]
 
 
 def test_images_without_a_hash_and_without_figures_are_no_ones_neighbour() -> None:
