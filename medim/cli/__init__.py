@@ -345,7 +345,7 @@ def predict(
 
 @command(app)
 def report(
-    folder: Annotated[Path, typer.Argument(help="A run, an evaluation, an index, or a folder of these.")],
+    folder: Annotated[Path, typer.Argument(help="A run, an evaluation, an index, a store, or a folder of these.")],
 ) -> None:
     """Write one self-contained report.html."""
     from medim.evaluation.report import report as write

@@ -12,7 +12,7 @@ import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from medim.data.fingerprints import fingerprint
 from medim.data.index import Index, Record, Rejection
 from medim.data.preprocessing import check_steps, onto, preprocess
 from medim.data.processes import in_processes
+from medim.data.quality import Figures, measure
 from medim.data.readers import ReadError
 from medim.files import cache_folder, hash_of, read_json, write_bytes, write_json
 from medim.types import Array, Step, UsageError, UserError, Volume
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 CHUNK, BLOCK = 64, 16  # voxels a side: what is found at once, and what is decompressed at once
 HALF_ERROR = 1 / 200  # standard deviations an intensity may be off by before float16 is too coarse for an image
 OPEN_FILES = 64
@@ -56,6 +57,7 @@ class Entry:
         mask: a mask is stored too.
         fingerprint: of the image before preprocessing; see `medim.data.fingerprints`.
         nbytes: size in RAM, as stored (float16 or float32), without the mask.
+        figures: of the image as read, before the steps; None where `put` was given none.
     """
 
     shape: tuple[int, ...]
@@ -67,6 +69,7 @@ class Entry:
     mask: bool
     fingerprint: str
     nbytes: int
+    figures: Figures | None
 
 
 class Store:
@@ -105,7 +108,14 @@ class Store:
             self.put(key, *_prepared(index, record, steps))
         return key
 
-    def put(self, key: str, image: Volume, mask: Volume | None = None, fingerprint: str = "") -> None:
+    def put(
+        self,
+        key: str,
+        image: Volume,
+        mask: Volume | None = None,
+        figures: Figures | None = None,
+        fingerprint: str = "",
+    ) -> None:
         """Write an image (C, ...) and its mask (1, ...) on the same grid; the image last, as the sign of both."""
         voxels = _halved(image.array)
         spatial = tuple(range(1, image.array.ndim))
@@ -122,6 +132,7 @@ class Store:
             "minimum": voxels.min(axis=spatial).tolist(),
             "mask": mask is not None,
             "fingerprint": fingerprint,
+            "figures": None if figures is None else asdict(figures),
         }
         if not self._marked:
             write_json(self.folder / "store.json", {"schema_version": SCHEMA_VERSION, "kind": "medim-store"})
@@ -294,12 +305,12 @@ def _in_processes(
         yield outcome or (record.image, died)
 
 
-def _prepared(index: Index, record: Record, steps: Sequence[Step]) -> tuple[Volume, Volume | None, str]:
+def _prepared(index: Index, record: Record, steps: Sequence[Step]) -> tuple[Volume, Volume | None, Figures, str]:
     """What `Store.put` takes of an image."""
-    native = index.open(record)
-    image = preprocess(native, steps)
+    read = index.open(record)
+    image = preprocess(read, steps)
     mask = onto(index.open_mask(record), image) if record.mask is not None else None
-    return image, mask, fingerprint(native)
+    return image, mask, measure(read), fingerprint(read)
 
 
 def _halved(array: Array) -> Array:
@@ -359,4 +370,5 @@ def _entry(array: Any, header: dict[str, Any]) -> Entry:
         mask=bool(header["mask"]),
         fingerprint=str(header["fingerprint"]),
         nbytes=int(np.prod(array.shape)) * array.dtype.itemsize,
+        figures=None if header["figures"] is None else Figures(**header["figures"]),
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from medim.config import RunConfig, dump
 from medim.data.index import Index, Record, Rejection
+from medim.data.quality import Figures
 from medim.data.seen import Case
 from medim.data.splits import on_both_sides, split
 from medim.data.store import Store, fill
@@ -71,6 +72,11 @@ class Cohort:
                 **versions(),
             },
         }
+
+    def figures(self) -> dict[str, Figures]:
+        """Image key to the figures of the image as it was read."""
+        found = {image: self.store.entry(key).figures for image, key in self.keys.items()}
+        return {image: figures for image, figures in found.items() if figures is not None}
 
     def store_keys(self, records: Sequence[Record]) -> list[str]:
         """Store keys of some images."""

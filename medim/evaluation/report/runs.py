@@ -13,6 +13,7 @@ import numpy as np
 from medim.data.seen import describe
 from medim.evaluation.cases import class_arrays, read_cases
 from medim.evaluation.report import figures
+from medim.evaluation.report.drawing import Figure
 from medim.evaluation.report.page import (
     INTERVALS,
     Banner,
@@ -200,7 +201,7 @@ def _curve(name: str, rows: Sequence[Mapping[str, str]]) -> figures.Curve:
 
 def _segmentation(
     rows: Sequence[Row], classes: Sequence[str], metrics: Mapping[str, Any]
-) -> tuple[list[figures.Figure], list[Table]]:
+) -> tuple[list[Figure], list[Table]]:
     columns = {name: [row for row in rows if row["class"] == name] for name in classes}
     drawn = [
         figures.intervals(shares(metrics), "Metrics with their intervals"),
@@ -221,7 +222,7 @@ def _segmentation(
 
 def _classification(
     rows: Sequence[Row], classes: Sequence[str], metrics: Mapping[str, Any]
-) -> tuple[list[figures.Figure], list[Table]]:
+) -> tuple[list[Figure], list[Table]]:
     probabilities, labels = class_arrays(list(map(dict, rows)), classes)
     predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
     hit = predicted == labels
