@@ -26,8 +26,9 @@ MAY_IMPORT = {  # room: the rooms of medim it may import, besides itself
     "deployment": GROUND | {"data"},
     "evaluation": GROUND | {"data", "models", "objectives", "deployment"},
     "training": GROUND | {"data", "models", "objectives", "deployment", "evaluation"},
+    "study": GROUND | {"data", "models", "objectives", "deployment", "evaluation", "training"},
     "doctor": set(),  # looks at what is installed
-    "cli": GROUND | {"doctor", "data", "models", "objectives", "deployment", "evaluation", "training"},
+    "cli": GROUND | {"doctor", "data", "models", "objectives", "deployment", "evaluation", "training", "study"},
     "__init__": set(),  # lazily, by name
 }
 EXPORTERS = ("deployment/export.py", "deployment/onnx.py", "deployment/monai_bundle.py")  # these need [train]
