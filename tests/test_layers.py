@@ -213,6 +213,7 @@ def test_every_room_of_the_house_has_a_place_in_the_map() -> None:
         ("training/pretrain.py", "import mlflow"),
         ("training/pretrain.py", "import pytorch_lightning"),
         ("training/pretrain.py", "import medim.cli"),
+        ("training/pretrain.py", "from medim.study import statistics"),
         ("training/pretrain.py", "from pipelines import smoke"),
         ("training/pretrain.py", "from . import loaders"),
         ("cli.py", "from medim.training.pretrain import pretrain"),

@@ -1,1 +1,1 @@
-"""What pretraining is worth on one's own data, in labels: the runner and the statistics of `medim study`."""
+"""What pretraining is worth on one's own data, in labels: the statistics of `medim study`."""
