@@ -25,6 +25,7 @@ from medim.cli.options import (
     Strict,
     Subjects,
 )
+from medim.cli.study import study
 from medim.cli.terminal import averages, command, console, curve, intervals, number, progress, show
 from medim.types import Modality, UsageError, UserError
 
@@ -281,6 +282,9 @@ def evaluate(
     metrics = run(model, found, out, progress=progress("measured"), **options)
     counts = {"cases": metrics["n"], "excluded as seen": metrics["excluded_seen"], **describe(metrics["seen"])}
     show("evaluate", {**counts, **intervals(metrics), "written to": out})
+
+
+command(app)(study)
 
 
 @command(app)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,10 +16,10 @@ from medim.data.seen import Counts, guard, read_seen
 from medim.evaluation.sample import Budget
 from medim.models.saved import find
 from medim.study.design import Arm, Subsets, Task
+from medim.study.resampling import MIN_SUBJECTS
 from medim.training.cohort import Cohort
 from medim.types import Split, UsageError, UserError
 
-MIN_SUBJECTS = 5  # to measure on, in all and with each class
 NETWORK = ("modality", "spatial_dims", "in_channels", "encoder", "preprocessing", "input_shape")
 _MORE = "Measure on more subjects: a larger validation split, or another source."
 
@@ -134,7 +135,7 @@ def draw(
                 )
             subsets[budget, seed] = subset
     ordered = sorted(dict.fromkeys(budgets), key=lambda budget: len(subsets[budget, 0]))
-    for one, other in zip(ordered, ordered[1:], strict=False):
+    for one, other in pairwise(ordered):
         if len(subsets[one, 0]) == len(subsets[other, 0]):
             raise UsageError(
                 f"budgets {one.name} and {other.name}: both give {len(subsets[one, 0])} labelled images. Leave one out."
@@ -142,17 +143,16 @@ def draw(
     return tuple(ordered), subsets
 
 
-def check_selection(too_small: dict[str, str], *, explicit: bool) -> None:
+def check_selection(too_small: dict[str, str]) -> None:
     """Refuse budgets that selection alone would eat, where it was asked for.
 
     Args:
         too_small: budget to why nothing can be chosen in it; see `medim.study.choice.too_small`.
-        explicit: `--learning-rates` names a grid.
 
     Raises:
         UsageError: there is one.
     """
-    if explicit and too_small:
+    if too_small:
         budget, reason = next(iter(too_small.items()))
         raise UsageError(
             f"--learning-rates: budget {budget} is too small to choose by: {reason}. Selection is paid from the label "

@@ -1,8 +1,8 @@
 """Read what a study found: statistics of its runs that can be paired and resampled, and curves over steps.
 
-    results = open_results(Path("runs/study"))
-    ours, scratch = results.paired("dice", "dim", "10")  # [S][T] each
-    paired_difference(ours, scratch, results.subjects)
+results = open_results(Path("runs/study"))
+ours, scratch = results.paired("dice", "dim", "10")  # [S][T] each
+paired_difference(ours, scratch, results.subjects)
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,7 +111,11 @@ class Results:
     def statistic(self, metric: str, run: Run) -> Statistic:
         """A metric of one run, as a function of the cases' weights."""
         columns = self._columns(run)
-        return classification_statistics(*self.probabilities(run))[metric] if TRUTH in columns else mean_of(columns[metric])
+        return (
+            classification_statistics(*self.probabilities(run))[metric]
+            if TRUTH in columns
+            else mean_of(columns[metric])
+        )
 
     def probabilities(self, run: Run) -> tuple[Array, Array]:
         """Probabilities (N, K) and class numbers (N,) of one run of a classifier."""
@@ -123,13 +128,17 @@ class Results:
         return self.values[run]
 
 
-def open_results(folder: Path) -> Results:
+def open_results(folder: Path, summary: dict[str, Any] | None = None) -> Results:
     """Read a study's folder.
+
+    Args:
+        folder: of the study.
+        summary: the content of its `summary.json`, where that is not written yet.
 
     Raises:
         UserError: there is no study, or nothing of it is done.
     """
-    summary = read_json(folder / "summary.json")
+    summary = read_json(folder / "summary.json") if summary is None else summary
     try:
         table = pq.read_table(folder / "results.parquet")
     except (OSError, pa.ArrowException) as error:
@@ -144,7 +153,7 @@ def open_results(folder: Path) -> Results:
     starts = [0, *(place for place in range(1, len(runs)) if runs[place] != runs[place - 1]), len(runs)]
     values: dict[Run, dict[str, Array]] = {}
     measured = np.ones(len(cases), dtype=bool)
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in pairwise(starts):
         own = values[runs[start]] = {}
         for code in dict.fromkeys(metric[start:end].tolist()):
             rows = start + np.flatnonzero(metric[start:end] == code)

@@ -11,25 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from medim.config import FinetuneConfig
+from medim.data.identity import Scrubber, tokens
 from medim.data.index import Index
 from medim.data.splits import write_splits
 from medim.evaluation.sample import Budget
-from medim.files import fresh_folder, hash_of, read_json, write_json
+from medim.files import fresh_folder, read_json, write_json
 from medim.models.saved import find
 from medim.study import checks
 from medim.study.agenda import Agenda
 from medim.study.cells import Bench
 from medim.study.choice import too_small
 from medim.study.design import MULTIPLES, Arm, Design, Task
-from medim.study.estimate import Clock, measure, on_the_way
+from medim.study.estimate import Clock, Costs, measure, on_the_way
 from medim.study.summary import write_summary
 from medim.study.table import write_results
 from medim.study.workers import work
-from medim.training.cohort import Cohort
 from medim.training.finetune import open_labelled, rehearse
 from medim.training.tracking import check_target, log_study, track_study
 from medim.training.trainer import StoppedError
-from medim.types import UsageError, UserError
+from medim.types import UserError
 
 log = logging.getLogger(__name__)
 DESIGN = "design.json"
@@ -96,25 +96,110 @@ def study(
     check_target()
     fresh_folder(out, resume=resume, overwrite=overwrite)
     cohort = open_labelled(config, index, split_seed=split_seed, store=store, jobs=jobs)
-    bench, facts = _bench(task, config, cohort, arms, budgets, out, seeds, multiples, split_seed, strict)
-    bench = replace(bench, accelerator=accelerator, keep_models=keep_models)
-    log.info("timing a few steps and images")
+    checks.check_sides(cohort)
+    checks.check_cases(task, cohort)
+    seen = checks.count_seen(arms, cohort, strict=strict)
+    ordered, subsets = checks.draw(task, cohort, budgets, seeds)
+    fixed = {b.name: why for b in ordered if (why := too_small(task, subsets[b, 0]))}
+    checks.check_selection(fixed if multiples else {})
+    grid = tuple(MULTIPLES if multiples is None else multiples)
+    chosen = frozenset((arm.name, b.name) for arm in arms for b in ordered if len(grid) > 1 and b.name not in fixed)
+    design = Design(task, arms, ordered, seeds, split_seed, grid, chosen, config.measure_at)
+    bench = Bench(out, design, config, cohort, subsets, None, accelerator, keep_models)
+    log.info("timing a few steps and images on this machine")
     costs = measure(bench, jobs)
-    bench = _pinned(bench, on_the_way(bench, costs) if not config.measure_at else config.measure_at)
+    bench = _settled(bench, costs)
     for seed in range(seeds):
         write_splits(out / "splits" / f"{seed}.csv", index, cohort.splits, cohort.records("train"), seed=seed)
-    cells = bench.design.cells(bench.subsets)
-    clock = Clock(bench, costs, cells)
-    deadline = None if max_hours is None else began + 3600 * max_hours
+    cells = bench.design.cells(subsets)
+    facts = {
+        "arms": [_told(arm) for arm in arms],
+        "counts": checks.counts_of(task, cohort, subsets),
+        "overlap": cohort.overlap,
+        "seen": seen,
+        "strict": strict,
+        "too_small_to_choose": fixed,
+        "jobs": jobs,
+    }
     with track_study(out.resolve().name, _parameters(bench), run=_tracked(out)) as run:
         write_json(out / STATE, {"schema_version": 1, "run": run})
         bench = replace(bench, parent_run=run)
-        agenda = Agenda(bench, cells, clock, deadline, jobs, progress=progress)
+        deadline = None if max_hours is None else began + 3600 * max_hours
+        agenda = Agenda(bench, cells, Clock(bench, costs, cells), deadline, jobs, progress=progress)
         log.info("%d of %d cells are left: about %.1f h", len(agenda.left), len(cells), agenda.seconds_left() / 3600)
         work(agenda)
-        facts |= {"command": list(command), "jobs": jobs, "wall_hours": (time.monotonic() - began) / 3600}
+        facts["wall_hours"] = (time.monotonic() - began) / 3600
         facts["rejected_cases"] = write_results(out / "results.parquet", bench, cells)
+        facts["repeat"] = _repeat(command, bench)
         summary = write_summary(out, agenda, facts)
-        log_study(run, {"cells": len(cells), "left": len(agenda.left)}, [out / "summary.json", out / DESIGN])
-        _leave(agenda, max_hours, out)
+        log_study(run, {"cells": len(cells), "cells_left": len(agenda.left)}, [out / "summary.json", out / DESIGN])
+        _leave(agenda, out)
     return summary
+
+
+def _settled(bench: Bench, costs: Costs) -> Bench:
+    """The bench with its design as `design.json` has it, which is written where there is none.
+
+    Raises:
+        UserError: the folder holds another study.
+    """
+    design, file = bench.design, bench.out / DESIGN
+    content: dict[str, Any] = {
+        "schema_version": 1,
+        "task": design.task,
+        "arms": [_told(arm) for arm in design.arms],
+        "budgets": [budget.name for budget in design.budgets],
+        "seeds": design.seeds,
+        "split_seed": design.split_seed,
+        "learning_rates": list(design.multiples),
+        "index_hash": bench.cohort.index.hash,
+        "config_hash": bench.config.hash,
+        "measure_at": list(design.measure_at or on_the_way(bench, costs)),
+    }
+    if file.is_file():
+        known = read_json(file)
+        content["measure_at"] = known.get("measure_at")  # as it was timed when the study began
+        other = [f"{key} {known.get(key)} (now {now})" for key, now in content.items() if known.get(key) != now]
+        if other:
+            raise UserError(
+                f"{file}: --resume expected the same study, got another; it had {', '.join(other)}. "
+                "Use --overwrite to start over, or another --out."
+            )
+    write_json(file, content)
+    return replace(bench, design=replace(design, measure_at=tuple(content["measure_at"])))
+
+
+def _told(arm: Arm) -> dict[str, Any]:
+    return {"name": arm.name, "protocol": arm.protocol, "encoders": [find(run)[1]["sha256"] for run in arm.runs]}
+
+
+def _parameters(bench: Bench) -> dict[str, Any]:
+    design = bench.design
+    names = {"arms": " ".join(arm.name for arm in design.arms), "budgets": " ".join(b.name for b in design.budgets)}
+    return {"task": design.task, **names, "seeds": design.seeds, "index_hash": bench.cohort.index.hash}
+
+
+def _tracked(out: Path) -> str | None:
+    """MLflow's id of the study that is taken up."""
+    return str(read_json(out / STATE)["run"]) if (out / STATE).is_file() else None
+
+
+def _repeat(command: Sequence[str], bench: Bench) -> str:
+    """The command that does it all again: with the steps that were timed here, and no identity in its paths."""
+    scrub = Scrubber(tokens(bench.cohort.index.hidden))
+    words = ["/".join(scrub.part(part) for part in word.split("/")) for word in command]
+    pinned = [] if bench.config.measure_at else ["--set", f"measure_at={list(bench.design.measure_at)}"]
+    return shlex.join([*words, *pinned]) if words else ""
+
+
+def _leave(agenda: Agenda, out: Path) -> None:
+    """Say what is left, by the exit code that a queue goes by."""
+    if agenda.left:
+        raise StoppedError(
+            f"{out}: {len(agenda.left)} of {len(agenda.cells)} cells are left, about "
+            f"{agenda.seconds_left() / 3600:.1f} h; what is done is in results.parquet, --resume continues."
+        )
+    if agenda.failed:
+        told = "; ".join(f"{cell}: {reason}" for cell, reason in agenda.failed.items() if cell.kind != "selection")
+        if told:
+            raise UserError(f"{out}: the rest is done, but these cells failed: {told}. --resume tries them again.")

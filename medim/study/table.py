@@ -104,6 +104,6 @@ def _long(rows: Sequence[Row], task: str) -> Long:
 
 
 def _table(keys: dict[str, Any], rows: Long) -> pa.Table:
-    columns = dict(zip(("subject", "case", "metric", "value"), zip(*rows, strict=True), strict=True)) if rows else {}
-    columns |= {name: [value] * len(rows) for name, value in keys.items()}
-    return pa.table({f.name: pa.array(columns.get(f.name, []), f.type) for f in SCHEMA}, SCHEMA)
+    columns: dict[str, Any] = {name: [value] * len(rows) for name, value in keys.items()}
+    columns |= {name: [row[place] for row in rows] for place, name in enumerate(("subject", "case", "metric", "value"))}
+    return pa.table({field.name: pa.array(columns[field.name], field.type) for field in SCHEMA}, SCHEMA)

@@ -409,6 +409,7 @@ def loader_of(
     start: int = 0,
     augment: bool = True,
 ) -> Any:
+    """Batches of labelled images (N, C, ...) and targets, one a step from `start` on."""
     dataset = LabelledDataset(
         cohort.store,
         cohort.store_keys(records),
@@ -422,6 +423,7 @@ def loader_of(
 
 
 def spec_of(config: FinetuneConfig, cohort: Cohort, seed: int, split_seed: int) -> dict[str, Any]:
+    """The spec of the model that a run trains; see `medim.models.saved`."""
     classes = list(cohort.index.classes if config.task == "segmentation" else cohort.index.labels)
     return {
         "kind": KINDS[config.task],
