@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from medim.evaluation.metrics import RESAMPLES, Metric, Statistic
+from medim.evaluation.binary import Statistic
+from medim.evaluation.metrics import RESAMPLES, Metric
 
 Cells = Sequence[Sequence[Statistic]]
 
