@@ -22,6 +22,7 @@ from medim.cli.options import (
     Seed,
     Set,
     SplitSeed,
+    Strict,
     Subjects,
 )
 from medim.cli.terminal import averages, command, console, curve, intervals, number, progress, show
@@ -165,9 +166,11 @@ def probe(
     labels: Labels = None,
     subjects: Subjects = None,
     split_seed: SplitSeed = 0,
+    strict: Strict = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure a frozen encoder: a simple classifier on its features, with few labels."""
+    from medim.data.seen import describe
     from medim.data.source import open_source
     from medim.evaluation.probes import probe as run
     from medim.evaluation.sample import Budget
@@ -177,9 +180,15 @@ def probe(
     budgets += [Budget(labelled=n) for n in labelled or []]
     found, store = open_source(data, find(encoder)[1]["modality"], labels=labels, subjects=subjects)
     folder = out or encoder.with_name(f"{encoder.resolve().name}-probe-{protocol}")
-    options: dict[str, Any] = {"split_seed": split_seed, "anchors": anchors, "overwrite": overwrite, "store": store}
+    options: dict[str, Any] = {
+        "split_seed": split_seed,
+        "anchors": anchors,
+        "overwrite": overwrite,
+        "store": store,
+        "strict": strict,
+    }
     result = run(encoder, found, folder, protocol=protocol, budgets=budgets, seeds=range(seeds), maps=map_, **options)
-    counts = {"validation images": result["n"], "subjects seen in pretraining": result["seen"]}
+    counts = {"validation images": result["n"], **describe(result["seen"])}
     show("probe", {**averages(result["summary"]), **counts, "written to": folder})
 
 
@@ -205,9 +214,11 @@ def finetune(
     split_seed: SplitSeed = 0,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    strict: Strict = False,
     accelerator: Accelerator = "auto",
 ) -> None:
     """Fine-tune an encoder on few labels, or train its from-scratch twin."""
+    from medim.data.seen import describe as told
     from medim.data.source import open_source
     from medim.training.finetune import finetune as run
     from medim.training.finetune import resolve_config
@@ -227,6 +238,7 @@ def finetune(
         "split_seed": split_seed,
         "resume": resume,
         "overwrite": overwrite,
+        "strict": strict,
         "accelerator": accelerator,
     }
     budget: dict[str, Any] = {"labelled": labelled, "label_fraction": label_fraction}
@@ -236,6 +248,7 @@ def finetune(
         {
             "labelled images": summary["labelled"],
             "start": summary["init"],
+            **({} if summary["init"] == "scratch" else told(summary["seen"])),
             **describe(settings, found),
             **intervals(summary["val"]),
             "written to": out,
@@ -251,23 +264,23 @@ def evaluate(
     split: Annotated[
         Literal["train", "val", "test", "all"] | None, typer.Option(help="Default: test where the source has one.")
     ] = None,
-    include_seen: Annotated[bool, typer.Option("--include-seen", help="Keep subjects the model trained on.")] = False,
+    include_seen: Annotated[bool, typer.Option("--include-seen", help="Keep what the model was trained on.")] = False,
+    strict: Strict = False,
     labels: Labels = None,
     subjects: Subjects = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure a model on labelled images, in their own space, with 95 % intervals over subjects."""
+    from medim.data.seen import describe
     from medim.data.source import open_source
     from medim.evaluation.evaluate import evaluate as run
     from medim.models.saved import find
 
     found, _ = open_source(data, find(model)[1]["modality"], labels=labels, subjects=subjects)
-    options: dict[str, Any] = {"split": split, "include_seen": include_seen, "overwrite": overwrite}
+    options: dict[str, Any] = {"split": split, "include_seen": include_seen, "strict": strict, "overwrite": overwrite}
     metrics = run(model, found, out, progress=progress("measured"), **options)
-    show(
-        "evaluate",
-        {"cases": metrics["n"], "excluded as seen": metrics["excluded_seen"], **intervals(metrics), "written to": out},
-    )
+    counts = {"cases": metrics["n"], "excluded as seen": metrics["excluded_seen"], **describe(metrics["seen"])}
+    show("evaluate", {**counts, **intervals(metrics), "written to": out})
 
 
 @command(app)
@@ -332,7 +345,7 @@ def predict(
 
 @command(app)
 def report(
-    folder: Annotated[Path, typer.Argument(help="A run, an evaluation, an index, or a folder of these.")],
+    folder: Annotated[Path, typer.Argument(help="A run, an evaluation, an index, a store, or a folder of these.")],
 ) -> None:
     """Write one self-contained report.html."""
     from medim.evaluation.report import report as write

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,17 +63,23 @@ def index(
     out: Out,
     labels: Labels = None,
     subjects: Subjects = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes. Default: one a core.", min=1)] = None,
+    reread: Annotated[
+        bool, typer.Option("--reread", help="Open every file, also those that have not changed since the last time.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """List every image, and every file that is none with the reason."""
+    """List every image, and every file that is none with the reason; files that have not changed are not opened."""
     from medim.data.index import AllRejectedError, build_index
+    from medim.data.processes import available
     from medim.data.public import named
     from medim.data.records import write_rejections
     from medim.files import fresh_folder
 
     places = [named(source, modality) for source in sources]
+    how: Any = {"jobs": jobs or available(), "remember": not reread, "progress": progress("looked at", "files")}
     try:
-        found = build_index(places, modality, labels=labels, subjects=subjects)
+        found = build_index(places, modality, labels=labels, subjects=subjects, **how)
     except AllRejectedError as error:
         write_rejections(fresh_folder(out, overwrite=overwrite) / "rejected.csv", error.index.rejected)
         raise
@@ -81,6 +88,7 @@ def index(
         "images": len(found.records),
         "subjects": len({r.subject for r in found.records}),
         "rejected": len(found.rejected),
+        "files opened": found.opened,
     }
     show("index", {**counts, "written to": out})
 
@@ -93,6 +101,7 @@ def preprocess(
     jobs: Annotated[int, typer.Option(help="Processes.")] = 1,
 ) -> None:
     """Preprocess images into a store that pretrain and finetune read crops from; what is whole is kept."""
+    from medim.data.quality_table import assess, counts, flagged, write_quality
     from medim.data.source import open_source
     from medim.training.cohort import open_cohort
     from medim.training.pretrain import resolve_config
@@ -103,8 +112,8 @@ def preprocess(
     found, _ = open_source(source, modality)
     steps = resolve_config(config or modality, index=found).preprocessing
     cohort = open_cohort(found, found.records, steps, split_seed=0, store=out, jobs=jobs)
-    found.write(out)
-    show(
-        "preprocess",
-        {"images": len(cohort.keys), "rejected": len(found.rejected) + len(cohort.rejected), "written to": out},
-    )
+    rows = assess(found.records, cohort.figures())
+    write_quality(out, rows)
+    replace(found, records=flagged(found.records, rows)).write(out)
+    rejected = len(found.rejected) + len(cohort.rejected)
+    show("preprocess", {"images": len(cohort.keys), "rejected": rejected, **counts(rows), "written to": out})

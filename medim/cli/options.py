@@ -19,6 +19,9 @@ Seed = Annotated[int, typer.Option("--seed", help="Fixes everything that is draw
 SplitSeed = Annotated[int, typer.Option("--split-seed", help="Seed of the split by subject.", min=0, max=LARGEST_SEED)]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in --out.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Empty --out first.")]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Refuse where an image or subject to measure on was seen in training.")
+]
 Accelerator = Annotated[str, typer.Option("--accelerator", help="auto, cpu, cuda, mps.")]
 Precision = Annotated[str | None, typer.Option("--precision", help="32-true or bf16-mixed. Default: the config's.")]
 Config = Annotated[str | None, typer.Option("--config", help="A preset's name (medim config list) or a YAML file.")]

@@ -8,6 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +19,8 @@ from rich.table import Table
 from medim.types import UserError
 
 console = Console()
+messages = Console(stderr=True)
+_running = ExitStack()  # bars on the terminal
 
 
 def command(on: typer.Typer, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -31,7 +34,8 @@ def command(on: typer.Typer, name: str | None = None) -> Callable[[Callable[...,
             quietly, tracing = options.pop("quiet"), options.pop("debug")
             _log(quietly)
             try:
-                body(**options)
+                with _running:
+                    body(**options)
             except (UserError, OSError, ImportError, KeyboardInterrupt) as error:
                 if tracing:
                     raise
@@ -53,9 +57,9 @@ def command(on: typer.Typer, name: str | None = None) -> Callable[[Callable[...,
 
 def _log(quietly: bool) -> None:
     """Log lines to standard error: through rich on a terminal, plain and unwrapped elsewhere."""
-    if sys.stderr.isatty():
+    if messages.is_terminal:
         form: dict[str, Any] = {"show_path": False, "show_level": False, "log_time_format": "%H:%M:%S"}
-        handler: logging.Handler = RichHandler(console=Console(stderr=True), markup=False, **form)
+        handler: logging.Handler = RichHandler(console=messages, markup=False, **form)
         handler.setFormatter(logging.Formatter("%(message)s"))
     else:
         handler = logging.StreamHandler()
@@ -73,7 +77,12 @@ def _message(error: BaseException) -> str:
 
 
 def progress(verb: str, unit: str = "images", per: int = 1) -> Callable[[int, int], None]:
-    """Log every few seconds how many images are done, or units of `per`; a total of 0 is not known."""
+    """Show how many images are done, or units of `per`; a total of 0 is not known.
+
+    A bar with rate and time left on a terminal, else a line every few seconds.
+    """
+    if messages.is_terminal and logging.getLogger("medim").isEnabledFor(logging.INFO):
+        return _bar(verb, unit, per)
     last = time.monotonic()
 
     def say(done: int, total: int) -> None:
@@ -82,6 +91,25 @@ def progress(verb: str, unit: str = "images", per: int = 1) -> Callable[[int, in
             last = time.monotonic()
             of = f" of {total // per}" if total else ""
             logging.getLogger("medim").info("%s %d%s %s", verb, done // per, of, unit)
+
+    return say
+
+
+def _bar(verb: str, unit: str, per: int) -> Callable[[int, int], None]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    rate = TextColumn(f"{{task.fields[rate]}} {unit}/s")
+    bar = Progress(TextColumn(verb), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn(), console=messages)
+    task = bar.add_task(verb, total=None, rate="-")
+
+    def say(done: int, total: int) -> None:
+        if not bar.live.is_started:
+            _running.callback(bar.stop)  # also where an error ends the work
+        bar.start()
+        speed = bar.tasks[task].speed
+        bar.update(task, completed=done // per, total=total // per or None, rate=number(speed))
+        if done == total:
+            bar.stop()
 
     return say
 

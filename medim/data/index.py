@@ -81,7 +81,7 @@ class Index:
 
         def row(record: Record) -> dict[str, Any]:
             orders = {key: places.setdefault(getattr(record, key), len(places)) for key in ("subject", "series")}
-            return asdict(record) | orders
+            return asdict(record) | orders | {"quality": None}  # says nothing new about the files
 
         rows = [row(record) for record in self.records]
         return hash_of([self.modality, self.classes, rows])

@@ -52,7 +52,7 @@ class Looks:
     Args:
         source: folder that the memory is of; None remembers nothing.
         jobs: processes; with more than one, a script needs the usual `if __name__ == "__main__":`.
-        progress: called with the number of files known, and of all.
+        progress: called with the number of files seen, and of all, reader by reader.
 
     Attributes:
         opened: files opened so far.
@@ -76,7 +76,7 @@ class Looks:
             fresh.append(path)
             self.opened += 1
             if self._progress:
-                self._progress(self.known + self.opened, len(paths))
+                self._progress(len(sights), len(paths))
             if self._memory and (len(fresh) >= _SAVED or len(sights) == len(paths)):
                 self._memory.keep(look, {path: sights[path] for path in fresh})
                 fresh.clear()

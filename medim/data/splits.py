@@ -7,28 +7,41 @@ budget.
 
 from __future__ import annotations
 
+import csv
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
 
 import numpy as np
 
+from medim.data.fingerprints import overlap, united
+from medim.files import write_csv
 from medim.types import Split, UsageError, UserError
 
 if TYPE_CHECKING:
     from medim.data.index import Index, Record
 
+log = logging.getLogger(__name__)
+COLUMNS = ("image", "subject", "split", "label", "budget", "used")
 
-def split(index: Index, *, seed: int = 0, val_fraction: float = 0.2) -> dict[str, Split]:
+
+def split(
+    index: Index, *, seed: int = 0, val_fraction: float = 0.2, prints: Mapping[str, str] | None = None
+) -> dict[str, Split]:
     """Assign every image to a split.
 
     A source's own splits are kept. Of the subjects it leaves open, `val_fraction` (rounded, at least one of two or
-    more) are the validation split and the rest is for training; classes appear in both in like proportions.
+    more) are the validation split and the rest is for training; classes appear in both in like proportions. Subjects
+    that share an image then go to one side: where the source has one of them, else to validation where one of them is.
+    All others stay where they are, so commands that know of different images do not train on what another holds out.
 
     Args:
         index: the images.
         seed: `--split-seed`.
         val_fraction: share of subjects, 0 to below 1.
+        prints: image key to fingerprint, as far as they are known.
 
     Returns:
         Image key to "train", "val" or "test".
@@ -51,13 +64,100 @@ def split(index: Index, *, seed: int = 0, val_fraction: float = 0.2) -> dict[str
                 f"{record.path}: its subject is in {record.split!r} and in {known[record.subject]!r}; a subject "
                 "belongs to one split. Correct the source's split column, or the subjects that `--subjects` gives."
             )
-    ordered = _ordered([r for r in index.records if r.subject not in known], seed)
+    own = frozenset(known)
+    ordered = _ordered([r for r in index.records if r.subject not in own], seed)
     count = math.floor(val_fraction * len(ordered) + 0.5)
     if val_fraction > 0 and len(ordered) > 1:
         count = max(count, 1)
     for place, group in enumerate(ordered):
         known[group[0].subject] = "val" if place < count else "train"
+    subjects = {record.image: record.subject for record in index.records}
+    for people in united([subjects[image] for image in images] for images in overlap(prints or {}, subjects)):
+        given = [known[subject] for subject in people if subject in own]
+        side = given[0] if given else "val" if any(known[subject] == "val" for subject in people) else "train"
+        known.update(dict.fromkeys((subject for subject in people if subject not in own), side))
     return {record.image: known[record.subject] for record in index.records}
+
+
+def on_both_sides(
+    index: Index, splits: Mapping[str, Split], prints: Mapping[str, str], *, strict: bool = False
+) -> dict[str, int]:
+    """Count the images held out of training whose pixels stand in the training split too, and their subjects.
+
+    Only a source's own splits can put them there.
+
+    Args:
+        index: the images.
+        splits: of all of them.
+        prints: image key to fingerprint, as far as they are known.
+        strict: refuse any.
+
+    Raises:
+        UserError: `strict`, and there are some.
+    """
+    trained = {found for image, found in prints.items() if found and splits[image] == "train"}
+    held = [r for r in index.records if splits[r.image] != "train" and prints.get(r.image) in trained]
+    subjects = len({record.subject for record in held})
+    if held:
+        sentence = (
+            f"the source's own splits: {len(held)} held-out images (of {subjects} subjects) have the same pixels as "
+            "images of the training split"
+        )
+        if strict:
+            raise UserError(f"{sentence}. --strict expected none. Correct the split column, or leave --strict out.")
+        log.warning("%s: figures on them are too good", sentence)
+    return {"images": len(held), "subjects": subjects}
+
+
+def write_splits(
+    path: Path,
+    index: Index,
+    splits: Mapping[str, Split],
+    train: Sequence[Record],
+    *,
+    seed: int,
+    used: Sequence[Record] | None = None,
+) -> None:
+    """Write `split.csv`, a row an image; given back as `--labels` it makes the same split.
+
+    Args:
+        path: the file.
+        index: the images.
+        splits: of all of them.
+        train: the usable images of the training split; for those that a budget may take, `budget` is the place at
+            which their subject enters one.
+        seed: of the draw.
+        used: images that the run was trained on with labels.
+    """
+    groups = enumerate(_nested(_usable(train), seed), start=1)
+    ranks = {record.image: place for place, group in groups for record in group}
+    chosen = {record.image for record in used or ()}
+    rows = (
+        (
+            record.image,
+            record.subject,
+            splits[record.image],
+            record.label,
+            ranks.get(record.image),
+            None if used is None else "yes" if record.image in chosen else "no",
+        )
+        for record in index.records
+    )
+    write_csv(path, COLUMNS, rows)
+
+
+def read_splits(path: Path) -> dict[str, Split]:
+    """Image key to split, as `write_splits` wrote them.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        found = {row.get("image", ""): row.get("split", "") for row in csv.DictReader(file)}
+    wrong = set(found.values()) - set(get_args(Split))
+    if wrong:
+        raise UserError(f"{path}: expected columns image and split (train, val or test), got others. Copy it again.")
+    return cast(dict[str, Split], found)
 
 
 def budget(
@@ -90,7 +190,7 @@ def budget(
         raise UsageError(f"--labelled: expected at least 1 image, got {labelled}.")
     if fraction is not None and not 0 < fraction <= 1:
         raise UsageError(f"--label-fraction: expected above 0 and up to 1, got {fraction}.")
-    usable = [r for r in records if r.label is not None or r.mask is not None]
+    usable = _usable(records)
     if not usable:
         raise UserError(
             f"training split: expected labelled images, got {len(records)} without label or mask. Give --labels."
@@ -102,12 +202,21 @@ def budget(
         wanted = max(1, math.floor(fraction * wanted + 0.5))
     chosen: set[str] = set()
     count = 0
-    for group in _meeting_counts(_ordered(usable, seed)):
+    for group in _nested(usable, seed):
         if count + len(group) > wanted and chosen:
             break
         chosen.add(group[0].subject)
         count += len(group)
     return tuple(r for r in usable if r.subject in chosen)
+
+
+def _usable(records: Sequence[Record]) -> list[Record]:
+    return [record for record in records if record.label is not None or record.mask is not None]
+
+
+def _nested(records: Sequence[Record], seed: int) -> list[list[Record]]:
+    """The order in which subjects enter a budget, each with its images; see `budget`."""
+    return _meeting_counts(_ordered(records, seed))
 
 
 def _ordered(records: Sequence[Record], seed: int) -> list[list[Record]]:

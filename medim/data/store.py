@@ -12,7 +12,7 @@ import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,16 @@ from typing import Any
 import blosc2
 import numpy as np
 
+from medim.data.fingerprints import fingerprint
 from medim.data.index import Index, Record, Rejection
 from medim.data.preprocessing import check_steps, onto, preprocess
 from medim.data.processes import in_processes
+from medim.data.quality import Figures, measure
 from medim.data.readers import ReadError
-from medim.files import cache_folder, hash_of, write_bytes, write_json
+from medim.files import cache_folder, hash_of, read_json, write_bytes, write_json
 from medim.types import Array, Step, UsageError, UserError, Volume
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 3
 CHUNK, BLOCK = 64, 16  # voxels a side: what is found at once, and what is decompressed at once
 HALF_ERROR = 1 / 200  # standard deviations an intensity may be off by before float16 is too coarse for an image
 OPEN_FILES = 64
@@ -53,7 +55,9 @@ class Entry:
         native_affine: (4, 4) of the file's grid.
         native_shape: spatial shape of the file's grid.
         mask: a mask is stored too.
+        fingerprint: of the image before preprocessing; see `medim.data.fingerprints`.
         nbytes: size in RAM, as stored (float16 or float32), without the mask.
+        figures: of the image as read, before the steps; None where `put` was given none.
     """
 
     shape: tuple[int, ...]
@@ -63,7 +67,9 @@ class Entry:
     native_affine: Array
     native_shape: tuple[int, ...]
     mask: bool
+    fingerprint: str
     nbytes: int
+    figures: Figures | None
 
 
 class Store:
@@ -77,7 +83,8 @@ class Store:
         self.folder = Path(folder) if folder is not None else default_folder()
         self._open: OrderedDict[tuple[str, str], Any] = OrderedDict()
         self._entries: dict[str, Entry] = {}
-        self._marked = (self.folder / "store.json").is_file()
+        mark = self.folder / "store.json"
+        self._marked = mark.is_file() and read_json(mark).get("schema_version") == SCHEMA_VERSION
 
     def __getstate__(self) -> dict[str, Any]:
         """Open files stay in the process that opened them."""
@@ -101,7 +108,14 @@ class Store:
             self.put(key, *_prepared(index, record, steps))
         return key
 
-    def put(self, key: str, image: Volume, mask: Volume | None = None) -> None:
+    def put(
+        self,
+        key: str,
+        image: Volume,
+        mask: Volume | None = None,
+        figures: Figures | None = None,
+        fingerprint: str = "",
+    ) -> None:
         """Write an image (C, ...) and its mask (1, ...) on the same grid; the image last, as the sign of both."""
         voxels = _halved(image.array)
         spatial = tuple(range(1, image.array.ndim))
@@ -117,6 +131,8 @@ class Store:
             "native_shape": list(image.native_shape),
             "minimum": voxels.min(axis=spatial).tolist(),
             "mask": mask is not None,
+            "fingerprint": fingerprint,
+            "figures": None if figures is None else asdict(figures),
         }
         if not self._marked:
             write_json(self.folder / "store.json", {"schema_version": SCHEMA_VERSION, "kind": "medim-store"})
@@ -289,9 +305,12 @@ def _in_processes(
         yield outcome or (record.image, died)
 
 
-def _prepared(index: Index, record: Record, steps: Sequence[Step]) -> tuple[Volume, Volume | None]:
-    image = preprocess(index.open(record), steps)
-    return image, onto(index.open_mask(record), image) if record.mask is not None else None
+def _prepared(index: Index, record: Record, steps: Sequence[Step]) -> tuple[Volume, Volume | None, Figures, str]:
+    """What `Store.put` takes of an image."""
+    read = index.open(record)
+    image = preprocess(read, steps)
+    mask = onto(index.open_mask(record), image) if record.mask is not None else None
+    return image, mask, measure(read), fingerprint(read)
 
 
 def _halved(array: Array) -> Array:
@@ -349,5 +368,7 @@ def _entry(array: Any, header: dict[str, Any]) -> Entry:
         native_affine=np.asarray(header["native_affine"], np.float64).reshape(4, 4),
         native_shape=tuple(header["native_shape"]),
         mask=bool(header["mask"]),
+        fingerprint=str(header["fingerprint"]),
         nbytes=int(np.prod(array.shape)) * array.dtype.itemsize,
+        figures=None if header["figures"] is None else Figures(**header["figures"]),
     )

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import csv
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from medim.data.identity import pseudonym
+from medim.data.identity import hidden, pseudonym
 from medim.data.layouts import stem
 from medim.data.readers.sights import Found
 from medim.types import UserError
 
 log = logging.getLogger(__name__)
+HIDDEN = re.compile(r"(?:^|/)p-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ class Names:
     """Which images a cell of a table means.
 
     An image is meant by any ending of its path, with or without suffix (`a/b/scan.nii.gz`, `scan`), by the folder of
-    its series, by its SeriesInstanceUID, or by its item (`archive.npz#train/12`, `train/12`).
+    its series, by its SeriesInstanceUID, by its item (`archive.npz#train/12`, `train/12`), or by its key in an index,
+    where pseudonyms stand for parts of the path that hold an identity.
     """
 
     def __init__(self, images: Iterable[tuple[int, Found]]) -> None:
@@ -92,15 +96,22 @@ class Names:
             for name in _names(found):
                 self._images[name].add(place)
 
+    @cached_property
+    def _parts(self) -> dict[str, str]:
+        """What a part of a path is called where it holds an identity, to what it is."""
+        return {hidden(part): part for part in {part for name in self._images for part in name.split("/")}}
+
     def image(self, cell: str) -> set[int]:
         """The places of the images a cell may mean."""
         name = PurePosixPath(cell.replace("\\", "/")).as_posix().lstrip("/")
+        if name not in self._images and HIDDEN.search(name):
+            name = "/".join(self._parts.get(part, part) for part in name.split("/"))
         return self._images.get(name) or self._images.get(pseudonym(cell), set())
 
 
 def _names(found: Found) -> Iterator[str]:
     path = found.files[0]
-    ends = [f"#{found.item}"] if found.item else [""]
+    ends = [f"#{found.item}", f"/{found.item}"] if found.item else [""]
     yield from found.names
     if found.item:
         yield found.item

@@ -20,6 +20,7 @@ from torch import nn
 
 import medim
 from medim.data.preprocessing import STEPS
+from medim.data.seen import read_seen
 from medim.deployment import gates, onnx
 from medim.deployment.card import UNKNOWN, card
 from medim.deployment.contract import (
@@ -162,6 +163,8 @@ def _build(run: Path, folder: Path, out: Path, *, name: str | None, version: str
         metrics=_metrics(run),
     )
     write_bytes(folder / WEIGHTS, loaded.weights.read_bytes())
+    if seen := read_seen(run):
+        seen.write(folder)
     results = _gates_of_weights(loaded, folder / WEIGHTS)
     for graph in loaded.graphs:
         results |= _write_graph(folder, graph, loaded.sizes, contract)

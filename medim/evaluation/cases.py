@@ -28,6 +28,7 @@ from medim.types import Array, UserError, Volume
 SCHEMA_VERSION = 1
 Row = dict[str, Any]  # keys as in COLUMNS; a rejected case has one row, with `rejected` (a stable code) and `detail`
 Progress = Callable[[int, int], None]  # (cases done, cases)
+Look = Callable[[Record, Volume], bool]  # whether an image, just read, is to be measured
 _TEXT, _NUMBER = pa.string(), pa.float64()
 _KEYS = {"image": _TEXT, "subject": _TEXT, "class": _TEXT}
 _REJECTED = {"rejected": _TEXT, "detail": _TEXT}
@@ -45,7 +46,14 @@ COLUMNS: dict[Kind, dict[str, pa.DataType]] = {
 }
 
 
-def score(network: Network, index: Index, records: Sequence[Record], *, progress: Progress | None = None) -> list[Row]:
+def score(
+    network: Network,
+    index: Index,
+    records: Sequence[Record],
+    *,
+    look: Look | None = None,
+    progress: Progress | None = None,
+) -> list[Row]:
     """Run a network on labelled images, each in its own space.
 
     A case that cannot be read, or that the network does not take, becomes a rejected row.
@@ -54,6 +62,7 @@ def score(network: Network, index: Index, records: Sequence[Record], *, progress
         network: a segmenter or classifier.
         index: where the images come from.
         records: those to run, each with a mask (segmenter) or a label (classifier).
+        look: asked of each image; what it leaves out has no rows.
         progress: called after each case.
 
     Returns:
@@ -67,7 +76,7 @@ def score(network: Network, index: Index, records: Sequence[Record], *, progress
     rows: list[Row] = []
     for done, record in enumerate(records, start=1):
         keys = {"image": record.image, "subject": record.subject}
-        rows.extend({**keys, **row} for row in _case(network, index, record, relabel))
+        rows.extend({**keys, **row} for row in _case(network, index, record, relabel, look))
         if progress:
             progress(done, len(records))
     if rows and all(row.get("rejected") for row in rows):
@@ -151,10 +160,12 @@ def read_cases(path: Path) -> list[Row]:
     return rows
 
 
-def _case(network: Network, index: Index, record: Record, relabel: Array | None) -> list[Row]:
+def _case(network: Network, index: Index, record: Record, relabel: Array | None, look: Look | None) -> list[Row]:
     """Rows of one case, without its keys."""
     try:
         volume = index.open(record)
+        if look and not look(record, volume):
+            return []
         mask = index.open_mask(record) if network.kind == "segmenter" else None
     except Exception as error:  # a decoder may raise anything; the case is counted, the rest goes on
         return [_rejected(getattr(error, "reason", "unreadable"), error, index)]

@@ -10,20 +10,22 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from medim.data.identity import pseudonym
 from medim.data.index import Index, Record
+from medim.data.seen import read_seen
+from medim.data.splits import read_splits
 from medim.data.splits import split as split_subjects
 from medim.deployment.inference import Network, Run
 from medim.deployment.package import load_package
 from medim.evaluation.cases import SCHEMA_VERSION, Progress, Row, score, summarise, write_cases
 from medim.evaluation.metrics import RESAMPLES
-from medim.files import fresh_folder, read_json, write_json
+from medim.evaluation.witness import Witness
+from medim.files import fresh_folder, write_json
 from medim.models.model import as_run
 from medim.models.saved import load_encoder, load_model
 from medim.objectives.score_map import load_score_map
@@ -32,23 +34,6 @@ from medim.types import Split, UserError
 log = logging.getLogger(__name__)
 
 SplitChoice = Split | Literal["all"]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which images are evaluated, and which are not.
-
-    Attributes:
-        records: the images.
-        split: the split they are of.
-        excluded: images left out because the model was trained on their subject; None where that is not known.
-        pretrained_on: subjects among `records` whose images the encoder saw without labels; None where it is not known.
-    """
-
-    records: tuple[Record, ...]
-    split: SplitChoice
-    excluded: tuple[Record, ...] | None
-    pretrained_on: int | None
 
 
 def validate(
@@ -89,18 +74,23 @@ def evaluate(
     *,
     split: SplitChoice | None = None,
     include_seen: bool = False,
+    strict: bool = False,
     seed: int = 0,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure a run or a package on the labelled images of an index.
 
+    Images that the model was trained on, and all images of subjects it was trained on, are left out and counted; what
+    was seen in pretraining alone stays in, and is counted.
+
     Args:
         model: a fine-tuning run (run by torch) or a package (run by ONNX Runtime).
         index: the images.
         out: folder for `metrics.json`, `cases.parquet` and, last, `summary.json`.
         split: which images; see `select`.
-        include_seen: keep subjects that the model was trained on.
+        include_seen: keep images and subjects that the model was trained on.
+        strict: refuse where an image or subject was seen, in pretraining or in fine-tuning.
         seed: of the bootstrap.
         overwrite: empty `out` first.
         progress: called after each case.
@@ -109,20 +99,23 @@ def evaluate(
         The content of `summary.json`, which holds all of `metrics.json`.
 
     Raises:
-        UserError: no usable model or image, or a non-empty `out`.
+        UserError: no usable model or image, a non-empty `out`, or `strict`.
     """
     began = time.perf_counter()
     network, spec = open_network(model)
-    chosen = select(index, spec, seen_subjects(model), split=split, include_seen=include_seen)
+    records, part = select(index, spec, split=split, stored=_stored_split(model))
     fresh_folder(out, overwrite=overwrite)
-    log.info("measuring on %d images (%s)", len(chosen.records), chosen.split)
-    rows = score(network, index, chosen.records, progress=progress)
+    log.info("measuring on %d images (%s)", len(records), part)
+    witness = Witness(read_seen(model), include_seen=include_seen, strict=strict)
+    rows = score(network, index, records, look=witness, progress=progress)
+    seen, excluded = witness.verdict(f"model {model}", len(rows))
     content = {
         "schema_version": SCHEMA_VERSION,
         "command": "evaluate",
         "task": "segmentation" if network.kind == "segmenter" else "classification",
-        "split": chosen.split,
-        **_counts(chosen),
+        "split": part,
+        "seen": seen,
+        **excluded,
         **summarise(rows, network.kind, network.classes, seed=seed),
         "classes": list(network.classes),
         "init": "pretrained" if spec.get("provenance", {}).get("parent") else "scratch",
@@ -138,35 +131,31 @@ def evaluate(
         "rejected_by_reason": dict(sorted(Counter(row["rejected"] for row in rows if row.get("rejected")).items())),
         "runtime": "onnxruntime" if _is_package(model) else "torch",
         "seconds": seconds,
-        "seconds_per_image": seconds / len(chosen.records),
+        "seconds_per_image": seconds / len(records),
     }
     write_json(out / "summary.json", summary)
     return summary
 
 
 def select(
-    index: Index,
-    spec: dict[str, Any],
-    seen: dict[str, set[str]] | None,
-    *,
-    split: SplitChoice | None = None,
-    include_seen: bool = False,
-) -> Selection:
+    index: Index, spec: dict[str, Any], *, split: SplitChoice | None = None, stored: Path | None = None
+) -> tuple[tuple[Record, ...], SplitChoice]:
     """Choose the labelled images to evaluate on.
 
     Without `split`: `test` where the source has a labelled one; the validation split where the source is the one the
-    model was fine-tuned on; else all. Subjects that the model was trained on are left out unless `include_seen`;
-    subjects seen in pretraining alone stay in and are counted.
+    model was fine-tuned on; else all.
 
     Args:
         index: the images.
         spec: the model's spec.
-        seen: what `seen_subjects` found.
         split: overrides the rule.
-        include_seen: keep subjects that the model was trained on.
+        stored: `split.csv` of the run; where the source is its own, its split is taken from there.
+
+    Returns:
+        The images, and the split they are of.
 
     Raises:
-        UserError: no image is left.
+        UserError: there is none.
     """
     wanted = "mask" if spec["kind"] == "segmenter" else "label"
     labelled = [record for record in index.records if getattr(record, wanted) is not None]
@@ -176,36 +165,16 @@ def select(
             f"{index.root}: expected images with a {wanted}, got {count} images without. Give --labels CSV."
         )
     made = spec.get("provenance", {})
-    splits = split_subjects(index, seed=made.get("split_seed", 0))
+    own = made.get("index_hash") == index.hash
+    splits = read_splits(stored) if own and stored else split_subjects(index, seed=made.get("split_seed", 0))
     if split is None:
-        own = made.get("index_hash") == index.hash
         split = "test" if any(record.split == "test" for record in labelled) else "val" if own else "all"
-    chosen = [record for record in labelled if split in ("all", splits[record.image])]
-    trained_on = seen["finetune"] if seen and not include_seen else set()
-    left = tuple(record for record in chosen if record.subject not in trained_on)
-    if not left:
-        why = f"the model was trained on all {len(chosen)}; give --include-seen" if chosen else "choose another --split"
-        raise UserError(f"{index.root}: expected labelled images to evaluate in split {split!r}, got none: {why}.")
-    if seen is None:
-        return Selection(left, split, None, None)
-    excluded = tuple(record for record in chosen if record.subject in trained_on)
-    return Selection(left, split, excluded, len({record.subject for record in left} & seen["pretrain"]))
-
-
-def seen_subjects(path: Path) -> dict[str, set[str]] | None:
-    """Subjects a run has seen, in `pretrain` (without labels) and `finetune`; None where that cannot be known.
-
-    It cannot where there is no `seen_subjects.json` (a package holds none), or where that was written under another
-    site key (its `site` is not this site's): the same person has another pseudonym there.
-    """
-    file = next((f for folder in (path, path.parent) if (f := folder / "seen_subjects.json").is_file()), None)
-    if file is None or _is_package(path):
-        return None
-    content = read_json(file)
-    if content.get("site", pseudonym("site")) != pseudonym("site"):
-        log.warning("%s was written under another site key: subjects the model was trained on cannot be left out", file)
-        return None
-    return {part: set(content.get(part, ())) for part in ("pretrain", "finetune")}
+    chosen = tuple(record for record in labelled if split == "all" or splits.get(record.image) == split)
+    if not chosen:
+        raise UserError(
+            f"{index.root}: expected labelled images to evaluate in split {split!r}, got none: choose another --split."
+        )
+    return chosen, split
 
 
 def open_network(path: Path) -> tuple[Network, dict[str, Any]]:
@@ -244,13 +213,10 @@ def network_of(run: Run, spec: dict[str, Any]) -> Network:
     )
 
 
-def _counts(chosen: Selection) -> dict[str, int | None]:
-    excluded = chosen.excluded
-    return {
-        "excluded_seen": None if excluded is None else len({record.subject for record in excluded}),
-        "excluded_seen_images": None if excluded is None else len(excluded),
-        "pretrained_on": chosen.pretrained_on,
-    }
+def _stored_split(model: Path) -> Path | None:
+    """`split.csv` of a run, given by its folder or its `model/`."""
+    places = [] if _is_package(model) else [model / "split.csv", model.parent / "split.csv"]
+    return next((place for place in places if place.is_file()), None)
 
 
 def _is_package(path: Path) -> bool:

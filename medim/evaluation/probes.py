@@ -17,9 +17,9 @@ import pyarrow as pa
 import torch
 
 from medim.data.index import Index, Record
+from medim.data.seen import Counts, guard, read_seen
 from medim.evaluation.anchors import fresh_encoder, principal_components
 from medim.evaluation.cases import write_parquet
-from medim.evaluation.evaluate import seen_subjects
 from medim.evaluation.features import extract, stacked
 from medim.evaluation.metrics import classification_metrics
 from medim.evaluation.protocols import PROTOCOLS, Answer
@@ -47,6 +47,7 @@ def probe(
     anchors: bool = True,
     overwrite: bool = False,
     store: Path | None = None,
+    strict: bool = False,
 ) -> dict[str, Any]:
     """Measure a frozen encoder on the validation split, with label budgets of the training split.
 
@@ -66,13 +67,15 @@ def probe(
         anchors: measure the untrained encoder (`random`) and the pixels too.
         overwrite: empty `out` first.
         store: folder of preprocessed images; None is the user's cache.
+        strict: refuse where the encoder, or the training split, holds an image or subject of the validation split.
 
     Returns:
         The content of `probe.json`: `rows`, their `summary`, and what they stand on. Probabilities of each validation
         image are in `cases.parquet`.
 
     Raises:
-        UserError: no encoder, no labels, a class without a label in some budget, or a non-empty `out`.
+        UserError: no encoder, no labels, a class without a label in some budget, a non-empty `out`, or
+            `strict`.
         UsageError: an unknown protocol or map, or a budget out of range.
     """
     spec = _encoder_spec(encoder)
@@ -80,7 +83,8 @@ def probe(
     levels = _levels(maps, len(network.channels))
     if protocol not in PROTOCOLS:
         raise UsageError(f"--protocol {protocol}: expected one of {', '.join(PROTOCOLS)}.")
-    images = open_sample(index, spec, split_seed=split_seed, store=store)
+    images = open_sample(index, spec, split_seed=split_seed, store=store, strict=strict)
+    seen = guard(read_seen(encoder), images.cases, what=f"encoder {encoder}", strict=strict)
     subsets = draw(images, budgets, seeds)
     fresh_folder(out, overwrite=overwrite)
     arms = _arms(network, spec, images, levels, [seed for _, seed in subsets], anchors=anchors)
@@ -91,7 +95,7 @@ def probe(
         "protocol": protocol,
         "encoder_sha256": spec["sha256"],
         "maps": levels,
-        **_measured_on(images, encoder),
+        **_measured_on(images, seen),
         "split_seed": split_seed,
         "index_hash": index.hash,
         "rows": rows,
@@ -195,13 +199,13 @@ def _spread(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": float(np.mean(values)) if values else None, "sd": sd}
 
 
-def _measured_on(images: Sample, encoder: Path) -> dict[str, Any]:
-    seen, subjects = seen_subjects(encoder), {record.subject for record in images.val}
+def _measured_on(images: Sample, seen: Counts | None) -> dict[str, Any]:
     return {
         "classes": list(images.classes),
         "n": len(images.val),
-        "subjects": len(subjects),
-        "seen": None if seen is None else len(subjects & seen["pretrain"]),
+        "subjects": len({record.subject for record in images.val}),
+        "seen": seen,
+        "overlap": images.overlap,
         "rejected": images.rejected,
         "split": "val",
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from medim.data.index import Index, Record
-from medim.data.splits import budget, split
+from medim.data.seen import Case
+from medim.data.splits import budget, on_both_sides, split
 from medim.data.store import Store, fill
-from medim.types import Array, UserError, Volume
+from medim.types import Array, Split, UserError, Volume
 
 log = logging.getLogger(__name__)
 KEPT_BYTES = 1 << 30
@@ -47,6 +48,8 @@ class Sample:
         labelled: those of it with a label.
         val: labelled images of the validation split.
         classes: the labels of the training split.
+        cases: fingerprint and subject of each of `val`.
+        overlap: how many images of `val` (and subjects) have pixels that stand in the training split too.
         rejected: images that could not be read or preprocessed.
     """
 
@@ -56,6 +59,8 @@ class Sample:
     labelled: tuple[Record, ...]
     val: tuple[Record, ...]
     classes: tuple[str, ...]
+    cases: tuple[Case, ...]
+    overlap: dict[str, int]
     rejected: int
     _kept: dict[str, Volume] = field(default_factory=dict, repr=False, compare=False)
 
@@ -77,7 +82,9 @@ class Sample:
         return np.array([self.classes.index(str(record.label)) for record in records])
 
 
-def open_sample(index: Index, spec: dict[str, Any], *, split_seed: int, store: Path | None = None) -> Sample:
+def open_sample(
+    index: Index, spec: dict[str, Any], *, split_seed: int, store: Path | None = None, strict: bool = False
+) -> Sample:
     """Preprocess what the store does not hold yet: the training split, and what of the validation split has a label.
 
     Args:
@@ -85,14 +92,13 @@ def open_sample(index: Index, spec: dict[str, Any], *, split_seed: int, store: P
         spec: the encoder's (see `medim.models.saved`).
         split_seed: of the split by subject.
         store: folder of preprocessed images; None is the user's cache.
+        strict: refuse a source whose own splits put the same pixels on two sides.
 
     Raises:
         UserError: a split without labels, a class alone or in the validation split alone, images the encoder cannot
-            take.
+            take, or `strict`.
     """
-    splits = split(index, seed=split_seed)
-    train = tuple(record for record in index.records if splits[record.image] == "train")
-    val = tuple(record for record in index.records if splits[record.image] == "val" and record.label is not None)
+    train, val = _parts(index, split(index, seed=split_seed))
     _check_labels(index, train, val)  # before hours of preprocessing, and after it
     shelf = Store(store)
 
@@ -103,7 +109,9 @@ def open_sample(index: Index, spec: dict[str, Any], *, split_seed: int, store: P
     keys, failed = fill(shelf, index, [*train, *val], spec["preprocessing"], progress=progress)
     for rejection in failed:
         log.warning("%s: left out (%s: %s)", rejection.path, rejection.reason, rejection.detail)
-    train, val = (tuple(record for record in part if record.image in keys) for part in (train, val))
+    prints = {image: shelf.entry(key).fingerprint for image, key in keys.items()}
+    splits = split(index, seed=split_seed, prints=prints)
+    train, val = (tuple(r for r in part if r.image in keys) for part in _parts(index, splits))
     _check_labels(index, train, val)
     for key in keys.values():
         entry = shelf.entry(key)
@@ -113,7 +121,9 @@ def open_sample(index: Index, spec: dict[str, Any], *, split_seed: int, store: P
                 f"encoder takes, got {len(entry.shape)}D of {entry.channels}. Give images like those it was trained on."
             )
     labelled = tuple(record for record in train if record.label is not None)
-    return Sample(shelf, keys, train, labelled, val, _classes(index, labelled), len(failed))
+    cases = tuple((prints[record.image], record.subject) for record in val)
+    overlap = on_both_sides(index, splits, prints, strict=strict)
+    return Sample(shelf, keys, train, labelled, val, _classes(index, labelled), cases, overlap, len(failed))
 
 
 def draw(
@@ -147,6 +157,12 @@ def groups_of(records: Sequence[Record]) -> Array:
     """(N,) the subject of each image, numbered as they come: pseudonyms differ from site to site, their order not."""
     places: dict[str, int] = {}
     return np.array([places.setdefault(record.subject, len(places)) for record in records])
+
+
+def _parts(index: Index, splits: Mapping[str, Split]) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+    """The training split, and what of the validation split has a label."""
+    train = tuple(record for record in index.records if splits[record.image] == "train")
+    return train, tuple(r for r in index.records if splits[r.image] == "val" and r.label is not None)
 
 
 def _classes(index: Index, records: Sequence[Record]) -> tuple[str, ...]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from medim.config import RunConfig, dump
-from medim.data.identity import pseudonym
 from medim.data.index import Index, Record, Rejection
-from medim.data.splits import split
+from medim.data.quality import Figures
+from medim.data.seen import Case
+from medim.data.splits import on_both_sides, split
 from medim.data.store import Store, fill
 from medim.files import read_json, write_json, write_text
 from medim.training.trainer import versions
@@ -29,6 +30,8 @@ class Cohort:
         store: where they lie.
         keys: image key to store key.
         splits: image key to split.
+        prints: image key to fingerprint.
+        overlap: how many held-out images (and subjects) have pixels that stand in the training split too.
         rejected: images that could not be read or preprocessed.
     """
 
@@ -36,7 +39,13 @@ class Cohort:
     store: Store
     keys: dict[str, str]
     splits: dict[str, Split]
+    prints: dict[str, str]
+    overlap: dict[str, int]
     rejected: tuple[Rejection, ...]
+
+    def cases(self, records: Sequence[Record]) -> list[Case]:
+        """Fingerprint and subject of some images."""
+        return [(self.prints[record.image], record.subject) for record in records]
 
     def records(self, part: Split) -> tuple[Record, ...]:
         """The usable images of a split, in the index's order."""
@@ -64,6 +73,11 @@ class Cohort:
             },
         }
 
+    def figures(self) -> dict[str, Figures]:
+        """Image key to the figures of the image as it was read."""
+        found = {image: self.store.entry(key).figures for image, key in self.keys.items()}
+        return {image: figures for image, figures in found.items() if figures is not None}
+
     def store_keys(self, records: Sequence[Record]) -> list[str]:
         """Store keys of some images."""
         return [self.keys[record.image] for record in records]
@@ -77,8 +91,9 @@ def open_cohort(
     split_seed: int,
     store: Path | None = None,
     jobs: int = 1,
+    strict: bool = False,
 ) -> Cohort:
-    """Preprocess what the store does not hold yet, and split by subject.
+    """Preprocess what the store does not hold yet, and split by subject; images with the same pixels stay together.
 
     Args:
         index: the images; the split is over all of them, whatever `records` asks for.
@@ -87,9 +102,10 @@ def open_cohort(
         split_seed: seed of the split where the source defines none.
         store: folder of the store; None is the user's cache.
         jobs: preprocessing processes.
+        strict: refuse a source whose own splits put the same pixels on two sides.
 
     Raises:
-        UserError: no image is left, or the split leaves a side empty.
+        UserError: no image is left, the split leaves a side empty, or `strict`.
     """
     shelf = Store(store)
 
@@ -105,7 +121,10 @@ def open_cohort(
             f"none of {len(records)} images could be preprocessed; "
             f"the first says: {failed[0].detail if failed else 'no images given'}"
         )
-    return Cohort(index, shelf, keys, split(index, seed=split_seed), failed)
+    prints = {image: shelf.entry(key).fingerprint for image, key in keys.items()}
+    splits = split(index, seed=split_seed, prints=prints)
+    overlap = on_both_sides(index, splits, prints, strict=strict)
+    return Cohort(index, shelf, keys, splits, prints, overlap, failed)
 
 
 def write_config(out: Path, config: RunConfig, **inputs: str | float | None) -> None:
@@ -136,9 +155,3 @@ def write_config(out: Path, config: RunConfig, **inputs: str | float | None) -> 
             )
     write_text(path, text)
     write_json(file, content)
-
-
-def write_seen(out: Path, *, pretrain: Iterable[str], finetune: Iterable[str]) -> None:
-    """Write `seen_subjects.json`: whom the run was trained on, by pseudonym, and of which site the pseudonyms are."""
-    subjects = {"pretrain": sorted(set(pretrain)), "finetune": sorted(set(finetune))}
-    write_json(out / "seen_subjects.json", {"schema_version": 1, "site": pseudonym("site"), **subjects})

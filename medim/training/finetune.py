@@ -14,15 +14,16 @@ import torch
 from medim.config import AUTO, FinetuneConfig, Section, bind, override, presets, read
 from medim.data.datasets import LabelledDataset
 from medim.data.index import Index, Record
-from medim.data.splits import budget
+from medim.data.seen import Seen, guard, read_seen
+from medim.data.splits import budget, write_splits
 from medim.data.transforms import Augmentation
 from medim.deployment.inference import INFERENCES
 from medim.evaluation.cases import write_cases
-from medim.evaluation.evaluate import seen_subjects, validate
+from medim.evaluation.evaluate import validate
 from medim.files import fresh_folder, write_csv, write_json
 from medim.models.model import Model, as_run, build_model
 from medim.models.saved import SCHEMA_VERSION, find, load_weights, save
-from medim.training.cohort import Cohort, open_cohort, write_config, write_seen
+from medim.training.cohort import Cohort, open_cohort, write_config
 from medim.training.head_init import start_head_as_probe
 from medim.training.loaders import StepSampler, step_loader
 from medim.training.monitor import COLUMNS
@@ -183,6 +184,7 @@ def finetune(
     overwrite: bool = False,
     accelerator: str = "auto",
     store: Path | None = None,
+    strict: bool = False,
 ) -> dict[str, Any]:
     """Fine-tune within a label budget and measure on the validation split.
 
@@ -204,12 +206,13 @@ def finetune(
         overwrite: empty `out` first.
         accelerator: Lightning's name of the device kind.
         store: folder of preprocessed images; None is the user's cache.
+        strict: refuse where the encoder, or the training split, holds an image or subject of the validation split.
 
     Returns:
         The content of `summary.json`.
 
     Raises:
-        UserError: no labels for the task, weights that do not fit, a non-empty `out`.
+        UserError: no labels for the task, weights that do not fit, a non-empty `out`, or `strict`.
         UsageError: a section that cannot be built, or parts that do not fit each other.
     """
     began = time.perf_counter()
@@ -217,9 +220,12 @@ def finetune(
     check_target()
     subset_seed = seed if subset_seed is None else subset_seed
     fresh_folder(out, resume=resume, overwrite=overwrite)
-    cohort = open_cohort(index, _labelled(config, index), config.preprocessing, split_seed=split_seed, store=store)
+    chosen, steps = _labelled(config, index), config.preprocessing
+    cohort = open_cohort(index, chosen, steps, split_seed=split_seed, store=store, strict=strict)
     train = budget(cohort.records("train"), labelled=labelled, fraction=label_fraction, seed=subset_seed)
     val = cohort.records("val")
+    origin = read_seen(encoder) if encoder and not from_scratch else Seen()
+    seen = guard(origin, cohort.cases(val), what=f"encoder {encoder}" if encoder else "fresh weights", strict=strict)
     pl.seed_everything(seed, workers=False, verbose=False)
     spec = _spec(config, cohort, seed, split_seed)
     model = build_model(spec)
@@ -229,6 +235,7 @@ def finetune(
     made = {key: spec["provenance"][key] for key in ("seed", "split_seed", "index_hash", "parent")}
     budgeted = {"labelled": labelled, "label_fraction": label_fraction, "subset_seed": subset_seed}
     write_config(out, config, **made, **budgeted)
+    write_splits(out / "split.csv", index, cohort.splits, cohort.records("train"), seed=subset_seed, used=train)
     checkpoint, start = newest_checkpoint(out / "checkpoints") if resume else (None, 0)
     if config.head_init == "probe" and not checkpoint:
         _start_head(config, cohort, train, model, spec, seed)
@@ -241,12 +248,13 @@ def finetune(
         fit(trainer, module, loader, checkpoint=checkpoint)
         save(out / "model", "model", model.eval(), spec)
         write_csv(out / "history.csv", COLUMNS, module.rows)
-        origin = seen_subjects(encoder) if encoder and not from_scratch else None
-        write_seen(out, pretrain=origin["pretrain"] if origin else [], finetune=[r.subject for r in train])
+        before = _unrecorded(encoder) if origin is None else origin
+        before.then("finetune", cohort.cases(train)).write(out / "model")
         log.info("measuring on %d validation images", len(val))
         measured, cases = validate(as_run(model), index, val, spec) if val else (None, [])
         write_cases(out / "cases.parquet", cases, spec["kind"])
         summary = _summary(config, cohort, module, spec, len(train), measured, start)
+        summary |= {"overlap": cohort.overlap, "seen": seen}
         summary["seconds"] = time.perf_counter() - began
         write_json(out / "summary.json", summary)
         metrics = {f"val/{name}": m["value"] for name, m in measured["metrics"].items()} if measured else {}
@@ -339,6 +347,12 @@ def _load_pretrained(model: Model, encoder: Path) -> tuple[str, list[torch.nn.Mo
         return str(spec["sha256"]), [model.encoder]
     load_weights(model.decoder, decoder)
     return str(spec["sha256"]), [model.encoder, model.decoder]
+
+
+def _unrecorded(encoder: Path | None) -> Seen:
+    """What is to be said of weights that carry no record of what they have seen."""
+    pretrained = encoder is None or find(encoder)[1]["kind"] == "encoder"
+    return Seen(unknown=("pretrain",) if pretrained else ("pretrain", "finetune"))
 
 
 def _start_head(

@@ -17,6 +17,8 @@ from medim.config import PretrainConfig, build, override, read
 from medim.data.datasets import ViewDataset
 from medim.data.index import Index, Record
 from medim.data.preprocessing import fixed_spacing
+from medim.data.seen import Seen
+from medim.data.splits import write_splits
 from medim.data.transforms import GEOMETRIC, Augmentation
 from medim.files import fresh_folder, write_json, write_text
 from medim.models.layers import in_mm
@@ -24,7 +26,7 @@ from medim.models.model import build_decoder, build_encoder
 from medim.models.saved import SCHEMA_VERSION, save
 from medim.objectives import OBJECTIVES
 from medim.objectives.building import known
-from medim.training.cohort import Cohort, open_cohort, write_config, write_seen
+from medim.training.cohort import Cohort, open_cohort, write_config
 from medim.training.loaders import StepSampler, step_loader
 from medim.training.module import PretrainModule
 from medim.training.monitor import History, verdict
@@ -96,6 +98,7 @@ def pretrain(
     train, held_out = cohort.records("train"), cohort.records("val")
     config = _fitting(config, train, held_out)
     write_config(out, config, seed=seed, split_seed=split_seed, index_hash=index.hash)
+    write_splits(out / "split.csv", index, cohort.splits, train, seed=seed)
     pl.seed_everything(seed, workers=False, verbose=False)
     spec = {"kind": "encoder", **cohort.spec(config, seed=seed, split_seed=split_seed), "decoder": config.decoder}
     module = _module(config, spec, seed)
@@ -114,8 +117,8 @@ def pretrain(
             trainer.validate(module, held_out_loader, verbose=False)
         _write_encoder(out, module, spec, config)
         history.write(out / "history.csv")
-        write_seen(out, pretrain=[r.subject for r in train], finetune=[])
-        summary = _summary(config, index, history, module, trainer, start)
+        Seen().then("pretrain", cohort.cases(train)).write(out / "encoder")
+        summary = _summary(config, cohort, history, module, trainer, start)
         summary["seconds"] = time.perf_counter() - began
         write_json(out / "summary.json", summary)
         log_results(logger, summary, [out / "config.yaml", out / "summary.json", out / "history.csv"])
@@ -274,7 +277,7 @@ def _card(spec: dict[str, Any]) -> str:
 
 
 def _summary(
-    config: PretrainConfig, index: Index, history: History, module: PretrainModule, trainer: pl.Trainer, start: int
+    config: PretrainConfig, cohort: Cohort, history: History, module: PretrainModule, trainer: pl.Trainer, start: int
 ) -> dict[str, Any]:
     losses = {
         name: {
@@ -303,7 +306,8 @@ def _summary(
         "peak_memory_bytes": peak_memory(),
         "device": str(trainer.strategy.root_device),
         "config_hash": config.hash,
-        "index_hash": index.hash,
+        "index_hash": cohort.index.hash,
+        "overlap": cohort.overlap,
         "versions": versions(),
     }
 

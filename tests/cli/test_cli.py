@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from medim.cli import app
+from medim.data.index import Index, build_index
+from medim.data.quality_table import read_quality
 from medim.models.model import build_encoder
 from medim.models.saved import save
+from tests.data.synthetic import write_archive
 
 
 @pytest.mark.parametrize("option", ["--seed", "--split-seed"])
@@ -74,3 +78,23 @@ def test_a_probe_of_nothing_is_told_where_an_encoder_was_expected(tmp_path: Path
     result = CliRunner().invoke(app, ["probe", str(tmp_path / "nowhere"), "--data", str(tmp_path)])
     assert result.exit_code == 1
     assert "expected a finished run" in result.output
+
+
+def test_preprocess_writes_the_quality_of_every_image_and_counts_the_flags(tmp_path: Path) -> None:
+    archive = write_archive(tmp_path / "x.npz", train=6, val=3, side=28)
+    held = dict(np.load(archive))
+    held["val_images"][0] = held["train_images"][4] // 2  # one image twice
+    np.savez(archive, **held)
+    store = tmp_path / "store"
+    command = ["preprocess", str(archive), "--modality", "xray", "--config", "xray-28", "--out", str(store)]
+    printed = CliRunner().invoke(app, command).output
+    assert re.search(r"near-duplicate +2\b", printed), printed
+    written = (store / "quality.csv").read_bytes()
+    assert len(read_quality(store)) == 9
+    assert [row.nearest for row in read_quality(store) if row.flags and row.nearest] == ["x/val/0", "x/train/4"]
+    index = Index.read(store)
+    assert [r.image for r in index.records if "near-duplicate" in str(r.quality)] == ["x/train/4", "x/val/0"]
+    assert index.hash == build_index(archive, "xray").hash  # a store is made of the same images
+    (store / "quality.csv").unlink()
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert (store / "quality.csv").read_bytes() == written

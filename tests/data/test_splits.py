@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -7,10 +8,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydicom.uid import generate_uid
 
-from medim.data.index import Index, Record
-from medim.data.splits import budget, split
-from medim.types import UsageError, UserError
+from medim.data.index import Index, Record, build_index
+from medim.data.splits import budget, on_both_sides, read_splits, split, write_splits
+from medim.types import Split, UsageError, UserError
+from tests.data.synthetic import noise, write_archive, write_nifti, write_series
 
 
 def record(number: int, subject: str, *, label: str | None = "a", split: str | None = None) -> Record:
@@ -163,3 +166,89 @@ class TestBudget:
     def test_no_labels_at_all_is_an_error_that_says_what_to_give(self) -> None:
         with pytest.raises(UserError, match="--labels"):
             budget((record(0, "s", label=None),), labelled=1)
+
+
+class TestSharedImages:
+    @settings(max_examples=100, deadline=None)
+    @given(sizes=sizes, seed=st.integers(0, 5), shared=st.lists(st.integers(0, 30), max_size=100))
+    def test_subjects_that_share_an_image_are_on_one_side_and_only_they_move_and_only_to_validation(
+        self, sizes: list[int], seed: int, shared: list[int]
+    ) -> None:
+        index = index_of(records_of(sizes))
+        prints = {r.image: str(n) for r, n in zip(index.records, shared, strict=False)}
+        before, after = split(index, seed=seed), split(index, seed=seed, prints=prints)
+        assert on_both_sides(index, after, prints, strict=True) == {"images": 0, "subjects": 0}
+        subjects = {r.image: r.subject for r in index.records}
+        assert all(len({after[i] for i in after if subjects[i] == s}) == 1 for s in subjects.values())
+        moved = {subjects[image] for image in after if before[image] != after[image]}
+        owners = [{subjects[image] for image in prints if prints[image] == found} for found in set(prints.values())]
+        assert moved <= {subject for people in owners if len(people) > 1 for subject in people}
+        assert all(after[image] == "val" for image in after if before[image] != after[image])
+
+    def test_an_open_subject_goes_where_the_source_has_the_one_it_shares_an_image_with(self) -> None:
+        own = (record(0, "t", split="train"), record(1, "v", split="val"), record(2, "x", split="test"))
+        prints = {"i0000": "a", "i0001": "b", "i0002": "c", "i0003": "a", "i0004": "b", "i0005": "c"}
+        index = index_of((*own, *(record(n, f"open{n}") for n in (3, 4, 5))))
+        for seed in range(3):
+            got = split(index, seed=seed, prints=prints)
+            assert [got[f"i000{n}"] for n in range(6)] == ["train", "val", "test"] * 2
+
+    def test_what_the_sources_own_splits_share_is_counted_and_refused_when_strict(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        sides = ("train", "train", "val", "val", "test")
+        index = index_of(tuple(record(n, f"s{n}", split=side) for n, side in enumerate(sides)))
+        prints = {"i0000": "a", "i0001": "", "i0002": "a", "i0003": "", "i0004": "a"}
+        splits = split(index, prints=prints)
+        assert list(splits.values()) == list(sides)
+        assert on_both_sides(index, splits, prints) == {"images": 2, "subjects": 2}
+        assert "2 held-out images" in caplog.text
+        with pytest.raises(UserError, match=r"2 held-out images.*--strict expected none"):
+            on_both_sides(index, splits, prints, strict=True)
+
+
+class TestStored:
+    @settings(max_examples=30, deadline=None)
+    @given(sizes=sizes, seed=st.integers(0, 3))
+    def test_the_places_in_the_file_are_those_of_every_budget(
+        self, sizes: list[int], seed: int, tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        index, path = index_of(records_of(sizes)), tmp_path_factory.mktemp("run") / "split.csv"
+        splits = split(index)
+        train = [r for r in index.records if splits[r.image] == "train"]
+        write_splits(path, index, splits, train, seed=seed, used=train[:1])
+        assert read_splits(path) == splits
+        rows = list(csv.DictReader(path.open()))
+        assert [row["image"] for row in rows if row["used"] == "yes"] == [r.image for r in train[:1]]
+        assert all((row["budget"] == "") == (row["split"] != "train") for row in rows)
+        for labelled in (1, 3, 7):
+            chosen = budget(train, labelled=labelled, seed=seed) if train else ()
+            last = max((int(row["budget"]) for row in rows if row["image"] in {r.image for r in chosen}), default=0)
+            assert {row["image"] for row in rows if row["budget"] and int(row["budget"]) <= last} == {
+                r.image for r in chosen
+            }
+
+    def test_a_damaged_file_is_told(self, tmp_path: Path) -> None:
+        (tmp_path / "split.csv").write_text("image,part\na,train\n")
+        with pytest.raises(UserError, match="expected columns image and split"):
+            read_splits(tmp_path / "split.csv")
+
+    def test_it_is_taken_as_labels_whatever_its_images_are_called(self, tmp_path: Path) -> None:
+        for k, person in enumerate(("Avasarala_Chrisjen", "Nagata_Naomi", "plain")):
+            name = "^".join(person.split("_"))
+            tags: dict[str, str] = {"SeriesInstanceUID": generate_uid(), "PatientID": f"ID-{k}", "PatientName": name}
+            write_series(tmp_path / "mri" / person / "T1.5", noise(5, 4, 6, seed=k), **tags)
+            write_nifti(tmp_path / "mri" / f"{person}_T2.nii.gz")
+        write_archive(tmp_path / "xray" / "small.npz")
+        for modality in ("mri", "xray"):
+            index = build_index(tmp_path / modality, modality)  # type: ignore[arg-type]
+            wanted: dict[str, Split] = {r.image: "val" if k % 2 else "train" for k, r in enumerate(index.records)}
+            of = {r.subject: wanted[r.image] for r in index.records}
+            wanted = {r.image: of[r.subject] for r in index.records}
+            path = tmp_path / f"{modality}.csv"
+            write_splits(path, index, wanted, [], seed=0)
+            again = build_index(tmp_path / modality, modality, labels=path)  # type: ignore[arg-type]
+            assert {r.image: r.split for r in again.records} == wanted
+            assert (modality == "mri") == any("p-" in image for image in wanted)
+            assert set(wanted.values()) == {"train", "val"}
+            assert not any(name in path.read_text() for name in ("Avasarala", "Naomi", "ID-"))

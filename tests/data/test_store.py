@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from medim.data.fingerprints import fingerprint
 from medim.data.index import Index, Record
 from medim.data.preprocessing import onto, preprocess
-from medim.data.store import Store, default_folder, fill
+from medim.data.quality import measure
+from medim.data.store import SCHEMA_VERSION, Store, default_folder, fill
 from medim.types import Array, Step, UsageError, UserError, Volume
 
 STEPS: list[Step] = [{"op": "clip_percentiles"}, {"op": "normalise"}]
@@ -102,6 +104,7 @@ class TestContent:
             entry = store.entry(key)
             assert (entry.shape, entry.channels, entry.mask) == (one.shape, 1, True)
             assert entry.minimum == (float(store.image(key).min()),)
+            assert entry.figures == measure(index.open(one))
 
     def test_a_box_equals_the_same_part_of_the_whole(self, store: Store, index: FakeIndex) -> None:
         key = store.add(index, index.records[1], STEPS)
@@ -136,14 +139,24 @@ class TestContent:
 
     def test_every_file_carries_its_schema_version(self, store: Store, index: FakeIndex) -> None:
         store.add(index, index.records[0], STEPS)
-        assert json.loads((store.folder / "store.json").read_text())["schema_version"] == 1
+        assert json.loads((store.folder / "store.json").read_text())["schema_version"] == SCHEMA_VERSION
+
+    def test_an_entry_carries_the_fingerprint_of_the_image_as_it_was_read(self, store: Store, index: FakeIndex) -> None:
+        one = index.records[0]
+        found = fingerprint(index.open(one))
+        cropped: list[Step] = [{"op": "pad_or_crop", "shape": [8, 8, 8]}]
+        assert found
+        assert [store.entry(store.add(index, one, steps)).fingerprint for steps in (STEPS, cropped)] == [found, found]
 
     def test_another_schema_version_is_not_read(
         self, store: Store, index: FakeIndex, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         key = store.add(index, index.records[0], STEPS)
-        monkeypatch.setattr("medim.data.store.SCHEMA_VERSION", 2)
+        monkeypatch.setattr("medim.data.store.SCHEMA_VERSION", SCHEMA_VERSION + 1)
         assert not Store(store.folder).whole(key)
+        newer = Store(store.folder)
+        assert newer.add(index, index.records[0], STEPS) != key
+        assert json.loads((store.folder / "store.json").read_text())["schema_version"] == SCHEMA_VERSION + 1
 
     def test_the_default_folder_follows_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MEDIM_CACHE", "/a")

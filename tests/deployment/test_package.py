@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import medim
+from medim.data.seen import Seen, read_seen
 from medim.deployment import gates
 from medim.deployment import onnx as onnx_export
 from medim.deployment.export import export
@@ -56,6 +57,20 @@ def test_a_package_is_one_folder_of_known_files_and_nothing_is_left_beside_it(pa
         assert files_of(package.folder).keys() == FILES
     beside = {path.name for path in packages["encoder"].folder.parent.iterdir()}
     assert beside == set(KINDS)
+
+
+def test_a_package_carries_what_its_weights_have_seen_under_its_sums(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "classifier")
+    seen = Seen().then("pretrain", [("a" * 32, "s-1")]).then("finetune", [("b" * 32, "s-2")])
+    seen.write(run / "model")
+    one, two = (export(run, tmp_path / name) for name in ("one", "two"))
+    assert one.sha256 == two.sha256
+    assert "fingerprints.json" in one.sums
+    assert read_seen(one.folder) == seen
+    assert {check.verdict for check in verify(one.folder)} == {"pass"}
+    (one.folder / "fingerprints.json").unlink()
+    with pytest.raises(PackageError, match=r"missing: \['fingerprints\.json'\]"):
+        load_package(one.folder)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from medim.data.index import Index, build_index
+from medim.data.seen import Seen
 from medim.models.model import build_model
 from medim.models.saved import save
 from medim.types import Array
@@ -82,10 +83,10 @@ def classifier(segmenter: dict[str, Any]) -> dict[str, Any]:
     return {**segmenter, **section, "classes": ["big", "small"], "inference": {"mode": "whole"}}
 
 
-def make_run(folder: Path, spec: dict[str, Any], seen: dict[str, list[str]] | None = None) -> Path:
+def make_run(folder: Path, spec: dict[str, Any], seen: Seen | None = None) -> Path:
     """A fine-tuning run with fresh weights."""
     torch.manual_seed(0)
     save(folder / "model", "model", build_model(spec), spec)
     if seen is not None:
-        (folder / "seen_subjects.json").write_text(json.dumps({"schema_version": 1, **seen}))
+        seen.write(folder / "model")
     return folder

@@ -9,11 +9,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from medim.data.identity import pseudonym
+from medim.data.fingerprints import fingerprint
 from medim.data.index import AllRejectedError, Index
+from medim.data.seen import Case, Kind, Seen
 from medim.data.splits import split as split_subjects
+from medim.data.splits import write_splits
 from medim.evaluation.cases import class_arrays, read_cases, score
-from medim.evaluation.evaluate import evaluate, network_of, seen_subjects, select, validate
+from medim.evaluation.evaluate import evaluate, network_of, select, validate
 from medim.types import Array, UserError
 from tests.evaluation.conftest import make_run
 
@@ -117,69 +119,97 @@ def test_a_fault_of_the_network_is_no_rejection(index: Index, segmenter: dict[st
 
 
 def test_another_source_is_evaluated_whole_and_the_run_s_own_on_its_validation_split(
-    index: Index, segmenter: dict[str, Any]
+    index: Index, segmenter: dict[str, Any], tmp_path: Path
 ) -> None:
-    assert select(index, segmenter, None).split == "all"
+    assert select(index, segmenter)[1] == "all"
     own = {**segmenter, "provenance": {"index_hash": index.hash}}
-    chosen = select(index, own, {"pretrain": set(), "finetune": set()})
+    chosen, part = select(index, own)
     splits = split_subjects(index)
-    assert chosen.split == "val"
-    assert [r.image for r in chosen.records] == [i for i, s in splits.items() if s == "val"]
-    assert len(select(index, own, None, split="train").records) == 6
+    assert part == "val"
+    assert [r.image for r in chosen] == [i for i, s in splits.items() if s == "val"]
+    assert len(select(index, own, split="train")[0]) == 6
+    stored = tmp_path / "split.csv"
+    write_splits(stored, index, {r.image: "val" if i < 3 else "train" for i, r in enumerate(index.records)}, [], seed=0)
+    assert select(index, own, stored=stored)[0] == index.records[:3]
+    assert select(index, segmenter, stored=stored)[1] == "all"
 
 
 def test_a_source_s_own_test_split_comes_first(index: Index, segmenter: dict[str, Any]) -> None:
     records = tuple(dataclasses.replace(r, split="test" if i < 2 else "train") for i, r in enumerate(index.records))
     marked = dataclasses.replace(index, records=records)
-    chosen = select(marked, {**segmenter, "provenance": {"index_hash": marked.hash}}, None)
-    assert (chosen.split, len(chosen.records)) == ("test", 2)
+    chosen, part = select(marked, {**segmenter, "provenance": {"index_hash": marked.hash}})
+    assert (part, len(chosen)) == ("test", 2)
 
 
-def test_subjects_that_the_model_was_trained_on_are_left_out_and_counted(
-    index: Index, segmenter: dict[str, Any]
+def case_of(index: Index, place: int) -> Case:
+    record = index.records[place]
+    return fingerprint(index.open(record)), record.subject
+
+
+def test_what_the_model_was_trained_on_is_left_out_and_counted_by_subject_and_by_image(
+    index: Index, segmenter: dict[str, Any], tmp_path: Path
 ) -> None:
-    one, two, *_ = dict.fromkeys(record.subject for record in index.records)
-    seen = {"pretrain": {one, two}, "finetune": {one}}
-    chosen = select(index, segmenter, seen)
-    assert chosen.excluded is not None
-    assert {record.subject for record in chosen.excluded} == {one}
-    assert one not in {record.subject for record in chosen.records}
-    assert (len(chosen.excluded), len(chosen.records), chosen.pretrained_on) == (2, 6, 1)
-    kept = select(index, segmenter, seen, include_seen=True)
-    assert (kept.excluded, len(kept.records)) == ((), 8)
-    everyone = {"pretrain": set(), "finetune": {record.subject for record in index.records}}
-    with pytest.raises(UserError, match="--include-seen"):
-        select(index, segmenter, everyone)
+    """The masks' images 0, 3 and 6 have the same pixels (of P0, P1, P3), and so have 1, 4, 7 and 2, 5."""
+    seen = Seen().then("pretrain", [case_of(index, 2)]).then("finetune", [(case_of(index, 0)[0], "another")])
+    run = make_run(tmp_path / "run", segmenter, seen)
+    found = evaluate(run, index, tmp_path / "out")
+    assert found["seen"] == {"pretrain": {"images": 2, "subjects": 1}, "finetune": {"images": 3, "subjects": 0}}
+    assert (found["n"], found["excluded_seen"], found["excluded_seen_images"]) == (5, 3, 3)
+    kept = evaluate(run, index, tmp_path / "kept", include_seen=True)
+    assert (kept["n"], kept["excluded_seen"], kept["seen"]) == (8, 0, found["seen"])
+    person = Seen().then("finetune", [("0" * 32, index.records[0].subject)])
+    found = evaluate(make_run(tmp_path / "person", segmenter, person), index, tmp_path / "by-subject")
+    assert (found["n"], found["excluded_seen"], found["excluded_seen_images"]) == (6, 1, 2)
+    everyone = Seen().then("finetune", [("", record.subject) for record in index.records])
+    with pytest.raises(UserError, match=r"trained on all 8.*--include-seen"):
+        evaluate(make_run(tmp_path / "everyone", segmenter, everyone), index, tmp_path / "none")
 
 
-def test_a_package_without_a_list_of_subjects_says_that_it_does_not_know(
-    index: Index, segmenter: dict[str, Any]
+@pytest.mark.parametrize("kind", ["pretrain", "finetune"])
+def test_strict_refuses_before_any_figure_is_written_and_passes_where_nothing_was_seen(
+    kind: Kind, index: Index, segmenter: dict[str, Any], tmp_path: Path
 ) -> None:
-    chosen = select(index, segmenter, None)
-    assert (chosen.excluded, chosen.pretrained_on) == (None, None)
+    run = make_run(tmp_path / "run", segmenter, Seen().then(kind, [case_of(index, 2)]))
+    with pytest.raises(UserError, match=r"2 images, 1 subject.* --strict expected none"):
+        evaluate(run, index, tmp_path / "out", strict=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".medim"]
+    other = make_run(tmp_path / "other", segmenter, Seen().then(kind, [("0" * 32, "another")]))
+    assert evaluate(other, index, tmp_path / "out", strict=True)["n"] == 8
 
 
-def test_a_list_of_subjects_from_another_site_is_not_taken_for_an_empty_one(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_model_without_a_record_says_that_it_does_not_know(
+    index: Index, segmenter: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    content = {"pretrain": ["s-1"], "finetune": ["s-2"]}
-    path = tmp_path / "seen_subjects.json"
-    for site, expected in ((pseudonym("site"), {"pretrain": {"s-1"}, "finetune": {"s-2"}}), ("s-elsewhere", None)):
-        path.write_text(json.dumps({**content, "site": site}))
-        assert seen_subjects(tmp_path) == expected
-    assert "another site key" in caplog.text
+    run = make_run(tmp_path / "run", segmenter)
+    found = evaluate(run, index, tmp_path / "out")
+    assert (found["seen"], found["excluded_seen"], found["excluded_seen_images"], found["n"]) == (None, None, None, 8)
+    assert "seen not known: no fingerprints.json lies beside the weights" in caplog.text
+    with pytest.raises(UserError, match=r"not known.*--strict"):
+        evaluate(run, index, tmp_path / "strict", strict=True)
+
+
+def test_a_model_of_another_site_is_known_by_its_images_alone(
+    index: Index, segmenter: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = case_of(index, 2)
+    monkeypatch.setenv("MEDIM_SITE_KEY", "elsewhere")
+    seen = Seen().then("finetune", [case, ("0" * 32, index.records[7].subject)])
+    monkeypatch.delenv("MEDIM_SITE_KEY")
+    found = evaluate(make_run(tmp_path / "run", segmenter, seen), index, tmp_path / "out")
+    assert found["seen"]["finetune"] == {"images": 2, "subjects": None}
+    assert (found["n"], found["excluded_seen_images"]) == (6, 2)
 
 
 def test_images_without_a_mask_are_refused_with_what_to_do(index: Index, segmenter: dict[str, Any]) -> None:
     bare = dataclasses.replace(index, records=tuple(dataclasses.replace(r, mask=None) for r in index.records))
     with pytest.raises(UserError, match="expected images with a mask, got 8 images without"):
-        select(bare, segmenter, None)
+        select(bare, segmenter)
 
 
 def test_evaluating_a_run_writes_metrics_cases_and_last_the_summary(
     tmp_path: Path, index: Index, segmenter: dict[str, Any]
 ) -> None:
-    seen = {"pretrain": [], "finetune": [index.records[0].subject]}
+    seen = Seen().then("finetune", [("0" * 32, index.records[0].subject)])
     run = make_run(tmp_path / "run", segmenter, seen)
     summary = evaluate(run, index, tmp_path / "out")
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())

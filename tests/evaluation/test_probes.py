@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from medim.data.identity import pseudonym
+from medim.data.fingerprints import fingerprint
 from medim.data.index import Index, build_index
+from medim.data.seen import Seen
 from medim.data.splits import split
 from medim.deployment.inference import embed
 from medim.evaluation.evaluate import open_encoder
@@ -152,12 +152,19 @@ def test_the_same_call_twice_gives_the_same_bytes(run: Path, index: Index, tmp_p
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
-def test_validation_subjects_that_pretraining_saw_are_counted(index: Index, tmp_path: Path) -> None:
+def test_validation_images_and_subjects_that_pretraining_saw_are_counted_and_refused_when_strict(
+    index: Index, tmp_path: Path
+) -> None:
     folder = make_encoder(tmp_path / "run")
-    val = [record.subject for record in index.records if record.split == "val"]
-    seen = {"schema_version": 1, "site": pseudonym("site"), "pretrain": [*val[:3], "another"], "finetune": []}
-    (folder / "seen_subjects.json").write_text(json.dumps(seen))
-    assert probe(folder, index, tmp_path / "out", anchors=False)["seen"] == 3
+    val = [record for record in index.records if record.split == "val"]
+    cases = [(fingerprint(index.open(val[0])), "another"), *(("", record.subject) for record in val[1:4])]
+    Seen().then("pretrain", cases).write(folder / "encoder")
+    found = probe(folder, index, tmp_path / "out", anchors=False)
+    assert found["seen"] == {"pretrain": {"images": 1, "subjects": 3}, "finetune": {"images": 0, "subjects": 0}}
+    assert found["overlap"] == {"images": 0, "subjects": 0}
+    with pytest.raises(UserError, match=r"seen in pretraining 1 image, 3 subjects.* --strict expected none"):
+        probe(folder, index, tmp_path / "strict", anchors=False, strict=True)
+    assert not (tmp_path / "strict").exists()
 
 
 def test_the_summary_is_mean_and_standard_deviation_over_the_subsets() -> None:

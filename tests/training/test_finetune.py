@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import csv
-import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ import torch
 
 from medim.config import FinetuneConfig, PretrainConfig, ViewsConfig, check
 from medim.data.index import Index, build_index
+from medim.data.seen import read_seen
 from medim.data.splits import split
 from medim.evaluation.cases import read_cases
 from medim.files import sha256
 from medim.models.model import build_model
 from medim.models.saved import load_encoder, load_model
+from medim.training.cohort import open_cohort
 from medim.training.finetune import FinetuneModule, finetune, resolve_config
 from medim.training.pretrain import pretrain
 from medim.types import UsageError, UserError
@@ -36,6 +38,11 @@ def encoder(pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
     return tmp_path / "encoder"
 
 
+def rows_of(run: Path) -> list[dict[str, str]]:
+    """The rows of `split.csv`."""
+    return list(csv.DictReader((run / "split.csv").open()))
+
+
 def test_segmentation_learns_a_bright_ball(
     finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path
 ) -> None:
@@ -49,12 +56,16 @@ def test_a_budget_counts_images_and_the_validation_subjects_are_never_trained_on
     finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path
 ) -> None:
     summary = finetune(finetune_config, cohort_index, tmp_path / "run", labelled=4, store=store)
-    seen = json.loads((tmp_path / "run" / "seen_subjects.json").read_text())
+    rows = rows_of(tmp_path / "run")
     splits = split(cohort_index)
+    trained_on = {row["subject"] for row in rows if row["used"] == "yes"}
     held_out = {r.subject for r in cohort_index.records if splits[r.image] == "val"}
     assert summary["labelled"] == 4
-    assert len(seen["finetune"]) == 2
-    assert not held_out & set(seen["finetune"])
+    assert len(trained_on) == 2
+    assert not held_out & trained_on
+    assert {row["image"]: row["split"] for row in rows} == splits
+    assert {row["budget"] for row in rows if row["used"] == "yes"} == {"1", "2"}
+    assert all((row["budget"] == "") == (row["split"] != "train") for row in rows)
 
 
 def test_the_encoder_starts_from_the_pretrained_weights_and_its_twin_does_not(
@@ -148,6 +159,93 @@ def test_every_validation_case_is_written(
     assert np.mean([row["dice"] for row in rows]) == pytest.approx(summary["val"]["metrics"]["dice"]["value"], abs=0.05)
 
 
+def test_the_stored_split_given_back_as_labels_makes_the_same_run(
+    finetune_config: FinetuneConfig, cohort_index: Index, volumes: Path, tmp_path: Path, store: Path
+) -> None:
+    one = finetune_config.model_copy(update={"max_steps": 1})
+    options: dict[str, Any] = {"labelled": 4, "store": store}
+    finetune(one, cohort_index, tmp_path / "a", split_seed=3, **options)
+    again = build_index(volumes, "mri", labels=tmp_path / "a" / "split.csv")
+    finetune(one, again, tmp_path / "b", split_seed=0, **options)
+    assert rows_of(tmp_path / "a") == rows_of(tmp_path / "b")
+    assert {r.image: r.split for r in again.records} == split(cohort_index, seed=3) != split(cohort_index)
+    assert sha256(tmp_path / "a" / WEIGHTS) == sha256(tmp_path / "b" / WEIGHTS)
+
+
+def test_an_encoder_pretrained_on_the_same_index_has_not_seen_its_validation_split(
+    encoder: Path, finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path
+) -> None:
+    one = finetune_config.model_copy(update={"max_steps": 1})
+    summary = finetune(one, cohort_index, tmp_path / "run", encoder=encoder, labelled=4, strict=True, store=store)
+    none = {"images": 0, "subjects": 0}
+    assert summary["seen"] == {"pretrain": none, "finetune": none}
+    assert summary["overlap"] == none
+    seen = read_seen(tmp_path / "run")
+    assert seen
+    assert [(o.kind, len(o.images), len(o.subjects)) for o in seen.origins] == [("pretrain", 12, 6), ("finetune", 4, 2)]
+
+
+def test_validation_images_that_the_encoder_has_seen_are_counted_and_refused_when_strict(
+    encoder: Path, finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path
+) -> None:
+    one = finetune_config.model_copy(update={"max_steps": 1})
+    options: dict[str, Any] = {"encoder": encoder, "split_seed": 1, "store": store}
+    summary = finetune(one, cohort_index, tmp_path / "run", **options)
+    pretrained = {image for image, part in split(cohort_index).items() if part == "train"}
+    shared = [row for row in rows_of(tmp_path / "run") if row["split"] == "val" and row["image"] in pretrained]
+    expected = {"images": len(shared), "subjects": len({row["subject"] for row in shared})}
+    assert summary["seen"] == {"pretrain": expected, "finetune": {"images": 0, "subjects": 0}}
+    assert shared
+    with pytest.raises(UserError, match=f"seen in pretraining {len(shared)} images.* --strict expected none"):
+        finetune(one, cohort_index, tmp_path / "strict", strict=True, **options)
+    assert not (tmp_path / "strict" / "config.yaml").exists()
+    assert (
+        finetune(one, cohort_index, tmp_path / "twin", from_scratch=True, strict=True, **options)["init"] == "scratch"
+    )
+
+
+def test_what_an_encoder_without_a_record_has_seen_is_not_known(
+    encoder: Path, finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path
+) -> None:
+    one = finetune_config.model_copy(update={"max_steps": 1})
+    (encoder / "encoder" / "fingerprints.json").unlink()
+    summary = finetune(one, cohort_index, tmp_path / "run", encoder=encoder, labelled=4, store=store)
+    seen = read_seen(tmp_path / "run")
+    assert summary["seen"] is None
+    assert seen
+    assert (seen.unknown, [origin.kind for origin in seen.origins]) == (("pretrain",), ["finetune"])
+    with pytest.raises(UserError, match=r"not known: no fingerprints\.json lies beside the weights"):
+        finetune(one, cohort_index, tmp_path / "strict", encoder=encoder, strict=True, store=store)
+
+
+def test_subjects_that_share_an_image_are_kept_on_one_side(
+    finetune_config: FinetuneConfig, volumes: Path, cohort_index: Index, tmp_path: Path
+) -> None:
+    splits = split(cohort_index)
+    one, other = (next(i for i, part in splits.items() if part == side) for side in ("train", "val"))
+    source = shutil.copytree(volumes, tmp_path / "source")
+    shutil.copyfile(source / f"{other}.nii.gz", source / f"{one}.nii.gz")
+    index = build_index(source, "mri")
+    cohort = open_cohort(index, index.records, finetune_config.preprocessing, split_seed=0, store=tmp_path / "store")
+    moved = {r.image for r in cohort_index.records if r.subject == _subject(cohort_index, one)}
+    assert cohort.splits == {image: "val" if image in moved else part for image, part in splits.items()}
+    assert cohort.overlap == {"images": 0, "subjects": 0}
+    table = tmp_path / "split.csv"
+    table.write_text("image,split\n" + "\n".join(f"{image},{part}" for image, part in splits.items()))
+    fixed = build_index(source, "mri", labels=table)
+    options: dict[str, Any] = {"split_seed": 0, "store": tmp_path / "store"}
+    assert open_cohort(fixed, fixed.records, finetune_config.preprocessing, **options).overlap == {
+        "images": 1,
+        "subjects": 1,
+    }
+    with pytest.raises(UserError, match=r"1 held-out images \(of 1 subjects\) have the same pixels"):
+        open_cohort(fixed, fixed.records, finetune_config.preprocessing, strict=True, **options)
+
+
+def _subject(index: Index, image: str) -> str:
+    return next(record.subject for record in index.records if record.image == image)
+
+
 def test_the_label_subset_has_a_seed_of_its_own(
     finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path
 ) -> None:
@@ -157,7 +255,7 @@ def test_the_label_subset_has_a_seed_of_its_own(
         seed, subset_seed = seeds
         options = {"labelled": 4, "seed": seed, "subset_seed": subset_seed}
         finetune(one, cohort_index, tmp_path / name, store=store, **options)  # type: ignore[arg-type]
-        seen[name] = json.loads((tmp_path / name / "seen_subjects.json").read_text())["finetune"]
+        seen[name] = (tmp_path / name / "split.csv").read_text()
     assert seen["a"] == seen["b"] != seen["c"]
     assert sha256(tmp_path / "a" / WEIGHTS) != sha256(tmp_path / "b" / WEIGHTS)
 
@@ -177,7 +275,7 @@ def test_both_arms_are_the_same_network_on_the_same_images_by_the_same_schedule(
         )
     a, b = (safetensors.torch.load_file(tmp_path / name / WEIGHTS) for name in "ab")
     assert {key: value.shape for key, value in a.items()} == {key: value.shape for key, value in b.items()}
-    seen = [json.loads((tmp_path / name / "seen_subjects.json").read_text())["finetune"] for name in "ab"]
+    seen = [(tmp_path / name / "split.csv").read_text() for name in "ab"]
     assert seen[0] == seen[1]
     assert (tmp_path / "a" / "config.yaml").read_bytes() == (tmp_path / "b" / "config.yaml").read_bytes()
 

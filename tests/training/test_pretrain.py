@@ -17,7 +17,10 @@ import yaml
 
 import medim
 from medim.config import PretrainConfig, ViewsConfig, dump
+from medim.data.fingerprints import fingerprint
 from medim.data.index import Index
+from medim.data.seen import read_seen
+from medim.data.splits import split
 from medim.files import sha256
 from medim.objectives.coordinates import offset_entropy
 from medim.objectives.score_map import load_score_map
@@ -48,6 +51,21 @@ def test_a_run_leaves_what_the_contract_lists(undisturbed: Path) -> None:
     assert yaml.safe_load((undisturbed / "config.yaml").read_text())["max_steps"] == 6
     steps = {int(row["step"]) for row in csv.DictReader((undisturbed / "history.csv").open()) if row["loss"]}
     assert steps == set(range(1, 7))
+
+
+def test_a_run_leaves_its_split_and_what_it_has_seen(undisturbed: Path, cohort_index: Index) -> None:
+    splits = split(cohort_index)
+    rows = list(csv.DictReader((undisturbed / "split.csv").open()))
+    assert {row["image"]: row["split"] for row in rows} == splits
+    assert sorted({row["budget"] for row in rows}) == ["", "1", "2", "3", "4", "5", "6"]
+    assert {row["used"] for row in rows} == {""}
+    seen = read_seen(undisturbed)
+    assert seen
+    cases = {r.image: (fingerprint(cohort_index.open(r)), r.subject) for r in cohort_index.records}
+    assert {image for image, case in cases.items() if seen.has("pretrain", case)} == {
+        image for image, part in splits.items() if part == "train"
+    }
+    assert json.loads((undisturbed / "summary.json").read_text())["overlap"] == {"images": 0, "subjects": 0}
 
 
 def test_the_loaded_encoder_gives_the_maps_and_summary_it_promises(undisturbed: Path) -> None:

@@ -1,4 +1,4 @@
-"""One self-contained page about a run, an evaluation, an index, a package, or a folder that holds several of these.
+"""One self-contained page about a run, an evaluation, an index or store, a package, or a folder with several of these.
 
 The page asks nothing of the network, runs no script, and the same files give the same bytes.
 """
@@ -13,10 +13,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from medim import __version__
+from medim.evaluation.report.cohort import cohort
 from medim.evaluation.report.comparison import compare
+from medim.evaluation.report.package import package
 from medim.evaluation.report.page import Section
 from medim.evaluation.report.runs import evaluation, finetuning, pretraining, unfinished
-from medim.evaluation.report.sources import cohort, package
 from medim.files import read_json, write_text
 from medim.types import UserError
 
@@ -36,8 +37,9 @@ def report(folder: Path) -> Path:
     """Write `report.html` into a folder.
 
     Args:
-        folder: a pretraining or fine-tuning run, an evaluation, an index, or a folder whose subfolders are such or
-            packages; the page then has a section for each, and compares pretrained with scratch where both are.
+        folder: a pretraining or fine-tuning run, an evaluation, an index or a store with its index, or a folder whose
+            subfolders are such or packages; the page then has a section for each, and compares pretrained with
+            scratch where both are.
 
     Returns:
         The page.

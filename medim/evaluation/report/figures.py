@@ -1,79 +1,20 @@
-"""Figures of the report: SVG inside the page, in its colours and fonts, each with what it shows in words."""
+"""The figures of the report, a kind a function; how they are drawn is in `drawing`."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
+from medim.evaluation.report.drawing import INK, ONE, SOFT, TWO, Figure, as_svg, drawing, legend_above
 from medim.types import Array
 
-WIDTH = 4.6  # inches: 331 CSS pixels, about what a phone shows
 MOST_POINTS = 300
-_COLOURS = {  # what matplotlib draws -> the page's own colour, light or dark
-    "#010101": "var(--ink)",
-    "#020202": "var(--soft)",
-    "#030303": "var(--one)",
-    "#040404": "var(--two)",
-    "#050505": "var(--line)",
-}
-INK, SOFT, ONE, TWO, LINE = _COLOURS
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "medim",
-    "text.parse_math": False,
-    "font.size": 10,
-    "axes.edgecolor": SOFT,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": LINE,
-    "grid.linewidth": 0.8,
-    "text.color": INK,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "lines.solid_capstyle": "round",
-}
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure of the page.
-
-    Attributes:
-        svg: the drawing.
-        alt: what it shows, with its numbers.
-        caption: what it is.
-    """
-
-    svg: Markup
-    alt: str
-    caption: str
-
-    def placed(self, place: str) -> Markup:
-        """The drawing with ids of its own, under a name that is unique in the page, and its text alternative."""
-        text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{place}-", str(self.svg))
-        head = Markup('<svg role="img" aria-labelledby="{0}-title {0}-desc"').format(place)
-        words = Markup('<title id="{0}-title">{1}</title><desc id="{0}-desc">{2}</desc>')
-        opened, drawing = text.removeprefix("<svg").split(">", 1)
-        return Markup(head + Markup(opened + ">") + words.format(place, self.caption, self.alt) + Markup(drawing))
+MOST_BINS = 24
 
 
 @dataclass(frozen=True)
@@ -110,7 +51,7 @@ def loss_curve(curve: Curve) -> Figure:
     """Training loss, its running mean, the held-out loss and the chance level."""
     finite = np.isfinite(curve.loss)
     steps, loss = _thinned(curve.steps[finite], curve.loss[finite])
-    with _drawing(2.7) as (canvas, axes):
+    with drawing(2.7) as (canvas, axes):
         axes.plot(steps, loss, color=ONE, alpha=0.35, linewidth=1)
         axes.plot(steps, _smoothed(loss), color=ONE, linewidth=2, label="training")
         if curve.held_out:
@@ -120,8 +61,8 @@ def loss_curve(curve: Curve) -> Figure:
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
         if curve.held_out or curve.chance is not None:
-            _legend_above(axes)
-        svg = _svg(canvas)
+            legend_above(axes)
+        svg = as_svg(canvas)
     first, last = (f"{v:.3g}" for v in (loss[0], loss[-1])) if len(loss) else ("no number", "no number")
     of = "" if curve.name == "loss" else f" of {curve.name}"
     parts = [f"Training loss{of} over {int(curve.steps[-1])} steps: {first} at first, {last} at last"]
@@ -142,7 +83,7 @@ def intervals(rows: Sequence[Interval], caption: str, *, arms: tuple[str, str] |
         arms: names of the two colours, where there are two arms.
     """
     names = list(dict.fromkeys(row.name for row in rows))
-    with _drawing(0.75 + 0.34 * len(names) * (1.4 if arms else 1)) as (canvas, axes):
+    with drawing(0.75 + 0.34 * len(names) * (1.4 if arms else 1)) as (canvas, axes):
         for row in rows:
             y = names.index(row.name) + (0.0 if arms is None else 0.16 if row.second else -0.16)
             colour = TWO if row.second else ONE
@@ -156,15 +97,15 @@ def intervals(rows: Sequence[Interval], caption: str, *, arms: tuple[str, str] |
         _share_axis(axes, [v for row in rows for v in (row.value, row.low) if v is not None])
         axes.grid(axis="y", visible=False)
         if arms:
-            _legend_above(axes)
-        svg = _svg(canvas)
+            legend_above(axes)
+        svg = as_svg(canvas)
     told = [f"{_arm(row, arms)}{row.name} {interval_text(row.value, row.low, row.high)}" for row in rows]
     return Figure(svg, "; ".join(told) + ".", caption)
 
 
 def strips(values: Mapping[str, Sequence[float]], label: str, caption: str) -> Figure:
     """A dot a case, a line a class, and the median; values between 0 and 1."""
-    with _drawing(0.8 + 0.5 * len(values)) as (canvas, axes):
+    with drawing(0.8 + 0.5 * len(values)) as (canvas, axes):
         for place, numbers in enumerate(values.values()):
             ordered = np.sort(np.asarray(numbers))
             spread = 0.28 * (np.arange(len(ordered)) * 0.618034 % 1 - 0.5) * 2  # even, without chance
@@ -175,7 +116,7 @@ def strips(values: Mapping[str, Sequence[float]], label: str, caption: str) -> F
         _share_axis(axes, [min(v) for v in values.values()])
         axes.set_xlabel(f"{label} of each image; the bar is the median")
         axes.grid(axis="y", visible=False)
-        svg = _svg(canvas)
+        svg = as_svg(canvas)
     told = [
         f"{name}: median {np.median(v):.3g}, lowest {np.min(v):.3g}, highest {np.max(v):.3g}"
         for name, v in values.items()
@@ -186,7 +127,7 @@ def strips(values: Mapping[str, Sequence[float]], label: str, caption: str) -> F
 def agreement(truth: Mapping[str, Sequence[float]], predicted: Mapping[str, Sequence[float]], caption: str) -> Figure:
     """Predicted against true volumes in ml, and the line where they are equal."""
     markers, colours = "oDs^v", (ONE, TWO, INK)
-    with _drawing(3.4) as (canvas, axes):
+    with drawing(3.4) as (canvas, axes):
         for place, name in enumerate(truth):
             style: Any = {
                 "marker": markers[place % 5],
@@ -201,8 +142,8 @@ def agreement(truth: Mapping[str, Sequence[float]], predicted: Mapping[str, Sequ
         axes.set_ylim(0, most)
         axes.set_xlabel("true volume, ml")
         axes.set_ylabel("predicted volume, ml")
-        _legend_above(axes)
-        svg = _svg(canvas)
+        legend_above(axes)
+        svg = as_svg(canvas)
     gaps = {name: np.subtract(predicted[name], truth[name]) for name in truth}
     told = [
         f"{name}: predicted minus true volume {v.mean():+.3g} ml on average, SD {v.std():.2g}"
@@ -223,7 +164,7 @@ def reliability(confidence: Array, hit: Array, ece: float | None, caption: str) 
     bins = np.clip(np.ceil(confidence * 10) - 1, 0, 9).astype(int)
     held = [(b, bins == b) for b in range(10) if (bins == b).any()]
     x, y = ([float(v[mask].mean()) for _, mask in held] for v in (confidence, hit.astype(float)))
-    with _drawing(3.2) as (canvas, axes):
+    with drawing(3.2) as (canvas, axes):
         axes.plot([0, 1], [0, 1], color=SOFT, linewidth=1.2, linestyle=(0, (4, 3)))
         sizes = [20 + 180 * mask.mean() for _, mask in held]
         axes.plot(x, y, color=ONE, linewidth=1.5)
@@ -232,12 +173,40 @@ def reliability(confidence: Array, hit: Array, ece: float | None, caption: str) 
         axes.set_ylim(0, 1.04)
         axes.set_xlabel("probability given")
         axes.set_ylabel("share that was right")
-        svg = _svg(canvas)
+        svg = as_svg(canvas)
     told = "; ".join(
         f"at {a:.2f} given, {b:.2f} right ({int(m.sum())})" for a, b, (_, m) in zip(x, y, held, strict=True)
     )
     error = "" if ece is None else f" Expected calibration error {ece:.3f}."
     return Figure(svg, f"{told}.{error}", caption)
+
+
+def histogram(values: Mapping[str, Sequence[float]], label: str, caption: str) -> Figure:
+    """How many images have which value; a line a group, on common bins.
+
+    Args:
+        values: group to values, at most three groups.
+        label: of the values, with their unit.
+        caption: of the figure.
+    """
+    edges = np.histogram_bin_edges(np.concatenate([np.asarray(v, float) for v in values.values()]), bins=MOST_BINS)
+    styles: Any = ((ONE, "-"), (TWO, (0, (5, 2))), (INK, (0, (1, 1.5))))
+    with drawing(2.3) as (canvas, axes):
+        for (name, numbers), (colour, line) in zip(values.items(), styles, strict=False):
+            counts = np.histogram(numbers, edges)[0]
+            axes.stairs(counts, edges, color=colour, linestyle=line, linewidth=1.8, label=name)
+        axes.set_xlabel(label)
+        axes.set_ylabel("images")
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        if len(values) > 1:
+            legend_above(axes)
+        svg = as_svg(canvas)
+    told = []
+    for name, numbers in values.items():
+        low, quarter, half, most, high = (f"{v:.4g}" for v in np.percentile(numbers, [0, 25, 50, 75, 100]))
+        who = f"{name}: " if len(values) > 1 else ""
+        told.append(f"{who}{low} to {high}, median {half}, the middle half {quarter} to {most}")
+    return Figure(svg, f"{label}, of {len(next(iter(values.values())))} images. " + "; ".join(told) + ".", caption)
 
 
 def interval_text(value: float | None, low: float | None, high: float | None) -> str:
@@ -281,36 +250,3 @@ def _share_axis(axes: Axes, values: Sequence[float]) -> None:
     low = min(0.8, np.floor(min(values) * 10) / 10)
     axes.set_xlim(low - 0.02 * (1 - low), 1 + 0.02 * (1 - low))
     axes.xaxis.set_major_locator(MaxNLocator(5))
-
-
-def _legend_above(axes: Axes) -> None:
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, borderaxespad=0.2, handlelength=1.6)
-
-
-@contextmanager
-def _drawing(height: float) -> Iterator[tuple[Canvas, Axes]]:
-    with mpl.rc_context(_STYLE):
-        canvas = Canvas(figsize=(WIDTH, height), layout="constrained")
-        canvas.patch.set_visible(False)
-        axes = canvas.subplots()
-        axes.patch.set_visible(False)
-        yield canvas, axes
-
-
-def _svg(canvas: Canvas) -> Markup:
-    """The drawing as an inline element: no date, no fixed size, no outside name."""
-    buffer = io.StringIO()
-    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    canvas.savefig(buffer, format="svg", metadata=metadata)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :].strip()
-    box = re.search(r'viewBox="([^"]+)"', text)
-    assert box is not None
-    text = re.sub(r"<svg[^>]*>", f'<svg viewBox="{box[1]}">', text, count=1)
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r"<style[^>]*>.*?</style>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL).replace("xlink:href", "href")
-    text = re.sub(r"font-family: [^;\"]+", "font-family: inherit", text)
-    for drawn, own in _COLOURS.items():
-        text = text.replace(drawn, own)
-    return Markup(re.sub(r"\s*\n\s*", " ", text))  # matplotlib escaped every label

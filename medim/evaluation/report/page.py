@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from medim.evaluation.report.figures import Figure, Interval, interval_text, number
+from medim.evaluation.report.drawing import Figure
+from medim.evaluation.report.figures import Interval, interval_text, number
 
 NOT_REPORTED = "not reported"
 INTERVALS = "Intervals: 95 % percentile bootstrap over subjects."
@@ -42,6 +43,24 @@ class Banner:
 
 
 @dataclass(frozen=True)
+class Tile:
+    """A picture of a contact sheet; without `source` the image could not be read, and `alt` says so."""
+
+    caption: str
+    alt: str
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A contact sheet: what is shown, and the pictures, each with its words."""
+
+    caption: str
+    note: str
+    tiles: Sequence[Tile]
+
+
+@dataclass(frozen=True)
 class Section:
     """A part of the page: one run, evaluation, index or package.
 
@@ -52,7 +71,8 @@ class Section:
         facts: pairs of name and value.
         tables: shown before the figures.
         figures: shown side by side where there is room.
-        after: tables below the figures.
+        sheet: pictures of images.
+        after: tables below the figures and pictures.
         details: long texts, folded: title and text.
     """
 
@@ -62,6 +82,7 @@ class Section:
     facts: Sequence[tuple[str, str]] = ()
     tables: Sequence[Table] = ()
     figures: Sequence[Figure] = ()
+    sheet: Sheet | None = None
     after: Sequence[Table] = ()
     details: Sequence[tuple[str, str]] = ()
 

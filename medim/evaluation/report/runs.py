@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from medim.data.seen import describe
 from medim.evaluation.cases import class_arrays, read_cases
 from medim.evaluation.report import figures
+from medim.evaluation.report.drawing import Figure
 from medim.evaluation.report.page import (
     INTERVALS,
     Banner,
@@ -107,6 +109,7 @@ def finetuning(folder: Path, anchor: str) -> Section:
         ("Labelled images used", told(summary.get("labelled"))),
         ("Images without a label, left out", told(summary.get("unlabelled_left_out"))),
         ("Validation images", _measured(validation)),
+        *_seen(summary),
         ("Steps", told(summary.get("steps"))),
         *_machine(summary),
     ]
@@ -139,7 +142,7 @@ def evaluation(folder: Path, anchor: str) -> Section:
         ("Images", _measured(summary)),
         ("Which", split),
         ("Subjects left out: the model was trained on them", told(summary.get("excluded_seen"))),
-        ("Subjects kept: pretrained on without labels", told(summary.get("pretrained_on"))),
+        *_seen(summary),
         ("Images that could not be used", told(summary.get("rejected"))),
         ("Model started from", told(summary.get("init"))),
     ]
@@ -198,7 +201,7 @@ def _curve(name: str, rows: Sequence[Mapping[str, str]]) -> figures.Curve:
 
 def _segmentation(
     rows: Sequence[Row], classes: Sequence[str], metrics: Mapping[str, Any]
-) -> tuple[list[figures.Figure], list[Table]]:
+) -> tuple[list[Figure], list[Table]]:
     columns = {name: [row for row in rows if row["class"] == name] for name in classes}
     drawn = [
         figures.intervals(shares(metrics), "Metrics with their intervals"),
@@ -219,7 +222,7 @@ def _segmentation(
 
 def _classification(
     rows: Sequence[Row], classes: Sequence[str], metrics: Mapping[str, Any]
-) -> tuple[list[figures.Figure], list[Table]]:
+) -> tuple[list[Figure], list[Table]]:
     probabilities, labels = class_arrays(list(map(dict, rows)), classes)
     predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
     hit = predicted == labels
@@ -248,6 +251,11 @@ def _headline(metrics: Mapping[str, Any], where: str) -> Banner:
     if first is None:
         return Banner("care", "No metrics", "This run has measured nothing.")
     return Banner("plain", f"{metric_name(first)}: {metric_text(metrics[first])}", f"Measured {where}.")
+
+
+def _seen(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the weights had seen of the images measured on."""
+    return [(name.capitalize(), text) for name, text in describe(summary.get("seen")).items()]
 
 
 def _measured(counts: Mapping[str, Any]) -> str:

@@ -1,0 +1,106 @@
+"""How a figure of the report is drawn: SVG inside the page, in its colours and fonts, with what it shows in words."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+
+WIDTH = 4.6  # inches: 331 CSS pixels, about what a phone shows
+_COLOURS = {  # what matplotlib draws -> the page's own colour, light or dark
+    "#010101": "var(--ink)",
+    "#020202": "var(--soft)",
+    "#030303": "var(--one)",
+    "#040404": "var(--two)",
+    "#050505": "var(--line)",
+}
+INK, SOFT, ONE, TWO, LINE = _COLOURS
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "medim",
+    "text.parse_math": False,
+    "font.size": 10,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.solid_capstyle": "round",
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the page.
+
+    Attributes:
+        svg: the drawing.
+        alt: what it shows, with its numbers.
+        caption: what it is.
+    """
+
+    svg: Markup
+    alt: str
+    caption: str
+
+    def placed(self, place: str) -> Markup:
+        """The drawing with ids of its own, under a name that is unique in the page, and its text alternative."""
+        text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{place}-", str(self.svg))
+        head = Markup('<svg role="img" aria-labelledby="{0}-title {0}-desc"').format(place)
+        words = Markup('<title id="{0}-title">{1}</title><desc id="{0}-desc">{2}</desc>')
+        opened, drawing = text.removeprefix("<svg").split(">", 1)
+        return Markup(head + Markup(opened + ">") + words.format(place, self.caption, self.alt) + Markup(drawing))
+
+
+def legend_above(axes: Axes) -> None:
+    """A legend over the drawing, where it hides nothing."""
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, borderaxespad=0.2, handlelength=1.6)
+
+
+@contextmanager
+def drawing(height: float) -> Iterator[tuple[Canvas, Axes]]:
+    """An empty drawing, `height` inches high, in the style of the page."""
+    with mpl.rc_context(_STYLE):
+        canvas = Canvas(figsize=(WIDTH, height), layout="constrained")
+        canvas.patch.set_visible(False)
+        axes = canvas.subplots()
+        axes.patch.set_visible(False)
+        yield canvas, axes
+
+
+def as_svg(canvas: Canvas) -> Markup:
+    """The drawing as an inline element: no date, no fixed size, no outside name."""
+    buffer = io.StringIO()
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    canvas.savefig(buffer, format="svg", metadata=metadata)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].strip()
+    box = re.search(r'viewBox="([^"]+)"', text)
+    assert box is not None
+    text = re.sub(r"<svg[^>]*>", f'<svg viewBox="{box[1]}">', text, count=1)
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r"<style[^>]*>.*?</style>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL).replace("xlink:href", "href")
+    text = re.sub(r"font-family: [^;\"]+", "font-family: inherit", text)
+    for drawn, own in _COLOURS.items():
+        text = text.replace(drawn, own)
+    return Markup(re.sub(r"\s*\n\s*", " ", text))  # matplotlib escaped every label
