@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from medim.data.building import Series, build, existing, root_of, sorted_labels
+from medim.data.findings import counted, names_of
 from medim.data.identity import Scrubber, find, hidden, pseudonym, tokens
 from medim.data.layouts import walk
 from medim.data.looks import Looks, Progress, look_at
@@ -88,8 +89,13 @@ class Index:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The class labels that occur, sorted (numbers by value)."""
-        return sorted_labels(record.label for record in self.records)
+        """The findings that labels speak of, else the class labels that occur, sorted (numbers by value)."""
+        return _labels(self.records)
+
+    @cached_property
+    def findings(self) -> tuple[str, ...]:
+        """The findings that labels speak of; none where a label is a class."""
+        return names_of(record.label for record in self.records)
 
     def locate(self, record: Record) -> Path:
         """The file of an image, or the first file of its series.
@@ -208,7 +214,7 @@ class Index:
                 "rejected": len(self.rejected),
             },
             "splits": dict(sorted(Counter(record.split for record in self.records if record.split).items())),
-            "labels": dict(Counter(record.label for record in self.records if record.label is not None)),
+            "labels": dict(counted(record.label for record in self.records)),
             "reasons": dict(sorted(Counter(rejection.reason for rejection in self.rejected).items())),
             "classes": list(self.classes),
             "hash": self.hash,
@@ -234,6 +240,12 @@ class Index:
         if (first, record.shape) not in self._series:
             raise ReadError("changed", "its series is no image any more. Run `medim index` again", path=record.path)
         return self._series[first, record.shape]
+
+
+def _labels(records: Sequence[Record]) -> tuple[str, ...]:
+    """Findings, or classes in order."""
+    labels = [record.label for record in records]
+    return names_of(labels) or sorted_labels(labels)
 
 
 def is_index(path: Path) -> bool:
@@ -287,7 +299,7 @@ def build_index(
         modality=modality,
         records=built.records,
         rejected=built.rejected,
-        classes=built.classes or sorted_labels(record.label for record in built.records),
+        classes=built.classes or _labels(built.records),
         hidden=built.hidden,
         opened=looks.opened,
         _series=built.series,

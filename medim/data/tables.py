@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
+from medim.data.findings import finding_columns, label_of, told_by
 from medim.data.identity import hidden, pseudonym
 from medim.data.layouts import stem
 from medim.data.readers.sights import Found
@@ -45,8 +46,8 @@ def read_table(path: Path, kind: str, *, given: bool) -> Table | None:
 
     Args:
         path: CSV with a header line; comma, semicolon or tab.
-        kind: "labels" (columns `image` or `subject`, and `label`, `mask` or `split`) or "subjects" (columns `image`,
-            `subject`).
+        kind: "labels" (columns `image` or `subject`, and `label`, `mask` or `split`; where the user named it, in place
+            of `label` also a column a finding, of 1, 0 and empty cells) or "subjects" (columns `image`, `subject`).
         given: whether the user named it.
 
     Returns:
@@ -64,21 +65,27 @@ def read_table(path: Path, kind: str, *, given: bool) -> Table | None:
     reader = csv.DictReader(lines, delimiter=delimiter)
     columns = [name.strip().lower() for name in reader.fieldnames or ()]
     reader.fieldnames = columns
-    fits = {"image", "subject"} <= set(columns)
-    wanted = "image,subject"
-    if kind == "labels":
-        fits = bool({"image", "subject"} & set(columns)) and bool({"label", "mask", "split"} & set(columns))
-        wanted = "image or subject, and label or mask"
-    if not fits:
-        if given:
-            raise UserError(f"{path}: expected the columns {wanted}; got {', '.join(columns) or 'none'}.")
-        log.warning("%s is not used: it has no columns %s", path.name, wanted)
-        return None
     found = ((reader.line_num, {name: (cell or "").strip() for name, cell in row.items() if name}) for row in reader)
     try:
         rows = tuple(row for row in found if any(row[1].values()))
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: expected a row of a CSV file, got {error}.") from error
+    bare = kind == "labels" and given and not {"label", "mask"} & set(columns)
+    findings = finding_columns([cells for _, cells in rows]) if bare else ()
+    fits = {"image", "subject"} <= set(columns)
+    wanted = "image,subject"
+    if kind == "labels":
+        fits = bool({"image", "subject"} & set(columns)) and bool({"label", "mask", "split", *findings} & set(columns))
+        wanted = "image or subject, and label or mask (or one a finding, of 1, 0 and empty cells)"
+    if not fits:
+        if given:
+            raise UserError(f"{path}: expected the columns {wanted}; got {', '.join(columns) or 'none'}.")
+        log.warning("%s is not used: it has no columns %s", path.name, wanted)
+        return None
+    if findings:
+        log.info("%s: labels of %d findings: %s", path.name, len(findings), ", ".join(findings))
+        for _, cells in rows:
+            cells["label"] = label_of({name: told_by(cells[name]) for name in findings}) or ""
     return Table(path, rows, given)
 
 

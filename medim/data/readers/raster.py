@@ -9,6 +9,7 @@ from typing import get_args
 import numpy as np
 from PIL import Image
 
+from medim.data.findings import label_of
 from medim.data.identity import pseudonym
 from medim.data.readers.base import (
     ReadError,
@@ -168,7 +169,7 @@ def _look_into(path: Path) -> Sight:
         if images is None or len(images) == 0:
             continue
         labels = content.get(f"{split}_labels")
-        classes = None if labels is None else labels.reshape(len(labels), -1)  # (N, 1); wider is multi-label
+        classes = None if labels is None else labels.reshape(len(labels), -1)  # (N, 1); wider: findings
         volume = _as_volume(images[0])
         flat = images.reshape(len(images), -1)
         finite = np.isfinite(flat.sum(axis=1, dtype=np.float64))
@@ -183,8 +184,17 @@ def _look_into(path: Path) -> Sight:
                 shape=volume.shape,
                 affine=volume.affine,
                 subject=pseudonym(f"{path.name}#{split}/{place}"),
-                label=f"{classes[place, 0]:g}" if classes is not None and classes.shape[1] == 1 else None,
+                label=None if classes is None else _label(classes[place]),
                 split=split,
             )
             found.append(image)
     return Sight(found=tuple(found), refused=tuple(refused))
+
+
+def _label(row: Array) -> str | None:
+    """The class (1,), or the findings (K,), of an image, called by number; None where they are no yes and no."""
+    if len(row) == 1:
+        return f"{row[0]:g}"
+    return (
+        label_of({str(place): bool(value) for place, value in enumerate(row)}) if set(row.tolist()) <= {0, 1} else None
+    )
