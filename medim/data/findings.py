@@ -60,6 +60,12 @@ def names_of(labels: Iterable[str | None]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for findings in told.values() for name in findings))
 
 
+def values_of(label: str | None, names: Iterable[str]) -> list[float]:
+    """What a label says of each of these findings: 1 present, 0 absent, NaN unknown or not spoken of."""
+    told = findings_of(label) or {}
+    return [math.nan if (value := told.get(name)) is None else float(value) for name in names]
+
+
 def counted(labels: Iterable[str | None]) -> Counter[str]:
     """How many images have each class, or each finding."""
     return Counter(name for label in labels if label is not None for name in _present(label))

@@ -171,6 +171,11 @@ def _classes(index: Index, records: Sequence[Record]) -> tuple[str, ...]:
 
 
 def _check_labels(index: Index, train: Sequence[Record], val: Sequence[Record]) -> None:
+    if index.findings:
+        raise UserError(
+            f"{index.root}: expected one class an image, got findings. A probe tells classes apart: give --labels CSV "
+            "with columns image,label, or fine-tune (`medim finetune --task classification`)."
+        )
     classes, measured = _classes(index, train), _classes(index, val)
     for part, found in (("training", classes), ("validation", measured)):
         if not found:
