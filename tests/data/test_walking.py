@@ -53,24 +53,23 @@ def test_a_file_that_vanishes_is_refused(tmp_path: Path) -> None:
 def test_a_tree_deeper_than_pythons_stack_is_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for _ in range(1100):
-        os.mkdir("d")
+        Path("d").mkdir()
         os.chdir("d")
     Path("end").touch()
     try:
         assert [path.name for path in walk([tmp_path])] == ["end"]
     finally:  # pytest itself could not remove it
-        os.unlink("end")
+        Path("end").unlink()
         for _ in range(1100):
             os.chdir("..")
-            os.rmdir("d")
+            Path("d").rmdir()
 
 
 def test_names_that_are_no_text_are_hidden_and_found_again(tmp_path: Path) -> None:
     source = tmp_path / "s"
-    source.mkdir()
-    folder = os.fsencode(source) + b"/\xff"
-    os.mkdir(folder)
-    os.rename(write_nifti(tmp_path / "a.nii"), folder + b"/\xe9t\xe9.nii")
+    folder = source / os.fsdecode(b"\xff")
+    folder.mkdir(parents=True)
+    write_nifti(tmp_path / "a.nii").rename(folder / os.fsdecode(b"\xe9t\xe9.nii"))
     index = build_index(source, "mri")
     index.write(tmp_path / "index")
     again = Index.read(tmp_path / "index")
