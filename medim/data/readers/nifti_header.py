@@ -79,20 +79,22 @@ def read_header(path: Path) -> Header:
         pixdim = np.array(header["pixdim"], np.float64)  # as it is: the checks make lengths positive
         codes = int(header["sform_code"]), int(header["qform_code"])
         header.check_fix(logger=_silent, error_level=40)
-        dtype, shape, offset = header.get_data_dtype(), header.get_data_shape(), int(header["vox_offset"])
+        dtype, shape, offset = header.get_data_dtype(), header.get_data_shape(), float(header["vox_offset"])
         slope, intercept = header.get_slope_inter()
     except Exception as error:  # a damaged file raises whatever nibabel met
         raise ReadError("unreadable", f"not a whole NIfTI header ({type(error).__name__})") from error
     if dtype.kind not in "uif":
         raise ReadError("not-scalar", f"voxels of type {dtype}; expected one real number a voxel")
     spatial, volumes = _axes(shape)
-    _check_bytes(path, offset, check_size(shape, dtype.itemsize), packed)
+    if not (0 <= offset <= _FAR_START and offset.is_integer()):
+        raise ReadError("unreadable", f"the header says that the voxels start at byte {offset:g}")
+    _check_bytes(path, int(offset), check_size(shape, dtype.itemsize), packed)
     affine, quality = _place(header, codes, pixdim, spatial)
     return Header(
         shape=spatial,
         volumes=volumes,
         dtype=dtype,
-        offset=offset,
+        offset=int(offset),
         scaling=(1.0 if slope is None else float(slope), float(intercept or 0.0)),
         affine=affine,
         packed=packed,
@@ -140,8 +142,6 @@ def _check_bytes(path: Path, offset: int, announced: int, packed: bool) -> None:
         ReadError: in that case. How long a packed file is shows when it is unpacked.
     """
     size = path.stat().st_size
-    if not 0 <= offset <= _FAR_START:
-        raise ReadError("unreadable", f"the header says that the voxels start at byte {offset}")
     if announced > size * (_DEFLATE_RATIO if packed else 1):
         raise ReadError("truncated", f"the header announces {announced} bytes of voxels, the file has {size} bytes")
     if not packed:
