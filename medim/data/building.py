@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,8 @@ from medim.data.records import Record, Rejection
 from medim.data.tables import Names, Table, check_participants, joined, read_table
 from medim.data.walking import survey
 from medim.types import Array, Modality, UserError
+
+log = logging.getLogger(__name__)
 
 _ON_GRID = 0.05  # of a voxel: how far a mask's corners may lie from its image's
 
@@ -70,6 +73,8 @@ def build(
     if not layout.images and not layout.refused and not layout.spare:
         raise UserError(f"{', '.join(map(str, places))}: expected image files, found none. Choose another folder.")
     found, refused = _scan(layout.images, modality, looks)
+    if several := sum("several-labels" in image.quality for image in found):
+        log.warning("%d images carry several labels each; labels are one class an image, so they are left out", several)
     found, wrong = _of_dimensions(found, modality)
     refused += wrong + layout.refused
     drafts = _drafts(found, layout, places)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from medim.data.identity import pseudonym, tokens
-from medim.data.readers.base import ReadError, as_float, ras_volume, seen
-from medim.data.readers.nifti_header import Header, check_length, read_header, unpacked
+from medim.data.readers.base import ReadError, as_float, check_length, ras_volume, seen
+from medim.data.readers.nifti_header import Header, read_header, unpacked
 from medim.data.readers.sights import Found, Refused, Sight
 from medim.types import Array, Volume
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast
 import nibabel
 import numpy as np
 
-from medim.data.readers.base import ReadError, check_size, check_start, orientation_of
+from medim.data.readers.base import ReadError, check_length, check_size, check_start, orientation_of
 from medim.types import Array
 
 MOST_VOLUMES = 16  # sequences of one visit; a file of more is a functional or diffusion run
@@ -146,18 +146,6 @@ def _check_bytes(path: Path, offset: int, announced: int, packed: bool) -> None:
         raise ReadError("truncated", f"the header announces {announced} bytes of voxels, the file has {size} bytes")
     if not packed:
         check_length(size - offset, announced)
-
-
-def check_length(found: int, announced: int) -> None:
-    """Refuse voxels of another number than the header's: one of the two is wrong, and so may be the shape.
-
-    Raises:
-        ReadError: in that case.
-    """
-    if found < announced:
-        raise ReadError("truncated", f"the header announces {announced} bytes of voxels, the file has {found}")
-    if found > announced:
-        raise ReadError("length-mismatch", f"the header announces {announced} bytes of voxels, more follow")
 
 
 def _place(header: Any, codes: tuple[int, int], pixdim: Array, shape: tuple[int, ...]) -> tuple[Array, tuple[str, ...]]:
