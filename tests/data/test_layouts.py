@@ -11,6 +11,7 @@ import pytest
 
 from medim.data.index import Index, build_index
 from medim.data.splits import split
+from medim.data.store import Store, fill
 from medim.types import UserError
 from tests.data.synthetic import noise, write_decathlon, write_nifti
 
@@ -122,6 +123,8 @@ def test_volumes_of_one_file_share_its_mask_and_subject_and_have_names(tmp_path:
     again = Index.read(tmp_path / "index")
     assert again.open(again.records[2]).shape == again.open_mask(again.records[2]).shape == (4, 5, 6)
     assert len(set(split(index, seed=0).values())) == 2
+    keys, refused = fill(Store(tmp_path / "store"), again, again.records, [{"op": "ras"}])
+    assert (len(set(keys.values())), refused) == (6, ())
 
 
 def test_a_label_of_a_file_is_one_of_each_of_its_volumes(tmp_path: Path) -> None:
