@@ -45,19 +45,24 @@ def findings_of(label: str | None) -> Findings | None:
 
 
 def names_of(labels: Iterable[str | None]) -> tuple[str, ...]:
-    """The findings that labels speak of, as they come; none where the labels are classes.
+    """The findings that labels speak of, in order of the labels; none where any label is a class."""
+    told = [findings_of(label) for label in sorted({label for label in labels if label is not None})]
+    return tuple(dict.fromkeys(name for findings in told for name in findings or ())) if all(told) else ()
+
+
+def check_one_kind(labels: Iterable[str | None]) -> None:
+    """Refuse labels of which some are classes and some findings, as of two sources in one folder.
 
     Raises:
-        UserError: some labels are classes and some are findings.
+        UserError: in that case.
     """
     given = {label for label in labels if label is not None}
-    told = {label: findings for label in sorted(given) if (findings := findings_of(label))}
-    if told and len(told) < len(given):
+    told = {label for label in given if findings_of(label)}
+    if told and told != given:
         raise UserError(
-            f"labels: expected classes or findings, got both: {min(given - set(told))!r} and {next(iter(told))!r}. "
-            "Give one kind of label (--labels CSV), or leave the others out."
+            f"labels: expected classes or findings, got both: {min(given - told)!r} and {min(told)!r}. "
+            "Give one kind of label (--labels CSV), or the sources one by one."
         )
-    return tuple(dict.fromkeys(name for findings in told.values() for name in findings))
 
 
 def values_of(label: str | None, names: Iterable[str]) -> list[float]:

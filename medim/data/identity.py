@@ -107,7 +107,9 @@ class Scrubber:
         return hidden(part) if self.hides(part) else part
 
     def hides(self, part: str) -> bool:
-        """Whether a part of a path holds an identity."""
+        """Whether a part of a path holds an identity, or bytes that are no text and could not be written down."""
+        if not _is_text(part):
+            return True
         if not self._values or part in {".", "..", "/"}:
             return False
         key = site_key()
@@ -151,6 +153,11 @@ def find(folder: Path, written: str) -> Path:
             there = matches[0]
         here = there
     return here
+
+
+def _is_text(part: str) -> bool:
+    """Whether a name is UTF-8."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in part)
 
 
 def _words(text: str) -> list[str]:

@@ -14,7 +14,6 @@ from typing import Any, cast, get_args
 from medim.data.building import Series, build, existing, root_of, sorted_labels
 from medim.data.findings import counted, names_of
 from medim.data.identity import Scrubber, find, hidden, pseudonym, tokens
-from medim.data.layouts import walk
 from medim.data.looks import Looks, Progress, look_at
 from medim.data.readers import DICOM, ReadError, read_mask, reader_of, split_item
 from medim.data.readers.base import check_voxels
@@ -27,6 +26,7 @@ from medim.data.records import (
     write_records,
     write_rejections,
 )
+from medim.data.walking import walk
 from medim.files import hash_of, read_json, write_json
 from medim.types import Modality, UsageError, UserError, Volume
 

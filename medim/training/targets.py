@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from medim.config import FinetuneConfig
-from medim.data.findings import values_of
+from medim.data.findings import check_one_kind, values_of
 from medim.data.index import Index, Record
 from medim.types import Array, UserError
 
@@ -21,10 +21,11 @@ def with_head_for(config: FinetuneConfig, index: Index) -> FinetuneConfig:
     """The configuration whose head fits the labels: where they are findings, `multi_label` for `classification`.
 
     Raises:
-        UserError: the head `multi_label`, and labels that are classes.
+        UserError: the head `multi_label`, and labels that are classes; or labels of both kinds.
     """
     if config.task != "classification":
         return config
+    check_one_kind(record.label for record in index.records)
     name, findings = config.head.get("name"), index.findings
     if name == MULTI_LABEL and not findings:
         raise UserError(

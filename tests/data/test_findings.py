@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from medim.data.findings import counted, finding_columns, findings_of, label_of, names_of, strata, told_by
+from medim.data.findings import (
+    check_one_kind,
+    counted,
+    finding_columns,
+    findings_of,
+    label_of,
+    names_of,
+    strata,
+    told_by,
+)
 from medim.data.index import Index, build_index
 from medim.data.splits import budget, split
 from medim.types import UserError
@@ -31,11 +40,17 @@ def test_any_other_label_is_a_class(label: str | None) -> None:
     assert findings_of(label) is None
 
 
-def test_findings_come_in_order_and_are_not_mixed_with_classes() -> None:
-    assert names_of(["+b|-a", None, "?b|+c"]) == ("b", "a", "c")
+def test_findings_come_in_order_whatever_the_order_of_the_images() -> None:
+    assert names_of(["+b|-a", None, "?b|+c"]) == names_of(["?b|+c", "+b|-a"]) == ("b", "a", "c")
     assert names_of(["b", "a", None]) == ()
+
+
+def test_classes_and_findings_in_one_index_stay_labels_until_something_is_to_be_learnt_from_them() -> None:
+    assert names_of(["+b|-a", "normal"]) == ()
+    check_one_kind(["+b|-a", "-b|-a", None])
+    check_one_kind(["normal", "ill", None])
     with pytest.raises(UserError, match=r"classes or findings, got both: 'normal' and '\+b\|-a'"):
-        names_of(["+b|-a", "normal"])
+        check_one_kind(["+b|-a", "normal", None])
 
 
 def test_images_are_counted_by_finding_or_by_class() -> None:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pydicom
@@ -130,7 +130,7 @@ def _judge(dataset: pydicom.Dataset) -> None:
 
 
 def _check_pixels(path: Path, dataset: pydicom.FileDataset, start: int) -> None:
-    """Refuse a file whose pixels are missing or cut short.
+    """Refuse a file whose pixels are missing, cut short or too many.
 
     Raises:
         ReadError: in that case.
@@ -143,8 +143,17 @@ def _check_pixels(path: Path, dataset: pydicom.FileDataset, start: int) -> None:
         raise ReadError("no-pixels", "the file ends before its pixels")
     frames = int(dataset.get("NumberOfFrames") or 1)
     expected = int(dataset.Rows) * int(dataset.Columns) * frames * int(dataset.get("BitsAllocated") or 16) // 8
-    if not syntax.is_compressed and left < expected:
+    if syntax.is_compressed:
+        return
+    if left < expected:
         raise ReadError("truncated", f"{left} bytes of pixels; the header announces {expected}")
+    with path.open("rb") as file:
+        file.seek(start)
+        tag = file.read(12)
+    order: Literal["big", "little"] = "little" if syntax.is_little_endian else "big"
+    length = int.from_bytes(tag[8:] if tag[4:6] in (b"OB", b"OW") else tag[4:8], order)
+    if length > expected + expected % 2:
+        raise ReadError("length-mismatch", f"{length} bytes of pixels; the header announces {expected}")
 
 
 def _instance(dataset: pydicom.Dataset, identities: frozenset[int]) -> Instance:
