@@ -74,7 +74,7 @@ def build(
         raise UserError(f"{', '.join(map(str, places))}: expected image files, found none. Choose another folder.")
     found, refused = _scan(layout.images, modality, looks)
     if several := sum("several-labels" in image.quality for image in found):
-        log.warning("%d images carry several labels each; labels are one class an image, so they are left out", several)
+        log.warning("%d images carry several labels each that are no yes and no, so they are left out", several)
     found, wrong = _of_dimensions(found, modality)
     refused += wrong + layout.refused
     drafts = _drafts(found, layout, places)

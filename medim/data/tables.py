@@ -79,10 +79,11 @@ def read_table(path: Path, kind: str, *, given: bool) -> Table | None:
     wanted = "image,subject"
     if kind == "labels":
         fits = bool({"image", "subject"} & set(columns)) and bool({"label", "mask", "split", *findings} & set(columns))
-        wanted = "image or subject, and label or mask (or one a finding, of 1, 0 and empty cells)"
+        wanted = "image or subject, and label or mask"
     if not fits:
         if given:
-            raise UserError(f"{path}: expected the columns {wanted}; got {', '.join(columns) or 'none'}.")
+            hint = " Findings take two or more columns of 1, 0 and empty cells." if kind == "labels" else ""
+            raise UserError(f"{path}: expected the columns {wanted}; got {', '.join(columns) or 'none'}.{hint}")
         log.warning("%s is not used: it has no columns %s", path.name, wanted)
         return None
     if findings:

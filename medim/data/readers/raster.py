@@ -205,8 +205,8 @@ def _look_into(path: Path) -> Sight:
         classes = None if labels is None else labels.reshape(len(labels), -1)  # (N, 1); wider: findings
         volume = _as_volume(images[0])
         quality = _unplaced(volume)
-        if classes is not None and classes.shape[1] > 1:
-            quality += ("several-labels",)
+        if classes is not None and classes.shape[1] > 1 and not np.isin(classes, (0, 1)).all():
+            quality, classes = (*quality, "several-labels"), None
         flat = images.reshape(len(images), -1)
         finite = np.isfinite(flat.sum(axis=1, dtype=np.float64))
         constant = flat.min(axis=1) == flat.max(axis=1)
@@ -229,9 +229,5 @@ def _look_into(path: Path) -> Sight:
 
 
 def _label(row: Array) -> str | None:
-    """The class (1,), or the findings (K,), of an image, called by number; None where they are no yes and no."""
-    if len(row) == 1:
-        return f"{row[0]:g}"
-    return (
-        label_of({str(place): bool(value) for place, value in enumerate(row)}) if set(row.tolist()) <= {0, 1} else None
-    )
+    """The class (1,), or the findings (K,) called by number, of an image."""
+    return f"{row[0]:g}" if len(row) == 1 else label_of({str(place): bool(told) for place, told in enumerate(row)})

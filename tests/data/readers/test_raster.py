@@ -97,7 +97,7 @@ def test_an_archive_may_hold_volumes_colour_and_several_labels(
     assert read_volume(f"{tmp_path / 'v.npz'}#train/1").shape == (5, 6, 7)
     assert NumpyReader().look(tmp_path / "v.npz").found[0].quality == ("no-spacing", "no-place")
     (tmp_path / "s").mkdir()
-    np.savez(tmp_path / "s" / "c.npz", val_images=noise(3, 5, 6, 3), val_labels=np.eye(3, 14, dtype=np.uint8))
+    np.savez(tmp_path / "s" / "c.npz", val_images=noise(3, 5, 6, 3), val_labels=np.full((3, 14), 2))
     index = build_index(tmp_path / "s", "xray")
     assert [(r.label, r.shape, r.quality) for r in index.records] == [(None, (5, 6), "no-spacing several-labels")] * 3
     assert "3 images carry several labels each" in caplog.text
