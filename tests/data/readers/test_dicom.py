@@ -15,8 +15,8 @@ from scipy.ndimage import zoom
 
 from medim.data.readers import DICOM, ReadError, read_volume
 from medim.data.readers.base import LPS_TO_RAS
-from medim.data.readers.dicom_header import Frame
 from medim.data.readers.dicom_stack import stack
+from medim.data.readers.sights import Frame
 from medim.types import Volume
 from tests.data.synthetic import AXIAL, dataset, enhanced, noise, save, scan, write_series, xray
 
@@ -201,7 +201,8 @@ def without(name: str) -> dict[str, Any]:
 
 
 SPOILT: dict[str, tuple[str, dict[str, Any]]] = {
-    "a slice is missing": ("uneven-gaps", {"positions": [[0, 0, z] for z in (0.0, 2.0, 4.0, 8.0, 10.0)]}),
+    "a slice is missing": ("missing-slices", {"positions": [[0, 0, z] for z in (0.0, 2.0, 4.0, 8.0, 10.0)]}),
+    "uneven gaps": ("uneven-gaps", {"positions": [[0, 0, z] for z in (0.0, 2.0, 4.0, 7.0, 9.0)]}),
     "two slices in one place": ("duplicate-position", {"positions": [[0, 0, z] for z in (0.0, 2.0, 2.0, 4.0, 6.0)]}),
     "a tilted slice": ("mixed-orientation", {"each": [{}, {"ImageOrientationPatient": list(OBLIQUE)}]}),
     "a sheared stack": ("sheared", {"positions": [[0.5 * k, 0, 2.0 * k] for k in range(5)]}),
