@@ -197,3 +197,5 @@ def _check_pixels(path: Path, seen: Scan, count: int) -> None:
     left = min(seen.length, seen.size - seen.start)
     if left < announced:
         raise ReadError("truncated", f"{left} bytes of pixels; the header announces {announced}")
+    if seen.length > announced + announced % 2:
+        raise ReadError("wrong-length", f"{seen.length} bytes of pixels; the header announces {announced}")

@@ -12,10 +12,20 @@ from typing import Any
 
 import numpy as np
 import pydicom
+from pydicom.encaps import generate_frames
 from pydicom.pixels.processing import apply_modality_lut
+from pydicom.uid import JPEG2000, JPEG2000Lossless, JPEGLSLossless, JPEGLSNearLossless, RLELossless
 
 from medim.data.readers.base import ReadError
+from medim.data.readers.dicom_codestreams import check_frame
 from medim.types import Array
+
+_DECODERS: dict[str, str] = {  # GDCM, which ends the process on some damaged frames, is left to plain JPEG
+    JPEGLSLossless: "pyjpegls",
+    JPEGLSNearLossless: "pyjpegls",
+    JPEG2000Lossless: "pylibjpeg",
+    JPEG2000: "pylibjpeg",
+}
 
 
 def frames_of(path: Path) -> Array:
@@ -75,6 +85,7 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings(), pydicom.config.disable_value_validation():
             warnings.simplefilter("ignore")
+            warnings.filterwarnings("error", message=".*RLE segment contains non-conformant")  # of another size
             yield
     finally:
         logger.setLevel(level)
@@ -92,16 +103,24 @@ def _stored(dataset: pydicom.FileDataset) -> Array:
     try:
         if not getattr(dataset.file_meta, "TransferSyntaxUID", None):
             dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
+        syntax = dataset.file_meta.TransferSyntaxUID
+        bits, used = int(dataset.BitsAllocated), int(dataset.BitsStored)
+        above = bits - 1 - int(dataset.get("HighBit", used - 1))
+        cells = not syntax.is_encapsulated or syntax == RLELossless
+        if cells:  # pydicom would clear bits as if the value stood lowest in its cell
+            dataset.BitsStored, dataset.HighBit = bits, bits - 1
+        else:
+            for frame in generate_frames(dataset.PixelData, number_of_frames=int(dataset.get("NumberOfFrames") or 1)):
+                check_frame(frame, int(dataset.Rows), int(dataset.Columns), bits)
+        dataset.pixel_array_options(decoding_plugin=_DECODERS.get(syntax, ""))
         stored: Array = dataset.pixel_array
+        dataset.BitsStored = used
         stored = stored.reshape(int(dataset.get("NumberOfFrames") or 1), int(dataset.Rows), int(dataset.Columns))
-        bits = stored.dtype.itemsize * 8
-        used = int(dataset.get("BitsStored") or bits)
-        above = bits - 1 - int(dataset.get("HighBit") or used - 1)
-        if dataset.file_meta.TransferSyntaxUID.is_encapsulated and above + used != bits:
-            above = bits - used  # a decoder gives values, not cells
+    except ReadError:
+        raise
     except Exception as error:  # a decoder's own exceptions, of which there are many
         raise ReadError("undecodable", f"the pixels cannot be decoded ({type(error).__name__})") from error
-    if stored.dtype.kind in "ui" and used < bits:
+    if cells and used < bits:
         stored = np.right_shift(np.left_shift(stored, above), bits - used)  # keeps the sign where there is one
     return stored
 

@@ -55,7 +55,8 @@ def test_a_real_series_lies_where_dcm2niix_has_it(shared_data: Path, tmp_path: P
     (made,) = tmp_path.glob("*.nii")
     ours, theirs = read_volume(shared_data / "mri-dicom" / series), read_volume(made)
     assert ours.shape == theirs.shape
-    assert np.abs(corners(ours.affine, ours.shape) - corners(theirs.affine, ours.shape)).max() < 1e-3
+    away = np.abs(corners(ours.affine, ours.shape) - corners(theirs.affine, ours.shape)).max()
+    assert away < 2e-3  # it believes the header's SpacingBetweenSlices, we and ITK the positions: 1.6e-3 in 22 slices
     np.testing.assert_array_equal(ours.array, theirs.array)
 
 
@@ -299,7 +300,8 @@ def test_pixels_that_cannot_be_decoded_are_refused(tmp_path: Path, shared_data: 
     with pytest.raises(ReadError) as caught:
         read_volume(tmp_path / "cut.dcm")
     assert caught.value.reason == "truncated"
-    (tmp_path / "spoilt.dcm").write_bytes(whole[:3000] + bytes(2000) + whole[5000:])
+    start = whole.index(b"\xff\x4f\xff\x51")  # of the codestream
+    (tmp_path / "spoilt.dcm").write_bytes(whole[: start + 4] + bytes(40) + whole[start + 44 :])
     assert DICOM.look(tmp_path / "spoilt.dcm").instance
     with pytest.raises(ReadError) as caught:
         read_volume(tmp_path / "spoilt.dcm")
