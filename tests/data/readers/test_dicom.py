@@ -294,6 +294,12 @@ def test_two_series_in_a_folder_are_two_images_and_no_volume(tmp_path: Path) -> 
     assert caught.value.reason == "several-series"
 
 
+def test_a_folder_without_dicom_holds_no_series(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("nothing here")
+    with pytest.raises(ReadError, match=r"\[no-image\]"):
+        read_volume(tmp_path)
+
+
 def test_pixels_that_cannot_be_decoded_are_refused(tmp_path: Path, shared_data: Path) -> None:
     whole = (shared_data / "dicom-formats" / "MR2_J2KI.dcm").read_bytes()
     (tmp_path / "cut.dcm").write_bytes(whole[: len(whole) // 2])
