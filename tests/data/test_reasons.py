@@ -1,4 +1,4 @@
-"""One table of codes: what the code base gives, what the table holds, and what the page and the tests show, are the same."""
+"""One table of codes: the code base gives what it holds, and page and tests show it."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from medim.data.identity import pseudonym
 from medim.data.readers.base import ReadError
-from medim.data.readers.dicom_scan import Header
+from medim.data.readers.dicom_values import Header
 from medim.data.readers.sights import Frame
 
 KEYS = {  # what the first table of `stacks_of` asks for, in this order; an attribute may lie in a functional group

@@ -11,7 +11,8 @@ from medim.data.identity import Scrubber, pseudonym, site_key, tokens
 from medim.data.readers import dicom_identities as identities
 from medim.data.readers.base import ReadError, check_size, check_start
 from medim.data.readers.dicom_frames import ATTRIBUTES, frames_in, lengths
-from medim.data.readers.dicom_scan import UNDEFINED, Header, Scan, scan, whole_fragments
+from medim.data.readers.dicom_scan import UNDEFINED, Scan, scan, whole_fragments
+from medim.data.readers.dicom_values import Header, quiet
 from medim.data.readers.sights import Instance, Origin, Refused, Sight
 from medim.types import Modality
 
@@ -78,6 +79,7 @@ def _identities(key: bytes, shared: tuple[bytes | None, ...], order: str) -> fro
 
 
 @lru_cache(maxsize=64)
+@quiet()
 def _origin(key: bytes, shared: tuple[bytes | None, ...], order: str) -> Origin:
     """What the files of a series say alike, worked out once.
 

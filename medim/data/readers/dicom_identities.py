@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from medim.data.readers.dicom_scan import Header
+from medim.data.readers.dicom_values import Header
 
 OWN = ("SOPInstanceUID", "AcquisitionDateTime")  # they differ from file to file
 NAMES = (

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ from pydicom.uid import JPEG2000, JPEG2000Lossless, JPEGLSLossless, JPEGLSNearLo
 
 from medim.data.readers.base import ReadError
 from medim.data.readers.dicom_codestreams import check_frame
+from medim.data.readers.dicom_values import quiet
 from medim.types import Array
 
 _DECODERS: dict[str, str] = {  # GDCM, which ends the process on some damaged frames, is left to plain JPEG
@@ -74,21 +71,6 @@ def same_pixels(one: Path, other: Path) -> bool:
         return bool(np.array_equal(frames_of(one), frames_of(other), equal_nan=True))
     except ReadError:
         return False
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No warnings of pydicom's: they quote header values, and so patients."""
-    logger = logging.getLogger("pydicom")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        with warnings.catch_warnings(), pydicom.config.disable_value_validation():
-            warnings.simplefilter("ignore")
-            warnings.filterwarnings("error", message=".*RLE segment contains non-conformant")  # of another size
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _parse(path: Path) -> pydicom.FileDataset:

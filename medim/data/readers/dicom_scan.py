@@ -10,15 +10,15 @@ import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pydicom.charset import convert_encodings, decode_bytes
-from pydicom.datadict import dictionary_VR, tag_for_keyword
+from pydicom.datadict import tag_for_keyword
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian
 
 from medim.data.readers.base import ReadError
+from medim.data.readers.dicom_values import Header, vr_of
 
 UNDEFINED = 0xFFFFFFFF
 _FIRST_READ = 1 << 16  # bytes; enough for the header of most slices
@@ -29,72 +29,10 @@ _LONG = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # VRs whos
 _FRAGMENTED = frozenset((b"OB", b"OW"))
 _ITEM, _ITEM_END, _END = (0xFFFE, 0xE000), (0xFFFE, 0xE00D), (0xFFFE, 0xE0DD)
 _PIXELS = {(0x7FE0, element) for element in (0x0008, 0x0009, 0x0010)}  # float, double, whole numbers
-_NUMBERS = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d"}
 
 
 class _ShortError(Exception):
     """More of the file has to be read."""
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """Elements by keyword, as the bytes in the file; items of a sequence are headers."""
-
-    raw: Mapping[str, Any]
-    order: str = "<"
-
-    def texts(self, keyword: str) -> list[str]:
-        """The values of a text, without the spaces around them; none where it is empty."""
-        raw = self.raw.get(keyword)
-        if not raw:
-            return []
-        try:
-            text = raw.decode("ascii")
-        except UnicodeDecodeError:
-            text = decode_bytes(raw, _encodings(self.raw.get("SpecificCharacterSet")), set())
-        values = [value.strip(" \0") for value in text.split("\\")]
-        return values if any(values) else []
-
-    def text(self, keyword: str) -> str:
-        """The first of `texts`, or nothing."""
-        return next(iter(self.texts(keyword)), "")
-
-    def numbers(self, keyword: str) -> tuple[float, ...]:
-        """The values of a number.
-
-        Raises:
-            ReadError: one is none.
-        """
-        raw = self.raw.get(keyword)
-        if not raw:
-            return ()
-        letter = _NUMBERS.get(_vr(keyword))
-        try:
-            if letter:
-                return tuple(
-                    map(float, struct.unpack(f"{self.order}{len(raw) // struct.calcsize(letter)}{letter}", raw))
-                )
-            values = raw.decode("ascii").strip(" \0")
-            return tuple(map(float, values.split("\\"))) if values else ()
-        except (ValueError, struct.error) as error:
-            raise ReadError("unreadable", f"{keyword} holds a value that is no number") from error
-
-    def whole(self, keyword: str, default: int = 0) -> int:
-        """The first of `numbers` as a whole one.
-
-        Raises:
-            ReadError: it is none.
-        """
-        for value in self.numbers(keyword):
-            if not value.is_integer():
-                raise ReadError("unreadable", f"{keyword} holds a value that is no whole number")
-            return int(value)
-        return default
-
-    def items(self, keyword: str) -> list[Header]:
-        """The items of a sequence."""
-        items = self.raw.get(keyword)
-        return items if isinstance(items, list) else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +163,7 @@ def _elements(
         if one == 0x7FE0 and not depth and tag in _PIXELS:
             return found, start, length
         keyword = tags.get(tag)
-        if length == UNDEFINED or (keyword is not None and _vr(keyword) == "SQ"):
+        if length == UNDEFINED or (keyword is not None and vr_of(keyword) == "SQ"):
             inner = _Form("<", False) if vr == b"UN" else form
             items, place = _items(data, start, length, inner, tags, depth + 1, vr in _FRAGMENTED)
             if keyword is not None:
@@ -273,15 +211,3 @@ def _tags(wanted: frozenset[str]) -> dict[tuple[int, int], str]:
     if "OverlayRows" in wanted:  # of any overlay
         tags |= dict.fromkeys(range(0x60000010, 0x60200010, 0x20000), "OverlayRows")
     return {(tag >> 16, tag & 0xFFFF): keyword for tag, keyword in tags.items()}
-
-
-@cache
-def _vr(keyword: str) -> str:
-    tag = tag_for_keyword(keyword)
-    return dictionary_VR(tag) if tag is not None else "UN"
-
-
-@lru_cache(maxsize=64)
-def _encodings(raw: bytes | None) -> list[str]:
-    names = (raw or b"").decode("ascii", "replace").strip(" \0").split("\\")
-    return list(convert_encodings([name.strip() for name in names]))

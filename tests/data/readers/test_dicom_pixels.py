@@ -253,6 +253,17 @@ def test_frames_that_are_in_no_image_are_said(tmp_path: Path) -> None:
     assert read_volume(path).shape == image.shape
 
 
+def test_a_header_that_pydicom_would_complain_of_is_not_quoted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    whole = save(dataset(noise(4, 6)), tmp_path / "a.dcm").read_bytes()
+    for old, new in ((b"1.2.840.10008.5.1.4.1.1.4", b"1.2.840.10008&5.1.4.1.1.4"), (b"Chrisjen", b"Chr\xff\xfejen")):
+        (tmp_path / "a.dcm").write_bytes(whole.replace(old, new))
+        DICOM.look(tmp_path / "a.dcm")
+    assert [str(warning.message) for warning in recwarn] == []
+    assert caplog.text == ""
+
+
 def test_the_walk_over_a_header_sees_what_pydicom_sees(shared_data: Path) -> None:
     keywords = ("Rows", "ImageType", "SOPInstanceUID", "PixelSpacing", "EchoTime", "PatientName", "BitsStored")
     for path in sorted((shared_data / "dicom-formats").iterdir()):
