@@ -197,12 +197,18 @@ def series(draw: st.DrawFn) -> list[dict[str, Any]]:
     size, spacing = draw(st.sampled_from([(2, 3), (3, 2)])), draw(st.sampled_from([[0.5, 0.8], [1.0, 1.0]]))
     turns = draw(st.integers(1, 3)) if what in {"good", "missing", "uneven"} else 1
     tag = draw(st.sampled_from([*KEYS, "InstanceNumber"]))
+    running = draw(st.booleans())  # AcquisitionNumber counts the files, or the slices
     slices: list[dict[str, Any]] = []
     for turn in range(turns):
         for k, depth in enumerate(depths):
             shaken = axes + draw(st.sampled_from([0.0, 1e-7, -1e-7, 1e-5]))
             place = {"ImagePositionPatient": list(origin + normal * depth), "ImageOrientationPatient": list(shaken)}
-            own = {"AcquisitionNumber": k, tag: turn + 1, "PixelSpacing": spacing, "size": size}
+            own = {
+                "AcquisitionNumber": len(slices) if running else k,
+                tag: turn + 1,
+                "PixelSpacing": spacing,
+                "size": size,
+            }
             slices.append({**place, **own, "SOPInstanceUID": generate_uid()})
     if what == "odd":
         other = draw(st.sampled_from([{"ImageOrientationPatient": [0.0, 1.0, 0, -1.0, 0, 0]}, {"size": (4, 4)}]))
