@@ -35,14 +35,21 @@ def site_key() -> bytes:
     given = os.environ.get("MEDIM_SITE_KEY", "")
     if given:
         return given.encode()
-    folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "medim"
+    name = _key_name(os.environ.get("XDG_CONFIG_HOME"), os.environ.get("HOME"))
     try:
-        return _key_file(str(folder / "site.key"))
+        return _key_file(name)
     except OSError as error:
+        folder = Path(name).parent
         raise UserError(
             f"{folder}: expected to keep the site key here, got '{error.strerror}'. "
             "Set MEDIM_SITE_KEY, or XDG_CONFIG_HOME to a folder that can be written."
         ) from error
+
+
+@lru_cache
+def _key_name(config: str | None, home: str | None) -> str:
+    """Where the key file lies; asked for every pseudonym, so worked out once for these two variables."""
+    return str(Path(config or Path.home() / ".config") / "medim" / "site.key")
 
 
 @lru_cache

@@ -6,6 +6,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -103,7 +104,7 @@ class Index:
         Raises:
             UserError: it is not there any more.
         """
-        return find(self.root, split_item(record.path)[0].as_posix())
+        return self._place(record)[0]
 
     def open(self, record: Record) -> Volume:
         """Read an image.
@@ -111,8 +112,8 @@ class Index:
         Raises:
             ReadError: it has changed and is no image any more; the message names the record's path.
         """
-        item = split_item(record.path)[1]
         try:
+            item = self._place(record)[1]
             files = self._source(record)
             reader = reader_of(files[0])
             if reader is None:
@@ -219,6 +220,17 @@ class Index:
             "classes": list(self.classes),
             "hash": self.hash,
         }
+
+    def _place(self, record: Record) -> tuple[Path, str | None]:
+        """The file of an image, and the image's name in it; a `#` may belong to the file's own name.
+
+        Raises:
+            UserError: the file is not there any more.
+        """
+        place, item = split_item(record.path)
+        with suppress(UserError):
+            return find(self.root, record.path), None
+        return find(self.root, place.as_posix()), item
 
     def _source(self, record: Record) -> tuple[Path, ...]:
         """Every file of an image, the first one first."""

@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 DICOM = DicomReader()
-_ITEM = re.compile(r"(.+\.(?:npz|nii|nii\.gz))#((?:(?:train|val|test)/)?[^#/]*)", re.DOTALL | re.IGNORECASE)
+_ITEM = re.compile(r"(.+\.(?:npz|nii|nii\.gz))#((?:(?:train|val|test)/)?[^#/]*)|(.+)#(\d+)", re.DOTALL | re.IGNORECASE)
 READERS: tuple[Reader, ...] = (  # the first that accepts a file reads it
     NiftiReader(),
     PictureReader(),
@@ -127,10 +127,13 @@ def read_mask(path: str | Path) -> Volume:
 
 
 def split_item(path: str | Path) -> tuple[Path, str | None]:
-    """`archive.npz#train/12` or `scan.nii.gz#3` as file and item; another `#` is a part of the file's name."""
+    """`archive.npz#train/12`, `scan.nii.gz#3` or `IM0001#0` as file and item; other `#` belong to the name."""
     text = str(path)
     found = _ITEM.fullmatch(text)
-    return (Path(found[1]), found[2]) if found and not Path(text).exists() else (Path(text), None)
+    if found is None or Path(text).exists():
+        return Path(text), None
+    name, item = found.group(1, 2) if found[1] else found.group(3, 4)
+    return Path(name), item
 
 
 def __getattr__(name: str) -> Any:

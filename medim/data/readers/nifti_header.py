@@ -75,7 +75,7 @@ def read_header(path: Path) -> Header:
         with unpacked(path, packed) as file:
             kind = nibabel.Nifti2Header if file.read(4) in _SECOND else nibabel.Nifti1Header
             file.seek(0)
-            header: Any = kind.from_fileobj(file, check=False)  # type: ignore[no-untyped-call]
+            header: Any = kind(file.read(int(kind.sizeof_hdr)), check=False)  # type: ignore[no-untyped-call]
         pixdim = np.array(header["pixdim"], np.float64)  # as it is: the checks make lengths positive
         codes = int(header["sform_code"]), int(header["qform_code"])
         header.check_fix(logger=_silent, error_level=40)
