@@ -16,10 +16,11 @@ from matplotlib.figure import Figure
 
 from medim.evaluation.binary import Statistic
 from medim.evaluation.cases import class_arrays, read_cases
-from medim.evaluation.metrics import Metric, classification_statistics
-from medim.evaluation.paired import mean_of
+from medim.evaluation.metrics import classification_statistics
 from medim.evaluation.sample import Budget
 from medim.files import read_json, write_bytes, write_text
+from medim.study.resampling import mean_of
+from medim.study.statistics import Interval
 
 Series = list[tuple[int, float]]
 POINTS = 300  # of a curve, at most
@@ -79,10 +80,9 @@ def spread_text(values: Sequence[float]) -> str:
     return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
 
-def difference_text(metric: Metric) -> str:
-    """`**+0.012** [+0.004, +0.021]`; an interval needs more than one run."""
-    low, high = metric["ci_low"], metric["ci_high"]
-    return f"**{metric['value']:+.3f}** [{low:+.3f}, {high:+.3f}]"
+def difference_text(difference: Interval) -> str:
+    """`**+0.012** [+0.004, +0.021]`."""
+    return f"**{difference.value:+.3f}** [{difference.low:+.3f}, {difference.high:+.3f}]"
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

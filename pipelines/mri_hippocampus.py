@@ -19,7 +19,7 @@ from evidence import at_once, dice, difference_text, draw_losses, history, markd
 
 from medim.config import load
 from medim.data.index import build_index
-from medim.evaluation.paired import paired_difference
+from medim.study.statistics import paired_difference
 from medim.training.finetune import finetune
 from medim.training.pretrain import pretrain
 

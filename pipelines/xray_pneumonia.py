@@ -23,9 +23,9 @@ from medim.config import load
 from medim.data.index import build_index
 from medim.evaluation.binary import Statistic
 from medim.evaluation.cases import read_cases
-from medim.evaluation.paired import paired_difference
 from medim.evaluation.probes import probe
 from medim.evaluation.sample import Budget
+from medim.study.statistics import paired_difference
 from medim.training.finetune import finetune
 from medim.training.pretrain import pretrain
 

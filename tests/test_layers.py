@@ -26,8 +26,9 @@ MAY_IMPORT = {  # room: the rooms of medim it may import, besides itself
     "deployment": GROUND | {"data"},
     "evaluation": GROUND | {"data", "models", "objectives", "deployment"},
     "training": GROUND | {"data", "models", "objectives", "deployment", "evaluation"},
+    "study": GROUND | {"data", "models", "objectives", "deployment", "evaluation", "training"},
     "doctor": set(),  # looks at what is installed
-    "cli": GROUND | {"doctor", "data", "models", "objectives", "deployment", "evaluation", "training"},
+    "cli": GROUND | {"doctor", "data", "models", "objectives", "deployment", "evaluation", "training", "study"},
     "__init__": set(),  # lazily, by name
 }
 EXPORTERS = ("deployment/export.py", "deployment/onnx.py", "deployment/monai_bundle.py")  # these need [train]
@@ -212,6 +213,7 @@ def test_every_room_of_the_house_has_a_place_in_the_map() -> None:
         ("training/pretrain.py", "import mlflow"),
         ("training/pretrain.py", "import pytorch_lightning"),
         ("training/pretrain.py", "import medim.cli"),
+        ("training/pretrain.py", "from medim.study import statistics"),
         ("training/pretrain.py", "from pipelines import smoke"),
         ("training/pretrain.py", "from . import loaders"),
         ("cli.py", "from medim.training.pretrain import pretrain"),
