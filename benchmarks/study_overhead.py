@@ -57,7 +57,18 @@ def compare(folder: Path, rounds: int) -> dict[str, float]:
     arrays |= {f"{part}_labels": np.arange(n)[:, None] % 2 for part, n in IMAGES.items()}
     np.savez(folder / "noise.npz", **arrays)  # type: ignore[arg-type]
     options = ["--task", "classification", "--modality", "xray", "--data", f"{folder}/noise.npz", "--config", "xray-28"]
-    own = [sys.executable, "-m", "medim.cli", "finetune", *options, "--set", "max_steps=1", "--labelled", "100", "--quiet"]
+    own = [
+        sys.executable,
+        "-m",
+        "medim.cli",
+        "finetune",
+        *options,
+        "--set",
+        "max_steps=1",
+        "--labelled",
+        "100",
+        "--quiet",
+    ]
 
     def process(number: int) -> None:
         subprocess.run([*own, "--out", f"{folder}/run-{number}"], check=True, capture_output=True)
