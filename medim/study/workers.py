@@ -2,7 +2,7 @@
 
 A warm process has imported everything once and holds the images' index and store, so a cell costs its training and
 little else. A cell that brings its process down is tried once more, alone, and then reported; the study goes on.
-SIGTERM and SIGINT save the cells that run and begin no other.
+SIGTERM, SIGUSR1 and SIGINT save the cells that run and begin no other.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def attempt(bench: Bench, cell: Cell, multiple: float) -> Outcome:
 
 @contextmanager
 def stopping(heard: Callable[[], None]) -> Iterator[None]:
-    """Take SIGTERM and SIGINT as the wish to stop, and remind until what runs has ended.
+    """Take SIGTERM, SIGUSR1 and SIGINT as the wish to stop, and remind until what runs has ended.
 
     A training stops between two steps; a signal that comes before its first one would be lost.
     """
@@ -82,7 +82,7 @@ def stopping(heard: Callable[[], None]) -> Iterator[None]:
     def remind(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    handlers = {signal.SIGTERM: stop, signal.SIGINT: remind, signal.SIGALRM: remind}
+    handlers = {signal.SIGTERM: stop, **dict.fromkeys((signal.SIGINT, signal.SIGUSR1, signal.SIGALRM), remind)}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield

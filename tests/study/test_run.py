@@ -124,7 +124,7 @@ def test_a_study_out_of_hours_leaves_what_is_done_and_says_what_is_left(
     assert small(resume=True)["complete"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_in_a_cell_saves_it_and_begins_no_other(
     small: Study, tmp_path: Path, schedule: FinetuneConfig, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
