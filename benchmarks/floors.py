@@ -165,6 +165,17 @@ def amdim(o: Any) -> list[Part]:
     return parts
 
 
+def simclr(o: Any) -> list[Part]:
+    """Two layers on the summary of every view; scores and softmax of every view against every view."""
+    images = o.images * o.view_count
+    widths = (o.summary_channels, o.hidden or o.summary_channels, o.width)
+    return [
+        *(linear(images, *pair) for pair in pairwise(widths)),
+        linear(images, o.width, images),
+        softmax(images, images),
+    ]
+
+
 FLOORS: dict[str, Callable[[Any], list[Part]]] = {
     "local_dim": local_dim,
     "global_dim": global_dim,
@@ -176,6 +187,7 @@ FLOORS: dict[str, Callable[[Any], list[Part]]] = {
     "beta_vae": vae,
     "dense_dim": dense_dim,
     "amdim": amdim,
+    "simclr": simclr,
 }
 
 

@@ -40,7 +40,7 @@ from medim.training.pretrain import pretrain
 
 SMALL = (
     *("local-dim", "global-dim", "local-global", "prior-matching", "coordinates", "relative-coordinates", "amdim"),
-    *("cpc", "vae", "beta-vae", "reconstruction", "dense-dim"),
+    *("simclr", "cpc", "vae", "beta-vae", "reconstruction", "dense-dim"),
 )
 LOCAL_DIM = {"dim-local-infonce": 64, "xray-28": 64, "small-2d-local-dim": 64, "small-3d-local-dim": 16, "mri-crop": 16}
 ALL_PAIRS = "objectives=[{name: local_dim, estimator: jsd, critic: {name: encode_and_dot, width: 512}}]"

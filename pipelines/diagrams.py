@@ -213,6 +213,30 @@ def amdim() -> Sketch:
     return sketch
 
 
+def simclr() -> Sketch:
+    """Two views find each other."""
+    sketch = Sketch(
+        720, 250, "SimCLR", "The projected summaries of two views of an image are near; those of other images are far."
+    )
+    for y, label, kind in ((15, "view 1 of A", "feature"), (135, "view 2 of A", "yes")):
+        encoder(sketch, y, label)
+        sketch.arrow((224, y + 40), (246, y + 40))
+        sketch.grid(250, y + 33, (1, 6), 13, "feature")
+        sketch.arrow((332, y + 40), (356, y + 40))
+        sketch.box(360, y + 15, 96, 50, "projection\n(thrown away)", "net")
+        sketch.arrow((460, y + 40), (480, y + 40))
+        sketch.grid(484, y + 33, (1, 4), 13, kind)
+    sketch.text(289, 76, "summary")
+    sketch.grid(484, 100, (1, 4), 13, "no")
+    sketch.grid(484, 120, (1, 4), 13, "no")
+    sketch.text(410, 117, "other images,\nboth views")
+    sketch.arrow((540, 55), (575, 55), (575, 175), (540, 175))
+    sketch.arrow((510, 65), (510, 96))
+    sketch.box(600, 40, 105, 70, "own other view\ncosine up", "yes")
+    sketch.box(600, 130, 105, 70, "all others\ncosine down", "no")
+    return sketch
+
+
 def cpc() -> Sketch:
     """Rows below from the rows above."""
     sketch = Sketch(
@@ -278,5 +302,5 @@ def overlap() -> Sketch:
 
 SKETCHES = (
     *(overlap, pairs, local_dim, global_dim, prior_matching, occlusion, coordinates),
-    *(dense_dim, reconstruction, amdim, cpc, vae),
+    *(dense_dim, reconstruction, amdim, simclr, cpc, vae),
 )

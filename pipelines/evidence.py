@@ -14,8 +14,9 @@ import pyarrow.csv
 import pyarrow.parquet
 from matplotlib.figure import Figure
 
+from medim.evaluation.binary import Statistic
 from medim.evaluation.cases import class_arrays, read_cases
-from medim.evaluation.metrics import Statistic, classification_statistics
+from medim.evaluation.metrics import classification_statistics
 from medim.evaluation.sample import Budget
 from medim.files import read_json, write_bytes, write_text
 from medim.study.resampling import mean_of

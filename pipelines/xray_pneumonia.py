@@ -21,8 +21,8 @@ from evidence import at_once, auroc, difference_text, markdown, once, probed, sp
 
 from medim.config import load
 from medim.data.index import build_index
+from medim.evaluation.binary import Statistic
 from medim.evaluation.cases import read_cases
-from medim.evaluation.metrics import Statistic
 from medim.evaluation.probes import probe
 from medim.evaluation.sample import Budget
 from medim.study.statistics import paired_difference

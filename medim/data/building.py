@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 
 import numpy as np
 
+from medim.data.decathlon import stem
 from medim.data.identity import Scrubber, pseudonym
-from medim.data.layouts import Layout, folder_labels, lay_out, stem, walk
+from medim.data.layouts import Layout, folder_labels, lay_out
 from medim.data.looks import Looks
 from medim.data.readers import ReadError, gather, read_mask, reader_of
 from medim.data.readers.base import Reader
 from medim.data.readers.raster import NumpyReader, PictureReader
 from medim.data.readers.sights import Found, Refused, Scanned, Sight
 from medim.data.records import Record, Rejection
-from medim.data.tables import Names, Table, joined, read_table
+from medim.data.tables import Names, Table, check_participants, joined, read_table
+from medim.data.walking import survey
 from medim.types import Array, Modality, UserError
+
+log = logging.getLogger(__name__)
 
 _ON_GRID = 0.05  # of a voxel: how far a mask's corners may lie from its image's
 
@@ -60,16 +65,20 @@ def build(
 ) -> Built:
     """Find, join and scrub; see `medim.data.index.build_index`."""
     root = root_of(places)
-    files = walk(places)
+    files, strays = survey(places)
     layout = lay_out(files, [path.resolve() for path in (labels, subjects) if path is not None])
     label_tables = _tables(layout, "labels", labels)
     _take_masks(layout, label_tables, root)
+    layout.refused += strays
     if not layout.images and not layout.refused and not layout.spare:
         raise UserError(f"{', '.join(map(str, places))}: expected image files, found none. Choose another folder.")
     found, refused = _scan(layout.images, modality, looks)
+    if several := sum("several-labels" in image.quality for image in found):
+        log.warning("%d images carry several labels each that are no yes and no, so they are left out", several)
     found, wrong = _of_dimensions(found, modality)
     refused += wrong + layout.refused
     drafts = _drafts(found, layout, places)
+    _check_participants(drafts, layout)
     _join_subjects(drafts, _tables(layout, "subjects", subjects), layout)
     _join_labels(drafts, label_tables, root)
     drafts, spoilt, highest = _check_masks(drafts, layout, looks)
@@ -84,7 +93,7 @@ def build(
         records=_records(drafts, root, scrub, modality),
         rejected=tuple(
             Rejection(scrub.path(_relative(r.path, root)), r.reason, r.detail)
-            for r in sorted(refused, key=lambda r: r.path)
+            for r in sorted(dict.fromkeys(refused), key=lambda r: r.path)
         ),
         classes=layout.classes or names,
         hidden=frozenset(part for part in root.parts if scrub.hides(part)),
@@ -137,16 +146,18 @@ def _tables(layout: Layout, kind: str, given: Path | None) -> list[tuple[Table, 
 def _take_masks(layout: Layout, tables: Sequence[tuple[Table, Path | None]], root: Path) -> None:
     """Files that a table names as masks are no images."""
     cells = ((table, line, cells["mask"]) for table, _ in tables for line, cells in table.rows if cells.get("mask"))
+    masks: set[Path] = set()
     for table, line, cell in cells:
         path = table.mask(cell, root)
         if path is None:
             raise UserError(
                 f"{table.path}, line {line}: expected the path of a mask, relative to this table or to the source."
             )
-        layout.images = [image for image in layout.images if image != path]
+        masks.add(path)
         layout.spare.setdefault(
             path, Refused(path=path, reason="label-without-image", detail="a label without a readable image")
         )
+    layout.take(masks)
 
 
 def _scan(images: Sequence[Path], modality: Modality, looks: Looks) -> Scanned:
@@ -157,8 +168,7 @@ def _scan(images: Sequence[Path], modality: Modality, looks: Looks) -> Scanned:
     for path in images:
         reader = reader_of(path)
         if reader is None:
-            reason = "empty-file" if path.stat().st_size == 0 else "not-an-image"
-            refused.append(Refused(path=path, reason=reason, detail="a file of no format that medim reads"))
+            refused.append(_unread(path))
         else:
             by_reader[reader].append(path)
     for reader, paths in by_reader.items():
@@ -166,6 +176,16 @@ def _scan(images: Sequence[Path], modality: Modality, looks: Looks) -> Scanned:
         found += images_of
         refused += others
     return found, refused
+
+
+def _unread(path: Path) -> Refused:
+    """Why a file has no reader."""
+    try:
+        empty = path.stat().st_size == 0
+    except OSError:
+        return Refused(path=path, reason="missing", detail="the file was here and is gone")
+    reason = "empty-file" if empty else "not-an-image"
+    return Refused(path=path, reason=reason, detail="a file of no format that medim reads")
 
 
 def _of_dimensions(found: Sequence[Found], modality: Modality) -> tuple[list[Found], list[Refused]]:
@@ -190,6 +210,10 @@ def _drafts(found: Sequence[Found], layout: Layout, places: Sequence[Path]) -> l
     for image in sorted(found, key=_order):
         path = image.files[0]
         label, split = said.get(path, (None, None))
+        folder = layout.folder(path)
+        if folder:
+            image = replace(image, sequence=image.sequence or folder.sequence(path, image.item))
+            split = "test" if path in folder.tests else split
         drafts.append(
             Draft(
                 found=image,
@@ -208,16 +232,23 @@ def _order(found: Found) -> tuple[tuple[str, ...], int, int]:
     return found.files[0].parts, ("train", "val", "test").index(split) if split else 0, int(place or 0)
 
 
+def _check_participants(drafts: Sequence[Draft], layout: Layout) -> None:
+    """Compare each BIDS tree with its `participants.tsv`."""
+    for path in layout.participants:
+        inside = [draft for draft in drafts if path.parent in draft.found.files[0].parents]
+        check_participants(path, ((draft.subject, *draft.found.aliases) for draft in inside))
+
+
 def _join_subjects(drafts: Sequence[Draft], tables: Sequence[tuple[Table, Path | None]], layout: Layout) -> None:
     """Give each draft its subject: a table's, else the file's own, else its stem."""
     said = joined(_with_names(tables, drafts), {}, ("subject", "split"))
     folders: dict[str, set[Path]] = defaultdict(set)
     for draft in drafts:
-        folders[stem(draft.found.files[0].name)].add(draft.found.files[0].parent)
+        folders[layout.case(draft.found.files[0])].add(draft.found.files[0].parent)
     for place, draft in enumerate(drafts):
         path = draft.found.files[0]
-        name = stem(path.name)
-        if len(folders[name]) > 1 and not any(folder in path.parents for folder in layout.decathlon):
+        name = layout.case(path)
+        if len(folders[name]) > 1 and layout.folder(path) is None:
             name = str(path.parent)
         cells = said.get(place, {})
         draft.subject = pseudonym(cells["subject"][0]) if "subject" in cells else draft.subject or pseudonym(name)

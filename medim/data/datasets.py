@@ -85,7 +85,7 @@ class LabelledDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     Args:
         store: where the images are.
         keys: the store keys, one an image.
-        targets: class index of each image; None for segmentation: the stored masks.
+        targets: of each image: (N,) class indices, or (N, K) numbers; None for segmentation: the stored masks.
         shape: spatial shape of an item, cut and padded as in `ViewDataset` (masks with 0).
         augmentations: geometric ones move image and mask alike (linear and nearest interpolation).
         cache_bytes: RAM for images and masks that were read, in each loading process.
@@ -99,7 +99,7 @@ class LabelledDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         self,
         store: Store,
         keys: Sequence[str],
-        targets: Sequence[int] | None = None,
+        targets: Array | None = None,
         *,
         shape: tuple[int, ...],
         augmentations: Sequence[Step] = (),
@@ -111,7 +111,8 @@ class LabelledDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         if without:
             raise UserError(f"{store.folder}: {len(without)} of {len(keys)} images have no mask (first: {without[0]}).")
         self._images = _Images(store, keys, tuple(shape), cache_bytes)
-        self._targets = None if targets is None else [int(t) for t in targets]
+        kind = np.float32 if targets is not None and np.ndim(targets) == 2 else np.int64
+        self._targets = None if targets is None else torch.from_numpy(np.asarray(targets, kind))
         self._augment = Augmentation(augmentations, spatial_dims=len(shape))
 
     def __len__(self) -> int:
@@ -122,7 +123,7 @@ class LabelledDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         """Image `i` with its target, all randomness drawn from `seed`.
 
         Returns:
-            Image (C, *shape) float32, and target int64: () or (*shape).
+            Image (C, *shape) float32, and target: int64 () or (*shape), or float32 (K,).
         """
         i, seed = item
         rng = np.random.default_rng(seed)
@@ -130,7 +131,7 @@ class LabelledDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         image = torch.from_numpy(self._images.cut(i, place))
         draw = int(rng.integers(1 << 32))
         if self._targets is not None:
-            return self._augment(image, draw)[0], torch.tensor(self._targets[i], dtype=torch.int64)
+            return self._augment(image, draw)[0], self._targets[i]
         mask = torch.from_numpy(self._images.cut(i, place, mask=True))
         image, mask = self._augment(image, draw, mask)
         return image, mask[0].to(torch.int64)

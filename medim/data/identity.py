@@ -35,14 +35,21 @@ def site_key() -> bytes:
     given = os.environ.get("MEDIM_SITE_KEY", "")
     if given:
         return given.encode()
-    folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "medim"
+    name = _key_name(os.environ.get("XDG_CONFIG_HOME"), os.environ.get("HOME"))
     try:
-        return _key_file(str(folder / "site.key"))
+        return _key_file(name)
     except OSError as error:
+        folder = Path(name).parent
         raise UserError(
             f"{folder}: expected to keep the site key here, got '{error.strerror}'. "
             "Set MEDIM_SITE_KEY, or XDG_CONFIG_HOME to a folder that can be written."
         ) from error
+
+
+@lru_cache
+def _key_name(config: str | None, home: str | None) -> str:
+    """Where the key file lies; asked for every pseudonym, so worked out once for these two variables."""
+    return str(Path(config or Path.home() / ".config") / "medim" / "site.key")
 
 
 @lru_cache
@@ -107,7 +114,9 @@ class Scrubber:
         return hidden(part) if self.hides(part) else part
 
     def hides(self, part: str) -> bool:
-        """Whether a part of a path holds an identity."""
+        """Whether a part of a path holds an identity, or bytes that are no text and could not be written down."""
+        if not _is_text(part):
+            return True
         if not self._values or part in {".", "..", "/"}:
             return False
         key = site_key()
@@ -151,6 +160,11 @@ def find(folder: Path, written: str) -> Path:
             there = matches[0]
         here = there
     return here
+
+
+def _is_text(part: str) -> bool:
+    """Whether a name is UTF-8."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in part)
 
 
 def _words(text: str) -> list[str]:

@@ -6,14 +6,15 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from medim.data.building import Series, build, existing, root_of, sorted_labels
+from medim.data.findings import counted, names_of
 from medim.data.identity import Scrubber, find, hidden, pseudonym, tokens
-from medim.data.layouts import walk
 from medim.data.looks import Looks, Progress, look_at
 from medim.data.readers import DICOM, ReadError, read_mask, reader_of, split_item
 from medim.data.readers.base import check_voxels
@@ -26,6 +27,7 @@ from medim.data.records import (
     write_records,
     write_rejections,
 )
+from medim.data.walking import walk
 from medim.files import hash_of, read_json, write_json
 from medim.types import Modality, UsageError, UserError, Volume
 
@@ -88,8 +90,13 @@ class Index:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The class labels that occur, sorted (numbers by value)."""
-        return sorted_labels(record.label for record in self.records)
+        """The findings that labels speak of, else the class labels that occur, sorted (numbers by value)."""
+        return _labels(self.records)
+
+    @cached_property
+    def findings(self) -> tuple[str, ...]:
+        """The findings that labels speak of; none where a label is a class."""
+        return names_of(record.label for record in self.records)
 
     def locate(self, record: Record) -> Path:
         """The file of an image, or the first file of its series.
@@ -97,7 +104,7 @@ class Index:
         Raises:
             UserError: it is not there any more.
         """
-        return find(self.root, split_item(record.path)[0].as_posix())
+        return self._place(record)[0]
 
     def open(self, record: Record) -> Volume:
         """Read an image.
@@ -105,8 +112,8 @@ class Index:
         Raises:
             ReadError: it has changed and is no image any more; the message names the record's path.
         """
-        item = split_item(record.path)[1]
         try:
+            item = self._place(record)[1]
             files = self._source(record)
             reader = reader_of(files[0])
             if reader is None:
@@ -208,11 +215,22 @@ class Index:
                 "rejected": len(self.rejected),
             },
             "splits": dict(sorted(Counter(record.split for record in self.records if record.split).items())),
-            "labels": dict(Counter(record.label for record in self.records if record.label is not None)),
+            "labels": dict(counted(record.label for record in self.records)),
             "reasons": dict(sorted(Counter(rejection.reason for rejection in self.rejected).items())),
             "classes": list(self.classes),
             "hash": self.hash,
         }
+
+    def _place(self, record: Record) -> tuple[Path, str | None]:
+        """The file of an image, and the image's name in it; a `#` may belong to the file's own name.
+
+        Raises:
+            UserError: the file is not there any more.
+        """
+        place, item = split_item(record.path)
+        with suppress(UserError):
+            return find(self.root, record.path), None
+        return find(self.root, place.as_posix()), item
 
     def _source(self, record: Record) -> tuple[Path, ...]:
         """Every file of an image, the first one first."""
@@ -234,6 +252,12 @@ class Index:
         if (first, record.shape) not in self._series:
             raise ReadError("changed", "its series is no image any more. Run `medim index` again", path=record.path)
         return self._series[first, record.shape]
+
+
+def _labels(records: Sequence[Record]) -> tuple[str, ...]:
+    """Findings, or classes in order."""
+    labels = [record.label for record in records]
+    return names_of(labels) or sorted_labels(labels)
 
 
 def is_index(path: Path) -> bool:
@@ -287,7 +311,7 @@ def build_index(
         modality=modality,
         records=built.records,
         rejected=built.rejected,
-        classes=built.classes or sorted_labels(record.label for record in built.records),
+        classes=built.classes or _labels(built.records),
         hidden=built.hidden,
         opened=looks.opened,
         _series=built.series,

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
+from medim.data.decathlon import Folder, decathlon, stem
 from medim.data.readers.sights import Refused
-from medim.files import read_json
 from medim.types import Split, UserError
 
 _DESCRIPTIONS = {"dataset.json", "dataset_description.json", "participants.tsv", "participants.json", "DICOMDIR"}
@@ -18,6 +16,14 @@ _DESCRIPTIONS |= {"fetched.json", "SHA256SUMS", "LICENSE"}  # beside what `medim
 _TABLES = {"labels.csv", "subjects.csv"}
 _SIDECARS = {".json", ".bval", ".bvec", ".tsv", ".raw", ".zraw"}  # describe or feed the image of the same name
 _DERIVED = {"mask", "dseg", "seg", "probseg", "label"}  # BIDS suffixes of what is no image
+_UNSTRUCTURED = {  # BIDS suffixes of func, dwi, perf and fmap
+    "bold", "cbv", "sbref", "dwi", "asl", "m0scan", "epi", "fieldmap",
+    "magnitude", "magnitude1", "magnitude2", "phase", "phase1", "phase2", "phasediff",
+}  # fmt: skip
+_BESIDE = {  # folders of a BIDS tree that hold its images a second time
+    "derivatives": ("derivative", "made from the BIDS tree's images; to use it, index that folder alone"),
+    "sourcedata": ("source-data", "what the BIDS tree's images were made from; to use it, index that folder alone"),
+}
 _SPLITS: dict[str, Split] = {"train": "train", "training": "train", "val": "val", "valid": "val"}
 _SPLITS |= {"validation": "val", "test": "test", "testing": "test"}
 _MAX_CLASSES = 100
@@ -34,36 +40,33 @@ class Layout:
         decathlon: folders in Medical Segmentation Decathlon layout.
         classes: names of the mask values 1..K.
         tables: `labels.csv` and `subjects.csv` files.
+        participants: `participants.tsv` files.
         refused: files that are no images.
     """
 
     images: list[Path] = field(default_factory=list)
     masks: dict[Path, Path] = field(default_factory=dict)
     spare: dict[Path, Refused] = field(default_factory=dict)
-    decathlon: list[Path] = field(default_factory=list)
+    decathlon: list[Folder] = field(default_factory=list)
     classes: tuple[str, ...] = ()
     tables: list[Path] = field(default_factory=list)
+    participants: list[Path] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
 
+    def folder(self, path: Path) -> Folder | None:
+        """The Decathlon folder that a file lies in."""
+        return next((folder for folder in self.decathlon if folder.path in path.parents), None)
 
-def walk(places: Iterable[Path]) -> list[Path]:
-    """Every file of the sources, once and sorted; links are followed, names that start with a dot are left out."""
+    def case(self, path: Path) -> str:
+        """Whose image a file is, by its name: without suffix, and without the number of nnU-Net's channel."""
+        folder = self.folder(path)
+        return folder.channels[path][0] if folder and path in folder.channels else stem(path.name)
 
-    def files(place: Path) -> Iterator[Path]:
-        if place.is_file():
-            yield place
-            return
-        seen: set[Path] = set()
-        for folder, folders, names in os.walk(place, followlinks=True):
-            real = Path(folder).resolve()
-            if real in seen:
-                folders.clear()
-                continue
-            seen.add(real)
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            yield from (Path(folder) / name for name in names if not name.startswith("."))
-
-    return sorted({file for place in places for file in files(place)})
+    def take(self, masks: Iterable[Path]) -> None:
+        """Files that turn out to be masks are no images, nor refused."""
+        taken = set(masks)
+        self.images = [path for path in self.images if path not in taken]
+        self.refused = [file for file in self.refused if file.path not in taken]
 
 
 def lay_out(files: Sequence[Path], ignore: Iterable[Path] = ()) -> Layout:
@@ -79,22 +82,57 @@ def lay_out(files: Sequence[Path], ignore: Iterable[Path] = ()) -> Layout:
     layout = Layout()
     ignored = set(ignore)
     ignored |= _written(files)
-    stems = {path.parent / stem(path.name) for path in files if path.suffix not in _SIDECARS}
+    stems = {path.parent / stem(path.name) for path in files if path.suffix.lower() not in _SIDECARS}
+    trees = [path.parent for path in files if path.name == "dataset_description.json"]
+    beside = {tree / name: why for tree in trees for name, why in _BESIDE.items()}
     for path in files:
         if path.name in _TABLES and path not in ignored:
             layout.tables.append(path)
+        elif path.name == "participants.tsv" and path not in ignored:
+            layout.participants.append(path)
         elif path in ignored or path.name in _DESCRIPTIONS or _is_sidecar(path, stems):
             continue
-        elif path.name.startswith("sub-") and stem(path.name).rpartition("_")[2] in _DERIVED:
-            detail = "a segmentation of the BIDS tree, not an image; join it with --labels (columns image, mask)"
-            layout.refused.append(Refused(path=path, reason="derived-label", detail=detail))
+        elif why := _no_image_of_bids(path, beside):
+            layout.refused.append(Refused(path=path, reason=why[0], detail=why[1]))
         else:
             layout.images.append(path)
     folders = {path.parent for path in files if path.name == "dataset.json"}
     folders |= {path.parent.parent for path in files if path.parent.name == "imagesTr"}
-    for folder in sorted(folders):
-        _decathlon(layout, folder, set(files))
+    there = set(files)
+    for place in sorted(folders):
+        folder = decathlon(place, there, layout.images)
+        if folder is not None:
+            _add(layout, folder)
     return layout
+
+
+def _add(layout: Layout, folder: Folder) -> None:
+    """Take over what a Decathlon folder says.
+
+    Raises:
+        UserError: it names other classes than the folders before it.
+    """
+    if folder.classes and layout.classes not in ((), folder.classes):
+        raise UserError(
+            f"{folder.path}: expected the classes {layout.classes} of the other folders, got {folder.classes}."
+        )
+    layout.decathlon.append(folder)
+    layout.classes = layout.classes or folder.classes
+    layout.masks |= folder.masks
+    layout.spare |= folder.spare
+    layout.refused += folder.refused
+    layout.take([*folder.masks.values(), *folder.spare])
+
+
+def _no_image_of_bids(path: Path, beside: dict[Path, tuple[str, str]]) -> tuple[str, str] | None:
+    """Why a file of a BIDS tree is no structural image; None where it may be one."""
+    suffix = stem(path.name).rpartition("_")[2] if path.name.startswith("sub-") else ""
+    if suffix in _DERIVED:
+        detail = "a segmentation of the BIDS tree, not an image; join it with --labels (columns image, mask)"
+        return "derived-label", detail
+    if suffix in _UNSTRUCTURED:
+        return "not-structural", f"a functional, diffusion or field-map run of the BIDS tree ({suffix})"
+    return next((beside[folder] for folder in path.parents if folder in beside), None) if beside else None
 
 
 def _written(files: Sequence[Path]) -> set[Path]:
@@ -108,81 +146,7 @@ def _written(files: Sequence[Path]) -> set[Path]:
 
 def _is_sidecar(path: Path, stems: set[Path]) -> bool:
     """Whether a file only describes or feeds the image of the same name."""
-    return path.suffix in _SIDECARS and path.parent / stem(path.name) in stems
-
-
-def _decathlon(layout: Layout, folder: Path, files: set[Path]) -> None:
-    """Pair images and masks of a Decathlon folder: as its `dataset.json` lists them, else by name."""
-    description = read_json(folder / "dataset.json") if folder / "dataset.json" in files else {}
-    listed = description.get("training")
-    if description and not isinstance(listed, list) and not (folder / "imagesTr").is_dir():
-        return  # another tool's dataset.json
-    layout.decathlon.append(folder)
-    classes = _classes(description.get("labels"), folder / "dataset.json")
-    if classes and layout.classes not in ((), classes):
-        raise UserError(f"{folder}: expected the classes {layout.classes} of the other folders, got {classes}.")
-    layout.classes = layout.classes or classes
-    masks = {path for path in layout.images if folder / "labelsTr" in path.parents}
-    pairs = _listed(folder, listed) if isinstance(listed, list) else _by_name(folder, layout.images, masks)
-    masks |= {mask for mask in pairs.values() if mask in files}
-    layout.images = [path for path in layout.images if path not in masks]
-    for image, mask in pairs.items():
-        for path in (image, mask):
-            if path is not None and path not in files:
-                layout.refused.append(
-                    Refused(path=path, reason="missing", detail="listed in dataset.json, not on the disk")
-                )
-        if mask is not None and mask in files:
-            layout.masks[image] = mask
-    for mask in masks - set(layout.masks.values()):
-        known = isinstance(listed, list) and folder / "imagesTr" / mask.name in files
-        reason, detail = "label-without-image", "a label without a readable image"
-        if known:
-            reason, detail = (
-                "label-not-listed",
-                "dataset.json does not list this label; its image is kept as unlabelled",
-            )
-        layout.spare[mask] = Refused(path=mask, reason=reason, detail=detail)
-
-
-def _listed(folder: Path, items: Sequence[Any]) -> dict[Path, Path | None]:
-    """Images and masks as `training` of a `dataset.json` lists them."""
-
-    def place(name: object) -> Path:
-        return folder / PurePosixPath(str(name))
-
-    pairs: dict[Path, Path | None] = {}
-    for item in items:
-        if isinstance(item, dict) and "image" in item:
-            pairs[place(item["image"])] = place(item["label"]) if item.get("label") else None
-        elif isinstance(item, str):
-            pairs[place(item)] = None
-        else:
-            raise UserError(
-                f'{folder / "dataset.json"}: expected {{"image": path, "label": path}} under "training", got {item!r}.'
-            )
-    return pairs
-
-
-def _by_name(folder: Path, images: Iterable[Path], masks: set[Path]) -> dict[Path, Path | None]:
-    """Images of `imagesTr` with the mask of the same name; nnU-Net's first channel `_0000` counts as the image."""
-    by_stem = {stem(mask.name): mask for mask in masks}
-    inside = [path for path in images if folder / "imagesTr" in path.parents]
-    return {path: by_stem.get(stem(path.name).removesuffix("_0000")) for path in inside}
-
-
-def _classes(labels: object, where: Path) -> tuple[str, ...]:
-    """Names of the mask values 1..K, from {"0": "background", "1": name} or {name: 1}."""
-    if not isinstance(labels, dict):
-        return ()
-    try:
-        names = {int(key): str(value) for key, value in labels.items()}
-    except ValueError:
-        try:
-            names = {int(value): str(key) for key, value in labels.items()}
-        except (TypeError, ValueError) as error:
-            raise UserError(f'{where}: expected "labels" as {{"0": "background", "1": name}}, got {labels}.') from error
-    return tuple(names.get(value, f"label-{value}") for value in range(1, max(names, default=0) + 1))
+    return path.suffix.lower() in _SIDECARS and path.parent / stem(path.name) in stems
 
 
 def folder_labels(paths: Iterable[Path], places: Sequence[Path]) -> dict[Path, tuple[str | None, Split | None]]:
@@ -207,8 +171,3 @@ def folder_labels(paths: Iterable[Path], places: Sequence[Path]) -> dict[Path, t
         for path, parts in folders.items():
             result[path] = (parts[0] if named else None, splits.get(path))
     return result
-
-
-def stem(name: str) -> str:
-    """A file's name without its suffix; `.nii.gz` is one suffix."""
-    return name[:-7] if name.lower().endswith(".nii.gz") else Path(name).stem

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 Look = Callable[[Path], Sight]
 Progress = Callable[[int, int], None]
 
-_READING = f"{__version__}/1"  # raise the number where a reader sees something else in the same file
+_READING = f"{__version__}/2"  # raise the number where a reader sees something else in the same file
 _SAVED = 1000  # sights that are written down at once
 _FEW = 64  # files that one process has looked at before another one has started
 _SIGHT = TypeAdapter(Sight)
@@ -40,6 +40,12 @@ def look_at(look: Look, path: Path) -> Sight:
         return look(path).at(path)
     except ReadError as error:
         return Sight(refused=(Refused(path=path, reason=error.reason, detail=error.detail),))
+    except OSError as error:  # it vanished, or may not be read
+        detail = f"the file cannot be opened ({error.strerror})"
+        return Sight(refused=(Refused(path=path, reason="unreadable", detail=detail),))
+    except Exception as error:  # a reader's mistake: one file must not end an index of thousands
+        detail = f"the reader failed ({type(error).__name__}); please report it"
+        return Sight(refused=(Refused(path=path, reason="reader-failed", detail=detail),))
 
 
 def _batch(look: Look, paths: Sequence[Path]) -> list[Sight]:
@@ -110,7 +116,8 @@ class Memory:
         """Those files that are as they were, with what was seen of them."""
         for path in paths:
             row = self._row(_key(look, path))
-            if row is None or row[0] != _state(path):
+            state = _state(path)
+            if row is None or state is None or row[0] != state:
                 continue
             try:
                 yield path, _SIGHT.validate_json(row[1]).at(path)
@@ -153,6 +160,9 @@ def _key(look: Look, path: Path) -> str:
     return pseudonym(f"{name} {path}", prefix="f")
 
 
-def _state(path: Path) -> str:
-    status = path.stat()
+def _state(path: Path) -> str | None:
+    try:
+        status = path.stat()
+    except OSError:  # it vanished, and is known by no state
+        return None
     return f"{_READING} {status.st_size} {status.st_mtime_ns}"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, cast, get_args
 
 import numpy as np
 
+from medim.data.findings import strata as strata_of
 from medim.data.fingerprints import overlap, united
 from medim.files import write_csv
 from medim.types import Split, UsageError, UserError
@@ -227,9 +228,9 @@ def _ordered(records: Sequence[Record], seed: int) -> list[list[Record]]:
     groups = list(subjects.values())
     draw = np.random.default_rng(seed).permutation(len(groups))
     strata: dict[tuple[str, ...], list[int]] = {}
+    kinds = strata_of([{r.label for r in group if r.label is not None} for group in groups])
     for place in draw:
-        labels = {r.label for r in groups[place] if r.label is not None}
-        strata.setdefault(tuple(sorted(labels)), []).append(int(place))
+        strata.setdefault(kinds[place], []).append(int(place))
     if 2 * len(strata) > len(groups):  # labels that hardly repeat are numbers, not classes
         return [groups[place] for place in draw]
     keys = {

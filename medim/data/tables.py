@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
+from medim.data.decathlon import stem
+from medim.data.findings import finding_columns, label_of, told_by
 from medim.data.identity import hidden, pseudonym
-from medim.data.layouts import stem
 from medim.data.readers.sights import Found
 from medim.types import UserError
 
 log = logging.getLogger(__name__)
 HIDDEN = re.compile(r"(?:^|/)p-[0-9a-f]{12}")
+
+_BIDS = {"participant_id": "subject"}
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,10 @@ def read_table(path: Path, kind: str, *, given: bool) -> Table | None:
     """Read a table of labels or subjects.
 
     Args:
-        path: CSV with a header line; comma, semicolon or tab.
-        kind: "labels" (columns `image` or `subject`, and `label`, `mask` or `split`) or "subjects" (columns `image`,
-            `subject`).
+        path: CSV with a header line; comma, semicolon or tab. A BIDS tree's `participants.tsv` with such a column is
+            one, its `participant_id` being the subject.
+        kind: "labels" (columns `image` or `subject`, and `label`, `mask` or `split`; where the user named it, in place
+            of `label` also a column a finding, of 1, 0 and empty cells) or "subjects" (columns `image`, `subject`).
         given: whether the user named it.
 
     Returns:
@@ -62,24 +66,56 @@ def read_table(path: Path, kind: str, *, given: bool) -> Table | None:
     lines = text.splitlines()
     delimiter = max(",;\t", key=lines[0].count) if lines else ","
     reader = csv.DictReader(lines, delimiter=delimiter)
-    columns = [name.strip().lower() for name in reader.fieldnames or ()]
+    columns = [_BIDS.get(name.strip().lower(), name.strip().lower()) for name in reader.fieldnames or ()]
     reader.fieldnames = columns
-    fits = {"image", "subject"} <= set(columns)
-    wanted = "image,subject"
-    if kind == "labels":
-        fits = bool({"image", "subject"} & set(columns)) and bool({"label", "mask", "split"} & set(columns))
-        wanted = "image or subject, and label or mask"
-    if not fits:
-        if given:
-            raise UserError(f"{path}: expected the columns {wanted}; got {', '.join(columns) or 'none'}.")
-        log.warning("%s is not used: it has no columns %s", path.name, wanted)
-        return None
-    found = ((reader.line_num, {name: (cell or "").strip() for name, cell in row.items() if name}) for row in reader)
+    found = ((reader.line_num, {name: _cell(cell) for name, cell in row.items() if name}) for row in reader)
     try:
         rows = tuple(row for row in found if any(row[1].values()))
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: expected a row of a CSV file, got {error}.") from error
+    bare = kind == "labels" and given and not {"label", "mask"} & set(columns)
+    findings = finding_columns([cells for _, cells in rows]) if bare else ()
+    fits = {"image", "subject"} <= set(columns)
+    wanted = "image,subject"
+    if kind == "labels":
+        fits = bool({"image", "subject"} & set(columns)) and bool({"label", "mask", "split", *findings} & set(columns))
+        wanted = "image or subject, and label or mask"
+    if not fits:
+        if given:
+            hint = " Findings take two or more columns of 1, 0 and empty cells." if kind == "labels" else ""
+            raise UserError(f"{path}: expected the columns {wanted}; got {', '.join(columns) or 'none'}.{hint}")
+        log.warning("%s is not used: it has no columns %s", path.name, wanted)
+        return None
+    if findings:
+        log.info("%s: labels of %d findings: %s", path.name, len(findings), ", ".join(findings))
+        for _, cells in rows:
+            cells["label"] = label_of({name: told_by(cells[name]) for name in findings}) or ""
     return Table(path, rows, given)
+
+
+def _cell(text: str | None) -> str:
+    """A cell; BIDS writes `n/a` where there is no value."""
+    value = (text or "").strip()
+    return "" if value == "n/a" else value
+
+
+def check_participants(path: Path, known: Iterable[Iterable[str | None]]) -> None:
+    """Say in the log where a `participants.tsv` and the images of its tree do not cover each other, by count.
+
+    Args:
+        path: the table; of its columns only `participant_id` is looked at.
+        known: names (pseudonyms) of the subject of each image.
+    """
+    rows = csv.DictReader(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), delimiter="\t")
+    listed = {pseudonym(str(row.get("participant_id") or "").strip()) for row in rows}
+    found = {frozenset(name for name in names if name) for names in known}
+    unlisted = sum(not names & listed for names in found)
+    absent = len(listed - frozenset().union(*found))
+    if absent or unlisted:
+        log.warning(
+            "%s: %d of its %d participants have no image here; %d subjects with images are not in it",
+            *(path.name, absent, len(listed), unlisted),
+        )
 
 
 class Names:
@@ -87,12 +123,15 @@ class Names:
 
     An image is meant by any ending of its path, with or without suffix (`a/b/scan.nii.gz`, `scan`), by the folder of
     its series, by its SeriesInstanceUID, by its item (`archive.npz#train/12`, `train/12`), or by its key in an index,
-    where pseudonyms stand for parts of the path that hold an identity.
+    where pseudonyms stand for parts of the path that hold an identity. A file of several volumes means them all,
+    `scan.nii.gz#3` means one.
     """
 
     def __init__(self, images: Iterable[tuple[int, Found]]) -> None:
         self._images: dict[str, set[int]] = defaultdict(set)
+        self._files: dict[int, Path] = {}
         for place, found in images:
+            self._files[place] = found.files[0]
             for name in _names(found):
                 self._images[name].add(place)
 
@@ -108,12 +147,18 @@ class Names:
             name = "/".join(self._parts.get(part, part) for part in name.split("/"))
         return self._images.get(name) or self._images.get(pseudonym(cell), set())
 
+    def files(self, places: Iterable[int]) -> set[Path]:
+        """The files of images."""
+        return {self._files[place] for place in places}
+
 
 def _names(found: Found) -> Iterator[str]:
     path = found.files[0]
-    ends = [f"#{found.item}", f"/{found.item}"] if found.item else [""]
+    in_archive = found.item is not None and "/" in found.item
+    ends = [f"#{found.item}", f"/{found.item}"] if found.item else []
+    ends += [] if in_archive else [""]
     yield from found.names
-    if found.item:
+    if found.item and in_archive:
         yield found.item
     named = [path, path.with_name(stem(path.name))] + ([path.parent] if len(found.files) > 1 else [])
     for name in named:
@@ -137,7 +182,7 @@ def rows_of(
     for line, cells in table.rows:
         image, subject = cells.get("image", ""), cells.get("subject", "")
         places = names.image(image) if image else by_subject.get(subject) or by_subject.get(pseudonym(subject), set())
-        if image and len(places) > 1:
+        if image and len(names.files(places)) > 1:
             raise UserError(
                 f"{table.path}, line {line}: expected the name of one image, got one that {len(places)} images end in. "
                 "Write more of its path."

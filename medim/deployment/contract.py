@@ -88,13 +88,14 @@ class ScoreMap(_Strict):
 class Postprocess(_Strict):
     """How an answer is made of the first output; the vocabulary is closed."""
 
-    activation: Literal["none", "softmax"]
+    activation: Literal["none", "softmax", "sigmoid"]
     invert: Literal["none", "resample logits (order 1), then argmax"]
 
 
 POSTPROCESS: dict[Kind, Postprocess] = {
     "encoder": Postprocess(activation="none", invert="none"),
     "classifier": Postprocess(activation="softmax", invert="none"),
+    "multi_label_classifier": Postprocess(activation="sigmoid", invert="none"),
     "segmenter": Postprocess(activation="none", invert="resample logits (order 1), then argmax"),
 }
 

@@ -18,7 +18,7 @@ from medim.data.preprocessing import preprocess, restore
 from medim.types import Array, Modality, Step, UserError, Volume
 
 Run = Callable[[Array], Array]  # (N, C, ...) float32 in; (N, K, ...) logits, or (N, K), out
-Kind = Literal["encoder", "segmenter", "classifier"]
+Kind = Literal["encoder", "segmenter", "classifier", "multi_label_classifier"]
 SIGMA = 0.125  # of the Gaussian that blends windows, over the side of the window (MONAI's and nnU-Net's)
 
 
@@ -136,6 +136,12 @@ def classify(run: Run, volume: Volume, preprocessing: Sequence[Step], inference:
     return np.asarray(odds / odds.sum())
 
 
+def find(run: Run, volume: Volume, preprocessing: Sequence[Step], inference: Step | None = None) -> Array:
+    """Probability of each finding, for itself, of an image as a reader gave it: (K,); for `inference` see `infer`."""
+    logits = infer(run, preprocess(volume, preprocessing), inference or {"mode": "whole"}).astype(np.float64)
+    return np.asarray(np.exp(-np.logaddexp(0, -logits)))
+
+
 def embed(run: Run, volume: Volume, preprocessing: Sequence[Step], inference: Step | None = None) -> Array:
     """The encoder's summary of an image as a reader gave it: (summary_channels,); for `inference` see `infer`."""
     return infer(run, preprocess(volume, preprocessing), inference or {"mode": "whole"})
@@ -185,14 +191,13 @@ class Network:
     score_map: Run | None = None
 
     def __call__(self, volume: Volume) -> Array:
-        """Labels (*volume.shape) uint8 of a segmenter, probabilities (K,) of a classifier, summary (d,) of an encoder.
+        """Labels (*volume.shape) uint8 of a segmenter, probabilities (K,) of classifiers, summary (d,) of an encoder.
 
         Raises:
             UserError: the image has another number of dimensions or channels than the network was trained on.
         """
         self._check(volume)
-        answer = {"segmenter": segment, "classifier": classify, "encoder": embed}[self.kind]
-        return answer(self.run, volume, self.preprocessing, self.inference)
+        return _ANSWERS[self.kind](self.run, volume, self.preprocessing, self.inference)
 
     def scores(self, volume: Volume) -> Array:
         """The mutual-information map of an image, (*volume.shape) float32; see `score`.
@@ -219,6 +224,14 @@ class Network:
                 f"expected a {self.spatial_dims}D image of {self.in_channels} channel(s), got "
                 f"{volume.spatial_dims}D of {len(volume.array)}. Use a package made for such images."
             )
+
+
+_ANSWERS: dict[Kind, Callable[..., Array]] = {
+    "encoder": embed,
+    "segmenter": segment,
+    "classifier": classify,
+    "multi_label_classifier": find,
+}
 
 
 def _padded(image: Array, shape: Sequence[int]) -> tuple[Array, tuple[slice, ...]]:

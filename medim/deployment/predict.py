@@ -195,12 +195,12 @@ def _answers(
 def _classified(
     folder: Path, name: str, record: Record, answer: Array, network: Network, package: Package | Network
 ) -> dict[str, Any]:
-    chosen = network.classes[int(answer.argmax())]
     probabilities = {label: round(float(p), 6) for label, p in zip(network.classes, answer, strict=True)}
-    content = {"schema_version": SCHEMA_VERSION, "image": record.image, "class": chosen, "probabilities": probabilities}
+    chosen = {"class": network.classes[int(answer.argmax())]} if network.kind == "classifier" else {}
+    content = {"schema_version": SCHEMA_VERSION, "image": record.image, **chosen, "probabilities": probabilities}
     write_json(folder / f"{name}.json", {**content, "package": _identity(package)})
     columns = {f"probability_{label}": p for label, p in probabilities.items()}
-    return {"image": record.image, "file": f"{name}.json", "class": chosen, **columns}
+    return {"image": record.image, "file": f"{name}.json", **chosen, **columns}
 
 
 def _file_names(records: Sequence[Record]) -> dict[str, str]:

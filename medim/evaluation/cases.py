@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from medim.data.findings import values_of
 from medim.data.index import AllRejectedError, Index, Record
 from medim.deployment.inference import Kind, Network
 from medim.evaluation.metrics import (
@@ -22,6 +23,7 @@ from medim.evaluation.metrics import (
     mean_over_subjects,
     segmentation_metrics,
 )
+from medim.evaluation.multi_label import multi_label_metrics
 from medim.files import write_bytes
 from medim.types import Array, UserError, Volume
 
@@ -31,6 +33,7 @@ Progress = Callable[[int, int], None]  # (cases done, cases)
 Look = Callable[[Record, Volume], bool]  # whether an image, just read, is to be measured
 _TEXT, _NUMBER = pa.string(), pa.float64()
 _KEYS = {"image": _TEXT, "subject": _TEXT, "class": _TEXT}
+TOLD = {1.0: "present", 0.0: "absent"}  # how a row tells of a finding; None where it is unknown
 _REJECTED = {"rejected": _TEXT, "detail": _TEXT}
 COLUMNS: dict[Kind, dict[str, pa.DataType]] = {
     "segmenter": {
@@ -43,6 +46,7 @@ COLUMNS: dict[Kind, dict[str, pa.DataType]] = {
         **_REJECTED,
     },
     "classifier": {**_KEYS, "probability": _NUMBER, "label": _TEXT, "prediction": _TEXT, **_REJECTED},
+    "multi_label_classifier": {**_KEYS, "probability": _NUMBER, "label": _TEXT, **_REJECTED},  # label: as in TOLD
 }
 
 
@@ -59,9 +63,9 @@ def score(
     A case that cannot be read, or that the network does not take, becomes a rejected row.
 
     Args:
-        network: a segmenter or classifier.
+        network: a segmenter or a classifier of either kind.
         index: where the images come from.
-        records: those to run, each with a mask (segmenter) or a label (classifier).
+        records: those to run, each with a mask (segmenter) or a label (classifiers).
         look: asked of each image; what it leaves out has no rows.
         progress: called after each case.
 
@@ -95,7 +99,7 @@ def summarise(
 
     Args:
         rows: what `score` returns.
-        kind: segmenter or classifier.
+        kind: the network's.
         classes: the network's.
         seed: of the bootstrap.
         resamples: of the bootstrap.
@@ -116,6 +120,9 @@ def summarise(
                 values = [row[metric] for row in columns[name]]
                 found = mean_over_subjects(values, subjects, seed=seed, resamples=resamples)
                 metrics[f"{metric}_{name}"] = found
+    elif kind == "multi_label_classifier":
+        told = finding_arrays(used, classes)
+        metrics = multi_label_metrics(*told, classes, subjects, seed=seed, resamples=resamples)
     else:
         probabilities, labels = class_arrays(used, classes)
         overall = classification_metrics(probabilities, labels)
@@ -131,6 +138,15 @@ def class_arrays(rows: Sequence[Row], classes: Sequence[str]) -> tuple[Array, Ar
     probabilities = np.array([row["probability"] for row in used], dtype=np.float64).reshape(-1, len(classes))
     labels = [classes.index(row["label"]) for row in used[:: len(classes)]]
     return probabilities, np.array(labels, dtype=np.intp)
+
+
+def finding_arrays(rows: Sequence[Row], classes: Sequence[str]) -> tuple[Array, Array]:
+    """Probabilities and labels, 1, 0 or NaN (unknown), of a multi-label classifier's rows: two of (N, K)."""
+    used = [row for row in rows if not row.get("rejected")]
+    told = {word: value for value, word in TOLD.items()} | {None: np.nan}
+    columns = [row["probability"] for row in used], [told[row["label"]] for row in used]
+    probabilities, labels = (np.array(column, np.float64).reshape(-1, len(classes)) for column in columns)
+    return probabilities, labels
 
 
 def write_cases(path: Path, rows: Sequence[Row], kind: Kind) -> None:
@@ -169,8 +185,8 @@ def _case(network: Network, index: Index, record: Record, relabel: Array | None,
         mask = index.open_mask(record) if network.kind == "segmenter" else None
     except Exception as error:  # a decoder may raise anything; the case is counted, the rest goes on
         return [_rejected(getattr(error, "reason", "unreadable"), error, index)]
-    if mask is None and record.label not in network.classes:
-        detail = f"expected a label among {', '.join(network.classes)}, got {record.label!r}"
+    if mask is None and not _labelled(record.label, network):
+        detail = f"expected a label of {', '.join(network.classes)}, got {record.label!r}"
         return [{"rejected": "unknown-class", "detail": detail}]
     if mask is not None and mask.shape != volume.shape:
         detail = f"expected a mask on the image's grid {volume.shape}, got {mask.shape}"
@@ -185,11 +201,22 @@ def _case(network: Network, index: Index, record: Record, relabel: Array | None,
     if mask is not None:
         truth = mask.array[0] if relabel is None else relabel[mask.array[0]]
         return _segmented(answer, truth, volume, network.classes)
+    if network.kind == "multi_label_classifier":
+        told = [TOLD.get(value) for value in values_of(record.label, network.classes)]
+        columns = zip(network.classes, map(float, answer), told, strict=True)
+        return [dict(zip(("class", "probability", "label"), column, strict=True)) for column in columns]
     prediction = network.classes[int(answer.argmax())]
     return [
         {"class": name, "probability": float(p), "label": record.label, "prediction": prediction}
         for name, p in zip(network.classes, answer, strict=True)
     ]
+
+
+def _labelled(label: str | None, network: Network) -> bool:
+    """Whether a label is a class of the network, or tells of one of its findings."""
+    if network.kind == "multi_label_classifier":
+        return bool(np.isfinite(values_of(label, network.classes)).any())
+    return label in network.classes
 
 
 def _segmented(prediction: Array, truth: Array, volume: Volume, classes: Sequence[str]) -> list[Row]:

@@ -20,7 +20,7 @@ from medim.data.index import Index, Record
 from medim.data.seen import read_seen
 from medim.data.splits import read_splits
 from medim.data.splits import split as split_subjects
-from medim.deployment.inference import Network, Run
+from medim.deployment.inference import Kind, Network, Run
 from medim.deployment.package import load_package
 from medim.evaluation.cases import SCHEMA_VERSION, Progress, Row, score, summarise, write_cases
 from medim.evaluation.metrics import RESAMPLES
@@ -32,6 +32,11 @@ from medim.objectives.score_map import load_score_map
 from medim.types import Split, UserError
 
 log = logging.getLogger(__name__)
+TASKS: dict[Kind, str] = {
+    "segmenter": "segmentation",
+    "classifier": "classification",
+    "multi_label_classifier": "multi-label classification",
+}
 
 SplitChoice = Split | Literal["all"]
 
@@ -112,7 +117,7 @@ def evaluate(
     content = {
         "schema_version": SCHEMA_VERSION,
         "command": "evaluate",
-        "task": "segmentation" if network.kind == "segmenter" else "classification",
+        "task": TASKS[network.kind],
         "split": part,
         "seen": seen,
         **excluded,

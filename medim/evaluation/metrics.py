@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from medim.evaluation.binary import Statistic, auroc, average_precision, ratio
 from medim.types import Array
 
 SURFACE_TOLERANCE_MM = 1.0
@@ -31,7 +32,6 @@ RESAMPLES = 1000
 _ROUNDING_MM = 1e-3  # headers hold 1 mm as 0.9999999 or 1.0000001
 _CELLS = 4_000_000  # weights held at once
 
-Statistic = Callable[[Array], Array]  # weights (R, N) of the cases -> values (R,), NaN where a resample defines none
 Metric = dict[str, float | int | None]  # value, ci_low, ci_high, n
 
 
@@ -89,7 +89,8 @@ def classification_metrics(probabilities: Array, labels: Array) -> dict[str, flo
     """Compare class probabilities with the labels.
 
     `auroc`: of the second of two classes; of more, the mean over those that occur of one against the rest; None where
-    fewer than two occur. `balanced_accuracy`: mean recall over the classes that occur. `f1`: mean over the classes that
+    fewer than two occur. `average_precision`: the same of the precision averaged over the positives, whose chance level
+    is their share. `balanced_accuracy`: mean recall over the classes that occur. `f1`: mean over the classes that
     occur or are predicted (macro), which needs no positive class. `ece`: expected calibration error of the predicted
     class's probability in 15 bins of equal width (Guo et al. 2017).
 
@@ -98,19 +99,20 @@ def classification_metrics(probabilities: Array, labels: Array) -> dict[str, flo
         labels: (N,) class indices.
 
     Returns:
-        The five values; all None where N is 0.
+        The six values; all None where N is 0.
     """
     import torch
-    from sklearn.metrics import accuracy_score, f1_score, recall_score, roc_auc_score
+    from sklearn.metrics import accuracy_score, average_precision_score, f1_score, recall_score, roc_auc_score
     from torchmetrics.functional.classification import multiclass_calibration_error
 
     if len(labels) == 0:
-        return dict.fromkeys(("auroc", "accuracy", "balanced_accuracy", "f1", "ece"))
+        return dict.fromkeys(("auroc", "average_precision", "accuracy", "balanced_accuracy", "f1", "ece"))
     predicted, occurring = probabilities.argmax(axis=1), np.unique(labels)
-    auroc = None
+    ranked: dict[str, float | None] = {"auroc": None, "average_precision": None}
     if len(occurring) > 1:
-        positives = _positives(probabilities, occurring)
-        auroc = float(np.mean([roc_auc_score(labels == k, probabilities[:, k]) for k in positives]))
+        sides = [(labels == k, probabilities[:, k]) for k in _positives(probabilities, occurring)]
+        ranked["auroc"] = float(np.mean([roc_auc_score(*side) for side in sides]))
+        ranked["average_precision"] = float(np.mean([average_precision_score(*side) for side in sides]))
     named = np.union1d(occurring, predicted)
     ece = multiclass_calibration_error(
         torch.from_numpy(probabilities.astype(np.float64)),
@@ -119,7 +121,7 @@ def classification_metrics(probabilities: Array, labels: Array) -> dict[str, flo
         n_bins=ECE_BINS,
     )
     return {
-        "auroc": auroc,
+        **ranked,
         "accuracy": float(accuracy_score(labels, predicted)),
         "balanced_accuracy": float(recall_score(labels, predicted, labels=occurring, average="macro")),
         "f1": float(f1_score(labels, predicted, labels=named, average="macro", zero_division=0.0)),
@@ -194,24 +196,22 @@ def classification_statistics(probabilities: Array, labels: Array) -> dict[str, 
     hit = (predicted == labels).astype(np.float64)
     confidence = probabilities.max(axis=1)
 
-    def auroc(weights: Array) -> Array:
-        if len(occurring) < 2:
-            return np.full(len(weights), np.nan)
-        positives = _positives(probabilities, occurring)
-        return np.asarray(np.mean([_auroc(weights, probabilities[:, k], labels == k) for k in positives], axis=0))
+    def mean_of(statistic: Callable[[Array, Array], Statistic]) -> Statistic:
+        of_class = [statistic(probabilities[:, k], labels == k) for k in _positives(probabilities, occurring)]
+        return lambda weights: np.asarray(np.mean([one(weights) for one in of_class], axis=0))
 
     def accuracy(weights: Array) -> Array:
         return np.asarray(weights @ hit / weights.sum(axis=1))
 
     def balanced_accuracy(weights: Array) -> Array:
-        recalls = [_ratio(weights @ (hit * (labels == k)), weights @ (labels == k)) for k in occurring]
+        recalls = [ratio(weights @ (hit * (labels == k)), weights @ (labels == k)) for k in occurring]
         return _nanmean(np.array(recalls))
 
     def f1(weights: Array) -> Array:
         scores = []
         for k in np.union1d(occurring, predicted):
             both = (labels == k).astype(np.float64) + (predicted == k)
-            scores.append(_ratio(2 * weights @ (hit * (labels == k)), weights @ both))
+            scores.append(ratio(2 * weights @ (hit * (labels == k)), weights @ both))
         return _nanmean(np.array(scores))
 
     def ece(weights: Array) -> Array:
@@ -220,17 +220,8 @@ def classification_statistics(probabilities: Array, labels: Array) -> dict[str, 
         gaps = sum(np.abs(weights @ (gap * (which == b))) for b in range(ECE_BINS))
         return np.asarray(gaps / weights.sum(axis=1))
 
-    return {"auroc": auroc, "accuracy": accuracy, "balanced_accuracy": balanced_accuracy, "f1": f1, "ece": ece}
-
-
-def _auroc(weights: Array, scores: Array, positive: Array) -> Array:
-    """Weighted Mann-Whitney statistic, ties counting half: (R, N) weights to (R,), NaN where a side is missing."""
-    order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # first case of each distinct score
-    sides = [np.add.reduceat(weights[:, order] * side[order], starts, axis=1) for side in (positive, ~positive)]
-    above, below = sides  # (R, distinct scores): weight of positives and of negatives at each score
-    beaten = np.cumsum(below, axis=1) - below / 2
-    return _ratio((above * beaten).sum(axis=1), above.sum(axis=1) * below.sum(axis=1))
+    ranked = {"auroc": mean_of(auroc), "average_precision": mean_of(average_precision)}
+    return {**ranked, "accuracy": accuracy, "balanced_accuracy": balanced_accuracy, "f1": f1, "ece": ece}
 
 
 def _positives(probabilities: Array, occurring: Array) -> list[int]:
@@ -248,15 +239,10 @@ def _around(masks: tuple[Array, Array]) -> tuple[slice, ...]:
     return tuple(box)
 
 
-def _ratio(numerator: Array, denominator: Array) -> Array:
-    undefined = np.full(len(numerator), np.nan)
-    return np.asarray(np.divide(numerator, denominator, out=undefined, where=denominator > 0))
-
-
 def _nanmean(values: Array) -> Array:
     """Mean over the first axis of what is defined; NaN where nothing is."""
     defined = np.isfinite(values)
-    return _ratio(np.where(defined, values, 0.0).sum(axis=0), defined.sum(axis=0))
+    return ratio(np.where(defined, values, 0.0).sum(axis=0), defined.sum(axis=0))
 
 
 def _finite(value: float) -> float | None:

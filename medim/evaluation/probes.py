@@ -30,7 +30,7 @@ from medim.types import Array, UsageError, UserError
 
 log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
-METRICS = ("auroc", "accuracy", "balanced_accuracy", "f1", "ece")
+METRICS = ("auroc", "average_precision", "accuracy", "balanced_accuracy", "f1", "ece")
 Row = dict[str, Any]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from medim.data.findings import check_one_kind
 from medim.data.index import Index, Record
 from medim.data.seen import Case
 from medim.data.splits import budget, on_both_sides, split
@@ -171,6 +172,12 @@ def _classes(index: Index, records: Sequence[Record]) -> tuple[str, ...]:
 
 
 def _check_labels(index: Index, train: Sequence[Record], val: Sequence[Record]) -> None:
+    check_one_kind(record.label for record in index.records)
+    if index.findings:
+        raise UserError(
+            f"{index.root}: expected one class an image, got findings. A probe tells classes apart: give --labels CSV "
+            "with columns image,label, or fine-tune (`medim finetune --task classification`)."
+        )
     classes, measured = _classes(index, train), _classes(index, val)
     for part, found in (("training", classes), ("validation", measured)):
         if not found:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from monai.losses.dice import DiceCELoss
 from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from medim.models.layers import check_level, pointwise, pooled
 from medim.types import Features
@@ -46,7 +47,7 @@ class Head(Protocol):
         ...
 
     def loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Scalar loss; target (N,) or (N, ...) holds class indices."""
+        """Scalar loss; target (N,) or (N, ...) holds class indices, (N, out_channels) what is known of each finding."""
         ...
 
     def inputs(self, features: Features) -> torch.Tensor:
@@ -115,6 +116,24 @@ class ClassificationHead(nn.Module):
         self.linear.bias.copy_(probe.bias)
 
 
+class MultiLabelHead(ClassificationHead):
+    """The network of `classification`, a sigmoid a class: an image has any number of them; binary cross-entropy.
+
+    Args:
+        channels: channels of the encoder's maps.
+        summary_channels: length of the summary.
+        out_channels: number of classes.
+        maps: as in `classification`.
+        hidden: as in `classification`.
+    """
+
+    def loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Mean over what is known, in nats; target (N, out_channels) of 1 (present), 0 (absent) and NaN (unknown)."""
+        unknown = target.isnan()
+        costs = binary_cross_entropy_with_logits(logits.float(), target.masked_fill(unknown, 0), reduction="none")
+        return costs.masked_fill(unknown, 0).sum() / (~unknown).sum().clamp_min(1)
+
+
 class SegmentationHead(nn.Module):
     """A 1-wide convolution on the decoded map; Dice and cross-entropy in equal parts (Isensee et al. 2021).
 
@@ -149,4 +168,8 @@ class SegmentationHead(nn.Module):
         self.conv.bias.copy_(probe.bias - weight @ probe.mean)
 
 
-HEADS: dict[str, Callable[..., nn.Module]] = {"classification": ClassificationHead, "segmentation": SegmentationHead}
+HEADS: dict[str, Callable[..., nn.Module]] = {
+    "classification": ClassificationHead,
+    "multi_label": MultiLabelHead,
+    "segmentation": SegmentationHead,
+}

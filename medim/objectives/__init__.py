@@ -18,6 +18,7 @@ from medim.objectives.infomax import GlobalDIM, LocalDIM
 from medim.objectives.objective import Encode, Objective, Term
 from medim.objectives.prior_matching import PriorMatching
 from medim.objectives.reconstruction import Reconstruction
+from medim.objectives.simclr import SimCLR
 from medim.objectives.vae import VAE, beta_vae
 
 __all__ = ["OBJECTIVES", "Encode", "Objective", "Term"]
@@ -33,4 +34,5 @@ OBJECTIVES: dict[str, Callable[..., nn.Module]] = {
     "beta_vae": beta_vae,
     "dense_dim": DenseDIM,
     "amdim": AMDIM,
+    "simclr": SimCLR,
 }

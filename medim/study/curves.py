@@ -104,8 +104,8 @@ def labels_saved(budgets: Sequence[float], ours: Sequence[Scores], scratch: Sequ
         raise ValueError(f"expected two or more increasing budgets, each with scores of both arms, got {budgets}.")
     if len({(len(score.values), score.values.shape[2]) for score in (*ours, *scratch)}) > 1:
         raise ValueError("expected as many seeds and resamples at every budget of both arms.")
-    places = np.log(np.asarray(budgets, dtype=np.float64))
-    grid = np.unique(np.concatenate([places, np.linspace(places[0], places[-1], POINTS)]))
+    places = np.asarray(budgets, dtype=np.float64)
+    grid = np.unique([*places, *np.geomspace(places[0], places[-1], POINTS)[1:-1]])
     curve = _between(places, _rising(scratch), grid)
     found = []
     for labels, level in zip(budgets, ours, strict=True):
@@ -160,10 +160,10 @@ def _rising(scores: Sequence[Scores]) -> list[Scores]:
     return pooled
 
 
-def _between(places: Array, scores: Sequence[Scores], grid: Array) -> list[Scores]:
-    """Scores at the points of a grid, linear between those at the places."""
-    left = np.clip(np.searchsorted(places, grid, side="right") - 1, 0, len(places) - 2)
-    shares = (grid - places[left]) / (places[left + 1] - places[left])
+def _between(budgets: Array, scores: Sequence[Scores], grid: Array) -> list[Scores]:
+    """Scores at the points of a grid, linear in the logarithm between those at the budgets."""
+    left = np.clip(np.searchsorted(budgets, grid, side="right") - 1, 0, len(budgets) - 2)
+    shares = np.log(grid / budgets[left]) / np.log(budgets[left + 1] / budgets[left])
     return [
         Scores((1 - share) * scores[i].values + share * scores[i + 1].values, scores[i].subjects)
         for i, share in zip(left, shares, strict=True)
@@ -174,9 +174,9 @@ def _first(grid: Array, values: Array) -> Amount:
     """Where values first reach 0."""
     reached = np.flatnonzero(values >= 0)
     if not len(reached):
-        return Amount(float(np.exp(grid[-1])), "more than")
+        return Amount(float(grid[-1]), "more than")
     if reached[0] == 0:
-        return Amount(float(np.exp(grid[0])), "fewer than" if values[0] > 0 else "")
+        return Amount(float(grid[0]), "fewer than" if values[0] > 0 else "")
     return _crossing(grid, values, int(reached[0]))
 
 
@@ -184,13 +184,13 @@ def _last(grid: Array, values: Array) -> Amount:
     """Where values last leave 0."""
     below = np.flatnonzero(values <= 0)
     if not len(below):
-        return Amount(float(np.exp(grid[0])), "fewer than")
+        return Amount(float(grid[0]), "fewer than")
     if below[-1] == len(grid) - 1:
-        return Amount(float(np.exp(grid[-1])), "more than" if values[-1] < 0 else "")
+        return Amount(float(grid[-1]), "more than" if values[-1] < 0 else "")
     return _crossing(grid, values, int(below[-1]) + 1)
 
 
 def _crossing(grid: Array, values: Array, after: int) -> Amount:
-    """Where the line between two points of a grid meets 0."""
-    before, behind = values[after - 1], values[after]
-    return Amount(float(np.exp(grid[after - 1] + (grid[after] - grid[after - 1]) * before / (before - behind))))
+    """Where the line between two points of a grid, linear in the logarithm, meets 0."""
+    share = values[after - 1] / (values[after - 1] - values[after])
+    return Amount(float(grid[after - 1] * (grid[after] / grid[after - 1]) ** share))

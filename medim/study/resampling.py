@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from medim.evaluation.metrics import RESAMPLES, Statistic
+from medim.evaluation.binary import Statistic
+from medim.evaluation.metrics import RESAMPLES
 from medim.types import Array, UserError
 
 MIN_SUBJECTS = 5  # in all, and of each class
@@ -81,7 +82,7 @@ def draw(
     if count < MIN_SUBJECTS:
         raise UserError(f"interval: expected at least {MIN_SUBJECTS} subjects to measure on, got {count}. {_MORE}")
     if labels is not None:
-        held = Counter(label for _, label in set(zip(subjects, labels, strict=True)))
+        held = Counter(label for _, label in dict.fromkeys(zip(subjects, labels, strict=True)))
         if len(held) < 2 or min(held.values()) < MIN_SUBJECTS:
             got = ", ".join(f"{number} with {label}" for label, number in held.items())
             raise UserError(f"interval: expected {MIN_SUBJECTS} subjects of each of two classes, got {got}. {_MORE}")

@@ -87,14 +87,13 @@ def interval(scores: Scores, limits: tuple[float, float] = (-math.inf, math.inf)
 
     The bootstrap over subjects gives the variance of the mean that subjects account for, times n / (n - 1), and how
     much of the scatter between seeds, between subsets and of the rest is noise of subjects too. What the observed
-    scatter has above that noise is added: seeds + subsets - what both count (their interaction), none below zero. This
-    is the variance that the crossed bootstrap (Owen 2007, arXiv 0711.4047; Owen and Eckles 2012, doi
-    10.1214/12-AOAS547) overstates by counting what levels share several times, and understates by the factor (n - 1) /
-    n at each level (Davison and Hinkley 1997, section 3.8), as methods of multi-reader studies have it (Hillis 2007,
-    doi 10.1002/sim.2532). The degrees of freedom are Satterthwaite's (1946, doi 10.2307/3002019). In them a level of
-    three or more counts with excess times mean square: with the square of the mean square, the textbook's, runs that
-    differ by noise alone get intervals of twice the width, and with that of the excess the coverage drops below 90 %
-    (`benchmarks/coverage.py`).
+    scatter of seeds and subsets has above that noise is added, less what both count (their interaction), if it is
+    above zero. This is the variance that the crossed bootstrap (Owen 2007, arXiv 0711.4047; Owen and Eckles 2012, doi
+    10.1214/12-AOAS547) estimates, without the noise that it counts at every level and without its factor (n - 1) / n
+    at each (Davison and Hinkley 1997, section 3.8). The degrees of freedom are Satterthwaite's (1946, doi
+    10.2307/3002019), of the mean squares that are in it; without runs that differ, those of the subjects. Studies with
+    several readers are judged likewise (Hillis 2007, doi 10.1002/sim.2532). `benchmarks/coverage.py` measures how often
+    the truth is inside.
 
     Args:
         scores: of the runs.
@@ -110,19 +109,18 @@ def interval(scores: Scores, limits: tuple[float, float] = (-math.inf, math.inf)
     if not over:
         raise UserError("interval: expected several runs or resampled subjects, got one number. Add seeds or subsets.")
     value = float(values[..., 0].mean())
-    observed, noise, subject = _levels(values[..., :1]), np.zeros(3), 0.0
+    observed, noise, total = _levels(values[..., :1]), np.zeros(3), 0.0
     if scores.subjects:
         spread = values[..., 1:] - values[..., 1:].mean(axis=-1, keepdims=True)
         spread *= math.sqrt(scores.subjects / (scores.subjects - 1))
-        noise, subject = _levels(spread), float((spread.mean(axis=(0, 1)) ** 2).mean())
-    *excess, shared = np.maximum(observed - noise, 0.0)
-    total = subject + sum(excess)
-    spent = subject**2 / max(scores.subjects - 1, 1)
-    for number, own, square in zip((seeds, subsets), excess, observed, strict=False):
-        if own > 0:
-            spent += (own if number > 2 else square) * square / (number - 1)
-    error = math.sqrt(total - min(shared, *excess))
-    df = float(total**2 / spent) if spent else 1.0
+        noise, total = _levels(spread), float((spread.mean(axis=(0, 1)) ** 2).mean())
+    excess = observed - noise  # of seeds, of subsets, of both
+    spent, shared = total**2 / max(scores.subjects - 1, 1), 0.0
+    if excess[0] + excess[1] > 0:
+        total += float(excess[0] + excess[1])
+        shared = max(float(excess.min()), 0.0)
+        spent += sum(float(square) ** 2 / max(n - 1, 1) for square, n in zip(observed, (seeds, subsets), strict=False))
+    error, df = math.sqrt(total - shared), total**2 / spent if spent else 1.0
     half = float(stats.t.ppf((1 + LEVEL) / 2, df)) * error
     low, high = (float(np.clip(end, *limits)) for end in (value - half, value + half))
     return Interval(value, low, high, error, df, over, seeds, subsets, scores.subjects)

@@ -29,6 +29,7 @@ from medim.training.loaders import StepSampler, step_loader
 from medim.training.monitor import COLUMNS
 from medim.training.optim import optimiser
 from medim.training.sizes import resolve
+from medim.training.targets import blank_target, targets_of, with_head_for
 from medim.training.tracking import check_target, log_results, track
 from medim.training.trainer import fit, make_trainer, newest_checkpoint, peak_memory, versions
 from medim.types import Modality, UsageError, UserError
@@ -36,7 +37,11 @@ from medim.types import Modality, UsageError, UserError
 log = logging.getLogger(__name__)
 Row = tuple[int, str, float | None, None, float | None]  # the columns of history.csv
 PROBE_BATCHES = 32  # what the head is started from, where there are more
-KINDS = {"segmentation": "segmenter", "classification": "classifier"}
+KINDS = {
+    "segmentation": "segmenter",
+    "classification": "classifier",
+    "multi_label": "multi_label_classifier",
+}  # by head
 
 
 class FinetuneModule(pl.LightningModule):
@@ -225,6 +230,7 @@ def finetune(
         UsageError: a section that cannot be built, or parts that do not fit each other.
     """
     began = time.perf_counter()
+    config = with_head_for(config, index)
     rehearse(config)
     check_target()
     subset_seed = seed if subset_seed is None else subset_seed
@@ -301,12 +307,11 @@ def rehearse(config: FinetuneConfig) -> None:
     Augmentation(config.views.augmentations, spatial_dims=config.spatial_dims)
     shape, count = config.views.shape, min(2, config.batch_size)
     made = {"encoder": config.encoder, "decoder": config.decoder, "head": config.head, "out_channels": 2}
-    target = torch.zeros((count, *shape) if config.task == "segmentation" else count, dtype=torch.int64)
     try:
         model = build_model({**made, "in_channels": 1, "spatial_dims": config.spatial_dims, "input_shape": shape})
         head: Any = model.head
         with torch.no_grad():
-            head.loss(model(torch.zeros(count, 1, *shape)), target)
+            head.loss(model(torch.zeros(count, 1, *shape)), blank_target(config, count))
     except (RuntimeError, ValueError, IndexError) as error:
         raise UsageError(
             f"config {config.name}: expected encoder, decoder and head that fit each other, views.shape {list(shape)} "
@@ -413,7 +418,7 @@ def loader_of(
     dataset = LabelledDataset(
         cohort.store,
         cohort.store_keys(records),
-        targets=None if config.task == "segmentation" else [classes.index(str(r.label)) for r in records],
+        targets=targets_of(config, records, classes),
         shape=config.views.shape,
         augmentations=config.views.augmentations if augment else (),
     )
@@ -426,7 +431,7 @@ def spec_of(config: FinetuneConfig, cohort: Cohort, seed: int, split_seed: int) 
     """The spec of the model that a run trains; see `medim.models.saved`."""
     classes = list(cohort.index.classes if config.task == "segmentation" else cohort.index.labels)
     return {
-        "kind": KINDS[config.task],
+        "kind": KINDS.get(config.head["name"], KINDS[config.task]),
         **cohort.spec(config, seed=seed, split_seed=split_seed),
         "decoder": config.decoder,
         "head": config.head,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.preprocessing import StandardScaler
 
 from medim.evaluation.protocols import fit_linear
 from medim.models.heads import LinearProbe
@@ -26,15 +27,16 @@ def start_head_as_probe(
 
     Args:
         model: encoder, decoder and head; norms use the statistics of the batches, as in the steps that follow.
-        batches: labelled images (N, C, ...) and targets (N,) or (N, ...).
+        batches: labelled images (N, C, ...) and targets: class indices (N,) or (N, ...), or findings (N, K).
         classes: number of classes, K.
         seed: of the folds, and of the draw of voxels.
     """
     rows, labels = _rows(model.train(), batches, np.random.default_rng(seed))
-    if len(np.unique(labels)) < 2:
-        return
     head: Any = model.head
-    head.start_from(fit_probe(rows, labels, classes=classes, seed=seed))
+    if labels.ndim == 2:
+        head.start_from(fit_probes(rows, labels, seed=seed))
+    elif len(np.unique(labels)) > 1:
+        head.start_from(fit_probe(rows, labels, classes=classes, seed=seed))
 
 
 def fit_probe(rows: Array, labels: Array, *, classes: int, seed: int) -> LinearProbe:
@@ -55,19 +57,43 @@ def fit_probe(rows: Array, labels: Array, *, classes: int, seed: int) -> LinearP
     return LinearProbe(*(torch.from_numpy(a).float() for a in (scaler.mean_, scaler.scale_, weight, bias)))
 
 
+def fit_probes(rows: Array, labels: Array, *, seed: int) -> LinearProbe:
+    """A `linear` probe a finding, each of the images where it is known: its logit is that of the finding's presence.
+
+    Args:
+        rows: features (n, d).
+        labels: (n, K) of 1, 0 and NaN (unknown); a finding that is nowhere present, or nowhere absent, gets a bias.
+        seed: of the folds.
+    """
+    common = StandardScaler().fit(rows)
+    weight, bias = np.zeros((labels.shape[1], rows.shape[1])), np.zeros(labels.shape[1])
+    for k, told in enumerate(labels.T):
+        known = np.isfinite(told)
+        present = told[known].astype(int)
+        bias[k] = np.log1p(present.sum()) - np.log1p((1 - present).sum())
+        if 0 < present.sum() < len(present):
+            scaler, found, _ = fit_linear(rows[known], present, seed=seed)
+            slope = found.coef_[0] / scaler.scale_
+            weight[k] = slope * common.scale_
+            bias[k] = found.intercept_[0] + slope @ (common.mean_ - scaler.mean_)
+    return LinearProbe(*(torch.from_numpy(a).float() for a in (common.mean_, common.scale_, weight, bias)))
+
+
 @torch.no_grad()
 def _rows(
     model: Model, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], rng: np.random.Generator
 ) -> tuple[Array, Array]:
-    """What the head sees (n, d) and its targets (n,), at most `ROWS_A_CLASS` a class."""
+    """What the head sees (n, d) and its targets: (n,), at most `ROWS_A_CLASS` a class; or (n, K), all of them."""
     found: list[tuple[Array, Array]] = []
     head: Any = model.head
     for image, target in batches:
         features = model.encoder(image)
         x = head.inputs(features if model.decoder is None else model.decoder(features)).float()
-        found.append(_few(x.movedim(1, -1).reshape(-1, x.shape[1]).numpy(), target.reshape(-1).numpy(), rng))
+        rows = x.movedim(1, -1).reshape(-1, x.shape[1]).numpy()
+        findings = target.is_floating_point()
+        found.append((rows, target.numpy()) if findings else _few(rows, target.reshape(-1).numpy(), rng))
     rows, labels = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return _few(rows, labels, rng)
+    return (rows, labels) if labels.ndim == 2 else _few(rows, labels, rng)
 
 
 def _few(rows: Array, labels: Array, rng: np.random.Generator) -> tuple[Array, Array]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import one_hot
 
 from medim.config import build
 from medim.models.heads import HEADS, LinearProbe
@@ -15,7 +16,8 @@ from medim.types import Features
 
 CLASSES = 3
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "classification": [{}, {"maps": [0, 1]}, {"maps": [-1]}, {"hidden": [7, 6]}]
+    "classification": [{}, {"maps": [0, 1]}, {"maps": [-1]}, {"hidden": [7, 6]}],
+    "multi_label": [{}, {"maps": [-1], "hidden": [7]}],
 }
 GRIDS: dict[int, tuple[int, ...]] = {2: (8, 6), 3: (8, 6, 4)}
 every_head = pytest.mark.parametrize(
@@ -45,11 +47,12 @@ def features(dims: int) -> Features:
     return Features(maps, torch.randn(4, 5, generator=generator))
 
 
-def target_of(logits: torch.Tensor) -> torch.Tensor:
+def target_of(section: dict[str, Any], logits: torch.Tensor) -> torch.Tensor:
+    """Classes, each of which occurs; for findings, one an image is present and the others are absent."""
     shape = (len(logits), *logits.shape[2:])
     target = torch.randint(0, CLASSES, shape, generator=torch.Generator().manual_seed(2))
     target.view(-1)[:CLASSES] = torch.arange(CLASSES)
-    return target
+    return one_hot(target, CLASSES).float() if section["name"] == "multi_label" else target
 
 
 @every_head
@@ -63,7 +66,7 @@ def test_logits_have_a_channel_a_class(section: dict[str, Any], dims: int) -> No
 def test_the_loss_is_a_scalar_whose_gradient_reaches_every_parameter(section: dict[str, Any], dims: int) -> None:
     head = make(section, dims)
     logits = head(features(dims))
-    loss = head.loss(logits, target_of(logits))
+    loss = head.loss(logits, target_of(section, logits))
     assert loss.shape == ()
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.parameters())
@@ -72,8 +75,8 @@ def test_the_loss_is_a_scalar_whose_gradient_reaches_every_parameter(section: di
 @every_head
 def test_certainty_of_the_truth_costs_nothing_and_of_an_error_much(section: dict[str, Any], dims: int) -> None:
     head = make(section, dims)
-    target = target_of(head(features(dims)))
-    right = 50.0 * torch.nn.functional.one_hot(target, CLASSES).movedim(-1, 1)
+    target = target_of(section, head(features(dims)))
+    right = 100 * target - 50 if target.is_floating_point() else 50.0 * one_hot(target, CLASSES).movedim(-1, 1)
     even = torch.zeros_like(right)
     assert head.loss(right, target) < 1e-3
     assert 0.5 < head.loss(even, target) < head.loss(right.roll(1, dims=1), target)
@@ -83,7 +86,7 @@ def test_certainty_of_the_truth_costs_nothing_and_of_an_error_much(section: dict
 def test_reordering_a_batch_changes_no_loss(section: dict[str, Any], dims: int) -> None:
     head = make(section, dims)
     logits = head(features(dims))
-    target, order = target_of(logits), torch.tensor([2, 0, 3, 1])
+    target, order = target_of(section, logits), torch.tensor([2, 0, 3, 1])
     torch.testing.assert_close(head.loss(logits[order], target[order]), head.loss(logits, target))
 
 
@@ -91,7 +94,7 @@ def test_reordering_a_batch_changes_no_loss(section: dict[str, Any], dims: int) 
 def test_the_loss_is_fp32_under_bf16(section: dict[str, Any], dims: int) -> None:
     head = make(section, dims)
     exact = head(features(dims))
-    target = target_of(exact)
+    target = target_of(section, exact)
     with torch.autocast("cpu", torch.bfloat16):
         loss = head.loss(head(features(dims)), target)
     assert loss.dtype == torch.float32

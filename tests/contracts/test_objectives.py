@@ -41,6 +41,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "vae": [{"decoder_channels": [8, 4]}, {"decoder_channels": [4], "norm": "gn", "beta": 0.5}],
     "beta_vae": [{"decoder_channels": [8, 4]}],
     "amdim": [{"width": 8}, {"width": 6, "levels": [0, 1], "clip": 5.0}],
+    "simclr": [{"width": 8}, {"width": 5, "hidden": 7, "temperature": 0.5}],
     "dense_dim": [
         {"width": 8, "points": 12, "block": 4},
         {"width": 8, "points": 5, "block": 3, "negatives": "all", "scaled": False, "clip": 0.0, "score_penalty": 0.0},
@@ -55,7 +56,7 @@ every_objective = pytest.mark.parametrize(
         for name in OBJECTIVES
         for n, options in enumerate(VARIANTS.get(name, [{}]))
         for dims in (2, 3)
-        for count in ((2,) if name == "amdim" else (1, 2))
+        for count in ((2,) if name in ("amdim", "simclr") else (1, 2))
     ],
 )
 

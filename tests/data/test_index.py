@@ -653,7 +653,7 @@ def test_an_image_that_changed_since_is_not_opened_in_silence(tmp_path: Path) ->
     path = write_nifti(tmp_path / "a.nii")
     index = build_index(tmp_path, "mri")
     write_nifti(path, noise(4, 5, 7))
-    with pytest.raises(ReadError, match=r"a\.nii: shape"):
+    with pytest.raises(ReadError, match=r"a\.nii: shape.*\[changed\]"):
         index.open(index.records[0])
     write_nifti(path, np.full((4, 5, 6), np.nan, np.float32))
     with pytest.raises(ReadError) as caught:
@@ -669,6 +669,6 @@ def test_opening_gives_what_read_volume_gives(tmp_path: Path) -> None:
     np.testing.assert_array_equal(index.open(record).array, volume.array)
     assert record.affine == tuple(volume.affine.ravel())
     assert record.shape == volume.shape
-    with pytest.raises(ReadError, match="mask"):
+    with pytest.raises(ReadError, match=r"\[no-mask\]"):
         index.open_mask(record)
     assert isinstance(pydicom.dcmread(index.locate(record)), pydicom.FileDataset)

@@ -102,6 +102,17 @@ def test_a_file_that_kills_its_process_is_refused_and_no_other(tmp_path: Path) -
     assert all(sight.found[0].files == (path,) for sight, path in zip(sights, paths, strict=True) if sight.found)
 
 
+def broken(path: Path) -> Sight:
+    """A look with a mistake in it."""
+    raise RuntimeError("Avasarala")
+
+
+def test_a_reader_that_fails_refuses_the_file_alone(tmp_path: Path) -> None:
+    (refused,) = look_at(broken, tmp_path / "a").refused
+    assert refused.reason == "reader-failed"
+    assert "Avasarala" not in refused.detail
+
+
 @pytest.mark.parametrize("name", ["a.nii.gz", "b.npz", "c.dcm"])
 def test_a_sight_comes_back_as_it_was_kept(name: str, tmp_path: Path) -> None:
     path = tmp_path / name

@@ -74,6 +74,7 @@ def test_classification_is_by_the_probability_of_each_class(index: Index, classi
     found = validate(by_size, index, index.records, classifier)[0]
     assert {name: metric["value"] for name, metric in found["metrics"].items() if name != "ece"} == {
         "auroc": 1,
+        "average_precision": 1,
         "accuracy": 1,
         "balanced_accuracy": 1,
         "f1": 1,

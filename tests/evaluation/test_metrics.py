@@ -5,7 +5,13 @@ import warnings
 import numpy as np
 import pytest
 from scipy.spatial import cKDTree
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, roc_auc_score
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    balanced_accuracy_score,
+    f1_score,
+    roc_auc_score,
+)
 
 from medim.evaluation.metrics import (
     bootstrap,
@@ -123,6 +129,8 @@ def test_classification_metrics_equal_their_definitions(classes: int) -> None:
     found = classification_metrics(probabilities, labels)
     scores = probabilities[:, 1] if classes == 2 else probabilities
     assert found["auroc"] == pytest.approx(roc_auc_score(labels, scores, multi_class="ovr"))
+    precisions = average_precision_score(np.eye(classes)[labels], probabilities, average=None)
+    assert found["average_precision"] == pytest.approx(precisions[1] if classes == 2 else precisions.mean())
     assert found["accuracy"] == pytest.approx(accuracy_score(labels, predicted))
     assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predicted))
     assert found["f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
@@ -141,10 +149,11 @@ def test_the_weighted_statistics_equal_the_metrics_of_the_cases_repeated(classes
             assert value == pytest.approx(expected), name
 
 
-def test_auroc_is_undefined_where_one_class_occurs() -> None:
-    probabilities = np.array([[0.9, 0.1], [0.2, 0.8]])
-    assert classification_metrics(probabilities, np.array([1, 1]))["auroc"] is None
-    assert np.isnan(classification_statistics(probabilities, np.array([1, 1]))["auroc"](np.ones((3, 2)))).all()
+@pytest.mark.parametrize("name", ["auroc", "average_precision"])
+@pytest.mark.parametrize("probabilities", [np.array([[0.9, 0.1], [0.2, 0.8]]), np.eye(3)[:2]])
+def test_a_ranking_is_undefined_where_one_class_occurs(name: str, probabilities: Array) -> None:
+    assert classification_metrics(probabilities, np.array([1, 1]))[name] is None
+    assert np.isnan(classification_statistics(probabilities, np.array([1, 1]))[name](np.ones((3, 2)))).all()
 
 
 def test_the_mean_of_one_case_a_subject_has_the_interval_of_the_normal_approximation() -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 from medim.data.index import Index, build_index
 from medim.data.quality import measure
 from medim.data.quality_table import assess, write_quality
+from medim.data.reasons import REASONS
 from medim.evaluation.report import report
 from medim.evaluation.report.contact import chosen, contact_sheet, picture
 from medim.types import Modality, Volume
@@ -185,6 +186,7 @@ def test_the_page_of_real_images(
         told = {row[0]: row for row in cells(html, "Not used, by reason")}
         assert {code: int(row[1]) for code, row in told.items()} == reasons
         first = {r.reason: (r.detail, r.path) for r in reversed(index.rejected)}
-        assert {code: (row[2], row[3]) for code, row in told.items()} == first
+        assert {code: (row[3], row[4]) for code, row in told.items()} == first
+        assert {code: row[2] for code, row in told.items()} == {code: REASONS[code] for code in reasons}
     assert html == report(tmp_path / "index").read_text()
     assert contact_sheet(index, "")[0].tiles == contact_sheet(index, "")[0].tiles

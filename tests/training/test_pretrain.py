@@ -213,6 +213,7 @@ def test_a_single_training_subject_is_refused(
         ({"encoder": {"name": "convnet", "channels": [4, -8]}}, "convnet.channels: expected one or more"),
         ({"objectives": [{"name": "localdim"}]}, "Did you mean 'local_dim'"),
         ({"objectives": [{"name": "amdim"}]}, "Set views.count: 2"),
+        ({"objectives": [{"name": "simclr"}]}, "Set views.count: 2"),
         ({"objectives": [{"name": "dense_dim"}]}, "add a decoder to the config"),
         ({"batch_size": 1}, "batch_size: expected 2 or more"),
         ({"views": ViewsConfig(shape=(2, 2, 2))}, "views.shape .* cannot take it"),
@@ -232,6 +233,7 @@ def test_a_section_that_cannot_be_built_is_refused_before_anything_is_written(
     [
         ({"name": "dense_dim", "width": 8, "points": 20}, {"name": "unet"}, math.log(20)),
         ({"name": "amdim", "width": 8}, None, 2 * math.log(1 + 3 * 4**3) + math.log(1 + 3 * 8**3)),
+        ({"name": "simclr", "width": 8}, None, math.log(2 * 4 - 1)),
         ({"name": "coordinates", "kind": "relative", "level": -1, "hidden": 8}, None, 3 * offset_entropy(4)),
     ],
     ids=lambda value: value["name"] if isinstance(value, dict) else "",

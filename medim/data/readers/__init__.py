@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 DICOM = DicomReader()
-_ITEM = re.compile(r"(.+)#((?:(?:train|val|test)/)?[^#/]*)", re.DOTALL)
+_ITEM = re.compile(r"(.+\.(?:npz|nii|nii\.gz))#((?:(?:train|val|test)/)?[^#/]*)|(.+)#(\d+)", re.DOTALL | re.IGNORECASE)
 READERS: tuple[Reader, ...] = (  # the first that accepts a file reads it
     NiftiReader(),
     PictureReader(),
@@ -74,8 +74,8 @@ def read_volume(path: str | Path) -> Volume:
     """Read one image of any format in `READERS`.
 
     Args:
-        path: a file; a folder that holds one DICOM series; or `archive.npz#train/12`, an image of an archive.
-            A DICOM file stands for itself alone: one slice, or all frames of a multi-frame object.
+        path: a file; a folder that holds one DICOM series; or `archive.npz#train/12`, `scan.nii.gz#3`, an image of a
+            file of many. A DICOM file stands for itself alone: one slice, or all frames of a multi-frame object.
 
     Returns:
         float32 (C, D, H, W) with axes to Right, Anterior, Superior and mm, or (C, H, W) rows by columns.
@@ -88,7 +88,7 @@ def read_volume(path: str | Path) -> Volume:
         if place.is_dir():
             volume = DICOM.read_folder(place)
         else:
-            if not place.exists():
+            if not place.is_file():
                 raise ReadError("missing", "expected an image here, found no file or folder")
             reader = reader_of(place)
             if reader is None:
@@ -127,10 +127,13 @@ def read_mask(path: str | Path) -> Volume:
 
 
 def split_item(path: str | Path) -> tuple[Path, str | None]:
-    """`archive.npz#train/12` as file and item; a file whose own name holds a `#` stays whole."""
+    """`archive.npz#train/12`, `scan.nii.gz#3` or `IM0001#0` as file and item; other `#` belong to the name."""
     text = str(path)
     found = _ITEM.fullmatch(text)
-    return (Path(found[1]), found[2]) if found and not Path(text).exists() else (Path(text), None)
+    if found is None or Path(text).exists():
+        return Path(text), None
+    name, item = found.group(1, 2) if found[1] else found.group(3, 4)
+    return Path(name), item
 
 
 def __getattr__(name: str) -> Any:

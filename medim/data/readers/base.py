@@ -164,6 +164,18 @@ def check_size(shape: Iterable[int], item_bytes: int) -> int:
     return count
 
 
+def check_length(found: int, announced: int) -> None:
+    """Refuse voxels of another number than the header's: one of the two is wrong, and so may be the shape.
+
+    Raises:
+        ReadError: in that case.
+    """
+    if found < announced:
+        raise ReadError("truncated", f"the header announces {announced} bytes of voxels, the file has {found}")
+    if found > announced:
+        raise ReadError("length-mismatch", f"the header announces {announced} bytes of voxels, more follow")
+
+
 def check_start(path: Path) -> None:
     """Refuse a file that is empty or not there.
 

@@ -1,22 +1,24 @@
 """DICOM: single X-rays, MR series of many files, and multi-frame MR.
 
-Slices are grouped by SeriesInstanceUID, ordered along the slice normal, and refused with a reason rather than guessed
-at where they are no evenly spaced stack. The native grid of a series is (column, row, slice), as ITK and NIfTI count.
+Files are grouped by SeriesInstanceUID and made stacks of by `dicom_series`; what is no evenly spaced stack is refused
+with a reason rather than guessed at. The native grid of a series is (column, row, slice), as ITK and NIfTI count.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from medim.data.readers.base import LPS_TO_RAS, ReadError, flat_volume, ras_grid, ras_volume
 from medim.data.readers.dicom_header import looks_like_dicom, read_header
-from medim.data.readers.dicom_pixels import frames_of, same_pixels
-from medim.data.readers.dicom_stack import stack
-from medim.data.readers.sights import Found, Instance, Refused, Scanned, Sight
+from medim.data.readers.dicom_pixels import filled, frames_of, same_pixels
+from medim.data.readers.dicom_series import Stacks, stacks_of
+from medim.data.readers.dicom_stack import Stack
+from medim.data.readers.sights import Found, Frame, Instance, Refused, Scanned, Sight
 from medim.types import Modality, Volume
 
 
@@ -47,33 +49,33 @@ class DicomReader:
             instance = sight.instance
             if instance is None:
                 continue
-            if modality in (None, instance.kind):
+            if modality in (None, instance.origin.kind):
                 instances.append(instance)
                 continue
-            detail = f"an image of modality {instance.kind}; expected {modality}"
-            refused.append(
-                Refused(path=instance.path, reason="wrong-modality", detail=detail, identities=instance.identities)
-            )
+            error = ReadError("wrong-modality", f"an image of modality {instance.origin.kind}; expected {modality}")
+            refused.append(_refused([instance], error))
         unique, copies = _without_copies(sorted(instances, key=lambda instance: instance.path))
         found: list[Found] = []
         for group in _groups(unique):
-            try:
-                found.append(_found(group))
-            except ReadError as error:
-                detail = f"{error.detail} (series of {len(group)} files)" if len(group) > 1 else error.detail
-                identities = frozenset().union(*(instance.identities for instance in group))
-                refused.append(Refused(path=group[0].path, reason=error.reason, detail=detail, identities=identities))
+            images, others = _images(group)
+            found += images
+            refused += others
         return found, refused + copies
 
     def read(self, path: Path, item: str | None = None) -> Volume:
-        """Read one file: an X-ray, a slice, or all frames of a multi-frame object."""
-        return self.read_files([path])
+        """Read one file: an X-ray, a slice, or the frames of a multi-frame object.
 
-    def read_files(self, paths: Iterable[Path]) -> Volume:
+        Args:
+            path: the file.
+            item: number of the stack, where the frames make several.
+        """
+        return self.read_files([path], item)
+
+    def read_files(self, paths: Iterable[Path], item: str | None = None) -> Volume:
         """Read the files of one image.
 
         Raises:
-            ReadError: a file is no image, or they are no stack.
+            ReadError: a file is no image, they are no stack, or there is no such item.
         """
         instances = []
         for path in paths:
@@ -82,12 +84,16 @@ class DicomReader:
                 raise ReadError(sight.refused[0].reason, sight.refused[0].detail)
             instances.append(sight.instance)
         first = instances[0]
-        if first.kind == "xray":
+        if first.origin.kind == "xray":
             _check_flat(first)
-            return flat_volume(frames_of(first.path)[0], first.spacing)
-        order, affine = _stack(instances)
-        frames = np.concatenate([frames_of(instance.path) for instance in instances])
-        return ras_volume(frames[order].transpose(2, 1, 0), LPS_TO_RAS @ affine)
+            return flat_volume(filled(frames_of(first.path))[0], first.origin.spacing)
+        one = _chosen(_stacks(instances), item)
+        slices = [(instance, number) for instance in instances for number in range(instance.count)]
+        array = np.empty((len(one.places), *first.origin.size), np.float32)
+        frames = frames_of(first.path) if first.count > 1 else None
+        for slot, (instance, number) in zip(array, (slices[place] for place in one.places), strict=True):
+            slot[...] = frames_of(instance.path)[0] if frames is None else frames[number]
+        return ras_volume(filled(array).transpose(2, 1, 0), LPS_TO_RAS @ one.affine)
 
     def read_folder(self, folder: Path) -> Volume:
         """Read the one series that lies in a folder.
@@ -98,7 +104,7 @@ class DicomReader:
         files = sorted(path for path in folder.iterdir() if path.is_file() and self.accepts(path))
         found, refused = self.gather([self.look(path).at(path) for path in files], None)
         if len(found) == 1:
-            return self.read_files(found[0].files)
+            return self.read_files(found[0].files, found[0].item)
         if found:
             raise ReadError(
                 "several-series", f"{len(found)} images in this folder; expected one series. Use medim index"
@@ -106,6 +112,25 @@ class DicomReader:
         if refused:
             raise ReadError(refused[0].reason, refused[0].detail)
         raise ReadError("no-image", "no DICOM file in this folder; expected one series")
+
+
+def _chosen(stacks: Stacks, item: str | None) -> Stack:
+    """The one stack, or the one of several that an item names.
+
+    Raises:
+        ReadError: there is none, or not that one.
+    """
+    found, refused = stacks
+    if not found:
+        raise ReadError(refused[0][1].reason, refused[0][1].detail)
+    names = [str(number) for number in range(len(found))]
+    if item in names:
+        return found[int(item)]
+    if item is not None:
+        raise ReadError("no-such-item", f"no image '{item}' in the file; it has {', '.join(names)}")
+    if len(found) > 1:
+        raise ReadError("several-volumes", f"{len(found)} stacks of slices; name one, as in file.dcm#0")
+    return found[0]
 
 
 def _without_copies(instances: Sequence[Instance]) -> tuple[list[Instance], list[Refused]]:
@@ -116,17 +141,12 @@ def _without_copies(instances: Sequence[Instance]) -> tuple[list[Instance], list
         first = seen.setdefault(instance.sop, instance) if instance.sop else instance
         if first is instance:
             unique.append(instance)
-            continue
-        same = same_pixels(first.path, instance.path)
-        detail = "the same SOPInstanceUID and pixels as" if same else "the SOPInstanceUID of, but other pixels than,"
-        refused.append(
-            Refused(
-                path=instance.path,
-                reason="duplicate" if same else "conflicting-duplicate",
-                detail=f"{detail} a file that comes before it",
-                identities=instance.identities,
-            )
-        )
+        elif same_pixels(first.path, instance.path):
+            error = ReadError("duplicate", "the same SOPInstanceUID and pixels as a file that comes before it")
+            refused.append(_refused([instance], error))
+        else:
+            detail = "the SOPInstanceUID of, but other pixels than, a file that comes before it"
+            refused.append(_refused([instance], ReadError("conflicting-duplicate", detail)))
     return unique, refused
 
 
@@ -134,18 +154,28 @@ def _groups(instances: Sequence[Instance]) -> list[list[Instance]]:
     """Single-frame MR by series; everything else by file."""
     series: dict[str, list[Instance]] = defaultdict(list)
     for place, instance in enumerate(instances):
-        alone = instance.kind == "xray" or instance.count > 1 or not instance.series
-        series[f"{place}" if alone else instance.series].append(instance)
+        alone = instance.origin.kind == "xray" or instance.count > 1 or not instance.origin.series
+        series[f"{place}" if alone else instance.origin.series].append(instance)
     return list(series.values())
 
 
-def _stack(instances: Sequence[Instance]) -> tuple[list[int], np.ndarray[tuple[int, int], np.dtype[np.float64]]]:
-    """Order of all frames and their LPS affine."""
-    if len({(instance.rows, instance.columns) for instance in instances}) > 1:
-        raise ReadError("mixed-size", "the slices differ in rows or columns")
-    if any(len(instance.frames) != instance.count for instance in instances):
-        return stack([])
-    return stack([frame for instance in instances for frame in instance.frames])
+def _stacks(group: Sequence[Instance]) -> Stacks:
+    """The stacks that the frames of a group make."""
+    first = group[0]
+    if len(group) == first.count == 1 and not first.frames and "secondary-capture" in first.origin.quality:
+        return stacks_of([_captured(first)], lambda one, other: False)
+    frames: list[Frame | None] = []
+    for instance in group:
+        frames += instance.frames or [None] * instance.count
+    if first.count > 1:
+        return stacks_of(frames, lambda one, other: False)
+    return stacks_of(frames, lambda one, other: same_pixels(group[one].path, group[other].path))
+
+
+def _captured(instance: Instance) -> Frame:
+    """The plane of a picture that was captured without its place."""
+    spacing = instance.origin.spacing
+    return Frame((0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0), spacing, instance.origin.size, 1.0, ())
 
 
 def _check_flat(instance: Instance) -> None:
@@ -153,20 +183,33 @@ def _check_flat(instance: Instance) -> None:
         raise ReadError("several-volumes", f"{instance.count} frames; expected one X-ray")
 
 
-def _found(group: Sequence[Instance]) -> Found:
-    """One image from its files.
-
-    Raises:
-        ReadError: they are no stack.
-    """
+def _images(group: Sequence[Instance]) -> Scanned:
+    """The images of a group of files, and what of it is none."""
     first = group[0]
-    if first.kind == "xray":
-        _check_flat(first)
-        shape: tuple[int, ...] = (first.rows, first.columns)
-        affine = np.diag([*first.spacing, 1.0, 1.0])
-    else:
-        order, lps = _stack(group)
-        shape, affine = ras_grid((first.columns, first.rows, len(order)), LPS_TO_RAS @ lps)
+    if first.origin.kind == "xray":
+        if first.count > 1:
+            return [], [_refused(group, ReadError("several-volumes", f"{first.count} frames; expected one X-ray"))]
+        return [_found(group, None)], []
+    stacks, spoilt = _stacks(group)
+    if first.count > 1:
+        left_out = ("frames-left-out",) if spoilt else ()
+        found = [_found(group, one, left_out) for one in stacks]
+        if len(found) > 1:
+            found = [replace(image, item=str(number)) for number, image in enumerate(found)]
+        return found, [] if found else [_refused(group, spoilt[0][1])]
+    found = [_found([group[place] for place in sorted(one.places)], one) for one in stacks]
+    return found, [_refused([group[place] for place in sorted(places)], error) for places, error in spoilt]
+
+
+def _found(group: Sequence[Instance], one: Stack | None, odd: tuple[str, ...] = ()) -> Found:
+    """One image from its files: a stack of frames, or an X-ray."""
+    first = group[0].origin
+    shape: tuple[int, ...] = first.size
+    affine = np.diag([*first.spacing, 1.0, 1.0])
+    if one is not None:
+        shape, affine = ras_grid((*first.size[::-1], len(one.places)), LPS_TO_RAS @ one.affine)
+        odd = (*odd, *one.quality)
+    sop = group[0].sop if len(group) == 1 else ""
     return Found(
         files=tuple(instance.path for instance in group),
         shape=shape,
@@ -174,10 +217,18 @@ def _found(group: Sequence[Instance]) -> Found:
         subject=first.subject or first.study or first.series or None,
         aliases=first.aliases,
         session=first.study or None,
-        series=first.series or first.sop or None,
+        series=first.series or group[0].sop or None,
         sequence=first.sequence,
         scanner=first.scanner,
         field_strength=first.field_strength,
-        names=tuple(name for name in (first.series, first.sop if len(group) == 1 else "") if name),
+        names=tuple(name for name in (first.series, sop) if name),
+        quality=tuple(sorted({*odd, *(code for instance in group for code in instance.origin.quality)})),
         identities=frozenset().union(*(instance.identities for instance in group)),
     )
+
+
+def _refused(group: Sequence[Instance], error: ReadError) -> Refused:
+    """A file, or files by the first one."""
+    detail = f"{error.detail} (series of {len(group)} files)" if len(group) > 1 else error.detail
+    identities = frozenset().union(*(instance.identities for instance in group))
+    return Refused(path=group[0].path, reason=error.reason, detail=detail, identities=identities)

@@ -3,82 +3,113 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from medim.data.geometry import rotation
 from medim.data.readers.base import ReadError
 from medim.data.readers.sights import Frame
 from medim.types import Array
 
-SAME_DIRECTION = 1e-4  # of unit vectors; scanners round the text of one orientation differently from slice to slice
-SAME_LENGTH = 1e-3  # of pixel spacings, relative
-UNEVEN = 0.02  # of the median gap
-SHEAR = 0.02  # sideways drift a slice, of the gap
-SAME_PLACE = 0.01  # mm
+SAME_PLACE = 0.01  # mm along the normal
+OFF_PLACE = 0.1  # mm that a slice may lie off its place in an even, straight stack
+OFF_GAP = 0.1  # the same, of the gap: 0.1 mm is much in a stack of 0.3 mm
 
 
-def stack(frames: Sequence[Frame]) -> tuple[list[int], Array]:
-    """Order frames along the slice normal.
+@dataclass(frozen=True)
+class Stack:
+    """Frames that make an image.
+
+    Attributes:
+        places: of the frames, from first to last slice.
+        affine: (4, 4) LPS, of the (column, row, slice) grid; its axes stand at exact right angles.
+        quality: codes of what is odd about it and accepted.
+    """
+
+    places: tuple[int, ...]
+    affine: Array
+    quality: tuple[str, ...] = ()
+
+
+def stack(frames: Sequence[Frame]) -> Stack:
+    """Order parallel frames along the slice normal.
 
     The normal is the cross product of the row and column directions, as ITK has it.
 
-    Returns:
-        the places of `frames` from first to last slice, and the (4, 4) LPS affine of the (column, row, slice) grid.
+    Raises:
+        ReadError: no geometry, duplicate positions, missing slices, uneven gaps, or a sheared stack.
+    """
+    turn = axes_of(frames[0])
+    positions = np.array([frame.position for frame in frames])
+    depth = positions @ turn[:, 2]
+    order = [int(place) for place in np.argsort(depth, kind="stable")]
+    gap = frames[0].thickness
+    if len(frames) > 1:
+        gap = float(depth[order[-1]] - depth[order[0]]) / (len(frames) - 1)
+        _check_gaps(depth[order], gap)
+        _check_straight(positions[order], turn[:, 2])
+    turn = axes_of(frames[order[0]])  # where rounding differs, the first slice's word counts, as ITK has it
+    affine = np.eye(4)
+    affine[:3, :3] = turn * [frames[0].spacing[1], frames[0].spacing[0], gap]  # the next column lies along the row
+    affine[:3, 3] = positions[order[0]]
+    quality = ["single-slice"] if len(frames) == 1 else []
+    if np.array_equal(turn, np.eye(3)) and not positions[:, :2].any():
+        quality.append("no-place")  # what software writes that has lost the patient
+    return Stack(tuple(order), affine, tuple(quality))
+
+
+def axes_of(frame: Frame) -> Array:
+    """(3, 3) directions of the next column, the next row and the next slice, at exact right angles.
 
     Raises:
-        ReadError: no geometry, mixed orientations or spacings, duplicate positions, uneven gaps, or a sheared stack.
+        ReadError: the directions of row and column are no perpendicular unit vectors.
     """
-    if not frames:
-        raise ReadError("no-geometry", "the header does not say where the slices lie (position, orientation, spacing)")
-    orientations = np.array([frame.orientation for frame in frames])
-    spacings = np.array([frame.spacing for frame in frames])
-    if np.abs(orientations - orientations[0]).max() > SAME_DIRECTION:
-        raise ReadError("mixed-orientation", "the slices do not lie parallel; expected one orientation")
-    if np.abs(spacings / spacings[0] - 1).max() > SAME_LENGTH:
-        raise ReadError("mixed-spacing", "the pixel spacing differs from slice to slice")
-    row, column = orientations[0, :3], orientations[0, 3:]
+    row, column = np.array(frame.orientation[:3]), np.array(frame.orientation[3:])
     lengths = np.array([np.linalg.norm(row), np.linalg.norm(column)])
     if np.abs(lengths - 1).max() > 0.01 or abs(row @ column) > 0.01:
         raise ReadError("bad-geometry", "row and column directions are not perpendicular unit vectors")
-    normal = np.cross(row, column)
-    positions = np.array([frame.position for frame in frames])
-    depth = positions @ normal
-    order = [int(place) for place in np.argsort(depth, kind="stable")]
-    step = _step(positions[order], depth[order], normal, frames[0].thickness)
-    affine = np.eye(4)
-    affine[:3, 0] = row * spacings[0, 1]  # the next column lies along the row
-    affine[:3, 1] = column * spacings[0, 0]
-    affine[:3, 2] = step
-    affine[:3, 3] = positions[order[0]]
-    return order, affine
+    return rotation(np.stack([row, column, np.cross(row, column)], axis=1))
 
 
-def _step(positions: Array, depth: Array, normal: Array, thickness: float) -> Array:
-    """The (3,) vector from a slice to the next.
+def _check_gaps(depth: Array, gap: float) -> None:
+    """Refuse slices that do not lie evenly.
 
     Args:
-        positions: (N, 3), sorted along the normal.
-        depth: (N,), their places on it in mm.
-        normal: (3,).
-        thickness: gap of a single slice in mm.
+        depth: (N,), sorted places on the normal in mm.
+        gap: of an even stack between first and last.
+
+    Raises:
+        ReadError: in that case.
     """
-    if len(depth) == 1:
-        return normal * thickness
     gaps = np.diff(depth)
     if gaps.min() < SAME_PLACE:
         twice = int((gaps < SAME_PLACE).sum())
         raise ReadError("duplicate-position", f"{twice} of {len(depth)} slices lie where another one lies")
-    median = float(np.median(gaps))
-    if np.abs(gaps - median).max() > max(UNEVEN * median, SAME_PLACE):
+    even = depth[0] + gap * np.arange(len(depth))
+    if np.abs(depth - even).max() <= min(OFF_PLACE, OFF_GAP * gap):
+        return
+    single = float(np.median(gaps[gaps < 1.5 * gaps.min()]))
+    steps = np.rint((depth - depth[0]) / single)
+    if np.abs(depth - depth[0] - steps * single).max() <= min(OFF_PLACE, OFF_GAP * single) * steps[-1] / len(gaps):
+        missing = int(steps[-1]) - len(gaps)
         raise ReadError(
-            "uneven-gaps",
-            f"gaps from {gaps.min():.3f} to {gaps.max():.3f} mm; expected even ones (is a slice missing?)",
+            "missing-slices", f"{missing} of {len(depth) + missing} slices {single:.3f} mm apart are missing"
         )
-    step = np.asarray((positions[-1] - positions[0]) / (len(depth) - 1))
-    drift = float(np.linalg.norm(step - (step @ normal) * normal))
-    astray = positions - positions[0] - np.outer(np.arange(len(depth)), step)
-    if drift > SHEAR * median:
-        raise ReadError("sheared", f"each slice lies {drift:.3f} mm sideways of the last (a tilted gantry?)")
-    if np.abs(astray).max() > max(UNEVEN * median, SAME_PLACE):
-        raise ReadError("sheared", f"slices lie up to {np.abs(astray).max():.3f} mm off a straight line")
-    return step
+    raise ReadError("uneven-gaps", f"gaps from {gaps.min():.3f} to {gaps.max():.3f} mm; expected even ones")
+
+
+def _check_straight(positions: Array, normal: Array) -> None:
+    """Refuse slices that do not lie above one another.
+
+    Args:
+        positions: (N, 3), sorted along the normal.
+        normal: (3,).
+
+    Raises:
+        ReadError: in that case.
+    """
+    away = positions - positions[0]
+    sideways = np.linalg.norm(away - np.outer(away @ normal, normal), axis=1)
+    if sideways.max() > OFF_PLACE:
+        raise ReadError("sheared", f"slices lie up to {sideways.max():.3f} mm sideways of the first (a tilted gantry?)")

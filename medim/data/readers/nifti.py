@@ -2,134 +2,150 @@
 
 from __future__ import annotations
 
-import gzip
-import io
-import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
-from nibabel.arrayproxy import ArrayProxy
 
 from medim.data.identity import pseudonym, tokens
-from medim.data.readers.base import (
-    ReadError,
-    as_float,
-    check_size,
-    check_start,
-    ras_volume,
-    seen,
-)
-from medim.data.readers.sights import Sight
-from medim.types import Volume
+from medim.data.readers.base import ReadError, as_float, check_length, ras_volume, seen
+from medim.data.readers.nifti_header import Header, read_header, unpacked
+from medim.data.readers.sights import Found, Refused, Sight
+from medim.types import Array, Volume
 
-_silent = logging.Logger("nibabel", logging.CRITICAL + 1)  # what its header checks mend is not worth a line each
-_SECOND = (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")  # NIfTI-2: the header's size, 540
-_TO_MM = {1: 1000.0, 3: 0.001}  # NIFTI_UNITS_METER, NIFTI_UNITS_MICRON; everything else is taken as mm
-_MORE = 64 << 20  # bytes after the voxels that are read over in search of the checksum
-_DEFLATE_RATIO = 1100  # no gzip stream unpacks to more than 1032 times its size
+_HEADER_SIZES = (b"\x5c\x01\x00\x00", b"\x00\x00\x01\x5c", b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")  # 348, 540
+_LABEL = 1002
+_STATISTICS = range(2, 25)
 
 
 class NiftiReader:
-    """One volume a file; a trailing axis of length 1 is dropped."""
+    """A volume, or up to 16 that are images of their own, called by their place ("3").
+
+    Trailing axes of length 1 are dropped.
+    """
 
     name = "NIfTI"
 
     def accepts(self, path: Path) -> bool:
-        """By suffix: `.nii` or `.nii.gz`."""
-        return path.name.lower().endswith((".nii", ".nii.gz"))
+        """By suffix, `.nii` or `.nii.gz`; a pair of `.hdr` and `.img` to say what to do with it."""
+        return path.name.lower().endswith((".nii", ".nii.gz")) or _is_pair(path)
 
     def look(self, path: Path) -> Sight:
         """Read the whole file once: damage shows only where the voxels are unpacked."""
-        volume, texts = self._read(path)
-        bids = re.search(r"(?:^|[/_])sub-([A-Za-z0-9]+)", path.as_posix())
-        session = re.search(r"(?:^|[/_])ses-([A-Za-z0-9]+)", path.as_posix())
-        suffix = re.fullmatch(r"sub-.*_([A-Za-z0-9]+)\.nii(?:\.gz)?", path.name)
-        return seen(
-            volume,
-            subject=pseudonym(bids[1]) if bids else None,
-            aliases=(pseudonym(f"sub-{bids[1]}"),) if bids else (),
-            session=pseudonym(session[1]) if bids and session else None,
-            sequence=suffix[1] if suffix else None,
-            identities=tokens(texts),
-        )
+        header = _header(path)
+        identities = tokens(header.texts)
+        try:
+            _check_intent(header)
+            voxels = _voxels(path, header)
+        except ReadError as error:
+            return Sight(refused=(Refused(reason=error.reason, detail=error.detail, identities=identities),))
+        said = _named(path) | {"identities": identities, "quality": header.quality}
+        found: list[Found] = []
+        refused: list[Refused] = []
+        for place, volume in enumerate(_volumes(voxels, header)):
+            try:
+                found += seen(volume, item=str(place) if header.volumes > 1 else None, **said).found
+            except ReadError as error:
+                detail = f"volume {place}: {error.detail}" if header.volumes > 1 else error.detail
+                refused.append(Refused(reason=error.reason, detail=detail, identities=identities))
+        return Sight(found=tuple(found), refused=tuple(refused))
 
     def read(self, path: Path, item: str | None = None) -> Volume:
         """Read the volume.
 
         Raises:
-            ReadError: empty, truncated, several volumes, colour, or no geometry.
+            ReadError: empty, truncated, colour, no geometry, or several volumes and none named.
         """
-        return self._read(path)[0]
-
-    def _read(self, path: Path) -> tuple[Volume, frozenset[str]]:
-        """The volume, and the free texts of its header."""
-        check_start(path)
-        try:
-            with nibabel.openers.ImageOpener(str(path)) as file:
-                kind = nibabel.Nifti2Header if file.read(4) in _SECOND else nibabel.Nifti1Header
-                file.seek(0)
-                header: Any = kind.from_fileobj(file, check=False)  # type: ignore[no-untyped-call]
-            header.check_fix(logger=_silent, error_level=40)
-            dtype, shape, offset = header.get_data_dtype(), header.get_data_shape(), int(header["vox_offset"])
-        except Exception as error:  # a damaged file raises whatever nibabel met
-            raise ReadError("unreadable", f"not a whole NIfTI header ({type(error).__name__})") from error
-        if dtype.kind not in "uif":
-            raise ReadError("not-scalar", f"voxels of type {dtype}; expected one real number a voxel")
-        spatial = _spatial_shape(shape)
-        announced = check_size(shape, dtype.itemsize)
-        _check_bytes(path, offset, announced)
-        try:
-            packed = path.name.lower().endswith(".gz")
-            content = io.BytesIO(_unpack(path, offset + announced)) if packed else str(path)
-            stored: Any = ArrayProxy(content, header)  # type: ignore[no-untyped-call]
-            array = as_float(np.asanyarray(stored)).reshape(spatial)
-        except ReadError:
-            raise
-        except Exception as error:
-            raise ReadError("truncated", f"the voxels end early or are damaged ({type(error).__name__})") from error
-        scale = _TO_MM.get(int(header["xyzt_units"]) & 7, 1.0)
-        affine = np.diag([scale, scale, scale, 1.0]) @ np.asarray(header.get_best_affine(), dtype=np.float64)
-        names = ("db_name", "descrip") if "db_name" in header else ("descrip",)
-        texts = frozenset(bytes(header[name].item()).decode("latin-1").strip("\0 ") for name in names)
-        return ras_volume(array, affine), texts
+        header = _header(path)
+        last = header.volumes - 1
+        if last and item is None:
+            raise ReadError("several-volumes", f"the file holds {last + 1} volumes; name one, as in {path.name}#0")
+        if item is not None and not (last and item.isdecimal() and int(item) <= last):
+            names = f"0 to {last}" if last else "one, which has no name"
+            raise ReadError("no-such-item", f"no volume '{item}' in the file; it has {names}")
+        return _volume(_voxels(path, header), header, int(item or 0))
 
 
-def _unpack(path: Path, size: int) -> bytes:
-    """The first bytes of a gzip file, which is read to its end, where its checksum stands."""
-    with gzip.open(path) as file:
-        data = file.read(size)
-        more = 0
-        while chunk := file.read(1 << 20):
-            more += len(chunk)
-            if more > _MORE:
-                raise ReadError("unreadable", f"more than {_MORE >> 20} MiB follow the voxels")
-    return data
+def _is_pair(path: Path) -> bool:
+    """Whether a file is half of an Analyze or NIfTI pair."""
+    header = path.with_suffix(".hdr")
+    if path.suffix.lower() not in {".hdr", ".img"} or not header.is_file():
+        return False
+    try:
+        with header.open("rb") as file:
+            return file.read(4) in _HEADER_SIZES
+    except OSError:
+        return False
 
 
-def _spatial_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The three spatial axes of a file's shape.
+def _header(path: Path) -> Header:
+    """The header.
 
     Raises:
-        ReadError: fewer than three axes, or several volumes.
+        ReadError: also for half of a pair: Analyze does not know left from right, and a pair tears apart.
     """
-    if len(shape) < 3:
-        raise ReadError("wrong-dimensions", f"shape {shape}; expected three spatial axes")
-    if any(length != 1 for length in shape[3:]):
-        raise ReadError("several-volumes", f"shape {shape}; expected one volume. Split the file, one volume a file")
-    return shape[:3]
+    if _is_pair(path):
+        raise ReadError("pair-of-files", "half of a .hdr/.img pair; convert it to one file: nib-convert a.img a.nii.gz")
+    return read_header(path)
 
 
-def _check_bytes(path: Path, offset: int, announced: int) -> None:
-    """Refuse a header that announces more than the file can hold, before any memory is taken.
+def _named(path: Path) -> dict[str, Any]:
+    """What names of a BIDS tree say."""
+    subject = re.search(r"(?:^|[/_])sub-([A-Za-z0-9]+)", path.as_posix())
+    session = re.search(r"(?:^|[/_])ses-([A-Za-z0-9]+)", path.as_posix())
+    suffix = re.fullmatch(r"sub-.*_([A-Za-z0-9]+)\.nii(?:\.gz)?", path.name, re.IGNORECASE)
+    return {
+        "subject": pseudonym(subject[1]) if subject else None,
+        "aliases": (pseudonym(f"sub-{subject[1]}"),) if subject else (),
+        "session": pseudonym(session[1]) if subject and session else None,
+        "sequence": suffix[1] if suffix else None,
+    }
+
+
+def _check_intent(header: Header) -> None:
+    """Refuse what the header itself calls no image; `read` takes it, for a mask is read the same way.
 
     Raises:
         ReadError: in that case.
     """
-    size = path.stat().st_size
-    if not 0 <= offset <= _MORE:
-        raise ReadError("unreadable", f"the header says that the voxels start at byte {offset}")
-    if announced > size * (_DEFLATE_RATIO if path.name.lower().endswith(".gz") else 1):
-        raise ReadError("truncated", f"the header announces {announced} bytes of voxels, the file has {size} bytes")
+    if header.intent == _LABEL or header.intent in _STATISTICS:
+        kind = "labels" if header.intent == _LABEL else "statistics"
+        raise ReadError("not-an-image", f"the header says that the voxels are {kind} (intent code {header.intent})")
+
+
+def _voxels(path: Path, header: Header) -> Array:
+    """(volumes, k, j, i) voxels as stored. A gzip file is read to its end, where its checksum stands.
+
+    Raises:
+        ReadError: they end early, are damaged, or more follow.
+    """
+    try:
+        with unpacked(path, header.packed) as file:
+            start = len(file.read(header.offset))
+            data = file.read(header.bytes)
+            more = len(file.read(1))
+    except Exception as error:  # gzip and zlib have many words for damage
+        raise ReadError("truncated", f"the voxels end early or are damaged ({type(error).__name__})") from error
+    check_length(start + len(data) + more, header.offset + header.bytes)
+    return np.frombuffer(data, header.dtype).reshape(header.volumes, *reversed(header.shape))
+
+
+def _volumes(voxels: Array, header: Header) -> Iterator[Volume]:
+    """Each volume, one after another: only one is held as numbers."""
+    for place in range(header.volumes):
+        yield _volume(voxels, header, place)
+
+
+def _volume(voxels: Array, header: Header, place: int) -> Volume:
+    """One volume of a file, scaled."""
+    stored = voxels[place]
+    if header.scaling == (1.0, 0.0):
+        return ras_volume(as_float(stored.T), header.affine)
+    slope, intercept = map(np.float64, header.scaling)
+    array = np.empty(stored.shape, np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for layer, numbers in zip(array, stored, strict=True):  # by layer: float64 of all takes three times the room
+            layer[...] = numbers * slope + intercept
+    return ras_volume(array.T, header.affine)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+import zipfile
 from functools import lru_cache
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
+from medim.data.findings import label_of
 from medim.data.identity import pseudonym
 from medim.data.readers.base import (
     ReadError,
@@ -23,11 +26,15 @@ from medim.data.readers.sights import Found, Refused, Sight
 from medim.types import Array, Split, Volume
 
 SPLITS: tuple[Split, ...] = get_args(Split)
+_GREY = {"1", "L", "F", "I"}
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's mode L
 
 
 class PictureReader:
-    """One grey 2D image a file; colour becomes luminance, transparency is dropped."""
+    """One grey 2D image a file, 1 mm a pixel; colour becomes luminance, transparency is dropped.
+
+    A picture's own resolution (pHYs, JFIF, EXIF) is that of a print or a screen, never of the body, and is not used.
+    """
 
     name = "PNG, JPEG, TIFF, BMP"
 
@@ -37,28 +44,43 @@ class PictureReader:
 
     def look(self, path: Path) -> Sight:
         """Read the whole file once."""
-        return seen(self.read(path))
+        volume, quality = self._read(path)
+        return seen(volume, quality=quality)
 
     def read(self, path: Path, item: str | None = None) -> Volume:
-        """Read the picture, rows by columns, 1 mm a pixel.
+        """Read the picture, rows by columns, as its EXIF orientation shows it.
 
         Raises:
             ReadError: damaged, truncated, or with several frames.
         """
+        return self._read(path)[0]
+
+    def _read(self, path: Path) -> tuple[Volume, tuple[str, ...]]:
+        """The picture, and what is odd about it."""
         check_start(path)
+        quality = ["no-spacing"]
         try:
-            with Image.open(path) as image:
-                check_size(image.size, 4)
-                if getattr(image, "n_frames", 1) > 1:
-                    raise ReadError("several-volumes", "the file holds several frames; expected one picture")
-                array = np.asarray(
-                    image if image.mode in {"L", "F", "I"} or image.mode[:2] == "I;" else image.convert("L")
-                )
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                warnings.filterwarnings("ignore", category=UserWarning)  # of tags that Pillow cannot read
+                with Image.open(path) as image:
+                    check_size(image.size, 4)
+                    if getattr(image, "n_frames", 1) > 1:
+                        raise ReadError("several-volumes", "the file holds several frames; expected one picture")
+                    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                        quality.append("exif-turned")
+                    if image.mode not in _GREY and image.mode[:2] != "I;":
+                        quality.append("colour-to-grey")
+                        array = np.asarray(ImageOps.exif_transpose(image).convert("L"))
+                    else:
+                        array = np.asarray(ImageOps.exif_transpose(image))
         except ReadError:
             raise
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise ReadError("too-large", f"more than {Image.MAX_IMAGE_PIXELS} pixels; no X-ray is so large") from error
         except Exception as error:  # a damaged file raises whatever the decoder met
             raise ReadError("unreadable", f"the picture is damaged or truncated ({type(error).__name__})") from error
-        return flat_volume(as_float(array))
+        return flat_volume(as_float(array)), tuple(quality)
 
 
 class NumpyReader:
@@ -76,7 +98,10 @@ class NumpyReader:
 
     def look(self, path: Path) -> Sight:
         """Read the whole file once; one finding an image, not one a file."""
-        return seen(self.read(path)) if path.suffix.lower() == ".npy" else _look_into(path)
+        if path.suffix.lower() == ".npz":
+            return _look_into(path)
+        volume = self.read(path)
+        return seen(volume, quality=_unplaced(volume))
 
     def read(self, path: Path, item: str | None = None) -> Volume:
         """Read one image.
@@ -98,6 +123,11 @@ class NumpyReader:
         except (KeyError, IndexError, ValueError):
             counts = ", ".join(f"{name}/0..{len(array) - 1}" for name, array in images.items() if name in SPLITS)
             raise ReadError("no-such-item", f"no image '{item}' in the archive; it has {counts}") from None
+
+
+def _unplaced(volume: Volume) -> tuple[str, ...]:
+    """What an array does not say."""
+    return ("no-spacing", "no-place") if volume.spatial_dims == 3 else ("no-spacing",)
 
 
 def _natural(text: str) -> int:
@@ -139,12 +169,16 @@ def _load(path: Path) -> dict[str, Array]:
 def _load_archive(name: str, size: int, changed: int) -> dict[str, Array]:
     content: dict[str, Array] = {}
     try:
+        with zipfile.ZipFile(name) as packed:
+            check_size([sum(info.file_size for info in packed.infolist()) or 1], 1)
         with np.load(name, allow_pickle=False) as archive:
             for split in SPLITS:
                 if f"{split}_images" in archive:
                     content[split] = archive[f"{split}_images"]
                 if f"{split}_labels" in archive:
                     content[f"{split}_labels"] = archive[f"{split}_labels"]
+    except ReadError:
+        raise
     except Exception as error:  # a damaged file raises whatever the decoder met
         raise ReadError("unreadable", f"not a whole numpy archive of numbers ({type(error).__name__})") from error
     if not any(split in content for split in SPLITS):
@@ -168,8 +202,11 @@ def _look_into(path: Path) -> Sight:
         if images is None or len(images) == 0:
             continue
         labels = content.get(f"{split}_labels")
-        classes = None if labels is None else labels.reshape(len(labels), -1)  # (N, 1); wider is multi-label
+        classes = None if labels is None else labels.reshape(len(labels), -1)  # (N, 1); wider: findings
         volume = _as_volume(images[0])
+        quality = _unplaced(volume)
+        if classes is not None and classes.shape[1] > 1 and not np.isin(classes, (0, 1)).all():
+            quality, classes = (*quality, "several-labels"), None
         flat = images.reshape(len(images), -1)
         finite = np.isfinite(flat.sum(axis=1, dtype=np.float64))
         constant = flat.min(axis=1) == flat.max(axis=1)
@@ -183,8 +220,14 @@ def _look_into(path: Path) -> Sight:
                 shape=volume.shape,
                 affine=volume.affine,
                 subject=pseudonym(f"{path.name}#{split}/{place}"),
-                label=f"{classes[place, 0]:g}" if classes is not None and classes.shape[1] == 1 else None,
+                label=None if classes is None else _label(classes[place]),
                 split=split,
+                quality=quality,
             )
             found.append(image)
     return Sight(found=tuple(found), refused=tuple(refused))
+
+
+def _label(row: Array) -> str | None:
+    """The class (1,), or the findings (K,) called by number, of an image."""
+    return f"{row[0]:g}" if len(row) == 1 else label_of({str(place): bool(told) for place, told in enumerate(row)})

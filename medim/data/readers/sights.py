@@ -7,14 +7,16 @@ from process to process and remembered on disk.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import numpy as np
 from pydantic import PlainSerializer, PlainValidator
 
 from medim.types import Array, Modality
 
+_T = TypeVar("_T")
 Affine = Annotated[
     Array, PlainValidator(lambda rows: np.array(rows, np.float64)), PlainSerializer(lambda array: array.tolist())
 ]
@@ -76,13 +78,48 @@ class Frame:
         position: (3,) centre of the first pixel.
         orientation: (6,) direction along a row, then down a column.
         spacing: between rows, between columns.
+        size: rows, columns.
         thickness: distance to the next slice as the header states it.
+        keys: what it says of `dicom_frames.KEYS`.
     """
 
     position: tuple[float, ...]
     orientation: tuple[float, ...]
-    spacing: tuple[float, ...]
+    spacing: tuple[float, float]
+    size: tuple[int, int]
     thickness: float
+    keys: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Hold what the frames of a series share once."""
+        for name in ("orientation", "spacing", "size", "keys"):
+            object.__setattr__(self, name, _once(getattr(self, name)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """What the DICOM files of a series say alike: whose they are, and what they were made by.
+
+    Attributes:
+        series: pseudonym of the SeriesInstanceUID; of the study in the same way.
+        size: rows, columns.
+        spacing: of an X-ray, between rows and between columns, in mm.
+        quality: codes of what is odd and accepted.
+        identities: tokens of the identity attributes that the files share.
+    """
+
+    kind: Modality
+    series: str
+    study: str
+    subject: str | None
+    aliases: tuple[str, ...] = ()
+    size: tuple[int, int]
+    spacing: tuple[float, float]
+    sequence: str | None
+    scanner: str | None
+    field_strength: float | None
+    quality: tuple[str, ...] = ()
+    identities: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,25 +127,32 @@ class Instance:
     """One DICOM file that holds an image, or a part of one.
 
     Attributes:
-        sop: pseudonym of its SOPInstanceUID; of series and study in the same way.
+        sop: pseudonym of its SOPInstanceUID.
+        count: frames in the file.
+        own: tokens of identity attributes that no other file has.
     """
 
     path: Path = Path()
-    kind: Modality
     sop: str
-    series: str
-    study: str
-    subject: str | None
-    aliases: tuple[str, ...] = ()
-    rows: int
-    columns: int
     count: int
     frames: tuple[Frame, ...]
-    spacing: tuple[float, float]
-    sequence: str | None
-    scanner: str | None
-    field_strength: float | None
-    identities: frozenset[int]
+    origin: Origin
+    own: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Hold what the files of a series share once."""
+        object.__setattr__(self, "origin", _once(self.origin))
+
+    @property
+    def identities(self) -> frozenset[int]:
+        """Tokens of all identity attributes."""
+        return self.origin.identities | frozenset(self.own)
+
+
+@lru_cache(maxsize=4096)
+def _once(value: _T) -> _T:
+    """The same object for equal values."""
+    return value
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import numpy as np
 from medim.data.index import Index, Record
 from medim.data.quality import FLAGS, Figures, flags
 from medim.data.quality_table import NEAR, Quality, read_quality
+from medim.data.reasons import REASONS
 from medim.evaluation.report import figures
 from medim.evaluation.report.contact import contact_sheet
 from medim.evaluation.report.drawing import Figure
@@ -94,11 +95,14 @@ def _flow(index: Index, rows: Sequence[Quality]) -> Table:
 
 
 def _refused(index: Index) -> list[Table]:
-    """Why files were not used: each reason with the first of its files."""
+    """Why files were not used: each reason, what it means, and the first of its files."""
     reasons = Counter(rejection.reason for rejection in index.rejected)
     first = {rejection.reason: rejection for rejection in reversed(index.rejected)}
-    rows = [(code, told(count), first[code].detail, first[code].path) for code, count in reasons.most_common()]
-    head = ("Reason", "Files", "What was wrong, of the first", "The first")
+    rows = [
+        (code, told(count), REASONS.get(code, ""), first[code].detail, first[code].path)
+        for code, count in reasons.most_common()
+    ]
+    head = ("Reason", "Files", "What it means", "The first: what was wrong", "The first")
     note = "Paths stand here as in rejected.csv: relative to the source, and without names of patients."
     return [Table("Not used, by reason", head, rows, note, wide=True)] if rows else []
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from medim.evaluation.cases import Row, class_arrays, read_cases
+from medim.evaluation.binary import Statistic
+from medim.evaluation.cases import Row, class_arrays, finding_arrays, read_cases
 from medim.evaluation.metrics import Metric, bootstrap, classification_statistics, mean_over_subjects
+from medim.evaluation.multi_label import RANKINGS, mean_ranking
 from medim.evaluation.report import figures
 from medim.evaluation.report.page import (
     INTERVALS,
@@ -79,11 +81,18 @@ def differences(one: Sequence[Row], two: Sequence[Row], classes: Sequence[str], 
             for rows in pair
         ]
         return {"dice": mean_over_subjects(list(means[0] - means[1]), subjects, seed=seed), **found}
-    statistics = [classification_statistics(*class_arrays(rows, classes)) for rows in pair]
+    statistics = [_statistics(rows, classes) for rows in pair]
     return {
         name: bootstrap(lambda w, a=first, b=statistics[1][name]: a(w) - b(w), subjects, seed=seed)  # type: ignore[misc]
         for name, first in statistics[0].items()
     }
+
+
+def _statistics(rows: Sequence[Row], classes: Sequence[str]) -> dict[str, Statistic]:
+    if "prediction" in rows[0]:
+        return classification_statistics(*class_arrays(rows, classes))
+    told = finding_arrays(rows, classes)
+    return {name: mean_ranking(ranking, *told) for name, ranking in RANKINGS.items()}
 
 
 def _paired(pair: Sequence[Arm]) -> dict[str, Metric]:

@@ -128,6 +128,7 @@ def metric_name(key: str) -> str:
         "balanced_accuracy": "Balanced accuracy",
         "accuracy": "Accuracy",
         "auroc": "AUROC",
+        "average_precision": "Average precision",
         "dice": "Dice",
         "hd95": "HD95",
         "f1": "F1, mean over classes",

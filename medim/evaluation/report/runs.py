@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from medim.data.seen import describe
-from medim.evaluation.cases import class_arrays, read_cases
+from medim.evaluation.cases import class_arrays, finding_arrays, read_cases
 from medim.evaluation.report import figures
 from medim.evaluation.report.drawing import Figure
 from medim.evaluation.report.page import (
@@ -29,7 +29,7 @@ from medim.evaluation.report.page import (
     told,
 )
 from medim.files import read_json
-from medim.types import UserError
+from medim.types import Array, UserError
 
 Row = Mapping[str, Any]
 VERDICTS: dict[str, Banner] = {
@@ -146,8 +146,7 @@ def evaluation(folder: Path, anchor: str) -> Section:
         ("Images that could not be used", told(summary.get("rejected"))),
         ("Model started from", told(summary.get("init"))),
     ]
-    segmented = summary.get("task") == "segmentation"
-    drawn, after = (_segmentation if segmented else _classification)(used, classes, metrics)
+    drawn, after = _DETAILS.get(str(summary.get("task")), _classification)(used, classes, metrics)
     refused = Counter(str(row["rejected"]) for row in rows if row.get("rejected"))
     if refused:
         after.append(counted("Images that could not be used", "Reason", refused))
@@ -287,3 +286,19 @@ def _config(folder: Path) -> list[tuple[str, str]]:
 def _everything(summary: Mapping[str, Any]) -> tuple[str, str]:
     lines = [f"{key}: {told(value)}" for key, value in summary.items()]
     return "All recorded values", "\n".join(lines)
+
+
+def _findings(
+    rows: Sequence[Row], classes: Sequence[str], metrics: Mapping[str, Any]
+) -> tuple[list[Figure], list[Table]]:
+    _, labels = finding_arrays(list(map(dict, rows)), classes)
+    counts = [(name, *(told(int(n)) for n in _sides(labels[:, k]))) for k, name in enumerate(classes)]
+    table = Table("What was known, images", ("Finding", "present", "absent", "unknown"), counts)
+    return [figures.intervals(shares(metrics), "Metrics with their intervals")], [table]
+
+
+def _sides(column: Array) -> tuple[int, int, int]:
+    return int((column == 1).sum()), int((column == 0).sum()), int(np.isnan(column).sum())
+
+
+_DETAILS = {"segmentation": _segmentation, "multi-label classification": _findings}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,8 @@ from scipy.ndimage import zoom
 
 from medim.data.readers import DICOM, ReadError, read_volume
 from medim.data.readers.base import LPS_TO_RAS
-from medim.data.readers.dicom_header import Frame
 from medim.data.readers.dicom_stack import stack
+from medim.data.readers.sights import Frame
 from medim.types import Volume
 from tests.data.synthetic import AXIAL, dataset, enhanced, noise, save, scan, write_series, xray
 
@@ -41,6 +43,21 @@ def by_simple_itk(folder: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, A
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.array(image.GetSpacing())
     affine[:3, 3] = image.GetOrigin()
     return sitk.GetArrayFromImage(image).transpose(2, 1, 0).astype(np.float32), LPS_TO_RAS @ affine
+
+
+@pytest.mark.parametrize("series", SERIES)
+def test_a_real_series_lies_where_dcm2niix_has_it(shared_data: Path, tmp_path: Path, series: str) -> None:
+    program = Path(sys.executable).with_name("dcm2niix")
+    if not program.exists():
+        pytest.skip("dcm2niix is not installed: pip install dcm2niix")
+    command = [program, "-b", "n", "-z", "n", "-f", "out", "-o", tmp_path, shared_data / "mri-dicom" / series]
+    subprocess.run(command, check=True, capture_output=True)
+    (made,) = tmp_path.glob("*.nii")
+    ours, theirs = read_volume(shared_data / "mri-dicom" / series), read_volume(made)
+    assert ours.shape == theirs.shape
+    away = np.abs(corners(ours.affine, ours.shape) - corners(theirs.affine, ours.shape)).max()
+    assert away < 2e-3  # it believes the header's SpacingBetweenSlices, we and ITK the positions: 1.6e-3 in 22 slices
+    np.testing.assert_array_equal(ours.array, theirs.array)
 
 
 def corners(affine: np.ndarray[Any, Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
@@ -201,7 +218,8 @@ def without(name: str) -> dict[str, Any]:
 
 
 SPOILT: dict[str, tuple[str, dict[str, Any]]] = {
-    "a slice is missing": ("uneven-gaps", {"positions": [[0, 0, z] for z in (0.0, 2.0, 4.0, 8.0, 10.0)]}),
+    "a slice is missing": ("missing-slices", {"positions": [[0, 0, z] for z in (0.0, 2.0, 4.0, 8.0, 10.0)]}),
+    "uneven gaps": ("uneven-gaps", {"positions": [[0, 0, z] for z in (0.0, 2.0, 4.0, 7.0, 9.0)]}),
     "two slices in one place": ("duplicate-position", {"positions": [[0, 0, z] for z in (0.0, 2.0, 2.0, 4.0, 6.0)]}),
     "a tilted slice": ("mixed-orientation", {"each": [{}, {"ImageOrientationPatient": list(OBLIQUE)}]}),
     "a sheared stack": ("sheared", {"positions": [[0.5 * k, 0, 2.0 * k] for k in range(5)]}),
@@ -276,12 +294,24 @@ def test_two_series_in_a_folder_are_two_images_and_no_volume(tmp_path: Path) -> 
     assert caught.value.reason == "several-series"
 
 
+def test_a_folder_without_dicom_holds_no_series(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("nothing here")
+    with pytest.raises(ReadError, match=r"\[no-image\]"):
+        read_volume(tmp_path)
+
+
 def test_pixels_that_cannot_be_decoded_are_refused(tmp_path: Path, shared_data: Path) -> None:
     whole = (shared_data / "dicom-formats" / "MR2_J2KI.dcm").read_bytes()
     (tmp_path / "cut.dcm").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ReadError) as caught:
         read_volume(tmp_path / "cut.dcm")
-    assert caught.value.reason in {"undecodable", "unreadable"}
+    assert caught.value.reason == "truncated"
+    start = whole.index(b"\xff\x4f\xff\x51")  # of the codestream
+    (tmp_path / "spoilt.dcm").write_bytes(whole[: start + 4] + bytes(40) + whole[start + 44 :])
+    assert DICOM.look(tmp_path / "spoilt.dcm").instance
+    with pytest.raises(ReadError) as caught:
+        read_volume(tmp_path / "spoilt.dcm")
+    assert caught.value.reason == "undecodable"
 
 
 def test_a_file_without_preamble_and_suffix_is_known(tmp_path: Path) -> None:
@@ -314,8 +344,9 @@ def test_a_stack_is_the_same_whatever_the_order_of_its_frames(
     row, column = np.eye(3)[axes[0]] * signs[0], np.eye(3)[axes[1]] * signs[1]
     normal = np.cross(row, column)
     places = [np.array(origin) + normal * gap * k for k in range(6)]
-    frames = [Frame(tuple(places[k]), (*row, *column), (0.5, 0.7), gap) for k in order]
-    found, affine = stack(frames)
-    assert [order[place] for place in found] == list(range(6))
+    frames = [Frame(tuple(places[k]), (*row, *column), (0.5, 0.7), (4, 4), gap, ()) for k in order]
+    one = stack(frames)
+    affine = one.affine
+    assert [order[place] for place in one.places] == list(range(6))
     np.testing.assert_allclose(affine[:3, 2], normal * gap, atol=1e-9)
     np.testing.assert_allclose(affine @ [2, 3, 4, 1], [*(places[4] + row * 2 * 0.7 + column * 3 * 0.5), 1], atol=1e-9)

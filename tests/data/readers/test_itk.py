@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from medim.data.readers import ReadError, read_volume
+from medim.data.readers.itk import ItkReader
 from tests.data.synthetic import noise
 
 
-def write(path: Path, **geometry: Any) -> np.ndarray[Any, Any]:
+def write(path: Path) -> np.ndarray[Any, Any]:
     sitk: Any = pytest.importorskip("SimpleITK")
     array = noise(6, 5, 4)  # (k, j, i)
     image = sitk.GetImageFromArray(array)
@@ -36,7 +37,7 @@ def test_a_volume_is_turned_from_lps_to_ras(tmp_path: Path, name: str) -> None:
 def test_without_simple_itk_the_message_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "a.mha")
     monkeypatch.setitem(sys.modules, "SimpleITK", None)
-    with pytest.raises(ReadError, match=r'pip install "medim\[train\]"'):
+    with pytest.raises(ReadError, match=r'pip install "medim\[train\]" \[reader-missing\]'):
         read_volume(tmp_path / "a.mha")
 
 
@@ -47,3 +48,80 @@ def test_a_truncated_volume_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ReadError) as caught:
         read_volume(tmp_path / "a.nrrd")
     assert caught.value.reason == "unreadable"
+
+
+def reason_of(path: Path) -> str:
+    with pytest.raises(ReadError) as caught:
+        read_volume(path)
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("name", ["a.mha", "a.mhd", "a.nrrd", "a.nhdr"])
+def test_voxels_of_another_number_than_announced_are_refused(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name)
+    voxels = next((path for path in tmp_path.glob("*.raw")), tmp_path / name)
+    whole = voxels.read_bytes()
+    if name != "a.nrrd":  # attached NRRD is gzipped by default
+        voxels.write_bytes(whole + bytes(20))
+        assert reason_of(tmp_path / name) == "length-mismatch"
+    voxels.write_bytes(whole[:-20])
+    assert reason_of(tmp_path / name) == "unreadable"
+
+
+@pytest.mark.parametrize(("name", "field"), [("a.mhd", "ElementDataFile = "), ("a.nhdr", "data file: ")])
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        ("../a.raw", "outside-folder"),
+        ("/etc/passwd", "outside-folder"),
+        ("..\\a.raw", "outside-folder"),
+        ("none.raw", "missing"),
+        ("LIST", "several-files"),
+        ("a%d.raw 1 3 1", "several-files"),
+    ],
+)
+def test_a_header_sends_nobody_to_another_folder(tmp_path: Path, name: str, field: str, data: str, reason: str) -> None:
+    path = tmp_path / "s" / name
+    path.parent.mkdir()
+    write(path)
+    (path.parent / "a.raw").rename(tmp_path / "a.raw")
+    path.write_text(path.read_text().replace(f"{field}a.raw", field + data))
+    assert reason_of(path) == reason
+
+
+@pytest.mark.parametrize(
+    ("space", "signs", "quality"),
+    [
+        ("left-posterior-superior", (-1, -1, 1), ()),
+        ("right-anterior-superior", (1, 1, 1), ()),
+        ("LAS", (-1, 1, 1), ()),
+        ("scanner-xyz", (-1, -1, 1), ("no-place",)),
+    ],
+)
+def test_the_space_of_a_nrrd_file_is_followed(
+    tmp_path: Path, space: str, signs: tuple[int, ...], quality: tuple[str, ...]
+) -> None:
+    write(tmp_path / "a.nhdr")
+    text = (tmp_path / "a.nhdr").read_text()
+    (tmp_path / "a.nhdr").write_text(text.replace("left-posterior-superior", space))
+    affine = read_volume(tmp_path / "a.nhdr").native_affine
+    np.testing.assert_allclose(
+        affine[:3], np.diag([*signs, 1])[:3] @ [[1, 0, 0, 10], [0, 2, 0, 20], [0, 0, 3, 30], [0, 0, 0, 1]]
+    )
+    assert ItkReader().look(tmp_path / "a.nhdr").found[0].quality == quality
+
+
+def test_what_a_header_leaves_out_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "a.mhd")
+    lines = (tmp_path / "a.mhd").read_text().splitlines()
+    kept = [line for line in lines if not line.startswith(("TransformMatrix", "ElementSpacing"))]
+    (tmp_path / "a.mhd").write_text("\n".join(kept))
+    assert ItkReader().look(tmp_path / "a.mhd").found[0].quality == ("no-spacing", "no-place")
+
+
+def test_vectors_and_series_are_refused(tmp_path: Path) -> None:
+    sitk: Any = pytest.importorskip("SimpleITK")
+    sitk.WriteImage(sitk.GetImageFromArray(noise(4, 5, 6, 3), isVector=True), str(tmp_path / "v.mha"))
+    assert reason_of(tmp_path / "v.mha") == "not-scalar"
+    sitk.WriteImage(sitk.GetImageFromArray(noise(3, 4, 5, 6), isVector=False), str(tmp_path / "t.nrrd"))
+    assert reason_of(tmp_path / "t.nrrd") == "wrong-dimensions"

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import gzip
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
 
 from medim.data.readers import ReadError, read_mask, read_volume
+from medim.data.readers.nifti import NiftiReader
+from medim.data.readers.sights import Sight
 from tests.data.synthetic import noise, write_nifti
 
 
@@ -80,7 +84,7 @@ def test_a_flipped_byte_in_packed_voxels_is_noticed(tmp_path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 0xFF
     path.write_bytes(raw)
-    assert reason_of(path) in {"truncated", "unreadable"}
+    assert reason_of(path) in {"truncated", "unreadable", "length-mismatch"}
 
 
 def test_a_header_that_announces_more_than_the_file_holds_takes_no_memory(tmp_path: Path) -> None:
@@ -93,6 +97,8 @@ def test_a_header_that_announces_more_than_the_file_holds_takes_no_memory(tmp_pa
 
 def test_what_is_not_one_scalar_volume_is_refused(tmp_path: Path) -> None:
     assert reason_of(write_nifti(tmp_path / "a.nii", noise(4, 5, 6, 2))) == "several-volumes"
+    assert reason_of(write_nifti(tmp_path / "many.nii", noise(4, 5, 6, 17))) == "several-volumes"
+    assert reason_of(write_nifti(tmp_path / "vector.nii", noise(4, 5, 6, 1, 3))) == "not-scalar"
     assert reason_of(write_nifti(tmp_path / "b.nii", noise(4, 5))) == "wrong-dimensions"
     colour = np.zeros((4, 5, 6), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
     assert reason_of(write_nifti(tmp_path / "c.nii", colour)) == "not-scalar"
@@ -113,6 +119,181 @@ def test_an_affine_that_flattens_space_is_refused(tmp_path: Path) -> None:
     raw[280:328] = b"\0" * 48  # the rows of the sform
     path.write_bytes(raw)
     assert reason_of(path) == "bad-geometry"
+
+
+# --- place
+
+
+def placed(path: Path, sform: Any, qform: Any, codes: tuple[int, int] = (1, 1)) -> Path:
+    """A file with an sform and a qform."""
+    image = nibabel.Nifti1Image(noise(4, 5, 6), None)
+    image.header.set_sform(sform, codes[0])
+    image.header.set_qform(qform, codes[1])
+    nibabel.save(image, path)
+    return path
+
+
+def looked(path: Path) -> Sight:
+    return NiftiReader().look(path)
+
+
+def turned(degrees: float) -> np.ndarray[Any, Any]:
+    """A turn about the body's long axis."""
+    angle = np.deg2rad(degrees)
+    affine = np.eye(4)
+    affine[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    return affine
+
+
+def test_an_sform_counts_before_a_qform_and_a_difference_is_told(tmp_path: Path) -> None:
+    moved = np.eye(4)
+    moved[:3, 3] = (5, 0, 0)
+    path = placed(tmp_path / "a.nii", moved, np.eye(4))
+    assert looked(path).found[0].quality == ("sform-qform-differ",)
+    np.testing.assert_array_equal(read_volume(path).affine, moved)
+    assert looked(placed(tmp_path / "b.nii", np.eye(4), np.eye(4))).found[0].quality == ()
+    assert looked(placed(tmp_path / "c.nii", turned(20), np.eye(4))).found[0].quality == ("sform-qform-differ",)
+
+
+def test_an_sform_that_mirrors_the_qform_is_refused(tmp_path: Path) -> None:
+    mirror = np.diag([-1.0, 1.0, 1.0, 1.0])
+    assert reason_of(placed(tmp_path / "a.nii", mirror, np.eye(4))) == "sform-qform-conflict"
+    assert reason_of(placed(tmp_path / "b.nii", mirror, np.eye(4), (4, 1))) == "sform-qform-conflict"
+
+
+def test_a_turn_is_refused_only_where_both_claim_one_space(tmp_path: Path) -> None:
+    assert reason_of(placed(tmp_path / "a.nii", turned(180), np.eye(4))) == "sform-qform-conflict"
+    template = placed(tmp_path / "b.nii", turned(180), np.eye(4), (4, 1))
+    assert looked(template).found[0].quality == ("sform-qform-differ",)
+
+
+def test_a_qform_alone_is_enough_and_no_form_leaves_the_place_unknown(tmp_path: Path) -> None:
+    affine = turned(30) @ np.diag([-1.0, 2.0, 3.0, 1.0])  # the mirror stands in qfac
+    path = placed(tmp_path / "a.nii", None, affine, (0, 1))
+    assert looked(path).found[0].quality == ()
+    np.testing.assert_allclose(read_volume(path).native_affine, affine, atol=1e-6)
+    assert looked(placed(tmp_path / "b.nii", None, None, (0, 0))).found[0].quality == ("no-place",)
+
+
+def test_a_sheared_sform_is_kept_as_it_is(tmp_path: Path) -> None:
+    sheared = np.eye(4)
+    sheared[0, 1] = 0.3
+    np.testing.assert_allclose(read_volume(write_nifti(tmp_path / "a.nii", affine=sheared)).native_affine, sheared)
+
+
+@pytest.mark.parametrize(
+    ("start", "value"),
+    [
+        (80, -1.0),  # pixdim[1], a length
+        (84, 0.0),
+        (88, np.nan),
+        (76, 3.0),  # pixdim[0], the handedness
+        (256, 2.0),  # quatern_b: a quaternion longer than 1
+    ],
+)
+def test_a_qform_without_meaning_is_refused_where_it_alone_tells_the_place(
+    tmp_path: Path, start: int, value: float
+) -> None:
+    for name, codes in (("alone", (0, 1)), ("beside", (1, 1))):
+        path = placed(tmp_path / f"{name}.nii", np.eye(4), np.eye(4), codes)
+        raw = bytearray(path.read_bytes())
+        raw[start : start + 4] = np.float32(value).tobytes()
+        path.write_bytes(raw)
+    assert reason_of(tmp_path / "alone.nii") == "bad-geometry"
+    assert looked(tmp_path / "beside.nii").found[0].quality == ("sform-qform-differ",)
+
+
+def test_a_form_code_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+    assert reason_of(write_nifti(tmp_path / "a.nii", sform_code=77)) == "bad-geometry"
+
+
+# --- voxels
+
+
+def test_each_of_several_volumes_is_an_image(tmp_path: Path) -> None:
+    array = noise(4, 5, 6, 3)
+    array[..., 1] = 7
+    path = write_nifti(tmp_path / "a.nii.gz", array)
+    sight = looked(path)
+    assert [found.item for found in sight.found] == ["0", "2"]
+    assert [(refused.reason, refused.detail[:9]) for refused in sight.refused] == [("constant", "volume 1:")]
+    np.testing.assert_array_equal(read_volume(f"{path}#2").array[0], array[..., 2])
+    for item in ("3", "-1", "x", ""):
+        with pytest.raises(ReadError, match="0 to 2"):
+            read_volume(f"{path}#{item}")
+    with pytest.raises(ReadError, match="one, which has no name"):
+        read_volume(f"{write_nifti(tmp_path / 'b.nii')}#0")
+
+
+def test_big_endian_wide_and_extended_files_are_read(tmp_path: Path) -> None:
+    array = noise(4, 5, 6)
+    header = nibabel.Nifti1Header(endianness=">")
+    nibabel.save(nibabel.Nifti1Image(array, np.eye(4), header), tmp_path / "big.nii")
+    wide = nibabel.Nifti1Image(array.astype(np.int64), np.eye(4), dtype=np.int64)
+    wide.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"for the test"))
+    nibabel.save(wide, tmp_path / "wide.nii.gz")
+    for name in ("big.nii", "wide.nii.gz"):
+        np.testing.assert_array_equal(read_volume(tmp_path / name).array[0], array)
+
+
+@pytest.mark.parametrize(("slope", "factor"), [(0.0, 1.0), (np.nan, 1.0), (2.0, 2.0), (-1.0, -1.0)])
+def test_a_slope_of_nothing_scales_nothing(tmp_path: Path, slope: float, factor: float) -> None:
+    array = noise(4, 5, 6).astype(np.int16)
+    path = write_nifti(tmp_path / "a.nii", array)
+    raw = bytearray(path.read_bytes())
+    raw[112:120] = np.array([slope, 0.0], np.float32).tobytes()
+    path.write_bytes(raw)
+    np.testing.assert_array_equal(read_volume(path).array[0], array * factor)
+
+
+def test_a_scale_beyond_float32_is_refused_as_infinite(tmp_path: Path) -> None:
+    path = write_nifti(tmp_path / "a.nii", noise(4, 5, 6) * 1e30)
+    raw = bytearray(path.read_bytes())
+    raw[112:120] = np.array([1e30, 0.0], np.float32).tobytes()
+    path.write_bytes(raw)
+    assert reason_of(path) == "not-finite"
+
+
+def test_bytes_after_the_voxels_contradict_the_shape(tmp_path: Path) -> None:
+    for name in ("a.nii", "a.nii.gz"):
+        path = write_nifti(tmp_path / name)
+        raw = bytearray(path.read_bytes() if name == "a.nii" else gzip.decompress(path.read_bytes()))
+        raw[44] -= 1  # a row less
+        path.write_bytes(raw if name == "a.nii" else gzip.compress(bytes(raw)))
+        assert reason_of(path) == "length-mismatch"
+
+
+def test_a_gzip_file_of_several_members_is_one_stream_and_packing_is_not_a_matter_of_names(tmp_path: Path) -> None:
+    whole = write_nifti(tmp_path / "a.nii").read_bytes()
+    (tmp_path / "b.nii.gz").write_bytes(gzip.compress(whole[:500]) + gzip.compress(whole[500:]))
+    (tmp_path / "c.nii.gz").write_bytes(whole)
+    (tmp_path / "d.nii").write_bytes(gzip.compress(whole))
+    for name in ("b.nii.gz", "c.nii.gz", "d.nii"):
+        np.testing.assert_array_equal(read_volume(tmp_path / name).array[0], noise(4, 5, 6))
+
+
+def test_a_gzip_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    start = write_nifti(tmp_path / "a.nii").read_bytes()
+    (tmp_path / "b.nii.gz").write_bytes(gzip.compress(start + bytes(1 << 26)))
+    tracemalloc.start()
+    assert reason_of(tmp_path / "b.nii.gz") == "length-mismatch"
+    assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    tracemalloc.stop()
+
+
+def test_half_of_a_pair_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    nibabel.save(nibabel.Nifti1Pair(noise(4, 5, 6), np.eye(4)), tmp_path / "a.img")
+    for name in ("a.img", "a.hdr"):
+        with pytest.raises(ReadError, match="nib-convert") as caught:
+            read_volume(tmp_path / name)
+        assert caught.value.reason == "pair-of-files"
+
+
+def test_labels_and_statistics_are_no_images_but_may_be_masks(tmp_path: Path) -> None:
+    for name, code in (("labels", 1002), ("t-test", 3)):
+        path = write_nifti(tmp_path / f"{name}.nii", (noise(4, 5, 6) % 3).astype(np.uint8), intent_code=code)
+        assert [refused.reason for refused in looked(path).refused] == ["not-an-image"]
+        assert read_mask(path).array.max() == 2
 
 
 def test_a_mask_holds_whole_numbers(tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
-from medim.data.readers import ReadError, read_volume
+from medim.data.index import build_index
+from medim.data.readers import ReadError, base, read_volume
+from medim.data.readers.raster import NumpyReader, PictureReader
 from tests.data.synthetic import noise, write_archive
 
 
@@ -48,6 +50,63 @@ def test_a_jpeg_is_read_and_a_truncated_one_refused(tmp_path: Path) -> None:
     whole = (tmp_path / "a.jpg").read_bytes()
     (tmp_path / "a.jpg").write_bytes(whole[: len(whole) // 2])
     assert reason_of(tmp_path / "a.jpg") == "unreadable"
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_every_mode_is_read_and_colour_is_told(tmp_path: Path, mode: str) -> None:
+    grey = (noise(8, 9) % 2 * 255).astype(np.uint8)
+    image = Image.fromarray(grey).convert(mode if mode != "I;16" else "L")
+    if mode == "I;16":
+        image = Image.fromarray(grey.astype(np.uint16))
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    image.save(path)
+    quality = PictureReader().look(path).found[0].quality
+    assert quality == (("no-spacing",) if mode in {"1", "L", "I;16"} else ("no-spacing", "colour-to-grey"))
+    pixels = read_volume(path).array[0]
+    np.testing.assert_allclose(pixels / pixels.max(), grey / 255, atol=0.01)
+
+
+def test_a_picture_is_turned_as_its_exif_says_and_its_print_resolution_is_not_used(tmp_path: Path) -> None:
+    pixels = (noise(4, 6) % 256).astype(np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # the camera was held on its side
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif, dpi=(300, 300))
+    volume = read_volume(tmp_path / "a.png")
+    np.testing.assert_array_equal(volume.array[0], np.rot90(pixels, -1))
+    assert volume.spacing == (1.0, 1.0)
+    assert PictureReader().look(tmp_path / "a.png").found[0].quality == ("no-spacing", "exif-turned")
+
+
+@pytest.mark.parametrize("factor", [2, 4])  # Pillow warns of the one and refuses the other
+def test_a_decompression_bomb_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: int) -> None:
+    Image.fromarray(noise(10, 10).astype(np.uint8)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 120 // factor)
+    assert reason_of(tmp_path / "a.png") == "too-large"
+
+
+def test_an_animation_is_refused(tmp_path: Path) -> None:
+    frames = [Image.fromarray(noise(4, 6, seed=k).astype(np.uint8)) for k in range(2)]
+    frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:])
+    assert reason_of(tmp_path / "a.png") == "several-volumes"
+
+
+def test_an_archive_may_hold_volumes_colour_and_several_labels(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    np.savez(tmp_path / "v.npz", train_images=noise(3, 5, 6, 7))
+    assert read_volume(f"{tmp_path / 'v.npz'}#train/1").shape == (5, 6, 7)
+    assert NumpyReader().look(tmp_path / "v.npz").found[0].quality == ("no-spacing", "no-place")
+    (tmp_path / "s").mkdir()
+    np.savez(tmp_path / "s" / "c.npz", val_images=noise(3, 5, 6, 3), val_labels=np.full((3, 14), 2))
+    index = build_index(tmp_path / "s", "xray")
+    assert [(r.label, r.shape) for r in index.records] == [(None, (5, 6))] * 3
+    assert (index.records[0].quality or "").split() == ["no-spacing", "several-labels"]
+    assert "3 images carry several labels each" in caplog.text
+
+
+def test_an_archive_that_would_unpack_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "MAX_BYTES", 100)
+    assert reason_of(f"{write_archive(tmp_path / 'x.npz')}#0") == "too-large"
 
 
 def test_several_frames_are_refused(tmp_path: Path) -> None:
