@@ -50,7 +50,7 @@ class Interval:
 def loss_curve(curve: Curve) -> Figure:
     """Training loss, its running mean, the held-out loss and the chance level."""
     finite = np.isfinite(curve.loss)
-    steps, loss = _thinned(curve.steps[finite], curve.loss[finite])
+    steps, loss = thinned(curve.steps[finite], curve.loss[finite])
     with drawing(2.7) as (canvas, axes):
         axes.plot(steps, loss, color=ONE, alpha=0.35, linewidth=1)
         axes.plot(steps, _smoothed(loss), color=ONE, linewidth=2, label="training")
@@ -234,7 +234,7 @@ def _smoothed(values: Array) -> Array:
     return np.asarray((total[high] - total[low]) / (high - low))
 
 
-def _thinned(steps: Array, values: Array) -> tuple[Array, Array]:
+def thinned(steps: Array, values: Array) -> tuple[Array, Array]:
     """At most MOST_POINTS points: means of equal parts."""
     if len(values) <= MOST_POINTS:
         return steps, values
