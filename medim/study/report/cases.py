@@ -27,13 +27,15 @@ def cases(study: Opened) -> Section:
     sheet = None
     if tiles:
         note = f"The {many(len(tiles), 'evaluation case')} {lowest}, of {title_of(worst['arm'])} with "
-        note += f"{many(study.budgets[worst['budget']], 'label')}, encoder 0, subset 0. Patient images: they stay on site."
+        note += (
+            f"{many(study.budgets[worst['budget']], 'label')}, encoder 0, subset 0. Patient images: they stay on site."
+        )
         sheet = Sheet("Worst cases", note, tiles)
     means = _by_subject(study)
     figures, tables = [], []
     if means:
         values = {arm: list(found.values()) for arm, found in means.items()}
-        figures.append(strips(values, name, f"{name}, by subject"))
+        figures.append(strips(values, name, f"{name}, by subject", dot="subject"))
         first = next(iter(means))
         order = sorted(means[first], key=lambda subject: (means[first][subject], subject))[:MOST]
         rows = [(s, told(_count(study, s)), *(f"{found[s]:.3f}" for found in means.values())) for s in order]
@@ -51,7 +53,10 @@ def cases(study: Opened) -> Section:
 def _said(study: Opened, count: int) -> tuple[str, str]:
     if not count:
         return "No pictures", "No model whose cases could be shown is done yet."
-    return f"{many(count, 'case')} to look at", "What a model does worst says more of it than its mean. This page holds images of patients: it stays on site."
+    return (
+        f"{many(count, 'case')} to look at",
+        "What a model does worst says more of it than its mean. This page holds images of patients: it stays on site.",
+    )
 
 
 def _by_subject(study: Opened) -> dict[str, dict[str, float]]:

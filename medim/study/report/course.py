@@ -23,7 +23,9 @@ def course(study: Opened) -> Section:
     return Section(
         "curves",
         "Curves",
-        Banner("plain", many(len(drawn), "figure"), "Bands and bars are 95 % intervals; the axis of labels is logarithmic."),
+        Banner(
+            "plain", many(len(drawn), "figure"), "Bands and bars are 95 % intervals; the axis of labels is logarithmic."
+        ),
         figures=drawn,
     )
 

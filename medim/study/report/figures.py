@@ -74,7 +74,9 @@ def reliabilities(lines: Mapping[str, Calibration], caption: str) -> Figure:
             x, y, counts = zip(*bins, strict=True)
             axes.plot(x, y, color=colour, marker=marker, linestyle=dashes, markersize=5, linewidth=1.6, label=name)
             words = (f"at {p:.2f} given, {o:.2f} right ({n})" for p, o, n in bins)
-            told.append(f"{name}: expected calibration error {found.ece:.3f} of {sum(counts)} answers; " + ", ".join(words))
+            told.append(
+                f"{name}: expected calibration error {found.ece:.3f} of {sum(counts)} answers; " + ", ".join(words)
+            )
         axes.set_xlim(0, 1.04)
         axes.set_ylim(0, 1.04)
         axes.set_xlabel("probability given")

@@ -34,7 +34,9 @@ def verdict(study: Opened) -> Section:
         "verdict",
         "What pretraining is worth",
         Banner(state, headline, (text + " ".join(filter(None, doubts))).strip()),
-        tables=[Table("Every arm at its best-supported budget", ("Arm", "Verdict", "In labels"), cells, note, wide=True)],
+        tables=[
+            Table("Every arm at its best-supported budget", ("Arm", "Verdict", "In labels"), cells, note, wide=True)
+        ],
     )
 
 
@@ -56,7 +58,11 @@ def counts(study: Opened) -> Section:
     seen = _seen_text(study)
     clean = study.whole and not seen and not overlap["images"]
     rows = [
-        (arm, told(place), *(describe(found).get(key, "not known") for key in ("seen in pretraining", "seen in fine-tuning")))
+        (
+            arm,
+            told(place),
+            *(describe(found).get(key, "not known") for key in ("seen in pretraining", "seen in fine-tuning")),
+        )
         for arm, runs in study.summary["seen"].items()
         for place, found in enumerate(runs)
     ]

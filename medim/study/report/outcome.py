@@ -8,7 +8,16 @@ from medim.study.report.opened import Opened, title_of
 from medim.study.report.text import difference, p_value, short, span, value
 
 PROTOCOLS = {"finetune": "fine-tuned", "frozen": "frozen"}
-HEAD = ("Arm", "Labels", "Value", "Minus from scratch", "p, and Holm's", "Verdict", "Worth in labels", "Steps to scratch")
+HEAD = (
+    "Arm",
+    "Labels",
+    "Value",
+    "Minus from scratch",
+    "p, and Holm's",
+    "Verdict",
+    "Worth in labels",
+    "Steps to scratch",
+)
 
 
 def outcome(study: Opened) -> Section:
@@ -21,7 +30,7 @@ def outcome(study: Opened) -> Section:
         "95 % intervals over pretraining seeds, label subsets and subjects, as far as each was drawn more than once. "
         "Differences are paired by seed, subset and subject. Holm's p-value is corrected for all comparisons here. "
         "Labels: what from scratch needs for the same. Steps: the first measured step at the level that from scratch "
-        "ends at. Frozen arms train a probe or a decoder on the encoder as it is; untrained and pixels are their anchors."
+        "ends at. Frozen arms train a probe or a decoder on the encoder as it is; untrained and pixels are anchors."
     )
     return Section(
         "outcome",

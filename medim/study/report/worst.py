@@ -143,7 +143,9 @@ def _words(study: Opened, run: Run, place: int) -> str:
     assert results is not None
     columns, score = results.values[run], case_scores(study, run)[place]
     if TRUTH not in columns:
-        return f"Dice {score:.3f} (" + ", ".join(f"{n} {columns[f'dice_{n}'][place]:.3f}" for n in results.classes) + ")"
+        return (
+            f"Dice {score:.3f} (" + ", ".join(f"{n} {columns[f'dice_{n}'][place]:.3f}" for n in results.classes) + ")"
+        )
     probabilities, labels = results.probabilities(run)
     called = results.classes[int(probabilities[place].argmax())]
     return f"truth {results.classes[labels[place]]}, its probability {score:.3f}, called {called}"
