@@ -96,7 +96,7 @@ def study(
         "overwrite": overwrite,
         "accelerator": accelerator,
         "store": store,
-        "command": _typed(sys.argv),
+        "command": repeatable(sys.argv),
         "progress": progress("finished", "cells"),
     }
     summary = run(task, settings, found, arms, budgets, out, **options)
@@ -115,7 +115,7 @@ def _multiples(text: str | None) -> tuple[float, ...] | None:
     return found
 
 
-def _typed(words: list[str]) -> list[str]:
+def repeatable(words: list[str]) -> list[str]:
     """The command as it was typed, without what only concerns this call of it."""
     kept = ["medim"]
     for before, word in pairwise(words):

@@ -55,7 +55,11 @@ def comparisons(folder: Path, summary: dict[str, Any]) -> dict[str, Any] | None:
                 "labelled": results.labelled[one.budget],
                 "value": _mean(ours),
                 "scratch": _mean(scratch),
-                "difference": {**asdict(one.difference), "scope": one.difference.scope},
+                "difference": {
+                    **asdict(one.difference),
+                    "over": list(one.difference.over),
+                    "scope": one.difference.scope,
+                },
                 "p": one.p,
                 "p_corrected": one.p_corrected,
                 "verdict": one.verdict,

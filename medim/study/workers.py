@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -113,26 +113,23 @@ class _Worker:
 
 def _in_processes(agenda: Agenda) -> None:
     crashed: set[Cell] = set()
-    workers = [_start(agenda) for _ in range(agenda.jobs)]
+    workers: list[_Worker] = []
 
     def stop() -> None:
         agenda.stopped = True
         for worker in workers:
-            if worker.cell and worker.process.is_alive():
+            if worker.cell:
                 worker.process.terminate()  # SIGTERM: it saves
 
     try:
         with stopping(stop):
             while busy := _give(agenda, workers):
                 ready = wait([worker.pipe for worker in busy])
-                for place, worker in enumerate(workers):
-                    if worker.pipe not in ready or worker.cell is None:
-                        continue
-                    outcome = _answer(worker)
-                    cell, worker.cell = worker.cell, None
-                    _settle(agenda, cell, outcome, crashed)
-                    if not worker.process.is_alive() and not agenda.stopped:
-                        workers[place] = _start(agenda)
+                for worker in (worker for worker in busy if worker.pipe in ready):
+                    outcome, cell = _answer(worker), worker.cell
+                    worker.cell = None
+                    if cell:
+                        _settle(agenda, cell, outcome, crashed)
     finally:
         for worker in workers:
             worker.pipe.close()  # it leaves when nothing more can come
@@ -143,15 +140,18 @@ def _in_processes(agenda: Agenda) -> None:
 
 
 def _give(agenda: Agenda, workers: list[_Worker]) -> list[_Worker]:
-    """Give a cell to each process that has none; those that are busy then."""
-    for worker in workers:
-        task = None if worker.cell else agenda.take()
-        if task:
-            worker.cell = task[0]
-            try:
-                worker.pipe.send(task)
-            except OSError:  # it died since; reading from it says so
-                continue
+    """Give cells to the processes that have none, and start those that are missing; those that are busy then."""
+    workers[:] = [worker for worker in workers if worker.cell or worker.process.is_alive()]
+    while (free := next((w for w in workers if not w.cell), None)) or len(workers) < agenda.jobs:
+        task = agenda.take()
+        if task is None:
+            break
+        if free is None:
+            free = _start(agenda)
+            workers.append(free)
+        free.cell = task[0]
+        with suppress(OSError):  # it died since; reading from it says so
+            free.pipe.send(task)
     return [worker for worker in workers if worker.cell]
 
 
@@ -168,13 +168,13 @@ def _start(agenda: Agenda) -> _Worker:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     threads = max(1, available() // agenda.jobs)
-    process = context.Process(target=_serve, args=(agenda.bench, threads, theirs), daemon=True)
+    process = context.Process(target=serve, args=(agenda.bench, threads, theirs), daemon=True)
     process.start()
     theirs.close()
     return _Worker(process, ours)
 
 
-def _serve(bench: Bench, threads: int, pipe: Any) -> None:
+def serve(bench: Bench, threads: int, pipe: Any) -> None:
     """Run cells as they come, until nothing more can come."""
     torch.set_num_threads(threads)
     with stopping(lambda: None):

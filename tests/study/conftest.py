@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 from PIL import Image
@@ -94,3 +96,21 @@ def run_study(
         return study(out=out or tmp_path / "study", **{**given, **options})
 
     return run
+
+
+@pytest.fixture(scope="session")
+def volumes(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    """Twenty-five volumes, each of a subject of its own, with a bright cube that is to be segmented."""
+    folder, rng = tmp_path_factory.mktemp("volumes"), np.random.default_rng(0)
+    pairs = []
+    for n in range(25):
+        cube = np.zeros((8, 8, 8), np.uint8)
+        cube[tuple(slice(at, at + 3) for at in rng.integers(0, 5, 3))] = 1
+        for part, array in (("imagesTr", rng.normal(100, 10, cube.shape) + 80 * cube), ("labelsTr", cube)):
+            (folder / part).mkdir(exist_ok=True)
+            image = nibabel.Nifti1Image(array.astype(np.float32 if part == "imagesTr" else np.uint8), np.eye(4))  # type: ignore[no-untyped-call, attr-defined]
+            nibabel.save(image, folder / part / f"v{n:02d}.nii.gz")  # type: ignore[attr-defined]
+        pairs.append({"image": f"./imagesTr/v{n:02d}.nii.gz", "label": f"./labelsTr/v{n:02d}.nii.gz"})
+    labels = {"0": "background", "1": "cube"}
+    (folder / "dataset.json").write_text(json.dumps({"labels": labels, "modality": {"0": "MRI"}, "training": pairs}))
+    return build_index(folder, "mri")

@@ -71,7 +71,8 @@ def test_an_encoder_that_saw_the_evaluation_split_is_counted_and_with_strict_ref
     arms = read_arms([f"clean={encoders[0]}", f"knows={tmp_path / 'knows'}"])
     assert read_seen(encoders[0]) is not None
     counts = count_seen(arms, cohort, strict=False)
-    assert counts["clean"] == [dict.fromkeys(("pretrain", "finetune"), {"images": 0, "subjects": 0})]
+    none = {"images": 0, "subjects": 0}
+    assert counts["clean"] == [{"pretrain": none, "finetune": none}]
     known = counts["knows"][0]
     assert known is not None
     assert known["pretrain"] == {"images": 3, "subjects": 3}
