@@ -35,11 +35,11 @@ def cases(study: Opened) -> Section:
     figures, tables = [], []
     if means:
         values = {arm: list(found.values()) for arm, found in means.items()}
-        figures.append(strips(values, name, f"{name}, by subject", dot="subject"))
+        figures.append(strips(values, name.split(" of")[0], f"{name}, by subject", dot="subject"))
         first = next(iter(means))
         order = sorted(means[first], key=lambda subject: (means[first][subject], subject))[:MOST]
         rows = [(s, told(_count(study, s)), *(f"{found[s]:.3f}" for found in means.values())) for s in order]
-        tables.append(Table(f"The {many(len(rows), 'subject')} with the lowest", ("Subject", "Cases", *means), rows))
+        tables.append(Table(f"The {many(len(rows), 'subject')} {lowest}", ("Subject", "Cases", *means), rows))
     return Section(
         "cases",
         "Worst cases",

@@ -43,6 +43,8 @@ def curves(
             axes.set_xscale("log")
             axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
             axes.xaxis.set_minor_locator(NullLocator())
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel(unit)
         axes.set_ylabel(metric)

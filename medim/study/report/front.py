@@ -35,7 +35,14 @@ def verdict(study: Opened) -> Section:
         "What pretraining is worth",
         Banner(state, headline, (text + " ".join(filter(None, doubts))).strip()),
         tables=[
-            Table("Every arm at its best-supported budget", ("Arm", "Verdict", "In labels"), cells, note, wide=True)
+            Table(
+                "Every arm at its best-supported budget",
+                ("Arm", "Verdict", "In labels"),
+                cells,
+                note,
+                wide=True,
+                prose=True,
+            )
         ],
     )
 
@@ -88,7 +95,7 @@ def counts(study: Opened) -> Section:
         ],
         tables=[
             Table(f"Of the evaluation split ({many(val['images'], 'image')}), seen before", head, rows, wide=True),
-            *([Table("Cells that failed", ("Cell", "Reason"), failed, wide=True)] if failed else []),
+            *([Table("Cells that failed", ("Cell", "Reason"), failed, wide=True, prose=True)] if failed else []),
         ],
         details=[("Cells that are left", "\n".join(cells["left"]))] if cells["left"] else [],
     )

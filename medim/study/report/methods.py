@@ -32,11 +32,17 @@ def methods(study: Opened) -> Section:
     rows = checklists(facts)
     blank = sum(answer == NOT_REPORTED for *_, answer in rows)
     tables = [
-        Table(f"{name}, filled in as far as the files can tell", ("Item", "What it asks for", "Answer"), own, wide=True)
+        Table(
+            f"{name}, filled in as far as the files can tell",
+            ("Item", "What it asks for", "Answer"),
+            own,
+            wide=True,
+            prose=True,
+        )
         for name in dict.fromkeys(row[0] for row in rows)
         if (own := [row[1:] for row in rows if row[0] == name])
     ]
-    tables[-1] = Table(tables[-1].caption, tables[-1].head, tables[-1].rows, SOURCES, wide=True)
+    tables[-1] = Table(tables[-1].caption, tables[-1].head, tables[-1].rows, SOURCES, wide=True, prose=True)
     summary = study.summary
     return Section(
         "methods",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ class Opened:
 
     folder: Path
     summary: dict[str, Any]
+    _intervals: dict[tuple[str, str, str, int | None], Interval | None] = field(default_factory=dict, repr=False)
 
     @cached_property
     def results(self) -> Results | None:
@@ -91,6 +92,12 @@ class Opened:
 
     def interval(self, metric: str, arm: str, budget: str, step: int | None = None) -> Interval | None:
         """A metric of an arm's runs with its 95 % interval; None where there is none."""
+        key = metric, arm, budget, step
+        if key not in self._intervals:
+            self._intervals[key] = self._interval(*key)
+        return self._intervals[key]
+
+    def _interval(self, metric: str, arm: str, budget: str, step: int | None) -> Interval | None:
         results = self.results
         if results is None or self._drawn is None or not results.seeds(arm, budget):
             return None

@@ -8,16 +8,8 @@ from medim.study.report.opened import Opened, title_of
 from medim.study.report.text import difference, p_value, short, span, value
 
 PROTOCOLS = {"finetune": "fine-tuned", "frozen": "frozen"}
-HEAD = (
-    "Arm",
-    "Labels",
-    "Value",
-    "Minus from scratch",
-    "p, and Holm's",
-    "Verdict",
-    "Worth in labels",
-    "Steps to scratch",
-)
+HEAD = ("Arm", "Labels", "Value", "Minus from scratch", "p", "p, Holm", "Verdict")
+WORTH = ("Arm", "Labels", "Worth in labels", "Saved", "Times", "Steps to the level of from scratch", "Of")
 
 
 def outcome(study: Opened) -> Section:
@@ -29,14 +21,18 @@ def outcome(study: Opened) -> Section:
     note = (
         "95 % intervals over pretraining seeds, label subsets and subjects, as far as each was drawn more than once. "
         "Differences are paired by seed, subset and subject. Holm's p-value is corrected for all comparisons here. "
-        "Labels: what from scratch needs for the same. Steps: the first measured step at the level that from scratch "
-        "ends at. Frozen arms train a probe or a decoder on the encoder as it is; untrained and pixels are anchors."
+        "Frozen arms train a probe or a decoder on the encoder as it is; untrained and pixels are anchors."
     )
     return Section(
         "outcome",
         "Every arm at every budget",
         Banner("plain", name, f"{many(measured, 'run')} measured on {_cases(study)}. More is better."),
-        tables=[Table(f"{name}, by labels and arm", HEAD, rows, note, wide=True), *_others(study), *_rates(study)],
+        tables=[
+            Table(f"{name}, by labels and arm", HEAD, rows, note, wide=True),
+            *_worth(study),
+            *_others(study),
+            *_rates(study),
+        ],
     )
 
 
@@ -51,16 +47,31 @@ def _row(study: Opened, arm: str, budget: str) -> tuple[str, ...]:
     found = study.row(arm, budget)
     if found is None:
         anchor = "the twin" if arm == SCRATCH else "anchor" if arm in (UNTRAINED, PIXELS) else "not compared"
-        return (*first, anchor, "–", "–", "–", "–")
-    saved, time = found["labels_saved"], found["time_to_scratch"]
+        return (*first, anchor, "–", "–", "–")
     return (
         *first,
         cell(difference(found)),
-        f"{p_value(found['p'])}\n({p_value(found['p_corrected'])})",
+        p_value(found["p"]),
+        p_value(found["p_corrected"]),
         found["verdict"],
-        cell(span(saved["worth"])) if saved else "–",
-        cell(span(time["steps"])) if time else "–",
     )
+
+
+def _worth(study: Opened) -> list[Table]:
+    """What labels and steps an arm saves."""
+    rows = []
+    for found in study.rows:
+        saved, time = found["labels_saved"], found["time_to_scratch"]
+        labels = (
+            [span(saved[name]) for name in ("worth", "saved")] + [span(saved["ratio"], ".1f")] if saved else ["–"] * 3
+        )
+        steps = (span(time["steps"]), f"{study.summary['steps']:,}") if time else ("–", "–")
+        rows.append((found["arm"], f"{found['labelled']:,}", *map(cell, (*labels, *steps))))
+    note = (
+        "Worth: the labels that from scratch needs for what the arm reaches. Steps: the first measured step at which "
+        "the arm is where from scratch ends. Nothing is extrapolated: beyond what was run it is more or fewer."
+    )
+    return [Table("Labels and steps saved", WORTH, rows, note, wide=True)] if rows else []
 
 
 def _others(study: Opened) -> list[Table]:

@@ -8,6 +8,8 @@ from typing import Any
 from medim.evaluation.report.figures import interval_text, number
 from medim.study.statistics import Interval
 
+ENDS = ("value", "low", "high")
+
 
 def difference(row: Mapping[str, Any]) -> str:
     """`+0.031 (+0.012 to +0.050)`."""
@@ -25,14 +27,10 @@ def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
-def amount(found: Mapping[str, Any]) -> str:
-    """`more than 150`."""
-    return f"{found['censored']} {found['value']:,.0f}".strip()
-
-
-def span(found: Mapping[str, Any]) -> str:
+def span(found: Mapping[str, Any], spec: str = ",.0f") -> str:
     """`34 (20 to more than 150)`."""
-    return f"{amount(found['value'])} ({amount(found['low'])} to {amount(found['high'])})"
+    value, low, high = (f"{a['censored']} {a['value']:{spec}}".strip() for a in (found[end] for end in ENDS))
+    return f"{value} ({low} to {high})"
 
 
 def value(found: Interval | None) -> str:
