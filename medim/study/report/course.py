@@ -37,7 +37,7 @@ def _over_labels(study: Opened, arm: str) -> Figure | None:
         lines[title_of(name)] = [(n, one) for n, one in found if one is not None]
     if not all(lines.values()):
         return None
-    metric = metric_name(study.metric)
+    metric = _short(study)
     return figures.curves(lines, "labels", metric, f"{metric} over labels: {arm}", log=True)
 
 
@@ -53,7 +53,7 @@ def _over_steps(study: Opened, arm: str, budget: str) -> Figure | None:
         lines[title_of(name)] = [(float(step), one) for step, one in found if one is not None]
     if not all(lines.values()):
         return None
-    metric, labels = metric_name(study.metric), many(study.budgets[budget], "label")
+    metric, labels = _short(study), many(study.budgets[budget], "label")
     caption = f"{metric} over steps with {labels}: {arm}"
     return figures.curves(lines, "steps", metric, caption, level=row["time_to_scratch"]["level"])
 
@@ -76,3 +76,7 @@ def _calibration(study: Opened, arm: str, budget: str) -> Calibration:
     runs = [study.results.probabilities(Run(arm, budget, s, t)) for s, t in study.results.seeds(arm, budget)]
     probabilities, labels = (np.concatenate(parts) for parts in zip(*runs, strict=True))
     return calibration(probabilities, labels)
+
+
+def _short(study: Opened) -> str:
+    return metric_name(study.metric).removesuffix(", mean over classes")

@@ -12,11 +12,12 @@ from medim.files import read_json
 from medim.study.design import SCRATCH
 from medim.study.resampling import Draw, draw, score
 from medim.study.results import Results, open_results
-from medim.study.statistics import Interval, interval
+from medim.study.statistics import Interval, Verdict, interval
 from medim.study.table import TRUTH
 from medim.types import UserError
 
 Row = dict[str, Any]  # of `comparisons` in summary.json
+VERDICTS: tuple[Verdict, ...] = ("benefit", "no evidence of a benefit", "harm")
 
 
 @dataclass(frozen=True)
@@ -69,21 +70,16 @@ class Opened:
         """The comparison of an arm at a budget."""
         return next((row for row in self.rows if (row["arm"], row["budget"]) == (arm, budget)), None)
 
-    @cached_property
+    @property
     def best(self) -> Row | None:
-        """The best-supported comparison: a benefit before none before harm, then the smallest p, then fewest labels."""
-        order = ("benefit", "no evidence of a benefit", "harm")
-        ranked = sorted(
-            self.rows, key=lambda row: (order.index(row["verdict"]), row["p_corrected"], row["p"], row["labelled"])
-        )
-        return ranked[0] if ranked else None
+        """The best-supported comparison; see `support`."""
+        return min(self.rows, key=support, default=None)
 
     def of_arm(self, arm: str) -> Row:
         """The best-supported comparison of an arm, in the terms of its verdict over all budgets."""
         verdict = self.summary["comparisons"]["overall"][arm]
         own = [row for row in self.rows if row["arm"] == arm]
-        told = [row for row in own if row["verdict"] == verdict] or own
-        return min(told, key=lambda row: (row["p_corrected"], row["p"], row["labelled"]))
+        return min([row for row in own if row["verdict"] == verdict] or own, key=support)
 
     def protocol(self, arm: str) -> str:
         """Fine-tuned, or frozen under a probe or decoder."""
@@ -127,6 +123,18 @@ def open_study(folder: Path) -> Opened:
     if summary.get("command") != "study":
         raise UserError(f"{folder}: expected a study, got {summary.get('command')}. Run `medim study` first.")
     return Opened(folder, summary)
+
+
+def support(row: Row) -> tuple[Any, ...]:
+    """By what comparisons are ranked, the best first.
+
+    A benefit before none before harm; labels saved between two numbers, and more than none, before an open end; then
+    the smallest p, and the fewest labels. All verdicts are corrected for all comparisons, so that any may be shown.
+    """
+    worth = (row["labels_saved"] or {}).get("worth")
+    ends = [] if worth is None else [worth[end] for end in ("value", "low", "high")]
+    closed = bool(ends) and not any(end["censored"] for end in ends) and ends[1]["value"] > row["labelled"]
+    return VERDICTS.index(row["verdict"]), not closed, row["p_corrected"], row["p"], row["labelled"]
 
 
 def title_of(arm: str) -> str:

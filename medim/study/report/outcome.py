@@ -9,7 +9,7 @@ from medim.study.report.text import difference, p_value, short, span, value
 
 PROTOCOLS = {"finetune": "fine-tuned", "frozen": "frozen"}
 HEAD = ("Arm", "Labels", "Value", "Minus from scratch", "p", "p, Holm", "Verdict")
-WORTH = ("Arm", "Labels", "Worth in labels", "Saved", "Times", "Steps to the level of from scratch", "Of")
+WORTH = ("Arm", "Labels", "Worth in labels", "Saved", "Times", "Steps to scratch", "Of")
 
 
 def outcome(study: Opened) -> Section:
@@ -104,7 +104,7 @@ def _rates(study: Opened) -> list[Table]:
         "Chosen once for each arm and budget, on its first subset: a fifth of its subjects is held out, so that the "
         "labels that choose are paid from the budget. The evaluation split has no part in it."
     )
-    head = ("Arm", "Budget", "Learning rate", "How", f"{metric_name(study.metric)} on the fifth")
+    head = ("Arm", "Budget", "Learning rate", "How", "Scores on the fifth")
     return [Table("Learning rates", head, rows, note, wide=True)] if rows else []
 
 

@@ -51,7 +51,7 @@ def test_contours_lie_on_the_borders_of_truth_and_prediction() -> None:
     away = np.hypot(rows - SIDE * 19.5 / 40, columns - SIDE * 19.5 / 40) * 40 / SIDE  # both axes are mirrored
     for found, radius in zip(coloured(picture), (12.5, 6.5), strict=True):
         assert found.sum() > 100
-        assert np.abs(away[found] - radius).max() < 1.5
+        assert np.quantile(np.abs(away[found] - radius), 0.95) < 1.5  # JPEG has ripples beside a line
     assert coloured(picture)[1].sum() < 0.5 * coloured(picture)[0].sum()  # dashed, and the smaller circle
 
 
