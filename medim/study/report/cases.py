@@ -11,7 +11,7 @@ from medim.evaluation.report.page import Banner, Section, Sheet, Table, Tile, ma
 from medim.files import read_json
 from medim.study.design import SCRATCH
 from medim.study.report.opened import Opened, title_of
-from medim.study.report.worst import WORST, case_scores
+from medim.study.report.worst import CONTOURS, WORST, case_scores
 from medim.study.results import Run
 
 MOST = 10  # subjects in the table
@@ -28,7 +28,10 @@ def cases(study: Opened) -> Section:
     if tiles:
         note = f"The {many(len(tiles), 'evaluation case')} {lowest}, of {title_of(worst['arm'])} with "
         note += (
-            f"{many(study.budgets[worst['budget']], 'label')}, encoder 0, subset 0. Patient images: they stay on site."
+            f"{many(study.budgets[worst['budget']], 'label')}, encoder 0, subset 0. "
+        if name == "Dice":
+            note += f"{CONTOURS.capitalize()}. Of volumes the axial slice with the largest truth; right is on the left. "
+        note += "Patient images: they stay on site."
         )
         sheet = Sheet("Worst cases", note, tiles)
     means = _by_subject(study)

@@ -120,7 +120,7 @@ def facts_of(study: Opened) -> dict[str, str | None]:
         "arms_told": ", ".join(_arm(arm) for arm in summary["arms"] if arm["encoders"]),
         "budgets_told": _budgets(summary),
         "rates": _rates(summary),
-        "metrics": ", ".join(map(metric_name, metrics)),
+        "metrics": "; ".join(map(metric_name, metrics)),
         "statistics": STATISTICS if study.rows else None,
         "interpretation": sentence(study.best) if study.best else None,
         "kept_models": "Weights of each arm's first run with the most labels are in cells/" if runs else None,
