@@ -21,7 +21,7 @@ from medim.cli.options import (
     Strict,
     Subjects,
 )
-from medim.cli.terminal import number, progress, show
+from medim.cli.terminal import number, show
 from medim.types import UsageError
 
 LEFT_OUT = ("--resume", "--overwrite", "--quiet", "--debug")  # of the command to repeat a study
@@ -97,7 +97,6 @@ def study(
         "accelerator": accelerator,
         "store": store,
         "command": repeatable(sys.argv),
-        "progress": progress("finished", "cells"),
     }
     summary = run(task, settings, found, arms, budgets, out, **options)
     show("study", {**_told(summary), "cells": summary["cells"]["done"], "written to": out})

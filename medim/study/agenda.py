@@ -26,7 +26,6 @@ class Agenda:
         jobs: cells at once.
         failed: cells that could not be run, with what they said.
         stopped: no cell is to be begun any more.
-        progress: called with the number of cells that are over, and of all.
     """
 
     bench: Bench
@@ -36,7 +35,6 @@ class Agenda:
     jobs: int = 1
     failed: dict[Cell, str] = field(default_factory=dict)
     stopped: bool = False
-    progress: Callable[[int, int], None] | None = None
 
     def __post_init__(self) -> None:
         self._left = [cell for cell in self.cells if not self.bench.done(cell)]
@@ -74,9 +72,7 @@ class Agenda:
             self.failed[cell] = failure
             log.warning("%s: failed: %s", cell, failure)
         count = len(self.cells) - len(self.left)
-        log.info("cell %d of %d: %s; %.1f h left", count, len(self.cells), cell, self.seconds_left() / 3600)
-        if self.progress:
-            self.progress(count, len(self.cells))
+        log.info("cell %d of %d: %s; about %s left", count, len(self.cells), cell, duration(self.seconds_left()))
 
     def put_back(self, cell: Cell) -> None:
         """A cell was stopped, and can be taken up where it was."""
@@ -111,3 +107,8 @@ class Agenda:
 
     def _in_time(self, cell: Cell) -> bool:
         return self.deadline is None or time.monotonic() + self.expected(cell) <= self.deadline
+
+
+def duration(seconds: float) -> str:
+    """For people: minutes, or hours."""
+    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"

@@ -23,7 +23,7 @@ from medim.training.optim import optimiser
 
 STEPS = 4  # timed, after one to warm up
 IMAGES = 8
-OVERHEAD_SECONDS = 2.0  # of a cell beside steps and measurements (benchmarks/study_overhead.py)
+OVERHEAD_SECONDS = 1.0  # of a cell beside steps and measurements (benchmarks/study_overhead.py)
 FIT_SECONDS = 0.5  # of a probe's classifier
 ON_THE_WAY = (  # shares of the schedule, by how many can be afforded
     (),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from medim.evaluation.sample import Budget
 from medim.files import fresh_folder, read_json, write_json, write_text
 from medim.models.saved import find
 from medim.study import checks
-from medim.study.agenda import Agenda
+from medim.study.agenda import Agenda, duration
 from medim.study.cells import Bench
 from medim.study.choice import too_small
 from medim.study.design import MULTIPLES, Arm, Design, Task
@@ -57,7 +57,6 @@ def study(
     accelerator: str = "auto",
     store: Path | None = None,
     command: Sequence[str] = (),
-    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Run every arm at every label budget, paired, and write what came out.
 
@@ -81,7 +80,6 @@ def study(
         accelerator: Lightning's name of the device kind.
         store: folder of preprocessed images; None is the user's cache.
         command: what was typed, for the record.
-        progress: called with the number of cells that are over, and of all.
 
     Returns:
         The content of `summary.json`.
@@ -127,8 +125,8 @@ def study(
         write_json(out / STATE, {"schema_version": 1, "run": run})
         bench = replace(bench, parent_run=run)
         deadline = None if max_hours is None else began + 3600 * max_hours
-        agenda = Agenda(bench, cells, Clock(bench, costs, cells), deadline, jobs, progress=progress)
-        log.info("%d of %d cells are left: about %.1f h", len(agenda.left), len(cells), agenda.seconds_left() / 3600)
+        agenda = Agenda(bench, cells, Clock(bench, costs, cells), deadline, jobs)
+        log.info("%d of %d cells are left: about %s", len(agenda.left), len(cells), duration(agenda.seconds_left()))
         work(agenda)
         facts["wall_hours"] = (time.monotonic() - began) / 3600
         facts["rejected_cases"] = write_results(out / "results.parquet", bench, cells)
@@ -201,7 +199,7 @@ def _leave(agenda: Agenda, out: Path) -> None:
     if agenda.left:
         raise StoppedError(
             f"{out}: {len(agenda.left)} of {len(agenda.cells)} cells are left, about "
-            f"{agenda.seconds_left() / 3600:.1f} h; what is done is in results.parquet, --resume continues."
+            f"{duration(agenda.seconds_left())}; what is done is in results.parquet, --resume continues."
         )
     if agenda.failed:
         told = "; ".join(f"{cell}: {reason}" for cell, reason in agenda.failed.items() if cell.kind != "selection")
