@@ -18,7 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from medim.evaluation.metrics import Statistic, classification_statistics
+from medim.evaluation.binary import Statistic
+from medim.evaluation.metrics import classification_statistics
 from medim.files import read_json
 from medim.study.design import SCRATCH
 from medim.study.table import TRUTH

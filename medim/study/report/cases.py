@@ -26,13 +26,14 @@ def cases(study: Opened) -> Section:
     lowest = "with the lowest Dice" if name == "Dice" else "whose true class got the lowest probability"
     sheet = None
     if tiles:
-        note = f"The {many(len(tiles), 'evaluation case')} {lowest}, of {title_of(worst['arm'])} with "
-        note += (
-            f"{many(study.budgets[worst['budget']], 'label')}, encoder 0, subset 0. "
-        if name == "Dice":
-            note += f"{CONTOURS.capitalize()}. Of volumes the axial slice with the largest truth; right is on the left. "
-        note += "Patient images: they stay on site."
-        )
+        parts = [
+            f"The {many(len(tiles), 'evaluation case')} {lowest}, of {title_of(worst['arm'])} with "
+            f"{many(study.budgets[worst['budget']], 'label')}, encoder 0, subset 0.",
+            f"{CONTOURS.capitalize()}." if name == "Dice" else "",
+            "Volumes by an axial slice, of masks the largest; the patient's right is on the left.",
+            "Patient images: they stay on site.",
+        ]
+        note = " ".join(filter(None, parts))
         sheet = Sheet("Worst cases", note, tiles)
     means = _by_subject(study)
     figures, tables = [], []
