@@ -11,7 +11,7 @@ from typing import Any, get_args
 import numpy as np
 
 from medim.config import Section
-from medim.data.index import Record
+from medim.data.index import Index, Record
 from medim.data.seen import Counts, guard, read_seen
 from medim.evaluation.sample import Budget
 from medim.models.saved import find
@@ -44,6 +44,19 @@ def check_networks(arms: Iterable[Arm]) -> Section:
                 )
     assert first is not None
     return first[1]
+
+
+def check_labels(index: Index) -> None:
+    """Refuse labels that are findings, any number an image.
+
+    Raises:
+        UserError: they are.
+    """
+    if index.findings:
+        raise UserError(
+            f"{index.root}: expected one class an image, got labels of {len(index.findings)} findings. Study one at a "
+            "time: give --labels CSV with columns image,label."
+        )
 
 
 def check_sides(cohort: Cohort) -> None:

@@ -71,8 +71,8 @@ class Results:
     @cached_property
     def metrics(self) -> tuple[str, ...]:
         """What can be asked for; the first is what the study is about."""
-        names = tuple(next(iter(self.values.values())))
-        return ("auroc", "accuracy", "balanced_accuracy", "f1", "ece") if TRUTH in names else names
+        run, columns = next(iter(self.values.items()))
+        return tuple(classification_statistics(*self.probabilities(run)) if TRUTH in columns else columns)
 
     def seeds(self, arm: str, budget: str) -> list[tuple[int, int]]:
         """Pretraining and subset seeds of the runs that are there."""
@@ -115,7 +115,7 @@ class Results:
         return (
             classification_statistics(*self.probabilities(run))[metric]
             if TRUTH in columns
-            else mean_of(columns[metric])
+            else mean_of_defined(columns[metric])
         )
 
     def probabilities(self, run: Run) -> tuple[Array, Array]:
@@ -184,7 +184,7 @@ def largest(seeds: Seeds) -> list[tuple[int, int]]:
     return found
 
 
-def mean_of(column: Array) -> Statistic:
+def mean_of_defined(column: Array) -> Statistic:
     """The weighted mean over the cases that have a value, NaN where none has, as a statistic."""
     known = np.isfinite(column)
     filled = np.where(known, column, 0.0)

@@ -92,6 +92,8 @@ def study(
     began = time.monotonic()
     rehearse(config)
     checks.check_networks(arms)
+    if task == "classification":
+        checks.check_labels(index)
     check_target()
     fresh_folder(out, resume=resume, overwrite=overwrite)
     cohort = open_labelled(config, index, split_seed=split_seed, store=store, jobs=jobs)

@@ -13,7 +13,7 @@ from medim.config import FinetuneConfig
 from medim.data.index import Index, build_index
 from medim.data.seen import Seen, read_seen
 from medim.evaluation.sample import Budget
-from medim.study.checks import check_cases, check_networks, check_selection, check_sides, count_seen, draw
+from medim.study.checks import check_cases, check_labels, check_networks, check_selection, check_sides, count_seen, draw
 from medim.study.design import Arm, read_arms
 from medim.training.cohort import Cohort
 from medim.training.finetune import open_labelled
@@ -28,6 +28,14 @@ def cohort(index: Index, schedule: FinetuneConfig, tmp_path_factory: pytest.Temp
 def test_a_sound_cohort_passes(cohort: Cohort) -> None:
     check_sides(cohort)
     check_cases("classification", cohort)
+
+
+def test_findings_are_refused_for_what_they_are(index: Index) -> None:
+    check_labels(index)
+    told = replace(index, records=tuple(replace(r, label="+up|-down") for r in index.records))
+    assert told.findings
+    with pytest.raises(UserError, match="labels of 2 findings"):
+        check_labels(told)
 
 
 def test_a_subject_on_both_sides_is_refused(cohort: Cohort) -> None:
