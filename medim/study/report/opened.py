@@ -58,8 +58,10 @@ class Opened:
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """Names of the arms that were measured, the scratch twin first."""
-        return self.results.arms if self.results else ()
+        """Names of the arms that were measured: the scratch twin, the others as they were given, anchors."""
+        given = [told["name"] for told in self.summary["arms"]]
+        found = self.results.arms if self.results else ()
+        return tuple(sorted(found, key=lambda arm: given.index(arm) if arm in given else len(given)))
 
     @property
     def budgets(self) -> dict[str, int]:

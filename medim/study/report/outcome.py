@@ -80,13 +80,14 @@ def _others(study: Opened) -> list[Table]:
         return []
     largest = list(study.budgets)[-1]
     arms = [arm for arm in study.arms if _there(study, arm, largest)]
-    rows = []
-    for metric in study.results.metrics:
-        better = "lower" if lower_is_better(metric) else "higher"
-        cells = (cell(value(study.interval(metric, arm, largest))) for arm in arms)
-        rows.append((metric_name(metric), better, *cells))
+    rows = [
+        (title_of(arm), metric_name(metric), cell(value(study.interval(metric, arm, largest))), better)
+        for metric in study.results.metrics
+        for better in ["lower" if lower_is_better(metric) else "higher"]
+        for arm in arms
+    ]
     caption = f"All metrics with {many(study.budgets[largest], 'label')}"
-    return [Table(caption, ("Metric", "Better", *map(title_of, arms)), rows, wide=True)]
+    return [Table(caption, ("Arm", "Metric", "Value", "Better"), rows, wide=True)]
 
 
 def _rates(study: Opened) -> list[Table]:
