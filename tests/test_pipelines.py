@@ -35,7 +35,9 @@ def calibration(pipeline: Callable[[str], Any]) -> Any:
     return pipeline("mutual_information")
 
 
-@pytest.mark.parametrize("study", ["xray_pneumonia", "mri_hippocampus", "dim_stability", "smoke", "mutual_information"])
+@pytest.mark.parametrize(
+    "study", ["xray_pneumonia", "mri_hippocampus", "mri_volume", "dim_stability", "smoke", "mutual_information"]
+)
 def test_a_study_is_read_in_a_minute(study: str) -> None:
     assert len((PIPELINES / f"{study}.py").read_text().splitlines()) < 100
 

@@ -178,6 +178,32 @@ def pad_or_crop(volume: Volume, *, shape: tuple[int, ...]) -> Volume:
     return _window(volume, start, wanted)
 
 
+def centre(volume: Volume, *, shape: tuple[int, ...]) -> Volume:
+    """Cut one field of view around the centre of mass, so that an image's own size tells nothing any more.
+
+    The window lies inside the image wherever it fits; where the image is smaller, its edge voxels are continued, so
+    that no border of padding shows where it ends. Voxels are copied, never interpolated: `resample` goes before it, so
+    that a shape in voxels is a field of view in mm. A voxel's mass is how far it lies above its channel's minimum, in
+    shares of the channel's sum; the centre is rounded to the nearest voxel.
+
+    Args:
+        volume: the image.
+        shape: wanted spatial shape, in voxels.
+    """
+    wanted = _per_axis("centre.shape", shape, volume.spatial_dims).astype(np.intp)
+    mass = _floats(volume) - volume.array.min(axis=tuple(range(1, volume.array.ndim)), keepdims=True)
+    start = []
+    for axis, (n, w) in enumerate(zip(volume.shape, wanted, strict=True), start=1):
+        others = tuple(a for a in range(1, mass.ndim) if a != axis)
+        profile = mass.sum(axis=others, dtype=np.float64)  # (C, n)
+        total = profile.sum(axis=1, keepdims=True)
+        share = np.divide(profile, total, out=np.full_like(profile, 1 / n), where=total > 0).mean(axis=0)
+        first = int(np.rint(round(float(share @ np.arange(n)) - (w - 1) / 2, 6)))
+        start.append(min(max(first, 0), n - w) if n >= w else -int((w - n) // 2))
+    affine = _moved(volume.affine, scale=np.ones(len(wanted)), offset=np.asarray(start, float))
+    return volume.with_array(resample_to(volume.array, volume.affine, affine, wanted.tolist(), order=0), affine)
+
+
 def pad_to_multiple(volume: Volume, *, multiple: int) -> Volume:
     """Pad around the centre until a network's stride divides each axis; padding has each channel's minimum.
 
@@ -199,6 +225,7 @@ STEPS: dict[str, Callable[..., Volume]] = {
     "normalise": normalise,
     "crop_foreground": crop_foreground,
     "pad_or_crop": pad_or_crop,
+    "centre": centre,
     "pad_to_multiple": pad_to_multiple,
 }
 

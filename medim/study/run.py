@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from medim.config import FinetuneConfig
+from medim.config import FinetuneConfig, dump
 from medim.data.identity import Scrubber, tokens
 from medim.data.index import Index
 from medim.data.splits import write_splits
 from medim.evaluation.sample import Budget
-from medim.files import fresh_folder, read_json, write_json
+from medim.files import fresh_folder, read_json, write_json, write_text
 from medim.models.saved import find
 from medim.study import checks
 from medim.study.agenda import Agenda, duration
@@ -23,6 +23,7 @@ from medim.study.cells import Bench
 from medim.study.choice import too_small
 from medim.study.design import MULTIPLES, Arm, Design, Task
 from medim.study.estimate import Clock, Costs, measure, on_the_way
+from medim.study.report import gather, report
 from medim.study.summary import write_summary
 from medim.study.table import write_results
 from medim.study.workers import work
@@ -109,6 +110,7 @@ def study(
     log.info("timing a few steps and images on this machine")
     costs = measure(bench, jobs)
     bench = _settled(bench, costs)
+    write_text(out / "config.yaml", dump(config))
     for seed in range(seeds):
         write_splits(out / "splits" / f"{seed}.csv", index, cohort.splits, cohort.records("train"), seed=seed)
     cells = bench.design.cells(subsets)
@@ -132,6 +134,8 @@ def study(
         facts["rejected_cases"] = write_results(out / "results.parquet", bench, cells)
         facts["repeat"] = _repeat(command, bench)
         summary = write_summary(out, agenda, facts)
+        gather(bench)
+        report(out)
         log_study(run, {"cells": len(cells), "cells_left": len(agenda.left)}, [out / "summary.json", out / DESIGN])
         _leave(agenda, out)
     return summary

@@ -138,7 +138,7 @@ def resolve_config(
 
     Without `name`, the preset is the pretraining preset's twin, or else the modality's. The encoder decides
     architecture, preprocessing and, where the preset leaves it open, the views' shape; for classification the views
-    are then whole images.
+    are then whole images. A preset that only adds `centre` to the encoder's preprocessing keeps its own.
 
     Args:
         task: segmentation or classification.
@@ -169,6 +169,9 @@ def resolve_config(
         raise UserError(f"--config {chosen}: it is for {content['task']}, and --task says {task}.")
     if spec:
         given = {"modality": spec["modality"], "encoder": spec["encoder"], "preprocessing": spec["preprocessing"]}
+        own = content.get("preprocessing", [])
+        if [step for step in own if step["op"] != "centre"] == spec["preprocessing"]:
+            given["preprocessing"] = own  # a field of view that the task asks for
         views = {"shape": spec["input_shape"], **content.get("views", {})}
         if views["shape"] == AUTO and task == "segmentation":
             views["shape"] = spec["input_shape"]

@@ -200,7 +200,7 @@ def _after(step: Step, shape: Shape, spacing: Spacing) -> tuple[Shape, Spacing]:
         return tuple(round((n - 1) * a / b) + 1 for n, a, b in zip(shape, spacing, new, strict=True)), new
     if step["op"] == "resize":
         return new, tuple(n * mm / m for n, mm, m in zip(shape, spacing, new, strict=True))
-    if step["op"] == "pad_or_crop":
+    if step["op"] in ("pad_or_crop", "centre"):
         return new, spacing
     return shape, spacing
 

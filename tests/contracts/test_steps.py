@@ -15,6 +15,7 @@ OPTIONS: dict[str, dict[int, dict[str, Any]]] = {  # a step that needs options: 
     "resample": {2: {"spacing": [1.3, 0.9]}, 3: {"spacing": [1.3, 0.9, 1.7]}},
     "resize": {2: {"shape": [16, 24]}, 3: {"shape": [16, 24, 12]}},
     "pad_or_crop": {2: {"shape": [16, 24]}, 3: {"shape": [16, 24, 9]}},
+    "centre": {2: {"shape": [16, 24]}, 3: {"shape": [16, 24, 9]}},
     "pad_to_multiple": {2: {"multiple": 8}, 3: {"multiple": 8}},
 }
 INTENSITY = ("clip_percentiles", "normalise")  # these change values, not places

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.data.meta_tensor import MetaTensor
-from monai.transforms.croppad.array import CropForeground, DivisiblePad, ResizeWithPadOrCrop
+from monai.transforms.croppad.array import CropForeground, DivisiblePad, ResizeWithPadOrCrop, SpatialCrop, SpatialPad
 from monai.transforms.intensity.array import NormalizeIntensity, ScaleIntensityRangePercentiles
 from monai.transforms.io.array import LoadImage
 from monai.transforms.spatial.array import Orientation, Resize, Spacing
@@ -229,6 +229,38 @@ class TestShape:
         np.testing.assert_array_equal(got.array, monai.numpy())
         np.testing.assert_allclose(got.affine, matrix(monai), atol=1e-9)
 
+    def test_centre_is_monai_spatial_crop_around_the_centre_of_mass(self) -> None:
+        array = np.zeros((1, 20, 18, 16), np.float32)
+        array[:, 11:17, 3:9, 6:13] = np.abs(smooth_image((6, 6, 7)))
+        volume, shape = volume_of(array - 5, affine_of((1, 2, 3), OBLIQUE)), (8, 6, 9)
+        mass = np.array(ndimage.center_of_mass(array[0]))
+        start = np.rint(mass - (np.array(shape) - 1) / 2).astype(int)
+        monai = SpatialCrop(roi_start=start, roi_end=start + shape)(as_meta(volume))
+        got = preprocess(volume, [{"op": "centre", "shape": shape}])
+        np.testing.assert_array_equal(got.array, monai.numpy())
+        np.testing.assert_allclose(got.affine, matrix(monai), atol=1e-9)
+
+    def test_centre_continues_the_edge_of_a_smaller_image_as_monai_does(self) -> None:
+        volume = volume_of(smooth_image((10, 13)))
+        monai = SpatialPad((15, 20), mode="edge")(as_meta(volume))
+        got = preprocess(volume, [{"op": "centre", "shape": (15, 20)}])
+        np.testing.assert_array_equal(got.array, monai.numpy())
+        np.testing.assert_allclose(got.affine, matrix(monai))
+
+    def test_centre_stays_inside_the_image_wherever_it_fits(self) -> None:
+        array = np.zeros((1, 12, 12), np.float32)
+        array[0, 11, 0] = 1
+        got = preprocess(volume_of(array), [{"op": "centre", "shape": (6, 6)}])
+        np.testing.assert_array_equal(got.array, array[:, 6:, :6])
+
+    def test_centre_finds_the_same_place_however_the_crop_was_cut_and_scaled(self) -> None:
+        array = np.zeros((2, 30, 30), np.float32)
+        array[:, 12:18, 10:20] = 100 + smooth_image((6, 10), channels=2)
+        array[1] *= 1000
+        whole = preprocess(volume_of(array), [{"op": "centre", "shape": (8, 12)}])
+        cut = preprocess(volume_of(3 * array[:, 5:27, 2:29] + 7), [{"op": "centre", "shape": (8, 12)}])
+        np.testing.assert_allclose(cut.array, 3 * whole.array + 7, rtol=1e-6)
+
     def test_resize_is_monai_resize(self) -> None:
         volume = volume_of(smooth_image((30, 41, 20)))
         expected = Resize((24, 50, 33), mode="trilinear")(as_meta(volume))
@@ -263,6 +295,7 @@ STEPS_FOR_ROUND_TRIPS: list[Step] = [
     {"op": "pad_or_crop", "shape": (24, 32, 24)},
     {"op": "pad_to_multiple", "multiple": 8},
     {"op": "crop_foreground", "margin": 1},
+    {"op": "centre", "shape": (24, 32, 24)},
     {"op": "ras"},
     {"op": "orthogonalise_affine"},
 ]
@@ -396,6 +429,7 @@ class TestList:
         [
             {"op": "resample", "spacing": [1, 0, 1]},
             {"op": "pad_or_crop", "shape": [8, -8, 8]},
+            {"op": "centre", "shape": [8, 0, 8]},
             {"op": "pad_to_multiple", "multiple": 0},
             {"op": "crop_foreground", "margin": -1},
             {"op": "clip_percentiles", "lower": 60, "upper": 40},

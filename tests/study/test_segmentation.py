@@ -11,6 +11,7 @@ import torch
 from medim.config import FinetuneConfig, PretrainConfig, check
 from medim.data.index import Index
 from medim.evaluation.sample import Budget
+from medim.files import read_json
 from medim.study.design import read_arms
 from medim.study.results import open_results
 from medim.training.pretrain import pretrain
@@ -66,3 +67,6 @@ def test_a_frozen_segmenter_keeps_encoder_and_decoder_bit_by_bit_and_learns_a_he
     told = {(row["arm"], row["budget"]): row for row in summary["comparisons"]["rows"]}
     assert set(told) == {(name, budget) for name in ("tuned", "frozen") for budget in ("2", "4")}
     assert all(row["labels_saved"] and row["time_to_scratch"] for row in told.values())
+    worst = read_json(tmp_path / "study" / "worst.json")["tiles"]
+    assert len(worst) == 5
+    assert all(tile["source"] and "solid blue: the truth" in tile["alt"] for tile in worst)

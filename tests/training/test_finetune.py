@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from medim.config import FinetuneConfig, PretrainConfig, ViewsConfig, check
+from medim.config import FinetuneConfig, PretrainConfig, ViewsConfig, check, load
 from medim.data.index import Index, build_index
 from medim.data.seen import read_seen
 from medim.data.splits import split
@@ -412,6 +413,24 @@ def test_without_a_name_the_pretraining_presets_twin_is_taken_with_the_encoders_
     assert resolved.encoder == pretrain_config.encoder
     assert resolved.preprocessing == pretrain_config.preprocessing
     assert resolved.max_steps == 7
+
+
+def test_a_field_of_view_that_the_twin_adds_to_the_encoders_preprocessing_stays_and_the_encoder_starts_it(
+    pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path, store: Path
+) -> None:
+    crop = load("pretrain", "mri-crop")
+    own = {"name": "mri-crop", "preprocessing": crop.preprocessing, "max_steps": 1}
+    pretrain(pretrain_config.model_copy(update=own), cohort_index, tmp_path / "encoder", store=store)
+    resolved = resolve_config("classification", None, tmp_path / "encoder", None, ["max_steps=1", "batch_size=2"])
+    assert resolved.name == "mri-crop-classification"
+    assert [step["op"] for step in resolved.preprocessing if step not in crop.preprocessing] == ["centre"]
+    labelled = replace(
+        cohort_index, records=tuple(replace(r, label="ab"[n % 2]) for n, r in enumerate(cohort_index.records))
+    )
+    summary = finetune(resolved, labelled, tmp_path / "run", encoder=tmp_path / "encoder", store=store)
+    assert summary["init"] == "pretrained"
+    other = resolve_config("classification", None, tmp_path / "encoder", "mri-classification", index=cohort_index)
+    assert other.preprocessing == crop.preprocessing
 
 
 def test_what_a_twin_leaves_open_comes_from_the_encoder_and_for_classification_from_the_images(

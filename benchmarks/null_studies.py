@@ -1,0 +1,115 @@
+"""Claim: where there is nothing to find, a study finds it: at most 2 of 20 null studies raise a false alarm.
+
+Each repetition has pictures, labels and weights of its own. Two arms are fine-tuned by the real code over 3 seeds, 3
+label subsets and 2 budgets, both from fresh weights; one of them is called the encoder. An alarm is any verdict but "no
+evidence of a benefit" after Holm's correction. What is finished is kept: run it again to go on.
+
+    OMP_NUM_THREADS=1 python benchmarks/null_studies.py --out null-studies
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medim.config import FinetuneConfig, check
+from medim.data.index import Index, build_index
+from medim.evaluation.binary import Statistic
+from medim.evaluation.cases import class_arrays, read_cases
+from medim.evaluation.metrics import classification_statistics
+from medim.files import read_json, write_json
+from medim.study.resampling import draw, score
+from medim.study.statistics import compare
+from medim.training.finetune import finetune
+
+ARMS, BUDGETS, SEEDS, SUBSETS = ("encoder", "scratch"), (16, 64), (0, 1, 2), (0, 1, 2)
+TRAIN, VAL, SIDE = 120, 60, 28
+SCHEDULE = {
+    "task": "classification",
+    "modality": "xray",
+    "preprocessing": [{"op": "normalise", "method": "zscore"}],
+    "views": {"shape": [SIDE, SIDE]},
+    "encoder": {"name": "convnet", "channels": [4, 8], "kernel_size": 3, "summary_channels": 8},
+    "head": {"name": "classification"},
+    "max_steps": 40,
+    "batch_size": 16,
+    "lr": 0.01,
+    "checkpoint_every_steps": 40,
+}
+
+
+def main() -> None:
+    """Run what is missing, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--repetitions", type=int, default=20)
+    arguments = parser.parse_args()
+    logging.getLogger("medim").setLevel(logging.ERROR)
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{(arguments.out / 'mlflow.db').resolve()}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    found = []
+    for number in range(arguments.repetitions):
+        result = arguments.out / f"{number}.json"
+        if not result.is_file():
+            write_json(result, repetition(number, arguments.out / f"cells-{number}"))
+            shutil.rmtree(arguments.out / f"cells-{number}")
+        found.append(read_json(result))
+        print(number, *(f"{c['value']:+.3f} (p {c['p']:.3f})" for c in found[-1]["comparisons"]), flush=True)
+    alarms, seconds = sum(one["alarm"] for one in found), sum(one["seconds"] for one in found)
+    print(f"{alarms} of {len(found)} null studies raised a false alarm; {seconds / 60:.0f} minutes")
+    write_json(arguments.out / "null-studies.json", {"alarms": alarms, "repetitions": len(found), "seconds": seconds})
+
+
+def repetition(number: int, folder: Path) -> dict[str, Any]:
+    """One null study: its comparisons, and whether any raised an alarm."""
+    began = time.perf_counter()
+    index = build_index(pictures(folder / "pictures.npz", number), "xray", remember=False)
+    config = check("finetune", SCHEDULE, where="benchmarks/null_studies.py")
+    assert isinstance(config, FinetuneConfig)
+    val = [record for record in index.records if record.split == "val"]
+    drawn = draw([record.subject for record in val], [record.label for record in val])
+    pairs = {}
+    for budget in BUDGETS:
+        cells = {
+            arm: [[cell(config, index, folder, arm, budget, s, t) for t in SUBSETS] for s in SEEDS] for arm in ARMS
+        }
+        pairs["encoder", str(budget)] = score(cells["encoder"], drawn), score(cells["scratch"], drawn)
+    rows = compare(pairs)
+    told = [{"value": c.difference.value, "p": c.p, "p_corrected": c.p_corrected, "verdict": c.verdict} for c in rows]
+    alarm = any(c.verdict != "no evidence of a benefit" for c in rows)
+    return {"comparisons": told, "alarm": alarm, "seconds": time.perf_counter() - began}
+
+
+def cell(config: FinetuneConfig, index: Index, folder: Path, arm: str, budget: int, s: int, t: int) -> Statistic:
+    """AUROC of one run; the arms differ in nothing but the seed of their fresh weights."""
+    out = folder / f"{arm}-{budget}-{s}-{t}"
+    if not (out / "summary.json").is_file():
+        seed = 2 * s + ARMS.index(arm)
+        finetune(config, index, out, labelled=budget, seed=seed, subset_seed=t, store=folder / "store", resume=True)
+    return classification_statistics(*class_arrays(read_cases(out / "cases.parquet"), index.labels))["auroc"]
+
+
+def pictures(path: Path, seed: int) -> Path:
+    """Noise with a faint bright spot in one of two corners, by class, of a size that runs learn in part."""
+    rng = np.random.default_rng(seed)
+    arrays: dict[str, Any] = {}
+    for part, count in (("train", TRAIN), ("val", VAL)):
+        labels = rng.permutation(np.arange(count) % 2)
+        images = rng.normal(120, 30, (count, SIDE, SIDE))
+        for image, label, (y, x) in zip(images, labels, rng.integers(2, 8, (count, 2)), strict=True):
+            image[y : y + 6, x + 12 * label : x + 12 * label + 6] += 40
+        arrays[f"{part}_images"], arrays[f"{part}_labels"] = np.clip(images, 0, 255).astype(np.uint8), labels[:, None]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **arrays)
+    return path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Is a hippocampus larger than most? A label from masks, and a field of view that tells no size.
+
+The label is the volume of the mask, above or below the median of the training subjects. The crops of this set are as
+large as what they hold, so their size alone tells the label: the audit before and after `centre` says how much. Then
+one encoder, pretrained without labels, is fine-tuned beside its from-scratch twin at each label budget. What is
+finished is kept, so the study can be stopped and started at any time.
+
+    python pipelines/mri_volume.py --data mri-hippocampus --out studies/mri-volume
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from evidence import at_once, auroc, difference_text, markdown, once
+
+from medim.config import load
+from medim.data.index import Index, build_index
+from medim.data.splits import split
+from medim.evaluation.cases import read_cases
+from medim.files import write_csv
+from medim.study.audit import Audit, audit, write_audit
+from medim.study.statistics import paired_difference
+from medim.training.cohort import open_cohort
+from medim.training.finetune import finetune
+from medim.training.pretrain import pretrain
+
+BUDGETS, SEEDS, SUBSETS = (10, 40, 150), (0, 1, 2), (0, 1, 2)
+CLASSES = ("larger", "smaller")
+
+
+def main() -> None:
+    """Derive the labels, audit both fields of view, run what is missing, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only-audit", action="store_true", help="train nothing")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    out, schedule = arguments.out, load("finetune", "mri-crop-classification")
+    index = build_index(arguments.data, "mri", labels=label_by_volume(arguments.data, out / "labels.csv"))
+    own = [step for step in schedule.preprocessing if step["op"] != "centre"]
+    crops = look(index, own, load("finetune", "mri-crop-segmentation").views.shape, out)
+    common = look(index, schedule.preprocessing, schedule.views.shape, out)
+    write_audit(out, common)
+    pairs = zip(crops.shortcuts, common.shortcuts, strict=True)
+    rows = [[one.name, *(f"{found.told.auroc['value']:.3f}" for found in (one, two))] for one, two in pairs]
+    print(markdown(["AUROC of", "crops as they are", "one field of view"], rows))
+    if arguments.only_audit:
+        return
+
+    settings, store = load("pretrain", "mri-crop"), out / "store"
+    encoders = [out / f"encoder-{seed}" for seed in SEEDS]
+    for seed, run in enumerate(encoders):
+        once(run, partial(pretrain, settings, index, seed=seed, store=store))
+    table = []
+    for labelled in BUDGETS:
+        subsets = SUBSETS if labelled < BUDGETS[-1] else SUBSETS[:1]
+        arms = []
+        for arm in ("scratch", "pretrained"):
+            cells = [[out / f"{arm}-{labelled}-{s}-{t}" for t in subsets] for s in SEEDS]
+            for s, t in product(SEEDS, subsets):
+                start = {"encoder": encoders[s], "from_scratch": arm == "scratch", "seed": s, "subset_seed": t}
+                once(cells[s][t], partial(finetune, schedule, index, labelled=labelled, store=store, **start))
+            arms.append([[read_cases(cell / "cases.parquet") for cell in row] for row in cells])
+        theirs, ours = ([[auroc(rows) for rows in row] for row in arm] for arm in arms)
+        subjects = [row["subject"] for row in arms[0][0][0][:: len(CLASSES)]]
+        means = [f"{np.mean([at_once(s, len(subjects)) for row in arm for s in row]):.3f}" for arm in (theirs, ours)]
+        table.append([str(labelled), *means, difference_text(paired_difference(ours, theirs, subjects))])
+    print(markdown(["labels", "scratch", "pretrained", "difference of AUROC"], table))
+
+
+def label_by_volume(data: Path, path: Path) -> Path:
+    """Write a label and a split for each image: its mask in ml, against the median of the training split."""
+    index = build_index(data, "mri")
+    splits = split(index, seed=0)
+    masks = {record.image: index.open_mask(record) for record in index.records if record.mask}
+    ml = {k: np.count_nonzero(m.array) * abs(np.linalg.det(m.affine[:3, :3])) / 1000 for k, m in masks.items()}
+    median = np.median([volume for image, volume in ml.items() if splits[image] == "train"])
+    rows = [(image, CLASSES[int(volume <= median)], splits[image]) for image, volume in ml.items()]
+    write_csv(path, ("image", "label", "split"), rows)
+    return path
+
+
+def look(index: Index, steps: list[dict[str, object]], window: tuple[int, ...], out: Path) -> Audit:
+    """The audit of the images after these steps."""
+    cohort = open_cohort(index, index.records, steps, split_seed=0, store=out / "store")
+    return audit(cohort, kind="classifier", classes=CLASSES, window=window)
+
+
+if __name__ == "__main__":
+    main()
