@@ -98,7 +98,8 @@ def cell(config: FinetuneConfig, index: Index, folder: Path, arm: str, budget: i
 
 def pictures(path: Path, seed: int) -> Path:
     """Noise with a faint bright spot in one of two corners, by class, of a size that runs learn in part."""
-    rng, arrays = np.random.default_rng(seed), {}
+    rng = np.random.default_rng(seed)
+    arrays: dict[str, Any] = {}
     for part, count in (("train", TRAIN), ("val", VAL)):
         labels = rng.permutation(np.arange(count) % 2)
         images = rng.normal(120, 30, (count, SIDE, SIDE))

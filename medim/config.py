@@ -19,6 +19,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     TypeAdapter,
@@ -120,8 +121,10 @@ class FinetuneConfig(RunConfig):
     task: Literal["segmentation", "classification"] = Field(description="what is learnt")
     decoder: Section | None = Field(None, description="an entry of DECODERS; segmentation needs one")
     head: Section = Field(description="an entry of HEADS and its options")
-    pretrained_lr_scale: PositiveFloat = Field(
-        1.0, description="learning rate of what comes pretrained (encoder, decoder) over lr; fresh parts learn at lr"
+    pretrained_lr_scale: NonNegativeFloat = Field(
+        1.0,
+        description="learning rate of what comes pretrained (encoder, decoder) over lr, 0 freezes it; fresh parts "
+        "learn at lr",
     )
     head_init: Literal["random", "probe"] = Field(
         "random", description="probe: start the head as a linear probe of the features it sees"

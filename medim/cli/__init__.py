@@ -25,6 +25,7 @@ from medim.cli.options import (
     Strict,
     Subjects,
 )
+from medim.cli.study import study
 from medim.cli.terminal import averages, command, console, curve, intervals, number, progress, show
 from medim.types import Modality, UsageError, UserError
 
@@ -283,6 +284,9 @@ def evaluate(
     show("evaluate", {**counts, **intervals(metrics), "written to": out})
 
 
+command(app)(study)
+
+
 @command(app)
 def export(
     run: Annotated[Path, typer.Argument(help="A pretraining or fine-tuning run.")],
@@ -345,9 +349,14 @@ def predict(
 
 @command(app)
 def report(
-    folder: Annotated[Path, typer.Argument(help="A run, an evaluation, an index, a store, or a folder of these.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A run, an evaluation, an index, a store, a study, or a folder of runs.")
+    ],
 ) -> None:
     """Write one self-contained report.html."""
-    from medim.evaluation.report import report as write
+    from medim.evaluation.report import report as of_runs
+    from medim.study.report import is_study
+    from medim.study.report import report as of_study
 
+    write = of_study if is_study(folder) else of_runs
     show("report", {"written to": write(folder)})

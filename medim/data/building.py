@@ -12,35 +12,22 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from medim.data.decathlon import stem
-from medim.data.identity import Scrubber, pseudonym
+from medim.data.identity import Scrubber
+from medim.data.joining import Draft, check_listed, join_labels, join_subjects, tables_of, take_masks
 from medim.data.layouts import Layout, folder_labels, lay_out
 from medim.data.looks import Looks
-from medim.data.readers import ReadError, gather, read_mask, reader_of
+from medim.data.masks import check_masks
+from medim.data.readers import gather, reader_of
 from medim.data.readers.base import Reader
 from medim.data.readers.raster import NumpyReader, PictureReader
-from medim.data.readers.sights import Found, Refused, Scanned, Sight
+from medim.data.readers.sights import Found, Refused, Scanned
 from medim.data.records import Record, Rejection
-from medim.data.tables import Names, Table, check_participants, joined, read_table
 from medim.data.walking import survey
-from medim.types import Array, Modality, UserError
+from medim.types import Modality, UserError
 
 log = logging.getLogger(__name__)
 
-_ON_GRID = 0.05  # of a voxel: how far a mask's corners may lie from its image's
-
-
 Series = dict[tuple[Path, tuple[int, ...]], tuple[Path, ...]]  # every file of an image, by its first file and shape
-
-
-@dataclass
-class Draft:
-    """An image on its way to a record; holds identities."""
-
-    found: Found
-    subject: str | None
-    label: str | None = None
-    mask: Path | None = None
-    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,8 +54,8 @@ def build(
     root = root_of(places)
     files, strays = survey(places)
     layout = lay_out(files, [path.resolve() for path in (labels, subjects) if path is not None])
-    label_tables = _tables(layout, "labels", labels)
-    _take_masks(layout, label_tables, root)
+    label_tables = tables_of(layout, "labels", labels)
+    take_masks(layout, label_tables, root)
     layout.refused += strays
     if not layout.images and not layout.refused and not layout.spare:
         raise UserError(f"{', '.join(map(str, places))}: expected image files, found none. Choose another folder.")
@@ -78,10 +65,10 @@ def build(
     found, wrong = _of_dimensions(found, modality)
     refused += wrong + layout.refused
     drafts = _drafts(found, layout, places)
-    _check_participants(drafts, layout)
-    _join_subjects(drafts, _tables(layout, "subjects", subjects), layout)
-    _join_labels(drafts, label_tables, root)
-    drafts, spoilt, highest = _check_masks(drafts, layout, looks)
+    check_listed(drafts, layout)
+    join_subjects(drafts, tables_of(layout, "subjects", subjects), layout)
+    join_labels(drafts, label_tables, root)
+    drafts, spoilt, highest = check_masks(drafts, layout, looks)
     refused += spoilt
     everything: list[Found | Refused] = [*found, *refused]
     scrub = Scrubber(identity for image in everything for identity in image.identities)
@@ -130,34 +117,6 @@ def root_of(places: Sequence[Path]) -> Path:
 
 def _relative(path: Path, root: Path) -> PurePath:
     return PurePath(os.path.relpath(path, root))
-
-
-def _tables(layout: Layout, kind: str, given: Path | None) -> list[tuple[Table, Path | None]]:
-    """The tables of a kind with the folder they speak of: the one the user named, else those in the source."""
-    if given is not None:
-        table = read_table(given.resolve(), kind, given=True)
-        return [(table, None)] if table else []
-    tables = [
-        (read_table(path, kind, given=False), path.parent) for path in layout.tables if path.name == f"{kind}.csv"
-    ]
-    return [(table, folder) for table, folder in tables if table]
-
-
-def _take_masks(layout: Layout, tables: Sequence[tuple[Table, Path | None]], root: Path) -> None:
-    """Files that a table names as masks are no images."""
-    cells = ((table, line, cells["mask"]) for table, _ in tables for line, cells in table.rows if cells.get("mask"))
-    masks: set[Path] = set()
-    for table, line, cell in cells:
-        path = table.mask(cell, root)
-        if path is None:
-            raise UserError(
-                f"{table.path}, line {line}: expected the path of a mask, relative to this table or to the source."
-            )
-        masks.add(path)
-        layout.spare.setdefault(
-            path, Refused(path=path, reason="label-without-image", detail="a label without a readable image")
-        )
-    layout.take(masks)
 
 
 def _scan(images: Sequence[Path], modality: Modality, looks: Looks) -> Scanned:
@@ -230,131 +189,6 @@ def _order(found: Found) -> tuple[tuple[str, ...], int, int]:
     """By path; images of one archive by split and number."""
     split, _, place = (found.item or "").rpartition("/")
     return found.files[0].parts, ("train", "val", "test").index(split) if split else 0, int(place or 0)
-
-
-def _check_participants(drafts: Sequence[Draft], layout: Layout) -> None:
-    """Compare each BIDS tree with its `participants.tsv`."""
-    for path in layout.participants:
-        inside = [draft for draft in drafts if path.parent in draft.found.files[0].parents]
-        check_participants(path, ((draft.subject, *draft.found.aliases) for draft in inside))
-
-
-def _join_subjects(drafts: Sequence[Draft], tables: Sequence[tuple[Table, Path | None]], layout: Layout) -> None:
-    """Give each draft its subject: a table's, else the file's own, else its stem."""
-    said = joined(_with_names(tables, drafts), {}, ("subject", "split"))
-    folders: dict[str, set[Path]] = defaultdict(set)
-    for draft in drafts:
-        folders[layout.case(draft.found.files[0])].add(draft.found.files[0].parent)
-    for place, draft in enumerate(drafts):
-        path = draft.found.files[0]
-        name = layout.case(path)
-        if len(folders[name]) > 1 and layout.folder(path) is None:
-            name = str(path.parent)
-        cells = said.get(place, {})
-        draft.subject = pseudonym(cells["subject"][0]) if "subject" in cells else draft.subject or pseudonym(name)
-        draft.split = cells["split"][0] if "split" in cells else draft.split
-
-
-def _join_labels(drafts: Sequence[Draft], tables: Sequence[tuple[Table, Path | None]], root: Path) -> None:
-    """Give drafts the label, mask and split that a table gives them, by image or by subject."""
-    by_subject: dict[str, set[int]] = defaultdict(set)
-    for place, draft in enumerate(drafts):
-        for name in (draft.subject, *draft.found.aliases):
-            by_subject[name or ""].add(place)
-    for place, cells in joined(_with_names(tables, drafts), by_subject, ("label", "mask", "split")).items():
-        draft = drafts[place]
-        draft.label = cells["label"][0] if "label" in cells else draft.label
-        draft.split = cells["split"][0] if "split" in cells else draft.split
-        if "mask" in cells:
-            cell, table = cells["mask"]
-            draft.mask = table.mask(cell, root)
-
-
-def _with_names(tables: Sequence[tuple[Table, Path | None]], drafts: Sequence[Draft]) -> list[tuple[Table, Names]]:
-    """Tables with the images they speak of: all, or those under the folder they lie in."""
-    return [
-        (
-            table,
-            Names(
-                (place, draft.found)
-                for place, draft in enumerate(drafts)
-                if folder is None or folder in draft.found.files[0].parents
-            ),
-        )
-        for table, folder in tables
-    ]
-
-
-def look_at_mask(path: Path) -> Sight:
-    """The grid of a mask, and its highest value."""
-    mask = read_mask(path)
-    return Sight(found=(Found(shape=mask.shape, affine=mask.affine, highest=int(mask.array.max())),))
-
-
-def _check_masks(drafts: Sequence[Draft], layout: Layout, looks: Looks) -> tuple[list[Draft], list[Refused], int]:
-    """Refuse image and mask where the mask cannot be read or lies on another grid.
-
-    Returns:
-        the drafts that stay, what is refused, and the highest value in a mask.
-    """
-    paths = list(dict.fromkeys(draft.mask for draft in drafts if draft.mask is not None))
-    sights = dict(zip(paths, looks(look_at_mask, paths), strict=True))
-    kept, refused, highest = [], [], 0
-    for draft in drafts:
-        image = draft.found
-        try:
-            value = _highest(sights[draft.mask], image, layout) if draft.mask is not None else 0
-        except ReadError as error:
-            reason = error.reason if error.reason in {"label-off-grid", "unknown-class"} else "label-unreadable"
-            detail = f"its label: {error.detail}"
-            refused.append(Refused(path=image.files[0], reason=reason, detail=detail, identities=image.identities))
-            refused.append(Refused(path=draft.mask or Path(), reason=error.reason, detail=error.detail))
-            continue
-        kept.append(draft)
-        highest = max(highest, value)
-    spare = set(layout.spare) | set(layout.masks.values())
-    for path in spare - set(paths):
-        default = Refused(path=path, reason="label-without-image", detail="a label without a readable image")
-        refused.append(layout.spare.get(path, default))
-    return kept, refused, highest
-
-
-def _highest(mask: Sight, image: Found, layout: Layout) -> int:
-    """The highest value in an image's mask.
-
-    Raises:
-        ReadError: the mask cannot be read, lies on another grid, or holds a class without a name.
-    """
-    if mask.refused:
-        raise ReadError(mask.refused[0].reason, mask.refused[0].detail)
-    _check_grid(mask.found[0], image)
-    highest = mask.found[0].highest
-    if layout.classes and highest > len(layout.classes):
-        raise ReadError(
-            "unknown-class", f"the label holds the value {highest}, dataset.json names {len(layout.classes)}"
-        )
-    return highest
-
-
-def _check_grid(mask: Found, image: Found) -> None:
-    """Refuse a mask that is not on its image's grid.
-
-    Raises:
-        ReadError: in that case.
-    """
-    if mask.shape != image.shape:
-        shapes = "x".join(map(str, mask.shape)), "x".join(map(str, image.shape))
-        raise ReadError("label-off-grid", f"the label has {shapes[0]} voxels, the image {shapes[1]}")
-    away = np.abs(_corners(mask.affine, mask.shape) - _corners(image.affine, image.shape)).max()
-    if away > _ON_GRID * np.linalg.norm(mask.affine[:3, : len(mask.shape)], axis=0).min():
-        raise ReadError("label-off-grid", f"the corners of label and image lie up to {away:.2f} mm apart")
-
-
-def _corners(affine: Array, shape: Sequence[int]) -> Array:
-    """(8, 3) places of a grid's corners in mm."""
-    ends = np.array([*shape, *[1] * (3 - len(shape))]) - 1
-    indices = np.array(np.meshgrid(*[(0, end) for end in ends], indexing="ij")).reshape(3, -1)
-    return np.asarray((affine[:3, :3] @ indices + affine[:3, 3:]).T)
 
 
 def _records(drafts: Sequence[Draft], root: Path, scrub: Scrubber, modality: Modality) -> tuple[Record, ...]:

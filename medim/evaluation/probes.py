@@ -48,6 +48,7 @@ def probe(
     overwrite: bool = False,
     store: Path | None = None,
     strict: bool = False,
+    sample: Sample | None = None,
 ) -> dict[str, Any]:
     """Measure a frozen encoder on the validation split, with label budgets of the training split.
 
@@ -68,6 +69,7 @@ def probe(
         overwrite: empty `out` first.
         store: folder of preprocessed images; None is the user's cache.
         strict: refuse where the encoder, or the training split, holds an image or subject of the validation split.
+        sample: the images where they are open already; then neither `store` nor the split is looked at.
 
     Returns:
         The content of `probe.json`: `rows`, their `summary`, and what they stand on. Probabilities of each validation
@@ -83,7 +85,7 @@ def probe(
     levels = _levels(maps, len(network.channels))
     if protocol not in PROTOCOLS:
         raise UsageError(f"--protocol {protocol}: expected one of {', '.join(PROTOCOLS)}.")
-    images = open_sample(index, spec, split_seed=split_seed, store=store, strict=strict)
+    images = sample or open_sample(index, spec, split_seed=split_seed, store=store, strict=strict)
     seen = guard(read_seen(encoder), images.cases, what=f"encoder {encoder}", strict=strict)
     subsets = draw(images, budgets, seeds)
     fresh_folder(out, overwrite=overwrite)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,20 @@ class Model(nn.Module):
         self.encoder = encoder
         self.decoder = decoder
         self.head = head
+        self._frozen: tuple[nn.Module, ...] = ()
+
+    def freeze(self, parts: Sequence[nn.Module]) -> None:
+        """Keep some parts bit by bit as they are: no gradients, and norms by the statistics they came with."""
+        self._frozen = tuple(parts)  # a tuple, so that they are not registered a second time
+        for part in parts:
+            part.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Model:
+        """Training mode, but for what is frozen."""
+        super().train(mode)
+        for part in self._frozen:
+            part.eval()
+        return self
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Logits of (N, in_channels, ...) images; see the head for their shape."""

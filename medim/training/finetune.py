@@ -99,13 +99,17 @@ class MeasureOnTheWay(pl.Callback):
 
     Args:
         steps: after which.
+        out: the run's folder, for `cases-<step>.parquet`.
         index: where the images come from.
         records: the validation split.
         spec: the model's spec.
     """
 
-    def __init__(self, steps: Sequence[int], index: Index, records: Sequence[Record], spec: dict[str, Any]) -> None:
-        self._steps, self._index, self._records, self._spec = frozenset(steps), index, records, spec
+    def __init__(
+        self, steps: Sequence[int], out: Path, index: Index, records: Sequence[Record], spec: dict[str, Any]
+    ) -> None:
+        self._steps, self._out = frozenset(steps), out
+        self._index, self._records, self._spec = index, records, spec
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
@@ -115,8 +119,9 @@ class MeasureOnTheWay(pl.Callback):
         if trainer.global_step not in self._steps or not self._records:
             return
         with trainer.precision_plugin.forward_context():
-            measured, _ = validate(as_run(module.model.eval()), self._index, self._records, self._spec)
+            measured, cases = validate(as_run(module.model.eval()), self._index, self._records, self._spec)
         module.model.train()
+        write_cases(self._out / f"cases-{trainer.global_step}.parquet", cases, self._spec["kind"])
         found = {name: metric["value"] for name, metric in measured["metrics"].items()}
         module.rows += [(trainer.global_step, f"val/{name}", None, None, value) for name, value in found.items()]
 
@@ -193,6 +198,8 @@ def finetune(
     accelerator: str = "auto",
     store: Path | None = None,
     strict: bool = False,
+    cohort: Cohort | None = None,
+    parent_run: str | None = None,
 ) -> dict[str, Any]:
     """Fine-tune within a label budget and measure on the validation split.
 
@@ -215,6 +222,8 @@ def finetune(
         accelerator: Lightning's name of the device kind.
         store: folder of preprocessed images; None is the user's cache.
         strict: refuse where the encoder, or the training split, holds an image or subject of the validation split.
+        cohort: what `open_labelled` gave for this index, where several runs share it; `store` is then not looked at.
+        parent_run: MLflow's id of the study that this run is a part of.
 
     Returns:
         The content of `summary.json`.
@@ -229,18 +238,19 @@ def finetune(
     check_target()
     subset_seed = seed if subset_seed is None else subset_seed
     fresh_folder(out, resume=resume, overwrite=overwrite)
-    chosen, steps = _labelled(config, index), config.preprocessing
-    cohort = open_cohort(index, chosen, steps, split_seed=split_seed, store=store, strict=strict)
+    cohort = cohort or open_labelled(config, index, split_seed=split_seed, store=store, strict=strict)
     train = budget(cohort.records("train"), labelled=labelled, fraction=label_fraction, seed=subset_seed)
     val = cohort.records("val")
     origin = read_seen(encoder) if encoder and not from_scratch else Seen()
     seen = guard(origin, cohort.cases(val), what=f"encoder {encoder}" if encoder else "fresh weights", strict=strict)
     pl.seed_everything(seed, workers=False, verbose=False)
-    spec = _spec(config, cohort, seed, split_seed)
+    spec = spec_of(config, cohort, seed, split_seed)
     model = build_model(spec)
     pretrained: list[torch.nn.Module] = []
     if encoder and not from_scratch:
         spec["provenance"]["parent"], pretrained = _load_pretrained(model, encoder)
+    if config.pretrained_lr_scale == 0:
+        model.freeze(pretrained)
     made = {key: spec["provenance"][key] for key in ("seed", "split_seed", "index_hash", "parent")}
     budgeted = {"labelled": labelled, "label_fraction": label_fraction, "subset_seed": subset_seed}
     write_config(out, config, **made, **budgeted)
@@ -249,11 +259,11 @@ def finetune(
     if config.head_init == "probe" and not checkpoint:
         _start_head(config, cohort, train, model, spec, seed)
     module = FinetuneModule(model, config, pretrained)
-    with track("finetune", config, seed=seed, index_hash=index.hash) as logger:
-        on_the_way = MeasureOnTheWay(config.measure_at, index, val, spec)
+    with track("finetune", config, seed=seed, index_hash=index.hash, parent=parent_run) as logger:
+        on_the_way = MeasureOnTheWay(config.measure_at, out, index, val, spec)
         options: dict[str, Any] = {"accelerator": accelerator, "validate": False, "clip": config.gradient_clip}
         trainer = make_trainer(config, out, logger=False, callbacks=[on_the_way], **options)
-        loader = _loader(config, cohort, train, spec["classes"], steps=config.max_steps, seed=seed, start=start)
+        loader = loader_of(config, cohort, train, spec["classes"], steps=config.max_steps, seed=seed, start=start)
         fit(trainer, module, loader, checkpoint=checkpoint)
         save(out / "model", "model", model.eval(), spec)
         write_csv(out / "history.csv", COLUMNS, module.rows)
@@ -269,6 +279,25 @@ def finetune(
         metrics = {f"val/{name}": m["value"] for name, m in measured["metrics"].items()} if measured else {}
         log_results(logger, summary | metrics, [out / "config.yaml", out / "summary.json", out / "history.csv"])
     return summary
+
+
+def open_labelled(
+    config: FinetuneConfig,
+    index: Index,
+    *,
+    split_seed: int,
+    store: Path | None = None,
+    jobs: int = 1,
+    strict: bool = False,
+) -> Cohort:
+    """The images of an index that carry what the task learns from; see `medim.training.cohort.open_cohort`.
+
+    Raises:
+        UserError: there is none, or see there.
+    """
+    steps = config.preprocessing
+    chosen = _labelled(config, index)
+    return open_cohort(index, chosen, steps, split_seed=split_seed, store=store, jobs=jobs, strict=strict)
 
 
 def rehearse(config: FinetuneConfig) -> None:
@@ -373,11 +402,11 @@ def _start_head(
 ) -> None:
     """Start the head as a probe of every labelled image, or of `PROBE_BATCHES` batches, unaugmented."""
     once = min(PROBE_BATCHES, -(-len(records) // config.batch_size))
-    batches = _loader(config, cohort, records, spec["classes"], steps=once, seed=seed, augment=False)
+    batches = loader_of(config, cohort, records, spec["classes"], steps=once, seed=seed, augment=False)
     start_head_as_probe(model, batches, classes=spec["out_channels"], seed=seed)
 
 
-def _loader(
+def loader_of(
     config: FinetuneConfig,
     cohort: Cohort,
     records: Sequence[Record],
@@ -388,6 +417,7 @@ def _loader(
     start: int = 0,
     augment: bool = True,
 ) -> Any:
+    """Batches of labelled images (N, C, ...) and targets, one a step from `start` on."""
     dataset = LabelledDataset(
         cohort.store,
         cohort.store_keys(records),
@@ -400,7 +430,8 @@ def _loader(
     return step_loader(dataset, sampler, workers=config.workers)
 
 
-def _spec(config: FinetuneConfig, cohort: Cohort, seed: int, split_seed: int) -> dict[str, Any]:
+def spec_of(config: FinetuneConfig, cohort: Cohort, seed: int, split_seed: int) -> dict[str, Any]:
+    """The spec of the model that a run trains; see `medim.models.saved`."""
     classes = list(cohort.index.classes if config.task == "segmentation" else cohort.index.labels)
     return {
         "kind": KINDS.get(config.head["name"], KINDS[config.task]),

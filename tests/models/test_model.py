@@ -117,3 +117,16 @@ def test_sections_of_a_spec_are_checked() -> None:
         build_model(spec_of(head={"name": "segmentations"}))
     with pytest.raises(UsageError, match="Did you mean 'norm'"):
         build_model(spec_of(decoder={"name": "unet", "nrm": "in"}))
+
+
+def test_a_frozen_part_stays_as_it_is_through_training_steps() -> None:
+    unet = {**UNET, "norm": "bn"}  # whose running statistics would move without a gradient
+    model = build_model(spec_of(encoder=unet, decoder={"name": "unet"}, head={"name": "segmentation"}))
+    model.freeze([model.encoder])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    descent = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()(torch.randn(2, 1, 8, 12)).square().mean().backward()
+    descent.step()
+    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved
+    assert not [key for key in moved if key.startswith("encoder.")]

@@ -74,23 +74,24 @@ def picture(volume: Volume) -> str:
         volume: (C, ...) as read: channels are averaged; of 3D the middle slices, axial, coronal and sagittal, seen from
             the feet, the front and the left.
     """
-    grey = _windowed(volume.array.mean(axis=0))
+    grey = windowed(volume.array.mean(axis=0))
     cell, extent = CELL[grey.ndim], np.multiply(grey.shape, volume.spacing)
     scale = cell / extent.max()
     if grey.ndim == 2:
-        canvas = _scaled(grey, extent * scale)
+        canvas = scaled(grey, extent * scale)
     else:
         canvas = Image.new("L", (3 * cell, cell))
         for place, (across, rows, columns) in enumerate(((2, 1, 0), (1, 2, 0), (0, 2, 1))):
             plane = grey.take(grey.shape[across] // 2, across)  # its axes run to the right, the front or the top
-            view = _scaled(plane.T[::-1, ::-1], extent[[rows, columns]] * scale)
+            view = scaled(plane.T[::-1, ::-1], extent[[rows, columns]] * scale)
             canvas.paste(view, (place * cell + (cell - view.width) // 2, (cell - view.height) // 2))
     buffer = io.BytesIO()
     canvas.save(buffer, "JPEG", quality=QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _windowed(array: Array) -> Array:
+def windowed(array: Array) -> Array:
+    """Intensities from the 1st to the 99th percentile as grey, uint8."""
     low, high = np.percentile(array, [1, 99])
     if low == high:
         low, high = array.min(), array.max()
@@ -98,7 +99,8 @@ def _windowed(array: Array) -> Array:
     return np.asarray(255 * shares, np.uint8)
 
 
-def _scaled(grey: Array, size: Array) -> Image.Image:
+def scaled(grey: Array, size: Array) -> Image.Image:
+    """A picture of grey values (rows, columns) at a size in pixels."""
     height, width = (max(1, round(float(n))) for n in size)
     return Image.fromarray(np.ascontiguousarray(grey)).resize((width, height), Image.Resampling.BILINEAR)
 

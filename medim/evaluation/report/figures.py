@@ -50,7 +50,7 @@ class Interval:
 def loss_curve(curve: Curve) -> Figure:
     """Training loss, its running mean, the held-out loss and the chance level."""
     finite = np.isfinite(curve.loss)
-    steps, loss = _thinned(curve.steps[finite], curve.loss[finite])
+    steps, loss = thinned(curve.steps[finite], curve.loss[finite])
     with drawing(2.7) as (canvas, axes):
         axes.plot(steps, loss, color=ONE, alpha=0.35, linewidth=1)
         axes.plot(steps, _smoothed(loss), color=ONE, linewidth=2, label="training")
@@ -103,8 +103,8 @@ def intervals(rows: Sequence[Interval], caption: str, *, arms: tuple[str, str] |
     return Figure(svg, "; ".join(told) + ".", caption)
 
 
-def strips(values: Mapping[str, Sequence[float]], label: str, caption: str) -> Figure:
-    """A dot a case, a line a class, and the median; values between 0 and 1."""
+def strips(values: Mapping[str, Sequence[float]], label: str, caption: str, *, dot: str = "image") -> Figure:
+    """A dot a case (or what `dot` names), a line a class, and the median; values between 0 and 1."""
     with drawing(0.8 + 0.5 * len(values)) as (canvas, axes):
         for place, numbers in enumerate(values.values()):
             ordered = np.sort(np.asarray(numbers))
@@ -114,14 +114,14 @@ def strips(values: Mapping[str, Sequence[float]], label: str, caption: str) -> F
         axes.set_yticks(range(len(values)), list(values))
         axes.set_ylim(len(values) - 0.45, -0.55)
         _share_axis(axes, [min(v) for v in values.values()])
-        axes.set_xlabel(f"{label} of each image; the bar is the median")
+        axes.set_xlabel(f"{label} of each {dot}; the bar is the median")
         axes.grid(axis="y", visible=False)
         svg = as_svg(canvas)
     told = [
         f"{name}: median {np.median(v):.3g}, lowest {np.min(v):.3g}, highest {np.max(v):.3g}"
         for name, v in values.items()
     ]
-    return Figure(svg, f"{label} of each image. " + "; ".join(told) + ".", caption)
+    return Figure(svg, f"{label} of each {dot}. " + "; ".join(told) + ".", caption)
 
 
 def agreement(truth: Mapping[str, Sequence[float]], predicted: Mapping[str, Sequence[float]], caption: str) -> Figure:
@@ -234,7 +234,7 @@ def _smoothed(values: Array) -> Array:
     return np.asarray((total[high] - total[low]) / (high - low))
 
 
-def _thinned(steps: Array, values: Array) -> tuple[Array, Array]:
+def thinned(steps: Array, values: Array) -> tuple[Array, Array]:
     """At most MOST_POINTS points: means of equal parts."""
     if len(values) <= MOST_POINTS:
         return steps, values

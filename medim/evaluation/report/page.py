@@ -24,6 +24,7 @@ class Table:
         rows: cells as text.
         note: below the table.
         wide: takes the whole width of the page.
+        prose: cells are words, not numbers, and begin at the left.
     """
 
     caption: str
@@ -31,6 +32,7 @@ class Table:
     rows: Sequence[Sequence[str]]
     note: str = ""
     wide: bool = False
+    prose: bool = False
 
 
 @dataclass(frozen=True)

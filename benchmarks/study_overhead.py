@@ -1,0 +1,103 @@
+"""Claim: a cell of a study costs little beside its training steps and measurements, because its process stays warm.
+
+The same fine-tuning run of one step, with 40 images to measure on: as a process of its own (`medim finetune`), and as a
+cell in a process that has run one before. What a cell costs beside steps and measurements is what is left of it when
+these, timed alone, are taken off.
+
+    python benchmarks/study_overhead.py --out study_overhead.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+from medim.data.index import build_index
+from medim.evaluation.sample import Budget
+from medim.files import write_json
+from medim.study.cells import Bench, run_cell
+from medim.study.design import Arm, Cell, Design
+from medim.study.estimate import measure
+from medim.training.finetune import open_labelled, resolve_config
+from medim.training.tracking import track_study
+
+IMAGES = {"train": 2000, "val": 40, "test": 1}
+BUDGET = Budget(labelled=100)
+
+
+def main() -> None:
+    """Measure both, print the ratio, write it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("study_overhead.json"))
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ |= {"MEDIM_CACHE": f"{folder}/cache", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+        found = compare(folder, arguments.rounds)
+    print(f"medim finetune {found['process']:.2f} s, warm cell {found['cell']:.2f} s: {found['ratio']:.0f} times")
+    print(f"of the warm cell, beside its step and measurements: {found['beside']:.2f} s")
+    write_json(arguments.out, {"schema_version": 1, "threads": torch.get_num_threads(), **found})
+
+
+def compare(folder: Path, rounds: int) -> dict[str, float]:
+    """Median seconds of a process, of a warm cell, and of a warm cell beside its step and measurements."""
+    rng = np.random.default_rng(0)
+    arrays = {f"{part}_images": rng.integers(0, 255, (n, 28, 28), np.uint8) for part, n in IMAGES.items()}
+    arrays |= {f"{part}_labels": np.arange(n)[:, None] % 2 for part, n in IMAGES.items()}
+    np.savez(folder / "noise.npz", **arrays)  # type: ignore[arg-type]
+    options = ["--task", "classification", "--modality", "xray", "--data", f"{folder}/noise.npz", "--config", "xray-28"]
+    own = [
+        sys.executable,
+        "-m",
+        "medim.cli",
+        "finetune",
+        *options,
+        "--set",
+        "max_steps=1",
+        "--labelled",
+        "100",
+        "--quiet",
+    ]
+
+    def process(number: int) -> None:
+        subprocess.run([*own, "--out", f"{folder}/run-{number}"], check=True, capture_output=True)
+
+    index = build_index(folder / "noise.npz", "xray")
+    config = resolve_config("classification", "xray", None, "xray-28", ["max_steps=1"], index)
+    cohort = open_labelled(config, index, split_seed=0, store=folder / "store")
+    arm = Arm("scratch")
+    subsets = {(BUDGET, 0): BUDGET.of(cohort.records("train"), 0)}
+    bench = Bench(folder / "study", Design("classification", (arm,), (BUDGET,), 1), config, cohort, subsets)
+    with track_study("overhead", {}) as run:
+        bench = Bench(**{**vars(bench), "parent_run": run})
+        cell = seconds(lambda number: run_cell(bench, Cell(arm, number, BUDGET), 1.0), rounds)
+    costs = measure(bench, 1)
+    process(-1)  # fills the store
+    alone = seconds(process, rounds)
+    beside = cell - costs.step["finetune"] - IMAGES["val"] * costs.image
+    return {"process": alone, "cell": cell, "ratio": alone / cell, "beside": beside}
+
+
+def seconds(call: Callable[[int], None], rounds: int) -> float:
+    """Median over the rounds, after one that is not counted."""
+    taken = []
+    for number in range(1 + rounds):
+        began = time.perf_counter()
+        call(number)
+        taken.append(time.perf_counter() - began)
+    return median(taken[1:])
+
+
+if __name__ == "__main__":
+    main()

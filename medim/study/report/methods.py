@@ -1,0 +1,191 @@
+"""The methods of a study in plain words, the items of two checklists, and the command to repeat it."""
+
+from __future__ import annotations
+
+import csv
+from importlib.resources import files
+from string import Formatter
+from typing import Any
+
+import yaml
+
+from medim.evaluation.report.page import NOT_REPORTED, Banner, Section, Table, many, metric_name, size, told
+from medim.study.report.front import sentence
+from medim.study.report.opened import Opened
+from medim.study.report.text import short
+
+CHECKLISTS = "checklists.csv"  # topics in our words; an answer with an unknown value is not reported
+SOURCES = (
+    "CLAIM 2024: Tejani and others, Radiology: Artificial Intelligence 6, e240300. TRIPOD+AI: Collins and others 2024, "
+    "BMJ 385, e078378. Topics are shortened; the wording that counts is theirs."
+)
+STATISTICS = (
+    "mean over runs with a 95 % interval of Student's t whose variance has a part of subjects (cluster bootstrap of "
+    "whole subjects), of pretraining seeds and of label subsets; differences paired by seed, subset and subject; "
+    "p-values corrected for all comparisons (Holm)"
+)
+
+
+def methods(study: Opened) -> Section:
+    """A paragraph a reader can take over, checklists, versions and hashes, and the command."""
+    facts = facts_of(study)
+    rows = checklists(facts)
+    blank = sum(answer == NOT_REPORTED for *_, answer in rows)
+    tables = [
+        Table(
+            f"{name}, filled in as far as the files can tell",
+            ("Item", "What it asks for", "Answer"),
+            own,
+            wide=True,
+            prose=True,
+        )
+        for name in dict.fromkeys(row[0] for row in rows)
+        if (own := [row[1:] for row in rows if row[0] == name])
+    ]
+    tables[-1] = Table(tables[-1].caption, tables[-1].head, tables[-1].rows, SOURCES, wide=True, prose=True)
+    summary = study.summary
+    return Section(
+        "methods",
+        "Methods, and how to repeat it",
+        Banner("plain", f"{len(rows) - blank} of {len(rows)} checklist items filled in", paragraph(study, facts)),
+        facts=[
+            *((f"Version of {name}", told(version)) for name, version in summary["versions"].items()),
+            ("Configuration", told(summary["config_hash"])),
+            ("Index", told(summary["index_hash"])),
+            ("Device", told(summary["device"])),
+            ("Peak memory of a cell", size(summary["peak_memory_bytes"])),
+            ("Hours of all cells", told(summary["cell_hours"])),
+            ("Cells taken up after a stop", told(summary["resumed_cells"])),
+        ],
+        tables=tables,
+        details=[
+            ("The command to repeat it", summary.get("repeat") or NOT_REPORTED),
+            ("sha256 of the encoders", _hashes(summary)),
+            ("Configuration", _config_text(study)),
+        ],
+    )
+
+
+def paragraph(study: Opened, facts: dict[str, str | None]) -> str:
+    """Task, data, arms, budgets, schedule, measurement and statistics, with their numbers."""
+    known = {name: text or NOT_REPORTED for name, text in facts.items()}
+    parts = [
+        "{task_told}. Of {found} files or series {rejected} were refused, and {unlabelled} carried nothing that the "
+        "task learns from. The rest was split by subject: {train_images} images of {train_subjects} subjects to learn "
+        "from, {val_images} of {val_subjects} to measure on; {overlap_images} had the same pixels on both sides.",
+        "Every arm trains the same network ({network}) by the same schedule ({schedule}) after the same preprocessing "
+        "({preprocessing}); only the first weights differ: fresh ones, or those of {arms_told}.",
+        "Label budgets: {budgets_told}. Learning rate: {rates}. Nothing was chosen on the evaluation split: what is "
+        "measured is the last step.",
+        "Measured: {metrics}. Reported: {statistics}. {runs} runs were measured, with medim {medim}.",
+    ]
+    return " ".join(parts).format(**known)
+
+
+def checklists(facts: dict[str, str | None]) -> list[tuple[str, str, str, str]]:
+    """Checklist, item, topic and answer, of every item."""
+    text = files(__package__).joinpath(CHECKLISTS).read_text(encoding="utf-8")
+    return [
+        (row["checklist"], row["item"], row["topic"], _answer(row["answer"], facts))
+        for row in csv.DictReader(text.splitlines())
+    ]
+
+
+def facts_of(study: Opened) -> dict[str, str | None]:
+    """What the templates of paragraph and checklists may name; None where the files do not hold it."""
+    summary, config = study.summary, _config(study)
+    counts, splits = summary["counts"], summary["counts"]["splits"]
+    runs = study.results.values if study.results else {}
+    metrics = study.results.metrics if study.results else ()
+    classes = ", ".join(counts["classes"])
+    found: dict[str, Any] = {
+        "found": counts["images"] + counts["rejected"],
+        "rejected": counts["rejected"],
+        "unlabelled": counts["unlabelled"],
+        "train_images": splits["train"]["images"],
+        "train_subjects": splits["train"]["subjects"],
+        "val_images": splits["val"]["images"],
+        "val_subjects": splits["val"]["subjects"],
+        "overlap_images": summary["overlap"]["images"],
+        "split_seed": summary["split_seed"],
+        "rejected_cases": summary.get("rejected_cases"),
+        "index_hash": str(summary["index_hash"])[:12],
+        "config_hash": summary["config_hash"],
+        "medim": summary["versions"].get("medim"),
+        "versions": summary["versions"],
+        "runs": sum(run.step is None for run in runs) or None,
+        "task_told": f"{str(summary['task']).capitalize()} of {classes}"
+        + (f" on {config['modality']}" if config else ""),
+        "output": "a label a voxel" if summary["task"] == "segmentation" else "a probability a class",
+        "arms_told": ", ".join(_arm(arm) for arm in summary["arms"] if arm["encoders"]),
+        "budgets_told": _budgets(summary),
+        "rates": _rates(summary),
+        "metrics": "; ".join(map(metric_name, metrics)),
+        "statistics": STATISTICS if study.rows else None,
+        "interpretation": sentence(study.best) if study.best else None,
+        "kept_models": "Weights of each arm's first run with the most labels are in cells/" if runs else None,
+        **_trained(config),
+    }
+    return {name: None if value in (None, "") else told(value) for name, value in found.items()}
+
+
+def _trained(config: dict[str, Any]) -> dict[str, str | None]:
+    if not config:
+        return {"network": None, "preprocessing": None, "schedule": None}
+    decoder = f", decoder {config['decoder']['name']}" if config.get("decoder") else ""
+    drops = f" (drops at {told(config['drop_at'])})" if config["drop_at"] else ""
+    encoder, dims = config["encoder"]["name"], len(config["views"]["shape"])
+    return {
+        "network": f"{encoder}, {dims}D{decoder}, head {config['head']['name']}",
+        "preprocessing": "; ".join(_step(step) for step in config["preprocessing"]) or "none",
+        "schedule": f"{short(config['max_steps'])} steps of {many(config['batch_size'], 'image')}, "
+        f"{config['optimiser']}, peak rate {config['lr']:g} before any choice, {config['schedule']}{drops}, "
+        f"warm-up {config['warmup_steps']} steps, weight decay {config['weight_decay']:g}",
+    }
+
+
+def _step(step: dict[str, Any]) -> str:
+    options = ", ".join(f"{key} {told(value)}" for key, value in step.items() if key != "op")
+    return f"{step['op']} ({options})" if options else str(step["op"])
+
+
+def _arm(arm: dict[str, Any]) -> str:
+    frozen = ", frozen" if arm["protocol"] == "frozen" else ""
+    return f"{arm['name']} ({many(len(arm['encoders']), 'pretraining run')}{frozen})"
+
+
+def _budgets(summary: dict[str, Any]) -> str:
+    sizes = ", ".join(f"{count:,}" for count in summary["budgets"].values())
+    return f"{sizes} images in whole subjects, nested, {many(summary['seeds'], 'draw')} each"
+
+
+def _rates(summary: dict[str, Any]) -> str:
+    ways = {rate["from"] for arm in summary["learning_rates"].values() for rate in arm.values()}
+    if "selection" not in ways:
+        return "that of the configuration for every arm and budget"
+    fixed = ", that of the configuration where the budget is too small to choose by" if "fixed" in ways else ""
+    return f"chosen for each arm and budget on a fifth of its first label subset's subjects{fixed}"
+
+
+def _answer(template: str, facts: dict[str, str | None]) -> str:
+    names = [name for _, name, _, _ in Formatter().parse(template) if name]
+    if not template or any(facts[name] is None for name in names):
+        return NOT_REPORTED
+    return template.format(**facts)
+
+
+def _hashes(summary: dict[str, Any]) -> str:
+    lines = [
+        f"{arm['name']} {place}: {hash_}" for arm in summary["arms"] for place, hash_ in enumerate(arm["encoders"])
+    ]
+    return "\n".join(lines) or NOT_REPORTED
+
+
+def _config_text(study: Opened) -> str:
+    path = study.folder / "config.yaml"
+    return path.read_text(encoding="utf-8") if path.is_file() else NOT_REPORTED
+
+
+def _config(study: Opened) -> dict[str, Any]:
+    path = study.folder / "config.yaml"
+    return dict(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}

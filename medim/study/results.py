@@ -1,0 +1,208 @@
+"""Read what a study found: statistics of its runs that can be paired and resampled, and curves over steps.
+
+results = open_results(Path("runs/study"))
+ours, scratch = results.paired("dice", "dim", "10")  # [S][T] each
+paired_difference(ours, scratch, results.subjects)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from medim.evaluation.binary import Statistic
+from medim.evaluation.metrics import classification_statistics
+from medim.files import read_json
+from medim.study.design import SCRATCH
+from medim.study.table import TRUTH
+from medim.types import Array, UserError
+
+Grid = list[list[Statistic]]  # [S][T]: weights (R, N) of the cases -> values (R,)
+Seeds = Sequence[tuple[int, int]]  # pretraining seed and subset seed of some runs
+
+
+class Run(NamedTuple):
+    """What names a run: `step` is None at its end."""
+
+    arm: str
+    budget: str
+    pretrain_seed: int
+    subset_seed: int
+    step: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """The results of a study, whole or stopped.
+
+    Attributes:
+        summary: `summary.json`.
+        labelled: images that the first subset of each budget gives, fewest first.
+        cases: (N,) evaluation cases that every run could measure.
+        subjects: (N,) whose they are.
+        values: a column (N,) a run and metric, as in `results.parquet`; NaN where it is not defined.
+    """
+
+    summary: dict[str, Any]
+    labelled: dict[str, int]
+    cases: tuple[str, ...]
+    subjects: tuple[str, ...]
+    values: dict[Run, dict[str, Array]]
+
+    @cached_property
+    def arms(self) -> tuple[str, ...]:
+        """Names of the arms, anchors of probes included."""
+        return tuple(dict.fromkeys(run.arm for run in self.values))
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the truth's numbers."""
+        names = next(iter(self.values.values()))
+        return tuple(name.partition("_")[2] for name in names if name.startswith(("probability_", "dice_")))
+
+    @cached_property
+    def metrics(self) -> tuple[str, ...]:
+        """What can be asked for; the first is what the study is about."""
+        run, columns = next(iter(self.values.items()))
+        return tuple(classification_statistics(*self.probabilities(run)) if TRUTH in columns else columns)
+
+    def seeds(self, arm: str, budget: str) -> list[tuple[int, int]]:
+        """Pretraining and subset seeds of the runs that are there."""
+        return sorted({run[2:4] for run in self.values if run[:2] == (arm, budget) and run.step is None})
+
+    def steps(self, arm: str, budget: str) -> list[int]:
+        """Steps after which every run of an arm and budget was measured on the way."""
+        known = [run for run in self.values if run[:2] == (arm, budget) and run.step is not None]
+        count = len(self.seeds(arm, budget))
+        steps = sorted({run.step for run in known if run.step is not None})
+        return [step for step in steps if sum(run.step == step for run in known) == count]
+
+    def grid(self, metric: str, arm: str, budget: str, *, step: int | None = None, seeds: Seeds = ()) -> Grid:
+        """A metric of an arm's runs at a budget, [S][T] by pretraining seed and label subset.
+
+        Args:
+            metric: one of `metrics`.
+            arm: one of `arms`.
+            budget: a key of `labelled`.
+            step: one of `steps`; None: at the end.
+            seeds: the runs wanted, a whole grid; by default the largest that is there.
+
+        Raises:
+            UserError: there is no such run.
+        """
+        chosen = sorted(seeds or largest(self.seeds(arm, budget)))
+        rows = dict.fromkeys(s for s, _ in chosen)
+        return [[self.statistic(metric, Run(arm, budget, s, t, step)) for r, t in chosen if r == s] for s in rows]
+
+    def paired(self, metric: str, arm: str, budget: str, other: str = SCRATCH) -> tuple[Grid, Grid]:
+        """The grids of two arms over the largest whole grid of runs that both have; empty where there is none."""
+        both = largest([pair for pair in self.seeds(arm, budget) if pair in self.seeds(other, budget)])
+        if not both:
+            return [], []
+        return self.grid(metric, arm, budget, seeds=both), self.grid(metric, other, budget, seeds=both)
+
+    def statistic(self, metric: str, run: Run) -> Statistic:
+        """A metric of one run, as a function of the cases' weights."""
+        columns = self._columns(run)
+        return (
+            classification_statistics(*self.probabilities(run))[metric]
+            if TRUTH in columns
+            else mean_of_defined(columns[metric])
+        )
+
+    def probabilities(self, run: Run) -> tuple[Array, Array]:
+        """Probabilities (N, K) and class numbers (N,) of one run of a classifier."""
+        columns = self._columns(run)
+        return np.stack([columns[f"probability_{n}"] for n in self.classes], 1), columns[TRUTH].astype(np.intp)
+
+    def _columns(self, run: Run) -> dict[str, Array]:
+        if run not in self.values:
+            raise UserError(f"results: expected one of {len(self.values)} runs, got {run}.")
+        return self.values[run]
+
+
+def open_results(folder: Path, summary: dict[str, Any] | None = None) -> Results:
+    """Read a study's folder.
+
+    Args:
+        folder: of the study.
+        summary: the content of its `summary.json`, where that is not written yet.
+
+    Raises:
+        UserError: there is no study, or nothing of it is done.
+    """
+    summary = read_json(folder / "summary.json") if summary is None else summary
+    try:
+        table = pq.read_table(folder / "results.parquet")
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{folder}: expected the results of a study ({error}). Run `medim study --resume`.") from error
+    if not len(table):
+        raise UserError(f"{folder}: expected a study with results, got none yet. Run `medim study --resume`.")
+    text = {name: table[name].to_pylist() for name in ("init", "budget", "pretrain_seed", "subset_seed", "step")}
+    runs = [Run(*keys) for keys in zip(*text.values(), strict=True)]
+    cases, case = _codes(table["case"])
+    metrics, metric = _codes(table["metric"])
+    value = table["value"].to_numpy(zero_copy_only=False).astype(np.float64)
+    starts = [0, *(place for place in range(1, len(runs)) if runs[place] != runs[place - 1]), len(runs)]
+    values: dict[Run, dict[str, Array]] = {}
+    measured = np.ones(len(cases), dtype=bool)
+    for start, end in pairwise(starts):
+        own = values[runs[start]] = {}
+        for code in dict.fromkeys(metric[start:end].tolist()):
+            rows = start + np.flatnonzero(metric[start:end] == code)
+            own[metrics[code]] = column = np.full(len(cases), np.nan)
+            column[case[rows]] = value[rows]
+        measured &= np.isin(np.arange(len(cases)), case[start:end])
+    subject = dict(zip(table["case"].to_pylist(), table["subject"].to_pylist(), strict=True))
+    kept = [name for name, whole in zip(cases, measured, strict=True) if whole]
+    return Results(
+        summary,
+        dict(sorted(_labelled(table).items(), key=lambda item: item[1])),
+        tuple(kept),
+        tuple(subject[name] for name in kept),
+        {run: {name: column[measured] for name, column in own.items()} for run, own in values.items()},
+    )
+
+
+def largest(seeds: Seeds) -> list[tuple[int, int]]:
+    """The largest whole grid of pretraining seeds by subset seeds in a study that may have been stopped."""
+    have = set(seeds)
+    found: list[tuple[int, int]] = []
+    for count in range(1, len({t for _, t in have}) + 1):
+        columns = sorted({t for _, t in have})[:count]
+        rows = [s for s in sorted({s for s, _ in have}) if all((s, t) in have for t in columns)]
+        if len(rows) * count > len(found):
+            found = [(s, t) for s in rows for t in columns]
+    return found
+
+
+def mean_of_defined(column: Array) -> Statistic:
+    """The weighted mean over the cases that have a value, NaN where none has, as a statistic."""
+    known = np.isfinite(column)
+    filled = np.where(known, column, 0.0)
+
+    def mean(weights: Array) -> Array:
+        total = weights @ known
+        return np.asarray(np.divide(weights @ filled, total, out=np.full(len(weights), np.nan), where=total > 0))
+
+    return mean
+
+
+def _codes(column: pa.ChunkedArray) -> tuple[list[str], Array]:
+    """The distinct texts of a column as they come, and the place of each row's."""
+    rows = column.to_pylist()
+    places = {name: place for place, name in enumerate(dict.fromkeys(rows))}
+    return list(places), np.array([places[name] for name in rows], dtype=np.intp)
+
+
+def _labelled(table: pa.Table) -> dict[str, int]:
+    rows = zip(*(table[name].to_pylist() for name in ("budget", "labelled", "subset_seed")), strict=True)
+    return {budget: labelled for budget, labelled, subset in set(rows) if subset == 0}

@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from medim.cli import app
+from medim.files import read_json, write_json
+from medim.study.report import is_study, report
+from medim.types import UserError
+from tests.evaluation.test_report import CHROMIUM, Page
+
+Study = Callable[..., Path]
+TITLES = [
+    "What pretraining is worth",
+    "Can it be trusted?",
+    "Cohort and splits",
+    "Every arm at every budget",
+    "Curves",
+    "Health of the pretraining",
+    "Worst cases",
+    "Methods, and how to repeat it",
+]
+
+
+@pytest.fixture(scope="module")
+def page(planted: Path) -> Path:
+    return report(planted)
+
+
+@pytest.fixture(scope="module")
+def html(page: Path) -> str:
+    return page.read_text()
+
+
+def banner(html: str, section: str) -> tuple[str, str, str]:
+    """State, headline and text of a section's banner."""
+    found = re.search(
+        rf'<section id="{section}".*?<div class="banner (\w+)">\s*<p class="headline">(.*?)</p>\s*<p>(.*?)</p>',
+        html,
+        flags=re.DOTALL,
+    )
+    assert found
+    return found[1], found[2], found[3]
+
+
+def change(folder: Path, **facts: Any) -> Path:
+    write_json(folder / "summary.json", {**read_json(folder / "summary.json"), **facts})
+    return folder
+
+
+def test_the_page_has_its_parts_in_order_and_refers_to_nothing_but_itself(html: str) -> None:
+    assert re.findall(r"<h2[^>]*>(.*?)</h2>", html) == TITLES
+    page = Page(html)
+    assert len(page.ids) == len(set(page.ids))
+    assert {one for one in page.references if not one.startswith("#")} == {"data:,"}
+    assert {one[1:] for one in page.references if one.startswith("#")} <= set(page.ids)
+    assert "script" not in page.tags
+
+
+def test_a_planted_benefit_is_told_in_labels(html: str) -> None:
+    state, headline, text = banner(html, "verdict")
+    assert state == "good"
+    told = re.fullmatch(r"With 5 labels and the encoder you get what (\d+) labels \(.+\) give without\.", headline)
+    assert told
+    assert 15 <= int(told[1]) <= 27  # from scratch reaches it with 20
+    assert text.startswith("Dice, mean over classes: +0.")
+    assert "3 comparisons (Holm)" in text
+
+
+def test_a_planted_null_is_no_evidence_of_a_benefit(study_of: Study) -> None:
+    state, headline, text = banner(report(study_of(0.0)).read_text(), "verdict")
+    assert (state, headline) == ("care", "No evidence of a benefit")
+    assert text.startswith("No evidence of a benefit with ")
+
+
+def test_a_planted_harm_is_told_as_harm(study_of: Study) -> None:
+    state, headline, _ = banner(report(study_of(-0.1)).read_text(), "verdict")
+    assert state == "bad"
+    assert headline.startswith("The encoder does harm: with ")
+
+
+def test_one_budget_is_told_in_the_metric_because_it_has_no_curve_of_labels(study_of: Study) -> None:
+    _, headline, _ = banner(report(study_of(0.1, budgets=("20",))).read_text(), "verdict")
+    assert re.fullmatch(r"With 20 labels the encoder does better: \+0\.\d+ \(.*\) against from scratch\.", headline)
+
+
+def test_every_figure_has_its_words_and_its_numbers(html: str) -> None:
+    figures = re.findall(r"<figure>(.*?)</figure>", html, flags=re.DOTALL)
+    assert len(figures) == 1 + 3 + 1  # over labels, over steps at each budget, by subject
+    for figure in figures:
+        assert re.search(r'<svg role="img" aria-labelledby="\S+-title \S+-desc"', figure)
+        assert re.search(r"<title[^>]*>[^<]{5,}</title><desc[^>]*>[^<]*\d[^<]*</desc>", figure)
+    assert re.search(r"dim: 0\.\d{3} \(0\.\d{3} to 0\.\d{3}\) at 5 labels, ", html)
+
+
+def test_the_table_has_value_difference_p_and_rate_of_every_arm_and_budget(html: str) -> None:
+    rows = re.findall(r"<tr role=\"row\">(.*?)</tr>", html, flags=re.DOTALL)
+    assert sum('data-head="Minus from scratch"' in row for row in rows) == 6
+    assert sum('data-head="p, Holm"' in row and "benefit" in row for row in rows) == 3
+    assert "× 1: 0.610, × 3: 0.640" in html
+
+
+def test_a_study_that_is_not_complete_says_so_first_and_is_never_good(study_of: Study) -> None:
+    cells = {"all": 24, "done": 20, "left": ["dim, 80 labels"], "failed": [{"cell": "dim, 5 labels", "reason": "NaN"}]}
+    html = report(change(study_of(0.1), complete=False, cells=cells)).read_text()
+    said = "This study is not complete: 20 of 24 cells are done, 1 failed."
+    assert banner(html, "verdict")[0] == banner(html, "counts")[0] == "care"
+    assert said in banner(html, "verdict")[2]
+    assert "NaN" in html
+
+
+def test_a_study_without_results_has_a_page_that_says_so(study_of: Study) -> None:
+    folder = change(
+        study_of(0.1), complete=False, comparisons=None, cells={"all": 2, "done": 0, "left": [], "failed": []}
+    )
+    (folder / "results.parquet").unlink()
+    assert banner(report(folder).read_text(), "verdict")[:2] == ("bad", "No result")
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        (
+            {"pretrain": {"images": 3, "subjects": 2}, "finetune": {"images": 0, "subjects": 0}},
+            "was seen before by: dim.",
+        ),
+        (None, "not wholly known of: dim."),
+    ],
+)
+def test_contamination_takes_the_green_from_a_benefit(study_of: Study, counts: Any, said: str) -> None:
+    html = report(change(study_of(0.1), seen={"dim": [counts, counts]})).read_text()
+    assert banner(html, "verdict")[0] == "care"
+    assert said in banner(html, "verdict")[2]
+    assert ("3 images, 2 subjects" in html) == (counts is not None)
+
+
+def test_a_subject_on_two_sides_is_counted(study_of: Study) -> None:
+    folder = study_of(0.1)
+    with (folder / "splits" / "0.csv").open("a") as file:
+        file.write("again,s-000000000000,train,,,\n")
+    assert banner(report(folder).read_text(), "cohort")[0] == "bad"
+
+
+def test_a_class_that_looks_like_markup_is_text(study_of: Study) -> None:
+    html = report(study_of(0.1, name="<b>")).read_text()
+    assert "<b>" not in html
+    assert "Segmentation of &lt;b&gt; on mri" in html
+
+
+def test_the_methods_hold_the_numbers_and_what_is_unknown_is_not_reported(html: str, study_of: Study) -> None:
+    text = banner(html, "methods")[2]
+    assert "Of 95 files or series 2 were refused" in text
+    assert "40 steps of 2 images, adamw, peak rate 0.001" in text
+    assert "5, 20, 80 images in whole subjects, nested, 2 draws each" in text
+    assert "24 runs were measured" in text
+    assert "medim study --encoder dim=runs/a,runs/b" in html
+    assert "f" * 64 in html
+    folder = study_of(0.1)
+    (folder / "config.yaml").unlink()
+    assert "Every arm trains the same network (not reported)" in banner(report(folder).read_text(), "methods")[2]
+
+
+def test_the_same_study_gives_the_same_bytes(page: Path, html: str) -> None:
+    assert report(page.parent).read_text() == html
+
+
+def test_medim_report_knows_a_study(planted: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["report", str(planted)])
+    assert (done.exit_code, TITLES[0] in (planted / "report.html").read_text()) == (0, True), done.output
+    assert not is_study(tmp_path)
+    write_json(tmp_path / "summary.json", {"command": "pretrain"})
+    with pytest.raises(UserError, match="expected a study, got pretrain"):
+        report(tmp_path)
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install medim[dev]")
+    if not CHROMIUM.is_file():
+        pytest.skip(f"{CHROMIUM} is missing: apt-get install chromium")
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]
+    with api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=str(CHROMIUM), args=arguments)
+        yield started
+        started.close()
+
+
+def test_a_browser_shows_the_page_without_error_request_or_overflow(page: Path, browser: Any) -> None:
+    for width in (400, 1280):
+        tab = browser.new_page(viewport={"width": width, "height": 800})
+        said: list[str] = []
+        tab.on("console", lambda message, kept=said: kept.append(message.text))
+        tab.on("pageerror", lambda error, kept=said: kept.append(str(error)))
+        tab.on("request", lambda request, kept=said: kept.append(request.url))
+        tab.goto(page.as_uri())
+        assert [one for one in said if not one.startswith("data:")] == [page.as_uri()]
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert tab.get_by_role("img").count() == tab.locator("figure").count() > 0
+        tab.close()
+
+
+def test_on_paper_no_table_is_cut(page: Path, browser: Any) -> None:
+    tab = browser.new_page(viewport={"width": 700, "height": 900})
+    tab.goto(page.as_uri())
+    tab.emulate_media(media="print")
+    assert tab.evaluate("[...document.querySelectorAll('table')].every(t => t.getBoundingClientRect().right <= 702)")
+    tab.close()

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from mlflow.tracking import MlflowClient
+
+from medim.config import FinetuneConfig
+from medim.evaluation.sample import Budget
+from medim.files import read_json
+from medim.study import cells, run
+from medim.study.design import Arm, read_arms
+from medim.study.results import open_results
+from medim.training.finetune import FinetuneModule, finetune
+from medim.training.trainer import StoppedError
+from medim.types import UserError
+
+Study = Callable[..., dict[str, Any]]
+ONE = {"budgets": (Budget(labelled=4),), "seeds": 1}
+
+
+@pytest.fixture
+def small(run_study: Study, encoders: list[Path]) -> Study:
+    """A study of two cells: one encoder and its twin at one budget."""
+    return lambda *given, **options: run_study(*given, **{**ONE, "arms": read_arms([f"dim={encoders[0]}"]), **options})
+
+
+def test_a_study_runs_every_arm_at_every_budget_and_says_what_came_out(run_study: Study, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    summary = run_study()
+    assert summary == read_json(out / "summary.json")
+    assert (summary["complete"], summary["cells"]["all"], summary["cells"]["done"]) == (True, 16, 16)
+    rows = pq.read_table(out / "results.parquet").to_pylist()
+    runs = {(r["init"], r["pretrain_seed"], r["budget"], r["subset_seed"]) for r in rows}
+    assert runs == {(i, s, b, t) for i in ("scratch", "dim") for s in (0, 1) for b in ("4", "12") for t in (0, 1)}
+    assert {r["step"] for r in rows} == {None, 2}
+    assert {r["metric"] for r in rows} == {"probability_down", "probability_up", "truth"}
+    assert {r["labelled"] for r in rows if r["budget"] == "12"} == {12}
+    assert [(r["arm"], r["budget"]) for r in summary["comparisons"]["rows"]] == [("dim", "4"), ("dim", "12")]
+    assert {p.name for p in (out / "cells" / "dim" / "4" / "0-0").iterdir()} == {
+        *(".medim", "config.yaml", "inputs.json", "history.csv", "cases.parquet", "cases-2.parquet", "summary.json")
+    }
+    kept = {p.parent.relative_to(out / "cells").as_posix() for p in (out / "cells").rglob("model")}
+    assert kept == {"dim/12/0-0", "scratch/12/0-0"}
+    assert (out / "splits" / "1.csv").is_file()
+
+
+def test_the_results_of_a_cell_are_those_of_medim_finetune(
+    small: Study, schedule: FinetuneConfig, index: Any, encoders: list[Path], tmp_path: Path
+) -> None:
+    small()
+    options: dict[str, Any] = {"labelled": 4, "seed": 0, "store": tmp_path / "store", "accelerator": "cpu"}
+    alone = finetune(schedule, index, tmp_path / "alone", encoder=encoders[0], **options)
+    cell = read_json(tmp_path / "study" / "cells" / "dim" / "4" / "0-0" / "summary.json")
+    assert cell["val"] == alone["val"]
+    results = open_results(tmp_path / "study")
+    shown = results.statistic("auroc", next(r for r in results.values if r.arm == "dim" and r.step is None))
+    assert float(shown(np.ones((1, 12)))[0]) == pytest.approx(alone["val"]["metrics"]["auroc"]["value"])
+
+
+def test_the_same_study_twice_gives_the_same_bytes(small: Study, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        small(tmp_path / name)
+    assert (tmp_path / "one" / "results.parquet").read_bytes() == (tmp_path / "two" / "results.parquet").read_bytes()
+
+
+def test_a_study_killed_between_and_inside_cells_goes_on_to_the_same_bytes(
+    small: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small(tmp_path / "whole")
+    steps = []
+
+    def killed(self: FinetuneModule, *given: Any) -> Any:
+        steps.append(self.global_step)
+        if len(steps) == 7:  # the third step of the second cell
+            raise KeyboardInterrupt
+        return step(self, *given)
+
+    step = FinetuneModule.training_step
+    monkeypatch.setattr(FinetuneModule, "training_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        small()
+    monkeypatch.undo()
+    begun = [tmp_path / "study" / "cells" / name / "4" / "0-0" for name in ("scratch", "dim")]
+    assert [(folder / "summary.json").is_file() for folder in begun] == [True, False]
+    assert (begun[1] / "checkpoints" / "step-2.ckpt").is_file()
+    before = (begun[0] / "summary.json").stat().st_mtime_ns
+    summary = small(resume=True)
+    assert (summary["complete"], summary["resumed_cells"]) == (True, 1)
+    assert (begun[0] / "summary.json").stat().st_mtime_ns == before
+    results = [(tmp_path / name / "results.parquet").read_bytes() for name in ("whole", "study")]
+    assert results[0] == results[1]
+
+
+def test_another_study_is_not_taken_up(small: Study) -> None:
+    small()
+    with pytest.raises(UserError, match="expected an empty or new folder"):
+        small()
+    with pytest.raises(UserError, match=r"expected the same study.*seeds 1 \(now 2\)"):
+        small(resume=True, seeds=2)
+
+
+def test_a_study_out_of_hours_leaves_what_is_done_and_says_what_is_left(
+    small: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StoppedError, match="2 of 2 cells are left") as stopped:
+        small(max_hours=0)
+    assert stopped.value.exit_code == 75
+    monkeypatch.setattr(run.Clock, "__call__", lambda _, cell: 0 if cell.arm.name == "scratch" else 10**6)
+    with pytest.raises(StoppedError, match="1 of 2 cells are left"):
+        small(max_hours=1, resume=True)
+    summary = read_json(tmp_path / "study" / "summary.json")
+    assert (summary["complete"], summary["comparisons"]) == (False, None)
+    assert summary["cells"]["left"] == ["dim, 4 labels, encoder 0, subset 0"]
+    assert set(pq.read_table(tmp_path / "study" / "results.parquet")["init"].to_pylist()) == {"scratch"}
+    monkeypatch.undo()
+    assert small(resume=True)["complete"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_a_cell_saves_it_and_begins_no_other(
+    small: Study, tmp_path: Path, schedule: FinetuneConfig, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def signalled(*given: Any, **options: Any) -> dict[str, Any]:
+        os.kill(os.getpid(), number)  # before its first step, where Lightning does not hear it yet
+        time.sleep(0.1)
+        return finetune(*given, **options)
+
+    monkeypatch.setattr("medim.study.workers.REMIND_SECONDS", 0.01)
+    monkeypatch.setattr(cells, "finetune", signalled)
+    with pytest.raises(StoppedError, match="2 of 2 cells are left"):
+        small(config=schedule.model_copy(update={"max_steps": 2000, "checkpoint_every_steps": 1000}))
+    folder = tmp_path / "study" / "cells" / "scratch" / "4" / "0-0"
+    assert list((folder / "checkpoints").glob("step-*.ckpt"))
+    assert not (folder / "summary.json").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    ("error", "times"), [(UserError("lower lr"), 1), (RuntimeError("out of memory"), 2)], ids=["for good", "by chance"]
+)
+def test_a_cell_that_fails_is_told_and_the_others_are_kept(
+    small: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, times: int
+) -> None:
+    tried = []
+
+    def failing(*given: Any, **options: Any) -> dict[str, Any]:
+        if options["encoder"] is None:
+            return finetune(*given, **options)
+        tried.append(given[2])
+        raise error
+
+    monkeypatch.setattr(cells, "finetune", failing)
+    with pytest.raises(UserError, match=f"dim, 4 labels, encoder 0, subset 0: .*{error}"):
+        small()
+    assert len(tried) == times
+    summary = read_json(tmp_path / "study" / "summary.json")
+    assert (summary["complete"], summary["cells"]["done"]) == (False, 1)
+    assert summary["cells"]["failed"][0]["cell"] == "dim, 4 labels, encoder 0, subset 0"
+
+
+def test_each_cell_is_a_child_of_the_study_in_mlflow(small: Study, tmp_path: Path) -> None:
+    small()
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("medim-study")
+    assert experiment is not None
+    parent = read_json(tmp_path / "study" / "tracking.json")["run"]
+    runs = client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
+    assert len(runs) == 2
+    assert client.get_run(parent).info.status == "FINISHED"
+    assert all("val/auroc" in found.data.metrics for found in runs)
+
+
+def test_a_frozen_classifier_is_measured_beside_the_anchors(
+    run_study: Study, encoders: list[Path], tmp_path: Path
+) -> None:
+    arms = read_arms([], [f"dim={encoders[0]},{encoders[1]}", f"other={encoders[1]}"])
+    summary = run_study(arms=arms, seeds=1)
+    rows = pq.read_table(tmp_path / "study" / "results.parquet").to_pylist()
+    runs = {(r["init"], r["protocol"], r["pretrain_seed"]) for r in rows if r["budget"] == "4"}
+    frozen = {
+        (name, "frozen", s) for name, s in (("dim", 0), ("dim", 1), ("other", 0), ("untrained", 0), ("pixels", 0))
+    }
+    assert runs == frozen | {("scratch", "finetune", s) for s in (0, 1)}
+    assert {row["arm"] for row in summary["comparisons"]["rows"]} == {"dim", "other"}
+
+
+def test_the_twin_alone_is_no_study(run_study: Study) -> None:
+    with pytest.raises(AssertionError):
+        run_study(arms=(Arm("scratch"),))

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medim.evaluation.sample import Budget
+from medim.study import workers
+from medim.study.cells import Bench
+from medim.study.design import Cell, read_arms
+from medim.study.workers import Outcome, attempt, serve
+from medim.types import UserError
+
+pytestmark = pytest.mark.slow
+Study = Callable[..., dict[str, Any]]
+KILLS = "killed-once"
+
+
+def mortal(bench: Bench, cell: Cell, multiple: float) -> Outcome:
+    """Die in the cell of the encoder: once, or always where the study's folder says so."""
+    if cell.arm.name == "dim":
+        mark = bench.out.with_name(f"{bench.out.name}-died")
+        if bench.out.name != KILLS or not mark.exists():
+            mark.touch()
+            os._exit(9)
+    return attempt(bench, cell, multiple)
+
+
+def serve_mortal(*given: Any) -> None:
+    """What a process does in this test: `serve`, where a cell may bring it down."""
+    workers.attempt = mortal
+    serve(*given)
+
+
+def test_two_warm_processes_give_the_same_bytes_as_one(run_study: Study, encoders: list[Path], tmp_path: Path) -> None:
+    for name, jobs in (("one", 1), ("two", 2)):
+        summary = run_study(tmp_path / name, jobs=jobs, seeds=1, arms=read_arms([f"dim={encoders[0]}"]))
+        assert summary["complete"]
+    assert (tmp_path / "one" / "results.parquet").read_bytes() == (tmp_path / "two" / "results.parquet").read_bytes()
+
+
+def test_a_cell_whose_process_dies_is_tried_once_more_and_then_reported(
+    run_study: Study, encoders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "serve", serve_mortal)
+    arms, few = read_arms([f"dim={encoders[0]}"]), (Budget(labelled=4),)
+    options: dict[str, Any] = {"jobs": 2, "seeds": 1, "arms": arms, "budgets": few}
+    assert run_study(tmp_path / KILLS, **options)["complete"]
+    assert (tmp_path / f"{KILLS}-died").exists()
+    with pytest.raises(UserError, match=r"dim, 4 labels.*killed or crashed \(exit code 9\)"):
+        run_study(tmp_path / "always", **options)
+    assert (tmp_path / "always" / "cells" / "scratch" / "4" / "0-0" / "summary.json").is_file()
+    assert (tmp_path / "always" / "summary.json").is_file()
