@@ -1,0 +1,151 @@
+"""Claim: a study finds a benefit where one was planted, and none where pretraining had nothing to learn from.
+
+On the built-in cohort, blocks of every scan are blanked, and the task is to say of each voxel, blanked or not, whether
+it was bright, from one labelled scan and few steps. Whoever has learnt to paint in hidden blocks has only to read it
+off; from-scratch has no time to learn painting: pretraining must help. The control is pretrained by the same steps on
+the same scans with their voxels shuffled, each scan in an order of its own: what is hidden cannot be told from what is
+seen. What is finished is kept: run it again to go on.
+
+    OMP_NUM_THREADS=1 python benchmarks/planted_truth.py --out planted-truth
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+
+from medim.config import check
+from medim.data.example import make_example
+from medim.data.index import Index, build_index
+from medim.evaluation.cases import read_cases
+from medim.files import fresh_folder, read_json, write_json
+from medim.study.resampling import Scores, draw, mean_of, score
+from medim.study.statistics import Comparison, compare
+from medim.training.finetune import finetune
+from medim.training.pretrain import pretrain
+from medim.types import Array
+
+SEEDS, SUBSETS, BUDGET = (0, 1, 2), (0, 1, 2), 1
+SUBJECTS, SPACING = 40, 8.0  # mm
+BLOCK, HIDDEN = 4, 0.5  # voxels a side of a block, and how many of them are blanked
+ARMS = ("pretrained", "shuffled")
+SHARED: dict[str, Any] = {
+    "modality": "mri",
+    "preprocessing": [{"op": "clip_percentiles"}, {"op": "normalise", "method": "zscore"}],
+    "encoder": {"name": "unet", "channels": [8, 16, 32], "norm": "in", "summary_channels": 16},
+    "decoder": {"name": "unet", "norm": "in"},
+    "views": {"shape": [24, 28, 24]},
+    "batch_size": 4,
+    "warmup_steps": 5,
+}
+PRETRAIN = {"objectives": [{"name": "reconstruction", "block": BLOCK, "hidden": HIDDEN}], "max_steps": 200, "lr": 0.004}
+FINETUNE = {
+    "task": "segmentation",
+    "head": {"name": "segmentation"},
+    "inference": {"mode": "whole", "multiple_of": 4},
+    "max_steps": 20,
+    "lr": 0.004,
+    "pretrained_lr_scale": 0.3,
+    "head_init": "probe",
+}
+
+
+def main() -> None:
+    """Run what is missing, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    out = parser.parse_args().out
+    logging.getLogger("medim").setLevel(logging.ERROR)
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{(out / 'mlflow.db').resolve()}")
+    rows = [told(comparison) for comparison in planted(out)]
+    for row in rows:
+        print("\t".join(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    write_json(out / "planted-truth.json", {"comparisons": rows})
+
+
+def told(found: Comparison) -> dict[str, Any]:
+    """A comparison as it is printed and written."""
+    gap = found.difference
+    ends = {"difference": gap.value, "low": gap.low, "high": gap.high, "p_corrected": found.p_corrected}
+    return {"arm": found.arm, **ends, "verdict": found.verdict}
+
+
+def planted(out: Path) -> list[Comparison]:
+    """Both arms against from-scratch: Dice, paired over encoders, labels and subjects."""
+    if not (out / "source" / "nifti" / "dataset.json").is_file():
+        make_example(fresh_folder(out / "source", overwrite=True), subjects=SUBJECTS, spacing=SPACING)
+    source = out / "source" / "nifti"
+    folders = source, rewritten(source, out / "shuffled", shuffled), rewritten(source, out / "task", blanked)
+    *unlabelled, task = (build_index(folder, "mri", remember=False) for folder in folders)
+    encoders = {}
+    for arm, index in zip(ARMS, unlabelled, strict=True):
+        for s in SEEDS:
+            run = encoders[arm, s] = out / f"encoder-{arm}-{s}"
+            if not (run / "summary.json").is_file():
+                pretrain(settings("pretrain"), index, run, seed=s, store=out / "store", resume=True)
+    scores = {arm: cells(out, arm, task, encoders) for arm in (*ARMS, "scratch")}
+    return compare({(arm, str(BUDGET)): (scores[arm], scores["scratch"]) for arm in ARMS})
+
+
+def cells(out: Path, arm: str, index: Index, encoders: dict[tuple[str, int], Path]) -> Scores:
+    """Dice of each run of an arm, on resampled subjects."""
+    found: dict[tuple[int, int], dict[tuple[str, str], list[float]]] = {}
+    for s, t in product(SEEDS, SUBSETS):
+        run, start = out / f"{arm}-{s}-{t}", encoders.get((arm, s), encoders[ARMS[0], s])
+        if not (run / "summary.json").is_file():
+            fresh = {"encoder": start, "from_scratch": arm == "scratch", "seed": s, "subset_seed": t}
+            finetune(settings("finetune"), index, run, labelled=BUDGET, store=out / "store", resume=True, **fresh)
+            shutil.rmtree(run / "checkpoints")
+        found[s, t] = {}
+        for row in read_cases(run / "cases.parquet"):
+            found[s, t].setdefault((row["image"], row["subject"]), []).append(row["dice"])
+    drawn = draw([subject for _, subject in found[0, 0]])
+    return score([[mean_of([float(np.mean(v)) for v in found[s, t].values()]) for t in SUBSETS] for s in SEEDS], drawn)
+
+
+def rewritten(source: Path, out: Path, change: Callable[[Array, int], tuple[Array, Array]]) -> Path:
+    """A copy of a Decathlon folder with other voxels in its images and masks; the files keep their names."""
+    if not (out / "dataset.json").is_file():
+        shutil.copytree(source, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("dataset.json", "labels.csv"))
+        for number, path in enumerate(sorted((source / "imagesTr").glob("*.nii.gz"))):
+            image: Any = nibabel.load(path)  # type: ignore[attr-defined]
+            for folder, array in zip(("imagesTr", "labelsTr"), change(np.asarray(image.dataobj), number), strict=True):
+                nibabel.save(nibabel.Nifti1Image(array, image.affine), out / folder / path.name)  # type: ignore[no-untyped-call, attr-defined]
+        content = {**read_json(source / "dataset.json"), "labels": {"0": "background", "1": "bright"}}
+        write_json(out / "dataset.json", content)
+    return out
+
+
+def shuffled(voxels: Array, seed: int) -> tuple[Array, Array]:
+    """The voxels of an image in another order, and a mask of nothing."""
+    mixed = np.random.default_rng(seed).permutation(voxels.ravel()).reshape(voxels.shape)
+    return mixed, np.zeros(voxels.shape, np.uint8)
+
+
+def blanked(voxels: Array, seed: int) -> tuple[Array, Array]:
+    """An image with blocks at its mean, and where it was brighter than its mean before."""
+    mean = voxels.mean()
+    coarse = np.random.default_rng(seed).random([-(-n // BLOCK) for n in voxels.shape]) < HIDDEN
+    hidden = np.kron(coarse, np.ones([BLOCK] * 3, bool))[tuple(slice(n) for n in voxels.shape)]
+    return np.where(hidden, mean, voxels).astype(np.float32), (voxels > mean).astype(np.uint8)
+
+
+def settings(command: str) -> Any:
+    """The configuration of pretraining, or of fine-tuning."""
+    own = PRETRAIN if command == "pretrain" else FINETUNE
+    return check(
+        command, {**SHARED, **own, "checkpoint_every_steps": own["max_steps"]}, where=f"the {command} of {__file__}"
+    )
+
+
+if __name__ == "__main__":
+    main()

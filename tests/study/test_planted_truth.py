@@ -1,0 +1,64 @@
+"""A study finds what was planted, and nothing where there is nothing: the benchmarks' own code, as it is or smaller."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+@pytest.mark.slow
+def test_a_planted_benefit_is_found_and_shuffled_voxels_teach_nothing(
+    benchmark: Callable[[str], Any], tmp_path: Path
+) -> None:
+    found = {comparison.arm: comparison for comparison in benchmark("planted_truth").planted(tmp_path)}
+    assert found["pretrained"].verdict == "benefit"
+    assert found["pretrained"].difference.low > 0
+    assert found["shuffled"].verdict != "benefit"
+
+
+@pytest.mark.slow
+def test_a_null_study_raises_no_alarm(benchmark: Callable[[str], Any], tmp_path: Path) -> None:
+    found = benchmark("null_studies").repetition(0, tmp_path)
+    assert not found["alarm"]
+    assert all(0 < row["p"] <= 1 for row in found["comparisons"])
+
+
+def test_shuffling_keeps_the_voxels_and_blanking_hides_half_of_them_at_the_mean(
+    benchmark: Callable[[str], Any],
+) -> None:
+    planted = benchmark("planted_truth")
+    voxels = np.random.default_rng(0).integers(1, 1000, (24, 28, 24)).astype(np.int16)
+    mixed, nothing = planted.shuffled(voxels, 1)
+    np.testing.assert_array_equal(np.sort(mixed.ravel()), np.sort(voxels.ravel()))
+    assert abs(np.corrcoef(mixed.ravel(), voxels.ravel())[0, 1]) < 0.03
+    assert not nothing.any()
+    image, bright = planted.blanked(voxels, 1)
+    changed = image != voxels
+    assert changed.mean() == pytest.approx(planted.HIDDEN, abs=0.1)
+    assert set(np.unique(image[changed])) == {np.float32(voxels.mean())}
+    np.testing.assert_array_equal(bright, voxels > voxels.mean())
+
+
+def test_the_pictures_of_a_null_study_are_its_own_and_both_classes_are_alike_in_number(
+    benchmark: Callable[[str], Any], tmp_path: Path
+) -> None:
+    null = benchmark("null_studies")
+    first, again, other = (
+        dict(np.load(null.pictures(tmp_path / f"{n}.npz", seed))) for n, seed in enumerate((0, 0, 1))
+    )
+    np.testing.assert_array_equal(first["train_images"], again["train_images"])
+    assert (first["train_images"] != other["train_images"]).any()
+    assert np.bincount(first["val_labels"].ravel()).tolist() == [null.VAL // 2] * 2
