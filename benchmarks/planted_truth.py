@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import nibabel
 import numpy as np
@@ -47,8 +47,12 @@ SHARED: dict[str, Any] = {
     "batch_size": 4,
     "warmup_steps": 5,
 }
-PRETRAIN = {"objectives": [{"name": "reconstruction", "block": BLOCK, "hidden": HIDDEN}], "max_steps": 200, "lr": 0.004}
-FINETUNE = {
+PRETRAIN: dict[str, Any] = {
+    "objectives": [{"name": "reconstruction", "block": BLOCK, "hidden": HIDDEN}],
+    "max_steps": 200,
+    "lr": 0.004,
+}
+FINETUNE: dict[str, Any] = {
     "task": "segmentation",
     "head": {"name": "segmentation"},
     "inference": {"mode": "whole", "multiple_of": 4},
@@ -102,7 +106,7 @@ def cells(out: Path, arm: str, index: Index, encoders: dict[tuple[str, int], Pat
     for s, t in product(SEEDS, SUBSETS):
         run, start = out / f"{arm}-{s}-{t}", encoders.get((arm, s), encoders[ARMS[0], s])
         if not (run / "summary.json").is_file():
-            fresh = {"encoder": start, "from_scratch": arm == "scratch", "seed": s, "subset_seed": t}
+            fresh: dict[str, Any] = {"encoder": start, "from_scratch": arm == "scratch", "seed": s, "subset_seed": t}
             finetune(settings("finetune"), index, run, labelled=BUDGET, store=out / "store", resume=True, **fresh)
             shutil.rmtree(run / "checkpoints")
         found[s, t] = {}
@@ -117,9 +121,9 @@ def rewritten(source: Path, out: Path, change: Callable[[Array, int], tuple[Arra
     if not (out / "dataset.json").is_file():
         shutil.copytree(source, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("dataset.json", "labels.csv"))
         for number, path in enumerate(sorted((source / "imagesTr").glob("*.nii.gz"))):
-            image: Any = nibabel.load(path)  # type: ignore[attr-defined]
+            image: Any = nibabel.load(path)
             for folder, array in zip(("imagesTr", "labelsTr"), change(np.asarray(image.dataobj), number), strict=True):
-                nibabel.save(nibabel.Nifti1Image(array, image.affine), out / folder / path.name)  # type: ignore[no-untyped-call, attr-defined]
+                nibabel.save(nibabel.Nifti1Image(array, image.affine), out / folder / path.name)  # type: ignore[no-untyped-call]
         content = {**read_json(source / "dataset.json"), "labels": {"0": "background", "1": "bright"}}
         write_json(out / "dataset.json", content)
     return out
@@ -139,7 +143,7 @@ def blanked(voxels: Array, seed: int) -> tuple[Array, Array]:
     return np.where(hidden, mean, voxels).astype(np.float32), (voxels > mean).astype(np.uint8)
 
 
-def settings(command: str) -> Any:
+def settings(command: Literal["pretrain", "finetune"]) -> Any:
     """The configuration of pretraining, or of fine-tuning."""
     own = PRETRAIN if command == "pretrain" else FINETUNE
     return check(
