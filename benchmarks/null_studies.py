@@ -78,7 +78,10 @@ def repetition(number: int, folder: Path) -> dict[str, Any]:
     pairs = {}
     for budget in BUDGETS:
         cells = {
-            arm: [[cell(config, index, folder, arm, budget, s, t) for t in SUBSETS] for s in SEEDS] for arm in ARMS
+            arm: [
+                [cell(config, index, folder, arm, budget, len(SEEDS) * number + s, t) for t in SUBSETS] for s in SEEDS
+            ]
+            for arm in ARMS
         }
         pairs["encoder", str(budget)] = score(cells["encoder"], drawn), score(cells["scratch"], drawn)
     rows = compare(pairs)
@@ -91,7 +94,7 @@ def cell(config: FinetuneConfig, index: Index, folder: Path, arm: str, budget: i
     """AUROC of one run; the arms differ in nothing but the seed of their fresh weights."""
     out = folder / f"{arm}-{budget}-{s}-{t}"
     if not (out / "summary.json").is_file():
-        seed = 2 * s + ARMS.index(arm)
+        seed = 2 * s + ARMS.index(arm)  # no two repetitions share weights, or one lucky seed would count in all
         finetune(config, index, out, labelled=budget, seed=seed, subset_seed=t, store=folder / "store", resume=True)
     return classification_statistics(*class_arrays(read_cases(out / "cases.parquet"), index.labels))["auroc"]
 
