@@ -30,6 +30,7 @@ Progress = Callable[[int, int], None]
 _READING = f"{__version__}/2"  # raise the number where a reader sees something else in the same file
 _SAVED = 1000  # sights that are written down at once
 _FEW = 64  # files that one process has looked at before another one has started
+_PASSING = {"missing", "reader-failed", "reader-missing", "unreadable", "worker-died"}  # a network drive, a package
 _SIGHT = TypeAdapter(Sight)
 _PATHS: Any = {"found": {"__all__": {"files"}}, "refused": {"__all__": {"path"}}, "instance": {"path"}}
 
@@ -73,7 +74,8 @@ class Looks:
 
     def __call__(self, look: Look, paths: Sequence[Path]) -> list[Sight]:
         """What is in each file, in the order given; `look` is a reader's, or another function of a module."""
-        sights: dict[Path, Sight] = dict(self._memory.recall(look, paths)) if self._memory else {}
+        states = {path: _state(path) for path in paths} if self._memory else {}  # before: a copy may be under way
+        sights: dict[Path, Sight] = dict(self._memory.recall(look, states)) if self._memory else {}
         self.known += len(sights)
         new = [path for path in paths if path not in sights]
         fresh: list[Path] = []
@@ -84,7 +86,7 @@ class Looks:
             if self._progress:
                 self._progress(len(sights), len(paths))
             if self._memory and (len(fresh) >= _SAVED or len(sights) == len(paths)):
-                self._memory.keep(look, {path: sights[path] for path in fresh})
+                self._memory.keep(look, [(path, states[path], sights[path]) for path in fresh])
                 fresh.clear()
         return [sights.pop(path) for path in paths]
 
@@ -112,11 +114,10 @@ class Memory:
         except (OSError, sqlite3.Error) as error:
             self._give_up(error)
 
-    def recall(self, look: Look, paths: Sequence[Path]) -> Iterator[tuple[Path, Sight]]:
+    def recall(self, look: Look, states: Mapping[Path, str | None]) -> Iterator[tuple[Path, Sight]]:
         """Those files that are as they were, with what was seen of them."""
-        for path in paths:
+        for path, state in states.items():
             row = self._row(_key(look, path))
-            state = _state(path)
             if row is None or state is None or row[0] != state:
                 continue
             try:
@@ -124,10 +125,12 @@ class Memory:
             except ValidationError:
                 log.debug("a remembered sight is damaged; the file is read again")
 
-    def keep(self, look: Look, sights: Mapping[Path, Sight]) -> None:
-        """Remember what was seen, as long as the files stay as they are."""
+    def keep(self, look: Look, looks: Sequence[tuple[Path, str | None, Sight]]) -> None:
+        """Remember what was seen of files in a state, but for what has its cause outside the file."""
         rows = [
-            (_key(look, path), _state(path), _SIGHT.dump_json(sight, exclude=_PATHS)) for path, sight in sights.items()
+            (_key(look, path), state, _SIGHT.dump_json(sight, exclude=_PATHS))
+            for path, state, sight in looks
+            if not any(refused.reason in _PASSING for refused in sight.refused)
         ]
         try:
             if self._database is not None:
@@ -165,4 +168,4 @@ def _state(path: Path) -> str | None:
         status = path.stat()
     except OSError:  # it vanished, and is known by no state
         return None
-    return f"{_READING} {status.st_size} {status.st_mtime_ns}"
+    return f"{_READING} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"  # ctime: permissions, too

@@ -1,6 +1,7 @@
 """One file over HTTP: continued where a connection was cut, checked before it gets its name.
 
-urllib and not a library: pooch, the usual choice, starts over after a cut and brings requests into the light install.
+urllib and not a library: pooch, the usual choice, would bring requests into the light install, and we found no word of
+its continuing a download.
 """
 
 from __future__ import annotations

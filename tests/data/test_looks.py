@@ -27,7 +27,7 @@ def test_a_second_look_opens_no_file_and_says_the_same(tmp_path: Path) -> None:
     source = tmp_path / "s"
     write_series(source / "mr")
     write_nifti(source / "a.nii.gz", descrip=b"Avasarala")
-    (source / "cut.nii").write_bytes(b"x")
+    (source / "cut.nii").write_bytes(write_nifti(tmp_path / "whole.nii").read_bytes()[:-9])
     first = build_index(source, "mri")
     second = build_index(source, "mri")
     assert (first.opened, second.opened) == (7, 0)
@@ -100,6 +100,34 @@ def test_a_file_that_kills_its_process_is_refused_and_no_other(tmp_path: Path) -
     assert [sight.refused[0].reason for sight in sights if sight.refused] == ["worker-died"]
     assert sights[7].refused[0].path == paths[7]
     assert all(sight.found[0].files == (path,) for sight, path in zip(sights, paths, strict=True) if sight.found)
+
+
+def test_a_file_that_grows_while_it_is_looked_at_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, whole = tmp_path / "s" / "a.nii", write_nifti(tmp_path / "whole.nii").read_bytes()
+    path.parent.mkdir()
+    path.write_bytes(whole[:-100])
+    seen = NiftiReader.look
+
+    def look(reader: NiftiReader, path: Path) -> Sight:
+        try:
+            return seen(reader, path)
+        finally:
+            path.write_bytes(whole)  # the copy ends
+
+    monkeypatch.setattr(NiftiReader, "look", look)
+    assert [len(Looks(tmp_path)(NiftiReader().look, [path])[0].found) for _ in range(2)] == [0, 1]
+
+
+def test_what_may_pass_without_the_file_changing_is_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_nifti(tmp_path / "a.nii")
+    with monkeypatch.context() as patch:
+        patch.setattr(NiftiReader, "look", lambda reader, path: broken(path))
+        assert Looks(tmp_path)(NiftiReader().look, [path])[0].refused[0].reason == "reader-failed"
+    assert Looks(tmp_path)(NiftiReader().look, [path])[0].found
 
 
 def broken(path: Path) -> Sight:

@@ -103,6 +103,15 @@ def test_a_copy_under_another_uid_is_refused_alone(tmp_path: Path) -> None:
     assert told(tmp_path)[:2] == ([], [("0.dcm", "duplicate-position")])
 
 
+def test_the_same_pixels_of_another_echo_are_no_copy(tmp_path: Path) -> None:
+    slices = noise(4, 4, 6)
+    write_series(tmp_path, slices)
+    for number in (1, 2):  # the second echo lost its other slices; one that lies elsewhere must not join the first's
+        place = {"ImagePositionPatient": [10.0, 20.0, 30.0 + 2 * number]}
+        save(dataset(slices[number], EchoNumbers=number, **place), tmp_path / f"echo-{number}.dcm")
+    assert told(tmp_path)[:2] == ([], [("0.dcm", "duplicate-position")])
+
+
 @pytest.mark.parametrize(
     ("reason", "tags"),
     [
@@ -283,12 +292,17 @@ def split(plane: list[dict[str, Any]], refused: list[tuple[str, str]]) -> list[l
                 return list(parts.values())
         left: list[dict[str, Any]] = []
         for one in plane:
-            if any(place_of(one) == place_of(o) and np.array_equal(one["pixels"], o["pixels"]) for o in left):
+            if any(alike(one, o) for o in left):
                 refused.append((one["name"], "duplicate"))
             else:
                 left.append(one)
         plane = left
     return [plane]
+
+
+def alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    said = [[each.get(key) for key in KEYS] for each in (one, other)]
+    return said[0] == said[1] and place_of(one) == place_of(other) and np.array_equal(one["pixels"], other["pixels"])
 
 
 def uneven(part: list[dict[str, Any]]) -> str:
