@@ -14,9 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from anchors import folder_of, objectives
 from evidence import markdown, once, spread_text, write_section
 
-from medim.config import Section, load
+from medim.config import load
 from medim.data.index import Index, build_index
 from medim.evaluation.probes import probe
 from medim.evaluation.sample import Budget
@@ -27,27 +28,13 @@ Aurocs = dict[tuple[str, str], float]  # by what the probe sees and the label bu
 STEPS, SUBSETS, FRACTIONS, MAPS = 1000, range(5), (0.01, 0.1), {"summary": (), "summary and maps": None}
 FIRST = "DIM-L---InfoNCE-0"
 BASE = load("pretrain", "xray-28", [f"max_steps={STEPS}"])
-LOCAL, COORDINATES = BASE.objectives
-GLOBAL: Section = {"name": "global_dim", "estimator": "infonce", "standardise": True, "score_penalty": 0.04}
-ARMS: dict[str, list[Section]] = {
-    "DIM(L), InfoNCE": [LOCAL],
-    "DIM(L), JSD": [{**LOCAL, "estimator": "jsd"}],
-    "DIM(L), DV": [{**LOCAL, "estimator": "dv"}],
-    "DIM(G)": [GLOBAL],
-    "DIM(L+G)": [{**LOCAL, "weight": 0.5}, {**GLOBAL, "weight": 0.5}],
-    "DIM(L), occlusion": [{**LOCAL, "occlusion": "receptive_field"}],
-    "DIM(L), coordinates": [LOCAL, COORDINATES],
-    "DIM(L), both": [{**LOCAL, "occlusion": "receptive_field"}, COORDINATES],
-    "AMDIM": [{"name": "amdim", "width": 128}],
-    "CPC": [{"name": "cpc", "level": 1, "steps": 3, "negatives": 16, "scaled": True}],
-    "VAE": [{"name": "vae", "decoder_channels": [128, 64, 32]}],
-}
+ARMS = {name: sections for name, sections in objectives(BASE).items() if name != "SimCLR"}  # it came after the table
 
 
 def measure(arm: str, seed: int, index: Index, out: Path) -> tuple[dict[str, Any], Aurocs]:
     """An encoder's summary, and its probes' mean AUROC over the label subsets by what they see and the labels."""
     settings = BASE.model_copy(update={"objectives": ARMS[arm]})
-    folder = out / f"{''.join(c if c.isalnum() else '-' for c in arm)}-{seed}"
+    folder = folder_of(out, arm, seed)
     run = once(folder, partial(pretrain, settings, index, seed=seed, store=out / "store"))
     return run, probes(folder, "encoder", index, out)
 

@@ -1,0 +1,76 @@
+"""One network, pretrained by each objective for one number of steps: anchors for `medim study --probe`.
+
+Encoder, preprocessing, views, schedule and batch are those of a preset; only the objectives differ. What is finished is
+kept. At the end it prints the options that put the encoders into a study.
+
+    python pipelines/anchors.py --preset mri-crop --data mri-hippocampus --steps 700 --out studies/anchors-mri
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from functools import partial
+from pathlib import Path
+
+from evidence import once
+
+from medim.config import PretrainConfig, Section, load
+from medim.data.index import build_index
+from medim.training.pretrain import pretrain
+
+GLOBAL: Section = {"name": "global_dim", "estimator": "infonce", "standardise": True, "score_penalty": 0.04}
+TWO_VIEWS = ("AMDIM", "SimCLR")
+
+
+def objectives(base: PretrainConfig) -> dict[str, list[Section]]:
+    """The objectives of each arm, those of DIM as the preset has them; in-painting where the preset has a decoder."""
+    by_name = {section["name"]: section for section in base.objectives}
+    local = {key: value for key, value in by_name["local_dim"].items() if key != "weight"}
+    coordinates, level = by_name["coordinates"], local["level"]
+    occluded = {**local, "occlusion": "receptive_field"}
+    arms: dict[str, list[Section]] = {
+        "DIM(L), InfoNCE": [local],
+        "DIM(L), JSD": [{**local, "estimator": "jsd"}],
+        "DIM(L), DV": [{**local, "estimator": "dv"}],
+        "DIM(G)": [GLOBAL],
+        "DIM(L+G)": [{**local, "weight": 0.5}, {**GLOBAL, "weight": 0.5}],
+        "DIM(L), occlusion": [occluded],
+        "DIM(L), coordinates": [local, coordinates],
+        "DIM(L), both": [occluded, coordinates],
+        "AMDIM": [{"name": "amdim", "width": 128}],
+        "CPC": [{"name": "cpc", "level": level, "steps": 3, "negatives": 16, "scaled": True}],
+        "VAE": [{"name": "vae", "decoder_channels": [128, 64, 32]}],
+        "SimCLR": [{"name": "simclr"}],
+    }
+    return arms | ({"reconstruction": [by_name["reconstruction"]]} if base.decoder else {})
+
+
+def folder_of(out: Path, arm: str, seed: int) -> Path:
+    """Where an arm's run lies."""
+    return out / f"{''.join(c if c.isalnum() else '-' for c in arm)}-{seed}"
+
+
+def main() -> None:
+    """Run what is missing, and print the options."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", required=True, help="a pretraining preset with local_dim and coordinates")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--only", nargs="+", metavar="ARM", help="such as 'DIM(G)' VAE")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    base = load("pretrain", arguments.preset, [f"max_steps={arguments.steps}"])
+    index, out = build_index(arguments.data, base.modality), arguments.out
+    for arm, sections in objectives(base).items():
+        if arm in (arguments.only or objectives(base)):
+            views = base.views.model_copy(update={"count": 2} if arm in TWO_VIEWS else {})
+            decoder = base.decoder if arm == "reconstruction" else None
+            settings = base.model_copy(update={"objectives": sections, "views": views, "decoder": decoder})
+            once(folder_of(out, arm, 0), partial(pretrain, settings, index, seed=0, store=out / "store"))
+            print(f"--probe {arm.replace(', ', '-').replace('(', '-').replace(')', '')}={folder_of(out, arm, 0)}")
+
+
+if __name__ == "__main__":
+    main()
