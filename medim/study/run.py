@@ -62,7 +62,8 @@ def study(
         UsageError: budgets or options that cannot be.
         StoppedError: cells are left, because of `max_hours` or a signal; what is done is written.
     """
-    began, options = time.monotonic(), options or Options()
+    options = options or Options()
+    began, earlier = time.monotonic(), _hours(out) if options.resume else 0.0
     ready = prepare(task, config, index, arms, budgets, out, options)
     cells = ready.bench.design.cells(ready.bench.subsets)
     with track_study(out.resolve().name, _parameters(ready.bench), run=_tracked(out)) as run:
@@ -72,7 +73,7 @@ def study(
         agenda = Agenda(bench, cells, Clock(bench, ready.costs, cells), deadline, options.jobs)
         log.info("%d of %d cells are left: about %s", len(agenda.left), len(cells), duration(agenda.seconds_left()))
         work(agenda)
-        facts = {**ready.facts, "wall_hours": (time.monotonic() - began) / 3600}
+        facts = {**ready.facts, "wall_hours": earlier + (time.monotonic() - began) / 3600}
         facts["rejected_cases"] = write_results(out / "results.parquet", bench, cells)
         facts["repeat"] = _repeat(options.command, bench)
         summary = write_summary(out, agenda, facts)
@@ -93,6 +94,11 @@ def _parameters(bench: Bench) -> dict[str, Any]:
 def _tracked(out: Path) -> str | None:
     """MLflow's id of the study that is taken up."""
     return str(read_json(out / STATE)["run"]) if (out / STATE).is_file() else None
+
+
+def _hours(out: Path) -> float:
+    """Of the calls before this one."""
+    return float(read_json(out / "summary.json")["wall_hours"]) if (out / "summary.json").is_file() else 0.0
 
 
 def _repeat(command: Sequence[str], bench: Bench) -> str:

@@ -126,7 +126,9 @@ def test_a_study_out_of_hours_leaves_what_is_done_and_says_what_is_left(
     assert set(read_json(tmp_path / "study" / "audit.json")["models"]) == {"scratch, 4 labels"}
     assert set(pq.read_table(tmp_path / "study" / "results.parquet")["init"].to_pylist()) == {"scratch"}
     monkeypatch.undo()
-    assert small(resume=True)["complete"]
+    whole = small(resume=True)
+    assert whole["complete"]
+    assert whole["wall_hours"] > summary["wall_hours"] > 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
