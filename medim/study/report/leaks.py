@@ -42,7 +42,7 @@ def leaks(study: Opened) -> Section:
     return Section(
         "leaks",
         "Leaks and shortcuts",
-        _banner(study, found),
+        _banner(found),
         facts=[("Groups by", columns(study) or NOT_REPORTED)],
         tables=[table for table in tables if table is not None],
         figures=_figures(found),
@@ -52,10 +52,8 @@ def leaks(study: Opened) -> Section:
 
 def alarm(study: Opened) -> str:
     """The shortcuts that should tell nothing, or tell as much as the best model; empty where there is none."""
-    names = [f"{one['name']} (AUROC {one['told']['auroc']['value']:.3f})" for one in _alarming(study.audit or {})]
-    return (
-        f"The label can be told without looking, by {' and '.join(names)}: see Leaks and shortcuts. " if names else ""
-    )
+    said = _said(study.audit or {})
+    return f"{said}: see Leaks and shortcuts. " if said else ""
 
 
 def size_alone(study: Opened) -> str:
@@ -70,6 +68,11 @@ def size_alone(study: Opened) -> str:
 def columns(study: Opened) -> str:
     """What metrics are told group by group for; empty where nothing is known."""
     return ", ".join(dict.fromkeys(one["column"] for one in (study.audit or {}).get("groups", ())))
+
+
+def _said(found: dict[str, Any]) -> str:
+    names = [f"{one['name']} (AUROC {one['told']['auroc']['value']:.3f})" for one in _alarming(found)]
+    return f"The label can be told without looking, by {' and '.join(names)}" if names else ""
 
 
 def _alarming(found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -90,12 +93,11 @@ def _best(found: dict[str, Any]) -> dict[str, Any] | None:
     return max((one for one in known if one["value"] is not None), key=lambda one: one["value"], default=None)
 
 
-def _banner(study: Opened, found: dict[str, Any]) -> Banner:
-    warned = alarm(study)
+def _banner(found: dict[str, Any]) -> Banner:
     near = many(len(found["duplicates"]["near"]), "pair")
-    places = f"{near} of images look alike across the split. An audit that finds nothing has looked here only."
-    if warned:
-        return Banner("care", "The label can be told without looking", f"{warned}{places}")
+    places = f"Look-alikes across the split: {near}. An audit that finds nothing has looked in these places only."
+    if said := _said(found):
+        return Banner("care", said, f"What a model learnt may be no more than that. {places}")
     if not found["shortcuts"]:
         return Banner("plain", "Groups and look-alikes", f"No shortcut was looked for. {places}")
     text = "Size and padding, as a network sees them, tell no more than chance"
