@@ -43,7 +43,7 @@ class Seal:
             return
         if signer is None or self.signature is None or not is_signed(self.data, self.signature, from_hex(signer)):
             raise PackageError(
-                f"{folder / SIGNATURE}: expected the signature of the key that medim.json names, got "
+                f"{folder / SIGNATURE}: expected the signature of the key that the contract names, got "
                 f"{'none' if self.signature is None else 'another'}. {COPY_AGAIN}"
             )
 

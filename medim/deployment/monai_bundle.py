@@ -95,7 +95,7 @@ def metadata(draft: Draft) -> bytes:
         "required_packages_version": {name: found for name in packages if (found := installed(name))},
         "name": contract.name,
         "task": f"{contract.kind}, {contract.modality}",
-        "description": f"{contract.not_for} MODEL_CARD.md says what is known about it.",
+        "description": f"{contract.not_for} MODEL_CARD.md says what is known about it; `medim predict` is the reference.",
         "authors": NOT_REPORTED,
         "copyright": "see LICENSE",
         "intended_use": contract.intended_use,
@@ -238,11 +238,13 @@ def _after(contract: Contract) -> list[Section]:
                 "keys": "pred",
                 "output_dir": "@output_dir",
                 "output_postfix": "seg",
-                "output_dtype": "$np.uint8",
+                "output_dtype": {"_target_": "numpy.dtype", "dtype": "uint8"},
                 "resample": False,
                 "separate_folder": False,
             },
         ]
     activation = contract.postprocess.activation
     decided = [{"_target_": "Activationsd", "keys": "pred", activation: True}] if activation != "none" else []
-    return [*decided, {"_target_": "SaveClassificationd", "keys": "pred", "output_dir": "@output_dir"}]
+    told: Section = {"_target_": "FromMetaTensord", "keys": "image", "data_type": "tensor"}  # the file's name
+    save: Section = {"_target_": "SaveClassificationd", "keys": "pred", "meta_keys": "image_meta_dict"}
+    return [*decided, told, {**save, "output_dir": "@output_dir"}]
