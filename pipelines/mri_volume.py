@@ -14,7 +14,6 @@ import argparse
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from evidence import markdown, once
@@ -26,6 +25,7 @@ from medim.evaluation.sample import Budget
 from medim.files import write_csv
 from medim.study.audit import Audit, audit, write_audit
 from medim.study.design import read_arms
+from medim.study.prepare import Options
 from medim.study.run import study
 from medim.training.cohort import open_cohort
 from medim.training.pretrain import pretrain
@@ -61,8 +61,8 @@ def main() -> None:
     for seed, run in enumerate(encoders):
         once(run, partial(pretrain, settings, index, seed=seed, store=store))
     arms, budgets = read_arms([f"dim={','.join(map(str, encoders))}"]), [Budget(labelled=n) for n in BUDGETS]
-    how: dict[str, Any] = {"seeds": SUBSETS, "jobs": arguments.jobs, "resume": True, "store": store}
-    study("classification", schedule, index, arms, budgets, out / "study", **how)
+    options = Options(seeds=SUBSETS, jobs=arguments.jobs, resume=True, store=store)
+    study("classification", schedule, index, arms, budgets, out / "study", options)
 
 
 def label_by_volume(data: Path, path: Path) -> Path:

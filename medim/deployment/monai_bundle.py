@@ -95,7 +95,7 @@ def metadata(draft: Draft) -> bytes:
         "required_packages_version": {name: found for name in packages if (found := installed(name))},
         "name": contract.name,
         "task": f"{contract.kind}, {contract.modality}",
-        "description": f"{contract.not_for} MODEL_CARD.md says what is known about it; `medim predict` is the reference.",
+        "description": f"{contract.not_for} See MODEL_CARD.md; `medim predict` is the reference.",
         "authors": NOT_REPORTED,
         "copyright": "see LICENSE",
         "intended_use": contract.intended_use,
