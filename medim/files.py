@@ -53,9 +53,14 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def json_bytes(content: Mapping[str, Any]) -> bytes:
+    """Canonical JSON: indented, in the given key order, never NaN (use None)."""
+    return (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write canonical JSON: indented, in the given key order, never NaN (use None)."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """`write_bytes` for `json_bytes`."""
+    write_bytes(path, json_bytes(content))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -31,7 +31,10 @@ MAY_IMPORT = {  # room: the rooms of medim it may import, besides itself
     "cli": GROUND | {"doctor", "data", "models", "objectives", "deployment", "evaluation", "training", "study"},
     "__init__": set(),  # lazily, by name
 }
-EXPORTERS = ("deployment/export.py", "deployment/onnx.py", "deployment/monai_bundle.py")  # these need [train]
+EXPORTERS = tuple(  # these need [train]
+    f"deployment/{name}.py"
+    for name in ("acceptance", "draft", "export", "finished_run", "monai_bundle", "monai_native", "onnx")
+)
 FORMATS = ("data/readers/*", "data/example*", "deployment/*")
 HOMES = {  # third party: the files that may import it
     "pydicom": (*FORMATS, "doctor.py"),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from medim.data.identity import pseudonym
-from medim.files import read_json, write_json
+from medim.files import json_bytes, read_json, write_bytes
 from medim.types import UserError
 
 log = logging.getLogger(__name__)
@@ -102,8 +102,8 @@ class Seen:
         """The record after one more training."""
         return Seen((*self.origins, Origin.of(kind, cases)), self.unknown)
 
-    def write(self, folder: Path) -> None:
-        """Write `fingerprints.json`."""
+    def dump(self) -> bytes:
+        """The content of `fingerprints.json`."""
         origins = [
             {
                 "kind": origin.kind,
@@ -114,8 +114,11 @@ class Seen:
             }
             for origin in self.origins
         ]
-        content = {"schema_version": SCHEMA_VERSION, "origins": origins, "unknown": list(self.unknown)}
-        write_json(folder / FINGERPRINTS, content)
+        return json_bytes({"schema_version": SCHEMA_VERSION, "origins": origins, "unknown": list(self.unknown)})
+
+    def write(self, folder: Path) -> None:
+        """Write `fingerprints.json`."""
+        write_bytes(folder / FINGERPRINTS, self.dump())
 
 
 def read_seen(path: Path) -> Seen | None:

@@ -2,113 +2,99 @@
 
 from __future__ import annotations
 
-import copy
 import platform
-import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime
 import torch
-from torch import nn
 
 import medim
-from medim.data.preprocessing import STEPS
-from medim.data.seen import read_seen
-from medim.deployment import gates, onnx
-from medim.deployment.card import UNKNOWN, card
-from medim.deployment.contract import (
-    GOLDEN,
-    GRAPH,
-    NOT_REPORTED,
-    POSTPROCESS,
-    REPORT,
-    RESEARCH_ONLY,
-    SCHEMA_VERSION,
-    SCORE_MAP,
-    SCORE_MAP_GOLDEN,
-    WEIGHTS,
-    Contract,
-    PackageError,
-    ScoreMap,
-    Signature,
-    parse,
-)
-from medim.deployment.golden import Golden, phantom
-from medim.deployment.inference import INFERENCES, Run
-from medim.deployment.package import Package, load_package, session, write_sums
-from medim.deployment.privacy import machine_words
-from medim.files import hash_of, read_json, write_bytes, write_json, write_text
-from medim.models.critics import CRITICS
-from medim.models.decoders import DECODERS
-from medim.models.encoders import ENCODERS
-from medim.models.heads import HEADS
-from medim.models.model import as_run, build_encoder, build_model
-from medim.models.saved import find, load_encoder, load_model, load_weights
-from medim.objectives import OBJECTIVES
-from medim.objectives.score_map import load_score_map
-from medim.types import Array, UserError, Volume
+from medim.data.seen import FINGERPRINTS
+from medim.deployment import acceptance, monai_bundle
+from medim.deployment.card import CARD, PAGE, Card, make_card
+from medim.deployment.contract import GOLDEN, GRAPH, NOT_REPORTED, REPORT, SCORE_MAP, SCORE_MAP_GOLDEN, WEIGHTS
+from medim.deployment.draft import Draft, Options, draft
+from medim.deployment.environment import LOCK, SBOM, lock, sbom
+from medim.deployment.finished_run import load_run
+from medim.deployment.gates import Gate
+from medim.deployment.monai_bundle import CHECKPOINT, INFERENCE, LOGGING, METADATA
+from medim.deployment.package import Package, load_package, write_sums
+from medim.files import json_bytes, write_bytes
+from medim.types import UserError
 
-SCAN = "no path, user or host name in any file"
-PROVENANCE = re.compile(r"[\w.+:-]{0,128}")
+SCHEMA_VERSION = 1
+NO_LICENCE = b"""\
+Who exported this package gave no licence for its weights: ask them before you use it.
+medim, which wrote the files around them and runs them, is under the Apache License, Version 2.0.
+"""
 
 
-@dataclass(frozen=True)
-class Graph:
-    """A network that becomes a file of the package, with its golden input."""
-
-    name: str  # how its gates begin
-    file: str
-    golden: str
-    network: Any  # image -> logits, (summary, *maps), or scores
-    signature: Signature
-
-    @property
-    def run(self) -> Run:
-        """The network under torch."""
-        return as_run(self.source)
-
-    @property
-    def exact(self) -> Run:
-        """The network under torch in float64."""
-        return as_run(_Double(copy.deepcopy(self.source).double()))
-
-    @property
-    def source(self) -> nn.Module:
-        """The module whose weights the run saved."""
-        return self.network.encoder if isinstance(self.network, onnx.Summarised) else self.network
+def _contract(made: Draft) -> bytes:
+    return json_bytes(made.contract.model_dump(mode="json"))
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A finished run, ready to be exported."""
-
-    graphs: tuple[Graph, ...]  # the answer's first, then the score map's where there is one
-    spec: dict[str, Any]
-    weights: Path
-    sizes: onnx.Sizes
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes; an encoder has none."""
-        return () if self.spec["kind"] == "encoder" else tuple(self.spec["classes"])
+def _weights(made: Draft) -> bytes:
+    return made.run.weights.read_bytes()
 
 
-class _Double(nn.Module):
-    """A float64 network behind a float32 input."""
+def _graph(file: str) -> Part:
+    return lambda made: made.graphs[file].onnx if file in made.graphs else None
 
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
 
-    def forward(self, image: torch.Tensor) -> Any:
-        return self.network(image.double())
+def _golden(file: str) -> Part:
+    return lambda made: made.goldens[file].dump() if file in made.goldens else None
+
+
+def _fingerprints(made: Draft) -> bytes | None:
+    return made.run.seen.dump() if made.run.seen else None
+
+
+def _report(made: Draft) -> bytes:
+    versions = {
+        "medim": medim.__version__,
+        "numpy": np.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    return json_bytes({"schema_version": SCHEMA_VERSION, "gates": made.gates, "versions": versions})
+
+
+def _card(made: Draft) -> Card:
+    return make_card(made.contract, made.gates, made.run.summary, licence=made.options.licence is not None)
+
+
+def _licence(made: Draft) -> bytes:
+    given = made.options.licence
+    return NO_LICENCE if given is None else given.read_bytes()
+
+
+Part = Callable[[Draft], bytes | None]
+PARTS: dict[str, Part] = {  # file of the package: what makes its bytes, or None where this package has none
+    "medim.json": _contract,
+    WEIGHTS: _weights,
+    GRAPH: _graph(GRAPH),
+    GOLDEN: _golden(GOLDEN),
+    SCORE_MAP: _graph(SCORE_MAP),
+    SCORE_MAP_GOLDEN: _golden(SCORE_MAP_GOLDEN),
+    FINGERPRINTS: _fingerprints,
+    REPORT: _report,
+    CARD: lambda made: json_bytes(_card(made).model_dump(mode="json")),
+    PAGE: lambda made: _card(made).page.encode(),
+    "LICENSE": _licence,
+    LOCK: lambda made: lock(),
+    SBOM: lambda made: sbom(made.contract),
+    CHECKPOINT: monai_bundle.checkpoint,
+    METADATA: monai_bundle.metadata,
+    INFERENCE: monai_bundle.inference,
+    LOGGING: monai_bundle.logging,
+}
 
 
 def export(
@@ -118,6 +104,8 @@ def export(
     name: str | None = None,
     version: str = "0.1.0",
     intended_use: str = NOT_REPORTED,
+    licence: Path | None = None,
+    sign: Path | None = None,
     overwrite: bool = False,
 ) -> Package:
     """Make a package of a run.
@@ -130,19 +118,22 @@ def export(
         name: of the package; default `<modality>-<kind>`.
         version: semantic version of the package.
         intended_use: a sentence for the contract and the card.
+        licence: the text that says what may be done with the weights; without one, the package says so.
+        sign: an Ed25519 private key (PEM) to sign SHA256SUMS with.
         overwrite: replace what lies at `out`.
 
     Raises:
-        UserError: `run` is not finished, `out` is taken, or a gate failed.
+        UserError: `run` is not finished, `out` is taken, `sign` is no private key, or a gate failed.
     """
     run, out = Path(run), Path(out)
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
         raise UserError(f"{out}: expected an empty or new folder. Use --overwrite to replace it, or another --out.")
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    options = Options(name, version, intended_use, licence, sign)
     try:
         with _one_thread():
-            _build(run, folder, out, name=name, version=version, intended_use=intended_use)
+            _build(draft(load_run(run), options), folder, out)
         folder.chmod(0o755)
         if out.is_dir():
             shutil.rmtree(out)
@@ -152,175 +143,35 @@ def export(
     return load_package(out)
 
 
-def _build(run: Path, folder: Path, out: Path, *, name: str | None, version: str, intended_use: str) -> None:
-    loaded = _load(run)
-    spec = loaded.spec
-    contract = _contract(
-        loaded,
-        name=name or f"{spec['modality']}-{spec['kind']}",
-        version=version,
-        intended_use=intended_use,
-        metrics=_metrics(run),
-    )
-    write_bytes(folder / WEIGHTS, loaded.weights.read_bytes())
-    if seen := read_seen(run):
-        seen.write(folder)
-    results = _gates_of_weights(loaded, folder / WEIGHTS)
-    for graph in loaded.graphs:
-        results |= _write_graph(folder, graph, loaded.sizes, contract)
-    write_json(folder / "medim.json", contract.model_dump(mode="json"))
-    # The scan reads report and card too, so both are written with its line as it must turn out.
-    results[SCAN] = gates.gate(0, 0)
-    write_json(folder / REPORT, {"schema_version": SCHEMA_VERSION, "gates": results, "versions": _versions()})
-    write_text(folder / "MODEL_CARD.md", card(contract, results))
-    words = machine_words([run, out, folder])
-    results[SCAN] = gates.privacy(folder, words, _vocabulary(loaded.graphs), {".onnx": onnx.structure})
-    failed = {name: result for name, result in results.items() if result["verdict"] != "pass"}
+def _build(made: Draft, folder: Path, out: Path) -> None:
+    run = made.run.folder
+    expected = acceptance.as_they_must_turn_out()
+    made.gates.update(acceptance.of_networks(made), **expected)
+    _stop_at_failures(run, made.gates)
+    _write(made, folder)
+
+    def again(place: Path) -> None:
+        _write(replace(draft(load_run(run), made.options), gates=made.gates), place)
+
+    found = acceptance.of_folder(folder, made, [run, out], again)
+    _stop_at_failures(run, found)
+    if found != expected:
+        raise UserError(f"{run}: not exported: expected {expected} of the finished package, got {found}. Try again.")
+
+
+def _write(made: Draft, folder: Path) -> None:
+    for name, part in PARTS.items():
+        data = part(made)
+        if data is not None:
+            write_bytes(folder / name, data)
+    write_sums(folder, key=made.options.sign)
+
+
+def _stop_at_failures(run: Path, results: dict[str, Gate]) -> None:
+    failed = {name: result for name, result in results.items() if result["verdict"] == "fail"}
     if failed:
         reasons = "; ".join(f"{name}: {result}" for name, result in failed.items())
         raise UserError(f"{run}: not exported, because a gate failed. {reasons}")
-    write_sums(folder)
-
-
-def _load(path: Path) -> Loaded:
-    weights, spec = find(Path(path))
-    if spec["kind"] == "encoder":
-        encoder: Any = load_encoder(path)
-        network: nn.Module = onnx.Summarised(encoder).eval()
-        score_map = load_score_map(path)
-    else:
-        network = load_model(Path(path))[0]
-        encoder, score_map = network.encoder, None
-    strides, channels = tuple(encoder.strides), spec["in_channels"]
-    sizes = onnx.sizes_of(network, tuple(spec["input_shape"]), strides, channels)
-    signature = onnx.signature_of(network, sizes, channels, strides)
-    graphs = [Graph("", GRAPH, GOLDEN, network, signature)]
-    if score_map is not None:
-        signature = onnx.score_signature(signature)
-        graphs.append(Graph("score map: ", SCORE_MAP, SCORE_MAP_GOLDEN, score_map, signature))
-    return Loaded(tuple(graphs), spec, weights, sizes)
-
-
-def _write_graph(folder: Path, graph: Graph, sizes: onnx.Sizes, contract: Contract) -> dict[str, gates.Gate]:
-    """Write a network and its golden input; its gates."""
-    data = onnx.to_onnx(graph.network, sizes, graph.signature)
-    write_bytes(folder / graph.file, data)
-    ort = session(data, graph.signature, name=graph.file, threads=1)
-    golden = Golden.make(_phantom(contract, sizes), graph.run, contract)
-    write_bytes(folder / graph.golden, golden.dump())
-    return {graph.name + name: gate for name, gate in _gates(graph, sizes, contract, ort, golden).items()}
-
-
-def _phantom(contract: Contract, sizes: onnx.Sizes) -> Volume:
-    """A phantom that becomes several windows, or sides that the strides do not divide, or the one size that fits."""
-    channels = contract.in_channels
-    if sizes.fixed:
-        return phantom(sizes.shape, contract.preprocess, channels, exact=True)
-    roi = contract.inference.get("roi")
-    shape = [int(1.25 * n) for n in roi] if roi else [n + 3 for n in sizes.shape]
-    return phantom(shape, contract.preprocess, channels)
-
-
-def _contract(loaded: Loaded, **fields: Any) -> Contract:
-    spec = loaded.spec
-    first, *others = loaded.graphs
-    steps = list(spec["preprocessing"])
-    draft = Contract.model_construct(
-        schema_version=SCHEMA_VERSION,
-        kind=spec["kind"],
-        modality=spec["modality"],
-        preprocess=tuple(steps),
-        preprocess_sha256=hash_of(steps),
-        inference=spec["inference"],
-        postprocess=POSTPROCESS[spec["kind"]],
-        signature=first.signature,
-        score_map=next((ScoreMap(signature=g.signature, critic=g.network.spec) for g in others), None),
-        classes=loaded.classes,
-        architecture=spec,
-        provenance=_provenance(spec.get("provenance") or {}),
-        **fields,
-    )
-    try:
-        return parse(draft.model_dump_json().encode())
-    except PackageError as error:
-        raise UserError(f"{loaded.weights.parent}: the run cannot be packed: {error}") from error
-
-
-def _provenance(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Hashes, versions and numbers pass; free text, which could hold a path or a name, is refused."""
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            _provenance(value)
-        elif not PROVENANCE.fullmatch(str(value)):
-            raise UserError(
-                f"provenance.{key}: expected a hash, version or number, got {value!r}, which "
-                "must not leave this machine."
-            )
-    return dict(content)
-
-
-def _metrics(run: Path) -> dict[str, Any]:
-    """The figures of a run on its validation split, where it has any."""
-    summary = run / "summary.json"
-    content = read_json(summary).get("val") if summary.is_file() else None
-    return _numbers(content) if isinstance(content, Mapping) else {}
-
-
-def _numbers(content: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {key: _numbers(value) if isinstance(value, Mapping) else value for key, value in content.items()}
-    return {key: value for key, value in kept.items() if isinstance(value, int | float | dict)}
-
-
-def _gates_of_weights(loaded: Loaded, packed: Path) -> dict[str, gates.Gate]:
-    training = sum(module.training for graph in loaded.graphs for module in graph.network.modules())
-    run = _arrays(loaded.graphs[0].source)
-    return {
-        "network in evaluation mode": gates.gate(training, 0),
-        "weights are those of the run": gates.weights(_arrays(_fresh(loaded.spec, packed)), run),
-    }
-
-
-def _gates(graph: Graph, sizes: onnx.Sizes, contract: Contract, ort: Run, golden: Golden) -> dict[str, gates.Gate]:
-    """Gates of a graph: is it what torch computes?"""
-    channels, first = contract.in_channels, sizes.shape
-    outside = [(1, channels + 1, *first), (1, channels, *first, 1)]
-    if sizes.fixed or sizes.multiple_of > 1:
-        outside.append((1, channels, first[0] + 1, *first[1:]))
-    return {
-        "ONNX Runtime against torch, unseen sizes": gates.random_inputs(ort, graph.run, channels, sizes.unseen()),
-        "ONNX Runtime against float64 torch, little contrast": gates.little_contrast(
-            ort, graph.exact, channels, sizes.unseen()[0]
-        ),
-        "sizes outside the contract are refused": gates.refusals(ort, outside),
-        "phantom, from image to answer": gates.phantom_answer(golden, ort, contract),
-    }
-
-
-def _fresh(spec: dict[str, Any], weights: Path) -> nn.Module:
-    network: nn.Module = build_encoder(spec) if spec["kind"] == "encoder" else build_model(spec)
-    load_weights(network, weights)
-    return network
-
-
-def _arrays(network: nn.Module) -> dict[str, Array]:
-    return {key: value.numpy() for key, value in network.state_dict().items()}
-
-
-def _vocabulary(graphs: Sequence[Graph]) -> str:
-    """Words of every package, whoever made it: somebody whose account is called "image" is not found by them."""
-    words: list[Any] = [Contract.model_json_schema(), UNKNOWN, RESEARCH_ONLY, *STEPS, *INFERENCES]
-    words += [*ENCODERS, *DECODERS, *HEADS, *OBJECTIVES, *CRITICS]
-    return " ".join(map(str, [*words, *(key for graph in graphs for key in graph.network.state_dict())]))
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "medim": medim.__version__,
-        "numpy": np.__version__,
-        "onnxruntime": onnxruntime.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
 
 
 @contextmanager

@@ -203,7 +203,7 @@ from medim import load_package
 from medim.deployment.package import verify
 from medim.deployment.predict import embed_images, predict
 segmenter, encoder, series, picture, out = map(Path, sys.argv[1:])
-assert [check.verdict for check in verify(segmenter)] == ["pass"] * 4
+assert [check.verdict for check in verify(segmenter)] == ["not run", *["pass"] * 5]
 print(len(predict(load_package(segmenter), series, out / "masks")))
 print(embed_images(load_package(encoder), picture, out / "features.csv")[1].shape)
 """
