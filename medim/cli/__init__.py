@@ -291,12 +291,19 @@ command(app)(study)
 def export(
     run: Annotated[Path, typer.Argument(help="A pretraining or fine-tuning run.")],
     out: Out,
+    labels_schema: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="JSON of codes for the classes, or a shipped one: hippocampus."),
+    ] = None,
+    dicom_in: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON of rules for DICOM images. Default: the modality's.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Make the package that a hospital runs: weights, ONNX, preprocessing, proof."""
     from medim.deployment.export import export as make
 
-    package = make(run, out, overwrite=overwrite)
+    package = make(run, out, labels_schema=labels_schema, dicom_in=dicom_in, overwrite=overwrite)
     show("export", {"kind": package.contract.kind, "written to": out})
 
 
@@ -337,13 +344,21 @@ def embed(
 
 @command(app)
 def predict(
-    package: Annotated[Path, typer.Argument(help="A package.")], inputs: Inputs, out: Out, overwrite: Overwrite = False
+    package: Annotated[Path, typer.Argument(help="A package.")],
+    inputs: Inputs,
+    out: Out,
+    as_: Annotated[
+        Literal["nifti", "dicom"], typer.Option("--as", help="NIfTI, PNG and JSON; or DICOM SEG and SR.")
+    ] = "nifti",
+    labelmap: Annotated[bool, typer.Option("--labelmap", help="SEG as LABELMAP, which older viewers lack.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a segmentation or a class for each input."""
     from medim.deployment.package import load_package
     from medim.deployment.predict import predict as run
 
-    for row in run(load_package(package), inputs, out, overwrite=overwrite, progress=progress("predicted")):
+    options: dict[str, Any] = {"as_": as_, "labelmap": labelmap, "overwrite": overwrite}
+    for row in run(load_package(package), inputs, out, progress=progress("predicted"), **options):
         show(str(row.pop("image")), row)
 
 

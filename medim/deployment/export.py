@@ -40,8 +40,10 @@ from medim.deployment.contract import (
     Signature,
     parse,
 )
+from medim.deployment.dicom_in import rules_of
 from medim.deployment.golden import Golden, phantom
 from medim.deployment.inference import INFERENCES, Run
+from medim.deployment.labels import read_labels
 from medim.deployment.package import Package, load_package, session, write_sums
 from medim.deployment.privacy import machine_words
 from medim.files import hash_of, read_json, write_bytes, write_json, write_text
@@ -118,6 +120,8 @@ def export(
     name: str | None = None,
     version: str = "0.1.0",
     intended_use: str = NOT_REPORTED,
+    labels_schema: Path | str | None = None,
+    dicom_in: Path | None = None,
     overwrite: bool = False,
 ) -> Package:
     """Make a package of a run.
@@ -130,6 +134,8 @@ def export(
         name: of the package; default `<modality>-<kind>`.
         version: semantic version of the package.
         intended_use: a sentence for the contract and the card.
+        labels_schema: codes of the classes, a file or the name of a shipped one; see `medim.deployment.labels`.
+        dicom_in: file of rules for DICOM images; default those of the modality. See `medim.deployment.dicom_in`.
         overwrite: replace what lies at `out`.
 
     Raises:
@@ -142,7 +148,8 @@ def export(
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
         with _one_thread():
-            _build(run, folder, out, name=name, version=version, intended_use=intended_use)
+            fields = {"name": name, "version": version, "intended_use": intended_use}
+            _build(run, folder, out, labels_schema, dicom_in, **fields)
         folder.chmod(0o755)
         if out.is_dir():
             shutil.rmtree(out)
@@ -152,16 +159,16 @@ def export(
     return load_package(out)
 
 
-def _build(run: Path, folder: Path, out: Path, *, name: str | None, version: str, intended_use: str) -> None:
+def _build(
+    run: Path, folder: Path, out: Path, labels_schema: Path | str | None, dicom_in: Path | None, **fields: Any
+) -> None:
     loaded = _load(run)
     spec = loaded.spec
-    contract = _contract(
-        loaded,
-        name=name or f"{spec['modality']}-{spec['kind']}",
-        version=version,
-        intended_use=intended_use,
-        metrics=_metrics(run),
-    )
+    fields["name"] = fields["name"] or f"{spec['modality']}-{spec['kind']}"
+    if labels_schema is not None:
+        fields["labels"] = read_labels(labels_schema, loaded.classes, spec["kind"])
+    fields["dicom_in"] = rules_of(spec["modality"], dicom_in)
+    contract = _contract(loaded, metrics=_metrics(run), **fields)
     write_bytes(folder / WEIGHTS, loaded.weights.read_bytes())
     if seen := read_seen(run):
         seen.write(folder)
