@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import highdicom
 import numpy as np
 from highdicom.seg import SegmentAlgorithmTypeValues, SegmentationTypeValues, SegmentDescription
@@ -30,7 +33,7 @@ def segmentation(
     """
     kind = SegmentationTypeValues.LABELMAP if labelmap else SegmentationTypeValues.BINARY
     with unheard():
-        return highdicom.seg.Segmentation(
+        made = highdicom.seg.Segmentation(
             source_images=_measured(source),
             pixel_array=frames,
             segmentation_type=kind,
@@ -41,6 +44,15 @@ def segmentation(
             content_description=equipment.contract.not_for[:64],
             **equipment.series(SEGMENTATION_SERIES),
         )
+    if source.plan.affine is None:  # Type 2C: an image that lies nowhere says how it is turned, if that is known
+        made.PatientOrientation = source.first.get("PatientOrientation") or ""
+    return made
+
+
+def written(path: Path) -> highdicom.seg.Segmentation:
+    """A segmentation from a file."""
+    with unheard():
+        return highdicom.seg.segread(path)
 
 
 def read_back(dataset: highdicom.seg.Segmentation, source: Source) -> Array:
@@ -49,22 +61,17 @@ def read_back(dataset: highdicom.seg.Segmentation, source: Source) -> Array:
     Raises:
         ValueError: it does not refer to these frames.
     """
-    if len(source.datasets) == 1:
-        number = int(source.first.get("NumberOfFrames") or 1)
-        labels = dataset.get_pixels_by_source_frame(
-            source.first.SOPInstanceUID,
-            list(range(1, number + 1)),
-            combine_segments=True,
-            ignore_spatial_locations=True,
-            assert_missing_frames_are_empty=True,
-        )
+    every: dict[str, Any] = {
+        "combine_segments": True,
+        "ignore_spatial_locations": True,
+        "assert_missing_frames_are_empty": True,
+    }
+    group = dataset.PerFrameFunctionalGroupsSequence[0]
+    if "ReferencedFrameNumber" in group.DerivationImageSequence[0].SourceImageSequence[0]:
+        numbers = list(range(1, int(source.first.NumberOfFrames) + 1))
+        labels = dataset.get_pixels_by_source_frame(source.first.SOPInstanceUID, numbers, **every)
     else:
-        labels = dataset.get_pixels_by_source_instance(
-            [image.SOPInstanceUID for image in source.datasets],
-            combine_segments=True,
-            ignore_spatial_locations=True,
-            assert_missing_frames_are_empty=True,
-        )
+        labels = dataset.get_pixels_by_source_instance([image.SOPInstanceUID for image in source.datasets], **every)
     return np.asarray(labels, np.uint8)
 
 
