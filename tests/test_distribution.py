@@ -105,7 +105,7 @@ def test_the_light_install_reads_and_indexes_images(light: Path, tmp_path: Path)
 def test_the_light_install_verifies_a_package_and_predicts_and_embeds_with_it(
     light: Path, shared_data: Path, tmp_path: Path
 ) -> None:
-    export(make_run(tmp_path / "segmenter-run", "segmenter"), tmp_path / "segmenter")
+    export(make_run(tmp_path / "segmenter-run", "segmenter"), tmp_path / "segmenter", labels_schema="hippocampus")
     export(make_run_with_critic(tmp_path / "encoder-run"), tmp_path / "encoder")
     run(light / "medim", "verify", "segmenter", cwd=tmp_path)
     series = shared_data / "mri-dicom" / "Study1" / "13_HCropVolume"
@@ -114,6 +114,8 @@ def test_the_light_install_verifies_a_package_and_predicts_and_embeds_with_it(
     masks = [nibabel.load(path) for path in sorted((tmp_path / "masks").rglob("*.nii.gz"))]
     assert len(masks) == 2
     assert any(np.array_equal(mask.affine, nibabel.load(nifti).affine) for mask in masks)
+    run(light / "medim", "predict", "segmenter", series, "--as", "dicom", "--labelmap", "--out", "dicom", cwd=tmp_path)
+    assert sorted(path.suffixes[-2] for path in (tmp_path / "dicom").glob("*.dcm")) == [".seg", ".sr"]
     picture = np.tile(np.arange(32, dtype=np.uint8) * 8, (32, 1))
     np.save(tmp_path / "picture.npy", picture)
     run(light / "medim", "embed", "encoder", "picture.npy", "--out", "features.csv", "--map", "maps", cwd=tmp_path)

@@ -293,12 +293,20 @@ def export(
     run: Annotated[Path, typer.Argument(help="A pretraining or fine-tuning run.")],
     out: Out,
     sign: Annotated[Path | None, typer.Option("--sign", help="Ed25519 private key (PEM) to sign it with.")] = None,
+    labels_schema: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="JSON of codes for the classes, or a shipped one: hippocampus."),
+    ] = None,
+    dicom_in: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON of rules for DICOM images. Default: the modality's.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Make the package that a hospital runs: weights, ONNX, preprocessing, proof."""
     from medim.deployment.export import export as make
 
-    package = make(run, out, sign=sign, overwrite=overwrite)
+    options: dict[str, Any] = {"labels_schema": labels_schema, "dicom_in": dicom_in, "sign": sign}
+    package = make(run, out, overwrite=overwrite, **options)
     show("export", {"kind": package.contract.kind, "written to": out})
 
 
@@ -348,15 +356,18 @@ def predict(
     inputs: Inputs,
     out: Out,
     trust: Trust = None,
+    as_: Annotated[
+        Literal["nifti", "dicom"], typer.Option("--as", help="NIfTI, PNG and JSON; or DICOM SEG and SR.")
+    ] = "nifti",
+    labelmap: Annotated[bool, typer.Option("--labelmap", help="SEG as LABELMAP, which older viewers lack.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a segmentation or a class for each input."""
     from medim.deployment.package import load_package
     from medim.deployment.predict import predict as run
 
-    for row in run(
-        load_package(package, trust=trust), inputs, out, overwrite=overwrite, progress=progress("predicted")
-    ):
+    options: dict[str, Any] = {"as_": as_, "labelmap": labelmap, "overwrite": overwrite}
+    for row in run(load_package(package, trust=trust), inputs, out, progress=progress("predicted"), **options):
         show(str(row.pop("image")), row)
 
 

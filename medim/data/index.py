@@ -18,6 +18,7 @@ from medim.data.identity import Scrubber, find, hidden, pseudonym, tokens
 from medim.data.looks import Looks, Progress, look_at
 from medim.data.readers import DICOM, ReadError, read_mask, reader_of, split_item
 from medim.data.readers.base import check_voxels
+from medim.data.readers.dicom import Plan
 from medim.data.records import (
     SCHEMA_VERSION,
     Record,
@@ -105,6 +106,20 @@ class Index:
             UserError: it is not there any more.
         """
         return self._place(record)[0]
+
+    def plan(self, record: Record) -> Plan | None:
+        """Where the slices of a DICOM image stand; None for an image of another format.
+
+        Raises:
+            ReadError: it has changed and is no image any more.
+        """
+        files = self._source(record)
+        if reader_of(files[0]) is not DICOM:
+            return None
+        try:
+            return DICOM.plan(files, self._place(record)[1])
+        except ReadError as error:
+            raise error.at(record.path) from error
 
     def open(self, record: Record) -> Volume:
         """Read an image.

@@ -74,6 +74,18 @@ REASONS = {
     "no-mask": "An image without a mask was asked for one.",
     # networks
     "not-for-this-network": "An image that the network of a package cannot take.",
+    # rules of a package for DICOM images; a modality that its rules leave out is `wrong-modality`, too
+    "wrong-sop-class": "A DICOM image of a SOP class that the package does not answer.",
+    "wrong-body-part": "A DICOM image of another body part than the package is for.",
+    "no-body-part": "A DICOM image that does not say its body part, for a package that is for one.",
+    "wrong-image-type": "A DICOM image whose ImageType the package does not answer.",
+    "wrong-orientation": "Slices that lie in another plane than the package answers.",
+    "wrong-slice-count": "A series of more or fewer slices than the package answers.",
+    "wrong-spacing": "Pixels or slices nearer or farther apart than the package answers.",
+    "mixed-references": "Slices of several studies or frames of reference in one series.",
+    # answers in DICOM
+    "not-dicom": "An image of another format, for which no DICOM answer can be written.",
+    "no-reference": "A DICOM image without the UIDs or the place that an answer must refer to.",
 }
 
 QUALITY = {

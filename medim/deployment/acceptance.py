@@ -104,8 +104,13 @@ def _images(draft: Draft) -> dict[str, Gate]:
     return {
         "P5 preprocessing against MONAI": preprocessing(draft.goldens[GOLDEN].volume, draft.contract),
         "P7 markers of a DICOM phantom, in all directions": _flips(draft.contract),
-        "P8 DICOM SEG, written and read back": gates.not_run("medim writes no DICOM SEG yet"),
-    }
+    } | _dicom(draft)
+
+
+def _dicom(draft: Draft) -> dict[str, Gate]:
+    if draft.contract.kind != "segmenter" or not draft.contract.labels:
+        return {"P8 DICOM SEG, written and read back": gates.not_run("no label codes: nothing is answered in DICOM")}
+    return {f"P8 {name}": gate for name, gate in gates.dicom_answers(draft.goldens[GOLDEN], draft.contract).items()}
 
 
 def _flips(contract: Contract) -> Gate:

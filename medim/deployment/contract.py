@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from medim.config import bind
 from medim.data.preprocessing import check_steps
+from medim.deployment.dicom_in import DicomIn
 from medim.deployment.inference import INFERENCES, Kind
+from medim.deployment.labels import Label as LabelCodes
+from medim.deployment.strict import Strict as _Strict
 from medim.files import hash_of
 from medim.types import Modality, Step, UserError
 
@@ -28,10 +31,6 @@ class PackageError(UserError):
     """A package that is not what it says: changed, incomplete, or of another schema."""
 
     exit_code = 3
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Symbol(_Strict):
@@ -115,8 +114,10 @@ class Contract(_Strict):
     inference: Step
     postprocess: Postprocess
     signature: Signature
-    score_map: ScoreMap | None = Field(None, description="of an encoder that was trained with a local critic")
-    classes: tuple[Label, ...] = Field((), max_length=255, description="a segmenter's without background")
+    score_map: ScoreMap | None = Field(default=None, description="of an encoder that was trained with a local critic")
+    classes: tuple[Label, ...] = Field(default=(), max_length=255, description="a segmenter's without background")
+    labels: tuple[LabelCodes, ...] = Field(default=(), description="codes of the classes, for answers in DICOM")
+    dicom_in: DicomIn = Field(default=DicomIn(), description="which DICOM images are answered")
     architecture: dict[str, Any] = Field(description="the spec that `medim.models.saved` builds the torch network from")
     provenance: dict[str, Any]
     metrics: dict[str, Any] = Field(default_factory=dict, description="of the run, on its validation split")
@@ -135,6 +136,10 @@ class Contract(_Strict):
             raise ValueError(f"a {self.kind} is postprocessed by {POSTPROCESS[self.kind]}")
         if (self.kind == "encoder") == bool(self.classes):
             raise ValueError(f"a {self.kind} with classes {self.classes}")
+        first = 1 if self.kind == "segmenter" else 0
+        named = tuple((label.index, label.name) for label in self.labels)
+        if self.labels and named != tuple(enumerate(self.classes, start=first)):
+            raise ValueError(f"labels {named} of the classes {self.classes}")
         if self.score_map and (self.kind != "encoder" or self.score_map.signature.inputs != self.signature.inputs):
             raise ValueError("a score map that is not an encoder's, or has another input")
         return self

@@ -19,10 +19,12 @@ from medim.deployment.contract import (
     ScoreMap,
     parse,
 )
+from medim.deployment.dicom_in import rules_of
 from medim.deployment.finished_run import FinishedRun, Graph
 from medim.deployment.gates import Gate
 from medim.deployment.golden import Golden, phantom
 from medim.deployment.inference import Run
+from medim.deployment.labels import read_labels
 from medim.deployment.package import session
 from medim.deployment.signing import as_hex, private_key
 from medim.files import hash_of
@@ -40,6 +42,8 @@ class Options:
     intended_use: str = NOT_REPORTED
     licence: Path | None = None  # of the weights
     sign: Path | None = None  # an Ed25519 private key
+    labels_schema: Path | str | None = None  # codes of the classes: a file, or the name of a shipped one
+    dicom_in: Path | None = None  # rules for DICOM images; default: the modality's
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +112,8 @@ def draft(run: FinishedRun, options: Options) -> Draft:
         signature=first.signature,
         score_map=next((ScoreMap(signature=g.signature, critic=g.network.spec) for g in others), None),
         classes=run.classes,
+        labels=read_labels(options.labels_schema, run.classes, spec["kind"]) if options.labels_schema else (),
+        dicom_in=rules_of(spec["modality"], options.dicom_in),
         architecture=spec,
         provenance=_provenance(spec.get("provenance") or {}),
         metrics=_numbers(run.summary.get("val")),

@@ -106,6 +106,8 @@ def export(
     intended_use: str = NOT_REPORTED,
     licence: Path | None = None,
     sign: Path | None = None,
+    labels_schema: Path | str | None = None,
+    dicom_in: Path | None = None,
     overwrite: bool = False,
 ) -> Package:
     """Make a package of a run.
@@ -120,6 +122,8 @@ def export(
         intended_use: a sentence for the contract and the card.
         licence: the text that says what may be done with the weights; without one, the package says so.
         sign: an Ed25519 private key (PEM) to sign SHA256SUMS with.
+        labels_schema: codes of the classes, a file or the name of a shipped one; see `medim.deployment.labels`.
+        dicom_in: file of rules for DICOM images; default those of the modality. See `medim.deployment.dicom_in`.
         overwrite: replace what lies at `out`.
 
     Raises:
@@ -130,7 +134,7 @@ def export(
         raise UserError(f"{out}: expected an empty or new folder. Use --overwrite to replace it, or another --out.")
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    options = Options(name, version, intended_use, licence, sign)
+    options = Options(name, version, intended_use, licence, sign, labels_schema, dicom_in)
     try:
         with _one_thread():
             _build(draft(load_run(run), options), folder, out)

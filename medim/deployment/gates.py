@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from medim.data.preprocessing import to_native
 from medim.deployment.contract import Contract
 from medim.deployment.golden import LOGITS, VOXELS, Golden
 from medim.deployment.inference import Run
@@ -123,3 +127,46 @@ def _same(a: Array | None, b: Array | None) -> bool:
 
 def _rounded(value: float) -> float:
     return float(f"{value:.2e}") if np.isfinite(value) else 1e30
+
+
+def dicom_answers(golden: Golden, contract: Contract) -> dict[str, Gate]:
+    """A segmenter's answer in DICOM: every class, on the phantom's oblique grid, written and read back.
+
+    Args:
+        golden: the phantom.
+        contract: with label codes.
+
+    Returns:
+        two gates: voxels that read back otherwise, and what dciodvfy calls an error (`not run` where it is missing).
+    """
+    from medim.deployment.dicom_out.answers import save
+    from medim.deployment.dicom_out.equipment import Equipment
+    from medim.deployment.dicom_out.phantom import phantom_source
+    from medim.deployment.dicom_out.report import volumes_report
+    from medim.deployment.dicom_out.segmentation import read_back, segmentation, written
+
+    image = to_native(golden.volume.array[:1], golden.volume)[0]
+    classes = len(contract.labels)
+    edges = np.quantile(image[image > image.min()], np.linspace(0.2, 0.9, classes))
+    source, equipment = phantom_source(golden.volume), Equipment(contract, "0" * 64)
+    frames = source.frames(np.searchsorted(edges, image).astype(np.uint8))
+    made = segmentation(frames, source, equipment)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / name for name in ("seg.dcm", "sr.dcm")]
+        save(paths[0], made)
+        save(paths[1], volumes_report(made, [1.0] * classes, source, equipment))
+        wrong = int((read_back(written(paths[0]), source) != frames).sum())
+        errors = _dciodvfy(paths)
+    return {"DICOM segmentation, read back": gate(wrong, 0, of=frames.size), "DICOM answers, dciodvfy": errors}
+
+
+def _dciodvfy(paths: Sequence[Path]) -> Gate:
+    """Errors by David Clunie's checker, of dicom3tools."""
+    if shutil.which("dciodvfy") is None:
+        return not_run("dciodvfy is not installed")
+    told: list[str] = []
+    for path in paths:
+        ran = subprocess.run(["dciodvfy", path.name], cwd=path.parent, capture_output=True, check=False, timeout=60)
+        told += (ran.stdout + ran.stderr).decode("utf-8", "replace").splitlines()
+    errors = [line for line in told if line.startswith("Error")]
+    return gate(len(errors), 0, errors=errors[:5])

@@ -1,4 +1,4 @@
-"""Segmentations and maps as files on the image's own grid, and the sizes of what was segmented."""
+"""Answers as files on the image's own grid and as columns of a table."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from medim.data.preprocessing import to_native
+from medim.deployment.inference import Network
 from medim.files import write_bytes
 from medim.types import Array, Volume
 
@@ -77,10 +78,22 @@ def _write_nifti(stem: Path, native: Array, volume: Volume) -> Path:
     return path
 
 
+def volumes(labels: Array, volume: Volume, classes: int) -> list[float]:
+    """Size of each class: mm3 in 3D, mm2 in 2D."""
+    dims = volume.spatial_dims
+    voxel = abs(float(np.linalg.det(volume.affine[:dims, :dims])))
+    return [float(n) * voxel for n in np.bincount(labels.reshape(-1), minlength=classes + 1)[1:]]
+
+
 def sizes(labels: Array, volume: Volume, classes: tuple[str, ...]) -> dict[str, float]:
     """Size of each class: `ml_<class>` in 3D, `mm2_<class>` in 2D."""
-    dims = volume.spatial_dims
-    voxel = abs(float(np.linalg.det(volume.affine[:dims, :dims])))  # mm3 or mm2
-    unit, scale = ("ml", 1e-3) if dims == 3 else ("mm2", 1.0)
-    counts = np.bincount(labels.reshape(-1), minlength=len(classes) + 1)[1:]
-    return {f"{unit}_{name}": round(float(n) * voxel * scale, 6) for name, n in zip(classes, counts, strict=True)}
+    unit, scale = ("ml", 1e-3) if volume.spatial_dims == 3 else ("mm2", 1.0)
+    found = volumes(labels, volume, len(classes))
+    return {f"{unit}_{name}": round(size * scale, 6) for name, size in zip(classes, found, strict=True)}
+
+
+def classified(network: Network, probabilities: Array) -> dict[str, Any]:
+    """A classifier's answer as columns: `class`, where it names one, and `probability_<class>`."""
+    chosen = {"class": network.classes[int(probabilities.argmax())]} if network.kind == "classifier" else {}
+    columns = zip(network.classes, probabilities, strict=True)
+    return {**chosen, **{f"probability_{label}": round(float(p), 6) for label, p in columns}}

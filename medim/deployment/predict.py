@@ -6,21 +6,25 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from medim.data.index import AllRejectedError, Index, Record, Rejection, build_index, is_index
+from medim.data.readers import ReadError
 from medim.data.records import write_rejections
 from medim.deployment.features import WRITERS
 from medim.deployment.inference import Network
-from medim.deployment.masks import sizes, write_map, write_mask
+from medim.deployment.masks import classified, sizes, write_map, write_mask
 from medim.deployment.package import Package
 from medim.files import fresh_folder, write_bytes, write_csv, write_json
 from medim.types import Array, Modality, UsageError, UserError, Volume
 
 SCHEMA_VERSION = 1
+Format = Literal["nifti", "dicom"]
+Writer = Callable[[Path, Index, Record, Volume, Array], dict[str, Any]]  # file without suffix, image, answer: its row
 Inputs = Index | Path | Sequence[Path]
 Progress = Callable[[int, int], None]  # images done, images in all
 
@@ -30,7 +34,8 @@ def predict(
     inputs: Inputs,
     out: Path,
     *,
-    as_: Literal["nifti"] = "nifti",
+    as_: Format = "nifti",
+    labelmap: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
@@ -38,12 +43,15 @@ def predict(
 
     Writes a mask (`.nii.gz` on the image's own grid; `.png` in 2D) or a JSON of probabilities an image, named after the
     image's key; `predictions.csv`; `rejected.csv` with a reason for each file that got no answer; `summary.json` last.
+    As DICOM, a segmentation (`.seg.dcm`) with a report of its volumes, or a report of probabilities (`.sr.dcm`), which
+    hold as much of the patient as the image does. DICOM images are held against the rules of the package first.
 
     Args:
         package: a segmenter or classifier.
         inputs: an index, or anything `build_index` takes.
         out: folder for the results.
-        as_: format of a mask.
+        as_: format of the answers.
+        labelmap: write a segmentation as one image of label numbers, which older viewers do not know.
         overwrite: empty `out` first.
         progress: told after each image.
 
@@ -57,20 +65,17 @@ def predict(
     network = _network(package)
     if network.kind == "encoder":
         raise UserError("predict: expected a segmenter or classifier, got an encoder. Use `medim embed`.")
-    if as_ != "nifti":
-        raise UsageError(f"--as {as_}: expected nifti; other formats are not offered by this version.")
+    write = _writer(package, as_, labelmap=labelmap)
     folder = fresh_folder(out, overwrite=overwrite)
     index = _index(inputs, network.modality, folder / "rejected.csv")
     names = _file_names(index.records)
     rejected: list[Rejection] = [*index.rejected]
     rows = []
-    for record, volume, answer in _answers(network, index, rejected, progress):
-        if network.kind == "segmenter":
-            path = write_mask(folder / names[record.image], answer, volume)
-            row = {"image": record.image, "file": path.name, **sizes(answer, volume, network.classes)}
-        else:
-            row = _classified(folder, names[record.image], record, answer, network, package)
-        rows.append(row)
+    for record, volume, answer in _answers(package, index, rejected, progress):
+        try:
+            rows.append(write(folder / names[record.image], index, record, volume, answer))
+        except ReadError as error:
+            rejected.append(Rejection(record.path, error.reason, error.detail))
     write_rejections(folder / "rejected.csv", rejected)
     if not rows:
         raise _all_rejected(index, rejected)
@@ -129,7 +134,7 @@ def embed_images(
     rejected: list[Rejection] = [*index.rejected]
     names = _file_names(index.records)
     found, rows = [], []
-    for record, volume, answer in _answers(network, index, rejected, progress):
+    for record, volume, answer in _answers(package, index, rejected, progress):
         found.append((record, answer))
         if maps is not None:
             path, scores = write_map(maps / names[record.image], network.scores(volume), volume)
@@ -176,11 +181,14 @@ def _index(inputs: Inputs, modality: Modality, rejected: Path) -> Index:
 
 
 def _answers(
-    network: Network, index: Index, rejected: list[Rejection], progress: Progress | None
+    package: Package | Network, index: Index, rejected: list[Rejection], progress: Progress | None
 ) -> Iterator[tuple[Record, Volume, Array]]:
     """Each image that can be answered, with its answer; the others join `rejected`."""
+    network = _network(package)
     for done, record in enumerate(index.records, start=1):
         try:
+            if isinstance(package, Package) and (plan := index.plan(record)):
+                package.contract.dicom_in.check(plan)
             volume = index.open(record)
             answer = network(volume)
         except UserError as error:
@@ -192,15 +200,42 @@ def _answers(
             progress(done, len(index.records))
 
 
-def _classified(
-    folder: Path, name: str, record: Record, answer: Array, network: Network, package: Package | Network
+def _writer(package: Package | Network, as_: str, *, labelmap: bool) -> Writer:
+    """What writes an answer.
+
+    Raises:
+        UsageError: a format that does not exist, or an option that it does not have.
+        UserError: the package cannot answer in that format.
+    """
+    if as_ not in get_args(Format):
+        raise UsageError(f"--as {as_}: expected {' or '.join(get_args(Format))}.")
+    if as_ == "dicom":
+        if not isinstance(package, Package):
+            raise UserError("--as dicom: expected a package, got a run. Run `medim export` first.")
+        from medim.deployment.dicom_out.answers import writer  # highdicom takes a second to import
+
+        as_dicom: Writer = writer(package, labelmap=labelmap)
+        return as_dicom
+    if labelmap:
+        raise UsageError("--labelmap: it is a kind of DICOM segmentation. Add --as dicom, or leave it out.")
+    return partial(_write, package)
+
+
+def _write(
+    package: Package | Network, stem: Path, index: Index, record: Record, volume: Volume, answer: Array
 ) -> dict[str, Any]:
-    probabilities = {label: round(float(p), 6) for label, p in zip(network.classes, answer, strict=True)}
-    chosen = {"class": network.classes[int(answer.argmax())]} if network.kind == "classifier" else {}
+    """Write an answer as NIfTI, PNG or JSON; its row of `predictions.csv`."""
+    network = _network(package)
+    if network.kind == "segmenter":
+        path = write_mask(stem, answer, volume)
+        return {"image": record.image, "file": path.name, **sizes(answer, volume, network.classes)}
+    row = classified(network, answer)
+    path = stem.with_name(f"{stem.name}.json")
+    chosen = {"class": row["class"]} if "class" in row else {}
+    probabilities = {label: row[f"probability_{label}"] for label in network.classes}
     content = {"schema_version": SCHEMA_VERSION, "image": record.image, **chosen, "probabilities": probabilities}
-    write_json(folder / f"{name}.json", {**content, "package": _identity(package)})
-    columns = {f"probability_{label}": p for label, p in probabilities.items()}
-    return {"image": record.image, "file": f"{name}.json", **chosen, **columns}
+    write_json(path, {**content, "package": _identity(package)})
+    return {"image": record.image, "file": path.name, **row}
 
 
 def _file_names(records: Sequence[Record]) -> dict[str, str]:

@@ -34,7 +34,8 @@ def runs(place: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def packages(place: Path, runs: dict[str, Path]) -> dict[str, Package]:
-    return {kind: export(run, place / "packages" / kind) for kind, run in runs.items()}
+    codes = {"segmenter": "hippocampus"}
+    return {kind: export(run, place / "packages" / kind, labels_schema=codes.get(kind)) for kind, run in runs.items()}
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,29 @@ from medim.data.readers.dicom_pixels import filled, frames_of, same_pixels
 from medim.data.readers.dicom_series import Stacks, stacks_of
 from medim.data.readers.dicom_stack import Stack
 from medim.data.readers.sights import Found, Frame, Instance, Refused, Scanned, Sight
-from medim.types import Modality, Volume
+from medim.types import Array, Modality, Volume
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the slices of an image stand: in which files, and in the patient. No pixels were touched.
+
+    Attributes:
+        slices: file and number of the frame, from 0, of each slice, first to last on the normal; of an X-ray its file.
+        size: rows, columns.
+        spacing: of an X-ray, between rows and between columns, in mm.
+        affine: (4, 4) LPS of the (column, row, slice) grid; None of an X-ray.
+    """
+
+    slices: tuple[tuple[Path, int], ...]
+    size: tuple[int, int]
+    spacing: tuple[float, float]
+    affine: Array | None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Each file once, in the order of the slices."""
+        return tuple(dict.fromkeys(path for path, _ in self.slices))
 
 
 class DicomReader:
@@ -71,8 +93,12 @@ class DicomReader:
         """
         return self.read_files([path], item)
 
-    def read_files(self, paths: Iterable[Path], item: str | None = None) -> Volume:
-        """Read the files of one image.
+    def plan(self, paths: Iterable[Path], item: str | None = None) -> Plan:
+        """Where the slices of an image stand, by its headers.
+
+        Args:
+            paths: the files of one image.
+            item: number of the stack, where the frames of a file make several.
 
         Raises:
             ReadError: a file is no image, they are no stack, or there is no such item.
@@ -86,14 +112,25 @@ class DicomReader:
         first = instances[0]
         if first.origin.kind == "xray":
             _check_flat(first)
-            return flat_volume(filled(frames_of(first.path))[0], first.origin.spacing)
+            return Plan(((first.path, 0),), first.origin.size, first.origin.spacing, None)
         one = _chosen(_stacks(instances), item)
-        slices = [(instance, number) for instance in instances for number in range(instance.count)]
-        array = np.empty((len(one.places), *first.origin.size), np.float32)
-        frames = frames_of(first.path) if first.count > 1 else None
-        for slot, (instance, number) in zip(array, (slices[place] for place in one.places), strict=True):
-            slot[...] = frames_of(instance.path)[0] if frames is None else frames[number]
-        return ras_volume(filled(array).transpose(2, 1, 0), LPS_TO_RAS @ one.affine)
+        slices = [(instance.path, number) for instance in instances for number in range(instance.count)]
+        return Plan(tuple(slices[place] for place in one.places), first.origin.size, first.origin.spacing, one.affine)
+
+    def read_files(self, paths: Iterable[Path], item: str | None = None) -> Volume:
+        """Read the files of one image.
+
+        Raises:
+            ReadError: see `plan`; or the pixels cannot be decoded.
+        """
+        plan = self.plan(paths, item)
+        if plan.affine is None:
+            return flat_volume(filled(frames_of(plan.files[0]))[0], plan.spacing)
+        array = np.empty((len(plan.slices), *plan.size), np.float32)
+        whole = frames_of(plan.files[0]) if len(plan.files) == 1 else None
+        for slot, (path, number) in zip(array, plan.slices, strict=True):
+            slot[...] = frames_of(path)[0] if whole is None else whole[number]
+        return ras_volume(filled(array).transpose(2, 1, 0), LPS_TO_RAS @ plan.affine)
 
     def read_folder(self, folder: Path) -> Volume:
         """Read the one series that lies in a folder.

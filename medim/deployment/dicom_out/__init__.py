@@ -1,0 +1,1 @@
+"""Answers in DICOM, beside the series they are of: a segmentation (SEG) and a report (SR)."""
