@@ -59,6 +59,7 @@ def card(contract: Contract, gates: Mapping[str, Mapping[str, Any]]) -> str:
             "preprocessing": "; ".join(step["op"] + _options(step) for step in contract.preprocess),
             "inference": contract.inference["mode"] + _options(contract.inference),
         },
+        "Oversight": {"out-of-distribution guard": str(contract.reference) if contract.reference else None},
         "Evaluation": _flat(contract.metrics) or {"on the run's validation split": None},
     }
     lines = [f"# {contract.name} {contract.version}", "", f"> **{contract.not_for}**", ""]

@@ -17,7 +17,16 @@ import medim
 from medim.data.seen import FINGERPRINTS
 from medim.deployment import acceptance
 from medim.deployment.card import card
-from medim.deployment.contract import GOLDEN, GRAPH, NOT_REPORTED, REPORT, SCORE_MAP, SCORE_MAP_GOLDEN, WEIGHTS
+from medim.deployment.contract import (
+    GOLDEN,
+    GRAPH,
+    NOT_REPORTED,
+    REPORT,
+    SCORE_MAP,
+    SCORE_MAP_GOLDEN,
+    STATISTICS,
+    WEIGHTS,
+)
 from medim.deployment.draft import Draft, Options, draft
 from medim.deployment.finished_run import load_run
 from medim.deployment.package import Package, load_package, write_sums
@@ -70,6 +79,7 @@ PARTS: dict[str, Part] = {  # file of the package: what makes its bytes, or None
     GOLDEN: _golden(GOLDEN),
     SCORE_MAP: _graph(SCORE_MAP),
     SCORE_MAP_GOLDEN: _golden(SCORE_MAP_GOLDEN),
+    STATISTICS: lambda made: made.run.reference,
     FINGERPRINTS: _fingerprints,
     REPORT: _report,
     "MODEL_CARD.md": _card,

@@ -18,23 +18,11 @@ from torch import nn
 from torch.export import Dim
 
 from medim.deployment.contract import Signature, Symbol, Tensor
-from medim.types import Features, UserError
+from medim.models.watched import Watched
+from medim.types import UserError
 
 OPSET = 20
 AXES = ("D", "H", "W")
-
-
-class Summarised(nn.Module):
-    """An encoder whose outputs are a flat tuple: the summary, then the maps, fine to coarse."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Encode (N, in_channels, ...)."""
-        features: Features = self.encoder(image)
-        return (features.summary, *features.maps)
 
 
 def with_exact_norms(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -144,7 +132,7 @@ def signature_of(network: nn.Module, sizes: Sizes, in_channels: int, strides: tu
         outputs = _as_tuple(network(torch.zeros(2, in_channels, *sizes.shape)))
     tensors = []
     for i, out in enumerate(outputs):
-        name = ("summary" if i == 0 else f"map_{i - 1}") if isinstance(network, Summarised) else "logits"
+        name = network.outputs[i] if isinstance(network, Watched) else "logits"
         grid: tuple[int | str, ...] = tuple(out.shape[2:])
         if not sizes.fixed and grid:
             stride = strides[i - 1] if i else 1

@@ -14,6 +14,7 @@ import numpy as np
 from medim.data.index import AllRejectedError, Index, Record, Rejection, build_index, is_index
 from medim.data.records import write_rejections
 from medim.deployment.features import WRITERS
+from medim.deployment.guard import Verdict
 from medim.deployment.inference import Network
 from medim.deployment.masks import sizes, write_map, write_mask
 from medim.deployment.package import Package
@@ -38,6 +39,7 @@ def predict(
 
     Writes a mask (`.nii.gz` on the image's own grid; `.png` in 2D) or a JSON of probabilities an image, named after the
     image's key; `predictions.csv`; `rejected.csv` with a reason for each file that got no answer; `summary.json` last.
+    `ood_score`, `ood` and `ood_by` say how far an image is from those trained on; see `medim.deployment.guard`.
 
     Args:
         package: a segmenter or classifier.
@@ -64,13 +66,13 @@ def predict(
     names = _file_names(index.records)
     rejected: list[Rejection] = [*index.rejected]
     rows = []
-    for record, volume, answer in _answers(network, index, rejected, progress):
+    for record, volume, answer, verdict in _answers(network, index, rejected, progress):
         if network.kind == "segmenter":
             path = write_mask(folder / names[record.image], answer, volume)
             row = {"image": record.image, "file": path.name, **sizes(answer, volume, network.classes)}
         else:
-            row = _classified(folder, names[record.image], record, answer, network, package)
-        rows.append(row)
+            row = _classified(folder, names[record.image], record, answer, verdict, package)
+        rows.append({**row, **verdict.columns})
     write_rejections(folder / "rejected.csv", rejected)
     if not rows:
         raise _all_rejected(index, rejected)
@@ -94,7 +96,9 @@ def embed_images(
     """Write the features of every image of a source, a row an image.
 
     `.npz` holds `image` (keys), `subject` (pseudonyms) and `features` (N, d) float32; `.csv` and `.parquet` hold
-    columns `image`, `subject`, `f0`, `f1`, ... Files without features stand with their reason in `<out>.rejected.csv`.
+    columns `image`, `subject`, `f0`, `f1`, ...; all hold
+    `ood_score`, `ood` and `ood_by`, see `medim.deployment.guard`. Files without features stand with their reason in
+    `<out>.rejected.csv`.
     With `maps`, each image also gets its mutual-information map on its own grid (see `write_map`), named after the
     image's key, and `maps.csv` a row: image, file, mean, lowest and highest score.
 
@@ -128,9 +132,10 @@ def embed_images(
     index = _index(inputs, network.modality, reasons)
     rejected: list[Rejection] = [*index.rejected]
     names = _file_names(index.records)
-    found, rows = [], []
-    for record, volume, answer in _answers(network, index, rejected, progress):
+    found, verdicts, rows = [], [], []
+    for record, volume, answer, verdict in _answers(network, index, rejected, progress):
         found.append((record, answer))
+        verdicts.append(verdict)
         if maps is not None:
             path, scores = write_map(maps / names[record.image], network.scores(volume), volume)
             rows.append({"image": record.image, "file": path.name, **scores})
@@ -140,7 +145,7 @@ def embed_images(
         raise _all_rejected(index, rejected)
     features = np.stack([answer for _, answer in found]).astype(np.float32)
     images = tuple(record.image for record, _ in found)
-    write_bytes(out, writer(images, tuple(record.subject for record, _ in found), features))
+    write_bytes(out, writer(images, tuple(record.subject for record, _ in found), features, verdicts))
     if maps is not None:
         write_csv(maps / "maps.csv", list(rows[0]), (list(row.values()) for row in rows))
     return images, features
@@ -177,27 +182,29 @@ def _index(inputs: Inputs, modality: Modality, rejected: Path) -> Index:
 
 def _answers(
     network: Network, index: Index, rejected: list[Rejection], progress: Progress | None
-) -> Iterator[tuple[Record, Volume, Array]]:
-    """Each image that can be answered, with its answer; the others join `rejected`."""
+) -> Iterator[tuple[Record, Volume, Array, Verdict]]:
+    """Each image that can be answered, with its answer and how usual it is; the others join `rejected`."""
     for done, record in enumerate(index.records, start=1):
         try:
             volume = index.open(record)
-            answer = network(volume)
+            answer, verdict = network.guarded(volume)
         except UserError as error:
             reason, detail = getattr(error, "reason", "not-for-this-network"), getattr(error, "detail", str(error))
             rejected.append(Rejection(record.path, reason, detail))
         else:
-            yield record, volume, answer
+            yield record, volume, answer, verdict
         if progress is not None:
             progress(done, len(index.records))
 
 
 def _classified(
-    folder: Path, name: str, record: Record, answer: Array, network: Network, package: Package | Network
+    folder: Path, name: str, record: Record, answer: Array, verdict: Verdict, package: Package | Network
 ) -> dict[str, Any]:
+    network = _network(package)
     probabilities = {label: round(float(p), 6) for label, p in zip(network.classes, answer, strict=True)}
     chosen = {"class": network.classes[int(answer.argmax())]} if network.kind == "classifier" else {}
     content = {"schema_version": SCHEMA_VERSION, "image": record.image, **chosen, "probabilities": probabilities}
+    content |= verdict.columns
     write_json(folder / f"{name}.json", {**content, "package": _identity(package)})
     columns = {f"probability_{label}": p for label, p in probabilities.items()}
     return {"image": record.image, "file": f"{name}.json", **chosen, **columns}
