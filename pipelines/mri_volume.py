@@ -1,9 +1,9 @@
 """Is a hippocampus larger than most? A label from masks, and a field of view that tells no size.
 
 The label is the volume of the mask, above or below the median of the training subjects. The crops of this set are as
-large as what they hold, so their size alone tells the label: the audit before and after `centre` says how much. Then
-one encoder, pretrained without labels, is fine-tuned beside its from-scratch twin at each label budget. What is
-finished is kept, so the study can be stopped and started at any time.
+large as what they hold, so their size alone tells the label: the audit before and after `centre` says how much. Then a
+study holds three encoders, pretrained without labels, against their from-scratch twins at each label budget. What is
+finished is kept, so it can be stopped and started at any time.
 
     python pipelines/mri_volume.py --data mri-hippocampus --out studies/mri-volume
 """
@@ -13,32 +13,34 @@ from __future__ import annotations
 import argparse
 import logging
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import numpy as np
-from evidence import at_once, auroc, difference_text, markdown, once
+from evidence import markdown, once
 
 from medim.config import load
 from medim.data.index import Index, build_index
 from medim.data.splits import split
-from medim.evaluation.cases import read_cases
+from medim.evaluation.sample import Budget
 from medim.files import write_csv
 from medim.study.audit import Audit, audit, write_audit
-from medim.study.statistics import paired_difference
+from medim.study.design import read_arms
+from medim.study.prepare import Options
+from medim.study.run import study
 from medim.training.cohort import open_cohort
-from medim.training.finetune import finetune
 from medim.training.pretrain import pretrain
 
-BUDGETS, SEEDS, SUBSETS = (10, 40, 150), (0, 1, 2), (0, 1, 2)
+BUDGETS, SEEDS, SUBSETS = (10, 40, 150), (0, 1, 2), 3
 CLASSES = ("larger", "smaller")
 
 
 def main() -> None:
-    """Derive the labels, audit both fields of view, run what is missing, and print the tables."""
+    """Derive the labels, audit both fields of view, and run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--encoders", type=Path, nargs="+", help="runs of mri-crop; default: pretrained here")
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--only-audit", action="store_true", help="train nothing")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -55,24 +57,12 @@ def main() -> None:
         return
 
     settings, store = load("pretrain", "mri-crop"), out / "store"
-    encoders = [out / f"encoder-{seed}" for seed in SEEDS]
+    encoders = arguments.encoders or [out / f"encoder-{seed}" for seed in SEEDS]
     for seed, run in enumerate(encoders):
         once(run, partial(pretrain, settings, index, seed=seed, store=store))
-    table = []
-    for labelled in BUDGETS:
-        subsets = SUBSETS if labelled < BUDGETS[-1] else SUBSETS[:1]
-        arms = []
-        for arm in ("scratch", "pretrained"):
-            cells = [[out / f"{arm}-{labelled}-{s}-{t}" for t in subsets] for s in SEEDS]
-            for s, t in product(SEEDS, subsets):
-                start = {"encoder": encoders[s], "from_scratch": arm == "scratch", "seed": s, "subset_seed": t}
-                once(cells[s][t], partial(finetune, schedule, index, labelled=labelled, store=store, **start))
-            arms.append([[read_cases(cell / "cases.parquet") for cell in row] for row in cells])
-        theirs, ours = ([[auroc(rows) for rows in row] for row in arm] for arm in arms)
-        subjects = [row["subject"] for row in arms[0][0][0][:: len(CLASSES)]]
-        means = [f"{np.mean([at_once(s, len(subjects)) for row in arm for s in row]):.3f}" for arm in (theirs, ours)]
-        table.append([str(labelled), *means, difference_text(paired_difference(ours, theirs, subjects))])
-    print(markdown(["labels", "scratch", "pretrained", "difference of AUROC"], table))
+    arms, budgets = read_arms([f"dim={','.join(map(str, encoders))}"]), [Budget(labelled=n) for n in BUDGETS]
+    options = Options(seeds=SUBSETS, jobs=arguments.jobs, resume=True, store=store)
+    study("classification", schedule, index, arms, budgets, out / "study", options)
 
 
 def label_by_volume(data: Path, path: Path) -> Path:

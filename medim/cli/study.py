@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -58,6 +59,13 @@ def study(
     ] = None,
     labels: Labels = None,
     subjects: Subjects = None,
+    groups: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV with a column image or subject, and any others (site, sex, scanner): the audit tells metrics of "
+            "each group, and whether features tell the groups apart."
+        ),
+    ] = None,
     config: Config = None,
     set_: Set = None,
     split_seed: SplitSeed = 0,
@@ -72,6 +80,7 @@ def study(
     from medim.evaluation.sample import Budget
     from medim.study.checks import check_networks
     from medim.study.design import read_arms
+    from medim.study.prepare import Options
     from medim.study.run import study as run
     from medim.training.finetune import resolve_config
 
@@ -84,21 +93,22 @@ def study(
     resolve_config(*chosen)
     found, store = open_source(data, spec["modality"], labels=labels, subjects=subjects)
     settings = resolve_config(*chosen, index=found)
-    options: dict[str, Any] = {
-        "seeds": seeds,
-        "multiples": multiples,
-        "split_seed": split_seed,
-        "jobs": jobs,
-        "strict": strict,
-        "max_hours": max_hours,
-        "keep_models": keep_models,
-        "resume": resume,
-        "overwrite": overwrite,
-        "accelerator": accelerator,
-        "store": store,
-        "command": repeatable(sys.argv),
-    }
-    summary = run(task, settings, found, arms, budgets, out, **options)
+    options = Options(
+        seeds=seeds,
+        multiples=multiples,
+        split_seed=split_seed,
+        jobs=jobs,
+        strict=strict,
+        max_hours=max_hours,
+        keep_models=keep_models,
+        resume=resume,
+        overwrite=overwrite,
+        accelerator=accelerator,
+        store=store,
+        groups=groups,
+        command=repeatable(sys.argv),
+    )
+    summary = run(task, settings, found, arms, budgets, out, options)
     show("study", {**_told(summary), "cells": summary["cells"]["done"], "written to": out})
 
 

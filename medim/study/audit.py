@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from medim.data.index import Record
+from medim.data.splits import budget
 from medim.deployment.inference import Kind
 from medim.evaluation.anchors import principal_components
 from medim.evaluation.cases import Row, summarise
@@ -26,7 +27,7 @@ from medim.evaluation.metrics import Metric
 from medim.files import write_json
 from medim.models.saved import load_encoder
 from medim.study.duplicates import Duplicates, duplicates
-from medim.study.groups import GroupMetrics, Groups, groups_of_headers, per_group, read_groups, told_apart
+from medim.study.groups import GroupMetrics, Groups, groups_of_headers, numbered, per_group, told_apart
 from medim.study.resampling import MIN_SUBJECTS
 from medim.study.shortcuts import (
     Shortcut,
@@ -47,6 +48,7 @@ log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 AUDIT = "audit.json"
 PIXELS = "pixels"
+MOST = 1000  # training images that are learnt from; a few numbers of each need no more
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,10 @@ def audit(
     encoders: Mapping[str, Path] | None = None,
     cases: Mapping[str, Sequence[Row]] | None = None,
     window: Sequence[int] | None = None,
-    groups: Path | None = None,
+    groups: Groups | None = None,
     seed: int = 0,
 ) -> Audit:
-    """Look for leaks and shortcuts.
+    """Look for leaks and shortcuts; what is learnt is learnt from at most `MOST` images, of whole subjects.
 
     Args:
         cohort: the images of a run or study, preprocessed and split; the evaluation split is its `val`.
@@ -111,15 +113,13 @@ def audit(
         encoders: pretraining runs or packages whose features are probed, by name.
         cases: what models answered on the evaluation split (`medim.evaluation.cases.read_cases`), by name.
         window: shape that training cuts or pads images to (`views.shape`); None: each image is seen as it is.
-        groups: table of groups; see `medim.study.groups.read_groups`.
-        seed: of folds and bootstrap.
-
-    Raises:
-        UserError: the table of groups is no such table.
+        groups: of a table of the user (`medim.study.groups.read_groups`), beside those that headers tell.
+        seed: of folds, bootstrap, and the draw where there are more images.
     """
-    train, val = cohort.records("train"), cohort.records("val")
-    known = groups_of_headers(cohort.index.records) | (read_groups(groups, cohort.index.records) if groups else {})
-    notes: list[str] = []
+    whole, val = cohort.records("train"), cohort.records("val")
+    train = budget(whole, labelled=MOST, seed=seed) if len(whole) > MOST else whole
+    known = numbered(groups_of_headers(cohort.index.records) | (groups or {}))
+    notes = [] if train == whole else [f"learnt from {len(train)} of {len(whole)} training images (seed {seed})"]
     shortcuts: tuple[Shortcut, ...] = ()
     if kind == "classifier":
         shortcuts = _shortcuts(cohort, train, val, window, seed, notes)

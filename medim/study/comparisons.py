@@ -10,7 +10,7 @@ from medim.study.curves import LabelsSaved, Span, labels_saved, sentence, time_t
 from medim.study.design import PIXELS, SCRATCH, UNTRAINED
 from medim.study.resampling import Draw, Scores, draw, score
 from medim.study.results import Results, largest, open_results
-from medim.study.statistics import Comparison, compare, overall
+from medim.study.statistics import Comparison, compare, limits_of, overall
 from medim.study.table import TRUTH
 from medim.types import UserError
 
@@ -43,7 +43,7 @@ def comparisons(folder: Path, summary: dict[str, Any]) -> dict[str, Any] | None:
                 pairs[arm, budget] = score(grids[0], drawn), score(grids[1], drawn)
     if not pairs:
         return None
-    found = compare(pairs)
+    found = compare(pairs, limits_of(metric, difference=True))
     saved = _saved(pairs, found, results)
     rows = []
     for one in found:

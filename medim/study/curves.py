@@ -120,13 +120,32 @@ def labels_saved(budgets: Sequence[float], ours: Sequence[Scores], scratch: Sequ
 
 def sentence(saved: LabelsSaved, verdict: Verdict) -> str:
     """What a reader takes home from one budget, no more than the study's corrected verdict allows."""
-    span, own = saved.worth, f"{saved.labels:.0f} label{'s' * (saved.labels != 1)}"
-    worth = f"{span.value} labels" + (f" ({span.low} to {span.high})" if span.low != span.high else "")
+    own = f"{saved.labels:.0f} label{'s' * (saved.labels != 1)}"
+    worth = _worth(saved.worth)
     if verdict == "no evidence of a benefit":
-        return f"No evidence of a benefit with {own}: with the encoder you get what {worth} give without."
+        return f"No evidence of a benefit with {own}: with the encoder you get {worth}."
     if verdict == "harm":
-        return f"The encoder does harm: with {own} and the encoder you get what {worth} give without."
-    return f"With {own} and the encoder you get what {worth} give without."
+        return f"The encoder does harm: with {own} and the encoder you get {worth}."
+    return f"With {own} and the encoder you get {worth}."
+
+
+def _worth(span: Span) -> str:
+    """`what 38 labels (21 to 60) give without`; nothing is said of labels that were not tried."""
+    value, low, high = span.value, span.low, span.high
+    labels = f"{value.value:.0f} label{'s' * (value.value != 1)}"
+    if low.censored and high.censored and low != high:
+        within = " (the interval reaches beyond all that was tried)"
+    elif high.censored == "more than" and not low.censored:
+        within = f" ({low} or more)"
+    elif low.censored == "fewer than" and not high.censored:
+        within = f" ({high} or fewer)"
+    else:
+        within = f" ({low} to {high})" if low != high else ""
+    if value.censored == "more than":
+        return f"more than {labels} give without, the most that were tried{within}"
+    if value.censored == "fewer than":
+        return f"less than {labels} give without, the fewest that were tried{within}"
+    return f"what {labels}{within} give without"
 
 
 def time_to_level(steps: Sequence[int], ours: Sequence[Scores], final: Scores) -> TimeToLevel:

@@ -18,6 +18,7 @@ from medim.study.resampling import MIN_SUBJECTS
 from medim.types import UserError
 
 Groups = dict[str, dict[str, str]]  # column: image key: value
+MOST_NAMED = 12  # values of a column that are written as they are
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def read_groups(path: Path, records: Sequence[Record]) -> Groups:
         records: the images.
 
     Raises:
-        UserError: the table cannot be read, has no such columns, means no image, or says two things of one.
+        UserError: the table cannot be read, has no such columns, means no image, says two things of one, or a column
+            tells subjects apart.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -87,6 +89,19 @@ def read_groups(path: Path, records: Sequence[Record]) -> Groups:
             f"{path}: expected names of {key}s in the source; none of the {len(rows)} rows means one. Write them as "
             "in the column of the index, or as in --subjects."
         )
+    subjects = {record.image: record.subject for record in records}
+    for name, values in found.items():
+        _check_no_identity(path, name, values, subjects)
+    return found
+
+
+def numbered(groups: Groups) -> Groups:
+    """The same, where a column of more than twelve values has numbers for them: those may be dates or names."""
+    found: Groups = {}
+    for column, values in groups.items():
+        names = sorted(set(values.values()))
+        called = {name: name if len(names) <= MOST_NAMED else f"value {n}" for n, name in enumerate(names, start=1)}
+        found[column] = {image: called[value] for image, value in values.items()}
     return found
 
 
@@ -127,6 +142,23 @@ def told_apart(
     names = sorted(sides[0] | sides[1])
     kept = tuple(name for name in names if min(side[name] for side in sides) >= MIN_SUBJECTS)
     return kept, tuple(name for name in names if name not in kept)
+
+
+def _check_no_identity(path: Path, column: str, values: Mapping[str, str], subjects: Mapping[str, str]) -> None:
+    """Refuse a column whose values each mean one subject; of more than twelve, where most do.
+
+    Raises:
+        UserError: it is one.
+    """
+    whose: dict[str, set[str]] = {}
+    for image, value in values.items():
+        whose.setdefault(value, set()).add(subjects[image])
+    single = sum(len(of) == 1 for of in whose.values())
+    if single > 1 and (single == len(whose) or (len(whose) > MOST_NAMED and 2 * single > len(whose))):
+        raise UserError(
+            f"{path}: expected groups of several subjects in column {column}, but {single} of its {len(whose)} values "
+            "stand for one subject each, as a name, number or date would. Leave the column out, or join its values."
+        )
 
 
 def _places(records: Sequence[Record], key: str) -> dict[str, list[str]]:

@@ -10,30 +10,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from medim.config import FinetuneConfig, dump
+from medim.config import FinetuneConfig
 from medim.data.identity import Scrubber, tokens
 from medim.data.index import Index
-from medim.data.splits import write_splits
 from medim.evaluation.sample import Budget
-from medim.files import fresh_folder, read_json, write_json, write_text
-from medim.models.saved import find
-from medim.study import checks
+from medim.files import read_json, write_json
 from medim.study.agenda import Agenda, duration
+from medim.study.audit import write_audit
 from medim.study.cells import Bench
-from medim.study.choice import too_small
-from medim.study.design import MULTIPLES, Arm, Design, Task
-from medim.study.estimate import Clock, Costs, measure, on_the_way
+from medim.study.design import Arm, Task
+from medim.study.estimate import Clock
+from medim.study.leaks import audit_study
+from medim.study.prepare import DESIGN, Options, prepare
 from medim.study.report import gather, report
 from medim.study.summary import write_summary
 from medim.study.table import write_results
 from medim.study.workers import work
-from medim.training.finetune import open_labelled, rehearse
-from medim.training.tracking import check_target, log_study, track_study
+from medim.training.tracking import log_study, track_study
 from medim.training.trainer import StoppedError
 from medim.types import UserError
 
 log = logging.getLogger(__name__)
-DESIGN = "design.json"
 STATE = "tracking.json"
 
 
@@ -44,19 +41,7 @@ def study(
     arms: tuple[Arm, ...],
     budgets: Sequence[Budget],
     out: Path,
-    *,
-    seeds: int = 1,
-    multiples: Sequence[float] | None = None,
-    split_seed: int = 0,
-    jobs: int = 1,
-    strict: bool = False,
-    max_hours: float | None = None,
-    keep_models: bool = False,
-    resume: bool = False,
-    overwrite: bool = False,
-    accelerator: str = "auto",
-    store: Path | None = None,
-    command: Sequence[str] = (),
+    options: Options | None = None,
 ) -> dict[str, Any]:
     """Run every arm at every label budget, paired, and write what came out.
 
@@ -67,19 +52,7 @@ def study(
         arms: from `medim.study.design.read_arms`, the scratch twin first.
         budgets: how many labels.
         out: the study's folder.
-        seeds: label subsets a budget.
-        multiples: of the learning rate, to choose from; empty: nothing is chosen; None: a small grid where the budget
-            can pay for it.
-        split_seed: of the split by subject where the source defines none.
-        jobs: cells at once; with 2 or more, each in a process of its own that stays warm.
-        strict: refuse encoders that have seen any of the evaluation split.
-        max_hours: begin no cell that is expected to end later.
-        keep_models: keep the weights of every cell.
-        resume: go on with what is in `out`.
-        overwrite: empty `out` first.
-        accelerator: Lightning's name of the device kind.
-        store: folder of preprocessed images; None is the user's cache.
-        command: what was typed, for the record.
+        options: how it is run.
 
     Returns:
         The content of `summary.json`.
@@ -89,92 +62,26 @@ def study(
         UsageError: budgets or options that cannot be.
         StoppedError: cells are left, because of `max_hours` or a signal; what is done is written.
     """
-    began = time.monotonic()
-    rehearse(config)
-    checks.check_networks(arms)
-    if task == "classification":
-        checks.check_labels(index)
-    check_target()
-    fresh_folder(out, resume=resume, overwrite=overwrite)
-    cohort = open_labelled(config, index, split_seed=split_seed, store=store, jobs=jobs)
-    checks.check_sides(cohort)
-    checks.check_cases(task, cohort)
-    seen = checks.count_seen(arms, cohort, strict=strict)
-    ordered, subsets = checks.draw(task, cohort, budgets, seeds)
-    fixed = {b.name: why for b in ordered if (why := too_small(task, subsets[b, 0]))}
-    checks.check_selection(fixed if multiples else {})
-    grid = tuple(MULTIPLES if multiples is None else multiples)
-    chosen = frozenset((arm.name, b.name) for arm in arms for b in ordered if len(grid) > 1 and b.name not in fixed)
-    design = Design(task, arms, ordered, seeds, split_seed, grid, chosen, config.measure_at)
-    bench = Bench(out, design, config, cohort, subsets, None, accelerator, keep_models)
-    log.info("timing a few steps and images on this machine")
-    costs = measure(bench, jobs)
-    bench = _settled(bench, costs)
-    write_text(out / "config.yaml", dump(config))
-    for seed in range(seeds):
-        write_splits(out / "splits" / f"{seed}.csv", index, cohort.splits, cohort.records("train"), seed=seed)
-    cells = bench.design.cells(subsets)
-    facts = {
-        "arms": [_told(arm) for arm in arms],
-        "counts": checks.counts_of(task, cohort, subsets),
-        "overlap": cohort.overlap,
-        "seen": seen,
-        "strict": strict,
-        "too_small_to_choose": fixed,
-        "jobs": jobs,
-    }
-    with track_study(out.resolve().name, _parameters(bench), run=_tracked(out)) as run:
+    began, options = time.monotonic(), options or Options()
+    ready = prepare(task, config, index, arms, budgets, out, options)
+    cells = ready.bench.design.cells(ready.bench.subsets)
+    with track_study(out.resolve().name, _parameters(ready.bench), run=_tracked(out)) as run:
         write_json(out / STATE, {"schema_version": 1, "run": run})
-        bench = replace(bench, parent_run=run)
-        deadline = None if max_hours is None else began + 3600 * max_hours
-        agenda = Agenda(bench, cells, Clock(bench, costs, cells), deadline, jobs)
+        bench = replace(ready.bench, parent_run=run)
+        deadline = None if options.max_hours is None else began + 3600 * options.max_hours
+        agenda = Agenda(bench, cells, Clock(bench, ready.costs, cells), deadline, options.jobs)
         log.info("%d of %d cells are left: about %s", len(agenda.left), len(cells), duration(agenda.seconds_left()))
         work(agenda)
-        facts["wall_hours"] = (time.monotonic() - began) / 3600
+        facts = {**ready.facts, "wall_hours": (time.monotonic() - began) / 3600}
         facts["rejected_cases"] = write_results(out / "results.parquet", bench, cells)
-        facts["repeat"] = _repeat(command, bench)
+        facts["repeat"] = _repeat(options.command, bench)
         summary = write_summary(out, agenda, facts)
+        write_audit(out, audit_study(bench, ready.groups))
         gather(bench)
         report(out)
         log_study(run, {"cells": len(cells), "cells_left": len(agenda.left)}, [out / "summary.json", out / DESIGN])
         _leave(agenda, out)
     return summary
-
-
-def _settled(bench: Bench, costs: Costs) -> Bench:
-    """The bench with its design as `design.json` has it, which is written where there is none.
-
-    Raises:
-        UserError: the folder holds another study.
-    """
-    design, file = bench.design, bench.out / DESIGN
-    content: dict[str, Any] = {
-        "schema_version": 1,
-        "task": design.task,
-        "arms": [_told(arm) for arm in design.arms],
-        "budgets": [budget.name for budget in design.budgets],
-        "seeds": design.seeds,
-        "split_seed": design.split_seed,
-        "learning_rates": list(design.multiples),
-        "index_hash": bench.cohort.index.hash,
-        "config_hash": bench.config.hash,
-        "measure_at": list(design.measure_at or on_the_way(bench, costs)),
-    }
-    if file.is_file():
-        known = read_json(file)
-        content["measure_at"] = known.get("measure_at")  # as it was timed when the study began
-        other = [f"{key} {known.get(key)} (now {now})" for key, now in content.items() if known.get(key) != now]
-        if other:
-            raise UserError(
-                f"{file}: --resume expected the same study, got another; it had {', '.join(other)}. "
-                "Use --overwrite to start over, or another --out."
-            )
-    write_json(file, content)
-    return replace(bench, design=replace(design, measure_at=tuple(content["measure_at"])))
-
-
-def _told(arm: Arm) -> dict[str, Any]:
-    return {"name": arm.name, "protocol": arm.protocol, "encoders": [find(run)[1]["sha256"] for run in arm.runs]}
 
 
 def _parameters(bench: Bench) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from medim.study.resampling import Cells, Scores, draw, score
 from medim.types import Array, UserError
 
 LEVEL = 0.95
+Limits = tuple[float, float]  # what a number cannot leave
+FREE: Limits = (-math.inf, math.inf)
 
 Source = Literal["seeds", "subsets", "subjects"]
 Verdict = Literal["benefit", "harm", "no evidence of a benefit"]
@@ -82,7 +84,7 @@ class Comparison:
     verdict: Verdict
 
 
-def interval(scores: Scores, limits: tuple[float, float] = (-math.inf, math.inf)) -> Interval:
+def interval(scores: Scores, limits: Limits = FREE) -> Interval:
     """The mean over seeds, subsets and subjects with its 95 % interval: value ± t(df) · error.
 
     The bootstrap over subjects gives the variance of the mean that subjects account for, times n / (n - 1), and how
@@ -127,7 +129,13 @@ def interval(scores: Scores, limits: tuple[float, float] = (-math.inf, math.inf)
 
 
 def paired_difference(
-    ours: Cells, theirs: Cells, subjects: Sequence[str], *, seed: int = 0, resamples: int = RESAMPLES
+    ours: Cells,
+    theirs: Cells,
+    subjects: Sequence[str],
+    *,
+    limits: Limits = FREE,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> Interval:
     """Mean difference of two arms over a grid of runs; see `interval`.
 
@@ -135,6 +143,7 @@ def paired_difference(
         ours: a statistic of the cases for each seed and label subset, [S][T]: weights (R, N) to values (R,).
         theirs: likewise, of the runs that ours are paired with.
         subjects: (N,) whose case it is.
+        limits: what the difference cannot leave; see `limits_of`.
         seed: of the draw.
         resamples: number of them.
 
@@ -143,18 +152,19 @@ def paired_difference(
         ValueError: arms of other shapes.
     """
     drawn = draw(subjects, seed=seed, resamples=resamples)
-    return interval(score(ours, drawn) - score(theirs, drawn))
+    return interval(score(ours, drawn) - score(theirs, drawn), limits)
 
 
-def compare(pairs: Mapping[tuple[str, str], tuple[Scores, Scores]]) -> list[Comparison]:
+def compare(pairs: Mapping[tuple[str, str], tuple[Scores, Scores]], limits: Limits = FREE) -> list[Comparison]:
     """All comparisons of a study, each with p-value and verdict corrected for their number.
 
     A budget shows a benefit where Holm's p-value is below 0.05 and the difference above zero, harm where it is below.
 
     Args:
         pairs: arm and budget to the scores of the arm and of from-scratch, of a metric of which more is better.
+        limits: what a difference cannot leave; see `limits_of`.
     """
-    differences = {key: interval(ours - scratch) for key, (ours, scratch) in pairs.items()}
+    differences = {key: interval(ours - scratch, limits) for key, (ours, scratch) in pairs.items()}
     p = [difference.p_value() for difference in differences.values()]
     found = []
     for ((arm, budget), difference), own, corrected in zip(differences.items(), p, holm(p), strict=True):
@@ -163,6 +173,17 @@ def compare(pairs: Mapping[tuple[str, str], tuple[Scores, Scores]]) -> list[Comp
             verdict = "benefit" if difference.value > 0 else "harm"
         found.append(Comparison(arm, budget, difference, own, corrected, verdict))
     return found
+
+
+def limits_of(metric: str, *, difference: bool = False) -> Limits:
+    """What a metric, or a difference of two, cannot leave: 0 to 1, but for a distance in mm.
+
+    Args:
+        metric: its key, such as `dice` or `hd95_left`.
+        difference: of two arms.
+    """
+    most = math.inf if metric.startswith("hd95") else 1.0
+    return (-most if difference else 0.0, most)
 
 
 def overall(comparisons: Sequence[Comparison]) -> Verdict:

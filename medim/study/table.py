@@ -47,7 +47,7 @@ def write_results(path: Path, bench: Bench, cells: Sequence[Cell]) -> int:
         if cell.kind == "selection" or not bench.done(cell):
             continue
         folder = bench.out / cell.folder
-        found = _probe(bench, cell, folder) if cell.kind == "probe" else _finetune(bench, cell, folder)
+        found = probed(bench, cell, folder) if cell.kind == "probe" else _finetune(bench, cell, folder)
         for keys, rows in found:
             rejected |= {row["image"] for row in rows if row.get("rejected")}
             tables.append(_table(keys, _long([row for row in rows if not row.get("rejected")], bench.design.task)))
@@ -65,7 +65,7 @@ def _finetune(bench: Bench, cell: Cell, folder: Path) -> Iterator[tuple[dict[str
     yield keys, read_cases(folder / "cases.parquet")
 
 
-def _probe(bench: Bench, cell: Cell, folder: Path) -> Iterator[tuple[dict[str, Any], list[Row]]]:
+def probed(bench: Bench, cell: Cell, folder: Path) -> Iterator[tuple[dict[str, Any], list[Row]]]:
     """Keys and cases of a probe, a classifier after the other, in the form of a fine-tuned cell's."""
     wide = pq.read_table(folder / "cases.parquet").to_pylist()
     classes = [name.removeprefix("probability_") for name in wide[0] if name.startswith("probability_")]

@@ -16,6 +16,7 @@ from medim.config import FinetuneConfig, PretrainConfig, check
 from medim.data.index import Index, build_index
 from medim.evaluation.sample import Budget
 from medim.study.design import Arm, read_arms
+from medim.study.prepare import Options
 from medim.study.run import study
 from medim.training.pretrain import pretrain
 
@@ -92,8 +93,11 @@ def run_study(
 
     def run(out: Path | None = None, **options: Any) -> dict[str, Any]:
         given: dict[str, Any] = {"task": "classification", "config": schedule, "index": index, "arms": arms}
-        given |= {"budgets": BUDGETS, "seeds": 2, "multiples": (), "accelerator": "cpu", "store": tmp_path / "store"}
-        return study(out=out or tmp_path / "study", **{**given, **options})
+        given |= {"budgets": BUDGETS, "out": out or tmp_path / "study"}
+        own: dict[str, Any] = {"seeds": 2, "multiples": (), "accelerator": "cpu", "store": tmp_path / "store"}
+        for name, value in options.items():
+            (given if name in given else own)[name] = value
+        return study(**given, options=Options(**own))
 
     return run
 

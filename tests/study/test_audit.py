@@ -13,6 +13,7 @@ from medim.evaluation.cases import Row
 from medim.models.model import build_encoder
 from medim.models.saved import save
 from medim.study.audit import audit, write_audit
+from medim.study.groups import read_groups
 from medim.training.cohort import Cohort, open_cohort
 from medim.types import Step
 
@@ -83,7 +84,7 @@ def test_a_group_is_told_from_pixels_and_encoder_and_metrics_come_group_by_group
         classes=CLASSES,
         encoders={"dim": tmp_path},
         cases={"dim": rows(images)},
-        groups=source / "groups.csv",
+        groups=read_groups(source / "groups.csv", images.index.records),
     )
     probes = {(probe.column, probe.features): probe for probe in found.probes}
     assert set(probes) == {("site", "dim"), ("site", "pixels")}
@@ -100,6 +101,16 @@ def test_a_group_is_told_from_pixels_and_encoder_and_metrics_come_group_by_group
     assert written["schema_version"] == 1
     assert written["images"]["val"] == {"images": 20, "subjects": 20}
     assert written["probes"][0]["told"]["chance"]["balanced_accuracy"] == 0.5
+
+
+def test_many_images_are_learnt_from_in_part_and_the_notes_say_so(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medim.study.audit.MOST", 20)
+    found = audit(cohort(source, tmp_path, CENTRE), kind="classifier", classes=CLASSES)
+    assert found.notes == ("learnt from 20 of 30 training images (seed 0)",)
+    assert found.images["train"]["images"] == found.duplicates.images - 20 == 30
+    assert found.shortcuts[0].told.auroc["n"] == 20
 
 
 def test_segmentation_has_no_shortcuts_and_says_so(source: Path, tmp_path: Path) -> None:

@@ -108,14 +108,32 @@ def saved(labels: float, value: Amount, low: Amount, high: Amount) -> LabelsSave
 
 
 def test_the_sentence_says_no_more_than_the_verdict() -> None:
-    clear = saved(10, Amount(38.4), Amount(21), Amount(150, "more than"))
-    told = "With 10 labels and the encoder you get what 38 labels (21 to more than 150) give without."
+    clear = saved(10, Amount(38.4), Amount(21), Amount(60))
+    told = "With 10 labels and the encoder you get what 38 labels (21 to 60) give without."
     assert sentence(clear, "benefit") == told
-    assert sentence(clear, NONE).startswith("No evidence of a benefit with 10 labels: with the encoder you get")
+    assert sentence(clear, NONE).startswith("No evidence of a benefit with 10 labels: with the encoder you get what")
     assert sentence(clear, "harm").startswith("The encoder does harm: ")
-    most = Amount(150, "more than")
-    beyond = "With 1 label and the encoder you get what more than 150 labels give without."
-    assert sentence(saved(1, most, most, most), "benefit") == beyond
+
+
+MOST, FEWEST = Amount(150, "more than"), Amount(5, "fewer than")
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "told"),
+    [
+        (Amount(38), Amount(21), MOST, "what 38 labels (21 or more) give without"),
+        (Amount(38), FEWEST, Amount(60), "what 38 labels (60 or fewer) give without"),
+        (Amount(38), FEWEST, MOST, "what 38 labels (the interval reaches beyond all that was tried) give without"),
+        (MOST, MOST, MOST, "more than 150 labels give without, the most that were tried"),
+        (MOST, Amount(41), MOST, "more than 150 labels give without, the most that were tried (41 or more)"),
+        (FEWEST, FEWEST, Amount(7), "less than 5 labels give without, the fewest that were tried (7 or fewer)"),
+        (Amount(10), Amount(10), Amount(10), "what 10 labels give without"),
+    ],
+)
+def test_the_sentence_says_nothing_of_labels_that_were_not_tried(
+    value: Amount, low: Amount, high: Amount, told: str
+) -> None:
+    assert sentence(saved(1, value, low, high), "benefit") == f"With 1 label and the encoder you get {told}."
 
 
 def test_the_first_step_at_the_level_of_scratch_lies_between_perhaps_and_surely() -> None:

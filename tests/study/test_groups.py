@@ -8,7 +8,7 @@ import pytest
 
 from medim.data.identity import pseudonym
 from medim.data.records import Record
-from medim.study.groups import groups_of_headers, per_group, read_groups, told_apart
+from medim.study.groups import groups_of_headers, numbered, per_group, read_groups, told_apart
 from medim.types import UserError
 
 
@@ -65,6 +65,42 @@ def test_a_table_that_is_none_is_refused(tmp_path: Path, records: list[Record], 
         read_groups(table(tmp_path, text), records)
     with pytest.raises(UserError, match="expected a CSV file"):
         read_groups(tmp_path / "absent.csv", records)
+
+
+@pytest.mark.parametrize(
+    ("values", "refused"),
+    [
+        ("ABCD", True),  # each of a subject of its own
+        ("AABB", False),
+        ("ABCA", False),
+        ("A", False),
+    ],
+)
+def test_a_column_must_not_say_who_somebody_is(
+    tmp_path: Path, records: list[Record], values: str, refused: bool
+) -> None:
+    path = table(tmp_path, "subject,code\n" + "".join(f"P{n},{value}\n" for n, value in enumerate(values)))
+    if refused:
+        with pytest.raises(UserError, match="column code, but 4 of its 4 values stand for one subject each"):
+            read_groups(path, records)
+    else:
+        assert len(read_groups(path, records)["code"]) == 2 * len(values)
+
+
+def test_of_many_values_it_is_enough_that_most_mean_one_subject(tmp_path: Path) -> None:
+    many = [record(2 * n) for n in range(20)]
+    values = [*(f"name{n}" for n in range(14)), *["unknown"] * 6]
+    path = table(tmp_path, "subject,code\n" + "".join(f"P{n},{value}\n" for n, value in enumerate(values)))
+    with pytest.raises(UserError, match="14 of its 15 values"):
+        read_groups(path, many)
+
+
+def test_more_than_twelve_values_are_called_by_number() -> None:
+    few = {"site": {f"i{n}": f"site {n % 12}" for n in range(24)}}
+    assert numbered(few) == few
+    found = numbered({"born": {f"i{n}": str(1950 + n % 13) for n in range(26)}})["born"]
+    assert set(found.values()) == {f"value {n}" for n in range(1, 14)}
+    assert found["i0"] == found["i13"] == "value 1"
 
 
 def case(n: int, *, dice: float) -> dict[str, Any]:

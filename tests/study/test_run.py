@@ -17,7 +17,8 @@ from medim.evaluation.sample import Budget
 from medim.files import read_json
 from medim.study import cells, run
 from medim.study.design import Arm, read_arms
-from medim.study.results import open_results
+from medim.study.report import report
+from medim.study.results import Run, open_results
 from medim.training.finetune import FinetuneModule, finetune
 from medim.training.trainer import StoppedError
 from medim.types import UserError
@@ -50,6 +51,7 @@ def test_a_study_runs_every_arm_at_every_budget_and_says_what_came_out(run_study
     kept = {p.parent.relative_to(out / "cells").as_posix() for p in (out / "cells").rglob("model")}
     assert kept == {"dim/12/0-0", "scratch/12/0-0"}
     assert (out / "splits" / "1.csv").is_file()
+    assert set(read_json(out / "audit.json")["models"]) == {"scratch, 12 labels", "dim, 12 labels"}
 
 
 def test_the_results_of_a_cell_are_those_of_medim_finetune(
@@ -113,12 +115,15 @@ def test_a_study_out_of_hours_leaves_what_is_done_and_says_what_is_left(
     with pytest.raises(StoppedError, match="2 of 2 cells are left") as stopped:
         small(max_hours=0)
     assert stopped.value.exit_code == 75
+    audited = read_json(tmp_path / "study" / "audit.json")
+    assert (audited["models"], len(audited["shortcuts"])) == ({}, 5)
     monkeypatch.setattr(run.Clock, "__call__", lambda _, cell: 0 if cell.arm.name == "scratch" else 10**6)
     with pytest.raises(StoppedError, match="1 of 2 cells are left"):
         small(max_hours=1, resume=True)
     summary = read_json(tmp_path / "study" / "summary.json")
     assert (summary["complete"], summary["comparisons"]) == (False, None)
     assert summary["cells"]["left"] == ["dim, 4 labels, encoder 0, subset 0"]
+    assert set(read_json(tmp_path / "study" / "audit.json")["models"]) == {"scratch, 4 labels"}
     assert set(pq.read_table(tmp_path / "study" / "results.parquet")["init"].to_pylist()) == {"scratch"}
     monkeypatch.undo()
     assert small(resume=True)["complete"]
@@ -190,6 +195,33 @@ def test_a_frozen_classifier_is_measured_beside_the_anchors(
     }
     assert runs == frozen | {("scratch", "finetune", s) for s in (0, 1)}
     assert {row["arm"] for row in summary["comparisons"]["rows"]} == {"dim", "other"}
+    audited = read_json(tmp_path / "study" / "audit.json")["models"]
+    assert set(audited) == {"scratch, 12 labels", "dim, 12 labels", "other, 12 labels"}
+    shown = open_results(tmp_path / "study").statistic("auroc", Run("dim", "12", 0, 0))
+    assert audited["dim, 12 labels"]["auroc"]["value"] == pytest.approx(float(shown(np.ones((1, 12)))[0]))
+
+
+def test_a_table_of_groups_gives_metrics_and_probes_for_each(small: Study, tmp_path: Path) -> None:
+    table = tmp_path / "groups.csv"
+    table.write_text("image,site\n" + "".join(f"picture{n:02d},{'ab'[n // 2 % 2]}\n" for n in range(60)))
+    small(groups=table)
+    audited = read_json(tmp_path / "study" / "audit.json")
+    groups = {(g["model"], g["value"]): g["subjects"] for g in audited["groups"]}
+    assert set(groups) == {(f"{arm}, 4 labels", site) for arm in ("scratch", "dim") for site in "ab"}
+    assert groups["dim, 4 labels", "a"] + groups["dim, 4 labels", "b"] == 12
+    assert {(p["column"], p["features"]) for p in audited["probes"]} == {("site", "dim"), ("site", "pixels")}
+    page = (tmp_path / "study" / "report.html").read_text()
+    assert "site: a" in page
+    report(tmp_path / "study")
+    assert (tmp_path / "study" / "report.html").read_text() == page
+
+
+def test_a_column_that_names_subjects_is_refused_before_anything_is_trained(small: Study, tmp_path: Path) -> None:
+    table = tmp_path / "groups.csv"
+    table.write_text("image,born\n" + "".join(f"picture{n:02d},{1900 + n}\n" for n in range(60)))
+    with pytest.raises(UserError, match="column born, but 60 of its 60 values stand for one subject each"):
+        small(groups=table)
+    assert not (tmp_path / "study").exists()
 
 
 def test_the_twin_alone_is_no_study(run_study: Study) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from medim.study.resampling import Scores, draw, mean_of, score
-from medim.study.statistics import Comparison, Interval, compare, holm, interval, overall, paired_difference
+from medim.study.statistics import Comparison, Interval, compare, holm, interval, limits_of, overall, paired_difference
 from medim.types import Array, UserError
 
 SUBJECTS = [f"s{n // 2}" for n in range(40)]
@@ -107,6 +107,17 @@ def test_the_ends_stay_within_the_limits_of_the_metric() -> None:
     found = interval(whole(np.array([[0.9, 0.99], [0.95, 1.0]])), (0.0, 1.0))
     assert found.high == 1.0
     assert 0 < found.low < found.value
+
+
+def test_the_ends_of_a_difference_stay_where_two_metrics_can_lie() -> None:
+    ours, theirs = whole(np.array([[0.9, 0.2], [0.95, 1.0]])), whole(np.array([[0.1, 0.3], [0.0, 0.1]]))
+    free, clipped = (
+        compare({("dim", "1"): (ours, theirs)}, *given)[0] for given in ((), (limits_of("dice", difference=True),))
+    )
+    assert free.difference.high > 1
+    assert (clipped.difference.high, clipped.p) == (1.0, free.p)
+    assert (limits_of("auroc"), limits_of("hd95_left")) == ((0.0, 1.0), (0.0, np.inf))
+    assert limits_of("hd95_left", difference=True) == (-np.inf, np.inf)
 
 
 @given(st.lists(st.floats(-1, 1).map(lambda v: round(v, 3)), min_size=6, max_size=6), st.floats(-1, 1))

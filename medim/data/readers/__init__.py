@@ -102,7 +102,7 @@ def read_volume(path: str | Path) -> Volume:
 
 
 def read_mask(path: str | Path) -> Volume:
-    """Read a segmentation: `read_volume` for class numbers.
+    """Read a segmentation: `read_volume` for class numbers, which in a picture with a palette are its places.
 
     Returns:
         uint8 (1, D, H, W) or (1, H, W). An empty mask is a mask.
@@ -117,7 +117,7 @@ def read_mask(path: str | Path) -> Volume:
             raise ReadError(
                 "missing" if not place.exists() else "not-an-image", "expected a mask in a known format here"
             )
-        volume = reader.read(place, item)
+        volume = reader.read_classes(place) if isinstance(reader, PictureReader) else reader.read(place, item)
         labels = volume.array.astype(np.uint8) if np.isfinite(volume.array).all() else None
         if labels is None or not np.array_equal(labels, volume.array):
             raise ReadError("not-a-mask", "expected whole numbers from 0 to 255, one class each")

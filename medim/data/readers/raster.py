@@ -27,6 +27,7 @@ from medim.types import Array, Split, Volume
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 _GREY = {"1", "L", "F", "I"}
+_COLOUR = {"CMYK", "YCbCr", "LAB", "HSV"}  # whose first band alone is no grey
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's mode L
 
 
@@ -55,7 +56,15 @@ class PictureReader:
         """
         return self._read(path)[0]
 
-    def _read(self, path: Path) -> tuple[Volume, tuple[str, ...]]:
+    def read_classes(self, path: Path) -> Volume:
+        """Read a mask: grey values, or the places in a palette, which are the class numbers whatever their colours.
+
+        Raises:
+            ReadError: as `read`, or the picture is of colours without a palette.
+        """
+        return self._read(path, classes=True)[0]
+
+    def _read(self, path: Path, *, classes: bool = False) -> tuple[Volume, tuple[str, ...]]:
         """The picture, and what is odd about it."""
         check_start(path)
         quality = ["no-spacing"]
@@ -69,11 +78,14 @@ class PictureReader:
                         raise ReadError("several-volumes", "the file holds several frames; expected one picture")
                     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
                         quality.append("exif-turned")
-                    if image.mode not in _GREY and image.mode[:2] != "I;":
+                    upright = ImageOps.exif_transpose(image)
+                    if classes:
+                        array = _classes(upright)
+                    elif image.mode not in _GREY and image.mode[:2] != "I;":
                         quality.append("colour-to-grey")
-                        array = np.asarray(ImageOps.exif_transpose(image).convert("L"))
+                        array = np.asarray(upright.convert("L"))
                     else:
-                        array = np.asarray(ImageOps.exif_transpose(image))
+                        array = np.asarray(upright)
         except ReadError:
             raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -81,6 +93,19 @@ class PictureReader:
         except Exception as error:  # a damaged file raises whatever the decoder met
             raise ReadError("unreadable", f"the picture is damaged or truncated ({type(error).__name__})") from error
         return flat_volume(as_float(array)), tuple(quality)
+
+
+def _classes(picture: Image.Image) -> Array:
+    """(H, W) class numbers of a mask: transparency is dropped, and colours that are all grey are taken as grey.
+
+    Raises:
+        ReadError: real colours, of which nobody says which class they mean.
+    """
+    bands = np.atleast_3d(np.asarray(picture))
+    numbers = bands[..., : 3 if picture.mode.startswith("RGB") else 1]
+    if picture.mode in _COLOUR or (numbers != numbers[..., :1]).any():
+        raise ReadError("not-a-mask", "a picture in colours; expected grey values or a palette, one number each class")
+    return np.asarray(numbers[..., 0])
 
 
 class NumpyReader:

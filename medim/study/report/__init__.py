@@ -12,12 +12,13 @@ from medim.study.report.cohort import cohort
 from medim.study.report.course import course
 from medim.study.report.front import counts, verdict
 from medim.study.report.health import health, write_health
+from medim.study.report.leaks import leaks
 from medim.study.report.methods import methods
 from medim.study.report.opened import open_study
 from medim.study.report.outcome import outcome
 from medim.study.report.worst import write_worst
 
-SECTIONS = (verdict, counts, cohort, outcome, course, health, cases, methods)  # in the order of the page
+SECTIONS = (verdict, counts, cohort, outcome, course, health, leaks, cases, methods)  # in the order of the page
 
 
 def report(folder: Path) -> Path:

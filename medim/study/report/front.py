@@ -6,6 +6,7 @@ from typing import Any
 
 from medim.data.seen import describe
 from medim.evaluation.report.page import Banner, Section, Table, many, metric_name, told
+from medim.study.report.leaks import alarm, size_alone
 from medim.study.report.opened import Opened, Row
 from medim.study.report.text import difference, p_value
 
@@ -18,7 +19,7 @@ def verdict(study: Opened) -> Section:
     if best is None:
         text = "Nothing can be compared yet. Go on with medim study --resume."
         return Section("verdict", "What pretraining is worth", Banner("bad", "No result", _whole(study) + text))
-    doubts = [_whole(study), _seen_text(study)]
+    doubts = [_whole(study), _seen_text(study), alarm(study)]
     state: Any = {"benefit": "good", "harm": "bad"}.get(best["verdict"], "care")
     if state == "good" and any(doubts):
         state = "care"
@@ -62,8 +63,8 @@ def sentence(row: Row) -> str:
 def counts(study: Opened) -> Section:
     """What each encoder has seen, what lies on both sides, and whether the study is whole."""
     cells, overlap = study.summary["cells"], study.summary["overlap"]
-    seen = _seen_text(study)
-    clean = study.whole and not seen and not overlap["images"]
+    doubts = _seen_text(study) + alarm(study)
+    clean = study.whole and not doubts and not overlap["images"]
     rows = [
         (
             arm,
@@ -76,13 +77,15 @@ def counts(study: Opened) -> Section:
     val = study.summary["counts"]["splits"]["val"]
     head = ("Arm", "Encoder", "In pretraining", "In fine-tuning")
     failed = [(one["cell"], one["reason"]) for one in cells["failed"]]
+    near = len(study.audit["duplicates"]["near"]) if study.audit else None
+    classes = study.summary["task"] == "classification"
     return Section(
         "counts",
         "Can it be trusted?",
         Banner(
             "good" if clean else "care",
             "Complete, and nothing seen before" if clean else "Read this before the number",
-            f"{_whole(study)}{seen}" or "Every cell is done; no encoder has seen an image or subject measured on.",
+            f"{_whole(study)}{doubts}" or "Every cell is done; no encoder has seen an image or subject measured on.",
         ),
         facts=[
             ("Cells done", f"{cells['done']:,} of {cells['all']:,}"),
@@ -90,6 +93,8 @@ def counts(study: Opened) -> Section:
             ("Complete", told(study.whole)),
             ("Evaluation split", f"{many(val['images'], 'image')} of {many(val['subjects'], 'subject')}"),
             ("Images with the same pixels on both sides", told(overlap["images"])),
+            ("Pairs of images that look alike across the split", told(near)),
+            *([("AUROC of the image's size alone", size_alone(study))] if classes else []),
             ("Cases that could not be measured", told(study.summary.get("rejected_cases"))),
             ("Refused where anything was seen (--strict)", told(study.summary.get("strict"))),
         ],

@@ -11,13 +11,14 @@ import yaml
 
 from medim.evaluation.report.page import NOT_REPORTED, Banner, Section, Table, many, metric_name, size, told
 from medim.study.report.front import sentence
+from medim.study.report.leaks import columns
 from medim.study.report.opened import Opened
 from medim.study.report.text import short
 
 CHECKLISTS = "checklists.csv"  # topics in our words; an answer with an unknown value is not reported
 SOURCES = (
     "CLAIM 2024: Tejani and others, Radiology: Artificial Intelligence 6, e240300. TRIPOD+AI: Collins and others 2024, "
-    "BMJ 385, e078378. Topics are shortened; the wording that counts is theirs."
+    "BMJ 385, e078378. Item numbers are theirs; topics are shortened, and the wording that counts is theirs too."
 )
 STATISTICS = (
     "mean over runs with a 95 % interval of Student's t whose variance has a part of subjects (cluster bootstrap of "
@@ -122,6 +123,7 @@ def facts_of(study: Opened) -> dict[str, str | None]:
         "rates": _rates(summary),
         "metrics": "; ".join(map(metric_name, metrics)),
         "statistics": STATISTICS if study.rows else None,
+        "groups": columns(study),
         "interpretation": sentence(study.best) if study.best else None,
         "kept_models": "Weights of each arm's first run with the most labels are in cells/" if runs else None,
         **_trained(config),

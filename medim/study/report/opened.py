@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from medim.files import read_json
+from medim.study.audit import AUDIT
 from medim.study.design import SCRATCH
 from medim.study.resampling import Draw, draw, score
 from medim.study.results import Results, open_results
-from medim.study.statistics import Interval, Verdict, interval
+from medim.study.statistics import Interval, Verdict, interval, limits_of
 from medim.study.table import TRUTH
 from medim.types import UserError
 
@@ -40,6 +40,12 @@ class Opened:
             return open_results(self.folder, self.summary)
         except UserError:
             return None
+
+    @cached_property
+    def audit(self) -> dict[str, Any] | None:
+        """What `audit.json` holds; None in the folder of a study that had no audit."""
+        path = self.folder / AUDIT
+        return read_json(path) if path.is_file() else None
 
     @property
     def metric(self) -> str:
@@ -100,7 +106,7 @@ class Opened:
         if results is None or self._drawn is None or not results.seeds(arm, budget):
             return None
         try:
-            return interval(score(results.grid(metric, arm, budget, step=step), self._drawn), _limits(metric))
+            return interval(score(results.grid(metric, arm, budget, step=step), self._drawn), limits_of(metric))
         except UserError:
             return None
 
@@ -142,7 +148,3 @@ def support(row: Row) -> tuple[Any, ...]:
 def title_of(arm: str) -> str:
     """An arm's name in words."""
     return "from scratch" if arm == SCRATCH else arm
-
-
-def _limits(metric: str) -> tuple[float, float]:
-    return (0.0, math.inf if metric.startswith("hd95") else 1.0)

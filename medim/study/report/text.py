@@ -30,7 +30,7 @@ def p_value(p: float) -> str:
 def span(found: Mapping[str, Any], spec: str = ",.0f") -> str:
     """`34 (20 to more than 150)`."""
     value, low, high = (f"{a['censored']} {a['value']:{spec}}".strip() for a in (found[end] for end in ENDS))
-    return f"{value} ({low} to {high})".replace("-", "−")
+    return (value if value == low == high else f"{value} ({low} to {high})").replace("-", "−")
 
 
 def value(found: Interval | None) -> str:

@@ -11,7 +11,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from medim.data.index import build_index
-from medim.data.readers import ReadError, base, read_volume
+from medim.data.readers import ReadError, base, read_mask, read_volume
 from medim.data.readers.raster import NumpyReader, PictureReader
 from tests.data.synthetic import noise, write_archive
 
@@ -64,6 +64,26 @@ def test_every_mode_is_read_and_colour_is_told(tmp_path: Path, mode: str) -> Non
     assert quality == (("no-spacing",) if mode in {"1", "L", "I;16"} else ("no-spacing", "colour-to-grey"))
     pixels = read_volume(path).array[0]
     np.testing.assert_allclose(pixels / pixels.max(), grey / 255, atol=0.01)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "PA", "RGB", "RGBA"])
+def test_a_mask_is_read_as_class_numbers_whatever_the_colours_of_its_palette(tmp_path: Path, mode: str) -> None:
+    classes = np.array([[0, 1, 2], [2, 0, 1]], np.uint8)
+    image = Image.fromarray(classes)
+    if mode.startswith("P"):
+        image.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+    image.convert(mode).save(tmp_path / ("a.tif" if mode == "PA" else "a.png"))
+    np.testing.assert_array_equal(read_mask(next(tmp_path.iterdir())).array[0], classes)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
+def test_a_mask_in_colours_without_a_palette_is_refused(tmp_path: Path, mode: str) -> None:
+    colours = np.zeros((2, 3, len(mode)), np.uint8)
+    colours[..., 1] = 255
+    Image.fromarray(colours, mode).save(tmp_path / "a.tif")
+    with pytest.raises(ReadError, match="a picture in colours") as error:
+        read_mask(tmp_path / "a.tif")
+    assert error.value.reason == "not-a-mask"
 
 
 def test_a_picture_is_turned_as_its_exif_says_and_its_print_resolution_is_not_used(tmp_path: Path) -> None:

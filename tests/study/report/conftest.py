@@ -122,3 +122,42 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def study_of(tmp_path: Path) -> Callable[..., Path]:
     return lambda *given, **options: write_study(tmp_path / "study", *given, **options)
+
+
+def audit_of(**auroc: float) -> dict[str, Any]:
+    """`audit.json` of a classification, in which these tell the label so well."""
+
+    def metric(value: float) -> dict[str, Any]:
+        return {"value": value, "ci_low": value - 0.05, "ci_high": value + 0.05, "n": 12}
+
+    def told(value: float) -> dict[str, Any]:
+        both = {"auroc": metric(value), "balanced_accuracy": metric(value)}
+        return {**both, "chance": {"auroc": 0.5}, "above_chance": value > 0.55, "classifier": "gradient boosting"}
+
+    names = ("size as read", "size as seen", "padding", "intensity as read", "intensity as seen")
+    values = {name: auroc.get(name.replace(" ", "_"), 0.5) for name in names}
+    group = {"model": "dim, 80 labels", "column": "site", "images": 8, "subjects": 8}
+    few = {"value": "south", "images": 4, "subjects": 4, "metrics": None}
+    size = {"images": 12, "subjects": 12}
+    return {
+        "schema_version": 1,
+        "images": dict.fromkeys(("train", "val", "test"), size),
+        "duplicates": {
+            "exact": [],
+            "near": [{"trained": "image20", "held_out": "image3", "bits": 2}],
+            "bits": 3,
+            "images": 92,
+            "unhashed": 0,
+        },
+        "shortcuts": [
+            {"name": name, "features": ["voxels"], "differs": value != 0.5, "told": told(value)}
+            for name, value in values.items()
+        ],
+        "models": {"dim, 80 labels": {"auroc": metric(0.9), "balanced_accuracy": metric(0.8), "dice": metric(0.9)}},
+        "probes": [
+            {"column": "site", "features": name, "values": ["north", "south"], "left_out": [], "told": told(0.7)}
+            for name in ("dim", "pixels")
+        ],
+        "groups": [{**group, "value": "north", "metrics": {"dice": metric(0.9)}}, {**group, **few}],
+        "notes": ["sex: nothing to tell apart"],
+    }

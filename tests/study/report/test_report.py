@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from typer.testing import CliRunner
 from medim.cli import app
 from medim.files import read_json, write_json
 from medim.study.report import is_study, report
+from medim.study.report.methods import checklists
 from medim.types import UserError
 from tests.evaluation.test_report import CHROMIUM, Page
+from tests.study.report.conftest import audit_of
 
 Study = Callable[..., Path]
 TITLES = [
@@ -22,6 +25,7 @@ TITLES = [
     "Every arm at every budget",
     "Curves",
     "Health of the pretraining",
+    "Leaks and shortcuts",
     "Worst cases",
     "Methods, and how to repeat it",
 ]
@@ -140,6 +144,61 @@ def test_contamination_takes_the_green_from_a_benefit(study_of: Study, counts: A
     assert banner(html, "verdict")[0] == "care"
     assert said in banner(html, "verdict")[2]
     assert ("3 images, 2 subjects" in html) == (counts is not None)
+
+
+@pytest.mark.parametrize(
+    ("auroc", "state", "said"),
+    [
+        ({}, "good", ""),
+        ({"size_as_read": 0.8, "intensity_as_read": 0.95, "intensity_as_seen": 0.8}, "good", ""),  # less than the model
+        ({"padding": 0.6}, "care", "can be told without looking, by padding (AUROC 0.600)"),
+        ({"intensity_as_seen": 0.88}, "care", "by intensity as seen (AUROC 0.880)"),  # as well as the model
+    ],
+)
+def test_a_shortcut_takes_the_green_from_a_benefit_where_it_may_be_all_that_was_learnt(
+    study_of: Study, auroc: dict[str, float], state: str, said: str
+) -> None:
+    folder = change(study_of(0.1), task="classification")
+    write_json(folder / "audit.json", audit_of(**auroc))
+    html = report(folder).read_text()
+    for section in ("verdict", "counts", "leaks"):
+        assert banner(html, section)[0] == state
+        assert said in banner(html, section)[2]
+    assert f"{auroc.get('size_as_read', 0.5):.3f} (" in html.split("AUROC of the image&#39;s size alone")[1][:200]
+    assert "the best model 0.900 (0.850 to 0.950)" in html
+
+
+def test_the_audit_stands_on_the_page_with_its_figure_groups_and_look_alikes(study_of: Study) -> None:
+    folder = study_of(0.1)
+    write_json(folder / "audit.json", audit_of(size_as_seen=0.8))
+    section = report(folder).read_text().split('id="leaks"')[1].split("</section>")[0]
+    assert re.search(r"<desc[^>]*>dim, 80 labels 0\.900 \(0\.850 to 0\.950\); size as read 0\.500", section)
+    for text in ("site: north", "too few subjects", "north, south", "image20", "the same for all images"):
+        assert text in section
+    assert "sex: nothing to tell apart" in section
+
+
+def test_a_segmentation_says_that_no_shortcut_was_looked_for_and_one_without_audit_that_nothing_is_known(
+    study_of: Study, html: str
+) -> None:
+    folder = study_of(0.1)
+    write_json(folder / "audit.json", {**audit_of(), "shortcuts": [], "groups": [], "probes": []})
+    state, _, text = banner(report(folder).read_text(), "leaks")
+    assert (state, "No shortcut was looked for." in text) == ("plain", True)
+    assert "not reported" in report(folder).read_text().split('id="leaks"')[1].split("</section>")[0]
+    assert banner(html, "leaks")[:2] == ("plain", "not reported")
+
+
+def test_the_checklists_have_every_item_once_and_in_order() -> None:
+    items: dict[str, list[str]] = {}
+    for checklist, item, *_ in checklists(defaultdict(lambda: None)):
+        items.setdefault(checklist, []).append(item)
+    assert items["CLAIM 2024"] == [str(n) for n in range(1, 45)]
+    tripod = (
+        "1 2 3a 3b 3c 4 5a 5b 6a 6b 6c 7 8a 8b 8c 9a 9b 9c 10 11 12a 12b 12c 12d 12e 12f 12g 13 14 15 16 17 18a 18b "
+    )
+    tripod += "18c 18d 18e 18f 19 20a 20b 20c 21 22 23a 23b 24 25 26 27a 27b 27c"
+    assert items["TRIPOD+AI"] == tripod.split()
 
 
 def test_a_subject_on_two_sides_is_counted(study_of: Study) -> None:
