@@ -32,7 +32,8 @@ MAY_IMPORT = {  # room: the rooms of medim it may import, besides itself
     "__init__": set(),  # lazily, by name
 }
 EXPORTERS = tuple(  # these need [train]
-    f"deployment/{name}.py" for name in ("acceptance", "draft", "export", "finished_run", "monai_bundle", "onnx")
+    f"deployment/{name}.py"
+    for name in ("acceptance", "draft", "export", "finished_run", "monai_bundle", "monai_native", "onnx")
 )
 FORMATS = ("data/readers/*", "data/example*", "deployment/*")
 HOMES = {  # third party: the files that may import it

@@ -24,6 +24,7 @@ from medim.cli.options import (
     SplitSeed,
     Strict,
     Subjects,
+    Trust,
 )
 from medim.cli.study import study
 from medim.cli.terminal import averages, command, console, curve, intervals, number, progress, show
@@ -291,21 +292,22 @@ command(app)(study)
 def export(
     run: Annotated[Path, typer.Argument(help="A pretraining or fine-tuning run.")],
     out: Out,
+    sign: Annotated[Path | None, typer.Option("--sign", help="Ed25519 private key (PEM) to sign it with.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Make the package that a hospital runs: weights, ONNX, preprocessing, proof."""
     from medim.deployment.export import export as make
 
-    package = make(run, out, overwrite=overwrite)
+    package = make(run, out, sign=sign, overwrite=overwrite)
     show("export", {"kind": package.contract.kind, "written to": out})
 
 
 @command(app)
-def verify(package: Annotated[Path, typer.Argument(help="A package.")]) -> None:
-    """Check every hash and the golden inputs of a package."""
+def verify(package: Annotated[Path, typer.Argument(help="A package.")], trust: Trust = None) -> None:
+    """Check the signature, every hash and the golden inputs of a package."""
     from medim.deployment.package import verify as check
 
-    show("verify", {gate.name: f"{gate.verdict} ({gate.detail})" for gate in check(package)})
+    show("verify", {gate.name: f"{gate.verdict} ({gate.detail})" for gate in check(package, trust=trust)})
 
 
 @command(app)
@@ -316,6 +318,7 @@ def embed(
     map_: Annotated[
         Path | None, typer.Option("--map", help="Folder for mutual-information maps, NIfTI or 16-bit PNG.")
     ] = None,
+    trust: Trust = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Empty the folder of --map first.")] = False,
 ) -> None:
     """Write a row of features an image, and where the image agrees with its own summary."""
@@ -324,7 +327,11 @@ def embed(
 
     network: Any
     if (encoder / "medim.json").is_file():
-        network = load_package(encoder)
+        network = load_package(encoder, trust=trust)
+    elif trust is not None:
+        raise UsageError(
+            "--trust: only a package can be signed, and this is a run. Export it with --sign, or leave --trust out."
+        )
     else:
         from medim.evaluation.evaluate import open_encoder
 
@@ -337,13 +344,19 @@ def embed(
 
 @command(app)
 def predict(
-    package: Annotated[Path, typer.Argument(help="A package.")], inputs: Inputs, out: Out, overwrite: Overwrite = False
+    package: Annotated[Path, typer.Argument(help="A package.")],
+    inputs: Inputs,
+    out: Out,
+    trust: Trust = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a segmentation or a class for each input."""
     from medim.deployment.package import load_package
     from medim.deployment.predict import predict as run
 
-    for row in run(load_package(package), inputs, out, overwrite=overwrite, progress=progress("predicted")):
+    for row in run(
+        load_package(package, trust=trust), inputs, out, overwrite=overwrite, progress=progress("predicted")
+    ):
         show(str(row.pop("image")), row)
 
 

@@ -27,3 +27,6 @@ Precision = Annotated[str | None, typer.Option("--precision", help="32-true or b
 Config = Annotated[str | None, typer.Option("--config", help="A preset's name (medim config list) or a YAML file.")]
 Inputs = Annotated[list[Path], typer.Argument(help="NIfTI, DICOM files or folders, PNG, npz.")]
 Out = Annotated[Path, typer.Option("--out", help="Where to write.")]
+Trust = Annotated[
+    Path | None, typer.Option("--trust", help="Public key (PEM) that must have signed the package; else exit 3.")
+]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,18 @@ from torch import nn
 
 from medim.data.preprocessing import STEPS
 from medim.deployment import gates, onnx
-from medim.deployment.card import UNKNOWN
-from medim.deployment.contract import RESEARCH_ONLY, Contract
+from medim.deployment.card import FIELDS
+from medim.deployment.contract import GOLDEN, RESEARCH_ONLY, Contract
 from medim.deployment.draft import Draft, Exported
-from medim.deployment.finished_run import FinishedRun, Graph
+from medim.deployment.environment import lock, sbom
+from medim.deployment.finished_run import FinishedRun
+from medim.deployment.gates import Gate
 from medim.deployment.inference import INFERENCES
+from medim.deployment.monai_native import preprocessing
+from medim.deployment.offline import failure, without_network
+from medim.deployment.orientation import misplaced
 from medim.deployment.privacy import machine_words
+from medim.files import sha256
 from medim.models.critics import CRITICS
 from medim.models.decoders import DECODERS
 from medim.models.encoders import ENCODERS
@@ -26,74 +33,120 @@ from medim.models.watched import Watched, as_watched_run
 from medim.objectives import OBJECTIVES
 from medim.types import Array
 
-SCAN = "no path, user or host name in any file"
+PRIVATE = "P9 no path, user or host name in any file"
+OFFLINE = "P10 verify and answer without a network"
+TWICE = "P11 exported twice, the same bytes"
 
 
-def of_networks(draft: Draft) -> dict[str, gates.Gate]:
-    """Gates that need the networks: are the graphs what torch computes?"""
+def of_networks(draft: Draft) -> dict[str, Gate]:
+    """P0 to P8, which need the networks: are the graphs what torch computes, are images where they belong?"""
     results = _weights(draft.run)
     for made in draft.graphs.values():
         results |= {made.graph.name + name: gate for name, gate in _graph(made, draft).items()}
-    return results
+    return results | _images(draft)
 
 
-def of_folder(folder: Path, draft: Draft, places: Sequence[Path]) -> dict[str, gates.Gate]:
-    """Gates that need the whole package as it lies in a folder.
+def of_folder(folder: Path, draft: Draft, places: Sequence[Path], again: Callable[[Path], None]) -> dict[str, Gate]:
+    """P9 to P11, which need the whole package as it lies in a folder.
 
     Args:
         folder: the package.
         draft: what it was made from.
         places: folders whose names must not stand in it.
+        again: exports the run once more, into a folder.
     """
     words = machine_words([*places, folder])
-    return {SCAN: gates.privacy(folder, words, _vocabulary(draft.run.graphs), {".onnx": onnx.structure})}
+    way = without_network()
+    return {
+        PRIVATE: gates.privacy(folder, words, _vocabulary(draft), {".onnx": onnx.structure}),
+        OFFLINE: NO_NAMESPACE if way is None else _offline(folder, way),
+        TWICE: _twice(folder, again),
+    }
 
 
-def as_they_must_turn_out() -> dict[str, gates.Gate]:
+def as_they_must_turn_out() -> dict[str, Gate]:
     """The lines of `of_folder` in report and card, which it reads too and which must therefore be there before."""
-    return {SCAN: gates.gate(0, 0)}
+    offline = gates.gate(0, 0) if without_network() else NO_NAMESPACE
+    return {PRIVATE: gates.gate(0, 0, found={}), OFFLINE: offline, TWICE: gates.gate(0, 0, found=[])}
 
 
-def _weights(run: FinishedRun) -> dict[str, gates.Gate]:
+NO_NAMESPACE = gates.not_run("this machine does not allow `unshare --net`")
+
+
+def _weights(run: FinishedRun) -> dict[str, Gate]:
     training = sum(module.training for graph in run.graphs for module in graph.network.modules())
     packed = build_encoder(run.spec) if run.spec["kind"] == "encoder" else build_model(run.spec)
     load_weights(packed, run.weights)
     return {
-        "network in evaluation mode": gates.gate(training, 0),
-        "weights are those of the run": gates.weights(_arrays(packed), _arrays(run.graphs[0].source)),
+        "P0 network in evaluation mode": gates.gate(training, 0),
+        "P1 weights are those of the run": gates.weights(_arrays(packed), _arrays(run.graphs[0].source)),
     }
 
 
-def _graph(made: Exported, draft: Draft) -> dict[str, gates.Gate]:
+def _graph(made: Exported, draft: Draft) -> dict[str, Gate]:
     channels, sizes = draft.contract.in_channels, draft.run.sizes
     first = sizes.shape
     outside = [(1, channels + 1, *first), (1, channels, *first, 1)]
     if sizes.fixed or sizes.multiple_of > 1:
         outside.append((1, channels, first[0] + 1, *first[1:]))
     results = {
-        "ONNX Runtime against torch, unseen sizes": gates.random_inputs(
+        "P2 ONNX Runtime against torch, unseen sizes": gates.random_inputs(
             made.ort, made.graph.run, channels, sizes.unseen()
         ),
-        "ONNX Runtime against float64 torch, little contrast": gates.little_contrast(
+        "P3 ONNX Runtime against float64 torch, little contrast": gates.little_contrast(
             made.ort, made.graph.exact, channels, sizes.unseen()[0]
         ),
-        "sizes outside the contract are refused": gates.refusals(made.ort, outside),
-        "phantom, from image to answer": gates.phantom_answer(made.golden, made.ort, draft.contract),
+        "P4 sizes outside the contract are refused": gates.refusals(made.ort, outside),
+        "P6 phantom, from image to answer": gates.phantom_answer(made.golden, made.ort, draft.contract),
     }
     if isinstance(made.graph.network, Watched):
         torch, ort = as_watched_run(made.graph.source), made.ort
-        results["what the guard watches, ONNX Runtime against torch"] = gates.random_inputs(
+        results["P2 what the guard watches, ONNX Runtime against torch"] = gates.random_inputs(
             lambda image: ort.both(image)[1], lambda image: torch(image)[1], channels, sizes.unseen()
         )
     return results
+
+
+def _images(draft: Draft) -> dict[str, Gate]:
+    return {
+        "P5 preprocessing against MONAI": preprocessing(draft.goldens[GOLDEN].volume, draft.contract),
+        "P7 markers of a DICOM phantom, in all directions": _flips(draft.contract),
+        "P8 DICOM SEG, written and read back": gates.not_run("medim writes no DICOM SEG yet"),
+    }
+
+
+def _flips(contract: Contract) -> Gate:
+    if contract.spatial_dims == 2:
+        return gates.not_run("2D images stay as they are shown")
+    wrong, markers = misplaced()
+    return gates.gate(wrong, 0, of=markers)
+
+
+def _offline(folder: Path, way: tuple[str, ...]) -> Gate:
+    reason = failure(folder, way)
+    return gates.gate(1, 0, found=reason) if reason else gates.gate(0, 0)
+
+
+def _twice(folder: Path, again: Callable[[Path], None]) -> Gate:
+    """How many files differ in a second export."""
+    with tempfile.TemporaryDirectory() as place:
+        again(Path(place))
+        first, second = _contents(folder), _contents(Path(place))
+    different = [name for name in sorted(first.keys() | second.keys()) if first.get(name) != second.get(name)]
+    return gates.gate(len(different), 0, found=different)
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in folder.rglob("*") if path.is_file()}
 
 
 def _arrays(network: nn.Module) -> dict[str, Array]:
     return {key: value.numpy() for key, value in network.state_dict().items()}
 
 
-def _vocabulary(graphs: Sequence[Graph]) -> str:
+def _vocabulary(draft: Draft) -> str:
     """Words of every package, whoever made it: somebody whose account is called "image" is not found by them."""
-    words: list[Any] = [Contract.model_json_schema(), UNKNOWN, RESEARCH_ONLY, *STEPS, *INFERENCES]
+    words: list[Any] = [Contract.model_json_schema(), FIELDS, RESEARCH_ONLY, *STEPS, *INFERENCES]
     words += [*ENCODERS, *DECODERS, *HEADS, *OBJECTIVES, *CRITICS]
-    return " ".join(map(str, [*words, *(key for graph in graphs for key in graph.network.state_dict())]))
+    words += [lock().decode(), sbom(draft.contract).decode()]
+    return " ".join(map(str, [*words, *(key for graph in draft.run.graphs for key in graph.network.state_dict())]))

@@ -141,6 +141,7 @@ class Contract(_Strict):
     architecture: dict[str, Any] = Field(description="the spec that `medim.models.saved` builds the torch network from")
     provenance: dict[str, Any]
     metrics: dict[str, Any] = Field(default_factory=dict, description="of the run, on its validation split")
+    signed_by: Digest | None = Field(None, description="Ed25519 public key of who signed SHA256SUMS; proves nothing")
 
     @model_validator(mode="after")
     def _consistent(self) -> Contract:

@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from medim.deployment import onnx
@@ -25,6 +26,7 @@ from medim.deployment.gates import Gate
 from medim.deployment.golden import Golden, phantom
 from medim.deployment.guard import FALSE_ALARMS, REFERENCE, Reference
 from medim.deployment.session import Session, session
+from medim.deployment.signing import as_hex, private_key
 from medim.files import hash_of
 from medim.types import UserError, Volume
 
@@ -38,6 +40,8 @@ class Options:
     name: str | None = None  # default: <modality>-<kind>
     version: str = "0.1.0"
     intended_use: str = NOT_REPORTED
+    licence: Path | None = None  # of the weights
+    sign: Path | None = None  # an Ed25519 private key
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +60,7 @@ class Draft:
 
     run: FinishedRun
     contract: Contract
+    options: Options
     gates: dict[str, Gate] = field(default_factory=dict)
 
     @cached_property
@@ -109,9 +114,10 @@ def draft(run: FinishedRun, options: Options) -> Draft:
         architecture=spec,
         provenance=_provenance(spec.get("provenance") or {}),
         metrics=_numbers(run.summary.get("val")),
+        signed_by=as_hex(private_key(options.sign).public_key()) if options.sign else None,
     )
     try:
-        return Draft(run, parse(content.model_dump_json().encode()))
+        return Draft(run, parse(content.model_dump_json().encode()), options)
     except PackageError as error:
         raise UserError(f"{run.weights.parent}: the run cannot be packed: {error}") from error
 

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ import torch
 
 import medim
 from medim.data.seen import FINGERPRINTS
-from medim.deployment import acceptance
-from medim.deployment.card import card
+from medim.deployment import acceptance, monai_bundle
+from medim.deployment.card import CARD, PAGE, Card, make_card
 from medim.deployment.contract import (
     GOLDEN,
     GRAPH,
@@ -28,12 +29,19 @@ from medim.deployment.contract import (
     WEIGHTS,
 )
 from medim.deployment.draft import Draft, Options, draft
+from medim.deployment.environment import LOCK, SBOM, lock, sbom
 from medim.deployment.finished_run import load_run
+from medim.deployment.gates import Gate
+from medim.deployment.monai_bundle import CHECKPOINT, INFERENCE, LOGGING, METADATA
 from medim.deployment.package import Package, load_package, write_sums
 from medim.files import json_bytes, write_bytes
 from medim.types import UserError
 
 SCHEMA_VERSION = 1
+NO_LICENCE = b"""\
+Who exported this package gave no licence for its weights: ask them before you use it.
+medim, which wrote the files around them and runs them, is under the Apache License, Version 2.0.
+"""
 
 
 def _contract(made: Draft) -> bytes:
@@ -67,8 +75,13 @@ def _report(made: Draft) -> bytes:
     return json_bytes({"schema_version": SCHEMA_VERSION, "gates": made.gates, "versions": versions})
 
 
-def _card(made: Draft) -> bytes:
-    return card(made.contract, made.gates).encode()
+def _card(made: Draft) -> Card:
+    return make_card(made.contract, made.gates, made.run.summary, licence=made.options.licence is not None)
+
+
+def _licence(made: Draft) -> bytes:
+    given = made.options.licence
+    return NO_LICENCE if given is None else given.read_bytes()
 
 
 Part = Callable[[Draft], bytes | None]
@@ -82,7 +95,15 @@ PARTS: dict[str, Part] = {  # file of the package: what makes its bytes, or None
     STATISTICS: lambda made: made.run.reference,
     FINGERPRINTS: _fingerprints,
     REPORT: _report,
-    "MODEL_CARD.md": _card,
+    CARD: lambda made: json_bytes(_card(made).model_dump(mode="json")),
+    PAGE: lambda made: _card(made).page.encode(),
+    "LICENSE": _licence,
+    LOCK: lambda made: lock(),
+    SBOM: lambda made: sbom(made.contract),
+    CHECKPOINT: monai_bundle.checkpoint,
+    METADATA: monai_bundle.metadata,
+    INFERENCE: monai_bundle.inference,
+    LOGGING: monai_bundle.logging,
 }
 
 
@@ -93,6 +114,8 @@ def export(
     name: str | None = None,
     version: str = "0.1.0",
     intended_use: str = NOT_REPORTED,
+    licence: Path | None = None,
+    sign: Path | None = None,
     overwrite: bool = False,
 ) -> Package:
     """Make a package of a run.
@@ -105,19 +128,22 @@ def export(
         name: of the package; default `<modality>-<kind>`.
         version: semantic version of the package.
         intended_use: a sentence for the contract and the card.
+        licence: the text that says what may be done with the weights; without one, the package says so.
+        sign: an Ed25519 private key (PEM) to sign SHA256SUMS with.
         overwrite: replace what lies at `out`.
 
     Raises:
-        UserError: `run` is not finished, `out` is taken, or a gate failed.
+        UserError: `run` is not finished, `out` is taken, `sign` is no private key, or a gate failed.
     """
     run, out = Path(run), Path(out)
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
         raise UserError(f"{out}: expected an empty or new folder. Use --overwrite to replace it, or another --out.")
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    options = Options(name, version, intended_use, licence, sign)
     try:
         with _one_thread():
-            _build(draft(load_run(run), Options(name, version, intended_use)), folder, out)
+            _build(draft(load_run(run), options), folder, out)
         folder.chmod(0o755)
         if out.is_dir():
             shutil.rmtree(out)
@@ -128,17 +154,34 @@ def export(
 
 
 def _build(made: Draft, folder: Path, out: Path) -> None:
-    made.gates.update(acceptance.of_networks(made), **acceptance.as_they_must_turn_out())
+    run = made.run.folder
+    expected = acceptance.as_they_must_turn_out()
+    made.gates.update(acceptance.of_networks(made), **expected)
+    _stop_at_failures(run, made.gates)
+    _write(made, folder)
+
+    def again(place: Path) -> None:
+        _write(replace(draft(load_run(run), made.options), gates=made.gates), place)
+
+    found = acceptance.of_folder(folder, made, [run, out], again)
+    _stop_at_failures(run, found)
+    if found != expected:
+        raise UserError(f"{run}: not exported: expected {expected} of the finished package, got {found}. Try again.")
+
+
+def _write(made: Draft, folder: Path) -> None:
     for name, part in PARTS.items():
         data = part(made)
         if data is not None:
             write_bytes(folder / name, data)
-    write_sums(folder)
-    results = {**made.gates, **acceptance.of_folder(folder, made, [made.run.folder, out])}
-    failed = {name: result for name, result in results.items() if result["verdict"] != "pass"}
+    write_sums(folder, key=made.options.sign)
+
+
+def _stop_at_failures(run: Path, results: dict[str, Gate]) -> None:
+    failed = {name: result for name, result in results.items() if result["verdict"] == "fail"}
     if failed:
         reasons = "; ".join(f"{name}: {result}" for name, result in failed.items())
-        raise UserError(f"{made.run.folder}: not exported, because a gate failed. {reasons}")
+        raise UserError(f"{run}: not exported, because a gate failed. {reasons}")
 
 
 @contextmanager

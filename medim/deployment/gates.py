@@ -14,7 +14,7 @@ from medim.deployment.inference import Run
 from medim.deployment.privacy import readable, scan
 from medim.types import Array, UserError
 
-Gate = dict[str, Any]  # verdict (pass or fail), measured, allowed, and what explains them
+Gate = dict[str, Any]  # verdict (pass, fail or not run), measured, allowed, and what explains them
 RANDOM, LITTLE_CONTRAST = 1e-4, 1e-2  # largest difference of outputs, over their size where that is above 1
 FLIPS = 1e-4  # largest part of voxels with another class, on inputs with little contrast
 TIE = 1e-5  # two classes nearer than this (over the size) are a tie, which rounding decides
@@ -24,6 +24,11 @@ def gate(measured: float, allowed: float, *, ok: bool | None = None, **details: 
     """A gate's result; without `ok` it passes where `measured <= allowed`."""
     passed = measured <= allowed if ok is None else ok
     return {"verdict": "pass" if passed else "fail", "measured": measured, "allowed": allowed, **details}
+
+
+def not_run(why: str) -> Gate:
+    """A gate that this machine, or this kind of package, has no use for or no tool for."""
+    return {"verdict": "not run", "measured": None, "why": why}
 
 
 def weights(packed: Mapping[str, Array], run: Mapping[str, Array]) -> Gate:

@@ -149,13 +149,14 @@ def score_signature(signature: Signature) -> Signature:
     return signature.model_copy(update={"outputs": (Tensor(name="scores", shape=("batch", 1, *sides)),)})
 
 
-def to_onnx(network: nn.Module, sizes: Sizes, signature: Signature) -> bytes:
+def to_onnx(network: nn.Module, sizes: Sizes, signature: Signature, *, exact_norms: bool = True) -> bytes:
     """Export a network in evaluation mode.
 
     Args:
         network: image (N, C, ...) to one tensor or a tuple of them.
         sizes: what it takes; the batch always varies.
         signature: names of input and outputs.
+        exact_norms: see `with_exact_norms`; what leaves in a package has them.
 
     Returns:
         The file's bytes, weights inside; the same for the same network, without stack traces or paths.
@@ -187,7 +188,9 @@ def to_onnx(network: nn.Module, sizes: Sizes, signature: Signature) -> bytes:
         raise UserError(f"ONNX export: torch {torch.__version__} cannot export it ({_last_line(error)}).") from error
     if program is None:
         raise UserError(f"ONNX export: torch {torch.__version__} returned no program for this network.")
-    model = with_exact_norms(clean(program.model_proto))
+    model = clean(program.model_proto)
+    if exact_norms:
+        model = with_exact_norms(model)
     onnx.checker.check_model(model, full_check=True)
     traced = model.graph.input[0].type.tensor_type.shape.dim
     sides = zip(signature.inputs[0].shape, traced, strict=True)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import os
-import stat
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from medim.deployment.card import CARD, parse_card
 from medim.deployment.contract import (
     GOLDEN,
     GRAPH,
+    NOT_REPORTED,
     SCORE_MAP,
     SCORE_MAP_GOLDEN,
     STATISTICS,
@@ -24,14 +23,11 @@ from medim.deployment.contract import (
 from medim.deployment.golden import Golden
 from medim.deployment.guard import Reference
 from medim.deployment.inference import Network, Run
+from medim.deployment.integrity import COPY_AGAIN, SUMS, Seal, checked, verified, write_sums
 from medim.deployment.session import Session, session
-from medim.files import sha256, write_text
 from medim.types import Array, UserError, Volume
 
 __all__ = ["Check", "Package", "PackageError", "load_package", "session", "verify", "write_sums"]
-
-SUMS = "SHA256SUMS"
-COPY_AGAIN = "Copy the package again from where it was exported."
 
 
 @dataclass(frozen=True)
@@ -56,21 +52,26 @@ class Package:
     Attributes:
         folder: where it lies.
         contract: the content of `medim.json`.
-        sums: sha256 of every file.
+        seal: SHA256SUMS and its signature.
     """
 
     folder: Path
     contract: Contract
-    sums: dict[str, str]
+    seal: Seal
 
     def read(self, name: str) -> bytes:
         """The bytes of a file, checked once more, so that what is used is what was verified."""
-        return _read(self.folder / name, self.sums[name])
+        return checked(self.folder / name, self.sums[name])
+
+    @property
+    def sums(self) -> dict[str, str]:
+        """sha256 of every file."""
+        return self.seal.sums
 
     @property
     def sha256(self) -> str:
         """The digest of SHA256SUMS, which stands for the whole package."""
-        return hashlib.sha256((self.folder / SUMS).read_bytes()).hexdigest()
+        return self.seal.sha256
 
     @functools.cached_property
     def run(self) -> Session:
@@ -124,31 +125,39 @@ class Package:
         return self.network(volume)
 
 
-def load_package(path: str | Path) -> Package:
+def load_package(path: str | Path, *, trust: Path | None = None) -> Package:
     """Open a package.
 
-    Every file is checked against SHA256SUMS before anything is parsed.
+    The signature, where a key is given, and every file are checked before anything is parsed.
 
     Args:
         path: the package's folder.
+        trust: an Ed25519 public key (PEM) that must have signed it.
 
     Raises:
-        PackageError: a file was changed, is missing or does not belong; a link; or a contract of another schema.
+        PackageError: a file was changed, is missing or does not belong; a link; a contract of another schema; or the
+            key of `trust` did not sign it.
+        UserError: `trust` is no public key.
     """
     folder = Path(path)
-    sums = _verified(folder)
-    contract = parse(_read(folder / "medim.json", sums["medim.json"]))
-    if contract.architecture.get("sha256") != sums[WEIGHTS]:
+    seal = verified(folder, trust=trust)
+    contract = parse(checked(folder / "medim.json", seal.sums["medim.json"]))
+    seal.check_signer(contract.signed_by, folder)
+    if contract.architecture.get("sha256") != seal.sums[WEIGHTS]:
         raise PackageError(f"{folder / WEIGHTS}: not the weights that medim.json names. {COPY_AGAIN}")
-    if contract.reference and STATISTICS not in sums:
+    if contract.reference and STATISTICS not in seal.sums:
         raise PackageError(f"{folder}: expected {STATISTICS} too. {COPY_AGAIN}")
-    if contract.score_map and not {SCORE_MAP, SCORE_MAP_GOLDEN} <= sums.keys():
+    if contract.score_map and not {SCORE_MAP, SCORE_MAP_GOLDEN} <= seal.sums.keys():
         raise PackageError(f"{folder}: expected {SCORE_MAP} and {SCORE_MAP_GOLDEN} too. {COPY_AGAIN}")
-    return Package(folder, contract, sums)
+    return Package(folder, contract, seal)
 
 
-def verify(path: str | Path) -> list[Check]:
+def verify(path: str | Path, *, trust: Path | None = None) -> list[Check]:
     """Check a package's files, contract and network, and run its golden input through it.
+
+    Args:
+        path: the package's folder.
+        trust: an Ed25519 public key (PEM) that must have signed it.
 
     Returns:
         What was checked, in order; a failed check raises.
@@ -156,11 +165,13 @@ def verify(path: str | Path) -> list[Check]:
     Raises:
         PackageError: something is not what the package says.
     """
-    package = load_package(path)
+    package = load_package(path, trust=trust)
     checks = [
+        _signature(package),
         Check("files", "pass", f"{len(package.sums)} files have the sha256 that {SUMS} names"),
         Check("contract", "pass", f"{package.contract.kind} {package.contract.name} {package.contract.version}"),
     ]
+    checks.append(_card(package))
     run, score_map = package.run, package.score_map
     checks.append(Check("network", "pass", "inputs and outputs are those of the signature"))
     checks.append(_golden(package, "golden", GOLDEN, run))
@@ -169,6 +180,21 @@ def verify(path: str | Path) -> list[Check]:
     if score_map is not None:
         checks.append(_golden(package, "score map", SCORE_MAP_GOLDEN, score_map))
     return checks
+
+
+def _signature(package: Package) -> Check:
+    signer = package.contract.signed_by
+    if signer is None:
+        return Check("signature", "not run", "the package is not signed")
+    if not package.seal.trusted:
+        return Check("signature", "not run", f"signed by {signer[:16]}, which says nothing without --trust KEY")
+    return Check("signature", "pass", f"signed by the trusted key {signer[:16]}")
+
+
+def _card(package: Package) -> Check:
+    if CARD not in package.sums:
+        raise PackageError(f"{package.folder}: expected a {CARD} in it. {COPY_AGAIN}")
+    return Check("card", "pass", f"{parse_card(package.read(CARD)).not_reported} fields are {NOT_REPORTED}")
 
 
 def _golden(package: Package, name: str, file: str, run: Run) -> Check:
@@ -182,78 +208,3 @@ def _golden(package: Package, name: str, file: str, run: Run) -> Check:
             f"{package.folder}: the golden input gives another answer than at export: {difference}. {COPY_AGAIN}"
         )
     return Check(name, "pass", str(difference))
-
-
-def write_sums(folder: Path) -> None:
-    """Write SHA256SUMS over every file of a folder; `sha256sum -c SHA256SUMS` reads it too."""
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    lines = [f"{sha256(folder / name)}  {name}\n" for name in files if name != SUMS]
-    write_text(folder / SUMS, "".join(lines))
-
-
-def _read(path: Path, digest: str) -> bytes:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise PackageError(f"{path}: could not be read ({error.strerror}). {COPY_AGAIN}") from error
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise PackageError(f"{path}: the file changed since it was verified. {COPY_AGAIN}")
-    return data
-
-
-def _verified(folder: Path) -> dict[str, str]:
-    """The sums of a folder that holds exactly the files its SHA256SUMS names, each as it was."""
-    if not (folder / SUMS).is_file():
-        raise PackageError(
-            f"{folder}: expected a package (a folder with {SUMS} and medim.json), found none. Run `medim export`."
-        )
-    files = _files(folder)
-    sums = _sums(folder)
-    missing, extra = sorted(sums.keys() - files), sorted(files - sums.keys())
-    if missing or extra:
-        raise PackageError(
-            f"{folder}: expected exactly the files of {SUMS}; missing: {missing}, not listed: {extra}. {COPY_AGAIN}"
-        )
-    for name, digest in sums.items():
-        if sha256(folder / name) != digest:
-            raise PackageError(
-                f"{folder / name}: changed or damaged; its sha256 is not the one in {SUMS}. {COPY_AGAIN}"
-            )
-    needed = {"medim.json", WEIGHTS, GRAPH, GOLDEN}
-    if not needed <= files:
-        raise PackageError(f"{folder}: expected a package to hold {sorted(needed - files)} too. {COPY_AGAIN}")
-    return sums
-
-
-def _files(folder: Path) -> set[str]:
-    """Relative paths of the files below a folder, SHA256SUMS apart; nothing but plain files and folders is allowed."""
-    found = set()
-    for place, folders, files in os.walk(folder):
-        for name in [*folders, *files]:
-            path = Path(place) / name
-            mode = path.lstat().st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise PackageError(f"{path}: expected plain files in a package, got a link or device. {COPY_AGAIN}")
-            if stat.S_ISREG(mode):
-                found.add(path.relative_to(folder).as_posix())
-    return found - {SUMS}
-
-
-def _sums(folder: Path) -> dict[str, str]:
-    """SHA256SUMS as {path: digest}; a path that leaves the folder is refused."""
-    sums: dict[str, str] = {}
-    try:
-        lines = (folder / SUMS).read_text("utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise PackageError(f"{folder / SUMS}: expected text. {COPY_AGAIN}") from None
-    for number, line in enumerate(lines, start=1):
-        digest, separator, name = line.partition("  ")
-        parts = PurePosixPath(name).parts
-        plain = bool(name) and not PurePosixPath(name).is_absolute() and ".." not in parts and "\\" not in name
-        whole = len(digest) == 64 and not set(digest) - set("0123456789abcdef")
-        if not (separator and whole and plain) or name in sums:
-            raise PackageError(
-                f"{folder / SUMS}, line {number}: expected `sha256  path inside the package`, once each. {COPY_AGAIN}"
-            )
-        sums[name] = digest
-    return sums

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from medim.deployment import acceptance
+from medim.deployment import onnx as onnx_export
 from medim.deployment.export import export
 from medim.deployment.package import Package
 from tests.deployment.made import PLANTED, SPECS, make_run
@@ -33,3 +35,17 @@ def runs(place: Path) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def packages(place: Path, runs: dict[str, Path]) -> dict[str, Package]:
     return {kind: export(run, place / "packages" / kind) for kind, run in runs.items()}
+
+
+@pytest.fixture
+def same_graph(packages: dict[str, Package], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The classifier's graph without seconds of tracing, for tests of what happens around it."""
+    graph = packages["classifier"].read("models/model.onnx")
+    monkeypatch.setattr(onnx_export, "to_onnx", lambda *_: graph)
+
+
+@pytest.fixture
+def short_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the child process and the second export of P10 and P11, which the session's packages went through."""
+    monkeypatch.setattr(acceptance, "failure", lambda *_: None)
+    monkeypatch.setattr(acceptance, "_twice", lambda *_: acceptance.as_they_must_turn_out()[acceptance.TWICE])
