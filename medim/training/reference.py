@@ -28,7 +28,7 @@ from medim.deployment.inference import infer
 from medim.files import write_bytes
 from medim.models.watched import as_watched_run
 from medim.training.cohort import Cohort
-from medim.types import Array
+from medim.types import Array, UserError
 
 log = logging.getLogger(__name__)
 MOST_IMAGES = 256  # that are looked at, of the training and of the validation split
@@ -37,7 +37,7 @@ FLOOR = 0.02  # smallest deviation of an intensity or a length that counts, abou
 
 
 def write_reference(folder: Path, network: nn.Module, cohort: Cohort, spec: dict[str, Any]) -> None:
-    """Write `reference.npz`, or remove an old one where there are too few subjects for it.
+    """Write `reference.npz`, or remove an old one and say why there is none.
 
     Args:
         folder: where the weights lie.
@@ -45,20 +45,29 @@ def write_reference(folder: Path, network: nn.Module, cohort: Cohort, spec: dict
         cohort: the training split gives the statistics, the validation split the limits.
         spec: the network's; see `medim.models.saved`.
     """
-    parts = {split: _spread(cohort.records(split)) for split in ("train", "val")}
-    people = {split: len({record.subject for record in records}) for split, records in parts.items()}
-    if people["train"] < FEWEST_SUBJECTS or people["val"] < FEWEST_HELD_OUT:
-        (folder / REFERENCE).unlink(missing_ok=True)
-        log.warning(
-            "no out-of-distribution guard: expected %d subjects to train on and %d held out, got %d and %d",
-            *(FEWEST_SUBJECTS, FEWEST_HELD_OUT, people["train"], people["val"]),
-        )
-        return
     training = network.training
-    rows = {split: list(rows_of_records(network.eval(), cohort, records, spec)) for split, records in parts.items()}
-    network.train(training)
-    subjects = {split: [record.subject for record in records] for split, records in parts.items()}
-    write_bytes(folder / REFERENCE, fit(rows["train"], subjects["train"], rows["val"], subjects["val"]).dump())
+    try:
+        data = _reference(network.eval(), cohort, spec).dump()
+    except (UserError, RuntimeError, ValueError) as error:  # of torch where a network takes views but no whole image
+        (folder / REFERENCE).unlink(missing_ok=True)
+        log.warning("no out-of-distribution guard: %s", error)
+    else:
+        write_bytes(folder / REFERENCE, data)
+    finally:
+        network.train(training)
+
+
+def _reference(network: nn.Module, cohort: Cohort, spec: dict[str, Any]) -> Reference:
+    train, val = _spread(cohort.records("train")), _spread(cohort.records("val"))
+    subjects, others = ([record.subject for record in records] for records in (train, val))
+    found = len(set(subjects)), len(set(others))
+    if found[0] < FEWEST_SUBJECTS or found[1] < FEWEST_HELD_OUT:
+        raise UserError(
+            f"expected {FEWEST_SUBJECTS} subjects or more to train on and {FEWEST_HELD_OUT} held out, "
+            f"got {found[0]} and {found[1]}."
+        )
+    rows, held_out = (list(rows_of_records(network, cohort, records, spec)) for records in (train, val))
+    return fit(rows, subjects, held_out, others)
 
 
 def fit(rows: Sequence[Rows], subjects: Sequence[str], held_out: Sequence[Rows], others: Sequence[str]) -> Reference:

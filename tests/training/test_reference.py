@@ -126,6 +126,19 @@ def test_too_few_subjects_give_no_statistics_and_an_old_file_goes(
     assert "no out-of-distribution guard" in caplog.text
 
 
+def test_a_network_that_takes_no_whole_image_ends_its_training_without_statistics(
+    index: Index, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Fixed(Means):
+        def forward(self, image: torch.Tensor) -> Features:
+            return Features((image,), nn.Linear(7, 2)(image.flatten(1)))
+
+    cohort = open_cohort(index, index.records, STEPS, split_seed=0, store=tmp_path / "store")
+    write_reference(tmp_path, Fixed(), cohort, SPEC)
+    assert not (tmp_path / REFERENCE).exists()
+    assert "no out-of-distribution guard" in caplog.text
+
+
 @pytest.mark.parametrize("change", ["mean", "limit", "method", "schema_version"])
 def test_a_damaged_file_is_told(change: str) -> None:
     data = fit(rows_like(40, 0), names(40), rows_like(20, 1), names(20)).dump()
