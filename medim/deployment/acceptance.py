@@ -29,6 +29,7 @@ from medim.models.encoders import ENCODERS
 from medim.models.heads import HEADS
 from medim.models.model import build_encoder, build_model
 from medim.models.saved import load_weights
+from medim.models.watched import Watched, as_watched_run
 from medim.objectives import OBJECTIVES
 from medim.types import Array
 
@@ -88,7 +89,7 @@ def _graph(made: Exported, draft: Draft) -> dict[str, Gate]:
     outside = [(1, channels + 1, *first), (1, channels, *first, 1)]
     if sizes.fixed or sizes.multiple_of > 1:
         outside.append((1, channels, first[0] + 1, *first[1:]))
-    return {
+    results = {
         "P2 ONNX Runtime against torch, unseen sizes": gates.random_inputs(
             made.ort, made.graph.run, channels, sizes.unseen()
         ),
@@ -98,6 +99,12 @@ def _graph(made: Exported, draft: Draft) -> dict[str, Gate]:
         "P4 sizes outside the contract are refused": gates.refusals(made.ort, outside),
         "P6 phantom, from image to answer": gates.phantom_answer(made.golden, made.ort, draft.contract),
     }
+    if isinstance(made.graph.network, Watched):
+        torch, ort = as_watched_run(made.graph.source), made.ort
+        results["P2 what the guard watches, ONNX Runtime against torch"] = gates.random_inputs(
+            lambda image: ort.both(image)[1], lambda image: torch(image)[1], channels, sizes.unseen()
+        )
+    return results
 
 
 def _images(draft: Draft) -> dict[str, Gate]:

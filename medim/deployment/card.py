@@ -177,6 +177,7 @@ def make_card(contract: Contract, gates: Mapping[str, Gate], run: Mapping[str, A
             "selection of the model": "none: the last step of a fixed schedule" if "steps" in run else None,
             "inference": _section(contract.inference, "mode"),
         },
+        "Oversight": {"monitoring": f"out-of-distribution guard: {contract.reference}" if contract.reference else None},
         "Evaluation": {"on the run's validation split": dict(contract.metrics) or None},
     }
     sections = {

@@ -9,6 +9,7 @@ from pydantic import Field, PositiveInt, ValidationError, model_validator
 from medim.config import bind
 from medim.data.preprocessing import check_steps
 from medim.deployment.dicom_in import DicomIn
+from medim.deployment.guard import Method
 from medim.deployment.inference import INFERENCES, Kind
 from medim.deployment.labels import Label as LabelCodes
 from medim.deployment.strict import Strict as _Strict
@@ -20,6 +21,7 @@ RESEARCH_ONLY = "Research use only: not a medical device, not for diagnosis, tre
 NOT_REPORTED = "not reported"
 WEIGHTS, GRAPH = "models/model.safetensors", "models/model.onnx"
 REPORT, GOLDEN = "parity/report.json", "parity/golden.npz"
+STATISTICS = "models/reference.npz"
 SCORE_MAP, SCORE_MAP_GOLDEN = "models/score_map.onnx", "parity/score_map.npz"
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._+-]{0,63}$")]
@@ -84,6 +86,24 @@ class ScoreMap(_Strict):
     critic: dict[str, Any] = Field(description="the objective that trained it, and the sha256 of its weights")
 
 
+class TrainingImages(_Strict):
+    """What the statistics in `models/reference.npz` were made of."""
+
+    images: PositiveInt
+    subjects: PositiveInt
+    held_out_images: PositiveInt
+    held_out_subjects: PositiveInt
+    method: Method = Field(description="how the limits were set on the held-out subjects")
+    false_alarms: float = Field(description="part of the images of fresh subjects that get the flag")
+
+    def __str__(self) -> str:
+        """A short sentence for a card."""
+        return (
+            f"statistics of {self.images} images of {self.subjects} subjects; limits from {self.held_out_images} of "
+            f"{self.held_out_subjects} others ({self.method}), {self.false_alarms:.0%} false alarms"
+        )
+
+
 class Postprocess(_Strict):
     """How an answer is made of the first output; the vocabulary is closed."""
 
@@ -115,6 +135,9 @@ class Contract(_Strict):
     postprocess: Postprocess
     signature: Signature
     score_map: ScoreMap | None = Field(default=None, description="of an encoder that was trained with a local critic")
+    reference: TrainingImages | None = Field(
+        default=None, description="of the out-of-distribution guard; none in older runs"
+    )
     classes: tuple[Label, ...] = Field(default=(), max_length=255, description="a segmenter's without background")
     labels: tuple[LabelCodes, ...] = Field(default=(), description="codes of the classes, for answers in DICOM")
     dicom_in: DicomIn = Field(default=DicomIn(), description="which DICOM images are answered")

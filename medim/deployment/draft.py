@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,15 +18,16 @@ from medim.deployment.contract import (
     Contract,
     PackageError,
     ScoreMap,
+    TrainingImages,
     parse,
 )
 from medim.deployment.dicom_in import rules_of
 from medim.deployment.finished_run import FinishedRun, Graph
 from medim.deployment.gates import Gate
 from medim.deployment.golden import Golden, phantom
-from medim.deployment.inference import Run
+from medim.deployment.guard import FALSE_ALARMS, REFERENCE, Reference
 from medim.deployment.labels import read_labels
-from medim.deployment.package import session
+from medim.deployment.session import Session, session
 from medim.deployment.signing import as_hex, private_key
 from medim.files import hash_of
 from medim.types import UserError, Volume
@@ -52,7 +54,7 @@ class Exported:
 
     graph: Graph
     onnx: bytes
-    ort: Run
+    ort: Session
     golden: Golden
 
 
@@ -111,6 +113,7 @@ def draft(run: FinishedRun, options: Options) -> Draft:
         postprocess=POSTPROCESS[spec["kind"]],
         signature=first.signature,
         score_map=next((ScoreMap(signature=g.signature, critic=g.network.spec) for g in others), None),
+        reference=_reference(run),
         classes=run.classes,
         labels=read_labels(options.labels_schema, run.classes, spec["kind"]) if options.labels_schema else (),
         dicom_in=rules_of(spec["modality"], options.dicom_in),
@@ -123,6 +126,16 @@ def draft(run: FinishedRun, options: Options) -> Draft:
         return Draft(run, parse(content.model_dump_json().encode()), options)
     except PackageError as error:
         raise UserError(f"{run.weights.parent}: the run cannot be packed: {error}") from error
+
+
+def _reference(run: FinishedRun) -> TrainingImages | None:
+    if run.reference is None:
+        return None
+    try:
+        found = Reference.parse(run.reference)
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{run.weights.parent / REFERENCE}: cannot be read ({error}). Copy the run again.") from error
+    return TrainingImages(**found.counts, method=found.method, false_alarms=FALSE_ALARMS)
 
 
 def _provenance(content: Mapping[str, Any]) -> dict[str, Any]:

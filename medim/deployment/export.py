@@ -18,7 +18,16 @@ import medim
 from medim.data.seen import FINGERPRINTS
 from medim.deployment import acceptance, monai_bundle
 from medim.deployment.card import CARD, PAGE, Card, make_card
-from medim.deployment.contract import GOLDEN, GRAPH, NOT_REPORTED, REPORT, SCORE_MAP, SCORE_MAP_GOLDEN, WEIGHTS
+from medim.deployment.contract import (
+    GOLDEN,
+    GRAPH,
+    NOT_REPORTED,
+    REPORT,
+    SCORE_MAP,
+    SCORE_MAP_GOLDEN,
+    STATISTICS,
+    WEIGHTS,
+)
 from medim.deployment.draft import Draft, Options, draft
 from medim.deployment.environment import LOCK, SBOM, lock, sbom
 from medim.deployment.finished_run import load_run
@@ -83,6 +92,7 @@ PARTS: dict[str, Part] = {  # file of the package: what makes its bytes, or None
     GOLDEN: _golden(GOLDEN),
     SCORE_MAP: _graph(SCORE_MAP),
     SCORE_MAP_GOLDEN: _golden(SCORE_MAP_GOLDEN),
+    STATISTICS: lambda made: made.run.reference,
     FINGERPRINTS: _fingerprints,
     REPORT: _report,
     CARD: lambda made: json_bytes(_card(made).model_dump(mode="json")),

@@ -13,10 +13,12 @@ from torch import nn
 from medim.data.seen import Seen, read_seen
 from medim.deployment import onnx
 from medim.deployment.contract import GOLDEN, GRAPH, SCORE_MAP, SCORE_MAP_GOLDEN, Signature
+from medim.deployment.guard import REFERENCE
 from medim.deployment.inference import Run
 from medim.files import read_json
 from medim.models.model import as_run
 from medim.models.saved import find, load_encoder, load_model
+from medim.models.watched import Watched
 from medim.objectives.score_map import load_score_map
 
 
@@ -27,7 +29,7 @@ class Graph:
     name: str  # how its gates begin
     file: str
     golden: str
-    network: Any  # image -> logits, (summary, *maps), or scores
+    network: Any  # image -> (logits, watched), (summary, *maps, watched), or scores
     signature: Signature
 
     @property
@@ -43,7 +45,7 @@ class Graph:
     @property
     def source(self) -> nn.Module:
         """The module whose weights the run saved."""
-        return self.network.encoder if isinstance(self.network, onnx.Summarised) else self.network
+        return self.network.source if isinstance(self.network, Watched) else self.network
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class FinishedRun:
     sizes: onnx.Sizes
     summary: dict[str, Any]  # what the run says of itself; empty where it says nothing
     seen: Seen | None  # None where nothing says
+    reference: bytes | None  # statistics for the out-of-distribution guard; None where training wrote none
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -84,11 +87,11 @@ def load_run(folder: Path) -> FinishedRun:
     weights, spec = find(folder)
     if spec["kind"] == "encoder":
         encoder: Any = load_encoder(folder)
-        network: nn.Module = onnx.Summarised(encoder).eval()
-        score_map = load_score_map(folder)
+        source, score_map = encoder, load_score_map(folder)
     else:
-        network = load_model(folder)[0]
-        encoder, score_map = network.encoder, None
+        source = load_model(folder)[0]
+        encoder, score_map = source.encoder, None
+    network = Watched(source).eval()
     strides, channels = tuple(encoder.strides), spec["in_channels"]
     sizes = onnx.sizes_of(network, tuple(spec["input_shape"]), strides, channels)
     signature = onnx.signature_of(network, sizes, channels, strides)
@@ -98,4 +101,9 @@ def load_run(folder: Path) -> FinishedRun:
         graphs.append(Graph("score map: ", SCORE_MAP, SCORE_MAP_GOLDEN, score_map, signature))
     summary = folder / "summary.json"
     told = read_json(summary) if summary.is_file() else {}
-    return FinishedRun(folder, tuple(graphs), spec, weights, sizes, told, read_seen(folder))
+    return FinishedRun(folder, tuple(graphs), spec, weights, sizes, told, read_seen(folder), _reference(weights))
+
+
+def _reference(weights: Path) -> bytes | None:
+    file = weights.with_name(REFERENCE)
+    return file.read_bytes() if file.is_file() else None

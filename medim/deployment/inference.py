@@ -15,6 +15,8 @@ import numpy as np
 
 from medim.config import bind
 from medim.data.preprocessing import preprocess, restore
+from medim.data.quality import measure
+from medim.deployment.guard import Both, Reference, Verdict, Watch, rows_of
 from medim.types import Array, Modality, Step, UserError, Volume
 
 Run = Callable[[Array], Array]  # (N, C, ...) float32 in; (N, K, ...) logits, or (N, K), out
@@ -103,48 +105,28 @@ def infer(run: Run, image: Volume, inference: Step) -> Array:
     return function(run, image.array, **options)
 
 
-def segment(run: Run, volume: Volume, preprocessing: Sequence[Step], inference: Step) -> Array:
-    """Label the voxels of an image as a reader gave it.
+def labels_of(logits: Array, processed: Volume, volume: Volume) -> Array:
+    """Logits (K, *processed.shape), class 0 being the background, as labels on the grid of the image as read.
 
     Logits are brought back (linearly) before they are compared, so the borders are those of the image's own grid. What
     preprocessing cut away is background.
 
-    Args:
-        run: the network, giving (N, K, ...) logits, class 0 being the background.
-        volume: as read.
-        preprocessing: the steps the network was trained with.
-        inference: see `infer`.
-
     Returns:
-        (*volume.shape) uint8 labels.
+        (*volume.shape) uint8.
     """
-    processed = preprocess(volume, preprocessing)
-    logits = infer(run, processed, inference)
-    return labels_of(logits, processed, volume)
-
-
-def labels_of(logits: Array, processed: Volume, volume: Volume) -> Array:
-    """Logits (K, *processed.shape) brought back to the image as read, and decided: (*volume.shape) uint8."""
     back = restore(logits, processed, volume, order=1, fill=0.0)
     return np.asarray(back.argmax(axis=0), np.uint8)
 
 
-def classify(run: Run, volume: Volume, preprocessing: Sequence[Step], inference: Step | None = None) -> Array:
-    """Probability of each class for an image as a reader gave it: (K,), summing to 1; for `inference` see `infer`."""
-    logits = infer(run, preprocess(volume, preprocessing), inference or {"mode": "whole"}).astype(np.float64)
-    odds = np.exp(logits - logits.max())
+def probabilities_of(logits: Array) -> Array:
+    """Logits (K,) of classes that exclude each other as probabilities summing to 1."""
+    odds = np.exp(logits.astype(np.float64) - logits.max())
     return np.asarray(odds / odds.sum())
 
 
-def find(run: Run, volume: Volume, preprocessing: Sequence[Step], inference: Step | None = None) -> Array:
-    """Probability of each finding, for itself, of an image as a reader gave it: (K,); for `inference` see `infer`."""
-    logits = infer(run, preprocess(volume, preprocessing), inference or {"mode": "whole"}).astype(np.float64)
-    return np.asarray(np.exp(-np.logaddexp(0, -logits)))
-
-
-def embed(run: Run, volume: Volume, preprocessing: Sequence[Step], inference: Step | None = None) -> Array:
-    """The encoder's summary of an image as a reader gave it: (summary_channels,); for `inference` see `infer`."""
-    return infer(run, preprocess(volume, preprocessing), inference or {"mode": "whole"})
+def findings_of(logits: Array) -> Array:
+    """Logits (K,) of findings, each for itself, as probabilities."""
+    return np.asarray(np.exp(-np.logaddexp(0, -logits.astype(np.float64))))
 
 
 def score(run: Run, volume: Volume, preprocessing: Sequence[Step], inference: Step) -> Array:
@@ -178,6 +160,8 @@ class Network:
         preprocessing: deterministic steps, first to last.
         inference: see `infer`.
         score_map: of an encoder with its local critic: image to scores (N, 1, ...) on the image's grid.
+        both: the network with what the guard watches.
+        reference: what the guard compares with.
     """
 
     run: Run
@@ -189,6 +173,8 @@ class Network:
     preprocessing: tuple[Step, ...]
     inference: Step
     score_map: Run | None = None
+    both: Both | None = None
+    reference: Reference | None = None
 
     def __call__(self, volume: Volume) -> Array:
         """Labels (*volume.shape) uint8 of a segmenter, probabilities (K,) of classifiers, summary (d,) of an encoder.
@@ -196,8 +182,15 @@ class Network:
         Raises:
             UserError: the image has another number of dimensions or channels than the network was trained on.
         """
-        self._check(volume)
-        return _ANSWERS[self.kind](self.run, volume, self.preprocessing, self.inference)
+        return self._answer(self.run, volume, self._preprocessed(volume))
+
+    def guarded(self, volume: Volume) -> tuple[Array, Verdict]:
+        """The answer, and whether the image is like those the network was trained on; see `medim.deployment.guard`."""
+        if self.both is None or self.reference is None:
+            return self(volume), Verdict()
+        watch, processed = Watch(self.both), self._preprocessed(volume)
+        answer = self._answer(watch, volume, processed)
+        return answer, self.reference.judge(rows_of(measure(volume), processed, watch.watched))
 
     def scores(self, volume: Volume) -> Array:
         """The mutual-information map of an image, (*volume.shape) float32; see `score`.
@@ -218,6 +211,14 @@ class Network:
             )
         return self.score_map
 
+    def _answer(self, run: Run, volume: Volume, processed: Volume) -> Array:
+        logits = infer(run, processed, self.inference)
+        return labels_of(logits, processed, volume) if self.kind == "segmenter" else _ANSWERS[self.kind](logits)
+
+    def _preprocessed(self, volume: Volume) -> Volume:
+        self._check(volume)
+        return preprocess(volume, self.preprocessing)
+
     def _check(self, volume: Volume) -> None:
         if (volume.spatial_dims, len(volume.array)) != (self.spatial_dims, self.in_channels):
             raise UserError(
@@ -226,11 +227,10 @@ class Network:
             )
 
 
-_ANSWERS: dict[Kind, Callable[..., Array]] = {
-    "encoder": embed,
-    "segmenter": segment,
-    "classifier": classify,
-    "multi_label_classifier": find,
+_ANSWERS: dict[Kind, Callable[[Array], Array]] = {
+    "encoder": np.asarray,
+    "classifier": probabilities_of,
+    "multi_label_classifier": findings_of,
 }
 
 

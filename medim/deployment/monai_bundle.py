@@ -182,7 +182,8 @@ def logging(draft: Draft) -> bytes:
 
 
 def _network_def(draft: Draft) -> Section:
-    contract, source = draft.contract, draft.run.graphs[0].network
+    contract = draft.contract
+    source: Any = draft.run.graphs[0].source
     if is_native(contract):
         return {"_target_": "DynUNet", **dynunet(contract, source.encoder.channels)}
     kept = ("kind", "encoder", "decoder", "head", "in_channels", "out_channels", "spatial_dims", "input_shape")

@@ -18,23 +18,11 @@ from torch import nn
 from torch.export import Dim
 
 from medim.deployment.contract import Signature, Symbol, Tensor
-from medim.types import Features, UserError
+from medim.models.watched import Watched
+from medim.types import UserError
 
 OPSET = 20
 AXES = ("D", "H", "W")
-
-
-class Summarised(nn.Module):
-    """An encoder whose outputs are a flat tuple: the summary, then the maps, fine to coarse."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Encode (N, in_channels, ...)."""
-        features: Features = self.encoder(image)
-        return (features.summary, *features.maps)
 
 
 def with_exact_norms(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -144,7 +132,7 @@ def signature_of(network: nn.Module, sizes: Sizes, in_channels: int, strides: tu
         outputs = _as_tuple(network(torch.zeros(2, in_channels, *sizes.shape)))
     tensors = []
     for i, out in enumerate(outputs):
-        name = ("summary" if i == 0 else f"map_{i - 1}") if isinstance(network, Summarised) else "logits"
+        name = network.outputs[i] if isinstance(network, Watched) else "logits"
         grid: tuple[int | str, ...] = tuple(out.shape[2:])
         if not sizes.fixed and grid:
             stride = strides[i - 1] if i else 1
@@ -161,13 +149,14 @@ def score_signature(signature: Signature) -> Signature:
     return signature.model_copy(update={"outputs": (Tensor(name="scores", shape=("batch", 1, *sides)),)})
 
 
-def to_onnx(network: nn.Module, sizes: Sizes, signature: Signature) -> bytes:
+def to_onnx(network: nn.Module, sizes: Sizes, signature: Signature, *, exact_norms: bool = True) -> bytes:
     """Export a network in evaluation mode.
 
     Args:
         network: image (N, C, ...) to one tensor or a tuple of them.
         sizes: what it takes; the batch always varies.
         signature: names of input and outputs.
+        exact_norms: see `with_exact_norms`; what leaves in a package has them.
 
     Returns:
         The file's bytes, weights inside; the same for the same network, without stack traces or paths.
@@ -199,7 +188,9 @@ def to_onnx(network: nn.Module, sizes: Sizes, signature: Signature) -> bytes:
         raise UserError(f"ONNX export: torch {torch.__version__} cannot export it ({_last_line(error)}).") from error
     if program is None:
         raise UserError(f"ONNX export: torch {torch.__version__} returned no program for this network.")
-    model = with_exact_norms(clean(program.model_proto))
+    model = clean(program.model_proto)
+    if exact_norms:
+        model = with_exact_norms(model)
     onnx.checker.check_model(model, full_check=True)
     traced = model.graph.input[0].type.tensor_type.shape.dim
     sides = zip(signature.inputs[0].shape, traced, strict=True)

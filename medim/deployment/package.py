@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from medim.deployment.card import CARD, parse_card
 from medim.deployment.contract import (
@@ -16,15 +14,17 @@ from medim.deployment.contract import (
     NOT_REPORTED,
     SCORE_MAP,
     SCORE_MAP_GOLDEN,
+    STATISTICS,
     WEIGHTS,
     Contract,
     PackageError,
-    Signature,
     parse,
 )
 from medim.deployment.golden import Golden
+from medim.deployment.guard import Reference
 from medim.deployment.inference import Network, Run
 from medim.deployment.integrity import COPY_AGAIN, SUMS, Seal, checked, verified, write_sums
+from medim.deployment.session import Session, session
 from medim.types import Array, UserError, Volume
 
 __all__ = ["Check", "Package", "PackageError", "load_package", "session", "verify", "write_sums"]
@@ -74,15 +74,28 @@ class Package:
         return self.seal.sha256
 
     @functools.cached_property
-    def run(self) -> Run:
+    def run(self) -> Session:
         """The network under ONNX Runtime, on the CPU; the first output of the signature for an input inside it."""
         return session(self.read(GRAPH), self.contract.signature)
 
     @functools.cached_property
-    def score_map(self) -> Run | None:
+    def score_map(self) -> Session | None:
         """The mutual-information map under ONNX Runtime; None where the package holds none."""
         found = self.contract.score_map
         return session(self.read(SCORE_MAP), found.signature, name=SCORE_MAP) if found else None
+
+    @functools.cached_property
+    def reference(self) -> Reference | None:
+        """What the out-of-distribution guard compares with; None where the package holds none."""
+        if self.contract.reference is None:
+            return None
+        try:
+            reference = Reference.parse(self.read(STATISTICS))
+            if (found := len(reference.parts["features"].mean)) != self.contract.signature.outputs[-1].shape[1]:
+                raise ValueError(f"{found} features")
+        except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+            raise PackageError(f"{self.folder / STATISTICS}: cannot be read ({error}). {COPY_AGAIN}") from error
+        return reference
 
     @functools.cached_property
     def network(self) -> Network:
@@ -98,6 +111,8 @@ class Package:
             preprocessing=contract.preprocess,
             inference=contract.inference,
             score_map=self._run_score_map if contract.score_map else None,
+            both=self.run.both,
+            reference=self.reference,
         )
 
     def _run_score_map(self, image: Array) -> Array:
@@ -130,6 +145,8 @@ def load_package(path: str | Path, *, trust: Path | None = None) -> Package:
     seal.check_signer(contract.signed_by, folder)
     if contract.architecture.get("sha256") != seal.sums[WEIGHTS]:
         raise PackageError(f"{folder / WEIGHTS}: not the weights that medim.json names. {COPY_AGAIN}")
+    if contract.reference and STATISTICS not in seal.sums:
+        raise PackageError(f"{folder}: expected {STATISTICS} too. {COPY_AGAIN}")
     if contract.score_map and not {SCORE_MAP, SCORE_MAP_GOLDEN} <= seal.sums.keys():
         raise PackageError(f"{folder}: expected {SCORE_MAP} and {SCORE_MAP_GOLDEN} too. {COPY_AGAIN}")
     return Package(folder, contract, seal)
@@ -158,6 +175,8 @@ def verify(path: str | Path, *, trust: Path | None = None) -> list[Check]:
     run, score_map = package.run, package.score_map
     checks.append(Check("network", "pass", "inputs and outputs are those of the signature"))
     checks.append(_golden(package, "golden", GOLDEN, run))
+    if package.reference is not None:
+        checks.append(Check("out-of-distribution guard", "pass", str(package.contract.reference)))
     if score_map is not None:
         checks.append(_golden(package, "score map", SCORE_MAP_GOLDEN, score_map))
     return checks
@@ -189,41 +208,3 @@ def _golden(package: Package, name: str, file: str, run: Run) -> Check:
             f"{package.folder}: the golden input gives another answer than at export: {difference}. {COPY_AGAIN}"
         )
     return Check(name, "pass", str(difference))
-
-
-def session(graph: bytes, signature: Signature, *, name: str = GRAPH, threads: int = 2) -> Run:
-    """A network under ONNX Runtime (CPU).
-
-    Args:
-        graph: the bytes of an ONNX file that carries its own weights.
-        signature: its inputs and outputs.
-        name: of the file, for errors.
-        threads: that one run may use.
-
-    Raises:
-        PackageError: ONNX Runtime cannot load it, or its inputs and outputs are not those of the signature.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    try:
-        loaded = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions have no common public base
-        raise PackageError(f"{name}: ONNX Runtime {onnxruntime.__version__} cannot load it ({error}).") from error
-    have = [[(t.name, len(t.shape)) for t in tensors] for tensors in (loaded.get_inputs(), loaded.get_outputs())]
-    want = [[(t.name, len(t.shape)) for t in tensors] for tensors in (signature.inputs, signature.outputs)]
-    if have != want:
-        raise PackageError(
-            f"{name}: expected inputs and outputs {want} (name, dimensions), got {have}. Export it again."
-        )
-    source, answer = signature.inputs[0].name, signature.outputs[0].name
-
-    def run(image: Array) -> Array:
-        signature.check(image.shape)
-        out: Any = loaded.run([answer], {source: np.ascontiguousarray(image, np.float32)})
-        return np.asarray(out[0])
-
-    return run

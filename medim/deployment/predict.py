@@ -16,6 +16,7 @@ from medim.data.index import AllRejectedError, Index, Record, Rejection, build_i
 from medim.data.readers import ReadError
 from medim.data.records import write_rejections
 from medim.deployment.features import WRITERS
+from medim.deployment.guard import Verdict
 from medim.deployment.inference import Network
 from medim.deployment.masks import classified, sizes, write_map, write_mask
 from medim.deployment.package import Package
@@ -24,7 +25,7 @@ from medim.types import Array, Modality, UsageError, UserError, Volume
 
 SCHEMA_VERSION = 1
 Format = Literal["nifti", "dicom"]
-Writer = Callable[[Path, Index, Record, Volume, Array], dict[str, Any]]  # file without suffix, image, answer: its row
+Writer = Callable[[Path, Index, Record, Volume, Array, Verdict], dict[str, Any]]  # file without suffix, ...: its row
 Inputs = Index | Path | Sequence[Path]
 Progress = Callable[[int, int], None]  # images done, images in all
 
@@ -45,6 +46,7 @@ def predict(
     image's key; `predictions.csv`; `rejected.csv` with a reason for each file that got no answer; `summary.json` last.
     As DICOM, a segmentation (`.seg.dcm`) with a report of its volumes, or a report of probabilities (`.sr.dcm`), which
     hold as much of the patient as the image does. DICOM images are held against the rules of the package first.
+    `ood_score`, `ood` and `ood_by` say how far an image is from those trained on; see `medim.deployment.guard`.
 
     Args:
         package: a segmenter or classifier.
@@ -71,9 +73,10 @@ def predict(
     names = _file_names(index.records)
     rejected: list[Rejection] = [*index.rejected]
     rows = []
-    for record, volume, answer in _answers(package, index, rejected, progress):
+    for record, volume, answer, verdict in _answers(package, index, rejected, progress):
         try:
-            rows.append(write(folder / names[record.image], index, record, volume, answer))
+            row = write(folder / names[record.image], index, record, volume, answer, verdict)
+            rows.append({**row, **verdict.columns})
         except ReadError as error:
             rejected.append(Rejection(record.path, error.reason, error.detail))
     write_rejections(folder / "rejected.csv", rejected)
@@ -99,7 +102,9 @@ def embed_images(
     """Write the features of every image of a source, a row an image.
 
     `.npz` holds `image` (keys), `subject` (pseudonyms) and `features` (N, d) float32; `.csv` and `.parquet` hold
-    columns `image`, `subject`, `f0`, `f1`, ... Files without features stand with their reason in `<out>.rejected.csv`.
+    columns `image`, `subject`, `f0`, `f1`, ...; all hold
+    `ood_score`, `ood` and `ood_by`, see `medim.deployment.guard`. Files without features stand with their reason in
+    `<out>.rejected.csv`.
     With `maps`, each image also gets its mutual-information map on its own grid (see `write_map`), named after the
     image's key, and `maps.csv` a row: image, file, mean, lowest and highest score.
 
@@ -133,9 +138,10 @@ def embed_images(
     index = _index(inputs, network.modality, reasons)
     rejected: list[Rejection] = [*index.rejected]
     names = _file_names(index.records)
-    found, rows = [], []
-    for record, volume, answer in _answers(package, index, rejected, progress):
+    found, verdicts, rows = [], [], []
+    for record, volume, answer, verdict in _answers(package, index, rejected, progress):
         found.append((record, answer))
+        verdicts.append(verdict)
         if maps is not None:
             path, scores = write_map(maps / names[record.image], network.scores(volume), volume)
             rows.append({"image": record.image, "file": path.name, **scores})
@@ -145,7 +151,7 @@ def embed_images(
         raise _all_rejected(index, rejected)
     features = np.stack([answer for _, answer in found]).astype(np.float32)
     images = tuple(record.image for record, _ in found)
-    write_bytes(out, writer(images, tuple(record.subject for record, _ in found), features))
+    write_bytes(out, writer(images, tuple(record.subject for record, _ in found), features, verdicts))
     if maps is not None:
         write_csv(maps / "maps.csv", list(rows[0]), (list(row.values()) for row in rows))
     return images, features
@@ -182,20 +188,20 @@ def _index(inputs: Inputs, modality: Modality, rejected: Path) -> Index:
 
 def _answers(
     package: Package | Network, index: Index, rejected: list[Rejection], progress: Progress | None
-) -> Iterator[tuple[Record, Volume, Array]]:
-    """Each image that can be answered, with its answer; the others join `rejected`."""
+) -> Iterator[tuple[Record, Volume, Array, Verdict]]:
+    """Each image that can be answered, with its answer and how usual it is; the others join `rejected`."""
     network = _network(package)
     for done, record in enumerate(index.records, start=1):
         try:
             if isinstance(package, Package) and (plan := index.plan(record)):
                 package.contract.dicom_in.check(plan)
             volume = index.open(record)
-            answer = network(volume)
+            answer, verdict = network.guarded(volume)
         except UserError as error:
             reason, detail = getattr(error, "reason", "not-for-this-network"), getattr(error, "detail", str(error))
             rejected.append(Rejection(record.path, reason, detail))
         else:
-            yield record, volume, answer
+            yield record, volume, answer, verdict
         if progress is not None:
             progress(done, len(index.records))
 
@@ -222,7 +228,13 @@ def _writer(package: Package | Network, as_: str, *, labelmap: bool) -> Writer:
 
 
 def _write(
-    package: Package | Network, stem: Path, index: Index, record: Record, volume: Volume, answer: Array
+    package: Package | Network,
+    stem: Path,
+    index: Index,
+    record: Record,
+    volume: Volume,
+    answer: Array,
+    verdict: Verdict,
 ) -> dict[str, Any]:
     """Write an answer as NIfTI, PNG or JSON; its row of `predictions.csv`."""
     network = _network(package)
@@ -234,7 +246,7 @@ def _write(
     chosen = {"class": row["class"]} if "class" in row else {}
     probabilities = {label: row[f"probability_{label}"] for label in network.classes}
     content = {"schema_version": SCHEMA_VERSION, "image": record.image, **chosen, "probabilities": probabilities}
-    write_json(path, {**content, "package": _identity(package)})
+    write_json(path, {**content, **verdict.columns, "package": _identity(package)})
     return {"image": record.image, "file": path.name, **row}
 
 

@@ -41,8 +41,12 @@ class Model(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Logits of (N, in_channels, ...) images; see the head for their shape."""
-        features = self.encoder(image)
-        return self.head(features if self.decoder is None else self.decoder(features))
+        return self.logits(self.encoder(image))
+
+    def logits(self, features: Features) -> torch.Tensor:
+        """Logits of the encoder's features."""
+        logits: torch.Tensor = self.head(features if self.decoder is None else self.decoder(features))
+        return logits
 
 
 def as_run(module: nn.Module) -> Callable[[Array], Array]:

@@ -75,11 +75,15 @@ def run_cell(bench: Bench, cell: Cell, multiple: float) -> None:
         StoppedError: SIGTERM came, and the step it came in is saved.
     """
     out = bench.out / cell.folder
+    keep = bench.keep_models or _shown(bench, cell)
     if not bench.done(cell):
         with _quietly():
-            _probe(bench, cell, out) if cell.kind == "probe" else _finetune(bench, cell, out, multiple)
+            if cell.kind == "probe":
+                _probe(bench, cell, out)
+            else:
+                _finetune(bench, cell, out, multiple, reference=keep)
     if cell.kind != "probe":
-        _tidy(out, keep_model=bench.keep_models or _shown(bench, cell))
+        _tidy(out, keep_model=keep)
 
 
 def score_of(bench: Bench, cell: Cell) -> float | None:
@@ -93,7 +97,7 @@ def summary_of(bench: Bench, cell: Cell) -> dict[str, Any]:
     return read_json(bench.out / cell.folder / (PROBE if cell.kind == "probe" else SUMMARY))
 
 
-def _finetune(bench: Bench, cell: Cell, out: Path, multiple: float) -> None:
+def _finetune(bench: Bench, cell: Cell, out: Path, multiple: float, *, reference: bool) -> None:
     assert cell.budget is not None
     budget: dict[str, Any] = {"labelled": cell.budget.labelled, "label_fraction": cell.budget.fraction}
     cohort = bench.cohort
@@ -111,6 +115,7 @@ def _finetune(bench: Bench, cell: Cell, out: Path, multiple: float) -> None:
         accelerator=bench.accelerator,
         cohort=cohort,
         parent_run=bench.parent_run,
+        reference=reference,
         **budget,
     )
 

@@ -28,6 +28,7 @@ from medim.training.head_init import start_head_as_probe
 from medim.training.loaders import StepSampler, step_loader
 from medim.training.monitor import COLUMNS
 from medim.training.optim import optimiser
+from medim.training.reference import write_reference
 from medim.training.sizes import resolve
 from medim.training.targets import blank_target, targets_of, with_head_for
 from medim.training.tracking import check_target, log_results, track
@@ -200,6 +201,7 @@ def finetune(
     strict: bool = False,
     cohort: Cohort | None = None,
     parent_run: str | None = None,
+    reference: bool = True,
 ) -> dict[str, Any]:
     """Fine-tune within a label budget and measure on the validation split.
 
@@ -224,6 +226,7 @@ def finetune(
         strict: refuse where the encoder, or the training split, holds an image or subject of the validation split.
         cohort: what `open_labelled` gave for this index, where several runs share it; `store` is then not looked at.
         parent_run: MLflow's id of the study that this run is a part of.
+        reference: write what the out-of-distribution guard of a package needs, see `medim.training.reference`.
 
     Returns:
         The content of `summary.json`.
@@ -266,6 +269,8 @@ def finetune(
         loader = loader_of(config, cohort, train, spec["classes"], steps=config.max_steps, seed=seed, start=start)
         fit(trainer, module, loader, checkpoint=checkpoint)
         save(out / "model", "model", model.eval(), spec)
+        if reference:
+            write_reference(out / "model", model, cohort, spec)
         write_csv(out / "history.csv", COLUMNS, module.rows)
         before = _unrecorded(encoder) if origin is None else origin
         before.then("finetune", cohort.cases(train)).write(out / "model")

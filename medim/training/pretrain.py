@@ -30,6 +30,7 @@ from medim.training.cohort import Cohort, open_cohort, write_config
 from medim.training.loaders import StepSampler, step_loader
 from medim.training.module import PretrainModule
 from medim.training.monitor import History, verdict
+from medim.training.reference import write_reference
 from medim.training.sizes import resolve
 from medim.training.tracking import check_target, log_results, track
 from medim.training.trainer import fit, make_trainer, newest_checkpoint, peak_memory, versions
@@ -117,6 +118,7 @@ def pretrain(
             trainer.validate(module, held_out_loader, verbose=False)
         _write_encoder(out, module, spec, config)
         history.write(out / "history.csv")
+        write_reference(out / "encoder", module.encoder, cohort, spec)
         Seen().then("pretrain", cohort.cases(train)).write(out / "encoder")
         summary = _summary(config, cohort, history, module, trainer, start)
         summary["seconds"] = time.perf_counter() - began

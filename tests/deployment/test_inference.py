@@ -1,17 +1,25 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 from monai.inferers import sliding_window_inference
 
-from medim.deployment.inference import Network, classify, embed, infer, segment
-from medim.types import Array, UsageError, UserError, Volume
+from medim.deployment.inference import Kind, Network, Run, infer
+from medim.types import Array, Step, UsageError, UserError, Volume
+
+WHOLE = {"mode": "whole"}
 
 
 def volume(array: Array, affine: Array | None = None) -> Volume:
     grid = np.eye(4) if affine is None else affine
     return Volume(array.astype(np.float32), grid, grid, array.shape[1:])
+
+
+def network(kind: Kind, run: Run, steps: Sequence[Step], inference: Step | None = None) -> Network:
+    return Network(run, kind, "mri", 3 if kind == "segmenter" else 2, 1, ("a", "b"), tuple(steps), inference or WHOLE)
 
 
 def threshold(image: Array) -> Array:
@@ -101,7 +109,7 @@ def test_a_segmentation_comes_back_on_the_grid_of_the_image_and_background_where
         {"op": "resample", "spacing": [0.5, 0.5, 1.0]},
         {"op": "normalise", "method": "range"},
     ]
-    labels = segment(threshold, source, steps, {"mode": "whole", "multiple_of": 8})
+    labels = network("segmenter", threshold, steps, WHOLE | {"multiple_of": 8})(source)
     expected = image[0] > 0
     expected[0, 0, 0] = False
     assert labels.dtype == np.uint8
@@ -114,18 +122,19 @@ def test_probabilities_are_the_softmax_of_the_logits() -> None:
     def run(image: Array) -> Array:
         return np.array([[1000.0, 1000.0 + np.log(3.0)]])
 
-    probabilities = classify(run, volume(smooth_image(4, 4)[None]), steps)
+    probabilities = network("classifier", run, steps)(volume(smooth_image(4, 4)[None]))
     np.testing.assert_allclose(probabilities, [0.25, 0.75])
 
 
 def test_an_embedding_is_the_first_row_of_the_summary() -> None:
     image = volume(smooth_image(4, 4)[None])
-    np.testing.assert_allclose(embed(lambda x: x.mean(axis=(2, 3)), image, [{"op": "normalise"}]), [0], atol=1e-6)
+    embed = network("encoder", lambda x: x.mean(axis=(2, 3)), [{"op": "normalise"}])
+    np.testing.assert_allclose(embed(image), [0], atol=1e-6)
 
 
 def test_an_image_of_other_dimensions_or_channels_is_refused() -> None:
-    network = Network(threshold, "segmenter", "mri", 3, 1, ("bright",), (), {"mode": "whole"})
+    segment = network("segmenter", threshold, [])
     with pytest.raises(UserError, match="3D image of 1 channel"):
-        network(volume(np.zeros((1, 4, 4))))
+        segment(volume(np.zeros((1, 4, 4))))
     with pytest.raises(UserError, match="got 3D of 2"):
-        network(volume(np.zeros((2, 4, 4, 4))))
+        segment(volume(np.zeros((2, 4, 4, 4))))

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from medim.deployment.contract import Signature, Symbol, Tensor
-from medim.deployment.onnx import Sizes, Summarised, signature_of, sizes_of, structure, to_onnx
+from medim.deployment.onnx import Sizes, signature_of, sizes_of, structure, to_onnx
 from medim.models.encoders.convnet import ConvNet
 from medim.models.model import build_encoder, build_model
+from medim.models.watched import Watched
 from medim.types import Array, UserError
 from tests.deployment.made import SPECS
 
@@ -100,7 +101,7 @@ def test_an_exported_encoder_takes_every_size_from_its_smallest_on(name: str) ->
     )
     for parameter in encoder.parameters():
         nn.init.normal_(parameter, std=0.3)
-    made = Summarised(encoder.eval()).eval()
+    made = Watched(encoder.eval()).eval()
     sizes = sizes_of(made, (side, side), encoder.strides, 1)
     assert (sizes.minimum, sizes.multiple_of, sizes.fixed) == (smallest, 1, False)
     signature = signature_of(made, sizes, 1, encoder.strides)

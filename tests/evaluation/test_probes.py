@@ -13,7 +13,6 @@ from medim.data.fingerprints import fingerprint
 from medim.data.index import Index, build_index
 from medim.data.seen import Seen
 from medim.data.splits import split
-from medim.deployment.inference import embed
 from medim.evaluation.evaluate import open_encoder
 from medim.evaluation.metrics import classification_metrics
 from medim.evaluation.probes import METRICS, probe, summarise
@@ -137,7 +136,7 @@ def test_features_begin_with_what_embed_gives(run: Path, index: Index, tmp_path:
     network = open_encoder(run)
     splits = split(index)
     parts = {p: [r for r in index.records if splits[r.image] == p] for p in ("train", "val")}
-    rows = {p: np.stack([embed(network.run, index.open(r), network.preprocessing) for r in parts[p]]) for p in parts}
+    rows = {p: np.stack([network(index.open(r)) for r in parts[p]]) for p in parts}
     expected = knn(rows["train"], np.array([int(str(r.label)) for r in parts["train"]]), rows["val"], seed=0)
     probe(run, index, tmp_path / "out", protocol="knn", maps=[], anchors=False)
     table = pq.read_table(tmp_path / "out" / "cases.parquet")

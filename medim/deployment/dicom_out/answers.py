@@ -17,6 +17,7 @@ from medim.deployment.dicom_out.equipment import Equipment
 from medim.deployment.dicom_out.report import probabilities_report, volumes_report
 from medim.deployment.dicom_out.segmentation import read_back, segmentation
 from medim.deployment.dicom_out.source import Source, read_source, unheard
+from medim.deployment.guard import Verdict
 from medim.deployment.masks import classified, sizes, volumes
 from medim.deployment.package import Package
 from medim.files import write_bytes
@@ -52,6 +53,7 @@ def _write(
     record: Record,
     volume: Volume,
     answer: Array,
+    verdict: Verdict,
 ) -> dict[str, Any]:
     plan = index.plan(record)
     if plan is None:

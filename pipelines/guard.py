@@ -1,0 +1,207 @@
+"""What the out-of-distribution guard of a hippocampus network tells apart: a table of docs/results.md.
+
+For each run: AUROC of the score, images of the validation subjects against others, and the part that gets the flag.
+Validation images are judged with limits from the other validation subjects. The same images, moved, are every second
+validation image; boxes are cut at random from whole series, as large (in mm) as these.
+
+    python pipelines/guard.py --data mri-hippocampus --dicom mri-dicom --out studies/guard
+        --runs studies/mri/pretrained-150-0-0 studies/mri/encoder-0 --page docs/results.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from evidence import markdown, write_section
+from sklearn.metrics import roc_auc_score
+from torch import nn
+
+from medim.data.index import Index, build_index
+from medim.data.preprocessing import preprocess
+from medim.data.quality import measure
+from medim.deployment.guard import Reference, Rows, Verdict, Watch, rows_of
+from medim.deployment.inference import infer
+from medim.files import read_json, write_json
+from medim.models.saved import find, load_encoder, load_model
+from medim.models.watched import as_watched_run
+from medim.training.cohort import open_cohort
+from medim.training.reference import fit, rows_of_records
+from medim.types import Array, Volume
+
+BOXES = 24  # of a series
+SERIES = {"FLAIR": "boxes of FLAIR", "T2reg": "boxes of T2", "T1post": "other boxes of T1"}
+
+
+def main() -> None:
+    """Measure every run, write table and figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--dicom", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, nargs="+", required=True)
+    parser.add_argument("--page", type=Path, help="where the table goes, too")
+    arguments = parser.parse_args()
+    index, dicom = build_index(arguments.data, "mri"), build_index(arguments.dicom, "mri")
+    found = {}
+    for run in arguments.runs:
+        kind = find(run)[1]["kind"]
+        file = arguments.out / f"{kind}.json"
+        if not file.is_file():
+            write_json(file, {"schema_version": 1, **measured(run, index, dicom, arguments.out / "store")})
+        found[kind] = read_json(file)
+    table = _table(found)
+    print(table)
+    if arguments.page:
+        write_section(arguments.page, "guard table", table)
+
+
+def measured(run: Path, index: Index, dicom: Index, store: Path) -> dict[str, Any]:
+    """Rates and AUROCs of a run's guard."""
+    spec = find(run)[1]
+    network = load_encoder(run) if spec["kind"] == "encoder" else load_model(run)[0]
+    steps, split_seed = spec["preprocessing"], spec["provenance"]["split_seed"]
+    cohort = open_cohort(index, index.records, steps, split_seed=split_seed, store=store)
+    began = time.perf_counter()
+    train, val = cohort.records("train"), cohort.records("val")
+    rows, others = (list(rows_of_records(network, cohort, records, spec)) for records in (train, val))
+    subjects, people = ([record.subject for record in records] for records in (train, val))
+    reference = fit(rows, subjects, others, people)
+    seconds = time.perf_counter() - began
+    usual = _left_out(rows, subjects, others, people)
+    flagged = {person for person, verdict in zip(people, usual, strict=True) if verdict.ood}
+    sets: dict[str, Any] = {}
+    for name, volumes in _others(index, dicom, [record.image for record in val][::2]):
+        verdicts, features = [], []
+        for volume in volumes:
+            row = _rows(volume, network, spec)
+            verdicts.append(reference.judge(row))
+            features.append(_features(reference, row))
+        sets[name] = _against(usual, verdicts) | {
+            "features_alone": _auroc([_features(reference, r) for r in others], features)
+        }
+        print(spec["kind"], name, sets[name], flush=True)
+    return {
+        "reference": {
+            **reference.counts,
+            "method": reference.method,
+            "bytes": len(reference.dump()),
+            "seconds": seconds,
+        },
+        "false_alarms": {
+            "images": float(np.mean([verdict.ood for verdict in usual])),
+            "subjects": len(flagged),
+            "of_the_splits_own_limits": float(np.mean([reference.judge(row).ood for row in others])),
+        },
+        "others": sets,
+    }
+
+
+def _left_out(
+    rows: Sequence[Rows], subjects: Sequence[str], others: Sequence[Rows], people: Sequence[str]
+) -> list[Verdict]:
+    """Each validation image, judged with limits from the other validation subjects."""
+    references: dict[str, Reference] = {}
+    for person in set(people):
+        kept = [place for place, other in enumerate(people) if other != person]
+        references[person] = fit(rows, subjects, [others[i] for i in kept], [people[i] for i in kept])
+    return [references[person].judge(row) for person, row in zip(people, others, strict=True)]
+
+
+def _rows(volume: Volume, network: nn.Module, spec: dict[str, Any]) -> Rows:
+    watch, processed = Watch(as_watched_run(network)), preprocess(volume, spec["preprocessing"])
+    infer(watch, processed, spec["inference"])
+    return rows_of(measure(volume), processed, watch.watched)
+
+
+def _features(reference: Reference, row: Rows) -> float:
+    return float(reference.parts["features"].distance(row["features"][None])[0])
+
+
+def _against(usual: Sequence[Verdict], others: Sequence[Verdict]) -> dict[str, Any]:
+    scores = [[float(verdict.score or 0) for verdict in verdicts] for verdicts in (usual, others)]
+    return {
+        "images": len(others),
+        "auroc": _auroc(*scores),
+        "flagged": float(np.mean([verdict.ood for verdict in others])),
+        "median_score": float(np.median(scores[1])),
+    }
+
+
+def _auroc(usual: Sequence[float], others: Sequence[float]) -> float:
+    return float(roc_auc_score([0] * len(usual) + [1] * len(others), [*usual, *others]))
+
+
+def _others(index: Index, dicom: Index, images: Sequence[str]) -> Iterator[tuple[str, list[Volume]]]:
+    """Images that are not like those trained on, by what they are."""
+    volumes = [index.open(record) for record in index.records if record.image in set(images)]
+    rng = np.random.default_rng(0)
+    sizes = [np.multiply(volume.shape, volume.spacing) for volume in volumes]
+    for record in dicom.records:
+        for part, name in SERIES.items():
+            if part in record.image:
+                yield name, _boxes(dicom.open(record), sizes, rng)
+    for name, move in _moves(rng).items():
+        yield name, [move(volume) for volume in volumes]
+    crops = [dicom.open(record) for record in dicom.records if "HCropVolume" in record.image]
+    yield "T1 hippocampus crops of another hospital", crops
+
+
+def _moves(rng: np.random.Generator) -> dict[str, Callable[[Volume], Volume]]:
+    """What is done to validation images."""
+    moves: dict[str, Callable[[Volume], Volume]] = {
+        "noise": lambda v: v.with_array(rng.normal(v.array.mean(), v.array.std(), v.array.shape).astype(np.float32)),
+        "inverted": lambda v: v.with_array(v.array.max() - v.array),
+    }
+    for axis, name in enumerate(("left and right", "front and back", "up and down"), start=1):
+        moves[f"flipped {name}"] = lambda v, axis=axis: v.with_array(np.flip(v.array, axis).copy())
+    moves["two axes exchanged"] = lambda v: v.with_array(v.array.transpose(0, 1, 3, 2).copy())
+    for factor in ((0.5,) * 3, (0.8,) * 3, (1.25,) * 3, (1.5,) * 3, (1.0, 1.0, 2.0)):
+        text = " x ".join(f"{f:g}" for f in factor) if len(set(factor)) > 1 else f"{factor[0]:g}"
+        moves[f"header says spacing x {text}"] = lambda v, factor=factor: _spaced(v, factor)
+    return moves
+
+
+def _spaced(volume: Volume, factor: Sequence[float]) -> Volume:
+    affine = volume.affine @ np.diag([*factor, 1.0])
+    return Volume(volume.array, affine, affine, volume.native_shape)
+
+
+def _boxes(volume: Volume, sizes: Sequence[Array], rng: np.random.Generator) -> list[Volume]:
+    """Boxes of a series that are at least half head."""
+    bright = volume.array > 0.15 * np.percentile(volume.array, 99)
+    boxes: list[Volume] = []
+    while len(boxes) < BOXES:
+        shape = np.minimum(np.rint(sizes[len(boxes) % len(sizes)] / volume.spacing), volume.shape).astype(int)
+        start = rng.integers(0, np.subtract(volume.shape, shape) + 1)
+        box = (slice(None), *(slice(a, a + n) for a, n in zip(start, shape, strict=True)))
+        if bright[box].mean() < 0.5:
+            continue
+        affine = volume.affine.copy()
+        affine[:3, 3] += affine[:3, :3] @ start
+        boxes.append(Volume(volume.array[box].copy(), affine, affine, tuple(shape.tolist())))
+    return boxes
+
+
+def _table(found: dict[str, dict[str, Any]]) -> str:
+    first, *_ = found.values()
+    head, alarms = (
+        ["", "images"],
+        ["*validation images, limits from the others*", str(first["reference"]["held_out_images"])],
+    )
+    rows = [[name, str(other["images"])] for name, other in first["others"].items()]
+    for kind, run in found.items():
+        head += [f"{kind}: AUROC", "features alone", "flagged"]
+        alarms += ["", "", f"{100 * run['false_alarms']['images']:.1f} %"]
+        for row in rows:
+            other = run["others"][row[0]]
+            row += [f"{other['auroc']:.3f}", f"{other['features_alone']:.3f}", f"{100 * other['flagged']:.0f} %"]
+    return markdown(head, [*rows, alarms])
+
+
+if __name__ == "__main__":
+    main()
