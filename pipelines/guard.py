@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,15 +159,19 @@ def _moves(rng: np.random.Generator) -> dict[str, Callable[[Volume], Volume]]:
         "inverted": lambda v: v.with_array(v.array.max() - v.array),
     }
     for axis, name in enumerate(("left and right", "front and back", "up and down"), start=1):
-        moves[f"flipped {name}"] = lambda v, axis=axis: v.with_array(np.flip(v.array, axis).copy())
+        moves[f"flipped {name}"] = partial(_flipped, axis)
     moves["two axes exchanged"] = lambda v: v.with_array(v.array.transpose(0, 1, 3, 2).copy())
     for factor in ((0.5,) * 3, (0.8,) * 3, (1.25,) * 3, (1.5,) * 3, (1.0, 1.0, 2.0)):
         text = " x ".join(f"{f:g}" for f in factor) if len(set(factor)) > 1 else f"{factor[0]:g}"
-        moves[f"header says spacing x {text}"] = lambda v, factor=factor: _spaced(v, factor)
+        moves[f"header says spacing x {text}"] = partial(_spaced, factor)
     return moves
 
 
-def _spaced(volume: Volume, factor: Sequence[float]) -> Volume:
+def _flipped(axis: int, volume: Volume) -> Volume:
+    return volume.with_array(np.flip(volume.array, axis).copy())
+
+
+def _spaced(factor: Sequence[float], volume: Volume) -> Volume:
     affine = volume.affine @ np.diag([*factor, 1.0])
     return Volume(volume.array, affine, affine, volume.native_shape)
 
