@@ -226,7 +226,7 @@ def _inferer(contract: Contract) -> Section:
     if options["mode"] == "whole":
         return {"_target_": "SimpleInferer"}
     windows = {"roi_size": list(options["roi"]), "overlap": options.get("overlap", 0.5), "mode": "gaussian"}
-    return {"_target_": "SlidingWindowInferer", **windows, "sw_batch_size": 1}
+    return {"_target_": "SlidingWindowInferer", **windows, "padding_mode": "replicate", "sw_batch_size": 1}
 
 
 def _after(contract: Contract) -> list[Section]:
