@@ -63,7 +63,7 @@ def measured(preset: str, task: str, modality: Any, *, rounds: int) -> dict[str,
     torch.manual_seed(0)
     config = resolve_config(task, modality, None, preset)
     sides = tuple(config.views.shape)
-    spec = {"kind": task, "encoder": config.encoder, "decoder": config.decoder, "head": config.head}
+    spec: dict[str, Any] = {"kind": task, "encoder": config.encoder, "decoder": config.decoder, "head": config.head}
     spec |= {"in_channels": 1, "out_channels": 3, "spatial_dims": len(sides), "input_shape": list(sides)}
     model: Any = build_model(spec).eval()
     made = Watched(model).eval()
@@ -79,7 +79,7 @@ def measured(preset: str, task: str, modality: Any, *, rounds: int) -> dict[str,
             (folder / file).write_bytes(to_onnx(made, sizes, signature, exact_norms=file == EXACT))
         own, exact = (session((folder / file).read_bytes(), signature, threads=1) for file in (OWN, EXACT))
         run = as_run(model)
-        calls = {
+        calls: dict[str, Callable[[], object]] = {
             "torch": lambda: run(image),
             "exact norms": lambda: exact(image),
             "own norms": lambda: own(image),

@@ -36,7 +36,17 @@ def calibration(pipeline: Callable[[str], Any]) -> Any:
 
 
 @pytest.mark.parametrize(
-    "study", ["xray_pneumonia", "mri_hippocampus", "mri_volume", "dim_stability", "smoke", "mutual_information"]
+    "study",
+    [
+        "xray_pneumonia",
+        "mri_hippocampus",
+        "mri_volume",
+        "dim_stability",
+        "smoke",
+        "mutual_information",
+        "anchors",
+        "study_results",
+    ],
 )
 def test_a_study_is_read_in_a_minute(study: str) -> None:
     assert len((PIPELINES / f"{study}.py").read_text().splitlines()) < 100

@@ -69,7 +69,7 @@ REASONS = {
     "label-off-grid": "The label does not lie on the voxels of its image.",
     "label-unreadable": "An image whose label cannot be read.",
     "derived-label": "A segmentation of a BIDS tree, which is no image.",
-    "not-a-mask": "A mask with values that are no whole numbers from 0 to 255.",
+    "not-a-mask": "A mask with values that are no whole numbers from 0 to 255, or in colours without a palette.",
     "unknown-class": "A mask with a value that has no class.",
     "no-mask": "An image without a mask was asked for one.",
     # networks

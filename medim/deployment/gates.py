@@ -168,5 +168,7 @@ def _dciodvfy(paths: Sequence[Path]) -> Gate:
     for path in paths:
         ran = subprocess.run(["dciodvfy", path.name], cwd=path.parent, capture_output=True, check=False, timeout=60)
         told += (ran.stdout + ran.stderr).decode("utf-8", "replace").splitlines()
+    if not told:  # it names at least what it took the object for
+        return not_run("dciodvfy ended without a word")
     errors = [line for line in told if line.startswith("Error")]
     return gate(len(errors), 0, errors=errors[:5])

@@ -164,7 +164,9 @@ def to_onnx(network: nn.Module, sizes: Sizes, signature: Signature, *, exact_nor
     Raises:
         UserError: torch cannot export this network with these sizes, or fixes a side that should vary.
     """
-    image = torch.zeros(2, int(signature.inputs[0].shape[1]), *sizes.shape)
+    # The tracer takes a side of one cell for a constant.
+    grid = sizes.shape if sizes.fixed else tuple(max(n, 2 * sizes.stride) for n in sizes.shape)
+    image = torch.zeros(2, int(signature.inputs[0].shape[1]), *grid)
     varying: dict[int, Any] = {0: Dim("batch", min=1)}
     if not sizes.fixed:
         for axis, side in enumerate(signature.inputs[0].shape[2:], start=2):

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from medim.cli import app
 from medim.deployment.privacy import machine_words, readable, scan
+from tests.data.synthetic import write_decathlon
 
 
 @pytest.mark.parametrize(
@@ -61,3 +64,24 @@ def test_only_what_can_hold_text_is_read_of_weights_and_archives() -> None:
     (name, text), *_ = readable("golden.npz", buffer.getvalue())
     assert name == "golden.npz/erika.npy"
     assert scan(text, set()) == ["/home/erika/x"]
+
+
+@pytest.mark.slow
+def test_a_segmenter_trained_and_exported_from_a_folder_with_a_name_in_its_path_holds_it_in_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "Mustermann_Erika"
+    data = write_decathlon(site / "data", names=[f"mustermann_{k}" for k in range(6)])
+    monkeypatch.chdir(site)
+    train = ["finetune", "--task", "segmentation", "--modality", "mri", "--data", str(data), "--encoder", "none"]
+    train += ["--set", "max_steps=2", "--set", "batch_size=2", "--set", "encoder.channels=[4, 8, 8]", "--out", "run"]
+    for command in (train, ["export", "run", "--out", str(site / "package")]):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+    files = [path for path in (site / "package").rglob("*") if path.is_file()]
+    assert len(files) >= 16
+    for path in files:
+        content = path.read_bytes()
+        parts = [content, *(part for _, part in readable(path.name, content))]  # archives as they lie, and unpacked
+        for name in (b"mustermann", b"erika", str(tmp_path).encode()):
+            assert not [part for part in parts if name in part.lower()], path.name
