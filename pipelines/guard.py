@@ -2,7 +2,9 @@
 
 For each run: AUROC of the score, images of the validation subjects against others, and the part that gets the flag.
 Validation images are judged with limits from the other validation subjects. The same images, moved, are every second
-validation image; boxes are cut at random from whole series, as large (in mm) as these.
+validation image; boxes are cut at random from whole series, as large (in mm) as these. Beside the score, AUROC of its
+features alone, of the encoder's summary alone, and of the distance to the fifth nearest training image (Sun et al.
+2022, "Out-of-Distribution Detection with Deep Nearest Neighbors").
 
     python pipelines/guard.py --data mri-hippocampus --dicom mri-dicom --out studies/guard
         --runs studies/mri/pretrained-150-0-0 studies/mri/encoder-0 --page docs/results.md
@@ -31,7 +33,7 @@ from medim.files import read_json, write_json
 from medim.models.saved import find, load_encoder, load_model
 from medim.models.watched import as_watched_run
 from medim.training.cohort import open_cohort
-from medim.training.reference import fit, rows_of_records
+from medim.training.reference import fit, normal, rows_of_records
 from medim.types import Array, Volume
 
 BOXES = 24  # of a series
@@ -55,7 +57,7 @@ def main() -> None:
         if not file.is_file():
             write_json(file, {"schema_version": 1, **measured(run, index, dicom, arguments.out / "store")})
         found[kind] = read_json(file)
-    table = _table(found)
+    table = "\n\n".join(_table(kind, run) for kind, run in found.items())
     print(table)
     if arguments.page:
         write_section(arguments.page, "guard table", table)
@@ -75,16 +77,13 @@ def measured(run: Path, index: Index, dicom: Index, store: Path) -> dict[str, An
     seconds = time.perf_counter() - began
     usual = _left_out(rows, subjects, others, people)
     flagged = {person for person, verdict in zip(people, usual, strict=True) if verdict.ood}
+    encoder: Any = getattr(network, "encoder", network)
+    rivals = _rivals(rows, encoder.summary_channels)
     sets: dict[str, Any] = {}
     for name, volumes in _others(index, dicom, [record.image for record in val][::2]):
-        verdicts, features = [], []
-        for volume in volumes:
-            row = _rows(volume, network, spec)
-            verdicts.append(reference.judge(row))
-            features.append(_features(reference, row))
-        sets[name] = _against(usual, verdicts) | {
-            "features_alone": _auroc([_features(reference, r) for r in others], features)
-        }
+        found = [_rows(volume, network, spec) for volume in volumes]
+        sets[name] = _against(usual, [reference.judge(row) for row in found])
+        sets[name] |= {rival: _auroc(distance(others), distance(found)) for rival, distance in rivals.items()}
         print(spec["kind"], name, sets[name], flush=True)
     return {
         "reference": {
@@ -119,8 +118,27 @@ def _rows(volume: Volume, network: nn.Module, spec: dict[str, Any]) -> Rows:
     return rows_of(measure(volume), processed, watch.watched)
 
 
-def _features(reference: Reference, row: Rows) -> float:
-    return float(reference.parts["features"].distance(row["features"][None])[0])
+def _rivals(rows: Sequence[Rows], summary: int) -> dict[str, Callable[[Sequence[Rows]], list[float]]]:
+    """Other scores: a distance of images from the training images."""
+    train = np.stack([row["features"] for row in rows])
+    unit = train / np.linalg.norm(train, axis=1, keepdims=True)
+
+    def mahalanobis(count: int) -> Callable[[Sequence[Rows]], list[float]]:
+        found = normal(train[:, :count], 0)
+        return lambda images: [float(found.distance(row["features"][None, :count])[0]) for row in images]
+
+    def neighbours(images: Sequence[Rows]) -> list[float]:
+        return [float(np.sort(np.linalg.norm(unit - x / np.linalg.norm(x), axis=1))[4]) for x in map(_features, images)]
+
+    return {
+        "features alone": mahalanobis(train.shape[1]),
+        "summary alone": mahalanobis(summary),
+        "neighbours": neighbours,
+    }
+
+
+def _features(row: Rows) -> Array:
+    return row["features"]
 
 
 def _against(usual: Sequence[Verdict], others: Sequence[Verdict]) -> dict[str, Any]:
@@ -155,6 +173,7 @@ def _others(index: Index, dicom: Index, images: Sequence[str]) -> Iterator[tuple
 def _moves(rng: np.random.Generator) -> dict[str, Callable[[Volume], Volume]]:
     """What is done to validation images."""
     moves: dict[str, Callable[[Volume], Volume]] = {
+        "unmoved, to compare": lambda v: v,
         "noise": lambda v: v.with_array(rng.normal(v.array.mean(), v.array.std(), v.array.shape).astype(np.float32)),
         "inverted": lambda v: v.with_array(v.array.max() - v.array),
     }
@@ -192,20 +211,15 @@ def _boxes(volume: Volume, sizes: Sequence[Array], rng: np.random.Generator) -> 
     return boxes
 
 
-def _table(found: dict[str, dict[str, Any]]) -> str:
-    first, *_ = found.values()
-    head, alarms = (
-        ["", "images"],
-        ["*validation images, limits from the others*", str(first["reference"]["held_out_images"])],
-    )
-    rows = [[name, str(other["images"])] for name, other in first["others"].items()]
-    for kind, run in found.items():
-        head += [f"{kind}: AUROC", "features alone", "flagged"]
-        alarms += ["", "", f"{100 * run['false_alarms']['images']:.1f} %"]
-        for row in rows:
-            other = run["others"][row[0]]
-            row += [f"{other['auroc']:.3f}", f"{other['features_alone']:.3f}", f"{100 * other['flagged']:.0f} %"]
-    return markdown(head, [*rows, alarms])
+def _table(kind: str, run: dict[str, Any]) -> str:
+    head = [kind, "images", "AUROC", "features alone", "summary alone", "neighbours", "flagged"]
+    rows = []
+    for name, other in run["others"].items():
+        figures = [f"{other[key]:.3f}" for key in ("auroc", "features alone", "summary alone", "neighbours")]
+        rows.append([name, str(other["images"]), *figures, f"{100 * other['flagged']:.0f} %"])
+    count, alarms = run["reference"]["held_out_images"], run["false_alarms"]["images"]
+    rows.append(["*validation images, limits from the others*", str(count), "", "", "", "", f"{100 * alarms:.1f} %"])
+    return markdown(head, rows)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def comparisons(folder: Path, summary: dict[str, Any]) -> dict[str, Any] | None:
                 pairs[arm, budget] = score(grids[0], drawn), score(grids[1], drawn)
     if not pairs:
         return None
-    found = compare(pairs, limits_of(metric, difference=True))
+    found = [one for family in _families(pairs, summary) for one in compare(family, limits_of(metric, difference=True))]
     saved = _saved(pairs, found, results)
     rows = []
     for one in found:
@@ -70,6 +70,13 @@ def comparisons(folder: Path, summary: dict[str, Any]) -> dict[str, Any] | None:
     arms = dict.fromkeys(one.arm for one in found)
     verdicts = {arm: overall([one for one in found if one.arm == arm]) for arm in arms}
     return {"metric": metric, "resamples": len(drawn.counts) - 1, "overall": verdicts, "rows": rows}
+
+
+def _families(pairs: Pairs, summary: dict[str, Any]) -> list[Pairs]:
+    """What is corrected together: the fine-tuned arms, which a study is about, and the frozen ones beside them."""
+    frozen = {told["name"] for told in summary["arms"] if told["protocol"] == "frozen"}
+    families = [{key: pairs[key] for key in pairs if (key[0] in frozen) == anchors} for anchors in (False, True)]
+    return [family for family in families if family]
 
 
 def _drawn(results: Results) -> Draw:

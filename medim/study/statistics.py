@@ -74,7 +74,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Comparison:
-    """An arm against from-scratch at one budget; `p_corrected` is for all comparisons of the study at once (Holm)."""
+    """An arm against from-scratch at one budget; `p_corrected` is for all that are made with it (Holm)."""
 
     arm: str
     budget: str
@@ -156,7 +156,7 @@ def paired_difference(
 
 
 def compare(pairs: Mapping[tuple[str, str], tuple[Scores, Scores]], limits: Limits = FREE) -> list[Comparison]:
-    """All comparisons of a study, each with p-value and verdict corrected for their number.
+    """Comparisons of a study that are corrected together, each with p-value and verdict.
 
     A budget shows a benefit where Holm's p-value is below 0.05 and the difference above zero, harm where it is below.
 

@@ -333,9 +333,9 @@ def test_another_process_with_another_order_of_sets_exports_the_same_bytes(
 ) -> None:
     for seed in ("1", "2"):
         out = tmp_path / seed
-        command = [sys.executable, "-m", "medim.cli", "export", str(runs["segmenter"]), "--out", str(out)]
+        command = [sys.executable, "-m", "medim.cli", "export", str(runs["encoder"]), "--out", str(out)]
         subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": seed}, check=True, capture_output=True)
-        assert files_of(out) == files_of(packages["segmenter"].folder)
+        assert files_of(out) == files_of(packages["encoder"].folder)
 
 
 @pytest.mark.usefixtures("same_graph", "short_gates")

@@ -8,6 +8,7 @@ from medim.data.seen import describe
 from medim.evaluation.report.page import Banner, Section, Table, many, metric_name, told
 from medim.study.report.leaks import alarm, size_alone
 from medim.study.report.opened import Opened, Row
+from medim.study.report.outcome import PROTOCOLS
 from medim.study.report.text import difference, p_value
 
 NONE = "no evidence of a benefit"
@@ -25,11 +26,15 @@ def verdict(study: Opened) -> Section:
         state = "care"
     text = f"{sentence(best)} " if best["verdict"] == NONE else ""
     headline = "No evidence of a benefit" if best["verdict"] == NONE else sentence(best)
-    text += f"{metric_name(study.metric)}: {difference(best)} against from scratch, {best['difference']['scope']}. "
-    text += f"p {p_value(best['p_corrected'])} after correction for {many(len(study.rows), 'comparison')} (Holm). "
+    protocol = study.protocol(best["arm"])
+    kind = [row for row in study.rows if study.protocol(row["arm"]) == protocol]
+    text += f"{best['arm']}, {metric_name(study.metric)}: {difference(best)} against from scratch, "
+    text += f"{best['difference']['scope']}. p {p_value(best['p_corrected'])} after correction for "
+    text += f"{many(len(kind), 'comparison')} of {PROTOCOLS[protocol]} arms (Holm). "
     arms = list(study.summary["comparisons"]["overall"])
     cells = [(arm, study.summary["comparisons"]["overall"][arm], sentence(study.of_arm(arm))) for arm in arms]
-    note = "Verdicts are corrected for all comparisons of the study at once. No evidence of a benefit is not evidence "
+    note = "Verdicts are corrected for all comparisons of fine-tuned arms at once, and for all of frozen arms. "
+    note += "No evidence of a benefit is not evidence "
     note += "of none: look at the width of the interval."
     return Section(
         "verdict",

@@ -23,7 +23,7 @@ SOURCES = (
 STATISTICS = (
     "mean over runs with a 95 % interval of Student's t whose variance has a part of subjects (cluster bootstrap of "
     "whole subjects), of pretraining seeds and of label subsets; differences paired by seed, subset and subject; "
-    "p-values corrected for all comparisons (Holm)"
+    "p-values corrected for all comparisons of fine-tuned arms, and for all of frozen ones (Holm)"
 )
 
 

@@ -80,8 +80,9 @@ class Opened:
 
     @property
     def best(self) -> Row | None:
-        """The best-supported comparison; see `support`."""
-        return min(self.rows, key=support, default=None)
+        """The best-supported comparison, of a fine-tuned arm where there is one; see `support`."""
+        tuned = [row for row in self.rows if self.protocol(row["arm"]) == "finetune"]
+        return min(tuned or self.rows, key=support, default=None)
 
     def of_arm(self, arm: str) -> Row:
         """The best-supported comparison of an arm, in the terms of its verdict over all budgets."""
@@ -137,7 +138,8 @@ def support(row: Row) -> tuple[Any, ...]:
     """By what comparisons are ranked, the best first.
 
     A benefit before none before harm; labels saved between two numbers, and more than none, before an open end; then
-    the smallest p, and the fewest labels. All verdicts are corrected for all comparisons, so that any may be shown.
+    the smallest p, and the fewest labels. Verdicts are corrected for all comparisons of their kind, so any may be
+    shown.
     """
     worth = (row["labels_saved"] or {}).get("worth")
     ends = [] if worth is None else [worth[end] for end in ("value", "low", "high")]

@@ -20,7 +20,8 @@ def outcome(study: Opened) -> Section:
     measured = sum(run.step is None for run in runs)
     note = (
         "95 % intervals over pretraining seeds, label subsets and subjects, as far as each was drawn more than once. "
-        "Differences are paired by seed, subset and subject. Holm's p-value is corrected for all comparisons here. "
+        "Differences are paired by seed, subset and subject. Holm's p-value is corrected for all comparisons of "
+        "fine-tuned arms, or of frozen ones. "
         "Frozen arms train a probe or a decoder on the encoder as it is; untrained and pixels are anchors."
     )
     return Section(

@@ -36,16 +36,30 @@ weight_decay: 0.01
 
 
 def write_study(
-    folder: Path, effect: float, *, name: str = "cube", budgets: tuple[str, ...] = ("5", "20", "80")
+    folder: Path,
+    effect: float,
+    *,
+    name: str = "cube",
+    budgets: tuple[str, ...] = ("5", "20", "80"),
+    anchor: float | None = None,
 ) -> Path:
-    """A segmentation study of one encoder with two pretraining runs, which does `effect` better than from scratch."""
+    """A segmentation study of one encoder with two pretraining runs, which does `effect` better than from scratch.
+
+    With `anchor`, a frozen arm is in it that does so much better.
+    """
     rng, hard = np.random.default_rng(0), np.random.default_rng(1).normal(0, 0.05, SUBJECTS)
     rows: list[dict[str, Any]] = []
-    for init, gain in (("scratch", 0.0), ("dim", effect)):
+    gains = {"scratch": 0.0, "dim": effect} | ({} if anchor is None else {"anchor": anchor})
+    for init, gain in gains.items():
         for budget in budgets:
             labelled, level = BUDGETS[budget]
             for seed, subset, step in np.ndindex(2, 2, 2):
-                keys = {"init": init, "protocol": "finetune", "pretrain_seed": seed, "subset_seed": subset}
+                keys = {
+                    "init": init,
+                    "protocol": "frozen" if init == "anchor" else "finetune",
+                    "pretrain_seed": seed,
+                    "subset_seed": subset,
+                }
                 keys |= {"budget": budget, "labelled": labelled, "step": 20 if step == 0 else None}
                 values = np.clip(level + gain - 0.1 * (step == 0) + hard + rng.normal(0, 0.01, SUBJECTS), 0, 1)
                 for case, dice in enumerate(values):
@@ -58,6 +72,7 @@ def write_study(
     lines = [f"image{n},s-{n:012x},{'val' if n < SUBJECTS else 'train'},,," for n in range(92)]
     write_text(folder / "splits" / "0.csv", "\n".join(["image,subject,split,label,budget,used", *lines]) + "\n")
     summary = summary_of(name, budgets)
+    summary["arms"] += [{"name": "anchor", "protocol": "frozen", "encoders": ["c" * 64]}] if "anchor" in gains else []
     summary["comparisons"] = comparisons(folder, summary)
     write_json(folder / "summary.json", summary)
     return folder

@@ -72,8 +72,8 @@ def test_a_planted_benefit_is_told_in_labels(html: str) -> None:
     told = re.fullmatch(r"With 5 labels and the encoder you get what (\d+) labels \(.+\) give without\.", headline)
     assert told
     assert 15 <= int(told[1]) <= 27  # from scratch reaches it with 20
-    assert text.startswith("Dice, mean over classes: +0.")
-    assert "3 comparisons (Holm)" in text
+    assert text.startswith("dim, Dice, mean over classes: +0.")
+    assert "3 comparisons of fine-tuned arms (Holm)" in text
 
 
 def test_a_planted_null_is_no_evidence_of_a_benefit(study_of: Study) -> None:
@@ -86,6 +86,12 @@ def test_a_planted_harm_is_told_as_harm(study_of: Study) -> None:
     state, headline, _ = banner(report(study_of(-0.1)).read_text(), "verdict")
     assert state == "bad"
     assert headline.startswith("The encoder does harm: with ")
+
+
+def test_an_anchor_neither_takes_the_headline_nor_costs_the_encoder_its_correction(study_of: Study, html: str) -> None:
+    page = report(study_of(0.1, anchor=0.3)).read_text()
+    assert banner(page, "verdict") == banner(html, "verdict")
+    assert "anchor" in page
 
 
 def test_one_budget_is_told_in_the_metric_because_it_has_no_curve_of_labels(study_of: Study) -> None:
