@@ -108,7 +108,7 @@ def preprocessing(volume: Volume, contract: Contract) -> Gate:
     if native is None:
         return not_run("MONAI has no counterpart of a step")
     parser = ConfigParser({"steps": {"_target_": "Compose", "transforms": native}})
-    image = MetaTensor(torch.from_numpy(volume.array), affine=torch.from_numpy(volume.affine))
+    image = MetaTensor(torch.from_numpy(volume.array.copy()), affine=torch.from_numpy(volume.affine))
     theirs = parser.get_parsed_content("steps")({"image": image})["image"]
     ours = preprocess(volume, contract.preprocess)
     moved = float("inf")
