@@ -26,6 +26,7 @@ from medim.deployment.guard import (
 )
 from medim.deployment.inference import infer
 from medim.files import write_bytes
+from medim.models.model import Model
 from medim.models.watched import as_watched_run
 from medim.training.cohort import Cohort
 from medim.types import Array, UserError
@@ -160,10 +161,16 @@ def rows_of_records(
         records: which.
         spec: the network's.
     """
-    both, figures = as_watched_run(network), cohort.figures()
+    encoder = network.encoder if isinstance(network, Model) else network
+    both, figures = as_watched_run(encoder), cohort.figures()
+
+    def blank(image: Array) -> tuple[Array, Array]:
+        """An empty answer, which costs nothing, and what is watched."""
+        return np.zeros((len(image), 1, *image.shape[2:]), np.float32), both(image)[1]
+
     for record in records:
         image = cohort.store.volume(cohort.keys[record.image])
-        watch = Watch(both)
+        watch = Watch(blank)
         infer(watch, image, spec["inference"])
         yield rows_of(figures[record.image], image, watch.watched)
 
