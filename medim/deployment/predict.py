@@ -102,9 +102,8 @@ def embed_images(
     """Write the features of every image of a source, a row an image.
 
     `.npz` holds `image` (keys), `subject` (pseudonyms) and `features` (N, d) float32; `.csv` and `.parquet` hold
-    columns `image`, `subject`, `f0`, `f1`, ...; all hold
-    `ood_score`, `ood` and `ood_by`, see `medim.deployment.guard`. Files without features stand with their reason in
-    `<out>.rejected.csv`.
+    columns `image`, `subject`, `f0`, `f1`, ...; all hold `ood_score`, `ood` and `ood_by`, see
+    `medim.deployment.guard`. Files without features stand with their reason in `<out>.rejected.csv`.
     With `maps`, each image also gets its mutual-information map on its own grid (see `write_map`), named after the
     image's key, and `maps.csv` a row: image, file, mean, lowest and highest score.
 
