@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from medim.evaluation.sample import Budget
 from medim.study import workers
@@ -35,7 +36,20 @@ def serve_mortal(*given: Any) -> None:
     serve(*given)
 
 
-def test_two_warm_processes_give_the_same_bytes_as_one(run_study: Study, encoders: list[Path], tmp_path: Path) -> None:
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """What each of two processes has on two cores: sums over more threads differ in their last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_two_warm_processes_give_the_same_bytes_as_one(
+    run_study: Study, encoders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "available", lambda: 2)
     for name, jobs in (("one", 1), ("two", 2)):
         summary = run_study(tmp_path / name, jobs=jobs, seeds=1, arms=read_arms([f"dim={encoders[0]}"]))
         assert summary["complete"]
