@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from medim.data.quality import Figures
+from medim.deployment.arrays import arrays_of
 from medim.types import Array, UserError, Volume
 
 SCHEMA_VERSION = 1
@@ -129,11 +130,11 @@ class Reference:
         Raises:
             ValueError: it is not.
         """
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            if file["schema_version"] != SCHEMA_VERSION:
-                raise ValueError(f"schema version {file['schema_version']}")
-            parts = {name: _normal(*(file[f"{name}.{key}"] for key in NORMAL)) for name in PARTS}
-            return cls(parts, {key: int(file[key]) for key in COUNTS}, _method(str(file["method"])))
+        file = arrays_of(data)
+        if file["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"schema version {file['schema_version']}")
+        parts = {name: _normal(*(file[f"{name}.{key}"] for key in NORMAL)) for name in PARTS}
+        return cls(parts, {key: int(file[key]) for key in COUNTS}, _method(str(file["method"])))
 
 
 def _method(text: str) -> Method:
