@@ -23,6 +23,7 @@ from medim.types import Array, UserError, Volume
 SCHEMA_VERSION = 1
 REFERENCE = "reference.npz"  # beside a run's weights, and under models/ in a package
 FALSE_ALARMS = 0.05  # part of the images of fresh subjects that get the flag
+MOST_WINDOWS = 16  # of an image whose features are looked at
 PARTS = ("features", "intensities", "geometry")
 NORMAL = ("mean", "scale", "precision", "limit")  # what is stored of a part
 COUNTS = ("images", "subjects", "held_out_images", "held_out_subjects")
@@ -172,8 +173,13 @@ class Watch:
 
     @property
     def watched(self) -> Array:
-        """The mean over all windows so far: (F,)."""
-        return np.asarray(np.mean(self._seen, axis=0))
+        """The mean over the windows so far that are `drawn`: (F,)."""
+        return np.asarray(np.mean([self._seen[place] for place in drawn(len(self._seen))], axis=0))
+
+
+def drawn(count: int) -> list[int]:
+    """Which of so many windows are looked at, in training and for an answer alike: at most `MOST_WINDOWS`, by a seed."""
+    return sorted(np.random.default_rng(0).permutation(count)[:MOST_WINDOWS].tolist())
 
 
 def rows_of(figures: Figures, processed: Volume, watched: Array) -> Rows:
