@@ -17,7 +17,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import venv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,6 +36,14 @@ SERIES = {
 XRAYS = ("xray-dicom/cr_jpeg_baseline.dcm", "xray-dicom/test1.dcm", "xray-dicom/test2.dcm", "xray-dicom/test3.dcm")
 MONOCHROME1 = "dicom-formats/RG3_J2KI.dcm"
 RIBS = "xray-dicom/test4.dcm"
+WATCH = """
+import json, os, sys, time
+began = time.perf_counter()
+child = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, 2, 1)])
+_, status, usage = os.wait4(child, 0)
+seconds, peak = time.perf_counter() - began, usage.ru_maxrss / 1000
+print(json.dumps({"exit": os.waitstatus_to_exitcode(status), "seconds": round(seconds, 2), "peak_mb": round(peak)}))
+"""  # a small process of its own: what forks a large one passes its peak on
 RULES = {"body_part": ["CHEST", "EXTREMITY"]}  # RG3_J2KI is an EXTREMITY, test4 a RIBCAGE
 
 
@@ -51,14 +58,14 @@ def main() -> None:
     data, work = arguments.data.resolve(), arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     binaries = light_install(work)
-    runs = trained(work, data, steps=arguments.steps)
+    runs = {name: trained(work, data, name, steps=arguments.steps) for name in ("segmenter", "classifier")}
     packages = {name: packed(work, name, run) for name, run in runs.items()}
     found = {
         "schema_version": 1,
         "torch_imports": (
             subprocess.run([binaries / "python", "-c", "import torch"], capture_output=True, check=False).returncode == 0
         ),
-        "megabytes": sum(p.stat().st_size for p in binaries.parent.rglob("*") if p.is_file()) // 10**6,
+        "megabytes": installed(binaries.parent),
         "segmenter": {
             name: segmented(binaries, packages["segmenter"], runs["segmenter"], data / place, work / "masks" / str(n))
             for n, (name, place) in enumerate(SERIES.items())
@@ -83,20 +90,28 @@ def light_install(work: Path) -> Path:
     return binaries
 
 
-def trained(work: Path, data: Path, *, steps: int) -> dict[str, Path]:
-    """Runs of a segmenter and a classifier, small ones."""
-    least = ["--set", f"max_steps={steps}", "--set", "precision=32-true"]  # bfloat16 is slow where a CPU has none
-    tasks = {
+def installed(folder: Path) -> dict[str, int]:
+    """What an environment holds, in MB: in all, and without pip and the byte code that Python writes."""
+    files = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink()}
+    own = {path for path in files if not {"pip", "__pycache__"} & set(path.parts)}
+    return {"all": sum(files.values()) // 10**6, "packages": sum(files[path] for path in own) // 10**6}
+
+
+def trained(work: Path, data: Path, name: str, *, steps: int) -> Path:
+    """The run of a small segmenter or classifier."""
+    kinds = {
         "segmenter": ["segmentation", "mri", "mri-crop-segmentation", data / "mri-hippocampus"],
         "classifier": ["classification", "xray", "xray-28-classification", data / "xray-pneumonia/pneumoniamnist.npz"],
     }
-    for name, (task, modality, preset, source) in tasks.items():
-        out = work / f"{name}-run"
-        if not (out / "summary.json").is_file():
-            command = ["finetune", "--task", task, "--modality", modality, "--config", preset, "--data", source]
-            budget = ["--label-fraction", "0.1"] if name == "classifier" else []
-            _run([sys.executable, "-m", "medim.cli", *command, *budget, *least, "--overwrite", "--out", out], work)
-    return {name: work / f"{name}-run" for name in tasks}
+    out = work / f"{name}-run"
+    if not (out / "summary.json").is_file():
+        task, modality, preset, source = kinds[name]
+        command = ["finetune", "--task", task, "--modality", modality, "--config", preset, "--data", source]
+        command += ["--label-fraction", "0.1"] if name == "classifier" else []
+        command += ["--set", f"max_steps={steps}", "--set", "lr=4e-3"]
+        command += ["--set", "precision=32-true"]  # bfloat16 is slow where a CPU has none
+        _run([sys.executable, "-m", "medim.cli", *command, "--overwrite", "--out", out], work)
+    return out
 
 
 def packed(work: Path, name: str, run: Path) -> Path:
@@ -168,16 +183,12 @@ def alone(
     """`medim predict` in a network namespace of its own: exit code, seconds, and the peak of memory."""
     command = [*namespace(), binaries / "medim", "predict", package, *inputs, "--as", as_, "--overwrite", "--out", out]
     out.parent.mkdir(parents=True, exist_ok=True)
-    with (out.parent / f"{out.name}.log").open("w+") as log:
-        began = time.perf_counter()
-        process = subprocess.Popen(list(map(str, command)), cwd=out.parent, env=clean(), stdout=log, stderr=log)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds, ended = time.perf_counter() - began, os.waitstatus_to_exitcode(status)
-        process.returncode = ended
-        if ended != code:
-            log.seek(0)
-            raise SystemExit(f"{command}: expected exit {code}, got {ended}\n{log.read()[-3000:]}")
-    return {"exit": ended, "seconds": round(seconds, 2), "peak_mb": round(usage.ru_maxrss / 1000)}
+    watched = [sys.executable, "-S", "-c", WATCH, *map(str, command)]
+    ran = subprocess.run(watched, cwd=out.parent, env=clean(), capture_output=True, text=True, check=False)
+    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    if found["exit"] != code:
+        raise SystemExit(f"{command}: expected exit {code}, got {found['exit']}\n{ran.stderr[-3000:]}")
+    return found
 
 
 def namespace() -> list[str]:
