@@ -63,7 +63,8 @@ def main() -> None:
     found = {
         "schema_version": 1,
         "torch_imports": (
-            subprocess.run([binaries / "python", "-c", "import torch"], capture_output=True, check=False).returncode == 0
+            subprocess.run([binaries / "python", "-c", "import torch"], capture_output=True, check=False).returncode
+            == 0
         ),
         "megabytes": installed(binaries.parent),
         "segmenter": {
@@ -133,7 +134,8 @@ def segmented(binaries: Path, package: Path, run: Path, series: Path, out: Path)
     cost = alone(binaries, package, [series], out / "light", as_="nifti")
     predict(open_network(run)[0], series, out / "torch", overwrite=True)
     (light,), (torch,) = (
-        [np.asarray(nibabel.load(path).dataobj) for path in (out / name).glob("*.nii.gz")] for name in ("light", "torch")
+        [np.asarray(nibabel.Nifti1Image.from_filename(path).dataobj) for path in (out / name).glob("*.nii.gz")]
+        for name in ("light", "torch")
     )
     found: dict[str, Any] = {"shape": list(light.shape), **cost, "voxels": light.size}
     found["differ"] = int((light != torch).sum())

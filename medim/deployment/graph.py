@@ -18,8 +18,7 @@ _OP, _ATTRIBUTE, _DOMAIN = 4, 5, 7
 _VALUE_GRAPHS, _VALUE_TENSORS, _VALUE_SPARSE = {6, 11}, {5, 10}, {22, 23}
 _EXTERNAL, _LOCATION = 13, 14
 
-OPERATORS = frozenset(  # arithmetic on tensors alone: no loops, no strings, no files, no chance
-    """
+_NAMES = """
     Abs Add And ArgMax ArgMin AveragePool BatchNormalization Cast CastLike Ceil Celu Clip Concat Constant
     ConstantOfShape Conv ConvTranspose Cos CumSum DepthToSpace Div Dropout Einsum Elu Equal Erf Exp Expand EyeLike
     Flatten Floor Gather GatherElements GatherND Gelu Gemm GlobalAveragePool GlobalMaxPool Greater GreaterOrEqual
@@ -29,8 +28,8 @@ OPERATORS = frozenset(  # arithmetic on tensors alone: no loops, no strings, no 
     ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape Resize Round ScatterElements
     ScatterND Selu Shape Sigmoid Sign Sin Size Slice Softmax Softplus Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum
     Tanh ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze Where Xor
-    """.split()
-)
+"""
+OPERATORS = frozenset(_NAMES.split())  # arithmetic on tensors alone: no loops, no strings, no files, no chance
 
 
 def check_graph(data: bytes, name: str) -> None:
@@ -45,7 +44,9 @@ def check_graph(data: bytes, name: str) -> None:
             than ONNX's, has functions of its own, or weights in another file.
     """
     if len(data) >= LARGEST:
-        raise PackageError(f"{name}: expected a graph below {LARGEST >> 30} GiB, got {len(data)} bytes. Export it again.")
+        raise PackageError(
+            f"{name}: expected a graph below {LARGEST >> 30} GiB, got {len(data)} bytes. Export it again."
+        )
     try:
         _model(memoryview(data), name)
     except (IndexError, UnicodeDecodeError, ValueError) as error:

@@ -178,7 +178,7 @@ class Watch:
 
 
 def drawn(count: int) -> list[int]:
-    """Which of so many windows are looked at, in training and for an answer alike: at most `MOST_WINDOWS`, by a seed."""
+    """Which of so many windows are looked at, the same in training and for an answer: at most `MOST_WINDOWS`."""
     return sorted(np.random.default_rng(0).permutation(count)[:MOST_WINDOWS].tolist())
 
 

@@ -135,7 +135,7 @@ def _compare(folder: Path, files: set[str], sums: dict[str, str]) -> None:
 
 def _files(folder: Path) -> set[str]:
     """Relative paths of the files below a folder but its seal; nothing but plain files and folders is allowed."""
-    found = set()
+    found: set[str] = set()
     for place, folders, files in os.walk(folder):
         for name in [*folders, *files]:
             path = Path(place) / name

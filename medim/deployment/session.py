@@ -55,7 +55,8 @@ def session(graph: bytes, signature: Signature, *, name: str = GRAPH, threads: i
         threads: that one run may use.
 
     Raises:
-        PackageError: it holds more than arithmetic (see `check_graph`), ONNX Runtime cannot load it, or its inputs and outputs are not those of the signature.
+        PackageError: it holds more than arithmetic (see `check_graph`), ONNX Runtime cannot load it, or its inputs and
+            outputs are not those of the signature.
     """
     import onnxruntime
 

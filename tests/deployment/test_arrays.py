@@ -56,7 +56,7 @@ def test_a_header_that_claims_other_bytes_than_there_are_is_refused_before_room_
 
 def test_a_header_of_megabytes_is_refused() -> None:
     text = b"{" + b" " * 60000 + b"}\n"
-    with pytest.raises(ValueError, match="[Hh]eader"):
+    with pytest.raises(ValueError, match=r"[Hh]eader"):
         arrays_of(packed(image=b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text))
 
 

@@ -160,7 +160,7 @@ class Apart:
         if min(count, rows, columns) < 0 or count * rows * columns > self.limits.voxels:
             raise ValueError("a shape that nobody asked for")
         frames = np.empty((count, rows, columns), np.float32)
-        _fill(process.stdout, memoryview(frames.reshape(-1).view(np.uint8)))
+        _fill(process.stdout, frames.reshape(-1).view(np.uint8).data)
         return frames
 
 
