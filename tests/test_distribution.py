@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 import venv
@@ -15,9 +16,11 @@ import pytest
 
 import medim
 from medim.deployment.export import export
+from tests.deployment.checkers import dciodvfy_errors
 from tests.deployment.made import make_run, make_run_with_critic
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+MEASURED = runpy.run_path(str(REPOSITORY / "benchmarks" / "light_install.py"))
 pytestmark = pytest.mark.slow
 
 
@@ -121,6 +124,46 @@ def test_the_light_install_verifies_a_package_and_predicts_and_embeds_with_it(
     run(light / "medim", "embed", "encoder", "picture.npy", "--out", "features.csv", "--map", "maps", cwd=tmp_path)
     assert len((tmp_path / "features.csv").read_text().splitlines()) == 2
     assert len((tmp_path / "maps" / "maps.csv").read_text().splitlines()) == 2
+
+
+def without_network() -> None:
+    try:
+        MEASURED["namespace"]()
+    except SystemExit as error:
+        pytest.skip(str(error))
+
+
+def test_a_segmenter_answers_without_torch_and_network_as_it_does_under_torch(
+    light: Path, shared_data: Path, tmp_path: Path
+) -> None:
+    without_network()
+    trained = MEASURED["trained"](tmp_path, shared_data, "segmenter", steps=30)
+    package = MEASURED["packed"](tmp_path, "segmenter", trained)
+    for number, (name, place) in enumerate(MEASURED["SERIES"].items()):
+        found = MEASURED["segmented"](light, package, trained, shared_data / place, tmp_path / str(number))
+        assert found["exit"] == 0
+        if name.startswith("HCropVolume"):
+            assert min(found["voxels_1"], found["voxels_2"]) > 100
+            assert min(found["dice_1"], found["dice_2"]) >= 0.9999
+        assert found["differ"] <= 1e-5 * found["voxels"], name
+
+
+def test_a_classifier_answers_x_rays_there_too_and_refuses_what_it_is_not_for(
+    light: Path, shared_data: Path, tmp_path: Path
+) -> None:
+    without_network()
+    trained = make_run(tmp_path / "classifier-run", "classifier")
+    package = MEASURED["packed"](tmp_path, "classifier", trained)
+    found = MEASURED["classified"](light, package, trained, shared_data, tmp_path / "classes")
+    assert found["images"] == 5
+    assert found["largest_difference"] < 1e-4
+    assert found["reports"] == ["Comprehensive 3D SR Storage"] * 5
+    assert dciodvfy_errors(*sorted((tmp_path / "classes" / "dicom").glob("*.dcm"))) == []
+    refused = MEASURED["refused"](light, package, shared_data, tmp_path / "refused")
+    assert refused == {
+        "body part": {"exit": 4, "reasons": ["wrong-body-part"]},
+        "modality": {"exit": 4, "reasons": ["wrong-modality"]},
+    }
 
 
 def test_the_wheel_with_the_train_extra_runs_from_outside_the_tree(wheel: Path, tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ class ScoreMap(_Strict):
 class TrainingImages(_Strict):
     """What the statistics in `models/reference.npz` were made of."""
 
+    sha256: Digest = Field(description="of that file")
     images: PositiveInt
     subjects: PositiveInt
     held_out_images: PositiveInt

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -133,9 +133,14 @@ def _reference(run: FinishedRun) -> TrainingImages | None:
         return None
     try:
         found = Reference.parse(run.reference)
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError) as error:
         raise UserError(f"{run.weights.parent / REFERENCE}: cannot be read ({error}). Copy the run again.") from error
-    return TrainingImages(**found.counts, method=found.method, false_alarms=FALSE_ALARMS)
+    return TrainingImages(
+        sha256=hashlib.sha256(run.reference).hexdigest(),
+        **found.counts,
+        method=found.method,
+        false_alarms=FALSE_ALARMS,
+    )
 
 
 def _provenance(content: Mapping[str, Any]) -> dict[str, Any]:

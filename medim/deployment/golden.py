@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from medim.data.preprocessing import preprocess, ras, to_native
+from medim.deployment.arrays import arrays_of
 from medim.deployment.contract import Contract
 from medim.deployment.inference import Run, infer, labels_of
 from medim.types import Array, Step, Volume
@@ -95,10 +96,10 @@ class Golden:
     @classmethod
     def parse(cls, data: bytes) -> Golden:
         """Read what `dump` wrote; nothing is unpickled."""
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            shape = tuple(int(n) for n in file["native_shape"])
-            volume = Volume(file["image"].astype(np.float32), file["affine"], file["native_affine"], shape)
-            return cls(volume, file["logits"], file["labels"])
+        file = arrays_of(data)
+        shape = tuple(int(n) for n in file["native_shape"])
+        volume = Volume(file["image"].astype(np.float32), file["affine"], file["native_affine"], shape)
+        return cls(volume, file["logits"], file["labels"])
 
 
 def phantom(

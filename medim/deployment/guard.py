@@ -17,11 +17,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from medim.data.quality import Figures
+from medim.deployment.arrays import arrays_of
 from medim.types import Array, UserError, Volume
 
 SCHEMA_VERSION = 1
 REFERENCE = "reference.npz"  # beside a run's weights, and under models/ in a package
 FALSE_ALARMS = 0.05  # part of the images of fresh subjects that get the flag
+MOST_WINDOWS = 16  # of an image whose features are looked at
 PARTS = ("features", "intensities", "geometry")
 NORMAL = ("mean", "scale", "precision", "limit")  # what is stored of a part
 COUNTS = ("images", "subjects", "held_out_images", "held_out_subjects")
@@ -129,11 +131,11 @@ class Reference:
         Raises:
             ValueError: it is not.
         """
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            if file["schema_version"] != SCHEMA_VERSION:
-                raise ValueError(f"schema version {file['schema_version']}")
-            parts = {name: _normal(*(file[f"{name}.{key}"] for key in NORMAL)) for name in PARTS}
-            return cls(parts, {key: int(file[key]) for key in COUNTS}, _method(str(file["method"])))
+        file = arrays_of(data)
+        if file["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"schema version {file['schema_version']}")
+        parts = {name: _normal(*(file[f"{name}.{key}"] for key in NORMAL)) for name in PARTS}
+        return cls(parts, {key: int(file[key]) for key in COUNTS}, _method(str(file["method"])))
 
 
 def _method(text: str) -> Method:
@@ -171,8 +173,13 @@ class Watch:
 
     @property
     def watched(self) -> Array:
-        """The mean over all windows so far: (F,)."""
-        return np.asarray(np.mean(self._seen, axis=0))
+        """The mean over the windows so far that are `drawn`: (F,)."""
+        return np.asarray(np.mean([self._seen[place] for place in drawn(len(self._seen))], axis=0))
+
+
+def drawn(count: int) -> list[int]:
+    """Which of so many windows are looked at, the same in training and for an answer: at most `MOST_WINDOWS`."""
+    return sorted(np.random.default_rng(0).permutation(count)[:MOST_WINDOWS].tolist())
 
 
 def rows_of(figures: Figures, processed: Volume, watched: Array) -> Rows:

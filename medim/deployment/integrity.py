@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from medim.deployment.contract import GOLDEN, GRAPH, WEIGHTS, PackageError
+from medim.deployment.graph import LARGEST
 from medim.deployment.signing import as_hex, from_hex, is_signed, private_key, public_key
 from medim.files import sha256, write_bytes, write_text
 
 SUMS, SIGNATURE = "SHA256SUMS", "SHA256SUMS.sig"
+MOST_FILES, LARGEST_SUMS, LARGEST_TEXT = 1000, 1 << 20, 1 << 26  # of a package; bytes of SHA256SUMS, of a JSON file
 COPY_AGAIN = "Copy the package again from where it was exported."
 
 
@@ -64,12 +66,20 @@ def write_sums(folder: Path, *, key: Path | None = None) -> None:
 
 def checked(path: Path, digest: str) -> bytes:
     """The bytes of a file, where they are those of a digest."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise PackageError(f"{path}: could not be read ({error.strerror}). {COPY_AGAIN}") from error
+    data = _read(path, LARGEST_TEXT if path.suffix == ".json" else LARGEST)
     if hashlib.sha256(data).hexdigest() != digest:
         raise PackageError(f"{path}: the file changed since it was verified. {COPY_AGAIN}")
+    return data
+
+
+def _read(path: Path, most: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        raise PackageError(f"{path}: could not be read ({error.strerror}). {COPY_AGAIN}") from error
+    if len(data) > most:
+        raise PackageError(f"{path}: expected at most {most:,} bytes. {COPY_AGAIN}")
     return data
 
 
@@ -93,8 +103,8 @@ def verified(folder: Path, *, trust: Path | None = None) -> Seal:
             f"{folder}: expected a package (a folder with {SUMS} and medim.json), found none. Run `medim export`."
         )
     files = _files(folder)
-    data = (folder / SUMS).read_bytes()
-    signature = (folder / SIGNATURE).read_bytes() if (folder / SIGNATURE).is_file() else None
+    data = _read(folder / SUMS, LARGEST_SUMS)
+    signature = _read(folder / SIGNATURE, LARGEST_SUMS) if (folder / SIGNATURE).is_file() else None
     if key is not None and (signature is None or not is_signed(data, signature, key)):
         raise PackageError(
             f"{folder}: expected {SUMS} to be signed by the key of --trust ({as_hex(key)[:16]}), got "
@@ -125,13 +135,15 @@ def _compare(folder: Path, files: set[str], sums: dict[str, str]) -> None:
 
 def _files(folder: Path) -> set[str]:
     """Relative paths of the files below a folder but its seal; nothing but plain files and folders is allowed."""
-    found = set()
+    found: set[str] = set()
     for place, folders, files in os.walk(folder):
         for name in [*folders, *files]:
             path = Path(place) / name
             mode = path.lstat().st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise PackageError(f"{path}: expected plain files in a package, got a link or device. {COPY_AGAIN}")
+            if len(found) >= MOST_FILES:
+                raise PackageError(f"{folder}: expected at most {MOST_FILES} files in a package. {COPY_AGAIN}")
             if stat.S_ISREG(mode):
                 found.add(path.relative_to(folder).as_posix())
     return found - {SUMS, SIGNATURE}

@@ -14,6 +14,7 @@ import numpy as np
 
 from medim.data.index import AllRejectedError, Index, Record, Rejection, build_index, is_index
 from medim.data.readers import ReadError
+from medim.data.readers.apart import Limits, decoding_apart
 from medim.data.records import write_rejections
 from medim.deployment.features import WRITERS
 from medim.deployment.guard import Verdict
@@ -28,6 +29,7 @@ Format = Literal["nifti", "dicom"]
 Writer = Callable[[Path, Index, Record, Volume, Array, Verdict], dict[str, Any]]  # file without suffix, ...: its row
 Inputs = Index | Path | Sequence[Path]
 Progress = Callable[[int, int], None]  # images done, images in all
+LIMITS = Limits()
 
 
 def predict(
@@ -39,6 +41,7 @@ def predict(
     labelmap: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
+    limits: Limits = LIMITS,
 ) -> list[dict[str, Any]]:
     """Segment or classify every image of a source.
 
@@ -56,6 +59,7 @@ def predict(
         labelmap: write a segmentation as one image of label numbers, which older viewers do not know.
         overwrite: empty `out` first.
         progress: told after each image.
+        limits: of what a DICOM image may cost; it is decoded in a process of its own.
 
     Returns:
         The rows of `predictions.csv`.
@@ -69,16 +73,17 @@ def predict(
         raise UserError("predict: expected a segmenter or classifier, got an encoder. Use `medim embed`.")
     write = _writer(package, as_, labelmap=labelmap)
     folder = fresh_folder(out, overwrite=overwrite)
-    index = _index(inputs, network.modality, folder / "rejected.csv")
-    names = _file_names(index.records)
-    rejected: list[Rejection] = [*index.rejected]
     rows = []
-    for record, volume, answer, verdict in _answers(package, index, rejected, progress):
-        try:
-            row = write(folder / names[record.image], index, record, volume, answer, verdict)
-            rows.append({**row, **verdict.columns})
-        except ReadError as error:
-            rejected.append(Rejection(record.path, error.reason, error.detail))
+    with decoding_apart(limits):
+        index = _index(inputs, network.modality, folder / "rejected.csv")
+        names = _file_names(index.records)
+        rejected: list[Rejection] = [*index.rejected]
+        for record, volume, answer, verdict in _answers(package, index, rejected, progress, limits):
+            try:
+                row = write(folder / names[record.image], index, record, volume, answer, verdict)
+                rows.append({**row, **verdict.columns})
+            except ReadError as error:
+                rejected.append(Rejection(record.path, error.reason, error.detail))
     write_rejections(folder / "rejected.csv", rejected)
     if not rows:
         raise _all_rejected(index, rejected)
@@ -98,6 +103,7 @@ def embed_images(
     maps: Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    limits: Limits = LIMITS,
 ) -> tuple[tuple[str, ...], Array]:
     """Write the features of every image of a source, a row an image.
 
@@ -114,6 +120,7 @@ def embed_images(
         maps: folder for the maps; None writes none.
         overwrite: empty `maps` first.
         progress: told after each image.
+        limits: see `predict`.
 
     Returns:
         Image keys and features (N, d).
@@ -134,16 +141,17 @@ def embed_images(
         network.check_score_map()
         fresh_folder(maps, overwrite=overwrite)
     reasons = out.with_name(f"{out.name}.rejected.csv")
-    index = _index(inputs, network.modality, reasons)
-    rejected: list[Rejection] = [*index.rejected]
-    names = _file_names(index.records)
     found, verdicts, rows = [], [], []
-    for record, volume, answer, verdict in _answers(package, index, rejected, progress):
-        found.append((record, answer))
-        verdicts.append(verdict)
-        if maps is not None:
-            path, scores = write_map(maps / names[record.image], network.scores(volume), volume)
-            rows.append({"image": record.image, "file": path.name, **scores})
+    with decoding_apart(limits):
+        index = _index(inputs, network.modality, reasons)
+        rejected: list[Rejection] = [*index.rejected]
+        names = _file_names(index.records)
+        for record, volume, answer, verdict in _answers(package, index, rejected, progress, limits):
+            found.append((record, answer))
+            verdicts.append(verdict)
+            if maps is not None:
+                path, scores = write_map(maps / names[record.image], network.scores(volume), volume)
+                rows.append({"image": record.image, "file": path.name, **scores})
     if rejected:
         write_rejections(reasons, rejected)
     if not found:
@@ -186,14 +194,16 @@ def _index(inputs: Inputs, modality: Modality, rejected: Path) -> Index:
 
 
 def _answers(
-    package: Package | Network, index: Index, rejected: list[Rejection], progress: Progress | None
+    package: Package | Network, index: Index, rejected: list[Rejection], progress: Progress | None, limits: Limits
 ) -> Iterator[tuple[Record, Volume, Array, Verdict]]:
     """Each image that can be answered, with its answer and how usual it is; the others join `rejected`."""
     network = _network(package)
     for done, record in enumerate(index.records, start=1):
         try:
-            if isinstance(package, Package) and (plan := index.plan(record)):
-                package.contract.dicom_in.check(plan)
+            if (plan := index.plan(record)) is not None:
+                limits.check(plan)
+                if isinstance(package, Package):
+                    package.contract.dicom_in.check(plan)
             volume = index.open(record)
             answer, verdict = network.guarded(volume)
         except UserError as error:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from medim.deployment.contract import GRAPH, PackageError, Signature
+from medim.deployment.graph import check_graph
 from medim.types import Array
 
 
@@ -54,10 +55,12 @@ def session(graph: bytes, signature: Signature, *, name: str = GRAPH, threads: i
         threads: that one run may use.
 
     Raises:
-        PackageError: ONNX Runtime cannot load it, or its inputs and outputs are not those of the signature.
+        PackageError: it holds more than arithmetic (see `check_graph`), ONNX Runtime cannot load it, or its inputs and
+            outputs are not those of the signature.
     """
     import onnxruntime
 
+    check_graph(graph, name)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

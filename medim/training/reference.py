@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from medim.deployment.guard import (
     FALSE_ALARMS,
     PARTS,
     REFERENCE,
+    Both,
     Method,
     Normal,
     Reference,
     Rows,
-    Watch,
+    drawn,
     rows_of,
 )
 from medim.deployment.inference import infer
@@ -29,7 +30,7 @@ from medim.files import write_bytes
 from medim.models.model import Model
 from medim.models.watched import as_watched_run
 from medim.training.cohort import Cohort
-from medim.types import Array, UserError
+from medim.types import Array, Step, UserError, Volume
 
 log = logging.getLogger(__name__)
 MOST_IMAGES = 256  # that are looked at, of the training and of the validation split
@@ -163,16 +164,34 @@ def rows_of_records(
     """
     encoder = network.encoder if isinstance(network, Model) else network
     both, figures = as_watched_run(encoder), cohort.figures()
-
-    def blank(image: Array) -> tuple[Array, Array]:
-        """An empty answer, which costs nothing, and what is watched."""
-        return np.zeros((len(image), 1, *image.shape[2:]), np.float32), both(image)[1]
-
     for record in records:
         image = cohort.store.volume(cohort.keys[record.image])
-        watch = Watch(blank)
-        infer(watch, image, spec["inference"])
-        yield rows_of(figures[record.image], image, watch.watched)
+        yield rows_of(figures[record.image], image, watched_of(both, image, spec["inference"]))
+
+
+def watched_of(both: Both, image: Volume, inference: Step) -> Array:
+    """What `medim.deployment.guard.Watch` would keep of an image; windows that it leaves out are not run.
+
+    Args:
+        both: the network.
+        image: preprocessed.
+        inference: see `medim.deployment.inference.infer`.
+    """
+    chosen = set(drawn(len(_walked(image, inference, lambda place, window: None))))
+    found = _walked(image, inference, lambda place, window: both(window)[1][0] if place in chosen else None)
+    return np.asarray(np.mean([features for features in found if features is not None], axis=0))
+
+
+def _walked(image: Volume, inference: Step, look: Callable[[int, Array], Any]) -> list[Any]:
+    """What `look` gives for each window of an image, by number and voxels; no answer is made of them."""
+    found: list[Any] = []
+
+    def blank(window: Array) -> Array:
+        found.append(look(len(found), window))
+        return np.zeros((len(window), 1, *window.shape[2:]), np.float32)
+
+    infer(blank, image, inference)
+    return found
 
 
 def _spread(records: Sequence[Record]) -> list[Record]:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import getpass
+import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,12 @@ def runs(place: Path) -> dict[str, Path]:
 def packages(place: Path, runs: dict[str, Path]) -> dict[str, Package]:
     codes = {"segmenter": "hippocampus"}
     return {kind: export(run, place / "packages" / kind, labels_schema=codes.get(kind)) for kind, run in runs.items()}
+
+
+@pytest.fixture
+def copy_of(packages: dict[str, Package], tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of a package, of a kind, to be damaged."""
+    return lambda kind: Path(shutil.copytree(packages[kind].folder, tmp_path / kind))
 
 
 @pytest.fixture

@@ -13,11 +13,12 @@ from sklearn.covariance import ledoit_wolf
 from torch import nn
 
 from medim.data.index import Index, build_index
-from medim.deployment.guard import PARTS, REFERENCE, Reference, Rows
+from medim.deployment.guard import MOST_WINDOWS, PARTS, REFERENCE, Reference, Rows, Watch
+from medim.deployment.inference import infer
 from medim.files import write_bytes
 from medim.training.cohort import open_cohort
-from medim.training.reference import fit, limits_of, normal, write_reference
-from medim.types import Array, Features
+from medim.training.reference import fit, limits_of, normal, watched_of, write_reference
+from medim.types import Array, Features, Volume
 
 SPEC = {"inference": {"mode": "whole"}}
 STEPS = [{"op": "normalise"}]
@@ -69,6 +70,23 @@ def test_what_lies_far_off_in_any_one_part_is_flagged_by_that_part() -> None:
         row[part] = row[part] + 50
         verdict = reference.judge(row)
         assert (verdict.ood, verdict.by) == (True, part)
+
+
+@pytest.mark.parametrize(("side", "windows"), [(20, MOST_WINDOWS), (8, 1)])
+def test_training_looks_at_the_windows_that_an_answer_looks_at_and_runs_no_other(side: int, windows: int) -> None:
+    image = Volume(np.random.default_rng(0).random((1, *[side] * 3), np.float32), np.eye(4), np.eye(4), (side,) * 3)
+    inference = {"mode": "sliding", "roi": [8, 8, 8], "overlap": 0.5}
+    calls: list[int] = []
+
+    def both(window: Array) -> tuple[Array, Array]:
+        calls.append(len(window))
+        return window, window.reshape(len(window), -1)[:, :5]
+
+    watch = Watch(both)
+    infer(watch, image, inference)
+    of_answer = len(calls)
+    np.testing.assert_array_equal(watched_of(both, image, inference), watch.watched)
+    assert len(calls) - of_answer == windows <= of_answer
 
 
 def test_a_subject_with_many_images_counts_once() -> None:

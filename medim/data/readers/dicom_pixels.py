@@ -12,6 +12,7 @@ from pydicom.encaps import generate_frames
 from pydicom.pixels.processing import apply_modality_lut
 from pydicom.uid import JPEG2000, JPEG2000Lossless, JPEGLSLossless, JPEGLSNearLossless, RLELossless
 
+from medim.data.readers.apart import APART
 from medim.data.readers.base import ReadError
 from medim.data.readers.dicom_codestreams import check_frame
 from medim.data.readers.dicom_values import quiet
@@ -36,6 +37,11 @@ def frames_of(path: Path) -> Array:
     Raises:
         ReadError: the pixels cannot be decoded.
     """
+    apart = APART.get()
+    return _frames_of(path) if apart is None else apart(path)
+
+
+def _frames_of(path: Path) -> Array:
     with quiet():
         dataset = _parse(path)
         stored = _stored(dataset)

@@ -64,11 +64,11 @@ def _write(
     report = stem.with_name(f"{stem.name}.sr.dcm")
     try:
         if package.contract.kind != "segmenter":
-            save(report, probabilities_report(answer, source, equipment))
+            save(report, probabilities_report(answer, source, equipment, verdict))
             return {"image": record.image, "file": report.name, **classified(package.network, answer)}
         made = answer_in_seg(answer, volume, source, equipment, labelmap=labelmap)
         classes = package.contract.classes
-        told = volumes_report(made, volumes(answer, volume, len(classes)), source, equipment)
+        told = volumes_report(made, volumes(answer, volume, len(classes)), source, equipment, verdict)
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # what highdicom raises for an odd source
         raise ReadError("no-reference", f"its header cannot carry an answer ({type(error).__name__})") from error
     path = stem.with_name(f"{stem.name}.seg.dcm")

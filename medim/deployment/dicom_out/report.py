@@ -7,18 +7,29 @@ from typing import Any
 
 import highdicom
 from highdicom import sr
+from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 
 from medim.deployment.dicom_out.equipment import REPORT_SERIES, Equipment, concept, modifiers
 from medim.deployment.dicom_out.source import Source, unheard
+from medim.deployment.guard import Verdict
 from medim.deployment.labels import Label
 from medim.types import Array, Modality
 
+UNKNOWN = Verdict()
+LARGEST = 1e6  # a score beyond that is told as that
+PRIVATE = "99MEDIM"  # designator of codes that no public scheme has, as PS3.16 section 8 allows
+SCORE = sr.CodedConcept("ood-score", PRIVATE, "Out-of-distribution score")
+FLAG = sr.CodedConcept("ood", PRIVATE, "Unlike the training images")
 PROCEDURES: dict[Modality, Any] = {"mri": codes.LN.MRIUnspecifiedBodyRegion, "xray": codes.LN.XRUnspecifiedBodyRegion}
 
 
 def volumes_report(
-    segmentation: Any, volumes: Sequence[float], source: Source, equipment: Equipment
+    segmentation: Any,
+    volumes: Sequence[float],
+    source: Source,
+    equipment: Equipment,
+    verdict: Verdict = UNKNOWN,
 ) -> sr.Comprehensive3DSR:
     """Report the volume of each segment.
 
@@ -27,6 +38,7 @@ def volumes_report(
         volumes: in mm3, one a label of the contract; in mm2 for a 2D image.
         source: the image that it is a segmentation of.
         equipment: what made it.
+        verdict: of the out-of-distribution guard; a group of its own where there is one.
     """
     name, unit = (codes.SCT.Volume, codes.UCUM.CubicMillimeter)
     if source.plan.affine is None:
@@ -54,21 +66,25 @@ def volumes_report(
                     measurements=[sr.Measurement(name, volume, unit)],
                 )
             )
+        groups += _usual(verdict, source, equipment)
         return _report(groups, [*source.datasets, segmentation], equipment)
 
 
-def probabilities_report(probabilities: Array, source: Source, equipment: Equipment) -> sr.Comprehensive3DSR:
+def probabilities_report(
+    probabilities: Array, source: Source, equipment: Equipment, verdict: Verdict = UNKNOWN
+) -> sr.Comprehensive3DSR:
     """Report the probability of each class, with the operating point at which it is called.
 
     Args:
         probabilities: (K,).
         source: the image.
         equipment: what made it.
+        verdict: see `volumes_report`.
     """
     contract = equipment.contract
     labels = contract.labels or tuple(Label(index=i, name=name) for i, name in enumerate(contract.classes))
     with unheard():
-        images = [sr.SourceImageForMeasurementGroup.from_source_image(image) for image in source.datasets]
+        images = _images(source)
         groups = [
             sr.MeasurementsAndQualitativeEvaluations(
                 tracking_identifier=sr.TrackingIdentifier(highdicom.UID(), label.name),
@@ -80,7 +96,28 @@ def probabilities_report(probabilities: Array, source: Source, equipment: Equipm
             )
             for label, p in zip(labels, probabilities, strict=True)
         ]
+        groups += _usual(verdict, source, equipment)
         return _report(groups, list(source.datasets), equipment)
+
+
+def _usual(verdict: Verdict, source: Source, equipment: Equipment) -> list[Any]:
+    """What the out-of-distribution guard says of the image; nothing where the package has none."""
+    if verdict.score is None:
+        return []
+    score = round(min(verdict.score, LARGEST), 4)
+    return [
+        sr.MeasurementsAndQualitativeEvaluations(
+            tracking_identifier=sr.TrackingIdentifier(highdicom.UID(), "Out-of-distribution guard"),
+            algorithm_id=equipment.reported_algorithm(f"flag: score > 1; by {verdict.by}"),
+            measurements=[sr.Measurement(SCORE, score, codes.UCUM.NoUnits)],
+            qualitative_evaluations=[sr.QualitativeEvaluation(FLAG, codes.SCT.Yes if verdict.ood else codes.SCT.No)],
+            source_images=_images(source),
+        )
+    ]
+
+
+def _images(source: Source) -> list[sr.SourceImageForMeasurementGroup]:
+    return [sr.SourceImageForMeasurementGroup.from_source_image(image) for image in source.datasets]
 
 
 def operating_point(label: Label, equipment: Equipment) -> str:
@@ -115,7 +152,7 @@ def _report(groups: Sequence[Any], evidence: Sequence[Any], equipment: Equipment
         imaging_measurements=groups,
         title=codes.DCM.ImagingMeasurementReport,
     )
-    return sr.Comprehensive3DSR(
+    report = sr.Comprehensive3DSR(
         evidence=evidence,
         content=content[0],
         is_complete=True,
@@ -123,3 +160,7 @@ def _report(groups: Sequence[Any], evidence: Sequence[Any], equipment: Equipment
         is_final=False,
         **equipment.series(REPORT_SERIES),
     )
+    own = Dataset()
+    own.CodingSchemeDesignator, own.CodingSchemeResponsibleOrganization = PRIVATE, "medim"
+    report.CodingSchemeIdentificationSequence = [*report.get("CodingSchemeIdentificationSequence", []), own]
+    return report

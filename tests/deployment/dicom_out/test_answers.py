@@ -15,9 +15,10 @@ from medim.data.index import AllRejectedError, build_index
 from medim.data.readers import ReadError
 from medim.deployment.dicom_out.answers import answer_in_seg, save
 from medim.deployment.dicom_out.equipment import Equipment
-from medim.deployment.dicom_out.report import operating_point, volumes_report
+from medim.deployment.dicom_out.report import operating_point, probabilities_report, volumes_report
 from medim.deployment.dicom_out.segmentation import read_back
 from medim.deployment.dicom_out.source import TYPE_2, Source, read_source
+from medim.deployment.guard import Verdict
 from medim.deployment.inference import Network
 from medim.deployment.labels import Label
 from medim.deployment.masks import volumes
@@ -247,6 +248,43 @@ def test_x_rays_get_a_report_of_probabilities_and_the_operating_point(
             assert group.tracking_identifier == name
         assert (tmp_path / row["file"]).read_bytes().count(b"operating point: probability >= 0.5") == 2
     assert dciodvfy_errors(*(tmp_path / row["file"] for row in rows)) == []
+
+
+@pytest.mark.parametrize(("score", "flag"), [(0.7312, "No"), (2.5, "Yes"), (3e38, "Yes")])
+def test_a_report_carries_the_score_and_the_flag_of_the_guard(
+    score: float, flag: str, shared_data: Path, packages: dict[str, Package], equipment: Equipment, tmp_path: Path
+) -> None:
+    verdict = Verdict(score, "features")
+    volume, source = opened(shared_data / "mri-dicom" / SERIES["crop 1"])
+    labels = levels(volume.array[0], *np.percentile(volume.array, [90, 97]))
+    made = answer_in_seg(labels, volume, source, equipment, labelmap=False)
+    reports = [volumes_report(made, volumes(labels, volume, 2), source, equipment, verdict)]
+    xrays = build_index(shared_data / "xray-dicom" / "test2.dcm", "xray", remember=False)
+    plan = xrays.plan(xrays.records[0])
+    assert plan is not None
+    classifier = Equipment(packages["classifier"].contract, packages["classifier"].sha256)
+    reports.append(probabilities_report(np.array([0.2, 0.8]), read_source(plan), classifier, verdict))
+    for number, report in enumerate(reports):
+        save(tmp_path / f"{number}.sr.dcm", report)
+        found = told(pydicom.dcmread(tmp_path / f"{number}.sr.dcm"))
+        assert found["ood"] == flag
+        assert found["ood-score"] == pytest.approx(min(score, 1e6))
+    assert dciodvfy_errors(*sorted(tmp_path.glob("*.sr.dcm"))) == []
+    silent = told(volumes_report(made, [1.0, 1.0], source, equipment))
+    assert not {"ood", "ood-score"} & silent.keys()
+
+
+def told(item: pydicom.Dataset) -> dict[str, Any]:
+    """Values of a report's private concepts, wherever they stand in its tree."""
+    found: dict[str, Any] = {}
+    for inner in item.get("ContentSequence", []):
+        found |= told(inner)
+        code = inner.ConceptNameCodeSequence[0] if "ConceptNameCodeSequence" in inner else None
+        if code is not None and code.CodingSchemeDesignator == "99MEDIM":
+            number = inner.get("MeasuredValueSequence")
+            value = float(number[0].NumericValue) if number else str(inner.ConceptCodeSequence[0].CodeMeaning)
+            found[str(code.CodeValue)] = value
+    return found
 
 
 def test_an_operating_point_is_what_decides(packages: dict[str, Package]) -> None:

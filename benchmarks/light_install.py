@@ -1,0 +1,223 @@
+"""Claim: in the light install, without PyTorch and without a network, a package answers as PyTorch did in training.
+
+Trains a small hippocampus segmenter and a small X-ray classifier, exports them, puts the wheel alone into a fresh
+environment, and runs its `medim predict` in a network namespace of its own on real DICOM. Printed and written: voxels
+that differ from the torch pipeline and Dice against it, the largest difference of a probability, seconds and peak
+memory of the whole process; and how a wrong body part and a wrong modality end.
+
+    python benchmarks/light_install.py --data ../shared/data --work light-install --out light_install.json
+
+What lies in the folder of `--work` is used again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import venv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pydicom
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SERIES = {
+    "HCropVolume, Study1": "mri-dicom/Study1/13_HCropVolume",
+    "HCropVolume, Study2": "mri-dicom/Study2/14_HCropVolume",
+    "T2": "mri-dicom/Study1/37916-T2reg-88910",
+    "FLAIR": "mri-dicom/Study1/36459-FLAIRreg-76244",
+}
+XRAYS = ("xray-dicom/cr_jpeg_baseline.dcm", "xray-dicom/test1.dcm", "xray-dicom/test2.dcm", "xray-dicom/test3.dcm")
+MONOCHROME1 = "dicom-formats/RG3_J2KI.dcm"
+RIBS = "xray-dicom/test4.dcm"
+WATCH = """
+import json, os, sys, time
+began = time.perf_counter()
+child = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, 2, 1)])
+_, status, usage = os.wait4(child, 0)
+seconds, peak = time.perf_counter() - began, usage.ru_maxrss / 1000
+print(json.dumps({"exit": os.waitstatus_to_exitcode(status), "seconds": round(seconds, 2), "peak_mb": round(peak)}))
+"""  # a small process of its own: what forks a large one passes its peak on
+RULES = {"body_part": ["CHEST", "EXTREMITY"]}  # RG3_J2KI is an EXTREMITY, test4 a RIBCAGE
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("light-install"))
+    parser.add_argument("--out", type=Path, default=Path("light_install.json"))
+    parser.add_argument("--steps", type=int, default=60)
+    arguments = parser.parse_args()
+    data, work = arguments.data.resolve(), arguments.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    binaries = light_install(work)
+    runs = {name: trained(work, data, name, steps=arguments.steps) for name in ("segmenter", "classifier")}
+    packages = {name: packed(work, name, run) for name, run in runs.items()}
+    found = {
+        "schema_version": 1,
+        "torch_imports": (
+            subprocess.run([binaries / "python", "-c", "import torch"], capture_output=True, check=False).returncode
+            == 0
+        ),
+        "megabytes": installed(binaries.parent),
+        "segmenter": {
+            name: segmented(binaries, packages["segmenter"], runs["segmenter"], data / place, work / "masks" / str(n))
+            for n, (name, place) in enumerate(SERIES.items())
+        },
+        "classifier": classified(binaries, packages["classifier"], runs["classifier"], data, work / "classes"),
+        "rejected": refused(binaries, packages["classifier"], data, work / "refused"),
+    }
+    print(json.dumps(found, indent=1))
+    arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def light_install(work: Path) -> Path:
+    """The bin/ of an environment with the wheel of this tree and what it asks for, at the tested versions."""
+    binaries = work / "venv" / "bin"
+    if not (binaries / "medim").is_file():
+        build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", work / "dist", REPOSITORY]
+        _run(build, work)
+        (wheel,) = (work / "dist").glob("medim-*.whl")
+        venv.create(work / "venv", with_pip=True)
+        pip = [binaries / "python", "-m", "pip", "install", "--quiet", "--constraint"]
+        _run([*pip, REPOSITORY / "constraints.txt", wheel], work)
+    return binaries
+
+
+def installed(folder: Path) -> dict[str, int]:
+    """What an environment holds, in MB: in all, and without pip and the byte code that Python writes."""
+    files = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink()}
+    own = {path for path in files if not {"pip", "__pycache__"} & set(path.parts)}
+    return {"all": sum(files.values()) // 10**6, "packages": sum(files[path] for path in own) // 10**6}
+
+
+def trained(work: Path, data: Path, name: str, *, steps: int) -> Path:
+    """The run of a small segmenter or classifier."""
+    kinds = {
+        "segmenter": ["segmentation", "mri", "mri-crop-segmentation", data / "mri-hippocampus"],
+        "classifier": ["classification", "xray", "xray-28-classification", data / "xray-pneumonia/pneumoniamnist.npz"],
+    }
+    out = work / f"{name}-run"
+    if not (out / "summary.json").is_file():
+        task, modality, preset, source = kinds[name]
+        command = ["finetune", "--task", task, "--modality", modality, "--config", preset, "--data", source]
+        command += ["--label-fraction", "0.1"] if name == "classifier" else []
+        command += ["--set", f"max_steps={steps}", "--set", "lr=4e-3"]
+        command += ["--set", "precision=32-true"]  # bfloat16 is slow where a CPU has none
+        _run([sys.executable, "-m", "medim.cli", *command, "--overwrite", "--out", out], work)
+    return out
+
+
+def packed(work: Path, name: str, run: Path) -> Path:
+    """The package of a run."""
+    out = work / f"{name}-package"
+    if not out.is_dir():
+        rules = work / "rules.json"
+        rules.write_text(json.dumps(RULES))
+        options = ["--labels-schema", "hippocampus"] if name == "segmenter" else ["--dicom-in", rules]
+        _run([sys.executable, "-m", "medim.cli", "export", run, *options, "--out", out], work)
+    return out
+
+
+def segmented(binaries: Path, package: Path, run: Path, series: Path, out: Path) -> dict[str, Any]:
+    """A series in the light install against the same run under torch, on the series' own grid."""
+    from medim.deployment.predict import predict
+    from medim.evaluation.evaluate import open_network
+
+    cost = alone(binaries, package, [series], out / "light", as_="nifti")
+    predict(open_network(run)[0], series, out / "torch", overwrite=True)
+    (light,), (torch,) = (
+        [np.asarray(nibabel.Nifti1Image.from_filename(path).dataobj) for path in (out / name).glob("*.nii.gz")]
+        for name in ("light", "torch")
+    )
+    found: dict[str, Any] = {"shape": list(light.shape), **cost, "voxels": light.size}
+    found["differ"] = int((light != torch).sum())
+    for label in sorted({1, 2}):
+        ours, theirs = light == label, torch == label
+        both = int(ours.sum() + theirs.sum())
+        found[f"voxels_{label}"] = int(theirs.sum())
+        found[f"dice_{label}"] = 2 * int((ours & theirs).sum()) / both if both else 1.0
+    found["ood"] = _rows(out / "light" / "predictions.csv")[0]["ood_score"]
+    return found
+
+
+def classified(binaries: Path, package: Path, run: Path, data: Path, out: Path) -> dict[str, Any]:
+    """X-rays, one of them stored inverted, in the light install against torch; and as DICOM reports."""
+    from medim.deployment.predict import predict
+    from medim.evaluation.evaluate import open_network
+
+    files = [data / name for name in (*XRAYS, MONOCHROME1)]
+    cost = alone(binaries, package, files, out / "light", as_="nifti")
+    reports = alone(binaries, package, files, out / "dicom", as_="dicom")
+    predict(open_network(run)[0], files, out / "torch", overwrite=True)
+    ours, theirs = (_rows(out / name / "predictions.csv") for name in ("light", "torch"))
+    names = [key for key in ours[0] if key.startswith("probability_")]
+    gaps = [abs(float(a[key]) - float(b[key])) for a, b in zip(ours, theirs, strict=True) for key in names]
+    told = sorted(str(pydicom.dcmread(path).SOPClassUID.name) for path in (out / "dicom").glob("*.dcm"))
+    return {**cost, "images": len(ours), "largest_difference": max(gaps), "reports": told, "as_dicom": reports}
+
+
+def refused(binaries: Path, package: Path, data: Path, out: Path) -> dict[str, Any]:
+    """How what the package is not for ends: the exit code, and the reason of each file."""
+    out.mkdir(parents=True, exist_ok=True)
+    other = pydicom.dcmread(data / XRAYS[2])
+    other.Modality, other.SOPInstanceUID = "CT", f"{other.SOPInstanceUID}.1"
+    other.file_meta.MediaStorageSOPInstanceUID = other.SOPInstanceUID
+    other.save_as(out / "ct.dcm")
+    found = {}
+    for name, path in {"body part": data / RIBS, "modality": out / "ct.dcm"}.items():
+        place = out / name.replace(" ", "-")
+        cost = alone(binaries, package, [path], place, as_="nifti", code=4)
+        found[name] = {"exit": cost["exit"], "reasons": [row["reason"] for row in _rows(place / "rejected.csv")]}
+    return found
+
+
+def alone(
+    binaries: Path, package: Path, inputs: Sequence[Path], out: Path, *, as_: str, code: int = 0
+) -> dict[str, Any]:
+    """`medim predict` in a network namespace of its own: exit code, seconds, and the peak of memory."""
+    command = [*namespace(), binaries / "medim", "predict", package, *inputs, "--as", as_, "--overwrite", "--out", out]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    watched = [sys.executable, "-S", "-c", WATCH, *map(str, command)]
+    ran = subprocess.run(watched, cwd=out.parent, env=clean(), capture_output=True, text=True, check=False)
+    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    if found["exit"] != code:
+        raise SystemExit(f"{command}: expected exit {code}, got {found['exit']}\n{ran.stderr[-3000:]}")
+    return found
+
+
+def namespace() -> list[str]:
+    """The command that runs another one without a network."""
+    for command in (["unshare", "--net"], ["unshare", "--net", "--map-root-user"]):
+        if subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0:
+            return command
+    raise SystemExit("unshare --net: expected root, or unprivileged user namespaces, to run without a network.")
+
+
+def clean() -> dict[str, str]:
+    """This environment's variables without those of its Python."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+
+def _rows(path: Path) -> list[Mapping[str, str]]:
+    import csv
+
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _run(command: Sequence[object], cwd: Path) -> None:
+    ran = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise SystemExit(f"{command}\n{ran.stdout[-2000:]}\n{ran.stderr[-3000:]}")
+
+
+if __name__ == "__main__":
+    main()
