@@ -34,6 +34,7 @@ Section = dict[str, Any]
 Command = Literal["pretrain", "finetune"]
 OptimiserName = Literal["adamw", "adam", "radam"]
 Schedule = Literal["cosine", "constant", "steps"]
+Precision = Literal["32-true", "bf16-mixed"]
 T = typing.TypeVar("T")
 AUTO = "auto"  # stands for numbers that follow the images; `medim.training.sizes` fills them in
 
@@ -78,8 +79,8 @@ class RunConfig(_Strict):
     )
     gradient_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
     checkpoint_every_steps: PositiveInt = Field(100, description="steps between two checkpoints")
-    precision: Literal["32-true", "bf16-mixed"] = Field(
-        "32-true", description="Lightning's precision; scores stay fp32"
+    precision: Precision = Field(
+        "32-true", description="Lightning's precision; scores stay fp32, and all does on a CPU without bf16 arithmetic"
     )
     workers: int = Field(0, ge=0, description="loading processes; 0 loads in the training process")
 

@@ -61,8 +61,10 @@ def _devices() -> Iterator[Check]:
         ", ".join(gpus) or "none",
         "" if gpus else "CPU works for small presets; for more, a CUDA build of torch",
     )
-    bf16 = torch.cuda.is_bf16_supported() if gpus else torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    yield Check("precision", True, "32-true, bf16-mixed" + ("" if bf16 else " (bf16 emulated, slow)"))
+    bf16 = torch.cuda.is_bf16_supported() if gpus else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    yield Check(
+        "precision", True, "32-true, bf16-mixed" if bf16 else "32-true (no bf16 arithmetic: bf16-mixed runs as it)"
+    )
 
 
 def _codecs() -> Iterator[Check]:

@@ -367,6 +367,7 @@ def _summary(
         "val": measured,
         "peak_memory_bytes": peak_memory(),
         "device": str(module.device),
+        "precision": str(module.trainer.precision),
         "config_hash": config.hash,
         "index_hash": cohort.index.hash,
         "versions": versions(),

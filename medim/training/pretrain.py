@@ -307,6 +307,7 @@ def _summary(
         "data_wait_fraction": history.data_wait_fraction,
         "peak_memory_bytes": peak_memory(),
         "device": str(trainer.strategy.root_device),
+        "precision": str(trainer.precision),
         "config_hash": config.hash,
         "index_hash": cohort.index.hash,
         "overlap": cohort.overlap,

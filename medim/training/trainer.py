@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from medim.config import RunConfig
+from medim.config import Precision, RunConfig
 from medim.files import write_bytes
 from medim.models.layers import channels_last
 from medim.types import UserError
@@ -170,7 +170,7 @@ def make_trainer(
             max_epochs=-1,
             accelerator=accelerator,
             devices=1,
-            precision=config.precision,
+            precision=usable_precision(config.precision, accelerator),
             callbacks=[*callbacks, checkpoints, progress, SaveWhenStopped(folder)],
             logger=logger,
             plugins=[WholeCheckpoints()],
@@ -190,6 +190,23 @@ def make_trainer(
         raise UserError(
             f"--accelerator {accelerator}: this machine cannot run it ({error}). See `medim doctor`."
         ) from error
+
+
+def usable_precision(precision: Precision, accelerator: str = "auto") -> Precision:
+    """The precision that a device can run at full speed: fp32 in place of bf16 where a CPU would emulate it.
+
+    Without AVX-512 BF16, AMX or their like, PyTorch's convolutions in bf16 take tens of times as long as in fp32
+    (`benchmarks/layout_and_precision.py`).
+
+    Args:
+        precision: what the configuration asks for.
+        accelerator: Lightning's name of the device kind.
+    """
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+    if precision == "bf16-mixed" and on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        log.info("precision: this CPU has no bf16 arithmetic, so the run is in fp32 (32-true)")
+        return "32-true"
+    return precision
 
 
 def fit(
