@@ -42,7 +42,7 @@ def contrast(
         negatives: the scheme of negatives.
         score_penalty: weight of the mean squared score.
     """
-    batch, count = views.image.shape[:2]
+    batch, count = views.location.shape[:2]  # small to gather, where images are not
     chances, bounds, squares, found = [], [], [], []
     for view in range(count):
         other = slice((view + 1) % count, None, count)
