@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from medim.training.ranks import ALONE, Ranks
 from medim.types import UsageError, UserError
 
+log = logging.getLogger(__name__)
 PATIENCE = timedelta(days=7)  # the others wait for the first, which may be preprocessing a hospital's archive
 SAVED_AND_LEFT = 75
 CHILD = "MEDIM_CHILD"  # in the environment of processes that were started from here
@@ -82,6 +83,9 @@ def together(accelerator: str, plan: Ranks) -> Iterator[Ranks]:
     launcher.launch(strategy.setup_environment)
     _children[:] = launcher.procs
     control = dist.new_group(backend="gloo", timeout=PATIENCE)
+    log.info(
+        "%d processes, %d on each of %d node(s), on %s", plan.count, plan.devices, plan.nodes, strategy.root_device.type
+    )
     try:
         yield replace(plan, rank=rank, kind=strategy.root_device.type, control=control)
     except BaseException as error:
@@ -176,6 +180,8 @@ def _started() -> tuple[str, tuple[int, int]] | None:
 
 
 def _strategy(accelerator: str, plan: Ranks) -> tuple[Any, int]:
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     try:
         trainer = pl.Trainer(**engine(accelerator, plan), plugins=cluster(), **quiet)

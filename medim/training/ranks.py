@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from medim.types import UsageError, UserError
 
 T = TypeVar("T")
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name since PyTorch 2.13
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ class Ranks:
         if self.kind != "cuda":
             raise UsageError(
                 f"{type(network).__name__}: batch normalisation cannot be synchronised on {self.kind}, so each of the "
-                f"{self.count} processes would normalise by its own images. Set its norm to in or gn, or --devices 1."
+                f"{self.count} processes would normalise by its own images. Choose norm in or gn, and a summary without "
+                "hidden layers; or --devices 1."
             )
         converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         return converted
@@ -159,7 +161,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, part: torch.Tensor, rank: int, count: int) -> torch.Tensor:
         ctx.rank, ctx.each = rank, len(part)
         gathered = part.new_empty((count * len(part), *part.shape[1:]))
-        dist.all_gather_into_tensor(gathered, part.contiguous())
+        _all_gather(gathered, part.contiguous())
         return gathered
 
     @staticmethod
