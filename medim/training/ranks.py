@@ -144,8 +144,8 @@ class Ranks:
         if self.kind != "cuda":
             raise UsageError(
                 f"{type(network).__name__}: batch normalisation cannot be synchronised on {self.kind}, so each of the "
-                f"{self.count} processes would normalise by its own images. Choose norm in or gn, and a summary without "
-                "hidden layers; or --devices 1."
+                f"{self.count} processes would normalise by its own images. Choose norm in or gn, and a summary "
+                "without hidden layers; or --devices 1."
             )
         converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         return converted

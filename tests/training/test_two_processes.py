@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,7 +115,10 @@ def command(volumes: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str
             {"name": "prior_matching", "weight": 0.1, "hidden": [8]},
             {"name": "reconstruction"},
         ],
-        **{"max_steps": 6, "batch_size": 4, "lr": 0.0005, "checkpoint_every_steps": 2},
+        "max_steps": 16,
+        "batch_size": 4,
+        "lr": 0.0001,
+        "checkpoint_every_steps": 4,
     }
     (folder / "run.yaml").write_text(json.dumps(options))
     source = ["--modality", "mri", "--data", str(volumes), "--subjects", str(volumes / "subjects.csv")]
@@ -138,9 +143,9 @@ def check_run(out: Path, alone: Path, said: str) -> None:
     for name, loss in theirs["loss"].items():
         assert ours["loss"][name] == pytest.approx(loss, abs=1e-4), "held-out losses, too"
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in alone.iterdir())
-    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-4.ckpt", "step-6.ckpt"]
+    assert {"step-12.ckpt", "step-16.ckpt"} <= {path.name for path in (out / "checkpoints").iterdir()}
     assert said.count("feature std") == 1
-    assert said.count("step 6 of 6") == 1
+    assert said.count("step 16 of 16") == 1
     assert "2 processes" in said
 
 
@@ -150,18 +155,22 @@ def test_pretrain_on_two_devices_ends_in_the_encoder_of_one(command: list[str], 
     check_run(out, alone, said)
 
 
-def test_so_it_does_under_torchrun_which_says_how_many(command: list[str], alone: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
-    (said,) = all_of([start(*torchrun, *command, "--out", str(out))])
-    check_run(out, alone, said)
-
-
-def test_so_it_does_as_two_tasks_of_a_slurm_job(command: list[str], alone: Path, tmp_path: Path) -> None:
+def test_a_slurm_job_that_is_warned_saves_in_all_tasks_and_torchrun_ends_it(
+    command: list[str], alone: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     job = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
     job |= {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": "4711", "SLURM_NODELIST": "localhost", "SLURM_JOB_NAME": "medim"}
     job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    said = all_of([start(*command, "--out", str(out), **job, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in "01"])
-    check_run(out, alone, "".join(said))
-    assert "feature std" not in said[1]
+    tasks = [start(*command, "--out", str(out), **job, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in "01"]
+    while not (out / "checkpoints" / "step-4.ckpt").is_file() and tasks[0].poll() is None:
+        time.sleep(0.01)
+    tasks[1].send_signal(signal.SIGUSR1)
+    said = [task.communicate(timeout=500)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [75, 75], "\n".join(said)
+    assert not (out / "summary.json").exists()
+
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    (said_by_both,) = all_of([start(*torchrun, *command, "--out", str(out), "--resume")])
+    assert 4 <= json.loads((out / "summary.json").read_text())["resumed_from_steps"][0] < 16
+    check_run(out, alone, said_by_both)
