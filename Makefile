@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint format docs wheel clean
+.PHONY: help venv demo test test-slow test-gpu lint format docs wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -26,10 +26,13 @@ demo: venv ## the main job on the built-in cohort, into demo/ (a few minutes)
 	$(BIN)/python pipelines/smoke.py --out demo
 
 test: venv ## the fast tests, with coverage
-	$(TEST) -m "not slow" --cov --cov-report=term
+	$(TEST) -m "not slow and not gpu" --cov --cov-report=term
 
 test-slow: venv ## the long tests
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: venv ## what needs a CUDA device; skips, and says so, without one
+	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
 
 lint: venv ## ruff and mypy
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -34,8 +35,10 @@ def main() -> None:
     """Run every part, time it, and print what was measured."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"))
-    parser.add_argument("--accelerator", default="auto")
+    parser.add_argument("--accelerator", default="auto", help="auto, cpu, cuda; cuda has not been run yet")
     arguments = parser.parse_args()
+    if arguments.accelerator in ("cuda", "gpu") and not torch.cuda.is_available():
+        parser.error(f"--accelerator {arguments.accelerator}: no CUDA device here. See `medim doctor`.")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("medim").setLevel(logging.INFO)
     out, console, seconds = fresh_folder(arguments.out, overwrite=True), Console(), {}

@@ -13,8 +13,10 @@ from medim.cli.options import (
     Accelerator,
     Config,
     Data,
+    Devices,
     Inputs,
     Labels,
+    Nodes,
     Out,
     Overwrite,
     Precision,
@@ -104,6 +106,8 @@ def pretrain(
     resume: Resume = False,
     overwrite: Overwrite = False,
     accelerator: Accelerator = "auto",
+    devices: Devices = None,
+    nodes: Nodes = None,
     precision: Precision = None,
     stop_on_collapse: Annotated[
         bool, typer.Option("--stop-on-collapse", help="End a run that has diverged or collapsed.")
@@ -112,6 +116,7 @@ def pretrain(
 ) -> None:
     """Pretrain an encoder on unlabelled images."""
     from medim.data.source import open_source
+    from medim.training.distribution import leads
     from medim.training.pretrain import pretrain as run
     from medim.training.pretrain import resolve_config
     from medim.training.sizes import describe
@@ -129,9 +134,13 @@ def pretrain(
         "resume": resume,
         "overwrite": overwrite,
         "accelerator": accelerator,
+        "devices": devices,
+        "nodes": nodes,
         "stop_on_collapse": stop_on_collapse,
     }
     summary = run(settings, found, folder, store=store, **options)
+    if not leads():
+        return
     beside = summary["diagnostics"]
     losses = {name: curve(loss, summary["chance"][name]) for name, loss in summary["loss"].items()}
     shown_beside = {name: f"{number(v['last'])}, held out {number(v['held_out'])}" for name, v in beside.items()}

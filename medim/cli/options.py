@@ -23,6 +23,13 @@ Strict = Annotated[
     bool, typer.Option("--strict", help="Refuse where an image or subject to measure on was seen in training.")
 ]
 Accelerator = Annotated[str, typer.Option("--accelerator", help="auto, cpu, cuda, mps.")]
+Devices = Annotated[
+    int | None,
+    typer.Option(
+        "--devices", help="Processes a node, one a device. Default: what torchrun or SLURM started, or 1.", min=1
+    ),
+]
+Nodes = Annotated[int | None, typer.Option("--nodes", help="Machines. Default: as torchrun or SLURM say, or 1.", min=1)]
 Precision = Annotated[str | None, typer.Option("--precision", help="32-true or bf16-mixed. Default: the config's.")]
 Config = Annotated[str | None, typer.Option("--config", help="A preset's name (medim config list) or a YAML file.")]
 Inputs = Annotated[list[Path], typer.Argument(help="NIfTI, DICOM files or folders, PNG, npz.")]

@@ -42,17 +42,16 @@ def contrast(
         negatives: the scheme of negatives.
         score_penalty: weight of the mean squared score.
     """
-    batch, count = views.image.shape[:2]
+    batch, count = views.location.shape[:2]  # small to gather, where images are not
     chances, bounds, squares, found = [], [], [], []
     for view in range(count):
         other = slice((view + 1) % count, None, count)
-        pairs = negative_pairs(negatives, batch, local.shape[2], encode.generator)
-        if pairs is not None:
-            pairs = pairs.to(local.device)
+        drawn = negative_pairs(negatives, batch, local.shape[2], encode.generator)
+        pairs = None if drawn is None else drawn.to(local.device)
         if inside is not None:
-            pairs = inside[other] if pairs is None else pairs & inside[other]
+            drawn = pairs = inside[other] if pairs is None else pairs & inside[other]
         scores, square = critic(local[other], summary[view::count], pairs)
-        chances.append(chance(scores, pairs) if estimator == "infonce" else 0.0)
+        chances.append(chance(scores, drawn) if estimator == "infonce" else 0.0)
         bounds.append(ESTIMATORS[estimator](scores, pairs))
         squares.append(square)
         found.append(retrieval(scores, pairs))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from torch.nn.functional import normalize
 
 from medim.models.layers import check_channels
 from medim.objectives.contrast import spread
-from medim.objectives.mutual_information import chance, infonce, retrieval
+from medim.objectives.mutual_information import infonce, retrieval
 from medim.objectives.objective import Encode, Term
 from medim.types import UsageError, Views
 
@@ -58,7 +60,7 @@ class SimCLR(nn.Module):
         not, and the spread of the summaries between images.
         """
         scores, pairs = view_scores(self.project(encode.clean.summary), self._temperature)
-        uninformed, bound = chance(scores, pairs), infonce(scores, pairs)
+        uninformed, bound = math.log(2 * len(scores) - 1), infonce(scores, pairs)
         diagnostics = {
             "bound": bound.detach(),
             "retrieval": retrieval(scores, pairs),

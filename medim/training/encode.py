@@ -7,34 +7,50 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from medim.training.gathered import GatheredFeatures, GatheredViews
+from medim.training.ranks import ALONE, Ranks
 from medim.types import Features, UsageError, Views
 
 
 class StepEncode:
     """Encodes (and decodes) for one step; the clean features are computed once and shared by all objectives.
 
+    Images and features are those of the global batch. In a run of several processes each computes a part, an equal run
+    of the images in their order, and the parts are gathered.
+
     Args:
         encoder: the encoder under training.
         decoder: the decoder under training, where the run has one.
-        views: the step's batch.
-        generator: the step's randomness.
+        views: the step's batch, of all processes.
+        generator: the step's randomness, the same in all processes.
+        ranks: the processes.
     """
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module | None, views: Views, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module | None,
+        views: Views,
+        generator: torch.Generator,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self._encoder = encoder
         self._decoder = decoder
         self._views = views
+        self._ranks = ranks
         self.generator = generator
 
     @cached_property
     def clean(self) -> Features:
         """Features of the B * V views as they came, the views of an image side by side."""
-        return self(self._views.image.flatten(0, 1))
+        if not isinstance(self._views, GatheredViews):
+            return self(self._views.image.flatten(0, 1))
+        own = self._views.own.image.flatten(0, 1)
+        return self._gathered(self._local(own), len(own) * self._ranks.count)
 
     def __call__(self, image: torch.Tensor) -> Features:
         """Encode (N, C, ...)."""
-        features: Features = self._encoder(image)
-        return features
+        return self._gathered(self._local(self._ranks.share(image)), len(image))
 
     def decode(self, features: Features) -> torch.Tensor:
         """Decode features to one map (N, out_channels, ...) at the image's grid.
@@ -44,5 +60,25 @@ class StepEncode:
         """
         if self._decoder is None:
             raise UsageError("this objective decodes; add a decoder to the config, for example decoder: {name: unet}.")
-        decoded: Features = self._decoder(features)
-        return decoded.maps[0]
+        if self._ranks.count == 1:
+            own, count = features, 0
+        elif isinstance(features, GatheredFeatures):
+            own, count = features.own, features.count
+        else:
+            share = self._ranks.share
+            own, count = Features(tuple(map(share, features.maps)), share(features.summary)), len(features.summary)
+        decoded: Features = self._decoder(own)
+        return self._whole(decoded.maps[0], count)
+
+    def _local(self, image: torch.Tensor) -> Features:
+        """Encode images of this process: the one place where the encoder runs."""
+        features: Features = self._encoder(image)
+        return features
+
+    def _gathered(self, own: Features, count: int) -> Features:
+        """Features of `count` images, of which this process has encoded its part."""
+        return own if self._ranks.count == 1 else GatheredFeatures(own, count, self._whole)
+
+    def _whole(self, part: torch.Tensor, count: int) -> torch.Tensor:
+        """(count, ...), without what was repeated to make the parts equal; `part` itself in a run of one process."""
+        return part if self._ranks.count == 1 else self._ranks.gather(part)[:count]

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from medim.training.ranks import ALONE, Ranks
+
 Item = tuple[int, int]  # (index of the image, seed of its randomness)
 
 
@@ -27,15 +29,29 @@ class StepSampler(Sampler[list[Item]]):
     Subjects are shuffled anew each epoch; a subject's scan is drawn at random. Where there are fewer subjects than a
     batch needs, batches are filled by going round the subjects again.
 
+    Several processes share each batch: every one takes an equal run of its slots, and a slot has its image and seed
+    whoever takes it.
+
     Args:
         subjects: the subject of each image.
         batch_size: images a batch.
         steps: batches in all.
         seed: of the run.
         start: steps already taken, which a resumed run leaves out.
+        ranks: the processes; batch_size is a multiple of their number.
     """
 
-    def __init__(self, subjects: Sequence[str], *, batch_size: int, steps: int, seed: int, start: int = 0) -> None:
+    def __init__(
+        self,
+        subjects: Sequence[str],
+        *,
+        batch_size: int,
+        steps: int,
+        seed: int,
+        start: int = 0,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        ranks.check_batch(batch_size)
         scans: dict[str, list[int]] = {}
         for image, subject in enumerate(subjects):
             scans.setdefault(subject, []).append(image)
@@ -44,18 +60,20 @@ class StepSampler(Sampler[list[Item]]):
         self._steps = steps
         self._seed = seed
         self._start = start
+        each = batch_size // ranks.count
+        self._slots = slice(ranks.rank * each, (ranks.rank + 1) * each)
 
     def __len__(self) -> int:
         """All steps of the run, those before `start` included: Lightning counts from the run's beginning."""
         return self._steps
 
     def __iter__(self) -> Iterator[list[Item]]:
-        """Yield the batches from `start` on."""
+        """Yield this process's part of the batches from `start` on."""
         for step in range(self._start, self._steps):
-            yield self.batch(step)
+            yield self.batch(step)[self._slots]
 
     def batch(self, step: int) -> list[Item]:
-        """The images of one step, each with its seed."""
+        """The images of one step, each with its seed; those of all processes."""
         rng = np.random.default_rng(seed_of(self._seed, step))
         chosen = [self._scans[subject] for subject in self._subjects(step)]
         return [(int(rng.choice(scans)), seed_of(self._seed, step, slot)) for slot, scans in enumerate(chosen)]

@@ -11,8 +11,10 @@ from torch.optim import Adam
 
 from medim.objectives import Term
 from medim.training.encode import StepEncode
+from medim.training.gathered import GatheredViews
 from medim.training.loaders import seed_of
 from medim.training.optim import optimiser
+from medim.training.ranks import ALONE, Ranks
 from medim.types import Views
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -32,6 +34,8 @@ class PretrainModule(pl.LightningModule):
         adversary_lr: Adam's rate for adversaries, with the betas of the DIM authors' code (0.5, 0.999).
         gradient_clip: largest gradient norm; 0 does not clip.
         seed: of the run; each step's randomness follows from it.
+        ranks: the processes of the run. A training batch is this process's part of the global one, a held-out batch is
+            whole in each.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class PretrainModule(pl.LightningModule):
         gradient_clip: float,
         seed: int,
         adversary_lr: float = 1e-4,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -56,6 +61,7 @@ class PretrainModule(pl.LightningModule):
         self._adversary_lr = adversary_lr
         self._clip = gradient_clip
         self._seed = seed
+        self._ranks = ranks
 
     def configure_optimizers(self) -> Any:
         """The run's optimiser for all but the adversaries, Adam for those."""
@@ -106,4 +112,6 @@ class PretrainModule(pl.LightningModule):
     def _views(self, batch: Batch, step: int, split: int) -> tuple[Views, StepEncode]:
         generator = torch.Generator().manual_seed(seed_of(self._seed, step, split, 2))
         views = Views(*batch)
-        return views, StepEncode(self.encoder, self.decoder, views, generator)
+        if self._ranks.count > 1 and split == 0:
+            views = GatheredViews(views, self._ranks)
+        return views, StepEncode(self.encoder, self.decoder, views, generator, self._ranks)

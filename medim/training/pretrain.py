@@ -7,6 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ from medim.models.saved import SCHEMA_VERSION, save
 from medim.objectives import OBJECTIVES
 from medim.objectives.building import known
 from medim.training.cohort import Cohort, open_cohort, write_config
+from medim.training.distribution import planned, together
 from medim.training.loaders import StepSampler, step_loader
 from medim.training.module import PretrainModule
 from medim.training.monitor import History, verdict
+from medim.training.ranks import ALONE, Ranks
 from medim.training.reference import write_reference
 from medim.training.sizes import resolve
 from medim.training.tracking import check_target, log_results, track
@@ -66,6 +69,8 @@ def pretrain(
     resume: bool = False,
     overwrite: bool = False,
     accelerator: str = "auto",
+    devices: int | None = None,
+    nodes: int | None = None,
     stop_on_collapse: bool = False,
     store: Path | None = None,
 ) -> dict[str, Any]:
@@ -80,6 +85,8 @@ def pretrain(
         resume: continue from the newest checkpoint in `out`.
         overwrite: empty `out` first.
         accelerator: Lightning's name of the device kind.
+        devices: processes a node, one a device; None: as many as torchrun or SLURM started, else one.
+        nodes: machines; None likewise.
         stop_on_collapse: end a run that has diverged or collapsed; its verdict says which.
         store: folder of preprocessed images; None is the user's cache.
 
@@ -88,51 +95,88 @@ def pretrain(
 
     Raises:
         UserError: too few subjects, a non-empty `out`, a device that is not there.
-        UsageError: a section that cannot be built.
+        UsageError: a section that cannot be built, or not be spread over the devices.
     """
+    plan = planned(accelerator, devices, nodes)
+    rehearse(config, plan)
+    with together(accelerator, plan) as ranks:
+        return _run(
+            config,
+            index,
+            out,
+            ranks,
+            seed=seed,
+            split_seed=split_seed,
+            resume=resume,
+            overwrite=overwrite,
+            accelerator=accelerator,
+            stop_on_collapse=stop_on_collapse,
+            store=store,
+        )
+
+
+def _run(
+    config: PretrainConfig,
+    index: Index,
+    out: Path,
+    ranks: Ranks,
+    *,
+    seed: int,
+    split_seed: int,
+    resume: bool,
+    overwrite: bool,
+    accelerator: str,
+    stop_on_collapse: bool,
+    store: Path | None,
+) -> dict[str, Any]:
     began = time.perf_counter()
-    rehearse(config)
-    check_target()
-    fresh_folder(out, resume=resume, overwrite=overwrite)
+    ranks.check_same(config=config.hash, index=index.hash, seed=seed, split_seed=split_seed)
+    ranks.first(check_target)
+    ranks.first(fresh_folder, out, resume=resume, overwrite=overwrite)
     steps = config.preprocessing
-    cohort = open_cohort(index, index.records, steps, split_seed=split_seed, store=store)
+    cohort = ranks.in_turn(open_cohort, index, index.records, steps, split_seed=split_seed, store=store)
     train, held_out = cohort.records("train"), cohort.records("val")
-    config = _fitting(config, train, held_out)
-    write_config(out, config, seed=seed, split_seed=split_seed, index_hash=index.hash)
-    write_splits(out / "split.csv", index, cohort.splits, train, seed=seed)
+    config = _fitting(config, train, held_out, ranks)
+    ranks.first(write_config, out, config, seed=seed, split_seed=split_seed, index_hash=index.hash)
+    ranks.first(write_splits, out / "split.csv", index, cohort.splits, train, seed=seed)
     pl.seed_everything(seed, workers=False, verbose=False)
     spec = {"kind": "encoder", **cohort.spec(config, seed=seed, split_seed=split_seed), "decoder": config.decoder}
-    module = _module(config, spec, seed)
+    module = _module(config, spec, seed, ranks)
     trained = any(getattr(objective, "reads_summary", True) for objective in module.objectives.values())
     history = History(stop_on_collapse=stop_on_collapse, summary_trained=trained)
-    checkpoint, start = newest_checkpoint(out / "checkpoints") if resume else (None, 0)
-    with track("pretrain", config, seed=seed, index_hash=index.hash) as logger:
-        loader = _loader(config, cohort, train, seed=seed, start=start)
+    checkpoint, start = ranks.told(newest_checkpoint, out / "checkpoints") if resume else (None, 0)
+    tracked = track("pretrain", config, seed=seed, index_hash=index.hash) if ranks.leads else nullcontext(False)
+    with tracked as logger:
+        loader = _loader(config, cohort, train, seed=seed, start=start, ranks=ranks)
         held_out_loader = _held_out_loader(config, cohort, held_out, seed=seed)
         validate = held_out_loader is not None
         trainer = make_trainer(
-            config, out, logger=logger, callbacks=[history], accelerator=accelerator, validate=validate
+            config, out, logger=logger, callbacks=[history], accelerator=accelerator, validate=validate, ranks=ranks
         )
         fit(trainer, module, loader, held_out_loader, checkpoint=checkpoint)
         if validate and history.held_out_step != trainer.global_step:
             trainer.validate(module, held_out_loader, verbose=False)
+        summary = _summary(config, cohort, history, module, trainer, start) | {"processes": ranks.count}
+        if isinstance(logger, bool):  # the first process has the logger, and writes
+            return summary
         _write_encoder(out, module, spec, config)
         history.write(out / "history.csv")
         write_reference(out / "encoder", module.encoder, cohort, spec)
         Seen().then("pretrain", cohort.cases(train)).write(out / "encoder")
-        summary = _summary(config, cohort, history, module, trainer, start)
         summary["seconds"] = time.perf_counter() - began
         write_json(out / "summary.json", summary)
         log_results(logger, summary, [out / "config.yaml", out / "summary.json", out / "history.csv"])
     return summary
 
 
-def rehearse(config: PretrainConfig) -> None:
+def rehearse(config: PretrainConfig, ranks: Ranks = ALONE) -> None:
     """Build every part for one blank image, so that a wrong section shows before an image is read or a file written.
 
     Raises:
-        UsageError: a section does not fit its constructor, or the encoder cannot take views of this shape.
+        UsageError: a section does not fit its constructor, the encoder cannot take views of this shape, or batch or
+            normalisation do not go with several processes.
     """
+    ranks.check_batch(config.batch_size)
     if config.batch_size < 2:
         raise UsageError(
             f"batch_size: expected 2 or more, to tell images apart within a batch; got {config.batch_size}."
@@ -145,6 +189,9 @@ def rehearse(config: PretrainConfig) -> None:
         )
         decoder = build_decoder(config.decoder, encoder, config.spatial_dims) if config.decoder else None
         build_objectives(config, encoder, decoder, 1)
+        for network in (encoder, decoder):
+            if network is not None:
+                ranks.synchronised(network)
     except (RuntimeError, ValueError) as error:
         raise UsageError(
             f"views.shape {list(shape)}: the encoder {config.encoder.get('name')!r} cannot take it ({error}). "
@@ -152,16 +199,18 @@ def rehearse(config: PretrainConfig) -> None:
         ) from error
 
 
-def _module(config: PretrainConfig, spec: dict[str, Any], seed: int) -> PretrainModule:
+def _module(config: PretrainConfig, spec: dict[str, Any], seed: int, ranks: Ranks) -> PretrainModule:
     encoder: Any = build_encoder(spec)
     decoder = build_decoder(config.decoder, encoder, config.spatial_dims) if config.decoder else None
+    objectives = build_objectives(config, encoder, decoder, int(spec["in_channels"]))
     return PretrainModule(
-        encoder,
-        decoder,
-        build_objectives(config, encoder, decoder, int(spec["in_channels"])),
+        ranks.synchronised(encoder),
+        decoder and ranks.synchronised(decoder),
+        objectives,
         optimisation=config.optimisation,
         gradient_clip=config.gradient_clip,
         seed=seed,
+        ranks=ranks,
     )
 
 
@@ -198,11 +247,14 @@ def build_objectives(
     return objectives
 
 
-def _fitting(config: PretrainConfig, train: tuple[Record, ...], held_out: tuple[Record, ...]) -> PretrainConfig:
+def _fitting(
+    config: PretrainConfig, train: tuple[Record, ...], held_out: tuple[Record, ...], ranks: Ranks
+) -> PretrainConfig:
     subjects, others = (len({r.subject for r in records}) for records in (train, held_out))
-    if subjects < 2:
+    fewest = max(2, ranks.count)
+    if subjects < fewest:
         raise UserError(
-            f"pretraining: expected at least 2 subjects to train on, got {subjects}. "
+            f"pretraining: expected at least {fewest} subjects to train on, got {subjects}. "
             "Add images, or check the subject column of the index."
         )
     if others < 2:
@@ -210,10 +262,9 @@ def _fitting(config: PretrainConfig, train: tuple[Record, ...], held_out: tuple[
             "held-out subjects: %d; expected at least 2, so nothing is measured on them and no verdict possible", others
         )
     if subjects < config.batch_size:
-        log.warning(
-            "batch_size %d is more than the %d training subjects; using %d", config.batch_size, subjects, subjects
-        )
-        return config.model_copy(update={"batch_size": subjects})
+        size = subjects // ranks.count * ranks.count
+        log.warning("batch_size %d is more than the %d training subjects; using %d", config.batch_size, subjects, size)
+        return config.model_copy(update={"batch_size": size})
     return config
 
 
@@ -229,9 +280,12 @@ def _dataset(config: PretrainConfig, cohort: Cohort, records: tuple[Record, ...]
     )
 
 
-def _loader(config: PretrainConfig, cohort: Cohort, records: tuple[Record, ...], *, seed: int, start: int) -> Any:
+def _loader(
+    config: PretrainConfig, cohort: Cohort, records: tuple[Record, ...], *, seed: int, start: int, ranks: Ranks
+) -> Any:
     subjects = [r.subject for r in records]
-    sampler = StepSampler(subjects, batch_size=config.batch_size, steps=config.max_steps, seed=seed, start=start)
+    size, steps = config.batch_size, config.max_steps
+    sampler = StepSampler(subjects, batch_size=size, steps=steps, seed=seed, start=start, ranks=ranks)
     return step_loader(_dataset(config, cohort, records), sampler, workers=config.workers)
 
 

@@ -24,6 +24,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from medim.config import Precision, RunConfig
 from medim.files import write_bytes
 from medim.models.layers import channels_last
+from medim.training.distribution import StopTogether, cluster, engine
+from medim.training.ranks import ALONE, Ranks
 from medim.types import UserError
 
 log = logging.getLogger(__name__)
@@ -137,6 +139,7 @@ def make_trainer(
     accelerator: str = "auto",
     validate: bool = True,
     clip: float = 0.0,
+    ranks: Ranks = ALONE,
 ) -> pl.Trainer:
     """A trainer for a run that counts steps, not epochs.
 
@@ -148,11 +151,13 @@ def make_trainer(
         accelerator: Lightning's name of the device kind.
         validate: run the validation loop at every checkpoint.
         clip: largest gradient norm, for a module that does not clip by itself; 0 does not clip.
+        ranks: the processes of the run.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for harmless in HARMLESS:
         warnings.filterwarnings("ignore", message=harmless)
     folder = out / "checkpoints"
+    callbacks = [*callbacks, *([StopTogether(ranks)] if ranks.count > 1 else [])]
     checkpoints = ModelCheckpoint(
         folder,
         filename="step-{step}",
@@ -168,12 +173,11 @@ def make_trainer(
         return pl.Trainer(
             max_steps=config.max_steps,
             max_epochs=-1,
-            accelerator=accelerator,
-            devices=1,
+            **engine(accelerator, ranks),
             precision=usable_precision(config.precision, accelerator),
             callbacks=[*callbacks, checkpoints, progress, SaveWhenStopped(folder)],
             logger=logger,
-            plugins=[WholeCheckpoints()],
+            plugins=[WholeCheckpoints(), *cluster()],
             default_root_dir=out,
             deterministic=True,
             use_distributed_sampler=False,

@@ -1,0 +1,173 @@
+"""The processes of a run: who is who, gathering with gradients, and what the first does while the others wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from medim.types import UsageError, UserError
+
+T = TypeVar("T")
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name since PyTorch 2.13
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run, and which of them this is.
+
+    Attributes:
+        rank: of this process, 0 to count - 1; the first leads: it alone writes and speaks.
+        devices: processes a node, one a device.
+        nodes: machines.
+        kind: of the devices: cpu, cuda.
+        control: gloo group in which the others wait for the first; None in a run of one process.
+    """
+
+    rank: int = 0
+    devices: int = 1
+    nodes: int = 1
+    kind: str = "cpu"
+    control: Any = None
+
+    @property
+    def count(self) -> int:
+        """Processes in all."""
+        return self.devices * self.nodes
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first process."""
+        return self.rank == 0
+
+    def share(self, whole: torch.Tensor) -> torch.Tensor:
+        """This process's part (ceil(N / count), ...) of a tensor (N, ...); what is missing repeats the last entry."""
+        if self.count == 1:
+            return whole
+        each = -(-len(whole) // self.count)
+        part = whole[self.rank * each : (self.rank + 1) * each]
+        return part if len(part) == each else torch.cat([part, whole[-1:].expand(each - len(part), *whole.shape[1:])])
+
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        """The parts (n, ...) of all processes, in order: (count * n, ...).
+
+        The gradient is that of the sum of all processes' losses. All compute the same loss of what they gathered, so
+        that each parameter's gradients add up to `count` times the loss's, and DistributedDataParallel's mean over
+        processes is the loss's.
+        """
+        if self.count == 1:
+            return part
+        gathered: torch.Tensor = _Gather.apply(part, self.rank, self.count)  # type: ignore[no-untyped-call]
+        return gathered
+
+    def told(self, ask: Callable[..., T], *args: Any, **options: Any) -> T:
+        """Call in the first process and give its answer, plain values, to all; where it fails, the others leave."""
+        if self.count == 1:
+            return ask(*args, **options)
+        answer: list[Any] = [None, 1]  # the value, and the exit code of a failure
+        try:
+            if self.leads:
+                answer = [ask(*args, **options), 0]
+        except BaseException as error:
+            answer[1] = getattr(error, "exit_code", 1)
+            raise
+        finally:
+            dist.broadcast_object_list(answer, src=0, group=self.control)
+        if answer[1]:
+            raise SystemExit(answer[1])
+        value: T = answer[0]
+        return value
+
+    def first(self, do: Callable[..., Any], *args: Any, **options: Any) -> None:
+        """Call in the first process, while the others wait; see `told`."""
+        self.told(lambda: (do(*args, **options), None)[1])
+
+    def in_turn(self, do: Callable[..., T], *args: Any, **options: Any) -> T:
+        """Call in the first process, then in all others, which find what the first has made (a store, say)."""
+        if self.count == 1:
+            return do(*args, **options)
+        made: list[T] = []
+        self.first(lambda: made.append(do(*args, **options)))
+        return made[0] if made else do(*args, **options)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up in any process; all must ask at the same point of the run."""
+        if self.count == 1:
+            return flag
+        raised = torch.tensor(int(flag))
+        dist.all_reduce(raised, group=self.control)
+        return bool(raised)
+
+    def check_same(self, **values: str | int) -> None:
+        """Refuse processes that are about to compute different things.
+
+        Raises:
+            UserError: a value differs between the first process and this one.
+        """
+        theirs = self.told(lambda: values)
+        other = [f"{key} {values[key]} (the first: {theirs[key]})" for key in values if values[key] != theirs[key]]
+        if self.any(bool(other)):
+            raise UserError(
+                f"process {self.rank} of {self.count}: expected what the first process has, got "
+                f"{', '.join(other) or 'another process that differs'}. All need the same command, the same medim, the "
+                "same data and site key, and --out on a shared disk."
+            )
+
+    def check_batch(self, batch_size: int) -> None:
+        """Refuse a batch that does not divide.
+
+        Raises:
+            UsageError: batch_size is no multiple of the processes.
+        """
+        if batch_size % self.count:
+            below, above = batch_size // self.count * self.count, -(-batch_size // self.count) * self.count
+            raise UsageError(
+                f"batch_size: expected a multiple of the {self.count} processes, over all of which it counts, got "
+                f"{batch_size}. Set batch_size={f'{below} or {above}' if below else above}, or other --devices."
+            )
+
+    def synchronised(self, network: nn.Module) -> nn.Module:
+        """The network with batch normalisation over the images of all processes.
+
+        Critics and heads need none of this: they see the global batch.
+
+        Raises:
+            UsageError: batch normalisation in several processes on a CPU; torch synchronises it on CUDA alone.
+        """
+        if self.count == 1 or not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules()):
+            return network
+        if self.kind != "cuda":
+            raise UsageError(
+                f"{type(network).__name__}: batch normalisation cannot be synchronised on {self.kind}, so each of the "
+                f"{self.count} processes would normalise by its own images. Choose norm in or gn, and a summary "
+                "without hidden layers; or --devices 1."
+            )
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        return converted
+
+
+ALONE = Ranks()
+
+
+class _Gather(torch.autograd.Function):
+    """Join the parts of all processes; the way back adds up what all say of a part, in fp32 or wider."""
+
+    @staticmethod
+    def forward(ctx: Any, part: torch.Tensor, rank: int, count: int) -> torch.Tensor:
+        ctx.rank, ctx.each = rank, len(part)
+        gathered = part.new_empty((count * len(part), *part.shape[1:]))
+        _all_gather(gathered, part.contiguous())
+        return gathered
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        total = gradient.to(wide, copy=True, memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total[ctx.rank * ctx.each : (ctx.rank + 1) * ctx.each].to(gradient.dtype), None, None

@@ -1,0 +1,168 @@
+"""A training step of every small preset on a device that is not there: `python -m tests.training.pretend_device OUT`.
+
+PyTorch's fake tensors know shape, type and device but hold nothing, and refuse to mix devices. A build without CUDA
+lacks two things that they need: a guard of the device, which one written in Python takes the place of, and streams for
+the way back. So the losses are computed on `cuda`, and the whole step (losses, both ways back, clipping, optimisers) on
+`pretend`, PyTorch's place for devices of others. Both happen in a process of their own, since nothing undoes them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+import traceback
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils import backend_registration
+
+from medim.config import PretrainConfig, load, presets
+from medim.objectives import contrast, coordinates, dense, occlusion, reconstruction
+from medim.training.pretrain import _module
+from medim.training.ranks import ALONE
+
+SMALL = [name for name in presets("pretrain") if name.startswith("small-")]
+OTHERS, FAULTY = " with drawn negatives and occlusion", " with a tensor left behind"
+CASES = [*SMALL, *(f"small-{n}d-local-dim{OTHERS}" for n in (2, 3)), f"small-2d-coordinates{FAULTY}"]
+DEVICES = ("cuda", "pretend")
+
+
+class _Guard(torch._C._acc.DeviceGuard):
+    """Says which device is in use: always the first, and always this kind."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self._kind = kind
+
+    def type_(self) -> Any:
+        return self._kind
+
+
+class _Backend(backend_registration._DummyBackendModule):
+    def is_available(self) -> bool:
+        return False
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+
+class Strict(TorchFunctionMode):
+    """Refuses an index on another device, which PyTorch would move by itself and wait for."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in {"__getitem__", "__setitem__"}:
+            tensor, index = args[:2]
+            for part in index if isinstance(index, tuple) else (index,):
+                if isinstance(part, torch.Tensor) and part.ndim and part.device != tensor.device:
+                    raise RuntimeError(f"a tensor on {tensor.device} indexed by one on {part.device}")
+        return func(*args, **(kwargs or {}))
+
+
+def pretend(device: str) -> list[Any]:
+    """Make PyTorch believe in a device; what is returned must be kept."""
+    kinds = torch._C._autograd.DeviceType
+    guard = _Guard(kinds.CUDA if device == "cuda" else kinds.PrivateUse1)
+    backend_registration._setup_privateuseone_for_python_backend(
+        "pretend", backend_module=_Backend(), device_guard=guard
+    )
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    guards = (ctypes.c_void_p * 24).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    if device == "cuda":
+        guards[1] = guards[20]  # of CUDA, and of PrivateUse1
+    return [guard, library]
+
+
+def move(module: nn.Module, device: str) -> None:
+    """Fake parameters and buffers on a device; a tensor that a module keeps elsewhere stays where it is."""
+    for part in module.modules():
+        for name, held in part._parameters.items():
+            if held is not None:
+                fake = torch.empty(held.shape, dtype=held.dtype, device=device)
+                part._parameters[name] = nn.Parameter(fake, requires_grad=held.requires_grad)
+        for name, held in part._buffers.items():
+            if held is not None:
+                part._buffers[name] = torch.empty(held.shape, dtype=held.dtype, device=device)
+
+
+def batch_of(config: PretrainConfig, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of a configuration."""
+    views = (config.batch_size, config.views.count)
+    image = torch.empty(*views, 1, *config.views.shape, device=device)
+    return image, torch.empty(*views, config.spatial_dims, device=device)
+
+
+def hidden(count: int, shape: tuple[int, ...], *_: Any) -> torch.Tensor:
+    """What is drawn on the CPU number by number, which fake tensors do not hold."""
+    return torch.empty(count, 1, *shape, dtype=torch.bool)
+
+
+def level(scores: torch.Tensor, mask: torch.Tensor | None = None) -> float:
+    """A chance level, which is a number: from a mask on the device it would wait for the device."""
+    if mask is not None and mask.device.type != "cpu":
+        raise RuntimeError(f"the chance level waits for {mask.device}")
+    return 1.0
+
+
+def left_behind(flat: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`medim.objectives.coordinates._at`, but for the move to the device."""
+    return flat.gather(1, index.unsqueeze(-1).expand(-1, -1, flat.shape[2]))
+
+
+def step(name: str, device: str) -> list[str]:
+    """Take the step of a preset (on `cuda` its losses alone); the devices of what was computed."""
+    config = load("pretrain", name.split(" ")[0])
+    assert isinstance(config, PretrainConfig)
+    if name.endswith(OTHERS):
+        objective = {**config.objectives[0], "negatives": "permuted", "occlusion": 4}
+        config = config.model_copy(update={"objectives": [objective]})
+    shape = list(config.views.shape)
+    spec = {"encoder": config.encoder, "in_channels": 1, "spatial_dims": config.spatial_dims, "input_shape": shape}
+    module: Any = _module(config, spec, 0, ALONE)
+    kind = f"{device}:0"
+    with FakeTensorMode(), Strict():
+        move(module, kind)
+        batch = batch_of(config, kind)
+        if device == "cuda":
+            views, encode = module._views(batch, 0, split=0)
+            return [str(term.loss.device) for term in module._terms(encode, views).values()]
+        (main, *adversary), (schedule,) = module.configure_optimizers()
+        module.optimizers = lambda **_: [main, *(SimpleNamespace(optimizer=o) for o in adversary)]
+        module.lr_schedulers = lambda: schedule
+        module.manual_backward = lambda loss: loss.backward()
+        terms = module.training_step(batch, 0)
+        assert not any(p.grad is None for o in adversary for group in o.param_groups for p in group["params"])
+        gradients = [p.grad for p in module.encoder.parameters() if p.grad is not None]
+        return [str(tensor.device) for tensor in [*(term.loss for term in terms.values()), *gradients]]
+
+
+def main(device: str, out: Path) -> None:
+    """Write, for each preset, the devices that were met, or the error."""
+    kept, found = pretend(device), {}
+    for name in CASES:
+        try:
+            with ExitStack() as patches:
+                for module in (dense, reconstruction):
+                    patches.enter_context(patch.object(module, "draw_cubes", hidden))
+                patches.enter_context(patch.object(occlusion, "draw_hidden", hidden))
+                patches.enter_context(patch.object(contrast, "chance", level))
+                if name.endswith(FAULTY):
+                    patches.enter_context(patch.object(coordinates, "_at", left_behind))
+                found[name] = sorted(set(step(name, device)))
+        except Exception:
+            found[name] = traceback.format_exc().splitlines()[-12:]
+    out.write_text(json.dumps(found))
+    del kept
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,193 @@
+"""Twenty steps of every objective in one process, or in one of two: `python -m tests.training.processes RANK PORT OUT`.
+
+The classes and functions here are shared by both sides of `test_two_processes.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import lightning.pytorch as pl
+import torch
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
+
+from medim.config import PretrainConfig, check
+from medim.training import module as training_module
+from medim.training import ranks as training_ranks
+from medim.training.distribution import engine, planned, together
+from medim.training.loaders import StepSampler, step_loader
+from medim.training.optim import optimiser
+from medim.training.pretrain import _module
+from medim.training.ranks import Ranks
+
+STEPS, BATCH, SHAPE = 20, 8, (16, 16)
+DOT = {"name": "encode_and_dot", "width": 16, "scaled": True}
+PAIR = {"name": "concat_and_convolve", "hidden": [16]}
+UNET: dict[str, Any] = {
+    "encoder": {"name": "unet", "channels": [4, 8], "norm": "in", "summary_channels": 8},
+    "decoder": {"name": "unet", "norm": "in"},
+}
+PATCHES: dict[str, Any] = {
+    "encoder": {
+        "name": "patches",
+        "patch": 4,
+        "encoder": {"name": "convnet", "channels": [8], "kernel_size": 3, "norm": "gn", "hidden": 0},
+    }
+}
+CASES: dict[str, dict[str, Any]] = {
+    "infonce": {"objectives": [{"name": "local_dim", "estimator": "infonce", "critic": DOT, "standardise": True}]},
+    "jsd": {"objectives": [{"name": "local_dim", "estimator": "jsd", "critic": DOT, "occlusion": 4}]},
+    "dv": {"objectives": [{"name": "local_dim", "estimator": "dv", "critic": DOT, "score_penalty": 0.04}]},
+    "permuted": {"objectives": [{"name": "local_dim", "negatives": "permuted", "critic": DOT, "foreground": 0.1}]},
+    "rolled": {"objectives": [{"name": "global_dim", "negatives": "rolled", "critic": PAIR}]},
+    "local and global": {
+        "views": 2,
+        "objectives": [
+            {"name": "local_dim", "estimator": "infonce", "critic": {"name": "bilinear"}},
+            {"name": "global_dim", "estimator": "infonce", "critic": DOT, "weight": 0.5},
+        ],
+    },
+    "prior": {
+        "objectives": [
+            {"name": "local_dim", "estimator": "infonce", "critic": DOT},
+            {"name": "prior_matching", "hidden": [8]},
+        ]
+    },
+    "prior alone": {"objectives": [{"name": "prior_matching", "hidden": [8], "prior": "gaussian"}]},
+    "simclr": {"views": 2, "objectives": [{"name": "simclr", "width": 8}]},
+    "amdim": {"views": 2, "objectives": [{"name": "amdim", "width": 8}]},
+    "cpc": {**PATCHES, "objectives": [{"name": "cpc", "steps": 1, "layers": 1, "scaled": True}]},
+    "some of cpc": {**PATCHES, "objectives": [{"name": "cpc", "steps": 1, "layers": 1, "negatives": 7}]},
+    "dense": {**UNET, "objectives": [{"name": "dense_dim", "width": 8, "points": 16, "block": 4, "negatives": "all"}]},
+    "dense with two views": {
+        **UNET,
+        "views": 2,
+        "objectives": [{"name": "dense_dim", "width": 8, "points": 16, "block": 4, "negatives": "other_images"}],
+    },
+    "reconstruction": {
+        **UNET,
+        "objectives": [
+            {"name": "reconstruction", "block": 4},
+            {"name": "local_dim", "estimator": "infonce", "critic": DOT},
+            {"name": "coordinates", "kind": "relative", "hidden": 8, "points": 4},
+        ],
+    },
+    "vae": {"objectives": [{"name": "vae", "decoder_channels": [8, 8], "norm": "gn"}]},
+}
+FAULTS = ("dropped", "mis-scaled", "detached")
+
+
+class Noise(Dataset[Any]):
+    """Images and places that follow from the item's seed."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        image, seed = item
+        subject, view = (torch.Generator().manual_seed(n) for n in (image, seed))
+        body = torch.randn(1, 1, *SHAPE, generator=subject)
+        return body + 0.3 * torch.randn(self._count, 1, *SHAPE, generator=view), torch.zeros(self._count, 2)
+
+
+def config_of(case: str) -> PretrainConfig:
+    """The configuration of a case."""
+    options = dict(CASES[case])
+    views = {"shape": list(SHAPE), "count": options.pop("views", 1)}
+    encoder = {"name": "convnet", "channels": [8, 8], "kernel_size": 3, "norm": "gn", "hidden": 0}
+    encoder |= {"summary": "mean_max", "summary_channels": 8}
+    run = {"modality": "xray", "preprocessing": [], "max_steps": STEPS, "batch_size": BATCH, "lr": 0.1}
+    config = check("pretrain", {"views": views, "encoder": encoder, **run, **options}, where=case)
+    assert isinstance(config, PretrainConfig)
+    return config
+
+
+def descent(groups: Any, *, lr: float, max_steps: int, **_: Any) -> Any:
+    """SGD: a step in proportion to the gradient, where Adam's is of one size and turns rounding of 0 into a sign."""
+    made = SGD([p for module, _ in groups for p in module.parameters()], lr=lr, momentum=0.5)
+    return made, LambdaLR(made, lambda _: 1.0)
+
+
+def adamw(groups: Any, **options: Any) -> Any:
+    """What runs use, at a rate that is common for it."""
+    return optimiser(groups, **{**options, "lr": 1e-3})
+
+
+def trained(case: str, ranks: Ranks, *, by: Any = descent) -> dict[str, dict[str, torch.Tensor]]:
+    """Parameters and buffers before and after the steps of a case, and the losses of the last one."""
+    config = config_of(case)
+    spec = {"encoder": config.encoder, "in_channels": 1, "spatial_dims": 2, "input_shape": list(SHAPE)}
+    torch.manual_seed(0)
+    losses: dict[str, torch.Tensor] = {}
+    with patch.object(training_module, "optimiser", by):
+        module = _module(config, spec, 0, ranks)
+        before = {name: value.clone() for name, value in module.state_dict().items()}
+        sampler = StepSampler([str(n) for n in range(12)], batch_size=BATCH, steps=STEPS, seed=0, ranks=ranks)
+        quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = pl.Trainer(
+            max_steps=STEPS,
+            **engine("cpu", ranks),
+            **quiet,
+            callbacks=[Keep(losses)],
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            limit_val_batches=0,
+        )
+        trainer.fit(module, step_loader(Noise(config.views.count), sampler, workers=0))
+    return {"before": before, "after": dict(module.state_dict()), "losses": losses}
+
+
+class Keep(pl.Callback):
+    """Keeps the losses of the last step."""
+
+    def __init__(self, losses: dict[str, torch.Tensor]) -> None:
+        self._losses = losses
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Note them."""
+        self._losses.update({name: term.loss.detach() for name, term in args[2].items()})
+
+
+def fault(name: str) -> AbstractContextManager[Any]:
+    """A gathering that is wrong on its way back."""
+    gather = training_ranks._Gather
+    right = gather.backward
+
+    def dropped(ctx: Any, gradient: torch.Tensor) -> Any:
+        """What the others say of this part is lost."""
+        return gradient[ctx.rank * ctx.each : (ctx.rank + 1) * ctx.each], None, None
+
+    def scaled(ctx: Any, gradient: torch.Tensor) -> Any:
+        return right(ctx, gradient * 2)[0], None, None
+
+    def detached(ctx: Any, gradient: torch.Tensor) -> Any:
+        return torch.zeros_like(gradient[: ctx.each]), None, None
+
+    wrong = {"dropped": dropped, "mis-scaled": scaled, "detached": detached}[name]
+    return patch.object(gather, "backward", staticmethod(wrong))
+
+
+def main(out: Path) -> None:
+    """Run every case, and one with each fault."""
+    with together("cpu", planned("cpu", 2, 1)) as ranks:
+        for case in CASES:
+            torch.save(trained(case, ranks), out / f"{case}-{ranks.rank}.pt")
+        torch.save(trained("dv", ranks, by=adamw), out / f"adamw-{ranks.rank}.pt")
+        for name in FAULTS:
+            with fault(name):
+                torch.save(trained("infonce", ranks), out / f"{name}-{ranks.rank}.pt")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    rank, port, folder = sys.argv[1:]
+    os.environ.update(LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    main(Path(folder))
