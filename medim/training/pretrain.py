@@ -26,14 +26,17 @@ from medim.models.model import build_decoder, build_encoder
 from medim.models.saved import SCHEMA_VERSION, save
 from medim.objectives import OBJECTIVES
 from medim.objectives.building import known
+from medim.stopping import stoppable
+from medim.training.checkpoints import damaged_checkpoints, newest_checkpoint, resumed_from
 from medim.training.cohort import Cohort, open_cohort, write_config
+from medim.training.figures import draw
 from medim.training.loaders import StepSampler, step_loader
 from medim.training.module import PretrainModule
 from medim.training.monitor import History, verdict
 from medim.training.reference import write_reference
 from medim.training.sizes import resolve
-from medim.training.tracking import check_target, log_results, track
-from medim.training.trainer import fit, make_trainer, newest_checkpoint, peak_memory, versions
+from medim.training.tracking import check_target, log_encoder, log_results, track
+from medim.training.trainer import fit, make_trainer, peak_memory, versions
 from medim.types import UsageError, UserError
 
 log = logging.getLogger(__name__)
@@ -56,6 +59,7 @@ def resolve_config(name: str, assignments: Sequence[str] = (), index: Index | No
     return config
 
 
+@stoppable()
 def pretrain(
     config: PretrainConfig,
     index: Index,
@@ -89,10 +93,11 @@ def pretrain(
     Raises:
         UserError: too few subjects, a non-empty `out`, a device that is not there.
         UsageError: a section that cannot be built.
+        StoppedError: SIGTERM or SIGUSR1 came; what was reached is saved.
     """
     began = time.perf_counter()
     rehearse(config)
-    check_target()
+    check_target(out if resume else None)
     fresh_folder(out, resume=resume, overwrite=overwrite)
     steps = config.preprocessing
     cohort = open_cohort(index, index.records, steps, split_seed=split_seed, store=store)
@@ -106,7 +111,7 @@ def pretrain(
     trained = any(getattr(objective, "reads_summary", True) for objective in module.objectives.values())
     history = History(stop_on_collapse=stop_on_collapse, summary_trained=trained)
     checkpoint, start = newest_checkpoint(out / "checkpoints") if resume else (None, 0)
-    with track("pretrain", config, seed=seed, index_hash=index.hash) as logger:
+    with track("pretrain", config, out, seed=seed, index_hash=index.hash) as logger:
         loader = _loader(config, cohort, train, seed=seed, start=start)
         held_out_loader = _held_out_loader(config, cohort, held_out, seed=seed)
         validate = held_out_loader is not None
@@ -120,10 +125,13 @@ def pretrain(
         history.write(out / "history.csv")
         write_reference(out / "encoder", module.encoder, cohort, spec)
         Seen().then("pretrain", cohort.cases(train)).write(out / "encoder")
-        summary = _summary(config, cohort, history, module, trainer, start)
+        summary = _summary(config, cohort, history, module, trainer)
+        summary["damaged_checkpoints"] = damaged_checkpoints(out / "checkpoints")
         summary["seconds"] = time.perf_counter() - began
+        figures = draw(out, config, history.rows)
         write_json(out / "summary.json", summary)
-        log_results(logger, summary, [out / "config.yaml", out / "summary.json", out / "history.csv"])
+        log_results(logger, summary, [out / "config.yaml", out / "summary.json", out / "history.csv", *figures])
+        log_encoder(logger, config.name)
     return summary
 
 
@@ -279,7 +287,7 @@ def _card(spec: dict[str, Any]) -> str:
 
 
 def _summary(
-    config: PretrainConfig, cohort: Cohort, history: History, module: PretrainModule, trainer: pl.Trainer, start: int
+    config: PretrainConfig, cohort: Cohort, history: History, module: PretrainModule, trainer: pl.Trainer
 ) -> dict[str, Any]:
     losses = {
         name: {
@@ -294,7 +302,7 @@ def _summary(
         "command": "pretrain",
         "objectives": module.weights,
         "steps": trainer.global_step,
-        "resumed_from_steps": history.resumed_from_steps + ([start] if start else []),
+        "resumed_from_steps": resumed_from(trainer),
         "input_shape": list(config.views.shape),
         "loss": losses,
         "chance": history.chance(),
