@@ -180,7 +180,7 @@ def resumed_from(trainer: pl.Trainer) -> list[int]:
 
 def _random_state() -> dict[str, Any]:
     """The state of this process's generators, in tensors and plain values."""
-    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002: the generator that others draw from
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,

