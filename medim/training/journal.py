@@ -12,6 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Journal:
         out: the run's folder; what an earlier process left there is taken up.
 
     Attributes:
-        state: `run` (MLflow's id), `sent` (records of the file), `step` (the last with metrics).
+        state: `run` (MLflow's id), `sent` (records of the file), `last` (the last step of each metric).
     """
 
     def __init__(self, out: Path) -> None:
@@ -40,7 +41,10 @@ class Journal:
         self._path = out / RECORDS
         self._lock = threading.Lock()
         self.state: dict[str, Any] = read_json(out / STATE) if (out / STATE).is_file() else {}
+        self.last: dict[str, int] = self.state.setdefault("last", {})
         self._waiting = self._left()
+        for record in self._waiting:
+            self._note(record)
         self._file = self._path.open("a", encoding="utf-8")
 
     def _left(self) -> list[Record]:
@@ -54,11 +58,16 @@ class Journal:
         return [json.loads(line) for line in lines[self.state.get("sent", 0) :]]
 
     def add(self, record: Record) -> None:
-        """Write a record down."""
+        """Write a record down; one with `metrics` has a `step`."""
         with self._lock:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
             self._waiting.append(record)
+            self._note(record)
+
+    def _note(self, record: Record) -> None:
+        for name in record.get("metrics", ()):
+            self.last[name] = max(record["step"], self.last.get(name, -1))
 
     def waiting(self, most: int | None = None) -> list[Record]:
         """The oldest records that have not arrived."""
@@ -114,7 +123,8 @@ class Courier(threading.Thread):
             closing = self._closing.is_set()
             if self._measure and not closing and time.monotonic() - measured >= self._measure_seconds:
                 measured = time.monotonic()
-                self._journal.add(self._measure())
+                with suppress(OSError):  # what a system does not tell
+                    self._journal.add(self._measure())
             delivered = self._deliver()
             if closing and ((delivered and not self._journal.waiting(1)) or time.monotonic() > self._until):
                 return

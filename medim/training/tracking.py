@@ -7,6 +7,7 @@ medim.training.tracking RUN` sends what a run could not.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -34,7 +35,7 @@ from medim.config import RunConfig
 from medim.files import read_json
 from medim.stopping import current
 from medim.training.journal import STATE, Courier, Journal, Record
-from medim.training.machine import PREFIX, Machine
+from medim.training.machine import Machine
 from medim.types import UserError
 
 log = logging.getLogger(__name__)
@@ -104,9 +105,6 @@ class Tracker(Logger):
         super().__init__()
         self._journal = journal
         self._machine = Machine(journal.out)
-        self._last: dict[str, int] = journal.state.setdefault("last", {})  # step of each metric
-        for record in journal.waiting():
-            self._note(record)
 
     @property
     def name(self) -> str:
@@ -133,22 +131,19 @@ class Tracker(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log numbers of a step; what a run did a second time after a resume is left out."""
         at = step or 0
-        new = {name: float(value) for name, value in metrics.items() if step is None or at > self._last.get(name, -1)}
+        new = {
+            name: float(value)
+            for name, value in metrics.items()
+            if step is None or at > self._journal.last.get(name, -1)
+        }
         if new:
-            record = {"metrics": new, "step": at, "time": int(time.time() * 1000)}
-            self._note(record)
-            self.add(record)
+            self.add({"metrics": new, "step": at, "time": int(time.time() * 1000)})
 
     def measure(self) -> Record:
         """A record of how busy the machine is."""
-        at = max((step for name, step in self._last.items() if name.startswith(PREFIX)), default=-1) + 1
-        record = {"metrics": self._machine(), "step": at, "time": int(time.time() * 1000)}
-        self._note(record)
-        return record
-
-    def _note(self, record: Record) -> None:
-        for name in record.get("metrics", ()):
-            self._last[name] = max(record["step"], self._last.get(name, -1))
+        found = self._machine()
+        at = 1 + max(self._journal.last.get(name, -1) for name in found)
+        return {"metrics": found, "step": at, "time": int(time.time() * 1000)}
 
 
 def _flat(content: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
@@ -208,6 +203,7 @@ def _told(left: int, out: Path) -> None:
         )
 
 
+@functools.cache
 def _commit() -> dict[str, str]:
     """The commit that medim runs from, where it is a clone."""
     root = Path(__file__).resolve().parents[2]
@@ -240,8 +236,9 @@ def deliver(journal: Journal, records: Sequence[Record]) -> None:
 
     def flush() -> None:
         nonlocal numbers, held
-        for first in range(0, len(numbers), 1000):
-            client.log_batch(journal.state["run"], metrics=numbers[first : first + 1000])
+        with _unless_refused("metrics"):
+            for first in range(0, len(numbers), 1000):
+                client.log_batch(journal.state["run"], metrics=numbers[first : first + 1000])
         journal.arrived(held)
         numbers, held = [], 0
 
@@ -252,15 +249,22 @@ def deliver(journal: Journal, records: Sequence[Record]) -> None:
             continue
         if held:
             flush()
-        try:
+        with nullcontext() if "run" in record else _unless_refused(next(iter(record))):
             _deliver(client, journal, record)
-        except (MlflowException, FileNotFoundError) as error:
-            if "run" in record or getattr(error, "error_code", "RESOURCE_DOES_NOT_EXIST") not in REFUSED:
-                raise
-            log.warning("tracking: %s was refused and left out (%s)", next(iter(record)), error)
         journal.arrived(1)
     if held:
         flush()
+
+
+@contextmanager
+def _unless_refused(kind: str) -> Iterator[None]:
+    """Tell what a server will never take, or a file that is gone, and go on."""
+    try:
+        yield
+    except (MlflowException, FileNotFoundError) as error:
+        if isinstance(error, MlflowException) and error.error_code not in REFUSED:
+            raise
+        log.warning("tracking: %s was refused and left out (%s)", kind, error)
 
 
 def _deliver(client: MlflowClient, journal: Journal, record: Record) -> None:

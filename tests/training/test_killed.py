@@ -89,8 +89,10 @@ def steps(run: Path) -> list[int]:
     return sorted(int(path.stem.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*.ckpt"))
 
 
-def disturbance(run: Path, number: int, rng: random.Random, *, group: bool = False) -> Callable[[int], None]:
-    """Sends a signal at a random moment after the next checkpoint."""
+def disturbance(
+    run: Path, number: int, rng: random.Random, within: float, *, group: bool = False
+) -> Callable[[int], None]:
+    """Sends a signal at a random moment of so many seconds after the next checkpoint."""
 
     def disturb(pid: int) -> None:
         before = steps(run)[-1:]
@@ -98,19 +100,26 @@ def disturbance(run: Path, number: int, rng: random.Random, *, group: bool = Fal
         while steps(run)[-1:] == before:
             assert time.monotonic() < deadline
             time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.4))
+        time.sleep(rng.uniform(0, within))
         (os.killpg if group else os.kill)(pid, number)
 
     return disturb
 
 
+def interval(run: Path) -> float:
+    """Seconds between two checkpoints of a whole run."""
+    times = sorted(path.stat().st_mtime for path in (run / "checkpoints").glob("step-*.ckpt"))
+    assert len(times) == 2
+    return times[1] - times[0]
+
+
 def disturbed(
-    starter: Starter, command: list[str], run: Path, signals: list[int], rng: random.Random, every: int
+    starter: Starter, command: list[str], run: Path, signals: list[int], rng: random.Random, within: float, every: int
 ) -> dict[str, Any]:
     """Run a command to its end in spite of signals and a cut checkpoint; its summary."""
     more: list[str] = []
     for number in signals:
-        code = starter.run([*command, "--out", str(run), *more], disturbance(run, number, rng))
+        code = starter.run([*command, "--out", str(run), *more], disturbance(run, number, rng, within))
         expected = -signal.SIGKILL if number == signal.SIGKILL else 75
         assert code == expected, starter.log.read_text()[-3000:]
         assert not (run / "summary.json").exists()
@@ -130,8 +139,8 @@ def disturbed(
 def test_ten_kills_five_stops_and_a_cut_checkpoint_end_in_the_bytes_of_the_undisturbed_run(
     starter: Starter, pretrain_config: PretrainConfig, volumes: Path, tmp_path: Path
 ) -> None:
-    every = 15
-    changed = {"max_steps": 900, "checkpoint_every_steps": every}
+    every = 12  # two intervals a disturbance at most
+    changed = {"max_steps": 480, "checkpoint_every_steps": every}
     config = tmp_path / "config.yaml"
     config.write_text(dump(pretrain_config.model_copy(update=changed)))
     command = ["pretrain", "--modality", "mri", "--data", str(volumes), "--config", str(config)]
@@ -139,7 +148,7 @@ def test_ten_kills_five_stops_and_a_cut_checkpoint_end_in_the_bytes_of_the_undis
     rng = random.Random(0)
     signals = [signal.SIGKILL] * 10 + [signal.SIGTERM] * 3 + [signal.SIGUSR1] * 2
     rng.shuffle(signals)
-    summary = disturbed(starter, command, tmp_path / "run", signals, rng, every)
+    summary = disturbed(starter, command, tmp_path / "run", signals, rng, interval(tmp_path / "undisturbed"), every)
     weights = Path("encoder") / "encoder.safetensors"
     assert sha256(tmp_path / "undisturbed" / weights) == sha256(tmp_path / "run" / weights)
     histories = [(tmp_path / name / "history.csv").read_bytes() for name in ("undisturbed", "run")]
@@ -152,14 +161,16 @@ def test_ten_kills_five_stops_and_a_cut_checkpoint_end_in_the_bytes_of_the_undis
 def test_a_fine_tuning_killed_and_stopped_ends_in_the_bytes_of_the_undisturbed_run(
     starter: Starter, finetune_config: FinetuneConfig, volumes: Path, tmp_path: Path
 ) -> None:
-    changed = {"max_steps": 400, "checkpoint_every_steps": 20, "measure_at": (200,)}
+    changed = {"max_steps": 200, "checkpoint_every_steps": 15, "measure_at": (100,)}
     config = tmp_path / "config.yaml"
     config.write_text(dump(finetune_config.model_copy(update=changed)))
     command = ["finetune", "--task", "segmentation", "--modality", "mri", "--data", str(volumes)]
     command += ["--config", str(config)]
     assert starter.run([*command, "--out", str(tmp_path / "undisturbed")]) == 0, starter.log.read_text()[-3000:]
     signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1]
-    summary = disturbed(starter, command, tmp_path / "run", signals, random.Random(1), 20)
+    summary = disturbed(
+        starter, command, tmp_path / "run", signals, random.Random(1), interval(tmp_path / "undisturbed"), 20
+    )
     weights = Path("model") / "model.safetensors"
     assert sha256(tmp_path / "undisturbed" / weights) == sha256(tmp_path / "run" / weights)
     assert (tmp_path / "undisturbed" / "history.csv").read_bytes() == (tmp_path / "run" / "history.csv").read_bytes()
@@ -177,6 +188,6 @@ def test_a_signal_to_all_processes_of_a_run_leaves_it_to_the_run_to_stop(
     config.write_text(dump(pretrain_config.model_copy(update=changed)))
     command = ["pretrain", "--modality", "mri", "--data", str(volumes), "--config", str(config)]
     command += ["--out", str(tmp_path / "run")]
-    stop = disturbance(tmp_path / "run", signal.SIGUSR1, random.Random(2), group=True)
+    stop = disturbance(tmp_path / "run", signal.SIGUSR1, random.Random(2), 0.1, group=True)
     assert starter.run(command, stop) == 75, starter.log.read_text()[-3000:]
     assert "is saved, --resume continues" in starter.log.read_text()

@@ -165,13 +165,11 @@ def test_a_signal_saves_the_step_it_comes_in_and_leaves_with_75(
 
 
 def test_a_signal_while_the_encoder_is_written_is_answered_and_costs_no_step(
-    undisturbed: Path,
-    pretrain_config: PretrainConfig,
-    cohort_index: Index,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "stopped"
+    config = pretrain_config.model_copy(update={"max_steps": 5})  # which is no multiple of the interval
+    whole, out = tmp_path / "whole", tmp_path / "stopped"
+    pretrain(config, cohort_index, whole, store=tmp_path / "store")
 
     def requeue(*given: Any, **options: Any) -> None:
         save(*given, **options)
@@ -180,13 +178,13 @@ def test_a_signal_while_the_encoder_is_written_is_answered_and_costs_no_step(
     with monkeypatch.context() as patch:
         patch.setattr("medim.training.pretrain.save", requeue)
         with pytest.raises(StoppedError, match="--resume continues"):
-            pretrain(pretrain_config, cohort_index, out, store=tmp_path / "store")
+            pretrain(config, cohort_index, out, store=tmp_path / "store")
     assert not (out / "summary.json").exists()
-    assert newest_checkpoint(out / "checkpoints")[1] == 6
-    summary = pretrain(pretrain_config, cohort_index, out, store=tmp_path / "store", resume=True)
-    assert (summary["steps"], summary["resumed_from_steps"]) == (6, [6])
-    assert sha256(undisturbed / WEIGHTS) == sha256(out / WEIGHTS)
-    assert (out / "history.csv").read_bytes() == (undisturbed / "history.csv").read_bytes()
+    assert newest_checkpoint(out / "checkpoints")[1] == 5
+    summary = pretrain(config, cohort_index, out, store=tmp_path / "store", resume=True)
+    assert (summary["steps"], summary["resumed_from_steps"]) == (5, [5])
+    assert sha256(whole / WEIGHTS) == sha256(out / WEIGHTS)
+    assert (out / "history.csv").read_bytes() == (whole / "history.csv").read_bytes()
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
