@@ -30,6 +30,7 @@ from medim.cli.options import (
 )
 from medim.cli.study import study
 from medim.cli.terminal import averages, command, console, curve, intervals, number, progress, show
+from medim.stopping import stoppable
 from medim.types import Modality, UsageError, UserError
 
 app = typer.Typer(
@@ -95,6 +96,7 @@ for body in (example, fetch, index, preprocess):
 
 
 @command(app)
+@stoppable()
 def pretrain(
     modality: Annotated[Modality, typer.Option(help="Which images count.")],
     data: Data = None,
@@ -204,6 +206,7 @@ def probe(
 
 
 @command(app)
+@stoppable()
 def finetune(
     task: Annotated[Literal["segmentation", "classification"], typer.Option(help="What to learn.")],
     out: Out,

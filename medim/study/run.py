@@ -15,6 +15,7 @@ from medim.data.identity import Scrubber, tokens
 from medim.data.index import Index
 from medim.evaluation.sample import Budget
 from medim.files import read_json, write_json
+from medim.stopping import StoppedError
 from medim.study.agenda import Agenda, duration
 from medim.study.audit import write_audit
 from medim.study.cells import Bench
@@ -27,7 +28,6 @@ from medim.study.summary import write_summary
 from medim.study.table import write_results
 from medim.study.workers import work
 from medim.training.tracking import log_study, track_study
-from medim.training.trainer import StoppedError
 from medim.types import UserError
 
 log = logging.getLogger(__name__)

@@ -22,10 +22,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from medim.data.processes import available
+from medim.stopping import StoppedError
 from medim.study.agenda import Agenda
 from medim.study.cells import Bench, run_cell
 from medim.study.design import Cell
-from medim.training.trainer import StoppedError
 from medim.types import UserError
 
 log = logging.getLogger(__name__)

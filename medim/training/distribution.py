@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from medim.training.ranks import ALONE, Ranks
 from medim.types import UsageError, UserError
@@ -127,10 +125,7 @@ def _end_children(seconds: float | None) -> list[int]:
 
 
 class StopTogether(pl.Callback):
-    """Ends a run in all processes at the same step where it is to end in one.
-
-    SIGTERM and SIGUSR1 set a flag; before the next step all processes ask each other, and leave as Lightning does after
-    SIGTERM. Lightning's own handler would speak to the other processes in the middle of whatever they are saying.
+    """Ends a run in all processes where it is to end in one.
 
     Args:
         ranks: the processes.
@@ -138,17 +133,6 @@ class StopTogether(pl.Callback):
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._asked = False
-
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Take the signals over; Lightning gives them back when the run ends."""
-        for signum in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(signum, self._ask)
-
-    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
-        """Leave where somebody has been asked to."""
-        if self._ranks.any(self._asked):
-            raise SIGTERMException
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Stop after this step where one process is to."""
@@ -157,9 +141,6 @@ class StopTogether(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Stop after this validation where one process is to."""
         trainer.should_stop = self._ranks.any(trainer.should_stop)
-
-    def _ask(self, signum: int, frame: Any) -> None:
-        self._asked = True
 
 
 def leads() -> bool:

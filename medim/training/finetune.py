@@ -23,6 +23,8 @@ from medim.evaluation.evaluate import validate
 from medim.files import fresh_folder, write_csv, write_json
 from medim.models.model import Model, as_run, build_model
 from medim.models.saved import SCHEMA_VERSION, find, load_weights, save
+from medim.stopping import stoppable
+from medim.training.checkpoints import damaged_checkpoints, newest_checkpoint, resumed_from
 from medim.training.cohort import Cohort, open_cohort, write_config
 from medim.training.head_init import start_head_as_probe
 from medim.training.loaders import StepSampler, step_loader
@@ -32,7 +34,7 @@ from medim.training.reference import write_reference
 from medim.training.sizes import resolve
 from medim.training.targets import blank_target, targets_of, with_head_for
 from medim.training.tracking import check_target, log_results, track
-from medim.training.trainer import fit, make_trainer, newest_checkpoint, peak_memory, versions
+from medim.training.trainer import fit, make_trainer, peak_memory, versions
 from medim.types import Modality, UsageError, UserError
 
 log = logging.getLogger(__name__)
@@ -182,6 +184,7 @@ def resolve_config(
     return config
 
 
+@stoppable()
 def finetune(
     config: FinetuneConfig,
     index: Index,
@@ -234,11 +237,12 @@ def finetune(
     Raises:
         UserError: no labels for the task, weights that do not fit, a non-empty `out`, or `strict`.
         UsageError: a section that cannot be built, or parts that do not fit each other.
+        StoppedError: SIGTERM or SIGUSR1 came; what was reached is saved.
     """
     began = time.perf_counter()
     config = with_head_for(config, index)
     rehearse(config)
-    check_target()
+    check_target(out if resume else None)
     subset_seed = seed if subset_seed is None else subset_seed
     fresh_folder(out, resume=resume, overwrite=overwrite)
     cohort = cohort or open_labelled(config, index, split_seed=split_seed, store=store, strict=strict)
@@ -262,7 +266,7 @@ def finetune(
     if config.head_init == "probe" and not checkpoint:
         _start_head(config, cohort, train, model, spec, seed)
     module = FinetuneModule(model, config, pretrained)
-    with track("finetune", config, seed=seed, index_hash=index.hash, parent=parent_run) as logger:
+    with track("finetune", config, out, seed=seed, index_hash=index.hash, parent=parent_run) as logger:
         on_the_way = MeasureOnTheWay(config.measure_at, out, index, val, spec)
         options: dict[str, Any] = {"accelerator": accelerator, "validate": False, "clip": config.gradient_clip}
         trainer = make_trainer(config, out, logger=False, callbacks=[on_the_way], **options)
@@ -277,7 +281,8 @@ def finetune(
         log.info("measuring on %d validation images", len(val))
         measured, cases = validate(as_run(model), index, val, spec) if val else (None, [])
         write_cases(out / "cases.parquet", cases, spec["kind"])
-        summary = _summary(config, cohort, module, spec, len(train), measured, start)
+        summary = _summary(config, cohort, module, spec, len(train), measured)
+        summary["damaged_checkpoints"] = damaged_checkpoints(out / "checkpoints")
         summary |= {"overlap": cohort.overlap, "seen": seen}
         summary["seconds"] = time.perf_counter() - began
         write_json(out / "summary.json", summary)
@@ -351,7 +356,6 @@ def _summary(
     spec: dict[str, Any],
     labelled: int,
     measured: dict[str, Any] | None,
-    start: int,
 ) -> dict[str, Any]:
     losses = [loss for _, _, loss, _, _ in module.rows if loss is not None]
     return {
@@ -362,7 +366,7 @@ def _summary(
         "labelled": labelled,
         "unlabelled_left_out": len(cohort.index.records) - len(cohort.keys) - len(cohort.rejected),
         "steps": module.global_step,
-        "resumed_from_steps": [start] if start else [],
+        "resumed_from_steps": resumed_from(module.trainer),
         "loss": {"first": losses[0], "last": losses[-1]},
         "val": measured,
         "peak_memory_bytes": peak_memory(),

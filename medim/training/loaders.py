@@ -6,6 +6,7 @@ the same bytes.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from medim.stopping import NAMES
 from medim.training.ranks import ALONE, Ranks
 
 Item = tuple[int, int]  # (index of the image, seed of its randomness)
@@ -90,6 +92,12 @@ class StepSampler(Sampler[list[Item]]):
         return np.random.default_rng(seed_of(self._seed, epoch, turn, 1)).permutation(len(self._scans))
 
 
+def deaf(worker: int) -> None:
+    """Leave it to the run to answer signals that SLURM sends to every process of it."""
+    for name in NAMES:
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 def step_loader(dataset: Dataset[Any], sampler: StepSampler, *, workers: int) -> DataLoader[Any]:
     """A loader whose batches are the sampler's.
 
@@ -105,4 +113,5 @@ def step_loader(dataset: Dataset[Any], sampler: StepSampler, *, workers: int) ->
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context="forkserver" if workers else None,
+        worker_init_fn=deaf if workers else None,
     )

@@ -18,6 +18,7 @@ from medim.objectives import Term
 
 Verdict = Literal["learning", "at-chance", "collapsed", "diverged"]
 PATIENCE = 25  # steps
+KEPT = ("rows", "held_out", "held_out_step", "rankme", "feature_std", "diverged")  # in a checkpoint
 COLUMNS = ("step", "name", "loss", "chance", "held_out")
 
 
@@ -37,7 +38,6 @@ class History(pl.Callback):
         held_out_step: the step of that validation.
         rankme: effective rank of the held-out summaries; feature_std: their spread (1 isotropic, 0 collapsed).
         diverged: a training loss stopped being a number, or (with `stop_on_collapse`) stayed far above chance.
-        resumed_from_steps: the steps at which the run was taken up again.
     """
 
     def __init__(self, *, stop_on_collapse: bool = False, summary_trained: bool = True) -> None:
@@ -49,7 +49,6 @@ class History(pl.Callback):
         self.held_out_step = -1
         self.rankme = self.feature_std = math.nan
         self.diverged = False
-        self.resumed_from_steps: list[int] = []
         self._losses: dict[str, list[float]] = defaultdict(list)
         self._summaries: list[torch.Tensor] = []
         self._ended = self._began = time.perf_counter()
@@ -107,12 +106,13 @@ class History(pl.Callback):
         self.held_out_step = trainer.global_step
         summaries = torch.cat(self._summaries).numpy()
         self.rankme, self.feature_std = (
-            f(summaries) if np.isfinite(summaries).all() else 0.0 for f in (rankme, feature_std)
+            float(f(summaries)) if np.isfinite(summaries).all() else 0.0 for f in (rankme, feature_std)
         )
         for name, values in self._losses.items():
             error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
             self.held_out[name] = (float(np.mean(values)), error)
             self.rows.append((trainer.global_step, name, None, None, self.held_out[name][0]))
+        self.rows.append((trainer.global_step, "rankme", None, None, self.rankme))
         if trainer.logger:
             held_out = {f"held_out/{name}": mean for name, (mean, _) in self.held_out.items()}
             trainer.logger.log_metrics(
@@ -123,12 +123,14 @@ class History(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"rows": self.rows, "resumed_from_steps": self.resumed_from_steps}
+        return {name: getattr(self, name) for name in KEPT} | {"above": dict(self._above)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a checkpoint's history."""
-        self.rows = [tuple(row) for row in state["rows"]]
-        self.resumed_from_steps = [*state["resumed_from_steps"]]
+        for name in KEPT:
+            setattr(self, name, state[name])
+        self.rows = [tuple(row) for row in self.rows]
+        self._above.update(state["above"])
 
     def write(self, path: Path) -> None:
         """Write the rows as CSV."""
@@ -166,7 +168,7 @@ class History(pl.Callback):
     def diagnostics(self) -> dict[str, dict[str, float | None]]:
         """What objectives show beside their losses: mean of the last twenty steps, and the held-out value."""
         terms = self.chance()
-        names = dict.fromkeys(name for _, name, *_ in self.rows if name not in terms)
+        names = dict.fromkeys(name for _, name, *_ in self.rows if name not in {*terms, "rankme"})
         last = {name: [v for v in self.curve(name)[-20:] if math.isfinite(v)] for name in names}
         held_out = {name: mean for name, (mean, _) in self.held_out.items() if math.isfinite(mean)}
         return {

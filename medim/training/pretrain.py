@@ -27,16 +27,19 @@ from medim.models.model import build_decoder, build_encoder
 from medim.models.saved import SCHEMA_VERSION, save
 from medim.objectives import OBJECTIVES
 from medim.objectives.building import known
+from medim.stopping import stoppable
+from medim.training.checkpoints import damaged_checkpoints, newest_checkpoint, resumed_from
 from medim.training.cohort import Cohort, open_cohort, write_config
 from medim.training.distribution import planned, together
+from medim.training.figures import draw
 from medim.training.loaders import StepSampler, step_loader
 from medim.training.module import PretrainModule
 from medim.training.monitor import History, verdict
 from medim.training.ranks import ALONE, Ranks
 from medim.training.reference import write_reference
 from medim.training.sizes import resolve
-from medim.training.tracking import check_target, log_results, track
-from medim.training.trainer import fit, make_trainer, newest_checkpoint, peak_memory, versions
+from medim.training.tracking import check_target, log_encoder, log_results, track
+from medim.training.trainer import fit, make_trainer, peak_memory, versions
 from medim.types import UsageError, UserError
 
 log = logging.getLogger(__name__)
@@ -59,6 +62,7 @@ def resolve_config(name: str, assignments: Sequence[str] = (), index: Index | No
     return config
 
 
+@stoppable()
 def pretrain(
     config: PretrainConfig,
     index: Index,
@@ -96,6 +100,7 @@ def pretrain(
     Raises:
         UserError: too few subjects, a non-empty `out`, a device that is not there.
         UsageError: a section that cannot be built, or not be spread over the devices.
+        StoppedError: SIGTERM or SIGUSR1 came; what was reached is saved.
     """
     plan = planned(accelerator, devices, nodes)
     rehearse(config, plan)
@@ -131,7 +136,7 @@ def _run(
 ) -> dict[str, Any]:
     began = time.perf_counter()
     ranks.check_same(config=config.hash, index=index.hash, seed=seed, split_seed=split_seed)
-    ranks.first(check_target)
+    ranks.first(check_target, out if resume else None)
     ranks.first(fresh_folder, out, resume=resume, overwrite=overwrite)
     steps = config.preprocessing
     cohort = ranks.in_turn(open_cohort, index, index.records, steps, split_seed=split_seed, store=store)
@@ -145,7 +150,7 @@ def _run(
     trained = any(getattr(objective, "reads_summary", True) for objective in module.objectives.values())
     history = History(stop_on_collapse=stop_on_collapse, summary_trained=trained)
     checkpoint, start = ranks.told(newest_checkpoint, out / "checkpoints") if resume else (None, 0)
-    tracked = track("pretrain", config, seed=seed, index_hash=index.hash) if ranks.leads else nullcontext(False)
+    tracked = track("pretrain", config, out, seed=seed, index_hash=index.hash) if ranks.leads else nullcontext(False)
     with tracked as logger:
         loader = _loader(config, cohort, train, seed=seed, start=start, ranks=ranks)
         held_out_loader = _held_out_loader(config, cohort, held_out, seed=seed)
@@ -156,16 +161,19 @@ def _run(
         fit(trainer, module, loader, held_out_loader, checkpoint=checkpoint)
         if validate and history.held_out_step != trainer.global_step:
             trainer.validate(module, held_out_loader, verbose=False)
-        summary = _summary(config, cohort, history, module, trainer, start) | {"processes": ranks.count}
+        summary = _summary(config, cohort, history, module, trainer) | {"processes": ranks.count}
         if isinstance(logger, bool):  # the first process has the logger, and writes
             return summary
         _write_encoder(out, module, spec, config)
         history.write(out / "history.csv")
         write_reference(out / "encoder", module.encoder, cohort, spec)
         Seen().then("pretrain", cohort.cases(train)).write(out / "encoder")
+        summary["damaged_checkpoints"] = damaged_checkpoints(out / "checkpoints")
         summary["seconds"] = time.perf_counter() - began
+        figures = draw(out, config, history.rows)
         write_json(out / "summary.json", summary)
-        log_results(logger, summary, [out / "config.yaml", out / "summary.json", out / "history.csv"])
+        log_results(logger, summary, [out / "config.yaml", out / "summary.json", out / "history.csv", *figures])
+        log_encoder(logger, config.name)
     return summary
 
 
@@ -333,7 +341,7 @@ def _card(spec: dict[str, Any]) -> str:
 
 
 def _summary(
-    config: PretrainConfig, cohort: Cohort, history: History, module: PretrainModule, trainer: pl.Trainer, start: int
+    config: PretrainConfig, cohort: Cohort, history: History, module: PretrainModule, trainer: pl.Trainer
 ) -> dict[str, Any]:
     losses = {
         name: {
@@ -348,7 +356,7 @@ def _summary(
         "command": "pretrain",
         "objectives": module.weights,
         "steps": trainer.global_step,
-        "resumed_from_steps": history.resumed_from_steps + ([start] if start else []),
+        "resumed_from_steps": resumed_from(trainer),
         "input_shape": list(config.views.shape),
         "loss": losses,
         "chance": history.chance(),

@@ -1,26 +1,56 @@
-"""MLflow: where runs are tracked. MLflow's only home."""
+"""MLflow: where runs are tracked. MLflow's only home.
+
+A run writes its records down and `medim.training.journal` sends them, so no step waits for a server, or fails with it.
+What is sent: configuration, numbers, figures, hashes, versions; of images, nothing. `python -m
+medim.training.tracking RUN` sends what a run could not.
+"""
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
+import shutil
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from lightning.pytorch.loggers import MLFlowLogger
+import numpy as np
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID
 
+from medim import __version__
 from medim.config import RunConfig
+from medim.files import read_json
+from medim.stopping import current
+from medim.training.journal import STATE, Courier, Journal, Record
+from medim.training.machine import Machine
 from medim.types import UserError
 
+log = logging.getLogger(__name__)
 STUDIES = "medim-study"  # the experiment of all studies
 STOPPED = 75  # exit code of what was asked to stop
 ANSWER_SECONDS = 10  # how long a tracking server may take to accept a connection
+PATIENCE_SECONDS = 60.0  # for a server that is away when a run has ended
+LEAVE_SECONDS = 5.0  # the same where the run was stopped or failed
+SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds; the journal tries again
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # results alone are printed
+}
+REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"}
+LONGEST = 6000  # characters of a parameter that every server takes
 
 
 def tracking_uri() -> str:
@@ -28,8 +58,11 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
 
 
-def check_target() -> None:
+def check_target(resumed: Path | None = None) -> None:
     """Find out within seconds whether runs can be tracked; MLflow itself retries for minutes.
+
+    Args:
+        resumed: folder of a run that is taken up: where it has been tracked, a server that is away is waited for.
 
     Raises:
         UserError: the server does not answer, the URI is of no kind that MLflow knows, or the working folder is
@@ -50,43 +83,265 @@ def check_target() -> None:
             MlflowClient(tracking_uri=uri)
     except (OSError, ValueError, MlflowException) as error:
         shown = urlunsplit(place._replace(netloc=place.netloc.rpartition("@")[2]))
+        if resumed and (resumed / STATE).is_file():
+            log.warning(
+                "MLFLOW_TRACKING_URI=%s does not answer (%s); the records are kept and sent later", shown, error
+            )
+            return
         raise UserError(
             f"MLFLOW_TRACKING_URI={shown}: expected an MLflow target that answers, got: {error}. "
             "Start the server, correct the address, or unset the variable for a local file."
         ) from error
 
 
+class Tracker(Logger):
+    """Writes what a run says of itself into its journal; the first process of several alone does.
+
+    Args:
+        journal: of the run.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        super().__init__()
+        self._journal = journal
+        self._machine = Machine(journal.out)
+
+    @property
+    def name(self) -> str:
+        """Of the kind of logger."""
+        return "mlflow"
+
+    @property
+    def version(self) -> str:
+        """MLflow's id of the run; empty until it has one."""
+        return str(self._journal.state.get("run", ""))
+
+    @rank_zero_only
+    def add(self, record: Record) -> None:
+        """Write a record of any kind down; see `deliver`."""
+        self._journal.add(record)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
+        """Log a nested mapping as flat parameters, keys joined by a slash."""
+        flat = {key: str(value)[:LONGEST] for key, value in _flat(params)}
+        self.add({"params": flat})
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log numbers of a step; what a run did a second time after a resume is left out."""
+        at = step or 0
+        new = {
+            name: float(value)
+            for name, value in metrics.items()
+            if step is None or at > self._journal.last.get(name, -1)
+        }
+        if new:
+            self.add({"metrics": new, "step": at, "time": int(time.time() * 1000)})
+
+    def measure(self) -> Record:
+        """A record of how busy the machine is."""
+        found = self._machine()
+        at = 1 + max(self._journal.last.get(name, -1) for name in found)
+        return {"metrics": found, "step": at, "time": int(time.time() * 1000)}
+
+
+def _flat(content: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{before}{key}/")
+        else:
+            yield f"{before}{key}", value
+
+
 @contextmanager
 def track(
-    command: str, config: RunConfig, *, seed: int, index_hash: str, parent: str | None = None
-) -> Iterator[MLFlowLogger]:
-    """Open an MLflow run of experiment `medim-<command>`, and close it as finished or failed.
+    command: str, config: RunConfig, out: Path, *, seed: int, index_hash: str, parent: str | None = None
+) -> Iterator[Tracker]:
+    """Open an MLflow run of experiment `medim-<command>`, or take up that of `out`, and close it by how it ended.
 
-    Nothing of the data goes in but the index's hash.
+    Nothing of the data goes in but the index's hash. A server that goes away meanwhile is told once, and its records
+    are sent when it is back; those of a server that stays away are kept in `out`.
 
     Args:
         command: pretrain or finetune.
         config: logged as parameters, flattened.
+        out: the run's folder.
         seed: of the run.
         index_hash: which data.
         parent: run of a study that this one is a part of; it is then logged to the study's experiment.
     """
-    logger = MLFlowLogger(
-        STUDIES if parent else f"medim-{command}",
-        run_name=f"{config.name}-{config.hash}",
-        tracking_uri=tracking_uri(),
-        tags={MLFLOW_PARENT_RUN_ID: parent} if parent else None,
-        log_model=False,
-    )
-    logger.log_hyperparams(
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    journal = Journal(out)
+    tracker = Tracker(journal)
+    tags = {"medim.version": __version__, **_commit(), **({MLFLOW_PARENT_RUN_ID: parent} if parent else {})}
+    experiment = STUDIES if parent else f"medim-{command}"
+    tracker.add({"run": {"experiment": experiment, "name": f"{config.name}-{config.hash}", "tags": tags}})
+    tracker.log_hyperparams(
         {**config.model_dump(mode="json"), "seed": seed, "config_hash": config.hash, "index_hash": index_hash}
     )
+    courier = Courier(journal, deliver, measure=tracker.measure)
+    courier.start()
     try:
-        yield logger
-    except BaseException:
-        logger.finalize("failed")
+        yield tracker
+    except BaseException as error:
+        killed = current().asked or getattr(error, "exit_code", 1) == STOPPED
+        tracker.add({"end": "KILLED" if killed else "FAILED"})
+        _told(courier.finish(LEAVE_SECONDS), out)
         raise
-    logger.finalize("success")
+    tracker.add({"end": "FINISHED"})
+    _told(courier.finish(PATIENCE_SECONDS), out)
+
+
+def _told(left: int, out: Path) -> None:
+    if left:
+        log.warning(
+            "tracking: %d records did not reach the server and are kept in %s. `--resume` sends them first; for a run "
+            "that has ended: python -m medim.training.tracking %s",
+            *(left, out, out),
+        )
+
+
+@functools.cache
+def _commit() -> dict[str, str]:
+    """The commit that medim runs from, where it is a clone."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return {}
+    git = ["git", "-C", str(root)]
+    try:
+        found = [
+            subprocess.run([*git, *asked], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            for asked in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {MLFLOW_GIT_COMMIT: found[0], "medim.git.changed": str(bool(found[1])).lower()}
+
+
+def deliver(journal: Journal, records: Sequence[Record]) -> None:
+    """Send records in their order, and note each that arrives.
+
+    Args:
+        journal: theirs.
+        records: of one key each, that says which kind: `run`, `params`, `metrics`, `artifact`, `model`, `end`.
+
+    Raises:
+        Exception: of any kind, where the server did not take them; what it refuses for good is told and left out.
+    """
+    client = MlflowClient(tracking_uri=tracking_uri())
+    numbers: list[Metric] = []
+    held = 0
+
+    def flush() -> None:
+        nonlocal numbers, held
+        with _unless_refused("metrics"):
+            for first in range(0, len(numbers), 1000):
+                client.log_batch(journal.state["run"], metrics=numbers[first : first + 1000])
+        journal.arrived(held)
+        numbers, held = [], 0
+
+    for record in records:
+        if "metrics" in record:
+            numbers += [Metric(name, v, record["time"], record["step"]) for name, v in record["metrics"].items()]
+            held += 1
+            continue
+        if held:
+            flush()
+        with nullcontext() if "run" in record else _unless_refused(next(iter(record))):
+            _deliver(client, journal, record)
+        journal.arrived(1)
+    if held:
+        flush()
+
+
+@contextmanager
+def _unless_refused(kind: str) -> Iterator[None]:
+    """Tell what a server will never take, or a file that is gone, and go on."""
+    try:
+        yield
+    except (MlflowException, FileNotFoundError) as error:
+        if isinstance(error, MlflowException) and error.error_code not in REFUSED:
+            raise
+        log.warning("tracking: %s was refused and left out (%s)", kind, error)
+
+
+def _deliver(client: MlflowClient, journal: Journal, record: Record) -> None:
+    """Send one record that is not of metrics."""
+    if "run" in record:
+        journal.state["run"] = _run(client, journal.state.get("run"), **record["run"])
+        return
+    run = journal.state["run"]
+    if "params" in record:
+        params = [Param(name, value) for name, value in record["params"].items()]
+        for first in range(0, len(params), 100):
+            client.log_batch(run, params=params[first : first + 100])
+    elif "artifact" in record:
+        client.log_artifact(run, str(journal.out / record["artifact"]), record["to"] or None)
+    elif "model" in record:
+        _register(client, run, journal.out, record["model"])
+    else:
+        client.set_terminated(run, record["end"])
+
+
+def _run(client: MlflowClient, known: str | None, *, experiment: str, name: str, tags: Mapping[str, str]) -> str:
+    """Take a run up, or make it where it is new or gone."""
+    if known:
+        try:
+            client.update_run(known, status="RUNNING")
+        except MlflowException as error:
+            if error.error_code not in REFUSED:
+                raise
+        else:
+            client.log_batch(known, tags=[RunTag(key, value) for key, value in tags.items()])
+            return known
+    found = client.get_experiment_by_name(experiment)
+    number = found.experiment_id if found else client.create_experiment(experiment)
+    return str(client.create_run(number, run_name=name, tags=dict(tags)).info.run_id)
+
+
+def _register(client: MlflowClient, run: str, out: Path, name: str) -> None:
+    """Log an encoder as a model without a pickle, and register it as a new version of `name`.
+
+    The model is safetensors and JSON; `medim.training.served` loads it. Its signature is explicit, and its example,
+    noise and what the encoder makes of it, lies beside it as `example.npz`.
+    """
+    from mlflow.models import Model
+    from mlflow.models.signature import ModelSignature
+    from mlflow.pyfunc import add_to_model
+    from mlflow.types import Schema, TensorSpec
+
+    from medim.training import served
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        (folder / "data").mkdir(parents=True)
+        for part in ("encoder.safetensors", "encoder.json", "card.md"):
+            shutil.copy(out / "encoder" / part, folder / "data" / part)
+        spec = read_json(folder / "data" / "encoder.json")
+        shape = (spec["in_channels"], *spec["input_shape"])
+        example = np.random.default_rng(0).standard_normal((1, *shape)).astype(np.float32)
+        answer = served.load(folder / "data").predict(example)
+        np.savez_compressed(folder / "example.npz", input=example, output=answer)
+        single = np.dtype(np.float32)
+        signature = ModelSignature(
+            Schema([TensorSpec(single, (-1, *shape))]),
+            Schema([TensorSpec(single, (-1, *answer.shape[1:]))]),
+        )
+        made = Model(artifact_path="encoder", run_id=run, signature=signature, metadata={"example": "example.npz"})
+        (folder / "requirements.txt").write_text(f"medim[train]=={__version__}\n")
+        add_to_model(made, loader_module=served.__name__, data="data")
+        made.save(str(folder / "MLmodel"))
+        client.log_artifacts(run, str(folder), "encoder")
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    if not client.search_model_versions(f"name = '{name}' and run_id = '{run}'"):
+        source = f"{client.get_run(run).info.artifact_uri}/encoder"
+        client.create_model_version(name, source=source, run_id=run, await_creation_for=None)
 
 
 @contextmanager
@@ -128,13 +383,50 @@ def log_study(run: str, metrics: Mapping[str, float], files: list[Path]) -> None
         client.log_artifact(run, str(file))
 
 
-def log_results(logger: MLFlowLogger, metrics: dict[str, Any], files: list[Path]) -> None:
-    """Log final numbers and files of a run."""
+def log_results(tracker: Tracker, metrics: dict[str, Any], files: Sequence[Path]) -> None:
+    """Log final numbers and files of a run's folder; those of its folder `figures` go into one of that name."""
     numbers = {
         name: float(value)
         for name, value in metrics.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
-    logger.log_metrics(numbers)
+    tracker.log_metrics(numbers)
     for file in files:
-        logger.experiment.log_artifact(logger.run_id, str(file))
+        to = file.parent.name if file.parent.name == "figures" else ""
+        tracker.add({"artifact": f"{to}/{file.name}".lstrip("/"), "to": to})
+
+
+def log_encoder(tracker: Tracker, name: str) -> None:
+    """Register the encoder of a pretraining run, where the target is a server: a local file serves nobody.
+
+    Args:
+        tracker: of the run.
+        name: of the configuration; the model is `medim-<name>`.
+    """
+    if urlsplit(tracking_uri()).scheme in {"http", "https"}:
+        tracker.add({"model": f"medim-{name}"})
+
+
+def send_left(out: Path) -> int:
+    """Send what a run could not.
+
+    Args:
+        out: the run's folder.
+
+    Returns:
+        How many records were sent.
+    """
+    journal = Journal(out)
+    sent = 0
+    try:
+        while records := journal.waiting(200):
+            deliver(journal, records)
+            sent += len(records)
+    finally:
+        journal.close()
+    return sent
+
+
+if __name__ == "__main__":
+    for folder in sys.argv[1:]:
+        print(f"{folder}: {send_left(Path(folder))} records sent")

@@ -1,14 +1,12 @@
-"""Lightning's trainer as medim uses it: whole checkpoints, quiet logs, progress for terminals and for log files."""
+"""Lightning's trainer as medim uses it: quiet logs, progress for terminals and for log files."""
 
 from __future__ import annotations
 
-import io
 import logging
 import resource
 import sys
 import time
 import warnings
-import zipfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,14 +14,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from medim.config import Precision, RunConfig
-from medim.files import write_bytes
 from medim.models.layers import channels_last
+from medim.stopping import current
+from medim.training.checkpoints import Checkpoints, WholeCheckpoints
 from medim.training.distribution import StopTogether, cluster, engine
 from medim.training.ranks import ALONE, Ranks
 from medim.types import UserError
@@ -31,45 +28,10 @@ from medim.types import UserError
 log = logging.getLogger(__name__)
 HARMLESS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own
-    "Using ModelCheckpoint with manual optimization",  # the state after the step is the one we resume from
     ".*does not have many workers",
     ".*your dataloader is not resumable",  # it is: StepSampler starts at the checkpoint's step
     "You defined a `validation_step` but have no `val_dataloader`",  # too few subjects to hold out, and said so
-    "Checkpoint directory .* exists and is not empty",
 )
-
-
-class WholeCheckpoints(TorchCheckpointIO):
-    """Checkpoints that are whole or absent, and hold nothing that runs code when loaded."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write beside, flush, rename."""
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        write_bytes(Path(path), buffer.getvalue())
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load tensors and plain values only."""
-        checkpoint: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        return checkpoint
-
-
-class StoppedError(UserError):
-    """The run was asked to stop and saved where it was; whoever asked may start it again with --resume."""
-
-    exit_code = 75
-
-
-class SaveWhenStopped(Callback):
-    """Writes a checkpoint when SIGTERM ends the run between two steps."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        """Save the step that was reached."""
-        if isinstance(exception, SIGTERMException):
-            trainer.save_checkpoint(self._folder / f"step-{trainer.global_step}.ckpt")
 
 
 class LineProgress(Callback):
@@ -111,25 +73,6 @@ def _losses(outputs: Any) -> str:
     return "".join(f", {text}" for text in texts)
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
-    """The newest whole checkpoint to resume from and its step; (None, 0) where there is none."""
-    numbered = ((path.stem.removeprefix("step-"), path) for path in folder.glob("step-*.ckpt"))
-    for step, path in sorted(((int(n), path) for n, path in numbered if n.isdecimal()), reverse=True):
-        if _is_whole(path):
-            return path, step
-        log.warning("%s: damaged, so left out; an older checkpoint is taken where there is one", path)
-    return None, 0
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether every part of a checkpoint, which is a zip archive, has its checksum."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, EOFError):
-        return False
-
-
 def make_trainer(
     config: RunConfig,
     out: Path,
@@ -156,26 +99,16 @@ def make_trainer(
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for harmless in HARMLESS:
         warnings.filterwarnings("ignore", message=harmless)
-    folder = out / "checkpoints"
     callbacks = [*callbacks, *([StopTogether(ranks)] if ranks.count > 1 else [])]
-    checkpoints = ModelCheckpoint(
-        folder,
-        filename="step-{step}",
-        auto_insert_metric_name=False,
-        every_n_train_steps=config.checkpoint_every_steps,
-        save_top_k=2,
-        monitor="step",
-        mode="max",
-        enable_version_counter=False,  # a damaged checkpoint of the same step is replaced
-    )
+    checkpoints = Checkpoints(out / "checkpoints", config.checkpoint_every_steps)
     progress = RichProgressBar(leave=True) if sys.stderr.isatty() and log.isEnabledFor(logging.INFO) else LineProgress()
     try:
-        return pl.Trainer(
+        trainer = pl.Trainer(
             max_steps=config.max_steps,
             max_epochs=-1,
             **engine(accelerator, ranks),
             precision=usable_precision(config.precision, accelerator),
-            callbacks=[*callbacks, checkpoints, progress, SaveWhenStopped(folder)],
+            callbacks=[*callbacks, checkpoints, progress],
             logger=logger,
             plugins=[WholeCheckpoints(), *cluster()],
             default_root_dir=out,
@@ -194,6 +127,9 @@ def make_trainer(
         raise UserError(
             f"--accelerator {accelerator}: this machine cannot run it ({error}). See `medim doctor`."
         ) from error
+    # Lightning's own handlers would requeue SLURM jobs by themselves and forget a signal before the first step.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
 def usable_precision(precision: Precision, accelerator: str = "auto") -> Precision:
@@ -219,16 +155,18 @@ def fit(
     """Run the trainer, with convolutions channels last, from a checkpoint where one is given.
 
     Raises:
-        StoppedError: SIGTERM came; the step it came in is saved.
+        StoppedError: SIGTERM or SIGUSR1 came; the step it came in is saved.
         KeyboardInterrupt: Lightning alone would leave with a bare exit code.
     """
     channels_last(module)
     try:
-        trainer.fit(module, loader, held_out, ckpt_path=checkpoint)
-    except SIGTERMException:
-        raise StoppedError(f"stopped by SIGTERM; step {trainer.global_step} is saved, --resume continues.") from None
+        with current().holding():
+            trainer.fit(module, loader, held_out, ckpt_path=checkpoint)
     except SystemExit:
         raise KeyboardInterrupt from None
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, Checkpoints):
+            callback.restore_random()  # where no step was left to do
 
 
 def peak_memory() -> int:

@@ -1,0 +1,167 @@
+"""What is on its way to a tracking server: on the disk of the run until it has arrived.
+
+A record is written down first and sent afterwards, from a thread of its own, so a server that is slow, away or gone
+costs a run no step and no number: what a kill, or the end of the run, finds unsent stays in the run's folder.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from medim.files import read_json, write_json
+
+log = logging.getLogger(__name__)
+Record = dict[str, Any]
+Send = Callable[["Journal", list[Record]], None]
+RECORDS, STATE = "mlflow.jsonl", "mlflow.json"
+EVERY_SECONDS = 2.0  # between two deliveries, or two tries
+AT_ONCE = 200  # records in a delivery
+
+
+class Journal:
+    """Records in `mlflow.jsonl` of a run's folder, and in `mlflow.json` what is known of the run and how many arrived.
+
+    Args:
+        out: the run's folder; what an earlier process left there is taken up.
+
+    Attributes:
+        state: `run` (MLflow's id), `sent` (records of the file), `last` (the last step of each metric).
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self._path = out / RECORDS
+        self._lock = threading.Lock()
+        self.state: dict[str, Any] = read_json(out / STATE) if (out / STATE).is_file() else {}
+        self.last: dict[str, int] = self.state.setdefault("last", {})
+        self._waiting = self._left()
+        for record in self._waiting:
+            self._note(record)
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def _left(self) -> list[Record]:
+        """What was not sent; a last line that a kill cut is taken off."""
+        if not self._path.is_file():
+            return []
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()
+            self._path.write_text("".join(lines), encoding="utf-8")
+        return [json.loads(line) for line in lines[self.state.get("sent", 0) :]]
+
+    def add(self, record: Record) -> None:
+        """Write a record down; one with `metrics` has a `step`."""
+        with self._lock:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+            self._waiting.append(record)
+            self._note(record)
+
+    def _note(self, record: Record) -> None:
+        for name in record.get("metrics", ()):
+            self.last[name] = max(record["step"], self.last.get(name, -1))
+
+    def waiting(self, most: int | None = None) -> list[Record]:
+        """The oldest records that have not arrived."""
+        with self._lock:
+            return self._waiting[:most]
+
+    def arrived(self, count: int) -> None:
+        """Note that the oldest `count` have arrived."""
+        with self._lock:
+            del self._waiting[:count]
+            self.state["sent"] = self.state.get("sent", 0) + count
+            write_json(self.out / STATE, self.state)
+
+    def close(self) -> None:
+        """Close the file, and remove it where nothing waits."""
+        with self._lock:
+            self._file.close()
+            if not self._waiting:
+                self.state["sent"] = 0
+                write_json(self.out / STATE, self.state)
+                self._path.unlink(missing_ok=True)
+
+
+class Courier(threading.Thread):
+    """Sends a journal's records in their order, and again until they arrive.
+
+    Args:
+        journal: whose.
+        send: delivers records, oldest first, or raises; what had arrived before may be sent a second time.
+        measure: asked for a record before a delivery, at most every `measure_seconds`; None where there is none.
+        measure_seconds: see `measure`.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        send: Send,
+        *,
+        measure: Callable[[], Record] | None = None,
+        measure_seconds: float = 10.0,
+    ) -> None:
+        super().__init__(daemon=True, name="medim-tracking")
+        self._journal, self._send = journal, send
+        self._measure, self._measure_seconds = measure, measure_seconds
+        self._closing = threading.Event()
+        self._until = float("inf")
+        self._away_since: float | None = None
+
+    def run(self) -> None:
+        """Deliver until closed and done, or closed and out of time."""
+        measured = -float("inf")
+        while True:
+            closing = self._closing.is_set()
+            if self._measure and not closing and time.monotonic() - measured >= self._measure_seconds:
+                measured = time.monotonic()
+                with suppress(OSError):  # what a system does not tell
+                    self._journal.add(self._measure())
+            delivered = self._deliver()
+            if closing and ((delivered and not self._journal.waiting(1)) or time.monotonic() > self._until):
+                return
+            if not delivered or not self._journal.waiting(1):
+                self._pause(closing)
+
+    def _pause(self, closing: bool) -> None:
+        if closing:
+            time.sleep(min(EVERY_SECONDS, max(0.0, self._until - time.monotonic()) + 0.01))
+        else:
+            self._closing.wait(EVERY_SECONDS)
+
+    def _deliver(self) -> bool:
+        records = self._journal.waiting(AT_ONCE)
+        if not records:
+            return True
+        try:
+            self._send(self._journal, records)
+        except Exception as error:  # whatever a server, a network or a disk may do to it
+            if self._away_since is None:
+                self._away_since = time.monotonic()
+                said = re.sub(r"//[^/@\s]*@", "//", str(error))  # no password
+                log.warning("tracking: the server does not take records (%s); they are kept, and sent again", said)
+            return False
+        if self._away_since is not None:
+            log.info("tracking: the server answers again after %.0f s", time.monotonic() - self._away_since)
+            self._away_since = None
+        return True
+
+    def finish(self, seconds: float) -> int:
+        """Send what waits, for at most so long.
+
+        Returns:
+            How many records have not arrived.
+        """
+        self._until = time.monotonic() + seconds
+        self._closing.set()
+        self.join(seconds + 15.0)  # a request that is on may take its time-out
+        self._journal.close()
+        return len(self._journal.waiting())
