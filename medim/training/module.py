@@ -11,6 +11,7 @@ from torch.optim import Adam
 
 from medim.objectives import Term
 from medim.training.encode import StepEncode
+from medim.training.gradients import gradient_norms
 from medim.training.loaders import seed_of
 from medim.training.optim import optimiser
 from medim.types import Views
@@ -56,6 +57,7 @@ class PretrainModule(pl.LightningModule):
         self._adversary_lr = adversary_lr
         self._clip = gradient_clip
         self._seed = seed
+        self._norms: dict[str, torch.Tensor] = {}
 
     def configure_optimizers(self) -> Any:
         """The run's optimiser for all but the adversaries, Adam for those."""
@@ -66,8 +68,8 @@ class PretrainModule(pl.LightningModule):
         optimisers = [main] + ([Adam(adversary, lr=self._adversary_lr, betas=(0.5, 0.999))] if adversary else [])
         return optimisers, [schedule]
 
-    def training_step(self, batch: Batch, step: int) -> dict[str, Term]:
-        """One step; returns the terms for whoever watches."""
+    def training_step(self, batch: Batch, step: int) -> dict[str, Any]:
+        """One step; returns the terms, and `gradient_norms` before clipping, for whoever watches."""
         views, encode = self._views(batch, self.global_step, split=0)
         optimisers = self.optimizers(use_pl_optimizer=True)
         main, *adversaries = optimisers if isinstance(optimisers, list) else [optimisers]
@@ -77,7 +79,7 @@ class PretrainModule(pl.LightningModule):
         self._descend(self.total(terms), main)
         schedule: Any = self.lr_schedulers()
         schedule.step()
-        return terms
+        return {**terms, "gradient_norms": self._norms}
 
     def validation_step(self, batch: Batch, index: int) -> dict[str, Any]:
         """The `terms` on held-out images, and their `summary` (N, summary_channels)."""
@@ -98,8 +100,9 @@ class PretrainModule(pl.LightningModule):
     def _descend(self, loss: Any, optimiser: Any) -> None:
         optimiser.zero_grad()
         self.manual_backward(loss)
+        held = [p for group in optimiser.param_groups for p in group["params"]]
+        self._norms = gradient_norms({"encoder": self.encoder, "decoder": self.decoder, **self.objectives}, held)
         if self._clip:
-            held = [p for group in optimiser.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(held, self._clip)
         optimiser.step()
 

@@ -128,6 +128,12 @@ def log_study(run: str, metrics: Mapping[str, float], files: list[Path]) -> None
         client.log_artifact(run, str(file))
 
 
+def tag(logger: Any, name: str, value: str) -> None:
+    """Set a tag of a run that is going on; nothing where the logger is none of MLflow's."""
+    if isinstance(logger, MLFlowLogger):
+        logger.experiment.set_tag(logger.run_id, name, value)
+
+
 def log_results(logger: MLFlowLogger, metrics: dict[str, Any], files: list[Path]) -> None:
     """Log final numbers and files of a run."""
     numbers = {
