@@ -33,6 +33,19 @@ def auroc(scores: Array, positive: Array) -> Statistic:
     return statistic
 
 
+def auroc_error(value: float, positives: int, negatives: int) -> float:
+    """Standard error of an AUROC over independent cases (Hanley and McNeil 1982).
+
+    Args:
+        value: the AUROC.
+        positives: cases of one side, 1 or more.
+        negatives: of the other.
+    """
+    both, square = value / (2 - value), 2 * value**2 / (1 + value)
+    spread = (positives - 1) * (both - value**2) + (negatives - 1) * (square - value**2)
+    return float(np.sqrt(max(0.0, value * (1 - value) + spread) / (positives * negatives)))
+
+
 def average_precision(scores: Array, positive: Array) -> Statistic:
     """Mean precision over the positives, each at its own score (scikit-learn's); undefined where a side is missing.
 

@@ -90,6 +90,37 @@ def feature_std(features: Array) -> float:
     Args:
         features: (N, d).
     """
+    unit = _directions(features)
+    return float(unit.std(axis=0).mean() * np.sqrt(unit.shape[1]))
+
+
+def alignment(one: Array, other: Array) -> float:
+    """Mean squared distance between two views of the same images (Wang and Isola 2020, eq. 1 with exponent 2).
+
+    Rows are scaled to unit length: 0 where both views have one direction, 2 where they are unrelated, at most 4.
+
+    Args:
+        one: (N, d) features of a view of each image.
+        other: (N, d) features of another view, in the same order.
+    """
+    return float(((_directions(one) - _directions(other)) ** 2).sum(axis=1).mean())
+
+
+def uniformity(features: Array) -> float:
+    """How evenly features cover the sphere (Wang and Isola 2020, eq. 2 with t = 2).
+
+    The log of the mean of exp(-2 distance^2)
+    Over all pairs of two images, rows scaled to unit length: 0 where all have one direction, about -4 where they are
+    uniform in many dimensions; the lower the better. NaN with fewer than two images.
+
+    Args:
+        features: (N, d), a row an image.
+    """
+    unit = _directions(features)
+    distance = 2 - 2 * (unit @ unit.T)[np.triu_indices(len(unit), k=1)]
+    return float(np.log(np.exp(-2 * distance).mean())) if len(distance) else float("nan")
+
+
+def _directions(features: Array) -> Array:
     rows = features.astype(np.float64)
-    unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _SMALL)
-    return float(unit.std(axis=0).mean() * np.sqrt(rows.shape[1]))
+    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _SMALL))

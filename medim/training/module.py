@@ -12,6 +12,7 @@ from torch.optim import Adam
 from medim.objectives import Term
 from medim.training.encode import StepEncode
 from medim.training.gathered import GatheredViews
+from medim.training.gradients import gradient_norms
 from medim.training.loaders import seed_of
 from medim.training.optim import optimiser
 from medim.training.ranks import ALONE, Ranks
@@ -62,6 +63,7 @@ class PretrainModule(pl.LightningModule):
         self._clip = gradient_clip
         self._seed = seed
         self._ranks = ranks
+        self._norms: dict[str, torch.Tensor] = {}
 
     def configure_optimizers(self) -> Any:
         """The run's optimiser for all but the adversaries, Adam for those."""
@@ -72,8 +74,8 @@ class PretrainModule(pl.LightningModule):
         optimisers = [main] + ([Adam(adversary, lr=self._adversary_lr, betas=(0.5, 0.999))] if adversary else [])
         return optimisers, [schedule]
 
-    def training_step(self, batch: Batch, step: int) -> dict[str, Term]:
-        """One step; returns the terms for whoever watches."""
+    def training_step(self, batch: Batch, step: int) -> dict[str, Any]:
+        """One step; returns the terms, and `gradient_norms` before clipping, for whoever watches."""
         views, encode = self._views(batch, self.global_step, split=0)
         optimisers = self.optimizers(use_pl_optimizer=True)
         main, *adversaries = optimisers if isinstance(optimisers, list) else [optimisers]
@@ -83,7 +85,7 @@ class PretrainModule(pl.LightningModule):
         self._descend(self.total(terms), main)
         schedule: Any = self.lr_schedulers()
         schedule.step()
-        return terms
+        return {**terms, "gradient_norms": self._norms}
 
     def validation_step(self, batch: Batch, index: int) -> dict[str, Any]:
         """The `terms` on held-out images, and their `summary` (N, summary_channels)."""
@@ -104,8 +106,9 @@ class PretrainModule(pl.LightningModule):
     def _descend(self, loss: Any, optimiser: Any) -> None:
         optimiser.zero_grad()
         self.manual_backward(loss)
+        held = [p for group in optimiser.param_groups for p in group["params"]]
+        self._norms = gradient_norms({"encoder": self.encoder, "decoder": self.decoder, **self.objectives}, held)
         if self._clip:
-            held = [p for group in optimiser.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(held, self._clip)
         optimiser.step()
 

@@ -1,34 +1,46 @@
-"""What a run shows of itself: every loss against its chance level, the spread of the summaries, and a verdict."""
+"""What a run shows of itself: every loss against its chance level, the health of the summaries, and a verdict."""
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from torch import nn
 
 from medim.evaluation.features import feature_std, rankme
 from medim.files import write_csv
 from medim.objectives import Term
+from medim.training.selection import Selection
+from medim.training.tracking import tag
+from medim.training.verdict import ADVICE, Finding, Verdict, flatness, judge
 
-Verdict = Literal["learning", "at-chance", "collapsed", "diverged"]
+log = logging.getLogger(__name__)
 PATIENCE = 25  # steps
-KEPT = ("rows", "held_out", "held_out_step", "rankme", "feature_std", "diverged")  # in a checkpoint
+FIRST_LOOK = 250  # the step by which every run is measured; before it, being at chance is not worth a warning
 COLUMNS = ("step", "name", "loss", "chance", "held_out")
+MEASURES = ("rankme", "feature_std", "alignment", "uniformity", "probe", "probe_error")
+BESIDE = ("gradient_norm/", "verdict/")  # how other rows begin that are no objective's
+Gauge = Callable[[nn.Module], Mapping[str, float]]
 
 
 class History(pl.Callback):
-    """Records each step's losses and each validation's, and keeps them through a resume.
+    """Records each step's losses and each validation's, says the verdict where it changes, and lives through a resume.
 
     Args:
         stop_on_collapse: end the run where a loss has stayed a nat above its chance level for `PATIENCE` steps, or the
             held-out summaries have collapsed.
         summary_trained: whether an objective reads the summary; if none does, its collapse says nothing of the run.
+        gauges: what else is measured of the encoder at each validation; see `medim.training.online_probe`.
+        selection: keeps the weights of the step whose encoder the run leaves; None keeps none.
+        weights: objective to its weight in the held-out loss that the selection reads; 1 where it is not given.
 
     Attributes:
         rows: (step, name, training loss or None, chance or None, held-out loss or None).
@@ -36,24 +48,56 @@ class History(pl.Callback):
             training batch has fewer classes and a lower chance level: its losses are moved to the training level, so
             that chance minus loss is what it is on the held-out batch.
         held_out_step: the step of that validation.
-        rankme: effective rank of the held-out summaries; feature_std: their spread (1 isotropic, 0 collapsed).
+        measures: `rankme`, effective rank of the held-out summaries, `feature_std`, their spread (1 isotropic, 0
+            collapsed), and what the gauges gave.
         diverged: a training loss stopped being a number, or (with `stop_on_collapse`) stayed far above chance.
+        said: (step, verdict, why) wherever the verdict changed.
     """
 
-    def __init__(self, *, stop_on_collapse: bool = False, summary_trained: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        stop_on_collapse: bool = False,
+        summary_trained: bool = True,
+        gauges: Sequence[Gauge] = (),
+        selection: Selection | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
         self._stop = stop_on_collapse
         self._summary_trained = summary_trained
+        self._gauges = gauges
+        self.selection = selection
+        self._weights = weights or {}
         self._above: dict[str, int] = defaultdict(int)  # steps a term has been far above chance
+        self._broken = self._strayed = ""
         self.rows: list[tuple[int, str, float | None, float | None, float | None]] = []
         self.held_out: dict[str, tuple[float, float]] = {}
         self.held_out_step = -1
-        self.rankme = self.feature_std = math.nan
-        self.diverged = False
+        self.measures: dict[str, float] = {}
+        self.said: list[tuple[int, Verdict, str]] = []
+        self._loader: Iterable[Any] | None = None
+        self._every = 0
         self._losses: dict[str, list[float]] = defaultdict(list)
         self._summaries: list[torch.Tensor] = []
         self._ended = self._began = time.perf_counter()
         self._waited = self._worked = 0.0
         self._steps = 0
+
+    def watch(self, loader: Iterable[Any] | None, *, every: int) -> None:
+        """Also measure at `FIRST_LOOK`, and where a run is taken up at a step whose validation it had not reached.
+
+        Args:
+            loader: the held-out batches; None: there are none.
+            every: steps between two validations.
+        """
+        self._loader, self._every = loader, every
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Make up for the validation that a checkpoint was saved before."""
+        step = trainer.global_step
+        if step and self._every and step % self._every == 0 and step < trainer.max_steps:
+            self._look(trainer, module)
+        self._ended = time.perf_counter()
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
         """Note how long the step waited for its data."""
@@ -63,27 +107,28 @@ class History(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        """Record the step's losses and diagnostics; stop where one is not finite."""
+        """Record the step's losses, diagnostics and gradient norms; stop where one is not finite."""
         step, metrics = trainer.global_step, {}
-        terms: dict[str, Term] = outputs
+        terms: dict[str, Term] = {name: term for name, term in outputs.items() if isinstance(term, Term)}
         for name, term in terms.items():
             values = {name: term.loss, **{f"{name}/{key}": value for key, value in term.diagnostics.items()}}
             for key, value in values.items():
-                number = float(value.detach())
-                self.rows.append(
-                    (step, key, number if math.isfinite(number) else None, term.chance if key == name else None, None)
-                )
-                metrics[key] = number
-                self.diverged |= not math.isfinite(number)
-            far = term.chance is not None and float(term.loss.detach()) > term.chance + 1.0
-            self._above[name] = self._above[name] + 1 if far else 0
-        self.diverged |= self._stop and max(self._above.values(), default=0) >= PATIENCE
+                metrics[key] = self._record(step, key, float(value.detach()), term.chance if key == name else None)
+                if not math.isfinite(metrics[key]):
+                    self._broken = self._broken or f"{key} was {metrics[key]} at step {step}"
+            self._compare(step, name, metrics[name], term.chance)
+        for part, norm in outputs.get("gradient_norms", {}).items():
+            metrics[f"gradient_norm/{part}"] = self._record(step, f"gradient_norm/{part}", float(norm), None)
         if trainer.logger and step % max(1, int(trainer.max_steps) // 200) == 0:
             trainer.logger.log_metrics(metrics, step)
+        if self._broken or any(count == PATIENCE for count in self._above.values()):
+            self._say(trainer, Finding("diverged", self._broken or self._strayed))
         trainer.should_stop |= self.diverged
         self._ended = time.perf_counter()
         self._worked += self._ended - self._began
         self._steps += 1
+        if step == FIRST_LOOK < trainer.max_steps and self._every and step % self._every and not self._broken:
+            self._look(trainer, module)
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Forget the last validation."""
@@ -102,35 +147,55 @@ class History(pl.Callback):
         self._summaries.append(outputs["summary"].float().cpu())
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Average the held-out losses; measure the summaries' rank and spread."""
-        self.held_out_step = trainer.global_step
+        """Average the held-out losses, measure the encoder, offer it to the selection, say what became of the run."""
+        step = self.held_out_step = trainer.global_step
         summaries = torch.cat(self._summaries).numpy()
-        self.rankme, self.feature_std = (
-            float(f(summaries)) if np.isfinite(summaries).all() else 0.0 for f in (rankme, feature_std)
-        )
+        self.measures = {
+            f.__name__: float(f(summaries)) if np.isfinite(summaries).all() else 0.0 for f in (rankme, feature_std)
+        }
+        for gauge in self._gauges:
+            self.measures.update(gauge(module.encoder))  # type: ignore[arg-type]  # the pretraining module has one
         for name, values in self._losses.items():
             error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
             self.held_out[name] = (float(np.mean(values)), error)
-            self.rows.append((trainer.global_step, name, None, None, self.held_out[name][0]))
-        self.rows.append((trainer.global_step, "rankme", None, None, self.rankme))
+            self.rows.append((step, name, None, None, self.held_out[name][0]))
+        for name, value in self.measures.items():
+            self.rows.append((step, name, None, None, value if math.isfinite(value) else None))
         if trainer.logger:
             held_out = {f"held_out/{name}": mean for name, (mean, _) in self.held_out.items()}
-            trainer.logger.log_metrics(
-                {**held_out, "rankme": self.rankme, "feature_std": self.feature_std}, trainer.global_step
-            )
+            trainer.logger.log_metrics({**held_out, **self.measures}, step)
+        if self.selection is not None:
+            self.selection.consider(step, *self._score(), self._figures(), module)
+        found = self.finding()
+        if found.verdict != "at-chance" or step >= min(FIRST_LOOK, trainer.max_steps):
+            self._say(trainer, found)
         trainer.should_stop |= self._stop and self.collapsed
         self._ended = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {name: getattr(self, name) for name in KEPT} | {"above": dict(self._above)}
+        """What a checkpoint keeps: all that later rows, the verdict and the choice of the encoder rest on."""
+        return {
+            "rows": self.rows,
+            "held_out": self.held_out,
+            "held_out_step": self.held_out_step,
+            "measures": self.measures,
+            "above": dict(self._above),
+            "broken": self._broken,
+            "strayed": self._strayed,
+            "said": self.said,
+            "selection": self.selection.state_dict() if self.selection else None,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a checkpoint's history."""
-        for name in KEPT:
-            setattr(self, name, state[name])
-        self.rows = [tuple(row) for row in self.rows]
-        self._above.update(state["above"])
+        self.rows = [tuple(row) for row in state["rows"]]
+        self.held_out = {name: tuple(pair) for name, pair in state["held_out"].items()}
+        self.held_out_step, self.measures = state["held_out_step"], dict(state["measures"])
+        self._above = defaultdict(int, state["above"])
+        self._broken, self._strayed = state["broken"], state["strayed"]
+        self.said = [tuple(said) for said in state["said"]]
+        if self.selection and state["selection"]:
+            self.selection.load_state_dict(state["selection"])
 
     def write(self, path: Path) -> None:
         """Write the rows as CSV."""
@@ -157,9 +222,99 @@ class History(pl.Callback):
         return found
 
     @property
+    def rankme(self) -> float:
+        """Effective rank of the held-out summaries; NaN before the first validation."""
+        return self.measures.get("rankme", math.nan)
+
+    @property
+    def feature_std(self) -> float:
+        """Spread of the held-out summaries; NaN before the first validation."""
+        return self.measures.get("feature_std", math.nan)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether a training loss stopped being a number, or (with `stop_on_collapse`) stayed far above chance."""
+        return bool(self._broken or (self._stop and self._strayed))
+
+    @property
     def collapsed(self) -> bool:
         """Whether the held-out summaries lie on one point or line, though an objective trains them."""
-        return self._summary_trained and (self.rankme < 1.5 or self.feature_std < 0.05)
+        return bool(self._flat())
+
+    def finding(self) -> Finding:
+        """The verdict as things stand, and why."""
+        levels = {name: chance for name, chance in self.chance().items() if chance is not None}
+        if not levels:
+            levels = {name: self.curve(name)[0] for name in self.chance()}
+        broken = self._broken or (self._strayed if self._stop else "")
+        return judge(levels, self.held_out, broken=broken, strayed=self._strayed, flat=self._flat())
+
+    def _flat(self) -> str:
+        return flatness(self.rankme, self.feature_std) if self._summary_trained else ""
+
+    def _record(self, step: int, name: str, value: float, chance: float | None) -> float:
+        self.rows.append((step, name, value if math.isfinite(value) else None, chance, None))
+        return value
+
+    def _compare(self, step: int, name: str, loss: float, chance: float | None) -> None:
+        """Count the steps that a loss has been far above chance."""
+        self._above[name] = self._above[name] + 1 if chance is not None and loss > chance + 1.0 else 0
+        if self._above[name] == PATIENCE:
+            self._strayed = (
+                f"{name}: a nat or more above its chance level {chance:.3g} for {PATIENCE} steps up to step {step}, "
+                f"last {loss:.3g}"
+            )
+
+    def _look(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Measure now, as Lightning's validation would."""
+        if self._loader is None or self.held_out_step == trainer.global_step:
+            return
+        self.on_validation_start(trainer, module)
+        module.eval()
+        with torch.no_grad(), trainer.precision_plugin.val_step_context():
+            for index, batch in enumerate(self._loader):
+                batch = trainer.precision_plugin.convert_input(batch)
+                outputs = module.validation_step(trainer.strategy.batch_to_device(batch), index)
+                self.on_validation_batch_end(trainer, module, outputs, batch, index)
+        module.train()
+        self.on_validation_end(trainer, module)
+
+    def _say(self, trainer: pl.Trainer, found: Finding) -> None:
+        """Say a verdict that is new: a log line, the history and a tag of the tracked run."""
+        if self.said and self.said[-1][1] == found.verdict:
+            return
+        step = trainer.global_step
+        self.said.append((step, *found))
+        self.rows.append((step, f"verdict/{found.verdict}", None, None, None))
+        if found.verdict == "learning":
+            log.info("step %d: learning (%s)", step, found.why)
+        else:
+            log.warning("step %d: %s (%s). What to try: %s", step, found.verdict, found.why, ADVICE[found.verdict])
+        if trainer.logger:
+            tag(trainer.logger, "verdict", found.verdict)
+            tag(trainer.logger, "verdict_step", str(step))
+
+    def _total(self) -> tuple[float, float]:
+        """Weighted held-out loss of the terms that have a chance level (of all where none has), and its error."""
+        levels = self.chance()
+        terms = [name for name, level in levels.items() if level is not None] or [*levels]
+        pairs = [
+            (self._weights.get(name.partition("/")[0], 1.0), *self.held_out[name])
+            for name in terms
+            if name in self.held_out
+        ]
+        error = math.sqrt(sum((weight * error) ** 2 for weight, _, error in pairs))
+        return sum(weight * mean for weight, mean, _ in pairs), error
+
+    def _score(self) -> tuple[float, float]:
+        """What the selection compares, the larger the better, and its error; NaN where this step is not to be kept."""
+        loss, error = self._total()
+        if self.collapsed or self._broken or not math.isfinite(loss):
+            return math.nan, 0.0
+        return (self.measures["probe"], self.measures["probe_error"]) if "probe" in self.measures else (-loss, error)
+
+    def _figures(self) -> dict[str, float]:
+        return {"held_out_loss": self._total()[0], **self.measures}
 
     def _chance(self, name: str, term: Term) -> float:
         level = self.chance().get(name, term.chance)
@@ -168,7 +323,8 @@ class History(pl.Callback):
     def diagnostics(self) -> dict[str, dict[str, float | None]]:
         """What objectives show beside their losses: mean of the last twenty steps, and the held-out value."""
         terms = self.chance()
-        names = dict.fromkeys(name for _, name, *_ in self.rows if name not in {*terms, "rankme"})
+        others = (name for _, name, *_ in self.rows if name not in terms and name not in MEASURES)
+        names = dict.fromkeys(name for name in others if not name.startswith(BESIDE))
         last = {name: [v for v in self.curve(name)[-20:] if math.isfinite(v)] for name in names}
         held_out = {name: mean for name, (mean, _) in self.held_out.items() if math.isfinite(mean)}
         return {
@@ -188,23 +344,5 @@ class History(pl.Callback):
 
 
 def verdict(history: History) -> Verdict:
-    """One word on a run; see `summary.json` in docs/reference/files.md.
-
-    `learning`: every term that has a chance level is below it, held out, by at least 5 % of it (of 1 nat where it is
-    0) and three standard errors; where no term has one, its first training loss takes the place. `diverged`: a loss
-    stopped being a number, or a term ends above chance by as much. `collapsed`: the held-out summaries lie on one
-    point or line (RankMe below 1.5, or feature_std below 0.05).
-    """
-    levels = {name: chance for name, chance in history.chance().items() if chance is not None}
-    if not levels:
-        levels = {name: history.curve(name)[0] for name in history.chance()}
-    margins = []
-    for name, level in levels.items():
-        if name in history.held_out:
-            mean, error = history.held_out[name]
-            margins.append((level - mean, max(0.05 * (abs(level) or 1.0), 3 * error)))
-    if history.diverged or any(not math.isfinite(gain) or gain < -need for gain, need in margins):
-        return "diverged"
-    if history.collapsed:
-        return "collapsed"
-    return "learning" if margins and all(gain >= need for gain, need in margins) else "at-chance"
+    """One word on a run; see `medim.training.verdict.judge`, and `summary.json` in docs/reference/files.md."""
+    return history.finding().verdict

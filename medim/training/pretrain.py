@@ -34,12 +34,15 @@ from medim.training.distribution import planned, together
 from medim.training.figures import draw
 from medim.training.loaders import StepSampler, step_loader
 from medim.training.module import PretrainModule
-from medim.training.monitor import History, verdict
+from medim.training.monitor import History
+from medim.training.online_probe import OnlineProbe, Pairs, open_probe
 from medim.training.ranks import ALONE, Ranks
 from medim.training.reference import write_reference
+from medim.training.selection import Selection
 from medim.training.sizes import resolve
 from medim.training.tracking import check_target, log_encoder, log_results, track
 from medim.training.trainer import fit, make_trainer, peak_memory, versions
+from medim.training.verdict import ADVICE
 from medim.types import UsageError, UserError
 
 log = logging.getLogger(__name__)
@@ -82,7 +85,7 @@ def pretrain(
 
     Args:
         config: what to run.
-        index: the images; labels are not looked at.
+        index: the images; labels train nothing, they only probe the encoder on the way.
         out: the run's folder.
         seed: of weights, batches, crops, augmentation and objectives.
         split_seed: of the split by subject.
@@ -148,23 +151,33 @@ def _run(
     spec = {"kind": "encoder", **cohort.spec(config, seed=seed, split_seed=split_seed), "decoder": config.decoder}
     module = _module(config, spec, seed, ranks)
     trained = any(getattr(objective, "reads_summary", True) for objective in module.objectives.values())
-    history = History(stop_on_collapse=stop_on_collapse, summary_trained=trained)
+    probe = open_probe(config, cohort, train, held_out, seed=seed)
+    history = History(
+        stop_on_collapse=stop_on_collapse,
+        summary_trained=trained,
+        gauges=[*([Pairs(config, cohort, held_out, seed=seed)] if held_out else []), *([probe] if probe else [])],
+        selection=Selection("probe" if probe else "held_out_loss"),
+        weights=module.weights,
+    )
     checkpoint, start = ranks.told(newest_checkpoint, out / "checkpoints") if resume else (None, 0)
     tracked = track("pretrain", config, out, seed=seed, index_hash=index.hash) if ranks.leads else nullcontext(False)
     with tracked as logger:
         loader = _loader(config, cohort, train, seed=seed, start=start, ranks=ranks)
         held_out_loader = _held_out_loader(config, cohort, held_out, seed=seed)
         validate = held_out_loader is not None
+        history.watch(held_out_loader, every=min(config.checkpoint_every_steps, config.max_steps))
         trainer = make_trainer(
             config, out, logger=logger, callbacks=[history], accelerator=accelerator, validate=validate, ranks=ranks
         )
         fit(trainer, module, loader, held_out_loader, checkpoint=checkpoint)
         if validate and history.held_out_step != trainer.global_step:
             trainer.validate(module, held_out_loader, verbose=False)
-        summary = _summary(config, cohort, history, module, trainer) | {"processes": ranks.count}
+        chosen = _choose(history, module, trainer.global_step)
+        summary = _summary(config, cohort, history, module, trainer)
+        summary |= {"selected": chosen, "probe": _probe(probe, chosen), "processes": ranks.count}
         if isinstance(logger, bool):  # the first process has the logger, and writes
             return summary
-        _write_encoder(out, module, spec, config)
+        _write_encoder(out, module, {**spec, "selected": chosen}, config)
         history.write(out / "history.csv")
         write_reference(out / "encoder", module.encoder, cohort, spec)
         Seen().then("pretrain", cohort.cases(train)).write(out / "encoder")
@@ -328,14 +341,30 @@ def _write_encoder(out: Path, module: PretrainModule, spec: dict[str, Any], conf
     write_text(folder / "card.md", _card(spec))
 
 
+def _choose(history: History, module: PretrainModule, last_step: int) -> dict[str, Any]:
+    """Put the chosen step's weights into the module; what is said of the choice."""
+    assert history.selection is not None
+    history.selection.restore(module, last_step)
+    chosen = history.selection.told(last_step)
+    log.info("encoder of step %d of %d: %s", chosen["step"], last_step, chosen["why"])
+    return chosen
+
+
+def _probe(probe: OnlineProbe | None, chosen: dict[str, Any]) -> dict[str, Any] | None:
+    """The online probe of the encoder that the run leaves; None where labels do not suffice."""
+    value = chosen["figures"].get("probe")
+    return None if probe is None or value is None else {"value": value, **probe.protocol}
+
+
 def _card(spec: dict[str, Any]) -> str:
-    made = spec["provenance"]
+    made, chosen = spec["provenance"], spec["selected"]
     return (
         f"# Encoder {spec['preset']}-{made['config_hash']}\n\n"
         f"Pretrained by medim {made['medim']} on unlabelled {spec['modality']} images "
         f"(index {made['index_hash'][:12]}, seed {made['seed']}).\n"
         f"Input: {spec['spatial_dims']}D, {spec['in_channels']} channel(s), views of {spec['input_shape']} voxels "
-        "after the steps in `encoder.json`.\n\n"
+        "after the steps in `encoder.json`.\n"
+        f"The weights are those of step {chosen['step']} of {chosen['of_steps']}: {chosen['why']}.\n\n"
         "Research use only; not for diagnosis. Data sources, population, consent: not reported.\n"
     )
 
@@ -343,6 +372,7 @@ def _card(spec: dict[str, Any]) -> str:
 def _summary(
     config: PretrainConfig, cohort: Cohort, history: History, module: PretrainModule, trainer: pl.Trainer
 ) -> dict[str, Any]:
+    found = history.finding()
     losses = {
         name: {
             "first": _finite(history.curve(name)[0]),
@@ -361,9 +391,14 @@ def _summary(
         "loss": losses,
         "chance": history.chance(),
         "diagnostics": history.diagnostics(),
-        "verdict": verdict(history),
+        "verdict": found.verdict,
+        "verdict_why": found.why,
+        "what_to_try": ADVICE[found.verdict],
+        "verdicts": [dict(zip(("step", "verdict", "why"), said, strict=True)) for said in history.said],
         "rankme": _finite(history.rankme),
         "feature_std": _finite(history.feature_std),
+        "alignment": _finite(history.measures.get("alignment", math.nan)),
+        "uniformity": _finite(history.measures.get("uniformity", math.nan)),
         "probe": None,
         "seconds_per_step": history.seconds_per_step,
         "data_wait_fraction": history.data_wait_fraction,

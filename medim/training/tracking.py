@@ -225,7 +225,7 @@ def deliver(journal: Journal, records: Sequence[Record]) -> None:
 
     Args:
         journal: theirs.
-        records: of one key each, that says which kind: `run`, `params`, `metrics`, `artifact`, `model`, `end`.
+        records: of one key each, that says which kind: `run`, `params`, `metrics`, `tags`, `artifact`, `model`, `end`.
 
     Raises:
         Exception: of any kind, where the server did not take them; what it refuses for good is told and left out.
@@ -277,6 +277,8 @@ def _deliver(client: MlflowClient, journal: Journal, record: Record) -> None:
         params = [Param(name, value) for name, value in record["params"].items()]
         for first in range(0, len(params), 100):
             client.log_batch(run, params=params[first : first + 100])
+    elif "tags" in record:
+        client.log_batch(run, tags=[RunTag(key, value) for key, value in record["tags"].items()])
     elif "artifact" in record:
         client.log_artifact(run, str(journal.out / record["artifact"]), record["to"] or None)
     elif "model" in record:
@@ -381,6 +383,12 @@ def log_study(run: str, metrics: Mapping[str, float], files: list[Path]) -> None
         client.log_metric(run, name, value)
     for file in files:
         client.log_artifact(run, str(file))
+
+
+def tag(logger: Any, name: str, value: str) -> None:
+    """Set a tag of a run that is going on; nothing where the logger is not a run's."""
+    if isinstance(logger, Tracker):
+        logger.add({"tags": {name: value}})
 
 
 def log_results(tracker: Tracker, metrics: dict[str, Any], files: Sequence[Path]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, recall_score, roc_auc_score
 
-from medim.evaluation.binary import Statistic, auroc, average_precision, operating_point, threshold_at
+from medim.evaluation.binary import Statistic, auroc, auroc_error, average_precision, operating_point, threshold_at
 from medim.evaluation.metrics import bootstrap
 from medim.types import Array, UserError
 
@@ -109,3 +109,10 @@ def test_a_threshold_chosen_on_few_cases_promises_more_than_it_keeps() -> None:
 def test_what_gives_no_threshold_is_refused(positive: list[bool], sensitivity: float, message: str) -> None:
     with pytest.raises(UserError, match=message):
         threshold_at(np.array([0.2, 0.8]), np.array(positive), sensitivity)
+
+
+def test_the_error_of_an_auroc_is_the_spread_of_that_of_drawn_cases() -> None:
+    rng = np.random.default_rng(0)
+    drawn = [(rng.normal(1.0, 1.0, 40)[:, None] > rng.normal(0.0, 1.0, 60)).mean() for _ in range(2000)]
+    assert auroc_error(float(np.mean(drawn)), 40, 60) == pytest.approx(np.std(drawn), rel=0.1)
+    assert auroc_error(1.0, 10, 10) == 0

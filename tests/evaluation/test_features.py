@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from medim.evaluation.features import extract, feature_std, rankme
+from medim.evaluation.features import alignment, extract, feature_std, rankme, uniformity
 from medim.types import Features
 
 
@@ -58,3 +58,18 @@ def test_feature_std_is_one_for_isotropic_and_zero_for_equal_directions() -> Non
 
 def test_feature_std_of_the_axes_both_ways_is_exactly_one() -> None:
     assert feature_std(np.concatenate([np.eye(4), -np.eye(4)])) == pytest.approx(1)
+
+
+def test_alignment_is_the_squared_distance_of_directions() -> None:
+    one = np.array([[3.0, 0.0], [0.0, 2.0]])
+    assert alignment(one, 5 * one) == pytest.approx(0)
+    assert alignment(one, one[::-1]) == pytest.approx(2)
+    assert alignment(one, -one) == pytest.approx(4)
+
+
+def test_uniformity_is_zero_for_one_direction_and_falls_as_directions_spread() -> None:
+    assert uniformity(np.outer([1.0, 2.0, 3.0], [1.0, 1.0])) == pytest.approx(0)
+    assert uniformity(np.array([[1.0, 0.0], [0.0, 1.0]])) == pytest.approx(-4)  # squared distance 2, t = 2
+    spread = np.random.default_rng(0).normal(size=(400, 256))
+    assert uniformity(spread) == pytest.approx(-4, abs=0.1)
+    assert np.isnan(uniformity(spread[:1]))

@@ -74,6 +74,31 @@ def loss_curve(curve: Curve) -> Figure:
     return Figure(svg, "; ".join(parts) + ".", caption)
 
 
+def courses(found: Mapping[str, Sequence[tuple[int, float]]], label: str, caption: str, *, log: bool = False) -> Figure:
+    """Measured values over the steps of a run, a line a name.
+
+    Args:
+        found: name to pairs of step and value, at least one.
+        label: of the vertical axis.
+        caption: of the figure.
+        log: a logarithmic vertical axis.
+    """
+    with drawing(2.2) as (canvas, axes):
+        for place, (name, pairs) in enumerate(found.items()):
+            steps, values = thinned(np.array([step for step, _ in pairs]), np.array([value for _, value in pairs]))
+            style = (ONE, TWO, INK)[place % 3]
+            axes.plot(steps, values, color=style, linewidth=1.5, label=name, marker="o" if len(steps) < 30 else None)
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        if log:
+            axes.set_yscale("log")
+        if len(found) > 1:
+            legend_above(axes)
+        svg = as_svg(canvas)
+    last = ", ".join(f"{name} {pairs[-1][1]:.3g} at step {pairs[-1][0]}" for name, pairs in found.items())
+    return Figure(svg, f"{caption}: {last}.", caption)
+
+
 def intervals(rows: Sequence[Interval], caption: str, *, arms: tuple[str, str] | None = None) -> Figure:
     """Values between 0 and 1 as dots on lines, their intervals.
 

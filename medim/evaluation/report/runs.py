@@ -13,6 +13,7 @@ import numpy as np
 from medim.data.seen import describe
 from medim.evaluation.cases import class_arrays, finding_arrays, read_cases
 from medim.evaluation.report import figures
+from medim.evaluation.report.course import VERDICTS, health
 from medim.evaluation.report.drawing import Figure
 from medim.evaluation.report.page import (
     INTERVALS,
@@ -32,31 +33,6 @@ from medim.files import read_json
 from medim.types import Array, UserError
 
 Row = Mapping[str, Any]
-VERDICTS: dict[str, Banner] = {
-    "learning": Banner(
-        "good",
-        "Learning",
-        "On held-out subjects every objective with a chance level ended below it, by at least 5 % and "
-        "three standard errors.",
-    ),
-    "at-chance": Banner(
-        "care",
-        "At chance",
-        "On held-out subjects at least one objective is not clearly better than a network that knows nothing. "
-        "Train longer, or look at batch size, crops and learning rate before using this encoder.",
-    ),
-    "collapsed": Banner(
-        "bad",
-        "Collapsed",
-        "The summaries of different images are all but the same, so they tell nothing. Do not use this encoder.",
-    ),
-    "diverged": Banner(
-        "bad",
-        "Diverged",
-        "A loss stopped being a number or ended above its chance level. Lower the learning rate. "
-        "Do not use this encoder.",
-    ),
-}
 
 
 def pretraining(folder: Path, anchor: str) -> Section:
@@ -79,6 +55,9 @@ def pretraining(folder: Path, anchor: str) -> Section:
         ("Input", told(summary.get("input_shape"))),
         ("Effective rank (RankMe)", told(summary.get("rankme"))),
         ("Feature spread (1 even, 0 collapsed)", told(summary.get("feature_std"))),
+        ("Probe on held-out subjects", _probe(summary.get("probe"))),
+        ("Encoder of step", _selected(summary.get("selected"))),
+        ("What to try", told(summary.get("what_to_try") or None)),
         ("Seconds a step", told(summary.get("seconds_per_step"))),
         ("Waiting for data", _share(summary.get("data_wait_fraction"))),
         *_machine(summary),
@@ -90,7 +69,7 @@ def pretraining(folder: Path, anchor: str) -> Section:
         banner=VERDICTS.get(verdict, Banner("plain", verdict, "This report does not know the verdict.")),
         facts=facts,
         tables=[Table("Losses", ("Objective", "Weight", "First", "Last", "Held out", "Chance level"), rows, wide=True)],
-        figures=[figures.loss_curve(curve) for curve in curves],
+        figures=[*(figures.loss_curve(curve) for curve in curves), *health(folder / "history.csv")],
         details=[*_config(folder), _everything(summary)],
     )
 
@@ -276,6 +255,14 @@ def _chance(level: float | None) -> str:
 
 def _share(value: float | None) -> str:
     return told(None) if value is None else f"{100 * value:.0f} %"
+
+
+def _probe(probe: Mapping[str, Any] | None) -> str:
+    return told(None) if not probe else f"{probe['value']:.3f} {probe['metric']}, {probe['protocol']}"
+
+
+def _selected(selected: Mapping[str, Any] | None) -> str:
+    return told(None) if not selected else f"{selected['step']}: {selected['why']}"
 
 
 def _config(folder: Path) -> list[tuple[str, str]]:

@@ -1,0 +1,28 @@
+"""How large the gradients of a step are, part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+
+def gradient_norms(parts: Mapping[str, nn.Module | None], trained: Iterable[nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Euclidean norm of each part's gradient, as it is now.
+
+    Args:
+        parts: name to module; a None is left out.
+        trained: the optimiser's parameters; others (an adversary's) count nowhere.
+
+    Returns:
+        Part to norm, a scalar on the gradient's device; a part without a gradient is left out.
+    """
+    held = {id(p) for p in trained}
+    found = {}
+    for name, module in parts.items():
+        owned = module.parameters() if module is not None else ()
+        gradients = [p.grad.detach() for p in owned if id(p) in held and p.grad is not None]
+        if gradients:
+            found[name] = nn.utils.get_total_norm(gradients)
+    return found

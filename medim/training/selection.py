@@ -1,0 +1,93 @@
+"""Which step's encoder a run leaves: the latest whose score is within one standard error of the best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+By = Literal["probe", "held_out_loss", "last_step"]
+
+
+class Selection:
+    """Keeps the weights of one measured step; part of each checkpoint, so that a resumed run chooses as it would have.
+
+    A step whose summaries have collapsed or whose figures are no numbers is never kept. The best score is the highest
+    of the run so far; a later step replaces the one that is kept where its score is within the best one's standard
+    error, so noise does not choose, and the last step wins what it does not clearly lose.
+
+    Attributes:
+        step: the step that is kept, -1 where none is.
+        best_step: where the best score was.
+        figures: what was measured at the step that is kept.
+    """
+
+    def __init__(self, by: By = "held_out_loss") -> None:
+        self._by = by
+        self.step = self.best_step = -1
+        self.figures: dict[str, float] = {}
+        self._best = -math.inf
+        self._error = 0.0
+        self._weights: dict[str, torch.Tensor] = {}
+
+    def consider(self, step: int, score: float, error: float, figures: Mapping[str, float], module: nn.Module) -> None:
+        """Keep this step's weights if they are the best, or as good as the best and later.
+
+        Args:
+            step: steps taken.
+            score: the larger the better; NaN: not to be kept.
+            error: its standard error.
+            figures: what was measured, for the record.
+            module: whose weights.
+        """
+        if not math.isfinite(score):
+            return
+        if score >= self._best:
+            self._best, self._error, self.best_step = score, error if math.isfinite(error) else 0.0, step
+        if score >= self._best - self._error:
+            self.step, self.figures = step, dict(figures)
+            self._weights = {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+
+    def restore(self, module: nn.Module, last_step: int) -> None:
+        """Put the weights that are kept back into the module, where they are not those of the last step."""
+        if self.step not in (-1, last_step):
+            module.load_state_dict(self._weights)
+
+    def told(self, last_step: int) -> dict[str, Any]:
+        """What `summary.json` and `encoder.json` say: `step`, `by`, `best_step`, `of_steps`, `why`, `figures`."""
+        by: By = self._by if self.step >= 0 else "last_step"
+        return {
+            "step": self.step if self.step >= 0 else last_step,
+            "by": by,
+            "best_step": self.best_step if self.step >= 0 else None,
+            "of_steps": last_step,
+            "why": _WHY[by],
+            "figures": {name: value if math.isfinite(value) else None for name, value in self.figures.items()},
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it."""
+        return {
+            "step": self.step,
+            "best_step": self.best_step,
+            "figures": self.figures,
+            "best": self._best,
+            "error": self._error,
+            "weights": self._weights,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what a checkpoint kept."""
+        self.step, self.best_step, self.figures = state["step"], state["best_step"], dict(state["figures"])
+        self._best, self._error, self._weights = state["best"], state["error"], state["weights"]
+
+
+_WHY: dict[By, str] = {
+    "probe": "the latest measured step whose probe of held-out subjects is within one standard error of the best",
+    "held_out_loss": "no labels to probe with: the latest measured step without collapse whose held-out loss is within "
+    "one standard error of the lowest",
+    "last_step": "nothing measured could be kept, so the last step",
+}

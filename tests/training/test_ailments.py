@@ -1,0 +1,118 @@
+"""Ailments that are planted in shipped presets get their verdict, and healthy runs get none of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from medim.data.index import Index, build_index
+from medim.training.encode import StepEncode
+from medim.training.pretrain import pretrain, resolve_config
+from medim.types import Features
+
+pytestmark = pytest.mark.slow
+IMAGES = {"train": 320, "val": 80}
+XRAY = "small-2d-local-dim"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def xrays(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Index:
+    return some(shared_data, tmp_path_factory.mktemp("xrays"), lambda images: images)
+
+
+@pytest.fixture(scope="module")
+def blanks(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Index:
+    def blank(images: Any) -> Any:
+        levels = np.arange(len(images), dtype=np.uint8).reshape(-1, 1, 1) % 200
+        return np.broadcast_to(levels, images.shape)
+
+    return some(shared_data, tmp_path_factory.mktemp("blanks"), blank)
+
+
+def some(shared_data: Path, folder: Path, change: Any) -> Index:
+    """A few hundred of the X-rays."""
+    arrays = {}
+    with np.load(shared_data / "xray-pneumonia" / "pneumoniamnist.npz") as found:
+        for part, count in IMAGES.items():
+            arrays[f"{part}_images"] = change(found[f"{part}_images"][:count])
+            arrays[f"{part}_labels"] = found[f"{part}_labels"][:count]
+    np.savez(folder / "pneumoniamnist.npz", **arrays)
+    return build_index(folder / "pneumoniamnist.npz", "xray")
+
+
+def run(name: str, index: Index, out: Path, store: Path, *settings: str, stop: bool = False) -> dict[str, Any]:
+    logging.disable(logging.INFO)
+    config = resolve_config(name, settings)
+    return pretrain(config, index, out, store=store, stop_on_collapse=stop)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [XRAY, "small-2d-simclr", "small-2d-reconstruction", "small-2d-coordinates", "small-2d-dense-dim"],
+)
+def test_a_healthy_run_of_a_shipped_preset_gets_no_bad_verdict(
+    name: str, xrays: Index, store: Path, tmp_path: Path
+) -> None:
+    summary = run(name, xrays, tmp_path, store, "checkpoint_every_steps=100")
+    assert [said["verdict"] for said in summary["verdicts"]] == ["learning"]
+    assert summary["verdict"] == "learning"
+    assert summary["what_to_try"] == ""
+
+
+def test_a_learning_rate_of_zero_is_told_as_at_chance(xrays: Index, store: Path, tmp_path: Path) -> None:
+    assert ailment(run(XRAY, xrays, tmp_path, store, "lr=0", "max_steps=60")) == "at-chance"
+
+
+def test_summaries_paired_with_the_maps_of_another_image_are_told_as_at_chance(
+    xrays: Index, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = StepEncode.__call__
+
+    def shuffled(self: StepEncode, image: torch.Tensor) -> Features:
+        features = encode(self, image)
+        return dataclasses.replace(features, summary=features.summary.roll(2, dims=0))  # an image has two views
+
+    monkeypatch.setattr(StepEncode, "__call__", shuffled)
+    assert ailment(run(XRAY, xrays, tmp_path, store)) == "at-chance"
+
+
+def test_blank_images_are_told_as_collapsed(blanks: Index, store: Path, tmp_path: Path) -> None:
+    assert ailment(run(XRAY, blanks, tmp_path, store, "max_steps=60")) == "collapsed"
+
+
+def test_a_huge_weight_decay_is_told_as_collapsed(xrays: Index, store: Path, tmp_path: Path) -> None:
+    assert ailment(run(XRAY, xrays, tmp_path, store, "weight_decay=100")) == "collapsed"
+
+
+def test_a_learning_rate_ten_thousand_times_too_high_is_told_as_diverged(
+    xrays: Index, store: Path, tmp_path: Path
+) -> None:
+    lr = 10_000 * resolve_config(XRAY).lr
+    assert ailment(run(XRAY, xrays, tmp_path, store, f"lr={lr}")) == "diverged"
+
+
+def test_a_collapsed_run_ends_where_it_is_seen_if_that_was_asked_for(
+    blanks: Index, store: Path, tmp_path: Path
+) -> None:
+    summary = run(XRAY, blanks, tmp_path, store, "checkpoint_every_steps=20", stop=True)
+    assert (summary["steps"], summary["verdict"]) == (20, "collapsed")
+
+
+def ailment(summary: dict[str, Any]) -> str:
+    """The last verdict, said within 300 steps, once, and with what to try."""
+    said = summary["verdicts"][-1]
+    assert said["step"] <= 300
+    assert said["verdict"] == summary["verdict"]
+    assert summary["what_to_try"]
+    return str(said["verdict"])
