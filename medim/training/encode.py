@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from medim.training.chunks import in_chunks
 from medim.types import Features, UsageError, Views
 
 
@@ -18,13 +19,23 @@ class StepEncode:
         decoder: the decoder under training, where the run has one.
         views: the step's batch.
         generator: the step's randomness.
+        chunk: images a chunk; see `medim.training.chunks`.
     """
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module | None, views: Views, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module | None,
+        views: Views,
+        generator: torch.Generator,
+        *,
+        chunk: int | None = None,
+    ) -> None:
         self._encoder = encoder
         self._decoder = decoder
         self._views = views
         self.generator = generator
+        self._chunk = chunk
 
     @cached_property
     def clean(self) -> Features:
@@ -33,8 +44,7 @@ class StepEncode:
 
     def __call__(self, image: torch.Tensor) -> Features:
         """Encode (N, C, ...)."""
-        features: Features = self._encoder(image)
-        return features
+        return in_chunks(self._encoder, image, self._chunk)
 
     def decode(self, features: Features) -> torch.Tensor:
         """Decode features to one map (N, out_channels, ...) at the image's grid.
@@ -44,5 +54,4 @@ class StepEncode:
         """
         if self._decoder is None:
             raise UsageError("this objective decodes; add a decoder to the config, for example decoder: {name: unet}.")
-        decoded: Features = self._decoder(features)
-        return decoded.maps[0]
+        return in_chunks(self._decoder, features, self._chunk).maps[0]

@@ -72,18 +72,20 @@ class StepSampler(Sampler[list[Item]]):
         return np.random.default_rng(seed_of(self._seed, epoch, turn, 1)).permutation(len(self._scans))
 
 
-def step_loader(dataset: Dataset[Any], sampler: StepSampler, *, workers: int) -> DataLoader[Any]:
+def step_loader(dataset: Dataset[Any], sampler: StepSampler, *, workers: int, prefetch: int = 2) -> DataLoader[Any]:
     """A loader whose batches are the sampler's.
 
     Args:
         dataset: takes (index, seed) items.
         sampler: yields lists of such items.
         workers: loading processes.
+        prefetch: batches that each of them has ready ahead.
     """
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context="forkserver" if workers else None,

@@ -26,6 +26,7 @@ from medim.models.model import build_decoder, build_encoder
 from medim.models.saved import SCHEMA_VERSION, save
 from medim.objectives import OBJECTIVES
 from medim.objectives.building import known
+from medim.training.chunks import check_chunks
 from medim.training.cohort import Cohort, open_cohort, write_config
 from medim.training.loaders import StepSampler, step_loader
 from medim.training.module import PretrainModule
@@ -145,6 +146,7 @@ def rehearse(config: PretrainConfig) -> None:
         )
         decoder = build_decoder(config.decoder, encoder, config.spatial_dims) if config.decoder else None
         build_objectives(config, encoder, decoder, 1)
+        check_chunks(config.encode_in_chunks_of, encoder, decoder)
     except (RuntimeError, ValueError) as error:
         raise UsageError(
             f"views.shape {list(shape)}: the encoder {config.encoder.get('name')!r} cannot take it ({error}). "
@@ -162,6 +164,8 @@ def _module(config: PretrainConfig, spec: dict[str, Any], seed: int) -> Pretrain
         optimisation=config.optimisation,
         gradient_clip=config.gradient_clip,
         seed=seed,
+        chunk=config.encode_in_chunks_of,
+        compiled=config.compile,
     )
 
 
@@ -232,7 +236,7 @@ def _dataset(config: PretrainConfig, cohort: Cohort, records: tuple[Record, ...]
 def _loader(config: PretrainConfig, cohort: Cohort, records: tuple[Record, ...], *, seed: int, start: int) -> Any:
     subjects = [r.subject for r in records]
     sampler = StepSampler(subjects, batch_size=config.batch_size, steps=config.max_steps, seed=seed, start=start)
-    return step_loader(_dataset(config, cohort, records), sampler, workers=config.workers)
+    return step_loader(_dataset(config, cohort, records), sampler, workers=config.workers, prefetch=config.prefetch)
 
 
 def _held_out_loader(config: PretrainConfig, cohort: Cohort, records: tuple[Record, ...], *, seed: int) -> Any:
