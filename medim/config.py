@@ -34,7 +34,7 @@ Section = dict[str, Any]
 Command = Literal["pretrain", "finetune"]
 OptimiserName = Literal["adamw", "adam", "radam"]
 Schedule = Literal["cosine", "constant", "steps"]
-Precision = Literal["32-true", "bf16-mixed"]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 T = typing.TypeVar("T")
 NEWER = ("compile", "encode_in_chunks_of")  # keys that change no more than rounding, and count in the hash where set
 AUTO = "auto"  # stands for numbers that follow the images; `medim.training.sizes` fills them in
@@ -84,6 +84,7 @@ class RunConfig(_Strict):
         "32-true", description="Lightning's precision; scores stay fp32, and all does on a CPU without bf16 arithmetic"
     )
     workers: int = Field(0, ge=0, description="loading processes; 0 loads in the training process")
+    prefetch: PositiveInt = Field(2, description="batches that each loading process has ready ahead of the step")
 
     @model_validator(mode="after")
     def _drops(self) -> RunConfig:

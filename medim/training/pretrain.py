@@ -69,6 +69,7 @@ def pretrain(
     accelerator: str = "auto",
     stop_on_collapse: bool = False,
     store: Path | None = None,
+    callbacks: Sequence[pl.Callback] = (),
 ) -> dict[str, Any]:
     """Pretrain on the training split of an index and measure on its validation split.
 
@@ -83,6 +84,7 @@ def pretrain(
         accelerator: Lightning's name of the device kind.
         stop_on_collapse: end a run that has diverged or collapsed; its verdict says which.
         store: folder of preprocessed images; None is the user's cache.
+        callbacks: who else watches, such as a stopwatch.
 
     Returns:
         The content of `summary.json`.
@@ -112,7 +114,7 @@ def pretrain(
         held_out_loader = _held_out_loader(config, cohort, held_out, seed=seed)
         validate = held_out_loader is not None
         trainer = make_trainer(
-            config, out, logger=logger, callbacks=[history], accelerator=accelerator, validate=validate
+            config, out, logger=logger, callbacks=[history, *callbacks], accelerator=accelerator, validate=validate
         )
         fit(trainer, module, loader, held_out_loader, checkpoint=checkpoint)
         if validate and history.held_out_step != trainer.global_step:
