@@ -34,8 +34,9 @@ Section = dict[str, Any]
 Command = Literal["pretrain", "finetune"]
 OptimiserName = Literal["adamw", "adam", "radam"]
 Schedule = Literal["cosine", "constant", "steps"]
-Precision = Literal["32-true", "bf16-mixed"]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 T = typing.TypeVar("T")
+NEWER = ("compile", "encode_in_chunks_of")  # keys that change no more than rounding, and count in the hash where set
 AUTO = "auto"  # stands for numbers that follow the images; `medim.training.sizes` fills them in
 
 
@@ -83,6 +84,7 @@ class RunConfig(_Strict):
         "32-true", description="Lightning's precision; scores stay fp32, and all does on a CPU without bf16 arithmetic"
     )
     workers: int = Field(0, ge=0, description="loading processes; 0 loads in the training process")
+    prefetch: PositiveInt = Field(2, description="batches that each loading process has ready ahead of the step")
 
     @model_validator(mode="after")
     def _drops(self) -> RunConfig:
@@ -103,8 +105,13 @@ class RunConfig(_Strict):
 
     @property
     def hash(self) -> str:
-        """Twelve hex digits that name what is computed: neither the preset's name nor the loading processes count."""
-        return hash_of(self.model_dump(mode="json", exclude={"name", "workers"}))[:12]
+        """Twelve hex digits that name what is computed.
+
+        Neither the preset's name nor how the images are loaded counts. `NEWER` keys count where they are set, so that
+        a run of a release without them keeps its name.
+        """
+        left = {key for key in NEWER if key in type(self).model_fields and not getattr(self, key)}
+        return hash_of(self.model_dump(mode="json", exclude={"name", "workers", "prefetch", *left}))[:12]
 
 
 class PretrainConfig(RunConfig):
@@ -114,6 +121,12 @@ class PretrainConfig(RunConfig):
     decoder: Section | None = Field(
         None, description="an entry of DECODERS, for objectives that decode; saved beside the encoder"
     )
+    encode_in_chunks_of: PositiveInt | None = Field(
+        None,
+        description="images that encoder and decoder take at a time, keeping no activations: less memory, one more "
+        "forward pass, the same gradient; none keeps them",
+    )
+    compile: bool = Field(False, description="compile encoder and decoder with torch.compile")
 
 
 class FinetuneConfig(RunConfig):

@@ -124,6 +124,13 @@ def test_a_dumped_config_loads_to_the_same_run(command: Command, name: str, tmp_
     assert again.hash == config.hash
 
 
+def test_what_changes_no_number_is_not_in_the_hash_and_newer_keys_count_where_they_are_set() -> None:
+    assert load("pretrain", "mri-crop").hash == "fb8258eb2d9a", "runs and studies of earlier releases keep their names"
+    assert configured().hash == configured(workers=3, prefetch=4).hash
+    assert configured().hash == configured(compile=False, encode_in_chunks_of=None).hash
+    assert len({configured().hash, configured(compile=True).hash, configured(encode_in_chunks_of=8).hash}) == 3
+
+
 def test_a_hash_names_the_configuration() -> None:
     assert configured().hash == configured().hash
     assert len(configured().hash) == 12

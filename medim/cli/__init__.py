@@ -28,6 +28,7 @@ from medim.cli.options import (
     Subjects,
     Trust,
 )
+from medim.cli.plan import plan
 from medim.cli.study import study
 from medim.cli.terminal import averages, command, console, curve, intervals, number, progress, show
 from medim.stopping import stoppable
@@ -91,7 +92,7 @@ def config_show(name: Annotated[str, typer.Argument(help="A preset's name.")]) -
     typer.echo(show(name))
 
 
-for body in (example, fetch, index, preprocess):
+for body in (example, fetch, index, preprocess, plan):
     command(app)(body)
 
 

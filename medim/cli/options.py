@@ -30,7 +30,9 @@ Devices = Annotated[
     ),
 ]
 Nodes = Annotated[int | None, typer.Option("--nodes", help="Machines. Default: as torchrun or SLURM say, or 1.", min=1)]
-Precision = Annotated[str | None, typer.Option("--precision", help="32-true or bf16-mixed. Default: the config's.")]
+Precision = Annotated[
+    str | None, typer.Option("--precision", help="32-true, bf16-mixed or 16-mixed. Default: the config's.")
+]
 Config = Annotated[str | None, typer.Option("--config", help="A preset's name (medim config list) or a YAML file.")]
 Inputs = Annotated[list[Path], typer.Argument(help="NIfTI, DICOM files or folders, PNG, npz.")]
 Out = Annotated[Path, typer.Option("--out", help="Where to write.")]

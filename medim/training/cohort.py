@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from medim.config import RunConfig, dump
 from medim.data.index import Index, Record, Rejection
 from medim.data.quality import Figures
@@ -139,7 +141,7 @@ def write_config(out: Path, config: RunConfig, **inputs: str | float | None) -> 
         UserError: the folder holds a run of another configuration or other inputs.
     """
     path, text = out / "config.yaml", dump(config)
-    if path.is_file() and path.read_text() != text:
+    if path.is_file() and path.read_text() != text and not _same(path, config):
         raise UserError(
             f"{path}: --resume expected the same configuration, got another. Use --overwrite to start over."
         )
@@ -155,3 +157,11 @@ def write_config(out: Path, config: RunConfig, **inputs: str | float | None) -> 
             )
     write_text(path, text)
     write_json(file, content)
+
+
+def _same(path: Path, config: RunConfig) -> bool:
+    """Whether a file says the same as a configuration; keys that came later than the file have their defaults."""
+    try:
+        return type(config).model_validate(yaml.safe_load(path.read_text())) == config
+    except (ValueError, yaml.YAMLError):
+        return False

@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from medim.training.chunks import in_chunks
 from medim.training.gathered import GatheredFeatures, GatheredViews
 from medim.training.ranks import ALONE, Ranks
 from medim.types import Features, UsageError, Views
@@ -24,6 +25,7 @@ class StepEncode:
         views: the step's batch, of all processes.
         generator: the step's randomness, the same in all processes.
         ranks: the processes.
+        chunk: images a chunk; see `medim.training.chunks`.
     """
 
     def __init__(
@@ -33,12 +35,15 @@ class StepEncode:
         views: Views,
         generator: torch.Generator,
         ranks: Ranks = ALONE,
+        *,
+        chunk: int | None = None,
     ) -> None:
         self._encoder = encoder
         self._decoder = decoder
         self._views = views
         self._ranks = ranks
         self.generator = generator
+        self._chunk = chunk
 
     @cached_property
     def clean(self) -> Features:
@@ -67,13 +72,11 @@ class StepEncode:
         else:
             share = self._ranks.share
             own, count = Features(tuple(map(share, features.maps)), share(features.summary)), len(features.summary)
-        decoded: Features = self._decoder(own)
-        return self._whole(decoded.maps[0], count)
+        return self._whole(in_chunks(self._decoder, own, self._chunk).maps[0], count)
 
     def _local(self, image: torch.Tensor) -> Features:
         """Encode images of this process: the one place where the encoder runs."""
-        features: Features = self._encoder(image)
-        return features
+        return in_chunks(self._encoder, image, self._chunk)
 
     def _gathered(self, own: Features, count: int) -> Features:
         """Features of `count` images, of which this process has encoded its part."""

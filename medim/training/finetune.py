@@ -437,7 +437,7 @@ def loader_of(
     )
     images = [r.image for r in records]  # every labelled image counts, also two of one subject
     sampler = StepSampler(images, batch_size=config.batch_size, steps=steps, seed=seed, start=start)
-    return step_loader(dataset, sampler, workers=config.workers)
+    return step_loader(dataset, sampler, workers=config.workers, prefetch=config.prefetch)
 
 
 def spec_of(config: FinetuneConfig, cohort: Cohort, seed: int, split_seed: int) -> dict[str, Any]:

@@ -98,18 +98,20 @@ def deaf(worker: int) -> None:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def step_loader(dataset: Dataset[Any], sampler: StepSampler, *, workers: int) -> DataLoader[Any]:
+def step_loader(dataset: Dataset[Any], sampler: StepSampler, *, workers: int, prefetch: int = 2) -> DataLoader[Any]:
     """A loader whose batches are the sampler's.
 
     Args:
         dataset: takes (index, seed) items.
         sampler: yields lists of such items.
         workers: loading processes.
+        prefetch: batches that each of them has ready ahead.
     """
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context="forkserver" if workers else None,

@@ -1,65 +1,59 @@
-"""How busy the machine is, under the names of MLflow's system metrics, without the packages that those need."""
+"""What this machine has free, and what a process holds."""
 
 from __future__ import annotations
 
 import os
-import resource
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-PREFIX = "system/"
+GROUP = Path("/sys/fs/cgroup")
 
 
-class Machine:
-    """Measures processor, memory, disk and GPU memory.
-
-    Args:
-        folder: on the disk that counts.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._before = _ticks()
-
-    def __call__(self) -> dict[str, float]:
-        """Percentages and megabytes; the processor's since the last call. What a system does not tell is left out."""
-        disk = shutil.disk_usage(self._folder)
-        found = {
-            "disk_usage_percentage": 100 * disk.used / disk.total,
-            "disk_available_megabytes": disk.free / 1e6,
-            "process_peak_memory_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
-            "load_average": os.getloadavg()[0],
-        }
-        busy, total = _ticks()
-        if total > self._before[1]:
-            found["cpu_utilization_percentage"] = 100 * (busy - self._before[0]) / (total - self._before[1])
-        self._before = busy, total
-        if memory := _memory():
-            used = memory["MemTotal"] - memory["MemAvailable"]
-            found["system_memory_usage_megabytes"] = used / 1e6
-            found["system_memory_usage_percentage"] = 100 * used / memory["MemTotal"]
-        for gpu in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
-            free, whole = torch.cuda.mem_get_info(gpu)
-            found[f"gpu_{gpu}_memory_usage_megabytes"] = (whole - free) / 1e6
-            found[f"gpu_{gpu}_memory_usage_percentage"] = 100 * (whole - free) / whole
-        return {PREFIX + name: round(value, 1) for name, value in found.items()}
+def available_memory(accelerator: str = "auto") -> int:
+    """Bytes that a process may take now: of the GPU where one is used (not run), else of this machine or container."""
+    if accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    if sys.platform != "linux":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = _kib(Path("/proc/meminfo"), "MemAvailable")
+    limit, used = GROUP / "memory.max", GROUP / "memory.current"
+    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdecimal():
+        free = min(free, int(most) - int(used.read_text()))
+    return free
 
 
-def _ticks() -> tuple[int, int]:
-    """Busy and all ticks of the processors since the machine began; zeros where it does not say."""
+def free_disk(folder: Path) -> int:
+    """Bytes free where a folder is, or would be made."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+    return shutil.disk_usage(there).free
+
+
+def held(name: str) -> int:
+    """Bytes of this process under a name of `/proc/self/status`, such as VmRSS or its peak VmHWM; 0 elsewhere."""
+    return _kib(Path("/proc/self/status"), name) if sys.platform == "linux" else 0
+
+
+def children_memory() -> int:
+    """Resident bytes of all processes that this one started, and those started."""
+    if sys.platform != "linux":
+        return 0
+    return sum(_kib(Path(f"/proc/{process}/status"), "VmRSS") for process in _descendants(os.getpid()))
+
+
+def _descendants(process: int) -> Iterator[int]:
+    tasks = Path(f"/proc/{process}/task").glob("*/children")
+    for child in (int(word) for task in tasks for word in task.read_text().split()):
+        yield child
+        yield from _descendants(child)
+
+
+def _kib(file: Path, name: str) -> int:
     try:
-        numbers = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-    except OSError:
-        return 0, 0
-    return sum(numbers) - numbers[3] - numbers[4], sum(numbers)
-
-
-def _memory() -> dict[str, int]:
-    """Bytes by the kernel's names; empty where it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return {}
-    return {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
+        rows = dict(line.split(":", 1) for line in file.read_text().splitlines())
+    except FileNotFoundError:  # the process has ended
+        return 0
+    return int(rows[name].split()[0]) * 1024 if name in rows else 0

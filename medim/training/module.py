@@ -6,10 +6,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 from torch.optim import Adam
 
 from medim.objectives import Term
+from medim.training.chunks import check_chunks
 from medim.training.encode import StepEncode
 from medim.training.gathered import GatheredViews
 from medim.training.gradients import gradient_norms
@@ -33,6 +35,8 @@ class PretrainModule(pl.LightningModule):
         objectives: name to (objective, weight).
         optimisation: arguments of `medim.training.optim.optimiser`, for encoder, critics and heads.
         adversary_lr: Adam's rate for adversaries, with the betas of the DIM authors' code (0.5, 0.999).
+        chunk: images that encoder and decoder take at a time; see `medim.training.chunks`.
+        compiled: run encoder and decoder through torch.compile.
         gradient_clip: largest gradient norm; 0 does not clip.
         seed: of the run; each step's randomness follows from it.
         ranks: the processes of the run. A training batch is this process's part of the global one, a held-out batch is
@@ -50,6 +54,8 @@ class PretrainModule(pl.LightningModule):
         seed: int,
         adversary_lr: float = 1e-4,
         ranks: Ranks = ALONE,
+        chunk: int | None = None,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -64,6 +70,10 @@ class PretrainModule(pl.LightningModule):
         self._seed = seed
         self._ranks = ranks
         self._norms: dict[str, torch.Tensor] = {}
+        check_chunks(chunk, encoder, decoder)
+        self._chunk = chunk
+        parts = (encoder, decoder)  # a tuple, so that what torch.compile makes of them is registered no second time
+        self._run = tuple(torch.compile(part) if compiled and part is not None else part for part in parts)
 
     def configure_optimizers(self) -> Any:
         """The run's optimiser for all but the adversaries, Adam for those."""
@@ -106,15 +116,30 @@ class PretrainModule(pl.LightningModule):
     def _descend(self, loss: Any, optimiser: Any) -> None:
         optimiser.zero_grad()
         self.manual_backward(loss)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if isinstance(optimiser, LightningOptimizer):  # counts the step, and goes through the scaler where there is one
+            optimiser.step()
+        elif scaler is not None:
+            scaler.unscale_(optimiser)
+            self._clip_gradient(optimiser)
+            scaler.step(optimiser)  # the main optimiser's step updates the scale
+        else:
+            self._clip_gradient(optimiser)
+            optimiser.step()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Measure and clip the main optimiser's gradient, after its scale was taken out."""
+        self._clip_gradient(optimizer)
+
+    def _clip_gradient(self, optimiser: Any) -> None:
         held = [p for group in optimiser.param_groups for p in group["params"]]
         self._norms = gradient_norms({"encoder": self.encoder, "decoder": self.decoder, **self.objectives}, held)
         if self._clip:
             nn.utils.clip_grad_norm_(held, self._clip)
-        optimiser.step()
 
     def _views(self, batch: Batch, step: int, split: int) -> tuple[Views, StepEncode]:
         generator = torch.Generator().manual_seed(seed_of(self._seed, step, split, 2))
         views = Views(*batch)
         if self._ranks.count > 1 and split == 0:
             views = GatheredViews(views, self._ranks)
-        return views, StepEncode(self.encoder, self.decoder, views, generator, self._ranks)
+        return views, StepEncode(*self._run, views, generator, self._ranks, chunk=self._chunk)

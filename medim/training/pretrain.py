@@ -29,6 +29,7 @@ from medim.objectives import OBJECTIVES
 from medim.objectives.building import known
 from medim.stopping import stoppable
 from medim.training.checkpoints import damaged_checkpoints, newest_checkpoint, resumed_from
+from medim.training.chunks import check_chunks
 from medim.training.cohort import Cohort, open_cohort, write_config
 from medim.training.distribution import planned, together
 from medim.training.figures import draw
@@ -80,6 +81,7 @@ def pretrain(
     nodes: int | None = None,
     stop_on_collapse: bool = False,
     store: Path | None = None,
+    callbacks: Sequence[pl.Callback] = (),
 ) -> dict[str, Any]:
     """Pretrain on the training split of an index and measure on its validation split.
 
@@ -96,6 +98,7 @@ def pretrain(
         nodes: machines; None likewise.
         stop_on_collapse: end a run that has diverged or collapsed; its verdict says which.
         store: folder of preprocessed images; None is the user's cache.
+        callbacks: who else watches, such as a stopwatch.
 
     Returns:
         The content of `summary.json`.
@@ -120,6 +123,7 @@ def pretrain(
             accelerator=accelerator,
             stop_on_collapse=stop_on_collapse,
             store=store,
+            callbacks=callbacks,
         )
 
 
@@ -136,6 +140,7 @@ def _run(
     accelerator: str,
     stop_on_collapse: bool,
     store: Path | None,
+    callbacks: Sequence[pl.Callback],
 ) -> dict[str, Any]:
     began = time.perf_counter()
     ranks.check_same(config=config.hash, index=index.hash, seed=seed, split_seed=split_seed)
@@ -167,7 +172,13 @@ def _run(
         validate = held_out_loader is not None
         history.watch(held_out_loader, every=min(config.checkpoint_every_steps, config.max_steps))
         trainer = make_trainer(
-            config, out, logger=logger, callbacks=[history], accelerator=accelerator, validate=validate, ranks=ranks
+            config,
+            out,
+            logger=logger,
+            callbacks=[history, *callbacks],
+            accelerator=accelerator,
+            validate=validate,
+            ranks=ranks,
         )
         fit(trainer, module, loader, held_out_loader, checkpoint=checkpoint)
         if validate and history.held_out_step != trainer.global_step:
@@ -213,6 +224,7 @@ def rehearse(config: PretrainConfig, ranks: Ranks = ALONE) -> None:
         for network in (encoder, decoder):
             if network is not None:
                 ranks.synchronised(network)
+        check_chunks(config.encode_in_chunks_of, encoder, decoder)
     except (RuntimeError, ValueError) as error:
         raise UsageError(
             f"views.shape {list(shape)}: the encoder {config.encoder.get('name')!r} cannot take it ({error}). "
@@ -232,6 +244,8 @@ def _module(config: PretrainConfig, spec: dict[str, Any], seed: int, ranks: Rank
         gradient_clip=config.gradient_clip,
         seed=seed,
         ranks=ranks,
+        chunk=config.encode_in_chunks_of,
+        compiled=config.compile,
     )
 
 
@@ -307,7 +321,7 @@ def _loader(
     subjects = [r.subject for r in records]
     size, steps = config.batch_size, config.max_steps
     sampler = StepSampler(subjects, batch_size=size, steps=steps, seed=seed, start=start, ranks=ranks)
-    return step_loader(_dataset(config, cohort, records), sampler, workers=config.workers)
+    return step_loader(_dataset(config, cohort, records), sampler, workers=config.workers, prefetch=config.prefetch)
 
 
 def _held_out_loader(config: PretrainConfig, cohort: Cohort, records: tuple[Record, ...], *, seed: int) -> Any:

@@ -105,7 +105,7 @@ def fill_in(content: Section, shape: Shape, spacing: Spacing) -> Section:
         return content
     found = content
     for encoder in _depths(content["encoder"], content["modality"]):
-        stride = _coarsest_stride(encoder, len(shape))
+        stride = coarsest_stride(encoder, len(shape))
         found = _at_stride({**content, "encoder": encoder}, shape, spacing, stride)
         if all(n % stride == 0 and n // stride >= SMALLEST_GRID for n in found["views"]["shape"]):
             break
@@ -132,7 +132,7 @@ def _depths(encoder: Section, modality: str) -> Iterator[Section]:
         yield {**encoder, "channels": [min(WIDTH[modality] * 2**level, WIDEST) for level in range(levels)]}
 
 
-def _coarsest_stride(encoder: Section, spatial_dims: int) -> int:
+def coarsest_stride(encoder: Section, spatial_dims: int) -> int:
     """Voxels a cell of the encoder's last map stands for; the network is built without memory for its weights."""
     shape = (2 ** (LEVELS[1] + 1),) * spatial_dims
     try:

@@ -35,7 +35,7 @@ from medim.config import RunConfig
 from medim.files import read_json
 from medim.stopping import current
 from medim.training.journal import STATE, Courier, Journal, Record
-from medim.training.machine import Machine
+from medim.training.utilisation import Machine
 from medim.types import UserError
 
 log = logging.getLogger(__name__)

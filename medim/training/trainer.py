@@ -135,7 +135,7 @@ def make_trainer(
 def usable_precision(precision: Precision, accelerator: str = "auto") -> Precision:
     """The precision that a device can run at full speed: fp32 in place of bf16 where a CPU would emulate it.
 
-    Without AVX-512 BF16, AMX or their like, PyTorch's convolutions in bf16 take tens of times as long as in fp32
+    fp16, which needs a loss scaler and has its arithmetic on GPUs, is bf16 on a CPU. Without AVX-512 BF16, AMX or their like, PyTorch's convolutions in bf16 take tens of times as long as in fp32
     (`benchmarks/layout_and_precision.py`).
 
     Args:
@@ -143,10 +143,10 @@ def usable_precision(precision: Precision, accelerator: str = "auto") -> Precisi
         accelerator: Lightning's name of the device kind.
     """
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
-    if precision == "bf16-mixed" and on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if precision != "32-true" and on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         log.info("precision: this CPU has no bf16 arithmetic, so the run is in fp32 (32-true)")
         return "32-true"
-    return precision
+    return "bf16-mixed" if precision == "16-mixed" and on_cpu else precision
 
 
 def fit(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -217,6 +219,93 @@ def test_a_step_runs_under_bf16(tmp_path: Path) -> None:
     terms = fit(module, tmp_path, precision="bf16-mixed")
     assert moved(module, before) == set(before)
     assert all(torch.isfinite(torch.tensor(list(t.values()))).all() for t in terms)
+
+
+class Scaler(torch.amp.GradScaler):
+    """fp16 on a CPU, where Lightning has none; remembers the order of calls."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__("cpu", **options)
+        self.calls: list[str] = []
+
+    def unscale_(self, optimizer: Any) -> None:
+        self.calls.append("unscale")
+        super().unscale_(optimizer)
+
+    def step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append("step")
+        return super().step(optimizer, *args, **kwargs)
+
+    def update(self, new_scale: Any = None) -> None:
+        self.calls.append("update")
+        super().update(new_scale)
+
+
+def fit_in_fp16(module: PretrainModule, folder: Path, scaler: Scaler, steps: int = 1) -> list[dict[str, float]]:
+    return fit(module, folder, steps=steps, plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])
+
+
+def test_in_fp16_both_optimisers_step_through_the_scaler_and_the_scale_is_updated_once(tmp_path: Path) -> None:
+    module = module_of({"local_dim": (dim(), 1.0), "prior": (PriorMatching(6, hidden=(8,)), 1.0)})
+    before, scaler = copies(module), Scaler(init_scale=256.0)
+    terms = fit_in_fp16(module, tmp_path, scaler, steps=2)
+    assert moved(module, before) == set(before)
+    assert all(torch.isfinite(torch.tensor(list(t.values()))).all() for t in terms)
+    assert scaler.calls == ["unscale", "step", "unscale", "step", "update"] * 2
+
+
+def test_in_fp16_the_clip_sees_the_gradient_without_its_scale(tmp_path: Path) -> None:
+    norms = {}
+    for name, clip in (("clipped", 1e-3), ("free", 1e9)):
+        module = module_of({"loud": (Scripted(x=1.0), 1.0)}, gradient_clip=clip)
+        fit_in_fp16(module, tmp_path, Scaler(init_scale=256.0))
+        norms[name] = torch.stack([p.grad.norm() for p in module.parameters() if p.grad is not None]).norm().item()
+    assert norms["clipped"] == pytest.approx(1e-3, rel=1e-2)
+    module = module_of({"loud": (Scripted(x=1.0), 1.0)})
+    fit(module, tmp_path, steps=1)
+    plain = torch.stack([p.grad.norm() for p in module.parameters() if p.grad is not None]).norm().item()
+    assert norms["free"] == pytest.approx(plain, rel=0.05)
+
+
+def test_in_fp16_a_step_whose_gradient_overflows_is_left_out_and_the_scale_falls(tmp_path: Path) -> None:
+    module, scaler = module_of({"loud": (Scripted(x=1.0), 1.0)}), Scaler(init_scale=2.0**120)
+    before = copies(module)
+    fit_in_fp16(module, tmp_path, scaler)
+    assert moved(module, before) == set()
+    assert scaler.get_scale() == 2.0**119
+
+
+def test_a_compiled_module_keeps_the_names_and_the_number_of_its_parameters() -> None:
+    made = (module_of({"local_dim": (dim(), 1.0)}, compiled=compiled) for compiled in (False, True))
+    plain, compiled = (list(module.state_dict()) for module in made)
+    assert plain == compiled
+
+
+def test_a_compiled_run_computes_what_a_plain_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = partial(torch.compile, backend="eager")  # the code generator is torch's, takes a minute and is benchmarked
+    monkeypatch.setattr(torch, "compile", traced)
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        module = module_of({"local_dim": (dim(), 1.0)}, compiled=compiled, lr=1e-3)
+        losses.append([terms["local_dim"] for terms in fit(module, tmp_path, steps=3)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_chunks_reach_the_encoder_in_training_and_in_validation(tmp_path: Path) -> None:
+    sizes: list[int] = []
+    torch.manual_seed(0)
+    encoder = UNetEncoder(1, 2, channels=(4, 8), norm="in", summary_channels=6)
+    encoder.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    optimisation = {"lr": 1e-2, "weight_decay": 0.0, "warmup_steps": 0, "max_steps": 1}
+    given: dict[str, Any] = {"optimisation": optimisation, "gradient_clip": 0.0, "seed": 0, "chunk": 3}
+    module = PretrainModule(encoder, None, {"x": (Scripted(x=1.0), 1.0)}, **given)
+    fit(module, tmp_path, steps=1)
+    assert sizes == [3, 1, 1, 3], "forward, and once more backwards"
+    sizes.clear()
+    with torch.no_grad():
+        module.validation_step(next(iter(batches(1))), 0)
+    assert sizes == [3, 1]
 
 
 def test_an_objective_that_decodes_says_what_the_config_lacks() -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from medim.training import machine
-from medim.training.machine import Machine
+from medim.training import utilisation
+from medim.training.utilisation import Machine
 
 
 def test_a_busy_second_shows_in_percent_and_megabytes(tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_a_system_that_does_not_tell_leaves_its_figures_out(tmp_path: Path, monk
     def absent(self: Path) -> str:
         raise FileNotFoundError
 
-    monkeypatch.setattr(machine.Path, "read_text", absent)
+    monkeypatch.setattr(utilisation.Path, "read_text", absent)
     assert set(Machine(tmp_path)()) == {
         "system/disk_usage_percentage",
         "system/disk_available_megabytes",

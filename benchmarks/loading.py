@@ -1,0 +1,96 @@
+"""Claim: how fast crops come from the store, and when loading would start to limit a run.
+
+For a preset on a set of images: crops a second of one core, of images read for the first time and of images that are in
+RAM; the seconds of a step (one thread); the share of a step that a run without loading processes would wait; and the
+step time at which N loading processes on cores of their own would start to limit. Processor seconds throughout, which
+other work on the machine moves less than a clock on the wall.
+
+    OMP_NUM_THREADS=1 python benchmarks/loading.py --preset mri --out loading.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import Run
+
+from medim.data.datasets import ViewDataset
+from medim.data.source import open_source
+from medim.files import write_json
+from medim.models.layers import channels_last
+from medim.training.cohort import open_cohort
+from medim.training.pretrain import resolve_config
+
+WORKERS = (1, 2, 4, 8)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="mri")
+    parser.add_argument("--data", type=Path, help="default: the built-in cohort")
+    parser.add_argument("--images", type=int, default=16, help="that are loaded")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("loading.json"))
+    arguments = parser.parse_args()
+    found = measure(arguments.preset, arguments.data, arguments.images, arguments.rounds)
+    for name, value in found.items():
+        print(f"{name}: {value}", flush=True)
+    write_json(arguments.out, {"schema_version": 1, "threads": torch.get_num_threads(), **found})
+
+
+def measure(preset: str, data: Path | None, images: int, rounds: int) -> dict[str, Any]:
+    """The figures of a preset."""
+    index, store = open_source(data, "mri")
+    config = resolve_config(preset, (), index)
+    records = index.records[:images]
+    cohort = open_cohort(index, records, config.preprocessing, split_seed=0, store=store)
+    views = config.views
+    given: dict[str, Any] = {"shape": views.shape, "count": views.count, "augmentations": views.augmentations}
+    keys = cohort.store_keys(records)
+
+    def load(dataset: ViewDataset, seed: int) -> float:
+        return taken(lambda: [dataset[place, seed] for place in range(len(keys))]) / len(keys)
+
+    load(ViewDataset(cohort.store, keys, **given), 0)  # what is done once
+    cold, warm = [], []
+    for round_ in range(rounds):
+        dataset = ViewDataset(cohort.store, keys, **given)
+        cold.append(load(dataset, round_))
+        warm.append(load(dataset, round_ + 100))
+    run = Run.of(config)
+    for part in (run.encoder, run.decoder):
+        if part is not None:
+            channels_last(part)
+    step = statistics.median([taken(run.step) for _ in range(rounds)])
+    crop = {"read": statistics.median(cold), "in memory": statistics.median(warm)}
+    return {
+        "preset": preset,
+        "views": list(views.shape),
+        "batch_size": config.batch_size,
+        "crops_a_second_a_core": {name: views.count / seconds for name, seconds in crop.items()},
+        "step_seconds_one_thread": step,
+        "share_waiting_without_loading_processes": {
+            name: config.batch_size * seconds / (config.batch_size * seconds + step) for name, seconds in crop.items()
+        },
+        "loading_limits_below_step_seconds": {
+            f"{workers} loading processes": config.batch_size * crop["read"] / workers for workers in WORKERS
+        },
+    }
+
+
+def taken(work: Callable[[], object]) -> float:
+    """Processor seconds."""
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Claim: `medim plan` tells hours within 25 % and peak memory within 20 % of what the run then takes.
+
+Three short runs, each planned first, in processes of their own, with one store: X-rays in 2D with a loading process,
+MRI crops in 3D encoded in chunks, and a small preset on the built-in cohort. Seconds are those of the run's own summary
+(wall time) and of its process on the processor, which other work on the machine moves less.
+
+    python benchmarks/plan.py --xray pneumoniamnist.npz --mri mri-hippocampus --out plan.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from timing import alone
+
+from medim.data.source import open_source
+from medim.files import write_json
+from medim.training.plan import plan
+from medim.training.pretrain import pretrain, resolve_config
+from medim.types import Modality
+
+
+def main() -> None:
+    """Plan and run each, print predicted over real, write them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--xray", type=Path, required=True)
+    parser.add_argument("--mri", type=Path, required=True)
+    parser.add_argument("--steps", type=int, nargs=3, default=[100, 200, 20], metavar="N", help="of each run")
+    parser.add_argument("--out", type=Path, default=Path("plan.json"))
+    arguments = parser.parse_args()
+    small, xray, mri = (f"max_steps={steps}" for steps in arguments.steps)
+    runs: dict[str, tuple[Path | None, Modality, str, list[str]]] = {
+        "small-3d-local-dim": (None, "mri", "small-3d-local-dim", [small]),
+        "xray-28": (arguments.xray, "xray", "xray-28", [xray]),
+        "mri-crop": (arguments.mri, "mri", "mri-crop", [mri, "encode_in_chunks_of=4", "checkpoint_every_steps=10"]),
+    }
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (data, *which) in runs.items():
+            place = Path(folder) / name
+            told = alone(planned, data and data.absolute(), *which, place)
+            took = alone(real, data and data.absolute(), *which, place)
+            found[name] = {"planned": told, "real": took, "planned_over_real": ratios(told, took)}
+            print(
+                name,
+                ", ".join(f"{key} {value:.2f}" for key, value in found[name]["planned_over_real"].items()),
+                flush=True,
+            )
+            write_json(arguments.out, {"schema_version": 1, "cores": os.cpu_count(), "runs": found})
+
+
+def planned(data: Path | None, modality: Modality, preset: str, assignments: list[str], place: Path) -> dict[str, Any]:
+    """The plan of a run."""
+    place.mkdir(parents=True)
+    os.chdir(place)
+    index, _ = open_source(data, modality)
+    return plan(resolve_config(preset, assignments, index), index, place / "run", store=place / "store")
+
+
+def real(data: Path | None, modality: Modality, preset: str, assignments: list[str], place: Path) -> dict[str, Any]:
+    """What the run takes."""
+    os.chdir(place)
+    index, _ = open_source(data, modality)
+    config = resolve_config(preset, assignments, index)
+    began = time.process_time()
+    summary = pretrain(config, index, place / "run", store=place / "store")
+    cpu = time.process_time() - began
+    kept = sum(path.stat().st_size for path in (place / "run").rglob("*") if path.is_file())
+    keys = ("seconds", "seconds_per_step", "data_wait_fraction", "peak_memory_bytes", "steps", "verdict")
+    return {**{key: summary[key] for key in keys}, "cpu_seconds": cpu, "run_bytes": kept}
+
+
+def ratios(told: dict[str, Any], took: dict[str, Any]) -> dict[str, float]:
+    """Predicted over real."""
+    disk = told["disk_bytes"]
+    return {
+        "wall seconds": told["seconds"]["total"] / took["seconds"],
+        "processor seconds": told["cpu_seconds"]["total"] / took["cpu_seconds"],
+        "peak memory": told["peak_memory_bytes"] / took["peak_memory_bytes"],
+        "run folder": (disk["run"] + disk["checkpoints"]) / took["run_bytes"],
+    }
+
+
+if __name__ == "__main__":
+    main()

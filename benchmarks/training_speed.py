@@ -1,0 +1,97 @@
+"""Claim: what each option of speed and memory makes of a pretraining step on this CPU.
+
+For each case: processor seconds (one thread) of forward and backward pass with one option changed, over those of the
+default (fp32, channels last, all activations kept, no compiler), in turn, in one process, median of the rounds; and the
+peak memory the step adds, each in a process of its own.
+
+    OMP_NUM_THREADS=1 python benchmarks/training_speed.py --out training_speed.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import Run, added_memory, alone, ratios, shown
+
+from medim.config import load
+from medim.files import write_json
+from medim.models.layers import channels_last
+from medim.training.encode import StepEncode
+
+RESNET = "encoder={name: resnet, widths: [16, 32, 64], norm: gn, summary: mean_max, hidden: 0, summary_channels: 64}"
+CASES: dict[str, tuple[str, list[str]]] = {
+    "xray-28, 256 images, resnet": ("xray-28", ["batch_size=256", RESNET, "views.count=1"]),
+    "small-3d, 32 images, unet": (
+        "small-3d-local-dim",
+        ["batch_size=32", "views.count=1", "encoder={name: unet, channels: [8, 16, 32], summary_channels: 32}"],
+    ),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "channels first": {"last": False},
+    "bf16": {"dtype": torch.bfloat16},
+    "fp16": {"dtype": torch.float16},
+    "compile": {"compiled": True},
+    "checkpointing (chunk = batch)": {"share": 1},
+    "an eighth at a time": {"share": 8},
+}
+MEMORY = ("default", "bf16", "checkpointing (chunk = batch)", "an eighth at a time")
+
+
+def main() -> None:
+    """Measure every case, print the ratios, write them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("training_speed.json"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--leave-out", nargs="*", default=[], choices=list(OPTIONS)[1:], help="options")
+    arguments = parser.parse_args()
+    chosen = [name for name in OPTIONS if name not in arguments.leave_out]
+    content: dict[str, Any] = {"schema_version": 1, "threads": torch.get_num_threads(), "cases": {}}
+    for case in CASES:
+        times = ratios({name: step_of(case, **OPTIONS[name]) for name in chosen}, arguments.rounds)
+        bytes_ = {name: alone(memory, case, name) for name in MEMORY if name in chosen}
+        for name, ratio in times.items():
+            print(f"{case:30} {name:30} time {shown(ratio)}{_memory(name, bytes_)}", flush=True)
+        content["cases"][case] = {"time_over_default": times, "added_bytes": bytes_}
+        write_json(arguments.out, content)
+
+
+def _memory(name: str, bytes_: dict[str, int]) -> str:
+    return f", memory {bytes_[name] / bytes_['default']:.2f}" if name in bytes_ else ""
+
+
+def memory(case: str, option: str) -> int:
+    """Bytes that a step adds at its peak."""
+    torch.set_num_threads(1)
+    return added_memory(step_of(case, **OPTIONS[option]))
+
+
+def step_of(
+    case: str, *, dtype: torch.dtype | None = None, last: bool = True, compiled: bool = False, share: int = 0
+) -> Callable[[], None]:
+    """One forward and backward pass of a case on random views."""
+    preset, assignments = CASES[case]
+    run = Run.of(load("pretrain", preset, assignments))
+    if last:
+        channels_last(run.encoder)
+    encoder: Any = torch.compile(run.encoder) if compiled else run.encoder
+    images = run.views.image.shape[0] * run.views.image.shape[1]
+    chunk = images // share if share else None
+
+    def step() -> None:
+        for parameter in run.parameters():
+            parameter.grad = None
+        encode = StepEncode(encoder, None, run.views, torch.Generator().manual_seed(0), chunk=chunk)
+        with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            loss = run.loss(encode)
+        (loss * (256 if dtype == torch.float16 else 1)).backward()  # type: ignore[no-untyped-call]
+
+    return step
+
+
+if __name__ == "__main__":
+    main()

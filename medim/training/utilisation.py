@@ -1,0 +1,66 @@
+"""How busy the machine is, under the names of MLflow's system metrics, without the packages that those need."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import torch
+
+PREFIX = "system/"
+
+
+class Machine:
+    """Measures processor, memory, disk and GPU memory.
+
+    Args:
+        folder: on the disk that counts.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._before = _ticks()
+
+    def __call__(self) -> dict[str, float]:
+        """Percentages and megabytes; the processor's since the last call. What a system does not tell is left out."""
+        disk = shutil.disk_usage(self._folder)
+        found = {
+            "disk_usage_percentage": 100 * disk.used / disk.total,
+            "disk_available_megabytes": disk.free / 1e6,
+            "process_peak_memory_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
+            "load_average": os.getloadavg()[0],
+        }
+        busy, total = _ticks()
+        if total > self._before[1]:
+            found["cpu_utilization_percentage"] = 100 * (busy - self._before[0]) / (total - self._before[1])
+        self._before = busy, total
+        if memory := _memory():
+            used = memory["MemTotal"] - memory["MemAvailable"]
+            found["system_memory_usage_megabytes"] = used / 1e6
+            found["system_memory_usage_percentage"] = 100 * used / memory["MemTotal"]
+        used_gpus = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        for gpu in range(torch.cuda.device_count() if used_gpus else 0):
+            free, whole = torch.cuda.mem_get_info(gpu)
+            found[f"gpu_{gpu}_memory_usage_megabytes"] = (whole - free) / 1e6
+            found[f"gpu_{gpu}_memory_usage_percentage"] = 100 * (whole - free) / whole
+        return {PREFIX + name: round(value, 1) for name, value in found.items()}
+
+
+def _ticks() -> tuple[int, int]:
+    """Busy and all ticks of the processors since the machine began; zeros where it does not say."""
+    try:
+        numbers = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except OSError:
+        return 0, 0
+    return sum(numbers) - numbers[3] - numbers[4], sum(numbers)
+
+
+def _memory() -> dict[str, int]:
+    """Bytes by the kernel's names; empty where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return {}
+    return {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
