@@ -137,7 +137,7 @@ def test_a_segmenter_answers_without_torch_and_network_as_it_does_under_torch(
     light: Path, shared_data: Path, tmp_path: Path
 ) -> None:
     without_network()
-    trained = MEASURED["trained"](tmp_path, shared_data, "segmenter", steps=30)
+    trained = make_run(tmp_path / "segmenter-run", "segmenter")  # random weights; the benchmark trains
     package = MEASURED["packed"](tmp_path, "segmenter", trained)
     for number, (name, place) in enumerate(MEASURED["SERIES"].items()):
         found = MEASURED["segmented"](light, package, trained, shared_data / place, tmp_path / str(number))
