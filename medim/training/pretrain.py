@@ -157,7 +157,7 @@ def _run(
         if validate and history.held_out_step != trainer.global_step:
             trainer.validate(module, held_out_loader, verbose=False)
         summary = _summary(config, cohort, history, module, trainer, start) | {"processes": ranks.count}
-        if isinstance(logger, bool):  # the first process has the logger, and writes
+        if not ranks.leads or isinstance(logger, bool):  # the first process alone has a logger, and writes
             return summary
         _write_encoder(out, module, spec, config)
         history.write(out / "history.csv")
