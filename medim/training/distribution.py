@@ -14,8 +14,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -23,6 +24,7 @@ from medim.training.ranks import ALONE, Ranks
 from medim.types import UsageError, UserError
 
 log = logging.getLogger(__name__)
+_first_only: Any = rank_zero_only  # Lightning keeps the rank of this process on it
 PATIENCE = timedelta(days=7)  # the others wait for the first, which may be preprocessing a hospital's archive
 SAVED_AND_LEFT = 75
 CHILD = "MEDIM_CHILD"  # in the environment of processes that were started from here
@@ -71,7 +73,7 @@ def together(accelerator: str, plan: Ranks) -> Iterator[Ranks]:
         UserError: the devices are not there, or another process failed.
     """
     if plan.count == 1:
-        rank_zero_only.rank = 0  # also as one of several independent runs in a SLURM job
+        _first_only.rank = 0  # also as one of several independent runs in a SLURM job
         yield ALONE
         return
     before, child = dict(os.environ), CHILD in os.environ
@@ -92,7 +94,7 @@ def together(accelerator: str, plan: Ranks) -> Iterator[Ranks]:
         stopped = getattr(error, "exit_code", 1) == SAVED_AND_LEFT
         if child and stopped:
             raise SystemExit(0) from None  # in order; the first says so
-        failed = _end_children(60 if stopped else 2)
+        failed = _end_children(60 if stopped else 10)
         if failed and isinstance(error, RuntimeError):
             raise UserError(
                 f"another of the {plan.count} processes failed (exit code {failed[0]}), and so did the run. What it "
@@ -145,7 +147,7 @@ class StopTogether(pl.Callback):
 
 def leads() -> bool:
     """Whether this is the first process of the run, the one that speaks."""
-    return bool(rank_zero_only.rank == 0)
+    return bool(_first_only.rank == 0)
 
 
 def engine(accelerator: str, ranks: Ranks) -> dict[str, Any]:

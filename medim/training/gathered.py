@@ -30,12 +30,12 @@ class GatheredViews(Views):
         self.__dict__.update(own=own, _ranks=ranks)
 
     @cached_property
-    def image(self) -> torch.Tensor:  # type: ignore[override]
+    def image(self) -> torch.Tensor:
         """(B, V, C, ...)."""
         return self._ranks.gather(self.own.image)
 
     @cached_property
-    def location(self) -> torch.Tensor:  # type: ignore[override]
+    def location(self) -> torch.Tensor:
         """(B, V, spatial_dims)."""
         return self._ranks.gather(self.own.location)
 
@@ -57,14 +57,14 @@ class GatheredFeatures(Features):
         self.__dict__.update(own=own, count=count, _gather=gather)
 
     @cached_property
-    def maps(self) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+    def maps(self) -> tuple[torch.Tensor, ...]:
         """Each (N, channels, ...); none is gathered until it is asked for."""
         maps = _Maps(self.own.maps)
         maps.gather = lambda part: self._gather(part, self.count)
         return maps
 
     @cached_property
-    def summary(self) -> torch.Tensor:  # type: ignore[override]
+    def summary(self) -> torch.Tensor:
         """(N, summary_channels)."""
         return self._gather(self.own.summary, self.count)
 

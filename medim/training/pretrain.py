@@ -186,7 +186,7 @@ def _run(
         chosen = _choose(history, module, trainer.global_step)
         summary = _summary(config, cohort, history, module, trainer)
         summary |= {"selected": chosen, "probe": _probe(probe, chosen), "processes": ranks.count}
-        if isinstance(logger, bool):  # the first process has the logger, and writes
+        if not ranks.leads or isinstance(logger, bool):  # the first process alone has a logger, and writes
             return summary
         _write_encoder(out, module, {**spec, "selected": chosen}, config)
         history.write(out / "history.csv")

@@ -147,7 +147,7 @@ class Ranks:
                 f"{self.count} processes would normalise by its own images. Choose norm in or gn, and a summary "
                 "without hidden layers; or --devices 1."
             )
-        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
         return converted
 
 

@@ -15,12 +15,19 @@ pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module", params=DEVICES)
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, list[str]]]:
-    out = tmp_path_factory.mktemp("devices") / "found.json"
-    command = [sys.executable, "-m", "tests.training.pretend_device", request.param, str(out)]
-    subprocess.run(command, cwd=REPOSITORY, check=True, timeout=500)
-    return request.param, json.loads(out.read_text())
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[str]]]:
+    """What each device saw of each preset."""
+    out = tmp_path_factory.mktemp("devices")
+    command = [sys.executable, "-m", "tests.training.pretend_device"]
+    run = {kind: subprocess.Popen([*command, kind, str(out / kind)], cwd=REPOSITORY) for kind in DEVICES}
+    assert [process.wait(500) for process in run.values()] == [0, 0]
+    return {kind: json.loads((out / kind).read_text()) for kind in DEVICES}
+
+
+@pytest.fixture(params=DEVICES)
+def found(request: pytest.FixtureRequest, both: dict[str, dict[str, list[str]]]) -> tuple[str, dict[str, list[str]]]:
+    return request.param, both[request.param]
 
 
 def test_a_step_of_every_small_preset_stays_on_the_device(found: tuple[str, dict[str, list[str]]]) -> None:

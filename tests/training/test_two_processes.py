@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from medim.cli import app
 from medim.training.ranks import ALONE
 from tests.training.processes import CASES, FAULTS, adamw, trained
 
@@ -128,7 +130,8 @@ def command(volumes: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str
 @pytest.fixture(scope="module")
 def alone(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone") / "run"
-    all_of([start(*command, "--devices", "1", "--out", str(out))])
+    ran = CliRunner().invoke(app, [*command[2:], "--devices", "1", "--out", str(out)])
+    assert ran.exit_code == 0, ran.output
     return out
 
 
@@ -174,3 +177,23 @@ def test_a_slurm_job_that_is_warned_saves_in_all_tasks_and_torchrun_ends_it(
     (said_by_both,) = all_of([start(*torchrun, *command, "--out", str(out), "--resume")])
     assert 4 <= json.loads((out / "summary.json").read_text())["resumed_from_steps"][0] < 16
     check_run(out, alone, said_by_both)
+
+
+BROKEN = """
+from medim.training.distribution import planned, together
+with together("cpu", planned("cpu", 2, 1)) as ranks:
+    if ranks.rank == 1:
+        raise ValueError("the second broke")
+    ranks.any(False)
+    print("went on")
+"""
+
+
+def test_where_one_process_fails_the_other_ends_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text(BROKEN)
+    process = start(str(tmp_path / "broken.py"))
+    said = process.communicate(timeout=500)[0]
+    assert process.returncode != 0
+    assert "the second broke" in said
+    assert "another of the 2 processes failed" in said
+    assert "went on" not in said
