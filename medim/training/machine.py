@@ -40,7 +40,8 @@ class Machine:
             used = memory["MemTotal"] - memory["MemAvailable"]
             found["system_memory_usage_megabytes"] = used / 1e6
             found["system_memory_usage_percentage"] = 100 * used / memory["MemTotal"]
-        for gpu in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+        used_gpus = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        for gpu in range(torch.cuda.device_count() if used_gpus else 0):
             free, whole = torch.cuda.mem_get_info(gpu)
             found[f"gpu_{gpu}_memory_usage_megabytes"] = (whole - free) / 1e6
             found[f"gpu_{gpu}_memory_usage_percentage"] = 100 * (whole - free) / whole

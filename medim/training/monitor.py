@@ -129,7 +129,7 @@ class History(pl.Callback):
         """Take up a checkpoint's history."""
         for name in KEPT:
             setattr(self, name, state[name])
-        self.rows = [tuple(row) for row in self.rows]
+        self.rows = [tuple(row) for row in state["rows"]]
         self._above.update(state["above"])
 
     def write(self, path: Path) -> None:
