@@ -54,7 +54,7 @@ HOMES = {  # third party: the files that may import it
     ),
     "lightning": ("training/*",),
     "pytorch_lightning": (),
-    "mlflow": ("training/tracking.py",),
+    "mlflow": ("training/tracking.py", "training/delivery.py"),
     "typer": ("cli.py", "cli/*"),
 }
 LIGHT = (

@@ -44,14 +44,14 @@ for line in sys.stdin:
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-Signal = Callable[[int], None]
 
 
 class Starter:
-    """Starts commands, one at a time."""
+    """Starts commands, one at a time; what they say goes to `log`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.log = folder / "log.txt"
+    log: Path
+
+    def __init__(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-c", STARTER],
             stdin=subprocess.PIPE,
@@ -78,11 +78,17 @@ class Starter:
         self._process.communicate("")
 
 
-@pytest.fixture
-def starter(tmp_path: Path) -> Iterator[Starter]:
-    started = Starter(tmp_path)
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Starter]:
+    started = Starter()
     yield started
     started.close()
+
+
+@pytest.fixture
+def starter(warm: Starter, tmp_path: Path) -> Starter:
+    warm.log = tmp_path / "log.txt"
+    return warm
 
 
 def steps(run: Path) -> list[int]:
@@ -139,8 +145,8 @@ def disturbed(
 def test_ten_kills_five_stops_and_a_cut_checkpoint_end_in_the_bytes_of_the_undisturbed_run(
     starter: Starter, pretrain_config: PretrainConfig, volumes: Path, tmp_path: Path
 ) -> None:
-    every = 12  # two intervals a disturbance at most
-    changed = {"max_steps": 480, "checkpoint_every_steps": every}
+    every = 8  # two intervals a disturbance at most
+    changed = {"max_steps": 280, "checkpoint_every_steps": every}
     config = tmp_path / "config.yaml"
     config.write_text(dump(pretrain_config.model_copy(update=changed)))
     command = ["pretrain", "--modality", "mri", "--data", str(volumes), "--config", str(config)]
@@ -184,7 +190,7 @@ def test_a_signal_to_all_processes_of_a_run_leaves_it_to_the_run_to_stop(
 ) -> None:
     """As SLURM sends it: the loading process must not die of it before the step is saved."""
     config = tmp_path / "config.yaml"
-    changed = {"max_steps": 400, "checkpoint_every_steps": 10, "workers": 1}
+    changed = {"max_steps": 100, "checkpoint_every_steps": 10, "workers": 1}
     config.write_text(dump(pretrain_config.model_copy(update=changed)))
     command = ["pretrain", "--modality", "mri", "--data", str(volumes), "--config", str(config)]
     command += ["--out", str(tmp_path / "run")]

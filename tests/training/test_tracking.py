@@ -21,9 +21,10 @@ from medim.data.index import Index
 from medim.models.model import build_encoder
 from medim.models.saved import save
 from medim.training import tracking
+from medim.training.delivery import tracking_uri
 from medim.training.journal import RECORDS, STATE
 from medim.training.pretrain import pretrain
-from medim.training.tracking import check_target, log_encoder, log_results, send_left, track, tracking_uri
+from medim.training.tracking import check_target, log_encoder, log_results, send_left, track
 from medim.types import UserError
 
 
