@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from medim.data.datasets import _Images
 from medim.data.index import Index, build_index
 from medim.training.encode import StepEncode
 from medim.training.pretrain import pretrain, resolve_config
@@ -28,24 +29,22 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def xrays(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Index:
-    return some(shared_data, tmp_path_factory.mktemp("xrays"), lambda images: images)
+    return some(shared_data, tmp_path_factory.mktemp("xrays"))
 
 
-@pytest.fixture(scope="module")
-def blanks(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Index:
-    def blank(images: Any) -> Any:
-        levels = np.arange(len(images), dtype=np.uint8).reshape(-1, 1, 1) % 200
-        return np.broadcast_to(levels, images.shape)
-
-    return some(shared_data, tmp_path_factory.mktemp("blanks"), blank)
+@pytest.fixture
+def blank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views hold nothing; an index would refuse images that are constant."""
+    cut = _Images.cut
+    monkeypatch.setattr(_Images, "cut", lambda *args, **options: 0 * cut(*args, **options))
 
 
-def some(shared_data: Path, folder: Path, change: Any) -> Index:
+def some(shared_data: Path, folder: Path) -> Index:
     """A few hundred of the X-rays."""
     arrays = {}
     with np.load(shared_data / "xray-pneumonia" / "pneumoniamnist.npz") as found:
         for part, count in IMAGES.items():
-            arrays[f"{part}_images"] = change(found[f"{part}_images"][:count])
+            arrays[f"{part}_images"] = found[f"{part}_images"][:count]
             arrays[f"{part}_labels"] = found[f"{part}_labels"][:count]
     np.savez(folder / "pneumoniamnist.npz", **arrays)
     return build_index(folder / "pneumoniamnist.npz", "xray")
@@ -70,8 +69,8 @@ def test_a_healthy_run_of_a_shipped_preset_gets_no_bad_verdict(
     assert summary["what_to_try"] == ""
 
 
-def test_a_learning_rate_of_zero_is_told_as_at_chance(xrays: Index, store: Path, tmp_path: Path) -> None:
-    assert ailment(run(XRAY, xrays, tmp_path, store, "lr=0", "max_steps=60")) == "at-chance"
+def test_a_learning_rate_of_all_but_zero_is_told_as_at_chance(xrays: Index, store: Path, tmp_path: Path) -> None:
+    assert ailment(run(XRAY, xrays, tmp_path, store, "lr=1e-30", "max_steps=60")) == "at-chance"
 
 
 def test_summaries_paired_with_the_maps_of_another_image_are_told_as_at_chance(
@@ -84,28 +83,24 @@ def test_summaries_paired_with_the_maps_of_another_image_are_told_as_at_chance(
         return dataclasses.replace(features, summary=features.summary.roll(2, dims=0))  # an image has two views
 
     monkeypatch.setattr(StepEncode, "__call__", shuffled)
-    assert ailment(run(XRAY, xrays, tmp_path, store)) == "at-chance"
+    assert ailment(run(XRAY, xrays, tmp_path, store, "max_steps=100")) == "at-chance"
 
 
-def test_blank_images_are_told_as_collapsed(blanks: Index, store: Path, tmp_path: Path) -> None:
-    assert ailment(run(XRAY, blanks, tmp_path, store, "max_steps=60")) == "collapsed"
-
-
-def test_a_huge_weight_decay_is_told_as_collapsed(xrays: Index, store: Path, tmp_path: Path) -> None:
-    assert ailment(run(XRAY, xrays, tmp_path, store, "weight_decay=100")) == "collapsed"
+def test_blank_images_are_told_as_collapsed(xrays: Index, blank: None, store: Path, tmp_path: Path) -> None:
+    assert ailment(run(XRAY, xrays, tmp_path, store, "max_steps=60")) == "collapsed"
 
 
 def test_a_learning_rate_ten_thousand_times_too_high_is_told_as_diverged(
     xrays: Index, store: Path, tmp_path: Path
 ) -> None:
     lr = 10_000 * resolve_config(XRAY).lr
-    assert ailment(run(XRAY, xrays, tmp_path, store, f"lr={lr}")) == "diverged"
+    assert ailment(run(XRAY, xrays, tmp_path, store, f"lr={lr}", "max_steps=60")) == "diverged"
 
 
 def test_a_collapsed_run_ends_where_it_is_seen_if_that_was_asked_for(
-    blanks: Index, store: Path, tmp_path: Path
+    xrays: Index, blank: None, store: Path, tmp_path: Path
 ) -> None:
-    summary = run(XRAY, blanks, tmp_path, store, "checkpoint_every_steps=20", stop=True)
+    summary = run(XRAY, xrays, tmp_path, store, "checkpoint_every_steps=20", stop=True)
     assert (summary["steps"], summary["verdict"]) == (20, "collapsed")
 
 

@@ -13,6 +13,7 @@ import torch
 
 from medim.objectives import Term
 from medim.training.monitor import COLUMNS, PATIENCE, History, verdict
+from medim.training.selection import Selection
 
 MODULE: Any = None
 
@@ -159,7 +160,10 @@ def test_the_history_file_has_a_row_a_loss_a_diagnostic_and_a_held_out_value(tmp
         ["1", "local_dim", "1.5", "4.0", ""],
         ["1", "local_dim/retrieval", "0.25", "", ""],
         ["2", "local_dim", "", "4.0", ""],
+        ["2", "verdict/diverged", "", "", ""],
         ["2", "local_dim", "", "", "2.0"],
+        ["2", "rankme", "", "", str(history.rankme)],
+        ["2", "feature_std", "", "", str(history.feature_std)],
     ]
     assert history.chance() == {"local_dim": 4.0}
 
@@ -240,3 +244,81 @@ def test_what_objectives_watch_is_kept_in_training_and_held_out() -> None:
     found = history.diagnostics()
     assert list(found) == ["dim/retrieval"]
     assert found["dim/retrieval"] == pytest.approx({"last": sum(range(11, 31)) / 2000, "held_out": 0.3})
+
+
+def test_a_verdict_is_said_once_at_the_step_where_it_changes(caplog: pytest.LogCaptureFixture) -> None:
+    history = History()
+    for step in range(1, 61):
+        train(history, step, dim=Term(torch.tensor(9.0 if step <= 30 else 3.0), 4.0))
+    assert [(step, found) for step, found, _ in history.said] == [(PATIENCE, "diverged")]
+    validate(history, 60, {"dim": [2.0]}, spread())
+    validate(history, 70, {"dim": [2.0]}, spread())
+    validate(history, 80, {"dim": [2.0]}, torch.ones(8, 6))
+    assert [(step, found) for step, found, _ in history.said[1:]] == [(60, "learning"), (80, "diverged")]
+    assert [row[:2] for row in history.rows if row[1].startswith("verdict/")][-1] == (80, "verdict/diverged")
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 2
+    assert "a nat or more above its chance level 4" in warnings[0]
+    assert "What to try: Lower the learning rate" in warnings[0]
+
+
+def test_being_at_chance_is_said_from_the_first_look_on_or_at_the_end() -> None:
+    history = History()
+    train(history, 1, dim=Term(torch.tensor(4.0), 4.0))
+    validate(history, 50, {"dim": [4.0]}, spread())
+    assert (history.said, verdict(history)) == ([], "at-chance")
+    validate(history, 100, {"dim": [4.0]}, spread())  # max_steps of these tests
+    assert [(step, found) for step, found, _ in history.said] == [(100, "at-chance")]
+
+
+def test_gauges_and_gradient_norms_stand_in_the_history_and_not_among_the_diagnostics() -> None:
+    module: Any = SimpleNamespace(encoder="the encoder")
+    history = History(gauges=[lambda encoder: {"alignment": float(len(str(encoder))), "uniformity": math.nan}])
+    outputs = {"dim": Term(torch.tensor(3.0), 4.0), "gradient_norms": {"encoder": torch.tensor(2.0)}}
+    history.on_train_batch_end(trainer_at(1), module, outputs, None, 0)
+    history.on_validation_batch_end(
+        trainer_at(1), module, {"terms": {"dim": Term(torch.tensor(3.0), 4.0)}, "summary": spread()}, None, 0
+    )
+    history.on_validation_end(trainer_at(1), module)
+    assert (1, "gradient_norm/encoder", 2.0, None, None) in history.rows
+    assert (1, "alignment", None, None, 11.0) in history.rows
+    assert (1, "uniformity", None, None, None) in history.rows
+    assert history.diagnostics() == {}
+    assert history.chance() == {"dim": 4.0}
+
+
+def test_a_resumed_history_has_the_verdict_and_the_counts_of_the_one_that_was_saved(tmp_path: Path) -> None:
+    history = History()
+    for step in range(1, PATIENCE):
+        train(history, step, dim=Term(torch.tensor(9.0), 4.0))
+    validate(history, PATIENCE - 1, {"dim": [3.9]}, spread())
+    torch.save(history.state_dict(), tmp_path / "state.ckpt")
+    again = History()
+    again.load_state_dict(torch.load(tmp_path / "state.ckpt", weights_only=True))
+    for each in (history, again):
+        train(each, PATIENCE, dim=Term(torch.tensor(9.0), 4.0))
+    assert [(step, found) for step, found, _ in again.said] == [(PATIENCE, "diverged")]
+    assert (again.rows, again.said, again.finding()) == (history.rows, history.said, history.finding())
+    assert again.held_out_step == PATIENCE - 1
+
+
+def test_the_selection_is_offered_the_weighted_loss_and_never_what_has_collapsed() -> None:
+    offered: list[tuple[int, float, float]] = []
+
+    class Kept(Selection):
+        def consider(self, step: int, score: float, error: float, figures: Any, module: Any) -> None:
+            offered.append((step, score, error))
+
+    history = History(selection=Kept(), weights={"dim": 1.0, "coordinates": 0.5})
+    train(
+        history,
+        1,
+        dim=Term(torch.tensor(4.0), 4.0),
+        coordinates=Term(torch.tensor(3.0), 3.0),
+        vae=Term(torch.tensor(1)),
+    )
+    losses = {"dim": [1.0, 3.0], "coordinates": [2.0, 2.0], "vae": [9.0, 9.0]}
+    validate(history, 1, losses, spread())
+    validate(history, 2, losses, torch.ones(8, 6))
+    assert offered[0] == (1, -3.0, pytest.approx(1.0))
+    assert math.isnan(offered[1][1])

@@ -25,6 +25,7 @@ from medim.objectives.score_map import load_score_map
 from medim.stopping import StoppedError
 from medim.training.checkpoints import newest_checkpoint
 from medim.training.pretrain import build_objectives, pretrain, rehearse
+from medim.training.selection import Selection
 from medim.training.trainer import LineProgress
 from medim.types import UsageError, UserError
 
@@ -51,6 +52,41 @@ def test_a_run_leaves_what_the_contract_lists(undisturbed: Path) -> None:
     assert yaml.safe_load((undisturbed / "config.yaml").read_text())["max_steps"] == 6
     steps = {int(row["step"]) for row in csv.DictReader((undisturbed / "history.csv").open()) if row["loss"]}
     assert steps == set(range(1, 7))
+
+
+def test_a_run_says_how_its_features_fare_and_which_step_it_leaves(undisturbed: Path) -> None:
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    rows = list(csv.DictReader((undisturbed / "history.csv").open()))
+    measured = {row["name"]: int(row["step"]) for row in rows if row["held_out"]}
+    assert {"rankme", "feature_std", "alignment", "uniformity"} <= set(measured)
+    assert {row["name"] for row in rows if row["name"].startswith("gradient_norm/") and float(row["loss"]) > 0} == {
+        f"gradient_norm/{part}" for part in ("encoder", "local_dim", "coordinates")
+    }
+    assert 0 <= summary["alignment"] <= 4
+    assert summary["uniformity"] <= 0
+    assert summary["probe"] is None, "these images have no labels"
+    chosen = summary["selected"]
+    assert chosen["by"] in {"held_out_loss", "last_step"}
+    assert json.loads((undisturbed / "encoder" / "encoder.json").read_text())["selected"] == chosen
+    assert f"those of step {chosen['step']} of 6" in (undisturbed / "encoder" / "card.md").read_text()
+    assert summary["verdicts"][-1]["verdict"] == summary["verdict"]
+
+
+def test_a_run_leaves_the_weights_of_the_step_it_has_chosen(
+    pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def second(self: Selection, step: int, *args: Any) -> None:
+        consider(self, step, 1.0 if step == 2 else 0.0, 0.5, *args[2:])
+
+    consider = Selection.consider
+    short = pretrain_config.model_copy(update={"max_steps": 2, "schedule": "constant"})
+    long = pretrain_config.model_copy(update={"schedule": "constant"})
+    pretrain(short, cohort_index, tmp_path / "short", store=tmp_path / "store")
+    with monkeypatch.context() as patch:
+        patch.setattr(Selection, "consider", second)
+        summary = pretrain(long, cohort_index, tmp_path / "long", store=tmp_path / "store")
+    assert (summary["selected"]["step"], summary["selected"]["of_steps"], summary["steps"]) == (2, 6, 6)
+    assert sha256(tmp_path / "long" / WEIGHTS) == sha256(tmp_path / "short" / WEIGHTS)
 
 
 def test_a_run_leaves_its_split_and_what_it_has_seen(undisturbed: Path, cohort_index: Index) -> None:
@@ -132,9 +168,9 @@ def test_a_run_stopped_by_an_exception_and_resumed_ends_in_the_same_bytes(
     assert summary["resumed_from_steps"] == [4]
     assert sha256(undisturbed / WEIGHTS) == sha256(out / WEIGHTS)
     assert (out / "history.csv").read_bytes() == (undisturbed / "history.csv").read_bytes()
-    undisturbed_summary = json.loads((undisturbed / "summary.json").read_text())
-    same = ("loss", "chance", "diagnostics", "verdict", "rankme", "feature_std", "damaged_checkpoints")
-    assert {key: summary[key] for key in same} == {key: undisturbed_summary[key] for key in same}
+    ignored = {"resumed_from_steps", "seconds", "seconds_per_step", "data_wait_fraction", "peak_memory_bytes"}
+    told = json.loads((undisturbed / "summary.json").read_text())
+    assert {k: v for k, v in summary.items() if k not in ignored} == {k: v for k, v in told.items() if k not in ignored}
 
 
 @pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 3), (signal.SIGUSR1, 4)])

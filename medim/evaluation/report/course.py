@@ -40,7 +40,7 @@ VERDICTS: dict[str, Banner] = {
 
 
 def health(path: Path) -> list[Figure]:
-    """RankMe, alignment and uniformity, the held-out probe, and gradient norms, as far as they were measured.
+    """RankMe, probe, alignment and uniformity on held-out subjects, and gradient norms, as far as they were measured.
 
     Args:
         path: `history.csv`.

@@ -1,0 +1,110 @@
+"""The probe of labelled held-out subjects, and the pairs of views."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from medim.config import PretrainConfig, ViewsConfig
+from medim.data.index import Index, build_index
+from medim.training.cohort import Cohort, open_cohort
+from medim.training.online_probe import FEWEST, OnlineProbe, Pairs, open_probe
+from medim.types import Features
+
+SIDE = 12
+COUNTS = {"train": 24, "val": 16}
+
+
+class Brightness(nn.Module):
+    """Mean and deviation of an image, in evaluation mode alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, image: torch.Tensor) -> Features:
+        assert not self.training
+        flat = image.flatten(1) * self.weight
+        return Features(maps=(), summary=torch.stack([flat.mean(1), flat.std(1)], dim=1))
+
+
+def cohort(folder: Path, labels: dict[str, Any]) -> Cohort:
+    """Images that are bright where `truth` is 1, under the labels that are given."""
+    rng, arrays = np.random.default_rng(0), {}
+    for part, count in COUNTS.items():
+        truth = np.arange(count) % 2
+        images = rng.integers(40, 80, (count, SIDE, SIDE)) + 120 * truth[:, None, None]
+        arrays |= {f"{part}_images": images.astype(np.uint8), f"{part}_labels": labels[part](truth)[:, None]}
+    np.savez(folder / "pneumoniamnist.npz", **arrays)
+    index: Index = build_index(folder / "pneumoniamnist.npz", "xray")
+    return open_cohort(index, index.records, [], split_seed=0, store=folder / "store")
+
+
+@pytest.fixture
+def config(pretrain_config: PretrainConfig) -> PretrainConfig:
+    views = ViewsConfig(shape=(SIDE, SIDE), augmentations=[{"op": "noise", "probability": 1.0}])
+    return pretrain_config.model_copy(update={"views": views})
+
+
+def opened(config: PretrainConfig, found: Cohort) -> OnlineProbe | None:
+    return open_probe(config, found, found.records("train"), found.records("val"), seed=0)
+
+
+def same(truth: Any) -> Any:
+    return truth
+
+
+def one_class(truth: Any) -> Any:
+    return 0 * truth
+
+
+def few(truth: Any) -> Any:
+    return (np.arange(len(truth)) < FEWEST - 1).astype(int)
+
+
+def test_a_probe_tells_held_out_subjects_apart_where_features_do(config: PretrainConfig, tmp_path: Path) -> None:
+    found = opened(config, cohort(tmp_path, {"train": same, "val": same}))
+    assert found is not None
+    assert found(Brightness()) == {"probe": 1.0, "probe_error": 0.0}
+    assert found.protocol["train_subjects"] == 24
+    assert found.protocol["held_out_subjects"] == 16
+
+
+def test_a_probe_is_measured_on_held_out_labels_alone(config: PretrainConfig, tmp_path: Path) -> None:
+    found = opened(config, cohort(tmp_path, {"train": same, "val": lambda truth: 1 - truth}))
+    assert found is not None
+    assert found(Brightness())["probe"] == 0
+
+
+def test_a_probe_of_features_that_are_no_numbers_is_no_number(config: PretrainConfig, tmp_path: Path) -> None:
+    found = opened(config, cohort(tmp_path, {"train": same, "val": same}))
+    encoder = Brightness()
+    nn.init.constant_(encoder.weight, float("nan"))
+    assert found is not None
+    assert np.isnan(found(encoder)["probe"])
+
+
+@pytest.mark.parametrize(("train", "val"), [(same, one_class), (one_class, same), (few, same), (same, few)])
+def test_there_is_no_probe_where_labels_do_not_suffice(
+    config: PretrainConfig, tmp_path: Path, train: Any, val: Any
+) -> None:
+    assert opened(config, cohort(tmp_path, {"train": train, "val": val})) is None
+
+
+def test_pairs_are_the_same_at_each_measurement_and_leave_the_runs_random_numbers_alone(
+    config: PretrainConfig, tmp_path: Path
+) -> None:
+    found = cohort(tmp_path, {"train": same, "val": same})
+    pairs = Pairs(config, found, found.records("val"), seed=0)
+    state, encoder = torch.get_rng_state(), Brightness()
+    first = pairs(encoder)
+    assert first == pairs(encoder)
+    assert encoder.training
+    assert torch.equal(state, torch.get_rng_state())
+    assert 0 < first["alignment"] < 0.1, "two noisy views of an image are near each other, and not the same"
+    assert first["uniformity"] < 0
