@@ -65,7 +65,7 @@ class PretrainModule(pl.LightningModule):
         check_chunks(chunk, encoder, decoder)
         self._chunk = chunk
         parts = (encoder, decoder)  # a tuple, so that what torch.compile makes of them is registered no second time
-        self._run = tuple(torch.compile(part) if compiled and part is not None else part for part in parts)
+        self._run: Any = tuple(torch.compile(part) if compiled and part is not None else part for part in parts)
 
     def configure_optimizers(self) -> Any:
         """The run's optimiser for all but the adversaries, Adam for those."""
