@@ -40,7 +40,7 @@ def in_chunks(network: Network, given: torch.Tensor | Features, size: int | None
     if size is None:
         return network(given)
     whole = (given,) if isinstance(given, torch.Tensor) else (*given.maps, given.summary)
-    parts = zip(*(tensor.split(size) for tensor in whole), strict=True)
+    parts = zip(*(_split(tensor, size) for tensor in whole), strict=True)
     keep = _draws(network)
 
     def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -78,6 +78,10 @@ def check_chunks(size: int | None, *networks: nn.Module | None) -> None:
 def _draws(network: Any) -> bool:
     """Whether a network draws random numbers, which the second pass must draw again."""
     return isinstance(network, nn.Module) and any(isinstance(part, _DropoutNd) for part in network.modules())
+
+
+def _split(tensor: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor[first : first + size] for first in range(0, len(tensor), size))
 
 
 def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -144,10 +144,10 @@ def predict(
     an_image = (steps_peak - base) / batch
     cached = _cache(config, found, train, held_out)
     peak = int(max(base + an_image * config.batch_size, found.memory["end"]) + cached)
-    kept = min(KEPT_CHECKPOINTS + 1, saved + 1)
+    kept = min(KEPT_CHECKPOINTS + 1, saved + 1) if saved else 0
     disk = {
         "store": int(found.bytes["image"] * found.missing),
-        "checkpoints": kept * found.bytes["checkpoint"],
+        "checkpoints": int(kept * found.bytes["checkpoint"]),
         "run": int(found.bytes["run"] + found.bytes["history"] * steps),
     }
     needed = {

@@ -135,9 +135,8 @@ def make_trainer(
 def usable_precision(precision: Precision, accelerator: str = "auto") -> Precision:
     """The precision that a device can run at full speed: fp32 in place of bf16 where a CPU would emulate it.
 
-    fp16, which needs a loss scaler and has its arithmetic on GPUs, is bf16 on a CPU. Without AVX-512 BF16, AMX or
-    their like, PyTorch's convolutions in bf16 take tens of times as long as in fp32
-    (`benchmarks/layout_and_precision.py`).
+    fp16, which needs a loss scaler and has its arithmetic on GPUs, is bf16 on a CPU. Without AVX-512 BF16, AMX or their
+    like, PyTorch's convolutions in bf16 take tens of times as long as in fp32 (`benchmarks/layout_and_precision.py`).
 
     Args:
         precision: what the configuration asks for.
