@@ -142,4 +142,5 @@ class PretrainModule(pl.LightningModule):
         views = Views(*batch)
         if self._ranks.count > 1 and split == 0:
             views = GatheredViews(views, self._ranks)
-        return views, StepEncode(*self._run, views, generator, self._ranks, chunk=self._chunk)
+        encoder, decoder = self._run
+        return views, StepEncode(encoder, decoder, views, generator, self._ranks, chunk=self._chunk)

@@ -21,10 +21,11 @@ from medim.data.store import Store
 from medim.deployment.guard import REFERENCE
 from medim.models.saved import load_encoder
 from medim.training.cohort import Cohort, open_cohort
+from medim.training.delivery import tracking_uri
 from medim.training.machine import children_memory, held
 from medim.training.pretrain import pretrain
 from medim.training.reference import rows_of_records
-from medim.training.tracking import check_target, tracking_uri
+from medim.training.tracking import check_target
 
 MOST_STEPS, FEWEST_STEPS, ENOUGH_SECONDS = 60, 5, 20.0
 WARM_UP = 2  # steps that are left out of the mean

@@ -16,7 +16,8 @@ from medim.evaluation.evaluate import evaluate
 from medim.evaluation.metrics import mean_over_subjects
 from medim.evaluation.report import report
 from medim.evaluation.report.comparison import differences
-from medim.evaluation.report.runs import VERDICTS, read_history
+from medim.evaluation.report.course import VERDICTS
+from medim.evaluation.report.runs import read_history
 from medim.types import UserError
 from tests.evaluation.conftest import make_masks, make_run
 

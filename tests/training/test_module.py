@@ -65,7 +65,7 @@ class Keep(pl.Callback):
         self.terms: list[dict[str, float]] = []
 
     def on_train_batch_end(self, *args: Any) -> None:
-        self.terms.append({name: term.loss.item() for name, term in args[2].items()})
+        self.terms.append({name: term.loss.item() for name, term in args[2].items() if isinstance(term, Term)})
 
 
 def fit(module: PretrainModule, folder: Path, steps: int = 2, count: int = 1, **options: Any) -> list[dict[str, float]]:

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from medim.evaluation.report.course import VERDICTS
 from medim.evaluation.report.figures import Curve, loss_curve, thinned
 from medim.evaluation.report.page import NOT_REPORTED, Banner, Section, Table, many, told
-from medim.evaluation.report.runs import VERDICTS, read_history
+from medim.evaluation.report.runs import read_history
 from medim.files import read_json, write_json
 from medim.study.design import Arm
 from medim.study.report.opened import Opened
