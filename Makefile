@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-gpu lint format docs wheel clean
+.PHONY: help venv demo test coverage test-slow test-gpu lint format docs wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -25,7 +25,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: venv ## the main job on the built-in cohort, into demo/ (a few minutes)
 	$(BIN)/python pipelines/smoke.py --out demo
 
-test: venv ## the fast tests, with coverage
+test: venv ## the fast tests
+	$(TEST) -m "not slow and not gpu"
+
+coverage: venv ## the fast tests, and which lines they reach
 	$(TEST) -m "not slow and not gpu" --cov --cov-report=term
 
 test-slow: venv ## the long tests

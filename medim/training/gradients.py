@@ -1,4 +1,4 @@
-"""How large the gradients of a step are, part by part."""
+"""How large the gradients of a step are, part by part, and the weights of the encoder."""
 
 from __future__ import annotations
 
@@ -26,3 +26,8 @@ def gradient_norms(parts: Mapping[str, nn.Module | None], trained: Iterable[nn.P
         if gradients:
             found[name] = nn.utils.get_total_norm(gradients)
     return found
+
+
+def weight_norm(encoder: nn.Module) -> dict[str, float]:
+    """`weight_norm`: Euclidean norm of the weights that decay, matrices and kernels."""
+    return {"weight_norm": float(nn.utils.get_total_norm([p.detach() for p in encoder.parameters() if p.ndim > 1]))}

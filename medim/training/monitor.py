@@ -20,13 +20,13 @@ from medim.files import write_csv
 from medim.objectives import Term
 from medim.training.selection import Selection
 from medim.training.tracking import tag
-from medim.training.verdict import ADVICE, Finding, Verdict, flatness, judge
+from medim.training.verdict import ADVICE, Finding, Verdict, flatness, judge, shrinkage
 
 log = logging.getLogger(__name__)
 PATIENCE = 25  # steps
 FIRST_LOOK = 250  # the step by which every run is measured; before it, being at chance is not worth a warning
 COLUMNS = ("step", "name", "loss", "chance", "held_out")
-MEASURES = ("rankme", "feature_std", "alignment", "uniformity", "probe", "probe_error")
+MEASURES = ("rankme", "feature_std", "weight_norm", "alignment", "uniformity", "probe", "probe_error")
 BESIDE = ("gradient_norm/", "verdict/")  # how other rows begin that are no objective's
 Gauge = Callable[[nn.Module], Mapping[str, float]]
 
@@ -41,6 +41,7 @@ class History(pl.Callback):
         gauges: what else is measured of the encoder at each validation; see `medim.training.online_probe`.
         selection: keeps the weights of the step whose encoder the run leaves; None keeps none.
         weights: objective to its weight in the held-out loss that the selection reads; 1 where it is not given.
+        first_norm: of the encoder's weights before the first step, to which the gauge `weight_norm` is held.
 
     Attributes:
         rows: (step, name, training loss or None, chance or None, held-out loss or None).
@@ -62,12 +63,14 @@ class History(pl.Callback):
         gauges: Sequence[Gauge] = (),
         selection: Selection | None = None,
         weights: Mapping[str, float] | None = None,
+        first_norm: float = 0.0,
     ) -> None:
         self._stop = stop_on_collapse
         self._summary_trained = summary_trained
         self._gauges = gauges
         self.selection = selection
         self._weights = weights or {}
+        self._first_norm = first_norm
         self._above: dict[str, int] = defaultdict(int)  # steps a term has been far above chance
         self._broken = self._strayed = ""
         self.rows: list[tuple[int, str, float | None, float | None, float | None]] = []
@@ -169,7 +172,7 @@ class History(pl.Callback):
         found = self.finding()
         if found.verdict != "at-chance" or step >= min(FIRST_LOOK, trainer.max_steps):
             self._say(trainer, found)
-        trainer.should_stop |= self._stop and self.collapsed
+        trainer.should_stop |= self._stop and (self.collapsed or found.verdict == "collapsed")
         self._ended = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
@@ -247,7 +250,8 @@ class History(pl.Callback):
         if not levels:
             levels = {name: self.curve(name)[0] for name in self.chance()}
         broken = self._broken or (self._strayed if self._stop else "")
-        return judge(levels, self.held_out, broken=broken, strayed=self._strayed, flat=self._flat())
+        shrunk = shrinkage(self.measures.get("weight_norm", math.nan), self._first_norm)
+        return judge(levels, self.held_out, broken=broken, strayed=self._strayed, flat=self._flat(), shrunk=shrunk)
 
     def _flat(self) -> str:
         return flatness(self.rankme, self.feature_std) if self._summary_trained else ""

@@ -33,6 +33,7 @@ from medim.training.chunks import check_chunks
 from medim.training.cohort import Cohort, open_cohort, write_config
 from medim.training.distribution import planned, together
 from medim.training.figures import draw
+from medim.training.gradients import weight_norm
 from medim.training.loaders import StepSampler, step_loader
 from medim.training.module import PretrainModule
 from medim.training.monitor import History
@@ -160,9 +161,14 @@ def _run(
     history = History(
         stop_on_collapse=stop_on_collapse,
         summary_trained=trained,
-        gauges=[*([Pairs(config, cohort, held_out, seed=seed)] if held_out else []), *([probe] if probe else [])],
+        gauges=[
+            weight_norm,
+            *([Pairs(config, cohort, held_out, seed=seed)] if held_out else []),
+            *([probe] if probe else []),
+        ],
         selection=Selection("probe" if probe else "held_out_loss"),
         weights=module.weights,
+        first_norm=weight_norm(module.encoder)["weight_norm"],
     )
     checkpoint, start = ranks.told(newest_checkpoint, out / "checkpoints") if resume else (None, 0)
     tracked = track("pretrain", config, out, seed=seed, index_hash=index.hash) if ranks.leads else nullcontext(False)

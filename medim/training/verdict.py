@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 Verdict = Literal["learning", "at-chance", "collapsed", "diverged"]
 FLAT_RANK, FLAT_SPREAD = 1.5, 0.05  # RankMe and feature_std below which summaries have collapsed
+SHRUNK = 0.1  # of the encoder's first size, below which a run that learns nothing has collapsed
 ADVICE: dict[Verdict, str] = {
     "learning": "",
     "at-chance": "Look at the sample views (is anything left in them?), raise the learning rate tenfold, then the "
@@ -33,12 +34,14 @@ def judge(
     broken: str = "",
     strayed: str = "",
     flat: str = "",
+    shrunk: str = "",
 ) -> Finding:
     """Weigh a run's last held-out losses.
 
     `learning`: every term is below its level by at least 5 % of it (of 1 nat where it is 0) and three standard errors.
     `diverged`: a loss is no number, or a term is above its level by as much, or a training loss strayed far above it
-    and the run has not learnt since. `collapsed`: the held-out summaries lie on one point or line. Else `at-chance`.
+    and the run has not learnt since. `collapsed`: the held-out summaries lie on one point or line, or nothing is learnt
+    and the encoder's weights have shrunk. Else `at-chance`.
 
     Args:
         levels: term to its chance level, or to its first loss where no term has one.
@@ -46,6 +49,7 @@ def judge(
         broken: how a training loss stopped being a number; empty: none did.
         strayed: how a training loss stayed far above chance; empty: none did.
         flat: how the summaries have collapsed; empty: they have not.
+        shrunk: how the encoder's weights have shrunk; empty: they have not.
     """
     if broken:
         return Finding("diverged", broken)
@@ -62,8 +66,8 @@ def judge(
     learnt = bool(told) and all(gain >= need for gain, need, _ in told)
     if strayed and (flat or not learnt):
         return Finding("diverged", strayed)
-    if flat:
-        return Finding("collapsed", flat)
+    if flat or (shrunk and not learnt):
+        return Finding("collapsed", flat or shrunk)
     short = [text for gain, need, text in told if gain < need] or ["nothing was measured on held-out subjects"]
     return Finding("learning", "; ".join(t for _, _, t in told)) if learnt else Finding("at-chance", "; ".join(short))
 
@@ -79,5 +83,22 @@ def flatness(rankme: float, feature_std: float) -> str:
         return (
             f"held-out summaries: RankMe {rankme:.3g} (collapsed below {FLAT_RANK}), feature_std {feature_std:.2g} "
             f"(collapsed below {FLAT_SPREAD})"
+        )
+    return ""
+
+
+def shrinkage(size: float, at_start: float) -> str:
+    """How far an encoder's weights have shrunk, as they do under too much weight decay, or nothing where they have not.
+
+    RankMe and feature_std do not see it: they look at directions, which the last noise of a gradient still gives.
+
+    Args:
+        size: Euclidean norm of all weights that decay; NaN: not measured.
+        at_start: the same before the first step.
+    """
+    if size < SHRUNK * at_start:
+        return (
+            f"encoder: the norm of its weights has shrunk from {at_start:.3g} to {size:.3g} (collapsed below "
+            f"{SHRUNK:.0%} of the first where nothing is learnt)"
         )
     return ""

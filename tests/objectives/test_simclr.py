@@ -182,7 +182,7 @@ def test_two_noisy_views_are_told_from_other_images(shape: tuple[int, ...]) -> N
     objective = SimCLR(8, 2, width=8, temperature=0.2)
     optimiser = torch.optim.Adam([*encoder.parameters(), *objective.parameters()], lr=0.01)
     image = torch.linspace(-2, 2, 6).view(6, *[1] * (2 + len(shape)))  # told by brightness
-    for step in range(30):
+    for step in range(60):
         noise = 0.1 * torch.randn(6, 2, 1, *shape)
         views = Views(image + noise, torch.zeros(6, 2, len(shape)))
         encode = StepEncode(encoder, None, views, torch.Generator().manual_seed(step))

@@ -46,7 +46,8 @@ def test_a_study_runs_every_arm_at_every_budget_and_says_what_came_out(run_study
     assert {r["labelled"] for r in rows if r["budget"] == "12"} == {12}
     assert [(r["arm"], r["budget"]) for r in summary["comparisons"]["rows"]] == [("dim", "4"), ("dim", "12")]
     assert {p.name for p in (out / "cells" / "dim" / "4" / "0-0").iterdir()} == {
-        *(".medim", "config.yaml", "inputs.json", "history.csv", "cases.parquet", "cases-2.parquet", "summary.json")
+        *(".medim", "config.yaml", "inputs.json", "mlflow.json", "history.csv", "cases.parquet", "cases-2.parquet"),
+        "summary.json",
     }
     kept = {p.parent.relative_to(out / "cells").as_posix() for p in (out / "cells").rglob("model")}
     assert kept == {"dim/12/0-0", "scratch/12/0-0"}

@@ -90,6 +90,11 @@ def test_blank_images_are_told_as_collapsed(xrays: Index, blank: None, store: Pa
     assert ailment(run(XRAY, xrays, tmp_path, store, "max_steps=60")) == "collapsed"
 
 
+def test_a_huge_weight_decay_is_told_as_collapsed(xrays: Index, store: Path, tmp_path: Path) -> None:
+    config = resolve_config(XRAY)
+    assert ailment(run(XRAY, xrays, tmp_path, store, f"weight_decay={0.4 / config.lr}", "max_steps=100")) == "collapsed"
+
+
 def test_a_learning_rate_ten_thousand_times_too_high_is_told_as_diverged(
     xrays: Index, store: Path, tmp_path: Path
 ) -> None:

@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from medim.training.verdict import ADVICE, Verdict, flatness, judge
+from medim.training.verdict import ADVICE, Verdict, flatness, judge, shrinkage
 
 LEVELS = {"dim": 4.0}
 
@@ -45,3 +45,12 @@ def test_summaries_that_were_never_measured_are_not_flat() -> None:
 def test_every_bad_verdict_says_what_to_try() -> None:
     assert set(ADVICE) == set(get_args(Verdict))
     assert all(ADVICE[verdict] for verdict in ADVICE if verdict != "learning")
+
+
+def test_weights_that_shrank_are_a_collapse_only_where_nothing_is_learnt() -> None:
+    shrunk = shrinkage(0.1, at_start=7.0)
+    assert "shrunk from 7 to 0.1" in shrunk
+    assert not shrinkage(1.0, at_start=7.0)
+    assert not shrinkage(float("nan"), at_start=7.0)
+    for loss, verdict in ((3.99, "collapsed"), (1.0, "learning")):
+        assert judge({"dim": 4.0}, {"dim": (loss, 0.01)}, shrunk=shrunk).verdict == verdict
