@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("light-install"))
     parser.add_argument("--out", type=Path, default=Path("light_install.json"))
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=250)
     arguments = parser.parse_args()
     data, work = arguments.data.resolve(), arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
@@ -109,8 +109,7 @@ def trained(work: Path, data: Path, name: str, *, steps: int) -> Path:
         task, modality, preset, source = kinds[name]
         command = ["finetune", "--task", task, "--modality", modality, "--config", preset, "--data", source]
         command += ["--label-fraction", "0.1"] if name == "classifier" else []
-        command += ["--set", f"max_steps={steps}", "--set", "lr=4e-3"]
-        command += ["--set", "precision=32-true"]  # bfloat16 is slow where a CPU has none
+        command += ["--set", f"max_steps={steps}", "--set", "precision=32-true"]
         _run([sys.executable, "-m", "medim.cli", *command, "--overwrite", "--out", out], work)
     return out
 

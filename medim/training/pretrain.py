@@ -17,14 +17,12 @@ from torch import nn
 from medim.config import PretrainConfig, build, override, read
 from medim.data.datasets import ViewDataset
 from medim.data.index import Index, Record
-from medim.data.preprocessing import fixed_spacing
 from medim.data.seen import Seen
 from medim.data.splits import write_splits
 from medim.data.transforms import GEOMETRIC, Augmentation
-from medim.files import fresh_folder, write_json, write_text
-from medim.models.layers import in_mm
+from medim.files import fresh_folder, write_json
 from medim.models.model import build_decoder, build_encoder
-from medim.models.saved import SCHEMA_VERSION, save
+from medim.models.saved import SCHEMA_VERSION
 from medim.objectives import OBJECTIVES
 from medim.objectives.building import known
 from medim.stopping import stoppable
@@ -32,6 +30,7 @@ from medim.training.checkpoints import damaged_checkpoints, newest_checkpoint, r
 from medim.training.chunks import check_chunks
 from medim.training.cohort import Cohort, open_cohort, write_config
 from medim.training.distribution import planned, together
+from medim.training.encoder_folder import write_encoder
 from medim.training.figures import draw
 from medim.training.gradients import weight_norm
 from medim.training.loaders import StepSampler, step_loader
@@ -194,7 +193,7 @@ def _run(
         summary |= {"selected": chosen, "probe": _probe(probe, chosen), "processes": ranks.count}
         if not ranks.leads or isinstance(logger, bool):  # the first process alone has a logger, and writes
             return summary
-        _write_encoder(out, module, {**spec, "selected": chosen}, config)
+        write_encoder(out / "encoder", module, {**spec, "selected": chosen}, config.objectives)
         history.write(out / "history.csv")
         write_reference(out / "encoder", module.encoder, cohort, spec)
         Seen().then("pretrain", cohort.cases(train)).write(out / "encoder")
@@ -339,28 +338,6 @@ def _held_out_loader(config: PretrainConfig, cohort: Cohort, records: tuple[Reco
     return step_loader(_dataset(config, cohort, records), sampler, workers=0)
 
 
-def _write_encoder(out: Path, module: PretrainModule, spec: dict[str, Any], config: PretrainConfig) -> None:
-    encoder: Any = module.encoder
-    fields = [encoder.receptive_field(level) for level in range(len(encoder.channels))]
-    shapes = {
-        "channels": list(encoder.channels),
-        "strides": list(encoder.strides),
-        "summary_channels": encoder.summary_channels,
-        "receptive_field_voxels": fields,
-        "receptive_field_mm": in_mm(fields, fixed_spacing(spec["preprocessing"])),
-    }
-    folder = out / "encoder"
-    save(folder, "encoder", encoder, {**spec, **shapes})
-    if module.decoder is not None:
-        save(folder, "decoder", module.decoder, {"kind": "decoder", "decoder": spec["decoder"]})
-    for section, objective in zip(config.objectives, module.objectives.values(), strict=True):
-        if hasattr(objective, "score_map"):
-            options = {key: value for key, value in section.items() if key != "weight"}
-            save(folder, "critic", objective, {"kind": "critic", "objective": options})
-            break
-    write_text(folder / "card.md", _card(spec))
-
-
 def _choose(history: History, module: PretrainModule, last_step: int) -> dict[str, Any]:
     """Put the chosen step's weights into the module; what is said of the choice."""
     assert history.selection is not None
@@ -374,19 +351,6 @@ def _probe(probe: OnlineProbe | None, chosen: dict[str, Any]) -> dict[str, Any] 
     """The online probe of the encoder that the run leaves; None where labels do not suffice."""
     value = chosen["figures"].get("probe")
     return None if probe is None or value is None else {"value": value, **probe.protocol}
-
-
-def _card(spec: dict[str, Any]) -> str:
-    made, chosen = spec["provenance"], spec["selected"]
-    return (
-        f"# Encoder {spec['preset']}-{made['config_hash']}\n\n"
-        f"Pretrained by medim {made['medim']} on unlabelled {spec['modality']} images "
-        f"(index {made['index_hash'][:12]}, seed {made['seed']}).\n"
-        f"Input: {spec['spatial_dims']}D, {spec['in_channels']} channel(s), views of {spec['input_shape']} voxels "
-        "after the steps in `encoder.json`.\n"
-        f"The weights are those of step {chosen['step']} of {chosen['of_steps']}: {chosen['why']}.\n\n"
-        "Research use only; not for diagnosis. Data sources, population, consent: not reported.\n"
-    )
 
 
 def _summary(

@@ -20,7 +20,8 @@ from medim.study import cells, run
 from medim.study.design import Arm, read_arms
 from medim.study.report import report
 from medim.study.results import Run, open_results
-from medim.training.finetune import FinetuneModule, finetune
+from medim.training.finetune import finetune
+from medim.training.finetune_module import FinetuneModule
 from medim.types import UserError
 
 Study = Callable[..., dict[str, Any]]

@@ -21,7 +21,8 @@ from medim.files import sha256
 from medim.models.model import build_model
 from medim.models.saved import load_encoder, load_model
 from medim.training.cohort import open_cohort
-from medim.training.finetune import FinetuneModule, finetune, resolve_config
+from medim.training.finetune import finetune, resolve_config
+from medim.training.finetune_module import FinetuneModule
 from medim.training.pretrain import pretrain
 from medim.types import UsageError, UserError
 

@@ -212,7 +212,7 @@ def test_a_signal_while_the_encoder_is_written_is_answered_and_costs_no_step(
         os.kill(os.getpid(), signal.SIGUSR1)
 
     with monkeypatch.context() as patch:
-        patch.setattr("medim.training.pretrain.save", requeue)
+        patch.setattr("medim.training.encoder_folder.save", requeue)
         with pytest.raises(StoppedError, match="--resume continues"):
             pretrain(config, cohort_index, out, store=tmp_path / "store")
     assert not (out / "summary.json").exists()
