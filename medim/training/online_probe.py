@@ -28,8 +28,8 @@ from medim.types import Array
 
 log = logging.getLogger(__name__)
 PROTOCOL, METRIC = "knn", "auroc"
-MOST = 256  # subjects on each side of the probe
-PAIRS = 64  # subjects whose two views are compared
+FEW, MOST = 64, 256  # subjects on each side of the probe: as many as four batches hold, within these
+PAIRS = 64  # subjects whose two views are compared, at most; as many as two batches hold
 FEWEST = 5  # subjects of a class on each side
 BATCH = 16
 CACHE_BYTES = 1 << 28
@@ -46,7 +46,7 @@ class Pairs:
     """
 
     def __init__(self, config: PretrainConfig, cohort: Cohort, records: Sequence[Record], *, seed: int) -> None:
-        chosen = _one_each(records, PAIRS, seed)
+        chosen = _one_each(records, min(PAIRS, max(FEWEST, 2 * config.batch_size)), seed)
         views = config.views
         self._seed = seed
         self._images = ViewDataset(
@@ -114,9 +114,10 @@ class OnlineProbe:
 def open_probe(
     config: PretrainConfig, cohort: Cohort, train: Sequence[Record], held_out: Sequence[Record], *, seed: int
 ) -> OnlineProbe | None:
-    """The probe of a run, at most 256 subjects a side and one image of each; None where labels do not suffice.
+    """The probe of a run, 64 to 256 subjects a side and one image of each; None where labels do not suffice.
 
-    They suffice with one class an image, two classes or more in training and held out, and five subjects of each.
+    It encodes about as much as a few training steps do. Labels suffice with one class an image, two classes or more in
+    training and held out, and five subjects of each.
 
     Args:
         config: the run.
@@ -130,8 +131,9 @@ def open_probe(
     known = [record for record in train if record.label is not None]
     counts = Counter(str(record.label) for record in _one_each(known, len(known), seed))
     classes = {name for name, count in counts.items() if count >= FEWEST}
+    most = min(MOST, max(FEW, 4 * config.batch_size))
     sides = [
-        _one_each([r for r in part if r.label is not None and str(r.label) in classes], MOST, seed)
+        _one_each([r for r in part if r.label is not None and str(r.label) in classes], most, seed)
         for part in (train, held_out)
     ]
     found = [Counter(str(record.label) for record in side) for side in sides]
