@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 
 from medim.config import PretrainConfig, check
+from medim.objectives import Term
 from medim.training import module as training_module
 from medim.training import ranks as training_ranks
 from medim.training.distribution import engine, planned, together
@@ -153,7 +154,7 @@ class Keep(pl.Callback):
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Note them."""
-        self._losses.update({name: term.loss.detach() for name, term in args[2].items()})
+        self._losses.update({name: term.loss.detach() for name, term in args[2].items() if isinstance(term, Term)})
 
 
 def fault(name: str) -> AbstractContextManager[Any]:

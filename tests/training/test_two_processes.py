@@ -148,7 +148,7 @@ def check_run(out: Path, alone: Path, said: str) -> None:
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in alone.iterdir())
     assert {"step-12.ckpt", "step-16.ckpt"} <= {path.name for path in (out / "checkpoints").iterdir()}
     assert said.count("feature std") == 1
-    assert said.count("step 16 of 16") == 1
+    assert said.count("step 16 of 16,") == 1
     assert "2 processes" in said
 
 
