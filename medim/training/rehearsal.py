@@ -26,6 +26,7 @@ from medim.training.machine import children_memory, held
 from medim.training.pretrain import pretrain
 from medim.training.reference import rows_of_records
 from medim.training.tracking import check_target
+from medim.types import UsageError
 
 MOST_STEPS, FEWEST_STEPS, ENOUGH_SECONDS = 60, 5, 20.0
 WARM_UP = 2  # steps that are left out of the mean
@@ -143,7 +144,7 @@ def measure(
     try:
         _limit(free)
         return _measure(config, small, index, out, split_seed, accelerator, store)
-    except RuntimeError as error:
+    except (RuntimeError, UsageError) as error:  # as it is, or as what `rehearse` makes of it
         if "allocate memory" in str(error) or "out of memory" in str(error):
             raise MemoryError from error
         raise

@@ -138,6 +138,7 @@ def step(name: str, device: str) -> list[str]:
         module.optimizers = lambda **_: [main, *(SimpleNamespace(optimizer=o) for o in adversary)]
         module.lr_schedulers = lambda: schedule
         module.manual_backward = lambda loss: loss.backward()
+        module._trainer = SimpleNamespace(global_step=0, precision_plugin=SimpleNamespace())
         terms = module.training_step(batch, 0)
         assert not any(p.grad is None for o in adversary for group in o.param_groups for p in group["params"])
         gradients = [p.grad for p in module.encoder.parameters() if p.grad is not None]
