@@ -140,9 +140,10 @@ def step(name: str, device: str) -> list[str]:
         module.manual_backward = lambda loss: loss.backward()
         module._trainer = SimpleNamespace(global_step=0, precision_plugin=SimpleNamespace())
         terms = module.training_step(batch, 0)
+        norms = terms.pop("gradient_norms")
         assert not any(p.grad is None for o in adversary for group in o.param_groups for p in group["params"])
         gradients = [p.grad for p in module.encoder.parameters() if p.grad is not None]
-        return [str(tensor.device) for tensor in [*(term.loss for term in terms.values()), *gradients]]
+        return [str(tensor.device) for tensor in [*(t.loss for t in terms.values()), *norms.values(), *gradients]]
 
 
 def main(device: str, out: Path) -> None:
