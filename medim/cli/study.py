@@ -45,6 +45,9 @@ def study(
         typer.Option(help="Label budget, as a share of the labelled training images. May be repeated. Default: 1.0."),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Label subsets a budget, drawn with seeds 0 to N - 1.", min=1)] = 1,
+    probe_seeds: Annotated[
+        int | None, typer.Option(help="The same for arms that stay frozen. Default: as --seeds.", min=1)
+    ] = None,
     learning_rates: Annotated[
         str | None,
         typer.Option(
@@ -95,6 +98,7 @@ def study(
     settings = resolve_config(*chosen, index=found)
     options = Options(
         seeds=seeds,
+        probe_seeds=probe_seeds,
         multiples=multiples,
         split_seed=split_seed,
         jobs=jobs,

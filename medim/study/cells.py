@@ -138,7 +138,7 @@ def _probe(bench: Bench, cell: Cell, out: Path) -> None:
     first = next(arm for arm in design.arms if design.probed(arm))
     anchors = cell.arm == first and cell.pretrain_seed == 0  # they know of no pretraining: once a study
     options: dict[str, Any] = {"split_seed": design.split_seed, "anchors": anchors, "sample": sample}
-    options |= {"budgets": design.budgets, "seeds": range(design.seeds), "overwrite": True}
+    options |= {"budgets": design.budgets, "seeds": design.draws(cell.arm), "overwrite": True}
     probe(cell.arm.runs[cell.pretrain_seed], cohort.index, out, **options)
 
 

@@ -91,6 +91,7 @@ class Design:
         multiples: of the preset's learning rate, to choose from; a single one chooses nothing.
         selected: names of the arms and budgets for which a learning rate is chosen.
         measure_at: steps after which the evaluation split is measured on the way.
+        probe_seeds: label subsets a budget of arms that stay frozen; None: as many as of the others.
     """
 
     task: Task
@@ -101,10 +102,16 @@ class Design:
     multiples: tuple[float, ...] = MULTIPLES
     selected: frozenset[tuple[str, str]] = frozenset()
     measure_at: tuple[int, ...] = ()
+    probe_seeds: int | None = None
 
     def probed(self, arm: Arm) -> bool:
         """Whether an arm is measured by a linear probe; frozen segmentation trains a decoder instead."""
         return arm.protocol == "frozen" and self.task == "classification"
+
+    def draws(self, arm: Arm) -> range:
+        """Seeds of the label subsets that an arm learns from."""
+        fewer = self.probe_seeds if arm.protocol == "frozen" else None
+        return range(min(self.seeds, fewer or self.seeds))
 
     def cells(self, subsets: Subsets) -> list[Cell]:
         """All cells, in an order that makes a study useful wherever it is stopped.
@@ -121,7 +128,7 @@ class Design:
                 for place, budget in enumerate(self.budgets):
                     if s == 0 and (arm.name, budget.name) in self.selected:
                         found += [((0, 0, place), Cell(arm, 0, budget, multiple=m)) for m in self.multiples]
-                    own = [t for chosen, t in subsets if chosen == budget]
+                    own = [t for chosen, t in subsets if chosen == budget and t in self.draws(arm)]
                     found += [((t, s, place), Cell(arm, s, budget, t)) for t in own]
         return [cell for _, cell in sorted(found, key=lambda pair: pair[0])]
 

@@ -34,6 +34,7 @@ class Options:
 
     Attributes:
         seeds: label subsets a budget.
+        probe_seeds: the same, of arms that stay frozen; None: as many.
         multiples: of the learning rate, to choose from; empty: nothing is chosen; None: a small grid where the budget
             can pay for it.
         split_seed: of the split by subject where the source defines none.
@@ -50,6 +51,7 @@ class Options:
     """
 
     seeds: int = 1
+    probe_seeds: int | None = None
     multiples: Sequence[float] | None = None
     split_seed: int = 0
     jobs: int = 1
@@ -112,7 +114,8 @@ def prepare(
     checks.check_selection(fixed if options.multiples else {})
     grid = tuple(MULTIPLES if options.multiples is None else options.multiples)
     chosen = frozenset((arm.name, b.name) for arm in arms for b in ordered if len(grid) > 1 and b.name not in fixed)
-    design = Design(task, arms, ordered, options.seeds, options.split_seed, grid, chosen, config.measure_at)
+    seeds = options.seeds, options.split_seed
+    design = Design(task, arms, ordered, *seeds, grid, chosen, config.measure_at, options.probe_seeds)
     bench = Bench(out, design, config, cohort, subsets, None, options.accelerator, options.keep_models)
     log.info("timing a few steps and images on this machine")
     costs = measure(bench, options.jobs)
@@ -145,6 +148,7 @@ def _settled(bench: Bench, costs: Costs) -> Bench:
         "arms": [_told(arm) for arm in design.arms],
         "budgets": [budget.name for budget in design.budgets],
         "seeds": design.seeds,
+        "probe_seeds": design.probe_seeds,
         "split_seed": design.split_seed,
         "learning_rates": list(design.multiples),
         "index_hash": bench.cohort.index.hash,

@@ -13,9 +13,10 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -70,6 +71,7 @@ def check_target(resumed: Path | None = None) -> None:
                 "Work in another folder, or set MLFLOW_TRACKING_URI."
             )
         else:
+            _make_database(uri)
             MlflowClient(tracking_uri=uri)
     except (OSError, ValueError, MlflowException) as error:
         shown = urlunsplit(place._replace(netloc=place.netloc.rpartition("@")[2]))
@@ -82,6 +84,22 @@ def check_target(resumed: Path | None = None) -> None:
             f"MLFLOW_TRACKING_URI={shown}: expected an MLflow target that answers, got: {error}. "
             "Start the server, correct the address, or unset the variable for a local file."
         ) from error
+
+
+def _make_database(uri: str) -> None:
+    """Make a SQLite file that is not there yet beside its place, and put it there whole.
+
+    MLflow itself makes it table by table: of two runs that start at once in a new folder, one then fails.
+    """
+    scheme, _, place = uri.partition(":///")
+    path = Path(place)
+    if scheme != "sqlite" or not place or path.exists():
+        return
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as beside:
+        made = Path(beside, path.name)
+        MlflowClient(tracking_uri=f"sqlite:///{made.resolve()}")
+        with suppress(FileExistsError):  # another run was first
+            os.link(made, path)
 
 
 class Tracker(Logger):

@@ -89,6 +89,14 @@ def test_a_frozen_classifier_is_one_probe_a_run_and_a_frozen_segmenter_is_traine
     assert kinds["segmentation"] == ["finetune"] * 6
 
 
+def test_frozen_arms_can_be_given_fewer_subsets_than_the_arms_that_a_study_is_about() -> None:
+    arms = (Arm("scratch"), Arm("dim", (Path("a"),)), Arm("vae", (Path("b"),), "frozen"))
+    cells = Design("segmentation", arms, (FEW, ALL), seeds=2, probe_seeds=1).cells(SUBSETS)
+    drawn = {name: sum(c.arm.name == name and c.budget == FEW for c in cells) for name in ("scratch", "dim", "vae")}
+    assert drawn == {"scratch": 2, "dim": 2, "vae": 1}
+    assert Design("segmentation", arms, (FEW,), seeds=2, probe_seeds=9).draws(arms[2]) == range(2)
+
+
 def test_no_two_cells_share_a_folder() -> None:
     arms = (Arm("scratch"), Arm("dim", (Path("a"), Path("b"))), Arm("frozen", (Path("a"),), "frozen"))
     chosen = frozenset({("scratch", "4"), ("dim", "4")})

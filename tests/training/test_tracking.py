@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -51,6 +52,21 @@ def test_a_server_that_listens_is_accepted(monkeypatch: pytest.MonkeyPatch) -> N
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
         check_target()
+
+
+def test_runs_that_start_at_once_in_a_new_folder_find_one_whole_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    started = multiprocessing.get_context("fork")
+    runs = [started.Process(target=check_target) for _ in range(4)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    assert [run.exitcode for run in runs] == [0] * 4
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+    assert [one.name for one in MlflowClient(tracking_uri()).search_experiments()] == ["Default"]
 
 
 def run_of(out: Path) -> Run:

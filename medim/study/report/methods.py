@@ -158,7 +158,9 @@ def _arm(arm: dict[str, Any]) -> str:
 
 def _budgets(summary: dict[str, Any]) -> str:
     sizes = ", ".join(f"{count:,}" for count in summary["budgets"].values())
-    return f"{sizes} images in whole subjects, nested, {many(summary['seeds'], 'draw')} each"
+    fewer = summary.get("probe_seeds")
+    frozen = f", {fewer:,} for frozen arms" if fewer else ""
+    return f"{sizes} images in whole subjects, nested, {many(summary['seeds'], 'draw')} each{frozen}"
 
 
 def _rates(summary: dict[str, Any]) -> str:
