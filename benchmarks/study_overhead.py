@@ -79,8 +79,8 @@ def compare(folder: Path, rounds: int) -> dict[str, float]:
     arm = Arm("scratch")
     subsets = {(BUDGET, 0): BUDGET.of(cohort.records("train"), 0)}
     bench = Bench(folder / "study", Design("classification", (arm,), (BUDGET,), 1), config, cohort, subsets)
-    with track_study("overhead", {}) as run:
-        bench = Bench(**{**vars(bench), "parent_run": run})
+    with track_study(folder / "study", {}) as tracker:
+        bench = Bench(**{**vars(bench), "parent_run": tracker.version})
         cell = seconds(lambda number: run_cell(bench, Cell(arm, number, BUDGET), 1.0), rounds)
     costs = measure(bench, 1)
     process(-1)  # fills the store

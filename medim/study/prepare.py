@@ -103,7 +103,7 @@ def prepare(
     if task == "classification":
         checks.check_labels(index)
     groups = read_groups(options.groups, index.records) if options.groups else {}
-    check_target()
+    check_target(out if options.resume else None)
     fresh_folder(out, resume=options.resume, overwrite=options.overwrite)
     cohort = open_labelled(config, index, split_seed=options.split_seed, store=options.store, jobs=options.jobs)
     checks.check_sides(cohort)

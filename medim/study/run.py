@@ -14,7 +14,7 @@ from medim.config import FinetuneConfig
 from medim.data.identity import Scrubber, tokens
 from medim.data.index import Index
 from medim.evaluation.sample import Budget
-from medim.files import read_json, write_json
+from medim.files import read_json
 from medim.stopping import StoppedError
 from medim.study.agenda import Agenda, duration
 from medim.study.audit import write_audit
@@ -27,11 +27,10 @@ from medim.study.report import gather, report
 from medim.study.summary import write_summary
 from medim.study.table import write_results
 from medim.study.workers import work
-from medim.training.tracking import log_study, track_study
+from medim.training.tracking import log_results, track_study
 from medim.types import UserError
 
 log = logging.getLogger(__name__)
-STATE = "tracking.json"
 
 
 def study(
@@ -66,9 +65,8 @@ def study(
     began, earlier = time.monotonic(), _hours(out) if options.resume else 0.0
     ready = prepare(task, config, index, arms, budgets, out, options)
     cells = ready.bench.design.cells(ready.bench.subsets)
-    with track_study(out.resolve().name, _parameters(ready.bench), run=_tracked(out)) as run:
-        write_json(out / STATE, {"schema_version": 1, "run": run})
-        bench = replace(ready.bench, parent_run=run)
+    with track_study(out, _parameters(ready.bench)) as tracker:
+        bench = replace(ready.bench, parent_run=tracker.version)
         deadline = None if options.max_hours is None else began + 3600 * options.max_hours
         agenda = Agenda(bench, cells, Clock(bench, ready.costs, cells), deadline, options.jobs)
         log.info("%d of %d cells are left: about %s", len(agenda.left), len(cells), duration(agenda.seconds_left()))
@@ -80,7 +78,8 @@ def study(
         write_audit(out, audit_study(bench, ready.groups))
         gather(bench)
         report(out)
-        log_study(run, {"cells": len(cells), "cells_left": len(agenda.left)}, [out / "summary.json", out / DESIGN])
+        files = [out / "summary.json", out / DESIGN]
+        log_results(tracker, {"cells": len(cells), "cells_left": len(agenda.left)}, files)
         _leave(agenda, out)
     return summary
 
@@ -89,11 +88,6 @@ def _parameters(bench: Bench) -> dict[str, Any]:
     design = bench.design
     names = {"arms": " ".join(arm.name for arm in design.arms), "budgets": " ".join(b.name for b in design.budgets)}
     return {"task": design.task, **names, "seeds": design.seeds, "index_hash": bench.cohort.index.hash}
-
-
-def _tracked(out: Path) -> str | None:
-    """MLflow's id of the study that is taken up."""
-    return str(read_json(out / STATE)["run"]) if (out / STATE).is_file() else None
 
 
 def _hours(out: Path) -> float:

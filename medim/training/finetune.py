@@ -159,7 +159,8 @@ def finetune(
     began = time.perf_counter()
     config = with_head_for(config, index)
     rehearse(config)
-    check_target(out if resume else None)
+    if parent_run is None:  # a study has asked
+        check_target(out if resume else None)
     subset_seed = seed if subset_seed is None else subset_seed
     fresh_folder(out, resume=resume, overwrite=overwrite)
     cohort = cohort or open_labelled(config, index, split_seed=split_seed, store=store, strict=strict)

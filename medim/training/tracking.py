@@ -31,7 +31,7 @@ from medim import __version__
 from medim.config import RunConfig
 from medim.stopping import current
 from medim.training.delivery import deliver, tracking_uri
-from medim.training.journal import STATE, Courier, Journal, Record
+from medim.training.journal import RECORDS, STATE, Courier, Journal, Record
 from medim.training.utilisation import Machine
 from medim.types import UserError
 
@@ -179,16 +179,55 @@ def track(
         index_hash: which data.
         parent: run of a study that this one is a part of; it is then logged to the study's experiment.
     """
+    tags = {MLFLOW_PARENT_RUN_ID: parent} if parent else {}
+    parameters = {**config.model_dump(mode="json"), "seed": seed, "config_hash": config.hash, "index_hash": index_hash}
+    run = {"experiment": STUDIES if parent else f"medim-{command}", "name": f"{config.name}-{config.hash}"}
+    patience = LEAVE_SECONDS if parent else PATIENCE_SECONDS  # a study sends at its end what its cells could not
+    with _open(Journal(out), run, tags, parameters, patience) as tracker:
+        yield tracker
+
+
+@contextmanager
+def track_study(out: Path, parameters: Mapping[str, Any]) -> Iterator[Tracker]:
+    """The same for the run of a study, whose cells are its children: it is there when this returns.
+
+    Args:
+        out: the study's folder.
+        parameters: logged, flattened.
+
+    Raises:
+        Exception: of any kind, where a new run could not be made.
+    """
+    journal = Journal(out)
+    known = "run" in journal.state
+    run = {"experiment": STUDIES, "name": out.resolve().name}
+    with _open(journal, run, {}, parameters, PATIENCE_SECONDS, now=not known) as tracker:
+        yield tracker
+    for cell in sorted(path.parent for path in out.glob(f"*/**/{RECORDS}")):
+        try:
+            send_left(cell)
+        except Exception:  # as in `Courier`
+            _told(len(Journal(cell).waiting()), cell)
+
+
+@contextmanager
+def _open(
+    journal: Journal,
+    run: Mapping[str, str],
+    tags: Mapping[str, str],
+    parameters: Mapping[str, Any],
+    patience: float,
+    *,
+    now: bool = False,
+) -> Iterator[Tracker]:
+    """Open a run, or take up the journal's, send what is added from a thread, and close it by how it ended."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    journal = Journal(out)
     tracker = Tracker(journal)
-    tags = {"medim.version": __version__, **_commit(), **({MLFLOW_PARENT_RUN_ID: parent} if parent else {})}
-    experiment = STUDIES if parent else f"medim-{command}"
-    tracker.add({"run": {"experiment": experiment, "name": f"{config.name}-{config.hash}", "tags": tags}})
-    tracker.log_hyperparams(
-        {**config.model_dump(mode="json"), "seed": seed, "config_hash": config.hash, "index_hash": index_hash}
-    )
+    tracker.add({"run": {**run, "tags": {"medim.version": __version__, **_commit(), **tags}}})
+    tracker.log_hyperparams(parameters)
+    if now:
+        deliver(journal, journal.waiting())
     courier = Courier(journal, deliver, measure=tracker.measure)
     courier.start()
     try:
@@ -196,10 +235,10 @@ def track(
     except BaseException as error:
         killed = current().asked or getattr(error, "exit_code", 1) == STOPPED
         tracker.add({"end": "KILLED" if killed else "FAILED"})
-        _told(courier.finish(LEAVE_SECONDS), out)
+        _told(courier.finish(LEAVE_SECONDS), journal.out)
         raise
     tracker.add({"end": "FINISHED"})
-    _told(courier.finish(PATIENCE_SECONDS), out)
+    _told(courier.finish(patience), journal.out)
 
 
 def _told(left: int, out: Path) -> None:
@@ -226,45 +265,6 @@ def _commit() -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):
         return {}
     return {MLFLOW_GIT_COMMIT: found[0], "medim.git.changed": str(bool(found[1])).lower()}
-
-
-@contextmanager
-def track_study(name: str, parameters: Mapping[str, Any], *, run: str | None = None) -> Iterator[str]:
-    """Open the run of a study, whose cells are its children, and close it as finished, killed or failed.
-
-    Args:
-        name: of the run.
-        parameters: logged where the run is new.
-        run: id of the run to take up; where it is gone, a new one is made.
-
-    Yields:
-        The run's id.
-    """
-    client = MlflowClient(tracking_uri=tracking_uri())
-    try:
-        client.update_run(run or "", status="RUNNING")
-    except MlflowException:
-        found = client.get_experiment_by_name(STUDIES)
-        experiment = found.experiment_id if found else client.create_experiment(STUDIES)
-        run = str(client.create_run(experiment, run_name=name).info.run_id)
-        for key, value in parameters.items():
-            client.log_param(run, key, value)
-    assert run is not None
-    try:
-        yield run
-    except BaseException as error:
-        client.set_terminated(run, "KILLED" if getattr(error, "exit_code", 1) == STOPPED else "FAILED")
-        raise
-    client.set_terminated(run, "FINISHED")
-
-
-def log_study(run: str, metrics: Mapping[str, float], files: list[Path]) -> None:
-    """Log final numbers and files of a study."""
-    client = MlflowClient(tracking_uri=tracking_uri())
-    for name, value in metrics.items():
-        client.log_metric(run, name, value)
-    for file in files:
-        client.log_artifact(run, str(file))
 
 
 def tag(logger: Any, name: str, value: str) -> None:

@@ -17,11 +17,15 @@ from medim.evaluation.sample import Budget
 from medim.files import read_json
 from medim.stopping import StoppedError
 from medim.study import cells, run
+from medim.study.agenda import Agenda
 from medim.study.design import Arm, read_arms
 from medim.study.report import report
 from medim.study.results import Run, open_results
+from medim.study.workers import work
+from medim.training import tracking
 from medim.training.finetune import finetune
 from medim.training.finetune_module import FinetuneModule
+from medim.training.journal import RECORDS, STATE
 from medim.types import UserError
 
 Study = Callable[..., dict[str, Any]]
@@ -179,11 +183,31 @@ def test_each_cell_is_a_child_of_the_study_in_mlflow(small: Study, tmp_path: Pat
     client = MlflowClient()
     experiment = client.get_experiment_by_name("medim-study")
     assert experiment is not None
-    parent = read_json(tmp_path / "study" / "tracking.json")["run"]
+    parent = read_json(tmp_path / "study" / STATE)["run"]
     runs = client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
     assert len(runs) == 2
     assert client.get_run(parent).info.status == "FINISHED"
     assert all("val/auroc" in found.data.metrics for found in runs)
+
+
+def test_a_study_goes_on_while_its_tracking_server_is_away_and_sends_later(
+    small: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def alone(agenda: Agenda) -> None:
+        with monkeypatch.context() as away:
+            away.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens
+            away.setattr(tracking, "LEAVE_SECONDS", 0.1)
+            work(agenda)
+        assert len(list((tmp_path / "study" / "cells").rglob(RECORDS))) == 2
+
+    monkeypatch.setattr(run, "work", alone)
+    assert small()["complete"]
+    client = MlflowClient()
+    parent = client.get_run(read_json(tmp_path / "study" / STATE)["run"])
+    assert (parent.info.status, parent.data.metrics["cells"]) == ("FINISHED", 2)
+    children = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    assert [(child.info.status, "val/auroc" in child.data.metrics) for child in children] == [("FINISHED", True)] * 2
+    assert not list((tmp_path / "study").rglob(RECORDS))
 
 
 def test_a_frozen_classifier_is_measured_beside_the_anchors(
