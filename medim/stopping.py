@@ -26,6 +26,13 @@ class StoppedError(UserError):
 class _Asked(BaseException):
     """Raised by the signal; no `except Exception` on the way keeps it."""
 
+    exit_code = StoppedError.exit_code
+
+
+def saved_and_left(error: BaseException) -> bool:
+    """Whether this is how a run leaves that was asked to, in this process or in the first."""
+    return getattr(error, "exit_code", getattr(error, "code", 1)) == StoppedError.exit_code
+
 
 class Stop:
     """Whether a run was asked to stop.
@@ -45,13 +52,13 @@ class Stop:
 
     @contextmanager
     def holding(self) -> Iterator[None]:
-        """Only note signals meanwhile; leave at the end where none was answered by `leave`."""
+        """Only note signals meanwhile; leave at the end, also of what failed since, where `leave` answered none."""
         self._held = True
         try:
             yield
         finally:
             self._held = False
-        self._leave_if_asked()
+            self._leave_if_asked()
 
     def leave(self, saved: str) -> NoReturn:
         """Answer a noted signal.

@@ -54,6 +54,17 @@ def test_what_is_held_is_done_first_and_the_signal_is_not_lost() -> None:
     assert done == ["the step"]
 
 
+def test_what_fails_after_a_signal_leaves_with_75_too() -> None:
+    @stoppable()
+    def work() -> None:
+        with current().holding():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            raise RuntimeError("a data worker heard it as well, and is gone")
+
+    with pytest.raises(StoppedError, match="SIGUSR1"):
+        work()
+
+
 def test_an_answered_signal_is_answered_once() -> None:
     cleaned = []
 

@@ -162,7 +162,8 @@ class Checkpoints(Checkpoint):
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take them up."""
-        self._random = checkpoint["random"][trainer.global_rank]
+        states = checkpoint["random"]  # of as many processes as there were
+        self._random = states[trainer.global_rank % len(states)]
         self._ended = bool(checkpoint["ended"])
         self.resumed_from_steps = [*checkpoint["resumed_from_steps"], int(checkpoint["global_step"])]
 

@@ -20,7 +20,10 @@ from medim.files import read_json
 from medim.training.journal import Journal, Record
 
 log = logging.getLogger(__name__)
-REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"}
+REFUSED = {
+    *("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"),
+    *("PERMISSION_DENIED", "ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED", "FEATURE_DISABLED"),
+}
 
 
 def tracking_uri() -> str:
@@ -66,10 +69,10 @@ def deliver(journal: Journal, records: Sequence[Record]) -> None:
 
 @contextmanager
 def _unless_refused(kind: str) -> Iterator[None]:
-    """Tell what a server will never take, or a file that is gone, and go on."""
+    """Tell what a server will never take, a file that is gone or a store without its library, and go on."""
     try:
         yield
-    except (MlflowException, FileNotFoundError) as error:
+    except (MlflowException, FileNotFoundError, ImportError) as error:
         if isinstance(error, MlflowException) and error.error_code not in REFUSED:
             raise
         log.warning("tracking: %s was refused and left out (%s)", kind, error)

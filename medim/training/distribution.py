@@ -20,13 +20,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
+from medim.stopping import saved_and_left
 from medim.training.ranks import ALONE, Ranks
 from medim.types import UsageError, UserError
 
 log = logging.getLogger(__name__)
 _first_only: Any = rank_zero_only  # Lightning keeps the rank of this process on it
 PATIENCE = timedelta(days=7)  # the others wait for the first, which may be preprocessing a hospital's archive
-SAVED_AND_LEFT = 75
 CHILD = "MEDIM_CHILD"  # in the environment of processes that were started from here
 
 
@@ -91,7 +91,7 @@ def together(accelerator: str, plan: Ranks) -> Iterator[Ranks]:
     try:
         yield replace(plan, rank=rank, kind=strategy.root_device.type, control=control)
     except BaseException as error:
-        stopped = getattr(error, "exit_code", 1) == SAVED_AND_LEFT
+        stopped = saved_and_left(error)
         if child and stopped:
             raise SystemExit(0) from None  # in order; the first says so
         failed = _end_children(60 if stopped else 10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 
 from medim.config import PretrainConfig
 from medim.data.transforms import Augmentation
+from medim.files import write_bytes
 
 Row = tuple[int, str, float | None, float | None, float | None]
 VIEWS = 6
@@ -34,7 +36,9 @@ def draw(out: Path, config: PretrainConfig, rows: Sequence[Row]) -> list[Path]:
     written = []
     for name, figure in drawn.items():
         if figure is not None:
-            figure.savefig(folder / name, dpi=100)
+            content = io.BytesIO()
+            figure.savefig(content, format=name.rpartition(".")[2], dpi=100)
+            write_bytes(folder / name, content.getvalue())
             written.append(folder / name)
     return written
 
@@ -51,7 +55,7 @@ def _losses(rows: Sequence[Row]) -> Figure:
         )
         if held_out := [(step, value) for step, *_, value in of if value is not None]:
             axes.plot(*zip(*held_out, strict=True), "o-", label="held out")
-        if level := next((chance for *_, chance, _ in of if chance is not None), None):
+        if (level := next((chance for *_, chance, _ in of if chance is not None), None)) is not None:
             axes.axhline(level, color="grey", linestyle="--", label="chance")
         axes.set(title=name, xlabel="step", ylabel="loss")
         axes.legend()

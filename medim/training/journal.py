@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from medim.files import read_json, write_json
+from medim.files import read_json, write_json, write_text
 
 log = logging.getLogger(__name__)
 Record = dict[str, Any]
@@ -48,14 +48,19 @@ class Journal:
         self._file = self._path.open("a", encoding="utf-8")
 
     def _left(self) -> list[Record]:
-        """What was not sent; a last line that a kill cut is taken off."""
+        """What was not sent; what a kill or a full disk has spoilt is told and taken off."""
         if not self._path.is_file():
             return []
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        if lines and not lines[-1].endswith("\n"):
-            lines.pop()
-            self._path.write_text("".join(lines), encoding="utf-8")
-        return [json.loads(line) for line in lines[self.state.get("sent", 0) :]]
+        text = self._path.read_text(encoding="utf-8", errors="replace")
+        lines = text.splitlines()
+        sent = self.state.get("sent", 0)
+        records = [record for line in lines[sent:] if (record := _record(line))]
+        if len(records) != len(lines) - sent or not text.endswith("\n"):
+            log.warning("tracking: %s: not whole; %d records are left to send", self._path, len(records))
+            self.state["sent"] = 0
+            write_json(self.out / STATE, self.state)
+            write_text(self._path, "".join(json.dumps(record) + "\n" for record in records))
+        return records
 
     def add(self, record: Record) -> None:
         """Write a record down; one with `metrics` has a `step`."""
@@ -91,6 +96,15 @@ class Journal:
                 self._path.unlink(missing_ok=True)
 
 
+def _record(line: str) -> Record | None:
+    """What a line holds; None where it is not whole."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
 class Courier(threading.Thread):
     """Sends a journal's records in their order, and again until they arrive.
 
@@ -123,7 +137,7 @@ class Courier(threading.Thread):
             closing = self._closing.is_set()
             if self._measure and not closing and time.monotonic() - measured >= self._measure_seconds:
                 measured = time.monotonic()
-                with suppress(OSError):  # what a system does not tell
+                with suppress(Exception):  # what a system or a driver does not tell
                     self._journal.add(self._measure())
             delivered = self._deliver()
             if closing and ((delivered and not self._journal.waiting(1)) or time.monotonic() > self._until):

@@ -87,7 +87,7 @@ class History(pl.Callback):
         self._steps = 0
 
     def watch(self, loader: Iterable[Any] | None, *, every: int) -> None:
-        """Also measure at `FIRST_LOOK`, and where a run is taken up at a step whose validation it had not reached.
+        """Also measure at `FIRST_LOOK`.
 
         Args:
             loader: the held-out batches; None: there are none.
@@ -96,10 +96,7 @@ class History(pl.Callback):
         self._loader, self._every = loader, every
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Make up for the validation that a checkpoint was saved before."""
-        step = trainer.global_step
-        if step and self._every and step % self._every == 0 and step < trainer.max_steps:
-            self._look(trainer, module)
+        """Start the clock."""
         self._ended = time.perf_counter()
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
@@ -345,8 +342,3 @@ class History(pl.Callback):
     def data_wait_fraction(self) -> float:
         """Share of the time between the first step and the last spent waiting for data."""
         return self._waited / max(1e-9, self._waited + self._worked)
-
-
-def verdict(history: History) -> Verdict:
-    """One word on a run; see `medim.training.verdict.judge`, and `summary.json` in docs/reference/files.md."""
-    return history.finding().verdict

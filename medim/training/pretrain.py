@@ -14,13 +14,14 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
+from medim import __version__
 from medim.config import PretrainConfig, build, override, read
 from medim.data.datasets import ViewDataset
 from medim.data.index import Index, Record
 from medim.data.seen import Seen
 from medim.data.splits import write_splits
 from medim.data.transforms import GEOMETRIC, Augmentation
-from medim.files import fresh_folder, write_json
+from medim.files import fresh_folder, hash_of, write_json
 from medim.models.model import build_decoder, build_encoder
 from medim.models.saved import SCHEMA_VERSION
 from medim.objectives import OBJECTIVES
@@ -108,101 +109,52 @@ def pretrain(
         UsageError: a section that cannot be built, or not be spread over the devices.
         StoppedError: SIGTERM or SIGUSR1 came; what was reached is saved.
     """
+    began = time.perf_counter()
     plan = planned(accelerator, devices, nodes)
     rehearse(config, plan)
     with together(accelerator, plan) as ranks:
-        return _run(
-            config,
-            index,
-            out,
-            ranks,
-            seed=seed,
-            split_seed=split_seed,
-            resume=resume,
-            overwrite=overwrite,
-            accelerator=accelerator,
-            stop_on_collapse=stop_on_collapse,
-            store=store,
-            callbacks=callbacks,
-        )
-
-
-def _run(
-    config: PretrainConfig,
-    index: Index,
-    out: Path,
-    ranks: Ranks,
-    *,
-    seed: int,
-    split_seed: int,
-    resume: bool,
-    overwrite: bool,
-    accelerator: str,
-    stop_on_collapse: bool,
-    store: Path | None,
-    callbacks: Sequence[pl.Callback],
-) -> dict[str, Any]:
-    began = time.perf_counter()
-    ranks.check_same(config=config.hash, index=index.hash, seed=seed, split_seed=split_seed)
-    ranks.first(check_target, out if resume else None)
-    ranks.first(fresh_folder, out, resume=resume, overwrite=overwrite)
-    steps = config.preprocessing
-    cohort = ranks.in_turn(open_cohort, index, index.records, steps, split_seed=split_seed, store=store)
-    train, held_out = cohort.records("train"), cohort.records("val")
-    config = _fitting(config, train, held_out, ranks)
-    ranks.first(write_config, out, config, seed=seed, split_seed=split_seed, index_hash=index.hash)
-    ranks.first(write_splits, out / "split.csv", index, cohort.splits, train, seed=seed)
-    pl.seed_everything(seed, workers=False, verbose=False)
-    spec = {"kind": "encoder", **cohort.spec(config, seed=seed, split_seed=split_seed), "decoder": config.decoder}
-    module = _module(config, spec, seed, ranks)
-    trained = any(getattr(objective, "reads_summary", True) for objective in module.objectives.values())
-    probe = open_probe(config, cohort, train, held_out, seed=seed)
-    history = History(
-        stop_on_collapse=stop_on_collapse,
-        summary_trained=trained,
-        gauges=[
-            weight_norm,
-            *([Pairs(config, cohort, held_out, seed=seed)] if held_out else []),
-            *([probe] if probe else []),
-        ],
-        selection=Selection("probe" if probe else "held_out_loss"),
-        weights=module.weights,
-        first_norm=weight_norm(module.encoder)["weight_norm"],
-    )
-    checkpoint, start = ranks.told(newest_checkpoint, out / "checkpoints") if resume else (None, 0)
-    tracked = track("pretrain", config, out, seed=seed, index_hash=index.hash) if ranks.leads else nullcontext(False)
-    with tracked as logger:
-        loader = _loader(config, cohort, train, seed=seed, start=start, ranks=ranks)
-        held_out_loader = _held_out_loader(config, cohort, held_out, seed=seed)
-        validate = held_out_loader is not None
-        history.watch(held_out_loader, every=min(config.checkpoint_every_steps, config.max_steps))
-        trainer = make_trainer(
-            config,
-            out,
-            logger=logger,
-            callbacks=[history, *callbacks],
-            accelerator=accelerator,
-            validate=validate,
-            ranks=ranks,
-        )
-        fit(trainer, module, loader, held_out_loader, checkpoint=checkpoint)
-        if validate and history.held_out_step != trainer.global_step:
-            trainer.validate(module, held_out_loader, verbose=False)
-        chosen = _choose(history, module, trainer.global_step)
-        summary = _summary(config, cohort, history, module, trainer)
-        summary |= {"selected": chosen, "probe": _probe(probe, chosen), "processes": ranks.count}
-        if not ranks.leads or isinstance(logger, bool):  # the first process alone has a logger, and writes
-            return summary
-        write_encoder(out / "encoder", module, {**spec, "selected": chosen}, config.objectives)
-        history.write(out / "history.csv")
-        write_reference(out / "encoder", module.encoder, cohort, spec)
-        Seen().then("pretrain", cohort.cases(train)).write(out / "encoder")
-        summary["damaged_checkpoints"] = damaged_checkpoints(out / "checkpoints")
-        summary["seconds"] = time.perf_counter() - began
-        figures = draw(out, config, history.rows)
-        write_json(out / "summary.json", summary)
-        log_results(logger, summary, [out / "config.yaml", out / "summary.json", out / "history.csv", *figures])
-        log_encoder(logger, config.name)
+        flags = {"resume": resume, "stop_on_collapse": stop_on_collapse}
+        seeds = {"seed": seed, "split_seed": split_seed}
+        ranks.check_same(medim=__version__, config=config.hash, index=index.hash, **seeds, **flags)
+        ranks.first(check_target, out if resume else None)
+        ranks.first(fresh_folder, out, resume=resume, overwrite=overwrite)
+        steps = config.preprocessing
+        cohort = ranks.in_turn(open_cohort, index, index.records, steps, split_seed=split_seed, store=store)
+        ranks.check_same(images=hash_of(sorted(cohort.keys)))
+        train, held_out = cohort.records("train"), cohort.records("val")
+        config = _fitting(config, train, held_out, ranks)
+        ranks.first(write_config, out, config, **seeds, index_hash=index.hash)
+        ranks.first(write_splits, out / "split.csv", index, cohort.splits, train, seed=seed)
+        pl.seed_everything(seed, workers=False, verbose=False)
+        spec = {"kind": "encoder", **cohort.spec(config, **seeds), "decoder": config.decoder}
+        module = _module(config, spec, seed, ranks)
+        history, probe = _watch(config, cohort, module, seed=seed, stop_on_collapse=stop_on_collapse)
+        checkpoint, start = ranks.told(newest_checkpoint, out / "checkpoints") if resume else (None, 0)
+        opened = track("pretrain", config, out, seed=seed, index_hash=index.hash) if ranks.leads else nullcontext(False)
+        with opened as logger:
+            loader = _loader(config, cohort, train, seed=seed, start=start, ranks=ranks)
+            held_out_loader = _held_out_loader(config, cohort, held_out, seed=seed)
+            validate = held_out_loader is not None
+            history.watch(held_out_loader, every=min(config.checkpoint_every_steps, config.max_steps))
+            watching: dict[str, Any] = {"logger": logger, "callbacks": [history, *callbacks], "validate": validate}
+            trainer = make_trainer(config, out, accelerator=accelerator, ranks=ranks, **watching)
+            fit(trainer, module, loader, held_out_loader, checkpoint=checkpoint)
+            if validate and history.held_out_step != trainer.global_step:
+                trainer.validate(module, held_out_loader, verbose=False)
+            chosen = _choose(history, module, trainer.global_step)
+            summary = _summary(config, cohort, history, module, trainer)
+            summary |= {"selected": chosen, "probe": _probe(probe, chosen), "processes": ranks.count}
+            if not isinstance(logger, bool):  # the first process alone has one, and writes
+                write_encoder(out / "encoder", module, {**spec, "selected": chosen}, config.objectives)
+                write_reference(out / "encoder", module.encoder, cohort, spec)
+                Seen().then("pretrain", cohort.cases(train)).write(out / "encoder")
+                history.write(out / "history.csv")
+                summary["damaged_checkpoints"] = damaged_checkpoints(out / "checkpoints")
+                summary["seconds"] = time.perf_counter() - began
+                write_json(out / "summary.json", summary)
+                figures = draw(out, config, history.rows)
+                log_results(logger, summary, [out / "config.yaml", out / "summary.json", out / "history.csv", *figures])
+                log_encoder(logger, config.name)
     return summary
 
 
@@ -235,6 +187,24 @@ def rehearse(config: PretrainConfig, ranks: Ranks = ALONE) -> None:
             f"views.shape {list(shape)}: the encoder {config.encoder.get('name')!r} cannot take it ({error}). "
             "Choose larger views or fewer channels."
         ) from error
+
+
+def _watch(
+    config: PretrainConfig, cohort: Cohort, module: PretrainModule, *, seed: int, stop_on_collapse: bool
+) -> tuple[History, OnlineProbe | None]:
+    """Who watches the run, and measures it on held-out subjects."""
+    train, held_out = cohort.records("train"), cohort.records("val")
+    probe = open_probe(config, cohort, train, held_out, seed=seed)
+    pairs = [Pairs(config, cohort, held_out, seed=seed)] if held_out else []
+    history = History(
+        stop_on_collapse=stop_on_collapse,
+        summary_trained=any(getattr(objective, "reads_summary", True) for objective in module.objectives.values()),
+        gauges=[weight_norm, *pairs, *([probe] if probe else [])],
+        selection=Selection("probe" if probe else "held_out_loss"),
+        weights=module.weights,
+        first_norm=weight_norm(module.encoder)["weight_norm"],
+    )
+    return history, probe
 
 
 def _module(config: PretrainConfig, spec: dict[str, Any], seed: int, ranks: Ranks) -> PretrainModule:
@@ -383,7 +353,6 @@ def _summary(
         "feature_std": _finite(history.feature_std),
         "alignment": _finite(history.measures.get("alignment", math.nan)),
         "uniformity": _finite(history.measures.get("uniformity", math.nan)),
-        "probe": None,
         "seconds_per_step": history.seconds_per_step,
         "data_wait_fraction": history.data_wait_fraction,
         "peak_memory_bytes": peak_memory(),

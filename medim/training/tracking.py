@@ -22,14 +22,13 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID
 
 from medim import __version__
 from medim.config import RunConfig
-from medim.stopping import current
+from medim.stopping import current, saved_and_left
 from medim.training.delivery import deliver, tracking_uri
 from medim.training.journal import RECORDS, STATE, Courier, Journal, Record
 from medim.training.utilisation import Machine
@@ -37,7 +36,6 @@ from medim.types import UserError
 
 log = logging.getLogger(__name__)
 STUDIES = "medim-study"  # the experiment of all studies
-STOPPED = 75  # exit code of what was asked to stop
 ANSWER_SECONDS = 10  # how long a tracking server may take to accept a connection
 PATIENCE_SECONDS = 60.0  # for a server that is away when a run has ended
 LEAVE_SECONDS = 5.0  # the same where the run was stopped or failed
@@ -98,12 +96,12 @@ def _make_database(uri: str) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as beside:
         made = Path(beside, path.name)
         MlflowClient(tracking_uri=f"sqlite:///{made.resolve()}")
-        with suppress(FileExistsError):  # another run was first
+        with suppress(OSError):  # another run was first, or no hard links here: MLflow makes it
             os.link(made, path)
 
 
 class Tracker(Logger):
-    """Writes what a run says of itself into its journal; the first process of several alone does.
+    """Writes what a run says of itself into its journal.
 
     Args:
         journal: of the run.
@@ -124,18 +122,15 @@ class Tracker(Logger):
         """MLflow's id of the run; empty until it has one."""
         return str(self._journal.state.get("run", ""))
 
-    @rank_zero_only
     def add(self, record: Record) -> None:
         """Write a record of any kind down; see `deliver`."""
         self._journal.add(record)
 
-    @rank_zero_only
     def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
         """Log a nested mapping as flat parameters, keys joined by a slash."""
         flat = {key: str(value)[:LONGEST] for key, value in _flat(params)}
         self.add({"params": flat})
 
-    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log numbers of a step; what a run did a second time after a resume is left out."""
         at = step or 0
@@ -221,8 +216,7 @@ def _open(
     now: bool = False,
 ) -> Iterator[Tracker]:
     """Open a run, or take up the journal's, send what is added from a thread, and close it by how it ended."""
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
+    _be_brief()
     tracker = Tracker(journal)
     tracker.add({"run": {**run, "tags": {"medim.version": __version__, **_commit(), **tags}}})
     tracker.log_hyperparams(parameters)
@@ -233,7 +227,7 @@ def _open(
     try:
         yield tracker
     except BaseException as error:
-        killed = current().asked or getattr(error, "exit_code", 1) == STOPPED
+        killed = current().asked or saved_and_left(error)
         tracker.add({"end": "KILLED" if killed else "FAILED"})
         _told(courier.finish(LEAVE_SECONDS), journal.out)
         raise
@@ -317,6 +311,27 @@ def send_left(out: Path) -> int:
     return sent
 
 
+def _be_brief() -> None:
+    """Let MLflow try a request once and for seconds, unless the user has set it otherwise."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+
+def main(folders: Sequence[str]) -> int:
+    """Send what runs could not, and say of each what became of it; the exit code."""
+    _be_brief()
+    failed = not folders
+    for folder in folders or ["python -m medim.training.tracking RUN ..."]:
+        if not (Path(folder) / RECORDS).is_file():
+            print(f"{folder}: expected a run's folder with {RECORDS}; nothing waits here.")
+            continue
+        try:
+            print(f"{folder}: {send_left(Path(folder))} records sent")
+        except Exception as error:  # as in `Courier`
+            failed = True
+            print(f"{folder}: the server does not take records ({error}); they are kept.")
+    return int(failed)
+
+
 if __name__ == "__main__":
-    for folder in sys.argv[1:]:
-        print(f"{folder}: {send_left(Path(folder))} records sent")
+    sys.exit(main(sys.argv[1:]))

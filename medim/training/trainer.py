@@ -123,7 +123,7 @@ def make_trainer(
             enable_model_summary=False,
             enable_progress_bar=isinstance(progress, RichProgressBar),
         )
-    except (MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise UserError(
             f"--accelerator {accelerator}: this machine cannot run it ({error}). See `medim doctor`."
         ) from error

@@ -42,6 +42,8 @@ class Machine:
             found["system_memory_usage_percentage"] = 100 * used / memory["MemTotal"]
         used_gpus = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         for gpu in range(torch.cuda.device_count() if used_gpus else 0):
+            if not torch.cuda.memory_reserved(gpu):
+                continue  # not this run's: asking would open a context on it
             free, whole = torch.cuda.mem_get_info(gpu)
             found[f"gpu_{gpu}_memory_usage_megabytes"] = (whole - free) / 1e6
             found[f"gpu_{gpu}_memory_usage_percentage"] = 100 * (whole - free) / whole

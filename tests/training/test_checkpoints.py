@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,14 @@ import pytest
 import torch
 
 from medim.training import checkpoints
-from medim.training.checkpoints import WholeCheckpoints, damaged_checkpoints, newest_checkpoint, sealed, unsealed
+from medim.training.checkpoints import (
+    Checkpoints,
+    WholeCheckpoints,
+    damaged_checkpoints,
+    newest_checkpoint,
+    sealed,
+    unsealed,
+)
 from medim.types import UserError
 
 
@@ -67,6 +75,14 @@ def test_what_a_kill_left_half_written_is_removed(folder: Path) -> None:
     shutil.copy(folder / "step-9.ckpt", folder / ".step-11.ckpt.abcd")
     assert newest_checkpoint(folder)[1] == 10
     assert sorted(path.name for path in folder.iterdir()) == ["step-10.ckpt", "step-9.ckpt"]
+
+
+def test_a_run_goes_on_in_more_processes_than_saved_it() -> None:
+    found = Checkpoints(Path("none"), every=1)
+    saved = {"random": [{"state": 0}], "ended": False, "resumed_from_steps": [], "global_step": 3}
+    trainer: Any = SimpleNamespace(global_rank=1)
+    found.on_load_checkpoint(trainer, None, saved)  # type: ignore[arg-type]
+    assert found.resumed_from_steps == [3]
 
 
 def test_all_generators_continue_where_they_were(tmp_path: Path) -> None:

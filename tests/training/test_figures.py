@@ -16,6 +16,11 @@ def test_losses_rank_and_phantom_views_are_drawn(pretrain_config: PretrainConfig
     assert "local_dim" not in files[1].read_text()
 
 
+def test_a_chance_level_of_zero_is_drawn_as_any_other(pretrain_config: PretrainConfig, tmp_path: Path) -> None:
+    files = draw(tmp_path, pretrain_config, [(1, "local_dim", -0.2, 0.0, None)])
+    assert "chance" in files[0].read_text()
+
+
 def test_a_rank_that_was_not_measured_is_not_drawn(pretrain_config: PretrainConfig, tmp_path: Path) -> None:
     files = draw(tmp_path, pretrain_config, [(1, "local_dim", 7.0, 7.3, None)])
     assert [file.name for file in files] == ["losses.svg", "views.png"]

@@ -87,6 +87,29 @@ def test_a_line_that_a_kill_cut_is_taken_off(tmp_path: Path) -> None:
     assert Journal(tmp_path).waiting() == [{"n": 0}, {"n": 1}]
 
 
+def test_spoilt_lines_are_told_and_the_rest_is_sent_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal = Journal(tmp_path)
+    for n in range(4):
+        journal.add({"n": n})
+    journal.arrived(1)
+    lines = (tmp_path / RECORDS).read_bytes().splitlines()
+    (tmp_path / RECORDS).write_bytes(b"\n".join([lines[0], lines[1], lines[2][:4] + b"\0" * 4, lines[3], b""]))
+    later = Journal(tmp_path)
+    later.add({"n": 4})
+    assert "not whole; 2 records are left" in caplog.text
+    assert Journal(tmp_path).waiting() == [{"n": 1}, {"n": 3}, {"n": 4}]
+
+
+def test_a_journal_that_lost_lines_it_had_sent_keeps_what_comes_next(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for n in range(3):
+        journal.add({"n": n})
+    journal.arrived(3)
+    (tmp_path / RECORDS).write_text('{"n": 0}\n')  # the disk had kept no more
+    Journal(tmp_path).add({"n": 3})
+    assert Journal(tmp_path).waiting() == [{"n": 3}]
+
+
 def test_how_many_arrived_is_known_after_a_kill(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     for n in range(3):

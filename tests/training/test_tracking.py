@@ -23,7 +23,7 @@ from medim.models.model import build_encoder
 from medim.models.saved import save
 from medim.training import tracking
 from medim.training.delivery import tracking_uri
-from medim.training.journal import RECORDS, STATE
+from medim.training.journal import RECORDS, STATE, Journal
 from medim.training.pretrain import pretrain
 from medim.training.tracking import check_target, log_encoder, log_results, send_left, track
 from medim.types import UserError
@@ -142,6 +142,24 @@ def test_a_resume_waits_for_a_server_that_is_away_where_a_new_run_does_not(
         (tmp_path / STATE).write_text("{}")
         check_target(tmp_path)
     assert "the records are kept" in caplog.text
+
+
+def test_the_command_that_sends_what_was_left_says_what_it_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tracking.main([]) == 1
+    assert tracking.main([str(tmp_path)]) == 0
+    assert not list(tmp_path.iterdir())
+    journal = Journal(tmp_path)
+    journal.add({"run": {"experiment": "medim-pretrain", "name": "left", "tags": {}}})
+    journal.add({"end": "FINISHED"})
+    with monkeypatch.context() as away:
+        away.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens
+        assert tracking.main([str(tmp_path)]) == 1
+    assert tracking.main([str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert all(part in said for part in ("nothing waits", "does not take records", "2 records sent"))
+    assert run_of(tmp_path).info.status == "FINISHED"
 
 
 class Server:
