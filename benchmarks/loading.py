@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from timing import Run
 
+from medim.config import read
 from medim.data.datasets import ViewDataset
 from medim.data.source import open_source
 from medim.files import write_json
@@ -47,13 +48,14 @@ def main() -> None:
 
 def measure(preset: str, data: Path | None, images: int, rounds: int) -> dict[str, Any]:
     """The figures of a preset."""
-    index, store = open_source(data, "mri")
+    index, store = open_source(data, read("pretrain", preset)["modality"])
     config = resolve_config(preset, (), index)
     records = index.records[:images]
     cohort = open_cohort(index, records, config.preprocessing, split_seed=0, store=store)
     views = config.views
     given: dict[str, Any] = {"shape": views.shape, "count": views.count, "augmentations": views.augmentations}
-    keys = cohort.store_keys(records)
+    given["same_place"] = views.same_place
+    keys = list(cohort.keys.values())
 
     def load(dataset: ViewDataset, seed: int) -> float:
         return taken(lambda: [dataset[place, seed] for place in range(len(keys))]) / len(keys)

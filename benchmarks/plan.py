@@ -42,9 +42,9 @@ def main() -> None:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, (data, *which) in runs.items():
-            place = Path(folder) / name
-            told = alone(planned, data and data.absolute(), *which, place)
-            took = alone(real, data and data.absolute(), *which, place)
+            place, where = Path(folder) / name, data.absolute() if data and data.exists() else data
+            told = alone(planned, where, *which, place)
+            took = alone(real, where, *which, place)
             found[name] = {"planned": told, "real": took, "planned_over_real": ratios(told, took)}
             print(
                 name,

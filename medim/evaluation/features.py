@@ -109,9 +109,8 @@ def alignment(one: Array, other: Array) -> float:
 def uniformity(features: Array) -> float:
     """How evenly features cover the sphere (Wang and Isola 2020, eq. 2 with t = 2).
 
-    The log of the mean of exp(-2 distance^2)
-    Over all pairs of two images, rows scaled to unit length: 0 where all have one direction, about -4 where they are
-    uniform in many dimensions; the lower the better. NaN with fewer than two images.
+    The log of the mean of exp(-2 distance^2) over all pairs of two images, rows scaled to unit length: 0 where all have
+    one direction, about -4 where they are uniform in many dimensions; the lower the better. NaN with fewer than two.
 
     Args:
         features: (N, d), a row an image.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -20,6 +21,7 @@ from medim.study.resampling import MIN_SUBJECTS
 from medim.training.cohort import Cohort
 from medim.types import Split, UsageError, UserError
 
+log = logging.getLogger(__name__)
 NETWORK = ("modality", "spatial_dims", "in_channels", "encoder", "preprocessing", "input_shape")
 _MORE = "Measure on more subjects: a larger validation split, or another source."
 
@@ -118,6 +120,15 @@ def count_seen(arms: Iterable[Arm], cohort: Cohort, *, strict: bool) -> dict[str
         for arm in arms
         if arm.runs
     }
+
+
+def count_chosen(arms: Iterable[Arm]) -> dict[str, int]:
+    """The labels that chose the step of an arm's encoders (their online probe), the most of its runs."""
+    own = {arm.name: [find(run)[1].get("selected", {}).get("labels", 0) for run in arm.runs] for arm in arms}
+    found = {name: max(labels) for name, labels in own.items() if labels}
+    if told := ", ".join(f"{name} ({labels})" for name, labels in found.items() if labels):
+        log.warning("labels of training subjects chose the encoders' steps, beside the budgets: %s", told)
+    return found
 
 
 def draw(

@@ -109,6 +109,7 @@ def prepare(
     checks.check_sides(cohort)
     checks.check_cases(task, cohort)
     seen = checks.count_seen(arms, cohort, strict=options.strict)
+    chosen_with = checks.count_chosen(arms)
     ordered, subsets = checks.draw(task, cohort, budgets, options.seeds)
     fixed = {b.name: why for b in ordered if (why := too_small(task, subsets[b, 0]))}
     checks.check_selection(fixed if options.multiples else {})
@@ -128,6 +129,7 @@ def prepare(
         "counts": checks.counts_of(task, cohort, subsets),
         "overlap": cohort.overlap,
         "seen": seen,
+        "chosen_with_labels": chosen_with,
         "strict": options.strict,
         "too_small_to_choose": fixed,
         "jobs": options.jobs,

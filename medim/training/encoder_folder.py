@@ -45,12 +45,13 @@ def write_encoder(folder: Path, module: PretrainModule, spec: dict[str, Any], se
 
 def _card(spec: dict[str, Any]) -> str:
     made, chosen = spec["provenance"], spec["selected"]
+    labels = f" ({chosen['labels']} labels)" if chosen["labels"] else ""
     return (
         f"# Encoder {spec['preset']}-{made['config_hash']}\n\n"
-        f"Pretrained by medim {made['medim']} on unlabelled {spec['modality']} images "
+        f"Pretrained by medim {made['medim']} without labels on {spec['modality']} images "
         f"(index {made['index_hash'][:12]}, seed {made['seed']}).\n"
         f"Input: {spec['spatial_dims']}D, {spec['in_channels']} channel(s), views of {spec['input_shape']} voxels "
         "after the steps in `encoder.json`.\n"
-        f"The weights are those of step {chosen['step']} of {chosen['of_steps']}: {chosen['why']}.\n\n"
+        f"The weights are those of step {chosen['step']} of {chosen['of_steps']}: {chosen['why']}{labels}.\n\n"
         "Research use only; not for diagnosis. Data sources, population, consent: not reported.\n"
     )

@@ -1,7 +1,9 @@
-"""What is measured on held-out subjects beside the losses: a probe where labels exist, alignment and uniformity.
+"""What is measured beside the losses: a probe where labels exist, alignment and uniformity of held-out subjects.
 
 A gauge takes the encoder as it is and gives numbers. It has images of its own, the same at each measurement, encodes
-them in evaluation mode, and touches neither weights nor the run's random numbers. Labels are used here alone.
+them in evaluation mode, and touches neither weights nor the run's random numbers. Labels are used here alone, and they
+are those of training subjects: the probe chooses the step whose encoder is left, and what `medim study` and
+`medim evaluate` measure on must choose nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ class Pairs:
     """
 
     def __init__(self, config: PretrainConfig, cohort: Cohort, records: Sequence[Record], *, seed: int) -> None:
-        chosen = _one_each(records, min(PAIRS, max(FEWEST, 2 * config.batch_size)), seed)
+        chosen = _one_each(records, seed)[: min(PAIRS, max(FEWEST, 2 * config.batch_size))]
         views = config.views
         self._seed = seed
         self._images = ViewDataset(
@@ -66,26 +68,32 @@ class Pairs:
 
 
 class OnlineProbe:
-    """Nearest neighbours among labelled training images, measured on held-out subjects.
+    """Nearest neighbours among labelled training images, asked for the labels of other training subjects.
 
     Args:
         config: the run.
         cohort: where the images lie.
-        train: labelled images of the training split.
-        test: labelled images of held-out subjects.
+        neighbours: labelled images.
+        asked: labelled images of other subjects.
         seed: of the places where views are cut.
     """
 
     def __init__(
-        self, config: PretrainConfig, cohort: Cohort, train: Sequence[Record], test: Sequence[Record], *, seed: int
+        self,
+        config: PretrainConfig,
+        cohort: Cohort,
+        neighbours: Sequence[Record],
+        asked: Sequence[Record],
+        *,
+        seed: int,
     ) -> None:
-        self.classes = sorted({str(record.label) for record in train})
+        self.classes = sorted({str(record.label) for record in neighbours})
         self._seed = seed
         self._sides = tuple(
             ViewDataset(cohort.store, cohort.store_keys(part), shape=config.views.shape, cache_bytes=CACHE_BYTES)
-            for part in (train, test)
+            for part in (neighbours, asked)
         )
-        self._labels = tuple(np.array([self.classes.index(str(r.label)) for r in part]) for part in (train, test))
+        self._labels = tuple(np.array([self.classes.index(str(r.label)) for r in part]) for part in (neighbours, asked))
 
     def __call__(self, encoder: nn.Module) -> dict[str, float]:
         """`probe` and `probe_error`, its standard error."""
@@ -97,7 +105,13 @@ class OnlineProbe:
         assert value is not None  # open_probe saw two classes or more
         counts = np.bincount(self._labels[1], minlength=len(self.classes))
         few = int(counts[counts > 0].min())
-        return {"probe": value, "probe_error": auroc_error(value, few, len(self._labels[1]) - few)}
+        certain = min(value, 1 - 0.5 / few)  # a few cases without a mistake are no proof that there are none
+        return {"probe": value, "probe_error": auroc_error(certain, few, len(self._labels[1]) - few)}
+
+    @property
+    def labels(self) -> int:
+        """How many it knows."""
+        return sum(map(len, self._labels))
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -106,51 +120,45 @@ class OnlineProbe:
             "protocol": PROTOCOL,
             "metric": METRIC,
             "classes": self.classes,
-            "train_subjects": len(self._labels[0]),
-            "held_out_subjects": len(self._labels[1]),
+            "neighbours": len(self._labels[0]),
+            "asked": len(self._labels[1]),
         }
 
 
-def open_probe(
-    config: PretrainConfig, cohort: Cohort, train: Sequence[Record], held_out: Sequence[Record], *, seed: int
-) -> OnlineProbe | None:
-    """The probe of a run, 64 to 256 subjects a side and one image of each; None where labels do not suffice.
+def open_probe(config: PretrainConfig, cohort: Cohort, records: Sequence[Record], *, seed: int) -> OnlineProbe | None:
+    """The probe of a run; None where labels do not suffice.
 
-    It encodes about as much as a few training steps do. Labels suffice with one class an image, two classes or more in
-    training and held out, and five subjects of each.
+    Of the labelled training subjects, one image each, a third is asked and the others are the neighbours, 64 to 256 a
+    side: it encodes about as much as a few training steps do. Labels suffice with one class an image and two classes of
+    five subjects on each side; rarer classes are left out.
 
     Args:
         config: the run.
         cohort: where the images lie.
-        train: the training split.
-        held_out: the validation split.
+        records: the training split.
         seed: of the choice of images.
     """
-    if cohort.index.findings:
-        return None
-    known = [record for record in train if record.label is not None]
-    counts = Counter(str(record.label) for record in _one_each(known, len(known), seed))
-    classes = {name for name, count in counts.items() if count >= FEWEST}
+    known = [] if cohort.index.findings else _one_each([r for r in records if r.label is not None], seed)
     most = min(MOST, max(FEW, 4 * config.batch_size))
-    sides = [
-        _one_each([r for r in part if r.label is not None and str(r.label) in classes], most, seed)
-        for part in (train, held_out)
-    ]
-    found = [Counter(str(record.label) for record in side) for side in sides]
-    if min(len(count) for count in found) < 2 or min(found[1].values()) < FEWEST:
+    asked = known[: min(most, len(known) // 3)]
+    sides = known[len(asked) :][:most], asked
+    counts = [Counter(str(record.label) for record in side) for side in sides]
+    classes = {name for name in counts[0] if min(count[name] for count in counts) >= FEWEST}
+    if len(classes) < 2:
         if known:
-            log.info("probe: too few labelled subjects (%d of each class on each side are needed), so none", FEWEST)
+            log.info("probe: too few labelled subjects (%d of two classes on each side are needed), so none", FEWEST)
         return None
-    return OnlineProbe(config, cohort, *sides, seed=seed)
+    left, asked = ([record for record in side if str(record.label) in classes] for side in sides)
+    return OnlineProbe(config, cohort, left, asked, seed=seed)
 
 
-def _one_each(records: Sequence[Record], most: int, seed: int) -> list[Record]:
-    """One image of each of some subjects, drawn."""
+def _one_each(records: Sequence[Record], seed: int) -> list[Record]:
+    """One image of each subject, in an order that is drawn."""
     order = np.random.default_rng(seed_of(seed, 3)).permutation(len(records))
     first: dict[str, int] = {}
     for place in order:
         first.setdefault(records[place].subject, int(place))
-    return [records[place] for place in sorted(list(first.values())[:most])]
+    return [records[place] for place in first.values()]
 
 
 def _encode(encoder: nn.Module, images: ViewDataset, seed: int) -> Array:

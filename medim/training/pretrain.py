@@ -141,7 +141,7 @@ def pretrain(
             fit(trainer, module, loader, held_out_loader, checkpoint=checkpoint)
             if validate and history.held_out_step != trainer.global_step:
                 trainer.validate(module, held_out_loader, verbose=False)
-            chosen = _choose(history, module, trainer.global_step)
+            chosen = _choose(history, module, trainer.global_step, probe)
             summary = _summary(config, cohort, history, module, trainer)
             summary |= {"selected": chosen, "probe": _probe(probe, chosen), "processes": ranks.count}
             if not isinstance(logger, bool):  # the first process alone has one, and writes
@@ -194,7 +194,7 @@ def _watch(
 ) -> tuple[History, OnlineProbe | None]:
     """Who watches the run, and measures it on held-out subjects."""
     train, held_out = cohort.records("train"), cohort.records("val")
-    probe = open_probe(config, cohort, train, held_out, seed=seed)
+    probe = open_probe(config, cohort, train, seed=seed)
     pairs = [Pairs(config, cohort, held_out, seed=seed)] if held_out else []
     history = History(
         stop_on_collapse=stop_on_collapse,
@@ -203,6 +203,7 @@ def _watch(
         selection=Selection("probe" if probe else "held_out_loss"),
         weights=module.weights,
         first_norm=weight_norm(module.encoder)["weight_norm"],
+        disjoint=len({record.subject for record in held_out}) // config.batch_size,
     )
     return history, probe
 
@@ -308,11 +309,12 @@ def _held_out_loader(config: PretrainConfig, cohort: Cohort, records: tuple[Reco
     return step_loader(_dataset(config, cohort, records), sampler, workers=0)
 
 
-def _choose(history: History, module: PretrainModule, last_step: int) -> dict[str, Any]:
+def _choose(history: History, module: PretrainModule, last_step: int, probe: OnlineProbe | None) -> dict[str, Any]:
     """Put the chosen step's weights into the module; what is said of the choice."""
     assert history.selection is not None
     history.selection.restore(module, last_step)
     chosen = history.selection.told(last_step)
+    chosen["labels"] = probe.labels if probe and chosen["by"] == "probe" else 0
     log.info("encoder of step %d of %d: %s", chosen["step"], last_step, chosen["why"])
     return chosen
 

@@ -86,7 +86,8 @@ class Selection:
 
 
 _WHY: dict[By, str] = {
-    "probe": "the latest measured step whose probe of held-out subjects is within one standard error of the best",
+    "probe": "the latest measured step whose probe of labelled training subjects is within one standard error of the "
+    "best",
     "held_out_loss": "no labels to probe with: the latest measured step without collapse whose held-out loss is within "
     "one standard error of the lowest",
     "last_step": "nothing measured could be kept, so the last step",

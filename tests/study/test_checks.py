@@ -13,7 +13,16 @@ from medim.config import FinetuneConfig
 from medim.data.index import Index, build_index
 from medim.data.seen import Seen, read_seen
 from medim.evaluation.sample import Budget
-from medim.study.checks import check_cases, check_labels, check_networks, check_selection, check_sides, count_seen, draw
+from medim.study.checks import (
+    check_cases,
+    check_labels,
+    check_networks,
+    check_selection,
+    check_sides,
+    count_chosen,
+    count_seen,
+    draw,
+)
 from medim.study.design import Arm, read_arms
 from medim.training.cohort import Cohort
 from medim.training.finetune import open_labelled
@@ -86,6 +95,18 @@ def test_an_encoder_that_saw_the_evaluation_split_is_counted_and_with_strict_ref
     assert known["pretrain"] == {"images": 3, "subjects": 3}
     with pytest.raises(UserError, match=r"encoder knows .* 3 images, 3 subjects.*--strict expected none"):
         count_seen(arms, cohort, strict=True)
+
+
+def test_labels_that_chose_an_encoders_step_are_counted_and_told(
+    encoders: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(encoders[0], tmp_path / "probed")
+    file = tmp_path / "probed" / "encoder" / "encoder.json"
+    spec = json.loads(file.read_text())
+    file.write_text(json.dumps({**spec, "selected": {**spec["selected"], "by": "probe", "labels": 60}}))
+    assert count_chosen(read_arms([f"dim={encoders[1]}"])) == {"dim": spec["selected"]["labels"]}
+    assert count_chosen(read_arms([f"both={encoders[0]},{tmp_path / 'probed'}"])) == {"both": 60}
+    assert "both (60)" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The probe of labelled held-out subjects, and the pairs of views."""
+"""The probe of labelled training subjects, and the pairs of views."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from medim.training.online_probe import FEWEST, OnlineProbe, Pairs, open_probe
 from medim.types import Features
 
 SIDE = 12
-COUNTS = {"train": 24, "val": 16}
+COUNTS = {"train": 60, "val": 16}
 
 
 class Brightness(nn.Module):
@@ -52,7 +52,7 @@ def config(pretrain_config: PretrainConfig) -> PretrainConfig:
 
 
 def opened(config: PretrainConfig, found: Cohort) -> OnlineProbe | None:
-    return open_probe(config, found, found.records("train"), found.records("val"), seed=0)
+    return open_probe(config, found, found.records("train"), seed=0)
 
 
 def same(truth: Any) -> Any:
@@ -67,18 +67,38 @@ def few(truth: Any) -> Any:
     return (np.arange(len(truth)) < FEWEST - 1).astype(int)
 
 
-def test_a_probe_tells_held_out_subjects_apart_where_features_do(config: PretrainConfig, tmp_path: Path) -> None:
+def three(truth: Any) -> Any:
+    return np.where(np.arange(len(truth)) < FEWEST - 1, 2, truth)
+
+
+def test_a_probe_tells_subjects_apart_where_features_do(config: PretrainConfig, tmp_path: Path) -> None:
     found = opened(config, cohort(tmp_path, {"train": same, "val": same}))
     assert found is not None
-    assert found(Brightness()) == {"probe": 1.0, "probe_error": 0.0}
-    assert found.protocol["train_subjects"] == 24
-    assert found.protocol["held_out_subjects"] == 16
+    measured = found(Brightness())
+    assert measured["probe"] == 1
+    assert measured["probe_error"] > 0, "a few cases without a mistake prove little"
+    assert (found.protocol["neighbours"], found.protocol["asked"], found.labels) == (40, 20, 60)
 
 
-def test_a_probe_is_measured_on_held_out_labels_alone(config: PretrainConfig, tmp_path: Path) -> None:
-    found = opened(config, cohort(tmp_path, {"train": same, "val": lambda truth: 1 - truth}))
+@pytest.mark.parametrize("val", [one_class, lambda truth: 1 - truth])
+def test_labels_to_measure_on_choose_nothing(config: PretrainConfig, tmp_path: Path, val: Any) -> None:
+    found = opened(config, cohort(tmp_path, {"train": same, "val": val}))
     assert found is not None
-    assert found(Brightness())["probe"] == 0
+    assert found(Brightness())["probe"] == 1
+
+
+def test_subjects_that_are_asked_are_no_neighbours(config: PretrainConfig, tmp_path: Path) -> None:
+    found = opened(config, cohort(tmp_path, {"train": same, "val": same}))
+    assert found is not None
+    neighbours, asked = (set(side._images.keys) for side in found._sides)
+    assert not neighbours & asked
+
+
+def test_a_rare_class_is_left_out_and_the_others_are_probed(config: PretrainConfig, tmp_path: Path) -> None:
+    found = opened(config, cohort(tmp_path, {"train": three, "val": same}))
+    assert found is not None
+    assert len(found.classes) == 2
+    assert found(Brightness())["probe"] == 1
 
 
 def test_a_probe_of_features_that_are_no_numbers_is_no_number(config: PretrainConfig, tmp_path: Path) -> None:
@@ -89,11 +109,9 @@ def test_a_probe_of_features_that_are_no_numbers_is_no_number(config: PretrainCo
     assert np.isnan(found(encoder)["probe"])
 
 
-@pytest.mark.parametrize(("train", "val"), [(same, one_class), (one_class, same), (few, same), (same, few)])
-def test_there_is_no_probe_where_labels_do_not_suffice(
-    config: PretrainConfig, tmp_path: Path, train: Any, val: Any
-) -> None:
-    assert opened(config, cohort(tmp_path, {"train": train, "val": val})) is None
+@pytest.mark.parametrize("train", [one_class, few])
+def test_there_is_no_probe_where_labels_do_not_suffice(config: PretrainConfig, tmp_path: Path, train: Any) -> None:
+    assert opened(config, cohort(tmp_path, {"train": train, "val": same})) is None
 
 
 def test_pairs_are_the_same_at_each_measurement_and_leave_the_runs_random_numbers_alone(

@@ -76,8 +76,7 @@ def paragraph(study: Opened, facts: dict[str, str | None]) -> str:
         "from, {val_images} of {val_subjects} to measure on; {overlap_images} had the same pixels on both sides.",
         "Every arm trains the same network ({network}) by the same schedule ({schedule}) after the same preprocessing "
         "({preprocessing}); only the first weights differ: fresh ones, or those of {arms_told}.",
-        "Label budgets: {budgets_told}. Learning rate: {rates}. Nothing was chosen on the evaluation split: what is "
-        "measured is the last step.",
+        "Label budgets: {budgets_told}. Learning rate: {rates}. {chosen}",
         "Measured: {metrics}. Reported: {statistics}. {runs} runs were measured, with medim {medim}.",
     ]
     return " ".join(parts).format(**known)
@@ -121,6 +120,7 @@ def facts_of(study: Opened) -> dict[str, str | None]:
         "arms_told": ", ".join(_arm(arm) for arm in summary["arms"] if arm["encoders"]),
         "budgets_told": _budgets(summary),
         "rates": _rates(summary),
+        "chosen": _chosen(summary),
         "metrics": "; ".join(map(metric_name, metrics)),
         "statistics": STATISTICS if study.rows else None,
         "groups": columns(study),
@@ -161,6 +161,14 @@ def _budgets(summary: dict[str, Any]) -> str:
     fewer = summary.get("probe_seeds")
     frozen = f", {fewer:,} for frozen arms" if fewer else ""
     return f"{sizes} images in whole subjects, nested, {many(summary['seeds'], 'draw')} each{frozen}"
+
+
+def _chosen(summary: dict[str, Any]) -> str:
+    """What chose steps, of fine-tuning and of pretraining."""
+    found = [f"{arm} ({count:,})" for arm, count in summary.get("chosen_with_labels", {}).items() if count]
+    told = "Nothing was chosen on the evaluation split: what is measured is the last step."
+    labels = f" The step of the encoders of {', '.join(found)} was chosen by a probe of so many training labels."
+    return told + (labels if found else "")
 
 
 def _rates(summary: dict[str, Any]) -> str:

@@ -207,6 +207,15 @@ def test_the_checklists_have_every_item_once_and_in_order() -> None:
     assert items["TRIPOD+AI"] == tripod.split()
 
 
+def test_labels_that_chose_an_encoders_step_stand_in_the_methods(study_of: Study) -> None:
+    folder = study_of(0.1)
+    assert "so many training labels" not in report(folder).read_text()
+    write_json(folder / "summary.json", {**read_json(folder / "summary.json"), "chosen_with_labels": {"dim": 60}})
+    assert "The step of the encoders of dim (60) was chosen by a probe of so many training labels" in (
+        report(folder).read_text()
+    )
+
+
 def test_a_subject_on_two_sides_is_counted(study_of: Study) -> None:
     folder = study_of(0.1)
     with (folder / "splits" / "0.csv").open("a") as file:
