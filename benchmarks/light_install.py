@@ -63,7 +63,9 @@ def main() -> None:
     found = {
         "schema_version": 1,
         "torch_imports": (
-            subprocess.run([binaries / "python", "-c", "import torch"], capture_output=True, check=False).returncode
+            subprocess.run(
+                [binaries / "python", "-c", "import torch"], env=clean(), capture_output=True, check=False
+            ).returncode
             == 0
         ),
         "megabytes": installed(binaries.parent),
@@ -81,13 +83,14 @@ def main() -> None:
 def light_install(work: Path) -> Path:
     """The bin/ of an environment with the wheel of this tree and what it asks for, at the tested versions."""
     binaries = work / "venv" / "bin"
+    build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", work / "dist", REPOSITORY]
+    _run(build, work)
+    (wheel,) = (work / "dist").glob("medim-*.whl")
     if not (binaries / "medim").is_file():
-        build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", work / "dist", REPOSITORY]
-        _run(build, work)
-        (wheel,) = (work / "dist").glob("medim-*.whl")
         venv.create(work / "venv", with_pip=True)
         pip = [binaries / "python", "-m", "pip", "install", "--quiet", "--constraint"]
         _run([*pip, REPOSITORY / "constraints.txt", wheel], work)
+    _run([binaries / "python", "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", wheel], work)
     return binaries
 
 
@@ -138,7 +141,7 @@ def segmented(binaries: Path, package: Path, run: Path, series: Path, out: Path)
     )
     found: dict[str, Any] = {"shape": list(light.shape), **cost, "voxels": light.size}
     found["differ"] = int((light != torch).sum())
-    for label in sorted({1, 2}):
+    for label in (1, 2):
         ours, theirs = light == label, torch == label
         both = int(ours.sum() + theirs.sum())
         found[f"voxels_{label}"] = int(theirs.sum())
@@ -186,6 +189,8 @@ def alone(
     out.parent.mkdir(parents=True, exist_ok=True)
     watched = [sys.executable, "-S", "-c", WATCH, *map(str, command)]
     ran = subprocess.run(watched, cwd=out.parent, env=clean(), capture_output=True, text=True, check=False)
+    if not ran.stdout:
+        raise SystemExit(f"{command}: {ran.stderr[-3000:]}")
     found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
     if found["exit"] != code:
         raise SystemExit(f"{command}: expected exit {code}, got {found['exit']}\n{ran.stderr[-3000:]}")

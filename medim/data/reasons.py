@@ -85,7 +85,7 @@ REASONS = {
     "wrong-orientation": "Slices that lie in another plane than the package answers.",
     "wrong-slice-count": "A series of more or fewer slices than the package answers.",
     "wrong-spacing": "Pixels or slices nearer or farther apart than the package answers.",
-    "mixed-references": "Slices of several studies or frames of reference in one series.",
+    "mixed-references": "Slices of several patients, studies or frames of reference in one series.",
     # answers in DICOM
     "not-dicom": "An image of another format, for which no DICOM answer can be written.",
     "no-reference": "A DICOM image without the UIDs or the place that an answer must refer to.",

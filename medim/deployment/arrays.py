@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import tokenize
 import zipfile
 import zlib
 from typing import Any
@@ -13,7 +14,10 @@ import numpy as np
 from medim.types import Array
 
 LARGEST = 1 << 30  # bytes of all arrays of a file; a phantom of 160 voxels a side has 8 MB
-_DAMAGED = (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError, KeyError)
+_DAMAGED = (
+    *(zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError, KeyError),
+    *(tokenize.TokenError, SyntaxError, TypeError, OverflowError),
+)
 _HEADER = 1 << 12  # bytes of an array's own header
 
 
@@ -43,7 +47,7 @@ def _check_header(file: Any, size: int) -> None:
     if version != (1, 0):
         raise ValueError(f"an array of format {version}")
     shape, _, dtype = np.lib.format.read_array_header_1_0(file, max_header_size=_HEADER)
-    if dtype.hasobject:
-        raise ValueError("Python objects in place of numbers")
+    if dtype.kind not in "biufU" or dtype.itemsize == 0:
+        raise ValueError(f"{'Python objects' if dtype.hasobject else dtype} in place of numbers")
     if file.tell() + math.prod(shape) * dtype.itemsize != size:
         raise ValueError(f"an array of shape {shape} in {size} bytes")

@@ -61,6 +61,15 @@ class Signature(_Strict):
     outputs: Annotated[tuple[Tensor, ...], Field(min_length=1)]
     symbols: dict[str, Symbol]
 
+    @model_validator(mode="after")
+    def _whole(self) -> Signature:
+        shape = self.inputs[0].shape
+        if len(shape) not in (4, 5) or not isinstance(shape[1], int) or min(len(o.shape) for o in self.outputs) < 2:
+            raise ValueError("expected an input (batch, channels, two or three sides), outputs of two sides or more")
+        if unknown := {side for side in shape if isinstance(side, str)} - self.symbols.keys():
+            raise ValueError(f"no rule for the sides {sorted(unknown)}")
+        return self
+
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise UserError where an input of `shape` is outside the contract."""
         expected = self.inputs[0].shape

@@ -6,17 +6,21 @@ The light install has no `onnx`, so this walks over the bytes of the file as Pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 
 from medim.deployment.contract import PackageError
 
 LARGEST = 1 << 31  # bytes of a graph: the most that Protocol Buffers hold
+MOST_FIELDS = 1 << 20  # of all messages; a graph of a thousand layers has a tenth of it
 _DEEPEST = 8  # graphs inside one another
 _MODEL = {"graph": 7, "opset": 8, "functions": 25}
+_OPSET_DOMAIN = 1
 _NODE_OF_GRAPH, _INITIALIZER, _SPARSE = 1, 5, 15
 _OP, _ATTRIBUTE, _DOMAIN = 4, 5, 7
 _VALUE_GRAPHS, _VALUE_TENSORS, _VALUE_SPARSE = {6, 11}, {5, 10}, {22, 23}
 _EXTERNAL, _LOCATION = 13, 14
+_NUMBERS = 1 << 29  # field numbers are below
 
 _NAMES = """
     Abs Add And ArgMax ArgMin AveragePool BatchNormalization Cast CastLike Ceil Celu Clip Concat Constant
@@ -48,97 +52,119 @@ def check_graph(data: bytes, name: str) -> None:
             f"{name}: expected a graph below {LARGEST >> 30} GiB, got {len(data)} bytes. Export it again."
         )
     try:
-        _model(memoryview(data), name)
+        _Walk(name).model(memoryview(data))
     except (IndexError, UnicodeDecodeError, ValueError) as error:
         raise PackageError(f"{name}: cannot load it: not an ONNX file ({error}). Export it again.") from error
 
 
-def _model(data: memoryview, name: str) -> None:
-    graphs = 0
-    for field, value in _fields(data):
-        if field == _MODEL["functions"]:
-            raise PackageError(f"{name}: expected a graph without functions of its own. Export it again.")
-        if field == _MODEL["opset"]:
-            for part, domain in _fields(value):
-                if part == 1:
-                    _check_domain(domain, name)
-        if field == _MODEL["graph"]:
-            graphs += 1
-            _graph(value, name, 0)
-    if graphs != 1:
-        raise ValueError(f"{graphs} graphs")
+@dataclass
+class _Walk:
+    """A walk over the messages of a file; what it does not know it passes over, as ONNX Runtime does."""
 
+    name: str
+    left: int = field(default_factory=lambda: MOST_FIELDS)
 
-def _graph(data: memoryview, name: str, depth: int) -> None:
-    if depth > _DEEPEST:
-        raise ValueError(f"graphs lie more than {_DEEPEST} deep in one another")
-    for field, value in _fields(data):
-        if field == _NODE_OF_GRAPH:
-            _node(value, name, depth)
-        elif field == _INITIALIZER:
-            _tensor(value, name)
-        elif field == _SPARSE:
-            raise PackageError(f"{name}: expected dense weights. Export it again.")
+    def model(self, data: memoryview) -> None:
+        graphs = 0
+        for number, value in self.fields(data, _MODEL.values()):
+            if number == _MODEL["functions"]:
+                raise PackageError(f"{self.name}: expected a graph without functions of its own. Export it again.")
+            if number == _MODEL["opset"]:
+                for _, domain in self.fields(value, (_OPSET_DOMAIN,)):
+                    self._check_domain(domain)
+            if number == _MODEL["graph"]:
+                graphs += 1
+                self._graph(value, 0)
+        if graphs != 1:
+            raise ValueError(f"{graphs} graphs")
 
+    def _graph(self, data: memoryview, depth: int) -> None:
+        if depth > _DEEPEST:
+            raise ValueError(f"graphs lie more than {_DEEPEST} deep in one another")
+        for number, value in self.fields(data, (_NODE_OF_GRAPH, _INITIALIZER, _SPARSE)):
+            if number == _NODE_OF_GRAPH:
+                self._node(value, depth)
+            elif number == _INITIALIZER:
+                self._tensor(value)
+            else:
+                raise PackageError(f"{self.name}: expected dense weights. Export it again.")
 
-def _node(data: memoryview, name: str, depth: int) -> None:
-    operator = ""
-    for field, value in _fields(data):
-        if field == _OP:
-            operator = bytes(value).decode()
-        elif field == _DOMAIN:
-            _check_domain(value, name)
-        elif field == _ATTRIBUTE:
-            for part, inner in _fields(value):
-                if part in _VALUE_GRAPHS:
-                    _graph(inner, name, depth + 1)
-                elif part in _VALUE_TENSORS:
-                    _tensor(inner, name)
-                elif part in _VALUE_SPARSE:
-                    raise PackageError(f"{name}: expected dense constants. Export it again.")
-    if operator not in OPERATORS:
-        raise PackageError(
-            f"{name}: the operator {operator[:40]!r} is not among those that a package may use "
-            "(medim.deployment.graph.OPERATORS). Change the network, or add it there where it is mere arithmetic."
-        )
+    def _node(self, data: memoryview, depth: int) -> None:
+        operators = []
+        for number, value in self.fields(data, (_OP, _DOMAIN, _ATTRIBUTE)):
+            if number == _OP:
+                operators.append(bytes(value).decode())
+            elif number == _DOMAIN:
+                self._check_domain(value)
+            else:
+                self._attribute(value, depth)
+        if len(operators) != 1:
+            raise ValueError(f"a node of {len(operators)} operators")
+        if operators[0] not in OPERATORS:
+            raise PackageError(
+                f"{self.name}: the operator {operators[0][:40]!r} is not among those that a package may use "
+                "(medim.deployment.graph.OPERATORS). Change the network, or add it there where it is mere arithmetic."
+            )
 
+    def _attribute(self, data: memoryview, depth: int) -> None:
+        for number, value in self.fields(data, _VALUE_GRAPHS | _VALUE_TENSORS | _VALUE_SPARSE):
+            if number in _VALUE_GRAPHS:
+                self._graph(value, depth + 1)
+            elif number in _VALUE_TENSORS:
+                self._tensor(value)
+            else:
+                raise PackageError(f"{self.name}: expected dense constants. Export it again.")
 
-def _check_domain(value: memoryview, name: str) -> None:
-    if (domain := bytes(value).decode()) not in ("", "ai.onnx"):
-        raise PackageError(f"{name}: expected operators of ONNX alone, got the domain {domain[:40]!r}.")
+    def _check_domain(self, value: memoryview) -> None:
+        if (domain := bytes(value).decode()) not in ("", "ai.onnx"):
+            raise PackageError(f"{self.name}: expected operators of ONNX alone, got the domain {domain[:40]!r}.")
 
+    def _tensor(self, data: memoryview) -> None:
+        for number, value in self.fields(data, (_EXTERNAL,), (_LOCATION,)):
+            if number == _EXTERNAL or any(value):
+                raise PackageError(f"{self.name}: expected weights inside the file, got a reference to another one.")
 
-def _tensor(data: memoryview, name: str) -> None:
-    for field, value in _fields(data):
-        if field == _EXTERNAL or (field == _LOCATION and any(value)):
-            raise PackageError(f"{name}: expected weights inside the file, got a reference to another one.")
+    def fields(
+        self, data: memoryview, messages: Collection[int], numbers: Collection[int] = ()
+    ) -> Iterator[tuple[int, memoryview]]:
+        """Number and bytes of the fields that are asked for; a number's bytes are those of its varint.
 
+        A field of another wire type than its own is one that Protocol Buffers do not know, and read past: it hides
+        nothing from them, but might from this walk, so it is refused. So are tags of more than 32 bits, which they cut.
 
-def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Number and bytes of each field of a message; a number's bytes are those of its varint.
+        Args:
+            data: a message.
+            messages: fields that hold bytes.
+            numbers: fields that hold a number.
 
-    Raises:
-        ValueError: the message ends inside a field, or holds a wire type that ONNX has no use for.
-    """
-    place = 0
-    while place < len(data):
-        key, place = _varint(data, place)
-        start = place
-        match key & 7:
-            case 0:
-                _, place = _varint(data, place)
-            case 1:
-                place += 8
-            case 2:
-                length, start = _varint(data, place)
-                place = start + length
-            case 5:
-                place += 4
-            case other:
-                raise ValueError(f"wire type {other}")
-        if place > len(data):
-            raise ValueError("it ends inside a field")
-        yield key >> 3, data[start:place]
+        Raises:
+            ValueError: the message ends inside a field, there are too many, or one is of a kind that no ONNX file has.
+        """
+        place = 0
+        while place < len(data):
+            self.left -= 1
+            if self.left < 0:
+                raise ValueError(f"more than {MOST_FIELDS} fields")
+            key, place = _varint(data, place)
+            start, number, kind = place, key >> 3, key & 7
+            match kind:
+                case 0:
+                    _, place = _varint(data, place)
+                case 1:
+                    place += 8
+                case 2:
+                    length, start = _varint(data, place)
+                    place = start + length
+                case 5:
+                    place += 4
+                case other:
+                    raise ValueError(f"wire type {other}")
+            if place > len(data):
+                raise ValueError("it ends inside a field")
+            if not 0 < number < _NUMBERS or (number in messages and kind != 2) or (number in numbers and kind != 0):
+                raise ValueError(f"a field {number} of wire type {kind}")
+            if number in messages or number in numbers:
+                yield number, data[start:place]
 
 
 def _varint(data: memoryview, place: int) -> tuple[int, int]:

@@ -26,6 +26,8 @@ from medim.deployment.integrity import COPY_AGAIN, SUMS, Seal, checked, verified
 from medim.deployment.session import Session, session
 from medim.types import Array, UserError, Volume
 
+UNFIT = (ValueError, KeyError, TypeError, IndexError, OverflowError, MemoryError)  # of arrays that are others
+
 __all__ = ["Check", "Package", "PackageError", "load_package", "session", "verify", "write_sums"]
 
 
@@ -92,7 +94,7 @@ class Package:
             reference = Reference.parse(self.read(STATISTICS))
             if (found := len(reference.parts["features"].mean)) != self.contract.signature.outputs[-1].shape[1]:
                 raise ValueError(f"{found} features")
-        except (ValueError, KeyError) as error:
+        except UNFIT as error:
             raise PackageError(f"{self.folder / STATISTICS}: cannot be read ({error}). {COPY_AGAIN}") from error
         return reference
 
@@ -200,7 +202,7 @@ def _golden(package: Package, name: str, file: str, run: Run) -> Check:
     """Run a golden input and compare with its answer at export."""
     try:
         difference = Golden.parse(package.read(file)).difference(run, package.contract)
-    except (UserError, ValueError, KeyError) as error:
+    except (UserError, *UNFIT) as error:
         raise PackageError(f"{package.folder}: the golden input cannot be run ({error}). {COPY_AGAIN}") from error
     if not difference.small:
         raise PackageError(

@@ -209,6 +209,8 @@ def _answers(
         except UserError as error:
             reason, detail = getattr(error, "reason", "not-for-this-network"), getattr(error, "detail", str(error))
             rejected.append(Rejection(record.path, reason, detail))
+        except MemoryError:
+            rejected.append(Rejection(record.path, "too-much-memory", "the image does not fit into memory"))
         else:
             yield record, volume, answer, verdict
         if progress is not None:

@@ -41,7 +41,12 @@ class Session:
     def _run(self, image: Array, places: Sequence[int]) -> list[Array]:
         self.signature.check(image.shape)
         names = [self.signature.outputs[place].name for place in places]
-        out = self.loaded.run(names, {self.signature.inputs[0].name: np.ascontiguousarray(image, np.float32)})
+        try:
+            out = self.loaded.run(names, {self.signature.inputs[0].name: np.ascontiguousarray(image, np.float32)})
+        except Exception as error:  # its exceptions have no common public base
+            raise PackageError(
+                f"{GRAPH}: ONNX Runtime cannot run it ({type(error).__name__}). Export it again."
+            ) from error
         return [np.asarray(array) for array in out]
 
 
@@ -65,6 +70,7 @@ def session(graph: bytes, signature: Signature, *, name: str = GRAPH, threads: i
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # never its own format, by a magic number
     try:
         loaded = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common public base

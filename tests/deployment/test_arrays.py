@@ -48,6 +48,17 @@ def test_a_pickle_in_place_of_numbers_is_refused_and_not_run() -> None:
         arrays_of(pickle.dumps(Bomb()))
 
 
+@pytest.mark.parametrize("descr", ["'<U0'", "'|S0'", "'|V0'", "'<M8[s]'"])
+def test_what_holds_no_numbers_is_refused_before_room_is_made(descr: str) -> None:
+    with pytest.raises(ValueError, match="in place of numbers"):
+        arrays_of(packed(image=header("(1000000000000,)", descr)))
+
+
+def test_a_header_that_is_no_python_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"not an|annot"):
+        arrays_of(packed(image=b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + b"(" * 117 + b"\n"))
+
+
 @pytest.mark.parametrize("shape", ["(1000000, 1000000)", "(2,)", "(-1, 4)"])
 def test_a_header_that_claims_other_bytes_than_there_are_is_refused_before_room_is_made(shape: str) -> None:
     with pytest.raises(ValueError, match="array of shape"):

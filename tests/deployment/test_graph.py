@@ -88,6 +88,68 @@ def test_what_is_more_than_arithmetic_on_its_own_weights_is_refused(make: Callab
     assert raised.value.exit_code == 3
 
 
+def message(number: int, *parts: bytes) -> bytes:
+    """A field of bytes; a tag beyond 32 bits is written as it is, where Protocol Buffers cut it."""
+    body = b"".join(parts)
+    return varint(number << 3 | 2) + varint(len(body)) + body
+
+
+def varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes((*out, value))
+
+
+OPSET, NAMES = message(8, b"\x10\x14"), message(1, b"image") + message(2, b"out")
+NODE = NAMES + message(4, b"RandomNormalLike")
+DISGUISED = {
+    "a tag of more than 32 bits": message(7, message(1 << 29 | 1, NODE)),
+    "a second name of another wire type": message(7, message(1, NODE, b"\x25Relu")),
+    "a second name": message(7, message(1, NODE, message(4, b"Relu"))),
+    "a number in place of a node": message(7, b"\x08\x01"),
+    "ONNX Runtime's own format": b"\x08\x80\x01\x00" + b"ORTM" + message(7, message(1, NAMES, message(4, b"Relu"))),
+}
+
+
+@pytest.mark.parametrize("what", DISGUISED)
+def test_what_onnx_runtime_would_read_otherwise_than_this_walk_is_refused(what: str) -> None:
+    check_graph(OPSET + message(7, message(1, NAMES, message(4, b"Relu"))), "model.onnx")
+    with pytest.raises(PackageError, match="not an ONNX file"):
+        check_graph(OPSET + DISGUISED[what] if what[0] == "a" else DISGUISED[what], "model.onnx")
+
+
+def test_an_endless_graph_is_refused_after_a_million_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "MOST_FIELDS", 1000)
+    with pytest.raises(PackageError, match="more than 1000 fields"):
+        check_graph(message(7, b"\x50\x00" * 1000), "model.onnx")
+
+
+def test_graphs_too_deep_in_one_another_are_refused() -> None:
+    inner = b""
+    for _ in range(10):
+        inner = message(1, NAMES, message(4, b"Relu"), message(5, message(6, inner)))
+    with pytest.raises(PackageError, match="deep in one another"):
+        check_graph(OPSET + message(7, inner), "model.onnx")
+
+
+def test_a_graph_that_loads_and_cannot_run_is_a_broken_package(copy_of: Callable[[str], Path]) -> None:
+    folder = copy_of("encoder")
+    path = folder / "models" / "model.onnx"
+    made = onnx.load_model(path)
+    first = made.graph.node[0]
+    sides = [7, 1, *[13] * (len(made.graph.input[0].type.tensor_type.shape.dim) - 2)]  # of no phantom
+    made.graph.initializer.append(helper.make_tensor("sides", TensorProto.INT64, [len(sides)], sides))
+    made.graph.node.insert(0, helper.make_node("Reshape", [first.input[0], "sides"], ["reshaped"]))
+    made.graph.node[1].input[0] = "reshaped"
+    path.write_bytes(made.SerializeToString())
+    write_sums(folder)
+    with pytest.raises(PackageError, match="ONNX Runtime cannot run it") as raised:
+        verify(folder)
+    assert raised.value.exit_code == 3
+
+
 def test_a_package_with_an_operator_of_somebody_else_is_refused_before_it_is_loaded(
     copy_of: Callable[[str], Path],
 ) -> None:

@@ -256,6 +256,30 @@ def test_a_contract_that_is_not_one_is_refused_even_with_recomputed_sums(copied:
         load_package(copied)
 
 
+def _flat_input(signature: dict[str, Any]) -> None:
+    signature["inputs"][0]["shape"] = ["batch"]
+
+
+def _flat_output(signature: dict[str, Any]) -> None:
+    signature["outputs"][-1]["shape"] = ["batch"]
+
+
+def _no_rule(signature: dict[str, Any]) -> None:
+    signature["symbols"].pop("batch")
+
+
+@pytest.mark.parametrize("spoil", [_flat_input, _flat_output, _no_rule])
+def test_a_signature_that_fits_no_image_is_refused_even_with_recomputed_sums(
+    copied: Path, spoil: Callable[[dict[str, Any]], None]
+) -> None:
+    contract = read_json(copied / "medim.json")
+    spoil(contract["signature"])
+    write_json(copied / "medim.json", contract)
+    write_sums(copied)
+    with pytest.raises(PackageError, match=r"medim\.json"):
+        load_package(copied)
+
+
 def test_changed_weights_with_recomputed_sums_are_found_by_the_contract(copied: Path) -> None:
     weights = copied / "models" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")

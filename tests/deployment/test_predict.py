@@ -20,7 +20,7 @@ from medim.deployment.inference import Network
 from medim.deployment.package import Package
 from medim.deployment.predict import embed_images, predict
 from medim.files import read_json
-from medim.types import Array, UsageError, UserError
+from medim.types import Array, UsageError, UserError, Volume
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -155,6 +155,21 @@ def test_what_cannot_be_read_is_rejected_with_a_reason_and_the_rest_is_done(shar
     rejected = rows_of(tmp_path / "out" / "rejected.csv")
     assert [Path(row["path"]).name for row in rejected] == [bad.name]
     assert rejected[0]["reason"] == "truncated"
+
+
+def test_an_image_that_does_not_fit_into_memory_costs_itself_alone(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = sorted((shared_data / "mri-hippocampus" / "imagesTr").glob("*.nii.gz"))[:2]
+
+    def guarded(network: Network, volume: Volume) -> Any:
+        monkeypatch.undo()  # the second fits
+        raise MemoryError
+
+    monkeypatch.setattr(Network, "guarded", guarded)
+    rows = predict(BRIGHT, files, tmp_path / "out")
+    assert len(rows) == 1
+    assert [row["reason"] for row in rows_of(tmp_path / "out" / "rejected.csv")] == ["too-much-memory"]
 
 
 def test_an_image_that_the_network_does_not_take_is_rejected_and_nothing_left_is_exit_4(

@@ -104,7 +104,7 @@ class Apart:
                 process.stdin.write(json.dumps(str(path)).encode() + b"\n")
                 process.stdin.flush()
                 frames = self._answer(process)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 self.close()
                 if late():
                     detail = f"decoding took more than {self.limits.seconds:g} s, and was stopped"

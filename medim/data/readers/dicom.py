@@ -197,8 +197,11 @@ def _groups(instances: Sequence[Instance]) -> list[list[Instance]]:
 
 
 def _stacks(group: Sequence[Instance]) -> Stacks:
-    """The stacks that the frames of a group make."""
+    """The stacks that the frames of a group make; all of it is spoilt where it is of several patients."""
     first = group[0]
+    if len({instance.origin.subject for instance in group}) > 1:
+        error = ReadError("mixed-references", "the slices are of several patients; expected one")
+        return [], [(list(range(len(group))), error)]
     if len(group) == first.count == 1 and not first.frames and "secondary-capture" in first.origin.quality:
         return stacks_of([_captured(first)], lambda one, other: False)
     frames: list[Frame | None] = []

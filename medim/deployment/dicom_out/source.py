@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pydicom
 from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 from pydicom.valuerep import validate_value
 
 from medim.data.readers import ReadError
@@ -21,6 +24,8 @@ from medim.types import Array
 log = logging.getLogger(__name__)
 
 UTF_8 = "ISO_IR 192"
+INFLATED = 1 << 30  # bytes of a deflated file
+_META = 144  # preamble, prefix and the element that says how long the meta information is
 TYPE_2 = (  # must be there, and may be empty
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "AccessionNumber",
     "StudyID", "ReferringPhysicianName",
@@ -74,13 +79,35 @@ def read_source(plan: Plan) -> Source:
     """
     with unheard():
         try:
+            for path in plan.files:
+                _check_inflated(path)
             datasets = tuple(pydicom.dcmread(path, stop_before_pixels=True, force=True) for path in plan.files)
             _complete(datasets[0])
+        except ReadError:
+            raise
         except Exception as error:  # pydicom raises whatever its parsing met
             raise ReadError("unreadable", f"not a whole DICOM header ({type(error).__name__})") from error
         for dataset in datasets:
             _check(dataset, in_space=plan.affine is not None)
     return Source(datasets, plan)
+
+
+def _check_inflated(path: Path) -> None:
+    """Refuse a deflated file that would fill the memory: pydicom inflates all of it for its header.
+
+    Raises:
+        ReadError: in that case.
+    """
+    meta = pydicom.filereader.read_file_meta_info(path)
+    if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
+        return
+    inflate, left = zlib.decompressobj(-zlib.MAX_WBITS), INFLATED
+    with path.open("rb") as file:
+        file.seek(_META + meta.FileMetaInformationGroupLength)
+        while left > 0 and (chunk := file.read(1 << 16)):
+            left -= len(inflate.decompress(chunk, left))
+    if left <= 0:
+        raise ReadError("too-large", f"a deflated header and image of more than {INFLATED >> 30} GiB")
 
 
 def _check(dataset: Dataset, *, in_space: bool) -> None:

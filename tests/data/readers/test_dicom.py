@@ -255,6 +255,16 @@ def test_a_series_that_is_no_image_is_refused_with_its_reason(tmp_path: Path, wh
     assert {one.reason for one in refused} == {reason}
 
 
+def test_slices_of_two_patients_are_refused(tmp_path: Path) -> None:
+    write_series(tmp_path, noise(3, 4, 6), each=[{}, {}, {"PatientID": "another"}])
+    with pytest.raises(ReadError, match="several patients") as caught:
+        read_volume(tmp_path)
+    assert caught.value.reason == "mixed-references"
+    found, refused = scan(DICOM, sorted(tmp_path.iterdir()), "mri")
+    assert found == []
+    assert {one.reason for one in refused} == {"mixed-references"}
+
+
 def test_slices_of_two_sizes_are_refused(tmp_path: Path) -> None:
     write_series(tmp_path, noise(2, 4, 6))
     save(dataset(noise(4, 7), ImagePositionPatient=[10.0, 20.0, 34.0]), tmp_path / "z.dcm")

@@ -13,6 +13,8 @@ from PIL import Image
 
 from medim.data.index import AllRejectedError, build_index
 from medim.data.readers import ReadError
+from medim.data.readers.dicom import Plan
+from medim.deployment.dicom_out import source as headers
 from medim.deployment.dicom_out.answers import answer_in_seg, save
 from medim.deployment.dicom_out.equipment import Equipment
 from medim.deployment.dicom_out.report import operating_point, probabilities_report, volumes_report
@@ -25,6 +27,7 @@ from medim.deployment.masks import volumes
 from medim.deployment.package import Package
 from medim.deployment.predict import predict
 from medim.types import Array, UsageError, UserError, Volume
+from tests.data.readers.test_apart import bomb
 from tests.data.synthetic import dataset, enhanced, noise, write_series, xray
 from tests.data.synthetic import save as save_dicom
 from tests.deployment.checkers import dciodvfy_errors
@@ -49,6 +52,14 @@ def opened(place: Path) -> tuple[Volume, Source]:
     plan = index.plan(index.records[0])
     assert plan is not None
     return index.open(index.records[0]), read_source(plan)
+
+
+def test_a_deflated_bomb_is_not_inflated_for_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(((bomb(tmp_path / "bomb.dcm", 1), 0),), (4, 6), (1.0, 1.0), None)
+    monkeypatch.setattr(headers, "INFLATED", 1 << 26)
+    with pytest.raises(ReadError) as raised:
+        read_source(plan)
+    assert raised.value.reason == "too-large"
 
 
 def levels(values: Array, low: float, high: float) -> Array:
