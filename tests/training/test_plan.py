@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import medim.training.plan as planning
 from medim.config import PretrainConfig
 from medim.data.index import Index, Record
 from medim.data.splits import split
-from medim.training.machine import available_memory, free_disk, held
+from medim.training import machine
+from medim.training.machine import available_memory, free_disk, held, max_memory_allocated, memory_allocated
 from medim.training.plan import check, plan, predict, sample
 from medim.training.rehearsal import Measured, measure
+from medim.training.trainer import peak_memory
 from medim.types import UserError
 
 GIB = 2**30
@@ -124,6 +127,49 @@ def test_this_machine_has_memory_and_disk(tmp_path: Path) -> None:
     assert available_memory("cpu") > GIB / 4
     assert free_disk(tmp_path / "not" / "there" / "yet") > 0
     assert held("VmHWM") >= held("VmRSS") > 0
+
+
+V2 = {"memory.max": str(GIB), "memory.current": str(GIB // 2), "memory.stat": f"file 9\ninactive_file {GIB // 4}\n"}
+V1 = {
+    "memory.limit_in_bytes": str(GIB),
+    "memory.usage_in_bytes": str(GIB // 2),
+    "memory.stat": f"inactive_file 7\ntotal_inactive_file {GIB // 4}\n",
+}
+UNLIMITED = {"memory.max": "max", "memory.current": "5", "memory.stat": ""}
+
+
+@pytest.mark.parametrize(
+    ("membership", "groups"),
+    [
+        ("0::/", {".": V2}),
+        ("0::/job/step", {"job": V2, "job/step": UNLIMITED}),
+        ("0::/seen/from/the/host", {".": V2}),
+        ("5:cpu,memory:/job\n0::/", {"memory/job": V1, "memory": {**V1, "memory.limit_in_bytes": str(2**63)}}),
+        ("5:devices:/\n4:memory:/docker/0123", {"memory": V1}),
+    ],
+)
+def test_a_container_has_what_its_groups_leave_and_the_file_cache_is_free(
+    membership: str, groups: dict[str, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for group, files in groups.items():
+        (tmp_path / group).mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (tmp_path / group / name).write_text(text)
+    (tmp_path / "membership").write_text(membership + "\n")
+    monkeypatch.setattr(machine, "GROUPS", tmp_path)
+    monkeypatch.setattr(machine, "MEMBERSHIP", tmp_path / "membership")
+    assert available_memory("cpu") == GIB * 3 // 4
+
+
+def test_memory_is_that_of_the_device_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (7, 9))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 5 if device else 0)
+    gpu, cpu = torch.device("cuda", 1), torch.device("cpu")
+    assert (available_memory("auto"), memory_allocated(gpu), max_memory_allocated(gpu)) == (7, 3, 5)
+    assert min(available_memory("cpu"), memory_allocated(cpu), max_memory_allocated(cpu)) > 2**20
+    assert peak_memory() > 2**20, "a GPU that is there, and not used, has no peak"
 
 
 @pytest.mark.slow
