@@ -55,14 +55,15 @@ def _rows(told: dict[str, Any]) -> dict[str, str]:
     disk, free, hints = told["disk_bytes"], told["available"], told["suggestions"]
     most = [f"a batch of {hints['batch_size']}"] if hints["batch_size"] else []
     most += [f"views of {'x'.join(map(str, hints['views']))}"] if hints["views"] else []
+    workers = told["memory_bytes"] > told["peak_memory_bytes"]
+    with_workers = f", {_gib(told['memory_bytes'])} with loading processes" if workers else ""
     return {
         "hours": f"{told['hours']:.3g} ("
         + ", ".join(f"{part} {_duration(seconds)}" for part, seconds in parts.items())
         + ")",
         "seconds a step": f"{told['seconds_per_step']:.3g}, of {told['measured_steps']} steps "
         f"of {told['measured_batch_size']} images",
-        "peak memory": f"{_gib(told['peak_memory_bytes'])}, {_gib(told['memory_bytes'])} with loading processes; "
-        f"{_gib(free['memory'])} free",
+        "peak memory": f"{_gib(told['peak_memory_bytes'])}{with_workers}; {_gib(free['memory'])} free",
         "disk": f"{_gib(disk['total'])} (store {_gib(disk['store'])}, checkpoints {_gib(disk['checkpoints'])}, run "
         f"{_gib(disk['run'])}); {_gib(free['disk'])} free",
         "would fit too": " or ".join(most) + ", by proportion" if most else "-",

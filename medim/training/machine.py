@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import sys
 from collections.abc import Iterator
@@ -10,20 +11,39 @@ from pathlib import Path
 
 import torch
 
-GROUP = Path("/sys/fs/cgroup")
+GROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+V1 = (
+    "memory.limit_in_bytes",
+    "memory.usage_in_bytes",
+    "total_inactive_file",
+)  # limit, use, cache of it
+V2 = ("memory.max", "memory.current", "inactive_file")
 
 
 def available_memory(accelerator: str = "auto") -> int:
     """Bytes that a process may take now: of the GPU where one is used (not run), else of this machine or container."""
-    if accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available():
+    if uses_cuda(accelerator):
         return int(torch.cuda.mem_get_info()[0])
     if sys.platform != "linux":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    free = _kib(Path("/proc/meminfo"), "MemAvailable")
-    limit, used = GROUP / "memory.max", GROUP / "memory.current"
-    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdecimal():
-        free = min(free, int(most) - int(used.read_text()))
-    return free
+    return max(0, min(_kib(Path("/proc/meminfo"), "MemAvailable"), *_left_by_groups()))
+
+
+def uses_cuda(accelerator: str) -> bool:
+    """Whether Lightning's name of a device kind means a GPU of CUDA here."""
+    return accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
+
+
+def memory_allocated(device: torch.device) -> int:
+    """Bytes that this process holds now: of the GPU where the device is one (not run), else of RAM."""
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else held("VmRSS")
+
+
+def max_memory_allocated(device: torch.device) -> int:
+    """Bytes that this process has held at most: of the GPU where the device is one (not run), else of RAM."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return held("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def free_disk(folder: Path) -> int:
@@ -49,6 +69,31 @@ def _descendants(process: int) -> Iterator[int]:
     for child in (int(word) for task in tasks for word in task.read_text().split()):
         yield child
         yield from _descendants(child)
+
+
+def _left_by_groups() -> Iterator[int]:
+    """Bytes that each control group (v1, v2) around this process leaves it."""
+    for line in MEMBERSHIP.read_text().splitlines() if MEMBERSHIP.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, names = (GROUPS / "memory", V1) if controllers else (GROUPS, V2)
+        own = root / path.lstrip("/")  # a container may see its own group as the root, by a path that is not there
+        for folder in (own, *own.parents):
+            yield from _left_by(folder, *names)
+            if folder == root:
+                break
+
+
+def _left_by(group: Path, limit: str, used: str, cache: str) -> Iterator[int]:
+    """A group's limit less its use, without the file cache that it would drop."""
+    try:
+        most = (group / limit).read_text().strip()
+        if most.isdecimal():  # not "max"
+            rows = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            yield int(most) - int((group / used).read_text()) + int(rows.get(cache, 0))
+    except OSError:  # there is no such limit
+        return
 
 
 def _kib(file: Path, name: str) -> int:

@@ -8,7 +8,7 @@ import multiprocessing
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,14 +17,23 @@ from medim.data.datasets import CACHE_BYTES
 from medim.data.index import Index, Record
 from medim.data.splits import split
 from medim.data.store import default_folder
+from medim.training.checkpoints import KEPT
 from medim.training.machine import available_memory, free_disk
-from medim.training.pretrain import HELD_OUT_BATCHES, rehearse
+from medim.training.pretrain import rehearse
 from medim.training.rehearsal import Measured, measure
 from medim.training.sizes import coarsest_stride
+from medim.training.workload import (
+    cached_bytes,
+    checkpoints,
+    reference_images,
+    subjects,
+    validation_images,
+    validations,
+    worker_cached_bytes,
+)
 from medim.types import UserError
 
 log = logging.getLogger(__name__)
-KEPT_CHECKPOINTS = 2  # and one more while it is written
 FURTHEST = 4  # times what was asked for, beyond which an estimate by proportion is not given
 ROOM = 0.95  # of what is there that a plan may fill: predictions are not exact
 
@@ -52,9 +61,9 @@ def plan(
 
     Returns:
         `seconds` of `start`, `steps`, `validations`, `checkpoints`, `end`, and `total`; `cpu_seconds` of the process,
-        alike; `peak_memory_bytes` of the training process (or the device), `memory_bytes` with its loading
-        processes; `disk_bytes`; what is `available`; `suggestions`; and `refusals`, a sentence for each thing that
-        does not fit.
+        alike; `peak_memory_bytes` of the training process (or the GPU), `memory_bytes` with its loading processes
+        (which take none of a GPU's); `disk_bytes`; what is `available`; `suggestions`; and `refusals`, a sentence for
+        each thing that does not fit.
 
     Raises:
         UserError: the few steps cannot be run, whatever their batch size.
@@ -63,8 +72,8 @@ def plan(
     rehearse(config)
     splits = split(index, seed=split_seed)
     train, held_out = ([r for r in index.records if splits[r.image] == part] for part in ("train", "val"))
-    size = min(config.batch_size, _subjects(train))
-    config = config.model_copy(update={"batch_size": max(size, 1)})
+    size = max(2, min(config.batch_size, subjects(train)))  # one subject alone is refused by the run itself
+    config = config.model_copy(update={"batch_size": size})
     chosen = {*sample(train, max(size, 10)), *sample(held_out, max(size, 3))}
     small = replace(index, records=tuple(replace(r, split=splits[r.image]) for r in index.records if r.image in chosen))
     free = available_memory(accelerator)
@@ -98,8 +107,34 @@ def _measured(
                         f"memory: two images a step need more than the {_gib(free)} that are free here. "
                         "Make views.shape or encoder.channels smaller, or take a machine with more memory."
                     ) from None
-            log.info("a batch of %d needs more memory than is free; trying %d", batch, batch // 2)
-            batch //= 2
+            smaller = max(2, batch // 2)
+            log.info("a batch of %d needs more memory than is free; trying %d", batch, smaller)
+            batch = smaller
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of RAM, or of the GPU where the run is on one (not run), that a run takes at once.
+
+    Attributes:
+        base: the training process without a batch, with the images that the whole run keeps in RAM.
+        image: what each image of a batch adds.
+        workers: the loading processes, which take none of a GPU's.
+        end: the training process at its peak over a run with a batch that could be measured, its end included.
+    """
+
+    base: float
+    image: float
+    workers: float
+    end: float
+
+    def peak(self, batch: int) -> int:
+        """Of the training process, with at least the batch that was measured."""
+        return int(max(self.base + self.image * batch, self.end))
+
+    def total(self, batch: int) -> int:
+        """With the loading processes."""
+        return self.peak(batch) + int(self.workers)
 
 
 def predict(
@@ -116,67 +151,71 @@ def predict(
     Args:
         config: the run; its batch size is the wanted one.
         found: of the short run.
-        batch: its batch size.
+        batch: its batch size, smaller than the wanted one where that could not be run.
         train: images to train on.
         held_out: images to measure on.
         available: bytes free, by what.
     """
-    steps, images = config.max_steps, len(train) + len(held_out)
-    times = math.ceil(steps / min(config.checkpoint_every_steps, steps)) if _subjects(held_out) > 1 else 0
-    saved = steps // config.checkpoint_every_steps
-    looked_at = found.reference_images and min(256, len(train)) + min(256, len(held_out))
-    scale = config.batch_size / batch
-    read_again = _read_anew(config, found, len(train))
-
-    def spent(clock: str) -> dict[str, float]:
-        one = found.clocks[clock]
-        parts = {
-            "start": one["start"] + one["check"] * (images - found.images) + one["prepare"] * found.missing,
-            "steps": one["first_step"] + steps * one["step"] * scale + read_again * one["read"],
-            "validations": times * one["validation"] * scale,
-            "checkpoints": saved * one["checkpoint"],
-            "end": one["end"] + one["reference"] * (looked_at - found.reference_images),
-        }
-        return {**parts, "total": sum(parts.values())}
-
-    seconds = spent("wall")
-    base, steps_peak = found.memory["before"], found.memory["steps"]
-    an_image = (steps_peak - base) / batch
-    cached = _cache(config, found, train, held_out)
-    peak = int(max(base + an_image * config.batch_size, found.memory["end"]) + cached)
-    kept = min(KEPT_CHECKPOINTS + 1, saved + 1) if saved else 0
-    disk = {
-        "store": int(found.bytes["image"] * found.missing),
-        "checkpoints": int(kept * found.bytes["checkpoint"]),
-        "run": int(found.bytes["run"] + found.bytes["history"] * steps),
-    }
+    often = _counted(config, found, batch, train, held_out)
+    seconds, cpu_seconds = (_spent(found.clocks[clock], often) for clock in ("wall", "cpu"))
+    memory = memory_of(config, found, batch, train, held_out)
+    disk = disk_of(config, found)
     needed = {
-        "memory": peak + config.workers * (found.memory["worker"] + cached),
+        "memory": memory.total(config.batch_size),
         "disk": disk["checkpoints"] + disk["run"],
         "store": disk["store"],
     }
-    model = {"base": base + cached, "image": an_image, "free": available["memory"] * ROOM}
-    hints = suggestions(config, **model)
+    hints = suggestions(config, memory, batch, available["memory"] * ROOM)
     return {
         "schema_version": 1,
         "command": "plan",
         "config_hash": config.hash,
         "input_shape": list(config.views.shape),
         "batch_size": config.batch_size,
-        "steps": steps,
+        "steps": config.max_steps,
         "measured_steps": found.steps,
         "measured_batch_size": batch,
-        "seconds_per_step": found.clocks["wall"]["step"] * scale,
+        "seconds_per_step": found.clocks["wall"]["step"] * config.batch_size / batch,
         "seconds": seconds,
-        "cpu_seconds": spent("cpu"),
+        "cpu_seconds": cpu_seconds,
         "hours": seconds["total"] / 3600,
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": memory.peak(config.batch_size),
         "memory_bytes": needed["memory"],
         "disk_bytes": {**disk, "total": sum(disk.values())},
         "available": available,
         "suggestions": hints,
-        "refusals": refusals(needed, available, hints),
+        "refusals": refusals(needed, available, hints, failed=config.batch_size if batch < config.batch_size else None),
     }
+
+
+def _counted(
+    config: PretrainConfig, found: Measured, batch: int, train: list[Record], held_out: list[Record]
+) -> dict[str, float]:
+    """How often the run does each thing that the short one timed."""
+    encoded = validation_images(config, train, held_out) / max(1, found.validation_images)
+    looked_at = reference_images(train, held_out) if found.reference_images else 0
+    return {
+        "check": len(train) + len(held_out) - found.images,
+        "prepare": found.missing,
+        "step": config.max_steps * config.batch_size / batch,
+        "read": _read_anew(config, found, len(train)),
+        "validation": validations(config, held_out) * encoded,
+        "checkpoint": checkpoints(config),
+        "reference": looked_at - found.reference_images,
+    }
+
+
+def _spent(one: dict[str, float], often: dict[str, float]) -> dict[str, float]:
+    """Seconds of each part of the run, and in total, on the clock that took `one` of each thing."""
+    taken = {name: one[name] * count for name, count in often.items()}
+    parts = {
+        "start": one["start"] + taken["check"] + taken["prepare"],
+        "steps": one["first_step"] + taken["step"] + taken["read"],
+        "validations": taken["validation"],
+        "checkpoints": taken["checkpoint"],
+        "end": one["end"] + taken["reference"],
+    }
+    return {**parts, "total": sum(parts.values())}
 
 
 def _read_anew(config: PretrainConfig, found: Measured, images: int) -> float:
@@ -188,30 +227,62 @@ def _read_anew(config: PretrainConfig, found: Measured, images: int) -> float:
     return min(drawn, images) * held + drawn * (1 - held)
 
 
-def _cache(config: PretrainConfig, found: Measured, train: list[Record], held_out: list[Record]) -> int:
-    """Bytes of images that the run will keep in RAM beyond those that the short one kept."""
+def memory_of(
+    config: PretrainConfig, found: Measured, batch: int, train: list[Record], held_out: list[Record]
+) -> Memory:
+    """What the run will take: the figures of the short one, and the images that it will keep beyond those it kept.
+
+    Args:
+        config: the run.
+        found: of the short run.
+        batch: its batch size.
+        train: images to train on.
+        held_out: images to measure on.
+    """
+    base, image = found.memory["before"], (found.memory["steps"] - found.memory["before"]) / batch
+    if found.device == "cuda":  # images and loading processes are in RAM
+        return Memory(base, image, 0.0, found.memory["end"])
     each = found.bytes["in_memory"]
-    touched = min(len(train), config.max_steps * config.batch_size), min(len(held_out), HELD_OUT_BATCHES * 64)
-    full = [min(CACHE_BYTES, int(count * each)) for count in touched]
-    return max(0, (0 if config.workers else full[0]) + full[1] - int(found.bytes["cached"]))
+    kept = max(0.0, cached_bytes(config, each, train, held_out) - found.bytes["cached"])
+    worker_kept = max(0.0, worker_cached_bytes(config, each, train) - found.bytes["worker_cached"])
+    workers = config.workers * (found.memory["worker"] + worker_kept)
+    return Memory(base + kept, image, workers, found.memory["end"] + kept)
 
 
-def suggestions(config: PretrainConfig, *, base: float, image: float, free: float) -> dict[str, Any]:
+def disk_of(config: PretrainConfig, found: Measured) -> dict[str, int]:
+    """Bytes that the run will write into the `store`, as `checkpoints` and as the rest of the `run`.
+
+    Args:
+        config: the run.
+        found: of the short run.
+    """
+    kept = min(KEPT + 1, checkpoints(config))  # one more while it is written
+    return {
+        "store": int(found.bytes["image"] * found.missing),
+        "checkpoints": int(kept * found.bytes["checkpoint"]),
+        "run": int(found.bytes["run"] + found.bytes["history"] * config.max_steps),
+    }
+
+
+def suggestions(config: PretrainConfig, memory: Memory, measured: int, free: float) -> dict[str, Any]:
     """The largest batch, and the largest views at this batch, that fit by the figures of an image.
 
     Args:
         config: the run.
-        base: bytes that do not depend on batch and views.
-        image: bytes that each image of a batch adds.
+        memory: that it takes.
+        measured: the batch size that could be run; twice of it could not where it is not the wanted one.
         free: bytes that a plan may fill.
 
     Returns:
         `batch_size`, None where not even two fit, and `views`, None where the coarsest map would have fewer than two
-        cells a side.
+        cells a side; both None where it is the run's end that does not fit, which neither changes.
     """
-    most = config.batch_size * FURTHEST
-    batch = min(most, int((free - base) / image)) if image > 0 else most
-    voxels = min(FURTHEST, (free - base) / max(1.0, image * config.batch_size))
+    room = free - memory.base - memory.workers
+    if memory.total(config.batch_size) > free and room >= memory.image * config.batch_size:
+        return {"batch_size": None, "views": None}
+    most = config.batch_size * FURTHEST if measured == config.batch_size else 2 * measured - 1
+    batch = min(most, int(room / memory.image)) if memory.image > 0 else most
+    voxels = min(most / config.batch_size, room / max(1.0, memory.image * config.batch_size))
     stride = coarsest_stride(config.encoder, config.spatial_dims)
     factor = max(0.0, voxels) ** (1 / config.spatial_dims)
     sides = [int(n * factor / stride) * stride for n in config.views.shape]
@@ -221,15 +292,27 @@ def suggestions(config: PretrainConfig, *, base: float, image: float, free: floa
     }
 
 
-def refusals(needed: dict[str, int], there: dict[str, int], hints: dict[str, Any]) -> list[str]:
-    """A sentence for each thing of which there is not enough: what is needed, what is there, what to change."""
-    sentences = []
-    if needed["memory"] > there["memory"] * ROOM:
+def refusals(
+    needed: dict[str, int], there: dict[str, int], hints: dict[str, Any], *, failed: int | None = None
+) -> list[str]:
+    """A sentence for each thing of which there is not enough: what is needed, what is there, what to change.
+
+    Args:
+        needed: bytes, by what.
+        there: bytes free, by what.
+        hints: see `suggestions`.
+        failed: the wanted batch size, where it was tried and memory did not suffice.
+    """
+    sentences, too_much = [], needed["memory"] > there["memory"] * ROOM
+    if too_much or failed:
         ways = [f"--set batch_size={hints['batch_size']}"] if hints["batch_size"] else []
         ways += [f"--set views.shape={hints['views']}".replace(" ", "")] if hints["views"] else []
         change = f"{' or '.join(ways)} would fit" if ways else "no batch or view would fit; take a smaller encoder"
+        lacking = (
+            f"the run needs about {_gib(needed['memory'])}" if too_much else f"a batch of {failed} could not be run"
+        )
         sentences.append(
-            f"memory: the run needs about {_gib(needed['memory'])}, and {_gib(there['memory'])} are free here; "
+            f"memory: {lacking}, and {_gib(there['memory'])} are free here; "
             f"{change} (--set encode_in_chunks_of=N needs less too, where nothing normalises over the batch)."
         )
     for name, place, change in (
@@ -256,10 +339,6 @@ def check(found: dict[str, Any]) -> None:
     """
     if found["refusals"]:
         raise UserError(cast(str, found["refusals"][0]))
-
-
-def _subjects(records: list[Record]) -> int:
-    return len({record.subject for record in records})
 
 
 def _gib(count: float) -> str:

@@ -22,10 +22,11 @@ from medim.deployment.guard import REFERENCE
 from medim.models.saved import load_encoder
 from medim.training.cohort import Cohort, open_cohort
 from medim.training.delivery import tracking_uri
-from medim.training.machine import children_memory, held
+from medim.training.machine import children_memory, held, max_memory_allocated, memory_allocated, uses_cuda
 from medim.training.pretrain import pretrain
 from medim.training.reference import rows_of_records
 from medim.training.tracking import check_target
+from medim.training.workload import cached_bytes, reference_images, validation_images, worker_cached_bytes
 from medim.types import UsageError
 
 MOST_STEPS, FEWEST_STEPS, ENOUGH_SECONDS = 60, 5, 20.0
@@ -44,19 +45,23 @@ class Measured:
         images: it was given.
         missing: images of the whole index that the store does not hold.
         reference_images: those whose statistics were written at its end.
+        validation_images: views that each of its validations encoded.
+        device: kind of the device it ran on, whose memory is told.
         clocks: by `wall` and `cpu`, seconds of `start`, `first_step` (beyond a later one), `step`, `validation`,
             `checkpoint`, `end`; and of one image `check` (is it in the store), `prepare` (bring it there), `read` (from
             there, beyond reading from RAM), `reference`.
         memory: bytes of the process `before` its first step, at its peak until the `steps` were done and until its
-            `end`; and of a `worker`.
-        bytes: of an `image` in the store and `in_memory`, of what was `cached`, of a `checkpoint`, a step's rows of the
-            `history`, and the rest of the `run`.
+            `end`; and of a `worker`, always in RAM.
+        bytes: of an `image` in the store and `in_memory`, of what was `cached` and what each worker did
+            (`worker_cached`), of a `checkpoint`, a step's rows of the `history`, and the rest of the `run`.
     """
 
     steps: int
     images: int
     missing: int
     reference_images: int
+    validation_images: int
+    device: str
     clocks: dict[str, dict[str, float]]
     memory: dict[str, int]
     bytes: dict[str, float]
@@ -76,10 +81,12 @@ class Stopwatch(pl.Callback):
         self.validations: list[Moment] = []
         self.saving: Moment = (0.0, 0.0)
         self.before = self.peak = self.workers = self.after = 0
+        self.device = torch.device("cpu")
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """The first batch is yet to be loaded."""
-        self.began, self.before = now(), held("VmRSS")
+        self.device = trainer.strategy.root_device
+        self.began, self.before = now(), memory_allocated(self.device)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
@@ -101,10 +108,10 @@ class Stopwatch(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Save a checkpoint, and start the clock of the run's end."""
+        self.peak = max_memory_allocated(self.device)  # of steps: what saving takes does not grow with the batch
         began = now()
         trainer.save_checkpoint(self._checkpoint)
         self.saving = since(began)
-        self.peak = peak()
         self.after, self.done = len(self.validations), now()
 
 
@@ -142,7 +149,8 @@ def measure(
     if there:
         check_target()  # the run's own data base is made already
     try:
-        _limit(free)
+        if not uses_cuda(accelerator):
+            _limit(free)
         return _measure(config, small, index, out, split_seed, accelerator, store)
     except (RuntimeError, UsageError) as error:  # as it is, or as what `rehearse` makes of it
         if "allocate memory" in str(error) or "out of memory" in str(error):
@@ -162,7 +170,7 @@ def _measure(
     given: dict[str, Any] = {"split_seed": split_seed, "accelerator": accelerator, "store": store}
     began = now()
     pretrain(few, small, out / "run", callbacks=[watch], **given)
-    end, end_peak = since(watch.done), peak()
+    end, end_peak = since(watch.done), max_memory_allocated(watch.device)
     steps = len(watch.ends)
     first = _minus(watch.ends[0], watch.began)
     warm = min(WARM_UP, steps - 1)
@@ -175,7 +183,7 @@ def _measure(
         "step": step,
         "validation": validation,
         "checkpoint": watch.saving,
-        "end": _minus(end, _sum(watch.validations[watch.after :])),
+        "end": _minus(end, _sum([*watch.validations[watch.after :], watch.saving])),  # the run saves its last step, too
         "check": check,
         "prepare": prepare,
         "read": _read(config, cohort),
@@ -190,8 +198,10 @@ def _measure(
         "end": end_peak,
         "worker": watch.workers // max(1, config.workers),
     }
-    sizes = _sizes(config, cohort, out, steps)
-    return Measured(steps, len(small.records), missing, looked_at, clocks, memory, sizes)
+    sizes = _sizes(config.model_copy(update={"max_steps": steps}), cohort, out)
+    validated = validation_images(config, cohort.records("train"), cohort.records("val"))
+    found = (steps, len(small.records), missing, looked_at, validated, watch.device.type)
+    return Measured(*found, clocks, memory, sizes)
 
 
 def _prepare(config: PretrainConfig, small: Index, index: Index, folder: Path) -> tuple[Moment, int]:
@@ -243,32 +253,25 @@ def _reference(config: PretrainConfig, cohort: Cohort, encoder: Path) -> tuple[M
     network: Any = load_encoder(encoder)
     began = now()
     few = list(rows_of_records(network, cohort, records[:FEW_IMAGES], network.spec))
-    return _each(since(began), len(few)), len(records) + len(cohort.records("val"))
+    return _each(since(began), len(few)), reference_images(records, cohort.records("val"))
 
 
-def _sizes(config: PretrainConfig, cohort: Cohort, out: Path, steps: int) -> dict[str, float]:
+def _sizes(config: PretrainConfig, cohort: Cohort, out: Path) -> dict[str, float]:
     keys = list(cohort.keys.values())
     files = [path for key in keys for path in (cohort.store.folder / key[:2]).glob(f"{key}*.b2nd")]
-    entries = [cohort.store.entry(key).nbytes for key in keys]
-    kept = cohort.records("val") if config.workers else (*cohort.records("train"), *cohort.records("val"))
-    each = sum(entries) / len(entries)
+    each = sum(cohort.store.entry(key).nbytes for key in keys) / len(keys)
+    train, held_out = cohort.records("train"), cohort.records("val")
     run = [path for path in (out / "run").rglob("*") if path.is_file() and "checkpoints" not in path.parts]
     history = (out / "run" / "history.csv").stat().st_size
     return {
         "image": sum(path.stat().st_size for path in files) / len(keys),
         "in_memory": each,
-        "cached": each * len(kept),
+        "cached": cached_bytes(config, each, train, held_out),
+        "worker_cached": worker_cached_bytes(config, each, train),
         "checkpoint": (out / "timed.ckpt").stat().st_size,
-        "history": history / steps,
+        "history": history / config.max_steps,
         "run": sum(path.stat().st_size for path in run) - history,
     }
-
-
-def peak() -> int:
-    """Bytes at most so far: of the device where one is used (not run), else of this process alone."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return held("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def now() -> Moment:

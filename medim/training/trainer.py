@@ -171,11 +171,8 @@ def fit(
 
 def peak_memory() -> int:
     """Bytes: the device's peak where one was used, else the process's."""
-    return (
-        torch.cuda.max_memory_allocated()
-        if torch.cuda.is_available()
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+    on_gpu = int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0  # not run
+    return on_gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def versions() -> dict[str, str]:
