@@ -143,8 +143,10 @@ class FinetuneConfig(RunConfig):
     head_init: Literal["random", "probe"] = Field(
         "random", description="probe: start the head as a linear probe of the features it sees"
     )
-    measure_at: tuple[PositiveInt, ...] = Field(
-        (), description="steps after which the validation split is measured on the way; nothing is chosen by it"
+    measure_at: tuple[PositiveInt, ...] | None = Field(
+        None,
+        description="steps after which the validation split is measured on the way, and nothing is chosen by it; null: "
+        "none, or what `medim study` finds that it can afford",
     )
     inference: Section = Field(
         default_factory=lambda: {"mode": "whole"}, description="how a whole image is run; travels with the model"

@@ -7,12 +7,15 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from medim.files import read_json, write_json
 from medim.study.cells import Bench, score_of
 from medim.study.choice import best
 from medim.study.design import Cell
 
 log = logging.getLogger(__name__)
+CHOICE = "chosen.json"
 
 
 @dataclass
@@ -38,7 +41,7 @@ class Agenda:
     stopped: bool = False
 
     def __post_init__(self) -> None:
-        self._left = [cell for cell in self.cells if not self.bench.done(cell)]
+        self._left = [cell for cell in self.cells if not self.bench.done(cell) and not self._settled(cell)]
         self._running: list[Cell] = []
         self._again: list[Cell] = []  # their process died; tried once more, alone
 
@@ -90,13 +93,25 @@ class Agenda:
         log.warning("%s: %s; it is tried once more, alone", cell, reason)
 
     def multiple(self, cell: Cell) -> float:
-        """Of the preset's learning rate: a selection run's own, else what was chosen for arm and budget."""
+        """Of the preset's learning rate: a selection run's own, else what was chosen for arm and budget, for good."""
         if cell.multiple is not None:
             return cell.multiple
         trials = self.trials(cell)
         if not trials:
             return 1.0
-        return best({m: None if t in self.failed else score_of(self.bench, t) for m, t in trials.items()})
+        if not (file := self._choice(cell)).is_file():
+            scores = {m: score_of(self.bench, t) if self.bench.done(t) else None for m, t in trials.items()}
+            write_json(file, {"schema_version": 1, "multiple": best(scores)})
+        return float(read_json(file)["multiple"])
+
+    def _choice(self, cell: Cell) -> Path:
+        """Where it stands what was chosen for a cell's arm and budget."""
+        assert cell.budget is not None
+        return self.bench.out / "selection" / cell.arm.name / cell.budget.name / CHOICE
+
+    def _settled(self, cell: Cell) -> bool:
+        """Whether a selection run would choose nothing any more: it failed, and the others have chosen."""
+        return cell.kind == "selection" and self._choice(cell).is_file()
 
     def trials(self, cell: Cell) -> dict[float, Cell]:
         """The selection runs of a cell's arm and budget, by multiple."""

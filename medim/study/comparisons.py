@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -90,12 +91,21 @@ def _saved(pairs: Pairs, found: list[Comparison], results: Results) -> dict[tupl
     for arm in dict.fromkeys(one.arm for one in found):
         own = [one for one in found if one.arm == arm]
         ours, scratch = zip(*(pairs[arm, one.budget] for one in own), strict=True)
-        if len(own) < 2 or len({len(scores.values) for scores in (*ours, *scratch)}) > 1:
-            continue  # a stopped study may have other seeds at each budget
+        if len(own) < 2 or not _alike(results, arm, [one.budget for one in own]):
+            continue
         budgets = [float(results.labelled[one.budget]) for one in own]
         for one, saved in zip(own, labels_saved(budgets, ours, scratch), strict=True):
             rows[arm, one.budget] = _worth(saved, one)
     return rows
+
+
+def _alike(results: Results, arm: str, budgets: list[str]) -> bool:
+    """Whether all budgets have the same seeds and subsets (all labels are one subset); a stopped study may not."""
+    planned = Counter(key.rpartition("/")[0] for key in results.summary["counts"]["labels"])
+    runs = {budget: results.pairs(arm, budget) for budget in budgets}
+    seeds = {frozenset(s for s, _ in pairs) for pairs in runs.values()}
+    subsets = {frozenset(t for _, t in pairs) for budget, pairs in runs.items() if planned[budget] > 1}
+    return len(seeds) == 1 and len(subsets) <= 1
 
 
 def _worth(saved: LabelsSaved, one: Comparison) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def prepare(
     grid = tuple(MULTIPLES if options.multiples is None else options.multiples)
     chosen = frozenset((arm.name, b.name) for arm in arms for b in ordered if len(grid) > 1 and b.name not in fixed)
     seeds = options.seeds, options.split_seed
-    design = Design(task, arms, ordered, *seeds, grid, chosen, config.measure_at, options.probe_seeds)
+    design = Design(task, arms, ordered, *seeds, grid, chosen, config.measure_at or (), options.probe_seeds)
     bench = Bench(out, design, config, cohort, subsets, None, options.accelerator, options.keep_models)
     log.info("timing a few steps and images on this machine")
     costs = measure(bench, options.jobs)
@@ -155,7 +155,7 @@ def _settled(bench: Bench, costs: Costs) -> Bench:
         "learning_rates": list(design.multiples),
         "index_hash": bench.cohort.index.hash,
         "config_hash": bench.config.hash,
-        "measure_at": list(design.measure_at or on_the_way(bench, costs)),
+        "measure_at": list(on_the_way(bench, costs) if bench.config.measure_at is None else design.measure_at),
     }
     if file.is_file():
         known = read_json(file)

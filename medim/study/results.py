@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,9 +102,13 @@ class Results:
         rows = dict.fromkeys(s for s, _ in chosen)
         return [[self.statistic(metric, Run(arm, budget, s, t, step)) for r, t in chosen if r == s] for s in rows]
 
+    def pairs(self, arm: str, budget: str, other: str = SCRATCH) -> list[tuple[int, int]]:
+        """Pretraining and subset seeds of the largest whole grid of runs that both arms have."""
+        return largest([pair for pair in self.seeds(arm, budget) if pair in self.seeds(other, budget)])
+
     def paired(self, metric: str, arm: str, budget: str, other: str = SCRATCH) -> tuple[Grid, Grid]:
         """The grids of two arms over the largest whole grid of runs that both have; empty where there is none."""
-        both = largest([pair for pair in self.seeds(arm, budget) if pair in self.seeds(other, budget)])
+        both = self.pairs(arm, budget, other)
         if not both:
             return [], []
         return self.grid(metric, arm, budget, seeds=both), self.grid(metric, other, budget, seeds=both)
@@ -176,10 +180,10 @@ def largest(seeds: Seeds) -> list[tuple[int, int]]:
     """The largest whole grid of pretraining seeds by subset seeds in a study that may have been stopped."""
     have = set(seeds)
     found: list[tuple[int, int]] = []
-    for count in range(1, len({t for _, t in have}) + 1):
-        columns = sorted({t for _, t in have})[:count]
+    subsets = sorted({t for _, t in have})
+    for columns in (some for count in range(1, len(subsets) + 1) for some in combinations(subsets, count)):
         rows = [s for s in sorted({s for s, _ in have}) if all((s, t) in have for t in columns)]
-        if len(rows) * count > len(found):
+        if len(rows) * len(columns) > len(found):
             found = [(s, t) for s in rows for t in columns]
     return found
 

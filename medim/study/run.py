@@ -92,14 +92,19 @@ def _parameters(bench: Bench) -> dict[str, Any]:
 
 def _hours(out: Path) -> float:
     """Of the calls before this one."""
-    return float(read_json(out / "summary.json")["wall_hours"]) if (out / "summary.json").is_file() else 0.0
+    if not (out / "summary.json").is_file():
+        return 0.0
+    found = read_json(out / "summary.json")
+    if found.get("command") != "study":
+        raise UserError(f"{out}: --resume expected a study, got {found.get('command')}. Choose another --out.")
+    return float(found["wall_hours"])
 
 
 def _repeat(command: Sequence[str], bench: Bench) -> str:
     """The command that does it all again: with the steps that were timed here, and no identity in its paths."""
     scrub = Scrubber(tokens(bench.cohort.index.hidden))
     words = ["/".join(scrub.part(part) for part in word.split("/")) for word in command]
-    pinned = [] if bench.config.measure_at else ["--set", f"measure_at={list(bench.design.measure_at)}"]
+    pinned = [] if bench.config.measure_at is not None else ["--set", f"measure_at={list(bench.design.measure_at)}"]
     return shlex.join([*words, *pinned]) if words else ""
 
 

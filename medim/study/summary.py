@@ -35,7 +35,7 @@ def write_summary(out: Path, agenda: Agenda, facts: dict[str, Any]) -> dict[str,
         "schema_version": SCHEMA_VERSION,
         "command": "study",
         "task": design.task,
-        "complete": len(done) == len(cells),
+        "complete": not agenda.left and all(bench.done(cell) for cell in cells if cell.kind != "selection"),
         "metric": METRIC[design.task],
         "budgets": {budget.name: len(bench.subsets[budget, 0]) for budget in design.budgets},
         "seeds": design.seeds,
@@ -75,7 +75,7 @@ def _learning_rates(agenda: Agenda) -> dict[str, dict[str, Any]]:
                 continue
             assert cell.budget is not None
             trials = agenda.trials(cell)
-            open_ = any(not bench.done(t) and t not in agenda.failed for t in trials.values())
+            open_ = any(trial in agenda.left for trial in trials.values())
             multiple = None if open_ else agenda.multiple(cell)
             scores = {f"{m:g}": score_of(bench, t) if bench.done(t) else None for m, t in trials.items()}
             rows[cell.budget.name] = {

@@ -185,7 +185,7 @@ def finetune(
         _start_head(config, cohort, train, model, spec, seed)
     module = FinetuneModule(model, config, pretrained)
     with track("finetune", config, out, seed=seed, index_hash=index.hash, parent=parent_run) as logger:
-        on_the_way = MeasureOnTheWay(config.measure_at, out, index, val, spec)
+        on_the_way = MeasureOnTheWay(config.measure_at or (), out, index, val, spec)
         options: dict[str, Any] = {"accelerator": accelerator, "validate": False, "clip": config.gradient_clip}
         trainer = make_trainer(config, out, logger=False, callbacks=[on_the_way], **options)
         loader = loader_of(config, cohort, train, spec["classes"], steps=config.max_steps, seed=seed, start=start)

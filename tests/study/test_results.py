@@ -80,6 +80,9 @@ def test_curves_have_the_steps_that_every_run_was_measured_at(tmp_path: Path) ->
 def test_a_stopped_study_gives_the_largest_grid_that_both_arms_have(tmp_path: Path) -> None:
     assert largest([(0, 0), (1, 0), (2, 0), (0, 1)]) == [(0, 0), (1, 0), (2, 0)]
     assert largest([(0, 0), (1, 0), (0, 1), (1, 1), (2, 0)]) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert largest([(0, 0), (0, 1), (1, 1), (2, 1), (0, 2), (1, 2), (2, 2)]) == [
+        (s, t) for s in range(3) for t in (1, 2)
+    ]
     assert largest([]) == []
     results = open_results(write(tmp_path, GRID[:-1]))
     assert [len(row) for row in results.paired("dice", "dim", "10")[0]] == [1, 1]

@@ -178,6 +178,26 @@ def test_a_cell_that_fails_is_told_and_the_others_are_kept(
     assert summary["cells"]["failed"][0]["cell"] == "dim, 4 labels, encoder 0, subset 0"
 
 
+def test_a_rate_that_could_not_be_tried_is_not_chosen_and_not_tried_again(
+    small: Study, schedule: FinetuneConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*given: Any, **options: Any) -> dict[str, Any]:
+        if given[0].lr > 2 * schedule.lr:
+            raise UserError("it diverged")
+        return finetune(*given, **options)
+
+    monkeypatch.setattr(cells, "finetune", failing)
+    options: dict[str, Any] = {"budgets": (Budget(labelled=20),), "multiples": (1.0, 3.0)}
+    summary = small(**options)
+    assert summary["complete"], "what was chosen from is no result"
+    assert {cell["reason"] for cell in summary["cells"]["failed"]} == {"it diverged"}
+    assert summary["learning_rates"]["dim"]["20"]["multiple"] == 1
+    monkeypatch.setattr(cells, "finetune", finetune)
+    again = small(**options, resume=True)
+    assert again["learning_rates"] == summary["learning_rates"]
+    assert again["cells"]["done"] == summary["cells"]["done"]
+
+
 def test_each_cell_is_a_child_of_the_study_in_mlflow(small: Study, tmp_path: Path) -> None:
     small()
     client = MlflowClient()

@@ -20,7 +20,7 @@ def verdict(study: Opened) -> Section:
     if best is None:
         text = "Nothing can be compared yet. Go on with medim study --resume."
         return Section("verdict", "What pretraining is worth", Banner("bad", "No result", _whole(study) + text))
-    doubts = [_whole(study), _seen_text(study), alarm(study)]
+    doubts = [_whole(study), _harm(study, best), _seen_text(study), _chosen_text(study), alarm(study)]
     state: Any = {"benefit": "good", "harm": "bad"}.get(best["verdict"], "care")
     if state == "good" and any(doubts):
         state = "care"
@@ -68,7 +68,7 @@ def sentence(row: Row) -> str:
 def counts(study: Opened) -> Section:
     """What each encoder has seen, what lies on both sides, and whether the study is whole."""
     cells, overlap = study.summary["cells"], study.summary["overlap"]
-    doubts = _seen_text(study) + alarm(study)
+    doubts = _seen_text(study) + _chosen_text(study) + alarm(study)
     clean = study.whole and not doubts and not overlap["images"]
     rows = [
         (
@@ -117,6 +117,21 @@ def _whole(study: Opened) -> str:
         return ""
     failed = f", {len(cells['failed'])} failed" if cells["failed"] else ""
     return f"This study is not complete: {cells['done']:,} of {cells['all']:,} cells are done{failed}. "
+
+
+def _harm(study: Opened, best: Row) -> str:
+    """Where else harm is shown, which a headline of the best must not hide."""
+    kind = [row for row in study.rows if study.protocol(row["arm"]) == study.protocol(best["arm"])]
+    others = [row for row in kind if row["verdict"] == "harm" and row != best]
+    found = ", ".join(f"{row['arm']} with {many(row['labelled'], 'label')}" for row in others)
+    return f"Harm is shown by: {found}. " if found else ""
+
+
+def _chosen_text(study: Opened) -> str:
+    """Labels that no budget paid for."""
+    chosen = study.summary.get("chosen_with_labels", {})
+    found = ", ".join(f"{arm} ({count:,})" for arm, count in chosen.items() if count)
+    return f"Labels beside the budgets chose the pretraining step of: {found}. " if found else ""
 
 
 def _seen_text(study: Opened) -> str:

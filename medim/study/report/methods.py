@@ -74,8 +74,8 @@ def paragraph(study: Opened, facts: dict[str, str | None]) -> str:
         "{task_told}. Of {found} files or series {rejected} were refused, and {unlabelled} carried nothing that the "
         "task learns from. The rest was split by subject: {train_images} images of {train_subjects} subjects to learn "
         "from, {val_images} of {val_subjects} to measure on; {overlap_images} had the same pixels on both sides.",
-        "Every arm trains the same network ({network}) by the same schedule ({schedule}) after the same preprocessing "
-        "({preprocessing}); only the first weights differ: fresh ones, or those of {arms_told}.",
+        "Every arm has the same network ({network}) after the same preprocessing ({preprocessing}), and the first "
+        "weights are fresh ones, or those of {arms_told}. {followed}",
         "Label budgets: {budgets_told}. Learning rate: {rates}. {chosen}",
         "Measured: {metrics}. Reported: {statistics}. {runs} runs were measured, with medim {medim}.",
     ]
@@ -121,12 +121,16 @@ def facts_of(study: Opened) -> dict[str, str | None]:
         "budgets_told": _budgets(summary),
         "rates": _rates(summary),
         "chosen": _chosen(summary),
+        "repeated": _repeated(summary),
         "metrics": "; ".join(map(metric_name, metrics)),
         "statistics": STATISTICS if study.rows else None,
         "groups": columns(study),
         "interpretation": sentence(study.best) if study.best else None,
-        "kept_models": "Weights of each arm's first run with the most labels are in cells/" if runs else None,
-        **_trained(config),
+        "kept_models": "Weights of the first run of each trained arm, with the most labels, are in cells/"
+        if runs
+        else None,
+        **(trained := _trained(config)),
+        "followed": f"Fine-tuned arms follow one schedule ({trained.get('schedule', NOT_REPORTED)}).{_frozen(summary)}",
     }
     return {name: None if value in (None, "") else told(value) for name, value in found.items()}
 
@@ -142,8 +146,15 @@ def _trained(config: dict[str, Any]) -> dict[str, str | None]:
         "preprocessing": "; ".join(_step(step) for step in config["preprocessing"]) or "none",
         "schedule": f"{short(config['max_steps'])} steps of {many(config['batch_size'], 'image')}, "
         f"{config['optimiser']}, peak rate {config['lr']:g} before any choice, {config['schedule']}{drops}, "
-        f"warm-up {config['warmup_steps']} steps, weight decay {config['weight_decay']:g}",
+        f"warm-up {config['warmup_steps']} steps, weight decay {config['weight_decay']:g}{_pretrained(config)}",
     }
+
+
+def _pretrained(config: dict[str, Any]) -> str:
+    """What a schedule asks of pretrained parts and of the head."""
+    scale = config.get("pretrained_lr_scale", 1.0)
+    slower = f", what came pretrained at {scale:g} of the rate" if scale != 1 else ""
+    return slower + (", the head of every arm started as a linear probe" if config.get("head_init") == "probe" else "")
 
 
 def _step(step: dict[str, Any]) -> str:
@@ -158,9 +169,25 @@ def _arm(arm: dict[str, Any]) -> str:
 
 def _budgets(summary: dict[str, Any]) -> str:
     sizes = ", ".join(f"{count:,}" for count in summary["budgets"].values())
-    fewer = summary.get("probe_seeds")
-    frozen = f", {fewer:,} for frozen arms" if fewer else ""
+    fewer = min(summary.get("probe_seeds") or summary["seeds"], summary["seeds"])
+    frozen = f", {fewer:,} for frozen arms" if fewer < summary["seeds"] and _frozen(summary) else ""
     return f"{sizes} images in whole subjects, nested, {many(summary['seeds'], 'draw')} each{frozen}"
+
+
+def _frozen(summary: dict[str, Any]) -> str:
+    """How frozen arms learn; empty where there are none."""
+    if all(arm["protocol"] != "frozen" for arm in summary["arms"]):
+        return ""
+    by = "a decoder and head, by the same schedule" if summary["task"] == "segmentation" else "a logistic regression"
+    return f" Frozen arms keep the encoder and train {by}."
+
+
+def _repeated(summary: dict[str, Any]) -> str | None:
+    """How often an arm was repeated; None where none was."""
+    runs = max((len(arm["encoders"]) for arm in summary["arms"]), default=0)
+    if max(runs, summary["seeds"]) < 2:
+        return None
+    return f"{many(summary['seeds'], 'label subset')} a budget and up to {many(runs, 'pretraining run')} an arm"
 
 
 def _chosen(summary: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from medim.evaluation.report.page import Banner, Section, Table, cell, lower_is_better, many, metric_name, told
 from medim.study.design import PIXELS, SCRATCH, UNTRAINED
 from medim.study.report.opened import Opened, title_of
@@ -21,7 +23,8 @@ def outcome(study: Opened) -> Section:
     note = (
         "95 % intervals over pretraining seeds, label subsets and subjects, as far as each was drawn more than once. "
         "Differences are paired by seed, subset and subject. Holm's p-value is corrected for all comparisons of "
-        "fine-tuned arms, or of frozen ones. "
+        "fine-tuned arms, or of frozen ones. An arm with fewer encoders or subsets is held against those runs of from "
+        "scratch that it shares, so its difference need not be that of the two values. "
         "Frozen arms train a probe or a decoder on the encoder as it is; untrained and pixels are anchors."
     )
     return Section(
@@ -82,13 +85,29 @@ def _others(study: Opened) -> list[Table]:
     largest = list(study.budgets)[-1]
     arms = [arm for arm in study.arms if _there(study, arm, largest)]
     rows = [
-        (title_of(arm), metric_name(metric), cell(value(study.interval(metric, arm, largest))), better)
+        (
+            title_of(arm),
+            metric_name(metric),
+            cell(value(study.interval(metric, arm, largest)) + _defined(study, metric, arm, largest)),
+            better,
+        )
         for metric in study.results.metrics
         for better in ["lower" if lower_is_better(metric) else "higher"]
         for arm in arms
     ]
     caption = f"All metrics with {many(study.budgets[largest], 'label')}"
-    return [Table(caption, ("Arm", "Metric", "Value", "Better"), rows, wide=True)]
+    partial = any("\ncases" in row[2] for row in rows)
+    note = "A distance leaves out the cases in which truth or prediction lacks the class: read it beside Dice. "
+    return [Table(caption, ("Arm", "Metric", "Value", "Better"), rows, note if partial else "", wide=True)]
+
+
+def _defined(study: Opened, metric: str, arm: str, budget: str) -> str:
+    """On how many cases a metric stands that is not defined for all."""
+    assert study.results is not None
+    runs = study.results.values.items()
+    columns = [own[metric] for run, own in runs if run[:2] == (arm, budget) and run.step is None and metric in own]
+    known, total = sum(int(np.isfinite(c).sum()) for c in columns), sum(map(len, columns))
+    return f"\ncases: {known:,} of {total:,}" if known < total else ""
 
 
 def _rates(study: Opened) -> list[Table]:

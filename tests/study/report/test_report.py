@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 from medim.cli import app
 from medim.files import read_json, write_json
+from medim.study.comparisons import comparisons
 from medim.study.report import is_study, report
 from medim.study.report.methods import checklists
 from medim.types import UserError
@@ -80,6 +83,33 @@ def test_a_planted_null_is_no_evidence_of_a_benefit(study_of: Study) -> None:
     state, headline, text = banner(report(study_of(0.0)).read_text(), "verdict")
     assert (state, headline) == ("care", "No evidence of a benefit")
     assert text.startswith("No evidence of a benefit with ")
+
+
+def test_harm_at_another_budget_and_labels_that_no_budget_paid_make_a_benefit_doubtful(study_of: Study) -> None:
+    folder = study_of(0.1)
+    assert banner(report(folder).read_text(), "verdict")[0] == "good"
+    change(folder, chosen_with_labels={"dim": 60})
+    state, _, text = banner(report(folder).read_text(), "verdict")
+    assert state == "care"
+    assert "Labels beside the budgets chose the pretraining step of: dim (60)" in text
+    found = read_json(folder / "summary.json")["comparisons"]
+    found["rows"][-1]["verdict"] = "harm"
+    change(folder, chosen_with_labels={}, comparisons=found)
+    state, _, text = banner(report(folder).read_text(), "verdict")
+    assert (state, "Harm is shown by: dim with 80 labels." in text) == ("care", True)
+
+
+def test_a_study_that_was_stopped_between_subsets_is_compared_by_what_all_budgets_have(study_of: Study) -> None:
+    folder = study_of(0.1)
+    table = pq.read_table(folder / "results.parquet")
+    later = [row for row in table.to_pylist() if (row["budget"], row["subset_seed"]) != ("20", 1)]
+    pq.write_table(pa.Table.from_pylist(later, schema=table.schema), folder / "results.parquet")
+    summary = read_json(folder / "summary.json")
+    rows = comparisons(folder, summary)
+    assert rows is not None
+    assert [row["labels_saved"] for row in rows["rows"]] == [None] * 3
+    change(folder, comparisons=rows)
+    report(folder)
 
 
 def test_a_planted_harm_is_told_as_harm(study_of: Study) -> None:
@@ -239,7 +269,7 @@ def test_the_methods_hold_the_numbers_and_what_is_unknown_is_not_reported(html: 
     assert "f" * 64 in html
     folder = study_of(0.1)
     (folder / "config.yaml").unlink()
-    assert "Every arm trains the same network (not reported)" in banner(report(folder).read_text(), "methods")[2]
+    assert "Every arm has the same network (not reported)" in banner(report(folder).read_text(), "methods")[2]
 
 
 def test_the_same_study_gives_the_same_bytes(page: Path, html: str) -> None:
