@@ -12,9 +12,9 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from medim.data.decathlon import stem
-from medim.data.identity import Scrubber
+from medim.data.identity import Scrubber, pseudonym
 from medim.data.joining import Draft, check_listed, join_labels, join_subjects, tables_of, take_masks
-from medim.data.layouts import Layout, folder_labels, lay_out
+from medim.data.layouts import Layout, Said, lay_out, said_by_folders
 from medim.data.looks import Looks
 from medim.data.masks import check_masks
 from medim.data.readers import gather, reader_of
@@ -164,11 +164,12 @@ def _drafts(found: Sequence[Found], layout: Layout, places: Sequence[Path]) -> l
     """One draft an image, sorted by path, with what folders say of it."""
     pictures = (PictureReader(), NumpyReader())
     flat = [image.files[0] for image in found if not image.item and any(r.accepts(image.files[0]) for r in pictures)]
-    said = folder_labels(flat, places)
+    told = said_by_folders(flat, places)
     drafts = []
     for image in sorted(found, key=_order):
         path = image.files[0]
-        label, split = said.get(path, (None, None))
+        said = told.get(path, Said())
+        split = said.split
         folder = layout.folder(path)
         if folder:
             image = replace(image, sequence=image.sequence or folder.sequence(path, image.item))
@@ -176,8 +177,8 @@ def _drafts(found: Sequence[Found], layout: Layout, places: Sequence[Path]) -> l
         drafts.append(
             Draft(
                 found=image,
-                subject=image.subject,
-                label=image.label or label,
+                subject=image.subject or (pseudonym(said.subject) if said.subject else None),
+                label=image.label or said.label,
                 mask=layout.masks.get(path),
                 split=image.split or split,
             )

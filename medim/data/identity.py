@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import secrets
+import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path, PurePath
@@ -20,6 +21,7 @@ from medim.types import UserError
 
 log = logging.getLogger(__name__)
 
+_SPELT = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "å": "aa", "ø": "oe", "æ": "ae", "ß": "ss"})
 _SHORT = 4  # a value shorter than this hides a path part only where it is the whole part: an ID of "2" is no word
 
 
@@ -78,10 +80,16 @@ def _key_file(name: str) -> bytes:
     return key
 
 
-def pseudonym(value: str, *, prefix: str = "s") -> str:
-    """A stable stand-in for an identity: `s-` and 12 hex digits of its HMAC-SHA256 under the site key."""
+def pseudonym(value: str, *, prefix: str = "s", digits: int = 12) -> str:
+    """A stable stand-in for an identity: `s-` and some hex digits of its HMAC-SHA256 under the site key.
+
+    Args:
+        value: the identity.
+        prefix: what it is of.
+        digits: 12 tell ten thousands of subjects apart, and not millions of files.
+    """
     digest = hmac.new(site_key(), value.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()
-    return f"{prefix}-{digest[:12]}"
+    return f"{prefix}-{digest[:digits]}"
 
 
 @lru_cache(maxsize=1 << 16)
@@ -93,7 +101,8 @@ def _token(key: bytes, joined: str) -> int:
 def tokens(identities: Iterable[str]) -> frozenset[int]:
     """What a `Scrubber` knows identities by: keyed like a pseudonym, so that they can be kept and nobody read them."""
     key = site_key()
-    return frozenset(_token(key, joined) for value in identities if (joined := "".join(_words(value))))
+    words = {joined for value in identities if (joined := "".join(_words(value)))}
+    return frozenset(_token(key, spelt) for joined in words for spelt in _spellings(joined))
 
 
 class Scrubber:
@@ -151,15 +160,22 @@ def find(folder: Path, written: str) -> Path:
     for part in PurePath(written).parts:
         there = here / part
         if part != ".." and not there.exists():
-            matches = [entry for entry in sorted(here.iterdir()) if hidden(entry.name) == part] if here.is_dir() else []
-            if not matches:
+            found = _hidden_names(str(here), here.stat().st_mtime_ns, site_key()).get(part) if here.is_dir() else None
+            if found is None:
                 raise UserError(
                     f"{written}: expected this file of the index under its source, found none. "
                     "Was the source moved or changed, or another MEDIM_SITE_KEY set? Run `medim index` again."
                 )
-            there = matches[0]
+            there = here / found
         here = there
     return here
+
+
+@lru_cache(maxsize=256)
+def _hidden_names(folder: str, changed: int, key: bytes) -> dict[str, str]:
+    """The names in a folder by what they are hidden as; worked out once, not for each of its thousands of patients."""
+    names = sorted((entry.name for entry in Path(folder).iterdir()), reverse=True)
+    return {hidden(name): name for name in names}
 
 
 def _is_text(part: str) -> bool:
@@ -168,8 +184,14 @@ def _is_text(part: str) -> bool:
 
 
 def _words(text: str) -> list[str]:
-    """The runs of letters and digits of a text, in lower case."""
-    return re.findall(r"[^\W_]+", text.casefold())
+    """The runs of letters and digits of a text, in lower case, each letter in its one form."""
+    return re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold())
+
+
+def _spellings(joined: str) -> set[str]:
+    """Words as they are, as they are written without the letters of their language, and without accents."""
+    bare = "".join(letter for letter in unicodedata.normalize("NFKD", joined) if not unicodedata.combining(letter))
+    return {joined, joined.translate(_SPELT), bare}
 
 
 def _runs(words: list[str]) -> Iterator[tuple[str, bool]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from medim.data.decathlon import Folder, decathlon, stem
 from medim.data.readers.sights import Refused
@@ -27,6 +28,7 @@ _BESIDE = {  # folders of a BIDS tree that hold its images a second time
 _SPLITS: dict[str, Split] = {"train": "train", "training": "train", "val": "val", "valid": "val"}
 _SPLITS |= {"validation": "val", "test": "test", "testing": "test"}
 _MAX_CLASSES = 100
+_CLASS_SIZE = 10  # pictures of each; a patient's folder holds fewer
 
 
 @dataclass
@@ -149,13 +151,21 @@ def _is_sidecar(path: Path, stems: set[Path]) -> bool:
     return path.suffix.lower() in _SIDECARS and path.parent / stem(path.name) in stems
 
 
-def folder_labels(paths: Iterable[Path], places: Sequence[Path]) -> dict[Path, tuple[str | None, Split | None]]:
-    """Class and split of pictures, from the folders they lie in: `CLASS/x.png`, `train/CLASS/x.png` or `train/x.png`.
+class Said(NamedTuple):
+    """What the folder of a picture says of it: its class or its subject, and its split."""
 
-    Folders are classes where every picture of a source lies in one, there are 2 to 100 of them, and they hold two
-    pictures or more on average: a folder a patient is no class.
+    label: str | None = None
+    split: Split | None = None
+    subject: str | None = None
+
+
+def said_by_folders(paths: Iterable[Path], places: Sequence[Path]) -> dict[Path, Said]:
+    """Of pictures, from the folders they lie in: `CLASS/x.png`, `train/CLASS/x.png`, `train/x.png` or `SUBJECT/x.png`.
+
+    Folders are classes where every picture of a source lies in one, there are 2 to 100 of them, and each holds ten
+    pictures or more. Else, where they hold several, a folder is a patient's: its name is nobody's class.
     """
-    result: dict[Path, tuple[str | None, Split | None]] = {}
+    result: dict[Path, Said] = {}
     by_place: dict[Path, list[Path]] = defaultdict(list)
     for path in paths:
         place = next((place for place in places if place in path.parents), None)
@@ -166,8 +176,10 @@ def folder_labels(paths: Iterable[Path], places: Sequence[Path]) -> dict[Path, t
         splits: dict[Path, Split] = {}
         if all(parts and parts[0].lower() in _SPLITS for parts in folders.values()):
             splits = {path: _SPLITS[parts.pop(0).lower()] for path, parts in folders.items()}
-        classes = {parts[0] for parts in folders.values() if parts}
-        named = all(folders.values()) and 2 <= len(classes) <= min(_MAX_CLASSES, len(inside) // 2)
+        sizes = Counter(parts[0] for parts in folders.values() if parts)
+        sorted_in = all(folders.values()) and len(sizes) >= 2
+        classes = sorted_in and len(sizes) <= _MAX_CLASSES and min(sizes.values()) >= _CLASS_SIZE
         for path, parts in folders.items():
-            result[path] = (parts[0] if named else None, splits.get(path))
+            name = parts[0] if sorted_in else None
+            result[path] = Said(name, splits.get(path)) if classes else Said(None, splits.get(path), name)
     return result

@@ -60,7 +60,7 @@ REASONS = {
     "odd-orientation": "A slice that lies askew of a good stack of the same series.",
     "odd-size": "A slice with other rows or columns than a good stack of the same series.",
     "odd-spacing": "A slice with another pixel spacing than a good stack of the same series.",
-    "missing-slices": "Slices are missing: gaps are multiples of the smallest one.",
+    "missing-slices": "Gaps are multiples of the smallest, or one of several scans has fewer slices than the others.",
     "uneven-gaps": "Slices lie more than 0.1 mm, or a tenth of the gap, off an even stack.",
     "sheared": "Slices lie more than 0.1 mm sideways of one another, as with a tilted gantry.",
     "duplicate-position": "Slices share a place, and nothing in their headers tells them apart.",

@@ -66,7 +66,7 @@ def split(
                 "belongs to one split. Correct the source's split column, or the subjects that `--subjects` gives."
             )
     own = frozenset(known)
-    ordered = _ordered([r for r in index.records if r.subject not in own], seed)
+    ordered = _ordered([r for r in index.records if r.subject not in own], seed, each_first=False)
     count = math.floor(val_fraction * len(ordered) + 0.5)
     if val_fraction > 0 and len(ordered) > 1:
         count = max(count, 1)
@@ -220,8 +220,15 @@ def _nested(records: Sequence[Record], seed: int) -> list[list[Record]]:
     return _meeting_counts(_ordered(records, seed))
 
 
-def _ordered(records: Sequence[Record], seed: int) -> list[list[Record]]:
-    """Records by subject, in a seeded order: one subject of each class first, then classes in proportion."""
+def _ordered(records: Sequence[Record], seed: int, *, each_first: bool = True) -> list[list[Record]]:
+    """Records by subject, in a seeded order with the classes in proportion.
+
+    Args:
+        records: with their subjects and labels.
+        seed: of the order.
+        each_first: begin with one subject of each class, as label budgets do; else one that is alone in its class comes
+            last, so that it is learnt from.
+    """
     subjects: dict[str, list[Record]] = {}
     for record in records:
         subjects.setdefault(record.subject, []).append(record)
@@ -234,7 +241,7 @@ def _ordered(records: Sequence[Record], seed: int) -> list[list[Record]]:
     if 2 * len(strata) > len(groups):  # labels that hardly repeat are numbers, not classes
         return [groups[place] for place in draw]
     keys = {
-        place: (rank > 0, (rank + 0.5) / len(members))
+        place: (rank > 0 if each_first else len(members) == 1, (rank + 0.5) / len(members))
         for members in strata.values()
         for rank, place in enumerate(members)
     }

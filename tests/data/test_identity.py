@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 
@@ -89,6 +90,13 @@ def test_a_part_that_does_not_stays_readable() -> None:
 def test_letters_of_every_script_count() -> None:
     assert Scrubber(tokens(["Müller^Jürgen"])).hides("müller_jürgen")
     assert Scrubber(tokens(["山田^太郎"])).hides("山田_太郎.dcm") or Scrubber(tokens(["山田^太郎"])).hides("山田太郎")
+
+
+@pytest.mark.parametrize(
+    "written", ["Mueller_Juergen", "Muller_Jurgen", "MÜLLER JÜRGEN", unicodedata.normalize("NFD", "Müller_Jürgen")]
+)
+def test_a_name_is_found_however_its_letters_are_written(written: str) -> None:
+    assert Scrubber(tokens(["Müller^Jürgen"])).hides(written)
 
 
 def test_a_hidden_path_is_found_again(tmp_path: Path) -> None:

@@ -420,23 +420,19 @@ def test_classes_by_name_are_understood_too(tmp_path: Path) -> None:
 
 
 def test_class_folders_are_labels(tmp_path: Path) -> None:
-    for k, name in enumerate(("sick/1", "sick/2", "well/1", "well/2")):
-        picture(tmp_path / f"{name}.png", k)
+    for k in range(20):
+        picture(tmp_path / ("sick", "well")[k // 10] / f"{k}.png", k)
     index = build_index(tmp_path, "xray")
-    assert [record.label for record in index.records] == ["sick", "sick", "well", "well"]
+    assert [record.label for record in index.records] == ["sick"] * 10 + ["well"] * 10
     assert index.records[0].split is None
 
 
 def test_split_folders_are_splits(tmp_path: Path) -> None:
-    for k, name in enumerate(("train/sick/1", "train/well/2", "val/sick/3", "val/well/4")):
-        picture(tmp_path / f"{name}.jpeg", k)
+    kinds = [(split, label) for split in ("train", "val") for label in ("sick", "well")]
+    for k in range(20):
+        picture(tmp_path.joinpath(*kinds[k // 5]) / f"{k}.jpeg", k)
     index = build_index(tmp_path, "xray")
-    assert [(r.split, r.label) for r in index.records] == [
-        ("train", "sick"),
-        ("train", "well"),
-        ("val", "sick"),
-        ("val", "well"),
-    ]
+    assert [(r.split, r.label) for r in index.records] == [kind for kind in kinds for _ in range(5)]
 
 
 def test_a_folder_a_patient_is_no_class(tmp_path: Path) -> None:
@@ -445,6 +441,15 @@ def test_a_folder_a_patient_is_no_class(tmp_path: Path) -> None:
     index = build_index(tmp_path, "xray")
     assert [record.label for record in index.records] == [None] * 3
     assert len({record.subject for record in index.records}) == 3
+
+
+def test_folders_of_patients_are_subjects_and_their_names_no_classes(tmp_path: Path) -> None:
+    for k in range(9):
+        picture(tmp_path / ("MUELLER_HANS", "MEIER_EVA", "ABEL_TOM")[k % 3] / f"view_{k}.png", k)
+    index = build_index(tmp_path, "xray")
+    assert index.labels == ()
+    people = Counter(record.subject for record in index.records)
+    assert list(people.values()) == [3, 3, 3]
 
 
 # --- sources

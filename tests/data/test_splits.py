@@ -92,6 +92,15 @@ class TestSplit:
         got = split(index_of(records))
         assert Counter(r.label for r in records if got[r.image] == "val") == {"common": 36, "rare": 4}
 
+    def test_many_rare_classes_keep_no_common_one_out_of_validation_and_a_single_subject_is_learnt_from(self) -> None:
+        kinds = ["normal"] * 40 + [f"rare {n // 3}" for n in range(60)] + ["single"]
+        records = tuple(record(n, f"s{n}", label=label) for n, label in enumerate(kinds))
+        got = split(index_of(records))
+        held_out = Counter(r.label for r in records if got[r.image] == "val")
+        assert held_out["normal"] == 7
+        assert held_out["single"] == 0
+        assert held_out.total() == 20
+
     def test_a_subject_on_two_sides_of_the_sources_split_is_refused(self) -> None:
         with pytest.raises(UserError, match="belongs to one split"):
             split(index_of((record(0, "s", split="train"), record(1, "s", split="val"))))

@@ -61,7 +61,7 @@ def read_header(path: Path) -> Sight:
         count = max(seen.header.whole("NumberOfFrames", 1), 1)
         _check_pixels(path, seen, count)
         instance = Instance(
-            sop=_hidden(seen.header, "SOPInstanceUID"),
+            sop=_hidden(seen.header, "SOPInstanceUID", digits=24),
             count=count,
             frames=frames_in(seen.header, count) if origin.kind == "mri" else (),
             origin=origin,
@@ -120,10 +120,10 @@ def _shared_header(shared: tuple[bytes | None, ...], order: str) -> Header:
     return Header({keyword: raw for keyword, raw in zip(_SHARED, shared, strict=True) if raw is not None}, order)
 
 
-def _hidden(header: Header, keyword: str) -> str:
+def _hidden(header: Header, keyword: str, *, digits: int = 12) -> str:
     """The pseudonym of a UID; empty where there is none."""
     value = header.text(keyword)
-    return pseudonym(value) if value else ""
+    return pseudonym(value, digits=digits) if value else ""
 
 
 def _judge(header: Header) -> None:

@@ -137,4 +137,7 @@ def _rescale(dataset: pydicom.FileDataset, place: int, stored: Array) -> Array:
         item = items[place if group.startswith("Per") and place < len(items) else 0] if items else None
         if item is not None and item.get("PixelValueTransformationSequence"):
             holder = item.PixelValueTransformationSequence[0]
+    slope, intercept = (holder.get(name) for name in ("RescaleSlope", "RescaleIntercept"))
+    if "ModalityLUTSequence" not in holder and (slope is None) != (intercept is None):  # pydicom would apply neither
+        return stored * float(1 if slope is None else slope) + float(0 if intercept is None else intercept)
     return np.asarray(apply_modality_lut(stored, holder), dtype=np.float64)

@@ -117,8 +117,11 @@ def _stacks_of_group(frames: Sequence[Frame | None], group: Sequence[int], same:
             parts = _told_apart(known, sites) or [list(known)]  # `stack` says what is wrong
     except ReadError as error:
         return [], [(list(group), error)]
-    stacks = []
+    stacks, most = [], max(map(len, parts))
     for part in parts:
+        if len(part) < most:
+            refused.append((part, ReadError("missing-slices", f"{len(part)} slices; other scans of it have {most}")))
+            continue
         try:
             one = stack([known[place] for place in part])
         except ReadError as error:

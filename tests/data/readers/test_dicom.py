@@ -17,6 +17,7 @@ from scipy.ndimage import zoom
 
 from medim.data.readers import DICOM, ReadError, read_volume
 from medim.data.readers.base import LPS_TO_RAS
+from medim.data.readers.dicom_pixels import frames_of
 from medim.data.readers.dicom_stack import stack
 from medim.data.readers.sights import Frame
 from medim.types import Volume
@@ -253,6 +254,32 @@ def test_a_series_that_is_no_image_is_refused_with_its_reason(tmp_path: Path, wh
     found, refused = scan(DICOM, sorted(tmp_path.iterdir()), "mri")
     assert found == []
     assert {one.reason for one in refused} == {reason}
+
+
+def test_a_scan_that_was_cut_short_is_no_volume_beside_the_whole_ones(tmp_path: Path) -> None:
+    places = [[10.0, 20.0, 30.0 + 2 * k] for k in (*range(4), *range(4), *range(2))]
+    each = [{"TemporalPositionIdentifier": 1 + k // 4} for k in range(10)]
+    write_series(tmp_path, noise(10, 4, 6), positions=places, each=each)
+    found, refused = scan(DICOM, sorted(tmp_path.iterdir()), "mri")
+    assert [image.shape[2] for image in found] == [4, 4]
+    assert [one.reason for one in refused] == ["missing-slices"]
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ({"RescaleSlope": 2}, (2, 0)),
+        ({"RescaleIntercept": -5}, (1, -5)),
+        ({"RescaleSlope": 2, "RescaleIntercept": -5}, (2, -5)),
+    ],
+)
+def test_a_slope_without_an_intercept_counts_and_the_other_way_round(
+    tmp_path: Path, tags: dict[str, Any], expected: tuple[int, int]
+) -> None:
+    pixels = noise(4, 6)
+    path = save(dataset(pixels, **tags), tmp_path / "a.dcm")
+    slope, intercept = expected
+    np.testing.assert_allclose(frames_of(path)[0], pixels.astype(float) * slope + intercept)
 
 
 def test_slices_of_two_patients_are_refused(tmp_path: Path) -> None:
