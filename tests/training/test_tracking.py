@@ -59,12 +59,12 @@ def test_runs_that_start_at_once_in_a_new_folder_find_one_whole_database(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     started = multiprocessing.get_context("fork")
-    runs = [started.Process(target=check_target) for _ in range(4)]
+    runs = [started.Process(target=check_target) for _ in range(2)]
     for run in runs:
         run.start()
     for run in runs:
         run.join()
-    assert [run.exitcode for run in runs] == [0] * 4
+    assert [run.exitcode for run in runs] == [0, 0]
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
     assert [one.name for one in MlflowClient(tracking_uri()).search_experiments()] == ["Default"]
 
