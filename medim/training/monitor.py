@@ -42,8 +42,6 @@ class History(pl.Callback):
         selection: keeps the weights of the step whose encoder the run leaves; None keeps none.
         weights: objective to its weight in the held-out loss that the selection reads; 1 where it is not given.
         first_norm: of the encoder's weights before the first step, to which the gauge `weight_norm` is held.
-        disjoint: held-out batches that share no subject, as far as subjects suffice: a standard error rests on no more;
-            None: all of them.
 
     Attributes:
         rows: (step, name, training loss or None, chance or None, held-out loss or None).
@@ -66,7 +64,6 @@ class History(pl.Callback):
         selection: Selection | None = None,
         weights: Mapping[str, float] | None = None,
         first_norm: float = 0.0,
-        disjoint: int | None = None,
     ) -> None:
         self._stop = stop_on_collapse
         self._summary_trained = summary_trained
@@ -74,7 +71,6 @@ class History(pl.Callback):
         self.selection = selection
         self._weights = weights or {}
         self._first_norm = first_norm
-        self._disjoint = disjoint
         self._above: dict[str, int] = defaultdict(int)  # steps a term has been far above chance
         self._broken = self._strayed = ""
         self.rows: list[tuple[int, str, float | None, float | None, float | None]] = []
@@ -160,8 +156,7 @@ class History(pl.Callback):
         for gauge in self._gauges:
             self.measures.update(gauge(module.encoder))  # type: ignore[arg-type]  # the pretraining module has one
         for name, values in self._losses.items():
-            apart = max(1, min(len(values), len(values) if self._disjoint is None else self._disjoint))
-            error = float(np.std(values, ddof=1) / math.sqrt(apart)) if len(values) > 1 else 0.0
+            error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
             self.held_out[name] = (float(np.mean(values)), error)
             self.rows.append((step, name, None, None, self.held_out[name][0]))
         for name, value in self.measures.items():

@@ -203,7 +203,6 @@ def _watch(
         selection=Selection("probe" if probe else "held_out_loss"),
         weights=module.weights,
         first_norm=weight_norm(module.encoder)["weight_norm"],
-        disjoint=len({record.subject for record in held_out}) // config.batch_size,
     )
     return history, probe
 

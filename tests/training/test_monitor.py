@@ -59,16 +59,6 @@ def run(
     return history
 
 
-def test_batches_of_the_same_subjects_make_no_error_smaller() -> None:
-    errors = []
-    for disjoint in (None, 4, 1, 0):
-        history = History(disjoint=disjoint)
-        train(history, 1, local_dim=Term(torch.tensor(1.0), 4.0))
-        validate(history, 1, {"local_dim": [1.0, 2.0, 3.0, 4.0]}, spread())
-        errors.append(history.held_out["local_dim"][1])
-    assert errors == pytest.approx([1.291 / 2, 1.291 / 2, 1.291, 1.291], rel=1e-3)
-
-
 @pytest.mark.parametrize(
     ("held_out", "chance", "expected"),
     [
