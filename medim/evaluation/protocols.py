@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
-from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
 from medim.types import Array
@@ -80,7 +80,7 @@ def fit_linear(
     """
     scaler = StandardScaler().fit(x)
     scaled, width = scaler.transform(x), x.shape[1]
-    chosen = _least_loss(scaled, y, np.arange(len(x)) if groups is None else groups, seed)
+    chosen = _least_loss(scaled, y, groups, seed)
     c = (FIXED if chosen is None else chosen) / width
     settings = {"c": c, "c_from": "fixed" if chosen is None else "cross-validation"}
     return scaler, _regression(c).fit(scaled, y), settings
@@ -105,13 +105,16 @@ def knn(train_x: Array, train_y: Array, test_x: Array, *, seed: int, groups: Arr
 PROTOCOLS: dict[str, Protocol] = {"linear": linear, "knn": knn}
 
 
-def _least_loss(x: Array, y: Array, groups: Array, seed: int) -> float | None:
+def _least_loss(x: Array, y: Array, groups: Array | None, seed: int) -> float | None:
     """The entry of PENALTIES with the least cross-validated log loss, None where there are too few subjects."""
     classes = np.unique(y)
-    folds = min(FOLDS, *(len(np.unique(groups[y == c])) for c in classes))
+    subjects = np.arange(len(x)) if groups is None else groups
+    folds = min(FOLDS, *(len(np.unique(subjects[y == c])) for c in classes))
     if folds < FEWEST:
         return None
-    splits = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(x, y, groups)
+    # Folds of single rows need no groups: with one a row, drawing them took longer than the regressions.
+    folding = StratifiedKFold if groups is None else StratifiedGroupKFold
+    splits = folding(folds, shuffle=True, random_state=seed).split(x, y, groups)
     whole = [(train, test) for train, test in splits if len(test) and len(np.unique(y[train])) == len(classes)]
     if not whole:  # subjects of many classes may leave a fold without one
         return None
