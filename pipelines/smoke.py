@@ -1,7 +1,7 @@
 """The main job on the built-in cohort, in one process: what `make demo` runs.
 
-Simulated subjects are written as NIfTI and DICOM, an encoder is pretrained on them without labels, fine-tuned on five
-labelled volumes beside its from-scratch twin, measured, exported, and run on a DICOM series.
+Simulated subjects are written as NIfTI, one of them as DICOM too. An encoder is pretrained on them without labels,
+fine-tuned on five labelled volumes beside its from-scratch twin, measured, exported, and run on the DICOM series.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from medim.training.pretrain import pretrain
 from medim.training.pretrain import resolve_config as pretrain_config
 
 LABELLED = 5
+SPACING = 4.0  # mm, that of the preset
 
 
 def main() -> None:
@@ -52,7 +53,8 @@ def main() -> None:
 
     common = {"store": out / "store", "accelerator": arguments.accelerator}
 
-    done("example", make_example(out / "cohort", subjects=24, formats=("nifti", "dicom")))
+    make_example(out / "cohort", subjects=24, spacing=SPACING, formats=("nifti",))
+    done("example", make_example(out / "series", subjects=1, spacing=SPACING, formats=("dicom",)))
     index = done("index", build_index(out / "cohort" / "nifti", "mri"))
     done("pretrain", pretrain(pretrain_config("mri-demo", index=index), index, out / "pretrain", **common))
     schedule = finetune_config("segmentation", "mri", out / "pretrain", None, index=index)
@@ -63,7 +65,7 @@ def main() -> None:
     measured = {arm: evaluate(out / run, index, out / f"evaluate-{run}") for arm, run in arms.items()}
     done("evaluate", None)
     package = done("export", export(out / "finetune", out / "package"))
-    done("predict", predict(package, [out / "cohort" / "dicom" / "EX-001_1"], out / "prediction"))
+    done("predict", predict(package, [out / "series" / "dicom" / "EX-001_1"], out / "prediction"))
     page = done("report", report(out))
     write_json(out / "seconds.json", seconds)
 
