@@ -36,7 +36,8 @@ OptimiserName = Literal["adamw", "adam", "radam"]
 Schedule = Literal["cosine", "constant", "steps"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 T = typing.TypeVar("T")
-NEWER = ("compile", "encode_in_chunks_of")  # keys that change no more than rounding, and count in the hash where set
+# Keys that came after runs did, and count in the hash where they are set.
+NEWER = ("compile", "encode_in_chunks_of", "select_without_labels")
 AUTO = "auto"  # stands for numbers that follow the images; `medim.training.sizes` fills them in
 
 
@@ -127,6 +128,9 @@ class PretrainConfig(RunConfig):
         "forward pass, the same gradient; none keeps them",
     )
     compile: bool = Field(False, description="compile encoder and decoder with torch.compile")
+    select_without_labels: bool = Field(
+        False, description="no online probe: the held-out loss alone chooses the step that is left, labels or not"
+    )
 
 
 class FinetuneConfig(RunConfig):

@@ -127,7 +127,11 @@ def count_chosen(arms: Iterable[Arm]) -> dict[str, int]:
     own = {arm.name: [find(run)[1].get("selected", {}).get("labels", 0) for run in arm.runs] for arm in arms}
     found = {name: max(labels) for name, labels in own.items() if labels}
     if told := ", ".join(f"{name} ({labels})" for name, labels in found.items() if labels):
-        log.warning("labels of training subjects chose the encoders' steps, beside the budgets: %s", told)
+        log.warning(
+            "labels of training subjects chose the encoders' steps, beside the budgets: %s. To avoid it, pretrain with "
+            "--set select_without_labels=true",
+            told,
+        )
     return found
 
 

@@ -130,7 +130,7 @@ def open_probe(config: PretrainConfig, cohort: Cohort, records: Sequence[Record]
 
     Of the labelled training subjects, one image each, a third is asked and the others are the neighbours, 64 to 256 a
     side: it encodes about as much as a few training steps do. Labels suffice with one class an image and two classes of
-    five subjects on each side; rarer classes are left out.
+    five subjects on each side; rarer classes are left out. None, too, where the run is to select without labels.
 
     Args:
         config: the run.
@@ -138,6 +138,8 @@ def open_probe(config: PretrainConfig, cohort: Cohort, records: Sequence[Record]
         records: the training split.
         seed: of the choice of images.
     """
+    if config.select_without_labels:
+        return None
     known = [] if cohort.index.findings else _one_each([r for r in records if r.label is not None], seed)
     most = min(MOST, max(FEW, 4 * config.batch_size))
     asked = known[: min(most, len(known) // 3)]

@@ -89,7 +89,7 @@ def _pairs(config: PretrainConfig, held_out: Records) -> int:
 def _probed(config: PretrainConfig, train: Records) -> tuple[int, int]:
     """Images on the two sides of the online probe, if the draw of its subjects keeps the shares of the classes."""
     labels = {record.subject: record.label for record in train if record.label is not None}
-    if names_of(labels.values()):  # several findings an image
+    if config.select_without_labels or names_of(labels.values()):  # blind, or several findings an image
         return 0, 0
     most = min(MOST, max(FEW, 4 * config.batch_size))
     asked = min(most, len(labels) // 3)
