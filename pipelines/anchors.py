@@ -1,7 +1,7 @@
 """One network, pretrained by each objective for one number of steps: anchors for `medim study --probe`.
 
 Encoder, preprocessing, views, schedule and batch are those of a preset; only the objectives differ. What is finished is
-kept. At the end it prints the options that put the encoders into a study.
+kept, and no label chooses a step. At the end it prints the options that put the encoders into a study.
 
     python pipelines/anchors.py --preset mri-crop --data mri-hippocampus --steps 700 --out studies/anchors-mri
 """
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="ARM", help="such as 'DIM(G)' VAE")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    base = load("pretrain", arguments.preset, [f"max_steps={arguments.steps}"])
+    base = load("pretrain", arguments.preset, [f"max_steps={arguments.steps}", "select_without_labels=true"])
     index, out = build_index(arguments.data, base.modality), arguments.out
     for arm, sections in objectives(base).items():
         if arm in (arguments.only or objectives(base)):

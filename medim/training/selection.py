@@ -88,7 +88,7 @@ class Selection:
 _WHY: dict[By, str] = {
     "probe": "the latest measured step whose probe of labelled training subjects is within one standard error of the "
     "best",
-    "held_out_loss": "no labels to probe with, or none wanted: the latest measured step without collapse whose held-out loss is within "
-    "one standard error of the lowest",
+    "held_out_loss": "no labels to probe with, or none wanted: the latest measured step without collapse whose "
+    "held-out loss is within one standard error of the lowest",
     "last_step": "nothing measured could be kept, so the last step",
 }
