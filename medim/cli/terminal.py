@@ -29,8 +29,11 @@ def command(on: typer.Typer, name: str | None = None) -> Callable[[Callable[...,
     debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
     def register(body: Callable[..., None]) -> Callable[..., None]:
+        """Make a body the command; the body is returned as it was."""
+
         @functools.wraps(body)
         def run(**options: Any) -> None:
+            """Run the body, and leave with the exit code of what it raises; `--help` shows the body's docstring."""
             quietly, tracing = options.pop("quiet"), options.pop("debug")
             _log(quietly)
             try:
@@ -86,6 +89,7 @@ def progress(verb: str, unit: str = "images", per: int = 1) -> Callable[[int, in
     last = time.monotonic()
 
     def say(done: int, total: int) -> None:
+        """Log how many are done, at most every 5 s and at the end."""
         nonlocal last
         if done == total or time.monotonic() - last > 5:
             last = time.monotonic()
@@ -103,6 +107,7 @@ def _bar(verb: str, unit: str, per: int) -> Callable[[int, int], None]:
     task = bar.add_task(verb, total=None, rate="-")
 
     def say(done: int, total: int) -> None:
+        """Move the bar, which the first call shows and the last one stops."""
         if not bar.live.is_started:
             _running.callback(bar.stop)  # also where an error ends the work
         bar.start()
@@ -128,6 +133,7 @@ def averages(summary: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """Mean and standard deviation over label subsets, a line for each kind of features and each budget."""
 
     def text(spread: Mapping[str, float | None]) -> str:
+        """`mean ± sd`; the mean alone where there is one subset."""
         mean, sd = ("-" if value is None else f"{value:.3f}" for value in (spread["mean"], spread["sd"]))
         return mean if sd == "-" else f"{mean} ± {sd}"
 

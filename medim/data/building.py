@@ -227,6 +227,7 @@ def _keys(drafts: Sequence[Draft], root: Path, scrub: Scrubber) -> list[str]:
     """A key an image: its path without suffix, the folder of a series; the whole path where that names two."""
 
     def short(found: Found) -> PurePath:
+        """The path without suffix, and the item inside a file of several; of a series its folder."""
         path = found.files[0]
         if found.item:
             return _relative(path.with_name(stem(path.name)), root) / found.item

@@ -103,6 +103,7 @@ def finding_columns(rows: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
     """The columns of a table of labels whose every cell tells of a finding; none where fewer than two do."""
 
     def tells(column: str) -> bool:
+        """Whether each cell can be a finding's, and at least one is known."""
         try:
             told = [told_by(row[column]) for row in rows]
         except (ValueError, KeyError):

@@ -97,6 +97,11 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: http.client.HTTPMessage, newurl: str
     ) -> urllib.request.Request | None:
+        """The request that follows a redirection.
+
+        Raises:
+            UserError: it leads to a scheme that is neither https nor the one before.
+        """
         scheme = urlsplit(newurl).scheme
         if scheme != "https" and scheme != urlsplit(req.full_url).scheme:
             raise UserError(f"{req.full_url}: expected a redirection to https, got one to {newurl}; not followed.")

@@ -232,6 +232,7 @@ class _Affine(RandomizableTransform):
         self._ranges = [np.asarray(r) for r in (rotate, scale, translate)]
 
     def randomize(self, data: Any = None) -> None:
+        """Draw whether to act, and then the angles, changes of size and shifts."""
         super().randomize(data)
         if self._do_transform:
             self._angles, self._zoom, self._shift = (self.R.uniform(-r, r) for r in self._ranges)
@@ -262,6 +263,7 @@ class _AboveMinimum(RandomizableTransform):
     def set_random_state(
         self, seed: int | None = None, state: np.random.RandomState | None = None
     ) -> RandomizableTransform:
+        """Seed the inner transform too, so that a seed decides all of what is drawn."""
         self._transform.set_random_state(seed, state)
         super().set_random_state(seed, state)
         return self

@@ -65,6 +65,12 @@ class _Walk:
     left: int = field(default_factory=lambda: MOST_FIELDS)
 
     def model(self, data: memoryview) -> None:
+        """Walk through a file from its outermost message.
+
+        Raises:
+            PackageError: see `check_graph`.
+            IndexError, ValueError: it is no ONNX file.
+        """
         graphs = 0
         for number, value in self.fields(data, _MODEL.values()):
             if number == _MODEL["functions"]:

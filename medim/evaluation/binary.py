@@ -26,6 +26,7 @@ def auroc(scores: Array, positive: Array) -> Statistic:
     """
 
     def statistic(weights: Array) -> Array:
+        """The weight of pairs in the right order, a tie for half, over that of all pairs of the two sides."""
         above, below = _by_score(weights, scores, positive)
         beaten = np.cumsum(below, axis=1) - below / 2
         return ratio((above * beaten).sum(axis=1), above.sum(axis=1) * below.sum(axis=1))
@@ -57,6 +58,7 @@ def average_precision(scores: Array, positive: Array) -> Statistic:
     """
 
     def statistic(weights: Array) -> Array:
+        """Precision at the score of each positive, averaged by the positives' weight."""
         above, below = (side[:, ::-1] for side in _by_score(weights, scores, positive))  # highest score first
         found, called = above.cumsum(axis=1), (above + below).cumsum(axis=1)
         precision = np.divide(found, called, out=np.zeros_like(found), where=called > 0)

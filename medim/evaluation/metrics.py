@@ -197,6 +197,7 @@ def classification_statistics(probabilities: Array, labels: Array) -> dict[str, 
     confidence = probabilities.max(axis=1)
 
     def mean_of(statistic: Callable[[Array, Array], Statistic]) -> Statistic:
+        """A ranking of each class against the rest, averaged; of two classes the second alone."""
         of_class = [statistic(probabilities[:, k], labels == k) for k in _positives(probabilities, occurring)]
         return lambda weights: np.asarray(np.mean([one(weights) for one in of_class], axis=0))
 
@@ -204,10 +205,12 @@ def classification_statistics(probabilities: Array, labels: Array) -> dict[str, 
         return np.asarray(weights @ hit / weights.sum(axis=1))
 
     def balanced_accuracy(weights: Array) -> Array:
+        """Mean recall of the classes that occur; one that a resample lacks is left out of its mean."""
         recalls = [ratio(weights @ (hit * (labels == k)), weights @ (labels == k)) for k in occurring]
         return _nanmean(np.array(recalls))
 
     def f1(weights: Array) -> Array:
+        """Mean of 2 TP / (2 TP + FP + FN) over the classes that occur or are predicted, where a resample defines it."""
         scores = []
         for k in np.union1d(occurring, predicted):
             both = (labels == k).astype(np.float64) + (predicted == k)
@@ -215,6 +218,7 @@ def classification_statistics(probabilities: Array, labels: Array) -> dict[str, 
         return _nanmean(np.array(scores))
 
     def ece(weights: Array) -> Array:
+        """Sum of |Σ w (hit - confidence)| over the bins, which hold their upper ends, over that of the weights."""
         gap = hit - confidence
         which = np.clip(np.ceil(confidence * ECE_BINS) - 1, 0, ECE_BINS - 1)
         gaps = sum(np.abs(weights @ (gap * (which == b))) for b in range(ECE_BINS))

@@ -70,6 +70,7 @@ def mean_ranking(ranking: Callable[[Array, Array], Statistic], probabilities: Ar
     of_finding = [(known[:, k], ranking(probabilities[known[:, k], k], labels[known[:, k], k] == 1)) for k in both]
 
     def statistic(weights: Array) -> Array:
+        """Each finding by the weights of the images where it is known; NaN where no finding has both sides."""
         if not of_finding:
             return np.full(len(weights), np.nan)
         return np.asarray(np.mean([one(weights[:, rows]) for rows, one in of_finding], axis=0))

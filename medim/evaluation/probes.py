@@ -130,6 +130,11 @@ def _arms(
     """Name, the seeds it is for, and features (N, d) of the images used."""
 
     def features(network: Any) -> Array:
+        """Features (N, d) of the images used.
+
+        Raises:
+            UserError: the network does not take images of their size.
+        """
         batches = stacked(volume.array for volume in images.volumes(images.used))
         try:
             return extract(network, batches, maps=maps)

@@ -35,6 +35,8 @@ class Context(nn.Module):
 
 
 class _Gated(nn.Module):
+    """A gated convolution over a cell's row and the one above, added to its input."""
+
     def __init__(self, spatial_dims: int, channels: int) -> None:
         super().__init__()
         others = spatial_dims - 1
@@ -46,6 +48,7 @@ class _Gated(nn.Module):
         self.mix = pointwise(spatial_dims, channels, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (N, C, rows, ...) to the same shape."""
         value, gate = self.causal(x).chunk(2, dim=1)
         mixed: torch.Tensor = self.mix(torch.tanh(value) * torch.sigmoid(gate))
         return x + mixed

@@ -142,6 +142,7 @@ class _Split(torch.autograd.Function):
     def forward(
         ctx: Any, scores: torch.Tensor, mask: torch.Tensor | None, reduction: _Reduction
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Split scores (B, G, B, L) into (B, G, L) and (B, G), both in fp32 or wider."""
         negative = scores.new_empty(scores.shape[:2], dtype=_dtype(scores))
         for rows, block in _blocks(scores, mask):
             negative[rows] = reduction.value(block)
@@ -152,6 +153,7 @@ class _Split(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, to_positive: torch.Tensor, to_negative: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """The gradient (B, G, B, L), from those of the positives (B, G, L) and of the reduced negatives (B, G)."""
         scores, mask, negative = ctx.saved_tensors
         gradient = torch.empty_like(scores)
         for rows, block in _blocks(scores, mask):

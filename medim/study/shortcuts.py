@@ -196,6 +196,7 @@ def _better(x: Array, y: Array, whose: Array, seed: int) -> str:
     whole = [(fit, test) for fit, test in parts if len(test) and len(np.unique(y[fit])) == len(classes)]
 
     def loss(name: str) -> float:
+        """Summed log loss in nats of the held-out images, over the folds whose fitted part has every class."""
         total = 0.0
         for fit, test in whole:
             answer = CLASSIFIERS[name](x[fit], y[fit], x[test], seed=seed, groups=whose[fit])

@@ -46,6 +46,7 @@ def deliver(journal: Journal, records: Sequence[Record]) -> None:
     held = 0
 
     def flush() -> None:
+        """Send the metrics that were held back, a thousand numbers a request, and note the arrival of their records."""
         nonlocal numbers, held
         with _unless_refused("metrics"):
             for first in range(0, len(numbers), 1000):

@@ -55,6 +55,7 @@ def optimiser(
                 parameters.append({"params": members, "lr": lr * scale, "weight_decay": decay})
 
     def factor(step: int) -> float:
+        """The share of its peak that a rate has in a step, counted from 0."""
         if step < warmup_steps:
             return (step + 1) / warmup_steps
         if schedule == "cosine":

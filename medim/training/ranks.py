@@ -159,6 +159,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, part: torch.Tensor, rank: int, count: int) -> torch.Tensor:
+        """Parts (n, ...) of `count` processes to (count * n, ...), by rank."""
         ctx.rank, ctx.each = rank, len(part)
         gathered = part.new_empty((count * len(part), *part.shape[1:]))
         _all_gather(gathered, part.contiguous())
@@ -167,6 +168,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """The rows of this process, of the sum over processes."""
         wide = torch.promote_types(gradient.dtype, torch.float32)
         total = gradient.to(wide, copy=True, memory_format=torch.contiguous_format)
         dist.all_reduce(total)
