@@ -170,12 +170,7 @@ def finetune(
     seen = guard(origin, cohort.cases(val), what=f"encoder {encoder}" if encoder else "fresh weights", strict=strict)
     pl.seed_everything(seed, workers=False, verbose=False)
     spec = spec_of(config, cohort, seed, split_seed)
-    model = build_model(spec)
-    pretrained: list[torch.nn.Module] = []
-    if encoder and not from_scratch:
-        spec["provenance"]["parent"], pretrained = _load_pretrained(model, encoder)
-    if config.pretrained_lr_scale == 0:
-        model.freeze(pretrained)
+    model, pretrained = _model(config, spec, None if from_scratch else encoder)
     made = {key: spec["provenance"][key] for key in ("seed", "split_seed", "index_hash", "parent")}
     budgeted = {"labelled": labelled, "label_fraction": label_fraction, "subset_seed": subset_seed}
     write_config(out, config, **made, **budgeted)
@@ -196,9 +191,7 @@ def finetune(
         write_csv(out / "history.csv", COLUMNS, module.rows)
         before = _unrecorded(encoder) if origin is None else origin
         before.then("finetune", cohort.cases(train)).write(out / "model")
-        log.info("measuring on %d validation images", len(val))
-        measured, cases = validate(as_run(model), index, val, spec) if val else (None, [])
-        write_cases(out / "cases.parquet", cases, spec["kind"])
+        measured = _measure(model, index, val, spec, out / "cases.parquet")
         summary = _summary(config, cohort, module, spec, len(train), measured)
         summary["damaged_checkpoints"] = damaged_checkpoints(out / "checkpoints")
         summary |= {"overlap": cohort.overlap, "seen": seen}
@@ -267,6 +260,16 @@ def _labelled(config: FinetuneConfig, index: Index) -> list[Record]:
     return found
 
 
+def _measure(
+    model: Model, index: Index, val: Sequence[Record], spec: dict[str, Any], cases: Path
+) -> dict[str, Any] | None:
+    """Measure on the validation split and write the cases down; None where there is no image to measure on."""
+    log.info("measuring on %d validation images", len(val))
+    measured, rows = validate(as_run(model), index, val, spec) if val else (None, [])
+    write_cases(cases, rows, spec["kind"])
+    return measured
+
+
 def _summary(
     config: FinetuneConfig,
     cohort: Cohort,
@@ -294,6 +297,21 @@ def _summary(
         "index_hash": cohort.index.hash,
         "versions": versions(),
     }
+
+
+def _model(config: FinetuneConfig, spec: dict[str, Any], encoder: Path | None) -> tuple[Model, list[torch.nn.Module]]:
+    """Build the model, start it from an encoder, which `spec` then names as its parent, and freeze what is to stay.
+
+    Returns:
+        The model, and its pretrained parts.
+    """
+    model = build_model(spec)
+    pretrained: list[torch.nn.Module] = []
+    if encoder:
+        spec["provenance"]["parent"], pretrained = _load_pretrained(model, encoder)
+    if config.pretrained_lr_scale == 0:
+        model.freeze(pretrained)
+    return model, pretrained
 
 
 def _load_pretrained(model: Model, encoder: Path) -> tuple[str, list[torch.nn.Module]]:
