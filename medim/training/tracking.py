@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -186,6 +186,9 @@ def track(
 def track_study(out: Path, parameters: Mapping[str, Any]) -> Iterator[Tracker]:
     """The same for the run of a study, whose cells are its children: it is there when this returns.
 
+    What its cells could not send goes out at the end. A study that ends by an error leaves at once, for one that was
+    stopped may be killed within seconds: the call that finishes it sends what waits in the cells' folders.
+
     Args:
         out: the study's folder.
         parameters: logged, flattened.
@@ -202,7 +205,8 @@ def track_study(out: Path, parameters: Mapping[str, Any]) -> Iterator[Tracker]:
         try:
             send_left(cell)
         except Exception:  # as in `Courier`
-            _told(len(Journal(cell).waiting()), cell)
+            with closing(Journal(cell)) as kept:
+                _told(len(kept.waiting()), cell)
 
 
 @contextmanager
@@ -300,14 +304,11 @@ def send_left(out: Path) -> int:
     Returns:
         How many records were sent.
     """
-    journal = Journal(out)
     sent = 0
-    try:
+    with closing(Journal(out)) as journal:
         while records := journal.waiting(200):
             deliver(journal, records)
             sent += len(records)
-    finally:
-        journal.close()
     return sent
 
 
