@@ -93,8 +93,9 @@ def interval(scores: Scores, limits: Limits = FREE) -> Interval:
     above zero. This is the variance that the crossed bootstrap (Owen 2007, arXiv 0711.4047; Owen and Eckles 2012, doi
     10.1214/12-AOAS547) estimates, without the noise that it counts at every level and without its factor (n - 1) / n
     at each (Davison and Hinkley 1997, section 3.8). The degrees of freedom are Satterthwaite's (1946, doi
-    10.2307/3002019), of the mean squares that are in it; without runs that differ, those of the subjects. Studies with
-    several readers are judged likewise (Hillis 2007, doi 10.1002/sim.2532). `benchmarks/coverage.py` measures how often
+    10.2307/3002019), of the mean squares that are in it; without runs that differ, those of the subjects. For a sum they
+    are never below the fewest of its parts; taking the noise away may bring them there, and then that number stands.
+    Studies with several readers are judged likewise (Hillis 2007, doi 10.1002/sim.2532). `benchmarks/coverage.py` measures how often
     the truth is inside.
 
     Args:
@@ -117,12 +118,13 @@ def interval(scores: Scores, limits: Limits = FREE) -> Interval:
         spread *= math.sqrt(scores.subjects / (scores.subjects - 1))
         noise, total = _levels(spread), float((spread.mean(axis=(0, 1)) ** 2).mean())
     excess = observed - noise  # of seeds, of subsets, of both
+    free = [number - 1 for number in drawn.values() if number > 1]
     spent, shared = total**2 / max(scores.subjects - 1, 1), 0.0
     if excess[0] + excess[1] > 0:
         total += float(excess[0] + excess[1])
         shared = max(float(excess.min()), 0.0)
         spent += sum(float(square) ** 2 / max(n - 1, 1) for square, n in zip(observed, (seeds, subsets), strict=False))
-    error, df = math.sqrt(total - shared), total**2 / spent if spent else 1.0
+    error, df = math.sqrt(total - shared), max(total**2 / spent, min(free)) if spent else 1.0
     half = float(stats.t.ppf((1 + LEVEL) / 2, df)) * error
     low, high = (float(np.clip(end, *limits)) for end in (value - half, value + half))
     return Interval(value, low, high, error, df, over, seeds, subsets, scores.subjects)

@@ -77,6 +77,16 @@ def test_noise_of_subjects_is_not_counted_again_as_scatter_of_runs() -> None:
     assert truth < np.median(errors) < 1.35 * truth  # counted at all three levels it were sqrt(3) times the truth
 
 
+def test_degrees_of_freedom_never_fall_below_those_of_the_least_certain_part() -> None:
+    rng, drawn = np.random.default_rng(6), draw([str(n) for n in range(14)], resamples=200)
+    found = [
+        interval(score(cells(rng.normal(0, 1, (3, 3, 14))), drawn)).df  # type: ignore[arg-type]
+        for _ in range(60)
+    ]
+    assert min(found) == 2, "scatter of runs barely above the noise of subjects"
+    assert max(found) == pytest.approx(13), "scatter of runs below it: the subjects alone"
+
+
 @pytest.mark.parametrize(
     ("shape", "over", "scope"),
     [
