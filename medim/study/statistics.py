@@ -93,10 +93,10 @@ def interval(scores: Scores, limits: Limits = FREE) -> Interval:
     above zero. This is the variance that the crossed bootstrap (Owen 2007, arXiv 0711.4047; Owen and Eckles 2012, doi
     10.1214/12-AOAS547) estimates, without the noise that it counts at every level and without its factor (n - 1) / n
     at each (Davison and Hinkley 1997, section 3.8). The degrees of freedom are Satterthwaite's (1946, doi
-    10.2307/3002019), of the mean squares that are in it; without runs that differ, those of the subjects. For a sum they
-    are never below the fewest of its parts; taking the noise away may bring them there, and then that number stands.
-    Studies with several readers are judged likewise (Hillis 2007, doi 10.1002/sim.2532). `benchmarks/coverage.py` measures how often
-    the truth is inside.
+    10.2307/3002019), of the mean squares that are in it; without runs that differ, those of the subjects. Those of a
+    sum are never below the fewest of its parts; taking the noise away may bring them there, and then that number
+    stands. Studies with several readers are judged likewise (Hillis 2007, doi 10.1002/sim.2532).
+    `benchmarks/coverage.py` measures how often the truth is inside.
 
     Args:
         scores: of the runs.
