@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean, median
@@ -21,6 +22,7 @@ from medim.study.design import Cell, Protocol
 from medim.training.finetune import loader_of, spec_of
 from medim.training.optim import optimiser
 
+log = logging.getLogger(__name__)
 STEPS = 4  # timed, after one to warm up
 IMAGES = 8
 OVERHEAD_SECONDS = 1.0  # of a cell beside steps and measurements (benchmarks/study_overhead.py)
@@ -51,6 +53,7 @@ class Costs:
 
 def measure(bench: Bench, jobs: int) -> Costs:
     """Time a few steps of each protocol, and the evaluation of a few images, with the threads of one job."""
+    log.info("timing a few steps and images on this machine")
     with _threads(max(1, available() // jobs) if jobs > 1 else torch.get_num_threads()), torch.random.fork_rng([]):
         trained = {arm.protocol for arm in bench.design.arms if not bench.design.probed(arm)}
         steps = {protocol: _step_seconds(bench, frozen=protocol == "frozen") for protocol in sorted(trained)}
@@ -77,18 +80,18 @@ class Clock:
 
     Args:
         bench: what all cells share.
-        costs: as measured.
+        costs: measures them, where no cell of a kind is finished.
         cells: of the whole study.
     """
 
-    def __init__(self, bench: Bench, costs: Costs, cells: Sequence[Cell]) -> None:
+    def __init__(self, bench: Bench, costs: Callable[[], Costs], cells: Sequence[Cell]) -> None:
         self._bench, self._costs, self._cells = bench, costs, cells
         self._taken: dict[Cell, float] = {}
 
     def __call__(self, cell: Cell) -> float:
         """Seconds."""
         alike = [seconds for done, seconds in self._known() if _kind(done) == _kind(cell)]
-        return fmean(alike) if alike else expected(self._bench, self._costs, cell)
+        return fmean(alike) if alike else expected(self._bench, self._costs(), cell)
 
     def _known(self) -> Iterator[tuple[Cell, float]]:
         for cell in self._cells:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from medim.training.finetune import open_labelled, rehearse
 from medim.training.tracking import check_target
 from medim.types import UserError
 
-log = logging.getLogger(__name__)
 DESIGN = "design.json"
 
 
@@ -72,13 +71,13 @@ class Prepared:
 
     Attributes:
         bench: what its cells share.
-        costs: of steps and images on this machine.
+        costs: of steps and images on this machine, timed when they are first asked for.
         groups: of the user's table.
         facts: what `summary.json` says of it.
     """
 
     bench: Bench
-    costs: Costs
+    costs: Callable[[], Costs]
     groups: Groups
     facts: dict[str, Any]
 
@@ -118,8 +117,7 @@ def prepare(
     seeds = options.seeds, options.split_seed
     design = Design(task, arms, ordered, *seeds, grid, chosen, config.measure_at or (), options.probe_seeds)
     bench = Bench(out, design, config, cohort, subsets, None, options.accelerator, options.keep_models)
-    log.info("timing a few steps and images on this machine")
-    costs = measure(bench, options.jobs)
+    costs = cache(partial(measure, bench, options.jobs))
     bench = _settled(bench, costs)
     write_text(out / "config.yaml", dump(config))
     for seed in range(options.seeds):
@@ -137,7 +135,7 @@ def prepare(
     return Prepared(bench, costs, groups, facts)
 
 
-def _settled(bench: Bench, costs: Costs) -> Bench:
+def _settled(bench: Bench, costs: Callable[[], Costs]) -> Bench:
     """The bench with its design as `design.json` has it, which is written where there is none.
 
     Raises:
@@ -155,7 +153,6 @@ def _settled(bench: Bench, costs: Costs) -> Bench:
         "learning_rates": list(design.multiples),
         "index_hash": bench.cohort.index.hash,
         "config_hash": bench.config.hash,
-        "measure_at": list(on_the_way(bench, costs) if bench.config.measure_at is None else design.measure_at),
     }
     if file.is_file():
         known = read_json(file)
@@ -166,6 +163,9 @@ def _settled(bench: Bench, costs: Costs) -> Bench:
                 f"{file}: --resume expected the same study, got another; it had {', '.join(other)}. "
                 "Use --overwrite to start over, or another --out."
             )
+    else:
+        timed = bench.config.measure_at is None
+        content["measure_at"] = list(on_the_way(bench, costs()) if timed else design.measure_at)
     write_json(file, content)
     return replace(bench, design=replace(design, measure_at=tuple(content["measure_at"])))
 

@@ -115,6 +115,15 @@ def test_another_study_is_not_taken_up(small: Study) -> None:
         small(resume=True, seeds=2)
 
 
+def test_a_finished_study_is_summarised_again_without_timing_a_step(
+    small: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = small()
+    monkeypatch.setattr("medim.study.prepare.measure", lambda *_: pytest.fail("timed"))
+    after = small(resume=True)
+    assert after["comparisons"] == before["comparisons"]
+
+
 def test_a_study_out_of_hours_leaves_what_is_done_and_says_what_is_left(
     small: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
