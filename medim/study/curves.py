@@ -32,7 +32,7 @@ class Amount:
     censored: Literal["", "fewer than", "at most", "more than"] = ""
 
     def __format__(self, spec: str) -> str:
-        return f"{self.censored} {self.value:{spec or '.0f'}}".strip()
+        return f"{self.censored} {self.value:{spec or ',.0f'}}".strip()
 
     def __str__(self) -> str:
         return format(self)
@@ -120,7 +120,7 @@ def labels_saved(budgets: Sequence[float], ours: Sequence[Scores], scratch: Sequ
 
 def sentence(saved: LabelsSaved, verdict: Verdict) -> str:
     """What a reader takes home from one budget, no more than the study's corrected verdict allows."""
-    own = f"{saved.labels:.0f} label{'s' * (saved.labels != 1)}"
+    own, _ = _labels(saved.labels)
     worth = _worth(saved.worth)
     if verdict == "no evidence of a benefit":
         return f"No evidence of a benefit with {own}: with the encoder you get {worth}."
@@ -132,7 +132,7 @@ def sentence(saved: LabelsSaved, verdict: Verdict) -> str:
 def _worth(span: Span) -> str:
     """`what 38 labels (21 to 60) give without`; nothing is said of labels that were not tried."""
     value, low, high = span.value, span.low, span.high
-    labels = f"{value.value:.0f} label{'s' * (value.value != 1)}"
+    labels, give = _labels(value.value)
     if low.censored and high.censored and low != high:
         within = " (the interval reaches beyond all that was tried)"
     elif high.censored == "more than" and not low.censored:
@@ -142,10 +142,15 @@ def _worth(span: Span) -> str:
     else:
         within = f" ({low} to {high})" if low != high else ""
     if value.censored == "more than":
-        return f"more than {labels} give without, the most that were tried{within}"
+        return f"more than {labels} {give} without, the most that were tried{within}"
     if value.censored == "fewer than":
-        return f"less than {labels} give without, the fewest that were tried{within}"
-    return f"what {labels}{within} give without"
+        return f"less than {labels} {give} without, the fewest that were tried{within}"
+    return f"what {labels}{within} {give} without"
+
+
+def _labels(count: float) -> tuple[str, str]:
+    """`38 labels`, and the verb that goes with them."""
+    return ("1 label", "gives") if round(count) == 1 else (f"{count:,.0f} labels", "give")
 
 
 def time_to_level(steps: Sequence[int], ours: Sequence[Scores], final: Scores) -> TimeToLevel:

@@ -128,6 +128,8 @@ MOST, FEWEST = Amount(150, "more than"), Amount(5, "fewer than")
         (MOST, Amount(41), MOST, "more than 150 labels give without, the most that were tried (41 or more)"),
         (FEWEST, FEWEST, Amount(7), "less than 5 labels give without, the fewest that were tried (7 or fewer)"),
         (Amount(10), Amount(10), Amount(10), "what 10 labels give without"),
+        (Amount(1.3), Amount(1), Amount(2.1), "what 1 label (1 to 2) gives without"),
+        (Amount(2714), Amount(462), MOST, "what 2,714 labels (462 or more) give without"),
     ],
 )
 def test_the_sentence_says_nothing_of_labels_that_were_not_tried(
