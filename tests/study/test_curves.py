@@ -41,7 +41,7 @@ def test_pretraining_worth_four_times_the_labels_is_found() -> None:
         assert saved.ratio.value.value == pytest.approx(4, rel=1e-3)
         assert labels < saved.worth.low.value < 4 * labels < saved.worth.high.value < 4.4 * labels
         assert {end.censored for end in (saved.worth.value, saved.worth.low, saved.worth.high)} == {""}
-    assert str(found[2].worth.value) == str(found[2].worth.high) == "more than 1000"
+    assert str(found[2].worth.value) == str(found[2].worth.high) == "more than 1,000"
     assert str(found[2].saved.value) == "more than 0"
     assert f"{found[2].ratio.value:.1f}" == "more than 1.0"
 
