@@ -66,7 +66,7 @@ def build(
     refused += wrong + layout.refused
     drafts = _drafts(found, layout, places)
     check_listed(drafts, layout)
-    join_subjects(drafts, tables_of(layout, "subjects", subjects), layout)
+    join_subjects(drafts, tables_of(layout, "subjects", subjects), layout, root)
     join_labels(drafts, label_tables, root)
     drafts, spoilt, highest = check_masks(drafts, layout, looks)
     refused += spoilt

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import logging
+import os
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from medim.data.decathlon import stem
+from medim.data.guessing import subjects_by_names
 from medim.data.identity import pseudonym
 from medim.data.layouts import Layout
 from medim.data.readers.sights import Found, Refused
 from medim.data.tables import Names, Table, check_participants, joined, read_table
 from medim.types import UserError
 
+log = logging.getLogger(__name__)
 Tables = list[tuple[Table, Path | None]]  # each with the folder it speaks of; None: of all images
 
 
@@ -62,20 +67,42 @@ def check_listed(drafts: Sequence[Draft], layout: Layout) -> None:
         check_participants(path, ((draft.subject, *draft.found.aliases) for draft in inside))
 
 
-def join_subjects(drafts: Sequence[Draft], tables: Tables, layout: Layout) -> None:
-    """Give each draft its subject: a table's, else the file's own, else its stem."""
+def join_subjects(drafts: Sequence[Draft], tables: Tables, layout: Layout, root: Path) -> None:
+    """Give each draft its subject: a table's, else the file's own, else what its path says."""
     said = joined(_with_names(tables, drafts), {}, ("subject", "split"))
-    folders: dict[str, set[Path]] = defaultdict(set)
-    for draft in drafts:
-        folders[layout.case(draft.found.files[0])].add(draft.found.files[0].parent)
-    for place, draft in enumerate(drafts):
+    for place, cells in said.items():
+        if "subject" in cells:
+            drafts[place].subject = pseudonym(cells["subject"][0])
+    unsaid = [draft for draft in drafts if draft.subject is None]
+    names = _by_path([draft for draft in unsaid if layout.folder(draft.found.files[0]) is None], root)
+    for draft in unsaid:
         path = draft.found.files[0]
-        name = layout.case(path)
-        if len(folders[name]) > 1 and layout.folder(path) is None:
-            name = str(path.parent)
-        cells = said.get(place, {})
-        draft.subject = pseudonym(cells["subject"][0]) if "subject" in cells else draft.subject or pseudonym(name)
-        draft.split = cells["split"][0] if "split" in cells else draft.split
+        draft.subject = pseudonym(names.get(path, layout.case(path)))
+    for place, cells in said.items():
+        if "split" in cells:
+            drafts[place].split = cells["split"][0]
+
+
+def _by_path(drafts: Sequence[Draft], root: Path) -> dict[Path, str]:
+    """The subject of each file that only its path tells; what folders sort by class or split is an image a subject."""
+    parts = {d.found.files[0]: _parts(d.found.files[0], root) for d in drafts}
+    sorted_in = {d.found.files[0] for d in drafts if d.label is not None or d.split is not None}
+    guessed = subjects_by_names(place for path, place in parts.items() if path not in sorted_in)
+    repeats = Counter(parts[path][-1] for path in sorted_in)
+    names = {path: guessed[place] for path, place in parts.items() if path not in sorted_in}
+    names |= {path: "/".join(parts[path]) if repeats[parts[path][-1]] > 1 else parts[path][-1] for path in sorted_in}
+    if (count := len(set(names.values()))) < len(names):
+        log.warning(
+            "%d images do not say whose they are: by the names of their files and folders they are of %d subjects; "
+            "--subjects can say it better",
+            len(names),
+            count,
+        )
+    return names
+
+
+def _parts(path: Path, root: Path) -> tuple[str, ...]:
+    return (*Path(os.path.relpath(path.parent, root)).parts, stem(path.name))
 
 
 def join_labels(drafts: Sequence[Draft], tables: Tables, root: Path) -> None:

@@ -269,6 +269,23 @@ def test_without_any_word_of_it_a_stem_is_a_subject_and_a_folder_where_stems_rep
     assert subjects_of(build_index(tmp_path / "folders", "mri")) == [0, 0, 1, 1]
 
 
+def test_a_file_name_that_every_sequence_has_is_one_subject_wherever_the_source_lies(tmp_path: Path) -> None:
+    indices = []
+    for place in ("here", "there/deeper"):
+        for name in ("T1/ann.nii", "T1/bob.nii", "T1/cy.nii", "T2/ann.nii", "T2/bob.nii", "T2/cy.nii"):
+            write_nifti(tmp_path / place / name)
+        indices.append(build_index(tmp_path / place, "mri"))
+    assert subjects_of(indices[0]) == [0, 1, 2, 0, 1, 2]
+    assert [r.subject for r in indices[0].records] == [r.subject for r in indices[1].records]
+
+
+def test_subjects_that_are_guessed_from_names_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("p1/t1.nii", "p1/t2.nii", "p2/t1.nii", "p2/t2.nii"):
+        write_nifti(tmp_path / name)
+    build_index(tmp_path, "mri")
+    assert "4 images do not say whose they are: by the names of their files and folders they are of 2" in caplog.text
+
+
 def test_a_table_of_subjects_in_the_source_is_used_and_one_that_is_given_wins(tmp_path: Path) -> None:
     source = write_decathlon(tmp_path / "source")
     (source / "subjects.csv").write_text("image,subject\na.nii.gz,x\nimagesTr/b.nii.gz,x\nc,y\n")
@@ -433,6 +450,14 @@ def test_split_folders_are_splits(tmp_path: Path) -> None:
         picture(tmp_path.joinpath(*kinds[k // 5]) / f"{k}.jpeg", k)
     index = build_index(tmp_path, "xray")
     assert [(r.split, r.label) for r in index.records] == [kind for kind in kinds for _ in range(5)]
+
+
+def test_pictures_in_folders_of_classes_are_subjects_of_their_own_though_their_numbers_repeat(tmp_path: Path) -> None:
+    for k in range(40):
+        picture(tmp_path / ("train", "val")[k // 20] / ("sick", "well")[k // 10 % 2] / f"{k % 10}.png", k)
+    index = build_index(tmp_path, "xray")
+    assert {record.label for record in index.records} == {"sick", "well"}
+    assert len({record.subject for record in index.records}) == 40
 
 
 def test_a_folder_a_patient_is_no_class(tmp_path: Path) -> None:
