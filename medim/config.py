@@ -35,6 +35,7 @@ Command = Literal["pretrain", "finetune"]
 OptimiserName = Literal["adamw", "adam", "radam"]
 Schedule = Literal["cosine", "constant", "steps"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+Decay = typing.Annotated[float, Field(ge=0, lt=1)]
 T = typing.TypeVar("T")
 # Keys that came after runs did, and count in the hash where they are set.
 NEWER = ("compile", "encode_in_chunks_of", "select_without_labels")
@@ -70,7 +71,7 @@ class RunConfig(_Strict):
     batch_size: PositiveInt = Field(description="images a step, over all devices")
     lr: PositiveFloat = Field(description="peak learning rate")
     optimiser: OptimiserName = Field("adamw", description="AdamW, or Adam or RAdam where a paper has them")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="the optimiser's decay rates of its two moments")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="the optimiser's decay rates of its two moments")
     schedule: Schedule = Field(
         "cosine", description="the rate after the warm-up: a cosine to zero, constant, or a fifth from each of drop_at"
     )

@@ -70,7 +70,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: the file is missing, not JSON, or not an object.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: expected a JSON file here, found none.") from None
     except ValueError as error:

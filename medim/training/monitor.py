@@ -71,7 +71,8 @@ class History(pl.Callback):
         self.selection = selection
         self._weights = weights or {}
         self._first_norm = first_norm
-        self._above: dict[str, int] = defaultdict(int)  # steps a term has been far above chance
+        self._above: dict[str, int] = defaultdict(int)  # steps a term has been far above chance without falling
+        self._lowest: dict[str, float] = {}  # loss of each term so far
         self._broken = self._strayed = ""
         self.rows: list[tuple[int, str, float | None, float | None, float | None]] = []
         self.held_out: dict[str, tuple[float, float]] = {}
@@ -180,6 +181,7 @@ class History(pl.Callback):
             "held_out_step": self.held_out_step,
             "measures": self.measures,
             "above": dict(self._above),
+            "lowest": self._lowest,
             "broken": self._broken,
             "strayed": self._strayed,
             "said": self.said,
@@ -191,7 +193,7 @@ class History(pl.Callback):
         self.rows = [tuple(row) for row in state["rows"]]
         self.held_out = {name: tuple(pair) for name, pair in state["held_out"].items()}
         self.held_out_step, self.measures = state["held_out_step"], dict(state["measures"])
-        self._above = defaultdict(int, state["above"])
+        self._above, self._lowest = defaultdict(int, state["above"]), dict(state["lowest"])
         self._broken, self._strayed = state["broken"], state["strayed"]
         self.said = [tuple(said) for said in state["said"]]
         if self.selection and state["selection"]:
@@ -258,12 +260,14 @@ class History(pl.Callback):
         return value
 
     def _compare(self, step: int, name: str, loss: float, chance: float | None) -> None:
-        """Count the steps that a loss has been far above chance."""
+        """Count the steps that a loss has been far above chance without a new minimum: one that falls is on its way."""
+        if loss < self._lowest.get(name, math.inf):
+            self._lowest[name], self._above[name] = loss, 0
         self._above[name] = self._above[name] + 1 if chance is not None and loss > chance + 1.0 else 0
         if self._above[name] == PATIENCE:
             self._strayed = (
                 f"{name}: a nat or more above its chance level {chance:.3g} for {PATIENCE} steps up to step {step}, "
-                f"last {loss:.3g}"
+                f"not falling, last {loss:.3g}"
             )
 
     def _look(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

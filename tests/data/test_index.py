@@ -260,6 +260,13 @@ def test_a_bids_tree_says_whose_an_image_is(tmp_path: Path) -> None:
     assert reasons(index) == {"sub-02/anat/sub-02_dseg.nii.gz": "derived-label"}
 
 
+def test_a_folder_above_that_is_called_like_a_subject_is_none(tmp_path: Path) -> None:
+    root = tmp_path / "sub-study" / "scans"
+    for place in ("sub-01/ses-a/anat/sub-01_ses-a_T1w", "sub-02/ses-a/anat/sub-02_ses-a_T1w", "sub-03/t1"):
+        write_nifti(root / f"{place}.nii.gz")
+    assert subjects_of(build_index(root, "mri")) == [0, 1, 2]
+
+
 def test_without_any_word_of_it_a_stem_is_a_subject_and_a_folder_where_stems_repeat(tmp_path: Path) -> None:
     for name in ("a.nii", "b.nii.gz"):
         write_nifti(tmp_path / "stems" / name)

@@ -218,6 +218,15 @@ def test_a_run_whose_loss_stays_far_above_chance_ends_where_that_was_asked_for(
         assert verdict(history) == "diverged"
 
 
+def test_a_loss_that_falls_from_far_above_chance_is_on_its_way() -> None:
+    history = History(stop_on_collapse=True)
+    losses = [104 * 0.97**step for step in range(80)]
+    assert losses[-1] > 4 + 1
+    assert not any(
+        train(history, step, dim=Term(torch.tensor(loss), 4.0)).should_stop for step, loss in enumerate(losses, start=1)
+    )
+
+
 def test_one_bad_step_ends_nothing() -> None:
     history = History(stop_on_collapse=True)
     losses = [9.0 if step % PATIENCE == 0 else 3.0 for step in range(1, 4 * PATIENCE)]

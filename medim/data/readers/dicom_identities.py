@@ -9,6 +9,7 @@ NAMES = (
     "PatientName", "OtherPatientNames", "PatientBirthName", "PatientMotherBirthName", "ResponsiblePerson",
     "ReferringPhysicianName", "PerformingPhysicianName", "OperatorsName", "NameOfPhysiciansReadingStudy",
     "RequestingPhysician", "PhysiciansOfRecord", "ConsultingPhysicianName",
+    "ScheduledPerformingPhysicianName", "ContentCreatorName",
 )  # fmt: skip
 SHARED = (
     "PatientID", "IssuerOfPatientID", "OtherPatientIDs", "PatientBirthDate", "PatientAddress",
@@ -17,7 +18,8 @@ SHARED = (
     "InstitutionName", "InstitutionAddress", "InstitutionalDepartmentName", "StationName", "DeviceSerialNumber",
     "StudyDate", "SeriesDate", "AcquisitionDate", "ContentDate", "InstanceCreationDate",
     "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "RequestedProcedureID",
-    "PerformedProcedureStepID",
+    "PerformedProcedureStepID", "PerformedStationName", "PerformedProcedureStepStartDate",
+    "PerformedProcedureStepEndDate", "AdmittingDate", "DateOfSecondaryCapture", "ClinicalTrialSubjectID",
 )  # fmt: skip
 _SHORT = ("PatientID", "AccessionNumber")  # count at any length; a StudyID of "1" is nobody's
 

@@ -32,9 +32,9 @@ class Header:
         raw = self.raw.get(keyword)
         if not raw:
             return []
-        try:
+        if raw.isascii() and b"\x1b" not in raw:  # the escape of ISO 2022, whose letters may all look like ASCII
             text = raw.decode("ascii")
-        except UnicodeDecodeError:
+        else:
             with quiet():
                 text = decode_bytes(raw, _encodings(self.raw.get("SpecificCharacterSet")), set())
         values = [value.strip(" \0") for value in text.split("\\")]

@@ -92,9 +92,10 @@ def _header(path: Path) -> Header:
 
 
 def _named(path: Path) -> dict[str, Any]:
-    """What names of a BIDS tree say."""
-    subject = re.search(r"(?:^|[/_])sub-([A-Za-z0-9]+)", path.as_posix())
-    session = re.search(r"(?:^|[/_])ses-([A-Za-z0-9]+)", path.as_posix())
+    """What names of a BIDS tree say: the file's own, else the folder's that is nearest to it."""
+    parts = path.parts[::-1]
+    subject = next((found for part in parts if (found := re.search(r"(?:^|_)sub-([A-Za-z0-9]+)", part))), None)
+    session = next((found for part in parts if (found := re.search(r"(?:^|_)ses-([A-Za-z0-9]+)", part))), None)
     suffix = re.fullmatch(r"sub-.*_([A-Za-z0-9]+)\.nii(?:\.gz)?", path.name, re.IGNORECASE)
     return {
         "subject": pseudonym(subject[1]) if subject else None,

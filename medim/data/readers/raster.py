@@ -72,7 +72,7 @@ class PictureReader:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 warnings.filterwarnings("ignore", category=UserWarning)  # of tags that Pillow cannot read
-                with Image.open(path) as image:
+                with path.open("rb") as file, Image.open(file) as image:  # a path would be mapped, and turned wrongly
                     check_size(image.size, 4)
                     if getattr(image, "n_frames", 1) > 1:
                         raise ReadError("several-volumes", "the file holds several frames; expected one picture")

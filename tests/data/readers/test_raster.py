@@ -97,6 +97,15 @@ def test_a_picture_is_turned_as_its_exif_says_and_its_print_resolution_is_not_us
     assert PictureReader().look(tmp_path / "a.png").found[0].quality == ("no-spacing", "exif-turned")
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+@pytest.mark.parametrize("turn", [1, 3, 5, 6, 8])
+def test_an_uncompressed_tiff_is_turned_as_it_says(tmp_path: Path, turn: int, kind: type) -> None:
+    pixels = (noise(4, 6) % 256).astype(kind)
+    Image.fromarray(pixels).save(tmp_path / "a.tiff", exif={ExifTags.Base.Orientation: turn})
+    turned = {1: pixels, 3: np.rot90(pixels, 2), 5: pixels.T, 6: np.rot90(pixels, -1), 8: np.rot90(pixels)}[turn]
+    np.testing.assert_array_equal(read_volume(tmp_path / "a.tiff").array[0], turned)
+
+
 @pytest.mark.parametrize("factor", [2, 4])  # Pillow warns of the one and refuses the other
 def test_a_decompression_bomb_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: int) -> None:
     Image.fromarray(noise(10, 10).astype(np.uint8)).save(tmp_path / "a.png")
