@@ -30,11 +30,17 @@ def check_networks(arms: Iterable[Arm]) -> Section:
     """The spec that all encoders share.
 
     Raises:
-        UserError: two differ in network, preprocessing or input.
+        UserError: two differ in network, preprocessing or input, or two runs of an arm are one encoder.
     """
     first: tuple[Path, Section] | None = None
-    for run in (run for arm in arms for run in arm.runs):
+    hashes: dict[tuple[str, str], Path] = {}
+    for name, run in ((arm.name, run) for arm in arms for run in arm.runs):
         spec = find(run)[1]
+        if (same := hashes.setdefault((name, spec["sha256"]), run)) is not run:
+            raise UserError(
+                f"{run}: expected another encoder than {same}, got the same weights; an arm's pretraining runs "
+                "differ by their seed. Name each once."
+            )
         if first is None:
             first = run, spec
         for key in NETWORK:

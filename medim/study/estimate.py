@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -76,7 +77,7 @@ def expected(bench: Bench, costs: Costs, cell: Cell) -> float:
 
 
 class Clock:
-    """What cells will take: as the finished ones of their kind did, else as estimated.
+    """What cells will take: as the finished ones of their kind did that were never stopped, else as estimated.
 
     Args:
         bench: what all cells share.
@@ -99,9 +100,9 @@ class Clock:
                 continue
             if cell not in self._taken and self._bench.done(cell):
                 summary = summary_of(self._bench, cell)
-                whole = summary["steps"] - sum(summary["resumed_from_steps"])
-                self._taken[cell] = summary["seconds"] * summary["steps"] / max(1, whole)
-            if cell in self._taken:
+                whole = not summary["resumed_from_steps"]  # else its seconds are those of its last part
+                self._taken[cell] = summary["seconds"] if whole else math.nan
+            if not math.isnan(self._taken.get(cell, math.nan)):
                 yield cell, self._taken[cell]
 
 

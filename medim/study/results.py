@@ -181,6 +181,8 @@ def largest(seeds: Seeds) -> list[tuple[int, int]]:
     have = set(seeds)
     found: list[tuple[int, int]] = []
     subsets = sorted({t for _, t in have})
+    if len(have) == len({s for s, _ in have}) * len(subsets):
+        return sorted(have)
     for columns in (some for count in range(1, len(subsets) + 1) for some in combinations(subsets, count)):
         rows = [s for s in sorted({s for s, _ in have}) if all((s, t) in have for t in columns)]
         if len(rows) * len(columns) > len(found):

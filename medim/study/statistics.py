@@ -60,7 +60,11 @@ class Interval:
         """What the interval speaks of, in words."""
         counts = {"seeds": self.seeds, "subsets": self.subsets, "subjects": self.subjects}
         names = {"seeds": "pretraining seeds", "subsets": "label subsets", "subjects": "subjects"}
-        only = {"seeds": "this one encoder", "subsets": "this one choice of labels", "subjects": "these subjects"}
+        only = {
+            "seeds": "this one encoder beside this one from-scratch run",
+            "subsets": "this one choice of labels",
+            "subjects": "these subjects",
+        }
         drawn = [f"{counts[source]} {names[source]}" for source in self.over]
         fixed = [only[source] for source in only if source not in self.over]
         return f"over {_listed(drawn)}" + (f"; it speaks of {_listed(fixed)} only" if fixed else "")

@@ -117,6 +117,8 @@ def test_arms_with_different_networks_are_refused(encoders: list[Path], tmp_path
     file = tmp_path / "other" / "encoder" / "encoder.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
     check_networks(read_arms([f"dim={encoders[0]},{encoders[1]}"]))
+    with pytest.raises(UserError, match=r"expected another encoder than .*, got the same weights"):
+        check_networks(read_arms([f"dim={encoders[0]},{encoders[1]},{encoders[0]}"]))
     with pytest.raises(UserError, match=f"the same network.*got {key}"):
         check_networks(read_arms([f"dim={encoders[0]}", f"other={tmp_path / 'other'}"]))
 

@@ -77,6 +77,9 @@ def test_noise_of_subjects_is_not_counted_again_as_scatter_of_runs() -> None:
     assert truth < np.median(errors) < 1.35 * truth  # counted at all three levels it were sqrt(3) times the truth
 
 
+ONE = "this one encoder beside this one from-scratch run"
+
+
 def test_degrees_of_freedom_never_fall_below_those_of_the_least_certain_part() -> None:
     rng, drawn = np.random.default_rng(6), draw([str(n) for n in range(14)], resamples=200)
     found = [
@@ -90,9 +93,9 @@ def test_degrees_of_freedom_never_fall_below_those_of_the_least_certain_part() -
 @pytest.mark.parametrize(
     ("shape", "over", "scope"),
     [
-        ((1, 3), ("subsets", "subjects"), "over 3 label subsets and 20 subjects; it speaks of this one encoder only"),
+        ((1, 3), ("subsets", "subjects"), f"over 3 label subsets and 20 subjects; it speaks of {ONE} only"),
         ((3, 1), ("seeds", "subjects"), "over 3 pretraining seeds and 20 subjects; it speaks of this one choice of labels only"),  # noqa: E501
-        ((1, 1), ("subjects",), "over 20 subjects; it speaks of this one encoder and this one choice of labels only"),
+        ((1, 1), ("subjects",), f"over 20 subjects; it speaks of {ONE} and this one choice of labels only"),
         ((2, 2), ("seeds", "subsets", "subjects"), "over 2 pretraining seeds, 2 label subsets and 20 subjects"),
     ],
 )  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Any
 
 from medim.data.seen import describe
 from medim.evaluation.report.page import Banner, Section, Table, many, metric_name, told
+from medim.study.report.health import unwell
 from medim.study.report.leaks import alarm, size_alone
 from medim.study.report.opened import Opened, Row
 from medim.study.report.outcome import PROTOCOLS
@@ -21,6 +22,7 @@ def verdict(study: Opened) -> Section:
         text = "Nothing can be compared yet. Go on with medim study --resume."
         return Section("verdict", "What pretraining is worth", Banner("bad", "No result", _whole(study) + text))
     doubts = [_whole(study), _harm(study, best), _seen_text(study), _chosen_text(study), alarm(study)]
+    doubts.append(unwell(study, best["arm"]))
     state: Any = {"benefit": "good", "harm": "bad"}.get(best["verdict"], "care")
     if state == "good" and any(doubts):
         state = "care"

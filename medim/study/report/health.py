@@ -29,9 +29,7 @@ def write_health(out: Path, arms: Sequence[Arm]) -> None:
 
 def health(study: Opened) -> Section:
     """A row and the loss curves of each pretraining run."""
-    path = study.folder / PRETRAINING
-    arms: dict[str, list[Any]] = read_json(path)["arms"] if path.is_file() else {}
-    runs = [(f"{arm}, encoder {place}", run) for arm, found in arms.items() for place, run in enumerate(found)]
+    runs = [(f"{arm}, encoder {place}", run) for arm, found in _runs(study).items() for place, run in enumerate(found)]
     known = [(name, run) for name, run in runs if run is not None]
     bad = [f"{name}: {run['verdict']}" for name, run in known if run["verdict"] != "learning"]
     head = ("Pretraining run", "Verdict", "Steps", "Objective: held out, chance", "Effective rank", "Feature spread")
@@ -55,6 +53,22 @@ def health(study: Opened) -> Section:
         tables=[Table("Pretraining runs", head, rows, wide=True)] if rows else [],
         figures=drawn,
     )
+
+
+def unwell(study: Opened, arm: str) -> str:
+    """Which of an arm's pretraining runs did not learn, for the first page; nothing where all did, or none is known."""
+    verdicts = [run["verdict"] for run in _runs(study).get(arm, []) if run is not None]
+    bad = [verdict for verdict in verdicts if verdict != "learning"]
+    if not bad:
+        return ""
+    return f"Of {many(len(verdicts), 'pretraining run')} of {arm}, by their own verdict: {', '.join(bad)}. "
+
+
+def _runs(study: Opened) -> dict[str, list[Any]]:
+    """By arm, what each pretraining run said of itself, or None."""
+    path = study.folder / PRETRAINING
+    arms: dict[str, list[Any]] = read_json(path)["arms"] if path.is_file() else {}
+    return arms
 
 
 def _health(run: Path) -> dict[str, Any] | None:

@@ -193,7 +193,8 @@ def _repeated(summary: dict[str, Any]) -> str | None:
 def _chosen(summary: dict[str, Any]) -> str:
     """What chose steps, of fine-tuning and of pretraining."""
     found = [f"{arm} ({count:,})" for arm, count in summary.get("chosen_with_labels", {}).items() if count]
-    told = "Nothing was chosen on the evaluation split: what is measured is the last step."
+    told = "No label of the evaluation split chose anything: what is measured is fine-tuning's last step. "
+    told += "An encoder's own step may have been left to the loss, without labels, of the images its run held out."
     labels = f" The step of the encoders of {', '.join(found)} was chosen by a probe of so many training labels."
     return told + (labels if found else "")
 

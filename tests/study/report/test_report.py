@@ -99,6 +99,16 @@ def test_harm_at_another_budget_and_labels_that_no_budget_paid_make_a_benefit_do
     assert (state, "Harm is shown by: dim with 80 labels." in text) == ("care", True)
 
 
+def test_an_encoder_that_learnt_nothing_makes_a_benefit_doubtful(study_of: Study) -> None:
+    folder = study_of(0.1)
+    run = {"verdict": "at-chance", "steps": 2, "curves": []}
+    arms = {"dim": [run, {**run, "verdict": "learning"}]}
+    write_json(folder / "pretraining.json", {"schema_version": 1, "arms": arms})
+    state, _, text = banner(report(folder).read_text(), "verdict")
+    assert state == "care"
+    assert "Of 2 pretraining runs of dim, by their own verdict: at-chance." in text
+
+
 def test_a_study_that_was_stopped_between_subsets_is_compared_by_what_all_budgets_have(study_of: Study) -> None:
     folder = study_of(0.1)
     table = pq.read_table(folder / "results.parquet")
