@@ -39,8 +39,13 @@ class Table:
 
     def mask(self, cell: str, root: Path) -> Path | None:
         """The file a `mask` cell names, relative to the table or to the source."""
-        tried = [self.path.parent / cell, root / cell]
-        return next((path.resolve() for path in tried if path.is_file()), None)
+        for path in (self.path.parent / cell, root / cell):
+            try:
+                if path.is_file():
+                    return path.parent.resolve() / path.name  # as `walk` has it: a link to a file is not followed
+            except OSError:  # no name is so long
+                continue
+        return None
 
 
 def read_table(path: Path, kind: str, *, given: bool) -> Table | None:

@@ -40,6 +40,7 @@ def survey(places: Iterable[Path]) -> tuple[list[Path], list[Refused]]:
                 seen.add((status.st_dev, status.st_ino))
                 with os.scandir(folder) as entries:
                     inside = [entry for entry in entries if not entry.name.startswith(".")]
+                    inside.sort(key=lambda entry: entry.name, reverse=True)  # the last one is opened first
             except OSError:
                 strays[folder] = Refused(path=folder, reason="unreadable", detail=_NO_FOLDER)
                 continue

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from medim.data.index import Index, build_index
@@ -12,6 +15,7 @@ from medim.data.looks import look_at
 from medim.data.readers import ReadError, read_volume
 from medim.data.readers.nifti import NiftiReader
 from medim.data.walking import survey, walk
+from medim.types import UserError
 from tests.data.synthetic import noise, write_nifti
 
 
@@ -91,3 +95,36 @@ def test_suffixes_in_capitals_are_suffixes(tmp_path: Path) -> None:
     index = build_index(tmp_path, "mri")
     assert [(record.image, record.sequence) for record in index.records] == [("sub-01_T1w", "T1w")]
     assert index.rejected == ()
+
+
+def test_a_folder_met_twice_is_walked_by_its_first_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_nifti(tmp_path / "b" / "x.nii")
+    (tmp_path / "a").symlink_to("b")
+    scandir = os.scandir
+    found = []
+    for backwards in (False, True):
+
+        @contextmanager
+        def ordered(folder: Path, backwards: bool = backwards) -> Iterator[list[os.DirEntry[str]]]:
+            with scandir(folder) as entries:
+                yield sorted(entries, key=lambda entry: entry.name, reverse=backwards)
+
+        monkeypatch.setattr(os, "scandir", ordered)
+        found.append(walk([tmp_path]))
+    assert found == [[tmp_path / "a" / "x.nii"]] * 2
+
+
+def test_a_mask_that_is_a_link_is_no_image(tmp_path: Path) -> None:
+    store = write_nifti(tmp_path / "store" / "k.nii", (noise(4, 5, 6) > 500).astype(np.uint8))
+    source = write_nifti(tmp_path / "s" / "a.nii").parent
+    (source / "m.nii").symlink_to(store)
+    (source / "labels.csv").write_text("image,mask\na.nii,m.nii\n")
+    index = build_index(source, "mri")
+    assert [(record.image, record.mask) for record in index.records] == [("a", "m.nii")]
+
+
+def test_a_mask_with_a_name_too_long_for_a_file_is_no_mask(tmp_path: Path) -> None:
+    source = write_nifti(tmp_path / "s" / "a.nii").parent
+    (source / "labels.csv").write_text(f"image,mask\na.nii,{'m' * 5000}\n")
+    with pytest.raises(UserError, match="line 2: expected the path of a mask"):
+        build_index(source, "mri")
