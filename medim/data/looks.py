@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 Look = Callable[[Path], Sight]
 Progress = Callable[[int, int], None]
 
-_READING = f"{__version__}/4"  # raise the number where a reader sees something else in the same file
+_READING = f"{__version__}/5"  # raise the number where a reader sees something else in the same file
 _SAVED = 1000  # sights that are written down at once
 _FEW = 64  # files that one process has looked at before another one has started
 _PASSING = {"missing", "reader-failed", "reader-missing", "unreadable", "worker-died"}  # a network drive, a package
