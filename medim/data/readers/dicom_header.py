@@ -25,7 +25,7 @@ _FACTS = (
     "ImagerPixelSpacing", "NominalScannedPixelSpacing", "OverlayRows",
 )  # fmt: skip
 _SHARED = tuple(sorted({*identities.NAMES, *identities.SHARED, *_FACTS}))
-_WANTED = frozenset((*_SHARED, *identities.OWN)) | ATTRIBUTES
+_WANTED = frozenset((*_SHARED, *identities.OWN, identities.OTHERS)) | ATTRIBUTES
 _SCREEN = {"SCREEN SAVE", "SCREENSAVE", "SCREEN"}
 _ODDITIES = (  # quality code, attribute, value that says it
     ("derived", "ImageType", "DERIVED"),

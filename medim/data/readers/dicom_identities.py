@@ -5,11 +5,12 @@ from __future__ import annotations
 from medim.data.readers.dicom_values import Header
 
 OWN = ("SOPInstanceUID", "AcquisitionDateTime")  # they differ from file to file
+OTHERS = "OtherPatientIDsSequence"
 NAMES = (
     "PatientName", "OtherPatientNames", "PatientBirthName", "PatientMotherBirthName", "ResponsiblePerson",
     "ReferringPhysicianName", "PerformingPhysicianName", "OperatorsName", "NameOfPhysiciansReadingStudy",
-    "RequestingPhysician", "PhysiciansOfRecord", "ConsultingPhysicianName",
-    "ScheduledPerformingPhysicianName", "ContentCreatorName",
+    "RequestingPhysician", "PhysiciansOfRecord", "ConsultingPhysicianName", "ScheduledPerformingPhysicianName",
+    "ContentCreatorName",
 )  # fmt: skip
 SHARED = (
     "PatientID", "IssuerOfPatientID", "OtherPatientIDs", "PatientBirthDate", "PatientAddress",
@@ -18,8 +19,8 @@ SHARED = (
     "InstitutionName", "InstitutionAddress", "InstitutionalDepartmentName", "StationName", "DeviceSerialNumber",
     "StudyDate", "SeriesDate", "AcquisitionDate", "ContentDate", "InstanceCreationDate",
     "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "RequestedProcedureID",
-    "PerformedProcedureStepID", "PerformedStationName", "PerformedProcedureStepStartDate",
-    "PerformedProcedureStepEndDate", "AdmittingDate", "DateOfSecondaryCapture", "ClinicalTrialSubjectID",
+    "PerformedProcedureStepID", "ClinicalTrialSubjectID", "PerformedStationName", "PerformedProcedureStepStartDate",
+    "PerformedProcedureStepEndDate", "AdmittingDate", "DateOfSecondaryCapture",
 )  # fmt: skip
 _SHORT = ("PatientID", "AccessionNumber")  # count at any length; a StudyID of "1" is nobody's
 
@@ -35,5 +36,6 @@ def shared_identities(header: Header) -> set[str]:
 
 
 def own_identities(header: Header) -> set[str]:
-    """Those that differ from file to file."""
-    return {value for keyword in OWN for value in header.texts(keyword) if len(value) >= 3}
+    """Those that differ from file to file, and those that stand in a sequence."""
+    others = {value for item in header.items(OTHERS) for value in item.texts("PatientID")}
+    return others | {value for keyword in OWN for value in header.texts(keyword) if len(value) >= 3}

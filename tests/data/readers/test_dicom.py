@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pydicom.uid import ImplicitVRLittleEndian, RawDataStorage, SecondaryCaptureImageStorage
 from scipy.ndimage import zoom
 
+from medim.data.identity import tokens
 from medim.data.readers import DICOM, ReadError, read_volume
 from medim.data.readers.base import LPS_TO_RAS
 from medim.data.readers.dicom_pixels import frames_of
@@ -387,3 +388,20 @@ def test_a_stack_is_the_same_whatever_the_order_of_its_frames(
     assert [order[place] for place in one.places] == list(range(6))
     np.testing.assert_allclose(affine[:3, 2], normal * gap, atol=1e-9)
     np.testing.assert_allclose(affine @ [2, 3, 4, 1], [*(places[4] + row * 2 * 0.7 + column * 3 * 0.5), 1], atol=1e-9)
+
+
+def test_names_in_japanese_are_identities(tmp_path: Path) -> None:
+    name = "Yamada^Tarou=山田^太郎=やまだ^たろう"
+    files = write_series(tmp_path / "s", SpecificCharacterSet=["", "ISO 2022 IR 87"], PatientName=name)
+    (image,) = scan(DICOM, files, "mri")[0]
+    assert tokens(["山田太郎", "太郎"]) <= image.identities
+
+
+def test_other_numbers_and_names_of_a_patient_are_identities(tmp_path: Path) -> None:
+    other = pydicom.Dataset()
+    other.PatientID = "MRN778899"
+    said = {"ClinicalTrialSubjectID": "CTS-5566", "ContentCreatorName": "Meier^Ida", "AdmittingDate": "20200102"}
+    files = write_series(tmp_path / "s", OtherPatientIDsSequence=[other], **said)
+    known = DICOM.look(files[0]).at(files[0]).instance
+    assert known is not None
+    assert tokens(["MRN778899", "CTS-5566", "Meier", "20200102"]) <= known.identities
