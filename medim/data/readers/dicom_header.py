@@ -56,7 +56,7 @@ def read_header(path: Path) -> Sight:
         shared = tuple(map(seen.header.raw.get, _SHARED))
         own = tokens(identities.own_identities(seen.header))
         known = own | _identities(site_key(), shared, seen.header.order)
-        origin = _origin(site_key(), shared, seen.header.order)
+        origin = _origin(site_key(), shared, seen.header.order, seen.syntax in _LOSSY)
         count = max(seen.header.whole("NumberOfFrames", 1), 1)
         _check_pixels(path, seen, count)
         instance = Instance(
@@ -79,7 +79,7 @@ def _identities(key: bytes, shared: tuple[bytes | None, ...], order: str) -> fro
 
 @lru_cache(maxsize=64)
 @quiet()
-def _origin(key: bytes, shared: tuple[bytes | None, ...], order: str) -> Origin:
+def _origin(key: bytes, shared: tuple[bytes | None, ...], order: str, lossy: bool) -> Origin:
     """What the files of a series say alike, worked out once.
 
     Raises:
@@ -95,7 +95,7 @@ def _origin(key: bytes, shared: tuple[bytes | None, ...], order: str) -> Origin:
     kinds = (header.texts(name) for name in ("ScanningSequence", "AcquisitionContrast", "EchoPulseSequence"))
     sequence = "-".join(next(filter(None, kinds), []))
     scrub = Scrubber(known)
-    quality, spacing = _quality(header), (1.0, 1.0)
+    quality, spacing = _quality(header, lossy), (1.0, 1.0)
     if kind == "xray":
         spacing, odd = _xray_spacing(header)
         quality += odd
@@ -157,9 +157,11 @@ def _judge(header: Header) -> None:
         raise ReadError("bit-depth", f"{stored} of {allocated} bits up to bit {highest}; expected 8, 16 or 32 bits")
 
 
-def _quality(header: Header) -> tuple[str, ...]:
+def _quality(header: Header, lossy: bool) -> tuple[str, ...]:
     """Codes of what is odd about the files and accepted."""
     said = {code for code, keyword, value in _ODDITIES if value in map(str.upper, header.texts(keyword))}
+    if lossy:
+        said.add("lossy")
     if "Secondary Capture" in UID(header.text("SOPClassUID")).name:
         said.add("secondary-capture")
     if header.raw.get("OverlayRows"):

@@ -405,3 +405,13 @@ def test_other_numbers_and_names_of_a_patient_are_identities(tmp_path: Path) -> 
     known = DICOM.look(files[0]).at(files[0]).instance
     assert known is not None
     assert tokens(["MRN778899", "CTS-5566", "Meier", "20200102"]) <= known.identities
+
+
+def test_a_lossy_transfer_syntax_is_told_where_the_header_is_silent(tmp_path: Path) -> None:
+    made = xray(noise(4, 6).astype(np.uint8), BitsAllocated=8, BitsStored=8, HighBit=7)
+    made.PixelData = pydicom.encaps.encapsulate([b"\xff\xd8\xff\xd9"])
+    made["PixelData"].is_undefined_length = True
+    made.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
+    seen = DICOM.look(save(made, tmp_path / "a.dcm")).instance
+    assert seen is not None
+    assert "lossy" in seen.origin.quality
