@@ -27,6 +27,7 @@ _FACTS = (
 _SHARED = tuple(sorted({*identities.NAMES, *identities.SHARED, *_FACTS}))
 _WANTED = frozenset((*_SHARED, *identities.OWN, identities.OTHERS)) | ATTRIBUTES
 _SCREEN = {"SCREEN SAVE", "SCREENSAVE", "SCREEN"}
+_LOSSY = {"1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"}  # JPEG; of the others the header says it
 _ODDITIES = (  # quality code, attribute, value that says it
     ("derived", "ImageType", "DERIVED"),
     ("lossy", "LossyImageCompression", "01"),

@@ -101,7 +101,15 @@ def test_harm_at_another_budget_and_labels_that_no_budget_paid_make_a_benefit_do
 
 def test_an_encoder_that_learnt_nothing_makes_a_benefit_doubtful(study_of: Study) -> None:
     folder = study_of(0.1)
-    run = {"verdict": "at-chance", "steps": 2, "loss": {}, "chance": {}, "rankme": 2.0, "feature_std": 0.1, "curves": []}
+    run = {
+        "verdict": "at-chance",
+        "steps": 2,
+        "loss": {},
+        "chance": {},
+        "rankme": 2.0,
+        "feature_std": 0.1,
+        "curves": [],
+    }
     arms = {"dim": [run, {**run, "verdict": "learning"}]}
     write_json(folder / "pretraining.json", {"schema_version": 1, "arms": arms})
     state, _, text = banner(report(folder).read_text(), "verdict")
