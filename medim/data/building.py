@@ -19,6 +19,7 @@ from medim.data.looks import Looks
 from medim.data.masks import check_masks
 from medim.data.readers import gather, reader_of
 from medim.data.readers.base import Reader
+from medim.data.readers.dicom import DicomReader
 from medim.data.readers.raster import NumpyReader, PictureReader
 from medim.data.readers.sights import Found, Refused, Scanned
 from medim.data.records import Record, Rejection
@@ -70,7 +71,7 @@ def build(
     join_labels(drafts, label_tables, root)
     drafts, spoilt, highest = check_masks(drafts, layout, looks)
     refused += spoilt
-    everything: list[Found | Refused] = [*found, *refused]
+    everything: list[Found | Refused] = [*found, *refused, *_unopened(layout, modality, looks)]
     scrub = Scrubber(identity for image in everything for identity in image.identities)
     names = tuple(
         layout.classes[value] if value < len(layout.classes) else f"label-{value + 1}" for value in range(highest)
@@ -135,6 +136,13 @@ def _scan(images: Sequence[Path], modality: Modality, looks: Looks) -> Scanned:
         found += images_of
         refused += others
     return found, refused
+
+
+def _unopened(layout: Layout, modality: Modality, looks: Looks) -> list[Found | Refused]:
+    """What DICOM files hold that the layout refused: their paths are written, and may hold whom they are of."""
+    files = [refused.path for refused in layout.refused if isinstance(reader_of(refused.path), DicomReader)]
+    found, refused = _scan(files, modality, looks)
+    return [*found, *refused]
 
 
 def _unread(path: Path) -> Refused:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import re
 from collections import defaultdict
@@ -68,13 +69,12 @@ def read_table(path: Path, kind: str, *, given: bool) -> Table | None:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: expected a CSV file (UTF-8) with the columns of --{kind}, got {error}.") from error
-    lines = text.splitlines()
-    delimiter = max(",;\t", key=lines[0].count) if lines else ","
-    reader = csv.DictReader(lines, delimiter=delimiter)
-    columns = [_BIDS.get(name.strip().lower(), name.strip().lower()) for name in reader.fieldnames or ()]
-    reader.fieldnames = columns
-    found = ((reader.line_num, {name: _cell(cell) for name, cell in row.items() if name}) for row in reader)
+    delimiter = max(",;\t", key=next(iter(text.splitlines()), "").count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
+        columns = [_BIDS.get(name.strip().lower(), name.strip().lower()) for name in reader.fieldnames or ()]
+        reader.fieldnames = columns
+        found = ((reader.line_num, {name: _cell(cell) for name, cell in row.items() if name}) for row in reader)
         rows = tuple(row for row in found if any(row[1].values()))
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: expected a row of a CSV file, got {error}.") from error
@@ -152,6 +152,11 @@ class Names:
             name = "/".join(self._parts.get(part, part) for part in name.split("/"))
         return self._images.get(name) or self._images.get(pseudonym(cell), set())
 
+    @property
+    def places(self) -> set[int]:
+        """Of all the images."""
+        return set(self._files)
+
     def files(self, places: Iterable[int]) -> set[Path]:
         """The files of images."""
         return {self._files[place] for place in places}
@@ -186,7 +191,8 @@ def rows_of(
     lost: list[int] = []
     for line, cells in table.rows:
         image, subject = cells.get("image", ""), cells.get("subject", "")
-        places = names.image(image) if image else by_subject.get(subject) or by_subject.get(pseudonym(subject), set())
+        of_subject = by_subject.get(subject) or by_subject.get(pseudonym(subject), set())
+        places = names.image(image) if image else of_subject & names.places
         if image and len(names.files(places)) > 1:
             raise UserError(
                 f"{table.path}, line {line}: expected the name of one image, got one that {len(places)} images end in. "

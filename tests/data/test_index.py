@@ -260,6 +260,23 @@ def test_a_bids_tree_says_whose_an_image_is(tmp_path: Path) -> None:
     assert reasons(index) == {"sub-02/anat/sub-02_dseg.nii.gz": "derived-label"}
 
 
+def test_the_names_in_dicom_files_beside_a_bids_tree_are_hidden(tmp_path: Path) -> None:
+    write_nifti(tmp_path / "sub-01" / "anat" / "sub-01_T1w.nii.gz")
+    (tmp_path / "dataset_description.json").write_text("{}")
+    write_series(tmp_path / "sourcedata" / "Avasarala_Chrisjen" / "s", PatientName="Avasarala^Chrisjen")
+    told = reasons(build_index(tmp_path, "mri"))
+    assert set(told.values()) == {"source-data"}
+    assert not any("Avasarala" in path for path in told)
+
+
+def test_a_table_of_subjects_in_one_folder_labels_nobody_in_another(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        write_nifti(tmp_path / folder / "sub-01" / "anat" / "sub-01_T1w.nii.gz")
+    write_nifti(tmp_path / "b" / "sub-02" / "anat" / "sub-02_T1w.nii.gz")
+    (tmp_path / "a" / "labels.csv").write_text("subject,label\nsub-01,ad\n")
+    assert [record.label for record in build_index(tmp_path, "mri").records] == ["ad", None, None]
+
+
 def test_a_folder_above_that_is_called_like_a_subject_is_none(tmp_path: Path) -> None:
     root = tmp_path / "sub-study" / "scans"
     for place in ("sub-01/ses-a/anat/sub-01_ses-a_T1w", "sub-02/ses-a/anat/sub-02_ses-a_T1w", "sub-03/t1"):
