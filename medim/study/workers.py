@@ -179,10 +179,27 @@ def serve(bench: Bench, threads: int, pipe: Any) -> None:
     torch.set_num_threads(threads)
     with stopping(lambda: None):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells it to all; the study passes it on
+        stop_with_parent()
         while True:
             try:
                 task = pipe.recv()
             except (EOFError, OSError):
                 return
-            pipe.send(attempt(bench, *task))
+            outcome = attempt(bench, *task)
             signal.setitimer(signal.ITIMER_REAL, 0)
+            try:
+                pipe.send(outcome)
+            except OSError:  # nobody is there any more
+                return
+
+
+def stop_with_parent() -> None:
+    """Be asked to stop (SIGTERM) when the process that started this one is gone, also where it was killed."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()

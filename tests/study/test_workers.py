@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -68,3 +71,43 @@ def test_a_cell_whose_process_dies_is_tried_once_more_and_then_reported(
         run_study(tmp_path / "always", **options)
     assert (tmp_path / "always" / "cells" / "scratch" / "4" / "0-0" / "summary.json").is_file()
     assert (tmp_path / "always" / "summary.json").is_file()
+
+
+ORPHAN = """
+import multiprocessing, signal, sys, time
+from pathlib import Path
+
+from medim.study.workers import stop_with_parent
+
+def work(folder):
+    signal.signal(signal.SIGTERM, lambda *_: (Path(folder, "asked").touch(), sys.exit()))
+    stop_with_parent()
+    Path(folder, "begun").touch()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=work, args=(sys.argv[1],)).start()
+    time.sleep(60)
+"""
+
+
+def test_a_process_whose_study_was_killed_is_asked_to_stop(tmp_path: Path) -> None:
+    (tmp_path / "orphan.py").write_text(ORPHAN)
+    study = subprocess.Popen([sys.executable, str(tmp_path / "orphan.py"), str(tmp_path)])
+    wait_for(tmp_path / "begun")
+    study.kill()
+    study.wait()
+    wait_for(tmp_path / "asked")
+
+
+def wait_for(path: Path, seconds: float = 30) -> None:
+    """Wait until a file is there.
+
+    Raises:
+        TimeoutError: it is not.
+    """
+    until = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > until:
+            raise TimeoutError(path.name)
+        time.sleep(0.05)
