@@ -22,7 +22,7 @@ def verdict(study: Opened) -> Section:
         text = "Nothing can be compared yet. Go on with medim study --resume."
         return Section("verdict", "What pretraining is worth", Banner("bad", "No result", _whole(study) + text))
     doubts = [_whole(study), _harm(study, best), _seen_text(study), _chosen_text(study), alarm(study)]
-    doubts.append(unwell(study, best["arm"]))
+    doubts += [unwell(study, best["arm"]), _lone(best)]
     state: Any = {"benefit": "good", "harm": "bad"}.get(best["verdict"], "care")
     if state == "good" and any(doubts):
         state = "care"
@@ -53,6 +53,12 @@ def verdict(study: Opened) -> Section:
             )
         ],
     )
+
+
+def _lone(row: Row) -> str:
+    """That no run was repeated with another seed, so that the luck of two runs is in no interval."""
+    told = "One encoder stands against one from-scratch run: how much runs differ by chance is not known. "
+    return told if row["difference"]["seeds"] == 1 else ""
 
 
 def sentence(row: Row) -> str:

@@ -99,6 +99,17 @@ def test_harm_at_another_budget_and_labels_that_no_budget_paid_make_a_benefit_do
     assert (state, "Harm is shown by: dim with 80 labels." in text) == ("care", True)
 
 
+def test_one_run_against_one_run_makes_a_benefit_doubtful(study_of: Study) -> None:
+    folder = study_of(0.1)
+    found = read_json(folder / "summary.json")["comparisons"]
+    for row in found["rows"]:
+        row["difference"]["seeds"] = 1
+    change(folder, comparisons=found)
+    state, _, text = banner(report(folder).read_text(), "verdict")
+    assert state == "care"
+    assert "One encoder stands against one from-scratch run" in text
+
+
 def test_an_encoder_that_learnt_nothing_makes_a_benefit_doubtful(study_of: Study) -> None:
     folder = study_of(0.1)
     run = {
