@@ -160,8 +160,12 @@ def write_config(out: Path, config: RunConfig, **inputs: str | float | None) -> 
 
 
 def _same(path: Path, config: RunConfig) -> bool:
-    """Whether a file says the same as a configuration; keys that came later than the file have their defaults."""
+    """Whether a file says the same as a configuration, but for how images are loaded, which changes no byte.
+
+    Keys that came later than the file have their defaults.
+    """
+    loading = {"workers": config.workers, "prefetch": config.prefetch}
     try:
-        return type(config).model_validate(yaml.safe_load(path.read_text())) == config
+        return type(config).model_validate(yaml.safe_load(path.read_text())).model_copy(update=loading) == config
     except (ValueError, yaml.YAMLError):
         return False

@@ -252,6 +252,15 @@ def test_resume_without_a_checkpoint_starts_at_step_0(
     assert summary["resumed_from_steps"] == []
 
 
+def test_resume_may_load_with_other_processes(
+    pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
+) -> None:
+    first = pretrain(pretrain_config, cohort_index, tmp_path / "run", store=tmp_path / "store")
+    other = pretrain_config.model_copy(update={"workers": 1, "prefetch": 3})
+    again = pretrain(other, cohort_index, tmp_path / "run", store=tmp_path / "store", resume=True)
+    assert again["loss"] == first["loss"]
+
+
 def test_resume_with_another_configuration_is_refused(
     undisturbed: Path, pretrain_config: PretrainConfig, cohort_index: Index
 ) -> None:
