@@ -18,7 +18,7 @@ from medim.types import Features, UsageError
 Norm = Literal["bn", "in", "gn", "none"]
 Activation = Literal["relu", "leaky_relu"]
 Pooling = Literal["flatten", "mean_max"]
-Layers = Sequence[tuple[int, int]]  # kernel size and stride of each, in order
+Layers = Sequence[tuple[int, int, int]]  # kernel size, stride and padding of each, in order
 
 
 def norm_spec(norm: Norm) -> str | tuple[str, dict[str, object]]:
@@ -180,20 +180,33 @@ def flat_size(stages: Iterable[nn.Module], in_channels: int, shape: Sequence[int
 
 def level_strides(levels: Sequence[Layers]) -> tuple[int, ...]:
     """Voxels between neighbouring cells of each map of an encoder, from the layers that each map adds."""
-    return tuple(accumulate((math.prod(stride for _, stride in layers) for layers in levels), mul))
+    return tuple(accumulate((math.prod(stride for _, stride, _ in layers) for layers in levels), mul))
 
 
-def receptive_field(layers: Layers) -> int:
-    """Side of what one output cell of a chain of convolutions sees, in input voxels."""
-    side, jump = 1, 1
-    for kernel, stride in layers:
+def receptive_field(layers: Layers) -> tuple[int, float]:
+    """What the first output cell of a chain of convolutions sees: its side and its middle, in input voxels.
+
+    The middle is a place on an axis whose first voxel lies at 0; padding moves it to the front.
+    """
+    side, middle, jump = 1, 0.0, 1
+    for kernel, stride, padding in layers:
         side += (kernel - 1) * jump
+        middle += ((kernel - 1) / 2 - padding) * jump
         jump *= stride
-    return side
+    return side, middle
 
 
 def level_field(levels: Sequence[Layers], level: int) -> int:
     """Side of what a cell of map `level` sees, in voxels, from the layers that each map adds."""
+    return _field(levels, level)[0]
+
+
+def level_origins(levels: Sequence[Layers]) -> tuple[float, ...]:
+    """Middle of what the first cell of each map sees, in voxels, from the layers that each map adds."""
+    return tuple(_field(levels, level)[1] for level in range(len(levels)))
+
+
+def _field(levels: Sequence[Layers], level: int) -> tuple[int, float]:
     return receptive_field([layer for layers in levels[: level + 1] for layer in layers])
 
 

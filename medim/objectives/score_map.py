@@ -35,22 +35,23 @@ class ScoreMap(nn.Module):
         self.spec = spec
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Scores (N, 1, ...) on the grid of (N, in_channels, ...) images; linear between the centres of cells."""
+        """Scores (N, 1, ...) on the grid of (N, in_channels, ...) images; linear between the places of cells."""
         scores = self.objective.score_map(self.encoder(image))
-        stride = self.encoder.strides[self.objective.level]
+        level = self.objective.level
+        origin, stride = self.encoder.origins[level], self.encoder.strides[level]
         for axis, size in enumerate(image.shape[2:], start=2):
-            weights = interpolation(size, scores.shape[axis], stride).to(scores)
+            weights = interpolation(size, scores.shape[axis], origin, stride).to(scores)
             scores = (scores.movedim(axis, -1) @ weights).movedim(-1, axis)
         return scores
 
 
-def interpolation(size: int, cells: int, stride: int) -> torch.Tensor:
-    """Weights (cells, size) that bring values of cells, `stride` apart and centred on an axis, to each of its voxels.
+def interpolation(size: int, cells: int, origin: float, stride: int) -> torch.Tensor:
+    """Weights (cells, size) that bring values of cells, at voxels `origin + c * stride` of an axis, to all its voxels.
 
-    Voxels beyond the outermost centres get the outermost value.
+    Voxels beyond the outermost cells get the outermost value.
     """
     voxel, cell = (torch.arange(n, dtype=torch.float32) for n in (size, cells))
-    voxel, cell = (voxel - voxel.mean()) / stride, cell - cell.mean()  # places in cells, from the middle
+    voxel = (voxel - origin) / stride  # places in cells, from the first
     return (1 - (voxel.clamp(cell[0], cell[-1]) - cell[:, None]).abs()).clamp_min(0)
 
 

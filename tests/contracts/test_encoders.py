@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from medim.models.encoders import ENCODERS
 from medim.models.model import build_encoder
 from medim.models.saved import load_encoder, save
+from medim.objectives.score_map import ScoreMap
 
 # Small versions, and the variants whose behaviour differs. An entry that is not named here runs at its defaults.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -184,11 +186,11 @@ def test_norm_names_the_norm_of_the_maps(name: str, dims: int, norm: str) -> Non
     assert all(found.isfinite().all() for found in outputs(encoder, images(section, dims)))
 
 
-@every_encoder
-def test_the_receptive_field_is_what_the_gradient_sees(section: dict[str, Any], dims: int) -> None:
+def linear(section: dict[str, Any], dims: int, odd: int) -> tuple[Any, int]:
+    """An encoder all weights of which are alike, and the side of an image whose middle cells see no border."""
     last = make(section, dims)
-    level_count, stride = len(last.channels), last.strides[-1]
-    side = (-(-last.receptive_field(level_count - 1) // stride) + 2) * stride
+    stride = last.strides[-1]
+    side = (-(-last.receptive_field(len(last.channels) - 1) // stride) + 2) * stride + odd
     encoder = make(section, dims, (side,) * dims).eval()
     for module in list(encoder.modules()):
         for name, child in module.named_children():
@@ -199,12 +201,53 @@ def test_the_receptive_field_is_what_the_gradient_sees(section: dict[str, Any], 
                 setattr(module, name, mean(child.kernel_size, child.stride))
     with torch.no_grad():
         for parameter in encoder.parameters():
-            parameter.copy_(parameter.abs() + 0.1)  # no rectifier sleeps
+            parameter.fill_(0.1)  # no rectifier sleeps, and no side of a kernel weighs more
+    return encoder, side
+
+
+@every_encoder
+@pytest.mark.parametrize("odd", [0, 1])
+def test_the_receptive_field_and_its_middle_are_what_the_gradient_sees(
+    section: dict[str, Any], dims: int, odd: int
+) -> None:
+    encoder, side = linear(section, dims, odd)
     image = torch.ones(1, 2, *(side,) * dims, requires_grad=True)
-    for level, found in enumerate(encoder(image).maps):
+    maps = encoder(image).maps
+    assert len(encoder.origins) == len(maps)
+    for level, found in enumerate(maps):
         centre = tuple(cells // 2 for cells in found.shape[2:])
         (gradient,) = torch.autograd.grad(found[(0, 0, *centre)], image, retain_graph=True)
         seen = gradient[0, 0].nonzero()
-        extent = seen.max(dim=0).values - seen.min(dim=0).values + 1
-        assert extent.tolist() == [encoder.receptive_field(level)] * dims
+        first, last = seen.min(dim=0).values, seen.max(dim=0).values
+        assert (last - first + 1).tolist() == [encoder.receptive_field(level)] * dims
         assert len(seen) == encoder.receptive_field(level) ** dims
+        place = [encoder.origins[level] + cell * encoder.strides[level] for cell in centre]
+        assert ((first + last) / 2).tolist() == place
+        if section["name"] != "patches":  # inside a crop, its encoder may weigh one half more
+            torch.testing.assert_close(centroid(gradient[0, 0]), torch.tensor(place), atol=0.01, rtol=0)
+
+
+@every_encoder
+@pytest.mark.parametrize("odd", [0, 1])
+def test_the_score_of_a_cell_is_drawn_in_the_middle_of_what_it_sees(
+    section: dict[str, Any], dims: int, odd: int
+) -> None:
+    encoder, side = linear(section, dims, odd)
+    image = torch.ones(1, 2, *(side,) * dims, requires_grad=True)
+    for level, found in enumerate(encoder(image).maps):
+        cell = tuple(cells // 2 for cells in found.shape[2:])
+        (gradient,) = torch.autograd.grad(found[(0, 0, *cell)], image, retain_graph=True)
+        alone = torch.zeros(1, 1, *found.shape[2:])
+        alone[(0, 0, *cell)] = 1.0
+        critic: Any = SimpleNamespace(level=level, score_map=lambda _, alone=alone: alone)
+        with torch.no_grad():
+            drawn = ScoreMap(encoder, critic, {})(image)
+        seen = gradient[0, 0].nonzero()
+        middle = (seen.min(dim=0).values + seen.max(dim=0).values) / 2
+        torch.testing.assert_close(centroid(drawn[0, 0]), middle, atol=0.01, rtol=0)
+
+
+def centroid(weights: torch.Tensor) -> torch.Tensor:
+    """The centre of mass of a map, in voxels."""
+    places = torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in weights.shape), indexing="ij"))
+    return (places * weights).flatten(1).sum(dim=1) / weights.sum()

@@ -103,7 +103,7 @@ def test_the_map_of_a_package_is_what_torch_computes_for_the_run(package: Packag
         local, side = network.objective.critic.local, network.objective.critic.summary
         found = local(features.maps[1].flatten(2)).transpose(1, 2) @ side(summary[..., None])
     coarse = found.reshape(features.maps[1].shape[2:]).numpy()
-    np.testing.assert_allclose(scores[::2, ::2], coarse, atol=1e-4)  # odd sides: cells lie on every other voxel
+    np.testing.assert_allclose(scores[::2, ::2], coarse, atol=1e-4)  # cells lie on every other voxel
     np.testing.assert_allclose(scores[1::2, ::2], (coarse[:-1] + coarse[1:]) / 2, atol=1e-4)
 
 

@@ -81,9 +81,22 @@ def test_pool_holds_each_channels_mean_then_its_maximum() -> None:
 
 
 def test_a_receptive_field_grows_by_the_kernel_times_the_strides_before_it() -> None:
-    assert receptive_field([]) == 1
-    assert receptive_field([(3, 1)] * 3) == 7
-    assert receptive_field([(5, 2), (3, 2), (3, 1), (2, 2)]) == 5 + 2 * 2 + 2 * 4 + 1 * 4
+    assert receptive_field([])[0] == 1
+    assert receptive_field([(3, 1, 1)] * 3)[0] == 7
+    assert receptive_field([(5, 2, 2), (3, 2, 0), (3, 1, 1), (2, 2, 0)])[0] == 5 + 2 * 2 + 2 * 4 + 1 * 4
+
+
+def test_the_first_cell_lies_half_a_kernel_in_less_the_padding_at_each_layers_stride() -> None:
+    assert receptive_field([])[1] == 0
+    assert receptive_field([(3, 2, 1)] * 3)[1] == 0
+    assert receptive_field([(4, 2, 1)] * 3)[1] == 0.5 + 2 * 0.5 + 4 * 0.5
+    assert receptive_field([(5, 2, 0), (3, 2, 2), (2, 1, 0)])[1] == 2 - 2 * 1 + 4 * 0.5
+
+
+def test_the_first_cell_of_every_map_lies_where_its_own_layers_put_it() -> None:
+    assert UNetEncoder(1, 2, channels=(2, 4, 4, 8)).origins == (0, 0, 0, 0)
+    assert ConvNet(1, 2, (32, 32), channels=(2, 4, 4)).origins == (0.5, 1.5, 3.5)
+    assert ConvNet(1, 2, (32, 32), channels=(2, 4), stride=1, padding=0).origins == (1.5, 3)
 
 
 def test_a_receptive_field_in_mm_is_its_voxels_times_their_spacing() -> None:

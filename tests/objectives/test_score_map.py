@@ -59,15 +59,17 @@ def views_of(images: torch.Tensor) -> Views:
 
 
 @pytest.mark.parametrize(
-    ("size", "cells", "stride", "first"), [(32, 16, 2, 0.5), (33, 17, 2, 0.0), (32, 26, 1, 3.0), (28, 3, 8, 5.5)]
+    ("size", "cells", "stride", "first"),
+    [(32, 16, 2, 0.5), (32, 16, 2, 0.0), (33, 17, 2, 0.0), (32, 26, 1, 3.0), (30, 3, 8, 3.5), (9, 11, 1, -1.0)],
 )
 def test_scores_lie_at_the_centres_of_their_cells_and_linear_between_them(
     size: int, cells: int, stride: int, first: float
 ) -> None:
     centres = first + stride * torch.arange(cells)
-    voxels = centres @ interpolation(size, cells, stride)  # each voxel's place, where there are cells on both sides
+    weights = interpolation(size, cells, first, stride)
+    voxels = centres @ weights  # each voxel's place, where there are cells on both sides
     torch.testing.assert_close(voxels, torch.arange(size).clamp(centres[0], centres[-1]), atol=1e-4, rtol=0)
-    constant = torch.ones(cells) @ interpolation(size, cells, stride)
+    constant = torch.ones(cells) @ weights
     torch.testing.assert_close(constant, torch.ones(size))
 
 
@@ -78,8 +80,21 @@ def test_the_map_has_the_grid_of_the_image_and_runs_along_its_axes(shape: tuple[
     with torch.no_grad():
         scores, coarse = network(image), network.objective.score_map(network.encoder(image))
     assert scores.shape == image.shape
+    every_other = (..., *[slice(None, None, 2)] * len(shape))
+    torch.testing.assert_close(scores[every_other], coarse)  # 3-wide kernels at stride 2: cell c lies on voxel 2 c
+    between = (coarse[..., :-1] + coarse[..., 1:]) / 2
+    torch.testing.assert_close(scores[(*every_other[:-1], slice(1, -1, 2))], between)
+
+
+@pytest.mark.parametrize("shape", [(12, 18), (8, 6, 10)])
+def test_cells_that_lie_between_voxels_are_drawn_there(shape: tuple[int, ...]) -> None:
+    encoder = {"name": "convnet", "hidden": 0, "summary": "mean_max"}
+    network = made(len(shape), shape, {**SECTION, "level": 0}, **encoder)  # 4-wide kernels: cell c lies at 2 c + 0.5
+    image = torch.randn(2, 1, *shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        scores, coarse = network(image), network.objective.score_map(network.encoder(image))
     mode = "bilinear" if len(shape) == 2 else "trilinear"
-    want = torch.nn.functional.interpolate(coarse, shape, mode=mode)  # the same where the stride divides every side
+    want = torch.nn.functional.interpolate(coarse, shape, mode=mode)  # which centres cells, right for such kernels
     torch.testing.assert_close(scores, want)
 
 

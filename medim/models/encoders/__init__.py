@@ -30,11 +30,14 @@ class Encoder(Protocol):
         channels: channels of each map, fine to coarse.
         strides: voxels from a cell of each map to the next, along every axis. The grid is the image's over it, rounded
             either way, less what convolutions without padding cut off: ask a forward pass.
+        origins: the voxel, perhaps between two, in the middle of what the first cell of each map sees, along every
+            axis; cell c of map i lies at `origins[i] + c * strides[i]`.
         summary_channels: length of the summary.
     """
 
     channels: tuple[int, ...]
     strides: tuple[int, ...]
+    origins: tuple[float, ...]
     summary_channels: int
 
     def __call__(self, image: torch.Tensor) -> Features:

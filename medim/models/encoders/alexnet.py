@@ -16,6 +16,7 @@ from medim.models.layers import (
     conv,
     flat_size,
     level_field,
+    level_origins,
     level_strides,
     maps_of,
 )
@@ -58,8 +59,9 @@ class AlexNet(nn.Module):
         super().__init__()
         check_channels("alexnet", channels)
         self.channels = channels
-        self._levels = [[(3, 1), (3, 2)] if pooled else [(3, 1)] for pooled in POOLED]
+        self._levels = [[(3, 1, 1), (3, 2, 0)] if pooled else [(3, 1, 1)] for pooled in POOLED]
         self.strides = level_strides(self._levels)
+        self.origins = level_origins(self._levels)
         self.stages = nn.ModuleList()
         for (before, after), pooled in zip(pairwise((in_channels, *channels)), POOLED, strict=True):
             stage = conv(spatial_dims, before, after, 3, 1, norm)

@@ -10,10 +10,19 @@ from monai.networks.layers.factories import Conv, Pool
 from torch import nn
 from torch.nn.functional import pad
 
-from medim.models.layers import Norm, check_channels, conv, level_field, level_strides, maps_of, normalisation
+from medim.models.layers import (
+    Norm,
+    check_channels,
+    conv,
+    level_field,
+    level_origins,
+    level_strides,
+    maps_of,
+    normalisation,
+)
 from medim.types import Features, UsageError
 
-STEMS = {32: [(3, 1)], 64: [(3, 1)], 128: [(5, 2), (3, 1)]}  # kernel size and stride
+STEMS = {32: [(3, 1, 0)], 64: [(3, 1, 0)], 128: [(5, 2, 2), (3, 1, 0)]}  # kernel size, stride and padding
 BLOCKS = {
     32: [(1, 1, 1), (2, 4, 2), (4, 2, 2), (4, 3, 1), (4, 3, 1)],  # multiple of `width`, kernel size, stride
     64: [(2, 4, 2), (4, 4, 2), (8, 2, 2), (8, 3, 1), (8, 3, 1)],
@@ -60,11 +69,12 @@ class AMDIMEncoder(nn.Module):
                 f"amdim.summary_channels: expected at least {self.channels[-1]}, the channels of the last map, "
                 f"got {summary_channels}."
             )
-        self._levels = [[layer] for layer in [*stem, *((kernel, stride) for _, kernel, stride in blocks)]]
+        self._levels = [[layer] for layer in [*stem, *((kernel, stride, 0) for _, kernel, stride in blocks)]]
         self.strides = level_strides(self._levels)
+        self.origins = level_origins(self._levels)
         self.stages = nn.ModuleList()
-        for before, (kernel, stride) in zip((in_channels, width), stem, strict=False):
-            padding, mode = (0, "zeros") if stride == 1 else (2, "reflect")
+        for before, (kernel, stride, padding) in zip((in_channels, width), stem, strict=False):
+            mode = "reflect" if padding else "zeros"
             self.stages.append(
                 conv(spatial_dims, before, width, kernel, stride, "none", padding=padding, padding_mode=mode)
             )

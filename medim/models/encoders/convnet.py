@@ -16,6 +16,7 @@ from medim.models.layers import (
     conv,
     flat_size,
     level_field,
+    level_origins,
     level_strides,
     maps_of,
 )
@@ -66,8 +67,10 @@ class ConvNet(nn.Module):
         super().__init__()
         check_channels("convnet", channels)
         self.channels = channels
-        self._levels = [[(kernel_size, stride)]] * len(channels)
+        padding = (kernel_size - 1) // 2 if padding is None else padding
+        self._levels = [[(kernel_size, stride, padding)]] * len(channels)
         self.strides = level_strides(self._levels)
+        self.origins = level_origins(self._levels)
         norms: list[Norm] = [norm if first_norm else "none", *[norm] * (len(channels) - 1)]
         self.stages = nn.ModuleList(
             conv(spatial_dims, before, after, kernel_size, stride, norm, padding=padding, activation=activation)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from medim.config import Section, build
-from medim.models.layers import Summary
+from medim.models.layers import Summary, level_field, level_origins, level_strides
 from medim.types import Features, UsageError
 
 
@@ -49,7 +49,9 @@ class PatchEncoder(nn.Module):
         )
         self.crop = crop
         self.channels = (crop.summary_channels,)
-        self.strides = (self._stride,)
+        self._levels = [[(patch, self._stride, 0)]]
+        self.strides = level_strides(self._levels)
+        self.origins = level_origins(self._levels)
         self.summary_channels = summary_channels
         self.to_summary = Summary(
             2 * crop.summary_channels, pooling="mean_max", hidden=(), out_channels=summary_channels
@@ -65,7 +67,7 @@ class PatchEncoder(nn.Module):
 
     def receptive_field(self, level: int) -> int:
         """Side of a crop."""
-        return self._patch
+        return level_field(self._levels, level)
 
 
 def unfold(image: torch.Tensor, patch: int, stride: int) -> torch.Tensor:

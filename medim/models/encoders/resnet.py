@@ -15,6 +15,7 @@ from medim.models.layers import (
     conv,
     flat_size,
     level_field,
+    level_origins,
     level_strides,
     maps_of,
     norm_spec,
@@ -62,8 +63,9 @@ class ResNet(nn.Module):
             raise UsageError(f"resnet.blocks: expected 1 or more for each of the widths {widths}, got {blocks}.")
         groups = _groups(widths, blocks)
         self.channels = (widths[0], *(4 * width for width, _, _ in groups))
-        self._levels = [[(3, 2)], *([(3, stride), *[(3, 1)] * (count - 1)] for _, count, stride in groups)]
+        self._levels = [[(3, 2, 1)], *([(3, stride, 1), *[(3, 1, 1)] * (count - 1)] for _, count, stride in groups)]
         self.strides = level_strides(self._levels)
+        self.origins = level_origins(self._levels)
         self.stages = nn.ModuleList([conv(spatial_dims, in_channels, widths[0], 3, 2, norm)])
         for before, (width, count, stride) in zip(self.channels, groups, strict=False):
             first = _block(spatial_dims, before, width, stride, norm)

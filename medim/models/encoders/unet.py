@@ -6,7 +6,16 @@ import torch
 from monai.networks.blocks.dynunet_block import UnetBasicBlock
 from torch import nn
 
-from medim.models.layers import Norm, check_channels, maps_of, norm_spec, pool, receptive_field
+from medim.models.layers import (
+    Norm,
+    check_channels,
+    level_field,
+    level_origins,
+    level_strides,
+    maps_of,
+    norm_spec,
+    pool,
+)
 from medim.types import Features
 
 
@@ -37,7 +46,9 @@ class UNetEncoder(nn.Module):
         super().__init__()
         check_channels("unet", channels)
         self.channels = channels
-        self.strides = tuple(2**i for i in range(len(channels)))
+        self._levels = [[(3, 2 if level else 1, 1), (3, 1, 1)] for level in range(len(channels))]
+        self.strides = level_strides(self._levels)
+        self.origins = level_origins(self._levels)
         self.summary_channels = summary_channels
         widths = (in_channels, *channels)
         self.levels = nn.ModuleList(
@@ -53,4 +64,4 @@ class UNetEncoder(nn.Module):
 
     def receptive_field(self, level: int) -> int:
         """Side of what a cell of map `level` sees, in voxels (5, 11, 23, 47 for four levels)."""
-        return receptive_field([(3, 1), (3, 1), *[(3, 2), (3, 1)] * level])
+        return level_field(self._levels, level)
