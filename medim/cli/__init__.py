@@ -265,7 +265,7 @@ def finetune(
             "start": summary["init"],
             **({} if summary["init"] == "scratch" else told(summary["seen"])),
             **describe(settings, found),
-            **intervals(summary["val"]),
+            **intervals(summary["val"] or {}),
             "written to": out,
         },
     )

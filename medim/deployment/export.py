@@ -32,6 +32,7 @@ from medim.deployment.draft import Draft, Options, draft
 from medim.deployment.environment import LOCK, SBOM, lock, sbom
 from medim.deployment.finished_run import load_run
 from medim.deployment.gates import Gate
+from medim.deployment.integrity import SUMS
 from medim.deployment.monai_bundle import CHECKPOINT, INFERENCE, LOGGING, METADATA
 from medim.deployment.package import Package, load_package, write_sums
 from medim.files import json_bytes, write_bytes
@@ -134,14 +135,18 @@ def export(
         sign: an Ed25519 private key (PEM) to sign SHA256SUMS with.
         labels_schema: codes of the classes, a file or the name of a shipped one; see `medim.deployment.labels`.
         dicom_in: file of rules for DICOM images; default those of the modality. See `medim.deployment.dicom_in`.
-        overwrite: replace what lies at `out`.
+        overwrite: replace the package that lies at `out`.
 
     Raises:
-        UserError: `run` is not finished, `out` is taken, `sign` is no private key, or a gate failed.
+        UserError: `run` is not finished, `out` is taken or holds what is no package, `sign` is no private key, or a
+            gate failed.
     """
     run, out = Path(run), Path(out)
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
+    held = out.is_dir() and any(out.iterdir())
+    if out.is_file() or (held and not overwrite):
         raise UserError(f"{out}: expected an empty or new folder. Use --overwrite to replace it, or another --out.")
+    if held and not (out / SUMS).is_file():
+        raise UserError(f"{out}: --overwrite replaces only a package, and this is none. Choose another --out.")
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     options = Options(name, version, intended_use, licence, sign, labels_schema, dicom_in)

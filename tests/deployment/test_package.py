@@ -376,13 +376,18 @@ def test_a_path_in_the_spec_stops_the_export(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("same_graph", "short_gates")
-def test_an_existing_folder_is_kept_unless_told_otherwise(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_only_a_package_is_replaced_and_only_where_that_is_asked_for(runs: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "package"
     out.mkdir()
     (out / "mine.txt").write_text("keep")
     with pytest.raises(UserError, match="--overwrite"):
         export(runs["classifier"], out)
+    with pytest.raises(UserError, match="replaces only a package, and this is none"):
+        export(runs["classifier"], out, overwrite=True)
+    with pytest.raises(UserError, match="replaces only a package, and this is none"):
+        export(runs["classifier"], runs["classifier"], overwrite=True)
     assert (out / "mine.txt").read_text() == "keep"
+    (out / "mine.txt").rename(out / "SHA256SUMS")
     export(runs["classifier"], out, overwrite=True, name="chest", version="1.2.3", intended_use="Sorting of films.")
     assert files_of(out).keys() == FILES
     content = json.loads((out / "medim.json").read_text())
