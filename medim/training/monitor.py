@@ -193,7 +193,7 @@ class History(pl.Callback):
         self.rows = [tuple(row) for row in state["rows"]]
         self.held_out = {name: tuple(pair) for name, pair in state["held_out"].items()}
         self.held_out_step, self.measures = state["held_out_step"], dict(state["measures"])
-        self._above, self._lowest = defaultdict(int, state["above"]), dict(state["lowest"])
+        self._above, self._lowest = defaultdict(int, state["above"]), dict(state.get("lowest", {}))
         self._broken, self._strayed = state["broken"], state["strayed"]
         self.said = [tuple(said) for said in state["said"]]
         if self.selection and state["selection"]:

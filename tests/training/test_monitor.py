@@ -218,6 +218,15 @@ def test_a_run_whose_loss_stays_far_above_chance_ends_where_that_was_asked_for(
         assert verdict(history) == "diverged"
 
 
+def test_a_history_of_before_the_lowest_loss_was_kept_is_taken_up() -> None:
+    state = History().state_dict()
+    del state["lowest"]
+    history = History()
+    history.load_state_dict(state)
+    train(history, 1, dim=Term(torch.tensor(3.0), 4.0))
+    assert history.curve("dim") == [3.0]
+
+
 def test_a_loss_that_falls_from_far_above_chance_is_on_its_way() -> None:
     history = History(stop_on_collapse=True)
     losses = [104 * 0.97**step for step in range(80)]
