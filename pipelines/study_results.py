@@ -39,7 +39,7 @@ def section(study: Opened) -> str:
     cells = found["cells"]
     cost = (
         f"{cells['done']} of {cells['all']} cells are done: {found['cell_hours']:.1f} hours of cells, "
-        f"{found['jobs']} at once; {found['resumed_cells']} were resumed inside."
+        f"{found['jobs']} at once; resumed inside: {found['resumed_cells']}."
     )
     return "\n\n".join(["\n".join(told), markdown(head, rows), cost])
 

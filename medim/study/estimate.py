@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -100,9 +99,10 @@ class Clock:
                 continue
             if cell not in self._taken and self._bench.done(cell):
                 summary = summary_of(self._bench, cell)
-                whole = not summary["resumed_from_steps"]  # else its seconds are those of its last part
-                self._taken[cell] = summary["seconds"] if whole else math.nan
-            if not math.isnan(self._taken.get(cell, math.nan)):
+                if summary["resumed_from_steps"]:  # its seconds are those of its last part
+                    continue
+                self._taken[cell] = summary["seconds"]
+            if cell in self._taken:
                 yield cell, self._taken[cell]
 
 
