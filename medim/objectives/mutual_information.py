@@ -4,8 +4,9 @@ Scores are (B, G, B, L): summary g of image i against location l of image j. Pos
 all locations of all other images, never of the same image (Hjelm et al. 2019, section 3.1). A mask, bool and
 broadcastable to the scores, leaves pairs out: where i = j it says which positives count, elsewhere which negatives.
 
-Every bound is in nats, 0 where all scores are equal, and larger is better; the loss is its negative. Where no positive
-or no negative counts it is 0, without gradient. The functions compute in fp32, or in fp64 where the scores have it.
+Every bound is in nats and larger is better; the loss is its negative. It is 0 where all scores are 0, that of InfoNCE
+and DV wherever they are equal, and, without gradient, where no positive or no negative counts. The functions compute in
+fp32, or in fp64 where the scores have it.
 """
 
 from __future__ import annotations

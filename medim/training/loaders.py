@@ -26,9 +26,10 @@ def seed_of(*parts: int) -> int:
 
 
 class StepSampler(Sampler[list[Item]]):
-    """One batch a step: every subject once before any twice, and one scan of a subject in a batch.
+    """One batch a step, and one scan of a subject in a batch.
 
-    Subjects are shuffled anew each epoch; a subject's scan is drawn at random. Where there are fewer subjects than a
+    Subjects are shuffled anew each epoch, which leaves those over that fill no batch; a subject's scan is drawn at
+    random. Where there are fewer subjects than a
     batch needs, batches are filled by going round the subjects again.
 
     Several processes share each batch: every one takes an equal run of its slots, and a slot has its image and seed

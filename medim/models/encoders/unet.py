@@ -23,8 +23,7 @@ class UNetEncoder(nn.Module):
     """Two 3-wide convolutions a level, the first of each deeper level with stride 2.
 
     Block: Isensee et al. 2021 (nnU-Net), as in `monai.networks.blocks.dynunet_block`. The summary is a linear layer
-        on the
-    mean and maximum of the coarsest map, so any input size that the strides divide is taken.
+    on the mean and maximum of the coarsest map, so any input size that the strides divide is taken.
 
     Args:
         in_channels: channels of the image.
