@@ -16,7 +16,7 @@ from monai.data.meta_obj import set_track_meta
 from monai.transforms.spatial.array import RandAffine
 from timing import Ratio, ratios, shown
 
-from medim.data.transforms import AUGMENTATIONS
+from medim.data.loading.augmentations import AUGMENTATIONS
 from medim.files import write_json
 
 SHAPES = ((28, 28), (128, 128), (40, 56, 40))

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from medim.evaluation.metrics import classification_statistics
 from medim.files import write_json
-from medim.study.curves import labels_saved
-from medim.study.resampling import Draw, Scores, draw, mean_of, score
-from medim.study.statistics import compare, interval
+from medim.metrics.bootstrap import Draw, Scores, draw, mean_of, score
+from medim.metrics.classification import classification_statistics
+from medim.study.statistics.intervals import compare, interval
+from medim.study.statistics.labels_saved import labels_saved
 from medim.types import Array
 
 GRIDS = ((1, 1), (1, 3), (3, 3), (3, 5), (5, 5))

@@ -30,7 +30,7 @@ def floor(section: dict[str, Any], **sizes: Any) -> list[Part]:
 
     Args:
         section: the objective's, as in a config.
-        **sizes: what `medim.objectives.building.known` says, `view_count`, and the number `images` of a batch.
+        **sizes: what `medim.objectives.objective.known` says, `view_count`, and the number `images` of a batch.
     """
     return FLOORS[section["name"]](SimpleNamespace(**sizes | _options(OBJECTIVES, section)))
 

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import pydicom
 
-from medim.data.index import build_index
-from medim.data.looks import Looks
-from medim.data.processes import available
+from medim.data.index.index import build_index
+from medim.data.index.scan_cache import Looks
+from medim.data.parallel import available
 from medim.data.readers import DICOM
 from medim.files import write_json
 

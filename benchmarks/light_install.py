@@ -130,8 +130,8 @@ def packed(work: Path, name: str, run: Path) -> Path:
 
 def segmented(binaries: Path, package: Path, run: Path, series: Path, out: Path) -> dict[str, Any]:
     """A series in the light install against the same run under torch, on the series' own grid."""
-    from medim.deployment.predict import predict
     from medim.evaluation.evaluate import open_network
+    from medim.predict.predict import predict
 
     cost = alone(binaries, package, [series], out / "light", as_="nifti")
     predict(open_network(run)[0], series, out / "torch", overwrite=True)
@@ -152,8 +152,8 @@ def segmented(binaries: Path, package: Path, run: Path, series: Path, out: Path)
 
 def classified(binaries: Path, package: Path, run: Path, data: Path, out: Path) -> dict[str, Any]:
     """X-rays, one of them stored inverted, in the light install against torch; and as DICOM reports."""
-    from medim.deployment.predict import predict
     from medim.evaluation.evaluate import open_network
+    from medim.predict.predict import predict
 
     files = [data / name for name in (*XRAYS, MONOCHROME1)]
     cost = alone(binaries, package, files, out / "light", as_="nifti")

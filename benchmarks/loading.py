@@ -21,12 +21,12 @@ import torch
 from timing import Run
 
 from medim.config import read
-from medim.data.datasets import ViewDataset
+from medim.data.loading.cohort import open_cohort
+from medim.data.loading.datasets import ViewDataset
 from medim.data.source import open_source
 from medim.files import write_json
 from medim.models.layers import channels_last
-from medim.training.cohort import open_cohort
-from medim.training.pretrain import resolve_config
+from medim.training.pretrain.run import resolve_config
 
 WORKERS = (1, 2, 4, 8)
 

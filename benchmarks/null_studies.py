@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 
 from medim.config import FinetuneConfig, check
-from medim.data.index import Index, build_index
-from medim.evaluation.binary import Statistic
+from medim.data.index.index import Index, build_index
 from medim.evaluation.cases import class_arrays, read_cases
-from medim.evaluation.metrics import classification_statistics
 from medim.files import read_json, write_json
-from medim.study.resampling import draw, score
-from medim.study.statistics import compare
-from medim.training.finetune import finetune
+from medim.metrics.bootstrap import draw, score
+from medim.metrics.classification import classification_statistics
+from medim.metrics.ranking import Statistic
+from medim.study.statistics.intervals import compare
+from medim.training.finetune.run import finetune
 
 ARMS, BUDGETS, SEEDS, SUBSETS = ("encoder", "scratch"), (16, 64), (0, 1, 2), (0, 1, 2)
 TRAIN, VAL, SIDE = 120, 60, 28

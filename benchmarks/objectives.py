@@ -30,13 +30,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from medim.config import PretrainConfig, load
-from medim.data.index import build_index
-from medim.evaluation.probes import probe
-from medim.evaluation.sample import Budget
+from medim.data.index.index import build_index
+from medim.evaluation.probing.label_budget import Budget
+from medim.evaluation.probing.probe import probe
 from medim.files import write_json
-from medim.objectives.building import known
 from medim.objectives.mutual_information import infonce
-from medim.training.pretrain import pretrain
+from medim.objectives.objective import known
+from medim.training.pretrain.run import pretrain
 
 SMALL = (
     *("local-dim", "global-dim", "local-global", "prior-matching", "coordinates", "relative-coordinates", "amdim"),

@@ -52,12 +52,12 @@ def measured(preset: str, task: str, modality: Any, *, rounds: int) -> dict[str,
     import torch
     from timing import ratios, seconds, shown
 
-    from medim.deployment.onnx import signature_of, sizes_of, to_onnx
-    from medim.deployment.session import session
+    from medim.export.onnx import signature_of, sizes_of, to_onnx
     from medim.models.model import as_run, build_model
-    from medim.models.saved import save
-    from medim.models.watched import Watched
-    from medim.training.finetune import resolve_config
+    from medim.models.ood_features import Watched
+    from medim.models.serialization import save
+    from medim.package.onnx_session import session
+    from medim.training.finetune.run import resolve_config
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -113,13 +113,13 @@ def memory(folder: Path, runtime: str) -> dict[str, int]:
         import torch
 
         from medim.models.model import as_run
-        from medim.models.saved import load_model
+        from medim.models.serialization import load_model
 
         torch.set_num_threads(1)
         run = as_run(load_model(folder)[0])
     else:
-        from medim.deployment.contract import Signature
-        from medim.deployment.session import session
+        from medim.package.contract import Signature
+        from medim.package.onnx_session import session
 
         signature = Signature.model_validate_json((folder / "signature.json").read_bytes())
         run = session((folder / runtime).read_bytes(), signature, threads=1)

@@ -20,8 +20,8 @@ from timing import alone
 
 from medim.data.source import open_source
 from medim.files import write_json
-from medim.training.plan import plan
-from medim.training.pretrain import pretrain, resolve_config
+from medim.training.plan.plan import plan
+from medim.training.pretrain.run import pretrain, resolve_config
 from medim.types import Modality
 
 

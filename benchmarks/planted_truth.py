@@ -24,14 +24,14 @@ import nibabel
 import numpy as np
 
 from medim.config import check
-from medim.data.example import make_example
-from medim.data.index import Index, build_index
+from medim.data.example.cohort import make_example
+from medim.data.index.index import Index, build_index
 from medim.evaluation.cases import read_cases
 from medim.files import fresh_folder, read_json, write_json
-from medim.study.resampling import Scores, draw, mean_of, score
-from medim.study.statistics import Comparison, compare
-from medim.training.finetune import finetune
-from medim.training.pretrain import pretrain
+from medim.metrics.bootstrap import Scores, draw, mean_of, score
+from medim.study.statistics.intervals import Comparison, compare
+from medim.training.finetune.run import finetune
+from medim.training.pretrain.run import pretrain
 from medim.types import Array
 
 SEEDS, SUBSETS, BUDGET = (0, 1, 2), (0, 1, 2), 1

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from timing import Run
 
-from medim.training.encode import StepEncode
+from medim.training.pretrain.step_encoder import StepEncode
 from medim.types import Features
 
 

@@ -16,7 +16,7 @@ import torch
 from timing import Ratio, Run, ratios, shown
 
 from medim.files import write_json
-from medim.training.pretrain import resolve_config
+from medim.training.pretrain.run import resolve_config
 
 PRESETS = ("mri-demo", "mri-crop", "xray-28", "xray")
 

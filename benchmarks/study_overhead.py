@@ -22,14 +22,14 @@ from statistics import median
 import numpy as np
 import torch
 
-from medim.data.index import build_index
-from medim.evaluation.sample import Budget
+from medim.data.index.index import build_index
+from medim.evaluation.probing.label_budget import Budget
 from medim.files import write_json
-from medim.study.cells import Bench, run_cell
+from medim.study.cell import Bench, run_cell
 from medim.study.design import Arm, Cell, Design
-from medim.study.estimate import measure
-from medim.training.finetune import open_labelled, resolve_config
-from medim.training.tracking import track_study
+from medim.study.time_estimate import measure
+from medim.training.finetune.run import open_labelled, resolve_config
+from medim.training.tracking.tracking import track_study
 
 IMAGES = {"train": 2000, "val": 40, "test": 1}
 BUDGET = Budget(labelled=100)

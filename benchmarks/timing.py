@@ -15,8 +15,8 @@ import torch
 
 from medim.config import PretrainConfig
 from medim.models.model import build_decoder, build_encoder
-from medim.training.encode import StepEncode
-from medim.training.pretrain import build_objectives
+from medim.training.pretrain.run import build_objectives
+from medim.training.pretrain.step_encoder import StepEncode
 from medim.types import Views
 
 Ratio = dict[str, float]

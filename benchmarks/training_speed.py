@@ -20,7 +20,7 @@ from timing import Run, added_memory, alone, ratios, shown
 from medim.config import load
 from medim.files import write_json
 from medim.models.layers import channels_last
-from medim.training.encode import StepEncode
+from medim.training.pretrain.step_encoder import StepEncode
 
 RESNET = "encoder={name: resnet, widths: [16, 32, 64], norm: gn, summary: mean_max, hidden: 0, summary_channels: 64}"
 CASES: dict[str, tuple[str, list[str]]] = {

@@ -5,24 +5,24 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from medim.version import __version__
 
 _HOME = {
     "read_volume": "medim.data.readers",
-    "build_index": "medim.data.index",
-    "preprocess": "medim.data.preprocessing",
-    "load_encoder": "medim.models.saved",
-    "load_package": "medim.deployment.package",
+    "build_index": "medim.data.index.index",
+    "preprocess": "medim.data.preprocessing.steps",
+    "load_encoder": "medim.models.serialization",
+    "load_package": "medim.package.package",
 }
 
 __all__ = ["__version__", "build_index", "load_encoder", "load_package", "preprocess", "read_volume"]
 
 if TYPE_CHECKING:
-    from medim.data.index import build_index
-    from medim.data.preprocessing import preprocess
+    from medim.data.index.index import build_index
+    from medim.data.preprocessing.steps import preprocess
     from medim.data.readers import read_volume
-    from medim.deployment.package import load_package
-    from medim.models.saved import load_encoder
+    from medim.models.serialization import load_encoder
+    from medim.package.package import load_package
 
 
 def __getattr__(name: str) -> Any:

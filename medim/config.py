@@ -39,7 +39,7 @@ Decay = typing.Annotated[float, Field(ge=0, lt=1)]
 T = typing.TypeVar("T")
 # Keys that came after runs did, and count in the hash where they are set.
 NEWER = ("compile", "encode_in_chunks_of", "select_without_labels")
-AUTO = "auto"  # stands for numbers that follow the images; `medim.training.sizes` fills them in
+AUTO = "auto"  # stands for numbers that follow the images; `medim.training.auto_config` fills them in
 
 
 class _Strict(BaseModel):
@@ -101,7 +101,7 @@ class RunConfig(_Strict):
 
     @property
     def optimisation(self) -> dict[str, Any]:
-        """The arguments of `medim.training.optim.optimiser`."""
+        """The arguments of `medim.training.engine.optim.optimiser`."""
         keys = ("lr", "optimiser", "betas", "schedule", "drop_at", "warmup_steps", "weight_decay", "max_steps")
         return {key: getattr(self, key) for key in keys}
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from evidence import once
 
 from medim.config import PretrainConfig, Section, load
-from medim.data.index import build_index
-from medim.training.pretrain import pretrain
+from medim.data.index.index import build_index
+from medim.training.pretrain.run import pretrain
 
 GLOBAL: Section = {"name": "global_dim", "estimator": "infonce", "standardise": True, "score_penalty": 0.04}
 TWO_VIEWS = ("AMDIM", "SimCLR")

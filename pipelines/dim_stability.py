@@ -17,8 +17,8 @@ import numpy as np
 from evidence import Series, draw, history, markdown, once, write_section
 
 from medim.config import load
-from medim.data.index import build_index
-from medim.training.pretrain import pretrain
+from medim.data.index.index import build_index
+from medim.training.pretrain.run import pretrain
 from medim.types import Modality
 
 SEEDS = (0, 1, 2)

@@ -14,13 +14,13 @@ import pyarrow.csv
 import pyarrow.parquet
 from matplotlib.figure import Figure
 
-from medim.evaluation.binary import Statistic
 from medim.evaluation.cases import class_arrays, read_cases
-from medim.evaluation.metrics import classification_statistics
-from medim.evaluation.sample import Budget
+from medim.evaluation.probing.label_budget import Budget
 from medim.files import read_json, write_bytes, write_text
-from medim.study.resampling import mean_of
-from medim.study.statistics import Interval
+from medim.metrics.bootstrap import mean_of
+from medim.metrics.classification import classification_statistics
+from medim.metrics.ranking import Statistic
+from medim.study.statistics.intervals import Interval
 
 Series = list[tuple[int, float]]
 POINTS = 300  # of a curve, at most

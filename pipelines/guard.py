@@ -24,16 +24,16 @@ from evidence import markdown, write_section
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from medim.data.index import Index, build_index
-from medim.data.preprocessing import preprocess
-from medim.data.quality import measure
-from medim.deployment.guard import Reference, Rows, Verdict, Watch, rows_of
-from medim.deployment.inference import infer
+from medim.data.index.index import Index, build_index
+from medim.data.loading.cohort import open_cohort
+from medim.data.preprocessing.quality import measure
+from medim.data.preprocessing.steps import preprocess
 from medim.files import read_json, write_json
-from medim.models.saved import find, load_encoder, load_model
-from medim.models.watched import as_watched_run
-from medim.training.cohort import open_cohort
-from medim.training.reference import fit, normal, rows_of_records
+from medim.inference.network import infer
+from medim.inference.ood import Reference, Rows, Verdict, Watch, rows_of
+from medim.models.ood_features import as_watched_run
+from medim.models.serialization import find, load_encoder, load_model
+from medim.training.fit_ood import fit, normal, rows_of_records
 from medim.types import Array, Volume
 
 BOXES = 24  # of a series

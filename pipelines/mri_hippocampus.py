@@ -18,10 +18,10 @@ from statistics import median
 from evidence import at_once, dice, difference_text, draw_losses, history, markdown, once, spread_text, write_section
 
 from medim.config import load
-from medim.data.index import build_index
-from medim.study.statistics import paired_difference
-from medim.training.finetune import finetune
-from medim.training.pretrain import pretrain
+from medim.data.index.index import build_index
+from medim.study.statistics.intervals import paired_difference
+from medim.training.finetune.run import finetune
+from medim.training.pretrain.run import pretrain
 
 SEEDS = SUBSETS = (0, 1, 2)
 STEPS = {1: 300, 2: 300, 10: 300, 150: 600}  # label budget in volumes: steps of both arms

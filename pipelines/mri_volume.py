@@ -19,16 +19,16 @@ import numpy as np
 from evidence import markdown, once
 
 from medim.config import load
-from medim.data.index import Index, build_index
-from medim.data.splits import split
-from medim.evaluation.sample import Budget
+from medim.data.index.index import Index, build_index
+from medim.data.loading.cohort import open_cohort
+from medim.data.loading.splits import split
+from medim.evaluation.probing.label_budget import Budget
 from medim.files import write_csv
-from medim.study.audit import Audit, audit, write_audit
+from medim.study.audit.audit import Audit, audit, write_audit
 from medim.study.design import read_arms
 from medim.study.prepare import Options
 from medim.study.run import study
-from medim.training.cohort import open_cohort
-from medim.training.pretrain import pretrain
+from medim.training.pretrain.run import pretrain
 
 BUDGETS, SEEDS, SUBSETS = (10, 40, 150), (0, 1, 2), 3
 CLASSES = ("larger", "smaller")

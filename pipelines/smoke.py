@@ -16,17 +16,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from medim.data.example import make_example
-from medim.data.index import build_index
-from medim.deployment.export import export
-from medim.deployment.predict import predict
+from medim.data.example.cohort import make_example
+from medim.data.index.index import build_index
 from medim.evaluation.evaluate import evaluate
-from medim.evaluation.report import report
+from medim.export.export import export
 from medim.files import fresh_folder, write_json
-from medim.training.finetune import finetune
-from medim.training.finetune import resolve_config as finetune_config
-from medim.training.pretrain import pretrain
-from medim.training.pretrain import resolve_config as pretrain_config
+from medim.predict.predict import predict
+from medim.reports.report import report
+from medim.training.finetune.run import finetune
+from medim.training.finetune.run import resolve_config as finetune_config
+from medim.training.pretrain.run import pretrain
+from medim.training.pretrain.run import resolve_config as pretrain_config
 
 LABELLED = 5
 SPACING = 4.0  # mm, that of the preset

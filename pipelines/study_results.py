@@ -10,11 +10,11 @@ from pathlib import Path
 
 from evidence import drawing, markdown, save, write_section
 
-from medim.evaluation.report.page import metric_name
 from medim.files import write_bytes
-from medim.study.report.opened import Opened, open_study, title_of
-from medim.study.report.outcome import PROTOCOLS
-from medim.study.report.text import difference, p_value, value
+from medim.reports.page import metric_name
+from medim.study.report.format import difference, p_value, value
+from medim.study.report.results import PROTOCOLS
+from medim.study.report.view import Opened, open_study, title_of
 
 
 def main() -> None:

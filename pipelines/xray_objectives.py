@@ -18,11 +18,11 @@ from anchors import folder_of, objectives
 from evidence import markdown, once, spread_text, write_section
 
 from medim.config import load
-from medim.data.index import Index, build_index
-from medim.evaluation.probes import probe
-from medim.evaluation.sample import Budget
+from medim.data.index.index import Index, build_index
+from medim.evaluation.probing.label_budget import Budget
+from medim.evaluation.probing.probe import probe
 from medim.files import read_json
-from medim.training.pretrain import pretrain
+from medim.training.pretrain.run import pretrain
 
 Aurocs = dict[tuple[str, str], float]  # by what the probe sees and the label budget
 STEPS, SUBSETS, FRACTIONS, MAPS = 1000, range(5), (0.01, 0.1), {"summary": (), "summary and maps": None}

@@ -20,14 +20,14 @@ from typing import Any
 from evidence import at_once, auroc, difference_text, markdown, once, probed, spread_text, write_section
 
 from medim.config import load
-from medim.data.index import build_index
-from medim.evaluation.binary import Statistic
+from medim.data.index.index import build_index
 from medim.evaluation.cases import read_cases
-from medim.evaluation.probes import probe
-from medim.evaluation.sample import Budget
-from medim.study.statistics import paired_difference
-from medim.training.finetune import finetune
-from medim.training.pretrain import pretrain
+from medim.evaluation.probing.label_budget import Budget
+from medim.evaluation.probing.probe import probe
+from medim.metrics.ranking import Statistic
+from medim.study.statistics.intervals import paired_difference
+from medim.training.finetune.run import finetune
+from medim.training.pretrain.run import pretrain
 
 SEEDS, SUBSETS = (0, 1, 2), (0, 1, 2, 3, 4)
 FRACTIONS = (0.01, 0.1, 1.0)

@@ -12,6 +12,7 @@ from hypothesis import settings
 settings.register_profile("repeatable", derandomize=True)  # --hypothesis-profile=default looks for new cases
 settings.load_profile("repeatable")
 
+pytest_plugins = ("tests.export.fixtures",)  # packages, exported once a session
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

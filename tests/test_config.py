@@ -28,7 +28,7 @@ from medim.models.decoders import DECODERS
 from medim.models.encoders import ENCODERS
 from medim.models.heads import HEADS
 from medim.objectives import OBJECTIVES
-from medim.training.sizes import USUAL, fill_in
+from medim.training.auto_config import USUAL, fill_in
 from medim.types import UsageError
 
 SHIPPED: list[tuple[Command, str]] = [

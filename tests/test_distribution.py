@@ -16,13 +16,13 @@ import pytest
 import torch
 
 import medim
-from medim.data.preprocessing import preprocess
-from medim.deployment.export import export
-from medim.deployment.inference import infer
+from medim.data.preprocessing.steps import preprocess
 from medim.evaluation.evaluate import open_network
-from medim.models.saved import load_model, save
-from tests.deployment.checkers import dciodvfy_errors
-from tests.deployment.made import make_run, make_run_with_critic
+from medim.export.export import export
+from medim.inference.network import infer
+from medim.models.serialization import load_model, save
+from tests.export.checkers import dciodvfy_errors
+from tests.export.packages import make_run, make_run_with_critic
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MEASURED = runpy.run_path(str(REPOSITORY / "benchmarks" / "light_install.py"))
@@ -77,7 +77,7 @@ def test_the_wheel_holds_the_presets_and_the_type_marker_and_no_test(wheel: Path
     assert presets
     assert presets <= set(names)
     assert "medim/py.typed" in names
-    assert {name.split("/")[0] for name in names} == {"medim", f"medim-{medim.__version__}.dist-info"}
+    assert {name.split("/")[0] for name in names} == {"medim", f"medim-{medim.version.__version__}.dist-info"}
 
 
 def test_the_sdist_builds_the_very_wheel_that_the_tree_builds(wheel: Path, tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_the_sdist_builds_the_very_wheel_that_the_tree_builds(wheel: Path, tmp_p
 def test_the_light_install_has_no_torch_and_answers(light: Path, tmp_path: Path) -> None:
     run(light / "python", "-c", "import torch", cwd=tmp_path, succeeds=False)
     assert "pretrain" in run(light / "medim", "--help", cwd=tmp_path).stdout
-    assert medim.__version__ in run(light / "medim", "--version", cwd=tmp_path).stdout
+    assert medim.version.__version__ in run(light / "medim", "--version", cwd=tmp_path).stdout
     presets = run(light / "medim", "config", "list", cwd=tmp_path).stdout
     assert {"mri", "xray"} <= set(presets.split())
 
@@ -194,6 +194,6 @@ def test_the_wheel_with_the_train_extra_runs_from_outside_the_tree(wheel: Path, 
     (site / "tested.pth").write_text(f"{here}\n")  # the extra's packages, from this environment, but not its medim
     python = tmp_path / "venv" / "bin" / "python"
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", wheel, cwd=tmp_path)
-    ran = run(python, "-c", "import medim.training.pretrain; print(medim.__file__)", cwd=tmp_path)
+    ran = run(python, "-c", "import medim.training.pretrain.run; print(medim.__file__)", cwd=tmp_path)
     assert ran.stdout.strip() == str(site / "medim" / "__init__.py")
     assert "mri" in run(tmp_path / "venv" / "bin" / "medim", "config", "list", cwd=tmp_path).stdout.split()

@@ -19,14 +19,14 @@ from pathlib import Path
 import pytest
 
 from medim.config import FinetuneConfig, PretrainConfig, ViewsConfig
-from medim.data.preprocessing import STEPS
-from medim.data.transforms import AUGMENTATIONS
+from medim.data.loading.augmentations import AUGMENTATIONS
+from medim.data.preprocessing.steps import STEPS
 from medim.models.critics import CRITICS
 from medim.models.decoders import DECODERS
 from medim.models.encoders import ENCODERS
 from medim.models.heads import HEADS
 from medim.objectives import OBJECTIVES
-from medim.training.sizes import RULES
+from medim.training.auto_config import RULES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]

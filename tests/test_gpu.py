@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from medim.config import load, presets
-from medim.data.example import make_example
-from medim.data.index import Index, build_index
-from medim.training.pretrain import pretrain
+from medim.data.example.cohort import make_example
+from medim.data.index.index import Index, build_index
+from medim.training.pretrain.run import pretrain
 
 pytestmark = [
     pytest.mark.gpu,

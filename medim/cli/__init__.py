@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from medim import __version__
 from medim.cli.data import example, fetch, index, preprocess
+from medim.cli.evaluation import study
 from medim.cli.options import (
     Accelerator,
     Config,
@@ -28,11 +28,11 @@ from medim.cli.options import (
     Subjects,
     Trust,
 )
-from medim.cli.plan import plan
-from medim.cli.study import study
 from medim.cli.terminal import averages, command, console, curve, intervals, number, progress, show
-from medim.stopping import stoppable
+from medim.cli.training import plan
+from medim.signals import stoppable
 from medim.types import Modality, UsageError, UserError
+from medim.version import __version__
 
 app = typer.Typer(
     name="medim",
@@ -119,10 +119,10 @@ def pretrain(
 ) -> None:
     """Pretrain an encoder on unlabelled images."""
     from medim.data.source import open_source
-    from medim.training.distribution import leads
-    from medim.training.pretrain import pretrain as run
-    from medim.training.pretrain import resolve_config
-    from medim.training.sizes import describe
+    from medim.training.auto_config import describe
+    from medim.training.engine.launch import leads
+    from medim.training.pretrain.run import pretrain as run
+    from medim.training.pretrain.run import resolve_config
 
     chosen = config or modality, [*(set_ or []), *([f"precision={precision}"] if precision else [])]
     settings = resolve_config(*chosen)  # a mistake in it shows before images are read
@@ -184,11 +184,11 @@ def probe(
     overwrite: Overwrite = False,
 ) -> None:
     """Measure a frozen encoder: a simple classifier on its features, with few labels."""
-    from medim.data.seen import describe
+    from medim.data.contamination import describe
     from medim.data.source import open_source
-    from medim.evaluation.probes import probe as run
-    from medim.evaluation.sample import Budget
-    from medim.models.saved import find
+    from medim.evaluation.probing.label_budget import Budget
+    from medim.evaluation.probing.probe import probe as run
+    from medim.models.serialization import find
 
     budgets = [Budget(fraction=f) for f in label_fraction or ([] if labelled else [1.0])]
     budgets += [Budget(labelled=n) for n in labelled or []]
@@ -233,11 +233,11 @@ def finetune(
     accelerator: Accelerator = "auto",
 ) -> None:
     """Fine-tune an encoder on few labels, or train its from-scratch twin."""
-    from medim.data.seen import describe as told
+    from medim.data.contamination import describe as told
     from medim.data.source import open_source
-    from medim.training.finetune import finetune as run
-    from medim.training.finetune import resolve_config
-    from medim.training.sizes import describe
+    from medim.training.auto_config import describe
+    from medim.training.finetune.run import finetune as run
+    from medim.training.finetune.run import resolve_config
 
     origin = None if encoder == "none" else Path(encoder)
     if from_scratch and origin is None:
@@ -286,10 +286,10 @@ def evaluate(
     overwrite: Overwrite = False,
 ) -> None:
     """Measure a model on labelled images, in their own space, with 95 % intervals over subjects."""
-    from medim.data.seen import describe
+    from medim.data.contamination import describe
     from medim.data.source import open_source
     from medim.evaluation.evaluate import evaluate as run
-    from medim.models.saved import find
+    from medim.models.serialization import find
 
     found, _ = open_source(data, find(model)[1]["modality"], labels=labels, subjects=subjects)
     options: dict[str, Any] = {"split": split, "include_seen": include_seen, "strict": strict, "overwrite": overwrite}
@@ -316,7 +316,7 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Make the package that a hospital runs: weights, ONNX, preprocessing, proof."""
-    from medim.deployment.export import export as make
+    from medim.export.export import export as make
 
     options: dict[str, Any] = {"labels_schema": labels_schema, "dicom_in": dicom_in, "sign": sign}
     package = make(run, out, overwrite=overwrite, **options)
@@ -326,7 +326,7 @@ def export(
 @command(app)
 def verify(package: Annotated[Path, typer.Argument(help="A package.")], trust: Trust = None) -> None:
     """Check the signature, every hash and the golden inputs of a package."""
-    from medim.deployment.package import verify as check
+    from medim.package.package import verify as check
 
     show("verify", {gate.name: f"{gate.verdict} ({gate.detail})" for gate in check(package, trust=trust)})
 
@@ -343,8 +343,8 @@ def embed(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Empty the folder of --map first.")] = False,
 ) -> None:
     """Write a row of features an image, and where the image agrees with its own summary."""
-    from medim.deployment.package import load_package
-    from medim.deployment.predict import embed_images
+    from medim.package.package import load_package
+    from medim.predict.predict import embed_images
 
     network: Any
     if (encoder / "medim.json").is_file():
@@ -376,8 +376,8 @@ def predict(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a segmentation or a class for each input."""
-    from medim.deployment.package import load_package
-    from medim.deployment.predict import predict as run
+    from medim.package.package import load_package
+    from medim.predict.predict import predict as run
 
     options: dict[str, Any] = {"as_": as_, "labelmap": labelmap, "overwrite": overwrite}
     for row in run(load_package(package, trust=trust), inputs, out, progress=progress("predicted"), **options):
@@ -391,9 +391,9 @@ def report(
     ],
 ) -> None:
     """Write one self-contained report.html."""
-    from medim.evaluation.report import report as of_runs
-    from medim.study.report import is_study
-    from medim.study.report import report as of_study
+    from medim.reports.report import report as of_runs
+    from medim.study.report.report import is_study
+    from medim.study.report.report import report as of_study
 
     write = of_study if is_study(folder) else of_runs
     show("report", {"written to": write(folder)})

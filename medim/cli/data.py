@@ -22,7 +22,7 @@ def example(
     overwrite: Overwrite = False,
 ) -> None:
     """Write the built-in cohort as files: simulated subjects from the MNI152 template."""
-    from medim.data.example import make_example
+    from medim.data.example.cohort import make_example
     from medim.files import fresh_folder
 
     fresh_folder(out, overwrite=overwrite)
@@ -41,8 +41,8 @@ def fetch(
     list_: Annotated[bool, typer.Option("--list", help="Show the public sets, their terms and checksums.")] = False,
 ) -> None:
     """Download a public data set, or check one that is there; what was cut is continued."""
-    from medim.data.public import fetch as bring
-    from medim.data.public_sets import SETS
+    from medim.data.public.catalog import SETS
+    from medim.data.public.fetch import fetch as bring
 
     if list_:
         for known, about in SETS.items():
@@ -70,10 +70,10 @@ def index(
     overwrite: Overwrite = False,
 ) -> None:
     """List every image, and every file that is none with the reason; files that have not changed are not opened."""
-    from medim.data.index import AllRejectedError, build_index
-    from medim.data.processes import available
-    from medim.data.public import named
-    from medim.data.records import write_rejections
+    from medim.data.index.index import AllRejectedError, build_index
+    from medim.data.index.records import write_rejections
+    from medim.data.parallel import available
+    from medim.data.public.fetch import named
     from medim.files import fresh_folder
 
     places = [named(source, modality) for source in sources]
@@ -101,10 +101,10 @@ def preprocess(
     jobs: Annotated[int, typer.Option(help="Processes.")] = 1,
 ) -> None:
     """Preprocess images into a store that pretrain and finetune read crops from; what is whole is kept."""
-    from medim.data.quality_table import assess, counts, flagged, write_quality
+    from medim.data.loading.cohort import open_cohort
+    from medim.data.loading.quality_table import assess, counts, flagged, write_quality
     from medim.data.source import open_source
-    from medim.training.cohort import open_cohort
-    from medim.training.pretrain import resolve_config
+    from medim.training.pretrain.run import resolve_config
 
     if out.exists() and not (out / "store.json").is_file() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out}: expected a store, or an empty or new folder. Choose another --out.")

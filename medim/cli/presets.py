@@ -50,18 +50,18 @@ def documented(entry: Callable[..., Any]) -> tuple[str, dict[str, str]]:
 
 def _known() -> tuple[Tables, dict[str, str]]:
     """The tables, and the rules of `auto`; the light install has only some of them."""
-    from medim.data.preprocessing import STEPS
-    from medim.deployment.inference import INFERENCES
+    from medim.data.preprocessing.steps import STEPS
+    from medim.inference.network import INFERENCES
 
     tables: Tables = {"preprocessing": STEPS, "inference": INFERENCES}
     with contextlib.suppress(ModuleNotFoundError):
-        from medim.data.transforms import AUGMENTATIONS
+        from medim.data.loading.augmentations import AUGMENTATIONS
         from medim.models.critics import CRITICS
         from medim.models.decoders import DECODERS
         from medim.models.encoders import ENCODERS
         from medim.models.heads import HEADS
         from medim.objectives import OBJECTIVES
-        from medim.training.sizes import RULES
+        from medim.training.auto_config import RULES
 
         tables |= {"encoder": ENCODERS, "decoder": DECODERS, "head": HEADS, "critic": CRITICS}
         return tables | {"objectives": OBJECTIVES, "augmentations": AUGMENTATIONS}, RULES

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from medim.data.index import Index, build_index
-from medim.data.processes import available
-from medim.data.public import named
+from medim.data.index.index import Index, build_index
+from medim.data.parallel import available
+from medim.data.public.fetch import named
 from medim.files import fresh_folder
 from medim.types import Modality, UserError
 
@@ -59,8 +59,8 @@ def _built_in(modality: Modality) -> Path:
             "--data: X-rays have no built-in cohort. Give a folder of DICOM or PNG files, or run "
             "`medim fetch pneumoniamnist` and give --data pneumoniamnist."
         )
-    from medim.data.example import make_example
-    from medim.data.store import default_folder
+    from medim.data.example.cohort import make_example
+    from medim.data.loading.store import default_folder
 
     folder = default_folder().parent / "example"
     if not (folder / "nifti" / "dataset.json").is_file():

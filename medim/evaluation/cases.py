@@ -11,20 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from medim.data.findings import values_of
-from medim.data.index import AllRejectedError, Index, Record
-from medim.deployment.inference import Kind, Network
-from medim.evaluation.metrics import (
-    RESAMPLES,
-    Metric,
-    bootstrap,
-    classification_metrics,
-    classification_statistics,
-    mean_over_subjects,
-    segmentation_metrics,
-)
-from medim.evaluation.multi_label import multi_label_metrics
+from medim.data.index.index import AllRejectedError, Index, Record
+from medim.data.labels import values_of
 from medim.files import write_bytes
+from medim.inference.network import Kind, Network
+from medim.metrics.bootstrap import RESAMPLES, Metric, bootstrap, mean_over_subjects
+from medim.metrics.classification import classification_metrics, classification_statistics
+from medim.metrics.multi_label import multi_label_metrics
+from medim.metrics.segmentation import segmentation_metrics
 from medim.types import Array, UserError, Volume
 
 SCHEMA_VERSION = 1

@@ -16,19 +16,18 @@ from typing import Any, Literal
 
 import torch
 
-from medim.data.index import Index, Record
-from medim.data.seen import read_seen
-from medim.data.splits import read_splits
-from medim.data.splits import split as split_subjects
-from medim.deployment.inference import Kind, Network, Run
-from medim.deployment.package import load_package
+from medim.data.contamination import Witness, read_seen
+from medim.data.index.index import Index, Record
+from medim.data.loading.splits import read_splits
+from medim.data.loading.splits import split as split_subjects
 from medim.evaluation.cases import SCHEMA_VERSION, Progress, Row, score, summarise, write_cases
-from medim.evaluation.metrics import RESAMPLES
-from medim.evaluation.witness import Witness
 from medim.files import fresh_folder, write_json
+from medim.inference.network import Kind, Network, Run
+from medim.metrics.bootstrap import RESAMPLES
 from medim.models.model import as_run
-from medim.models.saved import load_encoder, load_model
+from medim.models.serialization import load_encoder, load_model
 from medim.objectives.score_map import load_score_map
+from medim.package.package import load_package
 from medim.types import Split, UserError
 
 log = logging.getLogger(__name__)
@@ -56,7 +55,7 @@ def validate(
         run: the network.
         index: where the images come from.
         records: those to measure on; each has a mask (segmenter) or a label (classifier).
-        spec: the model's spec (see `medim.models.saved`).
+        spec: the model's spec (see `medim.models.serialization`).
         seed: of the bootstrap.
         progress: called after each case.
 

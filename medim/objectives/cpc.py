@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from medim.models.context import Context
+from medim.models.cpc_context import Context
 from medim.models.layers import check_level
 from medim.objectives.objective import Encode, Term
 from medim.types import UsageError, Views

@@ -16,7 +16,7 @@ from torch import nn
 from medim.config import Section, build
 from medim.models.critics import CRITICS
 from medim.models.layers import check_level, unpadded
-from medim.objectives.contrast import contrast
+from medim.objectives.contrastive_term import contrast
 from medim.objectives.foreground import foreground as foreground_cells
 from medim.objectives.mutual_information import EstimatorName, Negatives
 from medim.objectives.objective import Encode, Term

@@ -14,9 +14,9 @@ from torch import nn
 
 from medim.config import build
 from medim.files import read_json
-from medim.models.saved import checked, find, load_encoder, load_weights
+from medim.models.serialization import checked, find, load_encoder, load_weights
 from medim.objectives import OBJECTIVES
-from medim.objectives.building import known
+from medim.objectives.objective import known
 
 
 class ScoreMap(nn.Module):

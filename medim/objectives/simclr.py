@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from medim.models.layers import check_channels
-from medim.objectives.contrast import spread
+from medim.objectives.contrastive_term import spread
 from medim.objectives.mutual_information import infonce, retrieval
 from medim.objectives.objective import Encode, Term
 from medim.types import UsageError, Views

@@ -12,13 +12,13 @@ from typing import Any, get_args
 import numpy as np
 
 from medim.config import Section
-from medim.data.index import Index, Record
-from medim.data.seen import Counts, guard, read_seen
-from medim.evaluation.sample import Budget
-from medim.models.saved import find
+from medim.data.contamination import Counts, guard, read_seen
+from medim.data.index.index import Index, Record
+from medim.data.loading.cohort import Cohort
+from medim.evaluation.probing.label_budget import Budget
+from medim.metrics.bootstrap import MIN_SUBJECTS
+from medim.models.serialization import find
 from medim.study.design import Arm, Subsets, Task
-from medim.study.resampling import MIN_SUBJECTS
-from medim.training.cohort import Cohort
 from medim.types import Split, UsageError, UserError
 
 log = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ def check_selection(too_small: dict[str, str]) -> None:
     """Refuse budgets that selection alone would eat, where it was asked for.
 
     Args:
-        too_small: budget to why nothing can be chosen in it; see `medim.study.choice.too_small`.
+        too_small: budget to why nothing can be chosen in it; see `medim.study.lr_selection.too_small`.
 
     Raises:
         UsageError: there is one.

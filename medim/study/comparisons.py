@@ -1,4 +1,4 @@
-"""Every arm against its scratch twin at every budget, by `medim.study.statistics`."""
+"""Every arm against its scratch twin at every budget, by `medim.study.statistics.intervals`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from medim.study.curves import LabelsSaved, Span, labels_saved, sentence, time_to_level
+from medim.metrics.bootstrap import Draw, Scores, draw, score
 from medim.study.design import PIXELS, SCRATCH, UNTRAINED
-from medim.study.resampling import Draw, Scores, draw, score
 from medim.study.results import Results, largest, open_results
-from medim.study.statistics import Comparison, compare, limits_of, overall
-from medim.study.table import TRUTH
+from medim.study.results_table import TRUTH
+from medim.study.statistics.intervals import Comparison, compare, limits_of, overall
+from medim.study.statistics.labels_saved import LabelsSaved, Span, labels_saved, sentence, time_to_level
 from medim.types import UserError
 
 Pairs = dict[tuple[str, str], tuple[Scores, Scores]]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from medim.data.index import Record
-from medim.evaluation.sample import Budget
+from medim.data.index.index import Record
+from medim.evaluation.probing.label_budget import Budget
 from medim.types import UsageError
 
 Protocol = Literal["finetune", "frozen"]

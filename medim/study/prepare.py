@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from medim.config import FinetuneConfig, dump
-from medim.data.index import Index
-from medim.data.splits import write_splits
-from medim.evaluation.sample import Budget
+from medim.data.index.index import Index
+from medim.data.loading.splits import write_splits
+from medim.evaluation.probing.label_budget import Budget
 from medim.files import fresh_folder, read_json, write_json, write_text
-from medim.models.saved import find
+from medim.models.serialization import find
 from medim.study import checks
-from medim.study.cells import Bench
-from medim.study.choice import too_small
+from medim.study.audit.groups import Groups, read_groups
+from medim.study.cell import Bench
 from medim.study.design import MULTIPLES, Arm, Design, Task
-from medim.study.estimate import Costs, measure, on_the_way
-from medim.study.groups import Groups, read_groups
-from medim.training.finetune import open_labelled, rehearse
-from medim.training.tracking import check_target
+from medim.study.lr_selection import too_small
+from medim.study.time_estimate import Costs, measure, on_the_way
+from medim.training.finetune.run import open_labelled, rehearse
+from medim.training.tracking.tracking import check_target
 from medim.types import UserError
 
 DESIGN = "design.json"
@@ -45,7 +45,7 @@ class Options:
         overwrite: empty the folder first.
         accelerator: Lightning's name of the device kind.
         store: folder of preprocessed images; None is the user's cache.
-        groups: table of groups for the audit; see `medim.study.groups.read_groups`.
+        groups: table of groups for the audit; see `medim.study.audit.groups.read_groups`.
         command: what was typed, for the record.
     """
 

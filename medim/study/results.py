@@ -18,11 +18,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from medim.evaluation.binary import Statistic
-from medim.evaluation.metrics import classification_statistics
 from medim.files import read_json
+from medim.metrics.classification import classification_statistics
+from medim.metrics.ranking import Statistic
 from medim.study.design import SCRATCH
-from medim.study.table import TRUTH
+from medim.study.results_table import TRUTH
 from medim.types import Array, UserError
 
 Grid = list[list[Statistic]]  # [S][T]: weights (R, N) of the cases -> values (R,)

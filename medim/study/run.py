@@ -11,23 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from medim.config import FinetuneConfig
-from medim.data.identity import Scrubber, tokens
-from medim.data.index import Index
-from medim.evaluation.sample import Budget
+from medim.data.index.index import Index
+from medim.evaluation.probing.label_budget import Budget
 from medim.files import read_json
-from medim.stopping import StoppedError
-from medim.study.agenda import Agenda, duration
-from medim.study.audit import write_audit
-from medim.study.cells import Bench
+from medim.privacy import Scrubber, tokens
+from medim.signals import StoppedError
+from medim.study.audit.audit import write_audit
+from medim.study.audit_study import audit_study
+from medim.study.cell import Bench
 from medim.study.design import Arm, Task
-from medim.study.estimate import Clock
-from medim.study.leaks import audit_study
 from medim.study.prepare import DESIGN, Options, prepare
-from medim.study.report import gather, report
+from medim.study.report.report import gather, report
+from medim.study.results_table import write_results
+from medim.study.scheduler import Agenda, duration
 from medim.study.summary import write_summary
-from medim.study.table import write_results
-from medim.study.workers import work
-from medim.training.tracking import log_results, track_study
+from medim.study.time_estimate import Clock
+from medim.study.worker_pool import work
+from medim.training.tracking.tracking import log_results, track_study
 from medim.types import UserError
 
 log = logging.getLogger(__name__)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from medim.files import write_json
-from medim.study.agenda import Agenda
-from medim.study.cells import score_of, summary_of
-from medim.study.choice import METRIC
+from medim.study.cell import score_of, summary_of
 from medim.study.comparisons import comparisons
 from medim.study.design import Arm
-from medim.training.trainer import versions
+from medim.study.lr_selection import METRIC
+from medim.study.scheduler import Agenda
+from medim.version import versions
 
 SCHEMA_VERSION = 1
 

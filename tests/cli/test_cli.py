@@ -9,10 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from medim.cli import app
-from medim.data.index import Index, build_index
-from medim.data.quality_table import read_quality
+from medim.data.index.index import Index, build_index
+from medim.data.loading.quality_table import read_quality
 from medim.models.model import build_encoder
-from medim.models.saved import save
+from medim.models.serialization import save
 from tests.data.synthetic import write_archive
 
 

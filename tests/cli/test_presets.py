@@ -7,7 +7,7 @@ import yaml
 
 from medim.cli.presets import show
 from medim.config import KINDS, Command, check, presets, read
-from medim.training.sizes import RULES, USUAL, fill_in
+from medim.training.auto_config import RULES, USUAL, fill_in
 from medim.types import UsageError
 
 SHIPPED: list[tuple[Command, str]] = [(command, name) for command in KINDS for name in presets(command)]

@@ -9,7 +9,7 @@ import torch
 from monai.transforms.transform import RandomizableTransform
 
 from medim.config import build
-from medim.data.transforms import AUGMENTATIONS, GEOMETRIC, Augmentation
+from medim.data.loading.augmentations import AUGMENTATIONS, GEOMETRIC, Augmentation
 from medim.types import UsageError
 
 

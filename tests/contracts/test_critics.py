@@ -10,7 +10,7 @@ import torch
 
 from medim.config import build
 from medim.models.critics import CRITICS
-from medim.models.saved import load_weights, save
+from medim.models.serialization import load_weights, save
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "encode_and_dot": [

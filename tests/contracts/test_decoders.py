@@ -10,7 +10,7 @@ import torch
 
 from medim.models.decoders import DECODERS
 from medim.models.model import build_decoder, build_encoder, build_model
-from medim.models.saved import load_model, load_weights, save
+from medim.models.serialization import load_model, load_weights, save
 
 SHAPES: dict[int, tuple[int, ...]] = {2: (16, 24), 3: (16, 8, 16)}
 every_decoder = pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from medim.cli.presets import documented
-from medim.data.preprocessing import STEPS
-from medim.data.transforms import AUGMENTATIONS
-from medim.deployment.inference import INFERENCES
+from medim.data.loading.augmentations import AUGMENTATIONS
+from medim.data.preprocessing.steps import STEPS
+from medim.inference.network import INFERENCES
 from medim.models.critics import CRITICS
 from medim.models.decoders import DECODERS
 from medim.models.encoders import ENCODERS

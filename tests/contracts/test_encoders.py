@@ -12,7 +12,7 @@ from torch import nn
 
 from medim.models.encoders import ENCODERS
 from medim.models.model import build_encoder
-from medim.models.saved import load_encoder, save
+from medim.models.serialization import load_encoder, save
 from medim.objectives.score_map import ScoreMap
 
 # Small versions, and the variants whose behaviour differs. An entry that is not named here runs at its defaults.

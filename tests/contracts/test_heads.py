@@ -11,7 +11,7 @@ from torch.nn.functional import one_hot
 
 from medim.config import build
 from medim.models.heads import HEADS, LinearProbe
-from medim.models.saved import load_weights, save
+from medim.models.serialization import load_weights, save
 from medim.types import Features
 
 CLASSES = 3

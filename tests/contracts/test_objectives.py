@@ -11,7 +11,7 @@ from torch import nn
 
 from medim.config import build
 from medim.models.encoders import UNetEncoder
-from medim.models.saved import load_weights, save
+from medim.models.serialization import load_weights, save
 from medim.objectives import OBJECTIVES, Term
 from medim.types import Features, Views
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medim.data.preprocessing import STEPS, check_steps, preprocess, restore
+from medim.data.preprocessing.steps import STEPS, check_steps, preprocess, restore
 from medim.types import Array, UsageError, Volume
 
 OPTIONS: dict[str, dict[int, dict[str, Any]]] = {  # a step that needs options: what to give in 2D and in 3D

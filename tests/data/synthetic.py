@@ -17,9 +17,9 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from medim.data.looks import look_at
+from medim.data.index.scan_cache import look_at
 from medim.data.readers import Reader, gather
-from medim.data.readers.sights import Scanned
+from medim.data.readers.inspection import Scanned
 from medim.types import Modality
 
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)

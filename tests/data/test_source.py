@@ -6,7 +6,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from medim.data.index import build_index
+from medim.data.index.index import build_index
 from medim.data.source import open_source
 from medim.types import UserError
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from medim.data.index import Index, build_index
-from medim.data.seen import Seen
+from medim.data.contamination import Seen
+from medim.data.index.index import Index, build_index
 from medim.models.model import build_model
-from medim.models.saved import save
+from medim.models.serialization import save
 from medim.types import Array
 
 AFFINE = np.diag([-2.0, 1.0, 0.5, 1.0])  # left-handed: the reader turns the first axis

@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from medim.data.contamination import Case, Kind, Seen
 from medim.data.fingerprints import fingerprint
-from medim.data.index import AllRejectedError, Index
-from medim.data.seen import Case, Kind, Seen
-from medim.data.splits import split as split_subjects
-from medim.data.splits import write_splits
+from medim.data.index.index import AllRejectedError, Index
+from medim.data.loading.splits import split as split_subjects
+from medim.data.loading.splits import write_splits
 from medim.evaluation.cases import class_arrays, read_cases, score
 from medim.evaluation.evaluate import evaluate, network_of, select, validate
 from medim.types import Array, UserError

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from medim.deployment.export import export
-from medim.deployment.package import Package
-from tests.deployment.made import make_run
+from medim.export.export import export
+from medim.package.package import Package
+from tests.export.packages import make_run
 
 
 @pytest.fixture(scope="session")

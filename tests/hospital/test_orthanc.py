@@ -12,11 +12,11 @@ import numpy as np
 import pydicom
 import pytest
 
-from medim.data.index import build_index
-from medim.deployment.dicom_out.segmentation import read_back
-from medim.deployment.dicom_out.source import read_source
-from medim.deployment.package import Package
-from medim.deployment.predict import predict
+from medim.data.index.index import build_index
+from medim.package.package import Package
+from medim.predict.dicom.segmentation import read_back
+from medim.predict.dicom.source import read_source
+from medim.predict.predict import predict
 from tests.hospital.visit import PLUGINS
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ from torch import nn
 
 from medim.models.encoders import UNetEncoder
 from medim.objectives.amdim import AMDIM
-from medim.training.encode import StepEncode
+from medim.training.pretrain.step_encoder import StepEncode
 from medim.types import Features, UsageError, Views
 
 GRIDS = [((4, 6), (2, 3)), ((2, 4, 3), (1, 2, 3))]  # fine to coarse

@@ -12,7 +12,7 @@ from medim.models.decoders import UNetDecoder
 from medim.models.encoders import UNetEncoder
 from medim.objectives.dense import DenseDIM, class_scores, draw_points
 from medim.objectives.occlusion import draw_cubes, occlude
-from medim.training.encode import StepEncode
+from medim.training.pretrain.step_encoder import StepEncode
 from medim.types import Features, UsageError, Views
 
 SHAPES = [(8, 12), (6, 8, 4)]

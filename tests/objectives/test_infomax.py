@@ -12,7 +12,7 @@ from torch import nn
 from medim.models.encoders import ConvNet, UNetEncoder
 from medim.objectives.infomax import GlobalDIM, LocalDIM
 from medim.objectives.mutual_information import ESTIMATORS, EstimatorName, Negatives, infonce
-from medim.training.module import PretrainModule
+from medim.training.pretrain.module import PretrainModule
 from medim.types import Features, UsageError, Views
 
 CRITIC = {"name": "encode_and_dot", "width": 8}

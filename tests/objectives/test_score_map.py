@@ -13,9 +13,9 @@ import torch
 from medim.config import build
 from medim.files import read_json, write_json
 from medim.models.model import build_encoder
-from medim.models.saved import save
+from medim.models.serialization import save
 from medim.objectives import OBJECTIVES
-from medim.objectives.building import known
+from medim.objectives.objective import known
 from medim.objectives.score_map import ScoreMap, interpolation, load_score_map
 from medim.types import Features, UserError, Views
 

@@ -14,7 +14,7 @@ from torch import nn
 from medim.models.encoders import UNetEncoder
 from medim.objectives.mutual_information import infonce
 from medim.objectives.simclr import SimCLR, view_scores
-from medim.training.encode import StepEncode
+from medim.training.pretrain.step_encoder import StepEncode
 from medim.types import Features, UsageError, Views
 
 BATCH, WIDTH = 3, 5

@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 from medim.config import FinetuneConfig, PretrainConfig, check
-from medim.data.index import Index, build_index
-from medim.evaluation.sample import Budget
+from medim.data.index.index import Index, build_index
+from medim.evaluation.probing.label_budget import Budget
 from medim.study.design import Arm, read_arms
 from medim.study.prepare import Options
 from medim.study.run import study
-from medim.training.pretrain import pretrain
+from medim.training.pretrain.run import pretrain
 
 SHAPE = (8, 8)
 SUBJECTS = 60

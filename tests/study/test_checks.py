@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from medim.config import FinetuneConfig
-from medim.data.index import Index, build_index
-from medim.data.seen import Seen, read_seen
-from medim.evaluation.sample import Budget
+from medim.data.contamination import Seen, read_seen
+from medim.data.index.index import Index, build_index
+from medim.data.loading.cohort import Cohort
+from medim.evaluation.probing.label_budget import Budget
 from medim.study.checks import (
     check_cases,
     check_labels,
@@ -24,8 +25,7 @@ from medim.study.checks import (
     draw,
 )
 from medim.study.design import Arm, read_arms
-from medim.training.cohort import Cohort
-from medim.training.finetune import open_labelled
+from medim.training.finetune.run import open_labelled
 from medim.types import UsageError, UserError
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from medim.data.index import Record
-from medim.evaluation.sample import Budget
+from medim.data.index.index import Record
+from medim.evaluation.probing.label_budget import Budget
 from medim.study.design import Arm, Cell, Design, read_arms
 from medim.types import UsageError
 

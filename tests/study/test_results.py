@@ -10,7 +10,7 @@ import pytest
 from medim.evaluation.cases import write_parquet
 from medim.files import write_json
 from medim.study.results import Run, largest, mean_of_defined, open_results
-from medim.study.table import SCHEMA
+from medim.study.results_table import SCHEMA
 from medim.types import UserError
 
 VALUES = {"dice": (0.5, 0.7, 0.9), "hd95_ball": (1.0, None, 4.0)}

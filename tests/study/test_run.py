@@ -13,19 +13,19 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from medim.config import FinetuneConfig
-from medim.evaluation.sample import Budget
+from medim.evaluation.probing.label_budget import Budget
 from medim.files import read_json
-from medim.stopping import StoppedError
-from medim.study import cells, run
-from medim.study.agenda import Agenda
+from medim.signals import StoppedError
+from medim.study import cell, run
 from medim.study.design import Arm, read_arms
-from medim.study.report import report
+from medim.study.report.report import report
 from medim.study.results import Run, open_results
-from medim.study.workers import work
-from medim.training import tracking
-from medim.training.finetune import finetune
-from medim.training.finetune_module import FinetuneModule
-from medim.training.journal import RECORDS, STATE
+from medim.study.scheduler import Agenda
+from medim.study.worker_pool import work
+from medim.training.finetune.module import FinetuneModule
+from medim.training.finetune.run import finetune
+from medim.training.tracking import tracking
+from medim.training.tracking.outbox import RECORDS, STATE
 from medim.types import UserError
 
 Study = Callable[..., dict[str, Any]]
@@ -155,8 +155,8 @@ def test_a_signal_in_a_cell_saves_it_and_begins_no_other(
         time.sleep(0.1)
         return finetune(*given, **options)
 
-    monkeypatch.setattr("medim.study.workers.REMIND_SECONDS", 0.01)
-    monkeypatch.setattr(cells, "finetune", signalled)
+    monkeypatch.setattr("medim.study.worker_pool.REMIND_SECONDS", 0.01)
+    monkeypatch.setattr(cell, "finetune", signalled)
     with pytest.raises(StoppedError, match="2 of 2 cells are left"):
         small(config=schedule.model_copy(update={"max_steps": 2000, "checkpoint_every_steps": 1000}))
     folder = tmp_path / "study" / "cells" / "scratch" / "4" / "0-0"
@@ -178,7 +178,7 @@ def test_a_cell_that_fails_is_told_and_the_others_are_kept(
         tried.append(given[2])
         raise error
 
-    monkeypatch.setattr(cells, "finetune", failing)
+    monkeypatch.setattr(cell, "finetune", failing)
     with pytest.raises(UserError, match=f"dim, 4 labels, encoder 0, subset 0: .*{error}"):
         small()
     assert len(tried) == times
@@ -195,13 +195,13 @@ def test_a_rate_that_could_not_be_tried_is_not_chosen_and_not_tried_again(
             raise UserError("it diverged")
         return finetune(*given, **options)
 
-    monkeypatch.setattr(cells, "finetune", failing)
+    monkeypatch.setattr(cell, "finetune", failing)
     options: dict[str, Any] = {"budgets": (Budget(labelled=20),), "multiples": (1.0, 3.0)}
     summary = small(**options)
     assert summary["complete"], "what was chosen from is no result"
     assert {cell["reason"] for cell in summary["cells"]["failed"]} == {"it diverged"}
     assert summary["learning_rates"]["dim"]["20"]["multiple"] == 1
-    monkeypatch.setattr(cells, "finetune", finetune)
+    monkeypatch.setattr(cell, "finetune", finetune)
     again = small(**options, resume=True)
     assert again["learning_rates"] == summary["learning_rates"]
     assert again["cells"]["done"] == summary["cells"]["done"]

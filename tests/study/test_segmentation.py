@@ -9,12 +9,12 @@ import safetensors.torch
 import torch
 
 from medim.config import FinetuneConfig, PretrainConfig, check
-from medim.data.index import Index
-from medim.evaluation.sample import Budget
+from medim.data.index.index import Index
+from medim.evaluation.probing.label_budget import Budget
 from medim.files import read_json
 from medim.study.design import read_arms
 from medim.study.results import open_results
-from medim.training.pretrain import pretrain
+from medim.training.pretrain.run import pretrain
 
 COMMON = {
     "modality": "mri",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from medim.config import FinetuneConfig, PretrainConfig, check
-from medim.data.index import Index, build_index
+from medim.data.index.index import Index, build_index
 
 SHAPE = (16, 24, 16)
 PREPROCESSING = [{"op": "ras"}, {"op": "normalise", "method": "zscore"}]

@@ -26,9 +26,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 
 from medim.config import PretrainConfig, load, presets
-from medim.objectives import contrast, coordinates, dense, occlusion, reconstruction
-from medim.training.pretrain import _module
-from medim.training.ranks import ALONE
+from medim.objectives import contrastive_term, coordinates, dense, occlusion, reconstruction
+from medim.training.engine.process_group import ALONE
+from medim.training.pretrain.run import _module
 
 SMALL = [name for name in presets("pretrain") if name.startswith("small-")]
 OTHERS, FAULTY = " with drawn negatives and occlusion", " with a tensor left behind"
@@ -155,7 +155,7 @@ def main(device: str, out: Path) -> None:
                 for module in (dense, reconstruction):
                     patches.enter_context(patch.object(module, "draw_cubes", hidden))
                 patches.enter_context(patch.object(occlusion, "draw_hidden", hidden))
-                patches.enter_context(patch.object(contrast, "chance", level))
+                patches.enter_context(patch.object(contrastive_term, "chance", level))
                 if name.endswith(FAULTY):
                     patches.enter_context(patch.object(coordinates, "_at", left_behind))
                 found[name] = sorted(set(step(name, device)))

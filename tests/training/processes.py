@@ -21,13 +21,13 @@ from torch.utils.data import Dataset
 
 from medim.config import PretrainConfig, check
 from medim.objectives import Term
-from medim.training import module as training_module
-from medim.training import ranks as training_ranks
-from medim.training.distribution import engine, planned, together
-from medim.training.loaders import StepSampler, step_loader
-from medim.training.optim import optimiser
-from medim.training.pretrain import _module
-from medim.training.ranks import Ranks
+from medim.training.engine import process_group as training_ranks
+from medim.training.engine.launch import engine, planned, together
+from medim.training.engine.optim import optimiser
+from medim.training.engine.process_group import Ranks
+from medim.training.engine.sampler import StepSampler, step_loader
+from medim.training.pretrain import module as training_module
+from medim.training.pretrain.run import _module
 
 STEPS, BATCH, SHAPE = 20, 8, (16, 16)
 DOT = {"name": "encode_and_dot", "width": 16, "scaled": True}

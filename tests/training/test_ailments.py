@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from medim.data.datasets import _Images
-from medim.data.index import Index, build_index
-from medim.training.encode import StepEncode
-from medim.training.pretrain import pretrain, resolve_config
+from medim.data.index.index import Index, build_index
+from medim.data.loading.datasets import _Images
+from medim.training.pretrain.run import pretrain, resolve_config
+from medim.training.pretrain.step_encoder import StepEncode
 from medim.types import Features
 
 pytestmark = pytest.mark.slow

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from medim.cli import app
 from medim.config import PretrainConfig
-from medim.data.index import build_index
+from medim.data.index.index import build_index
 from medim.data.readers import read_volume
-from medim.deployment.export import export
-from medim.training.pretrain import pretrain
+from medim.export.export import export
+from medim.training.pretrain.run import pretrain
 from tests.data.synthetic import noise, write_nifti, write_series
 from tests.training.conftest import SHAPE
 

@@ -24,7 +24,7 @@ from medim.files import sha256
 pytestmark = pytest.mark.slow
 STARTER = """
 import json, os, sys
-import medim.cli, medim.data.source, medim.training.finetune, medim.training.pretrain
+import medim.cli, medim.data.source, medim.training.finetune.run, medim.training.pretrain.run
 print("ready", flush=True)
 for line in sys.stdin:
     arguments, log = json.loads(line)

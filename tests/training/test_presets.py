@@ -12,7 +12,7 @@ from torch import nn
 from medim.config import load, presets
 from medim.models.model import build_encoder, build_model
 from medim.objectives import OBJECTIVES
-from medim.training.pretrain import build_objectives, rehearse, resolve_config
+from medim.training.pretrain.run import build_objectives, rehearse, resolve_config
 
 PUBLISHED = {
     *("dim-local-infonce", "dim-local-jsd", "dim-global", "dim-local-global", "dim-tutorial"),

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from medim.config import load, presets
-from medim.data.index import build_index
-from medim.training.pretrain import pretrain
+from medim.data.index.index import build_index
+from medim.training.pretrain.run import pretrain
 
 pytestmark = pytest.mark.slow
 DATA = {"xray": "xray-pneumonia/pneumoniamnist.npz", "mri": "mri-hippocampus"}

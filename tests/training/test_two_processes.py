@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from medim.cli import app
-from medim.training.ranks import ALONE
+from medim.training.engine.process_group import ALONE
 from tests.training.processes import CASES, FAULTS, adamw, trained
 
 pytestmark = pytest.mark.slow
@@ -180,7 +180,7 @@ def test_a_slurm_job_that_is_warned_saves_in_all_tasks_and_torchrun_ends_it(
 
 
 BROKEN = """
-from medim.training.distribution import planned, together
+from medim.training.engine.launch import planned, together
 with together("cpu", planned("cpu", 2, 1)) as ranks:
     if ranks.rank == 1:
         raise ValueError("the second broke")

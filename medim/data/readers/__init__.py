@@ -8,25 +8,20 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from medim.data.readers.base import Reader, ReadError, check_voxels
-from medim.data.readers.dicom import DicomReader
+from medim.data.readers.dicom.reader import DicomReader
+from medim.data.readers.inspection import Found, Refused, Scanned, Sight
 from medim.data.readers.itk import ItkReader
 from medim.data.readers.nifti import NiftiReader
 from medim.data.readers.raster import NumpyReader, PictureReader
-from medim.data.readers.sights import Found, Refused, Scanned, Sight
 from medim.types import Modality, Volume
-
-if TYPE_CHECKING:
-    from medim.data.readers.monai_reader import MedimReader
 
 __all__ = [
     "READERS",
     "Found",
-    "MedimReader",
     "ReadError",
     "Reader",
     "Refused",
@@ -134,12 +129,3 @@ def split_item(path: str | Path) -> tuple[Path, str | None]:
         return Path(text), None
     name, item = found.group(1, 2) if found[1] else found.group(3, 4)
     return Path(name), item
-
-
-def __getattr__(name: str) -> Any:
-    """Import the MONAI reader only where it is asked for: MONAI belongs to the train extra."""
-    if name == "MedimReader":
-        from medim.data.readers.monai_reader import MedimReader
-
-        return MedimReader
-    raise AttributeError(f"module 'medim.data.readers' has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from nibabel import orientations
 
-from medim.data.readers.sights import Found, Sight
+from medim.data.readers.inspection import Found, Sight
 from medim.types import Array, UserError, Volume
 
 _nibabel: Any = orientations  # carries no types

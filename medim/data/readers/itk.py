@@ -22,7 +22,7 @@ from medim.data.readers.base import (
     ras_volume,
     seen,
 )
-from medim.data.readers.sights import Sight
+from medim.data.readers.inspection import Sight
 from medim.types import Volume
 
 _LONGEST = 1 << 16  # bytes of a header

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from medim.data.identity import pseudonym, tokens
 from medim.data.readers.base import ReadError, as_float, check_length, ras_volume, seen
+from medim.data.readers.inspection import Found, Refused, Sight
 from medim.data.readers.nifti_header import Header, read_header, unpacked
-from medim.data.readers.sights import Found, Refused, Sight
+from medim.privacy import pseudonym, tokens
 from medim.types import Array, Volume
 
 _HEADER_SIZES = (b"\x5c\x01\x00\x00", b"\x00\x00\x01\x5c", b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")  # 348, 540

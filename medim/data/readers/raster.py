@@ -11,8 +11,7 @@ from typing import get_args
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from medim.data.findings import label_of
-from medim.data.identity import pseudonym
+from medim.data.labels import label_of
 from medim.data.readers.base import (
     ReadError,
     as_float,
@@ -22,7 +21,8 @@ from medim.data.readers.base import (
     ras_volume,
     seen,
 )
-from medim.data.readers.sights import Found, Refused, Sight
+from medim.data.readers.inspection import Found, Refused, Sight
+from medim.privacy import pseudonym
 from medim.types import Array, Split, Volume
 
 SPLITS: tuple[Split, ...] = get_args(Split)

@@ -6,12 +6,12 @@ from collections import defaultdict
 
 import numpy as np
 
-from medim.evaluation.report.figures import strips
-from medim.evaluation.report.page import Banner, Section, Sheet, Table, Tile, many, told
 from medim.files import read_json
+from medim.reports.figures import strips
+from medim.reports.page import Banner, Section, Sheet, Table, Tile, many, told
 from medim.study.design import SCRATCH
-from medim.study.report.opened import Opened, title_of
-from medim.study.report.worst import CONTOURS, WORST, case_scores
+from medim.study.report.thumbnails import CONTOURS, WORST, case_scores
+from medim.study.report.view import Opened, title_of
 from medim.study.results import Run
 
 MOST = 10  # subjects in the table

@@ -6,8 +6,8 @@ import csv
 from collections import Counter
 from pathlib import Path
 
-from medim.evaluation.report.page import Banner, Section, Table, many, told
-from medim.study.report.opened import Opened
+from medim.reports.page import Banner, Section, Table, many, told
+from medim.study.report.view import Opened
 
 SIDES = {"train": "Training: the labels come from here", "val": "Evaluation: every number comes from here"}
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from medim.evaluation.report.drawing import ONE, SOFT, TWO, Figure, as_svg, drawing, legend_above
-from medim.study.calibration import Calibration
-from medim.study.report.text import value
-from medim.study.statistics import Interval
+from medim.metrics.calibration import Calibration
+from medim.reports.svg import ONE, SOFT, TWO, Figure, as_svg, drawing, legend_above
+from medim.study.report.format import value
+from medim.study.statistics.intervals import Interval
 
 Points = Sequence[tuple[float, Interval]]  # labels or steps, and what was measured there
 STYLES: Any = ((ONE, "o", "-"), (TWO, "D", (0, (5, 2))))  # the arm, from scratch

@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from medim.evaluation.report.page import NOT_REPORTED, Banner, Section, Table, many, metric_name, size, told
-from medim.study.report.front import sentence
-from medim.study.report.leaks import columns
-from medim.study.report.opened import Opened
-from medim.study.report.text import short
+from medim.reports.page import NOT_REPORTED, Banner, Section, Table, many, metric_name, size, told
+from medim.study.report.audit import columns
+from medim.study.report.format import short
+from medim.study.report.headline import sentence
+from medim.study.report.view import Opened
 
 CHECKLISTS = "checklists.csv"  # topics in our words; an answer with an unknown value is not reported
 SOURCES = (

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from medim.data.readers import ReadError, read_mask, read_volume
+from medim.data.readers.inspection import Sight
 from medim.data.readers.nifti import NiftiReader
-from medim.data.readers.sights import Sight
 from tests.data.synthetic import noise, write_nifti
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from medim.data.index import build_index
+from medim.data.index.index import build_index
 from medim.data.readers import ReadError, base, read_mask, read_volume
 from medim.data.readers.raster import NumpyReader, PictureReader
 from tests.data.synthetic import noise, write_archive

@@ -13,7 +13,7 @@ import pytest
 from medim.evaluation.cases import write_parquet
 from medim.files import write_json, write_text
 from medim.study.comparisons import comparisons
-from medim.study.table import SCHEMA
+from medim.study.results_table import SCHEMA
 
 BUDGETS = {"5": (5, 0.60), "20": (20, 0.70), "80": (80, 0.80)}  # labels, and what from scratch reaches
 SUBJECTS = 12

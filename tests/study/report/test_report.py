@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 from medim.cli import app
 from medim.files import read_json, write_json
 from medim.study.comparisons import comparisons
-from medim.study.report import is_study, report
 from medim.study.report.methods import checklists
+from medim.study.report.report import is_study, report
 from medim.types import UserError
-from tests.evaluation.test_report import CHROMIUM, Page
+from tests.reports.test_report import CHROMIUM, Page
 from tests.study.report.conftest import audit_of
 
 Study = Callable[..., Path]

@@ -1,0 +1,1 @@
+"""Simulated cohort of brain MRI: `medim example`."""

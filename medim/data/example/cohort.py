@@ -1,0 +1,174 @@
+"""The built-in example cohort: simulated subjects, to learn and test with where no images are at hand.
+
+Every subject is the MNI152 template under a random deformation, half of them with truly enlarged ventricles, scanned
+once or twice with its own contrast, coil bias and noise (`example_brain`). They show no one, so they may go anywhere.
+"""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from medim.data.example import brain
+from medim.data.example.scan import ExampleScan
+from medim.files import fresh_folder, write_bytes, write_csv, write_json
+from medim.types import UsageError, UserError
+
+Format = Literal["nifti", "dicom"]
+FORMATS: tuple[Format, ...] = ("nifti", "dicom")
+LABELS = {0: "background", 1: "grey", 2: "white", 3: "other"}
+LICENCE = (
+    "Simulated from the ICBM 152 nonlinear symmetric 2009a template. Copyright (C) 1993-2004 Louis Collins, McConnell "
+    "Brain Imaging Centre, Montreal Neurological Institute, McGill University. Permission to use, copy, modify, and "
+    "distribute this software and its documentation for any purpose and without fee is hereby granted, provided that "
+    "the above copyright notice appear in all copies."
+)
+
+
+def plan(subjects: int, *, seed: int) -> tuple[tuple[bool, int], ...]:
+    """Who is enlarged and how many scans each has: one of every two subjects, and two scans for one of every three.
+
+    Which one is drawn block by block, so that a smaller cohort of the same seed is the beginning of a larger one.
+    """
+    enlarged = [i % 2 == np.random.default_rng([seed, 1, i // 2]).integers(2) for i in range(subjects)]
+    twice = [i % 3 == np.random.default_rng([seed, 2, i // 3]).integers(3) for i in range(subjects)]
+    return tuple((bool(e), 1 + int(t)) for e, t in zip(enlarged, twice, strict=True))
+
+
+def simulate(subjects: int = 24, *, spacing: float = 2.0, seed: int = 0) -> Iterator[ExampleScan]:
+    """Draw the scans of the cohort, one after the other, subject by subject.
+
+    Args:
+        subjects: how many people.
+        spacing: voxel size, mm; the field of view stays.
+        seed: fixes everything; each scan depends on (seed, subject, session, spacing) alone.
+    """
+    template = brain.load_template(spacing)
+    grid = brain.Grid.covering(margin=0.0, spacing=spacing)
+    for number, (enlarged, sessions) in enumerate(plan(subjects, seed=seed), start=1):
+        anatomy = brain.draw_anatomy(template, np.random.default_rng([seed, 3, number]), enlarged=enlarged)
+        for session in range(1, sessions + 1):
+            rng = np.random.default_rng([seed, 4, number, session])
+            maps = brain.deform(template, brain.compose(anatomy, brain.draw_pose(rng)), grid)
+            yield ExampleScan(
+                subject=f"EX-{number:03d}",
+                session=session,
+                label="enlarged" if enlarged else "normal",
+                image=brain.draw_scan(maps, grid, rng),
+                tissue=brain.label_map(maps),
+                affine=grid.affine,
+            )
+
+
+def make_example(
+    out: Path,
+    *,
+    subjects: int = 24,
+    spacing: float = 2.0,
+    formats: Sequence[Format] = ("nifti",),
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write the example cohort; the same arguments give the same bytes.
+
+    `out/nifti` has the Medical Segmentation Decathlon layout (`dataset.json`, `imagesTr/`, `labelsTr/`), `out/dicom`
+    one folder of MR Image Storage slices a scan; each with `subjects.csv` (image, subject) and `labels.csv` (image,
+    label), where `image` is the file's name or the series' folder. Each is built aside and renamed: whole or absent.
+
+    Args:
+        out: a new or empty folder.
+        subjects: how many people, 1 to 999; about a third have two scans.
+        spacing: voxel size in mm, 1 to 8.
+        formats: "nifti", "dicom" or both.
+        seed: 0 or more, fixes everything.
+        progress: called with (scans written, scans in all).
+
+    Returns:
+        `out`.
+
+    Raises:
+        UsageError: an argument is out of its range.
+        UserError: `out` holds something, cannot be written, or nilearn is missing.
+    """
+    _check(subjects, spacing, formats, seed)
+    fresh_folder(out)
+    total = sum(sessions for _, sessions in plan(subjects, seed=seed))
+    staging = Path(tempfile.mkdtemp(dir=out, prefix=".partial-"))
+    try:
+        rows: list[tuple[str, str, str]] = []
+        for done, scan in enumerate(simulate(subjects, spacing=spacing, seed=seed), start=1):
+            if "nifti" in formats:
+                _write_nifti(scan, staging / "nifti")
+            if "dicom" in formats:
+                from medim.data.example.dicom import write_series
+
+                write_series(scan, staging / "dicom" / scan.name, seed=seed)
+            rows.append((scan.name, scan.subject, scan.label))
+            if progress is not None:
+                progress(done, total)
+        if "nifti" in formats:
+            _write_tables(staging / "nifti", rows, suffix=".nii.gz")
+            _write_dataset(staging / "nifti", [name for name, _, _ in rows])
+        if "dicom" in formats:
+            _write_tables(staging / "dicom", rows, suffix="")
+        for folder in sorted(staging.iterdir()):
+            folder.rename(out / folder.name)
+    except OSError as error:
+        raise UserError(f"{out}: could not be written ({error}). Free some space or choose another --out.") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return out
+
+
+def _check(subjects: int, spacing: float, formats: Sequence[str], seed: int) -> None:
+    if not 1 <= subjects <= 999:
+        raise UsageError(f"The number of subjects must be 1 to 999, got {subjects}.")
+    if not 1 <= spacing <= 8:
+        raise UsageError(f"The spacing must be 1 to 8 mm, got {spacing}.")
+    if seed < 0:
+        raise UsageError(f"The seed must be 0 or more, got {seed}.")
+    unknown = sorted(set(formats) - set(FORMATS))
+    if unknown or not formats:
+        raise UsageError(f"The format must be one or more of {', '.join(FORMATS)}; got {', '.join(unknown) or 'none'}.")
+
+
+def _write_nifti(scan: ExampleScan, folder: Path) -> None:
+    import nibabel
+
+    nifti: Any = nibabel.Nifti1Image  # nibabel has no annotations
+    for array, kind in ((scan.image, "imagesTr"), (scan.tissue, "labelsTr")):
+        image = nifti(array, scan.affine)
+        image.set_sform(scan.affine, code="mni")
+        image.set_qform(scan.affine, code="mni")
+        image.header.set_xyzt_units("mm", "sec")
+        # mtime 0 and no file name in the gzip header: equal voxels, equal bytes
+        write_bytes(folder / kind / f"{scan.name}.nii.gz", gzip.compress(image.to_bytes(), compresslevel=4, mtime=0))
+
+
+def _write_tables(folder: Path, rows: Sequence[tuple[str, str, str]], *, suffix: str) -> None:
+    write_csv(folder / "subjects.csv", ("image", "subject"), [(name + suffix, subject) for name, subject, _ in rows])
+    write_csv(folder / "labels.csv", ("image", "label"), [(name + suffix, label) for name, _, label in rows])
+
+
+def _write_dataset(folder: Path, names: Sequence[str]) -> None:
+    files = [{"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"} for name in names]
+    content = {
+        "name": "Example",
+        "description": "Simulated T1-weighted brains with tissue labels: the built-in example cohort of medim",
+        "reference": "https://www.bic.mni.mcgill.ca/ServicesAtlases/ICBM152NLin2009",
+        "licence": LICENCE,
+        "tensorImageSize": "3D",
+        "modality": {"0": "MRI"},
+        "labels": {str(value): name for value, name in LABELS.items()},
+        "numTraining": len(files),
+        "numTest": 0,
+        "training": files,
+        "test": [],
+    }
+    write_json(folder / "dataset.json", content)

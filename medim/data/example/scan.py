@@ -1,0 +1,34 @@
+"""One simulated scan of the example cohort."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from medim.types import Array
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleScan:
+    """One simulated scan.
+
+    Attributes:
+        subject: patient ID, "EX-001" onwards.
+        session: 1, or 2 for the second scan of a subject.
+        label: "enlarged" or "normal" ventricles.
+        image: (X, Y, Z) int16, RAS+, magnitudes from 1 up.
+        tissue: (X, Y, Z) uint8 on the same grid, see `LABELS`.
+        affine: (4, 4) voxel index to mm of MNI space.
+    """
+
+    subject: str
+    session: int
+    label: Literal["enlarged", "normal"]
+    image: Array
+    tissue: Array
+    affine: Array
+
+    @property
+    def name(self) -> str:
+        """What its files are called."""
+        return f"{self.subject}_{self.session}"

@@ -1,0 +1,1 @@
+"""Index of the images of a source: `medim index`."""

@@ -1,0 +1,1 @@
+"""Preprocessed images on disk, their splits, and the datasets that training reads."""

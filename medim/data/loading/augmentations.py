@@ -1,0 +1,307 @@
+"""MONAI's side of the data: our deterministic steps as MONAI transforms, and MONAI's random ones by name.
+
+Augmentations are written like steps: `[{"op": "flip", "axis": 0}, {"op": "noise", "std": 0.1, "probability": 0.2}]`.
+All randomness comes from the generator that is handed in, so a view can be replayed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data.meta_obj import get_track_meta, set_track_meta
+from monai.data.meta_tensor import MetaTensor
+from monai.transforms.compose import Compose
+from monai.transforms.intensity.array import (
+    RandAdjustContrast,
+    RandBiasField,
+    RandGaussianNoise,
+    RandGaussianSmooth,
+    RandScaleIntensity,
+    RandShiftIntensity,
+)
+from monai.transforms.spatial.array import RandFlip
+from monai.transforms.transform import RandomizableTransform, Transform
+from scipy.spatial.transform import Rotation
+from torch.nn.functional import affine_grid, grid_sample
+
+from medim.config import bind, build
+from medim.data.preprocessing.steps import STEPS, check_steps
+from medim.types import Array, Step, UsageError, Volume
+
+
+def flip(*, spatial_dims: int, axis: int | None = None, probability: float = 0.5) -> RandomizableTransform:
+    """Reverse one axis.
+
+    Args:
+        spatial_dims: 2 or 3.
+        axis: which; None is left-right: the first axis in 3D (RAS), the columns in 2D.
+        probability: of being applied.
+    """
+    axis = (0 if spatial_dims == 3 else 1) if axis is None else axis
+    if not 0 <= axis < spatial_dims:
+        raise UsageError(f"flip.axis: expected 0 to {spatial_dims - 1} in {spatial_dims}D, got {axis}.")
+    return RandFlip(prob=probability, spatial_axis=axis)
+
+
+def affine(
+    *, spatial_dims: int, rotate: float = 10.0, scale: float = 0.1, translate: float = 0.0, probability: float = 0.5
+) -> RandomizableTransform:
+    """Turn, stretch and move about the view's centre; edges are continued.
+
+    Args:
+        spatial_dims: 2 or 3.
+        rotate: largest angle about each axis, in degrees.
+        scale: largest relative change of size along each axis.
+        translate: largest shift along each axis, in voxels.
+        probability: of being applied.
+    """
+    return _Affine(
+        [math.radians(rotate)] * (3 if spatial_dims == 3 else 1),
+        [scale] * spatial_dims,
+        [translate] * spatial_dims,
+        probability=probability,
+    )
+
+
+def intensity_scale(*, factor: float = 0.1, probability: float = 0.5) -> RandomizableTransform:
+    """Multiply by a random number near 1.
+
+    Args:
+        factor: largest distance of that number from 1.
+        probability: of being applied.
+    """
+    return RandScaleIntensity(factors=factor, prob=probability)
+
+
+def intensity_shift(*, offset: float = 0.1, probability: float = 0.5) -> RandomizableTransform:
+    """Add a random number.
+
+    Args:
+        offset: largest size of that number, in units of the normalised image.
+        probability: of being applied.
+    """
+    return RandShiftIntensity(offsets=offset, prob=probability)
+
+
+def contrast(*, gamma: tuple[float, float] = (0.7, 1.5), probability: float = 0.3) -> RandomizableTransform:
+    """Raise to a random power, between the view's own minimum and maximum.
+
+    Args:
+        gamma: lowest and highest power.
+        probability: of being applied.
+    """
+    return RandAdjustContrast(prob=probability, gamma=gamma)
+
+
+def noise(*, std: float = 0.1, probability: float = 0.3) -> RandomizableTransform:
+    """Add Gaussian noise of random strength.
+
+    Args:
+        std: largest standard deviation, in units of the normalised image; it is drawn from 0 to this.
+        probability: of being applied.
+    """
+    return RandGaussianNoise(prob=probability, mean=0.0, std=std)
+
+
+def blur(*, sigma: tuple[float, float] = (0.25, 1.0), probability: float = 0.2) -> RandomizableTransform:
+    """Smooth with a Gaussian of random width along each axis.
+
+    Args:
+        sigma: lowest and highest width (standard deviation), in voxels.
+        probability: of being applied.
+    """
+    return RandGaussianSmooth(sigma_x=sigma, sigma_y=sigma, sigma_z=sigma, prob=probability)
+
+
+def bias_field(*, strength: float = 0.3, degree: int = 3, probability: float = 0.3) -> RandomizableTransform:
+    """Shade by a smooth field, as a coil does; applied above the view's minimum, since normalised air is not zero.
+
+    Args:
+        strength: largest coefficient of the polynomial whose exponential multiplies the image.
+        degree: of the polynomial.
+        probability: of being applied.
+    """
+    field = RandBiasField(degree=degree, coeff_range=(-strength, strength), prob=1.0)
+    return _AboveMinimum(field, probability=probability)
+
+
+AUGMENTATIONS: dict[str, Callable[..., RandomizableTransform]] = {
+    "flip": flip,
+    "affine": affine,
+    "intensity_scale": intensity_scale,
+    "intensity_shift": intensity_shift,
+    "contrast": contrast,
+    "noise": noise,
+    "blur": blur,
+    "bias_field": bias_field,
+}
+GEOMETRIC = ("flip", "affine")  # a mask goes along; everything else changes intensities alone
+
+
+class Augmentation:
+    """A list of random transforms, drawn anew at each call from the seed given.
+
+    Args:
+        steps: `{"op": name, **options}` each, names from `AUGMENTATIONS`.
+        spatial_dims: 2 or 3.
+
+    Raises:
+        UsageError: an unknown name or option (with the nearest spelling), or a value of the wrong type.
+    """
+
+    def __init__(self, steps: Sequence[Step], *, spatial_dims: int) -> None:
+        self._state = np.random.RandomState(0)  # MONAI takes no newer generator; all share it, each call seeds it
+        self._transforms: list[tuple[Any, bool]] = []
+        for step in steps:
+            _check_probability(step)
+            transform = build(AUGMENTATIONS, step, key="op", spatial_dims=spatial_dims)
+            transform.set_random_state(state=self._state)
+            self._transforms.append((transform, step["op"] in GEOMETRIC))
+
+    def __call__(self, image: torch.Tensor, seed: int, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, Any]:
+        """Transform an image, and its mask alike.
+
+        Args:
+            image: (C, ...), float32.
+            seed: 0 to 2^32 - 1; the same seed gives the same result.
+            mask: (1, ...), or None.
+
+        Returns:
+            Image and mask (or None), of the shapes given.
+        """
+        if not self._transforms:
+            return image, mask
+        self._state.seed(seed)
+        with _plain_tensors():
+            for transform, geometric in self._transforms:
+                image = transform(image)
+                if mask is not None and geometric:
+                    options = {"mode": "nearest"} if isinstance(transform, _Affine) else {}
+                    mask = transform(mask, randomize=False, **options)
+        return image, mask
+
+
+def as_monai(steps: Sequence[Step]) -> Compose:
+    """The deterministic steps as a MONAI pipeline over channel-first `MetaTensor`s, whose affine follows.
+
+    Raises:
+        UsageError: see `medim.data.preprocessing.steps.check_steps`.
+    """
+    check_steps(steps)
+    return Compose([_StepTransform(step) for step in steps])
+
+
+class _StepTransform(Transform):
+    """One deterministic step on a tensor; a tensor without affine has voxels of 1 mm."""
+
+    def __init__(self, step: Step) -> None:
+        self._function, self._options = bind(STEPS, step, key="op", given=("volume",))
+
+    def __call__(self, data: torch.Tensor) -> MetaTensor:
+        array = data.detach().cpu().numpy().astype(np.float32, copy=False)
+        given = data.affine.numpy() if isinstance(data, MetaTensor) else np.eye(4)
+        place = _four_by_four(given)
+        out = self._function(Volume(array, place, place, array.shape[1:]), **self._options)
+        kept = data.meta if isinstance(data, MetaTensor) else {}
+        meta = {name: value for name, value in kept.items() if name != "affine"}
+        changed = torch.as_tensor(_like(out.affine, given))
+        return MetaTensor(torch.from_numpy(np.ascontiguousarray(out.array)), affine=changed, meta=meta)
+
+
+class _Affine(RandomizableTransform):
+    """MONAI's `RandAffine`, draw for draw the same map, by torch's own two calls.
+
+    On small views MONAI's bookkeeping costs more than a training step (`benchmarks/affine.py`).
+
+    Args:
+        rotate: largest angles, in radians: one in 2D, three in 3D.
+        scale: largest relative change of size along each axis.
+        translate: largest shift along each axis, in voxels.
+        probability: of being applied.
+    """
+
+    def __init__(
+        self, rotate: Sequence[float], scale: Sequence[float], translate: Sequence[float], *, probability: float
+    ) -> None:
+        super().__init__(probability)
+        self._ranges = [np.asarray(r) for r in (rotate, scale, translate)]
+
+    def randomize(self, data: Any = None) -> None:
+        """Draw whether to act, and then the angles, changes of size and shifts."""
+        super().randomize(data)
+        if self._do_transform:
+            self._angles, self._zoom, self._shift = (self.R.uniform(-r, r) for r in self._ranges)
+
+    def __call__(self, data: torch.Tensor, randomize: bool = True, mode: str = "bilinear") -> torch.Tensor:
+        if randomize:
+            self.randomize()
+        if not self._do_transform:
+            return data
+        dims, size = len(self._zoom), np.array(data.shape[:0:-1])
+        angles = [0.0] * (3 - len(self._angles)) + list(self._angles)
+        turn = Rotation.from_euler("XYZ", angles).as_matrix()[:dims, :dims]
+        # From a place in the output to one in the input, in voxels; torch's places run from -1 to 1, last axis first.
+        matrix, shift = turn * (1 + self._zoom), turn @ self._shift
+        theta = np.column_stack([matrix[::-1, ::-1] * size / size[:, None], 2 * shift[::-1] / size])
+        grid = affine_grid(torch.from_numpy(theta[None]).float(), [1, *data.shape], align_corners=False)
+        moved = grid_sample(data[None].float(), grid, mode=mode, padding_mode="border", align_corners=False)
+        return moved[0].to(data.dtype)
+
+
+class _AboveMinimum(RandomizableTransform):
+    """Applies another transform, which always acts, to what stands above the image's minimum."""
+
+    def __init__(self, transform: RandomizableTransform, *, probability: float) -> None:
+        super().__init__(probability)
+        self._transform = transform
+
+    def set_random_state(
+        self, seed: int | None = None, state: np.random.RandomState | None = None
+    ) -> RandomizableTransform:
+        """Seed the inner transform too, so that a seed decides all of what is drawn."""
+        self._transform.set_random_state(seed, state)
+        super().set_random_state(seed, state)
+        return self
+
+    def __call__(self, data: torch.Tensor) -> torch.Tensor:
+        self.randomize(None)
+        if not self._do_transform:
+            return data
+        least = data.amin()
+        shaded: torch.Tensor = self._transform(data - least)
+        return shaded + least
+
+
+def _check_probability(step: Step) -> None:
+    probability = step.get("probability", 0.5)
+    if isinstance(probability, int | float) and not 0 <= probability <= 1:
+        raise UsageError(f"{step.get('op')}.probability: expected 0 to 1, got {probability}.")
+
+
+def _four_by_four(affine: Array) -> Array:
+    """MONAI keeps a 2D affine as (3, 3) or (4, 4); ours are (4, 4)."""
+    if affine.shape == (4, 4):
+        return affine.astype(np.float64)
+    out = np.eye(4)
+    out[np.ix_([0, 1, 3], [0, 1, 3])] = affine
+    return out
+
+
+def _like(affine: Array, given: Array) -> Array:
+    return affine if given.shape == (4, 4) else affine[np.ix_([0, 1, 3], [0, 1, 3])]
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Keep MONAI from tracking metadata, which costs more than the transforms themselves on small views."""
+    before = get_track_meta()
+    set_track_meta(False)
+    try:
+        yield
+    finally:
+        set_track_meta(before)

@@ -1,0 +1,267 @@
+"""Who is trained on: splits and label budgets, by whole subjects, from the index and a seed alone.
+
+Everything seeded follows the order in which subjects first appear in the index, never their keys, which differ from
+site to site. One seeded order of the subjects serves all: its first ones are the validation split, or the smallest
+budget.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast, get_args
+
+import numpy as np
+
+from medim.data.fingerprints import overlap, united
+from medim.data.labels import strata as strata_of
+from medim.files import write_csv
+from medim.types import Split, UsageError, UserError
+
+if TYPE_CHECKING:
+    from medim.data.index.index import Index, Record
+
+log = logging.getLogger(__name__)
+COLUMNS = ("image", "subject", "split", "label", "budget", "used")
+
+
+def split(
+    index: Index, *, seed: int = 0, val_fraction: float = 0.2, prints: Mapping[str, str] | None = None
+) -> dict[str, Split]:
+    """Assign every image to a split.
+
+    A source's own splits are kept. Of the subjects it leaves open, `val_fraction` (rounded, at least one of two or
+    more) are the validation split and the rest is for training; classes appear in both in like proportions. Subjects
+    that share an image then go to one side: where the source has one of them, else to validation where one of them is.
+    All others stay where they are, so commands that know of different images do not train on what another holds out.
+
+    Args:
+        index: the images.
+        seed: `--split-seed`.
+        val_fraction: share of subjects, 0 to below 1.
+        prints: image key to fingerprint, as far as they are known.
+
+    Returns:
+        Image key to "train", "val" or "test".
+
+    Raises:
+        UserError: the source's own splits are misnamed, or put one subject on two sides.
+    """
+    if not 0 <= val_fraction < 1:
+        raise UsageError(f"val_fraction: expected at least 0 and below 1, got {val_fraction}.")
+    known: dict[str, Split] = {}
+    for record in index.records:
+        if record.split is None:
+            continue
+        if record.split not in get_args(Split):
+            raise UserError(
+                f"{record.path}: expected split train, val or test, got {record.split!r}. Correct the column."
+            )
+        if known.setdefault(record.subject, cast(Split, record.split)) != record.split:
+            raise UserError(
+                f"{record.path}: its subject is in {record.split!r} and in {known[record.subject]!r}; a subject "
+                "belongs to one split. Correct the source's split column, or the subjects that `--subjects` gives."
+            )
+    own = frozenset(known)
+    ordered = _ordered([r for r in index.records if r.subject not in own], seed, each_first=False)
+    count = math.floor(val_fraction * len(ordered) + 0.5)
+    if val_fraction > 0 and len(ordered) > 1:
+        count = max(count, 1)
+    for place, group in enumerate(ordered):
+        known[group[0].subject] = "val" if place < count else "train"
+    subjects = {record.image: record.subject for record in index.records}
+    for people in united([subjects[image] for image in images] for images in overlap(prints or {}, subjects)):
+        given = [known[subject] for subject in people if subject in own]
+        side = given[0] if given else "val" if any(known[subject] == "val" for subject in people) else "train"
+        known.update(dict.fromkeys((subject for subject in people if subject not in own), side))
+    return {record.image: known[record.subject] for record in index.records}
+
+
+def on_both_sides(
+    index: Index, splits: Mapping[str, Split], prints: Mapping[str, str], *, strict: bool = False
+) -> dict[str, int]:
+    """Count the images held out of training whose pixels stand in the training split too, and their subjects.
+
+    Only a source's own splits can put them there.
+
+    Args:
+        index: the images.
+        splits: of all of them.
+        prints: image key to fingerprint, as far as they are known.
+        strict: refuse any.
+
+    Raises:
+        UserError: `strict`, and there are some.
+    """
+    trained = {found for image, found in prints.items() if found and splits[image] == "train"}
+    held = [r for r in index.records if splits[r.image] != "train" and prints.get(r.image) in trained]
+    subjects = len({record.subject for record in held})
+    if held:
+        sentence = (
+            f"the source's own splits: {len(held)} held-out images (of {subjects} subjects) have the same pixels as "
+            "images of the training split"
+        )
+        if strict:
+            raise UserError(f"{sentence}. --strict expected none. Correct the split column, or leave --strict out.")
+        log.warning("%s: figures on them are too good", sentence)
+    return {"images": len(held), "subjects": subjects}
+
+
+def write_splits(
+    path: Path,
+    index: Index,
+    splits: Mapping[str, Split],
+    train: Sequence[Record],
+    *,
+    seed: int,
+    used: Sequence[Record] | None = None,
+) -> None:
+    """Write `split.csv`, a row an image; given back as `--labels` it makes the same split.
+
+    Args:
+        path: the file.
+        index: the images.
+        splits: of all of them.
+        train: the usable images of the training split; for those that a budget may take, `budget` is the place at
+            which their subject enters one.
+        seed: of the draw.
+        used: images that the run was trained on with labels.
+    """
+    groups = enumerate(_nested(_usable(train), seed), start=1)
+    ranks = {record.image: place for place, group in groups for record in group}
+    chosen = {record.image for record in used or ()}
+    rows = (
+        (
+            record.image,
+            record.subject,
+            splits[record.image],
+            record.label,
+            ranks.get(record.image),
+            None if used is None else "yes" if record.image in chosen else "no",
+        )
+        for record in index.records
+    )
+    write_csv(path, COLUMNS, rows)
+
+
+def read_splits(path: Path) -> dict[str, Split]:
+    """Image key to split, as `write_splits` wrote them.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        found = {row.get("image", ""): row.get("split", "") for row in csv.DictReader(file)}
+    wrong = set(found.values()) - set(get_args(Split))
+    if wrong:
+        raise UserError(f"{path}: expected columns image and split (train, val or test), got others. Copy it again.")
+    return cast(dict[str, Split], found)
+
+
+def budget(
+    records: Sequence[Record], *, labelled: int | None = None, fraction: float | None = None, seed: int = 0
+) -> tuple[Record, ...]:
+    """Choose the labelled images that a run may use: whole subjects, nested for one seed.
+
+    Images without label or mask are left out first. One order of the subjects is drawn, one of each class at its head
+    and classes mixed in proportion after that, and arranged so that whole subjects meet 1, 2, 3 and every multiple of
+    five images exactly wherever their sizes allow. A budget is the longest beginning of that order with at most the
+    images asked for. So it never exceeds the count (except that at least one subject is given) and may fall short of
+    it by a part of one subject.
+
+    Args:
+        records: images of the training split.
+        labelled: number of images; more than there are gives all.
+        fraction: share of the labelled images, above 0 and up to 1. With neither, all of them.
+        seed: of the draw.
+
+    Returns:
+        The chosen records in the index's order.
+
+    Raises:
+        UserError: no image has a label or mask.
+        UsageError: both counts given, or out of range.
+    """
+    if labelled is not None and fraction is not None:
+        raise UsageError("--labelled and --label-fraction: expected one of them, got both.")
+    if labelled is not None and labelled < 1:
+        raise UsageError(f"--labelled: expected at least 1 image, got {labelled}.")
+    if fraction is not None and not 0 < fraction <= 1:
+        raise UsageError(f"--label-fraction: expected above 0 and up to 1, got {fraction}.")
+    usable = _usable(records)
+    if not usable:
+        raise UserError(
+            f"training split: expected labelled images, got {len(records)} without label or mask. Give --labels."
+        )
+    wanted = len(usable)
+    if labelled is not None:
+        wanted = min(labelled, wanted)
+    elif fraction is not None:
+        wanted = max(1, math.floor(fraction * wanted + 0.5))
+    chosen: set[str] = set()
+    count = 0
+    for group in _nested(usable, seed):
+        if count + len(group) > wanted and chosen:
+            break
+        chosen.add(group[0].subject)
+        count += len(group)
+    return tuple(r for r in usable if r.subject in chosen)
+
+
+def _usable(records: Sequence[Record]) -> list[Record]:
+    return [record for record in records if record.label is not None or record.mask is not None]
+
+
+def _nested(records: Sequence[Record], seed: int) -> list[list[Record]]:
+    """The order in which subjects enter a budget, each with its images; see `budget`."""
+    return _meeting_counts(_ordered(records, seed))
+
+
+def _ordered(records: Sequence[Record], seed: int, *, each_first: bool = True) -> list[list[Record]]:
+    """Records by subject, in a seeded order with the classes in proportion.
+
+    Args:
+        records: with their subjects and labels.
+        seed: of the order.
+        each_first: begin with one subject of each class, as label budgets do; else one that is alone in its class comes
+            last, so that it is learnt from.
+    """
+    subjects: dict[str, list[Record]] = {}
+    for record in records:
+        subjects.setdefault(record.subject, []).append(record)
+    groups = list(subjects.values())
+    draw = np.random.default_rng(seed).permutation(len(groups))
+    strata: dict[tuple[str, ...], list[int]] = {}
+    kinds = strata_of([{r.label for r in group if r.label is not None} for group in groups])
+    for place in draw:
+        strata.setdefault(kinds[place], []).append(int(place))
+    if 2 * len(strata) > len(groups):  # labels that hardly repeat are numbers, not classes
+        return [groups[place] for place in draw]
+    keys = {
+        place: (rank > 0 if each_first else len(members) == 1, (rank + 0.5) / len(members))
+        for members in strata.values()
+        for rank, place in enumerate(members)
+    }
+    return [groups[place] for place in sorted(keys, key=lambda place: keys[place])]
+
+
+def _meeting_counts(groups: Sequence[list[Record]]) -> list[list[Record]]:
+    """Reorder groups as little as makes their running total meet 1, 2, 3 and the multiples of five where it can."""
+    waiting, out, count = list(groups), [], 0
+    total = sum(len(g) for g in groups)
+    for target in [1, 2, 3, *range(5, total + 5, 5)]:
+        kept = []
+        for place, group in enumerate(waiting):
+            if count == target:
+                kept.extend(waiting[place:])
+                break
+            if count + len(group) <= target:
+                out.append(group)
+                count += len(group)
+            else:
+                kept.append(group)
+        waiting = kept
+    return out + waiting

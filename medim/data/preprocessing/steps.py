@@ -1,0 +1,382 @@
+"""The deterministic steps between reader and network, in numpy and scipy: training and hospital run the same lines.
+
+A run lists its steps as `[{"op": "ras"}, {"op": "resample", "spacing": [1, 1, 1]}, ...]`; the list travels with the
+encoder. Every geometric step updates the affine exactly, so that `restore` brings a result back with one resampling,
+whatever the list was, and copies values where grids differ by whole voxels.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from medim.config import bind
+from medim.data.preprocessing.geometry import (
+    compact,
+    expand,
+    orthogonal,
+    resample_to,
+    rotation,
+    signed_permutation,
+    smooth,
+)
+from medim.types import Array, Step, UsageError, UserError, Volume
+
+__all__ = ["STEPS", "check_steps", "fixed_spacing", "onto", "preprocess", "resample_to", "restore", "to_native"]
+
+KEEP = 1e-3  # mm: a spacing this near to the one asked for is kept, as MONAI's Spacing does
+
+
+def orthogonalise_affine(volume: Volume) -> Volume:
+    """Axes at exact right angles where rounding in the header made them miss; voxels are untouched. Goes first."""
+    return volume.with_array(volume.array, orthogonal(volume.affine, volume.spatial_dims))
+
+
+def ras(volume: Volume) -> Volume:
+    """Permute and reverse axes to run nearest to Right, Anterior, Superior. 2D images stay as they are shown."""
+    if volume.spatial_dims == 2:
+        return volume
+    turn = rotation(volume.affine[:3, :3])
+    axes = [0, 0, 0]
+    weight = np.abs(turn)
+    for axis in np.argsort(-weight.max(axis=0), kind="stable"):  # the surest axis chooses first
+        world = int(np.argmax(weight[:, axis]))
+        axes[world] = int(axis)
+        weight[world] = -1.0
+    move = np.zeros((4, 4))  # new index to old index
+    move[3, 3] = 1.0
+    for world, axis in enumerate(axes):
+        sign = 1.0 if turn[world, axis] > 0 else -1.0
+        move[axis, world] = sign
+        move[axis, 3] = 0.0 if sign > 0 else volume.shape[axis] - 1
+    array = volume.array.transpose(0, *(a + 1 for a in axes))
+    reversed_axes = tuple(world + 1 for world, axis in enumerate(axes) if move[axis, world] < 0)
+    return volume.with_array(np.ascontiguousarray(np.flip(array, reversed_axes)), volume.affine @ move)
+
+
+def resample(
+    volume: Volume, *, spacing: tuple[float, ...], order: Literal[0, 1, 3] = 1, antialias: bool = False
+) -> Volume:
+    """Bring the voxels to a spacing; the first voxel stays where it is, the grid ends at the voxel nearest to the last.
+
+    Grid and values are those of MONAI's `Spacing(padding_mode="border")`. A sheared grid is straightened.
+
+    Args:
+        volume: the image.
+        spacing: distance between voxel centres along each axis, in mm.
+        order: of the spline; 3 is slower and overshoots at edges.
+        antialias: smooth first along axes that shrink (see `medim.data.preprocessing.geometry.smooth`).
+    """
+    dims = volume.spatial_dims
+    wanted = _per_axis("resample.spacing", spacing, dims)
+    have = np.asarray(volume.spacing)
+    target = np.where(np.abs(have - wanted) <= KEEP, have, wanted)
+    matrix = compact(volume.affine, dims)
+    lower = np.linalg.qr(matrix[:dims, :dims])
+    new = matrix.copy()
+    new[:dims, :dims] = lower.Q * np.sign(np.diag(lower.R)) * target
+    # Where the image's corners lie on the new grid; a right-angled grid has its first voxel as the least of them.
+    corners = np.stack(np.meshgrid(*([0.0, n - 1.0] for n in volume.shape), indexing="ij")).reshape(dims, -1)
+    on_new = np.linalg.solve(new[:dims, :dims], matrix[:dims, :dims] @ corners).round(3)
+    new[:dims, dims] += new[:dims, :dims] @ on_new.min(axis=1)
+    shape = tuple(int(n) for n in np.rint(np.ptp(on_new, axis=1) + 1))
+    array = smooth(volume.array, target / have) if antialias else volume.array
+    affine = expand(new, volume.affine)
+    return volume.with_array(resample_to(array, volume.affine, affine, shape, order=order), affine)
+
+
+def resize(volume: Volume, *, shape: tuple[int, ...], keep_aspect: bool = True, antialias: bool = True) -> Volume:
+    """Scale the image to a shape in voxels, by linear interpolation; voxels are little boxes, so the extent is kept.
+
+    Args:
+        volume: the image.
+        shape: wanted spatial shape.
+        keep_aspect: scale all axes alike (in mm) so that the image fits, and pad the rest on both sides with the
+            minimum.
+        antialias: smooth first along axes that shrink (see `medim.data.preprocessing.geometry.smooth`).
+    """
+    wanted = _per_axis("resize.shape", shape, volume.spatial_dims)
+    have = np.asarray(volume.shape, float)
+    inner = wanted
+    if keep_aspect:
+        extent = have * volume.spacing
+        inner = np.clip(np.rint(extent / (extent / wanted).max()), 1, wanted)
+    if (inner == have).all():
+        return pad_or_crop(volume, shape=shape)
+    factor = have / inner
+    affine = _moved(volume.affine, scale=factor, offset=(factor - 1) / 2)
+    array = smooth(volume.array, tuple(factor)) if antialias else volume.array
+    inside = resample_to(array, volume.affine, affine, tuple(int(n) for n in inner), order=1)
+    return pad_or_crop(volume.with_array(inside, affine), shape=shape)
+
+
+def clip_percentiles(volume: Volume, *, lower: float = 0.5, upper: float = 99.5) -> Volume:
+    """Limit each channel to its own percentiles, so that a few hot voxels do not set the scale.
+
+    Args:
+        volume: the image.
+        lower: percentile that becomes the minimum, 0 to 100.
+        upper: percentile that becomes the maximum, 0 to 100.
+    """
+    if not 0 <= lower < upper <= 100:
+        raise UsageError(f"clip_percentiles: expected 0 <= lower < upper <= 100, got {lower} and {upper}.")
+    array = _floats(volume)
+    flat = array.reshape(len(array), -1)
+    low, high = np.percentile(flat, [lower, upper], axis=1).astype(np.float32)
+    return volume.with_array(np.clip(flat, low[:, None], high[:, None]).reshape(array.shape))
+
+
+def normalise(volume: Volume, *, method: Literal["zscore", "range", "symmetric"] = "zscore") -> Volume:
+    """Bring each channel to one scale. A constant channel becomes zero.
+
+    Args:
+        volume: the image.
+        method: `zscore` to mean 0 and standard deviation 1, `range` to [0, 1], `symmetric` to [-1, 1].
+    """
+    array = _floats(volume)
+    flat = array.reshape(len(array), -1)
+    if method == "zscore":
+        shift, scale = flat.mean(axis=1, dtype=np.float64), flat.std(axis=1, dtype=np.float64)
+    else:
+        shift = flat.min(axis=1).astype(np.float64)
+        scale = flat.max(axis=1) - shift
+        if method == "symmetric":
+            shift, scale = shift + scale / 2, scale / 2
+    constant = scale <= 1e-9 * np.abs(shift)
+    scale = np.where(constant, 1.0, scale)
+    out = ((flat - shift[:, None]) / scale[:, None]).astype(np.float32)
+    out[constant] = 0.0
+    return volume.with_array(out.reshape(array.shape))
+
+
+def crop_foreground(volume: Volume, *, margin: int = 0) -> Volume:
+    """Cut away the border where every channel is at its minimum (air, or the zeros around a stripped brain).
+
+    Args:
+        volume: the image.
+        margin: voxels kept around the foreground, as far as the image goes.
+    """
+    if margin < 0:
+        raise UsageError(f"crop_foreground.margin: expected 0 or more voxels, got {margin}.")
+    spatial = tuple(range(1, volume.array.ndim))
+    foreground = (volume.array > volume.array.min(axis=spatial, keepdims=True)).any(axis=0)
+    if not foreground.any():
+        return volume
+    start, stop = [], []
+    for axis, n in enumerate(volume.shape):
+        hit = np.flatnonzero(foreground.any(axis=tuple(a for a in range(volume.spatial_dims) if a != axis)))
+        start.append(max(int(hit[0]) - margin, 0))
+        stop.append(min(int(hit[-1]) + 1 + margin, n))
+    return _window(volume, start, tuple(b - a for a, b in zip(start, stop, strict=True)))
+
+
+def pad_or_crop(volume: Volume, *, shape: tuple[int, ...]) -> Volume:
+    """Cut or pad around the centre to a shape; padding has each channel's minimum.
+
+    Args:
+        volume: the image.
+        shape: wanted spatial shape, in voxels.
+    """
+    wanted = [int(n) for n in _per_axis("pad_or_crop.shape", shape, volume.spatial_dims)]
+    start = [n // 2 - w // 2 if n > w else -((w - n) // 2) for n, w in zip(volume.shape, wanted, strict=True)]
+    return _window(volume, start, wanted)
+
+
+def centre(volume: Volume, *, shape: tuple[int, ...]) -> Volume:
+    """Cut one field of view around the centre of mass, so that an image's own size tells nothing any more.
+
+    The window lies inside the image wherever it fits; where the image is smaller, its edge voxels are continued, so
+    that no border of padding shows where it ends. Voxels are copied, never interpolated: `resample` goes before it, so
+    that a shape in voxels is a field of view in mm. A voxel's mass is how far it lies above its channel's minimum, in
+    shares of the channel's sum; the centre is rounded to the nearest voxel.
+
+    Args:
+        volume: the image.
+        shape: wanted spatial shape, in voxels.
+    """
+    wanted = _per_axis("centre.shape", shape, volume.spatial_dims).astype(np.intp)
+    mass = _floats(volume) - volume.array.min(axis=tuple(range(1, volume.array.ndim)), keepdims=True)
+    start = []
+    for axis, (n, w) in enumerate(zip(volume.shape, wanted, strict=True), start=1):
+        others = tuple(a for a in range(1, mass.ndim) if a != axis)
+        profile = mass.sum(axis=others, dtype=np.float64)  # (C, n)
+        total = profile.sum(axis=1, keepdims=True)
+        share = np.divide(profile, total, out=np.full_like(profile, 1 / n), where=total > 0).mean(axis=0)
+        first = int(np.rint(round(float(share @ np.arange(n)) - (w - 1) / 2, 6)))
+        start.append(min(max(first, 0), n - w) if n >= w else -int((w - n) // 2))
+    affine = _moved(volume.affine, scale=np.ones(len(wanted)), offset=np.asarray(start, float))
+    return volume.with_array(resample_to(volume.array, volume.affine, affine, wanted.tolist(), order=0), affine)
+
+
+def pad_to_multiple(volume: Volume, *, multiple: int) -> Volume:
+    """Pad around the centre until a network's stride divides each axis; padding has each channel's minimum.
+
+    Args:
+        volume: the image.
+        multiple: the stride, in voxels.
+    """
+    if multiple < 1:
+        raise UsageError(f"pad_to_multiple.multiple: expected 1 or more voxels, got {multiple}.")
+    return pad_or_crop(volume, shape=tuple(-(-n // multiple) * multiple for n in volume.shape))
+
+
+STEPS: dict[str, Callable[..., Volume]] = {
+    "orthogonalise_affine": orthogonalise_affine,
+    "ras": ras,
+    "resample": resample,
+    "resize": resize,
+    "clip_percentiles": clip_percentiles,
+    "normalise": normalise,
+    "crop_foreground": crop_foreground,
+    "pad_or_crop": pad_or_crop,
+    "centre": centre,
+    "pad_to_multiple": pad_to_multiple,
+}
+
+
+def check_steps(steps: Sequence[Step]) -> None:
+    """Check names and options of a list of steps before anything runs.
+
+    Raises:
+        UsageError: a step or option that does not exist (with the nearest spelling), or a value of the wrong type.
+    """
+    for step in steps:
+        bind(STEPS, step, key="op", given=("volume",))
+
+
+def fixed_spacing(steps: Sequence[Step]) -> list[float] | None:
+    """The spacing in mm, along each axis, that the steps bring every image to; None where images keep their own."""
+    last = next((step for step in reversed(steps) if step["op"] in ("ras", "resample", "resize")), {"op": "none"})
+    return [float(step) for step in last["spacing"]] if last["op"] == "resample" else None
+
+
+def preprocess(volume: Volume, steps: Sequence[Step]) -> Volume:
+    """Run the steps in their order.
+
+    Args:
+        volume: an image from a reader.
+        steps: `{"op": name, **options}` each, names from `STEPS`.
+
+    Returns:
+        The image on its new grid, float32, contiguous; source geometry as it was.
+
+    Raises:
+        UsageError: see `check_steps`.
+        UserError: the image holds NaN or infinity, or has the wrong number of dimensions for a step.
+    """
+    bad = volume.array.size - int(np.count_nonzero(np.isfinite(volume.array)))
+    if bad:
+        raise UserError(
+            f"image: expected finite voxels, got {bad} of {volume.array.size} that are NaN or infinite. "
+            "Repair or drop the file; preprocessing does not guess what was there."
+        )
+    for function, options in _compiled(json.dumps(list(steps))):
+        volume = function(volume, **options)
+    return volume.with_array(np.ascontiguousarray(volume.array, np.float32))
+
+
+def onto(mask: Volume, image: Volume) -> Volume:
+    """Bring a mask to the grid of a preprocessed image, each voxel with its nearest label, 0 outside the mask."""
+    labels = resample_to(mask.array, _straight(mask), image.affine, image.shape, order=0, fill=0)
+    return mask.with_array(labels, image.affine)
+
+
+def restore(
+    array: Array, processed: Volume, source: Volume, *, order: int = 1, fill: Literal["edge"] | float = "edge"
+) -> Array:
+    """Bring a result from the preprocessed grid back to the image's own.
+
+    Args:
+        array: (K, *processed.shape): logits (order 1, then argmax), or labels (order 0).
+        processed: the image after `preprocess`.
+        source: the image before it.
+        order: of the spline.
+        fill: what voxels that preprocessing cut away get: the nearest result, or a number.
+
+    Returns:
+        (K, *source.shape).
+    """
+    if array.shape[1:] != processed.shape:
+        raise UserError(f"restore: expected an array on the grid {processed.shape}, got {array.shape[1:]}.")
+    return resample_to(array, processed.affine, _straight(source), source.shape, order=order, fill=fill)
+
+
+def to_native(array: Array, volume: Volume) -> Array:
+    """Turn an array on a reader's grid into the axis order of the file: permutation and reversal only, values copied.
+
+    Args:
+        array: (K, *volume.shape).
+        volume: as the reader gave it.
+
+    Returns:
+        (K, *volume.native_shape).
+
+    Raises:
+        UserError: the two grids differ by more than order and direction of axes.
+    """
+    dims = volume.spatial_dims
+    matrix = np.linalg.solve(compact(volume.affine, dims), compact(volume.native_affine, dims))
+    found = signed_permutation(matrix[:dims, :dims])
+    if found is None or array.shape[1:] != volume.shape:
+        raise UserError(
+            f"to_native: expected an array of {volume.shape} on a reader's grid, got {array.shape[1:]}; "
+            f"file's own grid to it: {matrix[:dims, :dims].tolist()}. Bring it back with `restore` first."
+        )
+    axes, backwards = found
+    out = np.flip(array.transpose(0, *(a + 1 for a in axes)), tuple(k + 1 for k, b in enumerate(backwards) if b))
+    if out.shape[1:] != tuple(volume.native_shape):
+        raise UserError(f"to_native: expected the file's shape {volume.native_shape}, got {out.shape[1:]}.")
+    return np.ascontiguousarray(out)
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(steps: str) -> tuple[tuple[Callable[..., Volume], dict[str, Any]], ...]:
+    return tuple(bind(STEPS, step, key="op", given=("volume",)) for step in json.loads(steps))
+
+
+def _straight(volume: Volume) -> Array:
+    return orthogonal(volume.affine, volume.spatial_dims)
+
+
+def _floats(volume: Volume) -> Array:
+    return volume.array.astype(np.float32, copy=False)
+
+
+def _per_axis(name: str, values: Sequence[float], dims: int) -> Array:
+    if min(values, default=0) <= 0:
+        raise UsageError(f"{name}: expected numbers above 0, got {list(values)}.")
+    if len(values) != dims:
+        raise UserError(f"{name}: expected {dims} numbers for a {dims}D image, got {list(values)}.")
+    return np.asarray(values, np.float64)
+
+
+def _moved(affine: Array, *, scale: Array, offset: Array) -> Array:
+    """The affine of a grid whose voxel k stands at `scale * k + offset` of the old one, per axis."""
+    dims = len(scale)
+    move = np.eye(dims + 1)
+    move[:dims, :dims] = np.diag(scale)
+    move[:dims, dims] = offset
+    return expand(compact(affine, dims) @ move, affine)
+
+
+def _window(volume: Volume, start: Sequence[int], shape: Sequence[int]) -> Volume:
+    """The box of `shape` voxels from `start` (negative: before the image); outside, each channel's minimum."""
+    if tuple(shape) == volume.shape and not any(start):
+        return volume
+    array = volume.array
+    inside = tuple(slice(max(a, 0), max(min(a + n, m), 0)) for a, n, m in zip(start, shape, volume.shape, strict=True))
+    out = array[(slice(None), *inside)]
+    before = [max(-a, 0) for a in start]
+    widths = [(b, n - b - m) for b, n, m in zip(before, shape, out.shape[1:], strict=True)]
+    if any(w != (0, 0) for w in widths):
+        least = array.min(axis=tuple(range(1, array.ndim)))
+        padded = np.empty((len(array), *shape), array.dtype)
+        padded[:] = least.reshape(-1, *[1] * len(widths))
+        padded[(slice(None), *(slice(b, b + m) for b, m in zip(before, out.shape[1:], strict=True)))] = out
+        out = padded
+    affine = _moved(volume.affine, scale=np.ones(len(shape)), offset=np.asarray(start, float))
+    return volume.with_array(np.ascontiguousarray(out), affine)

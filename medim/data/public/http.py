@@ -1,0 +1,108 @@
+"""Asking a server for a file: mirrors, proxies, redirections, and which refusals pass by themselves."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import ssl
+import urllib.error
+import urllib.request
+from email.message import Message
+from typing import Any
+from urllib.parse import urlsplit
+
+from medim.types import UserError
+from medim.version import __version__
+
+_SILENCE = 60  # seconds without a byte, after which a connection counts as cut
+_PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses worth another try
+
+
+class CutError(Exception):
+    """A try that failed and may be made again: after `wait` seconds if the server says so, or from the start."""
+
+    def __init__(self, why: str, *, wait: float | None = None, restart: bool = False) -> None:
+        super().__init__(why)
+        self.wait = wait
+        self.restart = restart
+
+
+def mirrored(url: str) -> str:
+    """Where to ask: below the address in MEDIM_MIRROR the publisher's host and path follow, as `wget -x` lays them out.
+
+    Raises:
+        UserError: MEDIM_MIRROR is no http or https address, or holds a password.
+    """
+    mirror = os.environ.get("MEDIM_MIRROR", "")
+    if not mirror:
+        return url
+    where = urlsplit(mirror)
+    if where.scheme not in {"http", "https"} or not where.hostname or "@" in where.netloc:
+        raise UserError("MEDIM_MIRROR: expected an address such as https://mirror.hospital/public, without a password.")
+    return f"{mirror.rstrip('/')}/{url.split('://', 1)[1]}"
+
+
+def open_url(url: str, offset: int = 0, validator: str | None = None) -> http.client.HTTPResponse:
+    """Send a request, through the proxies that the environment names.
+
+    Args:
+        url: http or https.
+        offset: where to begin; the server may begin at 0 all the same.
+        validator: what it called the file then; needed for an offset.
+
+    Raises:
+        CutError: another try may do.
+        UserError: it will not.
+    """
+    if urlsplit(url).scheme not in {"http", "https"}:
+        raise UserError(f"{url}: expected an address that starts with https://.")
+    request = urllib.request.Request(url, headers={"User-Agent": f"medim/{__version__}", "Accept-Encoding": "identity"})
+    if offset and validator:
+        request.add_header("Range", f"bytes={offset}-")
+        request.add_header("If-Range", validator)
+    try:
+        response: http.client.HTTPResponse = urllib.request.build_opener(_Redirects).open(request, timeout=_SILENCE)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == 416:
+            raise CutError("the server has no such range; starting over", restart=True) from None
+        if error.code in _PASSING:
+            after = error.headers.get("Retry-After", "")
+            wait = float(after) if after.isdecimal() else None
+            raise CutError(f"HTTP {error.code} {error.reason}", wait=wait) from None
+        raise UserError(
+            f"{url}: expected the file, got HTTP {error.code} {error.reason}. "
+            "The publisher may have moved or closed it, or a proxy refuses; see the set's page."
+        ) from None
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            raise UserError(
+                f"{url}: the server's certificate is not trusted ({reason.verify_message}). Behind a proxy that "
+                "signs anew, set SSL_CERT_FILE to your hospital's certificates."
+            ) from None
+        raise CutError(f"no connection ({reason})") from error
+    return response
+
+
+def validator_of(headers: Message) -> str | None:
+    """What tells an unchanged file: a strong entity tag, else the time of its last change."""
+    tag = headers.get("ETag", "")
+    return tag if tag.startswith('"') else headers.get("Last-Modified")
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Never from https to something that can be read or changed on the way."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: http.client.HTTPMessage, newurl: str
+    ) -> urllib.request.Request | None:
+        """The request that follows a redirection.
+
+        Raises:
+            UserError: it leads to a scheme that is neither https nor the one before.
+        """
+        scheme = urlsplit(newurl).scheme
+        if scheme != "https" and scheme != urlsplit(req.full_url).scheme:
+            raise UserError(f"{req.full_url}: expected a redirection to https, got one to {newurl}; not followed.")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)

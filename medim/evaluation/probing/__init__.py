@@ -1,0 +1,1 @@
+"""Probes of a frozen encoder: classifiers, baselines and label budgets of `medim probe`."""

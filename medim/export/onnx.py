@@ -1,0 +1,247 @@
+"""A torch network as an ONNX graph: one file, sizes that may vary, exact norms, and nothing of this machine in it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.helper
+import onnx.numpy_helper
+import torch
+from torch import nn
+from torch.export import Dim
+
+from medim.models.ood_features import Watched
+from medim.package.contract import Signature, Symbol, Tensor
+from medim.types import UserError
+
+OPSET = 20
+AXES = ("D", "H", "W")
+
+
+def with_exact_norms(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Replace each InstanceNormalization (GroupNorm becomes one too) by nodes with float64 mean and variance.
+
+    ONNX Runtime's own loses up to three digits where a window hardly varies; float64 gives torch's numbers everywhere.
+    """
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        nodes += _exact_norm(node) if node.op_type == "InstanceNormalization" else [node]
+    if len(nodes) > len(model.graph.node):
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+        model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in _CONSTANTS.items())
+    return model
+
+
+_CONSTANTS = {"norm.flat": np.array([0, 0, -1]), "norm.last": np.array([2]), "norm.column": np.array([1])}
+
+
+def _exact_norm(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias over the flattened grid, whatever its dimensions."""
+    (x, scale, bias), (out,) = node.input, node.output
+    epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
+    made: list[onnx.NodeProto] = []
+
+    def add(op: str, name: str, *inputs: str, **options: Any) -> str:
+        made.append(onnx.helper.make_node(op, inputs, [name if name == out else f"{out}.{name}"], **options))
+        return str(made[-1].output[0])
+
+    values = add("Reshape", "values", add("Cast", "float64", x, to=onnx.TensorProto.DOUBLE), "norm.flat")  # (N, C, L)
+    centred = add("Sub", "centred", values, add("ReduceMean", "mean", values, "norm.last"))
+    variance = add("ReduceMean", "variance", add("Mul", "square", centred, centred), "norm.last")
+    floor = onnx.helper.make_tensor("epsilon", onnx.TensorProto.DOUBLE, [], [epsilon])
+    spread = add("Sqrt", "spread", add("Add", "padded", variance, add("Constant", "epsilon", value=floor)))
+    unit = add("Cast", "unit", add("Div", "ratio", centred, spread), to=onnx.TensorProto.FLOAT)
+    scaled = add("Mul", "scaled", unit, add("Unsqueeze", "scale", scale, "norm.column"))
+    shifted = add("Add", "shifted", scaled, add("Unsqueeze", "bias", bias, "norm.column"))
+    add("Reshape", out, shifted, add("Shape", "shape", x))
+    return made
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Which inputs a network takes.
+
+    Attributes:
+        shape: spatial shape it was trained at.
+        stride: the coarsest.
+        multiple_of: what it asks of every side: the stride where a decoder joins maps, else 1.
+        fixed: it works at `shape` alone.
+        minimum: a short side that it takes; it takes every longer one, too.
+    """
+
+    shape: tuple[int, ...]
+    stride: int
+    multiple_of: int
+    fixed: bool
+    minimum: int = 1
+
+    def unseen(self) -> list[tuple[int, ...]]:
+        """Shapes that no tracer saw, every side another where sides may vary."""
+        if self.fixed:
+            return [self.shape]
+        over = 0 if self.multiple_of > 1 else min(3, self.stride - 1)  # voxels that the stride leaves over
+        least = -(-self.minimum // self.stride) * self.stride
+        more = ((2, 3, 1), (4, 1, 2), (1, 5, 3))
+        return [tuple(least + self.stride * n + over for n in sides[: len(self.shape)]) for sides in more]
+
+
+def sizes_of(network: nn.Module, shape: tuple[int, ...], strides: tuple[int, ...], in_channels: int) -> Sizes:
+    """Find out by trying which other sizes than the one it was trained at a network takes."""
+    stride = max(strides)
+    for multiple in (1, stride):
+        least = [-(-n // multiple) * multiple for n in shape]
+        more = 1 if multiple == 1 else 0  # beside whole strides, which a floor would hide
+        other = tuple(n + (1 + axis) * stride + more for axis, n in enumerate(least))
+        if _takes(network, in_channels, other) and (multiple == 1 or list(shape) == least):
+            return Sizes(shape, stride, multiple, fixed=False, minimum=_minimum(network, in_channels, shape, stride))
+    return Sizes(shape, stride, stride, fixed=True)
+
+
+def _minimum(network: nn.Module, in_channels: int, shape: tuple[int, ...], stride: int) -> int:
+    """A short side that a network takes: 1, 2, 4, ... strides, or the shortest it was trained at."""
+    side = stride
+    while side < min(shape) and not _takes(network, in_channels, (side,) * len(shape)):
+        side *= 2
+    return min(side, *shape)
+
+
+def _takes(network: nn.Module, in_channels: int, shape: tuple[int, ...]) -> bool:
+    try:
+        with torch.inference_mode():
+            network(torch.zeros(1, in_channels, *shape))
+    except (RuntimeError, ValueError):  # a linear layer, a kernel or a joined map of another size
+        return False
+    return True
+
+
+def signature_of(network: nn.Module, sizes: Sizes, in_channels: int, strides: tuple[int, ...]) -> Signature:
+    """Names, shapes and rules of a network's input and outputs."""
+    sides: tuple[int | str, ...] = sizes.shape if sizes.fixed else AXES[-len(sizes.shape) :]
+    symbols = {"batch": Symbol()}
+    if not sizes.fixed:
+        symbols |= {side: Symbol(minimum=sizes.minimum, multiple_of=sizes.multiple_of) for side in map(str, sides)}
+    with torch.inference_mode():
+        outputs = _as_tuple(network(torch.zeros(2, in_channels, *sizes.shape)))
+    tensors = []
+    for i, out in enumerate(outputs):
+        name = network.outputs[i] if isinstance(network, Watched) else "logits"
+        grid: tuple[int | str, ...] = tuple(out.shape[2:])
+        if not sizes.fixed and grid:
+            stride = strides[i - 1] if i else 1
+            grid = tuple(side if stride == 1 else f"{side}/{stride}" for side in sides)
+        tensors.append(Tensor(name=name, shape=("batch", out.shape[1], *grid)))
+    return Signature(
+        inputs=(Tensor(name="image", shape=("batch", in_channels, *sides)),), outputs=tuple(tensors), symbols=symbols
+    )
+
+
+def score_signature(signature: Signature) -> Signature:
+    """A score map's: the same input, and a score at each of its voxels."""
+    sides = signature.inputs[0].shape[2:]
+    return signature.model_copy(update={"outputs": (Tensor(name="scores", shape=("batch", 1, *sides)),)})
+
+
+def to_onnx(network: nn.Module, sizes: Sizes, signature: Signature, *, exact_norms: bool = True) -> bytes:
+    """Export a network in evaluation mode.
+
+    Args:
+        network: image (N, C, ...) to one tensor or a tuple of them.
+        sizes: what it takes; the batch always varies.
+        signature: names of input and outputs.
+        exact_norms: see `with_exact_norms`; what leaves in a package has them.
+
+    Returns:
+        The file's bytes, weights inside; the same for the same network, without stack traces or paths.
+
+    Raises:
+        UserError: torch cannot export this network with these sizes, or fixes a side that should vary.
+    """
+    # The tracer takes a side of one cell for a constant.
+    grid = sizes.shape if sizes.fixed else tuple(max(n, 2 * sizes.stride) for n in sizes.shape)
+    image = torch.zeros(2, int(signature.inputs[0].shape[1]), *grid)
+    varying: dict[int, Any] = {0: Dim("batch", min=1)}
+    if not sizes.fixed:
+        for axis, side in enumerate(signature.inputs[0].shape[2:], start=2):
+            least = -(-sizes.minimum // sizes.multiple_of)
+            cells = Dim(f"{side}_cells", min=least)  # a multiple keeps paddings of odd sides out of the graph
+            varying[axis] = sizes.multiple_of * cells if sizes.multiple_of > 1 else cells
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                network,
+                (image,),
+                dynamo=True,
+                dynamic_shapes=(varying,),
+                opset_version=OPSET,
+                external_data=False,
+                input_names=[t.name for t in signature.inputs],
+                output_names=[t.name for t in signature.outputs],
+                verbose=False,
+            )
+    except Exception as error:  # torch.onnx raises a family of its own that has changed between versions
+        raise UserError(f"ONNX export: torch {torch.__version__} cannot export it ({_last_line(error)}).") from error
+    if program is None:
+        raise UserError(f"ONNX export: torch {torch.__version__} returned no program for this network.")
+    model = clean(program.model_proto)
+    if exact_norms:
+        model = with_exact_norms(model)
+    onnx.checker.check_model(model, full_check=True)
+    traced = model.graph.input[0].type.tensor_type.shape.dim
+    sides = zip(signature.inputs[0].shape, traced, strict=True)
+    if fixed := [side for side, dim in sides if isinstance(side, str) and dim.HasField("dim_value")]:
+        raise UserError(
+            f"ONNX export: expected {', '.join(fixed)} to vary, but the network fixes it as traced. "
+            "In its forward, use x.shape[0] in place of len(x), and no loop over a number of voxels."
+        )
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+def clean(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Clear everything that only tells where and how the graph was made."""
+    graph = model.graph
+    values = [*graph.input, *graph.output, *graph.value_info, *graph.initializer, *graph.node, *model.functions]
+    for function in model.functions:
+        values += [*function.node, *function.value_info]
+    for thing in [model, graph, *values]:
+        thing.ClearField("metadata_props")
+        thing.ClearField("doc_string")
+    return model
+
+
+def structure(graph: bytes) -> bytes:
+    """A graph without its weights: what could hold text, for the privacy scan."""
+    model = onnx.load_model_from_string(graph)
+    for tensor in model.graph.initializer:
+        tensor.ClearField("raw_data")
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's remarks about packages that no medim network needs."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _as_tuple(out: Any) -> tuple[torch.Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,1 @@
+"""Inference without torch: from an array to logits and an out-of-distribution score."""

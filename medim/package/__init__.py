@@ -1,0 +1,1 @@
+"""Packages: load, verify and run an exported network without torch."""

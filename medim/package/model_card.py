@@ -1,0 +1,237 @@
+"""The model card: what is known about a package, and in as many words what is not.
+
+`model_card.json` is checked against `Card`; `MODEL_CARD.md` is rendered from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from medim.package.contract import NOT_REPORTED, Contract, PackageError
+from medim.package.gate import Gate
+
+CARD, PAGE = "model_card.json", "MODEL_CARD.md"
+# Sections, and fields with their item of CLAIM 2024 (Tejani et al. 2024, doi 10.1148/ryai.240300); those without one
+# are of the CHAI Applied Model Card. A field that nobody filled in says "not reported".
+FIELDS: dict[str, dict[str, int | None]] = {
+    "Identity": {
+        "name": None,
+        "version": None,
+        "authors": None,
+        "contact": None,
+        "licence": None,
+        "code": 43,
+        "funding": 44,
+    },
+    "Intended use": {
+        "intended use": 3,
+        "not for": None,
+        "users": None,
+        "patient population": None,
+        "anatomy": None,
+        "out-of-scope uses": None,
+        "clearance or CE mark": None,
+    },
+    "Model": {
+        "kind": 1,
+        "modality": 13,
+        "input": 22,
+        "classes": 14,
+        "encoder": 22,
+        "why this encoder": 22,
+        "decoder and head": 22,
+        "parent encoder (sha256)": 24,
+        "weights (sha256)": None,
+        "explainability": 31,
+    },
+    "Data": {
+        "prospective or retrospective": 5,
+        "sources and sites": 7,
+        "dates": 7,
+        "inclusion and exclusion": 8,
+        "preprocessing": 9,
+        "de-identification method": 11,
+        "missing data": 12,
+        "scanners, vendors and field strengths": 13,
+        "reference standard": 14,
+        "annotators and their agreement": 18,
+        "split": 20,
+        "sample size": 21,
+        "labelled images": 35,
+        "age and sex": 36,
+        "index (sha256)": None,
+        "consent or ethics approval": None,
+    },
+    "Training": {
+        "software": 23,
+        "initial weights": 24,
+        "objectives": 25,
+        "steps": 25,
+        "seed": 25,
+        "configuration (sha256)": 25,
+        "selection of the model": 26,
+        "inference": 25,
+    },
+    "Evaluation": {
+        "on the run's validation split": 32,
+        "external test": 33,
+        "subgroups (site, scanner, sex, age)": 38,
+        "calibration": 37,
+        "failure cases": 39,
+        "robustness": 30,
+    },
+    "Oversight": {
+        "limitations and known failure modes": 40,
+        "human oversight": 41,
+        "monitoring": None,
+    },
+}
+
+
+class Card(BaseModel):
+    """The content of `model_card.json`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    title: str
+    banner: str
+    sections: dict[str, dict[str, Any]]
+    gates: dict[str, dict[str, Any]]
+    not_reported: int
+
+    @model_validator(mode="after")
+    def _complete(self) -> Card:
+        have, want = ({s: set(fields) for s, fields in of.items()} for of in (self.sections, FIELDS))
+        if have != want:
+            wrong = {f"{s}.{f}" for s in have.keys() | want.keys() for f in have.get(s, set()) ^ want.get(s, set())}
+            raise ValueError(f"fields that are missing or not known: {sorted(wrong)}")
+        if self.not_reported != _missing(self.sections):
+            raise ValueError(f"expected {_missing(self.sections)} fields not reported, got {self.not_reported}")
+        return self
+
+    @property
+    def page(self) -> str:
+        """The card as Markdown."""
+        lines = [f"# {self.title}", "", f"> **{self.banner}**", ""]
+        for section, fields in self.sections.items():
+            lines += [f"## {section}", "", "| field | CLAIM 2024 | value |", "| --- | --- | --- |"]
+            for name, value in fields.items():
+                shown = _flat(value, name) if isinstance(value, Mapping) else {name: value}
+                lines += [f"| {key} | {FIELDS[section][name] or ''} | {_cell(v)} |" for key, v in shown.items()]
+            lines.append("")
+        lines += ["## Gates at export", "", "| gate | verdict | measured | allowed |", "| --- | --- | --- | --- |"]
+        for name, gate in self.gates.items():
+            told = gate.get("why") or _cell(gate["measured"])
+            lines.append(f"| {name} | {gate['verdict']} | {told} | {_cell(gate.get('allowed', ''))} |")
+        return "\n".join([*lines, "", f"{self.not_reported} fields are {NOT_REPORTED}.", ""])
+
+
+def make_card(contract: Contract, gates: Mapping[str, Gate], run: Mapping[str, Any], *, licence: bool = False) -> Card:
+    """What is known of a package.
+
+    Args:
+        contract: of the package.
+        gates: the parity report's, by name.
+        run: the run's `summary.json`; empty where it has none.
+        licence: whether the exporter gave one.
+    """
+    spec, made = contract.architecture, contract.provenance
+    objectives = run.get("objectives")
+    known: dict[str, dict[str, Any]] = {
+        "Identity": {
+            "name": contract.name,
+            "version": contract.version,
+            "licence": "see LICENSE" if licence else None,
+            "code": f"medim {made['medim']}" if "medim" in made else None,
+        },
+        "Intended use": {"intended use": contract.intended_use, "not for": contract.not_for},
+        "Model": {
+            "kind": contract.kind,
+            "modality": contract.modality,
+            "input": f"{contract.spatial_dims}D, {contract.in_channels} channel(s)",
+            "classes": ", ".join(contract.classes) or "none: it gives features",
+            "encoder": _section(spec["encoder"]),
+            "decoder and head": ", ".join(_section(spec[p]) for p in ("decoder", "head") if spec.get(p)) or "none",
+            "parent encoder (sha256)": made.get("parent"),
+            "weights (sha256)": spec.get("sha256"),
+            "explainability": "mutual-information map" if contract.score_map else None,
+        },
+        "Data": {
+            "preprocessing": "; ".join(_section(step, "op") for step in contract.preprocess) or "none",
+            "split": "by subject, or the source's own" if "split_seed" in made else None,
+            "labelled images": run.get("labelled"),
+            "index (sha256)": made.get("index_hash"),
+        },
+        "Training": {
+            "software": ", ".join(f"{name} {made[name]}" for name in ("medim", "torch", "lightning") if name in made)
+            or None,
+            "initial weights": {"scratch": "random", "pretrained": "the parent encoder's"}.get(run.get("init", "")),
+            "objectives": ", ".join(f"{name} (weight {w})" for name, w in objectives.items()) if objectives else None,
+            "steps": run.get("steps"),
+            "seed": made.get("seed"),
+            "configuration (sha256)": made.get("config_hash"),
+            "selection of the model": "none: the last step of a fixed schedule" if "steps" in run else None,
+            "inference": _section(contract.inference, "mode"),
+        },
+        "Oversight": {"monitoring": f"out-of-distribution guard: {contract.reference}" if contract.reference else None},
+        "Evaluation": {"on the run's validation split": dict(contract.metrics) or None},
+    }
+    sections = {
+        section: {name: _told(known.get(section, {}).get(name)) for name in fields}
+        for section, fields in FIELDS.items()
+    }
+    return Card(
+        title=f"{contract.name} {contract.version}",
+        banner=contract.not_for,
+        sections=sections,
+        gates={name: dict(gate) for name, gate in gates.items()},
+        not_reported=_missing(sections),
+    )
+
+
+def parse_card(data: bytes) -> Card:
+    """Read and check `model_card.json`.
+
+    Raises:
+        PackageError: not JSON, or not a card.
+    """
+    try:
+        return Card.model_validate_json(data)
+    except ValidationError as error:
+        reasons = "; ".join(str(e["msg"]) for e in error.errors())
+        raise PackageError(
+            f"{CARD}: expected a model card (schema 1), got {reasons}. Export the package again."
+        ) from None
+
+
+def _told(value: Any) -> Any:
+    return NOT_REPORTED if value in (None, "") else value
+
+
+def _missing(sections: Mapping[str, Mapping[str, Any]]) -> int:
+    return sum(value == NOT_REPORTED for fields in sections.values() for value in fields.values())
+
+
+def _section(section: Mapping[str, Any], key: str = "name") -> str:
+    options = ", ".join(f"{name} {value}" for name, value in section.items() if name != key)
+    return str(section[key]) + (f" ({options})" if options else "")
+
+
+def _flat(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Nested metrics as one level of `a.b` names."""
+    out: dict[str, Any] = {}
+    for name, value in metrics.items():
+        key = f"{prefix}: {name}" if ":" not in prefix else f"{prefix}.{name}"
+        out |= _flat(value, key) if isinstance(value, Mapping) else {key: value}
+    return out
+
+
+def _cell(value: Any) -> str:
+    if value == NOT_REPORTED:
+        return f"**{NOT_REPORTED}**"
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,1 @@
+"""Prediction and embedding with a package: `medim predict` and `medim embed`."""

@@ -1,0 +1,190 @@
+"""What a report page is made of: sections of facts, tables and figures. The template turns them into HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from medim.reports.figures import Interval, interval_text, number
+from medim.reports.svg import Figure
+
+NOT_REPORTED = "not reported"
+INTERVALS = "Intervals: 95 % percentile bootstrap over subjects."
+LOWER_IS_BETTER = ("hd95", "ece")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the first column names the row, the others are numbers or words.
+
+    Attributes:
+        caption: what it shows.
+        head: column titles.
+        rows: cells as text.
+        note: below the table.
+        wide: takes the whole width of the page.
+        prose: cells are words, not numbers, and begin at the left.
+    """
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    wide: bool = False
+    prose: bool = False
+
+
+@dataclass(frozen=True)
+class Banner:
+    """The result of a section in a sentence; `state` colours it, the words carry it."""
+
+    state: Literal["good", "care", "bad", "plain"]
+    headline: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A picture of a contact sheet; without `source` the image could not be read, and `alt` says so."""
+
+    caption: str
+    alt: str
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A contact sheet: what is shown, and the pictures, each with its words."""
+
+    caption: str
+    note: str
+    tiles: Sequence[Tile]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: one run, evaluation, index or package.
+
+    Attributes:
+        anchor: its id in the page.
+        title: its heading.
+        banner: its result.
+        facts: pairs of name and value.
+        tables: shown before the figures.
+        figures: shown side by side where there is room.
+        sheet: pictures of images.
+        after: tables below the figures and pictures.
+        details: long texts, folded: title and text.
+    """
+
+    anchor: str
+    title: str
+    banner: Banner
+    facts: Sequence[tuple[str, str]] = ()
+    tables: Sequence[Table] = ()
+    figures: Sequence[Figure] = ()
+    sheet: Sheet | None = None
+    after: Sequence[Table] = ()
+    details: Sequence[tuple[str, str]] = ()
+
+
+def told(value: Any) -> str:
+    """A value of a JSON file in words."""
+    if value is None or value == "":
+        return NOT_REPORTED
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {told(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        numbers = all(isinstance(item, int) for item in value)
+        return (" × " if numbers else ", ").join(map(str if numbers else told, value)) or "none"
+    return str(value)
+
+
+def size(count: float | None) -> str:
+    """Bytes in kB, MB or GB."""
+    if count is None:
+        return NOT_REPORTED
+    return next(
+        f"{count / unit:.3g} {name}"
+        for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
+        if count >= unit or unit == 1
+    )
+
+
+def many(count: int | None, word: str) -> str:
+    """`1 image`, `2 images`."""
+    return f"{told(count)} {word}{'' if count == 1 else 's'}"
+
+
+def metric_name(key: str) -> str:
+    """`hd95_left` -> `HD95 left, mm`."""
+    names = {
+        "surface_dice": "Surface Dice at 1 mm",
+        "balanced_accuracy": "Balanced accuracy",
+        "accuracy": "Accuracy",
+        "auroc": "AUROC",
+        "average_precision": "Average precision",
+        "dice": "Dice",
+        "hd95": "HD95",
+        "f1": "F1, mean over classes",
+        "ece": "Calibration error (ECE)",
+    }
+    for start, name in names.items():
+        if key == start:
+            return f"{name}, mean over classes" if key == "dice" else name
+        if key.startswith(f"{start}_"):
+            part = key.removeprefix(f"{start}_")
+            return f"{name} {part}, mm" if start == "hd95" else f"{name}, {part}"
+    return key
+
+
+def lower_is_better(key: str) -> bool:
+    """Whether a smaller value of the metric is the better one."""
+    return key.startswith(LOWER_IS_BETTER)
+
+
+def metric_text(metric: Mapping[str, Any] | float | None) -> str:
+    """Value and interval of a metric, as `metrics.json` holds it or as a bare number."""
+    if isinstance(metric, Mapping):
+        return interval_text(metric.get("value"), metric.get("ci_low"), metric.get("ci_high"))
+    return "not defined" if metric is None else number(float(metric))
+
+
+def cell(text: str) -> str:
+    """The text of a value with its interval, as lines of a table's cell."""
+    return text.replace(" (", "\n(", 1).replace("), ", ")\n", 1)
+
+
+def metric_table(metrics: Mapping[str, Any], caption: str, note: str = "") -> Table:
+    """All metrics with their intervals and the cases they stand on."""
+    rows = []
+    for key, metric in metrics.items():
+        better = "lower" if lower_is_better(key) else "higher"
+        cases = told(metric.get("n")) if isinstance(metric, Mapping) else NOT_REPORTED
+        rows.append((metric_name(key), cell(metric_text(metric)), better, cases))
+    return Table(caption, ("Metric", "Value (95 % interval)", "Better", "Images"), rows, note, wide=True)
+
+
+def shares(metrics: Mapping[str, Any], *, second: bool = False) -> list[Interval]:
+    """The metrics that lie between 0 and 1, for a figure."""
+    found = []
+    for key, metric in metrics.items():
+        content = metric if isinstance(metric, Mapping) else {"value": metric}
+        if content.get("value") is not None and not lower_is_better(key):
+            name = metric_name(key).replace(", mean over classes", "").replace("Surface Dice at 1 mm", "Surface Dice")
+            value, low, high = (content.get(part) for part in ("value", "ci_low", "ci_high"))
+            found.append(Interval(name, float(value or 0.0), low, high, second))
+    return found
+
+
+def counted(caption: str, name: str, counts: Mapping[Any, int]) -> Table:
+    """A table of counts, the largest first."""
+    rows = [(str(key), told(count)) for key, count in sorted(counts.items(), key=lambda item: (-item[1], str(item[0])))]
+    return Table(caption, (name, "Number"), rows)

@@ -1,0 +1,77 @@
+"""The health of a pretraining run over its steps: a section's figures, from `history.csv`."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+from medim.reports import figures
+from medim.reports.page import Banner
+from medim.reports.svg import Figure
+
+Points = dict[str, list[tuple[int, float]]]
+GRADIENT = "gradient_norm/"
+VERDICTS: dict[str, Banner] = {
+    "learning": Banner(
+        "good",
+        "Learning",
+        "On held-out subjects every objective with a chance level ended below it, by at least 5 % and "
+        "three standard errors.",
+    ),
+    "at-chance": Banner(
+        "care",
+        "At chance",
+        "On held-out subjects at least one objective is not clearly better than a network that knows nothing. "
+        "Train longer, or look at batch size, crops and learning rate before using this encoder.",
+    ),
+    "collapsed": Banner(
+        "bad",
+        "Collapsed",
+        "The summaries of different images are all but the same, so they tell nothing. Do not use this encoder.",
+    ),
+    "diverged": Banner(
+        "bad",
+        "Diverged",
+        "A loss stopped being a number or ended above its chance level. Lower the learning rate. "
+        "Do not use this encoder.",
+    ),
+}
+
+
+def health(path: Path) -> list[Figure]:
+    """RankMe, probe, alignment and uniformity on held-out subjects, and gradient norms, as far as they were measured.
+
+    Args:
+        path: `history.csv`.
+    """
+    found = _points(path)
+    drawn = [
+        figures.courses({name: found[name]}, label, caption)
+        for name, label, caption in (
+            ("rankme", "RankMe", "Effective rank of held-out summaries"),
+            ("probe", "AUROC", "Online probe of held-out subjects"),
+        )
+        if found.get(name)
+    ]
+    views = {name: found[name] for name in ("alignment", "uniformity") if found.get(name)}
+    if views:
+        drawn.append(figures.courses(views, "the lower the better", "Alignment and uniformity on held-out subjects"))
+    norms = {name.removeprefix(GRADIENT): points for name, points in found.items() if name.startswith(GRADIENT)}
+    norms = {name: points for name, points in norms.items() if all(value > 0 for _, value in points)}
+    if norms:
+        first = dict(list(norms.items())[:3])  # the encoder's, and as many as can be told apart
+        drawn.append(figures.courses(first, "norm", "Gradient norm before clipping", log=True))
+    return drawn
+
+
+def _points(path: Path) -> Points:
+    found: Points = {}
+    if not path.is_file():
+        return found
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            value = row.get("held_out") or (row.get("loss") if row["name"].startswith(GRADIENT) else "")
+            if value and math.isfinite(float(value)):
+                found.setdefault(row["name"], []).append((int(row["step"]), float(value)))
+    return found

@@ -1,0 +1,1 @@
+"""Audit of a study: shortcuts, groups and near-duplicates."""

@@ -1,0 +1,109 @@
+"""From the cells of a study to `results.parquet`: a row a case and metric."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from medim.evaluation.cases import Row, read_cases, write_parquet
+from medim.study.cell import Bench
+from medim.study.design import PIXELS, UNTRAINED, Cell
+
+FEATURES = {"random": UNTRAINED, "pixels": PIXELS}  # of a probe's anchors, by arm
+TRUTH = "truth"
+_TEXT = pa.dictionary(pa.int32(), pa.string())
+SCHEMA = pa.schema(
+    {
+        "init": _TEXT,  # the arm
+        "protocol": _TEXT,
+        "pretrain_seed": pa.int32(),
+        "budget": _TEXT,  # as asked for
+        "labelled": pa.int32(),  # images it gives
+        "subset_seed": pa.int32(),
+        "step": pa.int32(),  # None: at the end
+        "subject": _TEXT,
+        "case": _TEXT,
+        "metric": _TEXT,
+        "value": pa.float64(),  # None where it is not defined
+    }
+)
+Long = list[tuple[str, str, str, float | None]]  # subject, case, metric, value
+
+
+def write_results(path: Path, bench: Bench, cells: Sequence[Cell]) -> int:
+    """Write the results of all whole cells, in the order of the design.
+
+    Returns:
+        Cases that were rejected (unreadable, or not for the network), in any cell.
+    """
+    tables, rejected = [SCHEMA.empty_table()], set()
+    for cell in cells:
+        if cell.kind == "selection" or not bench.done(cell):
+            continue
+        folder = bench.out / cell.folder
+        found = probed(bench, cell, folder) if cell.kind == "probe" else _finetune(bench, cell, folder)
+        for keys, rows in found:
+            rejected |= {row["image"] for row in rows if row.get("rejected")}
+            tables.append(_table(keys, _long([row for row in rows if not row.get("rejected")], bench.design.task)))
+    write_parquet(path, pa.concat_tables(tables).unify_dictionaries())
+    return len(rejected)
+
+
+def _finetune(bench: Bench, cell: Cell, folder: Path) -> Iterator[tuple[dict[str, Any], list[Row]]]:
+    """Keys and cases of a fine-tuned cell, on the way and at its end."""
+    assert cell.budget is not None
+    keys = _keys(bench, cell, cell.arm.name, cell.budget.name, cell.subset_seed)
+    steps = [int(m[1]) for p in folder.glob("cases-*.parquet") if (m := re.fullmatch(r"cases-(\d+)", p.stem))]
+    for step in sorted(set(steps) & set(bench.design.measure_at)):
+        yield {**keys, "step": step}, read_cases(folder / f"cases-{step}.parquet")
+    yield keys, read_cases(folder / "cases.parquet")
+
+
+def probed(bench: Bench, cell: Cell, folder: Path) -> Iterator[tuple[dict[str, Any], list[Row]]]:
+    """Keys and cases of a probe, a classifier after the other, in the form of a fine-tuned cell's."""
+    wide = pq.read_table(folder / "cases.parquet").to_pylist()
+    classes = [name.removeprefix("probability_") for name in wide[0] if name.startswith("probability_")]
+    groups: dict[tuple[str, str, int], list[Row]] = {}
+    for row in wide:
+        groups.setdefault((row["features"], row["budget"], row["seed"]), []).extend(
+            {**row, "class": name, "probability": row[f"probability_{name}"]} for name in classes
+        )
+    for (features, budget, seed), rows in groups.items():
+        yield _keys(bench, cell, FEATURES.get(features, cell.arm.name), budget, seed), rows
+
+
+def _keys(bench: Bench, cell: Cell, init: str, budget: str, subset_seed: int) -> dict[str, Any]:
+    labelled = next(len(r) for (b, t), r in bench.subsets.items() if (b.name, t) == (budget, subset_seed))
+    seeds = {"pretrain_seed": cell.pretrain_seed, "subset_seed": subset_seed, "step": None}
+    return {"init": init, "protocol": cell.arm.protocol, "budget": budget, "labelled": labelled, **seeds}
+
+
+def _long(rows: Sequence[Row], task: str) -> Long:
+    """A row a case and metric, from a row a case and class."""
+    cases: dict[str, list[Row]] = {}
+    for row in rows:
+        cases.setdefault(row["image"], []).append(row)
+    found: Long = []
+    for image, group in cases.items():
+        keys = group[0]["subject"], image
+        if task == "segmentation":
+            found.append((*keys, "dice", float(np.mean([row["dice"] for row in group]))))
+            names = ("dice", "hd95", "surface_dice")
+            found += [(*keys, f"{name}_{row['class']}", row[name]) for name in names for row in group]
+        else:
+            found += [(*keys, f"probability_{row['class']}", row["probability"]) for row in group]
+            truth = [row["class"] for row in group].index(group[0]["label"])
+            found.append((*keys, TRUTH, float(truth)))
+    return found
+
+
+def _table(keys: dict[str, Any], rows: Long) -> pa.Table:
+    columns: dict[str, Any] = {name: [value] * len(rows) for name, value in keys.items()}
+    columns |= {name: [row[place] for row in rows] for place, name in enumerate(("subject", "case", "metric", "value"))}
+    return pa.table({field.name: pa.array(columns[field.name], field.type) for field in SCHEMA}, SCHEMA)

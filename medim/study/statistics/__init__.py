@@ -1,0 +1,1 @@
+"""Paired differences between arms and the labels that pretraining saves, with intervals."""

@@ -1,0 +1,220 @@
+"""What pretraining saves: labels at an equal metric, and steps to the level that from-scratch ends at.
+
+Both invert paired differences. A number of labels M is inside the interval as long as from-scratch with M labels is
+neither clearly worse nor clearly better than the arm (`intervals.interval`: the same seeds, subsets and
+resampled subjects for both curves). So the interval excludes the arm's own labels where the difference there is clear,
+and sentence and p-value agree. Source of the idea: Fieller 1954, doi 10.1111/j.2517-6161.1954.tb00159.x. Nothing is
+extrapolated: beyond what was measured only "more than" and "fewer than" are said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+from scipy.optimize import isotonic_regression
+
+from medim.metrics.bootstrap import Scores
+from medim.study.statistics.intervals import Source, Verdict, interval
+from medim.types import Array
+
+POINTS = 200  # at which a curve is looked at, besides its budgets
+
+
+@dataclass(frozen=True)
+class Amount:
+    """A number of labels or steps, or the end of the measured range beyond which it lies."""
+
+    value: float
+    censored: Literal["", "fewer than", "at most", "more than"] = ""
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.censored} {self.value:{spec or ',.0f'}}".strip()
+
+    def __str__(self) -> str:
+        return format(self)
+
+
+@dataclass(frozen=True)
+class Span:
+    """An amount with its 95 % interval."""
+
+    value: Amount
+    low: Amount
+    high: Amount
+
+    def map(self, change: Callable[[float], float]) -> Span:
+        """The same after an increasing change of scale."""
+        return Span(*(Amount(change(a.value), a.censored) for a in (self.value, self.low, self.high)))
+
+
+@dataclass(frozen=True)
+class LabelsSaved:
+    """What the labels of one budget are worth with pretraining.
+
+    Attributes:
+        labels: the arm's, N.
+        worth: M, the labels that from-scratch needs for the same metric.
+        saved: M - N.
+        ratio: M / N.
+        over: what the interval speaks of.
+    """
+
+    labels: float
+    worth: Span
+    saved: Span
+    ratio: Span
+    over: tuple[Source, ...]
+
+
+@dataclass(frozen=True)
+class TimeToLevel:
+    """When an arm reaches the level that from-scratch ends at.
+
+    Attributes:
+        level: the mean metric of from-scratch at its end.
+        steps: the first measured step at which the arm's mean is there; between the first at which it may be there and
+            the first at which it clearly is.
+        over: what the interval speaks of.
+    """
+
+    level: float
+    steps: Span
+    over: tuple[Source, ...]
+
+
+def labels_saved(budgets: Sequence[float], ours: Sequence[Scores], scratch: Sequence[Scores]) -> list[LabelsSaved]:
+    """For each budget, how many labels from-scratch needs for what an arm reaches.
+
+    The curve of from-scratch is linear in the logarithm of the labels and never falls: budgets whose means are out of
+    order are pooled in every run and resample (isotonic regression; Barlow et al. 1972).
+
+    Args:
+        budgets: labels, increasing, above 0.
+        ours: scores of the arm at each, of a metric of which more is better.
+        scratch: those of from-scratch, with as many seeds; subsets may be fewer where all labels are one subset.
+
+    Raises:
+        ValueError: budgets that do not increase, or scores that are not as many, or of other seeds or resamples.
+    """
+    if not (len(budgets) == len(ours) == len(scratch) > 1) or np.any(np.diff([0.0, *budgets]) <= 0):
+        raise ValueError(f"expected two or more increasing budgets, each with scores of both arms, got {budgets}.")
+    if len({(len(score.values), score.values.shape[2]) for score in (*ours, *scratch)}) > 1:
+        raise ValueError("expected as many seeds and resamples at every budget of both arms.")
+    places = np.asarray(budgets, dtype=np.float64)
+    grid = np.unique([*places, *np.geomspace(places[0], places[-1], POINTS)[1:-1]])
+    curve = _between(places, _rising(scratch), grid)
+    found = []
+    for labels, level in zip(budgets, ours, strict=True):
+        gaps = [interval(point - level) for point in curve]
+        lows, values, highs = (np.array([getattr(gap, end) for gap in gaps]) for end in ("low", "value", "high"))
+        ends = _first(grid, values), _first(grid, highs), _last(grid, lows)
+        worth = Span(*ends)
+        saved, ratio = worth.map(lambda m, n=labels: m - n), worth.map(lambda m, n=labels: m / n)  # type: ignore[misc]
+        found.append(LabelsSaved(labels, worth, saved, ratio, gaps[0].over))
+    return found
+
+
+def sentence(saved: LabelsSaved, verdict: Verdict) -> str:
+    """What a reader takes home from one budget, no more than the study's corrected verdict allows."""
+    own, _ = _labels(saved.labels)
+    worth = _worth(saved.worth)
+    if verdict == "no evidence of a benefit":
+        return f"No evidence of a benefit with {own}: with the encoder you get {worth}."
+    if verdict == "harm":
+        return f"The encoder does harm: with {own} and the encoder you get {worth}."
+    return f"With {own} and the encoder you get {worth}."
+
+
+def _worth(span: Span) -> str:
+    """`what 38 labels (21 to 60) give without`; nothing is said of labels that were not tried."""
+    value, low, high = span.value, span.low, span.high
+    labels, give = _labels(value.value)
+    if low.censored and high.censored and low != high:
+        within = " (the interval reaches beyond all that was tried)"
+    elif high.censored == "more than" and not low.censored:
+        within = f" ({low} or more)"
+    elif low.censored == "fewer than" and not high.censored:
+        within = f" ({high} or fewer)"
+    else:
+        within = f" ({low} to {high})" if low != high else ""
+    if value.censored == "more than":
+        return f"more than {labels} {give} without, the most that were tried{within}"
+    if value.censored == "fewer than":
+        return f"less than {labels} {give} without, the fewest that were tried{within}"
+    return f"what {labels}{within} {give} without"
+
+
+def _labels(count: float) -> tuple[str, str]:
+    """`38 labels`, and the verb that goes with them."""
+    return ("1 label", "gives") if round(count) == 1 else (f"{count:,.0f} labels", "give")
+
+
+def time_to_level(steps: Sequence[int], ours: Sequence[Scores], final: Scores) -> TimeToLevel:
+    """The first measured step at which an arm reaches the level that from-scratch ends at.
+
+    Args:
+        steps: at which the arm was measured, increasing.
+        ours: its scores at each, of a metric of which more is better.
+        final: scores of from-scratch at the end of its training.
+    """
+    gaps = [interval(score - final) for score in ours]
+
+    def first(end: Literal["low", "value", "high"]) -> Amount:
+        reached = [step for step, gap in zip(steps, gaps, strict=True) if getattr(gap, end) >= 0]
+        if not reached:
+            return Amount(steps[-1], "more than")
+        return Amount(reached[0], "at most" if reached[0] == steps[0] > 0 else "")
+
+    level = float(final.values[..., 0].mean())
+    return TimeToLevel(level, Span(first("value"), first("high"), first("low")), gaps[0].over)
+
+
+def _rising(scores: Sequence[Scores]) -> list[Scores]:
+    """The same curve where no mean is below that of a smaller budget."""
+    blocks = isotonic_regression([score.values[..., 0].mean() for score in scores]).blocks
+    pooled = []
+    for start, end in pairwise(blocks):
+        shape = np.broadcast_shapes(*(score.values.shape for score in scores[start:end]))
+        block = sum(np.broadcast_to(score.values, shape) for score in scores[start:end]) / (end - start)
+        pooled += [Scores(block, scores[start].subjects)] * int(end - start)
+    return pooled
+
+
+def _between(budgets: Array, scores: Sequence[Scores], grid: Array) -> list[Scores]:
+    """Scores at the points of a grid, linear in the logarithm between those at the budgets."""
+    left = np.clip(np.searchsorted(budgets, grid, side="right") - 1, 0, len(budgets) - 2)
+    shares = np.log(grid / budgets[left]) / np.log(budgets[left + 1] / budgets[left])
+    return [
+        Scores((1 - share) * scores[i].values + share * scores[i + 1].values, scores[i].subjects)
+        for i, share in zip(left, shares, strict=True)
+    ]
+
+
+def _first(grid: Array, values: Array) -> Amount:
+    """Where values first reach 0."""
+    reached = np.flatnonzero(values >= 0)
+    if not len(reached):
+        return Amount(float(grid[-1]), "more than")
+    if reached[0] == 0:
+        return Amount(float(grid[0]), "fewer than" if values[0] > 0 else "")
+    return _crossing(grid, values, int(reached[0]))
+
+
+def _last(grid: Array, values: Array) -> Amount:
+    """Where values last leave 0."""
+    below = np.flatnonzero(values <= 0)
+    if not len(below):
+        return Amount(float(grid[0]), "fewer than")
+    if below[-1] == len(grid) - 1:
+        return Amount(float(grid[-1]), "more than" if values[-1] < 0 else "")
+    return _crossing(grid, values, int(below[-1]) + 1)
+
+
+def _crossing(grid: Array, values: Array, after: int) -> Amount:
+    """Where the line between two points of a grid, linear in the logarithm, meets 0."""
+    share = values[after - 1] / (values[after - 1] - values[after])
+    return Amount(float(grid[after - 1] * (grid[after] / grid[after - 1]) ** share))

@@ -1,0 +1,1 @@
+"""Trainer, processes, checkpoints and optimiser, shared by pretraining and fine-tuning."""

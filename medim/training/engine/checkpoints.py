@@ -1,0 +1,199 @@
+"""Checkpoints from which a run continues to the bit: whole, checked, the last two of them kept."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from medim.files import write_bytes
+from medim.signals import current
+from medim.types import UserError
+
+log = logging.getLogger(__name__)
+KEPT = 2
+LABEL = b"\nsha256 "
+LENGTH = len(LABEL) + 64
+DAMAGED = ".damaged"
+
+
+def sealed(data: bytes) -> bytes:
+    """The bytes, and at their end their sha256; what is before stays a zip archive that `torch.load` can read."""
+    return data + LABEL + hashlib.sha256(data).hexdigest().encode()
+
+
+def unsealed(data: bytes) -> bytes | None:
+    """What `sealed` was given, or None where a single bit differs, or some are missing or too many."""
+    content = data[:-LENGTH]
+    return content if len(data) > LENGTH and sealed(content) == data else None
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are whole or absent, carry their sha256, and hold nothing that runs code when loaded."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write beside, flush, rename."""
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_bytes(Path(path), sealed(buffer.getvalue()))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load tensors and plain values only.
+
+        Raises:
+            UserError: the file is not what was written.
+        """
+        content = unsealed(Path(path).read_bytes())
+        if content is None:
+            raise UserError(f"{path}: expected a whole checkpoint, got one whose sha256 is not its own. Resume again.")
+        checkpoint: dict[str, Any] = torch.load(
+            io.BytesIO(content), map_location=map_location or "cpu", weights_only=True
+        )
+        return checkpoint
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
+    """The newest whole checkpoint to resume from and its step; (None, 0) where there is none.
+
+    One that is damaged is told and set aside as `step-<step>.ckpt.damaged`.
+    """
+    for litter in folder.glob(".step-*.ckpt.*"):  # the half of a checkpoint that a kill left
+        litter.unlink(missing_ok=True)
+    for step, path in reversed(_numbered(folder)):
+        if unsealed(path.read_bytes()) is not None:
+            return path, step
+        path.replace(path.with_name(path.name + DAMAGED))
+        log.warning("%s: damaged, so set aside; the checkpoint before is taken, or the run begins anew", path)
+    return None, 0
+
+
+def damaged_checkpoints(folder: Path) -> list[str]:
+    """The checkpoints that a resume found damaged."""
+    return sorted(path.name.removesuffix(DAMAGED) for path in folder.glob(f"step-*.ckpt{DAMAGED}"))
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    numbered = ((path.stem.removeprefix("step-"), path) for path in folder.glob("step-*.ckpt"))
+    return sorted((int(n), path) for n, path in numbered if n.isdecimal())
+
+
+class Checkpoints(Checkpoint):
+    """Saves every few steps, at the end, and when the run is asked to stop.
+
+    Lightning keeps weights, optimisers, schedules and the scaler of mixed precision; the sampler's position is the
+    step. Here the random generators of every process are added: nothing in medim draws from them between two steps,
+    but a part of someone else's may. Where a step is followed by a validation, the checkpoint is of the state after
+    it, so that a resumed run does not validate again. All processes stop at the same step.
+
+    Args:
+        folder: where to.
+        every: steps between two checkpoints.
+    """
+
+    def __init__(self, folder: Path, every: int) -> None:
+        self._folder, self._every = folder, every
+        self._saved = -1
+        self._due = False
+        self._ended = False
+        self._random: dict[str, Any] | None = None
+        self.resumed_from_steps: list[int] = []
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Take up where the checkpoint left."""
+        trainer.should_stop |= self._ended
+        self._saved = trainer.global_step if self.resumed_from_steps else -1
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
+        """Give the generators their state back: making the loaders has drawn from them."""
+        self.restore_random()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        """Save where it is time to, unless a validation comes first."""
+        step = trainer.global_step
+        self._due |= step % self._every == 0
+        before_validation = trainer.enable_validation and step % int(trainer.val_check_batch or 1) == 0
+        if not before_validation:
+            self._save_if_due(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Save what had to wait."""
+        if trainer.state.fn == "fit":
+            self._save_if_due(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Save the last step, so that writing the results can be done again."""
+        self._due = True
+        self._save_if_due(trainer)
+
+    def _save_if_due(self, trainer: pl.Trainer) -> None:
+        stopping = bool(current().asked)
+        if trainer.world_size > 1:
+            stopping = trainer.strategy.reduce_boolean_decision(stopping, all=False)
+        if (self._due or stopping) and self._saved != trainer.global_step:
+            trainer.save_checkpoint(self._folder / f"step-{trainer.global_step}.ckpt")
+            self._saved = trainer.global_step
+            if trainer.is_global_zero:
+                for _, path in _numbered(self._folder)[:-KEPT]:
+                    path.unlink(missing_ok=True)
+        self._due = False
+        if stopping:
+            current().leave(f"step {trainer.global_step} is saved")
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the generators of all processes, and how the run came here."""
+        states: list[Any] = [_random_state()]
+        if trainer.world_size > 1:
+            states = [None] * trainer.world_size
+            torch.distributed.all_gather_object(states, _random_state())
+        checkpoint["random"] = states
+        checkpoint["ended"] = trainer.should_stop
+        checkpoint["resumed_from_steps"] = self.resumed_from_steps
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take them up."""
+        states = checkpoint["random"]  # of as many processes as there were
+        self._random = states[trainer.global_rank % len(states)]
+        self._ended = bool(checkpoint["ended"])
+        self.resumed_from_steps = [*checkpoint["resumed_from_steps"], int(checkpoint["global_step"])]
+
+    def restore_random(self) -> None:
+        """Set the generators to the checkpoint's state, once."""
+        if self._random is not None:
+            _set_random_state(self._random)
+        self._random = None
+
+
+def resumed_from(trainer: pl.Trainer) -> list[int]:
+    """The steps at which a run was taken up again."""
+    return next((c.resumed_from_steps for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoints)), [])
+
+
+def _random_state() -> dict[str, Any]:
+    """The state of this process's generators, in tensors and plain values."""
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "python": random.getstate(),
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    random.setstate(state["python"])

@@ -1,0 +1,87 @@
+"""Views and features of the global batch, of which each process holds a part; gathered when somebody looks.
+
+All processes run the same objectives, so they look at the same things in the same order, and meet in each gathering.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from medim.training.engine.process_group import Ranks
+from medim.types import Features, Views
+
+
+class GatheredViews(Views):
+    """Views of the global batch.
+
+    Args:
+        own: this process's part, as long as the others'.
+        ranks: the processes.
+    """
+
+    own: Views
+    _ranks: Ranks
+
+    def __init__(self, own: Views, ranks: Ranks) -> None:
+        self.__dict__.update(own=own, _ranks=ranks)
+
+    @cached_property
+    def image(self) -> torch.Tensor:
+        """(B, V, C, ...)."""
+        return self._ranks.gather(self.own.image)
+
+    @cached_property
+    def location(self) -> torch.Tensor:
+        """(B, V, spatial_dims)."""
+        return self._ranks.gather(self.own.location)
+
+
+class GatheredFeatures(Features):
+    """Features of the global batch.
+
+    Args:
+        own: this process's part, as long as the others'.
+        count: N, images of all processes.
+        gather: joins a part with the others': (n, ...) to (count, ...).
+    """
+
+    own: Features
+    count: int
+    _gather: Callable[[torch.Tensor, int], torch.Tensor]
+
+    def __init__(self, own: Features, count: int, gather: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
+        self.__dict__.update(own=own, count=count, _gather=gather)
+
+    @cached_property
+    def maps(self) -> tuple[torch.Tensor, ...]:
+        """Each (N, channels, ...); none is gathered until it is asked for."""
+        maps = _Maps(self.own.maps)
+        maps.gather = lambda part: self._gather(part, self.count)
+        return maps
+
+    @cached_property
+    def summary(self) -> torch.Tensor:
+        """(N, summary_channels)."""
+        return self._gather(self.own.summary, self.count)
+
+
+class _Maps(tuple[torch.Tensor, ...]):
+    """Own parts of maps that look like the whole maps."""
+
+    gather: Callable[[torch.Tensor], torch.Tensor]
+
+    def __getitem__(self, level: Any) -> Any:
+        places = range(len(self))[level]
+        if isinstance(places, range):
+            return tuple(self[place] for place in places)
+        found: dict[int, torch.Tensor] = self.__dict__.setdefault("found", {})
+        if places not in found:
+            found[places] = self.gather(super().__getitem__(places))
+        return found[places]
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (self[place] for place in range(len(self)))

@@ -1,0 +1,102 @@
+"""The one fine-tuning module, and what measures it on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from medim.config import FinetuneConfig
+from medim.data.index.index import Index, Record
+from medim.evaluation.cases import write_cases
+from medim.evaluation.evaluate import validate
+from medim.models.model import Model, as_run
+from medim.training.engine.optim import optimiser
+from medim.types import UserError
+
+Row = tuple[int, str, float | None, None, float | None]  # the columns of history.csv
+
+
+class FinetuneModule(pl.LightningModule):
+    """Steps a model on labelled images; what came pretrained at its own rate.
+
+    Args:
+        model: encoder, decoder and head.
+        config: the schedule.
+        pretrained: the model's parts that came with weights.
+    """
+
+    def __init__(self, model: Model, config: FinetuneConfig, pretrained: Sequence[torch.nn.Module] = ()) -> None:
+        super().__init__()
+        self.model = model
+        self._config = config
+        self._pretrained = tuple(pretrained)  # a tuple, so that they are not registered a second time
+        self.rows: list[Row] = []
+
+    def configure_optimizers(self) -> Any:
+        """The run's optimiser, the rate of what came pretrained scaled by `pretrained_lr_scale`."""
+        config, model = self._config, self.model
+        parts = [part for part in (model.encoder, model.decoder, model.head) if part is not None]
+        scale = {id(part): config.pretrained_lr_scale for part in self._pretrained}
+        main, decay = optimiser([(part, scale.get(id(part), 1.0)) for part in parts], **config.optimisation)
+        return [main], [{"scheduler": decay, "interval": "step"}]
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], step: int) -> torch.Tensor:
+        """The head's loss on a batch of images (N, C, ...) and targets (N,) or (N, ...).
+
+        Raises:
+            UserError: the loss stopped being a number.
+        """
+        image, target = batch
+        head: Any = self.model.head
+        loss: torch.Tensor = head.loss(self.model(image), target)
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"step {self.global_step + 1}: expected a finite loss, got {float(loss.detach())}. Fine-tuning "
+                f"diverged; lower lr (now {self._config.lr:g}), and check the intensities after preprocessing."
+            )
+        self.rows.append((self.global_step + 1, "loss", float(loss.detach()), None, None))
+        return loss
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the history with the weights."""
+        checkpoint["rows"] = self.rows
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the history."""
+        self.rows = [tuple(row) for row in checkpoint["rows"]]
+
+
+class MeasureOnTheWay(pl.Callback):
+    """Measures the validation split after given steps, into the module's history; nothing is chosen by it.
+
+    Args:
+        steps: after which.
+        out: the run's folder, for `cases-<step>.parquet`.
+        index: where the images come from.
+        records: the validation split.
+        spec: the model's spec.
+    """
+
+    def __init__(
+        self, steps: Sequence[int], out: Path, index: Index, records: Sequence[Record], spec: dict[str, Any]
+    ) -> None:
+        self._steps, self._out = frozenset(steps), out
+        self._index, self._records, self._spec = index, records, spec
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        """Measure where the step is one of those asked for, in the run's own precision."""
+        assert isinstance(module, FinetuneModule)
+        if trainer.global_step not in self._steps or not self._records:
+            return
+        with trainer.precision_plugin.forward_context():
+            measured, cases = validate(as_run(module.model.eval()), self._index, self._records, self._spec)
+        module.model.train()
+        write_cases(self._out / f"cases-{trainer.global_step}.parquet", cases, self._spec["kind"])
+        found = {name: metric["value"] for name, metric in measured["metrics"].items()}
+        module.rows += [(trainer.global_step, f"val/{name}", None, None, value) for name, value in found.items()]

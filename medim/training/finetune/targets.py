@@ -1,0 +1,56 @@
+"""What a fine-tuning run learns from: class indices, findings or masks, and the head that takes them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from medim.config import FinetuneConfig
+from medim.data.index.index import Index, Record
+from medim.data.labels import check_one_kind, values_of
+from medim.types import Array, UserError
+
+log = logging.getLogger(__name__)
+MULTI_LABEL = "multi_label"  # the entry of HEADS that takes findings
+
+
+def with_head_for(config: FinetuneConfig, index: Index) -> FinetuneConfig:
+    """The configuration whose head fits the labels: where they are findings, `multi_label` for `classification`.
+
+    Raises:
+        UserError: the head `multi_label`, and labels that are classes; or labels of both kinds.
+    """
+    if config.task != "classification":
+        return config
+    check_one_kind(record.label for record in index.records)
+    name, findings = config.head.get("name"), index.findings
+    if name == MULTI_LABEL and not findings:
+        raise UserError(
+            "head multi_label: expected labels that are findings, got classes. Give --labels CSV with a column a "
+            "finding (1, 0 or empty), or --set head.name=classification."
+        )
+    if name == "classification" and findings:
+        log.info(
+            "labels are of %d findings, any number an image: head %s in place of %s", len(findings), MULTI_LABEL, name
+        )
+        return config.model_copy(update={"head": {**config.head, "name": MULTI_LABEL}})
+    return config
+
+
+def targets_of(config: FinetuneConfig, records: Sequence[Record], classes: Sequence[str]) -> Array | None:
+    """(N,) class indices, (N, K) findings, or None where masks are the targets."""
+    if config.task == "segmentation":
+        return None
+    if config.head["name"] == MULTI_LABEL:
+        return np.array([values_of(record.label, classes) for record in records])
+    return np.array([classes.index(str(record.label)) for record in records])
+
+
+def blank_target(config: FinetuneConfig, count: int) -> torch.Tensor:
+    """Targets of `count` images of two classes, for a rehearsal."""
+    if config.head.get("name") == MULTI_LABEL:
+        return torch.zeros(count, 2)
+    return torch.zeros((count, *config.views.shape) if config.task == "segmentation" else count, dtype=torch.int64)

@@ -1,0 +1,1 @@
+"""Estimate of time, memory and disk of a run: `medim plan`."""

@@ -1,0 +1,87 @@
+"""The encoder as objectives see it during one step."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from medim.training.engine.gather import GatheredFeatures, GatheredViews
+from medim.training.engine.gradient_cache import in_chunks
+from medim.training.engine.process_group import ALONE, Ranks
+from medim.types import Features, UsageError, Views
+
+
+class StepEncode:
+    """Encodes (and decodes) for one step; the clean features are computed once and shared by all objectives.
+
+    Images and features are those of the global batch. In a run of several processes each computes a part, an equal run
+    of the images in their order, and the parts are gathered.
+
+    Args:
+        encoder: the encoder under training.
+        decoder: the decoder under training, where the run has one.
+        views: the step's batch, of all processes.
+        generator: the step's randomness, the same in all processes.
+        ranks: the processes.
+        chunk: images a chunk; see `medim.training.engine.gradient_cache`.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module | None,
+        views: Views,
+        generator: torch.Generator,
+        ranks: Ranks = ALONE,
+        *,
+        chunk: int | None = None,
+    ) -> None:
+        self._encoder = encoder
+        self._decoder = decoder
+        self._views = views
+        self._ranks = ranks
+        self.generator = generator
+        self._chunk = chunk
+
+    @cached_property
+    def clean(self) -> Features:
+        """Features of the B * V views as they came, the views of an image side by side."""
+        if not isinstance(self._views, GatheredViews):
+            return self(self._views.image.flatten(0, 1))
+        own = self._views.own.image.flatten(0, 1)
+        return self._gathered(self._local(own), len(own) * self._ranks.count)
+
+    def __call__(self, image: torch.Tensor) -> Features:
+        """Encode (N, C, ...)."""
+        return self._gathered(self._local(self._ranks.share(image)), len(image))
+
+    def decode(self, features: Features) -> torch.Tensor:
+        """Decode features to one map (N, out_channels, ...) at the image's grid.
+
+        Raises:
+            UsageError: the run's config names no decoder.
+        """
+        if self._decoder is None:
+            raise UsageError("this objective decodes; add a decoder to the config, for example decoder: {name: unet}.")
+        if self._ranks.count == 1:
+            own, count = features, 0
+        elif isinstance(features, GatheredFeatures):
+            own, count = features.own, features.count
+        else:
+            share = self._ranks.share
+            own, count = Features(tuple(map(share, features.maps)), share(features.summary)), len(features.summary)
+        return self._whole(in_chunks(self._decoder, own, self._chunk).maps[0], count)
+
+    def _local(self, image: torch.Tensor) -> Features:
+        """Encode images of this process: the one place where the encoder runs."""
+        return in_chunks(self._encoder, image, self._chunk)
+
+    def _gathered(self, own: Features, count: int) -> Features:
+        """Features of `count` images, of which this process has encoded its part."""
+        return own if self._ranks.count == 1 else GatheredFeatures(own, count, self._whole)
+
+    def _whole(self, part: torch.Tensor, count: int) -> torch.Tensor:
+        """(count, ...), without what was repeated to make the parts equal; `part` itself in a run of one process."""
+        return part if self._ranks.count == 1 else self._ranks.gather(part)[:count]

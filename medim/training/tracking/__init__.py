@@ -1,0 +1,1 @@
+"""MLflow tracking that survives an unreachable server."""

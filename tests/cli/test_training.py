@@ -1,0 +1,77 @@
+"""`medim plan` on the command line: figures, exit codes, the sentence of a refusal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import medim.training.plan.plan as planning
+from medim.cli import app
+from medim.files import read_json
+
+TOLD: dict[str, Any] = {
+    "hours": 1.5,
+    "seconds": {"start": 100.0, "steps": 5000.0, "validations": 200.0, "checkpoints": 10.0, "end": 90.0, "total": 5400},
+    "seconds_per_step": 0.5,
+    "measured_steps": 20,
+    "measured_batch_size": 4,
+    "peak_memory_bytes": 2 * 2**30,
+    "memory_bytes": 3 * 2**30,
+    "disk_bytes": {"store": 2**30, "checkpoints": 2**29, "run": 2**29, "total": 2 * 2**30},
+    "available": {"memory": 8 * 2**30, "disk": 9 * 2**30, "store": 9 * 2**30},
+    "suggestions": {"batch_size": 8, "views": [40, 40]},
+    "refusals": [],
+}
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    arrays: dict[str, Any] = {}
+    for seed, part in enumerate(("train", "val")):
+        images = np.random.default_rng(seed).integers(0, 255, (6, 28, 28), np.uint8)
+        arrays |= {f"{part}_images": images, f"{part}_labels": np.zeros((6, 1), int)}
+    np.savez(tmp_path / "noise.npz", **arrays)
+    return tmp_path / "noise.npz"
+
+
+def test_a_plan_that_fits_is_printed_and_written(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(planning, "plan", lambda config, index, out, **_: given.append((config, index)) or TOLD)
+    command = ["plan", "--config", "xray-28", "--data", str(pictures), "--set", "max_steps=7"]
+    done = CliRunner().invoke(app, [*command, "--json", str(tmp_path / "plan.json")])
+    assert done.exit_code == 0, done.output
+    assert "1.5 (start 100 s, steps 83 min, validations 3 min" in done.output
+    assert "2.00 GiB, 3.00 GiB with loading processes; 8.00 GiB free" in done.output
+    assert "a batch of 8 or views of 40x40, by proportion" in done.output
+    assert given[0][0].max_steps == 7
+    assert len(given[0][1].records) == 12
+    assert read_json(tmp_path / "plan.json")["hours"] == 1.5
+
+
+def test_a_plan_that_does_not_fit_leaves_with_one_sentence(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {**TOLD, "refusals": ["memory: too much.", "disk: too much."]}
+    monkeypatch.setattr(planning, "plan", lambda *_, **__: told)
+    refused = CliRunner().invoke(app, ["plan", "--config", "xray-28", "--data", str(pictures)])
+    assert refused.exit_code == 1
+    assert "medim: memory: too much." in refused.output
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ([], 2, "expected --config"),
+        (["--config", "xray-29"], 2, "Did you mean 'xray-28'?"),
+        (["--config", "xray-28", "--modality", "mri"], 1, "it is for xray"),
+        (["--config", "xray-28"], 1, "X-rays have no built-in cohort"),
+        (["--config", "small-2d-local-dim", "--set", "encode_in_chunks_of=0"], 2, "encode_in_chunks_of"),
+    ],
+)
+def test_what_cannot_be_planned_is_told_at_once(options: list[str], code: int, message: str) -> None:
+    done = CliRunner().invoke(app, ["plan", *options])
+    assert (done.exit_code, message in done.output) == (code, True), done.output

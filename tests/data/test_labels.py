@@ -1,0 +1,145 @@
+"""Several findings an image, from a table or an archive into the one label of an index, and out again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from medim.data.index.index import Index, build_index
+from medim.data.labels import (
+    check_one_kind,
+    counted,
+    finding_columns,
+    findings_of,
+    label_of,
+    names_of,
+    strata,
+    told_by,
+)
+from medim.data.loading.splits import budget, split
+from medim.types import UserError
+
+names = st.text(st.characters(exclude_characters="|", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8)
+
+
+@given(st.dictionaries(names, st.sampled_from([True, False, None]), min_size=2, max_size=5))
+def test_a_label_says_what_it_was_made_of(findings: dict[str, bool | None]) -> None:
+    label = label_of(findings)
+    known = any(told is not None for told in findings.values())
+    assert (findings_of(label) or None) == (findings if known else None)
+
+
+@pytest.mark.parametrize("label", [None, "", "0", "1", "-1", "+1", "?", "normal", "a|b", "+a|b", "+a|", "stage -1"])
+def test_any_other_label_is_a_class(label: str | None) -> None:
+    assert findings_of(label) is None
+
+
+def test_findings_come_in_order_whatever_the_order_of_the_images() -> None:
+    assert names_of(["+b|-a", None, "?b|+c"]) == names_of(["?b|+c", "+b|-a"]) == ("b", "a", "c")
+    assert names_of(["b", "a", None]) == ()
+
+
+def test_classes_and_findings_in_one_index_stay_labels_until_something_is_to_be_learnt_from_them() -> None:
+    assert names_of(["+b|-a", "normal"]) == ()
+    check_one_kind(["+b|-a", "-b|-a", None])
+    check_one_kind(["normal", "ill", None])
+    with pytest.raises(UserError, match=r"classes or findings, got both: 'normal' and '\+b\|-a'"):
+        check_one_kind(["+b|-a", "normal", None])
+
+
+def test_images_are_counted_by_finding_or_by_class() -> None:
+    assert counted(["+a|-b", "+a|+b", "-a|-b", None]) == Counter(a=2, b=1)
+    assert counted(["x", "x", "y", None]) == Counter(x=2, y=1)
+
+
+@pytest.mark.parametrize(
+    ("cell", "told"),
+    [("1", True), ("1.0", True), ("0", False), ("0.0", False), ("", None), ("-1", None), ("-1.0", None), ("nan", None)],
+)
+def test_a_cell_tells_present_absent_or_nothing(cell: str, told: bool | None) -> None:
+    assert told_by(cell) is told
+
+
+def test_columns_of_other_numbers_and_words_are_no_findings() -> None:
+    rows = [
+        {"image": "0", "age": "70", "sex": "F", "edema": "1", "mass": "", "empty": ""},
+        {"image": "1", "age": "1", "sex": "M", "edema": "", "mass": "0", "empty": ""},
+    ]
+    assert finding_columns(rows) == ("edema", "mass")
+    assert finding_columns([{"image": "0", "edema": "1"}]) == ()
+
+
+def test_a_name_with_a_bar_is_refused() -> None:
+    with pytest.raises(UserError, match="Rename the column"):
+        label_of({"a|b": True, "c": False})
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    source = tmp_path / "pictures"
+    source.mkdir()
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 255, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(source / f"p{number}.png")
+    return source
+
+
+def indexed(pictures: Path, table: str) -> Index:
+    path = pictures.parent / "labels.csv"
+    path.write_text(table)
+    return build_index(pictures, "xray", labels=path)
+
+
+def test_a_table_with_a_column_a_finding_labels_images_and_outlives_the_index(pictures: Path, tmp_path: Path) -> None:
+    index = indexed(pictures, "Image,Age,Edema,Mass\np0,61,1,0\np1,70,0,\np2,55,,-1\np3,40,0.0,1.0\n")
+    assert [record.label for record in index.records] == ["+edema|-mass", "-edema|?mass", None, "-edema|+mass"]
+    assert index.findings == index.labels == ("edema", "mass")
+    index.write(tmp_path / "index")
+    assert Index.read(tmp_path / "index").findings == ("edema", "mass")
+
+
+def test_a_label_column_stays_what_it_was(pictures: Path) -> None:
+    index = indexed(pictures, "image,label,edema,mass\np0,a,1,0\np1,b,0,1\n")
+    assert [record.label for record in index.records] == ["a", "b", None, None]
+    assert index.findings == ()
+
+
+def test_one_column_of_yes_and_no_is_refused_as_before(pictures: Path) -> None:
+    with pytest.raises(UserError, match="Findings take two or more columns"):
+        indexed(pictures, "image,edema\np0,1\np1,0\n")
+
+
+def test_wide_labels_of_an_archive_are_findings_by_number(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    path = tmp_path / "set.npz"
+    wide = np.array([[0, 1, 0], [1, 1, 0]], np.uint8)
+    np.savez(path, train_images=rng.integers(0, 255, (2, 8, 8), dtype=np.uint8), train_labels=wide)
+    assert [r.label for r in build_index(path, "xray").records] == ["-0|+1|-2", "+0|+1|-2"]
+    np.savez(path, train_images=rng.integers(0, 255, (2, 8, 8), dtype=np.uint8), train_labels=wide + 3)
+    assert [r.label for r in build_index(path, "xray").records] == [None, None]
+
+
+def test_the_stratum_of_findings_is_the_rarest_one_and_of_classes_all() -> None:
+    assert strata([{"+a|-b"}, {"+a|+b"}, {"-a|-b", "+a|-b"}, {"-a|?b"}, set()]) == [("a",), ("b",), ("a",), (), ()]
+    assert strata([{"x"}, {"y", "x"}, set()]) == [("x",), ("x", "y"), ()]
+
+
+def test_a_rare_finding_is_on_both_sides_of_a_split_and_in_a_small_budget(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.random((80, 3)) < [0.5, 0.3, 0.1]
+    labels[:6, 2] = True
+    path = tmp_path / "set.npz"
+    np.savez(path, train_images=rng.integers(0, 255, (80, 4, 4), dtype=np.uint8), train_labels=labels.astype(np.uint8))
+    index = build_index(path, "xray")
+    free = [record.__class__(**{**record.__dict__, "split": None}) for record in index.records]
+    for seed in range(5):
+        parts = split(Index(index.root, "xray", tuple(free)), seed=seed)
+        both = {parts[record.image] for record in free if record.label and "+2" in record.label}
+        assert both == {"train", "val"}
+        assert any("+2" in str(record.label) for record in budget(free, labelled=5, seed=seed))

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medim.data.index.index import Index, Record
+from medim.evaluation.probing.label_budget import Budget, Sample, draw, groups_of, open_sample
+from medim.types import UsageError, UserError
+
+SPEC: dict[str, Any] = {"preprocessing": [], "spatial_dims": 3, "in_channels": 1}
+PARTS = ["train"] * 6 + ["val"] * 2  # eight images of four subjects
+LABELS = ["big", "small", "big", "small", "big", "small", "big", "small"]
+
+
+def changed(index: Index, **columns: list[Any]) -> Index:
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return replace(index, records=tuple(replace(r, **row) for r, row in zip(index.records, rows, strict=True)))
+
+
+@pytest.fixture
+def sample(index: Index, tmp_path: Path) -> Sample:
+    labelled = changed(index, label=[*LABELS[:5], None, *LABELS[6:]], split=PARTS)
+    return open_sample(labelled, SPEC, split_seed=0, store=tmp_path / "store")
+
+
+def test_unlabelled_images_of_the_training_split_are_there_but_not_among_the_labelled(sample: Sample) -> None:
+    assert [len(part) for part in (sample.train, sample.labelled, sample.val)] == [6, 5, 2]
+    assert sample.classes == ("big", "small")
+    assert sample.targets(sample.used).tolist() == [0, 1, 0, 1, 0, 0, 1]
+    assert [volume.shape for volume in sample.volumes(sample.val)] == [(12, 10, 8)] * 2
+
+
+def test_an_image_is_read_from_the_store_once_where_memory_allows(
+    sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = [volume.array for volume in sample.volumes(sample.val)]
+    read = []
+    monkeypatch.setattr(type(sample.store), "volume", lambda _, key: read.append(key))
+    assert all(np.array_equal(a, v.array) for a, v in zip(first, sample.volumes(sample.val), strict=True))
+    assert read == []
+    monkeypatch.undo()
+    monkeypatch.setattr("medim.evaluation.probing.label_budget.KEPT_BYTES", 0)
+    fresh = replace(sample, _kept={})
+    assert [v.array.sum() for v in fresh.volumes(sample.val)] == [a.sum() for a in first]
+    assert fresh._kept == {}
+
+
+def test_subjects_are_numbered_as_they_come(sample: Sample) -> None:
+    assert groups_of(sample.train).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_subsets_are_nested_and_a_budget_of_all_labels_has_one(sample: Sample) -> None:
+    some, everything = Budget(labelled=4), Budget(fraction=1.0)
+    subsets = draw(sample, [some, everything, some], [3, 0, 3])
+    assert list(subsets) == [(some, 3), (some, 0), (everything, 3)]
+    assert subsets[everything, 3] == sample.labelled
+    assert set(subsets[some, 3]) < set(sample.labelled)
+
+
+def test_a_subset_without_a_class_is_refused_by_name(sample: Sample) -> None:
+    lonely = replace(sample, labelled=tuple(sample.labelled[i] for i in (0, 4, 3)))  # big, big, small of three subjects
+    with pytest.raises(UserError, match=r"budget 1, seed 0: expected a label of every class \(big, small\)"):
+        draw(lonely, [Budget(labelled=1)], [0])
+    with pytest.raises(UsageError, match="expected above 0"):
+        draw(sample, [Budget(fraction=0.0)], [0])
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([None] * 8, "in the training split, got none"),
+        ([*LABELS[:6], None, None], "in the validation split, got none"),
+        (["big"] * 8, "2 or more classes to tell apart, got 'big' alone"),
+        ([*LABELS[:6], "huge", "big"], "got huge in the former alone"),
+    ],
+)
+def test_labels_that_no_probe_can_use_are_told_before_anything_is_preprocessed(
+    labels: list[str | None], message: str, index: Index, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        open_sample(changed(index, label=labels, split=PARTS), SPEC, split_seed=0, store=tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_images_of_another_kind_than_the_encoder_takes_are_refused(index: Index, tmp_path: Path) -> None:
+    labelled = changed(index, label=LABELS, split=PARTS)
+    with pytest.raises(UserError, match=r"expected 2D images of 1 channel\(s\).*got 3D of 1"):
+        open_sample(labelled, {**SPEC, "spatial_dims": 2}, split_seed=0, store=tmp_path / "store")
+
+
+def test_an_image_that_cannot_be_read_is_left_out_and_counted(masks: Path, index: Index, tmp_path: Path) -> None:
+    record: Record = index.records[1]
+    (masks / record.path).write_bytes(b"no image")
+    labelled = changed(index, label=LABELS, split=PARTS)
+    sample = open_sample(labelled, SPEC, split_seed=0, store=tmp_path / "store")
+    assert sample.rejected == 1
+    assert record.image not in {r.image for r in sample.train}
+
+
+def test_a_budget_is_named_after_what_it_gives() -> None:
+    assert [Budget(fraction=0.01).name, Budget(fraction=0.125).name, Budget(labelled=50).name] == ["1%", "12.5%", "50"]

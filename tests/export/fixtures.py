@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import getpass
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from medim.export import gates
+from medim.export import onnx as onnx_export
+from medim.export.export import export
+from medim.package.package import Package
+from tests.export.packages import PLANTED, SPECS, make_run
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site") / PLANTED
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def secrets(place: Path) -> list[bytes]:
+    """What must stand in no output."""
+    names = [PLANTED, "Mustermann", str(place), str(Path.cwd()), socket.gethostname(), getpass.getuser()]
+    return [name.encode() for name in names if name not in ("root", "user", "localhost")]
+
+
+@pytest.fixture(scope="session")
+def runs(place: Path) -> dict[str, Path]:
+    return {kind: make_run(place / "runs" / kind, kind) for kind in SPECS}
+
+
+@pytest.fixture(scope="session")
+def packages(place: Path, runs: dict[str, Path]) -> dict[str, Package]:
+    codes = {"segmenter": "hippocampus"}
+    return {kind: export(run, place / "packages" / kind, labels_schema=codes.get(kind)) for kind, run in runs.items()}
+
+
+@pytest.fixture
+def copy_of(packages: dict[str, Package], tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of a package, of a kind, to be damaged."""
+    return lambda kind: Path(shutil.copytree(packages[kind].folder, tmp_path / kind))
+
+
+@pytest.fixture
+def same_graph(packages: dict[str, Package], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The classifier's graph without seconds of tracing, for tests of what happens around it."""
+    graph = packages["classifier"].read("models/model.onnx")
+    monkeypatch.setattr(onnx_export, "to_onnx", lambda *_: graph)
+
+
+@pytest.fixture
+def short_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the child process and the second export of P10 and P11, which the session's packages went through."""
+    monkeypatch.setattr(gates, "failure", lambda *_: None)
+    monkeypatch.setattr(gates, "_twice", lambda *_: gates.as_they_must_turn_out()[gates.TWICE])

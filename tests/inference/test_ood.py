@@ -1,0 +1,188 @@
+"""A package tells images that are not like those it was trained on."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+import medim
+from medim.data.index.index import build_index
+from medim.data.preprocessing.quality import measure
+from medim.data.preprocessing.steps import preprocess
+from medim.export.export import export
+from medim.files import read_json, write_bytes
+from medim.inference.network import infer
+from medim.inference.ood import REFERENCE, Watch, rows_of
+from medim.models.ood_features import as_watched_run
+from medim.models.serialization import load_encoder, load_model
+from medim.package.package import Package, PackageError, load_package, verify, write_sums
+from medim.predict.predict import embed_images, predict
+from medim.training.fit_ood import fit
+from medim.types import Array, Volume
+from tests.export.packages import SPECS, make_run
+
+USUAL = ("a.png", "b.png", "c.png")
+
+
+def picture(seed: int, side: int = 32) -> Array:
+    """A bright disc that is never quite the same, on a dark ground."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:side, :side] / side - 0.5
+    disc = (x - rng.normal(0, 0.03)) ** 2 + (y - rng.normal(0, 0.03)) ** 2 < rng.normal(0.08, 0.008)
+    grey = 40 + rng.normal(0, 3) + 120 * disc * (1 - 0.5 * y * rng.normal(1, 0.2)) + rng.normal(0, 6, (side, side))
+    return np.asarray(np.clip(grey, 0, 255), np.uint8)
+
+
+def guarded_run(folder: Path, kind: str) -> Path:
+    """A run with random weights, and statistics of pictures as training would leave them."""
+    run = make_run(folder, kind)
+    spec = SPECS[kind]
+    both = as_watched_run(load_encoder(run) if kind == "encoder" else load_model(run)[0])
+    rows = []
+    for seed in range(90):
+        volume = Volume(picture(seed)[None].astype(np.float32), np.eye(4), np.eye(4), (32, 32))
+        watch, processed = Watch(both), preprocess(volume, spec["preprocessing"])
+        infer(watch, processed, spec["inference"])
+        rows.append(rows_of(measure(volume), processed, watch.watched))
+    subjects = [f"s-{seed}" for seed in range(90)]
+    reference = fit(rows[:60], subjects[:60], rows[60:], subjects[60:])
+    write_bytes(run / ("encoder" if kind == "encoder" else "model") / REFERENCE, reference.dump())
+    return run
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Package]:
+    folder = tmp_path_factory.mktemp("guarded")
+    return {
+        kind: export(guarded_run(folder / "runs" / kind, kind), folder / kind) for kind in ("classifier", "encoder")
+    }
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    images = {name: picture(1000 + seed) for seed, name in enumerate(USUAL)}
+    images["inverted.png"] = 255 - picture(2000)
+    images["noise.png"] = np.random.default_rng(0).integers(0, 255, (32, 32)).astype(np.uint8)
+    images["large.png"] = np.kron(picture(2001), np.ones((4, 4), np.uint8))
+    for name, image in images.items():
+        Image.fromarray(image).save(folder / name)
+    return folder
+
+
+def rows_in(file: Path) -> dict[str, dict[str, str]]:
+    with file.open(newline="") as text:
+        return {row["image"]: row for row in csv.DictReader(text)}
+
+
+@pytest.mark.parametrize("kind", ["classifier", "encoder"])
+def test_inverted_noise_and_another_size_are_flagged_and_the_usual_is_not(
+    guarded: dict[str, Package], pictures: Path, tmp_path: Path, kind: str
+) -> None:
+    if kind == "encoder":
+        embed_images(guarded[kind], pictures, tmp_path / "f.csv")
+        rows = rows_in(tmp_path / "f.csv")
+    else:
+        predict(guarded[kind], pictures, tmp_path)
+        rows = rows_in(tmp_path / "predictions.csv")
+    assert {name for name, row in rows.items() if row["ood"] == "True"} == {"inverted", "noise", "large"}
+    assert all((float(row["ood_score"]) > 1) == (row["ood"] == "True") for row in rows.values())
+    assert rows["large"]["ood_by"] == "geometry"
+
+
+def test_every_format_and_the_answer_to_one_image_say_the_same(
+    guarded: dict[str, Package], pictures: Path, tmp_path: Path
+) -> None:
+    embed_images(guarded["encoder"], pictures, tmp_path / "f.csv")
+    embed_images(guarded["encoder"], pictures, tmp_path / "f.npz")
+    embed_images(guarded["encoder"], pictures, tmp_path / "f.parquet")
+    want = rows_in(tmp_path / "f.csv")
+    table = pyarrow.parquet.read_table(tmp_path / "f.parquet").to_pylist()
+    with np.load(tmp_path / "f.npz", allow_pickle=False) as file:
+        assert [str(bool(flag)) for flag in file["ood"]] == [row["ood"] for row in want.values()]
+        np.testing.assert_allclose(file["ood_score"], [float(row["ood_score"]) for row in want.values()], rtol=1e-5)
+        assert file["ood_by"].tolist() == [row["ood_by"] for row in table] == [r["ood_by"] for r in want.values()]
+    assert [str(row["ood"]) for row in table] == [row["ood"] for row in want.values()]
+    rows = predict(guarded["classifier"], pictures, tmp_path / "out")
+    for row in rows:
+        content = read_json(tmp_path / "out" / row["file"])
+        assert {key: content[key] for key in ("ood_score", "ood", "ood_by")} == {
+            key: row[key] for key in ("ood_score", "ood", "ood_by")
+        }
+
+
+def test_onnx_runtime_scores_as_torch_does(guarded: dict[str, Package], pictures: Path, tmp_path: Path) -> None:
+    package = guarded["encoder"]
+    torch = replace(package.network, both=as_watched_run(load_encoder(package.folder)))
+    index = build_index(pictures, "xray")
+    for record in index.records:
+        ours, theirs = (network.guarded(index.open(record))[1] for network in (package.network, torch))
+        assert ours.score == pytest.approx(theirs.score, rel=1e-3)
+
+
+LIGHT = """
+import sys
+for missing in ("torch", "monai", "pandas", "pyarrow", "safetensors", "SimpleITK", "onnx", "sklearn"):
+    sys.modules[missing] = None
+from pathlib import Path
+from medim import load_package
+from medim.predict.predict import predict
+package, pictures, out = map(Path, sys.argv[1:])
+print(sorted(row["image"] for row in predict(load_package(package), pictures, out) if row["ood"]))
+"""
+
+
+def test_the_flag_needs_no_torch(guarded: dict[str, Package], pictures: Path, tmp_path: Path) -> None:
+    places = [guarded["classifier"].folder, pictures, tmp_path / "out"]
+    command = [sys.executable, "-c", LIGHT, *map(str, places)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(medim.__file__).parents[1])
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == "['inverted', 'large', 'noise']"
+
+
+def test_a_package_without_statistics_leaves_the_cells_empty(
+    packages: dict[str, Package], pictures: Path, tmp_path: Path
+) -> None:
+    assert packages["classifier"].contract.reference is None
+    rows = predict(packages["classifier"], pictures, tmp_path / "out")
+    assert {(row["ood_score"], row["ood"], row["ood_by"]) for row in rows} == {(None, None, None)}
+    assert {row["ood"] for row in rows_in(tmp_path / "out" / "predictions.csv").values()} == {""}
+    embed_images(packages["encoder"], pictures, tmp_path / "f.npz")
+    with np.load(tmp_path / "f.npz", allow_pickle=False) as file:
+        assert np.isnan(file["ood_score"]).all()
+        assert set(file["ood"].tolist()) == {-1}
+    embed_images(packages["encoder"], pictures, tmp_path / "f.parquet")
+    assert set(pyarrow.parquet.read_table(tmp_path / "f.parquet")["ood"].to_pylist()) == {None}
+
+
+def test_contract_card_and_verify_tell_of_the_statistics(guarded: dict[str, Package]) -> None:
+    package = guarded["encoder"]
+    assert package.contract.reference is not None
+    assert (package.contract.reference.images, package.contract.reference.held_out_subjects) == (60, 30)
+    checks = {check.name: check for check in verify(package.folder)}
+    assert "60 images of 60 subjects; limits from 30 of 30 others" in checks["out-of-distribution guard"].detail
+    assert "60 images of 60 subjects" in (package.folder / "MODEL_CARD.md").read_text()
+
+
+@pytest.mark.parametrize("damage", ["removed", "garbage"])
+def test_statistics_that_are_gone_or_damaged_are_no_package(
+    guarded: dict[str, Package], tmp_path: Path, damage: str
+) -> None:
+    folder = Path(shutil.copytree(guarded["encoder"].folder, tmp_path / "package"))
+    file = folder / "models" / REFERENCE
+    if damage == "removed":
+        file.unlink()
+    else:
+        file.write_bytes(b"PK\x03\x04 no archive")
+    write_sums(folder)
+    with pytest.raises(PackageError, match=r"reference\.npz"):
+        load_package(folder).network  # noqa: B018

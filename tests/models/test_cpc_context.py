@@ -1,0 +1,68 @@
+"""A context knows the rows up to its own, as far as its layers reach, and nothing below."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from medim.models.cpc_context import Context
+
+GRIDS = [(6, 5), (5, 3, 4)]
+every_grid = pytest.mark.parametrize("grid", GRIDS)
+
+
+def context_of(grid: tuple[int, ...], layers: int) -> Context:
+    torch.manual_seed(0)
+    return Context(len(grid), 3, layers=layers)
+
+
+def dependence(context: Callable[[torch.Tensor], torch.Tensor], grid: tuple[int, ...]) -> torch.Tensor:
+    """(rows, rows) bool: whether the context at row r moves with the map at row r', by the gradient."""
+    generator = torch.Generator().manual_seed(1)
+    local = torch.randn(2, 3, *grid, generator=generator, requires_grad=True)
+    out = context(local)
+    weight = torch.randn(out.shape, generator=generator)
+    rows = []
+    for row in range(grid[0]):
+        (found,) = torch.autograd.grad((out * weight)[:, :, row].sum(), local, retain_graph=True)
+        rows.append((found != 0).transpose(0, 2).flatten(1).any(dim=1))
+    return torch.stack(rows)
+
+
+def expected(rows: int, layers: int) -> torch.Tensor:
+    up = torch.arange(rows).unsqueeze(1) - torch.arange(rows)
+    return (up >= 0) & (up <= layers)
+
+
+@every_grid
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_a_context_depends_on_the_rows_above_within_reach_and_on_no_row_below(
+    grid: tuple[int, ...], layers: int
+) -> None:
+    assert torch.equal(dependence(context_of(grid, layers), grid), expected(grid[0], layers))
+
+
+@every_grid
+def test_a_convolution_that_sees_below_and_a_norm_over_the_grid_are_caught(grid: tuple[int, ...]) -> None:
+    unmasked = context_of(grid, 2)
+    kind = nn.Conv2d if len(grid) == 2 else nn.Conv3d
+    unmasked.layers[1].causal = kind(3, 6, 3, padding=1)
+    assert dependence(unmasked, grid).triu(1).any()
+    normed = context_of(grid, 2)
+    assert dependence(nn.Sequential(nn.GroupNorm(1, 3), normed), grid).triu(1).any()
+
+
+@every_grid
+def test_a_context_sees_columns_to_both_sides(grid: tuple[int, ...]) -> None:
+    local = torch.randn(1, 3, *grid, requires_grad=True)
+    middle = tuple(side // 2 for side in grid[1:])
+    cell = context_of(grid, 1)(local)[(0, slice(None), 2, *middle)]
+    (found,) = torch.autograd.grad(cell.square().sum(), local)
+    seen = (found[0] != 0).any(dim=0)
+    assert seen.sum() == 2 * 3 ** (len(grid) - 1)
+    for axis, place in enumerate(middle, start=1):
+        columns = seen.transpose(0, axis).flatten(1).any(dim=1).nonzero().flatten().tolist()
+        assert columns == [place - 1, place, place + 1]

@@ -1,0 +1,140 @@
+"""What is kept comes back, and what was damaged is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from medim.files import read_json, sha256, write_json
+from medim.models.model import build_encoder, build_model
+from medim.models.serialization import find, load_encoder, load_model, load_weights, save
+from medim.types import UserError
+
+SPEC: dict[str, Any] = {
+    "encoder": {"name": "unet", "channels": [4, 8], "summary_channels": 6},
+    "decoder": None,
+    "head": {"name": "classification"},
+    "in_channels": 1,
+    "out_channels": 2,
+    "spatial_dims": 2,
+    "input_shape": [8, 8],
+    "preprocessing": [{"op": "ras"}],
+}
+IMAGE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def encoder_run(folder: Path) -> torch.nn.Module:
+    torch.manual_seed(1)
+    encoder = build_encoder(SPEC).eval()
+    save(folder / "encoder", "encoder", encoder, {"kind": "encoder", **SPEC})
+    return encoder
+
+
+def model_run(folder: Path) -> torch.nn.Module:
+    torch.manual_seed(2)
+    model = build_model(SPEC).eval()
+    save(folder / "model", "model", model, {"kind": "classifier", **SPEC})
+    return model
+
+
+def test_the_json_says_how_to_build_and_feed_the_weights_and_what_they_hash_to(tmp_path: Path) -> None:
+    encoder_run(tmp_path)
+    spec = read_json(tmp_path / "encoder" / "encoder.json")
+    assert spec["schema_version"] == 1
+    assert {key: spec[key] for key in SPEC} == SPEC
+    assert spec["sha256"] == sha256(tmp_path / "encoder" / "encoder.safetensors")
+
+
+def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        encoder_run(tmp_path / name)
+    one, two = ((tmp_path / name / "encoder" / "encoder.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+    header = json.loads(one[8 : 8 + int.from_bytes(one[:8], "little")])
+    assert "__metadata__" not in header
+
+
+@pytest.mark.parametrize("inside", ["", "encoder"])
+def test_an_encoder_is_found_from_its_run_and_from_its_own_folder(inside: str, tmp_path: Path) -> None:
+    encoder = encoder_run(tmp_path)
+    again: Any = load_encoder(str(tmp_path / inside))
+    assert torch.equal(again(IMAGE).summary, encoder(IMAGE).summary)
+    assert not again.training
+    assert again.spec["preprocessing"] == [{"op": "ras"}]
+
+
+def test_a_fine_tuned_run_gives_its_model_and_its_models_encoder(tmp_path: Path) -> None:
+    model: Any = model_run(tmp_path)
+    again, spec = load_model(tmp_path)
+    assert spec["kind"] == "classifier"
+    assert torch.equal(again(IMAGE), model(IMAGE))
+    assert torch.equal(load_encoder(tmp_path)(IMAGE).summary, model.encoder(IMAGE).summary)
+
+
+def test_a_package_is_read_like_a_run(tmp_path: Path) -> None:
+    model = model_run(tmp_path)
+    (tmp_path / "package" / "models").mkdir(parents=True)
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "package" / "models" / "model.safetensors")
+    write_json(tmp_path / "package" / "medim.json", {"architecture": read_json(tmp_path / "model" / "model.json")})
+    assert torch.equal(load_model(tmp_path / "package")[0](IMAGE), model(IMAGE))
+
+
+def test_an_encoder_alone_is_no_model(tmp_path: Path) -> None:
+    encoder_run(tmp_path)
+    with pytest.raises(UserError, match=r"got an encoder alone\. Run `medim finetune --encoder"):
+        load_model(tmp_path)
+
+
+def test_an_empty_folder_holds_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected a finished run"):
+        find(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
+def test_weights_that_are_not_those_that_were_written_are_refused(damage: str, tmp_path: Path) -> None:
+    encoder_run(tmp_path)
+    weights = tmp_path / "encoder" / "encoder.safetensors"
+    data = bytearray(weights.read_bytes())
+    if damage == "missing":
+        weights.unlink()
+    else:
+        data[-1] ^= 1
+        weights.write_bytes(data if damage == "flipped" else data[:-4])
+    with pytest.raises(UserError, match="missing" if damage == "missing" else "sha256 is not the one recorded"):
+        load_encoder(tmp_path)
+
+
+def test_a_file_that_is_no_safetensors_is_refused_unread(tmp_path: Path) -> None:
+    (tmp_path / "w.safetensors").write_bytes(b"\x80\x04pickle" * 10)
+    with pytest.raises(UserError, match="expected a safetensors file"):
+        load_weights(torch.nn.Linear(1, 1), tmp_path / "w.safetensors")
+
+
+def test_weights_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
+    save(tmp_path, "w", torch.nn.Linear(2, 3), {"kind": "x"})
+    with pytest.raises(UserError, match=r"(?s)do not fit this network.*weight"):
+        load_weights(torch.nn.Linear(3, 3), tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match="do not fit"):
+        load_weights(torch.nn.Linear(2, 3, bias=False), tmp_path / "w.safetensors")
+
+
+def test_a_prefix_takes_a_part_of_the_weights(tmp_path: Path) -> None:
+    model: Any = model_run(tmp_path)
+    encoder = build_encoder(SPEC).eval()
+    load_weights(encoder, tmp_path / "model" / "model.safetensors", prefix="encoder.")
+    assert torch.equal(encoder(IMAGE).summary, model.encoder(IMAGE).summary)
+
+
+def test_running_statistics_travel_with_the_weights(tmp_path: Path) -> None:
+    norm = torch.nn.BatchNorm1d(3)
+    norm(5 + torch.randn(8, 3))
+    save(tmp_path, "norm", norm, {"kind": "x"})
+    assert set(safetensors.torch.load_file(tmp_path / "norm.safetensors")) == set(norm.state_dict())
+    again = torch.nn.BatchNorm1d(3)
+    load_weights(again, tmp_path / "norm.safetensors")
+    assert torch.equal(again.running_mean, norm.running_mean)

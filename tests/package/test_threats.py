@@ -1,0 +1,169 @@
+"""What a hostile package might try, beside what the tests of each module show; see docs/concepts/threat-model.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import medim
+from medim.export.export import export
+from medim.files import read_json, write_json
+from medim.inference.ood import COUNTS, PARTS, Normal, Reference
+from medim.package import integrity
+from medim.package.model_card import CARD
+from medim.package.package import Package, PackageError, load_package, verify, write_sums
+from tests.export.packages import make_run
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+Copy = Callable[[str], Path]
+
+
+@pytest.mark.parametrize("name", ["medim.json", CARD])
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200_000, "1e999999", '"\\ud800"', "{", "\xff"])
+def test_json_that_is_too_deep_or_none_is_refused(copy_of: Copy, name: str, text: str) -> None:
+    folder = copy_of("classifier")
+    (folder / name).write_bytes(text.encode("latin-1"))
+    write_sums(folder)
+    with pytest.raises(PackageError) as raised:
+        verify(folder)
+    assert raised.value.exit_code == 3
+    assert len(str(raised.value)) < 2000
+
+
+@pytest.mark.parametrize("field", ["name", "classes", "architecture"])
+def test_a_hostile_name_in_a_contract_reaches_no_path_and_no_terminal(copy_of: Copy, field: str) -> None:
+    folder = copy_of("classifier")
+    content = read_json(folder / "medim.json")
+    hostile = {"name": "../../etc/cron.d/x", "classes": ["normal", "\x1b[2Jpneumonia"], "architecture": {"sha256": 1}}
+    write_json(folder / "medim.json", {**content, field: hostile[field]})
+    write_sums(folder)
+    with pytest.raises(PackageError):
+        load_package(folder)
+
+
+def test_more_files_or_longer_sums_than_a_package_has_are_not_read(
+    copy_of: Copy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_of("classifier")
+    monkeypatch.setattr(integrity, "MOST_FILES", 5)
+    with pytest.raises(PackageError, match="at most 5 files"):
+        load_package(folder)
+    monkeypatch.undo()
+    monkeypatch.setattr(integrity, "LARGEST_SUMS", 100)
+    with pytest.raises(PackageError, match="at most 100 bytes"):
+        load_package(folder)
+    monkeypatch.undo()
+    monkeypatch.setattr(integrity, "LARGEST_TEXT", 100)
+    with pytest.raises(PackageError, match="at most 100 bytes"):
+        load_package(folder)
+
+
+def reference(features: int) -> Reference:
+    """Statistics of nobody."""
+    sides = zip(PARTS, (features, 12, 9), strict=True)
+    parts = {name: Normal(np.zeros(n), np.ones(n), np.eye(n), 1.0) for name, n in sides}
+    return Reference(parts, dict.fromkeys(COUNTS, 20), "normal")
+
+
+@pytest.mark.usefixtures("same_graph", "short_gates")
+def test_statistics_of_another_guard_with_recomputed_sums_are_found_by_the_contract(
+    packages: dict[str, Package], tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run", "classifier")
+    made = reference(int(packages["classifier"].contract.signature.outputs[-1].shape[1]))
+    (run / "model" / "reference.npz").write_bytes(made.dump())
+    folder = export(run, tmp_path / "package").folder
+    assert "out-of-distribution guard" in [check.name for check in verify(folder)]
+    blind = replace(made, parts={name: replace(part, limit=1e9) for name, part in made.parts.items()})  # flags nothing
+    (folder / "models" / "reference.npz").write_bytes(blind.dump())
+    write_sums(folder)
+    with pytest.raises(PackageError, match="not the statistics"):
+        verify(folder)
+
+
+class Bomb:
+    def __init__(self, marker: Path) -> None:
+        self.marker = str(marker)
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (self.marker, "w")
+
+
+WATCHED = """
+import json, os, sys
+from pathlib import Path
+package, encoder, series, picture, out = map(Path, sys.argv[1:6])
+seen = []
+
+def hook(event, arguments):
+    if event in ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork"):
+        seen.append([event, repr(arguments)[:200]])
+    if event.startswith("socket.") and event != "socket.gethostname":
+        seen.append([event, repr(arguments)[:200]])
+    if event == "subprocess.Popen" and arguments[0] != sys.executable:
+        seen.append([event, repr(arguments[:2])[:200]])
+    if event == "open" and isinstance(arguments[0], str) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+        seen.append(["write", arguments[0]])
+
+from medim import load_package
+from medim.package.package import verify
+from medim.predict.predict import embed_images, predict
+import onnxruntime, scipy.ndimage, highdicom
+sys.addaudithook(hook)
+verify(package)
+verify(encoder)
+predict(load_package(package), series, out / "nifti")
+predict(load_package(package), series, out / "dicom", as_="dicom")
+embed_images(load_package(encoder), picture, out / "features.npz")
+print(json.dumps(seen))
+"""
+
+
+def test_nothing_is_unpickled_run_connected_or_written_elsewhere(
+    copy_of: Copy, shared_data: Path, tmp_path: Path
+) -> None:
+    folder, encoder, marker = copy_of("segmenter"), copy_of("encoder"), tmp_path / "it-was-unpickled"
+    for package in (folder, encoder):
+        (package / "models" / "model.pt").write_bytes(pickle.dumps(Bomb(marker)))
+        (package / "configs" / "inference.json").write_text(json.dumps({"network": "$__import__('os').system('true')"}))
+        write_sums(package)
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "bombs-work"))).close()
+    assert (tmp_path / "bombs-work").exists()
+    np.save(tmp_path / "picture.npy", np.arange(32 * 32, dtype=np.uint8).reshape(32, 32))
+    out = tmp_path / "out"
+    out.mkdir()
+    series = shared_data / "mri-dicom" / "Study1" / "13_HCropVolume"
+    command = [sys.executable, "-c", WATCHED, folder, encoder, series, tmp_path / "picture.npy", out]
+    root = Path(medim.__file__).parents[1]
+    cache = tmp_path / "cache"
+    own = {**os.environ, "MEDIM_CACHE": str(cache)}
+    ran = subprocess.run(list(map(str, command)), cwd=root, env=own, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    seen = json.loads(ran.stdout.splitlines()[-1])
+    writes = [place for event, place in seen if event == "write"]
+    assert writes, "the hook hears nothing"
+    allowed = (out, cache, Path("/dev/null"))
+    assert [place for place in writes if not any(Path(place).resolve().is_relative_to(own) for own in allowed)] == []
+    assert [event for event in seen if event[0] != "write"] == []
+    assert not marker.exists()
+
+
+def test_the_page_has_a_row_a_threat_and_each_names_tests_that_are_there() -> None:
+    page = (REPOSITORY / "docs" / "concepts" / "threat-model.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith(("| threat", "| ---"))]
+    assert len(rows) >= 20
+    for row in rows:
+        named = re.findall(r"`([\w/]+\.py)::(\w+)`", row.rsplit(" | ", 1)[-1])
+        assert named, row
+        for path, name in named:
+            assert re.search(rf"^ *def {name}\(", (REPOSITORY / "tests" / path).read_text(), re.MULTILINE), name

@@ -1,0 +1,360 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import highdicom
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+
+from medim.data.index.index import AllRejectedError, build_index
+from medim.data.readers import ReadError
+from medim.data.readers.dicom.reader import Plan
+from medim.inference.network import Network
+from medim.inference.ood import Verdict
+from medim.package.label_codes import Label
+from medim.package.package import Package
+from medim.predict.dicom import source as headers
+from medim.predict.dicom.equipment import Equipment
+from medim.predict.dicom.segmentation import read_back
+from medim.predict.dicom.source import TYPE_2, Source, read_source
+from medim.predict.dicom.structured_report import operating_point, probabilities_report, volumes_report
+from medim.predict.dicom.writer import answer_in_seg, save
+from medim.predict.outputs import volumes
+from medim.predict.predict import predict
+from medim.types import Array, UsageError, UserError, Volume
+from tests.data.readers.dicom.test_sandbox import bomb
+from tests.data.synthetic import dataset, enhanced, noise, write_series, xray
+from tests.data.synthetic import save as save_dicom
+from tests.export.checkers import dciodvfy_errors
+from tests.predict.test_predict import rows_of
+
+SERIES = {
+    "crop 1": "Study1/13_HCropVolume",
+    "crop 2": "Study2/14_HCropVolume",
+    "T2": "Study1/37916-T2reg-88910",
+    "FLAIR": "Study1/36459-FLAIRreg-76244",
+}
+
+
+@pytest.fixture
+def equipment(packages: dict[str, Package]) -> Equipment:
+    return Equipment(packages["segmenter"].contract, packages["segmenter"].sha256)
+
+
+def opened(place: Path) -> tuple[Volume, Source]:
+    """The one image of a folder, and its headers."""
+    index = build_index(place, "mri", remember=False)
+    plan = index.plan(index.records[0])
+    assert plan is not None
+    return index.open(index.records[0]), read_source(plan)
+
+
+def test_a_deflated_bomb_is_not_inflated_for_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(((bomb(tmp_path / "bomb.dcm", 1), 0),), (4, 6), (1.0, 1.0), None)
+    monkeypatch.setattr(headers, "INFLATED", 1 << 26)
+    with pytest.raises(ReadError) as raised:
+        read_source(plan)
+    assert raised.value.reason == "too-large"
+
+
+def levels(values: Array, low: float, high: float) -> Array:
+    """A mask: 1 above low, 2 above high."""
+    return (values > low).astype(np.uint8) + (values > high)
+
+
+@pytest.mark.parametrize("name", SERIES)
+@pytest.mark.parametrize("labelmap", [False, True])
+def test_each_frame_of_a_real_series_has_the_labels_of_its_own_pixels(
+    name: str, labelmap: bool, shared_data: Path, equipment: Equipment, tmp_path: Path
+) -> None:
+    volume, source = opened(shared_data / "mri-dicom" / SERIES[name])
+    low, high = (float(np.percentile(volume.array, p)) + 0.5 for p in (90, 97))
+    labels = levels(volume.array[0], low, high)
+    made = answer_in_seg(labels, volume, source, equipment, labelmap=labelmap)
+    save(tmp_path / "a.seg.dcm", made)
+
+    found = highdicom.seg.segread(tmp_path / "a.seg.dcm")
+    frames = read_back(found, source)
+    for frame, header in zip(frames, source.datasets, strict=True):
+        image = pydicom.dcmread(str(header.filename))
+        slope, intercept = float(image.get("RescaleSlope", 1)), float(image.get("RescaleIntercept", 0))
+        values = np.float32(image.pixel_array * slope + intercept)
+        np.testing.assert_array_equal(frame, levels(values, low, high))
+    assert {int(label) for label in np.unique(frames)} == {0, 1, 2}
+    told = volumes_report(made, volumes(labels, volume, 2), source, equipment)
+    save(tmp_path / "a.sr.dcm", told)
+    if not labelmap:  # the checker is older than that SOP class
+        assert dciodvfy_errors(tmp_path / "a.seg.dcm", tmp_path / "a.sr.dcm") == []
+
+
+PLANES = {
+    "axial": ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0)),
+    "sagittal": ((0.0, 1.0, 0.0), (0.0, 0.0, -1.0)),
+    "coronal": ((1.0, 0.0, 0.0), (0.0, 0.0, -1.0)),
+}
+FLIPS = list(itertools.product((1, -1), repeat=2))
+POINTS = {(1, 2, 3): 900, (4, 0, 7): 900, (2, 4, 1): 500}  # slice, row, column
+
+
+@pytest.mark.parametrize("backwards", [False, True], ids=["", "stacked backwards"])
+@pytest.mark.parametrize("flip", FLIPS)
+@pytest.mark.parametrize("plane", PLANES)
+def test_labels_land_on_the_right_points_of_the_world(
+    plane: str, flip: tuple[int, int], backwards: bool, equipment: Equipment, tmp_path: Path
+) -> None:
+    row, column = (sign * np.array(axis) for sign, axis in zip(flip, PLANES[plane], strict=True))
+    slices = np.zeros((6, 5, 8), np.uint16)
+    for point, value in POINTS.items():
+        slices[point] = value
+    spacing, gap, origin = (0.9, 0.4), -2.5 if backwards else 2.5, np.array([12.0, -30.0, 7.5])
+    normal = np.cross(row, column)
+    places = [list(origin + normal * gap * k) for k in range(len(slices))]
+    tags = {"ImageOrientationPatient": [*row, *column], "PixelSpacing": list(spacing), "FrameOfReferenceUID": "1.2.3"}
+    write_series(tmp_path / "in", slices, positions=places, order=[3, 0, 5, 1, 4, 2], **tags)
+    volume, source = opened(tmp_path / "in")
+
+    made = answer_in_seg(levels(volume.array[0], 400, 700), volume, source, equipment, labelmap=False)
+    save(tmp_path / "a.seg.dcm", made)
+
+    found = pydicom.dcmread(tmp_path / "a.seg.dcm")
+    shared = found.SharedFunctionalGroupsSequence[0]
+    axes = np.array(shared.PlaneOrientationSequence[0].ImageOrientationPatient, float).reshape(2, 3)
+    between = [float(v) for v in shared.PixelMeasuresSequence[0].PixelSpacing]
+    points = set()
+    for frame, group in zip(found.pixel_array, found.PerFrameFunctionalGroupsSequence, strict=True):
+        number = int(group.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
+        corner = np.array(group.PlanePositionSequence[0].ImagePositionPatient, float)
+        for r, c in np.argwhere(frame):
+            place = corner + axes[0] * c * between[1] + axes[1] * r * between[0]
+            points.add((number, *np.round(place, 3).tolist()))
+    wanted = set()
+    for (k, r, c), value in POINTS.items():
+        place = origin + normal * gap * k + row * c * spacing[1] + column * r * spacing[0]
+        wanted.add((2 if value > 700 else 1, *np.round(place, 3).tolist()))
+    assert points == wanted
+
+
+def answered(package: Package, source: Path, out: Path, **options: Any) -> list[dict[str, Any]]:
+    return predict(package, source, out, as_="dicom", **options)
+
+
+def test_a_series_gets_a_segmentation_and_a_report_that_refer_to_it(
+    packages: dict[str, Package], shared_data: Path, tmp_path: Path
+) -> None:
+    folder = shared_data / "mri-dicom" / "Study1" / "13_HCropVolume"
+    (row,) = answered(packages["segmenter"], folder, tmp_path)
+    assert list(row)[:-3] == ["image", "file", "report", "ml_anterior", "ml_posterior"]
+    assert list(row)[-3:] == ["ood_score", "ood", "ood_by"]
+    assert [cells["file"] for cells in rows_of(tmp_path / "predictions.csv")] == [row["file"]]
+    seg, report = (pydicom.dcmread(tmp_path / row[name]) for name in ("file", "report"))
+    source = pydicom.dcmread(next(folder.glob("*.dcm")))
+    instances = {pydicom.dcmread(path, stop_before_pixels=True).SOPInstanceUID for path in folder.glob("*.dcm")}
+
+    assert seg.SegmentationType == "BINARY"
+    for made in (seg, report):
+        assert made.StudyInstanceUID == source.StudyInstanceUID
+        assert made.SeriesInstanceUID != source.SeriesInstanceUID
+        assert made.SeriesDescription == "AI mri-segmenter 0.1.0 research"
+        assert made.DeviceSerialNumber == packages["segmenter"].sha256
+        assert all(keyword in made for keyword in TYPE_2)
+    assert (report.VerificationFlag, report.PreliminaryFlag) == ("UNVERIFIED", "PRELIMINARY")
+    assert seg.SeriesInstanceUID != report.SeriesInstanceUID
+    (referred,) = seg.ReferencedSeriesSequence
+    assert referred.SeriesInstanceUID == source.SeriesInstanceUID
+    assert {item.ReferencedSOPInstanceUID for item in referred.ReferencedInstanceSequence} == instances
+    for group in seg.PerFrameFunctionalGroupsSequence:
+        (image,) = group.DerivationImageSequence[0].SourceImageSequence
+        assert image.ReferencedSOPInstanceUID in instances
+    assert seg.pixel_array.any(axis=(1, 2)).all()  # empty frames are left out
+    segment = seg.SegmentSequence[0]
+    kind = segment.SegmentedPropertyTypeCodeSequence[0]
+    assert (kind.CodeValue, kind.CodeMeaning) == ("5366008", "Hippocampus")
+    assert kind.SegmentedPropertyTypeModifierCodeSequence[0].CodeValue == "255549009"
+    assert segment.SegmentAlgorithmType == "AUTOMATIC"
+    assert segment.SegmentationAlgorithmIdentificationSequence[0].AlgorithmVersion == "0.1.0"
+
+    groups = highdicom.sr.srread(tmp_path / row["report"]).content.get_volumetric_roi_measurement_groups()
+    for group, name in zip(groups, ("anterior", "posterior"), strict=True):
+        (measured,) = group.get_measurements()
+        np.testing.assert_allclose(measured.value, row[f"ml_{name}"] * 1000, atol=1e-3)
+        assert group.tracking_identifier == name
+        assert group.referenced_segment.referenced_sop_instance_uid == seg.SOPInstanceUID
+    assert dciodvfy_errors(tmp_path / row["file"], tmp_path / row["report"]) == []
+
+
+def test_an_answer_holds_no_more_of_a_patient_than_the_image_does(packages: dict[str, Package], tmp_path: Path) -> None:
+    tags = {
+        "FrameOfReferenceUID": "1.2.3",
+        "InstitutionName": "Tycho Station",
+        "OperatorsName": "Nagata^Naomi",
+        "PatientAge": "62",  # DICOM wants 062Y
+        "PatientSex": "X",
+        "StudyDate": "1999",
+        "SpecificCharacterSet": "ISO_IR 100",
+        "PatientName": "Müller^Jürgen",
+    }
+    write_series(tmp_path / "in", noise(6, 16, 20).astype(np.uint16), **tags)
+    (row,) = answered(packages["segmenter"], tmp_path / "in", tmp_path / "out")
+    source = pydicom.dcmread(next((tmp_path / "in").glob("*.dcm")))
+    for name in ("file", "report"):
+        path = tmp_path / "out" / row[name]
+        made = pydicom.dcmread(path)
+        assert str(made.PatientName) == "Müller^Jürgen"
+        assert made.SpecificCharacterSet == "ISO_IR 192"
+        assert (made.PatientSex, made.StudyDate) == ("", "")
+        for element in made:
+            if element.tag.group == 0x0010 and element.value:
+                assert str(element.value) == str(source[element.tag].value)
+        whole = path.read_bytes()
+        assert b"Tycho" not in whole
+        assert b"Nagata" not in whole
+        assert "PatientAge" not in made
+    assert dciodvfy_errors(*(tmp_path / "out" / row[name] for name in ("file", "report"))) == []
+
+
+def test_an_empty_mask_is_a_whole_answer(equipment: Equipment, tmp_path: Path) -> None:
+    write_series(tmp_path / "in", FrameOfReferenceUID="1.2.3")
+    volume, source = opened(tmp_path / "in")
+    labels = np.zeros(volume.shape, np.uint8)
+    made = answer_in_seg(labels, volume, source, equipment, labelmap=False)
+    save(tmp_path / "a.seg.dcm", made)
+    save(tmp_path / "a.sr.dcm", volumes_report(made, volumes(labels, volume, 2), source, equipment))
+    assert not read_back(highdicom.seg.segread(tmp_path / "a.seg.dcm"), source).any()
+    assert dciodvfy_errors(tmp_path / "a.seg.dcm", tmp_path / "a.sr.dcm") == []
+
+
+def test_frames_of_a_multi_frame_object_are_answered_in_their_own_order(equipment: Equipment, tmp_path: Path) -> None:
+    frames = noise(4, 5, 6).astype(np.uint16)
+    places = [(0.0, 0.0, 3.0 * k) for k in (2, 0, 3, 1)]
+    save_dicom(enhanced(frames, places, FrameOfReferenceUID="1.2.3"), tmp_path / "in" / "a.dcm")
+    volume, source = opened(tmp_path / "in")
+    made = answer_in_seg(levels(volume.array[0], 400, 1500), volume, source, equipment, labelmap=False)
+    save(tmp_path / "a.seg.dcm", made)
+    found = read_back(highdicom.seg.segread(tmp_path / "a.seg.dcm"), source)
+    rescaled = np.stack([(k + 1) * frame + 100.0 * k for k, frame in enumerate(frames)])
+    np.testing.assert_array_equal(found, levels(rescaled, 400, 1500))
+    assert dciodvfy_errors(tmp_path / "a.seg.dcm") == []
+
+
+def test_x_rays_get_a_report_of_probabilities_and_the_operating_point(
+    packages: dict[str, Package], shared_data: Path, tmp_path: Path
+) -> None:
+    sources = [shared_data / "xray-dicom", shared_data / "dicom-formats" / "RG3_J2KI.dcm"]
+    rows = predict(packages["classifier"], sources, tmp_path, as_="dicom")
+    assert len(rows) == 5
+    plain = predict(packages["classifier"], sources, tmp_path / "plain")
+    assert [{**row, "file": ""} for row in rows] == [{**row, "file": ""} for row in plain]
+    for row in rows:
+        report = highdicom.sr.srread(tmp_path / row["file"])
+        assert (report.VerificationFlag, report.PreliminaryFlag) == ("UNVERIFIED", "PRELIMINARY")
+        groups = report.content.get_image_measurement_groups()
+        for group, name in zip(groups, ("normal", "pneumonia"), strict=True):
+            (measured,) = group.get_measurements()
+            assert (measured.name.value, measured.value) == ("122157", row[f"probability_{name}"])
+            assert group.tracking_identifier == name
+        assert (tmp_path / row["file"]).read_bytes().count(b"operating point: probability >= 0.5") == 2
+    assert dciodvfy_errors(*(tmp_path / row["file"] for row in rows)) == []
+
+
+@pytest.mark.parametrize(("score", "flag"), [(0.7312, "No"), (2.5, "Yes"), (3e38, "Yes")])
+def test_a_report_carries_the_score_and_the_flag_of_the_guard(
+    score: float, flag: str, shared_data: Path, packages: dict[str, Package], equipment: Equipment, tmp_path: Path
+) -> None:
+    verdict = Verdict(score, "features")
+    volume, source = opened(shared_data / "mri-dicom" / SERIES["crop 1"])
+    labels = levels(volume.array[0], *np.percentile(volume.array, [90, 97]))
+    made = answer_in_seg(labels, volume, source, equipment, labelmap=False)
+    reports = [volumes_report(made, volumes(labels, volume, 2), source, equipment, verdict)]
+    xrays = build_index(shared_data / "xray-dicom" / "test2.dcm", "xray", remember=False)
+    plan = xrays.plan(xrays.records[0])
+    assert plan is not None
+    classifier = Equipment(packages["classifier"].contract, packages["classifier"].sha256)
+    reports.append(probabilities_report(np.array([0.2, 0.8]), read_source(plan), classifier, verdict))
+    for number, report in enumerate(reports):
+        save(tmp_path / f"{number}.sr.dcm", report)
+        found = told(pydicom.dcmread(tmp_path / f"{number}.sr.dcm"))
+        assert found["ood"] == flag
+        assert found["ood-score"] == pytest.approx(min(score, 1e6))
+    assert dciodvfy_errors(*sorted(tmp_path.glob("*.sr.dcm"))) == []
+    silent = told(volumes_report(made, [1.0, 1.0], source, equipment))
+    assert not {"ood", "ood-score"} & silent.keys()
+
+
+def told(item: pydicom.Dataset) -> dict[str, Any]:
+    """Values of a report's private concepts, wherever they stand in its tree."""
+    found: dict[str, Any] = {}
+    for inner in item.get("ContentSequence", []):
+        found |= told(inner)
+        code = inner.ConceptNameCodeSequence[0] if "ConceptNameCodeSequence" in inner else None
+        if code is not None and code.CodingSchemeDesignator == "99MEDIM":
+            number = inner.get("MeasuredValueSequence")
+            value = float(number[0].NumericValue) if number else str(inner.ConceptCodeSequence[0].CodeMeaning)
+            found[str(code.CodeValue)] = value
+    return found
+
+
+def test_an_operating_point_is_what_decides(packages: dict[str, Package]) -> None:
+    contract = packages["classifier"].contract
+    label = Label(index=0, name="edema", threshold=0.62)
+    findings = contract.model_copy(update={"kind": "multi_label_classifier"})
+    three = contract.model_copy(update={"classes": ("a", "b", "c")})
+    assert operating_point(label, Equipment(findings, "")) == "probability >= 0.62"
+    assert operating_point(label, Equipment(three, "")) == "highest probability of 3 classes"
+
+
+def test_an_answer_that_is_given_again_is_another_object(packages: dict[str, Package], tmp_path: Path) -> None:
+    made = xray(noise(30, 30).astype(np.uint16), SeriesInstanceUID="1.2.3.4")
+    save_dicom(made, tmp_path / "in" / "a.dcm")
+    uids = set()
+    for out in ("one", "two"):
+        (row,) = answered(packages["classifier"], tmp_path / "in", tmp_path / out)
+        report = pydicom.dcmread(tmp_path / out / row["file"])
+        uids |= {report.SOPInstanceUID, report.SeriesInstanceUID}
+    assert len(uids) == 4
+
+
+def reasons(folder: Path) -> list[str]:
+    return [row["reason"] for row in rows_of(folder / "rejected.csv")]
+
+
+def test_an_image_that_is_no_dicom_gets_no_dicom_answer(packages: dict[str, Package], tmp_path: Path) -> None:
+    Image.fromarray(noise(30, 30).astype(np.uint8)).save(tmp_path / "a.png")
+    with pytest.raises(AllRejectedError):
+        answered(packages["classifier"], tmp_path / "a.png", tmp_path / "out")
+    assert reasons(tmp_path / "out") == ["not-dicom"]
+
+
+def test_an_image_without_what_an_answer_refers_to_gets_none(packages: dict[str, Package], tmp_path: Path) -> None:
+    save_dicom(xray(noise(30, 30).astype(np.uint16), StudyInstanceUID=None), tmp_path / "in" / "a.dcm")
+    with pytest.raises(AllRejectedError):
+        answered(packages["classifier"], tmp_path / "in", tmp_path / "out")
+    assert reasons(tmp_path / "out") == ["no-reference"]
+    save_dicom(dataset(noise(30, 30).astype(np.uint16)), tmp_path / "mr" / "a.dcm")
+    with pytest.raises(ReadError, match="FrameOfReferenceUID"):
+        opened(tmp_path / "mr")
+
+
+def test_frames_whose_places_were_stripped_get_no_segmentation(shared_data: Path) -> None:
+    with pytest.raises(ReadError, match="no place"):
+        opened(shared_data / "dicom-formats" / "emri_small.dcm")
+
+
+def test_what_cannot_be_answered_in_dicom_is_told_before_anything_is_written(
+    packages: dict[str, Package], tmp_path: Path
+) -> None:
+    package = packages["segmenter"]
+    bare = dataclasses.replace(package, contract=package.contract.model_copy(update={"labels": ()}))
+    with pytest.raises(UserError, match="--labels-schema"):
+        answered(bare, tmp_path, tmp_path / "out")
+    with pytest.raises(UserError, match="medim export"):
+        predict(Network(lambda x: x, "segmenter", "mri", 3, 1, ("a",), (), {}), tmp_path, tmp_path / "out", as_="dicom")
+    with pytest.raises(UsageError, match="segmenter"):
+        answered(packages["classifier"], tmp_path, tmp_path / "out", labelmap=True)
+    with pytest.raises(UsageError, match="--as dicom"):
+        predict(package, tmp_path, tmp_path / "out", labelmap=True)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,358 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medim.data.index.index import Index, build_index
+from medim.evaluation.evaluate import evaluate
+from medim.metrics.bootstrap import mean_over_subjects
+from medim.reports.comparison import differences
+from medim.reports.report import report
+from medim.reports.runs import read_history
+from medim.reports.training_curves import VERDICTS
+from medim.types import UserError
+from tests.evaluation.conftest import make_masks, make_run
+
+CHROMIUM = Path("/usr/bin/chromium")
+NASTY = "<script>alert(1)</script>"
+
+
+def pretraining(folder: Path, verdict: str = "learning") -> Path:
+    """The files of a pretraining run of two objectives, as medim.training writes them."""
+    folder.mkdir(parents=True)
+    lines = ["step,name,loss,chance,held_out"]
+    for step in range(1, 41):
+        lines += [f"{step},local_dim,{3.4 - step / 50},3.466,", f"{step},local_dim/score,{step},,"]
+        lines += [f"{step},prior_matching,{1 + 0.1 * np.sin(step)},,"]
+        lines += [f"{step},local_dim,,,{3.45 - step / 50}", f"{step},prior_matching,,,1.01"] if step % 20 == 0 else []
+    (folder / "history.csv").write_text("\n".join(lines) + "\n")
+    (folder / "config.yaml").write_text(f"name: mri-crop # {NASTY}\n")
+    summary = {
+        "schema_version": 1,
+        "command": "pretrain",
+        "objectives": {"local_dim": 1.0, "prior_matching": 0.1},
+        "steps": 40,
+        "input_shape": [32, 48, 32],
+        "loss": {
+            "local_dim": {"first": 3.38, "last": 2.6, "held_out": 2.65},
+            "prior_matching": {"first": 1.0, "last": 1.0, "held_out": None},
+        },
+        "chance": {"local_dim": 3.466, "prior_matching": None},
+        "verdict": verdict,
+        "rankme": 12.3,
+        "feature_std": 0.81,
+        "seconds_per_step": 0.25,
+        "data_wait_fraction": 0.04,
+        "peak_memory_bytes": 1_234_000_000,
+        "device": "cpu",
+        "config_hash": "0123456789ab",
+        "index_hash": "f" * 64,
+        "versions": {"medim": "0.1.0", "torch": "2.13"},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def finetuning(folder: Path, init: str, dice: float) -> Path:
+    folder.mkdir(parents=True)
+    lines = [f"{step},loss,{2 / step},," for step in range(1, 31)]
+    (folder / "history.csv").write_text("\n".join(["step,name,loss,chance,held_out", *lines]) + "\n")
+    metrics = {
+        "dice": {"value": dice, "ci_low": dice - 0.02, "ci_high": dice + 0.02, "n": 40},
+        "hd95_front": {"value": 2.5, "ci_low": None, "ci_high": None, "n": 39},
+    }
+    summary = {
+        "command": "finetune",
+        "task": "segmentation",
+        "init": init,
+        "labelled": 20,
+        "steps": 30,
+        "val": {"n": 40, "subjects": 13, "rejected": 0, "metrics": metrics},
+        "config_hash": "0123456789ab",
+        "index_hash": "f" * 64,
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def package(folder: Path) -> Path:
+    (folder / "parity").mkdir(parents=True)
+    contract = {
+        "name": "boxes",
+        "version": "1.0.0",
+        "kind": "segmenter",
+        "modality": "mri",
+        "classes": ["front", "back"],
+    }
+    (folder / "medim.json").write_text(json.dumps({**contract, "preprocess": [{"op": "ras"}], "intended_use": NASTY}))
+    gates = {"random_inputs": {"verdict": "pass", "measured": 2e-6, "allowed": 1e-4}}
+    (folder / "parity" / "report.json").write_text(json.dumps({"schema_version": 1, "gates": gates}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demo(
+    tmp_path_factory: pytest.TempPathFactory, segmenter: dict[str, Any], classifier: dict[str, Any]
+) -> tuple[Path, Index]:
+    """A folder with one of everything, as `make demo` leaves it, and the index of its images."""
+    home = tmp_path_factory.mktemp("report")
+    folder = home / "demo"
+    index = build_index(make_masks(home / "source"), "mri")
+    index.write(folder / "index")
+    pretraining(folder / "pretrain")
+    finetuning(folder / "finetune", "pretrained", 0.861)
+    finetuning(folder / "scratch", "scratch", 0.843)
+    evaluate(make_run(home / "runs" / "segmenter", segmenter), index, folder / "evaluate")
+    evaluate(make_run(home / "runs" / "classifier", classifier), index, folder / "evaluate-classes")
+    package(folder / "package")
+    (folder / "stopped").mkdir()
+    (folder / "stopped" / "config.yaml").write_text("name: mri\n")
+    (folder / "logs").mkdir()
+    return folder, index
+
+
+@pytest.fixture(scope="module")
+def path(demo: tuple[Path, Index]) -> Path:
+    return report(demo[0])
+
+
+@pytest.fixture(scope="module")
+def html(path: Path) -> str:
+    return path.read_text()
+
+
+class Page(HTMLParser):
+    """Ids, links, headings and figures of a page, and whether its tags close."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = {name: value or "" for name, value in attrs}
+        self.tags.append(tag)
+        if tag not in ("meta", "link", "path", "use", "wbr", "img"):
+            self.open.append(tag)
+        if "id" in found:
+            self.ids.append(found["id"])
+        self.references += [found[k] for k in ("href", "src", "xlink:href") if k in found]
+        self.references += [f"#{name}" for k in ("aria-labelledby",) for name in found.get(k, "").split()]
+        self.references += re.findall(r"url\(([^)]+)\)", found.get("clip-path", "") + found.get("style", ""))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("path", "use"):
+            assert self.open.pop() == tag
+
+
+def words(html: str) -> str:
+    """A page without its pictures, whose bytes may spell anything."""
+    return re.sub(r'src="data:image/jpeg;base64,[A-Za-z0-9+/=]+"', "", html)
+
+
+def test_a_folder_of_parts_becomes_one_page_with_contents_and_a_comparison(html: str) -> None:
+    titles = re.findall(r"<h2[^>]*>(.*?)</h2>", html)
+    assert titles == [
+        "Pretrained against scratch",
+        "Images: index",
+        "Pretraining: pretrain",
+        "Fine-tuning: finetune",
+        "Fine-tuning: scratch",
+        "Evaluation: evaluate",
+        "Evaluation: evaluate-classes",
+        "Package: package",
+        "Unfinished: stopped",
+    ]
+    assert re.findall(r'<li><a href="#[^"]+">(.*?)</a>', html) == titles
+    assert "Dice, mean over classes: +0.018" in html
+    assert "0.861 (0.841 to 0.881)" in html
+
+
+def test_the_page_is_whole_and_refers_to_nothing_but_itself(html: str) -> None:
+    page = Page(html)
+    assert len(page.ids) == len(set(page.ids))
+    inner = [reference for reference in page.references if reference.startswith("#")]
+    assert {reference[1:] for reference in inner} <= set(page.ids)
+    outer = [reference for reference in page.references if not reference.startswith("#")]
+    assert {reference[:23] for reference in outer} == {"data:,", "data:image/jpeg;base64,"}
+    assert "script" not in page.tags
+    assert "http" not in words(html).replace("http-equiv", "")
+
+
+def test_every_figure_has_its_words(html: str) -> None:
+    figures = re.findall(r"<figure>(.*?)</figure>", html, flags=re.DOTALL)
+    assert len(figures) >= 10
+    for figure in figures:
+        assert re.search(r'<svg role="img" aria-labelledby="\S+-title \S+-desc"', figure)
+        assert re.search(r"<title[^>]*>[^<]{5,}</title><desc[^>]*>[^<]*\d[^<]*</desc>", figure)
+    assert "Training loss of local_dim over 40 steps: 3.38 at first, 2.6 at last; 2.65 on held-out subjects" in html
+
+
+def test_what_files_say_is_text_and_never_markup(html: str) -> None:
+    assert NASTY not in html
+    assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 2  # the config and the package's intended use
+
+
+def test_the_same_files_give_the_same_bytes(demo: tuple[Path, Index], html: str) -> None:
+    assert report(demo[0]).read_text() == html
+
+
+def test_the_page_holds_no_path_of_this_machine_and_subjects_under_pictures_alone(
+    demo: tuple[Path, Index], html: str
+) -> None:
+    folder, index = demo
+    assert str(folder.parent) not in html
+    without = re.sub(r'<figure class="tile">.*?</figure>', "", html, flags=re.DOTALL)
+    assert all(f"<figcaption>{record.subject}</figcaption>" in html for record in index.records)
+    assert not any(record.subject in without for record in index.records)
+
+
+@pytest.mark.parametrize("verdict", ["learning", "at-chance", "collapsed", "diverged"])
+def test_each_verdict_is_told_in_words(tmp_path: Path, verdict: str) -> None:
+    html = report(pretraining(tmp_path / "run", verdict)).read_text()
+    assert f'<p class="headline">{VERDICTS[verdict].headline}</p>' in html
+    assert VERDICTS[verdict].text in html
+    assert "<nav" not in html  # one section needs no contents
+
+
+def test_the_curves_are_those_of_the_history(tmp_path: Path) -> None:
+    curves = read_history(pretraining(tmp_path / "run") / "history.csv", ["local_dim", "prior_matching", "absent"])
+    assert [curve.name for curve in curves] == ["local_dim", "prior_matching"]
+    assert curves[0].loss[:2] == pytest.approx([3.38, 3.36])
+    assert list(curves[0].steps) == list(range(1, 41))
+    assert curves[0].held_out == [(20, pytest.approx(3.05)), (40, pytest.approx(2.65))]
+    assert (curves[0].chance, curves[1].chance) == (3.466, None)
+
+
+def test_a_history_without_its_columns_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "history.csv").write_text("epoch,loss\n1,2\n")
+    with pytest.raises(UserError, match="expected columns step, name"):
+        read_history(tmp_path / "history.csv", ["loss"])
+
+
+def test_a_folder_with_nothing_to_report_and_a_package_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="found none"):
+        report(tmp_path)
+    with pytest.raises(UserError, match="found none"):
+        report(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="must not change"):
+        report(package(tmp_path / "package"))
+
+
+def test_two_evaluations_of_the_same_images_are_paired(tmp_path: Path, index: Index, segmenter: dict[str, Any]) -> None:
+    pretrained = {**segmenter, "provenance": {**segmenter["provenance"], "parent": "0" * 64}}
+    for name, spec in (("one", pretrained), ("two", segmenter)):
+        evaluate(make_run(tmp_path / "runs" / name, spec), index, tmp_path / "both" / name)
+    html = report(tmp_path / "both").read_text()
+    assert "+0.000 (+0.000 to +0.000), no clear difference" in html  # the same weights
+
+
+def test_arms_measured_on_other_images_are_not_compared(
+    tmp_path: Path, index: Index, segmenter: dict[str, Any]
+) -> None:
+    pretrained = {**segmenter, "provenance": {**segmenter["provenance"], "parent": "0" * 64}}
+    fewer = dataclasses.replace(index, records=index.records[:4])
+    evaluate(make_run(tmp_path / "runs" / "one", pretrained), index, tmp_path / "both" / "one")
+    evaluate(make_run(tmp_path / "runs" / "two", segmenter), fewer, tmp_path / "both" / "two")
+    assert "Pretrained against scratch" not in report(tmp_path / "both").read_text()
+
+
+def test_a_difference_is_over_the_images_both_have_a_value_of() -> None:
+    rows = [
+        {"image": f"i{k}", "subject": f"s{k}", "class": "it", "dice": 0.5 + k / 100, "hd95": 1.0, "surface_dice": 0.5}
+        for k in range(20)
+    ]
+    better = [{**row, "dice": row["dice"] + 0.1, "hd95": None if k == 3 else 3.0} for k, row in enumerate(rows)]
+    found = differences(better, rows, ["it"])
+    assert found["dice"]["value"] == pytest.approx(0.1)
+    assert found["dice"]["ci_low"] == pytest.approx(0.1)  # every image gains the same: pairing leaves no spread
+    assert (found["hd95_it"]["value"], found["hd95_it"]["n"]) == (2.0, 19)
+    assert (
+        found["dice_it"] == mean_over_subjects([0.1] * 20, [f"s{k}" for k in range(20)]) or found["dice_it"]["n"] == 20
+    )
+    assert differences(better[1:], rows, ["it"]) == {}
+
+
+def test_a_difference_of_classifiers_is_the_difference_of_their_metrics() -> None:
+    def rows(shift: float) -> list[dict[str, Any]]:
+        rng = np.random.default_rng(0)
+        out: list[dict[str, Any]] = []
+        for k in range(60):
+            label = "ab"[k % 2]
+            p = float(np.clip(0.5 + shift * (k % 2 - 0.5) + rng.normal(0, 0.2), 0, 1))
+            keys = {"image": f"i{k}", "subject": f"s{k}", "label": label, "prediction": "b" if p > 0.5 else "a"}
+            out += [{**keys, "class": "a", "probability": 1 - p}, {**keys, "class": "b", "probability": p}]
+        return out
+
+    found = differences(rows(0.4), rows(0.0), ["a", "b"])
+    assert found["auroc"]["value"] is not None
+    assert found["auroc"]["value"] > 0.2
+    assert found["auroc"]["ci_low"] is not None
+    assert found["auroc"]["ci_low"] > 0
+
+
+def test_rejected_images_are_told_with_their_reasons(tmp_path: Path, index: Index, classifier: dict[str, Any]) -> None:
+    records = (dataclasses.replace(index.records[0], label="huge"), *index.records[1:])
+    marked = dataclasses.replace(index, records=records)
+    evaluate(make_run(tmp_path / "run", classifier), marked, tmp_path / "out")
+    assert "unknown-class" in report(tmp_path / "out").read_text()
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install medim[dev]")
+    if not CHROMIUM.is_file():
+        pytest.skip(f"{CHROMIUM} is missing: apt-get install chromium")
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]
+    with api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=str(CHROMIUM), args=arguments)
+        yield started
+        started.close()
+
+
+def test_a_browser_shows_the_page_without_error_request_or_overflow(path: Path, browser: Any) -> None:
+    for width, scheme in ((400, "light"), (400, "dark"), (1280, "light")):
+        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        messages: list[str] = []
+        requests: list[str] = []
+        page.on("console", lambda message, kept=messages: kept.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error, kept=messages: kept.append(str(error)))
+        page.on("request", lambda request, kept=requests: kept.append(request.url))
+        page.goto(path.as_uri())
+        assert messages == []
+        assert [url for url in requests if not url.startswith("data:")] == [path.as_uri()]
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate(
+            "[...document.querySelectorAll('figure svg')].every(s => s.getBoundingClientRect().width > 250)"
+        )
+        names = page.get_by_role("img").count()
+        assert names == page.locator("figure").count() > 0
+        page.close()
+
+
+def test_on_paper_every_folded_text_is_shown_on_white(path: Path, browser: Any) -> None:
+    page = browser.new_page(viewport={"width": 800, "height": 800}, color_scheme="dark")
+    page.goto(path.as_uri())
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.evaluate(
+        "[...document.querySelectorAll('pre')].every(p => p.checkVisibility({contentVisibilityAuto: true}))"
+    )
+    page.close()

@@ -1,0 +1,154 @@
+"""What a process does of a run of several: its part, in the order of the whole; what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from medim.training.engine.gather import GatheredFeatures, GatheredViews
+from medim.training.engine.launch import cluster, engine, planned, shape, together
+from medim.training.engine.process_group import ALONE, Ranks
+from medim.training.engine.sampler import StepSampler
+from medim.types import Features, UsageError, Views
+
+SUBJECTS = [f"s-{n // 2}" for n in range(24)]
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8"}
+SLURM = {"SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "medim"}
+SLURM |= {"SLURM_NTASKS_PER_NODE": "4"}
+
+
+@pytest.fixture(autouse=True)
+def _no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in {*TORCHRUN, *SLURM}:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_parts_of_a_batch_are_the_batch_each_slot_with_its_seed(count: int) -> None:
+    parts = [list(StepSampler(SUBJECTS, batch_size=8, steps=9, seed=3, ranks=Ranks(r, count))) for r in range(count)]
+    whole = list(StepSampler(SUBJECTS, batch_size=8, steps=9, seed=3))
+    assert [[item for part in step for item in part] for step in zip(*parts, strict=True)] == whole
+    for batch in whole:
+        assert len({SUBJECTS[image] for image, _ in batch}) == 8, "one scan a subject in the global batch"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("number", [1, 2, 5, 6])
+def test_parts_are_equally_long_and_in_order(number: int, count: int) -> None:
+    whole = torch.arange(2 * number).reshape(number, 2)
+    parts = [Ranks(rank, count).share(whole) for rank in range(count)]
+    assert len({len(part) for part in parts}) == 1
+    if number >= count:
+        assert torch.equal(torch.cat(parts)[:number], whole)
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_those_that_do() -> None:
+    Ranks(0, 4, 2).check_batch(16)
+    with pytest.raises(UsageError, match=r"multiple of the 8 processes.* got 20\. Set batch_size=16 or 24"):
+        Ranks(0, 4, 2).check_batch(20)
+    with pytest.raises(UsageError, match="Set batch_size=8,"):
+        Ranks(0, 4, 2).check_batch(6)
+    with pytest.raises(UsageError, match="multiple of the 2 processes"):
+        StepSampler(SUBJECTS, batch_size=5, steps=1, seed=0, ranks=Ranks(0, 2))
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Sequential(nn.BatchNorm1d(4)))
+
+
+def test_batch_normalisation_becomes_synchronised_on_cuda() -> None:
+    """The conversion alone: synchronised statistics need CUDA, and were not run on a CPU."""
+    plain = network()
+    state = plain.state_dict()
+    converted = Ranks(0, 2, kind="cuda").synchronised(plain)
+    kinds = [type(m) for m in converted.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert kinds == [nn.SyncBatchNorm] * 2
+    assert converted.state_dict().keys() == state.keys(), "a saved encoder is the same with either"
+    assert all(torch.equal(value, state[name]) for name, value in converted.state_dict().items())
+
+
+def test_batch_normalisation_by_part_of_the_batch_is_refused_on_a_cpu() -> None:
+    with pytest.raises(UsageError, match=r"cannot be synchronised on cpu.*each of the 2 processes"):
+        Ranks(0, 2).synchronised(network())
+    free = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4))
+    assert Ranks(0, 2).synchronised(free) is free
+    plain = network()
+    assert ALONE.synchronised(plain) is plain
+
+
+class Counting(Ranks):
+    """Two processes that hold the same."""
+
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        self.__dict__.setdefault("seen", []).append(tuple(part.shape))
+        return torch.cat([part, part + 10])
+
+
+def test_a_map_is_gathered_when_somebody_looks_and_once() -> None:
+    ranks = Counting(0, 2)
+    own = Features((torch.zeros(2, 3, 4), torch.ones(2, 5)), torch.full((2, 6), 2.0))
+    features = GatheredFeatures(own, 3, lambda part, count: ranks.gather(part)[:count])
+    assert len(features.maps) == 2
+    assert not hasattr(ranks, "seen")
+    assert features.maps[-1] is features.maps[1]
+    assert features.maps[1].shape == (3, 5)
+    assert ranks.__dict__["seen"] == [(2, 5)]
+    assert [tuple(m.shape) for m in features.maps] == [(3, 3, 4), (3, 5)]
+    assert [tuple(m.shape) for m in features.maps[:1]] == [(3, 3, 4)]
+    assert features.summary.shape == (3, 6)
+    assert ranks.__dict__["seen"] == [(2, 5), (2, 3, 4), (2, 6)]
+    views = GatheredViews(Views(torch.zeros(2, 1, 1, 8), torch.zeros(2, 1, 1)), ranks)
+    assert views.location.shape == (4, 1, 1)
+    assert (2, 1, 1, 8) not in ranks.__dict__["seen"], "images are large, and not every objective looks at them"
+    assert views.image.shape == (4, 1, 1, 8)
+
+
+@pytest.mark.parametrize("environment", [TORCHRUN, SLURM])
+def test_devices_and_nodes_follow_from_who_started_the_process(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert shape(None, None) == (1, 1)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert shape(None, None) == shape(4, 2) == shape(None, 2) == (4, 2)
+    with pytest.raises(UsageError, match="started 4 on each of 2 node"):
+        shape(2, 2)
+
+
+def test_slurm_may_run_several_runs_of_one_device_and_leaves_the_requeueing_to_the_script(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert cluster() == []
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    assert shape(1, 1) == (1, 1)
+    assert cluster()[0].auto_requeue is False
+
+
+def test_a_slurm_job_without_srun_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SLURM_STEP_ID")
+    assert shape(None, None) == (1, 1)
+
+
+def test_a_run_of_one_process_starts_nothing() -> None:
+    plan = planned("cpu", None, None)
+    with together("cpu", plan) as ranks:
+        assert ranks is ALONE
+    assert engine("cpu", ALONE) == {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
+    assert engine("cpu", Ranks(0, 2))["strategy"]._ddp_kwargs == {"find_unused_parameters": True}
+
+
+def test_what_the_first_process_does_is_done_at_once_where_there_is_no_other() -> None:
+    done: list[Any] = []
+    ALONE.first(done.append, 1)
+    assert ALONE.told(lambda: 2) == 2
+    assert ALONE.in_turn(lambda: 3) == 3
+    assert ALONE.any(True)
+    assert not ALONE.any(False)
+    ALONE.check_same(seed=1)
+    assert done == [1]

@@ -1,0 +1,399 @@
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import medim
+from medim.config import PretrainConfig, ViewsConfig
+from medim.data.contamination import read_seen
+from medim.data.fingerprints import fingerprint
+from medim.data.index.index import Index
+from medim.data.loading.splits import split
+from medim.files import sha256
+from medim.models.serialization import save
+from medim.objectives.coordinates import offset_entropy
+from medim.objectives.score_map import load_score_map
+from medim.signals import StoppedError
+from medim.training.engine.checkpoints import newest_checkpoint
+from medim.training.engine.trainer import LineProgress
+from medim.training.pretrain.checkpoint_selection import Selection
+from medim.training.pretrain.run import build_objectives, pretrain, rehearse
+from medim.types import UsageError, UserError
+
+WEIGHTS = Path("encoder") / "encoder.safetensors"
+
+
+@pytest.fixture
+def undisturbed(pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path) -> Path:
+    pretrain(pretrain_config, cohort_index, tmp_path / "undisturbed", store=tmp_path / "store")
+    return tmp_path / "undisturbed"
+
+
+def test_a_run_leaves_what_the_contract_lists(undisturbed: Path) -> None:
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    names = {"local_dim", "coordinates", "prior_matching"}
+    assert set(summary["objectives"]) == names == set(summary["loss"]) == set(summary["chance"])
+    assert summary["steps"] == 6
+    assert summary["chance"]["local_dim"] == pytest.approx(math.log(1 + 3 * 8**3))
+    assert summary["chance"]["coordinates"] == pytest.approx(3 * math.log(8))
+    assert summary["chance"]["prior_matching"] is None
+    assert summary["verdict"] in {"learning", "at-chance", "collapsed", "diverged"}
+    assert all(summary["loss"][name]["held_out"] is not None for name in names)
+    assert summary["peak_memory_bytes"] > 0 < summary["seconds_per_step"]
+    assert yaml.safe_load((undisturbed / "config.yaml").read_text())["max_steps"] == 6
+    steps = {int(row["step"]) for row in csv.DictReader((undisturbed / "history.csv").open()) if row["loss"]}
+    assert steps == set(range(1, 7))
+
+
+def test_a_run_says_how_its_features_fare_and_which_step_it_leaves(undisturbed: Path) -> None:
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    rows = list(csv.DictReader((undisturbed / "history.csv").open()))
+    measured = {row["name"]: int(row["step"]) for row in rows if row["held_out"]}
+    assert {"rankme", "feature_std", "alignment", "uniformity"} <= set(measured)
+    assert {row["name"] for row in rows if row["name"].startswith("gradient_norm/") and float(row["loss"]) > 0} == {
+        f"gradient_norm/{part}" for part in ("encoder", "local_dim", "coordinates")
+    }
+    assert 0 <= summary["alignment"] <= 4
+    assert summary["uniformity"] <= 0
+    assert summary["probe"] is None, "these images have no labels"
+    chosen = summary["selected"]
+    assert chosen["by"] in {"held_out_loss", "last_step"}
+    assert json.loads((undisturbed / "encoder" / "encoder.json").read_text())["selected"] == chosen
+    assert f"those of step {chosen['step']} of 6" in (undisturbed / "encoder" / "card.md").read_text()
+    assert summary["verdicts"][-1]["verdict"] == summary["verdict"]
+
+
+def test_a_run_leaves_the_weights_of_the_step_it_has_chosen(
+    pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def second(self: Selection, step: int, *args: Any) -> None:
+        consider(self, step, 1.0 if step == 2 else 0.0, 0.5, *args[2:])
+
+    consider = Selection.consider
+    short = pretrain_config.model_copy(update={"max_steps": 2, "schedule": "constant"})
+    long = pretrain_config.model_copy(update={"schedule": "constant"})
+    pretrain(short, cohort_index, tmp_path / "short", store=tmp_path / "store")
+    with monkeypatch.context() as patch:
+        patch.setattr(Selection, "consider", second)
+        summary = pretrain(long, cohort_index, tmp_path / "long", store=tmp_path / "store")
+    assert (summary["selected"]["step"], summary["selected"]["of_steps"], summary["steps"]) == (2, 6, 6)
+    assert sha256(tmp_path / "long" / WEIGHTS) == sha256(tmp_path / "short" / WEIGHTS)
+
+
+def test_a_run_leaves_its_split_and_what_it_has_seen(undisturbed: Path, cohort_index: Index) -> None:
+    splits = split(cohort_index)
+    rows = list(csv.DictReader((undisturbed / "split.csv").open()))
+    assert {row["image"]: row["split"] for row in rows} == splits
+    assert sorted({row["budget"] for row in rows}) == ["", "1", "2", "3", "4", "5", "6"]
+    assert {row["used"] for row in rows} == {""}
+    seen = read_seen(undisturbed)
+    assert seen
+    cases = {r.image: (fingerprint(cohort_index.open(r)), r.subject) for r in cohort_index.records}
+    assert {image for image, case in cases.items() if seen.has("pretrain", case)} == {
+        image for image, part in splits.items() if part == "train"
+    }
+    assert json.loads((undisturbed / "summary.json").read_text())["overlap"] == {"images": 0, "subjects": 0}
+
+
+def test_the_loaded_encoder_gives_the_maps_and_summary_it_promises(undisturbed: Path) -> None:
+    encoder = medim.load_encoder(undisturbed)
+    features = encoder(torch.zeros(2, 1, 16, 16, 16))
+    assert [tuple(m.shape) for m in features.maps] == [
+        (2, c, *(16 // s,) * 3) for c, s in zip(encoder.channels, encoder.strides, strict=True)
+    ]
+    assert features.summary.shape == (2, encoder.summary_channels)
+    assert encoder.spec["receptive_field_voxels"] == [5, 11, 23]
+    assert encoder.spec["receptive_field_mm"] is None  # no step resamples
+
+
+def test_the_critic_of_a_run_is_kept_with_what_it_is_rebuilt_from(
+    undisturbed: Path, pretrain_config: PretrainConfig
+) -> None:
+    kept = json.loads((undisturbed / "encoder" / "critic.json").read_text())
+    assert kept["objective"] == pretrain_config.objectives[0]
+    network = load_score_map(undisturbed)
+    assert network is not None
+    assert network.objective._standardise.num_batches_tracked == 6
+    scores = network(torch.randn(1, 1, 16, 16, 16))
+    assert scores.shape == (1, 1, 16, 16, 16)
+    assert scores.std() > 0
+
+
+def test_the_same_command_twice_gives_the_same_bytes_and_another_seed_gives_others(
+    undisturbed: Path, pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
+) -> None:
+    pretrain(pretrain_config, cohort_index, tmp_path / "again", store=tmp_path / "store")
+    pretrain(pretrain_config, cohort_index, tmp_path / "other", store=tmp_path / "store", seed=1)
+    assert sha256(undisturbed / WEIGHTS) == sha256(tmp_path / "again" / WEIGHTS)
+    assert sha256(undisturbed / WEIGHTS) != sha256(tmp_path / "other" / WEIGHTS)
+
+
+def test_loading_processes_do_not_change_a_byte(
+    undisturbed: Path, pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
+) -> None:
+    config = pretrain_config.model_copy(update={"workers": 1})
+    pretrain(config, cohort_index, tmp_path / "workers", store=tmp_path / "store")
+    assert sha256(undisturbed / WEIGHTS) == sha256(tmp_path / "workers" / WEIGHTS)
+
+
+def test_a_run_stopped_by_an_exception_and_resumed_ends_in_the_same_bytes(
+    undisturbed: Path,
+    pretrain_config: PretrainConfig,
+    cohort_index: Index,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def power_cut(
+        self: LineProgress, trainer: object, module: object, outputs: object, batch: object, index: int
+    ) -> None:
+        if trainer.global_step == 5:  # type: ignore[attr-defined]
+            raise RuntimeError("power cut")
+
+    out = tmp_path / "resumed"
+    with monkeypatch.context() as patch:
+        patch.setattr(LineProgress, "on_train_batch_end", power_cut)
+        with pytest.raises(RuntimeError, match="power cut"):
+            pretrain(pretrain_config, cohort_index, out, store=tmp_path / "store")
+    assert not (out / "summary.json").exists()
+    summary = pretrain(pretrain_config, cohort_index, out, store=tmp_path / "store", resume=True)
+    assert summary["resumed_from_steps"] == [4]
+    assert sha256(undisturbed / WEIGHTS) == sha256(out / WEIGHTS)
+    assert (out / "history.csv").read_bytes() == (undisturbed / "history.csv").read_bytes()
+    ignored = {"resumed_from_steps", "seconds", "seconds_per_step", "data_wait_fraction", "peak_memory_bytes"}
+    told = json.loads((undisturbed / "summary.json").read_text())
+    assert {k: v for k, v in summary.items() if k not in ignored} == {k: v for k, v in told.items() if k not in ignored}
+
+
+@pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 3), (signal.SIGUSR1, 4)])
+def test_a_signal_saves_the_step_it_comes_in_and_leaves_with_75(
+    number: int,
+    at: int,
+    undisturbed: Path,
+    pretrain_config: PretrainConfig,
+    cohort_index: Index,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def requeue(self: LineProgress, trainer: Any, *_: object) -> None:
+        if trainer.global_step == at:  # a validation follows the fourth step, and is done first
+            os.kill(os.getpid(), number)
+
+    out = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(LineProgress, "on_train_batch_end", requeue)
+        with pytest.raises(StoppedError, match=f"step {at} is saved") as stopped:
+            pretrain(pretrain_config, cohort_index, out, store=tmp_path / "store")
+    assert stopped.value.exit_code == 75
+    assert not (out / "summary.json").exists()
+    summary = pretrain(pretrain_config, cohort_index, out, store=tmp_path / "store", resume=True)
+    assert summary["resumed_from_steps"] == [at]
+    assert sha256(undisturbed / WEIGHTS) == sha256(out / WEIGHTS)
+    assert (out / "history.csv").read_bytes() == (undisturbed / "history.csv").read_bytes()
+
+
+def test_a_signal_while_the_encoder_is_written_is_answered_and_costs_no_step(
+    pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = pretrain_config.model_copy(update={"max_steps": 5})  # which is no multiple of the interval
+    whole, out = tmp_path / "whole", tmp_path / "stopped"
+    pretrain(config, cohort_index, whole, store=tmp_path / "store")
+
+    def requeue(*given: Any, **options: Any) -> None:
+        save(*given, **options)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("medim.training.pretrain.save_encoder.save", requeue)
+        with pytest.raises(StoppedError, match="--resume continues"):
+            pretrain(config, cohort_index, out, store=tmp_path / "store")
+    assert not (out / "summary.json").exists()
+    assert newest_checkpoint(out / "checkpoints")[1] == 5
+    summary = pretrain(config, cohort_index, out, store=tmp_path / "store", resume=True)
+    assert (summary["steps"], summary["resumed_from_steps"]) == (5, [5])
+    assert sha256(whole / WEIGHTS) == sha256(out / WEIGHTS)
+    assert (out / "history.csv").read_bytes() == (whole / "history.csv").read_bytes()
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    undisturbed: Path,
+    pretrain_config: PretrainConfig,
+    cohort_index: Index,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    expected = sha256(undisturbed / WEIGHTS)
+    newest, step = newest_checkpoint(undisturbed / "checkpoints")
+    assert newest is not None
+    assert step == 6
+    newest.write_bytes(newest.read_bytes()[:3000])
+    assert newest_checkpoint(undisturbed / "checkpoints")[1] == 4
+    assert "step-6.ckpt: damaged, so set aside" in caplog.text
+    summary = pretrain(pretrain_config, cohort_index, undisturbed, store=tmp_path / "store", resume=True)
+    assert summary["resumed_from_steps"] == [4]
+    assert summary["damaged_checkpoints"] == ["step-6.ckpt"]
+    assert sha256(undisturbed / WEIGHTS) == expected
+    assert newest_checkpoint(undisturbed / "checkpoints") == (newest, 6)
+
+
+def test_resume_without_a_checkpoint_starts_at_step_0(
+    pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
+) -> None:
+    summary = pretrain(pretrain_config, cohort_index, tmp_path / "run", store=tmp_path / "store", resume=True)
+    assert summary["steps"] == 6
+    assert summary["resumed_from_steps"] == []
+
+
+def test_resume_may_load_with_other_processes(
+    pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
+) -> None:
+    first = pretrain(pretrain_config, cohort_index, tmp_path / "run", store=tmp_path / "store")
+    other = pretrain_config.model_copy(update={"workers": 1, "prefetch": 3})
+    again = pretrain(other, cohort_index, tmp_path / "run", store=tmp_path / "store", resume=True)
+    assert again["loss"] == first["loss"]
+
+
+def test_resume_with_another_configuration_is_refused(
+    undisturbed: Path, pretrain_config: PretrainConfig, cohort_index: Index
+) -> None:
+    other = pretrain_config.model_copy(update={"lr": 0.5})
+    with pytest.raises(UserError, match="expected the same configuration"):
+        pretrain(other, cohort_index, undisturbed, resume=True)
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten_unasked(
+    undisturbed: Path, pretrain_config: PretrainConfig, cohort_index: Index
+) -> None:
+    with pytest.raises(UserError, match="--resume"):
+        pretrain(pretrain_config, cohort_index, undisturbed)
+    assert (undisturbed / "summary.json").is_file()
+
+
+def test_a_single_training_subject_is_refused(
+    pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
+) -> None:
+    few = Index(cohort_index.root, "mri", cohort_index.records[:4], (), cohort_index.classes)
+    with pytest.raises(UserError, match="at least 2 subjects to train on, got 1"):
+        pretrain(pretrain_config, few, tmp_path / "run", store=tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"encoder": {"name": "unett"}}, "Did you mean 'unet'"),
+        ({"encoder": {"name": "unet", "channels": []}}, "unet.channels: expected one or more"),
+        ({"encoder": {"name": "convnet", "channels": [4, -8]}}, "convnet.channels: expected one or more"),
+        ({"objectives": [{"name": "localdim"}]}, "Did you mean 'local_dim'"),
+        ({"objectives": [{"name": "amdim"}]}, "Set views.count: 2"),
+        ({"objectives": [{"name": "simclr"}]}, "Set views.count: 2"),
+        ({"objectives": [{"name": "dense_dim"}]}, "add a decoder to the config"),
+        ({"batch_size": 1}, "batch_size: expected 2 or more"),
+        ({"views": ViewsConfig(shape=(2, 2, 2))}, "views.shape .* cannot take it"),
+        ({"views": ViewsConfig(shape=(16, 16, 16), augmentations=[{"op": "nois"}])}, "Did you mean 'noise'"),
+    ],
+)
+def test_a_section_that_cannot_be_built_is_refused_before_anything_is_written(
+    changes: dict[str, Any], said: str, pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        pretrain(pretrain_config.model_copy(update=changes), cohort_index, tmp_path / "run", store=tmp_path / "store")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("section", "decoder", "chance"),
+    [
+        ({"name": "dense_dim", "width": 8, "points": 20}, {"name": "unet"}, math.log(20)),
+        ({"name": "amdim", "width": 8}, None, 2 * math.log(1 + 3 * 4**3) + math.log(1 + 3 * 8**3)),
+        ({"name": "simclr", "width": 8}, None, math.log(2 * 4 - 1)),
+        ({"name": "coordinates", "kind": "relative", "level": -1, "hidden": 8}, None, 3 * offset_entropy(4)),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "",
+)
+def test_objectives_of_two_views_run_to_a_summary(
+    section: dict[str, Any],
+    decoder: dict[str, Any] | None,
+    chance: float,
+    pretrain_config: PretrainConfig,
+    cohort_index: Index,
+    tmp_path: Path,
+) -> None:
+    views = pretrain_config.views.model_copy(update={"count": 2})
+    config = pretrain_config.model_copy(update={"objectives": [section], "decoder": decoder, "views": views})
+    summary = pretrain(config, cohort_index, tmp_path / "run", store=tmp_path / "store")
+    assert summary["chance"] == {section["name"]: pytest.approx(chance, abs=1e-3)}
+    assert math.isfinite(summary["loss"][section["name"]]["held_out"])
+    assert (tmp_path / "run" / "encoder" / "decoder.safetensors").is_file() == (decoder is not None)
+
+
+TWO_FLIPPED = ViewsConfig(shape=(16, 16, 16), count=2, augmentations=[{"op": "flip"}])
+TWO_APART = ViewsConfig(shape=(16, 16, 16), count=2, same_place=False)
+
+
+@pytest.mark.parametrize("views", [TWO_FLIPPED, TWO_APART])
+def test_views_whose_voxels_do_not_correspond_are_refused_by_what_needs_it(
+    views: ViewsConfig, pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
+) -> None:
+    dense = {"objectives": [{"name": "dense_dim"}], "decoder": {"name": "unet"}, "views": views}
+    with pytest.raises(UsageError, match="dense_dim: expected views of an image whose voxels correspond"):
+        pretrain(pretrain_config.model_copy(update=dense), cohort_index, tmp_path / "run", store=tmp_path / "store")
+    assert not list(tmp_path.iterdir())
+    alone = dense | {"views": views.model_copy(update={"count": 1})}
+    rehearse(pretrain_config.model_copy(update=alone))
+
+
+def test_four_subjects_train_with_a_smaller_batch_and_claim_nothing(
+    pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = Index(cohort_index.root, "mri", cohort_index.records[:8], (), cohort_index.classes)
+    summary = pretrain(pretrain_config, few, tmp_path / "run", store=tmp_path / "store")
+    assert summary["verdict"] == "at-chance"
+    assert summary["loss"]["local_dim"]["held_out"] is None
+    assert summary["rankme"] is None
+    assert "batch_size 4 is more than the 3 training subjects" in caplog.text
+    assert "held-out subjects: 1" in caplog.text
+
+
+def test_a_misspelt_objective_option_names_the_right_one(
+    pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
+) -> None:
+    config = pretrain_config.model_copy(update={"objectives": [{"name": "local_dim", "standardize": True}]})
+    with pytest.raises(UsageError, match="Did you mean 'standardise'"):
+        pretrain(config, cohort_index, tmp_path / "run", store=tmp_path / "store")
+
+
+def test_the_same_objective_twice_keeps_two_names(pretrain_config: PretrainConfig, undisturbed: Path) -> None:
+    twice = [{"name": "local_dim", "level": level, "weight": 0.5} for level in (0, 1)]
+    config = pretrain_config.model_copy(update={"objectives": twice})
+    objectives = build_objectives(config, medim.load_encoder(undisturbed), None, 1)
+    assert list(objectives) == ["local_dim", "local_dim_2"]
+    assert [weight for _, weight in objectives.values()] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"name": "cpc", "level": 0, "steps": 2, "layers": 1, "negatives": 4},
+        {"name": "vae", "decoder_channels": [8, 4]},
+        {"name": "beta_vae", "decoder_channels": [8, 4]},
+    ],
+    ids=lambda section: section["name"],
+)
+def test_an_objective_alone_trains_an_encoder_from_image_files(
+    section: dict[str, Any], pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
+) -> None:
+    config = pretrain_config.model_copy(update={"objectives": [section], "max_steps": 2})
+    summary = pretrain(config, cohort_index, tmp_path / "run", store=tmp_path / "store")
+    name = section["name"]
+    assert set(summary["loss"]) == set(summary["chance"]) == {name}
+    assert summary["chance"][name] > 0
+    assert all(value is not None for value in summary["loss"][name].values())
+    assert medim.load_encoder(tmp_path / "run")(torch.zeros(1, 1, 16, 16, 16)).summary.shape == (1, 8)

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from medim.training.tracking import system_metrics
+from medim.training.tracking.system_metrics import Machine
+
+
+def test_a_busy_second_shows_in_percent_and_megabytes(tmp_path: Path) -> None:
+    measure = Machine(tmp_path)
+    until = time.monotonic() + 0.2
+    while time.monotonic() < until:
+        pass
+    found = measure()
+    assert all(name.startswith("system/") for name in found)
+    assert 0 < found["system/cpu_utilization_percentage"] <= 100
+    assert 0 < found["system/system_memory_usage_percentage"] < 100
+    assert 0 < found["system/disk_usage_percentage"] <= 100
+    assert found["system/process_peak_memory_megabytes"] > 10
+
+
+def test_a_system_that_does_not_tell_leaves_its_figures_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(self: Path) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(system_metrics.Path, "read_text", absent)
+    assert set(Machine(tmp_path)()) == {
+        "system/disk_usage_percentage",
+        "system/disk_available_megabytes",
+        "system/process_peak_memory_megabytes",
+        "system/load_average",
+    }

@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+
+import medim
+from medim.config import PretrainConfig
+from medim.data.index.index import Index
+from medim.models.model import build_encoder
+from medim.models.serialization import save
+from medim.training.pretrain.run import pretrain
+from medim.training.tracking import tracking
+from medim.training.tracking.delivery import tracking_uri
+from medim.training.tracking.outbox import RECORDS, STATE, Journal
+from medim.training.tracking.tracking import check_target, log_encoder, log_results, send_left, track
+from medim.types import UserError
+
+
+def test_a_server_that_does_not_answer_is_told_at_once_and_without_its_password(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{taken.getsockname()[1]}")
+        began = time.monotonic()
+        with pytest.raises(UserError, match="expected an MLflow target that answers") as said:
+            check_target()
+    assert time.monotonic() - began < 5
+    assert "secret" not in str(said.value)
+
+
+def test_a_target_of_no_known_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://x")
+    with pytest.raises(UserError, match="nonsense://x"):
+        check_target()
+
+
+def test_a_server_that_listens_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
+        check_target()
+
+
+def test_runs_that_start_at_once_in_a_new_folder_find_one_whole_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    started = multiprocessing.get_context("fork")
+    runs = [started.Process(target=check_target) for _ in range(2)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    assert [run.exitcode for run in runs] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+    assert [one.name for one in MlflowClient(tracking_uri()).search_experiments()] == ["Default"]
+
+
+def run_of(out: Path) -> Run:
+    """What MLflow knows of the run of a folder."""
+    return MlflowClient(tracking_uri()).get_run(medim.files.read_json(out / STATE)["run"])
+
+
+def test_a_run_is_tracked_with_configuration_numbers_figures_and_no_name_of_its_user(
+    pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    pretrain(pretrain_config, cohort_index, out, store=tmp_path / "store")
+    run = run_of(out)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["index_hash"] == cohort_index.hash
+    assert run.data.params["encoder/name"] == "unet"
+    assert {"local_dim", "held_out/local_dim", "rankme", "system/disk_usage_percentage"} <= set(run.data.metrics)
+    assert run.data.tags["medim.version"] == medim.version.__version__
+    assert not {"mlflow.user", "mlflow.source.name"} & set(run.data.tags)
+    if (Path(medim.__file__).parents[1] / ".git").exists():
+        assert len(run.data.tags["mlflow.source.git.commit"]) == 40
+    listed = {
+        file.path for at in ("", "figures") for file in MlflowClient(tracking_uri()).list_artifacts(run.info.run_id, at)
+    }
+    assert {"config.yaml", "summary.json", "history.csv", "figures/losses.svg", "figures/views.png"} <= listed
+    assert not (out / RECORDS).exists()
+
+
+def test_a_resumed_run_goes_on_in_the_same_record_and_says_nothing_twice(
+    pretrain_config: PretrainConfig, tmp_path: Path
+) -> None:
+    def cut() -> None:
+        with track("pretrain", pretrain_config, tmp_path, seed=0, index_hash="x") as tracker:
+            tracker.log_metrics({"loss": 1.0}, 5)
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        cut()
+    first = run_of(tmp_path)
+    assert first.info.status == "FAILED"
+    with track("pretrain", pretrain_config, tmp_path, seed=0, index_hash="x") as tracker:
+        assert tracker.version == first.info.run_id
+        tracker.log_metrics({"loss": 1.0, "held_out": 2.0}, 5)
+        tracker.log_metrics({"loss": 3.0}, 6)
+    assert run_of(tmp_path).info.status == "FINISHED"
+    told = {
+        name: [(m.step, m.value) for m in MlflowClient(tracking_uri()).get_metric_history(first.info.run_id, name)]
+        for name in ("loss", "held_out")
+    }
+    assert told == {"loss": [(5, 1.0), (6, 3.0)], "held_out": [(5, 2.0)]}
+
+
+def test_what_a_server_refuses_is_told_and_the_rest_goes_on(
+    pretrain_config: PretrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with track("pretrain", pretrain_config, tmp_path, seed=0, index_hash="x") as tracker:
+        tracker.log_hyperparams({"seed": 1})  # a parameter does not change
+        log_results(tracker, {"loss": 1.0}, [tmp_path / "absent.csv"])
+    assert "params was refused" in caplog.text
+    assert "artifact was refused" in caplog.text
+    assert run_of(tmp_path).data.params["seed"] == "0"
+    assert run_of(tmp_path).data.metrics["loss"] == 1.0
+
+
+def test_a_resume_waits_for_a_server_that_is_away_where_a_new_run_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        with pytest.raises(UserError):
+            check_target(tmp_path)
+        (tmp_path / STATE).write_text("{}")
+        check_target(tmp_path)
+    assert "the records are kept" in caplog.text
+
+
+def test_the_command_that_sends_what_was_left_says_what_it_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tracking.main([]) == 1
+    assert tracking.main([str(tmp_path)]) == 0
+    assert not list(tmp_path.iterdir())
+    journal = Journal(tmp_path)
+    journal.add({"run": {"experiment": "medim-pretrain", "name": "left", "tags": {}}})
+    journal.add({"end": "FINISHED"})
+    with monkeypatch.context() as away:
+        away.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens
+        assert tracking.main([str(tmp_path)]) == 1
+    assert tracking.main([str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert all(part in said for part in ("nothing waits", "does not take records", "2 records sent"))
+    assert run_of(tmp_path).info.status == "FINISHED"
+
+
+class Server:
+    """A real MLflow server on loopback."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        database = f"sqlite:///{self._folder / 'server.db'}"
+        environment = {
+            **os.environ,
+            "_MLFLOW_SERVER_FILE_STORE": database,
+            "_MLFLOW_SERVER_REGISTRY_STORE": database,
+            "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
+            "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(self._folder / "artifacts"),
+            "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
+        }
+        served = f"from mlflow.server import app; app.run('127.0.0.1', {self.port}, threaded=True)"
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen([sys.executable, "-c", served], env=environment, **quiet)  # type: ignore[call-overload]
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            assert self._process is not None
+            assert self._process.poll() is None
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
+            except OSError:
+                time.sleep(0.1)
+            else:
+                return
+        raise TimeoutError("the server did not start")
+
+    def stop(self) -> None:
+        """Take it away."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    made = Server(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", made.uri)
+    yield made
+    made.stop()
+
+
+@pytest.mark.slow
+def test_a_server_that_vanishes_and_returns_has_every_number_and_the_encoder_without_a_pickle(
+    server: Server,
+    pretrain_config: PretrainConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "medim")
+    monkeypatch.setattr(tracking, "LEAVE_SECONDS", 0.5)
+    monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 0.5)
+    out = tmp_path / "run"
+    spec = {"kind": "encoder", "encoder": pretrain_config.encoder, "in_channels": 1, "spatial_dims": 3}
+    spec["input_shape"] = [16, 16, 16]
+    encoder = build_encoder(spec)
+    save(out / "encoder", "encoder", encoder, spec)
+    (out / "encoder" / "card.md").write_text("# Encoder")
+    server.start()
+    check_target()
+    opened = track("pretrain", pretrain_config, out, seed=0, index_hash="x")
+    with opened as tracker:
+        tracker.log_metrics({"loss": 1.0}, 1)
+        while not tracker.version:
+            time.sleep(0.05)
+        server.stop()
+        began = time.monotonic()
+        for step in range(2, 50):
+            tracker.log_metrics({"loss": float(step)}, step)
+        assert time.monotonic() - began < 2  # no step waits
+        log_results(tracker, {"rankme": 3.0}, [])
+        log_encoder(tracker, "tiny")
+    assert "does not take records" in caplog.text
+    assert "python -m medim.training.tracking.tracking" in caplog.text
+    assert (out / RECORDS).is_file()
+    server.start()
+    assert send_left(out) > 48
+    assert not (out / RECORDS).exists()
+    client = MlflowClient(server.uri)
+    run = run_of(out)
+    assert run.info.status == "FINISHED"
+    assert [m.value for m in client.get_metric_history(run.info.run_id, "loss")] == [float(n) for n in range(1, 50)]
+    (version,) = client.search_model_versions("name = 'medim-tiny'")
+    kept = Path(client.download_artifacts(run.info.run_id, "encoder", str(tmp_path)))
+    assert not [file for file in kept.rglob("*") if file.suffix in {".pkl", ".pt", ".pth"}]
+    import mlflow.pyfunc
+
+    model = mlflow.pyfunc.load_model(str(kept))
+    assert model.metadata.signature.inputs.inputs[0].shape == (-1, 1, 16, 16, 16)
+    example = np.load(kept / "example.npz")
+    np.testing.assert_allclose(model.predict(example["input"]), example["output"], rtol=1e-5)
+    assert version.run_id == run.info.run_id
