@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from monai.data.meta_obj import set_track_meta
 from monai.transforms.spatial.array import RandAffine
-from timing import Ratio, ratios, shown
+from timing import Ratio, format_ratio, measure_ratios
 
 from medim.data.loading.augmentations import AUGMENTATIONS
 from medim.files import write_json
@@ -30,19 +30,19 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     set_track_meta(False)
-    rows = {"x".join(map(str, shape)): measure(shape, arguments.rounds) for shape in SHAPES}
+    rows = {"x".join(map(str, shape)): measure_affine(shape, arguments.rounds) for shape in SHAPES}
     for shape, ratio in rows.items():
-        print(f"{shape:10} medim / MONAI {shown(ratio)}")
+        print(f"{shape:10} medim / MONAI {format_ratio(ratio)}")
     write_json(arguments.out, {"schema_version": 2, "ours_over_monai": rows})
 
 
-def measure(shape: tuple[int, ...], rounds: int) -> Ratio:
+def measure_affine(shape: tuple[int, ...], rounds: int) -> Ratio:
     """Ratio of a call of ours to one of MONAI's."""
     dims, image = len(shape), torch.rand(1, *shape)
     ours = AUGMENTATIONS["affine"](spatial_dims=dims, rotate=10.0, scale=0.1, translate=3.0, probability=1.0)
     angles, sizes, shifts = [math.radians(10.0)] * (1 if dims == 2 else 3), [0.1] * dims, [3.0] * dims
     monai = RandAffine(prob=1.0, rotate_range=angles, scale_range=sizes, translate_range=shifts, padding_mode="border")
-    return ratios({"MONAI": lambda: monai(image), "ours": lambda: ours(image)}, rounds)["ours"]
+    return measure_ratios({"MONAI": lambda: monai(image), "ours": lambda: ours(image)}, rounds)["ours"]
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ import numpy as np
 from scipy import stats
 
 from medim.files import write_json
-from medim.metrics.bootstrap import Draw, Scores, draw, mean_of, score
+from medim.metrics.bootstrap import Resamples, Scores, compute_scores, draw_resamples, weighted_mean
 from medim.metrics.classification import classification_statistics
-from medim.study.statistics.intervals import compare, interval
+from medim.study.statistics.intervals import compare_to_scratch, compute_interval
 from medim.study.statistics.labels_saved import labels_saved
 from medim.types import Array
 
@@ -45,7 +45,7 @@ MIXES = {  # of the variance: seeds, subsets, both, subjects, seeds x subjects, 
     "even": (0.2, 0.2, 0.1, 0.2, 0.1, 0.1, 0.1),
 }
 SIGNALS = {"subjects": (0.0, 0.0, 0.0), "even": (0.15, 0.15, 0.15), "runs": (0.0, 0.0, 0.4)}  # of seeds, subsets, both
-Study = Callable[[np.random.Generator], tuple[Scores, Scores, float]]  # both arms and the true difference
+StudySampler = Callable[[np.random.Generator], tuple[Scores, Scores, float]]  # both arms and the true difference
 
 
 def main() -> None:
@@ -58,47 +58,49 @@ def main() -> None:
     for (seeds, subsets), count in product(GRIDS, SUBJECTS):
         mixes = [*((mix, False) for mix in MIXES), ("even", True)] if count < 500 else [("even", False)]
         for mix, unequal in mixes:
-            study = mean_study(seeds, subsets, count, mix, unequal=unequal)
+            study = build_mean_study(seeds, subsets, count, mix, unequal=unequal)
             name = {"statistic": "mean", "seeds": seeds, "subsets": subsets, "subjects": count, "mix": mix}
-            rows.append(name | {"unequal": unequal} | coverage(study, arguments.repetitions))
-            print(line(rows[-1]), flush=True)
+            rows.append(name | {"unequal": unequal} | measure_coverage(study, arguments.repetitions))
+            print(format_result_row(rows[-1]), flush=True)
     for (seeds, subsets), count, mix in product(((1, 1), (1, 3), (3, 3)), SUBJECTS[:2], SIGNALS):
         name = {"statistic": "auroc", "seeds": seeds, "subsets": subsets, "subjects": count, "mix": mix}
-        study = auroc_study(seeds, subsets, count, mix)
-        rows.append(name | {"unequal": False} | coverage(study, arguments.repetitions))
-        print(line(rows[-1]), flush=True)
-    alarms = {mix: false_alarms(mix, arguments.repetitions) for mix in MIXES}
-    labels = {mix: labels_held(mix, arguments.repetitions // 5) for mix in MIXES}
+        study = build_auroc_study(seeds, subsets, count, mix)
+        rows.append(name | {"unequal": False} | measure_coverage(study, arguments.repetitions))
+        print(format_result_row(rows[-1]), flush=True)
+    alarms = {mix: measure_false_alarms(mix, arguments.repetitions) for mix in MIXES}
+    labels = {mix: measure_labels_coverage(mix, arguments.repetitions // 5) for mix in MIXES}
     seconds = time.perf_counter() - start
     print(f"false alarms {alarms}", f"labels saved {labels}", f"{seconds:.0f} seconds", sep="\n")
-    found = {"rows": rows, "false_alarms": alarms, "labels_saved": labels, "seconds": seconds}
-    write_json(arguments.out, {"repetitions": arguments.repetitions} | found)
+    results = {"rows": rows, "false_alarms": alarms, "labels_saved": labels, "seconds": seconds}
+    write_json(arguments.out, {"repetitions": arguments.repetitions} | results)
 
 
-def line(row: dict[str, Any]) -> str:
+def format_result_row(row: dict[str, Any]) -> str:
     """A row as text."""
     return "\t".join(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values())
 
 
-def coverage(study: Study, repetitions: int) -> dict[str, float]:
+def measure_coverage(study: StudySampler, repetitions: int) -> dict[str, float]:
     """How often the intervals hold the truth, and their median width; the percentile bootstrap's beside them."""
-    held, widths = np.zeros((repetitions, 2)), np.zeros((repetitions, 2))
+    hits, widths = np.zeros((repetitions, 2)), np.zeros((repetitions, 2))
     for number in range(repetitions):
         rng = np.random.default_rng(number)
         ours, theirs, truth = study(rng)
-        found = interval(ours - theirs)
-        for which, (low, high) in enumerate(((found.low, found.high), percentile(ours - theirs, rng))):
-            held[number, which], widths[number, which] = low <= truth <= high, high - low
-    (ours_held, percentile_held), (width, percentile_width) = held.mean(axis=0), np.median(widths, axis=0)
+        estimate = compute_interval(ours - theirs)
+        for column, (low, high) in enumerate(
+            ((estimate.low, estimate.high), compute_percentile_interval(ours - theirs, rng))
+        ):
+            hits[number, column], widths[number, column] = low <= truth <= high, high - low
+    (our_coverage, percentile_coverage), (width, percentile_width) = hits.mean(axis=0), np.median(widths, axis=0)
     return {
-        "coverage": float(ours_held),
-        "percentile_coverage": float(percentile_held),
+        "coverage": float(our_coverage),
+        "percentile_coverage": float(percentile_coverage),
         "width": float(width),
         "percentile_width": float(percentile_width),
     }
 
 
-def percentile(scores: Scores, rng: np.random.Generator) -> tuple[float, float]:
+def compute_percentile_interval(scores: Scores, rng: np.random.Generator) -> tuple[float, float]:
     """The crossed bootstrap's 95 % percentile interval."""
     values = scores.values[..., 1:]
     shares = [rng.multinomial(n, np.full(n, 1 / n), size=values.shape[2]) / n for n in values.shape[:2]]
@@ -106,94 +108,97 @@ def percentile(scores: Scores, rng: np.random.Generator) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def mean_study(
+def build_mean_study(
     seeds: int, subsets: int, count: int, mix: str, *, effect: float = EFFECT, unequal: bool = False
-) -> Study:
+) -> StudySampler:
     """A metric that is a mean over cases: one case a subject, or one to ten."""
     subjects = [str(number) for number in range(count)]
-    equal = draw(subjects, resamples=RESAMPLES)
+    base_resamples = draw_resamples(subjects, resamples=RESAMPLES)
 
-    def study(rng: np.random.Generator) -> tuple[Scores, Scores, float]:
-        of_case = np.repeat(np.arange(count), np.minimum(rng.geometric(0.4, count), 10) if unequal else 1)
-        drawn: Draw = replace(equal, of_case=of_case)
-        gain, truth = differences(rng, (seeds, subsets, count), mix)
-        gain = gain[..., of_case] + unequal * rng.normal(0, 1, len(of_case))
-        base = rng.normal(0, 3, (seeds, subsets, 1)) + rng.normal(0, 3, len(of_case))
-        ours, theirs = ([[mean_of(c) for c in row] for row in arm] for arm in (base + effect + gain, base))
-        return score(ours, drawn), score(theirs, drawn), effect + truth
+    def sample_study(rng: np.random.Generator) -> tuple[Scores, Scores, float]:
+        case_index = np.repeat(np.arange(count), np.minimum(rng.geometric(0.4, count), 10) if unequal else 1)
+        resamples: Resamples = replace(base_resamples, case_index=case_index)
+        gain, truth = draw_differences(rng, (seeds, subsets, count), mix)
+        gain = gain[..., case_index] + unequal * rng.normal(0, 1, len(case_index))
+        base = rng.normal(0, 3, (seeds, subsets, 1)) + rng.normal(0, 3, len(case_index))
+        ours, theirs = ([[weighted_mean(c) for c in row] for row in arm] for arm in (base + effect + gain, base))
+        return compute_scores(ours, resamples), compute_scores(theirs, resamples), effect + truth
 
-    return study
+    return sample_study
 
 
-def differences(rng: np.random.Generator, shape: tuple[int, int, int], mix: str) -> tuple[Array, float]:
+def draw_differences(rng: np.random.Generator, shape: tuple[int, int, int], mix: str) -> tuple[Array, float]:
     """Deviations (S, T, N) from the effect, and what of them belongs to the truth where a level was drawn once."""
     axes = ((0,), (1,), (0, 1), (2,), (0, 2), (1, 2), (0, 1, 2))
     total, truth = np.zeros(shape), 0.0
-    for held, share in zip(axes, MIXES[mix], strict=True):
-        size = [n if axis in held else 1 for axis, n in enumerate(shape)]
+    for level_axes, share in zip(axes, MIXES[mix], strict=True):
+        size = [n if axis in level_axes else 1 for axis, n in enumerate(shape)]
         part = rng.normal(0, np.sqrt(share * np.prod(size)), size)
         total = total + part
-        if 2 not in held and part.size == 1:
+        if 2 not in level_axes and part.size == 1:
             truth += float(part.sum())
     return total, truth
 
 
-def auroc_study(seeds: int, subsets: int, count: int, mix: str) -> Study:
+def build_auroc_study(seeds: int, subsets: int, count: int, mix: str) -> StudySampler:
     """AUROC of an arm whose runs differ in their signal against one whose runs do not; a third are ill."""
     shapes = ((seeds, 1, 1), (1, subsets, 1), (seeds, subsets, 1))
     labels = (np.arange(count) % 3 == 0).astype(np.intp)
-    drawn = draw([str(number) for number in range(count)], resamples=RESAMPLES)
+    resamples = draw_resamples([str(number) for number in range(count)], resamples=RESAMPLES)
 
-    def study(rng: np.random.Generator) -> tuple[Scores, Scores, float]:
+    def sample_study(rng: np.random.Generator) -> tuple[Scores, Scores, float]:
         effects = [rng.normal(0, sd, size) for sd, size in zip(SIGNALS[mix], shapes, strict=True)]
-        fixed = sum(float(part.sum()) for part in effects if part.size == 1)
-        unknown = sum(sd**2 for sd, part in zip(SIGNALS[mix], effects, strict=True) if part.size > 1)
-        signal, shared = 1.6 + sum(effects), rng.normal(0, 0.7, count)  # (S, T, 1), (N,)
-        own = np.sqrt(1 - 0.49) * rng.normal(size=(2, seeds, subsets, count))
+        fixed_effect = sum(float(part.sum()) for part in effects if part.size == 1)
+        random_variance = sum(sd**2 for sd, part in zip(SIGNALS[mix], effects, strict=True) if part.size > 1)
+        signal, subject_noise = 1.6 + sum(effects), rng.normal(0, 0.7, count)  # (S, T, 1), (N,)
+        run_noise = np.sqrt(1 - 0.49) * rng.normal(size=(2, seeds, subsets, count))
         ours, theirs = (
-            [[auroc(c, labels) for c in row] for row in level * labels + shared + noise]
-            for level, noise in zip((signal, 1.2), own, strict=True)
+            [[build_auroc_statistic(c, labels) for c in row] for row in level * labels + subject_noise + noise]
+            for level, noise in zip((signal, 1.2), run_noise, strict=True)
         )
-        truth = stats.norm.cdf((1.6 + fixed) / np.sqrt(2 + unknown)) - stats.norm.cdf(1.2 / np.sqrt(2))
-        return score(ours, drawn), score(theirs, drawn), float(truth)
+        truth = stats.norm.cdf((1.6 + fixed_effect) / np.sqrt(2 + random_variance)) - stats.norm.cdf(1.2 / np.sqrt(2))
+        return compute_scores(ours, resamples), compute_scores(theirs, resamples), float(truth)
 
-    return study
+    return sample_study
 
 
-def auroc(scores: Array, labels: Array) -> Any:
+def build_auroc_statistic(scores: Array, labels: Array) -> Any:
     """AUROC of scores (N,), as a statistic."""
     return classification_statistics(np.stack([-scores, scores], axis=1), labels)["auroc"]
 
 
-def false_alarms(mix: str, repetitions: int) -> float:
+def measure_false_alarms(mix: str, repetitions: int) -> float:
     """The share of studies without any effect in which a comparison is called a benefit or harm."""
-    null = mean_study(3, 3, 20, mix, effect=0.0)
+    null = build_mean_study(3, 3, 20, mix, effect=0.0)
     cells = list(product(("first", "second"), ("1", "10", "100")))
     alarms = 0
     for number in range(repetitions):
         rng = np.random.default_rng(number)
         pairs = {cell: null(rng)[:2] for cell in cells}
-        alarms += any(found.verdict != "no evidence of a benefit" for found in compare(pairs))
+        alarms += any(comparison.verdict != "no evidence of a benefit" for comparison in compare_to_scratch(pairs))
     return alarms / repetitions
 
 
-def labels_held(mix: str, repetitions: int) -> float:
+def measure_labels_coverage(mix: str, repetitions: int) -> float:
     """How often 30 labels are inside the interval of what ten are worth, where the truth is 30."""
     budgets, subjects = (10, 100, 1000), 20
-    drawn, held = draw([str(number) for number in range(subjects)], resamples=RESAMPLES), 0
+    resamples, hits = draw_resamples([str(number) for number in range(subjects)], resamples=RESAMPLES), 0
 
-    def arm(rng: np.random.Generator, base: Array, factor: float) -> list[Scores]:
+    def sample_arm(rng: np.random.Generator, base: Array, factor: float) -> list[Scores]:
         levels = [0.1 * np.log10(factor * labels) for labels in budgets]
-        runs = [level + base + 0.015 * differences(rng, (3, 3, subjects), mix)[0] for level in levels]
-        return [score([[mean_of(c) for c in row] for row in run], drawn) for run in runs]
+        runs = [level + base + 0.015 * draw_differences(rng, (3, 3, subjects), mix)[0] for level in levels]
+        return [compute_scores([[weighted_mean(c) for c in row] for row in run], resamples) for run in runs]
 
     for number in range(repetitions):
         rng = np.random.default_rng(number)
         base = rng.normal(0, 0.3, (3, 3, 1)) + rng.normal(0, 0.3, subjects)
-        worth = labels_saved(budgets, arm(rng, base, 3), arm(rng, base, 1))[0].worth
-        ends = worth.low.value * (worth.low.censored == ""), worth.high.value + 1000 * (worth.high.censored != "")
-        held += ends[0] <= 30 <= ends[1]
-    return held / repetitions
+        equivalent = labels_saved(budgets, sample_arm(rng, base, 3), sample_arm(rng, base, 1))[0].equivalent_labels
+        ends = (
+            equivalent.low.value * (equivalent.low.censored == ""),
+            equivalent.high.value + 1000 * (equivalent.high.censored != ""),
+        )
+        hits += ends[0] <= 30 <= ends[1]
+    return hits / repetitions
 
 
 if __name__ == "__main__":

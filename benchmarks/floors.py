@@ -21,209 +21,242 @@ from medim.models.critics import CRITICS
 from medim.models.decoders import ImageDecoder
 from medim.objectives import OBJECTIVES
 
-Part = Callable[[], object]
+FloorPart = Callable[[], object]
 CONVOLUTIONS: dict[int, Callable[..., torch.Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-def floor(section: dict[str, Any], **sizes: Any) -> list[Part]:
+def build_floor_parts(section: dict[str, Any], **sizes: Any) -> list[FloorPart]:
     """The parts of an objective.
 
     Args:
         section: the objective's, as in a config.
-        **sizes: what `medim.objectives.objective.known` says, `view_count`, and the number `images` of a batch.
+        **sizes: what `medim.objectives.objective.encoder_info` says, `view_count`, and the number `images` of a batch.
     """
-    return FLOORS[section["name"]](SimpleNamespace(**sizes | _options(OBJECTIVES, section)))
+    return FLOORS[section["name"]](SimpleNamespace(**sizes | _fill_defaults(OBJECTIVES, section)))
 
 
-def local_dim(o: Any) -> list[Part]:
+def build_local_dim_parts(options: Any) -> list[FloorPart]:
     """In every view: critic, scores and softmax of summaries against locals."""
-    cells, globals_ = math.prod(o.grids[o.level]), 1
-    if o.summary_level is not None:
-        globals_ = math.prod(o.grids[o.summary_level])
-        o.summary_channels = o.channels[o.summary_level]
-    parts: list[Part] = o.view_count * _contrast(o, o.channels[o.level], cells, globals_)
-    return parts + _standardise(o, globals_)
+    cells, globals_ = math.prod(options.grids[options.level]), 1
+    if options.summary_level is not None:
+        globals_ = math.prod(options.grids[options.summary_level])
+        options.summary_channels = options.channels[options.summary_level]
+    parts: list[FloorPart] = options.view_count * _build_contrast_parts(
+        options, options.channels[options.level], cells, globals_
+    )
+    return parts + _build_standardise_parts(options, globals_)
 
 
-def global_dim(o: Any) -> list[Part]:
+def build_global_dim_parts(options: Any) -> list[FloorPart]:
     """The convolutions over the map, where there are any; then the same, with one local an image."""
-    dims, grid, width = len(o.grids[o.level]), o.grids[o.level], o.channels[o.level]
-    parts: list[Part] = []
-    for wider in o.reduce:
-        parts.append(convolution((o.images * o.view_count, width, *grid), wider, (3,) * dims))
+    dims, grid, width = len(options.grids[options.level]), options.grids[options.level], options.channels[options.level]
+    parts: list[FloorPart] = []
+    for wider in options.reduce:
+        parts.append(build_convolution((options.images * options.view_count, width, *grid), wider, (3,) * dims))
         grid, width = tuple(side - 2 for side in grid), wider
-    parts += o.view_count * _contrast(o, width * math.prod(grid), 1, 1)
-    return parts + _standardise(o, 1)
+    parts += options.view_count * _build_contrast_parts(options, width * math.prod(grid), 1, 1)
+    return parts + _build_standardise_parts(options, 1)
 
 
-def _contrast(o: Any, channels: int, cells: int, globals_: int) -> list[Part]:
+def _build_contrast_parts(options: Any, channels: int, cells: int, globals_: int) -> list[FloorPart]:
     """The critic and the softmax over its scores."""
-    critic = SimpleNamespace(**_options(CRITICS, o.critic))
-    locals_, summaries = o.images * cells, o.images * globals_
-    met = locals_ if o.negatives == "all" else 2 * cells  # by each summary
+    critic = SimpleNamespace(**_fill_defaults(CRITICS, options.critic))
+    locals_, summaries = options.images * cells, options.images * globals_
+    score_count = locals_ if options.negatives == "all" else 2 * cells  # by each summary
     if critic.name == "encode_and_dot":
-        parts = _embedding(o.images, channels, cells, critic.width, critic.local_norm)
-        parts += _embedding(o.images, o.summary_channels, globals_, critic.width, critic.summary_norm)
-        parts += [linear(summaries, critic.width, locals_)]
+        parts = _build_embedding_parts(options.images, channels, cells, critic.width, critic.local_norm)
+        parts += _build_embedding_parts(
+            options.images, options.summary_channels, globals_, critic.width, critic.summary_norm
+        )
+        parts += [build_linear(summaries, critic.width, locals_)]
     elif critic.name == "concat_and_convolve":
         first, *_ = critic.hidden
-        parts = [linear(locals_, channels, first), linear(summaries, o.summary_channels, first)]
-        parts += [linear(summaries * met, *widths) for widths in pairwise((*critic.hidden, 1))]
+        parts = [build_linear(locals_, channels, first), build_linear(summaries, options.summary_channels, first)]
+        parts += [build_linear(summaries * score_count, *widths) for widths in pairwise((*critic.hidden, 1))]
     else:
-        parts = [linear(summaries, o.summary_channels, channels), linear(summaries, channels, locals_)]
-    return [*parts, softmax(summaries, met)]
+        parts = [
+            build_linear(summaries, options.summary_channels, channels),
+            build_linear(summaries, channels, locals_),
+        ]
+    return [*parts, build_softmax(summaries, score_count)]
 
 
-def _embedding(images: int, channels: int, cells: int, width: int, norm: str) -> list[Part]:
+def _build_embedding_parts(images: int, channels: int, cells: int, width: int, norm: str) -> list[FloorPart]:
     """Of encode-and-dot: two layers with BN between, a shortcut, and a norm."""
-    into, inside = (images, channels, cells), (images, width, cells)
-    norms = {"layer": [layer_norm(images * cells, width)], "batch": [batch_norm(inside)], "none": []}
-    layers = [convolution(shape, width, (1,)) for shape in (into, inside, into)]
-    return [*layers, batch_norm(inside), *norms[norm]]
+    input_shape, hidden_shape = (images, channels, cells), (images, width, cells)
+    norms = {"layer": [build_layer_norm(images * cells, width)], "batch": [build_batch_norm(hidden_shape)], "none": []}
+    layers = [build_convolution(shape, width, (1,)) for shape in (input_shape, hidden_shape, input_shape)]
+    return [*layers, build_batch_norm(hidden_shape), *norms[norm]]
 
 
-def _standardise(o: Any, globals_: int) -> list[Part]:
-    return [batch_norm((o.images * o.view_count, o.summary_channels, globals_))] if o.standardise else []
+def _build_standardise_parts(options: Any, globals_: int) -> list[FloorPart]:
+    return (
+        [build_batch_norm((options.images * options.view_count, options.summary_channels, globals_))]
+        if options.standardise
+        else []
+    )
 
 
-def coordinates(o: Any) -> list[Part]:
+def build_coordinates_parts(options: Any) -> list[FloorPart]:
     """Two hidden layers with BN, and a softmax an axis, at the points of every view."""
-    grid = o.grids[o.level]
-    rows = o.images * o.view_count * min(o.points or math.inf, math.prod(grid))
-    width = o.channels[o.level] * (1 + (o.kind == "relative")) + o.see_summary * o.summary_channels
-    classes = [2 * side - 1 if o.kind == "relative" else side for side in grid]
-    layers = [linear(rows, *widths) for widths in pairwise((width, o.hidden, o.hidden, sum(classes)))]
-    return [*layers, *2 * [batch_norm((rows, o.hidden))], *(softmax(rows, count) for count in classes)]
-
-
-def prior_matching(o: Any) -> list[Part]:
-    """Its own step: prior and summaries through D, and once more for the slope of the penalty; then the encoder's."""
-    rows = o.images * o.view_count
+    grid = options.grids[options.level]
+    rows = options.images * options.view_count * min(options.points or math.inf, math.prod(grid))
+    width = (
+        options.channels[options.level] * (1 + (options.kind == "relative"))
+        + options.see_summary * options.summary_channels
+    )
+    classes = [2 * side - 1 if options.kind == "relative" else side for side in grid]
+    layers = [build_linear(rows, *widths) for widths in pairwise((width, options.hidden, options.hidden, sum(classes)))]
     return [
-        linear(count, *widths)
-        for widths in pairwise((o.summary_channels, *o.hidden, 1))
+        *layers,
+        *2 * [build_batch_norm((rows, options.hidden))],
+        *(build_softmax(rows, count) for count in classes),
+    ]
+
+
+def build_prior_matching_parts(options: Any) -> list[FloorPart]:
+    """Its own step: prior and summaries through D, and once more for the slope of the penalty; then the encoder's."""
+    rows = options.images * options.view_count
+    return [
+        build_linear(count, *widths)
+        for widths in pairwise((options.summary_channels, *options.hidden, 1))
         for count in (2 * rows, 2 * rows, rows)
     ]
 
 
-def reconstruction(o: Any) -> list[Part]:
+def build_reconstruction_parts(options: Any) -> list[FloorPart]:
     """From decoded voxels to the image."""
-    shape = (o.images * o.view_count, o.decoded_channels, *o.input_shape)
-    return [convolution(shape, o.in_channels, (1,) * len(o.input_shape))]
+    shape = (options.images * options.view_count, options.decoded_channels, *options.input_shape)
+    return [build_convolution(shape, options.in_channels, (1,) * len(options.input_shape))]
 
 
-def dense_dim(o: Any) -> list[Part]:
+def build_dense_dim_parts(options: Any) -> list[FloorPart]:
     """Both sides projected at the points, scores and softmax within each image, or over the batch."""
-    rows, width = o.images * o.points, o.width
-    groups, points = (o.images, o.points) if o.negatives == "same_image" else (1, rows)
-    projection = [linear(rows, o.decoded_channels, width), linear(rows, width, width)]
-    scores = operation(torch.bmm, (groups, points, width), (groups, width, points))
-    return [*2 * projection, scores, softmax(rows, points)]
+    rows, width = options.images * options.points, options.width
+    groups, points = (options.images, options.points) if options.negatives == "same_image" else (1, rows)
+    projection = [build_linear(rows, options.decoded_channels, width), build_linear(rows, width, width)]
+    scores = build_operation(torch.bmm, (groups, points, width), (groups, width, points))
+    return [*2 * projection, scores, build_softmax(rows, points)]
 
 
-def cpc(o: Any) -> list[Part]:
+def build_cpc_parts(options: Any) -> list[FloorPart]:
     """The context's gated convolutions; a step: prediction, scores of all locals of its rows, softmax."""
-    grid, width, images = o.grids[o.level], o.channels[o.level], o.images * o.view_count
+    grid, width, images = (
+        options.grids[options.level],
+        options.channels[options.level],
+        options.images * options.view_count,
+    )
     rows, *rest = grid
-    padded = (images, width, rows + 1, *(side + 2 for side in rest))
-    gated = convolution(padded, 2 * width, (2, *(3 for _ in rest)))
-    parts: list[Part] = o.layers * [gated, convolution((images, width, *grid), width, (1,) * len(grid))]
-    for ahead in range(o.skip + 1, min(o.skip + o.steps, rows - 1) + 1):
+    context_shape = (images, width, rows + 1, *(side + 2 for side in rest))
+    gate = build_convolution(context_shape, 2 * width, (2, *(3 for _ in rest)))
+    parts: list[FloorPart] = options.layers * [gate, build_convolution((images, width, *grid), width, (1,) * len(grid))]
+    for ahead in range(options.skip + 1, min(options.skip + options.steps, rows - 1) + 1):
         count = images * (rows - ahead) * math.prod(rest)
-        parts += [linear(count, width, width), linear(count, width, count), softmax(count, count)]
+        parts += [build_linear(count, width, width), build_linear(count, width, count), build_softmax(count, count)]
     return parts
 
 
-def vae(o: Any) -> list[Part]:
+def build_vae_parts(options: Any) -> list[FloorPart]:
     """The spread from the last map, and the decoder."""
-    images, channels = o.images * o.view_count, o.channels[-1]
+    images, channels = options.images * options.view_count, options.channels[-1]
     decoder = ImageDecoder(
-        o.summary_channels, o.in_channels, o.input_shape, channels=tuple(o.decoder_channels), norm=o.norm
+        options.summary_channels,
+        options.in_channels,
+        options.input_shape,
+        channels=tuple(options.decoder_channels),
+        norm=options.norm,
     )
     weights = dict(decoder.named_parameters())
 
-    def decode(summary: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
-        drawn: torch.Tensor = torch.func.functional_call(decoder, dict(zip(weights, values, strict=True)), summary)
-        return drawn
+    def run_decoder(summary: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        image: torch.Tensor = torch.func.functional_call(decoder, dict(zip(weights, values, strict=True)), summary)
+        return image
 
-    shapes = [(images, o.summary_channels), *(tuple(weight.shape) for weight in weights.values())]
-    return [linear(images, 2 * channels, o.summary_channels), operation(decode, *shapes)]
+    shapes = [(images, options.summary_channels), *(tuple(weight.shape) for weight in weights.values())]
+    return [build_linear(images, 2 * channels, options.summary_channels), build_operation(run_decoder, *shapes)]
 
 
-def amdim(o: Any) -> list[Part]:
+def build_amdim_parts(options: Any) -> list[FloorPart]:
     """A head on each map and one on the summary; scores and softmax of three pairs, in both directions."""
-    images, width = o.images * o.view_count, o.width
-    parts = [batch_norm((images, width))]
-    if o.summary_channels != width:
-        parts.append(linear(images, o.summary_channels, width))
-    first, second = (math.prod(o.grids[level]) for level in o.levels)
-    for level, cells in zip(o.levels, (first, second), strict=True):
-        into, inside = (images, o.channels[level], cells), (images, width, cells)
-        parts += [convolution(shape, width, (1,)) for shape in (into, inside, into)] + [batch_norm(inside)]
+    images, width = options.images * options.view_count, options.width
+    parts = [build_batch_norm((images, width))]
+    if options.summary_channels != width:
+        parts.append(build_linear(images, options.summary_channels, width))
+    first, second = (math.prod(options.grids[level]) for level in options.levels)
+    for level, cells in zip(options.levels, (first, second), strict=True):
+        input_shape, hidden_shape = (images, options.channels[level], cells), (images, width, cells)
+        parts += [build_convolution(shape, width, (1,)) for shape in (input_shape, hidden_shape, input_shape)] + [
+            build_batch_norm(hidden_shape)
+        ]
     for cells in (first, second, first):
-        parts += 2 * [linear(o.images, width, o.images * cells), softmax(o.images, o.images * cells)]
+        parts += 2 * [
+            build_linear(options.images, width, options.images * cells),
+            build_softmax(options.images, options.images * cells),
+        ]
     return parts
 
 
-def simclr(o: Any) -> list[Part]:
+def build_simclr_parts(options: Any) -> list[FloorPart]:
     """Two layers on the summary of every view; scores and softmax of every view against every view."""
-    images = o.images * o.view_count
-    widths = (o.summary_channels, o.hidden or o.summary_channels, o.width)
+    images = options.images * options.view_count
+    widths = (options.summary_channels, options.hidden or options.summary_channels, options.width)
     return [
-        *(linear(images, *pair) for pair in pairwise(widths)),
-        linear(images, o.width, images),
-        softmax(images, images),
+        *(build_linear(images, *pair) for pair in pairwise(widths)),
+        build_linear(images, options.width, images),
+        build_softmax(images, images),
     ]
 
 
-FLOORS: dict[str, Callable[[Any], list[Part]]] = {
-    "local_dim": local_dim,
-    "global_dim": global_dim,
-    "coordinates": coordinates,
-    "prior_matching": prior_matching,
-    "reconstruction": reconstruction,
-    "cpc": cpc,
-    "vae": vae,
-    "beta_vae": vae,
-    "dense_dim": dense_dim,
-    "amdim": amdim,
-    "simclr": simclr,
+FLOORS: dict[str, Callable[[Any], list[FloorPart]]] = {
+    "local_dim": build_local_dim_parts,
+    "global_dim": build_global_dim_parts,
+    "coordinates": build_coordinates_parts,
+    "prior_matching": build_prior_matching_parts,
+    "reconstruction": build_reconstruction_parts,
+    "cpc": build_cpc_parts,
+    "vae": build_vae_parts,
+    "beta_vae": build_vae_parts,
+    "dense_dim": build_dense_dim_parts,
+    "amdim": build_amdim_parts,
+    "simclr": build_simclr_parts,
 }
 
 
-def operation(function: Callable[..., torch.Tensor], *shapes: tuple[int, ...]) -> Part:
+def build_operation(function: Callable[..., torch.Tensor], *shapes: tuple[int, ...]) -> FloorPart:
     """Forward and backward pass of a function on random tensors of these shapes."""
-    given = [torch.randn(shape, requires_grad=True) for shape in shapes]
-    slope = torch.randn_like(function(*given))
-    return lambda: torch.autograd.grad(function(*given), given, slope)
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    slope = torch.randn_like(function(*inputs))
+    return lambda: torch.autograd.grad(function(*inputs), inputs, slope)
 
 
-def linear(rows: int, before: int, after: int) -> Part:
+def build_linear(rows: int, in_features: int, out_features: int) -> FloorPart:
     """A matrix product: (rows, before) and (before, after)."""
-    return operation(F.linear, (rows, before), (after, before))
+    return build_operation(F.linear, (rows, in_features), (out_features, in_features))
 
 
-def convolution(shape: tuple[int, ...], after: int, kernel: tuple[int, ...]) -> Part:
+def build_convolution(shape: tuple[int, ...], out_channels: int, kernel: tuple[int, ...]) -> FloorPart:
     """An unpadded convolution of (N, C, ...)."""
-    return operation(CONVOLUTIONS[len(kernel)], shape, (after, shape[1], *kernel))
+    return build_operation(CONVOLUTIONS[len(kernel)], shape, (out_channels, shape[1], *kernel))
 
 
-def batch_norm(shape: tuple[int, ...]) -> Part:
+def build_batch_norm(shape: tuple[int, ...]) -> FloorPart:
     """Of (N, C, ...) over all but C."""
-    return operation(lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True), shape, shape[1:2], shape[1:2])
+    return build_operation(
+        lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True), shape, shape[1:2], shape[1:2]
+    )
 
 
-def layer_norm(rows: int, width: int) -> Part:
+def build_layer_norm(rows: int, width: int) -> FloorPart:
     """Of (rows, width) over width."""
-    return operation(lambda x, w, b: F.layer_norm(x, (width,), w, b), (rows, width), (width,), (width,))
+    return build_operation(lambda x, w, b: F.layer_norm(x, (width,), w, b), (rows, width), (width,), (width,))
 
 
-def softmax(rows: int, classes: int) -> Part:
+def build_softmax(rows: int, classes: int) -> FloorPart:
     """The logarithm of a softmax over the classes of each row."""
-    return operation(lambda x: F.log_softmax(x, dim=1), (rows, classes))
+    return build_operation(lambda x: F.log_softmax(x, dim=1), (rows, classes))
 
 
-def _options(table: dict[str, Any], section: dict[str, Any]) -> dict[str, Any]:
+def _fill_defaults(table: dict[str, Any], section: dict[str, Any]) -> dict[str, Any]:
     """A section, with the defaults of what it leaves out."""
     parameters = inspect.signature(table[section["name"]]).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | section

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from timing import Ratio, Run, ratios, shown
+from timing import Ratio, RunParts, format_ratio, measure_ratios
 
-from medim.config import load
+from medim.config import load_config
 from medim.files import write_json
-from medim.models.layers import channels_last
+from medim.models.layers import use_channels_last
 
 PRESETS = ("mri-crop", "xray-28")
 
@@ -28,35 +28,35 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("layout_and_precision.json"))
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    rows = {preset: measure(preset, arguments.rounds) for preset in PRESETS}
+    rows = {preset: measure_layouts(preset, arguments.rounds) for preset in PRESETS}
     for preset, row in rows.items():
-        print(f"{preset:10} " + ", ".join(f"{name} {shown(ratio)}" for name, ratio in row.items()))
+        print(f"{preset:10} " + ", ".join(f"{name} {format_ratio(ratio)}" for name, ratio in row.items()))
     write_json(arguments.out, {"schema_version": 2, "threads": torch.get_num_threads(), "over_fp32_first": rows})
 
 
-def measure(preset: str, rounds: int) -> dict[str, Ratio]:
+def measure_layouts(preset: str, rounds: int) -> dict[str, Ratio]:
     """Ratios of the combinations."""
     steps = {
-        f"{precision} channels {layout}": step_of(preset, bf16=precision == "bf16", last=layout == "last")
+        f"{precision} channels {layout}": build_layout_step(preset, bf16=precision == "bf16", last=layout == "last")
         for precision in ("fp32", "bf16")
         for layout in ("first", "last")
     }
-    return ratios(steps, rounds)
+    return measure_ratios(steps, rounds)
 
 
-def step_of(preset: str, *, bf16: bool, last: bool) -> Callable[[], None]:
+def build_layout_step(preset: str, *, bf16: bool, last: bool) -> Callable[[], None]:
     """One forward and backward pass of a preset on random views."""
-    run = Run.of(load("pretrain", preset))
+    run = RunParts.from_config(load_config("pretrain", preset))
     for part in (run.encoder, run.decoder):
         if last and part is not None:
-            channels_last(part)
+            use_channels_last(part)
 
-    def step() -> None:
+    def run_step() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
             loss = run.loss(run.encode())
         loss.backward()  # type: ignore[no-untyped-call]
 
-    return step
+    return run_step
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ SERIES = {
 XRAYS = ("xray-dicom/cr_jpeg_baseline.dcm", "xray-dicom/test1.dcm", "xray-dicom/test2.dcm", "xray-dicom/test3.dcm")
 MONOCHROME1 = "dicom-formats/RG3_J2KI.dcm"
 RIBS = "xray-dicom/test4.dcm"
-WATCH = """
+MEASURE_SCRIPT = """
 import json, os, sys, time
 began = time.perf_counter()
 child = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, 2, 1)])
@@ -57,51 +57,60 @@ def main() -> None:
     arguments = parser.parse_args()
     data, work = arguments.data.resolve(), arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    binaries = light_install(work)
-    runs = {name: trained(work, data, name, steps=arguments.steps) for name in ("segmenter", "classifier")}
-    packages = {name: packed(work, name, run) for name, run in runs.items()}
-    found = {
+    binaries = install_wheel(work)
+    runs = {name: train_model(work, data, name, steps=arguments.steps) for name in ("segmenter", "classifier")}
+    packages = {name: export_package(work, name, run) for name, run in runs.items()}
+    results = {
         "schema_version": 1,
         "torch_imports": (
             subprocess.run(
-                [binaries / "python", "-c", "import torch"], env=clean(), capture_output=True, check=False
+                [binaries / "python", "-c", "import torch"],
+                env=build_clean_environment(),
+                capture_output=True,
+                check=False,
             ).returncode
             == 0
         ),
-        "megabytes": installed(binaries.parent),
+        "megabytes": measure_install_size(binaries.parent),
         "segmenter": {
-            name: segmented(binaries, packages["segmenter"], runs["segmenter"], data / place, work / "masks" / str(n))
+            name: compare_segmentation(
+                binaries, packages["segmenter"], runs["segmenter"], data / place, work / "masks" / str(n)
+            )
             for n, (name, place) in enumerate(SERIES.items())
         },
-        "classifier": classified(binaries, packages["classifier"], runs["classifier"], data, work / "classes"),
-        "rejected": refused(binaries, packages["classifier"], data, work / "refused"),
+        "classifier": compare_classification(
+            binaries, packages["classifier"], runs["classifier"], data, work / "classes"
+        ),
+        "rejected": check_rejections(binaries, packages["classifier"], data, work / "refused"),
     }
-    print(json.dumps(found, indent=1))
-    arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
+    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def light_install(work: Path) -> Path:
+def install_wheel(work: Path) -> Path:
     """The bin/ of an environment with the wheel of this tree and what it asks for, at the tested versions."""
     binaries = work / "venv" / "bin"
     build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", work / "dist", REPOSITORY]
-    _run(build, work)
+    _run_command(build, work)
     (wheel,) = (work / "dist").glob("medim-*.whl")
     if not (binaries / "medim").is_file():
         venv.create(work / "venv", with_pip=True)
         pip = [binaries / "python", "-m", "pip", "install", "--quiet", "--constraint"]
-        _run([*pip, REPOSITORY / "constraints.txt", wheel], work)
-    _run([binaries / "python", "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", wheel], work)
+        _run_command([*pip, REPOSITORY / "constraints.txt", wheel], work)
+    _run_command(
+        [binaries / "python", "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", wheel], work
+    )
     return binaries
 
 
-def installed(folder: Path) -> dict[str, int]:
+def measure_install_size(folder: Path) -> dict[str, int]:
     """What an environment holds, in MB: in all, and without pip and the byte code that Python writes."""
     files = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink()}
-    own = {path for path in files if not {"pip", "__pycache__"} & set(path.parts)}
-    return {"all": sum(files.values()) // 10**6, "packages": sum(files[path] for path in own) // 10**6}
+    package_files = {path for path in files if not {"pip", "__pycache__"} & set(path.parts)}
+    return {"all": sum(files.values()) // 10**6, "packages": sum(files[path] for path in package_files) // 10**6}
 
 
-def trained(work: Path, data: Path, name: str, *, steps: int) -> Path:
+def train_model(work: Path, data: Path, name: str, *, steps: int) -> Path:
     """The run of a small segmenter or classifier."""
     kinds = {
         "segmenter": ["segmentation", "mri", "mri-crop-segmentation", data / "mri-hippocampus"],
@@ -113,91 +122,113 @@ def trained(work: Path, data: Path, name: str, *, steps: int) -> Path:
         command = ["finetune", "--task", task, "--modality", modality, "--config", preset, "--data", source]
         command += ["--label-fraction", "0.1"] if name == "classifier" else []
         command += ["--set", f"max_steps={steps}", "--set", "precision=32-true"]
-        _run([sys.executable, "-m", "medim.cli", *command, "--overwrite", "--out", out], work)
+        _run_command([sys.executable, "-m", "medim.cli", *command, "--overwrite", "--out", out], work)
     return out
 
 
-def packed(work: Path, name: str, run: Path) -> Path:
+def export_package(work: Path, name: str, run: Path) -> Path:
     """The package of a run."""
     out = work / f"{name}-package"
     if not out.is_dir():
         rules = work / "rules.json"
         rules.write_text(json.dumps(RULES))
         options = ["--labels-schema", "hippocampus"] if name == "segmenter" else ["--dicom-in", rules]
-        _run([sys.executable, "-m", "medim.cli", "export", run, *options, "--out", out], work)
+        _run_command([sys.executable, "-m", "medim.cli", "export", run, *options, "--out", out], work)
     return out
 
 
-def segmented(binaries: Path, package: Path, run: Path, series: Path, out: Path) -> dict[str, Any]:
+def compare_segmentation(binaries: Path, package: Path, run: Path, series: Path, out: Path) -> dict[str, Any]:
     """A series in the light install against the same run under torch, on the series' own grid."""
     from medim.evaluation.evaluate import open_network
     from medim.predict.predict import predict
 
-    cost = alone(binaries, package, [series], out / "light", as_="nifti")
+    cost = predict_offline(binaries, package, [series], out / "light", output_format="nifti")
     predict(open_network(run)[0], series, out / "torch", overwrite=True)
     (light,), (torch,) = (
         [np.asarray(nibabel.Nifti1Image.from_filename(path).dataobj) for path in (out / name).glob("*.nii.gz")]
         for name in ("light", "torch")
     )
-    found: dict[str, Any] = {"shape": list(light.shape), **cost, "voxels": light.size}
-    found["differ"] = int((light != torch).sum())
+    result: dict[str, Any] = {"shape": list(light.shape), **cost, "voxels": light.size}
+    result["differ"] = int((light != torch).sum())
     for label in (1, 2):
         ours, theirs = light == label, torch == label
-        both = int(ours.sum() + theirs.sum())
-        found[f"voxels_{label}"] = int(theirs.sum())
-        found[f"dice_{label}"] = 2 * int((ours & theirs).sum()) / both if both else 1.0
-    found["ood"] = _rows(out / "light" / "predictions.csv")[0]["ood_score"]
-    return found
+        total = int(ours.sum() + theirs.sum())
+        result[f"voxels_{label}"] = int(theirs.sum())
+        result[f"dice_{label}"] = 2 * int((ours & theirs).sum()) / total if total else 1.0
+    result["ood"] = _read_csv_rows(out / "light" / "predictions.csv")[0]["ood_score"]
+    return result
 
 
-def classified(binaries: Path, package: Path, run: Path, data: Path, out: Path) -> dict[str, Any]:
+def compare_classification(binaries: Path, package: Path, run: Path, data: Path, out: Path) -> dict[str, Any]:
     """X-rays, one of them stored inverted, in the light install against torch; and as DICOM reports."""
     from medim.evaluation.evaluate import open_network
     from medim.predict.predict import predict
 
     files = [data / name for name in (*XRAYS, MONOCHROME1)]
-    cost = alone(binaries, package, files, out / "light", as_="nifti")
-    reports = alone(binaries, package, files, out / "dicom", as_="dicom")
+    cost = predict_offline(binaries, package, files, out / "light", output_format="nifti")
+    reports = predict_offline(binaries, package, files, out / "dicom", output_format="dicom")
     predict(open_network(run)[0], files, out / "torch", overwrite=True)
-    ours, theirs = (_rows(out / name / "predictions.csv") for name in ("light", "torch"))
+    ours, theirs = (_read_csv_rows(out / name / "predictions.csv") for name in ("light", "torch"))
     names = [key for key in ours[0] if key.startswith("probability_")]
     gaps = [abs(float(a[key]) - float(b[key])) for a, b in zip(ours, theirs, strict=True) for key in names]
-    told = sorted(str(pydicom.dcmread(path).SOPClassUID.name) for path in (out / "dicom").glob("*.dcm"))
-    return {**cost, "images": len(ours), "largest_difference": max(gaps), "reports": told, "as_dicom": reports}
+    report_classes = sorted(str(pydicom.dcmread(path).SOPClassUID.name) for path in (out / "dicom").glob("*.dcm"))
+    return {
+        **cost,
+        "images": len(ours),
+        "largest_difference": max(gaps),
+        "reports": report_classes,
+        "as_dicom": reports,
+    }
 
 
-def refused(binaries: Path, package: Path, data: Path, out: Path) -> dict[str, Any]:
+def check_rejections(binaries: Path, package: Path, data: Path, out: Path) -> dict[str, Any]:
     """How what the package is not for ends: the exit code, and the reason of each file."""
     out.mkdir(parents=True, exist_ok=True)
     other = pydicom.dcmread(data / XRAYS[2])
     other.Modality, other.SOPInstanceUID = "CT", f"{other.SOPInstanceUID}.1"
     other.file_meta.MediaStorageSOPInstanceUID = other.SOPInstanceUID
     other.save_as(out / "ct.dcm")
-    found = {}
+    outcomes = {}
     for name, path in {"body part": data / RIBS, "modality": out / "ct.dcm"}.items():
-        place = out / name.replace(" ", "-")
-        cost = alone(binaries, package, [path], place, as_="nifti", code=4)
-        found[name] = {"exit": cost["exit"], "reasons": [row["reason"] for row in _rows(place / "rejected.csv")]}
-    return found
+        folder = out / name.replace(" ", "-")
+        cost = predict_offline(binaries, package, [path], folder, output_format="nifti", code=4)
+        outcomes[name] = {
+            "exit": cost["exit"],
+            "reasons": [row["reason"] for row in _read_csv_rows(folder / "rejected.csv")],
+        }
+    return outcomes
 
 
-def alone(
-    binaries: Path, package: Path, inputs: Sequence[Path], out: Path, *, as_: str, code: int = 0
+def predict_offline(
+    binaries: Path, package: Path, inputs: Sequence[Path], out: Path, *, output_format: str, code: int = 0
 ) -> dict[str, Any]:
     """`medim predict` in a network namespace of its own: exit code, seconds, and the peak of memory."""
-    command = [*namespace(), binaries / "medim", "predict", package, *inputs, "--as", as_, "--overwrite", "--out", out]
+    command = [
+        *find_namespace_command(),
+        binaries / "medim",
+        "predict",
+        package,
+        *inputs,
+        "--as",
+        output_format,
+        "--overwrite",
+        "--out",
+        out,
+    ]
     out.parent.mkdir(parents=True, exist_ok=True)
-    watched = [sys.executable, "-S", "-c", WATCH, *map(str, command)]
-    ran = subprocess.run(watched, cwd=out.parent, env=clean(), capture_output=True, text=True, check=False)
-    if not ran.stdout:
-        raise SystemExit(f"{command}: {ran.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
-    if found["exit"] != code:
-        raise SystemExit(f"{command}: expected exit {code}, got {found['exit']}\n{ran.stderr[-3000:]}")
-    return found
+    wrapper = [sys.executable, "-S", "-c", MEASURE_SCRIPT, *map(str, command)]
+    process = subprocess.run(
+        wrapper, cwd=out.parent, env=build_clean_environment(), capture_output=True, text=True, check=False
+    )
+    if not process.stdout:
+        raise SystemExit(f"{command}: {process.stderr[-3000:]}")
+    usage: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    if usage["exit"] != code:
+        raise SystemExit(f"{command}: expected exit {code}, got {usage['exit']}\n{process.stderr[-3000:]}")
+    return usage
 
 
-def namespace() -> list[str]:
+def find_namespace_command() -> list[str]:
     """The command that runs another one without a network."""
     for command in (["unshare", "--net"], ["unshare", "--net", "--map-root-user"]):
         if subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0:
@@ -205,22 +236,22 @@ def namespace() -> list[str]:
     raise SystemExit("unshare --net: expected root, or unprivileged user namespaces, to run without a network.")
 
 
-def clean() -> dict[str, str]:
+def build_clean_environment() -> dict[str, str]:
     """This environment's variables without those of its Python."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
 
-def _rows(path: Path) -> list[Mapping[str, str]]:
+def _read_csv_rows(path: Path) -> list[Mapping[str, str]]:
     import csv
 
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def _run(command: Sequence[object], cwd: Path) -> None:
-    ran = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, check=False)
-    if ran.returncode:
-        raise SystemExit(f"{command}\n{ran.stdout[-2000:]}\n{ran.stderr[-3000:]}")
+def _run_command(command: Sequence[object], cwd: Path) -> None:
+    process = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise SystemExit(f"{command}\n{process.stdout[-2000:]}\n{process.stderr[-3000:]}")
 
 
 if __name__ == "__main__":

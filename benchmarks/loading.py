@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Run
+from timing import RunParts
 
-from medim.config import read
+from medim.config import read_config
 from medim.data.loading.cohort import open_cohort
 from medim.data.loading.datasets import ViewDataset
 from medim.data.source import open_source
 from medim.files import write_json
-from medim.models.layers import channels_last
-from medim.training.pretrain.run import resolve_config
+from medim.models.layers import use_channels_last
+from medim.training.pretrain.run import resolve_pretrain_config
 
 WORKERS = (1, 2, 4, 8)
 
@@ -40,58 +40,59 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("loading.json"))
     arguments = parser.parse_args()
-    found = measure(arguments.preset, arguments.data, arguments.images, arguments.rounds)
-    for name, value in found.items():
+    results = measure_loading(arguments.preset, arguments.data, arguments.images, arguments.rounds)
+    for name, value in results.items():
         print(f"{name}: {value}", flush=True)
-    write_json(arguments.out, {"schema_version": 1, "threads": torch.get_num_threads(), **found})
+    write_json(arguments.out, {"schema_version": 1, "threads": torch.get_num_threads(), **results})
 
 
-def measure(preset: str, data: Path | None, images: int, rounds: int) -> dict[str, Any]:
+def measure_loading(preset: str, data: Path | None, images: int, rounds: int) -> dict[str, Any]:
     """The figures of a preset."""
-    index, store = open_source(data, read("pretrain", preset)["modality"])
-    config = resolve_config(preset, (), index)
+    index, store = open_source(data, read_config("pretrain", preset)["modality"])
+    config = resolve_pretrain_config(preset, (), index)
     records = index.records[:images]
     cohort = open_cohort(index, records, config.preprocessing, split_seed=0, store=store)
     views = config.views
-    given: dict[str, Any] = {"shape": views.shape, "count": views.count, "augmentations": views.augmentations}
-    given["same_place"] = views.same_place
+    view_options: dict[str, Any] = {"shape": views.shape, "count": views.count, "augmentations": views.augmentations}
+    view_options["same_place"] = views.same_place
     keys = list(cohort.keys.values())
 
-    def load(dataset: ViewDataset, seed: int) -> float:
-        return taken(lambda: [dataset[place, seed] for place in range(len(keys))]) / len(keys)
+    def time_load(dataset: ViewDataset, seed: int) -> float:
+        return time_processor(lambda: [dataset[place, seed] for place in range(len(keys))]) / len(keys)
 
-    load(ViewDataset(cohort.store, keys, **given), 0)  # what is done once
+    time_load(ViewDataset(cohort.store, keys, **view_options), 0)  # what is done once
     cold, warm = [], []
     for round_ in range(rounds):
-        dataset = ViewDataset(cohort.store, keys, **given)
-        cold.append(load(dataset, round_))
-        warm.append(load(dataset, round_ + 100))
-    run = Run.of(config)
+        dataset = ViewDataset(cohort.store, keys, **view_options)
+        cold.append(time_load(dataset, round_))
+        warm.append(time_load(dataset, round_ + 100))
+    run = RunParts.from_config(config)
     for part in (run.encoder, run.decoder):
         if part is not None:
-            channels_last(part)
-    step = statistics.median([taken(run.step) for _ in range(rounds)])
-    crop = {"read": statistics.median(cold), "in memory": statistics.median(warm)}
+            use_channels_last(part)
+    step_seconds = statistics.median([time_processor(run.step) for _ in range(rounds)])
+    crop_seconds = {"read": statistics.median(cold), "in memory": statistics.median(warm)}
     return {
         "preset": preset,
         "views": list(views.shape),
         "batch_size": config.batch_size,
-        "crops_a_second_a_core": {name: views.count / seconds for name, seconds in crop.items()},
-        "step_seconds_one_thread": step,
+        "crops_a_second_a_core": {name: views.count / seconds for name, seconds in crop_seconds.items()},
+        "step_seconds_one_thread": step_seconds,
         "share_waiting_without_loading_processes": {
-            name: config.batch_size * seconds / (config.batch_size * seconds + step) for name, seconds in crop.items()
+            name: config.batch_size * seconds / (config.batch_size * seconds + step_seconds)
+            for name, seconds in crop_seconds.items()
         },
         "loading_limits_below_step_seconds": {
-            f"{workers} loading processes": config.batch_size * crop["read"] / workers for workers in WORKERS
+            f"{workers} loading processes": config.batch_size * crop_seconds["read"] / workers for workers in WORKERS
         },
     }
 
 
-def taken(work: Callable[[], object]) -> float:
+def time_processor(work: Callable[[], object]) -> float:
     """Processor seconds."""
-    began = time.process_time()
+    start = time.process_time()
     work()
-    return time.process_time() - began
+    return time.process_time() - start
 
 
 if __name__ == "__main__":

@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from medim.config import FinetuneConfig, check
+from medim.config import FinetuneConfig, check_config
 from medim.data.index.index import Index, build_index
 from medim.evaluation.cases import class_arrays, read_cases
 from medim.files import read_json, write_json
-from medim.metrics.bootstrap import draw, score
+from medim.metrics.bootstrap import compute_scores, draw_resamples
 from medim.metrics.classification import classification_statistics
 from medim.metrics.ranking import Statistic
-from medim.study.statistics.intervals import compare
+from medim.study.statistics.intervals import compare_to_scratch
 from medim.training.finetune.run import finetune
 
 ARMS, BUDGETS, SEEDS, SUBSETS = ("encoder", "scratch"), (16, 64), (0, 1, 2), (0, 1, 2)
@@ -54,43 +54,51 @@ def main() -> None:
     logging.getLogger("medim").setLevel(logging.ERROR)
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{(arguments.out / 'mlflow.db').resolve()}")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    found = []
+    results = []
     for number in range(arguments.repetitions):
         result = arguments.out / f"{number}.json"
         if not result.is_file():
-            write_json(result, repetition(number, arguments.out / f"cells-{number}"))
+            write_json(result, run_null_study(number, arguments.out / f"cells-{number}"))
             shutil.rmtree(arguments.out / f"cells-{number}")
-        found.append(read_json(result))
-        print(number, *(f"{c['value']:+.3f} (p {c['p']:.3f})" for c in found[-1]["comparisons"]), flush=True)
-    alarms, seconds = sum(one["alarm"] for one in found), sum(one["seconds"] for one in found)
-    print(f"{alarms} of {len(found)} null studies raised a false alarm; {seconds / 60:.0f} minutes")
-    write_json(arguments.out / "null-studies.json", {"alarms": alarms, "repetitions": len(found), "seconds": seconds})
+        results.append(read_json(result))
+        print(number, *(f"{c['value']:+.3f} (p {c['p']:.3f})" for c in results[-1]["comparisons"]), flush=True)
+    alarms, seconds = sum(item["alarm"] for item in results), sum(item["seconds"] for item in results)
+    print(f"{alarms} of {len(results)} null studies raised a false alarm; {seconds / 60:.0f} minutes")
+    write_json(arguments.out / "null-studies.json", {"alarms": alarms, "repetitions": len(results), "seconds": seconds})
 
 
-def repetition(number: int, folder: Path) -> dict[str, Any]:
+def run_null_study(number: int, folder: Path) -> dict[str, Any]:
     """One null study: its comparisons, and whether any raised an alarm."""
-    began = time.perf_counter()
-    index = build_index(pictures(folder / "pictures.npz", number), "xray", remember=False)
-    config = check("finetune", SCHEDULE, where="benchmarks/null_studies.py")
+    start = time.perf_counter()
+    index = build_index(write_noise_images(folder / "pictures.npz", number), "xray", remember=False)
+    config = check_config("finetune", SCHEDULE, source="benchmarks/null_studies.py")
     assert isinstance(config, FinetuneConfig)
     val = [record for record in index.records if record.split == "val"]
-    drawn = draw([record.subject for record in val], [record.label for record in val])
+    resamples = draw_resamples([record.subject for record in val], [record.label for record in val])
     pairs = {}
     for budget in BUDGETS:
         cells = {
             arm: [
-                [cell(config, index, folder, arm, budget, len(SEEDS) * number + s, t) for t in SUBSETS] for s in SEEDS
+                [run_null_cell(config, index, folder, arm, budget, len(SEEDS) * number + s, t) for t in SUBSETS]
+                for s in SEEDS
             ]
             for arm in ARMS
         }
-        pairs["encoder", str(budget)] = score(cells["encoder"], drawn), score(cells["scratch"], drawn)
-    rows = compare(pairs)
-    told = [{"value": c.difference.value, "p": c.p, "p_corrected": c.p_corrected, "verdict": c.verdict} for c in rows]
+        pairs["encoder", str(budget)] = (
+            compute_scores(cells["encoder"], resamples),
+            compute_scores(cells["scratch"], resamples),
+        )
+    rows = compare_to_scratch(pairs)
+    comparisons = [
+        {"value": c.difference.value, "p": c.p, "p_corrected": c.p_corrected, "verdict": c.verdict} for c in rows
+    ]
     alarm = any(c.verdict != "no evidence of a benefit" for c in rows)
-    return {"comparisons": told, "alarm": alarm, "seconds": time.perf_counter() - began}
+    return {"comparisons": comparisons, "alarm": alarm, "seconds": time.perf_counter() - start}
 
 
-def cell(config: FinetuneConfig, index: Index, folder: Path, arm: str, budget: int, s: int, t: int) -> Statistic:
+def run_null_cell(
+    config: FinetuneConfig, index: Index, folder: Path, arm: str, budget: int, s: int, t: int
+) -> Statistic:
     """AUROC of one run; the arms differ in nothing but the seed of their fresh weights."""
     out = folder / f"{arm}-{budget}-{s}-{t}"
     if not (out / "summary.json").is_file():
@@ -99,7 +107,7 @@ def cell(config: FinetuneConfig, index: Index, folder: Path, arm: str, budget: i
     return classification_statistics(*class_arrays(read_cases(out / "cases.parquet"), index.labels))["auroc"]
 
 
-def pictures(path: Path, seed: int) -> Path:
+def write_noise_images(path: Path, seed: int) -> Path:
     """Noise with a faint bright spot in one of two corners, by class, of a size that runs learn in part."""
     rng = np.random.default_rng(seed)
     arrays: dict[str, Any] = {}

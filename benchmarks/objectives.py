@@ -1,7 +1,7 @@
 """Claims: objectives cost little beyond their arithmetic, and less than the plain form that most tutorials of DIM show.
 
 floors: step of an objective (forward and backward) over its floor: the encoder's and decoder's forward and backward
-    pass on the images it must encode, and its products, norms and softmax alone (`floors.py`); at most 1.25 for
+    pass on the images it must encode, and its products, norms and softmax alone (`compare_floors.py`); at most 1.25 for
     `local_dim` at 64 images in 2D and 16 in 3D.
 tutorial: `local_dim` with all pairs over the plain form, on the tutorial's network: time, and memory that a step adds.
 infonce: GB that the bound of 256 images with 4096 locations takes beyond scores and their gradient; at most 0.3.
@@ -23,19 +23,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from floors import floor
-from replay import passes_of
-from timing import Ratio, Run, added_memory, alone, ratios, shown
+from floors import build_floor_parts
+from replay import record_passes
+from timing import Ratio, RunParts, call_in_process, format_ratio, measure_added_memory, measure_ratios
 from torch import nn
 from torch.nn import functional as F
 
-from medim.config import PretrainConfig, load
+from medim.config import PretrainConfig, load_config
 from medim.data.index.index import build_index
 from medim.evaluation.probing.label_budget import Budget
 from medim.evaluation.probing.probe import probe
 from medim.files import write_json
 from medim.objectives.mutual_information import infonce
-from medim.objectives.objective import known
+from medim.objectives.objective import encoder_info
 from medim.training.pretrain.run import pretrain
 
 SMALL = (
@@ -59,112 +59,116 @@ def main() -> None:
     parser.add_argument("--preset", default="xray-28", help="widths: its first objective is local_dim")
     parser.add_argument("--steps", type=int, default=400, help="widths: of pretraining")
     arguments = parser.parse_args()
-    found = {name: PARTS[name](arguments) for name in arguments.parts}
-    write_json(arguments.out, {"schema_version": 1, "threads": torch.get_num_threads(), **found})
+    results = {name: PARTS[name](arguments) for name in arguments.parts}
+    write_json(arguments.out, {"schema_version": 1, "threads": torch.get_num_threads(), **results})
 
 
-def floors(arguments: argparse.Namespace) -> dict[str, Ratio]:
+def compare_floors(arguments: argparse.Namespace) -> dict[str, Ratio]:
     """Step over floor: of `local_dim` at the sizes of the claim, and of every small preset as it is."""
     cases = {
-        f"local_dim of {preset}, {size} images": only_local_dim(preset, size) for preset, size in LOCAL_DIM.items()
+        f"local_dim of {preset}, {size} images": select_local_dim(preset, size) for preset, size in LOCAL_DIM.items()
     }
-    cases |= {name: load("pretrain", name) for dims in (2, 3) for name in (f"small-{dims}d-{kind}" for kind in SMALL)}
-    found = {}
+    cases |= {
+        name: load_config("pretrain", name) for dims in (2, 3) for name in (f"small-{dims}d-{kind}" for kind in SMALL)
+    }
+    results = {}
     for name, config in cases.items():
-        run = Run.of(config)
-        found[name] = ratios({"floor": floor_of(run, config), "step": run.step}, arguments.rounds)["step"]
-        print(f"{name:42} step / floor {shown(found[name])}", flush=True)
-    return found
+        run = RunParts.from_config(config)
+        results[name] = measure_ratios({"floor": build_floor(run, config), "step": run.step}, arguments.rounds)["step"]
+        print(f"{name:42} step / floor {format_ratio(results[name])}", flush=True)
+    return results
 
 
-def only_local_dim(preset: str, images: int) -> PretrainConfig:
+def select_local_dim(preset: str, images: int) -> PretrainConfig:
     """A preset with no other objective."""
-    config = load("pretrain", preset, [f"batch_size={images}"])
+    config = load_config("pretrain", preset, [f"batch_size={images}"])
     sections = [section for section in config.objectives if section["name"] == "local_dim"]
     return config.model_copy(update={"objectives": sections})
 
 
-def floor_of(run: Run, config: PretrainConfig) -> Callable[[], None]:
+def build_floor(run: RunParts, config: PretrainConfig) -> Callable[[], None]:
     """What a step must at least do: encode and decode as it does, and each objective's own arithmetic."""
-    passes = passes_of(run)
+    passes = record_passes(run)
     images, count, channels, *shape = run.views.image.shape
     views: dict[str, Any] = {"in_channels": channels, "spatial_dims": len(shape), "input_shape": tuple(shape)}
-    sizes: dict[str, Any] = known(run.encoder, run.decoder, **views) | {"images": images, "view_count": count}
-    own = [part for section in config.objectives for part in floor(section, **sizes)]
-    parts: list[Callable[[], object]] = [*passes, *own]
+    sizes: dict[str, Any] = encoder_info(run.encoder, run.decoder, **views) | {"images": images, "view_count": count}
+    floor_parts = [part for section in config.objectives for part in build_floor_parts(section, **sizes)]
+    parts: list[Callable[[], object]] = [*passes, *floor_parts]
 
-    def work() -> None:
+    def run_floor() -> None:
         for parameter in run.parameters():
             parameter.grad = None
         for part in parts:
             part()
 
-    return work
+    return run_floor
 
 
-def tutorial(arguments: argparse.Namespace) -> dict[str, Any]:
+def compare_tutorial(arguments: argparse.Namespace) -> dict[str, Any]:
     """All-pairs `local_dim` over the tutorial's form of it, encoder included in both."""
-    forms = {"tutorial": tutorial_step, "ours": all_pairs_step}
+    forms = {"tutorial": build_tutorial_step, "ours": build_all_pairs_step}
     steps = {name: form(arguments.images) for name, form in forms.items()}
-    time = ratios(steps, max(2, arguments.rounds // 2))["ours"]
-    peaks = {name: alone(memory_of, name, arguments.images) for name in forms}
+    time = measure_ratios(steps, max(2, arguments.rounds // 2))["ours"]
+    peaks = {name: call_in_process(measure_form_memory, name, arguments.images) for name in forms}
     memory = peaks["ours"] / peaks["tutorial"]
     gigabytes = ", ".join(f"{name} {peak / 1e9:.2f} GB" for name, peak in peaks.items())
-    print(f"all pairs / tutorial, {arguments.images} images: time {shown(time)}, memory {memory:.2f} ({gigabytes})")
+    print(
+        f"all pairs / tutorial, {arguments.images} images: time {format_ratio(time)}, memory {memory:.2f} ({gigabytes})"
+    )
     return {"images": arguments.images, "time": time, "memory": memory, "bytes": peaks}
 
 
-def memory_of(form: str, images: int) -> int:
+def measure_form_memory(form: str, images: int) -> int:
     """Bytes that a step of one form adds."""
-    return added_memory({"tutorial": tutorial_step, "ours": all_pairs_step}[form](images))
+    return measure_added_memory({"tutorial": build_tutorial_step, "ours": build_all_pairs_step}[form](images))
 
 
-def all_pairs_step(images: int) -> Callable[[], None]:
+def build_all_pairs_step(images: int) -> Callable[[], None]:
     """A step of `local_dim` with all pairs on the tutorial's network."""
-    return Run.of(load("pretrain", "dim-tutorial", [f"batch_size={images}", ALL_PAIRS])).step
+    return RunParts.from_config(load_config("pretrain", "dim-tutorial", [f"batch_size={images}", ALL_PAIRS])).step
 
 
-def tutorial_step(images: int) -> Callable[[], None]:
+def build_tutorial_step(images: int) -> Callable[[], None]:
     """The plain form: the summary repeated over the map, one rolled negative, a small network on both.
 
     After DuaneNielsen/DeepInfomaxPytorch (models.py, train.py), its local term.
     """
-    run = Run.of(load("pretrain", "dim-tutorial", [f"batch_size={images}", ALL_PAIRS]))
+    run = RunParts.from_config(load_config("pretrain", "dim-tutorial", [f"batch_size={images}", ALL_PAIRS]))
     sizes = (run.encoder.channels[1] + run.encoder.summary_channels, 512, 512, 1)
     first, second, last = (nn.Conv2d(a, b, 1) for a, b in pairwise(sizes))
 
-    def scores(map_: torch.Tensor, summary: torch.Tensor) -> torch.Tensor:
-        repeated = summary[:, :, None, None].expand(-1, -1, *map_.shape[2:])
-        found: torch.Tensor = last(F.relu(second(F.relu(first(torch.cat([map_, repeated], dim=1))))))
-        return found
+    def score_map(map_: torch.Tensor, summary: torch.Tensor) -> torch.Tensor:
+        summary_map = summary[:, :, None, None].expand(-1, -1, *map_.shape[2:])
+        output: torch.Tensor = last(F.relu(second(F.relu(first(torch.cat([map_, summary_map], dim=1))))))
+        return output
 
-    def step() -> None:
+    def run_step() -> None:
         for parameter in (p for part in (run.encoder, first, second, last) for p in part.parameters()):
             parameter.grad = None
         features = run.encoder(run.views.image.flatten(0, 1))
         map_ = features.maps[1]
-        rolled = torch.cat([map_[1:], map_[:1]])
-        joint = -F.softplus(-scores(map_, features.summary)).mean()
-        marginal = F.softplus(scores(rolled, features.summary)).mean()
+        other_map = torch.cat([map_[1:], map_[:1]])
+        joint = -F.softplus(-score_map(map_, features.summary)).mean()
+        marginal = F.softplus(score_map(other_map, features.summary)).mean()
         torch.autograd.backward(marginal - joint)
 
-    return step
+    return run_step
 
 
-def infonce_memory(arguments: argparse.Namespace) -> dict[str, float]:
+def report_infonce_memory(arguments: argparse.Namespace) -> dict[str, float]:
     """GB beyond scores and gradient."""
-    found = alone(memory_of_infonce, 256, 4096) / 1e9
-    print(f"infonce, 256 images of 4096 locations: {found:.2f} GB beyond scores and gradient")
-    return {"gb_beyond_scores_and_gradient": found}
+    gigabytes = call_in_process(measure_infonce_memory, 256, 4096) / 1e9
+    print(f"infonce, 256 images of 4096 locations: {gigabytes:.2f} GB beyond scores and gradient")
+    return {"gb_beyond_scores_and_gradient": gigabytes}
 
 
-def memory_of_infonce(images: int, locations: int) -> int:
+def measure_infonce_memory(images: int, locations: int) -> int:
     """Bytes that the bound and its way back add beyond the gradient."""
     scores = torch.randn(images, 1, images, locations, requires_grad=True)
-    return added_memory(lambda: torch.autograd.backward(infonce(scores))) - scores.nbytes
+    return measure_added_memory(lambda: torch.autograd.backward(infonce(scores))) - scores.nbytes
 
 
-def widths(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def compare_widths(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """A row a width: frozen linear probe with 10 % of the labels (five subsets), and step over encoder.
 
     Batches of 32, for the widest critics are slow; one seed.
@@ -174,33 +178,33 @@ def widths(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     index, rows = build_index(arguments.data, "xray"), []
     print("width  AUROC (sd)      balanced accuracy (sd)  step / encoder")
     for width in arguments.widths:
-        config = load("pretrain", arguments.preset, changes(width, arguments.steps))
-        run = Run.of(config)
-        (encoder,) = passes_of(run)
-        cost = ratios({"encoder": encoder, "step": run.step}, 5)["step"]
+        config = load_config("pretrain", arguments.preset, list_width_overrides(width, arguments.steps))
+        run = RunParts.from_config(config)
+        (encoder,) = record_passes(run)
+        cost = measure_ratios({"encoder": encoder, "step": run.step}, 5)["step"]
         with tempfile.TemporaryDirectory() as folder:
-            pretrained, store = Path(folder) / "run", arguments.out.parent / "store"
-            pretrain(config, index, pretrained, store=store)
+            run_folder, store = Path(folder) / "run", arguments.out.parent / "store"
+            pretrain(config, index, run_folder, store=store)
             options: dict[str, Any] = {"budgets": [Budget(fraction=0.1)], "seeds": range(5), "store": store}
-            summary = probe(pretrained, index, Path(folder) / "probe", anchors=False, **options)["summary"][0]
+            summary = probe(run_folder, index, Path(folder) / "probe", anchors=False, **options)["summary"][0]
         metrics = {name: summary[name] for name in ("auroc", "balanced_accuracy")}
         rows.append({"width": width, "step_over_encoder": cost, **metrics})
         auroc, accuracy = (f"{m['mean']:.3f} ({m['sd']:.3f})" for m in metrics.values())
-        print(f"{width:5}  {auroc:14}  {accuracy:22}  {shown(cost)}", flush=True)
+        print(f"{width:5}  {auroc:14}  {accuracy:22}  {format_ratio(cost)}", flush=True)
     return rows
 
 
-def changes(width: int, steps: int) -> list[str]:
+def list_width_overrides(width: int, steps: int) -> list[str]:
     """To a preset, for a short run with a critic of some width."""
     length = [f"max_steps={steps}", f"warmup_steps={steps // 10}", f"checkpoint_every_steps={steps}"]
     return [*length, "batch_size=32", f"objectives.0.critic.width={width}"]
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
-    "floors": floors,
-    "tutorial": tutorial,
-    "infonce": infonce_memory,
-    "widths": widths,
+    "floors": compare_floors,
+    "tutorial": compare_tutorial,
+    "infonce": report_infonce_memory,
+    "widths": compare_widths,
 }
 
 

@@ -27,7 +27,7 @@ CASES = {  # preset: its task and modality
     "mri-crop-segmentation": ("segmentation", "mri"),
     "mri-segmentation": ("segmentation", "mri"),
 }
-LEAST = 0.3  # seconds that torch is timed for at once
+MIN_SECONDS = 0.3  # seconds that torch is timed for at once
 OWN, EXACT = "own norms.onnx", "exact norms.onnx"
 
 
@@ -39,104 +39,116 @@ def main() -> None:
     parser.add_argument("--memory", nargs=2, metavar=("FOLDER", "RUNTIME"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
-        print(json.dumps(memory(Path(arguments.memory[0]), arguments.memory[1])))
+        print(json.dumps(measure_memory(Path(arguments.memory[0]), arguments.memory[1])))
         return
     from medim.files import write_json
 
-    rows = {preset: measured(preset, *case, rounds=arguments.rounds) for preset, case in CASES.items()}
+    rows = {preset: measure_network(preset, *case, rounds=arguments.rounds) for preset, case in CASES.items()}
     write_json(arguments.out, {"schema_version": 1, "threads": 1, "networks": rows})
 
 
-def measured(preset: str, task: str, modality: Any, *, rounds: int) -> dict[str, Any]:
+def measure_network(preset: str, task: str, modality: Any, *, rounds: int) -> dict[str, Any]:
     """Ratios of a network, all in one folder: weights and both graphs."""
     import torch
-    from timing import ratios, seconds, shown
+    from timing import format_ratio, measure_ratios, time_function
 
-    from medim.export.onnx import signature_of, sizes_of, to_onnx
-    from medim.models.model import as_run, build_model
-    from medim.models.ood_features import Watched
-    from medim.models.serialization import save
-    from medim.package.onnx_session import session
-    from medim.training.finetune.run import resolve_config
+    from medim.export.onnx import build_signature, probe_input_sizes, to_onnx
+    from medim.models.model import as_numpy_function, build_model
+    from medim.models.ood_features import WithOODFeatures
+    from medim.models.serialization import save_model
+    from medim.package.onnx_session import load_onnx_session
+    from medim.training.finetune.run import resolve_finetune_config
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    config = resolve_config(task, modality, None, preset)
+    config = resolve_finetune_config(task, modality, None, preset)
     sides = tuple(config.views.shape)
     spec: dict[str, Any] = {"kind": task, "encoder": config.encoder, "decoder": config.decoder, "head": config.head}
     spec |= {"in_channels": 1, "out_channels": 3, "spatial_dims": len(sides), "input_shape": list(sides)}
     model: Any = build_model(spec).eval()
-    made = Watched(model).eval()
-    sizes = sizes_of(made, sides, tuple(model.encoder.strides), 1)
-    signature = signature_of(made, sizes, 1, tuple(model.encoder.strides))
+    model_with_features = WithOODFeatures(model).eval()
+    sizes = probe_input_sizes(model_with_features, sides, tuple(model.encoder.strides), 1)
+    signature = build_signature(model_with_features, sizes, 1, tuple(model.encoder.strides))
     image = np.random.default_rng(0).standard_normal((1, 1, *sides)).astype(np.float32)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save(folder, "model", model, spec)
+        save_model(folder, "model", model, spec)
         np.save(folder / "image.npy", image)
         (folder / "signature.json").write_text(signature.model_dump_json())
         for file in (OWN, EXACT):
-            (folder / file).write_bytes(to_onnx(made, sizes, signature, exact_norms=file == EXACT))
-        own, exact = (session((folder / file).read_bytes(), signature, threads=1) for file in (OWN, EXACT))
-        run = as_run(model)
+            (folder / file).write_bytes(to_onnx(model_with_features, sizes, signature, exact_norms=file == EXACT))
+        own, exact = (load_onnx_session((folder / file).read_bytes(), signature, threads=1) for file in (OWN, EXACT))
+        run = as_numpy_function(model)
         calls: dict[str, Callable[[], object]] = {
             "torch": lambda: run(image),
             "exact norms": lambda: exact(image),
             "own norms": lambda: own(image),
-            "exact norms and guard": lambda: exact.both(image),
+            "exact norms and guard": lambda: exact.predict_with_features(image),
         }
         calls["torch"]()
-        times = max(1, round(LEAST / seconds(calls["torch"])))
-        time = ratios({name: _repeated(call, times) for name, call in calls.items()}, rounds)
-        taken = {runtime: _process(folder, runtime) for runtime in ("torch", OWN, EXACT)}
-    over = {
-        runtime.removesuffix(".onnx"): {key: taken[runtime][key] / taken["torch"][key] for key in ("peak", "added")}
+        repeats = max(1, round(MIN_SECONDS / time_function(calls["torch"])))
+        time_ratios = measure_ratios({name: _repeat_call(call, repeats) for name, call in calls.items()}, rounds)
+        memory_by_runtime = {runtime: _measure_in_process(folder, runtime) for runtime in ("torch", OWN, EXACT)}
+    memory_ratios = {
+        runtime.removesuffix(".onnx"): {
+            key: memory_by_runtime[runtime][key] / memory_by_runtime["torch"][key] for key in ("peak", "added")
+        }
         for runtime in (OWN, EXACT)
     }
-    print(f"{preset} {list(sides)}", {name: shown(ratio) for name, ratio in time.items()}, over, flush=True)
-    return {"image": list(sides), "time_over_torch": time, "memory_over_torch": over, "bytes": taken}
+    print(
+        f"{preset} {list(sides)}",
+        {name: format_ratio(ratio) for name, ratio in time_ratios.items()},
+        memory_ratios,
+        flush=True,
+    )
+    return {
+        "image": list(sides),
+        "time_over_torch": time_ratios,
+        "memory_over_torch": memory_ratios,
+        "bytes": memory_by_runtime,
+    }
 
 
-def _repeated(call: Callable[[], object], times: int) -> Callable[[], None]:
-    def repeated() -> None:
-        for _ in range(times):
+def _repeat_call(call: Callable[[], object], repeats: int) -> Callable[[], None]:
+    def run_repeats() -> None:
+        for _ in range(repeats):
             call()
 
-    return repeated
+    return run_repeats
 
 
-def memory(folder: Path, runtime: str) -> dict[str, int]:
+def measure_memory(folder: Path, runtime: str) -> dict[str, int]:
     """Bytes: the peak of this process, and what one call added to what was held before."""
     image = np.load(folder / "image.npy")
     run: Any
     if runtime == "torch":
         import torch
 
-        from medim.models.model import as_run
+        from medim.models.model import as_numpy_function
         from medim.models.serialization import load_model
 
         torch.set_num_threads(1)
-        run = as_run(load_model(folder)[0])
+        run = as_numpy_function(load_model(folder)[0])
     else:
         from medim.package.contract import Signature
-        from medim.package.onnx_session import session
+        from medim.package.onnx_session import load_onnx_session
 
         signature = Signature.model_validate_json((folder / "signature.json").read_bytes())
-        run = session((folder / runtime).read_bytes(), signature, threads=1)
-    before = _held("VmRSS")
+        run = load_onnx_session((folder / runtime).read_bytes(), signature, threads=1)
+    before = _read_status_bytes("VmRSS")
     run(image)
-    return {"peak": _held("VmHWM"), "added": _held("VmHWM") - before}
+    return {"peak": _read_status_bytes("VmHWM"), "added": _read_status_bytes("VmHWM") - before}
 
 
-def _process(folder: Path, runtime: str) -> dict[str, int]:
-    ran = subprocess.run(
+def _measure_in_process(folder: Path, runtime: str) -> dict[str, int]:
+    process = subprocess.run(
         [sys.executable, __file__, "--memory", str(folder), runtime], capture_output=True, text=True, check=True
     )
-    found: dict[str, int] = json.loads(ran.stdout)
-    return found
+    usage: dict[str, int] = json.loads(process.stdout)
+    return usage
 
 
-def _held(name: str) -> int:
+def _read_status_bytes(name: str) -> int:
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[name].split()[0]) * 1024
 

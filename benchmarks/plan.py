@@ -16,12 +16,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from timing import alone
+from timing import call_in_process
 
 from medim.data.source import open_source
 from medim.files import write_json
-from medim.training.plan.plan import plan
-from medim.training.pretrain.run import pretrain, resolve_config
+from medim.training.plan.plan import plan_pretraining
+from medim.training.pretrain.run import pretrain, resolve_pretrain_config
 from medim.types import Modality
 
 
@@ -39,50 +39,58 @@ def main() -> None:
         "xray-28": (arguments.xray, "xray", "xray-28", [xray]),
         "mri-crop": (arguments.mri, "mri", "mri-crop", [mri, "encode_in_chunks_of=4", "checkpoint_every_steps=10"]),
     }
-    found = {}
+    results = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, (data, *which) in runs.items():
-            place, where = Path(folder) / name, data.absolute() if data and data.exists() else data
-            told = alone(planned, where, *which, place)
-            took = alone(real, where, *which, place)
-            found[name] = {"planned": told, "real": took, "planned_over_real": ratios(told, took)}
+        for name, (data, *run_options) in runs.items():
+            place, source = Path(folder) / name, data.absolute() if data and data.exists() else data
+            prediction = call_in_process(plan_run, source, *run_options, place)
+            actual = call_in_process(execute_run, source, *run_options, place)
+            results[name] = {
+                "planned": prediction,
+                "real": actual,
+                "planned_over_real": compute_plan_ratios(prediction, actual),
+            }
             print(
                 name,
-                ", ".join(f"{key} {value:.2f}" for key, value in found[name]["planned_over_real"].items()),
+                ", ".join(f"{key} {value:.2f}" for key, value in results[name]["planned_over_real"].items()),
                 flush=True,
             )
-            write_json(arguments.out, {"schema_version": 1, "cores": os.cpu_count(), "runs": found})
+            write_json(arguments.out, {"schema_version": 1, "cores": os.cpu_count(), "runs": results})
 
 
-def planned(data: Path | None, modality: Modality, preset: str, assignments: list[str], place: Path) -> dict[str, Any]:
+def plan_run(data: Path | None, modality: Modality, preset: str, assignments: list[str], place: Path) -> dict[str, Any]:
     """The plan of a run."""
     place.mkdir(parents=True)
     os.chdir(place)
     index, _ = open_source(data, modality)
-    return plan(resolve_config(preset, assignments, index), index, place / "run", store=place / "store")
+    return plan_pretraining(
+        resolve_pretrain_config(preset, assignments, index), index, place / "run", store=place / "store"
+    )
 
 
-def real(data: Path | None, modality: Modality, preset: str, assignments: list[str], place: Path) -> dict[str, Any]:
+def execute_run(
+    data: Path | None, modality: Modality, preset: str, assignments: list[str], place: Path
+) -> dict[str, Any]:
     """What the run takes."""
     os.chdir(place)
     index, _ = open_source(data, modality)
-    config = resolve_config(preset, assignments, index)
-    began = time.process_time()
+    config = resolve_pretrain_config(preset, assignments, index)
+    start = time.process_time()
     summary = pretrain(config, index, place / "run", store=place / "store")
-    cpu = time.process_time() - began
-    kept = sum(path.stat().st_size for path in (place / "run").rglob("*") if path.is_file())
+    cpu = time.process_time() - start
+    run_bytes = sum(path.stat().st_size for path in (place / "run").rglob("*") if path.is_file())
     keys = ("seconds", "seconds_per_step", "data_wait_fraction", "peak_memory_bytes", "steps", "verdict")
-    return {**{key: summary[key] for key in keys}, "cpu_seconds": cpu, "run_bytes": kept}
+    return {**{key: summary[key] for key in keys}, "cpu_seconds": cpu, "run_bytes": run_bytes}
 
 
-def ratios(told: dict[str, Any], took: dict[str, Any]) -> dict[str, float]:
+def compute_plan_ratios(prediction: dict[str, Any], actual: dict[str, Any]) -> dict[str, float]:
     """Predicted over real."""
-    disk = told["disk_bytes"]
+    disk = prediction["disk_bytes"]
     return {
-        "wall seconds": told["seconds"]["total"] / took["seconds"],
-        "processor seconds": told["cpu_seconds"]["total"] / took["cpu_seconds"],
-        "peak memory": told["peak_memory_bytes"] / took["peak_memory_bytes"],
-        "run folder": (disk["run"] + disk["checkpoints"]) / took["run_bytes"],
+        "wall seconds": prediction["seconds"]["total"] / actual["seconds"],
+        "processor seconds": prediction["cpu_seconds"]["total"] / actual["cpu_seconds"],
+        "peak memory": prediction["peak_memory_bytes"] / actual["peak_memory_bytes"],
+        "run folder": (disk["run"] + disk["checkpoints"]) / actual["run_bytes"],
     }
 
 

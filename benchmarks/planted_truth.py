@@ -23,13 +23,13 @@ from typing import Any, Literal
 import nibabel
 import numpy as np
 
-from medim.config import check
+from medim.config import check_config
 from medim.data.example.cohort import make_example
 from medim.data.index.index import Index, build_index
 from medim.evaluation.cases import read_cases
-from medim.files import fresh_folder, read_json, write_json
-from medim.metrics.bootstrap import Scores, draw, mean_of, score
-from medim.study.statistics.intervals import Comparison, compare
+from medim.files import prepare_output_folder, read_json, write_json
+from medim.metrics.bootstrap import Scores, compute_scores, draw_resamples, weighted_mean
+from medim.study.statistics.intervals import Comparison, compare_to_scratch
 from medim.training.finetune.run import finetune
 from medim.training.pretrain.run import pretrain
 from medim.types import Array
@@ -70,53 +70,73 @@ def main() -> None:
     out = parser.parse_args().out
     logging.getLogger("medim").setLevel(logging.ERROR)
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{(out / 'mlflow.db').resolve()}")
-    rows = [told(comparison) for comparison in planted(out)]
+    rows = [describe_comparison(comparison) for comparison in run_planted_study(out)]
     for row in rows:
         print("\t".join(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
     write_json(out / "planted-truth.json", {"comparisons": rows})
 
 
-def told(found: Comparison) -> dict[str, Any]:
+def describe_comparison(comparison: Comparison) -> dict[str, Any]:
     """A comparison as it is printed and written."""
-    gap = found.difference
-    ends = {"difference": gap.value, "low": gap.low, "high": gap.high, "p_corrected": found.p_corrected}
-    return {"arm": found.arm, **ends, "verdict": found.verdict}
+    gap = comparison.difference
+    ends = {"difference": gap.value, "low": gap.low, "high": gap.high, "p_corrected": comparison.p_corrected}
+    return {"arm": comparison.arm, **ends, "verdict": comparison.verdict}
 
 
-def planted(out: Path) -> list[Comparison]:
+def run_planted_study(out: Path) -> list[Comparison]:
     """Both arms against from-scratch: Dice, paired over encoders, labels and subjects."""
     if not (out / "source" / "nifti" / "dataset.json").is_file():
-        make_example(fresh_folder(out / "source", overwrite=True), subjects=SUBJECTS, spacing=SPACING)
+        make_example(prepare_output_folder(out / "source", overwrite=True), subjects=SUBJECTS, spacing=SPACING)
     source = out / "source" / "nifti"
-    folders = source, rewritten(source, out / "shuffled", shuffled), rewritten(source, out / "task", blanked)
+    folders = (
+        source,
+        rewrite_images(source, out / "shuffled", shuffle_voxels),
+        rewrite_images(source, out / "task", blank_blocks),
+    )
     *unlabelled, task = (build_index(folder, "mri", remember=False) for folder in folders)
     encoders = {}
     for arm, index in zip(ARMS, unlabelled, strict=True):
         for s in SEEDS:
             run = encoders[arm, s] = out / f"encoder-{arm}-{s}"
             if not (run / "summary.json").is_file():
-                pretrain(settings("pretrain"), index, run, seed=s, store=out / "store", resume=True)
-    scores = {arm: cells(out, arm, task, encoders) for arm in (*ARMS, "scratch")}
-    return compare({(arm, str(BUDGET)): (scores[arm], scores["scratch"]) for arm in ARMS})
+                pretrain(build_planted_config("pretrain"), index, run, seed=s, store=out / "store", resume=True)
+    scores = {arm: score_planted_arm(out, arm, task, encoders) for arm in (*ARMS, "scratch")}
+    return compare_to_scratch({(arm, str(BUDGET)): (scores[arm], scores["scratch"]) for arm in ARMS})
 
 
-def cells(out: Path, arm: str, index: Index, encoders: dict[tuple[str, int], Path]) -> Scores:
+def score_planted_arm(out: Path, arm: str, index: Index, encoders: dict[tuple[str, int], Path]) -> Scores:
     """Dice of each run of an arm, on resampled subjects."""
-    found: dict[tuple[int, int], dict[tuple[str, str], list[float]]] = {}
+    dice_values: dict[tuple[int, int], dict[tuple[str, str], list[float]]] = {}
     for s, t in product(SEEDS, SUBSETS):
-        run, start = out / f"{arm}-{s}-{t}", encoders.get((arm, s), encoders[ARMS[0], s])
+        run, encoder = out / f"{arm}-{s}-{t}", encoders.get((arm, s), encoders[ARMS[0], s])
         if not (run / "summary.json").is_file():
-            fresh: dict[str, Any] = {"encoder": start, "from_scratch": arm == "scratch", "seed": s, "subset_seed": t}
-            finetune(settings("finetune"), index, run, labelled=BUDGET, store=out / "store", resume=True, **fresh)
+            options: dict[str, Any] = {
+                "encoder": encoder,
+                "from_scratch": arm == "scratch",
+                "seed": s,
+                "subset_seed": t,
+            }
+            finetune(
+                build_planted_config("finetune"),
+                index,
+                run,
+                labelled=BUDGET,
+                store=out / "store",
+                resume=True,
+                **options,
+            )
             shutil.rmtree(run / "checkpoints")
-        found[s, t] = {}
+        dice_values[s, t] = {}
         for row in read_cases(run / "cases.parquet"):
-            found[s, t].setdefault((row["image"], row["subject"]), []).append(row["dice"])
-    drawn = draw([subject for _, subject in found[0, 0]])
-    return score([[mean_of([float(np.mean(v)) for v in found[s, t].values()]) for t in SUBSETS] for s in SEEDS], drawn)
+            dice_values[s, t].setdefault((row["image"], row["subject"]), []).append(row["dice"])
+    resamples = draw_resamples([subject for _, subject in dice_values[0, 0]])
+    return compute_scores(
+        [[weighted_mean([float(np.mean(v)) for v in dice_values[s, t].values()]) for t in SUBSETS] for s in SEEDS],
+        resamples,
+    )
 
 
-def rewritten(source: Path, out: Path, change: Callable[[Array, int], tuple[Array, Array]]) -> Path:
+def rewrite_images(source: Path, out: Path, change: Callable[[Array, int], tuple[Array, Array]]) -> Path:
     """A copy of a Decathlon folder with other voxels in its images and masks; the files keep their names."""
     if not (out / "dataset.json").is_file():
         shutil.copytree(source, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("dataset.json", "labels.csv"))
@@ -129,25 +149,27 @@ def rewritten(source: Path, out: Path, change: Callable[[Array, int], tuple[Arra
     return out
 
 
-def shuffled(voxels: Array, seed: int) -> tuple[Array, Array]:
+def shuffle_voxels(voxels: Array, seed: int) -> tuple[Array, Array]:
     """The voxels of an image in another order, and a mask of nothing."""
-    mixed = np.random.default_rng(seed).permutation(voxels.ravel()).reshape(voxels.shape)
-    return mixed, np.zeros(voxels.shape, np.uint8)
+    permutation = np.random.default_rng(seed).permutation(voxels.ravel()).reshape(voxels.shape)
+    return permutation, np.zeros(voxels.shape, np.uint8)
 
 
-def blanked(voxels: Array, seed: int) -> tuple[Array, Array]:
+def blank_blocks(voxels: Array, seed: int) -> tuple[Array, Array]:
     """An image with blocks at its mean, and where it was brighter than its mean before."""
     mean = voxels.mean()
     coarse = np.random.default_rng(seed).random([-(-n // BLOCK) for n in voxels.shape]) < HIDDEN
-    hidden = np.kron(coarse, np.ones([BLOCK] * 3, bool))[tuple(slice(n) for n in voxels.shape)]
-    return np.where(hidden, mean, voxels).astype(np.float32), (voxels > mean).astype(np.uint8)
+    mask = np.kron(coarse, np.ones([BLOCK] * 3, bool))[tuple(slice(n) for n in voxels.shape)]
+    return np.where(mask, mean, voxels).astype(np.float32), (voxels > mean).astype(np.uint8)
 
 
-def settings(command: Literal["pretrain", "finetune"]) -> Any:
+def build_planted_config(command: Literal["pretrain", "finetune"]) -> Any:
     """The configuration of pretraining, or of fine-tuning."""
-    own = PRETRAIN if command == "pretrain" else FINETUNE
-    return check(
-        command, {**SHARED, **own, "checkpoint_every_steps": own["max_steps"]}, where=f"the {command} of {__file__}"
+    section = PRETRAIN if command == "pretrain" else FINETUNE
+    return check_config(
+        command,
+        {**SHARED, **section, "checkpoint_every_steps": section["max_steps"]},
+        source=f"the {command} of {__file__}",
     )
 
 

@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timing import Run
+from timing import RunParts
 
-from medim.training.pretrain.step_encoder import StepEncode
+from medim.training.pretrain.step_encoder import StepEncoder
 from medim.types import Features
 
 
-def passes_of(run: Run) -> list[Pass]:
+def record_passes(run: RunParts) -> list[Pass]:
     """Those of one step of a run."""
     recorder = Recorder(run.encoder, run.decoder, run.views, torch.Generator().manual_seed(0))
     run.step(recorder)
     return recorder.passes
 
 
-class Recorder(StepEncode):
+class Recorder(StepEncoder):
     """Encodes and decodes for one step, and keeps what came in and went out."""
 
     passes: list[Pass]
@@ -30,16 +30,16 @@ class Recorder(StepEncode):
 
     def __call__(self, image: torch.Tensor) -> Features:
         """Encode (N, C, ...); the pass starts at the image and ends at what objectives get."""
-        found = cut(super().__call__(image))
-        self.passes.append(Pass(self._encoder, image, [*found.maps, found.summary]))
-        return found
+        features = detach_features(super().__call__(image))
+        self.passes.append(Pass(self._encoder, image, [*features.maps, features.summary]))
+        return features
 
     def decode(self, features: Features) -> torch.Tensor:
         """Decode to one map."""
-        decoded = super().decode(features)
-        decoded.retain_grad()
-        self.passes.append(Pass(self._decoder, cut(features), [decoded]))
-        return decoded
+        output = super().decode(features)
+        output.retain_grad()
+        self.passes.append(Pass(self._decoder, detach_features(features), [output]))
+        return output
 
 
 @dataclass
@@ -48,25 +48,25 @@ class Pass:
 
     Attributes:
         module: it.
-        given: what goes in.
-        seen: its first outputs, as an objective saw them: they hold the gradients that came back, or none.
+        inputs: what goes in.
+        outputs: its first outputs, as an objective saw them: they hold the gradients that came back, or none.
     """
 
     module: Any
-    given: Any
-    seen: list[torch.Tensor]
+    inputs: Any
+    outputs: list[torch.Tensor]
 
     def __call__(self) -> None:
         """Do it again."""
-        found = self.module(self.given)
-        pairs = zip((*found.maps, found.summary), self.seen, strict=False)
-        used = [(output, seen.grad) for output, seen in pairs if seen.grad is not None]
-        if used:
-            outputs, gradients = zip(*used, strict=True)
+        features = self.module(self.inputs)
+        pairs = zip((*features.maps, features.summary), self.outputs, strict=False)
+        active = [(output, target.grad) for output, target in pairs if target.grad is not None]
+        if active:
+            outputs, gradients = zip(*active, strict=True)
             torch.autograd.backward(outputs, gradients)
 
 
-def cut(features: Features) -> Features:
+def detach_features(features: Features) -> Features:
     """The same features, as if they came from nowhere."""
     maps, summary = ([x.detach().requires_grad_() for x in part] for part in (features.maps, [features.summary]))
     return Features(tuple(maps), summary[0])

@@ -13,10 +13,10 @@ import argparse
 from pathlib import Path
 
 import torch
-from timing import Ratio, Run, ratios, shown
+from timing import Ratio, RunParts, format_ratio, measure_ratios
 
 from medim.files import write_json
-from medim.training.pretrain.run import resolve_config
+from medim.training.pretrain.run import resolve_pretrain_config
 
 PRESETS = ("mri-demo", "mri-crop", "xray-28", "xray")
 
@@ -27,30 +27,30 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("step_overhead.json"))
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    rows = {preset: measure(preset, arguments.rounds) for preset in PRESETS}
+    rows = {preset: measure_step_overhead(preset, arguments.rounds) for preset in PRESETS}
     for preset, row in rows.items():
-        print(f"{preset:10} step / encoder: {shown(row)}")
+        print(f"{preset:10} step / encoder: {format_ratio(row)}")
     write_json(arguments.out, {"schema_version": 1, "threads": torch.get_num_threads(), "step_over_encoder": rows})
 
 
-def measure(preset: str, rounds: int) -> Ratio:
+def measure_step_overhead(preset: str, rounds: int) -> Ratio:
     """Ratio of a step to an encoder pass."""
-    config = resolve_config(preset)
-    run = Run.of(config)
+    config = resolve_pretrain_config(preset)
+    run = RunParts.from_config(config)
     parameters = run.parameters()
     optimiser = torch.optim.AdamW(parameters, lr=config.lr)
 
-    def encoder_alone() -> None:
+    def run_encoder() -> None:
         features = run.encoder(run.views.image.flatten(0, 1))
         (features.summary.sum() + sum(m.sum() for m in features.maps)).backward()
         optimiser.zero_grad()
 
-    def step() -> None:
+    def run_step() -> None:
         run.step()
         torch.nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
         optimiser.step()
 
-    return ratios({"encoder": encoder_alone, "step": step}, rounds)["step"]
+    return measure_ratios({"encoder": run_encoder, "step": run_step}, rounds)["step"]
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ import torch
 from medim.data.index.index import build_index
 from medim.evaluation.probing.label_budget import Budget
 from medim.files import write_json
-from medim.study.cell import Bench, run_cell
+from medim.study.cell import StudyContext, run_cell
 from medim.study.design import Arm, Cell, Design
-from medim.study.time_estimate import measure
-from medim.training.finetune.run import open_labelled, resolve_config
+from medim.study.time_estimate import measure_costs
+from medim.training.finetune.run import open_labelled_cohort, resolve_finetune_config
 from medim.training.tracking.tracking import track_study
 
 IMAGES = {"train": 2000, "val": 40, "test": 1}
@@ -44,20 +44,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ |= {"MEDIM_CACHE": f"{folder}/cache", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
-        found = compare(folder, arguments.rounds)
-    print(f"medim finetune {found['process']:.2f} s, warm cell {found['cell']:.2f} s: {found['ratio']:.0f} times")
-    print(f"of the warm cell, beside its step and measurements: {found['beside']:.2f} s")
-    write_json(arguments.out, {"schema_version": 1, "threads": torch.get_num_threads(), **found})
+        results = compare_cell_overhead(folder, arguments.rounds)
+    print(f"medim finetune {results['process']:.2f} s, warm cell {results['cell']:.2f} s: {results['ratio']:.0f} times")
+    print(f"of the warm cell, beside its step and measurements: {results['beside']:.2f} s")
+    write_json(arguments.out, {"schema_version": 1, "threads": torch.get_num_threads(), **results})
 
 
-def compare(folder: Path, rounds: int) -> dict[str, float]:
+def compare_cell_overhead(folder: Path, rounds: int) -> dict[str, float]:
     """Median seconds of a process, of a warm cell, and of a warm cell beside its step and measurements."""
     rng = np.random.default_rng(0)
     arrays = {f"{part}_images": rng.integers(0, 255, (n, 28, 28), np.uint8) for part, n in IMAGES.items()}
     arrays |= {f"{part}_labels": np.arange(n)[:, None] % 2 for part, n in IMAGES.items()}
     np.savez(folder / "noise.npz", **arrays)  # type: ignore[arg-type]
     options = ["--task", "classification", "--modality", "xray", "--data", f"{folder}/noise.npz", "--config", "xray-28"]
-    own = [
+    command = [
         sys.executable,
         "-m",
         "medim.cli",
@@ -70,33 +70,38 @@ def compare(folder: Path, rounds: int) -> dict[str, float]:
         "--quiet",
     ]
 
-    def process(number: int) -> None:
-        subprocess.run([*own, "--out", f"{folder}/run-{number}"], check=True, capture_output=True)
+    def run_process(number: int) -> None:
+        subprocess.run([*command, "--out", f"{folder}/run-{number}"], check=True, capture_output=True)
 
     index = build_index(folder / "noise.npz", "xray")
-    config = resolve_config("classification", "xray", None, "xray-28", ["max_steps=1"], index)
-    cohort = open_labelled(config, index, split_seed=0, store=folder / "store")
+    config = resolve_finetune_config("classification", "xray", None, "xray-28", ["max_steps=1"], index)
+    cohort = open_labelled_cohort(config, index, split_seed=0, store=folder / "store")
     arm = Arm("scratch")
-    subsets = {(BUDGET, 0): BUDGET.of(cohort.records("train"), 0)}
-    bench = Bench(folder / "study", Design("classification", (arm,), (BUDGET,), 1), config, cohort, subsets)
+    subsets = {(BUDGET, 0): BUDGET.draw_subset(cohort.records("train"), 0)}
+    context = StudyContext(folder / "study", Design("classification", (arm,), (BUDGET,), 1), config, cohort, subsets)
     with track_study(folder / "study", {}) as tracker:
-        bench = Bench(**{**vars(bench), "parent_run": tracker.version})
-        cell = seconds(lambda number: run_cell(bench, Cell(arm, number, BUDGET), 1.0), rounds)
-    costs = measure(bench, 1)
-    process(-1)  # fills the store
-    alone = seconds(process, rounds)
-    beside = cell - costs.step["finetune"] - IMAGES["val"] * costs.image
-    return {"process": alone, "cell": cell, "ratio": alone / cell, "beside": beside}
+        context = StudyContext(**{**vars(context), "parent_run": tracker.version})
+        cell_seconds = measure_median_seconds(lambda number: run_cell(context, Cell(arm, number, BUDGET), 1.0), rounds)
+    costs = measure_costs(context, 1)
+    run_process(-1)  # fills the store
+    process_seconds = measure_median_seconds(run_process, rounds)
+    overhead = cell_seconds - costs.step["finetune"] - IMAGES["val"] * costs.image
+    return {
+        "process": process_seconds,
+        "cell": cell_seconds,
+        "ratio": process_seconds / cell_seconds,
+        "beside": overhead,
+    }
 
 
-def seconds(call: Callable[[int], None], rounds: int) -> float:
+def measure_median_seconds(call: Callable[[int], None], rounds: int) -> float:
     """Median over the rounds, after one that is not counted."""
-    taken = []
+    durations = []
     for number in range(1 + rounds):
-        began = time.perf_counter()
+        start = time.perf_counter()
         call(number)
-        taken.append(time.perf_counter() - began)
-    return median(taken[1:])
+        durations.append(time.perf_counter() - start)
+    return median(durations[1:])
 
 
 if __name__ == "__main__":

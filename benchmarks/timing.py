@@ -16,40 +16,40 @@ import torch
 from medim.config import PretrainConfig
 from medim.models.model import build_decoder, build_encoder
 from medim.training.pretrain.run import build_objectives
-from medim.training.pretrain.step_encoder import StepEncode
+from medim.training.pretrain.step_encoder import StepEncoder
 from medim.types import Views
 
 Ratio = dict[str, float]
 
 
-def ratios(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Ratio]:
+def measure_ratios(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Ratio]:
     """Median (`ratio`), lowest and highest of the time of each function over that of the first.
 
     All are called in turn, round by round; a first round warms up.
     """
-    rows = [[seconds(function) for function in functions.values()] for _ in range(rounds + 1)][1:]
-    over = zip(*([taken / row[0] for taken in row] for row in rows), strict=True)
+    rows = [[time_function(function) for function in functions.values()] for _ in range(rounds + 1)][1:]
+    relative = zip(*([duration / row[0] for duration in row] for row in rows), strict=True)
     return {
         name: {"ratio": statistics.median(values), "lowest": min(values), "highest": max(values)}
-        for name, values in zip(functions, over, strict=True)
+        for name, values in zip(functions, relative, strict=True)
     }
 
 
-def seconds(function: Callable[[], object]) -> float:
+def time_function(function: Callable[[], object]) -> float:
     """Seconds of one call: with one thread the processor's, which other work moves least; else a clock's."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    began = clock()
+    start = clock()
     function()
-    return clock() - began
+    return clock() - start
 
 
-def shown(ratio: Ratio) -> str:
+def format_ratio(ratio: Ratio) -> str:
     """A ratio as text."""
     return f"{ratio['ratio']:.2f} (from {ratio['lowest']:.2f} to {ratio['highest']:.2f})"
 
 
 @dataclass(frozen=True)
-class Run:
+class RunParts:
     """The parts of a pretraining run, with fresh weights, and a batch of random views."""
 
     encoder: Any
@@ -58,7 +58,7 @@ class Run:
     views: Views
 
     @classmethod
-    def of(cls, config: PretrainConfig) -> Run:
+    def from_config(cls, config: PretrainConfig) -> RunParts:
         """Make the parts."""
         torch.manual_seed(0)
         shape, count = config.views.shape, config.views.count
@@ -74,11 +74,11 @@ class Run:
         parts = [self.encoder, *(objective for objective, _ in self.objectives.values())]
         return [p for part in [*parts, *([self.decoder] if self.decoder else [])] for p in part.parameters()]
 
-    def encode(self) -> StepEncode:
+    def encode(self) -> StepEncoder:
         """The encoder as objectives see it in one step."""
-        return StepEncode(self.encoder, self.decoder, self.views, torch.Generator().manual_seed(0))
+        return StepEncoder(self.encoder, self.decoder, self.views, torch.Generator().manual_seed(0))
 
-    def step(self, encode: StepEncode | None = None) -> None:
+    def step(self, encode: StepEncoder | None = None) -> None:
         """Forward and backward pass as `PretrainModule` has them: adversaries first, then the weighted sum."""
         encode = encode or self.encode()
         for parameter in self.parameters():
@@ -88,25 +88,27 @@ class Run:
                 objective.adversary_loss(encode, self.views).backward()
         self.loss(encode).backward()  # type: ignore[no-untyped-call]
 
-    def loss(self, encode: StepEncode) -> torch.Tensor:
+    def loss(self, encode: StepEncoder) -> torch.Tensor:
         """The weighted sum of all terms."""
         terms = [(weight, objective(encode, self.views)) for objective, weight in self.objectives.values()]
-        return torch.stack([weight * term.loss for weight, found in terms for term in found.values()]).sum()
+        return torch.stack(
+            [weight * term.loss for weight, objective_terms in terms for term in objective_terms.values()]
+        ).sum()
 
 
-def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+def call_in_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function of a module in a fresh process, whose memory nothing else has touched."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
-def added_memory(function: Callable[[], object]) -> int:
+def measure_added_memory(function: Callable[[], object]) -> int:
     """Bytes by which the process's peak during a call exceeds what it held before; Linux alone, once a process."""
-    before = _held("VmRSS")
+    before = _read_process_memory("VmRSS")
     function()
-    return _held("VmHWM") - before
+    return _read_process_memory("VmHWM") - before
 
 
-def _held(name: str) -> int:
+def _read_process_memory(name: str) -> int:
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[name].split()[0]) * 1024

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Run, added_memory, alone, ratios, shown
+from timing import RunParts, call_in_process, format_ratio, measure_added_memory, measure_ratios
 
-from medim.config import load
+from medim.config import load_config
 from medim.files import write_json
-from medim.models.layers import channels_last
-from medim.training.pretrain.step_encoder import StepEncode
+from medim.models.layers import use_channels_last
+from medim.training.pretrain.step_encoder import StepEncoder
 
 RESNET = "encoder={name: resnet, widths: [16, 32, 64], norm: gn, summary: mean_max, hidden: 0, summary_channels: 64}"
 CASES: dict[str, tuple[str, list[str]]] = {
@@ -49,48 +49,48 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--leave-out", nargs="*", default=[], choices=list(OPTIONS)[1:], help="options")
     arguments = parser.parse_args()
-    chosen = [name for name in OPTIONS if name not in arguments.leave_out]
+    options = [name for name in OPTIONS if name not in arguments.leave_out]
     content: dict[str, Any] = {"schema_version": 1, "threads": torch.get_num_threads(), "cases": {}}
     for case in CASES:
-        times = ratios({name: step_of(case, **OPTIONS[name]) for name in chosen}, arguments.rounds)
-        bytes_ = {name: alone(memory, case, name) for name in MEMORY if name in chosen}
+        times = measure_ratios({name: build_option_step(case, **OPTIONS[name]) for name in options}, arguments.rounds)
+        bytes_ = {name: call_in_process(measure_option_memory, case, name) for name in MEMORY if name in options}
         for name, ratio in times.items():
-            print(f"{case:30} {name:30} time {shown(ratio)}{_memory(name, bytes_)}", flush=True)
+            print(f"{case:30} {name:30} time {format_ratio(ratio)}{_format_memory_ratio(name, bytes_)}", flush=True)
         content["cases"][case] = {"time_over_default": times, "added_bytes": bytes_}
         write_json(arguments.out, content)
 
 
-def _memory(name: str, bytes_: dict[str, int]) -> str:
+def _format_memory_ratio(name: str, bytes_: dict[str, int]) -> str:
     return f", memory {bytes_[name] / bytes_['default']:.2f}" if name in bytes_ else ""
 
 
-def memory(case: str, option: str) -> int:
+def measure_option_memory(case: str, option: str) -> int:
     """Bytes that a step adds at its peak."""
     torch.set_num_threads(1)
-    return added_memory(step_of(case, **OPTIONS[option]))
+    return measure_added_memory(build_option_step(case, **OPTIONS[option]))
 
 
-def step_of(
+def build_option_step(
     case: str, *, dtype: torch.dtype | None = None, last: bool = True, compiled: bool = False, share: int = 0
 ) -> Callable[[], None]:
     """One forward and backward pass of a case on random views."""
     preset, assignments = CASES[case]
-    run = Run.of(load("pretrain", preset, assignments))
+    run = RunParts.from_config(load_config("pretrain", preset, assignments))
     if last:
-        channels_last(run.encoder)
+        use_channels_last(run.encoder)
     encoder: Any = torch.compile(run.encoder) if compiled else run.encoder
     images = run.views.image.shape[0] * run.views.image.shape[1]
     chunk = images // share if share else None
 
-    def step() -> None:
+    def run_step() -> None:
         for parameter in run.parameters():
             parameter.grad = None
-        encode = StepEncode(encoder, None, run.views, torch.Generator().manual_seed(0), chunk=chunk)
+        encode = StepEncoder(encoder, None, run.views, torch.Generator().manual_seed(0), chunk=chunk)
         with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
             loss = run.loss(encode)
         (loss * (256 if dtype == torch.float16 else 1)).backward()  # type: ignore[no-untyped-call]
 
-    return step
+    return run_step
 
 
 if __name__ == "__main__":

@@ -13,30 +13,32 @@ PLACE = "<!-- options -->"
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by mkdocs for every page."""
-    return markdown.replace(PLACE, options()) if PLACE in markdown else markdown
+    return markdown.replace(PLACE, format_options()) if PLACE in markdown else markdown
 
 
-def commands() -> dict[str, Any]:
+def list_commands() -> dict[str, Any]:
     """Every command by its full name, `config list` included."""
     group: Any = typer.main.get_command(app)
-    found = {}
+    commands_by_name = {}
     for name, command in group.commands.items():
-        inner = getattr(command, "commands", None)
-        found.update({f"{name} {sub}": body for sub, body in inner.items()} if inner else {name: command})
-    return found
+        subcommands = getattr(command, "commands", None)
+        commands_by_name.update(
+            {f"{name} {sub}": body for sub, body in subcommands.items()} if subcommands else {name: command}
+        )
+    return commands_by_name
 
 
-def options() -> str:
+def format_options() -> str:
     """A section a command: what it does, and a table of its options."""
     lines = []
-    for name, command in commands().items():
+    for name, command in list_commands().items():
         lines += [f"### medim {name}", "", command.help or "", ""]
         lines += ["| option | meaning | default |", "| --- | --- | --- |"]
         for option in command.params:
             argument = option.param_type_name == "argument"
             words = [option.name.upper()] if argument else option.opts
             default = "" if option.default in (None, False) else f"`{option.default}`"
-            shown = " ".join(f"`{word}`" for word in words)
-            lines.append(f"| {shown} | {option.help or ''} | {'needed' if option.required else default} |")
+            names = " ".join(f"`{word}`" for word in words)
+            lines.append(f"| {names} | {option.help or ''} | {'needed' if option.required else default} |")
         lines.append("")
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """One YAML a run, typed and derived from signatures.
 
-`load` reads a preset or a file, applies `--set key=value` and checks it; `bind` and `build` check a section such as
+`load_config` reads a preset or a file, applies `--set key=value` and checks it; `validate_section` and
+`build_from_section` check a section such as
 `{name: unet, channels: [8, 16]}` against the constructor's own signature, so that a new class never edits this file
 and no class ever sees a config object.
 """
@@ -27,7 +28,7 @@ from pydantic import (
     model_validator,
 )
 
-from medim.files import hash_of
+from medim.files import json_sha256
 from medim.types import Modality, UsageError, UserError
 
 Section = dict[str, Any]
@@ -38,15 +39,15 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Decay = typing.Annotated[float, Field(ge=0, lt=1)]
 T = typing.TypeVar("T")
 # Keys that came after runs did, and count in the hash where they are set.
-NEWER = ("compile", "encode_in_chunks_of", "select_without_labels")
+KEYS_ADDED_LATER = ("compile", "encode_in_chunks_of", "select_without_labels")
 AUTO = "auto"  # stands for numbers that follow the images; `medim.training.auto_config` fills them in
 
 
-class _Strict(BaseModel):
+class _StrictConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ViewsConfig(_Strict):
+class ViewsConfig(_StrictConfig):
     """What a batch is cut from: crops of the preprocessed image and their random augmentation."""
 
     shape: tuple[PositiveInt, ...] = Field(description="size of a view, in voxels of the preprocessed image")
@@ -59,7 +60,7 @@ class ViewsConfig(_Strict):
     )
 
 
-class RunConfig(_Strict):
+class RunConfig(_StrictConfig):
     """What every run has. The hash of the resolved config names the run."""
 
     name: str = Field("custom", description="the preset this run started from")
@@ -89,7 +90,7 @@ class RunConfig(_Strict):
     prefetch: PositiveInt = Field(2, description="batches that each loading process has ready ahead of the step")
 
     @model_validator(mode="after")
-    def _drops(self) -> RunConfig:
+    def _check_drop_at(self) -> RunConfig:
         if bool(self.drop_at) != (self.schedule == "steps"):
             raise ValueError("the schedule `steps` needs drop_at, and drop_at that schedule")
         return self
@@ -101,7 +102,7 @@ class RunConfig(_Strict):
 
     @property
     def optimisation(self) -> dict[str, Any]:
-        """The arguments of `medim.training.engine.optim.optimiser`."""
+        """The arguments of `medim.training.engine.optim.build_optimiser`."""
         keys = ("lr", "optimiser", "betas", "schedule", "drop_at", "warmup_steps", "weight_decay", "max_steps")
         return {key: getattr(self, key) for key in keys}
 
@@ -109,11 +110,11 @@ class RunConfig(_Strict):
     def hash(self) -> str:
         """Twelve hex digits that name what is computed.
 
-        Neither the preset's name nor how the images are loaded counts. `NEWER` keys count where they are set, so that
-        a run of a release without them keeps its name.
+        Neither the preset's name nor how the images are loaded counts. `KEYS_ADDED_LATER` keys count where they are
+        set, so that a run of a release without them keeps its name.
         """
-        left = {key for key in NEWER if key in type(self).model_fields and not getattr(self, key)}
-        return hash_of(self.model_dump(mode="json", exclude={"name", "workers", "prefetch", *left}))[:12]
+        unset_keys = {key for key in KEYS_ADDED_LATER if key in type(self).model_fields and not getattr(self, key)}
+        return json_sha256(self.model_dump(mode="json", exclude={"name", "workers", "prefetch", *unset_keys}))[:12]
 
 
 class PretrainConfig(RunConfig):
@@ -158,19 +159,19 @@ class FinetuneConfig(RunConfig):
     )
 
 
-KINDS: dict[Command, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+CONFIG_CLASSES: dict[Command, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
 
 
-def presets(command: Command) -> dict[str, Path]:
+def list_presets(command: Command) -> dict[str, Path]:
     """The shipped presets of a command, by name."""
-    here = Path(__file__).parent
-    folder = next((f for f in (here / "configs", here.parent / "configs") if f.is_dir()), None)
+    package_folder = Path(__file__).parent
+    folder = next((f for f in (package_folder / "configs", package_folder.parent / "configs") if f.is_dir()), None)
     if folder is None:
-        raise UserError(f"{here}: the shipped presets are missing; reinstall medim.")
+        raise UserError(f"{package_folder}: the shipped presets are missing; reinstall medim.")
     return {path.stem: path for path in sorted((folder / command).glob("*.yaml"))}
 
 
-def read(command: Command, name_or_path: str) -> Section:
+def read_config(command: Command, name_or_path: str) -> Section:
     """Read a preset by name, or a YAML file by path, unchecked.
 
     A file that has `extends: NAME` holds only what differs: its keys take the place of those of the preset (or file)
@@ -179,14 +180,16 @@ def read(command: Command, name_or_path: str) -> Section:
     Raises:
         UsageError: no such preset or file, not a YAML mapping, or files that extend each other in a ring.
     """
-    return _read(command, name_or_path, ())
+    return _read_extended(command, name_or_path, ())
 
 
-def _read(command: Command, name_or_path: str, above: tuple[str, ...]) -> Section:
-    known = presets(command)
-    path = known.get(name_or_path) or Path(name_or_path)
+def _read_extended(command: Command, name_or_path: str, ancestors: tuple[str, ...]) -> Section:
+    preset_paths = list_presets(command)
+    path = preset_paths.get(name_or_path) or Path(name_or_path)
     if not path.is_file():
-        raise UsageError(f"--config {name_or_path}: {unknown('preset or file', name_or_path, known)}")
+        raise UsageError(
+            f"--config {name_or_path}: {unknown_name_message('preset or file', name_or_path, preset_paths)}"
+        )
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -195,15 +198,15 @@ def _read(command: Command, name_or_path: str, above: tuple[str, ...]) -> Sectio
         raise UsageError(f"{path}: expected a YAML mapping, got {type(content).__name__}.")
     base = content.pop("extends", None)
     if base is not None:
-        if str(base) in (*above, path.stem, str(path)):
+        if str(base) in (*ancestors, path.stem, str(path)):
             raise UsageError(f"{path}: extends {base}, which extends it; let one of them hold all it needs.")
-        extended = _read(command, str(base), (*above, path.stem, str(path)))
+        extended = _read_extended(command, str(base), (*ancestors, path.stem, str(path)))
         views = {**extended.get("views", {}), **content["views"]} if isinstance(content.get("views"), dict) else None
         content = {**extended, "name": path.stem, **content, **({"views": views} if views else {})}
     return {"name": path.stem, **content}
 
 
-def override(content: Section, assignments: Iterable[str]) -> Section:
+def apply_overrides(content: Section, assignments: Iterable[str]) -> Section:
     """Apply `key=value` assignments; keys may be dotted (`views.shape=[64,64,64]`, `objectives.0.weight=2`).
 
     Raises:
@@ -221,9 +224,9 @@ def override(content: Section, assignments: Iterable[str]) -> Section:
         target: Any = content
         *parents, last = path.split(".")
         for part in parents:
-            target = _item(target, part, assignment)
+            target = _get_item(target, part, assignment)
         if isinstance(target, list):
-            _item(target, last, assignment)
+            _get_item(target, last, assignment)
             target[int(last)] = value
         elif isinstance(target, dict):
             target[last] = value
@@ -233,10 +236,10 @@ def override(content: Section, assignments: Iterable[str]) -> Section:
 
 
 @typing.overload
-def load(command: Literal["pretrain"], name_or_path: str, assignments: Sequence[str] = ()) -> PretrainConfig: ...
+def load_config(command: Literal["pretrain"], name_or_path: str, assignments: Sequence[str] = ()) -> PretrainConfig: ...
 @typing.overload
-def load(command: Literal["finetune"], name_or_path: str, assignments: Sequence[str] = ()) -> FinetuneConfig: ...
-def load(command: Command, name_or_path: str, assignments: Sequence[str] = ()) -> RunConfig:
+def load_config(command: Literal["finetune"], name_or_path: str, assignments: Sequence[str] = ()) -> FinetuneConfig: ...
+def load_config(command: Command, name_or_path: str, assignments: Sequence[str] = ()) -> RunConfig:
     """Read, override and check a run's configuration in which nothing is left `auto`.
 
     Args:
@@ -247,36 +250,38 @@ def load(command: Command, name_or_path: str, assignments: Sequence[str] = ()) -
     Raises:
         UsageError: an unknown key or a value of the wrong type; the message holds the nearest right spelling.
     """
-    return check(command, override(read(command, name_or_path), assignments), where=name_or_path)
+    return check_config(command, apply_overrides(read_config(command, name_or_path), assignments), source=name_or_path)
 
 
-def check(command: Command, content: Section, *, where: str) -> RunConfig:
-    """Validate a configuration's content, whose numbers are all given; see `load`."""
-    kind = KINDS[command]
+def check_config(command: Command, content: Section, *, source: str) -> RunConfig:
+    """Validate a configuration's content, whose numbers are all given; see `load_config`."""
+    config_class = CONFIG_CLASSES[command]
     try:
-        config = kind.model_validate(content)
+        config = config_class.model_validate(content)
     except ValidationError as error:
-        raise UsageError(f"config {where}: " + "; ".join(_explain(kind, e) for e in error.errors())) from None
-    if left := autos(content):
-        raise UsageError(f"config {where}: {', '.join(left)}: no rule fills in {AUTO!r} here; give a value.")
+        raise UsageError(
+            f"config {source}: " + "; ".join(_describe_config_error(config_class, e) for e in error.errors())
+        ) from None
+    if remaining_keys := auto_keys(content):
+        raise UsageError(f"config {source}: {', '.join(remaining_keys)}: no rule fills in {AUTO!r} here; give a value.")
     return config
 
 
-def autos(content: Any, at: str = "") -> list[str]:
+def auto_keys(content: Any, prefix: str = "") -> list[str]:
     """The dotted keys whose value is `auto`."""
     if isinstance(content, dict | list):
         items = content.items() if isinstance(content, dict) else enumerate(content)
-        return [key for part, value in items for key in autos(value, f"{at}.{part}" if at else str(part))]
-    return [at] if content == AUTO else []
+        return [key for part, value in items for key in auto_keys(value, f"{prefix}.{part}" if prefix else str(part))]
+    return [prefix] if content == AUTO else []
 
 
-def dump(config: RunConfig) -> str:
+def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML, every default written out."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
 
 
-def bind(
-    table: Mapping[str, Callable[..., T]], section: Section, *, key: str = "name", given: Iterable[str] = ()
+def validate_section(
+    table: Mapping[str, Callable[..., T]], section: Section, *, key: str = "name", run_args: Iterable[str] = ()
 ) -> tuple[Callable[..., T], dict[str, Any]]:
     """Check a section against the signature of the table's entry it names.
 
@@ -284,7 +289,7 @@ def bind(
         table: name to constructor (or function).
         section: `{key: name, **options}`.
         key: what the name stands under.
-        given: parameters that the caller will pass itself.
+        run_args: parameters that the caller will pass itself.
 
     Returns:
         The constructor and its checked options.
@@ -295,14 +300,14 @@ def bind(
     options = dict(section)
     name = options.pop(key, None)
     if not isinstance(name, str) or name not in table:
-        raise UsageError(unknown(key, str(name), table))
+        raise UsageError(unknown_name_message(key, str(name), table))
     constructor = table[name]
     parameters = inspect.signature(constructor).parameters
     hints = typing.get_type_hints(constructor.__init__ if inspect.isclass(constructor) else constructor)
-    allowed = [p for p in parameters if p not in set(given)]
+    allowed = [p for p in parameters if p not in set(run_args)]
     for option, value in options.items():
         if option not in allowed:
-            raise UsageError(f"{name}: {unknown('option', option, allowed)}")
+            raise UsageError(f"{name}: {unknown_name_message('option', option, allowed)}")
         try:
             options[option] = TypeAdapter(hints[option]).validate_python(value)
         except ValidationError as error:
@@ -316,24 +321,26 @@ def bind(
     return constructor, options
 
 
-def build(table: Mapping[str, Callable[..., T]], section: Section, *, key: str = "name", **given: Any) -> T:
+def build_from_section(
+    table: Mapping[str, Callable[..., T]], section: Section, *, key: str = "name", **run_args: Any
+) -> T:
     """Construct the table's entry that a section names.
 
     Args:
         table: name to constructor.
-        section: `{key: name, **options}`, checked as in `bind`.
+        section: `{key: name, **options}`, checked as in `validate_section`.
         key: what the name stands under.
-        **given: what the run knows (spatial_dims, channels, ...); passed where the constructor takes it.
+        **run_args: what the run knows (spatial_dims, channels, ...); passed where the constructor takes it.
 
     Raises:
-        UsageError: see `bind`.
+        UsageError: see `validate_section`.
     """
-    constructor, options = bind(table, section, key=key, given=given)
-    taken = inspect.signature(constructor).parameters
-    return constructor(**options, **{name: value for name, value in given.items() if name in taken})
+    constructor, options = validate_section(table, section, key=key, run_args=run_args)
+    parameters = inspect.signature(constructor).parameters
+    return constructor(**options, **{name: value for name, value in run_args.items() if name in parameters})
 
 
-def _item(target: Any, part: str, assignment: str) -> Any:
+def _get_item(target: Any, part: str, assignment: str) -> Any:
     if isinstance(target, dict) and part in target:
         return target[part]
     if isinstance(target, list) and part.isdigit() and int(part) < len(target):
@@ -345,22 +352,24 @@ def _item(target: Any, part: str, assignment: str) -> Any:
         if isinstance(target, list)
         else []
     )
-    raise UsageError(f"--set {assignment}: {unknown('key', part, keys)}")
+    raise UsageError(f"--set {assignment}: {unknown_name_message('key', part, keys)}")
 
 
-def unknown(what: str, name: str, known: Iterable[str]) -> str:
+def unknown_name_message(kind: str, name: str, choices: Iterable[str]) -> str:
     """The sentence on a name that is not there: the nearest one, and all."""
-    names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"no {what} {name!r}.{hint} There are: {', '.join(names) or 'none'}."
+    names = sorted(choices)
+    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f" Did you mean {matches[0]!r}?" if matches else ""
+    return f"no {kind} {name!r}.{hint} There are: {', '.join(names) or 'none'}."
 
 
-def _explain(kind: type[BaseModel], error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"])
+def _describe_config_error(config_class: type[BaseModel], error: Any) -> str:
+    key_path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        model = ViewsConfig if error["loc"][0] == "views" else kind
-        return unknown("key", str(error["loc"][-1]), model.model_fields)
+        model = ViewsConfig if error["loc"][0] == "views" else config_class
+        return unknown_name_message("key", str(error["loc"][-1]), model.model_fields)
     return (
-        f"{where}: {error['msg']}, got {error['input']!r}" if error["type"] != "missing" else f"{where} must be given"
+        f"{key_path}: {error['msg']}, got {error['input']!r}"
+        if error["type"] != "missing"
+        else f"{key_path} must be given"
     )

@@ -18,8 +18,12 @@ from medim.types import UserError
 
 def cache_folder() -> Path:
     """Where what can be made again is kept: $MEDIM_CACHE, else $XDG_CACHE_HOME/medim, else ~/.cache/medim."""
-    own = os.environ.get("MEDIM_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medim"
+    custom_folder = os.environ.get("MEDIM_CACHE")
+    return (
+        Path(custom_folder)
+        if custom_folder
+        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medim"
+    )
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -53,14 +57,14 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def json_bytes(content: Mapping[str, Any]) -> bytes:
+def encode_json(content: Mapping[str, Any]) -> bytes:
     """Canonical JSON: indented, in the given key order, never NaN (use None)."""
     return (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """`write_bytes` for `json_bytes`."""
-    write_bytes(path, json_bytes(content))
+    """`write_bytes` for `encode_json`."""
+    write_bytes(path, encode_json(content))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -89,18 +93,18 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object
     write_text(path, buffer.getvalue())
 
 
-def sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_of(content: Any) -> str:
+def json_sha256(content: Any) -> str:
     """Hex digest of a JSON-able object, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def fresh_folder(out: Path, *, overwrite: bool = False, resume: bool = False) -> Path:
+def prepare_output_folder(out: Path, *, overwrite: bool = False, resume: bool = False) -> Path:
     """Make the output folder of a run.
 
     Args:
@@ -114,8 +118,8 @@ def fresh_folder(out: Path, *, overwrite: bool = False, resume: bool = False) ->
     if out.is_file():
         raise UserError(f"{out}: expected a folder for the output, got a file. Choose another --out.")
     marker = out / ".medim"
-    held = out.is_dir() and any(path != marker for path in out.iterdir())
-    if held and not resume:
+    has_content = out.is_dir() and any(path != marker for path in out.iterdir())
+    if has_content and not resume:
         if not overwrite:
             raise UserError(
                 f"{out}: expected an empty or new folder. "
@@ -126,7 +130,7 @@ def fresh_folder(out: Path, *, overwrite: bool = False, resume: bool = False) ->
         shutil.rmtree(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not (held and resume):
+        if not (has_content and resume):
             marker.touch()
     except OSError as error:
         raise UserError(f"{out}: could not be written ({error.strerror}). Choose another --out.") from error

@@ -21,11 +21,13 @@ from medim.types import UserError
 
 log = logging.getLogger(__name__)
 
-_SPELT = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "å": "aa", "ø": "oe", "æ": "ae", "ß": "ss"})
-_SHORT = 4  # a value shorter than this hides a path part only where it is the whole part: an ID of "2" is no word
+_TRANSLITERATIONS = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "å": "aa", "ø": "oe", "æ": "ae", "ß": "ss"})
+_MIN_PARTIAL_LENGTH = (
+    4  # a value shorter than this hides a path part only where it is the whole part: an ID of "2" is no word
+)
 
 
-def site_key() -> bytes:
+def load_site_key() -> bytes:
     """The secret of this site.
 
     `MEDIM_SITE_KEY` where it is set, else the file `medim/site.key` (mode 0600) in the user's config folder
@@ -34,12 +36,12 @@ def site_key() -> bytes:
     Raises:
         UserError: the file can be neither read nor made.
     """
-    given = os.environ.get("MEDIM_SITE_KEY", "")
-    if given:
-        return given.encode()
-    name = _key_name(os.environ.get("XDG_CONFIG_HOME"), os.environ.get("HOME"))
+    key = os.environ.get("MEDIM_SITE_KEY", "")
+    if key:
+        return key.encode()
+    name = _locate_key_file(os.environ.get("XDG_CONFIG_HOME"), os.environ.get("HOME"))
     try:
-        return _key_file(name)
+        return _load_key_file(name)
     except OSError as error:
         folder = Path(name).parent
         raise UserError(
@@ -49,13 +51,13 @@ def site_key() -> bytes:
 
 
 @lru_cache
-def _key_name(config: str | None, home: str | None) -> str:
+def _locate_key_file(config: str | None, home: str | None) -> str:
     """Where the key file lies; asked for every pseudonym, so worked out once for these two variables."""
     return str(Path(config or Path.home() / ".config") / "medim" / "site.key")
 
 
 @lru_cache
-def _key_file(name: str) -> bytes:
+def _load_key_file(name: str) -> bytes:
     """Read the key file, or make it: whole at once, so that two processes end with one key."""
     path = Path(name)
     if not path.exists():
@@ -80,7 +82,7 @@ def _key_file(name: str) -> bytes:
     return key
 
 
-def pseudonym(value: str, *, prefix: str = "s", digits: int = 12) -> str:
+def make_pseudonym(value: str, *, prefix: str = "s", digits: int = 12) -> str:
     """A stable stand-in for an identity: `s-` and some hex digits of its HMAC-SHA256 under the site key.
 
     Args:
@@ -88,21 +90,21 @@ def pseudonym(value: str, *, prefix: str = "s", digits: int = 12) -> str:
         prefix: what it is of.
         digits: 12 tell ten thousands of subjects apart, and not millions of files.
     """
-    digest = hmac.new(site_key(), value.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()
+    digest = hmac.new(load_site_key(), value.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()
     return f"{prefix}-{digest[:digits]}"
 
 
 @lru_cache(maxsize=1 << 16)
-def _token(key: bytes, joined: str) -> int:
-    digest = hmac.digest(key, f"word {joined}".encode("utf-8", "surrogateescape"), "sha256")
+def _hash_word(key: bytes, word: str) -> int:
+    digest = hmac.digest(key, f"word {word}".encode("utf-8", "surrogateescape"), "sha256")
     return int.from_bytes(digest[:6])
 
 
-def tokens(identities: Iterable[str]) -> frozenset[int]:
+def identity_tokens(identities: Iterable[str]) -> frozenset[int]:
     """What a `Scrubber` knows identities by: keyed like a pseudonym, so that they can be kept and nobody read them."""
-    key = site_key()
-    words = {joined for value in identities if (joined := "".join(_words(value)))}
-    return frozenset(_token(key, spelt) for joined in words for spelt in _spellings(joined))
+    key = load_site_key()
+    words = {word for value in identities if (word := "".join(_split_words(value)))}
+    return frozenset(_hash_word(key, spelling) for word in words for spelling in _list_spellings(word))
 
 
 class Scrubber:
@@ -112,70 +114,74 @@ class Scrubber:
     all hold the identity `Doe^John`. A value shorter than 4 characters counts only where it is the whole part.
 
     Args:
-        identities: from `tokens`.
+        identities: from `identity_tokens`.
     """
 
     def __init__(self, identities: Iterable[int]) -> None:
-        self._values = frozenset(identities)
+        self._tokens = frozenset(identities)
 
-    def part(self, part: str) -> str:
+    def scrub_part(self, part: str) -> str:
         """One part of a path, or its pseudonym; the file's suffix stays."""
-        return hidden(part) if self.hides(part) else part
+        return scrubbed_name(part) if self.contains_identity(part) else part
 
-    def hides(self, part: str) -> bool:
+    def contains_identity(self, part: str) -> bool:
         """Whether a part of a path holds an identity, or bytes that are no text and could not be written down."""
         if not _is_text(part):
             return True
-        if not self._values or part in {".", "..", "/"}:
+        if not self._tokens or part in {".", "..", "/"}:
             return False
-        key = site_key()
+        key = load_site_key()
         return any(
-            (whole or len(run) >= _SHORT) and _token(key, run) in self._values
-            for name in {part, _split(part)[0]}
-            for run, whole in _runs(_words(name))
+            (is_whole or len(run) >= _MIN_PARTIAL_LENGTH) and _hash_word(key, run) in self._tokens
+            for name in {part, _split_suffix(part)[0]}
+            for run, is_whole in _iterate_word_runs(_split_words(name))
         )
 
-    def path(self, path: PurePath) -> str:
+    def scrub_path(self, path: PurePath) -> str:
         """A relative path as it is written down, with `/` between its parts."""
-        return "/".join(self.part(part) for part in path.parts)
+        return "/".join(self.scrub_part(part) for part in path.parts)
 
-    def text(self, text: str | None) -> str | None:
+    def scrub_text(self, text: str | None) -> str | None:
         """A free text, or None where it holds an identity."""
-        return None if text is None or self.hides(text) else text
+        return None if text is None or self.contains_identity(text) else text
 
 
-def hidden(part: str) -> str:
+def scrubbed_name(part: str) -> str:
     """What stands in an index for a path part that holds an identity."""
-    stem, suffix = _split(part)
-    return pseudonym(stem, prefix="p") + suffix
+    stem, suffix = _split_suffix(part)
+    return make_pseudonym(stem, prefix="p") + suffix
 
 
-def find(folder: Path, written: str) -> Path:
+def resolve_scrubbed_path(folder: Path, scrubbed_path: str) -> Path:
     """The real path of a path that a `Scrubber` wrote, relative to a folder.
 
     Raises:
         UserError: nothing there has that name, or the site key is another one.
     """
-    here = folder
-    for part in PurePath(written).parts:
-        there = here / part
-        if part != ".." and not there.exists():
-            found = _hidden_names(str(here), here.stat().st_mtime_ns, site_key()).get(part) if here.is_dir() else None
-            if found is None:
+    current = folder
+    for part in PurePath(scrubbed_path).parts:
+        candidate = current / part
+        if part != ".." and not candidate.exists():
+            real_name = (
+                _map_scrubbed_names(str(current), current.stat().st_mtime_ns, load_site_key()).get(part)
+                if current.is_dir()
+                else None
+            )
+            if real_name is None:
                 raise UserError(
-                    f"{written}: expected this file of the index under its source, found none. "
+                    f"{scrubbed_path}: expected this file of the index under its source, found none. "
                     "Was the source moved or changed, or another MEDIM_SITE_KEY set? Run `medim index` again."
                 )
-            there = here / found
-        here = there
-    return here
+            candidate = current / real_name
+        current = candidate
+    return current
 
 
 @lru_cache(maxsize=256)
-def _hidden_names(folder: str, changed: int, key: bytes) -> dict[str, str]:
+def _map_scrubbed_names(folder: str, mtime_ns: int, key: bytes) -> dict[str, str]:
     """The names in a folder by what they are hidden as; worked out once, not for each of its thousands of patients."""
     names = sorted((entry.name for entry in Path(folder).iterdir()), reverse=True)
-    return {hidden(name): name for name in names}
+    return {scrubbed_name(name): name for name in names}
 
 
 def _is_text(part: str) -> bool:
@@ -183,25 +189,25 @@ def _is_text(part: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in part)
 
 
-def _words(text: str) -> list[str]:
+def _split_words(text: str) -> list[str]:
     """The runs of letters and digits of a text, in lower case, each letter in its one form."""
     return re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold())
 
 
-def _spellings(joined: str) -> set[str]:
+def _list_spellings(word: str) -> set[str]:
     """Words as they are, as they are written without the letters of their language, and without accents."""
-    bare = "".join(letter for letter in unicodedata.normalize("NFKD", joined) if not unicodedata.combining(letter))
-    return {joined, joined.translate(_SPELT), bare}
+    bare = "".join(letter for letter in unicodedata.normalize("NFKD", word) if not unicodedata.combining(letter))
+    return {word, word.translate(_TRANSLITERATIONS), bare}
 
 
-def _runs(words: list[str]) -> Iterator[tuple[str, bool]]:
+def _iterate_word_runs(words: list[str]) -> Iterator[tuple[str, bool]]:
     """Every run of consecutive words, joined, and whether it is all of them."""
-    for first in range(len(words)):
-        for last in range(first + 1, len(words) + 1):
-            yield "".join(words[first:last]), last - first == len(words)
+    for start in range(len(words)):
+        for stop in range(start + 1, len(words) + 1):
+            yield "".join(words[start:stop]), stop - start == len(words)
 
 
-def _split(part: str) -> tuple[str, str]:
+def _split_suffix(part: str) -> tuple[str, str]:
     """A file name as stem and suffix (`.nii.gz` is one suffix; the `.5` of a UID is none)."""
-    found = re.fullmatch(r"(.+?)((?:\.nii|\.tar)?\.[A-Za-z][A-Za-z0-9]{0,4})", part)
-    return (found[1], found[2]) if found else (part, "")
+    match = re.fullmatch(r"(.+?)((?:\.nii|\.tar)?\.[A-Za-z][A-Za-z0-9]{0,4})", part)
+    return (match[1], match[2]) if match else (part, "")

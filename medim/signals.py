@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from medim.types import UserError
 
-NAMES = ("SIGTERM", "SIGUSR1")
+SIGNAL_NAMES = ("SIGTERM", "SIGUSR1")
 
 
 class StoppedError(UserError):
@@ -23,101 +23,104 @@ class StoppedError(UserError):
     exit_code = 75
 
 
-class _Asked(BaseException):
+class _ShutdownRequested(BaseException):
     """Raised by the signal; no `except Exception` on the way keeps it."""
 
     exit_code = StoppedError.exit_code
 
 
-def saved_and_left(error: BaseException) -> bool:
+def exited_after_saving(error: BaseException) -> bool:
     """Whether this is how a run leaves that was asked to, in this process or in the first."""
     return getattr(error, "exit_code", getattr(error, "code", 1)) == StoppedError.exit_code
 
 
-class Stop:
+class ShutdownRequest:
     """Whether a run was asked to stop.
 
     Attributes:
-        asked: the signal's name, or empty.
+        signal_name: the signal's name, or empty.
     """
 
     def __init__(self) -> None:
-        self.asked = ""
-        self._held = self._leaving = False
+        self.signal_name = ""
+        self._deferring = self._exiting = False
 
-    def hear(self, name: str) -> None:
+    def notify(self, name: str) -> None:
         """Note a signal, and leave at once unless `holding`."""
-        self.asked = self.asked or name
-        self._leave_if_asked()
+        self.signal_name = self.signal_name or name
+        self._exit_if_requested()
 
     @contextmanager
-    def holding(self) -> Iterator[None]:
+    def deferred(self) -> Iterator[None]:
         """Only note signals meanwhile; leave at the end, also of what failed since, where `leave` answered none."""
-        self._held = True
+        self._deferring = True
         try:
             yield
         finally:
-            self._held = False
-            self._leave_if_asked()
+            self._deferring = False
+            self._exit_if_requested()
 
-    def leave(self, saved: str) -> NoReturn:
+    def respond(self, saved_state: str) -> NoReturn:
         """Answer a noted signal.
 
         Args:
-            saved: what is safe now.
+            saved_state: what is safe now.
 
         Raises:
             StoppedError: always.
         """
-        self._leaving = True
-        raise StoppedError(f"stopped by {self.asked or 'a signal to another process'}; {saved}, --resume continues.")
+        self._exiting = True
+        raise StoppedError(
+            f"stopped by {self.signal_name or 'a signal to another process'}; {saved_state}, --resume continues."
+        )
 
-    def _leave_if_asked(self) -> None:
-        if self.asked and not self._held and not self._leaving:
-            self._leaving = True  # what comes while leaving changes nothing
-            raise _Asked
+    def _exit_if_requested(self) -> None:
+        if self.signal_name and not self._deferring and not self._exiting:
+            self._exiting = True  # what comes while leaving changes nothing
+            raise _ShutdownRequested
 
 
-_running: Stop | None = None
+_active_request: ShutdownRequest | None = None
 
 
-def current() -> Stop:
+def current_request() -> ShutdownRequest:
     """The wish of the run that is on, or one that nobody expresses."""
-    return _running or Stop()
+    return _active_request or ShutdownRequest()
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
+def handle_shutdown_signals() -> Iterator[None]:
     """Hear the signals in what runs inside; handlers that were there before hear them, too.
 
-    Inside another `stoppable`, or outside of the main thread, nothing changes.
+    Inside another `handle_shutdown_signals`, or outside of the main thread, nothing changes.
 
     Raises:
         StoppedError: a signal came.
     """
-    global _running
-    if _running is not None or threading.current_thread() is not threading.main_thread():
+    global _active_request
+    if _active_request is not None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
-    stop = _running = Stop()
+    numbers = [getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal, name)]
+    previous_handlers = {number: signal.getsignal(number) for number in numbers}
+    request = _active_request = ShutdownRequest()
 
-    def hear(number: int, frame: Any) -> None:
-        earlier = before[signal.Signals(number)]
-        if callable(earlier):
-            earlier(number, frame)
-        stop.hear(signal.Signals(number).name)
+    def forward_signal(number: int, frame: Any) -> None:
+        previous_handler = previous_handlers[signal.Signals(number)]
+        if callable(previous_handler):
+            previous_handler(number, frame)
+        request.notify(signal.Signals(number).name)
 
     try:
         for number in numbers:
-            signal.signal(number, hear)
+            signal.signal(number, forward_signal)
         yield
-    except _Asked:
+    except _ShutdownRequested:
         raise StoppedError(
-            f"stopped by {stop.asked}; what was written is whole, and the same command with --resume continues."
+            f"stopped by {request.signal_name}; what was written is whole, and the same command with --resume "
+            f"continues."
         ) from None
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        _running = None
+        _active_request = None

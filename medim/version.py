@@ -8,7 +8,7 @@ from importlib import metadata
 __version__ = "0.1.0"
 
 
-def versions() -> dict[str, str]:
+def collect_versions() -> dict[str, str]:
     """Versions of medim, Python, torch and Lightning, for the provenance of a result that was computed with them."""
     return {
         "medim": __version__,

@@ -13,31 +13,31 @@ import logging
 from functools import partial
 from pathlib import Path
 
-from evidence import once
+from evidence import run_once
 
-from medim.config import PretrainConfig, Section, load
+from medim.config import PretrainConfig, Section, load_config
 from medim.data.index.index import build_index
 from medim.training.pretrain.run import pretrain
 
-GLOBAL: Section = {"name": "global_dim", "estimator": "infonce", "standardise": True, "score_penalty": 0.04}
+GLOBAL_DIM: Section = {"name": "global_dim", "estimator": "infonce", "standardise": True, "score_penalty": 0.04}
 TWO_VIEWS = ("AMDIM", "SimCLR")
 
 
-def objectives(base: PretrainConfig) -> dict[str, list[Section]]:
+def build_arms(base: PretrainConfig) -> dict[str, list[Section]]:
     """The objectives of each arm, those of DIM as the preset has them; in-painting where the preset has a decoder."""
     by_name = {section["name"]: section for section in base.objectives}
     local = {key: value for key, value in by_name["local_dim"].items() if key != "weight"}
     coordinates, level = by_name["coordinates"], local["level"]
-    occluded = {**local, "occlusion": "receptive_field"}
+    occlusion_section = {**local, "occlusion": "receptive_field"}
     arms: dict[str, list[Section]] = {
         "DIM(L), InfoNCE": [local],
         "DIM(L), JSD": [{**local, "estimator": "jsd"}],
         "DIM(L), DV": [{**local, "estimator": "dv"}],
-        "DIM(G)": [GLOBAL],
-        "DIM(L+G)": [{**local, "weight": 0.5}, {**GLOBAL, "weight": 0.5}],
-        "DIM(L), occlusion": [occluded],
+        "DIM(G)": [GLOBAL_DIM],
+        "DIM(L+G)": [{**local, "weight": 0.5}, {**GLOBAL_DIM, "weight": 0.5}],
+        "DIM(L), occlusion": [occlusion_section],
         "DIM(L), coordinates": [local, coordinates],
-        "DIM(L), both": [occluded, coordinates],
+        "DIM(L), both": [occlusion_section, coordinates],
         "AMDIM": [{"name": "amdim", "width": 128}],
         "CPC": [{"name": "cpc", "level": level, "steps": 3, "negatives": 16, "scaled": True}],
         "VAE": [{"name": "vae", "decoder_channels": [128, 64, 32]}],
@@ -46,7 +46,7 @@ def objectives(base: PretrainConfig) -> dict[str, list[Section]]:
     return arms | ({"reconstruction": [by_name["reconstruction"]]} if base.decoder else {})
 
 
-def folder_of(out: Path, arm: str, seed: int) -> Path:
+def get_run_folder(out: Path, arm: str, seed: int) -> Path:
     """Where an arm's run lies."""
     return out / f"{''.join(c if c.isalnum() else '-' for c in arm)}-{seed}"
 
@@ -61,15 +61,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="ARM", help="such as 'DIM(G)' VAE")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    base = load("pretrain", arguments.preset, [f"max_steps={arguments.steps}", "select_without_labels=true"])
+    base = load_config("pretrain", arguments.preset, [f"max_steps={arguments.steps}", "select_without_labels=true"])
     index, out = build_index(arguments.data, base.modality), arguments.out
-    for arm, sections in objectives(base).items():
-        if arm in (arguments.only or objectives(base)):
+    for arm, sections in build_arms(base).items():
+        if arm in (arguments.only or build_arms(base)):
             views = base.views.model_copy(update={"count": 2} if arm in TWO_VIEWS else {})
             decoder = base.decoder if arm == "reconstruction" else None
             settings = base.model_copy(update={"objectives": sections, "views": views, "decoder": decoder})
-            once(folder_of(out, arm, 0), partial(pretrain, settings, index, seed=0, store=out / "store"))
-            print(f"--probe {arm.replace(', ', '-').replace('(', '-').replace(')', '')}={folder_of(out, arm, 0)}")
+            run_once(get_run_folder(out, arm, 0), partial(pretrain, settings, index, seed=0, store=out / "store"))
+            print(f"--probe {arm.replace(', ', '-').replace('(', '-').replace(')', '')}={get_run_folder(out, arm, 0)}")
 
 
 if __name__ == "__main__":

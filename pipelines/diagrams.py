@@ -7,11 +7,11 @@ from collections.abc import Callable
 from sketch import Sketch
 
 
-def _kinds(marked: dict[tuple[int, int], str]) -> Callable[[int, int], str]:
-    return lambda row, column: marked.get((row, column), "off")
+def _mark_cells(kinds: dict[tuple[int, int], str]) -> Callable[[int, int], str]:
+    return lambda row, column: kinds.get((row, column), "off")
 
 
-def encoder(sketch: Sketch, y: float, label: str, image: str | Callable[[int, int], str] = "input") -> None:
+def draw_encoder(sketch: Sketch, y: float, label: str, image: str | Callable[[int, int], str] = "input") -> None:
     """An image of 8 x 8 cells at x = 20, and the encoder after it, up to x = 230."""
     sketch.grid(20, y, (8, 8), 10, image)
     sketch.text(60, y + 92, label)
@@ -19,11 +19,11 @@ def encoder(sketch: Sketch, y: float, label: str, image: str | Callable[[int, in
     sketch.box(140, y + 15, 80, 50, "encoder", "net")
 
 
-def infomax(title: str, words: str, own: str, other: str, *, whole: bool) -> Sketch:
+def draw_infomax(title: str, words: str, own: str, other: str, *, whole: bool) -> Sketch:
     """A summary meets the map of its own image and that of another."""
     sketch = Sketch(720, 265, title, words)
     for y, label, kind in ((35, "image A", "yes"), (155, "image B", "no")):
-        encoder(sketch, y, label)
+        draw_encoder(sketch, y, label)
         sketch.arrow((224, y + 40), (256, y + 40))
         if whole:
             sketch.box(260, y, 80, 80, "map", kind)
@@ -45,13 +45,13 @@ def infomax(title: str, words: str, own: str, other: str, *, whole: bool) -> Ske
 def local_dim() -> Sketch:
     """DIM(L)."""
     words = "The summary of image A is scored with every location of map A, which should be high, and of map B, low."
-    return infomax("Local Deep InfoMax", words, "each place\nscore up", "each place\nscore down", whole=False)
+    return draw_infomax("Local Deep InfoMax", words, "each place\nscore up", "each place\nscore down", whole=False)
 
 
 def global_dim() -> Sketch:
     """DIM(G)."""
     words = "The summary of image A is scored once with the whole map of A, which should be high, and of B, low."
-    return infomax("Global Deep InfoMax", words, "one score\nup", "one score\ndown", whole=True)
+    return draw_infomax("Global Deep InfoMax", words, "one score\nup", "one score\ndown", whole=True)
 
 
 def pairs() -> Sketch:
@@ -67,13 +67,13 @@ def pairs() -> Sketch:
     sketch.text(190, 20, "all scores of a batch", head=True)
     sketch.text(530, 20, "the InfoNCE classes of one positive", head=True)
 
-    def one(row: int, column: int) -> str:
+    def choose_kind(row: int, column: int) -> str:
         if row != 1 or column in (4, 6, 7):
             return "off"
         return "yes" if column == 5 else "no"
 
     sketch.grid(70, 55, (4, 16), 16, lambda row, column: "yes" if column // 4 == row else "no")
-    sketch.grid(410, 55, (4, 16), 16, one)
+    sketch.grid(410, 55, (4, 16), 16, choose_kind)
     for x in (70, 410):
         for number, image in enumerate("ABCD"):
             sketch.text(x + 32 + 64 * number, 45, f"map {image}")
@@ -92,7 +92,7 @@ def pairs() -> Sketch:
 def prior_matching() -> Sketch:
     """The adversary of the summary."""
     sketch = Sketch(720, 200, "Prior matching", "A discriminator tells summaries from samples of a prior.")
-    encoder(sketch, 15, "image")
+    draw_encoder(sketch, 15, "image")
     sketch.arrow((224, 55), (256, 55))
     sketch.grid(260, 48, (1, 6), 13, "feature")
     sketch.text(300, 76, "summary, squashed\nto 0 ... 1")
@@ -113,8 +113,8 @@ def occlusion() -> Sketch:
     sketch = Sketch(
         720, 250, "Occlusion", "The summary comes from an image with a hidden block, the map from the whole image."
     )
-    encoder(sketch, 15, "a block hidden", lambda row, column: "hidden" if row < 5 and column > 2 else "input")
-    encoder(sketch, 135, "the whole image")
+    draw_encoder(sketch, 15, "a block hidden", lambda row, column: "hidden" if row < 5 and column > 2 else "input")
+    draw_encoder(sketch, 135, "the whole image")
     sketch.arrow((224, 55), (286, 55))
     sketch.grid(290, 48, (1, 6), 13, "feature")
     sketch.text(330, 76, "summary")
@@ -134,12 +134,12 @@ def coordinates() -> Sketch:
     sketch = Sketch(
         720, 235, "Coordinates", "From a local feature its row and column; from two, the step from one to the other."
     )
-    for y, marked, told, loss in (
+    for y, kinds, heading, loss in (
         (15, {(1, 2): "yes"}, "absolute", "row 2 of 4,\ncolumn 3 of 4"),
         (135, {(0, 3): "yes", (2, 1): "feature"}, "relative", "2 rows up,\n2 columns right"),
     ):
-        sketch.text(60, y + 40, told, head=True)
-        sketch.grid(140, y, (4, 4), 20, _kinds(marked))
+        sketch.text(60, y + 40, heading, head=True)
+        sketch.grid(140, y, (4, 4), 20, _mark_cells(kinds))
         sketch.arrow((224, y + 40), (316, y + 40))
         sketch.box(320, y + 15, 120, 50, "small network", "net")
         sketch.arrow((444, y + 40), (536, y + 40))
@@ -154,8 +154,8 @@ def dense_dim() -> Sketch:
     sketch = Sketch(
         720, 250, "Dense Deep InfoMax", "Two views of the same place, one with hidden blocks, meet voxel by voxel."
     )
-    encoder(sketch, 15, "blocks hidden", lambda row, column: "hidden" if 2 <= row < 5 > column else "input")
-    encoder(sketch, 135, "the same place")
+    draw_encoder(sketch, 15, "blocks hidden", lambda row, column: "hidden" if 2 <= row < 5 > column else "input")
+    draw_encoder(sketch, 135, "the same place")
     for y in (15, 135):
         sketch.arrow((224, y + 40), (256, y + 40))
         sketch.box(260, y + 15, 80, 50, "decoder", "net")
@@ -178,7 +178,9 @@ def reconstruction() -> Sketch:
     """Cubes painted in."""
     sketch = Sketch(720, 125, "Reconstruction", "From an image with hidden cubes, encoder and decoder paint them in.")
     cubes = {(0, 0), (0, 2), (1, 1), (1, 3), (2, 0), (2, 3), (3, 1), (3, 2)}
-    encoder(sketch, 15, "cubes hidden", lambda row, column: "hidden" if (row // 2, column // 2) in cubes else "input")
+    draw_encoder(
+        sketch, 15, "cubes hidden", lambda row, column: "hidden" if (row // 2, column // 2) in cubes else "input"
+    )
     sketch.arrow((224, 55), (286, 55))
     sketch.box(290, 30, 80, 50, "decoder", "net")
     sketch.arrow((374, 55), (436, 55))
@@ -195,7 +197,7 @@ def amdim() -> Sketch:
         720, 250, "Augmented multiscale DIM", "The summary of each view meets finer maps of the other, and maps maps."
     )
     for y, label in ((15, "view 1"), (135, "view 2")):
-        encoder(sketch, y, label)
+        draw_encoder(sketch, y, label)
         sketch.arrow((224, y + 40), (256, y + 40))
     sketch.grid(300, 45, (1, 1), 20, "feature")
     sketch.text(310, 85, "summary (1)")
@@ -219,7 +221,7 @@ def simclr() -> Sketch:
         720, 250, "SimCLR", "The projected summaries of two views of an image are near; those of other images are far."
     )
     for y, label, kind in ((15, "view 1 of A", "feature"), (135, "view 2 of A", "yes")):
-        encoder(sketch, y, label)
+        draw_encoder(sketch, y, label)
         sketch.arrow((224, y + 40), (246, y + 40))
         sketch.grid(250, y + 33, (1, 6), 13, "feature")
         sketch.arrow((332, y + 40), (356, y + 40))
@@ -248,10 +250,10 @@ def cpc() -> Sketch:
     sketch.box(180, 58, 80, 50, "encoder", "net")
     sketch.arrow((264, 83), (286, 83))
 
-    def kind(row: int, column: int) -> str:
+    def choose_kind(row: int, column: int) -> str:
         return "feature" if row < 3 else "off" if row == 3 else "yes" if column == 3 else "no"
 
-    sketch.grid(290, 20, (7, 7), 18, kind)
+    sketch.grid(290, 20, (7, 7), 18, choose_kind)
     sketch.text(353, 165, "a feature a patch")
     sketch.arrow((420, 45), (456, 45))
     sketch.box(460, 20, 90, 50, "context\n(sees above)", "net")
@@ -265,7 +267,7 @@ def cpc() -> Sketch:
 def vae() -> Sketch:
     """Through a noisy code and back."""
     sketch = Sketch(720, 200, "Variational autoencoder", "An image becomes a normal distribution, a sample, an image.")
-    encoder(sketch, 15, "image")
+    draw_encoder(sketch, 15, "image")
     sketch.arrow((224, 55), (251, 55))
     sketch.grid(255, 30, (1, 6), 13, "feature")
     sketch.grid(255, 66, (1, 6), 13, "feature")

@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from evidence import Series, draw, history, markdown, once, write_section
+from evidence import RunSeries, draw_curves, format_markdown_table, read_series, run_once, write_section
 
-from medim.config import load
+from medim.config import load_config
 from medim.data.index.index import build_index
 from medim.training.pretrain.run import pretrain
 from medim.types import Modality
@@ -43,7 +43,7 @@ SETTINGS: dict[str, dict[str, list[str]]] = {
         "stabilised": [],
     },
 }
-SHOWN = {"loss": "local_dim", "retrieval": "local_dim/retrieval", "z": "local_dim/spread"}
+PANELS = {"loss": "local_dim", "retrieval": "local_dim/retrieval", "z": "local_dim/spread"}
 
 
 def main() -> None:
@@ -61,33 +61,38 @@ def main() -> None:
     }
     for preset, settings in SETTINGS.items():
         index, rows, chance = build_index(*sources[preset]), [], 0.0
-        curves: dict[str, dict[str, Series]] = {title: {} for title in SHOWN}
+        curves: dict[str, dict[str, RunSeries]] = {title: {} for title in PANELS}
         for name, changes in settings.items():
-            config = load("pretrain", preset, changes)
+            config = load_config("pretrain", preset, changes)
             start = partial(pretrain, config, index, stop_on_collapse=True, store=arguments.out / "store")
             runs = {seed: arguments.out / f"{preset}-{name.replace(', ', '-')}-{seed}" for seed in SEEDS}
-            summaries = [once(run, partial(start, seed=seed)) for seed, run in runs.items()]
-            found, chance = [history(run) for run in runs.values()], summaries[0]["chance"]["local_dim"]
-            for title, key in SHOWN.items():
-                curves[title] |= {f"{name}, {seed}": series[key] for seed, series in zip(SEEDS, found, strict=True)}
-            rows.append([name, *_cells(found, chance), ", ".join(summary["verdict"] for summary in summaries)])
+            summaries = [run_once(run, partial(start, seed=seed)) for seed, run in runs.items()]
+            histories, chance = [read_series(run) for run in runs.values()], summaries[0]["chance"]["local_dim"]
+            for title, key in PANELS.items():
+                curves[title] |= {f"{name}, {seed}": series[key] for seed, series in zip(SEEDS, histories, strict=True)}
+            rows.append(
+                [name, *_format_setting(histories, chance), ", ".join(summary["verdict"] for summary in summaries)]
+            )
         head = ["setting", "leaves chance at step", "held out: chance - loss", "retrieval", "z", "steps", "verdicts"]
-        draw(arguments.page.parent / "figures" / f"dim-{preset}.svg", curves, {"loss": chance})
-        write_section(arguments.page, f"{preset} stability", markdown(head, rows))
+        draw_curves(arguments.page.parent / "figures" / f"dim-{preset}.svg", curves, {"loss": chance})
+        write_section(arguments.page, f"{preset} stability", format_markdown_table(head, rows))
 
 
-def _cells(found: list[dict[str, Series]], chance: float) -> list[str]:
+def _format_setting(histories: list[dict[str, RunSeries]], chance: float) -> list[str]:
     """The table's cells of one setting: a value a seed."""
-    left = [_first_below([value for _, value in series["local_dim"]], chance - 0.1) for series in found]
-    held_out = [f"{chance - series['held out local_dim'][-1][1]:.2f}" for series in found]
-    ends = [
-        [f"{np.mean([v for _, v in series[key][-20:]]):.2f}" for series in found] for key in list(SHOWN.values())[1:]
+    first_steps = [
+        _find_first_step_below([value for _, value in series["local_dim"]], chance - 0.1) for series in histories
     ]
-    steps = [str(series["local_dim"][-1][0]) for series in found]
-    return [" / ".join(values) for values in (left, held_out, *ends, steps)]
+    val_gaps = [f"{chance - series['held out local_dim'][-1][1]:.2f}" for series in histories]
+    ends = [
+        [f"{np.mean([v for _, v in series[key][-20:]]):.2f}" for series in histories]
+        for key in list(PANELS.values())[1:]
+    ]
+    steps = [str(series["local_dim"][-1][0]) for series in histories]
+    return [" / ".join(values) for values in (first_steps, val_gaps, *ends, steps)]
 
 
-def _first_below(losses: list[float], level: float) -> str:
+def _find_first_step_below(losses: list[float], level: float) -> str:
     """The first step from which a running mean of ten lies below a level."""
     means = np.convolve(losses, np.ones(10) / 10, "valid")
     below = np.flatnonzero(means < level)

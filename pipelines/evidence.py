@@ -17,16 +17,16 @@ from matplotlib.figure import Figure
 from medim.evaluation.cases import class_arrays, read_cases
 from medim.evaluation.probing.label_budget import Budget
 from medim.files import read_json, write_bytes, write_text
-from medim.metrics.bootstrap import mean_of
+from medim.metrics.bootstrap import weighted_mean
 from medim.metrics.classification import classification_statistics
 from medim.metrics.ranking import Statistic
-from medim.study.statistics.intervals import Interval
+from medim.study.statistics.intervals import ConfidenceInterval
 
-Series = list[tuple[int, float]]
-POINTS = 300  # of a curve, at most
+RunSeries = list[tuple[int, float]]
+MAX_POINTS = 300  # of a curve, at most
 
 
-def once(out: Path, run: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+def run_once(out: Path, run: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """The summary of a run, which is done (or taken up again) only where it is not finished."""
     if (out / "summary.json").is_file():
         summary: dict[str, Any] = read_json(out / "summary.json")
@@ -34,58 +34,58 @@ def once(out: Path, run: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     return run(out, resume=True)
 
 
-def dice(run: Path) -> tuple[Statistic, list[str]]:
+def read_dice(run: Path) -> tuple[Statistic, list[str]]:
     """Mean Dice over classes of a run's validation cases as a statistic, and whose cases they are."""
     rows = read_cases(run / "cases.parquet")
     cases = {row["image"]: row["subject"] for row in rows}
     values = [np.mean([row["dice"] for row in rows if row["image"] == image]) for image in cases]
-    return mean_of([float(v) for v in values]), list(cases.values())
+    return weighted_mean([float(v) for v in values]), list(cases.values())
 
 
-def auroc(rows: Sequence[dict[str, Any]]) -> Statistic:
+def compute_auroc(rows: Sequence[dict[str, Any]]) -> Statistic:
     """AUROC of a classifier's cases, as a statistic."""
     classes = list(dict.fromkeys(row["class"] for row in rows))
     return classification_statistics(*class_arrays(rows, classes))["auroc"]
 
 
-def probed(folder: Path, features: str, fraction: float, seed: int) -> Statistic:
+def read_probe_auroc(folder: Path, features: str, fraction: float, seed: int) -> Statistic:
     """AUROC of one row of a probe, as a statistic."""
     budget = Budget(fraction=fraction).name
     rows = pyarrow.parquet.read_table(folder / "cases.parquet").to_pylist()
-    own = [row for row in rows if (row["features"], row["budget"], row["seed"]) == (features, budget, seed)]
-    classes = [name.removeprefix("probability_") for name in own[0] if name.startswith("probability_")]
-    probabilities = np.array([[row[f"probability_{name}"] for name in classes] for row in own])
-    labels = np.array([classes.index(row["label"]) for row in own])
+    probe_rows = [row for row in rows if (row["features"], row["budget"], row["seed"]) == (features, budget, seed)]
+    classes = [name.removeprefix("probability_") for name in probe_rows[0] if name.startswith("probability_")]
+    probabilities = np.array([[row[f"probability_{name}"] for name in classes] for row in probe_rows])
+    labels = np.array([classes.index(row["label"]) for row in probe_rows])
     return classification_statistics(probabilities, labels)["auroc"]
 
 
-def at_once(statistic: Statistic, cases: int) -> float:
+def evaluate_statistic(statistic: Statistic, cases: int) -> float:
     """A statistic of all cases, each counted once."""
     return float(statistic(np.ones((1, cases)))[0])
 
 
-def history(run: Path) -> dict[str, Series]:
+def read_series(run: Path) -> dict[str, RunSeries]:
     """The series of a run's history: training values by name, held-out ones by `held out <name>`."""
-    found: dict[str, Series] = {}
+    series: dict[str, RunSeries] = {}
     for row in pyarrow.csv.read_csv(run / "history.csv").to_pylist():
-        held_out = row["held_out"] is not None
-        value = row["held_out"] if held_out else row["loss"]
+        is_validation = row["held_out"] is not None
+        value = row["held_out"] if is_validation else row["loss"]
         if value is not None:
-            found.setdefault(f"{'held out ' if held_out else ''}{row['name']}", []).append((row["step"], value))
-    return found
+            series.setdefault(f"{'held out ' if is_validation else ''}{row['name']}", []).append((row["step"], value))
+    return series
 
 
-def spread_text(values: Sequence[float]) -> str:
+def format_spread(values: Sequence[float]) -> str:
     """Mean and standard deviation: `0.812 ± 0.004`."""
     return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
 
-def difference_text(difference: Interval) -> str:
+def format_difference(difference: ConfidenceInterval) -> str:
     """`**+0.012** [+0.004, +0.021]`."""
     return f"**{difference.value:+.3f}** [{difference.low:+.3f}, {difference.high:+.3f}]"
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def format_markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -98,48 +98,50 @@ def write_section(page: Path, name: str, text: str) -> None:
     write_text(page, f"{before}<!-- {name} -->\n\n{text}\n\n<!-- /{name} -->{after}")
 
 
-def draw(path: Path, panels: dict[str, dict[str, Series]], levels: dict[str, float]) -> None:
+def draw_curves(path: Path, panels: dict[str, dict[str, RunSeries]], levels: dict[str, float]) -> None:
     """Curves over steps, a panel each, as SVG: `panels[title][line]`, and a dashed line at a panel's level.
 
     Lines are running means over a fiftieth of their length, and named `setting, seed`: a colour a setting.
     """
-    with drawing(1, len(panels), (3.2, 2.6)) as (figure, grid):
+    with open_figure(1, len(panels), (3.2, 2.6)) as (figure, grid):
         for axes, (title, lines) in zip(grid.flat, panels.items(), strict=True):
             names = list(dict.fromkeys(name.rpartition(", ")[0] for name in lines))
             for name, points in lines.items():
                 steps, values = np.array(points).T
                 width = max(1, len(values) // 50)
                 smooth = np.convolve(values, np.ones(width) / width, "valid")
-                kind = name.rpartition(", ")[0]
-                every = -(-len(smooth) // POINTS)
-                axes.plot(steps[width - 1 :: every], smooth[::every], color=f"C{names.index(kind)}", linewidth=0.9)
+                setting = name.rpartition(", ")[0]
+                stride = -(-len(smooth) // MAX_POINTS)
+                axes.plot(steps[width - 1 :: stride], smooth[::stride], color=f"C{names.index(setting)}", linewidth=0.9)
             if title in levels:
                 axes.axhline(levels[title], color="grey", linestyle="--", linewidth=0.8)
             axes.set(title=title, xlabel="step")
             for number, name in enumerate(names):
                 axes.plot([], [], color=f"C{number}", label=name)
         figure.axes[0].legend(frameon=False)
-        save(figure, path)
+        save_svg(figure, path)
 
 
 def draw_losses(path: Path, runs: Sequence[Path]) -> None:
     """Each loss of some pretraining runs over the steps, a panel a term, its chance level dashed."""
     levels: dict[str, float] = read_json(runs[0] / "summary.json")["chance"]
-    series = {f"seed, {number}": history(run) for number, run in enumerate(runs)}
-    draw(path, {term: {name: found[term] for name, found in series.items()} for term in levels}, levels)
+    series = {f"seed, {number}": read_series(run) for number, run in enumerate(runs)}
+    draw_curves(
+        path, {term: {name: run_series[term] for name, run_series in series.items()} for term in levels}, levels
+    )
 
 
 @contextmanager
-def drawing(rows: int, columns: int, panel: tuple[float, float] = (2.4, 2.2)) -> Iterator[tuple[Figure, Any]]:
+def open_figure(rows: int, columns: int, panel: tuple[float, float] = (2.4, 2.2)) -> Iterator[tuple[Figure, Any]]:
     """A figure and its panels (rows, columns), each of so many inches, in the style of all figures."""
     with mpl.rc_context({"svg.hashsalt": "medim", "svg.fonttype": "none", "font.size": 8}):
         figure = Figure(figsize=(panel[0] * columns, panel[1] * rows), layout="constrained")
         yield figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as SVG, inside `drawing`; the same figure gives the same bytes."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="svg", metadata={"Date": None})
+def save_svg(figure: Figure, path: Path) -> None:
+    """Write a figure as SVG, inside `open_figure`; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, drawn.getvalue())
+    write_bytes(path, buffer.getvalue())

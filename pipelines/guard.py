@@ -20,20 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from evidence import markdown, write_section
+from evidence import format_markdown_table, write_section
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from medim.data.index.index import Index, build_index
 from medim.data.loading.cohort import open_cohort
-from medim.data.preprocessing.quality import measure
+from medim.data.preprocessing.quality import measure_quality
 from medim.data.preprocessing.steps import preprocess
 from medim.files import read_json, write_json
-from medim.inference.network import infer
-from medim.inference.ood import Reference, Rows, Verdict, Watch, rows_of
-from medim.models.ood_features import as_watched_run
-from medim.models.serialization import find, load_encoder, load_model
-from medim.training.fit_ood import fit, normal, rows_of_records
+from medim.inference.network import run_inference
+from medim.inference.ood import FeatureRecorder, OODDetector, OODFeatures, OODResult, ood_features
+from medim.models.ood_features import as_numpy_predictor
+from medim.models.serialization import load_encoder, load_model, locate_weights
+from medim.training.fit_ood import fit_detector, fit_gaussian, iterate_record_features
 from medim.types import Array, Volume
 
 BOXES = 24  # of a series
@@ -50,112 +50,121 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="where the table goes, too")
     arguments = parser.parse_args()
     index, dicom = build_index(arguments.data, "mri"), build_index(arguments.dicom, "mri")
-    found = {}
+    results = {}
     for run in arguments.runs:
-        kind = find(run)[1]["kind"]
+        kind = locate_weights(run)[1]["kind"]
         file = arguments.out / f"{kind}.json"
         if not file.is_file():
-            write_json(file, {"schema_version": 1, **measured(run, index, dicom, arguments.out / "store")})
-        found[kind] = read_json(file)
-    table = "\n\n".join(_table(kind, run) for kind, run in found.items())
+            write_json(file, {"schema_version": 1, **measure_run(run, index, dicom, arguments.out / "store")})
+        results[kind] = read_json(file)
+    table = "\n\n".join(_format_ood_table(kind, run) for kind, run in results.items())
     print(table)
     if arguments.page:
         write_section(arguments.page, "guard table", table)
 
 
-def measured(run: Path, index: Index, dicom: Index, store: Path) -> dict[str, Any]:
+def measure_run(run: Path, index: Index, dicom: Index, store: Path) -> dict[str, Any]:
     """Rates and AUROCs of a run's guard."""
-    spec = find(run)[1]
+    spec = locate_weights(run)[1]
     network = load_encoder(run) if spec["kind"] == "encoder" else load_model(run)[0]
     steps, split_seed = spec["preprocessing"], spec["provenance"]["split_seed"]
     cohort = open_cohort(index, index.records, steps, split_seed=split_seed, store=store)
-    began = time.perf_counter()
+    start = time.perf_counter()
     train, val = cohort.records("train"), cohort.records("val")
-    rows, others = (list(rows_of_records(network, cohort, records, spec)) for records in (train, val))
-    subjects, people = ([record.subject for record in records] for records in (train, val))
-    reference = fit(rows, subjects, others, people)
-    seconds = time.perf_counter() - began
-    usual = _left_out(rows, subjects, others, people)
-    flagged = {person for person, verdict in zip(people, usual, strict=True) if verdict.ood}
+    rows, val_rows = (list(iterate_record_features(network, cohort, records, spec)) for records in (train, val))
+    subjects, val_subjects = ([record.subject for record in records] for records in (train, val))
+    detector = fit_detector(rows, subjects, val_rows, val_subjects)
+    seconds = time.perf_counter() - start
+    val_results = _score_left_out(rows, subjects, val_rows, val_subjects)
+    alarm_subjects = {subject for subject, verdict in zip(val_subjects, val_results, strict=True) if verdict.ood}
     encoder: Any = getattr(network, "encoder", network)
-    rivals = _rivals(rows, encoder.summary_channels)
+    rival_scores = _build_rival_scores(rows, encoder.summary_channels)
     sets: dict[str, Any] = {}
-    for name, volumes in _others(index, dicom, [record.image for record in val][::2]):
-        found = [_rows(volume, network, spec) for volume in volumes]
-        sets[name] = _against(usual, [reference.judge(row) for row in found])
-        sets[name] |= {rival: _auroc(distance(others), distance(found)) for rival, distance in rivals.items()}
+    for name, volumes in _iter_other_images(index, dicom, [record.image for record in val][::2]):
+        other_rows = [_compute_ood_rows(volume, network, spec) for volume in volumes]
+        sets[name] = _compare_with_validation(val_results, [detector.score(row) for row in other_rows])
+        sets[name] |= {
+            rival: _compute_ood_auroc(distance(val_rows), distance(other_rows))
+            for rival, distance in rival_scores.items()
+        }
         print(spec["kind"], name, sets[name], flush=True)
     return {
         "reference": {
-            **reference.counts,
-            "method": reference.method,
-            "bytes": len(reference.dump()),
+            **detector.counts,
+            "method": detector.method,
+            "bytes": len(detector.dump()),
             "seconds": seconds,
         },
         "false_alarms": {
-            "images": float(np.mean([verdict.ood for verdict in usual])),
-            "subjects": len(flagged),
-            "of_the_splits_own_limits": float(np.mean([reference.judge(row).ood for row in others])),
+            "images": float(np.mean([verdict.ood for verdict in val_results])),
+            "subjects": len(alarm_subjects),
+            "of_the_splits_own_limits": float(np.mean([detector.score(row).ood for row in val_rows])),
         },
         "others": sets,
     }
 
 
-def _left_out(
-    rows: Sequence[Rows], subjects: Sequence[str], others: Sequence[Rows], people: Sequence[str]
-) -> list[Verdict]:
+def _score_left_out(
+    rows: Sequence[OODFeatures], subjects: Sequence[str], val_rows: Sequence[OODFeatures], val_subjects: Sequence[str]
+) -> list[OODResult]:
     """Each validation image, judged with limits from the other validation subjects."""
-    references: dict[str, Reference] = {}
-    for person in set(people):
-        kept = [place for place, other in enumerate(people) if other != person]
-        references[person] = fit(rows, subjects, [others[i] for i in kept], [people[i] for i in kept])
-    return [references[person].judge(row) for person, row in zip(people, others, strict=True)]
+    detectors: dict[str, OODDetector] = {}
+    for subject in set(val_subjects):
+        indices = [index for index, other in enumerate(val_subjects) if other != subject]
+        detectors[subject] = fit_detector(
+            rows, subjects, [val_rows[i] for i in indices], [val_subjects[i] for i in indices]
+        )
+    return [detectors[subject].score(row) for subject, row in zip(val_subjects, val_rows, strict=True)]
 
 
-def _rows(volume: Volume, network: nn.Module, spec: dict[str, Any]) -> Rows:
-    watch, processed = Watch(as_watched_run(network)), preprocess(volume, spec["preprocessing"])
-    infer(watch, processed, spec["inference"])
-    return rows_of(measure(volume), processed, watch.watched)
+def _compute_ood_rows(volume: Volume, network: nn.Module, spec: dict[str, Any]) -> OODFeatures:
+    recorder, image = FeatureRecorder(as_numpy_predictor(network)), preprocess(volume, spec["preprocessing"])
+    run_inference(recorder, image, spec["inference"])
+    return ood_features(measure_quality(volume), image, recorder.features)
 
 
-def _rivals(rows: Sequence[Rows], summary: int) -> dict[str, Callable[[Sequence[Rows]], list[float]]]:
+def _build_rival_scores(
+    rows: Sequence[OODFeatures], summary: int
+) -> dict[str, Callable[[Sequence[OODFeatures]], list[float]]]:
     """Other scores: a distance of images from the training images."""
     train = np.stack([row["features"] for row in rows])
     unit = train / np.linalg.norm(train, axis=1, keepdims=True)
 
-    def mahalanobis(count: int) -> Callable[[Sequence[Rows]], list[float]]:
-        found = normal(train[:, :count], 0)
-        return lambda images: [float(found.distance(row["features"][None, :count])[0]) for row in images]
+    def build_mahalanobis(count: int) -> Callable[[Sequence[OODFeatures]], list[float]]:
+        gaussian = fit_gaussian(train[:, :count], 0)
+        return lambda images: [float(gaussian.mahalanobis_distance(row["features"][None, :count])[0]) for row in images]
 
-    def neighbours(images: Sequence[Rows]) -> list[float]:
-        return [float(np.sort(np.linalg.norm(unit - x / np.linalg.norm(x), axis=1))[4]) for x in map(_features, images)]
+    def measure_neighbour_distance(images: Sequence[OODFeatures]) -> list[float]:
+        return [
+            float(np.sort(np.linalg.norm(unit - x / np.linalg.norm(x), axis=1))[4]) for x in map(_get_features, images)
+        ]
 
     return {
-        "features alone": mahalanobis(train.shape[1]),
-        "summary alone": mahalanobis(summary),
-        "neighbours": neighbours,
+        "features alone": build_mahalanobis(train.shape[1]),
+        "summary alone": build_mahalanobis(summary),
+        "neighbours": measure_neighbour_distance,
     }
 
 
-def _features(row: Rows) -> Array:
+def _get_features(row: OODFeatures) -> Array:
     return row["features"]
 
 
-def _against(usual: Sequence[Verdict], others: Sequence[Verdict]) -> dict[str, Any]:
-    scores = [[float(verdict.score or 0) for verdict in verdicts] for verdicts in (usual, others)]
+def _compare_with_validation(val_results: Sequence[OODResult], other_results: Sequence[OODResult]) -> dict[str, Any]:
+    scores = [[float(verdict.score or 0) for verdict in verdicts] for verdicts in (val_results, other_results)]
     return {
-        "images": len(others),
-        "auroc": _auroc(*scores),
-        "flagged": float(np.mean([verdict.ood for verdict in others])),
+        "images": len(other_results),
+        "auroc": _compute_ood_auroc(*scores),
+        "flagged": float(np.mean([verdict.ood for verdict in other_results])),
         "median_score": float(np.median(scores[1])),
     }
 
 
-def _auroc(usual: Sequence[float], others: Sequence[float]) -> float:
-    return float(roc_auc_score([0] * len(usual) + [1] * len(others), [*usual, *others]))
+def _compute_ood_auroc(val_scores: Sequence[float], other_scores: Sequence[float]) -> float:
+    return float(roc_auc_score([0] * len(val_scores) + [1] * len(other_scores), [*val_scores, *other_scores]))
 
 
-def _others(index: Index, dicom: Index, images: Sequence[str]) -> Iterator[tuple[str, list[Volume]]]:
+def _iter_other_images(index: Index, dicom: Index, images: Sequence[str]) -> Iterator[tuple[str, list[Volume]]]:
     """Images that are not like those trained on, by what they are."""
     volumes = [index.open(record) for record in index.records if record.image in set(images)]
     rng = np.random.default_rng(0)
@@ -163,14 +172,14 @@ def _others(index: Index, dicom: Index, images: Sequence[str]) -> Iterator[tuple
     for record in dicom.records:
         for part, name in SERIES.items():
             if part in record.image:
-                yield name, _boxes(dicom.open(record), sizes, rng)
-    for name, move in _moves(rng).items():
+                yield name, _cut_boxes(dicom.open(record), sizes, rng)
+    for name, move in _build_moves(rng).items():
         yield name, [move(volume) for volume in volumes]
     crops = [dicom.open(record) for record in dicom.records if "HCropVolume" in record.image]
     yield "T1 hippocampus crops of another hospital", crops
 
 
-def _moves(rng: np.random.Generator) -> dict[str, Callable[[Volume], Volume]]:
+def _build_moves(rng: np.random.Generator) -> dict[str, Callable[[Volume], Volume]]:
     """What is done to validation images."""
     moves: dict[str, Callable[[Volume], Volume]] = {
         "unmoved, to compare": lambda v: v,
@@ -178,24 +187,24 @@ def _moves(rng: np.random.Generator) -> dict[str, Callable[[Volume], Volume]]:
         "inverted": lambda v: v.with_array(v.array.max() - v.array),
     }
     for axis, name in enumerate(("left and right", "front and back", "up and down"), start=1):
-        moves[f"flipped {name}"] = partial(_flipped, axis)
+        moves[f"flipped {name}"] = partial(_flip_volume, axis)
     moves["two axes exchanged"] = lambda v: v.with_array(v.array.transpose(0, 1, 3, 2).copy())
     for factor in ((0.5,) * 3, (0.8,) * 3, (1.25,) * 3, (1.5,) * 3, (1.0, 1.0, 2.0)):
         text = " x ".join(f"{f:g}" for f in factor) if len(set(factor)) > 1 else f"{factor[0]:g}"
-        moves[f"header says spacing x {text}"] = partial(_spaced, factor)
+        moves[f"header says spacing x {text}"] = partial(_scale_spacing, factor)
     return moves
 
 
-def _flipped(axis: int, volume: Volume) -> Volume:
+def _flip_volume(axis: int, volume: Volume) -> Volume:
     return volume.with_array(np.flip(volume.array, axis).copy())
 
 
-def _spaced(factor: Sequence[float], volume: Volume) -> Volume:
+def _scale_spacing(factor: Sequence[float], volume: Volume) -> Volume:
     affine = volume.affine @ np.diag([*factor, 1.0])
     return Volume(volume.array, affine, affine, volume.native_shape)
 
 
-def _boxes(volume: Volume, sizes: Sequence[Array], rng: np.random.Generator) -> list[Volume]:
+def _cut_boxes(volume: Volume, sizes: Sequence[Array], rng: np.random.Generator) -> list[Volume]:
     """Boxes of a series that are at least half head."""
     bright = volume.array > 0.15 * np.percentile(volume.array, 99)
     boxes: list[Volume] = []
@@ -211,15 +220,15 @@ def _boxes(volume: Volume, sizes: Sequence[Array], rng: np.random.Generator) -> 
     return boxes
 
 
-def _table(kind: str, run: dict[str, Any]) -> str:
+def _format_ood_table(kind: str, run: dict[str, Any]) -> str:
     head = [kind, "images", "AUROC", "features alone", "summary alone", "neighbours", "flagged"]
     rows = []
     for name, other in run["others"].items():
-        figures = [f"{other[key]:.3f}" for key in ("auroc", "features alone", "summary alone", "neighbours")]
-        rows.append([name, str(other["images"]), *figures, f"{100 * other['flagged']:.0f} %"])
+        aurocs = [f"{other[key]:.3f}" for key in ("auroc", "features alone", "summary alone", "neighbours")]
+        rows.append([name, str(other["images"]), *aurocs, f"{100 * other['flagged']:.0f} %"])
     count, alarms = run["reference"]["held_out_images"], run["false_alarms"]["images"]
     rows.append(["*validation images, limits from the others*", str(count), "", "", "", "", f"{100 * alarms:.1f} %"])
-    return markdown(head, rows)
+    return format_markdown_table(head, rows)
 
 
 if __name__ == "__main__":

@@ -16,17 +16,17 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from evidence import markdown, once
+from evidence import format_markdown_table, run_once
 
-from medim.config import load
+from medim.config import load_config
 from medim.data.index.index import Index, build_index
 from medim.data.loading.cohort import open_cohort
-from medim.data.loading.splits import split
+from medim.data.loading.splits import assign_splits
 from medim.evaluation.probing.label_budget import Budget
 from medim.files import write_csv
 from medim.study.audit.audit import Audit, audit, write_audit
 from medim.study.design import read_arms
-from medim.study.prepare import Options
+from medim.study.prepare import StudyOptions
 from medim.study.run import study
 from medim.training.pretrain.run import pretrain
 
@@ -45,31 +45,33 @@ def main() -> None:
     parser.add_argument("--only-audit", action="store_true", help="train nothing")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    out, schedule = arguments.out, load("finetune", arguments.config)
+    out, schedule = arguments.out, load_config("finetune", arguments.config)
     index = build_index(arguments.data, "mri", labels=label_by_volume(arguments.data, out / "labels.csv"))
-    own = [step for step in schedule.preprocessing if step["op"] != "centre"]
-    crops = look(index, own, load("finetune", "mri-crop-segmentation").views.shape, out)
-    common = look(index, schedule.preprocessing, schedule.views.shape, out)
+    crop_steps = [step for step in schedule.preprocessing if step["op"] != "centre"]
+    crops = audit_images(index, crop_steps, load_config("finetune", "mri-crop-segmentation").views.shape, out)
+    common = audit_images(index, schedule.preprocessing, schedule.views.shape, out)
     write_audit(out, common)
     pairs = zip(crops.shortcuts, common.shortcuts, strict=True)
-    rows = [[one.name, *(f"{found.told.auroc['value']:.3f}" for found in (one, two))] for one, two in pairs]
-    print(markdown(["AUROC of", "crops as they are", "one field of view"], rows))
+    rows = [
+        [before.name, *(f"{entry.told.auroc['value']:.3f}" for entry in (before, after))] for before, after in pairs
+    ]
+    print(format_markdown_table(["AUROC of", "crops as they are", "one field of view"], rows))
     if arguments.only_audit:
         return
 
-    settings, store = load("pretrain", "mri-crop"), out / "store"
+    settings, store = load_config("pretrain", "mri-crop"), out / "store"
     encoders = arguments.encoders or [out / f"encoder-{seed}" for seed in SEEDS]
     for seed, run in enumerate(encoders):
-        once(run, partial(pretrain, settings, index, seed=seed, store=store))
+        run_once(run, partial(pretrain, settings, index, seed=seed, store=store))
     arms, budgets = read_arms([f"dim={','.join(map(str, encoders))}"]), [Budget(labelled=n) for n in BUDGETS]
-    options = Options(seeds=SUBSETS, jobs=arguments.jobs, resume=True, store=store)
+    options = StudyOptions(seeds=SUBSETS, jobs=arguments.jobs, resume=True, store=store)
     study("classification", schedule, index, arms, budgets, out / "study", options)
 
 
 def label_by_volume(data: Path, path: Path) -> Path:
     """Write a label and a split for each image: its mask in ml, against the median of the training split."""
     index = build_index(data, "mri")
-    splits = split(index, seed=0)
+    splits = assign_splits(index, seed=0)
     masks = {record.image: index.open_mask(record) for record in index.records if record.mask}
     ml = {k: np.count_nonzero(m.array) * abs(np.linalg.det(m.affine[:3, :3])) / 1000 for k, m in masks.items()}
     median = np.median([volume for image, volume in ml.items() if splits[image] == "train"])
@@ -78,7 +80,7 @@ def label_by_volume(data: Path, path: Path) -> Path:
     return path
 
 
-def look(index: Index, steps: list[dict[str, object]], window: tuple[int, ...], out: Path) -> Audit:
+def audit_images(index: Index, steps: list[dict[str, object]], window: tuple[int, ...], out: Path) -> Audit:
     """The audit of the images after these steps."""
     cohort = open_cohort(index, index.records, steps, split_seed=0, store=out / "store")
     return audit(cohort, kind="classifier", classes=CLASSES, window=window)

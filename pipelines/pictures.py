@@ -10,38 +10,38 @@ from pathlib import Path
 
 import numpy as np
 from diagrams import SKETCHES
-from evidence import drawing, save
+from evidence import open_figure, save_svg
 
 from medim.files import write_text
 
 
-def binary_entropy(p: np.ndarray) -> np.ndarray:
+def compute_binary_entropy(p: np.ndarray) -> np.ndarray:
     """Entropy of a coin, in bits."""
     entropy: np.ndarray = -p * np.log2(p) - (1 - p) * np.log2(1 - p)
     return entropy
 
 
-def channels(path: Path) -> None:
+def draw_channels(path: Path) -> None:
     """The entropy of a coin, and what comes through two channels."""
     p = np.linspace(1e-6, 1 - 1e-6, 200)
-    with drawing(1, 2, (3.2, 2.4)) as (figure, panels):
+    with open_figure(1, 2, (3.2, 2.4)) as (figure, panels):
         coin, channel = panels.flat
-        coin.plot(p, binary_entropy(p))
+        coin.plot(p, compute_binary_entropy(p))
         coin.set(title="A coin", xlabel="probability of heads", ylabel="entropy, bits")
-        channel.plot(p, 1 - binary_entropy(p), label="flips a bit")
+        channel.plot(p, 1 - compute_binary_entropy(p), label="flips a bit")
         channel.plot(p, 1 - p, "--", label="loses a bit (and says so)")
         channel.set(title="A channel", xlabel="share of bits disturbed", ylabel="information, bits", ylim=(-0.05, 1.35))
         channel.legend(frameon=False)
-        save(figure, path)
+        save_svg(figure, path)
 
 
-def linsker(path: Path) -> None:
+def draw_linsker(path: Path) -> None:
     """Two units that copy against two that differ, and the best angle between them, over the noise."""
     r, noise = 0.5, np.geomspace(0.02, 20, 200)
     copy = np.log2(1 + 2 * (1 + r) / noise) / 2
     differ = np.log2((1 + (1 + r) / noise) * (1 + (1 - r) / noise)) / 2
     angle = np.degrees(np.arccos(np.minimum(1, noise * r / (1 - r**2))))
-    with drawing(1, 2, (3.2, 2.4)) as (figure, panels):
+    with open_figure(1, 2, (3.2, 2.4)) as (figure, panels):
         panels[0, 0].plot(noise, differ - copy)
         panels[0, 0].axhline(0, color="grey", linewidth=0.6)
         panels[0, 0].axvline((1 - r**2) / (2 * r), color="grey", linestyle="--", linewidth=0.8)
@@ -50,7 +50,7 @@ def linsker(path: Path) -> None:
         panels[0, 1].set(title="The best angle between two units", ylabel="degrees", yticks=(0, 30, 60, 90))
         for axes in panels.flat:
             axes.set(xscale="log", xlabel="noise (variance of one input: 1)")
-        save(figure, path)
+        save_svg(figure, path)
 
 
 def main() -> None:
@@ -60,8 +60,8 @@ def main() -> None:
     out = parser.parse_args().out
     for sketch in SKETCHES:
         write_text(out / f"{sketch.__name__.replace('_', '-')}.svg", str(sketch()))
-    channels(out / "channels.svg")
-    linsker(out / "linsker.svg")
+    draw_channels(out / "channels.svg")
+    draw_linsker(out / "linsker.svg")
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ from medim.data.example.cohort import make_example
 from medim.data.index.index import build_index
 from medim.evaluation.evaluate import evaluate
 from medim.export.export import export
-from medim.files import fresh_folder, write_json
+from medim.files import prepare_output_folder, write_json
 from medim.predict.predict import predict
-from medim.reports.report import report
+from medim.reports.report import write_report_page
 from medim.training.finetune.run import finetune
-from medim.training.finetune.run import resolve_config as finetune_config
+from medim.training.finetune.run import resolve_finetune_config as finetune_config
 from medim.training.pretrain.run import pretrain
-from medim.training.pretrain.run import resolve_config as pretrain_config
+from medim.training.pretrain.run import resolve_pretrain_config as pretrain_config
 
 LABELLED = 5
 SPACING = 4.0  # mm, that of the preset
@@ -42,34 +42,34 @@ def main() -> None:
         parser.error(f"--accelerator {arguments.accelerator}: no CUDA device here. See `medim doctor`.")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("medim").setLevel(logging.INFO)
-    out, console, seconds = fresh_folder(arguments.out, overwrite=True), Console(), {}
-    clock = [time.perf_counter()]
+    out, console, seconds = prepare_output_folder(arguments.out, overwrite=True), Console(), {}
+    times = [time.perf_counter()]
 
-    def done(part: str, result: Any) -> Any:
-        clock.append(time.perf_counter())
-        seconds[part] = clock[-1] - clock[-2]
+    def report_part(part: str, result: Any) -> Any:
+        times.append(time.perf_counter())
+        seconds[part] = times[-1] - times[-2]
         console.rule(f"{part}: {seconds[part]:.0f} s", align="left")
         return result
 
     common = {"store": out / "store", "accelerator": arguments.accelerator}
 
     make_example(out / "cohort", subjects=24, spacing=SPACING, formats=("nifti",))
-    done("example", make_example(out / "series", subjects=1, spacing=SPACING, formats=("dicom",)))
-    index = done("index", build_index(out / "cohort" / "nifti", "mri"))
-    done("pretrain", pretrain(pretrain_config("mri-demo", index=index), index, out / "pretrain", **common))
+    report_part("example", make_example(out / "series", subjects=1, spacing=SPACING, formats=("dicom",)))
+    index = report_part("index", build_index(out / "cohort" / "nifti", "mri"))
+    report_part("pretrain", pretrain(pretrain_config("mri-demo", index=index), index, out / "pretrain", **common))
     schedule = finetune_config("segmentation", "mri", out / "pretrain", None, index=index)
     budget = {"encoder": out / "pretrain", "labelled": LABELLED, **common}
-    done("finetune", finetune(schedule, index, out / "finetune", **budget))
-    done("from scratch", finetune(schedule, index, out / "scratch", from_scratch=True, **budget))
+    report_part("finetune", finetune(schedule, index, out / "finetune", **budget))
+    report_part("from scratch", finetune(schedule, index, out / "scratch", from_scratch=True, **budget))
     arms = {"pretrained": "finetune", "from scratch": "scratch"}
-    measured = {arm: evaluate(out / run, index, out / f"evaluate-{run}") for arm, run in arms.items()}
-    done("evaluate", None)
-    package = done("export", export(out / "finetune", out / "package"))
-    done("predict", predict(package, [out / "series" / "dicom" / "EX-001_1"], out / "prediction"))
-    page = done("report", report(out))
+    results = {arm: evaluate(out / run, index, out / f"evaluate-{run}") for arm, run in arms.items()}
+    report_part("evaluate", None)
+    package = report_part("export", export(out / "finetune", out / "package"))
+    report_part("predict", predict(package, [out / "series" / "dicom" / "EX-001_1"], out / "prediction"))
+    page = report_part("report", write_report_page(out))
     write_json(out / "seconds.json", seconds)
 
-    console.print(_table(measured), f"report page  {page}", f"package      {out / 'package'}", sep="\n")
+    console.print(_format_dice_table(results), f"report page  {page}", f"package      {out / 'package'}", sep="\n")
     console.print(
         "\nNext, on your own images:",
         "  medim index YOUR_FOLDER --modality mri --out index",
@@ -81,10 +81,10 @@ def main() -> None:
     )
 
 
-def _table(measured: dict[str, Any]) -> Table:
-    names = [name for name in measured["pretrained"]["metrics"] if name.startswith("dice")]
+def _format_dice_table(results: dict[str, Any]) -> Table:
+    names = [name for name in results["pretrained"]["metrics"] if name.startswith("dice")]
     table = Table("start", *names, title=f"Dice on held-out subjects, {LABELLED} labelled volumes (95 % interval)")
-    for arm, result in measured.items():
+    for arm, result in results.items():
         cells = [result["metrics"][name] for name in names]
         table.add_row(arm, *(f"{c['value']:.3f} [{c['ci_low']:.3f}, {c['ci_high']:.3f}]" for c in cells))
     return table

@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from evidence import drawing, markdown, save, write_section
+from evidence import format_markdown_table, open_figure, save_svg, write_section
 
 from medim.files import write_bytes
 from medim.reports.page import metric_name
-from medim.study.report.format import difference, p_value, value
-from medim.study.report.results import PROTOCOLS
-from medim.study.report.view import Opened, open_study, title_of
+from medim.study.report.format import format_difference, format_estimate, format_p_value
+from medim.study.report.results import PROTOCOL_LABELS
+from medim.study.report.view import StudyView, arm_title, open_study
 
 
 def main() -> None:
@@ -25,49 +25,61 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
     arguments = parser.parse_args()
     study, docs = open_study(arguments.study), arguments.page.parent
-    write_section(arguments.page, f"{arguments.name} study", section(study))
-    draw(study, docs / "figures" / f"study-{arguments.name}.svg")
+    write_section(arguments.page, f"{arguments.name} study", format_study_section(study))
+    draw_study(study, docs / "figures" / f"study-{arguments.name}.svg")
     write_bytes(docs / "reports" / f"{arguments.name}.html", (arguments.study / "report.html").read_bytes())
 
 
-def section(study: Opened) -> str:
+def format_study_section(study: StudyView) -> str:
     """What the study says in labels, its table, and what it cost."""
-    found = study.summary
-    told = [f"- **{arm}**: {row['labels_saved']['sentence']}" for arm in _compared(study) if (row := study.of_arm(arm))]
-    rows = [_row(study, arm, budget) for budget in study.budgets for arm in study.arms]
+    summary = study.summary
+    sentences = [
+        f"- **{arm}**: {row['labels_saved']['sentence']}"
+        for arm in _list_comparable_arms(study)
+        if (row := study.best_row(arm))
+    ]
+    rows = [_format_study_row(study, arm, budget) for budget in study.budgets for arm in study.arms]
     head = ["labels", "arm", metric_name(study.metric), "minus from scratch", "p, Holm", "verdict"]
-    cells = found["cells"]
+    cells = summary["cells"]
     cost = (
-        f"{cells['done']} of {cells['all']} cells are done: {found['cell_hours']:.1f} hours of cells, "
-        f"{found['jobs']} at once; resumed inside: {found['resumed_cells']}."
+        f"{cells['done']} of {cells['all']} cells are done: {summary['cell_hours']:.1f} hours of cells, "
+        f"{summary['jobs']} at once; resumed inside: {summary['resumed_cells']}."
     )
-    return "\n\n".join(["\n".join(told), markdown(head, rows), cost])
+    return "\n\n".join(["\n".join(sentences), format_markdown_table(head, rows), cost])
 
 
-def _compared(study: Opened) -> list[str]:
+def _list_comparable_arms(study: StudyView) -> list[str]:
     """Fine-tuned arms, of which labels saved can be told."""
     arms = [arm for arm in study.arms if any(row["arm"] == arm for row in study.rows)]
-    return [arm for arm in arms if study.of_arm(arm)["labels_saved"]]
+    return [arm for arm in arms if study.best_row(arm)["labels_saved"]]
 
 
-def _row(study: Opened, arm: str, budget: str) -> list[str]:
-    labels, row = f"{study.budgets[budget]:,}", study.row(arm, budget)
-    name = title_of(arm) if study.row(arm, budget) is None else f"{arm}, {PROTOCOLS[study.protocol(arm)]}"
-    first = [labels, name, value(study.interval(study.metric, arm, budget))]
-    return first + (["", "", ""] if row is None else [difference(row), p_value(row["p_corrected"]), row["verdict"]])
+def _format_study_row(study: StudyView, arm: str, budget: str) -> list[str]:
+    labels, row = f"{study.budgets[budget]:,}", study.find_row(arm, budget)
+    name = (
+        arm_title(arm) if study.find_row(arm, budget) is None else f"{arm}, {PROTOCOL_LABELS[study.get_protocol(arm)]}"
+    )
+    cells = [labels, name, format_estimate(study.get_interval(study.metric, arm, budget))]
+    return cells + (
+        ["", "", ""] if row is None else [format_difference(row), format_p_value(row["p_corrected"]), row["verdict"]]
+    )
 
 
-def draw(study: Opened, path: Path) -> None:
+def draw_study(study: StudyView, path: Path) -> None:
     """Every arm over the label budgets; bars are 95 % intervals of the scratch twin and of fine-tuned arms."""
-    with drawing(1, 1, (6.0, 3.2)) as (figure, grid):
+    with open_figure(1, 1, (6.0, 3.2)) as (figure, grid):
         axes = grid[0, 0]
         for arm in study.arms:
-            points = [(n, found) for b, n in study.budgets.items() if (found := study.interval(study.metric, arm, b))]
-            x, y = [n for n, _ in points], [found.value for _, found in points]
-            if study.protocol(arm) == "finetune":
-                ends = [(found.value - found.low, found.high - found.value) for _, found in points]
+            points = [
+                (n, estimate)
+                for budget, n in study.budgets.items()
+                if (estimate := study.get_interval(study.metric, arm, budget))
+            ]
+            x, y = [n for n, _ in points], [estimate.value for _, estimate in points]
+            if study.get_protocol(arm) == "finetune":
+                ends = [(estimate.value - estimate.low, estimate.high - estimate.value) for _, estimate in points]
                 axes.errorbar(
-                    x, y, list(zip(*ends, strict=True)), label=title_of(arm), marker="o", capsize=3, linewidth=1.8
+                    x, y, list(zip(*ends, strict=True)), label=arm_title(arm), marker="o", capsize=3, linewidth=1.8
                 )
             else:
                 axes.plot(x, y, label=f"{arm}, frozen", marker=".", linewidth=0.8, linestyle="--")
@@ -75,7 +87,7 @@ def draw(study: Opened, path: Path) -> None:
         axes.set_xticks(list(study.budgets.values()), [f"{n:,}" for n in study.budgets.values()])
         axes.minorticks_off()
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-        save(figure, path)
+        save_svg(figure, path)
 
 
 if __name__ == "__main__":

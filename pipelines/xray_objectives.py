@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from anchors import folder_of, objectives
-from evidence import markdown, once, spread_text, write_section
+from anchors import build_arms, get_run_folder
+from evidence import format_markdown_table, format_spread, run_once, write_section
 
-from medim.config import load
+from medim.config import load_config
 from medim.data.index.index import Index, build_index
 from medim.evaluation.probing.label_budget import Budget
 from medim.evaluation.probing.probe import probe
@@ -26,31 +26,31 @@ from medim.training.pretrain.run import pretrain
 
 Aurocs = dict[tuple[str, str], float]  # by what the probe sees and the label budget
 STEPS, SUBSETS, FRACTIONS, MAPS = 1000, range(5), (0.01, 0.1), {"summary": (), "summary and maps": None}
-FIRST = "DIM-L---InfoNCE-0"
-BASE = load("pretrain", "xray-28", [f"max_steps={STEPS}"])
-ARMS = {name: sections for name, sections in objectives(BASE).items() if name != "SimCLR"}  # it came after the table
+FIRST_RUN = "DIM-L---InfoNCE-0"
+BASE = load_config("pretrain", "xray-28", [f"max_steps={STEPS}"])
+ARMS = {name: sections for name, sections in build_arms(BASE).items() if name != "SimCLR"}  # it came after the table
 
 
-def measure(arm: str, seed: int, index: Index, out: Path) -> tuple[dict[str, Any], Aurocs]:
+def measure_arm(arm: str, seed: int, index: Index, out: Path) -> tuple[dict[str, Any], Aurocs]:
     """An encoder's summary, and its probes' mean AUROC over the label subsets by what they see and the labels."""
     settings = BASE.model_copy(update={"objectives": ARMS[arm]})
-    folder = folder_of(out, arm, seed)
-    run = once(folder, partial(pretrain, settings, index, seed=seed, store=out / "store"))
-    return run, probes(folder, "encoder", index, out)
+    folder = get_run_folder(out, arm, seed)
+    run = run_once(folder, partial(pretrain, settings, index, seed=seed, store=out / "store"))
+    return run, read_probe_aurocs(folder, "encoder", index, out)
 
 
-def probes(run: Path, features: str, index: Index, out: Path) -> Aurocs:
+def read_probe_aurocs(run: Path, features: str, index: Index, out: Path) -> Aurocs:
     """Mean AUROC over the label subsets; the untrained encoder and the pixels are probed beside the first run."""
-    found: Aurocs = {}
-    for seen, maps in MAPS.items():
-        at = run / f"probe-{seen.replace(' ', '-')}"
-        if not (at / "probe.json").is_file():
-            budgets, anchors = [Budget(fraction=fraction) for fraction in FRACTIONS], run.name == FIRST
+    aurocs: Aurocs = {}
+    for source, maps in MAPS.items():
+        probe_folder = run / f"probe-{source.replace(' ', '-')}"
+        if not (probe_folder / "probe.json").is_file():
+            budgets, anchors = [Budget(fraction=fraction) for fraction in FRACTIONS], run.name == FIRST_RUN
             options: dict[str, Any] = {"anchors": anchors, "store": out / "store", "overwrite": True}
-            probe(run, index, at, maps=maps, budgets=budgets, seeds=SUBSETS, **options)
-        rows = read_json(at / "probe.json")["summary"]
-        found |= {(seen, row["budget"]): row["auroc"]["mean"] for row in rows if row["features"] == features}
-    return found
+            probe(run, index, probe_folder, maps=maps, budgets=budgets, seeds=SUBSETS, **options)
+        rows = read_json(probe_folder / "probe.json")["summary"]
+        aurocs |= {(source, row["budget"]): row["auroc"]["mean"] for row in rows if row["features"] == features}
+    return aurocs
 
 
 def main() -> None:
@@ -62,20 +62,20 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     index, out = build_index(arguments.data, "xray"), arguments.out
-    found = {arm: [measure(arm, 0, index, out)] for arm in ARMS}
-    columns = list(found["DIM(L), InfoNCE"][0][1])
-    for arm in sorted(found, key=lambda arm: -found[arm][0][1]["summary", "1%"])[:2]:
-        found[arm] += [measure(arm, seed, index, out) for seed in (1, 2)]
+    results = {arm: [measure_arm(arm, 0, index, out)] for arm in ARMS}
+    columns = list(results["DIM(L), InfoNCE"][0][1])
+    for arm in sorted(results, key=lambda arm: -results[arm][0][1]["summary", "1%"])[:2]:
+        results[arm] += [measure_arm(arm, seed, index, out) for seed in (1, 2)]
     rows = []
-    for arm, runs in found.items():
+    for arm, runs in results.items():
         verdicts = ", ".join(str(run["verdict"]) for run, _ in runs)
-        rows.append([arm, *(spread_text([aurocs[c] for _, aurocs in runs]) for c in columns), verdicts])
+        rows.append([arm, *(format_spread([aurocs[c] for _, aurocs in runs]) for c in columns), verdicts])
     for features, name in {"random": "untrained", "pixels": "pixels, PCA"}.items():
-        anchors = probes(out / FIRST, features, index, out)
+        anchors = read_probe_aurocs(out / FIRST_RUN, features, index, out)
         rows.append([name, *(f"{anchors[c]:.3f}" for c in columns), ""])
     head = ["objective", *(f"{maps}, {budget}" for maps, budget in columns), "verdicts"]
-    write_section(arguments.page, "objectives table", markdown(head, rows))
-    print(markdown(head, rows))
+    write_section(arguments.page, "objectives table", format_markdown_table(head, rows))
+    print(format_markdown_table(head, rows))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,18 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from evidence import at_once, auroc, difference_text, markdown, once, probed, spread_text, write_section
+from evidence import (
+    compute_auroc,
+    evaluate_statistic,
+    format_difference,
+    format_markdown_table,
+    format_spread,
+    read_probe_auroc,
+    run_once,
+    write_section,
+)
 
-from medim.config import load
+from medim.config import load_config
 from medim.data.index.index import build_index
 from medim.evaluation.cases import read_cases
 from medim.evaluation.probing.label_budget import Budget
@@ -46,11 +55,13 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     index, out, store = build_index(arguments.data, "xray"), arguments.out, arguments.out / "store"
-    settings = load("pretrain", "xray-28")
-    schedules = {arm: load("finetune", "xray-28-classification", [f"head_init={head}"]) for arm, head in HEADS.items()}
+    settings = load_config("pretrain", "xray-28")
+    schedules = {
+        arm: load_config("finetune", "xray-28-classification", [f"head_init={head}"]) for arm, head in HEADS.items()
+    }
 
     encoders = [out / f"encoder-{seed}" for seed in SEEDS]
-    runs = [once(encoders[s], partial(pretrain, settings, index, seed=s, store=store)) for s in SEEDS]
+    runs = [run_once(encoders[s], partial(pretrain, settings, index, seed=s, store=store)) for s in SEEDS]
     slowest = max(run["seconds"] for run in runs) / 60
     for s in SEEDS:
         if not (out / f"probe-{s}" / "probe.json").is_file():
@@ -62,30 +73,35 @@ def main() -> None:
     values, differences = [], []
     for fraction in FRACTIONS:
         seeds, subsets = (SEEDS, SUBSETS) if fraction < 1 else (SEEDS[:1], SUBSETS[:1])
-        found: dict[str, list[list[Statistic]]] = {TWIN: [], OURS: []}
-        for arm, s in product(found, seeds):
-            start = {"encoder": encoders[s], "from_scratch": arm == TWIN, "label_fraction": fraction, "seed": s}
+        statistics: dict[str, list[list[Statistic]]] = {TWIN: [], OURS: []}
+        for arm, s in product(statistics, seeds):
+            arm_options = {"encoder": encoders[s], "from_scratch": arm == TWIN, "label_fraction": fraction, "seed": s}
             folders = [out / f"{arm.replace(' ', '-')}-{fraction}-{s}-{t}" for t in subsets]
-            cells: list[dict[str, Any]] = [{**start, "subset_seed": t, "store": store} for t in subsets]
+            cells: list[dict[str, Any]] = [{**arm_options, "subset_seed": t, "store": store} for t in subsets]
             runs += [
-                once(f, partial(finetune, schedules[arm], index, **o)) for f, o in zip(folders, cells, strict=True)
+                run_once(cell_folder, partial(finetune, schedules[arm], index, **cell_options))
+                for cell_folder, cell_options in zip(folders, cells, strict=True)
             ]
-            found[arm].append([auroc(read_cases(folder / "cases.parquet")) for folder in folders])
+            statistics[arm].append([compute_auroc(read_cases(folder / "cases.parquet")) for folder in folders])
         for features, arm in PROBES.items():
-            of = seeds if features == "encoder" else [SEEDS[0]] * len(seeds)
-            found[arm] = [[probed(out / f"probe-{s}", features, fraction, t) for t in subsets] for s in of]
+            encoder_seeds = seeds if features == "encoder" else [SEEDS[0]] * len(seeds)
+            statistics[arm] = [
+                [read_probe_auroc(out / f"probe-{s}", features, fraction, t) for t in subsets] for s in encoder_seeds
+            ]
         subjects = [row["subject"] for row in read_cases(folders[0] / "cases.parquet")[::2]]
-        shown = {arm: [at_once(c, len(subjects)) for row in grid for c in row] for arm, grid in found.items()}
+        scores = {
+            arm: [evaluate_statistic(c, len(subjects)) for row in grid for c in row] for arm, grid in statistics.items()
+        }
         budget = f"{100 * fraction:g} % ({runs[-1]['labelled']} images)"
-        values.append([budget, *map(spread_text, shown.values())])
+        values.append([budget, *map(format_spread, scores.values())])
         for arm in (OURS, PROBES["encoder"]):
-            others = [other for other in found if other not in (OURS, PROBES["encoder"])]
-            against = [paired_difference(found[arm], found[other], subjects) for other in others]
-            up = sum(a > b for a, b in zip(shown[arm], shown[TWIN], strict=True))
-            differences.append([budget, arm, *map(difference_text, against), f"{up} of {len(shown[arm])}"])
+            others = [other for other in statistics if other not in (OURS, PROBES["encoder"])]
+            comparisons = [paired_difference(statistics[arm], statistics[other], subjects) for other in others]
+            up_count = sum(a > b for a, b in zip(scores[arm], scores[TWIN], strict=True))
+            differences.append([budget, arm, *map(format_difference, comparisons), f"{up_count} of {len(scores[arm])}"])
     hours = sum(run["seconds"] for run in runs) / 3600
     head = ["labels", "arm", *(f"against {other}" for other in others), "pairs above the twin"]
-    tables = f"{markdown(['labels', *found], values)}\n\n{markdown(head, differences)}"
+    tables = f"{format_markdown_table(['labels', *statistics], values)}\n\n{format_markdown_table(head, differences)}"
     text = f"{tables}\n\n{len(runs)} runs, {hours:.1f} hours; the slowest pretraining took {slowest:.0f} minutes."
     print(text)
     if not arguments.only_run:

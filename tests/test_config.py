@@ -14,25 +14,25 @@ from medim.config import (
     PretrainConfig,
     RunConfig,
     Section,
-    bind,
-    build,
-    check,
-    dump,
-    load,
-    override,
-    presets,
-    read,
+    apply_overrides,
+    build_from_section,
+    check_config,
+    dump_config,
+    list_presets,
+    load_config,
+    read_config,
+    validate_section,
 )
 from medim.models.critics import CRITICS
 from medim.models.decoders import DECODERS
 from medim.models.encoders import ENCODERS
 from medim.models.heads import HEADS
 from medim.objectives import OBJECTIVES
-from medim.training.auto_config import USUAL, fill_in
+from medim.training.auto_config import USUAL_SIZES, resolve_auto
 from medim.types import UsageError
 
 SHIPPED: list[tuple[Command, str]] = [
-    (command, name) for command in ("pretrain", "finetune") for name in presets(command)
+    (command, name) for command in ("pretrain", "finetune") for name in list_presets(command)
 ]
 MINIMAL: Section = {
     "modality": "mri",
@@ -75,14 +75,14 @@ TABLE: dict[str, Any] = {"thing": Thing, "narrow": Narrow}
 
 
 def configured(**changes: Any) -> PretrainConfig:
-    config = check("pretrain", {**MINIMAL, **changes}, where="here")
+    config = check_config("pretrain", {**MINIMAL, **changes}, source="here")
     assert isinstance(config, PretrainConfig)
     return config
 
 
 def shipped(command: Command, name: str) -> RunConfig:
-    content = read(command, name)
-    return check(command, fill_in(content, *USUAL[content["modality"]]), where=name)
+    content = read_config(command, name)
+    return check_config(command, resolve_auto(content, *USUAL_SIZES[content["modality"]]), source=name)
 
 
 # --- whole files
@@ -101,31 +101,33 @@ def test_every_section_of_a_shipped_preset_fits_its_constructor(command: Command
     encoder = ("in_channels", "spatial_dims", "input_shape")
     of_maps = ("channels", "strides", "summary_channels", "spatial_dims", "grids", "input_shape", "receptive_fields")
     of_images = ("in_channels", "decoded_channels", "view_count", "aligned")
-    bind(ENCODERS, config.encoder, given=encoder)
+    validate_section(ENCODERS, config.encoder, run_args=encoder)
     if isinstance(config, PretrainConfig):
         for section in config.objectives:
             options = {key: value for key, value in section.items() if key != "weight"}
-            _, bound = bind(OBJECTIVES, options, given=(*of_maps, *of_images))
+            _, bound = validate_section(OBJECTIVES, options, run_args=(*of_maps, *of_images))
             if "critic" in bound:
-                bind(CRITICS, bound["critic"], given=("channels", "summary_channels"))
+                validate_section(CRITICS, bound["critic"], run_args=("channels", "summary_channels"))
     if isinstance(config, FinetuneConfig):
-        bind(HEADS, config.head, given=(*of_maps, "out_channels"))
+        validate_section(HEADS, config.head, run_args=(*of_maps, "out_channels"))
         assert (config.decoder is not None) == (config.task == "segmentation")
         if config.decoder:
-            bind(DECODERS, config.decoder, given=("channels", "strides", "spatial_dims"))
+            validate_section(DECODERS, config.decoder, run_args=("channels", "strides", "spatial_dims"))
 
 
 @pytest.mark.parametrize(("command", "name"), SHIPPED)
 def test_a_dumped_config_loads_to_the_same_run(command: Command, name: str, tmp_path: Path) -> None:
     config = shipped(command, name)
-    (tmp_path / "config.yaml").write_text(dump(config))
-    again = load(command, str(tmp_path / "config.yaml"))
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    again = load_config(command, str(tmp_path / "config.yaml"))
     assert again == config
     assert again.hash == config.hash
 
 
 def test_what_changes_no_number_is_not_in_the_hash_and_newer_keys_count_where_they_are_set() -> None:
-    assert load("pretrain", "mri-crop").hash == "fb8258eb2d9a", "runs and studies of earlier releases keep their names"
+    assert load_config("pretrain", "mri-crop").hash == "fb8258eb2d9a", (
+        "runs and studies of earlier releases keep their names"
+    )
     assert configured().hash == configured(workers=3, prefetch=4).hash
     assert configured().hash == configured(compile=False, encode_in_chunks_of=None).hash
     assert len({configured().hash, configured(compile=True).hash, configured(encode_in_chunks_of=8).hash}) == 3
@@ -140,7 +142,7 @@ def test_a_hash_names_the_configuration() -> None:
 
 def test_an_unknown_preset_lists_the_nearest_and_all() -> None:
     with pytest.raises(UsageError, match=r"mri-corp.*'mri-crop'.*xray-28") as error:
-        load("pretrain", "mri-corp")
+        load_config("pretrain", "mri-corp")
     assert error.value.exit_code == 2
 
 
@@ -157,13 +159,13 @@ def test_a_file_that_is_no_yaml_mapping_is_refused(content: bytes, reason: str, 
     path = tmp_path / "run.yaml"
     path.write_bytes(content)
     with pytest.raises(UsageError, match=rf"run\.yaml: expected {reason}"):
-        read("pretrain", str(path))
+        read_config("pretrain", str(path))
 
 
 def test_a_file_that_extends_a_preset_says_only_what_differs(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("extends: xray-28\nviews: {count: 1}\nobjectives: [{name: local_dim}]\n")
-    base, mine = read("pretrain", "xray-28"), read("pretrain", str(path))
+    base, mine = read_config("pretrain", "xray-28"), read_config("pretrain", str(path))
     assert mine["name"] == "mine"
     assert mine["views"] == {**base["views"], "count": 1}
     assert mine["objectives"] == [{"name": "local_dim"}]
@@ -175,26 +177,26 @@ def test_files_that_extend_each_other_in_a_ring_are_refused(tmp_path: Path) -> N
     one.write_text(f"extends: {two}\n")
     two.write_text(f"extends: {one}\n")
     with pytest.raises(UsageError, match="which extends it"):
-        read("pretrain", str(one))
+        read_config("pretrain", str(one))
 
 
 def test_an_extended_preset_that_is_not_there_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("extends: xray-82\n")
     with pytest.raises(UsageError, match="xray-28"):
-        read("pretrain", str(path))
+        read_config("pretrain", str(path))
 
 
 @pytest.mark.parametrize("assignment", ["schedule=steps", "drop_at=[5]"])
 def test_a_schedule_in_steps_and_its_steps_need_each_other(assignment: str) -> None:
     with pytest.raises(UsageError, match="drop_at"):
-        check("pretrain", override(MINIMAL, [assignment]), where="here")
+        check_config("pretrain", apply_overrides(MINIMAL, [assignment]), source="here")
 
 
 def test_a_preset_of_another_command_is_refused_by_its_keys() -> None:
-    content = read("finetune", "mri-segmentation")
+    content = read_config("finetune", "mri-segmentation")
     with pytest.raises(UsageError, match=r"objectives must be given.*no key 'head'"):
-        check("pretrain", content, where="mri-segmentation")
+        check_config("pretrain", content, source="mri-segmentation")
 
 
 # --- keys and values
@@ -231,14 +233,14 @@ def test_a_value_of_the_wrong_kind_says_where_and_what_came(changes: Section, wh
 def test_a_missing_key_is_named() -> None:
     content = {key: value for key, value in MINIMAL.items() if key not in ("encoder", "lr")}
     with pytest.raises(UsageError, match=r"encoder must be given; lr must be given"):
-        check("pretrain", content, where="here")
+        check_config("pretrain", content, source="here")
 
 
 def test_a_value_left_to_the_images_is_not_taken_where_no_image_is_looked_at() -> None:
     with pytest.raises(UsageError, match=r"config here: preprocessing\.0\.spacing, encoder\.channels: no rule"):
         configured(encoder={"name": "unet", "channels": "auto"}, preprocessing=[{"op": "resample", "spacing": "auto"}])
     with pytest.raises(UsageError, match=r"views\.shape.*got 'auto'"):
-        load("pretrain", "mri")
+        load_config("pretrain", "mri")
 
 
 def test_a_config_cannot_be_changed_after_it_was_checked() -> None:
@@ -261,7 +263,7 @@ def test_a_config_cannot_be_changed_after_it_was_checked() -> None:
     ],
 )
 def test_an_assignment_reaches_the_place_it_names(assignment: str, path: tuple[Any, ...], value: Any) -> None:
-    found: Any = override(MINIMAL, [assignment])
+    found: Any = apply_overrides(MINIMAL, [assignment])
     for part in path:
         found = found[part]
     assert found == value
@@ -270,12 +272,12 @@ def test_an_assignment_reaches_the_place_it_names(assignment: str, path: tuple[A
 
 def test_assignments_leave_the_content_given_untouched_and_apply_in_order() -> None:
     before = yaml.safe_dump(MINIMAL)
-    assert override(MINIMAL, ["views.count=1", "views.count=2"])["views"]["count"] == 2
+    assert apply_overrides(MINIMAL, ["views.count=1", "views.count=2"])["views"]["count"] == 2
     assert yaml.safe_dump(MINIMAL) == before
 
 
 def test_a_number_in_the_notation_of_every_day_is_a_number() -> None:
-    config = check("pretrain", override(MINIMAL, ["lr=1e-3", "max_steps=7"]), where="here")
+    config = check_config("pretrain", apply_overrides(MINIMAL, ["lr=1e-3", "max_steps=7"]), source="here")
     assert (config.lr, config.max_steps) == (1e-3, 7)
 
 
@@ -293,19 +295,21 @@ def test_a_number_in_the_notation_of_every_day_is_a_number() -> None:
 )
 def test_an_assignment_that_leads_nowhere_says_where_it_stopped(assignment: str, reason: str) -> None:
     with pytest.raises(UsageError, match=f"--set .*{reason}"):
-        override(MINIMAL, [assignment])
+        apply_overrides(MINIMAL, [assignment])
 
 
 def test_a_misspelt_assignment_is_caught_by_the_check() -> None:
     with pytest.raises(UsageError, match="Did you mean 'batch_size'"):
-        check("pretrain", override(MINIMAL, ["batchsize=2"]), where="here")
+        check_config("pretrain", apply_overrides(MINIMAL, ["batchsize=2"]), source="here")
 
 
 # --- sections and signatures
 
 
 def test_build_passes_the_options_and_only_what_the_constructor_takes() -> None:
-    made = build(TABLE, {"name": "thing", "width": 3, "sizes": [4, 5]}, channels=(1, 2), spatial_dims=3, grids=((1,),))
+    made = build_from_section(
+        TABLE, {"name": "thing", "width": 3, "sizes": [4, 5]}, channels=(1, 2), spatial_dims=3, grids=((1,),)
+    )
     assert made.taken == {
         "channels": (1, 2),
         "spatial_dims": 3,
@@ -315,12 +319,12 @@ def test_build_passes_the_options_and_only_what_the_constructor_takes() -> None:
         "sizes": (4, 5),
         "inner": {"name": "x"},
     }
-    assert build(TABLE, {"name": "narrow", "width": 2}, channels=(1,), spatial_dims=3).width == 2
+    assert build_from_section(TABLE, {"name": "narrow", "width": 2}, channels=(1,), spatial_dims=3).width == 2
 
 
 def test_build_leaves_the_section_as_it_was() -> None:
     section = {"name": "narrow", "width": 2}
-    build(TABLE, section)
+    build_from_section(TABLE, section)
     assert section == {"name": "narrow", "width": 2}
 
 
@@ -343,12 +347,14 @@ def test_build_leaves_the_section_as_it_was() -> None:
 )
 def test_a_section_that_does_not_fit_the_signature_says_why(section: Section, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
-        bind(TABLE, section, given=("channels", "spatial_dims"))
+        validate_section(TABLE, section, run_args=("channels", "spatial_dims"))
 
 
 def test_bind_serves_functions_under_another_key() -> None:
     def resize(volume: object, *, shape: tuple[int, ...]) -> None: ...
 
-    function, options = bind({"resize": resize}, {"op": "resize", "shape": [2, 3]}, key="op", given=("volume",))
+    function, options = validate_section(
+        {"resize": resize}, {"op": "resize", "shape": [2, 3]}, key="op", run_args=("volume",)
+    )
     assert function is resize
     assert options == {"shape": (2, 3)}

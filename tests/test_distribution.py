@@ -19,8 +19,8 @@ import medim
 from medim.data.preprocessing.steps import preprocess
 from medim.evaluation.evaluate import open_network
 from medim.export.export import export
-from medim.inference.network import infer
-from medim.models.serialization import load_model, save
+from medim.inference.network import run_inference
+from medim.models.serialization import load_model, save_model
 from tests.export.checkers import dciodvfy_errors
 from tests.export.packages import make_run, make_run_with_critic
 
@@ -133,7 +133,7 @@ def test_the_light_install_verifies_a_package_and_predicts_and_embeds_with_it(
 
 def without_network() -> None:
     try:
-        MEASURED["namespace"]()
+        MEASURED["find_namespace_command"]()
     except SystemExit as error:
         pytest.skip(str(error))
 
@@ -141,7 +141,7 @@ def without_network() -> None:
 def know_both_labels(run: Path, image: Path) -> None:
     """Set the last layer of random weights so that about three tenths of an image are of either label."""
     network, _ = open_network(run)
-    one = infer(network.run, preprocess(medim.read_volume(image), network.preprocessing), network.inference)[1]
+    one = run_inference(network.run, preprocess(medim.read_volume(image), network.preprocessing), network.inference)[1]
     low, high = (float(level) for level in np.quantile(one, (0.3, 0.7)))
     assert low < high
     model, spec = load_model(run)
@@ -150,7 +150,7 @@ def know_both_labels(run: Path, image: Path) -> None:
         last.bias[1] -= (low + high) / 2
         last.weight[2], last.bias[2] = -last.weight[1], -last.bias[1]
         last.weight[0], last.bias[0] = 0.0, (high - low) / 2
-    save(run / "model", "model", model, spec)
+    save_model(run / "model", "model", model, spec)
 
 
 def test_a_segmenter_answers_without_torch_and_network_as_it_does_under_torch(
@@ -159,9 +159,9 @@ def test_a_segmenter_answers_without_torch_and_network_as_it_does_under_torch(
     without_network()
     trained = make_run(tmp_path / "segmenter-run", "segmenter")  # random weights; the benchmark trains
     know_both_labels(trained, shared_data / MEASURED["SERIES"]["HCropVolume, Study1"])
-    package = MEASURED["packed"](tmp_path, "segmenter", trained)
+    package = MEASURED["export_package"](tmp_path, "segmenter", trained)
     for number, (name, place) in enumerate(MEASURED["SERIES"].items()):
-        found = MEASURED["segmented"](light, package, trained, shared_data / place, tmp_path / str(number))
+        found = MEASURED["compare_segmentation"](light, package, trained, shared_data / place, tmp_path / str(number))
         assert found["exit"] == 0
         if name.startswith("HCropVolume"):
             assert min(found["voxels_1"], found["voxels_2"]) > 100
@@ -174,13 +174,13 @@ def test_a_classifier_answers_x_rays_there_too_and_refuses_what_it_is_not_for(
 ) -> None:
     without_network()
     trained = make_run(tmp_path / "classifier-run", "classifier")
-    package = MEASURED["packed"](tmp_path, "classifier", trained)
-    found = MEASURED["classified"](light, package, trained, shared_data, tmp_path / "classes")
+    package = MEASURED["export_package"](tmp_path, "classifier", trained)
+    found = MEASURED["compare_classification"](light, package, trained, shared_data, tmp_path / "classes")
     assert found["images"] == 5
     assert found["largest_difference"] < 1e-4
     assert found["reports"] == ["Comprehensive 3D SR Storage"] * 5
     assert dciodvfy_errors(*sorted((tmp_path / "classes" / "dicom").glob("*.dcm"))) == []
-    refused = MEASURED["refused"](light, package, shared_data, tmp_path / "refused")
+    refused = MEASURED["check_rejections"](light, package, shared_data, tmp_path / "refused")
     assert refused == {
         "body part": {"exit": 4, "reasons": ["wrong-body-part"]},
         "modality": {"exit": 4, "reasons": ["wrong-modality"]},

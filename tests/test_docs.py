@@ -26,7 +26,7 @@ from medim.models.decoders import DECODERS
 from medim.models.encoders import ENCODERS
 from medim.models.heads import HEADS
 from medim.objectives import OBJECTIVES
-from medim.training.auto_config import RULES
+from medim.training.auto_config import AUTO_RULES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
@@ -123,13 +123,13 @@ def test_the_page_on_the_command_line_names_every_command_and_no_other() -> None
     hooks = runpy.run_path(str(REPOSITORY / "docs" / "hooks.py"))
     table = (REPOSITORY / "docs" / "reference" / "cli.md").read_text().split("## For every command")[0]
     named = set(re.findall(r"`medim ([a-z]+(?: [a-z]+)?)(?: NAME)?`", table))
-    assert named == set(hooks["commands"]())
+    assert named == set(hooks["list_commands"]())
 
 
 def test_the_page_on_configuration_names_every_key_and_every_entry_of_every_table() -> None:
     keys = [f"views.{key}" for key in ViewsConfig.model_fields]
     keys += [key for kind in (PretrainConfig, FinetuneConfig) for key in kind.model_fields if key != "views"]
-    keys += RULES
+    keys += AUTO_RULES
     tables = (STEPS, AUGMENTATIONS, ENCODERS, DECODERS, CRITICS, OBJECTIVES, HEADS)
     entries = [name for table in tables for name in table]
     page = (REPOSITORY / "docs" / "reference" / "config.md").read_text()

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import pytest
 
-from medim.files import fresh_folder, hash_of, read_json, sha256, write_bytes, write_csv, write_json
+from medim.files import file_sha256, json_sha256, prepare_output_folder, read_json, write_bytes, write_csv, write_json
 from medim.types import UserError
 
 
@@ -104,48 +104,48 @@ def test_csv_quotes_what_needs_it_and_leaves_none_empty(tmp_path: Path) -> None:
 
 def test_a_files_digest_is_that_of_its_bytes(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"medim" * 100_000)
-    assert sha256(tmp_path / "f") == hashlib.sha256(b"medim" * 100_000).hexdigest()
+    assert file_sha256(tmp_path / "f") == hashlib.sha256(b"medim" * 100_000).hexdigest()
 
 
 def test_the_digest_of_an_object_ignores_key_order_and_sees_every_value() -> None:
     content = {"a": 1, "b": {"c": [1, 2], "d": None}}
-    assert hash_of(content) == hash_of(json.loads('{"b": {"d": null, "c": [1, 2]}, "a": 1}'))
-    assert hash_of(content) != hash_of({"a": 1, "b": {"c": [2, 1], "d": None}})
+    assert json_sha256(content) == json_sha256(json.loads('{"b": {"d": null, "c": [1, 2]}, "a": 1}'))
+    assert json_sha256(content) != json_sha256({"a": 1, "b": {"c": [2, 1], "d": None}})
 
 
 def test_a_fresh_folder_is_made_with_its_parents(tmp_path: Path) -> None:
-    assert fresh_folder(tmp_path / "runs" / "one").is_dir()
-    assert fresh_folder(tmp_path / "runs" / "one").is_dir(), "an empty folder is fresh"
+    assert prepare_output_folder(tmp_path / "runs" / "one").is_dir()
+    assert prepare_output_folder(tmp_path / "runs" / "one").is_dir(), "an empty folder is fresh"
 
 
 def test_a_folder_that_holds_something_is_kept_unless_the_user_says_otherwise(tmp_path: Path) -> None:
-    out = fresh_folder(tmp_path / "run")
+    out = prepare_output_folder(tmp_path / "run")
     (out / "summary.json").write_text("{}")
     with pytest.raises(UserError, match=r"--resume.*--overwrite"):
-        fresh_folder(out)
+        prepare_output_folder(out)
     assert (out / "summary.json").is_file()
-    fresh_folder(out, resume=True)
+    prepare_output_folder(out, resume=True)
     assert (out / "summary.json").is_file()
-    fresh_folder(out, overwrite=True)
+    prepare_output_folder(out, overwrite=True)
     assert [path.name for path in out.iterdir()] == [".medim"]
 
 
 def test_overwrite_never_empties_a_folder_that_medim_did_not_make(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    fresh_folder(tmp_path, resume=True)
+    prepare_output_folder(tmp_path, resume=True)
     with pytest.raises(UserError, match="Empty it yourself"):
-        fresh_folder(tmp_path, overwrite=True)
+        prepare_output_folder(tmp_path, overwrite=True)
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 
 def test_a_file_in_the_way_of_a_folder_is_not_removed(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("precious")
     with pytest.raises(UserError, match="got a file"):
-        fresh_folder(tmp_path / "out", overwrite=True)
+        prepare_output_folder(tmp_path / "out", overwrite=True)
     assert (tmp_path / "out").read_text() == "precious"
 
 
 def test_an_output_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"run: could not be written .*Choose another --out"):
-        fresh_folder(tmp_path / "file" / "run")
+        prepare_output_folder(tmp_path / "file" / "run")

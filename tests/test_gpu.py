@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from medim.config import load, presets
+from medim.config import list_presets, load_config
 from medim.data.example.cohort import make_example
 from medim.data.index.index import Index, build_index
 from medim.training.pretrain.run import pretrain
@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here (make test-gpu on one that has)"),
 ]
 REPOSITORY = Path(__file__).resolve().parents[1]
-SMALL = [name for name in presets("pretrain") if name.startswith("small-3d")]
+SMALL = [name for name in list_presets("pretrain") if name.startswith("small-3d")]
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +41,14 @@ def index(cohort: Path) -> Index:
 @pytest.mark.parametrize("name", SMALL)
 def test_a_small_preset_trains_on_the_gpu(name: str, precision: str, index: Index, tmp_path: Path) -> None:
     short = {"max_steps": 5, "batch_size": 8, "checkpoint_every_steps": 5, "precision": precision}
-    config = load("pretrain", name).model_copy(update=short)
+    config = load_config("pretrain", name).model_copy(update=short)
     summary = pretrain(config, index, tmp_path / "run", accelerator="cuda", store=tmp_path / "store")  # type: ignore[arg-type]
     assert summary["device"].startswith("cuda")
     assert all(math.isfinite(loss["last"]) for loss in summary["loss"].values())
 
 
 def test_the_gpu_learns_what_the_cpu_learns(index: Index, tmp_path: Path) -> None:
-    config = load("pretrain", "small-3d-local-dim")
+    config = load_config("pretrain", "small-3d-local-dim")
     short = {"max_steps": 5, "batch_size": 8, "checkpoint_every_steps": 5, "lr": 1e-4}
     losses = []
     for kind in ("cpu", "cuda"):

@@ -20,7 +20,7 @@ from pydicom.datadict import DicomDictionary
 from typer.testing import CliRunner
 
 from medim.cli import app
-from medim.config import FinetuneConfig, PretrainConfig, dump
+from medim.config import FinetuneConfig, PretrainConfig, dump_config
 from tests.data.synthetic import write_series
 from tests.training.conftest import *  # noqa: F403  (its fixtures)
 
@@ -109,10 +109,10 @@ def test_nothing_that_medim_writes_or_says_tells_who_when_or_where(
     monkeypatch.setenv("MEDIM_CACHE", str(out / "cache"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{out / 'mlflow.db'}")
     caplog.set_level(logging.DEBUG)
-    (out / "pretrain.yaml").write_text(dump(pretrain_config))
+    (out / "pretrain.yaml").write_text(dump_config(pretrain_config))
     head = {"task": "classification", "decoder": None, "head": {"name": "classification"}}
     classify = finetune_config.model_copy(update={**head, "inference": {"mode": "whole"}})
-    (out / "finetune.yaml").write_text(dump(classify))
+    (out / "finetune.yaml").write_text(dump_config(classify))
     labels, series = str(tmp_path / "labels.csv"), str(next(hospital.glob("*/*/*")))
     data, told = ["--data", str(hospital), "--labels", labels], ""
     assert all(

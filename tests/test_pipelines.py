@@ -60,7 +60,7 @@ def test_a_finished_run_is_not_run_again(evidence: Any, tmp_path: Path) -> None:
         (out / "summary.json").write_text('{"seconds": 2}')
         return {"seconds": 2}
 
-    assert [evidence.once(tmp_path, run) for _ in range(3)] == [{"seconds": 2}] * 3
+    assert [evidence.run_once(tmp_path, run) for _ in range(3)] == [{"seconds": 2}] * 3
     assert calls == [True]
 
 
@@ -68,7 +68,7 @@ def test_a_table_takes_the_place_of_the_last_one_and_nothing_else(evidence: Any,
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- a -->\nold\n<!-- /a -->\nbetween\n<!-- b -->\nkept\n<!-- /b -->\n")
     for value in ("1", "2"):
-        evidence.write_section(page, "a", evidence.markdown(["x", "y"], [[value, "3"]]))
+        evidence.write_section(page, "a", evidence.format_markdown_table(["x", "y"], [[value, "3"]]))
     table = "| x | y |\n| --- | --- |\n| 2 | 3 |"
     assert page.read_text() == (
         f"before\n<!-- a -->\n\n{table}\n\n<!-- /a -->\nbetween\n<!-- b -->\nkept\n<!-- /b -->\n"
@@ -85,7 +85,7 @@ def test_dice_is_the_mean_over_classes_then_cases(evidence: Any, tmp_path: Path)
         for name, value in zip(("front", "back"), values, strict=True)
     ]
     write_cases(tmp_path / "cases.parquet", rows, "segmenter")
-    statistic, subjects = evidence.dice(tmp_path)
+    statistic, subjects = evidence.read_dice(tmp_path)
     assert subjects == ["s-one", "s-two"]
     assert statistic(np.array([[1.0, 1.0], [1.0, 0.0]])) == pytest.approx([0.5, 0.3])
 
@@ -94,12 +94,12 @@ def test_a_history_splits_into_training_and_held_out_series(evidence: Any, tmp_p
     (tmp_path / "history.csv").write_text(
         "step,name,loss,chance,held_out\n1,dim,4.0,5.0,\n2,dim,3.0,5.0,\n2,dim,,,3.5\n"
     )
-    assert evidence.history(tmp_path) == {"dim": [(1, 4.0), (2, 3.0)], "held out dim": [(2, 3.5)]}
+    assert evidence.read_series(tmp_path) == {"dim": [(1, 4.0), (2, 3.0)], "held out dim": [(2, 3.5)]}
 
 
 def test_curves_are_drawn_with_one_colour_a_setting(evidence: Any, tmp_path: Path) -> None:
     lines = {f"{name}, {seed}": [(n, n * seed) for n in range(1, 90)] for name in ("plain", "bound") for seed in (1, 2)}
-    evidence.draw(tmp_path / "figures" / "curves.svg", {"loss": lines, "z": lines}, {"loss": 5.0})
+    evidence.draw_curves(tmp_path / "figures" / "curves.svg", {"loss": lines, "z": lines}, {"loss": 5.0})
     drawing = (tmp_path / "figures" / "curves.svg").read_text()
     assert [p.name for p in (tmp_path / "figures").iterdir()] == ["curves.svg"]
     assert drawing.count(">plain<") == drawing.count(">bound<") == 1
@@ -159,7 +159,7 @@ def test_every_figure_of_the_site_stands_on_a_page() -> None:
 
 def test_a_curve_drawn_twice_has_the_same_bytes(pipeline: Callable[[str], Any], tmp_path: Path) -> None:
     pictures = pipeline("pictures")
-    for picture in (pictures.channels, pictures.linsker):
+    for picture in (pictures.draw_channels, pictures.draw_linsker):
         picture(tmp_path / "a.svg")
         picture(tmp_path / "b.svg")
         assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()

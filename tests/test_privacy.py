@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 
 import pytest
 
-from medim.privacy import Scrubber, find, hidden, pseudonym, site_key, tokens
+from medim.privacy import Scrubber, identity_tokens, load_site_key, make_pseudonym, resolve_scrubbed_path, scrubbed_name
 from medim.types import UserError
 
 HIDDEN = ["Doe_John", "doe-john", "DOE.JOHN", "MR_Doe_John_1", "JohnDoe.dcm", "Doe^John", "john.doe.nii.gz"]
@@ -25,32 +25,32 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_pseudonym_is_hmac_sha256_under_the_site_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEDIM_SITE_KEY", "Jefe")  # test case 2 of RFC 4231
-    assert pseudonym("what do ya want for nothing?") == "s-5bdcc146bf60"
-    assert pseudonym("what do ya want for nothing?", prefix="p") == "p-5bdcc146bf60"
+    assert make_pseudonym("what do ya want for nothing?") == "s-5bdcc146bf60"
+    assert make_pseudonym("what do ya want for nothing?", prefix="p") == "p-5bdcc146bf60"
 
 
 def test_two_sites_give_one_person_two_pseudonyms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEDIM_SITE_KEY", "one")
-    first = pseudonym("ID-4711")
-    assert pseudonym("ID-4711") == first
+    first = make_pseudonym("ID-4711")
+    assert make_pseudonym("ID-4711") == first
     monkeypatch.setenv("MEDIM_SITE_KEY", "two")
-    assert pseudonym("ID-4711") != first
+    assert make_pseudonym("ID-4711") != first
 
 
 def test_the_key_file_is_made_once_and_for_its_owner_alone(config: Path) -> None:
-    key = site_key()
+    key = load_site_key()
     assert config.read_bytes() == key
     assert len(key) == 64
     assert stat.S_IMODE(config.stat().st_mode) == 0o600
-    assert site_key() == key
+    assert load_site_key() == key
     assert [path.name for path in config.parent.iterdir()] == ["site.key"]
 
 
 def test_two_processes_that_make_the_key_at_once_end_with_one(config: Path) -> None:
-    from medim.privacy import _key_file
+    from medim.privacy import _load_key_file
 
     with ThreadPoolExecutor(8) as pool:
-        keys = set(pool.map(lambda _: _key_file.__wrapped__(str(config)), range(32)))
+        keys = set(pool.map(lambda _: _load_key_file.__wrapped__(str(config)), range(32)))
     assert keys == {config.read_bytes()}
 
 
@@ -58,7 +58,7 @@ def test_a_key_that_others_could_read_is_closed(config: Path) -> None:
     config.parent.mkdir(parents=True)
     config.write_text("a key of this site")
     config.chmod(0o644)
-    assert site_key() == b"a key of this site"
+    assert load_site_key() == b"a key of this site"
     assert stat.S_IMODE(config.stat().st_mode) == 0o600
 
 
@@ -66,50 +66,52 @@ def test_a_folder_that_cannot_hold_the_key_is_an_error_with_a_remedy(config: Pat
     config.parent.parent.mkdir()
     config.parent.write_text("a file in the way")
     with pytest.raises(UserError, match="Set MEDIM_SITE_KEY"):
-        site_key()
+        load_site_key()
 
 
 @pytest.mark.parametrize("part", HIDDEN)
 def test_a_part_that_equals_an_identity_is_hidden(part: str) -> None:
-    scrub = Scrubber(tokens(["Doe^John", "DoeJohn", "JohnDoe", "20200119", ""]))
-    assert scrub.hides(part)
-    assert scrub.part(part) == hidden(part)
-    assert "doe" not in scrub.part(part).lower()
+    scrub = Scrubber(identity_tokens(["Doe^John", "DoeJohn", "JohnDoe", "20200119", ""]))
+    assert scrub.contains_identity(part)
+    assert scrub.scrub_part(part) == scrubbed_name(part)
+    assert "doe" not in scrub.scrub_part(part).lower()
 
 
 def test_a_part_that_does_not_stays_readable() -> None:
-    scrub = Scrubber(tokens(["Doe^John", "2", "1.2.840.5"]))
-    assert scrub.path(PurePath("Study1/T2_axial/12.dcm")) == "Study1/T2_axial/12.dcm"
-    assert scrub.path(PurePath("a/test_2.dcm")) == "a/test_2.dcm"  # "2" is part of a name here
-    assert scrub.part("2.dcm").endswith(".dcm") != scrub.part("2.dcm").startswith("2")
-    assert scrub.hides("1.2.840.5")
-    assert scrub.hides("1.2.840.5.dcm")
-    assert not Scrubber(tokens([])).hides("anything")
+    scrub = Scrubber(identity_tokens(["Doe^John", "2", "1.2.840.5"]))
+    assert scrub.scrub_path(PurePath("Study1/T2_axial/12.dcm")) == "Study1/T2_axial/12.dcm"
+    assert scrub.scrub_path(PurePath("a/test_2.dcm")) == "a/test_2.dcm"  # "2" is part of a name here
+    assert scrub.scrub_part("2.dcm").endswith(".dcm") != scrub.scrub_part("2.dcm").startswith("2")
+    assert scrub.contains_identity("1.2.840.5")
+    assert scrub.contains_identity("1.2.840.5.dcm")
+    assert not Scrubber(identity_tokens([])).contains_identity("anything")
 
 
 def test_letters_of_every_script_count() -> None:
-    assert Scrubber(tokens(["Müller^Jürgen"])).hides("müller_jürgen")
-    assert Scrubber(tokens(["山田^太郎"])).hides("山田_太郎.dcm") or Scrubber(tokens(["山田^太郎"])).hides("山田太郎")
+    assert Scrubber(identity_tokens(["Müller^Jürgen"])).contains_identity("müller_jürgen")
+    assert Scrubber(identity_tokens(["山田^太郎"])).contains_identity("山田_太郎.dcm") or Scrubber(
+        identity_tokens(["山田^太郎"])
+    ).contains_identity("山田太郎")
 
 
 @pytest.mark.parametrize(
     "written", ["Mueller_Juergen", "Muller_Jurgen", "MÜLLER JÜRGEN", unicodedata.normalize("NFD", "Müller_Jürgen")]
 )
 def test_a_name_is_found_however_its_letters_are_written(written: str) -> None:
-    assert Scrubber(tokens(["Müller^Jürgen"])).hides(written)
+    assert Scrubber(identity_tokens(["Müller^Jürgen"])).contains_identity(written)
 
 
 def test_a_hidden_path_is_found_again(tmp_path: Path) -> None:
-    scrub = Scrubber(tokens(["Doe^John", "20200119"]))
+    scrub = Scrubber(identity_tokens(["Doe^John", "20200119"]))
     file = tmp_path / "Doe_John" / "2020-01-19" / "T1" / "MR_Doe_John_1.dcm"
     file.parent.mkdir(parents=True)
     file.touch()
     (tmp_path / "Roe_Jane").mkdir()
-    written = scrub.path(file.relative_to(tmp_path))
+    written = scrub.scrub_path(file.relative_to(tmp_path))
     assert "/T1/" in written
     assert "Doe" not in written
     assert "2020" not in written
-    assert find(tmp_path, written) == file
+    assert resolve_scrubbed_path(tmp_path, written) == file
     file.unlink()
     with pytest.raises(UserError, match="medim index"):
-        find(tmp_path, written)
+        resolve_scrubbed_path(tmp_path, written)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from medim.signals import StoppedError, current, stoppable
+from medim.signals import StoppedError, current_request, handle_shutdown_signals
 
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1]
 
@@ -31,7 +31,7 @@ def test_outside_of_training_a_signal_leaves_at_once_with_75(number: signal.Sign
         except Exception:  # the wide net of someone else's code
             after.append("swallowed")
 
-    with pytest.raises(StoppedError, match=f"stopped by {number.name}") as stopped, stoppable():
+    with pytest.raises(StoppedError, match=f"stopped by {number.name}") as stopped, handle_shutdown_signals():
         work()
     assert stopped.value.exit_code == 75
     assert not after
@@ -41,11 +41,11 @@ def test_outside_of_training_a_signal_leaves_at_once_with_75(number: signal.Sign
 def test_what_is_held_is_done_first_and_the_signal_is_not_lost() -> None:
     done = []
 
-    @stoppable()
+    @handle_shutdown_signals()
     def work() -> None:
-        with current().holding():
+        with current_request().deferred():
             os.kill(os.getpid(), signal.SIGTERM)
-            assert current().asked == "SIGTERM"
+            assert current_request().signal_name == "SIGTERM"
             done.append("the step")
         done.append("too far")
 
@@ -55,9 +55,9 @@ def test_what_is_held_is_done_first_and_the_signal_is_not_lost() -> None:
 
 
 def test_what_fails_after_a_signal_leaves_with_75_too() -> None:
-    @stoppable()
+    @handle_shutdown_signals()
     def work() -> None:
-        with current().holding():
+        with current_request().deferred():
             os.kill(os.getpid(), signal.SIGUSR1)
             raise RuntimeError("a data worker heard it as well, and is gone")
 
@@ -68,12 +68,12 @@ def test_what_fails_after_a_signal_leaves_with_75_too() -> None:
 def test_an_answered_signal_is_answered_once() -> None:
     cleaned = []
 
-    @stoppable()
+    @handle_shutdown_signals()
     def work() -> None:
         try:
-            with current().holding():
+            with current_request().deferred():
                 os.kill(os.getpid(), signal.SIGUSR1)
-                current().leave("step 3 is saved")
+                current_request().respond("step 3 is saved")
         finally:
             os.kill(os.getpid(), signal.SIGTERM)  # an impatient second one
             cleaned.append(True)
@@ -86,24 +86,24 @@ def test_an_answered_signal_is_answered_once() -> None:
 def test_a_handler_that_was_there_before_hears_it_too() -> None:
     heard = []
     signal.signal(signal.SIGTERM, lambda *_: heard.append("study"))
-    with pytest.raises(StoppedError), stoppable():
+    with pytest.raises(StoppedError), handle_shutdown_signals():
         os.kill(os.getpid(), signal.SIGTERM)
     assert heard == ["study"]
 
 
 def test_inside_another_the_outer_one_answers() -> None:
-    @stoppable()
+    @handle_shutdown_signals()
     def work() -> None:
-        with stoppable():
-            outer = current()
-        assert current() is outer
+        with handle_shutdown_signals():
+            outer = current_request()
+        assert current_request() is outer
         os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(StoppedError):
         work()
-    assert current().asked == ""
+    assert current_request().signal_name == ""
 
 
 def test_a_run_without_a_signal_is_left_alone() -> None:
-    with stoppable(), current().holding():
+    with handle_shutdown_signals(), current_request().deferred():
         pass

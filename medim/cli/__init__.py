@@ -10,27 +10,36 @@ import typer
 from medim.cli.data import example, fetch, index, preprocess
 from medim.cli.evaluation import study
 from medim.cli.options import (
-    Accelerator,
-    Config,
-    Data,
-    Devices,
-    Inputs,
-    Labels,
-    Nodes,
-    Out,
-    Overwrite,
-    Precision,
-    Resume,
-    Seed,
-    Set,
-    SplitSeed,
-    Strict,
-    Subjects,
-    Trust,
+    AcceleratorOption,
+    ConfigOption,
+    DataOption,
+    DevicesOption,
+    InputsArgument,
+    LabelsOption,
+    NodesOption,
+    OutOption,
+    OverwriteOption,
+    PrecisionOption,
+    ResumeOption,
+    SeedOption,
+    SetOption,
+    SplitSeedOption,
+    StrictOption,
+    SubjectsOption,
+    TrustOption,
 )
-from medim.cli.terminal import averages, command, console, curve, intervals, number, progress, show
+from medim.cli.terminal import (
+    console,
+    format_averages,
+    format_intervals,
+    format_loss,
+    format_or_dash,
+    print_result,
+    register_command,
+    show_progress,
+)
 from medim.cli.training import plan
-from medim.signals import stoppable
+from medim.signals import handle_shutdown_signals
 from medim.types import Modality, UsageError, UserError
 from medim.version import __version__
 
@@ -52,84 +61,84 @@ def main() -> None:
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _print_version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
         typer.echo(f"medim {__version__}")
         raise typer.Exit
 
 
-@command(app)
+@register_command(app)
 def doctor() -> None:
     """Say what this machine has, and a remedy for what it lacks."""
-    from medim.doctor import checks
+    from medim.doctor import run_checks
 
-    for check in checks():
+    for check in run_checks():
         mark = "[green]ok[/]" if check.ok else "[yellow]--[/]"
         console.print(
-            f"{mark} {check.name}: {check.found}" + (f"  -> {check.remedy}" if check.remedy else ""),
+            f"{mark} {check.name}: {check.status}" + (f"  -> {check.remedy}" if check.remedy else ""),
             highlight=False,
             soft_wrap=True,
         )
 
 
-@command(config_app, "list")
+@register_command(config_app, "list")
 def config_list() -> None:
     """List the shipped presets."""
-    from medim.config import presets
+    from medim.config import list_presets
 
-    rows = [(kind, name, path) for kind in ("pretrain", "finetune") for name, path in presets(kind).items()]
-    wide = max(len(name) for _, name, _ in rows)
+    rows = [(kind, name, path) for kind in ("pretrain", "finetune") for name, path in list_presets(kind).items()]
+    width = max(len(name) for _, name, _ in rows)
     for kind, name, path in rows:
-        what = path.read_text().splitlines()[0].lstrip("# ")
-        console.print(f"{kind:9} {name:{wide}} {what}", highlight=False, soft_wrap=True)
+        title = path.read_text().splitlines()[0].lstrip("# ")
+        console.print(f"{kind:9} {name:{width}} {title}", highlight=False, soft_wrap=True)
 
 
-@command(config_app, "show")
+@register_command(config_app, "show")
 def config_show(name: Annotated[str, typer.Argument(help="A preset's name.")]) -> None:
     """Print a preset: every value under its meaning."""
-    from medim.cli.presets import show
+    from medim.cli.presets import render_preset
 
-    typer.echo(show(name))
+    typer.echo(render_preset(name))
 
 
 for body in (example, fetch, index, preprocess, plan):
-    command(app)(body)
+    register_command(app)(body)
 
 
-@command(app)
-@stoppable()
+@register_command(app)
+@handle_shutdown_signals()
 def pretrain(
     modality: Annotated[Modality, typer.Option(help="Which images count.")],
-    data: Data = None,
-    config: Config = None,
-    set_: Set = None,
+    data: DataOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/<preset>-<hash>.")] = None,
-    seed: Seed = 0,
-    split_seed: SplitSeed = 0,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    accelerator: Accelerator = "auto",
-    devices: Devices = None,
-    nodes: Nodes = None,
-    precision: Precision = None,
+    seed: SeedOption = 0,
+    split_seed: SplitSeedOption = 0,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+    accelerator: AcceleratorOption = "auto",
+    devices: DevicesOption = None,
+    nodes: NodesOption = None,
+    precision: PrecisionOption = None,
     stop_on_collapse: Annotated[
         bool, typer.Option("--stop-on-collapse", help="End a run that has diverged or collapsed.")
     ] = False,
-    subjects: Subjects = None,
+    subjects: SubjectsOption = None,
 ) -> None:
     """Pretrain an encoder on unlabelled images."""
     from medim.data.source import open_source
-    from medim.training.auto_config import describe
-    from medim.training.engine.launch import leads
+    from medim.training.auto_config import describe_input
+    from medim.training.engine.launch import is_main_process
     from medim.training.pretrain.run import pretrain as run
-    from medim.training.pretrain.run import resolve_config
+    from medim.training.pretrain.run import resolve_pretrain_config
 
-    chosen = config or modality, [*(set_ or []), *([f"precision={precision}"] if precision else [])]
-    settings = resolve_config(*chosen)  # a mistake in it shows before images are read
+    config_args = config or modality, [*(set_ or []), *([f"precision={precision}"] if precision else [])]
+    settings = resolve_pretrain_config(*config_args)  # a mistake in it shows before images are read
     if settings.modality != modality:
         raise UserError(f"--config {config}: it is for {settings.modality}, and --modality says {modality}.")
-    found, store = open_source(data, modality, subjects=subjects)
-    settings = resolve_config(*chosen, index=found)
+    image_index, store = open_source(data, modality, subjects=subjects)
+    settings = resolve_pretrain_config(*config_args, index=image_index)
     folder = out or Path("runs") / f"{settings.name}-{settings.hash}"
     options: dict[str, Any] = {
         "seed": seed,
@@ -141,27 +150,30 @@ def pretrain(
         "nodes": nodes,
         "stop_on_collapse": stop_on_collapse,
     }
-    summary = run(settings, found, folder, store=store, **options)
-    if not leads():
+    summary = run(settings, image_index, folder, store=store, **options)
+    if not is_main_process():
         return
-    beside = summary["diagnostics"]
-    losses = {name: curve(loss, summary["chance"][name]) for name, loss in summary["loss"].items()}
-    shown_beside = {name: f"{number(v['last'])}, held out {number(v['held_out'])}" for name, v in beside.items()}
-    shown = {
+    diagnostics = summary["diagnostics"]
+    losses = {name: format_loss(loss, summary["chance"][name]) for name, loss in summary["loss"].items()}
+    diagnostic_lines = {
+        name: f"{format_or_dash(v['last'])}, held out {format_or_dash(v['held_out'])}"
+        for name, v in diagnostics.items()
+    }
+    result_rows = {
         "verdict": summary["verdict"],
         **losses,
-        **shown_beside,
+        **diagnostic_lines,
         "rankme": summary["rankme"],
         "feature std": summary["feature_std"],
     }
     costs = {"seconds a step": summary["seconds_per_step"], "peak memory, MiB": summary["peak_memory_bytes"] / 2**20}
-    show("pretrain", {**shown, **costs, **describe(settings, found), "written to": folder})
+    print_result("pretrain", {**result_rows, **costs, **describe_input(settings, image_index), "written to": folder})
 
 
-@command(app)
+@register_command(app)
 def probe(
     encoder: Annotated[Path, typer.Argument(help="A pretraining run, or its package.")],
-    data: Data = None,
+    data: DataOption = None,
     protocol: Annotated[Literal["linear", "knn"], typer.Option(help="Logistic regression, or neighbours.")] = "linear",
     label_fraction: Annotated[
         list[float] | None,
@@ -177,22 +189,22 @@ def probe(
         bool, typer.Option("--anchors/--no-anchors", help="Measure the untrained encoder and the pixels too.")
     ] = True,
     out: Annotated[Path | None, typer.Option(help="Where to write. Default: <RUN>-probe-<protocol>.")] = None,
-    labels: Labels = None,
-    subjects: Subjects = None,
-    split_seed: SplitSeed = 0,
-    strict: Strict = False,
-    overwrite: Overwrite = False,
+    labels: LabelsOption = None,
+    subjects: SubjectsOption = None,
+    split_seed: SplitSeedOption = 0,
+    strict: StrictOption = False,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Measure a frozen encoder: a simple classifier on its features, with few labels."""
-    from medim.data.contamination import describe
+    from medim.data.contamination import describe_counts
     from medim.data.source import open_source
     from medim.evaluation.probing.label_budget import Budget
     from medim.evaluation.probing.probe import probe as run
-    from medim.models.serialization import find
+    from medim.models.serialization import locate_weights
 
     budgets = [Budget(fraction=f) for f in label_fraction or ([] if labelled else [1.0])]
     budgets += [Budget(labelled=n) for n in labelled or []]
-    found, store = open_source(data, find(encoder)[1]["modality"], labels=labels, subjects=subjects)
+    image_index, store = open_source(data, locate_weights(encoder)[1]["modality"], labels=labels, subjects=subjects)
     folder = out or encoder.with_name(f"{encoder.resolve().name}-probe-{protocol}")
     options: dict[str, Any] = {
         "split_seed": split_seed,
@@ -201,17 +213,19 @@ def probe(
         "store": store,
         "strict": strict,
     }
-    result = run(encoder, found, folder, protocol=protocol, budgets=budgets, seeds=range(seeds), maps=map_, **options)
-    counts = {"validation images": result["n"], **describe(result["seen"])}
-    show("probe", {**averages(result["summary"]), **counts, "written to": folder})
+    result = run(
+        encoder, image_index, folder, protocol=protocol, budgets=budgets, seeds=range(seeds), maps=map_, **options
+    )
+    counts = {"validation images": result["n"], **describe_counts(result["seen"])}
+    print_result("probe", {**format_averages(result["summary"]), **counts, "written to": folder})
 
 
-@command(app)
-@stoppable()
+@register_command(app)
+@handle_shutdown_signals()
 def finetune(
     task: Annotated[Literal["segmentation", "classification"], typer.Option(help="What to learn.")],
-    out: Out,
-    data: Data = None,
+    out: OutOption,
+    data: DataOption = None,
     encoder: Annotated[str, typer.Option(help="A pretraining run or package; none starts fresh.")] = "none",
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="The twin: the encoder's network with fresh weights.")
@@ -221,33 +235,33 @@ def finetune(
     label_fraction: Annotated[
         float | None, typer.Option(help="Label budget, as a share of the labelled training images.")
     ] = None,
-    labels: Labels = None,
-    subjects: Subjects = None,
-    config: Config = None,
-    set_: Set = None,
-    seed: Seed = 0,
-    split_seed: SplitSeed = 0,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    strict: Strict = False,
-    accelerator: Accelerator = "auto",
+    labels: LabelsOption = None,
+    subjects: SubjectsOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    seed: SeedOption = 0,
+    split_seed: SplitSeedOption = 0,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+    strict: StrictOption = False,
+    accelerator: AcceleratorOption = "auto",
 ) -> None:
     """Fine-tune an encoder on few labels, or train its from-scratch twin."""
-    from medim.data.contamination import describe as told
+    from medim.data.contamination import describe_counts as describe_contamination
     from medim.data.source import open_source
-    from medim.training.auto_config import describe
+    from medim.training.auto_config import describe_input
     from medim.training.finetune.run import finetune as run
-    from medim.training.finetune.run import resolve_config
+    from medim.training.finetune.run import resolve_finetune_config
 
-    origin = None if encoder == "none" else Path(encoder)
-    if from_scratch and origin is None:
+    encoder_path = None if encoder == "none" else Path(encoder)
+    if from_scratch and encoder_path is None:
         raise UsageError(
             "--from-scratch: expected --encoder RUN, whose network the twin has. Leave it out to start fresh."
         )
-    chosen = task, modality, origin, config, set_ or []
-    settings = resolve_config(*chosen)  # a mistake in it shows before images are read
-    found, store = open_source(data, settings.modality, labels=labels, subjects=subjects)
-    settings = resolve_config(*chosen, index=found)
+    config_args = task, modality, encoder_path, config, set_ or []
+    settings = resolve_finetune_config(*config_args)  # a mistake in it shows before images are read
+    image_index, store = open_source(data, settings.modality, labels=labels, subjects=subjects)
+    settings = resolve_finetune_config(*config_args, index=image_index)
     options: dict[str, Any] = {
         "seed": seed,
         "split_seed": split_seed,
@@ -257,54 +271,56 @@ def finetune(
         "accelerator": accelerator,
     }
     budget: dict[str, Any] = {"labelled": labelled, "label_fraction": label_fraction}
-    summary = run(settings, found, out, encoder=origin, from_scratch=from_scratch, store=store, **budget, **options)
-    show(
+    summary = run(
+        settings, image_index, out, encoder=encoder_path, from_scratch=from_scratch, store=store, **budget, **options
+    )
+    print_result(
         "finetune",
         {
             "labelled images": summary["labelled"],
             "start": summary["init"],
-            **({} if summary["init"] == "scratch" else told(summary["seen"])),
-            **describe(settings, found),
-            **intervals(summary["val"] or {}),
+            **({} if summary["init"] == "scratch" else describe_contamination(summary["seen"])),
+            **describe_input(settings, image_index),
+            **format_intervals(summary["val"] or {}),
             "written to": out,
         },
     )
 
 
-@command(app)
+@register_command(app)
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A fine-tuning run or a package.")],
-    out: Out,
-    data: Data = None,
+    out: OutOption,
+    data: DataOption = None,
     split: Annotated[
         Literal["train", "val", "test", "all"] | None, typer.Option(help="Default: test where the source has one.")
     ] = None,
     include_seen: Annotated[bool, typer.Option("--include-seen", help="Keep what the model was trained on.")] = False,
-    strict: Strict = False,
-    labels: Labels = None,
-    subjects: Subjects = None,
-    overwrite: Overwrite = False,
+    strict: StrictOption = False,
+    labels: LabelsOption = None,
+    subjects: SubjectsOption = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Measure a model on labelled images, in their own space, with 95 % intervals over subjects."""
-    from medim.data.contamination import describe
+    from medim.data.contamination import describe_counts
     from medim.data.source import open_source
     from medim.evaluation.evaluate import evaluate as run
-    from medim.models.serialization import find
+    from medim.models.serialization import locate_weights
 
-    found, _ = open_source(data, find(model)[1]["modality"], labels=labels, subjects=subjects)
+    image_index, _ = open_source(data, locate_weights(model)[1]["modality"], labels=labels, subjects=subjects)
     options: dict[str, Any] = {"split": split, "include_seen": include_seen, "strict": strict, "overwrite": overwrite}
-    metrics = run(model, found, out, progress=progress("measured"), **options)
-    counts = {"cases": metrics["n"], "excluded as seen": metrics["excluded_seen"], **describe(metrics["seen"])}
-    show("evaluate", {**counts, **intervals(metrics), "written to": out})
+    metrics = run(model, image_index, out, progress=show_progress("measured"), **options)
+    counts = {"cases": metrics["n"], "excluded as seen": metrics["excluded_seen"], **describe_counts(metrics["seen"])}
+    print_result("evaluate", {**counts, **format_intervals(metrics), "written to": out})
 
 
-command(app)(study)
+register_command(app)(study)
 
 
-@command(app)
+@register_command(app)
 def export(
     run: Annotated[Path, typer.Argument(help="A pretraining or fine-tuning run.")],
-    out: Out,
+    out: OutOption,
     sign: Annotated[Path | None, typer.Option("--sign", help="Ed25519 private key (PEM) to sign it with.")] = None,
     labels_schema: Annotated[
         str | None,
@@ -313,33 +329,33 @@ def export(
     dicom_in: Annotated[
         Path | None, typer.Option(metavar="FILE", help="JSON of rules for DICOM images. Default: the modality's.")
     ] = None,
-    overwrite: Overwrite = False,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Make the package that a hospital runs: weights, ONNX, preprocessing, proof."""
-    from medim.export.export import export as make
+    from medim.export.export import export as run_export
 
     options: dict[str, Any] = {"labels_schema": labels_schema, "dicom_in": dicom_in, "sign": sign}
-    package = make(run, out, overwrite=overwrite, **options)
-    show("export", {"kind": package.contract.kind, "written to": out})
+    package = run_export(run, out, overwrite=overwrite, **options)
+    print_result("export", {"kind": package.contract.kind, "written to": out})
 
 
-@command(app)
-def verify(package: Annotated[Path, typer.Argument(help="A package.")], trust: Trust = None) -> None:
+@register_command(app)
+def verify(package: Annotated[Path, typer.Argument(help="A package.")], trust: TrustOption = None) -> None:
     """Check the signature, every hash and the golden inputs of a package."""
-    from medim.package.package import verify as check
+    from medim.package.package import verify_package as run_verify
 
-    show("verify", {gate.name: f"{gate.verdict} ({gate.detail})" for gate in check(package, trust=trust)})
+    print_result("verify", {gate.name: f"{gate.verdict} ({gate.detail})" for gate in run_verify(package, trust=trust)})
 
 
-@command(app)
+@register_command(app)
 def embed(
     encoder: Annotated[Path, typer.Argument(metavar="PACKAGE|RUN", help="An encoder's package, or its run.")],
-    inputs: Inputs,
+    inputs: InputsArgument,
     out: Annotated[Path, typer.Option(help="FILE.npz, .csv or .parquet.")],
     map_: Annotated[
         Path | None, typer.Option("--map", help="Folder for mutual-information maps, NIfTI or 16-bit PNG.")
     ] = None,
-    trust: Trust = None,
+    trust: TrustOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Empty the folder of --map first.")] = False,
 ) -> None:
     """Write a row of features an image, and where the image agrees with its own summary."""
@@ -357,43 +373,43 @@ def embed(
         from medim.evaluation.evaluate import open_encoder
 
         network = open_encoder(encoder)
-    options: dict[str, Any] = {"maps": map_, "overwrite": overwrite, "progress": progress("embedded")}
+    options: dict[str, Any] = {"maps": map_, "overwrite": overwrite, "progress": show_progress("embedded")}
     images, features = embed_images(network, inputs, out, **options)
-    written = {"written to": out, **({"maps in": map_} if map_ else {})}
-    show("embed", {"images": len(images), "features": features.shape[1], **written})
+    output_rows = {"written to": out, **({"maps in": map_} if map_ else {})}
+    print_result("embed", {"images": len(images), "features": features.shape[1], **output_rows})
 
 
-@command(app)
+@register_command(app)
 def predict(
     package: Annotated[Path, typer.Argument(help="A package.")],
-    inputs: Inputs,
-    out: Out,
-    trust: Trust = None,
+    inputs: InputsArgument,
+    out: OutOption,
+    trust: TrustOption = None,
     as_: Annotated[
         Literal["nifti", "dicom"], typer.Option("--as", help="NIfTI, PNG and JSON; or DICOM SEG and SR.")
     ] = "nifti",
     labelmap: Annotated[bool, typer.Option("--labelmap", help="SEG as LABELMAP, which older viewers lack.")] = False,
-    overwrite: Overwrite = False,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Write a segmentation or a class for each input."""
     from medim.package.package import load_package
     from medim.predict.predict import predict as run
 
     options: dict[str, Any] = {"as_": as_, "labelmap": labelmap, "overwrite": overwrite}
-    for row in run(load_package(package, trust=trust), inputs, out, progress=progress("predicted"), **options):
-        show(str(row.pop("image")), row)
+    for row in run(load_package(package, trust=trust), inputs, out, progress=show_progress("predicted"), **options):
+        print_result(str(row.pop("image")), row)
 
 
-@command(app)
+@register_command(app)
 def report(
     folder: Annotated[
         Path, typer.Argument(help="A run, an evaluation, an index, a store, a study, or a folder of runs.")
     ],
 ) -> None:
     """Write one self-contained report.html."""
-    from medim.reports.report import report as of_runs
+    from medim.reports.report import write_report_page as report_runs
     from medim.study.report.report import is_study
-    from medim.study.report.report import report as of_study
+    from medim.study.report.report import write_study_page as report_study
 
-    write = of_study if is_study(folder) else of_runs
-    show("report", {"written to": write(folder)})
+    write_page = report_study if is_study(folder) else report_runs
+    print_result("report", {"written to": write_page(folder)})

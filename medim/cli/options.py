@@ -7,35 +7,45 @@ from typing import Annotated
 
 import typer
 
-Data = Annotated[
+DataOption = Annotated[
     Path | None,
     typer.Option("--data", help="Images, an index, a store or a fetched set. Default for MRI: the built-in cohort."),
 ]
-Labels = Annotated[Path | None, typer.Option("--labels", help="CSV with columns image or subject, and label or mask.")]
-Subjects = Annotated[Path | None, typer.Option("--subjects", help="CSV with columns image,subject.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override a config key: key=value. May be repeated.")]
-LARGEST_SEED = 2**32 - 1  # what numpy and torch both take
-Seed = Annotated[int, typer.Option("--seed", help="Fixes everything that is drawn.", min=0, max=LARGEST_SEED)]
-SplitSeed = Annotated[int, typer.Option("--split-seed", help="Seed of the split by subject.", min=0, max=LARGEST_SEED)]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in --out.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Empty --out first.")]
-Strict = Annotated[
+LabelsOption = Annotated[
+    Path | None, typer.Option("--labels", help="CSV with columns image or subject, and label or mask.")
+]
+SubjectsOption = Annotated[Path | None, typer.Option("--subjects", help="CSV with columns image,subject.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a config key: key=value. May be repeated.")
+]
+MAX_SEED = 2**32 - 1  # what numpy and torch both take
+SeedOption = Annotated[int, typer.Option("--seed", help="Fixes everything that is drawn.", min=0, max=MAX_SEED)]
+SplitSeedOption = Annotated[
+    int, typer.Option("--split-seed", help="Seed of the split by subject.", min=0, max=MAX_SEED)
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in --out.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Empty --out first.")]
+StrictOption = Annotated[
     bool, typer.Option("--strict", help="Refuse where an image or subject to measure on was seen in training.")
 ]
-Accelerator = Annotated[str, typer.Option("--accelerator", help="auto, cpu, cuda, mps.")]
-Devices = Annotated[
+AcceleratorOption = Annotated[str, typer.Option("--accelerator", help="auto, cpu, cuda, mps.")]
+DevicesOption = Annotated[
     int | None,
     typer.Option(
         "--devices", help="Processes a node, one a device. Default: what torchrun or SLURM started, or 1.", min=1
     ),
 ]
-Nodes = Annotated[int | None, typer.Option("--nodes", help="Machines. Default: as torchrun or SLURM say, or 1.", min=1)]
-Precision = Annotated[
+NodesOption = Annotated[
+    int | None, typer.Option("--nodes", help="Machines. Default: as torchrun or SLURM say, or 1.", min=1)
+]
+PrecisionOption = Annotated[
     str | None, typer.Option("--precision", help="32-true, bf16-mixed or 16-mixed. Default: the config's.")
 ]
-Config = Annotated[str | None, typer.Option("--config", help="A preset's name (medim config list) or a YAML file.")]
-Inputs = Annotated[list[Path], typer.Argument(help="NIfTI, DICOM files or folders, PNG, npz.")]
-Out = Annotated[Path, typer.Option("--out", help="Where to write.")]
-Trust = Annotated[
+ConfigOption = Annotated[
+    str | None, typer.Option("--config", help="A preset's name (medim config list) or a YAML file.")
+]
+InputsArgument = Annotated[list[Path], typer.Argument(help="NIfTI, DICOM files or folders, PNG, npz.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Where to write.")]
+TrustOption = Annotated[
     Path | None, typer.Option("--trust", help="Public key (PEM) that must have signed the package; else exit 3.")
 ]

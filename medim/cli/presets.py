@@ -12,48 +12,49 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from medim.config import AUTO, KINDS, Section, ViewsConfig, presets, read, unknown
+from medim.config import AUTO, CONFIG_CLASSES, Section, ViewsConfig, list_presets, read_config, unknown_name_message
 from medim.types import UsageError
 
-Tables = dict[str, Mapping[str, Callable[..., Any]]]  # config key: the table its sections name entries of
+OptionTables = dict[str, Mapping[str, Callable[..., Any]]]  # config key: the table its sections name entries of
 WIDTH = 120
 
 
-def show(name: str) -> str:
+def render_preset(name: str) -> str:
     """A preset's header, then every key and option with its meaning and its value, the keys' defaults too.
 
     Raises:
         UsageError: no such preset.
     """
     texts = []
-    for command, kind in KINDS.items():
-        path = presets(command).get(name)
+    for command, kind in CONFIG_CLASSES.items():
+        path = list_presets(command).get(name)
         if path is None:
             continue
         header = [line for line in path.read_text().splitlines() if line.startswith("#")]
-        tables, rules = _known()
-        for key, value in _with_defaults(kind, read(command, name)).items():
-            header += ["", *_item(key, value, kind.model_fields[key].description, tables, rules, at=key)]
+        tables, rules = _load_tables()
+        for key, value in _fill_defaults(kind, read_config(command, name)).items():
+            header += ["", *_render_item(key, value, kind.model_fields[key].description, tables, rules, key_path=key)]
         texts.append("\n".join(header))
     if not texts:
-        raise UsageError(f"config show: {unknown('preset', name, [n for command in KINDS for n in presets(command)])}")
+        preset_names = [preset for command in CONFIG_CLASSES for preset in list_presets(command)]
+        raise UsageError(f"config show: {unknown_name_message('preset', name, preset_names)}")
     return "\n".join(texts)
 
 
-def documented(entry: Callable[..., Any]) -> tuple[str, dict[str, str]]:
+def parse_docstring(entry: Callable[..., Any]) -> tuple[str, dict[str, str]]:
     """First paragraph of a docstring, and what its `Args` say of each parameter."""
     text = inspect.getdoc(entry) or ""
-    block = re.search(r"^Args:\n((?:    .*\n?)*)", text, re.MULTILINE)
-    found = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", block[1] if block else "", re.MULTILINE)
-    return " ".join(text.split("\n\n")[0].split()), {name: " ".join(said.split()) for name, said in found}
+    args_block = re.search(r"^Args:\n((?:    .*\n?)*)", text, re.MULTILINE)
+    arg_entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", args_block[1] if args_block else "", re.MULTILINE)
+    return " ".join(text.split("\n\n")[0].split()), {name: " ".join(meaning.split()) for name, meaning in arg_entries}
 
 
-def _known() -> tuple[Tables, dict[str, str]]:
+def _load_tables() -> tuple[OptionTables, dict[str, str]]:
     """The tables, and the rules of `auto`; the light install has only some of them."""
     from medim.data.preprocessing.steps import STEPS
     from medim.inference.network import INFERENCES
 
-    tables: Tables = {"preprocessing": STEPS, "inference": INFERENCES}
+    tables: OptionTables = {"preprocessing": STEPS, "inference": INFERENCES}
     with contextlib.suppress(ModuleNotFoundError):
         from medim.data.loading.augmentations import AUGMENTATIONS
         from medim.models.critics import CRITICS
@@ -61,59 +62,61 @@ def _known() -> tuple[Tables, dict[str, str]]:
         from medim.models.encoders import ENCODERS
         from medim.models.heads import HEADS
         from medim.objectives import OBJECTIVES
-        from medim.training.auto_config import RULES
+        from medim.training.auto_config import AUTO_RULES
 
         tables |= {"encoder": ENCODERS, "decoder": DECODERS, "head": HEADS, "critic": CRITICS}
-        return tables | {"objectives": OBJECTIVES, "augmentations": AUGMENTATIONS}, RULES
+        return tables | {"objectives": OBJECTIVES, "augmentations": AUGMENTATIONS}, AUTO_RULES
     return tables, {}
 
 
-def _with_defaults(kind: type[BaseModel], content: Section) -> Section:
+def _fill_defaults(kind: type[BaseModel], content: Section) -> Section:
     """The content in the order of the model's keys, with a default for each key it leaves out."""
     full = {
         key: content.get(key, field.get_default(call_default_factory=True)) for key, field in kind.model_fields.items()
     }
-    return full | ({"views": _with_defaults(ViewsConfig, full["views"])} if "views" in full else {})
+    return full | ({"views": _fill_defaults(ViewsConfig, full["views"])} if "views" in full else {})
 
 
-def _item(key: str, value: Any, meaning: str | None, tables: Tables, rules: Mapping[str, str], at: str) -> list[str]:
+def _render_item(
+    key: str, value: Any, meaning: str | None, tables: OptionTables, rules: Mapping[str, str], key_path: str
+) -> list[str]:
     """The lines of a key: its meaning and its value, as YAML."""
-    lines = _comment(meaning)
+    lines = _wrap_comment(meaning)
     if value == AUTO:
-        lines += _comment(f"auto: {rules.get(at, 'follows the median image of the index')}")
+        lines += _wrap_comment(f"auto: {rules.get(key_path, 'follows the median image of the index')}")
     if isinstance(value, dict):
-        return [*lines, f"{key}:", *_indented(_section(key, value, tables, rules))]
+        return [*lines, f"{key}:", *_indent_lines(_render_section(key, value, tables, rules))]
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        entries = [_dashed(_section(key, entry, tables, rules)) for entry in value]
-        return [*lines, f"{key}:", *_indented([line for entry in entries for line in entry])]
-    flow = None if isinstance(value, list | tuple) else False  # a list stands in one line
-    return [*lines, *yaml.safe_dump({key: value}, default_flow_style=flow, width=WIDTH).splitlines()]
+        entries = [_dash_lines(_render_section(key, entry, tables, rules)) for entry in value]
+        return [*lines, f"{key}:", *_indent_lines([line for entry in entries for line in entry])]
+    flow_style = None if isinstance(value, list | tuple) else False  # a list stands in one line
+    return [*lines, *yaml.safe_dump({key: value}, default_flow_style=flow_style, width=WIDTH).splitlines()]
 
 
-def _section(key: str, section: Section, tables: Tables, rules: Mapping[str, str]) -> list[str]:
+def _render_section(key: str, section: Section, tables: OptionTables, rules: Mapping[str, str]) -> list[str]:
     """The lines of a section: what its entry is, then each option."""
     entry = next((name for name in ("name", "op", "mode") if name in section), "")
-    place = section[entry] if entry == "op" else key
+    path_prefix = section[entry] if entry == "op" else key
     meanings = {name: field.description or "" for name, field in ViewsConfig.model_fields.items()}
     if key in tables:
-        summary, meanings = documented(tables[key][section[entry]])
+        summary, meanings = parse_docstring(tables[key][section[entry]])
         meanings |= {entry: summary, "weight": "what the loss counts beside the others"}
     return [
         line
         for name, value in section.items()
-        for line in _item(name, value, meanings.get(name), tables, rules, f"{place}.{name}")
+        for line in _render_item(name, value, meanings.get(name), tables, rules, f"{path_prefix}.{name}")
     ]
 
 
-def _comment(text: str | None) -> list[str]:
+def _wrap_comment(text: str | None) -> list[str]:
     return textwrap.wrap(text or "", WIDTH - 10, initial_indent="# ", subsequent_indent="# ")
 
 
-def _indented(lines: list[str]) -> list[str]:
+def _indent_lines(lines: list[str]) -> list[str]:
     return [f"  {line}" for line in lines]
 
 
-def _dashed(lines: list[str]) -> list[str]:
+def _dash_lines(lines: list[str]) -> list[str]:
     """A section as an item of a list: the dash stands before its first key, the comment on it above."""
     first = next(n for n, line in enumerate(lines) if not line.startswith("#"))
-    return [*lines[:first], f"- {lines[first]}", *_indented(lines[first + 1 :])]
+    return [*lines[:first], f"- {lines[first]}", *_indent_lines(lines[first + 1 :])]

@@ -7,72 +7,82 @@ from typing import Annotated, Any
 
 import typer
 
-from medim.cli.options import Accelerator, Config, Data, Precision, Set, SplitSeed, Subjects
-from medim.cli.terminal import show
+from medim.cli.options import (
+    AcceleratorOption,
+    ConfigOption,
+    DataOption,
+    PrecisionOption,
+    SetOption,
+    SplitSeedOption,
+    SubjectsOption,
+)
+from medim.cli.terminal import print_result
 from medim.types import Modality, UsageError, UserError
 
 
 def plan(
     modality: Annotated[Modality | None, typer.Option(help="Default: the configuration's.")] = None,
-    data: Data = None,
-    config: Config = None,
-    set_: Set = None,
+    data: DataOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder, whose disk is looked at. Default: runs/.")] = None,
-    split_seed: SplitSeed = 0,
-    accelerator: Accelerator = "auto",
-    precision: Precision = None,
-    subjects: Subjects = None,
+    split_seed: SplitSeedOption = 0,
+    accelerator: AcceleratorOption = "auto",
+    precision: PrecisionOption = None,
+    subjects: SubjectsOption = None,
     json: Annotated[Path | None, typer.Option("--json", help="FILE for the figures too.")] = None,
 ) -> None:
     """Run a few real steps; say what the run will need, and refuse one that does not fit this machine."""
     from medim.data.source import open_source
     from medim.files import write_json
-    from medim.training.auto_config import describe
-    from medim.training.plan.plan import check
-    from medim.training.plan.plan import plan as run
-    from medim.training.pretrain.run import resolve_config
+    from medim.training.auto_config import describe_input
+    from medim.training.plan.plan import check_plan
+    from medim.training.plan.plan import plan_pretraining as run
+    from medim.training.pretrain.run import resolve_pretrain_config
 
-    name = config or modality
-    if name is None:
+    config_name = config or modality
+    if config_name is None:
         raise UsageError("expected --config, a preset's name or a YAML file, or --modality mri or xray.")
-    chosen = name, [*(set_ or []), *([f"precision={precision}"] if precision else [])]
-    settings = resolve_config(*chosen)  # a mistake in it shows before images are read
+    config_args = config_name, [*(set_ or []), *([f"precision={precision}"] if precision else [])]
+    settings = resolve_pretrain_config(*config_args)  # a mistake in it shows before images are read
     if modality and settings.modality != modality:
         raise UserError(f"--config {config}: it is for {settings.modality}, and --modality says {modality}.")
-    found, store = open_source(data, settings.modality, subjects=subjects)
-    settings = resolve_config(*chosen, index=found)
+    image_index, store = open_source(data, settings.modality, subjects=subjects)
+    settings = resolve_pretrain_config(*config_args, index=image_index)
     options: dict[str, Any] = {"split_seed": split_seed, "accelerator": accelerator, "store": store}
-    told = run(settings, found, out or Path("runs"), **options)
+    estimate = run(settings, image_index, out or Path("runs"), **options)
     if json:
-        write_json(json, told)
-    check(told)
-    show("plan", {**_rows(told), **describe(settings, found)})
+        write_json(json, estimate)
+    check_plan(estimate)
+    print_result("plan", {**_format_plan(estimate), **describe_input(settings, image_index)})
 
 
-def _rows(told: dict[str, Any]) -> dict[str, str]:
+def _format_plan(estimate: dict[str, Any]) -> dict[str, str]:
     """The figures as lines."""
-    parts = {part: seconds for part, seconds in told["seconds"].items() if part != "total"}
-    disk, free, hints = told["disk_bytes"], told["available"], told["suggestions"]
-    most = [f"a batch of {hints['batch_size']}"] if hints["batch_size"] else []
-    most += [f"views of {'x'.join(map(str, hints['views']))}"] if hints["views"] else []
-    workers = told["memory_bytes"] > told["peak_memory_bytes"]
-    with_workers = f", {_gib(told['memory_bytes'])} with loading processes" if workers else ""
+    phase_seconds = {part: seconds for part, seconds in estimate["seconds"].items() if part != "total"}
+    disk, free, hints = estimate["disk_bytes"], estimate["available"], estimate["suggestions"]
+    largest_sizes = [f"a batch of {hints['batch_size']}"] if hints["batch_size"] else []
+    largest_sizes += [f"views of {'x'.join(map(str, hints['views']))}"] if hints["views"] else []
+    loads_in_workers = estimate["memory_bytes"] > estimate["peak_memory_bytes"]
+    worker_text = f", {_format_gibibytes(estimate['memory_bytes'])} with loading processes" if loads_in_workers else ""
     return {
-        "hours": f"{told['hours']:.3g} ("
-        + ", ".join(f"{part} {_duration(seconds)}" for part, seconds in parts.items())
+        "hours": f"{estimate['hours']:.3g} ("
+        + ", ".join(f"{part} {_format_duration(seconds)}" for part, seconds in phase_seconds.items())
         + ")",
-        "seconds a step": f"{told['seconds_per_step']:.3g}, of {told['measured_steps']} steps "
-        f"of {told['measured_batch_size']} images",
-        "peak memory": f"{_gib(told['peak_memory_bytes'])}{with_workers}; {_gib(free['memory'])} free",
-        "disk": f"{_gib(disk['total'])} (store {_gib(disk['store'])}, checkpoints {_gib(disk['checkpoints'])}, run "
-        f"{_gib(disk['run'])}); {_gib(free['disk'])} free",
-        "would fit too": " or ".join(most) + ", by proportion" if most else "-",
+        "seconds a step": f"{estimate['seconds_per_step']:.3g}, of {estimate['measured_steps']} steps "
+        f"of {estimate['measured_batch_size']} images",
+        "peak memory": f"{_format_gibibytes(estimate['peak_memory_bytes'])}{worker_text}; "
+        f"{_format_gibibytes(free['memory'])} free",
+        "disk": f"{_format_gibibytes(disk['total'])} (store {_format_gibibytes(disk['store'])}, "
+        f"checkpoints {_format_gibibytes(disk['checkpoints'])}, run "
+        f"{_format_gibibytes(disk['run'])}); {_format_gibibytes(free['disk'])} free",
+        "would fit too": " or ".join(largest_sizes) + ", by proportion" if largest_sizes else "-",
     }
 
 
-def _gib(count: float) -> str:
+def _format_gibibytes(count: float) -> str:
     return f"{count / 2**30:.2f} GiB"
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -13,12 +13,14 @@ import numpy as np
 
 from medim.types import Array, Volume
 
-BLOCKS = {2: 14, 3: 6}  # a side, by spatial dimensions: about 200 numbers an image
-CLIP = 4.0  # mean deviations: one hot voxel must not hide the rest
-LEVELS = 5 * (1 + 5**0.5) / 2  # a mean deviation; irrational, so that whole grey values do not lie between two levels
+BLOCKS_PER_SIDE = {2: 14, 3: 6}  # a side, by spatial dimensions: about 200 numbers an image
+CLIP_DEVIATIONS = 4.0  # mean deviations: one hot voxel must not hide the rest
+LEVELS_PER_DEVIATION = (
+    5 * (1 + 5**0.5) / 2
+)  # a mean deviation; irrational, so that whole grey values do not lie between two levels
 
 
-def fingerprint(volume: Volume) -> str:
+def compute_fingerprint(volume: Volume) -> str:
     """A digest of an image as a reader gives it, the same after any rescaling `slope * voxel + intercept`, slope > 0.
 
     Voxels count from their mean, in mean deviations, and the means of a coarse grid of blocks are rounded to 1/8. A
@@ -35,42 +37,45 @@ def fingerprint(volume: Volume) -> str:
     array = volume.array
     if array.min() == array.max():
         return ""
-    edges = [np.arange(k) * n // k for n in volume.shape for k in [min(n, BLOCKS[volume.spatial_dims])]]
+    edges = [np.arange(k) * n // k for n in volume.shape for k in [min(n, BLOCKS_PER_SIDE[volume.spatial_dims])]]
     slabs = np.split(array, edges[0][1:], axis=1)  # one at a time in float64, to spare memory
     mean = array.mean(dtype=np.float64)
     deviation = sum(float(np.abs(slab - mean).sum()) for slab in slabs) / array.size
-    means = [_block_means(np.clip((slab - mean) / deviation, -CLIP, CLIP), edges[1:]) for slab in slabs]
-    levels = np.rint(LEVELS * np.stack(means)).astype(np.int8)
+    means = [
+        _compute_block_means(np.clip((slab - mean) / deviation, -CLIP_DEVIATIONS, CLIP_DEVIATIONS), edges[1:])
+        for slab in slabs
+    ]
+    levels = np.rint(LEVELS_PER_DEVIATION * np.stack(means)).astype(np.int8)
     return hashlib.sha256(repr(array.shape).encode() + levels.tobytes()).hexdigest()[:32]
 
 
-def overlap(prints: Mapping[str, str], of: Mapping[str, str]) -> list[list[str]]:
-    """Images with the same pixels that `of` puts in different places.
+def shared_images(fingerprints: Mapping[str, str], groups: Mapping[str, str]) -> list[list[str]]:
+    """Images with the same pixels that `groups` puts in different places.
 
     Args:
-        prints: image key to fingerprint.
-        of: image key to its split, or to its subject.
+        fingerprints: image key to fingerprint.
+        groups: image key to its split, or to its subject.
 
     Returns:
-        Image keys, a list for each such set, in the order of `prints`.
+        Image keys, a list for each such set, in the order of `fingerprints`.
     """
-    same: dict[str, list[str]] = defaultdict(list)
-    for image, found in prints.items():
-        if found:
-            same[found].append(image)
-    return [images for images in same.values() if len({of[image] for image in images}) > 1]
+    images_by_digest: dict[str, list[str]] = defaultdict(list)
+    for image, digest in fingerprints.items():
+        if digest:
+            images_by_digest[digest].append(image)
+    return [images for images in images_by_digest.values() if len({groups[image] for image in images}) > 1]
 
 
-def united(groups: Iterable[Iterable[str]]) -> list[list[str]]:
+def merge_groups(groups: Iterable[Iterable[str]]) -> list[list[str]]:
     """Groups that share a member become one; members in the order in which they come."""
-    of: dict[str, list[str]] = {}
+    group_of_member: dict[str, list[str]] = {}
     for group in groups:
-        joined = list(dict.fromkeys(member for one in group for member in of.get(one, [one])))
-        of.update(dict.fromkeys(joined, joined))
-    return list({id(group): group for group in of.values()}.values())
+        members = list(dict.fromkeys(member for key in group for member in group_of_member.get(key, [key])))
+        group_of_member.update(dict.fromkeys(members, members))
+    return list({id(group): group for group in group_of_member.values()}.values())
 
 
-def _block_means(slab: Array, edges: list[Array]) -> Array:
+def _compute_block_means(slab: Array, edges: list[Array]) -> Array:
     """Means over blocks of the axes after the second: (C, n, ...) -> (C, ...)."""
     slab = slab.mean(axis=1)
     for axis, starts in enumerate(edges, start=1):

@@ -16,104 +16,113 @@ from medim.types import UserError
 
 Findings = Mapping[str, bool | None]  # name to present, absent, or unknown (None)
 _SIGNS = {True: "+", False: "-", None: "?"}
-_TOLD = {sign: told for told, sign in _SIGNS.items()}
-_FORM = re.compile(r"[+?-][^|]+(\|[+?-][^|]+)+")
-_KEYS = {"image", "subject", "split"}
-_UNSURE = -1.0  # how CheXpert and MIMIC-CXR write that the report is uncertain
+_PRESENCE_BY_SIGN = {sign: told for told, sign in _SIGNS.items()}
+_LABEL_PATTERN = re.compile(r"[+?-][^|]+(\|[+?-][^|]+)+")
+_KEY_COLUMNS = {"image", "subject", "split"}
+_UNCERTAIN = -1.0  # how CheXpert and MIMIC-CXR write that the report is uncertain
 
 
-def label_of(findings: Findings) -> str | None:
+def format_findings(findings: Findings) -> str | None:
     """The label of an image; None where nothing is known of it.
 
     Raises:
         UserError: a name is empty or holds a bar.
     """
-    wrong = next((name for name in findings if not name or "|" in name), None)
-    if wrong is not None:
-        raise UserError(f"finding {wrong!r}: expected a name without '|'. Rename the column.")
-    if all(told is None for told in findings.values()):
+    invalid_name = next((name for name in findings if not name or "|" in name), None)
+    if invalid_name is not None:
+        raise UserError(f"finding {invalid_name!r}: expected a name without '|'. Rename the column.")
+    if all(presence is None for presence in findings.values()):
         return None
-    return "|".join(f"{_SIGNS[told]}{name}" for name, told in findings.items())
+    return "|".join(f"{_SIGNS[presence]}{name}" for name, presence in findings.items())
 
 
 @lru_cache(maxsize=4096)
-def findings_of(label: str | None) -> Findings | None:
+def parse_findings(label: str | None) -> Findings | None:
     """What a label says of each finding; None where it is a class, or missing."""
-    if label is None or not _FORM.fullmatch(label):
+    if label is None or not _LABEL_PATTERN.fullmatch(label):
         return None
-    return {part[1:]: _TOLD[part[0]] for part in label.split("|")}
+    return {part[1:]: _PRESENCE_BY_SIGN[part[0]] for part in label.split("|")}
 
 
-def names_of(labels: Iterable[str | None]) -> tuple[str, ...]:
+def finding_names(labels: Iterable[str | None]) -> tuple[str, ...]:
     """The findings that labels speak of, in order of the labels; none where any label is a class."""
-    told = [findings_of(label) for label in sorted({label for label in labels if label is not None})]
-    return tuple(dict.fromkeys(name for findings in told for name in findings or ())) if all(told) else ()
+    findings_per_label = [parse_findings(label) for label in sorted({label for label in labels if label is not None})]
+    return (
+        tuple(dict.fromkeys(name for findings in findings_per_label for name in findings or ()))
+        if all(findings_per_label)
+        else ()
+    )
 
 
-def check_one_kind(labels: Iterable[str | None]) -> None:
+def check_label_kind(labels: Iterable[str | None]) -> None:
     """Refuse labels of which some are classes and some findings, as of two sources in one folder.
 
     Raises:
         UserError: in that case.
     """
-    given = {label for label in labels if label is not None}
-    told = {label for label in given if findings_of(label)}
-    if told and told != given:
+    all_labels = {label for label in labels if label is not None}
+    finding_labels = {label for label in all_labels if parse_findings(label)}
+    if finding_labels and finding_labels != all_labels:
         raise UserError(
-            f"labels: expected classes or findings, got both: {min(given - told)!r} and {min(told)!r}. "
+            f"labels: expected classes or findings, got both: {min(all_labels - finding_labels)!r} and "
+            f"{min(finding_labels)!r}. "
             "Give one kind of label (--labels CSV), or the sources one by one."
         )
 
 
-def values_of(label: str | None, names: Iterable[str]) -> list[float]:
+def encode_findings(label: str | None, names: Iterable[str]) -> list[float]:
     """What a label says of each of these findings: 1 present, 0 absent, NaN unknown or not spoken of."""
-    told = findings_of(label) or {}
-    return [math.nan if (value := told.get(name)) is None else float(value) for name in names]
+    findings = parse_findings(label) or {}
+    return [math.nan if (value := findings.get(name)) is None else float(value) for name in names]
 
 
-def counted(labels: Iterable[str | None]) -> Counter[str]:
+def count_labels(labels: Iterable[str | None]) -> Counter[str]:
     """How many images have each class, or each finding."""
-    return Counter(name for label in labels if label is not None for name in _present(label))
+    return Counter(name for label in labels if label is not None for name in _list_positives(label))
 
 
-def strata(labels: Sequence[Iterable[str]]) -> list[tuple[str, ...]]:
+def stratification_labels(labels: Sequence[Iterable[str]]) -> list[tuple[str, ...]]:
     """What each subject counts as where classes are to stay in proportion: all its classes, or its rarest finding."""
-    present = [{name for label in own for name in _present(label)} for own in labels]
-    if not any(findings_of(label) for own in labels for label in own):
-        return [tuple(sorted(own)) for own in present]
-    images = Counter(name for own in present for name in own)
-    return [tuple(sorted(own, key=lambda name: (images[name], name))[:1]) for own in present]
+    present = [{name for label in subject_labels for name in _list_positives(label)} for subject_labels in labels]
+    if not any(parse_findings(label) for subject_labels in labels for label in subject_labels):
+        return [tuple(sorted(subject_labels)) for subject_labels in present]
+    image_counts = Counter(name for subject_labels in present for name in subject_labels)
+    return [
+        tuple(sorted(subject_labels, key=lambda name: (image_counts[name], name))[:1]) for subject_labels in present
+    ]
 
 
-def told_by(cell: str) -> bool | None:
+def parse_finding(cell: str) -> bool | None:
     """A cell of a table: 1 present, 0 absent; empty, `nan` or -1 (uncertain) unknown.
 
     Raises:
         ValueError: it is something else.
     """
     number = float(cell) if cell else math.nan
-    if math.isnan(number) or number == _UNSURE:
+    if math.isnan(number) or number == _UNCERTAIN:
         return None
     if number not in (0.0, 1.0):
         raise ValueError(cell)
     return number == 1.0
 
 
-def finding_columns(rows: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
+def detect_finding_columns(rows: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
     """The columns of a table of labels whose every cell tells of a finding; none where fewer than two do."""
 
-    def tells(column: str) -> bool:
+    def is_finding_column(column: str) -> bool:
         """Whether each cell can be a finding's, and at least one is known."""
         try:
-            told = [told_by(row[column]) for row in rows]
+            presences = [parse_finding(row[column]) for row in rows]
         except (ValueError, KeyError):
             return False
-        return any(cell is not None for cell in told)
+        return any(cell is not None for cell in presences)
 
-    found = tuple(column for column in (rows[0] if rows else ()) if column not in _KEYS and tells(column))
-    return found if len(found) > 1 else ()
+    columns = tuple(
+        column for column in (rows[0] if rows else ()) if column not in _KEY_COLUMNS and is_finding_column(column)
+    )
+    return columns if len(columns) > 1 else ()
 
 
-def _present(label: str) -> list[str]:
-    findings = findings_of(label)
-    return [label] if findings is None else [name for name, told in findings.items() if told]
+def _list_positives(label: str) -> list[str]:
+    findings = parse_findings(label)
+    return [label] if findings is None else [name for name, is_positive in findings.items() if is_positive]

@@ -14,13 +14,13 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def available() -> int:
+def count_cpus() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def in_processes(
-    work: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item], jobs: int, *, most: int = 32
+def map_in_processes(
+    work: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item], jobs: int, *, max_batch: int = 32
 ) -> Iterator[tuple[Item, Result | None]]:
     """Do batches of items in a pool; when a process dies, the rest goes one by one and shows the culprit.
 
@@ -30,28 +30,28 @@ def in_processes(
         work: done to a batch, in a process of its own; gives a result an item. It and the items travel there.
         items: all of them.
         jobs: processes.
-        most: items a batch.
+        max_batch: items a batch.
 
     Yields:
         Each item with its result, as they come; None for one that brought its process down.
     """
-    size = max(1, min(most, len(items) // (4 * jobs)))
-    left: list[Sequence[Item]] = [items[first : first + size] for first in range(0, len(items), size)]
-    while left:
-        lost: list[int] = []
+    batch_size = max(1, min(max_batch, len(items) // (4 * jobs)))
+    batches: list[Sequence[Item]] = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+    while batches:
+        crash_numbers: list[int] = []
         with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            places = {pool.submit(work, batch): place for place, batch in enumerate(left)}
+            numbers = {pool.submit(work, batch): number for number, batch in enumerate(batches)}
             try:
-                for future in as_completed(list(places)):
-                    place = places.pop(future)
+                for future in as_completed(list(numbers)):
+                    number = numbers.pop(future)
                     if isinstance(future.exception(), BrokenProcessPool):
-                        lost.append(place)
+                        crash_numbers.append(number)
                     else:
-                        yield from zip(left[place], future.result(), strict=True)
+                        yield from zip(batches[number], future.result(), strict=True)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        alone: list[Sequence[Item]] = [[item] for place in sorted(lost) for item in left[place]]
-        if alone and jobs == 1 and len(lost) == len(alone):
-            yield alone.pop(0)[0], None
-        left, jobs = alone, 1
+        single_items: list[Sequence[Item]] = [[item] for number in sorted(crash_numbers) for item in batches[number]]
+        if single_items and jobs == 1 and len(crash_numbers) == len(single_items):
+            yield single_items.pop(0)[0], None
+        batches, jobs = single_items, 1

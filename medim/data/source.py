@@ -6,9 +6,9 @@ import logging
 from pathlib import Path
 
 from medim.data.index.index import Index, build_index
-from medim.data.parallel import available
-from medim.data.public.fetch import named
-from medim.files import fresh_folder
+from medim.data.parallel import count_cpus
+from medim.data.public.fetch import resolve_data_argument
+from medim.files import prepare_output_folder
 from medim.types import Modality, UserError
 
 log = logging.getLogger(__name__)
@@ -34,8 +34,8 @@ def open_source(
             modality; or a table to join to an index that is already made.
     """
     if data is None:
-        data = _built_in(modality)
-    data = named(data, modality)
+        data = _prepare_builtin_cohort(modality)
+    data = resolve_data_argument(data, modality)
     if (data / "index.parquet").is_file() or (data / "index.csv").is_file():
         index = Index.read(data)
         if index.modality != modality:
@@ -50,22 +50,22 @@ def open_source(
                 f"Give {option} to `medim index`, or the images themselves to --data."
             )
         return index, data if (data / "store.json").is_file() else None
-    return build_index(data, modality, labels=labels, subjects=subjects, jobs=available()), None
+    return build_index(data, modality, labels=labels, subjects=subjects, jobs=count_cpus()), None
 
 
-def _built_in(modality: Modality) -> Path:
+def _prepare_builtin_cohort(modality: Modality) -> Path:
     if modality != "mri":
         raise UserError(
             "--data: X-rays have no built-in cohort. Give a folder of DICOM or PNG files, or run "
             "`medim fetch pneumoniamnist` and give --data pneumoniamnist."
         )
     from medim.data.example.cohort import make_example
-    from medim.data.loading.store import default_folder
+    from medim.data.loading.store import locate_default_store
 
-    folder = default_folder().parent / "example"
+    folder = locate_default_store().parent / "example"
     if not (folder / "nifti" / "dataset.json").is_file():
         log.info("no --data: making the built-in cohort in the cache (simulated subjects from the MNI152 template)")
-        make_example(fresh_folder(folder, overwrite=True))
+        make_example(prepare_output_folder(folder, overwrite=True))
     else:
         log.info("no --data: using the built-in cohort (simulated subjects from the MNI152 template)")
     return folder / "nifti"

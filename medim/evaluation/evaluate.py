@@ -1,7 +1,7 @@
 """Measure a trained network on labelled images by the code that the hospital runs.
 
-`validate` measures a network in memory; `evaluate` is the command: it opens a run or a package, chooses the images, and
-writes `metrics.json`, `cases.parquet` and `summary.json`.
+`validate_network` measures a network in memory; `evaluate` is the command: it opens a run or a package, chooses the
+images, and writes `metrics.json`, `cases.parquet` and `summary.json`.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from typing import Any, Literal
 
 import torch
 
-from medim.data.contamination import Witness, read_seen
-from medim.data.index.index import Index, Record
+from medim.data.contamination import ContaminationFilter, load_training_history
+from medim.data.index.index import ImageRecord, Index
+from medim.data.loading.splits import assign_splits as split_subjects
 from medim.data.loading.splits import read_splits
-from medim.data.loading.splits import split as split_subjects
-from medim.evaluation.cases import SCHEMA_VERSION, Progress, Row, score, summarise, write_cases
-from medim.files import fresh_folder, write_json
-from medim.inference.network import Kind, Network, Run
-from medim.metrics.bootstrap import RESAMPLES
-from medim.models.model import as_run
+from medim.evaluation.cases import SCHEMA_VERSION, CaseProgress, CaseRow, score_cases, summarise_cases, write_cases
+from medim.files import prepare_output_folder, write_json
+from medim.inference.network import ModelKind, PredictFn, Predictor
+from medim.metrics.bootstrap import N_RESAMPLES
+from medim.models.model import as_numpy_function
 from medim.models.serialization import load_encoder, load_model
 from medim.objectives.score_map import load_score_map
 from medim.package.package import load_package
 from medim.types import Split, UserError
 
 log = logging.getLogger(__name__)
-TASKS: dict[Kind, str] = {
+TASK_NAMES: dict[ModelKind, str] = {
     "segmenter": "segmentation",
     "classifier": "classification",
     "multi_label_classifier": "multi-label classification",
@@ -40,15 +40,15 @@ TASKS: dict[Kind, str] = {
 SplitChoice = Split | Literal["all"]
 
 
-def validate(
-    run: Run,
+def validate_network(
+    run: PredictFn,
     index: Index,
-    records: Sequence[Record],
+    records: Sequence[ImageRecord],
     spec: dict[str, Any],
     *,
     seed: int = 0,
-    progress: Progress | None = None,
-) -> tuple[dict[str, Any], list[Row]]:
+    progress: CaseProgress | None = None,
+) -> tuple[dict[str, Any], list[CaseRow]]:
     """Measure a network in memory on labelled images.
 
     Args:
@@ -66,9 +66,9 @@ def validate(
     Raises:
         UserError: no image could be measured, or the classes of images and network are not the same.
     """
-    network = network_of(run, spec)
-    rows = score(network, index, records, progress=progress)
-    return summarise(rows, network.kind, network.classes, seed=seed), rows
+    network = build_predictor(run, spec)
+    rows = score_cases(network, index, records, progress=progress)
+    return summarise_cases(rows, network.kind, network.classes, seed=seed), rows
 
 
 def evaluate(
@@ -81,7 +81,7 @@ def evaluate(
     strict: bool = False,
     seed: int = 0,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: CaseProgress | None = None,
 ) -> dict[str, Any]:
     """Measure a run or a package on the labelled images of an index.
 
@@ -92,7 +92,7 @@ def evaluate(
         model: a fine-tuning run (run by torch) or a package (run by ONNX Runtime).
         index: the images.
         out: folder for `metrics.json`, `cases.parquet` and, last, `summary.json`.
-        split: which images; see `select`.
+        split: which images; see `select_records`.
         include_seen: keep images and subjects that the model was trained on.
         strict: refuse where an image or subject was seen, in pretraining or in fine-tuning.
         seed: of the bootstrap.
@@ -105,31 +105,31 @@ def evaluate(
     Raises:
         UserError: no usable model or image, a non-empty `out`, or `strict`.
     """
-    began = time.perf_counter()
+    start = time.perf_counter()
     network, spec = open_network(model)
-    records, part = select(index, spec, split=split, stored=_stored_split(model))
-    fresh_folder(out, overwrite=overwrite)
-    log.info("measuring on %d images (%s)", len(records), part)
-    witness = Witness(read_seen(model), include_seen=include_seen, strict=strict)
-    rows = score(network, index, records, look=witness, progress=progress)
-    seen, excluded = witness.verdict(f"model {model}", len(rows))
+    records, split_name = select_records(index, spec, split=split, split_file=_find_split_file(model))
+    prepare_output_folder(out, overwrite=overwrite)
+    log.info("measuring on %d images (%s)", len(records), split_name)
+    contamination_filter = ContaminationFilter(load_training_history(model), include_seen=include_seen, strict=strict)
+    rows = score_cases(network, index, records, case_filter=contamination_filter, progress=progress)
+    contamination, exclusion_counts = contamination_filter.result(f"model {model}", len(rows))
     content = {
         "schema_version": SCHEMA_VERSION,
         "command": "evaluate",
-        "task": TASKS[network.kind],
-        "split": part,
-        "seen": seen,
-        **excluded,
-        **summarise(rows, network.kind, network.classes, seed=seed),
+        "task": TASK_NAMES[network.kind],
+        "split": split_name,
+        "seen": contamination,
+        **exclusion_counts,
+        **summarise_cases(rows, network.kind, network.classes, seed=seed),
         "classes": list(network.classes),
         "init": "pretrained" if spec.get("provenance", {}).get("parent") else "scratch",
         "model_sha256": spec["sha256"],
         "index_hash": index.hash,
-        "bootstrap": {"over": "subjects", "resamples": RESAMPLES, "seed": seed, "level": 0.95},
+        "bootstrap": {"over": "subjects", "resamples": N_RESAMPLES, "seed": seed, "level": 0.95},
     }
     write_json(out / "metrics.json", content)
     write_cases(out / "cases.parquet", rows, network.kind)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     summary = {
         **content,
         "rejected_by_reason": dict(sorted(Counter(row["rejected"] for row in rows if row.get("rejected")).items())),
@@ -141,9 +141,9 @@ def evaluate(
     return summary
 
 
-def select(
-    index: Index, spec: dict[str, Any], *, split: SplitChoice | None = None, stored: Path | None = None
-) -> tuple[tuple[Record, ...], SplitChoice]:
+def select_records(
+    index: Index, spec: dict[str, Any], *, split: SplitChoice | None = None, split_file: Path | None = None
+) -> tuple[tuple[ImageRecord, ...], SplitChoice]:
     """Choose the labelled images to evaluate on.
 
     Without `split`: `test` where the source has a labelled one; the validation split where the source is the one the
@@ -153,7 +153,7 @@ def select(
         index: the images.
         spec: the model's spec.
         split: overrides the rule.
-        stored: `split.csv` of the run; where the source is its own, its split is taken from there.
+        split_file: `split.csv` of the run; where the source is its own, its split is taken from there.
 
     Returns:
         The images, and the split they are of.
@@ -161,27 +161,31 @@ def select(
     Raises:
         UserError: there is none.
     """
-    wanted = "mask" if spec["kind"] == "segmenter" else "label"
-    labelled = [record for record in index.records if getattr(record, wanted) is not None]
+    target_field = "mask" if spec["kind"] == "segmenter" else "label"
+    labelled = [record for record in index.records if getattr(record, target_field) is not None]
     if not labelled:
         count = len(index.records)
         raise UserError(
-            f"{index.root}: expected images with a {wanted}, got {count} images without. Give --labels CSV."
+            f"{index.root}: expected images with a {target_field}, got {count} images without. Give --labels CSV."
         )
-    made = spec.get("provenance", {})
-    own = made.get("index_hash") == index.hash
-    splits = read_splits(stored) if own and stored else split_subjects(index, seed=made.get("split_seed", 0))
+    provenance = spec.get("provenance", {})
+    same_index = provenance.get("index_hash") == index.hash
+    splits = (
+        read_splits(split_file)
+        if same_index and split_file
+        else split_subjects(index, seed=provenance.get("split_seed", 0))
+    )
     if split is None:
-        split = "test" if any(record.split == "test" for record in labelled) else "val" if own else "all"
-    chosen = tuple(record for record in labelled if split == "all" or splits.get(record.image) == split)
-    if not chosen:
+        split = "test" if any(record.split == "test" for record in labelled) else "val" if same_index else "all"
+    selection = tuple(record for record in labelled if split == "all" or splits.get(record.image) == split)
+    if not selection:
         raise UserError(
             f"{index.root}: expected labelled images to evaluate in split {split!r}, got none: choose another --split."
         )
-    return chosen, split
+    return selection, split
 
 
-def open_network(path: Path) -> tuple[Network, dict[str, Any]]:
+def open_network(path: Path) -> tuple[Predictor, dict[str, Any]]:
     """A fine-tuned network and its spec: of a package by ONNX Runtime, of a run by torch.
 
     Raises:
@@ -189,23 +193,26 @@ def open_network(path: Path) -> tuple[Network, dict[str, Any]]:
     """
     if not _is_package(path):
         model, spec = load_model(path)
-        return network_of(as_run(model.to("cuda" if torch.cuda.is_available() else "cpu")), spec), spec
+        return build_predictor(as_numpy_function(model.to("cuda" if torch.cuda.is_available() else "cpu")), spec), spec
     package = load_package(path)
     if package.contract.kind == "encoder":
         raise UserError(f"{path}: expected a package that predicts, got an encoder's. Export a fine-tuned run instead.")
     return package.network, package.contract.architecture
 
 
-def open_encoder(path: Path) -> Network:
+def open_encoder(path: Path) -> Predictor:
     """An encoder of a run, to be run by torch; what it answers is its summary, and its map where it has a critic."""
     encoder: Any = load_encoder(path)
-    network, score_map = network_of(as_run(encoder), {**encoder.spec, "kind": "encoder"}), load_score_map(path)
-    return network if score_map is None else replace(network, score_map=as_run(score_map))
+    network, score_map = (
+        build_predictor(as_numpy_function(encoder), {**encoder.spec, "kind": "encoder"}),
+        load_score_map(path),
+    )
+    return network if score_map is None else replace(network, score_map=as_numpy_function(score_map))
 
 
-def network_of(run: Run, spec: dict[str, Any]) -> Network:
+def build_predictor(run: PredictFn, spec: dict[str, Any]) -> Predictor:
     """A network with what its spec says of feeding it."""
-    return Network(
+    return Predictor(
         run=run,
         kind=spec["kind"],
         modality=spec["modality"],
@@ -217,10 +224,10 @@ def network_of(run: Run, spec: dict[str, Any]) -> Network:
     )
 
 
-def _stored_split(model: Path) -> Path | None:
+def _find_split_file(model: Path) -> Path | None:
     """`split.csv` of a run, given by its folder or its `model/`."""
-    places = [] if _is_package(model) else [model / "split.csv", model.parent / "split.csv"]
-    return next((place for place in places if place.is_file()), None)
+    candidates = [] if _is_package(model) else [model / "split.csv", model.parent / "split.csv"]
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
 def _is_package(path: Path) -> bool:

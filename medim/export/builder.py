@@ -11,32 +11,32 @@ from pathlib import Path
 from typing import Any
 
 from medim.export import onnx
-from medim.export.run import FinishedRun, Graph
-from medim.files import hash_of
-from medim.inference.ood import FALSE_ALARMS, REFERENCE, Reference
+from medim.export.run import ExportGraph, FinishedRun
+from medim.files import json_sha256
+from medim.inference.ood import FALSE_POSITIVE_RATE, OOD_FILE, OODDetector
 from medim.package.contract import (
     NOT_REPORTED,
     POSTPROCESS,
     SCHEMA_VERSION,
     Contract,
+    OODStatistics,
     PackageError,
-    ScoreMap,
-    TrainingImages,
-    parse,
+    ScoreMapSpec,
+    parse_contract,
 )
-from medim.package.dicom_rules import rules_of
-from medim.package.gate import Gate
-from medim.package.golden import Golden, phantom
-from medim.package.label_codes import read_labels
-from medim.package.onnx_session import Session, session
-from medim.package.signing import as_hex, private_key
+from medim.package.dicom_rules import load_dicom_rules
+from medim.package.gate import GateResult
+from medim.package.golden import GoldenInput, make_phantom
+from medim.package.label_codes import read_label_codes
+from medim.package.onnx_session import OnnxSession, load_onnx_session
+from medim.package.signing import key_to_hex, load_private_key
 from medim.types import UserError, Volume
 
-PROVENANCE = re.compile(r"[\w.+:-]{0,128}")
+PROVENANCE_VALUE = re.compile(r"[\w.+:-]{0,128}")
 
 
 @dataclass(frozen=True)
-class Options:
+class ExportOptions:
     """What the person who exports decides."""
 
     name: str | None = None  # default: <modality>-<kind>
@@ -49,50 +49,50 @@ class Options:
 
 
 @dataclass(frozen=True, eq=False)
-class Exported:
+class ExportedGraph:
     """A graph as the package holds it, and as ONNX Runtime runs it."""
 
-    graph: Graph
+    graph: ExportGraph
     onnx: bytes
-    ort: Session
-    golden: Golden
+    ort: OnnxSession
+    golden: GoldenInput
 
 
 @dataclass(frozen=True, eq=False)
-class Draft:
+class PackageBuilder:
     """A run on its way to a package."""
 
     run: FinishedRun
     contract: Contract
-    options: Options
-    gates: dict[str, Gate] = field(default_factory=dict)
+    options: ExportOptions
+    gates: dict[str, GateResult] = field(default_factory=dict)
 
     @cached_property
-    def graphs(self) -> dict[str, Exported]:
+    def graphs(self) -> dict[str, ExportedGraph]:
         """Every graph by the name of its file."""
-        return {graph.file: self._export(graph) for graph in self.run.graphs}
+        return {graph.file: self._export_graph(graph) for graph in self.run.graphs}
 
     @cached_property
-    def goldens(self) -> dict[str, Golden]:
+    def goldens(self) -> dict[str, GoldenInput]:
         """Every golden input by the name of its file."""
-        return {made.graph.golden: made.golden for made in self.graphs.values()}
+        return {exported_graph.graph.golden: exported_graph.golden for exported_graph in self.graphs.values()}
 
-    def _export(self, graph: Graph) -> Exported:
+    def _export_graph(self, graph: ExportGraph) -> ExportedGraph:
         data = onnx.to_onnx(graph.network, self.run.sizes, graph.signature)
-        ort = session(data, graph.signature, name=graph.file, threads=1)
-        return Exported(graph, data, ort, Golden.make(self._phantom(), graph.run, self.contract))
+        ort = load_onnx_session(data, graph.signature, name=graph.file, threads=1)
+        return ExportedGraph(graph, data, ort, GoldenInput.from_run(self._build_phantom(), graph.run, self.contract))
 
-    def _phantom(self) -> Volume:
+    def _build_phantom(self) -> Volume:
         """A phantom of several windows, or of sides that the strides do not divide, or the one size that fits."""
         contract, sizes = self.contract, self.run.sizes
         if sizes.fixed:
-            return phantom(sizes.shape, contract.preprocess, contract.in_channels, exact=True)
+            return make_phantom(sizes.shape, contract.preprocess, contract.in_channels, exact=True)
         roi = contract.inference.get("roi")
         shape = [int(1.25 * n) for n in roi] if roi else [n + 3 for n in sizes.shape]
-        return phantom(shape, contract.preprocess, contract.in_channels)
+        return make_phantom(shape, contract.preprocess, contract.in_channels)
 
 
-def draft(run: FinishedRun, options: Options) -> Draft:
+def create_builder(run: FinishedRun, options: ExportOptions) -> PackageBuilder:
     """Begin a package.
 
     Raises:
@@ -108,47 +108,47 @@ def draft(run: FinishedRun, options: Options) -> Draft:
         modality=spec["modality"],
         intended_use=options.intended_use,
         preprocess=tuple(steps),
-        preprocess_sha256=hash_of(steps),
+        preprocess_sha256=json_sha256(steps),
         inference=spec["inference"],
         postprocess=POSTPROCESS[spec["kind"]],
         signature=first.signature,
-        score_map=next((ScoreMap(signature=g.signature, critic=g.network.spec) for g in others), None),
-        reference=_reference(run),
+        score_map=next((ScoreMapSpec(signature=g.signature, critic=g.network.spec) for g in others), None),
+        reference=_describe_ood_statistics(run),
         classes=run.classes,
-        labels=read_labels(options.labels_schema, run.classes, spec["kind"]) if options.labels_schema else (),
-        dicom_in=rules_of(spec["modality"], options.dicom_in),
+        labels=read_label_codes(options.labels_schema, run.classes, spec["kind"]) if options.labels_schema else (),
+        dicom_in=load_dicom_rules(spec["modality"], options.dicom_in),
         architecture=spec,
-        provenance=_provenance(spec.get("provenance") or {}),
-        metrics=_numbers(run.summary.get("val")),
-        signed_by=as_hex(private_key(options.sign).public_key()) if options.sign else None,
+        provenance=_check_provenance(spec.get("provenance") or {}),
+        metrics=_select_numbers(run.summary.get("val")),
+        signed_by=key_to_hex(load_private_key(options.sign).public_key()) if options.sign else None,
     )
     try:
-        return Draft(run, parse(content.model_dump_json().encode()), options)
+        return PackageBuilder(run, parse_contract(content.model_dump_json().encode()), options)
     except PackageError as error:
         raise UserError(f"{run.weights.parent}: the run cannot be packed: {error}") from error
 
 
-def _reference(run: FinishedRun) -> TrainingImages | None:
-    if run.reference is None:
+def _describe_ood_statistics(run: FinishedRun) -> OODStatistics | None:
+    if run.ood_statistics is None:
         return None
     try:
-        found = Reference.parse(run.reference)
+        detector = OODDetector.parse(run.ood_statistics)
     except (ValueError, KeyError) as error:
-        raise UserError(f"{run.weights.parent / REFERENCE}: cannot be read ({error}). Copy the run again.") from error
-    return TrainingImages(
-        sha256=hashlib.sha256(run.reference).hexdigest(),
-        **found.counts,
-        method=found.method,
-        false_alarms=FALSE_ALARMS,
+        raise UserError(f"{run.weights.parent / OOD_FILE}: cannot be read ({error}). Copy the run again.") from error
+    return OODStatistics(
+        sha256=hashlib.sha256(run.ood_statistics).hexdigest(),
+        **detector.counts,
+        method=detector.method,
+        false_alarms=FALSE_POSITIVE_RATE,
     )
 
 
-def _provenance(content: Mapping[str, Any]) -> dict[str, Any]:
+def _check_provenance(content: Mapping[str, Any]) -> dict[str, Any]:
     """Hashes, versions and numbers pass; free text, which could hold a path or a name, is refused."""
     for key, value in content.items():
         if isinstance(value, Mapping):
-            _provenance(value)
-        elif not PROVENANCE.fullmatch(str(value)):
+            _check_provenance(value)
+        elif not PROVENANCE_VALUE.fullmatch(str(value)):
             raise UserError(
                 f"provenance.{key}: expected a hash, version or number, got {value!r}, which "
                 "must not leave this machine."
@@ -156,9 +156,9 @@ def _provenance(content: Mapping[str, Any]) -> dict[str, Any]:
     return dict(content)
 
 
-def _numbers(content: Any) -> dict[str, Any]:
+def _select_numbers(content: Any) -> dict[str, Any]:
     """The numbers of nested figures, without the remarks beside them."""
     if not isinstance(content, Mapping):
         return {}
-    kept = {key: _numbers(value) if isinstance(value, Mapping) else value for key, value in content.items()}
-    return {key: value for key, value in kept.items() if isinstance(value, int | float | dict)}
+    numbers = {key: _select_numbers(value) if isinstance(value, Mapping) else value for key, value in content.items()}
+    return {key: value for key, value in numbers.items() if isinstance(value, int | float | dict)}

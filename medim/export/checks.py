@@ -11,37 +11,46 @@ from pathlib import Path
 import numpy as np
 
 from medim.data.preprocessing.steps import to_native
-from medim.export.privacy_scan import readable, scan
-from medim.inference.network import Run
+from medim.export.privacy_scan import find_identifying_strings, text_parts
+from medim.inference.network import PredictFn
 from medim.package.contract import Contract
-from medim.package.gate import Gate, gate, not_run
-from medim.package.golden import LOGITS, VOXELS, Golden
+from medim.package.gate import GateResult, gate_result, skip_gate
+from medim.package.golden import LOGITS_TOLERANCE, MAX_VOXEL_FRACTION, GoldenInput
 from medim.types import Array, UserError
 
-RANDOM, LITTLE_CONTRAST = 1e-4, 1e-2  # largest difference of outputs, over their size where that is above 1
-FLIPS = 1e-4  # largest part of voxels with another class, on inputs with little contrast
-TIE = 1e-5  # two classes nearer than this (over the size) are a tie, which rounding decides
+RANDOM_TOLERANCE, LOW_CONTRAST_TOLERANCE = (
+    1e-4,
+    1e-2,
+)  # largest difference of outputs, over their size where that is above 1
+MAX_FLIP_FRACTION = 1e-4  # largest part of voxels with another class, on inputs with little contrast
+TIE_TOLERANCE = 1e-5  # two classes nearer than this (over the size) are a tie, which rounding decides
 
 
-def weights(packed: Mapping[str, Array], run: Mapping[str, Array]) -> Gate:
+def check_weights_identical(package_arrays: Mapping[str, Array], run_arrays: Mapping[str, Array]) -> GateResult:
     """The tensors of the package are those of the run, bit by bit."""
-    different = [key for key in sorted(packed.keys() | run.keys()) if not _same(packed.get(key), run.get(key))]
-    return gate(len(different), 0, tensors=len(run), different=different[:5])
+    different_keys = [
+        key
+        for key in sorted(package_arrays.keys() | run_arrays.keys())
+        if not _arrays_equal(package_arrays.get(key), run_arrays.get(key))
+    ]
+    return gate_result(len(different_keys), 0, tensors=len(run_arrays), different=different_keys[:5])
 
 
-def random_inputs(ort: Run, torch: Run, channels: int, shapes: Sequence[tuple[int, ...]]) -> Gate:
+def check_random_inputs(
+    ort: PredictFn, torch: PredictFn, channels: int, shapes: Sequence[tuple[int, ...]]
+) -> GateResult:
     """N(0, 1) at sizes and batch sizes that the tracer never saw."""
     rng = np.random.default_rng(0)
     inputs = [rng.standard_normal((n, channels, *shape)).astype(np.float32) for shape in shapes for n in (1, 3)]
-    return _compare(ort, torch, inputs, allowed=RANDOM, flips=0.0)
+    return _compare_outputs(ort, torch, inputs, allowed=RANDOM_TOLERANCE, max_flip_fraction=0.0)
 
 
-def little_contrast(ort: Run, exact: Run, channels: int, shape: tuple[int, ...]) -> Gate:
+def check_low_contrast(ort: PredictFn, reference: PredictFn, channels: int, shape: tuple[int, ...]) -> GateResult:
     """Zeros, a constant, one bright corner, a large offset: where a norm divides by next to nothing.
 
     Args:
         ort: the network under ONNX Runtime.
-        exact: under torch in float64, because torch's own float32 is no reference here.
+        reference: under torch in float64, because torch's own float32 is no reference here.
         channels: of the input.
         shape: its grid.
     """
@@ -49,75 +58,92 @@ def little_contrast(ort: Run, exact: Run, channels: int, shape: tuple[int, ...])
     corner = zeros.copy()
     corner[(slice(None), slice(None), *[slice(4)] * len(shape))] = 1
     offset = (5000 + np.random.default_rng(1).standard_normal(zeros.shape)).astype(np.float32)
-    return _compare(ort, exact, [zeros, zeros - np.float32(0.7), corner, offset], allowed=LITTLE_CONTRAST, flips=FLIPS)
+    return _compare_outputs(
+        ort,
+        reference,
+        [zeros, zeros - np.float32(0.7), corner, offset],
+        allowed=LOW_CONTRAST_TOLERANCE,
+        max_flip_fraction=MAX_FLIP_FRACTION,
+    )
 
 
-def refusals(ort: Run, shapes: Sequence[tuple[int, ...]]) -> Gate:
+def check_invalid_shapes_rejected(ort: PredictFn, shapes: Sequence[tuple[int, ...]]) -> GateResult:
     """Inputs outside the contract raise; `measured` counts those that were answered."""
-    answered = []
+    runnable_shapes = []
     for shape in shapes:
         try:
             ort(np.zeros(shape, np.float32))
         except UserError:
             continue
-        answered.append(list(shape))
-    return gate(len(answered), 0, refused=len(shapes) - len(answered), answered=answered)
+        runnable_shapes.append(list(shape))
+    return gate_result(len(runnable_shapes), 0, refused=len(shapes) - len(runnable_shapes), answered=runnable_shapes)
 
 
-def phantom_answer(golden: Golden, ort: Run, contract: Contract) -> Gate:
+def check_phantom_answer(golden: GoldenInput, ort: PredictFn, contract: Contract) -> GateResult:
     """From image to answer on the file's own grid, ONNX Runtime against the torch answer in `golden`."""
-    found = golden.difference(ort, contract)
-    counts = {"voxels": found.voxels, "of": found.of, "allowed_part": VOXELS}
-    return gate(_rounded(found.logits), LOGITS, ok=found.small, **counts)
+    difference = golden.compare_run(ort, contract)
+    counts = {"voxels": difference.voxels, "of": difference.voxel_count, "allowed_part": MAX_VOXEL_FRACTION}
+    return gate_result(_round_measure(difference.logits), LOGITS_TOLERANCE, ok=difference.is_small, **counts)
 
 
-def privacy(folder: Path, words: set[str], own: str, text_of: Mapping[str, Callable[[bytes], bytes]]) -> Gate:
+def check_privacy(
+    folder: Path, words: set[str], own_text: str, text_of: Mapping[str, Callable[[bytes], bytes]]
+) -> GateResult:
     """No absolute path, user or host name in any file; `measured` counts the findings.
 
     Args:
         folder: the package.
         words: see `machine_words`.
-        own: medim's own vocabulary, which is nobody's secret.
+        own_text: medim's own vocabulary, which is nobody's secret.
         text_of: for a file suffix, a function that takes away what cannot hold text.
     """
-    found: dict[str, list[str]] = {}
+    findings: dict[str, list[str]] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name, data = path.relative_to(folder).as_posix(), path.read_bytes()
-        reduce = text_of.get(path.suffix)
-        for part, text in [(name, reduce(data))] if reduce else readable(name, data):
-            hits = scan(text, words, own=own)
+        extract_text = text_of.get(path.suffix)
+        for part, text in [(name, extract_text(data))] if extract_text else text_parts(name, data):
+            hits = find_identifying_strings(text, words, own_text=own_text)
             if hits:
-                found[part] = hits
-    return gate(sum(map(len, found.values())), 0, found=found)
+                findings[part] = hits
+    return gate_result(sum(map(len, findings.values())), 0, found=findings)
 
 
-def _compare(ort: Run, reference: Run, inputs: Sequence[Array], *, allowed: float, flips: float) -> Gate:
+def _compare_outputs(
+    ort: PredictFn, reference: PredictFn, inputs: Sequence[Array], *, allowed: float, max_flip_fraction: float
+) -> GateResult:
     """Largest difference over the outputs' size, and how many voxels (or images) change class but for ties."""
-    worst, flipped, ties, voxels = 0.0, 0, 0, 0
+    worst, flip_count, tie_count, voxels = 0.0, 0, 0, 0
     for image in inputs:
-        have, want = ort(image).astype(np.float64), reference(image).astype(np.float64)
-        size = max(1.0, float(np.abs(want).max()))
-        gap = float(np.abs(have - want).max()) / size
+        actual, expected = ort(image).astype(np.float64), reference(image).astype(np.float64)
+        size = max(1.0, float(np.abs(expected).max()))
+        gap = float(np.abs(actual - expected).max()) / size
         worst = max(worst, gap if np.isfinite(gap) else float("inf"))
-        ranked = np.sort(want, axis=1)
-        tie = ranked[:, -1] - ranked[:, max(-2, -want.shape[1])] < TIE * size
-        differs = have.argmax(1) != want.argmax(1)
-        flipped += int((differs & ~tie).sum())
-        ties += int((differs & tie).sum())
+        sorted_outputs = np.sort(expected, axis=1)
+        tie = sorted_outputs[:, -1] - sorted_outputs[:, max(-2, -expected.shape[1])] < TIE_TOLERANCE * size
+        differs = actual.argmax(1) != expected.argmax(1)
+        flip_count += int((differs & ~tie).sum())
+        tie_count += int((differs & tie).sum())
         voxels += tie.size
-    counts = {"flips": flipped, "flips_at_ties": ties, "of": voxels, "inputs": [list(image.shape) for image in inputs]}
-    return gate(_rounded(worst), allowed, ok=worst <= allowed and flipped <= flips * voxels, **counts)
+    counts = {
+        "flips": flip_count,
+        "flips_at_ties": tie_count,
+        "of": voxels,
+        "inputs": [list(image.shape) for image in inputs],
+    }
+    return gate_result(
+        _round_measure(worst), allowed, ok=worst <= allowed and flip_count <= max_flip_fraction * voxels, **counts
+    )
 
 
-def _same(a: Array | None, b: Array | None) -> bool:
+def _arrays_equal(a: Array | None, b: Array | None) -> bool:
     return a is not None and b is not None and a.dtype == b.dtype and a.tobytes() == b.tobytes() and a.shape == b.shape
 
 
-def _rounded(value: float) -> float:
+def _round_measure(value: float) -> float:
     return float(f"{value:.2e}") if np.isfinite(value) else 1e30
 
 
-def dicom_answers(golden: Golden, contract: Contract) -> dict[str, Gate]:
+def check_dicom_answers(golden: GoldenInput, contract: Contract) -> dict[str, GateResult]:
     """A segmenter's answer in DICOM: every class, on the phantom's oblique grid, written and read back.
 
     Args:
@@ -127,36 +153,39 @@ def dicom_answers(golden: Golden, contract: Contract) -> dict[str, Gate]:
     Returns:
         two gates: voxels that read back otherwise, and what dciodvfy calls an error (`not run` where it is missing).
     """
-    from medim.export.dicom_phantom import phantom_source
+    from medim.export.dicom_phantom import make_phantom_source
     from medim.predict.dicom.equipment import Equipment
-    from medim.predict.dicom.segmentation import read_back, segmentation, written
-    from medim.predict.dicom.structured_report import volumes_report
-    from medim.predict.dicom.writer import save
+    from medim.predict.dicom.segmentation import build_segmentation, read_frame_labels, read_segmentation
+    from medim.predict.dicom.structured_report import build_volumes_report
+    from medim.predict.dicom.writer import save_dicom
 
     image = to_native(golden.volume.array[:1], golden.volume)[0]
     classes = len(contract.labels)
     edges = np.quantile(image[image > image.min()], np.linspace(0.2, 0.9, classes))
-    source, equipment = phantom_source(golden.volume), Equipment(contract, "0" * 64)
+    source, equipment = make_phantom_source(golden.volume), Equipment(contract, "0" * 64)
     frames = source.frames(np.searchsorted(edges, image).astype(np.uint8))
-    made = segmentation(frames, source, equipment)
+    seg_dataset = build_segmentation(frames, source, equipment)
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / name for name in ("seg.dcm", "sr.dcm")]
-        save(paths[0], made)
-        save(paths[1], volumes_report(made, [1.0] * classes, source, equipment))
-        wrong = int((read_back(written(paths[0]), source) != frames).sum())
-        errors = _dciodvfy(paths)
-    return {"DICOM segmentation, read back": gate(wrong, 0, of=frames.size), "DICOM answers, dciodvfy": errors}
+        save_dicom(paths[0], seg_dataset)
+        save_dicom(paths[1], build_volumes_report(seg_dataset, [1.0] * classes, source, equipment))
+        wrong_voxels = int((read_frame_labels(read_segmentation(paths[0]), source) != frames).sum())
+        errors = _run_dciodvfy(paths)
+    return {
+        "DICOM segmentation, read back": gate_result(wrong_voxels, 0, of=frames.size),
+        "DICOM answers, dciodvfy": errors,
+    }
 
 
-def _dciodvfy(paths: Sequence[Path]) -> Gate:
+def _run_dciodvfy(paths: Sequence[Path]) -> GateResult:
     """Errors by David Clunie's checker, of dicom3tools."""
     if shutil.which("dciodvfy") is None:
-        return not_run("dciodvfy is not installed")
-    told: list[str] = []
+        return skip_gate("dciodvfy is not installed")
+    lines: list[str] = []
     for path in paths:
-        ran = subprocess.run(["dciodvfy", path.name], cwd=path.parent, capture_output=True, check=False, timeout=60)
-        told += (ran.stdout + ran.stderr).decode("utf-8", "replace").splitlines()
-    if not told:  # it names at least what it took the object for
-        return not_run("dciodvfy ended without a word")
-    errors = [line for line in told if line.startswith("Error")]
-    return gate(len(errors), 0, errors=errors[:5])
+        process = subprocess.run(["dciodvfy", path.name], cwd=path.parent, capture_output=True, check=False, timeout=60)
+        lines += (process.stdout + process.stderr).decode("utf-8", "replace").splitlines()
+    if not lines:  # it names at least what it took the object for
+        return skip_gate("dciodvfy ended without a word")
+    errors = [line for line in lines if line.startswith("Error")]
+    return gate_result(len(errors), 0, errors=errors[:5])

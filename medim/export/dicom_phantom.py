@@ -11,12 +11,12 @@ from pydicom.uid import ComputedRadiographyImageStorage, MRImageStorage, generat
 from pydicom.valuerep import DSfloat
 
 from medim.data.readers.base import LPS_TO_RAS
-from medim.data.readers.dicom.reader import Plan
-from medim.predict.dicom.source import TYPE_2, UTF_8, Source
+from medim.data.readers.dicom.reader import SlicePlan
+from medim.predict.dicom.source import TYPE_2, UTF_8, DicomSource
 from medim.types import Volume
 
 
-def phantom_source(volume: Volume) -> Source:
+def make_phantom_source(volume: Volume) -> DicomSource:
     """Headers as a scanner would have written them for an image; no patient, no pixels, no files.
 
     Args:
@@ -25,27 +25,27 @@ def phantom_source(volume: Volume) -> Source:
     uids = {name: generate_uid() for name in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")}
     if volume.spatial_dims == 2:
         rows, columns = volume.native_shape
-        flat = _header(uids, rows, columns)
-        flat.SOPClassUID, flat.Modality = ComputedRadiographyImageStorage, "CR"
-        del flat.FrameOfReferenceUID
-        return Source((flat,), Plan(((Path("0"), 0),), (rows, columns), (1.0, 1.0), None))
+        header_2d = _make_phantom_header(uids, rows, columns)
+        header_2d.SOPClassUID, header_2d.Modality = ComputedRadiographyImageStorage, "CR"
+        del header_2d.FrameOfReferenceUID
+        return DicomSource((header_2d,), SlicePlan(((Path("0"), 0),), (rows, columns), (1.0, 1.0), None))
     columns, rows, slices = volume.native_shape
     affine = LPS_TO_RAS @ volume.native_affine
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    made = []
+    headers = []
     for number in range(slices):
-        header = _header(uids, rows, columns)
+        header = _make_phantom_header(uids, rows, columns)
         header.SOPClassUID, header.Modality = MRImageStorage, "MR"
-        header.ImageOrientationPatient = _decimals(*(affine[:3, :2] / lengths[:2]).T.ravel())
-        header.ImagePositionPatient = _decimals(*(affine[:3, 3] + number * affine[:3, 2]))
-        header.PixelSpacing = _decimals(lengths[1], lengths[0])
-        header.SliceThickness = _decimals(lengths[2])[0]
-        made.append(header)
-    plan = Plan(tuple((Path(str(n)), 0) for n in range(slices)), (rows, columns), (1.0, 1.0), affine)
-    return Source(tuple(made), plan)
+        header.ImageOrientationPatient = _to_decimal_strings(*(affine[:3, :2] / lengths[:2]).T.ravel())
+        header.ImagePositionPatient = _to_decimal_strings(*(affine[:3, 3] + number * affine[:3, 2]))
+        header.PixelSpacing = _to_decimal_strings(lengths[1], lengths[0])
+        header.SliceThickness = _to_decimal_strings(lengths[2])[0]
+        headers.append(header)
+    plan = SlicePlan(tuple((Path(str(n)), 0) for n in range(slices)), (rows, columns), (1.0, 1.0), affine)
+    return DicomSource(tuple(headers), plan)
 
 
-def _header(uids: Mapping[str, str], rows: int, columns: int) -> Dataset:
+def _make_phantom_header(uids: Mapping[str, str], rows: int, columns: int) -> Dataset:
     header = Dataset()
     for name, uid in uids.items():
         setattr(header, name, uid)
@@ -57,5 +57,5 @@ def _header(uids: Mapping[str, str], rows: int, columns: int) -> Dataset:
     return header
 
 
-def _decimals(*values: float) -> list[DSfloat]:
+def _to_decimal_strings(*values: float) -> list[DSfloat]:
     return [DSfloat(float(value), auto_format=True) for value in values]

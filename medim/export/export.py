@@ -14,13 +14,13 @@ import numpy as np
 import onnxruntime
 import torch
 
-from medim.data.contamination import FINGERPRINTS
+from medim.data.contamination import FINGERPRINTS_FILE
 from medim.export import gates, monai_bundle
-from medim.export.builder import Draft, Options, draft
+from medim.export.builder import ExportOptions, PackageBuilder, create_builder
 from medim.export.monai_bundle import CHECKPOINT, INFERENCE, LOGGING, METADATA
-from medim.export.run import load_run
-from medim.export.sbom import LOCK, SBOM, lock, sbom
-from medim.files import json_bytes, write_bytes
+from medim.export.run import load_finished_run
+from medim.export.sbom import LOCK, SBOM, build_sbom, lock_file
+from medim.files import encode_json, write_bytes
 from medim.package.contract import (
     GOLDEN,
     GRAPH,
@@ -31,9 +31,9 @@ from medim.package.contract import (
     STATISTICS,
     WEIGHTS,
 )
-from medim.package.gate import Gate
+from medim.package.gate import GateResult
 from medim.package.integrity import SUMS
-from medim.package.model_card import CARD, PAGE, Card, make_card
+from medim.package.model_card import CARD_FILE, CARD_PAGE, ModelCard, build_model_card
 from medim.package.package import Package, load_package, write_sums
 from medim.types import UserError
 from medim.version import __version__
@@ -45,27 +45,27 @@ medim, which wrote the files around them and runs them, is under the Apache Lice
 """
 
 
-def _contract(made: Draft) -> bytes:
-    return json_bytes(made.contract.model_dump(mode="json"))
+def _dump_contract(builder: PackageBuilder) -> bytes:
+    return encode_json(builder.contract.model_dump(mode="json"))
 
 
-def _weights(made: Draft) -> bytes:
-    return made.run.weights.read_bytes()
+def _read_weights(builder: PackageBuilder) -> bytes:
+    return builder.run.weights.read_bytes()
 
 
-def _graph(file: str) -> Part:
-    return lambda made: made.graphs[file].onnx if file in made.graphs else None
+def _select_graph(file: str) -> PartBuilder:
+    return lambda builder: builder.graphs[file].onnx if file in builder.graphs else None
 
 
-def _golden(file: str) -> Part:
-    return lambda made: made.goldens[file].dump() if file in made.goldens else None
+def _select_golden(file: str) -> PartBuilder:
+    return lambda builder: builder.goldens[file].dump() if file in builder.goldens else None
 
 
-def _fingerprints(made: Draft) -> bytes | None:
-    return made.run.seen.dump() if made.run.seen else None
+def _dump_fingerprints(builder: PackageBuilder) -> bytes | None:
+    return builder.run.training_history.dump() if builder.run.training_history else None
 
 
-def _report(made: Draft) -> bytes:
+def _dump_gate_report(builder: PackageBuilder) -> bytes:
     versions = {
         "medim": __version__,
         "numpy": np.__version__,
@@ -73,38 +73,42 @@ def _report(made: Draft) -> bytes:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    return json_bytes({"schema_version": SCHEMA_VERSION, "gates": made.gates, "versions": versions})
+    return encode_json({"schema_version": SCHEMA_VERSION, "gates": builder.gates, "versions": versions})
 
 
-def _card(made: Draft) -> Card:
-    return make_card(made.contract, made.gates, made.run.summary, licence=made.options.licence is not None)
+def _build_card(builder: PackageBuilder) -> ModelCard:
+    return build_model_card(
+        builder.contract, builder.gates, builder.run.summary, licence=builder.options.licence is not None
+    )
 
 
-def _licence(made: Draft) -> bytes:
-    given = made.options.licence
-    return NO_LICENCE if given is None else given.read_bytes()
+def _read_licence_file(builder: PackageBuilder) -> bytes:
+    licence_file = builder.options.licence
+    return NO_LICENCE if licence_file is None else licence_file.read_bytes()
 
 
-Part = Callable[[Draft], bytes | None]
-PARTS: dict[str, Part] = {  # file of the package: what makes its bytes, or None where this package has none
-    "medim.json": _contract,
-    WEIGHTS: _weights,
-    GRAPH: _graph(GRAPH),
-    GOLDEN: _golden(GOLDEN),
-    SCORE_MAP: _graph(SCORE_MAP),
-    SCORE_MAP_GOLDEN: _golden(SCORE_MAP_GOLDEN),
-    STATISTICS: lambda made: made.run.reference,
-    FINGERPRINTS: _fingerprints,
-    REPORT: _report,
-    CARD: lambda made: json_bytes(_card(made).model_dump(mode="json")),
-    PAGE: lambda made: _card(made).page.encode(),
-    "LICENSE": _licence,
-    LOCK: lambda made: lock(),
-    SBOM: lambda made: sbom(made.contract),
-    CHECKPOINT: monai_bundle.checkpoint,
-    METADATA: monai_bundle.metadata,
-    INFERENCE: monai_bundle.inference,
-    LOGGING: monai_bundle.logging,
+PartBuilder = Callable[[PackageBuilder], bytes | None]
+PACKAGE_PARTS: dict[
+    str, PartBuilder
+] = {  # file of the package: what makes its bytes, or None where this package has none
+    "medim.json": _dump_contract,
+    WEIGHTS: _read_weights,
+    GRAPH: _select_graph(GRAPH),
+    GOLDEN: _select_golden(GOLDEN),
+    SCORE_MAP: _select_graph(SCORE_MAP),
+    SCORE_MAP_GOLDEN: _select_golden(SCORE_MAP_GOLDEN),
+    STATISTICS: lambda builder: builder.run.ood_statistics,
+    FINGERPRINTS_FILE: _dump_fingerprints,
+    REPORT: _dump_gate_report,
+    CARD_FILE: lambda builder: encode_json(_build_card(builder).model_dump(mode="json")),
+    CARD_PAGE: lambda builder: _build_card(builder).markdown.encode(),
+    "LICENSE": _read_licence_file,
+    LOCK: lambda builder: lock_file(),
+    SBOM: lambda builder: build_sbom(builder.contract),
+    CHECKPOINT: monai_bundle.build_checkpoint,
+    METADATA: monai_bundle.build_metadata,
+    INFERENCE: monai_bundle.build_inference_config,
+    LOGGING: monai_bundle.build_logging_config,
 }
 
 
@@ -142,17 +146,17 @@ def export(
             gate failed.
     """
     run, out = Path(run), Path(out)
-    held = out.is_dir() and any(out.iterdir())
-    if out.is_file() or (held and not overwrite):
+    has_content = out.is_dir() and any(out.iterdir())
+    if out.is_file() or (has_content and not overwrite):
         raise UserError(f"{out}: expected an empty or new folder. Use --overwrite to replace it, or another --out.")
-    if held and not (out / SUMS).is_file():
+    if has_content and not (out / SUMS).is_file():
         raise UserError(f"{out}: --overwrite replaces only a package, and this is none. Choose another --out.")
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    options = Options(name, version, intended_use, licence, sign, labels_schema, dicom_in)
+    options = ExportOptions(name, version, intended_use, licence, sign, labels_schema, dicom_in)
     try:
-        with _one_thread():
-            _build(draft(load_run(run), options), folder, out)
+        with _use_one_thread():
+            _build_package(create_builder(load_finished_run(run), options), folder, out)
         folder.chmod(0o755)
         if out.is_dir():
             shutil.rmtree(out)
@@ -162,43 +166,45 @@ def export(
     return load_package(out)
 
 
-def _build(made: Draft, folder: Path, out: Path) -> None:
-    run = made.run.folder
-    expected = gates.as_they_must_turn_out()
-    made.gates.update(gates.of_networks(made), **expected)
-    _stop_at_failures(run, made.gates)
-    _write(made, folder)
+def _build_package(builder: PackageBuilder, folder: Path, out: Path) -> None:
+    run = builder.run.folder
+    expected = gates.expected_folder_gates()
+    builder.gates.update(gates.run_network_gates(builder), **expected)
+    _stop_at_failures(run, builder.gates)
+    _write_package(builder, folder)
 
-    def again(place: Path) -> None:
-        _write(replace(draft(load_run(run), made.options), gates=made.gates), place)
+    def export_again(second_folder: Path) -> None:
+        _write_package(
+            replace(create_builder(load_finished_run(run), builder.options), gates=builder.gates), second_folder
+        )
 
-    found = gates.of_folder(folder, made, [run, out], again)
-    _stop_at_failures(run, found)
-    if found != expected:
-        raise UserError(f"{run}: not exported: expected {expected} of the finished package, got {found}. Try again.")
+    results = gates.run_folder_gates(folder, builder, [run, out], export_again)
+    _stop_at_failures(run, results)
+    if results != expected:
+        raise UserError(f"{run}: not exported: expected {expected} of the finished package, got {results}. Try again.")
 
 
-def _write(made: Draft, folder: Path) -> None:
-    for name, part in PARTS.items():
-        data = part(made)
+def _write_package(builder: PackageBuilder, folder: Path) -> None:
+    for name, part in PACKAGE_PARTS.items():
+        data = part(builder)
         if data is not None:
             write_bytes(folder / name, data)
-    write_sums(folder, key=made.options.sign)
+    write_sums(folder, key=builder.options.sign)
 
 
-def _stop_at_failures(run: Path, results: dict[str, Gate]) -> None:
-    failed = {name: result for name, result in results.items() if result["verdict"] == "fail"}
-    if failed:
-        reasons = "; ".join(f"{name}: {result}" for name, result in failed.items())
+def _stop_at_failures(run: Path, results: dict[str, GateResult]) -> None:
+    failures = {name: result for name, result in results.items() if result["verdict"] == "fail"}
+    if failures:
+        reasons = "; ".join(f"{name}: {result}" for name, result in failures.items())
         raise UserError(f"{run}: not exported, because a gate failed. {reasons}")
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def _use_one_thread() -> Iterator[None]:
     """One thread, so that sums are added in one order and the export does not depend on the machine's load."""
-    before = torch.get_num_threads()
+    thread_count = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(thread_count)

@@ -11,147 +11,165 @@ from torch import nn
 
 from medim.data.preprocessing.steps import STEPS
 from medim.export import checks, onnx
-from medim.export.builder import Draft, Exported
-from medim.export.monai_native import preprocessing
-from medim.export.offline import failure, without_network
-from medim.export.orientation import misplaced
-from medim.export.privacy_scan import machine_words
+from medim.export.builder import ExportedGraph, PackageBuilder
+from medim.export.monai_native import check_monai_preprocessing
+from medim.export.offline import network_isolation_command, offline_error
+from medim.export.orientation import count_misplaced_markers
+from medim.export.privacy_scan import identifying_strings
 from medim.export.run import FinishedRun
-from medim.export.sbom import lock, sbom
-from medim.files import sha256
+from medim.export.sbom import build_sbom, lock_file
+from medim.files import file_sha256
 from medim.inference.network import INFERENCES
 from medim.models.critics import CRITICS
 from medim.models.decoders import DECODERS
 from medim.models.encoders import ENCODERS
 from medim.models.heads import HEADS
 from medim.models.model import build_encoder, build_model
-from medim.models.ood_features import Watched, as_watched_run
+from medim.models.ood_features import WithOODFeatures, as_numpy_predictor
 from medim.models.serialization import load_weights
 from medim.objectives import OBJECTIVES
 from medim.package.contract import GOLDEN, RESEARCH_ONLY, Contract
-from medim.package.gate import Gate, gate, not_run
+from medim.package.gate import GateResult, gate_result, skip_gate
 from medim.package.model_card import FIELDS
 from medim.types import Array
 
-PRIVATE = "P9 no path, user or host name in any file"
-OFFLINE = "P10 verify and answer without a network"
-TWICE = "P11 exported twice, the same bytes"
+PRIVACY_GATE = "P9 no path, user or host name in any file"
+OFFLINE_GATE = "P10 verify and answer without a network"
+REPEAT_GATE = "P11 exported twice, the same bytes"
 
 
-def of_networks(draft: Draft) -> dict[str, Gate]:
+def run_network_gates(builder: PackageBuilder) -> dict[str, GateResult]:
     """P0 to P8, which need the networks: are the graphs what torch computes, are images where they belong?"""
-    results = _weights(draft.run)
-    for made in draft.graphs.values():
-        results |= {made.graph.name + name: gate for name, gate in _graph(made, draft).items()}
-    return results | _images(draft)
+    results = _run_weight_gates(builder.run)
+    for onnx_graph in builder.graphs.values():
+        results |= {onnx_graph.graph.name + name: gate for name, gate in _run_graph_gates(onnx_graph, builder).items()}
+    return results | _run_image_gates(builder)
 
 
-def of_folder(folder: Path, draft: Draft, places: Sequence[Path], again: Callable[[Path], None]) -> dict[str, Gate]:
+def run_folder_gates(
+    folder: Path, builder: PackageBuilder, private_folders: Sequence[Path], export_again: Callable[[Path], None]
+) -> dict[str, GateResult]:
     """P9 to P11, which need the whole package as it lies in a folder.
 
     Args:
         folder: the package.
-        draft: what it was made from.
-        places: folders whose names must not stand in it.
-        again: exports the run once more, into a folder.
+        builder: what it was made from.
+        private_folders: folders whose names must not stand in it.
+        export_again: exports the run once more, into a folder.
     """
-    words = machine_words([*places, folder])
-    way = without_network()
+    words = identifying_strings([*private_folders, folder])
+    isolation = network_isolation_command()
     return {
-        PRIVATE: checks.privacy(folder, words, _vocabulary(draft), {".onnx": onnx.structure}),
-        OFFLINE: NO_NAMESPACE if way is None else _offline(folder, way),
-        TWICE: _twice(folder, again),
+        PRIVACY_GATE: checks.check_privacy(folder, words, _collect_vocabulary(builder), {".onnx": onnx.strip_weights}),
+        OFFLINE_GATE: NETWORK_ISOLATION_UNAVAILABLE if isolation is None else _run_offline_gate(folder, isolation),
+        REPEAT_GATE: _run_repeat_gate(folder, export_again),
     }
 
 
-def as_they_must_turn_out() -> dict[str, Gate]:
-    """The lines of `of_folder` in report and card, which it reads too and which must therefore be there before."""
-    offline = gate(0, 0) if without_network() else NO_NAMESPACE
-    return {PRIVATE: gate(0, 0, found={}), OFFLINE: offline, TWICE: gate(0, 0, found=[])}
+def expected_folder_gates() -> dict[str, GateResult]:
+    """Lines of `run_folder_gates` in report and card, written before it runs because it reads both files."""
+    offline = gate_result(0, 0) if network_isolation_command() else NETWORK_ISOLATION_UNAVAILABLE
+    return {PRIVACY_GATE: gate_result(0, 0, found={}), OFFLINE_GATE: offline, REPEAT_GATE: gate_result(0, 0, found=[])}
 
 
-NO_NAMESPACE = not_run("this machine does not allow `unshare --net`")
+NETWORK_ISOLATION_UNAVAILABLE = skip_gate("this machine does not allow `unshare --net`")
 
 
-def _weights(run: FinishedRun) -> dict[str, Gate]:
-    training = sum(module.training for graph in run.graphs for module in graph.network.modules())
-    packed = build_encoder(run.spec) if run.spec["kind"] == "encoder" else build_model(run.spec)
-    load_weights(packed, run.weights)
+def _run_weight_gates(run: FinishedRun) -> dict[str, GateResult]:
+    training_modules = sum(module.training for graph in run.graphs for module in graph.network.modules())
+    package_network = build_encoder(run.spec) if run.spec["kind"] == "encoder" else build_model(run.spec)
+    load_weights(package_network, run.weights)
     return {
-        "P0 network in evaluation mode": gate(training, 0),
-        "P1 weights are those of the run": checks.weights(_arrays(packed), _arrays(run.graphs[0].source)),
+        "P0 network in evaluation mode": gate_result(training_modules, 0),
+        "P1 weights are those of the run": checks.check_weights_identical(
+            _convert_state_dict(package_network), _convert_state_dict(run.graphs[0].module)
+        ),
     }
 
 
-def _graph(made: Exported, draft: Draft) -> dict[str, Gate]:
-    channels, sizes = draft.contract.in_channels, draft.run.sizes
-    first = sizes.shape
-    outside = [(1, channels + 1, *first), (1, channels, *first, 1)]
+def _run_graph_gates(onnx_graph: ExportedGraph, builder: PackageBuilder) -> dict[str, GateResult]:
+    channels, sizes = builder.contract.in_channels, builder.run.sizes
+    shape = sizes.shape
+    invalid_shapes = [(1, channels + 1, *shape), (1, channels, *shape, 1)]
     if sizes.fixed or sizes.multiple_of > 1:
-        outside.append((1, channels, first[0] + 1, *first[1:]))
+        invalid_shapes.append((1, channels, shape[0] + 1, *shape[1:]))
     results = {
-        "P2 ONNX Runtime against torch, unseen sizes": checks.random_inputs(
-            made.ort, made.graph.run, channels, sizes.unseen()
+        "P2 ONNX Runtime against torch, unseen sizes": checks.check_random_inputs(
+            onnx_graph.ort, onnx_graph.graph.run, channels, sizes.untraced_shapes()
         ),
-        "P3 ONNX Runtime against float64 torch, little contrast": checks.little_contrast(
-            made.ort, made.graph.exact, channels, sizes.unseen()[0]
+        "P3 ONNX Runtime against float64 torch, little contrast": checks.check_low_contrast(
+            onnx_graph.ort, onnx_graph.graph.float64, channels, sizes.untraced_shapes()[0]
         ),
-        "P4 sizes outside the contract are refused": checks.refusals(made.ort, outside),
-        "P6 phantom, from image to answer": checks.phantom_answer(made.golden, made.ort, draft.contract),
+        "P4 sizes outside the contract are refused": checks.check_invalid_shapes_rejected(
+            onnx_graph.ort, invalid_shapes
+        ),
+        "P6 phantom, from image to answer": checks.check_phantom_answer(
+            onnx_graph.golden, onnx_graph.ort, builder.contract
+        ),
     }
-    if isinstance(made.graph.network, Watched):
-        torch, ort = as_watched_run(made.graph.source), made.ort
-        results["P2 what the guard watches, ONNX Runtime against torch"] = checks.random_inputs(
-            lambda image: ort.both(image)[1], lambda image: torch(image)[1], channels, sizes.unseen()
+    if isinstance(onnx_graph.graph.network, WithOODFeatures):
+        torch_run, ort = as_numpy_predictor(onnx_graph.graph.module), onnx_graph.ort
+        results["P2 what the guard watches, ONNX Runtime against torch"] = checks.check_random_inputs(
+            lambda image: ort.predict_with_features(image)[1],
+            lambda image: torch_run(image)[1],
+            channels,
+            sizes.untraced_shapes(),
         )
     return results
 
 
-def _images(draft: Draft) -> dict[str, Gate]:
+def _run_image_gates(builder: PackageBuilder) -> dict[str, GateResult]:
     return {
-        "P5 preprocessing against MONAI": preprocessing(draft.goldens[GOLDEN].volume, draft.contract),
-        "P7 markers of a DICOM phantom, in all directions": _flips(draft.contract),
-    } | _dicom(draft)
+        "P5 preprocessing against MONAI": check_monai_preprocessing(builder.goldens[GOLDEN].volume, builder.contract),
+        "P7 markers of a DICOM phantom, in all directions": _run_orientation_gate(builder.contract),
+    } | _run_dicom_gates(builder)
 
 
-def _dicom(draft: Draft) -> dict[str, Gate]:
-    if draft.contract.kind != "segmenter" or not draft.contract.labels:
-        return {"P8 DICOM SEG, written and read back": not_run("no label codes: nothing is answered in DICOM")}
-    return {f"P8 {name}": gate for name, gate in checks.dicom_answers(draft.goldens[GOLDEN], draft.contract).items()}
+def _run_dicom_gates(builder: PackageBuilder) -> dict[str, GateResult]:
+    if builder.contract.kind != "segmenter" or not builder.contract.labels:
+        return {"P8 DICOM SEG, written and read back": skip_gate("no label codes: nothing is answered in DICOM")}
+    return {
+        f"P8 {name}": gate
+        for name, gate in checks.check_dicom_answers(builder.goldens[GOLDEN], builder.contract).items()
+    }
 
 
-def _flips(contract: Contract) -> Gate:
+def _run_orientation_gate(contract: Contract) -> GateResult:
     if contract.spatial_dims == 2:
-        return not_run("2D images stay as they are shown")
-    wrong, markers = misplaced()
-    return gate(wrong, 0, of=markers)
+        return skip_gate("2D images stay as they are shown")
+    wrong, markers = count_misplaced_markers()
+    return gate_result(wrong, 0, of=markers)
 
 
-def _offline(folder: Path, way: tuple[str, ...]) -> Gate:
-    reason = failure(folder, way)
-    return gate(1, 0, found=reason) if reason else gate(0, 0)
+def _run_offline_gate(folder: Path, isolation: tuple[str, ...]) -> GateResult:
+    reason = offline_error(folder, isolation)
+    return gate_result(1, 0, found=reason) if reason else gate_result(0, 0)
 
 
-def _twice(folder: Path, again: Callable[[Path], None]) -> Gate:
+def _run_repeat_gate(folder: Path, export_again: Callable[[Path], None]) -> GateResult:
     """How many files differ in a second export."""
-    with tempfile.TemporaryDirectory() as place:
-        again(Path(place))
-        first, second = _contents(folder), _contents(Path(place))
-    different = [name for name in sorted(first.keys() | second.keys()) if first.get(name) != second.get(name)]
-    return gate(len(different), 0, found=different)
+    with tempfile.TemporaryDirectory() as second_folder:
+        export_again(Path(second_folder))
+        first_hashes, second_hashes = _hash_files(folder), _hash_files(Path(second_folder))
+    different_files = [
+        name
+        for name in sorted(first_hashes.keys() | second_hashes.keys())
+        if first_hashes.get(name) != second_hashes.get(name)
+    ]
+    return gate_result(len(different_files), 0, found=different_files)
 
 
-def _contents(folder: Path) -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in folder.rglob("*") if path.is_file()}
+def _hash_files(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in folder.rglob("*") if path.is_file()}
 
 
-def _arrays(network: nn.Module) -> dict[str, Array]:
+def _convert_state_dict(network: nn.Module) -> dict[str, Array]:
     return {key: value.numpy() for key, value in network.state_dict().items()}
 
 
-def _vocabulary(draft: Draft) -> str:
+def _collect_vocabulary(builder: PackageBuilder) -> str:
     """Words of every package, whoever made it: somebody whose account is called "image" is not found by them."""
     words: list[Any] = [Contract.model_json_schema(), FIELDS, RESEARCH_ONLY, *STEPS, *INFERENCES]
     words += [*ENCODERS, *DECODERS, *HEADS, *OBJECTIVES, *CRITICS]
-    words += [lock().decode(), sbom(draft.contract).decode()]
-    return " ".join(map(str, [*words, *(key for graph in draft.run.graphs for key in graph.network.state_dict())]))
+    words += [lock_file().decode(), build_sbom(builder.contract).decode()]
+    return " ".join(map(str, [*words, *(key for graph in builder.run.graphs for key in graph.network.state_dict())]))

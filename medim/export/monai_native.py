@@ -14,69 +14,72 @@ from monai.networks.nets.dynunet import DynUNet
 from medim.data.preprocessing.steps import preprocess
 from medim.models.layers import norm_spec
 from medim.package.contract import Contract
-from medim.package.gate import Gate, gate, not_run
+from medim.package.gate import GateResult, gate_result, skip_gate
 from medim.types import Step, Volume
 
-Section = dict[str, Any]
-UNET = ("encoder", "decoder")
-PREPROCESSING = 1e-6  # largest difference, over the range of the image
-GRID = 1e-6  # mm: largest difference of places
+BundleSection = dict[str, Any]
+UNET_PARTS = ("encoder", "decoder")
+PREPROCESSING_TOLERANCE = 1e-6  # largest difference, over the range of the image
+GRID_TOLERANCE = 1e-6  # mm: largest difference of places
 
 
-def is_native(contract: Contract) -> bool:
+def is_monai_native(contract: Contract) -> bool:
     """Whether MONAI alone can run the bundle."""
     spec = contract.architecture
     if contract.kind != "segmenter" or contract.spatial_dims != 3 or spec["encoder"]["name"] != "unet":
         return False
-    levels, norms = len(spec["encoder"].get("channels", range(4))), {spec[part].get("norm", "in") for part in UNET}
+    levels, norms = (
+        len(spec["encoder"].get("channels", range(4))),
+        {spec[part].get("norm", "in") for part in UNET_PARTS},
+    )
     whole = contract.inference["mode"] == "sliding" or contract.inference.get("multiple_of", 1) == 1
-    return levels >= 3 and len(norms) == 1 and whole and native_steps(contract.preprocess) is not None
+    return levels >= 3 and len(norms) == 1 and whole and to_monai_transforms(contract.preprocess) is not None
 
 
-def native_steps(steps: Sequence[Step]) -> list[Section] | None:
+def to_monai_transforms(steps: Sequence[Step]) -> list[BundleSection] | None:
     """3D preprocessing in transforms of MONAI's for the key "image"; None where it has no counterpart of a step."""
-    found: list[Section] = []
+    transforms: list[BundleSection] = []
     for step in steps:
         name, options = step["op"], {key: value for key, value in step.items() if key != "op"}
-        native = _NATIVE[name](**options) if name in _NATIVE else None
-        if native is None:
+        converted_step = _CONVERTERS[name](**options) if name in _CONVERTERS else None
+        if converted_step is None:
             return None
-        found += native
-    return found
+        transforms += converted_step
+    return transforms
 
 
-def _resample(*, spacing: list[float], order: int = 1, antialias: bool = False) -> list[Section] | None:
+def _convert_resample(*, spacing: list[float], order: int = 1, antialias: bool = False) -> list[BundleSection] | None:
     modes = {0: "nearest", 1: "bilinear"}
     if antialias or order not in modes:
         return None
-    return [_on_image("Spacingd", pixdim=list(spacing), mode=modes[order], padding_mode="border")]
+    return [_make_transform("Spacingd", pixdim=list(spacing), mode=modes[order], padding_mode="border")]
 
 
-def _normalise(*, method: str = "zscore") -> list[Section]:
+def _convert_normalise(*, method: str = "zscore") -> list[BundleSection]:
     if method == "zscore":
-        return [_on_image("NormalizeIntensityd", channel_wise=True)]
-    least = {"range": 0.0, "symmetric": -1.0}[method]
-    return [_on_image("ScaleIntensityd", minv=least, maxv=1.0, channel_wise=True)]
+        return [_make_transform("NormalizeIntensityd", channel_wise=True)]
+    minimum = {"range": 0.0, "symmetric": -1.0}[method]
+    return [_make_transform("ScaleIntensityd", minv=minimum, maxv=1.0, channel_wise=True)]
 
 
-def _clip(*, lower: float = 0.5, upper: float = 99.5) -> list[Section]:
-    return [_on_image("ClipIntensityPercentilesd", lower=lower, upper=upper, channel_wise=True)]
+def _convert_clip(*, lower: float = 0.5, upper: float = 99.5) -> list[BundleSection]:
+    return [_make_transform("ClipIntensityPercentilesd", lower=lower, upper=upper, channel_wise=True)]
 
 
-def _on_image(transform: str, **options: Any) -> Section:
+def _make_transform(transform: str, **options: Any) -> BundleSection:
     return {"_target_": transform, "keys": "image", **options}
 
 
-_NATIVE: dict[str, Callable[..., list[Section] | None]] = {
+_CONVERTERS: dict[str, Callable[..., list[BundleSection] | None]] = {
     "orthogonalise_affine": list,  # it has no counterpart, and acts only where a header's rounding bent the axes
-    "ras": lambda: [_on_image("Orientationd", axcodes="RAS", labels=None)],
-    "resample": _resample,
-    "clip_percentiles": _clip,
-    "normalise": _normalise,
+    "ras": lambda: [_make_transform("Orientationd", axcodes="RAS", labels=None)],
+    "resample": _convert_resample,
+    "clip_percentiles": _convert_clip,
+    "normalise": _convert_normalise,
 }
 
 
-def dynunet(contract: Contract, channels: Sequence[int]) -> Section:
+def dynunet_options(contract: Contract, channels: Sequence[int]) -> BundleSection:
     """DynUNet's options for a segmenter of medim's, whose maps have some channels."""
     strides = [1, *[2] * (len(channels) - 1)]
     return {
@@ -91,30 +94,35 @@ def dynunet(contract: Contract, channels: Sequence[int]) -> Section:
     }
 
 
-def as_dynunet(source: Any, contract: Contract) -> DynUNet:
+def to_dynunet(source: Any, contract: Contract) -> DynUNet:
     """A segmenter of medim's as a DynUNet with the same weights: the blocks are MONAI's own, under other names."""
-    made = DynUNet(**dynunet(contract, source.encoder.channels))
-    down: list[Any] = [made.input_block, *made.downsamples, made.bottleneck]
+    target = DynUNet(**dynunet_options(contract, source.encoder.channels))
+    down: list[Any] = [target.input_block, *target.downsamples, target.bottleneck]
     pairs = [*zip(source.encoder.levels, down, strict=True)]
-    pairs += [*zip(source.decoder.levels, made.upsamples, strict=True), (source.head.conv, made.output_block.conv.conv)]
-    for ours, theirs in pairs:
-        theirs.load_state_dict(ours.state_dict())
-    return made
+    pairs += [
+        *zip(source.decoder.levels, target.upsamples, strict=True),
+        (source.head.conv, target.output_block.conv.conv),
+    ]
+    for source_block, target_block in pairs:
+        target_block.load_state_dict(source_block.state_dict())
+    return target
 
 
-def preprocessing(volume: Volume, contract: Contract) -> Gate:
+def check_monai_preprocessing(volume: Volume, contract: Contract) -> GateResult:
     """Preprocessing in the hospital against MONAI's transforms: largest difference over the range of the image."""
-    native = native_steps(contract.preprocess) if volume.spatial_dims == 3 else None
-    if native is None:
-        return not_run("MONAI has no counterpart of a step")
-    parser = ConfigParser({"steps": {"_target_": "Compose", "transforms": native}})
+    transforms = to_monai_transforms(contract.preprocess) if volume.spatial_dims == 3 else None
+    if transforms is None:
+        return skip_gate("MONAI has no counterpart of a step")
+    parser = ConfigParser({"steps": {"_target_": "Compose", "transforms": transforms}})
     image = MetaTensor(torch.from_numpy(volume.array.copy()), affine=torch.from_numpy(volume.affine))
-    theirs = parser.get_parsed_content("steps")({"image": image})["image"]
-    ours = preprocess(volume, contract.preprocess)
-    moved = float("inf")
-    if ours.array.shape == theirs.shape:
-        moved = float(np.abs(np.asarray(theirs.affine) - ours.affine).max())
-    if moved > GRID:
-        return gate(1e30, PREPROCESSING, shapes=[list(ours.array.shape), list(theirs.shape)])
-    gap = np.abs(theirs.numpy() - ours.array).max() / max(float(np.ptp(ours.array)), 1e-9)
-    return gate(float(f"{gap:.2e}"), PREPROCESSING)
+    monai_image = parser.get_parsed_content("steps")({"image": image})["image"]
+    medim_volume = preprocess(volume, contract.preprocess)
+    grid_shift = float("inf")
+    if medim_volume.array.shape == monai_image.shape:
+        grid_shift = float(np.abs(np.asarray(monai_image.affine) - medim_volume.affine).max())
+    if grid_shift > GRID_TOLERANCE:
+        return gate_result(
+            1e30, PREPROCESSING_TOLERANCE, shapes=[list(medim_volume.array.shape), list(monai_image.shape)]
+        )
+    gap = np.abs(monai_image.numpy() - medim_volume.array).max() / max(float(np.ptp(medim_volume.array)), 1e-9)
+    return gate_result(float(f"{gap:.2e}"), PREPROCESSING_TOLERANCE)

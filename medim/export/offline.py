@@ -12,35 +12,37 @@ import nibabel
 import numpy as np
 
 from medim.package.contract import GOLDEN
-from medim.package.golden import Golden
-from medim.package.package import Package, load_package, verify
+from medim.package.golden import GoldenInput
+from medim.package.package import Package, load_package, verify_package
 from medim.predict.predict import embed_images, predict
 
-WAYS = (("unshare", "--net"), ("unshare", "--map-root-user", "--net"))  # as root, as anybody
-SECONDS = 900
+ISOLATION_COMMANDS = (("unshare", "--net"), ("unshare", "--map-root-user", "--net"))  # as root, as anybody
+TIMEOUT_SECONDS = 900
 
 
-def without_network() -> tuple[str, ...] | None:
+def network_isolation_command() -> tuple[str, ...] | None:
     """The words before a command that take the network from it; None where this machine does not allow it."""
-    if shutil.which(WAYS[0][0]):
-        for way in WAYS:
-            if subprocess.run([*way, "true"], capture_output=True, check=False).returncode == 0:
-                return way
+    if shutil.which(ISOLATION_COMMANDS[0][0]):
+        for command in ISOLATION_COMMANDS:
+            if subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0:
+                return command
     return None
 
 
-def failure(folder: Path, way: tuple[str, ...]) -> str | None:
+def offline_error(folder: Path, isolation: tuple[str, ...]) -> str | None:
     """Verify a package and answer for its phantom in a child without network; what went wrong, None where nothing."""
-    command = [*way, sys.executable, "-m", "medim.export.offline", str(folder)]
+    command = [*isolation, sys.executable, "-m", "medim.export.offline", str(folder)]
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
+        process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
-        return f"no answer after {SECONDS} s"
-    return None if ran.returncode == 0 else (ran.stderr.strip().splitlines() or [f"exit {ran.returncode}"])[-1]
+        return f"no answer after {TIMEOUT_SECONDS} s"
+    return (
+        None if process.returncode == 0 else (process.stderr.strip().splitlines() or [f"exit {process.returncode}"])[-1]
+    )
 
 
-def _answer(package: Package, out: Path) -> None:
-    volume = Golden.parse(package.read(GOLDEN)).volume
+def _answer_phantom(package: Package, out: Path) -> None:
+    volume = GoldenInput.parse(package.read_file(GOLDEN)).volume
     if volume.spatial_dims == 3:
         image = out / "phantom.nii.gz"
         channels = np.moveaxis(volume.array, 0, -1) if len(volume.array) > 1 else volume.array[0]
@@ -57,9 +59,9 @@ def _answer(package: Package, out: Path) -> None:
 def main() -> None:
     """Check the package that the command line names."""
     folder = Path(sys.argv[1])
-    verify(folder)
+    verify_package(folder)
     with tempfile.TemporaryDirectory() as out:
-        _answer(load_package(folder), Path(out))
+        _answer_phantom(load_package(folder), Path(out))
     if "torch" in sys.modules:
         raise SystemExit("it loaded torch")
 

@@ -17,56 +17,62 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from medim.models.ood_features import Watched
-from medim.package.contract import Signature, Symbol, Tensor
+from medim.models.ood_features import WithOODFeatures
+from medim.package.contract import Signature, Symbol, TensorSpec
 from medim.types import UserError
 
 OPSET = 20
 AXES = ("D", "H", "W")
 
 
-def with_exact_norms(model: onnx.ModelProto) -> onnx.ModelProto:
+def replace_instance_norms(model: onnx.ModelProto) -> onnx.ModelProto:
     """Replace each InstanceNormalization (GroupNorm becomes one too) by nodes with float64 mean and variance.
 
     ONNX Runtime's own loses up to three digits where a window hardly varies; float64 gives torch's numbers everywhere.
     """
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
-        nodes += _exact_norm(node) if node.op_type == "InstanceNormalization" else [node]
+        nodes += _expand_instance_norm(node) if node.op_type == "InstanceNormalization" else [node]
     if len(nodes) > len(model.graph.node):
         del model.graph.node[:]
         model.graph.node.extend(nodes)
-        model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in _CONSTANTS.items())
+        model.graph.initializer.extend(
+            onnx.numpy_helper.from_array(value, name) for name, value in _NORM_CONSTANTS.items()
+        )
     return model
 
 
-_CONSTANTS = {"norm.flat": np.array([0, 0, -1]), "norm.last": np.array([2]), "norm.column": np.array([1])}
+_NORM_CONSTANTS = {"norm.flat": np.array([0, 0, -1]), "norm.last": np.array([2]), "norm.column": np.array([1])}
 
 
-def _exact_norm(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+def _expand_instance_norm(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     """(x - mean) / sqrt(variance + epsilon) * scale + bias over the flattened grid, whatever its dimensions."""
     (x, scale, bias), (out,) = node.input, node.output
     epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
-    made: list[onnx.NodeProto] = []
+    new_nodes: list[onnx.NodeProto] = []
 
-    def add(op: str, name: str, *inputs: str, **options: Any) -> str:
-        made.append(onnx.helper.make_node(op, inputs, [name if name == out else f"{out}.{name}"], **options))
-        return str(made[-1].output[0])
+    def add_node(op: str, name: str, *inputs: str, **options: Any) -> str:
+        new_nodes.append(onnx.helper.make_node(op, inputs, [name if name == out else f"{out}.{name}"], **options))
+        return str(new_nodes[-1].output[0])
 
-    values = add("Reshape", "values", add("Cast", "float64", x, to=onnx.TensorProto.DOUBLE), "norm.flat")  # (N, C, L)
-    centred = add("Sub", "centred", values, add("ReduceMean", "mean", values, "norm.last"))
-    variance = add("ReduceMean", "variance", add("Mul", "square", centred, centred), "norm.last")
+    values = add_node(
+        "Reshape", "values", add_node("Cast", "float64", x, to=onnx.TensorProto.DOUBLE), "norm.flat"
+    )  # (N, C, L)
+    deviations = add_node("Sub", "centred", values, add_node("ReduceMean", "mean", values, "norm.last"))
+    variance = add_node("ReduceMean", "variance", add_node("Mul", "square", deviations, deviations), "norm.last")
     floor = onnx.helper.make_tensor("epsilon", onnx.TensorProto.DOUBLE, [], [epsilon])
-    spread = add("Sqrt", "spread", add("Add", "padded", variance, add("Constant", "epsilon", value=floor)))
-    unit = add("Cast", "unit", add("Div", "ratio", centred, spread), to=onnx.TensorProto.FLOAT)
-    scaled = add("Mul", "scaled", unit, add("Unsqueeze", "scale", scale, "norm.column"))
-    shifted = add("Add", "shifted", scaled, add("Unsqueeze", "bias", bias, "norm.column"))
-    add("Reshape", out, shifted, add("Shape", "shape", x))
-    return made
+    spread = add_node(
+        "Sqrt", "spread", add_node("Add", "padded", variance, add_node("Constant", "epsilon", value=floor))
+    )
+    unit = add_node("Cast", "unit", add_node("Div", "ratio", deviations, spread), to=onnx.TensorProto.FLOAT)
+    scale_product = add_node("Mul", "scaled", unit, add_node("Unsqueeze", "scale", scale, "norm.column"))
+    bias_sum = add_node("Add", "shifted", scale_product, add_node("Unsqueeze", "bias", bias, "norm.column"))
+    add_node("Reshape", out, bias_sum, add_node("Shape", "shape", x))
+    return new_nodes
 
 
 @dataclass(frozen=True)
-class Sizes:
+class InputSizes:
     """Which inputs a network takes.
 
     Attributes:
@@ -83,37 +89,43 @@ class Sizes:
     fixed: bool
     minimum: int = 1
 
-    def unseen(self) -> list[tuple[int, ...]]:
+    def untraced_shapes(self) -> list[tuple[int, ...]]:
         """Shapes that no tracer saw, every side another where sides may vary."""
         if self.fixed:
             return [self.shape]
-        over = 0 if self.multiple_of > 1 else min(3, self.stride - 1)  # voxels that the stride leaves over
-        least = -(-self.minimum // self.stride) * self.stride
-        more = ((2, 3, 1), (4, 1, 2), (1, 5, 3))
-        return [tuple(least + self.stride * n + over for n in sides[: len(self.shape)]) for sides in more]
+        remainder = 0 if self.multiple_of > 1 else min(3, self.stride - 1)  # voxels that the stride leaves over
+        minimum = -(-self.minimum // self.stride) * self.stride
+        stride_counts = ((2, 3, 1), (4, 1, 2), (1, 5, 3))
+        return [
+            tuple(minimum + self.stride * n + remainder for n in sides[: len(self.shape)]) for sides in stride_counts
+        ]
 
 
-def sizes_of(network: nn.Module, shape: tuple[int, ...], strides: tuple[int, ...], in_channels: int) -> Sizes:
+def probe_input_sizes(
+    network: nn.Module, shape: tuple[int, ...], strides: tuple[int, ...], in_channels: int
+) -> InputSizes:
     """Find out by trying which other sizes than the one it was trained at a network takes."""
     stride = max(strides)
     for multiple in (1, stride):
-        least = [-(-n // multiple) * multiple for n in shape]
-        more = 1 if multiple == 1 else 0  # beside whole strides, which a floor would hide
-        other = tuple(n + (1 + axis) * stride + more for axis, n in enumerate(least))
-        if _takes(network, in_channels, other) and (multiple == 1 or list(shape) == least):
-            return Sizes(shape, stride, multiple, fixed=False, minimum=_minimum(network, in_channels, shape, stride))
-    return Sizes(shape, stride, stride, fixed=True)
+        rounded_shape = [-(-n // multiple) * multiple for n in shape]
+        remainder = 1 if multiple == 1 else 0  # beside whole strides, which a floor would hide
+        trial_shape = tuple(n + (1 + axis) * stride + remainder for axis, n in enumerate(rounded_shape))
+        if _accepts_shape(network, in_channels, trial_shape) and (multiple == 1 or list(shape) == rounded_shape):
+            return InputSizes(
+                shape, stride, multiple, fixed=False, minimum=_find_minimum_side(network, in_channels, shape, stride)
+            )
+    return InputSizes(shape, stride, stride, fixed=True)
 
 
-def _minimum(network: nn.Module, in_channels: int, shape: tuple[int, ...], stride: int) -> int:
+def _find_minimum_side(network: nn.Module, in_channels: int, shape: tuple[int, ...], stride: int) -> int:
     """A short side that a network takes: 1, 2, 4, ... strides, or the shortest it was trained at."""
     side = stride
-    while side < min(shape) and not _takes(network, in_channels, (side,) * len(shape)):
+    while side < min(shape) and not _accepts_shape(network, in_channels, (side,) * len(shape)):
         side *= 2
     return min(side, *shape)
 
 
-def _takes(network: nn.Module, in_channels: int, shape: tuple[int, ...]) -> bool:
+def _accepts_shape(network: nn.Module, in_channels: int, shape: tuple[int, ...]) -> bool:
     try:
         with torch.inference_mode():
             network(torch.zeros(1, in_channels, *shape))
@@ -122,7 +134,7 @@ def _takes(network: nn.Module, in_channels: int, shape: tuple[int, ...]) -> bool
     return True
 
 
-def signature_of(network: nn.Module, sizes: Sizes, in_channels: int, strides: tuple[int, ...]) -> Signature:
+def build_signature(network: nn.Module, sizes: InputSizes, in_channels: int, strides: tuple[int, ...]) -> Signature:
     """Names, shapes and rules of a network's input and outputs."""
     sides: tuple[int | str, ...] = sizes.shape if sizes.fixed else AXES[-len(sizes.shape) :]
     symbols = {"batch": Symbol()}
@@ -132,31 +144,33 @@ def signature_of(network: nn.Module, sizes: Sizes, in_channels: int, strides: tu
         outputs = _as_tuple(network(torch.zeros(2, in_channels, *sizes.shape)))
     tensors = []
     for i, out in enumerate(outputs):
-        name = network.outputs[i] if isinstance(network, Watched) else "logits"
+        name = network.outputs[i] if isinstance(network, WithOODFeatures) else "logits"
         grid: tuple[int | str, ...] = tuple(out.shape[2:])
         if not sizes.fixed and grid:
             stride = strides[i - 1] if i else 1
             grid = tuple(side if stride == 1 else f"{side}/{stride}" for side in sides)
-        tensors.append(Tensor(name=name, shape=("batch", out.shape[1], *grid)))
+        tensors.append(TensorSpec(name=name, shape=("batch", out.shape[1], *grid)))
     return Signature(
-        inputs=(Tensor(name="image", shape=("batch", in_channels, *sides)),), outputs=tuple(tensors), symbols=symbols
+        inputs=(TensorSpec(name="image", shape=("batch", in_channels, *sides)),),
+        outputs=tuple(tensors),
+        symbols=symbols,
     )
 
 
-def score_signature(signature: Signature) -> Signature:
+def build_score_signature(signature: Signature) -> Signature:
     """A score map's: the same input, and a score at each of its voxels."""
     sides = signature.inputs[0].shape[2:]
-    return signature.model_copy(update={"outputs": (Tensor(name="scores", shape=("batch", 1, *sides)),)})
+    return signature.model_copy(update={"outputs": (TensorSpec(name="scores", shape=("batch", 1, *sides)),)})
 
 
-def to_onnx(network: nn.Module, sizes: Sizes, signature: Signature, *, exact_norms: bool = True) -> bytes:
+def to_onnx(network: nn.Module, sizes: InputSizes, signature: Signature, *, exact_norms: bool = True) -> bytes:
     """Export a network in evaluation mode.
 
     Args:
         network: image (N, C, ...) to one tensor or a tuple of them.
         sizes: what it takes; the batch always varies.
         signature: names of input and outputs.
-        exact_norms: see `with_exact_norms`; what leaves in a package has them.
+        exact_norms: see `replace_instance_norms`; what leaves in a package has them.
 
     Returns:
         The file's bytes, weights inside; the same for the same network, without stack traces or paths.
@@ -167,19 +181,19 @@ def to_onnx(network: nn.Module, sizes: Sizes, signature: Signature, *, exact_nor
     # The tracer takes a side of one cell for a constant.
     grid = sizes.shape if sizes.fixed else tuple(max(n, 2 * sizes.stride) for n in sizes.shape)
     image = torch.zeros(2, int(signature.inputs[0].shape[1]), *grid)
-    varying: dict[int, Any] = {0: Dim("batch", min=1)}
+    dynamic_dims: dict[int, Any] = {0: Dim("batch", min=1)}
     if not sizes.fixed:
         for axis, side in enumerate(signature.inputs[0].shape[2:], start=2):
-            least = -(-sizes.minimum // sizes.multiple_of)
-            cells = Dim(f"{side}_cells", min=least)  # a multiple keeps paddings of odd sides out of the graph
-            varying[axis] = sizes.multiple_of * cells if sizes.multiple_of > 1 else cells
+            min_cells = -(-sizes.minimum // sizes.multiple_of)
+            cells = Dim(f"{side}_cells", min=min_cells)  # a multiple keeps paddings of odd sides out of the graph
+            dynamic_dims[axis] = sizes.multiple_of * cells if sizes.multiple_of > 1 else cells
     try:
-        with _quiet(), torch.no_grad():
+        with _silence_exporter(), torch.no_grad():
             program = torch.onnx.export(
                 network,
                 (image,),
                 dynamo=True,
-                dynamic_shapes=(varying,),
+                dynamic_shapes=(dynamic_dims,),
                 opset_version=OPSET,
                 external_data=False,
                 input_names=[t.name for t in signature.inputs],
@@ -190,33 +204,33 @@ def to_onnx(network: nn.Module, sizes: Sizes, signature: Signature, *, exact_nor
         raise UserError(f"ONNX export: torch {torch.__version__} cannot export it ({_last_line(error)}).") from error
     if program is None:
         raise UserError(f"ONNX export: torch {torch.__version__} returned no program for this network.")
-    model = clean(program.model_proto)
+    model = strip_metadata(program.model_proto)
     if exact_norms:
-        model = with_exact_norms(model)
+        model = replace_instance_norms(model)
     onnx.checker.check_model(model, full_check=True)
-    traced = model.graph.input[0].type.tensor_type.shape.dim
-    sides = zip(signature.inputs[0].shape, traced, strict=True)
-    if fixed := [side for side, dim in sides if isinstance(side, str) and dim.HasField("dim_value")]:
+    graph_dims = model.graph.input[0].type.tensor_type.shape.dim
+    sides = zip(signature.inputs[0].shape, graph_dims, strict=True)
+    if fixed_sides := [side for side, dim in sides if isinstance(side, str) and dim.HasField("dim_value")]:
         raise UserError(
-            f"ONNX export: expected {', '.join(fixed)} to vary, but the network fixes it as traced. "
+            f"ONNX export: expected {', '.join(fixed_sides)} to vary, but the network fixes it as traced. "
             "In its forward, use x.shape[0] in place of len(x), and no loop over a number of voxels."
         )
     return bytes(model.SerializeToString(deterministic=True))
 
 
-def clean(model: onnx.ModelProto) -> onnx.ModelProto:
+def strip_metadata(model: onnx.ModelProto) -> onnx.ModelProto:
     """Clear everything that only tells where and how the graph was made."""
     graph = model.graph
     values = [*graph.input, *graph.output, *graph.value_info, *graph.initializer, *graph.node, *model.functions]
     for function in model.functions:
         values += [*function.node, *function.value_info]
-    for thing in [model, graph, *values]:
-        thing.ClearField("metadata_props")
-        thing.ClearField("doc_string")
+    for message in [model, graph, *values]:
+        message.ClearField("metadata_props")
+        message.ClearField("doc_string")
     return model
 
 
-def structure(graph: bytes) -> bytes:
+def strip_weights(graph: bytes) -> bytes:
     """A graph without its weights: what could hold text, for the privacy scan."""
     model = onnx.load_model_from_string(graph)
     for tensor in model.graph.initializer:
@@ -225,7 +239,7 @@ def structure(graph: bytes) -> bytes:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _silence_exporter() -> Iterator[None]:
     """Silence the exporter's remarks about packages that no medim network needs."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

@@ -12,53 +12,53 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-ABSOLUTE = re.compile(
+ABSOLUTE_PATH = re.compile(
     rb"(?:^|[^A-Za-z0-9_.:/~-])(/(?:home|root|Users|tmp|var|mnt|media|data|opt|usr|srv|work|workspace|scratch|private|etc|nix|proc)/[^\s\"'<>]{1,80})"
     rb"|([A-Za-z]:\\{1,2}(?:Users|Windows|Temp|home|data)\\{1,2}[^\s\"'<>]{1,80})"
     rb"|(\\\\[A-Za-z0-9_.-]+\\[^\s\"'<>]{1,80})"
     rb"|(file://[^\s\"'<>]{1,80})"
 )
-EVERYBODY = frozenset(
+COMMON_NAMES = frozenset(
     ("admin", "build", "debian", "docker", "jovyan", "localdomain", "localhost", "nobody", "root", "runner", "ubuntu")
 ) | {"user", "users"}
-SHORTEST = 4  # letters of a name; shorter ones are in every text
+MIN_NAME_LENGTH = 4  # letters of a name; shorter ones are in every text
 
 
-def machine_words(places: Iterable[Path] = ()) -> set[str]:
+def identifying_strings(private_folders: Iterable[Path] = ()) -> set[str]:
     """Words that must not leave: user and host names, and the folders that a run was read from and written to."""
     words = {socket.gethostname(), socket.gethostname().split(".")[0]}
-    nearby = [Path.cwd(), Path(tempfile.gettempdir()), *places]
+    paths = [Path.cwd(), Path(tempfile.gettempdir()), *private_folders]
     with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
         words.add(getpass.getuser())
     with contextlib.suppress(RuntimeError):  # nor a home
         words.add(Path.home().name)
-        nearby.append(Path.home())
-    folders = {str(Path(place).resolve()) for place in nearby}
+        paths.append(Path.home())
+    folders = {str(Path(path).resolve()) for path in paths}
     folders = {folder for folder in folders if folder.count("/") > 1 or "\\" in folder}
-    return {word for word in words if len(word) >= SHORTEST and word.lower() not in EVERYBODY} | folders
+    return {word for word in words if len(word) >= MIN_NAME_LENGTH and word.lower() not in COMMON_NAMES} | folders
 
 
-def scan(text: bytes, words: Iterable[str], *, own: str = "") -> list[str]:
+def find_identifying_strings(text: bytes, words: Iterable[str], *, own_text: str = "") -> list[str]:
     """What of the machine stands in some bytes.
 
     Args:
         text: the bytes of a file, or that part of them that can hold text.
-        words: see `machine_words`; found as whole words only.
-        own: text of medim itself; words that stand in it are nobody's secret.
+        words: see `identifying_strings`; found as whole words only.
+        own_text: text of medim itself; words that stand in it are nobody's secret.
 
     Returns:
         Each finding once, in order; empty where there is none.
     """
-    paths = (next(filter(None, match.groups())) for match in ABSOLUTE.finditer(text))
-    found = [path.decode("utf-8", "replace") for path in paths]
-    vocabulary = set(re.findall(r"[\w-]+", own))
+    paths = (next(filter(None, match.groups())) for match in ABSOLUTE_PATH.finditer(text))
+    findings = [path.decode("utf-8", "replace") for path in paths]
+    vocabulary = set(re.findall(r"[\w-]+", own_text))
     for word in sorted(set(words) - vocabulary):
         if re.search(rb"(?<![A-Za-z0-9])" + re.escape(word.encode()) + rb"(?![A-Za-z0-9])", text):
-            found.append(word)
-    return sorted(set(found))
+            findings.append(word)
+    return sorted(set(findings))
 
 
-def readable(name: str, data: bytes) -> Iterator[tuple[str, bytes]]:
+def text_parts(name: str, data: bytes) -> Iterator[tuple[str, bytes]]:
     """The parts of a package's file that can hold text, by name; of weights their header, of archives their members."""
     if name.endswith(".safetensors"):
         yield f"{name} (header)", data[8 : 8 + int.from_bytes(data[:8], "little")]

@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from medim.data.contamination import Seen, read_seen
+from medim.data.contamination import TrainingHistory, load_training_history
 from medim.export import onnx
 from medim.files import read_json
-from medim.inference.network import Run
-from medim.inference.ood import REFERENCE
-from medim.models.model import as_run
-from medim.models.ood_features import Watched
-from medim.models.serialization import find, load_encoder, load_model
+from medim.inference.network import PredictFn
+from medim.inference.ood import OOD_FILE
+from medim.models.model import as_numpy_function
+from medim.models.ood_features import WithOODFeatures
+from medim.models.serialization import load_encoder, load_model, locate_weights
 from medim.objectives.score_map import load_score_map
 from medim.package.contract import GOLDEN, GRAPH, SCORE_MAP, SCORE_MAP_GOLDEN, Signature
 
 
 @dataclass(frozen=True)
-class Graph:
+class ExportGraph:
     """A network that becomes a file of the package, with its golden input."""
 
     name: str  # how its gates begin
@@ -33,19 +33,19 @@ class Graph:
     signature: Signature
 
     @property
-    def run(self) -> Run:
+    def run(self) -> PredictFn:
         """The network under torch."""
-        return as_run(self.source)
+        return as_numpy_function(self.module)
 
     @property
-    def exact(self) -> Run:
+    def float64(self) -> PredictFn:
         """The network under torch in float64."""
-        return as_run(_Double(copy.deepcopy(self.source).double()))
+        return as_numpy_function(_Float64Network(copy.deepcopy(self.module).double()))
 
     @property
-    def source(self) -> nn.Module:
+    def module(self) -> nn.Module:
         """The module whose weights the run saved."""
-        return self.network.source if isinstance(self.network, Watched) else self.network
+        return self.network.source if isinstance(self.network, WithOODFeatures) else self.network
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class FinishedRun:
     """A run, ready to be exported."""
 
     folder: Path
-    graphs: tuple[Graph, ...]  # the answer's first, then the score map's where there is one
+    graphs: tuple[ExportGraph, ...]  # the answer's first, then the score map's where there is one
     spec: dict[str, Any]
     weights: Path
-    sizes: onnx.Sizes
+    sizes: onnx.InputSizes
     summary: dict[str, Any]  # what the run says of itself; empty where it says nothing
-    seen: Seen | None  # None where nothing says
-    reference: bytes | None  # statistics for the out-of-distribution guard; None where training wrote none
+    training_history: TrainingHistory | None  # None where nothing says
+    ood_statistics: bytes | None  # statistics for the out-of-distribution guard; None where training wrote none
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -67,7 +67,7 @@ class FinishedRun:
         return () if self.spec["kind"] == "encoder" else tuple(self.spec["classes"])
 
 
-class _Double(nn.Module):
+class _Float64Network(nn.Module):
     """A float64 network behind a float32 input."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -78,32 +78,41 @@ class _Double(nn.Module):
         return self.network(image.double())
 
 
-def load_run(folder: Path) -> FinishedRun:
+def load_finished_run(folder: Path) -> FinishedRun:
     """Load a run's networks and find out which sizes they take.
 
     Raises:
         UserError: the run is not finished, or its weights are not those it recorded.
     """
-    weights, spec = find(folder)
+    weights, spec = locate_weights(folder)
     if spec["kind"] == "encoder":
         encoder: Any = load_encoder(folder)
-        source, score_map = encoder, load_score_map(folder)
+        module, score_map = encoder, load_score_map(folder)
     else:
-        source = load_model(folder)[0]
-        encoder, score_map = source.encoder, None
-    network = Watched(source).eval()
+        module = load_model(folder)[0]
+        encoder, score_map = module.encoder, None
+    network = WithOODFeatures(module).eval()
     strides, channels = tuple(encoder.strides), spec["in_channels"]
-    sizes = onnx.sizes_of(network, tuple(spec["input_shape"]), strides, channels)
-    signature = onnx.signature_of(network, sizes, channels, strides)
-    graphs = [Graph("", GRAPH, GOLDEN, network, signature)]
+    sizes = onnx.probe_input_sizes(network, tuple(spec["input_shape"]), strides, channels)
+    signature = onnx.build_signature(network, sizes, channels, strides)
+    graphs = [ExportGraph("", GRAPH, GOLDEN, network, signature)]
     if score_map is not None:
-        signature = onnx.score_signature(signature)
-        graphs.append(Graph("score map: ", SCORE_MAP, SCORE_MAP_GOLDEN, score_map, signature))
-    summary = folder / "summary.json"
-    told = read_json(summary) if summary.is_file() else {}
-    return FinishedRun(folder, tuple(graphs), spec, weights, sizes, told, read_seen(folder), _reference(weights))
+        signature = onnx.build_score_signature(signature)
+        graphs.append(ExportGraph("score map: ", SCORE_MAP, SCORE_MAP_GOLDEN, score_map, signature))
+    summary_file = folder / "summary.json"
+    run_summary = read_json(summary_file) if summary_file.is_file() else {}
+    return FinishedRun(
+        folder,
+        tuple(graphs),
+        spec,
+        weights,
+        sizes,
+        run_summary,
+        load_training_history(folder),
+        _read_ood_statistics(weights),
+    )
 
 
-def _reference(weights: Path) -> bytes | None:
-    file = weights.with_name(REFERENCE)
+def _read_ood_statistics(weights: Path) -> bytes | None:
+    file = weights.with_name(OOD_FILE)
     return file.read_bytes() if file.is_file() else None

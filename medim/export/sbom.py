@@ -9,18 +9,18 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from medim.files import json_bytes
+from medim.files import encode_json
 from medim.package.contract import Contract
 from medim.types import UserError
 
 LOCK, SBOM = "runtime/requirements.lock", "sbom.cdx.json"
-LOCK_HEAD = """\
+LOCK_HEADER = """\
 # What the gates of parity/report.json ran with: pip install --requirement requirements.lock
 # Without hashes: of a package that is installed, nobody recorded those of its archive.
 """
 
 
-def installed(name: str) -> str | None:
+def find_version(name: str) -> str | None:
     """The version of a package here; None where it is not installed."""
     try:
         return distribution(name).version
@@ -28,41 +28,45 @@ def installed(name: str) -> str | None:
         return None
 
 
-def runtime() -> list[Distribution]:
+def runtime_packages() -> list[Distribution]:
     """The light install of medim with all that it needs, in the order of names.
 
     Raises:
         UserError: something of it is missing here.
     """
-    found: dict[str, Distribution] = {}
-    waiting = [("medim", "")]
-    done = set()
-    while waiting:
-        name, extra = waiting.pop()
-        if (name, extra) in done:
+    packages: dict[str, Distribution] = {}
+    queue = [("medim", "")]
+    visits = set()
+    while queue:
+        name, extra = queue.pop()
+        if (name, extra) in visits:
             continue
-        done.add((name, extra))
-        if installed(name) is None:
+        visits.add((name, extra))
+        if find_version(name) is None:
             raise UserError(
                 f"export: expected the light runtime to be installed here, {name} is not. pip install medim"
             )
-        found[name] = distribution(name)
-        waiting += [(needed, option) for needed, options in _needs(found[name], extra) for option in options]
-    return [found[name] for name in sorted(found)]
+        packages[name] = distribution(name)
+        queue += [
+            (dependency, dependency_extra)
+            for dependency, extras in _list_requirements(packages[name], extra)
+            for dependency_extra in extras
+        ]
+    return [packages[name] for name in sorted(packages)]
 
 
-def lock() -> bytes:
+def lock_file() -> bytes:
     """Pinned requirements of the light runtime."""
-    pins = [f"{canonicalize_name(one.metadata['Name'])}=={one.version}\n" for one in runtime()]
-    return (LOCK_HEAD + "".join(pins)).encode()
+    pins = [f"{canonicalize_name(package.metadata['Name'])}=={package.version}\n" for package in runtime_packages()]
+    return (LOCK_HEADER + "".join(pins)).encode()
 
 
-def sbom(contract: Contract) -> bytes:
+def build_sbom(contract: Contract) -> bytes:
     """The bill of materials of the package and of the runtime that it was tested with: CycloneDX 1.6.
 
     It has neither a time nor a serial number, both optional, so that two exports are the same.
     """
-    parts = runtime()
+    packages = runtime_packages()
     model = {
         "type": "machine-learning-model",
         "bom-ref": "package",
@@ -71,46 +75,49 @@ def sbom(contract: Contract) -> bytes:
         "description": contract.not_for,
         "hashes": [{"alg": "SHA-256", "content": contract.architecture["sha256"]}],
     }
-    needs = {_purl(one): sorted({_purl(distribution(name)) for name, _ in _needs(one, "")}) for one in parts}
+    dependencies = {
+        _format_purl(package): sorted({_format_purl(distribution(name)) for name, _ in _list_requirements(package, "")})
+        for package in packages
+    }
     content = {
         "bomFormat": "CycloneDX",
         "specVersion": "1.6",
         "version": 1,
         "metadata": {"component": model},
-        "components": [_component(one) for one in parts],
+        "components": [_build_component(package) for package in packages],
         "dependencies": [
-            {"ref": "package", "dependsOn": [purl for purl in needs if purl.startswith("pkg:pypi/medim@")]},
-            *({"ref": purl, "dependsOn": below} for purl, below in needs.items()),
+            {"ref": "package", "dependsOn": [purl for purl in dependencies if purl.startswith("pkg:pypi/medim@")]},
+            *({"ref": purl, "dependsOn": purls} for purl, purls in dependencies.items()),
         ],
     }
-    return json_bytes(content)
+    return encode_json(content)
 
 
-def _needs(one: Distribution, extra: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _list_requirements(package: Distribution, extra: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Names that a package needs here, each with the extras that it asks for beside none."""
-    for line in one.requires or ():
-        needed = Requirement(line)
-        if needed.marker is None or needed.marker.evaluate({"extra": extra}):
-            yield canonicalize_name(needed.name), ("", *sorted(needed.extras))
+    for line in package.requires or ():
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+            yield canonicalize_name(requirement.name), ("", *sorted(requirement.extras))
 
 
-def _component(one: Distribution) -> dict[str, object]:
-    purl, licence = _purl(one), _licence(one)
+def _build_component(package: Distribution) -> dict[str, object]:
+    purl, licence = _format_purl(package), _read_licence_name(package)
     licences = {"licenses": [{"license": {"name": licence}}]} if licence else {}
-    return {"type": "library", "bom-ref": purl, "name": one.metadata["Name"], "version": one.version} | {
+    return {"type": "library", "bom-ref": purl, "name": package.metadata["Name"], "version": package.version} | {
         **licences,
         "purl": purl,
     }
 
 
-def _purl(one: Distribution) -> str:
-    return f"pkg:pypi/{canonicalize_name(one.metadata['Name'])}@{one.version}"
+def _format_purl(package: Distribution) -> str:
+    return f"pkg:pypi/{canonicalize_name(package.metadata['Name'])}@{package.version}"
 
 
-def _licence(one: Distribution) -> str | None:
+def _read_licence_name(package: Distribution) -> str | None:
     """As the package tells it: an SPDX expression, a classifier, or one line of text."""
-    told = {name: one.metadata.get_all(name) or [""] for name in ("License-Expression", "Classifier", "License")}
-    classifiers = [c.split(" :: ")[-1] for c in told["Classifier"] if c.startswith("License ::")]
-    (text,) = told["License"]
+    fields = {name: package.metadata.get_all(name) or [""] for name in ("License-Expression", "Classifier", "License")}
+    classifiers = [c.split(" :: ")[-1] for c in fields["Classifier"] if c.startswith("License ::")]
+    (text,) = fields["License"]
     plain = text if re.fullmatch(r"[^\n]{1,100}", text) else None
-    return told["License-Expression"][0] or ", ".join(classifiers) or plain
+    return fields["License-Expression"][0] or ", ".join(classifiers) or plain

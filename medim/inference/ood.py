@@ -16,35 +16,37 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from medim.data.preprocessing.quality import Figures
-from medim.inference.arrays import arrays_of
+from medim.data.preprocessing.quality import QualityMetrics
+from medim.inference.arrays import read_npz_arrays
 from medim.types import Array, UserError, Volume
 
 SCHEMA_VERSION = 1
-REFERENCE = "reference.npz"  # beside a run's weights, and under models/ in a package
-FALSE_ALARMS = 0.05  # part of the images of fresh subjects that get the flag
-MOST_WINDOWS = 16  # of an image whose features are looked at
-PARTS = ("features", "intensities", "geometry")
-NORMAL = ("mean", "scale", "precision", "limit")  # what is stored of a part
-COUNTS = ("images", "subjects", "held_out_images", "held_out_subjects")
+OOD_FILE = "reference.npz"  # beside a run's weights, and under models/ in a package
+FALSE_POSITIVE_RATE = 0.05  # part of the images of fresh subjects that get the flag
+MAX_WINDOWS = 16  # of an image whose features are looked at
+FEATURE_GROUPS = ("features", "intensities", "geometry")
+GAUSSIAN_FIELDS = ("mean", "scale", "precision", "limit")  # what is stored of a part
+COUNT_NAMES = ("images", "subjects", "held_out_images", "held_out_subjects")
 QUANTILES = (1, 5, 25, 50, 75, 95, 99)
 
-Both = Callable[[Array], tuple[Array, Array]]  # (N, C, ...) in; the answer and what is watched, (N, F), out
-Method = Literal["conformal", "normal"]
-Rows = dict[str, Array]  # part: its numbers, of one image
+PredictWithFeatures = Callable[
+    [Array], tuple[Array, Array]
+]  # (N, C, ...) in; the answer and what is watched, (N, F), out
+LimitMethod = Literal["conformal", "normal"]
+OODFeatures = dict[str, Array]  # part: its numbers, of one image
 
 
 @dataclass(frozen=True)
-class Verdict:
+class OODResult:
     """How far an image is from the training images.
 
     Attributes:
         score: distance over the largest that is still usual; None where the package has no reference.
-        by: the part that gave the score.
+        feature_group: the part that gave the score.
     """
 
     score: float | None = None
-    by: str | None = None
+    feature_group: str | None = None
 
     @property
     def ood(self) -> bool | None:
@@ -55,11 +57,11 @@ class Verdict:
     def columns(self) -> dict[str, Any]:
         """As they stand in tables and in JSON."""
         score = None if self.score is None else float(f"{self.score:.4g}")
-        return {"ood_score": score, "ood": self.ood, "ood_by": self.by}
+        return {"ood_score": score, "ood": self.ood, "ood_by": self.feature_group}
 
 
 @dataclass(frozen=True, eq=False)
-class Normal:
+class GaussianModel:
     """Where the training images lie in one part.
 
     Attributes:
@@ -74,49 +76,49 @@ class Normal:
     precision: Array
     limit: float
 
-    def distance(self, rows: Array) -> Array:
+    def mahalanobis_distance(self, rows: Array) -> Array:
         """Mahalanobis distance of rows (N, d), over sqrt(d)."""
         gap = (rows - self.mean) / self.scale
         return np.asarray(np.sqrt(np.einsum("ni,ij,nj->n", gap, self.precision, gap) / len(self.mean)))
 
 
 @dataclass(frozen=True, eq=False)
-class Reference:
+class OODDetector:
     """Statistics of the training images; nothing of a single one.
 
     Attributes:
-        parts: by name.
+        gaussians: by name.
         counts: images and subjects, trained on and held out.
         method: how the limits were set: `conformal` or `normal`.
     """
 
-    parts: Mapping[str, Normal]
+    gaussians: Mapping[str, GaussianModel]
     counts: Mapping[str, int]
-    method: Method
+    method: LimitMethod
 
-    def judge(self, rows: Rows) -> Verdict:
+    def score(self, features: OODFeatures) -> OODResult:
         """Score an image.
 
         Raises:
             UserError: the rows are not of this reference.
         """
-        scores = {name: self._score(name, rows) for name in self.parts}
-        by = max(scores, key=lambda name: scores[name])
-        return Verdict(scores[by], by)
+        scores = {name: self._score_group(name, features) for name in self.gaussians}
+        group = max(scores, key=lambda name: scores[name])
+        return OODResult(scores[group], group)
 
-    def _score(self, name: str, rows: Rows) -> float:
-        part, row = self.parts[name], rows[name]
-        if row.shape != part.mean.shape:
-            raise UserError(f"{REFERENCE}: expected {len(part.mean)} {name}, got {len(row)}. Export the run again.")
-        score = float(part.distance(row[None])[0]) / part.limit
+    def _score_group(self, name: str, features: OODFeatures) -> float:
+        gaussian, row = self.gaussians[name], features[name]
+        if row.shape != gaussian.mean.shape:
+            raise UserError(f"{OOD_FILE}: expected {len(gaussian.mean)} {name}, got {len(row)}. Export the run again.")
+        score = float(gaussian.mahalanobis_distance(row[None])[0]) / gaussian.limit
         return score if np.isfinite(score) else float(np.finfo(np.float32).max)
 
     def dump(self) -> bytes:
         """As a compressed `.npz`, the same bytes for the same content."""
         arrays: dict[str, Array] = {
-            f"{name}.{key}": np.asarray(getattr(part, key), np.float32)
-            for name, part in self.parts.items()
-            for key in NORMAL
+            f"{name}.{key}": np.asarray(getattr(gaussian, key), np.float32)
+            for name, gaussian in self.gaussians.items()
+            for key in GAUSSIAN_FIELDS
         }
         arrays |= {key: np.asarray(count, np.int64) for key, count in self.counts.items()}
         arrays |= {"schema_version": np.asarray(SCHEMA_VERSION, np.int64), "method": np.asarray(self.method)}
@@ -125,64 +127,68 @@ class Reference:
         return buffer.getvalue()
 
     @classmethod
-    def parse(cls, data: bytes) -> Reference:
+    def parse(cls, data: bytes) -> OODDetector:
         """Read what `dump` wrote; nothing is unpickled.
 
         Raises:
             ValueError: it is not.
         """
-        file = arrays_of(data)
+        file = read_npz_arrays(data)
         if file["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"schema version {file['schema_version']}")
-        parts = {name: _normal(*(file[f"{name}.{key}"] for key in NORMAL)) for name in PARTS}
-        return cls(parts, {key: int(file[key]) for key in COUNTS}, _method(str(file["method"])))
+        gaussians = {
+            name: _parse_gaussian(*(file[f"{name}.{key}"] for key in GAUSSIAN_FIELDS)) for name in FEATURE_GROUPS
+        }
+        return cls(gaussians, {key: int(file[key]) for key in COUNT_NAMES}, _parse_limit_method(str(file["method"])))
 
 
-def _method(text: str) -> Method:
-    known: Method
-    for known in get_args(Method):
-        if text == known:
-            return known
+def _parse_limit_method(text: str) -> LimitMethod:
+    method: LimitMethod
+    for method in get_args(LimitMethod):
+        if text == method:
+            return method
     raise ValueError(f"method {text!r}")
 
 
-def _normal(mean: Array, scale: Array, precision: Array, limit: Array) -> Normal:
+def _parse_gaussian(mean: Array, scale: Array, precision: Array, limit: Array) -> GaussianModel:
     shapes = [array.shape for array in (mean, scale, precision, limit)]
     finite = all(np.isfinite(array).all() for array in (mean, scale, precision, limit))
     if shapes != [(mean.size,), (mean.size,), (mean.size, mean.size), ()] or not finite or min(scale.min(), limit) <= 0:
         raise ValueError("a mean, scale, precision or limit of the wrong shape or value")
-    return Normal(mean.astype(float), scale.astype(float), precision.astype(float), float(limit))
+    return GaussianModel(mean.astype(float), scale.astype(float), precision.astype(float), float(limit))
 
 
-class Watch:
+class FeatureRecorder:
     """Runs a network, window by window, and keeps what is watched.
 
     Args:
-        both: the network.
+        predict_with_features: the network.
     """
 
-    def __init__(self, both: Both) -> None:
-        self._both = both
-        self._seen: list[Array] = []
+    def __init__(self, predict_with_features: PredictWithFeatures) -> None:
+        self._predict_with_features = predict_with_features
+        self._window_features: list[Array] = []
 
     def __call__(self, image: Array) -> Array:
         """The answer for (N, C, ...)."""
-        answer, watched = self._both(image)
-        self._seen.extend(watched)
+        answer, features = self._predict_with_features(image)
+        self._window_features.extend(features)
         return answer
 
     @property
-    def watched(self) -> Array:
-        """The mean over the windows so far that are `drawn`: (F,)."""
-        return np.asarray(np.mean([self._seen[place] for place in drawn(len(self._seen))], axis=0))
+    def features(self) -> Array:
+        """The mean over the windows so far that are `sampled_windows`: (F,)."""
+        return np.asarray(
+            np.mean([self._window_features[window] for window in sampled_windows(len(self._window_features))], axis=0)
+        )
 
 
-def drawn(count: int) -> list[int]:
-    """Which of so many windows are looked at, the same in training and for an answer: at most `MOST_WINDOWS`."""
-    return sorted(np.random.default_rng(0).permutation(count)[:MOST_WINDOWS].tolist())
+def sampled_windows(count: int) -> list[int]:
+    """Which of so many windows are looked at, the same in training and for an answer: at most `MAX_WINDOWS`."""
+    return sorted(np.random.default_rng(0).permutation(count)[:MAX_WINDOWS].tolist())
 
 
-def rows_of(figures: Figures, processed: Volume, watched: Array) -> Rows:
+def ood_features(figures: QualityMetrics, input_volume: Volume, encoder_features: Array) -> OODFeatures:
     """The numbers of an image, part by part.
 
     Intensities are free of the scale that a scanner or a file format happens to use. Geometry does not depend on the
@@ -190,17 +196,24 @@ def rows_of(figures: Figures, processed: Volume, watched: Array) -> Rows:
 
     Args:
         figures: of the image as read.
-        processed: the image as the network gets it.
-        watched: (F,) what the encoder made of it.
+        input_volume: the image as the network gets it.
+        encoder_features: (F,) what the encoder made of it.
     """
-    width = (figures.p99 - figures.p1) or 1.0
-    ends = (figures.minimum - figures.p1, figures.median - figures.p1, figures.maximum - figures.p99)
-    before = [*(np.arcsinh(end / width) for end in ends), figures.empty, figures.saturated]
-    after = np.arcsinh(np.percentile(processed.array, QUANTILES))
-    native = np.linalg.norm(processed.native_affine[:3, : processed.spatial_dims], axis=0)
-    extents = (np.sort(native * processed.native_shape), np.multiply(processed.spacing, processed.shape))
+    intensity_range = (figures.p99 - figures.p1) or 1.0
+    extremes = (figures.minimum - figures.p1, figures.median - figures.p1, figures.maximum - figures.p99)
+    native_intensities = [
+        *(np.arcsinh(extreme / intensity_range) for extreme in extremes),
+        figures.empty,
+        figures.saturated,
+    ]
+    input_intensities = np.arcsinh(np.percentile(input_volume.array, QUANTILES))
+    native_spacing = np.linalg.norm(input_volume.native_affine[:3, : input_volume.spatial_dims], axis=0)
+    extents = (
+        np.sort(native_spacing * input_volume.native_shape),
+        np.multiply(input_volume.spacing, input_volume.shape),
+    )
     return {
-        "features": np.asarray(watched, np.float64),
-        "intensities": np.array([*before, *after]),
-        "geometry": np.log(np.concatenate([np.sort(native), *extents])),
+        "features": np.asarray(encoder_features, np.float64),
+        "intensities": np.array([*native_intensities, *input_intensities]),
+        "geometry": np.log(np.concatenate([np.sort(native_spacing), *extents])),
     }

@@ -11,26 +11,26 @@ import numpy as np
 from medim.metrics.ranking import Statistic
 from medim.types import Array, UserError
 
-RESAMPLES = 1000
+N_RESAMPLES = 1000
 MIN_SUBJECTS = 5  # in all, and of each class
-_CELLS = 4_000_000  # weights held at once
-_MORE = "Measure on more subjects (a larger validation split or another source)."
+_MAX_WEIGHTS = 4_000_000  # weights held at once
+_REMEDY = "Measure on more subjects (a larger validation split or another source)."
 
 Metric = dict[str, float | int | None]  # value, ci_low, ci_high, n
-Cells = Sequence[Sequence[Statistic]]  # [S][T]: a statistic of the cases for each seed and label subset
+RunStatistics = Sequence[Sequence[Statistic]]  # [S][T]: a statistic of the cases for each seed and label subset
 
 
 @dataclass(frozen=True, eq=False)
-class Draw:
+class Resamples:
     """How often each subject counts.
 
     Attributes:
         counts: (1 + R, subjects); the first row is all ones, each other a resample.
-        of_case: (N,) place of each case's subject.
+        case_index: (N,) place of each case's subject.
     """
 
     counts: Array
-    of_case: Array
+    case_index: Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,9 +64,9 @@ class Scores:
         return Scores(ours - theirs, min(self.subjects, other.subjects))
 
 
-def draw(
-    subjects: Sequence[str], labels: Sequence[object] | None = None, *, seed: int = 0, resamples: int = RESAMPLES
-) -> Draw:
+def draw_resamples(
+    subjects: Sequence[str], labels: Sequence[object] | None = None, *, seed: int = 0, resamples: int = N_RESAMPLES
+) -> Resamples:
     """Resample subjects with replacement, once for a whole study.
 
     Args:
@@ -78,51 +78,57 @@ def draw(
     Raises:
         UserError: fewer than five subjects in all, or with a class.
     """
-    places = {subject: place for place, subject in enumerate(dict.fromkeys(subjects))}
-    count = len(places)
+    positions = {subject: position for position, subject in enumerate(dict.fromkeys(subjects))}
+    count = len(positions)
     if count < MIN_SUBJECTS:
-        raise UserError(f"interval: expected at least {MIN_SUBJECTS} subjects to measure on, got {count}. {_MORE}")
+        raise UserError(f"interval: expected at least {MIN_SUBJECTS} subjects to measure on, got {count}. {_REMEDY}")
     if labels is not None:
-        held = Counter(label for _, label in dict.fromkeys(zip(subjects, labels, strict=True)))
-        if len(held) < 2 or min(held.values()) < MIN_SUBJECTS:
-            got = ", ".join(f"{number} with {label}" for label, number in held.items())
-            raise UserError(f"interval: expected {MIN_SUBJECTS} subjects of each of two classes, got {got}. {_MORE}")
-    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
-    counts = np.concatenate([np.ones((1, count)), drawn]).astype(np.uint16)
-    return Draw(counts, np.array([places[subject] for subject in subjects], dtype=np.intp))
+        subject_counts = Counter(label for _, label in dict.fromkeys(zip(subjects, labels, strict=True)))
+        if len(subject_counts) < 2 or min(subject_counts.values()) < MIN_SUBJECTS:
+            listing = ", ".join(f"{number} with {label}" for label, number in subject_counts.items())
+            raise UserError(
+                f"interval: expected {MIN_SUBJECTS} subjects of each of two classes, got {listing}. {_REMEDY}"
+            )
+    samples = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+    counts = np.concatenate([np.ones((1, count)), samples]).astype(np.uint16)
+    return Resamples(counts, np.array([positions[subject] for subject in subjects], dtype=np.intp))
 
 
-def score(cells: Cells, drawn: Draw) -> Scores:
+def compute_scores(run_statistics: RunStatistics, resamples: Resamples) -> Scores:
     """A metric of all runs of an arm at one budget, on all cases and on each resample.
 
     Raises:
         UserError: the metric is not defined for all cases, or for most resamples (a class is missing).
     """
-    rows = max(1, _CELLS // len(drawn.of_case))
+    rows = max(1, _MAX_WEIGHTS // len(resamples.case_index))
     parts = []
-    for start in range(0, len(drawn.counts), rows):
-        weights = drawn.counts[start : start + rows][:, drawn.of_case].astype(np.float64)  # (rows, N)
-        parts.append(np.array([[statistic(weights) for statistic in row] for row in cells]))
+    for start in range(0, len(resamples.counts), rows):
+        weights = resamples.counts[start : start + rows][:, resamples.case_index].astype(np.float64)  # (rows, N)
+        parts.append(np.array([[statistic(weights) for statistic in row] for row in run_statistics]))
     values = np.concatenate(parts, axis=2)
-    defined = np.isfinite(values).all(axis=(0, 1))
-    if not defined[0] or 2 * defined.sum() < len(defined):
-        got = "all cases" if not defined[0] else f"{len(defined) - defined.sum()} of {len(defined)} resamples"
-        raise UserError(f"interval: expected cases of every class, got a metric that is undefined on {got}. {_MORE}")
-    return Scores(values, drawn.counts.shape[1])
+    is_defined = np.isfinite(values).all(axis=(0, 1))
+    if not is_defined[0] or 2 * is_defined.sum() < len(is_defined):
+        extent = (
+            "all cases" if not is_defined[0] else f"{len(is_defined) - is_defined.sum()} of {len(is_defined)} resamples"
+        )
+        raise UserError(
+            f"interval: expected cases of every class, got a metric that is undefined on {extent}. {_REMEDY}"
+        )
+    return Scores(values, resamples.counts.shape[1])
 
 
-def mean_of(values: Sequence[float]) -> Statistic:
+def weighted_mean(values: Sequence[float]) -> Statistic:
     """The weighted mean of a value a case (N,), as a statistic."""
     column = np.asarray(values, dtype=np.float64)
     return lambda weights: weights @ column / weights.sum(axis=1)
 
 
-def bootstrap(
+def bootstrap_interval(
     statistic: Statistic,
     subjects: Sequence[str],
     *,
     seed: int = 0,
-    resamples: int = RESAMPLES,
+    resamples: int = N_RESAMPLES,
     value: float | None = None,
 ) -> Metric:
     """A statistic of the cases and its 95 % percentile interval over resampled subjects (cluster bootstrap).
@@ -140,38 +146,40 @@ def bootstrap(
     Returns:
         `value`, `ci_low`, `ci_high` (None where undefined) and `n`, the number of cases.
     """
-    places = {subject: place for place, subject in enumerate(dict.fromkeys(subjects))}
-    of_case = np.array([places[subject] for subject in subjects], dtype=np.intp)
-    cases, count = len(subjects), len(places)
-    if value is None and cases:
-        value = _finite(statistic(np.ones((1, cases)))[0])
-    metric: Metric = {"value": value, "ci_low": None, "ci_high": None, "n": cases}
-    if count < 2 or value is None:
+    subject_numbers = {subject: place for place, subject in enumerate(dict.fromkeys(subjects))}
+    case_index = np.array([subject_numbers[subject] for subject in subjects], dtype=np.intp)
+    n_cases, n_subjects = len(subjects), len(subject_numbers)
+    if value is None and n_cases:
+        value = _none_if_not_finite(statistic(np.ones((1, n_cases)))[0])
+    metric: Metric = {"value": value, "ci_low": None, "ci_high": None, "n": n_cases}
+    if n_subjects < 2 or value is None:
         return metric
     rng = np.random.default_rng(seed)
-    values, left = [], resamples
-    while left:
-        rows = min(left, max(1, _CELLS // cases))
-        drawn = rng.multinomial(count, np.full(count, 1 / count), size=rows)  # (rows, subjects)
-        values.append(statistic(drawn[:, of_case].astype(np.float64)))  # (rows, cases)
-        left -= rows
-    defined = np.concatenate(values)
-    defined = defined[np.isfinite(defined)]
-    if 2 * len(defined) >= resamples:
-        metric["ci_low"], metric["ci_high"] = (float(v) for v in np.percentile(defined, [2.5, 97.5]))
+    values, n_remaining = [], resamples
+    while n_remaining:
+        n_rows = min(n_remaining, max(1, _MAX_WEIGHTS // n_cases))
+        draws = rng.multinomial(n_subjects, np.full(n_subjects, 1 / n_subjects), size=n_rows)  # (rows, subjects)
+        values.append(statistic(draws[:, case_index].astype(np.float64)))  # (rows, cases)
+        n_remaining -= n_rows
+    finite_values = np.concatenate(values)
+    finite_values = finite_values[np.isfinite(finite_values)]
+    if 2 * len(finite_values) >= resamples:
+        metric["ci_low"], metric["ci_high"] = (float(v) for v in np.percentile(finite_values, [2.5, 97.5]))
     return metric
 
 
 def mean_over_subjects(
-    values: Sequence[float | None], subjects: Sequence[str], *, seed: int = 0, resamples: int = RESAMPLES
+    values: Sequence[float | None], subjects: Sequence[str], *, seed: int = 0, resamples: int = N_RESAMPLES
 ) -> Metric:
-    """Mean over the cases that have a value, with its interval over their subjects; see `bootstrap`."""
-    kept = [(v, s) for v, s in zip(values, subjects, strict=True) if v is not None and np.isfinite(v)]
-    if not kept:
+    """Mean over the cases that have a value, with its interval over their subjects; see `bootstrap_interval`."""
+    defined_pairs = [(v, s) for v, s in zip(values, subjects, strict=True) if v is not None and np.isfinite(v)]
+    if not defined_pairs:
         return {"value": None, "ci_low": None, "ci_high": None, "n": 0}
-    numbers = np.array([v for v, _ in kept])
-    return bootstrap(lambda w: w @ numbers / w.sum(axis=1), [s for _, s in kept], seed=seed, resamples=resamples)
+    numbers = np.array([v for v, _ in defined_pairs])
+    return bootstrap_interval(
+        lambda w: w @ numbers / w.sum(axis=1), [s for _, s in defined_pairs], seed=seed, resamples=resamples
+    )
 
 
-def _finite(value: float) -> float | None:
+def _none_if_not_finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None

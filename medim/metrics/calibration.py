@@ -17,33 +17,33 @@ class Calibration:
     Attributes:
         edges: (B + 1,) of the bins, which are open below and closed above.
         counts: (B,) cases in each.
-        predicted: (B,) their mean probability; None where there is no case.
-        observed: (B,) the share of them that was right; None where there is no case.
+        mean_confidence: (B,) their mean probability; None where there is no case.
+        accuracy: (B,) the share of them that was right; None where there is no case.
         ece: expected calibration error, the mean |predicted - observed| over the cases.
     """
 
     edges: tuple[float, ...]
     counts: tuple[int, ...]
-    predicted: tuple[float | None, ...]
-    observed: tuple[float | None, ...]
+    mean_confidence: tuple[float | None, ...]
+    accuracy: tuple[float | None, ...]
     ece: float
 
 
-def calibration(probabilities: Array, labels: Array) -> Calibration:
+def compute_calibration(probabilities: Array, labels: Array) -> Calibration:
     """The calibration curve of a classifier; its `ece` is that of `medim.metrics.classification`.
 
     Args:
         probabilities: (N, K), rows sum to one; of several runs, one below the other.
         labels: (N,) class indices.
     """
-    confidence, hit = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
-    which = np.clip(np.ceil(confidence * ECE_BINS) - 1, 0, ECE_BINS - 1).astype(np.intp)
-    counts = np.bincount(which, minlength=ECE_BINS)
-    sums = [np.bincount(which, weights=values, minlength=ECE_BINS) for values in (confidence, hit)]
-    predicted, observed = (
+    confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    bins = np.clip(np.ceil(confidence * ECE_BINS) - 1, 0, ECE_BINS - 1).astype(np.intp)
+    counts = np.bincount(bins, minlength=ECE_BINS)
+    sums = [np.bincount(bins, weights=values, minlength=ECE_BINS) for values in (confidence, correct)]
+    mean_confidence, accuracy = (
         tuple(float(total / count) if count else None for total, count in zip(values, counts, strict=True))
         for values in sums
     )
     edges = tuple(float(edge) for edge in np.linspace(0, 1, ECE_BINS + 1))
     ece = float(np.abs(sums[0] - sums[1]).sum() / len(labels))
-    return Calibration(edges, tuple(int(count) for count in counts), predicted, observed, ece)
+    return Calibration(edges, tuple(int(count) for count in counts), mean_confidence, accuracy, ece)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from medim.metrics.ranking import Statistic, auroc, average_precision, ratio
+from medim.metrics.ranking import Statistic, auroc, average_precision, divide_or_nan
 from medim.types import Array
 
 ECE_BINS = 15
@@ -34,13 +34,13 @@ def classification_metrics(probabilities: Array, labels: Array) -> dict[str, flo
 
     if len(labels) == 0:
         return dict.fromkeys(("auroc", "average_precision", "accuracy", "balanced_accuracy", "f1", "ece"))
-    predicted, occurring = probabilities.argmax(axis=1), np.unique(labels)
-    ranked: dict[str, float | None] = {"auroc": None, "average_precision": None}
-    if len(occurring) > 1:
-        sides = [(labels == k, probabilities[:, k]) for k in _positives(probabilities, occurring)]
-        ranked["auroc"] = float(np.mean([roc_auc_score(*side) for side in sides]))
-        ranked["average_precision"] = float(np.mean([average_precision_score(*side) for side in sides]))
-    named = np.union1d(occurring, predicted)
+    predictions, present_classes = probabilities.argmax(axis=1), np.unique(labels)
+    ranking_metrics: dict[str, float | None] = {"auroc": None, "average_precision": None}
+    if len(present_classes) > 1:
+        sides = [(labels == k, probabilities[:, k]) for k in _positive_classes(probabilities, present_classes)]
+        ranking_metrics["auroc"] = float(np.mean([roc_auc_score(*side) for side in sides]))
+        ranking_metrics["average_precision"] = float(np.mean([average_precision_score(*side) for side in sides]))
+    class_union = np.union1d(present_classes, predictions)
     ece = multiclass_calibration_error(
         torch.from_numpy(probabilities.astype(np.float64)),
         torch.from_numpy(labels.astype(np.int64)),
@@ -48,10 +48,10 @@ def classification_metrics(probabilities: Array, labels: Array) -> dict[str, flo
         n_bins=ECE_BINS,
     )
     return {
-        **ranked,
-        "accuracy": float(accuracy_score(labels, predicted)),
-        "balanced_accuracy": float(recall_score(labels, predicted, labels=occurring, average="macro")),
-        "f1": float(f1_score(labels, predicted, labels=named, average="macro", zero_division=0.0)),
+        **ranking_metrics,
+        "accuracy": float(accuracy_score(labels, predictions)),
+        "balanced_accuracy": float(recall_score(labels, predictions, labels=present_classes, average="macro")),
+        "f1": float(f1_score(labels, predictions, labels=class_union, average="macro", zero_division=0.0)),
         "ece": float(ece),
     }
 
@@ -63,48 +63,63 @@ def classification_statistics(probabilities: Array, labels: Array) -> dict[str, 
         probabilities: (N, K).
         labels: (N,) class indices.
     """
-    predicted, occurring = probabilities.argmax(axis=1), np.unique(labels)
-    hit = (predicted == labels).astype(np.float64)
+    predictions, present_classes = probabilities.argmax(axis=1), np.unique(labels)
+    is_correct = (predictions == labels).astype(np.float64)
     confidence = probabilities.max(axis=1)
 
-    def mean_of(statistic: Callable[[Array, Array], Statistic]) -> Statistic:
+    def average_over_classes(statistic: Callable[[Array, Array], Statistic]) -> Statistic:
         """A ranking of each class against the rest, averaged; of two classes the second alone."""
-        of_class = [statistic(probabilities[:, k], labels == k) for k in _positives(probabilities, occurring)]
-        return lambda weights: np.asarray(np.mean([one(weights) for one in of_class], axis=0))
+        class_statistics = [
+            statistic(probabilities[:, k], labels == k) for k in _positive_classes(probabilities, present_classes)
+        ]
+        return lambda weights: np.asarray(
+            np.mean([class_statistic(weights) for class_statistic in class_statistics], axis=0)
+        )
 
-    def accuracy(weights: Array) -> Array:
-        return np.asarray(weights @ hit / weights.sum(axis=1))
+    def accuracy_statistic(weights: Array) -> Array:
+        return np.asarray(weights @ is_correct / weights.sum(axis=1))
 
-    def balanced_accuracy(weights: Array) -> Array:
+    def balanced_accuracy_statistic(weights: Array) -> Array:
         """Mean recall of the classes that occur; one that a resample lacks is left out of its mean."""
-        recalls = [ratio(weights @ (hit * (labels == k)), weights @ (labels == k)) for k in occurring]
-        return _nanmean(np.array(recalls))
+        recalls = [
+            divide_or_nan(weights @ (is_correct * (labels == k)), weights @ (labels == k)) for k in present_classes
+        ]
+        return _nan_mean(np.array(recalls))
 
-    def f1(weights: Array) -> Array:
+    def f1_statistic(weights: Array) -> Array:
         """Mean of 2 TP / (2 TP + FP + FN) over the classes that occur or are predicted, where a resample defines it."""
         scores = []
-        for k in np.union1d(occurring, predicted):
-            both = (labels == k).astype(np.float64) + (predicted == k)
-            scores.append(ratio(2 * weights @ (hit * (labels == k)), weights @ both))
-        return _nanmean(np.array(scores))
+        for k in np.union1d(present_classes, predictions):
+            denominator = (labels == k).astype(np.float64) + (predictions == k)
+            scores.append(divide_or_nan(2 * weights @ (is_correct * (labels == k)), weights @ denominator))
+        return _nan_mean(np.array(scores))
 
-    def ece(weights: Array) -> Array:
+    def ece_statistic(weights: Array) -> Array:
         """Sum of |Σ w (hit - confidence)| over the bins, which hold their upper ends, over that of the weights."""
-        gap = hit - confidence
-        which = np.clip(np.ceil(confidence * ECE_BINS) - 1, 0, ECE_BINS - 1)
-        gaps = sum(np.abs(weights @ (gap * (which == b))) for b in range(ECE_BINS))
+        gap = is_correct - confidence
+        bin_index = np.clip(np.ceil(confidence * ECE_BINS) - 1, 0, ECE_BINS - 1)
+        gaps = sum(np.abs(weights @ (gap * (bin_index == b))) for b in range(ECE_BINS))
         return np.asarray(gaps / weights.sum(axis=1))
 
-    ranked = {"auroc": mean_of(auroc), "average_precision": mean_of(average_precision)}
-    return {**ranked, "accuracy": accuracy, "balanced_accuracy": balanced_accuracy, "f1": f1, "ece": ece}
+    ranking_statistics = {
+        "auroc": average_over_classes(auroc),
+        "average_precision": average_over_classes(average_precision),
+    }
+    return {
+        **ranking_statistics,
+        "accuracy": accuracy_statistic,
+        "balanced_accuracy": balanced_accuracy_statistic,
+        "f1": f1_statistic,
+        "ece": ece_statistic,
+    }
 
 
-def _positives(probabilities: Array, occurring: Array) -> list[int]:
+def _positive_classes(probabilities: Array, present_classes: Array) -> list[int]:
     """The classes whose AUROC against the rest is averaged."""
-    return [1] if probabilities.shape[1] == 2 else [int(k) for k in occurring]
+    return [1] if probabilities.shape[1] == 2 else [int(k) for k in present_classes]
 
 
-def _nanmean(values: Array) -> Array:
+def _nan_mean(values: Array) -> Array:
     """Mean over the first axis of what is defined; NaN where nothing is."""
-    defined = np.isfinite(values)
-    return ratio(np.where(defined, values, 0.0).sum(axis=0), defined.sum(axis=0))
+    is_finite = np.isfinite(values)
+    return divide_or_nan(np.where(is_finite, values, 0.0).sum(axis=0), is_finite.sum(axis=0))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from medim.metrics.bootstrap import Metric, bootstrap
+from medim.metrics.bootstrap import Metric, bootstrap_interval
 from medim.metrics.ranking import Statistic, auroc, average_precision
 from medim.types import Array
 
@@ -36,25 +36,31 @@ def multi_label_metrics(
     """
     from sklearn.metrics import average_precision_score, roc_auc_score
 
-    exact = {"auroc": roc_auc_score, "average_precision": average_precision_score}
-    known = np.isfinite(labels)
+    sklearn_metrics = {"auroc": roc_auc_score, "average_precision": average_precision_score}
+    has_label = np.isfinite(labels)
     settings = {"seed": seed, "resamples": resamples}
-    means, single = {}, {}
+    means, by_finding = {}, {}
     for metric, ranking in RANKINGS.items():
         values = []
         for k, name in enumerate(classes):
-            rows = known[:, k]
-            scores, present, own = probabilities[rows, k], labels[rows, k] == 1, _chosen(subjects, rows)
+            rows = has_label[:, k]
+            scores, present, row_subjects = (
+                probabilities[rows, k],
+                labels[rows, k] == 1,
+                _select_subjects(subjects, rows),
+            )
             if present.any() and not present.all():
-                values.append(float(exact[metric](present, scores)))
-                single[f"{metric}_{name}"] = bootstrap(ranking(scores, present), own, value=values[-1], **settings)
+                values.append(float(sklearn_metrics[metric](present, scores)))
+                by_finding[f"{metric}_{name}"] = bootstrap_interval(
+                    ranking(scores, present), row_subjects, value=values[-1], **settings
+                )
             else:
-                single[f"{metric}_{name}"] = Metric(value=None, ci_low=None, ci_high=None, n=len(own))
-        any_known = np.asarray(known.any(axis=1))
-        statistic = mean_ranking(ranking, probabilities[any_known], labels[any_known])
+                by_finding[f"{metric}_{name}"] = Metric(value=None, ci_low=None, ci_high=None, n=len(row_subjects))
+        any_label = np.asarray(has_label.any(axis=1))
+        statistic = mean_ranking(ranking, probabilities[any_label], labels[any_label])
         mean = float(np.mean(values)) if values else None
-        means[metric] = bootstrap(statistic, _chosen(subjects, any_known), value=mean, **settings)
-    return means | single
+        means[metric] = bootstrap_interval(statistic, _select_subjects(subjects, any_label), value=mean, **settings)
+    return means | by_finding
 
 
 def mean_ranking(ranking: Callable[[Array, Array], Statistic], probabilities: Array, labels: Array) -> Statistic:
@@ -65,18 +71,23 @@ def mean_ranking(ranking: Callable[[Array, Array], Statistic], probabilities: Ar
         probabilities: (N, K).
         labels: (N, K) of 1, 0 and NaN.
     """
-    known = np.isfinite(labels)
-    both = [k for k in range(labels.shape[1]) if {0.0, 1.0} <= set(labels[known[:, k], k])]
-    of_finding = [(known[:, k], ranking(probabilities[known[:, k], k], labels[known[:, k], k] == 1)) for k in both]
+    has_label = np.isfinite(labels)
+    two_sided = [k for k in range(labels.shape[1]) if {0.0, 1.0} <= set(labels[has_label[:, k], k])]
+    finding_statistics = [
+        (has_label[:, k], ranking(probabilities[has_label[:, k], k], labels[has_label[:, k], k] == 1))
+        for k in two_sided
+    ]
 
-    def statistic(weights: Array) -> Array:
+    def mean_statistic(weights: Array) -> Array:
         """Each finding by the weights of the images where it is known; NaN where no finding has both sides."""
-        if not of_finding:
+        if not finding_statistics:
             return np.full(len(weights), np.nan)
-        return np.asarray(np.mean([one(weights[:, rows]) for rows, one in of_finding], axis=0))
+        return np.asarray(
+            np.mean([finding_statistic(weights[:, rows]) for rows, finding_statistic in finding_statistics], axis=0)
+        )
 
-    return statistic
+    return mean_statistic
 
 
-def _chosen(subjects: Sequence[str], rows: Array) -> list[str]:
-    return [subject for subject, taken in zip(subjects, rows, strict=True) if taken]
+def _select_subjects(subjects: Sequence[str], rows: Array) -> list[str]:
+    return [subject for subject, is_selected in zip(subjects, rows, strict=True) if is_selected]

@@ -1,6 +1,7 @@
 """What one score tells of two sides: present or absent, one class or the rest.
 
-A `Statistic` takes weights of the cases, many resamples at once, for `medim.metrics.bootstrap.bootstrap`; it is NaN
+A `Statistic` takes weights of the cases, many resamples at once, for `medim.metrics.bootstrap.bootstrap_interval`; it
+is NaN
 where a resample defines no value. An *operating point* is a threshold that gives a chosen sensitivity. It is chosen on
 the labels that were trained or selected on and then held against others: chosen on the cases that it is measured on,
 both its sensitivity and its specificity would be too good.
@@ -25,16 +26,16 @@ def auroc(scores: Array, positive: Array) -> Statistic:
         positive: (N,) bool.
     """
 
-    def statistic(weights: Array) -> Array:
+    def auroc_statistic(weights: Array) -> Array:
         """The weight of pairs in the right order, a tie for half, over that of all pairs of the two sides."""
-        above, below = _by_score(weights, scores, positive)
-        beaten = np.cumsum(below, axis=1) - below / 2
-        return ratio((above * beaten).sum(axis=1), above.sum(axis=1) * below.sum(axis=1))
+        above, below = _sum_by_score(weights, scores, positive)
+        n_lower = np.cumsum(below, axis=1) - below / 2
+        return divide_or_nan((above * n_lower).sum(axis=1), above.sum(axis=1) * below.sum(axis=1))
 
-    return statistic
+    return auroc_statistic
 
 
-def auroc_error(value: float, positives: int, negatives: int) -> float:
+def auroc_standard_error(value: float, positives: int, negatives: int) -> float:
     """Standard error of an AUROC over independent cases (Hanley and McNeil 1982).
 
     Args:
@@ -42,9 +43,9 @@ def auroc_error(value: float, positives: int, negatives: int) -> float:
         positives: cases of one side, 1 or more.
         negatives: of the other.
     """
-    both, square = value / (2 - value), 2 * value**2 / (1 + value)
-    spread = (positives - 1) * (both - value**2) + (negatives - 1) * (square - value**2)
-    return float(np.sqrt(max(0.0, value * (1 - value) + spread) / (positives * negatives)))
+    q1, q2 = value / (2 - value), 2 * value**2 / (1 + value)
+    variance_terms = (positives - 1) * (q1 - value**2) + (negatives - 1) * (q2 - value**2)
+    return float(np.sqrt(max(0.0, value * (1 - value) + variance_terms) / (positives * negatives)))
 
 
 def average_precision(scores: Array, positive: Array) -> Statistic:
@@ -57,18 +58,20 @@ def average_precision(scores: Array, positive: Array) -> Statistic:
         positive: (N,) bool.
     """
 
-    def statistic(weights: Array) -> Array:
+    def average_precision_statistic(weights: Array) -> Array:
         """Precision at the score of each positive, averaged by the positives' weight."""
-        above, below = (side[:, ::-1] for side in _by_score(weights, scores, positive))  # highest score first
-        found, called = above.cumsum(axis=1), (above + below).cumsum(axis=1)
-        precision = np.divide(found, called, out=np.zeros_like(found), where=called > 0)
+        above, below = (side[:, ::-1] for side in _sum_by_score(weights, scores, positive))  # highest score first
+        true_positives, predicted_positives = above.cumsum(axis=1), (above + below).cumsum(axis=1)
+        precision = np.divide(
+            true_positives, predicted_positives, out=np.zeros_like(true_positives), where=predicted_positives > 0
+        )
         sides = np.where(below.sum(axis=1) > 0, above.sum(axis=1), 0.0)
-        return ratio((above * precision).sum(axis=1), sides)
+        return divide_or_nan((above * precision).sum(axis=1), sides)
 
-    return statistic
+    return average_precision_statistic
 
 
-def threshold_at(scores: Array, positive: Array, sensitivity: float) -> float:
+def choose_threshold(scores: Array, positive: Array, sensitivity: float) -> float:
     """The highest threshold by which at least this share of the positives is called so (score >= threshold).
 
     Args:
@@ -88,34 +91,38 @@ def threshold_at(scores: Array, positive: Array, sensitivity: float) -> float:
             f"operating point: expected positive and negative cases to choose a threshold on, got "
             f"{int(positive.sum())} positive of {len(positive)}. Give a larger label budget."
         )
-    _, found, thresholds = roc_curve(positive, scores, drop_intermediate=False)
-    return float(thresholds[np.argmax(found >= sensitivity - 1e-9)])  # 0.7 of ten is 7, whatever 7 / 10 rounds to
+    _, sensitivities, thresholds = roc_curve(positive, scores, drop_intermediate=False)
+    return float(
+        thresholds[np.argmax(sensitivities >= sensitivity - 1e-9)]
+    )  # 0.7 of ten is 7, whatever 7 / 10 rounds to
 
 
-def operating_point(scores: Array, positive: Array, threshold: float) -> dict[str, Statistic]:
+def operating_point_statistics(scores: Array, positive: Array, threshold: float) -> dict[str, Statistic]:
     """`sensitivity` and `specificity` of calling positive what reaches a threshold chosen elsewhere.
 
     Args:
         scores: (N,).
         positive: (N,) bool.
-        threshold: of `threshold_at`, on other cases.
+        threshold: of `choose_threshold`, on other cases.
     """
-    called = scores >= threshold
-    sides = {"sensitivity": (called, positive), "specificity": (~called, ~positive)}
-    return {name: _share(right, side) for name, (right, side) in sides.items()}
+    is_positive = scores >= threshold
+    sides = {"sensitivity": (is_positive, positive), "specificity": (~is_positive, ~positive)}
+    return {name: _weighted_share(is_correct, side) for name, (is_correct, side) in sides.items()}
 
 
-def ratio(numerator: Array, denominator: Array) -> Array:
+def divide_or_nan(numerator: Array, denominator: Array) -> Array:
     """Quotients (R,), NaN where the denominator is not above 0."""
     undefined = np.full(len(numerator), np.nan)
     return np.asarray(np.divide(numerator, denominator, out=undefined, where=denominator > 0))
 
 
-def _share(right: Array, side: Array) -> Statistic:
-    return lambda weights: ratio(weights @ (right & side).astype(np.float64), weights @ side.astype(np.float64))
+def _weighted_share(is_correct: Array, side: Array) -> Statistic:
+    return lambda weights: divide_or_nan(
+        weights @ (is_correct & side).astype(np.float64), weights @ side.astype(np.float64)
+    )
 
 
-def _by_score(weights: Array, scores: Array, positive: Array) -> tuple[Array, Array]:
+def _sum_by_score(weights: Array, scores: Array, positive: Array) -> tuple[Array, Array]:
     """Weight of positives and of negatives at each distinct score, lowest first: two of (R, distinct scores)."""
     order = np.argsort(scores, kind="stable")
     starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # first case of each distinct score

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from medim.models.layers import pooled
+from medim.models.layers import pool_features
 from medim.types import Array
 
 BATCH_IMAGES, BATCH_VOXELS = 256, 1 << 22
-_SMALL = 1e-7
+_EPSILON = 1e-7
 
 
-def stacked(images: Iterable[Array]) -> Iterator[torch.Tensor]:
+def batch_images(images: Iterable[Array]) -> Iterator[torch.Tensor]:
     """Images of one shape that follow each other, in batches as large as memory likes.
 
     Args:
@@ -35,7 +35,7 @@ def stacked(images: Iterable[Array]) -> Iterator[torch.Tensor]:
 
 
 @torch.inference_mode()
-def extract(encoder: nn.Module, batches: Iterable[torch.Tensor], *, maps: Sequence[int] = ()) -> Array:
+def extract_features(encoder: nn.Module, batches: Iterable[torch.Tensor], *, maps: Sequence[int] = ()) -> Array:
     """The encoder's summaries of many images, joined by the mean and maximum of some maps.
 
     The encoder runs in evaluation mode, on the device its weights are on, and is left in the mode it came in.
@@ -51,12 +51,12 @@ def extract(encoder: nn.Module, batches: Iterable[torch.Tensor], *, maps: Sequen
     """
     weight = next(encoder.parameters(), None)
     device = torch.device("cpu") if weight is None else weight.device
-    training = encoder.training
+    was_training = encoder.training
     encoder.eval()
     try:
-        rows = [pooled(encoder(batch.to(device)), maps).float().cpu().numpy() for batch in batches]
+        rows = [pool_features(encoder(batch.to(device)), maps).float().cpu().numpy() for batch in batches]
     finally:
-        encoder.train(training)
+        encoder.train(was_training)
     return np.concatenate(rows) if rows else np.zeros((0, 0), dtype=np.float32)
 
 
@@ -90,7 +90,7 @@ def feature_std(features: Array) -> float:
     Args:
         features: (N, d).
     """
-    unit = _directions(features)
+    unit = _normalise_rows(features)
     return float(unit.std(axis=0).mean() * np.sqrt(unit.shape[1]))
 
 
@@ -103,7 +103,7 @@ def alignment(one: Array, other: Array) -> float:
         one: (N, d) features of a view of each image.
         other: (N, d) features of another view, in the same order.
     """
-    return float(((_directions(one) - _directions(other)) ** 2).sum(axis=1).mean())
+    return float(((_normalise_rows(one) - _normalise_rows(other)) ** 2).sum(axis=1).mean())
 
 
 def uniformity(features: Array) -> float:
@@ -115,11 +115,11 @@ def uniformity(features: Array) -> float:
     Args:
         features: (N, d), a row an image.
     """
-    unit = _directions(features)
+    unit = _normalise_rows(features)
     distance = 2 - 2 * (unit @ unit.T)[np.triu_indices(len(unit), k=1)]
     return float(np.log(np.exp(-2 * distance).mean())) if len(distance) else float("nan")
 
 
-def _directions(features: Array) -> Array:
+def _normalise_rows(features: Array) -> Array:
     rows = features.astype(np.float64)
-    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _SMALL))
+    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _EPSILON))

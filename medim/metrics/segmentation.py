@@ -59,26 +59,32 @@ def segmentation_metrics(
     for value, name in enumerate(classes, start=1):
         masks = prediction == value, truth == value
         if not (masks[0].any() and masks[1].any()):
-            same = 1.0 if masks[0].any() == masks[1].any() else 0.0
-            scores[name] = {"dice": same, "hd95": None, "surface_dice": same}
+            agreement_score = 1.0 if masks[0].any() == masks[1].any() else 0.0
+            scores[name] = {"dice": agreement_score, "hd95": None, "surface_dice": agreement_score}
             continue
-        ours, theirs = (torch.from_numpy(mask[_around(masks)][None, None]) for mask in masks)  # (1, 1, ...)
-        mm, near = [float(v) for v in spacing], [SURFACE_TOLERANCE_MM + _ROUNDING_MM]
+        prediction_mask, truth_mask = (
+            torch.from_numpy(mask[_bounding_box(masks)][None, None]) for mask in masks
+        )  # (1, 1, ...)
+        spacing_mm, tolerances = [float(v) for v in spacing], [SURFACE_TOLERANCE_MM + _ROUNDING_MM]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of MONAI, about its own internals
             scores[name] = {
-                "dice": float(compute_dice(ours, theirs)),
-                "hd95": float(compute_hausdorff_distance(ours, theirs, True, percentile=95, spacing=mm)),
-                "surface_dice": float(compute_surface_dice(ours, theirs, near, True, spacing=mm)),
+                "dice": float(compute_dice(prediction_mask, truth_mask)),
+                "hd95": float(
+                    compute_hausdorff_distance(prediction_mask, truth_mask, True, percentile=95, spacing=spacing_mm)
+                ),
+                "surface_dice": float(
+                    compute_surface_dice(prediction_mask, truth_mask, tolerances, True, spacing=spacing_mm)
+                ),
             }
     return scores
 
 
-def _around(masks: tuple[Array, Array]) -> tuple[slice, ...]:
+def _bounding_box(masks: tuple[Array, Array]) -> tuple[slice, ...]:
     """The box that holds both masks: what lies outside changes no metric and costs time."""
     union = masks[0] | masks[1]
     box = []
     for axis in range(union.ndim):
-        held = np.flatnonzero(union.any(axis=tuple(a for a in range(union.ndim) if a != axis)))
-        box.append(slice(int(held[0]), int(held[-1]) + 1))
+        indices = np.flatnonzero(union.any(axis=tuple(a for a in range(union.ndim) if a != axis)))
+        box.append(slice(int(indices[0]), int(indices[-1]) + 1))
     return tuple(box)

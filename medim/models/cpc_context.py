@@ -6,10 +6,10 @@ import torch
 from monai.networks.layers.factories import Conv, Pad
 from torch import nn
 
-from medim.models.layers import pointwise
+from medim.models.layers import build_pointwise_conv
 
 
-class Context(nn.Module):
+class ContextNetwork(nn.Module):
     """Gated convolutions, causal along the first axis: a cell knows rows up to its own, and nothing below.
 
     The vertical stack of the gated PixelCNN (van den Oord et al. 2016, arXiv 1606.05328, section 2.2), as CPC on images
@@ -25,7 +25,7 @@ class Context(nn.Module):
 
     def __init__(self, spatial_dims: int, channels: int, *, layers: int = 4) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_Gated(spatial_dims, channels) for _ in range(layers))
+        self.layers = nn.ModuleList(_GatedConvolution(spatial_dims, channels) for _ in range(layers))
 
     def forward(self, local: torch.Tensor) -> torch.Tensor:
         """Gather a map (N, C, rows, ...) into contexts of the same shape."""
@@ -34,21 +34,24 @@ class Context(nn.Module):
         return local
 
 
-class _Gated(nn.Module):
+class _GatedConvolution(nn.Module):
     """A gated convolution over a cell's row and the one above, added to its input."""
 
     def __init__(self, spatial_dims: int, channels: int) -> None:
         super().__init__()
-        others = spatial_dims - 1
-        padding = (1, 1) * others + (1, 0)  # the last axis first: both sides of the columns, the upper side of the rows
+        other_dims = spatial_dims - 1
+        padding = (1, 1) * other_dims + (
+            1,
+            0,
+        )  # the last axis first: both sides of the columns, the upper side of the rows
         self.causal = nn.Sequential(
             Pad[Pad.CONSTANTPAD, spatial_dims](padding, 0.0),
-            Conv[Conv.CONV, spatial_dims](channels, 2 * channels, (2, *(3,) * others)),
+            Conv[Conv.CONV, spatial_dims](channels, 2 * channels, (2, *(3,) * other_dims)),
         )
-        self.mix = pointwise(spatial_dims, channels, channels)
+        self.mix = build_pointwise_conv(spatial_dims, channels, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (N, C, rows, ...) to the same shape."""
         value, gate = self.causal(x).chunk(2, dim=1)
-        mixed: torch.Tensor = self.mix(torch.tanh(value) * torch.sigmoid(gate))
-        return x + mixed
+        update: torch.Tensor = self.mix(torch.tanh(value) * torch.sigmoid(gate))
+        return x + update

@@ -21,10 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from medim.types import UsageError
 
 OutputNorm = Literal["layer", "batch", "none"]
-_AT_ONCE = 2**24  # hidden units of pairs that a concat-and-convolve critic holds at a time
+_MAX_HIDDEN_UNITS = 2**24  # hidden units of pairs that a concat-and-convolve critic holds at a time
 
 
-class _Embedding(nn.Module):
+class _CriticEmbedding(nn.Module):
     """1x1 conv, BN, ReLU, 1x1 conv, plus a linear shortcut that starts as a noisy copy; then a norm over channels.
 
     `MI1x1ConvNet` of the DIM authors' code (nn_modules/mi_networks.py), over flattened locations (B, C, L).
@@ -83,8 +83,8 @@ class EncodeAndDot(nn.Module):
         clip: float = 0.0,
     ) -> None:
         super().__init__()
-        self.local = _Embedding(channels, width, local_norm)
-        self.summary = _Embedding(summary_channels, width, summary_norm)
+        self.local = _CriticEmbedding(channels, width, local_norm)
+        self.summary = _CriticEmbedding(summary_channels, width, summary_norm)
         self._scale = width**-0.5 if scaled else 1.0
         self._clip = clip
 
@@ -101,7 +101,9 @@ class EncodeAndDot(nn.Module):
         Returns:
             Scores (A, G, B, L) in fp32, and the mean of their squares before clipping (for a penalty).
         """
-        return _clipped(_dot(self.summary(summary), self.local(local), self._scale), pairs, self._clip)
+        return _clip_scores(
+            _score_dot_products(self.summary(summary), self.local(local), self._scale), pairs, self._clip
+        )
 
 
 class ConcatAndConvolve(nn.Module):
@@ -124,10 +126,10 @@ class ConcatAndConvolve(nn.Module):
         super().__init__()
         if not hidden or min(hidden) < 1:
             raise UsageError(f"concat_and_convolve.hidden: expected one or more widths above 0, got {list(hidden)}.")
-        self._sides = [channels, summary_channels]
-        self._widest = max(hidden)
+        self._input_widths = [channels, summary_channels]
+        self._max_width = max(hidden)
         self._clip = clip
-        self.hidden = nn.ModuleList(nn.Linear(*widths) for widths in pairwise((sum(self._sides), *hidden)))
+        self.hidden = nn.ModuleList(nn.Linear(*widths) for widths in pairwise((sum(self._input_widths), *hidden)))
         self.score = nn.Linear(hidden[-1], 1)
 
     def forward(
@@ -143,40 +145,60 @@ class ConcatAndConvolve(nn.Module):
         Returns:
             Scores (A, G, B, L) in fp32, 0 where no pair is scored, and the mean of their squares before clipping.
         """
-        first: Any = self.hidden[0]
-        of_local, of_summary = first.weight.split(self._sides, dim=1)
-        left = _wide(linear(summary.transpose(1, 2).flatten(0, 1), of_summary))  # (A G, hidden)
-        right = _wide(linear(local.transpose(1, 2).flatten(0, 1), of_local, first.bias))  # (B L, hidden)
+        first_layer: Any = self.hidden[0]
+        local_weight, summary_weight = first_layer.weight.split(self._input_widths, dim=1)
+        summary_hidden = _promote_to_float32(
+            linear(summary.transpose(1, 2).flatten(0, 1), summary_weight)
+        )  # (A G, hidden)
+        local_hidden = _promote_to_float32(
+            linear(local.transpose(1, 2).flatten(0, 1), local_weight, first_layer.bias)
+        )  # (B L, hidden)
         shape = (summary.shape[0], summary.shape[2], local.shape[0], local.shape[2])
         if torch.compiler.is_exporting():  # a graph takes any number of pairs, and has no loop over blocks of them
-            return _clipped(self._rest(left[:, None] + right).reshape(shape), pairs, self._clip)
-        chosen = None if pairs is None else pairs.expand(shape).flatten().nonzero().squeeze(1)
-        count = math.prod(shape) if chosen is None else len(chosen)
-        size = max(1, _AT_ONCE // self._widest)
-        blocks = [(left, right, chosen, start, min(start + size, count)) for start in range(0, max(count, 1), size)]
+            return _clip_scores(
+                self._score_hidden(summary_hidden[:, None] + local_hidden).reshape(shape), pairs, self._clip
+            )
+        pair_indices = None if pairs is None else pairs.expand(shape).flatten().nonzero().squeeze(1)
+        count = math.prod(shape) if pair_indices is None else len(pair_indices)
+        block_size = max(1, _MAX_HIDDEN_UNITS // self._max_width)
+        blocks = [
+            (summary_hidden, local_hidden, pair_indices, start, min(start + block_size, count))
+            for start in range(0, max(count, 1), block_size)
+        ]
         if len(blocks) == 1:
-            scores = self._score(*blocks[0])
+            scores = self._score_block(*blocks[0])
         else:  # hidden units are made anew on the way back
-            scores = torch.cat([checkpoint(self._score, *block, use_reentrant=False) for block in blocks])
-        if chosen is not None:
-            scores = scores.new_zeros(math.prod(shape)).index_copy(0, chosen, scores)
-        return _clipped(scores.reshape(shape), pairs, self._clip)
+            scores = torch.cat([checkpoint(self._score_block, *block, use_reentrant=False) for block in blocks])
+        if pair_indices is not None:
+            scores = scores.new_zeros(math.prod(shape)).index_copy(0, pair_indices, scores)
+        return _clip_scores(scores.reshape(shape), pairs, self._clip)
 
-    def _score(
-        self, left: torch.Tensor, right: torch.Tensor, chosen: torch.Tensor | None, start: int, stop: int
+    def _score_block(
+        self,
+        summary_hidden: torch.Tensor,
+        local_hidden: torch.Tensor,
+        pair_indices: torch.Tensor | None,
+        start: int,
+        stop: int,
     ) -> torch.Tensor:
-        """Scores of some of the chosen pairs (None: of all), counted row by row of `left`."""
-        pair = torch.arange(start, stop, device=left.device) if chosen is None else chosen[start:stop]
+        """Scores of some of the chosen pairs (None: of all), counted row by row of `summary_hidden`."""
+        pair = (
+            torch.arange(start, stop, device=summary_hidden.device)
+            if pair_indices is None
+            else pair_indices[start:stop]
+        )
         # A look-up as of words: its gradient adds up in a fixed order on every device.
-        x = embedding(pair.div(len(right), rounding_mode="floor"), left) + embedding(pair % len(right), right)
-        return self._rest(x)
+        x = embedding(pair.div(len(local_hidden), rounding_mode="floor"), summary_hidden) + embedding(
+            pair % len(local_hidden), local_hidden
+        )
+        return self._score_hidden(x)
 
-    def _rest(self, x: torch.Tensor) -> torch.Tensor:
+    def _score_hidden(self, x: torch.Tensor) -> torch.Tensor:
         """Scores (...) of what the first layer made of pairs, (..., hidden[0])."""
         for layer in self.hidden[1:]:
             x = layer(x.relu_())
         with torch.autocast(x.device.type, enabled=False):
-            scores: torch.Tensor = self.score(_wide(x).relu_()).squeeze(-1)
+            scores: torch.Tensor = self.score(_promote_to_float32(x).relu_()).squeeze(-1)
         return scores
 
 
@@ -200,8 +222,8 @@ class Bilinear(nn.Module):
         self, local: torch.Tensor, summary: torch.Tensor, pairs: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Score every pair; see `EncodeAndDot`."""
-        turned = self.weight(summary.transpose(1, 2)).transpose(1, 2)  # (A, C, G)
-        return _clipped(_dot(turned, local, self._scale), pairs, self._clip)
+        projection = self.weight(summary.transpose(1, 2)).transpose(1, 2)  # (A, C, G)
+        return _clip_scores(_score_dot_products(projection, local, self._scale), pairs, self._clip)
 
 
 CRITICS: dict[str, Callable[..., nn.Module]] = {
@@ -211,13 +233,13 @@ CRITICS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def _dot(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+def _score_dot_products(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
     """Scaled dot products (A, G, B, L) of (A, U, G) and (B, U, L), in fp32."""
     with torch.autocast(left.device.type, enabled=False):
-        return torch.einsum("aug,bul->agbl", _wide(left) * scale, _wide(right))
+        return torch.einsum("aug,bul->agbl", _promote_to_float32(left) * scale, _promote_to_float32(right))
 
 
-def _clipped(scores: torch.Tensor, pairs: torch.Tensor | None, clip: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _clip_scores(scores: torch.Tensor, pairs: torch.Tensor | None, clip: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores softly within +-clip (0: as they are), and the mean of the squares they had, over the pairs given."""
     if pairs is None:
         square = scores.square().mean()
@@ -226,6 +248,6 @@ def _clipped(scores: torch.Tensor, pairs: torch.Tensor | None, clip: float) -> t
     return (clip * torch.tanh(scores / clip) if clip else scores), square
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def _promote_to_float32(x: torch.Tensor) -> torch.Tensor:
     """At least fp32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -83,9 +83,12 @@ class ImageDecoder(nn.Module):
         self._shape = shape
         self._grid = (channels[0], *(math.ceil(side / stride) for side in shape))
         self.to_grid = nn.Linear(summary_channels, math.prod(self._grid), bias=False)
-        layers = [_norm_relu(dims, channels[0], norm)]
+        layers = [_build_norm_relu(dims, channels[0], norm)]
         for before, after in pairwise(channels):
-            layers += [Conv[Conv.CONVTRANS, dims](before, after, 4, 2, 1, bias=False), _norm_relu(dims, after, norm)]
+            layers += [
+                Conv[Conv.CONVTRANS, dims](before, after, 4, 2, 1, bias=False),
+                _build_norm_relu(dims, after, norm),
+            ]
         self.layers = nn.Sequential(*layers, Conv[Conv.CONV, dims](channels[-1], out_channels, 3, padding=1))
 
     def forward(self, summary: torch.Tensor) -> torch.Tensor:
@@ -94,7 +97,7 @@ class ImageDecoder(nn.Module):
         return image[(slice(None), slice(None), *(slice(side) for side in self._shape))]
 
 
-def _norm_relu(spatial_dims: int, channels: int, norm: Norm) -> nn.Module:
+def _build_norm_relu(spatial_dims: int, channels: int, norm: Norm) -> nn.Module:
     return nn.Sequential(get_norm_layer(norm_spec(norm), spatial_dims, channels), nn.ReLU(inplace=True))
 
 

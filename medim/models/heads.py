@@ -15,7 +15,7 @@ from monai.losses.dice import DiceCELoss
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from medim.models.layers import check_level, pointwise, pooled
+from medim.models.layers import build_pointwise_conv, check_level, pool_features
 from medim.types import Features
 
 
@@ -105,8 +105,8 @@ class ClassificationHead(nn.Module):
 
     def inputs(self, features: Features) -> torch.Tensor:
         """Summary, and mean and maximum of the maps asked for, through the hidden layers: (N, d)."""
-        seen: torch.Tensor = self.hidden(pooled(features, self.maps))
-        return seen
+        inputs: torch.Tensor = self.hidden(pool_features(features, self.maps))
+        return inputs
 
     @torch.no_grad()
     def start_from(self, probe: LinearProbe) -> None:
@@ -145,7 +145,7 @@ class SegmentationHead(nn.Module):
 
     def __init__(self, channels: tuple[int, ...], spatial_dims: int, out_channels: int) -> None:
         super().__init__()
-        self.conv: Any = pointwise(spatial_dims, channels[0], out_channels)
+        self.conv: Any = build_pointwise_conv(spatial_dims, channels[0], out_channels)
         self._loss = DiceCELoss(to_onehot_y=True, softmax=True, batch=True, include_background=False)
 
     def forward(self, features: Features) -> torch.Tensor:

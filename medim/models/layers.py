@@ -18,7 +18,7 @@ from medim.types import Features, UsageError
 Norm = Literal["bn", "in", "gn", "none"]
 Activation = Literal["relu", "leaky_relu"]
 Pooling = Literal["flatten", "mean_max"]
-Layers = Sequence[tuple[int, int, int]]  # kernel size, stride and padding of each, in order
+ConvGeometry = Sequence[tuple[int, int, int]]  # kernel size, stride and padding of each, in order
 
 
 def norm_spec(norm: Norm) -> str | tuple[str, dict[str, object]]:
@@ -32,13 +32,13 @@ def norm_spec(norm: Norm) -> str | tuple[str, dict[str, object]]:
     return names[norm]
 
 
-def normalisation(norm: Norm, spatial_dims: int, channels: int) -> nn.Module:
+def build_norm(norm: Norm, spatial_dims: int, channels: int) -> nn.Module:
     """A normalisation of maps (N, channels, ...); none is the identity."""
     layer: nn.Module = get_norm_layer(norm_spec(norm), spatial_dims, channels)
     return layer
 
 
-def conv(
+def build_conv_block(
     spatial_dims: int,
     in_channels: int,
     out_channels: int,
@@ -64,16 +64,16 @@ def conv(
         bias=norm == "none",
     )
     act = nn.ReLU(inplace=True) if activation == "relu" else nn.LeakyReLU(0.2, inplace=True)
-    return nn.Sequential(layer, normalisation(norm, spatial_dims, out_channels), act)
+    return nn.Sequential(layer, build_norm(norm, spatial_dims, out_channels), act)
 
 
-def pointwise(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
+def build_pointwise_conv(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
     """A linear layer at every voxel."""
     layer: nn.Module = Conv[Conv.CONV, spatial_dims](in_channels, out_channels, 1)
     return layer
 
 
-def unpadded(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
+def build_unpadded_conv(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
     """A 3x3 convolution that sees whole neighbourhoods only; the grid loses a cell on every side."""
     layer: nn.Module = Conv[Conv.CONV, spatial_dims](in_channels, out_channels, 3)
     return layer
@@ -102,7 +102,7 @@ def check_level(name: str, level: int, count: int) -> int:
     return level % count
 
 
-def channels_last(module: nn.Module) -> None:
+def use_channels_last(module: nn.Module) -> None:
     """Lay the weights of convolutions out channels last, in place, which makes most steps cheaper.
 
     Measured by `benchmarks/layout_and_precision.py`.
@@ -113,13 +113,13 @@ def channels_last(module: nn.Module) -> None:
             weight.data = weight.data.contiguous(memory_format=layout)
 
 
-def pool(map_: torch.Tensor) -> torch.Tensor:
+def pool_map(map_: torch.Tensor) -> torch.Tensor:
     """Mean and maximum over the grid of a map: (N, C, ...) to (N, 2 C); exportable to ONNX at any size."""
     axes = tuple(range(2, map_.ndim))
     return torch.cat([map_.mean(axes), map_.amax(axes)], dim=1)
 
 
-def pooled(features: Features, maps: Sequence[int]) -> torch.Tensor:
+def pool_features(features: Features, maps: Sequence[int]) -> torch.Tensor:
     """The summary, joined by the mean and maximum of some maps.
 
     Args:
@@ -129,14 +129,14 @@ def pooled(features: Features, maps: Sequence[int]) -> torch.Tensor:
     Returns:
         (N, summary_channels + 2 * the channels of these maps).
     """
-    return torch.cat([features.summary, *(pool(features.maps[level]) for level in maps)], dim=1)
+    return torch.cat([features.summary, *(pool_map(features.maps[level]) for level in maps)], dim=1)
 
 
-class Summary(nn.Sequential):
+class SummaryNetwork(nn.Sequential):
     """The last map to the summary: pool, hidden layers (Linear, BN, ReLU), Linear.
 
     Args:
-        features: length of the pooled map: see `flat_size`, or twice its channels for `mean_max`.
+        features: length of the pooled map: see `count_flat_features`, or twice its channels for `mean_max`.
         pooling: `flatten` the map, or `mean_max`, its mean and maximum over the grid.
         hidden: widths of the hidden layers.
         out_channels: length of the summary; 0 leaves the last linear layer out.
@@ -158,18 +158,18 @@ class Summary(nn.Sequential):
 
     def forward(self, map_: torch.Tensor) -> torch.Tensor:
         """(N, C, ...) to (N, out_channels)."""
-        x = map_.flatten(1) if self._flatten else pool(map_)
+        x = map_.flatten(1) if self._flatten else pool_map(map_)
         for layer in self:
             x = layer(x)
         return x
 
 
-def maps_of(stages: Iterable[nn.Module], image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def compute_maps(stages: Iterable[nn.Module], image: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What each stage of a chain makes of the one before, from images (N, C, ...): maps (N, channels[i], ...)."""
     return tuple(accumulate(stages, lambda map_, stage: stage(map_), initial=image))[1:]
 
 
-def flat_size(stages: Iterable[nn.Module], in_channels: int, shape: Sequence[int]) -> int:
+def count_flat_features(stages: Iterable[nn.Module], in_channels: int, shape: Sequence[int]) -> int:
     """Length of the flattened map that stages make of an image of some spatial shape; found by running them."""
     chain = nn.Sequential(*stages).eval()
     with torch.no_grad():
@@ -178,12 +178,12 @@ def flat_size(stages: Iterable[nn.Module], in_channels: int, shape: Sequence[int
     return size
 
 
-def level_strides(levels: Sequence[Layers]) -> tuple[int, ...]:
+def compute_level_strides(levels: Sequence[ConvGeometry]) -> tuple[int, ...]:
     """Voxels between neighbouring cells of each map of an encoder, from the layers that each map adds."""
     return tuple(accumulate((math.prod(stride for _, stride, _ in layers) for layers in levels), mul))
 
 
-def receptive_field(layers: Layers) -> tuple[int, float]:
+def compute_receptive_field(layers: ConvGeometry) -> tuple[int, float]:
     """What the first output cell of a chain of convolutions sees: its side and its middle, in input voxels.
 
     The middle is a place on an axis whose first voxel lies at 0; padding moves it to the front.
@@ -196,21 +196,21 @@ def receptive_field(layers: Layers) -> tuple[int, float]:
     return side, middle
 
 
-def level_field(levels: Sequence[Layers], level: int) -> int:
+def level_receptive_field(levels: Sequence[ConvGeometry], level: int) -> int:
     """Side of what a cell of map `level` sees, in voxels, from the layers that each map adds."""
-    return _field(levels, level)[0]
+    return _compute_level_field(levels, level)[0]
 
 
-def level_origins(levels: Sequence[Layers]) -> tuple[float, ...]:
+def compute_level_origins(levels: Sequence[ConvGeometry]) -> tuple[float, ...]:
     """Middle of what the first cell of each map sees, in voxels, from the layers that each map adds."""
-    return tuple(_field(levels, level)[1] for level in range(len(levels)))
+    return tuple(_compute_level_field(levels, level)[1] for level in range(len(levels)))
 
 
-def _field(levels: Sequence[Layers], level: int) -> tuple[int, float]:
-    return receptive_field([layer for layers in levels[: level + 1] for layer in layers])
+def _compute_level_field(levels: Sequence[ConvGeometry], level: int) -> tuple[int, float]:
+    return compute_receptive_field([layer for layers in levels[: level + 1] for layer in layers])
 
 
-def in_mm(fields: Sequence[int], spacing: Sequence[float] | None) -> list[list[float]] | None:
+def convert_to_mm(fields: Sequence[int], spacing: Sequence[float] | None) -> list[list[float]] | None:
     """Receptive fields in mm.
 
     Args:

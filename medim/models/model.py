@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from medim.config import Section, build
+from medim.config import Section, build_from_section
 from medim.models.decoders import DECODERS
 from medim.models.encoders import ENCODERS
 from medim.models.heads import HEADS
@@ -24,18 +24,18 @@ class Model(nn.Module):
         self.encoder = encoder
         self.decoder = decoder
         self.head = head
-        self._frozen: tuple[nn.Module, ...] = ()
+        self._frozen_parts: tuple[nn.Module, ...] = ()
 
     def freeze(self, parts: Sequence[nn.Module]) -> None:
         """Keep some parts bit by bit as they are: no gradients, and norms by the statistics they came with."""
-        self._frozen = tuple(parts)  # a tuple, so that they are not registered a second time
+        self._frozen_parts = tuple(parts)  # a tuple, so that they are not registered a second time
         for part in parts:
             part.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Model:
         """Training mode, but for what is frozen."""
         super().train(mode)
-        for part in self._frozen:
+        for part in self._frozen_parts:
             part.eval()
         return self
 
@@ -49,20 +49,20 @@ class Model(nn.Module):
         return logits
 
 
-def as_run(module: nn.Module) -> Callable[[Array], Array]:
+def as_numpy_function(module: nn.Module) -> Callable[[Array], Array]:
     """A module as a function of numpy arrays (N, C, ...), on the module's own device and without gradients.
 
     An encoder's answer is its summary.
     """
     device = next(module.parameters()).device
 
-    def run(image: Array) -> Array:
+    def run_module(image: Array) -> Array:
         with torch.inference_mode():
             answer = module(torch.from_numpy(np.ascontiguousarray(image, np.float32)).to(device))
-        found = answer.summary if isinstance(answer, Features) else answer
-        return np.asarray(found.float().cpu().numpy())
+        output = answer.summary if isinstance(answer, Features) else answer
+        return np.asarray(output.float().cpu().numpy())
 
-    return run
+    return run_module
 
 
 def build_encoder(spec: dict[str, Any]) -> nn.Module:
@@ -71,7 +71,7 @@ def build_encoder(spec: dict[str, Any]) -> nn.Module:
     Args:
         spec: `encoder` (section of ENCODERS), `in_channels`, `spatial_dims`, `input_shape`.
     """
-    return build(
+    return build_from_section(
         ENCODERS,
         spec["encoder"],
         in_channels=spec["in_channels"],
@@ -82,7 +82,9 @@ def build_encoder(spec: dict[str, Any]) -> nn.Module:
 
 def build_decoder(section: Section, encoder: Any, spatial_dims: int) -> nn.Module:
     """Make a decoder with fresh weights for an encoder's maps."""
-    return build(DECODERS, section, channels=encoder.channels, strides=encoder.strides, spatial_dims=spatial_dims)
+    return build_from_section(
+        DECODERS, section, channels=encoder.channels, strides=encoder.strides, spatial_dims=spatial_dims
+    )
 
 
 def build_model(spec: dict[str, Any]) -> Model:
@@ -94,7 +96,7 @@ def build_model(spec: dict[str, Any]) -> Model:
     encoder: Any = build_encoder(spec)
     decoder: Any = build_decoder(spec["decoder"], encoder, spec["spatial_dims"]) if spec["decoder"] else None
     channels = (decoder.out_channels,) if decoder else encoder.channels
-    head = build(
+    head = build_from_section(
         HEADS,
         spec["head"],
         channels=channels,

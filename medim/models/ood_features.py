@@ -12,10 +12,10 @@ from torch import nn
 from medim.models.model import Model
 from medim.types import Array, Features
 
-WATCHED = "watched"  # name of the output
+OOD_FEATURES = "watched"  # name of the output
 
 
-def watched(features: Features) -> torch.Tensor:
+def ood_features(features: Features) -> torch.Tensor:
     """The summary, joined by the mean of every map over its grid: (N, summary_channels + sum of channels).
 
     The summary alone does not tell what its training had it ignore; the maps still hold it.
@@ -24,7 +24,7 @@ def watched(features: Features) -> torch.Tensor:
     return torch.cat([features.summary, *means], dim=1)
 
 
-class Watched(nn.Module):
+class WithOODFeatures(nn.Module):
     """An encoder or a model with a flat tuple of outputs: the answer first, what is watched last.
 
     Args:
@@ -39,28 +39,28 @@ class Watched(nn.Module):
     def outputs(self) -> tuple[str, ...]:
         """A name for each output."""
         if isinstance(self.source, Model):
-            return ("logits", WATCHED)
+            return ("logits", OOD_FEATURES)
         encoder: Any = self.source
-        return ("summary", *(f"map_{level}" for level in range(len(encoder.channels))), WATCHED)
+        return ("summary", *(f"map_{level}" for level in range(len(encoder.channels))), OOD_FEATURES)
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(logits, watched) of a model, (summary, *maps, watched) of an encoder, for (N, in_channels, ...)."""
         if isinstance(self.source, Model):
             features: Features = self.source.encoder(image)
-            return self.source.logits(features), watched(features)
+            return self.source.logits(features), ood_features(features)
         features = self.source(image)
-        return features.summary, *features.maps, watched(features)
+        return features.summary, *features.maps, ood_features(features)
 
 
-def as_watched_run(source: nn.Module) -> Callable[[Array], tuple[Array, Array]]:
+def as_numpy_predictor(source: nn.Module) -> Callable[[Array], tuple[Array, Array]]:
     """An encoder or model as a function of numpy arrays (N, C, ...): the answer, and what is watched (N, F)."""
-    network = Watched(source)
+    network = WithOODFeatures(source)
     device = next(source.parameters()).device
 
-    def run(image: Array) -> tuple[Array, Array]:
+    def run_network(image: Array) -> tuple[Array, Array]:
         with torch.inference_mode():
-            found = network(torch.from_numpy(np.ascontiguousarray(image, np.float32)).to(device))
-        answer, features = (np.asarray(out.float().cpu().numpy()) for out in (found[0], found[-1]))
+            outputs = network(torch.from_numpy(np.ascontiguousarray(image, np.float32)).to(device))
+        answer, features = (np.asarray(out.float().cpu().numpy()) for out in (outputs[0], outputs[-1]))
         return answer, features
 
-    return run
+    return run_network

@@ -3,7 +3,7 @@
 `RUN/encoder/` holds `encoder.safetensors` and `encoder.json`; `RUN/model/` holds `model.safetensors` and
 `model.json`. The JSON is the *spec*: `kind` (encoder, segmenter, classifier), `encoder`, `decoder`, `head` (sections
 of the tables), `in_channels`, `out_channels`, `spatial_dims`, `input_shape`, `preprocessing`, `inference`, `classes`,
-`modality`, `provenance`, `sha256`.
+`modality`, `provenance`, `file_sha256`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import nn
 
-from medim.files import read_json, sha256, write_bytes, write_json
+from medim.files import file_sha256, read_json, write_bytes, write_json
 from medim.models.model import Model, build_encoder, build_model
 from medim.types import UserError
 
 SCHEMA_VERSION = 1
 
 
-def save(folder: Path, name: str, module: nn.Module, spec: dict[str, Any]) -> None:
+def save_model(folder: Path, name: str, module: nn.Module, spec: dict[str, Any]) -> None:
     """Write `name.safetensors` and, after it, `name.json`.
 
     The weights carry no metadata, so that the same weights are the same bytes.
@@ -37,10 +37,10 @@ def save(folder: Path, name: str, module: nn.Module, spec: dict[str, Any]) -> No
     write_bytes(
         weights, safetensors.torch.save({key: value.contiguous() for key, value in module.state_dict().items()})
     )
-    write_json(folder / f"{name}.json", {"schema_version": SCHEMA_VERSION, **spec, "sha256": sha256(weights)})
+    write_json(folder / f"{name}.json", {"schema_version": SCHEMA_VERSION, **spec, "sha256": file_sha256(weights)})
 
 
-def find(path: Path) -> tuple[Path, dict[str, Any]]:
+def locate_weights(path: Path) -> tuple[Path, dict[str, Any]]:
     """Weights and spec of a run, a run's `encoder/` or `model/` folder, or a package.
 
     Raises:
@@ -50,10 +50,10 @@ def find(path: Path) -> tuple[Path, dict[str, Any]]:
         for name in ("model", "encoder"):
             if (folder / f"{name}.json").is_file():
                 weights, spec = folder / f"{name}.safetensors", read_json(folder / f"{name}.json")
-                return checked(weights, spec["sha256"]), spec
+                return verify_sha256(weights, spec["sha256"]), spec
     if (path / "medim.json").is_file():
         spec = read_json(path / "medim.json")["architecture"]
-        return checked(path / "models" / "model.safetensors", spec["sha256"]), spec
+        return verify_sha256(path / "models" / "model.safetensors", spec["sha256"]), spec
     raise UserError(f"{path}: expected a finished run (RUN/encoder or RUN/model) or a package, found neither.")
 
 
@@ -69,8 +69,8 @@ def load_weights(module: nn.Module, weights: Path, *, prefix: str = "") -> None:
         UserError: the file is damaged, or its keys or shapes are not the module's.
     """
     try:
-        found = safetensors.torch.load_file(weights)
-        module.load_state_dict({k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)})
+        tensors = safetensors.torch.load_file(weights)
+        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     except SafetensorError as error:
         raise UserError(f"{weights}: expected a safetensors file ({error}). Copy it again.") from error
     except RuntimeError as error:
@@ -81,9 +81,9 @@ def load_model(path: Path) -> tuple[Model, dict[str, Any]]:
     """The fine-tuned model of a run or a package, in evaluation mode, and its spec.
 
     Raises:
-        UserError: see `find`; or there is an encoder alone.
+        UserError: see `locate_weights`; or there is an encoder alone.
     """
-    weights, spec = find(Path(path))
+    weights, spec = locate_weights(Path(path))
     if spec["kind"] == "encoder":
         raise UserError(
             f"{path}: expected a fine-tuned model, got an encoder alone. Run `medim finetune --encoder {path}` first."
@@ -107,7 +107,7 @@ def load_encoder(path: str | Path) -> nn.Module:
     Raises:
         UserError: nothing usable lies at `path`, or it is damaged.
     """
-    weights, spec = find(Path(path))
+    weights, spec = locate_weights(Path(path))
     encoder: Any
     if spec["kind"] == "encoder":
         encoder = build_encoder(spec)
@@ -118,7 +118,7 @@ def load_encoder(path: str | Path) -> nn.Module:
     return encoder.eval()
 
 
-def checked(weights: Path, expected: str) -> Path:
+def verify_sha256(weights: Path, expected: str) -> Path:
     """The file itself, where its bytes are those whose sha256 was recorded.
 
     Raises:
@@ -126,7 +126,7 @@ def checked(weights: Path, expected: str) -> Path:
     """
     if not weights.is_file():
         raise UserError(f"{weights}: the weights are missing; copy the folder again.")
-    if sha256(weights) != expected:
+    if file_sha256(weights) != expected:
         raise UserError(
             f"{weights}: its sha256 is not the one recorded beside it; the file was changed or damaged. Copy it again."
         )

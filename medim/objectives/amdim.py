@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from medim.models.layers import check_level
-from medim.objectives.mutual_information import classes, infonce, retrieval
+from medim.objectives.mutual_information import compute_retrieval, count_classes, infonce
 from medim.objectives.objective import Encode, Term
 from medim.types import UsageError, Views
 
@@ -53,7 +53,7 @@ class AMDIM(nn.Module):
         same = summary_channels == width
         linear = nn.Identity() if same else nn.Linear(summary_channels, width, bias=False)
         self.summary = nn.Sequential(linear, nn.BatchNorm1d(width))
-        self.heads = nn.ModuleList(_Head(channels[level], width) for level in self._levels)
+        self.heads = nn.ModuleList(_ProjectionHead(channels[level], width) for level in self._levels)
 
     def forward(self, encode: Encode, views: Views) -> dict[str, Term]:
         """Term `amdim`: the sum of three cross-entropies in nats, each the mean of both directions, and the penalty.
@@ -72,16 +72,18 @@ class AMDIM(nn.Module):
             "first_to_first": (source, first),
         }
         loss, chance = torch.zeros((), device=first.device), 0.0
-        diagnostics, right = {}, []
-        for name, (one, other) in pairs.items():
-            scored = [self._score(one[v::2], other[1 - v :: 2]) for v in (0, 1)]
-            bound = torch.stack([infonce(scores) for scores, _ in scored]).mean()
-            most = math.log(classes(scored[0][0]))
-            loss = loss + most - bound + self._penalty * torch.stack([square for _, square in scored]).mean()
-            chance += most
+        diagnostics, hit_rates = {}, []
+        for name, (sources, targets) in pairs.items():
+            score_pairs = [self._score(sources[v::2], targets[1 - v :: 2]) for v in (0, 1)]
+            bound = torch.stack([infonce(scores) for scores, _ in score_pairs]).mean()
+            log_classes = math.log(count_classes(score_pairs[0][0]))
+            loss = (
+                loss + log_classes - bound + self._penalty * torch.stack([square for _, square in score_pairs]).mean()
+            )
+            chance += log_classes
             diagnostics[name] = bound.detach()
-            right += [retrieval(scores) for scores, _ in scored]
-        diagnostics["retrieval"] = torch.stack(right).mean()
+            hit_rates += [compute_retrieval(scores) for scores, _ in score_pairs]
+        diagnostics["retrieval"] = torch.stack(hit_rates).mean()
         return {"amdim": Term(loss, chance, diagnostics)}
 
     def _score(self, source: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,7 +94,7 @@ class AMDIM(nn.Module):
             return (self._clip * torch.tanh(scores / self._clip) if self._clip else scores), square
 
 
-class _Head(nn.Module):
+class _ProjectionHead(nn.Module):
     """1x1 conv, ReLU, 1x1 conv that starts at 0, plus a linear shortcut that starts as a noisy copy; then BN.
 
     `FakeRKHSConvNet` of the AMDIM authors' code (model.py), over flattened locations; biases that BN takes out again
@@ -101,9 +103,9 @@ class _Head(nn.Module):
 
     def __init__(self, in_channels: int, width: int) -> None:
         super().__init__()
-        last = nn.Conv1d(width, width, 1, bias=False)
-        nn.init.zeros_(last.weight)
-        self.block = nn.Sequential(nn.Conv1d(in_channels, width, 1, bias=False), nn.ReLU(inplace=True), last)
+        last_layer = nn.Conv1d(width, width, 1, bias=False)
+        nn.init.zeros_(last_layer.weight)
+        self.block = nn.Sequential(nn.Conv1d(in_channels, width, 1, bias=False), nn.ReLU(inplace=True), last_layer)
         self.shortcut = nn.Conv1d(in_channels, width, 1, bias=False)
         if width >= in_channels:
             nn.init.uniform_(self.shortcut.weight, -0.01, 0.01)

@@ -8,25 +8,25 @@ from torch import nn
 from medim.objectives.mutual_information import (
     ESTIMATORS,
     EstimatorName,
-    Negatives,
-    chance,
-    negative_pairs,
-    retrieval,
+    NegativeScheme,
+    compute_chance,
+    compute_retrieval,
+    draw_negative_pairs,
 )
 from medim.objectives.objective import Encode, Term
 from medim.types import Views
 
 
-def contrast(
+def contrastive_term(
     critic: nn.Module,
     local: torch.Tensor,
     summary: torch.Tensor,
     encode: Encode,
     views: Views,
-    inside: torch.Tensor | None = None,
+    foreground_mask: torch.Tensor | None = None,
     *,
     estimator: EstimatorName,
-    negatives: Negatives,
+    negatives: NegativeScheme,
     score_penalty: float,
 ) -> Term:
     """Score the summary of each view against the locals of the next, and bound what they share.
@@ -37,37 +37,37 @@ def contrast(
         summary: (B * V, S, G).
         encode: gives the randomness, and the summaries to watch.
         views: the B * V views.
-        inside: (B * V, L) bool, which locations count; None: all.
+        foreground_mask: (B * V, L) bool, which locations count; None: all.
         estimator: the bound.
         negatives: the scheme of negatives.
         score_penalty: weight of the mean squared score.
     """
     batch, count = views.location.shape[:2]  # small to gather, where images are not
-    chances, bounds, squares, found = [], [], [], []
+    chances, bounds, squares, hit_rates = [], [], [], []
     for view in range(count):
-        other = slice((view + 1) % count, None, count)
-        drawn = negative_pairs(negatives, batch, local.shape[2], encode.generator)
-        pairs = None if drawn is None else drawn.to(local.device)
-        if inside is not None:
-            drawn = pairs = inside[other] if pairs is None else pairs & inside[other]
-        scores, square = critic(local[other], summary[view::count], pairs)
-        chances.append(chance(scores, drawn) if estimator == "infonce" else 0.0)
+        next_views = slice((view + 1) % count, None, count)
+        pair_mask = draw_negative_pairs(negatives, batch, local.shape[2], encode.generator)
+        pairs = None if pair_mask is None else pair_mask.to(local.device)
+        if foreground_mask is not None:
+            pair_mask = pairs = foreground_mask[next_views] if pairs is None else pairs & foreground_mask[next_views]
+        scores, square = critic(local[next_views], summary[view::count], pairs)
+        chances.append(compute_chance(scores, pair_mask) if estimator == "infonce" else 0.0)
         bounds.append(ESTIMATORS[estimator](scores, pairs))
         squares.append(square)
-        found.append(retrieval(scores, pairs))
-    uninformed, bound = sum(chances) / count, torch.stack(bounds).mean()
-    loss = uninformed - bound
+        hit_rates.append(compute_retrieval(scores, pairs))
+    chance_loss, bound = sum(chances) / count, torch.stack(bounds).mean()
+    loss = chance_loss - bound
     if score_penalty:
         loss = loss + score_penalty * torch.stack(squares).mean()
     diagnostics = {
         "bound": bound.detach(),
-        "retrieval": torch.stack(found).mean(),
-        "spread": spread(encode.clean.summary),
+        "retrieval": torch.stack(hit_rates).mean(),
+        "spread": compute_spread(encode.clean.summary),
     }
-    return Term(loss, uninformed, diagnostics)
+    return Term(loss, chance_loss, diagnostics)
 
 
-def spread(summary: torch.Tensor) -> torch.Tensor:
+def compute_spread(summary: torch.Tensor) -> torch.Tensor:
     """Standard deviation between images over the root mean square of the summary (N, S); 0 where all look the same."""
     summary = summary.detach().float()
     return summary.std(dim=0).square().mean().sqrt() / summary.square().mean().sqrt().clamp_min(1e-12)

@@ -52,7 +52,7 @@ class Coordinates(nn.Module):
         self._points = points
         self._see_summary = self.reads_summary = see_summary
         self._classes = [2 * cells - 1 if relative else cells for cells in grid]
-        self._chance = sum(offset_entropy(cells) if relative else math.log(cells) for cells in grid)
+        self._chance = sum(compute_offset_entropy(cells) if relative else math.log(cells) for cells in grid)
         width = channels[level] * (2 if relative else 1) + (summary_channels if see_summary else 0)
         self.predictor = nn.Sequential(
             *(nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)),
@@ -63,7 +63,7 @@ class Coordinates(nn.Module):
     def forward(self, encode: Encode, views: Views) -> dict[str, Term]:
         """Term `coordinates`: cross-entropy in nats; chance is that of the best blind guess, summed over axes.
 
-        It is log(cells) for places; offsets are not equally frequent, see `offset_entropy`.
+        It is log(cells) for places; offsets are not equally frequent, see `compute_offset_entropy`.
         """
         local = encode.clean.maps[self._level]  # (N, C, ...)
         if local.shape[2:] != self._grid:
@@ -74,21 +74,23 @@ class Coordinates(nn.Module):
         else:
             index = torch.arange(cells).expand(count, -1)  # (N, points)
         flat = local.flatten(2).transpose(1, 2)  # (N, L, C)
-        place = torch.cartesian_prod(*(torch.arange(side) for side in self._grid))  # (L, dims)
-        target, seen = place[index], [_at(flat, index)]
+        positions = torch.cartesian_prod(*(torch.arange(side) for side in self._grid))  # (L, dims)
+        target, inputs = positions[index], [_gather_locations(flat, index)]
         if self._relative:
             source = torch.randint(cells, (count, 1), generator=encode.generator).expand_as(index)
-            target = target - place[source] + (torch.tensor(self._grid) - 1)  # 0 to 2 M - 2
-            seen.append(_at(flat, source))
+            target = target - positions[source] + (torch.tensor(self._grid) - 1)  # 0 to 2 M - 2
+            inputs.append(_gather_locations(flat, source))
         if self._see_summary:
-            seen.append(encode.clean.summary.unsqueeze(1).expand(-1, index.shape[1], -1))
-        logits = self.predictor(torch.cat(seen, dim=2).flatten(0, 1)).float().split(self._classes, dim=1)
+            inputs.append(encode.clean.summary.unsqueeze(1).expand(-1, index.shape[1], -1))
+        logits = self.predictor(torch.cat(inputs, dim=2).flatten(0, 1)).float().split(self._classes, dim=1)
         targets = target.flatten(0, 1).to(local.device).unbind(dim=1)  # (N * points,) an axis
-        loss = torch.stack([cross_entropy(axis, right) for axis, right in zip(logits, targets, strict=True)]).sum()
+        loss = torch.stack(
+            [cross_entropy(axis, axis_target) for axis, axis_target in zip(logits, targets, strict=True)]
+        ).sum()
         return {"coordinates": Term(loss, self._chance)}
 
 
-def offset_entropy(cells: int) -> float:
+def compute_offset_entropy(cells: int) -> float:
     """Entropy, in nats, of the offset between two independent uniform places on an axis: what a blind guess pays.
 
     Offset d has probability (cells - |d|) / cells^2, so that this is less than log(2 cells - 1).
@@ -97,6 +99,6 @@ def offset_entropy(cells: int) -> float:
     return -sum(share * math.log(share) for share in shares)
 
 
-def _at(flat: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def _gather_locations(flat: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Pick locations (N, points) of (N, L, C)."""
     return flat.gather(1, index.to(flat.device).unsqueeze(-1).expand(-1, -1, flat.shape[2]))

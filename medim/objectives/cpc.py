@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from medim.models.cpc_context import Context
+from medim.models.cpc_context import ContextNetwork
 from medim.models.layers import check_level
 from medim.objectives.objective import Encode, Term
 from medim.types import UsageError, Views
@@ -59,8 +59,8 @@ class CPC(nn.Module):
         super().__init__()
         self._level = level = check_level("cpc.level", level, len(channels))
         self._grid = grids[level]
-        self._ahead = range(skip + 1, min(skip + steps, self._grid[0] - 1) + 1)
-        if skip < 0 or not self._ahead:
+        self._offsets = range(skip + 1, min(skip + steps, self._grid[0] - 1) + 1)
+        if skip < 0 or not self._offsets:
             raise UsageError(
                 f"cpc: nothing to predict on map {level}, a grid of {self._grid}, with steps {steps} and skip {skip}. "
                 f"Expected steps of 1 or more, skip of 0 or more, and at least skip + 2 = {skip + 2} rows: "
@@ -71,8 +71,8 @@ class CPC(nn.Module):
         width = channels[level]
         self._negatives = negatives
         self._scale = width**-0.5 if scaled else 1.0
-        self.context = Context(spatial_dims, width, layers=layers)
-        self.predict = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in self._ahead)
+        self.context = ContextNetwork(spatial_dims, width, layers=layers)
+        self.predict = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in self._offsets)
 
     def forward(self, encode: Encode, views: Views) -> dict[str, Term]:
         """Term `cpc`: cross-entropy in nats, mean over steps; chance is the mean of log(classes)."""
@@ -81,24 +81,24 @@ class CPC(nn.Module):
             raise ValueError(f"cpc: built for a grid of {self._grid}, got {tuple(local.shape[2:])}.")
         context = self.context(local)
         losses, hits, chances = [], [], []
-        for k, predict in zip(self._ahead, self.predict, strict=True):
-            prediction, target = predict(cells(context[:, :, :-k])), cells(local[:, :, k:])
+        for k, predict in zip(self._offsets, self.predict, strict=True):
+            prediction, target = predict(flatten_cells(context[:, :, :-k])), flatten_cells(local[:, :, k:])
             others = draw_others(len(target), self._negatives, encode.generator) if self._negatives else None
             with torch.autocast(local.device.type, enabled=False):
-                scores, place = contrast(prediction.float() * self._scale, target.float(), others)
-                losses.append(cross_entropy(scores, place))
-            hits.append((scores.detach().argmax(dim=1) == place).float().mean())
+                scores, target_class = score_predictions(prediction.float() * self._scale, target.float(), others)
+                losses.append(cross_entropy(scores, target_class))
+            hits.append((scores.detach().argmax(dim=1) == target_class).float().mean())
             chances.append(math.log(scores.shape[1]))
         loss, chance = torch.stack(losses).mean(), sum(chances) / len(chances)
         return {"cpc": Term(loss, chance, {"bound": chance - loss.detach(), "retrieval": torch.stack(hits).mean()})}
 
 
-def cells(map_: torch.Tensor) -> torch.Tensor:
+def flatten_cells(map_: torch.Tensor) -> torch.Tensor:
     """The cells of a map, image by image: (N, C, ...) to (N * L, C)."""
     return map_.flatten(2).transpose(1, 2).flatten(0, 1)
 
 
-def contrast(
+def score_predictions(
     prediction: torch.Tensor, target: torch.Tensor, others: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Score locals by their dot product with predictions; the logits of InfoNCE.
@@ -113,12 +113,12 @@ def contrast(
     """
     if others is None:
         return prediction @ target.T, torch.arange(len(target), device=target.device)
-    own = torch.arange(len(target)).unsqueeze(1)
-    classes = target[torch.cat([own, others], dim=1).to(target.device)]  # (M, 1 + n, C)
-    return torch.einsum("mc,mkc->mk", prediction, classes), own.new_zeros(len(target)).to(target.device)
+    own_indices = torch.arange(len(target)).unsqueeze(1)
+    classes = target[torch.cat([own_indices, others], dim=1).to(target.device)]  # (M, 1 + n, C)
+    return torch.einsum("mc,mkc->mk", prediction, classes), own_indices.new_zeros(len(target)).to(target.device)
 
 
 def draw_others(count: int, number: int, generator: torch.Generator) -> torch.Tensor:
     """For each of `count` (2 or more) items, draw `number` others with replacement, never itself: (count, number)."""
-    drawn = torch.randint(count - 1, (count, number), generator=generator)
-    return drawn + (drawn >= torch.arange(count).unsqueeze(1))
+    indices = torch.randint(count - 1, (count, number), generator=generator)
+    return indices + (indices >= torch.arange(count).unsqueeze(1))

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from medim.objectives.objective import Encode, Term
-from medim.objectives.occlusion import check_cubes, draw_cubes, occlude
+from medim.objectives.occlusion import check_cubes, draw_cube_mask, occlude_image
 from medim.types import Features, UsageError, Views
 
-Negatives = Literal["same_image", "other_images", "all"]
+DenseNegatives = Literal["same_image", "other_images", "all"]
 
 
 class DenseDIM(nn.Module):
@@ -54,7 +54,7 @@ class DenseDIM(nn.Module):
         *,
         width: int = 64,
         points: int = 160,
-        negatives: Negatives = "same_image",
+        negatives: DenseNegatives = "same_image",
         block: int = 8,
         hidden: float = 0.6,
         scaled: bool = True,
@@ -74,7 +74,7 @@ class DenseDIM(nn.Module):
             raise UsageError(f"dense_dim.points: expected 2 to the voxels of a view of {input_shape}, got {points}.")
         check_cubes("dense_dim", input_shape, block, hidden)
         self._points, self._negatives = points, negatives
-        self._block, self._hidden = block, hidden
+        self._block, self._hidden_share = block, hidden
         self._scale = width**-0.5 if scaled else 1.0
         self._clip, self._penalty = clip, score_penalty
         self.projection = nn.Sequential(
@@ -87,28 +87,28 @@ class DenseDIM(nn.Module):
         Diagnostics: the bound, and the share of points whose best match is right.
         """
         batch, count, _, *shape = views.image.shape
-        hidden = draw_cubes(batch, tuple(shape), self._block, self._hidden, encode.generator)
+        cube_mask = draw_cube_mask(batch, tuple(shape), self._block, self._hidden_share, encode.generator)
         index = draw_points(batch, math.prod(shape), self._points, encode.generator).to(views.image.device)
         clean = Features(tuple(map_[::count] for map_ in encode.clean.maps), encode.clean.summary[::count])
-        occluded = encode(occlude(views.image[:, -1], hidden))
+        occluded = encode(occlude_image(views.image[:, -1], cube_mask))
         query, key = (self._project(encode.decode(features), index) for features in (occluded, clean))
         with torch.autocast(query.device.type, enabled=False):
-            scores, square = class_scores(query.float(), key.float(), self._negatives, self._scale, self._clip)
-            right = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape[:2])
-            loss = cross_entropy(scores.flatten(0, 1), right.flatten())
-        others = (batch - 1) * self._points
-        classes = {"same_image": self._points, "other_images": 1 + others, "all": self._points + others}
+            scores, square = score_classes(query.float(), key.float(), self._negatives, self._scale, self._clip)
+            target_index = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape[:2])
+            loss = cross_entropy(scores.flatten(0, 1), target_index.flatten())
+        n_other_points = (batch - 1) * self._points
+        classes = {"same_image": self._points, "other_images": 1 + n_other_points, "all": self._points + n_other_points}
         chance = math.log(classes[self._negatives])
         diagnostics = {
             "bound": chance - loss.detach(),
-            "retrieval": (scores.detach().argmax(dim=2) == right).float().mean(),
+            "retrieval": (scores.detach().argmax(dim=2) == target_index).float().mean(),
         }
         return {"dense_dim": Term(loss + self._penalty * square, chance, diagnostics)}
 
     def _project(self, decoded: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Project the voxels `index` (N, P) of a map (N, C, ...): (N, P, width)."""
-        picked = decoded.flatten(2).gather(2, index.unsqueeze(1).expand(-1, decoded.shape[1], -1))
-        return self.projection(picked.transpose(1, 2))
+        voxels = decoded.flatten(2).gather(2, index.unsqueeze(1).expand(-1, decoded.shape[1], -1))
+        return self.projection(voxels.transpose(1, 2))
 
 
 def draw_points(count: int, voxels: int, points: int, generator: torch.Generator) -> torch.Tensor:
@@ -129,8 +129,8 @@ def draw_points(count: int, voxels: int, points: int, generator: torch.Generator
     return (start + run * torch.arange(points) + within) % voxels
 
 
-def class_scores(
-    query: torch.Tensor, key: torch.Tensor, negatives: Negatives, scale: float, clip: float
+def score_classes(
+    query: torch.Tensor, key: torch.Tensor, negatives: DenseNegatives, scale: float, clip: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Score every query against its classes; those of row k have their right answer in column k.
 
@@ -153,6 +153,6 @@ def class_scores(
     scores = clip * torch.tanh(scores / clip) if clip else scores
     if negatives == "other_images":
         image = torch.arange(count, device=scores.device).repeat_interleave(points)
-        own = (image.unsqueeze(1) == image).fill_diagonal_(False)
-        scores = scores.masked_fill(own, -math.inf)
+        same_image = (image.unsqueeze(1) == image).fill_diagonal_(False)
+        scores = scores.masked_fill(same_image, -math.inf)
     return scores, square

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import interpolate
 
-ABOVE = 0.1  # of an image's range over its minimum, where tissue begins
+FOREGROUND_THRESHOLD = 0.1  # of an image's range over its minimum, where tissue begins
 
 
-def foreground(image: torch.Tensor, grid: tuple[int, ...], share: float) -> torch.Tensor:
+def find_foreground_cells(image: torch.Tensor, grid: tuple[int, ...], share: float) -> torch.Tensor:
     """Cells of which at least a share lies in the foreground.
 
     Air, padding and the zeros around a stripped brain are an image's minimum, whatever it is normalised to. A voxel is
@@ -25,5 +25,5 @@ def foreground(image: torch.Tensor, grid: tuple[int, ...], share: float) -> torc
     """
     axes = tuple(range(2, image.ndim))
     low, high = image.amin(axes, keepdim=True), image.amax(axes, keepdim=True)
-    tissue = (image > low + ABOVE * (high - low)).any(dim=1, keepdim=True)
+    tissue = (image > low + FOREGROUND_THRESHOLD * (high - low)).any(dim=1, keepdim=True)
     return interpolate(tissue.float(), size=grid, mode="area").flatten(1) >= share

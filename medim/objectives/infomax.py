@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from medim.config import Section, build
+from medim.config import Section, build_from_section
 from medim.models.critics import CRITICS
-from medim.models.layers import check_level, unpadded
-from medim.objectives.contrastive_term import contrast
-from medim.objectives.foreground import foreground as foreground_cells
-from medim.objectives.mutual_information import EstimatorName, Negatives
+from medim.models.layers import build_unpadded_conv, check_level
+from medim.objectives.contrastive_term import contrastive_term
+from medim.objectives.foreground import find_foreground_cells as foreground_cells
+from medim.objectives.mutual_information import EstimatorName, NegativeScheme
 from medim.objectives.objective import Encode, Term
-from medim.objectives.occlusion import Block, seen_in_part, side_of_block
+from medim.objectives.occlusion import OcclusionBlock, block_size, encode_occluded
 from medim.types import Features, UsageError, Views
 
 
@@ -63,11 +63,11 @@ class LocalDIM(nn.Module):
         level: int = 1,
         summary_level: int | None = None,
         critic: Section = {"name": "encode_and_dot"},  # noqa: B006  (never changed; shown by `medim config show`)
-        negatives: Negatives = "all",
+        negatives: NegativeScheme = "all",
         foreground: float | None = None,
         standardise: bool = False,
         score_penalty: float = 0.0,
-        occlusion: Block = 0,
+        occlusion: OcclusionBlock = 0,
     ) -> None:
         super().__init__()
         self._level = level = check_level("local_dim.level", level, len(channels))
@@ -79,26 +79,30 @@ class LocalDIM(nn.Module):
         self._summary_level = summary_level
         self.reads_summary = summary_level is None
         self._foreground = foreground
-        self._block = side_of_block(occlusion, input_shape, receptive_fields, level)
-        self._contrast = partial(contrast, estimator=estimator, negatives=negatives, score_penalty=score_penalty)
+        self._block = block_size(occlusion, input_shape, receptive_fields, level)
+        self._contrast = partial(
+            contrastive_term, estimator=estimator, negatives=negatives, score_penalty=score_penalty
+        )
         self._standardise = nn.BatchNorm1d(summary_channels, affine=False) if standardise else nn.Identity()
-        self.critic: Any = build(CRITICS, critic, channels=channels[level], summary_channels=summary_channels)
+        self.critic: Any = build_from_section(
+            CRITICS, critic, channels=channels[level], summary_channels=summary_channels
+        )
 
     def forward(self, encode: Encode, views: Views) -> dict[str, Term]:
         """Term `local_dim`: cross-entropy for infonce (chance: log of classes), else minus the bound (chance: 0)."""
         local = encode.clean.maps[self._level]  # (N, C, ...)
-        grid, inside = tuple(local.shape[2:]), None
+        grid, foreground_mask = tuple(local.shape[2:]), None
         if self._foreground is not None:
-            inside = foreground_cells(views.image.flatten(0, 1), grid, self._foreground)  # (N, L)
-        summary = self._summary(seen_in_part(encode, views, self._block))
-        return {"local_dim": self._contrast(self.critic, local.flatten(2), summary, encode, views, inside)}
+            foreground_mask = foreground_cells(views.image.flatten(0, 1), grid, self._foreground)  # (N, L)
+        summary = self._make_summaries(encode_occluded(encode, views, self._block))
+        return {"local_dim": self._contrast(self.critic, local.flatten(2), summary, encode, views, foreground_mask)}
 
-    def _summary(self, features: Features) -> torch.Tensor:
+    def _make_summaries(self, features: Features) -> torch.Tensor:
         """(N, S, G)."""
         level = self._summary_level
         summary = features.summary.unsqueeze(-1) if level is None else features.maps[level].flatten(2)
-        standardised: torch.Tensor = self._standardise(summary)
-        return standardised
+        output: torch.Tensor = self._standardise(summary)
+        return output
 
     @property
     def level(self) -> int:
@@ -109,9 +113,9 @@ class LocalDIM(nn.Module):
         """Score every location of N images against the summary of its own image: (N, 1, *grid of the local map)."""
         map_ = features.maps[self._level]
         count, _, *grid = map_.shape
-        scores, _ = self.critic(map_.flatten(2), self._summary(features))  # (N, G, N, L)
-        own = torch.arange(count, device=map_.device)
-        return scores[own, :, own].mean(dim=1).reshape(count, 1, *grid)
+        scores, _ = self.critic(map_.flatten(2), self._make_summaries(features))  # (N, G, N, L)
+        indices = torch.arange(count, device=map_.device)
+        return scores[indices, :, indices].mean(dim=1).reshape(count, 1, *grid)
 
 
 class GlobalDIM(nn.Module):
@@ -152,10 +156,10 @@ class GlobalDIM(nn.Module):
         level: int = -1,
         reduce: tuple[int, ...] = (),
         critic: Section = {"name": "concat_and_convolve"},  # noqa: B006  (never changed)
-        negatives: Negatives = "all",
+        negatives: NegativeScheme = "all",
         standardise: bool = False,
         score_penalty: float = 0.0,
-        occlusion: Block = 0,
+        occlusion: OcclusionBlock = 0,
     ) -> None:
         super().__init__()
         self._level = level = check_level("global_dim.level", level, len(channels))
@@ -165,17 +169,19 @@ class GlobalDIM(nn.Module):
                 f"global_dim.reduce: expected a map for which {len(reduce)} unpadded 3x3 convolutions leave something, "
                 f"got one of {grids[level]}. Use fewer, or a finer level."
             )
-        self._block = side_of_block(occlusion, input_shape, receptive_fields, level)
-        self._contrast = partial(contrast, estimator=estimator, negatives=negatives, score_penalty=score_penalty)
+        self._block = block_size(occlusion, input_shape, receptive_fields, level)
+        self._contrast = partial(
+            contrastive_term, estimator=estimator, negatives=negatives, score_penalty=score_penalty
+        )
         self._standardise = nn.BatchNorm1d(summary_channels, affine=False) if standardise else nn.Identity()
         widths = (channels[level], *reduce)
-        layers = [m for w in pairwise(widths) for m in (nn.ReLU(), unpadded(spatial_dims, *w))]
+        layers = [m for w in pairwise(widths) for m in (nn.ReLU(), build_unpadded_conv(spatial_dims, *w))]
         self.flatten = nn.Sequential(*layers[1:], nn.Flatten())
         length = widths[-1] * math.prod(grid)
-        self.critic: Any = build(CRITICS, critic, channels=length, summary_channels=summary_channels)
+        self.critic: Any = build_from_section(CRITICS, critic, channels=length, summary_channels=summary_channels)
 
     def forward(self, encode: Encode, views: Views) -> dict[str, Term]:
         """Term `global_dim`: cross-entropy for infonce (chance: log of classes), else minus the bound (chance: 0)."""
         local = self.flatten(encode.clean.maps[self._level]).unsqueeze(-1)  # (N, C, 1)
-        summary = self._standardise(seen_in_part(encode, views, self._block).summary).unsqueeze(-1)
+        summary = self._standardise(encode_occluded(encode, views, self._block).summary).unsqueeze(-1)
         return {"global_dim": self._contrast(self.critic, local, summary, encode, views)}

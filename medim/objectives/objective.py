@@ -61,7 +61,7 @@ class Objective(Protocol):
         ...
 
 
-def known(
+def encoder_info(
     encoder: Any, decoder: Any, *, in_channels: int, spatial_dims: int, input_shape: tuple[int, ...]
 ) -> dict[str, Any]:
     """Constructor arguments for `build(OBJECTIVES, section, **known(...))`; each objective takes those it names.

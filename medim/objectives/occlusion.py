@@ -12,10 +12,10 @@ import torch
 from medim.objectives.objective import Encode
 from medim.types import Features, UsageError, Views
 
-Block = int | Literal["receptive_field"]
+OcclusionBlock = int | Literal["receptive_field"]
 
 
-def side_of_block(occlusion: Block, shape: tuple[int, ...], receptive_fields: tuple[int, ...], level: int) -> int:
+def block_size(occlusion: OcclusionBlock, shape: tuple[int, ...], receptive_fields: tuple[int, ...], level: int) -> int:
     """Side of the block to hide and to leave, in voxels; 0 for none.
 
     Raises:
@@ -27,12 +27,14 @@ def side_of_block(occlusion: Block, shape: tuple[int, ...], receptive_fields: tu
     return block
 
 
-def seen_in_part(encode: Encode, views: Views, block: int) -> Features:
+def encode_occluded(encode: Encode, views: Views, block: int) -> Features:
     """Features of the views behind an occlusion, or the clean ones where `block` is 0."""
     if not block:
         return encode.clean
     image = views.image.flatten(0, 1)
-    return encode(occlude(image, draw_hidden(len(image), tuple(image.shape[2:]), block, encode.generator)))
+    return encode(
+        occlude_image(image, draw_occlusion_mask(len(image), tuple(image.shape[2:]), block, encode.generator))
+    )
 
 
 def check_block(shape: tuple[int, ...], block: int) -> None:
@@ -49,7 +51,7 @@ def check_block(shape: tuple[int, ...], block: int) -> None:
         )
 
 
-def draw_hidden(count: int, shape: tuple[int, ...], block: int, generator: torch.Generator) -> torch.Tensor:
+def draw_occlusion_mask(count: int, shape: tuple[int, ...], block: int, generator: torch.Generator) -> torch.Tensor:
     """Draw what to hide: a box in half of the images, everything but a box in the other half.
 
     In every image at least one cube of side `block` stays visible and at least one is wholly hidden (the paper's two
@@ -65,15 +67,15 @@ def draw_hidden(count: int, shape: tuple[int, ...], block: int, generator: torch
         (count, 1, ...) bool, True where hidden.
     """
     check_block(shape, block)
-    hidden = torch.zeros(count, 1, *shape, dtype=torch.bool)
+    mask = torch.zeros(count, 1, *shape, dtype=torch.bool)
     splittable = [axis for axis, side in enumerate(shape) if side >= 2 * block]
     for n in range(count):
-        open_axis = splittable[_randint(0, len(splittable) - 1, generator)]
-        box: Any = [_interval(side, block, axis == open_axis, generator) for axis, side in enumerate(shape)]
-        hidden[(n, 0, *box)] = True
-        if _randint(0, 1, generator):
-            hidden[n] = ~hidden[n]
-    return hidden
+        open_axis = splittable[_draw_integer(0, len(splittable) - 1, generator)]
+        box: Any = [_draw_interval(side, block, axis == open_axis, generator) for axis, side in enumerate(shape)]
+        mask[(n, 0, *box)] = True
+        if _draw_integer(0, 1, generator):
+            mask[n] = ~mask[n]
+    return mask
 
 
 def check_cubes(name: str, shape: tuple[int, ...], block: int, share: float) -> None:
@@ -88,7 +90,7 @@ def check_cubes(name: str, shape: tuple[int, ...], block: int, share: float) -> 
         raise UsageError(f"{name}.hidden: expected a share above 0 and below 1, got {share}.")
 
 
-def draw_cubes(
+def draw_cube_mask(
     count: int, shape: tuple[int, ...], block: int, share: float, generator: torch.Generator
 ) -> torch.Tensor:
     """Draw cubes of a regular grid; its origin moves from image to image, so that no voxel lies always on an edge.
@@ -106,8 +108,8 @@ def draw_cubes(
     grid = [-(-side // block) + 1 for side in shape]
     cells = int(torch.tensor(grid).prod())
     number = min(max(1, round(share * cells)), cells - 1)
-    drawn = torch.rand(count, cells, generator=generator).argsort(dim=1) < number
-    cubes = drawn.reshape(count, 1, *grid)
+    selection = torch.rand(count, cells, generator=generator).argsort(dim=1) < number
+    cubes = selection.reshape(count, 1, *grid)
     for axis in range(2, cubes.ndim):
         cubes = cubes.repeat_interleave(block, dim=axis)
     origins = torch.randint(block, (count, len(shape)), generator=generator)
@@ -115,26 +117,26 @@ def draw_cubes(
     return torch.stack([image[(slice(None), *window)] for image, window in zip(cubes, windows, strict=True)])
 
 
-def occlude(image: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+def occlude_image(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Fill what is hidden with the image's mean.
 
     Args:
         image: (N, C, ...).
-        hidden: (N, 1, ...) bool.
+        mask: (N, 1, ...) bool.
     """
     mean = image.mean(dim=tuple(range(2, image.ndim)), keepdim=True)
-    return torch.where(hidden.to(image.device), mean, image)
+    return torch.where(mask.to(image.device), mean, image)
 
 
-def _interval(side: int, block: int, leave_block: bool, generator: torch.Generator) -> slice:
+def _draw_interval(side: int, block: int, leave_block: bool, generator: torch.Generator) -> slice:
     """A run of at least `block` voxels; with `leave_block`, at least `block` voxels stay free on one of its ends."""
-    length = _randint(block, side - block if leave_block else side, generator)
-    start = _randint(0, side - length - (block if leave_block else 0), generator)
-    if leave_block and _randint(0, 1, generator):
+    length = _draw_integer(block, side - block if leave_block else side, generator)
+    start = _draw_integer(0, side - length - (block if leave_block else 0), generator)
+    if leave_block and _draw_integer(0, 1, generator):
         start = side - length - start
     return slice(start, start + length)
 
 
-def _randint(low: int, high: int, generator: torch.Generator) -> int:
+def _draw_integer(low: int, high: int, generator: torch.Generator) -> int:
     """An integer in [low, high]."""
     return int(torch.randint(low, high + 1, (), generator=generator))

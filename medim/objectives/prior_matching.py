@@ -64,11 +64,11 @@ class PriorMatching(nn.Module):
         draw = torch.rand if self._prior == "uniform" else torch.randn
         real = draw(fake.shape, generator=encode.generator).to(fake).requires_grad_()
         with torch.autocast(fake.device.type, enabled=False):
-            on_real, on_fake = self.discriminator(real), self.discriminator(fake)
-            loss = softplus(-on_real).mean() + softplus(on_fake).mean()
-            gradients = torch.autograd.grad(on_real.sum() + on_fake.sum(), (real, fake), create_graph=True)
-            norm = torch.stack([g.square().sum(dim=1).mean() for g in gradients]).mean()
-        return loss + self._penalty * norm
+            real_scores, fake_scores = self.discriminator(real), self.discriminator(fake)
+            loss = softplus(-real_scores).mean() + softplus(fake_scores).mean()
+            gradients = torch.autograd.grad(real_scores.sum() + fake_scores.sum(), (real, fake), create_graph=True)
+            penalty = torch.stack([g.square().sum(dim=1).mean() for g in gradients]).mean()
+        return loss + self._penalty * penalty
 
     def _squash(self, summary: torch.Tensor) -> torch.Tensor:
         return torch.sigmoid(summary.float()) if self._prior == "uniform" else summary.float()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from medim.models.layers import pointwise
+from medim.models.layers import build_pointwise_conv
 from medim.objectives.objective import Encode, Term
-from medim.objectives.occlusion import check_cubes, draw_cubes, occlude
+from medim.objectives.occlusion import check_cubes, draw_cube_mask, occlude_image
 from medim.types import UsageError, Views
 
 
@@ -41,16 +41,16 @@ class Reconstruction(nn.Module):
         if not decoded_channels:
             raise UsageError("reconstruction: it decodes; add a decoder to the config, such as decoder: {name: unet}.")
         check_cubes("reconstruction", input_shape, block, hidden)
-        self._block, self._hidden = block, hidden
-        self.to_image = pointwise(spatial_dims, decoded_channels, in_channels)
+        self._block, self._hidden_share = block, hidden
+        self.to_image = build_pointwise_conv(spatial_dims, decoded_channels, in_channels)
 
     def forward(self, encode: Encode, views: Views) -> dict[str, Term]:
         """Term `reconstruction`: squared error over hidden voxels, in units of what their filling errs (chance: 1)."""
         image = views.image.flatten(0, 1)  # (N, C, ...)
         shape = tuple(image.shape[2:])
-        hidden = draw_cubes(len(image), shape, self._block, self._hidden, encode.generator).to(image.device)
-        filled = occlude(image, hidden)
-        painted = self.to_image(encode.decode(encode(filled))).float()
-        missing = (image - filled).float()  # 0 where visible
-        error = (painted - missing).square().mul(hidden).sum() / missing.square().sum().clamp_min(1e-12)
+        mask = draw_cube_mask(len(image), shape, self._block, self._hidden_share, encode.generator).to(image.device)
+        occluded = occlude_image(image, mask)
+        prediction = self.to_image(encode.decode(encode(occluded))).float()
+        missing = (image - occluded).float()  # 0 where visible
+        error = (prediction - missing).square().mul(mask).sum() / missing.square().sum().clamp_min(1e-12)
         return {"reconstruction": Term(error, 1.0)}

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from medim.config import build
+from medim.config import build_from_section
 from medim.files import read_json
-from medim.models.serialization import checked, find, load_encoder, load_weights
+from medim.models.serialization import load_encoder, load_weights, locate_weights, verify_sha256
 from medim.objectives import OBJECTIVES
-from medim.objectives.objective import known
+from medim.objectives.objective import encoder_info
 
 
-class ScoreMap(nn.Module):
+class MutualInformationMap(nn.Module):
     """Image to score at every voxel.
 
     Args:
@@ -40,12 +40,12 @@ class ScoreMap(nn.Module):
         level = self.objective.level
         origin, stride = self.encoder.origins[level], self.encoder.strides[level]
         for axis, size in enumerate(image.shape[2:], start=2):
-            weights = interpolation(size, scores.shape[axis], origin, stride).to(scores)
+            weights = interpolation_weights(size, scores.shape[axis], origin, stride).to(scores)
             scores = (scores.movedim(axis, -1) @ weights).movedim(-1, axis)
         return scores
 
 
-def interpolation(size: int, cells: int, origin: float, stride: int) -> torch.Tensor:
+def interpolation_weights(size: int, cells: int, origin: float, stride: int) -> torch.Tensor:
     """Weights (cells, size) that bring values of cells, at voxels `origin + c * stride` of an axis, to all its voxels.
 
     Voxels beyond the outermost cells get the outermost value.
@@ -55,19 +55,19 @@ def interpolation(size: int, cells: int, origin: float, stride: int) -> torch.Te
     return (1 - (voxel.clamp(cell[0], cell[-1]) - cell[:, None]).abs()).clamp_min(0)
 
 
-def load_score_map(path: Path) -> ScoreMap | None:
+def load_score_map(path: Path) -> MutualInformationMap | None:
     """The encoder of a run with the critic saved beside it, in evaluation mode; None where there is none.
 
     Raises:
         UserError: no run lies at `path`, or its files are damaged.
     """
-    folder = find(path)[0].parent
+    folder = locate_weights(path)[0].parent
     spec = read_json(folder / "critic.json") if (folder / "critic.json").is_file() else {}
     if not isinstance(spec.get("objective"), dict):  # runs of early versions kept the name alone
         return None
     encoder: Any = load_encoder(path)
-    views = {key: encoder.spec[key] for key in ("in_channels", "spatial_dims")}
-    given = known(encoder, None, **views, input_shape=tuple(encoder.spec["input_shape"]))
-    objective = build(OBJECTIVES, spec["objective"], **given)
-    load_weights(objective, checked(folder / "critic.safetensors", spec["sha256"]))
-    return ScoreMap(encoder, objective, spec).eval()
+    view_options = {key: encoder.spec[key] for key in ("in_channels", "spatial_dims")}
+    build_options = encoder_info(encoder, None, **view_options, input_shape=tuple(encoder.spec["input_shape"]))
+    objective = build_from_section(OBJECTIVES, spec["objective"], **build_options)
+    load_weights(objective, verify_sha256(folder / "critic.safetensors", spec["sha256"]))
+    return MutualInformationMap(encoder, objective, spec).eval()

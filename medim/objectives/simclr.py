@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from medim.models.layers import check_channels
-from medim.objectives.contrastive_term import spread
-from medim.objectives.mutual_information import infonce, retrieval
+from medim.objectives.contrastive_term import compute_spread
+from medim.objectives.mutual_information import compute_retrieval, infonce
 from medim.objectives.objective import Encode, Term
 from medim.types import UsageError, Views
 
@@ -59,17 +59,17 @@ class SimCLR(nn.Module):
         Diagnostics: the bound, the share of images that are nearest to themselves, each meeting the views that it is
         not, and the spread of the summaries between images.
         """
-        scores, pairs = view_scores(self.project(encode.clean.summary), self._temperature)
-        uninformed, bound = math.log(2 * len(scores) - 1), infonce(scores, pairs)
+        scores, pairs = score_views(self.project(encode.clean.summary), self._temperature)
+        chance_loss, bound = math.log(2 * len(scores) - 1), infonce(scores, pairs)
         diagnostics = {
             "bound": bound.detach(),
-            "retrieval": retrieval(scores, pairs),
-            "spread": spread(encode.clean.summary),
+            "retrieval": compute_retrieval(scores, pairs),
+            "spread": compute_spread(encode.clean.summary),
         }
-        return {"simclr": Term(uninformed - bound, uninformed, diagnostics)}
+        return {"simclr": Term(chance_loss - bound, chance_loss, diagnostics)}
 
 
-def view_scores(projection: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def score_views(projection: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores of every view against every view, as `medim.objectives.mutual_information.infonce` takes them.
 
     Args:
@@ -83,5 +83,5 @@ def view_scores(projection: torch.Tensor, temperature: float) -> tuple[torch.Ten
         unit = normalize(projection.to(torch.promote_types(projection.dtype, torch.float32)), dim=1)
         scores = unit @ unit.T / temperature  # (2 B, 2 B)
     shape = (len(unit) // 2, 2, len(unit) // 2, 2)
-    itself = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
-    return scores.reshape(shape), ~itself.reshape(shape)
+    is_same_view = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
+    return scores.reshape(shape), ~is_same_view.reshape(shape)

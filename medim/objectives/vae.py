@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from medim.models.decoders import ImageDecoder
-from medim.models.layers import Norm, pool
+from medim.models.layers import Norm, pool_map
 from medim.objectives.objective import Encode, Term
 from medim.types import UsageError, Views
 
@@ -57,13 +57,13 @@ class VAE(nn.Module):
         """
         image = views.image.flatten(0, 1).float()  # (N, C, ...)
         mu = encode.clean.summary.float()
-        log_sigma = self.to_log_sigma(pool(encode.clean.maps[-1])).float()
+        log_sigma = self.to_log_sigma(pool_map(encode.clean.maps[-1])).float()
         noise = torch.randn(mu.shape, generator=encode.generator).to(mu)
-        drawn = self.decoder(mu + log_sigma.exp() * noise).float()
+        reconstruction = self.decoder(mu + log_sigma.exp() * noise).float()
         variance = image.var(dim=0).sum().clamp_min(1e-12)
-        error = (drawn - image).square().sum() / len(image) / variance
+        error = (reconstruction - image).square().sum() / len(image) / variance
         kl = kl_from_normal(mu, log_sigma).mean()
-        diagnostics = {"kl": kl.detach(), "error": error.detach(), "active_units": active_units(mu.detach())}
+        diagnostics = {"kl": kl.detach(), "error": error.detach(), "active_units": count_active_units(mu.detach())}
         return {"vae": Term(error + self._beta * kl / variance, 1.0, diagnostics)}
 
 
@@ -98,6 +98,6 @@ def kl_from_normal(mu: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
     return 0.5 * (mu.square() + (2 * log_sigma).exp() - 2 * log_sigma - 1).sum(dim=1)
 
 
-def active_units(mu: torch.Tensor) -> torch.Tensor:
+def count_active_units(mu: torch.Tensor) -> torch.Tensor:
     """Entries of the mean (N, S) whose variance between images is above 0.01 (Burda et al. 2016, section 5.2)."""
     return (mu.var(dim=0) > 0.01).sum().float()

@@ -8,18 +8,18 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from medim.files import sha256, write_bytes, write_text
+from medim.files import file_sha256, write_bytes, write_text
 from medim.package.contract import GOLDEN, GRAPH, WEIGHTS, PackageError
-from medim.package.onnx_check import LARGEST
-from medim.package.signing import as_hex, from_hex, is_signed, private_key, public_key
+from medim.package.onnx_check import MAX_GRAPH_BYTES
+from medim.package.signing import is_signed, key_from_hex, key_to_hex, load_private_key, load_public_key
 
 SUMS, SIGNATURE = "SHA256SUMS", "SHA256SUMS.sig"
-MOST_FILES, LARGEST_SUMS, LARGEST_TEXT = 1000, 1 << 20, 1 << 26  # of a package; bytes of SHA256SUMS, of a JSON file
+MAX_FILES, MAX_SUMS_BYTES, MAX_TEXT_BYTES = 1000, 1 << 20, 1 << 26  # of a package; bytes of SHA256SUMS, of a JSON file
 COPY_AGAIN = "Copy the package again from where it was exported."
 
 
 @dataclass(frozen=True)
-class Seal:
+class ChecksumManifest:
     """SHA256SUMS of a folder whose files were all checked against it.
 
     Attributes:
@@ -43,7 +43,7 @@ class Seal:
         """Raise PackageError where the package names a signer and the signature is not theirs, or the reverse."""
         if signer is None and self.signature is None:
             return
-        if signer is None or self.signature is None or not is_signed(self.data, self.signature, from_hex(signer)):
+        if signer is None or self.signature is None or not is_signed(self.data, self.signature, key_from_hex(signer)):
             raise PackageError(
                 f"{folder / SIGNATURE}: expected the signature of the key that the contract names, got "
                 f"{'none' if self.signature is None else 'another'}. {COPY_AGAIN}"
@@ -58,32 +58,32 @@ def write_sums(folder: Path, *, key: Path | None = None) -> None:
         key: an Ed25519 private key; then SHA256SUMS.sig is its signature of SHA256SUMS.
     """
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    lines = [f"{sha256(folder / name)}  {name}\n" for name in files if name not in (SUMS, SIGNATURE)]
+    lines = [f"{file_sha256(folder / name)}  {name}\n" for name in files if name not in (SUMS, SIGNATURE)]
     write_text(folder / SUMS, "".join(lines))
     if key is not None:
-        write_bytes(folder / SIGNATURE, private_key(key).sign((folder / SUMS).read_bytes()))
+        write_bytes(folder / SIGNATURE, load_private_key(key).sign((folder / SUMS).read_bytes()))
 
 
-def checked(path: Path, digest: str) -> bytes:
+def read_with_digest(path: Path, digest: str) -> bytes:
     """The bytes of a file, where they are those of a digest."""
-    data = _read(path, LARGEST_TEXT if path.suffix == ".json" else LARGEST)
+    data = _read_at_most(path, MAX_TEXT_BYTES if path.suffix == ".json" else MAX_GRAPH_BYTES)
     if hashlib.sha256(data).hexdigest() != digest:
         raise PackageError(f"{path}: the file changed since it was verified. {COPY_AGAIN}")
     return data
 
 
-def _read(path: Path, most: int) -> bytes:
+def _read_at_most(path: Path, limit: int) -> bytes:
     try:
         with path.open("rb") as file:
-            data = file.read(most + 1)
+            data = file.read(limit + 1)
     except OSError as error:
         raise PackageError(f"{path}: could not be read ({error.strerror}). {COPY_AGAIN}") from error
-    if len(data) > most:
-        raise PackageError(f"{path}: expected at most {most:,} bytes. {COPY_AGAIN}")
+    if len(data) > limit:
+        raise PackageError(f"{path}: expected at most {limit:,} bytes. {COPY_AGAIN}")
     return data
 
 
-def verified(folder: Path, *, trust: Path | None = None) -> Seal:
+def verify_checksums(folder: Path, *, trust: Path | None = None) -> ChecksumManifest:
     """The seal of a folder that holds exactly the files its SHA256SUMS names, each as it was.
 
     The signature is checked before anything is parsed.
@@ -97,59 +97,60 @@ def verified(folder: Path, *, trust: Path | None = None) -> Seal:
             or does not belong.
         UserError: `trust` is no public key.
     """
-    key = None if trust is None else public_key(trust)
+    key = None if trust is None else load_public_key(trust)
     if not (folder / SUMS).is_file():
         raise PackageError(
             f"{folder}: expected a package (a folder with {SUMS} and medim.json), found none. Run `medim export`."
         )
-    files = _files(folder)
-    data = _read(folder / SUMS, LARGEST_SUMS)
-    signature = _read(folder / SIGNATURE, LARGEST_SUMS) if (folder / SIGNATURE).is_file() else None
+    files = _list_package_files(folder)
+    data = _read_at_most(folder / SUMS, MAX_SUMS_BYTES)
+    signature = _read_at_most(folder / SIGNATURE, MAX_SUMS_BYTES) if (folder / SIGNATURE).is_file() else None
     if key is not None and (signature is None or not is_signed(data, signature, key)):
         raise PackageError(
-            f"{folder}: expected {SUMS} to be signed by the key of --trust ({as_hex(key)[:16]}), got "
+            f"{folder}: expected {SUMS} to be signed by the key of --trust ({key_to_hex(key)[:16]}), got "
             f"{'no signature' if signature is None else 'a signature that is not its own'}. "
             "Ask for a package that was exported with --sign and that key."
         )
-    sums = _parse(data, folder / SUMS)
-    _compare(folder, files, sums)
-    return Seal(sums, data, signature, trusted=key is not None)
+    sums = _parse_checksums(data, folder / SUMS)
+    _compare_checksums(folder, files, sums)
+    return ChecksumManifest(sums, data, signature, trusted=key is not None)
 
 
-def _compare(folder: Path, files: set[str], sums: dict[str, str]) -> None:
+def _compare_checksums(folder: Path, files: set[str], sums: dict[str, str]) -> None:
     """Raise PackageError where files are not those of the sums."""
-    missing, extra = sorted(sums.keys() - files), sorted(files - sums.keys())
-    if missing or extra:
+    missing_files, extra_files = sorted(sums.keys() - files), sorted(files - sums.keys())
+    if missing_files or extra_files:
         raise PackageError(
-            f"{folder}: expected exactly the files of {SUMS}; missing: {missing}, not listed: {extra}. {COPY_AGAIN}"
+            f"{folder}: expected exactly the files of {SUMS}; missing: {missing_files}, not listed: {extra_files}. "
+            f"{COPY_AGAIN}"
         )
     for name, digest in sums.items():
-        if sha256(folder / name) != digest:
+        if file_sha256(folder / name) != digest:
             raise PackageError(
                 f"{folder / name}: changed or damaged; its sha256 is not the one in {SUMS}. {COPY_AGAIN}"
             )
-    needed = {"medim.json", WEIGHTS, GRAPH, GOLDEN}
-    if not needed <= files:
-        raise PackageError(f"{folder}: expected a package to hold {sorted(needed - files)} too. {COPY_AGAIN}")
+    essential_files = {"medim.json", WEIGHTS, GRAPH, GOLDEN}
+    if not essential_files <= files:
+        raise PackageError(f"{folder}: expected a package to hold {sorted(essential_files - files)} too. {COPY_AGAIN}")
 
 
-def _files(folder: Path) -> set[str]:
+def _list_package_files(folder: Path) -> set[str]:
     """Relative paths of the files below a folder but its seal; nothing but plain files and folders is allowed."""
-    found: set[str] = set()
-    for place, folders, files in os.walk(folder):
+    relative_paths: set[str] = set()
+    for parent, folders, files in os.walk(folder):
         for name in [*folders, *files]:
-            path = Path(place) / name
+            path = Path(parent) / name
             mode = path.lstat().st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise PackageError(f"{path}: expected plain files in a package, got a link or device. {COPY_AGAIN}")
-            if len(found) >= MOST_FILES:
-                raise PackageError(f"{folder}: expected at most {MOST_FILES} files in a package. {COPY_AGAIN}")
+            if len(relative_paths) >= MAX_FILES:
+                raise PackageError(f"{folder}: expected at most {MAX_FILES} files in a package. {COPY_AGAIN}")
             if stat.S_ISREG(mode):
-                found.add(path.relative_to(folder).as_posix())
-    return found - {SUMS, SIGNATURE}
+                relative_paths.add(path.relative_to(folder).as_posix())
+    return relative_paths - {SUMS, SIGNATURE}
 
 
-def _parse(data: bytes, path: Path) -> dict[str, str]:
+def _parse_checksums(data: bytes, path: Path) -> dict[str, str]:
     """SHA256SUMS as {path: digest}; a path that leaves the folder is refused."""
     sums: dict[str, str] = {}
     try:
@@ -159,9 +160,9 @@ def _parse(data: bytes, path: Path) -> dict[str, str]:
     for number, line in enumerate(lines, start=1):
         digest, separator, name = line.partition("  ")
         parts = PurePosixPath(name).parts
-        plain = bool(name) and not PurePosixPath(name).is_absolute() and ".." not in parts and "\\" not in name
-        whole = len(digest) == 64 and not set(digest) - set("0123456789abcdef")
-        if not (separator and whole and plain) or name in sums:
+        is_plain_path = bool(name) and not PurePosixPath(name).is_absolute() and ".." not in parts and "\\" not in name
+        is_digest = len(digest) == 64 and not set(digest) - set("0123456789abcdef")
+        if not (separator and is_digest and is_plain_path) or name in sums:
             raise PackageError(
                 f"{path}, line {number}: expected `sha256  path inside the package`, once each. {COPY_AGAIN}"
             )

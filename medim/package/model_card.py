@@ -1,6 +1,6 @@
 """The model card: what is known about a package, and in as many words what is not.
 
-`model_card.json` is checked against `Card`; `MODEL_CARD.md` is rendered from it.
+`model_card.json` is checked against `ModelCard`; `MODEL_CARD.md` is rendered from it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from medim.package.contract import NOT_REPORTED, Contract, PackageError
-from medim.package.gate import Gate
+from medim.package.gate import GateResult
 
-CARD, PAGE = "model_card.json", "MODEL_CARD.md"
+CARD_FILE, CARD_PAGE = "model_card.json", "MODEL_CARD.md"
 # Sections, and fields with their item of CLAIM 2024 (Tejani et al. 2024, doi 10.1148/ryai.240300); those without one
 # are of the CHAI Applied Model Card. A field that nobody filled in says "not reported".
 FIELDS: dict[str, dict[str, int | None]] = {
@@ -91,7 +91,7 @@ FIELDS: dict[str, dict[str, int | None]] = {
 }
 
 
-class Card(BaseModel):
+class ModelCard(BaseModel):
     """The content of `model_card.json`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -104,49 +104,59 @@ class Card(BaseModel):
     not_reported: int
 
     @model_validator(mode="after")
-    def _complete(self) -> Card:
-        have, want = ({s: set(fields) for s, fields in of.items()} for of in (self.sections, FIELDS))
-        if have != want:
-            wrong = {f"{s}.{f}" for s in have.keys() | want.keys() for f in have.get(s, set()) ^ want.get(s, set())}
-            raise ValueError(f"fields that are missing or not known: {sorted(wrong)}")
-        if self.not_reported != _missing(self.sections):
-            raise ValueError(f"expected {_missing(self.sections)} fields not reported, got {self.not_reported}")
+    def _check_complete(self) -> ModelCard:
+        actual, expected = ({s: set(fields) for s, fields in of.items()} for of in (self.sections, FIELDS))
+        if actual != expected:
+            wrong_fields = {
+                f"{s}.{f}"
+                for s in actual.keys() | expected.keys()
+                for f in actual.get(s, set()) ^ expected.get(s, set())
+            }
+            raise ValueError(f"fields that are missing or not known: {sorted(wrong_fields)}")
+        if self.not_reported != _count_not_reported(self.sections):
+            raise ValueError(
+                f"expected {_count_not_reported(self.sections)} fields not reported, got {self.not_reported}"
+            )
         return self
 
     @property
-    def page(self) -> str:
+    def markdown(self) -> str:
         """The card as Markdown."""
         lines = [f"# {self.title}", "", f"> **{self.banner}**", ""]
         for section, fields in self.sections.items():
             lines += [f"## {section}", "", "| field | CLAIM 2024 | value |", "| --- | --- | --- |"]
             for name, value in fields.items():
-                shown = _flat(value, name) if isinstance(value, Mapping) else {name: value}
-                lines += [f"| {key} | {FIELDS[section][name] or ''} | {_cell(v)} |" for key, v in shown.items()]
+                rows = _flatten_card_metrics(value, name) if isinstance(value, Mapping) else {name: value}
+                lines += [
+                    f"| {key} | {FIELDS[section][name] or ''} | {_format_card_cell(v)} |" for key, v in rows.items()
+                ]
             lines.append("")
         lines += ["## Gates at export", "", "| gate | verdict | measured | allowed |", "| --- | --- | --- | --- |"]
         for name, gate in self.gates.items():
-            told = gate.get("why") or _cell(gate["measured"])
-            lines.append(f"| {name} | {gate['verdict']} | {told} | {_cell(gate.get('allowed', ''))} |")
+            outcome = gate.get("why") or _format_card_cell(gate["measured"])
+            lines.append(f"| {name} | {gate['verdict']} | {outcome} | {_format_card_cell(gate.get('allowed', ''))} |")
         return "\n".join([*lines, "", f"{self.not_reported} fields are {NOT_REPORTED}.", ""])
 
 
-def make_card(contract: Contract, gates: Mapping[str, Gate], run: Mapping[str, Any], *, licence: bool = False) -> Card:
+def build_model_card(
+    contract: Contract, gates: Mapping[str, GateResult], summary: Mapping[str, Any], *, licence: bool = False
+) -> ModelCard:
     """What is known of a package.
 
     Args:
         contract: of the package.
         gates: the parity report's, by name.
-        run: the run's `summary.json`; empty where it has none.
+        summary: the run's `summary.json`; empty where it has none.
         licence: whether the exporter gave one.
     """
-    spec, made = contract.architecture, contract.provenance
-    objectives = run.get("objectives")
-    known: dict[str, dict[str, Any]] = {
+    spec, provenance = contract.architecture, contract.provenance
+    objectives = summary.get("objectives")
+    values: dict[str, dict[str, Any]] = {
         "Identity": {
             "name": contract.name,
             "version": contract.version,
             "licence": "see LICENSE" if licence else None,
-            "code": f"medim {made['medim']}" if "medim" in made else None,
+            "code": f"medim {provenance['medim']}" if "medim" in provenance else None,
         },
         "Intended use": {"intended use": contract.intended_use, "not for": contract.not_for},
         "Model": {
@@ -154,83 +164,86 @@ def make_card(contract: Contract, gates: Mapping[str, Gate], run: Mapping[str, A
             "modality": contract.modality,
             "input": f"{contract.spatial_dims}D, {contract.in_channels} channel(s)",
             "classes": ", ".join(contract.classes) or "none: it gives features",
-            "encoder": _section(spec["encoder"]),
-            "decoder and head": ", ".join(_section(spec[p]) for p in ("decoder", "head") if spec.get(p)) or "none",
-            "parent encoder (sha256)": made.get("parent"),
+            "encoder": _format_card_section(spec["encoder"]),
+            "decoder and head": ", ".join(_format_card_section(spec[p]) for p in ("decoder", "head") if spec.get(p))
+            or "none",
+            "parent encoder (sha256)": provenance.get("parent"),
             "weights (sha256)": spec.get("sha256"),
             "explainability": "mutual-information map" if contract.score_map else None,
         },
         "Data": {
-            "preprocessing": "; ".join(_section(step, "op") for step in contract.preprocess) or "none",
-            "split": "by subject, or the source's own" if "split_seed" in made else None,
-            "labelled images": run.get("labelled"),
-            "index (sha256)": made.get("index_hash"),
+            "preprocessing": "; ".join(_format_card_section(step, "op") for step in contract.preprocess) or "none",
+            "split": "by subject, or the source's own" if "split_seed" in provenance else None,
+            "labelled images": summary.get("labelled"),
+            "index (sha256)": provenance.get("index_hash"),
         },
         "Training": {
-            "software": ", ".join(f"{name} {made[name]}" for name in ("medim", "torch", "lightning") if name in made)
+            "software": ", ".join(
+                f"{name} {provenance[name]}" for name in ("medim", "torch", "lightning") if name in provenance
+            )
             or None,
-            "initial weights": {"scratch": "random", "pretrained": "the parent encoder's"}.get(run.get("init", "")),
+            "initial weights": {"scratch": "random", "pretrained": "the parent encoder's"}.get(summary.get("init", "")),
             "objectives": ", ".join(f"{name} (weight {w})" for name, w in objectives.items()) if objectives else None,
-            "steps": run.get("steps"),
-            "seed": made.get("seed"),
-            "configuration (sha256)": made.get("config_hash"),
-            "selection of the model": "none: the last step of a fixed schedule" if "steps" in run else None,
-            "inference": _section(contract.inference, "mode"),
+            "steps": summary.get("steps"),
+            "seed": provenance.get("seed"),
+            "configuration (sha256)": provenance.get("config_hash"),
+            "selection of the model": "none: the last step of a fixed schedule" if "steps" in summary else None,
+            "inference": _format_card_section(contract.inference, "mode"),
         },
         "Oversight": {"monitoring": f"out-of-distribution guard: {contract.reference}" if contract.reference else None},
         "Evaluation": {"on the run's validation split": dict(contract.metrics) or None},
     }
     sections = {
-        section: {name: _told(known.get(section, {}).get(name)) for name in fields}
+        section: {name: _fill_not_reported(values.get(section, {}).get(name)) for name in fields}
         for section, fields in FIELDS.items()
     }
-    return Card(
+    return ModelCard(
         title=f"{contract.name} {contract.version}",
         banner=contract.not_for,
         sections=sections,
         gates={name: dict(gate) for name, gate in gates.items()},
-        not_reported=_missing(sections),
+        not_reported=_count_not_reported(sections),
     )
 
 
-def parse_card(data: bytes) -> Card:
+def parse_model_card(data: bytes) -> ModelCard:
     """Read and check `model_card.json`.
 
     Raises:
         PackageError: not JSON, or not a card.
     """
     try:
-        return Card.model_validate_json(data)
+        return ModelCard.model_validate_json(data)
     except ValidationError as error:
         reasons = "; ".join(str(e["msg"]) for e in error.errors())
         raise PackageError(
-            f"{CARD}: expected a model card (schema 1), got {reasons}. Export the package again."
+            f"{CARD_FILE}: expected a model card (schema 1), got {reasons}. Export the package again."
         ) from None
 
 
-def _told(value: Any) -> Any:
+def _fill_not_reported(value: Any) -> Any:
     return NOT_REPORTED if value in (None, "") else value
 
 
-def _missing(sections: Mapping[str, Mapping[str, Any]]) -> int:
+def _count_not_reported(sections: Mapping[str, Mapping[str, Any]]) -> int:
     return sum(value == NOT_REPORTED for fields in sections.values() for value in fields.values())
 
 
-def _section(section: Mapping[str, Any], key: str = "name") -> str:
+def _format_card_section(section: Mapping[str, Any], key: str = "name") -> str:
     options = ", ".join(f"{name} {value}" for name, value in section.items() if name != key)
     return str(section[key]) + (f" ({options})" if options else "")
 
 
-def _flat(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def _flatten_card_metrics(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """Nested metrics as one level of `a.b` names."""
     out: dict[str, Any] = {}
     for name, value in metrics.items():
         key = f"{prefix}: {name}" if ":" not in prefix else f"{prefix}.{name}"
-        out |= _flat(value, key) if isinstance(value, Mapping) else {key: value}
+        out |= _flatten_card_metrics(value, key) if isinstance(value, Mapping) else {key: value}
     return out
 
 
-def _cell(value: Any) -> str:
+def _format_card_cell(value: Any) -> str:
     if value == NOT_REPORTED:
         return f"**{NOT_REPORTED}**"
     text = f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -14,15 +14,15 @@ from medim.types import Array
 
 
 @dataclass(frozen=True, eq=False)
-class Session:
+class OnnxSession:
     """A network ready to run.
 
     Attributes:
-        loaded: the graph in ONNX Runtime.
+        engine: the graph in ONNX Runtime.
         signature: its inputs and outputs.
     """
 
-    loaded: Any
+    engine: Any
     signature: Signature
 
     def __call__(self, image: Array) -> Array:
@@ -31,26 +31,26 @@ class Session:
         Raises:
             UserError: an input outside the contract.
         """
-        return self._run(image, [0])[0]
+        return self._run_outputs(image, [0])[0]
 
-    def both(self, image: Array) -> tuple[Array, Array]:
+    def predict_with_features(self, image: Array) -> tuple[Array, Array]:
         """The first output, the answer, and the last, what the guard watches."""
-        answer, watched = self._run(image, [0, -1])
-        return answer, watched
+        answer, features = self._run_outputs(image, [0, -1])
+        return answer, features
 
-    def _run(self, image: Array, places: Sequence[int]) -> list[Array]:
-        self.signature.check(image.shape)
-        names = [self.signature.outputs[place].name for place in places]
+    def _run_outputs(self, image: Array, indices: Sequence[int]) -> list[Array]:
+        self.signature.check_shape(image.shape)
+        names = [self.signature.outputs[output_index].name for output_index in indices]
         try:
-            out = self.loaded.run(names, {self.signature.inputs[0].name: np.ascontiguousarray(image, np.float32)})
+            arrays = self.engine.run(names, {self.signature.inputs[0].name: np.ascontiguousarray(image, np.float32)})
         except Exception as error:  # its exceptions have no common public base
             raise PackageError(
                 f"{GRAPH}: ONNX Runtime cannot run it ({type(error).__name__}). Export it again."
             ) from error
-        return [np.asarray(array) for array in out]
+        return [np.asarray(array) for array in arrays]
 
 
-def session(graph: bytes, signature: Signature, *, name: str = GRAPH, threads: int = 2) -> Session:
+def load_onnx_session(graph: bytes, signature: Signature, *, name: str = GRAPH, threads: int = 2) -> OnnxSession:
     """A network under ONNX Runtime (CPU).
 
     Args:
@@ -72,13 +72,13 @@ def session(graph: bytes, signature: Signature, *, name: str = GRAPH, threads: i
     options.log_severity_level = 3
     options.add_session_config_entry("session.load_model_format", "ONNX")  # never its own format, by a magic number
     try:
-        loaded = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        engine = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common public base
         raise PackageError(f"{name}: ONNX Runtime {onnxruntime.__version__} cannot load it ({error}).") from error
-    have = [[(t.name, len(t.shape)) for t in tensors] for tensors in (loaded.get_inputs(), loaded.get_outputs())]
-    want = [[(t.name, len(t.shape)) for t in tensors] for tensors in (signature.inputs, signature.outputs)]
-    if have != want:
+    actual = [[(t.name, len(t.shape)) for t in tensors] for tensors in (engine.get_inputs(), engine.get_outputs())]
+    expected = [[(t.name, len(t.shape)) for t in tensors] for tensors in (signature.inputs, signature.outputs)]
+    if actual != expected:
         raise PackageError(
-            f"{name}: expected inputs and outputs {want} (name, dimensions), got {have}. Export it again."
+            f"{name}: expected inputs and outputs {expected} (name, dimensions), got {actual}. Export it again."
         )
-    return Session(loaded, signature)
+    return OnnxSession(engine, signature)

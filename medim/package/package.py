@@ -6,8 +6,8 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from medim.inference.network import Network, Run
-from medim.inference.ood import Reference
+from medim.inference.network import PredictFn, Predictor
+from medim.inference.ood import OODDetector
 from medim.package.contract import (
     GOLDEN,
     GRAPH,
@@ -18,22 +18,30 @@ from medim.package.contract import (
     WEIGHTS,
     Contract,
     PackageError,
-    parse,
+    parse_contract,
 )
-from medim.package.golden import Golden
-from medim.package.integrity import COPY_AGAIN, SUMS, Seal, checked, verified, write_sums
-from medim.package.model_card import CARD, parse_card
-from medim.package.onnx_session import Session, session
+from medim.package.golden import GoldenInput
+from medim.package.integrity import COPY_AGAIN, SUMS, ChecksumManifest, read_with_digest, verify_checksums, write_sums
+from medim.package.model_card import CARD_FILE, parse_model_card
+from medim.package.onnx_session import OnnxSession, load_onnx_session
 from medim.types import Array, UserError, Volume
 
-UNFIT = (ValueError, KeyError, TypeError, IndexError, OverflowError, MemoryError)  # of arrays that are others
+ARRAY_ERRORS = (ValueError, KeyError, TypeError, IndexError, OverflowError, MemoryError)  # of arrays that are others
 
-__all__ = ["Check", "Package", "PackageError", "load_package", "session", "verify", "write_sums"]
+__all__ = [
+    "Package",
+    "PackageError",
+    "VerificationCheck",
+    "load_onnx_session",
+    "load_package",
+    "verify_package",
+    "write_sums",
+]
 
 
 @dataclass(frozen=True)
-class Check:
-    """One thing that `verify` looked at.
+class VerificationCheck:
+    """One thing that `verify_package` looked at.
 
     Attributes:
         name: what.
@@ -53,56 +61,58 @@ class Package:
     Attributes:
         folder: where it lies.
         contract: the content of `medim.json`.
-        seal: SHA256SUMS and its signature.
+        manifest: SHA256SUMS and its signature.
     """
 
     folder: Path
     contract: Contract
-    seal: Seal
+    manifest: ChecksumManifest
 
-    def read(self, name: str) -> bytes:
+    def read_file(self, name: str) -> bytes:
         """The bytes of a file, checked once more, so that what is used is what was verified."""
-        return checked(self.folder / name, self.sums[name])
+        return read_with_digest(self.folder / name, self.sums[name])
 
     @property
     def sums(self) -> dict[str, str]:
         """sha256 of every file."""
-        return self.seal.sums
+        return self.manifest.sums
 
     @property
     def sha256(self) -> str:
         """The digest of SHA256SUMS, which stands for the whole package."""
-        return self.seal.sha256
+        return self.manifest.sha256
 
     @functools.cached_property
-    def run(self) -> Session:
+    def run(self) -> OnnxSession:
         """The network under ONNX Runtime, on the CPU; the first output of the signature for an input inside it."""
-        return session(self.read(GRAPH), self.contract.signature)
+        return load_onnx_session(self.read_file(GRAPH), self.contract.signature)
 
     @functools.cached_property
-    def score_map(self) -> Session | None:
+    def score_map(self) -> OnnxSession | None:
         """The mutual-information map under ONNX Runtime; None where the package holds none."""
-        found = self.contract.score_map
-        return session(self.read(SCORE_MAP), found.signature, name=SCORE_MAP) if found else None
+        spec = self.contract.score_map
+        return load_onnx_session(self.read_file(SCORE_MAP), spec.signature, name=SCORE_MAP) if spec else None
 
     @functools.cached_property
-    def reference(self) -> Reference | None:
+    def ood_detector(self) -> OODDetector | None:
         """What the out-of-distribution guard compares with; None where the package holds none."""
         if self.contract.reference is None:
             return None
         try:
-            reference = Reference.parse(self.read(STATISTICS))
-            if (found := len(reference.parts["features"].mean)) != self.contract.signature.outputs[-1].shape[1]:
-                raise ValueError(f"{found} features")
-        except UNFIT as error:
+            detector = OODDetector.parse(self.read_file(STATISTICS))
+            if (feature_count := len(detector.gaussians["features"].mean)) != self.contract.signature.outputs[-1].shape[
+                1
+            ]:
+                raise ValueError(f"{feature_count} features")
+        except ARRAY_ERRORS as error:
             raise PackageError(f"{self.folder / STATISTICS}: cannot be read ({error}). {COPY_AGAIN}") from error
-        return reference
+        return detector
 
     @functools.cached_property
-    def network(self) -> Network:
+    def network(self) -> Predictor:
         """The network with its preprocessing, ready for images as a reader gives them."""
         contract = self.contract
-        return Network(
+        return Predictor(
             run=self.run,
             kind=contract.kind,
             modality=contract.modality,
@@ -112,8 +122,8 @@ class Package:
             preprocessing=contract.preprocess,
             inference=contract.inference,
             score_map=self._run_score_map if contract.score_map else None,
-            both=self.run.both,
-            reference=self.reference,
+            predict_with_features=self.run.predict_with_features,
+            ood_detector=self.ood_detector,
         )
 
     def _run_score_map(self, image: Array) -> Array:
@@ -122,7 +132,7 @@ class Package:
         return self.score_map(image)
 
     def __call__(self, volume: Volume) -> Array:
-        """Answer for one image; see `Network`."""
+        """Answer for one image; see `Predictor`."""
         return self.network(volume)
 
 
@@ -141,19 +151,19 @@ def load_package(path: str | Path, *, trust: Path | None = None) -> Package:
         UserError: `trust` is no public key.
     """
     folder = Path(path)
-    seal = verified(folder, trust=trust)
-    contract = parse(checked(folder / "medim.json", seal.sums["medim.json"]))
-    seal.check_signer(contract.signed_by, folder)
-    if contract.architecture.get("sha256") != seal.sums[WEIGHTS]:
+    manifest = verify_checksums(folder, trust=trust)
+    contract = parse_contract(read_with_digest(folder / "medim.json", manifest.sums["medim.json"]))
+    manifest.check_signer(contract.signed_by, folder)
+    if contract.architecture.get("sha256") != manifest.sums[WEIGHTS]:
         raise PackageError(f"{folder / WEIGHTS}: not the weights that medim.json names. {COPY_AGAIN}")
-    if contract.reference and contract.reference.sha256 != seal.sums.get(STATISTICS):
+    if contract.reference and contract.reference.sha256 != manifest.sums.get(STATISTICS):
         raise PackageError(f"{folder / STATISTICS}: not the statistics that medim.json names. {COPY_AGAIN}")
-    if contract.score_map and not {SCORE_MAP, SCORE_MAP_GOLDEN} <= seal.sums.keys():
+    if contract.score_map and not {SCORE_MAP, SCORE_MAP_GOLDEN} <= manifest.sums.keys():
         raise PackageError(f"{folder}: expected {SCORE_MAP} and {SCORE_MAP_GOLDEN} too. {COPY_AGAIN}")
-    return Package(folder, contract, seal)
+    return Package(folder, contract, manifest)
 
 
-def verify(path: str | Path, *, trust: Path | None = None) -> list[Check]:
+def verify_package(path: str | Path, *, trust: Path | None = None) -> list[VerificationCheck]:
     """Check a package's files, contract and network, and run its golden input through it.
 
     Args:
@@ -168,44 +178,50 @@ def verify(path: str | Path, *, trust: Path | None = None) -> list[Check]:
     """
     package = load_package(path, trust=trust)
     checks = [
-        _signature(package),
-        Check("files", "pass", f"{len(package.sums)} files have the sha256 that {SUMS} names"),
-        Check("contract", "pass", f"{package.contract.kind} {package.contract.name} {package.contract.version}"),
+        _check_signature(package),
+        VerificationCheck("files", "pass", f"{len(package.sums)} files have the sha256 that {SUMS} names"),
+        VerificationCheck(
+            "contract", "pass", f"{package.contract.kind} {package.contract.name} {package.contract.version}"
+        ),
     ]
-    checks.append(_card(package))
+    checks.append(_check_model_card(package))
     run, score_map = package.run, package.score_map
-    checks.append(Check("network", "pass", "inputs and outputs are those of the signature"))
-    checks.append(_golden(package, "golden", GOLDEN, run))
-    if package.reference is not None:
-        checks.append(Check("out-of-distribution guard", "pass", str(package.contract.reference)))
+    checks.append(VerificationCheck("network", "pass", "inputs and outputs are those of the signature"))
+    checks.append(_check_golden_input(package, "golden", GOLDEN, run))
+    if package.ood_detector is not None:
+        checks.append(VerificationCheck("out-of-distribution guard", "pass", str(package.contract.reference)))
     if score_map is not None:
-        checks.append(_golden(package, "score map", SCORE_MAP_GOLDEN, score_map))
+        checks.append(_check_golden_input(package, "score map", SCORE_MAP_GOLDEN, score_map))
     return checks
 
 
-def _signature(package: Package) -> Check:
+def _check_signature(package: Package) -> VerificationCheck:
     signer = package.contract.signed_by
     if signer is None:
-        return Check("signature", "not run", "the package is not signed")
-    if not package.seal.trusted:
-        return Check("signature", "not run", f"signed by {signer[:16]}, which says nothing without --trust KEY")
-    return Check("signature", "pass", f"signed by the trusted key {signer[:16]}")
+        return VerificationCheck("signature", "not run", "the package is not signed")
+    if not package.manifest.trusted:
+        return VerificationCheck(
+            "signature", "not run", f"signed by {signer[:16]}, which says nothing without --trust KEY"
+        )
+    return VerificationCheck("signature", "pass", f"signed by the trusted key {signer[:16]}")
 
 
-def _card(package: Package) -> Check:
-    if CARD not in package.sums:
-        raise PackageError(f"{package.folder}: expected a {CARD} in it. {COPY_AGAIN}")
-    return Check("card", "pass", f"{parse_card(package.read(CARD)).not_reported} fields are {NOT_REPORTED}")
+def _check_model_card(package: Package) -> VerificationCheck:
+    if CARD_FILE not in package.sums:
+        raise PackageError(f"{package.folder}: expected a {CARD_FILE} in it. {COPY_AGAIN}")
+    return VerificationCheck(
+        "card", "pass", f"{parse_model_card(package.read_file(CARD_FILE)).not_reported} fields are {NOT_REPORTED}"
+    )
 
 
-def _golden(package: Package, name: str, file: str, run: Run) -> Check:
+def _check_golden_input(package: Package, name: str, file: str, run: PredictFn) -> VerificationCheck:
     """Run a golden input and compare with its answer at export."""
     try:
-        difference = Golden.parse(package.read(file)).difference(run, package.contract)
-    except (UserError, *UNFIT) as error:
+        difference = GoldenInput.parse(package.read_file(file)).compare_run(run, package.contract)
+    except (UserError, *ARRAY_ERRORS) as error:
         raise PackageError(f"{package.folder}: the golden input cannot be run ({error}). {COPY_AGAIN}") from error
-    if not difference.small:
+    if not difference.is_small:
         raise PackageError(
             f"{package.folder}: the golden input gives another answer than at export: {difference}. {COPY_AGAIN}"
         )
-    return Check(name, "pass", str(difference))
+    return VerificationCheck(name, "pass", str(difference))

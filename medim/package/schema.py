@@ -9,22 +9,22 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from medim.types import UserError
 
-_S = TypeVar("_S", bound="Strict")
+_S = TypeVar("_S", bound="StrictModel")
 
 
-class Strict(BaseModel):
+class StrictModel(BaseModel):
     """A record whose every key is known."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def read_strict(path: Path, kind: type[_S], what: str) -> _S:
+def read_strict_json(path: Path, kind: type[_S], description: str) -> _S:
     """Read a JSON file that a user wrote.
 
     Args:
         path: the file.
         kind: what it should hold.
-        what: the same in words.
+        description: the same in words.
 
     Raises:
         UserError: the file is missing or holds something else; the message names each key that is wrong.
@@ -32,7 +32,7 @@ def read_strict(path: Path, kind: type[_S], what: str) -> _S:
     try:
         return kind.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{path}: expected {what}, got '{error.strerror}'. Check the path.") from None
+        raise UserError(f"{path}: expected {description}, got '{error.strerror}'. Check the path.") from None
     except ValidationError as error:
         reasons = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
-        raise UserError(f"{path}: expected {what}, got {reasons}. Correct the file.") from None
+        raise UserError(f"{path}: expected {description}, got {reasons}. Correct the file.") from None

@@ -16,37 +16,37 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from medim.types import UserError
 
 
-def private_key(path: Path) -> Ed25519PrivateKey:
+def load_private_key(path: Path) -> Ed25519PrivateKey:
     """The key of who signs.
 
     Raises:
         UserError: no Ed25519 private key in PEM, without a password, lies at `path`.
     """
-    key = _load(path, lambda data: serialization.load_pem_private_key(data, None))
+    key = _load_pem(path, lambda data: serialization.load_pem_private_key(data, None))
     if not isinstance(key, Ed25519PrivateKey):
-        raise _wrong(path, "private")
+        raise _build_key_error(path, "private")
     return key
 
 
-def public_key(path: Path) -> Ed25519PublicKey:
+def load_public_key(path: Path) -> Ed25519PublicKey:
     """The key of whom a site trusts.
 
     Raises:
         UserError: no Ed25519 public key in PEM lies at `path`.
     """
-    key = _load(path, serialization.load_pem_public_key)
+    key = _load_pem(path, serialization.load_pem_public_key)
     if not isinstance(key, Ed25519PublicKey):
-        raise _wrong(path, "public")
+        raise _build_key_error(path, "public")
     return key
 
 
-def as_hex(key: Ed25519PublicKey) -> str:
+def key_to_hex(key: Ed25519PublicKey) -> str:
     """A public key as 64 hexadecimal digits."""
     return key.public_bytes_raw().hex()
 
 
-def from_hex(digits: str) -> Ed25519PublicKey:
-    """What `as_hex` wrote."""
+def key_from_hex(digits: str) -> Ed25519PublicKey:
+    """What `key_to_hex` wrote."""
     return Ed25519PublicKey.from_public_bytes(bytes.fromhex(digits))
 
 
@@ -59,17 +59,17 @@ def is_signed(data: bytes, signature: bytes, key: Ed25519PublicKey) -> bool:
     return True
 
 
-def _load(path: Path, load: Callable[[bytes], object]) -> object:
+def _load_pem(path: Path, parse_key: Callable[[bytes], object]) -> object:
     """What a PEM file holds; None where it holds no key that can be read."""
     try:
-        return load(Path(path).read_bytes())
+        return parse_key(Path(path).read_bytes())
     except OSError as error:
         raise UserError(f"{path}: could not be read ({error.strerror}). Give the file of a key.") from error
     except (ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: it has a password
         return None
 
 
-def _wrong(path: Path, kind: str) -> UserError:
+def _build_key_error(path: Path, kind: str) -> UserError:
     return UserError(
         f"{path}: expected an Ed25519 {kind} key in PEM without a password, got something else. "
         "`openssl genpkey -algorithm ed25519 -out key.pem` makes a private key, "

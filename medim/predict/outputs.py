@@ -13,7 +13,7 @@ from PIL import Image
 
 from medim.data.preprocessing.steps import to_native
 from medim.files import write_bytes
-from medim.inference.network import Network
+from medim.inference.network import Predictor
 from medim.types import Array, Volume
 
 
@@ -49,13 +49,13 @@ def write_map(stem: Path, scores: Array, volume: Volume) -> tuple[Path, dict[str
         the file written, and the `mean`, `lowest` and `highest` score.
     """
     native = to_native(scores[None], volume)[0]
-    found = {"mean": np.nanmean(native), "lowest": np.nanmin(native), "highest": np.nanmax(native)}
+    statistics = {"mean": np.nanmean(native), "lowest": np.nanmin(native), "highest": np.nanmax(native)}
     if volume.spatial_dims == 3:
         path = _write_nifti(stem, native, volume)
     else:
-        steps = (native - found["lowest"]) / max(found["highest"] - found["lowest"], 1e-12) * (2**16 - 2)
+        steps = (native - statistics["lowest"]) / max(statistics["highest"] - statistics["lowest"], 1e-12) * (2**16 - 2)
         path = _write_png(stem, np.nan_to_num(steps.round() + 1, nan=0).astype(np.uint16))
-    return path, {name: round(float(value), 6) for name, value in found.items()}
+    return path, {name: round(float(value), 6) for name, value in statistics.items()}
 
 
 def _write_png(stem: Path, native: Array) -> Path:
@@ -78,22 +78,22 @@ def _write_nifti(stem: Path, native: Array, volume: Volume) -> Path:
     return path
 
 
-def volumes(labels: Array, volume: Volume, classes: int) -> list[float]:
+def class_sizes(labels: Array, volume: Volume, classes: int) -> list[float]:
     """Size of each class: mm3 in 3D, mm2 in 2D."""
     dims = volume.spatial_dims
     voxel = abs(float(np.linalg.det(volume.affine[:dims, :dims])))
     return [float(n) * voxel for n in np.bincount(labels.reshape(-1), minlength=classes + 1)[1:]]
 
 
-def sizes(labels: Array, volume: Volume, classes: tuple[str, ...]) -> dict[str, float]:
+def size_columns(labels: Array, volume: Volume, classes: tuple[str, ...]) -> dict[str, float]:
     """Size of each class: `ml_<class>` in 3D, `mm2_<class>` in 2D."""
     unit, scale = ("ml", 1e-3) if volume.spatial_dims == 3 else ("mm2", 1.0)
-    found = volumes(labels, volume, len(classes))
-    return {f"{unit}_{name}": round(size * scale, 6) for name, size in zip(classes, found, strict=True)}
+    measures = class_sizes(labels, volume, len(classes))
+    return {f"{unit}_{name}": round(size * scale, 6) for name, size in zip(classes, measures, strict=True)}
 
 
-def classified(network: Network, probabilities: Array) -> dict[str, Any]:
+def classification_columns(network: Predictor, probabilities: Array) -> dict[str, Any]:
     """A classifier's answer as columns: `class`, where it names one, and `probability_<class>`."""
-    chosen = {"class": network.classes[int(probabilities.argmax())]} if network.kind == "classifier" else {}
+    class_column = {"class": network.classes[int(probabilities.argmax())]} if network.kind == "classifier" else {}
     columns = zip(network.classes, probabilities, strict=True)
-    return {**chosen, **{f"probability_{label}": round(float(p), 6) for label, p in columns}}
+    return {**class_column, **{f"probability_{label}": round(float(p), 6) for label, p in columns}}

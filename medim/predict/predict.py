@@ -12,36 +12,38 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from medim.data.index.index import AllRejectedError, Index, Record, Rejection, build_index, is_index
+from medim.data.index.index import AllRejectedError, ImageRecord, Index, Rejection, build_index, is_index
 from medim.data.index.records import write_rejections
 from medim.data.readers import ReadError
-from medim.data.readers.dicom.sandbox import Limits, decoding_apart
-from medim.files import fresh_folder, write_bytes, write_csv, write_json
-from medim.inference.network import Network
-from medim.inference.ood import Verdict
+from medim.data.readers.dicom.sandbox import DecodingLimits, sandboxed_decoding
+from medim.files import prepare_output_folder, write_bytes, write_csv, write_json
+from medim.inference.network import Predictor
+from medim.inference.ood import OODResult
 from medim.package.package import Package
 from medim.predict.embeddings import WRITERS
-from medim.predict.outputs import classified, sizes, write_map, write_mask
+from medim.predict.outputs import classification_columns, size_columns, write_map, write_mask
 from medim.types import Array, Modality, UsageError, UserError, Volume
 
 SCHEMA_VERSION = 1
-Format = Literal["nifti", "dicom"]
-Writer = Callable[[Path, Index, Record, Volume, Array, Verdict], dict[str, Any]]  # file without suffix, ...: its row
-Inputs = Index | Path | Sequence[Path]
-Progress = Callable[[int, int], None]  # images done, images in all
-LIMITS = Limits()
+AnswerFormat = Literal["nifti", "dicom"]
+AnswerWriter = Callable[
+    [Path, Index, ImageRecord, Volume, Array, OODResult], dict[str, Any]
+]  # file without suffix, ...: its row
+PredictInputs = Index | Path | Sequence[Path]
+AnswerProgress = Callable[[int, int], None]  # images done, images in all
+DEFAULT_LIMITS = DecodingLimits()
 
 
 def predict(
-    package: Package | Network,
-    inputs: Inputs,
+    package: Package | Predictor,
+    inputs: PredictInputs,
     out: Path,
     *,
-    as_: Format = "nifti",
+    as_: AnswerFormat = "nifti",
     labelmap: bool = False,
     overwrite: bool = False,
-    progress: Progress | None = None,
-    limits: Limits = LIMITS,
+    progress: AnswerProgress | None = None,
+    limits: DecodingLimits = DEFAULT_LIMITS,
 ) -> list[dict[str, Any]]:
     """Segment or classify every image of a source.
 
@@ -68,42 +70,43 @@ def predict(
         UserError: the package is an encoder, or `out` is taken.
         AllRejectedError: no input got an answer (exit code 4); `rejected.csv` is written all the same.
     """
-    network = _network(package)
+    network = _get_predictor(package)
     if network.kind == "encoder":
         raise UserError("predict: expected a segmenter or classifier, got an encoder. Use `medim embed`.")
-    write = _writer(package, as_, labelmap=labelmap)
-    folder = fresh_folder(out, overwrite=overwrite)
+    write_row = _select_writer(package, as_, labelmap=labelmap)
+    folder = prepare_output_folder(out, overwrite=overwrite)
     rows = []
-    with decoding_apart(limits):
-        index = _index(inputs, network.modality, folder / "rejected.csv")
-        names = _file_names(index.records)
-        rejected: list[Rejection] = [*index.rejected]
-        for record, volume, answer, verdict in _answers(package, index, rejected, progress, limits):
+    with sandboxed_decoding(limits):
+        index = _open_index(inputs, network.modality, folder / "rejected.csv")
+        names = _make_file_names(index.records)
+        rejections: list[Rejection] = [*index.rejected]
+        for record, volume, answer, ood_result in _iterate_answers(package, index, rejections, progress, limits):
             try:
-                row = write(folder / names[record.image], index, record, volume, answer, verdict)
-                rows.append({**row, **verdict.columns})
+                row = write_row(folder / names[record.image], index, record, volume, answer, ood_result)
+                rows.append({**row, **ood_result.columns})
             except ReadError as error:
-                rejected.append(Rejection(record.path, error.reason, error.detail))
-    write_rejections(folder / "rejected.csv", rejected)
+                rejections.append(Rejection(record.path, error.reason, error.detail))
+    write_rejections(folder / "rejected.csv", rejections)
     if not rows:
-        raise _all_rejected(index, rejected)
+        raise _build_rejection_error(index, rejections)
     write_csv(folder / "predictions.csv", list(rows[0]), (list(row.values()) for row in rows))
-    counts = {"images": len(index.records), "predicted": len(rows), "rejected": len(rejected)}
+    counts = {"images": len(index.records), "predicted": len(rows), "rejected": len(rejections)}
     write_json(
-        folder / "summary.json", {"schema_version": SCHEMA_VERSION, "package": _identity(package), "counts": counts}
+        folder / "summary.json",
+        {"schema_version": SCHEMA_VERSION, "package": _describe_package(package), "counts": counts},
     )
     return rows
 
 
 def embed_images(
-    package: Package | Network,
-    inputs: Inputs,
+    package: Package | Predictor,
+    inputs: PredictInputs,
     out: Path,
     *,
     maps: Path | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
-    limits: Limits = LIMITS,
+    progress: AnswerProgress | None = None,
+    limits: DecodingLimits = DEFAULT_LIMITS,
 ) -> tuple[tuple[str, ...], Array]:
     """Write the features of every image of a source, a row an image.
 
@@ -131,60 +134,60 @@ def embed_images(
         UsageError: another suffix.
         AllRejectedError: no input could be used.
     """
-    network = _network(package)
+    network = _get_predictor(package)
     if network.kind != "encoder":
         raise UserError(f"embed: expected an encoder, got a {network.kind}. Export the pretraining run, and use that.")
     writer = WRITERS.get(out.suffix)
     if writer is None:
         raise UsageError(f"--out {out}: expected a file ending in {', '.join(WRITERS)}.")
     if maps is not None:
-        network.check_score_map()
-        fresh_folder(maps, overwrite=overwrite)
-    reasons = out.with_name(f"{out.name}.rejected.csv")
-    found, verdicts, rows = [], [], []
-    with decoding_apart(limits):
-        index = _index(inputs, network.modality, reasons)
-        rejected: list[Rejection] = [*index.rejected]
-        names = _file_names(index.records)
-        for record, volume, answer, verdict in _answers(package, index, rejected, progress, limits):
-            found.append((record, answer))
-            verdicts.append(verdict)
+        network.require_score_map()
+        prepare_output_folder(maps, overwrite=overwrite)
+    rejections_file = out.with_name(f"{out.name}.rejected.csv")
+    answers, ood_results, rows = [], [], []
+    with sandboxed_decoding(limits):
+        index = _open_index(inputs, network.modality, rejections_file)
+        rejections: list[Rejection] = [*index.rejected]
+        names = _make_file_names(index.records)
+        for record, volume, answer, ood_result in _iterate_answers(package, index, rejections, progress, limits):
+            answers.append((record, answer))
+            ood_results.append(ood_result)
             if maps is not None:
-                path, scores = write_map(maps / names[record.image], network.scores(volume), volume)
+                path, scores = write_map(maps / names[record.image], network.predict_score_map(volume), volume)
                 rows.append({"image": record.image, "file": path.name, **scores})
-    if rejected:
-        write_rejections(reasons, rejected)
-    if not found:
-        raise _all_rejected(index, rejected)
-    features = np.stack([answer for _, answer in found]).astype(np.float32)
-    images = tuple(record.image for record, _ in found)
-    write_bytes(out, writer(images, tuple(record.subject for record, _ in found), features, verdicts))
+    if rejections:
+        write_rejections(rejections_file, rejections)
+    if not answers:
+        raise _build_rejection_error(index, rejections)
+    features = np.stack([answer for _, answer in answers]).astype(np.float32)
+    images = tuple(record.image for record, _ in answers)
+    write_bytes(out, writer(images, tuple(record.subject for record, _ in answers), features, ood_results))
     if maps is not None:
         write_csv(maps / "maps.csv", list(rows[0]), (list(row.values()) for row in rows))
     return images, features
 
 
-def _network(package: Package | Network) -> Network:
+def _get_predictor(package: Package | Predictor) -> Predictor:
     return package.network if isinstance(package, Package) else package
 
 
-def _identity(package: Package | Network) -> dict[str, str] | None:
+def _describe_package(package: Package | Predictor) -> dict[str, str] | None:
     """Which package gave an answer; None for a run under torch."""
     if not isinstance(package, Package):
         return None
     return {"name": package.contract.name, "version": package.contract.version, "sha256": package.sha256}
 
 
-def _index(inputs: Inputs, modality: Modality, rejected: Path) -> Index:
+def _open_index(inputs: PredictInputs, modality: Modality, rejections_file: Path) -> Index:
     if isinstance(inputs, Index):
         index = inputs
     else:
-        places = [Path(place) for place in ([inputs] if isinstance(inputs, str | Path) else inputs)]
+        paths = [Path(path) for path in ([inputs] if isinstance(inputs, str | Path) else inputs)]
         try:
-            one_index = len(places) == 1 and is_index(places[0])
-            index = Index.read(places[0]) if one_index else build_index(places, modality)
+            is_single_index = len(paths) == 1 and is_index(paths[0])
+            index = Index.read(paths[0]) if is_single_index else build_index(paths, modality)
         except AllRejectedError as error:
-            write_rejections(rejected, error.index.rejected)
+            write_rejections(rejections_file, error.index.rejected)
             raise
     if index.modality != modality:
         raise UserError(
@@ -193,88 +196,94 @@ def _index(inputs: Inputs, modality: Modality, rejected: Path) -> Index:
     return index
 
 
-def _answers(
-    package: Package | Network, index: Index, rejected: list[Rejection], progress: Progress | None, limits: Limits
-) -> Iterator[tuple[Record, Volume, Array, Verdict]]:
-    """Each image that can be answered, with its answer and how usual it is; the others join `rejected`."""
-    network = _network(package)
-    for done, record in enumerate(index.records, start=1):
+def _iterate_answers(
+    package: Package | Predictor,
+    index: Index,
+    rejections: list[Rejection],
+    progress: AnswerProgress | None,
+    limits: DecodingLimits,
+) -> Iterator[tuple[ImageRecord, Volume, Array, OODResult]]:
+    """Each image that can be answered, with its answer and how usual it is; the others join `rejections`."""
+    network = _get_predictor(package)
+    for number, record in enumerate(index.records, start=1):
         try:
-            if (plan := index.plan(record)) is not None:
-                limits.check(plan)
+            if (plan := index.plan_slices(record)) is not None:
+                limits.check_plan(plan)
                 if isinstance(package, Package):
-                    package.contract.dicom_in.check(plan)
+                    package.contract.dicom_in.check_plan(plan)
             volume = index.open(record)
-            answer, verdict = network.guarded(volume)
+            answer, ood_result = network.predict_with_ood(volume)
         except UserError as error:
             reason, detail = getattr(error, "reason", "not-for-this-network"), getattr(error, "detail", str(error))
-            rejected.append(Rejection(record.path, reason, detail))
+            rejections.append(Rejection(record.path, reason, detail))
         except MemoryError:
-            rejected.append(Rejection(record.path, "too-much-memory", "the image does not fit into memory"))
+            rejections.append(Rejection(record.path, "too-much-memory", "the image does not fit into memory"))
         else:
-            yield record, volume, answer, verdict
+            yield record, volume, answer, ood_result
         if progress is not None:
-            progress(done, len(index.records))
+            progress(number, len(index.records))
 
 
-def _writer(package: Package | Network, as_: str, *, labelmap: bool) -> Writer:
+def _select_writer(package: Package | Predictor, as_: str, *, labelmap: bool) -> AnswerWriter:
     """What writes an answer.
 
     Raises:
         UsageError: a format that does not exist, or an option that it does not have.
         UserError: the package cannot answer in that format.
     """
-    if as_ not in get_args(Format):
-        raise UsageError(f"--as {as_}: expected {' or '.join(get_args(Format))}.")
+    if as_ not in get_args(AnswerFormat):
+        raise UsageError(f"--as {as_}: expected {' or '.join(get_args(AnswerFormat))}.")
     if as_ == "dicom":
         if not isinstance(package, Package):
             raise UserError("--as dicom: expected a package, got a run. Run `medim export` first.")
-        from medim.predict.dicom.writer import writer  # highdicom takes a second to import
+        from medim.predict.dicom.writer import dicom_writer  # highdicom takes a second to import
 
-        as_dicom: Writer = writer(package, labelmap=labelmap)
+        as_dicom: AnswerWriter = dicom_writer(package, labelmap=labelmap)
         return as_dicom
     if labelmap:
         raise UsageError("--labelmap: it is a kind of DICOM segmentation. Add --as dicom, or leave it out.")
-    return partial(_write, package)
+    return partial(_write_answer, package)
 
 
-def _write(
-    package: Package | Network,
+def _write_answer(
+    package: Package | Predictor,
     stem: Path,
     index: Index,
-    record: Record,
+    record: ImageRecord,
     volume: Volume,
     answer: Array,
-    verdict: Verdict,
+    ood_result: OODResult,
 ) -> dict[str, Any]:
     """Write an answer as NIfTI, PNG or JSON; its row of `predictions.csv`."""
-    network = _network(package)
+    network = _get_predictor(package)
     if network.kind == "segmenter":
         path = write_mask(stem, answer, volume)
-        return {"image": record.image, "file": path.name, **sizes(answer, volume, network.classes)}
-    row = classified(network, answer)
+        return {"image": record.image, "file": path.name, **size_columns(answer, volume, network.classes)}
+    row = classification_columns(network, answer)
     path = stem.with_name(f"{stem.name}.json")
-    chosen = {"class": row["class"]} if "class" in row else {}
+    class_column = {"class": row["class"]} if "class" in row else {}
     probabilities = {label: row[f"probability_{label}"] for label in network.classes}
-    content = {"schema_version": SCHEMA_VERSION, "image": record.image, **chosen, "probabilities": probabilities}
-    write_json(path, {**content, **verdict.columns, "package": _identity(package)})
+    content = {"schema_version": SCHEMA_VERSION, "image": record.image, **class_column, "probabilities": probabilities}
+    write_json(path, {**content, **ood_result.columns, "package": _describe_package(package)})
     return {"image": record.image, "file": path.name, **row}
 
 
-def _file_names(records: Sequence[Record]) -> dict[str, str]:
+def _make_file_names(records: Sequence[ImageRecord]) -> dict[str, str]:
     """A file name for each image key: plain characters, at most 100, no two alike even where case does not count."""
     names = {record.image: re.sub(r"[^A-Za-z0-9._-]+", "_", record.image).strip("._")[:100] for record in records}
-    taken: dict[str, int] = {}
+    name_counts: dict[str, int] = {}
     for name in names.values():
-        taken[name.lower()] = taken.get(name.lower(), 0) + 1
+        name_counts[name.lower()] = name_counts.get(name.lower(), 0) + 1
     reserved = {"", "summary", "predictions", "rejected"}
     for key, name in names.items():
-        if taken[name.lower()] > 1 or name.lower() in reserved:
+        if name_counts[name.lower()] > 1 or name.lower() in reserved:
             names[key] = f"{name or 'image'}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     return names
 
 
-def _all_rejected(index: Index, rejected: Sequence[Rejection]) -> AllRejectedError:
-    first = f"{rejected[0].path}: {rejected[0].detail}" if rejected else "the source holds no image"
-    message = f"expected an image that this package can read, got none out of {len(rejected)}. First: {first}"
-    return AllRejectedError(message, replace(index, records=(), rejected=tuple(rejected)))
+def _build_rejection_error(index: Index, rejections: Sequence[Rejection]) -> AllRejectedError:
+    first_rejection = f"{rejections[0].path}: {rejections[0].detail}" if rejections else "the source holds no image"
+    message = (
+        f"expected an image that this package can read, got none out of {len(rejections)}. First: {first_rejection}"
+    )
+    return AllRejectedError(message, replace(index, records=(), rejected=tuple(rejections)))

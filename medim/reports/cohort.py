@@ -8,22 +8,22 @@ from pathlib import Path
 
 import numpy as np
 
-from medim.data.index.index import Index, Record
-from medim.data.index.rejection_codes import REASONS
-from medim.data.loading.quality_table import NEAR, Quality, read_quality
-from medim.data.preprocessing.quality import FLAGS, Figures, flags
+from medim.data.index.index import ImageRecord, Index
+from medim.data.index.rejection_codes import REJECTION_REASONS
+from medim.data.loading.quality_table import MAX_DUPLICATE_BITS, ImageQuality, read_quality
+from medim.data.preprocessing.quality import FLAGS, QualityMetrics, list_flags
 from medim.reports import figures
-from medim.reports.contact_sheet import contact_sheet
-from medim.reports.page import Banner, Section, Table, counted, many, told
+from medim.reports.contact_sheet import build_contact_sheet
+from medim.reports.page import Banner, ReportSection, ReportTable, count_table, format_value, pluralise
 from medim.reports.svg import Figure
 
-AXES = {2: ("down", "across"), 3: ("left to right", "back to front", "foot to head")}
-GRID: dict[str, tuple[str, Callable[[Record], Sequence[float]]]] = {
+AXIS_NAMES = {2: ("down", "across"), 3: ("left to right", "back to front", "foot to head")}
+GRID_QUANTITIES: dict[str, tuple[str, Callable[[ImageRecord], Sequence[float]]]] = {
     "Size": ("voxels", lambda record: record.shape),
     "Spacing": ("mm", lambda record: record.spacing),
     "Field of view": ("mm", lambda record: tuple(np.multiply(record.shape, record.spacing))),
 }
-FIGURES = {
+QUALITY_LABELS = {
     "minimum": "Minimum",
     "p1": "1st percentile",
     "median": "Median",
@@ -35,47 +35,58 @@ FIGURES = {
     "empty": "Background, % of voxels",
     "saturated": "At the maximum, % of voxels",
 }
-SHARES = ("empty", "saturated")  # told in percent
-DRAWN = ("snr", "empty")
-MOST_PAIRS = 10
-STAYS = (
+PERCENT_METRICS = ("empty", "saturated")  # told in percent
+HISTOGRAM_METRICS = ("snr", "empty")
+MAX_PAIRS = 10
+PATIENT_NOTE = (
     "This page holds images of patients: it stays on site. Each is shown between its 1st and 99th percentile, in its "
     "true proportions; the caption is the pseudonym of the subject."
 )
 
 
-def cohort(folder: Path, anchor: str) -> Section:
+def build_cohort_section(folder: Path, anchor: str) -> ReportSection:
     """An index: what was found, what was not used and why, what the images are like, and 24 of them."""
     index = Index.read(folder)
     records = index.records
-    sheet, seen = contact_sheet(index, STAYS)
+    sheet, sheet_quality = build_contact_sheet(index, PATIENT_NOTE)
     rows = read_quality(folder)
-    measured = {row.image: row.figures for row in rows} or seen
+    quality_by_image = {row.image: row.metrics for row in rows} or sheet_quality
     subjects = len({record.subject for record in records})
-    found = len(records) + len(index.rejected)
-    left_out = len(index.rejected)
-    text = f"{left_out:,} of {found:,} files or series were not used." if left_out else "Every file was used."
+    n_files = len(records) + len(index.rejected)
+    n_rejected = len(index.rejected)
+    text = f"{n_rejected:,} of {n_files:,} files or series were not used." if n_rejected else "Every file was used."
     sessions = len({(record.subject, record.session) for record in records if record.session is not None})
-    return Section(
+    return ReportSection(
         anchor=anchor,
         title=f"Images: {folder.name}",
         banner=Banner(
-            "care" if left_out else "good", f"{many(len(records), 'image')} of {many(subjects, 'subject')}", text
+            "care" if n_rejected else "good",
+            f"{pluralise(len(records), 'image')} of {pluralise(subjects, 'subject')}",
+            text,
         ),
         facts=[
             ("Modality", index.modality),
-            ("Sessions", told(sessions or None)),
-            ("Classes of the masks", told(list(index.classes) if any(r.mask for r in records) else None)),
+            ("Sessions", format_value(sessions or None)),
+            ("Classes of the masks", format_value(list(index.classes) if any(r.mask for r in records) else None)),
             ("Index", index.hash[:12]),
         ],
-        tables=[_flow(index, rows), *_refused(index), *_ranges(records), *_origins(records)],
-        figures=[*_grids(records), *_drawn(measured)],
+        tables=[
+            _build_flow_table(index, rows),
+            *_build_rejection_tables(index),
+            *_build_range_tables(records),
+            *_build_origin_tables(records),
+        ],
+        figures=[*_plot_grids(records), *_plot_quality(quality_by_image)],
         sheet=sheet,
-        after=[*_intensities(measured, whole=bool(rows)), _flagged(rows, seen), *_alike(records, rows)],
+        after=[
+            *_build_intensity_tables(quality_by_image, all_images=bool(rows)),
+            _build_flag_table(rows, sheet_quality),
+            *_build_lookalike_tables(records, rows),
+        ],
     )
 
 
-def _flow(index: Index, rows: Sequence[Quality]) -> Table:
+def _build_flow_table(index: Index, rows: Sequence[ImageQuality]) -> ReportTable:
     records = index.records
     parts = [
         ("with a class label", [r for r in records if r.label is not None]),
@@ -83,31 +94,41 @@ def _flow(index: Index, rows: Sequence[Quality]) -> Table:
         *((f"split {part}", [r for r in records if r.split == part]) for part in ("train", "val", "test")),
     ]
     if rows:
-        stored = {row.image for row in rows}
-        parts.append(("that could not be preprocessed", [r for r in records if r.image not in stored]))
-    flow = [
-        ("Found", told(len(records) + len(index.rejected)), ""),
-        ("Not used", told(len(index.rejected)), ""),
-        ("Images", told(len(records)), told(len({r.subject for r in records}))),
-        *((name, told(len(of)), told(len({r.subject for r in of}))) for name, of in parts if of),
+        image_keys = {row.image for row in rows}
+        parts.append(("that could not be preprocessed", [r for r in records if r.image not in image_keys]))
+    table_rows = [
+        ("Found", format_value(len(records) + len(index.rejected)), ""),
+        ("Not used", format_value(len(index.rejected)), ""),
+        ("Images", format_value(len(records)), format_value(len({r.subject for r in records}))),
+        *(
+            (name, format_value(len(part_records)), format_value(len({r.subject for r in part_records})))
+            for name, part_records in parts
+            if part_records
+        ),
     ]
-    return Table("From files to images", ("", "Images", "Subjects"), flow)
+    return ReportTable("From files to images", ("", "Images", "Subjects"), table_rows)
 
 
-def _refused(index: Index) -> list[Table]:
+def _build_rejection_tables(index: Index) -> list[ReportTable]:
     """Why files were not used: each reason, what it means, and the first of its files."""
     reasons = Counter(rejection.reason for rejection in index.rejected)
-    first = {rejection.reason: rejection for rejection in reversed(index.rejected)}
+    first_rejection = {rejection.reason: rejection for rejection in reversed(index.rejected)}
     rows = [
-        (code, told(count), REASONS.get(code, ""), first[code].detail, first[code].path)
+        (
+            code,
+            format_value(count),
+            REJECTION_REASONS.get(code, ""),
+            first_rejection[code].detail,
+            first_rejection[code].path,
+        )
         for code, count in reasons.most_common()
     ]
     head = ("Reason", "Files", "What it means", "The first: what was wrong", "The first")
     note = "Paths stand here as in rejected.csv: relative to the source, and without names of patients."
-    return [Table("Not used, by reason", head, rows, note, wide=True)] if rows else []
+    return [ReportTable("Not used, by reason", head, rows, note, wide=True)] if rows else []
 
 
-def _origins(records: Sequence[Record]) -> list[Table]:
+def _build_origin_tables(records: Sequence[ImageRecord]) -> list[ReportTable]:
     """How many images have which label, scanner, field strength and sequence; nothing where nobody says."""
     tables = []
     for caption, name, values in (
@@ -116,101 +137,120 @@ def _origins(records: Sequence[Record]) -> list[Table]:
         ("Field strengths", "Tesla", [None if r.field_strength is None else f"{r.field_strength:g}" for r in records]),
         ("Sequences", "Sequence", [r.sequence for r in records]),
     ):
-        counts = Counter(told(value) for value in values)
+        counts = Counter(format_value(value) for value in values)
         if set(values) - {None} and len(counts) <= 20:
-            tables.append(counted(caption, name, counts))
+            tables.append(count_table(caption, name, counts))
     return tables
 
 
-def _by_axis(records: Sequence[Record], dims: int, of: Callable[[Record], Sequence[float]]) -> dict[str, list[float]]:
-    same = [of(record) for record in records if len(record.shape) == dims]
-    return {name: [float(values[axis]) for values in same] for axis, name in enumerate(AXES[dims])}
+def _values_by_axis(
+    records: Sequence[ImageRecord], dims: int, get_values: Callable[[ImageRecord], Sequence[float]]
+) -> dict[str, list[float]]:
+    values_by_record = [get_values(record) for record in records if len(record.shape) == dims]
+    return {name: [float(values[axis]) for values in values_by_record] for axis, name in enumerate(AXIS_NAMES[dims])}
 
 
-def _ranges(records: Sequence[Record]) -> list[Table]:
+def _build_range_tables(records: Sequence[ImageRecord]) -> list[ReportTable]:
     """Smallest, middle and largest size and voxel along each axis; images of two and three dimensions apart."""
     tables = []
     for dims in sorted({len(record.shape) for record in records}):
         rows = [
-            (f"{quantity} {axis}, {unit}", *_spread(values))
-            for quantity, (unit, of) in GRID.items()
-            for axis, values in _by_axis(records, dims, of).items()
+            (f"{quantity} {axis}, {unit}", *_format_range(values))
+            for quantity, (unit, get_values) in GRID_QUANTITIES.items()
+            for axis, values in _values_by_axis(records, dims, get_values).items()
         ]
-        tables.append(Table(f"Grids of the {dims}D images", ("", "Smallest", "Median", "Largest"), rows))
+        tables.append(ReportTable(f"Grids of the {dims}D images", ("", "Smallest", "Median", "Largest"), rows))
     return tables
 
 
-def _grids(records: Sequence[Record]) -> list[Figure]:
+def _plot_grids(records: Sequence[ImageRecord]) -> list[Figure]:
     """Histograms of what differs from image to image."""
-    drawn = []
+    histograms = []
     for dims in sorted({len(record.shape) for record in records}):
-        for quantity, (unit, of) in GRID.items():
-            values = _by_axis(records, dims, of)
+        for quantity, (unit, get_values) in GRID_QUANTITIES.items():
+            values = _values_by_axis(records, dims, get_values)
             if any(len(set(numbers)) > 1 for numbers in values.values()):
                 caption = f"{quantity} of the {dims}D images"
-                drawn.append(figures.histogram(values, f"{quantity}, {unit}", caption))
-    return drawn
+                histograms.append(figures.plot_histogram(values, f"{quantity}, {unit}", caption))
+    return histograms
 
 
-def _drawn(measured: Mapping[str, Figures]) -> list[Figure]:
-    columns = {name: _column(measured, name) for name in DRAWN}
+def _plot_quality(quality_by_image: Mapping[str, QualityMetrics]) -> list[Figure]:
+    columns = {name: _quality_column(quality_by_image, name) for name in HISTOGRAM_METRICS}
     return [
-        figures.histogram({name: v}, FIGURES[name], FIGURES[name]) for name, v in columns.items() if len(set(v)) > 1
+        figures.plot_histogram({name: v}, QUALITY_LABELS[name], QUALITY_LABELS[name])
+        for name, v in columns.items()
+        if len(set(v)) > 1
     ]
 
 
-def _intensities(measured: Mapping[str, Figures], *, whole: bool) -> list[Table]:
-    columns = {name: _column(measured, name) for name in FIGURES}
-    rows = [(FIGURES[name], *_spread(values)) for name, values in columns.items() if values]
-    of = many(len(measured), "image")
+def _build_intensity_tables(quality_by_image: Mapping[str, QualityMetrics], *, all_images: bool) -> list[ReportTable]:
+    columns = {name: _quality_column(quality_by_image, name) for name in QUALITY_LABELS}
+    rows = [(QUALITY_LABELS[name], *_format_range(values)) for name, values in columns.items() if values]
+    images_text = pluralise(len(quality_by_image), "image")
     note = (
-        f"Measured on {of} as read, before preprocessing."
-        if whole
-        else f"Measured on the {of} of the contact sheet alone. medim preprocess measures every image."
+        f"Measured on {images_text} as read, before preprocessing."
+        if all_images
+        else f"Measured on the {images_text} of the contact sheet alone. medim preprocess measures every image."
     )
-    return [Table("Intensities", ("", "Smallest", "Median", "Largest"), rows, note)] if rows else []
+    return [ReportTable("Intensities", ("", "Smallest", "Median", "Largest"), rows, note)] if rows else []
 
 
-def _flagged(rows: Sequence[Quality], seen: Mapping[str, Figures]) -> Table:
-    raised = [row.flags for row in rows] or [flags(vars(found)) for found in seen.values()]
-    counts = Counter(code for codes in raised for code in codes)
-    known = [code for code in FLAGS if rows or code != "near-duplicate"]
-    cells = [(code, told(counts[code]), FLAGS[code].meaning) for code in known]
+def _build_flag_table(rows: Sequence[ImageQuality], sheet_quality: Mapping[str, QualityMetrics]) -> ReportTable:
+    codes_by_image = [row.flags for row in rows] or [list_flags(vars(quality)) for quality in sheet_quality.values()]
+    counts = Counter(code for codes in codes_by_image for code in codes)
+    flag_codes = [code for code in FLAGS if rows or code != "near-duplicate"]
+    cells = [(code, format_value(counts[code]), FLAGS[code].meaning) for code in flag_codes]
     note = "A flag asks for a look; no image is left out for one."
-    return Table(f"Flags of {many(len(raised), 'image')}", ("Flag", "Images", "Raised where"), cells, note, wide=True)
+    return ReportTable(
+        f"Flags of {pluralise(len(codes_by_image), 'image')}",
+        ("Flag", "Images", "Raised where"),
+        cells,
+        note,
+        wide=True,
+    )
 
 
-def _alike(records: Sequence[Record], rows: Sequence[Quality]) -> list[Table]:
+def _build_lookalike_tables(records: Sequence[ImageRecord], rows: Sequence[ImageQuality]) -> list[ReportTable]:
     """Images that look alike: those of two subjects matter to a split, those of one are expected."""
-    of = {record.image: record for record in records}
-    across = {
+    record_by_image = {record.image: record for record in records}
+    subject_pairs = {
         (min(row.image, row.nearest), max(row.image, row.nearest)): row.distance or 0 for row in rows if row.nearest
     }
-    within = [row for row in rows if row.nearest_own is not None]
-    if not across and not within:
+    same_subject_rows = [row for row in rows if row.nearest_own is not None]
+    if not subject_pairs and not same_subject_rows:
         return []
     counts = [
-        ("another subject", told(sum(row.nearest is not None for row in rows))),
-        ("the same subject", told(len(within))),
+        ("another subject", format_value(sum(row.nearest is not None for row in rows))),
+        ("the same subject", format_value(len(same_subject_rows))),
     ]
-    tables = [Table("Images that look like one of", ("", "Images"), counts, f"At most {NEAR} of 64 bits differ.")]
-    pairs = sorted((distance, one, two) for (one, two), distance in across.items())
+    tables = [
+        ReportTable(
+            "Images that look like one of", ("", "Images"), counts, f"At most {MAX_DUPLICATE_BITS} of 64 bits differ."
+        )
+    ]
+    pairs = sorted((distance, one, two) for (one, two), distance in subject_pairs.items())
     cells = [
-        (one, two, told(distance), " and ".join(told(of[image].split) for image in (one, two)))
-        for distance, one, two in pairs[:MOST_PAIRS]
+        (
+            one,
+            two,
+            format_value(distance),
+            " and ".join(format_value(record_by_image[image].split) for image in (one, two)),
+        )
+        for distance, one, two in pairs[:MAX_PAIRS]
     ]
     if cells:
         head = ("Image", "Looks like", "Bits apart", "Splits")
-        note = f"The nearest {len(cells)} of {many(len(pairs), 'pair')}: of each image the one most like it."
-        tables.append(Table("Images of two subjects that look alike", head, cells, note, wide=True))
+        note = f"The nearest {len(cells)} of {pluralise(len(pairs), 'pair')}: of each image the one most like it."
+        tables.append(ReportTable("Images of two subjects that look alike", head, cells, note, wide=True))
     return tables
 
 
-def _column(measured: Mapping[str, Figures], name: str) -> list[float]:
-    values = (getattr(found, name) for found in measured.values())
-    return [float(value) * (100 if name in SHARES else 1) for value in values if value is not None]
+def _quality_column(quality_by_image: Mapping[str, QualityMetrics], name: str) -> list[float]:
+    values = (getattr(quality, name) for quality in quality_by_image.values())
+    return [float(value) * (100 if name in PERCENT_METRICS else 1) for value in values if value is not None]
 
 
-def _spread(values: Sequence[float]) -> tuple[str, str, str]:
-    low, half, high = (f"{v:.4g}" for v in (min(values), float(np.median(values)), max(values)))
-    return low, half, high
+def _format_range(values: Sequence[float]) -> tuple[str, str, str]:
+    low, median, high = (f"{v:.4g}" for v in (min(values), float(np.median(values)), max(values)))
+    return low, median, high

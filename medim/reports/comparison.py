@@ -9,33 +9,35 @@ from typing import Any
 
 import numpy as np
 
-from medim.evaluation.cases import Row, class_arrays, finding_arrays, read_cases
+from medim.evaluation.cases import CaseRow, class_arrays, finding_arrays, read_cases
 from medim.files import read_json
-from medim.metrics.bootstrap import Metric, bootstrap, mean_over_subjects
+from medim.metrics.bootstrap import Metric, bootstrap_interval, mean_over_subjects
 from medim.metrics.classification import classification_statistics
 from medim.metrics.multi_label import RANKINGS, mean_ranking
 from medim.metrics.ranking import Statistic
 from medim.reports import figures
 from medim.reports.page import (
-    INTERVALS,
+    INTERVALS_NOTE,
     Banner,
-    Section,
-    Table,
-    cell,
+    ReportSection,
+    ReportTable,
+    format_metric,
+    interval_cell,
     lower_is_better,
     metric_name,
-    metric_text,
-    shares,
+    unit_interval_metrics,
 )
 
-ARMS = ("pretrained", "scratch")
-ONE_RUN = "One run each: the difference holds the luck of one seed and one choice of labels. medim study measures that."
+ARM_NAMES = ("pretrained", "scratch")
+ONE_RUN_NOTE = (
+    "One run each: the difference holds the luck of one seed and one choice of labels. medim study measures that."
+)
 
 
-Arm = tuple[Path, dict[str, Any]]  # folder and summary
+RunSummary = tuple[Path, dict[str, Any]]  # folder and summary
 
 
-def compare(folders: Mapping[str, Path], kinds: Mapping[str, str]) -> Section | None:
+def build_comparison_section(folders: Mapping[str, Path], kinds: Mapping[str, str]) -> ReportSection | None:
     """A section where both arms of one task are among the folders, on the same images.
 
     Evaluations are taken where two of them measured the same images; else fine-tuning runs on one index.
@@ -46,17 +48,19 @@ def compare(folders: Mapping[str, Path], kinds: Mapping[str, str]) -> Section | 
     """
     for kind in ("evaluate", "finetune"):
         runs = [(path, read_json(path / "summary.json")) for name, path in folders.items() if kinds[name] == kind]
-        arms = [[run for run in runs if run[1].get("init") == arm] for arm in ARMS]
+        arms = [[run for run in runs if run[1].get("init") == arm] for arm in ARM_NAMES]
         for pair in itertools.product(*arms):
             if pair[0][1].get("task") != pair[1][1].get("task"):
                 continue
-            gaps = _paired(pair) if kind == "evaluate" else {}
+            gaps = _pair_differences(pair) if kind == "evaluate" else {}
             if gaps or (kind == "finetune" and pair[0][1].get("index_hash") == pair[1][1].get("index_hash")):
-                return _section(pair, gaps)
+                return _render_comparison(pair, gaps)
     return None
 
 
-def differences(one: Sequence[Row], two: Sequence[Row], classes: Sequence[str], *, seed: int = 0) -> dict[str, Metric]:
+def compute_differences(
+    one: Sequence[CaseRow], two: Sequence[CaseRow], classes: Sequence[str], *, seed: int = 0
+) -> dict[str, Metric]:
     """One minus two, paired by image, with intervals over subjects; empty where the images are not the same.
 
     Args:
@@ -71,81 +75,85 @@ def differences(one: Sequence[Row], two: Sequence[Row], classes: Sequence[str], 
         return {}
     subjects = [row["subject"] for row in pair[0][:: len(classes)]]
     if "probability" not in pair[0][0]:
-        found = {}
+        class_metrics = {}
         for metric in ("dice", "hd95", "surface_dice"):
-            for place, name in enumerate(classes):
-                sides = ([row[metric] for row in rows[place :: len(classes)]] for rows in pair)
+            for class_number, name in enumerate(classes):
+                sides = ([row[metric] for row in rows[class_number :: len(classes)]] for rows in pair)
                 gaps = [None if a is None or b is None else a - b for a, b in zip(*sides, strict=True)]
-                found[f"{metric}_{name}"] = mean_over_subjects(gaps, subjects, seed=seed)
+                class_metrics[f"{metric}_{name}"] = mean_over_subjects(gaps, subjects, seed=seed)
         means = [
             np.mean([[r["dice"] for r in rows[k :: len(classes)]] for k in range(len(classes))], axis=0)
             for rows in pair
         ]
-        return {"dice": mean_over_subjects(list(means[0] - means[1]), subjects, seed=seed), **found}
-    statistics = [_statistics(rows, classes) for rows in pair]
+        return {"dice": mean_over_subjects(list(means[0] - means[1]), subjects, seed=seed), **class_metrics}
+    statistics = [_build_statistics(rows, classes) for rows in pair]
     return {
-        name: bootstrap(lambda w, a=first, b=statistics[1][name]: a(w) - b(w), subjects, seed=seed)  # type: ignore[misc]
+        name: bootstrap_interval(lambda w, a=first, b=statistics[1][name]: a(w) - b(w), subjects, seed=seed)  # type: ignore[misc]
         for name, first in statistics[0].items()
     }
 
 
-def _statistics(rows: Sequence[Row], classes: Sequence[str]) -> dict[str, Statistic]:
+def _build_statistics(rows: Sequence[CaseRow], classes: Sequence[str]) -> dict[str, Statistic]:
     if "prediction" in rows[0]:
         return classification_statistics(*class_arrays(rows, classes))
-    told = finding_arrays(rows, classes)
-    return {name: mean_ranking(ranking, *told) for name, ranking in RANKINGS.items()}
+    arrays = finding_arrays(rows, classes)
+    return {name: mean_ranking(ranking, *arrays) for name, ranking in RANKINGS.items()}
 
 
-def _paired(pair: Sequence[Arm]) -> dict[str, Metric]:
+def _pair_differences(pair: Sequence[RunSummary]) -> dict[str, Metric]:
     one, two = (read_cases(folder / "cases.parquet") for folder, _ in pair)
     classes = [summary["classes"] for _, summary in pair]
-    return differences(one, two, classes[0]) if classes[0] == classes[1] else {}
+    return compute_differences(one, two, classes[0]) if classes[0] == classes[1] else {}
 
 
-def _section(arms: Sequence[Arm], gaps: Mapping[str, Metric]) -> Section:
-    metrics = [_metrics(summary) for _, summary in arms]
+def _render_comparison(arms: Sequence[RunSummary], gaps: Mapping[str, Metric]) -> ReportSection:
+    metrics = [_get_metrics(summary) for _, summary in arms]
     table = []
     for key in (key for key in metrics[0] if key in metrics[1]):
         sides = [metric[key] for metric in metrics]
-        gap = cell(_gap(key, gaps.get(key), sides))
-        table.append((metric_name(key), *(cell(metric_text(side)) for side in sides), gap))
-    first = next(iter(metrics[0]), "")
-    where = "the same images" if gaps else "the validation split"
+        gap = interval_cell(_format_gap(key, gaps.get(key), sides))
+        table.append((metric_name(key), *(interval_cell(format_metric(side)) for side in sides), gap))
+    first_key = next(iter(metrics[0]), "")
+    split_text = "the same images" if gaps else "the validation split"
     labelled = [summary.get("labelled") for _, summary in arms]
     budget = f" with {labelled[0]} labelled images each" if labelled[0] and labelled[0] == labelled[1] else ""
-    headline = f"{metric_name(first)}: {_gap(first, gaps.get(first), [m.get(first) for m in metrics])}"
-    return Section(
+    headline = (
+        f"{metric_name(first_key)}: {_format_gap(first_key, gaps.get(first_key), [m.get(first_key) for m in metrics])}"
+    )
+    return ReportSection(
         anchor="comparison",
         title="Pretrained against scratch",
-        banner=Banner("plain", headline, f"Pretrained minus scratch, on {where}{budget}. {ONE_RUN}"),
+        banner=Banner("plain", headline, f"Pretrained minus scratch, on {split_text}{budget}. {ONE_RUN_NOTE}"),
         tables=[
-            Table(
+            ReportTable(
                 "Both arms",
                 ("Metric", "Pretrained", "Scratch", "Difference"),
                 table,
-                _note(gaps),
+                _format_note(gaps),
                 wide=True,
             )
         ],
         figures=[
-            figures.intervals(
-                [*shares(metrics[0]), *shares(metrics[1], second=True)], "Both arms, with their intervals", arms=ARMS
+            figures.interval_plot(
+                [*unit_interval_metrics(metrics[0]), *unit_interval_metrics(metrics[1], second=True)],
+                "Both arms, with their intervals",
+                arms=ARM_NAMES,
             )
         ],
     )
 
 
-def _note(gaps: Mapping[str, Metric]) -> str:
+def _format_note(gaps: Mapping[str, Metric]) -> str:
     paired = ", paired by image" if gaps else ""
-    return f"Difference: pretrained minus scratch{paired}. {INTERVALS}"
+    return f"Difference: pretrained minus scratch{paired}. {INTERVALS_NOTE}"
 
 
-def _metrics(summary: Mapping[str, Any]) -> dict[str, Any]:
+def _get_metrics(summary: Mapping[str, Any]) -> dict[str, Any]:
     content = summary.get("metrics") or summary.get("val") or {}
     return dict(content.get("metrics", content))
 
 
-def _gap(key: str, gap: Metric | None, sides: Sequence[Any]) -> str:
+def _format_gap(key: str, gap: Metric | None, sides: Sequence[Any]) -> str:
     """Pretrained minus scratch, and whom a paired interval without zero favours."""
     values = [side.get("value") if isinstance(side, Mapping) else side for side in sides]
     if gap is None:

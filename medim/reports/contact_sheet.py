@@ -10,18 +10,18 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from medim.data.index.index import Index, Record
-from medim.data.preprocessing.quality import Figures, measure
+from medim.data.index.index import ImageRecord, Index
+from medim.data.preprocessing.quality import QualityMetrics, measure_quality
 from medim.data.readers import ReadError
-from medim.reports.page import Sheet, Tile, many
+from medim.reports.page import ContactSheet, Tile, pluralise
 from medim.types import Array, Volume
 
-COUNT = 24
-CELL = {2: 224, 3: 144}  # pixels a side of a picture; a volume has three in a row
-QUALITY = 85  # of the JPEG: 24 tiles stay below half a megabyte
+N_TILES = 24
+CELL_PIXELS = {2: 224, 3: 144}  # pixels a side of a picture; a volume has three in a row
+JPEG_QUALITY = 85  # of the JPEG: 24 tiles stay below half a megabyte
 
 
-def contact_sheet(index: Index, note: str) -> tuple[Sheet, dict[str, Figures]]:
+def build_contact_sheet(index: Index, note: str) -> tuple[ContactSheet, dict[str, QualityMetrics]]:
     """Pictures of images that stand for a cohort.
 
     Args:
@@ -31,80 +31,82 @@ def contact_sheet(index: Index, note: str) -> tuple[Sheet, dict[str, Figures]]:
     Returns:
         The sheet, and image key to the figures of those that could be read.
     """
-    shown = chosen(index.records)
-    tiles, measured = [], {}
-    for place, record in enumerate(shown, start=1):
-        alt = f"Image {place} of {len(shown)}, {_grid(record)}"
+    sheet_records = sample_records(index.records)
+    tiles, quality_by_image = [], {}
+    for number, record in enumerate(sheet_records, start=1):
+        alt = f"Image {number} of {len(sheet_records)}, {_format_grid(record)}"
         try:
             volume = index.open(record)
-            source, figures = picture(volume), measure(volume)
+            source, quality = encode_picture(volume), measure_quality(volume)
         except Exception as error:  # a decoder may raise anything; one bad file must not end the page
             reason = error.reason if isinstance(error, ReadError) else "unreadable"
             tiles.append(Tile(f"{record.subject}: {reason}", f"{alt}: cannot be read ({reason})"))
             continue
         views = "middle slice, axial, coronal and sagittal" if volume.spatial_dims == 3 else "the whole picture"
         tiles.append(Tile(record.subject, f"{alt}: {views}", source))
-        measured[record.image] = figures
-    unread = len(shown) - len(measured)
-    told = f"{many(len(shown), 'image')}, evenly spread over the subjects in the order of the index. {note}"
-    if any(len(record.shape) == 3 for record in shown):
-        told += " The patient's right is on the left; in a sagittal slice the front is on the left."
-    if unread:
-        told += f" {many(unread, 'image')} could not be read."
-    return Sheet("Contact sheet", told, tiles), measured
+        quality_by_image[record.image] = quality
+    n_unread = len(sheet_records) - len(quality_by_image)
+    note_text = (
+        f"{pluralise(len(sheet_records), 'image')}, evenly spread over the subjects in the order of the index. {note}"
+    )
+    if any(len(record.shape) == 3 for record in sheet_records):
+        note_text += " The patient's right is on the left; in a sagittal slice the front is on the left."
+    if n_unread:
+        note_text += f" {pluralise(n_unread, 'image')} could not be read."
+    return ContactSheet("Contact sheet", note_text, tiles), quality_by_image
 
 
-def chosen(records: Sequence[Record], count: int = COUNT) -> list[Record]:
+def sample_records(records: Sequence[ImageRecord], count: int = N_TILES) -> list[ImageRecord]:
     """Records evenly spread over subjects, and in their own order: the first image of each, then their second ones."""
-    of: dict[str, list[Record]] = defaultdict(list)
+    records_by_subject: dict[str, list[ImageRecord]] = defaultdict(list)
     for record in records:
-        of[record.subject].append(record)
-    people = list(of.values())
-    if len(people) >= count:
-        return [people[place * len(people) // count][0] for place in range(count)]
-    turns = [(turn, place) for place, images in enumerate(people) for turn in range(len(images))]
-    picked = {people[place][turn].image for turn, place in sorted(turns)[:count]}
-    return [record for record in records if record.image in picked]
+        records_by_subject[record.subject].append(record)
+    subject_records = list(records_by_subject.values())
+    if len(subject_records) >= count:
+        return [subject_records[place * len(subject_records) // count][0] for place in range(count)]
+    turns = [(turn, place) for place, images in enumerate(subject_records) for turn in range(len(images))]
+    image_keys = {subject_records[place][turn].image for turn, place in sorted(turns)[:count]}
+    return [record for record in records if record.image in image_keys]
 
 
-def picture(volume: Volume) -> str:
+def encode_picture(volume: Volume) -> str:
     """A JPEG as data URI: the 1st to the 99th percentile in grey, proportions in mm.
 
     Args:
         volume: (C, ...) as read: channels are averaged; of 3D the middle slices, axial, coronal and sagittal, seen from
             the feet, the front and the left.
     """
-    grey = windowed(volume.array.mean(axis=0))
-    cell, extent = CELL[grey.ndim], np.multiply(grey.shape, volume.spacing)
+    grey = window_intensities(volume.array.mean(axis=0))
+    cell, extent = CELL_PIXELS[grey.ndim], np.multiply(grey.shape, volume.spacing)
     scale = cell / extent.max()
     if grey.ndim == 2:
-        canvas = scaled(grey, extent * scale)
+        canvas = scale_picture(grey, extent * scale)
     else:
         canvas = Image.new("L", (3 * cell, cell))
-        for place, (across, rows, columns) in enumerate(((2, 1, 0), (1, 2, 0), (0, 2, 1))):
-            plane = grey.take(grey.shape[across] // 2, across)  # its axes run to the right, the front or the top
-            view = scaled(plane.T[::-1, ::-1], extent[[rows, columns]] * scale)
-            canvas.paste(view, (place * cell + (cell - view.width) // 2, (cell - view.height) // 2))
+        for panel, (axis, rows, columns) in enumerate(((2, 1, 0), (1, 2, 0), (0, 2, 1))):
+            plane = grey.take(grey.shape[axis] // 2, axis)  # its axes run to the right, the front or the top
+            view = scale_picture(plane.T[::-1, ::-1], extent[[rows, columns]] * scale)
+            canvas.paste(view, (panel * cell + (cell - view.width) // 2, (cell - view.height) // 2))
     buffer = io.BytesIO()
-    canvas.save(buffer, "JPEG", quality=QUALITY)
+    canvas.save(buffer, "JPEG", quality=JPEG_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def windowed(array: Array) -> Array:
+def window_intensities(array: Array) -> Array:
     """Intensities from the 1st to the 99th percentile as grey, uint8."""
     low, high = np.percentile(array, [1, 99])
     if low == high:
         low, high = array.min(), array.max()
-    shares = np.clip((array - low) / max(high - low, np.finfo(np.float32).tiny), 0, 1)
-    return np.asarray(255 * shares, np.uint8)
+    fractions = np.clip((array - low) / max(high - low, np.finfo(np.float32).tiny), 0, 1)
+    return np.asarray(255 * fractions, np.uint8)
 
 
-def scaled(grey: Array, size: Array) -> Image.Image:
+def scale_picture(grey: Array, size: Array) -> Image.Image:
     """A picture of grey values (rows, columns) at a size in pixels."""
     height, width = (max(1, round(float(n))) for n in size)
     return Image.fromarray(np.ascontiguousarray(grey)).resize((width, height), Image.Resampling.BILINEAR)
 
 
-def _grid(record: Record) -> str:
+def _format_grid(record: ImageRecord) -> str:
     size = " × ".join(map(str, record.shape))
     return f"{record.modality}, {size} voxels of {' × '.join(f'{v:.3g}' for v in record.spacing)} mm"

@@ -1,4 +1,4 @@
-"""The figures of the report, a kind a function; how they are drawn is in `drawing`."""
+"""The figures of the report, a kind a function; how they are drawn is in `open_canvas`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from medim.reports.svg import INK, ONE, SOFT, TWO, Figure, as_svg, drawing, legend_above
+from medim.reports.svg import INK, ONE, SOFT, TWO, Figure, draw_legend, open_canvas, render_svg
 from medim.types import Array
 
-MOST_POINTS = 300
-MOST_BINS = 24
+MAX_POINTS = 300
+MAX_BINS = 24
 
 
 @dataclass(frozen=True)
-class Curve:
+class LossCurve:
     """A loss over the steps of a run.
 
     Attributes:
@@ -37,7 +37,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Interval:
+class IntervalRow:
     """A value with its 95 % interval (None where there is none)."""
 
     name: str
@@ -47,13 +47,13 @@ class Interval:
     second: bool = False  # of two arms, the second
 
 
-def loss_curve(curve: Curve) -> Figure:
+def loss_curve(curve: LossCurve) -> Figure:
     """Training loss, its running mean, the held-out loss and the chance level."""
     finite = np.isfinite(curve.loss)
-    steps, loss = thinned(curve.steps[finite], curve.loss[finite])
-    with drawing(2.7) as (canvas, axes):
+    steps, loss = thin_curve(curve.steps[finite], curve.loss[finite])
+    with open_canvas(2.7) as (canvas, axes):
         axes.plot(steps, loss, color=ONE, alpha=0.35, linewidth=1)
-        axes.plot(steps, _smoothed(loss), color=ONE, linewidth=2, label="training")
+        axes.plot(steps, _running_mean(loss), color=ONE, linewidth=2, label="training")
         if curve.held_out:
             axes.plot(*zip(*curve.held_out, strict=True), "o", color=TWO, markersize=5, label="held out")
         if curve.chance is not None:
@@ -61,11 +61,11 @@ def loss_curve(curve: Curve) -> Figure:
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
         if curve.held_out or curve.chance is not None:
-            legend_above(axes)
-        svg = as_svg(canvas)
+            draw_legend(axes)
+        svg = render_svg(canvas)
     first, last = (f"{v:.3g}" for v in (loss[0], loss[-1])) if len(loss) else ("no number", "no number")
-    of = "" if curve.name == "loss" else f" of {curve.name}"
-    parts = [f"Training loss{of} over {int(curve.steps[-1])} steps: {first} at first, {last} at last"]
+    name_text = "" if curve.name == "loss" else f" of {curve.name}"
+    parts = [f"Training loss{name_text} over {int(curve.steps[-1])} steps: {first} at first, {last} at last"]
     if curve.held_out:
         parts.append(f"{curve.held_out[-1][1]:.3g} on held-out subjects")
     if curve.chance is not None:
@@ -74,32 +74,34 @@ def loss_curve(curve: Curve) -> Figure:
     return Figure(svg, "; ".join(parts) + ".", caption)
 
 
-def courses(found: Mapping[str, Sequence[tuple[int, float]]], label: str, caption: str, *, log: bool = False) -> Figure:
+def line_plot(
+    points_by_name: Mapping[str, Sequence[tuple[int, float]]], label: str, caption: str, *, log: bool = False
+) -> Figure:
     """Measured values over the steps of a run, a line a name.
 
     Args:
-        found: name to pairs of step and value, at least one.
+        points_by_name: name to pairs of step and value, at least one.
         label: of the vertical axis.
         caption: of the figure.
         log: a logarithmic vertical axis.
     """
-    with drawing(2.2) as (canvas, axes):
-        for place, (name, pairs) in enumerate(found.items()):
-            steps, values = thinned(np.array([step for step, _ in pairs]), np.array([value for _, value in pairs]))
-            style = (ONE, TWO, INK)[place % 3]
-            axes.plot(steps, values, color=style, linewidth=1.5, label=name, marker="o" if len(steps) < 30 else None)
+    with open_canvas(2.2) as (canvas, axes):
+        for line_number, (name, pairs) in enumerate(points_by_name.items()):
+            steps, values = thin_curve(np.array([step for step, _ in pairs]), np.array([value for _, value in pairs]))
+            colour = (ONE, TWO, INK)[line_number % 3]
+            axes.plot(steps, values, color=colour, linewidth=1.5, label=name, marker="o" if len(steps) < 30 else None)
         axes.set_xlabel("step")
         axes.set_ylabel(label)
         if log:
             axes.set_yscale("log")
-        if len(found) > 1:
-            legend_above(axes)
-        svg = as_svg(canvas)
-    last = ", ".join(f"{name} {pairs[-1][1]:.3g} at step {pairs[-1][0]}" for name, pairs in found.items())
+        if len(points_by_name) > 1:
+            draw_legend(axes)
+        svg = render_svg(canvas)
+    last = ", ".join(f"{name} {pairs[-1][1]:.3g} at step {pairs[-1][0]}" for name, pairs in points_by_name.items())
     return Figure(svg, f"{caption}: {last}.", caption)
 
 
-def intervals(rows: Sequence[Interval], caption: str, *, arms: tuple[str, str] | None = None) -> Figure:
+def interval_plot(rows: Sequence[IntervalRow], caption: str, *, arms: tuple[str, str] | None = None) -> Figure:
     """Values between 0 and 1 as dots on lines, their intervals.
 
     Args:
@@ -108,7 +110,7 @@ def intervals(rows: Sequence[Interval], caption: str, *, arms: tuple[str, str] |
         arms: names of the two colours, where there are two arms.
     """
     names = list(dict.fromkeys(row.name for row in rows))
-    with drawing(0.75 + 0.34 * len(names) * (1.4 if arms else 1)) as (canvas, axes):
+    with open_canvas(0.75 + 0.34 * len(names) * (1.4 if arms else 1)) as (canvas, axes):
         for row in rows:
             y = names.index(row.name) + (0.0 if arms is None else 0.16 if row.second else -0.16)
             colour = TWO if row.second else ONE
@@ -119,94 +121,98 @@ def intervals(rows: Sequence[Interval], caption: str, *, arms: tuple[str, str] |
             axes.plot(row.value, y, marker, color=colour, markersize=6, linestyle="none", label=label)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.4, -0.6)
-        _share_axis(axes, [v for row in rows for v in (row.value, row.low) if v is not None])
+        _set_unit_axis(axes, [v for row in rows for v in (row.value, row.low) if v is not None])
         axes.grid(axis="y", visible=False)
         if arms:
-            legend_above(axes)
-        svg = as_svg(canvas)
-    told = [f"{_arm(row, arms)}{row.name} {interval_text(row.value, row.low, row.high)}" for row in rows]
-    return Figure(svg, "; ".join(told) + ".", caption)
+            draw_legend(axes)
+        svg = render_svg(canvas)
+    descriptions = [
+        f"{_arm_prefix(row, arms)}{row.name} {format_interval(row.value, row.low, row.high)}" for row in rows
+    ]
+    return Figure(svg, "; ".join(descriptions) + ".", caption)
 
 
-def strips(values: Mapping[str, Sequence[float]], label: str, caption: str, *, dot: str = "image") -> Figure:
+def strip_plot(values: Mapping[str, Sequence[float]], label: str, caption: str, *, dot: str = "image") -> Figure:
     """A dot a case (or what `dot` names), a line a class, and the median; values between 0 and 1."""
-    with drawing(0.8 + 0.5 * len(values)) as (canvas, axes):
-        for place, numbers in enumerate(values.values()):
+    with open_canvas(0.8 + 0.5 * len(values)) as (canvas, axes):
+        for line_number, numbers in enumerate(values.values()):
             ordered = np.sort(np.asarray(numbers))
-            spread = 0.28 * (np.arange(len(ordered)) * 0.618034 % 1 - 0.5) * 2  # even, without chance
-            axes.plot(ordered, place + spread, "o", color=ONE, markersize=3.5, alpha=0.6, markeredgewidth=0)
-            axes.plot([np.median(ordered)] * 2, [place - 0.38, place + 0.38], color=TWO, linewidth=2.5)
+            jitter = 0.28 * (np.arange(len(ordered)) * 0.618034 % 1 - 0.5) * 2  # even, without chance
+            axes.plot(ordered, line_number + jitter, "o", color=ONE, markersize=3.5, alpha=0.6, markeredgewidth=0)
+            axes.plot([np.median(ordered)] * 2, [line_number - 0.38, line_number + 0.38], color=TWO, linewidth=2.5)
         axes.set_yticks(range(len(values)), list(values))
         axes.set_ylim(len(values) - 0.45, -0.55)
-        _share_axis(axes, [min(v) for v in values.values()])
+        _set_unit_axis(axes, [min(v) for v in values.values()])
         axes.set_xlabel(f"{label} of each {dot}; the bar is the median")
         axes.grid(axis="y", visible=False)
-        svg = as_svg(canvas)
-    told = [
+        svg = render_svg(canvas)
+    descriptions = [
         f"{name}: median {np.median(v):.3g}, lowest {np.min(v):.3g}, highest {np.max(v):.3g}"
         for name, v in values.items()
     ]
-    return Figure(svg, f"{label} of each {dot}. " + "; ".join(told) + ".", caption)
+    return Figure(svg, f"{label} of each {dot}. " + "; ".join(descriptions) + ".", caption)
 
 
-def agreement(truth: Mapping[str, Sequence[float]], predicted: Mapping[str, Sequence[float]], caption: str) -> Figure:
+def volume_scatter(
+    truth: Mapping[str, Sequence[float]], predicted: Mapping[str, Sequence[float]], caption: str
+) -> Figure:
     """Predicted against true volumes in ml, and the line where they are equal."""
     markers, colours = "oDs^v", (ONE, TWO, INK)
-    with drawing(3.4) as (canvas, axes):
-        for place, name in enumerate(truth):
+    with open_canvas(3.4) as (canvas, axes):
+        for class_number, name in enumerate(truth):
             style: Any = {
-                "marker": markers[place % 5],
-                "color": colours[place % 3],
+                "marker": markers[class_number % 5],
+                "color": colours[class_number % 3],
                 "alpha": 0.65,
                 "markeredgewidth": 0,
             }
             axes.plot(truth[name], predicted[name], linestyle="none", markersize=4.5, label=name, **style)
-        most = max(float(np.max([*v, 0])) for v in (*truth.values(), *predicted.values())) * 1.05 or 1.0
-        axes.plot([0, most], [0, most], color=SOFT, linewidth=1.2, linestyle=(0, (4, 3)))
-        axes.set_xlim(0, most)
-        axes.set_ylim(0, most)
+        axis_limit = max(float(np.max([*v, 0])) for v in (*truth.values(), *predicted.values())) * 1.05 or 1.0
+        axes.plot([0, axis_limit], [0, axis_limit], color=SOFT, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.set_xlim(0, axis_limit)
+        axes.set_ylim(0, axis_limit)
         axes.set_xlabel("true volume, ml")
         axes.set_ylabel("predicted volume, ml")
-        legend_above(axes)
-        svg = as_svg(canvas)
+        draw_legend(axes)
+        svg = render_svg(canvas)
     gaps = {name: np.subtract(predicted[name], truth[name]) for name in truth}
-    told = [
+    descriptions = [
         f"{name}: predicted minus true volume {v.mean():+.3g} ml on average, SD {v.std():.2g}"
         for name, v in gaps.items()
     ]
-    return Figure(svg, "; ".join(told) + ".", caption)
+    return Figure(svg, "; ".join(descriptions) + ".", caption)
 
 
-def reliability(confidence: Array, hit: Array, ece: float | None, caption: str) -> Figure:
+def reliability_diagram(confidence: Array, is_correct: Array, ece: float | None, caption: str) -> Figure:
     """Share of right answers against the probability the network gave them, in ten bins.
 
     Args:
         confidence: (N,) probability of the predicted class.
-        hit: (N,) whether it was the label.
+        is_correct: (N,) whether it was the label.
         ece: of `metrics.json`, for the words.
         caption: of the figure.
     """
     bins = np.clip(np.ceil(confidence * 10) - 1, 0, 9).astype(int)
-    held = [(b, bins == b) for b in range(10) if (bins == b).any()]
-    x, y = ([float(v[mask].mean()) for _, mask in held] for v in (confidence, hit.astype(float)))
-    with drawing(3.2) as (canvas, axes):
+    bin_masks = [(b, bins == b) for b in range(10) if (bins == b).any()]
+    x, y = ([float(v[mask].mean()) for _, mask in bin_masks] for v in (confidence, is_correct.astype(float)))
+    with open_canvas(3.2) as (canvas, axes):
         axes.plot([0, 1], [0, 1], color=SOFT, linewidth=1.2, linestyle=(0, (4, 3)))
-        sizes = [20 + 180 * mask.mean() for _, mask in held]
+        sizes = [20 + 180 * mask.mean() for _, mask in bin_masks]
         axes.plot(x, y, color=ONE, linewidth=1.5)
         axes.scatter(x, y, s=sizes, color=ONE, alpha=0.7, linewidths=0)
         axes.set_xlim(0, 1.04)
         axes.set_ylim(0, 1.04)
         axes.set_xlabel("probability given")
         axes.set_ylabel("share that was right")
-        svg = as_svg(canvas)
-    told = "; ".join(
-        f"at {a:.2f} given, {b:.2f} right ({int(m.sum())})" for a, b, (_, m) in zip(x, y, held, strict=True)
+        svg = render_svg(canvas)
+    description = "; ".join(
+        f"at {a:.2f} given, {b:.2f} right ({int(m.sum())})" for a, b, (_, m) in zip(x, y, bin_masks, strict=True)
     )
     error = "" if ece is None else f" Expected calibration error {ece:.3f}."
-    return Figure(svg, f"{told}.{error}", caption)
+    return Figure(svg, f"{description}.{error}", caption)
 
 
-def histogram(values: Mapping[str, Sequence[float]], label: str, caption: str) -> Figure:
+def plot_histogram(values: Mapping[str, Sequence[float]], label: str, caption: str) -> Figure:
     """How many images have which value; a line a group, on common bins.
 
     Args:
@@ -214,9 +220,9 @@ def histogram(values: Mapping[str, Sequence[float]], label: str, caption: str) -
         label: of the values, with their unit.
         caption: of the figure.
     """
-    edges = np.histogram_bin_edges(np.concatenate([np.asarray(v, float) for v in values.values()]), bins=MOST_BINS)
+    edges = np.histogram_bin_edges(np.concatenate([np.asarray(v, float) for v in values.values()]), bins=MAX_BINS)
     styles: Any = ((ONE, "-"), (TWO, (0, (5, 2))), (INK, (0, (1, 1.5))))
-    with drawing(2.3) as (canvas, axes):
+    with open_canvas(2.3) as (canvas, axes):
         for (name, numbers), (colour, line) in zip(values.items(), styles, strict=False):
             counts = np.histogram(numbers, edges)[0]
             axes.stairs(counts, edges, color=colour, linestyle=line, linewidth=1.8, label=name)
@@ -224,53 +230,63 @@ def histogram(values: Mapping[str, Sequence[float]], label: str, caption: str) -
         axes.set_ylabel("images")
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         if len(values) > 1:
-            legend_above(axes)
-        svg = as_svg(canvas)
-    told = []
+            draw_legend(axes)
+        svg = render_svg(canvas)
+    descriptions = []
     for name, numbers in values.items():
-        low, quarter, half, most, high = (f"{v:.4g}" for v in np.percentile(numbers, [0, 25, 50, 75, 100]))
-        who = f"{name}: " if len(values) > 1 else ""
-        told.append(f"{who}{low} to {high}, median {half}, the middle half {quarter} to {most}")
-    return Figure(svg, f"{label}, of {len(next(iter(values.values())))} images. " + "; ".join(told) + ".", caption)
+        low, lower_quartile, median, upper_quartile, high = (
+            f"{v:.4g}" for v in np.percentile(numbers, [0, 25, 50, 75, 100])
+        )
+        group_prefix = f"{name}: " if len(values) > 1 else ""
+        descriptions.append(
+            f"{group_prefix}{low} to {high}, median {median}, the middle half {lower_quartile} to {upper_quartile}"
+        )
+    return Figure(
+        svg, f"{label}, of {len(next(iter(values.values())))} images. " + "; ".join(descriptions) + ".", caption
+    )
 
 
-def interval_text(value: float | None, low: float | None, high: float | None) -> str:
+def format_interval(value: float | None, low: float | None, high: float | None) -> str:
     """`0.871 (0.862 to 0.880)`."""
     if value is None:
         return "not defined"
-    return number(value) if low is None or high is None else f"{number(value)} ({number(low)} to {number(high)})"
+    return (
+        format_number(value)
+        if low is None or high is None
+        else f"{format_number(value)} ({format_number(low)} to {format_number(high)})"
+    )
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
     """Three decimals below ten, three digits above."""
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def _arm(row: Interval, arms: tuple[str, str] | None) -> str:
+def _arm_prefix(row: IntervalRow, arms: tuple[str, str] | None) -> str:
     return f"{arms[row.second]}, " if arms else ""
 
 
-def _smoothed(values: Array) -> Array:
+def _running_mean(values: Array) -> Array:
     """Running mean over a twentieth of the curve, narrower at its ends."""
-    half = max(1, len(values) // 40)
+    half_window = max(1, len(values) // 40)
     total = np.concatenate([[0.0], np.cumsum(values)])
-    low = np.maximum(np.arange(len(values)) - half, 0)
-    high = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    low = np.maximum(np.arange(len(values)) - half_window, 0)
+    high = np.minimum(np.arange(len(values)) + half_window + 1, len(values))
     return np.asarray((total[high] - total[low]) / (high - low))
 
 
-def thinned(steps: Array, values: Array) -> tuple[Array, Array]:
+def thin_curve(steps: Array, values: Array) -> tuple[Array, Array]:
     """At most MOST_POINTS points: means of equal parts."""
-    if len(values) <= MOST_POINTS:
+    if len(values) <= MAX_POINTS:
         return steps, values
-    edges = np.linspace(0, len(values), MOST_POINTS + 1).astype(int)
+    edges = np.linspace(0, len(values), MAX_POINTS + 1).astype(int)
     counts = np.diff(edges)
     sums = (np.add.reduceat(v.astype(np.float64), edges[:-1]) for v in (steps, values))
     x, y = (total / counts for total in sums)
     return x, y
 
 
-def _share_axis(axes: Axes, values: Sequence[float]) -> None:
+def _set_unit_axis(axes: Axes, values: Sequence[float]) -> None:
     """From the tenth below the smallest value (and at most 0.8) to 1: dots, unlike bars, need no zero."""
     low = min(0.8, np.floor(min(values) * 10) / 10)
     axes.set_xlim(low - 0.02 * (1 - low), 1 + 0.02 * (1 - low))

@@ -5,40 +5,49 @@ from __future__ import annotations
 from pathlib import Path
 
 from medim.files import read_json
-from medim.reports.page import Banner, Section, Table, many, size, told
+from medim.reports.page import Banner, ReportSection, ReportTable, format_bytes, format_value, pluralise
 
 
-def package(folder: Path, anchor: str) -> Section:
+def build_package_section(folder: Path, anchor: str) -> ReportSection:
     """A package: what it is for, what it takes and gives, and the gates it passed at export."""
     contract = read_json(folder / "medim.json")
-    report = folder / "parity" / "report.json"
-    gates = read_json(report).get("gates", {}) if report.is_file() else {}
+    report_path = folder / "parity" / "report.json"
+    gates = read_json(report_path).get("gates", {}) if report_path.is_file() else {}
     rows = [
-        (name.replace("_", " "), str(gate.get("verdict")), told(gate.get("measured")), told(gate.get("allowed")))
+        (
+            name.replace("_", " "),
+            str(gate.get("verdict")),
+            format_value(gate.get("measured")),
+            format_value(gate.get("allowed")),
+        )
         for name, gate in gates.items()
         if isinstance(gate, dict)
     ]
-    passed = bool(rows) and all(row[1] == "pass" for row in rows)
+    all_gates_pass = bool(rows) and all(row[1] == "pass" for row in rows)
     headline = f"{contract.get('name')} {contract.get('version')}, {contract.get('kind')}"
     files = [path for path in folder.rglob("*") if path.is_file()]
     facts = [
         ("Name", f"{contract.get('name')} {contract.get('version')}"),
-        ("Kind", told(contract.get("kind"))),
-        ("Modality", told(contract.get("modality"))),
-        ("Classes", told(contract.get("classes"))),
-        ("Intended use", told(contract.get("intended_use"))),
-        ("Size", size(sum(path.stat().st_size for path in files))),
+        ("Kind", format_value(contract.get("kind"))),
+        ("Modality", format_value(contract.get("modality"))),
+        ("Classes", format_value(contract.get("classes"))),
+        ("Intended use", format_value(contract.get("intended_use"))),
+        ("Size", format_bytes(sum(path.stat().st_size for path in files))),
     ]
     text = (
-        f"{many(len(rows), 'gate')} passed at export."
-        if passed
+        f"{pluralise(len(rows), 'gate')} passed at export."
+        if all_gates_pass
         else "No report of a passed export was found. Run medim verify."
     )
-    return Section(
+    return ReportSection(
         anchor=anchor,
         title=f"Package: {folder.name}",
-        banner=Banner("good" if passed else "care", headline, f"{text} {contract.get('not_for') or ''}".strip()),
+        banner=Banner(
+            "good" if all_gates_pass else "care", headline, f"{text} {contract.get('not_for') or ''}".strip()
+        ),
         facts=facts,
-        tables=[Table("Gates at export", ("Gate", "Verdict", "Measured", "Allowed"), rows, wide=True)] if rows else [],
-        details=[("Preprocessing", "\n".join(told(step) for step in contract.get("preprocess", ())))],
+        tables=[ReportTable("Gates at export", ("Gate", "Verdict", "Measured", "Allowed"), rows, wide=True)]
+        if rows
+        else [],
+        details=[("Preprocessing", "\n".join(format_value(step) for step in contract.get("preprocess", ())))],
     )

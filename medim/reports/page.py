@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from medim.reports.figures import Interval, interval_text, number
+from medim.reports.figures import IntervalRow, format_interval, format_number
 from medim.reports.svg import Figure
 
 NOT_REPORTED = "not reported"
-INTERVALS = "Intervals: 95 % percentile bootstrap over subjects."
+INTERVALS_NOTE = "Intervals: 95 % percentile bootstrap over subjects."
 LOWER_IS_BETTER = ("hd95", "ece")
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """A table; the first column names the row, the others are numbers or words.
 
     Attributes:
@@ -54,7 +54,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Sheet:
+class ContactSheet:
     """A contact sheet: what is shown, and the pictures, each with its words."""
 
     caption: str
@@ -63,7 +63,7 @@ class Sheet:
 
 
 @dataclass(frozen=True)
-class Section:
+class ReportSection:
     """A part of the page: one run, evaluation, index or package.
 
     Attributes:
@@ -82,14 +82,14 @@ class Section:
     title: str
     banner: Banner
     facts: Sequence[tuple[str, str]] = ()
-    tables: Sequence[Table] = ()
+    tables: Sequence[ReportTable] = ()
     figures: Sequence[Figure] = ()
-    sheet: Sheet | None = None
-    after: Sequence[Table] = ()
+    sheet: ContactSheet | None = None
+    after: Sequence[ReportTable] = ()
     details: Sequence[tuple[str, str]] = ()
 
 
-def told(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value of a JSON file in words."""
     if value is None or value == "":
         return NOT_REPORTED
@@ -100,14 +100,14 @@ def told(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {told(item)}" for key, item in value.items()) or "none"
+        return ", ".join(f"{key} {format_value(item)}" for key, item in value.items()) or "none"
     if isinstance(value, Sequence) and not isinstance(value, str):
         numbers = all(isinstance(item, int) for item in value)
-        return (" × " if numbers else ", ").join(map(str if numbers else told, value)) or "none"
+        return (" × " if numbers else ", ").join(map(str if numbers else format_value, value)) or "none"
     return str(value)
 
 
-def size(count: float | None) -> str:
+def format_bytes(count: float | None) -> str:
     """Bytes in kB, MB or GB."""
     if count is None:
         return NOT_REPORTED
@@ -118,9 +118,9 @@ def size(count: float | None) -> str:
     )
 
 
-def many(count: int | None, word: str) -> str:
+def pluralise(count: int | None, word: str) -> str:
     """`1 image`, `2 images`."""
-    return f"{told(count)} {word}{'' if count == 1 else 's'}"
+    return f"{format_value(count)} {word}{'' if count == 1 else 's'}"
 
 
 def metric_name(key: str) -> str:
@@ -150,41 +150,44 @@ def lower_is_better(key: str) -> bool:
     return key.startswith(LOWER_IS_BETTER)
 
 
-def metric_text(metric: Mapping[str, Any] | float | None) -> str:
+def format_metric(metric: Mapping[str, Any] | float | None) -> str:
     """Value and interval of a metric, as `metrics.json` holds it or as a bare number."""
     if isinstance(metric, Mapping):
-        return interval_text(metric.get("value"), metric.get("ci_low"), metric.get("ci_high"))
-    return "not defined" if metric is None else number(float(metric))
+        return format_interval(metric.get("value"), metric.get("ci_low"), metric.get("ci_high"))
+    return "not defined" if metric is None else format_number(float(metric))
 
 
-def cell(text: str) -> str:
+def interval_cell(text: str) -> str:
     """The text of a value with its interval, as lines of a table's cell."""
     return text.replace(" (", "\n(", 1).replace("), ", ")\n", 1)
 
 
-def metric_table(metrics: Mapping[str, Any], caption: str, note: str = "") -> Table:
+def metric_table(metrics: Mapping[str, Any], caption: str, note: str = "") -> ReportTable:
     """All metrics with their intervals and the cases they stand on."""
     rows = []
     for key, metric in metrics.items():
         better = "lower" if lower_is_better(key) else "higher"
-        cases = told(metric.get("n")) if isinstance(metric, Mapping) else NOT_REPORTED
-        rows.append((metric_name(key), cell(metric_text(metric)), better, cases))
-    return Table(caption, ("Metric", "Value (95 % interval)", "Better", "Images"), rows, note, wide=True)
+        cases = format_value(metric.get("n")) if isinstance(metric, Mapping) else NOT_REPORTED
+        rows.append((metric_name(key), interval_cell(format_metric(metric)), better, cases))
+    return ReportTable(caption, ("Metric", "Value (95 % interval)", "Better", "Images"), rows, note, wide=True)
 
 
-def shares(metrics: Mapping[str, Any], *, second: bool = False) -> list[Interval]:
+def unit_interval_metrics(metrics: Mapping[str, Any], *, second: bool = False) -> list[IntervalRow]:
     """The metrics that lie between 0 and 1, for a figure."""
-    found = []
+    interval_rows = []
     for key, metric in metrics.items():
         content = metric if isinstance(metric, Mapping) else {"value": metric}
         if content.get("value") is not None and not lower_is_better(key):
             name = metric_name(key).replace(", mean over classes", "").replace("Surface Dice at 1 mm", "Surface Dice")
             value, low, high = (content.get(part) for part in ("value", "ci_low", "ci_high"))
-            found.append(Interval(name, float(value or 0.0), low, high, second))
-    return found
+            interval_rows.append(IntervalRow(name, float(value or 0.0), low, high, second))
+    return interval_rows
 
 
-def counted(caption: str, name: str, counts: Mapping[Any, int]) -> Table:
+def count_table(caption: str, name: str, counts: Mapping[Any, int]) -> ReportTable:
     """A table of counts, the largest first."""
-    rows = [(str(key), told(count)) for key, count in sorted(counts.items(), key=lambda item: (-item[1], str(item[0])))]
-    return Table(caption, (name, "Number"), rows)
+    rows = [
+        (str(key), format_value(count))
+        for key, count in sorted(counts.items(), key=lambda item: (-item[1], str(item[0])))
+    ]
+    return ReportTable(caption, (name, "Number"), rows)

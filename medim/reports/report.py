@@ -13,28 +13,35 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from medim.files import read_json, write_text
-from medim.reports.cohort import cohort
-from medim.reports.comparison import compare
-from medim.reports.package import package
-from medim.reports.page import Section
-from medim.reports.runs import evaluation, finetuning, pretraining, unfinished
+from medim.reports.cohort import build_cohort_section
+from medim.reports.comparison import build_comparison_section
+from medim.reports.package import build_package_section
+from medim.reports.page import ReportSection
+from medim.reports.runs import (
+    build_evaluation_section,
+    build_finetuning_section,
+    build_pretraining_section,
+    build_unfinished_section,
+)
 from medim.types import UserError
 from medim.version import __version__
 
-NAME = "report.html"
-TEMPLATE = "page.html.jinja"
-SECTIONS: dict[str, Callable[[Path, str], Section]] = {  # kind of folder -> its section, in the order of the page
-    "index": cohort,
-    "pretrain": pretraining,
-    "finetune": finetuning,
-    "evaluate": evaluation,
-    "package": package,
-    "unfinished": unfinished,
+PAGE_NAME = "report.html"
+TEMPLATE_NAME = "page.html.jinja"
+SECTION_BUILDERS: dict[
+    str, Callable[[Path, str], ReportSection]
+] = {  # kind of folder -> its section, in the order of the page
+    "index": build_cohort_section,
+    "pretrain": build_pretraining_section,
+    "finetune": build_finetuning_section,
+    "evaluate": build_evaluation_section,
+    "package": build_package_section,
+    "unfinished": build_unfinished_section,
 }
 
 
-def report(folder: Path) -> Path:
-    """Write `report.html` into a folder.
+def write_report_page(folder: Path) -> Path:
+    """Write `write_report_page.html` into a folder.
 
     Args:
         folder: a pretraining or fine-tuning run, an evaluation, an index or a store with its index, or a folder whose
@@ -49,25 +56,26 @@ def report(folder: Path) -> Path:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: expected a folder with a run, an evaluation or an index, found none.")
-    own = kind_of(folder)
-    if own == "package":  # a package holds its own files and nothing else
+    own_kind = detect_kind(folder)
+    if own_kind == "package":  # a package holds its own files and nothing else
         raise UserError(f"{folder}: a package must not change. Run `medim report` on the folder that holds it.")
-    folders = {folder.name or "report": folder} if own else _parts(folder)
-    kinds = {name: own or str(kind_of(part)) for name, part in folders.items()}
+    folders = {folder.name or "report": folder} if own_kind else _list_parts(folder)
+    kinds = {name: own_kind or str(detect_kind(part)) for name, part in folders.items()}
     if not folders:
         raise UserError(f"{folder}: expected a run, an evaluation or an index, here or one level below, found none.")
     sections = [
-        SECTIONS[kinds[name]](part, f"part-{place}") for place, (name, part) in enumerate(folders.items(), start=1)
+        SECTION_BUILDERS[kinds[name]](part, f"part-{number}")
+        for number, (name, part) in enumerate(folders.items(), start=1)
     ]
-    compared = compare(folders, kinds)
-    if compared:
-        sections.insert(0, compared)
-    path = folder / NAME
-    write_text(path, render(folder.resolve().name, sections))
+    comparison_section = build_comparison_section(folders, kinds)
+    if comparison_section:
+        sections.insert(0, comparison_section)
+    path = folder / PAGE_NAME
+    write_text(path, render_page(folder.resolve().name, sections))
     return path
 
 
-def render(title: str, sections: list[Section]) -> str:
+def render_page(title: str, sections: list[ReportSection]) -> str:
     """The page as HTML.
 
     Args:
@@ -78,17 +86,17 @@ def render(title: str, sections: list[Section]) -> str:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["breakable"] = breakable
-    return environment.get_template(TEMPLATE).render(title=title, sections=sections, version=__version__) + "\n"
+    environment.filters["breakable"] = mark_breaks
+    return environment.get_template(TEMPLATE_NAME).render(title=title, sections=sections, version=__version__) + "\n"
 
 
-def breakable(text: str) -> Markup:
+def mark_breaks(text: str) -> Markup:
     """Text in which a line may break after each part of a path."""
     return Markup(re.sub(r"[/_]|(?<!&)#", r"\g<0><wbr>", str(escape(text))))
 
 
-def kind_of(folder: Path) -> str | None:
-    """What a folder holds, as a key of `SECTIONS`; None where it is nothing of the kind."""
+def detect_kind(folder: Path) -> str | None:
+    """What a folder holds, as a key of `SECTION_BUILDERS`; None where it is nothing of the kind."""
     if (folder / "medim.json").is_file():
         return "package"
     if not (folder / "summary.json").is_file():
@@ -96,13 +104,15 @@ def kind_of(folder: Path) -> str | None:
     if (folder / "index.parquet").is_file() or (folder / "index.csv").is_file():
         return "index"
     command = read_json(folder / "summary.json").get("command")
-    return command if isinstance(command, str) and command in SECTIONS else None
+    return command if isinstance(command, str) and command in SECTION_BUILDERS else None
 
 
-def _parts(folder: Path) -> Mapping[str, Path]:
+def _list_parts(folder: Path) -> Mapping[str, Path]:
     """Subfolders that can be reported on, in the order of the main job, then by name."""
-    order = list(SECTIONS)
-    found = [
-        (order.index(kind), path.name, path) for path in folder.iterdir() if path.is_dir() and (kind := kind_of(path))
+    order = list(SECTION_BUILDERS)
+    entries = [
+        (order.index(kind), path.name, path)
+        for path in folder.iterdir()
+        if path.is_dir() and (kind := detect_kind(path))
     ]
-    return {name: path for _, name, path in sorted(found)}
+    return {name: path for _, name, path in sorted(entries)}

@@ -67,17 +67,17 @@ class Figure:
         text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{place}-", str(self.svg))
         head = Markup('<svg role="img" aria-labelledby="{0}-title {0}-desc"').format(place)
         words = Markup('<title id="{0}-title">{1}</title><desc id="{0}-desc">{2}</desc>')
-        opened, drawing = text.removeprefix("<svg").split(">", 1)
-        return Markup(head + Markup(opened + ">") + words.format(place, self.caption, self.alt) + Markup(drawing))
+        attributes, body = text.removeprefix("<svg").split(">", 1)
+        return Markup(head + Markup(attributes + ">") + words.format(place, self.caption, self.alt) + Markup(body))
 
 
-def legend_above(axes: Axes) -> None:
+def draw_legend(axes: Axes) -> None:
     """A legend over the drawing, where it hides nothing."""
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, borderaxespad=0.2, handlelength=1.6)
 
 
 @contextmanager
-def drawing(height: float) -> Iterator[tuple[Canvas, Axes]]:
+def open_canvas(height: float) -> Iterator[tuple[Canvas, Axes]]:
     """An empty drawing, `height` inches high, in the style of the page."""
     with mpl.rc_context(_STYLE):
         canvas = Canvas(figsize=(WIDTH, height), layout="constrained")
@@ -87,20 +87,20 @@ def drawing(height: float) -> Iterator[tuple[Canvas, Axes]]:
         yield canvas, axes
 
 
-def as_svg(canvas: Canvas) -> Markup:
+def render_svg(canvas: Canvas) -> Markup:
     """The drawing as an inline element: no date, no fixed size, no outside name."""
     buffer = io.StringIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     canvas.savefig(buffer, format="svg", metadata=metadata)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].strip()
-    box = re.search(r'viewBox="([^"]+)"', text)
-    assert box is not None
-    text = re.sub(r"<svg[^>]*>", f'<svg viewBox="{box[1]}">', text, count=1)
+    view_box = re.search(r'viewBox="([^"]+)"', text)
+    assert view_box is not None
+    text = re.sub(r"<svg[^>]*>", f'<svg viewBox="{view_box[1]}">', text, count=1)
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r"<style[^>]*>.*?</style>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL).replace("xlink:href", "href")
     text = re.sub(r"font-family: [^;\"]+", "font-family: inherit", text)
-    for drawn, own in _COLOURS.items():
-        text = text.replace(drawn, own)
+    for source_colour, page_colour in _COLOURS.items():
+        text = text.replace(source_colour, page_colour)
     return Markup(re.sub(r"\s*\n\s*", " ", text))  # matplotlib escaped every label

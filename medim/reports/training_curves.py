@@ -10,9 +10,9 @@ from medim.reports import figures
 from medim.reports.page import Banner
 from medim.reports.svg import Figure
 
-Points = dict[str, list[tuple[int, float]]]
-GRADIENT = "gradient_norm/"
-VERDICTS: dict[str, Banner] = {
+StepValues = dict[str, list[tuple[int, float]]]
+GRADIENT_PREFIX = "gradient_norm/"
+VERDICT_BANNERS: dict[str, Banner] = {
     "learning": Banner(
         "good",
         "Learning",
@@ -39,39 +39,43 @@ VERDICTS: dict[str, Banner] = {
 }
 
 
-def health(path: Path) -> list[Figure]:
+def plot_health(path: Path) -> list[Figure]:
     """RankMe, probe, alignment and uniformity on held-out subjects, and gradient norms, as far as they were measured.
 
     Args:
         path: `history.csv`.
     """
-    found = _points(path)
-    drawn = [
-        figures.courses({name: found[name]}, label, caption)
+    points_by_name = _read_points(path)
+    plots = [
+        figures.line_plot({name: points_by_name[name]}, label, caption)
         for name, label, caption in (
             ("rankme", "RankMe", "Effective rank of held-out summaries"),
             ("probe", "AUROC", "Online probe of held-out subjects"),
         )
-        if found.get(name)
+        if points_by_name.get(name)
     ]
-    views = {name: found[name] for name in ("alignment", "uniformity") if found.get(name)}
+    views = {name: points_by_name[name] for name in ("alignment", "uniformity") if points_by_name.get(name)}
     if views:
-        drawn.append(figures.courses(views, "the lower the better", "Alignment and uniformity on held-out subjects"))
-    norms = {name.removeprefix(GRADIENT): points for name, points in found.items() if name.startswith(GRADIENT)}
+        plots.append(figures.line_plot(views, "the lower the better", "Alignment and uniformity on held-out subjects"))
+    norms = {
+        name.removeprefix(GRADIENT_PREFIX): points
+        for name, points in points_by_name.items()
+        if name.startswith(GRADIENT_PREFIX)
+    }
     norms = {name: points for name, points in norms.items() if all(value > 0 for _, value in points)}
     if norms:
-        first = dict(list(norms.items())[:3])  # the encoder's, and as many as can be told apart
-        drawn.append(figures.courses(first, "norm", "Gradient norm before clipping", log=True))
-    return drawn
+        first_norms = dict(list(norms.items())[:3])  # the encoder's, and as many as can be told apart
+        plots.append(figures.line_plot(first_norms, "norm", "Gradient norm before clipping", log=True))
+    return plots
 
 
-def _points(path: Path) -> Points:
-    found: Points = {}
+def _read_points(path: Path) -> StepValues:
+    points_by_name: StepValues = {}
     if not path.is_file():
-        return found
+        return points_by_name
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
-            value = row.get("held_out") or (row.get("loss") if row["name"].startswith(GRADIENT) else "")
+            value = row.get("held_out") or (row.get("loss") if row["name"].startswith(GRADIENT_PREFIX) else "")
             if value and math.isfinite(float(value)):
-                found.setdefault(row["name"], []).append((int(row["step"]), float(value)))
-    return found
+                points_by_name.setdefault(row["name"], []).append((int(row["step"]), float(value)))
+    return points_by_name

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from medim.data.index.index import Record
+from medim.data.index.index import ImageRecord
 from medim.evaluation.probing.label_budget import Budget
 from medim.types import UsageError
 
-Protocol = Literal["finetune", "frozen"]
-Task = Literal["segmentation", "classification"]
-Kind = Literal["finetune", "selection", "probe"]
-Subsets = Mapping[tuple[Budget, int], tuple[Record, ...]]  # the images of each budget and subset seed
+ArmProtocol = Literal["finetune", "frozen"]
+StudyTask = Literal["segmentation", "classification"]
+CellKind = Literal["finetune", "selection", "probe"]
+LabelSubsets = Mapping[tuple[Budget, int], tuple[ImageRecord, ...]]  # the images of each budget and subset seed
 
 SCRATCH = "scratch"
 UNTRAINED, PIXELS = "untrained", "pixels"  # the anchors of frozen probes
-MULTIPLES = (0.3, 1.0, 3.0)  # of the preset's learning rate
+LR_MULTIPLIERS = (0.3, 1.0, 3.0)  # of the preset's learning rate
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Arm:
 
     name: str
     runs: tuple[Path, ...] = ()
-    protocol: Protocol = "finetune"
+    protocol: ArmProtocol = "finetune"
 
 
 @dataclass(frozen=True)
@@ -46,26 +46,26 @@ class Cell:
         pretrain_seed: place in the arm's runs; the scratch twin's own weights have it as their seed.
         budget: how many labels; None: a probe, which measures all budgets and subsets on features computed once.
         subset_seed: of the draw of the labels.
-        multiple: a selection run, with this multiple of the preset's learning rate; None: a run that is measured.
+        lr_multiplier: a selection run, with this multiple of the preset's learning rate; None: a run that is measured.
     """
 
     arm: Arm
     pretrain_seed: int
     budget: Budget | None = None
     subset_seed: int = 0
-    multiple: float | None = None
+    lr_multiplier: float | None = None
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> CellKind:
         """What is done."""
-        return "probe" if self.budget is None else "finetune" if self.multiple is None else "selection"
+        return "probe" if self.budget is None else "finetune" if self.lr_multiplier is None else "selection"
 
     @property
     def folder(self) -> Path:
         """Where it is done, in the study's folder."""
         budget = self.budget.name if self.budget else ""
-        if self.multiple is not None:
-            return Path("selection", self.arm.name, budget, f"{self.multiple:g}")
+        if self.lr_multiplier is not None:
+            return Path("selection", self.arm.name, budget, f"{self.lr_multiplier:g}")
         name = f"{self.pretrain_seed}-{self.subset_seed}" if self.budget else f"probe-{self.pretrain_seed}"
         return Path("cells", self.arm.name, budget, name)
 
@@ -73,8 +73,8 @@ class Cell:
         """For people."""
         if self.budget is None:
             return f"{self.arm.name}, probe, encoder {self.pretrain_seed}"
-        if self.multiple is not None:
-            return f"{self.arm.name}, {self.budget.name} labels, learning rate x {self.multiple:g}"
+        if self.lr_multiplier is not None:
+            return f"{self.arm.name}, {self.budget.name} labels, learning rate x {self.lr_multiplier:g}"
         return f"{self.arm.name}, {self.budget.name} labels, encoder {self.pretrain_seed}, subset {self.subset_seed}"
 
 
@@ -88,52 +88,56 @@ class Design:
         budgets: how many labels, fewest first.
         seeds: label subsets a budget.
         split_seed: of the split by subject.
-        multiples: of the preset's learning rate, to choose from; a single one chooses nothing.
-        selected: names of the arms and budgets for which a learning rate is chosen.
+        lr_multipliers: of the preset's learning rate, to choose from; a single one chooses nothing.
+        lr_selections: names of the arms and budgets for which a learning rate is chosen.
         measure_at: steps after which the evaluation split is measured on the way.
         probe_seeds: label subsets a budget of arms that stay frozen; None: as many as of the others.
     """
 
-    task: Task
+    task: StudyTask
     arms: tuple[Arm, ...]
     budgets: tuple[Budget, ...]
     seeds: int
     split_seed: int = 0
-    multiples: tuple[float, ...] = MULTIPLES
-    selected: frozenset[tuple[str, str]] = frozenset()
+    lr_multipliers: tuple[float, ...] = LR_MULTIPLIERS
+    lr_selections: frozenset[tuple[str, str]] = frozenset()
     measure_at: tuple[int, ...] = ()
     probe_seeds: int | None = None
 
-    def probed(self, arm: Arm) -> bool:
+    def is_probe_arm(self, arm: Arm) -> bool:
         """Whether an arm is measured by a linear probe; frozen segmentation trains a decoder instead."""
         return arm.protocol == "frozen" and self.task == "classification"
 
-    def draws(self, arm: Arm) -> range:
+    def subset_seeds(self, arm: Arm) -> range:
         """Seeds of the label subsets that an arm learns from."""
-        fewer = self.probe_seeds if arm.protocol == "frozen" else None
-        return range(min(self.seeds, fewer or self.seeds))
+        limit = self.probe_seeds if arm.protocol == "frozen" else None
+        return range(min(self.seeds, limit or self.seeds))
 
-    def cells(self, subsets: Subsets) -> list[Cell]:
+    def list_cells(self, subsets: LabelSubsets) -> list[Cell]:
         """All cells, in an order that makes a study useful wherever it is stopped.
 
         One subset after the other, in it one pretraining seed after the other, the smallest budget first, and all arms
         side by side. A learning rate is chosen right before it is needed.
         """
-        found: list[tuple[tuple[int, int, int], Cell]] = []
+        entries: list[tuple[tuple[int, int, int], Cell]] = []
         for arm in self.arms:
-            for s in range(seeds_of(arm, self.arms)):
-                if self.probed(arm):
-                    found.append(((0, s, -1), Cell(arm, s)))
+            for s in range(count_pretrain_seeds(arm, self.arms)):
+                if self.is_probe_arm(arm):
+                    entries.append(((0, s, -1), Cell(arm, s)))
                     continue
-                for place, budget in enumerate(self.budgets):
-                    if s == 0 and (arm.name, budget.name) in self.selected:
-                        found += [((0, 0, place), Cell(arm, 0, budget, multiple=m)) for m in self.multiples]
-                    own = [t for chosen, t in subsets if chosen == budget and t in self.draws(arm)]
-                    found += [((t, s, place), Cell(arm, s, budget, t)) for t in own]
-        return [cell for _, cell in sorted(found, key=lambda pair: pair[0])]
+                for position, budget in enumerate(self.budgets):
+                    if s == 0 and (arm.name, budget.name) in self.lr_selections:
+                        entries += [
+                            ((0, 0, position), Cell(arm, 0, budget, lr_multiplier=m)) for m in self.lr_multipliers
+                        ]
+                    own_seeds = [
+                        t for subset_budget, t in subsets if subset_budget == budget and t in self.subset_seeds(arm)
+                    ]
+                    entries += [((t, s, position), Cell(arm, s, budget, t)) for t in own_seeds]
+        return [cell for _, cell in sorted(entries, key=lambda pair: pair[0])]
 
 
-def seeds_of(arm: Arm, arms: Collection[Arm]) -> int:
+def count_pretrain_seeds(arm: Arm, arms: Collection[Arm]) -> int:
     """Pretraining seeds of an arm; the scratch twin has as many as the arm with most, to be paired with each."""
     return len(arm.runs) or max(len(other.runs) for other in arms)
 

@@ -8,19 +8,19 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from medim.config import FinetuneConfig, dump
+from medim.config import FinetuneConfig, dump_config
 from medim.data.index.index import Index
 from medim.data.loading.splits import write_splits
 from medim.evaluation.probing.label_budget import Budget
-from medim.files import fresh_folder, read_json, write_json, write_text
-from medim.models.serialization import find
+from medim.files import prepare_output_folder, read_json, write_json, write_text
+from medim.models.serialization import locate_weights
 from medim.study import checks
 from medim.study.audit.groups import Groups, read_groups
-from medim.study.cell import Bench
-from medim.study.design import MULTIPLES, Arm, Design, Task
-from medim.study.lr_selection import too_small
-from medim.study.time_estimate import Costs, measure, on_the_way
-from medim.training.finetune.run import open_labelled, rehearse
+from medim.study.cell import StudyContext
+from medim.study.design import LR_MULTIPLIERS, Arm, Design, StudyTask
+from medim.study.lr_selection import describe_subset_shortage
+from medim.study.time_estimate import Costs, intermediate_eval_steps, measure_costs
+from medim.training.finetune.run import dry_run_finetuning, open_labelled_cohort
 from medim.training.tracking.tracking import check_target
 from medim.types import UserError
 
@@ -28,14 +28,14 @@ DESIGN = "design.json"
 
 
 @dataclass(frozen=True)
-class Options:
+class StudyOptions:
     """How a study is run.
 
     Attributes:
         seeds: label subsets a budget.
         probe_seeds: the same, of arms that stay frozen; None: as many.
-        multiples: of the learning rate, to choose from; empty: nothing is chosen; None: a small grid where the budget
-            can pay for it.
+        lr_multipliers: of the learning rate, to choose from; empty: nothing is chosen; None: a small grid where the
+            budget can pay for it.
         split_seed: of the split by subject where the source defines none.
         jobs: cells at once; with 2 or more, each in a process of its own that stays warm.
         strict: refuse encoders that have seen any of the evaluation split.
@@ -51,7 +51,7 @@ class Options:
 
     seeds: int = 1
     probe_seeds: int | None = None
-    multiples: Sequence[float] | None = None
+    lr_multipliers: Sequence[float] | None = None
     split_seed: int = 0
     jobs: int = 1
     strict: bool = False
@@ -66,109 +66,122 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class StudySetup:
     """A study that may begin.
 
     Attributes:
-        bench: what its cells share.
+        context: what its cells share.
         costs: of steps and images on this machine, timed when they are first asked for.
         groups: of the user's table.
         facts: what `summary.json` says of it.
     """
 
-    bench: Bench
+    context: StudyContext
     costs: Callable[[], Costs]
     groups: Groups
     facts: dict[str, Any]
 
 
-def prepare(
-    task: Task,
+def prepare_study(
+    task: StudyTask,
     config: FinetuneConfig,
     index: Index,
     arms: tuple[Arm, ...],
     budgets: Sequence[Budget],
     out: Path,
-    options: Options,
-) -> Prepared:
+    options: StudyOptions,
+) -> StudySetup:
     """Refuse what cannot be a study, draw its labels, time a few steps, and write design, configuration and splits.
 
     Raises:
         UserError: a refusal (`medim.study.checks`), a table of groups that is none, or another study in `out`.
         UsageError: budgets or options that cannot be.
     """
-    rehearse(config)
+    dry_run_finetuning(config)
     checks.check_networks(arms)
     if task == "classification":
-        checks.check_labels(index)
+        checks.check_one_class_per_image(index)
     groups = read_groups(options.groups, index.records) if options.groups else {}
     check_target(out if options.resume else None)
-    fresh_folder(out, resume=options.resume, overwrite=options.overwrite)
-    cohort = open_labelled(config, index, split_seed=options.split_seed, store=options.store, jobs=options.jobs)
-    checks.check_sides(cohort)
-    checks.check_cases(task, cohort)
-    seen = checks.count_seen(arms, cohort, strict=options.strict)
-    chosen_with = checks.count_chosen(arms)
-    ordered, subsets = checks.draw(task, cohort, budgets, options.seeds)
-    fixed = {b.name: why for b in ordered if (why := too_small(task, subsets[b, 0]))}
-    checks.check_selection(fixed if options.multiples else {})
-    grid = tuple(MULTIPLES if options.multiples is None else options.multiples)
-    chosen = frozenset((arm.name, b.name) for arm in arms for b in ordered if len(grid) > 1 and b.name not in fixed)
+    prepare_output_folder(out, resume=options.resume, overwrite=options.overwrite)
+    cohort = open_labelled_cohort(config, index, split_seed=options.split_seed, store=options.store, jobs=options.jobs)
+    checks.check_disjoint_splits(cohort)
+    checks.check_evaluation_split(task, cohort)
+    contamination = checks.count_contamination(arms, cohort, strict=options.strict)
+    selection_labels = checks.count_selection_labels(arms)
+    budgets_by_size, subsets = checks.draw_label_subsets(task, cohort, budgets, options.seeds)
+    shortages = {b.name: reason for b in budgets_by_size if (reason := describe_subset_shortage(task, subsets[b, 0]))}
+    checks.check_selection_budgets(shortages if options.lr_multipliers else {})
+    lr_multipliers = tuple(LR_MULTIPLIERS if options.lr_multipliers is None else options.lr_multipliers)
+    lr_selections = frozenset(
+        (arm.name, b.name)
+        for arm in arms
+        for b in budgets_by_size
+        if len(lr_multipliers) > 1 and b.name not in shortages
+    )
     seeds = options.seeds, options.split_seed
-    design = Design(task, arms, ordered, *seeds, grid, chosen, config.measure_at or (), options.probe_seeds)
-    bench = Bench(out, design, config, cohort, subsets, None, options.accelerator, options.keep_models)
-    costs = cache(partial(measure, bench, options.jobs))
-    bench = _settled(bench, costs)
-    write_text(out / "config.yaml", dump(config))
+    design = Design(
+        task, arms, budgets_by_size, *seeds, lr_multipliers, lr_selections, config.measure_at or (), options.probe_seeds
+    )
+    context = StudyContext(out, design, config, cohort, subsets, None, options.accelerator, options.keep_models)
+    costs = cache(partial(measure_costs, context, options.jobs))
+    context = _fix_design(context, costs)
+    write_text(out / "config.yaml", dump_config(config))
     for seed in range(options.seeds):
         write_splits(out / "splits" / f"{seed}.csv", index, cohort.splits, cohort.records("train"), seed=seed)
     facts = {
-        "arms": [_told(arm) for arm in arms],
-        "counts": checks.counts_of(task, cohort, subsets),
+        "arms": [_describe_arm(arm) for arm in arms],
+        "counts": checks.count_cohort(task, cohort, subsets),
         "overlap": cohort.overlap,
-        "seen": seen,
-        "chosen_with_labels": chosen_with,
+        "seen": contamination,
+        "chosen_with_labels": selection_labels,
         "strict": options.strict,
-        "too_small_to_choose": fixed,
+        "too_small_to_choose": shortages,
         "jobs": options.jobs,
     }
-    return Prepared(bench, costs, groups, facts)
+    return StudySetup(context, costs, groups, facts)
 
 
-def _settled(bench: Bench, costs: Callable[[], Costs]) -> Bench:
+def _fix_design(context: StudyContext, costs: Callable[[], Costs]) -> StudyContext:
     """The bench with its design as `design.json` has it, which is written where there is none.
 
     Raises:
         UserError: the folder holds another study.
     """
-    design, file = bench.design, bench.out / DESIGN
+    design, file = context.design, context.out / DESIGN
     content: dict[str, Any] = {
         "schema_version": 1,
         "task": design.task,
-        "arms": [_told(arm) for arm in design.arms],
+        "arms": [_describe_arm(arm) for arm in design.arms],
         "budgets": [budget.name for budget in design.budgets],
         "seeds": design.seeds,
         "probe_seeds": design.probe_seeds,
         "split_seed": design.split_seed,
-        "learning_rates": list(design.multiples),
-        "index_hash": bench.cohort.index.hash,
-        "config_hash": bench.config.hash,
+        "learning_rates": list(design.lr_multipliers),
+        "index_hash": context.cohort.index.hash,
+        "config_hash": context.config.hash,
     }
     if file.is_file():
-        known = read_json(file)
-        content["measure_at"] = known.get("measure_at")  # as it was timed when the study began
-        other = [f"{key} {known.get(key)} (now {now})" for key, now in content.items() if known.get(key) != now]
-        if other:
+        previous = read_json(file)
+        content["measure_at"] = previous.get("measure_at")  # as it was timed when the study began
+        differences = [
+            f"{key} {previous.get(key)} (now {value})" for key, value in content.items() if previous.get(key) != value
+        ]
+        if differences:
             raise UserError(
-                f"{file}: --resume expected the same study, got another; it had {', '.join(other)}. "
+                f"{file}: --resume expected the same study, got another; it had {', '.join(differences)}. "
                 "Use --overwrite to start over, or another --out."
             )
     else:
-        timed = bench.config.measure_at is None
-        content["measure_at"] = list(on_the_way(bench, costs()) if timed else design.measure_at)
+        needs_timing = context.config.measure_at is None
+        content["measure_at"] = list(intermediate_eval_steps(context, costs()) if needs_timing else design.measure_at)
     write_json(file, content)
-    return replace(bench, design=replace(design, measure_at=tuple(content["measure_at"])))
+    return replace(context, design=replace(design, measure_at=tuple(content["measure_at"])))
 
 
-def _told(arm: Arm) -> dict[str, Any]:
-    return {"name": arm.name, "protocol": arm.protocol, "encoders": [find(run)[1]["sha256"] for run in arm.runs]}
+def _describe_arm(arm: Arm) -> dict[str, Any]:
+    return {
+        "name": arm.name,
+        "protocol": arm.protocol,
+        "encoders": [locate_weights(run)[1]["sha256"] for run in arm.runs],
+    }

@@ -25,11 +25,11 @@ from medim.study.design import SCRATCH
 from medim.study.results_table import TRUTH
 from medim.types import Array, UserError
 
-Grid = list[list[Statistic]]  # [S][T]: weights (R, N) of the cases -> values (R,)
-Seeds = Sequence[tuple[int, int]]  # pretraining seed and subset seed of some runs
+StatisticGrid = list[list[Statistic]]  # [S][T]: weights (R, N) of the cases -> values (R,)
+SeedPairs = Sequence[tuple[int, int]]  # pretraining seed and subset seed of some runs
 
 
-class Run(NamedTuple):
+class RunKey(NamedTuple):
     """What names a run: `step` is None at its end."""
 
     arm: str
@@ -40,7 +40,7 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Results:
+class StudyResults:
     """The results of a study, whole or stopped.
 
     Attributes:
@@ -55,7 +55,7 @@ class Results:
     labelled: dict[str, int]
     cases: tuple[str, ...]
     subjects: tuple[str, ...]
-    values: dict[Run, dict[str, Array]]
+    values: dict[RunKey, dict[str, Array]]
 
     @cached_property
     def arms(self) -> tuple[str, ...]:
@@ -80,12 +80,14 @@ class Results:
 
     def steps(self, arm: str, budget: str) -> list[int]:
         """Steps after which every run of an arm and budget was measured on the way."""
-        known = [run for run in self.values if run[:2] == (arm, budget) and run.step is not None]
+        runs = [run for run in self.values if run[:2] == (arm, budget) and run.step is not None]
         count = len(self.seeds(arm, budget))
-        steps = sorted({run.step for run in known if run.step is not None})
-        return [step for step in steps if sum(run.step == step for run in known) == count]
+        steps = sorted({run.step for run in runs if run.step is not None})
+        return [step for step in steps if sum(run.step == step for run in runs) == count]
 
-    def grid(self, metric: str, arm: str, budget: str, *, step: int | None = None, seeds: Seeds = ()) -> Grid:
+    def grid(
+        self, metric: str, arm: str, budget: str, *, step: int | None = None, seeds: SeedPairs = ()
+    ) -> StatisticGrid:
         """A metric of an arm's runs at a budget, [S][T] by pretraining seed and label subset.
 
         Args:
@@ -98,42 +100,44 @@ class Results:
         Raises:
             UserError: there is no such run.
         """
-        chosen = sorted(seeds or largest(self.seeds(arm, budget)))
-        rows = dict.fromkeys(s for s, _ in chosen)
-        return [[self.statistic(metric, Run(arm, budget, s, t, step)) for r, t in chosen if r == s] for s in rows]
+        pairs = sorted(seeds or find_largest_grid(self.seeds(arm, budget)))
+        rows = dict.fromkeys(s for s, _ in pairs)
+        return [[self.statistic(metric, RunKey(arm, budget, s, t, step)) for r, t in pairs if r == s] for s in rows]
 
-    def pairs(self, arm: str, budget: str, other: str = SCRATCH) -> list[tuple[int, int]]:
+    def shared_seeds(self, arm: str, budget: str, other: str = SCRATCH) -> list[tuple[int, int]]:
         """Pretraining and subset seeds of the largest whole grid of runs that both arms have."""
-        return largest([pair for pair in self.seeds(arm, budget) if pair in self.seeds(other, budget)])
+        return find_largest_grid([pair for pair in self.seeds(arm, budget) if pair in self.seeds(other, budget)])
 
-    def paired(self, metric: str, arm: str, budget: str, other: str = SCRATCH) -> tuple[Grid, Grid]:
+    def paired_grids(
+        self, metric: str, arm: str, budget: str, other: str = SCRATCH
+    ) -> tuple[StatisticGrid, StatisticGrid]:
         """The grids of two arms over the largest whole grid of runs that both have; empty where there is none."""
-        both = self.pairs(arm, budget, other)
-        if not both:
+        shared = self.shared_seeds(arm, budget, other)
+        if not shared:
             return [], []
-        return self.grid(metric, arm, budget, seeds=both), self.grid(metric, other, budget, seeds=both)
+        return self.grid(metric, arm, budget, seeds=shared), self.grid(metric, other, budget, seeds=shared)
 
-    def statistic(self, metric: str, run: Run) -> Statistic:
+    def statistic(self, metric: str, run: RunKey) -> Statistic:
         """A metric of one run, as a function of the cases' weights."""
         columns = self._columns(run)
         return (
             classification_statistics(*self.probabilities(run))[metric]
             if TRUTH in columns
-            else mean_of_defined(columns[metric])
+            else mean_over_valid(columns[metric])
         )
 
-    def probabilities(self, run: Run) -> tuple[Array, Array]:
+    def probabilities(self, run: RunKey) -> tuple[Array, Array]:
         """Probabilities (N, K) and class numbers (N,) of one run of a classifier."""
         columns = self._columns(run)
         return np.stack([columns[f"probability_{n}"] for n in self.classes], 1), columns[TRUTH].astype(np.intp)
 
-    def _columns(self, run: Run) -> dict[str, Array]:
+    def _columns(self, run: RunKey) -> dict[str, Array]:
         if run not in self.values:
             raise UserError(f"results: expected one of {len(self.values)} runs, got {run}.")
         return self.values[run]
 
 
-def open_results(folder: Path, summary: dict[str, Any] | None = None) -> Results:
+def open_results(folder: Path, summary: dict[str, Any] | None = None) -> StudyResults:
     """Read a study's folder.
 
     Args:
@@ -151,64 +155,64 @@ def open_results(folder: Path, summary: dict[str, Any] | None = None) -> Results
     if not len(table):
         raise UserError(f"{folder}: expected a study with results, got none yet. Run `medim study --resume`.")
     text = {name: table[name].to_pylist() for name in ("init", "budget", "pretrain_seed", "subset_seed", "step")}
-    runs = [Run(*keys) for keys in zip(*text.values(), strict=True)]
-    cases, case = _codes(table["case"])
-    metrics, metric = _codes(table["metric"])
-    value = table["value"].to_numpy(zero_copy_only=False).astype(np.float64)
+    runs = [RunKey(*keys) for keys in zip(*text.values(), strict=True)]
+    cases, case_codes = _encode_column(table["case"])
+    metrics, metric_codes = _encode_column(table["metric"])
+    numbers = table["value"].to_numpy(zero_copy_only=False).astype(np.float64)
     starts = [0, *(place for place in range(1, len(runs)) if runs[place] != runs[place - 1]), len(runs)]
-    values: dict[Run, dict[str, Array]] = {}
-    measured = np.ones(len(cases), dtype=bool)
+    values: dict[RunKey, dict[str, Array]] = {}
+    complete = np.ones(len(cases), dtype=bool)
     for start, end in pairwise(starts):
-        own = values[runs[start]] = {}
-        for code in dict.fromkeys(metric[start:end].tolist()):
-            rows = start + np.flatnonzero(metric[start:end] == code)
-            own[metrics[code]] = column = np.full(len(cases), np.nan)
-            column[case[rows]] = value[rows]
-        measured &= np.isin(np.arange(len(cases)), case[start:end])
-    subject = dict(zip(table["case"].to_pylist(), table["subject"].to_pylist(), strict=True))
-    kept = [name for name, whole in zip(cases, measured, strict=True) if whole]
-    return Results(
+        run_columns = values[runs[start]] = {}
+        for code in dict.fromkeys(metric_codes[start:end].tolist()):
+            rows = start + np.flatnonzero(metric_codes[start:end] == code)
+            run_columns[metrics[code]] = column = np.full(len(cases), np.nan)
+            column[case_codes[rows]] = numbers[rows]
+        complete &= np.isin(np.arange(len(cases)), case_codes[start:end])
+    subject_by_case = dict(zip(table["case"].to_pylist(), table["subject"].to_pylist(), strict=True))
+    complete_cases = [name for name, is_complete in zip(cases, complete, strict=True) if is_complete]
+    return StudyResults(
         summary,
-        dict(sorted(_labelled(table).items(), key=lambda item: item[1])),
-        tuple(kept),
-        tuple(subject[name] for name in kept),
-        {run: {name: column[measured] for name, column in own.items()} for run, own in values.items()},
+        dict(sorted(_count_labelled_images(table).items(), key=lambda item: item[1])),
+        tuple(complete_cases),
+        tuple(subject_by_case[name] for name in complete_cases),
+        {run: {name: column[complete] for name, column in run_columns.items()} for run, run_columns in values.items()},
     )
 
 
-def largest(seeds: Seeds) -> list[tuple[int, int]]:
+def find_largest_grid(seeds: SeedPairs) -> list[tuple[int, int]]:
     """The largest whole grid of pretraining seeds by subset seeds in a study that may have been stopped."""
-    have = set(seeds)
-    found: list[tuple[int, int]] = []
-    subsets = sorted({t for _, t in have})
-    if len(have) == len({s for s, _ in have}) * len(subsets):
-        return sorted(have)
-    for columns in (some for count in range(1, len(subsets) + 1) for some in combinations(subsets, count)):
-        rows = [s for s in sorted({s for s, _ in have}) if all((s, t) in have for t in columns)]
-        if len(rows) * len(columns) > len(found):
-            found = [(s, t) for s in rows for t in columns]
-    return found
+    available = set(seeds)
+    best: list[tuple[int, int]] = []
+    subsets = sorted({t for _, t in available})
+    if len(available) == len({s for s, _ in available}) * len(subsets):
+        return sorted(available)
+    for columns in (choice for count in range(1, len(subsets) + 1) for choice in combinations(subsets, count)):
+        rows = [s for s in sorted({s for s, _ in available}) if all((s, t) in available for t in columns)]
+        if len(rows) * len(columns) > len(best):
+            best = [(s, t) for s in rows for t in columns]
+    return best
 
 
-def mean_of_defined(column: Array) -> Statistic:
+def mean_over_valid(column: Array) -> Statistic:
     """The weighted mean over the cases that have a value, NaN where none has, as a statistic."""
-    known = np.isfinite(column)
-    filled = np.where(known, column, 0.0)
+    valid = np.isfinite(column)
+    finite_column = np.where(valid, column, 0.0)
 
-    def mean(weights: Array) -> Array:
-        total = weights @ known
-        return np.asarray(np.divide(weights @ filled, total, out=np.full(len(weights), np.nan), where=total > 0))
+    def compute_mean(weights: Array) -> Array:
+        total = weights @ valid
+        return np.asarray(np.divide(weights @ finite_column, total, out=np.full(len(weights), np.nan), where=total > 0))
 
-    return mean
+    return compute_mean
 
 
-def _codes(column: pa.ChunkedArray) -> tuple[list[str], Array]:
+def _encode_column(column: pa.ChunkedArray) -> tuple[list[str], Array]:
     """The distinct texts of a column as they come, and the place of each row's."""
     rows = column.to_pylist()
-    places = {name: place for place, name in enumerate(dict.fromkeys(rows))}
-    return list(places), np.array([places[name] for name in rows], dtype=np.intp)
+    codes = {name: code for code, name in enumerate(dict.fromkeys(rows))}
+    return list(codes), np.array([codes[name] for name in rows], dtype=np.intp)
 
 
-def _labelled(table: pa.Table) -> dict[str, int]:
+def _count_labelled_images(table: pa.Table) -> dict[str, int]:
     rows = zip(*(table[name].to_pylist() for name in ("budget", "labelled", "subset_seed")), strict=True)
     return {budget: labelled for budget, labelled, subset in set(rows) if subset == 0}

@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from medim.evaluation.cases import Row, read_cases, write_parquet
-from medim.study.cell import Bench
+from medim.evaluation.cases import CaseRow, read_cases, write_parquet
+from medim.study.cell import StudyContext
 from medim.study.design import PIXELS, UNTRAINED, Cell
 
-FEATURES = {"random": UNTRAINED, "pixels": PIXELS}  # of a probe's anchors, by arm
+BASELINE_ARMS = {"random": UNTRAINED, "pixels": PIXELS}  # of a probe's anchors, by arm
 TRUTH = "truth"
 _TEXT = pa.dictionary(pa.int32(), pa.string())
 SCHEMA = pa.schema(
@@ -33,77 +33,89 @@ SCHEMA = pa.schema(
         "value": pa.float64(),  # None where it is not defined
     }
 )
-Long = list[tuple[str, str, str, float | None]]  # subject, case, metric, value
+LongRows = list[tuple[str, str, str, float | None]]  # subject, case, metric, value
 
 
-def write_results(path: Path, bench: Bench, cells: Sequence[Cell]) -> int:
+def write_results(path: Path, context: StudyContext, cells: Sequence[Cell]) -> int:
     """Write the results of all whole cells, in the order of the design.
 
     Returns:
         Cases that were rejected (unreadable, or not for the network), in any cell.
     """
-    tables, rejected = [SCHEMA.empty_table()], set()
+    tables, rejections = [SCHEMA.empty_table()], set()
     for cell in cells:
-        if cell.kind == "selection" or not bench.done(cell):
+        if cell.kind == "selection" or not context.is_complete(cell):
             continue
-        folder = bench.out / cell.folder
-        found = probed(bench, cell, folder) if cell.kind == "probe" else _finetune(bench, cell, folder)
-        for keys, rows in found:
-            rejected |= {row["image"] for row in rows if row.get("rejected")}
-            tables.append(_table(keys, _long([row for row in rows if not row.get("rejected")], bench.design.task)))
+        folder = context.out / cell.folder
+        runs = (
+            read_probe_cases(context, cell, folder)
+            if cell.kind == "probe"
+            else _read_finetune_cases(context, cell, folder)
+        )
+        for keys, rows in runs:
+            rejections |= {row["image"] for row in rows if row.get("rejected")}
+            tables.append(
+                _build_results_table(
+                    keys, _to_long_rows([row for row in rows if not row.get("rejected")], context.design.task)
+                )
+            )
     write_parquet(path, pa.concat_tables(tables).unify_dictionaries())
-    return len(rejected)
+    return len(rejections)
 
 
-def _finetune(bench: Bench, cell: Cell, folder: Path) -> Iterator[tuple[dict[str, Any], list[Row]]]:
+def _read_finetune_cases(
+    context: StudyContext, cell: Cell, folder: Path
+) -> Iterator[tuple[dict[str, Any], list[CaseRow]]]:
     """Keys and cases of a fine-tuned cell, on the way and at its end."""
     assert cell.budget is not None
-    keys = _keys(bench, cell, cell.arm.name, cell.budget.name, cell.subset_seed)
+    keys = _build_row_keys(context, cell, cell.arm.name, cell.budget.name, cell.subset_seed)
     steps = [int(m[1]) for p in folder.glob("cases-*.parquet") if (m := re.fullmatch(r"cases-(\d+)", p.stem))]
-    for step in sorted(set(steps) & set(bench.design.measure_at)):
+    for step in sorted(set(steps) & set(context.design.measure_at)):
         yield {**keys, "step": step}, read_cases(folder / f"cases-{step}.parquet")
     yield keys, read_cases(folder / "cases.parquet")
 
 
-def probed(bench: Bench, cell: Cell, folder: Path) -> Iterator[tuple[dict[str, Any], list[Row]]]:
+def read_probe_cases(context: StudyContext, cell: Cell, folder: Path) -> Iterator[tuple[dict[str, Any], list[CaseRow]]]:
     """Keys and cases of a probe, a classifier after the other, in the form of a fine-tuned cell's."""
-    wide = pq.read_table(folder / "cases.parquet").to_pylist()
-    classes = [name.removeprefix("probability_") for name in wide[0] if name.startswith("probability_")]
-    groups: dict[tuple[str, str, int], list[Row]] = {}
-    for row in wide:
+    wide_rows = pq.read_table(folder / "cases.parquet").to_pylist()
+    classes = [name.removeprefix("probability_") for name in wide_rows[0] if name.startswith("probability_")]
+    groups: dict[tuple[str, str, int], list[CaseRow]] = {}
+    for row in wide_rows:
         groups.setdefault((row["features"], row["budget"], row["seed"]), []).extend(
             {**row, "class": name, "probability": row[f"probability_{name}"]} for name in classes
         )
     for (features, budget, seed), rows in groups.items():
-        yield _keys(bench, cell, FEATURES.get(features, cell.arm.name), budget, seed), rows
+        yield _build_row_keys(context, cell, BASELINE_ARMS.get(features, cell.arm.name), budget, seed), rows
 
 
-def _keys(bench: Bench, cell: Cell, init: str, budget: str, subset_seed: int) -> dict[str, Any]:
-    labelled = next(len(r) for (b, t), r in bench.subsets.items() if (b.name, t) == (budget, subset_seed))
+def _build_row_keys(context: StudyContext, cell: Cell, init: str, budget: str, subset_seed: int) -> dict[str, Any]:
+    labelled = next(len(r) for (b, t), r in context.subsets.items() if (b.name, t) == (budget, subset_seed))
     seeds = {"pretrain_seed": cell.pretrain_seed, "subset_seed": subset_seed, "step": None}
     return {"init": init, "protocol": cell.arm.protocol, "budget": budget, "labelled": labelled, **seeds}
 
 
-def _long(rows: Sequence[Row], task: str) -> Long:
+def _to_long_rows(rows: Sequence[CaseRow], task: str) -> LongRows:
     """A row a case and metric, from a row a case and class."""
-    cases: dict[str, list[Row]] = {}
+    cases: dict[str, list[CaseRow]] = {}
     for row in rows:
         cases.setdefault(row["image"], []).append(row)
-    found: Long = []
-    for image, group in cases.items():
-        keys = group[0]["subject"], image
+    long_rows: LongRows = []
+    for image, case_rows in cases.items():
+        keys = case_rows[0]["subject"], image
         if task == "segmentation":
-            found.append((*keys, "dice", float(np.mean([row["dice"] for row in group]))))
+            long_rows.append((*keys, "dice", float(np.mean([row["dice"] for row in case_rows]))))
             names = ("dice", "hd95", "surface_dice")
-            found += [(*keys, f"{name}_{row['class']}", row[name]) for name in names for row in group]
+            long_rows += [(*keys, f"{name}_{row['class']}", row[name]) for name in names for row in case_rows]
         else:
-            found += [(*keys, f"probability_{row['class']}", row["probability"]) for row in group]
-            truth = [row["class"] for row in group].index(group[0]["label"])
-            found.append((*keys, TRUTH, float(truth)))
-    return found
+            long_rows += [(*keys, f"probability_{row['class']}", row["probability"]) for row in case_rows]
+            truth = [row["class"] for row in case_rows].index(case_rows[0]["label"])
+            long_rows.append((*keys, TRUTH, float(truth)))
+    return long_rows
 
 
-def _table(keys: dict[str, Any], rows: Long) -> pa.Table:
+def _build_results_table(keys: dict[str, Any], rows: LongRows) -> pa.Table:
     columns: dict[str, Any] = {name: [value] * len(rows) for name, value in keys.items()}
-    columns |= {name: [row[place] for row in rows] for place, name in enumerate(("subject", "case", "metric", "value"))}
+    columns |= {
+        name: [row[position] for row in rows] for position, name in enumerate(("subject", "case", "metric", "value"))
+    }
     return pa.table({field.name: pa.array(columns[field.name], field.type) for field in SCHEMA}, SCHEMA)

@@ -12,22 +12,22 @@ from typing import Any
 
 import torch
 
-from medim.data.parallel import available
-from medim.evaluation.evaluate import validate
-from medim.models.layers import channels_last
-from medim.models.model import as_run, build_model
-from medim.study.cell import Bench, summary_of
-from medim.study.design import Cell, Protocol
-from medim.study.lr_selection import SHARE
-from medim.training.engine.optim import optimiser
-from medim.training.finetune.run import loader_of, spec_of
+from medim.data.parallel import count_cpus
+from medim.evaluation.evaluate import validate_network
+from medim.models.layers import use_channels_last
+from medim.models.model import as_numpy_function, build_model
+from medim.study.cell import StudyContext, read_cell_summary
+from medim.study.design import ArmProtocol, Cell
+from medim.study.lr_selection import HOLDOUT_SHARE
+from medim.training.engine.optim import build_optimiser
+from medim.training.finetune.run import build_finetune_loader, build_model_spec
 
 log = logging.getLogger(__name__)
 STEPS = 4  # timed, after one to warm up
 IMAGES = 8
 OVERHEAD_SECONDS = 1.0  # of a cell beside steps and measurements (benchmarks/study_overhead.py)
 FIT_SECONDS = 0.5  # of a probe's classifier
-ON_THE_WAY = (  # shares of the schedule, by how many can be afforded
+EVALUATION_SCHEDULES = (  # shares of the schedule, by how many can be afforded
     (),
     (0.2,),
     (0.1, 0.4),
@@ -47,35 +47,38 @@ class Costs:
         image: of evaluation.
     """
 
-    step: dict[Protocol, float]
+    step: dict[ArmProtocol, float]
     image: float
 
 
-def measure(bench: Bench, jobs: int) -> Costs:
+def measure_costs(context: StudyContext, jobs: int) -> Costs:
     """Time a few steps of each protocol, and the evaluation of a few images, with the threads of one job."""
     log.info("timing a few steps and images on this machine")
-    with _threads(max(1, available() // jobs) if jobs > 1 else torch.get_num_threads()), torch.random.fork_rng([]):
-        trained = {arm.protocol for arm in bench.design.arms if not bench.design.probed(arm)}
-        steps = {protocol: _step_seconds(bench, frozen=protocol == "frozen") for protocol in sorted(trained)}
-        return Costs(steps, _image_seconds(bench))
+    with (
+        _limit_threads(max(1, count_cpus() // jobs) if jobs > 1 else torch.get_num_threads()),
+        torch.random.fork_rng([]),
+    ):
+        protocols = {arm.protocol for arm in context.design.arms if not context.design.is_probe_arm(arm)}
+        steps = {protocol: _time_step(context, frozen=protocol == "frozen") for protocol in sorted(protocols)}
+        return Costs(steps, _time_image(context))
 
 
-def expected(bench: Bench, costs: Costs, cell: Cell) -> float:
+def estimate_cell_seconds(context: StudyContext, costs: Costs, cell: Cell) -> float:
     """Seconds that a cell will take."""
-    cohort, design = bench.cohort, bench.design
+    cohort, design = context.cohort, context.design
     val = len(cohort.records("val"))
     if cell.kind == "probe":
         images = val + len(cohort.records("train"))
-        fits = len(bench.subsets) * FIT_SECONDS
+        fits = len(context.subsets) * FIT_SECONDS
         return OVERHEAD_SECONDS + 3 * (images * costs.image + fits)  # the encoder and two anchors
-    training = bench.config.max_steps * costs.step[cell.arm.protocol]
+    training_seconds = context.config.max_steps * costs.step[cell.arm.protocol]
     if cell.kind == "selection":
         assert cell.budget is not None
-        return OVERHEAD_SECONDS + training + SHARE * len(bench.subsets[cell.budget, 0]) * costs.image
-    return OVERHEAD_SECONDS + training + (1 + len(design.measure_at)) * val * costs.image
+        return OVERHEAD_SECONDS + training_seconds + HOLDOUT_SHARE * len(context.subsets[cell.budget, 0]) * costs.image
+    return OVERHEAD_SECONDS + training_seconds + (1 + len(design.measure_at)) * val * costs.image
 
 
-class Clock:
+class DurationEstimator:
     """What cells will take: as the finished ones of their kind did that were never stopped, else as estimated.
 
     Args:
@@ -84,83 +87,87 @@ class Clock:
         cells: of the whole study.
     """
 
-    def __init__(self, bench: Bench, costs: Callable[[], Costs], cells: Sequence[Cell]) -> None:
-        self._bench, self._costs, self._cells = bench, costs, cells
-        self._taken: dict[Cell, float] = {}
+    def __init__(self, context: StudyContext, costs: Callable[[], Costs], cells: Sequence[Cell]) -> None:
+        self._context, self._costs, self._cells = context, costs, cells
+        self._durations: dict[Cell, float] = {}
 
     def __call__(self, cell: Cell) -> float:
         """Seconds."""
-        alike = [seconds for done, seconds in self._known() if _kind(done) == _kind(cell)]
-        return fmean(alike) if alike else expected(self._bench, self._costs(), cell)
+        durations = [
+            seconds for other, seconds in self._iter_durations() if _get_cell_kind(other) == _get_cell_kind(cell)
+        ]
+        return fmean(durations) if durations else estimate_cell_seconds(self._context, self._costs(), cell)
 
-    def _known(self) -> Iterator[tuple[Cell, float]]:
+    def _iter_durations(self) -> Iterator[tuple[Cell, float]]:
         for cell in self._cells:
             if cell.kind == "probe":
                 continue
-            if cell not in self._taken and self._bench.done(cell):
-                summary = summary_of(self._bench, cell)
+            if cell not in self._durations and self._context.is_complete(cell):
+                summary = read_cell_summary(self._context, cell)
                 if summary["resumed_from_steps"]:  # its seconds are those of its last part
                     continue
-                self._taken[cell] = summary["seconds"]
-            if cell in self._taken:
-                yield cell, self._taken[cell]
+                self._durations[cell] = summary["seconds"]
+            if cell in self._durations:
+                yield cell, self._durations[cell]
 
 
-def on_the_way(bench: Bench, costs: Costs) -> tuple[int, ...]:
+def intermediate_eval_steps(context: StudyContext, costs: Costs) -> tuple[int, ...]:
     """Steps after which to measure, as many as cost at most a third of the training."""
-    steps = bench.config.max_steps
-    training = steps * costs.step["finetune"]
-    once = len(bench.cohort.records("val")) * costs.image
-    shares = ON_THE_WAY[min(int(EVALUATION_SHARE * training / once), len(ON_THE_WAY) - 1)]
+    steps = context.config.max_steps
+    training_seconds = steps * costs.step["finetune"]
+    evaluation_seconds = len(context.cohort.records("val")) * costs.image
+    shares = EVALUATION_SCHEDULES[
+        min(int(EVALUATION_SHARE * training_seconds / evaluation_seconds), len(EVALUATION_SCHEDULES) - 1)
+    ]
     return tuple(sorted({max(1, round(share * steps)) for share in shares} - {steps}))
 
 
-def _kind(cell: Cell) -> tuple[str, str]:
+def _get_cell_kind(cell: Cell) -> tuple[str, str]:
     return cell.kind, cell.arm.protocol
 
 
-def _step_seconds(bench: Bench, *, frozen: bool) -> float:
-    config, cohort = bench.config, bench.cohort
-    spec = spec_of(config, cohort, 0, bench.design.split_seed)
-    model = build_model(spec).to(_device(bench))
+def _time_step(context: StudyContext, *, frozen: bool) -> float:
+    config, cohort = context.config, context.cohort
+    spec = build_model_spec(config, cohort, 0, context.design.split_seed)
+    model = build_model(spec).to(_get_device_name(context))
     if frozen:
         model.freeze([model.encoder])
-    channels_last(model.train())
-    main, _ = optimiser([(model, 1.0)], **config.optimisation)
+    use_channels_last(model.train())
+    main_optimiser, _ = build_optimiser([(model, 1.0)], **config.optimisation)
     head: Any = model.head
-    loader = loader_of(config, cohort, cohort.records("train"), spec["classes"], steps=1 + STEPS, seed=0)
-    taken, began = [], time.perf_counter()
+    loader = build_finetune_loader(config, cohort, cohort.records("train"), spec["classes"], steps=1 + STEPS, seed=0)
+    durations, start = [], time.perf_counter()
     for image, target in loader:
-        with torch.autocast(_device(bench), torch.bfloat16, enabled=config.precision == "bf16-mixed"):
-            loss = head.loss(model(image.to(_device(bench))), target.to(_device(bench)))
-        main.zero_grad()
+        with torch.autocast(_get_device_name(context), torch.bfloat16, enabled=config.precision == "bf16-mixed"):
+            loss = head.loss(model(image.to(_get_device_name(context))), target.to(_get_device_name(context)))
+        main_optimiser.zero_grad()
         loss.backward()
-        main.step()
+        main_optimiser.step()
         loss.item()  # waits for the device
-        taken.append(time.perf_counter() - began)
-        began = time.perf_counter()
-    return median(taken[1:])
+        durations.append(time.perf_counter() - start)
+        start = time.perf_counter()
+    return median(durations[1:])
 
 
-def _image_seconds(bench: Bench) -> float:
-    cohort = bench.cohort
-    spec = spec_of(bench.config, cohort, 0, bench.design.split_seed)
-    model, val = build_model(spec).to(_device(bench)).eval(), cohort.records("val")
-    few = val[:: -(-len(val) // IMAGES)]
-    began = time.perf_counter()
-    validate(as_run(model), cohort.index, few, spec)
-    return (time.perf_counter() - began) / len(few)
+def _time_image(context: StudyContext) -> float:
+    cohort = context.cohort
+    spec = build_model_spec(context.config, cohort, 0, context.design.split_seed)
+    model, val = build_model(spec).to(_get_device_name(context)).eval(), cohort.records("val")
+    sample = val[:: -(-len(val) // IMAGES)]
+    start = time.perf_counter()
+    validate_network(as_numpy_function(model), cohort.index, sample, spec)
+    return (time.perf_counter() - start) / len(sample)
 
 
-def _device(bench: Bench) -> str:
-    return "cuda" if torch.cuda.is_available() and bench.accelerator != "cpu" else "cpu"
+def _get_device_name(context: StudyContext) -> str:
+    return "cuda" if torch.cuda.is_available() and context.accelerator != "cpu" else "cpu"
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
+def _limit_threads(count: int) -> Iterator[None]:
+    previous = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(previous)

@@ -1,6 +1,6 @@
 """Input size and depth after the images: what a configuration leaves `auto` is filled in from the index's median image.
 
-Everything here is arithmetic on shapes in voxels and spacings in mm; `RULES` says the rules in words, and
+Everything here is arithmetic on shapes in voxels and spacings in mm; `AUTO_RULES` says the rules in words, and
 `medim config show` prints them. The numbers stand in the resolved configuration, so a run's own file holds no `auto`.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from medim.config import AUTO, Command, RunConfig, Section, autos, bind, check
+from medim.config import AUTO, Command, RunConfig, Section, auto_keys, check_config, validate_section
 from medim.data.index.index import Index
 from medim.data.preprocessing.steps import STEPS
 from medim.models.model import build_encoder
@@ -26,30 +26,31 @@ Spacing = tuple[float, ...]
 
 VIEW_VOXELS = 64**3  # largest view of pretraining and segmentation
 WHOLE_VOXELS = 2_500_000  # largest view of classification, which sees an image whole
-VIEWS_AN_IMAGE = 16  # more views' worth of voxels in the median image make the voxels larger
+VIEWS_PER_IMAGE = 16  # more views' worth of voxels in the median image make the voxels larger
 LONGEST_SIDE = 224  # of a resized image
 SMALLEST_GRID = 6  # cells along the shortest side of the coarsest map
 LEVELS = (3, 6)  # fewest and most
-WIDEST = 256  # channels
-WIDTH: dict[str, int] = {"mri": 16, "xray": 32}  # channels of the finest map; they double a level
-USUAL: dict[str, tuple[Shape, Spacing]] = {  # to check a configuration before an image is read
+MAX_CHANNELS = 256  # channels
+BASE_CHANNELS: dict[str, int] = {"mri": 16, "xray": 32}  # channels of the finest map; they double a level
+USUAL_SIZES: dict[str, tuple[Shape, Spacing]] = {  # to check a configuration before an image is read
     "mri": ((256, 256, 176), (1.0, 1.0, 1.0)),
     "xray": ((2500, 2048), (0.15, 0.15)),
 }
-RULES = {
+AUTO_RULES = {
     "resample.spacing": "the median spacing; where the median image holds more than "
-    f"{VIEWS_AN_IMAGE} views, all axes are made coarser by one factor",
+    f"{VIEWS_PER_IMAGE} views, all axes are made coarser by one factor",
     "resize.shape": f"the median aspect ratio, the longest side at most {LONGEST_SIDE}, in whole coarsest strides",
     "views.shape": f"the median image, its longest sides cut to hold at most {VIEW_VOXELS:,} voxels "
     f"({WHOLE_VOXELS:,} for classification), in whole coarsest strides",
     "encoder.channels": f"{LEVELS[0]} to {LEVELS[1]} levels, the most that leave {SMALLEST_GRID} cells along each side "
-    f"of the coarsest map; {WIDTH['mri']} (mri) or {WIDTH['xray']} (xray) channels, doubled a level up to {WIDEST}",
+    f"of the coarsest map; {BASE_CHANNELS['mri']} (mri) or {BASE_CHANNELS['xray']} (xray) channels, doubled a "
+    f"level up to {MAX_CHANNELS}",
     "inference.roi": "the shape of the views",
     "inference.multiple_of": "the coarsest stride",
 }
 
 
-def resolve(command: Command, content: Section, index: Index | None, *, where: str) -> RunConfig:
+def resolve_run_config(command: Command, content: Section, index: Index | None, *, where: str) -> RunConfig:
     """Fill in what a configuration leaves `auto`, and check it.
 
     Args:
@@ -59,12 +60,14 @@ def resolve(command: Command, content: Section, index: Index | None, *, where: s
         where: the file's name, for messages.
 
     Raises:
-        UsageError: see `medim.config.check` and `fill_in`.
+        UsageError: see `medim.config.check_config` and `resolve_auto`.
     """
-    usual = USUAL.get(str(content.get("modality")), ((), ()))
-    config = check(command, fill_in(content, *(median_size(index) if index else usual)), where=where)
-    if index and autos(content):
-        sizes = describe(config, index)
+    default_size = USUAL_SIZES.get(str(content.get("modality")), ((), ()))
+    config = check_config(
+        command, resolve_auto(content, *(median_size(index) if index else default_size)), source=where
+    )
+    if index and auto_keys(content):
+        sizes = describe_input(config, index)
         log.info("input %s, from the median image %s", sizes["input"], sizes["median image"])
     return config
 
@@ -76,19 +79,21 @@ def median_size(index: Index) -> tuple[Shape, Spacing]:
     return tuple(round(float(n)) for n in shape), tuple(round(float(mm), 4) for mm in spacing)
 
 
-def describe(config: RunConfig, index: Index) -> dict[str, str]:
+def describe_input(config: RunConfig, index: Index) -> dict[str, str]:
     """What a run feeds its encoder, and the median image it comes from, for a reader."""
     shape, spacing = median_size(index)
-    resampled = [step["spacing"] for step in config.preprocessing if step.get("op") == "resample"]
+    spacings = [step["spacing"] for step in config.preprocessing if step.get("op") == "resample"]
     channels = config.encoder.get("channels")
-    fed = _by(config.views.shape) + (f" at {_by(resampled[-1])} mm" if resampled else "")
+    input_text = _format_dimensions(config.views.shape) + (
+        f" at {_format_dimensions(spacings[-1])} mm" if spacings else ""
+    )
     return {
-        "input": fed + (f", {len(channels)} levels" if channels else ""),
-        "median image": f"{_by(shape)} at {_by(spacing)} mm",
+        "input": input_text + (f", {len(channels)} levels" if channels else ""),
+        "median image": f"{_format_dimensions(shape)} at {_format_dimensions(spacing)} mm",
     }
 
 
-def fill_in(content: Section, shape: Shape, spacing: Spacing) -> Section:
+def resolve_auto(content: Section, shape: Shape, spacing: Spacing) -> Section:
     """Replace every `auto` that has a rule by numbers that fit the median image; what is given stays as it is.
 
     The deepest encoder is taken whose coarsest map keeps `SMALLEST_GRID` cells along every side.
@@ -101,35 +106,42 @@ def fill_in(content: Section, shape: Shape, spacing: Spacing) -> Section:
     Raises:
         UsageError: a section does not fit its constructor.
     """
-    if not autos(content) or not _has_form(content):
+    if not auto_keys(content) or not _has_form(content):
         return content
-    found = content
-    for encoder in _depths(content["encoder"], content["modality"]):
+    result = content
+    for encoder in _list_depths(content["encoder"], content["modality"]):
         stride = coarsest_stride(encoder, len(shape))
-        found = _at_stride({**content, "encoder": encoder}, shape, spacing, stride)
-        if all(n % stride == 0 and n // stride >= SMALLEST_GRID for n in found["views"]["shape"]):
+        result = _fill_for_stride({**content, "encoder": encoder}, shape, spacing, stride)
+        if all(n % stride == 0 and n // stride >= SMALLEST_GRID for n in result["views"]["shape"]):
             break
-    return found
+    return result
 
 
 def _has_form(content: Section) -> bool:
-    """Whether what the rules look at is there; where it is not, `medim.config.check` says so."""
+    """Whether what the rules look at is there; where it is not, `medim.config.check_config` says so."""
     encoder, views, steps = (content.get(key) for key in ("encoder", "views", "preprocessing"))
-    if str(content.get("modality")) not in WIDTH or not isinstance(encoder, dict) or not isinstance(views, dict):
+    if (
+        str(content.get("modality")) not in BASE_CHANNELS
+        or not isinstance(encoder, dict)
+        or not isinstance(views, dict)
+    ):
         return False
     sides = views.get("shape")
-    given = isinstance(sides, list | tuple) and all(isinstance(n, int) and n > 0 for n in sides)
-    return (given or sides == AUTO) and isinstance(steps, list) and all(isinstance(step, dict) for step in steps)
+    is_explicit = isinstance(sides, list | tuple) and all(isinstance(n, int) and n > 0 for n in sides)
+    return (is_explicit or sides == AUTO) and isinstance(steps, list) and all(isinstance(step, dict) for step in steps)
 
 
-def _depths(encoder: Section, modality: str) -> Iterator[Section]:
+def _list_depths(encoder: Section, modality: str) -> Iterator[Section]:
     """The encoder at every depth it may have, deepest first; as it is where its channels are given."""
     if encoder.get("channels") != AUTO:
         yield encoder
         return
-    fewest, most = LEVELS
-    for levels in range(most, fewest - 1, -1):
-        yield {**encoder, "channels": [min(WIDTH[modality] * 2**level, WIDEST) for level in range(levels)]}
+    lowest, highest = LEVELS
+    for levels in range(highest, lowest - 1, -1):
+        yield {
+            **encoder,
+            "channels": [min(BASE_CHANNELS[modality] * 2**level, MAX_CHANNELS) for level in range(levels)],
+        }
 
 
 def coarsest_stride(encoder: Section, spatial_dims: int) -> int:
@@ -137,52 +149,57 @@ def coarsest_stride(encoder: Section, spatial_dims: int) -> int:
     shape = (2 ** (LEVELS[1] + 1),) * spatial_dims
     try:
         with torch.device("meta"):
-            built: Any = build_encoder(
+            network: Any = build_encoder(
                 {"encoder": encoder, "in_channels": 1, "spatial_dims": spatial_dims, "input_shape": shape}
             )
     except (RuntimeError, ValueError) as error:
         raise UsageError(f"encoder {encoder.get('name')!r}: expected options that fit each other ({error}).") from error
-    return int(built.strides[-1])
+    return int(network.strides[-1])
 
 
-def _at_stride(content: Section, shape: Shape, spacing: Spacing, stride: int) -> Section:
+def _fill_for_stride(content: Section, shape: Shape, spacing: Spacing, stride: int) -> Section:
     """The configuration with every number for an encoder of a known stride."""
     views = content["views"]
-    given = None if views["shape"] == AUTO else tuple(views["shape"])
+    view_shape = None if views["shape"] == AUTO else tuple(views["shape"])
     steps = []
     for step in content["preprocessing"]:
         if step.get("op") == "resample" and step.get("spacing") == AUTO:
-            step = {**step, "spacing": _spacing(shape, spacing, math.prod(given) if given else VIEW_VOXELS)}
+            step = {
+                **step,
+                "spacing": _choose_spacing(shape, spacing, math.prod(view_shape) if view_shape else VIEW_VOXELS),
+            }
         if step.get("op") == "resize" and step.get("shape") == AUTO:
-            step = {**step, "shape": list(given or _resized(shape, spacing, stride))}
+            step = {**step, "shape": list(view_shape or _choose_resize_shape(shape, spacing, stride))}
         steps.append(step)
-        shape, spacing = _after(step, shape, spacing)
-    most = WHOLE_VOXELS if content.get("task") == "classification" else VIEW_VOXELS
-    sides = list(given or _cut(shape, stride, most))
-    found = {**content, "preprocessing": steps, "views": {**views, "shape": sides}}
+        shape, spacing = _apply_step_geometry(step, shape, spacing)
+    max_voxels = WHOLE_VOXELS if content.get("task") == "classification" else VIEW_VOXELS
+    sides = list(view_shape or _shorten_sides(shape, stride, max_voxels))
+    result = {**content, "preprocessing": steps, "views": {**views, "shape": sides}}
     if isinstance(inference := content.get("inference"), dict):
         rules = {"roi": sides, "multiple_of": stride}
-        found["inference"] = {key: rules.get(key, AUTO) if value == AUTO else value for key, value in inference.items()}
-    return found
+        result["inference"] = {
+            key: rules.get(key, AUTO) if value == AUTO else value for key, value in inference.items()
+        }
+    return result
 
 
-def _spacing(shape: Shape, spacing: Spacing, view: int) -> list[float]:
-    """The spacing at which an image holds at most `VIEWS_AN_IMAGE` views of so many voxels.
+def _choose_spacing(shape: Shape, spacing: Spacing, view: int) -> list[float]:
+    """The spacing at which an image holds at most `VIEWS_PER_IMAGE` views of so many voxels.
 
     A spacing that is kept is rounded by less than what `resample` keeps as it is, so that no voxel is interpolated.
     """
-    factor = (math.prod(shape) / (VIEWS_AN_IMAGE * view)) ** (1 / len(shape))
+    factor = (math.prod(shape) / (VIEWS_PER_IMAGE * view)) ** (1 / len(shape))
     return [float(f"{mm * factor:.2g}") if factor > 1 else round(mm, 3) for mm in spacing]
 
 
-def _resized(shape: Shape, spacing: Spacing, stride: int) -> Shape:
+def _choose_resize_shape(shape: Shape, spacing: Spacing, stride: int) -> Shape:
     """A shape of the image's aspect ratio in mm, in whole strides."""
     extent = [n * mm for n, mm in zip(shape, spacing, strict=True)]
     scale = min(LONGEST_SIDE, max(shape)) / max(extent)
     return tuple(max(1, round(mm * scale / stride)) * stride for mm in extent)
 
 
-def _cut(shape: Shape, stride: int, voxels: int) -> Shape:
+def _shorten_sides(shape: Shape, stride: int, voxels: int) -> Shape:
     """The image in whole strides, its longest side shortened until it holds no more than so many voxels."""
     sides = [-(-n // stride) * stride for n in shape]
     while math.prod(sides) > voxels and max(sides) > stride:
@@ -190,9 +207,9 @@ def _cut(shape: Shape, stride: int, voxels: int) -> Shape:
     return tuple(sides)
 
 
-def _after(step: Step, shape: Shape, spacing: Spacing) -> tuple[Shape, Spacing]:
+def _apply_step_geometry(step: Step, shape: Shape, spacing: Spacing) -> tuple[Shape, Spacing]:
     """Shape and spacing of an image after a preprocessing step, as far as they do not depend on its voxels."""
-    _, options = bind(STEPS, step, key="op", given=("volume",))
+    _, options = validate_section(STEPS, step, key="op", run_args=("volume",))
     new = options.get("spacing", options.get("shape", shape))
     if len(new) != len(shape) or min(new) <= 0:
         return shape, spacing  # the step itself says what is wrong
@@ -205,5 +222,5 @@ def _after(step: Step, shape: Shape, spacing: Spacing) -> tuple[Shape, Spacing]:
     return shape, spacing
 
 
-def _by(numbers: Sequence[float]) -> str:
+def _format_dimensions(numbers: Sequence[float]) -> str:
     return "x".join(f"{n:.4g}" for n in numbers)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from medim.config import RunConfig, dump
+from medim.config import RunConfig, dump_config
 from medim.files import read_json, write_json, write_text
 from medim.types import UserError
 
@@ -22,26 +22,28 @@ def write_config(out: Path, config: RunConfig, **inputs: str | float | None) -> 
     Raises:
         UserError: the folder holds a run of another configuration or other inputs.
     """
-    path, text = out / "config.yaml", dump(config)
-    if path.is_file() and path.read_text() != text and not _same(path, config):
+    path, text = out / "config.yaml", dump_config(config)
+    if path.is_file() and path.read_text() != text and not _is_same_config(path, config):
         raise UserError(
             f"{path}: --resume expected the same configuration, got another. Use --overwrite to start over."
         )
     file, content = out / "inputs.json", {"schema_version": 1, **inputs}
     if file.is_file():
-        other = [
-            f"{key} {was} (now {content.get(key)})" for key, was in read_json(file).items() if was != content.get(key)
+        differences = [
+            f"{key} {previous} (now {content.get(key)})"
+            for key, previous in read_json(file).items()
+            if previous != content.get(key)
         ]
-        if other:
+        if differences:
             raise UserError(
-                f"{file}: --resume expected the same inputs, got others; the run had {', '.join(other)}. "
+                f"{file}: --resume expected the same inputs, got others; the run had {', '.join(differences)}. "
                 "Use --overwrite to start over."
             )
     write_text(path, text)
     write_json(file, content)
 
 
-def _same(path: Path, config: RunConfig) -> bool:
+def _is_same_config(path: Path, config: RunConfig) -> bool:
     """Whether a file says the same as a configuration, but for how images are loaded, which changes no byte.
 
     Keys that came later than the file have their defaults.

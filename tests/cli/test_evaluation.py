@@ -9,10 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from medim.cli import app
-from medim.cli.evaluation import repeatable
+from medim.cli.evaluation import repeat_command
 from medim.files import read_json
 from medim.models.model import build_encoder
-from medim.models.serialization import save
+from medim.models.serialization import save_model
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def command(tmp_path: Path) -> list[str]:
     """A study of noise with the smallest of encoders."""
     spec = {"kind": "encoder", "modality": "xray", "spatial_dims": 2, "in_channels": 1, "input_shape": [8, 8]}
     spec |= {"encoder": {"name": "unet", "channels": [2, 4]}, "preprocessing": [], "inference": {"mode": "whole"}}
-    save(tmp_path / "run" / "encoder", "encoder", build_encoder(spec), spec)
+    save_model(tmp_path / "run" / "encoder", "encoder", build_encoder(spec), spec)
     arrays = {}
     for part, count in (("train", 14), ("val", 12), ("test", 1)):
         images = np.random.default_rng(count).integers(0, 255, (count, 8, 8), np.uint8)
@@ -60,7 +60,7 @@ def test_a_study_prints_a_line_an_arm_and_budget_and_the_command_that_repeats_it
 def test_what_cannot_be_is_told_before_anything_is_trained(
     command: list[str], options: list[str], code: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medim.study.run.work", lambda _: None)
+    monkeypatch.setattr("medim.study.run.run_all", lambda _: None)
     result = CliRunner().invoke(app, [*command, *options])
     assert result.exit_code == (code or 75), result.output
     assert message in result.output
@@ -80,4 +80,4 @@ def test_a_repeated_command_has_nothing_of_this_call_alone() -> None:
         "--seeds",
         "3",
     ]
-    assert repeatable(words) == ["medim", "study", "--out", "a b", "--seeds", "3"]
+    assert repeat_command(words) == ["medim", "study", "--out", "a b", "--seeds", "3"]

@@ -42,7 +42,9 @@ def test_a_plan_that_fits_is_printed_and_written(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[Any] = []
-    monkeypatch.setattr(planning, "plan", lambda config, index, out, **_: given.append((config, index)) or TOLD)
+    monkeypatch.setattr(
+        planning, "plan_pretraining", lambda config, index, out, **_: given.append((config, index)) or TOLD
+    )
     command = ["plan", "--config", "xray-28", "--data", str(pictures), "--set", "max_steps=7"]
     done = CliRunner().invoke(app, [*command, "--json", str(tmp_path / "plan.json")])
     assert done.exit_code == 0, done.output
@@ -56,7 +58,7 @@ def test_a_plan_that_fits_is_printed_and_written(
 
 def test_a_plan_that_does_not_fit_leaves_with_one_sentence(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = {**TOLD, "refusals": ["memory: too much.", "disk: too much."]}
-    monkeypatch.setattr(planning, "plan", lambda *_, **__: told)
+    monkeypatch.setattr(planning, "plan_pretraining", lambda *_, **__: told)
     refused = CliRunner().invoke(app, ["plan", "--config", "xray-28", "--data", str(pictures)])
     assert refused.exit_code == 1
     assert "medim: memory: too much." in refused.output

@@ -8,7 +8,7 @@ import pytest
 import torch
 from monai.transforms.transform import RandomizableTransform
 
-from medim.config import build
+from medim.config import build_from_section
 from medim.data.loading.augmentations import AUGMENTATIONS, GEOMETRIC, Augmentation
 from medim.types import UsageError
 
@@ -24,7 +24,7 @@ def picture(dims: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 class TestEveryAugmentation:
     def test_is_a_random_transform_of_monai(self, name: str, dims: int) -> None:
-        transform = build(AUGMENTATIONS, {"op": name}, key="op", spatial_dims=dims)
+        transform = build_from_section(AUGMENTATIONS, {"op": name}, key="op", spatial_dims=dims)
         assert isinstance(transform, RandomizableTransform)
 
     def test_changes_the_image_and_keeps_shape_type_and_finiteness(self, name: str, dims: int) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from medim.config import build
+from medim.config import build_from_section
 from medim.models.critics import CRITICS
-from medim.models.serialization import load_weights, save
+from medim.models.serialization import load_weights, save_model
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "encode_and_dot": [
@@ -35,7 +35,7 @@ every_critic = pytest.mark.parametrize(
 
 def make(section: dict[str, Any]) -> Any:
     torch.manual_seed(0)
-    return build(CRITICS, section, channels=6, summary_channels=5)
+    return build_from_section(CRITICS, section, channels=6, summary_channels=5)
 
 
 def features(dims: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,7 +116,7 @@ def test_a_saved_critic_comes_back_bit_for_bit(section: dict[str, Any], dims: in
     local, summary = features(dims)
     critic = make(section)
     critic(local, summary)
-    save(tmp_path, "critic", critic, {"kind": "critic"})
-    again = build(CRITICS, section, channels=6, summary_channels=5)
+    save_model(tmp_path, "critic", critic, {"kind": "critic"})
+    again = build_from_section(CRITICS, section, channels=6, summary_channels=5)
     load_weights(again, tmp_path / "critic.safetensors")
     assert torch.equal(again.eval()(local, summary)[0], critic.eval()(local, summary)[0])

@@ -10,7 +10,7 @@ import torch
 
 from medim.models.decoders import DECODERS
 from medim.models.model import build_decoder, build_encoder, build_model
-from medim.models.serialization import load_model, load_weights, save
+from medim.models.serialization import load_model, load_weights, save_model
 
 SHAPES: dict[int, tuple[int, ...]] = {2: (16, 24), 3: (16, 8, 16)}
 every_decoder = pytest.mark.parametrize(
@@ -83,12 +83,12 @@ def test_bf16_changes_the_decoding_by_rounding_only(name: str, dims: int) -> Non
 def test_a_saved_decoder_and_a_saved_model_come_back_bit_for_bit(name: str, dims: int, tmp_path: Path) -> None:
     torch.manual_seed(3)
     model = build_model(spec_of(name, dims))
-    save(tmp_path / "model", "model", model, spec_of(name, dims))
+    save_model(tmp_path / "model", "model", model, spec_of(name, dims))
     again, spec = load_model(tmp_path)
     assert spec["decoder"] == {"name": name}
     assert torch.equal(again(images(dims)), model.eval()(images(dims)))
     assert model.decoder is not None
-    save(tmp_path, "decoder", model.decoder, {"kind": "decoder"})
+    save_model(tmp_path, "decoder", model.decoder, {"kind": "decoder"})
     _, fresh = make(name, dims)
     load_weights(fresh, tmp_path / "decoder.safetensors")
     features = model.encoder(images(dims))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from medim.cli.presets import documented
+from medim.cli.presets import parse_docstring
 from medim.data.loading.augmentations import AUGMENTATIONS
 from medim.data.preprocessing.steps import STEPS
 from medim.inference.network import INFERENCES
@@ -24,7 +24,7 @@ TABLES = (STEPS, AUGMENTATIONS, ENCODERS, DECODERS, CRITICS, OBJECTIVES, HEADS, 
 @pytest.mark.parametrize("entry", [pytest.param(e, id=f"{e.__module__}.{n}") for t in TABLES for n, e in t.items()])
 def test_an_entrys_docstring_explains_every_option(entry: Callable[..., Any]) -> None:
     parameters = inspect.signature(entry).parameters.values()
-    summary, said = documented(entry)
+    summary, said = parse_docstring(entry)
     assert summary.endswith(".")
     assert [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in said] == []
 
@@ -45,6 +45,6 @@ def test_an_explanation_over_several_lines_is_read_whole() -> None:
             third: nothing.
         """
 
-    summary, said = documented(entry)
+    summary, said = parse_docstring(entry)
     assert summary == "What it does, in two lines."
     assert said == {"first": "one line: with a colon.", "second": "this one goes on in the next."}

@@ -12,8 +12,8 @@ from torch import nn
 
 from medim.models.encoders import ENCODERS
 from medim.models.model import build_encoder
-from medim.models.serialization import load_encoder, save
-from medim.objectives.score_map import ScoreMap
+from medim.models.serialization import load_encoder, save_model
+from medim.objectives.score_map import MutualInformationMap
 
 # Small versions, and the variants whose behaviour differs. An entry that is not named here runs at its defaults.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -154,7 +154,7 @@ def test_a_fresh_encoder_follows_from_the_seed_and_is_ready_to_train(section: di
 def test_a_saved_encoder_comes_back_bit_for_bit(section: dict[str, Any], dims: int, tmp_path: Path) -> None:
     encoder = make(section, dims)
     encoder(images(section, dims))  # moves running statistics, which have to travel too
-    save(tmp_path / "encoder", "encoder", encoder, {"kind": "encoder", **spec_of(section, dims)})
+    save_model(tmp_path / "encoder", "encoder", encoder, {"kind": "encoder", **spec_of(section, dims)})
     again = load_encoder(tmp_path)
     assert not again.training
     assert again.spec["encoder"] == section
@@ -241,7 +241,7 @@ def test_the_score_of_a_cell_is_drawn_in_the_middle_of_what_it_sees(
         alone[(0, 0, *cell)] = 1.0
         critic: Any = SimpleNamespace(level=level, score_map=lambda _, alone=alone: alone)
         with torch.no_grad():
-            drawn = ScoreMap(encoder, critic, {})(image)
+            drawn = MutualInformationMap(encoder, critic, {})(image)
         seen = gradient[0, 0].nonzero()
         middle = (seen.min(dim=0).values + seen.max(dim=0).values) / 2
         torch.testing.assert_close(centroid(drawn[0, 0]), middle, atol=0.01, rtol=0)

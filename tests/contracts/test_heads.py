@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from medim.config import build
+from medim.config import build_from_section
 from medim.models.heads import HEADS, LinearProbe
-from medim.models.serialization import load_weights, save
+from medim.models.serialization import load_weights, save_model
 from medim.types import Features
 
 CLASSES = 3
@@ -33,7 +33,9 @@ every_head = pytest.mark.parametrize(
 
 def make(section: dict[str, Any], dims: int) -> Any:
     torch.manual_seed(0)
-    head = build(HEADS, section, channels=(4, 6), summary_channels=5, spatial_dims=dims, out_channels=CLASSES)
+    head = build_from_section(
+        HEADS, section, channels=(4, 6), summary_channels=5, spatial_dims=dims, out_channels=CLASSES
+    )
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.normal_()
@@ -105,7 +107,7 @@ def test_the_loss_is_fp32_under_bf16(section: dict[str, Any], dims: int) -> None
 def test_a_saved_head_comes_back_bit_for_bit(section: dict[str, Any], dims: int, tmp_path: Path) -> None:
     head = make(section, dims)
     head(features(dims))
-    save(tmp_path, "head", head, {"kind": "head"})
+    save_model(tmp_path, "head", head, {"kind": "head"})
     again = make(section, dims)
     with torch.no_grad():
         for parameter in again.parameters():

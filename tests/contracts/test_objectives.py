@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from medim.config import build
+from medim.config import build_from_section
 from medim.models.encoders import UNetEncoder
-from medim.models.serialization import load_weights, save
+from medim.models.serialization import load_weights, save_model
 from medim.objectives import OBJECTIVES, Term
 from medim.types import Features, Views
 
@@ -84,7 +84,7 @@ def make(section: dict[str, Any], dims: int) -> tuple[UNetEncoder, Any]:
 
 
 def objective_of(section: dict[str, Any], dims: int, encoder: UNetEncoder) -> Any:
-    return build(
+    return build_from_section(
         OBJECTIVES,
         section,
         channels=encoder.channels,
@@ -217,7 +217,7 @@ def test_a_saved_objective_comes_back_bit_for_bit(
     encoder, objective = make(section, dims)
     views = views_of(dims, count)
     objective(Step(encoder, views), views)
-    save(tmp_path, "critic", objective, {"kind": "critic"})
+    save_model(tmp_path, "critic", objective, {"kind": "critic"})
     again = objective_of(section, dims, encoder)
     load_weights(again, tmp_path / "critic.safetensors")
     objective.eval(), again.eval()

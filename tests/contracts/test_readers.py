@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medim.data.readers import READERS, Reader, ReadError, reader_of
+from medim.data.readers import READERS, Reader, ReadError, find_reader
 from medim.types import Modality
 from tests.data.synthetic import dataset, noise, save, scan, write_archive, write_nifti, xray
 
@@ -56,7 +56,7 @@ def test_a_reader_accepts_its_files_and_no_other_does(reader: Reader, sample: Sa
     name, _, write = sample
     path = write(tmp_path / name)
     assert [other for other in READERS if other.accepts(path)] == [reader]
-    assert reader_of(path) is reader
+    assert find_reader(path) is reader
 
 
 @samples

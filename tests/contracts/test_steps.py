@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medim.data.preprocessing.steps import STEPS, check_steps, preprocess, restore
+from medim.data.preprocessing.steps import STEPS, check_steps, preprocess, restore_grid
 from medim.types import Array, UsageError, Volume
 
 OPTIONS: dict[str, dict[int, dict[str, Any]]] = {  # a step that needs options: what to give in 2D and in 3D
@@ -68,7 +68,7 @@ class TestEveryStep:
     def test_restore_brings_it_back_to_the_source_grid(self, name: str, dims: int) -> None:
         volume = ramp(dims)
         got = preprocess(volume, [step(name, dims)])
-        back = restore(got.array, got, volume)
+        back = restore_grid(got.array, got, volume)
         assert back.shape == volume.array.shape
         if got.shape == volume.shape:
             assert set(np.unique(back)) == set(np.unique(got.array))

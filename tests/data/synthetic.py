@@ -17,17 +17,17 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from medim.data.index.scan_cache import look_at
-from medim.data.readers import Reader, gather
-from medim.data.readers.inspection import Scanned
+from medim.data.index.scan_cache import inspect_file
+from medim.data.readers import Reader, collect_images
+from medim.data.readers.inspection import CollectionResult
 from medim.types import Modality
 
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
 
-def scan(reader: Reader, paths: Sequence[Path], modality: Modality) -> Scanned:
+def scan(reader: Reader, paths: Sequence[Path], modality: Modality) -> CollectionResult:
     """What a reader finds in files, as an index asks it."""
-    return gather(reader, [look_at(reader.look, path) for path in paths], modality)
+    return collect_images(reader, [inspect_file(reader.inspect, path) for path in paths], modality)
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray[Any, Any]:

@@ -6,46 +6,57 @@ from pathlib import Path
 
 import pytest
 
-from medim.data.contamination import Case, Origin, Seen, describe, guard, read_seen
-from medim.privacy import pseudonym
+from medim.data.contamination import (
+    CaseIdentity,
+    TrainingHistory,
+    TrainingSet,
+    check_contamination,
+    describe_counts,
+    load_training_history,
+)
+from medim.privacy import make_pseudonym
 from medim.types import UserError
 
-CASES: list[Case] = [("a" * 32, pseudonym("one")), ("b" * 32, pseudonym("one")), ("", pseudonym("two"))]
-STRANGER: Case = ("c" * 32, pseudonym("three"))
+CASES: list[CaseIdentity] = [
+    ("a" * 32, make_pseudonym("one")),
+    ("b" * 32, make_pseudonym("one")),
+    ("", make_pseudonym("two")),
+]
+STRANGER: CaseIdentity = ("c" * 32, make_pseudonym("three"))
 
 
 @pytest.fixture
-def seen() -> Seen:
-    return Seen().then("pretrain", CASES)
+def seen() -> TrainingHistory:
+    return TrainingHistory().extended("pretrain", CASES)
 
 
-def test_what_was_seen_comes_back_from_the_file_wherever_the_weights_lie(tmp_path: Path, seen: Seen) -> None:
-    assert read_seen(tmp_path) is None
-    after = seen.then("finetune", [STRANGER])
+def test_what_was_seen_comes_back_from_the_file_wherever_the_weights_lie(tmp_path: Path, seen: TrainingHistory) -> None:
+    assert load_training_history(tmp_path) is None
+    after = seen.extended("finetune", [STRANGER])
     for folder in (tmp_path / "run" / "encoder", tmp_path / "tuned" / "model", tmp_path / "package"):
         after.write(folder)
-    run, tuned, package = (read_seen(tmp_path / name) for name in ("run", "tuned", "package"))
-    assert run == tuned == package == read_seen(tmp_path / "run" / "encoder") == after
-    assert after.count([*CASES, STRANGER]) == {
+    run, tuned, package = (load_training_history(tmp_path / name) for name in ("run", "tuned", "package"))
+    assert run == tuned == package == load_training_history(tmp_path / "run" / "encoder") == after
+    assert after.count_cases([*CASES, STRANGER]) == {
         "pretrain": {"images": 2, "subjects": 2},
         "finetune": {"images": 1, "subjects": 1},
     }
 
 
-def test_an_image_is_known_under_another_subject_and_a_subject_by_another_image(seen: Seen) -> None:
-    assert seen.has("pretrain", (CASES[0][0], "another"))
-    assert seen.has("pretrain", ("d" * 32, CASES[0][1]))
-    assert not seen.has("pretrain", STRANGER)
-    assert not seen.has("pretrain", ("", STRANGER[1])), "an image of one value is like no other"
-    assert not seen.has("finetune", CASES[0])
+def test_an_image_is_known_under_another_subject_and_a_subject_by_another_image(seen: TrainingHistory) -> None:
+    assert seen.contains("pretrain", (CASES[0][0], "another"))
+    assert seen.contains("pretrain", ("d" * 32, CASES[0][1]))
+    assert not seen.contains("pretrain", STRANGER)
+    assert not seen.contains("pretrain", ("", STRANGER[1])), "an image of one value is like no other"
+    assert not seen.contains("finetune", CASES[0])
 
 
 def test_the_file_holds_nothing_that_stands_for_an_image_or_a_person_anywhere_else(tmp_path: Path) -> None:
     texts = []
     for name in "ab":
-        Seen().then("pretrain", CASES).write(tmp_path / name)
+        TrainingHistory().extended("pretrain", CASES).write(tmp_path / name)
         texts.append((tmp_path / name / "fingerprints.json").read_text())
-    for secret in [*(part for case in CASES for part in case if part), pseudonym("site")]:
+    for secret in [*(part for case in CASES for part in case if part), make_pseudonym("site")]:
         assert secret not in texts[0]
         assert secret.removeprefix("s-") not in texts[0]
     first, second = ({*origin["images"], *origin["subjects"]} for t in texts for origin in json.loads(t)["origins"])
@@ -54,40 +65,46 @@ def test_the_file_holds_nothing_that_stands_for_an_image_or_a_person_anywhere_el
 
 
 def test_another_site_knows_the_images_and_not_the_subjects(
-    seen: Seen, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    seen: TrainingHistory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MEDIM_SITE_KEY", "another site")
-    assert guard(seen, [CASES[0], STRANGER], what="encoder e") == {
+    assert check_contamination(seen, [CASES[0], STRANGER], weights_name="encoder e") == {
         "pretrain": {"images": 1, "subjects": None},
         "finetune": {"images": 0, "subjects": 0},
     }
     assert "encoder e: of 2 images of 2 subjects to measure on, seen in pretraining 1 image, subjects not known" in (
         caplog.text
     )
-    assert guard(seen, [STRANGER], what="encoder e", strict=True)
+    assert check_contamination(seen, [STRANGER], weights_name="encoder e", strict=True)
 
 
-def test_strict_refuses_what_was_seen_and_what_cannot_be_known(seen: Seen, caplog: pytest.LogCaptureFixture) -> None:
+def test_strict_refuses_what_was_seen_and_what_cannot_be_known(
+    seen: TrainingHistory, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
-    assert guard(seen, [STRANGER], what="encoder e", strict=True)
+    assert check_contamination(seen, [STRANGER], weights_name="encoder e", strict=True)
     assert caplog.records[-1].levelno == logging.INFO
     for weights, cases, reason in (
         (seen, CASES[:1], r"seen in pretraining 1 image, 1 subject; .* have not seen them"),
         (None, [STRANGER], r"seen not known: no fingerprints\.json lies beside the weights"),
-        (Seen(seen.origins, ("finetune",)), [STRANGER], r"seen in fine-tuning not known: weights that it started from"),
+        (
+            TrainingHistory(seen.training_sets, ("finetune",)),
+            [STRANGER],
+            r"seen in fine-tuning not known: weights that it started from",
+        ),
     ):
         with pytest.raises(UserError, match=reason):
-            guard(weights, cases, what="encoder e", strict=True)
-        guard(weights, cases, what="encoder e")
+            check_contamination(weights, cases, weights_name="encoder e", strict=True)
+        check_contamination(weights, cases, weights_name="encoder e")
         assert caplog.records[-1].levelno == logging.WARNING
     lines = len(caplog.records)
-    assert guard(Seen(), CASES, what="fresh weights", strict=True)
+    assert check_contamination(TrainingHistory(), CASES, weights_name="fresh weights", strict=True)
     assert len(caplog.records) == lines, "fresh weights have nothing to say"
 
 
 def test_what_was_seen_is_told_in_words() -> None:
     counts = {"pretrain": {"images": 1, "subjects": 2}, "finetune": {"images": None, "subjects": None}}
-    told = describe(counts)  # type: ignore[arg-type]
+    told = describe_counts(counts)  # type: ignore[arg-type]
     assert told["seen in pretraining"] == "1 image, 2 subjects"
     assert told["seen in fine-tuning"].startswith("not known")
 
@@ -104,8 +121,8 @@ def test_what_was_seen_is_told_in_words() -> None:
 def test_a_file_of_another_kind_is_told(tmp_path: Path, content: dict[str, object]) -> None:
     (tmp_path / "fingerprints.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="expected fingerprints of schema version 1"):
-        read_seen(tmp_path)
+        load_training_history(tmp_path)
 
 
 def test_an_origin_of_no_image_is_possible() -> None:
-    assert Origin.of("pretrain", []).images == frozenset()
+    assert TrainingSet.from_cases("pretrain", []).images == frozenset()

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medim.data.fingerprints import fingerprint, overlap, united
+from medim.data.fingerprints import compute_fingerprint, merge_groups, shared_images
 from medim.data.readers import read_volume
 from medim.types import Array, Volume
 from tests.data.synthetic import noise, write_nifti, write_series
@@ -32,7 +32,7 @@ def test_a_rescaled_copy_has_the_same_fingerprint_in_whatever_precision_the_slop
     stored = np.random.default_rng(seed).integers(0, depth, shape)
     shift = intercept * slope * depth
     copies = [stored, stored * slope + shift, stored.astype(np.float32) * np.float32(slope) + np.float32(shift)]
-    assert len({fingerprint(volume(copy)) for copy in copies}) == 1
+    assert len({compute_fingerprint(volume(copy)) for copy in copies}) == 1
 
 
 @settings(max_examples=50, deadline=None)
@@ -41,7 +41,9 @@ def test_a_continuous_image_and_its_rescaled_copy_have_the_same_fingerprint(
     shape: tuple[int, ...], seed: int, slope: float
 ) -> None:
     array = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-    assert fingerprint(volume(array)) == fingerprint(volume(array * np.float32(slope) + np.float32(slope)))
+    assert compute_fingerprint(volume(array)) == compute_fingerprint(
+        volume(array * np.float32(slope) + np.float32(slope))
+    )
 
 
 @given(shape=st.sampled_from(SHAPES), seed=st.integers(0, 2**32 - 1))
@@ -51,19 +53,19 @@ def test_other_pixels_and_the_same_pixels_in_another_place_or_inverted_have_anot
 ) -> None:
     array = np.random.default_rng(seed).normal(size=shape)
     others = [np.random.default_rng(seed + 1).normal(size=shape), array[:, ::-1], -array, array.swapaxes(1, 2)]
-    assert len({fingerprint(volume(other)) for other in [array, *others]}) == 5
+    assert len({compute_fingerprint(volume(other)) for other in [array, *others]}) == 5
 
 
 def test_a_hot_voxel_does_not_hide_the_rest() -> None:
     first, second = (np.random.default_rng(seed).integers(50, 250, (1, 64, 64)) for seed in range(2))
     first[0, 5, 5] = second[0, 5, 5] = 65535
-    assert fingerprint(volume(first)) != fingerprint(volume(second))
+    assert compute_fingerprint(volume(first)) != compute_fingerprint(volume(second))
 
 
 def test_an_image_of_one_value_has_no_fingerprint_and_is_like_no_other() -> None:
-    blank = fingerprint(volume(np.full((1, 8, 8), 0.1)))
+    blank = compute_fingerprint(volume(np.full((1, 8, 8), 0.1)))
     assert blank == ""
-    assert overlap({"a": blank, "b": blank}, {"a": "train", "b": "val"}) == []
+    assert shared_images({"a": blank, "b": blank}, {"a": "train", "b": "val"}) == []
 
 
 def test_a_dicom_series_and_the_nifti_made_of_it_have_one_fingerprint_whatever_the_order_and_slope(
@@ -75,30 +77,30 @@ def test_a_dicom_series_and_the_nifti_made_of_it_have_one_fingerprint_whatever_t
     write_series(turned, slices, order=[3, 0, 4, 1, 2], RescaleSlope="0.37", RescaleIntercept="-20")
     series = [read_volume(folder) for folder in (plain, turned)]
     path = write_nifti(tmp_path / "other.nii.gz", series[0].array[0][::-1], series[0].affine @ np.diag([-1, 1, 1, 1]))
-    assert len({fingerprint(v) for v in [*series, read_volume(path)]}) == 1
+    assert len({compute_fingerprint(v) for v in [*series, read_volume(path)]}) == 1
 
 
 def test_two_of_the_real_x_rays_are_one_image(shared_data: Path) -> None:
     files = sorted((shared_data / "xray-dicom").glob("*.dcm"))
-    found = {path.stem: fingerprint(read_volume(path)) for path in files}
+    found = {path.stem: compute_fingerprint(read_volume(path)) for path in files}
     assert len(files) == 5
     assert len(set(found.values())) == 4
-    assert overlap(found, {name: name for name in found}) == [["test1", "test4"]]
+    assert shared_images(found, {name: name for name in found}) == [["test1", "test4"]]
 
 
 def test_real_crops_of_the_brain_are_told_apart(shared_data: Path) -> None:
     files = sorted((shared_data / "mri-hippocampus" / "imagesTr").glob("*.nii.gz"))[:40]
     volumes = [read_volume(path) for path in files]
-    assert len({fingerprint(v) for v in volumes}) == len(files) == 40
+    assert len({compute_fingerprint(v) for v in volumes}) == len(files) == 40
     rescaled = [v.with_array(v.array * np.float32(0.0137) + np.float32(5)) for v in volumes]
-    assert [fingerprint(v) for v in volumes] == [fingerprint(v) for v in rescaled]
+    assert [compute_fingerprint(v) for v in volumes] == [compute_fingerprint(v) for v in rescaled]
 
 
 def test_an_overlap_is_images_of_one_fingerprint_in_two_places() -> None:
     prints = {"a": "1", "b": "2", "c": "1", "d": "2", "e": "1"}
     splits = {"a": "train", "b": "train", "c": "val", "d": "train", "e": "train"}
-    assert overlap(prints, splits) == [["a", "c", "e"]]
-    assert overlap(prints, {image: image for image in prints}) == [["a", "c", "e"], ["b", "d"]]
+    assert shared_images(prints, splits) == [["a", "c", "e"]]
+    assert shared_images(prints, {image: image for image in prints}) == [["a", "c", "e"], ["b", "d"]]
 
 
 @given(st.lists(st.lists(st.sampled_from("abcdefgh"), min_size=1), max_size=8))
@@ -110,6 +112,6 @@ def test_united_groups_are_the_connected_ones(groups: list[list[str]]) -> None:
                 if one & other:
                     one |= other
                     other.clear()
-    found = united(groups)
+    found = merge_groups(groups)
     assert sorted(map(sorted, found)) == sorted(sorted(group) for group in expected if group)
     assert all(len(set(group)) == len(group) for group in found)

@@ -13,16 +13,16 @@ from PIL import Image
 
 from medim.data.index.index import Index, build_index
 from medim.data.labels import (
-    check_one_kind,
-    counted,
-    finding_columns,
-    findings_of,
-    label_of,
-    names_of,
-    strata,
-    told_by,
+    check_label_kind,
+    count_labels,
+    detect_finding_columns,
+    finding_names,
+    format_findings,
+    parse_finding,
+    parse_findings,
+    stratification_labels,
 )
-from medim.data.loading.splits import budget, split
+from medim.data.loading.splits import assign_splits, select_label_budget
 from medim.types import UserError
 
 names = st.text(st.characters(exclude_characters="|", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8)
@@ -30,32 +30,32 @@ names = st.text(st.characters(exclude_characters="|", exclude_categories=["Cs", 
 
 @given(st.dictionaries(names, st.sampled_from([True, False, None]), min_size=2, max_size=5))
 def test_a_label_says_what_it_was_made_of(findings: dict[str, bool | None]) -> None:
-    label = label_of(findings)
+    label = format_findings(findings)
     known = any(told is not None for told in findings.values())
-    assert (findings_of(label) or None) == (findings if known else None)
+    assert (parse_findings(label) or None) == (findings if known else None)
 
 
 @pytest.mark.parametrize("label", [None, "", "0", "1", "-1", "+1", "?", "normal", "a|b", "+a|b", "+a|", "stage -1"])
 def test_any_other_label_is_a_class(label: str | None) -> None:
-    assert findings_of(label) is None
+    assert parse_findings(label) is None
 
 
 def test_findings_come_in_order_whatever_the_order_of_the_images() -> None:
-    assert names_of(["+b|-a", None, "?b|+c"]) == names_of(["?b|+c", "+b|-a"]) == ("b", "a", "c")
-    assert names_of(["b", "a", None]) == ()
+    assert finding_names(["+b|-a", None, "?b|+c"]) == finding_names(["?b|+c", "+b|-a"]) == ("b", "a", "c")
+    assert finding_names(["b", "a", None]) == ()
 
 
 def test_classes_and_findings_in_one_index_stay_labels_until_something_is_to_be_learnt_from_them() -> None:
-    assert names_of(["+b|-a", "normal"]) == ()
-    check_one_kind(["+b|-a", "-b|-a", None])
-    check_one_kind(["normal", "ill", None])
+    assert finding_names(["+b|-a", "normal"]) == ()
+    check_label_kind(["+b|-a", "-b|-a", None])
+    check_label_kind(["normal", "ill", None])
     with pytest.raises(UserError, match=r"classes or findings, got both: 'normal' and '\+b\|-a'"):
-        check_one_kind(["+b|-a", "normal", None])
+        check_label_kind(["+b|-a", "normal", None])
 
 
 def test_images_are_counted_by_finding_or_by_class() -> None:
-    assert counted(["+a|-b", "+a|+b", "-a|-b", None]) == Counter(a=2, b=1)
-    assert counted(["x", "x", "y", None]) == Counter(x=2, y=1)
+    assert count_labels(["+a|-b", "+a|+b", "-a|-b", None]) == Counter(a=2, b=1)
+    assert count_labels(["x", "x", "y", None]) == Counter(x=2, y=1)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_images_are_counted_by_finding_or_by_class() -> None:
     [("1", True), ("1.0", True), ("0", False), ("0.0", False), ("", None), ("-1", None), ("-1.0", None), ("nan", None)],
 )
 def test_a_cell_tells_present_absent_or_nothing(cell: str, told: bool | None) -> None:
-    assert told_by(cell) is told
+    assert parse_finding(cell) is told
 
 
 def test_columns_of_other_numbers_and_words_are_no_findings() -> None:
@@ -71,13 +71,13 @@ def test_columns_of_other_numbers_and_words_are_no_findings() -> None:
         {"image": "0", "age": "70", "sex": "F", "edema": "1", "mass": "", "empty": ""},
         {"image": "1", "age": "1", "sex": "M", "edema": "", "mass": "0", "empty": ""},
     ]
-    assert finding_columns(rows) == ("edema", "mass")
-    assert finding_columns([{"image": "0", "edema": "1"}]) == ()
+    assert detect_finding_columns(rows) == ("edema", "mass")
+    assert detect_finding_columns([{"image": "0", "edema": "1"}]) == ()
 
 
 def test_a_name_with_a_bar_is_refused() -> None:
     with pytest.raises(UserError, match="Rename the column"):
-        label_of({"a|b": True, "c": False})
+        format_findings({"a|b": True, "c": False})
 
 
 @pytest.fixture
@@ -126,8 +126,14 @@ def test_wide_labels_of_an_archive_are_findings_by_number(tmp_path: Path) -> Non
 
 
 def test_the_stratum_of_findings_is_the_rarest_one_and_of_classes_all() -> None:
-    assert strata([{"+a|-b"}, {"+a|+b"}, {"-a|-b", "+a|-b"}, {"-a|?b"}, set()]) == [("a",), ("b",), ("a",), (), ()]
-    assert strata([{"x"}, {"y", "x"}, set()]) == [("x",), ("x", "y"), ()]
+    assert stratification_labels([{"+a|-b"}, {"+a|+b"}, {"-a|-b", "+a|-b"}, {"-a|?b"}, set()]) == [
+        ("a",),
+        ("b",),
+        ("a",),
+        (),
+        (),
+    ]
+    assert stratification_labels([{"x"}, {"y", "x"}, set()]) == [("x",), ("x", "y"), ()]
 
 
 def test_a_rare_finding_is_on_both_sides_of_a_split_and_in_a_small_budget(tmp_path: Path) -> None:
@@ -139,7 +145,7 @@ def test_a_rare_finding_is_on_both_sides_of_a_split_and_in_a_small_budget(tmp_pa
     index = build_index(path, "xray")
     free = [record.__class__(**{**record.__dict__, "split": None}) for record in index.records]
     for seed in range(5):
-        parts = split(Index(index.root, "xray", tuple(free)), seed=seed)
+        parts = assign_splits(Index(index.root, "xray", tuple(free)), seed=seed)
         both = {parts[record.image] for record in free if record.label and "+2" in record.label}
         assert both == {"train", "val"}
-        assert any("+2" in str(record.label) for record in budget(free, labelled=5, seed=seed))
+        assert any("+2" in str(record.label) for record in select_label_budget(free, labelled=5, seed=seed))

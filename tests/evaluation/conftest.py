@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from medim.data.contamination import Seen
+from medim.data.contamination import TrainingHistory
 from medim.data.index.index import Index, build_index
 from medim.models.model import build_model
-from medim.models.serialization import save
+from medim.models.serialization import save_model
 from medim.types import Array
 
 AFFINE = np.diag([-2.0, 1.0, 0.5, 1.0])  # left-handed: the reader turns the first axis
@@ -83,10 +83,10 @@ def classifier(segmenter: dict[str, Any]) -> dict[str, Any]:
     return {**segmenter, **section, "classes": ["big", "small"], "inference": {"mode": "whole"}}
 
 
-def make_run(folder: Path, spec: dict[str, Any], seen: Seen | None = None) -> Path:
+def make_run(folder: Path, spec: dict[str, Any], seen: TrainingHistory | None = None) -> Path:
     """A fine-tuning run with fresh weights."""
     torch.manual_seed(0)
-    save(folder / "model", "model", build_model(spec), spec)
+    save_model(folder / "model", "model", build_model(spec), spec)
     if seen is not None:
         seen.write(folder / "model")
     return folder

@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from medim.data.contamination import Case, Kind, Seen
-from medim.data.fingerprints import fingerprint
+from medim.data.contamination import CaseIdentity, TrainingHistory, TrainingKind
+from medim.data.fingerprints import compute_fingerprint
 from medim.data.index.index import AllRejectedError, Index
-from medim.data.loading.splits import split as split_subjects
+from medim.data.loading.splits import assign_splits as split_subjects
 from medim.data.loading.splits import write_splits
-from medim.evaluation.cases import class_arrays, read_cases, score
-from medim.evaluation.evaluate import evaluate, network_of, select, validate
+from medim.evaluation.cases import class_arrays, read_cases, score_cases
+from medim.evaluation.evaluate import build_predictor, evaluate, select_records, validate_network
 from medim.types import Array, UserError
 from tests.evaluation.conftest import make_run
 
@@ -36,7 +36,7 @@ def by_size(image: Array) -> Array:
 
 
 def test_a_perfect_network_scores_one_in_the_image_s_own_space(index: Index, segmenter: dict[str, Any]) -> None:
-    found = validate(perfect, index, index.records, segmenter)[0]
+    found = validate_network(perfect, index, index.records, segmenter)[0]
     assert (found["n"], found["subjects"], found["rejected"]) == (8, 4, 0)
     assert found["metrics"]["dice"] == {"value": 1, "ci_low": 1, "ci_high": 1, "n": 8}
     for name in ("front", "back"):
@@ -47,13 +47,13 @@ def test_a_perfect_network_scores_one_in_the_image_s_own_space(index: Index, seg
 def test_classes_that_are_swapped_score_zero_and_have_their_distance_in_mm(
     index: Index, segmenter: dict[str, Any]
 ) -> None:
-    found = validate(swapped, index, index.records, segmenter)[0]["metrics"]
+    found = validate_network(swapped, index, index.records, segmenter)[0]["metrics"]
     assert found["dice"]["value"] == 0
     assert found["hd95_front"]["value"] == pytest.approx(10)  # the far side of `back`: 5 voxels of 2 mm
 
 
 def test_rows_hold_the_volumes_in_millilitres(index: Index, segmenter: dict[str, Any]) -> None:
-    row = score(network_of(perfect, segmenter), index, index.records)[0]
+    row = score_cases(build_predictor(perfect, segmenter), index, index.records)[0]
     assert (row["class"], row["dice"]) == ("front", 1)
     assert row["truth_ml"] == row["predicted_ml"] == pytest.approx(3 * 4 * 4 * 2 * 1 * 0.5 / 1000)
 
@@ -62,16 +62,16 @@ def test_masks_of_a_source_that_names_the_classes_in_another_order_are_relabelle
     index: Index, segmenter: dict[str, Any]
 ) -> None:
     other = {**segmenter, "classes": ["back", "front"]}
-    assert validate(swapped, index, index.records, other)[0]["metrics"]["dice"]["value"] == 1
+    assert validate_network(swapped, index, index.records, other)[0]["metrics"]["dice"]["value"] == 1
 
 
 def test_a_source_of_other_classes_is_refused(index: Index, segmenter: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"expected the model's classes \(left, right\), got front, back"):
-        validate(perfect, index, index.records, {**segmenter, "classes": ["left", "right"]})
+        validate_network(perfect, index, index.records, {**segmenter, "classes": ["left", "right"]})
 
 
 def test_classification_is_by_the_probability_of_each_class(index: Index, classifier: dict[str, Any]) -> None:
-    found = validate(by_size, index, index.records, classifier)[0]
+    found = validate_network(by_size, index, index.records, classifier)[0]
     assert {name: metric["value"] for name, metric in found["metrics"].items() if name != "ece"} == {
         "auroc": 1,
         "average_precision": 1,
@@ -79,7 +79,7 @@ def test_classification_is_by_the_probability_of_each_class(index: Index, classi
         "balanced_accuracy": 1,
         "f1": 1,
     }
-    rows = score(network_of(by_size, classifier), index, index.records)
+    rows = score_cases(build_predictor(by_size, classifier), index, index.records)
     probabilities, labels = class_arrays(rows, classifier["classes"])
     np.testing.assert_allclose(probabilities.sum(axis=1), 1)
     assert [classifier["classes"][k] for k in labels] == [record.label for record in index.records]
@@ -90,13 +90,15 @@ def test_a_case_that_cannot_be_read_becomes_a_rejected_row_and_is_counted(
 ) -> None:
     (masks / "imagesTr" / "case3.nii.gz").write_bytes(b"not an image")
     steps: list[tuple[int, int]] = []
-    rows = score(network_of(perfect, segmenter), index, index.records, progress=lambda *step: steps.append(step))
+    rows = score_cases(
+        build_predictor(perfect, segmenter), index, index.records, progress=lambda *step: steps.append(step)
+    )
     refused = [row for row in rows if row.get("rejected")]
     assert [row["image"] for row in refused] == [index.records[3].image]
     assert refused[0]["rejected"]
     assert str(masks) not in refused[0]["detail"]
     assert steps == [(i, 8) for i in range(1, 9)]
-    found = validate(perfect, index, index.records, segmenter)[0]
+    found = validate_network(perfect, index, index.records, segmenter)[0]
     assert (found["n"], found["rejected"], found["metrics"]["dice"]["n"]) == (7, 1, 7)
 
 
@@ -104,10 +106,10 @@ def test_an_image_of_another_kind_than_the_network_takes_is_a_rejected_row(
     index: Index, classifier: dict[str, Any]
 ) -> None:
     records = [index.records[0], dataclasses.replace(index.records[1], label="huge")]
-    rows = score(network_of(by_size, classifier), index, records)
+    rows = score_cases(build_predictor(by_size, classifier), index, records)
     assert [row.get("rejected") for row in rows] == [None, None, "unknown-class"]
     with pytest.raises(AllRejectedError, match="expected a 2D image"):
-        validate(by_size, index, index.records, {**classifier, "spatial_dims": 2})
+        validate_network(by_size, index, index.records, {**classifier, "spatial_dims": 2})
 
 
 def test_a_fault_of_the_network_is_no_rejection(index: Index, segmenter: dict[str, Any]) -> None:
@@ -115,65 +117,69 @@ def test_a_fault_of_the_network_is_no_rejection(index: Index, segmenter: dict[st
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        validate(broken, index, index.records, segmenter)
+        validate_network(broken, index, index.records, segmenter)
 
 
 def test_another_source_is_evaluated_whole_and_the_run_s_own_on_its_validation_split(
     index: Index, segmenter: dict[str, Any], tmp_path: Path
 ) -> None:
-    assert select(index, segmenter)[1] == "all"
+    assert select_records(index, segmenter)[1] == "all"
     own = {**segmenter, "provenance": {"index_hash": index.hash}}
-    chosen, part = select(index, own)
+    chosen, part = select_records(index, own)
     splits = split_subjects(index)
     assert part == "val"
     assert [r.image for r in chosen] == [i for i, s in splits.items() if s == "val"]
-    assert len(select(index, own, split="train")[0]) == 6
+    assert len(select_records(index, own, split="train")[0]) == 6
     stored = tmp_path / "split.csv"
     write_splits(stored, index, {r.image: "val" if i < 3 else "train" for i, r in enumerate(index.records)}, [], seed=0)
-    assert select(index, own, stored=stored)[0] == index.records[:3]
-    assert select(index, segmenter, stored=stored)[1] == "all"
+    assert select_records(index, own, split_file=stored)[0] == index.records[:3]
+    assert select_records(index, segmenter, split_file=stored)[1] == "all"
 
 
 def test_a_source_s_own_test_split_comes_first(index: Index, segmenter: dict[str, Any]) -> None:
     records = tuple(dataclasses.replace(r, split="test" if i < 2 else "train") for i, r in enumerate(index.records))
     marked = dataclasses.replace(index, records=records)
-    chosen, part = select(marked, {**segmenter, "provenance": {"index_hash": marked.hash}})
+    chosen, part = select_records(marked, {**segmenter, "provenance": {"index_hash": marked.hash}})
     assert (part, len(chosen)) == ("test", 2)
 
 
-def case_of(index: Index, place: int) -> Case:
+def case_of(index: Index, place: int) -> CaseIdentity:
     record = index.records[place]
-    return fingerprint(index.open(record)), record.subject
+    return compute_fingerprint(index.open(record)), record.subject
 
 
 def test_what_the_model_was_trained_on_is_left_out_and_counted_by_subject_and_by_image(
     index: Index, segmenter: dict[str, Any], tmp_path: Path
 ) -> None:
     """The masks' images 0, 3 and 6 have the same pixels (of P0, P1, P3), and so have 1, 4, 7 and 2, 5."""
-    seen = Seen().then("pretrain", [case_of(index, 2)]).then("finetune", [(case_of(index, 0)[0], "another")])
+    seen = (
+        TrainingHistory()
+        .extended("pretrain", [case_of(index, 2)])
+        .extended("finetune", [(case_of(index, 0)[0], "another")])
+    )
     run = make_run(tmp_path / "run", segmenter, seen)
     found = evaluate(run, index, tmp_path / "out")
     assert found["seen"] == {"pretrain": {"images": 2, "subjects": 1}, "finetune": {"images": 3, "subjects": 0}}
     assert (found["n"], found["excluded_seen"], found["excluded_seen_images"]) == (5, 3, 3)
     kept = evaluate(run, index, tmp_path / "kept", include_seen=True)
     assert (kept["n"], kept["excluded_seen"], kept["seen"]) == (8, 0, found["seen"])
-    person = Seen().then("finetune", [("0" * 32, index.records[0].subject)])
+    person = TrainingHistory().extended("finetune", [("0" * 32, index.records[0].subject)])
     found = evaluate(make_run(tmp_path / "person", segmenter, person), index, tmp_path / "by-subject")
     assert (found["n"], found["excluded_seen"], found["excluded_seen_images"]) == (6, 1, 2)
-    everyone = Seen().then("finetune", [("", record.subject) for record in index.records])
+    everyone = TrainingHistory().extended("finetune", [("", record.subject) for record in index.records])
     with pytest.raises(UserError, match=r"trained on all 8.*--include-seen"):
         evaluate(make_run(tmp_path / "everyone", segmenter, everyone), index, tmp_path / "none")
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "finetune"])
 def test_strict_refuses_before_any_figure_is_written_and_passes_where_nothing_was_seen(
-    kind: Kind, index: Index, segmenter: dict[str, Any], tmp_path: Path
+    kind: TrainingKind, index: Index, segmenter: dict[str, Any], tmp_path: Path
 ) -> None:
-    run = make_run(tmp_path / "run", segmenter, Seen().then(kind, [case_of(index, 2)]))
+    run = make_run(tmp_path / "run", segmenter, TrainingHistory().extended(kind, [case_of(index, 2)]))
     with pytest.raises(UserError, match=r"2 images, 1 subject.* --strict expected none"):
         evaluate(run, index, tmp_path / "out", strict=True)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".medim"]
-    other = make_run(tmp_path / "other", segmenter, Seen().then(kind, [("0" * 32, "another")]))
+    other = make_run(tmp_path / "other", segmenter, TrainingHistory().extended(kind, [("0" * 32, "another")]))
     assert evaluate(other, index, tmp_path / "out", strict=True)["n"] == 8
 
 
@@ -193,7 +199,7 @@ def test_a_model_of_another_site_is_known_by_its_images_alone(
 ) -> None:
     case = case_of(index, 2)
     monkeypatch.setenv("MEDIM_SITE_KEY", "elsewhere")
-    seen = Seen().then("finetune", [case, ("0" * 32, index.records[7].subject)])
+    seen = TrainingHistory().extended("finetune", [case, ("0" * 32, index.records[7].subject)])
     monkeypatch.delenv("MEDIM_SITE_KEY")
     found = evaluate(make_run(tmp_path / "run", segmenter, seen), index, tmp_path / "out")
     assert found["seen"]["finetune"] == {"images": 2, "subjects": None}
@@ -203,13 +209,13 @@ def test_a_model_of_another_site_is_known_by_its_images_alone(
 def test_images_without_a_mask_are_refused_with_what_to_do(index: Index, segmenter: dict[str, Any]) -> None:
     bare = dataclasses.replace(index, records=tuple(dataclasses.replace(r, mask=None) for r in index.records))
     with pytest.raises(UserError, match="expected images with a mask, got 8 images without"):
-        select(bare, segmenter)
+        select_records(bare, segmenter)
 
 
 def test_evaluating_a_run_writes_metrics_cases_and_last_the_summary(
     tmp_path: Path, index: Index, segmenter: dict[str, Any]
 ) -> None:
-    seen = Seen().then("finetune", [("0" * 32, index.records[0].subject)])
+    seen = TrainingHistory().extended("finetune", [("0" * 32, index.records[0].subject)])
     run = make_run(tmp_path / "run", segmenter, seen)
     summary = evaluate(run, index, tmp_path / "out")
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())

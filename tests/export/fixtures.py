@@ -49,12 +49,12 @@ def copy_of(packages: dict[str, Package], tmp_path: Path) -> Callable[[str], Pat
 @pytest.fixture
 def same_graph(packages: dict[str, Package], monkeypatch: pytest.MonkeyPatch) -> None:
     """The classifier's graph without seconds of tracing, for tests of what happens around it."""
-    graph = packages["classifier"].read("models/model.onnx")
+    graph = packages["classifier"].read_file("models/model.onnx")
     monkeypatch.setattr(onnx_export, "to_onnx", lambda *_: graph)
 
 
 @pytest.fixture
 def short_gates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the child process and the second export of P10 and P11, which the session's packages went through."""
-    monkeypatch.setattr(gates, "failure", lambda *_: None)
-    monkeypatch.setattr(gates, "_twice", lambda *_: gates.as_they_must_turn_out()[gates.TWICE])
+    monkeypatch.setattr(gates, "offline_error", lambda *_: None)
+    monkeypatch.setattr(gates, "_run_repeat_gate", lambda *_: gates.expected_folder_gates()[gates.REPEAT_GATE])

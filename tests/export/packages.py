@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from medim.config import build
+from medim.config import build_from_section
 from medim.models.model import build_encoder, build_model
-from medim.models.serialization import save
+from medim.models.serialization import save_model
 from medim.objectives import OBJECTIVES
-from medim.objectives.objective import known
+from medim.objectives.objective import encoder_info
 
 PLANTED = "Mustermann_Erika"  # a name in the path of every run and package here
 STEPS_3D = [
@@ -73,7 +73,7 @@ def make_run(folder: Path, kind: str, **changes: Any) -> Path:
         if kind == "classifier" and parameter.shape[0] == 2:
             nn.init.normal_(parameter)
     name = "encoder" if kind == "encoder" else "model"
-    save(folder / name, name, network, spec)
+    save_model(folder / name, name, network, spec)
     return folder
 
 
@@ -82,7 +82,9 @@ def make_run_with_critic(folder: Path, **changes: Any) -> Path:
     make_run(folder, "encoder", **changes)
     spec = {"in_channels": 1, **SPECS["encoder"], **changes}
     shapes: dict[str, Any] = {"spatial_dims": spec["spatial_dims"], "input_shape": tuple(spec["input_shape"])}
-    objective = build(OBJECTIVES, OBJECTIVE, **known(build_encoder(spec), None, in_channels=1, **shapes))
+    objective = build_from_section(
+        OBJECTIVES, OBJECTIVE, **encoder_info(build_encoder(spec), None, in_channels=1, **shapes)
+    )
     objective.train()._standardise(torch.randn(64, 8) + 1)  # type: ignore[operator]  # statistics that are not 0 and 1
-    save(folder / "encoder", "critic", objective, {"kind": "critic", "objective": OBJECTIVE})
+    save_model(folder / "encoder", "critic", objective, {"kind": "critic", "objective": OBJECTIVE})
     return folder

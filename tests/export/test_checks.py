@@ -7,7 +7,7 @@ import pytest
 
 from medim.export import checks
 from medim.package.contract import GOLDEN, Contract
-from medim.package.golden import Golden, phantom
+from medim.package.golden import GoldenInput, make_phantom
 from medim.package.package import Package
 from medim.predict.dicom import segmentation
 
@@ -20,12 +20,12 @@ def contract(packages: dict[str, Package]) -> Contract:
 
 
 @pytest.fixture
-def golden(packages: dict[str, Package]) -> Golden:
-    return Golden.parse(packages["segmenter"].read(GOLDEN))
+def golden(packages: dict[str, Package]) -> GoldenInput:
+    return GoldenInput.parse(packages["segmenter"].read_file(GOLDEN))
 
 
-def test_answers_in_dicom_are_read_back_and_checked(golden: Golden, contract: Contract) -> None:
-    found = checks.dicom_answers(golden, contract)
+def test_answers_in_dicom_are_read_back_and_checked(golden: GoldenInput, contract: Contract) -> None:
+    found = checks.check_dicom_answers(golden, contract)
     assert found[READ_BACK]["verdict"] == "pass"
     assert found[READ_BACK]["of"] == golden.labels.size
     assert found[CHECKED]["verdict"] in ("pass", "not run")
@@ -33,25 +33,25 @@ def test_answers_in_dicom_are_read_back_and_checked(golden: Golden, contract: Co
 
 
 def test_a_segment_that_is_read_back_otherwise_fails(
-    golden: Golden, contract: Contract, monkeypatch: pytest.MonkeyPatch
+    golden: GoldenInput, contract: Contract, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = segmentation.read_back
-    monkeypatch.setattr(segmentation, "read_back", lambda *given: np.flip(read(*given), axis=0))
-    assert checks.dicom_answers(golden, contract)[READ_BACK]["verdict"] == "fail"
+    read = segmentation.read_frame_labels
+    monkeypatch.setattr(segmentation, "read_frame_labels", lambda *given: np.flip(read(*given), axis=0))
+    assert checks.check_dicom_answers(golden, contract)[READ_BACK]["verdict"] == "fail"
 
 
 def test_a_flat_image_is_answered_in_dicom_too(contract: Contract) -> None:
-    volume = phantom([40, 30], [], 1)
-    flat = Golden(volume, np.zeros(0, np.float32), np.zeros(0, np.uint8))
-    found = checks.dicom_answers(flat, contract.model_copy(update={"modality": "xray"}))
+    volume = make_phantom([40, 30], [], 1)
+    flat = GoldenInput(volume, np.zeros(0, np.float32), np.zeros(0, np.uint8))
+    found = checks.check_dicom_answers(flat, contract.model_copy(update={"modality": "xray"}))
     assert found[READ_BACK]["verdict"] == "pass"
     assert not found[CHECKED].get("errors")
 
 
 def test_a_gate_whose_tool_is_missing_is_not_run(
-    golden: Golden, contract: Contract, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    golden: GoldenInput, contract: Contract, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    found = checks.dicom_answers(golden, contract)
+    found = checks.check_dicom_answers(golden, contract)
     assert found[READ_BACK]["verdict"] == "pass"
     assert found[CHECKED]["verdict"] == "not run"

@@ -17,12 +17,12 @@ from monai.bundle.config_parser import ConfigParser
 
 from medim.export import monai_native
 from medim.export.export import export
-from medim.export.monai_bundle import CHECKPOINT, INFERENCE, METADATA, inference
-from medim.export.monai_native import native_steps, preprocessing
-from medim.export.offline import without_network
+from medim.export.monai_bundle import CHECKPOINT, INFERENCE, METADATA, build_inference_config
+from medim.export.monai_native import check_monai_preprocessing, to_monai_transforms
+from medim.export.offline import network_isolation_command
 from medim.models.serialization import load_model
 from medim.package.contract import GOLDEN
-from medim.package.golden import Golden, phantom
+from medim.package.golden import GoldenInput, make_phantom
 from medim.package.package import Package
 from medim.types import UserError, Volume
 from tests.export.packages import STEPS_3D, make_run
@@ -54,8 +54,8 @@ def texts(content: Any) -> Iterator[str]:
 
 def built(package: Package) -> torch.nn.Module:
     """The bundle's network with the bundle's weights."""
-    network: torch.nn.Module = ConfigParser(json.loads(package.read(INFERENCE))).get_parsed_content("network_def")
-    weights = torch.load(io.BytesIO(package.read(CHECKPOINT)), weights_only=True)
+    network: torch.nn.Module = ConfigParser(json.loads(package.read_file(INFERENCE))).get_parsed_content("network_def")
+    weights = torch.load(io.BytesIO(package.read_file(CHECKPOINT)), weights_only=True)
     network.load_state_dict(weights["model"])
     return network.eval()
 
@@ -70,7 +70,7 @@ def test_a_unet_segmenter_is_a_dynunet_of_monai(native: Package, deeper: Path) -
 @pytest.mark.parametrize("kind", ["segmenter", "classifier", "encoder"])
 def test_the_checkpoint_holds_nothing_but_tensors_and_fits_the_network(packages: dict[str, Package], kind: str) -> None:
     package = packages[kind]
-    weights = torch.load(io.BytesIO(package.read(CHECKPOINT)), weights_only=True)
+    weights = torch.load(io.BytesIO(package.read_file(CHECKPOINT)), weights_only=True)
     assert weights.keys() == {"model"}
     assert all(isinstance(value, torch.Tensor) for value in weights["model"].values())
     sides = [16 if isinstance(side, str) else side for side in package.contract.signature.inputs[0].shape[2:]]
@@ -80,7 +80,7 @@ def test_the_checkpoint_holds_nothing_but_tensors_and_fits_the_network(packages:
 
 
 def test_the_configuration_holds_two_expressions_and_no_class_of_medim_where_monai_has_its_own(native: Package) -> None:
-    found = list(texts(json.loads(native.read(INFERENCE))))
+    found = list(texts(json.loads(native.read_file(INFERENCE))))
     expressions = [text for text in found if text.startswith("$")]
     assert expressions == ["$[{'image': path} for path in sorted(@paths)]", "$@evaluator.run()"]
     assert not [text for text in found if "medim" in text]
@@ -92,36 +92,38 @@ def test_a_spec_that_monai_would_run_is_refused(packages: dict[str, Package], se
     planted = contract.model_copy(update={"architecture": {**contract.architecture, "encoder": section}})
     run = SimpleNamespace(graphs=[SimpleNamespace(network=None, source=None)], weights=Path("run/model.safetensors"))
     with pytest.raises(UserError, match="MONAI would run"):
-        inference(SimpleNamespace(contract=planted, run=run))  # type: ignore[arg-type]
+        build_inference_config(SimpleNamespace(contract=planted, run=run))  # type: ignore[arg-type]
 
 
 def test_sides_that_vary_are_multiples_that_the_network_takes(packages: dict[str, Package]) -> None:
-    shape = json.loads(packages["segmenter"].read(METADATA))["network_data_format"]["inputs"]["image"]["spatial_shape"]
+    shape = json.loads(packages["segmenter"].read_file(METADATA))["network_data_format"]["inputs"]["image"][
+        "spatial_shape"
+    ]
     assert all(side.endswith("*n") for side in shape)
     packages["segmenter"].run(np.zeros((1, 1, *(int(side[:-2]) for side in shape)), np.float32))
 
 
 def test_preprocessing_is_that_of_monai(packages: dict[str, Package], monkeypatch: pytest.MonkeyPatch) -> None:
     contract = packages["segmenter"].contract
-    volume = phantom((16, 24, 16), STEPS_3D, 1, seed=1)
-    assert preprocessing(volume, contract)["verdict"] == "pass"
-    monkeypatch.setitem(monai_native._NATIVE, "normalise", lambda **_: [])
-    assert preprocessing(volume, contract)["verdict"] == "fail"
-    monkeypatch.setitem(monai_native._NATIVE, "resample", lambda **_: [])
-    assert preprocessing(volume, contract)["verdict"] == "fail"
+    volume = make_phantom((16, 24, 16), STEPS_3D, 1, seed=1)
+    assert check_monai_preprocessing(volume, contract)["verdict"] == "pass"
+    monkeypatch.setitem(monai_native._CONVERTERS, "normalise", lambda **_: [])
+    assert check_monai_preprocessing(volume, contract)["verdict"] == "fail"
+    monkeypatch.setitem(monai_native._CONVERTERS, "resample", lambda **_: [])
+    assert check_monai_preprocessing(volume, contract)["verdict"] == "fail"
     unknown = contract.model_copy(update={"preprocess": ({"op": "crop_foreground"},)})
-    assert preprocessing(volume, unknown)["verdict"] == "not run"
+    assert check_monai_preprocessing(volume, unknown)["verdict"] == "not run"
 
 
 @pytest.mark.parametrize("step", [{"op": "resample", "spacing": [1, 1, 1], "order": 3}, {"op": "centre", "shape": [8]}])
 def test_a_step_without_a_counterpart_is_said_to_have_none(step: dict[str, Any]) -> None:
-    assert native_steps([{"op": "ras"}, step]) is None
+    assert to_monai_transforms([{"op": "ras"}, step]) is None
 
 
 def run_bundle(package: Package, how: str, *words: str) -> subprocess.CompletedProcess[str]:
     """`python -m monai.bundle` in a package's folder, without a network where that is allowed."""
     files = ["--meta_file", "configs/metadata.json", "--config_file", "configs/inference.json"]
-    command = [*(without_network() or ()), sys.executable, "-c", how, *words, *files]
+    command = [*(network_isolation_command() or ()), sys.executable, "-c", how, *words, *files]
     return subprocess.run(command, cwd=package.folder, capture_output=True, text=True, check=True)
 
 
@@ -133,10 +135,10 @@ def test_monai_runs_the_bundle_without_a_network_and_answers_as_we_do(
     package = native if kind == "native" else packages[kind]
     how = ALONE if kind == "native" else WITH_MEDIM
     assert "verified" in run_bundle(package, how, "verify_net_in_out", "--net_id", "network_def").stdout
-    volume = Golden.parse(package.read(GOLDEN)).volume
+    volume = GoldenInput.parse(package.read_file(GOLDEN)).volume
     (tmp_path / "images").mkdir()
     if kind == "native":  # straight, and larger than a window: docs/concepts/package.md says what MONAI does to others
-        array = phantom((26, 30, 24), STEPS_3D, 1).array
+        array = make_phantom((26, 30, 24), STEPS_3D, 1).array
         straight = np.diag([0.9, 1.0, 1.2, 1.0])
         volume = Volume(array, straight, straight, array.shape[1:])
     if volume.spatial_dims == 3:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from medim.export.offline import failure, without_network
+from medim.export.offline import network_isolation_command, offline_error
 from medim.package.package import Package
 
-WAY = without_network()
+WAY = network_isolation_command()
 needs_a_namespace = pytest.mark.skipif(WAY is None, reason="this machine does not allow `unshare --net`")
 
 
@@ -28,9 +28,9 @@ def test_a_package_that_does_not_verify_fails_there(packages: dict[str, Package]
     assert WAY is not None
     folder = Path(shutil.copytree(packages["encoder"].folder, tmp_path / "package"))
     (folder / "LICENSE").write_text("another")
-    assert "LICENSE" in str(failure(folder, WAY))
+    assert "LICENSE" in str(offline_error(folder, WAY))
 
 
 def test_a_machine_without_unshare_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    assert without_network() is None
+    assert network_isolation_command() is None

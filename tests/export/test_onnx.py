@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from medim.export.onnx import Sizes, signature_of, sizes_of, structure, to_onnx
+from medim.export.onnx import InputSizes, build_signature, probe_input_sizes, strip_weights, to_onnx
 from medim.models.encoders.convnet import ConvNet
 from medim.models.model import build_encoder, build_model
-from medim.models.ood_features import Watched
-from medim.package.contract import Signature, Symbol, Tensor
+from medim.models.ood_features import WithOODFeatures
+from medim.package.contract import Signature, Symbol, TensorSpec
 from medim.types import Array, UserError
 from tests.export.packages import SPECS
 
 SIGNATURE = Signature(
-    inputs=(Tensor(name="image", shape=("batch", 1, "H", "W")),),
-    outputs=(Tensor(name="logits", shape=("batch", 3, "H", "W")),),
+    inputs=(TensorSpec(name="image", shape=("batch", 1, "H", "W")),),
+    outputs=(TensorSpec(name="logits", shape=("batch", 3, "H", "W")),),
     symbols={"batch": Symbol(), "H": Symbol(minimum=2, multiple_of=2), "W": Symbol(minimum=2, multiple_of=2)},
 )
 
@@ -51,7 +51,7 @@ def answer(graph: bytes, image: Array) -> Array:
 @pytest.mark.parametrize("norm", [nn.InstanceNorm2d, nn.GroupNorm])
 def test_norms_are_exact_on_images_that_hardly_vary_at_any_size(norm: type[nn.Module]) -> None:
     made = network(norm)
-    graph = to_onnx(made, Sizes((8, 8), 2, 2, fixed=False), SIGNATURE)
+    graph = to_onnx(made, InputSizes((8, 8), 2, 2, fixed=False), SIGNATURE)
     operations = {node.op_type for node in onnx.load_model_from_string(graph).graph.node}
     assert "InstanceNormalization" not in operations
     assert "GroupNormalization" not in operations
@@ -64,20 +64,20 @@ def test_norms_are_exact_on_images_that_hardly_vary_at_any_size(norm: type[nn.Mo
 
 
 def test_a_graph_holds_no_trace_of_where_it_was_made() -> None:
-    graph = to_onnx(nn.Conv2d(1, 3, 3, padding=1), Sizes((8, 8), 2, 2, fixed=False), SIGNATURE)
+    graph = to_onnx(nn.Conv2d(1, 3, 3, padding=1), InputSizes((8, 8), 2, 2, fixed=False), SIGNATURE)
     model = onnx.load_model_from_string(graph)
-    assert b"/" not in structure(graph).replace(b"pkg.torch", b"")
+    assert b"/" not in strip_weights(graph).replace(b"pkg.torch", b"")
     assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
-    assert len(structure(graph)) < len(graph)
+    assert len(strip_weights(graph)) < len(graph)
 
 
 def test_which_sizes_a_network_takes_is_found_out_by_trying() -> None:
     flat = ConvNet(1, 2, (32, 32), channels=(4, 8), hidden=8, summary_channels=4).eval()
     pooled = ConvNet(1, 2, (32, 32), channels=(4, 8), hidden=8, summary_channels=4, summary="mean_max").eval()
-    assert sizes_of(flat, (32, 32), flat.strides, 1) == Sizes((32, 32), 4, 4, fixed=True)
-    assert sizes_of(pooled, (30, 30), pooled.strides, 1) == Sizes((30, 30), 4, 1, fixed=False, minimum=4)
+    assert probe_input_sizes(flat, (32, 32), flat.strides, 1) == InputSizes((32, 32), 4, 4, fixed=True)
+    assert probe_input_sizes(pooled, (30, 30), pooled.strides, 1) == InputSizes((30, 30), 4, 1, fixed=False, minimum=4)
     joined = build_model({**SPECS["segmenter"], "in_channels": 1}).eval()
-    assert sizes_of(joined, (16, 24, 16), (1, 2), 1) == Sizes((16, 24, 16), 2, 2, fixed=False, minimum=4)
+    assert probe_input_sizes(joined, (16, 24, 16), (1, 2), 1) == InputSizes((16, 24, 16), 2, 2, fixed=False, minimum=4)
 
 
 ANY_SIZE = {"summary": "mean_max", "hidden": 0}
@@ -101,12 +101,12 @@ def test_an_exported_encoder_takes_every_size_from_its_smallest_on(name: str) ->
     )
     for parameter in encoder.parameters():
         nn.init.normal_(parameter, std=0.3)
-    made = Watched(encoder.eval()).eval()
-    sizes = sizes_of(made, (side, side), encoder.strides, 1)
+    made = WithOODFeatures(encoder.eval()).eval()
+    sizes = probe_input_sizes(made, (side, side), encoder.strides, 1)
     assert (sizes.minimum, sizes.multiple_of, sizes.fixed) == (smallest, 1, False)
-    signature = signature_of(made, sizes, 1, encoder.strides)
+    signature = build_signature(made, sizes, 1, encoder.strides)
     graph = onnxruntime.InferenceSession(to_onnx(made, sizes, signature), providers=["CPUExecutionProvider"])
-    for shape in ((smallest, smallest), *sizes.unseen()):
+    for shape in ((smallest, smallest), *sizes.untraced_shapes()):
         image = torch.randn(3, 1, *shape)
         with torch.no_grad():
             want = made(image)
@@ -120,7 +120,7 @@ def test_a_network_that_cannot_be_exported_is_told_without_a_wall_of_text() -> N
             return image if image.sum() > 0 else -image
 
     with pytest.raises(UserError, match="cannot export"):
-        to_onnx(Stubborn(), Sizes((8, 8), 2, 2, fixed=False), SIGNATURE)
+        to_onnx(Stubborn(), InputSizes((8, 8), 2, 2, fixed=False), SIGNATURE)
 
 
 def test_a_network_that_fixes_a_side_as_it_was_traced_is_told_apart() -> None:
@@ -129,4 +129,4 @@ def test_a_network_that_fixes_a_side_as_it_was_traced_is_told_apart() -> None:
             return image.expand(-1, 3, -1, -1) + torch.arange(len(image))[:, None, None, None]
 
     with pytest.raises(UserError, match="expected batch to vary"):
-        to_onnx(Counts(), Sizes((8, 8), 2, 2, fixed=False), SIGNATURE)
+        to_onnx(Counts(), InputSizes((8, 8), 2, 2, fixed=False), SIGNATURE)

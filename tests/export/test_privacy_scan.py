@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from medim.cli import app
-from medim.export.privacy_scan import machine_words, readable, scan
+from medim.export.privacy_scan import find_identifying_strings, identifying_strings, text_parts
 from tests.data.synthetic import write_decathlon
 
 
@@ -27,7 +27,7 @@ from tests.data.synthetic import write_decathlon
     ],
 )
 def test_paths_and_names_are_found(text: bytes) -> None:
-    assert scan(text, {"mustermann", "ward7-host"})
+    assert find_identifying_strings(text, {"mustermann", "ward7-host"})
 
 
 @pytest.mark.parametrize(
@@ -40,16 +40,16 @@ def test_paths_and_names_are_found(text: bytes) -> None:
     ],
 )
 def test_what_only_looks_like_one_is_not(text: bytes) -> None:
-    assert scan(text, {"mustermann"}) == []
+    assert find_identifying_strings(text, {"mustermann"}) == []
 
 
 def test_a_user_called_like_a_word_of_every_package_is_not_found_by_it() -> None:
-    assert scan(b'"kind": "encoder"', {"encoder"}) == ["encoder"]
-    assert scan(b'"kind": "encoder"', {"encoder"}, own="the encoder of a run") == []
+    assert find_identifying_strings(b'"kind": "encoder"', {"encoder"}) == ["encoder"]
+    assert find_identifying_strings(b'"kind": "encoder"', {"encoder"}, own_text="the encoder of a run") == []
 
 
 def test_the_words_of_this_machine_hold_the_folders_of_a_run_but_no_word_of_everybody(tmp_path: Path) -> None:
-    words = machine_words([tmp_path / "run"])
+    words = identifying_strings([tmp_path / "run"])
     assert str(tmp_path / "run") in words
     assert not {"root", "localhost", "/", "/tmp"} & words
 
@@ -57,13 +57,13 @@ def test_the_words_of_this_machine_hold_the_folders_of_a_run_but_no_word_of_ever
 def test_only_what_can_hold_text_is_read_of_weights_and_archives() -> None:
     header = b'{"a":{"note":"/home/erika/x"}}'
     weights = len(header).to_bytes(8, "little") + header + b"/home/erika/in-the-numbers"
-    parts = dict(readable("model.safetensors", weights))
+    parts = dict(text_parts("model.safetensors", weights))
     assert parts == {"model.safetensors (header)": header}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, erika=np.frombuffer(b"/home/erika/x", np.uint8))
-    (name, text), *_ = readable("golden.npz", buffer.getvalue())
+    (name, text), *_ = text_parts("golden.npz", buffer.getvalue())
     assert name == "golden.npz/erika.npy"
-    assert scan(text, set()) == ["/home/erika/x"]
+    assert find_identifying_strings(text, set()) == ["/home/erika/x"]
 
 
 @pytest.mark.slow
@@ -82,6 +82,6 @@ def test_a_segmenter_trained_and_exported_from_a_folder_with_a_name_in_its_path_
     assert len(files) >= 16
     for path in files:
         content = path.read_bytes()
-        parts = [content, *(part for _, part in readable(path.name, content))]  # archives as they lie, and unpacked
+        parts = [content, *(part for _, part in text_parts(path.name, content))]  # archives as they lie, and unpacked
         for name in (b"mustermann", b"erika", str(tmp_path).encode()):
             assert not [part for part in parts if name in part.lower()], path.name

@@ -6,7 +6,7 @@ from importlib.metadata import version
 import pytest
 
 from medim.export import sbom
-from medim.export.sbom import LOCK, SBOM, runtime
+from medim.export.sbom import LOCK, SBOM, runtime_packages
 from medim.files import read_json
 from medim.package.package import Package
 from medim.types import UserError
@@ -15,7 +15,7 @@ HEAVY = {"torch", "monai", "lightning", "mlflow", "pandas", "pyarrow"}
 
 
 def test_the_lock_file_pins_the_light_runtime_and_nothing_else(packages: dict[str, Package]) -> None:
-    lines = packages["encoder"].read(LOCK).decode().splitlines()
+    lines = packages["encoder"].read_file(LOCK).decode().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     assert {"medim", "numpy", "onnxruntime", "pydicom", "packaging"} <= pins.keys()  # packaging: somebody else needs it
     assert not HEAVY & pins.keys()
@@ -39,6 +39,6 @@ def test_the_bill_of_materials_has_what_cyclonedx_asks_for(packages: dict[str, P
 
 
 def test_a_runtime_that_is_not_whole_stops_the_export(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sbom, "installed", lambda name: None if name == "scipy" else "1")
+    monkeypatch.setattr(sbom, "find_version", lambda name: None if name == "scipy" else "1")
     with pytest.raises(UserError, match="scipy is not"):
-        runtime()
+        runtime_packages()

@@ -14,8 +14,8 @@ import pytest
 
 from medim.data.index.index import build_index
 from medim.package.package import Package
-from medim.predict.dicom.segmentation import read_back
-from medim.predict.dicom.source import read_source
+from medim.predict.dicom.segmentation import read_frame_labels
+from medim.predict.dicom.source import read_dicom_source
 from medim.predict.predict import predict
 from tests.hospital.visit import PLUGINS
 
@@ -52,11 +52,13 @@ def test_answers_come_back_from_a_pacs_as_they_were_sent(
         ours = pydicom.dcmread(path)
         assert pydicom.dcmread(tmp_path / "back" / f"{ours.SOPInstanceUID}.dcm") == ours
     index = build_index(crop, "mri")
-    plan = index.plan(index.records[0])
+    plan = index.plan_slices(index.records[0])
     assert plan is not None
-    source = read_source(plan)
+    source = read_dicom_source(plan)
     for path in (sent[0], sent[2]):
         uid = pydicom.dcmread(path).SOPInstanceUID
         back = highdicom.seg.segread(tmp_path / "back" / f"{uid}.dcm")
-        np.testing.assert_array_equal(read_back(back, source), read_back(highdicom.seg.segread(path), source))
-        assert read_back(back, source).any()
+        np.testing.assert_array_equal(
+            read_frame_labels(back, source), read_frame_labels(highdicom.seg.segread(path), source)
+        )
+        assert read_frame_labels(back, source).any()

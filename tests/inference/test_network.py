@@ -7,7 +7,7 @@ import pytest
 import torch
 from monai.inferers import sliding_window_inference
 
-from medim.inference.network import Kind, Network, Run, infer
+from medim.inference.network import ModelKind, PredictFn, Predictor, run_inference
 from medim.types import Array, Step, UsageError, UserError, Volume
 
 WHOLE = {"mode": "whole"}
@@ -18,8 +18,8 @@ def volume(array: Array, affine: Array | None = None) -> Volume:
     return Volume(array.astype(np.float32), grid, grid, array.shape[1:])
 
 
-def network(kind: Kind, run: Run, steps: Sequence[Step], inference: Step | None = None) -> Network:
-    return Network(run, kind, "mri", 3 if kind == "segmenter" else 2, 1, ("a", "b"), tuple(steps), inference or WHOLE)
+def network(kind: ModelKind, run: PredictFn, steps: Sequence[Step], inference: Step | None = None) -> Predictor:
+    return Predictor(run, kind, "mri", 3 if kind == "segmenter" else 2, 1, ("a", "b"), tuple(steps), inference or WHOLE)
 
 
 def threshold(image: Array) -> Array:
@@ -35,8 +35,8 @@ def smooth_image(*shape: int) -> Array:
 @pytest.mark.parametrize("shape", [(19, 23), (19, 9, 14)])
 def test_windows_give_what_the_whole_image_gives_where_the_network_sees_one_voxel(shape: tuple[int, ...]) -> None:
     image = volume(smooth_image(*shape)[None])
-    whole = infer(threshold, image, {"mode": "whole", "multiple_of": 8})
-    windows = infer(threshold, image, {"mode": "sliding", "roi": [8] * len(shape), "overlap": 0.6})
+    whole = run_inference(threshold, image, {"mode": "whole", "multiple_of": 8})
+    windows = run_inference(threshold, image, {"mode": "sliding", "roi": [8] * len(shape), "overlap": 0.6})
     assert whole.shape == windows.shape == (2, *shape)
     np.testing.assert_allclose(windows, whole, atol=1e-6)
     np.testing.assert_allclose(whole, threshold(image.array[None])[0])
@@ -52,7 +52,7 @@ def test_windows_lie_and_blend_as_in_monai(overlap: float) -> None:
         with torch.no_grad():
             return np.asarray(network(torch.from_numpy(window)).numpy())
 
-    ours = infer(run, volume(image), {"mode": "sliding", "roi": [8, 8, 12], "overlap": overlap})
+    ours = run_inference(run, volume(image), {"mode": "sliding", "roi": [8, 8, 12], "overlap": overlap})
     padded = torch.from_numpy(np.pad(image[None], [(0, 0)] * 4 + [(0, 1)], constant_values=image.min()))
     theirs = sliding_window_inference(padded, (8, 8, 12), 1, network, overlap=overlap, mode="gaussian")
     np.testing.assert_allclose(ours, theirs[0, ..., :11].detach().numpy(), atol=1e-5)
@@ -67,7 +67,7 @@ def test_a_window_without_contrast_is_skipped_and_becomes_background() -> None:
 
     image = np.full((1, 32, 8), -0.7, np.float32)
     image[0, 3, 3] = 2
-    labels = infer(run, volume(image), {"mode": "sliding", "roi": [8, 8], "overlap": 0.0}).argmax(0)
+    labels = run_inference(run, volume(image), {"mode": "sliding", "roi": [8, 8], "overlap": 0.0}).argmax(0)
     assert len(seen) == 1
     assert labels[:8].all()
     assert not labels[8:].any()
@@ -75,7 +75,7 @@ def test_a_window_without_contrast_is_skipped_and_becomes_background() -> None:
 
 def test_an_image_of_nothing_but_constant_windows_is_all_background_and_has_every_class() -> None:
     image = volume(np.zeros((1, 9, 9), np.float32))
-    logits = infer(threshold, image, {"mode": "sliding", "roi": [4, 4]})
+    logits = run_inference(threshold, image, {"mode": "sliding", "roi": [4, 4]})
     assert logits.shape == (2, 9, 9)
     assert not logits.argmax(0).any()
 
@@ -88,7 +88,7 @@ def test_padding_of_a_whole_image_continues_its_minimum() -> None:
         return image
 
     image = np.arange(1, 16, dtype=np.float32).reshape(1, 3, 5)
-    out = infer(run, volume(image), {"mode": "whole", "multiple_of": 4})
+    out = run_inference(run, volume(image), {"mode": "whole", "multiple_of": 4})
     assert seen[0].shape == (1, 1, 4, 8)
     assert seen[0].min() == 1
     np.testing.assert_array_equal(out, image)
@@ -96,7 +96,7 @@ def test_padding_of_a_whole_image_continues_its_minimum() -> None:
 
 def test_a_mode_that_does_not_exist_is_told_with_the_nearest_one() -> None:
     with pytest.raises(UsageError, match="sliding"):
-        infer(threshold, volume(np.zeros((1, 4, 4))), {"mode": "slidng", "roi": [4, 4]})
+        run_inference(threshold, volume(np.zeros((1, 4, 4))), {"mode": "slidng", "roi": [4, 4]})
 
 
 def test_a_segmentation_comes_back_on_the_grid_of_the_image_and_background_where_it_was_cut_away() -> None:

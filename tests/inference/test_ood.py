@@ -16,17 +16,17 @@ from PIL import Image
 
 import medim
 from medim.data.index.index import build_index
-from medim.data.preprocessing.quality import measure
+from medim.data.preprocessing.quality import measure_quality
 from medim.data.preprocessing.steps import preprocess
 from medim.export.export import export
 from medim.files import read_json, write_bytes
-from medim.inference.network import infer
-from medim.inference.ood import REFERENCE, Watch, rows_of
-from medim.models.ood_features import as_watched_run
+from medim.inference.network import run_inference
+from medim.inference.ood import OOD_FILE, FeatureRecorder, ood_features
+from medim.models.ood_features import as_numpy_predictor
 from medim.models.serialization import load_encoder, load_model
-from medim.package.package import Package, PackageError, load_package, verify, write_sums
+from medim.package.package import Package, PackageError, load_package, verify_package, write_sums
 from medim.predict.predict import embed_images, predict
-from medim.training.fit_ood import fit
+from medim.training.fit_ood import fit_detector
 from medim.types import Array, Volume
 from tests.export.packages import SPECS, make_run
 
@@ -46,16 +46,16 @@ def guarded_run(folder: Path, kind: str) -> Path:
     """A run with random weights, and statistics of pictures as training would leave them."""
     run = make_run(folder, kind)
     spec = SPECS[kind]
-    both = as_watched_run(load_encoder(run) if kind == "encoder" else load_model(run)[0])
+    both = as_numpy_predictor(load_encoder(run) if kind == "encoder" else load_model(run)[0])
     rows = []
     for seed in range(90):
         volume = Volume(picture(seed)[None].astype(np.float32), np.eye(4), np.eye(4), (32, 32))
-        watch, processed = Watch(both), preprocess(volume, spec["preprocessing"])
-        infer(watch, processed, spec["inference"])
-        rows.append(rows_of(measure(volume), processed, watch.watched))
+        watch, processed = FeatureRecorder(both), preprocess(volume, spec["preprocessing"])
+        run_inference(watch, processed, spec["inference"])
+        rows.append(ood_features(measure_quality(volume), processed, watch.features))
     subjects = [f"s-{seed}" for seed in range(90)]
-    reference = fit(rows[:60], subjects[:60], rows[60:], subjects[60:])
-    write_bytes(run / ("encoder" if kind == "encoder" else "model") / REFERENCE, reference.dump())
+    reference = fit_detector(rows[:60], subjects[:60], rows[60:], subjects[60:])
+    write_bytes(run / ("encoder" if kind == "encoder" else "model") / OOD_FILE, reference.dump())
     return run
 
 
@@ -122,10 +122,10 @@ def test_every_format_and_the_answer_to_one_image_say_the_same(
 
 def test_onnx_runtime_scores_as_torch_does(guarded: dict[str, Package], pictures: Path, tmp_path: Path) -> None:
     package = guarded["encoder"]
-    torch = replace(package.network, both=as_watched_run(load_encoder(package.folder)))
+    torch = replace(package.network, predict_with_features=as_numpy_predictor(load_encoder(package.folder)))
     index = build_index(pictures, "xray")
     for record in index.records:
-        ours, theirs = (network.guarded(index.open(record))[1] for network in (package.network, torch))
+        ours, theirs = (network.predict_with_ood(index.open(record))[1] for network in (package.network, torch))
         assert ours.score == pytest.approx(theirs.score, rel=1e-3)
 
 
@@ -168,7 +168,7 @@ def test_contract_card_and_verify_tell_of_the_statistics(guarded: dict[str, Pack
     package = guarded["encoder"]
     assert package.contract.reference is not None
     assert (package.contract.reference.images, package.contract.reference.held_out_subjects) == (60, 30)
-    checks = {check.name: check for check in verify(package.folder)}
+    checks = {check.name: check for check in verify_package(package.folder)}
     assert "60 images of 60 subjects; limits from 30 of 30 others" in checks["out-of-distribution guard"].detail
     assert "60 images of 60 subjects" in (package.folder / "MODEL_CARD.md").read_text()
 
@@ -178,7 +178,7 @@ def test_statistics_that_are_gone_or_damaged_are_no_package(
     guarded: dict[str, Package], tmp_path: Path, damage: str
 ) -> None:
     folder = Path(shutil.copytree(guarded["encoder"].folder, tmp_path / "package"))
-    file = folder / "models" / REFERENCE
+    file = folder / "models" / OOD_FILE
     if damage == "removed":
         file.unlink()
     else:

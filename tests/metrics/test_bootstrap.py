@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from medim.metrics import bootstrap
-from medim.metrics.bootstrap import Scores, draw, mean_of, score
+from medim.metrics.bootstrap import Scores, compute_scores, draw_resamples, weighted_mean
 from medim.metrics.classification import classification_statistics
 from medim.types import UserError
 
@@ -14,9 +14,9 @@ SUBJECTS = [f"s{n // 2}" for n in range(20)]
 
 
 def test_the_cases_of_a_subject_come_and_go_together() -> None:
-    drawn = draw(SUBJECTS, resamples=50)
+    drawn = draw_resamples(SUBJECTS, resamples=50)
     values = np.arange(20.0)
-    scores = score([[mean_of(values)]], drawn)
+    scores = compute_scores([[weighted_mean(values)]], drawn)
     assert scores.values.shape == (1, 1, 51)
     assert scores.values[0, 0, 0] == values.mean()
     expected = [np.average(values, weights=np.repeat(row, 2)) for row in drawn.counts]
@@ -25,15 +25,15 @@ def test_the_cases_of_a_subject_come_and_go_together() -> None:
 
 
 def test_the_same_seed_draws_the_same_and_another_does_not() -> None:
-    assert (draw(SUBJECTS, seed=1).counts == draw(SUBJECTS, seed=1).counts).all()
-    assert (draw(SUBJECTS, seed=1).counts != draw(SUBJECTS, seed=2).counts).any()
+    assert (draw_resamples(SUBJECTS, seed=1).counts == draw_resamples(SUBJECTS, seed=1).counts).all()
+    assert (draw_resamples(SUBJECTS, seed=1).counts != draw_resamples(SUBJECTS, seed=2).counts).any()
 
 
 def test_scores_do_not_depend_on_how_many_weights_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = draw(SUBJECTS, resamples=50)
-    whole = score([[mean_of(range(20))]], drawn).values
-    monkeypatch.setattr(bootstrap, "_CELLS", 140)  # seven rows
-    assert (score([[mean_of(range(20))]], drawn).values == whole).all()
+    drawn = draw_resamples(SUBJECTS, resamples=50)
+    whole = compute_scores([[weighted_mean(range(20))]], drawn).values
+    monkeypatch.setattr(bootstrap, "_MAX_WEIGHTS", 140)  # seven rows
+    assert (compute_scores([[weighted_mean(range(20))]], drawn).values == whole).all()
 
 
 @pytest.mark.parametrize(
@@ -46,28 +46,28 @@ def test_scores_do_not_depend_on_how_many_weights_are_held_at_once(monkeypatch: 
 )
 def test_too_few_subjects_are_refused_with_what_is_needed(subjects: list[str], labels: Any, said: str) -> None:
     with pytest.raises(UserError, match=said) as refused:
-        draw(subjects, labels)
+        draw_resamples(subjects, labels)
     assert "larger validation split" in str(refused.value)
 
 
 def test_five_subjects_of_each_class_are_enough() -> None:
-    assert draw(SUBJECTS, np.repeat([0, 1], 10)).counts.shape == (1001, 10)
+    assert draw_resamples(SUBJECTS, np.repeat([0, 1], 10)).counts.shape == (1001, 10)
 
 
 def test_a_metric_without_a_value_is_refused() -> None:
     alone = classification_statistics(np.tile([0.4, 0.6], (20, 1)), np.zeros(20, dtype=int))["auroc"]
     with pytest.raises(UserError, match="undefined on all cases"):
-        score([[alone]], draw(SUBJECTS))
+        compute_scores([[alone]], draw_resamples(SUBJECTS))
 
 
 def test_a_metric_that_most_resamples_leave_undefined_is_refused() -> None:
     labels = np.zeros(20, dtype=int)
     labels[3] = 1
     rare = classification_statistics(np.tile([0.4, 0.6], (20, 1)), labels)["auroc"]
-    assert np.isnan(score([[rare]], draw(SUBJECTS)).values).any()  # a third of them
-    drawn = draw([str(n) for n in range(20)])
+    assert np.isnan(compute_scores([[rare]], draw_resamples(SUBJECTS)).values).any()  # a third of them
+    drawn = draw_resamples([str(n) for n in range(20)])
     with pytest.raises(UserError, match="of 1001 resamples"):
-        score([[lambda weights: np.where(weights[:, 3] == 1, weights[:, 3], np.nan)]], drawn)
+        compute_scores([[lambda weights: np.where(weights[:, 3] == 1, weights[:, 3], np.nan)]], drawn)
 
 
 def test_a_single_subset_stands_for_each_of_the_others() -> None:

@@ -13,7 +13,7 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from medim.metrics.bootstrap import bootstrap, mean_over_subjects
+from medim.metrics.bootstrap import bootstrap_interval, mean_over_subjects
 from medim.metrics.classification import classification_metrics, classification_statistics
 from medim.metrics.segmentation import segmentation_metrics
 from medim.types import Array
@@ -192,13 +192,13 @@ def test_resamples_of_a_single_class_are_left_out_of_the_interval_of_auroc() -> 
     probabilities, labels = random_scores(12, 2, seed=4)
     labels[:] = 0
     labels[:3] = 1  # a resample of 12 without any of the three: (9/12)^12 = 3 %
-    found = bootstrap(classification_statistics(probabilities, labels)["auroc"], [str(i) for i in range(12)])
+    found = bootstrap_interval(classification_statistics(probabilities, labels)["auroc"], [str(i) for i in range(12)])
     assert found["ci_low"] is not None
     assert 0 <= found["ci_low"] <= found["value"] <= found["ci_high"] <= 1  # type: ignore[operator]
 
 
 def test_no_interval_where_most_resamples_define_no_value() -> None:
-    found = bootstrap(lambda w: np.where(w[:, 0] == 1, 0.5, np.nan), ["a", "b", "c"])  # P(drawn once) = 4/9
+    found = bootstrap_interval(lambda w: np.where(w[:, 0] == 1, 0.5, np.nan), ["a", "b", "c"])  # P(drawn once) = 4/9
     assert found == {"value": 0.5, "ci_low": None, "ci_high": None, "n": 3}
 
 

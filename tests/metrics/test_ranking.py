@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, recall_score, roc_auc_score
 
-from medim.metrics.bootstrap import bootstrap
-from medim.metrics.ranking import Statistic, auroc, auroc_error, average_precision, operating_point, threshold_at
+from medim.metrics.bootstrap import bootstrap_interval
+from medim.metrics.ranking import (
+    Statistic,
+    auroc,
+    auroc_standard_error,
+    average_precision,
+    choose_threshold,
+    operating_point_statistics,
+)
 from medim.types import Array, UserError
 
 CASES = 50
@@ -59,7 +66,7 @@ def test_an_uninformed_score_has_the_average_precision_of_the_share() -> None:
 @pytest.mark.parametrize("sensitivity", [0.05, 0.5, 0.7, 0.9, 0.95, 1.0])
 def test_the_threshold_is_the_highest_that_finds_the_share_asked_for(sensitivity: float) -> None:
     scores, positive = drawn(2, cases=200)
-    threshold = threshold_at(scores, positive, sensitivity)
+    threshold = choose_threshold(scores, positive, sensitivity)
     assert (scores >= threshold)[positive].mean() >= sensitivity
     higher = np.nextafter(threshold, np.inf)
     assert (scores >= higher)[positive].mean() < sensitivity
@@ -67,20 +74,20 @@ def test_the_threshold_is_the_highest_that_finds_the_share_asked_for(sensitivity
 
 def test_seven_of_ten_positives_are_a_sensitivity_of_seven_tenths() -> None:
     scores, positive = np.arange(20.0), np.arange(20) >= 10
-    assert threshold_at(scores, positive, 0.7) == 13
-    assert threshold_at(scores, positive, 1.0) == 10
+    assert choose_threshold(scores, positive, 0.7) == 13
+    assert choose_threshold(scores, positive, 1.0) == 10
 
 
 def test_an_operating_point_is_measured_by_sensitivity_and_specificity() -> None:
     scores, positive = drawn(3)
-    point = operating_point(scores, positive, 0.5)
+    point = operating_point_statistics(scores, positive, 0.5)
     weights = resamples()
     for name, side in (("sensitivity", 1), ("specificity", 0)):
         for row, value in zip(weights, point[name](weights.astype(float)), strict=True):
             repeated = np.repeat(np.arange(CASES), row)
             expected = recall_score(positive[repeated], scores[repeated] >= 0.5, pos_label=side)
             assert value == pytest.approx(expected)
-    found = bootstrap(point["specificity"], [f"s{i // 2}" for i in range(CASES)])
+    found = bootstrap_interval(point["specificity"], [f"s{i // 2}" for i in range(CASES)])
     assert found["ci_low"] < found["value"] < found["ci_high"]  # type: ignore[operator]
 
 
@@ -91,8 +98,8 @@ def test_a_threshold_chosen_on_few_cases_promises_more_than_it_keeps() -> None:
         scores, positive = drawn(seed, cases=40)
         if positive.any() and not positive.all():
             others, sides = drawn(1000 + seed, cases=400)
-            threshold = threshold_at(scores, positive, 1.0)
-            kept.append(operating_point(others, sides, threshold)["sensitivity"](np.ones((1, 400)))[0])
+            threshold = choose_threshold(scores, positive, 1.0)
+            kept.append(operating_point_statistics(others, sides, threshold)["sensitivity"](np.ones((1, 400)))[0])
     assert 0.8 < np.mean(kept) < 0.97
 
 
@@ -108,11 +115,11 @@ def test_a_threshold_chosen_on_few_cases_promises_more_than_it_keeps() -> None:
 )
 def test_what_gives_no_threshold_is_refused(positive: list[bool], sensitivity: float, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        threshold_at(np.array([0.2, 0.8]), np.array(positive), sensitivity)
+        choose_threshold(np.array([0.2, 0.8]), np.array(positive), sensitivity)
 
 
 def test_the_error_of_an_auroc_is_the_spread_of_that_of_drawn_cases() -> None:
     rng = np.random.default_rng(0)
     drawn = [(rng.normal(1.0, 1.0, 40)[:, None] > rng.normal(0.0, 1.0, 60)).mean() for _ in range(2000)]
-    assert auroc_error(float(np.mean(drawn)), 40, 60) == pytest.approx(np.std(drawn), rel=0.1)
-    assert auroc_error(1.0, 10, 10) == 0
+    assert auroc_standard_error(float(np.mean(drawn)), 40, 60) == pytest.approx(np.std(drawn), rel=0.1)
+    assert auroc_standard_error(1.0, 10, 10) == 0

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from medim.models.cpc_context import Context
+from medim.models.cpc_context import ContextNetwork
 
 GRIDS = [(6, 5), (5, 3, 4)]
 every_grid = pytest.mark.parametrize("grid", GRIDS)
 
 
-def context_of(grid: tuple[int, ...], layers: int) -> Context:
+def context_of(grid: tuple[int, ...], layers: int) -> ContextNetwork:
     torch.manual_seed(0)
-    return Context(len(grid), 3, layers=layers)
+    return ContextNetwork(len(grid), 3, layers=layers)
 
 
 def dependence(context: Callable[[torch.Tensor], torch.Tensor], grid: tuple[int, ...]) -> torch.Tensor:

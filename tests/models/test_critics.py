@@ -97,7 +97,7 @@ def some_pairs() -> torch.Tensor:
 def test_concat_and_convolve_equals_the_form_with_repeated_features(
     pairs: torch.Tensor | None, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(critics, "_AT_ONCE", at_once)
+    monkeypatch.setattr(critics, "_MAX_HIDDEN_UNITS", at_once)
     critic = ConcatAndConvolve(6, 5, hidden=(8, 7)).double()
     generator = torch.Generator().manual_seed(4)
     sides = [torch.randn(s, generator=generator, dtype=torch.float64) for s in ((3, 6, 4), (2, 5, 2))]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from medim.config import build
+from medim.config import build_from_section
 from medim.models.encoders import ENCODERS, ConvNet, UNetEncoder
-from medim.models.layers import conv, in_mm, pool, receptive_field
+from medim.models.layers import build_conv_block, compute_receptive_field, convert_to_mm, pool_map
 from medim.types import UsageError
 
 
@@ -76,21 +76,21 @@ def test_the_unet_halves_its_grid_a_level_and_sees_5_11_23_47(dims: int) -> None
 
 
 def test_pool_holds_each_channels_mean_then_its_maximum() -> None:
-    found = pool(torch.arange(24.0).view(1, 2, 3, 4))
+    found = pool_map(torch.arange(24.0).view(1, 2, 3, 4))
     assert found.tolist() == [[5.5, 17.5, 11.0, 23.0]]
 
 
 def test_a_receptive_field_grows_by_the_kernel_times_the_strides_before_it() -> None:
-    assert receptive_field([])[0] == 1
-    assert receptive_field([(3, 1, 1)] * 3)[0] == 7
-    assert receptive_field([(5, 2, 2), (3, 2, 0), (3, 1, 1), (2, 2, 0)])[0] == 5 + 2 * 2 + 2 * 4 + 1 * 4
+    assert compute_receptive_field([])[0] == 1
+    assert compute_receptive_field([(3, 1, 1)] * 3)[0] == 7
+    assert compute_receptive_field([(5, 2, 2), (3, 2, 0), (3, 1, 1), (2, 2, 0)])[0] == 5 + 2 * 2 + 2 * 4 + 1 * 4
 
 
 def test_the_first_cell_lies_half_a_kernel_in_less_the_padding_at_each_layers_stride() -> None:
-    assert receptive_field([])[1] == 0
-    assert receptive_field([(3, 2, 1)] * 3)[1] == 0
-    assert receptive_field([(4, 2, 1)] * 3)[1] == 0.5 + 2 * 0.5 + 4 * 0.5
-    assert receptive_field([(5, 2, 0), (3, 2, 2), (2, 1, 0)])[1] == 2 - 2 * 1 + 4 * 0.5
+    assert compute_receptive_field([])[1] == 0
+    assert compute_receptive_field([(3, 2, 1)] * 3)[1] == 0
+    assert compute_receptive_field([(4, 2, 1)] * 3)[1] == 0.5 + 2 * 0.5 + 4 * 0.5
+    assert compute_receptive_field([(5, 2, 0), (3, 2, 2), (2, 1, 0)])[1] == 2 - 2 * 1 + 4 * 0.5
 
 
 def test_the_first_cell_of_every_map_lies_where_its_own_layers_put_it() -> None:
@@ -100,13 +100,13 @@ def test_the_first_cell_of_every_map_lies_where_its_own_layers_put_it() -> None:
 
 
 def test_a_receptive_field_in_mm_is_its_voxels_times_their_spacing() -> None:
-    assert in_mm([4, 10], [1.0, 0.5, 3.0]) == [[4.0, 2.0, 12.0], [10.0, 5.0, 30.0]]
-    assert in_mm([4, 10], None) is None
+    assert convert_to_mm([4, 10], [1.0, 0.5, 3.0]) == [[4.0, 2.0, 12.0], [10.0, 5.0, 30.0]]
+    assert convert_to_mm([4, 10], None) is None
 
 
 @pytest.mark.parametrize(("norm", "kind"), [("bn", nn.BatchNorm3d), ("in", nn.InstanceNorm3d), ("gn", nn.GroupNorm)])
 def test_a_norms_name_gives_that_norm_with_its_affine_parameters(norm: str, kind: type[nn.Module]) -> None:
-    layer = conv(3, 2, 8, 3, 1, norm)[1]  # type: ignore[arg-type]
+    layer = build_conv_block(3, 2, 8, 3, 1, norm)[1]  # type: ignore[arg-type]
     assert isinstance(layer, kind)
     assert [p.shape for p in layer.parameters()] == [(8,), (8,)]
 
@@ -114,6 +114,6 @@ def test_a_norms_name_gives_that_norm_with_its_affine_parameters(norm: str, kind
 def test_a_misspelt_encoder_or_option_names_the_nearest() -> None:
     given = {"in_channels": 1, "spatial_dims": 2, "input_shape": (8, 8)}
     with pytest.raises(UsageError, match="Did you mean 'convnet'"):
-        build(ENCODERS, {"name": "convnets"}, **given)
+        build_from_section(ENCODERS, {"name": "convnets"}, **given)
     with pytest.raises(UsageError, match="Did you mean 'kernel_size'"):
-        build(ENCODERS, {"name": "convnet", "kernel": 3}, **given)
+        build_from_section(ENCODERS, {"name": "convnet", "kernel": 3}, **given)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from medim.models.encoders import ConvNet, UNetEncoder
-from medim.models.layers import channels_last
+from medim.models.layers import use_channels_last
 
 
 @pytest.mark.parametrize(("encoder", "dims"), [(ConvNet, 2), (UNetEncoder, 2), (UNetEncoder, 3)])
@@ -14,7 +14,7 @@ def test_channels_last_changes_the_layout_and_not_the_features(encoder: type[tor
     module = encoder(1, dims, channels=(4, 8), **extra).eval()
     image = torch.randn(2, 1, *[16] * dims)
     before = module(image)
-    channels_last(module)
+    use_channels_last(module)
     after = module(image)
     layout = torch.channels_last if dims == 2 else torch.channels_last_3d
     kernels = [weight for weight in module.parameters() if weight.ndim == dims + 2]

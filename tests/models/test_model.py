@@ -12,7 +12,7 @@ import torch
 from medim.models.decoders import UNetDecoder
 from medim.models.encoders import UNetEncoder
 from medim.models.heads import ClassificationHead, SegmentationHead
-from medim.models.model import as_run, build_encoder, build_model
+from medim.models.model import as_numpy_function, build_encoder, build_model
 from medim.types import Features, UsageError
 
 UNET = {"name": "unet", "channels": [4, 8], "summary_channels": 6}
@@ -103,12 +103,13 @@ def test_the_decoder_uses_every_map_at_its_place() -> None:
 def test_as_run_takes_and_gives_numpy_and_an_encoder_answers_with_its_summary() -> None:
     image = np.random.default_rng(0).normal(size=(2, 1, 8, 12))  # float64, as preprocessing may leave it
     model = build_model(spec_of()).eval()
-    answer = as_run(model)(image)
+    answer = as_numpy_function(model)(image)
     assert answer.dtype == np.float32
     np.testing.assert_array_equal(answer, model(torch.from_numpy(image).float()).detach().numpy())
     encoder = build_encoder(spec_of()).eval()
     np.testing.assert_array_equal(
-        as_run(encoder)(image[..., ::-1]), encoder(torch.from_numpy(image).float().flip(-1)).summary.detach().numpy()
+        as_numpy_function(encoder)(image[..., ::-1]),
+        encoder(torch.from_numpy(image).float().flip(-1)).summary.detach().numpy(),
     )
 
 

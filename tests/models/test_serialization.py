@@ -10,9 +10,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from medim.files import read_json, sha256, write_json
+from medim.files import file_sha256, read_json, write_json
 from medim.models.model import build_encoder, build_model
-from medim.models.serialization import find, load_encoder, load_model, load_weights, save
+from medim.models.serialization import load_encoder, load_model, load_weights, locate_weights, save_model
 from medim.types import UserError
 
 SPEC: dict[str, Any] = {
@@ -31,14 +31,14 @@ IMAGE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 def encoder_run(folder: Path) -> torch.nn.Module:
     torch.manual_seed(1)
     encoder = build_encoder(SPEC).eval()
-    save(folder / "encoder", "encoder", encoder, {"kind": "encoder", **SPEC})
+    save_model(folder / "encoder", "encoder", encoder, {"kind": "encoder", **SPEC})
     return encoder
 
 
 def model_run(folder: Path) -> torch.nn.Module:
     torch.manual_seed(2)
     model = build_model(SPEC).eval()
-    save(folder / "model", "model", model, {"kind": "classifier", **SPEC})
+    save_model(folder / "model", "model", model, {"kind": "classifier", **SPEC})
     return model
 
 
@@ -47,7 +47,7 @@ def test_the_json_says_how_to_build_and_feed_the_weights_and_what_they_hash_to(t
     spec = read_json(tmp_path / "encoder" / "encoder.json")
     assert spec["schema_version"] == 1
     assert {key: spec[key] for key in SPEC} == SPEC
-    assert spec["sha256"] == sha256(tmp_path / "encoder" / "encoder.safetensors")
+    assert spec["sha256"] == file_sha256(tmp_path / "encoder" / "encoder.safetensors")
 
 
 def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_an_encoder_alone_is_no_model(tmp_path: Path) -> None:
 
 def test_an_empty_folder_holds_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected a finished run"):
-        find(tmp_path)
+        locate_weights(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
@@ -116,7 +116,7 @@ def test_a_file_that_is_no_safetensors_is_refused_unread(tmp_path: Path) -> None
 
 
 def test_weights_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
-    save(tmp_path, "w", torch.nn.Linear(2, 3), {"kind": "x"})
+    save_model(tmp_path, "w", torch.nn.Linear(2, 3), {"kind": "x"})
     with pytest.raises(UserError, match=r"(?s)do not fit this network.*weight"):
         load_weights(torch.nn.Linear(3, 3), tmp_path / "w.safetensors")
     with pytest.raises(UserError, match="do not fit"):
@@ -133,7 +133,7 @@ def test_a_prefix_takes_a_part_of_the_weights(tmp_path: Path) -> None:
 def test_running_statistics_travel_with_the_weights(tmp_path: Path) -> None:
     norm = torch.nn.BatchNorm1d(3)
     norm(5 + torch.randn(8, 3))
-    save(tmp_path, "norm", norm, {"kind": "x"})
+    save_model(tmp_path, "norm", norm, {"kind": "x"})
     assert set(safetensors.torch.load_file(tmp_path / "norm.safetensors")) == set(norm.state_dict())
     again = torch.nn.BatchNorm1d(3)
     load_weights(again, tmp_path / "norm.safetensors")

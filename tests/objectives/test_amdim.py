@@ -12,7 +12,7 @@ from torch import nn
 
 from medim.models.encoders import UNetEncoder
 from medim.objectives.amdim import AMDIM
-from medim.training.pretrain.step_encoder import StepEncode
+from medim.training.pretrain.step_encoder import StepEncoder
 from medim.types import Features, UsageError, Views
 
 GRIDS = [((4, 6), (2, 3)), ((2, 4, 3), (1, 2, 3))]  # fine to coarse
@@ -147,7 +147,7 @@ def test_two_noisy_views_are_told_from_other_images(shape: tuple[int, ...]) -> N
     for step in range(30):
         noise = 0.1 * torch.randn(6, 2, 1, *shape)
         views = Views(image + noise, torch.zeros(6, 2, len(shape)))
-        encode = StepEncode(encoder, None, views, torch.Generator().manual_seed(step))
+        encode = StepEncoder(encoder, None, views, torch.Generator().manual_seed(step))
         term = objective(encode, views)["amdim"]
         optimiser.zero_grad()
         term.loss.backward()

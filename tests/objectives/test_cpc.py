@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from medim.objectives.cpc import CPC, cells, contrast, draw_others
+from medim.objectives.cpc import CPC, draw_others, flatten_cells, score_predictions
 from medim.types import Features, UsageError, Views
 
 GRIDS = [(6, 4), (5, 2, 3)]
@@ -54,7 +54,7 @@ class TestContrast:
         generator = torch.Generator().manual_seed(0)
         made = [torch.randn(7, 3, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2)]
         others = draw_others(7, number, generator) if number else None
-        fast, slow = cross_entropy(*contrast(made[0], made[1], others)), brute_force(made[0], made[1], others)
+        fast, slow = cross_entropy(*score_predictions(made[0], made[1], others)), brute_force(made[0], made[1], others)
         torch.testing.assert_close(fast, slow, rtol=1e-12, atol=0)
         for one, other in zip(torch.autograd.grad(fast, made), torch.autograd.grad(slow, made), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
@@ -156,5 +156,5 @@ def test_a_grid_it_was_not_built_for_is_refused() -> None:
 
 def test_cells_keep_image_row_and_column_in_order() -> None:
     map_ = torch.arange(2 * 3 * 4.0).reshape(2, 1, 3, 4)
-    assert torch.equal(cells(map_), torch.arange(24.0).unsqueeze(1))
+    assert torch.equal(flatten_cells(map_), torch.arange(24.0).unsqueeze(1))
     assert isinstance(objective_of((6, 4)).predict[0], nn.Linear)

@@ -10,9 +10,9 @@ import torch
 
 from medim.models.decoders import UNetDecoder
 from medim.models.encoders import UNetEncoder
-from medim.objectives.dense import DenseDIM, class_scores, draw_points
-from medim.objectives.occlusion import draw_cubes, occlude
-from medim.training.pretrain.step_encoder import StepEncode
+from medim.objectives.dense import DenseDIM, draw_points, score_classes
+from medim.objectives.occlusion import draw_cube_mask, occlude_image
+from medim.training.pretrain.step_encoder import StepEncoder
 from medim.types import Features, UsageError, Views
 
 SHAPES = [(8, 12), (6, 8, 4)]
@@ -80,10 +80,10 @@ def test_the_loss_equals_the_loop(shape: tuple[int, ...], negatives: str, count:
     objective = objective_of(shape, negatives=negatives, clip=0.5, score_penalty=0.1)
     term = objective(Mirror(views, seed=3), views)["dense_dim"]
     generator = torch.Generator().manual_seed(3)
-    hidden = draw_cubes(BATCH, shape, 2, 0.6, generator)
+    hidden = draw_cube_mask(BATCH, shape, 2, 0.6, generator)
     index = draw_points(BATCH, math.prod(shape), POINTS, generator)
     objective.double()
-    sides = (occlude(views.image[:, count - 1], hidden), views.image[:, 0])
+    sides = (occlude_image(views.image[:, count - 1], hidden), views.image[:, 0])
     query, key = (
         objective.projection(
             torch.stack([image.double().flatten(1).T[at] for image, at in zip(side, index, strict=True)])
@@ -113,13 +113,13 @@ def test_the_query_sees_the_last_view_without_what_is_hidden(shape: tuple[int, .
 def test_what_is_no_class_has_no_weight(negatives: str) -> None:
     """Planted: were a point's own image let in among `other_images`, or another's among `same_image`, it would show."""
     query, key = torch.randn(2, BATCH, POINTS, 4, generator=torch.Generator().manual_seed(1))
-    scores, _ = class_scores(query, key, negatives, 1.0, 20.0)  # type: ignore[arg-type]
+    scores, _ = score_classes(query, key, negatives, 1.0, 20.0)  # type: ignore[arg-type]
     weights = scores.softmax(dim=2)
     if negatives == "same_image":
         assert weights.shape == (BATCH, POINTS, POINTS)
         changed = key.clone()
         changed[1:] += 1
-        other, _ = class_scores(query, changed, negatives, 1.0, 20.0)
+        other, _ = score_classes(query, changed, negatives, 1.0, 20.0)
         assert torch.equal(scores[0], other[0])
         return
     classes = (weights[0] > 0).view(BATCH, POINTS, BATCH, POINTS)
@@ -170,7 +170,7 @@ def test_encoder_and_decoder_learn_and_the_loss_leaves_chance(shape: tuple[int, 
     trained = torch.nn.ModuleList([encoder, decoder, objective])
     optimiser = torch.optim.Adam(trained.parameters(), lr=0.01)
     for step in range(60):
-        encode = StepEncode(encoder, decoder, views, torch.Generator().manual_seed(step))
+        encode = StepEncoder(encoder, decoder, views, torch.Generator().manual_seed(step))
         term = objective(encode, views)["dense_dim"]
         optimiser.zero_grad()
         term.loss.backward()

@@ -11,7 +11,7 @@ from torch import nn
 
 from medim.models.encoders import ConvNet, UNetEncoder
 from medim.objectives.infomax import GlobalDIM, LocalDIM
-from medim.objectives.mutual_information import ESTIMATORS, EstimatorName, Negatives, infonce
+from medim.objectives.mutual_information import ESTIMATORS, EstimatorName, NegativeScheme, infonce
 from medim.training.pretrain.module import PretrainModule
 from medim.types import Features, UsageError, Views
 
@@ -164,7 +164,7 @@ def test_rolled_negatives_are_the_locations_of_the_next_image(critic: dict[str, 
 
 
 @pytest.mark.parametrize("negatives", ["all", "rolled", "permuted"])
-def test_locations_in_the_background_are_neither_positives_nor_negatives(negatives: Negatives) -> None:
+def test_locations_in_the_background_are_neither_positives_nor_negatives(negatives: NegativeScheme) -> None:
     encoder = encoder_of()
     image = views_of().image
     image[:, :, :, :, :8] = -20.0  # the left half of every image is air

@@ -15,14 +15,14 @@ from medim.objectives import mutual_information
 from medim.objectives.mutual_information import (
     ESTIMATORS,
     EstimatorName,
-    Negatives,
-    chance,
-    classes,
+    NegativeScheme,
+    compute_chance,
+    compute_retrieval,
+    count_classes,
+    draw_negative_pairs,
     dv,
     infonce,
     jsd,
-    negative_pairs,
-    retrieval,
 )
 
 SHAPES = [
@@ -41,7 +41,7 @@ def mask_of(kind: str, shape: tuple[int, ...]) -> torch.Tensor | None:
     batch, _, _, locations = shape
     generator = torch.Generator().manual_seed(1 + sum(shape))
     if kind in ("all", "rolled", "permuted"):
-        return negative_pairs(kind, batch, locations, generator)  # type: ignore[arg-type]
+        return draw_negative_pairs(kind, batch, locations, generator)  # type: ignore[arg-type]
     of = (1, 1, batch, locations) if kind == "locations" else shape
     return torch.rand(of, generator=generator) < 0.7
 
@@ -128,7 +128,7 @@ def test_a_gradient_is_the_slope_of_its_bound(name: EstimatorName, kind: str) ->
 def test_blocks_of_rows_give_what_one_block_gives(name: EstimatorName, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for size in (1, 2 * 2 * 5 * 3, 10**6):  # one row a block, two rows and a rest, all at once
-        monkeypatch.setattr(mutual_information, "_AT_ONCE", size)
+        monkeypatch.setattr(mutual_information, "_MAX_BLOCK_SCORES", size)
         scores = scores_of((5, 2, 5, 3)).requires_grad_()
         bound = ESTIMATORS[name](scores, mask_of("pairs", (5, 2, 5, 3)))
         bound.backward()
@@ -229,7 +229,7 @@ def test_other_locations_of_the_same_image_are_in_no_denominator() -> None:
     scores = scores_of((4, 1, 4, 5)).float()
     chosen = scores.clone()
     chosen[1, 0, 1, 2] = 1e4
-    count, top = 4 * 5, math.log(classes(scores))
+    count, top = 4 * 5, math.log(count_classes(scores))
     rest = infonce(scores) * count - (top + _log_posterior(scores, 1, 2))
     assert (infonce(chosen) * count - top).item() == pytest.approx(rest.item(), abs=1e-3)
 
@@ -256,7 +256,7 @@ def test_gradients_raise_own_pairs_and_lower_all_others(name: EstimatorName) -> 
 
 @pytest.mark.parametrize(("batch", "locations"), [(2, 1), (3, 4), (16, 512)])
 def test_the_classes_are_one_positive_and_all_locations_of_the_others(batch: int, locations: int) -> None:
-    assert classes(torch.zeros(batch, 1, batch, locations)) == 1 + (batch - 1) * locations
+    assert count_classes(torch.zeros(batch, 1, batch, locations)) == 1 + (batch - 1) * locations
 
 
 @every_shape
@@ -264,13 +264,13 @@ def test_the_classes_are_one_positive_and_all_locations_of_the_others(batch: int
 def test_chance_is_the_mean_log_of_the_classes_of_what_counts(kind: str, shape: tuple[int, ...]) -> None:
     scores, mask = scores_of(shape), mask_of(kind, shape)
     sizes = [math.log(len(c)) for c in contrasts(scores, mask)]
-    assert chance(scores, mask) == pytest.approx(sum(sizes) / max(len(sizes), 1))
+    assert compute_chance(scores, mask) == pytest.approx(sum(sizes) / max(len(sizes), 1))
 
 
 @pytest.mark.parametrize("negatives", ["rolled", "permuted"])
 @pytest.mark.parametrize("batch", [2, 3, 8])
-def test_a_scheme_gives_each_summary_one_other_image_at_each_location(negatives: Negatives, batch: int) -> None:
-    drawn = negative_pairs(negatives, batch, 50, torch.Generator().manual_seed(0))
+def test_a_scheme_gives_each_summary_one_other_image_at_each_location(negatives: NegativeScheme, batch: int) -> None:
+    drawn = draw_negative_pairs(negatives, batch, 50, torch.Generator().manual_seed(0))
     assert drawn is not None
     mask = drawn.expand(batch, 1, batch, 50)[:, 0]
     own = torch.eye(batch, dtype=torch.bool)
@@ -287,8 +287,8 @@ def test_a_scheme_gives_each_summary_one_other_image_at_each_location(negatives:
 
 def test_permuted_negatives_follow_the_generator_and_prefer_nobody() -> None:
     generator = torch.Generator().manual_seed(0)
-    first, second = (negative_pairs("permuted", 4, 3000, generator) for _ in range(2))
-    again = negative_pairs("permuted", 4, 3000, torch.Generator().manual_seed(0))
+    first, second = (draw_negative_pairs("permuted", 4, 3000, generator) for _ in range(2))
+    again = draw_negative_pairs("permuted", 4, 3000, torch.Generator().manual_seed(0))
     assert first is not None
     assert second is not None
     assert again is not None
@@ -296,14 +296,14 @@ def test_permuted_negatives_follow_the_generator_and_prefer_nobody() -> None:
     assert not torch.equal(first, second)
     share = first[:, 0].float().mean(dim=-1)
     torch.testing.assert_close(share[~torch.eye(4, dtype=torch.bool)], torch.full((12,), 1 / 3), rtol=0, atol=0.04)
-    assert negative_pairs("all", 4, 9, generator) is None
+    assert draw_negative_pairs("all", 4, 9, generator) is None
 
 
 def test_retrieval_counts_summaries_whose_own_image_scores_best() -> None:
     scores = torch.zeros(4, 1, 4, 3)
     scores[torch.arange(4), 0, torch.tensor([0, 1, 2, 0])] = 1.0  # the last one prefers the first image
-    assert retrieval(scores).item() == pytest.approx(0.75)
-    assert retrieval(torch.zeros(4, 1, 4, 3)).item() == pytest.approx(0.25)
+    assert compute_retrieval(scores).item() == pytest.approx(0.75)
+    assert compute_retrieval(torch.zeros(4, 1, 4, 3)).item() == pytest.approx(0.25)
 
 
 def test_retrieval_takes_the_mean_over_locations_and_globals() -> None:
@@ -311,7 +311,7 @@ def test_retrieval_takes_the_mean_over_locations_and_globals() -> None:
     scores[0, 0, 1, 0] = 3.0  # one loud location of the other image
     scores[0, :, 0, :] = 1.0  # four of its own
     scores[1, :, 1, :] = 1.0
-    assert retrieval(scores).item() == 1.0
+    assert compute_retrieval(scores).item() == 1.0
 
 
 def test_retrieval_among_masked_pairs_looks_at_no_other() -> None:
@@ -319,9 +319,9 @@ def test_retrieval_among_masked_pairs_looks_at_no_other() -> None:
     scores[:, :, :, 1] = 9 * torch.eye(3).roll(1, dims=0)[:, None]  # the second location misleads
     scores[:, :, :, 0] = torch.eye(3)[:, None]
     first = torch.tensor([True, False]).view(1, 1, 1, 2)
-    assert retrieval(scores).item() == 0
-    assert retrieval(scores, first).item() == 1
-    assert retrieval(-scores, first & torch.eye(3, dtype=torch.bool)[:, None, :, None]).item() == 1
+    assert compute_retrieval(scores).item() == 0
+    assert compute_retrieval(scores, first).item() == 1
+    assert compute_retrieval(-scores, first & torch.eye(3, dtype=torch.bool)[:, None, :, None]).item() == 1
 
 
 def _log_posterior(scores: torch.Tensor, image: int, location: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import max_pool2d, max_pool3d
 
-from medim.objectives.occlusion import check_block, draw_cubes, draw_hidden, occlude
+from medim.objectives.occlusion import check_block, draw_cube_mask, draw_occlusion_mask, occlude_image
 from medim.types import UsageError
 
 
@@ -23,7 +23,7 @@ def blocks(hidden: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor
     [((32, 32), 10, 5000), ((20, 12), 10, 2500), ((11, 7), 3, 2500), ((12, 10, 8), 4, 6000), ((8, 5, 9), 4, 4000)],
 )
 def test_in_every_draw_one_block_is_hidden_and_one_is_visible(shape: tuple[int, ...], block: int, count: int) -> None:
-    hidden = draw_hidden(count, shape, block, torch.Generator().manual_seed(0))
+    hidden = draw_occlusion_mask(count, shape, block, torch.Generator().manual_seed(0))
     assert hidden.shape == (count, 1, *shape)
     assert hidden.dtype == torch.bool
     some_hidden, some_visible = blocks(hidden, block)
@@ -33,7 +33,7 @@ def test_in_every_draw_one_block_is_hidden_and_one_is_visible(shape: tuple[int, 
 
 @pytest.mark.parametrize("shape", [(24, 16), (12, 10, 8)])
 def test_draws_are_boxes_and_complements_and_reach_every_voxel(shape: tuple[int, ...]) -> None:
-    hidden = draw_hidden(2000, shape, 4, torch.Generator().manual_seed(1))[:, 0]
+    hidden = draw_occlusion_mask(2000, shape, 4, torch.Generator().manual_seed(1))[:, 0]
     boxes = torch.stack([_is_box(mask) for mask in hidden[:300]])
     complements = torch.stack([_is_box(~mask) for mask in hidden[:300]])
     assert (boxes | complements).all()
@@ -47,8 +47,8 @@ def test_draws_are_boxes_and_complements_and_reach_every_voxel(shape: tuple[int,
 
 def test_the_same_generator_hides_the_same_and_the_next_draw_something_else() -> None:
     generator = torch.Generator().manual_seed(2)
-    first, second = draw_hidden(8, (16, 16), 4, generator), draw_hidden(8, (16, 16), 4, generator)
-    assert torch.equal(first, draw_hidden(8, (16, 16), 4, torch.Generator().manual_seed(2)))
+    first, second = draw_occlusion_mask(8, (16, 16), 4, generator), draw_occlusion_mask(8, (16, 16), 4, generator)
+    assert torch.equal(first, draw_occlusion_mask(8, (16, 16), 4, torch.Generator().manual_seed(2)))
     assert not torch.equal(first, second)
 
 
@@ -57,11 +57,11 @@ def test_a_view_too_small_for_two_blocks_is_refused_with_what_would_do(shape: tu
     with pytest.raises(UsageError, match=f"side {block}.*use larger views or a smaller occlusion block"):
         check_block(shape, block)
     with pytest.raises(UsageError):
-        draw_hidden(1, shape, block, torch.Generator())
+        draw_occlusion_mask(1, shape, block, torch.Generator())
 
 
 def test_a_view_of_exactly_two_blocks_is_split_in_the_middle() -> None:
-    hidden = draw_hidden(50, (8, 4), 4, torch.Generator().manual_seed(3))[:, 0]
+    hidden = draw_occlusion_mask(50, (8, 4), 4, torch.Generator().manual_seed(3))[:, 0]
     halves = hidden.view(50, 2, 4, 4).flatten(2)
     assert torch.equal(halves.all(dim=2), halves.any(dim=2))
     assert torch.equal(halves[:, 0, 0], ~halves[:, 1, 0])
@@ -72,8 +72,8 @@ def test_a_view_of_exactly_two_blocks_is_split_in_the_middle() -> None:
 def test_what_is_hidden_becomes_each_channels_mean_and_the_rest_stays(shape: tuple[int, ...]) -> None:
     image = torch.randn(3, 2, *shape, generator=torch.Generator().manual_seed(4))
     before = image.clone()
-    hidden = draw_hidden(3, shape, 3, torch.Generator().manual_seed(5))
-    out = occlude(image, hidden)
+    hidden = draw_occlusion_mask(3, shape, 3, torch.Generator().manual_seed(5))
+    out = occlude_image(image, hidden)
     assert torch.equal(image, before)
     for n in range(3):
         for c in range(2):
@@ -90,7 +90,7 @@ def _is_box(mask: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", [(16, 24), (12, 16, 8)])
 def test_cubes_are_whole_and_of_the_share_asked_for(shape: tuple[int, ...]) -> None:
-    cubes = draw_cubes(200, shape, 4, 0.6, torch.Generator().manual_seed(0))
+    cubes = draw_cube_mask(200, shape, 4, 0.6, torch.Generator().manual_seed(0))
     assert cubes.shape == (200, 1, *shape)
     assert cubes.float().mean() == pytest.approx(0.6, abs=0.02)
     assert not torch.equal(cubes[0], cubes[1])

@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.functional import softplus
 
 from medim.models.critics import Bilinear, ConcatAndConvolve, EncodeAndDot
-from medim.objectives.mutual_information import dv, infonce, jsd, negative_pairs
-from medim.objectives.occlusion import draw_hidden
+from medim.objectives.mutual_information import draw_negative_pairs, dv, infonce, jsd
+from medim.objectives.occlusion import draw_occlusion_mask
 from medim.objectives.prior_matching import PriorMatching
 from medim.types import Features, Views
 
@@ -173,7 +173,7 @@ def each_positive_has_one_negative_image(draw: Callable[[int, int], torch.Tensor
 
 
 def permuted(batch: int, locations: int) -> torch.Tensor | None:
-    return negative_pairs("permuted", batch, locations, torch.Generator().manual_seed(0))
+    return draw_negative_pairs("permuted", batch, locations, torch.Generator().manual_seed(0))
 
 
 def permuted_with_self(batch: int, locations: int) -> torch.Tensor:
@@ -371,6 +371,6 @@ def slabs_of_any_size(count: int, shape: tuple[int, ...], block: int, generator:
 
 @pytest.mark.parametrize("faulty", [scattered, slabs_of_any_size])
 def test_an_occlusion_that_leaves_no_block_hidden_or_visible_is_caught(faulty: Callable[..., torch.Tensor]) -> None:
-    one_block_is_hidden_and_one_visible(draw_hidden)
+    one_block_is_hidden_and_one_visible(draw_occlusion_mask)
     with pytest.raises(AssertionError):
         one_block_is_hidden_and_one_visible(faulty)

@@ -10,26 +10,28 @@ import numpy as np
 import pytest
 import torch
 
-from medim.config import build
+from medim.config import build_from_section
 from medim.files import read_json, write_json
 from medim.models.model import build_encoder
-from medim.models.serialization import save
+from medim.models.serialization import save_model
 from medim.objectives import OBJECTIVES
-from medim.objectives.objective import known
-from medim.objectives.score_map import ScoreMap, interpolation, load_score_map
+from medim.objectives.objective import encoder_info
+from medim.objectives.score_map import MutualInformationMap, interpolation_weights, load_score_map
 from medim.types import Features, UserError, Views
 
 CRITIC = {"name": "encode_and_dot", "width": 16, "scaled": True, "local_norm": "none", "summary_norm": "none"}
 SECTION = {"name": "local_dim", "estimator": "infonce", "standardise": True, "critic": CRITIC}
 
 
-def made(dims: int, shape: tuple[int, ...], section: dict[str, Any] = SECTION, **encoder: Any) -> ScoreMap:
+def made(dims: int, shape: tuple[int, ...], section: dict[str, Any] = SECTION, **encoder: Any) -> MutualInformationMap:
     torch.manual_seed(0)
     section_of_encoder = {"name": "unet", "channels": [4, 8], "summary_channels": 6, **encoder}
     spec = {"encoder": section_of_encoder, "in_channels": 1, "spatial_dims": dims, "input_shape": list(shape)}
     network: Any = build_encoder(spec)
-    objective = build(OBJECTIVES, section, **known(network, None, in_channels=1, spatial_dims=dims, input_shape=shape))
-    found = ScoreMap(network, objective, {}).eval()
+    objective = build_from_section(
+        OBJECTIVES, section, **encoder_info(network, None, in_channels=1, spatial_dims=dims, input_shape=shape)
+    )
+    found = MutualInformationMap(network, objective, {}).eval()
     found.encoder.spec = spec
     return found
 
@@ -66,7 +68,7 @@ def test_scores_lie_at_the_centres_of_their_cells_and_linear_between_them(
     size: int, cells: int, stride: int, first: float
 ) -> None:
     centres = first + stride * torch.arange(cells)
-    weights = interpolation(size, cells, first, stride)
+    weights = interpolation_weights(size, cells, first, stride)
     voxels = centres @ weights  # each voxel's place, where there are cells on both sides
     torch.testing.assert_close(voxels, torch.arange(size).clamp(centres[0], centres[-1]), atol=1e-4, rtol=0)
     constant = torch.ones(cells) @ weights
@@ -107,7 +109,7 @@ def stripes(angles: np.ndarray[Any, Any], phase: np.ndarray[Any, Any]) -> torch.
 
 
 @pytest.fixture(scope="module")
-def trained() -> ScoreMap:
+def trained() -> MutualInformationMap:
     """An encoder and its critic after some steps on striped images; what an image has in common is its orientation."""
     network = made(2, (24, 24), norm="bn", channels=[8, 8]).train()
     optimiser = torch.optim.Adam(network.parameters(), lr=5e-3)
@@ -122,7 +124,7 @@ def trained() -> ScoreMap:
     return network.eval()
 
 
-def test_a_patch_that_does_not_belong_to_the_image_has_lower_scores(trained: ScoreMap) -> None:
+def test_a_patch_that_does_not_belong_to_the_image_has_lower_scores(trained: MutualInformationMap) -> None:
     angles = np.arange(4)
     images, others = (stripes((angles + turn) % 4, np.ones(4)) for turn in (0, 2))
     patched = images.clone()
@@ -134,7 +136,7 @@ def test_a_patch_that_does_not_belong_to_the_image_has_lower_scores(trained: Sco
     assert scores[patch].mean() < whole[patch].mean() - 1  # it is not the place that made them low
 
 
-def test_the_summary_of_another_image_lowers_the_scores(trained: ScoreMap) -> None:
+def test_the_summary_of_another_image_lowers_the_scores(trained: MutualInformationMap) -> None:
     images = stripes(np.arange(4), np.ones(4))
     with torch.no_grad():
         features = trained.encoder(images)
@@ -146,9 +148,9 @@ def test_the_summary_of_another_image_lowers_the_scores(trained: ScoreMap) -> No
 def test_a_saved_critic_draws_the_same_map_and_a_run_without_one_draws_none(tmp_path: Path) -> None:
     network = made(2, (12, 16))
     folder = tmp_path / "encoder"
-    save(folder, "encoder", network.encoder, {"kind": "encoder", **network.encoder.spec})
+    save_model(folder, "encoder", network.encoder, {"kind": "encoder", **network.encoder.spec})
     assert load_score_map(tmp_path) is None
-    save(folder, "critic", network.objective, {"kind": "critic", "objective": SECTION})
+    save_model(folder, "critic", network.objective, {"kind": "critic", "objective": SECTION})
     again = load_score_map(tmp_path)
     assert again is not None
     assert not again.training

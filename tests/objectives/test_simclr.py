@@ -13,8 +13,8 @@ from torch import nn
 
 from medim.models.encoders import UNetEncoder
 from medim.objectives.mutual_information import infonce
-from medim.objectives.simclr import SimCLR, view_scores
-from medim.training.pretrain.step_encoder import StepEncode
+from medim.objectives.simclr import SimCLR, score_views
+from medim.training.pretrain.step_encoder import StepEncoder
 from medim.types import Features, UsageError, Views
 
 BATCH, WIDTH = 3, 5
@@ -135,12 +135,12 @@ def both_views_of_an_image_are_sources(given: Loss) -> None:
 
 def found_by_itself(z: torch.Tensor) -> torch.Tensor:
     """No pair is left out: a view is a positive of its own."""
-    return math.log(len(z) - 1) - infonce(view_scores(z, 0.5)[0])
+    return math.log(len(z) - 1) - infonce(score_views(z, 0.5)[0])
 
 
 def with_itself_below(z: torch.Tensor) -> torch.Tensor:
     """The diagonal is not masked: a view is a class of its own, at cosine 1."""
-    scores, _ = view_scores(z, 0.5)
+    scores, _ = score_views(z, 0.5)
     flat = scores.reshape(len(z), len(z))
     return nn.functional.cross_entropy(flat, torch.arange(len(z)) ^ 1)
 
@@ -185,7 +185,7 @@ def test_two_noisy_views_are_told_from_other_images(shape: tuple[int, ...]) -> N
     for step in range(60):
         noise = 0.1 * torch.randn(6, 2, 1, *shape)
         views = Views(image + noise, torch.zeros(6, 2, len(shape)))
-        encode = StepEncode(encoder, None, views, torch.Generator().manual_seed(step))
+        encode = StepEncoder(encoder, None, views, torch.Generator().manual_seed(step))
         term = objective(encode, views)["simclr"]
         optimiser.zero_grad()
         term.loss.backward()

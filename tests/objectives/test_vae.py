@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from medim.config import build
+from medim.config import build_from_section
 from medim.models.encoders.convnet import ConvNet
 from medim.objectives import OBJECTIVES
-from medim.objectives.vae import VAE, active_units, beta_vae, kl_from_normal
+from medim.objectives.vae import VAE, beta_vae, count_active_units, kl_from_normal
 from medim.types import Features, UsageError, Views
 
 SHAPES = [(8, 12), (8, 12, 6)]
@@ -149,7 +149,7 @@ def test_it_learns_what_differs_between_images_and_a_huge_beta_forbids_it() -> N
 def test_active_units_counts_entries_that_differ_between_images() -> None:
     mu = torch.zeros(10, 4)
     mu[:, 1], mu[:, 3] = torch.linspace(-1, 1, 10), torch.linspace(-0.05, 0.05, 10)
-    assert active_units(mu + 5) == 1
+    assert count_active_units(mu + 5) == 1
 
 
 def test_beta_vae_is_the_vae_with_a_beta_of_four() -> None:
@@ -158,7 +158,7 @@ def test_beta_vae_is_the_vae_with_a_beta_of_four() -> None:
     losses = []
     for section in ({"name": "beta_vae"}, {"name": "vae", "beta": 4.0}, {"name": "vae"}):
         torch.manual_seed(0)
-        objective = build(OBJECTIVES, {**section, "decoder_channels": [8, 4]}, **given)
+        objective = build_from_section(OBJECTIVES, {**section, "decoder_channels": [8, 4]}, **given)
         assert isinstance(objective, VAE)
         losses.append(objective(encode_of(encoder, views), views)["vae"].loss.item())
     assert losses[0] == losses[1] > losses[2]

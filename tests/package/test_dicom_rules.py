@@ -10,7 +10,7 @@ import pytest
 from medim.data.index.index import AllRejectedError, build_index
 from medim.data.readers import ReadError
 from medim.export.export import export
-from medim.package.dicom_rules import DEFAULTS, DicomIn, rules_of
+from medim.package.dicom_rules import DEFAULT_RULES, DicomRules, load_dicom_rules
 from medim.package.package import Package
 from medim.predict.predict import predict
 from medim.types import Modality, UserError
@@ -35,9 +35,9 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [  # code, rules, tags
 
 def check(rules: dict[str, Any], folder: Path, modality: Modality = "mri") -> None:
     index = build_index(folder, modality, remember=False)
-    plan = index.plan(index.records[0])
+    plan = index.plan_slices(index.records[0])
     assert plan is not None
-    DicomIn.model_validate_json(json.dumps(rules)).check(plan)
+    DicomRules.model_validate_json(json.dumps(rules)).check_plan(plan)
 
 
 @pytest.mark.parametrize(("code", "rules", "tags"), CASES)
@@ -96,26 +96,26 @@ def test_real_images_keep_the_rules_of_their_modality(shared_data: Path) -> None
     for folder, modality in (("mri-dicom", "mri"), ("xray-dicom", "xray")):
         index = build_index(shared_data / folder, modality)  # type: ignore[arg-type]
         for record in index.records:
-            plan = index.plan(record)
+            plan = index.plan_slices(record)
             assert plan is not None
-            DEFAULTS[index.modality].check(plan)
+            DEFAULT_RULES[index.modality].check_plan(plan)
 
 
 def test_one_slice_is_no_volume_by_default(tmp_path: Path) -> None:
     save(dataset(noise(9, 9).astype(np.uint16)), tmp_path / "a.dcm")
     with pytest.raises(ReadError, match="wrong-slice-count"):
-        check(json.loads(DEFAULTS["mri"].model_dump_json()), tmp_path)
+        check(json.loads(DEFAULT_RULES["mri"].model_dump_json()), tmp_path)
 
 
 def test_rules_of_a_file_stand_in_place_of_the_defaults_of_the_same_name(tmp_path: Path) -> None:
     (tmp_path / "rules.json").write_text('{"body_part": ["CHEST"]}')
-    rules = rules_of("xray", tmp_path / "rules.json")
+    rules = load_dicom_rules("xray", tmp_path / "rules.json")
     assert rules.body_part == ("CHEST",)
-    assert rules.modality == DEFAULTS["xray"].modality
+    assert rules.modality == DEFAULT_RULES["xray"].modality
     for wrong in ('{"study_description": ["x"]}', '{"modality": ["CT"]}', '{"body_part": ["chest*"]}', "["):
         (tmp_path / "rules.json").write_text(wrong)
         with pytest.raises(UserError, match=r"rules\.json"):
-            rules_of("xray", tmp_path / "rules.json")
+            load_dicom_rules("xray", tmp_path / "rules.json")
 
 
 @pytest.fixture(scope="module")

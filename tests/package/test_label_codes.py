@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydicom.sr.codedict import codes
 
-from medim.package.label_codes import read_labels, shipped
+from medim.package.label_codes import list_builtin_labels, read_label_codes
 from medim.package.package import Package
 from medim.types import UserError
 
@@ -15,12 +15,12 @@ CLASSES = ("anterior", "posterior")
 
 
 def content() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(shipped()["hippocampus"].read_text())
+    found: dict[str, Any] = json.loads(list_builtin_labels()["hippocampus"].read_text())
     return found
 
 
 def test_the_shipped_codes_are_those_of_dicom() -> None:
-    labels = read_labels("hippocampus", CLASSES, "segmenter")
+    labels = read_label_codes("hippocampus", CLASSES, "segmenter")
     assert [label.name for label in labels] == list(CLASSES)
     for label, part in zip(labels, (codes.SCT.Anterior, codes.SCT.Posterior), strict=True):
         assert label.category is not None
@@ -59,18 +59,18 @@ def test_a_code_that_is_not_published_for_the_class_is_refused(
 ) -> None:
     (tmp_path / "labels.json").write_text(json.dumps(schema))
     with pytest.raises(UserError, match=told):
-        read_labels(tmp_path / "labels.json", CLASSES, "segmenter")
+        read_label_codes(tmp_path / "labels.json", CLASSES, "segmenter")
 
 
 def test_a_file_that_is_not_there_is_told() -> None:
     with pytest.raises(UserError, match=r"nowhere\.json"):
-        read_labels("nowhere.json", CLASSES, "segmenter")
+        read_label_codes("nowhere.json", CLASSES, "segmenter")
 
 
 def test_findings_may_do_without_codes_and_have_thresholds(tmp_path: Path) -> None:
     schema = {"labels": [{"index": 0, "name": "edema", "threshold": 0.3}, {"index": 1, "name": "mass"}]}
     (tmp_path / "labels.json").write_text(json.dumps(schema))
-    labels = read_labels(tmp_path / "labels.json", ("edema", "mass"), "multi_label_classifier")
+    labels = read_label_codes(tmp_path / "labels.json", ("edema", "mass"), "multi_label_classifier")
     assert [label.threshold for label in labels] == [0.3, None]
 
 

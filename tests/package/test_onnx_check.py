@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from medim.package import onnx_check
 from medim.package.contract import PackageError
 from medim.package.onnx_check import OPERATORS, check_graph
-from medim.package.package import Package, verify, write_sums
+from medim.package.package import Package, verify_package, write_sums
 
 IMAGE, OUT = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, "n"]) for name in ("image", "out"))
 
@@ -121,7 +121,7 @@ def test_what_onnx_runtime_would_read_otherwise_than_this_walk_is_refused(what: 
 
 
 def test_an_endless_graph_is_refused_after_a_million_fields(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_check, "MOST_FIELDS", 1000)
+    monkeypatch.setattr(onnx_check, "MAX_FIELDS", 1000)
     with pytest.raises(PackageError, match="more than 1000 fields"):
         check_graph(message(7, b"\x50\x00" * 1000), "model.onnx")
 
@@ -146,7 +146,7 @@ def test_a_graph_that_loads_and_cannot_run_is_a_broken_package(copy_of: Callable
     path.write_bytes(made.SerializeToString())
     write_sums(folder)
     with pytest.raises(PackageError, match="ONNX Runtime cannot run it") as raised:
-        verify(folder)
+        verify_package(folder)
     assert raised.value.exit_code == 3
 
 
@@ -159,12 +159,12 @@ def test_a_package_with_an_operator_of_somebody_else_is_refused_before_it_is_loa
     (folder / "models" / "model.onnx").write_bytes(made.SerializeToString())
     write_sums(folder)
     with pytest.raises(PackageError, match="operators of ONNX alone"):
-        verify(folder)
+        verify_package(folder)
 
 
 @pytest.mark.parametrize("kind", ["segmenter", "classifier", "encoder"])
 def test_damaged_bytes_are_refused_and_never_crash(packages: dict[str, Package], kind: str) -> None:
-    data = packages[kind].read("models/model.onnx")
+    data = packages[kind].read_file("models/model.onnx")
     check_graph(data, "model.onnx")
     rng = np.random.default_rng(0)
     for place in (0, 1, 2, 10, len(data) // 2, len(data) - 1):
@@ -178,7 +178,7 @@ def test_damaged_bytes_are_refused_and_never_crash(packages: dict[str, Package],
 
 def test_a_graph_beyond_the_limit_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     data = model(relu()).SerializeToString()
-    monkeypatch.setattr(onnx_check, "LARGEST", len(data))
+    monkeypatch.setattr(onnx_check, "MAX_GRAPH_BYTES", len(data))
     with pytest.raises(PackageError, match="below"):
         check_graph(data, "model.onnx")
 

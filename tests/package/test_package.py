@@ -16,15 +16,15 @@ import pytest
 import torch
 
 import medim
-from medim.data.contamination import Seen, read_seen
+from medim.data.contamination import TrainingHistory, load_training_history
 from medim.evaluation.evaluate import open_encoder, open_network
 from medim.export import checks, gates
 from medim.export.export import export
-from medim.files import hash_of, read_json, write_json
+from medim.files import json_sha256, read_json, write_json
 from medim.models.serialization import load_encoder, load_model
-from medim.package.gate import gate
-from medim.package.golden import phantom
-from medim.package.package import Package, PackageError, load_package, verify, write_sums
+from medim.package.gate import gate_result
+from medim.package.golden import make_phantom
+from medim.package.package import Package, PackageError, load_package, verify_package, write_sums
 from medim.types import Array, UserError
 from tests.export.packages import PLANTED, make_run
 
@@ -67,13 +67,13 @@ def test_a_package_is_one_folder_of_known_files_and_nothing_is_left_beside_it(pa
 @pytest.mark.usefixtures("short_gates", "same_graph")
 def test_a_package_carries_what_its_weights_have_seen_under_its_sums(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", "classifier")
-    seen = Seen().then("pretrain", [("a" * 32, "s-1")]).then("finetune", [("b" * 32, "s-2")])
+    seen = TrainingHistory().extended("pretrain", [("a" * 32, "s-1")]).extended("finetune", [("b" * 32, "s-2")])
     seen.write(run / "model")
     one, two = (export(run, tmp_path / name) for name in ("one", "two"))
     assert one.sha256 == two.sha256
     assert "fingerprints.json" in one.sums
-    assert read_seen(one.folder) == seen
-    assert {check.verdict for check in verify(one.folder)} == {"pass", "not run"}
+    assert load_training_history(one.folder) == seen
+    assert {check.verdict for check in verify_package(one.folder)} == {"pass", "not run"}
     (one.folder / "fingerprints.json").unlink()
     with pytest.raises(PackageError, match=r"missing: \['fingerprints\.json'\]"):
         load_package(one.folder)
@@ -81,7 +81,7 @@ def test_a_package_carries_what_its_weights_have_seen_under_its_sums(tmp_path: P
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_package_verifies_itself_with_its_golden_input(packages: dict[str, Package], kind: str) -> None:
-    checks = verify(packages[kind].folder)
+    checks = verify_package(packages[kind].folder)
     assert [check.name for check in checks] == ["signature", "files", "contract", "card", "network", "golden"]
     assert [check.verdict for check in checks] == ["not run", *["pass"] * 5]
 
@@ -93,7 +93,7 @@ def test_a_package_answers_as_the_run_does_under_torch(
     package = packages[kind]
     network = open_encoder(runs[kind]) if kind == "encoder" else open_network(runs[kind])[0]
     shape = (22, 30, 25) if kind == "segmenter" else (41, 37)
-    image = phantom(shape, package.contract.preprocess, 1, seed=3)
+    image = make_phantom(shape, package.contract.preprocess, 1, seed=3)
     ours, theirs = package(image), network(image)
     if kind == "segmenter":
         assert ours.shape == image.shape
@@ -159,7 +159,7 @@ def test_the_contract_says_what_goes_in_and_comes_out(packages: dict[str, Packag
     contract = packages["encoder"].contract
     assert [output.name for output in contract.signature.outputs] == ["summary", "map_0", "map_1", "watched"]
     assert contract.signature.outputs[2].shape == ("batch", 8, "H/2", "W/2")
-    assert contract.preprocess_sha256 == hash_of([{"op": "normalise"}])
+    assert contract.preprocess_sha256 == json_sha256([{"op": "normalise"}])
     assert packages["classifier"].contract.signature.inputs[0].shape == ("batch", 1, 28, 28)
     assert packages["segmenter"].contract.classes == ("anterior", "posterior")
     assert "not for diagnosis" in contract.not_for
@@ -302,14 +302,14 @@ def test_another_network_with_recomputed_sums_is_found_by_the_golden_input(
     write_sums(copied)
     load_package(copied)  # its files agree with each other
     with pytest.raises(PackageError, match="golden"):
-        verify(copied)
+        verify_package(copied)
 
 
 def test_a_graph_that_is_none_is_refused(copied: Path) -> None:
     (copied / "models" / "model.onnx").write_bytes(b"not a graph")
     write_sums(copied)
     with pytest.raises(PackageError, match="cannot load"):
-        verify(copied)
+        verify_package(copied)
 
 
 def test_a_file_that_changes_after_loading_is_not_used(copied: Path) -> None:
@@ -323,10 +323,10 @@ def test_a_file_that_changes_after_loading_is_not_used(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "broken", "reason"),
     [
-        ((checks, "RANDOM"), 0.0, "unseen sizes"),
-        ((gates, "failure"), lambda *_: "it loaded torch", "it loaded torch"),
-        ((gates, "_twice"), lambda *_: gate(1, 0, found=["models/model.pt"]), "exported twice"),
-        ((checks, "scan"), lambda *_, **__: ["/home/somebody"], "no path, user or host name"),
+        ((checks, "RANDOM_TOLERANCE"), 0.0, "unseen sizes"),
+        ((gates, "offline_error"), lambda *_: "it loaded torch", "it loaded torch"),
+        ((gates, "_run_repeat_gate"), lambda *_: gate_result(1, 0, found=["models/model.pt"]), "exported twice"),
+        ((checks, "find_identifying_strings"), lambda *_, **__: ["/home/somebody"], "no path, user or host name"),
     ],
 )
 def test_a_failing_gate_leaves_no_package(
@@ -351,7 +351,7 @@ def test_the_second_export_finds_a_file_that_came_out_otherwise(packages: dict[s
         (place / "LICENSE").write_text("another")
         (place / "new").touch()
 
-    assert gates._twice(folder, almost) == gate(2, 0, found=["LICENSE", "new"])
+    assert gates._run_repeat_gate(folder, almost) == gate_result(2, 0, found=["LICENSE", "new"])
 
 
 @pytest.mark.slow
@@ -419,9 +419,9 @@ def test_gates_count_flips_but_not_ties() -> None:
     def close(image: Array) -> Array:
         return torch(image) - np.float32(5e-5) * np.array([1, 0]).reshape(1, 2, 1, 1)
 
-    result = checks.random_inputs(close, torch, 1, [(64, 64)])
+    result = checks.check_random_inputs(close, torch, 1, [(64, 64)])
     assert result["measured"] <= 1e-4
     assert result["flips"] > 0
     assert result["verdict"] == "fail"
-    same = checks.random_inputs(torch, torch, 1, [(64, 64)])
+    same = checks.check_random_inputs(torch, torch, 1, [(64, 64)])
     assert (same["verdict"], same["measured"]) == ("pass", 0)

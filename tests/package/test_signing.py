@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from medim.cli import app
 from medim.export.export import export
 from medim.package.integrity import write_sums
-from medim.package.package import Package, PackageError, load_package, verify
-from medim.package.signing import private_key, public_key
+from medim.package.package import Package, PackageError, load_package, verify_package
+from medim.package.signing import load_private_key, load_public_key
 from medim.types import UserError
 
 
@@ -44,10 +44,10 @@ def signed(keys: tuple[Path, Path], runs: dict[str, Path], tmp_path: Path, same_
 
 
 def test_a_signed_package_verifies_by_the_key_of_who_signed(signed: Path, keys: tuple[Path, Path]) -> None:
-    first = verify(signed, trust=keys[1])[0]
+    first = verify_package(signed, trust=keys[1])[0]
     assert (first.name, first.verdict) == ("signature", "pass")
-    assert load_package(signed).contract.signed_by == public_key(keys[1]).public_bytes_raw().hex()
-    untold = verify(signed)[0]
+    assert load_package(signed).contract.signed_by == load_public_key(keys[1]).public_bytes_raw().hex()
+    untold = verify_package(signed)[0]
     assert (untold.verdict, "--trust" in untold.detail) == ("not run", True)
 
 
@@ -60,14 +60,14 @@ def test_openssl_makes_the_keys_and_checks_the_signature(signed: Path, keys: tup
     openssl("pkeyutl", "-verify", "-rawin", "-pubin", "-inkey", keys[1], *files)
     openssl("genpkey", "-algorithm", "ed25519", "-out", tmp_path / "made.pem")
     openssl("pkey", "-in", tmp_path / "made.pem", "-pubout", "-out", tmp_path / "made.pub")
-    assert private_key(tmp_path / "made.pem").public_key() == public_key(tmp_path / "made.pub")
+    assert load_private_key(tmp_path / "made.pem").public_key() == load_public_key(tmp_path / "made.pub")
 
 
 def test_an_unsigned_package_verifies_with_a_note_and_not_for_a_site_that_trusts_a_key(
     packages: dict[str, Package], keys: tuple[Path, Path]
 ) -> None:
     folder = packages["classifier"].folder
-    assert verify(folder)[0].detail == "the package is not signed"
+    assert verify_package(folder)[0].detail == "the package is not signed"
     with pytest.raises(PackageError, match="no signature"):
         load_package(folder, trust=keys[1])
 
@@ -118,7 +118,7 @@ def test_a_signature_that_the_contract_does_not_name_is_found(
 
 
 def test_the_private_key_is_in_no_file(signed: Path, keys: tuple[Path, Path]) -> None:
-    raw = private_key(keys[0]).private_bytes_raw()
+    raw = load_private_key(keys[0]).private_bytes_raw()
     lines = keys[0].read_bytes().splitlines()[1:-1]
     for path in signed.rglob("*"):
         if path.is_file():
@@ -134,11 +134,11 @@ def test_keys_that_are_none_are_told_apart(keys: tuple[Path, Path], tmp_path: Pa
         path = tmp_path / str(number)
         path.write_bytes(content)
         with pytest.raises(UserError, match="expected an Ed25519 private key"):
-            private_key(path)
+            load_private_key(path)
     with pytest.raises(UserError, match="expected an Ed25519 public key"):
-        public_key(keys[0])
+        load_public_key(keys[0])
     with pytest.raises(UserError, match="could not be read"):
-        public_key(tmp_path / "nowhere")
+        load_public_key(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("command", ["verify", "predict"])

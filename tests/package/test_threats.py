@@ -18,24 +18,24 @@ import pytest
 import medim
 from medim.export.export import export
 from medim.files import read_json, write_json
-from medim.inference.ood import COUNTS, PARTS, Normal, Reference
+from medim.inference.ood import COUNT_NAMES, FEATURE_GROUPS, GaussianModel, OODDetector
 from medim.package import integrity
-from medim.package.model_card import CARD
-from medim.package.package import Package, PackageError, load_package, verify, write_sums
+from medim.package.model_card import CARD_FILE
+from medim.package.package import Package, PackageError, load_package, verify_package, write_sums
 from tests.export.packages import make_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 Copy = Callable[[str], Path]
 
 
-@pytest.mark.parametrize("name", ["medim.json", CARD])
+@pytest.mark.parametrize("name", ["medim.json", CARD_FILE])
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200_000, "1e999999", '"\\ud800"', "{", "\xff"])
 def test_json_that_is_too_deep_or_none_is_refused(copy_of: Copy, name: str, text: str) -> None:
     folder = copy_of("classifier")
     (folder / name).write_bytes(text.encode("latin-1"))
     write_sums(folder)
     with pytest.raises(PackageError) as raised:
-        verify(folder)
+        verify_package(folder)
     assert raised.value.exit_code == 3
     assert len(str(raised.value)) < 2000
 
@@ -55,24 +55,24 @@ def test_more_files_or_longer_sums_than_a_package_has_are_not_read(
     copy_of: Copy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = copy_of("classifier")
-    monkeypatch.setattr(integrity, "MOST_FILES", 5)
+    monkeypatch.setattr(integrity, "MAX_FILES", 5)
     with pytest.raises(PackageError, match="at most 5 files"):
         load_package(folder)
     monkeypatch.undo()
-    monkeypatch.setattr(integrity, "LARGEST_SUMS", 100)
+    monkeypatch.setattr(integrity, "MAX_SUMS_BYTES", 100)
     with pytest.raises(PackageError, match="at most 100 bytes"):
         load_package(folder)
     monkeypatch.undo()
-    monkeypatch.setattr(integrity, "LARGEST_TEXT", 100)
+    monkeypatch.setattr(integrity, "MAX_TEXT_BYTES", 100)
     with pytest.raises(PackageError, match="at most 100 bytes"):
         load_package(folder)
 
 
-def reference(features: int) -> Reference:
+def reference(features: int) -> OODDetector:
     """Statistics of nobody."""
-    sides = zip(PARTS, (features, 12, 9), strict=True)
-    parts = {name: Normal(np.zeros(n), np.ones(n), np.eye(n), 1.0) for name, n in sides}
-    return Reference(parts, dict.fromkeys(COUNTS, 20), "normal")
+    sides = zip(FEATURE_GROUPS, (features, 12, 9), strict=True)
+    parts = {name: GaussianModel(np.zeros(n), np.ones(n), np.eye(n), 1.0) for name, n in sides}
+    return OODDetector(parts, dict.fromkeys(COUNT_NAMES, 20), "normal")
 
 
 @pytest.mark.usefixtures("same_graph", "short_gates")
@@ -83,12 +83,14 @@ def test_statistics_of_another_guard_with_recomputed_sums_are_found_by_the_contr
     made = reference(int(packages["classifier"].contract.signature.outputs[-1].shape[1]))
     (run / "model" / "reference.npz").write_bytes(made.dump())
     folder = export(run, tmp_path / "package").folder
-    assert "out-of-distribution guard" in [check.name for check in verify(folder)]
-    blind = replace(made, parts={name: replace(part, limit=1e9) for name, part in made.parts.items()})  # flags nothing
+    assert "out-of-distribution guard" in [check.name for check in verify_package(folder)]
+    blind = replace(
+        made, gaussians={name: replace(part, limit=1e9) for name, part in made.gaussians.items()}
+    )  # flags nothing
     (folder / "models" / "reference.npz").write_bytes(blind.dump())
     write_sums(folder)
     with pytest.raises(PackageError, match="not the statistics"):
-        verify(folder)
+        verify_package(folder)
 
 
 class Bomb:

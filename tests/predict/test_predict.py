@@ -17,7 +17,7 @@ from PIL import Image
 import medim
 from medim.data.index.index import AllRejectedError
 from medim.files import read_json
-from medim.inference.network import Network
+from medim.inference.network import Predictor
 from medim.package.package import Package
 from medim.predict.predict import embed_images, predict
 from medim.types import Array, UsageError, UserError, Volume
@@ -33,7 +33,7 @@ def _bright(image: Array) -> Array:
 
 
 RANGE = ({"op": "orthogonalise_affine"}, {"op": "ras"}, {"op": "normalise", "method": "range"})
-BRIGHT = Network(_bright, "segmenter", "mri", 3, 1, ("bright",), RANGE, {"mode": "whole", "multiple_of": 4})
+BRIGHT = Predictor(_bright, "segmenter", "mri", 3, 1, ("bright",), RANGE, {"mode": "whole", "multiple_of": 4})
 
 
 def oblique(turn: str) -> Array:
@@ -140,7 +140,7 @@ def test_pictures_and_arrays_are_classified_with_their_probabilities(
 
 
 def test_a_mask_of_a_picture_is_a_picture_of_its_size(tmp_path: Path) -> None:
-    network = Network(_bright, "segmenter", "xray", 2, 1, ("bright",), RANGE[2:], {"mode": "whole", "multiple_of": 8})
+    network = Predictor(_bright, "segmenter", "xray", 2, 1, ("bright",), RANGE[2:], {"mode": "whole", "multiple_of": 8})
     rows = predict(network, _pictures(tmp_path / "in") / "a.png", tmp_path / "out")
     mask, source = (np.asarray(Image.open(p)) for p in (tmp_path / "out" / rows[0]["file"], tmp_path / "in" / "a.png"))
     np.testing.assert_array_equal(mask, (source > (int(source.min()) + int(source.max())) / 2).astype(np.uint8))
@@ -162,11 +162,11 @@ def test_an_image_that_does_not_fit_into_memory_costs_itself_alone(
 ) -> None:
     files = sorted((shared_data / "mri-hippocampus" / "imagesTr").glob("*.nii.gz"))[:2]
 
-    def guarded(network: Network, volume: Volume) -> Any:
+    def guarded(network: Predictor, volume: Volume) -> Any:
         monkeypatch.undo()  # the second fits
         raise MemoryError
 
-    monkeypatch.setattr(Network, "guarded", guarded)
+    monkeypatch.setattr(Predictor, "predict_with_ood", guarded)
     rows = predict(BRIGHT, files, tmp_path / "out")
     assert len(rows) == 1
     assert [row["reason"] for row in rows_of(tmp_path / "out" / "rejected.csv")] == ["too-much-memory"]
@@ -177,7 +177,7 @@ def test_an_image_that_the_network_does_not_take_is_rejected_and_nothing_left_is
 ) -> None:
     source = tmp_path / "a.png"
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(source)
-    network = Network(_bright, "segmenter", "xray", 3, 1, ("bright",), (), {"mode": "whole"})
+    network = Predictor(_bright, "segmenter", "xray", 3, 1, ("bright",), (), {"mode": "whole"})
     with pytest.raises(AllRejectedError) as raised:
         predict(network, source, tmp_path / "out")
     assert raised.value.exit_code == 4
@@ -215,10 +215,10 @@ for missing in ("torch", "monai", "pandas", "pyarrow", "safetensors", "SimpleITK
     sys.modules[missing] = None
 from pathlib import Path
 from medim import load_package
-from medim.package.package import verify
+from medim.package.package import verify_package
 from medim.predict.predict import embed_images, predict
 segmenter, encoder, series, picture, out = map(Path, sys.argv[1:])
-assert [check.verdict for check in verify(segmenter)] == ["not run", *["pass"] * 5]
+assert [check.verdict for check in verify_package(segmenter)] == ["not run", *["pass"] * 5]
 print(len(predict(load_package(segmenter), series, out / "masks")))
 print(embed_images(load_package(encoder), picture, out / "features.csv")[1].shape)
 """

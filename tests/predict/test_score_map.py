@@ -21,19 +21,19 @@ from typer.testing import CliRunner
 
 import medim
 from medim.cli import app
-from medim.config import build
+from medim.config import build_from_section
 from medim.data.preprocessing.steps import preprocess
 from medim.evaluation.evaluate import open_encoder
 from medim.export import onnx as onnx_export
 from medim.export.export import export
 from medim.files import read_json
-from medim.inference.network import Network, score
+from medim.inference.network import Predictor, compute_score_map
 from medim.models.critics import CRITICS
-from medim.models.model import as_run, build_encoder
+from medim.models.model import as_numpy_function, build_encoder
 from medim.objectives import OBJECTIVES
-from medim.objectives.objective import known
-from medim.objectives.score_map import ScoreMap, load_score_map
-from medim.package.package import Package, PackageError, load_package, session, verify, write_sums
+from medim.objectives.objective import encoder_info
+from medim.objectives.score_map import MutualInformationMap, load_score_map
+from medim.package.package import Package, PackageError, load_onnx_session, load_package, verify_package, write_sums
 from medim.predict.predict import embed_images
 from medim.types import Array, UserError, Volume
 from tests.export.packages import OBJECTIVE, SPECS, STEPS_3D, make_run, make_run_with_critic
@@ -41,7 +41,7 @@ from tests.predict.test_predict import oblique
 
 GRAPH = "models/score_map.onnx"
 STEPS = ({"op": "orthogonalise_affine"}, {"op": "ras"}, {"op": "crop_foreground"})
-COPY = Network(lambda image: image[:, 0, 0, 0], "encoder", "mri", 3, 1, (), STEPS, {"mode": "whole"}, lambda x: 2 * x)
+COPY = Predictor(lambda image: image[:, 0, 0, 0], "encoder", "mri", 3, 1, (), STEPS, {"mode": "whole"}, lambda x: 2 * x)
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +89,10 @@ def broken(graph: bytes) -> bytes:
 
 def test_the_map_of_a_package_is_what_torch_computes_for_the_run(package: Package, run: Path, picture: Path) -> None:
     volume = volume_of(picture)
-    scores = package.network.scores(volume)
+    scores = package.network.predict_score_map(volume)
     assert scores.shape == volume.shape
     assert scores.std() > 0.01
-    np.testing.assert_allclose(scores, open_encoder(run).scores(volume), atol=1e-4)
+    np.testing.assert_allclose(scores, open_encoder(run).predict_score_map(volume), atol=1e-4)
     network = load_score_map(run)
     assert network is not None
     image = torch.from_numpy(preprocess(volume, [{"op": "normalise"}]).array)[None]
@@ -112,15 +112,15 @@ def test_the_map_of_every_critic_becomes_a_graph_for_any_batch_and_size(critic: 
     torch.manual_seed(0)
     spec = {"in_channels": 1, **SPECS["encoder"]}
     encoder: Any = build_encoder(spec)
-    given = known(encoder, None, in_channels=1, spatial_dims=2, input_shape=(32, 32))
-    objective = build(OBJECTIVES, {"name": "local_dim", "critic": {"name": critic}}, **given)
-    network = ScoreMap(encoder, objective, {}).eval()
-    sizes = onnx_export.sizes_of(network, (32, 32), encoder.strides, 1)
-    signature = onnx_export.score_signature(onnx_export.signature_of(network, sizes, 1, encoder.strides))
-    graph = session(onnx_export.to_onnx(network, sizes, signature), signature)
+    given = encoder_info(encoder, None, in_channels=1, spatial_dims=2, input_shape=(32, 32))
+    objective = build_from_section(OBJECTIVES, {"name": "local_dim", "critic": {"name": critic}}, **given)
+    network = MutualInformationMap(encoder, objective, {}).eval()
+    sizes = onnx_export.probe_input_sizes(network, (32, 32), encoder.strides, 1)
+    signature = onnx_export.build_score_signature(onnx_export.build_signature(network, sizes, 1, encoder.strides))
+    graph = load_onnx_session(onnx_export.to_onnx(network, sizes, signature), signature)
     for shape in ((1, 1, 7, 9), (3, 1, 12, 5)):
         image = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-        want = as_run(network)(image)
+        want = as_numpy_function(network)(image)
         np.testing.assert_allclose(graph(image), want, atol=1e-5 * max(1, np.abs(want).max()))
 
 
@@ -133,7 +133,7 @@ def test_the_map_is_a_graph_of_its_own_with_gates_and_a_golden_input(package: Pa
     gates = read_json(package.folder / "parity" / "report.json")["gates"]
     assert len([name for name in gates if name.startswith("score map: ")]) == 4
     assert {gate["verdict"] for name, gate in gates.items() if name.startswith("score map: ")} == {"pass"}
-    names = [check.name for check in verify(package.folder)]
+    names = [check.name for check in verify_package(package.folder)]
     assert names == [
         "signature",
         "files",
@@ -149,7 +149,7 @@ def test_another_map_with_recomputed_sums_is_found_by_its_golden_input(copied: P
     (copied / GRAPH).write_bytes(broken((copied / GRAPH).read_bytes()))
     write_sums(copied)
     with pytest.raises(PackageError, match="golden"):
-        verify(copied)
+        verify_package(copied)
 
 
 def test_a_map_that_the_contract_names_and_that_is_not_there_is_told(copied: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_map_that_the_contract_names_and_that_is_not_there_is_told(copied: Pat
 def test_a_map_that_is_not_torchs_stops_the_export(
     package: Package, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    graphs = iter([package.read("models/model.onnx"), broken(package.read(GRAPH))])
+    graphs = iter([package.read_file("models/model.onnx"), broken(package.read_file(GRAPH))])
     monkeypatch.setattr(onnx_export, "to_onnx", lambda *_: next(graphs))
     with pytest.raises(UserError, match="score map: P2 ONNX Runtime against torch"):
         export(run, tmp_path / "package")
@@ -184,7 +184,7 @@ def test_embed_writes_a_picture_a_map_of_its_size_and_the_scale_of_its_greys(
     assert (greys.dtype, greys.shape, greys.min(), greys.max()) == (np.uint16, (37, 51), 1, 65535)
     lowest, highest = float(row["lowest"]), float(row["highest"])
     scores = lowest + (greys.astype(np.float64) - 1) / 65534 * (highest - lowest)
-    np.testing.assert_allclose(scores, package.network.scores(volume_of(picture)), atol=2e-4)
+    np.testing.assert_allclose(scores, package.network.predict_score_map(volume_of(picture)), atol=2e-4)
     assert float(row["mean"]) == pytest.approx(scores.mean(), abs=2e-4)
     again = CliRunner().invoke(app, command)
     assert again.exit_code == 1
@@ -212,7 +212,7 @@ def test_a_resampled_map_comes_back_to_the_image_by_linear_interpolation(tmp_pat
     ramp = (place * np.array([1.0, 2.0, 3.0]).reshape(3, 1, 1, 1)).sum(0).astype(np.float32)
     volume = Volume(ramp[None], oblique("RAS"), oblique("RAS"), ramp.shape)
     network = replace(COPY, preprocessing=tuple(STEPS_3D[:3]))  # 1 x 1 x 1.5 mm
-    scores = network.scores(volume)
+    scores = network.predict_score_map(volume)
     inner = (slice(2, -2),) * 3
     np.testing.assert_allclose(scores[inner], 2 * ramp[inner], atol=1e-3)
     assert np.isfinite(scores).all()
@@ -224,7 +224,7 @@ def test_a_padded_image_has_a_map_of_its_own_size() -> None:
         return image * 3
 
     volume = Volume(np.ones((1, 13, 9), np.float32), np.eye(4), np.eye(4), (13, 9))
-    found = score(scores, volume, (), {"mode": "whole", "multiple_of": 16})
+    found = compute_score_map(scores, volume, (), {"mode": "whole", "multiple_of": 16})
     np.testing.assert_array_equal(found, np.full((13, 9), 3))
 
 
@@ -244,10 +244,10 @@ for missing in ("torch", "monai", "pandas", "pyarrow", "safetensors", "SimpleITK
     sys.modules[missing] = None
 from pathlib import Path
 from medim import load_package
-from medim.package.package import verify
+from medim.package.package import verify_package
 from medim.predict.predict import embed_images
 package, picture, out = map(Path, sys.argv[1:])
-assert [check.verdict for check in verify(package)] == ["not run", *["pass"] * 6]
+assert [check.verdict for check in verify_package(package)] == ["not run", *["pass"] * 6]
 embed_images(load_package(package), picture, out / "features.csv", maps=out / "maps")
 print(sorted(path.suffix for path in (out / "maps").glob("*.*") if path.suffix))
 """

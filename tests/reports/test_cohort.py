@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 
 from medim.data.index.index import Index, build_index
-from medim.data.index.rejection_codes import REASONS
-from medim.data.loading.quality_table import assess, write_quality
-from medim.data.preprocessing.quality import measure
-from medim.reports.contact_sheet import chosen, contact_sheet, picture
-from medim.reports.report import report
+from medim.data.index.rejection_codes import REJECTION_REASONS
+from medim.data.loading.quality_table import flag_images, write_quality
+from medim.data.preprocessing.quality import measure_quality
+from medim.reports.contact_sheet import build_contact_sheet, encode_picture, sample_records
+from medim.reports.report import write_report_page
 from medim.types import Modality, Volume
 from tests.data.loading.test_store import record
 from tests.data.synthetic import noise, write_nifti, write_series, xray
@@ -32,7 +32,7 @@ TRACES = ("avasarala", "chrisjen", "4711", "19610412", "1961-04", "tycho", "hold
 def page_of(source: Path, modality: Modality, out: Path) -> tuple[Index, str]:
     index = build_index(source, modality)
     index.write(out)
-    return index, report(out).read_text()
+    return index, write_report_page(out).read_text()
 
 
 def tiles(html: str) -> list[str]:
@@ -66,7 +66,7 @@ def people(*counts: int) -> list[Any]:
     ],
 )
 def test_the_images_of_a_sheet_are_spread_over_subjects(counts: Sequence[int], expected: list[str]) -> None:
-    assert [r.image for r in chosen(people(*counts))] == expected
+    assert [r.image for r in sample_records(people(*counts))] == expected
 
 
 def test_a_volume_is_shown_as_a_doctor_looks_at_it() -> None:
@@ -96,7 +96,7 @@ def test_a_picture_keeps_its_proportions_and_its_window() -> None:
 
 
 def shown(volume: Volume) -> np.ndarray[Any, Any]:
-    head, data = picture(volume).split(",")
+    head, data = encode_picture(volume).split(",")
     assert head == "data:image/jpeg;base64"
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
 
@@ -107,13 +107,13 @@ def test_images_that_cannot_be_read_are_shown_as_such_and_counted(tmp_path: Path
     index = build_index(tmp_path / "source", "mri")
     (tmp_path / "source" / "b.nii.gz").write_bytes(b"gone")
     index.write(tmp_path / "index")
-    html = report(tmp_path / "index").read_text()
+    html = write_report_page(tmp_path / "index").read_text()
     assert "1 image could not be read." in html
     assert ["<img" in tile for tile in tiles(html)] == [True, False, True]
     assert "cannot be read" in tiles(html)[1]
     assert "Measured on the 2 images of the contact sheet alone" in html
     shutil.rmtree(tmp_path / "source")
-    assert "3 images could not be read." in report(tmp_path / "index").read_text()
+    assert "3 images could not be read." in write_report_page(tmp_path / "index").read_text()
 
 
 def test_a_store_tells_the_figures_of_every_image_and_who_looks_alike(tmp_path: Path) -> None:
@@ -123,10 +123,10 @@ def test_a_store_tells_the_figures_of_every_image_and_who_looks_alike(tmp_path: 
     write_nifti(tmp_path / "source" / "copy.nii.gz", 2 * array + 1)
     index = build_index(tmp_path / "source", "mri")
     out = tmp_path / "store"
-    figures = {r.image: measure(index.open(r)) for r in index.records[:-1]}
-    write_quality(out, assess(index.records, figures))
+    figures = {r.image: measure_quality(index.open(r)) for r in index.records[:-1]}
+    write_quality(out, flag_images(index.records, figures))
     index.write(out)
-    html = report(out).read_text()
+    html = write_report_page(out).read_text()
     assert ["that could not be preprocessed", "1", "1"] in cells(html, "From files to images")
     assert "Measured on 30 images as read" in html
     flagged = {row[0]: row[1] for row in cells(html, "Flags of 30 images")}
@@ -178,7 +178,7 @@ def test_the_page_of_real_images(
         re.search(r'<img src="data:image/jpeg;base64,[^"]+" alt="Image \d+ of \d+, [^"]{20,}">', t) for t in tiles(html)
     )
     captions = [re.findall(r"<figcaption>(.*?)</figcaption>", tile)[0] for tile in tiles(html)]
-    assert captions == [r.subject for r in chosen(index.records)]
+    assert captions == [r.subject for r in sample_records(index.records)]
     assert len(set(captions)) == min(len({r.subject for r in index.records}), 24)
     flow = {row[0]: row[1] for row in cells(html, "From files to images")}
     assert (flow["Images"], flow["Not used"]) == (str(images), str(sum(reasons.values())))
@@ -187,6 +187,6 @@ def test_the_page_of_real_images(
         assert {code: int(row[1]) for code, row in told.items()} == reasons
         first = {r.reason: (r.detail, r.path) for r in reversed(index.rejected)}
         assert {code: (row[3], row[4]) for code, row in told.items()} == first
-        assert {code: row[2] for code, row in told.items()} == {code: REASONS[code] for code in reasons}
-    assert html == report(tmp_path / "index").read_text()
-    assert contact_sheet(index, "")[0].tiles == contact_sheet(index, "")[0].tiles
+        assert {code: row[2] for code, row in told.items()} == {code: REJECTION_REASONS[code] for code in reasons}
+    assert html == write_report_page(tmp_path / "index").read_text()
+    assert build_contact_sheet(index, "")[0].tiles == build_contact_sheet(index, "")[0].tiles

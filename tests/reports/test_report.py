@@ -14,10 +14,10 @@ import pytest
 from medim.data.index.index import Index, build_index
 from medim.evaluation.evaluate import evaluate
 from medim.metrics.bootstrap import mean_over_subjects
-from medim.reports.comparison import differences
-from medim.reports.report import report
+from medim.reports.comparison import compute_differences
+from medim.reports.report import write_report_page
 from medim.reports.runs import read_history
-from medim.reports.training_curves import VERDICTS
+from medim.reports.training_curves import VERDICT_BANNERS
 from medim.types import UserError
 from tests.evaluation.conftest import make_masks, make_run
 
@@ -121,7 +121,7 @@ def demo(
 
 @pytest.fixture(scope="module")
 def path(demo: tuple[Path, Index]) -> Path:
-    return report(demo[0])
+    return write_report_page(demo[0])
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_what_files_say_is_text_and_never_markup(html: str) -> None:
 
 
 def test_the_same_files_give_the_same_bytes(demo: tuple[Path, Index], html: str) -> None:
-    assert report(demo[0]).read_text() == html
+    assert write_report_page(demo[0]).read_text() == html
 
 
 def test_the_page_holds_no_path_of_this_machine_and_subjects_under_pictures_alone(
@@ -226,9 +226,9 @@ def test_the_page_holds_no_path_of_this_machine_and_subjects_under_pictures_alon
 
 @pytest.mark.parametrize("verdict", ["learning", "at-chance", "collapsed", "diverged"])
 def test_each_verdict_is_told_in_words(tmp_path: Path, verdict: str) -> None:
-    html = report(pretraining(tmp_path / "run", verdict)).read_text()
-    assert f'<p class="headline">{VERDICTS[verdict].headline}</p>' in html
-    assert VERDICTS[verdict].text in html
+    html = write_report_page(pretraining(tmp_path / "run", verdict)).read_text()
+    assert f'<p class="headline">{VERDICT_BANNERS[verdict].headline}</p>' in html
+    assert VERDICT_BANNERS[verdict].text in html
     assert "<nav" not in html  # one section needs no contents
 
 
@@ -249,18 +249,18 @@ def test_a_history_without_its_columns_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_with_nothing_to_report_and_a_package_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="found none"):
-        report(tmp_path)
+        write_report_page(tmp_path)
     with pytest.raises(UserError, match="found none"):
-        report(tmp_path / "nowhere")
+        write_report_page(tmp_path / "nowhere")
     with pytest.raises(UserError, match="must not change"):
-        report(package(tmp_path / "package"))
+        write_report_page(package(tmp_path / "package"))
 
 
 def test_two_evaluations_of_the_same_images_are_paired(tmp_path: Path, index: Index, segmenter: dict[str, Any]) -> None:
     pretrained = {**segmenter, "provenance": {**segmenter["provenance"], "parent": "0" * 64}}
     for name, spec in (("one", pretrained), ("two", segmenter)):
         evaluate(make_run(tmp_path / "runs" / name, spec), index, tmp_path / "both" / name)
-    html = report(tmp_path / "both").read_text()
+    html = write_report_page(tmp_path / "both").read_text()
     assert "+0.000 (+0.000 to +0.000), no clear difference" in html  # the same weights
 
 
@@ -271,7 +271,7 @@ def test_arms_measured_on_other_images_are_not_compared(
     fewer = dataclasses.replace(index, records=index.records[:4])
     evaluate(make_run(tmp_path / "runs" / "one", pretrained), index, tmp_path / "both" / "one")
     evaluate(make_run(tmp_path / "runs" / "two", segmenter), fewer, tmp_path / "both" / "two")
-    assert "Pretrained against scratch" not in report(tmp_path / "both").read_text()
+    assert "Pretrained against scratch" not in write_report_page(tmp_path / "both").read_text()
 
 
 def test_a_difference_is_over_the_images_both_have_a_value_of() -> None:
@@ -280,14 +280,14 @@ def test_a_difference_is_over_the_images_both_have_a_value_of() -> None:
         for k in range(20)
     ]
     better = [{**row, "dice": row["dice"] + 0.1, "hd95": None if k == 3 else 3.0} for k, row in enumerate(rows)]
-    found = differences(better, rows, ["it"])
+    found = compute_differences(better, rows, ["it"])
     assert found["dice"]["value"] == pytest.approx(0.1)
     assert found["dice"]["ci_low"] == pytest.approx(0.1)  # every image gains the same: pairing leaves no spread
     assert (found["hd95_it"]["value"], found["hd95_it"]["n"]) == (2.0, 19)
     assert (
         found["dice_it"] == mean_over_subjects([0.1] * 20, [f"s{k}" for k in range(20)]) or found["dice_it"]["n"] == 20
     )
-    assert differences(better[1:], rows, ["it"]) == {}
+    assert compute_differences(better[1:], rows, ["it"]) == {}
 
 
 def test_a_difference_of_classifiers_is_the_difference_of_their_metrics() -> None:
@@ -301,7 +301,7 @@ def test_a_difference_of_classifiers_is_the_difference_of_their_metrics() -> Non
             out += [{**keys, "class": "a", "probability": 1 - p}, {**keys, "class": "b", "probability": p}]
         return out
 
-    found = differences(rows(0.4), rows(0.0), ["a", "b"])
+    found = compute_differences(rows(0.4), rows(0.0), ["a", "b"])
     assert found["auroc"]["value"] is not None
     assert found["auroc"]["value"] > 0.2
     assert found["auroc"]["ci_low"] is not None
@@ -312,7 +312,7 @@ def test_rejected_images_are_told_with_their_reasons(tmp_path: Path, index: Inde
     records = (dataclasses.replace(index.records[0], label="huge"), *index.records[1:])
     marked = dataclasses.replace(index, records=records)
     evaluate(make_run(tmp_path / "run", classifier), marked, tmp_path / "out")
-    assert "unknown-class" in report(tmp_path / "out").read_text()
+    assert "unknown-class" in write_report_page(tmp_path / "out").read_text()
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medim.config import FinetuneConfig, PretrainConfig, check
+from medim.config import FinetuneConfig, PretrainConfig, check_config
 from medim.data.index.index import Index, build_index
 from medim.evaluation.probing.label_budget import Budget
 from medim.study.design import Arm, read_arms
-from medim.study.prepare import Options
+from medim.study.prepare import StudyOptions
 from medim.study.run import study
 from medim.training.pretrain.run import pretrain
 
@@ -62,7 +62,7 @@ def index(pictures: Path) -> Index:
 @pytest.fixture(scope="session")
 def schedule() -> FinetuneConfig:
     own = {"task": "classification", "head": {"name": "classification"}, "max_steps": 4, "measure_at": [2]}
-    config = check("finetune", {**COMMON, **own, "views": {"shape": list(SHAPE)}}, where="the test")
+    config = check_config("finetune", {**COMMON, **own, "views": {"shape": list(SHAPE)}}, source="the test")
     assert isinstance(config, FinetuneConfig)
     return config
 
@@ -72,7 +72,7 @@ def encoders(index: Index, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
     """Two pretraining runs."""
     objectives = [{"name": "local_dim", "estimator": "infonce", "critic": {"name": "encode_and_dot", "width": 8}}]
     own = {"objectives": objectives, "max_steps": 2, "views": {"shape": list(SHAPE)}}
-    config = check("pretrain", {**COMMON, **own}, where="the test")
+    config = check_config("pretrain", {**COMMON, **own}, source="the test")
     assert isinstance(config, PretrainConfig)
     runs = [tmp_path_factory.mktemp("encoders") / str(seed) for seed in range(2)]
     for seed, run in enumerate(runs):
@@ -94,10 +94,10 @@ def run_study(
     def run(out: Path | None = None, **options: Any) -> dict[str, Any]:
         given: dict[str, Any] = {"task": "classification", "config": schedule, "index": index, "arms": arms}
         given |= {"budgets": BUDGETS, "out": out or tmp_path / "study"}
-        own: dict[str, Any] = {"seeds": 2, "multiples": (), "accelerator": "cpu", "store": tmp_path / "store"}
+        own: dict[str, Any] = {"seeds": 2, "lr_multipliers": (), "accelerator": "cpu", "store": tmp_path / "store"}
         for name, value in options.items():
             (given if name in given else own)[name] = value
-        return study(**given, options=Options(**own))
+        return study(**given, options=StudyOptions(**own))
 
     return run
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from medim.data.index.index import Record
+from medim.data.index.index import ImageRecord
 from medim.evaluation.probing.label_budget import Budget
 from medim.study.design import Arm, Cell, Design, read_arms
 from medim.types import UsageError
 
 FEW, ALL = Budget(labelled=4), Budget(fraction=1.0)
-SUBSETS: dict[tuple[Budget, int], tuple[Record, ...]] = {(FEW, 0): (), (FEW, 1): (), (ALL, 0): ()}
+SUBSETS: dict[tuple[Budget, int], tuple[ImageRecord, ...]] = {(FEW, 0): (), (FEW, 1): (), (ALL, 0): ()}
 
 
 def design(*names: str, **options: object) -> Design:
@@ -47,7 +47,7 @@ def test_an_arm_that_cannot_be_told_apart_is_refused(encoders: list[str], messag
 
 
 def test_every_run_of_an_arm_has_a_scratch_run_of_the_same_seed_budget_and_subset() -> None:
-    cells = design("dim").cells(SUBSETS)
+    cells = design("dim").list_cells(SUBSETS)
     keys = {
         name: {(c.pretrain_seed, c.budget, c.subset_seed) for c in cells if c.arm.name == name}
         for name in ("dim", "scratch")
@@ -57,13 +57,13 @@ def test_every_run_of_an_arm_has_a_scratch_run_of_the_same_seed_budget_and_subse
 
 
 def test_a_budget_of_all_labels_has_one_subset() -> None:
-    cells = design("dim").cells(SUBSETS)
+    cells = design("dim").list_cells(SUBSETS)
     assert {c.subset_seed for c in cells if c.budget == ALL} == {0}
     assert {c.subset_seed for c in cells if c.budget == FEW} == {0, 1}
 
 
 def test_the_first_cells_are_a_whole_study_of_one_seed_and_subset() -> None:
-    cells = design("dim", "vae").cells(SUBSETS)
+    cells = design("dim", "vae").list_cells(SUBSETS)
     assert [(c.budget, c.arm.name, c.pretrain_seed, c.subset_seed) for c in cells[:6]] == [
         (budget, name, 0, 0) for budget in (FEW, ALL) for name in ("scratch", "dim", "vae")
     ]
@@ -71,9 +71,11 @@ def test_the_first_cells_are_a_whole_study_of_one_seed_and_subset() -> None:
 
 def test_a_rate_is_chosen_once_an_arm_and_budget_and_right_before_it_is_needed() -> None:
     chosen = frozenset({("scratch", "100%"), ("dim", "100%")})
-    cells = design("dim", selected=chosen).cells(SUBSETS)
+    cells = design("dim", selected=chosen).list_cells(SUBSETS)
     trials = [c for c in cells if c.kind == "selection"]
-    assert [(c.arm.name, c.multiple) for c in trials] == [(n, m) for n in ("scratch", "dim") for m in (0.3, 1.0, 3.0)]
+    assert [(c.arm.name, c.lr_multiplier) for c in trials] == [
+        (n, m) for n in ("scratch", "dim") for m in (0.3, 1.0, 3.0)
+    ]
     for trial in trials:
         first = next(c for c in cells if c.kind == "finetune" and (c.arm, c.budget) == (trial.arm, trial.budget))
         assert cells.index(trial) < cells.index(first)
@@ -83,7 +85,7 @@ def test_a_frozen_classifier_is_one_probe_a_run_and_a_frozen_segmenter_is_traine
     arms = (Arm("scratch"), Arm("dim", (Path("a"), Path("b")), "frozen"))
     kinds = {}
     for task in ("classification", "segmentation"):
-        cells = Design(task, arms, (FEW, ALL), seeds=2).cells(SUBSETS)
+        cells = Design(task, arms, (FEW, ALL), seeds=2).list_cells(SUBSETS)
         kinds[task] = [c.kind for c in cells if c.arm.name == "dim"]
     assert kinds["classification"] == ["probe"] * 2
     assert kinds["segmentation"] == ["finetune"] * 6
@@ -91,15 +93,15 @@ def test_a_frozen_classifier_is_one_probe_a_run_and_a_frozen_segmenter_is_traine
 
 def test_frozen_arms_can_be_given_fewer_subsets_than_the_arms_that_a_study_is_about() -> None:
     arms = (Arm("scratch"), Arm("dim", (Path("a"),)), Arm("vae", (Path("b"),), "frozen"))
-    cells = Design("segmentation", arms, (FEW, ALL), seeds=2, probe_seeds=1).cells(SUBSETS)
+    cells = Design("segmentation", arms, (FEW, ALL), seeds=2, probe_seeds=1).list_cells(SUBSETS)
     drawn = {name: sum(c.arm.name == name and c.budget == FEW for c in cells) for name in ("scratch", "dim", "vae")}
     assert drawn == {"scratch": 2, "dim": 2, "vae": 1}
-    assert Design("segmentation", arms, (FEW,), seeds=2, probe_seeds=9).draws(arms[2]) == range(2)
+    assert Design("segmentation", arms, (FEW,), seeds=2, probe_seeds=9).subset_seeds(arms[2]) == range(2)
 
 
 def test_no_two_cells_share_a_folder() -> None:
     arms = (Arm("scratch"), Arm("dim", (Path("a"), Path("b"))), Arm("frozen", (Path("a"),), "frozen"))
     chosen = frozenset({("scratch", "4"), ("dim", "4")})
-    cells = Design("classification", arms, (FEW, ALL), seeds=2, selected=chosen).cells(SUBSETS)
+    cells = Design("classification", arms, (FEW, ALL), seeds=2, lr_selections=chosen).list_cells(SUBSETS)
     assert len({cell.folder for cell in cells}) == len(cells) == len({str(cell) for cell in cells})
     assert Cell(arms[1], 1, FEW, 0).folder == Path("cells/dim/4/1-0")

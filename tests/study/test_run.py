@@ -18,10 +18,10 @@ from medim.files import read_json
 from medim.signals import StoppedError
 from medim.study import cell, run
 from medim.study.design import Arm, read_arms
-from medim.study.report.report import report
-from medim.study.results import Run, open_results
-from medim.study.scheduler import Agenda
-from medim.study.worker_pool import work
+from medim.study.report.report import write_study_page
+from medim.study.results import RunKey, open_results
+from medim.study.scheduler import Scheduler
+from medim.study.worker_pool import run_all
 from medim.training.finetune.module import FinetuneModule
 from medim.training.finetune.run import finetune
 from medim.training.tracking import tracking
@@ -132,7 +132,7 @@ def test_a_study_out_of_hours_leaves_what_is_done_and_says_what_is_left(
     assert stopped.value.exit_code == 75
     audited = read_json(tmp_path / "study" / "audit.json")
     assert (audited["models"], len(audited["shortcuts"])) == ({}, 5)
-    monkeypatch.setattr(run.Clock, "__call__", lambda _, cell: 0 if cell.arm.name == "scratch" else 10**6)
+    monkeypatch.setattr(run.DurationEstimator, "__call__", lambda _, cell: 0 if cell.arm.name == "scratch" else 10**6)
     with pytest.raises(StoppedError, match="1 of 2 cells are left"):
         small(max_hours=1, resume=True)
     summary = read_json(tmp_path / "study" / "summary.json")
@@ -196,7 +196,7 @@ def test_a_rate_that_could_not_be_tried_is_not_chosen_and_not_tried_again(
         return finetune(*given, **options)
 
     monkeypatch.setattr(cell, "finetune", failing)
-    options: dict[str, Any] = {"budgets": (Budget(labelled=20),), "multiples": (1.0, 3.0)}
+    options: dict[str, Any] = {"budgets": (Budget(labelled=20),), "lr_multipliers": (1.0, 3.0)}
     summary = small(**options)
     assert summary["complete"], "what was chosen from is no result"
     assert {cell["reason"] for cell in summary["cells"]["failed"]} == {"it diverged"}
@@ -222,14 +222,14 @@ def test_each_cell_is_a_child_of_the_study_in_mlflow(small: Study, tmp_path: Pat
 def test_a_study_goes_on_while_its_tracking_server_is_away_and_sends_later(
     small: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def alone(agenda: Agenda) -> None:
+    def alone(agenda: Scheduler) -> None:
         with monkeypatch.context() as away:
             away.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens
-            away.setattr(tracking, "LEAVE_SECONDS", 0.1)
-            work(agenda)
+            away.setattr(tracking, "SHUTDOWN_TIMEOUT", 0.1)
+            run_all(agenda)
         assert len(list((tmp_path / "study" / "cells").rglob(RECORDS))) == 2
 
-    monkeypatch.setattr(run, "work", alone)
+    monkeypatch.setattr(run, "run_all", alone)
     assert small()["complete"]
     client = MlflowClient()
     parent = client.get_run(read_json(tmp_path / "study" / STATE)["run"])
@@ -253,7 +253,7 @@ def test_a_frozen_classifier_is_measured_beside_the_anchors(
     assert {row["arm"] for row in summary["comparisons"]["rows"]} == {"dim", "other"}
     audited = read_json(tmp_path / "study" / "audit.json")["models"]
     assert set(audited) == {"scratch, 12 labels", "dim, 12 labels", "other, 12 labels"}
-    shown = open_results(tmp_path / "study").statistic("auroc", Run("dim", "12", 0, 0))
+    shown = open_results(tmp_path / "study").statistic("auroc", RunKey("dim", "12", 0, 0))
     assert audited["dim, 12 labels"]["auroc"]["value"] == pytest.approx(float(shown(np.ones((1, 12)))[0]))
 
 
@@ -268,7 +268,7 @@ def test_a_table_of_groups_gives_metrics_and_probes_for_each(small: Study, tmp_p
     assert {(p["column"], p["features"]) for p in audited["probes"]} == {("site", "dim"), ("site", "pixels")}
     page = (tmp_path / "study" / "report.html").read_text()
     assert "site: a" in page
-    report(tmp_path / "study")
+    write_study_page(tmp_path / "study")
     assert (tmp_path / "study" / "report.html").read_text() == page
 
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 
-from medim.config import FinetuneConfig, PretrainConfig, check
+from medim.config import FinetuneConfig, PretrainConfig, check_config
 from medim.data.index.index import Index
 from medim.evaluation.probing.label_budget import Budget
 from medim.files import read_json
@@ -31,11 +31,13 @@ COMMON = {
 def test_a_frozen_segmenter_keeps_encoder_and_decoder_bit_by_bit_and_learns_a_head(
     run_study: Callable[..., dict[str, Any]], volumes: Index, tmp_path: Path
 ) -> None:
-    before = check("pretrain", {**COMMON, "objectives": [{"name": "reconstruction", "block": 4}]}, where="the test")
-    config = check(
+    before = check_config(
+        "pretrain", {**COMMON, "objectives": [{"name": "reconstruction", "block": 4}]}, source="the test"
+    )
+    config = check_config(
         "finetune",
         {**COMMON, "task": "segmentation", "head": {"name": "segmentation"}, "head_init": "probe", "measure_at": [1]},
-        where="the test",
+        source="the test",
     )
     assert isinstance(before, PretrainConfig)
     assert isinstance(config, FinetuneConfig)

@@ -13,9 +13,9 @@ import torch
 
 from medim.evaluation.probing.label_budget import Budget
 from medim.study import worker_pool
-from medim.study.cell import Bench
+from medim.study.cell import StudyContext
 from medim.study.design import Cell, read_arms
-from medim.study.worker_pool import Outcome, attempt, serve
+from medim.study.worker_pool import CellOutcome, serve_cells, try_cell
 from medim.types import UserError
 
 pytestmark = pytest.mark.slow
@@ -23,20 +23,20 @@ Study = Callable[..., dict[str, Any]]
 KILLS = "killed-once"
 
 
-def mortal(bench: Bench, cell: Cell, multiple: float) -> Outcome:
+def mortal(bench: StudyContext, cell: Cell, multiple: float) -> CellOutcome:
     """Die in the cell of the encoder: once, or always where the study's folder says so."""
     if cell.arm.name == "dim":
         mark = bench.out.with_name(f"{bench.out.name}-died")
         if bench.out.name != KILLS or not mark.exists():
             mark.touch()
             os._exit(9)
-    return attempt(bench, cell, multiple)
+    return try_cell(bench, cell, multiple)
 
 
 def serve_mortal(*given: Any) -> None:
-    """What a process does in this test: `serve`, where a cell may bring it down."""
-    worker_pool.attempt = mortal
-    serve(*given)
+    """What a process does in this test: `serve_cells`, where a cell may bring it down."""
+    worker_pool.try_cell = mortal
+    serve_cells(*given)
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def one_thread() -> Iterator[None]:
 def test_two_warm_processes_give_the_same_bytes_as_one(
     run_study: Study, encoders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_pool, "available", lambda: 2)
+    monkeypatch.setattr(worker_pool, "count_cpus", lambda: 2)
     for name, jobs in (("one", 1), ("two", 2)):
         summary = run_study(tmp_path / name, jobs=jobs, seeds=1, arms=read_arms([f"dim={encoders[0]}"]))
         assert summary["complete"]
@@ -62,7 +62,7 @@ def test_two_warm_processes_give_the_same_bytes_as_one(
 def test_a_cell_whose_process_dies_is_tried_once_more_and_then_reported(
     run_study: Study, encoders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_pool, "serve", serve_mortal)
+    monkeypatch.setattr(worker_pool, "serve_cells", serve_mortal)
     arms, few = read_arms([f"dim={encoders[0]}"]), (Budget(labelled=4),)
     options: dict[str, Any] = {"jobs": 2, "seeds": 1, "arms": arms, "budgets": few}
     assert run_study(tmp_path / KILLS, **options)["complete"]

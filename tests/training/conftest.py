@@ -9,7 +9,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from medim.config import FinetuneConfig, PretrainConfig, check
+from medim.config import FinetuneConfig, PretrainConfig, check_config
 from medim.data.index.index import Index, build_index
 
 SHAPE = (16, 24, 16)
@@ -47,7 +47,7 @@ def cohort_index(volumes: Path) -> Index:
 
 @pytest.fixture
 def pretrain_config() -> PretrainConfig:
-    config = check(
+    config = check_config(
         "pretrain",
         {
             "modality": "mri",
@@ -64,7 +64,7 @@ def pretrain_config() -> PretrainConfig:
             "lr": 0.001,
             "checkpoint_every_steps": 2,
         },
-        where="the test",
+        source="the test",
     )
     assert isinstance(config, PretrainConfig)
     return config
@@ -72,7 +72,7 @@ def pretrain_config() -> PretrainConfig:
 
 @pytest.fixture
 def finetune_config() -> FinetuneConfig:
-    config = check(
+    config = check_config(
         "finetune",
         {
             "task": "segmentation",
@@ -88,7 +88,7 @@ def finetune_config() -> FinetuneConfig:
             "lr": 0.01,
             "checkpoint_every_steps": 3,
         },
-        where="the test",
+        source="the test",
     )
     assert isinstance(config, FinetuneConfig)
     return config

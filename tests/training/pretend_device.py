@@ -25,12 +25,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 
-from medim.config import PretrainConfig, load, presets
+from medim.config import PretrainConfig, list_presets, load_config
 from medim.objectives import contrastive_term, coordinates, dense, occlusion, reconstruction
-from medim.training.engine.process_group import ALONE
-from medim.training.pretrain.run import _module
+from medim.training.engine.process_group import SINGLE_PROCESS
+from medim.training.pretrain.run import _build_module
 
-SMALL = [name for name in presets("pretrain") if name.startswith("small-")]
+SMALL = [name for name in list_presets("pretrain") if name.startswith("small-")]
 OTHERS, FAULTY = " with drawn negatives and occlusion", " with a tensor left behind"
 CASES = [*SMALL, *(f"small-{n}d-local-dim{OTHERS}" for n in (2, 3)), f"small-2d-coordinates{FAULTY}"]
 DEVICES = ("cuda", "pretend")
@@ -113,20 +113,20 @@ def level(scores: torch.Tensor, mask: torch.Tensor | None = None) -> float:
 
 
 def left_behind(flat: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """`medim.objectives.coordinates._at`, but for the move to the device."""
+    """`medim.objectives.coordinates._gather_locations`, but for the move to the device."""
     return flat.gather(1, index.unsqueeze(-1).expand(-1, -1, flat.shape[2]))
 
 
 def step(name: str, device: str) -> list[str]:
     """Take the step of a preset (on `cuda` its losses alone); the devices of what was computed."""
-    config = load("pretrain", name.split(" ")[0])
+    config = load_config("pretrain", name.split(" ")[0])
     assert isinstance(config, PretrainConfig)
     if name.endswith(OTHERS):
         objective = {**config.objectives[0], "negatives": "permuted", "occlusion": 4}
         config = config.model_copy(update={"objectives": [objective]})
     shape = list(config.views.shape)
     spec = {"encoder": config.encoder, "in_channels": 1, "spatial_dims": config.spatial_dims, "input_shape": shape}
-    module: Any = _module(config, spec, 0, ALONE)
+    module: Any = _build_module(config, spec, 0, SINGLE_PROCESS)
     kind = f"{device}:0"
     with FakeTensorMode(), Strict():
         move(module, kind)
@@ -154,10 +154,10 @@ def main(device: str, out: Path) -> None:
             with ExitStack() as patches:
                 for module in (dense, reconstruction):
                     patches.enter_context(patch.object(module, "draw_cubes", hidden))
-                patches.enter_context(patch.object(occlusion, "draw_hidden", hidden))
-                patches.enter_context(patch.object(contrastive_term, "chance", level))
+                patches.enter_context(patch.object(occlusion, "draw_occlusion_mask", hidden))
+                patches.enter_context(patch.object(contrastive_term, "compute_chance", level))
                 if name.endswith(FAULTY):
-                    patches.enter_context(patch.object(coordinates, "_at", left_behind))
+                    patches.enter_context(patch.object(coordinates, "_gather_locations", left_behind))
                 found[name] = sorted(set(step(name, device)))
         except Exception:
             found[name] = traceback.format_exc().splitlines()[-12:]

@@ -19,15 +19,15 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 
-from medim.config import PretrainConfig, check
+from medim.config import PretrainConfig, check_config
 from medim.objectives import Term
 from medim.training.engine import process_group as training_ranks
-from medim.training.engine.launch import engine, planned, together
-from medim.training.engine.optim import optimiser
-from medim.training.engine.process_group import Ranks
+from medim.training.engine.launch import launched, planned_group, trainer_options
+from medim.training.engine.optim import build_optimiser
+from medim.training.engine.process_group import ProcessGroup
 from medim.training.engine.sampler import StepSampler, step_loader
 from medim.training.pretrain import module as training_module
-from medim.training.pretrain.run import _module
+from medim.training.pretrain.run import _build_module
 
 STEPS, BATCH, SHAPE = 20, 8, (16, 16)
 DOT = {"name": "encode_and_dot", "width": 16, "scaled": True}
@@ -106,7 +106,7 @@ def config_of(case: str) -> PretrainConfig:
     encoder = {"name": "convnet", "channels": [8, 8], "kernel_size": 3, "norm": "gn", "hidden": 0}
     encoder |= {"summary": "mean_max", "summary_channels": 8}
     run = {"modality": "xray", "preprocessing": [], "max_steps": STEPS, "batch_size": BATCH, "lr": 0.1}
-    config = check("pretrain", {"views": views, "encoder": encoder, **run, **options}, where=case)
+    config = check_config("pretrain", {"views": views, "encoder": encoder, **run, **options}, source=case)
     assert isinstance(config, PretrainConfig)
     return config
 
@@ -119,23 +119,23 @@ def descent(groups: Any, *, lr: float, max_steps: int, **_: Any) -> Any:
 
 def adamw(groups: Any, **options: Any) -> Any:
     """What runs use, at a rate that is common for it."""
-    return optimiser(groups, **{**options, "lr": 1e-3})
+    return build_optimiser(groups, **{**options, "lr": 1e-3})
 
 
-def trained(case: str, ranks: Ranks, *, by: Any = descent) -> dict[str, dict[str, torch.Tensor]]:
+def trained(case: str, ranks: ProcessGroup, *, by: Any = descent) -> dict[str, dict[str, torch.Tensor]]:
     """Parameters and buffers before and after the steps of a case, and the losses of the last one."""
     config = config_of(case)
     spec = {"encoder": config.encoder, "in_channels": 1, "spatial_dims": 2, "input_shape": list(SHAPE)}
     torch.manual_seed(0)
     losses: dict[str, torch.Tensor] = {}
-    with patch.object(training_module, "optimiser", by):
-        module = _module(config, spec, 0, ranks)
+    with patch.object(training_module, "build_optimiser", by):
+        module = _build_module(config, spec, 0, ranks)
         before = {name: value.clone() for name, value in module.state_dict().items()}
         sampler = StepSampler([str(n) for n in range(12)], batch_size=BATCH, steps=STEPS, seed=0, ranks=ranks)
         quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         trainer = pl.Trainer(
             max_steps=STEPS,
-            **engine("cpu", ranks),
+            **trainer_options("cpu", ranks),
             **quiet,
             callbacks=[Keep(losses)],
             enable_model_summary=False,
@@ -159,7 +159,7 @@ class Keep(pl.Callback):
 
 def fault(name: str) -> AbstractContextManager[Any]:
     """A gathering that is wrong on its way back."""
-    gather = training_ranks._Gather
+    gather = training_ranks._GatherFunction
     right = gather.backward
 
     def dropped(ctx: Any, gradient: torch.Tensor) -> Any:
@@ -178,7 +178,7 @@ def fault(name: str) -> AbstractContextManager[Any]:
 
 def main(out: Path) -> None:
     """Run every case, and one with each fault."""
-    with together("cpu", planned("cpu", 2, 1)) as ranks:
+    with launched("cpu", planned_group("cpu", 2, 1)) as ranks:
         for case in CASES:
             torch.save(trained(case, ranks), out / f"{case}-{ranks.rank}.pt")
         torch.save(trained("dv", ranks, by=adamw), out / f"adamw-{ranks.rank}.pt")

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from medim.data.index.index import Index, build_index
-from medim.data.loading.datasets import _Images
-from medim.training.pretrain.run import pretrain, resolve_config
-from medim.training.pretrain.step_encoder import StepEncode
+from medim.data.loading.datasets import _ImageBoxes
+from medim.training.pretrain.run import pretrain, resolve_pretrain_config
+from medim.training.pretrain.step_encoder import StepEncoder
 from medim.types import Features
 
 pytestmark = pytest.mark.slow
@@ -35,8 +35,8 @@ def xrays(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Index:
 @pytest.fixture
 def blank(monkeypatch: pytest.MonkeyPatch) -> None:
     """Views hold nothing; an index would refuse images that are constant."""
-    cut = _Images.cut
-    monkeypatch.setattr(_Images, "cut", lambda *args, **options: 0 * cut(*args, **options))
+    cut = _ImageBoxes.cut_box
+    monkeypatch.setattr(_ImageBoxes, "cut_box", lambda *args, **options: 0 * cut(*args, **options))
 
 
 def some(shared_data: Path, folder: Path) -> Index:
@@ -52,7 +52,7 @@ def some(shared_data: Path, folder: Path) -> Index:
 
 def run(name: str, index: Index, out: Path, store: Path, *settings: str, stop: bool = False) -> dict[str, Any]:
     logging.disable(logging.INFO)
-    config = resolve_config(name, settings)
+    config = resolve_pretrain_config(name, settings)
     return pretrain(config, index, out, store=store, stop_on_collapse=stop)
 
 
@@ -76,13 +76,13 @@ def test_a_learning_rate_of_all_but_zero_is_told_as_at_chance(xrays: Index, stor
 def test_summaries_paired_with_the_maps_of_another_image_are_told_as_at_chance(
     xrays: Index, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode = StepEncode.__call__
+    encode = StepEncoder.__call__
 
-    def shuffled(self: StepEncode, image: torch.Tensor) -> Features:
+    def shuffled(self: StepEncoder, image: torch.Tensor) -> Features:
         features = encode(self, image)
         return dataclasses.replace(features, summary=features.summary.roll(2, dims=0))  # an image has two views
 
-    monkeypatch.setattr(StepEncode, "__call__", shuffled)
+    monkeypatch.setattr(StepEncoder, "__call__", shuffled)
     assert ailment(run(XRAY, xrays, tmp_path, store, "max_steps=100")) == "at-chance"
 
 
@@ -91,14 +91,14 @@ def test_blank_images_are_told_as_collapsed(xrays: Index, blank: None, store: Pa
 
 
 def test_a_huge_weight_decay_is_told_as_collapsed(xrays: Index, store: Path, tmp_path: Path) -> None:
-    config = resolve_config(XRAY)
+    config = resolve_pretrain_config(XRAY)
     assert ailment(run(XRAY, xrays, tmp_path, store, f"weight_decay={0.4 / config.lr}", "max_steps=100")) == "collapsed"
 
 
 def test_a_learning_rate_ten_thousand_times_too_high_is_told_as_diverged(
     xrays: Index, store: Path, tmp_path: Path
 ) -> None:
-    lr = 10_000 * resolve_config(XRAY).lr
+    lr = 10_000 * resolve_pretrain_config(XRAY).lr
     assert ailment(run(XRAY, xrays, tmp_path, store, f"lr={lr}", "max_steps=60")) == "diverged"
 
 

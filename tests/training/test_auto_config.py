@@ -12,9 +12,19 @@ import torch
 from typer.testing import CliRunner
 
 from medim.cli import app
-from medim.config import KINDS, Command, FinetuneConfig, PretrainConfig, autos, check, override, presets, read
+from medim.config import (
+    CONFIG_CLASSES,
+    Command,
+    FinetuneConfig,
+    PretrainConfig,
+    apply_overrides,
+    auto_keys,
+    check_config,
+    list_presets,
+    read_config,
+)
 from medim.data.index.index import Index
-from medim.training.auto_config import VIEW_VOXELS, WHOLE_VOXELS, describe, fill_in, median_size
+from medim.training.auto_config import VIEW_VOXELS, WHOLE_VOXELS, describe_input, median_size, resolve_auto
 from medim.training.finetune import run as finetune_run
 from medim.training.pretrain import run as pretrain_run
 from medim.types import UsageError
@@ -34,19 +44,19 @@ IMAGES = {
     "mri": [THICK, HEAD, SMALL, STRIPPED, FEW_SLICES, MIXED],
     "xray": [PORTRAIT, LANDSCAPE, SQUARE, TINY, NARROW],
 }
-SHIPPED: list[tuple[Command, str]] = [(command, name) for command in KINDS for name in presets(command)]
-OPEN = [(command, name) for command, name in SHIPPED if autos(read(command, name))]
+SHIPPED: list[tuple[Command, str]] = [(command, name) for command in CONFIG_CLASSES for name in list_presets(command)]
+OPEN = [(command, name) for command, name in SHIPPED if auto_keys(read_config(command, name))]
 EVERY = [
     pytest.param(command, name, size, id=f"{name}-{'x'.join(map(str, size[0]))}")
     for command, name in OPEN
-    for size in IMAGES[read(command, name)["modality"]]
+    for size in IMAGES[read_config(command, name)["modality"]]
 ]
 
 
 def filled(name: str, size: Any, *assignments: str) -> dict[str, Any]:
     """A preset's views, levels, steps and stride for a median image."""
-    command: Command = "pretrain" if name in presets("pretrain") else "finetune"
-    content = fill_in(override(read(command, name), assignments), *size)
+    command: Command = "pretrain" if name in list_presets("pretrain") else "finetune"
+    content = resolve_auto(apply_overrides(read_config(command, name), assignments), *size)
     steps = {step["op"]: step for step in content["preprocessing"]}
     return {
         "views": content["views"]["shape"],
@@ -67,14 +77,16 @@ def index_of(cohort_index: Index, sizes: list[Any]) -> Index:
 
 @pytest.mark.parametrize(("command", "name", "size"), EVERY)
 def test_every_shipped_preset_becomes_a_run_that_can_be_built(command: Command, name: str, size: Any) -> None:
-    content = fill_in(read(command, name), *size)
-    config = check(command, content, where=name)
+    content = resolve_auto(read_config(command, name), *size)
+    config = check_config(command, content, source=name)
     assert isinstance(config, PretrainConfig | FinetuneConfig)
     if isinstance(config, FinetuneConfig) and config.task == "segmentation":  # its loss looks at values
-        finetune_run.rehearse(config.model_copy(update={"batch_size": 1}))
+        finetune_run.dry_run_finetuning(config.model_copy(update={"batch_size": 1}))
         return
     with torch.device("meta"):  # shapes are followed, nothing is computed
-        pretrain_run.rehearse(config) if isinstance(config, PretrainConfig) else finetune_run.rehearse(config)
+        pretrain_run.dry_run_pretraining(config) if isinstance(
+            config, PretrainConfig
+        ) else finetune_run.dry_run_finetuning(config)
 
 
 @pytest.mark.parametrize(("command", "name", "size"), EVERY)
@@ -89,8 +101,8 @@ def test_views_are_whole_strides_within_their_budget(command: Command, name: str
 
 @pytest.mark.parametrize(("command", "name"), [pair for pair in SHIPPED if pair not in OPEN])
 def test_a_preset_for_a_set_of_one_size_keeps_its_numbers(command: Command, name: str) -> None:
-    content = read(command, name)
-    assert fill_in(content, *IMAGES[content["modality"]][0]) == content
+    content = read_config(command, name)
+    assert resolve_auto(content, *IMAGES[content["modality"]][0]) == content
 
 
 # --- the rules in numbers
@@ -160,7 +172,7 @@ def test_one_large_image_among_many_does_not_move_the_median(cohort_index: Index
 def test_an_auto_without_a_rule_is_refused_by_name() -> None:
     for key in ("max_steps", "encoder.norm", "views.augmentations.0.axis", "objectives.0.critic.width"):
         with pytest.raises(UsageError, match="auto"):
-            pretrain_run.resolve_config("mri", [f"{key}=auto"])
+            pretrain_run.resolve_pretrain_config("mri", [f"{key}=auto"])
 
 
 @pytest.mark.parametrize(
@@ -178,7 +190,7 @@ def test_an_auto_without_a_rule_is_refused_by_name() -> None:
 )
 def test_a_mistake_beside_an_auto_is_what_the_message_speaks_of(assignment: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        pretrain_run.resolve_config("mri", [assignment])
+        pretrain_run.resolve_pretrain_config("mri", [assignment])
 
 
 # --- runs
@@ -189,17 +201,17 @@ def test_resolving_logs_and_describes_what_follows_from_the_images(
 ) -> None:
     caplog.set_level(logging.INFO, "medim")
     index = index_of(cohort_index, [HEAD, HEAD])
-    config = pretrain_run.resolve_config("mri", index=index)
+    config = pretrain_run.resolve_pretrain_config("mri", index=index)
     assert "input 64x64x64 at 1.4x1.4x1.4 mm, 4 levels, from the median image 256x256x176 at 1x1x1 mm" in caplog.text
-    assert describe(config, index)["median image"] == "256x256x176 at 1x1x1 mm"
+    assert describe_input(config, index)["median image"] == "256x256x176 at 1x1x1 mm"
     caplog.clear()
-    pretrain_run.resolve_config("mri-crop", index=index)
+    pretrain_run.resolve_pretrain_config("mri-crop", index=index)
     assert not caplog.text
 
 
 def test_the_same_images_give_the_same_hash_and_others_another(cohort_index: Index) -> None:
     hashes = [
-        pretrain_run.resolve_config("mri", index=index_of(cohort_index, sizes)).hash
+        pretrain_run.resolve_pretrain_config("mri", index=index_of(cohort_index, sizes)).hash
         for sizes in ([HEAD, SMALL, HEAD], [SMALL, HEAD, HEAD], [SMALL])
     ]
     assert hashes[0] == hashes[1] != hashes[2]

@@ -15,9 +15,9 @@ from torch import nn
 from medim.data.index.index import Index, build_index
 from medim.data.loading.cohort import open_cohort
 from medim.files import write_bytes
-from medim.inference.network import infer
-from medim.inference.ood import MOST_WINDOWS, PARTS, REFERENCE, Reference, Rows, Watch
-from medim.training.fit_ood import fit, limits_of, normal, watched_of, write_reference
+from medim.inference.network import run_inference
+from medim.inference.ood import FEATURE_GROUPS, MAX_WINDOWS, OOD_FILE, FeatureRecorder, OODDetector, OODFeatures
+from medim.training.fit_ood import conformal_thresholds, fit_detector, fit_gaussian, save_ood_detector, window_features
 from medim.types import Array, Features, Volume
 
 SPEC = {"inference": {"mode": "whole"}}
@@ -35,10 +35,10 @@ class Means(nn.Module):
         return Features((image * self.weight,), image.flatten(2).std(dim=2))
 
 
-def rows_like(count: int, seed: int, sides: int = 6) -> list[Rows]:
+def rows_like(count: int, seed: int, sides: int = 6) -> list[OODFeatures]:
     rng = np.random.default_rng(seed)
     mix = np.random.default_rng(99).standard_normal((sides, sides))
-    return [{part: mix @ rng.standard_normal(sides) for part in PARTS} for _ in range(count)]
+    return [{part: mix @ rng.standard_normal(sides) for part in FEATURE_GROUPS} for _ in range(count)]
 
 
 def names(count: int, images: int = 1) -> list[str]:
@@ -47,7 +47,7 @@ def names(count: int, images: int = 1) -> list[str]:
 
 def test_the_covariance_is_shrunk_as_scikit_learn_shrinks_it() -> None:
     rows = np.stack([row["features"] for row in rows_like(20, 0, sides=8)])
-    found = normal(rows, 0.0)
+    found = fit_gaussian(rows, 0.0)
     unit = (rows - rows.mean(axis=0)) / rows.std(axis=0)
     np.testing.assert_allclose(np.linalg.inv(found.precision), ledoit_wolf(unit, assume_centered=True)[0], atol=1e-2)
 
@@ -57,22 +57,22 @@ def test_about_one_fresh_image_in_twenty_gets_the_flag(subjects: int, method: st
     alarms = []
     for seed in range(20):
         held_out = rows_like(subjects, 2 * seed + 1)
-        reference = fit(rows_like(200, 2 * seed), names(200), held_out, names(subjects))
+        reference = fit_detector(rows_like(200, 2 * seed), names(200), held_out, names(subjects))
         assert reference.method == method
-        alarms.append(np.mean([reference.judge(row).ood for row in rows_like(200, 1000 + seed)]))
+        alarms.append(np.mean([reference.score(row).ood for row in rows_like(200, 1000 + seed)]))
     assert 0 < np.mean(alarms) < 0.065
 
 
 def test_what_lies_far_off_in_any_one_part_is_flagged_by_that_part() -> None:
-    reference = fit(rows_like(100, 0), names(100), rows_like(30, 1), names(30))
-    for part in PARTS:
+    reference = fit_detector(rows_like(100, 0), names(100), rows_like(30, 1), names(30))
+    for part in FEATURE_GROUPS:
         row = rows_like(1, 2)[0]
         row[part] = row[part] + 50
-        verdict = reference.judge(row)
-        assert (verdict.ood, verdict.by) == (True, part)
+        verdict = reference.score(row)
+        assert (verdict.ood, verdict.feature_group) == (True, part)
 
 
-@pytest.mark.parametrize(("side", "windows"), [(20, MOST_WINDOWS), (8, 1)])
+@pytest.mark.parametrize(("side", "windows"), [(20, MAX_WINDOWS), (8, 1)])
 def test_training_looks_at_the_windows_that_an_answer_looks_at_and_runs_no_other(side: int, windows: int) -> None:
     image = Volume(np.random.default_rng(0).random((1, *[side] * 3), np.float32), np.eye(4), np.eye(4), (side,) * 3)
     inference = {"mode": "sliding", "roi": [8, 8, 8], "overlap": 0.5}
@@ -82,26 +82,26 @@ def test_training_looks_at_the_windows_that_an_answer_looks_at_and_runs_no_other
         calls.append(len(window))
         return window, window.reshape(len(window), -1)[:, :5]
 
-    watch = Watch(both)
-    infer(watch, image, inference)
+    watch = FeatureRecorder(both)
+    run_inference(watch, image, inference)
     of_answer = len(calls)
-    np.testing.assert_array_equal(watched_of(both, image, inference), watch.watched)
+    np.testing.assert_array_equal(window_features(both, image, inference), watch.features)
     assert len(calls) - of_answer == windows <= of_answer
 
 
 def test_a_subject_with_many_images_counts_once() -> None:
     scores = np.array([9.0] * 40 + list(np.linspace(0, 1, 40)))[:, None]
     people = ["many"] * 40 + [f"s-{i}" for i in range(40)]
-    (limit,), method = limits_of(scores, people)
+    (limit,), method = conformal_thresholds(scores, people)
     assert method == "conformal"
     assert limit < 2  # one of 41 subjects is no twentieth
 
 
 def test_numbers_that_never_differ_in_training_do_not_flag_a_rounding() -> None:
-    same: list[Rows] = [{part: np.ones(3) for part in PARTS} for _ in range(40)]
-    reference = fit(same[:20], names(20), same[20:], names(20))
-    assert reference.judge(same[0]).ood is False
-    assert reference.judge({**same[0], "geometry": np.array([1.0, 1.0, 1.7])}).ood is True
+    same: list[OODFeatures] = [{part: np.ones(3) for part in FEATURE_GROUPS} for _ in range(40)]
+    reference = fit_detector(same[:20], names(20), same[20:], names(20))
+    assert reference.score(same[0]).ood is False
+    assert reference.score({**same[0], "geometry": np.array([1.0, 1.0, 1.7])}).ood is True
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +119,11 @@ def test_training_leaves_statistics_of_its_images_and_nothing_of_any_one(index: 
     written = []
     for name in ("one", "two"):
         network = Means().train()
-        write_reference(tmp_path / name, network, cohort, SPEC)
+        save_ood_detector(tmp_path / name, network, cohort, SPEC)
         assert network.training
-        written.append((tmp_path / name / REFERENCE).read_bytes())
+        written.append((tmp_path / name / OOD_FILE).read_bytes())
     assert written[0] == written[1]
-    reference = Reference.parse(written[0])
+    reference = OODDetector.parse(written[0])
     assert reference.counts["images"] == len(cohort.records("train"))
     assert reference.counts["held_out_subjects"] == len({r.subject for r in cohort.records("val")})
     with np.load(io.BytesIO(written[0]), allow_pickle=False) as file:
@@ -138,9 +138,9 @@ def test_too_few_subjects_give_no_statistics_and_an_old_file_goes(
 ) -> None:
     records = index.records[:8]
     cohort = open_cohort(index, records, STEPS, split_seed=0, store=tmp_path / "store")
-    write_bytes(tmp_path / REFERENCE, b"of another run")
-    write_reference(tmp_path, Means(), cohort, SPEC)
-    assert not (tmp_path / REFERENCE).exists()
+    write_bytes(tmp_path / OOD_FILE, b"of another run")
+    save_ood_detector(tmp_path, Means(), cohort, SPEC)
+    assert not (tmp_path / OOD_FILE).exists()
     assert "no out-of-distribution guard" in caplog.text
 
 
@@ -152,14 +152,14 @@ def test_a_network_that_takes_no_whole_image_ends_its_training_without_statistic
             return Features((image,), nn.Linear(7, 2)(image.flatten(1)))
 
     cohort = open_cohort(index, index.records, STEPS, split_seed=0, store=tmp_path / "store")
-    write_reference(tmp_path, Fixed(), cohort, SPEC)
-    assert not (tmp_path / REFERENCE).exists()
+    save_ood_detector(tmp_path, Fixed(), cohort, SPEC)
+    assert not (tmp_path / OOD_FILE).exists()
     assert "no out-of-distribution guard" in caplog.text
 
 
 @pytest.mark.parametrize("change", ["mean", "limit", "method", "schema_version"])
 def test_a_damaged_file_is_told(change: str) -> None:
-    data = fit(rows_like(40, 0), names(40), rows_like(20, 1), names(20)).dump()
+    data = fit_detector(rows_like(40, 0), names(40), rows_like(20, 1), names(20)).dump()
     with np.load(io.BytesIO(data), allow_pickle=False) as file:
         arrays: dict[str, Any] = dict(file)
     wrong = {"mean": np.full(6, np.nan), "limit": np.float32(-1), "method": np.str_("guess"), "schema_version": 9}
@@ -167,4 +167,4 @@ def test_a_damaged_file_is_told(change: str) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     with pytest.raises(ValueError, match=r"wrong shape|method|schema version"):
-        Reference.parse(buffer.getvalue())
+        OODDetector.parse(buffer.getvalue())

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from medim.config import FinetuneConfig, PretrainConfig, dump
-from medim.files import sha256
+from medim.config import FinetuneConfig, PretrainConfig, dump_config
+from medim.files import file_sha256
 
 pytestmark = pytest.mark.slow
 STARTER = """
@@ -148,7 +148,7 @@ def test_ten_kills_five_stops_and_a_cut_checkpoint_end_in_the_bytes_of_the_undis
     every = 8  # two intervals a disturbance at most
     changed = {"max_steps": 280, "checkpoint_every_steps": every}
     config = tmp_path / "config.yaml"
-    config.write_text(dump(pretrain_config.model_copy(update=changed)))
+    config.write_text(dump_config(pretrain_config.model_copy(update=changed)))
     command = ["pretrain", "--modality", "mri", "--data", str(volumes), "--config", str(config)]
     assert starter.run([*command, "--out", str(tmp_path / "undisturbed")]) == 0, starter.log.read_text()[-3000:]
     rng = random.Random(0)
@@ -156,7 +156,7 @@ def test_ten_kills_five_stops_and_a_cut_checkpoint_end_in_the_bytes_of_the_undis
     rng.shuffle(signals)
     summary = disturbed(starter, command, tmp_path / "run", signals, rng, interval(tmp_path / "undisturbed"), every)
     weights = Path("encoder") / "encoder.safetensors"
-    assert sha256(tmp_path / "undisturbed" / weights) == sha256(tmp_path / "run" / weights)
+    assert file_sha256(tmp_path / "undisturbed" / weights) == file_sha256(tmp_path / "run" / weights)
     histories = [(tmp_path / name / "history.csv").read_bytes() for name in ("undisturbed", "run")]
     assert histories[0] == histories[1]
     whole = json.loads((tmp_path / "undisturbed" / "summary.json").read_text())
@@ -169,7 +169,7 @@ def test_a_fine_tuning_killed_and_stopped_ends_in_the_bytes_of_the_undisturbed_r
 ) -> None:
     changed = {"max_steps": 200, "checkpoint_every_steps": 15, "measure_at": (100,)}
     config = tmp_path / "config.yaml"
-    config.write_text(dump(finetune_config.model_copy(update=changed)))
+    config.write_text(dump_config(finetune_config.model_copy(update=changed)))
     command = ["finetune", "--task", "segmentation", "--modality", "mri", "--data", str(volumes)]
     command += ["--config", str(config)]
     assert starter.run([*command, "--out", str(tmp_path / "undisturbed")]) == 0, starter.log.read_text()[-3000:]
@@ -178,7 +178,7 @@ def test_a_fine_tuning_killed_and_stopped_ends_in_the_bytes_of_the_undisturbed_r
         starter, command, tmp_path / "run", signals, random.Random(1), interval(tmp_path / "undisturbed"), 20
     )
     weights = Path("model") / "model.safetensors"
-    assert sha256(tmp_path / "undisturbed" / weights) == sha256(tmp_path / "run" / weights)
+    assert file_sha256(tmp_path / "undisturbed" / weights) == file_sha256(tmp_path / "run" / weights)
     assert (tmp_path / "undisturbed" / "history.csv").read_bytes() == (tmp_path / "run" / "history.csv").read_bytes()
     whole = json.loads((tmp_path / "undisturbed" / "summary.json").read_text())
     same = ("loss", "val", "steps")
@@ -191,7 +191,7 @@ def test_a_signal_to_all_processes_of_a_run_leaves_it_to_the_run_to_stop(
     """As SLURM sends it: the loading process must not die of it before the step is saved."""
     config = tmp_path / "config.yaml"
     changed = {"max_steps": 100, "checkpoint_every_steps": 10, "workers": 1}
-    config.write_text(dump(pretrain_config.model_copy(update=changed)))
+    config.write_text(dump_config(pretrain_config.model_copy(update=changed)))
     command = ["pretrain", "--modality", "mri", "--data", str(volumes), "--config", str(config)]
     command += ["--out", str(tmp_path / "run")]
     stop = disturbance(tmp_path / "run", signal.SIGUSR1, random.Random(2), 0.1, group=True)

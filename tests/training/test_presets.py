@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from medim.config import load, presets
+from medim.config import list_presets, load_config
 from medim.models.model import build_encoder, build_model
 from medim.objectives import OBJECTIVES
-from medim.training.pretrain.run import build_objectives, rehearse, resolve_config
+from medim.training.pretrain.run import build_objectives, dry_run_pretraining, resolve_pretrain_config
 
 PUBLISHED = {
     *("dim-local-infonce", "dim-local-jsd", "dim-global", "dim-local-global", "dim-tutorial"),
     *("amdim", "cpc", "vae", "fedorov-3d"),
 }
-SMALL = [name for name in presets("pretrain") if name.startswith("small-")]
+SMALL = [name for name in list_presets("pretrain") if name.startswith("small-")]
 
 
 def spec_of(config: Any, **more: Any) -> dict[str, Any]:
@@ -35,27 +35,27 @@ def widths(module: nn.Module) -> list[int]:
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_every_objective_has_a_small_preset(dims: int) -> None:
-    named = {o["name"] for n in SMALL if n.startswith(f"small-{dims}d") for o in load("pretrain", n).objectives}
+    named = {o["name"] for n in SMALL if n.startswith(f"small-{dims}d") for o in load_config("pretrain", n).objectives}
     assert named == set(OBJECTIVES)
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_small_preset_can_be_built(name: str) -> None:
-    rehearse(resolve_config(name))
+    dry_run_pretraining(resolve_pretrain_config(name))
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_a_published_preset_names_its_source_and_leaves_out_what_its_paper_does(name: str) -> None:
-    header = [line for line in presets("pretrain")[name].read_text().splitlines() if line.startswith("#")]
+    header = [line for line in list_presets("pretrain")[name].read_text().splitlines() if line.startswith("#")]
     assert any(word in " ".join(header) for word in ("arXiv", "DuaneNielsen"))
-    config = load("pretrain", name)
+    config = load_config("pretrain", name)
     assert config.gradient_clip == 0, "no paper of the family clips gradients"
     assert not any(section.get("standardise") for section in config.objectives)
 
 
 def test_the_papers_weights_are_those_of_its_three_settings() -> None:
     weights = {
-        name: {section["name"]: section["weight"] for section in load("pretrain", name).objectives}
+        name: {section["name"]: section["weight"] for section in load_config("pretrain", name).objectives}
         for name in ("dim-local-infonce", "dim-global", "dim-local-global")
     }
     assert weights["dim-local-infonce"] == {"local_dim": 1.0, "prior_matching": 0.1}
@@ -67,7 +67,7 @@ def test_the_papers_weights_are_those_of_its_three_settings() -> None:
 
 
 def test_the_tutorials_network_has_the_tutorials_shapes() -> None:
-    config = load("pretrain", "dim-tutorial")
+    config = load_config("pretrain", "dim-tutorial")
     encoder: Any = build_encoder(spec_of(config))
     features = encoder(torch.zeros(2, 1, 32, 32))
     assert [tuple(m.shape[1:]) for m in features.maps] == [(64, 29, 29), (128, 26, 26), (256, 23, 23), (512, 20, 20)]
@@ -84,6 +84,6 @@ def test_the_tutorials_network_has_the_tutorials_shapes() -> None:
 
 
 def test_the_tutorials_classifier_goes_from_64_by_15_and_10_to_the_classes() -> None:
-    config = load("finetune", "dim-tutorial-classification")
+    config = load_config("finetune", "dim-tutorial-classification")
     model = build_model(spec_of(config, decoder=None, head=config.head, out_channels=10))
     assert widths(model.head) == [64, 15, 10, 10]

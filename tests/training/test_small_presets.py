@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from medim.config import load, presets
+from medim.config import list_presets, load_config
 from medim.data.index.index import build_index
 from medim.training.pretrain.run import pretrain
 
@@ -20,12 +20,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("store")
 
 
-@pytest.mark.parametrize("name", [name for name in presets("pretrain") if name.startswith("small-")])
+@pytest.mark.parametrize("name", [name for name in list_presets("pretrain") if name.startswith("small-")])
 def test_a_small_preset_ends_below_chance_on_subjects_it_has_not_seen(
     name: str, shared_data: Path, store: Path, tmp_path: Path
 ) -> None:
     logging.disable(logging.INFO)
-    config = load("pretrain", name)
+    config = load_config("pretrain", name)
     summary = pretrain(config, build_index(shared_data / DATA[config.modality], config.modality), tmp_path, store=store)
     levels = {term: chance for term, chance in summary["chance"].items() if chance is not None}
     assert levels

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from medim.cli import app
-from medim.training.engine.process_group import ALONE
+from medim.training.engine.process_group import SINGLE_PROCESS
 from tests.training.processes import CASES, FAULTS, adamw, trained
 
 pytestmark = pytest.mark.slow
@@ -84,7 +84,7 @@ def learnt(folder: Path, case: str) -> dict[str, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_learn_what_one_learns_from_the_same_batch(case: str, two: Path) -> None:
-    alone, spread = trained(case, ALONE), learnt(two, case)
+    alone, spread = trained(case, SINGLE_PROCESS), learnt(two, case)
     assert furthest(alone["before"], spread["before"]) == 0
     parameters = [name for name in alone["before"] if "running" not in name and "tracked" not in name]
     moved = {name: float((alone["after"][name] - alone["before"][name]).abs().max()) for name in parameters}
@@ -94,12 +94,12 @@ def test_two_processes_learn_what_one_learns_from_the_same_batch(case: str, two:
 
 
 def test_so_do_they_with_adamw(two: Path) -> None:
-    assert furthest(trained("dv", ALONE, by=adamw)["after"], learnt(two, "adamw")["after"]) < 1e-5
+    assert furthest(trained("dv", SINGLE_PROCESS, by=adamw)["after"], learnt(two, "adamw")["after"]) < 1e-5
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_gathering_that_drops_or_scales_gradients_is_found(fault: str, two: Path) -> None:
-    assert furthest(trained("infonce", ALONE)["after"], learnt(two, fault)["after"]) > 1e-3
+    assert furthest(trained("infonce", SINGLE_PROCESS)["after"], learnt(two, fault)["after"]) > 1e-3
 
 
 @pytest.fixture(scope="module")

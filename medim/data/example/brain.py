@@ -19,7 +19,7 @@ FIELD_OF_VIEW = (176.0, 208.0, 176.0)  # mm: the brain and 11 to 16 mm around it
 
 
 @dataclass(frozen=True)
-class Grid:
+class VoxelGrid:
     """Voxel centres at `origin + spacing * index`, in mm, RAS+."""
 
     origin: tuple[float, float, float]
@@ -27,7 +27,7 @@ class Grid:
     shape: tuple[int, int, int]
 
     @classmethod
-    def covering(cls, margin: float, spacing: float) -> Grid:
+    def around_brain(cls, margin: float, spacing: float) -> VoxelGrid:
         """The grid centred on the brain that covers the field of view and `margin` mm more on every side.
 
         Each side has a multiple of 4 voxels.
@@ -43,7 +43,7 @@ class Grid:
         affine[:3, 3] = self.origin
         return affine
 
-    def points(self) -> Array:
+    def voxel_centres(self) -> Array:
         """(3, ...) float32, where every voxel centre lies, in mm."""
         axes = [o + self.spacing * np.arange(n) for o, n in zip(self.origin, self.shape, strict=True)]
         return np.stack(np.meshgrid(*axes, indexing="ij")).astype(np.float32)
@@ -55,21 +55,23 @@ class Grid:
         out = [ndimage.map_coordinates(v, index, order=1, mode="nearest", output=np.float32) for v in values]
         return np.stack(out)
 
-    def refine(self, values: Array, finer: Grid) -> Array:
+    def refine(self, values: Array, finer: VoxelGrid) -> Array:
         """`values` (C, ...) of this grid on a `finer` grid inside it: `sample`, but an axis at a time, faster."""
         for axis in range(3):
-            at = (finer.origin[axis] + finer.spacing * np.arange(finer.shape[axis]) - self.origin[axis]) / self.spacing
-            low = np.clip(np.floor(at).astype(int), 0, self.shape[axis] - 2)
-            weight = (at - low).astype(np.float32).reshape([-1 if a == axis else 1 for a in range(3)])
+            positions = (
+                finer.origin[axis] + finer.spacing * np.arange(finer.shape[axis]) - self.origin[axis]
+            ) / self.spacing
+            low = np.clip(np.floor(positions).astype(int), 0, self.shape[axis] - 2)
+            weight = (positions - low).astype(np.float32).reshape([-1 if a == axis else 1 for a in range(3)])
             values = values.take(low, axis + 1) * (1 - weight) + values.take(low + 1, axis + 1) * weight
         return values
 
 
-CONTROL = Grid.covering(margin=12.0, spacing=4.0)
+CONTROL_GRID = VoxelGrid.around_brain(margin=12.0, spacing=4.0)
 
 
 @dataclass(frozen=True, eq=False)
-class Template:
+class BrainTemplate:
     """The mean brain that every subject is a deformation of.
 
     Attributes:
@@ -77,17 +79,17 @@ class Template:
         maps: (4, ...) float32: the share of grey matter, white matter and CSF in each voxel (0 to 1), and the detail
             of the T1 image that these three do not explain, in units of white matter.
         support: bool, the voxels within 2 mm of any tissue.
-        expansion: (3, ...) float32 on `CONTROL`, a velocity in mm that widens the lateral ventricles and preserves
+        expansion: (3, ...) float32 on `CONTROL_GRID`, a velocity in mm that widens the lateral ventricles and preserves
             volume elsewhere. Flowing along it for a time of 1, 2, 3 makes their 18 ml 25, 33, 42 ml.
     """
 
-    grid: Grid
+    grid: VoxelGrid
     maps: Array
     support: Array
     expansion: Array
 
 
-def load_template(spacing: float) -> Template:
+def load_template(spacing: float) -> BrainTemplate:
     """The T1 image and tissue maps that ship inside nilearn (nothing is downloaded), blurred for scans of `spacing` mm.
 
     Raises:
@@ -106,21 +108,21 @@ def load_template(spacing: float) -> Template:
     box = tuple(slice(max(s.start - 4, 0), s.stop + 4) for s in ndimage.find_objects((t1 > 0).astype(np.uint8))[0])
     t1, grey, white = t1[box], grey[box], white[box]
     x, y, z = (float(o + s.start) for o, s in zip(images[0].affine[:3, 3], box, strict=True))
-    grid = Grid((x, y, z), 1.0, t1.shape)
+    grid = VoxelGrid((x, y, z), 1.0, t1.shape)
 
     tissues = np.stack([grey, white, np.clip((t1 > 0) - grey - white, 0, 1)])
     means = np.array([t1[share > 0.9].mean() for share in tissues], dtype=np.float32)
     detail = (t1 - np.tensordot(means, tissues, axes=1)) / means[1]
-    expansion = _expansion(_lateral_ventricles(tissues[2], grid), grid)
+    expansion = _compute_expansion(_segment_ventricles(tissues[2], grid), grid)
     blur = 0.4 * np.sqrt(max(spacing**2 - 1.0, 0.0))  # mm; half the amplitude is left at the new Nyquist frequency
     maps = np.stack([ndimage.gaussian_filter(m, blur) if blur else m for m in (*tissues, detail)])
     support = ndimage.binary_dilation(maps[:3].sum(0) > 1e-3, iterations=2)
-    return Template(grid, maps, support, expansion)
+    return BrainTemplate(grid, maps, support, expansion)
 
 
-def _lateral_ventricles(csf: Array, grid: Grid) -> Array:
+def _segment_ventricles(csf: Array, grid: VoxelGrid) -> Array:
     """The largest connected piece of CSF in a box around the middle of the brain: bool, 16 to 18 ml."""
-    x, y, z = grid.points()
+    x, y, z = grid.voxel_centres()
     inside = (np.abs(x) < 40) & (y > -62) & (y < 36) & (z > -5) & (z < 32)
     pieces, _ = ndimage.label((csf > 0.5) & inside)
     sizes = np.bincount(pieces.ravel())
@@ -128,11 +130,13 @@ def _lateral_ventricles(csf: Array, grid: Grid) -> Array:
     return np.asarray(pieces == sizes.argmax())
 
 
-def _expansion(region: Array, grid: Grid) -> Array:
+def _compute_expansion(region: Array, grid: VoxelGrid) -> Array:
     """The curl-free velocity, in mm, whose divergence is log 2 in `region` and 0 elsewhere: a potential's gradient."""
-    soft = ndimage.gaussian_filter(region.astype(np.float32), CONTROL.spacing / 2)  # (X, Y, Z) at 1 mm
-    rate = float(np.log(2)) * grid.sample(soft[None], CONTROL.points())[0]  # (x, y, z) at the control grid's 4 mm
-    waves = [2 * np.pi * fft.fftfreq(n, CONTROL.spacing) for n in CONTROL.shape]
+    soft = ndimage.gaussian_filter(region.astype(np.float32), CONTROL_GRID.spacing / 2)  # (X, Y, Z) at 1 mm
+    rate = (
+        float(np.log(2)) * grid.sample(soft[None], CONTROL_GRID.voxel_centres())[0]
+    )  # (x, y, z) at the control grid's 4 mm
+    waves = [2 * np.pi * fft.fftfreq(n, CONTROL_GRID.spacing) for n in CONTROL_GRID.shape]
     k = np.stack(np.meshgrid(*waves, indexing="ij"))  # (3, x, y, z) rad/mm
     square = (k**2).sum(0)
     square[0, 0, 0] = np.inf  # the mean rate has no potential on a periodic grid: it is left out, being near 0
@@ -140,79 +144,81 @@ def _expansion(region: Array, grid: Grid) -> Array:
     return np.stack([fft.ifftn(1j * wave * potential).real for wave in k]).astype(np.float32)
 
 
-def compose(outer: Array, inner: Array) -> Array:
-    """The displacement on `CONTROL` that follows `inner` and then `outer`: x + inner(x) + outer(x + inner(x))."""
-    return np.asarray(inner + CONTROL.sample(outer, CONTROL.points() + inner))
+def compose_displacements(outer: Array, inner: Array) -> Array:
+    """The displacement on `CONTROL_GRID` that follows `inner` and then `outer`: x + inner(x) + outer(x + inner(x))."""
+    return np.asarray(inner + CONTROL_GRID.sample(outer, CONTROL_GRID.voxel_centres() + inner))
 
 
-def exponential(velocity: Array) -> Array:
-    """How far a smooth stationary velocity (3, ...) on `CONTROL`, in mm, has carried each point after unit time.
+def integrate_velocity(velocity: Array) -> Array:
+    """How far a smooth stationary velocity (3, ...) on `CONTROL_GRID`, in mm, has carried each point after unit time.
 
     By scaling and squaring: exp(v) = exp(v / 2) o exp(v / 2), and exp(v) = x + v for a v of at most 0.5 mm.
     """
     squarings = max(0, int(np.ceil(np.log2(max(float(np.abs(velocity).max()), 0.5) / 0.5))))
     displacement = velocity / np.float32(2**squarings)
     for _ in range(squarings):
-        displacement = compose(displacement, displacement)
+        displacement = compose_displacements(displacement, displacement)
     return displacement
 
 
-def smooth_noise(rng: np.random.Generator, *, channels: int, scale: float, sd: float) -> Array:
-    """A Gaussian random field (channels, ...) on `CONTROL`, correlated over `scale` mm, of standard deviation `sd`."""
-    white = rng.standard_normal((channels, *CONTROL.shape), dtype=np.float32)
-    field = np.stack([ndimage.gaussian_filter(c, scale / CONTROL.spacing, mode="wrap") for c in white])
+def draw_smooth_noise(rng: np.random.Generator, *, channels: int, scale: float, sd: float) -> Array:
+    """Gaussian random field (channels, ...) on `CONTROL_GRID`, correlated over `scale` mm, standard deviation `sd`."""
+    white = rng.standard_normal((channels, *CONTROL_GRID.shape), dtype=np.float32)
+    field = np.stack([ndimage.gaussian_filter(c, scale / CONTROL_GRID.spacing, mode="wrap") for c in white])
     return np.asarray(field * (np.float32(sd) / field.std()))
 
 
-def draw_anatomy(template: Template, rng: np.random.Generator, *, enlarged: bool) -> Array:
-    """One person's displacement (3, ...) on `CONTROL`: a broad and a fine random deformation, and ventricles of a size.
+def draw_anatomy(template: BrainTemplate, rng: np.random.Generator, *, enlarged: bool) -> Array:
+    """Displacement (3, ...) of a subject on `CONTROL_GRID`: broad and fine random deformation, and the ventricle size.
 
     Both classes share every distribution but that of the ventricles' growth: `enlarged` ones have 31 to 44 ml, the
     others 15 to 21 ml, before the random deformation.
     """
     growth = rng.uniform(1.8, 3.2) if enlarged else rng.uniform(-0.5, 0.5)
-    broad = smooth_noise(rng, channels=3, scale=20.0, sd=2.5)
-    fine = smooth_noise(rng, channels=3, scale=9.0, sd=0.8)
-    inward = exponential(template.expansion * -growth)  # where it is wider, the template is looked up further inside
-    return compose(inward, exponential(broad + fine))
+    broad = draw_smooth_noise(rng, channels=3, scale=20.0, sd=2.5)
+    fine = draw_smooth_noise(rng, channels=3, scale=9.0, sd=0.8)
+    inward = integrate_velocity(
+        template.expansion * -growth
+    )  # where it is wider, the template is looked up further inside
+    return compose_displacements(inward, integrate_velocity(broad + fine))
 
 
 def draw_pose(rng: np.random.Generator) -> Array:
-    """How the head lay this time: a displacement (3, ...) on `CONTROL`, about 1 degree of turn and 1 mm of shift."""
+    """Displacement (3, ...) of the head position on `CONTROL_GRID`: about 1 degree of rotation and 1 mm of shift."""
     a, b, c = rng.normal(0.0, np.deg2rad(1.0), 3)
     cross = np.array([[0, -c, b], [c, 0, -a], [-b, a, 0]])
     rotation = np.eye(3) + cross + cross @ cross / 2  # the exponential to second order
-    centred = CONTROL.points() - np.reshape(FIELD_CENTRE, (3, 1, 1, 1)).astype(np.float32)
-    turned = sum((rotation - np.eye(3))[:, i].reshape(3, 1, 1, 1) * centred[i] for i in range(3))
-    return np.asarray(turned + rng.normal(0.0, 1.0, (3, 1, 1, 1)), dtype=np.float32)
+    offsets = CONTROL_GRID.voxel_centres() - np.reshape(FIELD_CENTRE, (3, 1, 1, 1)).astype(np.float32)
+    rotation_shift = sum((rotation - np.eye(3))[:, i].reshape(3, 1, 1, 1) * offsets[i] for i in range(3))
+    return np.asarray(rotation_shift + rng.normal(0.0, 1.0, (3, 1, 1, 1)), dtype=np.float32)
 
 
-def deform(template: Template, displacement: Array, grid: Grid) -> Array:
-    """The template's `maps` (4, ...) as `displacement` (3, ...) on `CONTROL` shows them on `grid`."""
-    points = grid.points() + CONTROL.refine(displacement, grid)
+def deform_template(template: BrainTemplate, displacement: Array, grid: VoxelGrid) -> Array:
+    """The template's `maps` (4, ...) as `displacement` (3, ...) on `CONTROL_GRID` shows them on `grid`."""
+    points = grid.voxel_centres() + CONTROL_GRID.refine(displacement, grid)
     origin = np.array(template.grid.origin, dtype=np.float32).reshape(3, 1, 1, 1)
     nearest = np.rint(points - origin).astype(np.int32)  # the template's voxels are 1 mm
-    last = np.reshape(template.grid.shape, (3, 1, 1, 1)).astype(np.int32) - 1
-    inside = template.support[tuple(np.clip(nearest, 0, last))]  # a third of the grid: the rest stays 0
+    max_index = np.reshape(template.grid.shape, (3, 1, 1, 1)).astype(np.int32) - 1
+    inside = template.support[tuple(np.clip(nearest, 0, max_index))]  # a third of the grid: the rest stays 0
     maps = np.zeros((len(template.maps), *grid.shape), dtype=np.float32)
     maps[:, inside] = template.grid.sample(template.maps, points[:, inside])
     return maps
 
 
-def jacobian(displacement: Array, grid: Grid) -> Array:
+def compute_jacobian(displacement: Array, grid: VoxelGrid) -> Array:
     """The determinant of the deformation on `grid` (...): above 1 where the template shrinks, negative in a fold."""
-    refined = CONTROL.refine(displacement, grid)
-    gradient = np.stack([np.stack(np.gradient(d, grid.spacing)) for d in refined])  # (3, 3, ...)
+    field = CONTROL_GRID.refine(displacement, grid)
+    gradient = np.stack([np.stack(np.gradient(d, grid.spacing)) for d in field])  # (3, 3, ...)
     return np.asarray(np.linalg.det(np.moveaxis(gradient, (0, 1), (-2, -1)) + np.eye(3)))
 
 
-def label_map(maps: Array) -> Array:
+def label_tissues(maps: Array) -> Array:
     """Tissue of each voxel, uint8: 0 background, 1 grey matter, 2 white matter, 3 other (CSF)."""
     tissues = maps[:3]
     return np.where(tissues.sum(0) > 0.5, tissues.argmax(0) + 1, 0).astype(np.uint8)
 
 
-def draw_scan(maps: Array, grid: Grid, rng: np.random.Generator) -> Array:
+def draw_scan(maps: Array, grid: VoxelGrid, rng: np.random.Generator) -> Array:
     """What one T1-weighted acquisition shows of `maps` (4, ...): int16 magnitudes from 1 up, on `grid`.
 
     The scanner sets the brightness of each tissue, the overall scale, a smooth multiplicative coil bias (about 12 %)
@@ -221,7 +227,7 @@ def draw_scan(maps: Array, grid: Grid, rng: np.random.Generator) -> Array:
     """
     grey, csf, detail = rng.uniform(0.62, 0.84), rng.uniform(0.2, 0.42), rng.uniform(0.7, 1.1)  # white matter is 1
     signal = grey * maps[0] + maps[1] + csf * maps[2] + detail * maps[3]
-    bias = CONTROL.refine(smooth_noise(rng, channels=1, scale=40.0, sd=0.12), grid)[0]
+    bias = CONTROL_GRID.refine(draw_smooth_noise(rng, channels=1, scale=40.0, sd=0.12), grid)[0]
     signal = np.maximum(signal, 0) * np.exp(bias)
     noise = rng.uniform(0.015, 0.04) * rng.standard_normal((2, *grid.shape), dtype=np.float32)
     magnitude = np.hypot(signal + noise[0], noise[1])

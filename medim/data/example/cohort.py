@@ -17,12 +17,12 @@ import numpy as np
 
 from medim.data.example import brain
 from medim.data.example.scan import ExampleScan
-from medim.files import fresh_folder, write_bytes, write_csv, write_json
+from medim.files import prepare_output_folder, write_bytes, write_csv, write_json
 from medim.types import UsageError, UserError
 
-Format = Literal["nifti", "dicom"]
-FORMATS: tuple[Format, ...] = ("nifti", "dicom")
-LABELS = {0: "background", 1: "grey", 2: "white", 3: "other"}
+ExampleFormat = Literal["nifti", "dicom"]
+EXAMPLE_FORMATS: tuple[ExampleFormat, ...] = ("nifti", "dicom")
+TISSUE_LABELS = {0: "background", 1: "grey", 2: "white", 3: "other"}
 LICENCE = (
     "Simulated from the ICBM 152 nonlinear symmetric 2009a template. Copyright (C) 1993-2004 Louis Collins, McConnell "
     "Brain Imaging Centre, Montreal Neurological Institute, McGill University. Permission to use, copy, modify, and "
@@ -31,17 +31,17 @@ LICENCE = (
 )
 
 
-def plan(subjects: int, *, seed: int) -> tuple[tuple[bool, int], ...]:
+def plan_cohort(subjects: int, *, seed: int) -> tuple[tuple[bool, int], ...]:
     """Who is enlarged and how many scans each has: one of every two subjects, and two scans for one of every three.
 
     Which one is drawn block by block, so that a smaller cohort of the same seed is the beginning of a larger one.
     """
     enlarged = [i % 2 == np.random.default_rng([seed, 1, i // 2]).integers(2) for i in range(subjects)]
-    twice = [i % 3 == np.random.default_rng([seed, 2, i // 3]).integers(3) for i in range(subjects)]
-    return tuple((bool(e), 1 + int(t)) for e, t in zip(enlarged, twice, strict=True))
+    has_two_scans = [i % 3 == np.random.default_rng([seed, 2, i // 3]).integers(3) for i in range(subjects)]
+    return tuple((bool(e), 1 + int(t)) for e, t in zip(enlarged, has_two_scans, strict=True))
 
 
-def simulate(subjects: int = 24, *, spacing: float = 2.0, seed: int = 0) -> Iterator[ExampleScan]:
+def simulate_scans(subjects: int = 24, *, spacing: float = 2.0, seed: int = 0) -> Iterator[ExampleScan]:
     """Draw the scans of the cohort, one after the other, subject by subject.
 
     Args:
@@ -50,18 +50,18 @@ def simulate(subjects: int = 24, *, spacing: float = 2.0, seed: int = 0) -> Iter
         seed: fixes everything; each scan depends on (seed, subject, session, spacing) alone.
     """
     template = brain.load_template(spacing)
-    grid = brain.Grid.covering(margin=0.0, spacing=spacing)
-    for number, (enlarged, sessions) in enumerate(plan(subjects, seed=seed), start=1):
+    grid = brain.VoxelGrid.around_brain(margin=0.0, spacing=spacing)
+    for number, (enlarged, sessions) in enumerate(plan_cohort(subjects, seed=seed), start=1):
         anatomy = brain.draw_anatomy(template, np.random.default_rng([seed, 3, number]), enlarged=enlarged)
         for session in range(1, sessions + 1):
             rng = np.random.default_rng([seed, 4, number, session])
-            maps = brain.deform(template, brain.compose(anatomy, brain.draw_pose(rng)), grid)
+            maps = brain.deform_template(template, brain.compose_displacements(anatomy, brain.draw_pose(rng)), grid)
             yield ExampleScan(
                 subject=f"EX-{number:03d}",
                 session=session,
                 label="enlarged" if enlarged else "normal",
                 image=brain.draw_scan(maps, grid, rng),
-                tissue=brain.label_map(maps),
+                tissue=brain.label_tissues(maps),
                 affine=grid.affine,
             )
 
@@ -71,7 +71,7 @@ def make_example(
     *,
     subjects: int = 24,
     spacing: float = 2.0,
-    formats: Sequence[Format] = ("nifti",),
+    formats: Sequence[ExampleFormat] = ("nifti",),
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
@@ -96,27 +96,27 @@ def make_example(
         UsageError: an argument is out of its range.
         UserError: `out` holds something, cannot be written, or nilearn is missing.
     """
-    _check(subjects, spacing, formats, seed)
-    fresh_folder(out)
-    total = sum(sessions for _, sessions in plan(subjects, seed=seed))
+    _check_example_arguments(subjects, spacing, formats, seed)
+    prepare_output_folder(out)
+    total = sum(sessions for _, sessions in plan_cohort(subjects, seed=seed))
     staging = Path(tempfile.mkdtemp(dir=out, prefix=".partial-"))
     try:
         rows: list[tuple[str, str, str]] = []
-        for done, scan in enumerate(simulate(subjects, spacing=spacing, seed=seed), start=1):
+        for done, scan in enumerate(simulate_scans(subjects, spacing=spacing, seed=seed), start=1):
             if "nifti" in formats:
-                _write_nifti(scan, staging / "nifti")
+                _write_scan_nifti(scan, staging / "nifti")
             if "dicom" in formats:
-                from medim.data.example.dicom import write_series
+                from medim.data.example.dicom import write_dicom_series
 
-                write_series(scan, staging / "dicom" / scan.name, seed=seed)
+                write_dicom_series(scan, staging / "dicom" / scan.name, seed=seed)
             rows.append((scan.name, scan.subject, scan.label))
             if progress is not None:
                 progress(done, total)
         if "nifti" in formats:
-            _write_tables(staging / "nifti", rows, suffix=".nii.gz")
-            _write_dataset(staging / "nifti", [name for name, _, _ in rows])
+            _write_cohort_tables(staging / "nifti", rows, suffix=".nii.gz")
+            _write_dataset_json(staging / "nifti", [name for name, _, _ in rows])
         if "dicom" in formats:
-            _write_tables(staging / "dicom", rows, suffix="")
+            _write_cohort_tables(staging / "dicom", rows, suffix="")
         for folder in sorted(staging.iterdir()):
             folder.rename(out / folder.name)
     except OSError as error:
@@ -126,19 +126,22 @@ def make_example(
     return out
 
 
-def _check(subjects: int, spacing: float, formats: Sequence[str], seed: int) -> None:
+def _check_example_arguments(subjects: int, spacing: float, formats: Sequence[str], seed: int) -> None:
     if not 1 <= subjects <= 999:
         raise UsageError(f"The number of subjects must be 1 to 999, got {subjects}.")
     if not 1 <= spacing <= 8:
         raise UsageError(f"The spacing must be 1 to 8 mm, got {spacing}.")
     if seed < 0:
         raise UsageError(f"The seed must be 0 or more, got {seed}.")
-    unknown = sorted(set(formats) - set(FORMATS))
-    if unknown or not formats:
-        raise UsageError(f"The format must be one or more of {', '.join(FORMATS)}; got {', '.join(unknown) or 'none'}.")
+    unknown_formats = sorted(set(formats) - set(EXAMPLE_FORMATS))
+    if unknown_formats or not formats:
+        raise UsageError(
+            f"The format must be one or more of {', '.join(EXAMPLE_FORMATS)}; got "
+            f"{', '.join(unknown_formats) or 'none'}."
+        )
 
 
-def _write_nifti(scan: ExampleScan, folder: Path) -> None:
+def _write_scan_nifti(scan: ExampleScan, folder: Path) -> None:
     import nibabel
 
     nifti: Any = nibabel.Nifti1Image  # nibabel has no annotations
@@ -151,12 +154,12 @@ def _write_nifti(scan: ExampleScan, folder: Path) -> None:
         write_bytes(folder / kind / f"{scan.name}.nii.gz", gzip.compress(image.to_bytes(), compresslevel=4, mtime=0))
 
 
-def _write_tables(folder: Path, rows: Sequence[tuple[str, str, str]], *, suffix: str) -> None:
+def _write_cohort_tables(folder: Path, rows: Sequence[tuple[str, str, str]], *, suffix: str) -> None:
     write_csv(folder / "subjects.csv", ("image", "subject"), [(name + suffix, subject) for name, subject, _ in rows])
     write_csv(folder / "labels.csv", ("image", "label"), [(name + suffix, label) for name, _, label in rows])
 
 
-def _write_dataset(folder: Path, names: Sequence[str]) -> None:
+def _write_dataset_json(folder: Path, names: Sequence[str]) -> None:
     files = [{"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"} for name in names]
     content = {
         "name": "Example",
@@ -165,7 +168,7 @@ def _write_dataset(folder: Path, names: Sequence[str]) -> None:
         "licence": LICENCE,
         "tensorImageSize": "3D",
         "modality": {"0": "MRI"},
-        "labels": {str(value): name for value, name in LABELS.items()},
+        "labels": {str(value): name for value, name in TISSUE_LABELS.items()},
         "numTraining": len(files),
         "numTest": 0,
         "training": files,

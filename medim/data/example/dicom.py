@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from medim.data.example.scan import ExampleScan
 
 
-def write_series(scan: ExampleScan, folder: Path, *, seed: int) -> None:
+def write_dicom_series(scan: ExampleScan, folder: Path, *, seed: int) -> None:
     """Write one file a slice, `IM-0001.dcm` onwards, into a new folder.
 
     DICOM counts millimetres to the patient's Left and Posterior (LPS) where the scan has RAS: rows and columns are the
@@ -30,29 +30,29 @@ def write_series(scan: ExampleScan, folder: Path, *, seed: int) -> None:
         seed: the cohort's, which the UIDs are derived from together with the scan.
     """
     spacing = float(scan.affine[0, 0])
-    dataset = _series(scan, spacing=spacing, seed=seed)
-    last = (scan.image.shape[0] - 1, scan.image.shape[1] - 1)
+    dataset = _build_series_dataset(scan, spacing=spacing, seed=seed)
+    last_index = (scan.image.shape[0] - 1, scan.image.shape[1] - 1)
     series = str(dataset.SeriesInstanceUID)
     for z in range(scan.image.shape[2]):
-        right, anterior, superior, _ = scan.affine @ (*last, z, 1)  # the centre of the first pixel, mm, RAS+
+        right, anterior, superior, _ = scan.affine @ (*last_index, z, 1)  # the centre of the first pixel, mm, RAS+
         uid = generate_uid(entropy_srcs=[series, str(z)])
         dataset.file_meta.MediaStorageSOPInstanceUID = uid
         dataset.SOPInstanceUID = uid
         dataset.InstanceNumber = z + 1
-        dataset.ImagePositionPatient = [_decimal(-right), _decimal(-anterior), _decimal(superior)]
-        dataset.SliceLocation = _decimal(superior)
+        dataset.ImagePositionPatient = [_format_decimal(-right), _format_decimal(-anterior), _format_decimal(superior)]
+        dataset.SliceLocation = _format_decimal(superior)
         dataset.PixelData = scan.image[::-1, ::-1, z].T.astype("<u2").tobytes()  # (rows, columns)
         buffer = BytesIO()
         dataset.save_as(buffer, enforce_file_format=True)
         write_bytes(folder / f"IM-{z + 1:04d}.dcm", buffer.getvalue())
 
 
-def _decimal(value: float) -> DSfloat:
+def _format_decimal(value: float) -> DSfloat:
     """A number in the 16 characters that DICOM allows one."""
     return DSfloat(float(value), auto_format=True)
 
 
-def _series(scan: ExampleScan, *, spacing: float, seed: int) -> Dataset:
+def _build_series_dataset(scan: ExampleScan, *, spacing: float, seed: int) -> Dataset:
     """Everything that the slices of a scan share."""
     number = int(scan.subject.removeprefix("EX-"))
     source = [f"medim example {seed} {spacing} {number}"]
@@ -89,11 +89,11 @@ def _series(scan: ExampleScan, *, spacing: float, seed: int) -> Dataset:
     dataset.PositionReferenceIndicator = ""
     dataset.Manufacturer = "medim"
     dataset.ManufacturerModelName = "Example"
-    _mr_image(dataset, scan, spacing)
+    _add_mr_image_module(dataset, scan, spacing)
     return dataset
 
 
-def _mr_image(dataset: Dataset, scan: ExampleScan, spacing: float) -> None:
+def _add_mr_image_module(dataset: Dataset, scan: ExampleScan, spacing: float) -> None:
     """The MR Image, Image Plane and Image Pixel modules, but for what differs from slice to slice."""
     dataset.ImageType = ["DERIVED", "SECONDARY", "OTHER"]
     dataset.AcquisitionNumber = 1
@@ -108,9 +108,9 @@ def _mr_image(dataset: Dataset, scan: ExampleScan, spacing: float) -> None:
     dataset.MagneticFieldStrength = 1.5
 
     dataset.ImageOrientationPatient = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
-    dataset.PixelSpacing = [_decimal(spacing), _decimal(spacing)]
-    dataset.SliceThickness = _decimal(spacing)
-    dataset.SpacingBetweenSlices = _decimal(spacing)
+    dataset.PixelSpacing = [_format_decimal(spacing), _format_decimal(spacing)]
+    dataset.SliceThickness = _format_decimal(spacing)
+    dataset.SpacingBetweenSlices = _format_decimal(spacing)
 
     columns, rows, _ = scan.image.shape
     dataset.Rows, dataset.Columns = rows, columns

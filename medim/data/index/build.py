@@ -11,85 +11,94 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
-from medim.data.index.decathlon import stem
-from medim.data.index.join import Draft, check_listed, join_labels, join_subjects, tables_of, take_masks
-from medim.data.index.layouts import Layout, Said, lay_out, said_by_folders
+from medim.data.index.decathlon import file_stem
+from medim.data.index.join import (
+    PendingRecord,
+    check_participant_tables,
+    exclude_masks,
+    join_labels,
+    join_subjects,
+    load_join_tables,
+)
+from medim.data.index.layouts import FolderLabels, Layout, detect_layout, labels_from_folders
 from medim.data.index.masks import check_masks
-from medim.data.index.records import Record, Rejection
-from medim.data.index.scan_cache import Looks
-from medim.data.index.walk import survey
-from medim.data.readers import gather, reader_of
+from medim.data.index.records import ImageRecord, Rejection
+from medim.data.index.scan_cache import FileScanner
+from medim.data.index.walk import list_files
+from medim.data.readers import collect_images, find_reader
 from medim.data.readers.base import Reader
 from medim.data.readers.dicom.reader import DicomReader
-from medim.data.readers.inspection import Found, Refused, Scanned
+from medim.data.readers.inspection import CollectionResult, ImageInfo, RejectedFile
 from medim.data.readers.raster import NumpyReader, PictureReader
-from medim.privacy import Scrubber, pseudonym
+from medim.privacy import Scrubber, make_pseudonym
 from medim.types import Modality, UserError
 
 log = logging.getLogger(__name__)
 
-Series = dict[tuple[Path, tuple[int, ...]], tuple[Path, ...]]  # every file of an image, by its first file and shape
+SeriesFiles = dict[
+    tuple[Path, tuple[int, ...]], tuple[Path, ...]
+]  # every file of an image, by its first file and shape
 
 
 @dataclass(frozen=True)
-class Built:
+class IndexContent:
     """What an `Index` is made of."""
 
     root: Path
-    records: tuple[Record, ...]
+    records: tuple[ImageRecord, ...]
     rejected: tuple[Rejection, ...]
     classes: tuple[str, ...]
-    hidden: frozenset[str]
-    series: Series = field(repr=False)
+    identity_parts: frozenset[str]
+    series: SeriesFiles = field(repr=False)
 
 
-def build(
-    places: Sequence[Path],
+def build_records(
+    sources: Sequence[Path],
     modality: Modality,
-    looks: Looks,
+    scanner: FileScanner,
     *,
     labels: Path | None = None,
     subjects: Path | None = None,
-) -> Built:
+) -> IndexContent:
     """Find, join and scrub; see `medim.data.index.index.build_index`."""
-    root = root_of(places)
-    files, strays = survey(places)
-    layout = lay_out(files, [path.resolve() for path in (labels, subjects) if path is not None])
-    label_tables = tables_of(layout, "labels", labels)
-    take_masks(layout, label_tables, root)
-    layout.refused += strays
-    if not layout.images and not layout.refused and not layout.spare:
-        raise UserError(f"{', '.join(map(str, places))}: expected image files, found none. Choose another folder.")
-    found, refused = _scan(layout.images, modality, looks)
-    if several := sum("several-labels" in image.quality for image in found):
-        log.warning("%d images carry several labels each that are no yes and no, so they are left out", several)
-    found, wrong = _of_dimensions(found, modality)
-    refused += wrong + layout.refused
-    drafts = _drafts(found, layout, places)
-    check_listed(drafts, layout)
-    join_subjects(drafts, tables_of(layout, "subjects", subjects), layout, root)
-    join_labels(drafts, label_tables, root)
-    drafts, spoilt, highest = check_masks(drafts, layout, looks)
-    refused += spoilt
-    everything: list[Found | Refused] = [*found, *refused, *_unopened(layout, modality, looks)]
-    scrub = Scrubber(identity for image in everything for identity in image.identities)
+    root = find_common_root(sources)
+    files, unreadable = list_files(sources)
+    layout = detect_layout(files, [path.resolve() for path in (labels, subjects) if path is not None])
+    label_tables = load_join_tables(layout, "labels", labels)
+    exclude_masks(layout, label_tables, root)
+    layout.rejected += unreadable
+    if not layout.images and not layout.rejected and not layout.unmatched_masks:
+        raise UserError(f"{', '.join(map(str, sources))}: expected image files, found none. Choose another folder.")
+    images, rejected = _inspect_files(layout.images, modality, scanner)
+    if n_multi_valued := sum("several-labels" in image.quality for image in images):
+        log.warning("%d images carry several labels each that are no yes and no, so they are left out", n_multi_valued)
+    images, wrong_dimensions = _filter_dimensions(images, modality)
+    rejected += wrong_dimensions + layout.rejected
+    pending_records = _create_pending_records(images, layout, sources)
+    check_participant_tables(pending_records, layout)
+    join_subjects(pending_records, load_join_tables(layout, "subjects", subjects), layout, root)
+    join_labels(pending_records, label_tables, root)
+    pending_records, mask_rejected, highest = check_masks(pending_records, layout, scanner)
+    rejected += mask_rejected
+    all_files: list[ImageInfo | RejectedFile] = [*images, *rejected, *_identities_of_skipped(layout, modality, scanner)]
+    scrubber = Scrubber(identity for image in all_files for identity in image.identities)
     names = tuple(
         layout.classes[value] if value < len(layout.classes) else f"label-{value + 1}" for value in range(highest)
     )
-    return Built(
+    return IndexContent(
         root=root,
-        records=_records(drafts, root, scrub, modality),
+        records=_create_image_records(pending_records, root, scrubber, modality),
         rejected=tuple(
-            Rejection(scrub.path(_relative(r.path, root)), r.reason, r.detail)
-            for r in sorted(dict.fromkeys(refused), key=lambda r: r.path)
+            Rejection(scrubber.scrub_path(_relative_path(r.path, root)), r.reason, r.detail)
+            for r in sorted(dict.fromkeys(rejected), key=lambda r: r.path)
         ),
         classes=layout.classes or names,
-        hidden=frozenset(part for part in root.parts if scrub.hides(part)),
-        series={(d.found.files[0], d.found.shape): d.found.files for d in drafts if d.found.series},
+        identity_parts=frozenset(part for part in root.parts if scrubber.contains_identity(part)),
+        series={(d.image.files[0], d.image.shape): d.image.files for d in pending_records if d.image.series},
     )
 
 
-def sorted_labels(labels: Iterable[str | None]) -> tuple[str, ...]:
+def sort_labels(labels: Iterable[str | None]) -> tuple[str, ...]:
     """The different labels, sorted: numbers by value, else by name."""
     names = {label for label in labels if label is not None}
     if all(name.isdecimal() for name in names):
@@ -97,153 +106,163 @@ def sorted_labels(labels: Iterable[str | None]) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def existing(places: Sequence[Path]) -> list[Path]:
+def resolve_sources(sources: Sequence[Path]) -> list[Path]:
     """The sources, resolved.
 
     Raises:
         UserError: none is given, or one is not there.
     """
-    if not places:
+    if not sources:
         raise UserError("expected a file or folder to index, got none.")
-    for place in places:
-        if not place.exists():
-            raise UserError(f"{place}: expected a file or folder here, found none. Check the path.")
-    return [place.resolve() for place in places]
+    for source in sources:
+        if not source.exists():
+            raise UserError(f"{source}: expected a file or folder here, found none. Check the path.")
+    return [source.resolve() for source in sources]
 
 
-def root_of(places: Sequence[Path]) -> Path:
+def find_common_root(sources: Sequence[Path]) -> Path:
     """The folder that holds all sources."""
-    return Path(os.path.commonpath([place if place.is_dir() else place.parent for place in places]))
+    return Path(os.path.commonpath([source if source.is_dir() else source.parent for source in sources]))
 
 
-def _relative(path: Path, root: Path) -> PurePath:
+def _relative_path(path: Path, root: Path) -> PurePath:
     return PurePath(os.path.relpath(path, root))
 
 
-def _scan(images: Sequence[Path], modality: Modality, looks: Looks) -> Scanned:
+def _inspect_files(images: Sequence[Path], modality: Modality, scanner: FileScanner) -> CollectionResult:
     """Let each file's reader look for images."""
     by_reader: dict[Reader, list[Path]] = defaultdict(list)
-    found: list[Found] = []
-    refused: list[Refused] = []
+    image_infos: list[ImageInfo] = []
+    rejected: list[RejectedFile] = []
     for path in images:
-        reader = reader_of(path)
+        reader = find_reader(path)
         if reader is None:
-            refused.append(_unread(path))
+            rejected.append(_reject_unknown_file(path))
         else:
             by_reader[reader].append(path)
     for reader, paths in by_reader.items():
-        images_of, others = gather(reader, looks(reader.look, paths), modality)
-        found += images_of
-        refused += others
-    return found, refused
+        reader_images, reader_rejected = collect_images(reader, scanner(reader.inspect, paths), modality)
+        image_infos += reader_images
+        rejected += reader_rejected
+    return image_infos, rejected
 
 
-def _unopened(layout: Layout, modality: Modality, looks: Looks) -> list[Found | Refused]:
+def _identities_of_skipped(layout: Layout, modality: Modality, scanner: FileScanner) -> list[ImageInfo | RejectedFile]:
     """What DICOM files hold that the layout refused: their paths are written, and may hold whom they are of."""
-    files = [refused.path for refused in layout.refused if isinstance(reader_of(refused.path), DicomReader)]
-    found, refused = _scan(files, modality, looks)
-    return [*found, *refused]
+    files = [rejected.path for rejected in layout.rejected if isinstance(find_reader(rejected.path), DicomReader)]
+    images, rejected = _inspect_files(files, modality, scanner)
+    return [*images, *rejected]
 
 
-def _unread(path: Path) -> Refused:
+def _reject_unknown_file(path: Path) -> RejectedFile:
     """Why a file has no reader."""
     try:
         empty = path.stat().st_size == 0
     except OSError:
-        return Refused(path=path, reason="missing", detail="the file was here and is gone")
+        return RejectedFile(path=path, reason="missing", detail="the file was here and is gone")
     reason = "empty-file" if empty else "not-an-image"
-    return Refused(path=path, reason=reason, detail="a file of no format that medim reads")
+    return RejectedFile(path=path, reason=reason, detail="a file of no format that medim reads")
 
 
-def _of_dimensions(found: Sequence[Found], modality: Modality) -> tuple[list[Found], list[Refused]]:
+def _filter_dimensions(images: Sequence[ImageInfo], modality: Modality) -> tuple[list[ImageInfo], list[RejectedFile]]:
     """MRI is 3D, X-rays are 2D."""
     dims = 3 if modality == "mri" else 2
-    wrong: dict[Path, Refused] = {}
-    for image in found:
+    rejected: dict[Path, RejectedFile] = {}
+    for image in images:
         if len(image.shape) != dims:
             detail = f"an image of {len(image.shape)} dimensions; {modality} has {dims}"
-            wrong[image.files[0]] = Refused(
+            rejected[image.files[0]] = RejectedFile(
                 path=image.files[0], reason="wrong-dimensions", detail=detail, identities=image.identities
             )
-    return [image for image in found if len(image.shape) == dims], list(wrong.values())
+    return [image for image in images if len(image.shape) == dims], list(rejected.values())
 
 
-def _drafts(found: Sequence[Found], layout: Layout, places: Sequence[Path]) -> list[Draft]:
+def _create_pending_records(
+    images: Sequence[ImageInfo], layout: Layout, sources: Sequence[Path]
+) -> list[PendingRecord]:
     """One draft an image, sorted by path, with what folders say of it."""
     pictures = (PictureReader(), NumpyReader())
-    flat = [image.files[0] for image in found if not image.item and any(r.accepts(image.files[0]) for r in pictures)]
-    told = said_by_folders(flat, places)
-    drafts = []
-    for image in sorted(found, key=_order):
+    picture_paths = [
+        image.files[0] for image in images if not image.item and any(r.accepts(image.files[0]) for r in pictures)
+    ]
+    labels_by_path = labels_from_folders(picture_paths, sources)
+    pending_records = []
+    for image in sorted(images, key=_image_sort_key):
         path = image.files[0]
-        said = told.get(path, Said())
-        split = said.split
-        folder = layout.folder(path)
+        folder_labels = labels_by_path.get(path, FolderLabels())
+        split = folder_labels.split
+        folder = layout.find_folder(path)
         if folder:
             image = replace(image, sequence=image.sequence or folder.sequence(path, image.item))
-            split = "test" if path in folder.tests else split
-        drafts.append(
-            Draft(
-                found=image,
-                subject=image.subject or (pseudonym(said.subject) if said.subject else None),
-                label=image.label or said.label,
+            split = "test" if path in folder.test_images else split
+        pending_records.append(
+            PendingRecord(
+                image=image,
+                subject=image.subject or (make_pseudonym(folder_labels.subject) if folder_labels.subject else None),
+                label=image.label or folder_labels.label,
                 mask=layout.masks.get(path),
                 split=image.split or split,
             )
         )
-    return drafts
+    return pending_records
 
 
-def _order(found: Found) -> tuple[tuple[str, ...], int, int]:
+def _image_sort_key(image: ImageInfo) -> tuple[tuple[str, ...], int, int]:
     """By path; images of one archive by split and number."""
-    split, _, place = (found.item or "").rpartition("/")
-    return found.files[0].parts, ("train", "val", "test").index(split) if split else 0, int(place or 0)
+    split, _, number = (image.item or "").rpartition("/")
+    return image.files[0].parts, ("train", "val", "test").index(split) if split else 0, int(number or 0)
 
 
-def _records(drafts: Sequence[Draft], root: Path, scrub: Scrubber, modality: Modality) -> tuple[Record, ...]:
+def _create_image_records(
+    pending_records: Sequence[PendingRecord], root: Path, scrubber: Scrubber, modality: Modality
+) -> tuple[ImageRecord, ...]:
     """Drafts without identities."""
-    keys = _keys(drafts, root, scrub)
+    keys = _assign_image_keys(pending_records, root, scrubber)
     records = []
-    for draft, key in zip(drafts, keys, strict=True):
-        image = draft.found
-        path = scrub.path(_relative(image.files[0], root))
+    for pending, key in zip(pending_records, keys, strict=True):
+        image = pending.image
+        path = scrubber.scrub_path(_relative_path(image.files[0], root))
         dims = len(image.shape)
         records.append(
-            Record(
+            ImageRecord(
                 image=key,
                 path=f"{path}#{image.item}" if image.item else path,
-                subject=draft.subject or "",
+                subject=pending.subject or "",
                 session=image.session,
                 series=image.series,
                 modality=modality,
-                sequence=scrub.text(image.sequence),
+                sequence=scrubber.scrub_text(image.sequence),
                 shape=tuple(int(length) for length in image.shape),
                 spacing=tuple(float(length) for length in np.linalg.norm(image.affine[:3, :dims], axis=0)),
                 affine=tuple(float(value) for value in image.affine.ravel()),
-                scanner=scrub.text(image.scanner),
+                scanner=scrubber.scrub_text(image.scanner),
                 field_strength=image.field_strength,
-                label=draft.label,
-                mask=scrub.path(_relative(draft.mask, root)) if draft.mask else None,
-                split=draft.split,
+                label=pending.label,
+                mask=scrubber.scrub_path(_relative_path(pending.mask, root)) if pending.mask else None,
+                split=pending.split,
                 quality=" ".join(image.quality) or None,
             )
         )
     return tuple(records)
 
 
-def _keys(drafts: Sequence[Draft], root: Path, scrub: Scrubber) -> list[str]:
+def _assign_image_keys(pending_records: Sequence[PendingRecord], root: Path, scrubber: Scrubber) -> list[str]:
     """A key an image: its path without suffix, the folder of a series; the whole path where that names two."""
 
-    def short(found: Found) -> PurePath:
+    def short_name(image: ImageInfo) -> PurePath:
         """The path without suffix, and the item inside a file of several; of a series its folder."""
-        path = found.files[0]
-        if found.item:
-            return _relative(path.with_name(stem(path.name)), root) / found.item
-        if len(found.files) > 1:
-            return _relative(path.parent, root) if path.parent != root else PurePath(root.name)
-        return _relative(path.with_name(stem(path.name)), root)
+        path = image.files[0]
+        if image.item:
+            return _relative_path(path.with_name(file_stem(path.name)), root) / image.item
+        if len(image.files) > 1:
+            return _relative_path(path.parent, root) if path.parent != root else PurePath(root.name)
+        return _relative_path(path.with_name(file_stem(path.name)), root)
 
-    names = [short(draft.found) for draft in drafts]
+    names = [short_name(pending.image) for pending in pending_records]
     counts = Counter(names)
-    whole = [_relative(draft.found.files[0], root) / (draft.found.item or "") for draft in drafts]
-    return [scrub.path(name if counts[name] == 1 else path) for name, path in zip(names, whole, strict=True)]
+    full_paths = [
+        _relative_path(pending.image.files[0], root) / (pending.image.item or "") for pending in pending_records
+    ]
+    return [
+        scrubber.scrub_path(name if counts[name] == 1 else path) for name, path in zip(names, full_paths, strict=True)
+    ]

@@ -12,27 +12,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from medim.data.index.build import Series, build, existing, root_of, sorted_labels
+from medim.data.index.build import SeriesFiles, build_records, find_common_root, resolve_sources, sort_labels
 from medim.data.index.records import (
     SCHEMA_VERSION,
-    Record,
+    ImageRecord,
     Rejection,
     read_records,
     read_rejections,
     write_records,
     write_rejections,
 )
-from medim.data.index.scan_cache import Looks, Progress, look_at
-from medim.data.index.walk import walk
-from medim.data.labels import counted, names_of
-from medim.data.readers import DICOM, ReadError, read_mask, reader_of, split_item
+from medim.data.index.scan_cache import FileScanner, ProgressCallback, inspect_file
+from medim.data.index.walk import list_readable_files
+from medim.data.labels import count_labels, finding_names
+from medim.data.readers import DICOM, ReadError, find_reader, read_mask, split_item
 from medim.data.readers.base import check_voxels
-from medim.data.readers.dicom.reader import Plan
-from medim.files import hash_of, read_json, write_json
-from medim.privacy import Scrubber, find, hidden, pseudonym, tokens
+from medim.data.readers.dicom.reader import SlicePlan
+from medim.files import json_sha256, read_json, write_json
+from medim.privacy import Scrubber, identity_tokens, make_pseudonym, resolve_scrubbed_path, scrubbed_name
 from medim.types import Modality, UsageError, UserError, Volume
 
-__all__ = ["AllRejectedError", "Index", "Record", "Rejection", "build_index", "is_index"]
+__all__ = ["AllRejectedError", "ImageRecord", "Index", "Rejection", "build_index", "is_index"]
 
 log = logging.getLogger(__name__)
 
@@ -61,18 +61,18 @@ class Index:
         records: the images, sorted by path: everything seeded follows this order.
         rejected: every other file found.
         classes: names of the mask values 1..K; without masks the class labels, sorted.
-        hidden: parts of `root` that hold an identity.
-        opened: files that had to be opened to build it; the others were as they were.
+        identity_parts: parts of `root` that hold an identity.
+        n_inspected: files that had to be opened to build it; the others were as they were.
     """
 
     root: Path
     modality: Modality
-    records: tuple[Record, ...]
+    records: tuple[ImageRecord, ...]
     rejected: tuple[Rejection, ...] = ()
     classes: tuple[str, ...] = ()
-    hidden: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
-    opened: int = field(default=0, repr=False, compare=False)
-    _series: Series = field(default_factory=dict, repr=False, compare=False)
+    identity_parts: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+    n_inspected: int = field(default=0, repr=False, compare=False)
+    _series: SeriesFiles = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def hash(self) -> str:
@@ -80,57 +80,57 @@ class Index:
 
         Subjects and series count by their order, not by their pseudonyms.
         """
-        places: dict[str | None, int] = {}
+        numbers: dict[str | None, int] = {}
 
-        def row(record: Record) -> dict[str, Any]:
-            orders = {key: places.setdefault(getattr(record, key), len(places)) for key in ("subject", "series")}
+        def hash_row(record: ImageRecord) -> dict[str, Any]:
+            orders = {key: numbers.setdefault(getattr(record, key), len(numbers)) for key in ("subject", "series")}
             return asdict(record) | orders | {"quality": None}  # says nothing new about the files
 
-        rows = [row(record) for record in self.records]
-        return hash_of([self.modality, self.classes, rows])
+        rows = [hash_row(record) for record in self.records]
+        return json_sha256([self.modality, self.classes, rows])
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The findings that labels speak of, else the class labels that occur, sorted (numbers by value)."""
-        return _labels(self.records)
+        return _list_labels(self.records)
 
     @cached_property
     def findings(self) -> tuple[str, ...]:
         """The findings that labels speak of; none where a label is a class."""
-        return names_of(record.label for record in self.records)
+        return finding_names(record.label for record in self.records)
 
-    def locate(self, record: Record) -> Path:
+    def locate(self, record: ImageRecord) -> Path:
         """The file of an image, or the first file of its series.
 
         Raises:
             UserError: it is not there any more.
         """
-        return self._place(record)[0]
+        return self._locate_item(record)[0]
 
-    def plan(self, record: Record) -> Plan | None:
+    def plan_slices(self, record: ImageRecord) -> SlicePlan | None:
         """Where the slices of a DICOM image stand; None for an image of another format.
 
         Raises:
             ReadError: it has changed and is no image any more.
         """
-        files = self._source(record)
-        if reader_of(files[0]) is not DICOM:
+        files = self._list_source_files(record)
+        if find_reader(files[0]) is not DICOM:
             return None
         try:
-            return DICOM.plan(files, self._place(record)[1])
+            return DICOM.plan_slices(files, self._locate_item(record)[1])
         except ReadError as error:
-            raise error.at(record.path) from error
+            raise error.with_path(record.path) from error
 
-    def open(self, record: Record) -> Volume:
+    def open(self, record: ImageRecord) -> Volume:
         """Read an image.
 
         Raises:
             ReadError: it has changed and is no image any more; the message names the record's path.
         """
         try:
-            item = self._place(record)[1]
-            files = self._source(record)
-            reader = reader_of(files[0])
+            item = self._locate_item(record)[1]
+            files = self._list_source_files(record)
+            reader = find_reader(files[0])
             if reader is None:
                 raise ReadError("not-an-image", "no reader knows this file any more")
             volume = DICOM.read_files(files) if len(files) > 1 else reader.read(files[0], item)
@@ -140,10 +140,10 @@ class Index:
                     "changed", f"shape {volume.shape}; the index says {record.shape}. Run `medim index` again"
                 )
         except ReadError as error:
-            raise error.at(record.path) from error
+            raise error.with_path(record.path) from error
         return volume
 
-    def open_mask(self, record: Record) -> Volume:
+    def open_mask(self, record: ImageRecord) -> Volume:
         """Read an image's mask: uint8 (1, ...), on the image's grid.
 
         Raises:
@@ -152,19 +152,21 @@ class Index:
         if record.mask is None:
             raise ReadError("no-mask", "expected a record with a mask", path=record.path)
         try:
-            mask = read_mask(find(self.root, record.mask))
+            mask = read_mask(resolve_scrubbed_path(self.root, record.mask))
         except ReadError as error:
-            raise error.at(record.mask) from error
+            raise error.with_path(record.mask) from error
         if self.classes and mask.array.max() > len(self.classes):
             detail = f"the mask holds the value {mask.array.max()}; expected 0 to {len(self.classes)}"
             raise ReadError("unknown-class", detail, path=record.mask)
         return mask
 
-    def fingerprint(self, record: Record) -> str:
+    def fingerprint(self, record: ImageRecord) -> str:
         """Hex digest that changes when a source file of the image or its mask changes (size or time)."""
-        files = [*self._source(record)] + ([find(self.root, record.mask)] if record.mask else [])
+        files = [*self._list_source_files(record)] + (
+            [resolve_scrubbed_path(self.root, record.mask)] if record.mask else []
+        )
         states = [(status.st_size, status.st_mtime_ns) for status in (path.stat() for path in files)]
-        return hash_of([pseudonym(str(self.root)), record.path, record.mask, states])
+        return json_sha256([make_pseudonym(str(self.root)), record.path, record.mask, states])
 
     def write(self, out: Path) -> None:
         """Write `index.parquet` (`index.csv` in the light install), `rejected.csv`, and `summary.json` last."""
@@ -198,11 +200,11 @@ class Index:
                 f"{folder}: expected an index of schema version {SCHEMA_VERSION}, got {version}. "
                 "Run `medim index` again."
             )
-        if summary.get("site") != pseudonym("site"):
+        if summary.get("site") != make_pseudonym("site"):
             log.warning("the index was made with another site key: hidden path parts cannot be found, subjects differ")
         source = str(summary.get("source"))
         try:
-            root = find(folder.resolve(), source).resolve()
+            root = resolve_scrubbed_path(folder.resolve(), source).resolve()
         except UserError:
             root = (folder.resolve() / source).resolve()  # told when a file is asked for
         return cls(
@@ -211,17 +213,17 @@ class Index:
             records=read_records(table),
             rejected=read_rejections(folder / "rejected.csv"),
             classes=tuple(str(name) for name in summary.get("classes", ())),
-            hidden=_hidden_parts(root, source),
+            identity_parts=_find_identity_parts(root, source),
         )
 
     def _summary(self, out: Path) -> dict[str, object]:
         relative = Path(os.path.relpath(self.root, out.resolve()))
-        scrub = Scrubber(tokens(self.hidden))
+        scrub = Scrubber(identity_tokens(self.identity_parts))
         return {
             "schema_version": SCHEMA_VERSION,
             "modality": self.modality,
-            "source": scrub.path(relative),
-            "site": pseudonym("site"),
+            "source": scrub.scrub_path(relative),
+            "site": make_pseudonym("site"),
             "counts": {
                 "images": len(self.records),
                 "subjects": len({record.subject for record in self.records}),
@@ -230,49 +232,49 @@ class Index:
                 "rejected": len(self.rejected),
             },
             "splits": dict(sorted(Counter(record.split for record in self.records if record.split).items())),
-            "labels": dict(counted(record.label for record in self.records)),
+            "labels": dict(count_labels(record.label for record in self.records)),
             "reasons": dict(sorted(Counter(rejection.reason for rejection in self.rejected).items())),
             "classes": list(self.classes),
             "hash": self.hash,
         }
 
-    def _place(self, record: Record) -> tuple[Path, str | None]:
+    def _locate_item(self, record: ImageRecord) -> tuple[Path, str | None]:
         """The file of an image, and the image's name in it; a `#` may belong to the file's own name.
 
         Raises:
             UserError: the file is not there any more.
         """
-        place, item = split_item(record.path)
+        file, item = split_item(record.path)
         with suppress(UserError):
-            return find(self.root, record.path), None
-        return find(self.root, place.as_posix()), item
+            return resolve_scrubbed_path(self.root, record.path), None
+        return resolve_scrubbed_path(self.root, file.as_posix()), item
 
-    def _source(self, record: Record) -> tuple[Path, ...]:
+    def _list_source_files(self, record: ImageRecord) -> tuple[Path, ...]:
         """Every file of an image, the first one first."""
         first = self.locate(record)
         if record.series is None or len(record.shape) == 2:
             return (first,)
 
-        def near() -> Iterator[list[Path]]:
+        def search_scopes() -> Iterator[list[Path]]:
             yield [first]
             yield sorted(path for path in first.parent.iterdir() if path.is_file())
-            yield walk([self.root])  # a series may be spread over folders
+            yield list_readable_files([self.root])  # a series may be spread over folders
 
-        for files in near():
+        for files in search_scopes():
             if (first, record.shape) in self._series:
                 break
-            sights = [look_at(DICOM.look, path) for path in files if DICOM.accepts(path)]
-            found, _ = DICOM.gather(sights, self.modality)
-            self._series.update({(image.files[0], image.shape): image.files for image in found})
+            inspections = [inspect_file(DICOM.inspect, path) for path in files if DICOM.accepts(path)]
+            images, _ = DICOM.collect_images(inspections, self.modality)
+            self._series.update({(image.files[0], image.shape): image.files for image in images})
         if (first, record.shape) not in self._series:
             raise ReadError("changed", "its series is no image any more. Run `medim index` again", path=record.path)
         return self._series[first, record.shape]
 
 
-def _labels(records: Sequence[Record]) -> tuple[str, ...]:
+def _list_labels(records: Sequence[ImageRecord]) -> tuple[str, ...]:
     """Findings, or classes in order."""
     labels = [record.label for record in records]
-    return names_of(labels) or sorted_labels(labels)
+    return finding_names(labels) or sort_labels(labels)
 
 
 def is_index(path: Path) -> bool:
@@ -290,7 +292,7 @@ def build_index(
     subjects: Path | None = None,
     jobs: int = 1,
     remember: bool = True,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Index:
     """Find every image in a source.
 
@@ -317,19 +319,19 @@ def build_index(
         raise UsageError(f"modality: expected {' or '.join(get_args(Modality))}, got {modality!r}.")
     if jobs < 1:
         raise UsageError(f"--jobs: expected 1 or more processes, got {jobs}.")
-    given = [source] if isinstance(source, str | os.PathLike) else list(source)
-    places = existing([Path(place) for place in given])
-    looks = Looks(root_of(places) if remember else None, jobs=jobs, progress=progress)
-    built = build(places, modality, looks, labels=labels, subjects=subjects)
+    source_list = [source] if isinstance(source, str | os.PathLike) else list(source)
+    sources = resolve_sources([Path(place) for place in source_list])
+    scanner = FileScanner(find_common_root(sources) if remember else None, jobs=jobs, progress=progress)
+    content = build_records(sources, modality, scanner, labels=labels, subjects=subjects)
     index = Index(
-        root=built.root,
+        root=content.root,
         modality=modality,
-        records=built.records,
-        rejected=built.rejected,
-        classes=built.classes or _labels(built.records),
-        hidden=built.hidden,
-        opened=looks.opened,
-        _series=built.series,
+        records=content.records,
+        rejected=content.rejected,
+        classes=content.classes or _list_labels(content.records),
+        identity_parts=content.identity_parts,
+        n_inspected=scanner.n_inspected,
+        _series=content.series,
     )
     if not index.records:
         counts = Counter(rejection.reason for rejection in index.rejected)
@@ -342,7 +344,11 @@ def build_index(
     return index
 
 
-def _hidden_parts(root: Path, source: str) -> frozenset[str]:
+def _find_identity_parts(root: Path, source: str) -> frozenset[str]:
     """The parts of a source's path that stand hidden in the index."""
     pairs = zip(reversed(root.parts), reversed(source.split("/")), strict=False)
-    return frozenset(real for real, written in pairs if real != written and hidden(real) == written)
+    return frozenset(
+        real_part
+        for real_part, scrubbed_part in pairs
+        if real_part != scrubbed_part and scrubbed_name(real_part) == scrubbed_part
+    )

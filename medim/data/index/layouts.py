@@ -8,27 +8,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from medim.data.index.decathlon import Folder, decathlon, stem
-from medim.data.readers.inspection import Refused
+from medim.data.index.decathlon import DecathlonFolder, file_stem, read_decathlon_folder
+from medim.data.readers.inspection import RejectedFile
 from medim.types import Split, UserError
 
-_DESCRIPTIONS = {"dataset.json", "dataset_description.json", "participants.tsv", "participants.json", "DICOMDIR"}
-_DESCRIPTIONS |= {"fetched.json", "SHA256SUMS", "LICENSE"}  # beside what `medim fetch` brought
-_TABLES = {"labels.csv", "subjects.csv"}
-_SIDECARS = {".json", ".bval", ".bvec", ".tsv", ".raw", ".zraw"}  # describe or feed the image of the same name
-_DERIVED = {"mask", "dseg", "seg", "probseg", "label"}  # BIDS suffixes of what is no image
-_UNSTRUCTURED = {  # BIDS suffixes of func, dwi, perf and fmap
+_DESCRIPTION_FILES = {"dataset.json", "dataset_description.json", "participants.tsv", "participants.json", "DICOMDIR"}
+_DESCRIPTION_FILES |= {"fetched.json", "SHA256SUMS", "LICENSE"}  # beside what `medim fetch` brought
+_TABLE_FILES = {"labels.csv", "subjects.csv"}
+_SIDECAR_SUFFIXES = {".json", ".bval", ".bvec", ".tsv", ".raw", ".zraw"}  # describe or feed the image of the same name
+_DERIVATIVE_SUFFIXES = {"mask", "dseg", "seg", "probseg", "label"}  # BIDS suffixes of what is no image
+_NON_STRUCTURAL_SUFFIXES = {  # BIDS suffixes of func, dwi, perf and fmap
     "bold", "cbv", "sbref", "dwi", "asl", "m0scan", "epi", "fieldmap",
     "magnitude", "magnitude1", "magnitude2", "phase", "phase1", "phase2", "phasediff",
 }  # fmt: skip
-_BESIDE = {  # folders of a BIDS tree that hold its images a second time
+_DUPLICATE_FOLDERS = {  # folders of a BIDS tree that hold its images a second time
     "derivatives": ("derivative", "made from the BIDS tree's images; to use it, index that folder alone"),
     "sourcedata": ("source-data", "what the BIDS tree's images were made from; to use it, index that folder alone"),
 }
-_SPLITS: dict[str, Split] = {"train": "train", "training": "train", "val": "val", "valid": "val"}
-_SPLITS |= {"validation": "val", "test": "test", "testing": "test"}
+_SPLIT_FOLDERS: dict[str, Split] = {"train": "train", "training": "train", "val": "val", "valid": "val"}
+_SPLIT_FOLDERS |= {"validation": "val", "test": "test", "testing": "test"}
 _MAX_CLASSES = 100
-_CLASS_SIZE = 10  # pictures of each; a patient's folder holds fewer
+_MIN_CLASS_SIZE = 10  # pictures of each; a patient's folder holds fewer
 
 
 @dataclass
@@ -38,40 +38,40 @@ class Layout:
     Attributes:
         images: files to look for images in, sorted.
         masks: mask by image.
-        spare: masks that belong to no image, with what is wrong.
-        decathlon: folders in Medical Segmentation Decathlon layout.
+        unmatched_masks: masks that belong to no image, with what is wrong.
+        decathlon_folders: folders in Medical Segmentation Decathlon layout.
         classes: names of the mask values 1..K.
         tables: `labels.csv` and `subjects.csv` files.
         participants: `participants.tsv` files.
-        refused: files that are no images.
+        rejected: files that are no images.
     """
 
     images: list[Path] = field(default_factory=list)
     masks: dict[Path, Path] = field(default_factory=dict)
-    spare: dict[Path, Refused] = field(default_factory=dict)
-    decathlon: list[Folder] = field(default_factory=list)
+    unmatched_masks: dict[Path, RejectedFile] = field(default_factory=dict)
+    decathlon_folders: list[DecathlonFolder] = field(default_factory=list)
     classes: tuple[str, ...] = ()
     tables: list[Path] = field(default_factory=list)
     participants: list[Path] = field(default_factory=list)
-    refused: list[Refused] = field(default_factory=list)
+    rejected: list[RejectedFile] = field(default_factory=list)
 
-    def folder(self, path: Path) -> Folder | None:
+    def find_folder(self, path: Path) -> DecathlonFolder | None:
         """The Decathlon folder that a file lies in."""
-        return next((folder for folder in self.decathlon if folder.path in path.parents), None)
+        return next((folder for folder in self.decathlon_folders if folder.path in path.parents), None)
 
-    def case(self, path: Path) -> str:
+    def case_name(self, path: Path) -> str:
         """Whose image a file is, by its name: without suffix, and without the number of nnU-Net's channel."""
-        folder = self.folder(path)
-        return folder.channels[path][0] if folder and path in folder.channels else stem(path.name)
+        folder = self.find_folder(path)
+        return folder.channels[path][0] if folder and path in folder.channels else file_stem(path.name)
 
-    def take(self, masks: Iterable[Path]) -> None:
+    def drop_masks(self, masks: Iterable[Path]) -> None:
         """Files that turn out to be masks are no images, nor refused."""
-        taken = set(masks)
-        self.images = [path for path in self.images if path not in taken]
-        self.refused = [file for file in self.refused if file.path not in taken]
+        mask_paths = set(masks)
+        self.images = [path for path in self.images if path not in mask_paths]
+        self.rejected = [rejected_file for rejected_file in self.rejected if rejected_file.path not in mask_paths]
 
 
-def lay_out(files: Sequence[Path], ignore: Iterable[Path] = ()) -> Layout:
+def detect_layout(files: Sequence[Path], ignore: Iterable[Path] = ()) -> Layout:
     """Sort the files of a source by their part in it.
 
     Args:
@@ -82,33 +82,33 @@ def lay_out(files: Sequence[Path], ignore: Iterable[Path] = ()) -> Layout:
         UserError: a `dataset.json` is damaged, or two name different classes.
     """
     layout = Layout()
-    ignored = set(ignore)
-    ignored |= _written(files)
-    stems = {path.parent / stem(path.name) for path in files if path.suffix.lower() not in _SIDECARS}
+    ignored_files = set(ignore)
+    ignored_files |= _find_index_files(files)
+    stems = {path.parent / file_stem(path.name) for path in files if path.suffix.lower() not in _SIDECAR_SUFFIXES}
     trees = [path.parent for path in files if path.name == "dataset_description.json"]
-    beside = {tree / name: why for tree in trees for name, why in _BESIDE.items()}
+    duplicate_folders = {tree / name: rejection for tree in trees for name, rejection in _DUPLICATE_FOLDERS.items()}
     for path in files:
-        if path.name in _TABLES and path not in ignored:
+        if path.name in _TABLE_FILES and path not in ignored_files:
             layout.tables.append(path)
-        elif path.name == "participants.tsv" and path not in ignored:
+        elif path.name == "participants.tsv" and path not in ignored_files:
             layout.participants.append(path)
-        elif path in ignored or path.name in _DESCRIPTIONS or _is_sidecar(path, stems):
+        elif path in ignored_files or path.name in _DESCRIPTION_FILES or _is_sidecar(path, stems):
             continue
-        elif why := _no_image_of_bids(path, beside):
-            layout.refused.append(Refused(path=path, reason=why[0], detail=why[1]))
+        elif rejection := _explain_bids_rejection(path, duplicate_folders):
+            layout.rejected.append(RejectedFile(path=path, reason=rejection[0], detail=rejection[1]))
         else:
             layout.images.append(path)
     folders = {path.parent for path in files if path.name == "dataset.json"}
     folders |= {path.parent.parent for path in files if path.parent.name == "imagesTr"}
-    there = set(files)
-    for place in sorted(folders):
-        folder = decathlon(place, there, layout.images)
+    existing_files = set(files)
+    for folder_path in sorted(folders):
+        folder = read_decathlon_folder(folder_path, existing_files, layout.images)
         if folder is not None:
-            _add(layout, folder)
+            _add_decathlon_folder(layout, folder)
     return layout
 
 
-def _add(layout: Layout, folder: Folder) -> None:
+def _add_decathlon_folder(layout: Layout, folder: DecathlonFolder) -> None:
     """Take over what a Decathlon folder says.
 
     Raises:
@@ -118,26 +118,30 @@ def _add(layout: Layout, folder: Folder) -> None:
         raise UserError(
             f"{folder.path}: expected the classes {layout.classes} of the other folders, got {folder.classes}."
         )
-    layout.decathlon.append(folder)
+    layout.decathlon_folders.append(folder)
     layout.classes = layout.classes or folder.classes
     layout.masks |= folder.masks
-    layout.spare |= folder.spare
-    layout.refused += folder.refused
-    layout.take([*folder.masks.values(), *folder.spare])
+    layout.unmatched_masks |= folder.unmatched_masks
+    layout.rejected += folder.rejected
+    layout.drop_masks([*folder.masks.values(), *folder.unmatched_masks])
 
 
-def _no_image_of_bids(path: Path, beside: dict[Path, tuple[str, str]]) -> tuple[str, str] | None:
+def _explain_bids_rejection(path: Path, duplicate_folders: dict[Path, tuple[str, str]]) -> tuple[str, str] | None:
     """Why a file of a BIDS tree is no structural image; None where it may be one."""
-    suffix = stem(path.name).rpartition("_")[2] if path.name.startswith("sub-") else ""
-    if suffix in _DERIVED:
+    suffix = file_stem(path.name).rpartition("_")[2] if path.name.startswith("sub-") else ""
+    if suffix in _DERIVATIVE_SUFFIXES:
         detail = "a segmentation of the BIDS tree, not an image; join it with --labels (columns image, mask)"
         return "derived-label", detail
-    if suffix in _UNSTRUCTURED:
+    if suffix in _NON_STRUCTURAL_SUFFIXES:
         return "not-structural", f"a functional, diffusion or field-map run of the BIDS tree ({suffix})"
-    return next((beside[folder] for folder in path.parents if folder in beside), None) if beside else None
+    return (
+        next((duplicate_folders[folder] for folder in path.parents if folder in duplicate_folders), None)
+        if duplicate_folders
+        else None
+    )
 
 
-def _written(files: Sequence[Path]) -> set[Path]:
+def _find_index_files(files: Sequence[Path]) -> set[Path]:
     """The files of an index that was written into the source."""
     names = ("summary.json", "index.parquet", "index.csv", "rejected.csv")
     folders = {path.parent for path in files if path.name in names[1:3]} & {
@@ -148,10 +152,10 @@ def _written(files: Sequence[Path]) -> set[Path]:
 
 def _is_sidecar(path: Path, stems: set[Path]) -> bool:
     """Whether a file only describes or feeds the image of the same name."""
-    return path.suffix.lower() in _SIDECARS and path.parent / stem(path.name) in stems
+    return path.suffix.lower() in _SIDECAR_SUFFIXES and path.parent / file_stem(path.name) in stems
 
 
-class Said(NamedTuple):
+class FolderLabels(NamedTuple):
     """What the folder of a picture says of it: its class or its subject, and its split."""
 
     label: str | None = None
@@ -159,27 +163,29 @@ class Said(NamedTuple):
     subject: str | None = None
 
 
-def said_by_folders(paths: Iterable[Path], places: Sequence[Path]) -> dict[Path, Said]:
+def labels_from_folders(paths: Iterable[Path], sources: Sequence[Path]) -> dict[Path, FolderLabels]:
     """Of pictures, from the folders they lie in: `CLASS/x.png`, `train/CLASS/x.png`, `train/x.png` or `SUBJECT/x.png`.
 
     Folders are classes where every picture of a source lies in one, there are 2 to 100 of them, and each holds ten
     pictures or more. Else, where they hold several, a folder is a patient's: its name is nobody's class.
     """
-    result: dict[Path, Said] = {}
-    by_place: dict[Path, list[Path]] = defaultdict(list)
+    result: dict[Path, FolderLabels] = {}
+    paths_by_source: dict[Path, list[Path]] = defaultdict(list)
     for path in paths:
-        place = next((place for place in places if place in path.parents), None)
-        if place is not None:
-            by_place[place].append(path)
-    for place, inside in by_place.items():
-        folders = {path: list(path.relative_to(place).parts[:-1]) for path in inside}
+        source = next((source for source in sources if source in path.parents), None)
+        if source is not None:
+            paths_by_source[source].append(path)
+    for source, source_paths in paths_by_source.items():
+        folders = {path: list(path.relative_to(source).parts[:-1]) for path in source_paths}
         splits: dict[Path, Split] = {}
-        if all(parts and parts[0].lower() in _SPLITS for parts in folders.values()):
-            splits = {path: _SPLITS[parts.pop(0).lower()] for path, parts in folders.items()}
+        if all(parts and parts[0].lower() in _SPLIT_FOLDERS for parts in folders.values()):
+            splits = {path: _SPLIT_FOLDERS[parts.pop(0).lower()] for path, parts in folders.items()}
         sizes = Counter(parts[0] for parts in folders.values() if parts)
-        sorted_in = all(folders.values()) and len(sizes) >= 2
-        classes = sorted_in and len(sizes) <= _MAX_CLASSES and min(sizes.values()) >= _CLASS_SIZE
+        has_subfolders = all(folders.values()) and len(sizes) >= 2
+        are_classes = has_subfolders and len(sizes) <= _MAX_CLASSES and min(sizes.values()) >= _MIN_CLASS_SIZE
         for path, parts in folders.items():
-            name = parts[0] if sorted_in else None
-            result[path] = Said(name, splits.get(path)) if classes else Said(None, splits.get(path), name)
+            name = parts[0] if has_subfolders else None
+            result[path] = (
+                FolderLabels(name, splits.get(path)) if are_classes else FolderLabels(None, splits.get(path), name)
+            )
     return result

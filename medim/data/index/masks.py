@@ -7,60 +7,64 @@ from pathlib import Path
 
 import numpy as np
 
-from medim.data.index.join import Draft
+from medim.data.index.join import PendingRecord
 from medim.data.index.layouts import Layout
-from medim.data.index.scan_cache import Looks
+from medim.data.index.scan_cache import FileScanner
 from medim.data.readers import ReadError, read_mask
-from medim.data.readers.inspection import Found, Refused, Sight
+from medim.data.readers.inspection import FileInspection, ImageInfo, RejectedFile
 from medim.types import Array
 
-_ON_GRID = 0.05  # of a voxel: how far a mask's corners may lie from its image's
+_MAX_CORNER_OFFSET = 0.05  # of a voxel: how far a mask's corners may lie from its image's
 
 
-def look_at_mask(path: Path) -> Sight:
+def inspect_mask(path: Path) -> FileInspection:
     """The grid of a mask, and its highest value."""
     mask = read_mask(path)
-    return Sight(found=(Found(shape=mask.shape, affine=mask.affine, highest=int(mask.array.max())),))
+    return FileInspection(found=(ImageInfo(shape=mask.shape, affine=mask.affine, highest=int(mask.array.max())),))
 
 
-def check_masks(drafts: Sequence[Draft], layout: Layout, looks: Looks) -> tuple[list[Draft], list[Refused], int]:
+def check_masks(
+    pending_records: Sequence[PendingRecord], layout: Layout, scanner: FileScanner
+) -> tuple[list[PendingRecord], list[RejectedFile], int]:
     """Refuse image and mask where the mask cannot be read or lies on another grid.
 
     Returns:
         the drafts that stay, what is refused, and the highest value in a mask.
     """
-    paths = list(dict.fromkeys(draft.mask for draft in drafts if draft.mask is not None))
-    sights = dict(zip(paths, looks(look_at_mask, paths), strict=True))
-    kept, refused, highest = [], [], 0
-    for draft in drafts:
-        image = draft.found
+    paths = list(dict.fromkeys(pending.mask for pending in pending_records if pending.mask is not None))
+    inspections = dict(zip(paths, scanner(inspect_mask, paths), strict=True))
+    valid_records, rejected, highest = [], [], 0
+    for pending in pending_records:
+        image = pending.image
         try:
-            value = _highest(sights[draft.mask], image, layout) if draft.mask is not None else 0
+            value = _check_mask(inspections[pending.mask], image, layout) if pending.mask is not None else 0
         except ReadError as error:
             reason = error.reason if error.reason in {"label-off-grid", "unknown-class"} else "label-unreadable"
             detail = f"its label: {error.detail}"
-            refused.append(Refused(path=image.files[0], reason=reason, detail=detail, identities=image.identities))
-            refused.append(Refused(path=draft.mask or Path(), reason=error.reason, detail=error.detail))
+            rejected.append(
+                RejectedFile(path=image.files[0], reason=reason, detail=detail, identities=image.identities)
+            )
+            rejected.append(RejectedFile(path=pending.mask or Path(), reason=error.reason, detail=error.detail))
             continue
-        kept.append(draft)
+        valid_records.append(pending)
         highest = max(highest, value)
-    spare = set(layout.spare) | set(layout.masks.values())
-    for path in spare - set(paths):
-        default = Refused(path=path, reason="label-without-image", detail="a label without a readable image")
-        refused.append(layout.spare.get(path, default))
-    return kept, refused, highest
+    unmatched_masks = set(layout.unmatched_masks) | set(layout.masks.values())
+    for path in unmatched_masks - set(paths):
+        default = RejectedFile(path=path, reason="label-without-image", detail="a label without a readable image")
+        rejected.append(layout.unmatched_masks.get(path, default))
+    return valid_records, rejected, highest
 
 
-def _highest(mask: Sight, image: Found, layout: Layout) -> int:
+def _check_mask(inspection: FileInspection, image: ImageInfo, layout: Layout) -> int:
     """The highest value in an image's mask.
 
     Raises:
         ReadError: the mask cannot be read, lies on another grid, or holds a class without a name.
     """
-    if mask.refused:
-        raise ReadError(mask.refused[0].reason, mask.refused[0].detail)
-    _check_grid(mask.found[0], image)
-    highest = mask.found[0].highest
+    if inspection.refused:
+        raise ReadError(inspection.refused[0].reason, inspection.refused[0].detail)
+    _check_mask_grid(inspection.found[0], image)
+    highest = inspection.found[0].highest
     if layout.classes and highest > len(layout.classes):
         raise ReadError(
             "unknown-class", f"the label holds the value {highest}, dataset.json names {len(layout.classes)}"
@@ -68,7 +72,7 @@ def _highest(mask: Sight, image: Found, layout: Layout) -> int:
     return highest
 
 
-def _check_grid(mask: Found, image: Found) -> None:
+def _check_mask_grid(mask: ImageInfo, image: ImageInfo) -> None:
     """Refuse a mask that is not on its image's grid.
 
     Raises:
@@ -77,12 +81,12 @@ def _check_grid(mask: Found, image: Found) -> None:
     if mask.shape != image.shape:
         shapes = "x".join(map(str, mask.shape)), "x".join(map(str, image.shape))
         raise ReadError("label-off-grid", f"the label has {shapes[0]} voxels, the image {shapes[1]}")
-    away = np.abs(_corners(mask.affine, mask.shape) - _corners(image.affine, image.shape)).max()
-    if away > _ON_GRID * np.linalg.norm(mask.affine[:3, : len(mask.shape)], axis=0).min():
-        raise ReadError("label-off-grid", f"the corners of label and image lie up to {away:.2f} mm apart")
+    distance = np.abs(_compute_corners(mask.affine, mask.shape) - _compute_corners(image.affine, image.shape)).max()
+    if distance > _MAX_CORNER_OFFSET * np.linalg.norm(mask.affine[:3, : len(mask.shape)], axis=0).min():
+        raise ReadError("label-off-grid", f"the corners of label and image lie up to {distance:.2f} mm apart")
 
 
-def _corners(affine: Array, shape: Sequence[int]) -> Array:
+def _compute_corners(affine: Array, shape: Sequence[int]) -> Array:
     """(8, 3) places of a grid's corners in mm."""
     ends = np.array([*shape, *[1] * (3 - len(shape))]) - 1
     indices = np.array(np.meshgrid(*[(0, end) for end in ends], indexing="ij")).reshape(3, -1)

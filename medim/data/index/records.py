@@ -16,7 +16,7 @@ SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
-class Record:
+class ImageRecord:
     """One image, without anything that tells whose it is.
 
     Attributes:
@@ -71,14 +71,14 @@ class Rejection:
     detail: str
 
 
-COLUMNS = tuple(field.name for field in fields(Record))
-REJECTED = tuple(field.name for field in fields(Rejection))
-_LISTS: dict[str, Callable[[Any], Any]] = {"shape": int, "spacing": float, "affine": float}
-_NUMBERS = {"field_strength"}
-_NEEDED = {"image", "path", "subject", "modality"}
+INDEX_COLUMNS = tuple(field.name for field in fields(ImageRecord))
+REJECTION_COLUMNS = tuple(field.name for field in fields(Rejection))
+_LIST_TYPES: dict[str, Callable[[Any], Any]] = {"shape": int, "spacing": float, "affine": float}
+_FLOAT_COLUMNS = {"field_strength"}
+_REQUIRED_COLUMNS = {"image", "path", "subject", "modality"}
 
 
-def write_records(folder: Path, records: Sequence[Record]) -> Path:
+def write_records(folder: Path, records: Sequence[ImageRecord]) -> Path:
     """Write `index.parquet`, or `index.csv` in the light install; the other one is removed.
 
     Returns:
@@ -88,16 +88,19 @@ def write_records(folder: Path, records: Sequence[Record]) -> Path:
         import pyarrow
         import pyarrow.parquet
     except ModuleNotFoundError:
-        rows = ([_cell(value) for value in astuple(record)] for record in records)
-        write_csv(folder / "index.csv", COLUMNS, rows)
+        rows = ([_encode_cell(value) for value in astuple(record)] for record in records)
+        write_csv(folder / "index.csv", INDEX_COLUMNS, rows)
         (folder / "index.parquet").unlink(missing_ok=True)
         return folder / "index.csv"
-    types = {name: pyarrow.string() for name in COLUMNS}
-    types |= {name: pyarrow.list_(pyarrow.int64() if of is int else pyarrow.float64()) for name, of in _LISTS.items()}
-    types |= {name: pyarrow.float64() for name in _NUMBERS}
+    types = {name: pyarrow.string() for name in INDEX_COLUMNS}
+    types |= {
+        name: pyarrow.list_(pyarrow.int64() if item_type is int else pyarrow.float64())
+        for name, item_type in _LIST_TYPES.items()
+    }
+    types |= {name: pyarrow.float64() for name in _FLOAT_COLUMNS}
     schema = pyarrow.schema(list(types.items()), metadata={"schema_version": str(SCHEMA_VERSION)})
-    columns = [[getattr(record, name) for record in records] for name in COLUMNS]
-    arrays = [pyarrow.array(column, type=types[name]) for name, column in zip(COLUMNS, columns, strict=True)]
+    columns = [[getattr(record, name) for record in records] for name in INDEX_COLUMNS]
+    arrays = [pyarrow.array(column, type=types[name]) for name, column in zip(INDEX_COLUMNS, columns, strict=True)]
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_arrays(arrays, schema=schema), buffer)
     write_bytes(folder / "index.parquet", buffer.getvalue())
@@ -105,15 +108,15 @@ def write_records(folder: Path, records: Sequence[Record]) -> Path:
     return folder / "index.parquet"
 
 
-def read_records(path: Path) -> tuple[Record, ...]:
+def read_records(path: Path) -> tuple[ImageRecord, ...]:
     """Read `index.parquet` or `index.csv`.
 
     Raises:
         UserError: pyarrow is missing, or the file is damaged or lacks a column.
     """
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else _csv_rows(path)
+    rows = _read_parquet_rows(path) if path.suffix == ".parquet" else _read_csv_rows(path)
     try:
-        return tuple(Record(**{name: _value(name, row[name]) for name in COLUMNS}) for row in rows)
+        return tuple(ImageRecord(**{name: _decode_cell(name, row[name]) for name in INDEX_COLUMNS}) for row in rows)
     except KeyError as error:
         raise UserError(f"{path}: expected the column {error} of an index. Run `medim index` again.") from error
     except (ValueError, TypeError) as error:
@@ -122,17 +125,17 @@ def read_records(path: Path) -> tuple[Record, ...]:
 
 def write_rejections(path: Path, rejected: Sequence[Rejection]) -> None:
     """Write `rejected.csv`: a row, with its reason, for every file that is not used."""
-    write_csv(path, REJECTED, (astuple(rejection) for rejection in rejected))
+    write_csv(path, REJECTION_COLUMNS, (astuple(rejection) for rejection in rejected))
 
 
 def read_rejections(path: Path) -> tuple[Rejection, ...]:
     """Read `rejected.csv`; none where it is not there."""
     if not path.exists():
         return ()
-    return tuple(Rejection(row["path"], row["reason"], row["detail"]) for row in _csv_rows(path))
+    return tuple(Rejection(row["path"], row["reason"], row["detail"]) for row in _read_csv_rows(path))
 
 
-def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+def _read_parquet_rows(path: Path) -> list[dict[str, Any]]:
     try:
         import pyarrow.parquet
     except ModuleNotFoundError:
@@ -147,20 +150,20 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _csv_rows(path: Path) -> list[dict[str, Any]]:
+def _read_csv_rows(path: Path) -> list[dict[str, Any]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def _cell(value: Any) -> Any:
+def _encode_cell(value: Any) -> Any:
     """A value in a CSV cell; numbers keep every digit."""
     return " ".join(map(repr, value)) if isinstance(value, tuple) else value
 
 
-def _value(name: str, cell: Any) -> Any:
+def _decode_cell(name: str, cell: Any) -> Any:
     """A value from a parquet or CSV cell."""
-    if name in _LISTS:
-        return tuple(_LISTS[name](item) for item in (cell.split() if isinstance(cell, str) else cell))
-    if cell is None or (cell == "" and name not in _NEEDED):
+    if name in _LIST_TYPES:
+        return tuple(_LIST_TYPES[name](item) for item in (cell.split() if isinstance(cell, str) else cell))
+    if cell is None or (cell == "" and name not in _REQUIRED_COLUMNS):
         return None
-    return float(cell) if name in _NUMBERS else str(cell)
+    return float(cell) if name in _FLOAT_COLUMNS else str(cell)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-REASONS = {
+REJECTION_REASONS = {
     # files
     "missing": "No file or folder lies where one is named.",
     "empty-file": "The file has no bytes.",
@@ -91,7 +91,7 @@ REASONS = {
     "no-reference": "A DICOM image without the UIDs or the place that an answer must refer to.",
 }
 
-QUALITY = {
+QUALITY_CODES = {
     "derived": "Computed from other images (DICOM ImageType DERIVED).",
     "secondary-capture": "Written by something else than the scanner (DICOM Secondary Capture).",
     "lossy": "Compressed with loss at some time.",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-Parts = tuple[str, ...]
+PathParts = tuple[str, ...]
 
 
-def subjects_by_names(paths: Iterable[Parts]) -> dict[Parts, str]:
+def infer_subjects(paths: Iterable[PathParts]) -> dict[PathParts, str]:
     """The subject of each image, by its path alone.
 
     A file is a subject of its own, as long as names do not repeat from folder to folder. Where half of them or more do,
@@ -20,25 +20,25 @@ def subjects_by_names(paths: Iterable[Parts]) -> dict[Parts, str]:
         paths: folders from the source down, then the file's name without suffix. That of its folder does not count in
             it (`ann/ann_t1`).
     """
-    rests = {path: _without_folder(path) for path in paths}
+    rests = {path: _strip_folder_name(path) for path in paths}
     repeats = Counter(rests.values())
-    named = {path: (*path[:-1], rest if repeats[rest] > 1 else path[-1]) for path, rest in rests.items()}
-    found = _subjects(set(named.values()))
-    return {path: found[name] for path, name in named.items()}
+    unique_names = {path: (*path[:-1], rest if repeats[rest] > 1 else path[-1]) for path, rest in rests.items()}
+    subjects = _find_subject_level(set(unique_names.values()))
+    return {path: subjects[name] for path, name in unique_names.items()}
 
 
-def _subjects(paths: set[Parts]) -> dict[Parts, str]:
+def _find_subject_level(paths: set[PathParts]) -> dict[PathParts, str]:
     """Of distinct paths, the name of the level that is the subjects'."""
     counts = Counter(path[-1] for path in paths)
-    repeated = [path for path in paths if counts[path[-1]] > 1]
-    names, folders = {path[-1] for path in repeated}, {path[:-1] for path in repeated}
-    if 2 * len(repeated) < len(paths) or len(names) > len(folders) or not repeated:
+    repeated_paths = [path for path in paths if counts[path[-1]] > 1]
+    names, folders = {path[-1] for path in repeated_paths}, {path[:-1] for path in repeated_paths}
+    if 2 * len(repeated_paths) < len(paths) or len(names) > len(folders) or not repeated_paths:
         return {path: path[-1] for path in paths}
-    above = _subjects({path[:-1] for path in paths if path[:-1]})
-    return {path: above.get(path[:-1], path[-1]) for path in paths}
+    parent_subjects = _find_subject_level({path[:-1] for path in paths if path[:-1]})
+    return {path: parent_subjects.get(path[:-1], path[-1]) for path in paths}
 
 
-def _without_folder(path: Parts) -> str:
+def _strip_folder_name(path: PathParts) -> str:
     name, folder = path[-1], path[-2] if len(path) > 1 else ""
     rest = name.removeprefix(folder)
     return rest.lstrip("_- .") if folder and not rest[:1].isalnum() else name

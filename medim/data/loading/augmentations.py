@@ -29,12 +29,12 @@ from monai.transforms.transform import RandomizableTransform, Transform
 from scipy.spatial.transform import Rotation
 from torch.nn.functional import affine_grid, grid_sample
 
-from medim.config import bind, build
+from medim.config import build_from_section, validate_section
 from medim.data.preprocessing.steps import STEPS, check_steps
 from medim.types import Array, Step, UsageError, Volume
 
 
-def flip(*, spatial_dims: int, axis: int | None = None, probability: float = 0.5) -> RandomizableTransform:
+def build_flip(*, spatial_dims: int, axis: int | None = None, probability: float = 0.5) -> RandomizableTransform:
     """Reverse one axis.
 
     Args:
@@ -48,7 +48,7 @@ def flip(*, spatial_dims: int, axis: int | None = None, probability: float = 0.5
     return RandFlip(prob=probability, spatial_axis=axis)
 
 
-def affine(
+def build_affine(
     *, spatial_dims: int, rotate: float = 10.0, scale: float = 0.1, translate: float = 0.0, probability: float = 0.5
 ) -> RandomizableTransform:
     """Turn, stretch and move about the view's centre; edges are continued.
@@ -60,7 +60,7 @@ def affine(
         translate: largest shift along each axis, in voxels.
         probability: of being applied.
     """
-    return _Affine(
+    return _RandomAffine(
         [math.radians(rotate)] * (3 if spatial_dims == 3 else 1),
         [scale] * spatial_dims,
         [translate] * spatial_dims,
@@ -68,7 +68,7 @@ def affine(
     )
 
 
-def intensity_scale(*, factor: float = 0.1, probability: float = 0.5) -> RandomizableTransform:
+def build_intensity_scale(*, factor: float = 0.1, probability: float = 0.5) -> RandomizableTransform:
     """Multiply by a random number near 1.
 
     Args:
@@ -78,7 +78,7 @@ def intensity_scale(*, factor: float = 0.1, probability: float = 0.5) -> Randomi
     return RandScaleIntensity(factors=factor, prob=probability)
 
 
-def intensity_shift(*, offset: float = 0.1, probability: float = 0.5) -> RandomizableTransform:
+def build_intensity_shift(*, offset: float = 0.1, probability: float = 0.5) -> RandomizableTransform:
     """Add a random number.
 
     Args:
@@ -88,7 +88,7 @@ def intensity_shift(*, offset: float = 0.1, probability: float = 0.5) -> Randomi
     return RandShiftIntensity(offsets=offset, prob=probability)
 
 
-def contrast(*, gamma: tuple[float, float] = (0.7, 1.5), probability: float = 0.3) -> RandomizableTransform:
+def build_contrast(*, gamma: tuple[float, float] = (0.7, 1.5), probability: float = 0.3) -> RandomizableTransform:
     """Raise to a random power, between the view's own minimum and maximum.
 
     Args:
@@ -98,7 +98,7 @@ def contrast(*, gamma: tuple[float, float] = (0.7, 1.5), probability: float = 0.
     return RandAdjustContrast(prob=probability, gamma=gamma)
 
 
-def noise(*, std: float = 0.1, probability: float = 0.3) -> RandomizableTransform:
+def build_noise(*, std: float = 0.1, probability: float = 0.3) -> RandomizableTransform:
     """Add Gaussian noise of random strength.
 
     Args:
@@ -108,7 +108,7 @@ def noise(*, std: float = 0.1, probability: float = 0.3) -> RandomizableTransfor
     return RandGaussianNoise(prob=probability, mean=0.0, std=std)
 
 
-def blur(*, sigma: tuple[float, float] = (0.25, 1.0), probability: float = 0.2) -> RandomizableTransform:
+def build_blur(*, sigma: tuple[float, float] = (0.25, 1.0), probability: float = 0.2) -> RandomizableTransform:
     """Smooth with a Gaussian of random width along each axis.
 
     Args:
@@ -118,7 +118,7 @@ def blur(*, sigma: tuple[float, float] = (0.25, 1.0), probability: float = 0.2) 
     return RandGaussianSmooth(sigma_x=sigma, sigma_y=sigma, sigma_z=sigma, prob=probability)
 
 
-def bias_field(*, strength: float = 0.3, degree: int = 3, probability: float = 0.3) -> RandomizableTransform:
+def build_bias_field(*, strength: float = 0.3, degree: int = 3, probability: float = 0.3) -> RandomizableTransform:
     """Shade by a smooth field, as a coil does; applied above the view's minimum, since normalised air is not zero.
 
     Args:
@@ -131,14 +131,14 @@ def bias_field(*, strength: float = 0.3, degree: int = 3, probability: float = 0
 
 
 AUGMENTATIONS: dict[str, Callable[..., RandomizableTransform]] = {
-    "flip": flip,
-    "affine": affine,
-    "intensity_scale": intensity_scale,
-    "intensity_shift": intensity_shift,
-    "contrast": contrast,
-    "noise": noise,
-    "blur": blur,
-    "bias_field": bias_field,
+    "flip": build_flip,
+    "affine": build_affine,
+    "intensity_scale": build_intensity_scale,
+    "intensity_shift": build_intensity_shift,
+    "contrast": build_contrast,
+    "noise": build_noise,
+    "blur": build_blur,
+    "bias_field": build_bias_field,
 }
 GEOMETRIC = ("flip", "affine")  # a mask goes along; everything else changes intensities alone
 
@@ -159,7 +159,7 @@ class Augmentation:
         self._transforms: list[tuple[Any, bool]] = []
         for step in steps:
             _check_probability(step)
-            transform = build(AUGMENTATIONS, step, key="op", spatial_dims=spatial_dims)
+            transform = build_from_section(AUGMENTATIONS, step, key="op", spatial_dims=spatial_dims)
             transform.set_random_state(state=self._state)
             self._transforms.append((transform, step["op"] in GEOMETRIC))
 
@@ -177,11 +177,11 @@ class Augmentation:
         if not self._transforms:
             return image, mask
         self._state.seed(seed)
-        with _plain_tensors():
+        with _disable_meta_tracking():
             for transform, geometric in self._transforms:
                 image = transform(image)
                 if mask is not None and geometric:
-                    options = {"mode": "nearest"} if isinstance(transform, _Affine) else {}
+                    options = {"mode": "nearest"} if isinstance(transform, _RandomAffine) else {}
                     mask = transform(mask, randomize=False, **options)
         return image, mask
 
@@ -200,20 +200,20 @@ class _StepTransform(Transform):
     """One deterministic step on a tensor; a tensor without affine has voxels of 1 mm."""
 
     def __init__(self, step: Step) -> None:
-        self._function, self._options = bind(STEPS, step, key="op", given=("volume",))
+        self._function, self._options = validate_section(STEPS, step, key="op", run_args=("volume",))
 
     def __call__(self, data: torch.Tensor) -> MetaTensor:
         array = data.detach().cpu().numpy().astype(np.float32, copy=False)
-        given = data.affine.numpy() if isinstance(data, MetaTensor) else np.eye(4)
-        place = _four_by_four(given)
-        out = self._function(Volume(array, place, place, array.shape[1:]), **self._options)
-        kept = data.meta if isinstance(data, MetaTensor) else {}
-        meta = {name: value for name, value in kept.items() if name != "affine"}
-        changed = torch.as_tensor(_like(out.affine, given))
-        return MetaTensor(torch.from_numpy(np.ascontiguousarray(out.array)), affine=changed, meta=meta)
+        source_affine = data.affine.numpy() if isinstance(data, MetaTensor) else np.eye(4)
+        grid_affine = _pad_affine(source_affine)
+        out = self._function(Volume(array, grid_affine, grid_affine, array.shape[1:]), **self._options)
+        source_meta = data.meta if isinstance(data, MetaTensor) else {}
+        meta = {name: value for name, value in source_meta.items() if name != "affine"}
+        new_affine = torch.as_tensor(_match_affine_shape(out.affine, source_affine))
+        return MetaTensor(torch.from_numpy(np.ascontiguousarray(out.array)), affine=new_affine, meta=meta)
 
 
-class _Affine(RandomizableTransform):
+class _RandomAffine(RandomizableTransform):
     """MONAI's `RandAffine`, draw for draw the same map, by torch's own two calls.
 
     On small views MONAI's bookkeeping costs more than a training step (`benchmarks/affine.py`).
@@ -244,13 +244,13 @@ class _Affine(RandomizableTransform):
             return data
         dims, size = len(self._zoom), np.array(data.shape[:0:-1])
         angles = [0.0] * (3 - len(self._angles)) + list(self._angles)
-        turn = Rotation.from_euler("XYZ", angles).as_matrix()[:dims, :dims]
+        rotation = Rotation.from_euler("XYZ", angles).as_matrix()[:dims, :dims]
         # From a place in the output to one in the input, in voxels; torch's places run from -1 to 1, last axis first.
-        matrix, shift = turn * (1 + self._zoom), turn @ self._shift
+        matrix, shift = rotation * (1 + self._zoom), rotation @ self._shift
         theta = np.column_stack([matrix[::-1, ::-1] * size / size[:, None], 2 * shift[::-1] / size])
         grid = affine_grid(torch.from_numpy(theta[None]).float(), [1, *data.shape], align_corners=False)
-        moved = grid_sample(data[None].float(), grid, mode=mode, padding_mode="border", align_corners=False)
-        return moved[0].to(data.dtype)
+        output = grid_sample(data[None].float(), grid, mode=mode, padding_mode="border", align_corners=False)
+        return output[0].to(data.dtype)
 
 
 class _AboveMinimum(RandomizableTransform):
@@ -272,9 +272,9 @@ class _AboveMinimum(RandomizableTransform):
         self.randomize(None)
         if not self._do_transform:
             return data
-        least = data.amin()
-        shaded: torch.Tensor = self._transform(data - least)
-        return shaded + least
+        minimum = data.amin()
+        output: torch.Tensor = self._transform(data - minimum)
+        return output + minimum
 
 
 def _check_probability(step: Step) -> None:
@@ -283,7 +283,7 @@ def _check_probability(step: Step) -> None:
         raise UsageError(f"{step.get('op')}.probability: expected 0 to 1, got {probability}.")
 
 
-def _four_by_four(affine: Array) -> Array:
+def _pad_affine(affine: Array) -> Array:
     """MONAI keeps a 2D affine as (3, 3) or (4, 4); ours are (4, 4)."""
     if affine.shape == (4, 4):
         return affine.astype(np.float64)
@@ -292,16 +292,16 @@ def _four_by_four(affine: Array) -> Array:
     return out
 
 
-def _like(affine: Array, given: Array) -> Array:
-    return affine if given.shape == (4, 4) else affine[np.ix_([0, 1, 3], [0, 1, 3])]
+def _match_affine_shape(affine: Array, reference: Array) -> Array:
+    return affine if reference.shape == (4, 4) else affine[np.ix_([0, 1, 3], [0, 1, 3])]
 
 
 @contextmanager
-def _plain_tensors() -> Iterator[None]:
+def _disable_meta_tracking() -> Iterator[None]:
     """Keep MONAI from tracking metadata, which costs more than the transforms themselves on small views."""
-    before = get_track_meta()
+    was_tracking = get_track_meta()
     set_track_meta(False)
     try:
         yield
     finally:
-        set_track_meta(before)
+        set_track_meta(was_tracking)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from medim.config import RunConfig
-from medim.data.contamination import Case
-from medim.data.index.index import Index, Record, Rejection
-from medim.data.loading.splits import on_both_sides, split
-from medim.data.loading.store import Store, fill
-from medim.data.preprocessing.quality import Figures
+from medim.data.contamination import CaseIdentity
+from medim.data.index.index import ImageRecord, Index, Rejection
+from medim.data.loading.splits import assign_splits, count_overlap
+from medim.data.loading.store import Store, fill_store
+from medim.data.preprocessing.quality import QualityMetrics
 from medim.types import Split, Step, UserError
-from medim.version import versions
+from medim.version import collect_versions
 
 log = logging.getLogger(__name__)
 
@@ -29,33 +29,33 @@ class Cohort:
         store: where they lie.
         keys: image key to store key.
         splits: image key to split.
-        prints: image key to fingerprint.
+        fingerprints: image key to fingerprint.
         overlap: how many held-out images (and subjects) have pixels that stand in the training split too.
-        rejected: images that could not be read or preprocessed.
+        rejections: images that could not be read or preprocessed.
     """
 
     index: Index
     store: Store
     keys: dict[str, str]
     splits: dict[str, Split]
-    prints: dict[str, str]
+    fingerprints: dict[str, str]
     overlap: dict[str, int]
-    rejected: tuple[Rejection, ...]
+    rejections: tuple[Rejection, ...]
 
-    def cases(self, records: Sequence[Record]) -> list[Case]:
+    def cases(self, records: Sequence[ImageRecord]) -> list[CaseIdentity]:
         """Fingerprint and subject of some images."""
-        return [(self.prints[record.image], record.subject) for record in records]
+        return [(self.fingerprints[record.image], record.subject) for record in records]
 
-    def records(self, part: Split) -> tuple[Record, ...]:
+    def records(self, part: Split) -> tuple[ImageRecord, ...]:
         """The usable images of a split, in the index's order."""
         return tuple(r for r in self.index.records if r.image in self.keys and self.splits[r.image] == part)
 
-    def spec(self, config: RunConfig, *, seed: int, split_seed: int) -> dict[str, Any]:
+    def build_spec(self, config: RunConfig, *, seed: int, split_seed: int) -> dict[str, Any]:
         """What a saved network says of its input and its origin; see `medim.models.serialization`."""
         return {
             "modality": config.modality,
             "spatial_dims": config.spatial_dims,
-            "in_channels": self.store.entry(next(iter(self.keys.values()))).channels,
+            "in_channels": self.store.get_entry(next(iter(self.keys.values()))).channels,
             "input_shape": list(config.views.shape),
             "encoder": config.encoder,
             "preprocessing": config.preprocessing,
@@ -68,23 +68,23 @@ class Cohort:
                 "seed": seed,
                 "split_seed": split_seed,
                 "parent": None,
-                **versions(),
+                **collect_versions(),
             },
         }
 
-    def figures(self) -> dict[str, Figures]:
+    def quality_metrics(self) -> dict[str, QualityMetrics]:
         """Image key to the figures of the image as it was read."""
-        found = {image: self.store.entry(key).figures for image, key in self.keys.items()}
-        return {image: figures for image, figures in found.items() if figures is not None}
+        metrics_by_image = {image: self.store.get_entry(key).metrics for image, key in self.keys.items()}
+        return {image: figures for image, figures in metrics_by_image.items() if figures is not None}
 
-    def store_keys(self, records: Sequence[Record]) -> list[str]:
+    def store_keys(self, records: Sequence[ImageRecord]) -> list[str]:
         """Store keys of some images."""
         return [self.keys[record.image] for record in records]
 
 
 def open_cohort(
     index: Index,
-    records: Sequence[Record],
+    records: Sequence[ImageRecord],
     steps: Sequence[Step],
     *,
     split_seed: int,
@@ -106,21 +106,21 @@ def open_cohort(
     Raises:
         UserError: no image is left, the split leaves a side empty, or `strict`.
     """
-    shelf = Store(store)
+    image_store = Store(store)
 
-    def progress(done: int, total: int) -> None:
-        if done == total or done % 500 == 0:
-            log.info("preprocessing: %d of %d images", done, total)
+    def log_progress(count: int, total: int) -> None:
+        if count == total or count % 500 == 0:
+            log.info("preprocessing: %d of %d images", count, total)
 
-    keys, failed = fill(shelf, index, records, steps, jobs=jobs, progress=progress)
-    for rejection in failed:
+    keys, rejections = fill_store(image_store, index, records, steps, jobs=jobs, progress=log_progress)
+    for rejection in rejections:
         log.warning("%s: left out (%s: %s)", rejection.path, rejection.reason, rejection.detail)
     if not keys:
         raise UserError(
             f"none of {len(records)} images could be preprocessed; "
-            f"the first says: {failed[0].detail if failed else 'no images given'}"
+            f"the first says: {rejections[0].detail if rejections else 'no images given'}"
         )
-    prints = {image: shelf.entry(key).fingerprint for image, key in keys.items()}
-    splits = split(index, seed=split_seed, prints=prints)
-    overlap = on_both_sides(index, splits, prints, strict=strict)
-    return Cohort(index, shelf, keys, splits, prints, overlap, failed)
+    fingerprints = {image: image_store.get_entry(key).fingerprint for image, key in keys.items()}
+    splits = assign_splits(index, seed=split_seed, fingerprints=fingerprints)
+    overlap = count_overlap(index, splits, fingerprints, strict=strict)
+    return Cohort(index, image_store, keys, splits, fingerprints, overlap, rejections)

@@ -17,7 +17,7 @@ from medim.data.loading.store import Box, Store
 from medim.types import Array, Step, UserError
 
 CACHE_BYTES = 1 << 30
-Item = tuple[int, int]
+ItemRequest = tuple[int, int]
 
 
 class ViewDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -51,7 +51,7 @@ class ViewDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         augmentations: Sequence[Step] = (),
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        self._images = _Images(store, keys, tuple(shape), cache_bytes)
+        self._images = _ImageBoxes(store, keys, tuple(shape), cache_bytes)
         self._count, self._same_place = count, same_place
         self._augment = Augmentation(augmentations, spatial_dims=len(shape))
 
@@ -59,7 +59,7 @@ class ViewDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         """Number of images."""
         return len(self._images.keys)
 
-    def __getitem__(self, item: Item) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, item: ItemRequest) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of image `i`, all their randomness drawn from `seed`.
 
         Returns:
@@ -68,15 +68,15 @@ class ViewDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         """
         i, seed = item
         rng = np.random.default_rng(seed)
-        views, places = [], []
-        place = self._images.place(i, rng)
+        views, starts = [], []
+        start = self._images.draw_start(i, rng)
         for view in range(self._count):
             if view and not self._same_place:
-                place = self._images.place(i, rng)
-            image = torch.from_numpy(self._images.cut(i, place))
+                start = self._images.draw_start(i, rng)
+            image = torch.from_numpy(self._images.cut_box(i, start))
             views.append(self._augment(image, int(rng.integers(1 << 32)))[0])
-            places.append(place)
-        return torch.stack(views), torch.tensor(places, dtype=torch.float32)
+            starts.append(start)
+        return torch.stack(views), torch.tensor(starts, dtype=torch.float32)
 
 
 class LabelledDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -107,10 +107,13 @@ class LabelledDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     ) -> None:
         if targets is not None and len(targets) != len(keys):
             raise UserError(f"targets: expected one for each of {len(keys)} images, got {len(targets)}.")
-        without = [key for key in keys if targets is None and not store.entry(key).mask]
-        if without:
-            raise UserError(f"{store.folder}: {len(without)} of {len(keys)} images have no mask (first: {without[0]}).")
-        self._images = _Images(store, keys, tuple(shape), cache_bytes)
+        keys_without_mask = [key for key in keys if targets is None and not store.get_entry(key).has_mask]
+        if keys_without_mask:
+            raise UserError(
+                f"{store.folder}: {len(keys_without_mask)} of {len(keys)} images have no mask (first: "
+                f"{keys_without_mask[0]})."
+            )
+        self._images = _ImageBoxes(store, keys, tuple(shape), cache_bytes)
         kind = np.float32 if targets is not None and np.ndim(targets) == 2 else np.int64
         self._targets = None if targets is None else torch.from_numpy(np.asarray(targets, kind))
         self._augment = Augmentation(augmentations, spatial_dims=len(shape))
@@ -119,7 +122,7 @@ class LabelledDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         """Number of images."""
         return len(self._images.keys)
 
-    def __getitem__(self, item: Item) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, item: ItemRequest) -> tuple[torch.Tensor, torch.Tensor]:
         """Image `i` with its target, all randomness drawn from `seed`.
 
         Returns:
@@ -127,60 +130,60 @@ class LabelledDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         """
         i, seed = item
         rng = np.random.default_rng(seed)
-        place = self._images.place(i, rng)
-        image = torch.from_numpy(self._images.cut(i, place))
-        draw = int(rng.integers(1 << 32))
+        start = self._images.draw_start(i, rng)
+        image = torch.from_numpy(self._images.cut_box(i, start))
+        augmentation_seed = int(rng.integers(1 << 32))
         if self._targets is not None:
-            return self._augment(image, draw)[0], self._targets[i]
-        mask = torch.from_numpy(self._images.cut(i, place, mask=True))
-        image, mask = self._augment(image, draw, mask)
+            return self._augment(image, augmentation_seed)[0], self._targets[i]
+        mask = torch.from_numpy(self._images.cut_box(i, start, mask=True))
+        image, mask = self._augment(image, augmentation_seed, mask)
         return image, mask[0].to(torch.int64)
 
 
-class _Images:
+class _ImageBoxes:
     """Boxes of stored images, from RAM where they fit into the bytes allowed (first come, kept to the end)."""
 
     def __init__(self, store: Store, keys: Sequence[str], shape: tuple[int, ...], cache_bytes: int) -> None:
         if not keys:
             raise UserError(f"{store.folder}: expected at least one image to read, got none.")
-        self.keys, self._store, self._shape, self._bytes = list(keys), store, shape, cache_bytes
+        self.keys, self._store, self._shape, self._cache_bytes = list(keys), store, shape, cache_bytes
         self._cache: dict[tuple[str, bool], Array] = {}
         self._room = cache_bytes
         self._sizes: dict[str, tuple[int, ...]] = {}
         for key in self.keys[:1]:
-            self._size(key)
+            self._get_size(key)
 
     def __getstate__(self) -> dict[str, object]:
         """A loading process starts with an empty cache of its own."""
-        return {**self.__dict__, "_cache": {}, "_room": self._bytes}
+        return {**self.__dict__, "_cache": {}, "_room": self._cache_bytes}
 
-    def place(self, i: int, rng: np.random.Generator) -> tuple[int, ...]:
+    def draw_start(self, i: int, rng: np.random.Generator) -> tuple[int, ...]:
         """Where a box starts: anywhere along larger axes, around the centre of smaller ones."""
-        size = self._size(self.keys[i])
+        size = self._get_size(self.keys[i])
         return tuple(
             int(rng.integers(n - w + 1)) if n > w else -((w - n) // 2) for n, w in zip(size, self._shape, strict=True)
         )
 
-    def cut(self, i: int, place: tuple[int, ...], *, mask: bool = False) -> Array:
-        """The box of image (float32) or mask (uint8) that starts at `place`; a new array."""
+    def cut_box(self, i: int, start: tuple[int, ...], *, mask: bool = False) -> Array:
+        """The box of image (float32) or mask (uint8) that starts at `start`; a new array."""
         key = self.keys[i]
-        size = self._size(key)
-        inside = tuple(slice(max(p, 0), min(p + w, n)) for p, w, n in zip(place, self._shape, size, strict=True))
-        box = self._box(key, mask, inside)
+        size = self._get_size(key)
+        source_box = tuple(slice(max(p, 0), min(p + w, n)) for p, w, n in zip(start, self._shape, size, strict=True))
+        box = self._read_box(key, mask, source_box)
         kind = np.uint8 if mask else np.float32
         if box.shape[1:] == self._shape:
             return np.array(box, dtype=kind, order="C")
         out = np.zeros((len(box), *self._shape), kind)
         if not mask:
-            out[:] = np.reshape(self._store.entry(key).minimum, (-1, *[1] * len(size)))
-        put = tuple(slice(s.start - p, s.stop - p) for s, p in zip(inside, place, strict=True))
-        out[(slice(None), *put)] = box
+            out[:] = np.reshape(self._store.get_entry(key).minimum, (-1, *[1] * len(size)))
+        target_box = tuple(slice(s.start - p, s.stop - p) for s, p in zip(source_box, start, strict=True))
+        out[(slice(None), *target_box)] = box
         return out
 
-    def _size(self, key: str) -> tuple[int, ...]:
+    def _get_size(self, key: str) -> tuple[int, ...]:
         size = self._sizes.get(key)
         if size is None:
-            size = self._store.entry(key).shape
+            size = self._store.get_entry(key).shape
             if len(size) != len(self._shape):
                 raise UserError(
                     f"views.shape: expected {len(size)} numbers for a {len(size)}D image, got {self._shape}."
@@ -188,14 +191,14 @@ class _Images:
             self._sizes[key] = size
         return size
 
-    def _box(self, key: str, mask: bool, inside: Box) -> Array:
-        read: Callable[..., Array] = self._store.mask if mask else self._store.image
-        whole = self._cache.get((key, mask))
-        if whole is None:
-            entry = self._store.entry(key)
-            needed = int(np.prod(entry.shape)) if mask else entry.nbytes
-            if needed > self._room:
-                return read(key, inside)
-            whole = self._cache[key, mask] = read(key)
-            self._room -= needed
-        return whole[(slice(None), *inside)]
+    def _read_box(self, key: str, mask: bool, box: Box) -> Array:
+        load: Callable[..., Array] = self._store.read_mask if mask else self._store.read_image
+        array = self._cache.get((key, mask))
+        if array is None:
+            entry = self._store.get_entry(key)
+            n_bytes = int(np.prod(entry.shape)) if mask else entry.nbytes
+            if n_bytes > self._room:
+                return load(key, box)
+            array = self._cache[key, mask] = load(key)
+            self._room -= n_bytes
+        return array[(slice(None), *box)]

@@ -12,7 +12,7 @@ from monai.config.type_definitions import PathLike
 from monai.data.image_reader import ImageReader
 from monai.utils.enums import MetaKeys, SpaceKeys
 
-from medim.data.readers import read_volume, reader_of, split_item
+from medim.data.readers import find_reader, read_volume, split_item
 from medim.types import Array, Volume
 
 
@@ -26,8 +26,8 @@ class MedimReader(ImageReader):
 
     def verify_suffix(self, filename: Sequence[PathLike] | PathLike) -> bool:
         """Whether every path is one that some reader accepts."""
-        places = [split_item(name)[0] for name in _paths(filename)]
-        return all(place.is_dir() or reader_of(place) is not None for place in places)
+        files = [split_item(name)[0] for name in _as_paths(filename)]
+        return all(file.is_dir() or find_reader(file) is not None for file in files)
 
     def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> list[Volume]:
         """Read each path.
@@ -35,7 +35,7 @@ class MedimReader(ImageReader):
         Raises:
             ReadError: a path is no image.
         """
-        return [read_volume(path) for path in _paths(data)]
+        return [read_volume(path) for path in _as_paths(data)]
 
     def get_data(self, img: Sequence[Volume]) -> tuple[Array, dict[str, Any]]:
         """The volumes as channels, with MONAI's metadata.
@@ -59,5 +59,5 @@ class MedimReader(ImageReader):
         return np.concatenate([volume.array for volume in img]), meta
 
 
-def _paths(data: Sequence[PathLike] | PathLike) -> list[Path]:
+def _as_paths(data: Sequence[PathLike] | PathLike) -> list[Path]:
     return [Path(name) for name in ([data] if isinstance(data, str | os.PathLike) else data)]

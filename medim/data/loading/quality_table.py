@@ -11,24 +11,24 @@ from typing import Any
 
 import numpy as np
 
-from medim.data.index.records import Record
-from medim.data.preprocessing.quality import FLAGS, Figures, flags
+from medim.data.index.records import ImageRecord
+from medim.data.preprocessing.quality import FLAGS, QualityMetrics, list_flags
 from medim.files import write_csv
 from medim.types import Array, UserError
 
-NAME = "quality.csv"
-NEAR = int(FLAGS["near-duplicate"].threshold) - 1  # bits that a near-duplicate may differ in
-_ROWS, _COLUMNS = 32, 4096  # hashes compared at once, within a processor's cache
+QUALITY_FILE = "quality.csv"
+MAX_DUPLICATE_BITS = int(FLAGS["near-duplicate"].threshold) - 1  # bits that a near-duplicate may differ in
+_ROW_BLOCK, _COLUMN_BLOCK = 32, 4096  # hashes compared at once, within a processor's cache
 
 
 @dataclass(frozen=True)
-class Quality:
+class ImageQuality:
     """What is known of one image's quality.
 
     Attributes:
         image: its key in the index.
-        figures: of the image as read.
-        nearest: the most similar image of another subject, where one differs in at most `NEAR` bits.
+        metrics: of the image as read.
+        nearest: the most similar image of another subject, where one differs in at most `MAX_DUPLICATE_BITS` bits.
         distance: bits in which the two differ.
         nearest_own: the most similar image of the same subject, likewise; expected of the two sides of one head.
         distance_own: bits in which the two differ.
@@ -36,7 +36,7 @@ class Quality:
     """
 
     image: str
-    figures: Figures
+    metrics: QualityMetrics
     nearest: str | None
     distance: int | None
     nearest_own: str | None
@@ -44,135 +44,145 @@ class Quality:
     flags: tuple[str, ...]
 
 
-_FIGURES = tuple(field.name for field in fields(Figures))
-COLUMNS = ("image", *_FIGURES, "nearest", "distance", "nearest_own", "distance_own", "flags")
+_METRIC_NAMES = tuple(field.name for field in fields(QualityMetrics))
+QUALITY_COLUMNS = ("image", *_METRIC_NAMES, "nearest", "distance", "nearest_own", "distance_own", "flags")
 
 
-def near_duplicates(hashes: Array, distance: int) -> Iterator[tuple[Array, Array, Array]]:
+def find_near_duplicates(hashes: Array, max_distance: int) -> Iterator[tuple[Array, Array, Array]]:
     """Pairs of images whose hashes differ in at most some bits, a block at a time; each pair comes once.
 
     Every pair is compared, in blocks: 100,000 images take seconds and no memory to speak of.
 
     Args:
         hashes: (N,) uint64.
-        distance: in bits.
+        max_distance: in bits.
 
     Yields:
         Places of the first images, of the second ones (always larger), and the bits in which they differ: (k,) each.
     """
-    for top in range(0, len(hashes), _ROWS):
-        for left in range(top, len(hashes), _COLUMNS):
-            apart = np.bitwise_count(hashes[top : top + _ROWS, None] ^ hashes[None, left : left + _COLUMNS])
-            rows, columns = np.nonzero(apart <= distance)
-            later = columns + left > rows + top
-            rows, columns = rows[later], columns[later]
+    for row_start in range(0, len(hashes), _ROW_BLOCK):
+        for column_start in range(row_start, len(hashes), _COLUMN_BLOCK):
+            distances = np.bitwise_count(
+                hashes[row_start : row_start + _ROW_BLOCK, None]
+                ^ hashes[None, column_start : column_start + _COLUMN_BLOCK]
+            )
+            rows, columns = np.nonzero(distances <= max_distance)
+            is_later = columns + column_start > rows + row_start
+            rows, columns = rows[is_later], columns[is_later]
             if rows.size:
-                yield rows + top, columns + left, apart[rows, columns]
+                yield rows + row_start, columns + column_start, distances[rows, columns]
 
 
-def assess(records: Sequence[Record], figures: Mapping[str, Figures]) -> tuple[Quality, ...]:
+def flag_images(
+    records: Sequence[ImageRecord], metrics_by_image: Mapping[str, QualityMetrics]
+) -> tuple[ImageQuality, ...]:
     """Compare images with each other, and flag them.
 
     Args:
         records: of the index.
-        figures: image key to figures; records without are left out.
+        metrics_by_image: image key to figures; records without are left out.
 
     Returns:
         A row an image, in the order of `records`.
     """
-    records = [record for record in records if record.image in figures]
-    hashed = [record for record in records if figures[record.image].hash is not None]
-    other, own = _nearest(
-        np.array([int(str(figures[record.image].hash), 16) for record in hashed], np.uint64),
-        np.unique([record.subject for record in hashed], return_inverse=True)[1],
+    records = [record for record in records if record.image in metrics_by_image]
+    hash_records = [record for record in records if metrics_by_image[record.image].hash is not None]
+    other_codes, own_codes = _find_nearest(
+        np.array([int(str(metrics_by_image[record.image].hash), 16) for record in hash_records], np.uint64),
+        np.unique([record.subject for record in hash_records], return_inverse=True)[1],
     )
-    keys = [record.image for record in hashed]
-    near = {key: (_named(other[place], keys), _named(own[place], keys)) for place, key in enumerate(keys)}
+    keys = [record.image for record in hash_records]
+    matches = {
+        key: (_decode_nearest(other_codes[position], keys), _decode_nearest(own_codes[position], keys))
+        for position, key in enumerate(keys)
+    }
     rows = []
     for record in records:
-        found = figures[record.image]
-        (image, distance), (image_own, distance_own) = near.get(record.image, ((None, None), (None, None)))
-        raised = flags({**asdict(found), "distance": distance})
-        rows.append(Quality(record.image, found, image, distance, image_own, distance_own, raised))
+        metrics = metrics_by_image[record.image]
+        (image, distance), (image_own, distance_own) = matches.get(record.image, ((None, None), (None, None)))
+        flag_codes = list_flags({**asdict(metrics), "distance": distance})
+        rows.append(ImageQuality(record.image, metrics, image, distance, image_own, distance_own, flag_codes))
     return tuple(rows)
 
 
-def flagged(records: Sequence[Record], rows: Sequence[Quality]) -> tuple[Record, ...]:
+def add_record_flags(records: Sequence[ImageRecord], rows: Sequence[ImageQuality]) -> tuple[ImageRecord, ...]:
     """The records with their flags in `quality`, behind what the reader said; flags of an earlier run go."""
-    raised = {row.image: row.flags for row in rows}
+    flags_by_image = {row.image: row.flags for row in rows}
 
-    def codes(record: Record) -> str | None:
-        said = [code for code in (record.quality or "").split() if code not in FLAGS]
-        return " ".join([*said, *raised.get(record.image, ())]) or None
+    def merge_codes(record: ImageRecord) -> str | None:
+        reader_codes = [code for code in (record.quality or "").split() if code not in FLAGS]
+        return " ".join([*reader_codes, *flags_by_image.get(record.image, ())]) or None
 
-    return tuple(replace(record, quality=codes(record)) for record in records)
+    return tuple(replace(record, quality=merge_codes(record)) for record in records)
 
 
-def counts(rows: Sequence[Quality]) -> dict[str, int]:
+def count_flags(rows: Sequence[ImageQuality]) -> dict[str, int]:
     """How many images carry each flag, in the order of `FLAGS`; flags that none carries are left out."""
-    found = Counter(code for row in rows for code in row.flags)
-    return {code: found[code] for code in FLAGS if found[code]}
+    code_counts = Counter(code for row in rows for code in row.flags)
+    return {code: code_counts[code] for code in FLAGS if code_counts[code]}
 
 
-def write_quality(folder: Path, rows: Sequence[Quality]) -> None:
+def write_quality(folder: Path, rows: Sequence[ImageQuality]) -> None:
     """Write `quality.csv`, whole or not at all."""
     cells = (
         (
             row.image,
-            *asdict(row.figures).values(),
+            *asdict(row.metrics).values(),
             *(row.nearest, row.distance, row.nearest_own, row.distance_own),
             " ".join(row.flags),
         )
         for row in rows
     )
-    write_csv(folder / NAME, COLUMNS, cells)
+    write_csv(folder / QUALITY_FILE, QUALITY_COLUMNS, cells)
 
 
-def read_quality(folder: Path) -> tuple[Quality, ...]:
+def read_quality(folder: Path) -> tuple[ImageQuality, ...]:
     """Read `quality.csv`; nothing where it is not there.
 
     Raises:
         UserError: it is not what `write_quality` writes.
     """
-    path = folder / NAME
+    path = folder / QUALITY_FILE
     if not path.is_file():
         return ()
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     try:
-        return tuple(_row(row) for row in rows)
+        return tuple(_parse_quality_row(row) for row in rows)
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(
-            f"{path}: expected the columns {', '.join(COLUMNS)}, got a line that fits not ({error}). "
+            f"{path}: expected the columns {', '.join(QUALITY_COLUMNS)}, got a line that fits not ({error}). "
             "Run `medim preprocess` again."
         ) from error
 
 
-def _row(row: Mapping[str, str]) -> Quality:
-    def number(name: str) -> Any:
+def _parse_quality_row(row: Mapping[str, str]) -> ImageQuality:
+    def parse_number(name: str) -> Any:
         return float(row[name]) if row[name] else None
 
-    def bits(name: str) -> int | None:
+    def parse_bits(name: str) -> int | None:
         return int(row[name]) if row[name] else None
 
-    words: dict[str, Any] = {"levels": int(row["levels"]), "hash": row["hash"] or None}
-    figures = Figures(**{name: number(name) for name in _FIGURES if name not in words}, **words)
-    near = row["nearest"] or None, bits("distance"), row["nearest_own"] or None, bits("distance_own")
-    return Quality(row["image"], figures, *near, tuple(row["flags"].split()))
+    exact_fields: dict[str, Any] = {"levels": int(row["levels"]), "hash": row["hash"] or None}
+    metrics = QualityMetrics(
+        **{name: parse_number(name) for name in _METRIC_NAMES if name not in exact_fields}, **exact_fields
+    )
+    neighbours = row["nearest"] or None, parse_bits("distance"), row["nearest_own"] or None, parse_bits("distance_own")
+    return ImageQuality(row["image"], metrics, *neighbours, tuple(row["flags"].split()))
 
 
-def _nearest(hashes: Array, subjects: Array) -> tuple[Array, Array]:
+def _find_nearest(hashes: Array, subjects: Array) -> tuple[Array, Array]:
     """The nearest image of another subject and of the same one: (N,) each, distance << 32 | place; -1 where none is."""
-    none = np.iinfo(np.int64).max
-    other, own = np.full(len(hashes), none), np.full(len(hashes), none)
-    for first, second, apart in near_duplicates(hashes, NEAR):
-        same = subjects[first] == subjects[second]
-        for one, two in ((first, second), (second, first)):
-            found = apart.astype(np.int64) << 32 | two
-            np.minimum.at(own, one[same], found[same])
-            np.minimum.at(other, one[~same], found[~same])
-    return np.where(other == none, -1, other), np.where(own == none, -1, own)
+    no_match = np.iinfo(np.int64).max
+    other_nearest, own_nearest = np.full(len(hashes), no_match), np.full(len(hashes), no_match)
+    for first, second, distances in find_near_duplicates(hashes, MAX_DUPLICATE_BITS):
+        same_subject = subjects[first] == subjects[second]
+        for source, target in ((first, second), (second, first)):
+            candidates = distances.astype(np.int64) << 32 | target
+            np.minimum.at(own_nearest, source[same_subject], candidates[same_subject])
+            np.minimum.at(other_nearest, source[~same_subject], candidates[~same_subject])
+    return np.where(other_nearest == no_match, -1, other_nearest), np.where(own_nearest == no_match, -1, own_nearest)
 
 
-def _named(found: int, keys: Sequence[str]) -> tuple[str | None, int | None]:
-    return (None, None) if found < 0 else (keys[int(found) & 0xFFFFFFFF], int(found) >> 32)
+def _decode_nearest(code: int, keys: Sequence[str]) -> tuple[str | None, int | None]:
+    return (None, None) if code < 0 else (keys[int(code) & 0xFFFFFFFF], int(code) >> 32)

@@ -16,20 +16,20 @@ from typing import TYPE_CHECKING, cast, get_args
 
 import numpy as np
 
-from medim.data.fingerprints import overlap, united
-from medim.data.labels import strata as strata_of
+from medim.data.fingerprints import merge_groups, shared_images
+from medim.data.labels import stratification_labels as strata_of
 from medim.files import write_csv
 from medim.types import Split, UsageError, UserError
 
 if TYPE_CHECKING:
-    from medim.data.index.index import Index, Record
+    from medim.data.index.index import ImageRecord, Index
 
 log = logging.getLogger(__name__)
-COLUMNS = ("image", "subject", "split", "label", "budget", "used")
+SPLIT_COLUMNS = ("image", "subject", "split", "label", "budget", "used")
 
 
-def split(
-    index: Index, *, seed: int = 0, val_fraction: float = 0.2, prints: Mapping[str, str] | None = None
+def assign_splits(
+    index: Index, *, seed: int = 0, val_fraction: float = 0.2, fingerprints: Mapping[str, str] | None = None
 ) -> dict[str, Split]:
     """Assign every image to a split.
 
@@ -42,7 +42,7 @@ def split(
         index: the images.
         seed: `--split-seed`.
         val_fraction: share of subjects, 0 to below 1.
-        prints: image key to fingerprint, as far as they are known.
+        fingerprints: image key to fingerprint, as far as they are known.
 
     Returns:
         Image key to "train", "val" or "test".
@@ -52,7 +52,7 @@ def split(
     """
     if not 0 <= val_fraction < 1:
         raise UsageError(f"val_fraction: expected at least 0 and below 1, got {val_fraction}.")
-    known: dict[str, Split] = {}
+    split_of_subject: dict[str, Split] = {}
     for record in index.records:
         if record.split is None:
             continue
@@ -60,28 +60,38 @@ def split(
             raise UserError(
                 f"{record.path}: expected split train, val or test, got {record.split!r}. Correct the column."
             )
-        if known.setdefault(record.subject, cast(Split, record.split)) != record.split:
+        if split_of_subject.setdefault(record.subject, cast(Split, record.split)) != record.split:
             raise UserError(
-                f"{record.path}: its subject is in {record.split!r} and in {known[record.subject]!r}; a subject "
-                "belongs to one split. Correct the source's split column, or the subjects that `--subjects` gives."
+                f"{record.path}: its subject is in {record.split!r} and in {split_of_subject[record.subject]!r}; "
+                "a subject belongs to one split. Correct the source's split column or the --subjects table."
             )
-    own = frozenset(known)
-    ordered = _ordered([r for r in index.records if r.subject not in own], seed, each_first=False)
-    count = math.floor(val_fraction * len(ordered) + 0.5)
-    if val_fraction > 0 and len(ordered) > 1:
+    source_subjects = frozenset(split_of_subject)
+    groups = _order_subjects([r for r in index.records if r.subject not in source_subjects], seed, each_first=False)
+    count = math.floor(val_fraction * len(groups) + 0.5)
+    if val_fraction > 0 and len(groups) > 1:
         count = max(count, 1)
-    for place, group in enumerate(ordered):
-        known[group[0].subject] = "val" if place < count else "train"
+    for rank, group in enumerate(groups):
+        split_of_subject[group[0].subject] = "val" if rank < count else "train"
     subjects = {record.image: record.subject for record in index.records}
-    for people in united([subjects[image] for image in images] for images in overlap(prints or {}, subjects)):
-        given = [known[subject] for subject in people if subject in own]
-        side = given[0] if given else "val" if any(known[subject] == "val" for subject in people) else "train"
-        known.update(dict.fromkeys((subject for subject in people if subject not in own), side))
-    return {record.image: known[record.subject] for record in index.records}
+    for people in merge_groups(
+        [subjects[image] for image in images] for images in shared_images(fingerprints or {}, subjects)
+    ):
+        source_splits = [split_of_subject[subject] for subject in people if subject in source_subjects]
+        target_split = (
+            source_splits[0]
+            if source_splits
+            else "val"
+            if any(split_of_subject[subject] == "val" for subject in people)
+            else "train"
+        )
+        split_of_subject.update(
+            dict.fromkeys((subject for subject in people if subject not in source_subjects), target_split)
+        )
+    return {record.image: split_of_subject[record.subject] for record in index.records}
 
 
-def on_both_sides(
-    index: Index, splits: Mapping[str, Split], prints: Mapping[str, str], *, strict: bool = False
+def count_overlap(
+    index: Index, splits: Mapping[str, Split], fingerprints: Mapping[str, str], *, strict: bool = False
 ) -> dict[str, int]:
     """Count the images held out of training whose pixels stand in the training split too, and their subjects.
 
@@ -90,49 +100,53 @@ def on_both_sides(
     Args:
         index: the images.
         splits: of all of them.
-        prints: image key to fingerprint, as far as they are known.
+        fingerprints: image key to fingerprint, as far as they are known.
         strict: refuse any.
 
     Raises:
         UserError: `strict`, and there are some.
     """
-    trained = {found for image, found in prints.items() if found and splits[image] == "train"}
-    held = [r for r in index.records if splits[r.image] != "train" and prints.get(r.image) in trained]
-    subjects = len({record.subject for record in held})
-    if held:
+    train_fingerprints = {
+        fingerprint for image, fingerprint in fingerprints.items() if fingerprint and splits[image] == "train"
+    }
+    duplicates = [
+        r for r in index.records if splits[r.image] != "train" and fingerprints.get(r.image) in train_fingerprints
+    ]
+    n_subjects = len({record.subject for record in duplicates})
+    if duplicates:
         sentence = (
-            f"the source's own splits: {len(held)} held-out images (of {subjects} subjects) have the same pixels as "
-            "images of the training split"
+            f"the source's own splits: {len(duplicates)} held-out images (of {n_subjects} subjects) have the same "
+            "pixels as images of the training split"
         )
         if strict:
             raise UserError(f"{sentence}. --strict expected none. Correct the split column, or leave --strict out.")
         log.warning("%s: figures on them are too good", sentence)
-    return {"images": len(held), "subjects": subjects}
+    return {"images": len(duplicates), "subjects": n_subjects}
 
 
 def write_splits(
     path: Path,
     index: Index,
     splits: Mapping[str, Split],
-    train: Sequence[Record],
+    train_records: Sequence[ImageRecord],
     *,
     seed: int,
-    used: Sequence[Record] | None = None,
+    labelled_records: Sequence[ImageRecord] | None = None,
 ) -> None:
-    """Write `split.csv`, a row an image; given back as `--labels` it makes the same split.
+    """Write `assign_splits.csv`, a row an image; given back as `--labels` it makes the same split.
 
     Args:
         path: the file.
         index: the images.
         splits: of all of them.
-        train: the usable images of the training split; for those that a budget may take, `budget` is the place at
-            which their subject enters one.
+        train_records: the usable images of the training split; for those that a budget may take, `select_label_budget`
+            is the place at which their subject enters one.
         seed: of the draw.
-        used: images that the run was trained on with labels.
+        labelled_records: images that the run was trained on with labels.
     """
-    groups = enumerate(_nested(_usable(train), seed), start=1)
-    ranks = {record.image: place for place, group in groups for record in group}
-    chosen = {record.image for record in used or ()}
+    groups = enumerate(_order_budget_groups(_filter_labelled(train_records), seed), start=1)
+    ranks = {record.image: rank for rank, group in groups for record in group}
+    labelled_images = {record.image for record in labelled_records or ()}
     rows = (
         (
             record.image,
@@ -140,11 +154,11 @@ def write_splits(
             splits[record.image],
             record.label,
             ranks.get(record.image),
-            None if used is None else "yes" if record.image in chosen else "no",
+            None if labelled_records is None else "yes" if record.image in labelled_images else "no",
         )
         for record in index.records
     )
-    write_csv(path, COLUMNS, rows)
+    write_csv(path, SPLIT_COLUMNS, rows)
 
 
 def read_splits(path: Path) -> dict[str, Split]:
@@ -154,16 +168,16 @@ def read_splits(path: Path) -> dict[str, Split]:
         UserError: the file is damaged.
     """
     with path.open(newline="", encoding="utf-8") as file:
-        found = {row.get("image", ""): row.get("split", "") for row in csv.DictReader(file)}
-    wrong = set(found.values()) - set(get_args(Split))
-    if wrong:
+        splits = {row.get("image", ""): row.get("split", "") for row in csv.DictReader(file)}
+    unknown_splits = set(splits.values()) - set(get_args(Split))
+    if unknown_splits:
         raise UserError(f"{path}: expected columns image and split (train, val or test), got others. Copy it again.")
-    return cast(dict[str, Split], found)
+    return cast(dict[str, Split], splits)
 
 
-def budget(
-    records: Sequence[Record], *, labelled: int | None = None, fraction: float | None = None, seed: int = 0
-) -> tuple[Record, ...]:
+def select_label_budget(
+    records: Sequence[ImageRecord], *, labelled: int | None = None, fraction: float | None = None, seed: int = 0
+) -> tuple[ImageRecord, ...]:
     """Choose the labelled images that a run may use: whole subjects, nested for one seed.
 
     Images without label or mask are left out first. One order of the subjects is drawn, one of each class at its head
@@ -191,36 +205,36 @@ def budget(
         raise UsageError(f"--labelled: expected at least 1 image, got {labelled}.")
     if fraction is not None and not 0 < fraction <= 1:
         raise UsageError(f"--label-fraction: expected above 0 and up to 1, got {fraction}.")
-    usable = _usable(records)
+    usable = _filter_labelled(records)
     if not usable:
         raise UserError(
             f"training split: expected labelled images, got {len(records)} without label or mask. Give --labels."
         )
-    wanted = len(usable)
+    target_count = len(usable)
     if labelled is not None:
-        wanted = min(labelled, wanted)
+        target_count = min(labelled, target_count)
     elif fraction is not None:
-        wanted = max(1, math.floor(fraction * wanted + 0.5))
-    chosen: set[str] = set()
+        target_count = max(1, math.floor(fraction * target_count + 0.5))
+    subjects: set[str] = set()
     count = 0
-    for group in _nested(usable, seed):
-        if count + len(group) > wanted and chosen:
+    for group in _order_budget_groups(usable, seed):
+        if count + len(group) > target_count and subjects:
             break
-        chosen.add(group[0].subject)
+        subjects.add(group[0].subject)
         count += len(group)
-    return tuple(r for r in usable if r.subject in chosen)
+    return tuple(r for r in usable if r.subject in subjects)
 
 
-def _usable(records: Sequence[Record]) -> list[Record]:
+def _filter_labelled(records: Sequence[ImageRecord]) -> list[ImageRecord]:
     return [record for record in records if record.label is not None or record.mask is not None]
 
 
-def _nested(records: Sequence[Record], seed: int) -> list[list[Record]]:
-    """The order in which subjects enter a budget, each with its images; see `budget`."""
-    return _meeting_counts(_ordered(records, seed))
+def _order_budget_groups(records: Sequence[ImageRecord], seed: int) -> list[list[ImageRecord]]:
+    """The order in which subjects enter a budget, each with its images; see `select_label_budget`."""
+    return _balance_prefixes(_order_subjects(records, seed))
 
 
-def _ordered(records: Sequence[Record], seed: int, *, each_first: bool = True) -> list[list[Record]]:
+def _order_subjects(records: Sequence[ImageRecord], seed: int, *, each_first: bool = True) -> list[list[ImageRecord]]:
     """Records by subject, in a seeded order with the classes in proportion.
 
     Args:
@@ -229,39 +243,39 @@ def _ordered(records: Sequence[Record], seed: int, *, each_first: bool = True) -
         each_first: begin with one subject of each class, as label budgets do; else one that is alone in its class comes
             last, so that it is learnt from.
     """
-    subjects: dict[str, list[Record]] = {}
+    subjects: dict[str, list[ImageRecord]] = {}
     for record in records:
         subjects.setdefault(record.subject, []).append(record)
     groups = list(subjects.values())
-    draw = np.random.default_rng(seed).permutation(len(groups))
+    order = np.random.default_rng(seed).permutation(len(groups))
     strata: dict[tuple[str, ...], list[int]] = {}
-    kinds = strata_of([{r.label for r in group if r.label is not None} for group in groups])
-    for place in draw:
-        strata.setdefault(kinds[place], []).append(int(place))
+    group_classes = strata_of([{r.label for r in group if r.label is not None} for group in groups])
+    for position in order:
+        strata.setdefault(group_classes[position], []).append(int(position))
     if 2 * len(strata) > len(groups):  # labels that hardly repeat are numbers, not classes
-        return [groups[place] for place in draw]
+        return [groups[position] for position in order]
     keys = {
-        place: (rank > 0 if each_first else len(members) == 1, (rank + 0.5) / len(members))
+        position: (rank > 0 if each_first else len(members) == 1, (rank + 0.5) / len(members))
         for members in strata.values()
-        for rank, place in enumerate(members)
+        for rank, position in enumerate(members)
     }
-    return [groups[place] for place in sorted(keys, key=lambda place: keys[place])]
+    return [groups[position] for position in sorted(keys, key=lambda position: keys[position])]
 
 
-def _meeting_counts(groups: Sequence[list[Record]]) -> list[list[Record]]:
+def _balance_prefixes(groups: Sequence[list[ImageRecord]]) -> list[list[ImageRecord]]:
     """Reorder groups as little as makes their running total meet 1, 2, 3 and the multiples of five where it can."""
-    waiting, out, count = list(groups), [], 0
+    pending, out, count = list(groups), [], 0
     total = sum(len(g) for g in groups)
     for target in [1, 2, 3, *range(5, total + 5, 5)]:
-        kept = []
-        for place, group in enumerate(waiting):
+        remaining = []
+        for position, group in enumerate(pending):
             if count == target:
-                kept.extend(waiting[place:])
+                remaining.extend(pending[position:])
                 break
             if count + len(group) <= target:
                 out.append(group)
                 count += len(group)
             else:
-                kept.append(group)
-        waiting = kept
-    return out + waiting
+                remaining.append(group)
+        pending = remaining
+    return out + pending

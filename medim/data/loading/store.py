@@ -20,31 +20,31 @@ from typing import Any
 import blosc2
 import numpy as np
 
-from medim.data.fingerprints import fingerprint
-from medim.data.index.index import Index, Record, Rejection
-from medim.data.parallel import in_processes
-from medim.data.preprocessing.quality import Figures, measure
-from medim.data.preprocessing.steps import check_steps, onto, preprocess
+from medim.data.fingerprints import compute_fingerprint
+from medim.data.index.index import ImageRecord, Index, Rejection
+from medim.data.parallel import map_in_processes
+from medim.data.preprocessing.quality import QualityMetrics, measure_quality
+from medim.data.preprocessing.steps import check_steps, preprocess, resample_mask
 from medim.data.readers import ReadError
-from medim.files import cache_folder, hash_of, read_json, write_bytes, write_json
+from medim.files import cache_folder, json_sha256, read_json, write_bytes, write_json
 from medim.types import Array, Step, UsageError, UserError, Volume
 
 SCHEMA_VERSION = 3
-CHUNK, BLOCK = 64, 16  # voxels a side: what is found at once, and what is decompressed at once
-HALF_ERROR = 1 / 200  # standard deviations an intensity may be off by before float16 is too coarse for an image
-OPEN_FILES = 64
+CHUNK_SIDE, BLOCK_SIDE = 64, 16  # voxels a side: what is found at once, and what is decompressed at once
+MAX_FLOAT16_ERROR = 1 / 200  # standard deviations an intensity may be off by before float16 is too coarse for an image
+MAX_OPEN_FILES = 64
 SEAL = b"medim-1\0"  # ends every file, before the CRC-32 of what stands above; Blosc2 reads past neither
 
 Box = tuple[slice, ...]
 
 
-def default_folder() -> Path:
+def locate_default_store() -> Path:
     """`store` in the user's cache folder."""
     return cache_folder() / "store"
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoreEntry:
     """What a store knows of an image without reading its voxels.
 
     Attributes:
@@ -54,10 +54,10 @@ class Entry:
         affine: (4, 4) of the preprocessed grid.
         native_affine: (4, 4) of the file's grid.
         native_shape: spatial shape of the file's grid.
-        mask: a mask is stored too.
+        has_mask: a mask is stored too.
         fingerprint: of the image before preprocessing; see `medim.data.fingerprints`.
         nbytes: size in RAM, as stored (float16 or float32), without the mask.
-        figures: of the image as read, before the steps; None where `put` was given none.
+        metrics: of the image as read, before the steps; None where `put` was given none.
     """
 
     shape: tuple[int, ...]
@@ -66,35 +66,35 @@ class Entry:
     affine: Array
     native_affine: Array
     native_shape: tuple[int, ...]
-    mask: bool
+    has_mask: bool
     fingerprint: str
     nbytes: int
-    figures: Figures | None
+    metrics: QualityMetrics | None
 
 
 class Store:
     """A folder of preprocessed images; see the module.
 
     Args:
-        folder: made when the first image comes; None takes `default_folder`.
+        folder: made when the first image comes; None takes `locate_default_store`.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.folder = Path(folder) if folder is not None else default_folder()
+        self.folder = Path(folder) if folder is not None else locate_default_store()
         self._open: OrderedDict[tuple[str, str], Any] = OrderedDict()
-        self._entries: dict[str, Entry] = {}
-        mark = self.folder / "store.json"
-        self._marked = mark.is_file() and read_json(mark).get("schema_version") == SCHEMA_VERSION
+        self._entries: dict[str, StoreEntry] = {}
+        marker = self.folder / "store.json"
+        self._has_marker = marker.is_file() and read_json(marker).get("schema_version") == SCHEMA_VERSION
 
     def __getstate__(self) -> dict[str, Any]:
         """Open files stay in the process that opened them."""
         return {**self.__dict__, "_open": OrderedDict(), "_entries": {}}
 
-    def key(self, index: Index, record: Record, steps: Sequence[Step]) -> str:
+    def compute_key(self, index: Index, record: ImageRecord, steps: Sequence[Step]) -> str:
         """The name of an image after these steps: 32 hex digits that change when the source or a step does."""
-        return hash_of([SCHEMA_VERSION, index.fingerprint(record), record.mask is not None, list(steps)])[:32]
+        return json_sha256([SCHEMA_VERSION, index.fingerprint(record), record.mask is not None, list(steps)])[:32]
 
-    def add(self, index: Index, record: Record, steps: Sequence[Step]) -> str:
+    def add(self, index: Index, record: ImageRecord, steps: Sequence[Step]) -> str:
         """Preprocess an image (and its mask) into the store, unless a whole copy is there; damaged ones are redone.
 
         Returns:
@@ -103,9 +103,9 @@ class Store:
         Raises:
             UserError: the image cannot be read or preprocessed, or the store cannot be written.
         """
-        key = self.key(index, record, steps)
-        if not self.whole(key):
-            self.put(key, *_prepared(index, record, steps))
+        key = self.compute_key(index, record, steps)
+        if not self.is_intact(key):
+            self.put(key, *_prepare_image(index, record, steps))
         return key
 
     def put(
@@ -113,17 +113,17 @@ class Store:
         key: str,
         image: Volume,
         mask: Volume | None = None,
-        figures: Figures | None = None,
+        metrics: QualityMetrics | None = None,
         fingerprint: str = "",
     ) -> None:
         """Write an image (C, ...) and its mask (1, ...) on the same grid; the image last, as the sign of both."""
-        voxels = _halved(image.array)
+        voxels = _reduce_precision(image.array)
         spatial = tuple(range(1, image.array.ndim))
         if mask is not None:
             labels = mask.array.astype(np.uint8, casting="unsafe")
             if not np.array_equal(labels, mask.array):
                 raise UserError("mask: expected whole numbers from 0 to 255, got others. Renumber the labels.")
-            write_bytes(self._path(key, "mask"), _frame(labels, {"schema_version": SCHEMA_VERSION}))
+            write_bytes(self._locate_file(key, "mask"), _encode_frame(labels, {"schema_version": SCHEMA_VERSION}))
         header = {
             "schema_version": SCHEMA_VERSION,
             "affine": image.affine.ravel().tolist(),
@@ -132,99 +132,101 @@ class Store:
             "minimum": voxels.min(axis=spatial).tolist(),
             "mask": mask is not None,
             "fingerprint": fingerprint,
-            "figures": None if figures is None else asdict(figures),
+            "figures": None if metrics is None else asdict(metrics),
         }
-        if not self._marked:
+        if not self._has_marker:
             write_json(self.folder / "store.json", {"schema_version": SCHEMA_VERSION, "kind": "medim-store"})
-            self._marked = True
-        write_bytes(self._path(key, "image"), _frame(voxels, header))
-        self._forget(key)
+            self._has_marker = True
+        write_bytes(self._locate_file(key, "image"), _encode_frame(voxels, header))
+        self._drop_cached(key)
 
-    def whole(self, key: str) -> bool:
+    def is_intact(self, key: str) -> bool:
         """True where the key is stored, and image and mask are as they were written, byte by byte."""
-        if not _sealed(self._path(key, "image")):
+        if not _has_valid_seal(self._locate_file(key, "image")):
             return False
-        self._forget(key)
+        self._drop_cached(key)
         try:
-            return not self.entry(key).mask or _sealed(self._path(key, "mask"))
+            return not self.get_entry(key).has_mask or _has_valid_seal(self._locate_file(key, "mask"))
         except UserError:  # another schema version
             return False
 
-    def entry(self, key: str) -> Entry:
+    def get_entry(self, key: str) -> StoreEntry:
         """Shape, grid and padding values of an image.
 
         Raises:
             UserError: the key is not stored, or its file is damaged.
         """
         if key not in self._entries:
-            array = self._array(key, "image")
+            array = self._open_array(key, "image")
             try:
-                self._entries[key] = _entry(array, array.schunk.vlmeta["medim"])
+                self._entries[key] = _parse_entry(array, array.schunk.vlmeta["medim"])
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
-                raise self._damaged(key, "image") from error
+                raise self._damage_error(key, "image") from error
         return self._entries[key]
 
-    def image(self, key: str, box: Box | None = None) -> Array:
+    def read_image(self, key: str, box: Box | None = None) -> Array:
         """An image, or a box of it: (C, ...), float16 or float32 as stored.
 
         Args:
             key: from `add`.
             box: a slice for each spatial axis, within the image; None reads all.
         """
-        return self._read(key, "image", box)
+        return self._read_box(key, "image", box)
 
-    def mask(self, key: str, box: Box | None = None) -> Array:
+    def read_mask(self, key: str, box: Box | None = None) -> Array:
         """A mask, or a box of it: (1, ...), uint8; see `image`."""
-        return self._read(key, "mask", box)
+        return self._read_box(key, "mask", box)
 
-    def volume(self, key: str) -> Volume:
+    def load_volume(self, key: str) -> Volume:
         """A whole image in float32 with its place in space."""
-        entry = self.entry(key)
-        array = self.image(key).astype(np.float32)
+        entry = self.get_entry(key)
+        array = self.read_image(key).astype(np.float32)
         return Volume(array, entry.affine.copy(), entry.native_affine.copy(), entry.native_shape)
 
-    def _path(self, key: str, kind: str) -> Path:
+    def _locate_file(self, key: str, kind: str) -> Path:
         return self.folder / key[:2] / (f"{key}.b2nd" if kind == "image" else f"{key}.mask.b2nd")
 
-    def _read(self, key: str, kind: str, box: Box | None) -> Array:
-        array = self._array(key, kind)
+    def _read_box(self, key: str, kind: str, box: Box | None) -> Array:
+        array = self._open_array(key, kind)
         try:
             return np.asarray(array[...] if box is None else array[(slice(None), *box)])
         except RuntimeError as error:
-            raise self._damaged(key, kind) from error
+            raise self._damage_error(key, kind) from error
 
-    def _array(self, key: str, kind: str) -> Any:
+    def _open_array(self, key: str, kind: str) -> Any:
         array = self._open.get((key, kind))
         if array is not None:
             self._open.move_to_end((key, kind))
             return array
-        path = self._path(key, kind)
+        path = self._locate_file(key, kind)
         if not path.is_file():
             raise UserError(f"{path}: not in the store. Run `medim preprocess` again; it adds what is missing.")
-        if not _ends_sealed(path):  # nothing unfinished goes to the parser
-            raise self._damaged(key, kind)
+        if not _has_seal(path):  # nothing unfinished goes to the parser
+            raise self._damage_error(key, kind)
         try:
             array = blosc2.open(str(path), mode="r", dparams=blosc2.DParams(nthreads=1))
         except (RuntimeError, ValueError, OSError) as error:
-            raise self._damaged(key, kind) from error
+            raise self._damage_error(key, kind) from error
         self._open[key, kind] = array
-        if len(self._open) > OPEN_FILES:
+        if len(self._open) > MAX_OPEN_FILES:
             self._open.popitem(last=False)
         return array
 
-    def _forget(self, key: str) -> None:
+    def _drop_cached(self, key: str) -> None:
         self._entries.pop(key, None)
         for kind in ("image", "mask"):
             self._open.pop((key, kind), None)
 
-    def _damaged(self, key: str, kind: str) -> UserError:
-        return UserError(f"{self._path(key, kind)}: damaged. Run `medim preprocess` again; it redoes damaged images.")
+    def _damage_error(self, key: str, kind: str) -> UserError:
+        return UserError(
+            f"{self._locate_file(key, kind)}: damaged. Run `medim preprocess` again; it redoes damaged images."
+        )
 
 
-def fill(
+def fill_store(
     store: Store,
     index: Index,
-    records: Sequence[Record],
+    records: Sequence[ImageRecord],
     steps: Sequence[Step],
     *,
     jobs: int = 1,
@@ -251,40 +253,48 @@ def fill(
     check_steps(steps)
     if jobs < 1:
         raise UsageError(f"--jobs: expected 1 or more processes, got {jobs}.")
-    places = {record.image: place for place, record in enumerate(records)}
+    positions = {record.image: position for position, record in enumerate(records)}
     keys: dict[str, str] = {}
-    failed: dict[str, Rejection] = {}
-    done = _here(store, index, records, steps) if jobs == 1 else _in_processes(store, index, records, steps, jobs)
-    for count, (image, outcome) in enumerate(done, start=1):
+    rejections: dict[str, Rejection] = {}
+    outcomes = (
+        _process_records(store, index, records, steps)
+        if jobs == 1
+        else _process_in_parallel(store, index, records, steps, jobs)
+    )
+    for count, (image, outcome) in enumerate(outcomes, start=1):
         if isinstance(outcome, str):
             keys[image] = outcome
         else:
-            failed[image] = outcome
+            rejections[image] = outcome
         if progress is not None:
             progress(count, len(records))
-    ordered = sorted(keys, key=lambda image: places[image])
-    return {image: keys[image] for image in ordered}, tuple(failed[i] for i in sorted(failed, key=lambda i: places[i]))
+    images = sorted(keys, key=lambda image: positions[image])
+    return {image: keys[image] for image in images}, tuple(
+        rejections[i] for i in sorted(rejections, key=lambda i: positions[i])
+    )
 
 
-Outcome = tuple[str, str | Rejection]
+FillOutcome = tuple[str, str | Rejection]
 
 
-def _here(store: Store, index: Index, records: Sequence[Record], steps: Sequence[Step]) -> Iterator[Outcome]:
+def _process_records(
+    store: Store, index: Index, records: Sequence[ImageRecord], steps: Sequence[Step]
+) -> Iterator[FillOutcome]:
     for record in records:
         try:
-            key = store.key(index, record, steps)
-            prepared = None if store.whole(key) else _prepared(index, record, steps)
+            key = store.compute_key(index, record, steps)
+            content = None if store.is_intact(key) else _prepare_image(index, record, steps)
         except UsageError:
             raise
         except Exception as error:  # a decoder may raise anything; one bad file must not end the rest
-            yield record.image, _rejection(record, error)
+            yield record.image, _build_rejection(record, error)
             continue
-        if prepared is not None:
-            store.put(key, *prepared)
+        if content is not None:
+            store.put(key, *content)
         yield record.image, key
 
 
-def _rejection(record: Record, error: Exception) -> Rejection:
+def _build_rejection(record: ImageRecord, error: Exception) -> Rejection:
     """A reader's own code and words; of other errors the kind alone, since their messages may name paths."""
     if isinstance(error, ReadError):
         return Rejection(record.path, error.reason, error.detail)
@@ -292,38 +302,44 @@ def _rejection(record: Record, error: Exception) -> Rejection:
     return Rejection(record.path, "preprocessing-failed", detail)
 
 
-def _batch(store: Store, index: Index, records: Sequence[Record], *, steps: Sequence[Step]) -> list[Outcome]:
-    return list(_here(store, index, records, steps))
+def _process_batch(
+    store: Store, index: Index, records: Sequence[ImageRecord], *, steps: Sequence[Step]
+) -> list[FillOutcome]:
+    return list(_process_records(store, index, records, steps))
 
 
-def _in_processes(
-    store: Store, index: Index, records: Sequence[Record], steps: Sequence[Step], jobs: int
-) -> Iterator[Outcome]:
-    small = replace(index, records=(), rejected=())
-    for record, outcome in in_processes(partial(_batch, store, small, steps=list(steps)), records, jobs):
-        died = Rejection(record.path, "worker-died", "The process that read it was killed or crashed.")
-        yield outcome or (record.image, died)
+def _process_in_parallel(
+    store: Store, index: Index, records: Sequence[ImageRecord], steps: Sequence[Step], jobs: int
+) -> Iterator[FillOutcome]:
+    empty_index = replace(index, records=(), rejected=())
+    for record, outcome in map_in_processes(
+        partial(_process_batch, store, empty_index, steps=list(steps)), records, jobs
+    ):
+        crash = Rejection(record.path, "worker-died", "The process that read it was killed or crashed.")
+        yield outcome or (record.image, crash)
 
 
-def _prepared(index: Index, record: Record, steps: Sequence[Step]) -> tuple[Volume, Volume | None, Figures, str]:
+def _prepare_image(
+    index: Index, record: ImageRecord, steps: Sequence[Step]
+) -> tuple[Volume, Volume | None, QualityMetrics, str]:
     """What `Store.put` takes of an image."""
-    read = index.open(record)
-    image = preprocess(read, steps)
-    mask = onto(index.open_mask(record), image) if record.mask is not None else None
-    return image, mask, measure(read), fingerprint(read)
+    volume = index.open(record)
+    image = preprocess(volume, steps)
+    mask = resample_mask(index.open_mask(record), image) if record.mask is not None else None
+    return image, mask, measure_quality(volume), compute_fingerprint(volume)
 
 
-def _halved(array: Array) -> Array:
-    """The array in float16 where that moves no value by more than `HALF_ERROR` standard deviations, else in float32."""
+def _reduce_precision(array: Array) -> Array:
+    """Array in float16 if the error stays within `MAX_FLOAT16_ERROR` standard deviations, else in float32."""
     array = np.ascontiguousarray(array, np.float32)
     if np.abs(array).max(initial=0) < np.finfo(np.float16).max:
         half = array.astype(np.float16)
-        if np.abs(half - array).max(initial=0) <= HALF_ERROR * array.std(dtype=np.float64):
+        if np.abs(half - array).max(initial=0) <= MAX_FLOAT16_ERROR * array.std(dtype=np.float64):
             return half
     return array
 
 
-def _sealed(path: Path) -> bool:
+def _has_valid_seal(path: Path) -> bool:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -332,16 +348,16 @@ def _sealed(path: Path) -> bool:
     return content[len(body) :] == SEAL + zlib.crc32(body).to_bytes(4)
 
 
-def _ends_sealed(path: Path) -> bool:
+def _has_seal(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - len(SEAL) - 4))
         return file.read(len(SEAL)) == SEAL
 
 
-def _frame(array: Array, header: dict[str, Any]) -> bytes:
+def _encode_frame(array: Array, header: dict[str, Any]) -> bytes:
     array = np.ascontiguousarray(array)
-    chunks = (1, *(min(n, CHUNK) for n in array.shape[1:]))
-    blocks = (1, *(min(n, BLOCK) for n in array.shape[1:])) if max(chunks) >= CHUNK else chunks
+    chunks = (1, *(min(n, CHUNK_SIDE) for n in array.shape[1:]))
+    blocks = (1, *(min(n, BLOCK_SIDE) for n in array.shape[1:])) if max(chunks) >= CHUNK_SIDE else chunks
     compression = blosc2.CParams(
         codec=blosc2.Codec.LZ4,
         clevel=5,
@@ -350,25 +366,25 @@ def _frame(array: Array, header: dict[str, Any]) -> bytes:
         filters=[blosc2.Filter.SHUFFLE],
         filters_meta=[0],
     )
-    alone = blosc2.DParams(nthreads=1)  # threads cost more than they save on a small image
-    packed = blosc2.asarray(array, chunks=chunks, blocks=blocks, cparams=compression, dparams=alone)
-    packed.schunk.vlmeta["medim"] = header
-    frame = bytes(packed.to_cframe())
+    decompression = blosc2.DParams(nthreads=1)  # threads cost more than they save on a small image
+    blosc_array = blosc2.asarray(array, chunks=chunks, blocks=blocks, cparams=compression, dparams=decompression)
+    blosc_array.schunk.vlmeta["medim"] = header
+    frame = bytes(blosc_array.to_cframe())
     return frame + SEAL + zlib.crc32(frame).to_bytes(4)
 
 
-def _entry(array: Any, header: dict[str, Any]) -> Entry:
+def _parse_entry(array: Any, header: dict[str, Any]) -> StoreEntry:
     if header["schema_version"] != SCHEMA_VERSION:
         raise ValueError(f"schema_version {header['schema_version']}")
-    return Entry(
+    return StoreEntry(
         shape=tuple(array.shape[1:]),
         channels=int(array.shape[0]),
         minimum=tuple(header["minimum"]),
         affine=np.asarray(header["affine"], np.float64).reshape(4, 4),
         native_affine=np.asarray(header["native_affine"], np.float64).reshape(4, 4),
         native_shape=tuple(header["native_shape"]),
-        mask=bool(header["mask"]),
+        has_mask=bool(header["mask"]),
         fingerprint=str(header["fingerprint"]),
         nbytes=int(np.prod(array.shape)) * array.dtype.itemsize,
-        figures=None if header["figures"] is None else Figures(**header["figures"]),
+        metrics=None if header["figures"] is None else QualityMetrics(**header["figures"]),
     )

@@ -15,17 +15,19 @@ from scipy import ndimage
 
 from medim.types import Array, UserError
 
-SNAP = 1e-3  # voxels: a grid that misses another by less lies on it
-SHEAR = 2e-3  # cosine between two axes: below, text-rounded direction cosines; above, a shear that is really there
+SNAP_VOXELS = 1e-3  # voxels: a grid that misses another by less lies on it
+MAX_ROUNDING_SHEAR = (
+    2e-3  # cosine between two axes: below, text-rounded direction cosines; above, a shear that is really there
+)
 
 
-def compact(affine: Array, dims: int) -> Array:
+def compact_affine(affine: Array, dims: int) -> Array:
     """The (dims + 1, dims + 1) matrix of a (4, 4) affine."""
-    keep = [*range(dims), 3]
-    return np.asarray(affine, np.float64)[np.ix_(keep, keep)]
+    indices = [*range(dims), 3]
+    return np.asarray(affine, np.float64)[np.ix_(indices, indices)]
 
 
-def expand(matrix: Array, affine: Array) -> Array:
+def expand_affine(matrix: Array, affine: Array) -> Array:
     """The (4, 4) `affine` with its first axes and offset replaced by a compact `matrix`."""
     dims = len(matrix) - 1
     out = np.array(affine, np.float64)
@@ -34,7 +36,7 @@ def expand(matrix: Array, affine: Array) -> Array:
     return out
 
 
-def rotation(linear: Array) -> Array:
+def compute_nearest_rotation(linear: Array) -> Array:
     """The orthogonal matrix nearest to the columns' directions (polar decomposition of the shearless part).
 
     Raises:
@@ -47,7 +49,7 @@ def rotation(linear: Array) -> Array:
     return np.asarray(left @ right)
 
 
-def orthogonal(affine: Array, dims: int) -> Array:
+def straighten_axes(affine: Array, dims: int) -> Array:
     """The affine with axes at exact right angles, where it misses them by rounding only.
 
     Direction cosines written as text are off by 1e-7 to 1e-3. MONAI's `Spacing` takes that for a shear and moves the
@@ -55,15 +57,15 @@ def orthogonal(affine: Array, dims: int) -> Array:
     is left as it
     is: `resample` straightens it, which only voxels can.
     """
-    matrix = compact(affine, dims)
+    matrix = compact_affine(affine, dims)
     linear = matrix[:dims, :dims]
     length = np.linalg.norm(linear, axis=0)
-    turn = rotation(linear)
+    directions = compute_nearest_rotation(linear)
     cosines = (linear / length).T @ (linear / length) - np.eye(dims)
-    if np.abs(cosines).max() > SHEAR:
+    if np.abs(cosines).max() > MAX_ROUNDING_SHEAR:
         return np.array(affine, np.float64)
-    matrix[:dims, :dims] = turn * length
-    return expand(matrix, affine)
+    matrix[:dims, :dims] = directions * length
+    return expand_affine(matrix, affine)
 
 
 def resample_to(
@@ -90,73 +92,75 @@ def resample_to(
         values are copied), else float32.
     """
     dims = array.ndim - 1
-    matrix = np.linalg.solve(compact(affine, dims), compact(target_affine, dims))
-    matrix = _snapped(matrix, target_shape)
+    matrix = np.linalg.solve(compact_affine(affine, dims), compact_affine(target_affine, dims))
+    matrix = _snap_matrix(matrix, target_shape)
     linear, offset = matrix[:dims, :dims], matrix[:dims, dims]
-    used = linear != 0
-    if (used.sum(0) == 1).all() and (used.sum(1) == 1).all():
-        source_of = used.argmax(0)  # target axis k runs along source axis source_of[k]
-        moved = array.transpose(0, *(int(a) + 1 for a in source_of))
-        places = [
+    is_nonzero = linear != 0
+    if (is_nonzero.sum(0) == 1).all() and (is_nonzero.sum(1) == 1).all():
+        source_axes = is_nonzero.argmax(0)  # target axis k runs along source axis source_of[k]
+        reordered_array = array.transpose(0, *(int(a) + 1 for a in source_axes))
+        positions = [
             linear[a, k] * np.arange(n) + offset[a]
-            for k, (a, n) in enumerate(zip(source_of, target_shape, strict=True))
+            for k, (a, n) in enumerate(zip(source_axes, target_shape, strict=True))
         ]
-        if order <= 1 or all((c == np.rint(c)).all() for c in places):
-            return _along_axes(moved, places, order, fill)
-    return _in_general(array, linear, offset, tuple(target_shape), order, fill)
+        if order <= 1 or all((c == np.rint(c)).all() for c in positions):
+            return _interpolate_axes(reordered_array, positions, order, fill)
+    return _interpolate_affine(array, linear, offset, tuple(target_shape), order, fill)
 
 
-def signed_permutation(matrix: Array) -> tuple[tuple[int, ...], tuple[bool, ...]] | None:
+def find_signed_permutation(matrix: Array) -> tuple[tuple[int, ...], tuple[bool, ...]] | None:
     """Source axis and reversal for each target axis, or None where a linear part is more than that."""
-    whole = np.rint(matrix)
-    used = whole != 0
-    if np.abs(matrix - whole).max() > SNAP or not ((used.sum(0) == 1).all() and (np.abs(whole).sum(1) == 1).all()):
+    integers = np.rint(matrix)
+    is_nonzero = integers != 0
+    if np.abs(matrix - integers).max() > SNAP_VOXELS or not (
+        (is_nonzero.sum(0) == 1).all() and (np.abs(integers).sum(1) == 1).all()
+    ):
         return None
-    axes = tuple(int(a) for a in used.argmax(0))
-    return axes, tuple(bool(whole[a, k] < 0) for k, a in enumerate(axes))
+    axes = tuple(int(a) for a in is_nonzero.argmax(0))
+    return axes, tuple(bool(integers[a, k] < 0) for k, a in enumerate(axes))
 
 
-def smooth(array: Array, factors: Sequence[float]) -> Array:
+def smooth_axes(array: Array, factors: Sequence[float]) -> Array:
     """Gaussian prefilter for axes that shrink by a factor; sigma = (factor - 1) / 2 voxels.
 
     The width is scikit-image's and MONAI's; edges are continued, not darkened.
     """
     out = array
     for axis, factor in enumerate(factors, start=1):
-        if factor > 1 + SNAP:
+        if factor > 1 + SNAP_VOXELS:
             out = ndimage.gaussian_filter1d(out, (factor - 1) / 2, axis=axis, mode="nearest")
     return out
 
 
-def _snapped(matrix: Array, shape: Sequence[int]) -> Array:
-    """Round what differs from whole numbers by less than `SNAP` voxels over the entire target grid."""
+def _snap_matrix(matrix: Array, shape: Sequence[int]) -> Array:
+    """Round what differs from whole numbers by less than `SNAP_VOXELS` voxels over the entire target grid."""
     dims = len(matrix) - 1
     out = matrix.copy()
     for k, n in enumerate(shape):
-        near = np.abs(out[:dims, k] - np.rint(out[:dims, k])) * max(n, 1) < SNAP
-        out[:dims, k] = np.where(near, np.rint(out[:dims, k]), out[:dims, k])
-    near = np.abs(out[:dims, dims] - np.rint(out[:dims, dims])) < SNAP
-    out[:dims, dims] = np.where(near, np.rint(out[:dims, dims]), out[:dims, dims])
+        is_near = np.abs(out[:dims, k] - np.rint(out[:dims, k])) * max(n, 1) < SNAP_VOXELS
+        out[:dims, k] = np.where(is_near, np.rint(out[:dims, k]), out[:dims, k])
+    is_near = np.abs(out[:dims, dims] - np.rint(out[:dims, dims])) < SNAP_VOXELS
+    out[:dims, dims] = np.where(is_near, np.rint(out[:dims, dims]), out[:dims, dims])
     return out
 
 
-def _along_axes(array: Array, places: Sequence[Array], order: int, fill: Literal["edge"] | float) -> Array:
+def _interpolate_axes(array: Array, positions: Sequence[Array], order: int, fill: Literal["edge"] | float) -> Array:
     """Interpolate one axis after another, the one that shrinks most first; places[k] are source positions in voxels."""
     out = array
-    for axis in sorted(range(len(places)), key=lambda k: len(places[k]) / array.shape[k + 1]):
-        out = _along_axis(out, places[axis], axis + 1, order)
+    for axis in sorted(range(len(positions)), key=lambda k: len(positions[k]) / array.shape[k + 1]):
+        out = _interpolate_axis(out, positions[axis], axis + 1, order)
     out = np.ascontiguousarray(out)
     if fill != "edge":
-        for axis, (place, n) in enumerate(zip(places, array.shape[1:], strict=True), start=1):
-            outside = (place < -0.5 - SNAP) | (place > n - 0.5 + SNAP)
+        for axis, (axis_positions, n) in enumerate(zip(positions, array.shape[1:], strict=True), start=1):
+            outside = (axis_positions < -0.5 - SNAP_VOXELS) | (axis_positions > n - 0.5 + SNAP_VOXELS)
             if outside.any():
                 np.moveaxis(out, axis, 0)[outside] = fill
     return out
 
 
-def _along_axis(array: Array, place: Array, axis: int, order: int) -> Array:
+def _interpolate_axis(array: Array, positions: Array, axis: int, order: int) -> Array:
     n = array.shape[axis]
-    clipped = np.clip(place, 0, n - 1)
+    clipped = np.clip(positions, 0, n - 1)
     nearest = np.rint(np.round(clipped, 6)).astype(np.intp)
     if order == 0 or (clipped == nearest).all():
         return np.take(array, nearest, axis=axis)
@@ -171,7 +175,7 @@ def _along_axis(array: Array, place: Array, axis: int, order: int) -> Array:
     return out
 
 
-def _in_general(
+def _interpolate_affine(
     array: Array, linear: Array, offset: Array, shape: tuple[int, ...], order: int, fill: Literal["edge"] | float
 ) -> Array:
     values = array if order == 0 else array.astype(np.float32, copy=False)
@@ -181,6 +185,8 @@ def _in_general(
     if fill != "edge":
         index = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij", sparse=True)
         for row, shift, n in zip(linear, offset, array.shape[1:], strict=True):
-            place = sum((factor * i for factor, i in zip(row, index, strict=True)), start=np.float64(shift))
-            out[:, np.broadcast_to((place < -0.5 - SNAP) | (place > n - 0.5 + SNAP), shape)] = fill
+            positions = sum((factor * i for factor, i in zip(row, index, strict=True)), start=np.float64(shift))
+            out[:, np.broadcast_to((positions < -0.5 - SNAP_VOXELS) | (positions > n - 0.5 + SNAP_VOXELS), shape)] = (
+                fill
+            )
     return out

@@ -1,8 +1,8 @@
 """The deterministic steps between reader and network, in numpy and scipy: training and hospital run the same lines.
 
 A run lists its steps as `[{"op": "ras"}, {"op": "resample", "spacing": [1, 1, 1]}, ...]`; the list travels with the
-encoder. Every geometric step updates the affine exactly, so that `restore` brings a result back with one resampling,
-whatever the list was, and copies values where grids differ by whole voxels.
+encoder. Every geometric step updates the affine exactly, so that `restore_grid` brings a result back with one
+resampling, whatever the list was, and copies values where grids differ by whole voxels.
 """
 
 from __future__ import annotations
@@ -14,48 +14,57 @@ from typing import Any, Literal
 
 import numpy as np
 
-from medim.config import bind
+from medim.config import validate_section
 from medim.data.preprocessing.geometry import (
-    compact,
-    expand,
-    orthogonal,
+    compact_affine,
+    compute_nearest_rotation,
+    expand_affine,
+    find_signed_permutation,
     resample_to,
-    rotation,
-    signed_permutation,
-    smooth,
+    smooth_axes,
+    straighten_axes,
 )
 from medim.types import Array, Step, UsageError, UserError, Volume
 
-__all__ = ["STEPS", "check_steps", "fixed_spacing", "onto", "preprocess", "resample_to", "restore", "to_native"]
+__all__ = [
+    "STEPS",
+    "check_steps",
+    "fixed_spacing",
+    "preprocess",
+    "resample_mask",
+    "resample_to",
+    "restore_grid",
+    "to_native",
+]
 
-KEEP = 1e-3  # mm: a spacing this near to the one asked for is kept, as MONAI's Spacing does
+SPACING_TOLERANCE_MM = 1e-3  # mm: a spacing this near to the one asked for is kept, as MONAI's Spacing does
 
 
 def orthogonalise_affine(volume: Volume) -> Volume:
     """Axes at exact right angles where rounding in the header made them miss; voxels are untouched. Goes first."""
-    return volume.with_array(volume.array, orthogonal(volume.affine, volume.spatial_dims))
+    return volume.with_array(volume.array, straighten_axes(volume.affine, volume.spatial_dims))
 
 
-def ras(volume: Volume) -> Volume:
+def reorient_to_ras(volume: Volume) -> Volume:
     """Permute and reverse axes to run nearest to Right, Anterior, Superior. 2D images stay as they are shown."""
     if volume.spatial_dims == 2:
         return volume
-    turn = rotation(volume.affine[:3, :3])
+    axes_rotation = compute_nearest_rotation(volume.affine[:3, :3])
     axes = [0, 0, 0]
-    weight = np.abs(turn)
+    weight = np.abs(axes_rotation)
     for axis in np.argsort(-weight.max(axis=0), kind="stable"):  # the surest axis chooses first
         world = int(np.argmax(weight[:, axis]))
         axes[world] = int(axis)
         weight[world] = -1.0
-    move = np.zeros((4, 4))  # new index to old index
-    move[3, 3] = 1.0
+    index_map = np.zeros((4, 4))  # new index to old index
+    index_map[3, 3] = 1.0
     for world, axis in enumerate(axes):
-        sign = 1.0 if turn[world, axis] > 0 else -1.0
-        move[axis, world] = sign
-        move[axis, 3] = 0.0 if sign > 0 else volume.shape[axis] - 1
+        sign = 1.0 if axes_rotation[world, axis] > 0 else -1.0
+        index_map[axis, world] = sign
+        index_map[axis, 3] = 0.0 if sign > 0 else volume.shape[axis] - 1
     array = volume.array.transpose(0, *(a + 1 for a in axes))
-    reversed_axes = tuple(world + 1 for world, axis in enumerate(axes) if move[axis, world] < 0)
-    return volume.with_array(np.ascontiguousarray(np.flip(array, reversed_axes)), volume.affine @ move)
+    reversed_axes = tuple(world + 1 for world, axis in enumerate(axes) if index_map[axis, world] < 0)
+    return volume.with_array(np.ascontiguousarray(np.flip(array, reversed_axes)), volume.affine @ index_map)
 
 
 def resample(
@@ -69,23 +78,25 @@ def resample(
         volume: the image.
         spacing: distance between voxel centres along each axis, in mm.
         order: of the spline; 3 is slower and overshoots at edges.
-        antialias: smooth first along axes that shrink (see `medim.data.preprocessing.geometry.smooth`).
+        antialias: smooth first along axes that shrink (see `medim.data.preprocessing.geometry.smooth_axes`).
     """
     dims = volume.spatial_dims
-    wanted = _per_axis("resample.spacing", spacing, dims)
-    have = np.asarray(volume.spacing)
-    target = np.where(np.abs(have - wanted) <= KEEP, have, wanted)
-    matrix = compact(volume.affine, dims)
-    lower = np.linalg.qr(matrix[:dims, :dims])
-    new = matrix.copy()
-    new[:dims, :dims] = lower.Q * np.sign(np.diag(lower.R)) * target
+    requested_spacing = _check_per_axis("resample.spacing", spacing, dims)
+    source_spacing = np.asarray(volume.spacing)
+    target_spacing = np.where(
+        np.abs(source_spacing - requested_spacing) <= SPACING_TOLERANCE_MM, source_spacing, requested_spacing
+    )
+    source_matrix = compact_affine(volume.affine, dims)
+    lower = np.linalg.qr(source_matrix[:dims, :dims])
+    target_matrix = source_matrix.copy()
+    target_matrix[:dims, :dims] = lower.Q * np.sign(np.diag(lower.R)) * target_spacing
     # Where the image's corners lie on the new grid; a right-angled grid has its first voxel as the least of them.
     corners = np.stack(np.meshgrid(*([0.0, n - 1.0] for n in volume.shape), indexing="ij")).reshape(dims, -1)
-    on_new = np.linalg.solve(new[:dims, :dims], matrix[:dims, :dims] @ corners).round(3)
-    new[:dims, dims] += new[:dims, :dims] @ on_new.min(axis=1)
-    shape = tuple(int(n) for n in np.rint(np.ptp(on_new, axis=1) + 1))
-    array = smooth(volume.array, target / have) if antialias else volume.array
-    affine = expand(new, volume.affine)
+    target_corners = np.linalg.solve(target_matrix[:dims, :dims], source_matrix[:dims, :dims] @ corners).round(3)
+    target_matrix[:dims, dims] += target_matrix[:dims, :dims] @ target_corners.min(axis=1)
+    shape = tuple(int(n) for n in np.rint(np.ptp(target_corners, axis=1) + 1))
+    array = smooth_axes(volume.array, target_spacing / source_spacing) if antialias else volume.array
+    affine = expand_affine(target_matrix, volume.affine)
     return volume.with_array(resample_to(array, volume.affine, affine, shape, order=order), affine)
 
 
@@ -97,21 +108,21 @@ def resize(volume: Volume, *, shape: tuple[int, ...], keep_aspect: bool = True, 
         shape: wanted spatial shape.
         keep_aspect: scale all axes alike (in mm) so that the image fits, and pad the rest on both sides with the
             minimum.
-        antialias: smooth first along axes that shrink (see `medim.data.preprocessing.geometry.smooth`).
+        antialias: smooth first along axes that shrink (see `medim.data.preprocessing.geometry.smooth_axes`).
     """
-    wanted = _per_axis("resize.shape", shape, volume.spatial_dims)
-    have = np.asarray(volume.shape, float)
-    inner = wanted
+    target_shape = _check_per_axis("resize.shape", shape, volume.spatial_dims)
+    source_shape = np.asarray(volume.shape, float)
+    inner_shape = target_shape
     if keep_aspect:
-        extent = have * volume.spacing
-        inner = np.clip(np.rint(extent / (extent / wanted).max()), 1, wanted)
-    if (inner == have).all():
+        extent = source_shape * volume.spacing
+        inner_shape = np.clip(np.rint(extent / (extent / target_shape).max()), 1, target_shape)
+    if (inner_shape == source_shape).all():
         return pad_or_crop(volume, shape=shape)
-    factor = have / inner
-    affine = _moved(volume.affine, scale=factor, offset=(factor - 1) / 2)
-    array = smooth(volume.array, tuple(factor)) if antialias else volume.array
-    inside = resample_to(array, volume.affine, affine, tuple(int(n) for n in inner), order=1)
-    return pad_or_crop(volume.with_array(inside, affine), shape=shape)
+    factor = source_shape / inner_shape
+    affine = _transform_affine(volume.affine, scale=factor, offset=(factor - 1) / 2)
+    array = smooth_axes(volume.array, tuple(factor)) if antialias else volume.array
+    inner_array = resample_to(array, volume.affine, affine, tuple(int(n) for n in inner_shape), order=1)
+    return pad_or_crop(volume.with_array(inner_array, affine), shape=shape)
 
 
 def clip_percentiles(volume: Volume, *, lower: float = 0.5, upper: float = 99.5) -> Volume:
@@ -124,7 +135,7 @@ def clip_percentiles(volume: Volume, *, lower: float = 0.5, upper: float = 99.5)
     """
     if not 0 <= lower < upper <= 100:
         raise UsageError(f"clip_percentiles: expected 0 <= lower < upper <= 100, got {lower} and {upper}.")
-    array = _floats(volume)
+    array = _as_float32(volume)
     flat = array.reshape(len(array), -1)
     low, high = np.percentile(flat, [lower, upper], axis=1).astype(np.float32)
     return volume.with_array(np.clip(flat, low[:, None], high[:, None]).reshape(array.shape))
@@ -137,7 +148,7 @@ def normalise(volume: Volume, *, method: Literal["zscore", "range", "symmetric"]
         volume: the image.
         method: `zscore` to mean 0 and standard deviation 1, `range` to [0, 1], `symmetric` to [-1, 1].
     """
-    array = _floats(volume)
+    array = _as_float32(volume)
     flat = array.reshape(len(array), -1)
     if method == "zscore":
         shift, scale = flat.mean(axis=1, dtype=np.float64), flat.std(axis=1, dtype=np.float64)
@@ -171,7 +182,7 @@ def crop_foreground(volume: Volume, *, margin: int = 0) -> Volume:
         hit = np.flatnonzero(foreground.any(axis=tuple(a for a in range(volume.spatial_dims) if a != axis)))
         start.append(max(int(hit[0]) - margin, 0))
         stop.append(min(int(hit[-1]) + 1 + margin, n))
-    return _window(volume, start, tuple(b - a for a, b in zip(start, stop, strict=True)))
+    return _extract_window(volume, start, tuple(b - a for a, b in zip(start, stop, strict=True)))
 
 
 def pad_or_crop(volume: Volume, *, shape: tuple[int, ...]) -> Volume:
@@ -181,12 +192,12 @@ def pad_or_crop(volume: Volume, *, shape: tuple[int, ...]) -> Volume:
         volume: the image.
         shape: wanted spatial shape, in voxels.
     """
-    wanted = [int(n) for n in _per_axis("pad_or_crop.shape", shape, volume.spatial_dims)]
-    start = [n // 2 - w // 2 if n > w else -((w - n) // 2) for n, w in zip(volume.shape, wanted, strict=True)]
-    return _window(volume, start, wanted)
+    target_shape = [int(n) for n in _check_per_axis("pad_or_crop.shape", shape, volume.spatial_dims)]
+    start = [n // 2 - w // 2 if n > w else -((w - n) // 2) for n, w in zip(volume.shape, target_shape, strict=True)]
+    return _extract_window(volume, start, target_shape)
 
 
-def centre(volume: Volume, *, shape: tuple[int, ...]) -> Volume:
+def crop_around_centre(volume: Volume, *, shape: tuple[int, ...]) -> Volume:
     """Cut one field of view around the centre of mass, so that an image's own size tells nothing any more.
 
     The window lies inside the image wherever it fits; where the image is smaller, its edge voxels are continued, so
@@ -198,18 +209,18 @@ def centre(volume: Volume, *, shape: tuple[int, ...]) -> Volume:
         volume: the image.
         shape: wanted spatial shape, in voxels.
     """
-    wanted = _per_axis("centre.shape", shape, volume.spatial_dims).astype(np.intp)
-    mass = _floats(volume) - volume.array.min(axis=tuple(range(1, volume.array.ndim)), keepdims=True)
+    target_shape = _check_per_axis("centre.shape", shape, volume.spatial_dims).astype(np.intp)
+    mass = _as_float32(volume) - volume.array.min(axis=tuple(range(1, volume.array.ndim)), keepdims=True)
     start = []
-    for axis, (n, w) in enumerate(zip(volume.shape, wanted, strict=True), start=1):
-        others = tuple(a for a in range(1, mass.ndim) if a != axis)
-        profile = mass.sum(axis=others, dtype=np.float64)  # (C, n)
+    for axis, (n, w) in enumerate(zip(volume.shape, target_shape, strict=True), start=1):
+        other_axes = tuple(a for a in range(1, mass.ndim) if a != axis)
+        profile = mass.sum(axis=other_axes, dtype=np.float64)  # (C, n)
         total = profile.sum(axis=1, keepdims=True)
         share = np.divide(profile, total, out=np.full_like(profile, 1 / n), where=total > 0).mean(axis=0)
-        first = int(np.rint(round(float(share @ np.arange(n)) - (w - 1) / 2, 6)))
-        start.append(min(max(first, 0), n - w) if n >= w else -int((w - n) // 2))
-    affine = _moved(volume.affine, scale=np.ones(len(wanted)), offset=np.asarray(start, float))
-    return volume.with_array(resample_to(volume.array, volume.affine, affine, wanted.tolist(), order=0), affine)
+        first_voxel = int(np.rint(round(float(share @ np.arange(n)) - (w - 1) / 2, 6)))
+        start.append(min(max(first_voxel, 0), n - w) if n >= w else -int((w - n) // 2))
+    affine = _transform_affine(volume.affine, scale=np.ones(len(target_shape)), offset=np.asarray(start, float))
+    return volume.with_array(resample_to(volume.array, volume.affine, affine, target_shape.tolist(), order=0), affine)
 
 
 def pad_to_multiple(volume: Volume, *, multiple: int) -> Volume:
@@ -226,14 +237,14 @@ def pad_to_multiple(volume: Volume, *, multiple: int) -> Volume:
 
 STEPS: dict[str, Callable[..., Volume]] = {
     "orthogonalise_affine": orthogonalise_affine,
-    "ras": ras,
+    "ras": reorient_to_ras,
     "resample": resample,
     "resize": resize,
     "clip_percentiles": clip_percentiles,
     "normalise": normalise,
     "crop_foreground": crop_foreground,
     "pad_or_crop": pad_or_crop,
-    "centre": centre,
+    "centre": crop_around_centre,
     "pad_to_multiple": pad_to_multiple,
 }
 
@@ -245,13 +256,13 @@ def check_steps(steps: Sequence[Step]) -> None:
         UsageError: a step or option that does not exist (with the nearest spelling), or a value of the wrong type.
     """
     for step in steps:
-        bind(STEPS, step, key="op", given=("volume",))
+        validate_section(STEPS, step, key="op", run_args=("volume",))
 
 
 def fixed_spacing(steps: Sequence[Step]) -> list[float] | None:
     """The spacing in mm, along each axis, that the steps bring every image to; None where images keep their own."""
-    last = next((step for step in reversed(steps) if step["op"] in ("ras", "resample", "resize")), {"op": "none"})
-    return [float(step) for step in last["spacing"]] if last["op"] == "resample" else None
+    grid_step = next((step for step in reversed(steps) if step["op"] in ("ras", "resample", "resize")), {"op": "none"})
+    return [float(step) for step in grid_step["spacing"]] if grid_step["op"] == "resample" else None
 
 
 def preprocess(volume: Volume, steps: Sequence[Step]) -> Volume:
@@ -268,24 +279,24 @@ def preprocess(volume: Volume, steps: Sequence[Step]) -> Volume:
         UsageError: see `check_steps`.
         UserError: the image holds NaN or infinity, or has the wrong number of dimensions for a step.
     """
-    bad = volume.array.size - int(np.count_nonzero(np.isfinite(volume.array)))
-    if bad:
+    n_invalid = volume.array.size - int(np.count_nonzero(np.isfinite(volume.array)))
+    if n_invalid:
         raise UserError(
-            f"image: expected finite voxels, got {bad} of {volume.array.size} that are NaN or infinite. "
+            f"image: expected finite voxels, got {n_invalid} of {volume.array.size} that are NaN or infinite. "
             "Repair or drop the file; preprocessing does not guess what was there."
         )
-    for function, options in _compiled(json.dumps(list(steps))):
+    for function, options in _compile_steps(json.dumps(list(steps))):
         volume = function(volume, **options)
     return volume.with_array(np.ascontiguousarray(volume.array, np.float32))
 
 
-def onto(mask: Volume, image: Volume) -> Volume:
+def resample_mask(mask: Volume, image: Volume) -> Volume:
     """Bring a mask to the grid of a preprocessed image, each voxel with its nearest label, 0 outside the mask."""
-    labels = resample_to(mask.array, _straight(mask), image.affine, image.shape, order=0, fill=0)
+    labels = resample_to(mask.array, _straighten_source(mask), image.affine, image.shape, order=0, fill=0)
     return mask.with_array(labels, image.affine)
 
 
-def restore(
+def restore_grid(
     array: Array, processed: Volume, source: Volume, *, order: int = 1, fill: Literal["edge"] | float = "edge"
 ) -> Array:
     """Bring a result from the preprocessed grid back to the image's own.
@@ -302,7 +313,7 @@ def restore(
     """
     if array.shape[1:] != processed.shape:
         raise UserError(f"restore: expected an array on the grid {processed.shape}, got {array.shape[1:]}.")
-    return resample_to(array, processed.affine, _straight(source), source.shape, order=order, fill=fill)
+    return resample_to(array, processed.affine, _straighten_source(source), source.shape, order=order, fill=fill)
 
 
 def to_native(array: Array, volume: Volume) -> Array:
@@ -319,34 +330,34 @@ def to_native(array: Array, volume: Volume) -> Array:
         UserError: the two grids differ by more than order and direction of axes.
     """
     dims = volume.spatial_dims
-    matrix = np.linalg.solve(compact(volume.affine, dims), compact(volume.native_affine, dims))
-    found = signed_permutation(matrix[:dims, :dims])
-    if found is None or array.shape[1:] != volume.shape:
+    matrix = np.linalg.solve(compact_affine(volume.affine, dims), compact_affine(volume.native_affine, dims))
+    permutation = find_signed_permutation(matrix[:dims, :dims])
+    if permutation is None or array.shape[1:] != volume.shape:
         raise UserError(
             f"to_native: expected an array of {volume.shape} on a reader's grid, got {array.shape[1:]}; "
             f"file's own grid to it: {matrix[:dims, :dims].tolist()}. Bring it back with `restore` first."
         )
-    axes, backwards = found
-    out = np.flip(array.transpose(0, *(a + 1 for a in axes)), tuple(k + 1 for k, b in enumerate(backwards) if b))
+    axes, reversals = permutation
+    out = np.flip(array.transpose(0, *(a + 1 for a in axes)), tuple(k + 1 for k, b in enumerate(reversals) if b))
     if out.shape[1:] != tuple(volume.native_shape):
         raise UserError(f"to_native: expected the file's shape {volume.native_shape}, got {out.shape[1:]}.")
     return np.ascontiguousarray(out)
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(steps: str) -> tuple[tuple[Callable[..., Volume], dict[str, Any]], ...]:
-    return tuple(bind(STEPS, step, key="op", given=("volume",)) for step in json.loads(steps))
+def _compile_steps(steps: str) -> tuple[tuple[Callable[..., Volume], dict[str, Any]], ...]:
+    return tuple(validate_section(STEPS, step, key="op", run_args=("volume",)) for step in json.loads(steps))
 
 
-def _straight(volume: Volume) -> Array:
-    return orthogonal(volume.affine, volume.spatial_dims)
+def _straighten_source(volume: Volume) -> Array:
+    return straighten_axes(volume.affine, volume.spatial_dims)
 
 
-def _floats(volume: Volume) -> Array:
+def _as_float32(volume: Volume) -> Array:
     return volume.array.astype(np.float32, copy=False)
 
 
-def _per_axis(name: str, values: Sequence[float], dims: int) -> Array:
+def _check_per_axis(name: str, values: Sequence[float], dims: int) -> Array:
     if min(values, default=0) <= 0:
         raise UsageError(f"{name}: expected numbers above 0, got {list(values)}.")
     if len(values) != dims:
@@ -354,29 +365,31 @@ def _per_axis(name: str, values: Sequence[float], dims: int) -> Array:
     return np.asarray(values, np.float64)
 
 
-def _moved(affine: Array, *, scale: Array, offset: Array) -> Array:
+def _transform_affine(affine: Array, *, scale: Array, offset: Array) -> Array:
     """The affine of a grid whose voxel k stands at `scale * k + offset` of the old one, per axis."""
     dims = len(scale)
-    move = np.eye(dims + 1)
-    move[:dims, :dims] = np.diag(scale)
-    move[:dims, dims] = offset
-    return expand(compact(affine, dims) @ move, affine)
+    index_map = np.eye(dims + 1)
+    index_map[:dims, :dims] = np.diag(scale)
+    index_map[:dims, dims] = offset
+    return expand_affine(compact_affine(affine, dims) @ index_map, affine)
 
 
-def _window(volume: Volume, start: Sequence[int], shape: Sequence[int]) -> Volume:
+def _extract_window(volume: Volume, start: Sequence[int], shape: Sequence[int]) -> Volume:
     """The box of `shape` voxels from `start` (negative: before the image); outside, each channel's minimum."""
     if tuple(shape) == volume.shape and not any(start):
         return volume
     array = volume.array
-    inside = tuple(slice(max(a, 0), max(min(a + n, m), 0)) for a, n, m in zip(start, shape, volume.shape, strict=True))
-    out = array[(slice(None), *inside)]
-    before = [max(-a, 0) for a in start]
-    widths = [(b, n - b - m) for b, n, m in zip(before, shape, out.shape[1:], strict=True)]
+    source_box = tuple(
+        slice(max(a, 0), max(min(a + n, m), 0)) for a, n, m in zip(start, shape, volume.shape, strict=True)
+    )
+    out = array[(slice(None), *source_box)]
+    pad_before = [max(-a, 0) for a in start]
+    widths = [(b, n - b - m) for b, n, m in zip(pad_before, shape, out.shape[1:], strict=True)]
     if any(w != (0, 0) for w in widths):
-        least = array.min(axis=tuple(range(1, array.ndim)))
-        padded = np.empty((len(array), *shape), array.dtype)
-        padded[:] = least.reshape(-1, *[1] * len(widths))
-        padded[(slice(None), *(slice(b, b + m) for b, m in zip(before, out.shape[1:], strict=True)))] = out
-        out = padded
-    affine = _moved(volume.affine, scale=np.ones(len(shape)), offset=np.asarray(start, float))
+        minimum = array.min(axis=tuple(range(1, array.ndim)))
+        canvas = np.empty((len(array), *shape), array.dtype)
+        canvas[:] = minimum.reshape(-1, *[1] * len(widths))
+        canvas[(slice(None), *(slice(b, b + m) for b, m in zip(pad_before, out.shape[1:], strict=True)))] = out
+        out = canvas
+    affine = _transform_affine(volume.affine, scale=np.ones(len(shape)), offset=np.asarray(start, float))
     return volume.with_array(np.ascontiguousarray(out), affine)

@@ -15,14 +15,22 @@ from typing import Any
 
 from medim.types import UserError
 
-MOST_FILES = 1_000_000
-MOST_TIMES = 100  # unpacked over packed; DICOM series with empty margins come to about 10
-FREE_OF_THAT = 1 << 30  # bytes that any archive may unpack to
-_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, ValueError)
+MAX_ARCHIVE_FILES = 1_000_000
+MAX_EXPANSION_RATIO = 100  # unpacked over packed; DICOM series with empty margins come to about 10
+MIN_BYTE_LIMIT = 1 << 30  # bytes that any archive may unpack to
+_DAMAGE_ERRORS = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    NotImplementedError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
-class _Member:
+class _ArchiveMember:
     """A file of an archive."""
 
     name: str
@@ -31,7 +39,7 @@ class _Member:
     entry: Any
 
 
-def unpack(archive: Path, folder: Path) -> None:
+def unpack_archive(archive: Path, folder: Path) -> None:
     """Unpack a tar (gzip, bzip2, xz too) or zip into a new folder.
 
     Where all lies in one folder of that name, the folder itself is meant. The resource forks that macOS adds (`._name`)
@@ -45,33 +53,33 @@ def unpack(archive: Path, folder: Path) -> None:
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:
-        with tarfile.open(archive) if tarfile.is_tarfile(archive) else zipfile.ZipFile(archive) as opened:
-            for member in _checked(opened, archive):
-                if isinstance(opened, tarfile.TarFile):
-                    opened.extract(member.entry, staging, filter="data")
+        with tarfile.open(archive) if tarfile.is_tarfile(archive) else zipfile.ZipFile(archive) as container:
+            for member in _check_members(container, archive):
+                if isinstance(container, tarfile.TarFile):
+                    container.extract(member.entry, staging, filter="data")
                 else:
-                    opened.extract(member.entry, staging)
+                    container.extract(member.entry, staging)
         inner = [path for path in staging.iterdir() if path.is_dir() and path.name == folder.name]
         (inner[0] if len(list(staging.iterdir())) == len(inner) == 1 else staging).replace(folder)
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}:
             raise UserError(f"{folder}: could not be written ({error.strerror}). Free some space.") from error
         raise UserError(f"{archive.name}: the archive is damaged ({error}). Fetch it again.") from error
-    except _DAMAGE as error:
+    except _DAMAGE_ERRORS as error:
         raise UserError(f"{archive.name}: the archive is damaged ({error}). Fetch it again.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _checked(opened: tarfile.TarFile | zipfile.ZipFile, archive: Path) -> Iterator[_Member]:
+def _check_members(container: tarfile.TarFile | zipfile.ZipFile, archive: Path) -> Iterator[_ArchiveMember]:
     """The files worth unpacking, each looked at before a byte of it is read."""
-    most = min(
-        max(FREE_OF_THAT, MOST_TIMES * archive.stat().st_size),
+    max_bytes = min(
+        max(MIN_BYTE_LIMIT, MAX_EXPANSION_RATIO * archive.stat().st_size),
         shutil.disk_usage(archive.parent).free,
     )
     names: set[PurePosixPath] = set()
     total = 0
-    for member in _members(opened):
+    for member in _iterate_members(container):
         name = PurePosixPath(member.name.replace("\\", "/"))
         if name.is_absolute() or ".." in name.parts or not name.parts or ":" in name.parts[0]:
             raise UserError(
@@ -85,23 +93,24 @@ def _checked(opened: tarfile.TarFile | zipfile.ZipFile, archive: Path) -> Iterat
             raise UserError(f"{archive.name}: expected each name once, got {member.name!r} twice. Not unpacked.")
         names.add(name)
         total += member.size
-        if total > most or len(names) > MOST_FILES:
+        if total > max_bytes or len(names) > MAX_ARCHIVE_FILES:
             raise UserError(
-                f"{archive.name}: expected at most {MOST_FILES} files and {most / 1e6:.0f} MB (the free space, or "
-                f"{MOST_TIMES} times the archive), got more at {member.name!r}. Not unpacked."
+                f"{archive.name}: expected at most {MAX_ARCHIVE_FILES} files and {max_bytes / 1e6:.0f} MB "
+                f"(the free space, or {MAX_EXPANSION_RATIO} times the archive), got more at {member.name!r}. "
+                "Not unpacked."
             )
         if not any(part.startswith("._") or part == "__MACOSX" for part in name.parts):
             yield member
 
 
-def _members(opened: tarfile.TarFile | zipfile.ZipFile) -> Iterator[_Member]:
+def _iterate_members(container: tarfile.TarFile | zipfile.ZipFile) -> Iterator[_ArchiveMember]:
     """Name, size and kind of everything but folders."""
-    if isinstance(opened, tarfile.TarFile):
-        for entry in opened:
+    if isinstance(container, tarfile.TarFile):
+        for entry in container:
             if not entry.isdir():
-                yield _Member(entry.name, entry.size, entry.isreg() and not entry.issparse(), entry)
+                yield _ArchiveMember(entry.name, entry.size, entry.isreg() and not entry.issparse(), entry)
         return
-    for info in opened.infolist():
+    for info in container.infolist():
         if not info.is_dir():
             kind = info.external_attr >> 28  # the Unix file type: 0 where not said, 8 a regular file
-            yield _Member(info.filename, info.file_size, kind in {0, 8} and not info.flag_bits & 1, info)
+            yield _ArchiveMember(info.filename, info.file_size, kind in {0, 8} and not info.flag_bits & 1, info)

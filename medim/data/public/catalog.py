@@ -1,6 +1,7 @@
 """The public sets that `medim fetch` knows: what they hold, on what terms, and what their publishers say of each file.
 
-A new set is one entry in `SETS`; see docs/how-to/add-public-set.md. Checksums and addresses are copied, never made up:
+A new set is one entry in `PUBLIC_SETS`; see docs/how-to/add-public-set.md. Checksums and addresses are copied, never
+made up:
 MedMNIST's from `INFO` in medmnist 3.0.2, the Decathlon's from `DecathlonDataset` in MONAI 1.6.1, and what The Cancer
 Imaging Archive sends carries its own (the NBIA Search REST API Guide on its wiki).
 """
@@ -57,7 +58,7 @@ class PublicSet:
     images: int | None = None
     note: str = ""
 
-    def described(self) -> str:
+    def describe(self) -> str:
         """What `medim fetch --list` says of it."""
         size = f"{self.images:,} images" if self.images else "size not known"
         sums = f"md5 from {self.sums}" if self.sums else "no checksum known: sha256 recorded at first download"
@@ -70,7 +71,7 @@ _DECATHLON = "Antonelli et al. The Medical Segmentation Decathlon. Nature Commun
 _DECATHLON += "https://doi.org/10.1038/s41467-022-30695-9"
 
 
-def _pneumonia(stem: str, side: int, md5: str) -> PublicSet:
+def _build_pneumonia_set(stem: str, side: int, md5: str) -> PublicSet:
     return PublicSet(
         modality="xray",
         title=f"PneumoniaMNIST, chest X-rays of children, {side}x{side}, normal or pneumonia",
@@ -82,7 +83,7 @@ def _pneumonia(stem: str, side: int, md5: str) -> PublicSet:
     )
 
 
-def _chest(stem: str, side: int, md5: str) -> PublicSet:
+def _build_chest_set(stem: str, side: int, md5: str) -> PublicSet:
     return PublicSet(
         modality="xray",
         title=f"ChestMNIST, frontal chest X-rays of NIH ChestX-ray14, {side}x{side}, 14 findings",
@@ -95,7 +96,7 @@ def _chest(stem: str, side: int, md5: str) -> PublicSet:
     )
 
 
-def _decathlon(task: str, title: str, md5: str) -> PublicSet:
+def _build_decathlon_set(task: str, title: str, md5: str) -> PublicSet:
     return PublicSet(
         modality="mri",
         title=f"Medical Segmentation Decathlon, {task}: {title}",
@@ -106,19 +107,21 @@ def _decathlon(task: str, title: str, md5: str) -> PublicSet:
     )
 
 
-SETS: dict[str, PublicSet] = {
-    "pneumoniamnist": _pneumonia("pneumoniamnist", 28, "28209eda62fecd6e6a2d98b1501bb15f"),
-    "pneumoniamnist_64": _pneumonia("pneumoniamnist_64", 64, "8f4eceb4ccffa70c672198ea285246c6"),
-    "pneumoniamnist_128": _pneumonia("pneumoniamnist_128", 128, "05b46931834c231683c68f40c47b2971"),
-    "pneumoniamnist_224": _pneumonia("pneumoniamnist_224", 224, "d6a3c71de1b945ea11211b03746c1fe1"),
-    "chestmnist": _chest("chestmnist", 28, "02c8a6516a18b556561a56cbdd36c4a8"),
-    "chestmnist_64": _chest("chestmnist_64", 64, "9de6cd0b934ebb5b7426cfba5efbae16"),
-    "chestmnist_128": _chest("chestmnist_128", 128, "db107e5590b27930b62dbaf558aebee3"),
-    "chestmnist_224": _chest("chestmnist_224", 224, "45bd33e6f06c3e8cdb481c74a89152aa"),
-    "Task04_Hippocampus": _decathlon(
+PUBLIC_SETS: dict[str, PublicSet] = {
+    "pneumoniamnist": _build_pneumonia_set("pneumoniamnist", 28, "28209eda62fecd6e6a2d98b1501bb15f"),
+    "pneumoniamnist_64": _build_pneumonia_set("pneumoniamnist_64", 64, "8f4eceb4ccffa70c672198ea285246c6"),
+    "pneumoniamnist_128": _build_pneumonia_set("pneumoniamnist_128", 128, "05b46931834c231683c68f40c47b2971"),
+    "pneumoniamnist_224": _build_pneumonia_set("pneumoniamnist_224", 224, "d6a3c71de1b945ea11211b03746c1fe1"),
+    "chestmnist": _build_chest_set("chestmnist", 28, "02c8a6516a18b556561a56cbdd36c4a8"),
+    "chestmnist_64": _build_chest_set("chestmnist_64", 64, "9de6cd0b934ebb5b7426cfba5efbae16"),
+    "chestmnist_128": _build_chest_set("chestmnist_128", 128, "db107e5590b27930b62dbaf558aebee3"),
+    "chestmnist_224": _build_chest_set("chestmnist_224", 224, "45bd33e6f06c3e8cdb481c74a89152aa"),
+    "Task04_Hippocampus": _build_decathlon_set(
         "Task04_Hippocampus", "T1 crops, front and back of the hippocampus", "9d24dba78a72977dbd1d2e110310f31b"
     ),
-    "Task02_Heart": _decathlon("Task02_Heart", "cardiac MRI, left atrium", "06ee59366e1e5124267b774dbd654057"),
+    "Task02_Heart": _build_decathlon_set(
+        "Task02_Heart", "cardiac MRI, left atrium", "06ee59366e1e5124267b774dbd654057"
+    ),
     "QIN-PROSTATE-Repeatability": PublicSet(
         modality="mri",
         title="QIN-PROSTATE-Repeatability, prostate MRI of 15 patients, each scanned twice, DICOM",

@@ -14,20 +14,20 @@ from urllib.parse import urlsplit
 from medim.types import UserError
 from medim.version import __version__
 
-_SILENCE = 60  # seconds without a byte, after which a connection counts as cut
-_PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses worth another try
+_TIMEOUT_SECONDS = 60  # seconds without a byte, after which a connection counts as cut
+_TRANSIENT_STATUSES = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses worth another try
 
 
-class CutError(Exception):
+class RetryableError(Exception):
     """A try that failed and may be made again: after `wait` seconds if the server says so, or from the start."""
 
-    def __init__(self, why: str, *, wait: float | None = None, restart: bool = False) -> None:
-        super().__init__(why)
+    def __init__(self, reason: str, *, wait: float | None = None, restart: bool = False) -> None:
+        super().__init__(reason)
         self.wait = wait
         self.restart = restart
 
 
-def mirrored(url: str) -> str:
+def apply_mirror(url: str) -> str:
     """Where to ask: below the address in MEDIM_MIRROR the publisher's host and path follow, as `wget -x` lays them out.
 
     Raises:
@@ -36,8 +36,8 @@ def mirrored(url: str) -> str:
     mirror = os.environ.get("MEDIM_MIRROR", "")
     if not mirror:
         return url
-    where = urlsplit(mirror)
-    if where.scheme not in {"http", "https"} or not where.hostname or "@" in where.netloc:
+    address = urlsplit(mirror)
+    if address.scheme not in {"http", "https"} or not address.hostname or "@" in address.netloc:
         raise UserError("MEDIM_MIRROR: expected an address such as https://mirror.hospital/public, without a password.")
     return f"{mirror.rstrip('/')}/{url.split('://', 1)[1]}"
 
@@ -61,15 +61,17 @@ def open_url(url: str, offset: int = 0, validator: str | None = None) -> http.cl
         request.add_header("Range", f"bytes={offset}-")
         request.add_header("If-Range", validator)
     try:
-        response: http.client.HTTPResponse = urllib.request.build_opener(_Redirects).open(request, timeout=_SILENCE)
+        response: http.client.HTTPResponse = urllib.request.build_opener(_HttpsRedirectHandler).open(
+            request, timeout=_TIMEOUT_SECONDS
+        )
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 416:
-            raise CutError("the server has no such range; starting over", restart=True) from None
-        if error.code in _PASSING:
-            after = error.headers.get("Retry-After", "")
-            wait = float(after) if after.isdecimal() else None
-            raise CutError(f"HTTP {error.code} {error.reason}", wait=wait) from None
+            raise RetryableError("the server has no such range; starting over", restart=True) from None
+        if error.code in _TRANSIENT_STATUSES:
+            retry_after = error.headers.get("Retry-After", "")
+            wait = float(retry_after) if retry_after.isdecimal() else None
+            raise RetryableError(f"HTTP {error.code} {error.reason}", wait=wait) from None
         raise UserError(
             f"{url}: expected the file, got HTTP {error.code} {error.reason}. "
             "The publisher may have moved or closed it, or a proxy refuses; see the set's page."
@@ -81,17 +83,17 @@ def open_url(url: str, offset: int = 0, validator: str | None = None) -> http.cl
                 f"{url}: the server's certificate is not trusted ({reason.verify_message}). Behind a proxy that "
                 "signs anew, set SSL_CERT_FILE to your hospital's certificates."
             ) from None
-        raise CutError(f"no connection ({reason})") from error
+        raise RetryableError(f"no connection ({reason})") from error
     return response
 
 
-def validator_of(headers: Message) -> str | None:
+def get_validator(headers: Message) -> str | None:
     """What tells an unchanged file: a strong entity tag, else the time of its last change."""
     tag = headers.get("ETag", "")
     return tag if tag.startswith('"') else headers.get("Last-Modified")
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
+class _HttpsRedirectHandler(urllib.request.HTTPRedirectHandler):
     """Never from https to something that can be read or changed on the way."""
 
     def redirect_request(

@@ -16,40 +16,40 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from medim.data.public.download import digest, download
+from medim.data.public.download import compute_digest, download_file
 from medim.types import UserError
 
-API = "https://services.cancerimagingarchive.net/nbia-api/services/v4"
-_UNLISTED = {"LICENSE"}  # in the zip, without an md5
+API_URL = "https://services.cancerimagingarchive.net/nbia-api/services/v4"
+_FILES_WITHOUT_MD5 = {"LICENSE"}  # in the zip, without an md5
 
 
 def list_series(
-    collection: str, dicom: Sequence[str], work: Path, pause: Callable[[float], None] = time.sleep
+    collection: str, modalities: Sequence[str], work_folder: Path, pause: Callable[[float], None] = time.sleep
 ) -> list[dict[str, Any]]:
     """Every series of a collection that is of these DICOM modalities, as entries of `fetched.json`.
 
     Args:
         collection: the archive's name of it.
-        dicom: values of the attribute Modality.
-        work: a folder for what is under way.
+        modalities: values of the attribute Modality.
+        work_folder: a folder for what is under way.
         pause: waits some seconds between tries.
 
     Raises:
         UserError: the archive does not answer, or lists no such series.
     """
-    found = []
-    for modality in dicom:
+    entries = []
+    for modality in modalities:
         query = urlencode({"Collection": collection, "Modality": modality, "format": "json"})
-        with tempfile.TemporaryDirectory(dir=work, prefix="list-") as folder:
-            answer = Path(folder) / "series.json"
-            download(f"{API}/getSeries?{query}", answer, pause=pause)
-            found += [_entry(row, collection) for row in _rows(answer, collection)]
-    if not found:
+        with tempfile.TemporaryDirectory(dir=work_folder, prefix="list-") as folder:
+            response_path = Path(folder) / "series.json"
+            download_file(f"{API_URL}/getSeries?{query}", response_path, pause=pause)
+            entries += [_build_series_entry(row, collection) for row in _parse_series_list(response_path, collection)]
+    if not entries:
         raise UserError(
-            f"{API}: expected {' or '.join(dicom)} series in the collection {collection}, got none. "
+            f"{API_URL}: expected {' or '.join(modalities)} series in the collection {collection}, got none. "
             "The archive may have closed it; see https://www.cancerimagingarchive.net."
         )
-    return sorted(found, key=lambda entry: str(entry["file"]))
+    return sorted(entries, key=lambda entry: str(entry["file"]))
 
 
 def check_series(folder: Path, entry: dict[str, Any]) -> None:
@@ -64,43 +64,45 @@ def check_series(folder: Path, entry: dict[str, Any]) -> None:
             f"{entry['url']}: expected md5hashes.csv in what the archive sent; it is cut short. Run it again."
         )
     with table.open(newline="", encoding="utf-8-sig") as lines:
-        listed = {row["Filename"]: row["MD5Hash"].lower() for row in csv.DictReader(lines)}
-    here = {path.name for path in folder.iterdir()} - {table.name} - _UNLISTED
-    images = entry["expected"]["images"]
-    if here != set(listed) or len(listed) != images:
+        expected_md5 = {row["Filename"]: row["MD5Hash"].lower() for row in csv.DictReader(lines)}
+    file_names = {path.name for path in folder.iterdir()} - {table.name} - _FILES_WITHOUT_MD5
+    image_count = entry["expected"]["images"]
+    if file_names != set(expected_md5) or len(expected_md5) != image_count:
         raise UserError(
-            f"{entry['url']}: expected the {images} files that the archive announced, got {len(here)}, and sums of "
-            f"{len(listed)}. Run the same command again."
+            f"{entry['url']}: expected the {image_count} files that the archive announced, got {len(file_names)}, and "
+            f"sums of {len(expected_md5)}. Run the same command again."
         )
-    wrong = [name for name in sorted(here) if digest(folder / name).md5 != listed[name]]
-    if wrong:
-        raise UserError(f"{entry['url']}: {wrong[0]} is not as the archive's md5 says. Run the same command again.")
+    mismatches = [name for name in sorted(file_names) if compute_digest(folder / name).md5 != expected_md5[name]]
+    if mismatches:
+        raise UserError(
+            f"{entry['url']}: {mismatches[0]} is not as the archive's md5 says. Run the same command again."
+        )
     table.unlink()
 
 
-def _rows(answer: Path, collection: str) -> list[Any]:
+def _parse_series_list(response_path: Path, collection: str) -> list[Any]:
     """The archive's answer; nothing at all stands for an empty list."""
-    text = answer.read_text(encoding="utf-8", errors="replace")
+    text = response_path.read_text(encoding="utf-8", errors="replace")
     try:
         rows = json.loads(text or "[]")
     except ValueError:
         rows = None
     if not isinstance(rows, list):
         raise UserError(
-            f"{API}: expected a JSON list of the series of {collection}, got {text[:60]!r}. Try again later."
+            f"{API_URL}: expected a JSON list of the series of {collection}, got {text[:60]!r}. Try again later."
         )
     return rows
 
 
-def _entry(row: Any, collection: str) -> dict[str, Any]:
+def _build_series_entry(row: Any, collection: str) -> dict[str, Any]:
     """A series as an entry of `fetched.json`; nothing of the patient is kept."""
     series = str(row.get("SeriesInstanceUID")) if isinstance(row, dict) else ""
     if not re.fullmatch(r"[0-9]+(\.[0-9]+)+", series):
         raise UserError(
-            f"{API}: expected series of {collection}, got one without a SeriesInstanceUID. Try again later."
+            f"{API_URL}: expected series of {collection}, got one without a SeriesInstanceUID. Try again later."
         )
     return {
-        "url": f"{API}/getImageWithMD5Hash?{urlencode({'SeriesInstanceUID': series})}",
+        "url": f"{API_URL}/getImageWithMD5Hash?{urlencode({'SeriesInstanceUID': series})}",
         "file": series,
         "archive": True,
         "publisher": {"md5": None, "from": "md5hashes.csv, sent with the images", "matched": None},

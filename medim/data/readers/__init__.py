@@ -13,7 +13,7 @@ import numpy as np
 
 from medim.data.readers.base import Reader, ReadError, check_voxels
 from medim.data.readers.dicom.reader import DicomReader
-from medim.data.readers.inspection import Found, Refused, Scanned, Sight
+from medim.data.readers.inspection import CollectionResult, FileInspection, ImageInfo, RejectedFile
 from medim.data.readers.itk import ItkReader
 from medim.data.readers.nifti import NiftiReader
 from medim.data.readers.raster import NumpyReader, PictureReader
@@ -21,20 +21,22 @@ from medim.types import Modality, Volume
 
 __all__ = [
     "READERS",
-    "Found",
+    "FileInspection",
+    "ImageInfo",
     "ReadError",
     "Reader",
-    "Refused",
-    "Sight",
-    "gather",
+    "RejectedFile",
+    "collect_images",
+    "find_reader",
     "read_mask",
     "read_volume",
-    "reader_of",
     "split_item",
 ]
 
 DICOM = DicomReader()
-_ITEM = re.compile(r"(.+\.(?:npz|nii|nii\.gz))#((?:(?:train|val|test)/)?[^#/]*)|(.+)#(\d+)", re.DOTALL | re.IGNORECASE)
+_ITEM_PATTERN = re.compile(
+    r"(.+\.(?:npz|nii|nii\.gz))#((?:(?:train|val|test)/)?[^#/]*)|(.+)#(\d+)", re.DOTALL | re.IGNORECASE
+)
 READERS: tuple[Reader, ...] = (  # the first that accepts a file reads it
     NiftiReader(),
     PictureReader(),
@@ -44,25 +46,29 @@ READERS: tuple[Reader, ...] = (  # the first that accepts a file reads it
 )
 
 
-def reader_of(path: Path) -> Reader | None:
+def find_reader(path: Path) -> Reader | None:
     """The reader of a file, or None where no reader knows it."""
     return next((reader for reader in READERS if reader.accepts(path)), None)
 
 
-def gather(reader: Reader, sights: Sequence[Sight], modality: Modality | None) -> Scanned:
+def collect_images(
+    reader: Reader, inspections: Sequence[FileInspection], modality: Modality | None
+) -> CollectionResult:
     """Make images of files of one reader that were looked at.
 
     Args:
         reader: whose `look` they are from.
-        sights: one a file.
+        inspections: one a file.
         modality: DICOM images of another one are refused; None takes all.
 
     Returns:
         the images, and what is none: each file ends in one of the two.
     """
     if reader is DICOM:
-        return DICOM.gather(sights, modality)
-    return [f for sight in sights for f in sight.found], [r for sight in sights for r in sight.refused]
+        return DICOM.collect_images(inspections, modality)
+    return [f for inspection in inspections for f in inspection.found], [
+        r for inspection in inspections for r in inspection.refused
+    ]
 
 
 def read_volume(path: str | Path) -> Volume:
@@ -78,21 +84,21 @@ def read_volume(path: str | Path) -> Volume:
     Raises:
         ReadError: the file is missing, damaged, of no known format, or no image; it says which and why.
     """
-    place, item = split_item(path)
+    file, item = split_item(path)
     try:
-        if place.is_dir():
-            volume = DICOM.read_folder(place)
+        if file.is_dir():
+            volume = DICOM.read_folder(file)
         else:
-            if not place.is_file():
+            if not file.is_file():
                 raise ReadError("missing", "expected an image here, found no file or folder")
-            reader = reader_of(place)
+            reader = find_reader(file)
             if reader is None:
-                known = "; ".join(reader.name for reader in READERS)
-                raise ReadError("not-an-image", f"no reader knows this file. Formats: {known}")
-            volume = reader.read(place, item)
+                formats = "; ".join(reader.name for reader in READERS)
+                raise ReadError("not-an-image", f"no reader knows this file. Formats: {formats}")
+            volume = reader.read(file, item)
         check_voxels(volume.array)
     except ReadError as error:
-        raise error.at(path) from error
+        raise error.with_path(path) from error
     return volume
 
 
@@ -105,27 +111,27 @@ def read_mask(path: str | Path) -> Volume:
     Raises:
         ReadError: as `read_volume`, or a voxel is no whole number from 0 to 255.
     """
-    place, item = split_item(path)
-    reader = reader_of(place) if place.is_file() else None
+    file, item = split_item(path)
+    reader = find_reader(file) if file.is_file() else None
     try:
         if reader is None:
             raise ReadError(
-                "missing" if not place.exists() else "not-an-image", "expected a mask in a known format here"
+                "missing" if not file.exists() else "not-an-image", "expected a mask in a known format here"
             )
-        volume = reader.read_classes(place) if isinstance(reader, PictureReader) else reader.read(place, item)
+        volume = reader.read_classes(file) if isinstance(reader, PictureReader) else reader.read(file, item)
         labels = volume.array.astype(np.uint8) if np.isfinite(volume.array).all() else None
         if labels is None or not np.array_equal(labels, volume.array):
             raise ReadError("not-a-mask", "expected whole numbers from 0 to 255, one class each")
     except ReadError as error:
-        raise error.at(path) from error
+        raise error.with_path(path) from error
     return volume.with_array(labels)
 
 
 def split_item(path: str | Path) -> tuple[Path, str | None]:
     """`archive.npz#train/12`, `scan.nii.gz#3` or `IM0001#0` as file and item; other `#` belong to the name."""
     text = str(path)
-    found = _ITEM.fullmatch(text)
-    if found is None or Path(text).exists():
+    match = _ITEM_PATTERN.fullmatch(text)
+    if match is None or Path(text).exists():
         return Path(text), None
-    name, item = found.group(1, 2) if found[1] else found.group(3, 4)
+    name, item = match.group(1, 2) if match[1] else match.group(3, 4)
     return Path(name), item

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from nibabel import orientations
 
-from medim.data.readers.inspection import Found, Sight
+from medim.data.readers.inspection import FileInspection, ImageInfo
 from medim.types import Array, UserError, Volume
 
 _nibabel: Any = orientations  # carries no types
@@ -33,14 +33,14 @@ class ReadError(UserError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel between processes, with the message as it is."""
-        return _revived, (self.reason, self.detail, str(self))
+        return _rebuild_error, (self.reason, self.detail, str(self))
 
-    def at(self, path: str | Path) -> ReadError:
+    def with_path(self, path: str | Path) -> ReadError:
         """The same error with the place it happened at."""
         return ReadError(self.reason, self.detail, path=path)
 
 
-def _revived(reason: str, detail: str, message: str) -> ReadError:
+def _rebuild_error(reason: str, detail: str, message: str) -> ReadError:
     error = ReadError(reason, detail)
     error.args = (message,)
     return error
@@ -55,7 +55,7 @@ class Reader(Protocol):
         """Whether a file is of this format, from its name and first bytes."""
         ...
 
-    def look(self, path: Path) -> Sight:
+    def inspect(self, path: Path) -> FileInspection:
         """What a file holds. Runs in a process of its own, and again only where the file has changed.
 
         Raises:
@@ -72,18 +72,18 @@ class Reader(Protocol):
         ...
 
 
-def seen(volume: Volume, **said: Any) -> Sight:
+def single_image(volume: Volume, **info: Any) -> FileInspection:
     """A file with one image, which was read whole.
 
     Args:
         volume: what was read.
-        said: what the file says beside; see `Found`.
+        info: what the file says beside; see `ImageInfo`.
 
     Raises:
         ReadError: a voxel is not finite, or all are equal.
     """
     check_voxels(volume.array)
-    return Sight(found=(Found(shape=volume.shape, affine=volume.affine, **said),))
+    return FileInspection(found=(ImageInfo(shape=volume.shape, affine=volume.affine, **info),))
 
 
 def ras_volume(array: Array, affine: Array) -> Volume:
@@ -96,20 +96,20 @@ def ras_volume(array: Array, affine: Array) -> Volume:
     Raises:
         ReadError: the affine is not finite or flattens space.
     """
-    orientation = orientation_of(affine)
-    turned = np.ascontiguousarray(_nibabel.apply_orientation(array, orientation))[None]
+    orientation = compute_orientation(affine)
+    voxels = np.ascontiguousarray(_nibabel.apply_orientation(array, orientation))[None]
     grid = affine @ _nibabel.inv_ornt_aff(orientation, array.shape)
-    return Volume(array=turned, affine=grid, native_affine=affine, native_shape=array.shape)
+    return Volume(array=voxels, affine=grid, native_affine=affine, native_shape=array.shape)
 
 
 def ras_grid(shape: Sequence[int], affine: Array) -> tuple[tuple[int, ...], Array]:
     """Shape and affine that `ras_volume` would give, without voxels."""
-    orientation = orientation_of(affine)
+    orientation = compute_orientation(affine)
     order = np.argsort(orientation[:, 0])
     return tuple(int(shape[axis]) for axis in order), affine @ _nibabel.inv_ornt_aff(orientation, tuple(shape))
 
 
-def orientation_of(affine: Array) -> Array:
+def compute_orientation(affine: Array) -> Array:
     """(3, 2) nibabel orientation of an affine.
 
     Raises:
@@ -142,8 +142,8 @@ def check_voxels(array: Array) -> None:
         raise ReadError("empty-image", "the image has an axis of length 0")
     low, high = array.min(), array.max()
     if not (np.isfinite(low) and np.isfinite(high)):
-        bad = int(array.size - np.isfinite(array).sum())
-        raise ReadError("not-finite", f"{bad} of {array.size} voxels are NaN or infinite")
+        n_bad = int(array.size - np.isfinite(array).sum())
+        raise ReadError("not-finite", f"{n_bad} of {array.size} voxels are NaN or infinite")
     if low == high:
         raise ReadError("constant", f"every voxel has the value {float(low):g}")
 
@@ -164,19 +164,19 @@ def check_size(shape: Iterable[int], item_bytes: int) -> int:
     return count
 
 
-def check_length(found: int, announced: int) -> None:
+def check_length(size: int, expected_size: int) -> None:
     """Refuse voxels of another number than the header's: one of the two is wrong, and so may be the shape.
 
     Raises:
         ReadError: in that case.
     """
-    if found < announced:
-        raise ReadError("truncated", f"the header announces {announced} bytes of voxels, the file has {found}")
-    if found > announced:
-        raise ReadError("length-mismatch", f"the header announces {announced} bytes of voxels, more follow")
+    if size < expected_size:
+        raise ReadError("truncated", f"the header announces {expected_size} bytes of voxels, the file has {size}")
+    if size > expected_size:
+        raise ReadError("length-mismatch", f"the header announces {expected_size} bytes of voxels, more follow")
 
 
-def check_start(path: Path) -> None:
+def check_not_empty(path: Path) -> None:
     """Refuse a file that is empty or not there.
 
     Raises:

@@ -23,7 +23,7 @@ Affine = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class ImageInfo:
     """An image that a reader found.
 
     Attributes:
@@ -61,7 +61,7 @@ class Found:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refused:
+class RejectedFile:
     """A file, or a series by its first file, that is no image, and why."""
 
     path: Path = Path()
@@ -71,7 +71,7 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class FramePlane:
     """The plane of one DICOM frame in the patient (LPS, mm).
 
     Attributes:
@@ -93,11 +93,11 @@ class Frame:
     def __post_init__(self) -> None:
         """Hold what the frames of a series share once."""
         for name in ("orientation", "spacing", "size", "keys"):
-            object.__setattr__(self, name, _once(getattr(self, name)))
+            object.__setattr__(self, name, _intern_value(getattr(self, name)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Origin:
+class SeriesInfo:
     """What the DICOM files of a series say alike: whose they are, and what they were made by.
 
     Attributes:
@@ -123,7 +123,7 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Instance:
+class DicomFile:
     """One DICOM file that holds an image, or a part of one.
 
     Attributes:
@@ -135,13 +135,13 @@ class Instance:
     path: Path = Path()
     sop: str
     count: int
-    frames: tuple[Frame, ...]
-    origin: Origin
+    frames: tuple[FramePlane, ...]
+    origin: SeriesInfo
     own: tuple[int, ...]
 
     def __post_init__(self) -> None:
         """Hold what the files of a series share once."""
-        object.__setattr__(self, "origin", _once(self.origin))
+        object.__setattr__(self, "origin", _intern_value(self.origin))
 
     @property
     def identities(self) -> frozenset[int]:
@@ -150,26 +150,26 @@ class Instance:
 
 
 @lru_cache(maxsize=4096)
-def _once(value: _T) -> _T:
+def _intern_value(value: _T) -> _T:
     """The same object for equal values."""
     return value
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class FileInspection:
     """What one look at a file showed: images, what of it is none, or a part of a DICOM image."""
 
-    found: tuple[Found, ...] = ()
-    refused: tuple[Refused, ...] = ()
-    instance: Instance | None = None
+    found: tuple[ImageInfo, ...] = ()
+    refused: tuple[RejectedFile, ...] = ()
+    instance: DicomFile | None = None
 
-    def at(self, path: Path) -> Sight:
+    def with_path(self, path: Path) -> FileInspection:
         """The same, of the file at a path."""
-        return Sight(
+        return FileInspection(
             found=tuple(replace(image, files=(path,)) for image in self.found),
-            refused=tuple(replace(file, path=path) for file in self.refused),
+            refused=tuple(replace(rejected_file, path=path) for rejected_file in self.refused),
             instance=replace(self.instance, path=path) if self.instance else None,
         )
 
 
-Scanned = tuple[list[Found], list[Refused]]
+CollectionResult = tuple[list[ImageInfo], list[RejectedFile]]

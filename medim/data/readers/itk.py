@@ -17,17 +17,17 @@ from medim.data.readers.base import (
     ReadError,
     as_float,
     check_length,
+    check_not_empty,
     check_size,
-    check_start,
     ras_volume,
-    seen,
+    single_image,
 )
-from medim.data.readers.inspection import Sight
+from medim.data.readers.inspection import FileInspection
 from medim.types import Volume
 
-_LONGEST = 1 << 16  # bytes of a header
-_DATA_FILE = ("elementdatafile", "data file", "datafile")
-_SPACES = {  # of NRRD; ITK knows how they lie in the body
+_MAX_TEXT_BYTES = 1 << 16  # bytes of a header
+_DATA_FILE_FIELDS = ("elementdatafile", "data file", "datafile")
+_NRRD_SPACES = {  # of NRRD; ITK knows how they lie in the body
     "left-posterior-superior", "lps", "right-anterior-superior", "ras", "left-anterior-superior", "las",
 }  # fmt: skip
 
@@ -41,10 +41,10 @@ class ItkReader:
         """By suffix."""
         return path.suffix.lower() in {".mha", ".mhd", ".nrrd", ".nhdr"}
 
-    def look(self, path: Path) -> Sight:
+    def inspect(self, path: Path) -> FileInspection:
         """Read the whole file once."""
-        text = _read_text(path)
-        return seen(self.read(path), quality=_oddities(text))
+        header = _read_text_header(path)
+        return single_image(self.read(path), quality=_find_missing_geometry(header))
 
     def read(self, path: Path, item: str | None = None) -> Volume:
         """Read the volume, LPS turned to RAS+.
@@ -52,9 +52,9 @@ class ItkReader:
         Raises:
             ReadError: SimpleITK is missing, or the file is damaged, colour, not 3D, or of voxels that lie elsewhere.
         """
-        text = _read_text(path)
-        voxels = _voxel_file(path, text)
-        sitk = _simple_itk()
+        header = _read_text_header(path)
+        voxel_file = _find_voxel_file(path, header)
+        sitk = _import_simple_itk()
         reader = sitk.ImageFileReader()
         reader.SetFileName(str(path))
         try:
@@ -70,59 +70,62 @@ class ItkReader:
             raise ReadError("not-scalar", f"{components} values a voxel; expected one")
         if len(size) != 3:
             raise ReadError("wrong-dimensions", f"{len(size)} axes; expected 3")
-        stored = sitk.GetArrayViewFromImage(image)
-        if not text.packed:
-            check_length(voxels.stat().st_size - (text.start if voxels == path else 0), stored.nbytes)
+        stored_values = sitk.GetArrayViewFromImage(image)
+        if not header.has_unknown_length:
+            check_length(voxel_file.stat().st_size - (header.start if voxel_file == path else 0), stored_values.nbytes)
         affine = np.eye(4)
         affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.asarray(image.GetSpacing())
         affine[:3, 3] = image.GetOrigin()
-        array = as_float(stored.transpose(2, 1, 0))  # (k, j, i) to (i, j, k)
+        array = as_float(stored_values.transpose(2, 1, 0))  # (k, j, i) to (i, j, k)
         return ras_volume(array, LPS_TO_RAS @ affine)
 
 
 @dataclass(frozen=True)
-class _Text:
+class _TextHeader:
     """A header: what it says by field (lower case), and the byte after it."""
 
-    said: dict[str, str]
+    fields: dict[str, str]
     start: int
-    meta: bool
+    is_metaimage: bool
 
     @property
-    def packed(self) -> bool:
+    def has_unknown_length(self) -> bool:
         """Whether the voxels' length is none that the header tells."""
-        skips = {"headersize", "byte skip", "byteskip", "line skip", "lineskip"} & set(self.said)
-        raw = self.said.get("compresseddata", "false").lower() == "false" and self.said.get("encoding", "raw") == "raw"
-        return bool(skips) or not raw or self.said.get("binarydata", "true").lower() == "false"
+        skips = {"headersize", "byte skip", "byteskip", "line skip", "lineskip"} & set(self.fields)
+        raw = (
+            self.fields.get("compresseddata", "false").lower() == "false"
+            and self.fields.get("encoding", "raw") == "raw"
+        )
+        return bool(skips) or not raw or self.fields.get("binarydata", "true").lower() == "false"
 
 
-def _read_text(path: Path) -> _Text:
+def _read_text_header(path: Path) -> _TextHeader:
     """Read the fields up to the voxels.
 
     Raises:
         ReadError: the file is empty or not there.
     """
-    check_start(path)
-    meta = path.suffix.lower() in {".mha", ".mhd"}
-    said: dict[str, str] = {}
+    check_not_empty(path)
+    is_metaimage = path.suffix.lower() in {".mha", ".mhd"}
+    fields: dict[str, str] = {}
     with path.open("rb") as file:
-        while file.tell() < _LONGEST and (line := file.readline(_LONGEST)):
-            name, _, value = line.decode("latin-1").strip().partition("=" if meta else ":")
-            if not meta and not name:
+        while file.tell() < _MAX_TEXT_BYTES and (line := file.readline(_MAX_TEXT_BYTES)):
+            name, _, value = line.decode("latin-1").strip().partition("=" if is_metaimage else ":")
+            if not is_metaimage and not name:
                 break
-            said.setdefault(name.strip().lower(), value.strip())
-            if meta and name.strip().lower() == "elementdatafile":
+            fields.setdefault(name.strip().lower(), value.strip())
+            if is_metaimage and name.strip().lower() == "elementdatafile":
                 break
-        return _Text(said, file.tell(), meta)
+        return _TextHeader(fields, file.tell(), is_metaimage)
 
 
-def _voxel_file(path: Path, text: _Text) -> Path:
+def _find_voxel_file(path: Path, header: _TextHeader) -> Path:
     """The file that holds the voxels: the header's own, or one beside it.
 
     Raises:
         ReadError: it is missing, lies in another folder, or there are several.
     """
-    name = next((text.said[field] for field in _DATA_FILE if field in text.said), "LOCAL")
+    name = next((header.fields[field] for field in _DATA_FILE_FIELDS if field in header.fields), "LOCAL")
     if name.upper() == "LOCAL":
         return path
     if name.upper().startswith("LIST") or "%" in name:
@@ -134,16 +137,16 @@ def _voxel_file(path: Path, text: _Text) -> Path:
     return path.parent / name
 
 
-def _oddities(text: _Text) -> tuple[str, ...]:
+def _find_missing_geometry(header: _TextHeader) -> tuple[str, ...]:
     """Codes of what ITK had to make up."""
-    spaced = {"elementspacing", "elementsize", "spacings", "space directions"} & set(text.said)
-    placed = bool({"transformmatrix", "rotation", "orientation"} & set(text.said))
-    if not text.meta:
-        placed = text.said.get("space", "").lower() in _SPACES
-    return tuple(code for code, known in (("no-spacing", spaced), ("no-place", placed)) if not known)
+    has_spacing = {"elementspacing", "elementsize", "spacings", "space directions"} & set(header.fields)
+    has_placement = bool({"transformmatrix", "rotation", "orientation"} & set(header.fields))
+    if not header.is_metaimage:
+        has_placement = header.fields.get("space", "").lower() in _NRRD_SPACES
+    return tuple(code for code, is_known in (("no-spacing", has_spacing), ("no-place", has_placement)) if not is_known)
 
 
-def _simple_itk() -> Any:
+def _import_simple_itk() -> Any:
     """SimpleITK, silent."""
     try:
         import SimpleITK

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from medim.data.readers.base import ReadError, as_float, check_length, ras_volume, seen
-from medim.data.readers.inspection import Found, Refused, Sight
-from medim.data.readers.nifti_header import Header, read_header, unpacked
-from medim.privacy import pseudonym, tokens
+from medim.data.readers.base import ReadError, as_float, check_length, ras_volume, single_image
+from medim.data.readers.inspection import FileInspection, ImageInfo, RejectedFile
+from medim.data.readers.nifti_header import NiftiHeader, open_unzipped, read_nifti_header
+from medim.privacy import identity_tokens, make_pseudonym
 from medim.types import Array, Volume
 
 _HEADER_SIZES = (b"\x5c\x01\x00\x00", b"\x00\x00\x01\x5c", b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")  # 348, 540
-_LABEL = 1002
-_STATISTICS = range(2, 25)
+_LABEL_INTENT = 1002
+_STATISTIC_INTENTS = range(2, 25)
 
 
 class NiftiReader:
@@ -32,25 +32,27 @@ class NiftiReader:
         """By suffix, `.nii` or `.nii.gz`; a pair of `.hdr` and `.img` to say what to do with it."""
         return path.name.lower().endswith((".nii", ".nii.gz")) or _is_pair(path)
 
-    def look(self, path: Path) -> Sight:
+    def inspect(self, path: Path) -> FileInspection:
         """Read the whole file once: damage shows only where the voxels are unpacked."""
-        header = _header(path)
-        identities = tokens(header.texts)
+        header = _read_single_file_header(path)
+        identities = identity_tokens(header.texts)
         try:
             _check_intent(header)
-            voxels = _voxels(path, header)
+            voxels = _read_voxels(path, header)
         except ReadError as error:
-            return Sight(refused=(Refused(reason=error.reason, detail=error.detail, identities=identities),))
-        said = _named(path) | {"identities": identities, "quality": header.quality}
-        found: list[Found] = []
-        refused: list[Refused] = []
-        for place, volume in enumerate(_volumes(voxels, header)):
+            return FileInspection(
+                refused=(RejectedFile(reason=error.reason, detail=error.detail, identities=identities),)
+            )
+        info = _parse_bids_names(path) | {"identities": identities, "quality": header.quality}
+        images: list[ImageInfo] = []
+        rejected: list[RejectedFile] = []
+        for index, volume in enumerate(_iterate_volumes(voxels, header)):
             try:
-                found += seen(volume, item=str(place) if header.volumes > 1 else None, **said).found
+                images += single_image(volume, item=str(index) if header.volumes > 1 else None, **info).found
             except ReadError as error:
-                detail = f"volume {place}: {error.detail}" if header.volumes > 1 else error.detail
-                refused.append(Refused(reason=error.reason, detail=detail, identities=identities))
-        return Sight(found=tuple(found), refused=tuple(refused))
+                detail = f"volume {index}: {error.detail}" if header.volumes > 1 else error.detail
+                rejected.append(RejectedFile(reason=error.reason, detail=detail, identities=identities))
+        return FileInspection(found=tuple(images), refused=tuple(rejected))
 
     def read(self, path: Path, item: str | None = None) -> Volume:
         """Read the volume.
@@ -58,14 +60,14 @@ class NiftiReader:
         Raises:
             ReadError: empty, truncated, colour, no geometry, or several volumes and none named.
         """
-        header = _header(path)
+        header = _read_single_file_header(path)
         last = header.volumes - 1
         if last and item is None:
             raise ReadError("several-volumes", f"the file holds {last + 1} volumes; name one, as in {path.name}#0")
         if item is not None and not (last and item.isdecimal() and int(item) <= last):
             names = f"0 to {last}" if last else "one, which has no name"
             raise ReadError("no-such-item", f"no volume '{item}' in the file; it has {names}")
-        return _volume(_voxels(path, header), header, int(item or 0))
+        return _scale_volume(_read_voxels(path, header), header, int(item or 0))
 
 
 def _is_pair(path: Path) -> bool:
@@ -80,7 +82,7 @@ def _is_pair(path: Path) -> bool:
         return False
 
 
-def _header(path: Path) -> Header:
+def _read_single_file_header(path: Path) -> NiftiHeader:
     """The header.
 
     Raises:
@@ -88,65 +90,67 @@ def _header(path: Path) -> Header:
     """
     if _is_pair(path):
         raise ReadError("pair-of-files", "half of a .hdr/.img pair; convert it to one file: nib-convert a.img a.nii.gz")
-    return read_header(path)
+    return read_nifti_header(path)
 
 
-def _named(path: Path) -> dict[str, Any]:
+def _parse_bids_names(path: Path) -> dict[str, Any]:
     """What names of a BIDS tree say: the file's own, else the folder's that is nearest to it."""
     parts = path.parts[::-1]
-    subject = next((found for part in parts if (found := re.search(r"(?:^|_)sub-([A-Za-z0-9]+)", part))), None)
-    session = next((found for part in parts if (found := re.search(r"(?:^|_)ses-([A-Za-z0-9]+)", part))), None)
+    subject = next((match for part in parts if (match := re.search(r"(?:^|_)sub-([A-Za-z0-9]+)", part))), None)
+    session = next((match for part in parts if (match := re.search(r"(?:^|_)ses-([A-Za-z0-9]+)", part))), None)
     suffix = re.fullmatch(r"sub-.*_([A-Za-z0-9]+)\.nii(?:\.gz)?", path.name, re.IGNORECASE)
     return {
-        "subject": pseudonym(subject[1]) if subject else None,
-        "aliases": (pseudonym(f"sub-{subject[1]}"),) if subject else (),
-        "session": pseudonym(session[1]) if subject and session else None,
+        "subject": make_pseudonym(subject[1]) if subject else None,
+        "aliases": (make_pseudonym(f"sub-{subject[1]}"),) if subject else (),
+        "session": make_pseudonym(session[1]) if subject and session else None,
         "sequence": suffix[1] if suffix else None,
     }
 
 
-def _check_intent(header: Header) -> None:
+def _check_intent(header: NiftiHeader) -> None:
     """Refuse what the header itself calls no image; `read` takes it, for a mask is read the same way.
 
     Raises:
         ReadError: in that case.
     """
-    if header.intent == _LABEL or header.intent in _STATISTICS:
-        kind = "labels" if header.intent == _LABEL else "statistics"
+    if header.intent == _LABEL_INTENT or header.intent in _STATISTIC_INTENTS:
+        kind = "labels" if header.intent == _LABEL_INTENT else "statistics"
         raise ReadError("not-an-image", f"the header says that the voxels are {kind} (intent code {header.intent})")
 
 
-def _voxels(path: Path, header: Header) -> Array:
+def _read_voxels(path: Path, header: NiftiHeader) -> Array:
     """(volumes, k, j, i) voxels as stored. A gzip file is read to its end, where its checksum stands.
 
     Raises:
         ReadError: they end early, are damaged, or more follow.
     """
     try:
-        with unpacked(path, header.packed) as file:
+        with open_unzipped(path, header.gzipped) as file:
             start = len(file.read(header.offset))
-            data = file.read(header.bytes)
-            more = len(file.read(1))
+            data = file.read(header.data_bytes)
+            n_extra = len(file.read(1))
     except Exception as error:  # gzip and zlib have many words for damage
         raise ReadError("truncated", f"the voxels end early or are damaged ({type(error).__name__})") from error
-    check_length(start + len(data) + more, header.offset + header.bytes)
+    check_length(start + len(data) + n_extra, header.offset + header.data_bytes)
     return np.frombuffer(data, header.dtype).reshape(header.volumes, *reversed(header.shape))
 
 
-def _volumes(voxels: Array, header: Header) -> Iterator[Volume]:
+def _iterate_volumes(voxels: Array, header: NiftiHeader) -> Iterator[Volume]:
     """Each volume, one after another: only one is held as numbers."""
-    for place in range(header.volumes):
-        yield _volume(voxels, header, place)
+    for index in range(header.volumes):
+        yield _scale_volume(voxels, header, index)
 
 
-def _volume(voxels: Array, header: Header, place: int) -> Volume:
+def _scale_volume(voxels: Array, header: NiftiHeader, index: int) -> Volume:
     """One volume of a file, scaled."""
-    stored = voxels[place]
+    stored_values = voxels[index]
     if header.scaling == (1.0, 0.0):
-        return ras_volume(as_float(stored.T), header.affine)
+        return ras_volume(as_float(stored_values.T), header.affine)
     slope, intercept = map(np.float64, header.scaling)
-    array = np.empty(stored.shape, np.float32)
+    array = np.empty(stored_values.shape, np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        for layer, numbers in zip(array, stored, strict=True):  # by layer: float64 of all takes three times the room
+        for layer, numbers in zip(
+            array, stored_values, strict=True
+        ):  # by layer: float64 of all takes three times the room
             layer[...] = numbers * slope + intercept
     return ras_volume(array.T, header.affine)

@@ -11,23 +11,23 @@ from typing import get_args
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from medim.data.labels import label_of
+from medim.data.labels import format_findings
 from medim.data.readers.base import (
     ReadError,
     as_float,
+    check_not_empty,
     check_size,
-    check_start,
     flat_volume,
     ras_volume,
-    seen,
+    single_image,
 )
-from medim.data.readers.inspection import Found, Refused, Sight
-from medim.privacy import pseudonym
+from medim.data.readers.inspection import FileInspection, ImageInfo, RejectedFile
+from medim.privacy import make_pseudonym
 from medim.types import Array, Split, Volume
 
 SPLITS: tuple[Split, ...] = get_args(Split)
-_GREY = {"1", "L", "F", "I"}
-_COLOUR = {"CMYK", "YCbCr", "LAB", "HSV"}  # whose first band alone is no grey
+_GREY_MODES = {"1", "L", "F", "I"}
+_COLOUR_MODES = {"CMYK", "YCbCr", "LAB", "HSV"}  # whose first band alone is no grey
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's mode L
 
 
@@ -43,10 +43,10 @@ class PictureReader:
         """By suffix."""
         return path.suffix.lower() in {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 
-    def look(self, path: Path) -> Sight:
+    def inspect(self, path: Path) -> FileInspection:
         """Read the whole file once."""
-        volume, quality = self._read(path)
-        return seen(volume, quality=quality)
+        volume, quality = self._read_picture(path)
+        return single_image(volume, quality=quality)
 
     def read(self, path: Path, item: str | None = None) -> Volume:
         """Read the picture, rows by columns, as its EXIF orientation shows it.
@@ -54,7 +54,7 @@ class PictureReader:
         Raises:
             ReadError: damaged, truncated, or with several frames.
         """
-        return self._read(path)[0]
+        return self._read_picture(path)[0]
 
     def read_classes(self, path: Path) -> Volume:
         """Read a mask: grey values, or the places in a palette, which are the class numbers whatever their colours.
@@ -62,11 +62,11 @@ class PictureReader:
         Raises:
             ReadError: as `read`, or the picture is of colours without a palette.
         """
-        return self._read(path, classes=True)[0]
+        return self._read_picture(path, classes=True)[0]
 
-    def _read(self, path: Path, *, classes: bool = False) -> tuple[Volume, tuple[str, ...]]:
+    def _read_picture(self, path: Path, *, classes: bool = False) -> tuple[Volume, tuple[str, ...]]:
         """The picture, and what is odd about it."""
-        check_start(path)
+        check_not_empty(path)
         quality = ["no-spacing"]
         try:
             with warnings.catch_warnings():
@@ -80,8 +80,8 @@ class PictureReader:
                         quality.append("exif-turned")
                     upright = ImageOps.exif_transpose(image)
                     if classes:
-                        array = _classes(upright)
-                    elif image.mode not in _GREY and image.mode[:2] != "I;":
+                        array = _read_class_numbers(upright)
+                    elif image.mode not in _GREY_MODES and image.mode[:2] != "I;":
                         quality.append("colour-to-grey")
                         array = np.asarray(upright.convert("L"))
                     else:
@@ -95,7 +95,7 @@ class PictureReader:
         return flat_volume(as_float(array)), tuple(quality)
 
 
-def _classes(picture: Image.Image) -> Array:
+def _read_class_numbers(picture: Image.Image) -> Array:
     """(H, W) class numbers of a mask: transparency is dropped, and colours that are all grey are taken as grey.
 
     Raises:
@@ -103,7 +103,7 @@ def _classes(picture: Image.Image) -> Array:
     """
     bands = np.atleast_3d(np.asarray(picture))
     numbers = bands[..., : 3 if picture.mode.startswith("RGB") else 1]
-    if picture.mode in _COLOUR or (numbers != numbers[..., :1]).any():
+    if picture.mode in _COLOUR_MODES or (numbers != numbers[..., :1]).any():
         raise ReadError("not-a-mask", "a picture in colours; expected grey values or a palette, one number each class")
     return np.asarray(numbers[..., 0])
 
@@ -121,12 +121,12 @@ class NumpyReader:
         """By suffix."""
         return path.suffix.lower() in {".npy", ".npz"}
 
-    def look(self, path: Path) -> Sight:
+    def inspect(self, path: Path) -> FileInspection:
         """Read the whole file once; one finding an image, not one a file."""
         if path.suffix.lower() == ".npz":
-            return _look_into(path)
+            return _inspect_archive(path)
         volume = self.read(path)
-        return seen(volume, quality=_unplaced(volume))
+        return single_image(volume, quality=_list_missing_geometry(volume))
 
     def read(self, path: Path, item: str | None = None) -> Volume:
         """Read one image.
@@ -134,35 +134,37 @@ class NumpyReader:
         Raises:
             ReadError: damaged, of an unknown layout, or without that item.
         """
-        check_start(path)
+        check_not_empty(path)
         if path.suffix.lower() == ".npy":
-            return _as_volume(_load_npy(path))
-        images = _load(path)
+            return _array_to_volume(_load_npy(path))
+        images = _load_npz(path)
         if item is None:
             raise ReadError("several-volumes", "the archive holds many images; name one, as in file.npz#train/0")
-        split, _, place = item.rpartition("/")
+        split, _, index = item.rpartition("/")
         try:
             if split:
-                return _as_volume(images[split][_natural(place)])
-            return _as_volume([image for name in SPLITS if name in images for image in images[name]][_natural(place)])
+                return _array_to_volume(images[split][_parse_index(index)])
+            return _array_to_volume(
+                [image for name in SPLITS if name in images for image in images[name]][_parse_index(index)]
+            )
         except (KeyError, IndexError, ValueError):
             counts = ", ".join(f"{name}/0..{len(array) - 1}" for name, array in images.items() if name in SPLITS)
             raise ReadError("no-such-item", f"no image '{item}' in the archive; it has {counts}") from None
 
 
-def _unplaced(volume: Volume) -> tuple[str, ...]:
+def _list_missing_geometry(volume: Volume) -> tuple[str, ...]:
     """What an array does not say."""
     return ("no-spacing", "no-place") if volume.spatial_dims == 3 else ("no-spacing",)
 
 
-def _natural(text: str) -> int:
+def _parse_index(text: str) -> int:
     """A place: digits only, so that `-1` is no image."""
     if not text.isdecimal():
         raise ValueError(text)
     return int(text)
 
 
-def _as_volume(array: Array) -> Volume:
+def _array_to_volume(array: Array) -> Volume:
     """(H, W), (H, W, 3) or (D, H, W) numbers as a volume."""
     if array.dtype.kind not in "buif":
         raise ReadError("not-scalar", f"values of type {array.dtype}; expected real numbers")
@@ -184,18 +186,18 @@ def _load_npy(path: Path) -> Array:
         raise ReadError("unreadable", f"not a whole numpy array of numbers ({type(error).__name__})") from error
 
 
-def _load(path: Path) -> dict[str, Array]:
+def _load_npz(path: Path) -> dict[str, Array]:
     """Images by split, and labels by `<split>_labels`; kept in memory while the file stays the same."""
     status = path.stat()
     return _load_archive(str(path), status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=2)
-def _load_archive(name: str, size: int, changed: int) -> dict[str, Array]:
+def _load_archive(name: str, size: int, modification_ns: int) -> dict[str, Array]:
     content: dict[str, Array] = {}
     try:
-        with zipfile.ZipFile(name) as packed:
-            check_size([sum(info.file_size for info in packed.infolist()) or 1], 1)
+        with zipfile.ZipFile(name) as zip_archive:
+            check_size([sum(info.file_size for info in zip_archive.infolist()) or 1], 1)
         with np.load(name, allow_pickle=False) as archive:
             for split in SPLITS:
                 if f"{split}_images" in archive:
@@ -217,42 +219,46 @@ def _load_archive(name: str, size: int, changed: int) -> dict[str, Array]:
     return content
 
 
-def _look_into(path: Path) -> Sight:
+def _inspect_archive(path: Path) -> FileInspection:
     """Every image of an archive."""
-    check_start(path)
-    content = _load(path)
-    found, refused = [], []
+    check_not_empty(path)
+    content = _load_npz(path)
+    image_infos, rejected = [], []
     for split in SPLITS:
         images = content.get(split)
         if images is None or len(images) == 0:
             continue
         labels = content.get(f"{split}_labels")
         classes = None if labels is None else labels.reshape(len(labels), -1)  # (N, 1); wider: findings
-        volume = _as_volume(images[0])
-        quality = _unplaced(volume)
+        volume = _array_to_volume(images[0])
+        quality = _list_missing_geometry(volume)
         if classes is not None and classes.shape[1] > 1 and not np.isin(classes, (0, 1)).all():
             quality, classes = (*quality, "several-labels"), None
         flat = images.reshape(len(images), -1)
         finite = np.isfinite(flat.sum(axis=1, dtype=np.float64))
         constant = flat.min(axis=1) == flat.max(axis=1)
-        for place in range(len(images)):
-            if not finite[place] or constant[place]:
-                detail = f"image {split}/{place} " + ("is constant" if finite[place] else "is not finite")
-                refused.append(Refused(reason="constant" if finite[place] else "not-finite", detail=detail))
+        for index in range(len(images)):
+            if not finite[index] or constant[index]:
+                detail = f"image {split}/{index} " + ("is constant" if finite[index] else "is not finite")
+                rejected.append(RejectedFile(reason="constant" if finite[index] else "not-finite", detail=detail))
                 continue
-            image = Found(
-                item=f"{split}/{place}",
+            image = ImageInfo(
+                item=f"{split}/{index}",
                 shape=volume.shape,
                 affine=volume.affine,
-                subject=pseudonym(f"{path.name}#{split}/{place}"),
-                label=None if classes is None else _label(classes[place]),
+                subject=make_pseudonym(f"{path.name}#{split}/{index}"),
+                label=None if classes is None else _encode_label(classes[index]),
                 split=split,
                 quality=quality,
             )
-            found.append(image)
-    return Sight(found=tuple(found), refused=tuple(refused))
+            image_infos.append(image)
+    return FileInspection(found=tuple(image_infos), refused=tuple(rejected))
 
 
-def _label(row: Array) -> str | None:
+def _encode_label(row: Array) -> str | None:
     """The class (1,), or the findings (K,) called by number, of an image."""
-    return f"{row[0]:g}" if len(row) == 1 else label_of({str(place): bool(told) for place, told in enumerate(row)})
+    return (
+        f"{row[0]:g}"
+        if len(row) == 1
+        else format_findings({str(index): bool(is_present) for index, is_present in enumerate(row)})
+    )

@@ -11,15 +11,17 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 from medim.data.preprocessing.steps import pad_or_crop, resize
-from medim.metrics.representation import stacked
+from medim.metrics.representation import batch_images
 from medim.models.model import build_encoder
 from medim.types import Array, Volume
 
-COMPONENTS = 64
-PIXELS = 1 << 16  # an image is scaled to at most this many before its components are taken
+MAX_COMPONENTS = 64
+MAX_PIXELS = 1 << 16  # an image is scaled to at most this many before its components are taken
 
 
-def fresh_encoder(spec: dict[str, Any], images: Iterable[Volume], *, seed: int, device: str = "cpu") -> nn.Module:
+def build_random_encoder(
+    spec: dict[str, Any], images: Iterable[Volume], *, seed: int, device: str = "cpu"
+) -> nn.Module:
     """An untrained encoder, in evaluation mode, whose batch normalisation knows the images.
 
     With the running statistics that a network is born with, its features would hardly differ between images, and the
@@ -43,13 +45,13 @@ def fresh_encoder(spec: dict[str, Any], images: Iterable[Volume], *, seed: int, 
     if norms:
         shape = tuple(spec["input_shape"])
         with torch.inference_mode():
-            for batch in stacked(pad_or_crop(image, shape=shape).array for image in images):
+            for batch in batch_images(pad_or_crop(image, shape=shape).array for image in images):
                 if len(batch) > 1:  # one image has no spread
                     encoder(batch.to(device))
     return encoder.eval()
 
 
-def principal_components(fit: Iterable[Volume], images: Iterable[Volume], *, shape: Sequence[int]) -> Array:
+def principal_components(fit_images: Iterable[Volume], images: Iterable[Volume], *, shape: Sequence[int]) -> Array:
     """Pixels of preprocessed images, reduced to the space of at most 64 principal components.
 
     Images are scaled to `shape`, their aspect kept and the rest padded (a smaller shape of the same proportions where
@@ -58,16 +60,18 @@ def principal_components(fit: Iterable[Volume], images: Iterable[Volume], *, sha
     (whitening; X-rays with 47 labels: AUROC 0.84 in place of 0.96).
 
     Args:
-        fit: N images whose components are taken, without labels.
+        fit_images: N images whose components are taken, without labels.
         images: the images wanted.
         shape: the encoder's input shape.
 
     Returns:
         (M, min(64, N - 1, pixels)) float32.
     """
-    scale = min(1.0, (PIXELS / np.prod(shape)) ** (1 / len(shape)))
-    small = tuple(max(1, int(side * scale)) for side in shape)
-    known, wanted = (np.stack([resize(v, shape=small).array.ravel() for v in group]) for group in (fit, images))
-    count = max(1, min(COMPONENTS, len(known) - 1, known.shape[1]))
-    turned = np.linalg.qr(np.random.default_rng(0).standard_normal((count, count))).Q
-    return np.asarray(PCA(count, random_state=0).fit(known).transform(wanted) @ turned, np.float32)
+    scale = min(1.0, (MAX_PIXELS / np.prod(shape)) ** (1 / len(shape)))
+    small_shape = tuple(max(1, int(side * scale)) for side in shape)
+    fit_rows, image_rows = (
+        np.stack([resize(v, shape=small_shape).array.ravel() for v in group]) for group in (fit_images, images)
+    )
+    count = max(1, min(MAX_COMPONENTS, len(fit_rows) - 1, fit_rows.shape[1]))
+    rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((count, count))).Q
+    return np.asarray(PCA(count, random_state=0).fit(fit_rows).transform(image_rows) @ rotation, np.float32)

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from medim.data.contamination import Case
-from medim.data.index.index import Index, Record
-from medim.data.labels import check_one_kind
-from medim.data.loading.splits import budget, on_both_sides, split
-from medim.data.loading.store import Store, fill
+from medim.data.contamination import CaseIdentity
+from medim.data.index.index import ImageRecord, Index
+from medim.data.labels import check_label_kind
+from medim.data.loading.splits import assign_splits, count_overlap, select_label_budget
+from medim.data.loading.store import Store, fill_store
 from medim.types import Array, Split, UserError, Volume
 
 log = logging.getLogger(__name__)
-KEPT_BYTES = 1 << 30
+CACHE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Budget:
         """`50` images, or `10%`."""
         return f"{self.labelled}" if self.fraction is None else f"{100 * self.fraction:g}%"
 
-    def of(self, records: Sequence[Record], seed: int) -> tuple[Record, ...]:
-        """The images it gives; see `medim.data.loading.splits.budget`."""
-        return budget(records, labelled=self.labelled, fraction=self.fraction, seed=seed)
+    def draw_subset(self, records: Sequence[ImageRecord], seed: int) -> tuple[ImageRecord, ...]:
+        """The images it gives; see `medim.data.loading.splits.select_label_budget`."""
+        return select_label_budget(records, labelled=self.labelled, fraction=self.fraction, seed=seed)
 
 
 @dataclass(frozen=True)
-class Sample:
+class ProbeCohort:
     """Preprocessed images of a source, as a probe uses them.
 
     Attributes:
@@ -56,36 +56,36 @@ class Sample:
 
     store: Store
     keys: dict[str, str]
-    train: tuple[Record, ...]
-    labelled: tuple[Record, ...]
-    val: tuple[Record, ...]
+    train: tuple[ImageRecord, ...]
+    labelled: tuple[ImageRecord, ...]
+    val: tuple[ImageRecord, ...]
     classes: tuple[str, ...]
-    cases: tuple[Case, ...]
+    cases: tuple[CaseIdentity, ...]
     overlap: dict[str, int]
     rejected: int
-    _kept: dict[str, Volume] = field(default_factory=dict, repr=False, compare=False)
+    _volume_cache: dict[str, Volume] = field(default_factory=dict, repr=False, compare=False)
 
     @property
-    def used(self) -> tuple[Record, ...]:
+    def feature_records(self) -> tuple[ImageRecord, ...]:
         """Those whose features are wanted."""
         return self.labelled + self.val
 
-    def volumes(self, records: Sequence[Record]) -> Iterator[Volume]:
+    def read_volumes(self, records: Sequence[ImageRecord]) -> Iterator[Volume]:
         """Read images one after the other, the first time from the store; later from memory where they fit."""
         for record in records:
-            volume = self._kept.get(record.image) or self.store.volume(self.keys[record.image])
-            if len(self._kept) * volume.array.nbytes < KEPT_BYTES:  # images of a source are of about one size
-                self._kept[record.image] = volume
+            volume = self._volume_cache.get(record.image) or self.store.load_volume(self.keys[record.image])
+            if len(self._volume_cache) * volume.array.nbytes < CACHE_BYTES:  # images of a source are of about one size
+                self._volume_cache[record.image] = volume
             yield volume
 
-    def targets(self, records: Sequence[Record]) -> Array:
+    def class_indices(self, records: Sequence[ImageRecord]) -> Array:
         """(N,) class indices."""
         return np.array([self.classes.index(str(record.label)) for record in records])
 
 
-def open_sample(
+def open_probe_cohort(
     index: Index, spec: dict[str, Any], *, split_seed: int, store: Path | None = None, strict: bool = False
-) -> Sample:
+) -> ProbeCohort:
     """Preprocess what the store does not hold yet: the training split, and what of the validation split has a label.
 
     Args:
@@ -99,37 +99,39 @@ def open_sample(
         UserError: a split without labels, a class alone or in the validation split alone, images the encoder cannot
             take, or `strict`.
     """
-    train, val = _parts(index, split(index, seed=split_seed))
+    train, val = _split_records(index, assign_splits(index, seed=split_seed))
     _check_labels(index, train, val)  # before hours of preprocessing, and after it
-    shelf = Store(store)
+    image_store = Store(store)
 
-    def progress(done: int, total: int) -> None:
+    def log_progress(done: int, total: int) -> None:
         if done == total or done % 500 == 0:
             log.info("preprocessing: %d of %d images", done, total)
 
-    keys, failed = fill(shelf, index, [*train, *val], spec["preprocessing"], progress=progress)
-    for rejection in failed:
+    keys, rejections = fill_store(image_store, index, [*train, *val], spec["preprocessing"], progress=log_progress)
+    for rejection in rejections:
         log.warning("%s: left out (%s: %s)", rejection.path, rejection.reason, rejection.detail)
-    prints = {image: shelf.entry(key).fingerprint for image, key in keys.items()}
-    splits = split(index, seed=split_seed, prints=prints)
-    train, val = (tuple(r for r in part if r.image in keys) for part in _parts(index, splits))
+    fingerprints = {image: image_store.get_entry(key).fingerprint for image, key in keys.items()}
+    splits = assign_splits(index, seed=split_seed, fingerprints=fingerprints)
+    train, val = (tuple(r for r in part if r.image in keys) for part in _split_records(index, splits))
     _check_labels(index, train, val)
     for key in keys.values():
-        entry = shelf.entry(key)
+        entry = image_store.get_entry(key)
         if (len(entry.shape), entry.channels) != (spec["spatial_dims"], spec["in_channels"]):
             raise UserError(
                 f"{index.root}: expected {spec['spatial_dims']}D images of {spec['in_channels']} channel(s), as the "
                 f"encoder takes, got {len(entry.shape)}D of {entry.channels}. Give images like those it was trained on."
             )
     labelled = tuple(record for record in train if record.label is not None)
-    cases = tuple((prints[record.image], record.subject) for record in val)
-    overlap = on_both_sides(index, splits, prints, strict=strict)
-    return Sample(shelf, keys, train, labelled, val, _classes(index, labelled), cases, overlap, len(failed))
+    cases = tuple((fingerprints[record.image], record.subject) for record in val)
+    overlap = count_overlap(index, splits, fingerprints, strict=strict)
+    return ProbeCohort(
+        image_store, keys, train, labelled, val, _present_classes(index, labelled), cases, overlap, len(rejections)
+    )
 
 
-def draw(
-    sample: Sample, budgets: Sequence[Budget], seeds: Sequence[int]
-) -> dict[tuple[Budget, int], tuple[Record, ...]]:
+def draw_probe_subsets(
+    cohort: ProbeCohort, budgets: Sequence[Budget], seeds: Sequence[int]
+) -> dict[tuple[Budget, int], tuple[ImageRecord, ...]]:
     """The label subset of each budget and seed, nested for one seed.
 
     A budget that takes every labelled image has one subset, which is given for the first seed alone.
@@ -139,57 +141,62 @@ def draw(
         UsageError: a budget out of range.
     """
     subsets = {}
-    for chosen in dict.fromkeys(budgets):
+    for label_budget in dict.fromkeys(budgets):
         for seed in dict.fromkeys(seeds):
-            subset = chosen.of(sample.labelled, seed)
-            if len(subset) == len(sample.labelled) and seed != seeds[0]:
+            subset = label_budget.draw_subset(cohort.labelled, seed)
+            if len(subset) == len(cohort.labelled) and seed != seeds[0]:
                 continue
-            missing = [name for name in sample.classes if name not in {record.label for record in subset}]
+            missing = [name for name in cohort.classes if name not in {record.label for record in subset}]
             if missing:
                 raise UserError(
-                    f"budget {chosen.name}, seed {seed}: expected a label of every class ({', '.join(sample.classes)}),"
+                    f"budget {label_budget.name}, seed {seed}: expected a label of every class "
+                    f"({', '.join(cohort.classes)}),"
                     f" got {len(subset)} image(s) without {', '.join(missing)}. Give a larger budget."
                 )
-            subsets[chosen, seed] = subset
+            subsets[label_budget, seed] = subset
     return subsets
 
 
-def groups_of(records: Sequence[Record]) -> Array:
+def number_subjects(records: Sequence[ImageRecord]) -> Array:
     """(N,) the subject of each image, numbered as they come: pseudonyms differ from site to site, their order not."""
-    places: dict[str, int] = {}
-    return np.array([places.setdefault(record.subject, len(places)) for record in records])
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(record.subject, len(numbers)) for record in records])
 
 
-def _parts(index: Index, splits: Mapping[str, Split]) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+def _split_records(
+    index: Index, splits: Mapping[str, Split]
+) -> tuple[tuple[ImageRecord, ...], tuple[ImageRecord, ...]]:
     """The training split, and what of the validation split has a label."""
     train = tuple(record for record in index.records if splits[record.image] == "train")
     return train, tuple(r for r in index.records if splits[r.image] == "val" and r.label is not None)
 
 
-def _classes(index: Index, records: Sequence[Record]) -> tuple[str, ...]:
-    found = {record.label for record in records}
-    return tuple(name for name in index.labels if name in found)
+def _present_classes(index: Index, records: Sequence[ImageRecord]) -> tuple[str, ...]:
+    record_labels = {record.label for record in records}
+    return tuple(name for name in index.labels if name in record_labels)
 
 
-def _check_labels(index: Index, train: Sequence[Record], val: Sequence[Record]) -> None:
-    check_one_kind(record.label for record in index.records)
+def _check_labels(index: Index, train: Sequence[ImageRecord], val: Sequence[ImageRecord]) -> None:
+    check_label_kind(record.label for record in index.records)
     if index.findings:
         raise UserError(
             f"{index.root}: expected one class an image, got findings. A probe tells classes apart: give --labels CSV "
             "with columns image,label, or fine-tune (`medim finetune --task classification`)."
         )
-    classes, measured = _classes(index, train), _classes(index, val)
-    for part, found in (("training", classes), ("validation", measured)):
-        if not found:
+    train_classes, val_classes = _present_classes(index, train), _present_classes(index, val)
+    for part, part_classes in (("training", train_classes), ("validation", val_classes)):
+        if not part_classes:
             raise UserError(
                 f"{index.root}: expected images with a label (a class) in the {part} split, got none. A probe "
                 "classifies whole images: give --labels CSV with columns image,label."
             )
-    if len(classes) < 2:
-        raise UserError(f"{index.root}: expected labels of 2 or more classes to tell apart, got {classes[0]!r} alone.")
-    strange = [name for name in measured if name not in classes]
-    if strange:
+    if len(train_classes) < 2:
+        raise UserError(
+            f"{index.root}: expected labels of 2 or more classes to tell apart, got {train_classes[0]!r} alone."
+        )
+    unknown_labels = [name for name in val_classes if name not in train_classes]
+    if unknown_labels:
         raise UserError(
             f"{index.root}: expected every label of the validation split in the training split too, got "
-            f"{', '.join(strange)} in the former alone. Choose another --split-seed, or leave these images out."
+            f"{', '.join(unknown_labels)} in the former alone. Choose another --split-seed, or leave these images out."
         )

@@ -16,22 +16,28 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from medim.data.contamination import Counts, guard, read_seen
-from medim.data.index.index import Index, Record
+from medim.data.contamination import ContaminationCounts, check_contamination, load_training_history
+from medim.data.index.index import ImageRecord, Index
 from medim.evaluation.cases import write_parquet
-from medim.evaluation.probing.baselines import fresh_encoder, principal_components
-from medim.evaluation.probing.classifiers import PROTOCOLS, Answer
-from medim.evaluation.probing.label_budget import Budget, Sample, draw, groups_of, open_sample
-from medim.files import fresh_folder, hash_of, write_json
+from medim.evaluation.probing.baselines import build_random_encoder, principal_components
+from medim.evaluation.probing.classifiers import PROBES, ProbePrediction
+from medim.evaluation.probing.label_budget import (
+    Budget,
+    ProbeCohort,
+    draw_probe_subsets,
+    number_subjects,
+    open_probe_cohort,
+)
+from medim.files import json_sha256, prepare_output_folder, write_json
 from medim.metrics.classification import classification_metrics
-from medim.metrics.representation import extract, stacked
-from medim.models.serialization import find, load_encoder
+from medim.metrics.representation import batch_images, extract_features
+from medim.models.serialization import load_encoder, locate_weights
 from medim.types import Array, UsageError, UserError
 
 log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
-METRICS = ("auroc", "average_precision", "accuracy", "balanced_accuracy", "f1", "ece")
-Row = dict[str, Any]
+PROBE_METRICS = ("auroc", "average_precision", "accuracy", "balanced_accuracy", "f1", "ece")
+ProbeRow = dict[str, Any]
 
 
 def probe(
@@ -48,7 +54,7 @@ def probe(
     overwrite: bool = False,
     store: Path | None = None,
     strict: bool = False,
-    sample: Sample | None = None,
+    sample: ProbeCohort | None = None,
 ) -> dict[str, Any]:
     """Measure a frozen encoder on the validation split, with label budgets of the training split.
 
@@ -60,7 +66,7 @@ def probe(
         encoder: a pretraining run or its package.
         index: the images, some of them labelled.
         out: folder for `cases.parquet` and, last, `probe.json`.
-        protocol: an entry of `PROTOCOLS`.
+        protocol: an entry of `PROBES`.
         budgets: how many labels.
         seeds: of the label subsets, of the protocol, and of the weights of the untrained encoder.
         maps: levels whose mean and maximum join the summary; None: all.
@@ -80,37 +86,39 @@ def probe(
             `strict`.
         UsageError: an unknown protocol or map, or a budget out of range.
     """
-    spec = _encoder_spec(encoder)
-    network: Any = load_encoder(encoder).to(_device())
-    levels = _levels(maps, len(network.channels))
-    if protocol not in PROTOCOLS:
-        raise UsageError(f"--protocol {protocol}: expected one of {', '.join(PROTOCOLS)}.")
-    images = sample or open_sample(index, spec, split_seed=split_seed, store=store, strict=strict)
-    seen = guard(read_seen(encoder), images.cases, what=f"encoder {encoder}", strict=strict)
-    subsets = draw(images, budgets, seeds)
-    fresh_folder(out, overwrite=overwrite)
-    arms = _arms(network, spec, images, levels, [seed for _, seed in subsets], anchors=anchors)
-    rows, cases = _measure(protocol, arms, subsets, images)
+    spec = _read_encoder_spec(encoder)
+    network: Any = load_encoder(encoder).to(_torch_device())
+    levels = _check_levels(maps, len(network.channels))
+    if protocol not in PROBES:
+        raise UsageError(f"--protocol {protocol}: expected one of {', '.join(PROBES)}.")
+    cohort = sample or open_probe_cohort(index, spec, split_seed=split_seed, store=store, strict=strict)
+    contamination = check_contamination(
+        load_training_history(encoder), cohort.cases, weights_name=f"encoder {encoder}", strict=strict
+    )
+    subsets = draw_probe_subsets(cohort, budgets, seeds)
+    prepare_output_folder(out, overwrite=overwrite)
+    arms = _iterate_arms(network, spec, cohort, levels, [seed for _, seed in subsets], anchors=anchors)
+    rows, cases = _measure_arms(protocol, arms, subsets, cohort)
     content = {
         "schema_version": SCHEMA_VERSION,
         "command": "probe",
         "protocol": protocol,
         "encoder_sha256": spec["sha256"],
         "maps": levels,
-        **_measured_on(images, seen),
+        **_describe_images(cohort, contamination),
         "split_seed": split_seed,
         "index_hash": index.hash,
         "rows": rows,
-        "summary": summarise(rows),
+        "summary": summarise_probes(rows),
     }
     write_parquet(out / "cases.parquet", pa.concat_tables(cases))
     write_json(out / "probe.json", content)
     return content
 
 
-def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def summarise_probes(rows: Sequence[ProbeRow]) -> list[dict[str, Any]]:
     """Mean and standard deviation over the subsets (None where there is one), by features and budget."""
-    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[ProbeRow]] = defaultdict(list)
     for row in rows:
         groups[row["features"], row["budget"]].append(row)
     return [
@@ -118,26 +126,26 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "features": features,
             "budget": name,
             "subsets": len(group),
-            **{metric: _spread([r[metric] for r in group if r[metric] is not None]) for metric in METRICS},
+            **{metric: _mean_and_sd([r[metric] for r in group if r[metric] is not None]) for metric in PROBE_METRICS},
         }
         for (features, name), group in groups.items()
     ]
 
 
-def _arms(
-    encoder: Any, spec: dict[str, Any], images: Sample, maps: Sequence[int], seeds: Sequence[int], *, anchors: bool
+def _iterate_arms(
+    encoder: Any, spec: dict[str, Any], cohort: ProbeCohort, maps: Sequence[int], seeds: Sequence[int], *, anchors: bool
 ) -> Iterator[tuple[str, Sequence[int], Array]]:
     """Name, the seeds it is for, and features (N, d) of the images used."""
 
-    def features(network: Any) -> Array:
+    def compute_features(network: Any) -> Array:
         """Features (N, d) of the images used.
 
         Raises:
             UserError: the network does not take images of their size.
         """
-        batches = stacked(volume.array for volume in images.volumes(images.used))
+        batches = batch_images(volume.array for volume in cohort.read_volumes(cohort.feature_records))
         try:
-            return extract(network, batches, maps=maps)
+            return extract_features(network, batches, maps=maps)
         except RuntimeError as error:
             raise UserError(
                 f"encoder: expected one that takes whole preprocessed images, got an error from it ({error}). It was "
@@ -145,85 +153,91 @@ def _arms(
                 "or resize), or with summary: mean_max."
             ) from error
 
-    yield "encoder", seeds, features(encoder)
+    yield "encoder", seeds, compute_features(encoder)
     if anchors:
         for seed in dict.fromkeys(seeds):
-            fresh = fresh_encoder(spec, images.volumes(images.train), seed=seed, device=_device())
-            yield "random", [seed], features(fresh)
-        volumes = images.volumes(images.train), images.volumes(images.used)
+            untrained = build_random_encoder(spec, cohort.read_volumes(cohort.train), seed=seed, device=_torch_device())
+            yield "random", [seed], compute_features(untrained)
+        volumes = cohort.read_volumes(cohort.train), cohort.read_volumes(cohort.feature_records)
         yield "pixels", seeds, principal_components(*volumes, shape=spec["input_shape"])
 
 
-def _measure(
+def _measure_arms(
     protocol: str,
     arms: Iterator[tuple[str, Sequence[int], Array]],
-    subsets: Mapping[tuple[Budget, int], Sequence[Record]],
-    images: Sample,
-) -> tuple[list[Row], list[pa.Table]]:
+    subsets: Mapping[tuple[Budget, int], Sequence[ImageRecord]],
+    cohort: ProbeCohort,
+) -> tuple[list[ProbeRow], list[pa.Table]]:
     """A row, and the cases it stands on, for each arm, budget and seed."""
     rows, cases = [], []
     for name, seeds, features in arms:
         log.info("%s: %d features of %d images", name, features.shape[1], len(features))
-        for (chosen, seed), subset in subsets.items():
+        for (budget, seed), subset in subsets.items():
             if seed in seeds:
-                answer = _answer(protocol, features, images, subset, seed)
-                keys = {"features": name, "budget": chosen.name, "seed": seed}
-                rows.append({**keys, **_row(protocol, chosen, subset, answer, images)})
-                cases.append(_cases(keys, answer, images))
+                prediction = _classify_validation(protocol, features, cohort, subset, seed)
+                keys = {"features": name, "budget": budget.name, "seed": seed}
+                rows.append({**keys, **_build_probe_row(protocol, budget, subset, prediction, cohort)})
+                cases.append(_build_case_table(keys, prediction, cohort))
     return rows, cases
 
 
-def _answer(protocol: str, features: Array, images: Sample, subset: Sequence[Record], seed: int) -> Answer:
-    chosen = {record.image for record in subset}
-    places = [place for place, record in enumerate(images.labelled) if record.image in chosen]
-    x, rest = features[places], features[len(images.labelled) :]
-    return PROTOCOLS[protocol](x, images.targets(subset), rest, seed=seed, groups=groups_of(subset))
+def _classify_validation(
+    protocol: str, features: Array, cohort: ProbeCohort, subset: Sequence[ImageRecord], seed: int
+) -> ProbePrediction:
+    subset_images = {record.image for record in subset}
+    row_numbers = [row_number for row_number, record in enumerate(cohort.labelled) if record.image in subset_images]
+    train_features, val_features = features[row_numbers], features[len(cohort.labelled) :]
+    return PROBES[protocol](
+        train_features, cohort.class_indices(subset), val_features, seed=seed, groups=number_subjects(subset)
+    )
 
 
-def _row(protocol: str, chosen: Budget, subset: Sequence[Record], answer: Answer, images: Sample) -> Row:
+def _build_probe_row(
+    protocol: str, budget: Budget, subset: Sequence[ImageRecord], prediction: ProbePrediction, cohort: ProbeCohort
+) -> ProbeRow:
     return {
         "protocol": protocol,
-        "labelled": chosen.labelled,
-        "fraction": chosen.fraction,
+        "labelled": budget.labelled,
+        "fraction": budget.fraction,
         "n_labelled": len(subset),
-        "subset": hash_of([record.image for record in subset])[:12],
-        **classification_metrics(answer.probabilities, images.targets(images.val)),
-        **answer.settings,
+        "subset": json_sha256([record.image for record in subset])[:12],
+        **classification_metrics(prediction.probabilities, cohort.class_indices(cohort.val)),
+        **prediction.settings,
     }
 
 
-def _cases(keys: dict[str, Any], answer: Answer, images: Sample) -> pa.Table:
+def _build_case_table(keys: dict[str, Any], prediction: ProbePrediction, cohort: ProbeCohort) -> pa.Table:
     columns: dict[str, Any] = {
-        name: [getattr(record, name) for record in images.val] for name in ("image", "subject", "label")
+        name: [getattr(record, name) for record in cohort.val] for name in ("image", "subject", "label")
     }
-    columns |= {name: [value] * len(images.val) for name, value in keys.items()}
-    columns |= {f"probability_{name}": answer.probabilities[:, k] for k, name in enumerate(images.classes)}
+    columns |= {name: [value] * len(cohort.val) for name, value in keys.items()}
+    columns |= {f"probability_{name}": prediction.probabilities[:, k] for k, name in enumerate(cohort.classes)}
     return pa.table(columns)
 
 
-def _spread(values: Sequence[float]) -> dict[str, float | None]:
+def _mean_and_sd(values: Sequence[float]) -> dict[str, float | None]:
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"mean": float(np.mean(values)) if values else None, "sd": sd}
 
 
-def _measured_on(images: Sample, seen: Counts | None) -> dict[str, Any]:
+def _describe_images(cohort: ProbeCohort, contamination: ContaminationCounts | None) -> dict[str, Any]:
     return {
-        "classes": list(images.classes),
-        "n": len(images.val),
-        "subjects": len({record.subject for record in images.val}),
-        "seen": seen,
-        "overlap": images.overlap,
-        "rejected": images.rejected,
+        "classes": list(cohort.classes),
+        "n": len(cohort.val),
+        "subjects": len({record.subject for record in cohort.val}),
+        "seen": contamination,
+        "overlap": cohort.overlap,
+        "rejected": cohort.rejected,
         "split": "val",
     }
 
 
-def _device() -> str:
+def _torch_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _encoder_spec(path: Path) -> dict[str, Any]:
-    spec = find(path)[1]
+def _read_encoder_spec(path: Path) -> dict[str, Any]:
+    spec = locate_weights(path)[1]
     if spec["kind"] != "encoder":
         raise UserError(
             f"{path}: expected a pretrained encoder, got a {spec['kind']}, which was trained on labels: a probe of it "
@@ -232,8 +246,8 @@ def _encoder_spec(path: Path) -> dict[str, Any]:
     return spec
 
 
-def _levels(maps: Sequence[int] | None, count: int) -> list[int]:
-    wrong = [level for level in maps or () if not 0 <= level < count]
-    if wrong:
-        raise UsageError(f"--map {wrong[0]}: expected a level from 0 (finest) to {count - 1}, which the encoder has.")
+def _check_levels(maps: Sequence[int] | None, count: int) -> list[int]:
+    invalid = [level for level in maps or () if not 0 <= level < count]
+    if invalid:
+        raise UsageError(f"--map {invalid[0]}: expected a level from 0 (finest) to {count - 1}, which the encoder has.")
     return list(range(count)) if maps is None else sorted(set(maps))

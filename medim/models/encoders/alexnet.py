@@ -11,18 +11,18 @@ from torch import nn
 from medim.models.layers import (
     Norm,
     Pooling,
-    Summary,
+    SummaryNetwork,
+    build_conv_block,
     check_channels,
-    conv,
-    flat_size,
-    level_field,
-    level_origins,
-    level_strides,
-    maps_of,
+    compute_level_origins,
+    compute_level_strides,
+    compute_maps,
+    count_flat_features,
+    level_receptive_field,
 )
 from medim.types import Features
 
-POOLED = (True, True, False, False, True)
+POOL_AFTER = (True, True, False, False, True)
 
 
 class AlexNet(nn.Module):
@@ -59,24 +59,26 @@ class AlexNet(nn.Module):
         super().__init__()
         check_channels("alexnet", channels)
         self.channels = channels
-        self._levels = [[(3, 1, 1), (3, 2, 0)] if pooled else [(3, 1, 1)] for pooled in POOLED]
-        self.strides = level_strides(self._levels)
-        self.origins = level_origins(self._levels)
+        self._levels = [[(3, 1, 1), (3, 2, 0)] if has_pool else [(3, 1, 1)] for has_pool in POOL_AFTER]
+        self.strides = compute_level_strides(self._levels)
+        self.origins = compute_level_origins(self._levels)
         self.stages = nn.ModuleList()
-        for (before, after), pooled in zip(pairwise((in_channels, *channels)), POOLED, strict=True):
-            stage = conv(spatial_dims, before, after, 3, 1, norm)
-            self.stages.append(stage.append(Pool[Pool.MAX, spatial_dims](3, 2)) if pooled else stage)
-        features = flat_size(self.stages, in_channels, input_shape) if summary == "flatten" else 2 * channels[-1]
-        self.to_summary = Summary(
+        for (before, after), has_pool in zip(pairwise((in_channels, *channels)), POOL_AFTER, strict=True):
+            stage = build_conv_block(spatial_dims, before, after, 3, 1, norm)
+            self.stages.append(stage.append(Pool[Pool.MAX, spatial_dims](3, 2)) if has_pool else stage)
+        features = (
+            count_flat_features(self.stages, in_channels, input_shape) if summary == "flatten" else 2 * channels[-1]
+        )
+        self.to_summary = SummaryNetwork(
             features, pooling=summary, hidden=(hidden, hidden) if hidden else (), out_channels=summary_channels
         )
         self.summary_channels = self.to_summary.out_channels
 
     def forward(self, image: torch.Tensor) -> Features:
         """Encode (N, in_channels, ...) images; see `Encoder`."""
-        maps = maps_of(self.stages, image)
+        maps = compute_maps(self.stages, image)
         return Features(maps, self.to_summary(maps[-1]))
 
     def receptive_field(self, level: int) -> int:
         """Side of what a cell of map `level` sees, in voxels (5, 13, 21, 29, 45)."""
-        return level_field(self._levels, level)
+        return level_receptive_field(self._levels, level)

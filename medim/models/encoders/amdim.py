@@ -12,18 +12,18 @@ from torch.nn.functional import pad
 
 from medim.models.layers import (
     Norm,
+    build_conv_block,
+    build_norm,
     check_channels,
-    conv,
-    level_field,
-    level_origins,
-    level_strides,
-    maps_of,
-    normalisation,
+    compute_level_origins,
+    compute_level_strides,
+    compute_maps,
+    level_receptive_field,
 )
 from medim.types import Features, UsageError
 
-STEMS = {32: [(3, 1, 0)], 64: [(3, 1, 0)], 128: [(5, 2, 2), (3, 1, 0)]}  # kernel size, stride and padding
-BLOCKS = {
+STEM_LAYERS = {32: [(3, 1, 0)], 64: [(3, 1, 0)], 128: [(5, 2, 2), (3, 1, 0)]}  # kernel size, stride and padding
+BLOCK_LAYERS = {
     32: [(1, 1, 1), (2, 4, 2), (4, 2, 2), (4, 3, 1), (4, 3, 1)],  # multiple of `width`, kernel size, stride
     64: [(2, 4, 2), (4, 4, 2), (8, 2, 2), (8, 3, 1), (8, 3, 1)],
     128: [(2, 4, 2), (4, 4, 2), (8, 2, 2), (8, 3, 1), (8, 3, 1)],
@@ -61,7 +61,7 @@ class AMDIMEncoder(nn.Module):
         super().__init__()
         check_channels("amdim", (width,), option="width")
         check_channels("amdim", (depth,), option="depth")
-        stem, blocks = STEMS[size], BLOCKS[size]
+        stem, blocks = STEM_LAYERS[size], BLOCK_LAYERS[size]
         self.channels = (*[width] * len(stem), *(times * width for times, _, _ in blocks))
         self.summary_channels = summary_channels
         if summary_channels < self.channels[-1]:
@@ -70,34 +70,36 @@ class AMDIMEncoder(nn.Module):
                 f"got {summary_channels}."
             )
         self._levels = [[layer] for layer in [*stem, *((kernel, stride, 0) for _, kernel, stride in blocks)]]
-        self.strides = level_strides(self._levels)
-        self.origins = level_origins(self._levels)
+        self.strides = compute_level_strides(self._levels)
+        self.origins = compute_level_origins(self._levels)
         self.stages = nn.ModuleList()
         for before, (kernel, stride, padding) in zip((in_channels, width), stem, strict=False):
             mode = "reflect" if padding else "zeros"
             self.stages.append(
-                conv(spatial_dims, before, width, kernel, stride, "none", padding=padding, padding_mode=mode)
+                build_conv_block(
+                    spatial_dims, before, width, kernel, stride, "none", padding=padding, padding_mode=mode
+                )
             )
         for (before, after), (_, kernel, stride) in zip(pairwise(self.channels[len(stem) - 1 :]), blocks, strict=True):
             units = 1 if kernel == 1 else depth  # the first block of size 32 is one unit
-            block = [_Unit(spatial_dims, before, after, kernel, stride, norm)]
-            block += [_Unit(spatial_dims, after, after, 1, 1, norm) for _ in range(units - 1)]
+            block = [_ResidualUnit(spatial_dims, before, after, kernel, stride, norm)]
+            block += [_ResidualUnit(spatial_dims, after, after, 1, 1, norm) for _ in range(units - 1)]
             self.stages.append(nn.Sequential(*block))
-        last: Norm = "none" if norm == "in" else norm  # a single cell has no variance
-        self.to_f1 = _Unit(spatial_dims, self.channels[-1], summary_channels, 3, 1, last)
+        last_norm: Norm = "none" if norm == "in" else norm  # a single cell has no variance
+        self.to_f1 = _ResidualUnit(spatial_dims, self.channels[-1], summary_channels, 3, 1, last_norm)
         self.f1_norm = nn.BatchNorm1d(summary_channels)
 
     def forward(self, image: torch.Tensor) -> Features:
         """Encode (N, in_channels, ...) images, no side of which is below `size`; see `Encoder`."""
-        maps = maps_of(self.stages, image)
+        maps = compute_maps(self.stages, image)
         return Features(maps, self.f1_norm(self.to_f1(maps[-1]).flatten(2).mean(dim=2)))
 
     def receptive_field(self, level: int) -> int:
         """Side of what a cell of map `level` sees, in voxels (3, 3, 6, 8, 16, 24 for size 32)."""
-        return level_field(self._levels, level)
+        return level_receptive_field(self._levels, level)
 
 
-class _Unit(nn.Module):
+class _ResidualUnit(nn.Module):
     """`ConvResNxN` of the public code: convolution, norm, ReLU, 1-wide convolution that starts at zero (fixup).
 
     The shortcut is the mean of what the convolution sees, its channels filled up with zeros. No ReLU follows the sum.
@@ -108,18 +110,18 @@ class _Unit(nn.Module):
     ) -> None:
         super().__init__()
         layer = Conv[Conv.CONV, spatial_dims]
-        last = layer(out_channels, out_channels, 1, bias=False)
-        nn.init.zeros_(last.weight)
+        last_layer = layer(out_channels, out_channels, 1, bias=False)
+        nn.init.zeros_(last_layer.weight)
         self.branch = nn.Sequential(
             layer(in_channels, out_channels, kernel_size, stride, bias=False),
-            normalisation(norm, spatial_dims, out_channels),
+            build_norm(norm, spatial_dims, out_channels),
             nn.ReLU(inplace=True),
-            last,
+            last_layer,
         )
         self.shortcut = Pool[Pool.AVG, spatial_dims](kernel_size, stride)
-        self._missing = [0, 0] * spatial_dims + [0, out_channels - in_channels]
+        self._channel_padding = [0, 0] * spatial_dims + [0, out_channels - in_channels]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_channels, ...) to (N, out_channels, ...)."""
-        found: torch.Tensor = self.branch(x) + pad(self.shortcut(x), self._missing)
-        return found
+        output: torch.Tensor = self.branch(x) + pad(self.shortcut(x), self._channel_padding)
+        return output

@@ -11,14 +11,14 @@ from medim.models.layers import (
     Activation,
     Norm,
     Pooling,
-    Summary,
+    SummaryNetwork,
+    build_conv_block,
     check_channels,
-    conv,
-    flat_size,
-    level_field,
-    level_origins,
-    level_strides,
-    maps_of,
+    compute_level_origins,
+    compute_level_strides,
+    compute_maps,
+    count_flat_features,
+    level_receptive_field,
 )
 from medim.types import Features
 
@@ -69,24 +69,28 @@ class ConvNet(nn.Module):
         self.channels = channels
         padding = (kernel_size - 1) // 2 if padding is None else padding
         self._levels = [[(kernel_size, stride, padding)]] * len(channels)
-        self.strides = level_strides(self._levels)
-        self.origins = level_origins(self._levels)
+        self.strides = compute_level_strides(self._levels)
+        self.origins = compute_level_origins(self._levels)
         norms: list[Norm] = [norm if first_norm else "none", *[norm] * (len(channels) - 1)]
         self.stages = nn.ModuleList(
-            conv(spatial_dims, before, after, kernel_size, stride, norm, padding=padding, activation=activation)
+            build_conv_block(
+                spatial_dims, before, after, kernel_size, stride, norm, padding=padding, activation=activation
+            )
             for (before, after), norm in zip(pairwise((in_channels, *channels)), norms, strict=True)
         )
-        features = flat_size(self.stages, in_channels, input_shape) if summary == "flatten" else 2 * channels[-1]
-        self.to_summary = Summary(
+        features = (
+            count_flat_features(self.stages, in_channels, input_shape) if summary == "flatten" else 2 * channels[-1]
+        )
+        self.to_summary = SummaryNetwork(
             features, pooling=summary, hidden=(hidden,) if hidden else (), out_channels=summary_channels
         )
         self.summary_channels = self.to_summary.out_channels
 
     def forward(self, image: torch.Tensor) -> Features:
         """Encode (N, in_channels, ...) images; see `Encoder`."""
-        maps = maps_of(self.stages, image)
+        maps = compute_maps(self.stages, image)
         return Features(maps, self.to_summary(maps[-1]))
 
     def receptive_field(self, level: int) -> int:
         """Side of what a cell of map `level` sees, in voxels (4, 10, 22 for the paper's net)."""
-        return level_field(self._levels, level)
+        return level_receptive_field(self._levels, level)

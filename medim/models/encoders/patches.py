@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from medim.config import Section, build
-from medim.models.layers import Summary, level_field, level_origins, level_strides
+from medim.config import Section, build_from_section
+from medim.models.layers import SummaryNetwork, compute_level_origins, compute_level_strides, level_receptive_field
 from medim.types import Features, UsageError
 
 
@@ -44,22 +44,22 @@ class PatchEncoder(nn.Module):
         self._patch, self._stride = patch, stride or max(patch // 2, 1)
         if patch < 1 or not 0 < self._stride <= patch:
             raise UsageError(f"patches: expected crops and a stride of 1 to {patch} voxels, got {patch} and {stride}.")
-        crop: Any = build(
+        crop: Any = build_from_section(
             ENCODERS, encoder, in_channels=in_channels, spatial_dims=spatial_dims, input_shape=(patch,) * spatial_dims
         )
         self.crop = crop
         self.channels = (crop.summary_channels,)
         self._levels = [[(patch, self._stride, 0)]]
-        self.strides = level_strides(self._levels)
-        self.origins = level_origins(self._levels)
+        self.strides = compute_level_strides(self._levels)
+        self.origins = compute_level_origins(self._levels)
         self.summary_channels = summary_channels
-        self.to_summary = Summary(
+        self.to_summary = SummaryNetwork(
             2 * crop.summary_channels, pooling="mean_max", hidden=(), out_channels=summary_channels
         )
 
     def forward(self, image: torch.Tensor) -> Features:
         """Encode (N, in_channels, ...) images, no side of which is below `patch`; see `Encoder`."""
-        crops = unfold(image, self._patch, self._stride)  # (N, *grid, in_channels, *patch)
+        crops = unfold_patches(image, self._patch, self._stride)  # (N, *grid, in_channels, *patch)
         grid = crops.shape[1 : image.ndim - 1]
         cells = self.crop(crops.flatten(0, image.ndim - 2)).summary
         map_ = cells.unflatten(0, (image.shape[0], *grid)).movedim(-1, 1)
@@ -67,10 +67,10 @@ class PatchEncoder(nn.Module):
 
     def receptive_field(self, level: int) -> int:
         """Side of a crop."""
-        return level_field(self._levels, level)
+        return level_receptive_field(self._levels, level)
 
 
-def unfold(image: torch.Tensor, patch: int, stride: int) -> torch.Tensor:
+def unfold_patches(image: torch.Tensor, patch: int, stride: int) -> torch.Tensor:
     """Cut (N, C, ...) into overlapping cubes: (N, *grid, C, *patch). What is left at the far borders is not seen."""
     dims = image.ndim - 2
     for axis in range(2, 2 + dims):

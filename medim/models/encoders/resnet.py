@@ -10,16 +10,16 @@ from torch import nn
 from medim.models.layers import (
     Norm,
     Pooling,
-    Summary,
+    SummaryNetwork,
+    build_conv_block,
+    build_norm,
     check_channels,
-    conv,
-    flat_size,
-    level_field,
-    level_origins,
-    level_strides,
-    maps_of,
+    compute_level_origins,
+    compute_level_strides,
+    compute_maps,
+    count_flat_features,
+    level_receptive_field,
     norm_spec,
-    normalisation,
 )
 from medim.types import Features, UsageError
 
@@ -61,33 +61,37 @@ class ResNet(nn.Module):
         check_channels("resnet", widths, option="widths")
         if len(blocks) != len(widths) or min(blocks) < 1:
             raise UsageError(f"resnet.blocks: expected 1 or more for each of the widths {widths}, got {blocks}.")
-        groups = _groups(widths, blocks)
+        groups = _plan_block_groups(widths, blocks)
         self.channels = (widths[0], *(4 * width for width, _, _ in groups))
         self._levels = [[(3, 2, 1)], *([(3, stride, 1), *[(3, 1, 1)] * (count - 1)] for _, count, stride in groups)]
-        self.strides = level_strides(self._levels)
-        self.origins = level_origins(self._levels)
-        self.stages = nn.ModuleList([conv(spatial_dims, in_channels, widths[0], 3, 2, norm)])
+        self.strides = compute_level_strides(self._levels)
+        self.origins = compute_level_origins(self._levels)
+        self.stages = nn.ModuleList([build_conv_block(spatial_dims, in_channels, widths[0], 3, 2, norm)])
         for before, (width, count, stride) in zip(self.channels, groups, strict=False):
-            first = _block(spatial_dims, before, width, stride, norm)
-            rest = (_block(spatial_dims, 4 * width, width, 1, norm) for _ in range(count - 1))
+            first = _build_bottleneck(spatial_dims, before, width, stride, norm)
+            rest = (_build_bottleneck(spatial_dims, 4 * width, width, 1, norm) for _ in range(count - 1))
             self.stages.append(nn.Sequential(first, *rest))
-        features = flat_size(self.stages, in_channels, input_shape) if summary == "flatten" else 2 * self.channels[-1]
-        self.to_summary = Summary(
+        features = (
+            count_flat_features(self.stages, in_channels, input_shape)
+            if summary == "flatten"
+            else 2 * self.channels[-1]
+        )
+        self.to_summary = SummaryNetwork(
             features, pooling=summary, hidden=(hidden,) if hidden else (), out_channels=summary_channels
         )
         self.summary_channels = self.to_summary.out_channels
 
     def forward(self, image: torch.Tensor) -> Features:
         """Encode (N, in_channels, ...) images; see `Encoder`."""
-        maps = maps_of(self.stages, image)
+        maps = compute_maps(self.stages, image)
         return Features(maps, self.to_summary(maps[-1]))
 
     def receptive_field(self, level: int) -> int:
         """Side of what a cell of map `level` sees, in voxels (3, 11, 15, 23, 31, 47)."""
-        return level_field(self._levels, level)
+        return level_receptive_field(self._levels, level)
 
 
-def _groups(widths: tuple[int, ...], blocks: tuple[int, ...]) -> list[tuple[int, int, int]]:
+def _plan_block_groups(widths: tuple[int, ...], blocks: tuple[int, ...]) -> list[tuple[int, int, int]]:
     """Width, number of blocks and stride of the first block, of the run of blocks that each map adds."""
     groups = [(widths[0], blocks[0], 1)]
     for width, count in zip(widths[1:], blocks[1:], strict=True):
@@ -95,10 +99,10 @@ def _groups(widths: tuple[int, ...], blocks: tuple[int, ...]) -> list[tuple[int,
     return groups
 
 
-def _block(spatial_dims: int, channels: int, width: int, stride: int, norm: Norm) -> nn.Module:
+def _build_bottleneck(spatial_dims: int, channels: int, width: int, stride: int, norm: Norm) -> nn.Module:
     """A bottleneck; its shortcut is a strided 1-wide convolution where shapes differ."""
     shortcut = None
     if stride > 1 or channels != 4 * width:
         layer = Conv[Conv.CONV, spatial_dims](channels, 4 * width, 1, stride, bias=False)
-        shortcut = nn.Sequential(layer, normalisation(norm, spatial_dims, 4 * width))
+        shortcut = nn.Sequential(layer, build_norm(norm, spatial_dims, 4 * width))
     return ResNetBottleneck(channels, width, spatial_dims, stride, shortcut, norm=norm_spec(norm))

@@ -9,12 +9,12 @@ from torch import nn
 from medim.models.layers import (
     Norm,
     check_channels,
-    level_field,
-    level_origins,
-    level_strides,
-    maps_of,
+    compute_level_origins,
+    compute_level_strides,
+    compute_maps,
+    level_receptive_field,
     norm_spec,
-    pool,
+    pool_map,
 )
 from medim.types import Features
 
@@ -46,8 +46,8 @@ class UNetEncoder(nn.Module):
         check_channels("unet", channels)
         self.channels = channels
         self._levels = [[(3, 2 if level else 1, 1), (3, 1, 1)] for level in range(len(channels))]
-        self.strides = level_strides(self._levels)
-        self.origins = level_origins(self._levels)
+        self.strides = compute_level_strides(self._levels)
+        self.origins = compute_level_origins(self._levels)
         self.summary_channels = summary_channels
         widths = (in_channels, *channels)
         self.levels = nn.ModuleList(
@@ -58,9 +58,9 @@ class UNetEncoder(nn.Module):
 
     def forward(self, image: torch.Tensor) -> Features:
         """Encode (N, in_channels, ...) images whose sides the last stride divides; see `Encoder`."""
-        maps = maps_of(self.levels, image)
-        return Features(maps, self.to_summary(pool(maps[-1])))
+        maps = compute_maps(self.levels, image)
+        return Features(maps, self.to_summary(pool_map(maps[-1])))
 
     def receptive_field(self, level: int) -> int:
         """Side of what a cell of map `level` sees, in voxels (5, 11, 23, 47 for four levels)."""
-        return level_field(self._levels, level)
+        return level_receptive_field(self._levels, level)

@@ -11,10 +11,10 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
 
 from medim.package.contract import Contract
-from medim.package.label_codes import Code, Label
+from medim.package.label_codes import ConceptCode, LabelCode
 from medim.version import __version__
 
-SIDES = {"left": codes.SCT.Left, "right": codes.SCT.Right, "both": codes.SCT.RightAndLeft}
+LATERALITY_CODES = {"left": codes.SCT.Left, "right": codes.SCT.Right, "both": codes.SCT.RightAndLeft}
 SEGMENTATION_SERIES, REPORT_SERIES = 9001, 9002  # numbers that a scanner does not reach
 
 
@@ -35,7 +35,7 @@ class Equipment:
         """The same for the same package."""
         return generate_uid(entropy_srcs=["medim package", self.sha256])
 
-    def series(self, number: int) -> dict[str, Any]:
+    def series_attributes(self, number: int) -> dict[str, Any]:
         """A new series, with its one instance, for highdicom's constructors.
 
         UIDs are new each time: an answer that is given again is another object, and the standard wants another UID
@@ -54,24 +54,24 @@ class Equipment:
             "series_description": f"AI {contract.name[:36]} {contract.version[:12]} research",
         }
 
-    def algorithm(self) -> highdicom.AlgorithmIdentificationSequence:
+    def algorithm_sequence(self) -> highdicom.AlgorithmIdentificationSequence:
         """For a segmentation."""
         name, version = self.contract.name, self.contract.version
         return highdicom.AlgorithmIdentificationSequence(
             name=name, family=codes.DCM.ArtificialIntelligence, version=version[:64], source="medim"
         )
 
-    def reported_algorithm(self, *parameters: str) -> AlgorithmIdentification:
+    def algorithm_identification(self, *parameters: str) -> AlgorithmIdentification:
         """For a report."""
         return AlgorithmIdentification(self.contract.name, self.contract.version, parameters=parameters or None)
 
 
-def concept(code: Code) -> CodedConcept:
+def to_coded_concept(code: ConceptCode) -> CodedConcept:
     """A code for highdicom."""
     return CodedConcept(code.value, code.scheme, code.meaning)
 
 
-def modifiers(label: Label) -> list[CodedConcept]:
+def build_modifiers(label: LabelCode) -> list[CodedConcept]:
     """What tells a part from its parent structure, the side last."""
-    side = [CodedConcept.from_code(SIDES[label.laterality])] if label.laterality else []
-    return [*map(concept, label.modifiers), *side]
+    side = [CodedConcept.from_code(LATERALITY_CODES[label.laterality])] if label.laterality else []
+    return [*map(to_coded_concept, label.modifiers), *side]

@@ -11,14 +11,14 @@ from highdicom.seg import SegmentAlgorithmTypeValues, SegmentationTypeValues, Se
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from medim.package.label_codes import Label
-from medim.predict.dicom.equipment import SEGMENTATION_SERIES, Equipment, concept, modifiers
-from medim.predict.dicom.source import Source, unheard
+from medim.package.label_codes import LabelCode
+from medim.predict.dicom.equipment import SEGMENTATION_SERIES, Equipment, build_modifiers, to_coded_concept
+from medim.predict.dicom.source import DicomSource, suppress_warnings
 from medim.types import Array
 
 
-def segmentation(
-    frames: Array, source: Source, equipment: Equipment, *, labelmap: bool = False
+def build_segmentation(
+    frames: Array, source: DicomSource, equipment: Equipment, *, labelmap: bool = False
 ) -> highdicom.seg.Segmentation:
     """Make a segmentation.
 
@@ -32,50 +32,50 @@ def segmentation(
         labelmap: one image of label numbers, the SOP class of DICOM 2024; else BINARY, which every viewer knows.
     """
     kind = SegmentationTypeValues.LABELMAP if labelmap else SegmentationTypeValues.BINARY
-    with unheard():
-        made = highdicom.seg.Segmentation(
-            source_images=_measured(source),
+    with suppress_warnings():
+        seg_dataset = highdicom.seg.Segmentation(
+            source_images=_with_slice_thickness(source),
             pixel_array=frames,
             segmentation_type=kind,
-            segment_descriptions=[_described(label, equipment) for label in equipment.contract.labels],
+            segment_descriptions=[_describe_segment(label, equipment) for label in equipment.contract.labels],
             transfer_syntax_uid=ExplicitVRLittleEndian,
             omit_empty_frames=bool(frames.any()),
             content_label="AI_SEGMENTATION",
             content_description=equipment.contract.not_for[:64],
-            **equipment.series(SEGMENTATION_SERIES),
+            **equipment.series_attributes(SEGMENTATION_SERIES),
         )
     if source.plan.affine is None:  # Type 2C: an image that lies nowhere says how it is turned, if that is known
-        made.PatientOrientation = source.first.get("PatientOrientation") or ""
-    return made
+        seg_dataset.PatientOrientation = source.first_dataset.get("PatientOrientation") or ""
+    return seg_dataset
 
 
-def written(path: Path) -> highdicom.seg.Segmentation:
+def read_segmentation(path: Path) -> highdicom.seg.Segmentation:
     """A segmentation from a file."""
-    with unheard():
+    with suppress_warnings():
         return highdicom.seg.segread(path)
 
 
-def read_back(dataset: highdicom.seg.Segmentation, source: Source) -> Array:
+def read_frame_labels(dataset: highdicom.seg.Segmentation, source: DicomSource) -> Array:
     """The labels that a segmentation holds for each frame of a source: (frames, rows, columns) uint8.
 
     Raises:
         ValueError: it does not refer to these frames.
     """
-    every: dict[str, Any] = {
+    options: dict[str, Any] = {
         "combine_segments": True,
         "ignore_spatial_locations": True,
         "assert_missing_frames_are_empty": True,
     }
     group = dataset.PerFrameFunctionalGroupsSequence[0]
     if "ReferencedFrameNumber" in group.DerivationImageSequence[0].SourceImageSequence[0]:
-        numbers = list(range(1, int(source.first.NumberOfFrames) + 1))
-        labels = dataset.get_pixels_by_source_frame(source.first.SOPInstanceUID, numbers, **every)
+        numbers = list(range(1, int(source.first_dataset.NumberOfFrames) + 1))
+        labels = dataset.get_pixels_by_source_frame(source.first_dataset.SOPInstanceUID, numbers, **options)
     else:
-        labels = dataset.get_pixels_by_source_instance([image.SOPInstanceUID for image in source.datasets], **every)
+        labels = dataset.get_pixels_by_source_instance([image.SOPInstanceUID for image in source.datasets], **options)
     return np.asarray(labels, np.uint8)
 
 
-def _measured(source: Source) -> tuple[Dataset, ...]:
+def _with_slice_thickness(source: DicomSource) -> tuple[Dataset, ...]:
     """The source's headers, each with the thickness that a segment's frames must state."""
     for dataset in source.datasets:
         if source.plan.affine is not None and "PixelSpacing" in dataset and not dataset.get("SliceThickness"):
@@ -83,20 +83,20 @@ def _measured(source: Source) -> tuple[Dataset, ...]:
     return source.datasets
 
 
-def _described(label: Label, equipment: Equipment) -> SegmentDescription:
+def _describe_segment(label: LabelCode, equipment: Equipment) -> SegmentDescription:
     assert label.category is not None  # `read_labels` saw to it
     assert label.type is not None
-    described = SegmentDescription(
+    description = SegmentDescription(
         segment_number=label.index,
         segment_label=label.name,
-        segmented_property_category=concept(label.category),
-        segmented_property_type=concept(label.type),
+        segmented_property_category=to_coded_concept(label.category),
+        segmented_property_type=to_coded_concept(label.type),
         algorithm_type=SegmentAlgorithmTypeValues.AUTOMATIC,
-        algorithm_identification=equipment.algorithm(),
+        algorithm_identification=equipment.algorithm_sequence(),
         tracking_uid=highdicom.UID(),
         tracking_id=label.name,
         display_color=highdicom.color.CIELabColor.from_rgb(*label.colour) if label.colour else None,
     )
-    if found := modifiers(label):
-        described.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = found
-    return described
+    if modifier_codes := build_modifiers(label):
+        description.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = modifier_codes
+    return description

@@ -10,26 +10,26 @@ from highdicom import sr
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 
-from medim.inference.ood import Verdict
-from medim.package.label_codes import Label
-from medim.predict.dicom.equipment import REPORT_SERIES, Equipment, concept, modifiers
-from medim.predict.dicom.source import Source, unheard
+from medim.inference.ood import OODResult
+from medim.package.label_codes import LabelCode
+from medim.predict.dicom.equipment import REPORT_SERIES, Equipment, build_modifiers, to_coded_concept
+from medim.predict.dicom.source import DicomSource, suppress_warnings
 from medim.types import Array, Modality
 
-UNKNOWN = Verdict()
-LARGEST = 1e6  # a score beyond that is told as that
-PRIVATE = "99MEDIM"  # designator of codes that no public scheme has, as PS3.16 section 8 allows
-SCORE = sr.CodedConcept("ood-score", PRIVATE, "Out-of-distribution score")
-FLAG = sr.CodedConcept("ood", PRIVATE, "Unlike the training images")
+UNKNOWN_RESULT = OODResult()
+MAX_SCORE = 1e6  # a score beyond that is told as that
+PRIVATE_SCHEME = "99MEDIM"  # designator of codes that no public scheme has, as PS3.16 section 8 allows
+SCORE_CONCEPT = sr.CodedConcept("ood-score", PRIVATE_SCHEME, "Out-of-distribution score")
+FLAG_CONCEPT = sr.CodedConcept("ood", PRIVATE_SCHEME, "Unlike the training images")
 PROCEDURES: dict[Modality, Any] = {"mri": codes.LN.MRIUnspecifiedBodyRegion, "xray": codes.LN.XRUnspecifiedBodyRegion}
 
 
-def volumes_report(
+def build_volumes_report(
     segmentation: Any,
     volumes: Sequence[float],
-    source: Source,
+    source: DicomSource,
     equipment: Equipment,
-    verdict: Verdict = UNKNOWN,
+    ood_result: OODResult = UNKNOWN_RESULT,
 ) -> sr.Comprehensive3DSR:
     """Report the volume of each segment.
 
@@ -38,40 +38,42 @@ def volumes_report(
         volumes: in mm3, one a label of the contract; in mm2 for a 2D image.
         source: the image that it is a segmentation of.
         equipment: what made it.
-        verdict: of the out-of-distribution guard; a group of its own where there is one.
+        ood_result: of the out-of-distribution guard; a group of its own where there is one.
     """
     name, unit = (codes.SCT.Volume, codes.UCUM.CubicMillimeter)
     if source.plan.affine is None:
         name, unit = codes.SCT.Area, codes.UCUM.SquareMillimeter
-    with unheard():
+    with suppress_warnings():
         groups = []
-        tracked = {int(segment.SegmentNumber): segment for segment in segmentation.SegmentSequence}
+        segments = {int(segment.SegmentNumber): segment for segment in segmentation.SegmentSequence}
         for label, volume in zip(equipment.contract.labels, volumes, strict=True):
-            described = tracked[label.index]
+            segment_description = segments[label.index]
             assert label.category is not None  # `read_labels` saw to it
             assert label.type is not None
             groups.append(
                 sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
-                    tracking_identifier=sr.TrackingIdentifier(described.TrackingUID, described.TrackingID),
+                    tracking_identifier=sr.TrackingIdentifier(
+                        segment_description.TrackingUID, segment_description.TrackingID
+                    ),
                     referenced_segment=sr.ReferencedSegment(
                         segmentation.SOPClassUID,
                         segmentation.SOPInstanceUID,
                         label.index,
-                        source_series=sr.SourceSeriesForSegmentation(source.first.SeriesInstanceUID),
+                        source_series=sr.SourceSeriesForSegmentation(source.first_dataset.SeriesInstanceUID),
                     ),
-                    finding_category=concept(label.category),
-                    finding_type=concept(label.type),
-                    finding_sites=_sites(label),
-                    algorithm_id=equipment.reported_algorithm(),
+                    finding_category=to_coded_concept(label.category),
+                    finding_type=to_coded_concept(label.type),
+                    finding_sites=_anatomic_sites(label),
+                    algorithm_id=equipment.algorithm_identification(),
                     measurements=[sr.Measurement(name, volume, unit)],
                 )
             )
-        groups += _usual(verdict, source, equipment)
-        return _report(groups, [*source.datasets, segmentation], equipment)
+        groups += _ood_measurements(ood_result, source, equipment)
+        return _build_structured_report(groups, [*source.datasets, segmentation], equipment)
 
 
-def probabilities_report(
-    probabilities: Array, source: Source, equipment: Equipment, verdict: Verdict = UNKNOWN
+def build_probabilities_report(
+    probabilities: Array, source: DicomSource, equipment: Equipment, ood_result: OODResult = UNKNOWN_RESULT
 ) -> sr.Comprehensive3DSR:
     """Report the probability of each class, with the operating point at which it is called.
 
@@ -79,48 +81,52 @@ def probabilities_report(
         probabilities: (K,).
         source: the image.
         equipment: what made it.
-        verdict: see `volumes_report`.
+        ood_result: see `build_volumes_report`.
     """
     contract = equipment.contract
-    labels = contract.labels or tuple(Label(index=i, name=name) for i, name in enumerate(contract.classes))
-    with unheard():
-        images = _images(source)
+    labels = contract.labels or tuple(LabelCode(index=i, name=name) for i, name in enumerate(contract.classes))
+    with suppress_warnings():
+        images = _reference_source_images(source)
         groups = [
             sr.MeasurementsAndQualitativeEvaluations(
                 tracking_identifier=sr.TrackingIdentifier(highdicom.UID(), label.name),
-                finding_category=concept(label.category) if label.category else None,
-                finding_type=concept(label.type) if label.type else None,
-                algorithm_id=equipment.reported_algorithm(f"operating point: {operating_point(label, equipment)}"),
+                finding_category=to_coded_concept(label.category) if label.category else None,
+                finding_type=to_coded_concept(label.type) if label.type else None,
+                algorithm_id=equipment.algorithm_identification(
+                    f"operating point: {format_operating_point(label, equipment)}"
+                ),
                 measurements=[sr.Measurement(codes.DCM.Probability, round(float(p), 6), codes.UCUM.NoUnits)],
                 source_images=images,
             )
             for label, p in zip(labels, probabilities, strict=True)
         ]
-        groups += _usual(verdict, source, equipment)
-        return _report(groups, list(source.datasets), equipment)
+        groups += _ood_measurements(ood_result, source, equipment)
+        return _build_structured_report(groups, list(source.datasets), equipment)
 
 
-def _usual(verdict: Verdict, source: Source, equipment: Equipment) -> list[Any]:
+def _ood_measurements(ood_result: OODResult, source: DicomSource, equipment: Equipment) -> list[Any]:
     """What the out-of-distribution guard says of the image; nothing where the package has none."""
-    if verdict.score is None:
+    if ood_result.score is None:
         return []
-    score = round(min(verdict.score, LARGEST), 4)
+    score = round(min(ood_result.score, MAX_SCORE), 4)
     return [
         sr.MeasurementsAndQualitativeEvaluations(
             tracking_identifier=sr.TrackingIdentifier(highdicom.UID(), "Out-of-distribution guard"),
-            algorithm_id=equipment.reported_algorithm(f"flag: score > 1; by {verdict.by}"),
-            measurements=[sr.Measurement(SCORE, score, codes.UCUM.NoUnits)],
-            qualitative_evaluations=[sr.QualitativeEvaluation(FLAG, codes.SCT.Yes if verdict.ood else codes.SCT.No)],
-            source_images=_images(source),
+            algorithm_id=equipment.algorithm_identification(f"flag: score > 1; by {ood_result.feature_group}"),
+            measurements=[sr.Measurement(SCORE_CONCEPT, score, codes.UCUM.NoUnits)],
+            qualitative_evaluations=[
+                sr.QualitativeEvaluation(FLAG_CONCEPT, codes.SCT.Yes if ood_result.ood else codes.SCT.No)
+            ],
+            source_images=_reference_source_images(source),
         )
     ]
 
 
-def _images(source: Source) -> list[sr.SourceImageForMeasurementGroup]:
+def _reference_source_images(source: DicomSource) -> list[sr.SourceImageForMeasurementGroup]:
     return [sr.SourceImageForMeasurementGroup.from_source_image(image) for image in source.datasets]
 
 
-def operating_point(label: Label, equipment: Equipment) -> str:
+def format_operating_point(label: LabelCode, equipment: Equipment) -> str:
     """In words, the rule by which a class is called."""
     classes = equipment.contract.classes
     if equipment.contract.kind == "multi_label_classifier":
@@ -128,16 +134,18 @@ def operating_point(label: Label, equipment: Equipment) -> str:
     return "probability >= 0.5" if len(classes) == 2 else f"highest probability of {len(classes)} classes"
 
 
-def _sites(label: Label) -> list[sr.FindingSite] | None:
+def _anatomic_sites(label: LabelCode) -> list[sr.FindingSite] | None:
     """Where a part lies in its parent structure."""
     if label.type is None or not (label.modifiers or label.laterality):
         return None
-    parts = modifiers(label)
+    parts = build_modifiers(label)
     side = parts.pop() if label.laterality else None
-    return [sr.FindingSite(concept(label.type), side, parts[0] if parts else None)]
+    return [sr.FindingSite(to_coded_concept(label.type), side, parts[0] if parts else None)]
 
 
-def _report(groups: Sequence[Any], evidence: Sequence[Any], equipment: Equipment) -> sr.Comprehensive3DSR:
+def _build_structured_report(
+    groups: Sequence[Any], evidence: Sequence[Any], equipment: Equipment
+) -> sr.Comprehensive3DSR:
     contract = equipment.contract
     device = sr.DeviceObserverIdentifyingAttributes(
         uid=equipment.device_uid,
@@ -158,9 +166,9 @@ def _report(groups: Sequence[Any], evidence: Sequence[Any], equipment: Equipment
         is_complete=True,
         is_verified=False,
         is_final=False,
-        **equipment.series(REPORT_SERIES),
+        **equipment.series_attributes(REPORT_SERIES),
     )
-    own = Dataset()
-    own.CodingSchemeDesignator, own.CodingSchemeResponsibleOrganization = PRIVATE, "medim"
-    report.CodingSchemeIdentificationSequence = [*report.get("CodingSchemeIdentificationSequence", []), own]
+    coding_scheme = Dataset()
+    coding_scheme.CodingSchemeDesignator, coding_scheme.CodingSchemeResponsibleOrganization = PRIVATE_SCHEME, "medim"
+    report.CodingSchemeIdentificationSequence = [*report.get("CodingSchemeIdentificationSequence", []), coding_scheme]
     return report

@@ -10,24 +10,24 @@ from typing import Any
 
 from pydicom.dataset import Dataset
 
-from medim.data.index.index import Index, Record
+from medim.data.index.index import ImageRecord, Index
 from medim.data.preprocessing.steps import to_native
 from medim.data.readers import ReadError
 from medim.files import write_bytes
-from medim.inference.ood import Verdict
+from medim.inference.ood import OODResult
 from medim.package.package import Package
 from medim.predict.dicom.equipment import Equipment
-from medim.predict.dicom.segmentation import read_back, segmentation
-from medim.predict.dicom.source import Source, read_source, unheard
-from medim.predict.dicom.structured_report import probabilities_report, volumes_report
-from medim.predict.outputs import classified, sizes, volumes
+from medim.predict.dicom.segmentation import build_segmentation, read_frame_labels
+from medim.predict.dicom.source import DicomSource, read_dicom_source, suppress_warnings
+from medim.predict.dicom.structured_report import build_probabilities_report, build_volumes_report
+from medim.predict.outputs import class_sizes, classification_columns, size_columns
 from medim.types import Array, UsageError, UserError, Volume
 
 log = logging.getLogger(__name__)
 
 
-def writer(package: Package, *, labelmap: bool = False) -> Any:
-    """What writes the answers of a package as DICOM; see `medim.predict.predict.Writer`.
+def dicom_writer(package: Package, *, labelmap: bool = False) -> Any:
+    """What writes the answers of a package as DICOM; see `medim.predict.predict.AnswerWriter`.
 
     Raises:
         UserError: a segmenter's package without label codes.
@@ -41,60 +41,69 @@ def writer(package: Package, *, labelmap: bool = False) -> Any:
         )
     if labelmap and contract.kind != "segmenter":
         raise UsageError(f"--labelmap: expected a segmenter, got a {contract.kind}. Leave it out.")
-    return partial(_write, package, Equipment(contract, package.sha256), labelmap)
+    return partial(_write_dicom_answer, package, Equipment(contract, package.sha256), labelmap)
 
 
-def _write(
+def _write_dicom_answer(
     package: Package,
     equipment: Equipment,
     labelmap: bool,
     stem: Path,
     index: Index,
-    record: Record,
+    record: ImageRecord,
     volume: Volume,
     answer: Array,
-    verdict: Verdict,
+    ood_result: OODResult,
 ) -> dict[str, Any]:
-    plan = index.plan(record)
+    plan = index.plan_slices(record)
     if plan is None:
         raise ReadError("not-dicom", "not a DICOM image, for which no DICOM answer can be written")
-    source = read_source(plan)
+    source = read_dicom_source(plan)
     if "no-place" in (record.quality or ""):
         log.warning("%s: its place in the patient is unknown, and so is that of the answer", record.image)
-    report = stem.with_name(f"{stem.name}.sr.dcm")
+    report_path = stem.with_name(f"{stem.name}.sr.dcm")
     try:
         if package.contract.kind != "segmenter":
-            save(report, probabilities_report(answer, source, equipment, verdict))
-            return {"image": record.image, "file": report.name, **classified(package.network, answer)}
-        made = answer_in_seg(answer, volume, source, equipment, labelmap=labelmap)
+            save_dicom(report_path, build_probabilities_report(answer, source, equipment, ood_result))
+            return {"image": record.image, "file": report_path.name, **classification_columns(package.network, answer)}
+        seg_dataset = segmentation_of(answer, volume, source, equipment, labelmap=labelmap)
         classes = package.contract.classes
-        told = volumes_report(made, volumes(answer, volume, len(classes)), source, equipment, verdict)
+        report_dataset = build_volumes_report(
+            seg_dataset, class_sizes(answer, volume, len(classes)), source, equipment, ood_result
+        )
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # what highdicom raises for an odd source
         raise ReadError("no-reference", f"its header cannot carry an answer ({type(error).__name__})") from error
     path = stem.with_name(f"{stem.name}.seg.dcm")
-    save(path, made)
-    save(report, told)
-    return {"image": record.image, "file": path.name, "report": report.name, **sizes(answer, volume, classes)}
+    save_dicom(path, seg_dataset)
+    save_dicom(report_path, report_dataset)
+    return {
+        "image": record.image,
+        "file": path.name,
+        "report": report_path.name,
+        **size_columns(answer, volume, classes),
+    }
 
 
-def answer_in_seg(labels: Array, volume: Volume, source: Source, equipment: Equipment, *, labelmap: bool) -> Any:
+def segmentation_of(labels: Array, volume: Volume, source: DicomSource, equipment: Equipment, *, labelmap: bool) -> Any:
     """A segmentation that has been read back, frame by frame.
 
     Raises:
         UserError: what it holds is not what was put in.
     """
     frames = source.frames(to_native(labels[None], volume)[0])
-    made = segmentation(frames, source, equipment, labelmap=labelmap)
-    with unheard():
-        wrong = int((read_back(made, source) != frames).sum())
-    if wrong:
-        raise UserError(f"DICOM segmentation: {wrong} of {frames.size} voxels read back otherwise. Use --as nifti.")
-    return made
+    seg_dataset = build_segmentation(frames, source, equipment, labelmap=labelmap)
+    with suppress_warnings():
+        wrong_voxels = int((read_frame_labels(seg_dataset, source) != frames).sum())
+    if wrong_voxels:
+        raise UserError(
+            f"DICOM segmentation: {wrong_voxels} of {frames.size} voxels read back otherwise. Use --as nifti."
+        )
+    return seg_dataset
 
 
-def save(path: Path, dataset: Dataset) -> None:
+def save_dicom(path: Path, dataset: Dataset) -> None:
     """Write a DICOM file, whole or not at all."""
     buffer = io.BytesIO()
-    with unheard():
+    with suppress_warnings():
         dataset.save_as(buffer, enforce_file_format=True)
     write_bytes(path, buffer.getvalue())

@@ -17,29 +17,36 @@ from typing import Any
 import numpy as np
 import torch
 
-from medim.data.index.index import Record
+from medim.data.index.index import ImageRecord
 from medim.data.loading.cohort import Cohort
-from medim.data.loading.splits import budget
-from medim.evaluation.cases import Row, summarise
+from medim.data.loading.splits import select_label_budget
+from medim.evaluation.cases import CaseRow, summarise_cases
 from medim.evaluation.probing.baselines import principal_components
 from medim.files import write_json
-from medim.inference.network import Kind
+from medim.inference.network import ModelKind
 from medim.metrics.bootstrap import MIN_SUBJECTS, Metric
-from medim.metrics.representation import extract, stacked
+from medim.metrics.representation import batch_images, extract_features
 from medim.models.serialization import load_encoder
-from medim.study.audit.duplicates import Duplicates, duplicates
-from medim.study.audit.groups import GroupMetrics, Groups, groups_of_headers, numbered, per_group, told_apart
+from medim.study.audit.duplicates import Duplicates, find_duplicates
+from medim.study.audit.groups import (
+    GroupMetrics,
+    Groups,
+    collect_header_groups,
+    compute_group_metrics,
+    number_values,
+    usable_groups,
+)
 from medim.study.audit.shortcuts import (
+    PredictionResult,
     Shortcut,
-    Sides,
-    Told,
-    intensity_as_read,
-    intensity_as_seen,
-    padding,
-    shortcut,
-    size_as_read,
-    size_as_seen,
-    told,
+    TrainTestSplit,
+    input_intensity,
+    input_size,
+    measure_padding,
+    measure_shortcut,
+    predict_label,
+    raw_intensity,
+    raw_size,
 )
 from medim.types import Array, Volume
 
@@ -47,7 +54,7 @@ log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 AUDIT = "audit.json"
 PIXELS = "pixels"
-MOST = 1000  # training images that are learnt from; a few numbers of each need no more
+MAX_TRAINING_IMAGES = 1000  # training images that are learnt from; a few numbers of each need no more
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class GroupProbe:
     features: str
     values: tuple[str, ...]
     left_out: tuple[str, ...]
-    told: Told
+    told: PredictionResult
 
 
 @dataclass(frozen=True)
@@ -95,15 +102,15 @@ class Audit:
 def audit(
     cohort: Cohort,
     *,
-    kind: Kind,
+    kind: ModelKind,
     classes: Sequence[str],
     encoders: Mapping[str, Path] | None = None,
-    cases: Mapping[str, Sequence[Row]] | None = None,
+    cases: Mapping[str, Sequence[CaseRow]] | None = None,
     window: Sequence[int] | None = None,
     groups: Groups | None = None,
     seed: int = 0,
 ) -> Audit:
-    """Look for leaks and shortcuts; what is learnt is learnt from at most `MOST` images, of whole subjects.
+    """Look for leaks and shortcuts, learning from at most `MAX_TRAINING_IMAGES` images of whole subjects.
 
     Args:
         cohort: the images of a run or study, preprocessed and split; the evaluation split is its `val`.
@@ -115,129 +122,142 @@ def audit(
         groups: of a table of the user (`medim.study.audit.groups.read_groups`), beside those that headers tell.
         seed: of folds, bootstrap, and the draw where there are more images.
     """
-    whole, val = cohort.records("train"), cohort.records("val")
-    train = budget(whole, labelled=MOST, seed=seed) if len(whole) > MOST else whole
-    known = numbered(groups_of_headers(cohort.index.records) | (groups or {}))
-    notes = [] if train == whole else [f"learnt from {len(train)} of {len(whole)} training images (seed {seed})"]
+    all_train, val = cohort.records("train"), cohort.records("val")
+    train = (
+        select_label_budget(all_train, labelled=MAX_TRAINING_IMAGES, seed=seed)
+        if len(all_train) > MAX_TRAINING_IMAGES
+        else all_train
+    )
+    all_groups = number_values(collect_header_groups(cohort.index.records) | (groups or {}))
+    notes = (
+        [] if train == all_train else [f"learnt from {len(train)} of {len(all_train)} training images (seed {seed})"]
+    )
     shortcuts: tuple[Shortcut, ...] = ()
     if kind == "classifier":
-        shortcuts = _shortcuts(cohort, train, val, window, seed, notes)
+        shortcuts = _measure_shortcuts(cohort, train, val, window, seed, notes)
     else:
         notes.append("shortcuts: looked for only where an image has one class")
-    answered = dict(cases or {})
+    model_cases = dict(cases or {})
     return Audit(
-        images={part: _size(cohort.records(part)) for part in ("train", "val", "test")},
-        duplicates=duplicates(cohort.splits, cohort.prints, cohort.figures()),
+        images={part: _count_images_and_subjects(cohort.records(part)) for part in ("train", "val", "test")},
+        duplicates=find_duplicates(cohort.splits, cohort.fingerprints, cohort.quality_metrics()),
         shortcuts=shortcuts,
-        models={name: summarise(rows, kind, classes, seed=seed)["metrics"] for name, rows in answered.items()},
-        probes=tuple(_probes(cohort, train, val, known, encoders or {}, window, seed, notes)),
-        groups=tuple(g for name, rows in answered.items() for g in per_group(name, rows, kind, classes, known)),
+        models={name: summarise_cases(rows, kind, classes, seed=seed)["metrics"] for name, rows in model_cases.items()},
+        probes=tuple(_probe_groups(cohort, train, val, all_groups, encoders or {}, window, seed, notes)),
+        groups=tuple(
+            g
+            for name, rows in model_cases.items()
+            for g in compute_group_metrics(name, rows, kind, classes, all_groups)
+        ),
         notes=tuple(notes),
     )
 
 
-def write_audit(folder: Path, found: Audit) -> None:
+def write_audit(folder: Path, result: Audit) -> None:
     """Write `audit.json`."""
-    write_json(folder / AUDIT, {"schema_version": SCHEMA_VERSION, **asdict(found)})
+    write_json(folder / AUDIT, {"schema_version": SCHEMA_VERSION, **asdict(result)})
 
 
-def _shortcuts(
+def _measure_shortcuts(
     cohort: Cohort,
-    train: Sequence[Record],
-    val: Sequence[Record],
+    train: Sequence[ImageRecord],
+    val: Sequence[ImageRecord],
     window: Sequence[int] | None,
     seed: int,
     notes: list[str],
 ) -> tuple[Shortcut, ...]:
     records = [record for record in (*train, *val) if record.label is not None]
-    trained = sum(record.label is not None for record in train)
-    sides = _sides({r.image: str(r.label) for r in records}, cohort.index.labels, records, trained)
-    few = _too_few(sides, cohort.index.labels)
-    if few:
-        notes.append(f"shortcuts: not computed, {few}")
+    train_count = sum(record.label is not None for record in train)
+    split = _build_train_test_split({r.image: str(r.label) for r in records}, cohort.index.labels, records, train_count)
+    shortage = _describe_class_shortage(split, cohort.index.labels)
+    if shortage:
+        notes.append(f"shortcuts: not computed, {shortage}")
         return ()
-    entries = [cohort.store.entry(cohort.keys[record.image]) for record in records]
-    found = [
-        shortcut("size as read", [size_as_read(record) for record in records], sides, seed=seed),
-        shortcut("size as seen", [size_as_seen(entry) for entry in entries], sides, seed=seed),
-        shortcut("padding", [padding(entry, window) for entry in entries], sides, seed=seed),
+    entries = [cohort.store.get_entry(cohort.keys[record.image]) for record in records]
+    shortcuts = [
+        measure_shortcut("size as read", [raw_size(record) for record in records], split, seed=seed),
+        measure_shortcut("size as seen", [input_size(entry) for entry in entries], split, seed=seed),
+        measure_shortcut("padding", [measure_padding(entry, window) for entry in entries], split, seed=seed),
     ]
-    figures = [entry.figures for entry in entries]
+    figures = [entry.metrics for entry in entries]
     if None in figures:
         notes.append("intensity as read: not computed, the store holds no figures of some images")
     else:
-        rows = [intensity_as_read(figure) for figure in figures if figure is not None]
-        found.append(shortcut("intensity as read", rows, sides, seed=seed))
-    seen = [intensity_as_seen(volume) for volume in _volumes(cohort, records)]
-    return (*found, shortcut("intensity as seen", seen, sides, seed=seed))
+        rows = [raw_intensity(figure) for figure in figures if figure is not None]
+        shortcuts.append(measure_shortcut("intensity as read", rows, split, seed=seed))
+    intensities = [input_intensity(volume) for volume in _load_volumes(cohort, records)]
+    return (*shortcuts, measure_shortcut("intensity as seen", intensities, split, seed=seed))
 
 
-def _probes(
+def _probe_groups(
     cohort: Cohort,
-    train: Sequence[Record],
-    val: Sequence[Record],
+    train: Sequence[ImageRecord],
+    val: Sequence[ImageRecord],
     groups: Groups,
     encoders: Mapping[str, Path],
     window: Sequence[int] | None,
     seed: int,
     notes: list[str],
 ) -> Iterator[GroupProbe]:
-    possible = {}
+    eligible = {}
     for column, values in groups.items():
-        kept, small = told_apart(values, train, val)
-        if len(kept) < 2:
+        usable, too_small = usable_groups(values, train, val)
+        if len(usable) < 2:
             notes.append(
-                f"{column}: nothing to tell apart: {len(kept)} of {len(kept) + len(small)} values have "
+                f"{column}: nothing to tell apart: {len(usable)} of {len(usable) + len(too_small)} values have "
                 f"{MIN_SUBJECTS} subjects in both splits"
             )
         else:
-            possible[column] = values, kept, small
-    if not possible:
+            eligible[column] = values, usable, too_small
+    if not eligible:
         return
     records = [*train, *val]
-    for name, features in _features(cohort, train, records, encoders, window):
-        for column, (values, kept, small) in possible.items():
-            chosen = np.array([values.get(record.image) in kept for record in records])
-            own = [record for record, take in zip(records, chosen, strict=True) if take]
-            sides = _sides(values, kept, own, int(chosen[: len(train)].sum()))
-            yield GroupProbe(column, name, kept, small, told(features[chosen], sides, seed=seed))
+    for name, features in _iter_features(cohort, train, records, encoders, window):
+        for column, (values, usable, too_small) in eligible.items():
+            mask = np.array([values.get(record.image) in usable for record in records])
+            group_records = [record for record, in_group in zip(records, mask, strict=True) if in_group]
+            split = _build_train_test_split(values, usable, group_records, int(mask[: len(train)].sum()))
+            yield GroupProbe(column, name, usable, too_small, predict_label(features[mask], split, seed=seed))
 
 
-def _features(
+def _iter_features(
     cohort: Cohort,
-    train: Sequence[Record],
-    records: Sequence[Record],
+    train: Sequence[ImageRecord],
+    records: Sequence[ImageRecord],
     encoders: Mapping[str, Path],
     window: Sequence[int] | None,
 ) -> Iterator[tuple[str, Array]]:
     """Name and features (N, d) of the images: of each encoder, and of the pixels."""
     for name, run in encoders.items():
         network: Any = load_encoder(run).to("cuda" if torch.cuda.is_available() else "cpu")
-        batches = stacked(volume.array for volume in _volumes(cohort, records))
-        yield name, extract(network, batches, maps=range(len(network.channels)))
-    shape = tuple(window or cohort.store.entry(cohort.keys[records[0].image]).shape)
-    yield PIXELS, principal_components(_volumes(cohort, train), _volumes(cohort, records), shape=shape)
+        batches = batch_images(volume.array for volume in _load_volumes(cohort, records))
+        yield name, extract_features(network, batches, maps=range(len(network.channels)))
+    shape = tuple(window or cohort.store.get_entry(cohort.keys[records[0].image]).shape)
+    yield PIXELS, principal_components(_load_volumes(cohort, train), _load_volumes(cohort, records), shape=shape)
 
 
-def _volumes(cohort: Cohort, records: Sequence[Record]) -> Iterator[Volume]:
-    return (cohort.store.volume(cohort.keys[record.image]) for record in records)
+def _load_volumes(cohort: Cohort, records: Sequence[ImageRecord]) -> Iterator[Volume]:
+    return (cohort.store.load_volume(cohort.keys[record.image]) for record in records)
 
 
-def _sides(values: Mapping[str, str], names: Sequence[str], records: Sequence[Record], trained: int) -> Sides:
+def _build_train_test_split(
+    values: Mapping[str, str], names: Sequence[str], records: Sequence[ImageRecord], train_count: int
+) -> TrainTestSplit:
     labels = np.array([list(names).index(values[record.image]) for record in records], dtype=np.intp)
-    return Sides(labels, np.arange(len(records)) < trained, [record.subject for record in records])
+    return TrainTestSplit(labels, np.arange(len(records)) < train_count, [record.subject for record in records])
 
 
-def _too_few(sides: Sides, names: Sequence[str]) -> str:
+def _describe_class_shortage(split: TrainTestSplit, names: Sequence[str]) -> str:
     """Why nothing can be learnt or measured; empty where it can."""
-    for part, chosen in (("training", sides.train), ("evaluation", ~sides.train)):
-        pairs = {(label, s) for label, s, take in zip(sides.labels, sides.subjects, chosen, strict=True) if take}
-        held = Counter(names[label] for label, _ in pairs)
-        few = [f"{held[name]} with {name}" for name in names if held[name] < MIN_SUBJECTS]
-        if few or len(names) < 2:
-            return f"the {part} split has {', '.join(few) or 'one class'}; {MIN_SUBJECTS} subjects a class are needed"
+    for part, mask in (("training", split.train), ("evaluation", ~split.train)):
+        pairs = {(label, s) for label, s, in_part in zip(split.labels, split.subjects, mask, strict=True) if in_part}
+        subject_counts = Counter(names[label] for label, _ in pairs)
+        shortages = [f"{subject_counts[name]} with {name}" for name in names if subject_counts[name] < MIN_SUBJECTS]
+        if shortages or len(names) < 2:
+            shortage = ", ".join(shortages) or "one class"
+            return f"the {part} split has {shortage}; {MIN_SUBJECTS} subjects a class are needed"
     return ""
 
 
-def _size(records: Sequence[Record]) -> dict[str, int]:
+def _count_images_and_subjects(records: Sequence[ImageRecord]) -> dict[str, int]:
     return {"images": len(records), "subjects": len({record.subject for record in records})}

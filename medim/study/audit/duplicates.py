@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from medim.data.fingerprints import overlap
-from medim.data.loading.quality_table import NEAR, near_duplicates
-from medim.data.preprocessing.quality import Figures
+from medim.data.fingerprints import shared_images
+from medim.data.loading.quality_table import MAX_DUPLICATE_BITS, find_near_duplicates
+from medim.data.preprocessing.quality import QualityMetrics
 from medim.types import Split
 
 
 @dataclass(frozen=True)
-class Lookalike:
+class NearDuplicate:
     """Two images of two splits whose perceptual hashes hardly differ.
 
     Attributes:
@@ -41,30 +41,32 @@ class Duplicates:
     """
 
     exact: tuple[tuple[str, ...], ...]
-    near: tuple[Lookalike, ...]
+    near: tuple[NearDuplicate, ...]
     bits: int
     images: int
     unhashed: int
 
 
-def duplicates(splits: Mapping[str, Split], prints: Mapping[str, str], figures: Mapping[str, Figures]) -> Duplicates:
+def find_duplicates(
+    splits: Mapping[str, Split], fingerprints: Mapping[str, str], figures: Mapping[str, QualityMetrics]
+) -> Duplicates:
     """Find what stands in the training split and in another one.
 
     Args:
         splits: of all images.
-        prints: image key to fingerprint, of the images that are used.
+        fingerprints: image key to fingerprint, of the images that are used.
         figures: image key to figures, as far as they are known.
     """
-    sides = {image: "train" if splits[image] == "train" else "held out" for image in prints}
-    hashes = {image: figures[image].hash for image in prints if image in figures}
-    keys = [image for image, found in hashes.items() if found is not None]
+    sides = {image: "train" if splits[image] == "train" else "held out" for image in fingerprints}
+    hashes = {image: figures[image].hash for image in fingerprints if image in figures}
+    keys = [image for image, image_hash in hashes.items() if image_hash is not None]
     values = np.array([int(str(hashes[image]), 16) for image in keys], np.uint64)
     near = []
-    for firsts, seconds, apart in near_duplicates(values, NEAR):
-        for one, two, bits in zip(firsts, seconds, apart, strict=True):
-            trained, held = sorted((keys[one], keys[two]), key=lambda image: sides[image] == "held out")
-            same = prints[trained] and prints[trained] == prints[held]
-            if sides[trained] != sides[held] and not same:
-                near.append(Lookalike(trained, held, int(bits)))
-    exact = tuple(tuple(images) for images in overlap(prints, sides))
-    return Duplicates(exact, tuple(near), NEAR, len(prints), len(prints) - len(keys))
+    for firsts, seconds, distances in find_near_duplicates(values, MAX_DUPLICATE_BITS):
+        for first, second, bits in zip(firsts, seconds, distances, strict=True):
+            train_image, other_image = sorted((keys[first], keys[second]), key=lambda image: sides[image] == "held out")
+            is_copy = fingerprints[train_image] and fingerprints[train_image] == fingerprints[other_image]
+            if sides[train_image] != sides[other_image] and not is_copy:
+                near.append(NearDuplicate(train_image, other_image, int(bits)))
+    exact = tuple(tuple(images) for images in shared_images(fingerprints, sides))
+    return Duplicates(exact, tuple(near), MAX_DUPLICATE_BITS, len(fingerprints), len(fingerprints) - len(keys))

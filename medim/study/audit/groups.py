@@ -8,16 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from medim.data.index.decathlon import stem
-from medim.data.index.records import Record
-from medim.evaluation.cases import Row, summarise
-from medim.inference.network import Kind
+from medim.data.index.decathlon import file_stem
+from medim.data.index.records import ImageRecord
+from medim.evaluation.cases import CaseRow, summarise_cases
+from medim.inference.network import ModelKind
 from medim.metrics.bootstrap import MIN_SUBJECTS, Metric
-from medim.privacy import pseudonym
+from medim.privacy import make_pseudonym
 from medim.types import UserError
 
 Groups = dict[str, dict[str, str]]  # column: image key: value
-MOST_NAMED = 12  # values of a column that are written as they are
+MAX_NAMED_VALUES = 12  # values of a column that are written as they are
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class GroupMetrics:
     metrics: dict[str, Metric] | None
 
 
-def groups_of_headers(records: Sequence[Record]) -> Groups:
+def collect_header_groups(records: Sequence[ImageRecord]) -> Groups:
     """What the index knows: scanner, and field strength in tesla."""
     scanner = {record.image: record.scanner for record in records if record.scanner}
     tesla = {record.image: f"{record.field_strength:g} T" for record in records if record.field_strength is not None}
     return {name: values for name, values in (("scanner", scanner), ("field strength", tesla)) if values}
 
 
-def read_groups(path: Path, records: Sequence[Record]) -> Groups:
+def read_groups(path: Path, records: Sequence[ImageRecord]) -> Groups:
     """Read groups from a table of the user.
 
     Args:
@@ -68,44 +68,46 @@ def read_groups(path: Path, records: Sequence[Record]) -> Groups:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: expected a CSV file (UTF-8) of groups, got {error}.") from error
     key = next((name for name in ("image", "subject") if name in columns), None)
-    wanted = [name for name in columns if name and name not in ("image", "subject")]
-    if key is None or not wanted:
+    group_columns = [name for name in columns if name and name not in ("image", "subject")]
+    if key is None or not group_columns:
         raise UserError(
             f"{path}: expected a column image or subject, and one or more columns to group by, got "
             f"{', '.join(columns) or 'none'}."
         )
-    places = _places(records, key)
-    found: Groups = {name: {} for name in wanted}
+    images_by_name = _index_images_by_name(records, key)
+    groups: Groups = {name: {} for name in group_columns}
     for line, row in enumerate(rows, start=2):
         cell = (row[key] or "").strip()
-        for image in places.get(cell) or places.get(pseudonym(cell)) or []:
-            for name in wanted:
+        for image in images_by_name.get(cell) or images_by_name.get(make_pseudonym(cell)) or []:
+            for name in group_columns:
                 value = (row[name] or "").strip()
-                if value and found[name].setdefault(image, value) != value:
+                if value and groups[name].setdefault(image, value) != value:
                     raise UserError(f"{path}, line {line}: expected one {name} an image, got another than before.")
-    if not any(found.values()):
+    if not any(groups.values()):
         raise UserError(
             f"{path}: expected names of {key}s in the source; none of the {len(rows)} rows means one. Write them as "
             "in the column of the index, or as in --subjects."
         )
     subjects = {record.image: record.subject for record in records}
-    for name, values in found.items():
+    for name, values in groups.items():
         _check_no_identity(path, name, values, subjects)
-    return found
+    return groups
 
 
-def numbered(groups: Groups) -> Groups:
+def number_values(groups: Groups) -> Groups:
     """The same, where a column of more than twelve values has numbers for them: those may be dates or names."""
-    found: Groups = {}
+    result: Groups = {}
     for column, values in groups.items():
         names = sorted(set(values.values()))
-        called = {name: name if len(names) <= MOST_NAMED else f"value {n}" for n, name in enumerate(names, start=1)}
-        found[column] = {image: called[value] for image, value in values.items()}
-    return found
+        value_names = {
+            name: name if len(names) <= MAX_NAMED_VALUES else f"value {n}" for n, name in enumerate(names, start=1)
+        }
+        result[column] = {image: value_names[value] for image, value in values.items()}
+    return result
 
 
-def per_group(
-    model: str, rows: Sequence[Row], kind: Kind, classes: Sequence[str], groups: Groups, *, seed: int = 0
+def compute_group_metrics(
+    model: str, rows: Sequence[CaseRow], kind: ModelKind, classes: Sequence[str], groups: Groups, *, seed: int = 0
 ) -> list[GroupMetrics]:
     """The metrics of a model's cases, group by group; small groups are named, not computed.
 
@@ -117,30 +119,30 @@ def per_group(
         groups: of the images, as far as they are known.
         seed: of the bootstrap.
     """
-    used = [row for row in rows if not row.get("rejected")]
-    found = []
-    for column, of in groups.items():
-        for value in sorted({of[row["image"]] for row in used if row["image"] in of}):
-            own = [row for row in used if of.get(row["image"]) == value]
-            images, subjects = len({row["image"] for row in own}), len({row["subject"] for row in own})
-            few = subjects < MIN_SUBJECTS
-            metrics = None if few else summarise(own, kind, classes, seed=seed)["metrics"]
-            found.append(GroupMetrics(model, column, value, images, subjects, metrics))
-    return found
+    valid_rows = [row for row in rows if not row.get("rejected")]
+    results = []
+    for column, image_values in groups.items():
+        for value in sorted({image_values[row["image"]] for row in valid_rows if row["image"] in image_values}):
+            group_rows = [row for row in valid_rows if image_values.get(row["image"]) == value]
+            images, subjects = len({row["image"] for row in group_rows}), len({row["subject"] for row in group_rows})
+            is_small = subjects < MIN_SUBJECTS
+            metrics = None if is_small else summarise_cases(group_rows, kind, classes, seed=seed)["metrics"]
+            results.append(GroupMetrics(model, column, value, images, subjects, metrics))
+    return results
 
 
-def told_apart(
-    values: Mapping[str, str], train: Sequence[Record], val: Sequence[Record]
+def usable_groups(
+    values: Mapping[str, str], train: Sequence[ImageRecord], val: Sequence[ImageRecord]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The groups that a probe can tell apart: five subjects or more on both sides; and those that are too small."""
 
-    def subjects(records: Sequence[Record]) -> Counter[str]:
+    def count_subjects(records: Sequence[ImageRecord]) -> Counter[str]:
         return Counter(value for value, _ in {(values[r.image], r.subject) for r in records if r.image in values})
 
-    sides = subjects(train), subjects(val)
-    names = sorted(sides[0] | sides[1])
-    kept = tuple(name for name in names if min(side[name] for side in sides) >= MIN_SUBJECTS)
-    return kept, tuple(name for name in names if name not in kept)
+    split_counts = count_subjects(train), count_subjects(val)
+    names = sorted(split_counts[0] | split_counts[1])
+    usable = tuple(name for name in names if min(counts[name] for counts in split_counts) >= MIN_SUBJECTS)
+    return usable, tuple(name for name in names if name not in usable)
 
 
 def _check_no_identity(path: Path, column: str, values: Mapping[str, str], subjects: Mapping[str, str]) -> None:
@@ -149,23 +151,27 @@ def _check_no_identity(path: Path, column: str, values: Mapping[str, str], subje
     Raises:
         UserError: it is one.
     """
-    whose: dict[str, set[str]] = {}
+    subjects_by_value: dict[str, set[str]] = {}
     for image, value in values.items():
-        whose.setdefault(value, set()).add(subjects[image])
-    single = sum(len(of) == 1 for of in whose.values())
-    if single > 1 and (single == len(whose) or (len(whose) > MOST_NAMED and 2 * single > len(whose))):
+        subjects_by_value.setdefault(value, set()).add(subjects[image])
+    single_count = sum(len(members) == 1 for members in subjects_by_value.values())
+    if single_count > 1 and (
+        single_count == len(subjects_by_value)
+        or (len(subjects_by_value) > MAX_NAMED_VALUES and 2 * single_count > len(subjects_by_value))
+    ):
         raise UserError(
-            f"{path}: expected groups of several subjects in column {column}, but {single} of its {len(whose)} values "
+            f"{path}: expected groups of several subjects in column {column}, but {single_count} of its "
+            f"{len(subjects_by_value)} values "
             "stand for one subject each, as a name, number or date would. Leave the column out, or join its values."
         )
 
 
-def _places(records: Sequence[Record], key: str) -> dict[str, list[str]]:
+def _index_images_by_name(records: Sequence[ImageRecord], key: str) -> dict[str, list[str]]:
     """What a cell may hold, to the image keys it means."""
-    places: dict[str, list[str]] = {}
+    images_by_name: dict[str, list[str]] = {}
     for record in records:
         path = PurePosixPath(record.path)
-        names = {record.subject} if key == "subject" else {record.image, record.path, path.name, stem(path.name)}
+        names = {record.subject} if key == "subject" else {record.image, record.path, path.name, file_stem(path.name)}
         for name in names:
-            places.setdefault(name, []).append(record.image)
-    return places
+            images_by_name.setdefault(name, []).append(record.image)
+    return images_by_name

@@ -5,39 +5,41 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from medim.reports.figures import interval_text, number
-from medim.study.statistics.intervals import Interval
+from medim.reports.figures import format_interval, format_number
+from medim.study.statistics.intervals import ConfidenceInterval
 
-ENDS = ("value", "low", "high")
+INTERVAL_ENDS = ("value", "low", "high")
 
 
-def difference(row: Mapping[str, Any]) -> str:
+def format_difference(row: Mapping[str, Any]) -> str:
     """`+0.031 (+0.012 to +0.050)`."""
     gap = row["difference"]
-    return f"{signed(gap['value'])} ({signed(gap['low'])} to {signed(gap['high'])})"
+    return f"{format_signed(gap['value'])} ({format_signed(gap['low'])} to {format_signed(gap['high'])})"
 
 
-def signed(value: float) -> str:
+def format_signed(value: float) -> str:
     """Three decimals with a sign that is a minus, not a hyphen."""
     return f"{value:+.3f}".replace("-", "−")
 
 
-def p_value(p: float) -> str:
+def format_p_value(p: float) -> str:
     """`0.034`, or `< 0.001`."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
-def span(found: Mapping[str, Any], spec: str = ",.0f") -> str:
+def format_span(span_values: Mapping[str, Any], spec: str = ",.0f") -> str:
     """`34 (20 to more than 150)`."""
-    value, low, high = (f"{a['censored']} {a['value']:{spec}}".strip() for a in (found[end] for end in ENDS))
+    value, low, high = (
+        f"{a['censored']} {a['value']:{spec}}".strip() for a in (span_values[end] for end in INTERVAL_ENDS)
+    )
     return (value if value == low == high else f"{value} ({low} to {high})").replace("-", "−")
 
 
-def value(found: Interval | None) -> str:
+def format_estimate(estimate: ConfidenceInterval | None) -> str:
     """`0.871 (0.862 to 0.880)`."""
-    return "not defined" if found is None else interval_text(found.value, found.low, found.high)
+    return "not defined" if estimate is None else format_interval(estimate.value, estimate.low, estimate.high)
 
 
-def short(count: float) -> str:
+def format_schedule_number(count: float) -> str:
     """A number of a schedule."""
-    return f"{count:g}" if abs(count) < 1000 else number(count)
+    return f"{count:g}" if abs(count) < 1000 else format_number(count)

@@ -10,94 +10,122 @@ from typing import Any
 import numpy as np
 
 from medim.files import read_json, write_json
-from medim.reports.figures import Curve, loss_curve, thinned
-from medim.reports.page import NOT_REPORTED, Banner, Section, Table, many, told
+from medim.reports.figures import LossCurve, loss_curve, thin_curve
+from medim.reports.page import NOT_REPORTED, Banner, ReportSection, ReportTable, format_value, pluralise
 from medim.reports.runs import read_history
-from medim.reports.training_curves import VERDICTS
+from medim.reports.training_curves import VERDICT_BANNERS
 from medim.study.design import Arm
-from medim.study.report.view import Opened
+from medim.study.report.view import StudyView
 
-PRETRAINING = "pretraining.json"
-KEPT = ("verdict", "steps", "objectives", "loss", "chance", "rankme", "feature_std", "input_shape", "config_hash")
+PRETRAINING_FILE = "pretraining.json"
+SUMMARY_KEYS = (
+    "verdict",
+    "steps",
+    "objectives",
+    "loss",
+    "chance",
+    "rankme",
+    "feature_std",
+    "input_shape",
+    "config_hash",
+)
 
 
 def write_health(out: Path, arms: Sequence[Arm]) -> None:
     """Write `pretraining.json`: for each run of each arm what it said of itself, or null where it came without."""
-    found = {arm.name: [_health(run) for run in arm.runs] for arm in arms if arm.runs}
-    write_json(out / PRETRAINING, {"schema_version": 1, "arms": found})
+    health_by_arm = {arm.name: [_read_health(run) for run in arm.runs] for arm in arms if arm.runs}
+    write_json(out / PRETRAINING_FILE, {"schema_version": 1, "arms": health_by_arm})
 
 
-def health(study: Opened) -> Section:
+def build_health_section(study: StudyView) -> ReportSection:
     """A row and the loss curves of each pretraining run."""
-    runs = [(f"{arm}, encoder {place}", run) for arm, found in _runs(study).items() for place, run in enumerate(found)]
-    known = [(name, run) for name, run in runs if run is not None]
-    bad = [f"{name}: {run['verdict']}" for name, run in known if run["verdict"] != "learning"]
-    head = ("Pretraining run", "Verdict", "Steps", "Objective: held out, chance", "Effective rank", "Feature spread")
-    if not known:
-        banner = Banner("care", NOT_REPORTED, "The encoders came without the records of their pretraining.")
-    elif bad:
-        banner = Banner("care", "Not every encoder has learnt", "; ".join(bad) + ".")
-    else:
-        banner = Banner("good", f"{many(len(known), 'pretraining run')}: learning", VERDICTS["learning"].text)
-    drawn = [
-        replace(figure, caption=f"{name}: {figure.caption}")
-        for name, run in known
-        for curve in run["curves"]
-        for figure in [loss_curve(_curve(curve))]
+    runs = [
+        (f"{arm}, encoder {number}", run)
+        for arm, arm_runs in _read_pretraining(study).items()
+        for number, run in enumerate(arm_runs)
     ]
-    rows = [_row(name, run) for name, run in runs]
-    return Section(
+    recorded_runs = [(name, run) for name, run in runs if run is not None]
+    unhealthy = [f"{name}: {run['verdict']}" for name, run in recorded_runs if run["verdict"] != "learning"]
+    head = ("Pretraining run", "Verdict", "Steps", "Objective: held out, chance", "Effective rank", "Feature spread")
+    if not recorded_runs:
+        banner = Banner("care", NOT_REPORTED, "The encoders came without the records of their pretraining.")
+    elif unhealthy:
+        banner = Banner("care", "Not every encoder has learnt", "; ".join(unhealthy) + ".")
+    else:
+        banner = Banner(
+            "good", f"{pluralise(len(recorded_runs), 'pretraining run')}: learning", VERDICT_BANNERS["learning"].text
+        )
+    plots = [
+        replace(figure, caption=f"{name}: {figure.caption}")
+        for name, run in recorded_runs
+        for curve in run["curves"]
+        for figure in [loss_curve(_curve_from_dict(curve))]
+    ]
+    rows = [_build_health_row(name, run) for name, run in runs]
+    return ReportSection(
         "health",
         "Health of the pretraining",
         banner,
-        tables=[Table("Pretraining runs", head, rows, wide=True)] if rows else [],
-        figures=drawn,
+        tables=[ReportTable("Pretraining runs", head, rows, wide=True)] if rows else [],
+        figures=plots,
     )
 
 
-def unwell(study: Opened, arm: str) -> str:
+def unhealthy_pretraining(study: StudyView, arm: str) -> str:
     """Which of an arm's pretraining runs did not learn, for the first page; nothing where all did, or none is known."""
-    verdicts = [run["verdict"] for run in _runs(study).get(arm, []) if run is not None]
-    bad = [verdict for verdict in verdicts if verdict != "learning"]
-    if not bad:
+    verdicts = [run["verdict"] for run in _read_pretraining(study).get(arm, []) if run is not None]
+    unhealthy = [verdict for verdict in verdicts if verdict != "learning"]
+    if not unhealthy:
         return ""
-    return f"Of {many(len(verdicts), 'pretraining run')} of {arm}, by their own verdict: {', '.join(bad)}. "
+    return f"Of {pluralise(len(verdicts), 'pretraining run')} of {arm}, by their own verdict: {', '.join(unhealthy)}. "
 
 
-def _runs(study: Opened) -> dict[str, list[Any]]:
+def _read_pretraining(study: StudyView) -> dict[str, list[Any]]:
     """By arm, what each pretraining run said of itself, or None."""
-    path = study.folder / PRETRAINING
+    path = study.folder / PRETRAINING_FILE
     arms: dict[str, list[Any]] = read_json(path)["arms"] if path.is_file() else {}
     return arms
 
 
-def _health(run: Path) -> dict[str, Any] | None:
+def _read_health(run: Path) -> dict[str, Any] | None:
     for folder in (run, run.parent):
         summary = read_json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
         if summary.get("command") == "pretrain":
             curves = read_history(folder / "history.csv", [name for name in summary.get("loss", {}) if "/" not in name])
-            return {**{key: summary.get(key) for key in KEPT}, "curves": [_stored(curve) for curve in curves]}
+            return {
+                **{key: summary.get(key) for key in SUMMARY_KEYS},
+                "curves": [_curve_to_dict(curve) for curve in curves],
+            }
     return None
 
 
-def _stored(curve: Curve) -> dict[str, Any]:
+def _curve_to_dict(curve: LossCurve) -> dict[str, Any]:
     finite = np.isfinite(curve.loss)
-    steps, loss = thinned(curve.steps[finite], curve.loss[finite])
+    steps, loss = thin_curve(curve.steps[finite], curve.loss[finite])
     points = [[float(f"{value:.6g}") for value in pair] for pair in zip(steps, loss, strict=True)]
     return {"name": curve.name, "points": points, "held_out": list(curve.held_out), "chance": curve.chance}
 
 
-def _curve(stored: dict[str, Any]) -> Curve:
-    steps, loss = np.array(stored["points"], dtype=np.float64).reshape(-1, 2).T
-    return Curve(stored["name"], steps, loss, [(step, value) for step, value in stored["held_out"]], stored["chance"])
+def _curve_from_dict(content: dict[str, Any]) -> LossCurve:
+    steps, loss = np.array(content["points"], dtype=np.float64).reshape(-1, 2).T
+    return LossCurve(
+        content["name"], steps, loss, [(step, value) for step, value in content["held_out"]], content["chance"]
+    )
 
 
-def _row(name: str, run: dict[str, Any] | None) -> tuple[str, ...]:
+def _build_health_row(name: str, run: dict[str, Any] | None) -> tuple[str, ...]:
     if run is None:
         return (name, *[NOT_REPORTED] * 5)
     losses = "; ".join(
-        f"{objective}: {told(loss.get('held_out'))}, {told(run['chance'].get(objective))}"
+        f"{objective}: {format_value(loss.get('held_out'))}, {format_value(run['chance'].get(objective))}"
         for objective, loss in run["loss"].items()
         if "/" not in objective
     )
-    return (name, told(run["verdict"]), told(run["steps"]), losses, told(run["rankme"]), told(run["feature_std"]))
+    return (
+        name,
+        format_value(run["verdict"]),
+        format_value(run["steps"]),
+        losses,
+        format_value(run["rankme"]),
+        format_value(run["feature_std"]),
+    )

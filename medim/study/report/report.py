@@ -5,24 +5,34 @@ from __future__ import annotations
 from pathlib import Path
 
 from medim.files import read_json, write_text
-from medim.reports.report import NAME, render
-from medim.study.cell import Bench
-from medim.study.report.audit import leaks
-from medim.study.report.cases import cases
-from medim.study.report.cohort import cohort
-from medim.study.report.curves import course
-from medim.study.report.headline import counts, verdict
-from medim.study.report.methods import methods
-from medim.study.report.pretraining import health, write_health
-from medim.study.report.results import outcome
-from medim.study.report.thumbnails import write_worst
+from medim.reports.report import PAGE_NAME, render_page
+from medim.study.cell import StudyContext
+from medim.study.report.audit import build_audit_section
+from medim.study.report.cases import build_cases_section
+from medim.study.report.cohort import build_splits_section
+from medim.study.report.curves import build_curves_section
+from medim.study.report.headline import build_trust_section, build_verdict_section
+from medim.study.report.methods import build_methods_section
+from medim.study.report.pretraining import build_health_section, write_health
+from medim.study.report.results import build_outcome_section
+from medim.study.report.thumbnails import write_worst_cases
 from medim.study.report.view import open_study
 
-SECTIONS = (verdict, counts, cohort, outcome, course, health, leaks, cases, methods)  # in the order of the page
+STUDY_SECTIONS = (
+    build_verdict_section,
+    build_trust_section,
+    build_splits_section,
+    build_outcome_section,
+    build_curves_section,
+    build_health_section,
+    build_audit_section,
+    build_cases_section,
+    build_methods_section,
+)  # in the order of the page
 
 
-def report(folder: Path) -> Path:
-    """Write `report.html` into a study's folder.
+def write_study_page(folder: Path) -> Path:
+    """Write `write_study_page.html` into a study's folder.
 
     Args:
         folder: of the study, whole or stopped.
@@ -34,21 +44,21 @@ def report(folder: Path) -> Path:
         UserError: there is no study, or a file of it is damaged.
     """
     study = open_study(folder)
-    write_text(folder / NAME, render(folder.resolve().name, [section(study) for section in SECTIONS]))
-    return folder / NAME
+    write_text(folder / PAGE_NAME, render_page(folder.resolve().name, [section(study) for section in STUDY_SECTIONS]))
+    return folder / PAGE_NAME
 
 
-def gather(bench: Bench) -> None:
+def write_report_data(context: StudyContext) -> None:
     """Keep what a page needs and a study's folder does not hold: how pretraining went, and pictures of the worst cases.
 
     Args:
-        bench: what the cells shared; results and `summary.json` are written.
+        context: what the cells shared; results and `summary.json` are written.
 
     Raises:
         UserError: a record of a pretraining run is damaged.
     """
-    write_health(bench.out, bench.design.arms)
-    write_worst(bench, open_study(bench.out))
+    write_health(context.out, context.design.arms)
+    write_worst_cases(context, open_study(context.out))
 
 
 def is_study(folder: Path) -> bool:

@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from medim.files import read_json
-from medim.metrics.bootstrap import Draw, draw, score
+from medim.metrics.bootstrap import Resamples, compute_scores, draw_resamples
 from medim.study.audit.audit import AUDIT
 from medim.study.design import SCRATCH
-from medim.study.results import Results, open_results
+from medim.study.results import StudyResults, open_results
 from medim.study.results_table import TRUTH
-from medim.study.statistics.intervals import Interval, Verdict, interval, limits_of
+from medim.study.statistics.intervals import ComparisonVerdict, ConfidenceInterval, compute_interval, get_metric_limits
 from medim.types import UserError
 
-Row = dict[str, Any]  # of `comparisons` in summary.json
-VERDICTS: tuple[Verdict, ...] = ("benefit", "no evidence of a benefit", "harm")
+ComparisonRow = dict[str, Any]  # of `comparisons` in summary.json
+VERDICT_ORDER: tuple[ComparisonVerdict, ...] = ("benefit", "no evidence of a benefit", "harm")
 
 
 @dataclass(frozen=True)
-class Opened:
+class StudyView:
     """A study, whole or stopped.
 
     Attributes:
@@ -31,10 +31,12 @@ class Opened:
 
     folder: Path
     summary: dict[str, Any]
-    _intervals: dict[tuple[str, str, str, int | None], Interval | None] = field(default_factory=dict, repr=False)
+    _intervals: dict[tuple[str, str, str, int | None], ConfidenceInterval | None] = field(
+        default_factory=dict, repr=False
+    )
 
     @cached_property
-    def results(self) -> Results | None:
+    def results(self) -> StudyResults | None:
         """What was measured; None where nothing is done yet."""
         try:
             return open_results(self.folder, self.summary)
@@ -53,76 +55,78 @@ class Opened:
         return str(self.summary["metric"])
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[ComparisonRow]:
         """Comparisons with the scratch twin."""
         return list((self.summary.get("comparisons") or {"rows": []})["rows"])
 
     @property
-    def whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether every cell is done."""
         return bool(self.summary["complete"])
 
     @property
     def arms(self) -> tuple[str, ...]:
         """Names of the arms that were measured: the scratch twin, the others as they were given, anchors."""
-        given = [told["name"] for told in self.summary["arms"]]
-        found = self.results.arms if self.results else ()
-        return tuple(sorted(found, key=lambda arm: given.index(arm) if arm in given else len(given)))
+        arm_order = [entry["name"] for entry in self.summary["arms"]]
+        result_arms = self.results.arms if self.results else ()
+        return tuple(sorted(result_arms, key=lambda arm: arm_order.index(arm) if arm in arm_order else len(arm_order)))
 
     @property
     def budgets(self) -> dict[str, int]:
         """Images of each budget that was measured, fewest first."""
         return self.results.labelled if self.results else {}
 
-    def row(self, arm: str, budget: str) -> Row | None:
+    def find_row(self, arm: str, budget: str) -> ComparisonRow | None:
         """The comparison of an arm at a budget."""
         return next((row for row in self.rows if (row["arm"], row["budget"]) == (arm, budget)), None)
 
     @property
-    def best(self) -> Row | None:
-        """The best-supported comparison, of a fine-tuned arm where there is one; see `support`."""
-        tuned = [row for row in self.rows if self.protocol(row["arm"]) == "finetune"]
-        return min(tuned or self.rows, key=support, default=None)
+    def best(self) -> ComparisonRow | None:
+        """The best-supported comparison, of a fine-tuned arm where there is one; see `rank_key`."""
+        tuned = [row for row in self.rows if self.get_protocol(row["arm"]) == "finetune"]
+        return min(tuned or self.rows, key=rank_key, default=None)
 
-    def of_arm(self, arm: str) -> Row:
+    def best_row(self, arm: str) -> ComparisonRow:
         """The best-supported comparison of an arm, in the terms of its verdict over all budgets."""
         verdict = self.summary["comparisons"]["overall"][arm]
-        own = [row for row in self.rows if row["arm"] == arm]
-        return min([row for row in own if row["verdict"] == verdict] or own, key=support)
+        arm_rows = [row for row in self.rows if row["arm"] == arm]
+        return min([row for row in arm_rows if row["verdict"] == verdict] or arm_rows, key=rank_key)
 
-    def protocol(self, arm: str) -> str:
+    def get_protocol(self, arm: str) -> str:
         """Fine-tuned, or frozen under a probe or decoder."""
-        known = {told["name"]: str(told["protocol"]) for told in self.summary["arms"]}
-        return known.get(arm, "frozen")  # untrained weights and pixels are anchors of frozen probes
+        protocols = {entry["name"]: str(entry["protocol"]) for entry in self.summary["arms"]}
+        return protocols.get(arm, "frozen")  # untrained weights and pixels are anchors of frozen probes
 
-    def interval(self, metric: str, arm: str, budget: str, step: int | None = None) -> Interval | None:
+    def get_interval(self, metric: str, arm: str, budget: str, step: int | None = None) -> ConfidenceInterval | None:
         """A metric of an arm's runs with its 95 % interval; None where there is none."""
         key = metric, arm, budget, step
         if key not in self._intervals:
-            self._intervals[key] = self._interval(*key)
+            self._intervals[key] = self._compute_interval(*key)
         return self._intervals[key]
 
-    def _interval(self, metric: str, arm: str, budget: str, step: int | None) -> Interval | None:
+    def _compute_interval(self, metric: str, arm: str, budget: str, step: int | None) -> ConfidenceInterval | None:
         results = self.results
-        if results is None or self._drawn is None or not results.seeds(arm, budget):
+        if results is None or self._resamples is None or not results.seeds(arm, budget):
             return None
         try:
-            return interval(score(results.grid(metric, arm, budget, step=step), self._drawn), limits_of(metric))
+            return compute_interval(
+                compute_scores(results.grid(metric, arm, budget, step=step), self._resamples), get_metric_limits(metric)
+            )
         except UserError:
             return None
 
     @cached_property
-    def _drawn(self) -> Draw | None:
+    def _resamples(self) -> Resamples | None:
         assert self.results is not None
         columns = next(iter(self.results.values.values()))
         labels = list(columns[TRUTH]) if TRUTH in columns else None
         try:
-            return draw(self.results.subjects, labels)
+            return draw_resamples(self.results.subjects, labels)
         except UserError:
             return None
 
 
-def open_study(folder: Path) -> Opened:
+def open_study(folder: Path) -> StudyView:
     """A study's folder.
 
     Raises:
@@ -131,22 +135,22 @@ def open_study(folder: Path) -> Opened:
     summary = read_json(folder / "summary.json")
     if summary.get("command") != "study":
         raise UserError(f"{folder}: expected a study, got {summary.get('command')}. Run `medim study` first.")
-    return Opened(folder, summary)
+    return StudyView(folder, summary)
 
 
-def support(row: Row) -> tuple[Any, ...]:
+def rank_key(row: ComparisonRow) -> tuple[Any, ...]:
     """By what comparisons are ranked, the best first.
 
     A benefit before none before harm; labels saved between two numbers, and more than none, before an open end; then
     the smallest p, and the fewest labels. Verdicts are corrected for all comparisons of their kind, so any may be
     shown.
     """
-    worth = (row["labels_saved"] or {}).get("worth")
-    ends = [] if worth is None else [worth[end] for end in ("value", "low", "high")]
-    closed = bool(ends) and not any(end["censored"] for end in ends) and ends[1]["value"] > row["labelled"]
-    return VERDICTS.index(row["verdict"]), not closed, row["p_corrected"], row["p"], row["labelled"]
+    equivalent = (row["labels_saved"] or {}).get("worth")
+    ends = [] if equivalent is None else [equivalent[end] for end in ("value", "low", "high")]
+    is_closed = bool(ends) and not any(end["censored"] for end in ends) and ends[1]["value"] > row["labelled"]
+    return VERDICT_ORDER.index(row["verdict"]), not is_closed, row["p_corrected"], row["p"], row["labelled"]
 
 
-def title_of(arm: str) -> str:
+def arm_title(arm: str) -> str:
     """An arm's name in words."""
     return "from scratch" if arm == SCRATCH else arm

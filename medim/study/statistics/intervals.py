@@ -4,7 +4,7 @@ A study runs every arm with S pretraining seeds and T label subsets, crossed, an
 subjects. All three were drawn, and any of them might have come out otherwise. Subjects are resampled with replacement
 (cluster bootstrap), the same ones for every arm, budget and run: what they share cancels. Of seeds and subsets there
 are too few to resample: what infinitely many resamples would give is computed from the crossed analysis of variance,
-each level with its own n / (n - 1). See `interval` for how the parts are put together.
+each level with its own n / (n - 1). See `compute_interval` for how the parts are put together.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
-from medim.metrics.bootstrap import RESAMPLES, Cells, Scores, draw, score
+from medim.metrics.bootstrap import N_RESAMPLES, RunStatistics, Scores, compute_scores, draw_resamples
 from medim.types import Array, UserError
 
 LEVEL = 0.95
-Limits = tuple[float, float]  # what a number cannot leave
-FREE: Limits = (-math.inf, math.inf)
+MetricLimits = tuple[float, float]  # what a number cannot leave
+UNBOUNDED: MetricLimits = (-math.inf, math.inf)
 
-Source = Literal["seeds", "subsets", "subjects"]
-Verdict = Literal["benefit", "harm", "no evidence of a benefit"]
+VarianceSource = Literal["seeds", "subsets", "subjects"]
+ComparisonVerdict = Literal["benefit", "harm", "no evidence of a benefit"]
 
 
 @dataclass(frozen=True)
-class Interval:
+class ConfidenceInterval:
     """A mean over runs with its 95 % interval.
 
     Attributes:
@@ -49,13 +49,13 @@ class Interval:
     high: float
     error: float
     df: float
-    over: tuple[Source, ...]
+    over: tuple[VarianceSource, ...]
     seeds: int
     subsets: int
     subjects: int
 
     @property
-    def scope(self) -> str:
+    def scope_text(self) -> str:
         """What the interval speaks of, in words."""
         counts = {"seeds": self.seeds, "subsets": self.subsets, "subjects": self.subjects}
         names = {"seeds": "pretraining seeds", "subsets": "label subsets", "subjects": "subjects"}
@@ -64,9 +64,9 @@ class Interval:
             "subsets": "this one choice of labels",
             "subjects": "these subjects",
         }
-        drawn = [f"{counts[source]} {names[source]}" for source in self.over]
-        fixed = [only[source] for source in only if source not in self.over]
-        return f"over {_listed(drawn)}" + (f"; it speaks of {_listed(fixed)} only" if fixed else "")
+        sources = [f"{counts[source]} {names[source]}" for source in self.over]
+        exclusions = [only[source] for source in only if source not in self.over]
+        return f"over {_join_words(sources)}" + (f"; it speaks of {_join_words(exclusions)} only" if exclusions else "")
 
     def p_value(self, against: float = 0.0) -> float:
         """Two-sided p-value of the mean being `against`; below 0.05 exactly where the interval leaves it out."""
@@ -81,13 +81,13 @@ class Comparison:
 
     arm: str
     budget: str
-    difference: Interval
+    difference: ConfidenceInterval
     p: float
     p_corrected: float
-    verdict: Verdict
+    verdict: ComparisonVerdict
 
 
-def interval(scores: Scores, limits: Limits = FREE) -> Interval:
+def compute_interval(scores: Scores, limits: MetricLimits = UNBOUNDED) -> ConfidenceInterval:
     """The mean over seeds, subsets and subjects with its 95 % interval: value ± t(df) · error.
 
     The bootstrap over subjects gives the variance of the mean that subjects account for, times n / (n - 1), and how
@@ -110,45 +110,47 @@ def interval(scores: Scores, limits: Limits = FREE) -> Interval:
     """
     values = scores.values[..., np.isfinite(scores.values).all(axis=(0, 1))]
     seeds, subsets, _ = values.shape
-    drawn: dict[Source, int] = {"seeds": seeds, "subsets": subsets, "subjects": scores.subjects}
-    over: tuple[Source, ...] = tuple(source for source, number in drawn.items() if number > 1)
-    if not over:
+    level_sizes: dict[VarianceSource, int] = {"seeds": seeds, "subsets": subsets, "subjects": scores.subjects}
+    variance_sources: tuple[VarianceSource, ...] = tuple(source for source, size in level_sizes.items() if size > 1)
+    if not variance_sources:
         raise UserError("interval: expected several runs or resampled subjects, got one number. Add seeds or subsets.")
     value = float(values[..., 0].mean())
-    observed, noise, total = _levels(values[..., :1]), np.zeros(3), 0.0
+    run_scatter, noise, total = _compute_variance_components(values[..., :1]), np.zeros(3), 0.0
     if scores.subjects:
         spread = values[..., 1:] - values[..., 1:].mean(axis=-1, keepdims=True)
         spread *= math.sqrt(scores.subjects / (scores.subjects - 1))
-        noise, total = _levels(spread), float((spread.mean(axis=(0, 1)) ** 2).mean())
-    excess = observed - noise  # of seeds, of subsets, of both
-    free = [number - 1 for number in drawn.values() if number > 1]
-    spent, shared = total**2 / max(scores.subjects - 1, 1), 0.0
+        noise, total = _compute_variance_components(spread), float((spread.mean(axis=(0, 1)) ** 2).mean())
+    excess = run_scatter - noise  # of seeds, of subsets, of both
+    freedom = [size - 1 for size in level_sizes.values() if size > 1]
+    df_denominator, interaction = total**2 / max(scores.subjects - 1, 1), 0.0
     if excess[0] + excess[1] > 0:
         total += float(excess[0] + excess[1])
-        shared = max(float(excess.min()), 0.0)
-        spent += sum(float(square) ** 2 / max(n - 1, 1) for square, n in zip(observed, (seeds, subsets), strict=False))
-    error, df = math.sqrt(total - shared), max(total**2 / spent, min(free)) if spent else 1.0
+        interaction = max(float(excess.min()), 0.0)
+        df_denominator += sum(
+            float(square) ** 2 / max(n - 1, 1) for square, n in zip(run_scatter, (seeds, subsets), strict=False)
+        )
+    error, df = math.sqrt(total - interaction), max(total**2 / df_denominator, min(freedom)) if df_denominator else 1.0
     half = float(stats.t.ppf((1 + LEVEL) / 2, df)) * error
     low, high = (float(np.clip(end, *limits)) for end in (value - half, value + half))
-    return Interval(value, low, high, error, df, over, seeds, subsets, scores.subjects)
+    return ConfidenceInterval(value, low, high, error, df, variance_sources, seeds, subsets, scores.subjects)
 
 
 def paired_difference(
-    ours: Cells,
-    theirs: Cells,
+    ours: RunStatistics,
+    theirs: RunStatistics,
     subjects: Sequence[str],
     *,
-    limits: Limits = FREE,
+    limits: MetricLimits = UNBOUNDED,
     seed: int = 0,
-    resamples: int = RESAMPLES,
-) -> Interval:
-    """Mean difference of two arms over a grid of runs; see `interval`.
+    resamples: int = N_RESAMPLES,
+) -> ConfidenceInterval:
+    """Mean difference of two arms over a grid of runs; see `compute_interval`.
 
     Args:
         ours: a statistic of the cases for each seed and label subset, [S][T]: weights (R, N) to values (R,).
         theirs: likewise, of the runs that ours are paired with.
         subjects: (N,) whose case it is.
-        limits: what the difference cannot leave; see `limits_of`.
+        limits: what the difference cannot leave; see `get_metric_limits`.
         seed: of the draw.
         resamples: number of them.
 
@@ -156,61 +158,65 @@ def paired_difference(
         UserError: too few subjects for an interval.
         ValueError: arms of other shapes.
     """
-    drawn = draw(subjects, seed=seed, resamples=resamples)
-    return interval(score(ours, drawn) - score(theirs, drawn), limits)
+    subject_resamples = draw_resamples(subjects, seed=seed, resamples=resamples)
+    return compute_interval(compute_scores(ours, subject_resamples) - compute_scores(theirs, subject_resamples), limits)
 
 
-def compare(pairs: Mapping[tuple[str, str], tuple[Scores, Scores]], limits: Limits = FREE) -> list[Comparison]:
+def compare_to_scratch(
+    pairs: Mapping[tuple[str, str], tuple[Scores, Scores]], limits: MetricLimits = UNBOUNDED
+) -> list[Comparison]:
     """Comparisons of a study that are corrected together, each with p-value and verdict.
 
     A budget shows a benefit where Holm's p-value is below 0.05 and the difference above zero, harm where it is below.
 
     Args:
         pairs: arm and budget to the scores of the arm and of from-scratch, of a metric of which more is better.
-        limits: what a difference cannot leave; see `limits_of`.
+        limits: what a difference cannot leave; see `get_metric_limits`.
     """
-    differences = {key: interval(ours - scratch, limits) for key, (ours, scratch) in pairs.items()}
+    differences = {key: compute_interval(ours - scratch, limits) for key, (ours, scratch) in pairs.items()}
     p = [difference.p_value() for difference in differences.values()]
-    found = []
-    for ((arm, budget), difference), own, corrected in zip(differences.items(), p, holm(p), strict=True):
-        verdict: Verdict = "no evidence of a benefit"
-        if corrected < 1 - LEVEL:
+    results = []
+    for ((arm, budget), difference), raw_p, corrected_p in zip(
+        differences.items(), p, apply_holm_correction(p), strict=True
+    ):
+        verdict: ComparisonVerdict = "no evidence of a benefit"
+        if corrected_p < 1 - LEVEL:
             verdict = "benefit" if difference.value > 0 else "harm"
-        found.append(Comparison(arm, budget, difference, own, corrected, verdict))
-    return found
+        results.append(Comparison(arm, budget, difference, raw_p, corrected_p, verdict))
+    return results
 
 
-def limits_of(metric: str, *, difference: bool = False) -> Limits:
+def get_metric_limits(metric: str, *, difference: bool = False) -> MetricLimits:
     """What a metric, or a difference of two, cannot leave: 0 to 1, but for a distance in mm.
 
     Args:
         metric: its key, such as `dice` or `hd95_left`.
         difference: of two arms.
     """
-    most = math.inf if metric.startswith("hd95") else 1.0
-    return (-most if difference else 0.0, most)
+    upper = math.inf if metric.startswith("hd95") else 1.0
+    return (-upper if difference else 0.0, upper)
 
 
-def overall(comparisons: Sequence[Comparison]) -> Verdict:
+def combine_verdicts(comparisons: Sequence[Comparison]) -> ComparisonVerdict:
     """Of several budgets: harm where any shows it, else benefit where any shows it, else no evidence of a benefit."""
-    found = {comparison.verdict for comparison in comparisons}
-    return "harm" if "harm" in found else "benefit" if "benefit" in found else "no evidence of a benefit"
+    verdicts = {comparison.verdict for comparison in comparisons}
+    return "harm" if "harm" in verdicts else "benefit" if "benefit" in verdicts else "no evidence of a benefit"
 
 
-def holm(p: Sequence[float]) -> list[float]:
+def apply_holm_correction(p: Sequence[float]) -> list[float]:
     """p-values corrected for their number: the chance of any false one stays below the level (Holm 1979).
 
     The smallest of m is multiplied by m, the next by m - 1, and so on; none is below the one before, or above 1.
     Source: Scandinavian Journal of Statistics 6, 65 to 70.
     """
     order = np.argsort(p, kind="stable")
-    stepped = np.maximum.accumulate(np.asarray(p, dtype=np.float64)[order] * np.arange(len(p), 0, -1))
-    corrected = np.empty(len(p))
-    corrected[order] = np.minimum(stepped, 1.0)
-    return [float(value) for value in corrected]
+    cumulative = np.maximum.accumulate(np.asarray(p, dtype=np.float64)[order] * np.arange(len(p), 0, -1))
+    result = np.empty(len(p))
+    result[order] = np.minimum(cumulative, 1.0)
+    return [float(value) for value in result]
 
 
-def _levels(values: Array) -> Array:
+def _compute_variance_components(values: Array) -> Array:
     """What seeds, subsets and their interaction each say of the variance of the mean: (S, T, R) to (3,), mean over R.
 
     Mean squares of the crossed analysis of variance over S T; 0 for a level of one.
@@ -218,13 +224,13 @@ def _levels(values: Array) -> Array:
     seeds, subsets, _ = values.shape
     mean = values.mean(axis=(0, 1), keepdims=True)
     rows, columns = values.mean(axis=1, keepdims=True) - mean, values.mean(axis=0, keepdims=True) - mean
-    found = []
+    components = []
     for part, free in ((rows, seeds - 1), (columns, subsets - 1), (values - mean - rows - columns, None)):
         within = (seeds - 1) * (subsets - 1) if free is None else free
         sum_of_squares = float((part**2).sum(axis=(0, 1)).mean())
-        found.append(sum_of_squares / (within * part.shape[0] * part.shape[1]) if within else 0.0)
-    return np.array(found)
+        components.append(sum_of_squares / (within * part.shape[0] * part.shape[1]) if within else 0.0)
+    return np.array(components)
 
 
-def _listed(words: Sequence[str]) -> str:
+def _join_words(words: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))

@@ -1,7 +1,7 @@
 """What pretraining saves: labels at an equal metric, and steps to the level that from-scratch ends at.
 
 Both invert paired differences. A number of labels M is inside the interval as long as from-scratch with M labels is
-neither clearly worse nor clearly better than the arm (`intervals.interval`: the same seeds, subsets and
+neither clearly worse nor clearly better than the arm (`intervals.compute_interval`: the same seeds, subsets and
 resampled subjects for both curves). So the interval excludes the arm's own labels where the difference there is clear,
 and sentence and p-value agree. Source of the idea: Fieller 1954, doi 10.1111/j.2517-6161.1954.tb00159.x. Nothing is
 extrapolated: beyond what was measured only "more than" and "fewer than" are said.
@@ -18,14 +18,14 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 from medim.metrics.bootstrap import Scores
-from medim.study.statistics.intervals import Source, Verdict, interval
+from medim.study.statistics.intervals import ComparisonVerdict, VarianceSource, compute_interval
 from medim.types import Array
 
-POINTS = 200  # at which a curve is looked at, besides its budgets
+GRID_POINTS = 200  # at which a curve is looked at, besides its budgets
 
 
 @dataclass(frozen=True)
-class Amount:
+class CensoredValue:
     """A number of labels or steps, or the end of the measured range beyond which it lies."""
 
     value: float
@@ -39,16 +39,18 @@ class Amount:
 
 
 @dataclass(frozen=True)
-class Span:
+class CensoredInterval:
     """An amount with its 95 % interval."""
 
-    value: Amount
-    low: Amount
-    high: Amount
+    value: CensoredValue
+    low: CensoredValue
+    high: CensoredValue
 
-    def map(self, change: Callable[[float], float]) -> Span:
+    def rescale(self, change: Callable[[float], float]) -> CensoredInterval:
         """The same after an increasing change of scale."""
-        return Span(*(Amount(change(a.value), a.censored) for a in (self.value, self.low, self.high)))
+        return CensoredInterval(
+            *(CensoredValue(change(a.value), a.censored) for a in (self.value, self.low, self.high))
+        )
 
 
 @dataclass(frozen=True)
@@ -57,17 +59,17 @@ class LabelsSaved:
 
     Attributes:
         labels: the arm's, N.
-        worth: M, the labels that from-scratch needs for the same metric.
-        saved: M - N.
+        equivalent_labels: M, the labels that from-scratch needs for the same metric.
+        savings: M - N.
         ratio: M / N.
-        over: what the interval speaks of.
+        variance_sources: what the interval speaks of.
     """
 
     labels: float
-    worth: Span
-    saved: Span
-    ratio: Span
-    over: tuple[Source, ...]
+    equivalent_labels: CensoredInterval
+    savings: CensoredInterval
+    ratio: CensoredInterval
+    variance_sources: tuple[VarianceSource, ...]
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,12 @@ class TimeToLevel:
         level: the mean metric of from-scratch at its end.
         steps: the first measured step at which the arm's mean is there; between the first at which it may be there and
             the first at which it clearly is.
-        over: what the interval speaks of.
+        variance_sources: what the interval speaks of.
     """
 
     level: float
-    steps: Span
-    over: tuple[Source, ...]
+    steps: CensoredInterval
+    variance_sources: tuple[VarianceSource, ...]
 
 
 def labels_saved(budgets: Sequence[float], ours: Sequence[Scores], scratch: Sequence[Scores]) -> list[LabelsSaved]:
@@ -104,35 +106,35 @@ def labels_saved(budgets: Sequence[float], ours: Sequence[Scores], scratch: Sequ
         raise ValueError(f"expected two or more increasing budgets, each with scores of both arms, got {budgets}.")
     if len({(len(score.values), score.values.shape[2]) for score in (*ours, *scratch)}) > 1:
         raise ValueError("expected as many seeds and resamples at every budget of both arms.")
-    places = np.asarray(budgets, dtype=np.float64)
-    grid = np.unique([*places, *np.geomspace(places[0], places[-1], POINTS)[1:-1]])
-    curve = _between(places, _rising(scratch), grid)
-    found = []
+    label_counts = np.asarray(budgets, dtype=np.float64)
+    grid = np.unique([*label_counts, *np.geomspace(label_counts[0], label_counts[-1], GRID_POINTS)[1:-1]])
+    curve = _interpolate(label_counts, _monotone_curve(scratch), grid)
+    results = []
     for labels, level in zip(budgets, ours, strict=True):
-        gaps = [interval(point - level) for point in curve]
+        gaps = [compute_interval(point - level) for point in curve]
         lows, values, highs = (np.array([getattr(gap, end) for gap in gaps]) for end in ("low", "value", "high"))
-        ends = _first(grid, values), _first(grid, highs), _last(grid, lows)
-        worth = Span(*ends)
-        saved, ratio = worth.map(lambda m, n=labels: m - n), worth.map(lambda m, n=labels: m / n)  # type: ignore[misc]
-        found.append(LabelsSaved(labels, worth, saved, ratio, gaps[0].over))
-    return found
+        ends = _first_crossing(grid, values), _first_crossing(grid, highs), _last_crossing(grid, lows)
+        equivalent = CensoredInterval(*ends)
+        savings, ratio = equivalent.rescale(lambda m, n=labels: m - n), equivalent.rescale(lambda m, n=labels: m / n)  # type: ignore[misc]
+        results.append(LabelsSaved(labels, equivalent, savings, ratio, gaps[0].over))
+    return results
 
 
-def sentence(saved: LabelsSaved, verdict: Verdict) -> str:
+def summary_sentence(result: LabelsSaved, verdict: ComparisonVerdict) -> str:
     """What a reader takes home from one budget, no more than the study's corrected verdict allows."""
-    own, _ = _labels(saved.labels)
-    worth = _worth(saved.worth)
+    label_text, _ = _format_label_count(result.labels)
+    equivalent_text = _format_equivalent_labels(result.equivalent_labels)
     if verdict == "no evidence of a benefit":
-        return f"No evidence of a benefit with {own}: with the encoder you get {worth}."
+        return f"No evidence of a benefit with {label_text}: with the encoder you get {equivalent_text}."
     if verdict == "harm":
-        return f"The encoder does harm: with {own} and the encoder you get {worth}."
-    return f"With {own} and the encoder you get {worth}."
+        return f"The encoder does harm: with {label_text} and the encoder you get {equivalent_text}."
+    return f"With {label_text} and the encoder you get {equivalent_text}."
 
 
-def _worth(span: Span) -> str:
+def _format_equivalent_labels(estimate: CensoredInterval) -> str:
     """`what 38 labels (21 to 60) give without`; nothing is said of labels that were not tried."""
-    value, low, high = span.value, span.low, span.high
-    labels, give = _labels(value.value)
+    value, low, high = estimate.value, estimate.low, estimate.high
+    labels, verb = _format_label_count(value.value)
     if low.censored and high.censored and low != high:
         within = " (the interval reaches beyond all that was tried)"
     elif high.censored == "more than" and not low.censored:
@@ -142,13 +144,13 @@ def _worth(span: Span) -> str:
     else:
         within = f" ({low} to {high})" if low != high else ""
     if value.censored == "more than":
-        return f"more than {labels} {give} without, the most that were tried{within}"
+        return f"more than {labels} {verb} without, the most that were tried{within}"
     if value.censored == "fewer than":
-        return f"less than {labels} {give} without, the fewest that were tried{within}"
-    return f"what {labels}{within} {give} without"
+        return f"less than {labels} {verb} without, the fewest that were tried{within}"
+    return f"what {labels}{within} {verb} without"
 
 
-def _labels(count: float) -> tuple[str, str]:
+def _format_label_count(count: float) -> tuple[str, str]:
     """`38 labels`, and the verb that goes with them."""
     return ("1 label", "gives") if round(count) == 1 else (f"{count:,.0f} labels", "give")
 
@@ -161,60 +163,62 @@ def time_to_level(steps: Sequence[int], ours: Sequence[Scores], final: Scores) -
         ours: its scores at each, of a metric of which more is better.
         final: scores of from-scratch at the end of its training.
     """
-    gaps = [interval(score - final) for score in ours]
+    gaps = [compute_interval(score - final) for score in ours]
 
-    def first(end: Literal["low", "value", "high"]) -> Amount:
-        reached = [step for step, gap in zip(steps, gaps, strict=True) if getattr(gap, end) >= 0]
-        if not reached:
-            return Amount(steps[-1], "more than")
-        return Amount(reached[0], "at most" if reached[0] == steps[0] > 0 else "")
+    def find_first_step(end: Literal["low", "value", "high"]) -> CensoredValue:
+        crossings = [step for step, gap in zip(steps, gaps, strict=True) if getattr(gap, end) >= 0]
+        if not crossings:
+            return CensoredValue(steps[-1], "more than")
+        return CensoredValue(crossings[0], "at most" if crossings[0] == steps[0] > 0 else "")
 
     level = float(final.values[..., 0].mean())
-    return TimeToLevel(level, Span(first("value"), first("high"), first("low")), gaps[0].over)
+    return TimeToLevel(
+        level, CensoredInterval(find_first_step("value"), find_first_step("high"), find_first_step("low")), gaps[0].over
+    )
 
 
-def _rising(scores: Sequence[Scores]) -> list[Scores]:
+def _monotone_curve(scores: Sequence[Scores]) -> list[Scores]:
     """The same curve where no mean is below that of a smaller budget."""
     blocks = isotonic_regression([score.values[..., 0].mean() for score in scores]).blocks
-    pooled = []
+    curve = []
     for start, end in pairwise(blocks):
         shape = np.broadcast_shapes(*(score.values.shape for score in scores[start:end]))
         block = sum(np.broadcast_to(score.values, shape) for score in scores[start:end]) / (end - start)
-        pooled += [Scores(block, scores[start].subjects)] * int(end - start)
-    return pooled
+        curve += [Scores(block, scores[start].subjects)] * int(end - start)
+    return curve
 
 
-def _between(budgets: Array, scores: Sequence[Scores], grid: Array) -> list[Scores]:
+def _interpolate(budgets: Array, scores: Sequence[Scores], grid: Array) -> list[Scores]:
     """Scores at the points of a grid, linear in the logarithm between those at the budgets."""
-    left = np.clip(np.searchsorted(budgets, grid, side="right") - 1, 0, len(budgets) - 2)
-    shares = np.log(grid / budgets[left]) / np.log(budgets[left + 1] / budgets[left])
+    lower_indices = np.clip(np.searchsorted(budgets, grid, side="right") - 1, 0, len(budgets) - 2)
+    shares = np.log(grid / budgets[lower_indices]) / np.log(budgets[lower_indices + 1] / budgets[lower_indices])
     return [
-        Scores((1 - share) * scores[i].values + share * scores[i + 1].values, scores[i].subjects)
-        for i, share in zip(left, shares, strict=True)
+        Scores((1 - share) * scores[index].values + share * scores[index + 1].values, scores[index].subjects)
+        for index, share in zip(lower_indices, shares, strict=True)
     ]
 
 
-def _first(grid: Array, values: Array) -> Amount:
+def _first_crossing(grid: Array, values: Array) -> CensoredValue:
     """Where values first reach 0."""
-    reached = np.flatnonzero(values >= 0)
-    if not len(reached):
-        return Amount(float(grid[-1]), "more than")
-    if reached[0] == 0:
-        return Amount(float(grid[0]), "fewer than" if values[0] > 0 else "")
-    return _crossing(grid, values, int(reached[0]))
+    indices = np.flatnonzero(values >= 0)
+    if not len(indices):
+        return CensoredValue(float(grid[-1]), "more than")
+    if indices[0] == 0:
+        return CensoredValue(float(grid[0]), "fewer than" if values[0] > 0 else "")
+    return _interpolate_crossing(grid, values, int(indices[0]))
 
 
-def _last(grid: Array, values: Array) -> Amount:
+def _last_crossing(grid: Array, values: Array) -> CensoredValue:
     """Where values last leave 0."""
-    below = np.flatnonzero(values <= 0)
-    if not len(below):
-        return Amount(float(grid[0]), "fewer than")
-    if below[-1] == len(grid) - 1:
-        return Amount(float(grid[-1]), "more than" if values[-1] < 0 else "")
-    return _crossing(grid, values, int(below[-1]) + 1)
+    indices = np.flatnonzero(values <= 0)
+    if not len(indices):
+        return CensoredValue(float(grid[0]), "fewer than")
+    if indices[-1] == len(grid) - 1:
+        return CensoredValue(float(grid[-1]), "more than" if values[-1] < 0 else "")
+    return _interpolate_crossing(grid, values, int(indices[-1]) + 1)
 
 
-def _crossing(grid: Array, values: Array, after: int) -> Amount:
+def _interpolate_crossing(grid: Array, values: Array, after: int) -> CensoredValue:
     """Where the line between two points of a grid, linear in the logarithm, meets 0."""
     share = values[after - 1] / (values[after - 1] - values[after])
-    return Amount(float(grid[after - 1] * (grid[after] / grid[after - 1]) ** share))
+    return CensoredValue(float(grid[after - 1] * (grid[after] / grid[after - 1]) ** share))

@@ -16,35 +16,35 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from medim.files import write_bytes
-from medim.signals import current
+from medim.signals import current_request
 from medim.types import UserError
 
 log = logging.getLogger(__name__)
-KEPT = 2
-LABEL = b"\nsha256 "
-LENGTH = len(LABEL) + 64
-DAMAGED = ".damaged"
+MAX_CHECKPOINTS = 2
+DIGEST_LABEL = b"\nsha256 "
+DIGEST_LENGTH = len(DIGEST_LABEL) + 64
+CORRUPT_SUFFIX = ".damaged"
 
 
-def sealed(data: bytes) -> bytes:
+def append_digest(data: bytes) -> bytes:
     """The bytes, and at their end their sha256; what is before stays a zip archive that `torch.load` can read."""
-    return data + LABEL + hashlib.sha256(data).hexdigest().encode()
+    return data + DIGEST_LABEL + hashlib.sha256(data).hexdigest().encode()
 
 
-def unsealed(data: bytes) -> bytes | None:
-    """What `sealed` was given, or None where a single bit differs, or some are missing or too many."""
-    content = data[:-LENGTH]
-    return content if len(data) > LENGTH and sealed(content) == data else None
+def strip_digest(data: bytes) -> bytes | None:
+    """What `append_digest` was given, or None where a single bit differs, or some are missing or too many."""
+    content = data[:-DIGEST_LENGTH]
+    return content if len(data) > DIGEST_LENGTH and append_digest(content) == data else None
 
 
-class WholeCheckpoints(TorchCheckpointIO):
+class ChecksumCheckpointIO(TorchCheckpointIO):
     """Checkpoints that are whole or absent, carry their sha256, and hold nothing that runs code when loaded."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write beside, flush, rename."""
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        write_bytes(Path(path), sealed(buffer.getvalue()))
+        write_bytes(Path(path), append_digest(buffer.getvalue()))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Load tensors and plain values only.
@@ -52,7 +52,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         Raises:
             UserError: the file is not what was written.
         """
-        content = unsealed(Path(path).read_bytes())
+        content = strip_digest(Path(path).read_bytes())
         if content is None:
             raise UserError(f"{path}: expected a whole checkpoint, got one whose sha256 is not its own. Resume again.")
         checkpoint: dict[str, Any] = torch.load(
@@ -61,32 +61,32 @@ class WholeCheckpoints(TorchCheckpointIO):
         return checkpoint
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
+def find_newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
     """The newest whole checkpoint to resume from and its step; (None, 0) where there is none.
 
     One that is damaged is told and set aside as `step-<step>.ckpt.damaged`.
     """
-    for litter in folder.glob(".step-*.ckpt.*"):  # the half of a checkpoint that a kill left
-        litter.unlink(missing_ok=True)
-    for step, path in reversed(_numbered(folder)):
-        if unsealed(path.read_bytes()) is not None:
+    for leftover_file in folder.glob(".step-*.ckpt.*"):  # the half of a checkpoint that a kill left
+        leftover_file.unlink(missing_ok=True)
+    for step, path in reversed(_list_by_step(folder)):
+        if strip_digest(path.read_bytes()) is not None:
             return path, step
-        path.replace(path.with_name(path.name + DAMAGED))
+        path.replace(path.with_name(path.name + CORRUPT_SUFFIX))
         log.warning("%s: damaged, so set aside; the checkpoint before is taken, or the run begins anew", path)
     return None, 0
 
 
-def damaged_checkpoints(folder: Path) -> list[str]:
+def list_corrupt_checkpoints(folder: Path) -> list[str]:
     """The checkpoints that a resume found damaged."""
-    return sorted(path.name.removesuffix(DAMAGED) for path in folder.glob(f"step-*.ckpt{DAMAGED}"))
+    return sorted(path.name.removesuffix(CORRUPT_SUFFIX) for path in folder.glob(f"step-*.ckpt{CORRUPT_SUFFIX}"))
 
 
-def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    numbered = ((path.stem.removeprefix("step-"), path) for path in folder.glob("step-*.ckpt"))
-    return sorted((int(n), path) for n, path in numbered if n.isdecimal())
+def _list_by_step(folder: Path) -> list[tuple[int, Path]]:
+    pairs = ((path.stem.removeprefix("step-"), path) for path in folder.glob("step-*.ckpt"))
+    return sorted((int(n), path) for n, path in pairs if n.isdecimal())
 
 
-class Checkpoints(Checkpoint):
+class CheckpointCallback(Checkpoint):
     """Saves every few steps, at the end, and when the run is asked to stop.
 
     Lightning keeps weights, optimisers, schedules and the scaler of mixed precision; the sampler's position is the
@@ -100,28 +100,28 @@ class Checkpoints(Checkpoint):
     """
 
     def __init__(self, folder: Path, every: int) -> None:
-        self._folder, self._every = folder, every
-        self._saved = -1
+        self._folder, self._every_steps = folder, every
+        self._last_step = -1
         self._due = False
-        self._ended = False
-        self._random: dict[str, Any] | None = None
+        self._should_stop = False
+        self._state_to_restore: dict[str, Any] | None = None
         self.resumed_from_steps: list[int] = []
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Take up where the checkpoint left."""
-        trainer.should_stop |= self._ended
-        self._saved = trainer.global_step if self.resumed_from_steps else -1
+        trainer.should_stop |= self._should_stop
+        self._last_step = trainer.global_step if self.resumed_from_steps else -1
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
         """Give the generators their state back: making the loaders has drawn from them."""
-        self.restore_random()
+        self.restore_random_state()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
         """Save where it is time to, unless a validation comes first."""
         step = trainer.global_step
-        self._due |= step % self._every == 0
+        self._due |= step % self._every_steps == 0
         before_validation = trainer.enable_validation and step % int(trainer.val_check_batch or 1) == 0
         if not before_validation:
             self._save_if_due(trainer)
@@ -137,25 +137,25 @@ class Checkpoints(Checkpoint):
         self._save_if_due(trainer)
 
     def _save_if_due(self, trainer: pl.Trainer) -> None:
-        stopping = bool(current().asked)
+        stopping = bool(current_request().signal_name)
         if trainer.world_size > 1:
             stopping = trainer.strategy.reduce_boolean_decision(stopping, all=False)
-        if (self._due or stopping) and self._saved != trainer.global_step:
+        if (self._due or stopping) and self._last_step != trainer.global_step:
             trainer.save_checkpoint(self._folder / f"step-{trainer.global_step}.ckpt")
-            self._saved = trainer.global_step
+            self._last_step = trainer.global_step
             if trainer.is_global_zero:
-                for _, path in _numbered(self._folder)[:-KEPT]:
+                for _, path in _list_by_step(self._folder)[:-MAX_CHECKPOINTS]:
                     path.unlink(missing_ok=True)
         self._due = False
         if stopping:
-            current().leave(f"step {trainer.global_step} is saved")
+            current_request().respond(f"step {trainer.global_step} is saved")
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the generators of all processes, and how the run came here."""
-        states: list[Any] = [_random_state()]
+        states: list[Any] = [_get_random_state()]
         if trainer.world_size > 1:
             states = [None] * trainer.world_size
-            torch.distributed.all_gather_object(states, _random_state())
+            torch.distributed.all_gather_object(states, _get_random_state())
         checkpoint["random"] = states
         checkpoint["ended"] = trainer.should_stop
         checkpoint["resumed_from_steps"] = self.resumed_from_steps
@@ -163,23 +163,23 @@ class Checkpoints(Checkpoint):
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take them up."""
         states = checkpoint["random"]  # of as many processes as there were
-        self._random = states[trainer.global_rank % len(states)]
-        self._ended = bool(checkpoint["ended"])
+        self._state_to_restore = states[trainer.global_rank % len(states)]
+        self._should_stop = bool(checkpoint["ended"])
         self.resumed_from_steps = [*checkpoint["resumed_from_steps"], int(checkpoint["global_step"])]
 
-    def restore_random(self) -> None:
+    def restore_random_state(self) -> None:
         """Set the generators to the checkpoint's state, once."""
-        if self._random is not None:
-            _set_random_state(self._random)
-        self._random = None
+        if self._state_to_restore is not None:
+            _set_random_state(self._state_to_restore)
+        self._state_to_restore = None
 
 
-def resumed_from(trainer: pl.Trainer) -> list[int]:
+def get_resume_steps(trainer: pl.Trainer) -> list[int]:
     """The steps at which a run was taken up again."""
-    return next((c.resumed_from_steps for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoints)), [])
+    return next((c.resumed_from_steps for c in trainer.checkpoint_callbacks if isinstance(c, CheckpointCallback)), [])
 
 
-def _random_state() -> dict[str, Any]:
+def _get_random_state() -> dict[str, Any]:
     """The state of this process's generators, in tensors and plain values."""
     name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
     return {

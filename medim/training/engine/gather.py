@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from medim.training.engine.process_group import Ranks
+from medim.training.engine.process_group import ProcessGroup
 from medim.types import Features, Views
 
 
@@ -24,9 +24,9 @@ class GatheredViews(Views):
     """
 
     own: Views
-    _ranks: Ranks
+    _ranks: ProcessGroup
 
-    def __init__(self, own: Views, ranks: Ranks) -> None:
+    def __init__(self, own: Views, ranks: ProcessGroup) -> None:
         self.__dict__.update(own=own, _ranks=ranks)
 
     @cached_property
@@ -59,7 +59,7 @@ class GatheredFeatures(Features):
     @cached_property
     def maps(self) -> tuple[torch.Tensor, ...]:
         """Each (N, channels, ...); none is gathered until it is asked for."""
-        maps = _Maps(self.own.maps)
+        maps = _GatheredMaps(self.own.maps)
         maps.gather = lambda part: self._gather(part, self.count)
         return maps
 
@@ -69,19 +69,19 @@ class GatheredFeatures(Features):
         return self._gather(self.own.summary, self.count)
 
 
-class _Maps(tuple[torch.Tensor, ...]):
+class _GatheredMaps(tuple[torch.Tensor, ...]):
     """Own parts of maps that look like the whole maps."""
 
     gather: Callable[[torch.Tensor], torch.Tensor]
 
     def __getitem__(self, level: Any) -> Any:
-        places = range(len(self))[level]
-        if isinstance(places, range):
-            return tuple(self[place] for place in places)
-        found: dict[int, torch.Tensor] = self.__dict__.setdefault("found", {})
-        if places not in found:
-            found[places] = self.gather(super().__getitem__(places))
-        return found[places]
+        indices = range(len(self))[level]
+        if isinstance(indices, range):
+            return tuple(self[place] for place in indices)
+        cache: dict[int, torch.Tensor] = self.__dict__.setdefault("found", {})
+        if indices not in cache:
+            cache[indices] = self.gather(super().__getitem__(indices))
+        return cache[indices]
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return (self[place] for place in range(len(self)))

@@ -8,24 +8,24 @@ import torch
 from torch import nn
 
 
-def gradient_norms(parts: Mapping[str, nn.Module | None], trained: Iterable[nn.Parameter]) -> dict[str, torch.Tensor]:
+def gradient_norms(parts: Mapping[str, nn.Module | None], trainable: Iterable[nn.Parameter]) -> dict[str, torch.Tensor]:
     """Euclidean norm of each part's gradient, as it is now.
 
     Args:
         parts: name to module; a None is left out.
-        trained: the optimiser's parameters; others (an adversary's) count nowhere.
+        trainable: the optimiser's parameters; others (an adversary's) count nowhere.
 
     Returns:
         Part to norm, a scalar on the gradient's device; a part without a gradient is left out.
     """
-    held = {id(p) for p in trained}
-    found = {}
+    trainable_ids = {id(p) for p in trainable}
+    norms = {}
     for name, module in parts.items():
-        owned = module.parameters() if module is not None else ()
-        gradients = [p.grad.detach() for p in owned if id(p) in held and p.grad is not None]
+        members = module.parameters() if module is not None else ()
+        gradients = [p.grad.detach() for p in members if id(p) in trainable_ids and p.grad is not None]
         if gradients:
-            found[name] = nn.utils.get_total_norm(gradients)
-    return found
+            norms[name] = nn.utils.get_total_norm(gradients)
+    return norms
 
 
 def weight_norm(encoder: nn.Module) -> dict[str, float]:

@@ -14,10 +14,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from medim.config import OptimiserName, Schedule
 
 OPTIMISERS: dict[OptimiserName, type[Optimizer]] = {"adamw": AdamW, "adam": Adam, "radam": RAdam}
-DROP = 0.2  # what `steps` multiplies the rate with (AMDIM's)
+DROP_FACTOR = 0.2  # what `steps` multiplies the rate with (AMDIM's)
 
 
-def optimiser(
+def build_optimiser(
     groups: Iterable[tuple[nn.Module, float]],
     *,
     lr: float,
@@ -44,25 +44,25 @@ def optimiser(
             `drop_at`.
         drop_at: steps.
     """
-    parameters = []
+    parameter_groups = []
     for module, scale in groups:
-        trained = [p for p in module.parameters() if p.requires_grad]
+        trainable = [p for p in module.parameters() if p.requires_grad]
         for decay, members in (
-            (weight_decay, [p for p in trained if p.ndim > 1]),
-            (0.0, [p for p in trained if p.ndim <= 1]),
+            (weight_decay, [p for p in trainable if p.ndim > 1]),
+            (0.0, [p for p in trainable if p.ndim <= 1]),
         ):
             if members:
-                parameters.append({"params": members, "lr": lr * scale, "weight_decay": decay})
+                parameter_groups.append({"params": members, "lr": lr * scale, "weight_decay": decay})
 
-    def factor(step: int) -> float:
+    def compute_lr_factor(step: int) -> float:
         """The share of its peak that a rate has in a step, counted from 0."""
         if step < warmup_steps:
             return (step + 1) / warmup_steps
         if schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, max_steps - warmup_steps)))
-        return float(DROP ** sum(step >= drop for drop in drop_at)) if schedule == "steps" else 1.0
+        return float(DROP_FACTOR ** sum(step >= drop for drop in drop_at)) if schedule == "steps" else 1.0
 
     fused = {} if optimiser == "radam" else {"fused": torch.cuda.is_available()}
     options: dict[str, Any] = {"lr": lr, "betas": betas, **fused}
-    made = OPTIMISERS[optimiser](parameters, **options)
-    return made, LambdaLR(made, factor)
+    optimiser_instance = OPTIMISERS[optimiser](parameter_groups, **options)
+    return optimiser_instance, LambdaLR(optimiser_instance, compute_lr_factor)

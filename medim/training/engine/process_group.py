@@ -18,7 +18,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ProcessGroup:
     """The processes of a run, and which of them this is.
 
     Attributes:
@@ -41,11 +41,11 @@ class Ranks:
         return self.devices * self.nodes
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the first process."""
         return self.rank == 0
 
-    def share(self, whole: torch.Tensor) -> torch.Tensor:
+    def local_shard(self, whole: torch.Tensor) -> torch.Tensor:
         """This process's part (ceil(N / count), ...) of a tensor (N, ...); what is missing repeats the last entry."""
         if self.count == 1:
             return whole
@@ -62,17 +62,17 @@ class Ranks:
         """
         if self.count == 1:
             return part
-        gathered: torch.Tensor = _Gather.apply(part, self.rank, self.count)  # type: ignore[no-untyped-call]
-        return gathered
+        whole: torch.Tensor = _GatherFunction.apply(part, self.rank, self.count)  # type: ignore[no-untyped-call]
+        return whole
 
-    def told(self, ask: Callable[..., T], *args: Any, **options: Any) -> T:
+    def broadcast(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
         """Call in the first process and give its answer, plain values, to all; where it fails, the others leave."""
         if self.count == 1:
-            return ask(*args, **options)
+            return function(*args, **options)
         answer: list[Any] = [None, 1]  # the value, and the exit code of a failure
         try:
-            if self.leads:
-                answer = [ask(*args, **options), 0]
+            if self.is_main:
+                answer = [function(*args, **options), 0]
         except BaseException as error:
             answer[1] = getattr(error, "exit_code", 1)
             raise
@@ -83,25 +83,25 @@ class Ranks:
         value: T = answer[0]
         return value
 
-    def first(self, do: Callable[..., Any], *args: Any, **options: Any) -> None:
+    def on_main(self, function: Callable[..., Any], *args: Any, **options: Any) -> None:
         """Call in the first process, while the others wait; see `told`."""
-        self.told(lambda: (do(*args, **options), None)[1])
+        self.broadcast(lambda: (function(*args, **options), None)[1])
 
-    def in_turn(self, do: Callable[..., T], *args: Any, **options: Any) -> T:
+    def main_process_first(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
         """Call in the first process, then in all others, which find what the first has made (a store, say)."""
         if self.count == 1:
-            return do(*args, **options)
-        made: list[T] = []
-        self.first(lambda: made.append(do(*args, **options)))
-        return made[0] if made else do(*args, **options)
+            return function(*args, **options)
+        results: list[T] = []
+        self.on_main(lambda: results.append(function(*args, **options)))
+        return results[0] if results else function(*args, **options)
 
-    def any(self, flag: bool) -> bool:
+    def any_true(self, flag: bool) -> bool:
         """Whether the flag is up in any process; all must ask at the same point of the run."""
         if self.count == 1:
             return flag
-        raised = torch.tensor(int(flag))
-        dist.all_reduce(raised, group=self.control)
-        return bool(raised)
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags, group=self.control)
+        return bool(flags)
 
     def check_same(self, **values: str | int) -> None:
         """Refuse processes that are about to compute different things.
@@ -109,13 +109,15 @@ class Ranks:
         Raises:
             UserError: a value differs between the first process and this one.
         """
-        theirs = self.told(lambda: values)
-        other = [f"{key} {values[key]} (the first: {theirs[key]})" for key in values if values[key] != theirs[key]]
-        if self.any(bool(other)):
+        main_values = self.broadcast(lambda: values)
+        differences = [
+            f"{key} {values[key]} (the first: {main_values[key]})" for key in values if values[key] != main_values[key]
+        ]
+        if self.any_true(bool(differences)):
             raise UserError(
                 f"process {self.rank} of {self.count}: expected what the first process has, got "
-                f"{', '.join(other) or 'another process that differs'}. All need the same command, the same medim, the "
-                "same data and site key, and --out on a shared disk."
+                f"{', '.join(differences) or 'another process that differs'}. All need the same command, "
+                "the same medim, the same data and site key, and --out on a shared disk."
             )
 
     def check_batch(self, batch_size: int) -> None:
@@ -131,7 +133,7 @@ class Ranks:
                 f"{batch_size}. Set batch_size={f'{below} or {above}' if below else above}, or other --devices."
             )
 
-    def synchronised(self, network: nn.Module) -> nn.Module:
+    def with_synced_batch_norm(self, network: nn.Module) -> nn.Module:
         """The network with batch normalisation over the images of all processes.
 
         Critics and heads need none of this: they see the global batch.
@@ -147,23 +149,23 @@ class Ranks:
                 f"{self.count} processes would normalise by its own images. Choose norm in or gn, and a summary "
                 "without hidden layers; or --devices 1."
             )
-        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
-        return converted
+        sync_network: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+        return sync_network
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = ProcessGroup()
 
 
-class _Gather(torch.autograd.Function):
+class _GatherFunction(torch.autograd.Function):
     """Join the parts of all processes; the way back adds up what all say of a part, in fp32 or wider."""
 
     @staticmethod
     def forward(ctx: Any, part: torch.Tensor, rank: int, count: int) -> torch.Tensor:
         """Parts (n, ...) of `count` processes to (count * n, ...), by rank."""
         ctx.rank, ctx.each = rank, len(part)
-        gathered = part.new_empty((count * len(part), *part.shape[1:]))
-        _all_gather(gathered, part.contiguous())
-        return gathered
+        whole = part.new_empty((count * len(part), *part.shape[1:]))
+        _all_gather(whole, part.contiguous())
+        return whole
 
     @staticmethod
     @once_differentiable

@@ -14,18 +14,18 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from medim.signals import NAMES
-from medim.training.engine.process_group import ALONE, Ranks
+from medim.signals import SIGNAL_NAMES
+from medim.training.engine.process_group import SINGLE_PROCESS, ProcessGroup
 
-Item = tuple[int, int]  # (index of the image, seed of its randomness)
+SampleItem = tuple[int, int]  # (index of the image, seed of its randomness)
 
 
-def seed_of(*parts: int) -> int:
+def derive_seed(*parts: int) -> int:
     """One 32-bit seed from several integers."""
     return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1)[0])
 
 
-class StepSampler(Sampler[list[Item]]):
+class StepSampler(Sampler[list[SampleItem]]):
     """One batch a step, and one scan of a subject in a batch.
 
     Subjects are shuffled anew each epoch, which leaves those over that fill no batch; a subject's scan is drawn at
@@ -52,7 +52,7 @@ class StepSampler(Sampler[list[Item]]):
         steps: int,
         seed: int,
         start: int = 0,
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         ranks.check_batch(batch_size)
         scans: dict[str, list[int]] = {}
@@ -63,39 +63,41 @@ class StepSampler(Sampler[list[Item]]):
         self._steps = steps
         self._seed = seed
         self._start = start
-        each = batch_size // ranks.count
-        self._slots = slice(ranks.rank * each, (ranks.rank + 1) * each)
+        n_per_process = batch_size // ranks.count
+        self._slots = slice(ranks.rank * n_per_process, (ranks.rank + 1) * n_per_process)
 
     def __len__(self) -> int:
         """All steps of the run, those before `start` included: Lightning counts from the run's beginning."""
         return self._steps
 
-    def __iter__(self) -> Iterator[list[Item]]:
+    def __iter__(self) -> Iterator[list[SampleItem]]:
         """Yield this process's part of the batches from `start` on."""
         for step in range(self._start, self._steps):
             yield self.batch(step)[self._slots]
 
-    def batch(self, step: int) -> list[Item]:
+    def batch(self, step: int) -> list[SampleItem]:
         """The images of one step, each with its seed; those of all processes."""
-        rng = np.random.default_rng(seed_of(self._seed, step))
-        chosen = [self._scans[subject] for subject in self._subjects(step)]
-        return [(int(rng.choice(scans)), seed_of(self._seed, step, slot)) for slot, scans in enumerate(chosen)]
+        rng = np.random.default_rng(derive_seed(self._seed, step))
+        scans_by_slot = [self._scans[subject] for subject in self._draw_subjects(step)]
+        return [
+            (int(rng.choice(scans)), derive_seed(self._seed, step, slot)) for slot, scans in enumerate(scans_by_slot)
+        ]
 
-    def _subjects(self, step: int) -> list[int]:
+    def _draw_subjects(self, step: int) -> list[int]:
         count, size = len(self._scans), self._batch_size
         if count < size:
-            order = np.concatenate([self._order(step, turn) for turn in range(-(-size // count))])
+            order = np.concatenate([self._shuffle_subjects(step, turn) for turn in range(-(-size // count))])
             return [int(s) for s in order[:size]]
-        epoch, place = divmod(step, count // size)
-        return [int(s) for s in self._order(epoch, 0)[place * size : (place + 1) * size]]
+        epoch, position = divmod(step, count // size)
+        return [int(s) for s in self._shuffle_subjects(epoch, 0)[position * size : (position + 1) * size]]
 
-    def _order(self, epoch: int, turn: int) -> np.ndarray[Any, Any]:
-        return np.random.default_rng(seed_of(self._seed, epoch, turn, 1)).permutation(len(self._scans))
+    def _shuffle_subjects(self, epoch: int, turn: int) -> np.ndarray[Any, Any]:
+        return np.random.default_rng(derive_seed(self._seed, epoch, turn, 1)).permutation(len(self._scans))
 
 
-def deaf(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Leave it to the run to answer signals that SLURM sends to every process of it."""
-    for name in NAMES:
+    for name in SIGNAL_NAMES:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
@@ -116,5 +118,5 @@ def step_loader(dataset: Dataset[Any], sampler: StepSampler, *, workers: int, pr
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context="forkserver" if workers else None,
-        worker_init_fn=deaf if workers else None,
+        worker_init_fn=ignore_signals if workers else None,
     )

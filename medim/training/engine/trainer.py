@@ -17,15 +17,15 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger
 
 from medim.config import Precision, RunConfig
-from medim.models.layers import channels_last
-from medim.signals import current
-from medim.training.engine.checkpoints import Checkpoints, WholeCheckpoints
-from medim.training.engine.launch import StopTogether, cluster, engine
-from medim.training.engine.process_group import ALONE, Ranks
+from medim.models.layers import use_channels_last
+from medim.signals import current_request
+from medim.training.engine.checkpoints import CheckpointCallback, ChecksumCheckpointIO
+from medim.training.engine.launch import SyncStopCallback, slurm_environment, trainer_options
+from medim.training.engine.process_group import SINGLE_PROCESS, ProcessGroup
 from medim.types import UserError
 
 log = logging.getLogger(__name__)
-HARMLESS = (
+HARMLESS_WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own
     ".*does not have many workers",
     ".*your dataloader is not resumable",  # it is: StepSampler starts at the checkpoint's step
@@ -37,37 +37,37 @@ class LineProgress(Callback):
     """A log line every few seconds, for output that is not a terminal."""
 
     def __init__(self, every_seconds: float = 5.0) -> None:
-        self._every = every_seconds
-        self._began = self._last = time.monotonic()
-        self._first = 0
+        self._every_seconds = every_seconds
+        self._start_time = self._last_time = time.monotonic()
+        self._first_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Start the clock."""
-        self._began, self._first = time.monotonic(), trainer.global_step
+        self._start_time, self._first_step = time.monotonic(), trainer.global_step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
         """Say step, rate and time left."""
         now, step = time.monotonic(), trainer.global_step
-        if now - self._last < self._every and step < trainer.max_steps:
+        if now - self._last_time < self._every_seconds and step < trainer.max_steps:
             return
-        self._last = now
-        rate = (step - self._first) / max(1e-9, now - self._began)
+        self._last_time = now
+        rate = (step - self._first_step) / max(1e-9, now - self._start_time)
         log.info(
             "step %d of %d, %.1f steps/s, %.0f s left%s",
             *(step, trainer.max_steps, rate, (trainer.max_steps - step) / rate),
-            _losses(outputs),
+            _format_losses(outputs),
         )
 
 
-def _losses(outputs: Any) -> str:
+def _format_losses(outputs: Any) -> str:
     """The step's losses beside their chance levels, where the module returns terms."""
     terms: dict[str, Any] = outputs if isinstance(outputs, dict) else {}
-    found = {name: term for name, term in terms.items() if hasattr(term, "chance")}
+    objective_terms = {name: term for name, term in terms.items() if hasattr(term, "chance")}
     texts = [
         f"{name} {float(term.loss.detach()):.3g}" + (f" (chance {term.chance:.3g})" if term.chance is not None else "")
-        for name, term in found.items()
+        for name, term in objective_terms.items()
     ]
     return "".join(f", {text}" for text in texts)
 
@@ -81,7 +81,7 @@ def make_trainer(
     accelerator: str = "auto",
     validate: bool = True,
     clip: float = 0.0,
-    ranks: Ranks = ALONE,
+    ranks: ProcessGroup = SINGLE_PROCESS,
 ) -> pl.Trainer:
     """A trainer for a run that counts steps, not epochs.
 
@@ -96,20 +96,20 @@ def make_trainer(
         ranks: the processes of the run.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for harmless in HARMLESS:
+    for harmless in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=harmless)
-    callbacks = [*callbacks, *([StopTogether(ranks)] if ranks.count > 1 else [])]
-    checkpoints = Checkpoints(out / "checkpoints", config.checkpoint_every_steps)
+    callbacks = [*callbacks, *([SyncStopCallback(ranks)] if ranks.count > 1 else [])]
+    checkpoints = CheckpointCallback(out / "checkpoints", config.checkpoint_every_steps)
     progress = RichProgressBar(leave=True) if sys.stderr.isatty() and log.isEnabledFor(logging.INFO) else LineProgress()
     try:
         trainer = pl.Trainer(
             max_steps=config.max_steps,
             max_epochs=-1,
-            **engine(accelerator, ranks),
-            precision=usable_precision(config.precision, accelerator),
+            **trainer_options(accelerator, ranks),
+            precision=choose_precision(config.precision, accelerator),
             callbacks=[*callbacks, checkpoints, progress],
             logger=logger,
-            plugins=[WholeCheckpoints(), *cluster()],
+            plugins=[ChecksumCheckpointIO(), *slurm_environment()],
             default_root_dir=out,
             deterministic=True,
             use_distributed_sampler=False,
@@ -131,7 +131,7 @@ def make_trainer(
     return trainer
 
 
-def usable_precision(precision: Precision, accelerator: str = "auto") -> Precision:
+def choose_precision(precision: Precision, accelerator: str = "auto") -> Precision:
     """The precision that a device can run at full speed: fp32 in place of bf16 where a CPU would emulate it.
 
     fp16, which needs a loss scaler and has its arithmetic on GPUs, is bf16 on a CPU. Without AVX-512 BF16, AMX or their
@@ -148,7 +148,7 @@ def usable_precision(precision: Precision, accelerator: str = "auto") -> Precisi
     return "bf16-mixed" if precision == "16-mixed" and on_cpu else precision
 
 
-def fit(
+def run_trainer(
     trainer: pl.Trainer, module: pl.LightningModule, loader: Any, held_out: Any = None, *, checkpoint: Path | None
 ) -> None:
     """Run the trainer, with convolutions channels last, from a checkpoint where one is given.
@@ -157,15 +157,15 @@ def fit(
         StoppedError: SIGTERM or SIGUSR1 came; the step it came in is saved.
         KeyboardInterrupt: Lightning alone would leave with a bare exit code.
     """
-    channels_last(module)
+    use_channels_last(module)
     try:
-        with current().holding():
+        with current_request().deferred():
             trainer.fit(module, loader, held_out, ckpt_path=checkpoint)
     except SystemExit:
         raise KeyboardInterrupt from None
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, Checkpoints):
-            callback.restore_random()  # where no step was left to do
+        if isinstance(callback, CheckpointCallback):
+            callback.restore_random_state()  # where no step was left to do
 
 
 def peak_memory() -> int:

@@ -14,7 +14,7 @@ from medim.models.heads import LinearProbe
 from medim.models.model import Model
 from medim.types import Array
 
-ROWS_A_CLASS = 4000
+ROWS_PER_CLASS = 4000
 
 
 def start_head_as_probe(
@@ -31,10 +31,10 @@ def start_head_as_probe(
         classes: number of classes, K.
         seed: of the folds, and of the draw of voxels.
     """
-    rows, labels = _rows(model.train(), batches, np.random.default_rng(seed))
+    rows, labels = _collect_head_inputs(model.train(), batches, np.random.default_rng(seed))
     head: Any = model.head
     if labels.ndim == 2:
-        head.start_from(fit_probes(rows, labels, seed=seed))
+        head.start_from(fit_finding_probes(rows, labels, seed=seed))
     elif len(np.unique(labels)) > 1:
         head.start_from(fit_probe(rows, labels, classes=classes, seed=seed))
 
@@ -48,16 +48,16 @@ def fit_probe(rows: Array, labels: Array, *, classes: int, seed: int) -> LinearP
         classes: number of classes, K; those without a row get the lowest bias.
         seed: of the folds.
     """
-    scaler, found, _ = fit_linear(rows, labels, seed=seed)
-    coefficients, intercepts = found.coef_, found.intercept_
+    scaler, classifier, _ = fit_linear(rows, labels, seed=seed)
+    coefficients, intercepts = classifier.coef_, classifier.intercept_
     if len(coefficients) == 1:  # of two classes scikit-learn keeps the second one's logit alone
         coefficients, intercepts = (np.concatenate([-half, half]) for half in (coefficients / 2, intercepts / 2))
     weight, bias = np.zeros((classes, rows.shape[1])), np.full(classes, intercepts.min())
-    weight[found.classes_], bias[found.classes_] = coefficients, intercepts
+    weight[classifier.classes_], bias[classifier.classes_] = coefficients, intercepts
     return LinearProbe(*(torch.from_numpy(a).float() for a in (scaler.mean_, scaler.scale_, weight, bias)))
 
 
-def fit_probes(rows: Array, labels: Array, *, seed: int) -> LinearProbe:
+def fit_finding_probes(rows: Array, labels: Array, *, seed: int) -> LinearProbe:
     """A `linear` probe a finding, each of the images where it is known: its logit is that of the finding's presence.
 
     Args:
@@ -67,37 +67,37 @@ def fit_probes(rows: Array, labels: Array, *, seed: int) -> LinearProbe:
     """
     common = StandardScaler().fit(rows)
     weight, bias = np.zeros((labels.shape[1], rows.shape[1])), np.zeros(labels.shape[1])
-    for k, told in enumerate(labels.T):
-        known = np.isfinite(told)
-        present = told[known].astype(int)
+    for k, column in enumerate(labels.T):
+        is_known = np.isfinite(column)
+        present = column[is_known].astype(int)
         bias[k] = np.log1p(present.sum()) - np.log1p((1 - present).sum())
         if 0 < present.sum() < len(present):
-            scaler, found, _ = fit_linear(rows[known], present, seed=seed)
-            slope = found.coef_[0] / scaler.scale_
+            scaler, classifier, _ = fit_linear(rows[is_known], present, seed=seed)
+            slope = classifier.coef_[0] / scaler.scale_
             weight[k] = slope * common.scale_
-            bias[k] = found.intercept_[0] + slope @ (common.mean_ - scaler.mean_)
+            bias[k] = classifier.intercept_[0] + slope @ (common.mean_ - scaler.mean_)
     return LinearProbe(*(torch.from_numpy(a).float() for a in (common.mean_, common.scale_, weight, bias)))
 
 
 @torch.no_grad()
-def _rows(
+def _collect_head_inputs(
     model: Model, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], rng: np.random.Generator
 ) -> tuple[Array, Array]:
-    """What the head sees (n, d) and its targets: (n,), at most `ROWS_A_CLASS` a class; or (n, K), all of them."""
-    found: list[tuple[Array, Array]] = []
+    """What the head sees (n, d) and its targets: (n,), at most `ROWS_PER_CLASS` a class; or (n, K), all of them."""
+    chunks: list[tuple[Array, Array]] = []
     head: Any = model.head
     for image, target in batches:
         features = model.encoder(image)
         x = head.inputs(features if model.decoder is None else model.decoder(features)).float()
         rows = x.movedim(1, -1).reshape(-1, x.shape[1]).numpy()
         findings = target.is_floating_point()
-        found.append((rows, target.numpy()) if findings else _few(rows, target.reshape(-1).numpy(), rng))
-    rows, labels = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return (rows, labels) if labels.ndim == 2 else _few(rows, labels, rng)
+        chunks.append((rows, target.numpy()) if findings else _subsample(rows, target.reshape(-1).numpy(), rng))
+    rows, labels = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
+    return (rows, labels) if labels.ndim == 2 else _subsample(rows, labels, rng)
 
 
-def _few(rows: Array, labels: Array, rng: np.random.Generator) -> tuple[Array, Array]:
-    """At most `ROWS_A_CLASS` rows of each class, drawn at random."""
-    drawn = [rng.permutation(np.flatnonzero(labels == label))[:ROWS_A_CLASS] for label in np.unique(labels)]
-    keep = np.sort(np.concatenate(drawn))
-    return rows[keep], labels[keep]
+def _subsample(rows: Array, labels: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+    """At most `ROWS_PER_CLASS` rows of each class, drawn at random."""
+    class_indices = [rng.permutation(np.flatnonzero(labels == label))[:ROWS_PER_CLASS] for label in np.unique(labels)]
+    indices = np.sort(np.concatenate(class_indices))
+    return rows[indices], labels[indices]

@@ -10,14 +10,14 @@ import lightning.pytorch as pl
 import torch
 
 from medim.config import FinetuneConfig
-from medim.data.index.index import Index, Record
+from medim.data.index.index import ImageRecord, Index
 from medim.evaluation.cases import write_cases
-from medim.evaluation.evaluate import validate
-from medim.models.model import Model, as_run
-from medim.training.engine.optim import optimiser
+from medim.evaluation.evaluate import validate_network
+from medim.models.model import Model, as_numpy_function
+from medim.training.engine.optim import build_optimiser
 from medim.types import UserError
 
-Row = tuple[int, str, float | None, None, float | None]  # the columns of history.csv
+FinetuneRow = tuple[int, str, float | None, None, float | None]  # the columns of history.csv
 
 
 class FinetuneModule(pl.LightningModule):
@@ -34,14 +34,14 @@ class FinetuneModule(pl.LightningModule):
         self.model = model
         self._config = config
         self._pretrained = tuple(pretrained)  # a tuple, so that they are not registered a second time
-        self.rows: list[Row] = []
+        self.rows: list[FinetuneRow] = []
 
     def configure_optimizers(self) -> Any:
         """The run's optimiser, the rate of what came pretrained scaled by `pretrained_lr_scale`."""
         config, model = self._config, self.model
         parts = [part for part in (model.encoder, model.decoder, model.head) if part is not None]
         scale = {id(part): config.pretrained_lr_scale for part in self._pretrained}
-        main, decay = optimiser([(part, scale.get(id(part), 1.0)) for part in parts], **config.optimisation)
+        main, decay = build_optimiser([(part, scale.get(id(part), 1.0)) for part in parts], **config.optimisation)
         return [main], [{"scheduler": decay, "interval": "step"}]
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], step: int) -> torch.Tensor:
@@ -70,7 +70,7 @@ class FinetuneModule(pl.LightningModule):
         self.rows = [tuple(row) for row in checkpoint["rows"]]
 
 
-class MeasureOnTheWay(pl.Callback):
+class ValidationCallback(pl.Callback):
     """Measures the validation split after given steps, into the module's history; nothing is chosen by it.
 
     Args:
@@ -82,7 +82,7 @@ class MeasureOnTheWay(pl.Callback):
     """
 
     def __init__(
-        self, steps: Sequence[int], out: Path, index: Index, records: Sequence[Record], spec: dict[str, Any]
+        self, steps: Sequence[int], out: Path, index: Index, records: Sequence[ImageRecord], spec: dict[str, Any]
     ) -> None:
         self._steps, self._out = frozenset(steps), out
         self._index, self._records, self._spec = index, records, spec
@@ -95,8 +95,10 @@ class MeasureOnTheWay(pl.Callback):
         if trainer.global_step not in self._steps or not self._records:
             return
         with trainer.precision_plugin.forward_context():
-            measured, cases = validate(as_run(module.model.eval()), self._index, self._records, self._spec)
+            evaluation, cases = validate_network(
+                as_numpy_function(module.model.eval()), self._index, self._records, self._spec
+            )
         module.model.train()
         write_cases(self._out / f"cases-{trainer.global_step}.parquet", cases, self._spec["kind"])
-        found = {name: metric["value"] for name, metric in measured["metrics"].items()}
-        module.rows += [(trainer.global_step, f"val/{name}", None, None, value) for name, value in found.items()]
+        values = {name: metric["value"] for name, metric in evaluation["metrics"].items()}
+        module.rows += [(trainer.global_step, f"val/{name}", None, None, value) for name, value in values.items()]

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 
 from medim.config import FinetuneConfig
-from medim.data.index.index import Index, Record
-from medim.data.labels import check_one_kind, values_of
+from medim.data.index.index import ImageRecord, Index
+from medim.data.labels import check_label_kind, encode_findings
 from medim.types import Array, UserError
 
 log = logging.getLogger(__name__)
 MULTI_LABEL = "multi_label"  # the entry of HEADS that takes findings
 
 
-def with_head_for(config: FinetuneConfig, index: Index) -> FinetuneConfig:
+def select_head(config: FinetuneConfig, index: Index) -> FinetuneConfig:
     """The configuration whose head fits the labels: where they are findings, `multi_label` for `classification`.
 
     Raises:
@@ -25,7 +25,7 @@ def with_head_for(config: FinetuneConfig, index: Index) -> FinetuneConfig:
     """
     if config.task != "classification":
         return config
-    check_one_kind(record.label for record in index.records)
+    check_label_kind(record.label for record in index.records)
     name, findings = config.head.get("name"), index.findings
     if name == MULTI_LABEL and not findings:
         raise UserError(
@@ -40,16 +40,16 @@ def with_head_for(config: FinetuneConfig, index: Index) -> FinetuneConfig:
     return config
 
 
-def targets_of(config: FinetuneConfig, records: Sequence[Record], classes: Sequence[str]) -> Array | None:
+def build_targets(config: FinetuneConfig, records: Sequence[ImageRecord], classes: Sequence[str]) -> Array | None:
     """(N,) class indices, (N, K) findings, or None where masks are the targets."""
     if config.task == "segmentation":
         return None
     if config.head["name"] == MULTI_LABEL:
-        return np.array([values_of(record.label, classes) for record in records])
+        return np.array([encode_findings(record.label, classes) for record in records])
     return np.array([classes.index(str(record.label)) for record in records])
 
 
-def blank_target(config: FinetuneConfig, count: int) -> torch.Tensor:
+def build_blank_target(config: FinetuneConfig, count: int) -> torch.Tensor:
     """Targets of `count` images of two classes, for a rehearsal."""
     if config.head.get("name") == MULTI_LABEL:
         return torch.zeros(count, 2)

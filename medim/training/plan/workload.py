@@ -7,95 +7,97 @@ from collections import Counter
 from collections.abc import Sequence
 
 from medim.config import PretrainConfig
-from medim.data.index.index import Record
-from medim.data.labels import names_of
+from medim.data.index.index import ImageRecord
+from medim.data.labels import finding_names
 from medim.data.loading.datasets import CACHE_BYTES
-from medim.training.fit_ood import MOST_IMAGES
+from medim.training.fit_ood import MAX_IMAGES
 from medim.training.pretrain import online_probe
-from medim.training.pretrain.history import FIRST_LOOK
-from medim.training.pretrain.online_probe import FEW, FEWEST, MOST, PAIRS
+from medim.training.pretrain.history import FIRST_VALIDATION_STEP
+from medim.training.pretrain.online_probe import MAX_PAIRS, MAX_SUBJECTS, MIN_CLASS_SUBJECTS, MIN_SUBJECTS
 from medim.training.pretrain.run import HELD_OUT_BATCHES
 
-Records = Sequence[Record]
+RecordSequence = Sequence[ImageRecord]
 
 
-def subjects(records: Records) -> int:
+def count_subjects(records: RecordSequence) -> int:
     """Number of subjects."""
     return len({record.subject for record in records})
 
 
-def validations(config: PretrainConfig, held_out: Records) -> int:
-    """How often a run is measured on its held-out images: at every checkpoint, at the end, and at `FIRST_LOOK`."""
-    if subjects(held_out) < 2:
+def count_validations(config: PretrainConfig, held_out: RecordSequence) -> int:
+    """Number of validations of a run: at every checkpoint, at the end, and at `FIRST_VALIDATION_STEP`."""
+    if count_subjects(held_out) < 2:
         return 0
     steps = config.max_steps
     every = min(config.checkpoint_every_steps, steps)
-    return math.ceil(steps / every) + (steps > FIRST_LOOK and FIRST_LOOK % every != 0)
+    return math.ceil(steps / every) + (steps > FIRST_VALIDATION_STEP and FIRST_VALIDATION_STEP % every != 0)
 
 
-def checkpoints(config: PretrainConfig) -> int:
+def count_checkpoints(config: PretrainConfig) -> int:
     """How many a run writes; the last step's is always among them."""
     return math.ceil(config.max_steps / config.checkpoint_every_steps)
 
 
-def validation_images(config: PretrainConfig, train: Records, held_out: Records) -> int:
+def count_validation_images(config: PretrainConfig, train: RecordSequence, held_out: RecordSequence) -> int:
     """Views that one validation encodes: held-out batches, pairs, and both sides of the probe."""
-    if subjects(held_out) < 2:
+    if count_subjects(held_out) < 2:
         return 0
-    batches = HELD_OUT_BATCHES * min(config.batch_size, subjects(held_out)) * config.views.count
-    return batches + 2 * _pairs(config, held_out) + sum(_probed(config, train))
+    batches = HELD_OUT_BATCHES * min(config.batch_size, count_subjects(held_out)) * config.views.count
+    return batches + 2 * _count_pairs(config, held_out) + sum(_count_probe_images(config, train))
 
 
-def reference_images(train: Records, held_out: Records) -> int:
+def count_reference_images(train: RecordSequence, held_out: RecordSequence) -> int:
     """Images whose statistics are written for the guard."""
-    return sum(min(MOST_IMAGES, len(records)) for records in (train, held_out))
+    return sum(min(MAX_IMAGES, len(records)) for records in (train, held_out))
 
 
-def cached_bytes(config: PretrainConfig, each: float, train: Records, held_out: Records) -> int:
+def estimate_cached_bytes(
+    config: PretrainConfig, image_bytes: float, train: RecordSequence, held_out: RecordSequence
+) -> int:
     """Bytes of images that the training process keeps in RAM in the end.
 
     Args:
         config: the run.
-        each: bytes of an image.
+        image_bytes: bytes of an image.
         train: images to train on, which loading processes keep where there are any.
         held_out: images to measure on.
     """
-    drawn = 0 if config.workers else min(len(train), config.max_steps * config.batch_size)
-    found = _kept(drawn, each)
-    if subjects(held_out) > 1:
-        batches = HELD_OUT_BATCHES * min(config.batch_size, subjects(held_out))
-        gauged = (_pairs(config, held_out), *_probed(config, train))
-        found += _kept(min(len(held_out), batches), each)
-        found += sum(_kept(count, each, online_probe.CACHE_BYTES) for count in gauged)
-    return found
+    n_train = 0 if config.workers else min(len(train), config.max_steps * config.batch_size)
+    total = _cached(n_train, image_bytes)
+    if count_subjects(held_out) > 1:
+        batches = HELD_OUT_BATCHES * min(config.batch_size, count_subjects(held_out))
+        metric_images = (_count_pairs(config, held_out), *_count_probe_images(config, train))
+        total += _cached(min(len(held_out), batches), image_bytes)
+        total += sum(_cached(count, image_bytes, online_probe.CACHE_BYTES) for count in metric_images)
+    return total
 
 
-def worker_cached_bytes(config: PretrainConfig, each: float, train: Records) -> int:
-    """Bytes of training images that each loading process keeps in RAM in the end; see `cached_bytes`."""
+def estimate_worker_cached_bytes(config: PretrainConfig, image_bytes: float, train: RecordSequence) -> int:
+    """Bytes of training images that each loading process keeps in RAM in the end; see `estimate_cached_bytes`."""
     if not config.workers:
         return 0
-    return _kept(min(len(train), math.ceil(config.max_steps / config.workers) * config.batch_size), each)
+    return _cached(min(len(train), math.ceil(config.max_steps / config.workers) * config.batch_size), image_bytes)
 
 
-def _kept(count: int, each: float, most: int = CACHE_BYTES) -> int:
-    return min(most, int(count * each))
+def _cached(count: int, image_bytes: float, limit: int = CACHE_BYTES) -> int:
+    return min(limit, int(count * image_bytes))
 
 
-def _pairs(config: PretrainConfig, held_out: Records) -> int:
-    """Images of `medim.training.pretrain.online_probe.Pairs`."""
-    return min(PAIRS, max(FEWEST, 2 * config.batch_size), subjects(held_out))
+def _count_pairs(config: PretrainConfig, held_out: RecordSequence) -> int:
+    """Images of `medim.training.pretrain.online_probe.AlignmentMetric`."""
+    return min(MAX_PAIRS, max(MIN_CLASS_SUBJECTS, 2 * config.batch_size), count_subjects(held_out))
 
 
-def _probed(config: PretrainConfig, train: Records) -> tuple[int, int]:
+def _count_probe_images(config: PretrainConfig, train: RecordSequence) -> tuple[int, int]:
     """Images on the two sides of the online probe, if the draw of its subjects keeps the shares of the classes."""
     labels = {record.subject: record.label for record in train if record.label is not None}
-    if config.select_without_labels or names_of(labels.values()):  # blind, or several findings an image
+    if config.select_without_labels or finding_names(labels.values()):  # blind, or several findings an image
         return 0, 0
-    most = min(MOST, max(FEW, 4 * config.batch_size))
-    asked = min(most, len(labels) // 3)
-    neighbours = min(most, len(labels) - asked)
-    counts = [n for n in Counter(labels.values()).values() if n * asked >= FEWEST * len(labels)]
+    limit = min(MAX_SUBJECTS, max(MIN_SUBJECTS, 4 * config.batch_size))
+    n_queries = min(limit, len(labels) // 3)
+    n_support = min(limit, len(labels) - n_queries)
+    counts = [n for n in Counter(labels.values()).values() if n * n_queries >= MIN_CLASS_SUBJECTS * len(labels)]
     if len(counts) < 2:
         return 0, 0
     share = sum(counts) / len(labels)
-    return round(neighbours * share), round(asked * share)
+    return round(n_support * share), round(n_queries * share)

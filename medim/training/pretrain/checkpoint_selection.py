@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-By = Literal["probe", "held_out_loss", "last_step"]
+Criterion = Literal["probe", "held_out_loss", "last_step"]
 
 
-class Selection:
+class CheckpointSelection:
     """Keeps the weights of one measured step; part of each checkpoint, so that a resumed run chooses as it would have.
 
     A step whose summaries have collapsed or whose figures are no numbers is never kept. The best score is the highest
@@ -25,15 +25,15 @@ class Selection:
         figures: what was measured at the step that is kept.
     """
 
-    def __init__(self, by: By = "held_out_loss") -> None:
-        self._by = by
+    def __init__(self, criterion: Criterion = "held_out_loss") -> None:
+        self._criterion = criterion
         self.step = self.best_step = -1
         self.figures: dict[str, float] = {}
         self._best = -math.inf
         self._error = 0.0
         self._weights: dict[str, torch.Tensor] = {}
 
-    def consider(self, step: int, score: float, error: float, figures: Mapping[str, float], module: nn.Module) -> None:
+    def update(self, step: int, score: float, error: float, figures: Mapping[str, float], module: nn.Module) -> None:
         """Keep this step's weights if they are the best, or as good as the best and later.
 
         Args:
@@ -56,15 +56,15 @@ class Selection:
         if self.step not in (-1, last_step):
             module.load_state_dict(self._weights)
 
-    def told(self, last_step: int) -> dict[str, Any]:
-        """What `summary.json` and `encoder.json` say: `step`, `by`, `best_step`, `of_steps`, `why`, `figures`."""
-        by: By = self._by if self.step >= 0 else "last_step"
+    def summary(self, last_step: int) -> dict[str, Any]:
+        """Selection for `summary.json` and `encoder.json`: `step`, `by`, `best_step`, `of_steps`, `why`, `figures`."""
+        criterion: Criterion = self._criterion if self.step >= 0 else "last_step"
         return {
             "step": self.step if self.step >= 0 else last_step,
-            "by": by,
+            "by": criterion,
             "best_step": self.best_step if self.step >= 0 else None,
             "of_steps": last_step,
-            "why": _WHY[by],
+            "why": _REASONS[criterion],
             "figures": {name: value if math.isfinite(value) else None for name, value in self.figures.items()},
         }
 
@@ -85,7 +85,7 @@ class Selection:
         self._best, self._error, self._weights = state["best"], state["error"], state["weights"]
 
 
-_WHY: dict[By, str] = {
+_REASONS: dict[Criterion, str] = {
     "probe": "the latest measured step whose probe of labelled training subjects is within one standard error of the "
     "best",
     "held_out_loss": "no labels to probe with, or none wanted: the latest measured step without collapse whose "

@@ -15,11 +15,11 @@ from medim.config import PretrainConfig
 from medim.data.loading.augmentations import Augmentation
 from medim.files import write_bytes
 
-Row = tuple[int, str, float | None, float | None, float | None]
-VIEWS = 6
+HistoryRow = tuple[int, str, float | None, float | None, float | None]
+N_VIEWS = 6
 
 
-def draw(out: Path, config: PretrainConfig, rows: Sequence[Row]) -> list[Path]:
+def draw_training_figures(out: Path, config: PretrainConfig, rows: Sequence[HistoryRow]) -> list[Path]:
     """Draw into `figures/` of a run.
 
     Args:
@@ -32,49 +32,50 @@ def draw(out: Path, config: PretrainConfig, rows: Sequence[Row]) -> list[Path]:
     """
     folder = out / "figures"
     folder.mkdir(exist_ok=True)
-    drawn = {"losses.svg": _losses(rows), "rankme.svg": _rankme(rows), "views.png": _views(config)}
-    written = []
-    for name, figure in drawn.items():
+    figures = {"losses.svg": _plot_losses(rows), "rankme.svg": _plot_rankme(rows), "views.png": _plot_views(config)}
+    paths = []
+    for name, figure in figures.items():
         if figure is not None:
             content = io.BytesIO()
             figure.savefig(content, format=name.rpartition(".")[2], dpi=100)
             write_bytes(folder / name, content.getvalue())
-            written.append(folder / name)
-    return written
+            paths.append(folder / name)
+    return paths
 
 
-def _losses(rows: Sequence[Row]) -> Figure:
+def _plot_losses(rows: Sequence[HistoryRow]) -> Figure:
     """A panel a term: training losses, held-out ones, and the chance level."""
     names = list(dict.fromkeys(name for _, name, loss, chance, _ in rows if chance is not None or "/" not in name))
     names = [name for name in names if any(row[1] == name and row[2] is not None for row in rows)]
     figure = Figure(figsize=(6, 2.5 * max(1, len(names))), layout="constrained")
     for axes, name in zip(np.ravel(figure.subplots(max(1, len(names)), squeeze=False)), names, strict=False):
-        of = [row for row in rows if row[1] == name]
+        term_rows = [row for row in rows if row[1] == name]
         axes.plot(
-            *zip(*((step, loss) for step, _, loss, _, _ in of if loss is not None), strict=True), label="training"
+            *zip(*((step, loss) for step, _, loss, _, _ in term_rows if loss is not None), strict=True),
+            label="training",
         )
-        if held_out := [(step, value) for step, *_, value in of if value is not None]:
+        if held_out := [(step, value) for step, *_, value in term_rows if value is not None]:
             axes.plot(*zip(*held_out, strict=True), "o-", label="held out")
-        if (level := next((chance for *_, chance, _ in of if chance is not None), None)) is not None:
+        if (level := next((chance for *_, chance, _ in term_rows if chance is not None), None)) is not None:
             axes.axhline(level, color="grey", linestyle="--", label="chance")
         axes.set(title=name, xlabel="step", ylabel="loss")
         axes.legend()
     return figure
 
 
-def _rankme(rows: Sequence[Row]) -> Figure | None:
+def _plot_rankme(rows: Sequence[HistoryRow]) -> Figure | None:
     """The effective rank of the held-out summaries over the steps."""
-    found = [(step, value) for step, name, *_, value in rows if name == "rankme" and value is not None]
-    if not found:
+    points = [(step, value) for step, name, *_, value in rows if name == "rankme" and value is not None]
+    if not points:
         return None
     figure = Figure(figsize=(6, 2.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(*zip(*found, strict=True), "o-")
+    axes.plot(*zip(*points, strict=True), "o-")
     axes.set(title="RankMe of the held-out summaries", xlabel="step", ylabel="effective rank")
     return figure
 
 
-def _views(config: PretrainConfig) -> Figure:
+def _plot_views(config: PretrainConfig) -> Figure:
     """Views of a phantom, a ball in noise: a patient's image has no place on a tracking server."""
     views: Any = config.views
     shape = tuple(views.shape)
@@ -83,9 +84,9 @@ def _views(config: PretrainConfig) -> Figure:
     ball = (np.linalg.norm(grid - 0.2, axis=0) < 0.5) + 0.5 * (np.linalg.norm(grid, axis=0) < 0.9)
     image = torch.from_numpy((ball + noise).astype(np.float32))[None]
     augment = Augmentation(views.augmentations, spatial_dims=len(shape))
-    figure = Figure(figsize=(1.6 * VIEWS, 2.2), layout="constrained")
+    figure = Figure(figsize=(1.6 * N_VIEWS, 2.2), layout="constrained")
     figure.suptitle("Views of a phantom (synthetic), augmented as in this run; the first is not")
-    for n, axes in enumerate(np.ravel(figure.subplots(1, VIEWS))):
+    for n, axes in enumerate(np.ravel(figure.subplots(1, N_VIEWS))):
         view = (augment(image, n)[0] if n else image).numpy()[0]
         axes.imshow(view if view.ndim == 2 else view[shape[0] // 2], cmap="gray")
         axes.set_axis_off()

@@ -12,15 +12,15 @@ from torch.optim import Adam
 
 from medim.objectives import Term
 from medim.training.engine.gather import GatheredViews
-from medim.training.engine.gradient_cache import check_chunks
+from medim.training.engine.gradient_cache import check_chunk_support
 from medim.training.engine.gradients import gradient_norms
-from medim.training.engine.optim import optimiser
-from medim.training.engine.process_group import ALONE, Ranks
-from medim.training.engine.sampler import seed_of
-from medim.training.pretrain.step_encoder import StepEncode
+from medim.training.engine.optim import build_optimiser
+from medim.training.engine.process_group import SINGLE_PROCESS, ProcessGroup
+from medim.training.engine.sampler import derive_seed
+from medim.training.pretrain.step_encoder import StepEncoder
 from medim.types import Views
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+ViewBatch = tuple[torch.Tensor, torch.Tensor]
 
 
 class PretrainModule(pl.LightningModule):
@@ -33,10 +33,10 @@ class PretrainModule(pl.LightningModule):
         encoder: the encoder.
         decoder: shared by the objectives that decode, or None.
         objectives: name to (objective, weight).
-        optimisation: arguments of `medim.training.engine.optim.optimiser`, for encoder, critics and heads.
+        optimisation: arguments of `medim.training.engine.optim.build_optimiser`, for encoder, critics and heads.
         adversary_lr: Adam's rate for adversaries, with the betas of the DIM authors' code (0.5, 0.999).
         chunk: images that encoder and decoder take at a time; see `medim.training.engine.gradient_cache`.
-        compiled: run encoder and decoder through torch.compile.
+        compile_networks: run encoder and decoder through torch.compile.
         gradient_clip: largest gradient norm; 0 does not clip.
         seed: of the run; each step's randomness follows from it.
         ranks: the processes of the run. A training batch is this process's part of the global one, a held-out batch is
@@ -53,9 +53,9 @@ class PretrainModule(pl.LightningModule):
         gradient_clip: float,
         seed: int,
         adversary_lr: float = 1e-4,
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = SINGLE_PROCESS,
         chunk: int | None = None,
-        compiled: bool = False,
+        compile_networks: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -63,57 +63,68 @@ class PretrainModule(pl.LightningModule):
         self.decoder = decoder
         self.objectives = nn.ModuleDict({name: objective for name, (objective, _) in objectives.items()})
         self.weights = {name: weight for name, (_, weight) in objectives.items()}
-        self._adversarial: list[Any] = [o for o in self.objectives.values() if hasattr(o, "adversary_parameters")]
+        self._adversarial_objectives: list[Any] = [
+            o for o in self.objectives.values() if hasattr(o, "adversary_parameters")
+        ]
         self._optimisation = optimisation
         self._adversary_lr = adversary_lr
         self._clip = gradient_clip
         self._seed = seed
         self._ranks = ranks
-        self._norms: dict[str, torch.Tensor] = {}
-        check_chunks(chunk, encoder, decoder)
+        self._gradient_norms: dict[str, torch.Tensor] = {}
+        check_chunk_support(chunk, encoder, decoder)
         self._chunk = chunk
         parts = (encoder, decoder)  # a tuple, so that what torch.compile makes of them is registered no second time
-        self._run: Any = tuple(torch.compile(part) if compiled and part is not None else part for part in parts)
+        self._networks: Any = tuple(
+            torch.compile(part) if compile_networks and part is not None else part for part in parts
+        )
 
     def configure_optimizers(self) -> Any:
         """The run's optimiser for all but the adversaries, Adam for those."""
-        adversary = [p for objective in self._adversarial for p in objective.adversary_parameters()]
-        held = {id(p) for p in adversary}
-        trained = nn.ParameterList(p for p in self.parameters() if id(p) not in held)
-        main, schedule = optimiser([(trained, 1.0)], **self._optimisation)
+        adversary = [p for objective in self._adversarial_objectives for p in objective.adversary_parameters()]
+        adversary_ids = {id(p) for p in adversary}
+        main_parameters = nn.ParameterList(p for p in self.parameters() if id(p) not in adversary_ids)
+        main, schedule = build_optimiser([(main_parameters, 1.0)], **self._optimisation)
         optimisers = [main] + ([Adam(adversary, lr=self._adversary_lr, betas=(0.5, 0.999))] if adversary else [])
         return optimisers, [schedule]
 
-    def training_step(self, batch: Batch, step: int) -> dict[str, Any]:
+    def training_step(self, batch: ViewBatch, step: int) -> dict[str, Any]:
         """One step; returns the terms, and `gradient_norms` before clipping, for whoever watches."""
-        views, encode = self._views(batch, self.global_step, split=0)
+        views, encode = self._prepare_views(batch, self.global_step, split=0)
         optimisers = self.optimizers(use_pl_optimizer=True)
         main, *adversaries = optimisers if isinstance(optimisers, list) else [optimisers]
         if adversaries:
-            self._descend(sum(o.adversary_loss(encode, views) for o in self._adversarial), adversaries[0].optimizer)
-        terms = self._terms(encode, views)
-        self._descend(self.total(terms), main)
+            self._take_step(
+                sum(o.adversary_loss(encode, views) for o in self._adversarial_objectives), adversaries[0].optimizer
+            )
+        terms = self._compute_terms(encode, views)
+        self._take_step(self.total_loss(terms), main)
         schedule: Any = self.lr_schedulers()
         schedule.step()
-        return {**terms, "gradient_norms": self._norms}
+        return {**terms, "gradient_norms": self._gradient_norms}
 
-    def validation_step(self, batch: Batch, index: int) -> dict[str, Any]:
+    def validation_step(self, batch: ViewBatch, index: int) -> dict[str, Any]:
         """The `terms` on held-out images, and their `summary` (N, summary_channels)."""
-        views, encode = self._views(batch, index, split=1)
-        return {"terms": self._terms(encode, views), "summary": encode.clean.summary}
+        views, encode = self._prepare_views(batch, index, split=1)
+        return {"terms": self._compute_terms(encode, views), "summary": encode.clean.summary}
 
-    def total(self, terms: dict[str, Term]) -> torch.Tensor:
+    def total_loss(self, terms: dict[str, Term]) -> torch.Tensor:
         """The weighted sum of all terms; a term's name starts with its objective's."""
         return torch.stack([self.weights[name.partition("/")[0]] * term.loss for name, term in terms.items()]).sum()
 
-    def _terms(self, encode: StepEncode, views: Views) -> dict[str, Term]:
+    def _compute_terms(self, encode: StepEncoder, views: Views) -> dict[str, Term]:
         terms = {}
         for name, objective in self.objectives.items():
-            found = objective(encode, views)
-            terms.update({name if len(found) == 1 else f"{name}/{term}": value for term, value in found.items()})
+            objective_terms = objective(encode, views)
+            terms.update(
+                {
+                    name if len(objective_terms) == 1 else f"{name}/{term}": value
+                    for term, value in objective_terms.items()
+                }
+            )
         return terms
 
-    def _descend(self, loss: Any, optimiser: Any) -> None:
+    def _take_step(self, loss: Any, optimiser: Any) -> None:
         optimiser.zero_grad()
         self.manual_backward(loss)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
@@ -132,15 +143,17 @@ class PretrainModule(pl.LightningModule):
         self._clip_gradient(optimizer)
 
     def _clip_gradient(self, optimiser: Any) -> None:
-        held = [p for group in optimiser.param_groups for p in group["params"]]
-        self._norms = gradient_norms({"encoder": self.encoder, "decoder": self.decoder, **self.objectives}, held)
+        parameters = [p for group in optimiser.param_groups for p in group["params"]]
+        self._gradient_norms = gradient_norms(
+            {"encoder": self.encoder, "decoder": self.decoder, **self.objectives}, parameters
+        )
         if self._clip:
-            nn.utils.clip_grad_norm_(held, self._clip)
+            nn.utils.clip_grad_norm_(parameters, self._clip)
 
-    def _views(self, batch: Batch, step: int, split: int) -> tuple[Views, StepEncode]:
-        generator = torch.Generator().manual_seed(seed_of(self._seed, step, split, 2))
+    def _prepare_views(self, batch: ViewBatch, step: int, split: int) -> tuple[Views, StepEncoder]:
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, step, split, 2))
         views = Views(*batch)
         if self._ranks.count > 1 and split == 0:
             views = GatheredViews(views, self._ranks)
-        encoder, decoder = self._run
-        return views, StepEncode(encoder, decoder, views, generator, self._ranks, chunk=self._chunk)
+        encoder, decoder = self._networks
+        return views, StepEncoder(encoder, decoder, views, generator, self._ranks, chunk=self._chunk)

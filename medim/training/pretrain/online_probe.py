@@ -18,26 +18,26 @@ import torch
 from torch import nn
 
 from medim.config import PretrainConfig
-from medim.data.index.index import Record
+from medim.data.index.index import ImageRecord
 from medim.data.loading.cohort import Cohort
 from medim.data.loading.datasets import ViewDataset
-from medim.evaluation.probing.classifiers import PROTOCOLS
+from medim.evaluation.probing.classifiers import PROBES
 from medim.metrics.classification import classification_metrics
-from medim.metrics.ranking import auroc_error
-from medim.metrics.representation import alignment, extract, uniformity
-from medim.training.engine.sampler import seed_of
+from medim.metrics.ranking import auroc_standard_error
+from medim.metrics.representation import alignment, extract_features, uniformity
+from medim.training.engine.sampler import derive_seed
 from medim.types import Array
 
 log = logging.getLogger(__name__)
 PROTOCOL, METRIC = "knn", "auroc"
-FEW, MOST = 64, 256  # subjects on each side of the probe: as many as four batches hold, within these
-PAIRS = 64  # subjects whose two views are compared, at most; as many as two batches hold
-FEWEST = 5  # subjects of a class on each side
-BATCH = 16
+MIN_SUBJECTS, MAX_SUBJECTS = 64, 256  # subjects on each side of the probe: as many as four batches hold, within these
+MAX_PAIRS = 64  # subjects whose two views are compared, at most; as many as two batches hold
+MIN_CLASS_SUBJECTS = 5  # subjects of a class on each side
+PROBE_BATCH_SIZE = 16
 CACHE_BYTES = 1 << 28
 
 
-class Pairs:
+class AlignmentMetric:
     """Alignment and uniformity of two views of held-out images, cut and augmented as in training.
 
     Args:
@@ -47,13 +47,15 @@ class Pairs:
         seed: of the choice of images and of the views.
     """
 
-    def __init__(self, config: PretrainConfig, cohort: Cohort, records: Sequence[Record], *, seed: int) -> None:
-        chosen = _one_each(records, seed)[: min(PAIRS, max(FEWEST, 2 * config.batch_size))]
+    def __init__(self, config: PretrainConfig, cohort: Cohort, records: Sequence[ImageRecord], *, seed: int) -> None:
+        pair_records = _draw_one_per_subject(records, seed)[
+            : min(MAX_PAIRS, max(MIN_CLASS_SUBJECTS, 2 * config.batch_size))
+        ]
         views = config.views
         self._seed = seed
         self._images = ViewDataset(
             cohort.store,
-            cohort.store_keys(chosen),
+            cohort.store_keys(pair_records),
             shape=views.shape,
             count=2,
             same_place=views.same_place,
@@ -63,7 +65,7 @@ class Pairs:
 
     def __call__(self, encoder: nn.Module) -> dict[str, float]:
         """`alignment` and `uniformity`."""
-        summaries = _encode(encoder, self._images, self._seed)  # (2 N, d)
+        summaries = _encode_views(encoder, self._images, self._seed)  # (2 N, d)
         return {"alignment": alignment(summaries[::2], summaries[1::2]), "uniformity": uniformity(summaries[::2])}
 
 
@@ -73,8 +75,8 @@ class OnlineProbe:
     Args:
         config: the run.
         cohort: where the images lie.
-        neighbours: labelled images.
-        asked: labelled images of other subjects.
+        support: labelled images.
+        queries: labelled images of other subjects.
         seed: of the places where views are cut.
     """
 
@@ -82,34 +84,37 @@ class OnlineProbe:
         self,
         config: PretrainConfig,
         cohort: Cohort,
-        neighbours: Sequence[Record],
-        asked: Sequence[Record],
+        support: Sequence[ImageRecord],
+        queries: Sequence[ImageRecord],
         *,
         seed: int,
     ) -> None:
-        self.classes = sorted({str(record.label) for record in neighbours})
+        self.classes = sorted({str(record.label) for record in support})
         self._seed = seed
         self._sides = tuple(
             ViewDataset(cohort.store, cohort.store_keys(part), shape=config.views.shape, cache_bytes=CACHE_BYTES)
-            for part in (neighbours, asked)
+            for part in (support, queries)
         )
-        self._labels = tuple(np.array([self.classes.index(str(r.label)) for r in part]) for part in (neighbours, asked))
+        self._labels = tuple(np.array([self.classes.index(str(r.label)) for r in part]) for part in (support, queries))
 
     def __call__(self, encoder: nn.Module) -> dict[str, float]:
         """`probe` and `probe_error`, its standard error."""
-        x, rest = (_encode(encoder, side, self._seed) for side in self._sides)
-        if not (np.isfinite(x).all() and np.isfinite(rest).all()):
+        support_features, query_features = (_encode_views(encoder, side, self._seed) for side in self._sides)
+        if not (np.isfinite(support_features).all() and np.isfinite(query_features).all()):
             return {"probe": float("nan"), "probe_error": float("nan")}
-        answer = PROTOCOLS[PROTOCOL](x, self._labels[0], rest, seed=self._seed)
-        value = classification_metrics(answer.probabilities, self._labels[1])[METRIC]
+        prediction = PROBES[PROTOCOL](support_features, self._labels[0], query_features, seed=self._seed)
+        value = classification_metrics(prediction.probabilities, self._labels[1])[METRIC]
         assert value is not None  # open_probe saw two classes or more
         counts = np.bincount(self._labels[1], minlength=len(self.classes))
-        few = int(counts[counts > 0].min())
-        certain = min(value, 1 - 0.5 / few)  # a few cases without a mistake are no proof that there are none
-        return {"probe": value, "probe_error": auroc_error(certain, few, len(self._labels[1]) - few)}
+        n_rarest = int(counts[counts > 0].min())
+        bounded_value = min(value, 1 - 0.5 / n_rarest)  # a few cases without a mistake are no proof that there are none
+        return {
+            "probe": value,
+            "probe_error": auroc_standard_error(bounded_value, n_rarest, len(self._labels[1]) - n_rarest),
+        }
 
     @property
-    def labels(self) -> int:
+    def n_labels(self) -> int:
         """How many it knows."""
         return sum(map(len, self._labels))
 
@@ -125,7 +130,9 @@ class OnlineProbe:
         }
 
 
-def open_probe(config: PretrainConfig, cohort: Cohort, records: Sequence[Record], *, seed: int) -> OnlineProbe | None:
+def open_probe(
+    config: PretrainConfig, cohort: Cohort, records: Sequence[ImageRecord], *, seed: int
+) -> OnlineProbe | None:
     """The probe of a run; None where labels do not suffice.
 
     Of the labelled training subjects, one image each, a third is asked and the others are the neighbours, 64 to 256 a
@@ -140,34 +147,39 @@ def open_probe(config: PretrainConfig, cohort: Cohort, records: Sequence[Record]
     """
     if config.select_without_labels:
         return None
-    known = [] if cohort.index.findings else _one_each([r for r in records if r.label is not None], seed)
-    most = min(MOST, max(FEW, 4 * config.batch_size))
-    asked = known[: min(most, len(known) // 3)]
-    sides = known[len(asked) :][:most], asked
+    candidates = (
+        [] if cohort.index.findings else _draw_one_per_subject([r for r in records if r.label is not None], seed)
+    )
+    limit = min(MAX_SUBJECTS, max(MIN_SUBJECTS, 4 * config.batch_size))
+    queries = candidates[: min(limit, len(candidates) // 3)]
+    sides = candidates[len(queries) :][:limit], queries
     counts = [Counter(str(record.label) for record in side) for side in sides]
-    classes = {name for name in counts[0] if min(count[name] for count in counts) >= FEWEST}
+    classes = {name for name in counts[0] if min(count[name] for count in counts) >= MIN_CLASS_SUBJECTS}
     if len(classes) < 2:
-        if known:
-            log.info("probe: too few labelled subjects (%d of two classes on each side are needed), so none", FEWEST)
+        if candidates:
+            log.info(
+                "probe: too few labelled subjects (%d of two classes on each side are needed), so none",
+                MIN_CLASS_SUBJECTS,
+            )
         return None
-    left, asked = ([record for record in side if str(record.label) in classes] for side in sides)
-    return OnlineProbe(config, cohort, left, asked, seed=seed)
+    support, queries = ([record for record in side if str(record.label) in classes] for side in sides)
+    return OnlineProbe(config, cohort, support, queries, seed=seed)
 
 
-def _one_each(records: Sequence[Record], seed: int) -> list[Record]:
+def _draw_one_per_subject(records: Sequence[ImageRecord], seed: int) -> list[ImageRecord]:
     """One image of each subject, in an order that is drawn."""
-    order = np.random.default_rng(seed_of(seed, 3)).permutation(len(records))
-    first: dict[str, int] = {}
+    order = np.random.default_rng(derive_seed(seed, 3)).permutation(len(records))
+    first_places: dict[str, int] = {}
     for place in order:
-        first.setdefault(records[place].subject, int(place))
-    return [records[place] for place in first.values()]
+        first_places.setdefault(records[place].subject, int(place))
+    return [records[place] for place in first_places.values()]
 
 
-def _encode(encoder: nn.Module, images: ViewDataset, seed: int) -> Array:
+def _encode_views(encoder: nn.Module, images: ViewDataset, seed: int) -> Array:
     """Summaries (N V, d) of every image's views, the views of an image side by side."""
     count = len(images)
     batches = (
-        torch.cat([images[i, seed_of(seed, i, 4)][0] for i in range(start, min(start + BATCH, count))])
-        for start in range(0, count, BATCH)
+        torch.cat([images[i, derive_seed(seed, i, 4)][0] for i in range(start, min(start + PROBE_BATCH_SIZE, count))])
+        for start in range(0, count, PROBE_BATCH_SIZE)
     )
-    return extract(encoder, batches)
+    return extract_features(encoder, batches)

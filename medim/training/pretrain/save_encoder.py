@@ -9,8 +9,8 @@ from typing import Any
 from medim.config import Section
 from medim.data.preprocessing.steps import fixed_spacing
 from medim.files import write_text
-from medim.models.layers import in_mm
-from medim.models.serialization import save
+from medim.models.layers import convert_to_mm
+from medim.models.serialization import save_model
 from medim.training.pretrain.module import PretrainModule
 
 
@@ -24,34 +24,34 @@ def write_encoder(folder: Path, module: PretrainModule, spec: dict[str, Any], se
         sections: the configuration's objectives, in the module's order.
     """
     encoder: Any = module.encoder
-    fields = [encoder.receptive_field(level) for level in range(len(encoder.channels))]
+    receptive_fields = [encoder.receptive_field(level) for level in range(len(encoder.channels))]
     shapes = {
         "channels": list(encoder.channels),
         "strides": list(encoder.strides),
         "summary_channels": encoder.summary_channels,
-        "receptive_field_voxels": fields,
-        "receptive_field_mm": in_mm(fields, fixed_spacing(spec["preprocessing"])),
+        "receptive_field_voxels": receptive_fields,
+        "receptive_field_mm": convert_to_mm(receptive_fields, fixed_spacing(spec["preprocessing"])),
     }
-    save(folder, "encoder", encoder, {**spec, **shapes})
+    save_model(folder, "encoder", encoder, {**spec, **shapes})
     if module.decoder is not None:
-        save(folder, "decoder", module.decoder, {"kind": "decoder", "decoder": spec["decoder"]})
+        save_model(folder, "decoder", module.decoder, {"kind": "decoder", "decoder": spec["decoder"]})
     for section, objective in zip(sections, module.objectives.values(), strict=True):
         if hasattr(objective, "score_map"):
             options = {key: value for key, value in section.items() if key != "weight"}
-            save(folder, "critic", objective, {"kind": "critic", "objective": options})
+            save_model(folder, "critic", objective, {"kind": "critic", "objective": options})
             break
-    write_text(folder / "card.md", _card(spec))
+    write_text(folder / "card.md", _format_encoder_card(spec))
 
 
-def _card(spec: dict[str, Any]) -> str:
-    made, chosen = spec["provenance"], spec["selected"]
-    labels = f" ({chosen['labels']} labels)" if chosen["labels"] else ""
+def _format_encoder_card(spec: dict[str, Any]) -> str:
+    provenance, selection = spec["provenance"], spec["selected"]
+    labels = f" ({selection['labels']} labels)" if selection["labels"] else ""
     return (
-        f"# Encoder {spec['preset']}-{made['config_hash']}\n\n"
-        f"Pretrained by medim {made['medim']} without labels on {spec['modality']} images "
-        f"(index {made['index_hash'][:12]}, seed {made['seed']}).\n"
+        f"# Encoder {spec['preset']}-{provenance['config_hash']}\n\n"
+        f"Pretrained by medim {provenance['medim']} without labels on {spec['modality']} images "
+        f"(index {provenance['index_hash'][:12]}, seed {provenance['seed']}).\n"
         f"Input: {spec['spatial_dims']}D, {spec['in_channels']} channel(s), views of {spec['input_shape']} voxels "
         "after the steps in `encoder.json`.\n"
-        f"The weights are those of step {chosen['step']} of {chosen['of_steps']}: {chosen['why']}{labels}.\n\n"
+        f"The weights are those of step {selection['step']} of {selection['of_steps']}: {selection['why']}{labels}.\n\n"
         "Research use only; not for diagnosis. Data sources, population, consent: not reported.\n"
     )

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from medim.training.engine.gather import GatheredFeatures, GatheredViews
-from medim.training.engine.gradient_cache import in_chunks
-from medim.training.engine.process_group import ALONE, Ranks
+from medim.training.engine.gradient_cache import encode_in_chunks
+from medim.training.engine.process_group import SINGLE_PROCESS, ProcessGroup
 from medim.types import Features, UsageError, Views
 
 
-class StepEncode:
+class StepEncoder:
     """Encodes (and decodes) for one step; the clean features are computed once and shared by all objectives.
 
     Images and features are those of the global batch. In a run of several processes each computes a part, an equal run
@@ -34,7 +34,7 @@ class StepEncode:
         decoder: nn.Module | None,
         views: Views,
         generator: torch.Generator,
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = SINGLE_PROCESS,
         *,
         chunk: int | None = None,
     ) -> None:
@@ -51,11 +51,11 @@ class StepEncode:
         if not isinstance(self._views, GatheredViews):
             return self(self._views.image.flatten(0, 1))
         own = self._views.own.image.flatten(0, 1)
-        return self._gathered(self._local(own), len(own) * self._ranks.count)
+        return self._gather_features(self._encode_local(own), len(own) * self._ranks.count)
 
     def __call__(self, image: torch.Tensor) -> Features:
         """Encode (N, C, ...)."""
-        return self._gathered(self._local(self._ranks.share(image)), len(image))
+        return self._gather_features(self._encode_local(self._ranks.local_shard(image)), len(image))
 
     def decode(self, features: Features) -> torch.Tensor:
         """Decode features to one map (N, out_channels, ...) at the image's grid.
@@ -70,18 +70,21 @@ class StepEncode:
         elif isinstance(features, GatheredFeatures):
             own, count = features.own, features.count
         else:
-            share = self._ranks.share
-            own, count = Features(tuple(map(share, features.maps)), share(features.summary)), len(features.summary)
-        return self._whole(in_chunks(self._decoder, own, self._chunk).maps[0], count)
+            take_shard = self._ranks.local_shard
+            own, count = (
+                Features(tuple(map(take_shard, features.maps)), take_shard(features.summary)),
+                len(features.summary),
+            )
+        return self._gather_tensor(encode_in_chunks(self._decoder, own, self._chunk).maps[0], count)
 
-    def _local(self, image: torch.Tensor) -> Features:
+    def _encode_local(self, image: torch.Tensor) -> Features:
         """Encode images of this process: the one place where the encoder runs."""
-        return in_chunks(self._encoder, image, self._chunk)
+        return encode_in_chunks(self._encoder, image, self._chunk)
 
-    def _gathered(self, own: Features, count: int) -> Features:
+    def _gather_features(self, own: Features, count: int) -> Features:
         """Features of `count` images, of which this process has encoded its part."""
-        return own if self._ranks.count == 1 else GatheredFeatures(own, count, self._whole)
+        return own if self._ranks.count == 1 else GatheredFeatures(own, count, self._gather_tensor)
 
-    def _whole(self, part: torch.Tensor, count: int) -> torch.Tensor:
+    def _gather_tensor(self, part: torch.Tensor, count: int) -> torch.Tensor:
         """(count, ...), without what was repeated to make the parts equal; `part` itself in a run of one process."""
         return part if self._ranks.count == 1 else self._ranks.gather(part)[:count]

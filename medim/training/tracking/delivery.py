@@ -16,11 +16,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from medim.files import read_json
-from medim.training.tracking.outbox import Journal, Record
+from medim.training.tracking.outbox import Outbox, OutboxRecord
 from medim.version import __version__
 
 log = logging.getLogger(__name__)
-REFUSED = {
+REJECTION_CODES = {
     *("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"),
     *("PERMISSION_DENIED", "ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED", "FEATURE_DISABLED"),
 }
@@ -31,11 +31,11 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
 
 
-def deliver(journal: Journal, records: Sequence[Record]) -> None:
+def send(outbox: Outbox, records: Sequence[OutboxRecord]) -> None:
     """Send records in their order, and note each that arrives.
 
     Args:
-        journal: theirs.
+        outbox: theirs.
         records: of one key each, that says which kind: `run`, `params`, `metrics`, `tags`, `artifact`, `model`, `end`.
 
     Raises:
@@ -43,79 +43,81 @@ def deliver(journal: Journal, records: Sequence[Record]) -> None:
     """
     client = MlflowClient(tracking_uri=tracking_uri())
     numbers: list[Metric] = []
-    held = 0
+    n_pending = 0
 
-    def flush() -> None:
+    def flush_metrics() -> None:
         """Send the metrics that were held back, a thousand numbers a request, and note the arrival of their records."""
-        nonlocal numbers, held
-        with _unless_refused("metrics"):
-            for first in range(0, len(numbers), 1000):
-                client.log_batch(journal.state["run"], metrics=numbers[first : first + 1000])
-        journal.arrived(held)
-        numbers, held = [], 0
+        nonlocal numbers, n_pending
+        with _skip_rejected("metrics"):
+            for start in range(0, len(numbers), 1000):
+                client.log_batch(outbox.state["run"], metrics=numbers[start : start + 1000])
+        outbox.acknowledge(n_pending)
+        numbers, n_pending = [], 0
 
     for record in records:
         if "metrics" in record:
             numbers += [Metric(name, v, record["time"], record["step"]) for name, v in record["metrics"].items()]
-            held += 1
+            n_pending += 1
             continue
-        if held:
-            flush()
-        with nullcontext() if "run" in record else _unless_refused(next(iter(record))):
-            _deliver(client, journal, record)
-        journal.arrived(1)
-    if held:
-        flush()
+        if n_pending:
+            flush_metrics()
+        with nullcontext() if "run" in record else _skip_rejected(next(iter(record))):
+            _send_record(client, outbox, record)
+        outbox.acknowledge(1)
+    if n_pending:
+        flush_metrics()
 
 
 @contextmanager
-def _unless_refused(kind: str) -> Iterator[None]:
+def _skip_rejected(kind: str) -> Iterator[None]:
     """Tell what a server will never take, a file that is gone or a store without its library, and go on."""
     try:
         yield
     except (MlflowException, FileNotFoundError, ImportError) as error:
-        if isinstance(error, MlflowException) and error.error_code not in REFUSED:
+        if isinstance(error, MlflowException) and error.error_code not in REJECTION_CODES:
             raise
         log.warning("tracking: %s was refused and left out (%s)", kind, error)
 
 
-def _deliver(client: MlflowClient, journal: Journal, record: Record) -> None:
+def _send_record(client: MlflowClient, outbox: Outbox, record: OutboxRecord) -> None:
     """Send one record that is not of metrics."""
     if "run" in record:
-        journal.state["run"] = _run(client, journal.state.get("run"), **record["run"])
+        outbox.state["run"] = _resume_or_create_run(client, outbox.state.get("run"), **record["run"])
         return
-    run = journal.state["run"]
+    run = outbox.state["run"]
     if "params" in record:
         params = [Param(name, value) for name, value in record["params"].items()]
-        for first in range(0, len(params), 100):
-            client.log_batch(run, params=params[first : first + 100])
+        for start in range(0, len(params), 100):
+            client.log_batch(run, params=params[start : start + 100])
     elif "tags" in record:
         client.log_batch(run, tags=[RunTag(key, value) for key, value in record["tags"].items()])
     elif "artifact" in record:
-        client.log_artifact(run, str(journal.out / record["artifact"]), record["to"] or None)
+        client.log_artifact(run, str(outbox.out / record["artifact"]), record["to"] or None)
     elif "model" in record:
-        _register(client, run, journal.out, record["model"])
+        _register_encoder(client, run, outbox.out, record["model"])
     else:
         client.set_terminated(run, record["end"])
 
 
-def _run(client: MlflowClient, known: str | None, *, experiment: str, name: str, tags: Mapping[str, str]) -> str:
+def _resume_or_create_run(
+    client: MlflowClient, run_id: str | None, *, experiment: str, name: str, tags: Mapping[str, str]
+) -> str:
     """Take a run up, or make it where it is new or gone."""
-    if known:
+    if run_id:
         try:
-            client.update_run(known, status="RUNNING")
+            client.update_run(run_id, status="RUNNING")
         except MlflowException as error:
-            if error.error_code not in REFUSED:
+            if error.error_code not in REJECTION_CODES:
                 raise
         else:
-            client.log_batch(known, tags=[RunTag(key, value) for key, value in tags.items()])
-            return known
-    found = client.get_experiment_by_name(experiment)
-    number = found.experiment_id if found else client.create_experiment(experiment)
-    return str(client.create_run(number, run_name=name, tags=dict(tags)).info.run_id)
+            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+            return run_id
+    experiment_entry = client.get_experiment_by_name(experiment)
+    experiment_id = experiment_entry.experiment_id if experiment_entry else client.create_experiment(experiment)
+    return str(client.create_run(experiment_id, run_name=name, tags=dict(tags)).info.run_id)
 
 
-def _register(client: MlflowClient, run: str, out: Path, name: str) -> None:
+def _register_encoder(client: MlflowClient, run: str, out: Path, name: str) -> None:
     """Log an encoder as a model without a pickle, and register it as a new version of `name`.
 
     The model is safetensors and JSON; `medim.training.tracking.pyfunc` loads it. Its signature is explicit, and its
@@ -128,25 +130,25 @@ def _register(client: MlflowClient, run: str, out: Path, name: str) -> None:
 
     from medim.training.tracking import pyfunc
 
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "model"
+    with tempfile.TemporaryDirectory() as temporary_folder:
+        folder = Path(temporary_folder) / "model"
         (folder / "data").mkdir(parents=True)
         for part in ("encoder.safetensors", "encoder.json", "card.md"):
             shutil.copy(out / "encoder" / part, folder / "data" / part)
         spec = read_json(folder / "data" / "encoder.json")
         shape = (spec["in_channels"], *spec["input_shape"])
         example = np.random.default_rng(0).standard_normal((1, *shape)).astype(np.float32)
-        answer = pyfunc.load(folder / "data").predict(example)
-        np.savez_compressed(folder / "example.npz", input=example, output=answer)
-        single = np.dtype(np.float32)
+        output = pyfunc.load_encoder_pyfunc(folder / "data").predict(example)
+        np.savez_compressed(folder / "example.npz", input=example, output=output)
+        dtype = np.dtype(np.float32)
         signature = ModelSignature(
-            Schema([TensorSpec(single, (-1, *shape))]),
-            Schema([TensorSpec(single, (-1, *answer.shape[1:]))]),
+            Schema([TensorSpec(dtype, (-1, *shape))]),
+            Schema([TensorSpec(dtype, (-1, *output.shape[1:]))]),
         )
-        made = Model(artifact_path="encoder", run_id=run, signature=signature, metadata={"example": "example.npz"})
+        model = Model(artifact_path="encoder", run_id=run, signature=signature, metadata={"example": "example.npz"})
         (folder / "requirements.txt").write_text(f"medim[train]=={__version__}\n")
-        add_to_model(made, loader_module=pyfunc.__name__, data="data")  # type: ignore[no-untyped-call]
-        made.save(str(folder / "MLmodel"))
+        add_to_model(model, loader_module=pyfunc.__name__, data="data")  # type: ignore[no-untyped-call]
+        model.save(str(folder / "MLmodel"))
         client.log_artifacts(run, str(folder), "encoder")
     try:
         client.create_registered_model(name)

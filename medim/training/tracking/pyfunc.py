@@ -11,7 +11,7 @@ from medim.models.serialization import load_encoder
 from medim.types import Array
 
 
-class ServedEncoder:
+class EncoderPyfunc:
     """Gives the summary of images that went through the steps in `encoder.json`.
 
     Args:
@@ -28,11 +28,11 @@ class ServedEncoder:
         return np.asarray(summary.numpy(), dtype=np.float32)
 
 
-def load(folder: Path) -> ServedEncoder:
+def load_encoder_pyfunc(folder: Path) -> EncoderPyfunc:
     """The encoder of a folder."""
-    return ServedEncoder(folder)
+    return EncoderPyfunc(folder)
 
 
-def _load_pyfunc(path: str) -> ServedEncoder:
+def _load_pyfunc(path: str) -> EncoderPyfunc:
     """What MLflow calls."""
-    return load(Path(path))
+    return load_encoder_pyfunc(Path(path))

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-PREFIX = "system/"
+METRIC_PREFIX = "system/"
 
 
-class Machine:
+class SystemMetrics:
     """Measures processor, memory, disk and GPU memory.
 
     Args:
@@ -21,36 +21,38 @@ class Machine:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._before = _ticks()
+        self._previous_ticks = _read_cpu_ticks()
 
     def __call__(self) -> dict[str, float]:
         """Percentages and megabytes; the processor's since the last call. What a system does not tell is left out."""
         disk = shutil.disk_usage(self._folder)
-        found = {
+        metrics = {
             "disk_usage_percentage": 100 * disk.used / disk.total,
             "disk_available_megabytes": disk.free / 1e6,
             "process_peak_memory_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
             "load_average": os.getloadavg()[0],
         }
-        busy, total = _ticks()
-        if total > self._before[1]:
-            found["cpu_utilization_percentage"] = 100 * (busy - self._before[0]) / (total - self._before[1])
-        self._before = busy, total
-        if memory := _memory():
-            used = memory["MemTotal"] - memory["MemAvailable"]
-            found["system_memory_usage_megabytes"] = used / 1e6
-            found["system_memory_usage_percentage"] = 100 * used / memory["MemTotal"]
-        used_gpus = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        for gpu in range(torch.cuda.device_count() if used_gpus else 0):
+        busy, total = _read_cpu_ticks()
+        if total > self._previous_ticks[1]:
+            metrics["cpu_utilization_percentage"] = (
+                100 * (busy - self._previous_ticks[0]) / (total - self._previous_ticks[1])
+            )
+        self._previous_ticks = busy, total
+        if memory := _read_meminfo():
+            used_bytes = memory["MemTotal"] - memory["MemAvailable"]
+            metrics["system_memory_usage_megabytes"] = used_bytes / 1e6
+            metrics["system_memory_usage_percentage"] = 100 * used_bytes / memory["MemTotal"]
+        is_cuda_active = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        for gpu in range(torch.cuda.device_count() if is_cuda_active else 0):
             if not torch.cuda.memory_reserved(gpu):
                 continue  # not this run's: asking would open a context on it
-            free, whole = torch.cuda.mem_get_info(gpu)
-            found[f"gpu_{gpu}_memory_usage_megabytes"] = (whole - free) / 1e6
-            found[f"gpu_{gpu}_memory_usage_percentage"] = 100 * (whole - free) / whole
-        return {PREFIX + name: round(value, 1) for name, value in found.items()}
+            free, total_bytes = torch.cuda.mem_get_info(gpu)
+            metrics[f"gpu_{gpu}_memory_usage_megabytes"] = (total_bytes - free) / 1e6
+            metrics[f"gpu_{gpu}_memory_usage_percentage"] = 100 * (total_bytes - free) / total_bytes
+        return {METRIC_PREFIX + name: round(value, 1) for name, value in metrics.items()}
 
 
-def _ticks() -> tuple[int, int]:
+def _read_cpu_ticks() -> tuple[int, int]:
     """Busy and all ticks of the processors since the machine began; zeros where it does not say."""
     try:
         numbers = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
@@ -59,7 +61,7 @@ def _ticks() -> tuple[int, int]:
     return sum(numbers) - numbers[3] - numbers[4], sum(numbers)
 
 
-def _memory() -> dict[str, int]:
+def _read_meminfo() -> dict[str, int]:
     """Bytes by the kernel's names; empty where it does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

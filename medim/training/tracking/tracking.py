@@ -27,42 +27,42 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID
 
 from medim.config import RunConfig
-from medim.signals import current, saved_and_left
-from medim.training.tracking.delivery import deliver, tracking_uri
-from medim.training.tracking.outbox import RECORDS, STATE, Courier, Journal, Record
-from medim.training.tracking.system_metrics import Machine
+from medim.signals import current_request, exited_after_saving
+from medim.training.tracking.delivery import send, tracking_uri
+from medim.training.tracking.outbox import RECORDS, STATE, Outbox, OutboxRecord, OutboxSender
+from medim.training.tracking.system_metrics import SystemMetrics
 from medim.types import UserError
 from medim.version import __version__
 
 log = logging.getLogger(__name__)
-STUDIES = "medim-study"  # the experiment of all studies
+STUDY_EXPERIMENT = "medim-study"  # the experiment of all studies
 ANSWER_SECONDS = 10  # how long a tracking server may take to accept a connection
 PATIENCE_SECONDS = 60.0  # for a server that is away when a run has ended
-LEAVE_SECONDS = 5.0  # the same where the run was stopped or failed
-SETTINGS = {
+SHUTDOWN_TIMEOUT = 5.0  # the same where the run was stopped or failed
+MLFLOW_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds; the journal tries again
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # results alone are printed
 }
-LONGEST = 6000  # characters of a parameter that every server takes
+MAX_PARAMETER_LENGTH = 6000  # characters of a parameter that every server takes
 
 
-def check_target(resumed: Path | None = None) -> None:
+def check_target(resume_folder: Path | None = None) -> None:
     """Find out within seconds whether runs can be tracked; MLflow itself retries for minutes.
 
     Args:
-        resumed: folder of a run that is taken up: where it has been tracked, a server that is away is waited for.
+        resume_folder: folder of a run that is taken up: where it has been tracked, a server that is away is waited for.
 
     Raises:
         UserError: the server does not answer, the URI is of no kind that MLflow knows, or the working folder is
             read-only.
     """
     uri = tracking_uri()
-    place = urlsplit(uri)
+    uri_parts = urlsplit(uri)
     try:
-        if place.scheme in {"http", "https"}:
-            port = place.port or (443 if place.scheme == "https" else 80)
-            socket.create_connection((place.hostname or "", port), timeout=ANSWER_SECONDS).close()
+        if uri_parts.scheme in {"http", "https"}:
+            port = uri_parts.port or (443 if uri_parts.scheme == "https" else 80)
+            socket.create_connection((uri_parts.hostname or "", port), timeout=ANSWER_SECONDS).close()
         elif not os.environ.get("MLFLOW_TRACKING_URI") and not os.access(Path.cwd(), os.W_OK):
             raise UserError(
                 f"{Path.cwd()}: expected a folder where mlflow.db can be written, got a read-only one. "
@@ -72,14 +72,14 @@ def check_target(resumed: Path | None = None) -> None:
             _make_database(uri)
             MlflowClient(tracking_uri=uri)
     except (OSError, ValueError, MlflowException) as error:
-        shown = urlunsplit(place._replace(netloc=place.netloc.rpartition("@")[2]))
-        if resumed and (resumed / STATE).is_file():
+        public_uri = urlunsplit(uri_parts._replace(netloc=uri_parts.netloc.rpartition("@")[2]))
+        if resume_folder and (resume_folder / STATE).is_file():
             log.warning(
-                "MLFLOW_TRACKING_URI=%s does not answer (%s); the records are kept and sent later", shown, error
+                "MLFLOW_TRACKING_URI=%s does not answer (%s); the records are kept and sent later", public_uri, error
             )
             return
         raise UserError(
-            f"MLFLOW_TRACKING_URI={shown}: expected an MLflow target that answers, got: {error}. "
+            f"MLFLOW_TRACKING_URI={public_uri}: expected an MLflow target that answers, got: {error}. "
             "Start the server, correct the address, or unset the variable for a local file."
         ) from error
 
@@ -89,28 +89,28 @@ def _make_database(uri: str) -> None:
 
     MLflow itself makes it table by table: of two runs that start at once in a new folder, one then fails.
     """
-    scheme, _, place = uri.partition(":///")
-    path = Path(place)
-    if scheme != "sqlite" or not place or path.exists():
+    scheme, _, location = uri.partition(":///")
+    path = Path(location)
+    if scheme != "sqlite" or not location or path.exists():
         return
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as beside:
-        made = Path(beside, path.name)
-        MlflowClient(tracking_uri=f"sqlite:///{made.resolve()}")
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary_folder:
+        database = Path(temporary_folder, path.name)
+        MlflowClient(tracking_uri=f"sqlite:///{database.resolve()}")
         with suppress(OSError):  # another run was first, or no hard links here: MLflow makes it
-            os.link(made, path)
+            os.link(database, path)
 
 
 class Tracker(Logger):
     """Writes what a run says of itself into its journal.
 
     Args:
-        journal: of the run.
+        outbox: of the run.
     """
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, outbox: Outbox) -> None:
         super().__init__()
-        self._journal = journal
-        self._machine = Machine(journal.out)
+        self._outbox = outbox
+        self._system_metrics = SystemMetrics(outbox.out)
 
     @property
     def name(self) -> str:
@@ -120,45 +120,45 @@ class Tracker(Logger):
     @property
     def version(self) -> str:
         """MLflow's id of the run; empty until it has one."""
-        return str(self._journal.state.get("run", ""))
+        return str(self._outbox.state.get("run", ""))
 
-    def add(self, record: Record) -> None:
-        """Write a record of any kind down; see `deliver`."""
-        self._journal.add(record)
+    def add(self, record: OutboxRecord) -> None:
+        """Write a record of any kind down; see `send`."""
+        self._outbox.add(record)
 
     def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
         """Log a nested mapping as flat parameters, keys joined by a slash."""
-        flat = {key: str(value)[:LONGEST] for key, value in _flat(params)}
+        flat = {key: str(value)[:MAX_PARAMETER_LENGTH] for key, value in _flatten_parameters(params)}
         self.add({"params": flat})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log numbers of a step; what a run did a second time after a resume is left out."""
-        at = step or 0
-        new = {
+        record_step = step or 0
+        new_metrics = {
             name: float(value)
             for name, value in metrics.items()
-            if step is None or at > self._journal.last.get(name, -1)
+            if step is None or record_step > self._outbox.last.get(name, -1)
         }
-        if new:
-            self.add({"metrics": new, "step": at, "time": int(time.time() * 1000)})
+        if new_metrics:
+            self.add({"metrics": new_metrics, "step": record_step, "time": int(time.time() * 1000)})
 
-    def measure(self) -> Record:
+    def measure(self) -> OutboxRecord:
         """A record of how busy the machine is."""
-        found = self._machine()
-        at = 1 + max(self._journal.last.get(name, -1) for name in found)
-        return {"metrics": found, "step": at, "time": int(time.time() * 1000)}
+        metrics = self._system_metrics()
+        record_step = 1 + max(self._outbox.last.get(name, -1) for name in metrics)
+        return {"metrics": metrics, "step": record_step, "time": int(time.time() * 1000)}
 
 
-def _flat(content: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten_parameters(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in content.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{before}{key}/")
+            yield from _flatten_parameters(value, f"{prefix}{key}/")
         else:
-            yield f"{before}{key}", value
+            yield f"{prefix}{key}", value
 
 
 @contextmanager
-def track(
+def track_run(
     command: str, config: RunConfig, out: Path, *, seed: int, index_hash: str, parent: str | None = None
 ) -> Iterator[Tracker]:
     """Open an MLflow run of experiment `medim-<command>`, or take up that of `out`, and close it by how it ended.
@@ -176,9 +176,9 @@ def track(
     """
     tags = {MLFLOW_PARENT_RUN_ID: parent} if parent else {}
     parameters = {**config.model_dump(mode="json"), "seed": seed, "config_hash": config.hash, "index_hash": index_hash}
-    run = {"experiment": STUDIES if parent else f"medim-{command}", "name": f"{config.name}-{config.hash}"}
-    patience = LEAVE_SECONDS if parent else PATIENCE_SECONDS  # a study sends at its end what its cells could not
-    with _open(Journal(out), run, tags, parameters, patience) as tracker:
+    run = {"experiment": STUDY_EXPERIMENT if parent else f"medim-{command}", "name": f"{config.name}-{config.hash}"}
+    patience = SHUTDOWN_TIMEOUT if parent else PATIENCE_SECONDS  # a study sends at its end what its cells could not
+    with _open_run(Outbox(out), run, tags, parameters, patience) as tracker:
         yield tracker
 
 
@@ -196,76 +196,76 @@ def track_study(out: Path, parameters: Mapping[str, Any]) -> Iterator[Tracker]:
     Raises:
         Exception: of any kind, where a new run could not be made.
     """
-    journal = Journal(out)
-    known = "run" in journal.state
-    run = {"experiment": STUDIES, "name": out.resolve().name}
-    with _open(journal, run, {}, parameters, PATIENCE_SECONDS, now=not known) as tracker:
+    outbox = Outbox(out)
+    has_run = "run" in outbox.state
+    run = {"experiment": STUDY_EXPERIMENT, "name": out.resolve().name}
+    with _open_run(outbox, run, {}, parameters, PATIENCE_SECONDS, send_now=not has_run) as tracker:
         yield tracker
     for cell in sorted(path.parent for path in out.glob(f"*/**/{RECORDS}")):
         try:
-            send_left(cell)
-        except Exception:  # as in `Courier`
-            with closing(Journal(cell)) as kept:
-                _told(len(kept.waiting()), cell)
+            sync_pending(cell)
+        except Exception:  # as in `OutboxSender`
+            with closing(Outbox(cell)) as cell_outbox:
+                _warn_unsent(len(cell_outbox.pending()), cell)
 
 
 @contextmanager
-def _open(
-    journal: Journal,
+def _open_run(
+    outbox: Outbox,
     run: Mapping[str, str],
     tags: Mapping[str, str],
     parameters: Mapping[str, Any],
     patience: float,
     *,
-    now: bool = False,
+    send_now: bool = False,
 ) -> Iterator[Tracker]:
     """Open a run, or take up the journal's, send what is added from a thread, and close it by how it ended."""
-    _be_brief()
-    tracker = Tracker(journal)
-    tracker.add({"run": {**run, "tags": {"medim.version": __version__, **_commit(), **tags}}})
+    _set_short_timeouts()
+    tracker = Tracker(outbox)
+    tracker.add({"run": {**run, "tags": {"medim.version": __version__, **_read_git_commit(), **tags}}})
     tracker.log_hyperparams(parameters)
-    if now:
-        deliver(journal, journal.waiting())
-    courier = Courier(journal, deliver, measure=tracker.measure)
-    courier.start()
+    if send_now:
+        send(outbox, outbox.pending())
+    sender = OutboxSender(outbox, send, measure=tracker.measure)
+    sender.start()
     try:
         yield tracker
     except BaseException as error:
-        killed = current().asked or saved_and_left(error)
-        tracker.add({"end": "KILLED" if killed else "FAILED"})
-        _told(courier.finish(LEAVE_SECONDS), journal.out)
+        is_killed = current_request().signal_name or exited_after_saving(error)
+        tracker.add({"end": "KILLED" if is_killed else "FAILED"})
+        _warn_unsent(sender.finish(SHUTDOWN_TIMEOUT), outbox.out)
         raise
     tracker.add({"end": "FINISHED"})
-    _told(courier.finish(patience), journal.out)
+    _warn_unsent(sender.finish(patience), outbox.out)
 
 
-def _told(left: int, out: Path) -> None:
-    if left:
+def _warn_unsent(n_unsent: int, out: Path) -> None:
+    if n_unsent:
         log.warning(
             "tracking: %d records did not reach the server and are kept in %s. `--resume` sends them first; for a run "
             "that has ended: python -m medim.training.tracking.tracking %s",
-            *(left, out, out),
+            *(n_unsent, out, out),
         )
 
 
 @functools.cache
-def _commit() -> dict[str, str]:
+def _read_git_commit() -> dict[str, str]:
     """The commit that medim runs from, where it is a clone."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return {}
     git = ["git", "-C", str(root)]
     try:
-        found = [
-            subprocess.run([*git, *asked], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-            for asked in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        outputs = [
+            subprocess.run([*git, *arguments], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         ]
     except (OSError, subprocess.SubprocessError):
         return {}
-    return {MLFLOW_GIT_COMMIT: found[0], "medim.git.changed": str(bool(found[1])).lower()}
+    return {MLFLOW_GIT_COMMIT: outputs[0], "medim.git.changed": str(bool(outputs[1])).lower()}
 
 
-def tag(logger: Any, name: str, value: str) -> None:
+def set_tag(logger: Any, name: str, value: str) -> None:
     """Set a tag of a run that is going on; nothing where the logger is not a run's."""
     if isinstance(logger, Tracker):
         logger.add({"tags": {name: value}})
@@ -280,8 +280,8 @@ def log_results(tracker: Tracker, metrics: dict[str, Any], files: Sequence[Path]
     }
     tracker.log_metrics(numbers)
     for file in files:
-        to = file.parent.name if file.parent.name == "figures" else ""
-        tracker.add({"artifact": f"{to}/{file.name}".lstrip("/"), "to": to})
+        target = file.parent.name if file.parent.name == "figures" else ""
+        tracker.add({"artifact": f"{target}/{file.name}".lstrip("/"), "to": target})
 
 
 def log_encoder(tracker: Tracker, name: str) -> None:
@@ -295,7 +295,7 @@ def log_encoder(tracker: Tracker, name: str) -> None:
         tracker.add({"model": f"medim-{name}"})
 
 
-def send_left(out: Path) -> int:
+def sync_pending(out: Path) -> int:
     """Send what a run could not.
 
     Args:
@@ -304,34 +304,34 @@ def send_left(out: Path) -> int:
     Returns:
         How many records were sent.
     """
-    sent = 0
-    with closing(Journal(out)) as journal:
-        while records := journal.waiting(200):
-            deliver(journal, records)
-            sent += len(records)
-    return sent
+    n_sent = 0
+    with closing(Outbox(out)) as outbox:
+        while records := outbox.pending(200):
+            send(outbox, records)
+            n_sent += len(records)
+    return n_sent
 
 
-def _be_brief() -> None:
+def _set_short_timeouts() -> None:
     """Let MLflow try a request once and for seconds, unless the user has set it otherwise."""
-    for name, value in SETTINGS.items():
+    for name, value in MLFLOW_SETTINGS.items():
         os.environ.setdefault(name, value)
 
 
 def main(folders: Sequence[str]) -> int:
     """Send what runs could not, and say of each what became of it; the exit code."""
-    _be_brief()
-    failed = not folders
+    _set_short_timeouts()
+    has_failure = not folders
     for folder in folders or ["python -m medim.training.tracking.tracking RUN ..."]:
         if not (Path(folder) / RECORDS).is_file():
             print(f"{folder}: expected a run's folder with {RECORDS}; nothing waits here.")
             continue
         try:
-            print(f"{folder}: {send_left(Path(folder))} records sent")
-        except Exception as error:  # as in `Courier`
-            failed = True
+            print(f"{folder}: {sync_pending(Path(folder))} records sent")
+        except Exception as error:  # as in `OutboxSender`
+            has_failure = True
             print(f"{folder}: the server does not take records ({error}); they are kept.")
-    return int(failed)
+    return int(has_failure)
 
 
 if __name__ == "__main__":

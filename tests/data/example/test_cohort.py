@@ -13,8 +13,8 @@ import pytest
 from scipy import ndimage
 
 from medim.data.example import brain
-from medim.data.example.cohort import Format, make_example, plan, simulate
-from medim.files import read_json, sha256
+from medim.data.example.cohort import ExampleFormat, make_example, plan_cohort, simulate_scans
+from medim.files import file_sha256, read_json
 from medim.types import Array, UsageError, UserError
 
 nibabel: Any = pytest.importorskip("nibabel")
@@ -24,7 +24,7 @@ pytest.importorskip(
 )
 
 SUBJECTS, SPACING = 4, 4.0
-BOTH: tuple[Format, ...] = ("nifti", "dicom")
+BOTH: tuple[ExampleFormat, ...] = ("nifti", "dicom")
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +35,12 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def template() -> brain.Template:
+def template() -> brain.BrainTemplate:
     return brain.load_template(SPACING)
 
 
 @pytest.fixture(scope="module")
-def anatomies(template: brain.Template) -> dict[bool, list[Array]]:
+def anatomies(template: brain.BrainTemplate) -> dict[bool, list[Array]]:
     return {
         enlarged: [brain.draw_anatomy(template, np.random.default_rng(i), enlarged=enlarged) for i in range(4)]
         for enlarged in (False, True)
@@ -48,7 +48,7 @@ def anatomies(template: brain.Template) -> dict[bool, list[Array]]:
 
 
 def files(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {str(path.relative_to(folder)): file_sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def nifti(cohort: Path, name: str, kind: str = "imagesTr") -> tuple[Array, Array]:
@@ -93,7 +93,7 @@ def test_the_same_seed_gives_the_same_bytes_in_another_process(cohort: Path, tmp
 
 
 def test_another_seed_gives_other_subjects(cohort: Path) -> None:
-    scan = next(simulate(1, spacing=SPACING, seed=1))
+    scan = next(simulate_scans(1, spacing=SPACING, seed=1))
     image, _ = nifti(cohort, "EX-001_1")
     assert scan.image.shape == image.shape
     assert not np.array_equal(scan.tissue, nifti(cohort, "EX-001_1", "labelsTr")[0])
@@ -101,15 +101,15 @@ def test_another_seed_gives_other_subjects(cohort: Path) -> None:
 
 
 def test_a_smaller_cohort_is_the_beginning_of_a_larger_one(cohort: Path) -> None:
-    scan = next(simulate(1, spacing=SPACING))
+    scan = next(simulate_scans(1, spacing=SPACING))
     np.testing.assert_array_equal(scan.image, nifti(cohort, "EX-001_1")[0])
-    assert plan(7, seed=3) == plan(24, seed=3)[:7]
+    assert plan_cohort(7, seed=3) == plan_cohort(24, seed=3)[:7]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("subjects", [1, 4, 24, 25])
 def test_classes_are_balanced_and_a_third_has_two_scans(subjects: int, seed: int) -> None:
-    people = plan(subjects, seed=seed)
+    people = plan_cohort(subjects, seed=seed)
     assert len(people) == subjects
     assert abs(2 * sum(enlarged for enlarged, _ in people) - subjects) <= 1
     assert abs(sum(sessions == 2 for _, sessions in people) - subjects / 3) < 1
@@ -117,7 +117,7 @@ def test_classes_are_balanced_and_a_third_has_two_scans(subjects: int, seed: int
 
 
 def test_the_msd_layout_lists_every_scan_with_its_label_subject_and_class(cohort: Path) -> None:
-    expected = [f"EX-{i:03d}_{s}" for i, (_, n) in enumerate(plan(SUBJECTS, seed=0), 1) for s in range(1, n + 1)]
+    expected = [f"EX-{i:03d}_{s}" for i, (_, n) in enumerate(plan_cohort(SUBJECTS, seed=0), 1) for s in range(1, n + 1)]
     assert names(cohort) == expected
     content = read_json(cohort / "nifti" / "dataset.json")
     assert content["labels"] == {"0": "background", "1": "grey", "2": "white", "3": "other"}
@@ -128,7 +128,7 @@ def test_the_msd_layout_lists_every_scan_with_its_label_subject_and_class(cohort
     for folder, suffix in (("nifti", ".nii.gz"), ("dicom", "")):
         assert table(cohort / folder / "subjects.csv") == {n + suffix: n.split("_")[0] for n in expected}
         classes = table(cohort / folder / "labels.csv")
-        enlarged = {f"EX-{i:03d}" for i, (enlarged, _) in enumerate(plan(SUBJECTS, seed=0), 1) if enlarged}
+        enlarged = {f"EX-{i:03d}" for i, (enlarged, _) in enumerate(plan_cohort(SUBJECTS, seed=0), 1) if enlarged}
         assert classes == {n + suffix: "enlarged" if n.split("_")[0] in enlarged else "normal" for n in expected}
 
 
@@ -146,11 +146,13 @@ def test_images_are_positive_and_tissues_lie_on_their_grid(cohort: Path) -> None
         assert means == sorted(means), "a T1-weighted brain: background < CSF < grey < white"
 
 
-def test_scans_overlay_the_template_to_within_the_deformation(cohort: Path, template: brain.Template) -> None:
+def test_scans_overlay_the_template_to_within_the_deformation(cohort: Path, template: brain.BrainTemplate) -> None:
     for name in names(cohort):
         tissue, affine = nifti(cohort, name, "labelsTr")
-        grid = brain.Grid((affine[0, 3], affine[1, 3], affine[2, 3]), SPACING, tissue.shape)
-        mean = brain.label_map(brain.deform(template, np.zeros((3, *brain.CONTROL.shape), np.float32), grid))
+        grid = brain.VoxelGrid((affine[0, 3], affine[1, 3], affine[2, 3]), SPACING, tissue.shape)
+        mean = brain.label_tissues(
+            brain.deform_template(template, np.zeros((3, *brain.CONTROL_GRID.shape), np.float32), grid)
+        )
         assert dice(tissue > 0, mean > 0) > 0.9
         assert dice(tissue[::-1] > 0, np.roll(mean, 10, 1) > 0) < 0.85  # the measure would notice a wrong origin
 
@@ -178,31 +180,31 @@ def test_enlarged_subjects_have_larger_ventricles_in_the_labels(cohort: Path) ->
     assert min(volumes["enlarged"]) > 1.2 * max(volumes["normal"])
 
 
-def test_enlarged_ventricles_are_a_local_expansion(template: brain.Template) -> None:
-    grid = brain.Grid.covering(margin=0.0, spacing=2.0)
-    inward = brain.exponential(-2 * template.expansion)
-    shown = brain.deform(template, inward, grid)[2] > 0.5
-    normal = brain.deform(template, np.zeros_like(inward), grid)[2] > 0.5
-    ventricles = brain._lateral_ventricles(shown.astype(np.float32), grid)
-    assert ventricles.sum() > 1.5 * brain._lateral_ventricles(normal.astype(np.float32), grid).sum()
+def test_enlarged_ventricles_are_a_local_expansion(template: brain.BrainTemplate) -> None:
+    grid = brain.VoxelGrid.around_brain(margin=0.0, spacing=2.0)
+    inward = brain.integrate_velocity(-2 * template.expansion)
+    shown = brain.deform_template(template, inward, grid)[2] > 0.5
+    normal = brain.deform_template(template, np.zeros_like(inward), grid)[2] > 0.5
+    ventricles = brain._segment_ventricles(shown.astype(np.float32), grid)
+    assert ventricles.sum() > 1.5 * brain._segment_ventricles(normal.astype(np.float32), grid).sum()
     far = ndimage.distance_transform_edt(~ventricles) * grid.spacing > 15
-    local = brain.jacobian(inward, grid)
+    local = brain.compute_jacobian(inward, grid)
     assert local[ventricles].mean() < 0.75
     np.testing.assert_allclose(local[far], 1, atol=0.03)
 
 
 def test_deformations_are_of_a_few_millimetres_and_fold_nowhere(anatomies: dict[bool, list[Array]]) -> None:
-    grid = brain.Grid.covering(margin=0.0, spacing=2.0)
+    grid = brain.VoxelGrid.around_brain(margin=0.0, spacing=2.0)
     for displacement in (d for group in anatomies.values() for d in group):
         length = np.linalg.norm(displacement, axis=0)
         assert 2 < length.mean() < 10
         assert length.max() < 20
-        assert brain.jacobian(displacement, grid).min() > 0.05
+        assert brain.compute_jacobian(displacement, grid).min() > 0.05
 
 
 def test_the_exponential_of_a_linear_velocity_is_the_known_one() -> None:
-    points = brain.CONTROL.points()
-    displacement = brain.exponential(np.float32(0.1) * points)
+    points = brain.CONTROL_GRID.voxel_centres()
+    displacement = brain.integrate_velocity(np.float32(0.1) * points)
     inner = np.abs(points).max(0) < 60  # what flows in from outside the grid is not known there
     np.testing.assert_allclose(displacement[:, inner], (np.expm1(0.1) * points)[:, inner], atol=0.05)
 
@@ -282,7 +284,7 @@ def test_an_interrupted_run_leaves_no_cohort(tmp_path: Path) -> None:
 
 
 def seed_with(subjects: int, *, scans: int) -> int:
-    return next(seed for seed in range(100) if sum(n for _, n in plan(subjects, seed=seed)) == scans)
+    return next(seed for seed in range(100) if sum(n for _, n in plan_cohort(subjects, seed=seed)) == scans)
 
 
 def test_a_folder_that_holds_something_is_refused_and_kept(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from medim.data.index.index import Index, build_index
-from medim.data.loading.splits import split
-from medim.data.loading.store import Store, fill
+from medim.data.loading.splits import assign_splits
+from medim.data.loading.store import Store, fill_store
 from medim.types import UserError
 from tests.data.synthetic import noise, write_decathlon, write_nifti
 
@@ -122,8 +122,8 @@ def test_volumes_of_one_file_share_its_mask_and_subject_and_have_names(tmp_path:
     index.write(tmp_path / "index")
     again = Index.read(tmp_path / "index")
     assert again.open(again.records[2]).shape == again.open_mask(again.records[2]).shape == (4, 5, 6)
-    assert len(set(split(index, seed=0).values())) == 2
-    keys, refused = fill(Store(tmp_path / "store"), again, again.records, [{"op": "ras"}])
+    assert len(set(assign_splits(index, seed=0).values())) == 2
+    keys, refused = fill_store(Store(tmp_path / "store"), again, again.records, [{"op": "ras"}])
     assert (len(set(keys.values())), refused) == (6, ())
 
 

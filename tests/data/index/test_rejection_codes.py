@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from medim.data.index.rejection_codes import QUALITY, REASONS
+from medim.data.index.rejection_codes import QUALITY_CODES, REJECTION_REASONS
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 PAGE = (REPOSITORY / "docs" / "reference" / "rejections.md").read_text()
-CODES = [*REASONS.items(), *QUALITY.items()]
+CODES = [*REJECTION_REASONS.items(), *QUALITY_CODES.items()]
 
 
 def texts(node: ast.expr | None) -> list[str]:
@@ -55,19 +55,21 @@ def rows(width: int) -> dict[str, list[str]]:
 
 
 def test_the_code_base_gives_the_codes_of_the_table_and_no_others() -> None:
-    sources = {path: path.read_text() for path in (REPOSITORY / "medim").rglob("*.py") if path.name != "rejection_codes.py"}
-    assert {code for source in sources.values() for code in given(ast.parse(source))} <= set(REASONS)
-    assert [code for code in REASONS if not any(f'"{code}"' in source for source in sources.values())] == []
+    sources = {
+        path: path.read_text() for path in (REPOSITORY / "medim").rglob("*.py") if path.name != "rejection_codes.py"
+    }
+    assert {code for source in sources.values() for code in given(ast.parse(source))} <= set(REJECTION_REASONS)
+    assert [code for code in REJECTION_REASONS if not any(f'"{code}"' in source for source in sources.values())] == []
 
 
 def test_every_quality_of_the_table_is_given_by_a_reader() -> None:
     sources = "".join(path.read_text() for path in (REPOSITORY / "medim" / "data" / "readers").rglob("*.py"))
-    assert [code for code in QUALITY if f'"{code}"' not in sources] == []
+    assert [code for code in QUALITY_CODES if f'"{code}"' not in sources] == []
 
 
 def test_the_page_has_the_tables_as_they_are() -> None:
-    assert {code: cells[0] for code, cells in rows(4).items()} == REASONS
-    assert {code: cells[0] for code, cells in rows(3).items()} == QUALITY
+    assert {code: cells[0] for code, cells in rows(4).items()} == REJECTION_REASONS
+    assert {code: cells[0] for code, cells in rows(3).items()} == QUALITY_CODES
 
 
 @pytest.mark.parametrize("code", [code for code, _ in CODES])

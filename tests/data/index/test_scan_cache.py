@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from medim.data.index.index import build_index
-from medim.data.index.scan_cache import Looks, look_at
+from medim.data.index.scan_cache import FileScanner, inspect_file
 from medim.data.readers import DICOM
-from medim.data.readers.inspection import Found, Sight
+from medim.data.readers.inspection import FileInspection, ImageInfo
 from medim.data.readers.nifti import NiftiReader
 from medim.files import cache_folder
 from tests.data.synthetic import dataset, noise, save, write_archive, write_nifti, write_series
@@ -30,7 +30,7 @@ def test_a_second_look_opens_no_file_and_says_the_same(tmp_path: Path) -> None:
     (source / "cut.nii").write_bytes(write_nifti(tmp_path / "whole.nii").read_bytes()[:-9])
     first = build_index(source, "mri")
     second = build_index(source, "mri")
-    assert (first.opened, second.opened) == (7, 0)
+    assert (first.n_inspected, second.n_inspected) == (7, 0)
     assert second == first
     assert second.hash == first.hash
 
@@ -44,7 +44,7 @@ def test_only_what_changed_is_opened(tmp_path: Path) -> None:
     write_nifti(source / "d.nii.gz")
     (source / "c.nii.gz").unlink()
     again = build_index(source, "mri")
-    assert again.opened == 2
+    assert again.n_inspected == 2
     assert {record.image: record.shape[0] for record in again.records} == {"a": 4, "b": 7, "d": 4}
 
 
@@ -52,7 +52,7 @@ def test_another_time_is_a_change(tmp_path: Path) -> None:
     path = write_nifti(tmp_path / "s" / "a.nii")
     build_index(path.parent, "mri")
     os.utime(path, ns=(1, 1))
-    assert build_index(path.parent, "mri").opened == 1
+    assert build_index(path.parent, "mri").n_inspected == 1
 
 
 def test_a_memory_that_is_damaged_or_not_wanted_is_done_without(
@@ -60,11 +60,11 @@ def test_a_memory_that_is_damaged_or_not_wanted_is_done_without(
 ) -> None:
     source = write_nifti(tmp_path / "s" / "a.nii").parent
     build_index(source, "mri")
-    assert build_index(source, "mri", remember=False).opened == 1
+    assert build_index(source, "mri", remember=False).n_inspected == 1
     for file in (cache_folder() / "looks").iterdir():
         file.write_bytes(b"no database" * 1000)
     index = build_index(source, "mri")
-    assert (len(index.records), index.opened) == (1, 1)
+    assert (len(index.records), index.n_inspected) == (1, 1)
     assert "cannot be remembered" in caplog.text
 
 
@@ -87,16 +87,16 @@ def test_processes_see_what_one_process_sees(tmp_path: Path) -> None:
     assert len(alone.records) == 2
 
 
-def killed(path: Path) -> Sight:
+def killed(path: Path) -> FileInspection:
     """A look that a decoder brings down, with all of its process."""
     if path.name == "7":
         os._exit(9)
-    return Sight(found=(Found(shape=(1, 1), affine=np.eye(4)),))
+    return FileInspection(found=(ImageInfo(shape=(1, 1), affine=np.eye(4)),))
 
 
 def test_a_file_that_kills_its_process_is_refused_and_no_other(tmp_path: Path) -> None:
     paths = [tmp_path / str(number) for number in range(70)]
-    sights = Looks(jobs=2)(killed, paths)
+    sights = FileScanner(jobs=2)(killed, paths)
     assert [sight.refused[0].reason for sight in sights if sight.refused] == ["worker-died"]
     assert sights[7].refused[0].path == paths[7]
     assert all(sight.found[0].files == (path,) for sight, path in zip(sights, paths, strict=True) if sight.found)
@@ -108,16 +108,16 @@ def test_a_file_that_grows_while_it_is_looked_at_is_looked_at_again(
     path, whole = tmp_path / "s" / "a.nii", write_nifti(tmp_path / "whole.nii").read_bytes()
     path.parent.mkdir()
     path.write_bytes(whole[:-100])
-    seen = NiftiReader.look
+    seen = NiftiReader.inspect
 
-    def look(reader: NiftiReader, path: Path) -> Sight:
+    def look(reader: NiftiReader, path: Path) -> FileInspection:
         try:
             return seen(reader, path)
         finally:
             path.write_bytes(whole)  # the copy ends
 
-    monkeypatch.setattr(NiftiReader, "look", look)
-    assert [len(Looks(tmp_path)(NiftiReader().look, [path])[0].found) for _ in range(2)] == [0, 1]
+    monkeypatch.setattr(NiftiReader, "inspect", look)
+    assert [len(FileScanner(tmp_path)(NiftiReader().inspect, [path])[0].found) for _ in range(2)] == [0, 1]
 
 
 def test_what_may_pass_without_the_file_changing_is_not_remembered(
@@ -125,18 +125,18 @@ def test_what_may_pass_without_the_file_changing_is_not_remembered(
 ) -> None:
     path = write_nifti(tmp_path / "a.nii")
     with monkeypatch.context() as patch:
-        patch.setattr(NiftiReader, "look", lambda reader, path: broken(path))
-        assert Looks(tmp_path)(NiftiReader().look, [path])[0].refused[0].reason == "reader-failed"
-    assert Looks(tmp_path)(NiftiReader().look, [path])[0].found
+        patch.setattr(NiftiReader, "inspect", lambda reader, path: broken(path))
+        assert FileScanner(tmp_path)(NiftiReader().inspect, [path])[0].refused[0].reason == "reader-failed"
+    assert FileScanner(tmp_path)(NiftiReader().inspect, [path])[0].found
 
 
-def broken(path: Path) -> Sight:
+def broken(path: Path) -> FileInspection:
     """A look with a mistake in it."""
     raise RuntimeError("Avasarala")
 
 
 def test_a_reader_that_fails_refuses_the_file_alone(tmp_path: Path) -> None:
-    (refused,) = look_at(broken, tmp_path / "a").refused
+    (refused,) = inspect_file(broken, tmp_path / "a").refused
     assert refused.reason == "reader-failed"
     assert "Avasarala" not in refused.detail
 
@@ -147,13 +147,13 @@ def test_a_sight_comes_back_as_it_was_kept(name: str, tmp_path: Path) -> None:
     if name == "b.npz":
         from medim.data.readers.raster import NumpyReader
 
-        look = NumpyReader().look
+        look = NumpyReader().inspect
         write_archive(path)
     else:
-        look = NiftiReader().look if "nii" in name else DICOM.look
+        look = NiftiReader().inspect if "nii" in name else DICOM.inspect
         write_nifti(path) if "nii" in name else save(dataset(noise(4, 6)), path)
-    seen = look_at(look, path)
-    kept, recalled = (Looks(tmp_path)(look, [path])[0] for _ in range(2))
+    seen = inspect_file(look, path)
+    kept, recalled = (FileScanner(tmp_path)(look, [path])[0] for _ in range(2))
     for found, expected in zip(recalled.found, seen.found, strict=True):
         np.testing.assert_array_equal(found.affine, expected.affine)
     flat = [

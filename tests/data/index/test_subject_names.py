@@ -1,6 +1,6 @@
 import pytest
 
-from medim.data.index.subject_names import subjects_by_names
+from medim.data.index.subject_names import infer_subjects
 
 CASES = {
     "each file": {"a": "a", "x/b": "b", "y/c": "c"},
@@ -26,5 +26,5 @@ CASES = {
 
 @pytest.mark.parametrize("subjects", CASES.values(), ids=CASES)
 def test_the_level_of_the_path_that_is_the_subjects_is_found(subjects: dict[str, str]) -> None:
-    found = subjects_by_names(tuple(path.split("/")) for path in subjects)
+    found = infer_subjects(tuple(path.split("/")) for path in subjects)
     assert {"/".join(path): subject for path, subject in found.items()} == subjects

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from medim.data.index.index import Index, build_index
-from medim.data.index.scan_cache import look_at
-from medim.data.index.walk import survey, walk
+from medim.data.index.scan_cache import inspect_file
+from medim.data.index.walk import list_files, list_readable_files
 from medim.data.readers import ReadError, read_volume
 from medim.data.readers.nifti import NiftiReader
 from medim.types import UserError
@@ -43,7 +43,7 @@ def test_what_may_not_be_opened_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(os, "scandir", refusing)  # root, who runs the tests in a container, may open all
     monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in path.name and access(path, mode))
-    files, strays = survey([tmp_path])
+    files, strays = list_files([tmp_path])
     assert files == [tmp_path / "a.nii"]
     assert {stray.path.name: stray.reason for stray in strays} == {"closed": "unreadable", "locked.nii": "unreadable"}
 
@@ -51,7 +51,7 @@ def test_what_may_not_be_opened_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_file_that_vanishes_is_refused(tmp_path: Path) -> None:
     path = write_nifti(tmp_path / "a.nii")
     path.unlink()
-    assert [refused.reason for refused in look_at(NiftiReader().look, path).refused] == ["unreadable"]
+    assert [refused.reason for refused in inspect_file(NiftiReader().inspect, path).refused] == ["unreadable"]
 
 
 def test_a_tree_deeper_than_pythons_stack_is_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def test_a_tree_deeper_than_pythons_stack_is_walked(tmp_path: Path, monkeypatch:
         os.chdir("d")
     Path("end").touch()
     try:
-        assert [path.name for path in walk([tmp_path])] == ["end"]
+        assert [path.name for path in list_readable_files([tmp_path])] == ["end"]
     finally:  # pytest itself could not remove it
         Path("end").unlink()
         for _ in range(1100):
@@ -110,7 +110,7 @@ def test_a_folder_met_twice_is_walked_by_its_first_name(tmp_path: Path, monkeypa
                 yield sorted(entries, key=lambda entry: entry.name, reverse=backwards)
 
         monkeypatch.setattr(os, "scandir", ordered)
-        found.append(walk([tmp_path]))
+        found.append(list_readable_files([tmp_path]))
     assert found == [[tmp_path / "a" / "x.nii"]] * 2
 
 

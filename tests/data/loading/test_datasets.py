@@ -49,7 +49,7 @@ class TestViews:
     def test_a_view_is_the_images_box_at_its_location(self, store: Store) -> None:
         data = ViewDataset(store, THREE, shape=(6, 6, 6), count=2)
         for i in range(2):
-            whole = store.volume(THREE[i]).array
+            whole = store.load_volume(THREE[i]).array
             for seed in range(10):
                 image, location = data[i, seed]
                 assert (image.shape, image.dtype) == ((2, 1, 6, 6, 6), torch.float32)
@@ -105,11 +105,11 @@ class TestViews:
 
     def test_what_fits_is_read_once_and_the_rest_in_boxes(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
         boxes: list[object] = []
-        read = Store.image
+        read = Store.read_image
         monkeypatch.setattr(
-            Store, "image", lambda self, key, box=None: boxes.append((key, box)) or read(self, key, box)
+            Store, "read_image", lambda self, key, box=None: boxes.append((key, box)) or read(self, key, box)
         )
-        data = ViewDataset(store, THREE, shape=(4, 4, 3), cache_bytes=store.entry("3d0").nbytes + 100)
+        data = ViewDataset(store, THREE, shape=(4, 4, 3), cache_bytes=store.get_entry("3d0").nbytes + 100)
         for seed in range(3):
             for i in range(2):
                 data[i, seed]
@@ -164,7 +164,7 @@ class TestLabelled:
             image, got = data[i, 7]
             assert (image.shape, image.dtype) == ((1, 28, 28), torch.float32)
             assert (got.shape, got.dtype, got.item()) == ((), torch.int64, target)
-            np.testing.assert_array_equal(image, store.volume(TWO[i]).array)
+            np.testing.assert_array_equal(image, store.load_volume(TWO[i]).array)
 
     def test_a_mask_is_cut_at_the_place_of_its_image(self, store: Store) -> None:
         data = LabelledDataset(store, THREE, shape=(8, 8, 8))

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom.uid import generate_uid
 
-from medim.data.index.index import Index, Record, build_index
-from medim.data.loading.splits import budget, on_both_sides, read_splits, split, write_splits
+from medim.data.index.index import ImageRecord, Index, build_index
+from medim.data.loading.splits import assign_splits, count_overlap, read_splits, select_label_budget, write_splits
 from medim.types import Split, UsageError, UserError
 from tests.data.synthetic import noise, write_archive, write_nifti, write_series
 
 
-def record(number: int, subject: str, *, label: str | None = "a", split: str | None = None) -> Record:
-    return Record(
+def record(number: int, subject: str, *, label: str | None = "a", split: str | None = None) -> ImageRecord:
+    return ImageRecord(
         image=f"i{number:04}",
         path=f"i{number:04}.png",
         subject=subject,
@@ -37,12 +37,12 @@ def record(number: int, subject: str, *, label: str | None = "a", split: str | N
     )
 
 
-def records_of(sizes: list[int], labels: str = "ab") -> tuple[Record, ...]:
+def records_of(sizes: list[int], labels: str = "ab") -> tuple[ImageRecord, ...]:
     subjects = [s for s, size in enumerate(sizes) for _ in range(size)]
     return tuple(record(n, f"s{s}", label=labels[s % len(labels)]) for n, s in enumerate(subjects))
 
 
-def index_of(records: tuple[Record, ...]) -> Index:
+def index_of(records: tuple[ImageRecord, ...]) -> Index:
     return Index(root=Path("nowhere"), modality="xray", records=records)
 
 
@@ -56,8 +56,8 @@ class TestSplit:
         self, sizes: list[int], seed: int, fraction: float
     ) -> None:
         index = index_of(records_of(sizes))
-        got = split(index, seed=seed, val_fraction=fraction)
-        assert got == split(index, seed=seed, val_fraction=fraction)
+        got = assign_splits(index, seed=seed, val_fraction=fraction)
+        assert got == assign_splits(index, seed=seed, val_fraction=fraction)
         assert set(got) == {r.image for r in index.records}
         sides: dict[str, set[str]] = {}
         for r in index.records:
@@ -72,30 +72,30 @@ class TestSplit:
         here = records_of(sizes)
         names = {f"s{n}": f"other-{hash((n, 'salt')) % 10**9}-{n}" for n in range(len(sizes))}
         there = tuple(replace(r, subject=names[r.subject]) for r in here)
-        assert split(index_of(here), seed=seed) == split(index_of(there), seed=seed)
-        chosen = budget(here, labelled=5, seed=seed), budget(there, labelled=5, seed=seed)
+        assert assign_splits(index_of(here), seed=seed) == assign_splits(index_of(there), seed=seed)
+        chosen = select_label_budget(here, labelled=5, seed=seed), select_label_budget(there, labelled=5, seed=seed)
         assert [r.image for r in chosen[0]] == [r.image for r in chosen[1]]
 
     def test_another_seed_gives_another_split(self) -> None:
         index = index_of(records_of([1] * 50))
-        assert split(index, seed=0) != split(index, seed=1)
+        assert assign_splits(index, seed=0) != assign_splits(index, seed=1)
 
     def test_the_sources_own_split_is_kept_and_draws_in_its_subjects_open_images(self) -> None:
         own = tuple(record(n, f"s{n}", split=("train", "val", "test")[n % 3]) for n in range(9))
         follow = record(9, "s2", split=None)
-        got = split(index_of((*own, follow)))
+        got = assign_splits(index_of((*own, follow)))
         assert [got[r.image] for r in own] == [r.split for r in own]
         assert got[follow.image] == "test"
 
     def test_both_splits_hold_the_classes_in_proportion(self) -> None:
         records = tuple(record(n, f"s{n}", label="rare" if n % 10 == 0 else "common") for n in range(200))
-        got = split(index_of(records))
+        got = assign_splits(index_of(records))
         assert Counter(r.label for r in records if got[r.image] == "val") == {"common": 36, "rare": 4}
 
     def test_many_rare_classes_keep_no_common_one_out_of_validation_and_a_single_subject_is_learnt_from(self) -> None:
         kinds = ["normal"] * 40 + [f"rare {n // 3}" for n in range(60)] + ["single"]
         records = tuple(record(n, f"s{n}", label=label) for n, label in enumerate(kinds))
-        got = split(index_of(records))
+        got = assign_splits(index_of(records))
         held_out = Counter(r.label for r in records if got[r.image] == "val")
         assert held_out["normal"] == 7
         assert held_out["single"] == 0
@@ -103,16 +103,16 @@ class TestSplit:
 
     def test_a_subject_on_two_sides_of_the_sources_split_is_refused(self) -> None:
         with pytest.raises(UserError, match="belongs to one split"):
-            split(index_of((record(0, "s", split="train"), record(1, "s", split="val"))))
+            assign_splits(index_of((record(0, "s", split="train"), record(1, "s", split="val"))))
 
     def test_a_split_of_another_name_is_refused(self) -> None:
         with pytest.raises(UserError, match="train, val or test"):
-            split(index_of((record(0, "s", split="holdout"),)))
+            assign_splits(index_of((record(0, "s", split="holdout"),)))
 
     @pytest.mark.parametrize("fraction", [-0.1, 1.0])
     def test_a_fraction_out_of_range_is_wrong_usage(self, fraction: float) -> None:
         with pytest.raises(UsageError):
-            split(index_of(()), val_fraction=fraction)
+            assign_splits(index_of(()), val_fraction=fraction)
 
 
 class TestBudget:
@@ -122,9 +122,12 @@ class TestBudget:
         self, sizes: list[int], seed: int, few: int, more: int
     ) -> None:
         records = records_of(sizes)
-        small, large = budget(records, labelled=few, seed=seed), budget(records, labelled=few + more, seed=seed)
+        small, large = (
+            select_label_budget(records, labelled=few, seed=seed),
+            select_label_budget(records, labelled=few + more, seed=seed),
+        )
         assert set(small) <= set(large)
-        assert small == budget(records, labelled=few, seed=seed)
+        assert small == select_label_budget(records, labelled=few, seed=seed)
         whole = Counter(r.subject for r in records)
         assert all(count == whole[subject] for subject, count in Counter(r.subject for r in small).items())
         assert list(small) == [r for r in records if r in set(small)]
@@ -137,44 +140,44 @@ class TestBudget:
         self, sizes: list[int], seed: int, target: int
     ) -> None:
         records = records_of([*sizes, *[1] * 40])
-        assert len(budget(records, labelled=target, seed=seed)) == target
+        assert len(select_label_budget(records, labelled=target, seed=seed)) == target
 
     def test_any_count_is_met_exactly_with_one_image_a_subject(self) -> None:
         records = records_of([1] * 64)
-        assert [len(budget(records, labelled=n)) for n in range(1, 65)] == list(range(1, 65))
+        assert [len(select_label_budget(records, labelled=n)) for n in range(1, 65)] == list(range(1, 65))
 
     def test_one_percent_holds_both_classes(self) -> None:
         records = tuple(record(n, f"s{n}", label="normal" if n % 4 == 0 else "pneumonia") for n in range(4698))
         for seed in range(5):
-            got = Counter(r.label for r in budget(records, fraction=0.01, seed=seed))
+            got = Counter(r.label for r in select_label_budget(records, fraction=0.01, seed=seed))
             assert sum(got.values()) == 47
             assert got["normal"] == pytest.approx(47 / 4, abs=1)
-            assert {r.label for r in budget(records, labelled=2, seed=seed)} == {"normal", "pneumonia"}
+            assert {r.label for r in select_label_budget(records, labelled=2, seed=seed)} == {"normal", "pneumonia"}
 
     def test_a_fraction_counts_labelled_images(self) -> None:
         records = records_of([1] * 50) + tuple(record(100 + n, f"u{n}", label=None) for n in range(50))
-        assert len(budget(records, fraction=0.1)) == 5
-        assert all(r.label is not None for r in budget(records))
-        assert len(budget(records)) == 50
+        assert len(select_label_budget(records, fraction=0.1)) == 5
+        assert all(r.label is not None for r in select_label_budget(records))
+        assert len(select_label_budget(records)) == 50
 
     def test_more_than_there_are_gives_all(self) -> None:
         records = records_of([2, 3, 1])
-        assert budget(records, labelled=99) == records
+        assert select_label_budget(records, labelled=99) == records
 
     def test_numbers_as_labels_are_not_taken_for_classes(self) -> None:
         records = tuple(record(n, f"s{n}", label=str(n / 7)) for n in range(30))
-        assert len(budget(records, labelled=10)) == 10
+        assert len(select_label_budget(records, labelled=10)) == 10
 
     @pytest.mark.parametrize(
         "options", [{"labelled": 0}, {"fraction": 0.0}, {"fraction": 1.5}, {"labelled": 3, "fraction": 0.5}]
     )
     def test_a_count_out_of_range_is_wrong_usage(self, options: dict[str, float]) -> None:
         with pytest.raises(UsageError):
-            budget(records_of([1, 1]), **options)  # type: ignore[arg-type]
+            select_label_budget(records_of([1, 1]), **options)  # type: ignore[arg-type]
 
     def test_no_labels_at_all_is_an_error_that_says_what_to_give(self) -> None:
         with pytest.raises(UserError, match="--labels"):
-            budget((record(0, "s", label=None),), labelled=1)
+            select_label_budget((record(0, "s", label=None),), labelled=1)
 
 
 class TestSharedImages:
@@ -185,8 +188,8 @@ class TestSharedImages:
     ) -> None:
         index = index_of(records_of(sizes))
         prints = {r.image: str(n) for r, n in zip(index.records, shared, strict=False)}
-        before, after = split(index, seed=seed), split(index, seed=seed, prints=prints)
-        assert on_both_sides(index, after, prints, strict=True) == {"images": 0, "subjects": 0}
+        before, after = assign_splits(index, seed=seed), assign_splits(index, seed=seed, fingerprints=prints)
+        assert count_overlap(index, after, prints, strict=True) == {"images": 0, "subjects": 0}
         subjects = {r.image: r.subject for r in index.records}
         assert all(len({after[i] for i in after if subjects[i] == s}) == 1 for s in subjects.values())
         moved = {subjects[image] for image in after if before[image] != after[image]}
@@ -199,7 +202,7 @@ class TestSharedImages:
         prints = {"i0000": "a", "i0001": "b", "i0002": "c", "i0003": "a", "i0004": "b", "i0005": "c"}
         index = index_of((*own, *(record(n, f"open{n}") for n in (3, 4, 5))))
         for seed in range(3):
-            got = split(index, seed=seed, prints=prints)
+            got = assign_splits(index, seed=seed, fingerprints=prints)
             assert [got[f"i000{n}"] for n in range(6)] == ["train", "val", "test"] * 2
 
     def test_what_the_sources_own_splits_share_is_counted_and_refused_when_strict(
@@ -208,12 +211,12 @@ class TestSharedImages:
         sides = ("train", "train", "val", "val", "test")
         index = index_of(tuple(record(n, f"s{n}", split=side) for n, side in enumerate(sides)))
         prints = {"i0000": "a", "i0001": "", "i0002": "a", "i0003": "", "i0004": "a"}
-        splits = split(index, prints=prints)
+        splits = assign_splits(index, fingerprints=prints)
         assert list(splits.values()) == list(sides)
-        assert on_both_sides(index, splits, prints) == {"images": 2, "subjects": 2}
+        assert count_overlap(index, splits, prints) == {"images": 2, "subjects": 2}
         assert "2 held-out images" in caplog.text
         with pytest.raises(UserError, match=r"2 held-out images.*--strict expected none"):
-            on_both_sides(index, splits, prints, strict=True)
+            count_overlap(index, splits, prints, strict=True)
 
 
 class TestStored:
@@ -223,16 +226,19 @@ class TestStored:
         self, sizes: list[int], seed: int, tmp_path_factory: pytest.TempPathFactory
     ) -> None:
         index, path = index_of(records_of(sizes)), tmp_path_factory.mktemp("run") / "split.csv"
-        splits = split(index)
+        splits = assign_splits(index)
         train = [r for r in index.records if splits[r.image] == "train"]
-        write_splits(path, index, splits, train, seed=seed, used=train[:1])
+        write_splits(path, index, splits, train, seed=seed, labelled_records=train[:1])
         assert read_splits(path) == splits
         rows = list(csv.DictReader(path.open()))
         assert [row["image"] for row in rows if row["used"] == "yes"] == [r.image for r in train[:1]]
         assert all((row["budget"] == "") == (row["split"] != "train") for row in rows)
         for labelled in (1, 3, 7):
-            chosen = budget(train, labelled=labelled, seed=seed) if train else ()
-            last = max((int(row["budget"]) for row in rows if row["image"] in {r.image for r in chosen}), default=0)
+            chosen = select_label_budget(train, labelled=labelled, seed=seed) if train else ()
+            last = max(
+                (int(row["budget"]) for row in rows if row["image"] in {r.image for r in chosen}),
+                default=0,
+            )
             assert {row["image"] for row in rows if row["budget"] and int(row["budget"]) <= last} == {
                 r.image for r in chosen
             }

@@ -11,18 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medim.data.fingerprints import fingerprint
-from medim.data.index.index import Index, Record
-from medim.data.loading.store import SCHEMA_VERSION, Store, default_folder, fill
-from medim.data.preprocessing.quality import measure
-from medim.data.preprocessing.steps import onto, preprocess
+from medim.data.fingerprints import compute_fingerprint
+from medim.data.index.index import ImageRecord, Index
+from medim.data.loading.store import SCHEMA_VERSION, Store, fill_store, locate_default_store
+from medim.data.preprocessing.quality import measure_quality
+from medim.data.preprocessing.steps import preprocess, resample_mask
 from medim.types import Array, Step, UsageError, UserError, Volume
 
 STEPS: list[Step] = [{"op": "clip_percentiles"}, {"op": "normalise"}]
 
 
-def record(name: str, shape: tuple[int, ...], *, mask: bool = False) -> Record:
-    return Record(
+def record(name: str, shape: tuple[int, ...], *, mask: bool = False) -> ImageRecord:
+    return ImageRecord(
         image=name,
         path=f"{name}.npy",
         subject=f"s-{name}",
@@ -45,18 +45,18 @@ def record(name: str, shape: tuple[int, ...], *, mask: bool = False) -> Record:
 class FakeIndex(Index):
     """Reads `.npy` arrays where the real one reads medical formats; a file named `kill` ends its process."""
 
-    def open(self, record: Record) -> Volume:
+    def open(self, record: ImageRecord) -> Volume:
         if record.image == "kill":
             os._exit(9)
         if record.image == "odd":
             raise ZeroDivisionError(f"{self.root}: secret")
         return self._volume(self.root / record.path, np.float32)
 
-    def open_mask(self, record: Record) -> Volume:
+    def open_mask(self, record: ImageRecord) -> Volume:
         assert record.mask is not None
         return self._volume(self.root / record.mask, np.uint8)
 
-    def fingerprint(self, record: Record) -> str:
+    def fingerprint(self, record: ImageRecord) -> str:
         status = (self.root / record.path).stat()
         return f"{record.path} {status.st_size} {status.st_mtime_ns}"
 
@@ -94,23 +94,23 @@ class TestContent:
         for one in index.records:
             key = store.add(index, one, STEPS)
             expected = preprocess(index.open(one), STEPS)
-            got = store.volume(key)
+            got = store.load_volume(key)
             assert np.abs(got.array - expected.array).max() <= expected.array.std() / 200
             assert got.array.dtype == np.float32
             np.testing.assert_array_equal(got.affine, expected.affine)
             np.testing.assert_array_equal(got.native_affine, expected.native_affine)
             assert got.native_shape == expected.native_shape
-            np.testing.assert_array_equal(store.mask(key), onto(index.open_mask(one), expected).array)
-            entry = store.entry(key)
-            assert (entry.shape, entry.channels, entry.mask) == (one.shape, 1, True)
-            assert entry.minimum == (float(store.image(key).min()),)
-            assert entry.figures == measure(index.open(one))
+            np.testing.assert_array_equal(store.read_mask(key), resample_mask(index.open_mask(one), expected).array)
+            entry = store.get_entry(key)
+            assert (entry.shape, entry.channels, entry.has_mask) == (one.shape, 1, True)
+            assert entry.minimum == (float(store.read_image(key).min()),)
+            assert entry.metrics == measure_quality(index.open(one))
 
     def test_a_box_equals_the_same_part_of_the_whole(self, store: Store, index: FakeIndex) -> None:
         key = store.add(index, index.records[1], STEPS)
         box = (slice(3, 67), slice(60, 66), slice(0, 65))
-        np.testing.assert_array_equal(store.image(key, box), store.image(key)[:, 3:67, 60:66])
-        np.testing.assert_array_equal(store.mask(key, box), store.mask(key)[:, 3:67, 60:66])
+        np.testing.assert_array_equal(store.read_image(key, box), store.read_image(key)[:, 3:67, 60:66])
+        np.testing.assert_array_equal(store.read_mask(key, box), store.read_mask(key)[:, 3:67, 60:66])
 
     def test_a_box_is_read_without_the_whole_volume(self, tmp_path: Path, store: Store) -> None:
         index = source(tmp_path, [(192, 192, 128)])
@@ -118,9 +118,9 @@ class TestContent:
         path = next(store.folder.glob("*/*.b2nd"))
         whole = path.stat().st_size
         fresh = Store(store.folder)
-        fresh.entry(key)
+        fresh.get_entry(key)
         before = _bytes_read()
-        fresh.image(key, (slice(0, 32), slice(0, 32), slice(0, 32)))
+        fresh.read_image(key, (slice(0, 32), slice(0, 32), slice(0, 32)))
         assert 0 < _bytes_read() - before < whole / 4
 
     def test_normalised_images_take_half_precision_and_others_keep_theirs(self, store: Store) -> None:
@@ -128,10 +128,10 @@ class TestContent:
         store.put("aa", volume(smooth))
         store.put("bb", volume(smooth * 1e6))
         store.put("cc", volume(smooth + 1000))
-        assert store.image("aa").dtype == np.float16
-        assert store.image("bb").dtype == np.float32
-        np.testing.assert_array_equal(store.image("bb"), smooth * np.float32(1e6))
-        np.testing.assert_array_equal(store.image("cc"), smooth + np.float32(1000))
+        assert store.read_image("aa").dtype == np.float16
+        assert store.read_image("bb").dtype == np.float32
+        np.testing.assert_array_equal(store.read_image("bb"), smooth * np.float32(1e6))
+        np.testing.assert_array_equal(store.read_image("cc"), smooth + np.float32(1000))
 
     def test_a_mask_of_other_than_whole_numbers_is_refused(self, store: Store) -> None:
         with pytest.raises(UserError, match="whole numbers"):
@@ -143,46 +143,49 @@ class TestContent:
 
     def test_an_entry_carries_the_fingerprint_of_the_image_as_it_was_read(self, store: Store, index: FakeIndex) -> None:
         one = index.records[0]
-        found = fingerprint(index.open(one))
+        found = compute_fingerprint(index.open(one))
         cropped: list[Step] = [{"op": "pad_or_crop", "shape": [8, 8, 8]}]
         assert found
-        assert [store.entry(store.add(index, one, steps)).fingerprint for steps in (STEPS, cropped)] == [found, found]
+        assert [store.get_entry(store.add(index, one, steps)).fingerprint for steps in (STEPS, cropped)] == [
+            found,
+            found,
+        ]
 
     def test_another_schema_version_is_not_read(
         self, store: Store, index: FakeIndex, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         key = store.add(index, index.records[0], STEPS)
         monkeypatch.setattr("medim.data.loading.store.SCHEMA_VERSION", SCHEMA_VERSION + 1)
-        assert not Store(store.folder).whole(key)
+        assert not Store(store.folder).is_intact(key)
         newer = Store(store.folder)
         assert newer.add(index, index.records[0], STEPS) != key
         assert json.loads((store.folder / "store.json").read_text())["schema_version"] == SCHEMA_VERSION + 1
 
     def test_the_default_folder_follows_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MEDIM_CACHE", "/a")
-        assert default_folder() == Path("/a/store")
+        assert locate_default_store() == Path("/a/store")
         monkeypatch.delenv("MEDIM_CACHE")
         monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-        assert default_folder() == Path("/b/medim/store")
+        assert locate_default_store() == Path("/b/medim/store")
 
 
 class TestKey:
     def test_steps_and_source_name_the_entry(self, store: Store, index: FakeIndex) -> None:
         one = index.records[0]
-        key = store.key(index, one, STEPS)
-        assert key == store.key(index, one, [dict(reversed(step.items())) for step in STEPS])
-        assert key != store.key(index, one, STEPS[:1])
-        assert key != store.key(index, replace(one, mask=None), STEPS)
+        key = store.compute_key(index, one, STEPS)
+        assert key == store.compute_key(index, one, [dict(reversed(step.items())) for step in STEPS])
+        assert key != store.compute_key(index, one, STEPS[:1])
+        assert key != store.compute_key(index, replace(one, mask=None), STEPS)
         os.utime(index.root / one.path, ns=(1, 1))
-        assert key != store.key(index, one, STEPS)
+        assert key != store.compute_key(index, one, STEPS)
 
 
 class TestDamage:
     def test_a_cut_or_changed_file_is_found_and_redone(self, store: Store, index: FakeIndex) -> None:
         one = index.records[0]
         key = store.add(index, one, STEPS)
-        assert store.whole(key)
-        good = store.image(key)
+        assert store.is_intact(key)
+        good = store.read_image(key)
         for kind in (".b2nd", ".mask.b2nd"):
             path = store.folder / key[:2] / f"{key}{kind}"
             content = path.read_bytes()
@@ -190,12 +193,12 @@ class TestDamage:
             damages = [content[: len(content) // 2], content[:7], b"", *_flipped(content, 25)]
             for damaged in damages:
                 path.write_bytes(damaged)
-                assert not store.whole(key)
+                assert not store.is_intact(key)
                 assert store.add(index, one, STEPS) == key
-                assert store.whole(key)
-                np.testing.assert_array_equal(store.image(key), good)
+                assert store.is_intact(key)
+                np.testing.assert_array_equal(store.read_image(key), good)
             path.unlink()
-            assert not store.whole(key)
+            assert not store.is_intact(key)
             store.add(index, one, STEPS)
 
     def test_a_damaged_file_is_an_error_that_says_what_to_run(self, store: Store, index: FakeIndex) -> None:
@@ -203,11 +206,11 @@ class TestDamage:
         path = store.folder / key[:2] / f"{key}.b2nd"
         path.write_bytes(path.read_bytes()[:100])
         with pytest.raises(UserError, match="medim preprocess"):
-            Store(store.folder).image(key)
+            Store(store.folder).read_image(key)
 
     def test_a_missing_key_is_an_error_that_says_what_to_run(self, store: Store) -> None:
         with pytest.raises(UserError, match="medim preprocess"):
-            store.image("0" * 32)
+            store.read_image("0" * 32)
 
     def test_an_interrupted_write_leaves_nothing(
         self, store: Store, index: FakeIndex, monkeypatch: pytest.MonkeyPatch
@@ -231,7 +234,7 @@ class TestFill:
         np.save(tmp_path / odd.path, np.zeros((1, 8, 9)))
         calls: list[tuple[int, int]] = []
         records = [*reversed(index.records), odd]
-        keys, failed = fill(store, index, records, STEPS, jobs=jobs, progress=lambda *c: calls.append(c))
+        keys, failed = fill_store(store, index, records, STEPS, jobs=jobs, progress=lambda *c: calls.append(c))
         assert list(keys) == ["i004", "i001", "i000"]
         assert [(r.path, r.reason) for r in failed] == [
             ("i003.npy", "preprocessing-failed"),
@@ -241,45 +244,45 @@ class TestFill:
         assert "72 of 72" in failed[1].detail
         assert not any(str(tmp_path) in r.detail or "secret" in r.detail for r in failed)
         assert calls == [(n, 6) for n in range(1, 7)]
-        assert all(store.whole(key) for key in keys.values())
+        assert all(store.is_intact(key) for key in keys.values())
 
     def test_a_file_that_kills_its_process_is_named_and_the_rest_is_stored(self, tmp_path: Path, store: Store) -> None:
         index = source(tmp_path, [(8, 9)] * 6)
         killer = record("kill", (8, 9))
         np.save(tmp_path / killer.path, np.zeros((1, 8, 9)))
         records = [*index.records[:2], killer, *index.records[2:]]
-        keys, failed = fill(store, index, records, STEPS, jobs=2)
+        keys, failed = fill_store(store, index, records, STEPS, jobs=2)
         assert [(r.path, r.reason) for r in failed] == [("kill.npy", "worker-died")]
         assert list(keys) == [r.image for r in index.records]
 
     def test_what_is_whole_is_kept(self, tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
         index = source(tmp_path, [(8, 9)] * 3)
-        keys, _ = fill(store, index, index.records, STEPS)
+        keys, _ = fill_store(store, index, index.records, STEPS)
         monkeypatch.setattr(FakeIndex, "open", lambda *_: pytest.fail("read again"))
-        assert fill(store, index, index.records, STEPS) == (keys, ())
+        assert fill_store(store, index, index.records, STEPS) == (keys, ())
 
     def test_wrong_steps_end_it_at_once(self, tmp_path: Path, store: Store) -> None:
         index = source(tmp_path, [(8, 9)])
         with pytest.raises(UsageError, match="Did you mean 'normalise'"):
-            fill(store, index, index.records, [{"op": "normalize"}])
+            fill_store(store, index, index.records, [{"op": "normalize"}])
         with pytest.raises(UsageError, match="--jobs"):
-            fill(store, index, index.records, STEPS, jobs=0)
+            fill_store(store, index, index.records, STEPS, jobs=0)
 
     def test_two_at_once_make_one_whole_store(self, tmp_path: Path, store: Store) -> None:
         index = source(tmp_path, [(12, 13)] * 12, masks=True)
         context = multiprocessing.get_context("spawn")
-        both = [context.Process(target=fill, args=(store, index, index.records, STEPS)) for _ in range(2)]
+        both = [context.Process(target=fill_store, args=(store, index, index.records, STEPS)) for _ in range(2)]
         for process in both:
             process.start()
         for process in both:
             process.join(60)
         assert [process.exitcode for process in both] == [0, 0]
-        assert all(store.whole(store.key(index, one, STEPS)) for one in index.records)
+        assert all(store.is_intact(store.compute_key(index, one, STEPS)) for one in index.records)
         assert len(list(store.folder.glob("*/*"))) == 24
 
     def test_a_store_goes_to_another_process_without_its_open_files(self, store: Store, index: FakeIndex) -> None:
         key = store.add(index, index.records[0], STEPS)
-        expected = store.image(key)
+        expected = store.read_image(key)
         np.testing.assert_array_equal(pickle.loads(pickle.dumps(store)).image(key), expected)
 
 

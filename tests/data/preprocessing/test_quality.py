@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter, zoom
 
 from medim.data.index.index import build_index
-from medim.data.preprocessing.quality import FLAGS, MOST_LEVELS, flags, measure, perceptual_hash
+from medim.data.preprocessing.quality import FLAGS, MAX_LEVELS, compute_perceptual_hash, list_flags, measure_quality
 from medim.data.readers import read_volume
 from medim.types import Array, Volume
 from tests.data.synthetic import dataset, save, write_nifti
@@ -43,34 +43,34 @@ class TestFigures:
     @pytest.mark.parametrize("sigma", [2.0, 8.0])
     def test_planted_noise_is_found(self, shape: tuple[int, ...], sigma: float) -> None:
         clean = anatomy(*shape)
-        found = measure(volume(clean + RNG.normal(0, sigma, shape) * (clean > 0)))
+        found = measure_quality(volume(clean + RNG.normal(0, sigma, shape) * (clean > 0)))
         assert found.noise == pytest.approx(sigma, rel=0.08)
         assert found.snr == pytest.approx(150 / sigma, rel=0.12)
 
     def test_noise_is_measured_within_thick_slices_and_not_across_them(self) -> None:
         steps = np.broadcast_to(RNG.normal(100, 30, 40)[:, None, None], (40, 32, 32))  # slices that differ a lot
-        found = measure(volume(steps + RNG.normal(0, 3, steps.shape), (5.0, 1.0, 1.0)))
+        found = measure_quality(volume(steps + RNG.normal(0, 3, steps.shape), (5.0, 1.0, 1.0)))
         assert found.noise == pytest.approx(3, rel=0.05)
 
     def test_air_is_empty_also_where_it_is_noisy(self) -> None:
         clean = anatomy(64, 64, 32)
         noisy = np.hypot(clean + RNG.normal(0, 4, clean.shape), RNG.normal(0, 4, clean.shape))
-        assert measure(volume(clean)).empty == pytest.approx((clean == 0).mean(), abs=1e-6)
-        assert measure(volume(noisy)).empty == pytest.approx((clean == 0).mean(), abs=0.02)
+        assert measure_quality(volume(clean)).empty == pytest.approx((clean == 0).mean(), abs=1e-6)
+        assert measure_quality(volume(noisy)).empty == pytest.approx((clean == 0).mean(), abs=0.02)
 
     def test_range_levels_and_saturation_are_counted(self) -> None:
         ramp = np.arange(40_000.0).reshape(200, 200) - 7
-        found = measure(volume(ramp, (1.0, 1.0, 1.0)))
-        assert (found.minimum, found.maximum, found.levels) == (-7, 39_992, MOST_LEVELS)
+        found = measure_quality(volume(ramp, (1.0, 1.0, 1.0)))
+        assert (found.minimum, found.maximum, found.levels) == (-7, 39_992, MAX_LEVELS)
         assert (found.p1, found.median, found.p99) == pytest.approx((392.99, 19992.5, 39592.01))
         assert found.saturated == 1 / 40_000
-        clipped = measure(volume(np.minimum(ramp // 4000, 5)))
+        clipped = measure_quality(volume(np.minimum(ramp // 4000, 5)))
         assert clipped.levels == 7  # -1 to 5
         assert clipped.saturated == pytest.approx(0.5, abs=0.001)
 
     def test_a_tiny_or_flat_image_has_no_noise_figure(self) -> None:
-        assert measure(volume(RNG.normal(size=(4, 4)))).noise is None
-        flat = measure(volume(anatomy(64, 64) > 0))
+        assert measure_quality(volume(RNG.normal(size=(4, 4)))).noise is None
+        flat = measure_quality(volume(anatomy(64, 64) > 0))
         assert (flat.noise, flat.snr) == (0.0, None)
 
 
@@ -87,24 +87,24 @@ class TestFlags:
         ids=["clean", "noise", "empty", "saturated", "levels"],
     )
     def test_each_flag_is_raised_by_what_it_says(self, array: Array, expected: tuple[str, ...]) -> None:
-        assert flags(vars(measure(volume(array)))) == expected
+        assert list_flags(vars(measure_quality(volume(array)))) == expected
 
     def test_a_threshold_itself_raises_nothing(self) -> None:
-        at = {flag.figure: flag.threshold for flag in FLAGS.values()}
-        assert flags(at) == ()
-        assert flags(dict.fromkeys(at)) == ()
-        assert flags({**at, "distance": 4, "levels": 15}) == ("few-levels", "near-duplicate")
+        at = {flag.metric: flag.threshold for flag in FLAGS.values()}
+        assert list_flags(at) == ()
+        assert list_flags(dict.fromkeys(at)) == ()
+        assert list_flags({**at, "distance": 4, "levels": 15}) == ("few-levels", "near-duplicate")
 
 
 class TestHash:
     @pytest.mark.parametrize("shape", [(96, 80), (60, 64, 40)])
     def test_a_copy_keeps_its_hash_and_another_image_has_another(self, shape: tuple[int, ...]) -> None:
         first, second = ((anatomy(*shape, seed=s) + RNG.normal(0, 1, shape))[None] for s in (1, 2))
-        own = perceptual_hash(first)
-        assert bits(own, perceptual_hash(3.7 * first + 11)) == 0
-        assert bits(own, perceptual_hash(first + RNG.normal(0, 0.05 * np.ptp(first), first.shape))) <= 4
-        assert bits(own, perceptual_hash(zoom(first, (1, *[0.5] * len(shape)), order=1))) <= 4
-        assert bits(own, perceptual_hash(second)) > 12
+        own = compute_perceptual_hash(first)
+        assert bits(own, compute_perceptual_hash(3.7 * first + 11)) == 0
+        assert bits(own, compute_perceptual_hash(first + RNG.normal(0, 0.05 * np.ptp(first), first.shape))) <= 4
+        assert bits(own, compute_perceptual_hash(zoom(first, (1, *[0.5] * len(shape)), order=1))) <= 4
+        assert bits(own, compute_perceptual_hash(second)) > 12
 
     def test_a_copy_in_another_format_keeps_its_hash(self, tmp_path: Path) -> None:
         picture = np.clip(anatomy(120, 100, seed=3) + RNG.normal(0, 2, (120, 100)), 0, 255).astype(np.uint8)
@@ -123,7 +123,7 @@ class TestHash:
             tmp_path / "c.dcm",
         )
         index = build_index(tmp_path, "xray")
-        hashes = [measure(index.open(record)).hash for record in index.records]
+        hashes = [measure_quality(index.open(record)).hash for record in index.records]
         assert len(hashes) == 3
         assert max(bits(hashes[0], other) for other in hashes) <= 4
 
@@ -131,16 +131,16 @@ class TestHash:
         array = anatomy(40, 44, 20).astype(np.float32)
         write_nifti(tmp_path / "a.nii.gz", array, np.diag([1.0, 1, 3, 1]))
         write_nifti(tmp_path / "b.nii.gz", array[::-1], np.diag([-1.0, 1, 3, 1]))
-        one, two = (perceptual_hash(read_volume(tmp_path / f"{name}.nii.gz").array) for name in "ab")
+        one, two = (compute_perceptual_hash(read_volume(tmp_path / f"{name}.nii.gz").array) for name in "ab")
         assert one == two
 
     def test_slices_of_any_direction_and_number_have_a_hash_that_tells_them_apart(self) -> None:
         for axis in range(3):
             one, two = (np.expand_dims(anatomy(64, 64, seed=s), axis)[None] for s in (1, 2))
-            assert bits(perceptual_hash(one), perceptual_hash(two)) > 12
+            assert bits(compute_perceptual_hash(one), compute_perceptual_hash(two)) > 12
 
     def test_an_image_that_shows_nothing_has_none(self) -> None:
         corner = np.zeros((1, 40, 40, 40))
         corner[0, :3, :3, :3] = 1
-        assert perceptual_hash(corner) is None
-        assert perceptual_hash(np.zeros((1, 2, 3))) is None
+        assert compute_perceptual_hash(corner) is None
+        assert compute_perceptual_hash(np.zeros((1, 2, 3))) is None

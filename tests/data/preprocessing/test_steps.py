@@ -18,8 +18,16 @@ from monai.transforms.spatial.array import Orientation, Resize, Spacing
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from medim.data.preprocessing.geometry import orthogonal
-from medim.data.preprocessing.steps import check_steps, fixed_spacing, onto, preprocess, resample_to, restore, to_native
+from medim.data.preprocessing.geometry import straighten_axes
+from medim.data.preprocessing.steps import (
+    check_steps,
+    fixed_spacing,
+    preprocess,
+    resample_mask,
+    resample_to,
+    restore_grid,
+    to_native,
+)
 from medim.data.readers import read_volume
 from medim.types import Array, Step, UsageError, UserError, Volume
 
@@ -144,7 +152,7 @@ class TestAffine:
     def test_orthogonalising_keeps_lengths_and_the_first_voxel(self) -> None:
         noisy = affine_of((0.5, 0.9, 5.0), OBLIQUE)
         noisy[0, 1] += 3e-5
-        straight = orthogonal(noisy, 3)
+        straight = straighten_axes(noisy, 3)
         gram = straight[:3, :3].T @ straight[:3, :3]
         np.testing.assert_allclose(gram - np.diag(np.diag(gram)), 0, atol=1e-12)
         np.testing.assert_allclose(np.sqrt(np.diag(gram)), np.linalg.norm(noisy[:3, :3], axis=0), rtol=1e-12)
@@ -319,7 +327,7 @@ class TestWayBack:
         affine[0, 1] += 1e-6  # as read from a header
         source = volume_of(array, affine)
         processed = preprocess(source, [*steps, {"op": "pad_or_crop", "shape": (8, 7, 9)}] if crop else steps)
-        back = restore(processed.array, processed, source, fill=np.nan)
+        back = restore_grid(processed.array, processed, source, fill=np.nan)
         kept = ~np.isnan(back)
         assert kept.any()
         np.testing.assert_array_equal(back[kept], array[kept])
@@ -337,7 +345,7 @@ class TestWayBack:
             {"op": "pad_to_multiple", "multiple": 16},
         ]
         processed = preprocess(source, steps)
-        back = restore(processed.array, processed, source)
+        back = restore_grid(processed.array, processed, source)
         assert back.shape == source.array.shape
         assert np.abs(back - source.array)[:, 1:-1, 1:-1, 1:-1].max() < 0.03 * np.ptp(source.array)
 
@@ -348,16 +356,16 @@ class TestWayBack:
         processed = preprocess(
             image, [{"op": "resample", "spacing": (1, 1, 1)}, {"op": "pad_to_multiple", "multiple": 8}]
         )
-        moved = onto(mask, processed)
+        moved = resample_mask(mask, processed)
         assert moved.array.dtype == np.uint8
         assert moved.array.shape == processed.array.shape
         assert set(np.unique(moved.array)) == {0, 1, 2}
-        np.testing.assert_array_equal(restore(moved.array, processed, image, order=0), labels)
+        np.testing.assert_array_equal(restore_grid(moved.array, processed, image, order=0), labels)
 
     def test_a_result_on_another_grid_is_refused(self) -> None:
         volume = volume_of(smooth_image((5, 6, 7)))
         with pytest.raises(UserError, match="expected an array on the grid"):
-            restore(np.zeros((1, 5, 6, 8)), volume, volume)
+            restore_grid(np.zeros((1, 5, 6, 8)), volume, volume)
 
     @pytest.mark.parametrize("axes", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
     @pytest.mark.parametrize("flips", [(), (0,), (1, 2)])

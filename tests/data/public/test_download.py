@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from medim.data.public.download import TRIES, download
-from medim.data.public.http import mirrored
+from medim.data.public.download import MAX_ATTEMPTS, download_file
+from medim.data.public.http import apply_mirror
 from medim.types import UserError
 from tests.data.public_server import Publisher, serving
 
@@ -27,15 +27,15 @@ def publisher() -> Iterator[Publisher]:
 
 def bring(publisher: Publisher, folder: Path, waits: list[float] | None = None, md5: str | None = MD5) -> Path:
     path = folder / "set.npz"
-    download(f"{publisher.url}/set.npz", path, md5=md5, pause=(waits if waits is not None else []).append)
+    download_file(f"{publisher.url}/set.npz", path, md5=md5, pause=(waits if waits is not None else []).append)
     return path
 
 
 def test_a_file_comes_whole_and_leaves_nothing_beside_it(publisher: Publisher, tmp_path: Path) -> None:
     done: list[tuple[int, int]] = []
-    sums = download(f"{publisher.url}/set.npz", tmp_path / "set.npz", progress=lambda *said: done.append(said))
+    sums = download_file(f"{publisher.url}/set.npz", tmp_path / "set.npz", progress=lambda *said: done.append(said))
     assert (tmp_path / "set.npz").read_bytes() == CONTENT
-    assert (sums.bytes, sums.md5, sums.sha256) == (len(CONTENT), MD5, hashlib.sha256(CONTENT).hexdigest())
+    assert (sums.size, sums.md5, sums.sha256) == (len(CONTENT), MD5, hashlib.sha256(CONTENT).hexdigest())
     assert done[-1] == (len(CONTENT), len(CONTENT))
     assert [path.name for path in tmp_path.iterdir()] == ["set.npz"]
 
@@ -65,7 +65,7 @@ def test_a_stream_without_a_length_that_is_cut_is_not_taken_for_whole(publisher:
 
 
 def test_what_came_before_the_process_ended_is_continued_by_the_next(publisher: Publisher, tmp_path: Path) -> None:
-    publisher.cuts = [70_000] + [0] * (TRIES - 1)
+    publisher.cuts = [70_000] + [0] * (MAX_ATTEMPTS - 1)
     waits: list[float] = []
     with pytest.raises(UserError, match=r"70000 of 102400 bytes.*it continues"):
         bring(publisher, tmp_path, waits)
@@ -77,7 +77,7 @@ def test_what_came_before_the_process_ended_is_continued_by_the_next(publisher: 
 
 
 def test_a_part_of_a_file_that_has_changed_since_is_not_continued(publisher: Publisher, tmp_path: Path) -> None:
-    publisher.cuts = [1000] + [0] * (TRIES - 1)
+    publisher.cuts = [1000] + [0] * (MAX_ATTEMPTS - 1)
     with pytest.raises(UserError, match="without progress"):
         bring(publisher, tmp_path)
     publisher.files["/set.npz"], publisher.etag = CONTENT[::-1], '"2"'
@@ -85,7 +85,7 @@ def test_a_part_of_a_file_that_has_changed_since_is_not_continued(publisher: Pub
 
 
 def test_a_part_longer_than_the_file_starts_over(publisher: Publisher, tmp_path: Path) -> None:
-    publisher.cuts = [1000] + [0] * (TRIES - 1)
+    publisher.cuts = [1000] + [0] * (MAX_ATTEMPTS - 1)
     with pytest.raises(UserError, match="without progress"):
         bring(publisher, tmp_path)
     (tmp_path / "set.npz.part").write_bytes(CONTENT * 2)
@@ -114,7 +114,7 @@ def test_nobody_listening_is_told_after_some_tries(tmp_path: Path) -> None:
     with serving() as gone:
         pass
     waits: list[float] = []
-    with pytest.raises(UserError, match=f"{TRIES} tries"):
+    with pytest.raises(UserError, match=f"{MAX_ATTEMPTS} tries"):
         bring(gone, tmp_path, waits)
     assert waits == [1.0, 2.0, 4.0, 8.0]
     assert list(tmp_path.iterdir()) == []
@@ -152,7 +152,7 @@ def test_a_disk_that_fills_up_on_the_way_keeps_what_came(publisher: Publisher, t
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(UserError, match=r"No space left on device.*What came so far is kept"):
-        download(f"{publisher.url}/set.npz", tmp_path / "set.npz", md5=MD5, progress=full)
+        download_file(f"{publisher.url}/set.npz", tmp_path / "set.npz", md5=MD5, progress=full)
     assert (tmp_path / "set.npz.part").stat().st_size > 0
     assert bring(publisher, tmp_path).read_bytes() == CONTENT
 
@@ -166,17 +166,17 @@ def test_a_redirection_to_something_that_is_no_http_is_not_followed(publisher: P
 def test_other_addresses_than_http_are_refused(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
     with pytest.raises(UserError, match="starts with https"):
-        download((tmp_path / "secret").as_uri(), tmp_path / "copy")
+        download_file((tmp_path / "secret").as_uri(), tmp_path / "copy")
 
 
 def test_a_mirror_stands_in_for_every_publisher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEDIM_MIRROR", "https://mirror.hospital/public/")
     assert (
-        mirrored("https://zenodo.org/a/b.npz?download=1")
+        apply_mirror("https://zenodo.org/a/b.npz?download=1")
         == "https://mirror.hospital/public/zenodo.org/a/b.npz?download=1"
     )
     for wrong in ("mirror.hospital", "file:///tmp", "https://user:secret@mirror.hospital"):
         monkeypatch.setenv("MEDIM_MIRROR", wrong)
         with pytest.raises(UserError, match="MEDIM_MIRROR: expected an address") as error:
-            mirrored("https://zenodo.org/a/b.npz")
+            apply_mirror("https://zenodo.org/a/b.npz")
         assert "secret" not in str(error.value)

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 from medim.cli import app
 from medim.data.index.index import build_index
-from medim.data.public.catalog import SETS, PublicFile, PublicSet
-from medim.data.public.fetch import Fetched, fetch, public_folder
-from medim.data.public.tcia import API
+from medim.data.public.catalog import PUBLIC_SETS, PublicFile, PublicSet
+from medim.data.public.fetch import FetchResult, fetch_public_set, locate_public_folder
+from medim.data.public.tcia import API_URL
 from medim.data.source import open_source
 from medim.types import UsageError, UserError
 from tests.data.public.test_archives import tar
@@ -81,11 +81,11 @@ def publisher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Publi
     def file(name: str, content: bytes, **what: bool) -> tuple[PublicFile, ...]:
         return (PublicFile(f"https://example.org/{name}?download=1", name, hashlib.md5(content).hexdigest(), **what),)
 
-    monkeypatch.setitem(SETS, "pictures", published(modality="xray", files=file("pictures.npz", pictures)))
+    monkeypatch.setitem(PUBLIC_SETS, "pictures", published(modality="xray", files=file("pictures.npz", pictures)))
     unknown = (PublicFile("https://example.org/pictures.npz?download=1", "pictures.npz"),)
-    monkeypatch.setitem(SETS, "unsummed", published(modality="xray", files=unknown, sums=None))
-    monkeypatch.setitem(SETS, "Tiny", published(files=file("Tiny", task, archive=True)))
-    monkeypatch.setitem(SETS, "Collection", published(collection="Some MRI", dicom=("MR",)))
+    monkeypatch.setitem(PUBLIC_SETS, "unsummed", published(modality="xray", files=unknown, sums=None))
+    monkeypatch.setitem(PUBLIC_SETS, "Tiny", published(files=file("Tiny", task, archive=True)))
+    monkeypatch.setitem(PUBLIC_SETS, "Collection", published(collection="Some MRI", dicom=("MR",)))
     rows = [
         {"SeriesInstanceUID": name, "ImageCount": 2, "FileSize": 14, "LicenseName": "CC0", "PatientID": "Doe^Jane"}
         for name in SERIES
@@ -94,7 +94,7 @@ def publisher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Publi
         found.files = {
             "/example.org/pictures.npz?download=1": pictures,
             "/example.org/Tiny?download=1": task,
-            path_of(f"{API}/getSeries?Collection=Some+MRI&Modality=MR&format=json"): json.dumps(rows).encode(),
+            path_of(f"{API_URL}/getSeries?Collection=Some+MRI&Modality=MR&format=json"): json.dumps(rows).encode(),
             **{series_path(name): series(name) for name in SERIES},
         }
         monkeypatch.setenv("MEDIM_MIRROR", found.url)
@@ -103,11 +103,11 @@ def publisher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Publi
 
 
 def series_path(name: str) -> str:
-    return path_of(f"{API}/getImageWithMD5Hash?SeriesInstanceUID={name}")
+    return path_of(f"{API_URL}/getImageWithMD5Hash?SeriesInstanceUID={name}")
 
 
-def bring(name: str, out: Path) -> Fetched:
-    return fetch(name, out, pause=lambda _: None)
+def bring(name: str, out: Path) -> FetchResult:
+    return fetch_public_set(name, out, pause=lambda _: None)
 
 
 def files(folder: Path) -> list[str]:
@@ -115,21 +115,21 @@ def files(folder: Path) -> list[str]:
 
 
 def test_every_set_of_the_table_has_terms_and_a_secure_address_and_an_md5_or_says_so() -> None:
-    for name, about in SETS.items():
+    for name, about in PUBLIC_SETS.items():
         assert bool(about.files) != bool(about.collection), name
         assert all([about.licence, about.citation, about.title, about.sums]), name
         for file in about.files:
             assert urlsplit(file.url).scheme == "https", name
             assert file.md5 is not None, name
             assert len(bytes.fromhex(file.md5)) == 16, name
-    assert API.startswith("https://")
-    sums = [file.md5 for about in SETS.values() for file in about.files]
+    assert API_URL.startswith("https://")
+    sums = [file.md5 for about in PUBLIC_SETS.values() for file in about.files]
     assert len(set(sums)) == len(sums)
 
 
 def test_a_set_comes_with_its_record_and_sums_that_sha256sum_can_check(publisher: Publisher, tmp_path: Path) -> None:
     got = bring("pictures", tmp_path / "set")
-    assert got.new
+    assert got.is_new
     assert files(tmp_path / "set") == [".medim", "SHA256SUMS", "fetched.json", "pictures.npz"]
     record = json.loads((tmp_path / "set" / "fetched.json").read_text())
     assert [record[key] for key in ("schema_version", "name", "licence", "citation")] == [
@@ -150,7 +150,7 @@ def test_a_set_comes_with_its_record_and_sums_that_sha256sum_can_check(publisher
 def test_a_second_call_checks_every_file_and_asks_nobody(publisher: Publisher, tmp_path: Path) -> None:
     bring("pictures", tmp_path / "set")
     publisher.asked.clear()
-    assert not bring("PICTURES", tmp_path / "set").new
+    assert not bring("PICTURES", tmp_path / "set").is_new
     assert publisher.asked == []
     (tmp_path / "set" / "pictures.npz").write_bytes(b"changed")
     with pytest.raises(UserError, match=r"missing or changed, as pictures\.npz.*Move"):
@@ -170,7 +170,7 @@ def test_an_archive_becomes_a_folder_that_is_read_like_any_other(publisher: Publ
 def test_what_was_removed_comes_again_and_must_be_what_it_was(publisher: Publisher, tmp_path: Path) -> None:
     bring("unsummed", tmp_path / "set")
     (tmp_path / "set" / "pictures.npz").unlink()
-    assert bring("unsummed", tmp_path / "set").new
+    assert bring("unsummed", tmp_path / "set").is_new
     (tmp_path / "set" / "pictures.npz").unlink()
     publisher.files["/example.org/pictures.npz?download=1"] = archive_of_pictures(labels=2)
     before = (tmp_path / "set" / "fetched.json").read_bytes()
@@ -181,9 +181,9 @@ def test_what_was_removed_comes_again_and_must_be_what_it_was(publisher: Publish
 
 
 def test_no_publishers_sum_is_told_and_none_is_made_up(publisher: Publisher, tmp_path: Path) -> None:
-    record = bring("unsummed", tmp_path / "set").record
+    record = bring("unsummed", tmp_path / "set").manifest
     assert record["archives"][0]["publisher"] == {"md5": None, "from": None, "matched": None}
-    assert "no checksum known" in SETS["unsummed"].described()
+    assert "no checksum known" in PUBLIC_SETS["unsummed"].describe()
 
 
 @pytest.mark.parametrize(
@@ -202,13 +202,13 @@ def test_a_collection_comes_series_by_series_each_by_the_archives_own_sums(
     publisher: Publisher, tmp_path: Path
 ) -> None:
     done: list[tuple[int, int]] = []
-    got = fetch("Collection", tmp_path / "set", progress=lambda *said: done.append(said))
+    got = fetch_public_set("Collection", tmp_path / "set", progress=lambda *said: done.append(said))
     assert files(tmp_path / "set" / "1.2.31") == ["00000001.dcm", "00000002.dcm", "LICENSE"]
-    assert [entry["publisher"]["matched"] for entry in got.record["archives"]] == [True] * 3
+    assert [entry["publisher"]["matched"] for entry in got.manifest["archives"]] == [True] * 3
     assert done == [(14, 42), (28, 42), (42, 42)]
     assert "Doe" not in (tmp_path / "set" / "fetched.json").read_text()
     publisher.asked.clear()
-    assert not bring("Collection", tmp_path / "set").new
+    assert not bring("Collection", tmp_path / "set").is_new
     assert publisher.asked == []
 
 
@@ -219,7 +219,7 @@ def test_a_fetch_that_ended_between_two_series_goes_on_with_the_next(publisher: 
     assert files(tmp_path / "set" / SERIES[0]) == ["00000001.dcm", "00000002.dcm", "LICENSE"]
     publisher.files[series_path(SERIES[1])] = there
     publisher.asked.clear()
-    assert bring("Collection", tmp_path / "set").new
+    assert bring("Collection", tmp_path / "set").is_new
     assert [path for path, _ in publisher.asked] == [series_path(name) for name in SERIES[1:]]
 
 
@@ -227,7 +227,7 @@ def test_a_series_packed_anew_is_the_same_series(publisher: Publisher, tmp_path:
     bring("Collection", tmp_path / "set")
     (tmp_path / "set" / SERIES[0]).rename(tmp_path / "moved")
     publisher.files[series_path(SERIES[0])] = series(SERIES[0], stamp=1999)
-    assert bring("Collection", tmp_path / "set").new
+    assert bring("Collection", tmp_path / "set").is_new
     assert files(tmp_path / "set" / SERIES[0]) == files(tmp_path / "moved")
 
 
@@ -260,7 +260,7 @@ def test_a_series_that_is_not_as_announced_is_not_kept(
 def test_an_archive_that_lists_nothing_usable_is_told(
     publisher: Publisher, answer: bytes, said: str, tmp_path: Path
 ) -> None:
-    publisher.files[path_of(f"{API}/getSeries?Collection=Some+MRI&Modality=MR&format=json")] = answer
+    publisher.files[path_of(f"{API_URL}/getSeries?Collection=Some+MRI&Modality=MR&format=json")] = answer
     with pytest.raises(UserError, match=said):
         bring("Collection", tmp_path / "set")
     assert not (tmp_path / "set").exists()
@@ -279,13 +279,13 @@ def test_a_process_killed_before_the_files_had_their_names_goes_on(publisher: Pu
 
 
 def test_two_at_once_do_the_work_once(publisher: Publisher, tmp_path: Path) -> None:
-    got: list[Fetched] = []
+    got: list[FetchResult] = []
     both = [threading.Thread(target=lambda: got.append(bring("pictures", tmp_path / "set"))) for _ in range(2)]
     for one in both:
         one.start()
     for one in both:
         one.join()
-    assert sorted(each.new for each in got) == [False, True]
+    assert sorted(each.is_new for each in got) == [False, True]
     assert len(publisher.asked) == 1
 
 
@@ -304,7 +304,7 @@ def test_one_that_waited_for_another_that_failed_has_the_folder_to_itself(
             except BlockingIOError:
                 refused.append(True)
 
-    waiting = threading.Thread(target=lambda: fetch("pictures", tmp_path / "set", progress=look))
+    waiting = threading.Thread(target=lambda: fetch_public_set("pictures", tmp_path / "set", progress=look))
     with marker.open("a") as file, caplog.at_level("INFO", logger="medim.data.public.fetch"):
         fcntl.flock(file, fcntl.LOCK_EX)
         waiting.start()
@@ -332,11 +332,11 @@ def test_data_takes_the_name_of_a_set_that_was_fetched(publisher: Publisher, tmp
     with pytest.raises(UserError, match="Run: medim fetch pictures"):
         open_source(Path("Pictures"), "xray")
     assert publisher.asked == []
-    assert fetch("pictures").folder == public_folder("pictures")
+    assert fetch_public_set("pictures").folder == locate_public_folder("pictures")
     assert len(open_source(Path("Pictures"), "xray")[0].records) == 12
     with pytest.raises(UserError, match="that public set holds xray"):
         open_source(Path("pictures"), "mri")
-    (public_folder("pictures") / "pictures.npz").unlink()
+    (locate_public_folder("pictures") / "pictures.npz").unlink()
     with pytest.raises(UserError, match="not all of it"):
         open_source(Path("pictures"), "xray")
 
@@ -344,7 +344,7 @@ def test_data_takes_the_name_of_a_set_that_was_fetched(publisher: Publisher, tmp
 def test_a_path_wins_over_the_name_of_a_set(
     publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fetch("pictures")
+    fetch_public_set("pictures")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").mkdir()
     np.save(tmp_path / "pictures" / "one.npy", np.arange(64.0).reshape(8, 8))
@@ -356,7 +356,7 @@ def test_many_labels_an_image_are_findings(publisher: Publisher, tmp_path: Path)
     index = build_index(tmp_path / "chest.npz", "xray")
     assert len(index.records) == 12
     assert all((record.label or "").count("|") == 13 for record in index.records)
-    assert "14 findings" in SETS["chestmnist"].described()
+    assert "14 findings" in PUBLIC_SETS["chestmnist"].describe()
 
 
 def test_the_command_writes_checks_and_lists(publisher: Publisher, tmp_path: Path) -> None:
@@ -366,7 +366,7 @@ def test_the_command_writes_checks_and_lists(publisher: Publisher, tmp_path: Pat
     assert "written to" in first.output
     assert "was there, every file as it was fetched" in second.output
     listed = CliRunner().invoke(app, ["fetch", "--list"]).output
-    assert all(name in listed for name in SETS)
+    assert all(name in listed for name in PUBLIC_SETS)
 
 
 @pytest.mark.parametrize(("words", "said"), [(["pneumonia-mnist"], "Did you mean pneumoniamnist"), ([], "--list")])
@@ -378,4 +378,4 @@ def test_no_name_or_a_wrong_one_is_wrong_usage(words: list[str], said: str) -> N
 
 def test_a_name_that_no_set_has_is_not_guessed() -> None:
     with pytest.raises(UsageError, match="expected the name of a public set"):
-        fetch("imagenet")
+        fetch_public_set("imagenet")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from medim.data.readers import ReadError, read_mask, read_volume
-from medim.data.readers.inspection import Sight
+from medim.data.readers.inspection import FileInspection
 from medim.data.readers.nifti import NiftiReader
 from tests.data.synthetic import noise, write_nifti
 
@@ -133,8 +133,8 @@ def placed(path: Path, sform: Any, qform: Any, codes: tuple[int, int] = (1, 1)) 
     return path
 
 
-def looked(path: Path) -> Sight:
-    return NiftiReader().look(path)
+def looked(path: Path) -> FileInspection:
+    return NiftiReader().inspect(path)
 
 
 def turned(degrees: float) -> np.ndarray[Any, Any]:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from medim.evaluation.probing.baselines import fresh_encoder, principal_components
-from medim.metrics.representation import extract, stacked
+from medim.evaluation.probing.baselines import build_random_encoder, principal_components
+from medim.metrics.representation import batch_images, extract_features
 from medim.types import Volume
 
 SPEC: dict[str, Any] = {
@@ -27,7 +27,7 @@ def images(count: int, side: int = 12, seed: int = 0) -> list[Volume]:
 
 def test_batch_normalisation_of_a_fresh_encoder_knows_the_images() -> None:
     known = images(40)
-    encoder: Any = fresh_encoder(SPEC, known, seed=0)
+    encoder: Any = build_random_encoder(SPEC, known, seed=0)
     convolution, norm = encoder.stages[0][0], encoder.stages[0][1]
     with torch.no_grad():
         answer = convolution(torch.from_numpy(np.stack([v.array for v in known])))
@@ -38,8 +38,8 @@ def test_batch_normalisation_of_a_fresh_encoder_knows_the_images() -> None:
 
 def test_images_of_any_size_set_the_statistics_and_a_single_one_stops_nothing() -> None:
     mixed = [*images(3, 9), *images(1, 20), *images(3, 13)]
-    assert not torch.equal(fresh_encoder(SPEC, mixed, seed=0).stages[0][1].running_mean, torch.zeros(4))  # type: ignore[index, union-attr]
-    fresh_encoder(SPEC, images(1), seed=0)
+    assert not torch.equal(build_random_encoder(SPEC, mixed, seed=0).stages[0][1].running_mean, torch.zeros(4))  # type: ignore[index, union-attr]
+    build_random_encoder(SPEC, images(1), seed=0)
 
 
 def test_a_seed_decides_the_weights_and_leaves_other_randomness_alone() -> None:
@@ -47,7 +47,9 @@ def test_a_seed_decides_the_weights_and_leaves_other_randomness_alone() -> None:
     expected = torch.rand(1)
     torch.manual_seed(5)
     batch = torch.from_numpy(np.stack([v.array for v in images(4, seed=1)]))
-    one, same, other = (extract(fresh_encoder(SPEC, images(9), seed=seed), [batch]) for seed in (1, 1, 2))
+    one, same, other = (
+        extract_features(build_random_encoder(SPEC, images(9), seed=seed), [batch]) for seed in (1, 1, 2)
+    )
     assert torch.equal(torch.rand(1), expected)
     np.testing.assert_array_equal(one, same)
     assert not np.allclose(one, other)
@@ -58,7 +60,7 @@ def test_without_batch_normalisation_no_image_is_read() -> None:
         raise AssertionError("an image was read")
         yield
 
-    fresh_encoder({**SPEC, "encoder": {"name": "unet", "channels": [2, 4]}}, none(), seed=0)
+    build_random_encoder({**SPEC, "encoder": {"name": "unet", "channels": [2, 4]}}, none(), seed=0)
 
 
 def test_components_are_fewer_than_the_images_they_are_fitted_on_and_keep_their_distances() -> None:
@@ -84,11 +86,11 @@ def test_large_images_are_scaled_down_before_components_are_taken() -> None:
 
 def test_stacked_keeps_the_order_and_stacks_what_has_one_shape() -> None:
     arrays = [v.array for v in [*images(2), *images(1, 5), *images(300)]]
-    batches = list(stacked(arrays))
+    batches = list(batch_images(arrays))
     assert [len(batch) for batch in batches] == [2, 1, 256, 44]
     for array, row in zip(arrays, (row for batch in batches for row in batch), strict=True):
         np.testing.assert_array_equal(array, row.numpy())
 
 
 def test_large_volumes_go_one_by_one() -> None:
-    assert [len(batch) for batch in stacked([np.zeros((1, 2048, 2048), np.float32)] * 2)] == [1, 1]
+    assert [len(batch) for batch in batch_images([np.zeros((1, 2048, 2048), np.float32)] * 2)] == [1, 1]

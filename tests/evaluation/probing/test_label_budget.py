@@ -7,8 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medim.data.index.index import Index, Record
-from medim.evaluation.probing.label_budget import Budget, Sample, draw, groups_of, open_sample
+from medim.data.index.index import ImageRecord, Index
+from medim.evaluation.probing.label_budget import (
+    Budget,
+    ProbeCohort,
+    draw_probe_subsets,
+    number_subjects,
+    open_probe_cohort,
+)
 from medim.types import UsageError, UserError
 
 SPEC: dict[str, Any] = {"preprocessing": [], "spatial_dims": 3, "in_channels": 1}
@@ -22,51 +28,51 @@ def changed(index: Index, **columns: list[Any]) -> Index:
 
 
 @pytest.fixture
-def sample(index: Index, tmp_path: Path) -> Sample:
+def sample(index: Index, tmp_path: Path) -> ProbeCohort:
     labelled = changed(index, label=[*LABELS[:5], None, *LABELS[6:]], split=PARTS)
-    return open_sample(labelled, SPEC, split_seed=0, store=tmp_path / "store")
+    return open_probe_cohort(labelled, SPEC, split_seed=0, store=tmp_path / "store")
 
 
-def test_unlabelled_images_of_the_training_split_are_there_but_not_among_the_labelled(sample: Sample) -> None:
+def test_unlabelled_images_of_the_training_split_are_there_but_not_among_the_labelled(sample: ProbeCohort) -> None:
     assert [len(part) for part in (sample.train, sample.labelled, sample.val)] == [6, 5, 2]
     assert sample.classes == ("big", "small")
-    assert sample.targets(sample.used).tolist() == [0, 1, 0, 1, 0, 0, 1]
-    assert [volume.shape for volume in sample.volumes(sample.val)] == [(12, 10, 8)] * 2
+    assert sample.class_indices(sample.feature_records).tolist() == [0, 1, 0, 1, 0, 0, 1]
+    assert [volume.shape for volume in sample.read_volumes(sample.val)] == [(12, 10, 8)] * 2
 
 
 def test_an_image_is_read_from_the_store_once_where_memory_allows(
-    sample: Sample, monkeypatch: pytest.MonkeyPatch
+    sample: ProbeCohort, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = [volume.array for volume in sample.volumes(sample.val)]
+    first = [volume.array for volume in sample.read_volumes(sample.val)]
     read = []
     monkeypatch.setattr(type(sample.store), "volume", lambda _, key: read.append(key))
-    assert all(np.array_equal(a, v.array) for a, v in zip(first, sample.volumes(sample.val), strict=True))
+    assert all(np.array_equal(a, v.array) for a, v in zip(first, sample.read_volumes(sample.val), strict=True))
     assert read == []
     monkeypatch.undo()
-    monkeypatch.setattr("medim.evaluation.probing.label_budget.KEPT_BYTES", 0)
-    fresh = replace(sample, _kept={})
-    assert [v.array.sum() for v in fresh.volumes(sample.val)] == [a.sum() for a in first]
-    assert fresh._kept == {}
+    monkeypatch.setattr("medim.evaluation.probing.label_budget.CACHE_BYTES", 0)
+    fresh = replace(sample, _volume_cache={})
+    assert [v.array.sum() for v in fresh.read_volumes(sample.val)] == [a.sum() for a in first]
+    assert fresh._volume_cache == {}
 
 
-def test_subjects_are_numbered_as_they_come(sample: Sample) -> None:
-    assert groups_of(sample.train).tolist() == [0, 0, 1, 1, 2, 2]
+def test_subjects_are_numbered_as_they_come(sample: ProbeCohort) -> None:
+    assert number_subjects(sample.train).tolist() == [0, 0, 1, 1, 2, 2]
 
 
-def test_subsets_are_nested_and_a_budget_of_all_labels_has_one(sample: Sample) -> None:
+def test_subsets_are_nested_and_a_budget_of_all_labels_has_one(sample: ProbeCohort) -> None:
     some, everything = Budget(labelled=4), Budget(fraction=1.0)
-    subsets = draw(sample, [some, everything, some], [3, 0, 3])
+    subsets = draw_probe_subsets(sample, [some, everything, some], [3, 0, 3])
     assert list(subsets) == [(some, 3), (some, 0), (everything, 3)]
     assert subsets[everything, 3] == sample.labelled
     assert set(subsets[some, 3]) < set(sample.labelled)
 
 
-def test_a_subset_without_a_class_is_refused_by_name(sample: Sample) -> None:
+def test_a_subset_without_a_class_is_refused_by_name(sample: ProbeCohort) -> None:
     lonely = replace(sample, labelled=tuple(sample.labelled[i] for i in (0, 4, 3)))  # big, big, small of three subjects
     with pytest.raises(UserError, match=r"budget 1, seed 0: expected a label of every class \(big, small\)"):
-        draw(lonely, [Budget(labelled=1)], [0])
+        draw_probe_subsets(lonely, [Budget(labelled=1)], [0])
     with pytest.raises(UsageError, match="expected above 0"):
-        draw(sample, [Budget(fraction=0.0)], [0])
+        draw_probe_subsets(sample, [Budget(fraction=0.0)], [0])
 
 
 @pytest.mark.parametrize(
@@ -82,21 +88,21 @@ def test_labels_that_no_probe_can_use_are_told_before_anything_is_preprocessed(
     labels: list[str | None], message: str, index: Index, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
-        open_sample(changed(index, label=labels, split=PARTS), SPEC, split_seed=0, store=tmp_path / "store")
+        open_probe_cohort(changed(index, label=labels, split=PARTS), SPEC, split_seed=0, store=tmp_path / "store")
     assert not (tmp_path / "store").exists()
 
 
 def test_images_of_another_kind_than_the_encoder_takes_are_refused(index: Index, tmp_path: Path) -> None:
     labelled = changed(index, label=LABELS, split=PARTS)
     with pytest.raises(UserError, match=r"expected 2D images of 1 channel\(s\).*got 3D of 1"):
-        open_sample(labelled, {**SPEC, "spatial_dims": 2}, split_seed=0, store=tmp_path / "store")
+        open_probe_cohort(labelled, {**SPEC, "spatial_dims": 2}, split_seed=0, store=tmp_path / "store")
 
 
 def test_an_image_that_cannot_be_read_is_left_out_and_counted(masks: Path, index: Index, tmp_path: Path) -> None:
-    record: Record = index.records[1]
+    record: ImageRecord = index.records[1]
     (masks / record.path).write_bytes(b"no image")
     labelled = changed(index, label=LABELS, split=PARTS)
-    sample = open_sample(labelled, SPEC, split_seed=0, store=tmp_path / "store")
+    sample = open_probe_cohort(labelled, SPEC, split_seed=0, store=tmp_path / "store")
     assert sample.rejected == 1
     assert record.image not in {r.image for r in sample.train}
 

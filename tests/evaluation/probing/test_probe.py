@@ -9,18 +9,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from medim.data.contamination import Seen
-from medim.data.fingerprints import fingerprint
+from medim.data.contamination import TrainingHistory
+from medim.data.fingerprints import compute_fingerprint
 from medim.data.index.index import Index, build_index
-from medim.data.loading.splits import split
+from medim.data.loading.splits import assign_splits
 from medim.evaluation.evaluate import open_encoder
-from medim.evaluation.probing.classifiers import knn
+from medim.evaluation.probing.classifiers import knn_probe
 from medim.evaluation.probing.label_budget import Budget
-from medim.evaluation.probing.probe import METRICS, probe, summarise
+from medim.evaluation.probing.probe import PROBE_METRICS, probe, summarise_probes
 from medim.files import read_json
 from medim.metrics.classification import classification_metrics
 from medim.models.model import build_encoder
-from medim.models.serialization import save
+from medim.models.serialization import save_model
 from medim.types import UsageError, UserError
 from tests.evaluation.conftest import make_run
 
@@ -44,7 +44,7 @@ def make_encoder(folder: Path, spec: dict[str, Any] = SPEC, weight: Callable[[An
     encoder = build_encoder(spec)
     if weight:
         weight(encoder)
-    save(folder / "encoder", "encoder", encoder, spec)
+    save_model(folder / "encoder", "encoder", encoder, spec)
     return folder
 
 
@@ -91,7 +91,7 @@ def test_every_arm_has_a_row_for_each_budget_and_seed_and_its_cases_give_its_met
         mine = [c for c in rows if all(c[key] == row[key] for key in ("features", "budget", "seed"))]
         probabilities = np.array([[c["probability_0"], c["probability_1"]] for c in mine])
         metrics = classification_metrics(probabilities, np.array([int(c["label"]) for c in mine]))
-        assert {key: row[key] for key in METRICS} == metrics
+        assert {key: row[key] for key in PROBE_METRICS} == metrics
 
 
 def test_rows_of_one_budget_and_seed_have_the_same_labels_whatever_else_differs(
@@ -134,10 +134,10 @@ def test_the_probe_tells_what_the_features_tell(index: Index, tmp_path: Path) ->
 def test_features_begin_with_what_embed_gives(run: Path, index: Index, tmp_path: Path) -> None:
     """The same preprocessing and network: neighbours by `embed` alone are those of a probe without maps."""
     network = open_encoder(run)
-    splits = split(index)
+    splits = assign_splits(index)
     parts = {p: [r for r in index.records if splits[r.image] == p] for p in ("train", "val")}
     rows = {p: np.stack([network(index.open(r)) for r in parts[p]]) for p in parts}
-    expected = knn(rows["train"], np.array([int(str(r.label)) for r in parts["train"]]), rows["val"], seed=0)
+    expected = knn_probe(rows["train"], np.array([int(str(r.label)) for r in parts["train"]]), rows["val"], seed=0)
     probe(run, index, tmp_path / "out", protocol="knn", maps=[], anchors=False)
     table = pq.read_table(tmp_path / "out" / "cases.parquet")
     assert table["image"].to_pylist() == [r.image for r in parts["val"]]
@@ -156,8 +156,8 @@ def test_validation_images_and_subjects_that_pretraining_saw_are_counted_and_ref
 ) -> None:
     folder = make_encoder(tmp_path / "run")
     val = [record for record in index.records if record.split == "val"]
-    cases = [(fingerprint(index.open(val[0])), "another"), *(("", record.subject) for record in val[1:4])]
-    Seen().then("pretrain", cases).write(folder / "encoder")
+    cases = [(compute_fingerprint(index.open(val[0])), "another"), *(("", record.subject) for record in val[1:4])]
+    TrainingHistory().extended("pretrain", cases).write(folder / "encoder")
     found = probe(folder, index, tmp_path / "out", anchors=False)
     assert found["seen"] == {"pretrain": {"images": 1, "subjects": 3}, "finetune": {"images": 0, "subjects": 0}}
     assert found["overlap"] == {"images": 0, "subjects": 0}
@@ -168,10 +168,10 @@ def test_validation_images_and_subjects_that_pretraining_saw_are_counted_and_ref
 
 def test_the_summary_is_mean_and_standard_deviation_over_the_subsets() -> None:
     rows = [
-        {"features": "encoder", "budget": "5", **dict.fromkeys(METRICS, value), "auroc": auroc}
+        {"features": "encoder", "budget": "5", **dict.fromkeys(PROBE_METRICS, value), "auroc": auroc}
         for value, auroc in ((0.5, None), (0.7, 0.9))
     ]
-    (found,) = summarise(rows)
+    (found,) = summarise_probes(rows)
     assert found["accuracy"] == {"mean": pytest.approx(0.6), "sd": pytest.approx(0.2 / np.sqrt(2))}
     assert found["auroc"] == {"mean": 0.9, "sd": None}
     assert found["subsets"] == 2

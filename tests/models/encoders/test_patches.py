@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from medim.models.encoders import PatchEncoder
-from medim.models.encoders.patches import unfold
+from medim.models.encoders.patches import unfold_patches
 from medim.types import UsageError
 
 SMALL: dict[str, Any] = {
@@ -50,7 +50,7 @@ def test_in_training_only_batch_norm_lets_crops_see_each_other(norm: str, leaks:
 
 def test_a_crop_lies_where_its_cell_does() -> None:
     image = torch.arange(2 * 6 * 8.0).view(1, 2, 6, 8)
-    crops = unfold(image, 4, 2)
+    crops = unfold_patches(image, 4, 2)
     assert crops.shape == (1, 2, 3, 2, 4, 4)
     for i in range(2):
         for j in range(3):

@@ -13,23 +13,27 @@ from PIL import Image
 
 from medim.data.index.index import AllRejectedError, build_index
 from medim.data.readers import ReadError
-from medim.data.readers.dicom.reader import Plan
-from medim.inference.network import Network
-from medim.inference.ood import Verdict
-from medim.package.label_codes import Label
+from medim.data.readers.dicom.reader import SlicePlan
+from medim.inference.network import Predictor
+from medim.inference.ood import OODResult
+from medim.package.label_codes import LabelCode
 from medim.package.package import Package
 from medim.predict.dicom import source as headers
 from medim.predict.dicom.equipment import Equipment
-from medim.predict.dicom.segmentation import read_back
-from medim.predict.dicom.source import TYPE_2, Source, read_source
-from medim.predict.dicom.structured_report import operating_point, probabilities_report, volumes_report
-from medim.predict.dicom.writer import answer_in_seg, save
-from medim.predict.outputs import volumes
+from medim.predict.dicom.segmentation import read_frame_labels
+from medim.predict.dicom.source import TYPE_2, DicomSource, read_dicom_source
+from medim.predict.dicom.structured_report import (
+    build_probabilities_report,
+    build_volumes_report,
+    format_operating_point,
+)
+from medim.predict.dicom.writer import save_dicom, segmentation_of
+from medim.predict.outputs import class_sizes
 from medim.predict.predict import predict
 from medim.types import Array, UsageError, UserError, Volume
 from tests.data.readers.dicom.test_sandbox import bomb
 from tests.data.synthetic import dataset, enhanced, noise, write_series, xray
-from tests.data.synthetic import save as save_dicom
+from tests.data.synthetic import save as write_dataset
 from tests.export.checkers import dciodvfy_errors
 from tests.predict.test_predict import rows_of
 
@@ -46,19 +50,19 @@ def equipment(packages: dict[str, Package]) -> Equipment:
     return Equipment(packages["segmenter"].contract, packages["segmenter"].sha256)
 
 
-def opened(place: Path) -> tuple[Volume, Source]:
+def opened(place: Path) -> tuple[Volume, DicomSource]:
     """The one image of a folder, and its headers."""
     index = build_index(place, "mri", remember=False)
-    plan = index.plan(index.records[0])
+    plan = index.plan_slices(index.records[0])
     assert plan is not None
-    return index.open(index.records[0]), read_source(plan)
+    return index.open(index.records[0]), read_dicom_source(plan)
 
 
 def test_a_deflated_bomb_is_not_inflated_for_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = Plan(((bomb(tmp_path / "bomb.dcm", 1), 0),), (4, 6), (1.0, 1.0), None)
-    monkeypatch.setattr(headers, "INFLATED", 1 << 26)
+    plan = SlicePlan(((bomb(tmp_path / "bomb.dcm", 1), 0),), (4, 6), (1.0, 1.0), None)
+    monkeypatch.setattr(headers, "MAX_INFLATED_BYTES", 1 << 26)
     with pytest.raises(ReadError) as raised:
-        read_source(plan)
+        read_dicom_source(plan)
     assert raised.value.reason == "too-large"
 
 
@@ -75,19 +79,19 @@ def test_each_frame_of_a_real_series_has_the_labels_of_its_own_pixels(
     volume, source = opened(shared_data / "mri-dicom" / SERIES[name])
     low, high = (float(np.percentile(volume.array, p)) + 0.5 for p in (90, 97))
     labels = levels(volume.array[0], low, high)
-    made = answer_in_seg(labels, volume, source, equipment, labelmap=labelmap)
-    save(tmp_path / "a.seg.dcm", made)
+    made = segmentation_of(labels, volume, source, equipment, labelmap=labelmap)
+    save_dicom(tmp_path / "a.seg.dcm", made)
 
     found = highdicom.seg.segread(tmp_path / "a.seg.dcm")
-    frames = read_back(found, source)
+    frames = read_frame_labels(found, source)
     for frame, header in zip(frames, source.datasets, strict=True):
         image = pydicom.dcmread(str(header.filename))
         slope, intercept = float(image.get("RescaleSlope", 1)), float(image.get("RescaleIntercept", 0))
         values = np.float32(image.pixel_array * slope + intercept)
         np.testing.assert_array_equal(frame, levels(values, low, high))
     assert {int(label) for label in np.unique(frames)} == {0, 1, 2}
-    told = volumes_report(made, volumes(labels, volume, 2), source, equipment)
-    save(tmp_path / "a.sr.dcm", told)
+    told = build_volumes_report(made, class_sizes(labels, volume, 2), source, equipment)
+    save_dicom(tmp_path / "a.sr.dcm", told)
     if not labelmap:  # the checker is older than that SOP class
         assert dciodvfy_errors(tmp_path / "a.seg.dcm", tmp_path / "a.sr.dcm") == []
 
@@ -118,8 +122,8 @@ def test_labels_land_on_the_right_points_of_the_world(
     write_series(tmp_path / "in", slices, positions=places, order=[3, 0, 5, 1, 4, 2], **tags)
     volume, source = opened(tmp_path / "in")
 
-    made = answer_in_seg(levels(volume.array[0], 400, 700), volume, source, equipment, labelmap=False)
-    save(tmp_path / "a.seg.dcm", made)
+    made = segmentation_of(levels(volume.array[0], 400, 700), volume, source, equipment, labelmap=False)
+    save_dicom(tmp_path / "a.seg.dcm", made)
 
     found = pydicom.dcmread(tmp_path / "a.seg.dcm")
     shared = found.SharedFunctionalGroupsSequence[0]
@@ -221,21 +225,21 @@ def test_an_empty_mask_is_a_whole_answer(equipment: Equipment, tmp_path: Path) -
     write_series(tmp_path / "in", FrameOfReferenceUID="1.2.3")
     volume, source = opened(tmp_path / "in")
     labels = np.zeros(volume.shape, np.uint8)
-    made = answer_in_seg(labels, volume, source, equipment, labelmap=False)
-    save(tmp_path / "a.seg.dcm", made)
-    save(tmp_path / "a.sr.dcm", volumes_report(made, volumes(labels, volume, 2), source, equipment))
-    assert not read_back(highdicom.seg.segread(tmp_path / "a.seg.dcm"), source).any()
+    made = segmentation_of(labels, volume, source, equipment, labelmap=False)
+    save_dicom(tmp_path / "a.seg.dcm", made)
+    save_dicom(tmp_path / "a.sr.dcm", build_volumes_report(made, class_sizes(labels, volume, 2), source, equipment))
+    assert not read_frame_labels(highdicom.seg.segread(tmp_path / "a.seg.dcm"), source).any()
     assert dciodvfy_errors(tmp_path / "a.seg.dcm", tmp_path / "a.sr.dcm") == []
 
 
 def test_frames_of_a_multi_frame_object_are_answered_in_their_own_order(equipment: Equipment, tmp_path: Path) -> None:
     frames = noise(4, 5, 6).astype(np.uint16)
     places = [(0.0, 0.0, 3.0 * k) for k in (2, 0, 3, 1)]
-    save_dicom(enhanced(frames, places, FrameOfReferenceUID="1.2.3"), tmp_path / "in" / "a.dcm")
+    write_dataset(enhanced(frames, places, FrameOfReferenceUID="1.2.3"), tmp_path / "in" / "a.dcm")
     volume, source = opened(tmp_path / "in")
-    made = answer_in_seg(levels(volume.array[0], 400, 1500), volume, source, equipment, labelmap=False)
-    save(tmp_path / "a.seg.dcm", made)
-    found = read_back(highdicom.seg.segread(tmp_path / "a.seg.dcm"), source)
+    made = segmentation_of(levels(volume.array[0], 400, 1500), volume, source, equipment, labelmap=False)
+    save_dicom(tmp_path / "a.seg.dcm", made)
+    found = read_frame_labels(highdicom.seg.segread(tmp_path / "a.seg.dcm"), source)
     rescaled = np.stack([(k + 1) * frame + 100.0 * k for k, frame in enumerate(frames)])
     np.testing.assert_array_equal(found, levels(rescaled, 400, 1500))
     assert dciodvfy_errors(tmp_path / "a.seg.dcm") == []
@@ -265,23 +269,23 @@ def test_x_rays_get_a_report_of_probabilities_and_the_operating_point(
 def test_a_report_carries_the_score_and_the_flag_of_the_guard(
     score: float, flag: str, shared_data: Path, packages: dict[str, Package], equipment: Equipment, tmp_path: Path
 ) -> None:
-    verdict = Verdict(score, "features")
+    verdict = OODResult(score, "features")
     volume, source = opened(shared_data / "mri-dicom" / SERIES["crop 1"])
     labels = levels(volume.array[0], *np.percentile(volume.array, [90, 97]))
-    made = answer_in_seg(labels, volume, source, equipment, labelmap=False)
-    reports = [volumes_report(made, volumes(labels, volume, 2), source, equipment, verdict)]
+    made = segmentation_of(labels, volume, source, equipment, labelmap=False)
+    reports = [build_volumes_report(made, class_sizes(labels, volume, 2), source, equipment, verdict)]
     xrays = build_index(shared_data / "xray-dicom" / "test2.dcm", "xray", remember=False)
-    plan = xrays.plan(xrays.records[0])
+    plan = xrays.plan_slices(xrays.records[0])
     assert plan is not None
     classifier = Equipment(packages["classifier"].contract, packages["classifier"].sha256)
-    reports.append(probabilities_report(np.array([0.2, 0.8]), read_source(plan), classifier, verdict))
+    reports.append(build_probabilities_report(np.array([0.2, 0.8]), read_dicom_source(plan), classifier, verdict))
     for number, report in enumerate(reports):
-        save(tmp_path / f"{number}.sr.dcm", report)
+        save_dicom(tmp_path / f"{number}.sr.dcm", report)
         found = told(pydicom.dcmread(tmp_path / f"{number}.sr.dcm"))
         assert found["ood"] == flag
         assert found["ood-score"] == pytest.approx(min(score, 1e6))
     assert dciodvfy_errors(*sorted(tmp_path.glob("*.sr.dcm"))) == []
-    silent = told(volumes_report(made, [1.0, 1.0], source, equipment))
+    silent = told(build_volumes_report(made, [1.0, 1.0], source, equipment))
     assert not {"ood", "ood-score"} & silent.keys()
 
 
@@ -300,16 +304,16 @@ def told(item: pydicom.Dataset) -> dict[str, Any]:
 
 def test_an_operating_point_is_what_decides(packages: dict[str, Package]) -> None:
     contract = packages["classifier"].contract
-    label = Label(index=0, name="edema", threshold=0.62)
+    label = LabelCode(index=0, name="edema", threshold=0.62)
     findings = contract.model_copy(update={"kind": "multi_label_classifier"})
     three = contract.model_copy(update={"classes": ("a", "b", "c")})
-    assert operating_point(label, Equipment(findings, "")) == "probability >= 0.62"
-    assert operating_point(label, Equipment(three, "")) == "highest probability of 3 classes"
+    assert format_operating_point(label, Equipment(findings, "")) == "probability >= 0.62"
+    assert format_operating_point(label, Equipment(three, "")) == "highest probability of 3 classes"
 
 
 def test_an_answer_that_is_given_again_is_another_object(packages: dict[str, Package], tmp_path: Path) -> None:
     made = xray(noise(30, 30).astype(np.uint16), SeriesInstanceUID="1.2.3.4")
-    save_dicom(made, tmp_path / "in" / "a.dcm")
+    write_dataset(made, tmp_path / "in" / "a.dcm")
     uids = set()
     for out in ("one", "two"):
         (row,) = answered(packages["classifier"], tmp_path / "in", tmp_path / out)
@@ -352,7 +356,9 @@ def test_what_cannot_be_answered_in_dicom_is_told_before_anything_is_written(
     with pytest.raises(UserError, match="--labels-schema"):
         answered(bare, tmp_path, tmp_path / "out")
     with pytest.raises(UserError, match="medim export"):
-        predict(Network(lambda x: x, "segmenter", "mri", 3, 1, ("a",), (), {}), tmp_path, tmp_path / "out", as_="dicom")
+        predict(
+            Predictor(lambda x: x, "segmenter", "mri", 3, 1, ("a",), (), {}), tmp_path, tmp_path / "out", as_="dicom"
+        )
     with pytest.raises(UsageError, match="segmenter"):
         answered(packages["classifier"], tmp_path, tmp_path / "out", labelmap=True)
     with pytest.raises(UsageError, match="--as dicom"):

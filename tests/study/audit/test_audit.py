@@ -10,9 +10,9 @@ import torch
 
 from medim.data.index.index import build_index
 from medim.data.loading.cohort import Cohort, open_cohort
-from medim.evaluation.cases import Row
+from medim.evaluation.cases import CaseRow
 from medim.models.model import build_encoder
-from medim.models.serialization import save
+from medim.models.serialization import save_model
 from medim.study.audit.audit import audit, write_audit
 from medim.study.audit.groups import read_groups
 from medim.types import Step
@@ -43,10 +43,10 @@ def cohort(source: Path, store: Path, steps: list[Step]) -> Cohort:
     index = build_index(source, "mri", labels=source / "labels.csv")
     splits = {r.image: "val" if n % 5 < 2 else "train" for n, r in enumerate(index.records)}
     opened = open_cohort(index, index.records, steps, split_seed=0, store=store)
-    return Cohort(index, opened.store, opened.keys, splits, opened.prints, opened.overlap, ())  # type: ignore[arg-type]
+    return Cohort(index, opened.store, opened.keys, splits, opened.fingerprints, opened.overlap, ())  # type: ignore[arg-type]
 
 
-def rows(images: Cohort) -> list[Row]:
+def rows(images: Cohort) -> list[CaseRow]:
     return [
         {
             "image": r.image,
@@ -77,7 +77,7 @@ def test_a_group_is_told_from_pixels_and_encoder_and_metrics_come_group_by_group
     spec = {"kind": "encoder", "spatial_dims": 3, "in_channels": 1, "input_shape": [8, 8, 8], "modality": "mri"}
     spec |= {"encoder": {"name": "unet", "channels": [4, 8], "summary_channels": 8}, "preprocessing": CENTRE}
     torch.manual_seed(0)
-    save(tmp_path / "encoder", "encoder", build_encoder(spec), spec)
+    save_model(tmp_path / "encoder", "encoder", build_encoder(spec), spec)
     found = audit(
         images,
         kind="classifier",
@@ -106,7 +106,7 @@ def test_a_group_is_told_from_pixels_and_encoder_and_metrics_come_group_by_group
 def test_many_images_are_learnt_from_in_part_and_the_notes_say_so(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medim.study.audit.audit.MOST", 20)
+    monkeypatch.setattr("medim.study.audit.audit.MAX_TRAINING_IMAGES", 20)
     found = audit(cohort(source, tmp_path, CENTRE), kind="classifier", classes=CLASSES)
     assert found.notes == ("learnt from 20 of 30 training images (seed 0)",)
     assert found.images["train"]["images"] == found.duplicates.images - 20 == 30

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from medim.data.fingerprints import fingerprint
-from medim.data.preprocessing.quality import measure
-from medim.study.audit.duplicates import Lookalike, duplicates
+from medim.data.fingerprints import compute_fingerprint
+from medim.data.preprocessing.quality import measure_quality
+from medim.study.audit.duplicates import NearDuplicate, find_duplicates
 from medim.types import Array, Split, Volume
 
 
@@ -25,10 +25,10 @@ def pictures() -> dict[str, Volume]:
 
 def found(pictures: dict[str, Volume], held: set[str]) -> tuple[tuple[tuple[str, ...], ...], set[tuple[str, str]]]:
     splits: dict[str, Split] = {name: "val" if name in held else "train" for name in pictures}
-    prints = {name: fingerprint(volume) for name, volume in pictures.items()}
-    got = duplicates(splits, prints, {name: measure(volume) for name, volume in pictures.items()})
+    prints = {name: compute_fingerprint(volume) for name, volume in pictures.items()}
+    got = find_duplicates(splits, prints, {name: measure_quality(volume) for name, volume in pictures.items()})
     assert (got.images, got.unhashed) == (7, 1)
-    assert all(isinstance(pair, Lookalike) and 0 <= pair.bits <= got.bits for pair in got.near)
+    assert all(isinstance(pair, NearDuplicate) and 0 <= pair.bits <= got.bits for pair in got.near)
     return got.exact, {(pair.trained, pair.held_out) for pair in got.near}
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from medim.evaluation.cases import write_parquet
 from medim.files import write_json, write_text
-from medim.study.comparisons import comparisons
+from medim.study.comparisons import build_comparisons
 from medim.study.results_table import SCHEMA
 
 BUDGETS = {"5": (5, 0.60), "20": (20, 0.70), "80": (80, 0.80)}  # labels, and what from scratch reaches
@@ -73,7 +73,7 @@ def write_study(
     write_text(folder / "splits" / "0.csv", "\n".join(["image,subject,split,label,budget,used", *lines]) + "\n")
     summary = summary_of(name, budgets)
     summary["arms"] += [{"name": "anchor", "protocol": "frozen", "encoders": ["c" * 64]}] if "anchor" in gains else []
-    summary["comparisons"] = comparisons(folder, summary)
+    summary["comparisons"] = build_comparisons(folder, summary)
     write_json(folder / "summary.json", summary)
     return folder
 

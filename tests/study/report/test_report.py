@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from medim.cli import app
 from medim.files import read_json, write_json
-from medim.study.comparisons import comparisons
-from medim.study.report.methods import checklists
-from medim.study.report.report import is_study, report
+from medim.study.comparisons import build_comparisons
+from medim.study.report.methods import fill_checklists
+from medim.study.report.report import is_study, write_study_page
 from medim.types import UserError
 from tests.reports.test_report import CHROMIUM, Page
 from tests.study.report.conftest import audit_of
@@ -36,7 +36,7 @@ TITLES = [
 
 @pytest.fixture(scope="module")
 def page(planted: Path) -> Path:
-    return report(planted)
+    return write_study_page(planted)
 
 
 @pytest.fixture(scope="module")
@@ -80,22 +80,22 @@ def test_a_planted_benefit_is_told_in_labels(html: str) -> None:
 
 
 def test_a_planted_null_is_no_evidence_of_a_benefit(study_of: Study) -> None:
-    state, headline, text = banner(report(study_of(0.0)).read_text(), "verdict")
+    state, headline, text = banner(write_study_page(study_of(0.0)).read_text(), "verdict")
     assert (state, headline) == ("care", "No evidence of a benefit")
     assert text.startswith("No evidence of a benefit with ")
 
 
 def test_harm_at_another_budget_and_labels_that_no_budget_paid_make_a_benefit_doubtful(study_of: Study) -> None:
     folder = study_of(0.1)
-    assert banner(report(folder).read_text(), "verdict")[0] == "good"
+    assert banner(write_study_page(folder).read_text(), "verdict")[0] == "good"
     change(folder, chosen_with_labels={"dim": 60})
-    state, _, text = banner(report(folder).read_text(), "verdict")
+    state, _, text = banner(write_study_page(folder).read_text(), "verdict")
     assert state == "care"
     assert "Labels beside the budgets chose the pretraining step of: dim (60)" in text
     found = read_json(folder / "summary.json")["comparisons"]
     found["rows"][-1]["verdict"] = "harm"
     change(folder, chosen_with_labels={}, comparisons=found)
-    state, _, text = banner(report(folder).read_text(), "verdict")
+    state, _, text = banner(write_study_page(folder).read_text(), "verdict")
     assert (state, "Harm is shown by: dim with 80 labels." in text) == ("care", True)
 
 
@@ -105,7 +105,7 @@ def test_one_run_against_one_run_makes_a_benefit_doubtful(study_of: Study) -> No
     for row in found["rows"]:
         row["difference"]["seeds"] = 1
     change(folder, comparisons=found)
-    state, _, text = banner(report(folder).read_text(), "verdict")
+    state, _, text = banner(write_study_page(folder).read_text(), "verdict")
     assert state == "care"
     assert "One encoder stands against one from-scratch run" in text
 
@@ -123,7 +123,7 @@ def test_an_encoder_that_learnt_nothing_makes_a_benefit_doubtful(study_of: Study
     }
     arms = {"dim": [run, {**run, "verdict": "learning"}]}
     write_json(folder / "pretraining.json", {"schema_version": 1, "arms": arms})
-    state, _, text = banner(report(folder).read_text(), "verdict")
+    state, _, text = banner(write_study_page(folder).read_text(), "verdict")
     assert state == "care"
     assert "Of 2 pretraining runs of dim, by their own verdict: at-chance." in text
 
@@ -134,27 +134,27 @@ def test_a_study_that_was_stopped_between_subsets_is_compared_by_what_all_budget
     later = [row for row in table.to_pylist() if (row["budget"], row["subset_seed"]) != ("20", 1)]
     pq.write_table(pa.Table.from_pylist(later, schema=table.schema), folder / "results.parquet")
     summary = read_json(folder / "summary.json")
-    rows = comparisons(folder, summary)
+    rows = build_comparisons(folder, summary)
     assert rows is not None
     assert [row["labels_saved"] for row in rows["rows"]] == [None] * 3
     change(folder, comparisons=rows)
-    report(folder)
+    write_study_page(folder)
 
 
 def test_a_planted_harm_is_told_as_harm(study_of: Study) -> None:
-    state, headline, _ = banner(report(study_of(-0.1)).read_text(), "verdict")
+    state, headline, _ = banner(write_study_page(study_of(-0.1)).read_text(), "verdict")
     assert state == "bad"
     assert headline.startswith("The encoder does harm: with ")
 
 
 def test_an_anchor_neither_takes_the_headline_nor_costs_the_encoder_its_correction(study_of: Study, html: str) -> None:
-    page = report(study_of(0.1, anchor=0.3)).read_text()
+    page = write_study_page(study_of(0.1, anchor=0.3)).read_text()
     assert banner(page, "verdict") == banner(html, "verdict")
     assert "anchor" in page
 
 
 def test_one_budget_is_told_in_the_metric_because_it_has_no_curve_of_labels(study_of: Study) -> None:
-    _, headline, _ = banner(report(study_of(0.1, budgets=("20",))).read_text(), "verdict")
+    _, headline, _ = banner(write_study_page(study_of(0.1, budgets=("20",))).read_text(), "verdict")
     assert re.fullmatch(r"With 20 labels the encoder does better: \+0\.\d+ \(.*\) against from scratch\.", headline)
 
 
@@ -179,7 +179,7 @@ def test_the_table_has_value_difference_p_and_rate_of_every_arm_and_budget(html:
 
 def test_a_study_that_is_not_complete_says_so_first_and_is_never_good(study_of: Study) -> None:
     cells = {"all": 24, "done": 20, "left": ["dim, 80 labels"], "failed": [{"cell": "dim, 5 labels", "reason": "NaN"}]}
-    html = report(change(study_of(0.1), complete=False, cells=cells)).read_text()
+    html = write_study_page(change(study_of(0.1), complete=False, cells=cells)).read_text()
     said = "This study is not complete: 20 of 24 cells are done, 1 failed."
     assert banner(html, "verdict")[0] == banner(html, "counts")[0] == "care"
     assert said in banner(html, "verdict")[2]
@@ -191,7 +191,7 @@ def test_a_study_without_results_has_a_page_that_says_so(study_of: Study) -> Non
         study_of(0.1), complete=False, comparisons=None, cells={"all": 2, "done": 0, "left": [], "failed": []}
     )
     (folder / "results.parquet").unlink()
-    assert banner(report(folder).read_text(), "verdict")[:2] == ("bad", "No result")
+    assert banner(write_study_page(folder).read_text(), "verdict")[:2] == ("bad", "No result")
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_a_study_without_results_has_a_page_that_says_so(study_of: Study) -> Non
     ],
 )
 def test_contamination_takes_the_green_from_a_benefit(study_of: Study, counts: Any, said: str) -> None:
-    html = report(change(study_of(0.1), seen={"dim": [counts, counts]})).read_text()
+    html = write_study_page(change(study_of(0.1), seen={"dim": [counts, counts]})).read_text()
     assert banner(html, "verdict")[0] == "care"
     assert said in banner(html, "verdict")[2]
     assert ("3 images, 2 subjects" in html) == (counts is not None)
@@ -225,7 +225,7 @@ def test_a_shortcut_takes_the_green_from_a_benefit_where_it_may_be_all_that_was_
 ) -> None:
     folder = change(study_of(0.1), task="classification")
     write_json(folder / "audit.json", audit_of(**auroc))
-    html = report(folder).read_text()
+    html = write_study_page(folder).read_text()
     for section in ("verdict", "counts", "leaks"):
         assert banner(html, section)[0] == state
         assert said in " ".join(banner(html, section))
@@ -236,7 +236,7 @@ def test_a_shortcut_takes_the_green_from_a_benefit_where_it_may_be_all_that_was_
 def test_the_audit_stands_on_the_page_with_its_figure_groups_and_look_alikes(study_of: Study) -> None:
     folder = study_of(0.1)
     write_json(folder / "audit.json", audit_of(size_as_seen=0.8))
-    section = report(folder).read_text().split('id="leaks"')[1].split("</section>")[0]
+    section = write_study_page(folder).read_text().split('id="leaks"')[1].split("</section>")[0]
     assert re.search(r"<desc[^>]*>dim, 80 labels 0\.900 \(0\.850 to 0\.950\); size as read 0\.500", section)
     for text in ("site: north", "too few subjects", "north, south", "image20", "the same for all images"):
         assert text in section
@@ -248,15 +248,15 @@ def test_a_segmentation_says_that_no_shortcut_was_looked_for_and_one_without_aud
 ) -> None:
     folder = study_of(0.1)
     write_json(folder / "audit.json", {**audit_of(), "shortcuts": [], "groups": [], "probes": []})
-    state, _, text = banner(report(folder).read_text(), "leaks")
+    state, _, text = banner(write_study_page(folder).read_text(), "leaks")
     assert (state, "No shortcut was looked for." in text) == ("plain", True)
-    assert "not reported" in report(folder).read_text().split('id="leaks"')[1].split("</section>")[0]
+    assert "not reported" in write_study_page(folder).read_text().split('id="leaks"')[1].split("</section>")[0]
     assert banner(html, "leaks")[:2] == ("plain", "not reported")
 
 
 def test_the_checklists_have_every_item_once_and_in_order() -> None:
     items: dict[str, list[str]] = {}
-    for checklist, item, *_ in checklists(defaultdict(lambda: None)):
+    for checklist, item, *_ in fill_checklists(defaultdict(lambda: None)):
         items.setdefault(checklist, []).append(item)
     assert items["CLAIM 2024"] == [str(n) for n in range(1, 45)]
     tripod = (
@@ -268,10 +268,10 @@ def test_the_checklists_have_every_item_once_and_in_order() -> None:
 
 def test_labels_that_chose_an_encoders_step_stand_in_the_methods(study_of: Study) -> None:
     folder = study_of(0.1)
-    assert "so many training labels" not in report(folder).read_text()
+    assert "so many training labels" not in write_study_page(folder).read_text()
     write_json(folder / "summary.json", {**read_json(folder / "summary.json"), "chosen_with_labels": {"dim": 60}})
     assert "The step of the encoders of dim (60) was chosen by a probe of so many training labels" in (
-        report(folder).read_text()
+        write_study_page(folder).read_text()
     )
 
 
@@ -279,11 +279,11 @@ def test_a_subject_on_two_sides_is_counted(study_of: Study) -> None:
     folder = study_of(0.1)
     with (folder / "splits" / "0.csv").open("a") as file:
         file.write("again,s-000000000000,train,,,\n")
-    assert banner(report(folder).read_text(), "cohort")[0] == "bad"
+    assert banner(write_study_page(folder).read_text(), "cohort")[0] == "bad"
 
 
 def test_a_class_that_looks_like_markup_is_text(study_of: Study) -> None:
-    html = report(study_of(0.1, name="<b>")).read_text()
+    html = write_study_page(study_of(0.1, name="<b>")).read_text()
     assert "<b>" not in html
     assert "Segmentation of &lt;b&gt; on mri" in html
 
@@ -298,11 +298,11 @@ def test_the_methods_hold_the_numbers_and_what_is_unknown_is_not_reported(html: 
     assert "f" * 64 in html
     folder = study_of(0.1)
     (folder / "config.yaml").unlink()
-    assert "Every arm has the same network (not reported)" in banner(report(folder).read_text(), "methods")[2]
+    assert "Every arm has the same network (not reported)" in banner(write_study_page(folder).read_text(), "methods")[2]
 
 
 def test_the_same_study_gives_the_same_bytes(page: Path, html: str) -> None:
-    assert report(page.parent).read_text() == html
+    assert write_study_page(page.parent).read_text() == html
 
 
 def test_medim_report_knows_a_study(planted: Path, tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_medim_report_knows_a_study(planted: Path, tmp_path: Path) -> None:
     assert not is_study(tmp_path)
     write_json(tmp_path / "summary.json", {"command": "pretrain"})
     with pytest.raises(UserError, match="expected a study, got pretrain"):
-        report(tmp_path)
+        write_study_page(tmp_path)
 
 
 @pytest.fixture

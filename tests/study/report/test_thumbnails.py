@@ -12,8 +12,8 @@ from PIL import Image
 
 from medim.evaluation.probing.label_budget import Budget
 from medim.files import read_json
-from medim.study.report.report import report
-from medim.study.report.thumbnails import SIDE, overlay, slice_of
+from medim.study.report.report import write_study_page
+from medim.study.report.thumbnails import PICTURE_PIXELS, draw_overlay, largest_slice
 from medim.types import Array, Volume
 
 
@@ -39,16 +39,18 @@ def volume_of(array: Array, spacing: tuple[float, ...]) -> Volume:
 
 
 def test_the_slice_is_the_one_with_the_largest_truth_or_the_middle() -> None:
-    assert slice_of(ball(4)) == 5
-    assert slice_of(np.zeros((4, 4, 9), np.uint8)) == 4
+    assert largest_slice(ball(4)) == 5
+    assert largest_slice(np.zeros((4, 4, 9), np.uint8)) == 4
 
 
 def test_contours_lie_on_the_borders_of_truth_and_prediction() -> None:
     volume = volume_of(np.random.default_rng(0).normal(100, 5, (40, 40, 20)), (1.0, 1.0, 3.0))
-    picture = opened(overlay(volume, ball(12), ball(6)))
-    assert picture.shape == (SIDE, SIDE, 3)
+    picture = opened(draw_overlay(volume, ball(12), ball(6)))
+    assert picture.shape == (PICTURE_PIXELS, PICTURE_PIXELS, 3)
     rows, columns = np.indices(picture.shape[:2])
-    away = np.hypot(rows - SIDE * 19.5 / 40, columns - SIDE * 19.5 / 40) * 40 / SIDE  # both axes are mirrored
+    away = (
+        np.hypot(rows - PICTURE_PIXELS * 19.5 / 40, columns - PICTURE_PIXELS * 19.5 / 40) * 40 / PICTURE_PIXELS
+    )  # both axes are mirrored
     for found, radius in zip(coloured(picture), (12.5, 6.5), strict=True):
         assert found.sum() > 100
         assert np.quantile(np.abs(away[found] - radius), 0.95) < 1.5  # JPEG has ripples beside a line
@@ -56,8 +58,8 @@ def test_contours_lie_on_the_borders_of_truth_and_prediction() -> None:
 
 
 def test_a_picture_without_masks_is_grey_and_keeps_its_proportions() -> None:
-    picture = opened(overlay(volume_of(np.random.default_rng(0).normal(size=(10, 20)), (2.0, 0.5))))
-    assert picture.shape == (SIDE, SIDE // 2, 3)
+    picture = opened(draw_overlay(volume_of(np.random.default_rng(0).normal(size=(10, 20)), (2.0, 0.5))))
+    assert picture.shape == (PICTURE_PIXELS, PICTURE_PIXELS // 2, 3)
     assert not any(found.any() for found in coloured(picture))
 
 
@@ -81,4 +83,4 @@ def test_a_study_ends_with_its_page_its_worst_cases_and_the_health_of_its_encode
     assert "it stays on site" in html
     assert len(html) < 5_000_000
     assert str(small.parent) not in html
-    assert report(small).read_text() == html
+    assert write_study_page(small).read_text() == html

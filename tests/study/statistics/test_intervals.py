@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from medim.metrics.bootstrap import Scores, draw, mean_of, score
+from medim.metrics.bootstrap import Scores, compute_scores, draw_resamples, weighted_mean
 from medim.study.statistics.intervals import (
     Comparison,
-    Interval,
-    compare,
-    holm,
-    interval,
-    limits_of,
-    overall,
+    ConfidenceInterval,
+    apply_holm_correction,
+    combine_verdicts,
+    compare_to_scratch,
+    compute_interval,
+    get_metric_limits,
     paired_difference,
 )
 from medim.types import Array, UserError
@@ -29,7 +29,7 @@ SUBJECTS = [f"s{n // 2}" for n in range(40)]
 
 
 def cells(values: Array) -> list[list[object]]:
-    return [[mean_of(case) for case in row] for row in values]
+    return [[weighted_mean(case) for case in row] for row in values]
 
 
 def whole(values: Array) -> Scores:
@@ -63,7 +63,7 @@ def test_arms_of_other_shapes_are_refused() -> None:
 def test_runs_that_differ_by_seed_or_subset_alone_give_the_t_interval_of_their_means(axis: int) -> None:
     means = np.random.default_rng(2).normal(0.0, 1.0, 4)
     runs = np.broadcast_to(np.expand_dims(means, 1 - axis), (4, 3) if axis == 0 else (3, 4))
-    found = interval(whole(runs))
+    found = compute_interval(whole(runs))
     error = means.std(ddof=1) / 2
     assert (found.error, found.df) == pytest.approx((error, 3))
     assert (found.low, found.high) == pytest.approx(stats.t.interval(0.95, 3, means.mean(), error))
@@ -71,8 +71,8 @@ def test_runs_that_differ_by_seed_or_subset_alone_give_the_t_interval_of_their_m
 
 def test_one_run_gives_the_t_interval_of_its_subjects() -> None:
     values = np.repeat(np.random.default_rng(3).normal(0.0, 1.0, 20), 2)
-    scores = score([[mean_of(values)]], draw(SUBJECTS, resamples=20_000))
-    found = interval(scores)
+    scores = compute_scores([[weighted_mean(values)]], draw_resamples(SUBJECTS, resamples=20_000))
+    found = compute_interval(scores)
     assert found.df == pytest.approx(19)
     assert found.error == pytest.approx(values[::2].std(ddof=1) / np.sqrt(20), rel=0.02)
     assert found.over == ("subjects",)
@@ -80,9 +80,9 @@ def test_one_run_gives_the_t_interval_of_its_subjects() -> None:
 
 def test_noise_of_subjects_is_not_counted_again_as_scatter_of_runs() -> None:
     rng, errors, truth = np.random.default_rng(4), [], 1 / np.sqrt(4 * 4 * 20)
-    drawn = draw([str(n) for n in range(20)], resamples=200)
+    drawn = draw_resamples([str(n) for n in range(20)], resamples=200)
     for _ in range(60):
-        errors.append(interval(score(cells(rng.normal(0, 1, (4, 4, 20))), drawn)).error)  # type: ignore[arg-type]
+        errors.append(compute_interval(compute_scores(cells(rng.normal(0, 1, (4, 4, 20))), drawn)).error)  # type: ignore[arg-type]
     assert truth < np.median(errors) < 1.35 * truth  # counted at all three levels it were sqrt(3) times the truth
 
 
@@ -90,9 +90,9 @@ ONE = "this one encoder beside this one from-scratch run"
 
 
 def test_degrees_of_freedom_never_fall_below_those_of_the_least_certain_part() -> None:
-    rng, drawn = np.random.default_rng(6), draw([str(n) for n in range(14)], resamples=200)
+    rng, drawn = np.random.default_rng(6), draw_resamples([str(n) for n in range(14)], resamples=200)
     found = [
-        interval(score(cells(rng.normal(0, 1, (3, 3, 14))), drawn)).df  # type: ignore[arg-type]
+        compute_interval(compute_scores(cells(rng.normal(0, 1, (3, 3, 14))), drawn)).df  # type: ignore[arg-type]
         for _ in range(60)
     ]
     assert min(found) == 2, "scatter of runs barely above the noise of subjects"
@@ -110,23 +110,23 @@ def test_degrees_of_freedom_never_fall_below_those_of_the_least_certain_part() -
 )  # fmt: skip
 def test_an_interval_says_what_it_speaks_of(shape: tuple[int, int], over: tuple[str, ...], scope: str) -> None:
     values = np.random.default_rng(5).normal(0, 1, (*shape, 40))
-    found = interval(score(cells(values), draw(SUBJECTS)))  # type: ignore[arg-type]
-    assert (found.over, found.scope) == (over, scope)
+    found = compute_interval(compute_scores(cells(values), draw_resamples(SUBJECTS)))  # type: ignore[arg-type]
+    assert (found.over, found.scope_text) == (over, scope)
 
 
 def test_a_single_number_has_no_interval() -> None:
     with pytest.raises(UserError, match="Add seeds or subsets"):
-        interval(whole(np.ones((1, 1))))
+        compute_interval(whole(np.ones((1, 1))))
 
 
 def test_resamples_without_a_value_are_left_out() -> None:
     values = np.random.default_rng(6).normal(0, 1, (2, 2, 101))
     holed = np.insert(values, [5, 50], np.nan, axis=2)
-    assert interval(Scores(holed, 9)) == interval(Scores(values, 9))
+    assert compute_interval(Scores(holed, 9)) == compute_interval(Scores(values, 9))
 
 
 def test_the_ends_stay_within_the_limits_of_the_metric() -> None:
-    found = interval(whole(np.array([[0.9, 0.99], [0.95, 1.0]])), (0.0, 1.0))
+    found = compute_interval(whole(np.array([[0.9, 0.99], [0.95, 1.0]])), (0.0, 1.0))
     assert found.high == 1.0
     assert 0 < found.low < found.value
 
@@ -134,19 +134,20 @@ def test_the_ends_stay_within_the_limits_of_the_metric() -> None:
 def test_the_ends_of_a_difference_stay_where_two_metrics_can_lie() -> None:
     ours, theirs = whole(np.array([[0.9, 0.2], [0.95, 1.0]])), whole(np.array([[0.1, 0.3], [0.0, 0.1]]))
     free, clipped = (
-        compare({("dim", "1"): (ours, theirs)}, *given)[0] for given in ((), (limits_of("dice", difference=True),))
+        compare_to_scratch({("dim", "1"): (ours, theirs)}, *given)[0]
+        for given in ((), (get_metric_limits("dice", difference=True),))
     )
     assert free.difference.high > 1
     assert (clipped.difference.high, clipped.p) == (1.0, free.p)
-    assert (limits_of("auroc"), limits_of("hd95_left")) == ((0.0, 1.0), (0.0, np.inf))
-    assert limits_of("hd95_left", difference=True) == (-np.inf, np.inf)
+    assert (get_metric_limits("auroc"), get_metric_limits("hd95_left")) == ((0.0, 1.0), (0.0, np.inf))
+    assert get_metric_limits("hd95_left", difference=True) == (-np.inf, np.inf)
 
 
 @given(st.lists(st.floats(-1, 1).map(lambda v: round(v, 3)), min_size=6, max_size=6), st.floats(-1, 1))
 def test_a_p_value_is_below_five_percent_exactly_where_the_interval_excludes_the_value(
     runs: list[float], against: float
 ) -> None:
-    found = interval(whole(np.array(runs).reshape(2, 3)))
+    found = compute_interval(whole(np.array(runs).reshape(2, 3)))
     if min(abs(against - found.low), abs(against - found.high)) > 1e-9:
         assert (found.p_value(against) < 0.05) == (not found.low <= against <= found.high)
 
@@ -156,11 +157,11 @@ def test_holm_is_the_closed_test_of_bonferroni(p: list[float]) -> None:
     places = range(len(p))
     subsets = [s for size in range(1, len(p) + 1) for s in combinations(places, size)]
     closed = [max(min(1, len(s) * min(p[i] for i in s)) for s in subsets if place in s) for place in places]
-    assert holm(p) == pytest.approx(closed)
+    assert apply_holm_correction(p) == pytest.approx(closed)
 
 
 def test_a_study_without_comparisons_has_nothing_to_correct() -> None:
-    assert holm([]) == []
+    assert apply_holm_correction([]) == []
 
 
 def test_verdicts_follow_the_corrected_p_value_and_the_sign() -> None:
@@ -171,19 +172,19 @@ def test_verdicts_follow_the_corrected_p_value_and_the_sign() -> None:
         ("a", "100"): (whole(flat), zero),
         ("b", "10"): (whole(-up), zero),
     }
-    found = {(c.arm, c.budget): c for c in compare(pairs)}
+    found = {(c.arm, c.budget): c for c in compare_to_scratch(pairs)}
     assert [c.verdict for c in found.values()] == ["benefit", "no evidence of a benefit", "harm"]
     assert found["a", "10"].p_corrected == pytest.approx(3 * found["a", "10"].p)
-    assert overall([found["a", "10"], found["a", "100"]]) == "benefit"
-    assert overall(list(found.values())) == "harm"
-    assert overall([found["a", "100"]]) == "no evidence of a benefit"
+    assert combine_verdicts([found["a", "10"], found["a", "100"]]) == "benefit"
+    assert combine_verdicts(list(found.values())) == "harm"
+    assert combine_verdicts([found["a", "100"]]) == "no evidence of a benefit"
 
 
 def test_a_difference_that_is_clear_alone_may_not_be_clear_among_many() -> None:
     rng, zero = np.random.default_rng(7), whole(np.zeros((3, 3)))
     edge = whole(np.array([[0.1], [0.2], [0.3]]) + np.array([-0.05, 0.0, 0.05]) + 0.1)
-    alone = compare({("a", "10"): (edge, zero)})
-    many = compare(
+    alone = compare_to_scratch({("a", "10"): (edge, zero)})
+    many = compare_to_scratch(
         {("a", "10"): (edge, zero)} | {("b", str(n)): (whole(rng.normal(0, 1, (3, 3))), zero) for n in "123"}
     )
     assert (alone[0].verdict, many[0].verdict) == ("benefit", "no evidence of a benefit")
@@ -194,17 +195,17 @@ def test_results_are_json_and_the_same_each_time() -> None:
     values = np.random.default_rng(8).normal(0.1, 1, (3, 3, 40))
 
     def run() -> str:
-        drawn = draw(SUBJECTS)
-        pairs = {("a", "10"): (score(cells(values), drawn), score(cells(0 * values), drawn))}  # type: ignore[arg-type]
-        return json.dumps([asdict(c) for c in compare(pairs)], allow_nan=False)
+        drawn = draw_resamples(SUBJECTS)
+        pairs = {("a", "10"): (compute_scores(cells(values), drawn), compute_scores(cells(0 * values), drawn))}  # type: ignore[arg-type]
+        return json.dumps([asdict(c) for c in compare_to_scratch(pairs)], allow_nan=False)
 
     assert run() == run()
     assert json.loads(run())[0]["difference"]["over"] == ["seeds", "subsets", "subjects"]
 
 
 def test_arms_without_any_difference_have_an_interval_of_zero_width() -> None:
-    found: Comparison = compare({("a", "10"): (whole(np.ones((3, 3))), whole(np.ones((3, 3))))})[0]
-    assert isinstance(found.difference, Interval)
+    found: Comparison = compare_to_scratch({("a", "10"): (whole(np.ones((3, 3))), whole(np.ones((3, 3))))})[0]
+    assert isinstance(found.difference, ConfidenceInterval)
     assert (found.difference.low, found.difference.high, found.p) == (0, 0, 1)
     assert found.verdict == "no evidence of a benefit"
 
@@ -216,14 +217,14 @@ def simulation() -> dict[str, object]:
 
 @pytest.mark.parametrize(("mix", "unequal"), [("subjects", False), ("noise", False), ("even", True), ("seeds", False)])
 def test_intervals_of_three_seeds_and_three_subsets_hold_the_truth(simulation, mix: str, unequal: bool) -> None:  # type: ignore[no-untyped-def]
-    found = simulation["coverage"](simulation["mean_study"](3, 3, 20, mix, unequal=unequal), 200)
-    assert 0.88 <= found["coverage"] <= 0.995  # 90 to 98 % and what 200 repetitions allow
+    found = simulation["measure_coverage"](simulation["build_mean_study"](3, 3, 20, mix, unequal=unequal), 200)
+    assert 0.88 <= found["measure_coverage"] <= 0.995  # 90 to 98 % and what 200 repetitions allow
 
 
 def test_the_simulation_sees_an_interval_that_is_too_short(simulation) -> None:  # type: ignore[no-untyped-def]
-    found = simulation["coverage"](simulation["mean_study"](1, 3, 20, "subsets"), 200)
-    assert found["percentile_coverage"] < 0.9 < found["coverage"]
+    found = simulation["measure_coverage"](simulation["build_mean_study"](1, 3, 20, "subsets"), 200)
+    assert found["percentile_coverage"] < 0.9 < found["measure_coverage"]
 
 
 def test_studies_without_an_effect_seldom_raise_an_alarm(simulation) -> None:  # type: ignore[no-untyped-def]
-    assert simulation["false_alarms"]("even", 20) <= 0.1
+    assert simulation["measure_false_alarms"]("even", 20) <= 0.1

@@ -12,12 +12,12 @@ import torch
 
 from medim.training.engine import checkpoints
 from medim.training.engine.checkpoints import (
-    Checkpoints,
-    WholeCheckpoints,
-    damaged_checkpoints,
-    newest_checkpoint,
-    sealed,
-    unsealed,
+    CheckpointCallback,
+    ChecksumCheckpointIO,
+    append_digest,
+    find_newest_checkpoint,
+    list_corrupt_checkpoints,
+    strip_digest,
 )
 from medim.types import UserError
 
@@ -25,30 +25,30 @@ from medim.types import UserError
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for step in (9, 10):
-        WholeCheckpoints().save_checkpoint({"step": step, "weight": torch.ones(2)}, tmp_path / f"step-{step}.ckpt")
+        ChecksumCheckpointIO().save_checkpoint({"step": step, "weight": torch.ones(2)}, tmp_path / f"step-{step}.ckpt")
     return tmp_path
 
 
 def test_a_checkpoint_is_what_was_saved_and_torch_alone_reads_it(folder: Path) -> None:
-    path, step = newest_checkpoint(folder)
+    path, step = find_newest_checkpoint(folder)
     assert path is not None
     assert step == 10
-    assert WholeCheckpoints().load_checkpoint(path)["step"] == torch.load(path, weights_only=True)["step"] == 10
+    assert ChecksumCheckpointIO().load_checkpoint(path)["step"] == torch.load(path, weights_only=True)["step"] == 10
 
 
 def test_every_single_flipped_bit_is_found() -> None:
-    data = sealed(bytes(range(256)))
-    assert unsealed(data) == bytes(range(256))
+    data = append_digest(bytes(range(256)))
+    assert strip_digest(data) == bytes(range(256))
     for place in range(len(data)):
         for bit in range(8):
             changed = bytearray(data)
             changed[place] ^= 1 << bit
-            assert unsealed(bytes(changed)) is None
+            assert strip_digest(bytes(changed)) is None
 
 
 @pytest.mark.parametrize("length", [0, 1, 71, 72, 300])
 def test_a_cut_checkpoint_is_found(length: int) -> None:
-    assert unsealed(sealed(bytes(300))[:length]) is None
+    assert strip_digest(append_digest(bytes(300))[:length]) is None
 
 
 def test_a_flipped_byte_between_the_parts_of_the_archive_sets_it_aside(folder: Path) -> None:
@@ -58,27 +58,27 @@ def test_a_flipped_byte_between_the_parts_of_the_archive_sets_it_aside(folder: P
     data[data.index(b"ZZZZ")] ^= 1
     path.write_bytes(data)
     with pytest.raises(UserError, match="sha256 is not its own"):
-        WholeCheckpoints().load_checkpoint(path)
-    assert newest_checkpoint(folder) == (folder / "step-9.ckpt", 9)
-    assert damaged_checkpoints(folder) == ["step-10.ckpt"]
+        ChecksumCheckpointIO().load_checkpoint(path)
+    assert find_newest_checkpoint(folder) == (folder / "step-9.ckpt", 9)
+    assert list_corrupt_checkpoints(folder) == ["step-10.ckpt"]
     assert (folder / "step-10.ckpt.damaged").read_bytes() == data
 
 
 def test_where_all_are_damaged_the_run_begins_anew_and_all_are_named(folder: Path) -> None:
     for path in folder.glob("*.ckpt"):
         path.write_bytes(b"")
-    assert newest_checkpoint(folder) == (None, 0)
-    assert damaged_checkpoints(folder) == ["step-10.ckpt", "step-9.ckpt"]
+    assert find_newest_checkpoint(folder) == (None, 0)
+    assert list_corrupt_checkpoints(folder) == ["step-10.ckpt", "step-9.ckpt"]
 
 
 def test_what_a_kill_left_half_written_is_removed(folder: Path) -> None:
     shutil.copy(folder / "step-9.ckpt", folder / ".step-11.ckpt.abcd")
-    assert newest_checkpoint(folder)[1] == 10
+    assert find_newest_checkpoint(folder)[1] == 10
     assert sorted(path.name for path in folder.iterdir()) == ["step-10.ckpt", "step-9.ckpt"]
 
 
 def test_a_run_goes_on_in_more_processes_than_saved_it() -> None:
-    found = Checkpoints(Path("none"), every=1)
+    found = CheckpointCallback(Path("none"), every=1)
     saved = {"random": [{"state": 0}], "ended": False, "resumed_from_steps": [], "global_step": 3}
     trainer: Any = SimpleNamespace(global_rank=1)
     found.on_load_checkpoint(trainer, None, saved)  # type: ignore[arg-type]
@@ -92,8 +92,8 @@ def test_all_generators_continue_where_they_were(tmp_path: Path) -> None:
         return float(torch.rand(1)), float(old.random_sample()), float(old.standard_normal()), random.random()
 
     old.standard_normal()  # the second of a pair of normal numbers is part of the state
-    WholeCheckpoints().save_checkpoint({"random": checkpoints._random_state()}, tmp_path / "step-1.ckpt")
+    ChecksumCheckpointIO().save_checkpoint({"random": checkpoints._get_random_state()}, tmp_path / "step-1.ckpt")
     drawn = draw()
     draw()
-    checkpoints._set_random_state(WholeCheckpoints().load_checkpoint(tmp_path / "step-1.ckpt")["random"])
+    checkpoints._set_random_state(ChecksumCheckpointIO().load_checkpoint(tmp_path / "step-1.ckpt")["random"])
     assert draw() == drawn

@@ -17,9 +17,9 @@ from medim.models.encoders import UNetEncoder
 from medim.models.encoders.resnet import ResNet
 from medim.objectives.infomax import LocalDIM
 from medim.objectives.reconstruction import Reconstruction
-from medim.training.engine.gradient_cache import in_chunks
+from medim.training.engine.gradient_cache import encode_in_chunks
 from medim.training.pretrain.module import PretrainModule
-from medim.training.pretrain.step_encoder import StepEncode
+from medim.training.pretrain.step_encoder import StepEncoder
 from medim.types import Features, UsageError, Views
 
 Gradients = dict[str, torch.Tensor]
@@ -62,7 +62,7 @@ def step(
         part.zero_grad(set_to_none=True)
     views = Views(image[:, None], torch.zeros(len(image), 1, image.ndim - 2))
     with Live() as live:
-        encode: Any = StepEncode(encoder, decoder, views, torch.Generator().manual_seed(3), chunk=chunk)
+        encode: Any = StepEncoder(encoder, decoder, views, torch.Generator().manual_seed(3), chunk=chunk)
         terms = objective(encode, views)
         torch.stack([term.loss for term in terms.values()]).sum().backward()
         del encode, terms
@@ -128,14 +128,14 @@ def test_every_chunk_but_the_last_is_full_and_runs_once_more_in_the_backward_pas
             sizes.append(len(image))
             return Features((self.weight * image,), image.flatten(1))
 
-    found = in_chunks(Watched(), torch.ones(7, 1, 2, 2), 3)
+    found = encode_in_chunks(Watched(), torch.ones(7, 1, 2, 2), 3)
     assert sizes == [3, 3, 1]
     assert found.maps[0].shape == (7, 1, 2, 2)
     found.maps[0].sin().sum().backward()  # type: ignore[no-untyped-call]
     assert sorted(sizes) == [1, 1, 3, 3, 3, 3]
     sizes.clear()
     with torch.no_grad():
-        in_chunks(Watched(), torch.ones(7, 1, 2, 2), 3)
+        encode_in_chunks(Watched(), torch.ones(7, 1, 2, 2), 3)
     assert sizes == [3, 3, 1]
 
 
@@ -153,7 +153,7 @@ def test_dropout_drops_the_same_in_both_passes() -> None:
             return Features((kept[..., None],), (kept * kept).sum(1, keepdim=True))
 
     network, image = Dropping(), torch.ones(8, 4)
-    found = in_chunks(network, image, 2)
+    found = encode_in_chunks(network, image, 2)
     found.summary.sum().backward()  # type: ignore[no-untyped-call]
     kept = (found.maps[0] != 0).squeeze(-1).float()
     assert torch.allclose(network.scale.grad, (2 * 2 * 2 * kept).sum(0)), "d/ds (2 s)^2 of what was kept"

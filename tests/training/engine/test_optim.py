@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from medim.config import OptimiserName
-from medim.training.engine.optim import optimiser
+from medim.training.engine.optim import build_optimiser
 
 
 def rates(warmup: int, steps: int, *, lr: float = 0.1, **options: Any) -> list[float]:
-    adamw, schedule = optimiser(
+    adamw, schedule = build_optimiser(
         [(nn.Linear(1, 1), 1.0)], lr=lr, weight_decay=0, warmup_steps=warmup, max_steps=steps, **options
     )
     found = []
@@ -52,7 +52,7 @@ def test_a_rate_in_steps_falls_to_a_fifth_at_each() -> None:
 def test_the_optimiser_of_the_config_steps_with_its_betas(
     name: OptimiserName, kind: type[torch.optim.Optimizer]
 ) -> None:
-    made, _ = optimiser(
+    made, _ = build_optimiser(
         [(nn.Linear(1, 1), 1.0)], lr=1, weight_decay=0, warmup_steps=0, max_steps=1, optimiser=name, betas=(0.5, 0.9)
     )
     assert type(made) is kind
@@ -65,7 +65,7 @@ def test_a_run_shorter_than_its_warm_up_still_has_rates() -> None:
 
 def test_matrices_decay_and_vectors_do_not() -> None:
     module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2))
-    adamw, _ = optimiser([(module, 1.0)], lr=0.1, weight_decay=0.3, warmup_steps=0, max_steps=9)
+    adamw, _ = build_optimiser([(module, 1.0)], lr=0.1, weight_decay=0.3, warmup_steps=0, max_steps=9)
     decay = {id(p): group["weight_decay"] for group in adamw.param_groups for p in group["params"]}
     assert {name: decay[id(p)] for name, p in module.named_parameters()} == {
         "0.weight": 0.3,
@@ -79,7 +79,7 @@ def test_matrices_decay_and_vectors_do_not() -> None:
 
 def test_each_module_has_its_share_of_the_rate_and_frozen_parameters_none() -> None:
     slow, fast, frozen = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False)
-    adamw, schedule = optimiser(
+    adamw, schedule = build_optimiser(
         [(slow, 0.1), (fast, 1.0), (frozen, 1.0)], lr=0.5, weight_decay=0.1, warmup_steps=2, max_steps=9
     )
     held = {id(p): group for group in adamw.param_groups for p in group["params"]}
@@ -92,7 +92,7 @@ def test_each_module_has_its_share_of_the_rate_and_frozen_parameters_none() -> N
 
 def test_a_gradient_step_goes_down() -> None:
     parameter = nn.Linear(3, 1)
-    adamw, _ = optimiser([(parameter, 1.0)], lr=0.01, weight_decay=0, warmup_steps=0, max_steps=9)
+    adamw, _ = build_optimiser([(parameter, 1.0)], lr=0.01, weight_decay=0, warmup_steps=0, max_steps=9)
     image = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     losses = []
     for _ in range(5):

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from medim.training.engine.gather import GatheredFeatures, GatheredViews
-from medim.training.engine.launch import cluster, engine, planned, shape, together
-from medim.training.engine.process_group import ALONE, Ranks
+from medim.training.engine.launch import launched, planned_group, slurm_environment, trainer_options, world_shape
+from medim.training.engine.process_group import SINGLE_PROCESS, ProcessGroup
 from medim.training.engine.sampler import StepSampler
 from medim.types import Features, UsageError, Views
 
@@ -28,7 +28,9 @@ def _no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_the_parts_of_a_batch_are_the_batch_each_slot_with_its_seed(count: int) -> None:
-    parts = [list(StepSampler(SUBJECTS, batch_size=8, steps=9, seed=3, ranks=Ranks(r, count))) for r in range(count)]
+    parts = [
+        list(StepSampler(SUBJECTS, batch_size=8, steps=9, seed=3, ranks=ProcessGroup(r, count))) for r in range(count)
+    ]
     whole = list(StepSampler(SUBJECTS, batch_size=8, steps=9, seed=3))
     assert [[item for part in step for item in part] for step in zip(*parts, strict=True)] == whole
     for batch in whole:
@@ -39,20 +41,20 @@ def test_the_parts_of_a_batch_are_the_batch_each_slot_with_its_seed(count: int) 
 @pytest.mark.parametrize("number", [1, 2, 5, 6])
 def test_parts_are_equally_long_and_in_order(number: int, count: int) -> None:
     whole = torch.arange(2 * number).reshape(number, 2)
-    parts = [Ranks(rank, count).share(whole) for rank in range(count)]
+    parts = [ProcessGroup(rank, count).local_shard(whole) for rank in range(count)]
     assert len({len(part) for part in parts}) == 1
     if number >= count:
         assert torch.equal(torch.cat(parts)[:number], whole)
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_those_that_do() -> None:
-    Ranks(0, 4, 2).check_batch(16)
+    ProcessGroup(0, 4, 2).check_batch(16)
     with pytest.raises(UsageError, match=r"multiple of the 8 processes.* got 20\. Set batch_size=16 or 24"):
-        Ranks(0, 4, 2).check_batch(20)
+        ProcessGroup(0, 4, 2).check_batch(20)
     with pytest.raises(UsageError, match="Set batch_size=8,"):
-        Ranks(0, 4, 2).check_batch(6)
+        ProcessGroup(0, 4, 2).check_batch(6)
     with pytest.raises(UsageError, match="multiple of the 2 processes"):
-        StepSampler(SUBJECTS, batch_size=5, steps=1, seed=0, ranks=Ranks(0, 2))
+        StepSampler(SUBJECTS, batch_size=5, steps=1, seed=0, ranks=ProcessGroup(0, 2))
 
 
 def network() -> nn.Module:
@@ -63,7 +65,7 @@ def test_batch_normalisation_becomes_synchronised_on_cuda() -> None:
     """The conversion alone: synchronised statistics need CUDA, and were not run on a CPU."""
     plain = network()
     state = plain.state_dict()
-    converted = Ranks(0, 2, kind="cuda").synchronised(plain)
+    converted = ProcessGroup(0, 2, kind="cuda").with_synced_batch_norm(plain)
     kinds = [type(m) for m in converted.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert kinds == [nn.SyncBatchNorm] * 2
     assert converted.state_dict().keys() == state.keys(), "a saved encoder is the same with either"
@@ -72,14 +74,14 @@ def test_batch_normalisation_becomes_synchronised_on_cuda() -> None:
 
 def test_batch_normalisation_by_part_of_the_batch_is_refused_on_a_cpu() -> None:
     with pytest.raises(UsageError, match=r"cannot be synchronised on cpu.*each of the 2 processes"):
-        Ranks(0, 2).synchronised(network())
+        ProcessGroup(0, 2).with_synced_batch_norm(network())
     free = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4))
-    assert Ranks(0, 2).synchronised(free) is free
+    assert ProcessGroup(0, 2).with_synced_batch_norm(free) is free
     plain = network()
-    assert ALONE.synchronised(plain) is plain
+    assert SINGLE_PROCESS.with_synced_batch_norm(plain) is plain
 
 
-class Counting(Ranks):
+class Counting(ProcessGroup):
     """Two processes that hold the same."""
 
     def gather(self, part: torch.Tensor) -> torch.Tensor:
@@ -110,45 +112,50 @@ def test_a_map_is_gathered_when_somebody_looks_and_once() -> None:
 def test_devices_and_nodes_follow_from_who_started_the_process(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert shape(None, None) == (1, 1)
+    assert world_shape(None, None) == (1, 1)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert shape(None, None) == shape(4, 2) == shape(None, 2) == (4, 2)
+    assert world_shape(None, None) == world_shape(4, 2) == world_shape(None, 2) == (4, 2)
     with pytest.raises(UsageError, match="started 4 on each of 2 node"):
-        shape(2, 2)
+        world_shape(2, 2)
 
 
 def test_slurm_may_run_several_runs_of_one_device_and_leaves_the_requeueing_to_the_script(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert cluster() == []
+    assert slurm_environment() == []
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    assert shape(1, 1) == (1, 1)
-    assert cluster()[0].auto_requeue is False
+    assert world_shape(1, 1) == (1, 1)
+    assert slurm_environment()[0].auto_requeue is False
 
 
 def test_a_slurm_job_without_srun_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("SLURM_STEP_ID")
-    assert shape(None, None) == (1, 1)
+    assert world_shape(None, None) == (1, 1)
 
 
 def test_a_run_of_one_process_starts_nothing() -> None:
-    plan = planned("cpu", None, None)
-    with together("cpu", plan) as ranks:
-        assert ranks is ALONE
-    assert engine("cpu", ALONE) == {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
-    assert engine("cpu", Ranks(0, 2))["strategy"]._ddp_kwargs == {"find_unused_parameters": True}
+    plan = planned_group("cpu", None, None)
+    with launched("cpu", plan) as ranks:
+        assert ranks is SINGLE_PROCESS
+    assert trainer_options("cpu", SINGLE_PROCESS) == {
+        "accelerator": "cpu",
+        "devices": 1,
+        "num_nodes": 1,
+        "strategy": "auto",
+    }
+    assert trainer_options("cpu", ProcessGroup(0, 2))["strategy"]._ddp_kwargs == {"find_unused_parameters": True}
 
 
 def test_what_the_first_process_does_is_done_at_once_where_there_is_no_other() -> None:
     done: list[Any] = []
-    ALONE.first(done.append, 1)
-    assert ALONE.told(lambda: 2) == 2
-    assert ALONE.in_turn(lambda: 3) == 3
-    assert ALONE.any(True)
-    assert not ALONE.any(False)
-    ALONE.check_same(seed=1)
+    SINGLE_PROCESS.on_main(done.append, 1)
+    assert SINGLE_PROCESS.broadcast(lambda: 2) == 2
+    assert SINGLE_PROCESS.main_process_first(lambda: 3) == 3
+    assert SINGLE_PROCESS.any_true(True)
+    assert not SINGLE_PROCESS.any_true(False)
+    SINGLE_PROCESS.check_same(seed=1)
     assert done == [1]

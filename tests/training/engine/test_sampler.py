@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from medim.training.engine.sampler import StepSampler, seed_of, step_loader
+from medim.training.engine.sampler import StepSampler, derive_seed, step_loader
 
 # Six subjects, two of them with several scans, in no particular order.
 SUBJECTS = ["b", "a", "c", "a", "d", "e", "f", "a", "c"]
@@ -90,9 +90,9 @@ def test_each_image_of_each_step_has_its_own_seed() -> None:
 
 def test_a_seed_follows_from_all_its_parts_and_their_order() -> None:
     parts = list(itertools.product(range(4), repeat=3))
-    assert len({seed_of(*p) for p in parts}) == len(parts)
-    assert seed_of(1, 2, 3) == seed_of(1, 2, 3)
-    assert 0 <= seed_of(7) < 2**32
+    assert len({derive_seed(*p) for p in parts}) == len(parts)
+    assert derive_seed(1, 2, 3) == derive_seed(1, 2, 3)
+    assert 0 <= derive_seed(7) < 2**32
 
 
 def test_the_order_does_not_depend_on_what_subjects_are_called() -> None:

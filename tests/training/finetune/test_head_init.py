@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from medim.evaluation.probing.classifiers import linear
+from medim.evaluation.probing.classifiers import linear_probe
 from medim.models.heads import LinearProbe
 from medim.models.model import Model, build_model
-from medim.training.finetune.head_init import ROWS_A_CLASS, fit_probe, start_head_as_probe
+from medim.training.finetune.head_init import ROWS_PER_CLASS, fit_probe, start_head_as_probe
 from medim.types import Array
 
 
@@ -26,7 +26,7 @@ def logits(probe: LinearProbe, rows: Array) -> Array:
 @pytest.mark.parametrize("each", [2, 30])
 def test_it_is_the_linear_probe_as_weights(classes: int, each: int) -> None:
     rows, labels = clouds(classes, each)
-    oracle = linear(rows, labels, rows, seed=0).probabilities
+    oracle = linear_probe(rows, labels, rows, seed=0).probabilities
     got = torch.softmax(torch.from_numpy(logits(fit_probe(rows, labels, classes=classes, seed=0), rows)), dim=1)
     np.testing.assert_allclose(got.numpy(), oracle, atol=1e-4)
 
@@ -65,7 +65,7 @@ def test_a_segmenter_scores_bright_voxels_above_dark_ones_before_its_first_step(
     margin = bright - background
     assert margin[target == 1].mean() - margin[target == 0].mean() > margin[target == 0].std()
     assert all(torch.equal(value, encoder[name]) for name, value in segmenter.encoder.state_dict().items())
-    assert target.numel() < ROWS_A_CLASS
+    assert target.numel() < ROWS_PER_CLASS
 
 
 def test_one_class_alone_leaves_the_head_as_it_was(segmenter: Model) -> None:

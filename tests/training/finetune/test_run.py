@@ -12,17 +12,17 @@ import pytest
 import safetensors.torch
 import torch
 
-from medim.config import FinetuneConfig, PretrainConfig, ViewsConfig, check, load
-from medim.data.contamination import read_seen
+from medim.config import FinetuneConfig, PretrainConfig, ViewsConfig, check_config, load_config
+from medim.data.contamination import load_training_history
 from medim.data.index.index import Index, build_index
 from medim.data.loading.cohort import open_cohort
-from medim.data.loading.splits import split
+from medim.data.loading.splits import assign_splits
 from medim.evaluation.cases import read_cases
-from medim.files import sha256
+from medim.files import file_sha256
 from medim.models.model import build_model
 from medim.models.serialization import load_encoder, load_model
 from medim.training.finetune.module import FinetuneModule
-from medim.training.finetune.run import finetune, resolve_config
+from medim.training.finetune.run import finetune, resolve_finetune_config
 from medim.training.pretrain.run import pretrain
 from medim.types import UsageError, UserError
 
@@ -41,7 +41,7 @@ def encoder(pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
 
 
 def rows_of(run: Path) -> list[dict[str, str]]:
-    """The rows of `split.csv`."""
+    """The rows of `assign_splits.csv`."""
     return list(csv.DictReader((run / "split.csv").open()))
 
 
@@ -59,7 +59,7 @@ def test_a_budget_counts_images_and_the_validation_subjects_are_never_trained_on
 ) -> None:
     summary = finetune(finetune_config, cohort_index, tmp_path / "run", labelled=4, store=store)
     rows = rows_of(tmp_path / "run")
-    splits = split(cohort_index)
+    splits = assign_splits(cohort_index)
     trained_on = {row["subject"] for row in rows if row["used"] == "yes"}
     held_out = {r.subject for r in cohort_index.records if splits[r.image] == "val"}
     assert summary["labelled"] == 4
@@ -84,7 +84,7 @@ def test_the_encoder_starts_from_the_pretrained_weights_and_its_twin_does_not(
     assert not torch.allclose(pretrained, fresh, atol=1e-3)
     assert (started["init"], twin["init"]) == ("pretrained", "scratch")
     provenance = load_model(tmp_path / "started")[1]["provenance"]
-    assert provenance["parent"] == sha256(encoder / "encoder" / "encoder.safetensors")
+    assert provenance["parent"] == file_sha256(encoder / "encoder" / "encoder.safetensors")
 
 
 def test_what_came_pretrained_learns_at_its_own_rate_and_the_twin_at_the_full_one(
@@ -145,7 +145,7 @@ def test_the_way_is_measured_at_the_steps_asked_for_and_changes_nothing(
     finetune(finetune_config, cohort_index, tmp_path / "plain", store=store)
     measured = finetune_config.model_copy(update={"measure_at": (2, 6)})
     summary = finetune(measured, cohort_index, tmp_path / "measured", store=store)
-    assert sha256(tmp_path / "plain" / WEIGHTS) == sha256(tmp_path / "measured" / WEIGHTS)
+    assert file_sha256(tmp_path / "plain" / WEIGHTS) == file_sha256(tmp_path / "measured" / WEIGHTS)
     with (tmp_path / "measured" / "history.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["name"] == "val/dice"]
     assert [int(row["step"]) for row in rows] == [2, 6]
@@ -170,8 +170,10 @@ def test_the_stored_split_given_back_as_labels_makes_the_same_run(
     again = build_index(volumes, "mri", labels=tmp_path / "a" / "split.csv")
     finetune(one, again, tmp_path / "b", split_seed=0, **options)
     assert rows_of(tmp_path / "a") == rows_of(tmp_path / "b")
-    assert {r.image: r.split for r in again.records} == split(cohort_index, seed=3) != split(cohort_index)
-    assert sha256(tmp_path / "a" / WEIGHTS) == sha256(tmp_path / "b" / WEIGHTS)
+    assert (
+        {r.image: r.split for r in again.records} == assign_splits(cohort_index, seed=3) != assign_splits(cohort_index)
+    )
+    assert file_sha256(tmp_path / "a" / WEIGHTS) == file_sha256(tmp_path / "b" / WEIGHTS)
 
 
 def test_an_encoder_pretrained_on_the_same_index_has_not_seen_its_validation_split(
@@ -182,9 +184,12 @@ def test_an_encoder_pretrained_on_the_same_index_has_not_seen_its_validation_spl
     none = {"images": 0, "subjects": 0}
     assert summary["seen"] == {"pretrain": none, "finetune": none}
     assert summary["overlap"] == none
-    seen = read_seen(tmp_path / "run")
+    seen = load_training_history(tmp_path / "run")
     assert seen
-    assert [(o.kind, len(o.images), len(o.subjects)) for o in seen.origins] == [("pretrain", 12, 6), ("finetune", 4, 2)]
+    assert [(o.kind, len(o.images), len(o.subjects)) for o in seen.training_sets] == [
+        ("pretrain", 12, 6),
+        ("finetune", 4, 2),
+    ]
 
 
 def test_validation_images_that_the_encoder_has_seen_are_counted_and_refused_when_strict(
@@ -193,7 +198,7 @@ def test_validation_images_that_the_encoder_has_seen_are_counted_and_refused_whe
     one = finetune_config.model_copy(update={"max_steps": 1})
     options: dict[str, Any] = {"encoder": encoder, "split_seed": 1, "store": store}
     summary = finetune(one, cohort_index, tmp_path / "run", **options)
-    pretrained = {image for image, part in split(cohort_index).items() if part == "train"}
+    pretrained = {image for image, part in assign_splits(cohort_index).items() if part == "train"}
     shared = [row for row in rows_of(tmp_path / "run") if row["split"] == "val" and row["image"] in pretrained]
     expected = {"images": len(shared), "subjects": len({row["subject"] for row in shared})}
     assert summary["seen"] == {"pretrain": expected, "finetune": {"images": 0, "subjects": 0}}
@@ -212,10 +217,10 @@ def test_what_an_encoder_without_a_record_has_seen_is_not_known(
     one = finetune_config.model_copy(update={"max_steps": 1})
     (encoder / "encoder" / "fingerprints.json").unlink()
     summary = finetune(one, cohort_index, tmp_path / "run", encoder=encoder, labelled=4, store=store)
-    seen = read_seen(tmp_path / "run")
+    seen = load_training_history(tmp_path / "run")
     assert summary["seen"] is None
     assert seen
-    assert (seen.unknown, [origin.kind for origin in seen.origins]) == (("pretrain",), ["finetune"])
+    assert (seen.unknown_kinds, [origin.kind for origin in seen.training_sets]) == (("pretrain",), ["finetune"])
     with pytest.raises(UserError, match=r"not known: no fingerprints\.json lies beside the weights"):
         finetune(one, cohort_index, tmp_path / "strict", encoder=encoder, strict=True, store=store)
 
@@ -223,7 +228,7 @@ def test_what_an_encoder_without_a_record_has_seen_is_not_known(
 def test_subjects_that_share_an_image_are_kept_on_one_side(
     finetune_config: FinetuneConfig, volumes: Path, cohort_index: Index, tmp_path: Path
 ) -> None:
-    splits = split(cohort_index)
+    splits = assign_splits(cohort_index)
     one, other = (next(i for i, part in splits.items() if part == side) for side in ("train", "val"))
     source = shutil.copytree(volumes, tmp_path / "source")
     shutil.copyfile(source / f"{other}.nii.gz", source / f"{one}.nii.gz")
@@ -259,7 +264,7 @@ def test_the_label_subset_has_a_seed_of_its_own(
         finetune(one, cohort_index, tmp_path / name, store=store, **options)  # type: ignore[arg-type]
         seen[name] = (tmp_path / name / "split.csv").read_text()
     assert seen["a"] == seen["b"] != seen["c"]
-    assert sha256(tmp_path / "a" / WEIGHTS) != sha256(tmp_path / "b" / WEIGHTS)
+    assert file_sha256(tmp_path / "a" / WEIGHTS) != file_sha256(tmp_path / "b" / WEIGHTS)
 
 
 def test_both_arms_are_the_same_network_on_the_same_images_by_the_same_schedule(
@@ -287,7 +292,7 @@ def test_the_same_fine_tuning_twice_gives_the_same_bytes(
 ) -> None:
     for name in "ab":
         finetune(finetune_config, cohort_index, tmp_path / name, labelled=4, store=store)
-    assert sha256(tmp_path / "a" / WEIGHTS) == sha256(tmp_path / "b" / WEIGHTS)
+    assert file_sha256(tmp_path / "a" / WEIGHTS) == file_sha256(tmp_path / "b" / WEIGHTS)
 
 
 def test_a_resumed_fine_tuning_ends_in_the_same_bytes(
@@ -299,7 +304,7 @@ def test_a_resumed_fine_tuning_ends_in_the_same_bytes(
     (tmp_path / "cut" / WEIGHTS).unlink()
     summary = finetune(finetune_config, cohort_index, tmp_path / "cut", store=store, resume=True)
     assert summary["resumed_from_steps"] == [3]
-    assert sha256(tmp_path / "whole" / WEIGHTS) == sha256(tmp_path / "cut" / WEIGHTS)
+    assert file_sha256(tmp_path / "whole" / WEIGHTS) == file_sha256(tmp_path / "cut" / WEIGHTS)
 
 
 @pytest.mark.parametrize("changes", [{"labelled": 2}, {"seed": 1}, {"split_seed": 1}])
@@ -325,7 +330,7 @@ def test_classification_tells_bright_pictures_from_striped_ones(tmp_path: Path) 
         val_labels=labels[32:],
     )
     index = build_index(tmp_path / "pictures.npz", "xray")
-    config = check(
+    config = check_config(
         "finetune",
         {
             "task": "classification",
@@ -338,7 +343,7 @@ def test_classification_tells_bright_pictures_from_striped_ones(tmp_path: Path) 
             "batch_size": 16,
             "lr": 0.01,
         },
-        where="the test",
+        source="the test",
     )
     assert isinstance(config, FinetuneConfig)
     summary = finetune(config, index, tmp_path / "run", labelled=16, store=tmp_path / "store")
@@ -396,12 +401,12 @@ def test_a_loss_that_is_no_number_ends_the_run_with_advice(
 
 def test_an_encoder_of_another_modality_is_refused(encoder: Path) -> None:
     with pytest.raises(UserError, match="pretrained on mri"):
-        resolve_config("classification", "xray", encoder, None)
+        resolve_finetune_config("classification", "xray", encoder, None)
 
 
 def test_with_neither_encoder_nor_modality_the_message_asks_for_one() -> None:
     with pytest.raises(UsageError, match="--modality: expected mri or xray"):
-        resolve_config("classification", None, None, None)
+        resolve_finetune_config("classification", None, None, None)
 
 
 def test_without_a_name_the_pretraining_presets_twin_is_taken_with_the_encoders_network(
@@ -409,7 +414,7 @@ def test_without_a_name_the_pretraining_presets_twin_is_taken_with_the_encoders_
 ) -> None:
     config = pretrain_config.model_copy(update={"name": "mri-crop", "max_steps": 2})
     pretrain(config, cohort_index, tmp_path / "encoder", store=store)
-    resolved = resolve_config("segmentation", None, tmp_path / "encoder", None, ["max_steps=7"])
+    resolved = resolve_finetune_config("segmentation", None, tmp_path / "encoder", None, ["max_steps=7"])
     assert resolved.name == "mri-crop-segmentation"
     assert resolved.encoder == pretrain_config.encoder
     assert resolved.preprocessing == pretrain_config.preprocessing
@@ -419,10 +424,12 @@ def test_without_a_name_the_pretraining_presets_twin_is_taken_with_the_encoders_
 def test_a_field_of_view_that_the_twin_adds_to_the_encoders_preprocessing_stays_and_the_encoder_starts_it(
     pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path, store: Path
 ) -> None:
-    crop = load("pretrain", "mri-crop")
+    crop = load_config("pretrain", "mri-crop")
     own = {"name": "mri-crop", "preprocessing": crop.preprocessing, "max_steps": 1}
     pretrain(pretrain_config.model_copy(update=own), cohort_index, tmp_path / "encoder", store=store)
-    resolved = resolve_config("classification", None, tmp_path / "encoder", None, ["max_steps=1", "batch_size=2"])
+    resolved = resolve_finetune_config(
+        "classification", None, tmp_path / "encoder", None, ["max_steps=1", "batch_size=2"]
+    )
     assert resolved.name == "mri-crop-classification"
     assert [step["op"] for step in resolved.preprocessing if step not in crop.preprocessing] == ["centre"]
     labelled = replace(
@@ -430,7 +437,9 @@ def test_a_field_of_view_that_the_twin_adds_to_the_encoders_preprocessing_stays_
     )
     summary = finetune(resolved, labelled, tmp_path / "run", encoder=tmp_path / "encoder", store=store)
     assert summary["init"] == "pretrained"
-    other = resolve_config("classification", None, tmp_path / "encoder", "mri-classification", index=cohort_index)
+    other = resolve_finetune_config(
+        "classification", None, tmp_path / "encoder", "mri-classification", index=cohort_index
+    )
     assert other.preprocessing == crop.preprocessing
 
 
@@ -440,7 +449,7 @@ def test_what_a_twin_leaves_open_comes_from_the_encoder_and_for_classification_f
     config = pretrain_config.model_copy(update={"name": "mri", "max_steps": 2})
     pretrain(config, cohort_index, tmp_path / "encoder", store=store)
     segmenter, classifier = (
-        resolve_config(task, None, tmp_path / "encoder", None, index=cohort_index)
+        resolve_finetune_config(task, None, tmp_path / "encoder", None, index=cohort_index)
         for task in ("segmentation", "classification")
     )
     assert segmenter.encoder == classifier.encoder == pretrain_config.encoder

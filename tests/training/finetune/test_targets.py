@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from medim.config import FinetuneConfig, check
+from medim.config import FinetuneConfig, check_config
 from medim.data.index.index import Index, build_index
 from medim.evaluation.cases import read_cases
 from medim.evaluation.evaluate import evaluate
 from medim.export.export import export
 from medim.files import read_json
-from medim.models.serialization import find
+from medim.models.serialization import locate_weights
 from medim.predict.predict import predict
-from medim.reports.report import report
-from medim.training.finetune.head_init import fit_probes
+from medim.reports.report import write_report_page
+from medim.training.finetune.head_init import fit_finding_probes
 from medim.training.finetune.run import finetune
-from medim.training.finetune.targets import with_head_for
+from medim.training.finetune.targets import select_head
 from medim.types import UserError
 
 NAMES = ("left", "top", "never")
@@ -63,7 +63,7 @@ def config() -> FinetuneConfig:
         "batch_size": 16,
         "lr": 0.01,
     }
-    found = check("finetune", content, where="test")
+    found = check_config("finetune", content, source="test")
     assert isinstance(found, FinetuneConfig)
     return found
 
@@ -79,15 +79,15 @@ def test_the_data_decides_for_the_head_and_the_log_says_so(
     config: FinetuneConfig, index: Index, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        changed = with_head_for(config, index)
+        changed = select_head(config, index)
     assert changed.head == {"name": "multi_label"}
     assert "3 findings" in caplog.text
-    assert with_head_for(changed, index) is changed
+    assert select_head(changed, index) is changed
 
 
 def test_a_head_of_findings_does_not_take_classes(config: FinetuneConfig, cohort_index: Index) -> None:
     with pytest.raises(UserError, match="expected labels that are findings, got classes"):
-        with_head_for(config.model_copy(update={"head": {"name": "multi_label"}}), cohort_index)
+        select_head(config.model_copy(update={"head": {"name": "multi_label"}}), cohort_index)
 
 
 def test_findings_are_learnt_and_measured_one_by_one(run: Path) -> None:
@@ -97,7 +97,7 @@ def test_findings_are_learnt_and_measured_one_by_one(run: Path) -> None:
     assert metrics["auroc_top"]["value"] > 0.95
     assert metrics["auroc_never"]["value"] is None
     assert metrics["auroc_left"]["n"] < metrics["auroc_top"]["n"] == summary["val"]["n"]
-    spec = find(run)[1]
+    spec = locate_weights(run)[1]
     assert (spec["kind"], spec["classes"], spec["head"]["name"]) == (
         "multi_label_classifier",
         list(NAMES),
@@ -112,7 +112,7 @@ def test_an_evaluation_keeps_what_was_known_of_each_case(run: Path, index: Index
     assert {row["label"] for row in rows if row["class"] == "left"} == {"present", "absent", None}
     assert {row["label"] for row in rows if row["class"] == "never"} == {"absent"}
     assert len(rows) == 3 * found["n"]
-    page = report(tmp_path / "out").read_text()
+    page = write_report_page(tmp_path / "out").read_text()
     assert "What was known, images" in page
 
 
@@ -139,20 +139,20 @@ def test_probes_of_findings_are_those_of_each_finding_on_the_rows_where_it_is_kn
     labels = (rows - rows.mean(0) + rng.normal(0, rows.std(0)) > 0).astype(float)
     labels[rng.random(labels.shape) < 0.3] = np.nan
     labels[:, 2] = 0.0
-    from medim.evaluation.probing.classifiers import linear
+    from medim.evaluation.probing.classifiers import linear_probe
 
-    together = fit_probes(rows, labels, seed=0)
+    together = fit_finding_probes(rows, labels, seed=0)
     x = (torch.from_numpy(rows).float() - together.mean) / together.std
     got = torch.sigmoid(x @ together.weight.T + together.bias).numpy()
     for k in (0, 1):
         known = np.isfinite(labels[:, k])
-        oracle = linear(rows[known], labels[known, k].astype(int), rows, seed=0).probabilities[:, 1]
+        oracle = linear_probe(rows[known], labels[known, k].astype(int), rows, seed=0).probabilities[:, 1]
         np.testing.assert_allclose(got[:, k], oracle, atol=1e-3)
     np.testing.assert_allclose(got[:, 2], 1 / 62, atol=1e-6)
 
 
 def test_a_probe_of_findings_is_refused(run: Path, index: Index, tmp_path: Path) -> None:
-    from medim.evaluation.probing.label_budget import open_sample
+    from medim.evaluation.probing.label_budget import open_probe_cohort
 
     with pytest.raises(UserError, match="expected one class an image, got findings"):
-        open_sample(index, find(run)[1], split_seed=0, store=tmp_path)
+        open_probe_cohort(index, locate_weights(run)[1], split_seed=0, store=tmp_path)

@@ -13,14 +13,20 @@ import torch
 
 import medim.training.plan.plan as planning
 from medim.config import PretrainConfig
-from medim.data.index.index import Index, Record
-from medim.data.loading.splits import split
+from medim.data.index.index import ImageRecord, Index
+from medim.data.loading.splits import assign_splits
 from medim.training.engine import resources
-from medim.training.engine.resources import available_memory, free_disk, held, max_memory_allocated, memory_allocated
+from medim.training.engine.resources import (
+    available_memory,
+    free_disk,
+    max_memory_allocated,
+    memory_allocated,
+    process_status_bytes,
+)
 from medim.training.engine.trainer import peak_memory
-from medim.training.plan.plan import check, memory_of, plan, predict, sample
-from medim.training.plan.trial_run import Measured, measure
-from medim.training.plan.workload import cached_bytes, validation_images
+from medim.training.plan.plan import check_plan, estimate_memory, plan_pretraining, predict_costs, sample_image_keys
+from medim.training.plan.trial_run import TrialResult, run_trial
+from medim.training.plan.workload import count_validation_images, estimate_cached_bytes
 from medim.types import UserError
 
 GIB = 2**30
@@ -36,7 +42,7 @@ CLOCK = {
     "read": 0.0,
     "reference": 0.2,
 }
-MEASURED = Measured(
+MEASURED = TrialResult(
     steps=6,
     images=8,
     missing=3,
@@ -62,18 +68,18 @@ def there(memory: int = 64 * GIB, disk: int = 64 * GIB, store: int = 64 * GIB) -
 
 
 @pytest.fixture
-def parts(cohort_index: Index) -> tuple[list[Record], list[Record]]:
-    splits = split(cohort_index)
+def parts(cohort_index: Index) -> tuple[list[ImageRecord], list[ImageRecord]]:
+    splits = assign_splits(cohort_index)
     train, held_out = ([r for r in cohort_index.records if splits[r.image] == part] for part in ("train", "val"))
     return train, held_out
 
 
-Parts = tuple[list[Record], list[Record]]
+Parts = tuple[list[ImageRecord], list[ImageRecord]]
 
 
 def test_the_parts_of_a_plan_add_up(pretrain_config: PretrainConfig, parts: Parts) -> None:
     config = pretrain_config.model_copy(update={"max_steps": 25, "checkpoint_every_steps": 10})
-    told = predict(config, MEASURED, 4, *parts, available=there())
+    told = predict_costs(config, MEASURED, 4, *parts, free_bytes=there())
     seconds = told["seconds"]
     assert seconds["start"] == pytest.approx(10 + 0.01 * (16 - 8) + 0.1 * 3), "what is missing is prepared first"
     assert seconds["steps"] == pytest.approx(1 + 25 * 2)
@@ -93,21 +99,21 @@ def test_the_parts_of_a_plan_add_up(pretrain_config: PretrainConfig, parts: Part
 
 def test_a_batch_that_could_not_be_run_is_told_by_proportion(pretrain_config: PretrainConfig, parts: Parts) -> None:
     config = pretrain_config.model_copy(update={"batch_size": 16})
-    told = predict(config, MEASURED, 4, *parts, available=there())
+    told = predict_costs(config, MEASURED, 4, *parts, free_bytes=there())
     assert told["seconds_per_step"] == 8
     assert told["peak_memory_bytes"] == pytest.approx(GIB + 16 * GIB / 4, rel=0.01)
 
 
 def test_fewer_checkpoints_than_are_kept_take_no_more_disk(pretrain_config: PretrainConfig, parts: Parts) -> None:
     config = pretrain_config.model_copy(update={"checkpoint_every_steps": 1000})
-    told = predict(config, MEASURED, 4, *parts, available=there())
+    told = predict_costs(config, MEASURED, 4, *parts, free_bytes=there())
     assert told["disk_bytes"]["checkpoints"] == 10**6
     assert told["seconds"]["checkpoints"] == 0.5
 
 
 def test_each_loading_process_keeps_training_images_of_its_own(pretrain_config: PretrainConfig, parts: Parts) -> None:
     alone, two = (
-        predict(pretrain_config.model_copy(update={"workers": n}), MEASURED, 4, *parts, available=there())
+        predict_costs(pretrain_config.model_copy(update={"workers": n}), MEASURED, 4, *parts, free_bytes=there())
         for n in (0, 2)
     )
     train = len(parts[0]) * 10**6
@@ -119,26 +125,26 @@ def test_each_loading_process_keeps_training_images_of_its_own(pretrain_config: 
 def test_a_suggestion_counts_the_loading_processes_too(pretrain_config: PretrainConfig, parts: Parts) -> None:
     config = pretrain_config.model_copy(update={"workers": 4, "batch_size": 8})
     found = replace(MEASURED, memory={**MEASURED.memory, "steps": 3 * GIB})
-    told = predict(config, found, 8, *parts, available=there(memory=4 * GIB))
+    told = predict_costs(config, found, 8, *parts, free_bytes=there(memory=4 * GIB))
     assert told["refusals"][0].startswith("memory: the run needs about 4.")
     batch = told["suggestions"]["batch_size"]
     assert 2 <= batch < 8
     smaller = config.model_copy(update={"batch_size": batch})
-    assert memory_of(smaller, found, 8, *parts).total(batch) <= 4 * GIB * 0.95
+    assert estimate_memory(smaller, found, 8, *parts).total(batch) <= 4 * GIB * 0.95
 
 
 def test_where_the_end_of_a_run_does_not_fit_no_batch_is_suggested(
     pretrain_config: PretrainConfig, parts: Parts
 ) -> None:
     found = replace(MEASURED, memory={**MEASURED.memory, "end": 9 * GIB})
-    told = predict(pretrain_config, found, 4, *parts, available=there(memory=4 * GIB))
+    told = predict_costs(pretrain_config, found, 4, *parts, free_bytes=there(memory=4 * GIB))
     assert told["suggestions"] == {"batch_size": None, "views": None}
     assert "no batch or view would fit" in told["refusals"][0]
 
 
 def test_a_gpu_holds_neither_loading_processes_nor_kept_images(pretrain_config: PretrainConfig, parts: Parts) -> None:
     config = pretrain_config.model_copy(update={"workers": 2})
-    told = predict(config, replace(MEASURED, device="cuda"), 4, *parts, available=there())
+    told = predict_costs(config, replace(MEASURED, device="cuda"), 4, *parts, free_bytes=there())
     assert told["memory_bytes"] == told["peak_memory_bytes"] == 2 * GIB
 
 
@@ -147,12 +153,12 @@ def test_too_little_memory_is_refused_with_a_batch_and_views_that_fit(
 ) -> None:
     config = pretrain_config.model_copy(update={"batch_size": 32})
     eight = replace(MEASURED, memory={**MEASURED.memory, "steps": 3 * GIB})
-    told = predict(config, eight, 8, *parts, available=there(memory=4 * GIB))
+    told = predict_costs(config, eight, 8, *parts, free_bytes=there(memory=4 * GIB))
     assert told["suggestions"]["batch_size"] == 11, "0.95 * 4 GiB hold 1 GiB and eleven images of 0.25"
     with pytest.raises(UserError, match=r"needs about 9.0 GiB, and 4.0 GiB are free here; --set batch_size=11 or"):
-        check(told)
+        check_plan(told)
     eleven = replace(MEASURED, memory={**MEASURED.memory, "steps": GIB + 11 * GIB // 4})
-    fitting = predict(config.model_copy(update={"batch_size": 11}), eleven, 11, *parts, available=there(4 * GIB))
+    fitting = predict_costs(config.model_copy(update={"batch_size": 11}), eleven, 11, *parts, free_bytes=there(4 * GIB))
     assert fitting["refusals"] == []
 
 
@@ -160,11 +166,11 @@ def test_a_batch_that_failed_is_refused_and_none_as_large_is_suggested(
     pretrain_config: PretrainConfig, parts: Parts
 ) -> None:
     config = pretrain_config.model_copy(update={"batch_size": 8})
-    told = predict(config, MEASURED, 4, *parts, available=there())
+    told = predict_costs(config, MEASURED, 4, *parts, free_bytes=there())
     assert told["suggestions"]["batch_size"] == 7
     assert max(told["suggestions"]["views"]) <= max(config.views.shape)
     with pytest.raises(UserError, match=r"memory: a batch of 8 could not be run, and 64.0 GiB are free here"):
-        check(told)
+        check_plan(told)
 
 
 def test_a_validation_is_counted_by_the_images_that_it_encodes(pretrain_config: PretrainConfig, parts: Parts) -> None:
@@ -173,12 +179,16 @@ def test_a_validation_is_counted_by_the_images_that_it_encodes(pretrain_config: 
     config = pretrain_config.model_copy(update={"max_steps": 300, "checkpoint_every_steps": 100})
     asked = min(64, len(train) // 3)
     encoded = 8 * 4 + 2 * 8 + min(64, len(train) - asked) + asked
-    assert validation_images(config, train, held_out) == encoded
-    told = predict(config, MEASURED, 4, train, held_out, available=there())
+    assert count_validation_images(config, train, held_out) == encoded
+    told = predict_costs(config, MEASURED, 4, train, held_out, free_bytes=there())
     assert told["seconds"]["validations"] == pytest.approx(4 * 5 * encoded / 20), "at 100, 200, 250 and 300"
     unlabelled = [replace(record, label=None) for record in train]
     several = [replace(record, label="+a|-b") for record in train]
-    assert validation_images(config, unlabelled, held_out) == validation_images(config, several, held_out) == 48
+    assert (
+        count_validation_images(config, unlabelled, held_out)
+        == count_validation_images(config, several, held_out)
+        == 48
+    )
 
 
 def test_the_guard_looks_at_no_more_images_than_it_does_in_the_run(
@@ -186,7 +196,7 @@ def test_the_guard_looks_at_no_more_images_than_it_does_in_the_run(
 ) -> None:
     train, held_out = parts[0] * 50, parts[1] * 2
     found = replace(MEASURED, reference_images=20)
-    told = predict(pretrain_config, found, 4, train, held_out, available=there())
+    told = predict_costs(pretrain_config, found, 4, train, held_out, free_bytes=there())
     assert told["seconds"]["end"] == pytest.approx(20 + 0.2 * (256 + len(held_out) - 20))
 
 
@@ -194,22 +204,24 @@ def test_pairs_and_probe_keep_images_in_memory(pretrain_config: PretrainConfig, 
     train = [replace(record, subject=f"{i}", label=str(i % 2)) for i, record in enumerate(parts[0] * 30)]
     without = [replace(record, label=None) for record in train]
     one = 1e6
-    probe = cached_bytes(pretrain_config, one, train, parts[1]) - cached_bytes(pretrain_config, one, without, parts[1])
+    probe = estimate_cached_bytes(pretrain_config, one, train, parts[1]) - estimate_cached_bytes(
+        pretrain_config, one, without, parts[1]
+    )
     assert probe == (64 + min(64, len(train) // 3)) * one
-    large = [cached_bytes(pretrain_config, GIB, records, parts[1]) for records in (train, without)]
+    large = [estimate_cached_bytes(pretrain_config, GIB, records, parts[1]) for records in (train, without)]
     assert large == [(2 + 3 / 4) * GIB, (2 + 1 / 4) * GIB], "1 GiB a split, and a quarter for each gauge"
 
 
 @pytest.mark.parametrize(("place", "name"), [("disk", "--out"), ("store", "the store")])
 def test_too_little_disk_is_refused(place: str, name: str, pretrain_config: PretrainConfig, parts: Parts) -> None:
-    told = predict(pretrain_config, MEASURED, 4, *parts, available=there(**{place: 10**6}))
+    told = predict_costs(pretrain_config, MEASURED, 4, *parts, free_bytes=there(**{place: 10**6}))
     with pytest.raises(UserError, match=f"disk: {name} needs about"):
-        check(told)
+        check_plan(told)
 
 
 def test_the_sample_has_the_largest_image_and_one_image_a_subject(cohort_index: Index) -> None:
     records = [*cohort_index.records[:-1], replace(cohort_index.records[-1], shape=(99, 99, 99))]
-    chosen = sample(records, 5)
+    chosen = sample_image_keys(records, 5)
     assert records[-1].image in chosen
     subjects = {record.subject for record in records if record.image in chosen}
     assert len(chosen) == len(subjects) == 5
@@ -218,7 +230,7 @@ def test_the_sample_has_the_largest_image_and_one_image_a_subject(cohort_index: 
 def test_this_machine_has_memory_and_disk(tmp_path: Path) -> None:
     assert available_memory("cpu") > GIB / 4
     assert free_disk(tmp_path / "not" / "there" / "yet") > 0
-    assert held("VmHWM") >= held("VmRSS") > 0
+    assert process_status_bytes("VmHWM") >= process_status_bytes("VmRSS") > 0
 
 
 V2 = {"memory.max": str(GIB), "memory.current": str(GIB // 2), "memory.stat": f"file 9\ninactive_file {GIB // 4}\n"}
@@ -270,7 +282,7 @@ def test_a_plan_is_made_of_real_steps_and_leaves_the_prepared_images_alone(
 ) -> None:
     store, here = tmp_path / "store", Path.cwd()
     monkeypatch.setattr(planning, "available_memory", lambda accelerator: 300 * 2**20)
-    told = plan(pretrain_config, cohort_index, tmp_path / "run", store=store)
+    told = plan_pretraining(pretrain_config, cohort_index, tmp_path / "run", store=store)
     assert told["measured_steps"] == pretrain_config.max_steps
     assert all(value >= 0 for value in told["seconds"].values())
     assert told["seconds"]["steps"] > 0
@@ -282,7 +294,7 @@ def test_a_plan_is_made_of_real_steps_and_leaves_the_prepared_images_alone(
     assert told["peak_memory_bytes"] > 100 * 2**20
     assert told["available"]["memory"] == 300 * 2**20
     with pytest.raises(UserError, match=r"memory: the run needs about .* and 0.3 GiB are free here"):
-        check(told)
+        check_plan(told)
 
 
 def test_a_batch_that_the_machine_cannot_hold_is_halved_until_it_runs(
@@ -294,25 +306,27 @@ def test_a_batch_that_the_machine_cannot_hold_is_halved_until_it_runs(
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(1)
 
-    def measured(config: PretrainConfig, *_: Any) -> Measured:
+    def measured(config: PretrainConfig, *_: Any) -> TrialResult:
         tried.append(config.batch_size)
         if config.batch_size > fitting:
             raise MemoryError
         return MEASURED
 
     monkeypatch.setattr(planning, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(planning, "measure", measured)
+    monkeypatch.setattr(planning, "run_trial", measured)
     fitting = 2
-    told = plan(pretrain_config, cohort_index, tmp_path / "run", store=tmp_path / "store")
+    told = plan_pretraining(pretrain_config, cohort_index, tmp_path / "run", store=tmp_path / "store")
     assert tried == [4, 2]
     assert told["measured_batch_size"] == 2
     assert told["batch_size"] == 4
     tried.clear()
-    plan(pretrain_config.model_copy(update={"batch_size": 3}), cohort_index, tmp_path / "run", store=tmp_path / "store")
+    plan_pretraining(
+        pretrain_config.model_copy(update={"batch_size": 3}), cohort_index, tmp_path / "run", store=tmp_path / "store"
+    )
     assert tried == [3, 2]
     fitting = 1
     with pytest.raises(UserError, match="two images a step need more than"):
-        plan(pretrain_config, cohort_index, tmp_path / "run", store=tmp_path / "store")
+        plan_pretraining(pretrain_config, cohort_index, tmp_path / "run", store=tmp_path / "store")
 
 
 @pytest.mark.slow
@@ -321,7 +335,9 @@ def test_one_training_subject_is_refused_as_such(
 ) -> None:
     records = tuple(replace(r, split=part) for part, own in (("train", parts[0][:1]), ("val", parts[1])) for r in own)
     with pytest.raises(UserError, match="expected at least 2 subjects to train on, got 1"):
-        plan(pretrain_config, replace(cohort_index, records=records), tmp_path / "run", store=tmp_path / "store")
+        plan_pretraining(
+            pretrain_config, replace(cohort_index, records=records), tmp_path / "run", store=tmp_path / "store"
+        )
 
 
 @pytest.mark.slow
@@ -332,4 +348,4 @@ def test_a_run_that_the_machine_cannot_hold_fails_as_such_in_its_own_process(
     free = 100 * 2**20  # its activations need several times as much
     given = (wide, cohort_index, cohort_index, tmp_path / "tried", 0, "cpu", tmp_path / "store", free)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        assert isinstance(pool.submit(measure, *given).exception(), MemoryError)
+        assert isinstance(pool.submit(run_trial, *given).exception(), MemoryError)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from medim.training.pretrain.checkpoint_selection import By, Selection
+from medim.training.pretrain.checkpoint_selection import CheckpointSelection, Criterion
 
 
 class Numbered(nn.Module):
@@ -21,11 +21,11 @@ class Numbered(nn.Module):
         self.step = nn.Parameter(torch.zeros(1))
 
 
-def chosen(scores: Sequence[float], error: float, by: By = "probe") -> tuple[Selection, Numbered]:
-    selection, module = Selection(by), Numbered()
+def chosen(scores: Sequence[float], error: float, by: Criterion = "probe") -> tuple[CheckpointSelection, Numbered]:
+    selection, module = CheckpointSelection(by), Numbered()
     for step, score in enumerate(scores, start=1):
         nn.init.constant_(module.step, step)
-        selection.consider(step, score, error, {"probe": score}, module)
+        selection.update(step, score, error, {"probe": score}, module)
     return selection, module
 
 
@@ -44,7 +44,7 @@ def test_the_latest_step_within_one_error_of_the_best_is_kept(scores: list[float
     selection, module = chosen(scores, error)
     selection.restore(module, last_step=3)
     assert selection.step == step == module.step.item()
-    told = selection.told(3)
+    told = selection.summary(3)
     assert (told["step"], told["by"], told["of_steps"]) == (step, "probe", 3)
     assert told["figures"]["probe"] == scores[step - 1]
 
@@ -53,15 +53,15 @@ def test_where_nothing_could_be_kept_the_last_step_is_left_and_said() -> None:
     selection, module = chosen([math.nan, math.nan], 0.1)
     selection.restore(module, last_step=2)
     assert module.step.item() == 2
-    assert (selection.told(2)["by"], selection.told(2)["best_step"]) == ("last_step", None)
+    assert (selection.summary(2)["by"], selection.summary(2)["best_step"]) == ("last_step", None)
 
 
 def test_a_selection_lives_through_a_checkpoint(tmp_path: Path) -> None:
     selection, module = chosen([0.9, 0.5], 0.05)
     torch.save(selection.state_dict(), tmp_path / "state.ckpt")
-    again = Selection("probe")
+    again = CheckpointSelection("probe")
     again.load_state_dict(torch.load(tmp_path / "state.ckpt", weights_only=True))
-    again.consider(3, 0.8, 0.05, {}, module)
+    again.update(3, 0.8, 0.05, {}, module)
     again.restore(module, last_step=3)
-    assert again.told(3) == selection.told(3)
+    assert again.summary(3) == selection.summary(3)
     assert module.step.item() == 1

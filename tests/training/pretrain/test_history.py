@@ -12,28 +12,28 @@ import pytest
 import torch
 
 from medim.objectives import Term
-from medim.training.pretrain.checkpoint_selection import Selection
-from medim.training.pretrain.history import COLUMNS, PATIENCE, History
+from medim.training.pretrain.checkpoint_selection import CheckpointSelection
+from medim.training.pretrain.history import DIVERGENCE_PATIENCE, HISTORY_COLUMNS, MetricHistory
 
 MODULE: Any = None
 
 
-def verdict(history: History) -> str:
-    return history.finding().verdict
+def verdict(history: MetricHistory) -> str:
+    return history.compute_verdict().verdict
 
 
 def trainer_at(step: int) -> Any:
     return SimpleNamespace(global_step=step, logger=None, max_steps=100, should_stop=False)
 
 
-def train(history: History, step: int, **terms: Term) -> Any:
+def train(history: MetricHistory, step: int, **terms: Term) -> Any:
     trainer = trainer_at(step)
     history.on_train_batch_start(trainer, MODULE, None, step)
     history.on_train_batch_end(trainer, MODULE, {n.replace("__", "/"): t for n, t in terms.items()}, None, step)
     return trainer
 
 
-def validate(history: History, step: int, losses: dict[str, list[float]], summaries: torch.Tensor) -> Any:
+def validate(history: MetricHistory, step: int, losses: dict[str, list[float]], summaries: torch.Tensor) -> Any:
     trainer = trainer_at(step)
     history.on_validation_start(trainer, MODULE)
     for index in range(max(len(values) for values in losses.values())):
@@ -52,8 +52,8 @@ def run(
     held_out: dict[str, list[float]],
     chance: dict[str, float | None],
     summaries: torch.Tensor | None = None,
-) -> History:
-    history = History()
+) -> MetricHistory:
+    history = MetricHistory()
     train(history, 1, **{n.replace("/", "__"): Term(torch.tensor(1.0), c) for n, c in chance.items()})
     validate(history, 1, held_out, spread() if summaries is None else summaries)
     return history
@@ -88,12 +88,12 @@ def test_every_term_with_a_chance_level_has_to_learn() -> None:
 
 def test_a_term_of_an_objective_of_several_counts_too() -> None:
     chance: dict[str, float | None] = {"amdim/one": 4.0, "amdim/two": 4.0}
-    assert run({"amdim/one": [2.0], "amdim/two": [2.0]}, chance).chance() == chance
+    assert run({"amdim/one": [2.0], "amdim/two": [2.0]}, chance).chance_levels() == chance
     assert verdict(run({"amdim/one": [2.0], "amdim/two": [4.0]}, chance)) == "at-chance"
 
 
 def test_a_held_out_gain_is_over_its_own_batchs_chance_where_chance_varies() -> None:
-    history = History()
+    history = MetricHistory()
     for step, level in enumerate((5.0, 6.0, 4.0), start=1):
         train(history, step, local_dim=Term(torch.tensor(level - 0.5), level))
     trainer = trainer_at(3)
@@ -102,7 +102,7 @@ def test_a_held_out_gain_is_over_its_own_batchs_chance_where_chance_varies() -> 
         outputs = {"terms": {"local_dim": Term(torch.tensor(level - 1.0), level)}, "summary": spread()}
         history.on_validation_batch_end(trainer, MODULE, outputs, None, 0)
     history.on_validation_end(trainer, MODULE)
-    assert history.chance()["local_dim"] == 5.0
+    assert history.chance_levels()["local_dim"] == 5.0
     assert history.held_out["local_dim"][0] == pytest.approx(4.0)
 
 
@@ -121,7 +121,7 @@ def test_summaries_on_a_point_or_a_line_are_collapsed(summaries: torch.Tensor) -
 
 
 def test_summaries_that_no_objective_reads_decide_nothing() -> None:
-    history = History(summary_trained=False)
+    history = MetricHistory(summary_trained=False)
     train(history, 1, dense_dim=Term(torch.tensor(1.0), 4.0))
     validate(history, 1, {"dense_dim": [2.0]}, torch.ones(32, 6))
     assert history.feature_std == 0
@@ -129,7 +129,7 @@ def test_summaries_that_no_objective_reads_decide_nothing() -> None:
 
 
 def test_a_training_loss_that_is_no_number_stops_the_run_and_is_its_verdict() -> None:
-    history = History()
+    history = MetricHistory()
     assert train(history, 1, local_dim=Term(torch.tensor(1.0), 4.0)).should_stop is False
     assert train(history, 2, local_dim=Term(torch.tensor(math.inf), 4.0)).should_stop is True
     validate(history, 2, {"local_dim": [2.0]}, spread())
@@ -152,7 +152,7 @@ def test_a_validation_forgets_the_one_before() -> None:
 
 
 def test_the_history_file_has_a_row_a_loss_a_diagnostic_and_a_held_out_value(tmp_path: Path) -> None:
-    history = History()
+    history = MetricHistory()
     train(history, 1, local_dim=Term(torch.tensor(1.5), 4.0, {"retrieval": torch.tensor(0.25)}))
     train(history, 2, local_dim=Term(torch.tensor(math.nan), 4.0))
     validate(history, 2, {"local_dim": [2.0]}, spread())
@@ -160,7 +160,7 @@ def test_the_history_file_has_a_row_a_loss_a_diagnostic_and_a_held_out_value(tmp
     with (tmp_path / "history.csv").open() as file:
         rows = list(csv.reader(file))
     assert rows == [
-        list(COLUMNS),
+        list(HISTORY_COLUMNS),
         ["1", "local_dim", "1.5", "4.0", ""],
         ["1", "local_dim/retrieval", "0.25", "", ""],
         ["2", "local_dim", "", "4.0", ""],
@@ -169,13 +169,13 @@ def test_the_history_file_has_a_row_a_loss_a_diagnostic_and_a_held_out_value(tmp
         ["2", "rankme", "", "", str(history.rankme)],
         ["2", "feature_std", "", "", str(history.feature_std)],
     ]
-    assert history.chance() == {"local_dim": 4.0}
+    assert history.chance_levels() == {"local_dim": 4.0}
 
 
 def test_a_resumed_history_goes_on_where_the_checkpoint_stood(tmp_path: Path) -> None:
     history = run({"local_dim": [2.0]}, {"local_dim": 4.0})
     torch.save(history.state_dict(), tmp_path / "state.ckpt")
-    again = History()
+    again = MetricHistory()
     again.load_state_dict(torch.load(tmp_path / "state.ckpt", weights_only=True))
     assert again.rows == history.rows
     train(again, 2, local_dim=Term(torch.tensor(0.5), 4.0))
@@ -184,7 +184,7 @@ def test_a_resumed_history_goes_on_where_the_checkpoint_stood(tmp_path: Path) ->
 
 
 def test_times_are_those_of_the_steps() -> None:
-    history = History()
+    history = MetricHistory()
     for step in range(1, 4):
         train(history, step, local_dim=Term(torch.tensor(1.0)))
     assert history.seconds_per_step > 0
@@ -192,7 +192,7 @@ def test_times_are_those_of_the_steps() -> None:
 
 
 def test_a_smaller_held_out_batch_is_judged_by_its_own_chance_level() -> None:
-    history = History()
+    history = MetricHistory()
     train(history, 1, local_dim=Term(torch.tensor(8.0), 8.6))
     trainer = trainer_at(1)
     history.on_validation_start(trainer, MODULE)
@@ -207,28 +207,28 @@ def test_a_smaller_held_out_batch_is_judged_by_its_own_chance_level() -> None:
 def test_a_run_whose_loss_stays_far_above_chance_ends_where_that_was_asked_for(
     stop: bool, excess: float, ends: bool
 ) -> None:
-    history = History(stop_on_collapse=stop)
+    history = MetricHistory(stop_on_collapse=stop)
     stopped = [
         train(history, step, dim=Term(torch.tensor(4.0 + (excess if step > 5 else -1.0)), 4.0)).should_stop
         for step in range(1, 41)
     ]
     assert any(stopped) == ends
     if ends:
-        assert stopped.index(True) + 1 == 5 + PATIENCE
+        assert stopped.index(True) + 1 == 5 + DIVERGENCE_PATIENCE
         assert verdict(history) == "diverged"
 
 
 def test_a_history_of_before_the_lowest_loss_was_kept_is_taken_up() -> None:
-    state = History().state_dict()
+    state = MetricHistory().state_dict()
     del state["lowest"]
-    history = History()
+    history = MetricHistory()
     history.load_state_dict(state)
     train(history, 1, dim=Term(torch.tensor(3.0), 4.0))
     assert history.curve("dim") == [3.0]
 
 
 def test_a_loss_that_falls_from_far_above_chance_is_on_its_way() -> None:
-    history = History(stop_on_collapse=True)
+    history = MetricHistory(stop_on_collapse=True)
     losses = [104 * 0.97**step for step in range(80)]
     assert losses[-1] > 4 + 1
     assert not any(
@@ -237,8 +237,8 @@ def test_a_loss_that_falls_from_far_above_chance_is_on_its_way() -> None:
 
 
 def test_one_bad_step_ends_nothing() -> None:
-    history = History(stop_on_collapse=True)
-    losses = [9.0 if step % PATIENCE == 0 else 3.0 for step in range(1, 4 * PATIENCE)]
+    history = MetricHistory(stop_on_collapse=True)
+    losses = [9.0 if step % DIVERGENCE_PATIENCE == 0 else 3.0 for step in range(1, 4 * DIVERGENCE_PATIENCE)]
     assert not any(
         train(history, step, dim=Term(torch.tensor(loss), 4.0)).should_stop for step, loss in enumerate(losses, start=1)
     )
@@ -246,7 +246,7 @@ def test_one_bad_step_ends_nothing() -> None:
 
 @pytest.mark.parametrize("stop", [True, False])
 def test_a_run_whose_summaries_have_collapsed_ends_where_that_was_asked_for(stop: bool) -> None:
-    history = History(stop_on_collapse=stop)
+    history = MetricHistory(stop_on_collapse=stop)
     train(history, 1, dim=Term(torch.tensor(3.0), 4.0))
     trainer = validate(history, 1, {"dim": [3.0]}, torch.ones(8, 6))
     assert trainer.should_stop == stop
@@ -254,7 +254,7 @@ def test_a_run_whose_summaries_have_collapsed_ends_where_that_was_asked_for(stop
 
 
 def test_what_objectives_watch_is_kept_in_training_and_held_out() -> None:
-    history = History()
+    history = MetricHistory()
     for step in range(1, 31):
         train(history, step, dim=Term(torch.tensor(3.0), 4.0, {"retrieval": torch.tensor(step / 100)}))
     trainer = trainer_at(30)
@@ -269,14 +269,14 @@ def test_what_objectives_watch_is_kept_in_training_and_held_out() -> None:
 
 
 def test_a_verdict_is_said_once_at_the_step_where_it_changes(caplog: pytest.LogCaptureFixture) -> None:
-    history = History()
+    history = MetricHistory()
     for step in range(1, 61):
         train(history, step, dim=Term(torch.tensor(9.0 if step <= 30 else 3.0), 4.0))
-    assert [(step, found) for step, found, _ in history.said] == [(PATIENCE, "diverged")]
+    assert [(step, found) for step, found, _ in history.verdict_changes] == [(DIVERGENCE_PATIENCE, "diverged")]
     validate(history, 60, {"dim": [2.0]}, spread())
     validate(history, 70, {"dim": [2.0]}, spread())
     validate(history, 80, {"dim": [2.0]}, torch.ones(8, 6))
-    assert [(step, found) for step, found, _ in history.said[1:]] == [(60, "learning"), (80, "diverged")]
+    assert [(step, found) for step, found, _ in history.verdict_changes[1:]] == [(60, "learning"), (80, "diverged")]
     assert [row[:2] for row in history.rows if row[1].startswith("verdict/")][-1] == (80, "verdict/diverged")
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 2
@@ -285,17 +285,19 @@ def test_a_verdict_is_said_once_at_the_step_where_it_changes(caplog: pytest.LogC
 
 
 def test_being_at_chance_is_said_from_the_first_look_on_or_at_the_end() -> None:
-    history = History()
+    history = MetricHistory()
     train(history, 1, dim=Term(torch.tensor(4.0), 4.0))
     validate(history, 50, {"dim": [4.0]}, spread())
-    assert (history.said, verdict(history)) == ([], "at-chance")
+    assert (history.verdict_changes, verdict(history)) == ([], "at-chance")
     validate(history, 100, {"dim": [4.0]}, spread())  # max_steps of these tests
-    assert [(step, found) for step, found, _ in history.said] == [(100, "at-chance")]
+    assert [(step, found) for step, found, _ in history.verdict_changes] == [(100, "at-chance")]
 
 
 def test_gauges_and_gradient_norms_stand_in_the_history_and_not_among_the_diagnostics() -> None:
     module: Any = SimpleNamespace(encoder="the encoder")
-    history = History(gauges=[lambda encoder: {"alignment": float(len(str(encoder))), "uniformity": math.nan}])
+    history = MetricHistory(
+        encoder_metrics=[lambda encoder: {"alignment": float(len(str(encoder))), "uniformity": math.nan}]
+    )
     outputs = {"dim": Term(torch.tensor(3.0), 4.0), "gradient_norms": {"encoder": torch.tensor(2.0)}}
     history.on_train_batch_end(trainer_at(1), module, outputs, None, 0)
     history.on_validation_batch_end(
@@ -306,32 +308,36 @@ def test_gauges_and_gradient_norms_stand_in_the_history_and_not_among_the_diagno
     assert (1, "alignment", None, None, 11.0) in history.rows
     assert (1, "uniformity", None, None, None) in history.rows
     assert history.diagnostics() == {}
-    assert history.chance() == {"dim": 4.0}
+    assert history.chance_levels() == {"dim": 4.0}
 
 
 def test_a_resumed_history_has_the_verdict_and_the_counts_of_the_one_that_was_saved(tmp_path: Path) -> None:
-    history = History()
-    for step in range(1, PATIENCE):
+    history = MetricHistory()
+    for step in range(1, DIVERGENCE_PATIENCE):
         train(history, step, dim=Term(torch.tensor(9.0), 4.0))
-    validate(history, PATIENCE - 1, {"dim": [3.9]}, spread())
+    validate(history, DIVERGENCE_PATIENCE - 1, {"dim": [3.9]}, spread())
     torch.save(history.state_dict(), tmp_path / "state.ckpt")
-    again = History()
+    again = MetricHistory()
     again.load_state_dict(torch.load(tmp_path / "state.ckpt", weights_only=True))
     for each in (history, again):
-        train(each, PATIENCE, dim=Term(torch.tensor(9.0), 4.0))
-    assert [(step, found) for step, found, _ in again.said] == [(PATIENCE, "diverged")]
-    assert (again.rows, again.said, again.finding()) == (history.rows, history.said, history.finding())
-    assert again.held_out_step == PATIENCE - 1
+        train(each, DIVERGENCE_PATIENCE, dim=Term(torch.tensor(9.0), 4.0))
+    assert [(step, found) for step, found, _ in again.verdict_changes] == [(DIVERGENCE_PATIENCE, "diverged")]
+    assert (again.rows, again.verdict_changes, again.compute_verdict()) == (
+        history.rows,
+        history.verdict_changes,
+        history.compute_verdict(),
+    )
+    assert again.held_out_step == DIVERGENCE_PATIENCE - 1
 
 
 def test_the_selection_is_offered_the_weighted_loss_and_never_what_has_collapsed() -> None:
     offered: list[tuple[int, float, float]] = []
 
-    class Kept(Selection):
+    class Kept(CheckpointSelection):
         def consider(self, step: int, score: float, error: float, figures: Any, module: Any) -> None:
             offered.append((step, score, error))
 
-    history = History(selection=Kept(), weights={"dim": 1.0, "coordinates": 0.5})
+    history = MetricHistory(selection=Kept(), weights={"dim": 1.0, "coordinates": 0.5})
     train(
         history,
         1,

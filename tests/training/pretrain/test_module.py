@@ -19,7 +19,7 @@ from medim.objectives import Term
 from medim.objectives.infomax import LocalDIM
 from medim.objectives.prior_matching import PriorMatching
 from medim.training.pretrain.module import PretrainModule
-from medim.training.pretrain.step_encoder import StepEncode
+from medim.training.pretrain.step_encoder import StepEncoder
 from medim.types import UsageError, Views
 
 SHAPE = (8, 8)
@@ -311,8 +311,8 @@ def test_chunks_reach_the_encoder_in_training_and_in_validation(tmp_path: Path) 
 def test_an_objective_that_decodes_says_what_the_config_lacks() -> None:
     (batch,) = batches(1)
     encoder = UNetEncoder(1, 2, channels=(4, 8))
-    step = StepEncode(encoder, None, Views(*batch), torch.Generator())
+    step = StepEncoder(encoder, None, Views(*batch), torch.Generator())
     with pytest.raises(UsageError, match="add a decoder to the config"):
         step.decode(step.clean)
-    decoding = StepEncode(encoder, UNetDecoder((4, 8), (1, 2), 2), Views(*batch), torch.Generator())
+    decoding = StepEncoder(encoder, UNetDecoder((4, 8), (1, 2), 2), Views(*batch), torch.Generator())
     assert decoding.decode(decoding.clean).shape == (4, 4, *SHAPE)

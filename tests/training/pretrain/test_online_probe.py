@@ -13,7 +13,7 @@ from torch import nn
 from medim.config import PretrainConfig, ViewsConfig
 from medim.data.index.index import Index, build_index
 from medim.data.loading.cohort import Cohort, open_cohort
-from medim.training.pretrain.online_probe import FEWEST, OnlineProbe, Pairs, open_probe
+from medim.training.pretrain.online_probe import MIN_CLASS_SUBJECTS, AlignmentMetric, OnlineProbe, open_probe
 from medim.types import Features
 
 SIDE = 12
@@ -64,11 +64,11 @@ def one_class(truth: Any) -> Any:
 
 
 def few(truth: Any) -> Any:
-    return (np.arange(len(truth)) < FEWEST - 1).astype(int)
+    return (np.arange(len(truth)) < MIN_CLASS_SUBJECTS - 1).astype(int)
 
 
 def three(truth: Any) -> Any:
-    return np.where(np.arange(len(truth)) < FEWEST - 1, 2, truth)
+    return np.where(np.arange(len(truth)) < MIN_CLASS_SUBJECTS - 1, 2, truth)
 
 
 def test_a_probe_tells_subjects_apart_where_features_do(config: PretrainConfig, tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_a_probe_tells_subjects_apart_where_features_do(config: PretrainConfig, 
     measured = found(Brightness())
     assert measured["probe"] == 1
     assert measured["probe_error"] > 0, "a few cases without a mistake prove little"
-    assert (found.protocol["neighbours"], found.protocol["asked"], found.labels) == (40, 20, 60)
+    assert (found.protocol["neighbours"], found.protocol["asked"], found.n_labels) == (40, 20, 60)
 
 
 @pytest.mark.parametrize("val", [one_class, lambda truth: 1 - truth])
@@ -124,7 +124,7 @@ def test_pairs_are_the_same_at_each_measurement_and_leave_the_runs_random_number
     config: PretrainConfig, tmp_path: Path
 ) -> None:
     found = cohort(tmp_path, {"train": same, "val": same})
-    pairs = Pairs(config, found, found.records("val"), seed=0)
+    pairs = AlignmentMetric(config, found, found.records("val"), seed=0)
     state, encoder = torch.get_rng_state(), Brightness()
     first = pairs(encoder)
     assert first == pairs(encoder)

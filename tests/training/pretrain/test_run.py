@@ -14,19 +14,19 @@ import yaml
 
 import medim
 from medim.config import PretrainConfig, ViewsConfig
-from medim.data.contamination import read_seen
-from medim.data.fingerprints import fingerprint
+from medim.data.contamination import load_training_history
+from medim.data.fingerprints import compute_fingerprint
 from medim.data.index.index import Index
-from medim.data.loading.splits import split
-from medim.files import sha256
-from medim.models.serialization import save
-from medim.objectives.coordinates import offset_entropy
+from medim.data.loading.splits import assign_splits
+from medim.files import file_sha256
+from medim.models.serialization import save_model
+from medim.objectives.coordinates import compute_offset_entropy
 from medim.objectives.score_map import load_score_map
 from medim.signals import StoppedError
-from medim.training.engine.checkpoints import newest_checkpoint
+from medim.training.engine.checkpoints import find_newest_checkpoint
 from medim.training.engine.trainer import LineProgress
-from medim.training.pretrain.checkpoint_selection import Selection
-from medim.training.pretrain.run import build_objectives, pretrain, rehearse
+from medim.training.pretrain.checkpoint_selection import CheckpointSelection
+from medim.training.pretrain.run import build_objectives, dry_run_pretraining, pretrain
 from medim.types import UsageError, UserError
 
 WEIGHTS = Path("encoder") / "encoder.safetensors"
@@ -75,30 +75,30 @@ def test_a_run_says_how_its_features_fare_and_which_step_it_leaves(undisturbed: 
 def test_a_run_leaves_the_weights_of_the_step_it_has_chosen(
     pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def second(self: Selection, step: int, *args: Any) -> None:
+    def second(self: CheckpointSelection, step: int, *args: Any) -> None:
         consider(self, step, 1.0 if step == 2 else 0.0, 0.5, *args[2:])
 
-    consider = Selection.consider
+    consider = CheckpointSelection.update
     short = pretrain_config.model_copy(update={"max_steps": 2, "schedule": "constant"})
     long = pretrain_config.model_copy(update={"schedule": "constant"})
     pretrain(short, cohort_index, tmp_path / "short", store=tmp_path / "store")
     with monkeypatch.context() as patch:
-        patch.setattr(Selection, "consider", second)
+        patch.setattr(CheckpointSelection, "update", second)
         summary = pretrain(long, cohort_index, tmp_path / "long", store=tmp_path / "store")
     assert (summary["selected"]["step"], summary["selected"]["of_steps"], summary["steps"]) == (2, 6, 6)
-    assert sha256(tmp_path / "long" / WEIGHTS) == sha256(tmp_path / "short" / WEIGHTS)
+    assert file_sha256(tmp_path / "long" / WEIGHTS) == file_sha256(tmp_path / "short" / WEIGHTS)
 
 
 def test_a_run_leaves_its_split_and_what_it_has_seen(undisturbed: Path, cohort_index: Index) -> None:
-    splits = split(cohort_index)
+    splits = assign_splits(cohort_index)
     rows = list(csv.DictReader((undisturbed / "split.csv").open()))
     assert {row["image"]: row["split"] for row in rows} == splits
     assert sorted({row["budget"] for row in rows}) == ["", "1", "2", "3", "4", "5", "6"]
     assert {row["used"] for row in rows} == {""}
-    seen = read_seen(undisturbed)
+    seen = load_training_history(undisturbed)
     assert seen
-    cases = {r.image: (fingerprint(cohort_index.open(r)), r.subject) for r in cohort_index.records}
-    assert {image for image, case in cases.items() if seen.has("pretrain", case)} == {
+    cases = {r.image: (compute_fingerprint(cohort_index.open(r)), r.subject) for r in cohort_index.records}
+    assert {image for image, case in cases.items() if seen.contains("pretrain", case)} == {
         image for image, part in splits.items() if part == "train"
     }
     assert json.loads((undisturbed / "summary.json").read_text())["overlap"] == {"images": 0, "subjects": 0}
@@ -133,8 +133,8 @@ def test_the_same_command_twice_gives_the_same_bytes_and_another_seed_gives_othe
 ) -> None:
     pretrain(pretrain_config, cohort_index, tmp_path / "again", store=tmp_path / "store")
     pretrain(pretrain_config, cohort_index, tmp_path / "other", store=tmp_path / "store", seed=1)
-    assert sha256(undisturbed / WEIGHTS) == sha256(tmp_path / "again" / WEIGHTS)
-    assert sha256(undisturbed / WEIGHTS) != sha256(tmp_path / "other" / WEIGHTS)
+    assert file_sha256(undisturbed / WEIGHTS) == file_sha256(tmp_path / "again" / WEIGHTS)
+    assert file_sha256(undisturbed / WEIGHTS) != file_sha256(tmp_path / "other" / WEIGHTS)
 
 
 def test_loading_processes_do_not_change_a_byte(
@@ -142,7 +142,7 @@ def test_loading_processes_do_not_change_a_byte(
 ) -> None:
     config = pretrain_config.model_copy(update={"workers": 1})
     pretrain(config, cohort_index, tmp_path / "workers", store=tmp_path / "store")
-    assert sha256(undisturbed / WEIGHTS) == sha256(tmp_path / "workers" / WEIGHTS)
+    assert file_sha256(undisturbed / WEIGHTS) == file_sha256(tmp_path / "workers" / WEIGHTS)
 
 
 def test_a_run_stopped_by_an_exception_and_resumed_ends_in_the_same_bytes(
@@ -166,7 +166,7 @@ def test_a_run_stopped_by_an_exception_and_resumed_ends_in_the_same_bytes(
     assert not (out / "summary.json").exists()
     summary = pretrain(pretrain_config, cohort_index, out, store=tmp_path / "store", resume=True)
     assert summary["resumed_from_steps"] == [4]
-    assert sha256(undisturbed / WEIGHTS) == sha256(out / WEIGHTS)
+    assert file_sha256(undisturbed / WEIGHTS) == file_sha256(out / WEIGHTS)
     assert (out / "history.csv").read_bytes() == (undisturbed / "history.csv").read_bytes()
     ignored = {"resumed_from_steps", "seconds", "seconds_per_step", "data_wait_fraction", "peak_memory_bytes"}
     told = json.loads((undisturbed / "summary.json").read_text())
@@ -196,7 +196,7 @@ def test_a_signal_saves_the_step_it_comes_in_and_leaves_with_75(
     assert not (out / "summary.json").exists()
     summary = pretrain(pretrain_config, cohort_index, out, store=tmp_path / "store", resume=True)
     assert summary["resumed_from_steps"] == [at]
-    assert sha256(undisturbed / WEIGHTS) == sha256(out / WEIGHTS)
+    assert file_sha256(undisturbed / WEIGHTS) == file_sha256(out / WEIGHTS)
     assert (out / "history.csv").read_bytes() == (undisturbed / "history.csv").read_bytes()
 
 
@@ -208,18 +208,18 @@ def test_a_signal_while_the_encoder_is_written_is_answered_and_costs_no_step(
     pretrain(config, cohort_index, whole, store=tmp_path / "store")
 
     def requeue(*given: Any, **options: Any) -> None:
-        save(*given, **options)
+        save_model(*given, **options)
         os.kill(os.getpid(), signal.SIGUSR1)
 
     with monkeypatch.context() as patch:
-        patch.setattr("medim.training.pretrain.save_encoder.save", requeue)
+        patch.setattr("medim.training.pretrain.save_encoder.save_model", requeue)
         with pytest.raises(StoppedError, match="--resume continues"):
             pretrain(config, cohort_index, out, store=tmp_path / "store")
     assert not (out / "summary.json").exists()
-    assert newest_checkpoint(out / "checkpoints")[1] == 5
+    assert find_newest_checkpoint(out / "checkpoints")[1] == 5
     summary = pretrain(config, cohort_index, out, store=tmp_path / "store", resume=True)
     assert (summary["steps"], summary["resumed_from_steps"]) == (5, [5])
-    assert sha256(whole / WEIGHTS) == sha256(out / WEIGHTS)
+    assert file_sha256(whole / WEIGHTS) == file_sha256(out / WEIGHTS)
     assert (out / "history.csv").read_bytes() == (whole / "history.csv").read_bytes()
 
 
@@ -230,18 +230,18 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    expected = sha256(undisturbed / WEIGHTS)
-    newest, step = newest_checkpoint(undisturbed / "checkpoints")
+    expected = file_sha256(undisturbed / WEIGHTS)
+    newest, step = find_newest_checkpoint(undisturbed / "checkpoints")
     assert newest is not None
     assert step == 6
     newest.write_bytes(newest.read_bytes()[:3000])
-    assert newest_checkpoint(undisturbed / "checkpoints")[1] == 4
+    assert find_newest_checkpoint(undisturbed / "checkpoints")[1] == 4
     assert "step-6.ckpt: damaged, so set aside" in caplog.text
     summary = pretrain(pretrain_config, cohort_index, undisturbed, store=tmp_path / "store", resume=True)
     assert summary["resumed_from_steps"] == [4]
     assert summary["damaged_checkpoints"] == ["step-6.ckpt"]
-    assert sha256(undisturbed / WEIGHTS) == expected
-    assert newest_checkpoint(undisturbed / "checkpoints") == (newest, 6)
+    assert file_sha256(undisturbed / WEIGHTS) == expected
+    assert find_newest_checkpoint(undisturbed / "checkpoints") == (newest, 6)
 
 
 def test_resume_without_a_checkpoint_starts_at_step_0(
@@ -314,7 +314,7 @@ def test_a_section_that_cannot_be_built_is_refused_before_anything_is_written(
         ({"name": "dense_dim", "width": 8, "points": 20}, {"name": "unet"}, math.log(20)),
         ({"name": "amdim", "width": 8}, None, 2 * math.log(1 + 3 * 4**3) + math.log(1 + 3 * 8**3)),
         ({"name": "simclr", "width": 8}, None, math.log(2 * 4 - 1)),
-        ({"name": "coordinates", "kind": "relative", "level": -1, "hidden": 8}, None, 3 * offset_entropy(4)),
+        ({"name": "coordinates", "kind": "relative", "level": -1, "hidden": 8}, None, 3 * compute_offset_entropy(4)),
     ],
     ids=lambda value: value["name"] if isinstance(value, dict) else "",
 )
@@ -347,7 +347,7 @@ def test_views_whose_voxels_do_not_correspond_are_refused_by_what_needs_it(
         pretrain(pretrain_config.model_copy(update=dense), cohort_index, tmp_path / "run", store=tmp_path / "store")
     assert not list(tmp_path.iterdir())
     alone = dense | {"views": views.model_copy(update={"count": 1})}
-    rehearse(pretrain_config.model_copy(update=alone))
+    dry_run_pretraining(pretrain_config.model_copy(update=alone))
 
 
 def test_four_subjects_train_with_a_smaller_batch_and_claim_nothing(

@@ -7,50 +7,53 @@ from typing import get_args
 
 import pytest
 
-from medim.training.pretrain.verdict import ADVICE, Verdict, flatness, judge, shrinkage
+from medim.training.pretrain.verdict import ADVICE, TrainingVerdict, describe_collapse, describe_shrinkage, judge_run
 
 LEVELS = {"dim": 4.0}
 
 
 def test_a_verdict_names_the_term_its_loss_and_what_was_needed() -> None:
-    found = judge({"dim": 4.0, "coordinates": 3.0}, {"dim": (2.0, 0.1), "coordinates": (2.95, 0.01)})
+    found = judge_run({"dim": 4.0, "coordinates": 3.0}, {"dim": (2.0, 0.1), "coordinates": (2.95, 0.01)})
     assert found.verdict == "at-chance"
     assert found.why == "coordinates: 2.95 held out, 3 at chance, a gain of 0.15 needed"
 
 
 def test_a_loss_that_is_no_number_outweighs_all_else() -> None:
-    assert judge(LEVELS, {"dim": (2.0, 0.1)}, broken="dim was nan", flat="flat") == ("diverged", "dim was nan")
-    assert judge(LEVELS, {"dim": (math.nan, 0.1)}, flat="flat").verdict == "diverged"
+    assert judge_run(LEVELS, {"dim": (2.0, 0.1)}, non_finite="dim was nan", collapse="flat") == (
+        "diverged",
+        "dim was nan",
+    )
+    assert judge_run(LEVELS, {"dim": (math.nan, 0.1)}, collapse="flat").verdict == "diverged"
 
 
 def test_a_run_that_strayed_has_diverged_unless_it_has_learnt_since() -> None:
-    assert judge(LEVELS, {"dim": (4.0, 0.1)}, strayed="far").verdict == "diverged"
-    assert judge(LEVELS, {"dim": (2.0, 0.1)}, strayed="far", flat="flat").verdict == "diverged"
-    assert judge(LEVELS, {"dim": (2.0, 0.1)}, strayed="far").verdict == "learning"
+    assert judge_run(LEVELS, {"dim": (4.0, 0.1)}, above_chance="far").verdict == "diverged"
+    assert judge_run(LEVELS, {"dim": (2.0, 0.1)}, above_chance="far", collapse="flat").verdict == "diverged"
+    assert judge_run(LEVELS, {"dim": (2.0, 0.1)}, above_chance="far").verdict == "learning"
 
 
 def test_nothing_measured_is_at_chance() -> None:
-    assert judge(LEVELS, {}) == ("at-chance", "nothing was measured on held-out subjects")
+    assert judge_run(LEVELS, {}) == ("at-chance", "nothing was measured on held-out subjects")
 
 
 @pytest.mark.parametrize(("rank", "spread", "flat"), [(1.2, 0.5, True), (9.0, 0.01, True), (9.0, 0.5, False)])
 def test_summaries_are_flat_by_rank_or_by_spread(rank: float, spread: float, flat: bool) -> None:
-    assert bool(flatness(rank, spread)) == flat
+    assert bool(describe_collapse(rank, spread)) == flat
 
 
 def test_summaries_that_were_never_measured_are_not_flat() -> None:
-    assert flatness(math.nan, math.nan) == ""
+    assert describe_collapse(math.nan, math.nan) == ""
 
 
 def test_every_bad_verdict_says_what_to_try() -> None:
-    assert set(ADVICE) == set(get_args(Verdict))
+    assert set(ADVICE) == set(get_args(TrainingVerdict))
     assert all(ADVICE[verdict] for verdict in ADVICE if verdict != "learning")
 
 
 def test_weights_that_shrank_are_a_collapse_only_where_nothing_is_learnt() -> None:
-    shrunk = shrinkage(0.1, at_start=7.0)
+    shrunk = describe_shrinkage(0.1, at_start=7.0)
     assert "shrunk from 7 to 0.1" in shrunk
-    assert not shrinkage(1.0, at_start=7.0)
-    assert not shrinkage(float("nan"), at_start=7.0)
+    assert not describe_shrinkage(1.0, at_start=7.0)
+    assert not describe_shrinkage(float("nan"), at_start=7.0)
     for loss, verdict in ((3.99, "collapsed"), (1.0, "learning")):
-        assert judge({"dim": 4.0}, {"dim": (loss, 0.01)}, shrunk=shrunk).verdict == verdict
+        assert judge_run({"dim": 4.0}, {"dim": (loss, 0.01)}, weight_shrinkage=shrunk).verdict == verdict

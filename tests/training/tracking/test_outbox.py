@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from medim.training.tracking import outbox as module
-from medim.training.tracking.outbox import RECORDS, STATE, Courier, Journal, Record
+from medim.training.tracking.outbox import RECORDS, STATE, Outbox, OutboxRecord, OutboxSender
 
 
 class Server:
@@ -15,12 +15,12 @@ class Server:
     def __init__(self) -> None:
         self.up, self.got = True, []  # type: tuple[bool, list[Record]]
 
-    def __call__(self, journal: Journal, records: list[Record]) -> None:
+    def __call__(self, journal: Outbox, records: list[OutboxRecord]) -> None:
         for record in records:
             if not self.up:
                 raise ConnectionError("refused")
             self.got.append(record)
-            journal.arrived(1)
+            journal.acknowledge(1)
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +29,8 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_all_records_arrive_in_their_order_and_nothing_is_left(tmp_path: Path) -> None:
-    journal, server = Journal(tmp_path), Server()
-    courier = Courier(journal, server)
+    journal, server = Outbox(tmp_path), Server()
+    courier = OutboxSender(journal, server)
     courier.start()
     for n in range(250):
         journal.add({"n": n})
@@ -43,9 +43,9 @@ def test_a_server_that_is_away_for_a_while_loses_nothing_and_is_told_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "medim")
-    journal, server = Journal(tmp_path), Server()
+    journal, server = Outbox(tmp_path), Server()
     server.up = False
-    courier = Courier(journal, server)
+    courier = OutboxSender(journal, server)
     courier.start()
     for n in range(10):
         journal.add({"n": n})
@@ -59,8 +59,8 @@ def test_a_server_that_is_away_for_a_while_loses_nothing_and_is_told_once(
 
 
 def test_what_a_server_never_took_is_kept_and_sent_by_the_next_process(tmp_path: Path) -> None:
-    journal, server = Journal(tmp_path), Server()
-    courier = Courier(journal, server)
+    journal, server = Outbox(tmp_path), Server()
+    courier = OutboxSender(journal, server)
     courier.start()
     journal.add({"n": 0})
     while not server.got:
@@ -70,58 +70,58 @@ def test_what_a_server_never_took_is_kept_and_sent_by_the_next_process(tmp_path:
     assert courier.finish(0.1) == 1
     assert (tmp_path / RECORDS).is_file()
     server.up = True
-    later = Journal(tmp_path)
+    later = Outbox(tmp_path)
     later.add({"n": 2})
-    resumed = Courier(later, server)
+    resumed = OutboxSender(later, server)
     resumed.start()
     assert resumed.finish(10) == 0
     assert [record["n"] for record in server.got] == [0, 1, 2]
 
 
 def test_a_line_that_a_kill_cut_is_taken_off(tmp_path: Path) -> None:
-    Journal(tmp_path).add({"n": 0})
+    Outbox(tmp_path).add({"n": 0})
     with (tmp_path / RECORDS).open("a") as file:
         file.write('{"n": ')
-    later = Journal(tmp_path)
+    later = Outbox(tmp_path)
     later.add({"n": 1})
-    assert Journal(tmp_path).waiting() == [{"n": 0}, {"n": 1}]
+    assert Outbox(tmp_path).pending() == [{"n": 0}, {"n": 1}]
 
 
 def test_spoilt_lines_are_told_and_the_rest_is_sent_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    journal = Journal(tmp_path)
+    journal = Outbox(tmp_path)
     for n in range(4):
         journal.add({"n": n})
-    journal.arrived(1)
+    journal.acknowledge(1)
     lines = (tmp_path / RECORDS).read_bytes().splitlines()
     (tmp_path / RECORDS).write_bytes(b"\n".join([lines[0], lines[1], lines[2][:4] + b"\0" * 4, lines[3], b""]))
-    later = Journal(tmp_path)
+    later = Outbox(tmp_path)
     later.add({"n": 4})
     assert "not whole; 2 records are left" in caplog.text
-    assert Journal(tmp_path).waiting() == [{"n": 1}, {"n": 3}, {"n": 4}]
+    assert Outbox(tmp_path).pending() == [{"n": 1}, {"n": 3}, {"n": 4}]
 
 
 def test_a_journal_that_lost_lines_it_had_sent_keeps_what_comes_next(tmp_path: Path) -> None:
-    journal = Journal(tmp_path)
+    journal = Outbox(tmp_path)
     for n in range(3):
         journal.add({"n": n})
-    journal.arrived(3)
+    journal.acknowledge(3)
     (tmp_path / RECORDS).write_text('{"n": 0}\n')  # the disk had kept no more
-    Journal(tmp_path).add({"n": 3})
-    assert Journal(tmp_path).waiting() == [{"n": 3}]
+    Outbox(tmp_path).add({"n": 3})
+    assert Outbox(tmp_path).pending() == [{"n": 3}]
 
 
 def test_how_many_arrived_is_known_after_a_kill(tmp_path: Path) -> None:
-    journal = Journal(tmp_path)
+    journal = Outbox(tmp_path)
     for n in range(3):
         journal.add({"n": n})
-    journal.arrived(2)
+    journal.acknowledge(2)
     assert (tmp_path / STATE).is_file()
-    assert Journal(tmp_path).waiting() == [{"n": 2}]
+    assert Outbox(tmp_path).pending() == [{"n": 2}]
 
 
 def test_what_is_measured_is_sent_with_the_rest(tmp_path: Path) -> None:
-    journal, server = Journal(tmp_path), Server()
-    courier = Courier(journal, server, measure=lambda: {"busy": 1}, measure_seconds=0.0)
+    journal, server = Outbox(tmp_path), Server()
+    courier = OutboxSender(journal, server, measure=lambda: {"busy": 1}, measure_seconds=0.0)
     courier.start()
     while len(server.got) < 3:
         pass

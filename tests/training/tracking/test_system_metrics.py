@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from medim.training.tracking import system_metrics
-from medim.training.tracking.system_metrics import Machine
+from medim.training.tracking.system_metrics import SystemMetrics
 
 
 def test_a_busy_second_shows_in_percent_and_megabytes(tmp_path: Path) -> None:
-    measure = Machine(tmp_path)
+    measure = SystemMetrics(tmp_path)
     until = time.monotonic() + 0.2
     while time.monotonic() < until:
         pass
@@ -27,7 +27,7 @@ def test_a_system_that_does_not_tell_leaves_its_figures_out(tmp_path: Path, monk
         raise FileNotFoundError
 
     monkeypatch.setattr(system_metrics.Path, "read_text", absent)
-    assert set(Machine(tmp_path)()) == {
+    assert set(SystemMetrics(tmp_path)()) == {
         "system/disk_usage_percentage",
         "system/disk_available_megabytes",
         "system/process_peak_memory_megabytes",

@@ -20,12 +20,12 @@ import medim
 from medim.config import PretrainConfig
 from medim.data.index.index import Index
 from medim.models.model import build_encoder
-from medim.models.serialization import save
+from medim.models.serialization import save_model
 from medim.training.pretrain.run import pretrain
 from medim.training.tracking import tracking
 from medim.training.tracking.delivery import tracking_uri
-from medim.training.tracking.outbox import RECORDS, STATE, Journal
-from medim.training.tracking.tracking import check_target, log_encoder, log_results, send_left, track
+from medim.training.tracking.outbox import RECORDS, STATE, Outbox
+from medim.training.tracking.tracking import check_target, log_encoder, log_results, sync_pending, track_run
 from medim.types import UserError
 
 
@@ -99,7 +99,7 @@ def test_a_resumed_run_goes_on_in_the_same_record_and_says_nothing_twice(
     pretrain_config: PretrainConfig, tmp_path: Path
 ) -> None:
     def cut() -> None:
-        with track("pretrain", pretrain_config, tmp_path, seed=0, index_hash="x") as tracker:
+        with track_run("pretrain", pretrain_config, tmp_path, seed=0, index_hash="x") as tracker:
             tracker.log_metrics({"loss": 1.0}, 5)
             raise RuntimeError("power cut")
 
@@ -107,7 +107,7 @@ def test_a_resumed_run_goes_on_in_the_same_record_and_says_nothing_twice(
         cut()
     first = run_of(tmp_path)
     assert first.info.status == "FAILED"
-    with track("pretrain", pretrain_config, tmp_path, seed=0, index_hash="x") as tracker:
+    with track_run("pretrain", pretrain_config, tmp_path, seed=0, index_hash="x") as tracker:
         assert tracker.version == first.info.run_id
         tracker.log_metrics({"loss": 1.0, "held_out": 2.0}, 5)
         tracker.log_metrics({"loss": 3.0}, 6)
@@ -122,7 +122,7 @@ def test_a_resumed_run_goes_on_in_the_same_record_and_says_nothing_twice(
 def test_what_a_server_refuses_is_told_and_the_rest_goes_on(
     pretrain_config: PretrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with track("pretrain", pretrain_config, tmp_path, seed=0, index_hash="x") as tracker:
+    with track_run("pretrain", pretrain_config, tmp_path, seed=0, index_hash="x") as tracker:
         tracker.log_hyperparams({"seed": 1})  # a parameter does not change
         log_results(tracker, {"loss": 1.0}, [tmp_path / "absent.csv"])
     assert "params was refused" in caplog.text
@@ -150,7 +150,7 @@ def test_the_command_that_sends_what_was_left_says_what_it_found(
     assert tracking.main([]) == 1
     assert tracking.main([str(tmp_path)]) == 0
     assert not list(tmp_path.iterdir())
-    journal = Journal(tmp_path)
+    journal = Outbox(tmp_path)
     journal.add({"run": {"experiment": "medim-pretrain", "name": "left", "tags": {}}})
     journal.add({"end": "FINISHED"})
     with monkeypatch.context() as away:
@@ -223,17 +223,17 @@ def test_a_server_that_vanishes_and_returns_has_every_number_and_the_encoder_wit
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "medim")
-    monkeypatch.setattr(tracking, "LEAVE_SECONDS", 0.5)
+    monkeypatch.setattr(tracking, "SHUTDOWN_TIMEOUT", 0.5)
     monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 0.5)
     out = tmp_path / "run"
     spec = {"kind": "encoder", "encoder": pretrain_config.encoder, "in_channels": 1, "spatial_dims": 3}
     spec["input_shape"] = [16, 16, 16]
     encoder = build_encoder(spec)
-    save(out / "encoder", "encoder", encoder, spec)
+    save_model(out / "encoder", "encoder", encoder, spec)
     (out / "encoder" / "card.md").write_text("# Encoder")
     server.start()
     check_target()
-    opened = track("pretrain", pretrain_config, out, seed=0, index_hash="x")
+    opened = track_run("pretrain", pretrain_config, out, seed=0, index_hash="x")
     with opened as tracker:
         tracker.log_metrics({"loss": 1.0}, 1)
         while not tracker.version:
@@ -249,7 +249,7 @@ def test_a_server_that_vanishes_and_returns_has_every_number_and_the_encoder_wit
     assert "python -m medim.training.tracking.tracking" in caplog.text
     assert (out / RECORDS).is_file()
     server.start()
-    assert send_left(out) > 48
+    assert sync_pending(out) > 48
     assert not (out / RECORDS).exists()
     client = MlflowClient(server.uri)
     run = run_of(out)

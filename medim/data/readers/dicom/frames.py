@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from medim.data.readers.base import ReadError
-from medim.data.readers.dicom.values import Header
-from medim.data.readers.inspection import Frame
-from medim.privacy import pseudonym
+from medim.data.readers.dicom.values import DicomHeader
+from medim.data.readers.inspection import FramePlane
+from medim.privacy import make_pseudonym
 
-KEYS = {  # what the first table of `stacks_of` asks for, in this order; an attribute may lie in a functional group
+FRAME_KEYS = {  # attributes of the first table of `stacks_of`, in order; any may lie in a functional group
     "echo number": ("EchoNumbers",),
     "echo time": ("EchoTime", "MREchoSequence/EffectiveEchoTime"),
     "acquisition": ("AcquisitionNumber", "FrameContentSequence/FrameAcquisitionNumber"),
@@ -27,20 +27,22 @@ KEYS = {  # what the first table of `stacks_of` asks for, in this order; an attr
     "inversion time": ("InversionTime", "MRModifierSequence/InversionTimes"),
     "flip angle": ("FlipAngle", "MRTimingAndRelatedParametersSequence/FlipAngle"),
 }
-_TEXTS = {"image type", "complex component"}
-_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+_TEXT_KEYS = {"image type", "complex component"}
+_FUNCTIONAL_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 _POSITION = ("ImagePositionPatient", "PlanePositionSequence/ImagePositionPatient")
 _ORIENTATION = ("ImageOrientationPatient", "PlaneOrientationSequence/ImageOrientationPatient")
 _SPACING = ("PixelSpacing", "PixelMeasuresSequence/PixelSpacing")
 _GAP = ("SpacingBetweenSlices", "PixelMeasuresSequence/SpacingBetweenSlices")
 _THICKNESS = ("SliceThickness", "PixelMeasuresSequence/SliceThickness")
-_PLACES = (_POSITION, _ORIENTATION, _SPACING, _GAP, _THICKNESS, *KEYS.values())
-ATTRIBUTES = frozenset(part for paths in _PLACES for path in paths for part in path.split("/")) | {*_GROUPS}
-_AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
-_OF_A_SLICE = tuple(sorted({path for paths in _PLACES for path in paths if "/" not in path} - {_POSITION[0]}))
+_FRAME_PATHS = (_POSITION, _ORIENTATION, _SPACING, _GAP, _THICKNESS, *FRAME_KEYS.values())
+ATTRIBUTES = frozenset(part for paths in _FRAME_PATHS for path in paths for part in path.split("/")) | {
+    *_FUNCTIONAL_GROUPS
+}
+_AXIAL_ORIENTATION = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+_SLICE_KEYWORDS = tuple(sorted({path for paths in _FRAME_PATHS for path in paths if "/" not in path} - {_POSITION[0]}))
 
 
-def frames_in(header: Header, count: int) -> tuple[Frame, ...]:
+def read_frame_planes(header: DicomHeader, count: int) -> tuple[FramePlane, ...]:
     """Where the frames lie; none where the header does not say.
 
     A multi-frame object without functional groups (a stripped one) gets frames in stored order, `SpacingBetweenSlices`
@@ -49,22 +51,24 @@ def frames_in(header: Header, count: int) -> tuple[Frame, ...]:
     Raises:
         ReadError: the header contradicts itself, or a number is none.
     """
-    groups, shared = header.items(_GROUPS[1]), header.items(_GROUPS[0])
+    groups, shared_groups = header.items(_FUNCTIONAL_GROUPS[1]), header.items(_FUNCTIONAL_GROUPS[0])
     if groups and len(groups) != count:
         raise ReadError("bad-geometry", f"{len(groups)} functional groups for {count} frames")
-    if not groups and not shared and count > 1 and not header.raw.get(_POSITION[0]):
-        step = abs((_numbers([header], _GAP) or _numbers([header], _THICKNESS) or (1.0,))[0]) or 1.0
-        size, keys = _size(header), ("",) * len(KEYS)
-        spacing = lengths(header.numbers("PixelSpacing") or (1.0, 1.0))
-        return tuple(Frame((0.0, 0.0, step * k), _AXIAL, spacing, size, step, keys) for k in range(count))
+    if not groups and not shared_groups and count > 1 and not header.raw.get(_POSITION[0]):
+        step = abs((_find_numbers([header], _GAP) or _find_numbers([header], _THICKNESS) or (1.0,))[0]) or 1.0
+        size, keys = _read_image_size(header), ("",) * len(FRAME_KEYS)
+        spacing = check_pixel_spacing(header.numbers("PixelSpacing") or (1.0, 1.0))
+        return tuple(
+            FramePlane((0.0, 0.0, step * k), _AXIAL_ORIENTATION, spacing, size, step, keys) for k in range(count)
+        )
     if groups:
-        frames = [_frame([group, *shared, header]) for group in groups]
+        frames = [_read_plane([group, *shared_groups, header]) for group in groups]
     else:
-        frames = [_frame([*shared, header]) if shared else _slice(header)] * count
+        frames = [_read_plane([*shared_groups, header]) if shared_groups else _read_slice_plane(header)] * count
     return tuple(frame for frame in frames if frame is not None) if None not in frames else ()
 
 
-def lengths(values: Sequence[float]) -> tuple[float, float]:
+def check_pixel_spacing(values: Sequence[float]) -> tuple[float, float]:
     """Two positive lengths in mm.
 
     Raises:
@@ -76,72 +80,83 @@ def lengths(values: Sequence[float]) -> tuple[float, float]:
     return pair
 
 
-def _slice(header: Header) -> Frame | None:
+def _read_slice_plane(header: DicomHeader) -> FramePlane | None:
     """The one frame of a plain slice; what its neighbours say alike is worked out once."""
     raw = header.raw
-    said = _plane(tuple(raw.get(keyword) for keyword in (*_OF_A_SLICE, "Rows", "Columns")), header.order)
+    plane = _read_shared_plane(
+        tuple(raw.get(keyword) for keyword in (*_SLICE_KEYWORDS, "Rows", "Columns")), header.byte_order
+    )
     position = header.numbers(_POSITION[0])
-    return Frame(_triple(position), *said) if said is not None and position else None
+    return FramePlane(_check_position(position), *plane) if plane is not None and position else None
 
 
 @lru_cache(maxsize=256)
-def _plane(
-    raws: tuple[bytes | None, ...], order: str
+def _read_shared_plane(
+    raw_values: tuple[bytes | None, ...], byte_order: str
 ) -> tuple[tuple[float, ...], tuple[float, float], tuple[int, int], float, tuple[str, ...]] | None:
-    raw = dict(zip((*_OF_A_SLICE, "Rows", "Columns"), raws, strict=True))
-    frame = _frame([Header({**raw, _POSITION[0]: b"0\\0\\0"}, order)])
+    raw = dict(zip((*_SLICE_KEYWORDS, "Rows", "Columns"), raw_values, strict=True))
+    frame = _read_plane([DicomHeader({**raw, _POSITION[0]: b"0\\0\\0"}, byte_order)])
     return None if frame is None else (frame.orientation, frame.spacing, frame.size, frame.thickness, frame.keys)
 
 
-def _frame(levels: Sequence[Header]) -> Frame | None:
+def _read_plane(levels: Sequence[DicomHeader]) -> FramePlane | None:
     """A frame by the levels that may describe it, the nearest one first."""
-    position, orientation, spacing = (_numbers(levels, paths) for paths in (_POSITION, _ORIENTATION, _SPACING))
+    position, orientation, spacing = (_find_numbers(levels, paths) for paths in (_POSITION, _ORIENTATION, _SPACING))
     if not position or not orientation or not spacing:
         return None
     if len(orientation) != 6 or not all(map(math.isfinite, orientation)):
         raise ReadError("bad-geometry", "the orientation is not made of 6 finite numbers")
-    gap = (_numbers(levels, _GAP) or (0.0,))[0] or (_numbers(levels, _THICKNESS) or (0.0,))[0]
+    gap = (_find_numbers(levels, _GAP) or (0.0,))[0] or (_find_numbers(levels, _THICKNESS) or (0.0,))[0]
     thickness = abs(gap) if math.isfinite(gap) and gap else 1.0
-    keys = tuple(_key(levels, name) for name in KEYS)
-    return Frame(_triple(position), orientation, lengths(spacing), _size(levels[-1]), thickness, keys)
+    keys = tuple(_read_frame_key(levels, name) for name in FRAME_KEYS)
+    return FramePlane(
+        _check_position(position),
+        orientation,
+        check_pixel_spacing(spacing),
+        _read_image_size(levels[-1]),
+        thickness,
+        keys,
+    )
 
 
-def _size(header: Header) -> tuple[int, int]:
-    return header.whole("Rows"), header.whole("Columns")
+def _read_image_size(header: DicomHeader) -> tuple[int, int]:
+    return header.integer("Rows"), header.integer("Columns")
 
 
-def _triple(position: tuple[float, ...]) -> tuple[float, ...]:
+def _check_position(position: tuple[float, ...]) -> tuple[float, ...]:
     if len(position) != 3 or not all(map(math.isfinite, position)):
         raise ReadError("bad-geometry", "the position is not made of 3 finite numbers")
     return position
 
 
-def _key(levels: Sequence[Header], name: str) -> str:
+def _read_frame_key(levels: Sequence[DicomHeader], name: str) -> str:
     """What a frame says of a key, in a form that rounding does not change and that holds no free text."""
-    if name in _TEXTS:
-        texts = next((found for found in (_texts(levels, path) for path in KEYS[name]) if found), [])
-        return pseudonym("\\".join(texts), prefix="k") if texts else ""
-    return " ".join(f"{number:.4g}" for number in _numbers(levels, KEYS[name]))
+    if name in _TEXT_KEYS:
+        texts = next((values for values in (_find_texts(levels, path) for path in FRAME_KEYS[name]) if values), [])
+        return make_pseudonym("\\".join(texts), prefix="k") if texts else ""
+    return " ".join(f"{number:.4g}" for number in _find_numbers(levels, FRAME_KEYS[name]))
 
 
-def _numbers(levels: Sequence[Header], paths: Sequence[str]) -> tuple[float, ...]:
+def _find_numbers(levels: Sequence[DicomHeader], paths: Sequence[str]) -> tuple[float, ...]:
     for level in levels:
         for path in paths:
-            *inside, keyword = path.split("/")
-            for header in _inside(level, inside):
-                if found := header.numbers(keyword):
-                    return found
+            *sequences, keyword = path.split("/")
+            for header in _open_sequences(level, sequences):
+                if numbers := header.numbers(keyword):
+                    return numbers
     return ()
 
 
-def _texts(levels: Sequence[Header], path: str) -> list[str]:
-    *inside, keyword = path.split("/")
-    return next((found for level in levels for h in _inside(level, inside) if (found := h.texts(keyword))), [])
+def _find_texts(levels: Sequence[DicomHeader], path: str) -> list[str]:
+    *sequences, keyword = path.split("/")
+    return next(
+        (texts for level in levels for h in _open_sequences(level, sequences) if (texts := h.texts(keyword))), []
+    )
 
 
-def _inside(header: Header, sequences: Sequence[str]) -> list[Header]:
+def _open_sequences(header: DicomHeader, sequences: Sequence[str]) -> list[DicomHeader]:
     """The first items of sequences inside one another."""
-    found = [header]
+    headers = [header]
     for keyword in sequences:
-        found = [item for header in found for item in header.items(keyword)[:1]]
-    return found
+        headers = [item for header in headers for item in header.items(keyword)[:1]]
+    return headers

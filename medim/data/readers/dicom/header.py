@@ -7,28 +7,28 @@ from pathlib import Path
 
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
-from medim.data.readers.base import ReadError, check_size, check_start
+from medim.data.readers.base import ReadError, check_not_empty, check_size
 from medim.data.readers.dicom import identifiers as identities
-from medim.data.readers.dicom.frames import ATTRIBUTES, frames_in, lengths
-from medim.data.readers.dicom.header_scan import UNDEFINED, Scan, scan, whole_fragments
-from medim.data.readers.dicom.values import Header, quiet
-from medim.data.readers.inspection import Instance, Origin, Refused, Sight
-from medim.privacy import Scrubber, pseudonym, site_key, tokens
+from medim.data.readers.dicom.frames import ATTRIBUTES, check_pixel_spacing, read_frame_planes
+from medim.data.readers.dicom.header_scan import UNDEFINED, HeaderScan, has_all_fragments, scan_header
+from medim.data.readers.dicom.values import DicomHeader, silence_pydicom
+from medim.data.readers.inspection import DicomFile, FileInspection, RejectedFile, SeriesInfo
+from medim.privacy import Scrubber, identity_tokens, load_site_key, make_pseudonym
 from medim.types import Modality
 
 MODALITIES: dict[str, Modality] = {"MR": "mri", "CR": "xray", "DX": "xray", "RG": "xray"}
-_FACTS = (
+_IMAGE_KEYWORDS = (
     "SpecificCharacterSet", "SOPClassUID", "Modality", "ImageType", "BurnedInAnnotation", "Manufacturer",
     "ManufacturerModelName", "MagneticFieldStrength", "ScanningSequence", "EchoPulseSequence", "AcquisitionContrast",
     "PresentationIntentType", "LossyImageCompression", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel",
     "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit", "PixelPaddingValue", "PixelSpacing",
     "ImagerPixelSpacing", "NominalScannedPixelSpacing", "OverlayRows",
 )  # fmt: skip
-_SHARED = tuple(sorted({*identities.NAMES, *identities.SHARED, *_FACTS}))
-_WANTED = frozenset((*_SHARED, *identities.OWN, identities.OTHERS)) | ATTRIBUTES
-_SCREEN = {"SCREEN SAVE", "SCREENSAVE", "SCREEN"}
-_LOSSY = {"1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"}  # JPEG; of the others the header says it
-_ODDITIES = (  # quality code, attribute, value that says it
+_SERIES_KEYWORDS = tuple(sorted({*identities.NAME_KEYWORDS, *identities.SHARED_KEYWORDS, *_IMAGE_KEYWORDS}))
+_SCAN_KEYWORDS = frozenset((*_SERIES_KEYWORDS, *identities.FILE_KEYWORDS, identities.OTHER_IDS_SEQUENCE)) | ATTRIBUTES
+_SCREEN_TYPES = {"SCREEN SAVE", "SCREENSAVE", "SCREEN"}
+_LOSSY_SYNTAXES = {"1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"}  # JPEG; of the others the header says it
+_QUALITY_RULES = (  # quality code, attribute, value that says it
     ("derived", "ImageType", "DERIVED"),
     ("lossy", "LossyImageCompression", "01"),
     ("inverted", "PhotometricInterpretation", "MONOCHROME1"),
@@ -48,100 +48,108 @@ def looks_like_dicom(path: Path) -> bool:
     return start[128:] == b"DICM" or start[:4] in (b"\x08\x00\x00\x00", b"\x08\x00\x05\x00", b"\x08\x00\x08\x00")
 
 
-def read_header(path: Path) -> Sight:
+def inspect_dicom_header(path: Path) -> FileInspection:
     """Read and judge a header; the identities of the file are known even where it is refused."""
-    known: frozenset[int] = frozenset()
+    file_identities: frozenset[int] = frozenset()
     try:
-        check_start(path)
-        seen = scan(path, _WANTED)
-        shared = tuple(map(seen.header.raw.get, _SHARED))
-        own = tokens(identities.own_identities(seen.header))
-        known = own | _identities(site_key(), shared, seen.header.order)
-        origin = _origin(site_key(), shared, seen.header.order, seen.syntax in _LOSSY)
-        count = max(seen.header.whole("NumberOfFrames", 1), 1)
-        _check_pixels(path, seen, count)
-        instance = Instance(
-            sop=_hidden(seen.header, "SOPInstanceUID", digits=24),
+        check_not_empty(path)
+        scan_result = scan_header(path, _SCAN_KEYWORDS)
+        raw_values = tuple(map(scan_result.header.raw.get, _SERIES_KEYWORDS))
+        own_tokens = identity_tokens(identities.collect_file_identities(scan_result.header))
+        file_identities = own_tokens | _read_series_identities(
+            load_site_key(), raw_values, scan_result.header.byte_order
+        )
+        series_info = _read_series_info(
+            load_site_key(), raw_values, scan_result.header.byte_order, scan_result.syntax in _LOSSY_SYNTAXES
+        )
+        count = max(scan_result.header.integer("NumberOfFrames", 1), 1)
+        _check_pixels(path, scan_result, count)
+        instance = DicomFile(
+            sop=_pseudonymise_uid(scan_result.header, "SOPInstanceUID", digits=24),
             count=count,
-            frames=frames_in(seen.header, count) if origin.kind == "mri" else (),
-            origin=origin,
-            own=tuple(own),
+            frames=read_frame_planes(scan_result.header, count) if series_info.kind == "mri" else (),
+            origin=series_info,
+            own=tuple(own_tokens),
         )
     except ReadError as error:
-        return Sight(refused=(Refused(reason=error.reason, detail=error.detail, identities=known),))
-    return Sight(instance=instance)
+        return FileInspection(
+            refused=(RejectedFile(reason=error.reason, detail=error.detail, identities=file_identities),)
+        )
+    return FileInspection(instance=instance)
 
 
 @lru_cache(maxsize=64)
-def _identities(key: bytes, shared: tuple[bytes | None, ...], order: str) -> frozenset[int]:
+def _read_series_identities(key: bytes, raw_values: tuple[bytes | None, ...], byte_order: str) -> frozenset[int]:
     """Tokens of the identities that the files of a series share."""
-    return tokens(identities.shared_identities(_shared_header(shared, order)))
+    return identity_tokens(identities.collect_series_identities(_build_series_header(raw_values, byte_order)))
 
 
 @lru_cache(maxsize=64)
-@quiet()
-def _origin(key: bytes, shared: tuple[bytes | None, ...], order: str, lossy: bool) -> Origin:
+@silence_pydicom()
+def _read_series_info(key: bytes, raw_values: tuple[bytes | None, ...], byte_order: str, is_lossy: bool) -> SeriesInfo:
     """What the files of a series say alike, worked out once.
 
     Raises:
         ReadError: what they say is of no grey MR or X-ray image.
     """
-    header = _shared_header(shared, order)
-    _judge(header)
+    header = _build_series_header(raw_values, byte_order)
+    _check_image_header(header)
     patient, issuer = header.text("PatientID"), header.text("IssuerOfPatientID")
-    known = _identities(key, shared, order)
+    series_identities = _read_series_identities(key, raw_values, byte_order)
     kind = MODALITIES[header.text("Modality")]
     scanner = " ".join(filter(None, map(header.text, ("Manufacturer", "ManufacturerModelName"))))
     field = next((tesla for tesla in header.numbers("MagneticFieldStrength") if 0 < tesla < 100), None)
     kinds = (header.texts(name) for name in ("ScanningSequence", "AcquisitionContrast", "EchoPulseSequence"))
     sequence = "-".join(next(filter(None, kinds), []))
-    scrub = Scrubber(known)
-    quality, spacing = _quality(header, lossy), (1.0, 1.0)
+    scrub = Scrubber(series_identities)
+    quality, spacing = _find_quality_codes(header, is_lossy), (1.0, 1.0)
     if kind == "xray":
-        spacing, odd = _xray_spacing(header)
-        quality += odd
-    return Origin(
+        spacing, spacing_quality = _read_xray_spacing(header)
+        quality += spacing_quality
+    return SeriesInfo(
         kind=kind,
-        series=_hidden(header, "SeriesInstanceUID"),
-        study=_hidden(header, "StudyInstanceUID"),
-        subject=pseudonym(f"{issuer}\x1f{patient}" if issuer else patient) if patient else None,
-        aliases=(pseudonym(patient),) if patient and issuer else (),
-        size=(header.whole("Rows"), header.whole("Columns")),
+        series=_pseudonymise_uid(header, "SeriesInstanceUID"),
+        study=_pseudonymise_uid(header, "StudyInstanceUID"),
+        subject=make_pseudonym(f"{issuer}\x1f{patient}" if issuer else patient) if patient else None,
+        aliases=(make_pseudonym(patient),) if patient and issuer else (),
+        size=(header.integer("Rows"), header.integer("Columns")),
         spacing=spacing,
-        sequence=scrub.text(sequence or None) if kind == "mri" else None,
-        scanner=scrub.text(scanner or None),
+        sequence=scrub.scrub_text(sequence or None) if kind == "mri" else None,
+        scanner=scrub.scrub_text(scanner or None),
         field_strength=field,
         quality=quality,
-        identities=known,
+        identities=series_identities,
     )
 
 
-def _shared_header(shared: tuple[bytes | None, ...], order: str) -> Header:
-    return Header({keyword: raw for keyword, raw in zip(_SHARED, shared, strict=True) if raw is not None}, order)
+def _build_series_header(raw_values: tuple[bytes | None, ...], byte_order: str) -> DicomHeader:
+    return DicomHeader(
+        {keyword: raw for keyword, raw in zip(_SERIES_KEYWORDS, raw_values, strict=True) if raw is not None}, byte_order
+    )
 
 
-def _hidden(header: Header, keyword: str, *, digits: int = 12) -> str:
+def _pseudonymise_uid(header: DicomHeader, keyword: str, *, digits: int = 12) -> str:
     """The pseudonym of a UID; empty where there is none."""
     value = header.text(keyword)
-    return pseudonym(value, digits=digits) if value else ""
+    return make_pseudonym(value, digits=digits) if value else ""
 
 
-def _judge(header: Header) -> None:
+def _check_image_header(header: DicomHeader) -> None:
     """Refuse what is no grey MR or X-ray image; descriptions, which anybody may type, are never asked.
 
     Raises:
         ReadError: in that case.
     """
     sop_class = UID(header.text("SOPClassUID"))
-    public = sop_class.name if sop_class.name != sop_class and not sop_class.is_private else ""
-    if (sop_class and "Image Storage" not in public) or not (header.whole("Rows") and header.whole("Columns")):
-        raise ReadError("not-an-image", f"a DICOM object that is not an image ({public or 'of no public class'})")
+    class_name = sop_class.name if sop_class.name != sop_class and not sop_class.is_private else ""
+    if (sop_class and "Image Storage" not in class_name) or not (header.integer("Rows") and header.integer("Columns")):
+        raise ReadError("not-an-image", f"a DICOM object that is not an image ({class_name or 'of no public class'})")
     modality = header.text("Modality")
     if modality not in MODALITIES:
-        said = modality if len(modality) == 2 else "unknown"
-        raise ReadError("wrong-modality", f"DICOM modality {said}; expected one of {', '.join(MODALITIES)}")
+        modality_text = modality if len(modality) == 2 else "unknown"
+        raise ReadError("wrong-modality", f"DICOM modality {modality_text}; expected one of {', '.join(MODALITIES)}")
     photometric = header.text("PhotometricInterpretation")
-    if header.whole("SamplesPerPixel", 1) != 1 or photometric not in {"MONOCHROME1", "MONOCHROME2"}:
+    if header.integer("SamplesPerPixel", 1) != 1 or photometric not in {"MONOCHROME1", "MONOCHROME2"}:
         raise ReadError("colour", "a colour image; expected MONOCHROME1 or MONOCHROME2")
     if header.text("BurnedInAnnotation").upper() == "YES":
         raise ReadError("burned-in", "the header says that annotation is burned into the pixels")
@@ -150,56 +158,60 @@ def _judge(header: Header) -> None:
         raise ReadError("localizer", "a localizer, not a series to look at")
     if "MOSAIC" in kinds:
         raise ReadError("mosaic", "a mosaic of slices in one picture")
-    if kinds & _SCREEN:
+    if kinds & _SCREEN_TYPES:
         raise ReadError("screen-save", "a picture of a screen")
-    allocated, stored = header.whole("BitsAllocated", 16), header.whole("BitsStored", 0)
-    highest = header.whole("HighBit", stored - 1)
+    allocated, stored = header.integer("BitsAllocated", 16), header.integer("BitsStored", 0)
+    highest = header.integer("HighBit", stored - 1)
     if allocated not in {8, 16, 32} or not stored - 1 <= highest < allocated:
         raise ReadError("bit-depth", f"{stored} of {allocated} bits up to bit {highest}; expected 8, 16 or 32 bits")
 
 
-def _quality(header: Header, lossy: bool) -> tuple[str, ...]:
+def _find_quality_codes(header: DicomHeader, is_lossy: bool) -> tuple[str, ...]:
     """Codes of what is odd about the files and accepted."""
-    said = {code for code, keyword, value in _ODDITIES if value in map(str.upper, header.texts(keyword))}
-    if lossy:
-        said.add("lossy")
+    codes = {code for code, keyword, value in _QUALITY_RULES if value in map(str.upper, header.texts(keyword))}
+    if is_lossy:
+        codes.add("lossy")
     if "Secondary Capture" in UID(header.text("SOPClassUID")).name:
-        said.add("secondary-capture")
+        codes.add("secondary-capture")
     if header.raw.get("OverlayRows"):
-        said.add("overlay-left-out")
+        codes.add("overlay-left-out")
     if header.raw.get("PixelPaddingValue"):
-        said.add("padded")
-    return tuple(sorted(said))
+        codes.add("padded")
+    return tuple(sorted(codes))
 
 
-def _xray_spacing(header: Header) -> tuple[tuple[float, float], tuple[str, ...]]:
+def _read_xray_spacing(header: DicomHeader) -> tuple[tuple[float, float], tuple[str, ...]]:
     """Row and column spacing in mm, and what is odd about it."""
     if header.numbers("PixelSpacing"):
-        return lengths(header.numbers("PixelSpacing")), ()
+        return check_pixel_spacing(header.numbers("PixelSpacing")), ()
     for keyword in ("ImagerPixelSpacing", "NominalScannedPixelSpacing"):
         if header.numbers(keyword):
-            return lengths(header.numbers(keyword)), ("detector-spacing",)
+            return check_pixel_spacing(header.numbers(keyword)), ("detector-spacing",)
     return (1.0, 1.0), ("no-spacing",)
 
 
-def _check_pixels(path: Path, seen: Scan, count: int) -> None:
+def _check_pixels(path: Path, scan_result: HeaderScan, count: int) -> None:
     """Refuse a file whose pixels are missing, cut short or too many.
 
     Raises:
         ReadError: in that case.
     """
-    header = seen.header
-    size = (header.whole("Rows"), header.whole("Columns"), count)
-    announced = check_size(size, header.whole("BitsAllocated", 16) // 8)
-    if seen.start is None or seen.length == 0:
+    header = scan_result.header
+    size = (header.integer("Rows"), header.integer("Columns"), count)
+    expected_bytes = check_size(size, header.integer("BitsAllocated", 16) // 8)
+    if scan_result.start is None or scan_result.length == 0:
         raise ReadError("no-pixels", "the file holds no pixels")
-    if seen.length == UNDEFINED:
+    if scan_result.length == UNDEFINED:
         with path.open("rb") as file:
-            if seen.syntax != DeflatedExplicitVRLittleEndian and not whole_fragments(file, seen.start, seen.size):
+            if scan_result.syntax != DeflatedExplicitVRLittleEndian and not has_all_fragments(
+                file, scan_result.start, scan_result.size
+            ):
                 raise ReadError("truncated", "the compressed pixels end early")
         return
-    left = min(seen.length, seen.size - seen.start)
-    if left < announced:
-        raise ReadError("truncated", f"{left} bytes of pixels; the header announces {announced}")
-    if seen.length > announced + announced % 2:
-        raise ReadError("length-mismatch", f"{seen.length} bytes of pixels; the header announces {announced}")
+    available_bytes = min(scan_result.length, scan_result.size - scan_result.start)
+    if available_bytes < expected_bytes:
+        raise ReadError("truncated", f"{available_bytes} bytes of pixels; the header announces {expected_bytes}")
+    if scan_result.length > expected_bytes + expected_bytes % 2:
+        raise ReadError(
+            "length-mismatch", f"{scan_result.length} bytes of pixels; the header announces {expected_bytes}"
+        )

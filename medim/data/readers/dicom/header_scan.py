@@ -18,25 +18,25 @@ from pydicom.datadict import tag_for_keyword
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian
 
 from medim.data.readers.base import ReadError
-from medim.data.readers.dicom.values import Header, vr_of
+from medim.data.readers.dicom.values import DicomHeader, get_vr
 
 UNDEFINED = 0xFFFFFFFF
 _FIRST_READ = 1 << 16  # bytes; enough for the header of most slices
-_LONGEST = 1 << 28  # bytes of header
-_INFLATED = 1 << 24  # the same where it is deflated: a small file can hold any number of zeros
-_DEEPEST = 16  # sequences inside one another
-_LONG = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # VRs whose length takes 4 bytes
-_FRAGMENTED = frozenset((b"OB", b"OW"))
-_ITEM, _ITEM_END, _END = (0xFFFE, 0xE000), (0xFFFE, 0xE00D), (0xFFFE, 0xE0DD)
-_PIXELS = {(0x7FE0, element) for element in (0x0008, 0x0009, 0x0010)}  # float, double, whole numbers
+_MAX_DICOM_HEADER_BYTES = 1 << 28  # bytes of header
+_MAX_INFLATED_BYTES = 1 << 24  # the same where it is deflated: a small file can hold any number of zeros
+_MAX_SEQUENCE_DEPTH = 16  # sequences inside one another
+_LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # VRs whose length takes 4 bytes
+_FRAGMENT_VRS = frozenset((b"OB", b"OW"))
+_ITEM_TAG, _ITEM_END_TAG, _SEQUENCE_END_TAG = (0xFFFE, 0xE000), (0xFFFE, 0xE00D), (0xFFFE, 0xE0DD)
+_PIXEL_TAGS = {(0x7FE0, element) for element in (0x0008, 0x0009, 0x0010)}  # float, double, whole numbers
 
 
-class _ShortError(Exception):
+class _IncompleteHeaderError(Exception):
     """More of the file has to be read."""
 
 
 @dataclass(frozen=True, slots=True)
-class Scan:
+class HeaderScan:
     """What a walk over a file's header met.
 
     Attributes:
@@ -46,19 +46,19 @@ class Scan:
         size: of the file; where it is deflated, as if it were whole.
     """
 
-    header: Header
+    header: DicomHeader
     syntax: str
     start: int | None
     length: int
     size: int
 
 
-def scan(path: Path, wanted: frozenset[str]) -> Scan:
+def scan_header(path: Path, keywords: frozenset[str]) -> HeaderScan:
     """Walk over the header of a file.
 
     Args:
         path: the file.
-        wanted: keywords of what is kept, sequences included.
+        keywords: keywords of what is kept, sequences included.
 
     Raises:
         ReadError: the header is no DICOM, or ends early.
@@ -69,16 +69,16 @@ def scan(path: Path, wanted: frozenset[str]) -> Scan:
         while True:
             file.seek(0)
             try:
-                return _scan(file.read(length), size, wanted)
-            except (_ShortError, struct.error) as error:
-                if length >= min(size, _LONGEST):
+                return _parse_header(file.read(length), size, keywords)
+            except (_IncompleteHeaderError, struct.error) as error:
+                if length >= min(size, _MAX_DICOM_HEADER_BYTES):
                     raise ReadError("unreadable", "not a whole DICOM header: it ends inside an element") from error
                 length *= 16
             except zlib.error as error:
                 raise ReadError("unreadable", "the deflated part of the file is damaged") from error
 
 
-def whole_fragments(file: BinaryIO, start: int, size: int) -> bool:
+def has_all_fragments(file: BinaryIO, start: int, size: int) -> bool:
     """Whether compressed pixels run up to their delimiter.
 
     Args:
@@ -86,49 +86,53 @@ def whole_fragments(file: BinaryIO, start: int, size: int) -> bool:
         start: where the first fragment starts.
         size: of the file in bytes.
     """
-    place = start
-    while place + 8 <= size:
-        file.seek(place)
+    offset = start
+    while offset + 8 <= size:
+        file.seek(offset)
         group, element, length = struct.unpack("<HHI", file.read(8))
-        if (group, element) == _END:
+        if (group, element) == _SEQUENCE_END_TAG:
             return True
-        if (group, element) != _ITEM:
+        if (group, element) != _ITEM_TAG:
             return False
-        place += 8 + length
+        offset += 8 + length
     return False
 
 
-def _scan(data: bytes, size: int, wanted: frozenset[str]) -> Scan:
-    place = 132 if data[128:132] == b"DICM" else 0
-    whole = len(data) >= size
-    meta, place, _ = _elements(data, place, _Form("<", True), {(2, 0x10): "TransferSyntaxUID"}, group=2)
+def _parse_header(data: bytes, size: int, keywords: frozenset[str]) -> HeaderScan:
+    offset = 132 if data[128:132] == b"DICM" else 0
+    is_complete = len(data) >= size
+    meta, offset, _ = _parse_elements(
+        data, offset, _TransferEncoding("<", True), {(2, 0x10): "TransferSyntaxUID"}, group=2
+    )
     syntax = meta["TransferSyntaxUID"].decode("ascii", "replace").strip(" \0") if "TransferSyntaxUID" in meta else ""
-    deflated = syntax == DeflatedExplicitVRLittleEndian
-    if deflated:
-        data, place = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[place:], _INFLATED), 0
-    order = ">" if syntax == ExplicitVRBigEndian else "<"
-    explicit = data[place + 4 : place + 6].isalpha() and data[place + 4 : place + 6].isupper()
-    found, place, length = _elements(data, place, _Form(order, explicit), _tags(wanted))
-    header = Header(found, order)
+    is_deflated = syntax == DeflatedExplicitVRLittleEndian
+    if is_deflated:
+        data, offset = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[offset:], _MAX_INFLATED_BYTES), 0
+    byte_order = ">" if syntax == ExplicitVRBigEndian else "<"
+    explicit = data[offset + 4 : offset + 6].isalpha() and data[offset + 4 : offset + 6].isupper()
+    elements, offset, length = _parse_elements(
+        data, offset, _TransferEncoding(byte_order, explicit), _map_tags(keywords)
+    )
+    header = DicomHeader(elements, byte_order)
     if length is not None:
-        return Scan(header, syntax, place, length, place + length if deflated else size)
-    if not whole:
-        raise _ShortError
-    return Scan(header, syntax, None, 0, size)
+        return HeaderScan(header, syntax, offset, length, offset + length if is_deflated else size)
+    if not is_complete:
+        raise _IncompleteHeaderError
+    return HeaderScan(header, syntax, None, 0, size)
 
 
 @dataclass(frozen=True, slots=True)
-class _Form:
+class _TransferEncoding:
     """Byte order, and whether elements name their VR."""
 
-    order: str
+    byte_order: str
     explicit: bool
 
 
-def _elements(
+def _parse_elements(
     data: bytes,
-    place: int,
-    form: _Form,
+    offset: int,
+    encoding: _TransferEncoding,
     tags: Mapping[tuple[int, int], str],
     *,
     end: int = -1,
@@ -140,74 +144,82 @@ def _elements(
     Returns:
         those wanted, the place behind them, and the length of the pixels that start there.
     """
-    found: dict[str, Any] = {}
-    short = struct.Struct(f"{form.order}HH2sH").unpack_from
-    implicit = struct.Struct(f"{form.order}HHI").unpack_from
-    long = struct.Struct(f"{form.order}I").unpack_from
-    explicit, last = form.explicit, len(data) if end < 0 else end
-    while place < last:
+    elements: dict[str, Any] = {}
+    short = struct.Struct(f"{encoding.byte_order}HH2sH").unpack_from
+    implicit = struct.Struct(f"{encoding.byte_order}HHI").unpack_from
+    long = struct.Struct(f"{encoding.byte_order}I").unpack_from
+    explicit, last = encoding.explicit, len(data) if end < 0 else end
+    while offset < last:
         if explicit:
-            one, two, vr, length = short(data, place)
-            start = place + 8
-            if vr in _LONG:
+            tag_group, tag_element, vr, length = short(data, offset)
+            start = offset + 8
+            if vr in _LONG_VRS:
                 (length,) = long(data, start)
                 start += 4
         else:
-            one, two, length = implicit(data, place)
-            start, vr = place + 8, b""
-        tag = one, two
-        if one == 0xFFFE and tag in (_ITEM_END, _END):
-            return found, place + 8, None
-        if group and one != group:
+            tag_group, tag_element, length = implicit(data, offset)
+            start, vr = offset + 8, b""
+        tag = tag_group, tag_element
+        if tag_group == 0xFFFE and tag in (_ITEM_END_TAG, _SEQUENCE_END_TAG):
+            return elements, offset + 8, None
+        if group and tag_group != group:
             break
-        if one == 0x7FE0 and not depth and tag in _PIXELS:
-            return found, start, length
+        if tag_group == 0x7FE0 and not depth and tag in _PIXEL_TAGS:
+            return elements, start, length
         keyword = tags.get(tag)
-        if length == UNDEFINED or (keyword is not None and vr_of(keyword) == "SQ"):
-            inner = _Form("<", False) if vr == b"UN" else form
-            items, place = _items(data, start, length, inner, tags, depth + 1, vr in _FRAGMENTED)
+        if length == UNDEFINED or (keyword is not None and get_vr(keyword) == "SQ"):
+            inner = _TransferEncoding("<", False) if vr == b"UN" else encoding
+            items, offset = _parse_items(data, start, length, inner, tags, depth + 1, vr in _FRAGMENT_VRS)
             if keyword is not None:
-                found[keyword] = items
+                elements[keyword] = items
             continue
-        place = start + length
-        if place > last:
-            raise _ShortError
+        offset = start + length
+        if offset > last:
+            raise _IncompleteHeaderError
         if keyword is not None:
-            found[keyword] = data[start:place]
-    return found, place, None
+            elements[keyword] = data[start:offset]
+    return elements, offset, None
 
 
-def _items(
-    data: bytes, place: int, length: int, form: _Form, tags: Mapping[tuple[int, int], str], depth: int, fragments: bool
-) -> tuple[list[Header], int]:
+def _parse_items(
+    data: bytes,
+    offset: int,
+    length: int,
+    encoding: _TransferEncoding,
+    tags: Mapping[tuple[int, int], str],
+    depth: int,
+    fragments: bool,
+) -> tuple[list[DicomHeader], int]:
     """The items of a sequence, and the place behind it."""
-    if depth > _DEEPEST:
-        raise ReadError("unreadable", f"sequences lie more than {_DEEPEST} deep in one another")
-    items: list[Header] = []
-    end = len(data) if length == UNDEFINED else place + length
+    if depth > _MAX_SEQUENCE_DEPTH:
+        raise ReadError("unreadable", f"sequences lie more than {_MAX_SEQUENCE_DEPTH} deep in one another")
+    items: list[DicomHeader] = []
+    end = len(data) if length == UNDEFINED else offset + length
     if end > len(data):
-        raise _ShortError
-    unpack = struct.Struct(f"{form.order}HHI").unpack_from
-    while place < end:
-        one, two, size = unpack(data, place)
-        place += 8
-        if (one, two) == _END:
-            return items, place
-        if (one, two) != _ITEM:
+        raise _IncompleteHeaderError
+    unpack = struct.Struct(f"{encoding.byte_order}HHI").unpack_from
+    while offset < end:
+        tag_group, tag_element, size = unpack(data, offset)
+        offset += 8
+        if (tag_group, tag_element) == _SEQUENCE_END_TAG:
+            return items, offset
+        if (tag_group, tag_element) != _ITEM_TAG:
             raise ReadError("unreadable", "a sequence of the header holds something else than items")
         if fragments:
-            place += size
+            offset += size
             continue
-        found, place, _ = _elements(data, place, form, tags, end=-1 if size == UNDEFINED else place + size, depth=depth)
-        items.append(Header(found, form.order))
-    if length == UNDEFINED or place != end:
-        raise _ShortError
-    return items, place
+        elements, offset, _ = _parse_elements(
+            data, offset, encoding, tags, end=-1 if size == UNDEFINED else offset + size, depth=depth
+        )
+        items.append(DicomHeader(elements, encoding.byte_order))
+    if length == UNDEFINED or offset != end:
+        raise _IncompleteHeaderError
+    return items, offset
 
 
 @lru_cache
-def _tags(wanted: frozenset[str]) -> dict[tuple[int, int], str]:
-    tags = {tag: keyword for keyword in wanted if (tag := tag_for_keyword(keyword)) is not None}
-    if "OverlayRows" in wanted:  # of any overlay
+def _map_tags(keywords: frozenset[str]) -> dict[tuple[int, int], str]:
+    tags = {tag: keyword for keyword in keywords if (tag := tag_for_keyword(keyword)) is not None}
+    if "OverlayRows" in keywords:  # of any overlay
         tags |= dict.fromkeys(range(0x60000010, 0x60200010, 0x20000), "OverlayRows")
     return {(tag >> 16, tag & 0xFFFF): keyword for tag, keyword in tags.items()}

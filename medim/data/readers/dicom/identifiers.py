@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from medim.data.readers.dicom.values import Header
+from medim.data.readers.dicom.values import DicomHeader
 
-OWN = ("SOPInstanceUID", "AcquisitionDateTime")  # they differ from file to file
-OTHERS = "OtherPatientIDsSequence"
-NAMES = (
+FILE_KEYWORDS = ("SOPInstanceUID", "AcquisitionDateTime")  # they differ from file to file
+OTHER_IDS_SEQUENCE = "OtherPatientIDsSequence"
+NAME_KEYWORDS = (
     "PatientName", "OtherPatientNames", "PatientBirthName", "PatientMotherBirthName", "ResponsiblePerson",
     "ReferringPhysicianName", "PerformingPhysicianName", "OperatorsName", "NameOfPhysiciansReadingStudy",
     "RequestingPhysician", "PhysiciansOfRecord", "ConsultingPhysicianName", "ScheduledPerformingPhysicianName",
     "ContentCreatorName",
 )  # fmt: skip
-SHARED = (
+SHARED_KEYWORDS = (
     "PatientID", "IssuerOfPatientID", "OtherPatientIDs", "PatientBirthDate", "PatientAddress",
     "PatientTelephoneNumbers", "MedicalRecordLocator", "MilitaryRank", "PatientComments", "AccessionNumber", "StudyID",
     "AdmissionID",
@@ -22,20 +22,25 @@ SHARED = (
     "PerformedProcedureStepID", "ClinicalTrialSubjectID", "PerformedStationName", "PerformedProcedureStepStartDate",
     "PerformedProcedureStepEndDate", "AdmittingDate", "DateOfSecondaryCapture",
 )  # fmt: skip
-_SHORT = ("PatientID", "AccessionNumber")  # count at any length; a StudyID of "1" is nobody's
+_SHORT_VALUE_KEYWORDS = ("PatientID", "AccessionNumber")  # count at any length; a StudyID of "1" is nobody's
 
 
-def shared_identities(header: Header) -> set[str]:
+def collect_series_identities(header: DicomHeader) -> set[str]:
     """Every value that tells who, when or where; names also by their parts and the other way round."""
-    found = {value for keyword in SHARED for value in header.texts(keyword) if len(value) >= 3 or keyword in _SHORT}
-    for value in (value for keyword in NAMES for value in header.texts(keyword)):
+    identities = {
+        value
+        for keyword in SHARED_KEYWORDS
+        for value in header.texts(keyword)
+        if len(value) >= 3 or keyword in _SHORT_VALUE_KEYWORDS
+    }
+    for value in (value for keyword in NAME_KEYWORDS for value in header.texts(keyword)):
         for name in value.split("="):
             parts = [part for part in name.replace("^", " ").split() if part]
-            found |= {name, *parts, "".join(reversed(parts)), *(a + b for a in parts for b in parts if a != b)}
-    return found - {""}
+            identities |= {name, *parts, "".join(reversed(parts)), *(a + b for a in parts for b in parts if a != b)}
+    return identities - {""}
 
 
-def own_identities(header: Header) -> set[str]:
+def collect_file_identities(header: DicomHeader) -> set[str]:
     """Those that differ from file to file, and those that stand in a sequence."""
-    others = {value for item in header.items(OTHERS) for value in item.texts("PatientID")}
-    return others | {value for keyword in OWN for value in header.texts(keyword) if len(value) >= 3}
+    other_ids = {value for item in header.items(OTHER_IDS_SEQUENCE) for value in item.texts("PatientID")}
+    return other_ids | {value for keyword in FILE_KEYWORDS for value in header.texts(keyword) if len(value) >= 3}

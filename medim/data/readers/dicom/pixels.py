@@ -16,7 +16,7 @@ from pydicom.uid import JPEG2000, JPEG2000Lossless, JPEGLSLossless, JPEGLSNearLo
 
 from medim.data.readers.base import ReadError
 from medim.data.readers.dicom.codestreams import check_frame
-from medim.data.readers.dicom.values import quiet
+from medim.data.readers.dicom.values import silence_pydicom
 from medim.types import Array
 
 _DECODERS: dict[str, str] = {  # GDCM, which ends the process on some damaged frames, is left to plain JPEG
@@ -26,11 +26,11 @@ _DECODERS: dict[str, str] = {  # GDCM, which ends the process on some damaged fr
     JPEG2000: "pylibjpeg",
 }
 
-# The decoder of `frames_of`: None decodes in this process; `sandbox.decoding_apart` sets one with limits.
+# The decoder of `decode_frames`: None decodes in this process; `sandbox.sandboxed_decoding` sets one with limits.
 DECODER: ContextVar[Callable[[Path], Array] | None] = ContextVar("decoder", default=None)
 
 
-def frames_of(path: Path) -> Array:
+def decode_frames(path: Path) -> Array:
     """The frames of a file, rescaled, MONOCHROME1 inverted, overlays left out.
 
     The display window (VOI LUT) is never applied: it is how somebody looked at the image, not what it holds.
@@ -42,30 +42,30 @@ def frames_of(path: Path) -> Array:
         ReadError: the pixels cannot be decoded.
     """
     decode = DECODER.get()
-    return _frames_of(path) if decode is None else decode(path)
+    return _decode_and_rescale(path) if decode is None else decode(path)
 
 
-def _frames_of(path: Path) -> Array:
-    with quiet():
-        dataset = _parse(path)
-        stored = _stored(dataset)
-        frames = np.empty(stored.shape, np.float32)
+def _decode_and_rescale(path: Path) -> Array:
+    with silence_pydicom():
+        dataset = _read_dataset(path)
+        stored_values = _decode_stored_values(dataset)
+        frames = np.empty(stored_values.shape, np.float32)
         try:
-            low, high = _range(dataset)
-            for place, frame in enumerate(stored):
-                rescaled = _rescale(dataset, place, frame)
+            low, high = _compute_value_range(dataset)
+            for index, frame in enumerate(stored_values):
+                values = _rescale_frame(dataset, index, frame)
                 if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
-                    ends = _rescale(dataset, place, np.array([low, high], dtype=stored.dtype))
-                    rescaled = ends.sum(dtype=np.float64) - rescaled
-                frames[place] = rescaled
-            if (padding := _padding(dataset, stored)) is not None:
+                    ends = _rescale_frame(dataset, index, np.array([low, high], dtype=stored_values.dtype))
+                    values = ends.sum(dtype=np.float64) - values
+                frames[index] = values
+            if (padding := _find_padding(dataset, stored_values)) is not None:
                 frames[padding] = np.nan
         except Exception as error:  # a broken lookup table, slope or padding value
             raise ReadError("undecodable", f"the rescaling cannot be applied ({type(error).__name__})") from error
     return frames
 
 
-def filled(frames: Array) -> Array:
+def fill_padding(frames: Array) -> Array:
     """Padding as the lowest value of the rest: background, whatever number stood for it."""
     padding = np.isnan(frames)
     if padding.any():
@@ -78,70 +78,72 @@ def same_pixels(one: Path, other: Path) -> bool:
     if filecmp.cmp(one, other, shallow=False):
         return True
     try:
-        return bool(np.array_equal(frames_of(one), frames_of(other), equal_nan=True))
+        return bool(np.array_equal(decode_frames(one), decode_frames(other), equal_nan=True))
     except ReadError:
         return False
 
 
-def _parse(path: Path) -> pydicom.FileDataset:
+def _read_dataset(path: Path) -> pydicom.FileDataset:
     try:
         return pydicom.dcmread(path, force=True)
     except Exception as error:  # pydicom raises whatever its parsing met
         raise ReadError("unreadable", f"not a whole DICOM file ({type(error).__name__})") from error
 
 
-def _stored(dataset: pydicom.FileDataset) -> Array:
+def _decode_stored_values(dataset: pydicom.FileDataset) -> Array:
     """(frames, rows, columns) stored values, without the overlay bits around them."""
     try:
         if not getattr(dataset.file_meta, "TransferSyntaxUID", None):
             dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
         syntax = dataset.file_meta.TransferSyntaxUID
-        bits, used = int(dataset.BitsAllocated), int(dataset.BitsStored)
-        above = bits - 1 - int(dataset.get("HighBit", used - 1))
-        cells = not syntax.is_encapsulated or syntax == RLELossless
-        if cells:  # pydicom would clear bits as if the value stood lowest in its cell
+        bits, bits_stored = int(dataset.BitsAllocated), int(dataset.BitsStored)
+        unused_high_bits = bits - 1 - int(dataset.get("HighBit", bits_stored - 1))
+        has_bit_cells = not syntax.is_encapsulated or syntax == RLELossless
+        if has_bit_cells:  # pydicom would clear bits as if the value stood lowest in its cell
             dataset.BitsStored, dataset.HighBit = bits, bits - 1
         else:
             for frame in generate_frames(dataset.PixelData, number_of_frames=int(dataset.get("NumberOfFrames") or 1)):
                 check_frame(frame, int(dataset.Rows), int(dataset.Columns), bits)
         dataset.pixel_array_options(decoding_plugin=_DECODERS.get(syntax, ""))
-        stored: Array = dataset.pixel_array
-        dataset.BitsStored = used
-        stored = stored.reshape(int(dataset.get("NumberOfFrames") or 1), int(dataset.Rows), int(dataset.Columns))
+        values: Array = dataset.pixel_array
+        dataset.BitsStored = bits_stored
+        values = values.reshape(int(dataset.get("NumberOfFrames") or 1), int(dataset.Rows), int(dataset.Columns))
     except ReadError:
         raise
     except Exception as error:  # a decoder's own exceptions, of which there are many
         raise ReadError("undecodable", f"the pixels cannot be decoded ({type(error).__name__})") from error
-    if cells and used < bits:
-        stored = np.right_shift(np.left_shift(stored, above), bits - used)  # keeps the sign where there is one
-    return stored
+    if has_bit_cells and bits_stored < bits:
+        values = np.right_shift(
+            np.left_shift(values, unused_high_bits), bits - bits_stored
+        )  # keeps the sign where there is one
+    return values
 
 
-def _range(dataset: pydicom.FileDataset) -> tuple[int, int]:
+def _compute_value_range(dataset: pydicom.FileDataset) -> tuple[int, int]:
     """Lowest and highest value that can be stored."""
     bits = int(dataset.get("BitsStored") or 16)
     return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if dataset.get("PixelRepresentation") else (0, (1 << bits) - 1)
 
 
-def _padding(dataset: pydicom.FileDataset, stored: Array) -> Array | None:
+def _find_padding(dataset: pydicom.FileDataset, stored_values: Array) -> Array | None:
     """Where stored values are no pixels but padding; None where the header knows of none."""
     ends = [dataset.get(name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
-    known = [int(end) for end in ends if end is not None and end != ""]
-    if not known or ends[0] is None:
+    limits = [int(end) for end in ends if end is not None and end != ""]
+    if not limits or ends[0] is None:
         return None
-    values = np.array(known, np.int64).astype(stored.dtype)  # the header's number may have lost its sign
-    return np.asarray((stored >= values.min()) & (stored <= values.max()))
+    values = np.array(limits, np.int64).astype(stored_values.dtype)  # the header's number may have lost its sign
+    return np.asarray((stored_values >= values.min()) & (stored_values <= values.max()))
 
 
-def _rescale(dataset: pydicom.FileDataset, place: int, stored: Array) -> Array:
+def _rescale_frame(dataset: pydicom.FileDataset, index: int, stored_values: Array) -> Array:
     """Stored values as real ones: the frame's own slope and intercept, the file's, or its modality lookup table."""
     holder: Any = dataset
     for group in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
         items = dataset.get(group) or []
-        item = items[place if group.startswith("Per") and place < len(items) else 0] if items else None
+        item = items[index if group.startswith("Per") and index < len(items) else 0] if items else None
         if item is not None and item.get("PixelValueTransformationSequence"):
             holder = item.PixelValueTransformationSequence[0]
     slope, intercept = (holder.get(name) for name in ("RescaleSlope", "RescaleIntercept"))
     if "ModalityLUTSequence" not in holder and (slope is None) != (intercept is None):  # pydicom would apply neither
-        return stored * float(1 if slope is None else slope) + float(0 if intercept is None else intercept)
-    return np.asarray(apply_modality_lut(stored, holder), dtype=np.float64)
+        return stored_values * float(1 if slope is None else slope) + float(0 if intercept is None else intercept)
+    return np.asarray(apply_modality_lut(stored_values, holder), dtype=np.float64)

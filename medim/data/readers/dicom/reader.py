@@ -14,16 +14,23 @@ from pathlib import Path
 import numpy as np
 
 from medim.data.readers.base import LPS_TO_RAS, ReadError, flat_volume, ras_grid, ras_volume
-from medim.data.readers.dicom.header import looks_like_dicom, read_header
-from medim.data.readers.dicom.pixels import filled, frames_of, same_pixels
-from medim.data.readers.dicom.series import Stacks, stacks_of
+from medim.data.readers.dicom.header import inspect_dicom_header, looks_like_dicom
+from medim.data.readers.dicom.pixels import decode_frames, fill_padding, same_pixels
+from medim.data.readers.dicom.series import StackResult, group_into_stacks
 from medim.data.readers.dicom.stack import Stack
-from medim.data.readers.inspection import Found, Frame, Instance, Refused, Scanned, Sight
+from medim.data.readers.inspection import (
+    CollectionResult,
+    DicomFile,
+    FileInspection,
+    FramePlane,
+    ImageInfo,
+    RejectedFile,
+)
 from medim.types import Array, Modality, Volume
 
 
 @dataclass(frozen=True)
-class Plan:
+class SlicePlan:
     """Where the slices of an image stand: in which files, and in the patient. No pixels were touched.
 
     Attributes:
@@ -53,36 +60,36 @@ class DicomReader:
         """By suffix (`.dcm`, `.dicom`, `.ima`) or first bytes."""
         return looks_like_dicom(path)
 
-    def look(self, path: Path) -> Sight:
+    def inspect(self, path: Path) -> FileInspection:
         """Read the header alone."""
-        return read_header(path)
+        return inspect_dicom_header(path)
 
-    def gather(self, sights: Iterable[Sight], modality: Modality | None) -> Scanned:
+    def collect_images(self, inspections: Iterable[FileInspection], modality: Modality | None) -> CollectionResult:
         """Make images of the files that were looked at; pixels are decoded only where two files claim to be one.
 
         Args:
-            sights: one a file.
+            inspections: one a file.
             modality: others are refused; None takes all.
         """
-        refused: list[Refused] = []
-        instances: list[Instance] = []
-        for sight in sights:
-            refused += sight.refused
-            instance = sight.instance
+        rejected: list[RejectedFile] = []
+        instances: list[DicomFile] = []
+        for inspection in inspections:
+            rejected += inspection.refused
+            instance = inspection.instance
             if instance is None:
                 continue
             if modality in (None, instance.origin.kind):
                 instances.append(instance)
                 continue
             error = ReadError("wrong-modality", f"an image of modality {instance.origin.kind}; expected {modality}")
-            refused.append(_refused([instance], error))
-        unique, copies = _without_copies(sorted(instances, key=lambda instance: instance.path))
-        found: list[Found] = []
-        for group in _groups(unique):
-            images, others = _images(group)
-            found += images
-            refused += others
-        return found, refused + copies
+            rejected.append(_reject_files([instance], error))
+        unique, copies = _reject_duplicate_files(sorted(instances, key=lambda instance: instance.path))
+        image_infos: list[ImageInfo] = []
+        for group in _group_dicom_files(unique):
+            group_images, group_rejected = _build_images(group)
+            image_infos += group_images
+            rejected += group_rejected
+        return image_infos, rejected + copies
 
     def read(self, path: Path, item: str | None = None) -> Volume:
         """Read one file: an X-ray, a slice, or the frames of a multi-frame object.
@@ -93,7 +100,7 @@ class DicomReader:
         """
         return self.read_files([path], item)
 
-    def plan(self, paths: Iterable[Path], item: str | None = None) -> Plan:
+    def plan_slices(self, paths: Iterable[Path], item: str | None = None) -> SlicePlan:
         """Where the slices of an image stand, by its headers.
 
         Args:
@@ -105,32 +112,37 @@ class DicomReader:
         """
         instances = []
         for path in paths:
-            sight = read_header(path).at(path)
-            if sight.instance is None:
-                raise ReadError(sight.refused[0].reason, sight.refused[0].detail)
-            instances.append(sight.instance)
+            inspection = inspect_dicom_header(path).with_path(path)
+            if inspection.instance is None:
+                raise ReadError(inspection.refused[0].reason, inspection.refused[0].detail)
+            instances.append(inspection.instance)
         first = instances[0]
         if first.origin.kind == "xray":
-            _check_flat(first)
-            return Plan(((first.path, 0),), first.origin.size, first.origin.spacing, None)
-        one = _chosen(_stacks(instances), item)
+            _check_single_frame(first)
+            return SlicePlan(((first.path, 0),), first.origin.size, first.origin.spacing, None)
+        volume_stack = _select_stack(_stack_dicom_files(instances), item)
         slices = [(instance.path, number) for instance in instances for number in range(instance.count)]
-        return Plan(tuple(slices[place] for place in one.places), first.origin.size, first.origin.spacing, one.affine)
+        return SlicePlan(
+            tuple(slices[index] for index in volume_stack.order),
+            first.origin.size,
+            first.origin.spacing,
+            volume_stack.affine,
+        )
 
     def read_files(self, paths: Iterable[Path], item: str | None = None) -> Volume:
         """Read the files of one image.
 
         Raises:
-            ReadError: see `plan`; or the pixels cannot be decoded.
+            ReadError: see `slice_plan`; or the pixels cannot be decoded.
         """
-        plan = self.plan(paths, item)
-        if plan.affine is None:
-            return flat_volume(filled(frames_of(plan.files[0]))[0], plan.spacing)
-        array = np.empty((len(plan.slices), *plan.size), np.float32)
-        whole = frames_of(plan.files[0]) if len(plan.files) == 1 else None
-        for slot, (path, number) in zip(array, plan.slices, strict=True):
-            slot[...] = frames_of(path)[0] if whole is None else whole[number]
-        return ras_volume(filled(array).transpose(2, 1, 0), LPS_TO_RAS @ plan.affine)
+        slice_plan = self.plan_slices(paths, item)
+        if slice_plan.affine is None:
+            return flat_volume(fill_padding(decode_frames(slice_plan.files[0]))[0], slice_plan.spacing)
+        array = np.empty((len(slice_plan.slices), *slice_plan.size), np.float32)
+        all_frames = decode_frames(slice_plan.files[0]) if len(slice_plan.files) == 1 else None
+        for slot, (path, number) in zip(array, slice_plan.slices, strict=True):
+            slot[...] = decode_frames(path)[0] if all_frames is None else all_frames[number]
+        return ras_volume(fill_padding(array).transpose(2, 1, 0), LPS_TO_RAS @ slice_plan.affine)
 
     def read_folder(self, folder: Path) -> Volume:
         """Read the one series that lies in a folder.
@@ -139,118 +151,123 @@ class DicomReader:
             ReadError: none or several images lie there.
         """
         files = sorted(path for path in folder.iterdir() if path.is_file() and self.accepts(path))
-        found, refused = self.gather([self.look(path).at(path) for path in files], None)
-        if len(found) == 1:
-            return self.read_files(found[0].files, found[0].item)
-        if found:
+        images, rejected = self.collect_images([self.inspect(path).with_path(path) for path in files], None)
+        if len(images) == 1:
+            return self.read_files(images[0].files, images[0].item)
+        if images:
             raise ReadError(
-                "several-series", f"{len(found)} images in this folder; expected one series. Use medim index"
+                "several-series", f"{len(images)} images in this folder; expected one series. Use medim index"
             )
-        if refused:
-            raise ReadError(refused[0].reason, refused[0].detail)
+        if rejected:
+            raise ReadError(rejected[0].reason, rejected[0].detail)
         raise ReadError("no-image", "no DICOM file in this folder; expected one series")
 
 
-def _chosen(stacks: Stacks, item: str | None) -> Stack:
+def _select_stack(stacks: StackResult, item: str | None) -> Stack:
     """The one stack, or the one of several that an item names.
 
     Raises:
         ReadError: there is none, or not that one.
     """
-    found, refused = stacks
-    if not found:
-        raise ReadError(refused[0][1].reason, refused[0][1].detail)
-    names = [str(number) for number in range(len(found))]
+    candidates, rejected = stacks
+    if not candidates:
+        raise ReadError(rejected[0][1].reason, rejected[0][1].detail)
+    names = [str(number) for number in range(len(candidates))]
     if item in names:
-        return found[int(item)]
+        return candidates[int(item)]
     if item is not None:
         raise ReadError("no-such-item", f"no image '{item}' in the file; it has {', '.join(names)}")
-    if len(found) > 1:
-        raise ReadError("several-volumes", f"{len(found)} stacks of slices; name one, as in file.dcm#0")
-    return found[0]
+    if len(candidates) > 1:
+        raise ReadError("several-volumes", f"{len(candidates)} stacks of slices; name one, as in file.dcm#0")
+    return candidates[0]
 
 
-def _without_copies(instances: Sequence[Instance]) -> tuple[list[Instance], list[Refused]]:
+def _reject_duplicate_files(instances: Sequence[DicomFile]) -> tuple[list[DicomFile], list[RejectedFile]]:
     """Each object once: a second file of one SOPInstanceUID is refused, as a copy or as a contradiction."""
-    seen: dict[str, Instance] = {}
-    unique, refused = [], []
+    first_by_uid: dict[str, DicomFile] = {}
+    unique, rejected = [], []
     for instance in instances:
-        first = seen.setdefault(instance.sop, instance) if instance.sop else instance
+        first = first_by_uid.setdefault(instance.sop, instance) if instance.sop else instance
         if first is instance:
             unique.append(instance)
         elif same_pixels(first.path, instance.path):
             error = ReadError("duplicate", "the same SOPInstanceUID and pixels as a file that comes before it")
-            refused.append(_refused([instance], error))
+            rejected.append(_reject_files([instance], error))
         else:
             detail = "the SOPInstanceUID of, but other pixels than, a file that comes before it"
-            refused.append(_refused([instance], ReadError("conflicting-duplicate", detail)))
-    return unique, refused
+            rejected.append(_reject_files([instance], ReadError("conflicting-duplicate", detail)))
+    return unique, rejected
 
 
-def _groups(instances: Sequence[Instance]) -> list[list[Instance]]:
+def _group_dicom_files(instances: Sequence[DicomFile]) -> list[list[DicomFile]]:
     """Single-frame MR by series; everything else by file."""
-    series: dict[str, list[Instance]] = defaultdict(list)
-    for place, instance in enumerate(instances):
-        alone = instance.origin.kind == "xray" or instance.count > 1 or not instance.origin.series
-        series[f"{place}" if alone else instance.origin.series].append(instance)
+    series: dict[str, list[DicomFile]] = defaultdict(list)
+    for index, instance in enumerate(instances):
+        is_single = instance.origin.kind == "xray" or instance.count > 1 or not instance.origin.series
+        series[f"{index}" if is_single else instance.origin.series].append(instance)
     return list(series.values())
 
 
-def _stacks(group: Sequence[Instance]) -> Stacks:
+def _stack_dicom_files(group: Sequence[DicomFile]) -> StackResult:
     """The stacks that the frames of a group make; all of it is spoilt where it is of several patients."""
     first = group[0]
     if len({instance.origin.subject for instance in group}) > 1:
         error = ReadError("mixed-references", "the slices are of several patients; expected one")
         return [], [(list(range(len(group))), error)]
     if len(group) == first.count == 1 and not first.frames and "secondary-capture" in first.origin.quality:
-        return stacks_of([_captured(first)], lambda one, other: False)
-    frames: list[Frame | None] = []
+        return group_into_stacks([_make_capture_plane(first)], lambda one, other: False)
+    frames: list[FramePlane | None] = []
     for instance in group:
         frames += instance.frames or [None] * instance.count
     if first.count > 1:
-        return stacks_of(frames, lambda one, other: False)
-    return stacks_of(frames, lambda one, other: same_pixels(group[one].path, group[other].path))
+        return group_into_stacks(frames, lambda one, other: False)
+    return group_into_stacks(frames, lambda one, other: same_pixels(group[one].path, group[other].path))
 
 
-def _captured(instance: Instance) -> Frame:
+def _make_capture_plane(instance: DicomFile) -> FramePlane:
     """The plane of a picture that was captured without its place."""
     spacing = instance.origin.spacing
-    return Frame((0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0), spacing, instance.origin.size, 1.0, ())
+    return FramePlane((0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0), spacing, instance.origin.size, 1.0, ())
 
 
-def _check_flat(instance: Instance) -> None:
+def _check_single_frame(instance: DicomFile) -> None:
     if instance.count > 1:
         raise ReadError("several-volumes", f"{instance.count} frames; expected one X-ray")
 
 
-def _images(group: Sequence[Instance]) -> Scanned:
+def _build_images(group: Sequence[DicomFile]) -> CollectionResult:
     """The images of a group of files, and what of it is none."""
     first = group[0]
     if first.origin.kind == "xray":
         if first.count > 1:
-            return [], [_refused(group, ReadError("several-volumes", f"{first.count} frames; expected one X-ray"))]
-        return [_found(group, None)], []
-    stacks, spoilt = _stacks(group)
+            return [], [_reject_files(group, ReadError("several-volumes", f"{first.count} frames; expected one X-ray"))]
+        return [_build_image_info(group, None)], []
+    stacks, rejected = _stack_dicom_files(group)
     if first.count > 1:
-        left_out = ("frames-left-out",) if spoilt else ()
-        found = [_found(group, one, left_out) for one in stacks]
-        if len(found) > 1:
-            found = [replace(image, item=str(number)) for number, image in enumerate(found)]
-        return found, [] if found else [_refused(group, spoilt[0][1])]
-    found = [_found([group[place] for place in sorted(one.places)], one) for one in stacks]
-    return found, [_refused([group[place] for place in sorted(places)], error) for places, error in spoilt]
+        quality = ("frames-left-out",) if rejected else ()
+        images = [_build_image_info(group, volume_stack, quality) for volume_stack in stacks]
+        if len(images) > 1:
+            images = [replace(image, item=str(number)) for number, image in enumerate(images)]
+        return images, [] if images else [_reject_files(group, rejected[0][1])]
+    images = [
+        _build_image_info([group[index] for index in sorted(volume_stack.order)], volume_stack)
+        for volume_stack in stacks
+    ]
+    return images, [_reject_files([group[index] for index in sorted(indices)], error) for indices, error in rejected]
 
 
-def _found(group: Sequence[Instance], one: Stack | None, odd: tuple[str, ...] = ()) -> Found:
+def _build_image_info(
+    group: Sequence[DicomFile], volume_stack: Stack | None, quality: tuple[str, ...] = ()
+) -> ImageInfo:
     """One image from its files: a stack of frames, or an X-ray."""
     first = group[0].origin
     shape: tuple[int, ...] = first.size
     affine = np.diag([*first.spacing, 1.0, 1.0])
-    if one is not None:
-        shape, affine = ras_grid((*first.size[::-1], len(one.places)), LPS_TO_RAS @ one.affine)
-        odd = (*odd, *one.quality)
+    if volume_stack is not None:
+        shape, affine = ras_grid((*first.size[::-1], len(volume_stack.order)), LPS_TO_RAS @ volume_stack.affine)
+        quality = (*quality, *volume_stack.quality)
     sop = group[0].sop if len(group) == 1 else ""
-    return Found(
+    return ImageInfo(
         files=tuple(instance.path for instance in group),
         shape=shape,
         affine=affine,
@@ -262,13 +279,13 @@ def _found(group: Sequence[Instance], one: Stack | None, odd: tuple[str, ...] = 
         scanner=first.scanner,
         field_strength=first.field_strength,
         names=tuple(name for name in (first.series, sop) if name),
-        quality=tuple(sorted({*odd, *(code for instance in group for code in instance.origin.quality)})),
+        quality=tuple(sorted({*quality, *(code for instance in group for code in instance.origin.quality)})),
         identities=frozenset().union(*(instance.identities for instance in group)),
     )
 
 
-def _refused(group: Sequence[Instance], error: ReadError) -> Refused:
+def _reject_files(group: Sequence[DicomFile], error: ReadError) -> RejectedFile:
     """A file, or files by the first one."""
     detail = f"{error.detail} (series of {len(group)} files)" if len(group) > 1 else error.detail
     identities = frozenset().union(*(instance.identities for instance in group))
-    return Refused(path=group[0].path, reason=error.reason, detail=detail, identities=identities)
+    return RejectedFile(path=group[0].path, reason=error.reason, detail=detail, identities=identities)

@@ -20,18 +20,18 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from medim.data.readers.base import ReadError
-from medim.data.readers.dicom.pixels import DECODER, frames_of
+from medim.data.readers.dicom.pixels import DECODER, decode_frames
 from medim.types import Array
 
-_STARTS = 60.0  # seconds that the process may take to start
-_PACKAGE = Path(__file__).resolve().parents[4]
-_CODE = (
+_START_TIMEOUT = 60.0  # seconds that the process may take to start
+_PACKAGE_ROOT = Path(__file__).resolve().parents[4]
+_WORKER_CODE = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
-    "from medim.data.readers.dicom import sandbox; sandbox.serve(sys.argv[2])"
+    "from medim.data.readers.dicom import sandbox; sandbox.worker_main(sys.argv[2])"
 )
 
 
-class Sliced(Protocol):
+class SlicePlanLike(Protocol):
     """What `dicom.Plan` says of an image."""
 
     @property
@@ -51,24 +51,24 @@ class Sliced(Protocol):
 
 
 @dataclass(frozen=True)
-class Limits:
+class DecodingLimits:
     """What one image may cost.
 
     Attributes:
         files: of a series.
-        read: bytes of all its files.
+        file_bytes: bytes of all its files.
         voxels: rows x columns x frames of the image, as the headers announce them.
         seconds: of the decoding of one file.
         memory: bytes of address space of the process that decodes.
     """
 
     files: int = 10_000
-    read: int = 8 << 30
+    file_bytes: int = 8 << 30
     voxels: int = 1 << 29
     seconds: float = 60.0
     memory: int = 6 << 30
 
-    def check(self, plan: Sliced) -> None:
+    def check_plan(self, plan: SlicePlanLike) -> None:
         """Hold an image's headers against the limits, before any pixel is decoded.
 
         Raises:
@@ -78,19 +78,19 @@ class Limits:
             raise ReadError("too-many-files", f"a series of {len(plan.files)} files; at most {self.files} are read")
         size = sum(path.stat().st_size for path in plan.files)
         voxels = len(plan.slices) * plan.size[0] * plan.size[1]
-        if size > self.read or voxels > self.voxels:
-            most = f"at most {self.read / 2**30:.3g} GiB and {self.voxels:,} are decoded"
-            raise ReadError("too-large", f"{size / 2**30:.3g} GiB of files, {voxels:,} voxels; {most}")
+        if size > self.file_bytes or voxels > self.voxels:
+            limit_text = f"at most {self.file_bytes / 2**30:.3g} GiB and {self.voxels:,} are decoded"
+            raise ReadError("too-large", f"{size / 2**30:.3g} GiB of files, {voxels:,} voxels; {limit_text}")
 
 
-class Apart:
+class DecoderProcess:
     """Decodes files in one process, which starts with the first file and again after each that it did not survive.
 
     Args:
         limits: of each file.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: DecodingLimits) -> None:
         self.limits = limits
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -100,16 +100,16 @@ class Apart:
         Raises:
             ReadError: the file's own trouble; or it took too long, too much memory, or the process down.
         """
-        process = self._started()
-        with self._within(self.limits.seconds) as late:
+        process = self._ensure_process()
+        with self._limit_time(self.limits.seconds) as is_late:
             try:
                 assert process.stdin is not None
                 process.stdin.write(json.dumps(str(path)).encode() + b"\n")
                 process.stdin.flush()
-                frames = self._answer(process)
+                frames = self._receive_frames(process)
             except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 self.close()
-                if late():
+                if is_late():
                     detail = f"decoding took more than {self.limits.seconds:g} s, and was stopped"
                     raise ReadError("too-slow", detail) from None
                 raise ReadError("worker-died", "the process that decoded the file was killed or crashed") from error
@@ -122,14 +122,14 @@ class Apart:
             process.kill()
             process.communicate()
 
-    def _started(self) -> subprocess.Popen[bytes]:
+    def _ensure_process(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
             self.close()
-            command = [sys.executable, "-P", "-c", _CODE, str(_PACKAGE), json.dumps(asdict(self.limits))]
-            surroundings = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-            pipe: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-            self._process = subprocess.Popen(command, env=surroundings, **pipe)
-            with self._within(_STARTS):
+            command = [sys.executable, "-P", "-c", _WORKER_CODE, str(_PACKAGE_ROOT), json.dumps(asdict(self.limits))]
+            environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+            pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+            self._process = subprocess.Popen(command, env=environment, **pipes)
+            with self._limit_time(_START_TIMEOUT):
                 assert self._process.stdout is not None
                 if self._process.stdout.readline() != b"ready\n":
                     self.close()
@@ -137,101 +137,103 @@ class Apart:
         return self._process
 
     @contextmanager
-    def _within(self, seconds: float) -> Iterator[Callable[[], bool]]:
+    def _limit_time(self, seconds: float) -> Iterator[Callable[[], bool]]:
         """Kill the process where it takes longer; gives a function that says whether it did."""
-        process, over = self._process, threading.Event()
+        process, timeout = self._process, threading.Event()
         assert process is not None
 
-        def stop() -> None:
-            over.set()
+        def kill_process() -> None:
+            timeout.set()
             process.kill()
 
-        timer = threading.Timer(seconds, stop)
+        timer = threading.Timer(seconds, kill_process)
         timer.daemon = True
         timer.start()
         try:
-            yield over.is_set
+            yield timeout.is_set
         finally:
             timer.cancel()
 
-    def _answer(self, process: subprocess.Popen[bytes]) -> Array:
+    def _receive_frames(self, process: subprocess.Popen[bytes]) -> Array:
         assert process.stdout is not None
-        told = json.loads(process.stdout.readline(1 << 16))
-        if "reason" in told:
-            raise ReadError(str(told["reason"]), str(told["detail"]))
-        count, rows, columns = (int(side) for side in told["shape"])
+        reply = json.loads(process.stdout.readline(1 << 16))
+        if "reason" in reply:
+            raise ReadError(str(reply["reason"]), str(reply["detail"]))
+        count, rows, columns = (int(side) for side in reply["shape"])
         if min(count, rows, columns) < 0 or count * rows * columns > self.limits.voxels:
             raise ValueError("a shape that nobody asked for")
         frames = np.empty((count, rows, columns), np.float32)
-        _fill(process.stdout, frames.reshape(-1).view(np.uint8).data)
+        _read_into(process.stdout, frames.reshape(-1).view(np.uint8).data)
         return frames
 
 
-def _fill(stream: IO[bytes], buffer: memoryview) -> None:
+def _read_into(stream: IO[bytes], buffer: memoryview) -> None:
     """Read as many bytes as fit.
 
     Raises:
         OSError: the stream ends before.
     """
-    place = 0
-    while place < len(buffer):
-        read = stream.readinto(buffer[place:])  # type: ignore[attr-defined]  # of a buffered pipe
-        if not read:
+    offset = 0
+    while offset < len(buffer):
+        n_bytes = stream.readinto(buffer[offset:])  # type: ignore[attr-defined]  # of a buffered pipe
+        if not n_bytes:
             raise OSError("the process ended within its answer")
-        place += read
+        offset += n_bytes
 
 
 @contextmanager
-def decoding_apart(limits: Limits) -> Iterator[None]:
+def sandboxed_decoding(limits: DecodingLimits) -> Iterator[None]:
     """Within this, `dicom_pixels.frames_of` decodes in a process of its own.
 
     Args:
         limits: of each file.
     """
-    apart = Apart(limits)
-    token = DECODER.set(apart)
+    decoder = DecoderProcess(limits)
+    token = DECODER.set(decoder)
     try:
         yield
     finally:
         DECODER.reset(token)
-        apart.close()
+        decoder.close()
 
 
-def serve(limits: str) -> None:
+def worker_main(limits_json: str) -> None:
     """What the process does: decode the files that it is told, until nobody tells any more."""
-    given = Limits(**json.loads(limits))
-    _hold_back(given.memory)
+    worker_limits = DecodingLimits(**json.loads(limits_json))
+    _set_resource_limits(worker_limits.memory)
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
     out.write(b"ready\n")
     out.flush()
     for line in sys.stdin.buffer:
         try:
-            frames = frames_of(Path(json.loads(line)))
-            if frames.size > given.voxels:
-                raise ReadError("too-large", f"{frames.size:,} voxels; at most {given.voxels:,} are decoded")
-            answer: dict[str, Any] = {"shape": frames.shape}
+            frames = decode_frames(Path(json.loads(line)))
+            if frames.size > worker_limits.voxels:
+                raise ReadError("too-large", f"{frames.size:,} voxels; at most {worker_limits.voxels:,} are decoded")
+            reply: dict[str, Any] = {"shape": frames.shape}
         except (ReadError, MemoryError) as error:
             frames = np.empty(0, np.float32)
-            answer = _refusal(error, given)
-        out.write(json.dumps(answer).encode() + b"\n")
+            reply = _encode_failure(error, worker_limits)
+        out.write(json.dumps(reply).encode() + b"\n")
         out.write(np.ascontiguousarray(frames).reshape(-1).view(np.uint8).data)
         out.flush()
 
 
-def _refusal(error: Exception, limits: Limits) -> dict[str, str]:
+def _encode_failure(error: Exception, limits: DecodingLimits) -> dict[str, str]:
     if isinstance(error, ReadError) and not isinstance(error.__cause__, MemoryError):
         return {"reason": error.reason, "detail": error.detail}
-    spent = ReadError("too-much-memory", f"decoding needed more than {limits.memory / 2**30:.3g} GiB")
-    return {"reason": spent.reason, "detail": spent.detail}
+    memory_failure = ReadError("too-much-memory", f"decoding needed more than {limits.memory / 2**30:.3g} GiB")
+    return {"reason": memory_failure.reason, "detail": memory_failure.detail}
 
 
-def _hold_back(memory: int) -> None:
+def _set_resource_limits(memory: int) -> None:
     """No more memory than that, no file and no picture of the memory on disk."""
     try:
         import resource
     except ImportError:  # not on Windows: time alone is limited there
         return
-    for what, most in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
-        _, hard = resource.getrlimit(what)
-        resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+    for resource_id, maximum in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
+        _, hard_limit = resource.getrlimit(resource_id)
+        resource.setrlimit(
+            resource_id, (maximum if hard_limit == resource.RLIM_INFINITY else min(maximum, hard_limit), hard_limit)
+        )

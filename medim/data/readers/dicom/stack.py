@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from medim.data.preprocessing.geometry import rotation
+from medim.data.preprocessing.geometry import compute_nearest_rotation
 from medim.data.readers.base import ReadError
-from medim.data.readers.inspection import Frame
+from medim.data.readers.inspection import FramePlane
 from medim.types import Array
 
-SAME_PLACE = 0.01  # mm along the normal
-OFF_PLACE = 0.1  # mm that a slice may lie off its place in an even, straight stack
-OFF_GAP = 0.1  # the same, of the gap: 0.1 mm is much in a stack of 0.3 mm
+SLICE_POSITION_TOLERANCE = 0.01  # mm along the normal
+MAX_OFFSET = 0.1  # mm that a slice may lie off its place in an even, straight stack
+MAX_RELATIVE_OFFSET = 0.1  # the same, of the gap: 0.1 mm is much in a stack of 0.3 mm
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,17 @@ class Stack:
     """Frames that make an image.
 
     Attributes:
-        places: of the frames, from first to last slice.
+        order: of the frames, from first to last slice.
         affine: (4, 4) LPS, of the (column, row, slice) grid; its axes stand at exact right angles.
         quality: codes of what is odd about it and accepted.
     """
 
-    places: tuple[int, ...]
+    order: tuple[int, ...]
     affine: Array
     quality: tuple[str, ...] = ()
 
 
-def stack(frames: Sequence[Frame]) -> Stack:
+def stack_frames(frames: Sequence[FramePlane]) -> Stack:
     """Order parallel frames along the slice normal.
 
     The normal is the cross product of the row and column directions, as ITK has it.
@@ -40,26 +40,26 @@ def stack(frames: Sequence[Frame]) -> Stack:
     Raises:
         ReadError: no geometry, duplicate positions, missing slices, uneven gaps, or a sheared stack.
     """
-    turn = axes_of(frames[0])
+    axes = compute_slice_axes(frames[0])
     positions = np.array([frame.position for frame in frames])
-    depth = positions @ turn[:, 2]
-    order = [int(place) for place in np.argsort(depth, kind="stable")]
+    depth = positions @ axes[:, 2]
+    order = [int(index) for index in np.argsort(depth, kind="stable")]
     gap = frames[0].thickness
     if len(frames) > 1:
         gap = float(depth[order[-1]] - depth[order[0]]) / (len(frames) - 1)
         _check_gaps(depth[order], gap)
-        _check_straight(positions[order], turn[:, 2])
-    turn = axes_of(frames[order[0]])  # where rounding differs, the first slice's word counts, as ITK has it
+        _check_straight(positions[order], axes[:, 2])
+    axes = compute_slice_axes(frames[order[0]])  # where rounding differs, the first slice's word counts, as ITK has it
     affine = np.eye(4)
-    affine[:3, :3] = turn * [frames[0].spacing[1], frames[0].spacing[0], gap]  # the next column lies along the row
+    affine[:3, :3] = axes * [frames[0].spacing[1], frames[0].spacing[0], gap]  # the next column lies along the row
     affine[:3, 3] = positions[order[0]]
     quality = ["single-slice"] if len(frames) == 1 else []
-    if np.array_equal(turn, np.eye(3)) and not positions[:, :2].any():
+    if np.array_equal(axes, np.eye(3)) and not positions[:, :2].any():
         quality.append("no-place")  # what software writes that has lost the patient
     return Stack(tuple(order), affine, tuple(quality))
 
 
-def axes_of(frame: Frame) -> Array:
+def compute_slice_axes(frame: FramePlane) -> Array:
     """(3, 3) directions of the next column, the next row and the next slice, at exact right angles.
 
     Raises:
@@ -69,7 +69,7 @@ def axes_of(frame: Frame) -> Array:
     lengths = np.array([np.linalg.norm(row), np.linalg.norm(column)])
     if np.abs(lengths - 1).max() > 0.01 or abs(row @ column) > 0.01:
         raise ReadError("bad-geometry", "row and column directions are not perpendicular unit vectors")
-    return rotation(np.stack([row, column, np.cross(row, column)], axis=1))
+    return compute_nearest_rotation(np.stack([row, column, np.cross(row, column)], axis=1))
 
 
 def _check_gaps(depth: Array, gap: float) -> None:
@@ -83,18 +83,20 @@ def _check_gaps(depth: Array, gap: float) -> None:
         ReadError: in that case.
     """
     gaps = np.diff(depth)
-    if gaps.min() < SAME_PLACE:
-        twice = int((gaps < SAME_PLACE).sum())
-        raise ReadError("duplicate-position", f"{twice} of {len(depth)} slices lie where another one lies")
+    if gaps.min() < SLICE_POSITION_TOLERANCE:
+        n_duplicates = int((gaps < SLICE_POSITION_TOLERANCE).sum())
+        raise ReadError("duplicate-position", f"{n_duplicates} of {len(depth)} slices lie where another one lies")
     even = depth[0] + gap * np.arange(len(depth))
-    if np.abs(depth - even).max() <= min(OFF_PLACE, OFF_GAP * gap):
+    if np.abs(depth - even).max() <= min(MAX_OFFSET, MAX_RELATIVE_OFFSET * gap):
         return
     single = float(np.median(gaps[gaps < 1.5 * gaps.min()]))
     steps = np.rint((depth - depth[0]) / single)
-    if np.abs(depth - depth[0] - steps * single).max() <= min(OFF_PLACE, OFF_GAP * single) * steps[-1] / len(gaps):
-        missing = int(steps[-1]) - len(gaps)
+    if np.abs(depth - depth[0] - steps * single).max() <= min(MAX_OFFSET, MAX_RELATIVE_OFFSET * single) * steps[
+        -1
+    ] / len(gaps):
+        n_missing = int(steps[-1]) - len(gaps)
         raise ReadError(
-            "missing-slices", f"{missing} of {len(depth) + missing} slices {single:.3f} mm apart are missing"
+            "missing-slices", f"{n_missing} of {len(depth) + n_missing} slices {single:.3f} mm apart are missing"
         )
     raise ReadError("uneven-gaps", f"gaps from {gaps.min():.3f} to {gaps.max():.3f} mm; expected even ones")
 
@@ -109,7 +111,7 @@ def _check_straight(positions: Array, normal: Array) -> None:
     Raises:
         ReadError: in that case.
     """
-    away = positions - positions[0]
-    sideways = np.linalg.norm(away - np.outer(away @ normal, normal), axis=1)
-    if sideways.max() > OFF_PLACE:
+    offsets = positions - positions[0]
+    sideways = np.linalg.norm(offsets - np.outer(offsets @ normal, normal), axis=1)
+    if sideways.max() > MAX_OFFSET:
         raise ReadError("sheared", f"slices lie up to {sideways.max():.3f} mm sideways of the first (a tilted gantry?)")

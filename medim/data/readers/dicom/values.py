@@ -17,15 +17,15 @@ from pydicom.datadict import dictionary_VR, tag_for_keyword
 
 from medim.data.readers.base import ReadError
 
-_NUMBERS = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d"}
+_STRUCT_LETTERS = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d"}
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
+class DicomHeader:
     """Elements by keyword, as the bytes in the file; items of a sequence are headers."""
 
     raw: Mapping[str, Any]
-    order: str = "<"
+    byte_order: str = "<"
 
     def texts(self, keyword: str) -> list[str]:
         """The values of a text, without the spaces around them; none where it is empty."""
@@ -35,8 +35,8 @@ class Header:
         if raw.isascii() and b"\x1b" not in raw:  # the escape of ISO 2022, whose letters may all look like ASCII
             text = raw.decode("ascii")
         else:
-            with quiet():
-                text = decode_bytes(raw, _encodings(self.raw.get("SpecificCharacterSet")), set())
+            with silence_pydicom():
+                text = decode_bytes(raw, _parse_encodings(self.raw.get("SpecificCharacterSet")), set())
         values = [value.strip(" \0") for value in text.split("\\")]
         return values if any(values) else []
 
@@ -53,18 +53,18 @@ class Header:
         raw = self.raw.get(keyword)
         if not raw:
             return ()
-        letter = _NUMBERS.get(vr_of(keyword))
+        letter = _STRUCT_LETTERS.get(get_vr(keyword))
         try:
             if letter:
                 return tuple(
-                    map(float, struct.unpack(f"{self.order}{len(raw) // struct.calcsize(letter)}{letter}", raw))
+                    map(float, struct.unpack(f"{self.byte_order}{len(raw) // struct.calcsize(letter)}{letter}", raw))
                 )
             values = raw.decode("ascii").strip(" \0")
             return tuple(map(float, values.split("\\"))) if values else ()
         except (ValueError, struct.error) as error:
             raise ReadError("unreadable", f"{keyword} holds a value that is no number") from error
 
-    def whole(self, keyword: str, default: int = 0) -> int:
+    def integer(self, keyword: str, default: int = 0) -> int:
         """The first of `numbers` as a whole one.
 
         Raises:
@@ -76,14 +76,14 @@ class Header:
             return int(value)
         return default
 
-    def items(self, keyword: str) -> list[Header]:
+    def items(self, keyword: str) -> list[DicomHeader]:
         """The items of a sequence."""
         items = self.raw.get(keyword)
         return items if isinstance(items, list) else []
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_pydicom() -> Iterator[None]:
     """No warnings of pydicom's: they quote header values, and so patients."""
     logger = logging.getLogger("pydicom")
     level = logger.level
@@ -98,13 +98,13 @@ def quiet() -> Iterator[None]:
 
 
 @cache
-def vr_of(keyword: str) -> str:
+def get_vr(keyword: str) -> str:
     """The kind of value that the standard gives an attribute."""
     tag = tag_for_keyword(keyword)
     return dictionary_VR(tag) if tag is not None else "UN"
 
 
 @lru_cache(maxsize=64)
-def _encodings(raw: bytes | None) -> list[str]:
+def _parse_encodings(raw: bytes | None) -> list[str]:
     names = (raw or b"").decode("ascii", "replace").strip(" \0").split("\\")
     return list(convert_encodings([name.strip() for name in names]))

@@ -18,9 +18,9 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
-from medim.data.index.rejection_codes import QUALITY
+from medim.data.index.rejection_codes import QUALITY_CODES
 from medim.data.readers import DICOM, ReadError, read_volume
-from medim.data.readers.dicom.header_scan import scan as walk
+from medim.data.readers.dicom.header_scan import scan_header as walk
 from medim.types import Modality
 from tests.data.synthetic import dataset, enhanced, noise, save, scan, write_series, xray
 
@@ -44,8 +44,8 @@ def test_every_plain_syntax_gives_the_same_values(tmp_path: Path, syntax: pydico
     made.file_meta.TransferSyntaxUID = syntax
     path = save(made, tmp_path / "a.dcm")
     np.testing.assert_array_equal(values(path), pixels * 2.0 - 5)
-    plain = DICOM.look(save(dataset(pixels, EchoTime=4.6), tmp_path / "b.dcm")).instance
-    seen = DICOM.look(path).instance
+    plain = DICOM.inspect(save(dataset(pixels, EchoTime=4.6), tmp_path / "b.dcm")).instance
+    seen = DICOM.inspect(path).instance
     assert plain is not None
     assert seen is not None
     assert (seen.frames, seen.origin.size) == (plain.frames, plain.origin.size)
@@ -61,7 +61,7 @@ def test_every_lossless_compression_gives_the_same_values(tmp_path: Path, syntax
     whole = path.read_bytes()
     for cut in (len(whole) - 1, len(whole) - 9, len(whole) - 40):
         (tmp_path / "cut.dcm").write_bytes(whole[:cut])
-        assert DICOM.look(tmp_path / "cut.dcm").refused[0].reason == "truncated"
+        assert DICOM.inspect(tmp_path / "cut.dcm").refused[0].reason == "truncated"
 
 
 def test_a_deflated_file_that_is_cut_is_refused(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_pixels_of_8_and_32_bits_are_read(tmp_path: Path, bits: int, dtype: Any)
 )
 def test_other_widths_are_refused(tmp_path: Path, tags: dict[str, Any]) -> None:
     path = save(dataset(noise(4, 6), **tags), tmp_path / "a.dcm")
-    assert DICOM.look(path).refused[0].reason == "bit-depth"
+    assert DICOM.inspect(path).refused[0].reason == "bit-depth"
 
 
 def test_a_lookup_table_is_applied_and_a_display_window_is_not(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_padding_is_read_as_the_lowest_of_the_rest(
 
 def test_a_header_that_announces_too_much_is_refused_before_its_pixels_are_touched(tmp_path: Path) -> None:
     path = save(dataset(noise(4, 6), Rows=60000, Columns=60000, NumberOfFrames=4), tmp_path / "a.dcm")
-    assert DICOM.look(path).refused[0].reason == "too-large"
+    assert DICOM.inspect(path).refused[0].reason == "too-large"
 
 
 @pytest.mark.parametrize("syntax", [RLELossless, JPEGLSLossless, JPEG2000Lossless], ids=lambda syntax: syntax.name)
@@ -160,7 +160,7 @@ def test_a_jpeg_of_another_size_or_depth_is_refused(tmp_path: Path, shared_data:
 
 def test_more_pixels_than_announced_are_refused(tmp_path: Path) -> None:
     path = save(dataset(noise(4, 6), PixelData=bytes(4 * 6 * 2 + 12)), tmp_path / "a.dcm")
-    assert DICOM.look(path).refused[0].reason == "length-mismatch"
+    assert DICOM.inspect(path).refused[0].reason == "length-mismatch"
 
 
 def mri(**tags: Any) -> Any:
@@ -194,7 +194,7 @@ def test_an_oddity_is_accepted_and_said(tmp_path: Path, code: str) -> None:
     (image,) = scan(DICOM, [save(made(), tmp_path / "a.dcm")], modality)[0]
     expected = {code} | ({"single-slice"} if modality == "mri" else set())
     assert set(image.quality) == expected
-    assert expected <= set(QUALITY)
+    assert expected <= set(QUALITY_CODES)
 
 
 def test_the_oddities_of_the_real_files_are_said(shared_data: Path) -> None:
@@ -206,8 +206,8 @@ def test_the_oddities_of_the_real_files_are_said(shared_data: Path) -> None:
         "xray-dicom/cr_jpeg_baseline.dcm": ("lossy", "secondary-capture"),
         "xray-dicom/test1.dcm": ("no-spacing", "secondary-capture"),
     }
-    sights = {name: DICOM.look(shared_data / name).at(shared_data / name) for name in names}
-    assert {name: DICOM.gather([sight], None)[0][0].quality for name, sight in sights.items()} == names
+    sights = {name: DICOM.inspect(shared_data / name).with_path(shared_data / name) for name in names}
+    assert {name: DICOM.collect_images([sight], None)[0][0].quality for name, sight in sights.items()} == names
     crop = sorted((shared_data / "mri-dicom/Study1/13_HCropVolume").iterdir())
     assert scan(DICOM, crop, "mri")[0][0].quality == ("derived", "no-place")
 
@@ -259,7 +259,7 @@ def test_a_header_that_pydicom_would_complain_of_is_not_quoted(
     whole = save(dataset(noise(4, 6)), tmp_path / "a.dcm").read_bytes()
     for old, new in ((b"1.2.840.10008.5.1.4.1.1.4", b"1.2.840.10008&5.1.4.1.1.4"), (b"Chrisjen", b"Chr\xff\xfejen")):
         (tmp_path / "a.dcm").write_bytes(whole.replace(old, new))
-        DICOM.look(tmp_path / "a.dcm")
+        DICOM.inspect(tmp_path / "a.dcm")
     assert [str(warning.message) for warning in recwarn] == []
     assert caplog.text == ""
 

@@ -17,10 +17,10 @@ from scipy.ndimage import zoom
 
 from medim.data.readers import DICOM, ReadError, read_volume
 from medim.data.readers.base import LPS_TO_RAS
-from medim.data.readers.dicom.pixels import frames_of
-from medim.data.readers.dicom.stack import stack
-from medim.data.readers.inspection import Frame
-from medim.privacy import tokens
+from medim.data.readers.dicom.pixels import decode_frames
+from medim.data.readers.dicom.stack import stack_frames
+from medim.data.readers.inspection import FramePlane
+from medim.privacy import identity_tokens
 from medim.types import Volume
 from tests.data.synthetic import AXIAL, dataset, enhanced, noise, save, scan, write_series, xray
 
@@ -280,7 +280,7 @@ def test_a_slope_without_an_intercept_counts_and_the_other_way_round(
     pixels = noise(4, 6)
     path = save(dataset(pixels, **tags), tmp_path / "a.dcm")
     slope, intercept = expected
-    np.testing.assert_allclose(frames_of(path)[0], pixels.astype(float) * slope + intercept)
+    np.testing.assert_allclose(decode_frames(path)[0], pixels.astype(float) * slope + intercept)
 
 
 def test_slices_of_two_patients_are_refused(tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def test_pixels_that_cannot_be_decoded_are_refused(tmp_path: Path, shared_data: 
     assert caught.value.reason == "truncated"
     start = whole.index(b"\xff\x4f\xff\x51")  # of the codestream
     (tmp_path / "spoilt.dcm").write_bytes(whole[: start + 4] + bytes(40) + whole[start + 44 :])
-    assert DICOM.look(tmp_path / "spoilt.dcm").instance
+    assert DICOM.inspect(tmp_path / "spoilt.dcm").instance
     with pytest.raises(ReadError) as caught:
         read_volume(tmp_path / "spoilt.dcm")
     assert caught.value.reason == "undecodable"
@@ -382,10 +382,10 @@ def test_a_stack_is_the_same_whatever_the_order_of_its_frames(
     row, column = np.eye(3)[axes[0]] * signs[0], np.eye(3)[axes[1]] * signs[1]
     normal = np.cross(row, column)
     places = [np.array(origin) + normal * gap * k for k in range(6)]
-    frames = [Frame(tuple(places[k]), (*row, *column), (0.5, 0.7), (4, 4), gap, ()) for k in order]
-    one = stack(frames)
+    frames = [FramePlane(tuple(places[k]), (*row, *column), (0.5, 0.7), (4, 4), gap, ()) for k in order]
+    one = stack_frames(frames)
     affine = one.affine
-    assert [order[place] for place in one.places] == list(range(6))
+    assert [order[place] for place in one.order] == list(range(6))
     np.testing.assert_allclose(affine[:3, 2], normal * gap, atol=1e-9)
     np.testing.assert_allclose(affine @ [2, 3, 4, 1], [*(places[4] + row * 2 * 0.7 + column * 3 * 0.5), 1], atol=1e-9)
 
@@ -394,7 +394,7 @@ def test_names_in_japanese_are_identities(tmp_path: Path) -> None:
     name = "Yamada^Tarou=山田^太郎=やまだ^たろう"
     files = write_series(tmp_path / "s", SpecificCharacterSet=["", "ISO 2022 IR 87"], PatientName=name)
     (image,) = scan(DICOM, files, "mri")[0]
-    assert tokens(["山田太郎", "太郎"]) <= image.identities
+    assert identity_tokens(["山田太郎", "太郎"]) <= image.identities
 
 
 def test_other_numbers_and_names_of_a_patient_are_identities(tmp_path: Path) -> None:
@@ -402,9 +402,9 @@ def test_other_numbers_and_names_of_a_patient_are_identities(tmp_path: Path) -> 
     other.PatientID = "MRN778899"
     said = {"ClinicalTrialSubjectID": "CTS-5566", "ContentCreatorName": "Meier^Ida", "AdmittingDate": "20200102"}
     files = write_series(tmp_path / "s", OtherPatientIDsSequence=[other], **said)
-    known = DICOM.look(files[0]).at(files[0]).instance
+    known = DICOM.inspect(files[0]).with_path(files[0]).instance
     assert known is not None
-    assert tokens(["MRN778899", "CTS-5566", "Meier", "20200102"]) <= known.identities
+    assert identity_tokens(["MRN778899", "CTS-5566", "Meier", "20200102"]) <= known.identities
 
 
 def test_a_lossy_transfer_syntax_is_told_where_the_header_is_silent(tmp_path: Path) -> None:
@@ -412,6 +412,6 @@ def test_a_lossy_transfer_syntax_is_told_where_the_header_is_silent(tmp_path: Pa
     made.PixelData = pydicom.encaps.encapsulate([b"\xff\xd8\xff\xd9"])
     made["PixelData"].is_undefined_length = True
     made.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
-    seen = DICOM.look(save(made, tmp_path / "a.dcm")).instance
+    seen = DICOM.inspect(save(made, tmp_path / "a.dcm")).instance
     assert seen is not None
     assert "lossy" in seen.origin.quality

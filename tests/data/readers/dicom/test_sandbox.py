@@ -15,21 +15,21 @@ import pytest
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from medim.data.readers import DICOM, ReadError
-from medim.data.readers.dicom.pixels import frames_of
-from medim.data.readers.dicom.sandbox import Apart, Limits, decoding_apart
-from medim.inference.network import Network
+from medim.data.readers.dicom.pixels import decode_frames
+from medim.data.readers.dicom.sandbox import DecoderProcess, DecodingLimits, sandboxed_decoding
+from medim.inference.network import Predictor
 from medim.predict.predict import predict
 from medim.types import Array
 from tests.data.synthetic import dataset, noise, save, write_series
 
-LIMITS = Limits()
+LIMITS = DecodingLimits()
 FORMATS = ("JPEG-LL", "MR2_J2KI", "RG3_J2KI", "emri_small", "emri_small_jpeg_ls_lossless", "OBXXXX1A_rle")
 
 
 def test_pixels_decoded_apart_are_those_decoded_here(shared_data: Path) -> None:
     files = [shared_data / "dicom-formats" / f"{name}.dcm" for name in FORMATS]
     here = [decoded(path) for path in files]
-    with decoding_apart(LIMITS):
+    with sandboxed_decoding(LIMITS):
         there = [decoded(path) for path in files]
     assert sum(isinstance(one, np.ndarray) for one in here) >= 4
     for one, other in zip(here, there, strict=True):
@@ -39,7 +39,7 @@ def test_pixels_decoded_apart_are_those_decoded_here(shared_data: Path) -> None:
 def decoded(path: Path) -> Any:
     """Pixels, or the code by which they are refused."""
     try:
-        return frames_of(path)
+        return decode_frames(path)
     except ReadError as error:
         return error.reason
 
@@ -48,7 +48,7 @@ def test_a_decoder_that_hangs_is_stopped_and_the_next_file_is_read(tmp_path: Pat
     os.mkfifo(tmp_path / "endless.dcm")  # nobody ever writes to it
     pixels = noise(4, 6)
     good = save(dataset(pixels), tmp_path / "good.dcm")
-    apart = Apart(replace(LIMITS, seconds=1.0))
+    apart = DecoderProcess(replace(LIMITS, seconds=1.0))
     try:
         with pytest.raises(ReadError) as raised:
             apart(tmp_path / "endless.dcm")
@@ -62,7 +62,7 @@ def test_a_process_that_dies_costs_the_file_it_read_and_no_other(tmp_path: Path)
     os.mkfifo(tmp_path / "endless.dcm")
     pixels = noise(4, 6)
     good = save(dataset(pixels), tmp_path / "good.dcm")
-    apart = Apart(LIMITS)
+    apart = DecoderProcess(LIMITS)
     try:
         apart(good)
         assert apart._process is not None
@@ -98,16 +98,16 @@ def bomb(path: Path, gib: int) -> Path:
 def test_a_decompression_bomb_costs_one_file_and_no_memory_of_ours(tmp_path: Path) -> None:
     path = bomb(tmp_path / "bomb.dcm", 2)
     assert path.stat().st_size < 6e6
-    assert DICOM.look(path).instance is not None  # its header is that of a small slice
-    with decoding_apart(replace(LIMITS, memory=3 << 29)), pytest.raises(ReadError) as raised:
-        frames_of(path)
+    assert DICOM.inspect(path).instance is not None  # its header is that of a small slice
+    with sandboxed_decoding(replace(LIMITS, memory=3 << 29)), pytest.raises(ReadError) as raised:
+        decode_frames(path)
     assert raised.value.reason == "too-much-memory"
 
 
 def test_what_a_file_decodes_to_is_held_against_the_limit_too(tmp_path: Path) -> None:
     path = save(dataset(noise(8, 8)), tmp_path / "a.dcm")
-    with decoding_apart(replace(LIMITS, voxels=63)), pytest.raises(ReadError) as raised:
-        frames_of(path)
+    with sandboxed_decoding(replace(LIMITS, voxels=63)), pytest.raises(ReadError) as raised:
+        decode_frames(path)
     assert raised.value.reason == "too-large"
 
 
@@ -116,14 +116,16 @@ def test_what_a_file_decodes_to_is_held_against_the_limit_too(tmp_path: Path) ->
     [
         (replace(LIMITS, files=4), "too-many-files"),
         (replace(LIMITS, voxels=5 * 4 * 6 - 1), "too-large"),
-        (replace(LIMITS, read=100), "too-large"),
+        (replace(LIMITS, file_bytes=100), "too-large"),
     ],
 )
-def test_what_the_headers_announce_is_held_against_the_limits(tmp_path: Path, limits: Limits, reason: str) -> None:
-    plan = DICOM.plan(write_series(tmp_path, noise(5, 4, 6).astype(np.uint16)))
-    LIMITS.check(plan)
+def test_what_the_headers_announce_is_held_against_the_limits(
+    tmp_path: Path, limits: DecodingLimits, reason: str
+) -> None:
+    plan = DICOM.plan_slices(write_series(tmp_path, noise(5, 4, 6).astype(np.uint16)))
+    LIMITS.check_plan(plan)
     with pytest.raises(ReadError) as raised:
-        limits.check(plan)
+        limits.check_plan(plan)
     assert raised.value.reason == reason
 
 
@@ -133,7 +135,7 @@ def _bright(image: Array) -> Array:
 
 def test_predict_rejects_what_breaks_a_limit_and_answers_the_rest(tmp_path: Path) -> None:
     steps = ({"op": "ras"}, {"op": "normalise", "method": "range"})
-    network = Network(_bright, "segmenter", "mri", 3, 1, ("bright",), steps, {"mode": "whole", "multiple_of": 4})
+    network = Predictor(_bright, "segmenter", "mri", 3, 1, ("bright",), steps, {"mode": "whole", "multiple_of": 4})
     write_series(tmp_path / "in" / "a", noise(5, 4, 6).astype(np.uint16))
     write_series(tmp_path / "in" / "b", noise(5, 8, 9).astype(np.uint16), SeriesInstanceUID="1.2.3")
     rows = predict(network, tmp_path / "in", tmp_path / "out", limits=replace(LIMITS, voxels=200))
