@@ -90,7 +90,7 @@ def test_the_configuration_holds_two_expressions_and_no_class_of_medim_where_mon
 def test_a_spec_that_monai_would_run_is_refused(packages: dict[str, Package], section: dict[str, Any]) -> None:
     contract = packages["classifier"].contract
     planted = contract.model_copy(update={"architecture": {**contract.architecture, "encoder": section}})
-    run = SimpleNamespace(graphs=[SimpleNamespace(network=None, source=None)], weights=Path("run/model.safetensors"))
+    run = SimpleNamespace(graphs=[SimpleNamespace(network=None, module=None)], weights=Path("run/model.safetensors"))
     with pytest.raises(UserError, match="MONAI would run"):
         build_inference_config(SimpleNamespace(contract=planted, run=run))  # type: ignore[arg-type]
 

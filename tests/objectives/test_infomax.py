@@ -267,7 +267,7 @@ def test_local_and_global_dim_together_are_their_weighted_sum() -> None:
     encode = Recorder(encoder, views)
     terms = {name: objective(encode, views)[name] for name, (objective, _) in objectives.items()}
     expected = 0.1 * terms["local_dim"].loss + 0.5 * terms["global_dim"].loss
-    assert module.total(terms).item() == pytest.approx(expected.item())
+    assert module.total_loss(terms).item() == pytest.approx(expected.item())
 
 
 # --- learning

@@ -118,12 +118,12 @@ def hook(event, arguments):
         seen.append(["write", arguments[0]])
 
 from medim import load_package
-from medim.package.package import verify
+from medim.package.package import verify_package
 from medim.predict.predict import embed_images, predict
 import onnxruntime, scipy.ndimage, highdicom
 sys.addaudithook(hook)
-verify(package)
-verify(encoder)
+verify_package(package)
+verify_package(encoder)
 predict(load_package(package), series, out / "nifti")
 predict(load_package(package), series, out / "dicom", as_="dicom")
 embed_images(load_package(encoder), picture, out / "features.npz")

@@ -71,7 +71,7 @@ def test_the_first_cells_are_a_whole_study_of_one_seed_and_subset() -> None:
 
 def test_a_rate_is_chosen_once_an_arm_and_budget_and_right_before_it_is_needed() -> None:
     chosen = frozenset({("scratch", "100%"), ("dim", "100%")})
-    cells = design("dim", selected=chosen).list_cells(SUBSETS)
+    cells = design("dim", lr_selections=chosen).list_cells(SUBSETS)
     trials = [c for c in cells if c.kind == "selection"]
     assert [(c.arm.name, c.lr_multiplier) for c in trials] == [
         (n, m) for n in ("scratch", "dim") for m in (0.3, 1.0, 3.0)

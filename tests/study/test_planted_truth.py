@@ -41,11 +41,11 @@ def test_shuffling_keeps_the_voxels_and_blanking_hides_half_of_them_at_the_mean(
 ) -> None:
     planted = benchmark("planted_truth")
     voxels = np.random.default_rng(0).integers(1, 1000, (24, 28, 24)).astype(np.int16)
-    mixed, nothing = planted.shuffled(voxels, 1)
+    mixed, nothing = planted.shuffle_voxels(voxels, 1)
     np.testing.assert_array_equal(np.sort(mixed.ravel()), np.sort(voxels.ravel()))
     assert abs(np.corrcoef(mixed.ravel(), voxels.ravel())[0, 1]) < 0.03
     assert not nothing.any()
-    image, bright = planted.blanked(voxels, 1)
+    image, bright = planted.blank_blocks(voxels, 1)
     changed = image != voxels
     assert changed.mean() == pytest.approx(planted.HIDDEN, abs=0.1)
     assert set(np.unique(image[changed])) == {np.float32(voxels.mean())}
@@ -57,7 +57,7 @@ def test_the_pictures_of_a_null_study_are_its_own_and_both_classes_are_alike_in_
 ) -> None:
     null = benchmark("null_studies")
     first, again, other = (
-        dict(np.load(null.pictures(tmp_path / f"{n}.npz", seed))) for n, seed in enumerate((0, 0, 1))
+        dict(np.load(null.write_noise_images(tmp_path / f"{n}.npz", seed))) for n, seed in enumerate((0, 0, 1))
     )
     np.testing.assert_array_equal(first["train_images"], again["train_images"])
     assert (first["train_images"] != other["train_images"]).any()

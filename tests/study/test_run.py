@@ -119,7 +119,7 @@ def test_a_finished_study_is_summarised_again_without_timing_a_step(
     small: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = small()
-    monkeypatch.setattr("medim.study.prepare.measure", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr("medim.study.prepare.measure_costs", lambda *_: pytest.fail("timed"))
     after = small(resume=True)
     assert after["comparisons"] == before["comparisons"]
 

@@ -283,7 +283,7 @@ class TestFill:
     def test_a_store_goes_to_another_process_without_its_open_files(self, store: Store, index: FakeIndex) -> None:
         key = store.add(index, index.records[0], STEPS)
         expected = store.read_image(key)
-        np.testing.assert_array_equal(pickle.loads(pickle.dumps(store)).image(key), expected)
+        np.testing.assert_array_equal(pickle.loads(pickle.dumps(store)).read_image(key), expected)
 
 
 def volume(array: Array) -> Volume:

@@ -45,7 +45,7 @@ def test_an_image_is_read_from_the_store_once_where_memory_allows(
 ) -> None:
     first = [volume.array for volume in sample.read_volumes(sample.val)]
     read = []
-    monkeypatch.setattr(type(sample.store), "volume", lambda _, key: read.append(key))
+    monkeypatch.setattr(type(sample.store), "load_volume", lambda _, key: read.append(key))
     assert all(np.array_equal(a, v.array) for a, v in zip(first, sample.read_volumes(sample.val), strict=True))
     assert read == []
     monkeypatch.undo()

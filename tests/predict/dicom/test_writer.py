@@ -334,11 +334,11 @@ def test_an_image_that_is_no_dicom_gets_no_dicom_answer(packages: dict[str, Pack
 
 
 def test_an_image_without_what_an_answer_refers_to_gets_none(packages: dict[str, Package], tmp_path: Path) -> None:
-    save_dicom(xray(noise(30, 30).astype(np.uint16), StudyInstanceUID=None), tmp_path / "in" / "a.dcm")
+    write_dataset(xray(noise(30, 30).astype(np.uint16), StudyInstanceUID=None), tmp_path / "in" / "a.dcm")
     with pytest.raises(AllRejectedError):
         answered(packages["classifier"], tmp_path / "in", tmp_path / "out")
     assert reasons(tmp_path / "out") == ["no-reference"]
-    save_dicom(dataset(noise(30, 30).astype(np.uint16)), tmp_path / "mr" / "a.dcm")
+    write_dataset(dataset(noise(30, 30).astype(np.uint16)), tmp_path / "mr" / "a.dcm")
     with pytest.raises(ReadError, match="FrameOfReferenceUID"):
         opened(tmp_path / "mr")
 

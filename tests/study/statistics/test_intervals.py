@@ -218,12 +218,12 @@ def simulation() -> dict[str, object]:
 @pytest.mark.parametrize(("mix", "unequal"), [("subjects", False), ("noise", False), ("even", True), ("seeds", False)])
 def test_intervals_of_three_seeds_and_three_subsets_hold_the_truth(simulation, mix: str, unequal: bool) -> None:  # type: ignore[no-untyped-def]
     found = simulation["measure_coverage"](simulation["build_mean_study"](3, 3, 20, mix, unequal=unequal), 200)
-    assert 0.88 <= found["measure_coverage"] <= 0.995  # 90 to 98 % and what 200 repetitions allow
+    assert 0.88 <= found["coverage"] <= 0.995  # 90 to 98 % and what 200 repetitions allow
 
 
 def test_the_simulation_sees_an_interval_that_is_too_short(simulation) -> None:  # type: ignore[no-untyped-def]
     found = simulation["measure_coverage"](simulation["build_mean_study"](1, 3, 20, "subsets"), 200)
-    assert found["percentile_coverage"] < 0.9 < found["measure_coverage"]
+    assert found["percentile_coverage"] < 0.9 < found["coverage"]
 
 
 def test_studies_without_an_effect_seldom_raise_an_alarm(simulation) -> None:  # type: ignore[no-untyped-def]

@@ -334,7 +334,7 @@ def test_the_selection_is_offered_the_weighted_loss_and_never_what_has_collapsed
     offered: list[tuple[int, float, float]] = []
 
     class Kept(CheckpointSelection):
-        def consider(self, step: int, score: float, error: float, figures: Any, module: Any) -> None:
+        def update(self, step: int, score: float, error: float, figures: Any, module: Any) -> None:
             offered.append((step, score, error))
 
     history = MetricHistory(selection=Kept(), weights={"dim": 1.0, "coordinates": 0.5})

@@ -158,7 +158,7 @@ def test_terms_carry_their_objectives_name_and_weight(tmp_path: Path) -> None:
     terms = fit(module, tmp_path, steps=1)[0]
     square = terms["single"]
     assert terms == pytest.approx({"single": square, "several/a": 3 * square, "several/b": 5 * square})
-    total = module.total({name: Term(torch.tensor(loss)) for name, loss in terms.items()})
+    total = module.total_loss({name: Term(torch.tensor(loss)) for name, loss in terms.items()})
     assert total.item() == pytest.approx(2 * square + 0.5 * 8 * square)
 
 
@@ -185,7 +185,7 @@ def test_steps_differ_in_their_randomness_and_the_run_repeats(tmp_path: Path) ->
 
     module = module_of({"local_dim": (dim(), 1.0)})
     (batch,) = batches(1)
-    draws = [module._views(batch, step, split)[1].generator.initial_seed() for step in (0, 1) for split in (0, 1)]
+    draws = [module._prepare_views(batch, step, part)[1].generator.initial_seed() for step in (0, 1) for part in (0, 1)]
     assert len(set(draws)) == 4, "steps and splits draw apart"
 
 
@@ -276,7 +276,7 @@ def test_in_fp16_a_step_whose_gradient_overflows_is_left_out_and_the_scale_falls
 
 
 def test_a_compiled_module_keeps_the_names_and_the_number_of_its_parameters() -> None:
-    made = (module_of({"local_dim": (dim(), 1.0)}, compiled=compiled) for compiled in (False, True))
+    made = (module_of({"local_dim": (dim(), 1.0)}, compile_networks=compiled) for compiled in (False, True))
     plain, compiled = (list(module.state_dict()) for module in made)
     assert plain == compiled
 
@@ -287,7 +287,7 @@ def test_a_compiled_run_computes_what_a_plain_one_does(tmp_path: Path, monkeypat
     losses = []
     for compiled in (False, True):
         torch.manual_seed(0)
-        module = module_of({"local_dim": (dim(), 1.0)}, compiled=compiled, lr=1e-3)
+        module = module_of({"local_dim": (dim(), 1.0)}, compile_networks=compiled, lr=1e-3)
         losses.append([terms["local_dim"] for terms in fit(module, tmp_path, steps=3)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
