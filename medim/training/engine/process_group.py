@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -65,35 +66,41 @@ class ProcessGroup:
         whole: torch.Tensor = _GatherFunction.apply(part, self.rank, self.count)  # type: ignore[no-untyped-call]
         return whole
 
-    def broadcast(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
-        """Call in the first process and give its answer, plain values, to all; where it fails, the others leave."""
+    def broadcast(self, value: T) -> T:
+        """Return the first process's value, a plain object, in all processes; the others' values are ignored."""
         if self.count == 1:
-            return function(*args, **options)
-        answer: list[Any] = [None, 1]  # the value, and the exit code of a failure
+            return value
+        values: list[Any] = [value if self.is_main else None]
+        dist.broadcast_object_list(values, src=0, group=self.control)
+        main_value: T = values[0]
+        return main_value
+
+    @contextmanager
+    def main_process_first(self) -> Iterator[None]:
+        """Run the block in the first process while the others wait, then in the others.
+
+        The others find the files that the first has written, such as a store. A step that the first process takes
+        alone goes under `if group.is_main:` in the block. If the block fails in the first process, the others exit
+        with the exit code of that error and without running the block.
+
+        Raises:
+            SystemExit: in every other process, if the block fails in the first.
+        """
+        if self.count == 1:
+            yield
+            return
+        if not self.is_main:
+            exit_code = self.broadcast(0)
+            if exit_code:
+                raise SystemExit(exit_code)
+            yield
+            return
         try:
-            if self.is_main:
-                answer = [function(*args, **options), 0]
+            yield
         except BaseException as error:
-            answer[1] = getattr(error, "exit_code", 1)
+            self.broadcast(int(getattr(error, "exit_code", 1)))
             raise
-        finally:
-            dist.broadcast_object_list(answer, src=0, group=self.control)
-        if answer[1]:
-            raise SystemExit(answer[1])
-        value: T = answer[0]
-        return value
-
-    def on_main(self, function: Callable[..., Any], *args: Any, **options: Any) -> None:
-        """Call in the first process, while the others wait; see `told`."""
-        self.broadcast(lambda: (function(*args, **options), None)[1])
-
-    def main_process_first(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
-        """Call in the first process, then in all others, which find what the first has made (a store, say)."""
-        if self.count == 1:
-            return function(*args, **options)
-        results: list[T] = []
-        self.on_main(lambda: results.append(function(*args, **options)))
-        return results[0] if results else function(*args, **options)
+        self.broadcast(0)
 
     def any_true(self, flag: bool) -> bool:
         """Whether the flag is up in any process; all must ask at the same point of the run."""
@@ -109,7 +116,7 @@ class ProcessGroup:
         Raises:
             UserError: a value differs between the first process and this one.
         """
-        main_values = self.broadcast(lambda: values)
+        main_values = self.broadcast(values)
         differences = [
             f"{key} {values[key]} (the first: {main_values[key]})" for key in values if values[key] != main_values[key]
         ]

@@ -119,20 +119,25 @@ def pretrain(
         flags = {"resume": resume, "stop_on_collapse": stop_on_collapse}
         seeds = {"seed": seed, "split_seed": split_seed}
         ranks.check_same(medim=__version__, config=config.hash, index=index.hash, **seeds, **flags)
-        ranks.on_main(check_target, out if resume else None)
-        ranks.on_main(prepare_output_folder, out, resume=resume, overwrite=overwrite)
-        steps = config.preprocessing
-        cohort = ranks.main_process_first(open_cohort, index, index.records, steps, split_seed=split_seed, store=store)
+        with ranks.main_process_first():
+            if ranks.is_main:
+                check_target(out if resume else None)
+                prepare_output_folder(out, resume=resume, overwrite=overwrite)
+            cohort = open_cohort(index, index.records, config.preprocessing, split_seed=split_seed, store=store)
         ranks.check_same(images=json_sha256(sorted(cohort.keys)))
         train, held_out = cohort.records("train"), cohort.records("val")
         config = _fit_batch_size(config, train, held_out, ranks)
-        ranks.on_main(write_config, out, config, **seeds, index_hash=index.hash)
-        ranks.on_main(write_splits, out / "split.csv", index, cohort.splits, train, seed=seed)
+        checkpoint, start = None, 0
+        with ranks.main_process_first():
+            if ranks.is_main:
+                write_config(out, config, **seeds, index_hash=index.hash)
+                write_splits(out / "split.csv", index, cohort.splits, train, seed=seed)
+                checkpoint, start = find_newest_checkpoint(out / "checkpoints") if resume else (None, 0)
+        checkpoint, start = ranks.broadcast((checkpoint, start))
         pl.seed_everything(seed, workers=False, verbose=False)
         spec = {"kind": "encoder", **cohort.build_spec(config, **seeds), "decoder": config.decoder}
         module = _build_module(config, spec, seed, ranks)
         history, probe = _build_history(config, cohort, module, seed=seed, stop_on_collapse=stop_on_collapse)
-        checkpoint, start = ranks.broadcast(find_newest_checkpoint, out / "checkpoints") if resume else (None, 0)
         tracker_context = (
             track_run("pretrain", config, out, seed=seed, index_hash=index.hash)
             if ranks.is_main

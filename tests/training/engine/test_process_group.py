@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -150,12 +151,47 @@ def test_a_run_of_one_process_starts_nothing() -> None:
     assert trainer_options("cpu", ProcessGroup(0, 2))["strategy"]._ddp_kwargs == {"find_unused_parameters": True}
 
 
-def test_what_the_first_process_does_is_done_at_once_where_there_is_no_other() -> None:
-    done: list[Any] = []
-    SINGLE_PROCESS.on_main(done.append, 1)
-    assert SINGLE_PROCESS.broadcast(lambda: 2) == 2
-    assert SINGLE_PROCESS.main_process_first(lambda: 3) == 3
+def test_a_run_of_one_process_waits_for_no_other() -> None:
+    with SINGLE_PROCESS.main_process_first():
+        assert SINGLE_PROCESS.is_main
+    assert SINGLE_PROCESS.broadcast(2) == 2
     assert SINGLE_PROCESS.any_true(True)
     assert not SINGLE_PROCESS.any_true(False)
     SINGLE_PROCESS.check_same(seed=1)
-    assert done == [1]
+    with pytest.raises(KeyError), SINGLE_PROCESS.main_process_first():
+        raise KeyError
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code"), [(None, 0), (UsageError("wrong option"), 2), (RuntimeError("broken"), 1), (SystemExit(), 1)]
+)
+def test_a_failure_of_the_first_process_ends_the_others(
+    error: BaseException | None, exit_code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The collective is replaced by a list: the first process fills it, the second reads it."""
+    sent: list[Any] = []
+    steps: list[str] = []
+
+    def broadcast(values: list[Any], *, src: int, group: Any) -> None:
+        if values[0] is None:  # a process other than the first
+            values[0] = sent[-1]
+        else:
+            assert steps == ["first"], "the others wait until the first has done"
+            sent.append(values[0])
+
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", broadcast)
+    first, second = ProcessGroup(0, 2), ProcessGroup(1, 2)
+    with contextlib.suppress(type(error) if error else KeyError), first.main_process_first():
+        steps.append("first")
+        if error:
+            raise error
+    assert sent == [exit_code]
+    if error is None:
+        with second.main_process_first():
+            steps.append("second")
+        assert steps == ["first", "second"]
+        return
+    with pytest.raises(SystemExit) as caught, second.main_process_first():
+        steps.append("second")
+    assert caught.value.code == exit_code
+    assert steps == ["first"], "the block is not run after a failure"
