@@ -1,4 +1,4 @@
-"""Checkpoints from which a run continues to the bit: whole, checked, the last two of them kept."""
+"""Checkpoints for bit-exact resuming: written atomically, verified by SHA-256, the last two are kept."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ CORRUPT_SUFFIX = ".damaged"
 
 
 def append_digest(data: bytes) -> bytes:
-    """The bytes, and at their end their sha256; what is before stays a zip archive that `torch.load` can read."""
+    """Append the SHA-256 of the data to the data; the result is still a zip archive that `torch.load` can read."""
     return data + DIGEST_LABEL + hashlib.sha256(data).hexdigest().encode()
 
 
 def strip_digest(data: bytes) -> bytes | None:
-    """What `append_digest` was given, or None where a single bit differs, or some are missing or too many."""
+    """Remove the digest that `append_digest` added; None if the data was changed, truncated or extended."""
     content = data[:-DIGEST_LENGTH]
     return content if len(data) > DIGEST_LENGTH and append_digest(content) == data else None
 
 
 class ChecksumCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that are whole or absent, carry their sha256, and hold nothing that runs code when loaded."""
+    """Checkpoint input and output: atomic writes, a SHA-256 per file, and no code execution on loading."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write beside, flush, rename."""
+        """Write to a temporary file, flush it and rename it."""
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         write_bytes(Path(path), append_digest(buffer.getvalue()))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load tensors and plain values only.
+        """Load a checkpoint of tensors and plain values.
 
         Raises:
-            UserError: the file is not what was written.
+            UserError: the SHA-256 of the file does not match.
         """
         content = strip_digest(Path(path).read_bytes())
         if content is None:
-            raise UserError(f"{path}: expected a whole checkpoint, got one whose sha256 is not its own. Resume again.")
+            raise UserError(f"{path}: the checkpoint is corrupt (its SHA-256 does not match). Resume again.")
         checkpoint: dict[str, Any] = torch.load(
             io.BytesIO(content), map_location=map_location or "cpu", weights_only=True
         )
@@ -62,22 +62,26 @@ class ChecksumCheckpointIO(TorchCheckpointIO):
 
 
 def find_newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
-    """The newest whole checkpoint to resume from and its step; (None, 0) where there is none.
+    """Find the newest intact checkpoint to resume from and its step; (None, 0) if there is none.
 
-    One that is damaged is told and set aside as `step-<step>.ckpt.damaged`.
+    A corrupt checkpoint is logged and renamed to `step-<step>.ckpt.damaged`.
     """
-    for leftover_file in folder.glob(".step-*.ckpt.*"):  # the half of a checkpoint that a kill left
+    for leftover_file in folder.glob(".step-*.ckpt.*"):  # temporary file of an interrupted write
         leftover_file.unlink(missing_ok=True)
     for step, path in reversed(_list_by_step(folder)):
         if strip_digest(path.read_bytes()) is not None:
             return path, step
         path.replace(path.with_name(path.name + CORRUPT_SUFFIX))
-        log.warning("%s: damaged, so set aside; the checkpoint before is taken, or the run begins anew", path)
+        log.warning(
+            "%s is corrupt and was renamed to *.damaged. "
+            "Resuming from the previous checkpoint, or from step 0 if there is none.",
+            path,
+        )
     return None, 0
 
 
 def list_corrupt_checkpoints(folder: Path) -> list[str]:
-    """The checkpoints that a resume found damaged."""
+    """List the names of the checkpoints that a resume found corrupt."""
     return sorted(path.name.removesuffix(CORRUPT_SUFFIX) for path in folder.glob(f"step-*.ckpt{CORRUPT_SUFFIX}"))
 
 
@@ -87,16 +91,16 @@ def _list_by_step(folder: Path) -> list[tuple[int, Path]]:
 
 
 class CheckpointCallback(Checkpoint):
-    """Saves every few steps, at the end, and when the run is asked to stop.
+    """Saves a checkpoint every few steps, at the end of the run, and when the run receives a stop signal.
 
-    Lightning keeps weights, optimisers, schedules and the scaler of mixed precision; the sampler's position is the
-    step. Here the random generators of every process are added: nothing in medim draws from them between two steps,
-    but a part of someone else's may. Where a step is followed by a validation, the checkpoint is of the state after
-    it, so that a resumed run does not validate again. All processes stop at the same step.
+    Lightning saves the weights, optimisers, schedules and the scaler of mixed precision; the step is the position of
+    the sampler. This callback adds the states of the random generators of all processes: medim does not use them
+    between two steps, but user code may. If a validation follows a step, the checkpoint is saved after the validation,
+    so that a resumed run does not validate again. All processes stop at the same step.
 
     Args:
-        folder: where to.
-        every: steps between two checkpoints.
+        folder: folder of the checkpoints.
+        every: number of steps between two checkpoints.
     """
 
     def __init__(self, folder: Path, every: int) -> None:
@@ -108,18 +112,18 @@ class CheckpointCallback(Checkpoint):
         self.resumed_from_steps: list[int] = []
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Take up where the checkpoint left."""
+        """Restore the stop state and the last saved step of the checkpoint."""
         trainer.should_stop |= self._should_stop
         self._last_step = trainer.global_step if self.resumed_from_steps else -1
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
-        """Give the generators their state back: making the loaders has drawn from them."""
+        """Restore the states of the random generators, which the construction of the data loaders has changed."""
         self.restore_random_state()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        """Save where it is time to, unless a validation comes first."""
+        """Save a checkpoint if one is due, unless a validation follows this step."""
         step = trainer.global_step
         self._due |= step % self._every_steps == 0
         before_validation = trainer.enable_validation and step % int(trainer.val_check_batch or 1) == 0
@@ -127,12 +131,12 @@ class CheckpointCallback(Checkpoint):
             self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Save what had to wait."""
+        """Save the checkpoint that was postponed until after the validation."""
         if trainer.state.fn == "fit":
             self._save_if_due(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Save the last step, so that writing the results can be done again."""
+        """Save the last step, so that the results can be written again without training."""
         self._due = True
         self._save_if_due(trainer)
 
@@ -151,7 +155,7 @@ class CheckpointCallback(Checkpoint):
             current_request().respond(f"step {trainer.global_step} is saved")
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the generators of all processes, and how the run came here."""
+        """Add the random states of all processes, the stop state and the steps of earlier resumes."""
         states: list[Any] = [_get_random_state()]
         if trainer.world_size > 1:
             states = [None] * trainer.world_size
@@ -161,26 +165,26 @@ class CheckpointCallback(Checkpoint):
         checkpoint["resumed_from_steps"] = self.resumed_from_steps
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take them up."""
-        states = checkpoint["random"]  # of as many processes as there were
+        """Read the random states, the stop state and the steps of earlier resumes."""
+        states = checkpoint["random"]  # one per process of the run that saved it
         self._state_to_restore = states[trainer.global_rank % len(states)]
         self._should_stop = bool(checkpoint["ended"])
         self.resumed_from_steps = [*checkpoint["resumed_from_steps"], int(checkpoint["global_step"])]
 
     def restore_random_state(self) -> None:
-        """Set the generators to the checkpoint's state, once."""
+        """Set the random generators to the state of the checkpoint; later calls do nothing."""
         if self._state_to_restore is not None:
             _set_random_state(self._state_to_restore)
         self._state_to_restore = None
 
 
 def get_resume_steps(trainer: pl.Trainer) -> list[int]:
-    """The steps at which a run was taken up again."""
+    """Get the steps at which a run was resumed."""
     return next((c.resumed_from_steps for c in trainer.checkpoint_callbacks if isinstance(c, CheckpointCallback)), [])
 
 
 def _get_random_state() -> dict[str, Any]:
-    """The state of this process's generators, in tensors and plain values."""
+    """Get the states of the random generators of this process as tensors and plain values."""
     name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
     return {
         "torch": torch.get_rng_state(),

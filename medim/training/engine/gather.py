@@ -1,6 +1,7 @@
-"""Views and features of the global batch, of which each process holds a part; gathered when somebody looks.
+"""Views and features of the global batch, gathered from all processes on access.
 
-All processes run the same objectives, so they look at the same things in the same order, and meet in each gathering.
+Each process has a part of the batch. All processes run the same objectives and access the attributes in the same order,
+so the collective operations match.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ class GatheredViews(Views):
     """Views of the global batch.
 
     Args:
-        own: this process's part, as long as the others'.
-        ranks: the processes.
+        own: views of this process; all processes have the same number.
+        ranks: the processes of the run.
     """
 
     own: Views
@@ -31,12 +32,12 @@ class GatheredViews(Views):
 
     @cached_property
     def image(self) -> torch.Tensor:
-        """(B, V, C, ...)."""
+        """Images of all processes: (B, V, C, ...)."""
         return self._ranks.gather(self.own.image)
 
     @cached_property
     def location(self) -> torch.Tensor:
-        """(B, V, spatial_dims)."""
+        """Locations of all processes: (B, V, spatial_dims)."""
         return self._ranks.gather(self.own.location)
 
 
@@ -44,9 +45,9 @@ class GatheredFeatures(Features):
     """Features of the global batch.
 
     Args:
-        own: this process's part, as long as the others'.
-        count: N, images of all processes.
-        gather: joins a part with the others': (n, ...) to (count, ...).
+        own: features of this process; all processes have the same number.
+        count: N, number of images of all processes.
+        gather: function that joins the parts of all processes: (n, ...) to (count, ...).
     """
 
     own: Features
@@ -58,19 +59,19 @@ class GatheredFeatures(Features):
 
     @cached_property
     def maps(self) -> tuple[torch.Tensor, ...]:
-        """Each (N, channels, ...); none is gathered until it is asked for."""
+        """Feature maps of all processes, each (N, channels, ...); each map is gathered on first access."""
         maps = _GatheredMaps(self.own.maps)
         maps.gather = lambda part: self._gather(part, self.count)
         return maps
 
     @cached_property
     def summary(self) -> torch.Tensor:
-        """(N, summary_channels)."""
+        """Summaries of all processes: (N, summary_channels)."""
         return self._gather(self.own.summary, self.count)
 
 
 class _GatheredMaps(tuple[torch.Tensor, ...]):
-    """Own parts of maps that look like the whole maps."""
+    """Maps of this process with the interface of the gathered maps."""
 
     gather: Callable[[torch.Tensor], torch.Tensor]
 

@@ -1,9 +1,9 @@
-"""Networks that keep no activations: a batch goes through in chunks, and the backward pass computes each once more.
+"""Gradient caching: encode a batch in chunks without keeping the activations, which the backward pass recomputes.
 
-The loss sees the features of the whole batch at once, so the gradient is that of the whole batch: what gradient caching
-(Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup") gives, by activation
-checkpointing of each chunk (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"). Accumulating gradients
-over small batches does not: each small batch would have its own negatives.
+The loss is computed from the features of the whole batch, so the gradient is that of the whole batch. The result is
+that of gradient caching (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"),
+implemented by activation checkpointing per chunk (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+Accumulating gradients over small batches gives a different result, because each small batch has its own negatives.
 """
 
 from __future__ import annotations
@@ -23,19 +23,18 @@ FeatureNetwork = Callable[[Any], Features]
 
 
 def encode_in_chunks(network: FeatureNetwork, inputs: torch.Tensor | Features, size: int | None) -> Features:
-    """Run an encoder on images, or a decoder on features, some images at a time.
+    """Run an encoder on images, or a decoder on features, in chunks.
 
-    Where a gradient is wanted, only the features are kept; the backward pass computes the activations of one chunk
-    after the other again. The memory is that of all features and one chunk's activations, the time that of one more
-    forward pass.
+    With gradients enabled, only the features are kept; the backward pass recomputes the activations chunk by chunk. The
+    memory is that of all features and of the activations of one chunk; the extra time is one forward pass.
 
     Args:
-        network: an encoder or a decoder, without statistics over the batch (see `check_chunk_support`).
+        network: encoder or decoder without batch statistics (see `check_chunk_support`).
         inputs: images (N, C, ...), or features of N images.
-        size: images a chunk; N or more is plain activation checkpointing; None runs the network as it is.
+        size: images per chunk; N or more is plain activation checkpointing; None runs the network without chunks.
 
     Returns:
-        What the network makes of all N.
+        Features of all N images.
     """
     if size is None:
         return network(inputs)
@@ -53,17 +52,17 @@ def encode_in_chunks(network: FeatureNetwork, inputs: torch.Tensor | Features, s
         ]
     else:
         outputs = [[*run_chunk(*chunk)] for chunk in chunks]
-    # one output after the other, so that its parts are given back before the next is joined
+    # join one output at a time, so that the memory of its parts is freed before the next is joined
     *maps, summary = [_join_tensors([chunk.pop(0) for chunk in outputs]) for _ in range(len(outputs[0]))]
     return Features(tuple(maps), summary)
 
 
 def check_chunk_support(size: int | None, *networks: nn.Module | None) -> None:
-    """Refuse chunks for a network whose output for an image depends on the others in its batch.
+    """Reject chunks for networks with batch normalisation.
 
     Raises:
-        UsageError: a network normalises over the batch; its statistics would be a chunk's, and its running statistics
-            would count every chunk twice.
+        UsageError: a network has batch normalisation; the statistics would be those of a chunk, and the running
+            statistics would count every chunk twice.
     """
     if size is None:
         return
@@ -73,14 +72,14 @@ def check_chunk_support(size: int | None, *networks: nn.Module | None) -> None:
         )
         if batch_norms:
             raise UsageError(
-                f"encode_in_chunks_of: {size}: expected an encoder and a decoder without batch normalisation, whose "
-                f"statistics would be those of a chunk; {type(network).__name__} has it ({batch_norms[0]}). "
-                "Take norm: in or gn and no hidden layer before the summary, or leave encode_in_chunks_of out."
+                f"encode_in_chunks_of: {size} does not work with batch normalisation, because its statistics would be "
+                f"those of a chunk; {type(network).__name__} uses it ({batch_norms[0]}). "
+                "Use norm: in or gn and no hidden layer before the summary, or remove encode_in_chunks_of."
             )
 
 
 def _has_dropout(network: Any) -> bool:
-    """Whether a network draws random numbers, which the second pass must draw again."""
+    """Whether a network has dropout, so that the second pass must repeat its random numbers."""
     return isinstance(network, nn.Module) and any(isinstance(part, _DropoutNd) for part in network.modules())
 
 

@@ -1,4 +1,4 @@
-"""How large the gradients of a step are, part by part, and the weights of the encoder."""
+"""Norms of the gradients of a step per part of the model, and norm of the encoder weights."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import nn
 
 
 def gradient_norms(parts: Mapping[str, nn.Module | None], trainable: Iterable[nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Euclidean norm of each part's gradient, as it is now.
+    """Compute the Euclidean norm of the current gradient of each part.
 
     Args:
-        parts: name to module; a None is left out.
-        trainable: the optimiser's parameters; others (an adversary's) count nowhere.
+        parts: modules by name; parts that are None are left out.
+        trainable: parameters of the optimiser; other parameters, such as those of an adversary, are not counted.
 
     Returns:
-        Part to norm, a scalar on the gradient's device; a part without a gradient is left out.
+        Norm by part, a scalar on the device of the gradient; parts without a gradient are left out.
     """
     trainable_ids = {id(p) for p in trainable}
     norms = {}
@@ -29,5 +29,5 @@ def gradient_norms(parts: Mapping[str, nn.Module | None], trainable: Iterable[nn
 
 
 def weight_norm(encoder: nn.Module) -> dict[str, float]:
-    """`weight_norm`: Euclidean norm of the weights that decay, matrices and kernels."""
+    """Compute `weight_norm`: Euclidean norm of the weights with weight decay (matrices and kernels)."""
     return {"weight_norm": float(nn.utils.get_total_norm([p.detach() for p in encoder.parameters() if p.ndim > 1]))}

@@ -1,4 +1,4 @@
-"""How a run comes to its processes: Lightning starts them, or joins those that torchrun or SLURM started."""
+"""Launch the processes of a run: Lightning starts them, or joins processes started by torchrun or SLURM."""
 
 from __future__ import annotations
 
@@ -28,15 +28,17 @@ log = logging.getLogger(__name__)
 _rank_holder: Any = rank_zero_only  # Lightning keeps the rank of this process on it
 SHUTDOWN_GRACE_SECONDS = timedelta(
     days=7
-)  # the others wait for the first, which may be preprocessing a hospital's archive
-CHILD_VARIABLE = "MEDIM_CHILD"  # in the environment of processes that were started from here
+)  # the other processes wait for the main process, which may preprocess a large archive
+CHILD_VARIABLE = "MEDIM_CHILD"  # environment variable of the processes that this module started
 
 
 def world_shape(devices: int | None, nodes: int | None) -> tuple[int, int]:
-    """Processes a node, and nodes: as asked, else as torchrun or SLURM started them, else one.
+    """Determine the number of processes per node and the number of nodes.
+
+    The requested values take precedence, then those of torchrun or SLURM; the default is one process on one node.
 
     Raises:
-        UsageError: they started another number than was asked for.
+        UsageError: torchrun or SLURM started a different number of processes than requested.
     """
     detection = _detect_launcher()
     if detection is None:
@@ -44,12 +46,11 @@ def world_shape(devices: int | None, nodes: int | None) -> tuple[int, int]:
     launcher, (n_local, n_nodes) = detection
     request = (devices or n_local, nodes or n_nodes)
     if request == (1, 1) and launcher == "SLURM":
-        return request  # independent runs, or one
+        return request  # a single run, or independent runs in one job
     if request != (n_local, n_nodes):
         raise UsageError(
-            f"--devices {request[0]} --nodes {request[1]}: {launcher} started {n_local} on each of {n_nodes} node(s). "
-            f"Leave "
-            "both out to take what is there, or start as many: "
+            f"--devices {request[0]} --nodes {request[1]}: {launcher} started {n_local} processes on each of {n_nodes} "
+            f"node(s). Omit both options to use these processes, or start the requested number: "
             + (
                 "srun --nodes N --ntasks-per-node D."
                 if launcher == "SLURM"
@@ -60,27 +61,28 @@ def world_shape(devices: int | None, nodes: int | None) -> tuple[int, int]:
 
 
 def planned_group(accelerator: str, devices: int | None, nodes: int | None) -> ProcessGroup:
-    """The processes that a run will have, as far as the first knows before any is started; see `world_shape`."""
+    """Describe the processes that a run will have, before any is started; see `world_shape`."""
     on_cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return ProcessGroup(0, *world_shape(devices, nodes), kind="cuda" if on_cuda else "cpu")
 
 
 @contextmanager
 def launched(accelerator: str, plan: ProcessGroup) -> Iterator[ProcessGroup]:
-    """Start or join the processes of a run, and let go of them when it ends; a failure of one ends all.
+    """Start or join the processes of a run, and end them with the run; if one process fails, all are ended.
 
-    Lightning starts the others on this machine by running this process's command again; they reach this place, too.
+    Lightning starts the other processes of this machine by running the command of this process again; those processes
+    reach this function too.
 
     Args:
-        accelerator: Lightning's name of the device kind.
-        plan: how many; on each of several nodes the same command runs, started by torchrun, by SLURM, or by hand with
-            NODE_RANK, MASTER_ADDR and MASTER_PORT set.
+        accelerator: device kind, in the terms of Lightning.
+        plan: number of processes. With several nodes, the same command runs on each node, started by torchrun, by
+            SLURM, or by hand with NODE_RANK, MASTER_ADDR and MASTER_PORT set.
 
     Raises:
-        UserError: the devices are not there, or another process failed.
+        UserError: the devices are not available, or another process failed.
     """
     if plan.count == 1:
-        _rank_holder.rank = 0  # also as one of several independent runs in a SLURM job
+        _rank_holder.rank = 0  # also for one of several independent runs in a SLURM job
         yield SINGLE_PROCESS
         return
     environment, is_child = dict(os.environ), CHILD_VARIABLE in os.environ
@@ -100,12 +102,12 @@ def launched(accelerator: str, plan: ProcessGroup) -> Iterator[ProcessGroup]:
     except BaseException as error:
         is_clean_stop = exited_after_saving(error)
         if is_child and is_clean_stop:
-            raise SystemExit(0) from None  # in order; the first says so
+            raise SystemExit(0) from None  # the main process reports the stop
         exit_codes = _end_children(60 if is_clean_stop else 10)
         if exit_codes and isinstance(error, RuntimeError):
             raise UserError(
-                f"another of the {plan.count} processes failed (exit code {exit_codes[0]}), and so did the run. "
-                "What it said stands above; --resume continues from the newest checkpoint."
+                f"another of the {plan.count} processes failed (exit code {exit_codes[0]}), so the run was ended. "
+                "See its error message above; --resume continues from the newest checkpoint."
             ) from error
         raise
     finally:
@@ -115,11 +117,11 @@ def launched(accelerator: str, plan: ProcessGroup) -> Iterator[ProcessGroup]:
         os.environ.update(environment)
 
 
-_children: list[Any] = []  # the processes that this one started
+_children: list[Any] = []  # processes that this process started
 
 
 def _end_children(seconds: float | None) -> list[int]:
-    """Wait for them so long, and end those that are still there; exit codes of those that failed by themselves."""
+    """Wait for the child processes, kill those still running after `seconds`, and list the exit codes of failures."""
     exit_codes = []
     for process in _children:
         try:
@@ -128,50 +130,50 @@ def _end_children(seconds: float | None) -> list[int]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        process.returncode = 0  # Lightning's observer would end this process, too
+        process.returncode = 0  # otherwise the observer of Lightning would end this process too
     _children.clear()
     return exit_codes
 
 
 class SyncStopCallback(pl.Callback):
-    """Ends a run in all processes where it is to end in one.
+    """Stops a run in all processes if one process stops.
 
     Args:
-        ranks: the processes.
+        ranks: the processes of the run.
     """
 
     def __init__(self, ranks: ProcessGroup) -> None:
         self._ranks = ranks
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Stop after this step where one process is to."""
+        """Stop all processes after this step if one of them is to stop."""
         trainer.should_stop = self._ranks.any_true(trainer.should_stop)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Stop after this validation where one process is to."""
+        """Stop all processes after this validation if one of them is to stop."""
         trainer.should_stop = self._ranks.any_true(trainer.should_stop)
 
 
 def is_main_process() -> bool:
-    """Whether this is the first process of the run, the one that speaks."""
+    """Whether this is the main process of the run, which alone writes and reports."""
     return bool(_rank_holder.rank == 0)
 
 
 def trainer_options(accelerator: str, ranks: ProcessGroup) -> dict[str, Any]:
-    """What Lightning's trainer is told of devices and processes."""
-    # Not every parameter is on the way back of every loss: prior matching goes back twice, CPC leaves the summary out.
+    """Build the options of the Lightning trainer for devices and processes."""
+    # Not every backward pass uses every parameter: prior matching has two passes, CPC does not use the summary.
     strategy = DDPStrategy(find_unused_parameters=True) if ranks.count > 1 else "auto"
     return {"accelerator": accelerator, "devices": ranks.devices, "num_nodes": ranks.nodes, "strategy": strategy}
 
 
 def slurm_environment() -> list[Any]:
-    """SLURM's plugin where it started this process, told to leave the requeue signal to medim (exit code 75)."""
+    """Build the SLURM plugin if SLURM started this process; medim handles the requeue signal itself (exit code 75)."""
     detection = _detect_launcher()
     return [SLURMEnvironment(auto_requeue=False)] if detection and detection[0] == "SLURM" else []
 
 
 def _detect_launcher() -> tuple[str, tuple[int, int]] | None:
-    """Who started this process, as one of how many a node on how many nodes."""
+    """Detect torchrun or SLURM as the launcher, with the number of processes per node and of nodes."""
     env = os.environ
     if TorchElasticEnvironment.detect():
         n_local = int(env["LOCAL_WORLD_SIZE"])
@@ -190,7 +192,7 @@ def _build_strategy(accelerator: str, plan: ProcessGroup) -> tuple[Any, int]:
         trainer = pl.Trainer(**trainer_options(accelerator, plan), plugins=slurm_environment(), **silent_options)
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise UserError(
-            f"--accelerator {accelerator} --devices {plan.devices} --nodes {plan.nodes}: this machine cannot run it "
-            f"({error}). See `medim doctor`."
+            f"--accelerator {accelerator} --devices {plan.devices} --nodes {plan.nodes}: not available on this machine "
+            f"({error}). Run `medim doctor` to list the devices."
         ) from error
     return trainer.strategy, trainer.global_rank

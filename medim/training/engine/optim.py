@@ -1,4 +1,4 @@
-"""The optimiser and its schedule."""
+"""Optimiser and learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from medim.config import OptimiserName, Schedule
 
 OPTIMISERS: dict[OptimiserName, type[Optimizer]] = {"adamw": AdamW, "adam": Adam, "radam": RAdam}
-DROP_FACTOR = 0.2  # what `steps` multiplies the rate with (AMDIM's)
+DROP_FACTOR = 0.2  # factor of the learning rate at each drop of the schedule `steps`, as in AMDIM
 
 
 def build_optimiser(
@@ -29,20 +29,20 @@ def build_optimiser(
     schedule: Schedule = "cosine",
     drop_at: Sequence[int] = (),
 ) -> tuple[Optimizer, LambdaLR]:
-    """Make optimiser and schedule.
+    """Build the optimiser and the learning-rate schedule.
 
     Args:
-        groups: modules, each with its factor on `lr`.
+        groups: modules, each with the factor on `lr`.
         lr: peak learning rate.
-        weight_decay: decoupled in adamw (Loshchilov & Hutter 2019), added to the gradient in the others; vectors
-            (norms, biases) are left out.
-        warmup_steps: steps of linear rise from 0.
-        max_steps: where the cosine reaches 0.
+        weight_decay: decoupled in adamw (Loshchilov & Hutter 2019), added to the gradient in the others; not applied to
+            vectors (norms, biases).
+        warmup_steps: number of steps of linear increase from 0.
+        max_steps: step at which the cosine reaches 0.
         optimiser: an entry of OPTIMISERS.
-        betas: its decay rates of the gradient's moments.
-        schedule: after the warm-up: a cosine to 0, constant, or constant but for a drop to a fifth at each of
+        betas: decay rates of the moments of the gradient.
+        schedule: schedule after the warm-up: cosine decay to 0, constant, or a drop to a fifth at each step of
             `drop_at`.
-        drop_at: steps.
+        drop_at: steps of the drops.
     """
     parameter_groups = []
     for module, scale in groups:
@@ -55,7 +55,7 @@ def build_optimiser(
                 parameter_groups.append({"params": members, "lr": lr * scale, "weight_decay": decay})
 
     def compute_lr_factor(step: int) -> float:
-        """The share of its peak that a rate has in a step, counted from 0."""
+        """Compute the learning rate of a step, counted from 0, as a fraction of the peak."""
         if step < warmup_steps:
             return (step + 1) / warmup_steps
         if schedule == "cosine":

@@ -1,4 +1,4 @@
-"""What this machine has free, and what a process holds."""
+"""Free memory and disk of this machine, and memory use of a process."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ CGROUP_V1_FILES = (
     "memory.limit_in_bytes",
     "memory.usage_in_bytes",
     "total_inactive_file",
-)  # limit, use, cache of it
+)  # limit, usage, and the file cache included in the usage
 CGROUP_V2_FILES = ("memory.max", "memory.current", "inactive_file")
 
 
 def available_memory(accelerator: str = "auto") -> int:
-    """Bytes that a process may take now: of the GPU where one is used (not run), else of this machine or container."""
+    """Measure the bytes that a process can allocate now.
+
+    The value is the free memory of the GPU if one is used (not run), else that of this machine or container.
+    """
     if uses_cuda(accelerator):
         return int(torch.cuda.mem_get_info()[0])
     if sys.platform != "linux":
@@ -30,35 +33,35 @@ def available_memory(accelerator: str = "auto") -> int:
 
 
 def uses_cuda(accelerator: str) -> bool:
-    """Whether Lightning's name of a device kind means a GPU of CUDA here."""
+    """Whether a run with this device kind, in the terms of Lightning, uses a CUDA GPU on this machine."""
     return accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
 
 
 def memory_allocated(device: torch.device) -> int:
-    """Bytes that this process holds now: of the GPU where the device is one (not run), else of RAM."""
+    """Measure the bytes that this process uses now: GPU memory on a CUDA device (not run), else RAM."""
     return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else process_status_bytes("VmRSS")
 
 
 def max_memory_allocated(device: torch.device) -> int:
-    """Bytes that this process has held at most: of the GPU where the device is one (not run), else of RAM."""
+    """Measure the peak memory of this process in bytes: GPU memory on a CUDA device (not run), else RAM."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return process_status_bytes("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def free_disk(folder: Path) -> int:
-    """Bytes free where a folder is, or would be made."""
+    """Measure the free bytes on the disk of a folder; the folder may not exist yet."""
     ancestor = next(candidate for candidate in (folder.absolute(), *folder.absolute().parents) if candidate.is_dir())
     return shutil.disk_usage(ancestor).free
 
 
 def process_status_bytes(name: str) -> int:
-    """Bytes of this process under a name of `/proc/self/status`, such as VmRSS or its peak VmHWM; 0 elsewhere."""
+    """Read an entry of `/proc/self/status` in bytes, such as VmRSS or its peak VmHWM; 0 on other systems."""
     return _read_kib(Path("/proc/self/status"), name) if sys.platform == "linux" else 0
 
 
 def children_memory() -> int:
-    """Resident bytes of all processes that this one started, and those started."""
+    """Measure the resident bytes of all child processes and their descendants."""
     if sys.platform != "linux":
         return 0
     return sum(_read_kib(Path(f"/proc/{process}/status"), "VmRSS") for process in _list_descendants(os.getpid()))
@@ -72,13 +75,13 @@ def _list_descendants(process: int) -> Iterator[int]:
 
 
 def _walk_cgroups() -> Iterator[int]:
-    """Bytes that each control group (v1, v2) around this process leaves it."""
+    """Yield the bytes that each control group (v1, v2) of this process leaves available."""
     for line in MEMBERSHIP.read_text().splitlines() if MEMBERSHIP.is_file() else ():
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
         root, names = (GROUPS / "memory", CGROUP_V1_FILES) if controllers else (GROUPS, CGROUP_V2_FILES)
-        own = root / path.lstrip("/")  # a container may see its own group as the root, by a path that is not there
+        own = root / path.lstrip("/")  # in a container, the path may not exist because the root is the group itself
         for folder in (own, *own.parents):
             yield from _cgroup_available(folder, *names)
             if folder == root:
@@ -86,13 +89,13 @@ def _walk_cgroups() -> Iterator[int]:
 
 
 def _cgroup_available(group: Path, limit: str, usage: str, cache: str) -> Iterator[int]:
-    """A group's limit less its use, without the file cache that it would drop."""
+    """Yield the limit of a control group less its usage, which does not include the file cache: it can be freed."""
     try:
         maximum = (group / limit).read_text().strip()
         if maximum.isdecimal():  # not "max"
             rows = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
             yield int(maximum) - int((group / usage).read_text()) + int(rows.get(cache, 0))
-    except OSError:  # there is no such limit
+    except OSError:  # the group has no such limit
         return
 
 

@@ -1,7 +1,7 @@
-"""Which images a step sees, and with which random numbers: a pure function of run seed and step.
+"""Images and random seeds of each step: a pure function of the run seed and the step.
 
-Nothing is drawn from a running state, so a resumed run, a run with other loading processes and a replayed step see
-the same bytes.
+No generator state is carried from step to step. A resumed run, a run with another number of data-loading workers and a
+replayed step therefore use the same bytes.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ SampleItem = tuple[int, int]  # (index of the image, seed of its randomness)
 
 
 def derive_seed(*parts: int) -> int:
-    """One 32-bit seed from several integers."""
+    """Derive a 32-bit seed from several integers."""
     return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1)[0])
 
 
 class StepSampler(Sampler[list[SampleItem]]):
-    """One batch a step, and one scan of a subject in a batch.
+    """Sampler of one batch per step, with one scan per subject in a batch.
 
-    Subjects are shuffled anew each epoch, which leaves those over that fill no batch; a subject's scan is drawn at
-    random. Where there are fewer subjects than a
-    batch needs, batches are filled by going round the subjects again.
+    The subjects are shuffled in each epoch; subjects that do not fill a whole batch at the end of an epoch are left
+    out. For a subject with several scans, one is drawn at random. If there are fewer subjects than images per batch,
+    subjects repeat within a batch.
 
-    Several processes share each batch: every one takes an equal run of its slots, and a slot has its image and seed
-    whoever takes it.
+    Several processes share each batch: each process takes an equal range of its slots. The image and the seed of a slot
+    do not depend on the process.
 
     Args:
-        subjects: the subject of each image.
-        batch_size: images a batch.
-        steps: batches in all.
-        seed: of the run.
-        start: steps already taken, which a resumed run leaves out.
-        ranks: the processes; batch_size is a multiple of their number.
+        subjects: subject of each image.
+        batch_size: images per batch.
+        steps: total number of batches.
+        seed: random seed of the run.
+        start: number of steps already done, which a resumed run skips.
+        ranks: the processes of the run; batch_size is a multiple of their number.
     """
 
     def __init__(
@@ -67,16 +67,16 @@ class StepSampler(Sampler[list[SampleItem]]):
         self._slots = slice(ranks.rank * n_per_process, (ranks.rank + 1) * n_per_process)
 
     def __len__(self) -> int:
-        """All steps of the run, those before `start` included: Lightning counts from the run's beginning."""
+        """Number of steps of the run, including those before `start`, because Lightning counts from the beginning."""
         return self._steps
 
     def __iter__(self) -> Iterator[list[SampleItem]]:
-        """Yield this process's part of the batches from `start` on."""
+        """Yield the part of this process of each batch, beginning with step `start`."""
         for step in range(self._start, self._steps):
             yield self.batch(step)[self._slots]
 
     def batch(self, step: int) -> list[SampleItem]:
-        """The images of one step, each with its seed; those of all processes."""
+        """Draw the images of one step with their seeds, for all processes."""
         rng = np.random.default_rng(derive_seed(self._seed, step))
         scans_by_slot = [self._scans[subject] for subject in self._draw_subjects(step)]
         return [
@@ -96,19 +96,19 @@ class StepSampler(Sampler[list[SampleItem]]):
 
 
 def ignore_signals(worker: int) -> None:
-    """Leave it to the run to answer signals that SLURM sends to every process of it."""
+    """Ignore SIGTERM and SIGUSR1 in a data-loading worker; the main process handles them."""
     for name in SIGNAL_NAMES:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def step_loader(dataset: Dataset[Any], sampler: StepSampler, *, workers: int, prefetch: int = 2) -> DataLoader[Any]:
-    """A loader whose batches are the sampler's.
+    """Build a data loader with the batches of a sampler.
 
     Args:
-        dataset: takes (index, seed) items.
-        sampler: yields lists of such items.
-        workers: loading processes.
-        prefetch: batches that each of them has ready ahead.
+        dataset: dataset with (index, seed) as item key.
+        sampler: sampler of lists of such items.
+        workers: number of data-loading workers.
+        prefetch: number of batches that each worker prepares in advance.
     """
     return DataLoader(
         dataset,

@@ -1,4 +1,4 @@
-"""Lightning's trainer as medim uses it: quiet logs, progress for terminals and for log files."""
+"""Lightning trainer with the settings of medim: few log messages, and progress for terminals and log files."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from medim.types import UserError
 
 log = logging.getLogger(__name__)
 HARMLESS_WARNINGS = (
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # raised by Lightning itself
     ".*does not have many workers",
-    ".*your dataloader is not resumable",  # it is: StepSampler starts at the checkpoint's step
-    "You defined a `validation_step` but have no `val_dataloader`",  # too few subjects to hold out, and said so
+    ".*your dataloader is not resumable",  # StepSampler makes it resumable: it starts at the step of the checkpoint
+    "You defined a `validation_step` but have no `val_dataloader`",  # too few subjects to validate; logged
 )
 
 
 class LineProgress(Callback):
-    """A log line every few seconds, for output that is not a terminal."""
+    """Callback that logs the progress every few seconds, for output that is not a terminal."""
 
     def __init__(self, every_seconds: float = 5.0) -> None:
         self._every_seconds = every_seconds
@@ -42,13 +42,13 @@ class LineProgress(Callback):
         self._first_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Start the clock."""
+        """Record the start time and step."""
         self._start_time, self._first_step = time.monotonic(), trainer.global_step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        """Say step, rate and time left."""
+        """Log the step, the rate and the time left."""
         now, step = time.monotonic(), trainer.global_step
         if now - self._last_time < self._every_seconds and step < trainer.max_steps:
             return
@@ -62,7 +62,7 @@ class LineProgress(Callback):
 
 
 def _format_losses(outputs: Any) -> str:
-    """The step's losses beside their chance levels, where the module returns terms."""
+    """Format the losses of a step with their chance levels, if the module returns them."""
     terms: dict[str, Any] = outputs if isinstance(outputs, dict) else {}
     objective_terms = {name: term for name, term in terms.items() if hasattr(term, "chance")}
     texts = [
@@ -83,16 +83,16 @@ def make_trainer(
     clip: float = 0.0,
     ranks: ProcessGroup = SINGLE_PROCESS,
 ) -> pl.Trainer:
-    """A trainer for a run that counts steps, not epochs.
+    """Build a trainer for a run that counts steps instead of epochs.
 
     Args:
         config: steps, precision and checkpoint interval.
-        out: the run's folder.
-        logger: MLflow's, or False.
-        callbacks: the run's own.
-        accelerator: Lightning's name of the device kind.
-        validate: run the validation loop at every checkpoint.
-        clip: largest gradient norm, for a module that does not clip by itself; 0 does not clip.
+        out: folder of the run.
+        logger: logger of the run, or False.
+        callbacks: callbacks of the run.
+        accelerator: device kind, in the terms of Lightning.
+        validate: whether to validate at every checkpoint.
+        clip: largest gradient norm, for modules without their own clipping; 0 disables clipping.
         ranks: the processes of the run.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -124,26 +124,28 @@ def make_trainer(
         )
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise UserError(
-            f"--accelerator {accelerator}: this machine cannot run it ({error}). See `medim doctor`."
+            f"--accelerator {accelerator}: not available on this machine ({error}). "
+            "Run `medim doctor` to list the devices."
         ) from error
-    # Lightning's own handlers would requeue SLURM jobs by themselves and forget a signal before the first step.
+    # The signal handlers of Lightning would requeue SLURM jobs and lose a signal that arrives before the first step.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return trainer
 
 
 def choose_precision(precision: Precision, accelerator: str = "auto") -> Precision:
-    """The precision that a device can run at full speed: fp32 in place of bf16 where a CPU would emulate it.
+    """Choose a precision that the device supports in hardware.
 
-    fp16, which needs a loss scaler and has its arithmetic on GPUs, is bf16 on a CPU. Without AVX-512 BF16, AMX or their
-    like, PyTorch's convolutions in bf16 take tens of times as long as in fp32 (`benchmarks/layout_and_precision.py`).
+    On a CPU without bf16 arithmetic the result is fp32; without AVX-512 BF16, AMX or similar instructions, convolutions
+    of PyTorch take tens of times as long in bf16 as in fp32 (`benchmarks/layout_and_precision.py`). On a CPU with bf16,
+    fp16 becomes bf16, because fp16 needs a loss scaler and is fast only on GPUs.
 
     Args:
-        precision: what the configuration asks for.
-        accelerator: Lightning's name of the device kind.
+        precision: precision in the configuration.
+        accelerator: device kind, in the terms of Lightning.
     """
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
     if precision != "32-true" and on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        log.info("precision: this CPU has no bf16 arithmetic, so the run is in fp32 (32-true)")
+        log.info("precision: this CPU has no bf16 arithmetic, so the run uses fp32 (32-true)")
         return "32-true"
     return "bf16-mixed" if precision == "16-mixed" and on_cpu else precision
 
@@ -151,11 +153,11 @@ def choose_precision(precision: Precision, accelerator: str = "auto") -> Precisi
 def run_trainer(
     trainer: pl.Trainer, module: pl.LightningModule, loader: Any, held_out: Any = None, *, checkpoint: Path | None
 ) -> None:
-    """Run the trainer, with convolutions channels last, from a checkpoint where one is given.
+    """Run the trainer with channels-last convolutions, from a checkpoint if one is given.
 
     Raises:
-        StoppedError: SIGTERM or SIGUSR1 came; the step it came in is saved.
-        KeyboardInterrupt: Lightning alone would leave with a bare exit code.
+        StoppedError: SIGTERM or SIGUSR1 arrived; the step in progress was saved.
+        KeyboardInterrupt: the user interrupted the run; Lightning alone would exit with a bare exit code.
     """
     use_channels_last(module)
     try:
@@ -165,10 +167,10 @@ def run_trainer(
         raise KeyboardInterrupt from None
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, CheckpointCallback):
-            callback.restore_random_state()  # where no step was left to do
+            callback.restore_random_state()  # needed if no step was left
 
 
 def peak_memory() -> int:
-    """Bytes: the device's peak where one was used, else the process's."""
+    """Measure the peak memory in bytes: of the device if one was used, else of this process."""
     on_gpu = int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0  # not run
     return on_gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -57,7 +57,7 @@ def test_a_flipped_byte_between_the_parts_of_the_archive_sets_it_aside(folder: P
     data = bytearray(path.read_bytes())
     data[data.index(b"ZZZZ")] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match="sha256 is not its own"):
+    with pytest.raises(UserError, match="SHA-256 does not match"):
         ChecksumCheckpointIO().load_checkpoint(path)
     assert find_newest_checkpoint(folder) == (folder / "step-9.ckpt", 9)
     assert list_corrupt_checkpoints(folder) == ["step-10.ckpt"]

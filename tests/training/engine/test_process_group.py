@@ -117,7 +117,7 @@ def test_devices_and_nodes_follow_from_who_started_the_process(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert world_shape(None, None) == world_shape(4, 2) == world_shape(None, 2) == (4, 2)
-    with pytest.raises(UsageError, match="started 4 on each of 2 node"):
+    with pytest.raises(UsageError, match="started 4 processes on each of 2 node"):
         world_shape(2, 2)
 
 

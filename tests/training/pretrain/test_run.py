@@ -236,7 +236,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert step == 6
     newest.write_bytes(newest.read_bytes()[:3000])
     assert find_newest_checkpoint(undisturbed / "checkpoints")[1] == 4
-    assert "step-6.ckpt: damaged, so set aside" in caplog.text
+    assert "step-6.ckpt is corrupt and was renamed" in caplog.text
     summary = pretrain(pretrain_config, cohort_index, undisturbed, store=tmp_path / "store", resume=True)
     assert summary["resumed_from_steps"] == [4]
     assert summary["damaged_checkpoints"] == ["step-6.ckpt"]
