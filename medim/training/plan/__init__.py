@@ -1,1 +1,1 @@
-"""Estimate of time, memory and disk of a run: `medim plan`."""
+"""Estimate of the time, memory and disk space of a run: `medim plan`."""

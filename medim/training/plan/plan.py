@@ -1,4 +1,4 @@
-"""What a run will cost on this machine, from a few real steps of it: memory, hours, disk, and what would fit."""
+"""Estimate the time, memory and disk space of a run from a few steps of it, and suggest sizes that fit."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from medim.training.pretrain.run import dry_run_pretraining
 from medim.types import UserError
 
 log = logging.getLogger(__name__)
-MAX_EXTRAPOLATION = 4  # times what was asked for, beyond which an estimate by proportion is not given
-USABLE_FRACTION = 0.95  # of what is there that a plan may fill: predictions are not exact
+MAX_EXTRAPOLATION = 4  # largest factor on the requested sizes for which an estimate is extrapolated
+USABLE_FRACTION = 0.95  # fraction of the free memory or disk that a plan may use, because predictions are not exact
 
 
 def plan_pretraining(
@@ -47,33 +47,33 @@ def plan_pretraining(
     accelerator: str = "auto",
     store: Path | None = None,
 ) -> dict[str, Any]:
-    """Run a few steps of a pretraining run in a process of its own, and say what all of it will take.
+    """Run a few steps of a pretraining run in a separate process, and predict the costs of the whole run.
 
-    The images of these steps are preprocessed into the run's store, where the run finds them; nothing else is left.
+    The images of these steps are preprocessed into the store of the run, where the run uses them later; no other files
+    remain.
 
     Args:
-        config: the run.
-        index: its images.
-        out: the run's folder, or one on the same disk.
-        split_seed: of the split by subject.
-        accelerator: Lightning's name of the device kind.
-        store: folder of preprocessed images; None is the user's cache.
+        config: configuration of the run.
+        index: images of the run.
+        out: folder of the run, or one on the same disk.
+        split_seed: random seed of the split by subject.
+        accelerator: device kind, in the terms of Lightning.
+        store: folder of preprocessed images; None is the cache of the user.
 
     Returns:
-        `seconds` of `start`, `steps`, `count_validations`, `count_checkpoints`, `end`, and `total`; `cpu_seconds` of
-        the process,
-        alike; `peak_memory_bytes` of the training process (or the GPU), `memory_bytes` with its loading processes
-        (which take none of a GPU's); `disk_bytes`; what is `measure_free_bytes`; `suggest_sizes`; and `list_refusals`,
-        a sentence for each thing that does not fit.
+        `seconds` of `start`, `steps`, `validations`, `checkpoints`, `end` and `total`; `cpu_seconds` of the process,
+        with the same keys; `peak_memory_bytes` of the training process (or the GPU); `memory_bytes`, which includes the
+        data-loading workers (except on a GPU); `disk_bytes`; `available` (see `measure_free_bytes`); `suggestions` (see
+        `suggest_sizes`); and `refusals`, one sentence per resource that does not suffice.
 
     Raises:
-        UserError: the few steps cannot be run, whatever their batch size.
-        UsageError: a section cannot be built.
+        UserError: the steps cannot be run with any batch size.
+        UsageError: a section of the configuration cannot be built.
     """
     dry_run_pretraining(config)
     splits = assign_splits(index, seed=split_seed)
     train, held_out = ([r for r in index.records if splits[r.image] == part] for part in ("train", "val"))
-    size = max(2, min(config.batch_size, count_subjects(train)))  # one subject alone is refused by the run itself
+    size = max(2, min(config.batch_size, count_subjects(train)))  # the run itself rejects a single subject
     config = config.model_copy(update={"batch_size": size})
     images = {*sample_image_keys(train, max(size, 10)), *sample_image_keys(held_out, max(size, 3))}
     small_index = replace(
@@ -87,7 +87,7 @@ def plan_pretraining(
 
 
 def sample_image_keys(records: list[ImageRecord], n_subjects: int) -> list[str]:
-    """Keys of one image each of some subjects, and the largest image of all among them."""
+    """Select one image per subject for some subjects, including the largest image of all."""
     firsts: dict[str, ImageRecord] = {}
     for record in sorted(records, key=lambda r: -math.prod(r.shape))[:1] + records:
         firsts.setdefault(record.subject, record)
@@ -103,7 +103,7 @@ def _run_trial_in_process(
     store: Path,
     free_memory: int,
 ) -> tuple[TrialResult, int]:
-    """The figures at the largest batch, of the wanted one and its halves, that this machine can run."""
+    """Run the trial with the requested batch size, halved until it fits in memory; return the result and batch size."""
     batch = config.batch_size
     with tempfile.TemporaryDirectory(prefix="medim-plan-") as folder:
         while True:
@@ -124,8 +124,8 @@ def _run_trial_in_process(
             except (BrokenProcessPool, MemoryError):
                 if batch <= 2:
                     raise UserError(
-                        f"memory: two images a step need more than the {_render_gib(free_memory)} that are free here. "
-                        "Make views.shape or encoder.channels smaller, or take a machine with more memory."
+                        f"memory: two images per step need more than the {_render_gib(free_memory)} that are free. "
+                        "Reduce views.shape or encoder.channels, or use a machine with more memory."
                     ) from None
             smaller = max(2, batch // 2)
             log.info("a batch of %d needs more memory than is free; trying %d", batch, smaller)
@@ -134,13 +134,14 @@ def _run_trial_in_process(
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of RAM, or of the GPU where the run is on one (not run), that a run takes at once.
+    """Memory of a run in bytes: GPU memory if the run uses a GPU (not run), else RAM.
 
     Attributes:
-        base: the training process without a batch, with the images that the whole run keeps in RAM.
-        image: what each image of a batch adds.
-        workers: the loading processes, which take none of a GPU's.
-        end: the training process at its peak over a run with a batch that could be measured, its end included.
+        base: memory of the training process without a batch, including the images that the run keeps in RAM.
+        image: additional memory per image of a batch.
+        workers: memory of the data-loading workers; 0 on a GPU.
+        end: peak memory of the training process over a whole run with the measured batch size, including the end of the
+            run.
     """
 
     base: float
@@ -149,11 +150,11 @@ class MemoryEstimate:
     end: float
 
     def peak(self, batch: int) -> int:
-        """Of the training process, with at least the batch that was measured."""
+        """Compute the peak of the training process for a batch size that is not below the measured one."""
         return int(max(self.base + self.image * batch, self.end))
 
     def total(self, batch: int) -> int:
-        """With the loading processes."""
+        """Compute the peak of the training process and its data-loading workers."""
         return self.peak(batch) + int(self.workers)
 
 
@@ -166,15 +167,15 @@ def predict_costs(
     *,
     free_bytes: dict[str, int],
 ) -> dict[str, Any]:
-    """The whole run from what a short one took; see `plan_pretraining`.
+    """Predict the costs of the whole run from those of a short run; see `plan_pretraining`.
 
     Args:
-        config: the run; its batch size is the wanted one.
-        trial: of the short run.
-        batch: its batch size, smaller than the wanted one where that could not be run.
-        train: images to train on.
-        held_out: images to measure on.
-        free_bytes: bytes free, by what.
+        config: configuration of the run, with the requested batch size.
+        trial: result of the short run.
+        batch: batch size of the short run; smaller than the requested one if that did not fit in memory.
+        train: images of the training split.
+        held_out: images of the validation split.
+        free_bytes: free bytes of `memory`, `disk` and `store`.
     """
     counts = _count_operations(config, trial, batch, train, held_out)
     seconds, cpu_seconds = (_compute_seconds(trial.clocks[clock], counts) for clock in ("wall", "cpu"))
@@ -213,7 +214,7 @@ def predict_costs(
 def _count_operations(
     config: PretrainConfig, trial: TrialResult, batch: int, train: list[ImageRecord], held_out: list[ImageRecord]
 ) -> dict[str, float]:
-    """How often the run does each thing that the short one timed."""
+    """Count how often the run performs each operation that the short run timed."""
     view_ratio = count_validation_images(config, train, held_out) / max(1, trial.validation_images)
     n_reference = count_reference_images(train, held_out) if trial.reference_images else 0
     return {
@@ -228,7 +229,7 @@ def _count_operations(
 
 
 def _compute_seconds(unit_seconds: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
-    """Seconds of each part of the run, and in total, on the clock that took `unit_seconds` of each thing."""
+    """Compute the seconds of each part of the run and in total, from the seconds per operation of one clock."""
     seconds = {name: unit_seconds[name] * count for name, count in counts.items()}
     parts = {
         "start": unit_seconds["start"] + seconds["check"] + seconds["prepare"],
@@ -241,7 +242,10 @@ def _compute_seconds(unit_seconds: dict[str, float], counts: dict[str, float]) -
 
 
 def _count_store_reads(config: PretrainConfig, trial: TrialResult, images: int) -> float:
-    """Images read from the store, not from RAM, in the training process: each once, or ever again where RAM ends."""
+    """Count the images that the training process reads from the store instead of RAM.
+
+    Each image is read once; if not all images fit in RAM, the others are read each time.
+    """
     if config.workers:
         return 0.0
     n_reads = config.max_steps * config.batch_size
@@ -252,17 +256,17 @@ def _count_store_reads(config: PretrainConfig, trial: TrialResult, images: int) 
 def estimate_memory(
     config: PretrainConfig, trial: TrialResult, batch: int, train: list[ImageRecord], held_out: list[ImageRecord]
 ) -> MemoryEstimate:
-    """What the run will take: the figures of the short one, and the images that it will keep beyond those it kept.
+    """Estimate the memory of the run from that of the short run and the additional images kept in RAM.
 
     Args:
-        config: the run.
-        trial: of the short run.
-        batch: its batch size.
-        train: images to train on.
-        held_out: images to measure on.
+        config: configuration of the run.
+        trial: result of the short run.
+        batch: batch size of the short run.
+        train: images of the training split.
+        held_out: images of the validation split.
     """
     base, image = trial.memory["before"], (trial.memory["steps"] - trial.memory["before"]) / batch
-    if trial.device == "cuda":  # images and loading processes are in RAM
+    if trial.device == "cuda":  # images and data-loading workers are in RAM
         return MemoryEstimate(base, image, 0.0, trial.memory["end"])
     image_bytes = trial.bytes["in_memory"]
     cache_growth = max(0.0, estimate_cached_bytes(config, image_bytes, train, held_out) - trial.bytes["cached"])
@@ -274,13 +278,13 @@ def estimate_memory(
 
 
 def estimate_disk(config: PretrainConfig, trial: TrialResult) -> dict[str, int]:
-    """Bytes that the run will write into the `store`, as `count_checkpoints` and as the rest of the `run`.
+    """Estimate the bytes on disk of the `store`, of the `checkpoints` and of the other files of the `run`.
 
     Args:
-        config: the run.
-        trial: of the short run.
+        config: configuration of the run.
+        trial: result of the short run.
     """
-    n_checkpoints = min(MAX_CHECKPOINTS + 1, count_checkpoints(config))  # one more while it is written
+    n_checkpoints = min(MAX_CHECKPOINTS + 1, count_checkpoints(config))  # one more while a checkpoint is being written
     return {
         "store": int(trial.bytes["image"] * trial.missing),
         "checkpoints": int(n_checkpoints * trial.bytes["checkpoint"]),
@@ -289,17 +293,17 @@ def estimate_disk(config: PretrainConfig, trial: TrialResult) -> dict[str, int]:
 
 
 def suggest_sizes(config: PretrainConfig, memory: MemoryEstimate, trial_batch: int, free: float) -> dict[str, Any]:
-    """The largest batch, and the largest views at this batch, that fit by the figures of an image.
+    """Compute the largest batch size, and the largest views at the requested batch size, that fit in memory.
 
     Args:
-        config: the run.
-        memory: that it takes.
-        trial_batch: the batch size that could be run; twice of it could not where it is not the wanted one.
-        free: bytes that a plan may fill.
+        config: configuration of the run.
+        memory: memory estimate of the run.
+        trial_batch: batch size of the short run; if it is not the requested one, twice this size did not fit.
+        free: bytes that a plan may use.
 
     Returns:
-        `batch_size`, None where not even two fit, and `views`, None where the coarsest map would have fewer than two
-        cells a side; both None where it is the run's end that does not fit, which neither changes.
+        `batch_size`, None if fewer than two images fit, and `views`, None if the coarsest map would have fewer than two
+        cells per side. Both are None if only the end of the run does not fit, which does not depend on them.
     """
     room = free - memory.base - memory.workers
     if memory.total(config.batch_size) > free and room >= memory.image * config.batch_size:
@@ -323,19 +327,19 @@ def list_refusals(
     *,
     oversized_batch: int | None = None,
 ) -> list[str]:
-    """A sentence for each thing of which there is not enough: what is needed, what is there, what to change.
+    """Describe each resource that does not suffice: the required bytes, the free bytes and the remedy.
 
     Args:
-        requirements: bytes, by what.
-        free_bytes: bytes free, by what.
-        hints: see `suggest_sizes`.
-        oversized_batch: the wanted batch size, where it was tried and memory did not suffice.
+        requirements: required bytes of `memory`, `disk` and `store`.
+        free_bytes: free bytes of the same resources.
+        hints: result of `suggest_sizes`.
+        oversized_batch: the requested batch size, if it was tried and did not fit in memory.
     """
     sentences, exceeds_memory = [], requirements["memory"] > free_bytes["memory"] * USABLE_FRACTION
     if exceeds_memory or oversized_batch:
         ways = [f"--set batch_size={hints['batch_size']}"] if hints["batch_size"] else []
         ways += [f"--set views.shape={hints['views']}".replace(" ", "")] if hints["views"] else []
-        change = f"{' or '.join(ways)} would fit" if ways else "no batch or view would fit; take a smaller encoder"
+        change = f"{' or '.join(ways)} would fit" if ways else "no batch or view size would fit; use a smaller encoder"
         shortage = (
             f"the run needs about {_render_gib(requirements['memory'])}"
             if exceeds_memory
@@ -343,11 +347,11 @@ def list_refusals(
         )
         sentences.append(
             f"memory: {shortage}, and {_render_gib(free_bytes['memory'])} are free here; "
-            f"{change} (--set encode_in_chunks_of=N needs less too, where nothing normalises over the batch)."
+            f"{change} (--set encode_in_chunks_of=N also reduces memory, without batch normalisation)."
         )
     for name, place, change in (
-        ("disk", "--out", "give another --out or a larger checkpoint_every_steps"),
-        ("store", "the store", "free some space or set MEDIM_CACHE to a larger disk"),
+        ("disk", "--out", "use another --out or a larger checkpoint_every_steps"),
+        ("store", "the store", "free some space or set MEDIM_CACHE to a folder on a larger disk"),
     ):
         if requirements[name] > free_bytes[name] * USABLE_FRACTION:
             sentences.append(
@@ -358,15 +362,15 @@ def list_refusals(
 
 
 def measure_free_bytes(out: Path, store: Path | None, memory: int) -> dict[str, int]:
-    """Bytes free: of memory, on the run's disk, on the store's."""
+    """Measure the free bytes of memory, of the disk of the run and of the disk of the store."""
     return {"memory": memory, "disk": free_disk(out), "store": free_disk(store or locate_default_store())}
 
 
 def check_plan(estimate: dict[str, Any]) -> None:
-    """Refuse a plan that does not fit this machine.
+    """Reject a plan that does not fit this machine.
 
     Raises:
-        UserError: its first refusal.
+        UserError: the first refusal of the plan.
     """
     if estimate["refusals"]:
         raise UserError(cast(str, estimate["refusals"][0]))

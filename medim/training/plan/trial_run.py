@@ -1,4 +1,4 @@
-"""A few real steps of a pretraining run, taken apart: `medim.training.plan.plan` calls it in a process of its own."""
+"""Time a few steps of a pretraining run; `medim.training.plan.plan` calls it in a separate process."""
 
 from __future__ import annotations
 
@@ -41,30 +41,31 @@ from medim.training.tracking.tracking import check_target
 from medim.types import UsageError
 
 MAX_STEPS, MIN_STEPS, TARGET_SECONDS = 60, 5, 20.0
-WARM_UP_STEPS = 2  # steps that are left out of the mean
-TIMING_IMAGES = 4  # enough to time one
+WARM_UP_STEPS = 2  # first steps, left out of the mean
+TIMING_IMAGES = 4  # enough images to time one
 
-Timestamp = tuple[float, float]  # seconds of a clock on the wall, and of this process on its processors
+Timestamp = tuple[float, float]  # seconds of wall-clock time and of processor time of this process
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What a short run took.
+    """Time, memory and file sizes of a short run.
 
     Attributes:
-        steps: it made.
-        images: it was given.
-        missing: images of the whole index that the store does not hold.
-        reference_images: those whose statistics were written at its end.
-        validation_images: views that each of its validations encoded.
-        device: kind of the device it ran on, whose memory is told.
-        clocks: by `wall` and `cpu`, seconds of `start`, `first_step` (beyond a later one), `step`, `validation`,
-            `checkpoint`, `end`; and of one image `check` (is it in the store), `prepare` (bring it there), `read` (from
-            there, beyond reading from RAM), `reference`.
-        memory: bytes of the process `before` its first step, at its peak until the `steps` were done and until its
-            `end`; and of a `worker`, always in RAM.
-        bytes: of an `image` in the store and `in_memory`, of what was `cached` and what each worker did
-            (`worker_cached`), of a `checkpoint`, a step's rows of the `history`, and the rest of the `run`.
+        steps: number of steps of the short run.
+        images: number of images of the short run.
+        missing: number of images of the whole index that are not in the store.
+        reference_images: number of images with statistics for the out-of-distribution detector.
+        validation_images: number of views that each validation encoded.
+        device: kind of the device; `memory` is that of this device.
+        clocks: seconds by clock (`wall`, `cpu`) and operation: `start`, `first_step` (beyond a later step), `step`,
+            `validation`, `checkpoint`, `end`; and per image `check` (look up in the store), `prepare` (preprocess into
+            the store), `read` (from the store, beyond reading from RAM), `reference`.
+        memory: bytes of the process `before` its first step, at the peak of its `steps` and at the peak until its
+            `end`; and RAM of one `worker`.
+        bytes: size of an `image` in the store and `in_memory`, of the images `cached` in RAM by the training process
+            and by each worker (`worker_cached`), of a `checkpoint`, of the rows of `history` per step, and of the other
+            files of the `run`.
     """
 
     steps: int
@@ -79,10 +80,10 @@ class TrialResult:
 
 
 class TimingCallback(pl.Callback):
-    """Notes when each step and validation ended and what the process held; ends the run when it has seen enough.
+    """Records times and memory of steps and validations, and ends the run after enough measurements.
 
     Args:
-        checkpoint: where one is saved at the end, to be timed.
+        checkpoint: path of the checkpoint that is saved and timed at the end.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -95,14 +96,14 @@ class TimingCallback(pl.Callback):
         self.device = torch.device("cpu")
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """The first batch is yet to be loaded."""
+        """Record the start time and memory, before the first batch is loaded."""
         self.device = trainer.strategy.root_device
         self.start, self.memory_before = timestamp(), memory_allocated(self.device)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        """A step is done."""
+        """Record the end time of a step, and stop the run after enough steps."""
         self.step_ends.append(timestamp())
         enough = self.step_ends[-1][0] - self.step_ends[0][0] > TARGET_SECONDS and len(self.step_ends) >= MIN_STEPS
         trainer.should_stop |= enough
@@ -110,16 +111,18 @@ class TimingCallback(pl.Callback):
             self.worker_memory = children_memory()
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Start the clock."""
+        """Record the start time of a validation."""
         self._validation_start = timestamp()
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Stop it."""
+        """Record the duration of a validation."""
         self.validation_times.append(elapsed(self._validation_start))
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Save a checkpoint, and start the clock of the run's end."""
-        self.memory_peak = max_memory_allocated(self.device)  # of steps: what saving takes does not grow with the batch
+        """Save a checkpoint, and record its duration and the start time of the end of the run."""
+        self.memory_peak = max_memory_allocated(
+            self.device
+        )  # of the steps: the memory for saving does not depend on the batch size
         save_start = timestamp()
         trainer.save_checkpoint(self._checkpoint)
         self.save_time = elapsed(save_start)
@@ -136,20 +139,20 @@ def run_trial(
     store: Path,
     free: int,
 ) -> TrialResult:
-    """Pretrain on a few images, in this process, which must be a fresh one: it changes the working folder and limits.
+    """Pretrain on a few images in this process, which must be a fresh one: its working folder and limits change.
 
     Args:
-        config: the run.
-        small_index: images enough for a batch and a held-out batch, with their splits.
+        config: configuration of the run.
+        small_index: images sufficient for a training batch and a validation batch, with their splits.
         index: all images of the run.
-        out: a temporary folder.
-        split_seed: of the split by subject.
-        accelerator: Lightning's name of the device kind.
+        out: temporary folder.
+        split_seed: random seed of the split by subject.
+        accelerator: device kind, in the terms of Lightning.
         store: folder of preprocessed images.
-        free: bytes that this process may take beyond what it holds.
+        free: bytes that this process may allocate in addition.
 
     Raises:
-        MemoryError: it needs more than `free`.
+        MemoryError: the process needs more than `free` bytes.
     """
     store = store.absolute()
     small_index, index = (replace(i, root=i.root.resolve()) for i in (small_index, index))
@@ -158,12 +161,12 @@ def run_trial(
     os.chdir(out)
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{out / 'mlflow.db'}"
     if tracking_ready:
-        check_target()  # the run's own data base is made already
+        check_target()  # the database of the real run exists, so its creation is not timed
     try:
         if not uses_cuda(accelerator):
             _limit_memory(free)
         return _time_run(config, small_index, index, out, split_seed, accelerator, store)
-    except (RuntimeError, UsageError) as error:  # as it is, or as what `rehearse` makes of it
+    except (RuntimeError, UsageError) as error:  # raised directly, or converted by the dry run
         if "allocate memory" in str(error) or "out of memory" in str(error):
             raise MemoryError from error
         raise
@@ -200,7 +203,7 @@ def _time_run(
         "checkpoint": timing.save_time,
         "end": _subtract_times(
             end, _sum_times([*timing.validation_times[timing.n_fit_validations :], timing.save_time])
-        ),  # the run saves its last step, too
+        ),  # the run also saves its last step
         "check": check,
         "prepare": prepare,
         "read": _time_read(config, cohort),
@@ -222,7 +225,7 @@ def _time_run(
 
 
 def _prepare_images(config: PretrainConfig, small_index: Index, index: Index, folder: Path) -> tuple[Timestamp, int]:
-    """Bring the images of the short run into the store; what one took, and how many of all are missing then."""
+    """Preprocess the images of the short run; return the time per image, and the number of images still missing."""
     store, steps = Store(folder), config.preprocessing
 
     def is_in_store(record: Any, source_index: Index) -> bool:
@@ -241,16 +244,16 @@ def _prepare_images(config: PretrainConfig, small_index: Index, index: Index, fo
 
 
 def _ignore_errors(work: Callable[[], object]) -> None:
-    """Do what may fail for one bad file, as the run would leave it out."""
+    """Call a function that may fail for a bad file, which the run itself would leave out."""
     try:
         work()
-    except Exception as error:  # a decoder may raise anything
+    except Exception as error:  # a decoder may raise any exception
         if isinstance(error, MemoryError):
             raise
 
 
 def _time_read(config: PretrainConfig, cohort: Cohort) -> Timestamp:
-    """Reading an image from the store, beyond what it costs from RAM."""
+    """Measure the time to read an image from the store, beyond that of reading it from RAM."""
     keys, views = cohort.store_keys(cohort.records("train"))[:TIMING_IMAGES], config.views
     data = ViewDataset(cohort.store, keys, shape=views.shape, count=views.count, augmentations=views.augmentations)
     times = []
@@ -263,7 +266,7 @@ def _time_read(config: PretrainConfig, cohort: Cohort) -> Timestamp:
 
 
 def _time_reference(config: PretrainConfig, cohort: Cohort, encoder: Path) -> tuple[Timestamp, int]:
-    """What an image's statistics for the guard take, and of how many they were written."""
+    """Measure the time per image for the statistics of the out-of-distribution detector, and count the images."""
     if not (encoder / OOD_FILE).is_file():
         return (0.0, 0.0), 0
     records = cohort.records("train")
@@ -292,23 +295,23 @@ def _measure_file_sizes(config: PretrainConfig, cohort: Cohort, out: Path) -> di
 
 
 def timestamp() -> Timestamp:
-    """Both clocks."""
+    """Read the wall clock and the processor clock."""
     return time.perf_counter(), time.process_time()
 
 
 def elapsed(start: Timestamp) -> Timestamp:
-    """Seconds from then to now."""
+    """Compute the seconds since a timestamp."""
     return _subtract_times(timestamp(), start)
 
 
 def _limit_memory(free: int) -> None:
-    """Let what this machine cannot hold fail here, rather than bring the machine down."""
+    """Limit the memory of this process, so that an allocation fails here instead of exhausting the machine."""
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_DATA, (process_status_bytes("VmData") + free, resource.RLIM_INFINITY))
 
 
 def _is_tracking_ready(uri: str) -> bool:
-    """Whether a tracking target exists; only a local SQLite file may not."""
+    """Whether a tracking target exists; only a local SQLite file may be missing."""
     return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).is_file()
 
 

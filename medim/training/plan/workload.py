@@ -1,4 +1,4 @@
-"""How much a pretraining run reads, encodes, saves and keeps in RAM, counted from its configuration and its images."""
+"""Count the images that a pretraining run reads, encodes and keeps in RAM, and its validations and checkpoints."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ RecordSequence = Sequence[ImageRecord]
 
 
 def count_subjects(records: RecordSequence) -> int:
-    """Number of subjects."""
+    """Count the subjects of records."""
     return len({record.subject for record in records})
 
 
 def count_validations(config: PretrainConfig, held_out: RecordSequence) -> int:
-    """Number of validations of a run: at every checkpoint, at the end, and at `FIRST_VALIDATION_STEP`."""
+    """Count the validations of a run: at every checkpoint, at the end, and at `FIRST_VALIDATION_STEP`."""
     if count_subjects(held_out) < 2:
         return 0
     steps = config.max_steps
@@ -34,12 +34,12 @@ def count_validations(config: PretrainConfig, held_out: RecordSequence) -> int:
 
 
 def count_checkpoints(config: PretrainConfig) -> int:
-    """How many a run writes; the last step's is always among them."""
+    """Count the checkpoints of a run, including that of the last step."""
     return math.ceil(config.max_steps / config.checkpoint_every_steps)
 
 
 def count_validation_images(config: PretrainConfig, train: RecordSequence, held_out: RecordSequence) -> int:
-    """Views that one validation encodes: held-out batches, pairs, and both sides of the probe."""
+    """Count the views that one validation encodes: held-out batches, pairs, and support and queries of the probe."""
     if count_subjects(held_out) < 2:
         return 0
     batches = HELD_OUT_BATCHES * min(config.batch_size, count_subjects(held_out)) * config.views.count
@@ -47,20 +47,20 @@ def count_validation_images(config: PretrainConfig, train: RecordSequence, held_
 
 
 def count_reference_images(train: RecordSequence, held_out: RecordSequence) -> int:
-    """Images whose statistics are written for the guard."""
+    """Count the images with statistics for the out-of-distribution detector."""
     return sum(min(MAX_IMAGES, len(records)) for records in (train, held_out))
 
 
 def estimate_cached_bytes(
     config: PretrainConfig, image_bytes: float, train: RecordSequence, held_out: RecordSequence
 ) -> int:
-    """Bytes of images that the training process keeps in RAM in the end.
+    """Estimate the bytes of images that the training process keeps in RAM at the end of the run.
 
     Args:
-        config: the run.
-        image_bytes: bytes of an image.
-        train: images to train on, which loading processes keep where there are any.
-        held_out: images to measure on.
+        config: configuration of the run.
+        image_bytes: bytes per image.
+        train: images of the training split; with data-loading workers, the workers keep them.
+        held_out: images of the validation split.
     """
     n_train = 0 if config.workers else min(len(train), config.max_steps * config.batch_size)
     total = _cached(n_train, image_bytes)
@@ -73,7 +73,7 @@ def estimate_cached_bytes(
 
 
 def estimate_worker_cached_bytes(config: PretrainConfig, image_bytes: float, train: RecordSequence) -> int:
-    """Bytes of training images that each loading process keeps in RAM in the end; see `estimate_cached_bytes`."""
+    """Estimate the bytes of training images that each data-loading worker keeps in RAM; see `estimate_cached_bytes`."""
     if not config.workers:
         return 0
     return _cached(min(len(train), math.ceil(config.max_steps / config.workers) * config.batch_size), image_bytes)
@@ -84,14 +84,16 @@ def _cached(count: int, image_bytes: float, limit: int = CACHE_BYTES) -> int:
 
 
 def _count_pairs(config: PretrainConfig, held_out: RecordSequence) -> int:
-    """Images of `medim.training.pretrain.online_probe.AlignmentMetric`."""
+    """Count the images of `medim.training.pretrain.online_probe.AlignmentMetric`."""
     return min(MAX_PAIRS, max(MIN_CLASS_SUBJECTS, 2 * config.batch_size), count_subjects(held_out))
 
 
 def _count_probe_images(config: PretrainConfig, train: RecordSequence) -> tuple[int, int]:
-    """Images on the two sides of the online probe, if the draw of its subjects keeps the shares of the classes."""
+    """Count the support and query images of the online probe, for a sample with the class proportions of all subjects."""
     labels = {record.subject: record.label for record in train if record.label is not None}
-    if config.select_without_labels or finding_names(labels.values()):  # blind, or several findings an image
+    if config.select_without_labels or finding_names(
+        labels.values()
+    ):  # labels are not used, or several findings per image
         return 0, 0
     limit = min(MAX_SUBJECTS, max(MIN_SUBJECTS, 4 * config.batch_size))
     n_queries = min(limit, len(labels) // 3)

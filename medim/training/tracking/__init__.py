@@ -1,1 +1,1 @@
-"""MLflow tracking that survives an unreachable server."""
+"""MLflow tracking that tolerates an unreachable server."""

@@ -1,4 +1,4 @@
-"""What a run has written down, put into MLflow's terms and sent."""
+"""Send the records of an outbox to MLflow."""
 
 from __future__ import annotations
 
@@ -27,26 +27,27 @@ REJECTION_CODES = {
 
 
 def tracking_uri() -> str:
-    """`MLFLOW_TRACKING_URI`, or a SQLite file in the working folder."""
+    """Get `MLFLOW_TRACKING_URI`, or the URI of a SQLite file in the working folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
 
 
 def send(outbox: Outbox, records: Sequence[OutboxRecord]) -> None:
-    """Send records in their order, and note each that arrives.
+    """Send records in order, and acknowledge each record that arrived.
 
     Args:
-        outbox: theirs.
-        records: of one key each, that says which kind: `run`, `params`, `metrics`, `tags`, `artifact`, `model`, `end`.
+        outbox: outbox of the records.
+        records: records with one key for the kind: `run`, `params`, `metrics`, `tags`, `artifact`, `model` or `end`.
 
     Raises:
-        Exception: of any kind, where the server did not take them; what it refuses for good is told and left out.
+        Exception: of any kind, if the server did not accept the records. A record that the server rejects permanently
+            is logged and left out.
     """
     client = MlflowClient(tracking_uri=tracking_uri())
     numbers: list[Metric] = []
     n_pending = 0
 
     def flush_metrics() -> None:
-        """Send the metrics that were held back, a thousand numbers a request, and note the arrival of their records."""
+        """Send the collected metrics, 1,000 numbers per request, and acknowledge their records."""
         nonlocal numbers, n_pending
         with _skip_rejected("metrics"):
             for start in range(0, len(numbers), 1000):
@@ -70,17 +71,17 @@ def send(outbox: Outbox, records: Sequence[OutboxRecord]) -> None:
 
 @contextmanager
 def _skip_rejected(kind: str) -> Iterator[None]:
-    """Tell what a server will never take, a file that is gone or a store without its library, and go on."""
+    """Log and skip a record that can never be sent: rejected by the server, file missing, or library missing."""
     try:
         yield
     except (MlflowException, FileNotFoundError, ImportError) as error:
         if isinstance(error, MlflowException) and error.error_code not in REJECTION_CODES:
             raise
-        log.warning("tracking: %s was refused and left out (%s)", kind, error)
+        log.warning("tracking: %s was rejected and left out (%s)", kind, error)
 
 
 def _send_record(client: MlflowClient, outbox: Outbox, record: OutboxRecord) -> None:
-    """Send one record that is not of metrics."""
+    """Send one record of any kind except metrics."""
     if "run" in record:
         outbox.state["run"] = _resume_or_create_run(client, outbox.state.get("run"), **record["run"])
         return
@@ -102,7 +103,7 @@ def _send_record(client: MlflowClient, outbox: Outbox, record: OutboxRecord) -> 
 def _resume_or_create_run(
     client: MlflowClient, run_id: str | None, *, experiment: str, name: str, tags: Mapping[str, str]
 ) -> str:
-    """Take a run up, or make it where it is new or gone."""
+    """Resume a run, or create it if it is new or was deleted."""
     if run_id:
         try:
             client.update_run(run_id, status="RUNNING")
@@ -120,8 +121,8 @@ def _resume_or_create_run(
 def _register_encoder(client: MlflowClient, run: str, out: Path, name: str) -> None:
     """Log an encoder as a model without a pickle, and register it as a new version of `name`.
 
-    The model is safetensors and JSON; `medim.training.tracking.pyfunc` loads it. Its signature is explicit, and its
-    example, noise and what the encoder makes of it, lies beside it as `example.npz`.
+    The model consists of safetensors and JSON and is loaded by `medim.training.tracking.pyfunc`. It has an explicit
+    signature. `example.npz` contains an example: noise as input and the output of the encoder.
     """
     from mlflow.models import Model
     from mlflow.models.signature import ModelSignature

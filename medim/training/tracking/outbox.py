@@ -1,7 +1,7 @@
-"""What is on its way to a tracking server: on the disk of the run until it has arrived.
+"""Outbox of a run: records for the tracking server, stored on disk until they have arrived.
 
-A record is written down first and sent afterwards, from a thread of its own, so a server that is slow, away or gone
-costs a run no step and no number: what a kill, or the end of the run, finds unsent stays in the run's folder.
+A record is first written to disk and later sent by a separate thread, so a slow or unreachable server neither delays a
+step nor loses a number. Records that are unsent when the run ends or is killed stay in the folder of the run.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ log = logging.getLogger(__name__)
 OutboxRecord = dict[str, Any]
 SendFunction = Callable[["Outbox", list[OutboxRecord]], None]
 RECORDS, STATE = "mlflow.jsonl", "mlflow.json"
-EVERY_SECONDS = 2.0  # between two deliveries, or two tries
-BATCH_SIZE = 200  # records in a delivery
+EVERY_SECONDS = 2.0  # between two deliveries, or two attempts
+BATCH_SIZE = 200  # records per delivery
 
 
 class Outbox:
-    """Records in `mlflow.jsonl` of a run's folder, and in `mlflow.json` what is known of the run and how many arrived.
+    """Records of a run in `mlflow.jsonl`, and the state of the delivery in `mlflow.json`.
 
     Args:
-        out: the run's folder; what an earlier process left there is taken up.
+        out: folder of the run; the unsent records of an earlier process are read.
 
     Attributes:
-        state: `run` (MLflow's id), `sent` (records of the file), `last` (the last step of each metric).
+        state: `run` (run id of MLflow), `sent` (number of records of the file that were sent), `last` (last step of
+            each metric).
     """
 
     def __init__(self, out: Path) -> None:
@@ -48,7 +49,7 @@ class Outbox:
         self._file = self._path.open("a", encoding="utf-8")
 
     def _read_pending(self) -> list[OutboxRecord]:
-        """What was not sent; what a kill or a full disk has spoilt is told and taken off."""
+        """Read the unsent records; damaged lines, left by a kill or a full disk, are logged and removed."""
         if not self._path.is_file():
             return []
         text = self._path.read_text(encoding="utf-8", errors="replace")
@@ -56,14 +57,14 @@ class Outbox:
         n_sent = self.state.get("sent", 0)
         records = [record for line in lines[n_sent:] if (record := _parse_record(line))]
         if len(records) != len(lines) - n_sent or not text.endswith("\n"):
-            log.warning("tracking: %s: not whole; %d records are left to send", self._path, len(records))
+            log.warning("tracking: %s is damaged; %d readable records are left to send", self._path, len(records))
             self.state["sent"] = 0
             write_json(self.out / STATE, self.state)
             write_text(self._path, "".join(json.dumps(record) + "\n" for record in records))
         return records
 
     def add(self, record: OutboxRecord) -> None:
-        """Write a record down; one with `metrics` has a `step`."""
+        """Write a record to disk; a record with `metrics` has a `step`."""
         with self._lock:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
@@ -75,19 +76,19 @@ class Outbox:
             self.last[name] = max(record["step"], self.last.get(name, -1))
 
     def pending(self, limit: int | None = None) -> list[OutboxRecord]:
-        """The oldest records that have not arrived."""
+        """List the oldest records that have not arrived."""
         with self._lock:
             return self._pending[:limit]
 
     def acknowledge(self, count: int) -> None:
-        """Note that the oldest `count` have arrived."""
+        """Record that the oldest `count` records have arrived."""
         with self._lock:
             del self._pending[:count]
             self.state["sent"] = self.state.get("sent", 0) + count
             write_json(self.out / STATE, self.state)
 
     def close(self) -> None:
-        """Close the file, and remove it where nothing waits."""
+        """Close the file, and delete it if no record is pending."""
         with self._lock:
             self._file.close()
             if not self._pending:
@@ -97,7 +98,7 @@ class Outbox:
 
 
 def _parse_record(line: str) -> OutboxRecord | None:
-    """What a line holds; None where it is not whole."""
+    """Parse the record of a line; None if the line is incomplete."""
     try:
         content = json.loads(line)
     except ValueError:
@@ -106,13 +107,14 @@ def _parse_record(line: str) -> OutboxRecord | None:
 
 
 class OutboxSender(threading.Thread):
-    """Sends a journal's records in their order, and again until they arrive.
+    """Thread that sends the records of an outbox in order and retries until they arrive.
 
     Args:
-        outbox: whose.
-        send: delivers records, oldest first, or raises; what had arrived before may be sent a second time.
-        measure: asked for a record before a delivery, at most every `measure_seconds`; None where there is none.
-        measure_seconds: see `measure`.
+        outbox: outbox to send.
+        send: function that sends records, oldest first, or raises; records that had already arrived may be sent again.
+        measure: function that returns a record of measurements; called before a delivery, at most every
+            `measure_seconds`. None disables measurements.
+        measure_seconds: shortest time between two measurements.
     """
 
     def __init__(
@@ -131,13 +133,13 @@ class OutboxSender(threading.Thread):
         self._offline_since: float | None = None
 
     def run(self) -> None:
-        """Deliver until closed and done, or closed and out of time."""
+        """Send records until the sender is closed, and either all have arrived or the time is over."""
         last_measurement = -float("inf")
         while True:
             closing = self._closing.is_set()
             if self._measure and not closing and time.monotonic() - last_measurement >= self._measure_seconds:
                 last_measurement = time.monotonic()
-                with suppress(Exception):  # what a system or a driver does not tell
+                with suppress(Exception):  # a system or driver without this figure
                     self._outbox.add(self._measure())
             success = self._send_batch()
             if closing and ((success and not self._outbox.pending(1)) or time.monotonic() > self._deadline):
@@ -157,25 +159,28 @@ class OutboxSender(threading.Thread):
             return True
         try:
             self._send(self._outbox, records)
-        except Exception as error:  # whatever a server, a network or a disk may do to it
+        except Exception as error:  # any failure of a server, a network or a disk
             if self._offline_since is None:
                 self._offline_since = time.monotonic()
-                message = re.sub(r"//[^/@\s]*@", "//", str(error))  # no password
-                log.warning("tracking: the server does not take records (%s); they are kept, and sent again", message)
+                message = re.sub(r"//[^/@\s]*@", "//", str(error))  # remove passwords
+                log.warning("tracking: the server does not accept records (%s); they are kept and sent again", message)
             return False
         if self._offline_since is not None:
-            log.info("tracking: the server answers again after %.0f s", time.monotonic() - self._offline_since)
+            log.info("tracking: the server accepts records again after %.0f s", time.monotonic() - self._offline_since)
             self._offline_since = None
         return True
 
     def finish(self, seconds: float) -> int:
-        """Send what waits, for at most so long.
+        """Send the pending records within the given time, and close the outbox.
+
+        Args:
+            seconds: longest time for sending.
 
         Returns:
-            How many records have not arrived.
+            Number of records that have not arrived.
         """
         self._deadline = time.monotonic() + seconds
         self._closing.set()
-        self.join(seconds + 15.0)  # a request that is on may take its time-out
+        self.join(seconds + 15.0)  # a request in progress may last until its time-out
         self._outbox.close()
         return len(self._outbox.pending())

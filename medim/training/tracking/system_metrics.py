@@ -1,4 +1,4 @@
-"""How busy the machine is, under the names of MLflow's system metrics, without the packages that those need."""
+"""System metrics under the names of MLflow, measured without the packages that MLflow needs for them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ METRIC_PREFIX = "system/"
 
 
 class SystemMetrics:
-    """Measures processor, memory, disk and GPU memory.
+    """Measurement of processor, memory, disk and GPU memory.
 
     Args:
-        folder: on the disk that counts.
+        folder: folder on the disk to measure.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -24,7 +24,10 @@ class SystemMetrics:
         self._previous_ticks = _read_cpu_ticks()
 
     def __call__(self) -> dict[str, float]:
-        """Percentages and megabytes; the processor's since the last call. What a system does not tell is left out."""
+        """Measure percentages and megabytes; those of the processor since the last call.
+
+        Metrics that the system does not provide are left out.
+        """
         disk = shutil.disk_usage(self._folder)
         metrics = {
             "disk_usage_percentage": 100 * disk.used / disk.total,
@@ -45,7 +48,7 @@ class SystemMetrics:
         is_cuda_active = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         for gpu in range(torch.cuda.device_count() if is_cuda_active else 0):
             if not torch.cuda.memory_reserved(gpu):
-                continue  # not this run's: asking would open a context on it
+                continue  # not used by this run: a query would open a context on it
             free, total_bytes = torch.cuda.mem_get_info(gpu)
             metrics[f"gpu_{gpu}_memory_usage_megabytes"] = (total_bytes - free) / 1e6
             metrics[f"gpu_{gpu}_memory_usage_percentage"] = 100 * (total_bytes - free) / total_bytes
@@ -53,7 +56,7 @@ class SystemMetrics:
 
 
 def _read_cpu_ticks() -> tuple[int, int]:
-    """Busy and all ticks of the processors since the machine began; zeros where it does not say."""
+    """Read the busy and the total processor ticks since the start of the machine; zeros if not available."""
     try:
         numbers = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     except OSError:
@@ -62,7 +65,7 @@ def _read_cpu_ticks() -> tuple[int, int]:
 
 
 def _read_meminfo() -> dict[str, int]:
-    """Bytes by the kernel's names; empty where it does not say."""
+    """Read the memory figures of the kernel in bytes, by name; empty if not available."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

@@ -1,8 +1,8 @@
-"""MLflow: where runs are tracked.
+"""Track runs with MLflow.
 
-A run writes its records down, `outbox` keeps them until `delivery` has sent them: no step waits for a server, or fails
-with it. What is sent: configuration, numbers, figures, hashes, versions; of images, nothing.
-`python -m medim.training.tracking.tracking RUN` sends what a run could not.
+A run writes records to its `outbox`, and `delivery` sends them from there, so no step waits for a server or fails
+because of one. The records contain the configuration, numbers, figures, hashes and versions, and no image data. `python
+-m medim.training.tracking.tracking RUN` sends the unsent records of a run.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ from medim.types import UserError
 from medim.version import __version__
 
 log = logging.getLogger(__name__)
-STUDY_EXPERIMENT = "medim-study"  # the experiment of all studies
-ANSWER_SECONDS = 10  # how long a tracking server may take to accept a connection
-PATIENCE_SECONDS = 60.0  # for a server that is away when a run has ended
-SHUTDOWN_TIMEOUT = 5.0  # the same where the run was stopped or failed
+STUDY_EXPERIMENT = "medim-study"  # experiment of all studies
+ANSWER_SECONDS = 10  # longest time for a tracking server to accept a connection
+PATIENCE_SECONDS = 60.0  # longest time to send records after a run has finished
+SHUTDOWN_TIMEOUT = 5.0  # longest time to send records after a run was stopped or failed
 MLFLOW_SETTINGS = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds; the journal tries again
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds; the outbox retries
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # results alone are printed
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout is for results
 }
-MAX_PARAMETER_LENGTH = 6000  # characters of a parameter that every server takes
+MAX_PARAMETER_LENGTH = 6000  # characters of a parameter that every server accepts
 
 
 def check_target(resume_folder: Path | None = None) -> None:
-    """Find out within seconds whether runs can be tracked; MLflow itself retries for minutes.
+    """Check within seconds whether runs can be tracked; MLflow itself retries for minutes.
 
     Args:
-        resume_folder: folder of a run that is taken up: where it has been tracked, a server that is away is waited for.
+        resume_folder: folder of a resumed run. If the run was tracked before, an unreachable server is only logged, and
+            its records are sent later.
 
     Raises:
-        UserError: the server does not answer, the URI is of no kind that MLflow knows, or the working folder is
-            read-only.
+        UserError: the server does not respond, MLflow does not support the URI, or the working folder is read-only.
     """
     uri = tracking_uri()
     uri_parts = urlsplit(uri)
@@ -65,7 +65,7 @@ def check_target(resume_folder: Path | None = None) -> None:
             socket.create_connection((uri_parts.hostname or "", port), timeout=ANSWER_SECONDS).close()
         elif not os.environ.get("MLFLOW_TRACKING_URI") and not os.access(Path.cwd(), os.W_OK):
             raise UserError(
-                f"{Path.cwd()}: expected a folder where mlflow.db can be written, got a read-only one. "
+                f"{Path.cwd()}: cannot write mlflow.db, because the folder is read-only. "
                 "Work in another folder, or set MLFLOW_TRACKING_URI."
             )
         else:
@@ -75,19 +75,19 @@ def check_target(resume_folder: Path | None = None) -> None:
         public_uri = urlunsplit(uri_parts._replace(netloc=uri_parts.netloc.rpartition("@")[2]))
         if resume_folder and (resume_folder / STATE).is_file():
             log.warning(
-                "MLFLOW_TRACKING_URI=%s does not answer (%s); the records are kept and sent later", public_uri, error
+                "MLFLOW_TRACKING_URI=%s does not respond (%s); the records are kept and sent later", public_uri, error
             )
             return
         raise UserError(
-            f"MLFLOW_TRACKING_URI={public_uri}: expected an MLflow target that answers, got: {error}. "
-            "Start the server, correct the address, or unset the variable for a local file."
+            f"MLFLOW_TRACKING_URI={public_uri}: no MLflow server or database available: {error}. "
+            "Start the server, correct the address, or unset the variable to track in a local file."
         ) from error
 
 
 def _make_database(uri: str) -> None:
-    """Make a SQLite file that is not there yet beside its place, and put it there whole.
+    """Create a missing SQLite file under a temporary name, and move it to its place when it is complete.
 
-    MLflow itself makes it table by table: of two runs that start at once in a new folder, one then fails.
+    MLflow creates the file table by table, so if two runs start at the same time in a new folder, one of them fails.
     """
     scheme, _, location = uri.partition(":///")
     path = Path(location)
@@ -96,15 +96,15 @@ def _make_database(uri: str) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary_folder:
         database = Path(temporary_folder, path.name)
         MlflowClient(tracking_uri=f"sqlite:///{database.resolve()}")
-        with suppress(OSError):  # another run was first, or no hard links here: MLflow makes it
+        with suppress(OSError):  # another run was first, or the disk has no hard links: MLflow creates it
             os.link(database, path)
 
 
 class Tracker(Logger):
-    """Writes what a run says of itself into its journal.
+    """Lightning logger that writes the records of a run to its outbox.
 
     Args:
-        outbox: of the run.
+        outbox: outbox of the run.
     """
 
     def __init__(self, outbox: Outbox) -> None:
@@ -114,25 +114,25 @@ class Tracker(Logger):
 
     @property
     def name(self) -> str:
-        """Of the kind of logger."""
+        """Name of the kind of logger."""
         return "mlflow"
 
     @property
     def version(self) -> str:
-        """MLflow's id of the run; empty until it has one."""
+        """Run id of MLflow; empty until MLflow has created the run."""
         return str(self._outbox.state.get("run", ""))
 
     def add(self, record: OutboxRecord) -> None:
-        """Write a record of any kind down; see `send`."""
+        """Add a record of any kind; see `send`."""
         self._outbox.add(record)
 
     def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
-        """Log a nested mapping as flat parameters, keys joined by a slash."""
+        """Log a nested mapping as flat parameters with keys joined by a slash."""
         flat = {key: str(value)[:MAX_PARAMETER_LENGTH] for key, value in _flatten_parameters(params)}
         self.add({"params": flat})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log numbers of a step; what a run did a second time after a resume is left out."""
+        """Log the numbers of a step; steps that a resumed run repeats are left out."""
         record_step = step or 0
         new_metrics = {
             name: float(value)
@@ -143,7 +143,7 @@ class Tracker(Logger):
             self.add({"metrics": new_metrics, "step": record_step, "time": int(time.time() * 1000)})
 
     def measure(self) -> OutboxRecord:
-        """A record of how busy the machine is."""
+        """Measure the load of the machine, as a record."""
         metrics = self._system_metrics()
         record_step = 1 + max(self._outbox.last.get(name, -1) for name in metrics)
         return {"metrics": metrics, "step": record_step, "time": int(time.time() * 1000)}
@@ -161,40 +161,43 @@ def _flatten_parameters(content: Mapping[str, Any], prefix: str = "") -> Iterato
 def track_run(
     command: str, config: RunConfig, out: Path, *, seed: int, index_hash: str, parent: str | None = None
 ) -> Iterator[Tracker]:
-    """Open an MLflow run of experiment `medim-<command>`, or take up that of `out`, and close it by how it ended.
+    """Open an MLflow run of experiment `medim-<command>`, or resume that of `out`, and close it with its final status.
 
-    Nothing of the data goes in but the index's hash. A server that goes away meanwhile is told once, and its records
-    are sent when it is back; those of a server that stays away are kept in `out`.
+    The index hash is the only information about the data in the record. If the server becomes unreachable, this is
+    logged once and the records are sent when it is back; if it stays unreachable, the records are kept in `out`.
 
     Args:
         command: pretrain or finetune.
-        config: logged as parameters, flattened.
-        out: the run's folder.
-        seed: of the run.
-        index_hash: which data.
-        parent: run of a study that this one is a part of; it is then logged to the study's experiment.
+        config: configuration, logged as flat parameters.
+        out: folder of the run.
+        seed: random seed of the run.
+        index_hash: hash of the index of the images.
+        parent: MLflow run of the study that this run belongs to; the run is then logged in the experiment of studies.
     """
     tags = {MLFLOW_PARENT_RUN_ID: parent} if parent else {}
     parameters = {**config.model_dump(mode="json"), "seed": seed, "config_hash": config.hash, "index_hash": index_hash}
     run = {"experiment": STUDY_EXPERIMENT if parent else f"medim-{command}", "name": f"{config.name}-{config.hash}"}
-    patience = SHUTDOWN_TIMEOUT if parent else PATIENCE_SECONDS  # a study sends at its end what its cells could not
+    patience = (
+        SHUTDOWN_TIMEOUT if parent else PATIENCE_SECONDS
+    )  # a study sends the unsent records of its cells at its end
     with _open_run(Outbox(out), run, tags, parameters, patience) as tracker:
         yield tracker
 
 
 @contextmanager
 def track_study(out: Path, parameters: Mapping[str, Any]) -> Iterator[Tracker]:
-    """The same for the run of a study, whose cells are its children: it is there when this returns.
+    """Open or resume the MLflow run of a study, the parent of the runs of its cells.
 
-    What its cells could not send goes out at the end. A study that ends by an error leaves at once, for one that was
-    stopped may be killed within seconds: the call that finishes it sends what waits in the cells' folders.
+    The run exists on the server when the context is entered. At the end, the unsent records of the cells are sent.
+    After an error they are not, because a stopped study may be killed within seconds; the call that finishes the study
+    sends them.
 
     Args:
-        out: the study's folder.
-        parameters: logged, flattened.
+        out: folder of the study.
+        parameters: nested mapping, logged as flat parameters.
 
     Raises:
-        Exception: of any kind, where a new run could not be made.
+        Exception: of any kind, if a new run could not be created.
     """
     outbox = Outbox(out)
     has_run = "run" in outbox.state
@@ -219,7 +222,7 @@ def _open_run(
     *,
     send_now: bool = False,
 ) -> Iterator[Tracker]:
-    """Open a run, or take up the journal's, send what is added from a thread, and close it by how it ended."""
+    """Open a run, or resume that of the outbox, send its records from a thread, and close it with its final status."""
     _set_short_timeouts()
     tracker = Tracker(outbox)
     tracker.add({"run": {**run, "tags": {"medim.version": __version__, **_read_git_commit(), **tags}}})
@@ -242,15 +245,15 @@ def _open_run(
 def _warn_unsent(n_unsent: int, out: Path) -> None:
     if n_unsent:
         log.warning(
-            "tracking: %d records did not reach the server and are kept in %s. `--resume` sends them first; for a run "
-            "that has ended: python -m medim.training.tracking.tracking %s",
+            "tracking: %d records did not reach the server and are kept in %s. `--resume` sends them first. To send "
+            "those of a finished run: python -m medim.training.tracking.tracking %s",
             *(n_unsent, out, out),
         )
 
 
 @functools.cache
 def _read_git_commit() -> dict[str, str]:
-    """The commit that medim runs from, where it is a clone."""
+    """Read the git commit of medim if it is imported from a clone."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return {}
@@ -266,13 +269,13 @@ def _read_git_commit() -> dict[str, str]:
 
 
 def set_tag(logger: Any, name: str, value: str) -> None:
-    """Set a tag of a run that is going on; nothing where the logger is not a run's."""
+    """Set a tag of the current run; other loggers are ignored."""
     if isinstance(logger, Tracker):
         logger.add({"tags": {name: value}})
 
 
 def log_results(tracker: Tracker, metrics: dict[str, Any], files: Sequence[Path]) -> None:
-    """Log final numbers and files of a run's folder; those of its folder `figures` go into one of that name."""
+    """Log the final numbers and files of a run; files of its folder `figures` are stored under that name."""
     numbers = {
         name: float(value)
         for name, value in metrics.items()
@@ -285,24 +288,24 @@ def log_results(tracker: Tracker, metrics: dict[str, Any], files: Sequence[Path]
 
 
 def log_encoder(tracker: Tracker, name: str) -> None:
-    """Register the encoder of a pretraining run, where the target is a server: a local file serves nobody.
+    """Register the encoder of a pretraining run if the tracking target is a server, not a local file.
 
     Args:
-        tracker: of the run.
-        name: of the configuration; the model is `medim-<name>`.
+        tracker: tracker of the run.
+        name: name of the configuration; the model is registered as `medim-<name>`.
     """
     if urlsplit(tracking_uri()).scheme in {"http", "https"}:
         tracker.add({"model": f"medim-{name}"})
 
 
 def sync_pending(out: Path) -> int:
-    """Send what a run could not.
+    """Send the unsent records of a run.
 
     Args:
-        out: the run's folder.
+        out: folder of the run.
 
     Returns:
-        How many records were sent.
+        Number of records sent.
     """
     n_sent = 0
     with closing(Outbox(out)) as outbox:
@@ -313,24 +316,24 @@ def sync_pending(out: Path) -> int:
 
 
 def _set_short_timeouts() -> None:
-    """Let MLflow try a request once and for seconds, unless the user has set it otherwise."""
+    """Limit MLflow to one attempt of a few seconds per request, unless the user has set other values."""
     for name, value in MLFLOW_SETTINGS.items():
         os.environ.setdefault(name, value)
 
 
 def main(folders: Sequence[str]) -> int:
-    """Send what runs could not, and say of each what became of it; the exit code."""
+    """Send the unsent records of runs, print the result for each, and return the exit code."""
     _set_short_timeouts()
     has_failure = not folders
     for folder in folders or ["python -m medim.training.tracking.tracking RUN ..."]:
         if not (Path(folder) / RECORDS).is_file():
-            print(f"{folder}: expected a run's folder with {RECORDS}; nothing waits here.")
+            print(f"{folder}: no {RECORDS} in this folder, so there are no unsent records.")
             continue
         try:
             print(f"{folder}: {sync_pending(Path(folder))} records sent")
         except Exception as error:  # as in `OutboxSender`
             has_failure = True
-            print(f"{folder}: the server does not take records ({error}); they are kept.")
+            print(f"{folder}: the server does not accept records ({error}); they are kept.")
     return int(has_failure)
 
 

@@ -325,7 +325,7 @@ def test_a_batch_that_the_machine_cannot_hold_is_halved_until_it_runs(
     )
     assert tried == [3, 2]
     fitting = 1
-    with pytest.raises(UserError, match="two images a step need more than"):
+    with pytest.raises(UserError, match="two images per step need more than"):
         plan_pretraining(pretrain_config, cohort_index, tmp_path / "run", store=tmp_path / "store")
 
 

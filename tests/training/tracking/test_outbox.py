@@ -49,7 +49,7 @@ def test_a_server_that_is_away_for_a_while_loses_nothing_and_is_told_once(
     courier.start()
     for n in range(10):
         journal.add({"n": n})
-    while "does not take records" not in caplog.text:
+    while "does not accept records" not in caplog.text:
         pass
     courier.join(0.1)
     server.up = True
@@ -96,7 +96,7 @@ def test_spoilt_lines_are_told_and_the_rest_is_sent_once(tmp_path: Path, caplog:
     (tmp_path / RECORDS).write_bytes(b"\n".join([lines[0], lines[1], lines[2][:4] + b"\0" * 4, lines[3], b""]))
     later = Outbox(tmp_path)
     later.add({"n": 4})
-    assert "not whole; 2 records are left" in caplog.text
+    assert "is damaged; 2 readable records are left" in caplog.text
     assert Outbox(tmp_path).pending() == [{"n": 1}, {"n": 3}, {"n": 4}]
 
 
