@@ -89,7 +89,7 @@ def _count_pairs(config: PretrainConfig, held_out: RecordSequence) -> int:
 
 
 def _count_probe_images(config: PretrainConfig, train: RecordSequence) -> tuple[int, int]:
-    """Count the support and query images of the online probe, for a sample with the class proportions of all subjects."""
+    """Count the support and query images of the online probe, for a sample with the class proportions of all."""
     labels = {record.subject: record.label for record in train if record.label is not None}
     if config.select_without_labels or finding_names(
         labels.values()

@@ -55,7 +55,7 @@ def test_a_server_that_is_away_for_a_while_loses_nothing_and_is_told_once(
     server.up = True
     assert courier.finish(10) == 0
     assert [record["n"] for record in server.got] == list(range(10))
-    assert caplog.text.count("does not take records") == caplog.text.count("answers again") == 1
+    assert caplog.text.count("does not accept records") == caplog.text.count("accepts records again") == 1
 
 
 def test_what_a_server_never_took_is_kept_and_sent_by_the_next_process(tmp_path: Path) -> None:
