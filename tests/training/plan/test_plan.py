@@ -139,7 +139,7 @@ def test_where_the_end_of_a_run_does_not_fit_no_batch_is_suggested(
     found = replace(MEASURED, memory={**MEASURED.memory, "end": 9 * GIB})
     told = predict_costs(pretrain_config, found, 4, *parts, free_bytes=there(memory=4 * GIB))
     assert told["suggestions"] == {"batch_size": None, "views": None}
-    assert "no batch or view would fit" in told["refusals"][0]
+    assert "no batch or view size would fit" in told["refusals"][0]
 
 
 def test_a_gpu_holds_neither_loading_processes_nor_kept_images(pretrain_config: PretrainConfig, parts: Parts) -> None:

@@ -125,8 +125,8 @@ def test_what_a_server_refuses_is_told_and_the_rest_goes_on(
     with track_run("pretrain", pretrain_config, tmp_path, seed=0, index_hash="x") as tracker:
         tracker.log_hyperparams({"seed": 1})  # a parameter does not change
         log_results(tracker, {"loss": 1.0}, [tmp_path / "absent.csv"])
-    assert "params was refused" in caplog.text
-    assert "artifact was refused" in caplog.text
+    assert "params was rejected" in caplog.text
+    assert "artifact was rejected" in caplog.text
     assert run_of(tmp_path).data.params["seed"] == "0"
     assert run_of(tmp_path).data.metrics["loss"] == 1.0
 
