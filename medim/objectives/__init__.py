@@ -1,7 +1,7 @@
-"""Objectives: views in, named losses out.
+"""Pretraining objectives: modules that compute named losses from views of images.
 
-To add one, write a module beside this file whose class meets `Objective`, and add a line to `OBJECTIVES`
-(`docs/how-to/add-objective.md`).
+To add an objective, write a module in this folder with a class that implements `Objective`, and add a line to
+`OBJECTIVES` (`docs/how-to/add-objective.md`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Augmented multiscale Deep InfoMax: views tell each other, at two scales (Bachman et al. 2019, arXiv 1906.00910)."""
+"""Augmented multiscale Deep InfoMax: InfoNCE between views at two scales (Bachman et al. 2019, arXiv 1906.00910)."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from medim.types import UsageError, Views
 class AMDIM(nn.Module):
     """InfoNCE between two independently augmented views: summary to two maps, and the first map to itself.
 
-    The paper's 1 -> 5, 1 -> 7 and 5 -> 5 (its 1x1, 5x5 and 7x7 maps), on whatever grids the encoder has; in both
-    directions between the views. A source (the summary, or one random cell of the first map an image) is told the
-    locals of the other view from all locals of all other images. Scores are divided by sqrt(width), penalised, and
-    clipped. The views are to differ: set `views.augmentations`, and `views.same_place: false` for crops of their own.
+    These are the pairs 1 -> 5, 1 -> 7 and 5 -> 5 of the paper (its 1x1, 5x5 and 7x7 maps), on the grids of the encoder
+    at hand and in both directions between the views. A source is the summary, or one random cell of the first map per
+    image. Its positives are the local features of the other view, its negatives all local features of all other images.
+    Scores are divided by sqrt(width), penalised and clipped. The two views must differ: set `views.augmentations`, and
+    `views.same_place: false` for independent crops.
 
     Args:
         channels: channels of the encoder's maps.
         summary_channels: length of the summary.
-        view_count: views an image; it takes two.
-        levels: the two maps, first and second; below 0: from the coarsest.
-        width: of the space of the scores. A summary of this length enters through batch norm alone, as the paper's,
-            else through a linear layer before it.
+        view_count: views per image; must be 2.
+        levels: indices of the first and the second map; negative values count from the coarsest map.
+        width: width of the score space. A summary of this length enters through batch norm only, as in the paper,
+            otherwise through a linear layer and batch norm.
         score_penalty: weight of the mean squared score before clipping (0.04 in the paper, 0.05 in later code).
-        clip: bound scores softly by clip * tanh(score / clip); 0 does not.
+        clip: soft bound of the scores, clip * tanh(score / clip); 0 disables it.
     """
 
     def __init__(
@@ -58,8 +59,8 @@ class AMDIM(nn.Module):
     def forward(self, encode: Encode, views: Views) -> dict[str, Term]:
         """Term `amdim`: the sum of three cross-entropies in nats, each the mean of both directions, and the penalty.
 
-        Chance is the sum of the logs of their classes. Diagnostics: each bound, and the share of sources whose highest
-        mean score is with their own image.
+        Chance is the sum of the logarithms of their numbers of classes. Diagnostics: each bound, and the share of
+        sources with the highest mean score for their own image.
         """
         maps = [encode.clean.maps[level].flatten(2) for level in self._levels]
         first, second = (head(map_) for head, map_ in zip(self.heads, maps, strict=True))  # (2 B, width, L)
@@ -95,10 +96,10 @@ class AMDIM(nn.Module):
 
 
 class _ProjectionHead(nn.Module):
-    """1x1 conv, ReLU, 1x1 conv that starts at 0, plus a linear shortcut that starts as a noisy copy; then BN.
+    """1x1 conv, ReLU, 1x1 conv initialised to 0, plus a linear shortcut initialised as a noisy copy; then BN.
 
-    `FakeRKHSConvNet` of the AMDIM authors' code (model.py), over flattened locations; biases that BN takes out again
-    are left out.
+    `FakeRKHSConvNet` of the AMDIM authors' code (model.py), over flattened locations. Biases that BN would cancel are
+    omitted.
     """
 
     def __init__(self, in_channels: int, width: int) -> None:
@@ -114,5 +115,5 @@ class _ProjectionHead(nn.Module):
         self.norm = nn.BatchNorm1d(width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, C, L) to (N, width, L)."""
+        """Project (N, C, L) to (N, width, L)."""
         return self.norm(self.block(x) + self.shortcut(x))

@@ -1,4 +1,4 @@
-"""One term of contrast: summaries against locals, scored by a critic and bounded by an estimator."""
+"""Contrastive loss term between summaries and local features, for a given critic and mutual-information bound."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def contrastive_term(
     negatives: NegativeScheme,
     score_penalty: float,
 ) -> Term:
-    """Score the summary of each view against the locals of the next, and bound what they share.
+    """Score the summary of each view against the local features of the next view, and bound their mutual information.
 
     Args:
         critic: an entry of CRITICS.
         local: (B * V, C, L).
         summary: (B * V, S, G).
-        encode: gives the randomness, and the summaries to watch.
+        encode: source of randomness, and of the clean summaries for the diagnostics.
         views: the B * V views.
-        foreground_mask: (B * V, L) bool, which locations count; None: all.
-        estimator: the bound.
-        negatives: the scheme of negatives.
+        foreground_mask: (B * V, L) bool, locations to use; None: all.
+        estimator: mutual-information bound.
+        negatives: scheme of the negatives.
         score_penalty: weight of the mean squared score.
     """
-    batch, count = views.location.shape[:2]  # small to gather, where images are not
+    batch, count = views.location.shape[:2]  # cheap to gather across processes, in contrast to the images
     chances, bounds, squares, hit_rates = [], [], [], []
     for view in range(count):
         next_views = slice((view + 1) % count, None, count)
@@ -68,6 +68,6 @@ def contrastive_term(
 
 
 def compute_spread(summary: torch.Tensor) -> torch.Tensor:
-    """Standard deviation between images over the root mean square of the summary (N, S); 0 where all look the same."""
+    """Standard deviation between images over the root mean square of the summary (N, S); 0 if all are equal."""
     summary = summary.detach().float()
     return summary.std(dim=0).square().mean().sqrt() / summary.square().mean().sqrt().clamp_min(1e-12)

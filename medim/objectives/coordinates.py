@@ -1,4 +1,4 @@
-"""Predict where a local feature lies (Hjelm et al. 2019, section 4.3): on the grid, or from another one."""
+"""Predict the absolute or relative position of a local feature (Hjelm et al. 2019, section 4.3)."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from medim.types import Views
 
 
 class Coordinates(nn.Module):
-    """Classify each axis of a location's place on the grid, from the local feature and the summary.
+    """Classify the position of a location along each axis of the grid, from the local feature and the summary.
 
-    `relative` classifies its offset from a second location instead, one random source an image, from both locals and
-    the summary: an axis of M cells has 2 M - 1 offsets. Two hidden layers with BN and ReLU (the paper's are 512 wide),
-    one softmax an axis, cross-entropies summed over axes. Grids need not be square.
+    With `relative`, the offset from a second location is classified instead, from both local features and the summary.
+    Each image has one random source location, and an axis of M cells has 2 M - 1 offsets. The predictor has two hidden
+    layers with BN and ReLU (512 units in the paper) and one softmax per axis; cross-entropies are summed over axes.
+    Grids need not be square.
 
     Args:
         channels: channels of the encoder's maps.
         summary_channels: length of the summary.
         grids: grid of each map at the training shape.
-        kind: absolute places on the grid, or relative to a source.
-        level: which map gives the locals; below 0: from the coarsest.
+        kind: absolute positions on the grid, or positions relative to a source location.
+        level: index of the map of the local features; negative values count from the coarsest map.
         hidden: width of the two hidden layers.
-        points: locations drawn an image; 0 takes all, as the paper does.
-        see_summary: give the summary to the predictor. Off, the objective cannot turn the summary into a position
-            code, which on small registered volumes kills DIM(L) (docs/results.md).
+        points: number of locations drawn per image; 0 uses all, as in the paper.
+        see_summary: give the summary to the predictor. If false, the objective cannot turn the summary into a position
+            code, which on small registered volumes prevents DIM(L) from learning (docs/results.md).
     """
 
     def __init__(
@@ -61,9 +62,9 @@ class Coordinates(nn.Module):
         )
 
     def forward(self, encode: Encode, views: Views) -> dict[str, Term]:
-        """Term `coordinates`: cross-entropy in nats; chance is that of the best blind guess, summed over axes.
+        """Term `coordinates`: cross-entropy in nats; chance is the loss of the best uninformed guess, summed over axes.
 
-        It is log(cells) for places; offsets are not equally frequent, see `compute_offset_entropy`.
+        Chance is log(cells) for absolute positions. Offsets are not equally frequent, see `compute_offset_entropy`.
         """
         local = encode.clean.maps[self._level]  # (N, C, ...)
         if local.shape[2:] != self._grid:
@@ -83,7 +84,7 @@ class Coordinates(nn.Module):
         if self._see_summary:
             inputs.append(encode.clean.summary.unsqueeze(1).expand(-1, index.shape[1], -1))
         logits = self.predictor(torch.cat(inputs, dim=2).flatten(0, 1)).float().split(self._classes, dim=1)
-        targets = target.flatten(0, 1).to(local.device).unbind(dim=1)  # (N * points,) an axis
+        targets = target.flatten(0, 1).to(local.device).unbind(dim=1)  # (N * points,) per axis
         loss = torch.stack(
             [cross_entropy(axis, axis_target) for axis, axis_target in zip(logits, targets, strict=True)]
         ).sum()
@@ -91,9 +92,9 @@ class Coordinates(nn.Module):
 
 
 def compute_offset_entropy(cells: int) -> float:
-    """Entropy, in nats, of the offset between two independent uniform places on an axis: what a blind guess pays.
+    """Entropy, in nats, of the offset between two independent uniform positions on an axis: the loss of a blind guess.
 
-    Offset d has probability (cells - |d|) / cells^2, so that this is less than log(2 cells - 1).
+    Offset d has probability (cells - |d|) / cells^2, so the entropy is less than log(2 cells - 1).
     """
     shares = [(cells - abs(offset)) / cells**2 for offset in range(1 - cells, cells)]
     return -sum(share * math.log(share) for share in shares)

@@ -1,4 +1,4 @@
-"""Contrastive predictive coding: from what lies above, tell what lies below (van den Oord et al. 2018, 1807.03748)."""
+"""Contrastive predictive coding: predict lower rows of a map from upper rows (van den Oord et al. 2018, 1807.03748)."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from medim.types import UsageError, Views
 
 
 class CPC(nn.Module):
-    """Predict the locals some rows further down, and find them among the locals of the whole batch.
+    """Predict the local features some rows further down, by classification among the local features of the whole batch.
 
-    The first axis of a map is read downwards: rows in 2D, slabs in 3D. From the context of row r a linear layer W_k
-    predicts the local at row r + k in the same column, for k = skip + 1, ..., skip + steps; the score of any local is
-    its dot product with the prediction (eq. 3 of the paper), and the loss is InfoNCE (eq. 4), mean over steps. The
-    classes are all locals of the batch at the rows predicted, those of the same image too (Henaff et al. 2020,
-    1905.09272): N * L of them, so N * L squared scores a step; `negatives` draws some instead, as Lowe et al. 2019
-    (1905.11786) do, whose steps, skip and context network are the defaults here.
+    The first axis of a map is read downwards: rows in 2D, slabs in 3D. From the context of row r, a linear layer W_k
+    predicts the local feature at row r + k in the same column, for k = skip + 1, ..., skip + steps. The score of a
+    local feature is its dot product with the prediction (eq. 3 of the paper), and the loss is InfoNCE (eq. 4), averaged
+    over steps. The classes are all local features of the batch at the predicted rows, including those of the same image
+    (Henaff et al. 2020, 1905.09272): N * L classes, so N * L squared scores per step. `negatives` draws a subset
+    instead, as in Lowe et al. 2019 (1905.11786), the source of the default steps, skip and context network.
 
-    Where the receptive fields of row r and row r + k overlap, the answer lies in the question, and little is learnt.
-    The faithful encoder is one of separate crops (`patches`); with any other, choose `skip` by `receptive_field()`.
-    CPC trains maps and leaves the summary as it was initialised: probe the maps. Give it one view an image; a second
-    one counts as another image.
+    If the receptive fields of row r and row r + k overlap, the target can be read from the input, and little is learnt.
+    The encoder of the paper encodes separate crops (`patches`); with any other, set `skip` by `receptive_field()`. CPC
+    trains maps and leaves the summary at its initialisation: probe the maps. Use one view per image; a second view
+    counts as another image.
 
     Args:
         channels: channels of the encoder's maps.
         spatial_dims: 2 or 3.
         grids: grid of each map at the training shape.
-        level: which map gives the locals; below 0: from the coarsest.
-        steps: rows to predict from each row; fewer where the grid ends.
-        skip: rows left out below the context, whose receptive fields overlap its own.
-        layers: gated convolutions of the context network; each lets it see one row further up.
-        negatives: locals drawn with replacement for each prediction, never its own; 0 takes all.
+        level: index of the map of the local features; negative values count from the coarsest map.
+        steps: number of rows to predict from each row; fewer at the end of the grid.
+        skip: number of rows to skip below the context, because their receptive fields overlap with it.
+        layers: gated convolutions of the context network; each extends its reach by one row upwards.
+        negatives: local features drawn with replacement for each prediction, except its own; 0 uses all.
         scaled: divide scores by sqrt(channels), as AMDIM does.
     """
 
@@ -94,22 +94,22 @@ class CPC(nn.Module):
 
 
 def flatten_cells(map_: torch.Tensor) -> torch.Tensor:
-    """The cells of a map, image by image: (N, C, ...) to (N * L, C)."""
+    """Flatten the cells of a map, image by image: (N, C, ...) to (N * L, C)."""
     return map_.flatten(2).transpose(1, 2).flatten(0, 1)
 
 
 def score_predictions(
     prediction: torch.Tensor, target: torch.Tensor, others: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score locals by their dot product with predictions; the logits of InfoNCE.
+    """Score local features by their dot product with predictions; the scores are the logits of InfoNCE.
 
     Args:
         prediction: (M, C).
-        target: (M, C), the local that each predicts.
-        others: (M, n), which targets each is to be told from; None: all but its own.
+        target: (M, C), the correct local feature of each prediction.
+        others: (M, n), indices of the negative targets of each prediction; None: all except its own.
 
     Returns:
-        Scores (M, classes), and the class (M,) that is right.
+        Scores (M, classes), and the index of the correct class (M,).
     """
     if others is None:
         return prediction @ target.T, torch.arange(len(target), device=target.device)

@@ -1,4 +1,4 @@
-"""Dense Deep InfoMax: a voxel seen around a hole finds itself among the voxels of the whole image."""
+"""Dense Deep InfoMax: voxel-level InfoNCE between the decoded features of an occluded view and of a clean view."""
 
 from __future__ import annotations
 
@@ -19,28 +19,29 @@ DenseNegatives = Literal["same_image", "other_images", "all"]
 class DenseDIM(nn.Module):
     """Local-to-local InfoNCE at voxel level, through encoder and decoder.
 
-    Not of the paper: DIM's estimator (van den Oord et al. 2018) between the decoded features of two views of one
-    place, random cubes of the second being filled with its mean. Points are drawn over the whole view, hidden or not;
-    each is a query in the occluded view whose right answer is the same voxel of the clean one. The decoder is saved
-    beside the encoder, and segmentation starts from both.
+    This objective is not in the paper. It applies DIM's InfoNCE estimator (van den Oord et al. 2018) to the decoded
+    features of two views of the same position; random cubes of the second view are filled with its mean. Points are
+    drawn over the whole view, hidden or not. Each point is a query in the occluded view, and its positive is the same
+    voxel of the clean view. The decoder is saved together with the encoder, and segmentation fine-tuning starts from
+    both.
 
-    With one view an image the clean view meets its own occluded version. With two, the first stays clean and the
-    second is occluded; they must be cut at one place and augmented in intensity alone.
+    With one view per image, the clean view is paired with its own occluded version. With two views, the first stays
+    clean and the second is occluded; both must be cut at the same position and be augmented in intensity only.
 
-    The paper leaves scores as they are; here they are stabilised unless told otherwise, as in AMDIM (Bachman et al.
-    2019): divided by sqrt(width), penalised, clipped.
+    DIM uses raw scores. Here they are stabilised by default as in AMDIM (Bachman et al. 2019): divided by sqrt(width),
+    penalised and clipped.
 
     Args:
         input_shape: spatial shape of the views.
-        decoded_channels: channels of the decoded map; 0 where the run has no decoder.
-        aligned: whether a voxel shows one place in every view of an image.
-        width: of the space the decoded features are projected to before the dot product.
-        points: voxels drawn an image.
-        negatives: what a point is told from: the other points of the same image, those of other images, or all.
+        decoded_channels: channels of the decoded map; 0 if the run has no decoder.
+        aligned: whether a voxel shows the same position in every view of an image.
+        width: width of the space that decoded features are projected to before the dot product.
+        points: number of voxels drawn per image.
+        negatives: negatives of a point: the other points of the same image, those of other images, or all.
         block: side of a hidden cube, in voxels.
-        hidden: share of the cubes that is hidden, above 0 and below 1.
+        hidden: share of hidden cubes, above 0 and below 1.
         scaled: divide scores by sqrt(width).
-        clip: bound scores softly by clip * tanh(score / clip); 0 does not.
+        clip: soft bound of the scores, clip * tanh(score / clip); 0 disables it.
         score_penalty: weight of the mean squared score before clipping.
     """
 
@@ -63,15 +64,19 @@ class DenseDIM(nn.Module):
     ) -> None:
         super().__init__()
         if not decoded_channels:
-            raise UsageError("dense_dim: it decodes; add a decoder to the config, such as decoder: {name: unet}.")
+            raise UsageError(
+                "dense_dim: it needs a decoder; add a decoder to the config, such as decoder: {name: unet}."
+            )
         if not aligned:
             raise UsageError(
-                "dense_dim: expected views of an image whose voxels correspond, got views cut at different places or "
+                "dense_dim: expected views with corresponding voxels, got views cut at different positions or "
                 "moved by an augmentation. Set views.same_place: true and take flip and affine out of "
                 "views.augmentations, or set views.count: 1."
             )
         if not 2 <= points <= math.prod(input_shape):
-            raise UsageError(f"dense_dim.points: expected 2 to the voxels of a view of {input_shape}, got {points}.")
+            raise UsageError(
+                f"dense_dim.points: expected 2 to the number of voxels of a view of {input_shape}, got {points}."
+            )
         check_cubes("dense_dim", input_shape, block, hidden)
         self._points, self._negatives = points, negatives
         self._block, self._hidden_share = block, hidden
@@ -82,9 +87,9 @@ class DenseDIM(nn.Module):
         )
 
     def forward(self, encode: Encode, views: Views) -> dict[str, Term]:
-        """Term `dense_dim`: cross-entropy in nats over the points a query may be; chance is the log of their number.
+        """Term `dense_dim`: cross-entropy in nats over the classes of a query; chance is the log of their number.
 
-        Diagnostics: the bound, and the share of points whose best match is right.
+        Diagnostics: the bound, and the share of queries with the highest score for the correct point.
         """
         batch, count, _, *shape = views.image.shape
         cube_mask = draw_cube_mask(batch, tuple(shape), self._block, self._hidden_share, encode.generator)
@@ -112,16 +117,16 @@ class DenseDIM(nn.Module):
 
 
 def draw_points(count: int, voxels: int, points: int, generator: torch.Generator) -> torch.Tensor:
-    """Draw one voxel from each of `points` equal runs, which start anywhere: distinct, and cheap in large views.
+    """Draw distinct voxels, one from each of `points` runs of equal length with a random origin; fast for large views.
 
     Args:
         count: number of images.
-        voxels: of an image.
-        points: an image, at most `voxels`.
+        voxels: number of voxels per image.
+        points: number of points per image, at most `voxels`.
         generator: source of randomness, on the CPU.
 
     Returns:
-        (count, points) int64, each voxel as likely as any other.
+        (count, points) int64; every voxel has the same probability.
     """
     run = voxels // points
     within = torch.randint(run, (count, points), generator=generator)
@@ -132,18 +137,18 @@ def draw_points(count: int, voxels: int, points: int, generator: torch.Generator
 def score_classes(
     query: torch.Tensor, key: torch.Tensor, negatives: DenseNegatives, scale: float, clip: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score every query against its classes; those of row k have their right answer in column k.
+    """Score every query against its classes; the correct class of row k is column k.
 
     Args:
         query: (N, P, D), the points of N occluded views.
-        key: (N, P, D), the same points of the clean ones.
-        negatives: which other keys are classes.
-        scale: multiplies the dot products.
-        clip: bounds them softly; 0 does not.
+        key: (N, P, D), the same points of the clean views.
+        negatives: keys to use as negatives.
+        scale: factor of the dot products.
+        clip: soft bound of the scores; 0 disables it.
 
     Returns:
-        Scores (N, P, P) for `same_image`, else (1, N * P, N * P) with minus infinity where a key is no class; and the
-        mean of their squares before clipping.
+        Scores (N, P, P) for `same_image`, else (1, N * P, N * P) with minus infinity for excluded keys; and the mean of
+        the squared scores before clipping.
     """
     count, points, _ = query.shape
     if negatives != "same_image":

@@ -1,24 +1,25 @@
-"""Which cells of a map look at the body, and which at air alone."""
+"""Foreground mask of the cells of a map."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn.functional import interpolate
 
-FOREGROUND_THRESHOLD = 0.1  # of an image's range over its minimum, where tissue begins
+FOREGROUND_THRESHOLD = 0.1  # minimum intensity of tissue, as a share of the image's range above its minimum
 
 
 def find_foreground_cells(image: torch.Tensor, grid: tuple[int, ...], share: float) -> torch.Tensor:
-    """Cells of which at least a share lies in the foreground.
+    """Mark the cells with at least a given share of foreground voxels.
 
-    Air, padding and the zeros around a stripped brain are an image's minimum, whatever it is normalised to. A voxel is
-    foreground where some channel lies further above its own minimum than a tenth of its range, so that neither noise in
-    the air nor its augmentation counts. An image that is constant has no foreground; noise alone passes for tissue.
+    The background (air, padding, the zeros around a stripped brain) is the minimum of an image under every
+    normalisation. A voxel is foreground if one of its channels exceeds that channel's minimum by more than a tenth of
+    its range, so noise in the air and its augmentation stay background. A constant image has no foreground; an image of
+    pure noise counts as tissue.
 
     Args:
         image: (N, C, ...).
-        grid: of the map, over the whole image.
-        share: of a cell's voxels, above 0 and at most 1.
+        grid: grid of the map, over the whole image.
+        share: minimum share of foreground voxels in a cell, above 0 and at most 1.
 
     Returns:
         (N, cells) bool.

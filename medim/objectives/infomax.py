@@ -1,6 +1,6 @@
 """Deep InfoMax: maximise the mutual information of features and summary (Hjelm et al. 2019, arXiv 1808.06670).
 
-The paper's DIM(L+G) is `local_dim` and `global_dim` in one run, their weights its beta and alpha (eq. 8).
+DIM(L+G) of the paper is `local_dim` and `global_dim` in one run, with beta and alpha (eq. 8) as their weights.
 """
 
 from __future__ import annotations
@@ -25,31 +25,33 @@ from medim.types import Features, UsageError, Views
 
 
 class LocalDIM(nn.Module):
-    """DIM(L): every location of a map against the summary (eq. 6 of the paper).
+    """DIM(L): maximise the mutual information of each location of a map and the summary (eq. 6 of the paper).
 
-    With two views the summary of each meets the map of the other. With `occlusion` the summary is made from an image
-    of which a part is hidden, while the locals come from the full one (section 4.3).
+    With two views, the summary of each view is paired with the map of the other view. With `occlusion`, the summary is
+    computed from an image with a hidden part, and the local features from the full image (section 4.3).
 
     Args:
         channels: channels of the encoder's maps.
         summary_channels: length of the summary.
         input_shape: spatial shape of the views.
-        receptive_fields: side of what a cell of each map sees, in voxels.
-        estimator: the bound: infonce, jsd or dv.
-        level: which map gives the locals (1: the second, the paper's choice); below 0: from the coarsest.
-        summary_level: a map whose every cell is a summary of its own (the paper's multiple globals); none: the
-            encoder's one summary.
+        receptive_fields: side of the receptive field of a cell of each map, in voxels.
+        estimator: mutual-information bound: infonce, jsd or dv.
+        level: index of the map of the local features (default 1, the second map, as in the paper); negative values
+            count from the coarsest map.
+        summary_level: index of a map with a summary in each cell (the multiple globals of the paper); none: the single
+            summary of the encoder.
         critic: section of CRITICS.
-        negatives: what a summary is contrasted with: all locations of all other images (all, the paper), of the next
-            image in the batch (rolled), or at each location of one other image, drawn anew (permuted).
-        foreground: leave out locations of which less than this share lies above the background, in both roles; none
-            leaves out nothing.
-        standardise: batch-standardise the summary without affine parameters before the critic; keeps what differs
-            between images alive when another objective pulls the summary towards a position code (docs/results.md).
-        score_penalty: weight of the mean squared score (AMDIM: 0.04), which keeps scores from running away late in
-            training.
-        occlusion: side, in voxels, of the block that stays visible and of the one that is hidden; 0 hides nothing,
-            receptive_field takes what one local sees, as the paper does.
+        negatives: locations that a summary is contrasted with: all locations of all other images (all, as in the
+            paper), those of the next image in the batch (rolled), or each from one randomly drawn other image
+            (permuted).
+        foreground: minimum foreground share of a location; locations below it are used neither as positives nor as
+            negatives; none uses all locations.
+        standardise: batch-standardise the summary without affine parameters before the critic; preserves the
+            differences between images when another objective pulls the summary towards a position code
+            (docs/results.md).
+        score_penalty: weight of the mean squared score (AMDIM: 0.04); prevents diverging scores late in training.
+        occlusion: side, in voxels, of the block that stays visible and of the block that is hidden; 0 disables
+            occlusion, receptive_field uses the receptive field of a local feature, as in the paper.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class LocalDIM(nn.Module):
         return {"local_dim": self._contrast(self.critic, local.flatten(2), summary, encode, views, foreground_mask)}
 
     def _make_summaries(self, features: Features) -> torch.Tensor:
-        """(N, S, G)."""
+        """Compute the summaries (N, S, G) of a batch."""
         level = self._summary_level
         summary = features.summary.unsqueeze(-1) if level is None else features.maps[level].flatten(2)
         output: torch.Tensor = self._standardise(summary)
@@ -106,7 +108,7 @@ class LocalDIM(nn.Module):
 
     @property
     def level(self) -> int:
-        """The map that gives the locals, 0 the finest."""
+        """Index of the map of the local features; 0 is the finest."""
         return self._level
 
     def score_map(self, features: Features) -> torch.Tensor:
@@ -119,9 +121,9 @@ class LocalDIM(nn.Module):
 
 
 class GlobalDIM(nn.Module):
-    """DIM(G): the whole of a map against the summary (section 3.1 and figure 2 of the paper).
+    """DIM(G): maximise the mutual information of a whole map and the summary (section 3.1 and figure 2 of the paper).
 
-    Views, occlusion and bound are those of `LocalDIM`, with one local an image: its map, flattened.
+    Views, occlusion and bounds are as in `LocalDIM`, with one local feature per image: its flattened map.
 
     Args:
         channels: channels of the encoder's maps.
@@ -129,18 +131,18 @@ class GlobalDIM(nn.Module):
         spatial_dims: 2 or 3.
         grids: grid of each map at the training shape.
         input_shape: spatial shape of the views.
-        receptive_fields: side of what a cell of each map sees, in voxels.
-        estimator: the bound: infonce, jsd or dv.
-        level: which map; below 0: from the coarsest.
-        reduce: channels of unpadded 3x3 convolutions, ReLU between them, that the map goes through before it is
-            flattened; none in the paper, 64 and 32 in most tutorials.
+        receptive_fields: side of the receptive field of a cell of each map, in voxels.
+        estimator: mutual-information bound: infonce, jsd or dv.
+        level: index of the map; negative values count from the coarsest map.
+        reduce: channels of unpadded 3x3 convolutions with ReLU between them, applied to the map before it is flattened;
+            empty in the paper, 64 and 32 in most tutorials.
         critic: section of CRITICS; the default is the paper's network of 512, 512 and 1 units.
-        negatives: what a summary is contrasted with: the maps of all other images (all), of the next image in the batch
-            (rolled), or of one other image, drawn anew (permuted).
+        negatives: maps that a summary is contrasted with: those of all other images (all), of the next image in the
+            batch (rolled), or of one randomly drawn other image (permuted).
         standardise: batch-standardise the summary without affine parameters before the critic.
         score_penalty: weight of the mean squared score (AMDIM: 0.04).
-        occlusion: side, in voxels, of the block that stays visible and of the one that is hidden; 0 hides nothing,
-            receptive_field takes what one cell of the map sees.
+        occlusion: side, in voxels, of the block that stays visible and of the block that is hidden; 0 disables
+            occlusion, receptive_field uses the receptive field of a cell of the map.
     """
 
     def __init__(
@@ -166,8 +168,8 @@ class GlobalDIM(nn.Module):
         grid = tuple(side - 2 * len(reduce) for side in grids[level])
         if min(grid) < 1:
             raise UsageError(
-                f"global_dim.reduce: expected a map for which {len(reduce)} unpadded 3x3 convolutions leave something, "
-                f"got one of {grids[level]}. Use fewer, or a finer level."
+                f"global_dim.reduce: the map is too small for {len(reduce)} unpadded 3x3 convolutions, "
+                f"got a grid of {grids[level]}. Use fewer convolutions or a finer level."
             )
         self._block = block_size(occlusion, input_shape, receptive_fields, level)
         self._contrast = partial(

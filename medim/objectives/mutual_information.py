@@ -1,12 +1,12 @@
-"""Lower bounds on mutual information, as pure functions of a critic's scores.
+"""Lower bounds on mutual information, as pure functions of the scores of a critic.
 
-Scores are (B, G, B, L): summary g of image i against location l of image j. Positive pairs are i = j; negatives are
+Scores are (B, G, B, L): summary g of image i against location l of image j. Positive pairs have i = j; negatives are
 all locations of all other images, never of the same image (Hjelm et al. 2019, section 3.1). A mask, bool and
-broadcastable to the scores, leaves pairs out: where i = j it says which positives count, elsewhere which negatives.
+broadcastable to the scores, excludes pairs: it selects positives for i = j and negatives elsewhere.
 
-Every bound is in nats and larger is better; the loss is its negative. It is 0 where all scores are 0, that of InfoNCE
-and DV wherever they are equal, and, without gradient, where no positive or no negative counts. The functions compute in
-fp32, or in fp64 where the scores have it.
+Every bound is in nats and larger is better; the loss is its negative. A bound is 0 if all scores are 0; InfoNCE and DV
+are 0 for any equal scores. A bound is 0 without gradient if the mask selects no positive or no negative. The functions
+compute in fp32, or in fp64 for fp64 scores.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from torch.nn.functional import softplus
 
 EstimatorName = Literal["infonce", "jsd", "dv"]
 NegativeScheme = Literal["all", "rolled", "permuted"]
-_MAX_BLOCK_SCORES = 2**20  # scores in a block
+_MAX_BLOCK_SCORES = 2**20  # scores per block
 
 
 class Estimator(Protocol):
-    """A bound: scores (B, G, B, L), and a mask broadcastable to them, to a scalar."""
+    """Interface of a bound: a scalar from scores (B, G, B, L) and a mask that is broadcastable to them."""
 
     def __call__(self, scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """The bound in nats."""
+        """Compute the bound in nats."""
         ...
 
 
 def infonce(scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """InfoNCE (van den Oord et al. 2018; eq. 5 of Hjelm et al. 2019).
 
-    For each positive the classes are itself and all counted locations of the other images: 1 + (B - 1) L of them
-    without a mask. Shift-invariant.
+    The classes of a positive are the positive itself and all selected locations of the other images: 1 + (B - 1) L
+    classes without a mask. Shift-invariant.
 
     Returns:
         log(classes) minus the cross-entropy, mean over all positives; at most log(classes).
@@ -54,7 +54,7 @@ def jsd(scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
 
 
 def dv(scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Donsker-Varadhan bound (eq. 2 of Hjelm et al. 2019), its log over all negatives of the batch. Shift-invariant."""
+    """Donsker-Varadhan bound (eq. 2 of Hjelm et al. 2019), log over all negatives of the batch. Shift-invariant."""
     positive, negative, positives, negatives = _split_pairs(scores, mask, _LOGSUMEXP)
     finite = negative.masked_fill(~negatives.any(), 0)  # the slope of a log-sum over -inf alone is NaN
     log_mean = finite.flatten().logsumexp(dim=0) - negatives.sum().to(negative.dtype).log()
@@ -74,7 +74,7 @@ def count_classes(scores: torch.Tensor) -> int:
 
 
 def compute_chance(scores: torch.Tensor, mask: torch.Tensor | None = None) -> float:
-    """What an uninformed critic pays as InfoNCE's cross-entropy: log(classes), mean over all positives."""
+    """Cross-entropy of InfoNCE for an uninformed critic: log(classes), mean over all positives."""
     if mask is None:
         return math.log(count_classes(scores))
     positives, negatives = _count_score_pairs(scores, mask)
@@ -82,7 +82,7 @@ def compute_chance(scores: torch.Tensor, mask: torch.Tensor | None = None) -> fl
 
 
 def compute_retrieval(scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Share of summaries whose highest mean score is with their own image; 1 / B by chance without a mask."""
+    """Share of summaries with the highest mean score for their own image; 1 / B by chance without a mask."""
     scores = scores.detach()
     if mask is None:
         mean = scores.mean(dim=(1, 3))
@@ -96,18 +96,18 @@ def compute_retrieval(scores: torch.Tensor, mask: torch.Tensor | None = None) ->
 def draw_negative_pairs(
     negatives: NegativeScheme, batch: int, locations: int, generator: torch.Generator
 ) -> torch.Tensor | None:
-    """The mask that leaves each summary the negatives of one scheme.
+    """Draw the mask that selects the negatives of one scheme.
 
     Args:
-        negatives: `all`; `rolled`: image i + 1 alone, as most tutorials of DIM have it; `permuted`: at each location
-            another image, drawn anew (a random cycle through the batch; the scheme of the DIM authors' first code,
-            which let an image meet itself).
+        negatives: `all`; `rolled`: image i + 1 only, as in most tutorials of DIM; `permuted`: at each location one
+            randomly drawn other image (a random cycle through the batch; the scheme of the DIM authors' first code,
+            which could pair an image with itself).
         batch: number of images B.
         locations: number of locations L.
         generator: source of randomness, on the CPU.
 
     Returns:
-        None (all), or bool of (B, 1, B, 1 or L), with every positive in it; on the CPU.
+        None (all), or bool of (B, 1, B, 1 or L) that includes every positive; on the CPU.
     """
     if negatives == "all":
         return None
@@ -121,7 +121,7 @@ def draw_negative_pairs(
 
 
 class _Reduction(NamedTuple):
-    """Negatives (rows, G, B, L) to one number a summary (rows, G), and its slope; what is left out is -inf."""
+    """Reduction of negatives (rows, G, B, L; excluded: -inf) to one number per summary (rows, G), and its slope."""
 
     value: Callable[[torch.Tensor], torch.Tensor]
     slope: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -135,10 +135,10 @@ _SOFTPLUS = _Reduction(lambda block: softplus(block).sum(dim=(2, 3)), lambda blo
 
 
 class _SplitPairs(torch.autograd.Function):
-    """Positives (B, G, L), and negatives reduced to (B, G), without a copy of the scores.
+    """Split scores into positives (B, G, L) and reduced negatives (B, G), without a copy of the scores.
 
-    Masking the scores, reducing them and the way back would hold them four times over. Here blocks of rows come one
-    after the other, and both gradients are written into one tensor.
+    Masking and reducing the scores with autograd would keep four copies of them in memory. Here blocks of rows are
+    processed one after the other, and both gradients are written into one tensor.
     """
 
     @staticmethod
@@ -156,7 +156,7 @@ class _SplitPairs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, to_positive: torch.Tensor, to_negative: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """The gradient (B, G, B, L), from those of the positives (B, G, L) and of the reduced negatives (B, G)."""
+        """Combine the gradients of positives (B, G, L) and reduced negatives (B, G) into (B, G, B, L)."""
         scores, mask, negative = ctx.saved_tensors
         gradient = torch.empty_like(scores)
         for rows, block in _iterate_blocks(scores, mask):
@@ -168,7 +168,7 @@ class _SplitPairs(torch.autograd.Function):
 def _split_pairs(
     scores: torch.Tensor, mask: torch.Tensor | None, reduction: _Reduction
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Positives (B, G, L) and negatives reduced (B, G), which positives count (B, G, L) and how many negatives."""
+    """Positives and their mask (B, G, L), reduced negatives (B, G), and the number of negatives (B, G)."""
     if scores.ndim != 4 or scores.shape[0] != scores.shape[2] or scores.shape[0] < 2:
         raise ValueError(f"scores: expected (B, G, B, L) with B of at least 2, got {tuple(scores.shape)}.")
     positives, negatives = _count_score_pairs(scores, mask)
@@ -177,7 +177,7 @@ def _split_pairs(
 
 
 def _iterate_blocks(scores: torch.Tensor, mask: torch.Tensor | None) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Copies of some rows of the scores in turn, with -inf for every pair that is no negative."""
+    """Iterate over copies of blocks of rows of the scores, with -inf for every pair that is not a negative."""
     batch = len(scores)
     positives = torch.eye(batch, dtype=torch.bool, device=scores.device)[:, None, :, None]
     rows_at_once = max(1, _MAX_BLOCK_SCORES // scores[0].numel())
@@ -192,12 +192,12 @@ def _promote_dtype(scores: torch.Tensor) -> torch.dtype:
 
 
 def _select_positives(pairs: torch.Tensor) -> torch.Tensor:
-    """The view (B, G, L) of pairs (B, G, B, L) with i = j."""
+    """View (B, G, L) of the pairs (B, G, B, L) with i = j."""
     return pairs.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def _count_score_pairs(scores: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which positives count, bool (B, G, L), and how many negatives each summary has, (B, G)."""
+    """Mask of the selected positives, bool (B, G, L), and number of negatives of each summary, (B, G)."""
     batch, globals_, _, locations = scores.shape
     if mask is None:
         everything = scores.new_ones(batch, globals_, locations, dtype=torch.bool)
@@ -208,10 +208,10 @@ def _count_score_pairs(scores: torch.Tensor, mask: torch.Tensor | None) -> tuple
 
 
 def _masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of those values that count; 0 where none does."""
+    """Mean of the selected values; 0 if none is selected."""
     return values.masked_fill(~mask, 0).sum() / mask.sum().clamp_min(1)
 
 
 def _zero_unless_both(bound: torch.Tensor, positives: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
-    """The bound, or 0 where there are no positives or no negatives."""
+    """The bound, or 0 if there are no positives or no negatives."""
     return torch.where(positives.any() & negatives.any(), bound, 0)

@@ -1,4 +1,4 @@
-"""What an objective is given, and what it gives back."""
+"""Interface of an objective: its inputs, its constructor arguments and its losses."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Term:
 
     Attributes:
         loss: scalar, to be minimised.
-        chance: the loss of an uninformed critic or head; None where that means nothing.
-        diagnostics: scalars worth watching beside the loss.
+        chance: loss of an uninformed critic or head; None if the loss has no chance level.
+        diagnostics: scalars to log together with the loss.
     """
 
     loss: torch.Tensor
@@ -26,12 +26,12 @@ class Term:
 
 
 class Encode(Protocol):
-    """The encoder, as objectives see it.
+    """Interface of the encoder that objectives use.
 
     Attributes:
-        clean: features of the batch's views, computed once and shared: B * V images, the views of an image side by
-            side.
-        generator: where an objective takes its randomness from; seeded by run and step, so that a step can be replayed.
+        clean: features of the views of the batch, computed once and shared by all objectives: B * V images, the views
+            of one image next to each other.
+        generator: source of randomness for objectives; seeded by run and step, so that a step can be repeated exactly.
     """
 
     clean: Features
@@ -42,36 +42,40 @@ class Encode(Protocol):
         ...
 
     def decode(self, features: Features) -> torch.Tensor:
-        """Decode features to (N, out_channels, ...) on the image's grid; the run's config must name a decoder."""
+        """Decode features to (N, out_channels, ...) on the grid of the image; needs a decoder in the configuration."""
         ...
 
 
 class Objective(Protocol):
-    """One flat `nn.Module` a method; it owns its critics and heads.
+    """Interface of an objective: one flat `nn.Module` that owns its critics and heads.
 
-    A constructor takes what it needs of `channels`, `summary_channels`, `spatial_dims`, `grids` (the grid of each
-    map), `in_channels`, `input_shape`, `receptive_fields`, `decoded_channels` (0 without a decoder), `view_count`
-    (views an image), `aligned` (whether a voxel shows one place in all of them); the rest are its own keyword options.
-    One that leaves the summary untrained says `reads_summary = False`. An adversarial objective also has
-    `adversary_parameters()` and `adversary_loss(encode, views)`: they are stepped first.
+    The positional parameters of a constructor are chosen from `channels`, `summary_channels`, `spatial_dims`, `grids`
+    (the grid of each map), `in_channels`, `input_shape`, `receptive_fields`, `decoded_channels` (0 without a decoder),
+    `view_count` (views per image) and `aligned` (whether a voxel shows the same position in all views of an image). The
+    keyword parameters are the options of the objective. An objective that does not train the summary sets
+    `reads_summary = False`. An adversarial objective also has `adversary_parameters()` and `adversary_loss(encode,
+    views)`; the adversary is updated first in each step.
     """
 
     def __call__(self, encode: Encode, views: Views) -> dict[str, Term]:
-        """Turn views into losses, each under its own name."""
+        """Compute the losses of a batch of views, by name."""
         ...
 
 
 def encoder_info(
     encoder: Any, decoder: Any, *, in_channels: int, spatial_dims: int, input_shape: tuple[int, ...]
 ) -> dict[str, Any]:
-    """Constructor arguments for `build(OBJECTIVES, section, **known(...))`; each objective takes those it names.
+    """Collect the constructor arguments that an objective can request from the encoder and decoder of a run.
 
     Args:
-        encoder: whose features it gets; see `medim.models.encoders.Encoder`.
-        decoder: for those that decode; or None.
-        in_channels: channels of an image.
+        encoder: encoder that computes the features; see `medim.models.encoders.Encoder`.
+        decoder: decoder of the run, or None.
+        in_channels: number of image channels.
         spatial_dims: 2 or 3.
         input_shape: spatial shape of the views.
+
+    Returns:
+        Keyword arguments for `build_from_section`, which passes to each objective the ones in its signature.
     """
     training = encoder.training
     with torch.no_grad():

@@ -1,6 +1,7 @@
-"""Hide a part of the image, so that features must speak of what they cannot see.
+"""Occlusion: mask part of the input so that the features must encode the hidden region.
 
-A box or all but a box (Hjelm et al. 2019, section 4.3), or random cubes (MAE, He et al. 2022, arXiv 2111.06377).
+The mask is a box, the complement of a box (Hjelm et al. 2019, section 4.3), or random cubes (MAE, He et al. 2022, arXiv
+2111.06377).
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ OcclusionBlock = int | Literal["receptive_field"]
 
 
 def block_size(occlusion: OcclusionBlock, shape: tuple[int, ...], receptive_fields: tuple[int, ...], level: int) -> int:
-    """Side of the block to hide and to leave, in voxels; 0 for none.
+    """Side of the hidden and of the visible block, in voxels; 0 if there is no occlusion.
 
     Raises:
-        UsageError: a view cannot hold two of them.
+        UsageError: a view is too small for two blocks.
     """
     block = receptive_fields[level] if occlusion == "receptive_field" else occlusion
     if block:
@@ -28,7 +29,7 @@ def block_size(occlusion: OcclusionBlock, shape: tuple[int, ...], receptive_fiel
 
 
 def encode_occluded(encode: Encode, views: Views, block: int) -> Features:
-    """Features of the views behind an occlusion, or the clean ones where `block` is 0."""
+    """Encode the occluded views; if `block` is 0, return the clean features."""
     if not block:
         return encode.clean
     image = views.image.flatten(0, 1)
@@ -38,24 +39,24 @@ def encode_occluded(encode: Encode, views: Views, block: int) -> Features:
 
 
 def check_block(shape: tuple[int, ...], block: int) -> None:
-    """Refuse a block for which a view cannot hold one visible and one hidden block.
+    """Check that one visible and one hidden block fit into a view.
 
     Raises:
-        UsageError: no axis is two blocks long, or one is shorter than a block.
+        UsageError: no axis has the length of two blocks, or an axis is shorter than one block.
     """
     if block < 1 or max(shape) < 2 * block or min(shape) < block:
         raise UsageError(
-            f"occlusion: a view of shape {shape} cannot hold a visible and a hidden block of side {block}. "
+            f"occlusion: a view of shape {shape} is too small for a visible and a hidden block of side {block}. "
             f"Expected every side to be at least {block} and one at least {2 * block}: "
             "use larger views or a smaller occlusion block."
         )
 
 
 def draw_occlusion_mask(count: int, shape: tuple[int, ...], block: int, generator: torch.Generator) -> torch.Tensor:
-    """Draw what to hide: a box in half of the images, everything but a box in the other half.
+    """Draw occlusion masks: a box in half of the images, the complement of a box in the other half.
 
-    In every image at least one cube of side `block` stays visible and at least one is wholly hidden (the paper's two
-    constraints, with the block as large as what one local feature sees).
+    In every image at least one cube of side `block` stays visible and at least one is completely hidden. These are the
+    two constraints of the paper, with a block of the size of the receptive field of a local feature.
 
     Args:
         count: number of images.
@@ -64,7 +65,7 @@ def draw_occlusion_mask(count: int, shape: tuple[int, ...], block: int, generato
         generator: source of randomness, on the CPU.
 
     Returns:
-        (count, 1, ...) bool, True where hidden.
+        (count, 1, ...) bool, True for hidden voxels.
     """
     check_block(shape, block)
     mask = torch.zeros(count, 1, *shape, dtype=torch.bool)
@@ -79,13 +80,13 @@ def draw_occlusion_mask(count: int, shape: tuple[int, ...], block: int, generato
 
 
 def check_cubes(name: str, shape: tuple[int, ...], block: int, share: float) -> None:
-    """Refuse cubes of which a view does not hold two, or a share that hides nothing or all.
+    """Check that a view contains at least two cubes and that the hidden share is neither 0 nor 1.
 
     Raises:
-        UsageError: the message starts with `name`, the objective's.
+        UsageError: a value is out of range; the message starts with `name`, the name of the objective.
     """
     if not 1 <= block <= min(shape) or max(shape) < 2 * block:
-        raise UsageError(f"{name}.block: expected cubes of which a view of {shape} holds two or more, got {block}.")
+        raise UsageError(f"{name}.block: expected a side that fits at least twice into a view of {shape}, got {block}.")
     if not 0 < share < 1:
         raise UsageError(f"{name}.hidden: expected a share above 0 and below 1, got {share}.")
 
@@ -93,13 +94,13 @@ def check_cubes(name: str, shape: tuple[int, ...], block: int, share: float) -> 
 def draw_cube_mask(
     count: int, shape: tuple[int, ...], block: int, share: float, generator: torch.Generator
 ) -> torch.Tensor:
-    """Draw cubes of a regular grid; its origin moves from image to image, so that no voxel lies always on an edge.
+    """Draw cubes of a regular grid with a random origin per image, so that no voxel is always at the edge of a cube.
 
     Args:
         count: number of images.
         shape: spatial shape of the images, in voxels.
         block: side of a cube, in voxels.
-        share: of the cubes to draw; at least one is drawn and one is not.
+        share: share of cubes to draw; at least one cube is drawn and at least one is not.
         generator: source of randomness, on the CPU.
 
     Returns:
@@ -118,7 +119,7 @@ def draw_cube_mask(
 
 
 def occlude_image(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Fill what is hidden with the image's mean.
+    """Fill the hidden voxels with the mean of the image.
 
     Args:
         image: (N, C, ...).
@@ -129,7 +130,7 @@ def occlude_image(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def _draw_interval(side: int, block: int, leave_block: bool, generator: torch.Generator) -> slice:
-    """A run of at least `block` voxels; with `leave_block`, at least `block` voxels stay free on one of its ends."""
+    """Draw a run of at least `block` voxels; with `leave_block`, one of its ends keeps `block` free voxels."""
     length = _draw_integer(block, side - block if leave_block else side, generator)
     start = _draw_integer(0, side - length - (block if leave_block else 0), generator)
     if leave_block and _draw_integer(0, 1, generator):
@@ -138,5 +139,5 @@ def _draw_interval(side: int, block: int, leave_block: bool, generator: torch.Ge
 
 
 def _draw_integer(low: int, high: int, generator: torch.Generator) -> int:
-    """An integer in [low, high]."""
+    """Draw an integer in [low, high]."""
     return int(torch.randint(low, high + 1, (), generator=generator))

@@ -1,4 +1,4 @@
-"""Shape the summary's distribution by an adversary (eq. 7 of Hjelm et al. 2019)."""
+"""Match the distribution of the summary to a prior by adversarial training (eq. 7 of Hjelm et al. 2019)."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from medim.types import Views
 
 
 class PriorMatching(nn.Module):
-    """A discriminator learns to tell summaries from samples of a prior; the encoder learns to fool it.
+    """Train a discriminator between summaries and samples of a prior, and the encoder against it.
 
-    The discriminator has its own step, with the encoder detached and a gradient penalty a sample (Mescheder et al.
-    2018); the encoder minimises the non-saturating softplus(-D). With the uniform prior D sees sigmoid(summary), and
-    nothing else does.
+    The discriminator D has its own step, with a detached encoder and a gradient penalty per sample (Mescheder et al.
+    2018). The encoder minimises the non-saturating softplus(-D). With the uniform prior, D reads sigmoid(summary); all
+    other objectives read the summary itself.
 
     Args:
         summary_channels: length of the summary.
-        prior: uniform on [0, 1] (the paper's best) or standard normal.
+        prior: uniform on [0, 1] (the best in the paper) or standard normal.
         hidden: widths of the discriminator's hidden layers.
         gradient_penalty: weight of the squared gradient norm of D.
     """
@@ -44,7 +44,7 @@ class PriorMatching(nn.Module):
         self.discriminator = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
 
     def forward(self, encode: Encode, views: Views) -> dict[str, Term]:
-        """Term `prior_matching`: softplus(-D(z)), with D's parameters held fixed."""
+        """Term `prior_matching`: softplus(-D(z)), with fixed parameters of D."""
         for parameter in self.discriminator.parameters():
             parameter.requires_grad_(False)
         fake = self._squash(encode.clean.summary)
@@ -55,7 +55,7 @@ class PriorMatching(nn.Module):
         return {"prior_matching": Term(loss)}
 
     def adversary_parameters(self) -> Iterator[nn.Parameter]:
-        """What the adversary's own optimiser steps."""
+        """Parameters of the discriminator, for its own optimiser."""
         return self.discriminator.parameters()
 
     def adversary_loss(self, encode: Encode, views: Views) -> torch.Tensor:

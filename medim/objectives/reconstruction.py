@@ -1,4 +1,4 @@
-"""Paint in what is hidden: encoder and decoder learn together from the image itself."""
+"""Masked reconstruction: train encoder and decoder to predict hidden parts of an image."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from medim.types import UsageError, Views
 class Reconstruction(nn.Module):
     """Masked in-painting (Pathak et al. 2016, arXiv 1604.07379), random cubes as in MAE (He et al. 2022, 2111.06377).
 
-    Random cubes of an image are filled with its mean; from the rest, encoder and decoder predict how what they held
-    differs from it. The decoder is saved beside the encoder, and segmentation starts from both.
+    Random cubes of an image are filled with its mean. From the rest, encoder and decoder predict the difference between
+    the hidden voxels and this mean. The decoder is saved together with the encoder, and segmentation fine-tuning starts
+    from both.
 
     Args:
         in_channels: channels of the image.
         spatial_dims: 2 or 3.
         input_shape: spatial shape of the views.
-        decoded_channels: channels of the decoded map; 0 where the run has no decoder.
+        decoded_channels: channels of the decoded map; 0 if the run has no decoder.
         block: side of a cube, in voxels.
-        hidden: share of the cubes that is hidden, above 0 and below 1.
+        hidden: share of hidden cubes, above 0 and below 1.
     """
 
     reads_summary = False
@@ -39,13 +40,15 @@ class Reconstruction(nn.Module):
     ) -> None:
         super().__init__()
         if not decoded_channels:
-            raise UsageError("reconstruction: it decodes; add a decoder to the config, such as decoder: {name: unet}.")
+            raise UsageError(
+                "reconstruction: it needs a decoder; add a decoder to the config, such as decoder: {name: unet}."
+            )
         check_cubes("reconstruction", input_shape, block, hidden)
         self._block, self._hidden_share = block, hidden
         self.to_image = build_pointwise_conv(spatial_dims, decoded_channels, in_channels)
 
     def forward(self, encode: Encode, views: Views) -> dict[str, Term]:
-        """Term `reconstruction`: squared error over hidden voxels, in units of what their filling errs (chance: 1)."""
+        """Term `reconstruction`: squared error over hidden voxels, relative to that of the mean filling (chance: 1)."""
         image = views.image.flatten(0, 1)  # (N, C, ...)
         shape = tuple(image.shape[2:])
         mask = draw_cube_mask(len(image), shape, self._block, self._hidden_share, encode.generator).to(image.device)

@@ -1,7 +1,7 @@
-"""The mutual-information map: where an image agrees with its own summary, as the critic of its pretraining sees it.
+"""Mutual-information map: agreement of each voxel with the summary of its image, scored by the pretraining critic.
 
-An objective with `level` and `score_map(features)` can draw one; pretraining saves the first of them as
-`encoder/critic.safetensors` and `critic.json`, whose `objective` is the section it is built from.
+Objectives with `level` and `score_map(features)` support this map. Pretraining saves the first of them as
+`encoder/critic.safetensors` and `critic.json`; the key `objective` contains its configuration section.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from medim.objectives.objective import encoder_info
 
 
 class MutualInformationMap(nn.Module):
-    """Image to score at every voxel.
+    """Map an image to a score per voxel.
 
     Args:
         encoder: the encoder.
-        objective: the critic's, as trained with this encoder.
-        spec: `critic.json`.
+        objective: objective with the critic that was trained with this encoder.
+        spec: content of `critic.json`.
     """
 
     def __init__(self, encoder: nn.Module, objective: nn.Module, spec: dict[str, Any]) -> None:
@@ -35,7 +35,7 @@ class MutualInformationMap(nn.Module):
         self.spec = spec
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Scores (N, 1, ...) on the grid of (N, in_channels, ...) images; linear between the places of cells."""
+        """Scores (N, 1, ...) on the grid of (N, in_channels, ...) images, interpolated linearly between cells."""
         scores = self.objective.score_map(self.encoder(image))
         level = self.objective.level
         origin, stride = self.encoder.origins[level], self.encoder.strides[level]
@@ -46,24 +46,24 @@ class MutualInformationMap(nn.Module):
 
 
 def interpolation_weights(size: int, cells: int, origin: float, stride: int) -> torch.Tensor:
-    """Weights (cells, size) that bring values of cells, at voxels `origin + c * stride` of an axis, to all its voxels.
+    """Weights (cells, size) of a linear interpolation from the cells to all voxels of an axis.
 
-    Voxels beyond the outermost cells get the outermost value.
+    Cell c has its centre at voxel `origin + c * stride`. Voxels beyond the outermost cells get the outermost value.
     """
     voxel, cell = (torch.arange(n, dtype=torch.float32) for n in (size, cells))
-    voxel = (voxel - origin) / stride  # places in cells, from the first
+    voxel = (voxel - origin) / stride  # position in cells, relative to the first
     return (1 - (voxel.clamp(cell[0], cell[-1]) - cell[:, None]).abs()).clamp_min(0)
 
 
 def load_score_map(path: Path) -> MutualInformationMap | None:
-    """The encoder of a run with the critic saved beside it, in evaluation mode; None where there is none.
+    """Load the encoder of a run with its critic, in evaluation mode; None if the run has no critic.
 
     Raises:
-        UserError: no run lies at `path`, or its files are damaged.
+        UserError: there is no run at `path`, or its files are damaged.
     """
     folder = locate_weights(path)[0].parent
     spec = read_json(folder / "critic.json") if (folder / "critic.json").is_file() else {}
-    if not isinstance(spec.get("objective"), dict):  # runs of early versions kept the name alone
+    if not isinstance(spec.get("objective"), dict):  # runs of early versions contain the name only
         return None
     encoder: Any = load_encoder(path)
     view_options = {key: encoder.spec[key] for key in ("in_channels", "spatial_dims")}

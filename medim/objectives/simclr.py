@@ -1,4 +1,4 @@
-"""SimCLR: the summaries of two views of an image find each other in the batch (Chen et al. 2020, arXiv 2002.05709)."""
+"""SimCLR: contrastive learning between the summaries of two views of an image (Chen et al. 2020, arXiv 2002.05709)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from medim.types import UsageError, Views
 class SimCLR(nn.Module):
     """NT-Xent between two independently augmented views (algorithm 1 and eq. 1 of the paper).
 
-    A small network projects every summary; each projection is told its other view from the 2 (B - 1) views of all other
-    images, by the cosine over a temperature. The network is thrown away: the summary in front of it is what is learnt.
-    What the views differ in is what the summary may forget: set `views.augmentations`, and `views.same_place: false`
-    for crops of their own.
+    A small network projects every summary. The positive of a projection is the other view of the same image, its
+    negatives are the 2 (B - 1) views of all other images; scores are cosines divided by a temperature. The projection
+    network is discarded after pretraining, only the encoder with its summary is saved. The summary becomes invariant to
+    the differences between the views: set `views.augmentations`, and `views.same_place: false` for independent crops.
 
     Args:
         summary_channels: length of the summary.
-        view_count: views an image; it takes two.
-        width: of the projections (128 in the paper).
-        hidden: units of the projection's one hidden layer; 0 takes the summary's length, as the paper does.
-        temperature: what cosines are divided by (0.1 in the paper, 0.5 for its CIFAR-10).
+        view_count: views per image; must be 2.
+        width: length of the projections (128 in the paper).
+        hidden: units of the single hidden layer of the projection; 0 uses the length of the summary, as in the paper.
+        temperature: divisor of the cosines (0.1 in the paper, 0.5 for its CIFAR-10).
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class SimCLR(nn.Module):
     def forward(self, encode: Encode, views: Views) -> dict[str, Term]:
         """Term `simclr`: cross-entropy in nats, mean over all views; chance is log(2 B - 1).
 
-        Diagnostics: the bound, the share of images that are nearest to themselves, each meeting the views that it is
-        not, and the spread of the summaries between images.
+        Diagnostics: the bound, the share of images with the highest mean score for their own other view, and the spread
+        of the summaries between images.
         """
         scores, pairs = score_views(self.project(encode.clean.summary), self._temperature)
         chance_loss, bound = math.log(2 * len(scores) - 1), infonce(scores, pairs)
@@ -70,14 +70,14 @@ class SimCLR(nn.Module):
 
 
 def score_views(projection: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores of every view against every view, as `medim.objectives.mutual_information.infonce` takes them.
+    """Score every view against every view, in the format of `medim.objectives.mutual_information.infonce`.
 
     Args:
-        projection: (2 B, D), the two views of an image side by side.
-        temperature: what cosines are divided by.
+        projection: (2 B, D), the two views of an image next to each other.
+        temperature: divisor of the cosines.
 
     Returns:
-        Scores (B, 2, B, 2) in fp32, and the pairs that count, bool of the same shape: all but a view and itself.
+        Scores (B, 2, B, 2) in fp32, and a bool mask of the same shape that excludes the pairs of a view with itself.
     """
     with torch.autocast(projection.device.type, enabled=False):
         unit = normalize(projection.to(torch.promote_types(projection.dtype, torch.float32)), dim=1)

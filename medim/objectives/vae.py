@@ -1,4 +1,4 @@
-"""Variational auto-encoders: a summary from which the image can be drawn again, and no more in it than that needs."""
+"""Variational auto-encoders: a compressed summary from which the image is reconstructed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from medim.types import UsageError, Views
 
 
 class VAE(nn.Module):
-    """Encode to a normal distribution, draw from it, decode the image (Kingma and Welling 2014, arXiv 1312.6114).
+    """Encode to a normal distribution, sample from it, decode the image (Kingma and Welling 2014, arXiv 1312.6114).
 
-    The mean is the encoder's summary; the logarithm of the standard deviation is linear in the mean and maximum of its
-    coarsest map (the papers read both from one hidden layer, which an encoder here keeps to itself). The loss is the
-    squared error summed over an image's values plus beta times the KL divergence from a standard normal in nats (the
-    baseline of Hjelm et al. 2019 in its public code), all divided by the summed variance of the batch's images around
-    their mean: error and KL keep their balance, `beta` its units, and losses of all shapes and contrasts compare. The
-    squared error grows with the number of values and the KL with the summary's length, so what carries over between
-    sizes is beta * summary_channels / values (Higgins et al. 2017): for a volume, scale beta up.
+    The mean is the summary of the encoder. The logarithm of the standard deviation is linear in the mean and maximum of
+    the coarsest map (the papers compute both from one hidden layer, which is not part of the encoder interface here).
+    The loss is the squared error summed over the values of an image plus beta times the KL divergence from a standard
+    normal in nats (the baseline of Hjelm et al. 2019 in its public code), divided by the summed variance of the batch's
+    images around their mean. This division keeps the balance of error and KL and the units of `beta`, and makes losses
+    comparable between shapes and contrasts. The squared error grows with the number of values and the KL with the
+    length of the summary, so the invariant between sizes is beta * summary_channels / values (Higgins et al. 2017):
+    increase beta for volumes.
 
     Args:
         channels: channels of the encoder's maps.
@@ -51,9 +52,9 @@ class VAE(nn.Module):
         self.decoder = ImageDecoder(summary_channels, in_channels, input_shape, channels=decoder_channels, norm=norm)
 
     def forward(self, encode: Encode, views: Views) -> dict[str, Term]:
-        """Term `vae`: (squared error + beta KL) / variance around the mean image, as the batch estimates it.
+        """Term `vae`: (squared error + beta KL) / variance around the mean image, estimated on the batch.
 
-        Chance is 1, what the best decoder pays that knows nothing of the image, and so no KL: it draws the mean image.
+        Chance is 1: the loss of a decoder that outputs the mean image, with a KL of 0.
         """
         image = views.image.flatten(0, 1).float()  # (N, C, ...)
         mu = encode.clean.summary.float()
@@ -77,7 +78,7 @@ def beta_vae(
     decoder_channels: tuple[int, ...] = (512, 256, 128, 64),
     norm: Norm = "bn",
 ) -> VAE:
-    """A VAE that pays more for what its summary holds, and so holds less, in fewer entries (Higgins et al. 2017).
+    """VAE with a larger weight of the KL divergence: a sparser summary with less information (Higgins et al. 2017).
 
     Args:
         channels: channels of the encoder's maps.
@@ -99,5 +100,5 @@ def kl_from_normal(mu: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
 
 
 def count_active_units(mu: torch.Tensor) -> torch.Tensor:
-    """Entries of the mean (N, S) whose variance between images is above 0.01 (Burda et al. 2016, section 5.2)."""
+    """Count entries of the mean (N, S) with a variance between images above 0.01 (Burda et al. 2016, section 5.2)."""
     return (mu.var(dim=0) > 0.01).sum().float()

@@ -376,7 +376,7 @@ def test_labels_of_one_class_alone_are_refused_before_training(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"encoder": {"name": "convnet", "channels": [4, 8]}}, "finest map has stride 1"),
+        ({"encoder": {"name": "convnet", "channels": [4, 8]}}, "finest map of stride 1"),
         ({"head": {"name": "classification"}}, "fit each other"),
         ({"decoder": {"name": "une"}}, "Did you mean 'unet'"),
         ({"inference": {"mode": "slidin"}}, "Did you mean 'sliding'"),

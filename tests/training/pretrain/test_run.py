@@ -343,7 +343,7 @@ def test_views_whose_voxels_do_not_correspond_are_refused_by_what_needs_it(
     views: ViewsConfig, pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
 ) -> None:
     dense = {"objectives": [{"name": "dense_dim"}], "decoder": {"name": "unet"}, "views": views}
-    with pytest.raises(UsageError, match="dense_dim: expected views of an image whose voxels correspond"):
+    with pytest.raises(UsageError, match="dense_dim: expected views with corresponding voxels"):
         pretrain(pretrain_config.model_copy(update=dense), cohort_index, tmp_path / "run", store=tmp_path / "store")
     assert not list(tmp_path.iterdir())
     alone = dense | {"views": views.model_copy(update={"count": 1})}
