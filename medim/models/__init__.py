@@ -1,1 +1,1 @@
-"""Networks: encoders, decoders, critics, heads, and the files they are kept in."""
+"""Networks: encoders, decoders, critics, heads, and their files."""

@@ -1,4 +1,4 @@
-"""The context network of CPC: what lies above, gathered row by row."""
+"""Context network of CPC: aggregates the rows above each cell."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from medim.models.layers import build_pointwise_conv
 
 
 class ContextNetwork(nn.Module):
-    """Gated convolutions, causal along the first axis: a cell knows rows up to its own, and nothing below.
+    """Gated convolutions, causal along the first axis: a cell depends on its own row and the rows above it only.
 
-    The vertical stack of the gated PixelCNN (van den Oord et al. 2016, arXiv 1606.05328, section 2.2), as CPC on images
-    uses it: 2 x 3 (x 3) kernels over the cell's row and the one above, tanh times sigmoid, a 1x1 convolution and a
-    residual connection. A layer adds a row above and a column to either side to what is known. There is no
-    normalisation, for statistics over the grid would carry what lies below upwards.
+    This is the vertical stack of the gated PixelCNN (van den Oord et al. 2016, arXiv 1606.05328, section 2.2), as used
+    by CPC on images: 2 x 3 (x 3) kernels over the cell's row and the row above, tanh times sigmoid, a 1x1 convolution
+    and a residual connection. Each layer extends the context by one row upwards and by one column to either side. There
+    is no normalisation, because statistics over the grid would leak information from lower rows.
 
     Args:
         spatial_dims: 2 or 3.
-        channels: of the map, and of the context.
+        channels: channels of the map and of the context.
         layers: number of gated convolutions.
     """
 
@@ -28,14 +28,14 @@ class ContextNetwork(nn.Module):
         self.layers = nn.ModuleList(_GatedConvolution(spatial_dims, channels) for _ in range(layers))
 
     def forward(self, local: torch.Tensor) -> torch.Tensor:
-        """Gather a map (N, C, rows, ...) into contexts of the same shape."""
+        """Compute the contexts of a map (N, C, rows, ...), in the same shape."""
         for layer in self.layers:
             local = layer(local)
         return local
 
 
 class _GatedConvolution(nn.Module):
-    """A gated convolution over a cell's row and the one above, added to its input."""
+    """Gated convolution over a cell's row and the row above, added to its input."""
 
     def __init__(self, spatial_dims: int, channels: int) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class _GatedConvolution(nn.Module):
         padding = (1, 1) * other_dims + (
             1,
             0,
-        )  # the last axis first: both sides of the columns, the upper side of the rows
+        )  # order of axes: last first; both sides of the columns, the upper side of the rows
         self.causal = nn.Sequential(
             Pad[Pad.CONSTANTPAD, spatial_dims](padding, 0.0),
             Conv[Conv.CONV, spatial_dims](channels, 2 * channels, (2, *(3,) * other_dims)),

@@ -1,9 +1,9 @@
-"""Critics: score networks T(local, summary) whose scores estimate mutual information.
+"""Critics: score networks T(local, summary) for the estimation of mutual information.
 
-A critic takes locals (B, C, L) and summaries (A, S, G) and scores pairs: (A, G, B, L), in fp32 under autocast too, for
-bf16 scores are rounded in steps that hide learning (measured: docs/results.md). `pairs`, bool and broadcastable to the
-scores, says which of them will be looked at; the others may hold anything. With the scores comes the mean of their
-squares before clipping, over the pairs that are looked at, for a penalty.
+A critic takes local features (B, C, L) and summaries (A, S, G) and scores pairs: (A, G, B, L). Scores are in fp32 under
+autocast too, because the rounding steps of bf16 scores hide learning (measured in docs/results.md). `pairs`, bool and
+broadcastable to the scores, selects the pairs that are used; scores of other pairs are undefined. A critic also returns
+the mean of the squared scores before clipping, over the selected pairs, for a penalty.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch.utils.checkpoint import checkpoint
 from medim.types import UsageError
 
 OutputNorm = Literal["layer", "batch", "none"]
-_MAX_HIDDEN_UNITS = 2**24  # hidden units of pairs that a concat-and-convolve critic holds at a time
+_MAX_HIDDEN_UNITS = 2**24  # hidden units that a concat-and-convolve critic keeps in memory at a time
 
 
 class _CriticEmbedding(nn.Module):
-    """1x1 conv, BN, ReLU, 1x1 conv, plus a linear shortcut that starts as a noisy copy; then a norm over channels.
+    """1x1 conv, BN, ReLU, 1x1 conv, plus a linear shortcut initialised as a noisy copy; then a norm over channels.
 
     `MI1x1ConvNet` of the DIM authors' code (nn_modules/mi_networks.py), over flattened locations (B, C, L).
     """
@@ -50,7 +50,7 @@ class _CriticEmbedding(nn.Module):
         }[norm]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, L) to (B, width, L)."""
+        """Map (B, C, L) to (B, width, L)."""
         x = self.block(x) + self.shortcut(x)
         if isinstance(self.norm, nn.LayerNorm):
             return self.norm(x.transpose(1, 2)).transpose(1, 2)
@@ -63,12 +63,12 @@ class EncodeAndDot(nn.Module):
     Args:
         channels: channels of the local features.
         summary_channels: channels of the summary.
-        width: size of the common space (2048 in the paper; its arithmetic is then fourteen times the paper's 32x32
-            encoder).
-        local_norm: norm of the embedded locals.
+        width: size of the common space (2048 in the paper; this costs fourteen times the arithmetic of the paper's
+            32x32 encoder).
+        local_norm: norm of the embedded local features.
         summary_norm: norm of the embedded summary.
         scaled: divide scores by sqrt(width), as AMDIM does.
-        clip: bound scores softly by clip * tanh(score / clip); 0 does not (AMDIM: 20).
+        clip: soft bound of the scores, clip * tanh(score / clip); 0 disables it (AMDIM: 20).
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class EncodeAndDot(nn.Module):
         Args:
             local: (B, C, L).
             summary: (A, S, G).
-            pairs: bool, broadcastable to (A, G, B, L): which count in the mean square.
+            pairs: bool, broadcastable to (A, G, B, L): pairs to include in the mean square; None: all.
 
         Returns:
             Scores (A, G, B, L) in fp32, and the mean of their squares before clipping (for a penalty).
@@ -107,17 +107,18 @@ class EncodeAndDot(nn.Module):
 
 
 class ConcatAndConvolve(nn.Module):
-    """Join each local with the summary and run a small network over it (Hjelm et al. 2019, figures 2 and 3).
+    """Join each local feature with the summary and score it with a small network (Hjelm et al. 2019, figures 2 and 3).
 
-    1x1 convolutions with ReLU and no norm. The first is taken apart into its two linear halves, one over the locals and
-    one over the summaries, so that no tensor of repeated features is built. A pair costs hidden[0] * hidden[1]
-    products, where encode-and-dot pays one dot product: give it few pairs (`negatives: rolled`).
+    The network consists of 1x1 convolutions with ReLU and no norm. The first layer is split into two linear parts, one
+    over the local features and one over the summaries, so that no tensor of repeated features is built. A pair costs
+    hidden[0] * hidden[1] products, compared with one dot product in encode-and-dot: limit the number of pairs
+    (`negatives: rolled`).
 
     Args:
         channels: channels of the local features.
         summary_channels: channels of the summary.
         hidden: widths of the hidden layers.
-        clip: bound scores softly by clip * tanh(score / clip); 0 does not (AMDIM: 20).
+        clip: soft bound of the scores, clip * tanh(score / clip); 0 disables it (AMDIM: 20).
     """
 
     def __init__(
@@ -140,10 +141,10 @@ class ConcatAndConvolve(nn.Module):
         Args:
             local: (B, C, L).
             summary: (A, S, G).
-            pairs: bool, broadcastable to (A, G, B, L): which to score; None: all.
+            pairs: bool, broadcastable to (A, G, B, L): pairs to score; None: all.
 
         Returns:
-            Scores (A, G, B, L) in fp32, 0 where no pair is scored, and the mean of their squares before clipping.
+            Scores (A, G, B, L) in fp32, 0 for pairs that are not scored, and the mean of their squares before clipping.
         """
         first_layer: Any = self.hidden[0]
         local_weight, summary_weight = first_layer.weight.split(self._input_widths, dim=1)
@@ -154,7 +155,7 @@ class ConcatAndConvolve(nn.Module):
             linear(local.transpose(1, 2).flatten(0, 1), local_weight, first_layer.bias)
         )  # (B L, hidden)
         shape = (summary.shape[0], summary.shape[2], local.shape[0], local.shape[2])
-        if torch.compiler.is_exporting():  # a graph takes any number of pairs, and has no loop over blocks of them
+        if torch.compiler.is_exporting():  # an exported graph accepts any number of pairs and cannot loop over blocks
             return _clip_scores(
                 self._score_hidden(summary_hidden[:, None] + local_hidden).reshape(shape), pairs, self._clip
             )
@@ -167,7 +168,7 @@ class ConcatAndConvolve(nn.Module):
         ]
         if len(blocks) == 1:
             scores = self._score_block(*blocks[0])
-        else:  # hidden units are made anew on the way back
+        else:  # hidden units are recomputed in the backward pass
             scores = torch.cat([checkpoint(self._score_block, *block, use_reentrant=False) for block in blocks])
         if pair_indices is not None:
             scores = scores.new_zeros(math.prod(shape)).index_copy(0, pair_indices, scores)
@@ -181,20 +182,20 @@ class ConcatAndConvolve(nn.Module):
         start: int,
         stop: int,
     ) -> torch.Tensor:
-        """Scores of some of the chosen pairs (None: of all), counted row by row of `summary_hidden`."""
+        """Scores of a block of the selected pairs (None: of all pairs), in row order of `summary_hidden`."""
         pair = (
             torch.arange(start, stop, device=summary_hidden.device)
             if pair_indices is None
             else pair_indices[start:stop]
         )
-        # A look-up as of words: its gradient adds up in a fixed order on every device.
+        # Use an embedding lookup: its gradient is summed in a fixed order on every device.
         x = embedding(pair.div(len(local_hidden), rounding_mode="floor"), summary_hidden) + embedding(
             pair % len(local_hidden), local_hidden
         )
         return self._score_hidden(x)
 
     def _score_hidden(self, x: torch.Tensor) -> torch.Tensor:
-        """Scores (...) of what the first layer made of pairs, (..., hidden[0])."""
+        """Scores (...) of the outputs of the first layer for pairs, (..., hidden[0])."""
         for layer in self.hidden[1:]:
             x = layer(x.relu_())
         with torch.autocast(x.device.type, enabled=False):
@@ -209,7 +210,7 @@ class Bilinear(nn.Module):
         channels: channels of the local features.
         summary_channels: channels of the summary.
         scaled: divide scores by sqrt(channels).
-        clip: bound scores softly by clip * tanh(score / clip); 0 does not (AMDIM: 20).
+        clip: soft bound of the scores, clip * tanh(score / clip); 0 disables it (AMDIM: 20).
     """
 
     def __init__(self, channels: int, summary_channels: int, *, scaled: bool = False, clip: float = 0.0) -> None:
@@ -240,7 +241,7 @@ def _score_dot_products(left: torch.Tensor, right: torch.Tensor, scale: float) -
 
 
 def _clip_scores(scores: torch.Tensor, pairs: torch.Tensor | None, clip: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores softly within +-clip (0: as they are), and the mean of the squares they had, over the pairs given."""
+    """Scores softly clipped to +-clip (0: unchanged), and the mean square of the unclipped scores over `pairs`."""
     if pairs is None:
         square = scores.square().mean()
     else:
@@ -249,5 +250,5 @@ def _clip_scores(scores: torch.Tensor, pairs: torch.Tensor | None, clip: float) 
 
 
 def _promote_to_float32(x: torch.Tensor) -> torch.Tensor:
-    """At least fp32."""
+    """Convert to fp32, or keep a wider type."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Decoders: the maps of an encoder in, one map on the image's own grid out; or a summary in, an image out."""
+"""Decoders: from the maps of an encoder to one map on the grid of the image, or from a summary to an image."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from medim.types import Features
 
 
 class UNetDecoder(nn.Module):
-    """The expanding half of a U-Net: upsample by transposed convolution, join the encoder's map, two convolutions.
+    """The expanding half of a U-Net: transposed convolution, concatenation with the encoder's map, two convolutions.
 
     Args:
         channels: channels of the encoder's maps, fine to coarse.
-        strides: strides of the encoder's maps; the finest must be 1 or a power of two.
+        strides: strides of the encoder's maps, fine to coarse; the finest must be 1.
         spatial_dims: 2 or 3.
         norm: batch (bn), instance (in), group (gn) or no (none) normalisation.
 
@@ -35,7 +35,7 @@ class UNetDecoder(nn.Module):
         super().__init__()
         if strides[0] != 1:
             raise ValueError(
-                f"UNetDecoder: expected an encoder whose finest map has stride 1, got strides {strides}. "
+                f"UNetDecoder: expected an encoder with a finest map of stride 1, got strides {strides}. "
                 "Use the unet encoder."
             )
         self.out_channels = channels[0]
@@ -46,7 +46,7 @@ class UNetDecoder(nn.Module):
         )
 
     def forward(self, features: Features) -> Features:
-        """Decode maps (N, channels[i], ...) to one map (N, out_channels, ...) at stride 1; the summary is passed on."""
+        """Decode maps (N, channels[i], ...) to one map (N, out_channels, ...) at stride 1; the summary is unchanged."""
         *finer, x = features.maps
         for level, skip in zip(self.levels, reversed(finer), strict=True):
             x = level(x, skip)
@@ -54,11 +54,12 @@ class UNetDecoder(nn.Module):
 
 
 class ImageDecoder(nn.Module):
-    """The generator of DCGAN: a summary in, an image out (Radford et al. 2016, arXiv 1511.06434).
+    """The generator of DCGAN: decode a summary to an image (Radford et al. 2016, arXiv 1511.06434).
 
-    A linear layer to the coarsest grid, then transposed convolutions (kernel 4, stride 2), each step with normalisation
-    and ReLU, and a 3-wide convolution to the image. The defaults are the decoder of the Deep InfoMax paper for 32x32,
-    without its tanh, since images here are not bound to [-1, 1]. Any shape: what the grid has too much is cut off.
+    A linear layer maps the summary to the coarsest grid. Transposed convolutions (kernel 4, stride 2) follow, each with
+    normalisation and ReLU, and a 3-wide convolution to the image. The defaults are the decoder of the Deep InfoMax
+    paper for 32x32, without its tanh, because images here are not limited to [-1, 1]. Any shape is possible: the grid
+    is cropped at its far end to the shape of the image.
 
     Args:
         summary_channels: length of the summary.
@@ -92,7 +93,7 @@ class ImageDecoder(nn.Module):
         self.layers = nn.Sequential(*layers, Conv[Conv.CONV, dims](channels[-1], out_channels, 3, padding=1))
 
     def forward(self, summary: torch.Tensor) -> torch.Tensor:
-        """Draw (N, summary_channels) as images (N, out_channels, ...)."""
+        """Decode (N, summary_channels) to images (N, out_channels, ...)."""
         image: torch.Tensor = self.layers(self.to_grid(summary).unflatten(1, self._grid))
         return image[(slice(None), slice(None), *(slice(side) for side in self._shape))]
 

@@ -1,6 +1,6 @@
 """Heads: the last layer of a task and its loss.
 
-To add one, write a class that meets `Head` and add a line to `HEADS` (`docs/how-to/add-head.md`).
+To add a head, write a class that implements `Head` and add a line to `HEADS` (`docs/how-to/add-head.md`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from medim.types import Features
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """A linear classifier of standardised features: logits are weight @ ((x - mean) / std) + bias.
+    """Linear classifier of standardised features: logits are weight @ ((x - mean) / std) + bias.
 
     Attributes:
         mean: (d,).
@@ -37,21 +37,22 @@ class LinearProbe:
 
 
 class Head(Protocol):
-    """What every head offers.
+    """Interface of a head.
 
-    A constructor takes what it needs of `channels`, `summary_channels`, `spatial_dims`, `out_channels`.
+    The positional parameters of a constructor are chosen from `channels`, `summary_channels`, `spatial_dims` and
+    `out_channels`.
     """
 
     def __call__(self, features: Features) -> torch.Tensor:
-        """Logits (N, out_channels) or (N, out_channels, ...) from the encoder's or the decoder's features."""
+        """Compute logits (N, out_channels) or (N, out_channels, ...) from the features of the encoder or decoder."""
         ...
 
     def loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Scalar loss; target (N,) or (N, ...) holds class indices, (N, out_channels) what is known of each finding."""
+        """Scalar loss; target: class indices (N,) or (N, ...), or the value of each finding (N, out_channels)."""
         ...
 
     def inputs(self, features: Features) -> torch.Tensor:
-        """What the last layer sees, (N, d) or (N, d, ...): a linear probe is fitted to it (`head_init: probe`)."""
+        """Input of the last layer, (N, d) or (N, d, ...); a linear probe is fitted to it (`head_init: probe`)."""
         ...
 
     def start_from(self, probe: LinearProbe) -> None:
@@ -60,14 +61,14 @@ class Head(Protocol):
 
 
 class ClassificationHead(nn.Module):
-    """A linear layer on the summary and, where asked, on the mean and maximum of some maps; cross-entropy.
+    """Linear layer on the summary and, optionally, on the mean and maximum of some maps; cross-entropy.
 
     Args:
         channels: channels of the encoder's maps.
         summary_channels: length of the summary.
         out_channels: number of classes.
-        maps: levels whose mean and maximum join the summary; below 0: from the coarsest.
-        hidden: widths of layers, each with batch norm and ReLU, before the linear one.
+        maps: indices of maps, appended to the summary as mean and maximum; negative values count from the coarsest map.
+        hidden: widths of layers before the linear layer, each with batch norm and ReLU.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class ClassificationHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: Features) -> torch.Tensor:
-        """Logits (N, out_channels)."""
+        """Compute logits (N, out_channels)."""
         return self.linear(self.norm(self.inputs(features)))
 
     def loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -104,20 +105,20 @@ class ClassificationHead(nn.Module):
         return nn.functional.cross_entropy(logits.float(), target)
 
     def inputs(self, features: Features) -> torch.Tensor:
-        """Summary, and mean and maximum of the maps asked for, through the hidden layers: (N, d)."""
+        """Summary, mean and maximum of the selected maps, passed through the hidden layers: (N, d)."""
         inputs: torch.Tensor = self.hidden(pool_features(features, self.maps))
         return inputs
 
     @torch.no_grad()
     def start_from(self, probe: LinearProbe) -> None:
-        """Take over a probe of `inputs`; the norm's statistics become the probe's."""
+        """Copy a probe of `inputs`; its mean and standard deviation become the statistics of the norm."""
         self.norm.running_mean, self.norm.running_var = probe.mean.clone(), probe.std.square()
         self.linear.weight.copy_(probe.weight)
         self.linear.bias.copy_(probe.bias)
 
 
 class MultiLabelHead(ClassificationHead):
-    """The network of `classification`, a sigmoid a class: an image has any number of them; binary cross-entropy.
+    """The network of `classification` for any number of findings per image: sigmoid outputs, binary cross-entropy.
 
     Args:
         channels: channels of the encoder's maps.
@@ -128,17 +129,17 @@ class MultiLabelHead(ClassificationHead):
     """
 
     def loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Mean over what is known, in nats; target (N, out_channels) of 1 (present), 0 (absent) and NaN (unknown)."""
+        """Mean over the labelled findings, in nats; target (N, out_channels): 1 present, 0 absent, NaN unlabelled."""
         unknown = target.isnan()
         costs = binary_cross_entropy_with_logits(logits.float(), target.masked_fill(unknown, 0), reduction="none")
         return costs.masked_fill(unknown, 0).sum() / (~unknown).sum().clamp_min(1)
 
 
 class SegmentationHead(nn.Module):
-    """A 1-wide convolution on the decoded map; Dice and cross-entropy in equal parts (Isensee et al. 2021).
+    """1-wide convolution on the decoded map; Dice and cross-entropy in equal parts (Isensee et al. 2021).
 
     Args:
-        channels: channels of the decoded map, first.
+        channels: channels of the maps, first the decoded map.
         spatial_dims: 2 or 3.
         out_channels: number of classes, background included.
     """
@@ -149,7 +150,7 @@ class SegmentationHead(nn.Module):
         self._loss = DiceCELoss(to_onehot_y=True, softmax=True, batch=True, include_background=False)
 
     def forward(self, features: Features) -> torch.Tensor:
-        """Logits (N, out_channels, ...)."""
+        """Compute logits (N, out_channels, ...)."""
         return self.conv(self.inputs(features))
 
     def loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -162,7 +163,7 @@ class SegmentationHead(nn.Module):
 
     @torch.no_grad()
     def start_from(self, probe: LinearProbe) -> None:
-        """Take over a probe of the decoded map's voxels."""
+        """Copy a probe of the voxels of the decoded map."""
         weight = probe.weight / probe.std
         self.conv.weight.copy_(weight.reshape(self.conv.weight.shape))
         self.conv.bias.copy_(probe.bias - weight @ probe.mean)

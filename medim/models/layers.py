@@ -1,4 +1,4 @@
-"""Layers that exist in 2D and 3D, from MONAI's factories, and what every encoder needs."""
+"""Layers in 2D and 3D, built by MONAI's factories, and helpers shared by the encoders."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from medim.types import Features, UsageError
 Norm = Literal["bn", "in", "gn", "none"]
 Activation = Literal["relu", "leaky_relu"]
 Pooling = Literal["flatten", "mean_max"]
-ConvGeometry = Sequence[tuple[int, int, int]]  # kernel size, stride and padding of each, in order
+ConvGeometry = Sequence[tuple[int, int, int]]  # kernel size, stride and padding of each layer, in order
 
 
 def norm_spec(norm: Norm) -> str | tuple[str, dict[str, object]]:
-    """MONAI's name and options of a normalisation: batch, instance (affine), group (4 groups) or none."""
+    """Name and options of a normalisation in MONAI: batch, instance (affine), group (4 groups) or none."""
     names: dict[Norm, str | tuple[str, dict[str, object]]] = {
         "bn": ("batch", {}),
         "in": ("instance", {"affine": True}),
@@ -33,7 +33,7 @@ def norm_spec(norm: Norm) -> str | tuple[str, dict[str, object]]:
 
 
 def build_norm(norm: Norm, spatial_dims: int, channels: int) -> nn.Module:
-    """A normalisation of maps (N, channels, ...); none is the identity."""
+    """Build a normalisation of maps (N, channels, ...); none is the identity."""
     layer: nn.Module = get_norm_layer(norm_spec(norm), spatial_dims, channels)
     return layer
 
@@ -50,7 +50,7 @@ def build_conv_block(
     padding_mode: str = "zeros",
     activation: Activation = "relu",
 ) -> nn.Sequential:
-    """Convolution (with a bias where no normalisation follows), normalisation, ReLU or LeakyReLU of slope 0.2.
+    """Convolution (with a bias if no normalisation follows), normalisation, ReLU or LeakyReLU of slope 0.2.
 
     Padding None is (kernel_size - 1) // 2.
     """
@@ -68,19 +68,19 @@ def build_conv_block(
 
 
 def build_pointwise_conv(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
-    """A linear layer at every voxel."""
+    """Build a linear layer that is applied to every voxel."""
     layer: nn.Module = Conv[Conv.CONV, spatial_dims](in_channels, out_channels, 1)
     return layer
 
 
 def build_unpadded_conv(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
-    """A 3x3 convolution that sees whole neighbourhoods only; the grid loses a cell on every side."""
+    """Build a 3x3 convolution without padding; the grid shrinks by one cell on every side."""
     layer: nn.Module = Conv[Conv.CONV, spatial_dims](in_channels, out_channels, 3)
     return layer
 
 
 def check_channels(name: str, channels: Sequence[int], *, option: str = "channels") -> None:
-    """Refuse a list of channels (or of another `option`) that no network has.
+    """Check that a list of channels (or of another `option`) is not empty and positive.
 
     Raises:
         UsageError: the list is empty, or a number in it is below 1.
@@ -90,20 +90,20 @@ def check_channels(name: str, channels: Sequence[int], *, option: str = "channel
 
 
 def check_level(name: str, level: int, count: int) -> int:
-    """The place, 0 to count - 1, of one of an encoder's maps; below 0 it is counted from the coarsest, as in Python.
+    """Resolve the index of a map to 0 to count - 1; negative indices count from the coarsest map, as in Python.
 
     Raises:
-        UsageError: there are not so many maps; the message starts with `name`.
+        UsageError: the index is out of range; the message starts with `name`.
     """
     if not -count <= level < count:
         raise UsageError(
-            f"{name}: expected 0 to {count - 1}, or -1 to {-count} from the coarsest, the encoder's maps, got {level}."
+            f"{name}: expected 0 to {count - 1}, or -1 to {-count} from the coarsest map of the encoder, got {level}."
         )
     return level % count
 
 
 def use_channels_last(module: nn.Module) -> None:
-    """Lay the weights of convolutions out channels last, in place, which makes most steps cheaper.
+    """Convert the weights of convolutions to the channels-last layout, in place; this speeds up most training steps.
 
     Measured by `benchmarks/layout_and_precision.py`.
     """
@@ -120,11 +120,11 @@ def pool_map(map_: torch.Tensor) -> torch.Tensor:
 
 
 def pool_features(features: Features, maps: Sequence[int]) -> torch.Tensor:
-    """The summary, joined by the mean and maximum of some maps.
+    """Concatenate the summary with the mean and maximum of some maps.
 
     Args:
-        features: of N images.
-        maps: levels.
+        features: features of N images.
+        maps: indices of the maps.
 
     Returns:
         (N, summary_channels + 2 * the channels of these maps).
@@ -133,13 +133,13 @@ def pool_features(features: Features, maps: Sequence[int]) -> torch.Tensor:
 
 
 class SummaryNetwork(nn.Sequential):
-    """The last map to the summary: pool, hidden layers (Linear, BN, ReLU), Linear.
+    """Network from the last map to the summary: pooling, hidden layers (Linear, BN, ReLU), Linear.
 
     Args:
-        features: length of the pooled map: see `count_flat_features`, or twice its channels for `mean_max`.
-        pooling: `flatten` the map, or `mean_max`, its mean and maximum over the grid.
+        features: length of the pooled map: that of `count_flat_features`, or twice its channels for `mean_max`.
+        pooling: `flatten` (the flattened map) or `mean_max` (its mean and maximum over the grid).
         hidden: widths of the hidden layers.
-        out_channels: length of the summary; 0 leaves the last linear layer out.
+        out_channels: length of the summary; 0 omits the last linear layer.
 
     Attributes:
         out_channels: length of the summary.
@@ -157,7 +157,7 @@ class SummaryNetwork(nn.Sequential):
         self._flatten = pooling == "flatten"
 
     def forward(self, map_: torch.Tensor) -> torch.Tensor:
-        """(N, C, ...) to (N, out_channels)."""
+        """Map (N, C, ...) to (N, out_channels)."""
         x = map_.flatten(1) if self._flatten else pool_map(map_)
         for layer in self:
             x = layer(x)
@@ -165,12 +165,12 @@ class SummaryNetwork(nn.Sequential):
 
 
 def compute_maps(stages: Iterable[nn.Module], image: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What each stage of a chain makes of the one before, from images (N, C, ...): maps (N, channels[i], ...)."""
+    """Outputs (N, channels[i], ...) of each stage of a chain of stages, from images (N, C, ...)."""
     return tuple(accumulate(stages, lambda map_, stage: stage(map_), initial=image))[1:]
 
 
 def count_flat_features(stages: Iterable[nn.Module], in_channels: int, shape: Sequence[int]) -> int:
-    """Length of the flattened map that stages make of an image of some spatial shape; found by running them."""
+    """Length of the flattened output of a chain of stages for an image shape, determined by a forward pass."""
     chain = nn.Sequential(*stages).eval()
     with torch.no_grad():
         size = chain(torch.zeros(1, in_channels, *shape)).numel()
@@ -179,14 +179,14 @@ def count_flat_features(stages: Iterable[nn.Module], in_channels: int, shape: Se
 
 
 def compute_level_strides(levels: Sequence[ConvGeometry]) -> tuple[int, ...]:
-    """Voxels between neighbouring cells of each map of an encoder, from the layers that each map adds."""
+    """Distance, in voxels, between neighbouring cells of each map of an encoder, from the layers that each map adds."""
     return tuple(accumulate((math.prod(stride for _, stride, _ in layers) for layers in levels), mul))
 
 
 def compute_receptive_field(layers: ConvGeometry) -> tuple[int, float]:
-    """What the first output cell of a chain of convolutions sees: its side and its middle, in input voxels.
+    """Side and centre, in input voxels, of the receptive field of the first output cell of a chain of convolutions.
 
-    The middle is a place on an axis whose first voxel lies at 0; padding moves it to the front.
+    The first voxel has position 0; padding shifts the centre towards the front.
     """
     side, middle, jump = 1, 0.0, 1
     for kernel, stride, padding in layers:
@@ -197,12 +197,12 @@ def compute_receptive_field(layers: ConvGeometry) -> tuple[int, float]:
 
 
 def level_receptive_field(levels: Sequence[ConvGeometry], level: int) -> int:
-    """Side of what a cell of map `level` sees, in voxels, from the layers that each map adds."""
+    """Side of the receptive field of a cell of map `level`, in voxels, from the layers that each map adds."""
     return _compute_level_field(levels, level)[0]
 
 
 def compute_level_origins(levels: Sequence[ConvGeometry]) -> tuple[float, ...]:
-    """Middle of what the first cell of each map sees, in voxels, from the layers that each map adds."""
+    """Centre of the receptive field of the first cell of each map, in voxels, from the layers that each map adds."""
     return tuple(_compute_level_field(levels, level)[1] for level in range(len(levels)))
 
 
@@ -211,13 +211,13 @@ def _compute_level_field(levels: Sequence[ConvGeometry], level: int) -> tuple[in
 
 
 def convert_to_mm(fields: Sequence[int], spacing: Sequence[float] | None) -> list[list[float]] | None:
-    """Receptive fields in mm.
+    """Convert receptive fields to mm.
 
     Args:
-        fields: side of each in voxels.
-        spacing: of the voxels along each axis, in mm; None where every image has its own.
+        fields: side of each receptive field, in voxels.
+        spacing: voxel spacing along each axis, in mm; None if it differs between images.
 
     Returns:
-        The extent of each along every axis, or None where the spacing is not known.
+        The extent of each receptive field along every axis, or None if the spacing is unknown.
     """
     return None if spacing is None else [[side * step for step in spacing] for side in fields]

@@ -1,4 +1,4 @@
-"""Encoder, decoder and head put together for a task."""
+"""Assemble encoder, decoder and head to the model of a task."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from medim.types import Array, Features
 
 
 class Model(nn.Module):
-    """image -> encoder -> decoder? -> head -> logits."""
+    """Chain of encoder, optional decoder and head: from images to logits."""
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module | None, head: nn.Module) -> None:
         super().__init__()
@@ -27,32 +27,32 @@ class Model(nn.Module):
         self._frozen_parts: tuple[nn.Module, ...] = ()
 
     def freeze(self, parts: Sequence[nn.Module]) -> None:
-        """Keep some parts bit by bit as they are: no gradients, and norms by the statistics they came with."""
-        self._frozen_parts = tuple(parts)  # a tuple, so that they are not registered a second time
+        """Freeze some parts: no gradients, and norms use and keep their stored statistics."""
+        self._frozen_parts = tuple(parts)  # a tuple, so that the modules are not registered a second time
         for part in parts:
             part.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Model:
-        """Training mode, but for what is frozen."""
+        """Set the training mode of all parts that are not frozen."""
         super().train(mode)
         for part in self._frozen_parts:
             part.eval()
         return self
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Logits of (N, in_channels, ...) images; see the head for their shape."""
+        """Compute the logits of (N, in_channels, ...) images; see the head for their shape."""
         return self.logits(self.encoder(image))
 
     def logits(self, features: Features) -> torch.Tensor:
-        """Logits of the encoder's features."""
+        """Compute the logits from the features of the encoder."""
         logits: torch.Tensor = self.head(features if self.decoder is None else self.decoder(features))
         return logits
 
 
 def as_numpy_function(module: nn.Module) -> Callable[[Array], Array]:
-    """A module as a function of numpy arrays (N, C, ...), on the module's own device and without gradients.
+    """Wrap a module as a function of numpy arrays (N, C, ...), on the module's own device and without gradients.
 
-    An encoder's answer is its summary.
+    The output of an encoder is its summary.
     """
     device = next(module.parameters()).device
 
@@ -66,7 +66,7 @@ def as_numpy_function(module: nn.Module) -> Callable[[Array], Array]:
 
 
 def build_encoder(spec: dict[str, Any]) -> nn.Module:
-    """Make an encoder with fresh weights.
+    """Build an encoder with fresh weights.
 
     Args:
         spec: `encoder` (section of ENCODERS), `in_channels`, `spatial_dims`, `input_shape`.
@@ -81,17 +81,17 @@ def build_encoder(spec: dict[str, Any]) -> nn.Module:
 
 
 def build_decoder(section: Section, encoder: Any, spatial_dims: int) -> nn.Module:
-    """Make a decoder with fresh weights for an encoder's maps."""
+    """Build a decoder with fresh weights for the maps of an encoder."""
     return build_from_section(
         DECODERS, section, channels=encoder.channels, strides=encoder.strides, spatial_dims=spatial_dims
     )
 
 
 def build_model(spec: dict[str, Any]) -> Model:
-    """Make encoder, decoder and head with fresh weights.
+    """Build encoder, decoder and head with fresh weights.
 
     Args:
-        spec: what `build_encoder` needs, and `decoder` (section or None), `head` (section), `out_channels`.
+        spec: the keys that `build_encoder` needs, and `decoder` (section or None), `head` (section), `out_channels`.
     """
     encoder: Any = build_encoder(spec)
     decoder: Any = build_decoder(spec["decoder"], encoder, spec["spatial_dims"]) if spec["decoder"] else None

@@ -1,4 +1,4 @@
-"""What the out-of-distribution guard looks at, as one more output of a network; see `medim.inference.ood`."""
+"""Features for the out-of-distribution detector as an additional output of a network (`medim.inference.ood`)."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ OOD_FEATURES = "watched"  # name of the output
 
 
 def ood_features(features: Features) -> torch.Tensor:
-    """The summary, joined by the mean of every map over its grid: (N, summary_channels + sum of channels).
+    """Concatenate the summary with the mean of every map over its grid: (N, summary_channels + sum of channels).
 
-    The summary alone does not tell what its training had it ignore; the maps still hold it.
+    The summary does not contain the information that its training discarded; the maps still contain it.
     """
     means = [map_.mean(tuple(range(2, map_.ndim))) for map_ in features.maps]
     return torch.cat([features.summary, *means], dim=1)
 
 
 class WithOODFeatures(nn.Module):
-    """An encoder or a model with a flat tuple of outputs: the answer first, what is watched last.
+    """Encoder or model with a flat tuple of outputs: its own outputs first, the out-of-distribution features last.
 
     Args:
-        source: image -> `Features`, or a `Model`.
+        source: encoder (image to `Features`), or a `Model`.
     """
 
     def __init__(self, source: nn.Module) -> None:
@@ -37,14 +37,14 @@ class WithOODFeatures(nn.Module):
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """A name for each output."""
+        """Name of each output."""
         if isinstance(self.source, Model):
             return ("logits", OOD_FEATURES)
         encoder: Any = self.source
         return ("summary", *(f"map_{level}" for level in range(len(encoder.channels))), OOD_FEATURES)
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(logits, watched) of a model, (summary, *maps, watched) of an encoder, for (N, in_channels, ...)."""
+        """Outputs for (N, in_channels, ...) images: (logits, features), or (summary, *maps, features) of an encoder."""
         if isinstance(self.source, Model):
             features: Features = self.source.encoder(image)
             return self.source.logits(features), ood_features(features)
@@ -53,7 +53,7 @@ class WithOODFeatures(nn.Module):
 
 
 def as_numpy_predictor(source: nn.Module) -> Callable[[Array], tuple[Array, Array]]:
-    """An encoder or model as a function of numpy arrays (N, C, ...): the answer, and what is watched (N, F)."""
+    """Wrap an encoder or model as a function of numpy arrays (N, C, ...): its output, and OOD features (N, F)."""
     network = WithOODFeatures(source)
     device = next(source.parameters()).device
 

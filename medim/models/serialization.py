@@ -1,9 +1,9 @@
-"""Trained networks on disk: safetensors beside a JSON that says how to build and feed them. Nothing is ever unpickled.
+"""Trained networks on disk: weights as safetensors with a JSON specification. Nothing is unpickled.
 
-`RUN/encoder/` holds `encoder.safetensors` and `encoder.json`; `RUN/model/` holds `model.safetensors` and
-`model.json`. The JSON is the *spec*: `kind` (encoder, segmenter, classifier), `encoder`, `decoder`, `head` (sections
-of the tables), `in_channels`, `out_channels`, `spatial_dims`, `input_shape`, `preprocessing`, `inference`, `classes`,
-`modality`, `provenance`, `file_sha256`.
+`RUN/encoder/` contains `encoder.safetensors` and `encoder.json`; `RUN/model/` contains `model.safetensors` and
+`model.json`. The JSON file is the *spec* for building the network and preparing its input: `kind` (encoder, segmenter,
+classifier), `encoder`, `decoder`, `head` (sections of the tables), `in_channels`, `out_channels`, `spatial_dims`,
+`input_shape`, `preprocessing`, `inference`, `classes`, `modality`, `provenance`, `file_sha256`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ SCHEMA_VERSION = 1
 def save_model(folder: Path, name: str, module: nn.Module, spec: dict[str, Any]) -> None:
     """Write `name.safetensors` and, after it, `name.json`.
 
-    The weights carry no metadata, so that the same weights are the same bytes.
+    The weights file has no metadata, so that equal weights give equal bytes.
 
     Args:
-        folder: where to write.
+        folder: output folder.
         name: `encoder`, `decoder`, `critic` or `model`.
-        module: whose weights.
-        spec: how to build and feed it (see the module's docstring).
+        module: module with the weights to save.
+        spec: specification of the network and its input (see the module docstring).
     """
     weights = folder / f"{name}.safetensors"
     write_bytes(
@@ -41,10 +41,10 @@ def save_model(folder: Path, name: str, module: nn.Module, spec: dict[str, Any])
 
 
 def locate_weights(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Weights and spec of a run, a run's `encoder/` or `model/` folder, or a package.
+    """Locate weights and spec of a run, of its `encoder/` or `model/` folder, or of a package.
 
     Raises:
-        UserError: nothing of the kind lies there, or the weights do not match the hash beside them.
+        UserError: none of these exists at `path`, or the weights do not match the recorded hash.
     """
     for folder in (path, path / "model", path / "encoder"):
         for name in ("model", "encoder"):
@@ -61,12 +61,12 @@ def load_weights(module: nn.Module, weights: Path, *, prefix: str = "") -> None:
     """Load safetensors into a module, key by key.
 
     Args:
-        module: to load into.
-        weights: the file.
-        prefix: take only the keys that start so, without it.
+        module: module to load into.
+        weights: weights file.
+        prefix: load only the keys with this prefix, and remove it.
 
     Raises:
-        UserError: the file is damaged, or its keys or shapes are not the module's.
+        UserError: the file is damaged, or its keys or shapes differ from those of the module.
     """
     try:
         tensors = safetensors.torch.load_file(weights)
@@ -78,15 +78,15 @@ def load_weights(module: nn.Module, weights: Path, *, prefix: str = "") -> None:
 
 
 def load_model(path: Path) -> tuple[Model, dict[str, Any]]:
-    """The fine-tuned model of a run or a package, in evaluation mode, and its spec.
+    """Load the fine-tuned model of a run or a package, in evaluation mode, and its spec.
 
     Raises:
-        UserError: see `locate_weights`; or there is an encoder alone.
+        UserError: see `locate_weights`; or there is only an encoder.
     """
     weights, spec = locate_weights(Path(path))
     if spec["kind"] == "encoder":
         raise UserError(
-            f"{path}: expected a fine-tuned model, got an encoder alone. Run `medim finetune --encoder {path}` first."
+            f"{path}: expected a fine-tuned model, got an encoder. Run `medim finetune --encoder {path}` first."
         )
     model = build_model(spec)
     load_weights(model, weights)
@@ -100,12 +100,12 @@ def load_encoder(path: str | Path) -> nn.Module:
         path: a run, its `encoder/` folder, or a package.
 
     Returns:
-        An `nn.Module` in evaluation mode with `channels`, `strides`, `summary_channels` and `spec`; calling it with
-        (N, in_channels, ...) gives `Features(maps, summary)`. Feed it what `medim.preprocess(volume,
-        encoder.spec["preprocessing"])` returns.
+        An `nn.Module` in evaluation mode with `channels`, `strides`, `summary_channels` and `spec`; calling it with (N,
+        in_channels, ...) gives `Features(maps, summary)`. Its input is the output of `medim.preprocess(volume,
+        encoder.spec["preprocessing"])`.
 
     Raises:
-        UserError: nothing usable lies at `path`, or it is damaged.
+        UserError: there is no run or package at `path`, or it is damaged.
     """
     weights, spec = locate_weights(Path(path))
     encoder: Any
@@ -119,15 +119,15 @@ def load_encoder(path: str | Path) -> nn.Module:
 
 
 def verify_sha256(weights: Path, expected: str) -> Path:
-    """The file itself, where its bytes are those whose sha256 was recorded.
+    """Return the path of the weights if their SHA-256 is the expected one.
 
     Raises:
-        UserError: it is missing, changed or damaged.
+        UserError: the file is missing, changed or damaged.
     """
     if not weights.is_file():
         raise UserError(f"{weights}: the weights are missing; copy the folder again.")
     if file_sha256(weights) != expected:
         raise UserError(
-            f"{weights}: its sha256 is not the one recorded beside it; the file was changed or damaged. Copy it again."
+            f"{weights}: its sha256 differs from the recorded one; the file was changed or damaged. Copy it again."
         )
     return weights

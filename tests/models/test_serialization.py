@@ -86,7 +86,7 @@ def test_a_package_is_read_like_a_run(tmp_path: Path) -> None:
 
 def test_an_encoder_alone_is_no_model(tmp_path: Path) -> None:
     encoder_run(tmp_path)
-    with pytest.raises(UserError, match=r"got an encoder alone\. Run `medim finetune --encoder"):
+    with pytest.raises(UserError, match=r"got an encoder\. Run `medim finetune --encoder"):
         load_model(tmp_path)
 
 
@@ -105,7 +105,7 @@ def test_weights_that_are_not_those_that_were_written_are_refused(damage: str, t
     else:
         data[-1] ^= 1
         weights.write_bytes(data if damage == "flipped" else data[:-4])
-    with pytest.raises(UserError, match="missing" if damage == "missing" else "sha256 is not the one recorded"):
+    with pytest.raises(UserError, match="missing" if damage == "missing" else "sha256 differs from the recorded one"):
         load_encoder(tmp_path)
 
 

@@ -1,6 +1,6 @@
-"""Encoders: an image in, `Features` (maps fine to coarse, and a summary) out.
+"""Encoders: compute `Features` (maps from fine to coarse, and a summary) of an image.
 
-To add one, write a module beside this file whose class meets `Encoder`, and add a line to `ENCODERS`
+To add an encoder, write a module in this folder with a class that implements `Encoder`, and add a line to `ENCODERS`
 (`docs/how-to/add-encoder.md`).
 """
 
@@ -21,17 +21,18 @@ from medim.types import Features
 
 
 class Encoder(Protocol):
-    """What every encoder offers.
+    """Interface of an encoder.
 
-    A constructor takes `in_channels`, `spatial_dims` and, where it needs it, `input_shape`; the rest are its own
-    keyword options.
+    A constructor takes `in_channels`, `spatial_dims` and, if needed, `input_shape` by position; its keyword parameters
+    are the options of the encoder.
 
     Attributes:
         channels: channels of each map, fine to coarse.
-        strides: voxels from a cell of each map to the next, along every axis. The grid is the image's over it, rounded
-            either way, less what convolutions without padding cut off: ask a forward pass.
-        origins: the voxel, perhaps between two, in the middle of what the first cell of each map sees, along every
-            axis; cell c of map i lies at `origins[i] + c * strides[i]`.
+        strides: distance, in voxels, between neighbouring cells of each map, along every axis. The side of a grid is
+            the side of the image divided by the stride, rounded up or down, minus cells lost to convolutions without
+            padding; run a forward pass to get the exact grid.
+        origins: centre of the receptive field of the first cell of each map, in voxels along every axis (may be
+            fractional); cell c of map i has its centre at `origins[i] + c * strides[i]`.
         summary_channels: length of the summary.
     """
 
@@ -45,7 +46,7 @@ class Encoder(Protocol):
         ...
 
     def receptive_field(self, level: int) -> int:
-        """Side, in voxels, of the part of the image that a cell of map `level` sees."""
+        """Side of the receptive field of a cell of map `level`, in voxels."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""The AlexNet-like net of the Deep InfoMax paper for 64x64 images, in 2D and 3D."""
+"""The AlexNet-like network of the Deep InfoMax paper for 64x64 images, in 2D and 3D."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ POOL_AFTER = (True, True, False, False, True)
 class AlexNet(nn.Module):
     """Five 3-wide convolutions, the first two and the last with an overlapping max-pool, then two wide linear layers.
 
-    `alex64x64` of the Deep InfoMax authors' code (configs/convnets.py), used for STL-10 and Tiny ImageNet: the local
-    map is level 2, 15x15 of 64x64; after the linear layers of 4096 comes the summary of 64. In 3D it is the AlexNet of
-    the Alzheimer studies of Fedorov et al. (arXiv 1904.10931) in kind, not in numbers.
+    `alex64x64` of the Deep InfoMax authors' code (configs/convnets.py), used for STL-10 and Tiny ImageNet. Its local
+    map is level 2, 15x15 for a 64x64 image; two linear layers of 4096 units are followed by a summary of 64. In 3D it
+    resembles the AlexNet of the Alzheimer studies of Fedorov et al. (arXiv 1904.10931), with different sizes.
 
     Args:
         in_channels: channels of the image.
@@ -38,10 +38,10 @@ class AlexNet(nn.Module):
         input_shape: spatial shape of the training views; `summary="flatten"` works at this shape only.
         channels: output channels of the five convolutions.
         norm: batch (bn), instance (in), group (gn) or no (none) normalisation.
-        summary: `flatten` the last map as the paper does, or `mean_max`, its mean and maximum, which takes any input
-            size.
-        hidden: width of the two layers between map and summary; 0 leaves them out.
-        summary_channels: length of the summary; 0 leaves the last linear layer out.
+        summary: input of the summary: `flatten` (the flattened last map, as in the paper) or `mean_max` (its mean and
+            maximum, for any input size).
+        hidden: width of the two layers between map and summary; 0 omits them.
+        summary_channels: length of the summary; 0 omits the last linear layer.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class AlexNet(nn.Module):
         self.summary_channels = self.to_summary.out_channels
 
     def forward(self, image: torch.Tensor) -> Features:
-        """Encode (N, in_channels, ...) images; see `Encoder`."""
+        """Encode (N, in_channels, ...) images into `Features`."""
         maps = compute_maps(self.stages, image)
         return Features(maps, self.to_summary(maps[-1]))
 
     def receptive_field(self, level: int) -> int:
-        """Side of what a cell of map `level` sees, in voxels (5, 13, 21, 29, 45)."""
+        """Side of the receptive field of a cell of map `level`, in voxels (5, 13, 21, 29, 45)."""
         return level_receptive_field(self._levels, level)

@@ -31,18 +31,18 @@ BLOCK_LAYERS = {
 
 
 class AMDIMEncoder(nn.Module):
-    """Residual blocks without padding, so that what a cell sees grows slowly and no border tells it where it lies.
+    """Residual blocks without padding: receptive fields grow slowly, and image borders do not reveal positions.
 
     The maps of a 32x32 image are 30, 30, 14, 7, 5 and 3 wide, of 64x64 62, 30, 14, 7, 5, 3, of 128x128 64, 62, 30, 14,
-    7, 5, 3; AMDIM predicts those of 7 and 5 (levels -3 and -2). The summary f1 is the one cell that follows, or the
-    mean of the cells that follow in a larger image, after batch norm.
+    7, 5, 3; AMDIM predicts those of 7 and 5 (levels -3 and -2). The summary f1 is the single cell of a further block,
+    or the mean of its cells for a larger image, after batch norm.
 
     Args:
         in_channels: channels of the image.
         spatial_dims: 2 or 3.
-        size: side of the smallest image that the layers take: 32, 64 or 128.
-        width: channels of the first map (ndf), 2, 4 and, from size 64 on, 8 times as many later.
-        depth: units a block, the first of which changes the grid.
+        size: minimum side of an image, which selects the layers: 32, 64 or 128.
+        width: channels of the first map (ndf); later maps have 2, 4 and, from size 64 on, 8 times as many.
+        depth: units per block; the first unit changes the grid.
         norm: batch (bn), instance (in), group (gn) or no (none) normalisation inside the blocks; f1 has its own.
         summary_channels: length of the summary (n_rkhs), at least the channels of the last map.
     """
@@ -90,19 +90,20 @@ class AMDIMEncoder(nn.Module):
         self.f1_norm = nn.BatchNorm1d(summary_channels)
 
     def forward(self, image: torch.Tensor) -> Features:
-        """Encode (N, in_channels, ...) images, no side of which is below `size`; see `Encoder`."""
+        """Encode (N, in_channels, ...) images with sides of at least `size` voxels into `Features`."""
         maps = compute_maps(self.stages, image)
         return Features(maps, self.f1_norm(self.to_f1(maps[-1]).flatten(2).mean(dim=2)))
 
     def receptive_field(self, level: int) -> int:
-        """Side of what a cell of map `level` sees, in voxels (3, 3, 6, 8, 16, 24 for size 32)."""
+        """Side of the receptive field of a cell of map `level`, in voxels (3, 3, 6, 8, 16, 24 for size 32)."""
         return level_receptive_field(self._levels, level)
 
 
 class _ResidualUnit(nn.Module):
-    """`ConvResNxN` of the public code: convolution, norm, ReLU, 1-wide convolution that starts at zero (fixup).
+    """`ConvResNxN` of the public code: convolution, norm, ReLU, 1-wide convolution initialised to zero (fixup).
 
-    The shortcut is the mean of what the convolution sees, its channels filled up with zeros. No ReLU follows the sum.
+    The shortcut is the mean over the receptive field of the convolution; its missing channels are filled with zeros. No
+    ReLU follows the sum.
     """
 
     def __init__(
@@ -122,6 +123,6 @@ class _ResidualUnit(nn.Module):
         self._channel_padding = [0, 0] * spatial_dims + [0, out_channels - in_channels]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, in_channels, ...) to (N, out_channels, ...)."""
+        """Map (N, in_channels, ...) to (N, out_channels, ...)."""
         output: torch.Tensor = self.branch(x) + pad(self.shortcut(x), self._channel_padding)
         return output

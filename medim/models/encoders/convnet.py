@@ -1,4 +1,4 @@
-"""The small strided convolutional nets of the Deep InfoMax paper, in 2D and 3D."""
+"""The small strided convolutional networks of the Deep InfoMax paper, in 2D and 3D."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from medim.types import Features
 class ConvNet(nn.Module):
     """Strided convolutions with batch norm and ReLU, then a summary from the last map.
 
-    The defaults are the paper's 32x32 net (Hjelm et al. 2019, arXiv 1808.06670; layer table in its public code):
-    64, 128, 256 channels at strides 2, 4, 8, flatten, Linear 1024, BN, ReLU, Linear 64. Its other nets, Fedorov's in
-    3D and the one of most tutorials are named in docs/reference/config.md.
+    The defaults are the paper's 32x32 network (Hjelm et al. 2019, arXiv 1808.06670; layer table in its public code):
+    64, 128, 256 channels at strides 2, 4, 8, flatten, Linear 1024, BN, ReLU, Linear 64. docs/reference/config.md lists
+    the options for its other networks, for Fedorov's 3D network and for the network of most tutorials.
 
     Args:
         in_channels: channels of the image.
@@ -36,15 +36,16 @@ class ConvNet(nn.Module):
         input_shape: spatial shape of the training views; `summary="flatten"` works at this shape only.
         channels: output channels of each convolution.
         kernel_size: side of the kernels.
-        stride: of every convolution.
-        padding: zeros on each side of what a convolution sees; None is (kernel_size - 1) // 2, 0 shrinks the maps.
+        stride: stride of every convolution.
+        padding: zero padding on each side of the input of a convolution; None is (kernel_size - 1) // 2, 0 shrinks the
+            maps.
         norm: batch (bn), instance (in), group (gn) or no (none) normalisation.
-        first_norm: normalise the first convolution, too (a DCGAN does not).
+        first_norm: normalise the first convolution too (a DCGAN does not).
         activation: relu, or leaky_relu of slope 0.2.
-        summary: `flatten` the last map as the paper does, or `mean_max`, its mean and maximum, which takes any input
-            size.
-        hidden: width of the layer between map and summary; 0 leaves it out.
-        summary_channels: length of the summary Y; 0 leaves the last linear layer out.
+        summary: input of the summary: `flatten` (the flattened last map, as in the paper) or `mean_max` (its mean and
+            maximum, for any input size).
+        hidden: width of the layer between map and summary; 0 omits it.
+        summary_channels: length of the summary Y; 0 omits the last linear layer.
     """
 
     def __init__(
@@ -87,10 +88,10 @@ class ConvNet(nn.Module):
         self.summary_channels = self.to_summary.out_channels
 
     def forward(self, image: torch.Tensor) -> Features:
-        """Encode (N, in_channels, ...) images; see `Encoder`."""
+        """Encode (N, in_channels, ...) images into `Features`."""
         maps = compute_maps(self.stages, image)
         return Features(maps, self.to_summary(maps[-1]))
 
     def receptive_field(self, level: int) -> int:
-        """Side of what a cell of map `level` sees, in voxels (4, 10, 22 for the paper's net)."""
+        """Side of the receptive field of a cell of map `level`, in voxels (4, 10, 22 for the paper's network)."""
         return level_receptive_field(self._levels, level)

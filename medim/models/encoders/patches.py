@@ -1,4 +1,4 @@
-"""An encoder that sees an image as overlapping crops, one cell a crop: the locals of CPC, in 2D and 3D."""
+"""Encoder of overlapping crops, one cell per crop: the local features of CPC, in 2D and 3D."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from medim.types import Features, UsageError
 
 
 class PatchEncoder(nn.Module):
-    """Cut an image into overlapping cubes, encode each by itself to one vector, and lay the vectors out on their grid.
+    """Cut an image into overlapping cubes, encode each separately to one vector, and arrange the vectors on their grid.
 
-    van den Oord et al. 2018 (arXiv 1807.03748); the "folded" nets of the Deep InfoMax paper's comparison with CPC:
-    64x64 in crops of 16, or 32x32 in crops of 8, give a grid of 7x7. A cell sees its crop and nothing else, as long as
-    the encoder of the crops has no batch norm, which mixes crops and images.
+    van den Oord et al. 2018 (arXiv 1807.03748); the "folded" networks of the Deep InfoMax paper's comparison with CPC:
+    64x64 in crops of 16, or 32x32 in crops of 8, give a grid of 7x7. A cell depends on its crop only, provided that the
+    encoder of the crops has no batch norm, which mixes crops and images.
 
     Args:
         in_channels: channels of the image.
         spatial_dims: 2 or 3.
         patch: side of a crop, in voxels.
-        stride: voxels between neighbouring crops; 0 is half of `patch`.
+        stride: distance between neighbouring crops, in voxels; 0 is half of `patch`.
         encoder: section of ENCODERS for a crop; its summary becomes the cell.
         summary_channels: length of the summary, a linear layer on the mean and maximum of the cells.
     """
@@ -38,7 +38,7 @@ class PatchEncoder(nn.Module):
         encoder: Section = {"name": "convnet", "norm": "none", "hidden": 0, "summary_channels": 256},  # noqa: B006
         summary_channels: int = 64,
     ) -> None:
-        from medim.models.encoders import ENCODERS  # the table names this class
+        from medim.models.encoders import ENCODERS  # the table contains this class
 
         super().__init__()
         self._patch, self._stride = patch, stride or max(patch // 2, 1)
@@ -58,7 +58,7 @@ class PatchEncoder(nn.Module):
         )
 
     def forward(self, image: torch.Tensor) -> Features:
-        """Encode (N, in_channels, ...) images, no side of which is below `patch`; see `Encoder`."""
+        """Encode (N, in_channels, ...) images with sides of at least `patch` voxels into `Features`."""
         crops = unfold_patches(image, self._patch, self._stride)  # (N, *grid, in_channels, *patch)
         grid = crops.shape[1 : image.ndim - 1]
         cells = self.crop(crops.flatten(0, image.ndim - 2)).summary
@@ -71,7 +71,7 @@ class PatchEncoder(nn.Module):
 
 
 def unfold_patches(image: torch.Tensor, patch: int, stride: int) -> torch.Tensor:
-    """Cut (N, C, ...) into overlapping cubes: (N, *grid, C, *patch). What is left at the far borders is not seen."""
+    """Cut (N, C, ...) into overlapping cubes: (N, *grid, C, *patch); a remainder at the far borders is dropped."""
     dims = image.ndim - 2
     for axis in range(2, 2 + dims):
         image = image.unfold(axis, patch, stride)

@@ -1,4 +1,4 @@
-"""The residual nets of the Deep InfoMax paper, made of MONAI's bottlenecks, in 2D and 3D."""
+"""The residual networks of the Deep InfoMax paper, built from MONAI's bottlenecks, in 2D and 3D."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from medim.types import Features, UsageError
 
 
 class ResNet(nn.Module):
-    """A strided convolution, stages of bottleneck blocks, each after the first at half the grid, then the summary.
+    """A strided convolution, stages of bottleneck blocks that halve the grid (except the first stage), and the summary.
 
-    `resnet19` of the Deep InfoMax authors' code (configs/resnets.py). The maps are numbered as there: the first
-    convolution, the first stage, then of every other stage its strided first block and, if it has more, its last. The
-    authors' local map is level 2: 512 channels, 8x8 of 32x32.
+    `resnet19` of the Deep InfoMax authors' code (configs/resnets.py). The maps are numbered as in that code: the first
+    convolution, the first stage, then for every other stage the output of its strided first block and, if it has more
+    blocks, of its last block. The authors' local map is level 2: 512 channels, 8x8 for a 32x32 image.
 
     Args:
         in_channels: channels of the image.
         spatial_dims: 2 or 3.
         input_shape: spatial shape of the training views; `summary="flatten"` works at this shape only.
-        widths: channels inside the blocks of each stage; they put out four times as many.
+        widths: channels inside the blocks of each stage; their output has four times as many.
         blocks: blocks of each stage ([3, 4, 6] gives a ResNet-50 without its last stage).
         norm: batch (bn), instance (in), group (gn) or no (none) normalisation.
-        summary: `flatten` the last map as the paper does, or `mean_max`, its mean and maximum, which takes any input
-            size.
-        hidden: width of the layer between map and summary; 0 leaves it out.
-        summary_channels: length of the summary; 0 leaves the last linear layer out.
+        summary: input of the summary: `flatten` (the flattened last map, as in the paper) or `mean_max` (its mean and
+            maximum, for any input size).
+        hidden: width of the layer between map and summary; 0 omits it.
+        summary_channels: length of the summary; 0 omits the last linear layer.
     """
 
     def __init__(
@@ -82,17 +82,17 @@ class ResNet(nn.Module):
         self.summary_channels = self.to_summary.out_channels
 
     def forward(self, image: torch.Tensor) -> Features:
-        """Encode (N, in_channels, ...) images; see `Encoder`."""
+        """Encode (N, in_channels, ...) images into `Features`."""
         maps = compute_maps(self.stages, image)
         return Features(maps, self.to_summary(maps[-1]))
 
     def receptive_field(self, level: int) -> int:
-        """Side of what a cell of map `level` sees, in voxels (3, 11, 15, 23, 31, 47)."""
+        """Side of the receptive field of a cell of map `level`, in voxels (3, 11, 15, 23, 31, 47)."""
         return level_receptive_field(self._levels, level)
 
 
 def _plan_block_groups(widths: tuple[int, ...], blocks: tuple[int, ...]) -> list[tuple[int, int, int]]:
-    """Width, number of blocks and stride of the first block, of the run of blocks that each map adds."""
+    """Width, number of blocks and stride of the first block, for the blocks that each map adds."""
     groups = [(widths[0], blocks[0], 1)]
     for width, count in zip(widths[1:], blocks[1:], strict=True):
         groups += [(width, 1, 2), (width, count - 1, 1)] if count > 1 else [(width, 1, 2)]
@@ -100,7 +100,7 @@ def _plan_block_groups(widths: tuple[int, ...], blocks: tuple[int, ...]) -> list
 
 
 def _build_bottleneck(spatial_dims: int, channels: int, width: int, stride: int, norm: Norm) -> nn.Module:
-    """A bottleneck; its shortcut is a strided 1-wide convolution where shapes differ."""
+    """Build a bottleneck; its shortcut is a strided 1-wide convolution if the shapes differ."""
     shortcut = None
     if stride > 1 or channels != 4 * width:
         layer = Conv[Conv.CONV, spatial_dims](channels, 4 * width, 1, stride, bias=False)

@@ -1,4 +1,4 @@
-"""The contracting half of a U-Net, made of MONAI's DynUNet blocks; its maps feed `UNetDecoder`."""
+"""The contracting half of a U-Net, built from MONAI's DynUNet blocks; `UNetDecoder` uses its maps."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from medim.types import Features
 
 
 class UNetEncoder(nn.Module):
-    """Two 3-wide convolutions a level, the first of each deeper level with stride 2.
+    """Two 3-wide convolutions per level, the first of each deeper level with stride 2.
 
-    Block: Isensee et al. 2021 (nnU-Net), as in `monai.networks.blocks.dynunet_block`. The summary is a linear layer
-    on the mean and maximum of the coarsest map, so any input size that the strides divide is taken.
+    Block: Isensee et al. 2021 (nnU-Net), as in `monai.networks.blocks.dynunet_block`. The summary is a linear layer on
+    the mean and maximum of the coarsest map, so every input size that is divisible by the strides is accepted.
 
     Args:
         in_channels: channels of the image.
@@ -57,10 +57,10 @@ class UNetEncoder(nn.Module):
         self.to_summary = nn.Linear(2 * channels[-1], summary_channels)
 
     def forward(self, image: torch.Tensor) -> Features:
-        """Encode (N, in_channels, ...) images whose sides the last stride divides; see `Encoder`."""
+        """Encode (N, in_channels, ...) images with sides divisible by the last stride into `Features`."""
         maps = compute_maps(self.levels, image)
         return Features(maps, self.to_summary(pool_map(maps[-1])))
 
     def receptive_field(self, level: int) -> int:
-        """Side of what a cell of map `level` sees, in voxels (5, 11, 23, 47 for four levels)."""
+        """Side of the receptive field of a cell of map `level`, in voxels (5, 11, 23, 47 for four levels)."""
         return level_receptive_field(self._levels, level)
