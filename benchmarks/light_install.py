@@ -132,7 +132,7 @@ def export_package(work: Path, name: str, run: Path) -> Path:
     if not out.is_dir():
         rules = work / "rules.json"
         rules.write_text(json.dumps(RULES))
-        options = ["--labels-schema", "hippocampus"] if name == "segmenter" else ["--dicom-in", rules]
+        options = ["--label-codes", "hippocampus"] if name == "segmenter" else ["--dicom-rules", rules]
         _run_command([sys.executable, "-m", "medim.cli", "export", run, *options, "--out", out], work)
     return out
 
@@ -209,7 +209,7 @@ def predict_offline(
         "predict",
         package,
         *inputs,
-        "--as",
+        "--format",
         output_format,
         "--overwrite",
         "--out",

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from medim.version import DISTRIBUTION, __version__, install_command
+
 
 @dataclass(frozen=True)
 class EnvironmentCheck:
@@ -23,6 +25,7 @@ class EnvironmentCheck:
 
 def run_checks() -> Iterator[EnvironmentCheck]:
     """Look at Python packages, devices, DICOM codecs, the tracking target and the disk."""
+    yield _check_distribution()
     yield from _check_packages()
     if importlib.util.find_spec("torch"):
         yield from _check_devices()
@@ -38,14 +41,29 @@ def run_checks() -> Iterator[EnvironmentCheck]:
     )
 
 
+def _check_distribution() -> EnvironmentCheck:
+    """Check that the unrelated distribution `medim` of the package index is not installed beside this one."""
+    name = "distribution"
+    try:
+        foreign_version = metadata.version("medim")
+    except metadata.PackageNotFoundError:
+        return EnvironmentCheck(name, True, f"{DISTRIBUTION} {__version__}")
+    return EnvironmentCheck(
+        name,
+        False,
+        f"{DISTRIBUTION} {__version__} and the unrelated package medim {foreign_version}, with the same import name",
+        "pip uninstall medim, then install this one again",
+    )
+
+
 def _check_packages() -> Iterator[EnvironmentCheck]:
     light, train = (
         ("numpy", "pydicom", "nibabel", "onnxruntime"),
         ("torch", "monai", "lightning", "mlflow", "blosc2", "pyarrow"),
     )
     for group, remedy in (
-        (light, "pip install medim"),
-        (train, 'pip install "medim[train]" (for pretrain, finetune, export)'),
+        (light, install_command()),
+        (train, f"{install_command('train')} for pretrain, finetune and export"),
     ):
         for name in group:
             is_installed = importlib.util.find_spec(name) is not None

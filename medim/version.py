@@ -6,6 +6,7 @@ import platform
 from importlib import metadata
 
 __version__ = "0.1.0"
+DISTRIBUTION = "medim-infomax"  # name on the package index; the name `medim` belongs to another project there
 
 
 def collect_versions() -> dict[str, str]:
@@ -16,3 +17,19 @@ def collect_versions() -> dict[str, str]:
         "torch": metadata.version("torch"),
         "lightning": metadata.version("lightning"),
     }
+
+
+def install_command(extra: str = "") -> str:
+    """Shell command that installs medim from a clone, such as `pip install ".[train]"`.
+
+    The distribution is not on the package index yet, so the command names the clone.
+
+    Args:
+        extra: name of an extra, such as `train`; empty for the light runtime.
+
+    Example:
+        >>> install_command("train")
+        'pip install ".[train]" (in a clone of medim)'
+    """
+    target = f'".[{extra}]"' if extra else "."
+    return f"pip install {target} (in a clone of medim)"

@@ -1,4 +1,4 @@
-"""One network, pretrained by each objective for one number of steps: anchors for `medim study --probe`.
+"""One network, pretrained by each objective for one number of steps: anchors for `medim study --frozen`.
 
 Encoder, preprocessing, views, schedule and batch are those of a preset; only the objectives differ. What is finished is
 kept, and no label chooses a step. At the end it prints the options that put the encoders into a study.
@@ -69,7 +69,7 @@ def main() -> None:
             decoder = base.decoder if arm == "reconstruction" else None
             settings = base.model_copy(update={"objectives": sections, "views": views, "decoder": decoder})
             run_once(get_run_folder(out, arm, 0), partial(pretrain, settings, index, seed=0, store=out / "store"))
-            print(f"--probe {arm.replace(', ', '-').replace('(', '-').replace(')', '')}={get_run_folder(out, arm, 0)}")
+            print(f"--frozen {arm.replace(', ', '-').replace('(', '-').replace(')', '')}={get_run_folder(out, arm, 0)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `pip install medim` and `pip install "medim[train]"` put on a machine, seen from outside the source tree."""
+"""The light and the full installation from the built wheel, outside the source tree."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(built: Path) -> Path:
-    (path,) = built.glob("medim-*.whl")
+    (path,) = built.glob("medim_infomax-*.whl")
     return path
 
 
@@ -122,11 +122,32 @@ def test_the_light_install_verifies_a_package_and_predicts_and_embeds_with_it(
     masks = [nibabel.load(path) for path in sorted((tmp_path / "masks").rglob("*.nii.gz"))]
     assert len(masks) == 2
     assert any(np.array_equal(mask.affine, nibabel.load(nifti).affine) for mask in masks)
-    run(light / "medim", "predict", "segmenter", series, "--as", "dicom", "--labelmap", "--out", "dicom", cwd=tmp_path)
+    run(
+        light / "medim",
+        "predict",
+        "segmenter",
+        series,
+        "--format",
+        "dicom",
+        "--labelmap",
+        "--out",
+        "dicom",
+        cwd=tmp_path,
+    )
     assert sorted(path.suffixes[-2] for path in (tmp_path / "dicom").glob("*.dcm")) == [".seg", ".sr"]
     picture = np.tile(np.arange(32, dtype=np.uint8) * 8, (32, 1))
     np.save(tmp_path / "picture.npy", picture)
-    run(light / "medim", "embed", "encoder", "picture.npy", "--out", "features.csv", "--map", "maps", cwd=tmp_path)
+    run(
+        light / "medim",
+        "embed",
+        "encoder",
+        "picture.npy",
+        "--out",
+        "features.csv",
+        "--mi-map-dir",
+        "maps",
+        cwd=tmp_path,
+    )
     assert len((tmp_path / "features.csv").read_text().splitlines()) == 2
     assert len((tmp_path / "maps" / "maps.csv").read_text().splitlines()) == 2
 

@@ -22,7 +22,7 @@ NETWORKS = frozenset({"models", "objectives"})
 MAY_IMPORT: dict[str, frozenset[str]] = {  # a folder or a module: those it may import, besides itself; lowest first
     "types": frozenset(),
     "version": frozenset(),
-    "doctor": frozenset(),
+    "doctor": frozenset({"version"}),
     "files": frozenset({"types"}),
     "signals": frozenset({"types"}),
     "privacy": frozenset({"types", "files"}),

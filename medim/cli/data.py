@@ -68,8 +68,8 @@ def index(
     labels: LabelsOption = None,
     subjects: SubjectsOption = None,
     jobs: Annotated[int | None, typer.Option(help="Processes. Default: one a core.", min=1)] = None,
-    reread: Annotated[
-        bool, typer.Option("--reread", help="Open every file, also those that have not changed since the last time.")
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Open every file, also files that have not changed since the last index.")
     ] = False,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -83,7 +83,7 @@ def index(
     source_paths = [resolve_data_argument(source, modality) for source in sources]
     build_options: Any = {
         "jobs": jobs or count_cpus(),
-        "remember": not reread,
+        "remember": not no_cache,
         "progress": show_progress("looked at", "files"),
     }
     try:

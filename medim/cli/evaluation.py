@@ -1,4 +1,4 @@
-"""The command that measures what pretraining is worth: parse, make one call, print what came out."""
+"""Commands that measure and report: `evaluate`, `probe`, `study`, `report`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,107 @@ from medim.cli.options import (
     AcceleratorOption,
     ConfigOption,
     DataOption,
+    FailOnContaminationOption,
     LabelsOption,
     OutOption,
     OverwriteOption,
     ResumeOption,
     SetOption,
     SplitSeedOption,
-    StrictOption,
     SubjectsOption,
 )
-from medim.cli.terminal import format_or_dash, print_result
+from medim.cli.terminal import format_averages, format_intervals, format_or_dash, print_result, show_progress
 from medim.types import UsageError
 
 PER_CALL_OPTIONS = ("--resume", "--overwrite", "--quiet", "--debug")  # of the command to repeat a study
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A fine-tuning run or a package.")],
+    out: OutOption,
+    data: DataOption = None,
+    split: Annotated[
+        Literal["train", "val", "test", "all"] | None, typer.Option(help="Default: test where the source has one.")
+    ] = None,
+    include_training_subjects: Annotated[
+        bool,
+        typer.Option("--include-training-subjects", help="Measure also on images and subjects of the training data."),
+    ] = False,
+    fail_on_contamination: FailOnContaminationOption = False,
+    labels: LabelsOption = None,
+    subjects: SubjectsOption = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Measure a model on labelled images, in their own space, with 95 % intervals over subjects."""
+    from medim.data.contamination import describe_counts
+    from medim.data.source import open_source
+    from medim.evaluation.evaluate import evaluate as run
+    from medim.models.serialization import locate_weights
+
+    image_index, _ = open_source(data, locate_weights(model)[1]["modality"], labels=labels, subjects=subjects)
+    options: dict[str, Any] = {
+        "split": split,
+        "include_seen": include_training_subjects,
+        "strict": fail_on_contamination,
+        "overwrite": overwrite,
+    }
+    metrics = run(model, image_index, out, progress=show_progress("measured"), **options)
+    counts = {"cases": metrics["n"], "excluded as seen": metrics["excluded_seen"], **describe_counts(metrics["seen"])}
+    print_result("evaluate", {**counts, **format_intervals(metrics), "written to": out})
+
+
+def probe(
+    encoder: Annotated[Path, typer.Argument(help="A pretraining run, or its package.")],
+    data: DataOption = None,
+    protocol: Annotated[Literal["linear", "knn"], typer.Option(help="Logistic regression, or neighbours.")] = "linear",
+    label_fraction: Annotated[
+        list[float] | None,
+        typer.Option(help="Label budget, as a share of the labelled training images. May be repeated. Default: 1.0."),
+    ] = None,
+    labelled: Annotated[list[int] | None, typer.Option(help="Label budget, in images. May be repeated.")] = None,
+    seeds: Annotated[int, typer.Option(help="Label subsets a budget, drawn with seeds 0 to N - 1.", min=1)] = 1,
+    levels: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--levels",
+            help="Feature map level, 0 the finest, whose mean and maximum are added to the summary. May be repeated. "
+            "Default: all levels.",
+        ),
+    ] = None,
+    baselines: Annotated[
+        bool,
+        typer.Option("--baselines/--no-baselines", help="Measure an untrained encoder and a PCA of the pixels too."),
+    ] = True,
+    out: Annotated[Path | None, typer.Option(help="Where to write. Default: <RUN>-probe-<protocol>.")] = None,
+    labels: LabelsOption = None,
+    subjects: SubjectsOption = None,
+    split_seed: SplitSeedOption = 0,
+    fail_on_contamination: FailOnContaminationOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Measure a frozen encoder: a simple classifier on its features, with few labels."""
+    from medim.data.contamination import describe_counts
+    from medim.data.source import open_source
+    from medim.evaluation.probing.label_budget import Budget
+    from medim.evaluation.probing.probe import probe as run
+    from medim.models.serialization import locate_weights
+
+    budgets = [Budget(fraction=f) for f in label_fraction or ([] if labelled else [1.0])]
+    budgets += [Budget(labelled=n) for n in labelled or []]
+    image_index, store = open_source(data, locate_weights(encoder)[1]["modality"], labels=labels, subjects=subjects)
+    folder = out or encoder.with_name(f"{encoder.resolve().name}-probe-{protocol}")
+    options: dict[str, Any] = {
+        "split_seed": split_seed,
+        "anchors": baselines,
+        "overwrite": overwrite,
+        "store": store,
+        "strict": fail_on_contamination,
+    }
+    result = run(
+        encoder, image_index, folder, protocol=protocol, budgets=budgets, seeds=range(seeds), maps=levels, **options
+    )
+    counts = {"validation images": result["n"], **describe_counts(result["seen"])}
+    print_result("probe", {**format_averages(result["summary"]), **counts, "written to": folder})
 
 
 def study(
@@ -35,8 +123,9 @@ def study(
         list[str] | None,
         typer.Option(help="An arm, NAME=RUN[,RUN2,...]: a pretraining run or package a seed. May be repeated."),
     ] = None,
-    probe: Annotated[
-        list[str] | None, typer.Option(help="The same, but the encoder stays frozen. May be repeated.")
+    frozen: Annotated[
+        list[str] | None,
+        typer.Option(help="An arm with a frozen encoder, NAME=RUN[,RUN2,...]. May be repeated."),
     ] = None,
     data: DataOption = None,
     labelled: Annotated[list[int] | None, typer.Option(help="Label budget, in images. May be repeated.")] = None,
@@ -48,7 +137,7 @@ def study(
     probe_seeds: Annotated[
         int | None, typer.Option(help="The same for arms that stay frozen. Default: as --seeds.", min=1)
     ] = None,
-    learning_rates: Annotated[
+    lr_multipliers: Annotated[
         str | None,
         typer.Option(
             help="Multiples of the preset's rate to choose from, such as 0.3,1,3, or fixed. Default: 0.3,1,3 where the "
@@ -72,7 +161,7 @@ def study(
     config: ConfigOption = None,
     set_: SetOption = None,
     split_seed: SplitSeedOption = 0,
-    strict: StrictOption = False,
+    fail_on_contamination: FailOnContaminationOption = False,
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the weights of every cell.")] = False,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
@@ -87,10 +176,10 @@ def study(
     from medim.study.run import study as run
     from medim.training.finetune.run import resolve_finetune_config
 
-    arms = read_arms(encoder or [], probe or [])
+    arms = read_arms(encoder or [], frozen or [])
     budgets = [Budget(labelled=n) for n in labelled or []]
     budgets += [Budget(fraction=f) for f in label_fraction or ([] if labelled else [1.0])]
-    multiples = _parse_multiples(learning_rates)
+    multipliers = _parse_multipliers(lr_multipliers)
     spec = check_networks(arms)  # a mistake in these shows before images are read
     config_args = task, spec["modality"], next(run for arm in arms for run in arm.runs), config, set_ or []
     resolve_finetune_config(*config_args)
@@ -99,10 +188,10 @@ def study(
     options = StudyOptions(
         seeds=seeds,
         probe_seeds=probe_seeds,
-        lr_multipliers=multiples,
+        lr_multipliers=multipliers,
         split_seed=split_seed,
         jobs=jobs,
-        strict=strict,
+        strict=fail_on_contamination,
         max_hours=max_hours,
         keep_models=keep_models,
         resume=resume,
@@ -116,16 +205,16 @@ def study(
     print_result("study", {**_format_comparisons(summary), "cells": summary["cells"]["done"], "written to": out})
 
 
-def _parse_multiples(text: str | None) -> tuple[float, ...] | None:
+def _parse_multipliers(text: str | None) -> tuple[float, ...] | None:
     if text is None or text == "fixed":
         return None if text is None else ()
     try:
-        multiples = tuple(sorted({float(part) for part in text.split(",")}))
+        multipliers = tuple(sorted({float(part) for part in text.split(",")}))
     except ValueError:
-        multiples = ()
-    if len(multiples) < 2 or min(multiples) <= 0:
-        raise UsageError(f"--learning-rates {text}: expected two or more multiples above 0 (0.3,1,3), or fixed.")
-    return multiples
+        multipliers = ()
+    if len(multipliers) < 2 or min(multipliers) <= 0:
+        raise UsageError(f"--lr-multipliers {text}: expected two or more multipliers above 0 (0.3,1,3), or fixed.")
+    return multipliers
 
 
 def repeat_command(words: list[str]) -> list[str]:
@@ -146,3 +235,17 @@ def _format_comparisons(summary: dict[str, Any]) -> dict[str, str]:
         f"{row['difference']['high']:+.3f}], p {row['p_corrected']:.2g}: {row['verdict']}"
         for row in rows
     }
+
+
+def report(
+    folder: Annotated[
+        Path, typer.Argument(help="A run, an evaluation, an index, a store, a study, or a folder of runs.")
+    ],
+) -> None:
+    """Write one self-contained report.html."""
+    from medim.reports.report import write_report_page as report_runs
+    from medim.study.report.report import is_study
+    from medim.study.report.report import write_study_page as report_study
+
+    write_page = report_study if is_study(folder) else report_runs
+    print_result("report", {"written to": write_page(folder)})

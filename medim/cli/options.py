@@ -25,8 +25,11 @@ SplitSeedOption = Annotated[
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in --out.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Empty --out first.")]
-StrictOption = Annotated[
-    bool, typer.Option("--strict", help="Refuse where an image or subject to measure on was seen in training.")
+FailOnContaminationOption = Annotated[
+    bool,
+    typer.Option(
+        "--fail-on-contamination", help="Fail if a test image or subject was in the training data of the weights."
+    ),
 ]
 AcceleratorOption = Annotated[str, typer.Option("--accelerator", help="auto, cpu, cuda, mps.")]
 DevicesOption = Annotated[
@@ -46,6 +49,9 @@ ConfigOption = Annotated[
 ]
 InputsArgument = Annotated[list[Path], typer.Argument(help="NIfTI, DICOM files or folders, PNG, npz.")]
 OutOption = Annotated[Path, typer.Option("--out", help="Where to write.")]
-TrustOption = Annotated[
-    Path | None, typer.Option("--trust", help="Public key (PEM) that must have signed the package; else exit 3.")
+PublicKeyOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--public-key", metavar="FILE", help="Ed25519 public key (PEM). Exit code 3 if it did not sign the package."
+    ),
 ]

@@ -1,4 +1,4 @@
-"""What every command shares: `--quiet`, `--debug`, errors as messages and exit codes, progress, printed results."""
+"""Common parts of all commands: `--quiet`, `--debug`, errors as messages and exit codes, progress, result tables."""
 
 from __future__ import annotations
 
@@ -15,27 +15,45 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
+from typer.core import TyperCommand
 
+from medim.cli.renamed_options import RENAMED_OPTIONS, translate_options
 from medim.types import UserError
+from medim.version import install_command
 
 console = Console()
 stderr_console = Console(stderr=True)
 _active_bars = ExitStack()  # bars on the terminal
 
 
+class RenamingCommand(TyperCommand):
+    """Command that also accepts the option names of earlier versions, see `renamed_options`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the options after old names are replaced by new ones."""
+        return super().parse_args(ctx, translate_options(args, RENAMED_OPTIONS.get(str(self.name), {})))
+
+
 def register_command(
     typer_app: typer.Typer, name: str | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command that has `--quiet` and `--debug`, and turns errors into messages and exit codes."""
-    quiet = Annotated[bool, typer.Option("--quiet", help="Print results alone.")]
-    debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+    """Register a function as a command.
+
+    The command also has `--quiet` and `--debug`, and turns errors into messages and exit codes.
+
+    Args:
+        typer_app: application or group to add the command to.
+        name: name of the command; None takes the name of the function.
+    """
+    quiet = Annotated[bool, typer.Option("--quiet", help="Print only the result.")]
+    debug = Annotated[bool, typer.Option("--debug", help="Show the traceback if the command fails.")]
 
     def register_body(body: Callable[..., None]) -> Callable[..., None]:
-        """Make a body the command; the body is returned as it was."""
+        """Register one function and return it unchanged."""
 
         @functools.wraps(body)
         def run_command(**options: Any) -> None:
-            """Run the body, and leave with the exit code of what it raises; `--help` shows the body's docstring."""
+            """Run the function and exit with the code of the error that it raises."""
             is_quiet, with_traceback = options.pop("quiet"), options.pop("debug")
             _configure_logging(is_quiet)
             try:
@@ -56,7 +74,7 @@ def register_command(
         ]
         run_command.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *extra_parameters])  # type: ignore[attr-defined]
         run_command.__annotations__ = {p.name: p.annotation for p in run_command.__signature__.parameters.values()}  # type: ignore[attr-defined]
-        typer_app.command(name)(run_command)
+        typer_app.command(name or body.__name__, cls=RenamingCommand)(run_command)
         return body
 
     return register_body
@@ -77,23 +95,29 @@ def _configure_logging(is_quiet: bool) -> None:
 
 def _format_error(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError):
-        return f'this command needs {error.name}, which is not installed. Run: pip install "medim[train]"'
+        return f"this command needs {error.name}, which is not installed. Run: {install_command('train')}"
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted. What was written is whole; the same command continues it, with --resume where it has that."
+        return "interrupted. Files written so far are complete. Run the command again (with --resume, if it has that)."
     return str(error)
 
 
 def show_progress(verb: str, unit: str = "images", unit_size: int = 1) -> Callable[[int, int], None]:
-    """Show how many images are done, or units of `unit_size`; a total of 0 is not known.
+    """Show progress: a bar with rate and time left on a terminal, else a log line every few seconds.
 
-    A bar with rate and time left on a terminal, else a line every few seconds.
+    Args:
+        verb: past participle that starts the line, such as "preprocessed".
+        unit: plural noun of the items.
+        unit_size: number of counts per item, such as 10**6 for bytes shown as MB.
+
+    Returns:
+        Function of the finished count and the total; a total of 0 means unknown.
     """
     if stderr_console.is_terminal and logging.getLogger("medim").isEnabledFor(logging.INFO):
         return _build_bar(verb, unit, unit_size)
     last = time.monotonic()
 
     def log_progress(done: int, total: int) -> None:
-        """Log how many are done, at most every 5 s and at the end."""
+        """Log the count at most every 5 s and at the end."""
         nonlocal last
         if done == total or time.monotonic() - last > 5:
             last = time.monotonic()
@@ -113,7 +137,7 @@ def _build_bar(verb: str, unit: str, unit_size: int) -> Callable[[int, int], Non
     task = bar.add_task(verb, total=None, rate="-")
 
     def update_bar(done: int, total: int) -> None:
-        """Move the bar, which the first call shows and the last one stops."""
+        """Update the bar; the first call shows it and the last one stops it."""
         if not bar.live.is_started:
             _active_bars.callback(bar.stop)  # also where an error ends the work
         bar.start()
@@ -126,7 +150,7 @@ def _build_bar(verb: str, unit: str, unit_size: int) -> Callable[[int, int], Non
 
 
 def format_intervals(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """Each metric with its interval, as text."""
+    """Format each metric with its 95 % interval."""
     rows = metrics.get("metrics", metrics)
     return {
         k: f"{format_or_dash(v['value'])} [{format_or_dash(v['ci_low'])}, {format_or_dash(v['ci_high'])}]"
@@ -136,10 +160,10 @@ def format_intervals(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def format_averages(summary: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Mean and standard deviation over label subsets, a line for each kind of features and each budget."""
+    """Format mean and standard deviation over label subsets, one line per kind of features and budget."""
 
     def format_spread(spread: Mapping[str, float | None]) -> str:
-        """`mean ± sd`; the mean alone where there is one subset."""
+        """Format `mean ± sd`, or the mean if there is one subset."""
         mean, sd = ("-" if value is None else f"{value:.3f}" for value in (spread["mean"], spread["sd"]))
         return mean if sd == "-" else f"{mean} ± {sd}"
 
@@ -151,18 +175,18 @@ def format_averages(summary: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def format_loss(loss: Mapping[str, float | None], chance: float | None) -> str:
-    """A term's losses in one line."""
+    """Format first, last and validation loss of a term and its chance level in one line."""
     first, last, held_out = (format_or_dash(loss[key]) for key in ("first", "last", "held_out"))
     return f"{first} -> {last}, held out {held_out}, chance {format_or_dash(chance)}"
 
 
 def format_or_dash(value: float | None) -> str:
-    """Four digits, or a dash."""
+    """Format a number with four significant digits, None as a dash."""
     return "-" if value is None else f"{value:.4g}"
 
 
 def print_result(title: str, rows: Mapping[str, Any]) -> None:
-    """Print a result as a small table."""
+    """Print a result as a table of two columns."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     for name, value in rows.items():
         table.add_row(name, format_or_dash(value) if value is None or isinstance(value, float) else str(value))

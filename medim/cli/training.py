@@ -1,9 +1,9 @@
-"""`medim plan`: what a pretraining run will cost on this machine, before it starts."""
+"""Commands that train and plan training: `pretrain`, `finetune`, `plan`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -11,13 +11,152 @@ from medim.cli.options import (
     AcceleratorOption,
     ConfigOption,
     DataOption,
+    DevicesOption,
+    FailOnContaminationOption,
+    LabelsOption,
+    NodesOption,
+    OutOption,
+    OverwriteOption,
     PrecisionOption,
+    ResumeOption,
+    SeedOption,
     SetOption,
     SplitSeedOption,
     SubjectsOption,
 )
-from medim.cli.terminal import print_result
+from medim.cli.terminal import format_intervals, format_loss, format_or_dash, print_result
+from medim.signals import handle_shutdown_signals
 from medim.types import Modality, UsageError, UserError
+
+
+@handle_shutdown_signals()
+def pretrain(
+    modality: Annotated[Modality, typer.Option(help="Which images count.")],
+    data: DataOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/<preset>-<hash>.")] = None,
+    seed: SeedOption = 0,
+    split_seed: SplitSeedOption = 0,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+    accelerator: AcceleratorOption = "auto",
+    devices: DevicesOption = None,
+    nodes: NodesOption = None,
+    precision: PrecisionOption = None,
+    stop_on_collapse: Annotated[
+        bool, typer.Option("--stop-on-collapse", help="End a run that has diverged or collapsed.")
+    ] = False,
+    subjects: SubjectsOption = None,
+) -> None:
+    """Pretrain an encoder on unlabelled images."""
+    from medim.data.source import open_source
+    from medim.training.auto_config import describe_input
+    from medim.training.engine.launch import is_main_process
+    from medim.training.pretrain.run import pretrain as run
+    from medim.training.pretrain.run import resolve_pretrain_config
+
+    config_args = config or modality, [*(set_ or []), *([f"precision={precision}"] if precision else [])]
+    settings = resolve_pretrain_config(*config_args)  # a mistake in it shows before images are read
+    if settings.modality != modality:
+        raise UserError(f"--config {config}: it is for {settings.modality}, and --modality says {modality}.")
+    image_index, store = open_source(data, modality, subjects=subjects)
+    settings = resolve_pretrain_config(*config_args, index=image_index)
+    folder = out or Path("runs") / f"{settings.name}-{settings.hash}"
+    options: dict[str, Any] = {
+        "seed": seed,
+        "split_seed": split_seed,
+        "resume": resume,
+        "overwrite": overwrite,
+        "accelerator": accelerator,
+        "devices": devices,
+        "nodes": nodes,
+        "stop_on_collapse": stop_on_collapse,
+    }
+    summary = run(settings, image_index, folder, store=store, **options)
+    if not is_main_process():
+        return
+    diagnostics = summary["diagnostics"]
+    losses = {name: format_loss(loss, summary["chance"][name]) for name, loss in summary["loss"].items()}
+    diagnostic_lines = {
+        name: f"{format_or_dash(v['last'])}, held out {format_or_dash(v['held_out'])}"
+        for name, v in diagnostics.items()
+    }
+    result_rows = {
+        "verdict": summary["verdict"],
+        **losses,
+        **diagnostic_lines,
+        "rankme": summary["rankme"],
+        "feature std": summary["feature_std"],
+    }
+    costs = {"seconds a step": summary["seconds_per_step"], "peak memory, MiB": summary["peak_memory_bytes"] / 2**20}
+    print_result("pretrain", {**result_rows, **costs, **describe_input(settings, image_index), "written to": folder})
+
+
+@handle_shutdown_signals()
+def finetune(
+    task: Annotated[Literal["segmentation", "classification"], typer.Option(help="What to learn.")],
+    out: OutOption,
+    data: DataOption = None,
+    encoder: Annotated[str, typer.Option(help="A pretraining run or package; none starts fresh.")] = "none",
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="The twin: the encoder's network with fresh weights.")
+    ] = False,
+    modality: Annotated[Modality | None, typer.Option(help="Needed without an encoder.")] = None,
+    labelled: Annotated[int | None, typer.Option(help="Label budget, in images.")] = None,
+    label_fraction: Annotated[
+        float | None, typer.Option(help="Label budget, as a share of the labelled training images.")
+    ] = None,
+    labels: LabelsOption = None,
+    subjects: SubjectsOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    seed: SeedOption = 0,
+    split_seed: SplitSeedOption = 0,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+    fail_on_contamination: FailOnContaminationOption = False,
+    accelerator: AcceleratorOption = "auto",
+) -> None:
+    """Fine-tune an encoder on few labels, or train its from-scratch twin."""
+    from medim.data.contamination import describe_counts as describe_contamination
+    from medim.data.source import open_source
+    from medim.training.auto_config import describe_input
+    from medim.training.finetune.run import finetune as run
+    from medim.training.finetune.run import resolve_finetune_config
+
+    encoder_path = None if encoder == "none" else Path(encoder)
+    if from_scratch and encoder_path is None:
+        raise UsageError(
+            "--from-scratch: expected --encoder RUN, whose network the twin has. Leave it out to start fresh."
+        )
+    config_args = task, modality, encoder_path, config, set_ or []
+    settings = resolve_finetune_config(*config_args)  # a mistake in it shows before images are read
+    image_index, store = open_source(data, settings.modality, labels=labels, subjects=subjects)
+    settings = resolve_finetune_config(*config_args, index=image_index)
+    options: dict[str, Any] = {
+        "seed": seed,
+        "split_seed": split_seed,
+        "resume": resume,
+        "overwrite": overwrite,
+        "strict": fail_on_contamination,
+        "accelerator": accelerator,
+    }
+    budget: dict[str, Any] = {"labelled": labelled, "label_fraction": label_fraction}
+    summary = run(
+        settings, image_index, out, encoder=encoder_path, from_scratch=from_scratch, store=store, **budget, **options
+    )
+    print_result(
+        "finetune",
+        {
+            "labelled images": summary["labelled"],
+            "start": summary["init"],
+            **({} if summary["init"] == "scratch" else describe_contamination(summary["seen"])),
+            **describe_input(settings, image_index),
+            **format_intervals(summary["val"] or {}),
+            "written to": out,
+        },
+    )
 
 
 def plan(
@@ -55,6 +194,15 @@ def plan(
         write_json(json, estimate)
     check_plan(estimate)
     print_result("plan", {**_format_plan(estimate), **describe_input(settings, image_index)})
+
+
+def sync(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs with unsent tracking records.")],
+) -> None:
+    """Send the tracking records of runs whose MLflow server was not reachable."""
+    from medim.training.tracking.tracking import sync_pending
+
+    print_result("sync", {str(run): f"{sync_pending(run)} records sent" for run in runs})
 
 
 def _format_plan(estimate: dict[str, Any]) -> dict[str, str]:

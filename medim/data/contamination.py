@@ -179,8 +179,8 @@ def check_contamination(
     sentence = f"{weights_name}: of {total} to measure on, {summary}"
     if strict and (has_overlap or is_incomplete):
         raise UserError(
-            f"{sentence}. --strict expected none. Measure on other images, use weights that "
-            f"{'carry ' + FINGERPRINTS_FILE if is_incomplete else 'have not seen them'}, or leave --strict out."
+            f"{sentence}. --fail-on-contamination expected none. Measure on other images, use weights that "
+            f"{'carry ' + FINGERPRINTS_FILE if is_incomplete else 'have not seen them'}, or leave this option out."
         )
     if history != TrainingHistory():
         log.log(logging.WARNING if has_overlap or counts is None or None in numbers else logging.INFO, "%s", sentence)
@@ -229,7 +229,7 @@ class ContaminationFilter:
         if not n_rows:
             raise UserError(
                 f"{model_name}: expected images that it was not trained on, but it was trained on all "
-                f"{len(self._excluded_records)}. Measure on others, or give --include-seen."
+                f"{len(self._excluded_records)}. Measure on others, or give --include-training-subjects."
             )
         is_complete = self._history is not None and "finetune" not in self._history.unknown_kinds
         subjects, images = len({record.subject for record in self._excluded_records}), len(self._excluded_records)

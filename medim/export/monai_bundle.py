@@ -19,6 +19,7 @@ from medim.files import encode_json
 from medim.models.model import build_encoder, build_model
 from medim.package.contract import NOT_REPORTED, Contract, Signature
 from medim.types import UserError
+from medim.version import DISTRIBUTION
 
 CHECKPOINT = "models/model.pt"
 METADATA, INFERENCE, LOGGING = (f"configs/{name}" for name in ("metadata.json", "inference.json", "logging.conf"))
@@ -83,7 +84,7 @@ def build_metadata(builder: PackageBuilder) -> bytes:
     """`configs/metadata.json`, by MONAI's schema."""
     contract = builder.contract
     (image,), answer = contract.signature.inputs, contract.signature.outputs[0]
-    packages = ["nibabel", "pytorch-ignite", "fire", *([] if is_monai_native(contract) else ["medim"])]
+    packages = ["nibabel", "pytorch-ignite", "fire", *([] if is_monai_native(contract) else [DISTRIBUTION])]
     names = ("background", *contract.classes) if contract.kind == "segmenter" else contract.classes
     common_fields: BundleSection = {
         "type": "image",

@@ -12,6 +12,7 @@ from packaging.utils import canonicalize_name
 from medim.files import encode_json
 from medim.package.contract import Contract
 from medim.types import UserError
+from medim.version import DISTRIBUTION, install_command
 
 LOCK, SBOM = "runtime/requirements.lock", "sbom.cdx.json"
 LOCK_HEADER = """\
@@ -35,7 +36,7 @@ def runtime_packages() -> list[Distribution]:
         UserError: something of it is missing here.
     """
     packages: dict[str, Distribution] = {}
-    queue = [("medim", "")]
+    queue = [(DISTRIBUTION, "")]
     visits = set()
     while queue:
         name, extra = queue.pop()
@@ -44,7 +45,7 @@ def runtime_packages() -> list[Distribution]:
         visits.add((name, extra))
         if find_version(name) is None:
             raise UserError(
-                f"export: expected the light runtime to be installed here, {name} is not. pip install medim"
+                f"export: expected the light runtime to be installed here, {name} is not. Run: {install_command()}"
             )
         packages[name] = distribution(name)
         queue += [
@@ -86,7 +87,10 @@ def build_sbom(contract: Contract) -> bytes:
         "metadata": {"component": model},
         "components": [_build_component(package) for package in packages],
         "dependencies": [
-            {"ref": "package", "dependsOn": [purl for purl in dependencies if purl.startswith("pkg:pypi/medim@")]},
+            {
+                "ref": "package",
+                "dependsOn": [purl for purl in dependencies if purl.startswith(f"pkg:pypi/{DISTRIBUTION}@")],
+            },
             *({"ref": purl, "dependsOn": purls} for purl, purls in dependencies.items()),
         ],
     }

@@ -209,7 +209,7 @@ class Predictor:
         if self.score_map is None:
             raise UserError(
                 f"map: expected an encoder with the local critic it was trained with, got a {self.kind} without. "
-                "Pretrain with the objective local_dim (and export that run), or leave --map out."
+                "Pretrain with the objective local_dim (and export that run), or leave --mi-map-dir out."
             )
         return self.score_map
 

@@ -107,9 +107,9 @@ def verify_checksums(folder: Path, *, trust: Path | None = None) -> ChecksumMani
     signature = _read_at_most(folder / SIGNATURE, MAX_SUMS_BYTES) if (folder / SIGNATURE).is_file() else None
     if key is not None and (signature is None or not is_signed(data, signature, key)):
         raise PackageError(
-            f"{folder}: expected {SUMS} to be signed by the key of --trust ({key_to_hex(key)[:16]}), got "
+            f"{folder}: expected {SUMS} to be signed by the key of --public-key ({key_to_hex(key)[:16]}), got "
             f"{'no signature' if signature is None else 'a signature that is not its own'}. "
-            "Ask for a package that was exported with --sign and that key."
+            "Ask for a package that was exported with --private-key and that key."
         )
     sums = _parse_checksums(data, folder / SUMS)
     _compare_checksums(folder, files, sums)

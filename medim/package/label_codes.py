@@ -49,7 +49,7 @@ class LabelCode(StrictModel):
 
 
 class LabelCodesFile(StrictModel):
-    """The file of `--labels-schema`."""
+    """The file of `--label-codes`."""
 
     schema_version: Literal[1] = 1
     labels: Annotated[tuple[LabelCode, ...], Field(min_length=1, max_length=255)]

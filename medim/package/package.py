@@ -201,7 +201,7 @@ def _check_signature(package: Package) -> VerificationCheck:
         return VerificationCheck("signature", "not run", "the package is not signed")
     if not package.manifest.trusted:
         return VerificationCheck(
-            "signature", "not run", f"signed by {signer[:16]}, which says nothing without --trust KEY"
+            "signature", "not run", f"signed by {signer[:16]}, which says nothing without --public-key KEY"
         )
     return VerificationCheck("signature", "pass", f"signed by the trusted key {signer[:16]}")
 

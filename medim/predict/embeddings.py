@@ -10,6 +10,7 @@ import numpy as np
 
 from medim.inference.ood import OODResult
 from medim.types import Array, UserError
+from medim.version import install_command
 
 SCHEMA_VERSION = 1
 OOD_COLUMNS = tuple(OODResult().columns)
@@ -51,7 +52,7 @@ def _encode_parquet(
         import pyarrow.parquet
     except ModuleNotFoundError:
         raise UserError(
-            '.parquet: expected pyarrow, which is not installed. pip install "medim[train]", or .csv.'
+            f".parquet: expected pyarrow, which is not installed. Run: {install_command('train')}; or write .csv."
         ) from None
     columns = {f"f{i}": column for i, column in enumerate(features.T)}
     types = {"ood_score": pyarrow.float32(), "ood": pyarrow.bool_(), "ood_by": pyarrow.string()}

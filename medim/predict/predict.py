@@ -232,16 +232,16 @@ def _select_writer(package: Package | Predictor, as_: str, *, labelmap: bool) ->
         UserError: the package cannot answer in that format.
     """
     if as_ not in get_args(AnswerFormat):
-        raise UsageError(f"--as {as_}: expected {' or '.join(get_args(AnswerFormat))}.")
+        raise UsageError(f"--format {as_}: expected {' or '.join(get_args(AnswerFormat))}.")
     if as_ == "dicom":
         if not isinstance(package, Package):
-            raise UserError("--as dicom: expected a package, got a run. Run `medim export` first.")
+            raise UserError("--format dicom: expected a package, got a run. Run `medim export` first.")
         from medim.predict.dicom.writer import dicom_writer  # highdicom takes a second to import
 
         as_dicom: AnswerWriter = dicom_writer(package, labelmap=labelmap)
         return as_dicom
     if labelmap:
-        raise UsageError("--labelmap: it is a kind of DICOM segmentation. Add --as dicom, or leave it out.")
+        raise UsageError("--labelmap: it is a kind of DICOM segmentation. Add --format dicom, or leave it out.")
     return partial(_write_answer, package)
 
 

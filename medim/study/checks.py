@@ -201,8 +201,8 @@ def check_selection_budgets(shortages: dict[str, str]) -> None:
     if shortages:
         budget, reason = next(iter(shortages.items()))
         raise UsageError(
-            f"--learning-rates: budget {budget} is too small to choose by: {reason}. Selection is paid from the label "
-            "budget; give a larger budget, or --learning-rates fixed."
+            f"--lr-multipliers: budget {budget} is too small to choose by: {reason}. Selection is paid from the label "
+            "budget; give a larger budget, or --lr-multipliers fixed."
         )
 
 

@@ -143,13 +143,13 @@ def count_pretrain_seeds(arm: Arm, arms: Collection[Arm]) -> int:
 
 
 def read_arms(encoders: Sequence[str], probes: Sequence[str] = ()) -> tuple[Arm, ...]:
-    """The arms of `--encoder NAME=RUN[,RUN2,...]` and `--probe ...`, the scratch twin first.
+    """The arms of `--encoder NAME=RUN[,RUN2,...]` and `--frozen ...`, the scratch twin first.
 
     Raises:
         UsageError: none, another form, or a name that is taken or cannot name a folder.
     """
     arms = [Arm(SCRATCH)]
-    for option, values, protocol in (("--encoder", encoders, "finetune"), ("--probe", probes, "frozen")):
+    for option, values, protocol in (("--encoder", encoders, "finetune"), ("--frozen", probes, "frozen")):
         for value in values:
             name, equals, runs = value.partition("=")
             if not equals or not all(runs.split(",")):

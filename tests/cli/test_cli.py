@@ -61,17 +61,17 @@ def test_probe_writes_beside_the_run_and_prints_a_line_for_each_kind_of_features
         arrays |= {f"{part}_images": images, f"{part}_labels": np.arange(count)[:, None] % 2}
     np.savez(tmp_path / "noise.npz", **arrays)
     command = ["probe", str(tmp_path / "run"), "--data", str(tmp_path / "noise.npz"), "--protocol", "knn"]
-    budgets = ["--label-fraction", "0.5", "--label-fraction", "1.0", "--labelled", "4", "--seeds", "2", "--map", "1"]
+    budgets = ["--label-fraction", "0.5", "--label-fraction", "1.0", "--labelled", "4", "--seeds", "2", "--levels", "1"]
     result = CliRunner().invoke(app, [*command, *budgets])
     assert result.exit_code == 0, result.output
     content = json.loads((tmp_path / "run-probe-knn" / "probe.json").read_text())
     assert [(row["budget"], row["subsets"]) for row in content["summary"][:3]] == [("50%", 2), ("100%", 1), ("4", 2)]
     assert content["maps"] == [1]
     assert all(f"{name}, 100% labels" in result.output for name in ("encoder", "random", "pixels"))
-    again = CliRunner().invoke(app, [*command, "--no-anchors"])
+    again = CliRunner().invoke(app, [*command, "--no-baselines"])
     assert again.exit_code == 1
     assert "expected an empty or new folder" in again.output
-    assert CliRunner().invoke(app, [*command, "--no-anchors", "--overwrite"]).exit_code == 0
+    assert CliRunner().invoke(app, [*command, "--no-baselines", "--overwrite"]).exit_code == 0
 
 
 def test_a_probe_of_nothing_is_told_where_an_encoder_was_expected(tmp_path: Path) -> None:

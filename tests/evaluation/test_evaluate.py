@@ -167,7 +167,7 @@ def test_what_the_model_was_trained_on_is_left_out_and_counted_by_subject_and_by
     found = evaluate(make_run(tmp_path / "person", segmenter, person), index, tmp_path / "by-subject")
     assert (found["n"], found["excluded_seen"], found["excluded_seen_images"]) == (6, 1, 2)
     everyone = TrainingHistory().extended("finetune", [("", record.subject) for record in index.records])
-    with pytest.raises(UserError, match=r"trained on all 8.*--include-seen"):
+    with pytest.raises(UserError, match=r"trained on all 8.*--include-training-subjects"):
         evaluate(make_run(tmp_path / "everyone", segmenter, everyone), index, tmp_path / "none")
 
 
@@ -176,7 +176,7 @@ def test_strict_refuses_before_any_figure_is_written_and_passes_where_nothing_wa
     kind: TrainingKind, index: Index, segmenter: dict[str, Any], tmp_path: Path
 ) -> None:
     run = make_run(tmp_path / "run", segmenter, TrainingHistory().extended(kind, [case_of(index, 2)]))
-    with pytest.raises(UserError, match=r"2 images, 1 subject.* --strict expected none"):
+    with pytest.raises(UserError, match=r"2 images, 1 subject.* --fail-on-contamination expected none"):
         evaluate(run, index, tmp_path / "out", strict=True)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".medim"]
     other = make_run(tmp_path / "other", segmenter, TrainingHistory().extended(kind, [("0" * 32, "another")]))
@@ -190,7 +190,7 @@ def test_a_model_without_a_record_says_that_it_does_not_know(
     found = evaluate(run, index, tmp_path / "out")
     assert (found["seen"], found["excluded_seen"], found["excluded_seen_images"], found["n"]) == (None, None, None, 8)
     assert "seen not known: no fingerprints.json lies beside the weights" in caplog.text
-    with pytest.raises(UserError, match=r"not known.*--strict"):
+    with pytest.raises(UserError, match=r"not known.*--fail-on-contamination"):
         evaluate(run, index, tmp_path / "strict", strict=True)
 
 

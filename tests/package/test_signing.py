@@ -48,7 +48,7 @@ def test_a_signed_package_verifies_by_the_key_of_who_signed(signed: Path, keys: 
     assert (first.name, first.verdict) == ("signature", "pass")
     assert load_package(signed).contract.signed_by == load_public_key(keys[1]).public_bytes_raw().hex()
     untold = verify_package(signed)[0]
-    assert (untold.verdict, "--trust" in untold.detail) == ("not run", True)
+    assert (untold.verdict, "--public-key" in untold.detail) == ("not run", True)
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
@@ -145,7 +145,7 @@ def test_keys_that_are_none_are_told_apart(keys: tuple[Path, Path], tmp_path: Pa
 def test_the_commands_leave_with_3_where_the_trusted_key_did_not_sign(
     packages: dict[str, Package], keys: tuple[Path, Path], tmp_path: Path, command: str
 ) -> None:
-    words = [command, str(packages["classifier"].folder), "--trust", str(keys[1])]
+    words = [command, str(packages["classifier"].folder), "--public-key", str(keys[1])]
     if command == "predict":
         words += [str(tmp_path), "--out", str(tmp_path / "out")]
     assert CliRunner().invoke(app, words).exit_code == 3
@@ -155,6 +155,6 @@ def test_the_commands_leave_with_3_where_the_trusted_key_did_not_sign(
 def test_embed_leaves_with_3_too_and_trusts_no_run(
     packages: dict[str, Package], runs: dict[str, Path], keys: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    rest = [str(tmp_path), "--out", str(tmp_path / "f.npz"), "--trust", str(keys[1])]
+    rest = [str(tmp_path), "--out", str(tmp_path / "f.npz"), "--public-key", str(keys[1])]
     assert CliRunner().invoke(app, ["embed", str(packages["encoder"].folder), *rest]).exit_code == 3
     assert CliRunner().invoke(app, ["embed", str(runs["encoder"]), *rest]).exit_code == 2

@@ -174,7 +174,15 @@ def test_embed_writes_a_picture_a_map_of_its_size_and_the_scale_of_its_greys(
     package: Package, run: Path, picture: Path, tmp_path: Path, origin: str
 ) -> None:
     place = {"package": package.folder, "run": run}[origin]
-    command = ["embed", str(place), str(picture), "--out", str(tmp_path / "f.csv"), "--map", str(tmp_path / "maps")]
+    command = [
+        "embed",
+        str(place),
+        str(picture),
+        "--out",
+        str(tmp_path / "f.csv"),
+        "--mi-map-dir",
+        str(tmp_path / "maps"),
+    ]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     (row,) = rows_of(tmp_path / "maps" / "maps.csv")
@@ -231,7 +239,7 @@ def test_a_padded_image_has_a_map_of_its_own_size() -> None:
 def test_an_encoder_without_a_critic_is_told_what_to_do(picture: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", "encoder")
     command = ["embed", str(run), str(picture), "--out", str(tmp_path / "f.csv")]
-    result = CliRunner().invoke(app, [*command, "--map", str(tmp_path / "maps")])
+    result = CliRunner().invoke(app, [*command, "--mi-map-dir", str(tmp_path / "maps")])
     assert result.exit_code == 1
     assert "Pretrain with the objective local_dim" in " ".join(result.output.split())
     assert not (tmp_path / "maps").exists()

@@ -317,7 +317,7 @@ def test_rejected_images_are_told_with_their_reasons(tmp_path: Path, index: Inde
 
 @pytest.fixture
 def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install medim[dev]")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[dev]'")
     if not CHROMIUM.is_file():
         pytest.skip(f"{CHROMIUM} is missing: apt-get install chromium")
     arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]

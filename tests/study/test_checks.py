@@ -95,7 +95,9 @@ def test_an_encoder_that_saw_the_evaluation_split_is_counted_and_with_strict_ref
     known = counts["knows"][0]
     assert known is not None
     assert known["pretrain"] == {"images": 3, "subjects": 3}
-    with pytest.raises(UserError, match=r"encoder knows .* 3 images, 3 subjects.*--strict expected none"):
+    with pytest.raises(
+        UserError, match=r"encoder knows .* 3 images, 3 subjects.*--fail-on-contamination expected none"
+    ):
         count_contamination(arms, cohort, strict=True)
 
 
@@ -153,6 +155,6 @@ def test_a_grid_of_rates_that_a_budget_cannot_pay_for_is_refused() -> None:
 def test_a_refused_study_leaves_no_result(
     run_study: Callable[..., dict[str, Any]], arms: tuple[Arm, ...], tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match="--learning-rates"):
+    with pytest.raises(UsageError, match="--lr-multipliers"):
         run_study(lr_multipliers=(0.3, 1.0))
     assert [p.name for p in (tmp_path / "study").iterdir()] == [".medim"]

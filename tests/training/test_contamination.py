@@ -65,20 +65,24 @@ def test_it_is_counted_as_one_image_and_refused_when_strict_with_exit_code_1(
     assert seen == {"pretrain": {"images": 1, "subjects": None}, "finetune": {"images": 0, "subjects": 0}}
     assert "1 image, subjects not known (another site key)" in done.output
 
-    refused = CliRunner().invoke(app, [*planted, "--strict", "--out", str(tmp_path / "b")])
+    refused = CliRunner().invoke(app, [*planted, "--fail-on-contamination", "--out", str(tmp_path / "b")])
     assert refused.exit_code == 1
-    assert "--strict expected none" in refused.output
+    assert "--fail-on-contamination expected none" in refused.output
     assert [path.name for path in (tmp_path / "b").iterdir()] == [".medim"]
 
-    clean = [*command, "--data", str(evaluation_set(tmp_path / "clean", planted=False)), "--strict"]
+    clean = [*command, "--data", str(evaluation_set(tmp_path / "clean", planted=False)), "--fail-on-contamination"]
     done = CliRunner().invoke(app, [*clean, "--out", str(tmp_path / "c")])
     assert done.exit_code == 0, done.output
 
     model, data = str(tmp_path / "c"), ["--data", str(tmp_path / "planted"), "--split", "all"]
-    refused = CliRunner().invoke(app, ["evaluate", model, *data, "--strict", "--out", str(tmp_path / "d")])
+    refused = CliRunner().invoke(
+        app, ["evaluate", model, *data, "--fail-on-contamination", "--out", str(tmp_path / "d")]
+    )
     assert refused.exit_code == 1
     assert "seen in pretraining 1 image" in " ".join(refused.output.split())
     assert not (tmp_path / "d" / "metrics.json").exists()
-    refused = CliRunner().invoke(app, ["probe", str(package), *data[:2], "--strict", "--out", str(tmp_path / "e")])
+    refused = CliRunner().invoke(
+        app, ["probe", str(package), *data[:2], "--fail-on-contamination", "--out", str(tmp_path / "e")]
+    )
     assert refused.exit_code == 1
-    assert "--strict expected none" in refused.output
+    assert "--fail-on-contamination expected none" in refused.output

@@ -13,6 +13,7 @@ import numpy as np
 from scipy import fft, ndimage
 
 from medim.types import Array, UserError
+from medim.version import install_command
 
 FIELD_CENTRE = (0.0, -17.0, 5.0)  # mm, the middle of the template's brain
 FIELD_OF_VIEW = (176.0, 208.0, 176.0)  # mm: the brain and 11 to 16 mm around it
@@ -100,7 +101,7 @@ def load_template(spacing: float) -> BrainTemplate:
     except ImportError as error:
         raise UserError(
             "The built-in cohort is simulated from the MNI152 template that nilearn ships, and nilearn is not "
-            'installed. Install it with: pip install "medim[train]"'
+            f"installed. Run: {install_command('train')}"
         ) from error
     loaders = (datasets.load_mni152_template, datasets.load_mni152_gm_template, datasets.load_mni152_wm_template)
     images = [loader(resolution=1) for loader in loaders]

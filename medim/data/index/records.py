@@ -11,6 +11,7 @@ from typing import Any
 
 from medim.files import write_bytes, write_csv
 from medim.types import UserError
+from medim.version import install_command
 
 SCHEMA_VERSION = 2
 
@@ -140,7 +141,7 @@ def _read_parquet_rows(path: Path) -> list[dict[str, Any]]:
         import pyarrow.parquet
     except ModuleNotFoundError:
         raise UserError(
-            f'{path}: expected pyarrow to read parquet, which is not installed. pip install "medim[train]", '
+            f"{path}: expected pyarrow to read parquet, which is not installed. Run: {install_command('train')}; "
             "or run `medim index` here, which then writes CSV."
         ) from None
     try:

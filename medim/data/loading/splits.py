@@ -119,7 +119,10 @@ def count_overlap(
             "pixels as images of the training split"
         )
         if strict:
-            raise UserError(f"{sentence}. --strict expected none. Correct the split column, or leave --strict out.")
+            raise UserError(
+                f"{sentence}. --fail-on-contamination expected none. Correct the split column, or leave "
+                "this option out."
+            )
         log.warning("%s: figures on them are too good", sentence)
     return {"images": len(duplicates), "subjects": n_subjects}
 

@@ -24,6 +24,7 @@ from medim.data.readers.base import (
 )
 from medim.data.readers.inspection import FileInspection
 from medim.types import Volume
+from medim.version import install_command
 
 _MAX_TEXT_BYTES = 1 << 16  # bytes of a header
 _DATA_FILE_FIELDS = ("elementdatafile", "data file", "datafile")
@@ -153,7 +154,7 @@ def _import_simple_itk() -> Any:
     except ModuleNotFoundError as error:
         raise ReadError(
             "reader-missing",
-            'expected SimpleITK to read this format, which is not installed: pip install "medim[train]"',
+            f"expected SimpleITK to read this format, which is not installed: {install_command('train')}",
         ) from error
     sitk: Any = SimpleITK
     sitk.ProcessObject.SetGlobalWarningDisplay(False)

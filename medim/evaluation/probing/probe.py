@@ -249,5 +249,7 @@ def _read_encoder_spec(path: Path) -> dict[str, Any]:
 def _check_levels(maps: Sequence[int] | None, count: int) -> list[int]:
     invalid = [level for level in maps or () if not 0 <= level < count]
     if invalid:
-        raise UsageError(f"--map {invalid[0]}: expected a level from 0 (finest) to {count - 1}, which the encoder has.")
+        raise UsageError(
+            f"--levels {invalid[0]}: expected a level from 0 (finest) to {count - 1}, which the encoder has."
+        )
     return list(range(count)) if maps is None else sorted(set(maps))

@@ -36,8 +36,8 @@ def dicom_writer(package: Package, *, labelmap: bool = False) -> Any:
     contract = package.contract
     if contract.kind == "segmenter" and not contract.labels:
         raise UserError(
-            f"--as dicom: {contract.name} has no codes for {', '.join(contract.classes)}, which a DICOM segment must "
-            "have. Export it again with --labels-schema FILE, or use --as nifti."
+            f"--format dicom: {contract.name} has no codes for {', '.join(contract.classes)}, which a DICOM "
+            "segment must have. Export it again with --label-codes FILE, or use --format nifti."
         )
     if labelmap and contract.kind != "segmenter":
         raise UsageError(f"--labelmap: expected a segmenter, got a {contract.kind}. Leave it out.")
@@ -96,7 +96,7 @@ def segmentation_of(labels: Array, volume: Volume, source: DicomSource, equipmen
         wrong_voxels = int((read_frame_labels(seg_dataset, source) != frames).sum())
     if wrong_voxels:
         raise UserError(
-            f"DICOM segmentation: {wrong_voxels} of {frames.size} voxels read back otherwise. Use --as nifti."
+            f"DICOM segmentation: {wrong_voxels} of {frames.size} voxels read back otherwise. Use --format nifti."
         )
     return seg_dataset
 

@@ -123,7 +123,7 @@ def build_trust_section(study: StudyView) -> ReportSection:
             ("Pairs of images that look alike across the split", format_value(n_near)),
             *([("AUROC of the image's size alone", format_size_auroc(study))] if classes else []),
             ("Cases that could not be measured", format_value(study.summary.get("rejected_cases"))),
-            ("Refused where anything was seen (--strict)", format_value(study.summary.get("strict"))),
+            ("Refused where anything was seen (--fail-on-contamination)", format_value(study.summary.get("strict"))),
         ],
         tables=[
             ReportTable(

@@ -17,7 +17,7 @@ from mlflow.tracking import MlflowClient
 
 from medim.files import read_json
 from medim.training.tracking.outbox import Outbox, OutboxRecord
-from medim.version import __version__
+from medim.version import DISTRIBUTION, __version__
 
 log = logging.getLogger(__name__)
 REJECTION_CODES = {
@@ -147,7 +147,7 @@ def _register_encoder(client: MlflowClient, run: str, out: Path, name: str) -> N
             Schema([TensorSpec(dtype, (-1, *output.shape[1:]))]),
         )
         model = Model(artifact_path="encoder", run_id=run, signature=signature, metadata={"example": "example.npz"})
-        (folder / "requirements.txt").write_text(f"medim[train]=={__version__}\n")
+        (folder / "requirements.txt").write_text(f"{DISTRIBUTION}[train]=={__version__}\n")
         add_to_model(model, loader_module=pyfunc.__name__, data="data")  # type: ignore[no-untyped-call]
         model.save(str(folder / "MLmodel"))
         client.log_artifacts(run, str(folder), "encoder")

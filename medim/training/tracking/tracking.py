@@ -1,8 +1,8 @@
 """Track runs with MLflow.
 
 A run writes records to its `outbox`, and `delivery` sends them from there, so no step waits for a server or fails
-because of one. The records contain the configuration, numbers, figures, hashes and versions, and no image data. `python
--m medim.training.tracking.tracking RUN` sends the unsent records of a run.
+because of one. The records contain the configuration, numbers, figures, hashes and versions, and no image data.
+`medim sync RUN` sends the records that a run could not send.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import logging
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -246,7 +245,7 @@ def _warn_unsent(n_unsent: int, out: Path) -> None:
     if n_unsent:
         log.warning(
             "tracking: %d records did not reach the server and are kept in %s. `--resume` sends them first. To send "
-            "those of a finished run: python -m medim.training.tracking.tracking %s",
+            "those of a finished run: medim sync %s",
             *(n_unsent, out, out),
         )
 
@@ -299,18 +298,29 @@ def log_encoder(tracker: Tracker, name: str) -> None:
 
 
 def sync_pending(out: Path) -> int:
-    """Send the unsent records of a run.
+    """Send the tracking records of a run that its server did not take while it ran.
 
     Args:
         out: folder of the run.
 
     Returns:
-        Number of records sent.
+        Number of records sent; 0 if none were waiting.
+
+    Raises:
+        UserError: the folder is not a tracked run, or the server does not take the records, which are kept.
     """
+    if not (out / RECORDS).is_file():
+        raise UserError(f"{out}: expected the folder of a tracked run, with {RECORDS}. Give a run's folder.")
+    _set_short_timeouts()
     n_sent = 0
     with closing(Outbox(out)) as outbox:
         while records := outbox.pending(200):
-            send(outbox, records)
+            try:
+                send(outbox, records)
+            except Exception as error:  # as in `OutboxSender`: MLflow raises many kinds
+                raise UserError(
+                    f"{out}: the tracking server does not accept records ({error}). They are kept."
+                ) from error
             n_sent += len(records)
     return n_sent
 
@@ -319,23 +329,3 @@ def _set_short_timeouts() -> None:
     """Limit MLflow to one attempt of a few seconds per request, unless the user has set other values."""
     for name, value in MLFLOW_SETTINGS.items():
         os.environ.setdefault(name, value)
-
-
-def main(folders: Sequence[str]) -> int:
-    """Send the unsent records of runs, print the result for each, and return the exit code."""
-    _set_short_timeouts()
-    has_failure = not folders
-    for folder in folders or ["python -m medim.training.tracking.tracking RUN ..."]:
-        if not (Path(folder) / RECORDS).is_file():
-            print(f"{folder}: no {RECORDS} in this folder, so there are no unsent records.")
-            continue
-        try:
-            print(f"{folder}: {sync_pending(Path(folder))} records sent")
-        except Exception as error:  # as in `OutboxSender`
-            has_failure = True
-            print(f"{folder}: the server does not accept records ({error}); they are kept.")
-    return int(has_failure)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -19,9 +19,7 @@ from medim.types import Array, UsageError, UserError
 
 nibabel: Any = pytest.importorskip("nibabel")
 pydicom: Any = pytest.importorskip("pydicom")
-pytest.importorskip(
-    "nilearn", reason="the cohort is made from the template that nilearn ships: pip install 'medim[train]'"
-)
+pytest.importorskip("nilearn", reason="the cohort is made from the template that nilearn ships: pip install '.[train]'")
 
 SUBJECTS, SPACING = 4, 4.0
 BOTH: tuple[ExampleFormat, ...] = ("nifti", "dicom")
@@ -296,7 +294,7 @@ def test_a_folder_that_holds_something_is_refused_and_kept(tmp_path: Path) -> No
 
 def test_without_nilearn_the_error_names_the_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nilearn", None)
-    with pytest.raises(UserError, match=r'pip install "medim\[train\]"'):
+    with pytest.raises(UserError, match=r'pip install "\.\[train\]"'):
         make_example(tmp_path / "example")
     assert [Path(name).name for name in files(tmp_path)] == [".medim"]
 

@@ -161,7 +161,9 @@ def test_validation_images_and_subjects_that_pretraining_saw_are_counted_and_ref
     found = probe(folder, index, tmp_path / "out", anchors=False)
     assert found["seen"] == {"pretrain": {"images": 1, "subjects": 3}, "finetune": {"images": 0, "subjects": 0}}
     assert found["overlap"] == {"images": 0, "subjects": 0}
-    with pytest.raises(UserError, match=r"seen in pretraining 1 image, 3 subjects.* --strict expected none"):
+    with pytest.raises(
+        UserError, match=r"seen in pretraining 1 image, 3 subjects.* --fail-on-contamination expected none"
+    ):
         probe(folder, index, tmp_path / "strict", anchors=False, strict=True)
     assert not (tmp_path / "strict").exists()
 
@@ -184,7 +186,7 @@ def test_what_is_no_pretrained_encoder_is_refused(
         probe(tmp_path / "nowhere", index, tmp_path / "out")
     with pytest.raises(UserError, match="got a classifier, which was trained on labels"):
         probe(make_run(tmp_path / "model", classifier), index, tmp_path / "out")
-    with pytest.raises(UsageError, match=r"--map 2: expected a level from 0 \(finest\) to 1"):
+    with pytest.raises(UsageError, match=r"--levels 2: expected a level from 0 \(finest\) to 1"):
         probe(run, index, tmp_path / "out", maps=[2])
     with pytest.raises(UsageError, match="expected one of linear, knn"):
         probe(run, index, tmp_path / "out", protocol="tree")

@@ -353,7 +353,7 @@ def test_what_cannot_be_answered_in_dicom_is_told_before_anything_is_written(
 ) -> None:
     package = packages["segmenter"]
     bare = dataclasses.replace(package, contract=package.contract.model_copy(update={"labels": ()}))
-    with pytest.raises(UserError, match="--labels-schema"):
+    with pytest.raises(UserError, match="--label-codes"):
         answered(bare, tmp_path, tmp_path / "out")
     with pytest.raises(UserError, match="medim export"):
         predict(
@@ -361,6 +361,6 @@ def test_what_cannot_be_answered_in_dicom_is_told_before_anything_is_written(
         )
     with pytest.raises(UsageError, match="segmenter"):
         answered(packages["classifier"], tmp_path, tmp_path / "out", labelmap=True)
-    with pytest.raises(UsageError, match="--as dicom"):
+    with pytest.raises(UsageError, match="--format dicom"):
         predict(package, tmp_path, tmp_path / "out", labelmap=True)
     assert not (tmp_path / "out").exists()

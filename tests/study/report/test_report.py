@@ -316,7 +316,7 @@ def test_medim_report_knows_a_study(planted: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install medim[dev]")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[dev]'")
     if not CHROMIUM.is_file():
         pytest.skip(f"{CHROMIUM} is missing: apt-get install chromium")
     arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]

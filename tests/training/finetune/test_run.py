@@ -203,7 +203,9 @@ def test_validation_images_that_the_encoder_has_seen_are_counted_and_refused_whe
     expected = {"images": len(shared), "subjects": len({row["subject"] for row in shared})}
     assert summary["seen"] == {"pretrain": expected, "finetune": {"images": 0, "subjects": 0}}
     assert shared
-    with pytest.raises(UserError, match=f"seen in pretraining {len(shared)} images.* --strict expected none"):
+    with pytest.raises(
+        UserError, match=f"seen in pretraining {len(shared)} images.* --fail-on-contamination expected none"
+    ):
         finetune(one, cohort_index, tmp_path / "strict", strict=True, **options)
     assert not (tmp_path / "strict" / "config.yaml").exists()
     assert (

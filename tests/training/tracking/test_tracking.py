@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
+from typer.testing import CliRunner
 
 import medim
+from medim.cli import app
 from medim.config import PretrainConfig
 from medim.data.index.index import Index
 from medim.models.model import build_encoder
@@ -144,21 +146,27 @@ def test_a_resume_waits_for_a_server_that_is_away_where_a_new_run_does_not(
     assert "the records are kept" in caplog.text
 
 
-def test_the_command_that_sends_what_was_left_says_what_it_found(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_sync_sends_waiting_records_and_keeps_them_while_the_server_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert tracking.main([]) == 1
-    assert tracking.main([str(tmp_path)]) == 0
-    assert not list(tmp_path.iterdir())
-    journal = Outbox(tmp_path)
-    journal.add({"run": {"experiment": "medim-pretrain", "name": "left", "tags": {}}})
-    journal.add({"end": "FINISHED"})
+    def sync() -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["sync", str(tmp_path)])
+        return result.exit_code, " ".join(result.output.split())
+
+    code, output = sync()
+    assert (code, list(tmp_path.iterdir())) == (1, [])
+    assert "expected the folder of a tracked run" in output
+    outbox = Outbox(tmp_path)
+    outbox.add({"run": {"experiment": "medim-pretrain", "name": "left", "tags": {}}})
+    outbox.add({"end": "FINISHED"})
     with monkeypatch.context() as away:
         away.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens
-        assert tracking.main([str(tmp_path)]) == 1
-    assert tracking.main([str(tmp_path)]) == 0
-    said = capsys.readouterr().out
-    assert all(part in said for part in ("no unsent records", "does not accept records", "2 records sent"))
+        code, output = sync()
+        assert code == 1
+        assert "does not accept records" in output
+    code, output = sync()
+    assert code == 0
+    assert "2 records sent" in output
     assert run_of(tmp_path).info.status == "FINISHED"
 
 
@@ -246,7 +254,7 @@ def test_a_server_that_vanishes_and_returns_has_every_number_and_the_encoder_wit
         log_results(tracker, {"rankme": 3.0}, [])
         log_encoder(tracker, "tiny")
     assert "does not accept records" in caplog.text
-    assert "python -m medim.training.tracking.tracking" in caplog.text
+    assert "medim sync" in caplog.text
     assert (out / RECORDS).is_file()
     server.start()
     assert sync_pending(out) > 48

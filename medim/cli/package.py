@@ -1,0 +1,104 @@
+"""Commands around a package: `export`, `verify`, `predict`, `embed`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from medim.cli.options import (
+    InputsArgument,
+    OutOption,
+    OverwriteOption,
+    PublicKeyOption,
+)
+from medim.cli.terminal import print_result, show_progress
+from medim.types import UsageError
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A pretraining or fine-tuning run.")],
+    out: OutOption,
+    private_key: Annotated[
+        Path | None,
+        typer.Option("--private-key", metavar="FILE", help="Ed25519 private key (PEM) that signs the package."),
+    ] = None,
+    label_codes: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="JSON of codes for the classes, or a shipped one: hippocampus."),
+    ] = None,
+    dicom_rules: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON of rules for DICOM images. Default: the modality's.")
+    ] = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Make the package that a hospital runs: weights, ONNX, preprocessing, proof."""
+    from medim.export.export import export as run_export
+
+    options: dict[str, Any] = {"labels_schema": label_codes, "dicom_in": dicom_rules, "sign": private_key}
+    package = run_export(run, out, overwrite=overwrite, **options)
+    print_result("export", {"kind": package.contract.kind, "written to": out})
+
+
+def verify(package: Annotated[Path, typer.Argument(help="A package.")], public_key: PublicKeyOption = None) -> None:
+    """Check the signature, every hash and the golden inputs of a package."""
+    from medim.package.package import verify_package as run_verify
+
+    print_result(
+        "verify", {gate.name: f"{gate.verdict} ({gate.detail})" for gate in run_verify(package, trust=public_key)}
+    )
+
+
+def predict(
+    package: Annotated[Path, typer.Argument(help="A package.")],
+    inputs: InputsArgument,
+    out: OutOption,
+    public_key: PublicKeyOption = None,
+    output_format: Annotated[
+        Literal["nifti", "dicom"], typer.Option("--format", help="nifti: NIfTI, PNG and JSON. dicom: DICOM SEG and SR.")
+    ] = "nifti",
+    labelmap: Annotated[bool, typer.Option("--labelmap", help="SEG as LABELMAP, which older viewers lack.")] = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Write a segmentation or a class for each input."""
+    from medim.package.package import load_package
+    from medim.predict.predict import predict as run
+
+    options: dict[str, Any] = {"as_": output_format, "labelmap": labelmap, "overwrite": overwrite}
+    for row in run(
+        load_package(package, trust=public_key), inputs, out, progress=show_progress("predicted"), **options
+    ):
+        print_result(str(row.pop("image")), row)
+
+
+def embed(
+    encoder: Annotated[Path, typer.Argument(metavar="PACKAGE|RUN", help="An encoder's package, or its run.")],
+    inputs: InputsArgument,
+    out: Annotated[Path, typer.Option(help="FILE.npz, .csv or .parquet.")],
+    mi_map_dir: Annotated[
+        Path | None,
+        typer.Option("--mi-map-dir", metavar="DIR", help="Folder for mutual-information maps (NIfTI or 16-bit PNG)."),
+    ] = None,
+    public_key: PublicKeyOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Empty the folder of --mi-map-dir first.")] = False,
+) -> None:
+    """Write a row of features an image, and where the image agrees with its own summary."""
+    from medim.package.package import load_package
+    from medim.predict.predict import embed_images
+
+    network: Any
+    if (encoder / "medim.json").is_file():
+        network = load_package(encoder, trust=public_key)
+    elif public_key is not None:
+        raise UsageError(
+            "--public-key: expected a package, got a run. Export the run with --private-key, or leave --public-key out."
+        )
+    else:
+        from medim.evaluation.evaluate import open_encoder
+
+        network = open_encoder(encoder)
+    options: dict[str, Any] = {"maps": mi_map_dir, "overwrite": overwrite, "progress": show_progress("embedded")}
+    images, features = embed_images(network, inputs, out, **options)
+    output_rows = {"written to": out, **({"maps in": mi_map_dir} if mi_map_dir else {})}
+    print_result("embed", {"images": len(images), "features": features.shape[1], **output_rows})
