@@ -13,7 +13,7 @@ from typing import Any
 from medim.config import FinetuneConfig
 from medim.data.index.index import ImageRecord
 from medim.data.loading.cohort import Cohort
-from medim.evaluation.probing.label_budget import Budget, ProbeCohort
+from medim.evaluation.probing.label_budget import Budget
 from medim.evaluation.probing.probe import probe
 from medim.files import read_json
 from medim.study.design import Cell, Design
@@ -121,25 +121,12 @@ def _run_finetune_cell(context: StudyContext, cell: Cell, out: Path, lr_multipli
 
 
 def _run_probe_cell(context: StudyContext, cell: Cell, out: Path) -> None:
-    design, cohort = context.design, context.cohort
-    train, val = cohort.records("train"), cohort.records("val")
-    labels = {record.label for record in train}
-    sample = ProbeCohort(
-        store=cohort.store,
-        keys=cohort.keys,
-        train=train,
-        labelled=train,
-        val=val,
-        classes=tuple(name for name in cohort.index.labels if name in labels),
-        cases=tuple(cohort.cases(val)),
-        overlap=cohort.overlap,
-        rejected=len(cohort.rejections),
-    )
+    design = context.design
     first_arm = next(arm for arm in design.arms if design.is_probe_arm(arm))
     anchors = cell.arm == first_arm and cell.pretrain_seed == 0  # they know of no pretraining: once a study
-    options: dict[str, Any] = {"split_seed": design.split_seed, "anchors": anchors, "sample": sample}
+    options: dict[str, Any] = {"split_seed": design.split_seed, "anchors": anchors, "cohort": context.cohort}
     options |= {"budgets": design.budgets, "seeds": design.subset_seeds(cell.arm), "overwrite": True}
-    probe(cell.arm.runs[cell.pretrain_seed], cohort.index, out, **options)
+    probe(cell.arm.runs[cell.pretrain_seed], context.cohort.index, out, **options)
 
 
 def _keeps_model(context: StudyContext, cell: Cell) -> bool:

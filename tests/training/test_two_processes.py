@@ -180,11 +180,11 @@ def test_a_slurm_job_that_is_warned_saves_in_all_tasks_and_torchrun_ends_it(
 
 
 BROKEN = """
-from medim.training.engine.launch import planned, together
-with together("cpu", planned("cpu", 2, 1)) as ranks:
+from medim.training.engine.launch import launched, planned_group
+with launched("cpu", planned_group("cpu", 2, 1)) as ranks:
     if ranks.rank == 1:
         raise ValueError("the second broke")
-    ranks.any(False)
+    ranks.any_true(False)
     print("went on")
 """
 

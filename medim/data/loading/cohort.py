@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from medim.config import RunConfig
 from medim.data.contamination import CaseIdentity
@@ -14,13 +17,14 @@ from medim.data.index.index import ImageRecord, Index, Rejection
 from medim.data.loading.splits import assign_splits, count_overlap
 from medim.data.loading.store import Store, fill_store
 from medim.data.preprocessing.quality import QualityMetrics
-from medim.types import Split, Step, UserError
+from medim.types import Array, Split, Step, UserError, Volume
 from medim.version import collect_versions
 
 log = logging.getLogger(__name__)
+CACHE_BYTES = 1 << 30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cohort:
     """Preprocessed images of an index.
 
@@ -49,6 +53,20 @@ class Cohort:
     def records(self, part: Split) -> tuple[ImageRecord, ...]:
         """The usable images of a split, in the index's order."""
         return tuple(r for r in self.index.records if r.image in self.keys and self.splits[r.image] == part)
+
+    def labelled_records(self, part: Split) -> tuple[ImageRecord, ...]:
+        """The usable images of a split that have a label (a class), in the index's order."""
+        return tuple(record for record in self.records(part) if record.label is not None)
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """The labels of the training split, in the index's order."""
+        train_labels = {record.label for record in self.records("train")}
+        return tuple(name for name in self.index.labels if name in train_labels)
+
+    def class_indices(self, records: Sequence[ImageRecord]) -> Array:
+        """Positions (N,) of the labels of some images in `classes`."""
+        return np.array([self.classes.index(str(record.label)) for record in records])
 
     def build_spec(self, config: RunConfig, *, seed: int, split_seed: int) -> dict[str, Any]:
         """What a saved network says of its input and its origin; see `medim.models.serialization`."""
@@ -80,6 +98,28 @@ class Cohort:
     def store_keys(self, records: Sequence[ImageRecord]) -> list[str]:
         """Store keys of some images."""
         return [self.keys[record.image] for record in records]
+
+
+class VolumeCache:
+    """Reads the images of a cohort: the first time from the store, later from memory if they fit.
+
+    Args:
+        cohort: the images.
+    """
+
+    def __init__(self, cohort: Cohort) -> None:
+        self._cohort = cohort
+        self._volumes: dict[str, Volume] = {}
+
+    def read_volumes(self, records: Sequence[ImageRecord]) -> Iterator[Volume]:
+        """Read images one after the other, in the order of `records`."""
+        for record in records:
+            volume = self._volumes.get(record.image)
+            if volume is None:
+                volume = self._cohort.store.load_volume(self._cohort.keys[record.image])
+            if len(self._volumes) * volume.array.nbytes < CACHE_BYTES:  # images of a source are of about one size
+                self._volumes[record.image] = volume
+            yield volume
 
 
 def open_cohort(
@@ -123,4 +163,12 @@ def open_cohort(
     fingerprints = {image: image_store.get_entry(key).fingerprint for image, key in keys.items()}
     splits = assign_splits(index, seed=split_seed, fingerprints=fingerprints)
     overlap = count_overlap(index, splits, fingerprints, strict=strict)
-    return Cohort(index, image_store, keys, splits, fingerprints, overlap, rejections)
+    return Cohort(
+        index=index,
+        store=image_store,
+        keys=keys,
+        splits=splits,
+        fingerprints=fingerprints,
+        overlap=overlap,
+        rejections=rejections,
+    )

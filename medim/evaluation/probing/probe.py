@@ -18,16 +18,12 @@ import torch
 
 from medim.data.contamination import ContaminationCounts, check_contamination, load_training_history
 from medim.data.index.index import ImageRecord, Index
+from medim.data.loading.cohort import Cohort, VolumeCache
 from medim.evaluation.cases import write_parquet
 from medim.evaluation.probing.baselines import build_random_encoder, principal_components
 from medim.evaluation.probing.classifiers import PROBES, ProbePrediction
-from medim.evaluation.probing.label_budget import (
-    Budget,
-    ProbeCohort,
-    draw_probe_subsets,
-    number_subjects,
-    open_probe_cohort,
-)
+from medim.evaluation.probing.label_budget import Budget, draw_probe_subsets, number_subjects
+from medim.evaluation.probing.probe_cohort import open_probe_cohort
 from medim.files import json_sha256, prepare_output_folder, write_json
 from medim.metrics.classification import classification_metrics
 from medim.metrics.representation import batch_images, extract_features
@@ -54,7 +50,7 @@ def probe(
     overwrite: bool = False,
     store: Path | None = None,
     strict: bool = False,
-    sample: ProbeCohort | None = None,
+    cohort: Cohort | None = None,
 ) -> dict[str, Any]:
     """Measure a frozen encoder on the validation split, with label budgets of the training split.
 
@@ -75,7 +71,7 @@ def probe(
         overwrite: empty `out` first.
         store: folder of preprocessed images; None is the user's cache.
         strict: refuse where the encoder, or the training split, holds an image or subject of the validation split.
-        sample: the images where they are open already; then neither `store` nor the split is looked at.
+        cohort: the preprocessed images, if they are open already; `store` and the split are then not used.
 
     Returns:
         The content of `probe.json`: `rows`, their `summary`, and what they stand on. Probabilities of each validation
@@ -91,9 +87,12 @@ def probe(
     levels = _check_levels(maps, len(network.channels))
     if protocol not in PROBES:
         raise UsageError(f"--protocol {protocol}: expected one of {', '.join(PROBES)}.")
-    cohort = sample or open_probe_cohort(index, spec, split_seed=split_seed, store=store, strict=strict)
+    cohort = cohort or open_probe_cohort(index, spec, split_seed=split_seed, store=store, strict=strict)
     contamination = check_contamination(
-        load_training_history(encoder), cohort.cases, weights_name=f"encoder {encoder}", strict=strict
+        load_training_history(encoder),
+        cohort.cases(cohort.labelled_records("val")),
+        weights_name=f"encoder {encoder}",
+        strict=strict,
     )
     subsets = draw_probe_subsets(cohort, budgets, seeds)
     prepare_output_folder(out, overwrite=overwrite)
@@ -133,9 +132,11 @@ def summarise_probes(rows: Sequence[ProbeRow]) -> list[dict[str, Any]]:
 
 
 def _iterate_arms(
-    encoder: Any, spec: dict[str, Any], cohort: ProbeCohort, maps: Sequence[int], seeds: Sequence[int], *, anchors: bool
+    encoder: Any, spec: dict[str, Any], cohort: Cohort, maps: Sequence[int], seeds: Sequence[int], *, anchors: bool
 ) -> Iterator[tuple[str, Sequence[int], Array]]:
     """Name, the seeds it is for, and features (N, d) of the images used."""
+    train, volumes = cohort.records("train"), VolumeCache(cohort)
+    feature_records = cohort.labelled_records("train") + cohort.labelled_records("val")
 
     def compute_features(network: Any) -> Array:
         """Features (N, d) of the images used.
@@ -143,7 +144,7 @@ def _iterate_arms(
         Raises:
             UserError: the network does not take images of their size.
         """
-        batches = batch_images(volume.array for volume in cohort.read_volumes(cohort.feature_records))
+        batches = batch_images(volume.array for volume in volumes.read_volumes(feature_records))
         try:
             return extract_features(network, batches, maps=maps)
         except RuntimeError as error:
@@ -156,17 +157,17 @@ def _iterate_arms(
     yield "encoder", seeds, compute_features(encoder)
     if anchors:
         for seed in dict.fromkeys(seeds):
-            untrained = build_random_encoder(spec, cohort.read_volumes(cohort.train), seed=seed, device=_torch_device())
+            untrained = build_random_encoder(spec, volumes.read_volumes(train), seed=seed, device=_torch_device())
             yield "random", [seed], compute_features(untrained)
-        volumes = cohort.read_volumes(cohort.train), cohort.read_volumes(cohort.feature_records)
-        yield "pixels", seeds, principal_components(*volumes, shape=spec["input_shape"])
+        fit_images, images = volumes.read_volumes(train), volumes.read_volumes(feature_records)
+        yield "pixels", seeds, principal_components(fit_images, images, shape=spec["input_shape"])
 
 
 def _measure_arms(
     protocol: str,
     arms: Iterator[tuple[str, Sequence[int], Array]],
     subsets: Mapping[tuple[Budget, int], Sequence[ImageRecord]],
-    cohort: ProbeCohort,
+    cohort: Cohort,
 ) -> tuple[list[ProbeRow], list[pa.Table]]:
     """A row, and the cases it stands on, for each arm, budget and seed."""
     rows, cases = [], []
@@ -182,18 +183,19 @@ def _measure_arms(
 
 
 def _classify_validation(
-    protocol: str, features: Array, cohort: ProbeCohort, subset: Sequence[ImageRecord], seed: int
+    protocol: str, features: Array, cohort: Cohort, subset: Sequence[ImageRecord], seed: int
 ) -> ProbePrediction:
     subset_images = {record.image for record in subset}
-    row_numbers = [row_number for row_number, record in enumerate(cohort.labelled) if record.image in subset_images]
-    train_features, val_features = features[row_numbers], features[len(cohort.labelled) :]
+    labelled = cohort.labelled_records("train")
+    row_numbers = [row_number for row_number, record in enumerate(labelled) if record.image in subset_images]
+    train_features, val_features = features[row_numbers], features[len(labelled) :]
     return PROBES[protocol](
         train_features, cohort.class_indices(subset), val_features, seed=seed, groups=number_subjects(subset)
     )
 
 
 def _build_probe_row(
-    protocol: str, budget: Budget, subset: Sequence[ImageRecord], prediction: ProbePrediction, cohort: ProbeCohort
+    protocol: str, budget: Budget, subset: Sequence[ImageRecord], prediction: ProbePrediction, cohort: Cohort
 ) -> ProbeRow:
     return {
         "protocol": protocol,
@@ -201,16 +203,17 @@ def _build_probe_row(
         "fraction": budget.fraction,
         "n_labelled": len(subset),
         "subset": json_sha256([record.image for record in subset])[:12],
-        **classification_metrics(prediction.probabilities, cohort.class_indices(cohort.val)),
+        **classification_metrics(prediction.probabilities, cohort.class_indices(cohort.labelled_records("val"))),
         **prediction.settings,
     }
 
 
-def _build_case_table(keys: dict[str, Any], prediction: ProbePrediction, cohort: ProbeCohort) -> pa.Table:
+def _build_case_table(keys: dict[str, Any], prediction: ProbePrediction, cohort: Cohort) -> pa.Table:
+    val = cohort.labelled_records("val")
     columns: dict[str, Any] = {
-        name: [getattr(record, name) for record in cohort.val] for name in ("image", "subject", "label")
+        name: [getattr(record, name) for record in val] for name in ("image", "subject", "label")
     }
-    columns |= {name: [value] * len(cohort.val) for name, value in keys.items()}
+    columns |= {name: [value] * len(val) for name, value in keys.items()}
     columns |= {f"probability_{name}": prediction.probabilities[:, k] for k, name in enumerate(cohort.classes)}
     return pa.table(columns)
 
@@ -220,14 +223,15 @@ def _mean_and_sd(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": float(np.mean(values)) if values else None, "sd": sd}
 
 
-def _describe_images(cohort: ProbeCohort, contamination: ContaminationCounts | None) -> dict[str, Any]:
+def _describe_images(cohort: Cohort, contamination: ContaminationCounts | None) -> dict[str, Any]:
+    val = cohort.labelled_records("val")
     return {
         "classes": list(cohort.classes),
-        "n": len(cohort.val),
-        "subjects": len({record.subject for record in cohort.val}),
+        "n": len(val),
+        "subjects": len({record.subject for record in val}),
         "seen": contamination,
         "overlap": cohort.overlap,
-        "rejected": cohort.rejected,
+        "rejected": len(cohort.rejections),
         "split": "val",
     }
 

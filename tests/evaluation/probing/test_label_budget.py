@@ -8,13 +8,9 @@ import numpy as np
 import pytest
 
 from medim.data.index.index import ImageRecord, Index
-from medim.evaluation.probing.label_budget import (
-    Budget,
-    ProbeCohort,
-    draw_probe_subsets,
-    number_subjects,
-    open_probe_cohort,
-)
+from medim.data.loading.cohort import Cohort, VolumeCache
+from medim.evaluation.probing.label_budget import Budget, draw_probe_subsets, number_subjects
+from medim.evaluation.probing.probe_cohort import open_probe_cohort
 from medim.types import UsageError, UserError
 
 SPEC: dict[str, Any] = {"preprocessing": [], "spatial_dims": 3, "in_channels": 1}
@@ -28,51 +24,54 @@ def changed(index: Index, **columns: list[Any]) -> Index:
 
 
 @pytest.fixture
-def sample(index: Index, tmp_path: Path) -> ProbeCohort:
+def cohort(index: Index, tmp_path: Path) -> Cohort:
     labelled = changed(index, label=[*LABELS[:5], None, *LABELS[6:]], split=PARTS)
     return open_probe_cohort(labelled, SPEC, split_seed=0, store=tmp_path / "store")
 
 
-def test_unlabelled_images_of_the_training_split_are_there_but_not_among_the_labelled(sample: ProbeCohort) -> None:
-    assert [len(part) for part in (sample.train, sample.labelled, sample.val)] == [6, 5, 2]
-    assert sample.classes == ("big", "small")
-    assert sample.class_indices(sample.feature_records).tolist() == [0, 1, 0, 1, 0, 0, 1]
-    assert [volume.shape for volume in sample.read_volumes(sample.val)] == [(12, 10, 8)] * 2
+def test_unlabelled_images_of_the_training_split_are_there_but_not_among_the_labelled(cohort: Cohort) -> None:
+    labelled, val = cohort.labelled_records("train"), cohort.labelled_records("val")
+    assert [len(part) for part in (cohort.records("train"), labelled, val)] == [6, 5, 2]
+    assert cohort.classes == ("big", "small")
+    assert cohort.class_indices(labelled + val).tolist() == [0, 1, 0, 1, 0, 0, 1]
 
 
 def test_an_image_is_read_from_the_store_once_where_memory_allows(
-    sample: ProbeCohort, monkeypatch: pytest.MonkeyPatch
+    cohort: Cohort, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = [volume.array for volume in sample.read_volumes(sample.val)]
+    cache, val = VolumeCache(cohort), cohort.records("val")
+    first = [volume.array for volume in cache.read_volumes(val)]
+    assert [array.shape for array in first] == [(1, 12, 10, 8)] * 2
     read = []
-    monkeypatch.setattr(type(sample.store), "load_volume", lambda _, key: read.append(key))
-    assert all(np.array_equal(a, v.array) for a, v in zip(first, sample.read_volumes(sample.val), strict=True))
+    monkeypatch.setattr(type(cohort.store), "load_volume", lambda _, key: read.append(key))
+    assert all(np.array_equal(a, v.array) for a, v in zip(first, cache.read_volumes(val), strict=True))
     assert read == []
     monkeypatch.undo()
-    monkeypatch.setattr("medim.evaluation.probing.label_budget.CACHE_BYTES", 0)
-    fresh = replace(sample, _volume_cache={})
-    assert [v.array.sum() for v in fresh.read_volumes(sample.val)] == [a.sum() for a in first]
-    assert fresh._volume_cache == {}
+    monkeypatch.setattr("medim.data.loading.cohort.CACHE_BYTES", 0)
+    fresh = VolumeCache(cohort)
+    assert [v.array.sum() for v in fresh.read_volumes(val)] == [a.sum() for a in first]
+    assert fresh._volumes == {}
 
 
-def test_subjects_are_numbered_as_they_come(sample: ProbeCohort) -> None:
-    assert number_subjects(sample.train).tolist() == [0, 0, 1, 1, 2, 2]
+def test_subjects_are_numbered_as_they_come(cohort: Cohort) -> None:
+    assert number_subjects(cohort.records("train")).tolist() == [0, 0, 1, 1, 2, 2]
 
 
-def test_subsets_are_nested_and_a_budget_of_all_labels_has_one(sample: ProbeCohort) -> None:
+def test_subsets_are_nested_and_a_budget_of_all_labels_has_one(cohort: Cohort) -> None:
     some, everything = Budget(labelled=4), Budget(fraction=1.0)
-    subsets = draw_probe_subsets(sample, [some, everything, some], [3, 0, 3])
+    subsets = draw_probe_subsets(cohort, [some, everything, some], [3, 0, 3])
     assert list(subsets) == [(some, 3), (some, 0), (everything, 3)]
-    assert subsets[everything, 3] == sample.labelled
-    assert set(subsets[some, 3]) < set(sample.labelled)
+    assert subsets[everything, 3] == cohort.labelled_records("train")
+    assert set(subsets[some, 3]) < set(cohort.labelled_records("train"))
 
 
-def test_a_subset_without_a_class_is_refused_by_name(sample: ProbeCohort) -> None:
-    lonely = replace(sample, labelled=tuple(sample.labelled[i] for i in (0, 4, 3)))  # big, big, small of three subjects
+def test_a_subset_without_a_class_is_refused_by_name(cohort: Cohort) -> None:
+    labels = ["big", None, None, "small", "big", None, "big", "small"]  # training: big, small, big of three subjects
+    lonely = replace(cohort, index=changed(cohort.index, label=labels))
     with pytest.raises(UserError, match=r"budget 1, seed 0: expected a label of every class \(big, small\)"):
         draw_probe_subsets(lonely, [Budget(labelled=1)], [0])
     with pytest.raises(UsageError, match="expected above 0"):
-        draw_probe_subsets(sample, [Budget(fraction=0.0)], [0])
+        draw_probe_subsets(cohort, [Budget(fraction=0.0)], [0])
 
 
 @pytest.mark.parametrize(
@@ -102,9 +101,9 @@ def test_an_image_that_cannot_be_read_is_left_out_and_counted(masks: Path, index
     record: ImageRecord = index.records[1]
     (masks / record.path).write_bytes(b"no image")
     labelled = changed(index, label=LABELS, split=PARTS)
-    sample = open_probe_cohort(labelled, SPEC, split_seed=0, store=tmp_path / "store")
-    assert sample.rejected == 1
-    assert record.image not in {r.image for r in sample.train}
+    cohort = open_probe_cohort(labelled, SPEC, split_seed=0, store=tmp_path / "store")
+    assert len(cohort.rejections) == 1
+    assert record.image not in {r.image for r in cohort.records("train")}
 
 
 def test_a_budget_is_named_after_what_it_gives() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -43,7 +44,7 @@ def cohort(source: Path, store: Path, steps: list[Step]) -> Cohort:
     index = build_index(source, "mri", labels=source / "labels.csv")
     splits = {r.image: "val" if n % 5 < 2 else "train" for n, r in enumerate(index.records)}
     opened = open_cohort(index, index.records, steps, split_seed=0, store=store)
-    return Cohort(index, opened.store, opened.keys, splits, opened.fingerprints, opened.overlap, ())  # type: ignore[arg-type]
+    return replace(opened, index=index, splits=splits)  # type: ignore[arg-type]
 
 
 def rows(images: Cohort) -> list[CaseRow]:

@@ -152,7 +152,7 @@ def test_probes_of_findings_are_those_of_each_finding_on_the_rows_where_it_is_kn
 
 
 def test_a_probe_of_findings_is_refused(run: Path, index: Index, tmp_path: Path) -> None:
-    from medim.evaluation.probing.label_budget import open_probe_cohort
+    from medim.evaluation.probing.probe_cohort import open_probe_cohort
 
     with pytest.raises(UserError, match="expected one class an image, got findings"):
         open_probe_cohort(index, locate_weights(run)[1], split_seed=0, store=tmp_path)

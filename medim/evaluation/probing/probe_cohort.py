@@ -1,0 +1,84 @@
+"""Open the images of a probe: the training split, and the labelled images of the validation split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from medim.data.index.index import ImageRecord, Index
+from medim.data.labels import check_label_kind
+from medim.data.loading.cohort import Cohort, open_cohort
+from medim.data.loading.splits import assign_splits
+from medim.types import Split, UserError
+
+
+def open_probe_cohort(
+    index: Index, spec: dict[str, Any], *, split_seed: int, store: Path | None = None, strict: bool = False
+) -> Cohort:
+    """Preprocess what the store does not hold yet: the training split, and what of the validation split has a label.
+
+    Args:
+        index: the images.
+        spec: the encoder's (see `medim.models.serialization`).
+        split_seed: of the split by subject.
+        store: folder of preprocessed images; None is the user's cache.
+        strict: refuse a source whose own splits put the same pixels on two sides.
+
+    Raises:
+        UserError: a split without labels, a class alone or in the validation split alone, images the encoder cannot
+            take, or `strict`.
+    """
+    train, val = _split_records(index, assign_splits(index, seed=split_seed))
+    _check_labels(index, train, val)  # before hours of preprocessing, and after it
+    cohort = open_cohort(
+        index, [*train, *val], spec["preprocessing"], split_seed=split_seed, store=store, strict=strict
+    )
+    _check_labels(index, cohort.records("train"), cohort.labelled_records("val"))
+    for key in cohort.keys.values():
+        entry = cohort.store.get_entry(key)
+        if (len(entry.shape), entry.channels) != (spec["spatial_dims"], spec["in_channels"]):
+            raise UserError(
+                f"{index.root}: expected {spec['spatial_dims']}D images of {spec['in_channels']} channel(s), as the "
+                f"encoder takes, got {len(entry.shape)}D of {entry.channels}. Give images like those it was trained on."
+            )
+    return cohort
+
+
+def _split_records(
+    index: Index, splits: Mapping[str, Split]
+) -> tuple[tuple[ImageRecord, ...], tuple[ImageRecord, ...]]:
+    """The training split, and what of the validation split has a label."""
+    train = tuple(record for record in index.records if splits[record.image] == "train")
+    return train, tuple(r for r in index.records if splits[r.image] == "val" and r.label is not None)
+
+
+def _present_classes(index: Index, records: Sequence[ImageRecord]) -> tuple[str, ...]:
+    record_labels = {record.label for record in records}
+    return tuple(name for name in index.labels if name in record_labels)
+
+
+def _check_labels(index: Index, train: Sequence[ImageRecord], val: Sequence[ImageRecord]) -> None:
+    check_label_kind(record.label for record in index.records)
+    if index.findings:
+        raise UserError(
+            f"{index.root}: expected one class an image, got findings. A probe tells classes apart: give --labels CSV "
+            "with columns image,label, or fine-tune (`medim finetune --task classification`)."
+        )
+    train_classes, val_classes = _present_classes(index, train), _present_classes(index, val)
+    for part, part_classes in (("training", train_classes), ("validation", val_classes)):
+        if not part_classes:
+            raise UserError(
+                f"{index.root}: expected images with a label (a class) in the {part} split, got none. A probe "
+                "classifies whole images: give --labels CSV with columns image,label."
+            )
+    if len(train_classes) < 2:
+        raise UserError(
+            f"{index.root}: expected labels of 2 or more classes to tell apart, got {train_classes[0]!r} alone."
+        )
+    unknown_labels = [name for name in val_classes if name not in train_classes]
+    if unknown_labels:
+        raise UserError(
+            f"{index.root}: expected every label of the validation split in the training split too, got "
+            f"{', '.join(unknown_labels)} in the former alone. Choose another --split-seed, or leave these images out."
+        )
