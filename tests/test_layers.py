@@ -61,6 +61,7 @@ LIGHT = frozenset(  # run without the [train] extra; everything else may import 
 HOMES: dict[str, frozenset[str]] = {  # third party: the folders that may import it
     "pydicom": frozenset({"data/readers", "data/example", "package", "predict", "export", "doctor"}),
     "highdicom": frozenset({"predict"}),
+    "google": frozenset({"package"}),  # google.protobuf
     "nibabel": frozenset({"data/readers", "data/example", "predict", "export"}),
     "SimpleITK": frozenset({"data/readers"}),
     "pynetdicom": frozenset({"predict"}),
