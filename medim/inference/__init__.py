@@ -1,1 +1,1 @@
-"""Inference without torch: from an array to logits and an out-of-distribution score."""
+"""Inference without torch: logits and an out-of-distribution score of an image array."""

@@ -1,7 +1,7 @@
-"""From a preprocessed image to logits, and back onto the image's own grid: numpy alone.
+"""Preprocess an image, run a network and restore the result to the grid of the image; only numpy is required.
 
-A network is a function of an array. Torch and ONNX Runtime are called by the same lines, so what is measured in
-training is what runs in the hospital.
+A network is a function of an array. The same code runs torch and ONNX Runtime, so evaluation during training and
+inference in the hospital are identical.
 """
 
 from __future__ import annotations
@@ -19,21 +19,23 @@ from medim.data.preprocessing.steps import preprocess, restore_grid
 from medim.inference.ood import FeatureRecorder, OODDetector, OODResult, PredictWithFeatures, ood_features
 from medim.types import Array, Modality, Step, UserError, Volume
 
-PredictFn = Callable[[Array], Array]  # (N, C, ...) float32 in; (N, K, ...) logits, or (N, K), out
+PredictFn = Callable[[Array], Array]  # (N, C, ...) float32 to logits (N, K, ...) or (N, K)
 ModelKind = Literal["encoder", "segmenter", "classifier", "multi_label_classifier"]
-SIGMA = 0.125  # of the Gaussian that blends windows, over the side of the window (MONAI's and nnU-Net's)
+SIGMA = 0.125  # of the Gaussian window weight, as a fraction of the window size (value of MONAI and nnU-Net)
 
 
 def whole_image(run: PredictFn, image: Array, *, multiple_of: int = 1) -> Array:
-    """Run the image at once, padded around the centre with each channel's minimum to what the network's strides divide.
+    """Run the network on the whole image.
+
+    The image is centred and padded with the minimum of each channel to a multiple of the largest stride.
 
     Args:
-        run: the network.
+        run: network.
         image: (C, ...).
-        multiple_of: the network's coarsest stride.
+        multiple_of: largest stride of the network.
 
     Returns:
-        (K, ...) on the image's grid, or (K,) where the network has no grid.
+        (K, ...) on the grid of the image, or (K,) if the network has no spatial output.
     """
     canvas, image_box = _pad_image(image, [-(-n // multiple_of) * multiple_of for n in image.shape[1:]])
     out = run(canvas[None])[0]
@@ -41,20 +43,23 @@ def whole_image(run: PredictFn, image: Array, *, multiple_of: int = 1) -> Array:
 
 
 def sliding_window(run: PredictFn, image: Array, *, roi: tuple[int, ...], overlap: float = 0.5) -> Array:
-    """Run window after window and blend their logits, each weighted by a Gaussian around its centre.
+    """Run the network on overlapping windows and blend the logits with Gaussian weights.
 
-    Places and weights are those of MONAI's `sliding_window_inference(mode="gaussian")`. A window without any contrast
-    is skipped: it tells nothing, and normalising by its variance is noise. What no other window covers is background
-    (class 0).
+    Window positions and weights are those of MONAI's `sliding_window_inference(mode="gaussian")`. Windows of constant
+    intensity are skipped: they contain no information, and normalisation by their variance amplifies noise. Voxels
+    that only skipped windows cover become background (class 0).
 
     Args:
-        run: the network; its output has the grid of its input.
+        run: network whose output has the grid of its input.
         image: (C, ...).
-        roi: size of a window, in voxels.
-        overlap: part of a window that the next one covers again, in [0, 1).
+        roi: window size in voxels.
+        overlap: overlap of adjacent windows as a fraction of the window size, in [0, 1).
 
     Returns:
-        (K, ...) on the image's grid.
+        (K, ...) on the grid of the image.
+
+    Raises:
+        UserError: `roi` or `overlap` is invalid, or the output of the network has another grid than its input.
     """
     dims = image.ndim - 1
     if len(roi) != dims or not 0 <= overlap < 1:
@@ -79,7 +84,7 @@ def sliding_window(run: PredictFn, image: Array, *, roi: tuple[int, ...], overla
             total = np.zeros((len(logits), *canvas.shape[1:]), np.float32)
         total[(slice(None), *box)] += logits * weight
         weight_sum[box] += weight
-    if total is None:  # nothing but constant windows; one of them tells the number of classes
+    if total is None:  # only constant windows: run one of them to get the number of classes
         total = np.zeros((len(run(window[None])[0]), *canvas.shape[1:]), np.float32)
     total /= np.where(weight_sum > 0, weight_sum, 1)
     total[0][weight_sum == 0] = 1
@@ -90,28 +95,33 @@ INFERENCES: dict[str, Callable[..., Array]] = {"whole": whole_image, "sliding": 
 
 
 def run_inference(run: PredictFn, image: Volume, inference: Step) -> Array:
-    """Run a network over a preprocessed image.
+    """Run a network on a preprocessed image.
 
     Args:
-        run: the network.
-        image: as `preprocess` returns it.
+        run: network.
+        image: output of `preprocess`.
         inference: `{"mode": "whole", "multiple_of": 8}` or `{"mode": "sliding", "roi": [...], "overlap": 0.5}`.
 
     Returns:
-        (K, *image.shape), or (K,) where the network has no grid.
+        (K, *image.shape), or (K,) if the network has no spatial output.
 
     Raises:
-        UsageError: an unknown mode or option.
+        UsageError: the mode or an option is unknown.
     """
     function, options = validate_section(INFERENCES, inference, key="mode", run_args=("run", "image"))
     return function(run, image.array, **options)
 
 
 def to_label_map(logits: Array, input_volume: Volume, volume: Volume) -> Array:
-    """Logits (K, *processed.shape), class 0 being the background, as labels on the grid of the image as read.
+    """Convert logits to a label map on the grid of the original image.
 
-    Logits are brought back (linearly) before they are compared, so the borders are those of the image's own grid. What
-    preprocessing cut away is background.
+    Logits are resampled linearly before the argmax, so that class borders follow the grid of the original image.
+    Regions that preprocessing cropped are background.
+
+    Args:
+        logits: (K, *input_volume.shape); class 0 is the background.
+        input_volume: preprocessed image.
+        volume: original image.
 
     Returns:
         (*volume.shape) uint8.
@@ -121,27 +131,27 @@ def to_label_map(logits: Array, input_volume: Volume, volume: Volume) -> Array:
 
 
 def softmax_probabilities(logits: Array) -> Array:
-    """Logits (K,) of classes that exclude each other as probabilities summing to 1."""
+    """Convert logits (K,) of mutually exclusive classes to probabilities with sum 1."""
     odds = np.exp(logits.astype(np.float64) - logits.max())
     return np.asarray(odds / odds.sum())
 
 
 def sigmoid_probabilities(logits: Array) -> Array:
-    """Logits (K,) of findings, each for itself, as probabilities."""
+    """Convert logits (K,) of independent findings to probabilities."""
     return np.asarray(np.exp(-np.logaddexp(0, -logits.astype(np.float64))))
 
 
 def compute_score_map(run: PredictFn, volume: Volume, preprocessing: Sequence[Step], inference: Step) -> Array:
-    """Scores of a mutual-information map on the grid of an image as a reader gave it.
+    """Compute the mutual-information map of an image on the grid of the original image.
 
     Args:
-        run: image to scores (N, 1, ...) on the image's grid.
-        volume: as read.
-        preprocessing: the steps the encoder was trained with.
+        run: function that computes scores (N, 1, ...) on the grid of its input image.
+        volume: original image.
+        preprocessing: preprocessing steps of the encoder.
         inference: see `run_inference`.
 
     Returns:
-        (*volume.shape) float32, interpolated linearly; NaN where preprocessing cut the image away.
+        (*volume.shape) float32, interpolated linearly; NaN in regions that preprocessing cropped.
     """
     input_volume = preprocess(volume, preprocessing)
     scores = restore_grid(run_inference(run, input_volume, inference), input_volume, volume, order=1, fill=float("nan"))
@@ -150,20 +160,21 @@ def compute_score_map(run: PredictFn, volume: Volume, preprocessing: Sequence[St
 
 @dataclass(frozen=True, eq=False)
 class Predictor:
-    """A network with all that is needed to use it on an image, whatever runs it (torch or ONNX Runtime).
+    """Network with its preprocessing, inference mode and postprocessing, for torch and for ONNX Runtime.
 
     Attributes:
-        run: the network itself.
-        kind: what it answers.
-        modality: what it reads.
+        run: the network.
+        kind: kind of model.
+        modality: imaging modality of the input.
         spatial_dims: 2 or 3.
-        in_channels: channels of the image.
-        classes: names; a segmenter's without the background.
-        preprocessing: deterministic steps, first to last.
+        in_channels: number of image channels.
+        classes: class names; for a segmenter without the background.
+        preprocessing: deterministic preprocessing steps in order.
         inference: see `run_inference`.
-        score_map: of an encoder with its local critic: image to scores (N, 1, ...) on the image's grid.
-        predict_with_features: the network with what the guard watches.
-        ood_detector: what the guard compares with.
+        score_map: for an encoder with its local critic, function that computes scores (N, 1, ...) on the grid of its
+            input image.
+        predict_with_features: the network with OOD features as its second output.
+        ood_detector: out-of-distribution detector.
     """
 
     run: PredictFn
@@ -179,15 +190,19 @@ class Predictor:
     ood_detector: OODDetector | None = None
 
     def __call__(self, volume: Volume) -> Array:
-        """Labels (*volume.shape) uint8 of a segmenter, probabilities (K,) of classifiers, summary (d,) of an encoder.
+        """Predict an image.
+
+        Returns:
+            Label map (*volume.shape) uint8 of a segmenter, probabilities (K,) of a classifier, or summary vector (d,)
+            of an encoder.
 
         Raises:
-            UserError: the image has another number of dimensions or channels than the network was trained on.
+            UserError: the number of dimensions or channels of the image differs from that of the training images.
         """
         return self._compute_answer(self.run, volume, self._preprocess_volume(volume))
 
     def predict_with_ood(self, volume: Volume) -> tuple[Array, OODResult]:
-        """The answer, and whether the image is like those the network was trained on; see `medim.inference.ood`."""
+        """Predict an image and compute its out-of-distribution score; see `medim.inference.ood`."""
         if self.predict_with_features is None or self.ood_detector is None:
             return self(volume), OODResult()
         recorder, input_volume = FeatureRecorder(self.predict_with_features), self._preprocess_volume(volume)
@@ -195,21 +210,25 @@ class Predictor:
         return answer, self.ood_detector.score(ood_features(measure_quality(volume), input_volume, recorder.features))
 
     def predict_score_map(self, volume: Volume) -> Array:
-        """The mutual-information map of an image, (*volume.shape) float32; see `compute_score_map`.
+        """Compute the mutual-information map of an image, (*volume.shape) float32; see `compute_score_map`.
 
         Raises:
-            UserError: no critic came with the network, or the image does not fit it.
+            UserError: the network has no local critic, or the image has the wrong number of dimensions or channels.
         """
         run = self.require_score_map()
         self._check_volume(volume)
         return compute_score_map(run, volume, self.preprocessing, self.inference)
 
     def require_score_map(self) -> PredictFn:
-        """What draws the map; UserError where no critic came with the network."""
+        """Return the score map function.
+
+        Raises:
+            UserError: the network has no local critic.
+        """
         if self.score_map is None:
             raise UserError(
-                f"map: expected an encoder with the local critic it was trained with, got a {self.kind} without. "
-                "Pretrain with the objective local_dim (and export that run), or leave --mi-map-dir out."
+                f"map: expected an encoder with its local critic, got a {self.kind} without one. "
+                "Pretrain with the objective local_dim (and export that run), or omit --mi-map-dir."
             )
         return self.score_map
 
@@ -227,7 +246,7 @@ class Predictor:
         if (volume.spatial_dims, len(volume.array)) != (self.spatial_dims, self.in_channels):
             raise UserError(
                 f"expected a {self.spatial_dims}D image of {self.in_channels} channel(s), got "
-                f"{volume.spatial_dims}D of {len(volume.array)}. Use a package made for such images."
+                f"{volume.spatial_dims}D of {len(volume.array)}. Use a package that was trained on such images."
             )
 
 
@@ -239,7 +258,7 @@ _ACTIVATIONS: dict[ModelKind, Callable[[Array], Array]] = {
 
 
 def _pad_image(image: Array, shape: Sequence[int]) -> tuple[Array, tuple[slice, ...]]:
-    """The image in the middle of a larger grid, and the box where it lies."""
+    """Centre an image in a larger grid, padded with the minimum of each channel; return it with its bounding box."""
     before = [(target - size) // 2 for target, size in zip(shape, image.shape[1:], strict=True)]
     image_box = tuple(slice(b, b + n) for b, n in zip(before, image.shape[1:], strict=True))
     if tuple(shape) == image.shape[1:]:
@@ -251,14 +270,14 @@ def _pad_image(image: Array, shape: Sequence[int]) -> tuple[Array, tuple[slice, 
 
 
 def _list_window_starts(size: int, window: int, overlap: float) -> list[int]:
-    """Where windows begin along an axis; the last one ends with the image."""
+    """List the start indices of the windows along an axis; the last window ends at the image border."""
     step = window if size == window else max(int(window * (1 - overlap)), 1)
     count = -(-(size - window) // step) + 1
     return [min(i * step, size - window) for i in range(count)]
 
 
 def _compute_gaussian_weight(roi: Sequence[int]) -> Array:
-    """(*roi) float32, at most 1 and never 0."""
+    """Compute the Gaussian weight of each voxel of a window: (*roi) float32 in (0, 1]."""
     weight = np.ones(tuple(roi))
     for axis, side in enumerate(roi):
         offsets = np.arange(side) - (side - 1) / 2

@@ -1,10 +1,11 @@
-"""Is an image like those that a network was trained on? Statistics of the training images answer, without any image.
+"""Out-of-distribution (OOD) detection from statistics of the training images; no training image is stored.
 
-Three parts are looked at: what the encoder makes of the image (*features*), the levels of its voxels before and after
-preprocessing (*intensities*), spacing and size (*geometry*). The distance of a part is Mahalanobis' from the training
-images (Lee et al. 2018, "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial
-Attacks"), with one class and the covariance shrunk by Ledoit and Wolf (2004). It is divided by the distance that an
-image of a fresh subject keeps to 19 times in 20, as held-out subjects tell; the largest of the three is the score.
+Three feature groups are compared: features of the encoder (*features*), voxel intensities before and after
+preprocessing (*intensities*), spacing and size (*geometry*). The distance of a group is the Mahalanobis distance to the
+training images (Lee et al. 2018, "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial
+Attacks"), with one class and Ledoit-Wolf shrinkage (2004) of the covariance. Each distance is divided by its limit: the
+distance that 95 % of the images of new subjects do not exceed, estimated on held-out subjects. The score of an image is
+the largest of the three ratios.
 """
 
 from __future__ import annotations
@@ -21,28 +22,26 @@ from medim.inference.arrays import read_npz_arrays
 from medim.types import Array, UserError, Volume
 
 SCHEMA_VERSION = 1
-OOD_FILE = "reference.npz"  # beside a run's weights, and under models/ in a package
-FALSE_POSITIVE_RATE = 0.05  # part of the images of fresh subjects that get the flag
-MAX_WINDOWS = 16  # of an image whose features are looked at
+OOD_FILE = "reference.npz"  # in the folder of a run's weights, and in models/ of a package
+FALSE_POSITIVE_RATE = 0.05  # fraction of the images of new subjects that are flagged
+MAX_WINDOWS = 16  # per image, for the mean of the encoder features
 FEATURE_GROUPS = ("features", "intensities", "geometry")
-GAUSSIAN_FIELDS = ("mean", "scale", "precision", "limit")  # what is stored of a part
+GAUSSIAN_FIELDS = ("mean", "scale", "precision", "limit")  # arrays stored per feature group
 COUNT_NAMES = ("images", "subjects", "held_out_images", "held_out_subjects")
 QUANTILES = (1, 5, 25, 50, 75, 95, 99)
 
-PredictWithFeatures = Callable[
-    [Array], tuple[Array, Array]
-]  # (N, C, ...) in; the answer and what is watched, (N, F), out
+PredictWithFeatures = Callable[[Array], tuple[Array, Array]]  # (N, C, ...) to the prediction and OOD features (N, F)
 LimitMethod = Literal["conformal", "normal"]
-OODFeatures = dict[str, Array]  # part: its numbers, of one image
+OODFeatures = dict[str, Array]  # values of one image by feature group
 
 
 @dataclass(frozen=True)
 class OODResult:
-    """How far an image is from the training images.
+    """Distance of an image to the training images.
 
     Attributes:
-        score: distance over the largest that is still usual; None where the package has no reference.
-        feature_group: the part that gave the score.
+        score: largest distance divided by its limit; None if the package has no OOD statistics.
+        feature_group: feature group with this largest ratio.
     """
 
     score: float | None = None
@@ -55,20 +54,20 @@ class OODResult:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """As they stand in tables and in JSON."""
+        """Columns of tables and keys of JSON files."""
         score = None if self.score is None else float(f"{self.score:.4g}")
         return {"ood_score": score, "ood": self.ood, "ood_by": self.feature_group}
 
 
 @dataclass(frozen=True, eq=False)
 class GaussianModel:
-    """Where the training images lie in one part.
+    """Gaussian distribution of the training images in one feature group.
 
     Attributes:
         mean: (d,).
         scale: (d,) standard deviations, never 0.
-        precision: (d, d), the inverse of the covariance of what is scaled so.
-        limit: the largest distance that is still usual.
+        precision: (d, d) inverse covariance of the standardised features.
+        limit: largest distance of an in-distribution image.
     """
 
     mean: Array
@@ -77,19 +76,19 @@ class GaussianModel:
     limit: float
 
     def mahalanobis_distance(self, rows: Array) -> Array:
-        """Mahalanobis distance of rows (N, d), over sqrt(d)."""
+        """Compute the Mahalanobis distance of rows (N, d), divided by sqrt(d)."""
         gap = (rows - self.mean) / self.scale
         return np.asarray(np.sqrt(np.einsum("ni,ij,nj->n", gap, self.precision, gap) / len(self.mean)))
 
 
 @dataclass(frozen=True, eq=False)
 class OODDetector:
-    """Statistics of the training images; nothing of a single one.
+    """Out-of-distribution detector: statistics of all training images, no data of a single image.
 
     Attributes:
-        gaussians: by name.
-        counts: images and subjects, trained on and held out.
-        method: how the limits were set: `conformal` or `normal`.
+        gaussians: model by feature group.
+        counts: numbers of images and subjects in the training set and in the held-out set.
+        method: estimation of the limits: `conformal` or `normal`.
     """
 
     gaussians: Mapping[str, GaussianModel]
@@ -100,7 +99,7 @@ class OODDetector:
         """Score an image.
 
         Raises:
-            UserError: the rows are not of this reference.
+            UserError: the number of features differs from that of the detector.
         """
         scores = {name: self._score_group(name, features) for name in self.gaussians}
         group = max(scores, key=lambda name: scores[name])
@@ -114,7 +113,7 @@ class OODDetector:
         return score if np.isfinite(score) else float(np.finfo(np.float32).max)
 
     def dump(self) -> bytes:
-        """As a compressed `.npz`, the same bytes for the same content."""
+        """Serialise to a compressed `.npz`; the bytes are deterministic."""
         arrays: dict[str, Array] = {
             f"{name}.{key}": np.asarray(getattr(gaussian, key), np.float32)
             for name, gaussian in self.gaussians.items()
@@ -128,10 +127,10 @@ class OODDetector:
 
     @classmethod
     def parse(cls, data: bytes) -> OODDetector:
-        """Read what `dump` wrote; nothing is unpickled.
+        """Read the bytes that `dump` returns, without unpickling.
 
         Raises:
-            ValueError: it is not.
+            ValueError: the arrays or the schema version are invalid.
         """
         file = read_npz_arrays(data)
         if file["schema_version"] != SCHEMA_VERSION:
@@ -159,10 +158,10 @@ def _parse_gaussian(mean: Array, scale: Array, precision: Array, limit: Array) -
 
 
 class FeatureRecorder:
-    """Runs a network, window by window, and keeps what is watched.
+    """Network that records the OOD features of each window it processes.
 
     Args:
-        predict_with_features: the network.
+        predict_with_features: network with OOD features as its second output.
     """
 
     def __init__(self, predict_with_features: PredictWithFeatures) -> None:
@@ -170,34 +169,41 @@ class FeatureRecorder:
         self._window_features: list[Array] = []
 
     def __call__(self, image: Array) -> Array:
-        """The answer for (N, C, ...)."""
+        """Predict a batch (N, C, ...) and record its OOD features."""
         answer, features = self._predict_with_features(image)
         self._window_features.extend(features)
         return answer
 
     @property
     def features(self) -> Array:
-        """The mean over the windows so far that are `sampled_windows`: (F,)."""
+        """Mean feature vector (F,) over the `sampled_windows` of the windows processed so far."""
         return np.asarray(
             np.mean([self._window_features[window] for window in sampled_windows(len(self._window_features))], axis=0)
         )
 
 
 def sampled_windows(count: int) -> list[int]:
-    """Which of so many windows are looked at, the same in training and for an answer: at most `MAX_WINDOWS`."""
+    """Sample at most `MAX_WINDOWS` window indices; training and prediction use the same sample.
+
+    Args:
+        count: number of windows of the image.
+
+    Returns:
+        Sorted indices in [0, count).
+    """
     return sorted(np.random.default_rng(0).permutation(count)[:MAX_WINDOWS].tolist())
 
 
 def ood_features(figures: QualityMetrics, input_volume: Volume, encoder_features: Array) -> OODFeatures:
-    """The numbers of an image, part by part.
+    """Compute the values of an image by feature group.
 
-    Intensities are free of the scale that a scanner or a file format happens to use. Geometry does not depend on the
-    order of the file's axes: its own spacing and extent are sorted, those after preprocessing are as they lie.
+    Intensities are independent of the intensity scale of the scanner or file format. Geometry is independent of the
+    axis order of the file: native spacing and extent are sorted, those after preprocessing are not.
 
     Args:
-        figures: of the image as read.
-        input_volume: the image as the network gets it.
-        encoder_features: (F,) what the encoder made of it.
+        figures: quality metrics of the image before preprocessing.
+        input_volume: preprocessed image.
+        encoder_features: (F,) features of the encoder.
     """
     intensity_range = (figures.p99 - figures.p1) or 1.0
     extremes = (figures.minimum - figures.p1, figures.median - figures.p1, figures.maximum - figures.p99)
