@@ -1,1 +1,1 @@
-"""Packages: load, verify and run an exported network without torch."""
+"""Exported packages: load, verify and run a network without torch."""

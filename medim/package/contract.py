@@ -1,4 +1,4 @@
-"""`medim.json`: what a package promises. Data only: no expressions, no code, nothing from patients."""
+"""Schema of `medim.json`, the contract of a package: data without code, expressions or patient data."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ Sha256Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class PackageError(UserError):
-    """A package that is not what it says: changed, incomplete, or of another schema."""
+    """The package is modified, incomplete or of another schema version."""
 
     exit_code = 3
 
 
 class Symbol(_Strict):
-    """A side that may vary: `minimum <= n <= maximum`, a multiple of `multiple_of`."""
+    """Variable axis length: `minimum <= n <= maximum`, a multiple of `multiple_of`."""
 
     minimum: PositiveInt = 1
     maximum: PositiveInt | None = None
@@ -44,9 +44,10 @@ class Symbol(_Strict):
 
 
 class TensorSpec(_Strict):
-    """An input or output of the network; a side is a number or the name of a symbol (or `symbol/stride`).
+    """Input or output of the network. An axis length is a number, the name of a symbol, or `symbol/stride`.
 
-    Where convolutions are not padded, a map has fewer cells than that, `stride` voxels apart.
+    If convolutions are not padded, a feature map has fewer cells than `symbol/stride`, with a spacing of `stride`
+    voxels.
     """
 
     name: str
@@ -55,7 +56,7 @@ class TensorSpec(_Strict):
 
 
 class Signature(_Strict):
-    """What goes into the network and what comes out. The first output is the answer."""
+    """Inputs and outputs of the network. The first output is the prediction."""
 
     inputs: tuple[TensorSpec]
     outputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1)]
@@ -65,20 +66,24 @@ class Signature(_Strict):
     def _check_sides(self) -> Signature:
         shape = self.inputs[0].shape
         if len(shape) not in (4, 5) or not isinstance(shape[1], int) or min(len(o.shape) for o in self.outputs) < 2:
-            raise ValueError("expected an input (batch, channels, two or three sides), outputs of two sides or more")
+            raise ValueError("expected an input (batch, channels, 2 or 3 spatial axes) and outputs of at least 2 axes")
         if unknown_sides := {side for side in shape if isinstance(side, str)} - self.symbols.keys():
-            raise ValueError(f"no rule for the sides {sorted(unknown_sides)}")
+            raise ValueError(f"no symbol defines the axis lengths {sorted(unknown_sides)}")
         return self
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
-        """Raise UserError where an input of `shape` is outside the contract."""
+        """Check an input shape against the contract.
+
+        Raises:
+            UserError: the network does not accept this shape.
+        """
         expected = self.inputs[0].shape
         fits = len(shape) == len(expected) and all(map(self._fits_side, shape, expected))
         if not fits:
             rules = {name: symbol.model_dump(exclude_none=True) for name, symbol in self.symbols.items()}
             raise UserError(
                 f"network: expected an input {list(expected)} with {rules}, "
-                f"got {list(shape)}. Preprocess or pad it to that."
+                f"got {list(shape)}. Preprocess or pad the input to a shape that the network accepts."
             )
 
     def _fits_side(self, side: int, expected: int | str) -> bool:
@@ -89,33 +94,34 @@ class Signature(_Strict):
 
 
 class ScoreMapSpec(_Strict):
-    """An encoder's mutual-information map: image in, the critic's score of every voxel out."""
+    """Graph of the mutual-information map of an encoder: critic score of each voxel of the input."""
 
     signature: Signature
-    critic: dict[str, Any] = Field(description="the objective that trained it, and the sha256 of its weights")
+    critic: dict[str, Any] = Field(description="objective that trained the critic, and sha256 of its weights")
 
 
 class OODStatistics(_Strict):
-    """What the statistics in `models/reference.npz` were made of."""
+    """Origin of the out-of-distribution statistics in `models/reference.npz`."""
 
-    sha256: Sha256Digest = Field(description="of that file")
+    sha256: Sha256Digest = Field(description="sha256 of the statistics file")
     images: PositiveInt
     subjects: PositiveInt
     held_out_images: PositiveInt
     held_out_subjects: PositiveInt
-    method: LimitMethod = Field(description="how the limits were set on the held-out subjects")
-    false_alarms: float = Field(description="part of the images of fresh subjects that get the flag")
+    method: LimitMethod = Field(description="estimation of the limits on the held-out subjects")
+    false_alarms: float = Field(description="expected fraction of the images of new subjects that are flagged")
 
     def __str__(self) -> str:
-        """A short sentence for a card."""
+        """Summary for the model card."""
         return (
-            f"statistics of {self.images} images of {self.subjects} subjects; limits from {self.held_out_images} of "
-            f"{self.held_out_subjects} others ({self.method}), {self.false_alarms:.0%} false alarms"
+            f"statistics of {self.images} images of {self.subjects} subjects; limits from {self.held_out_images} "
+            f"images of {self.held_out_subjects} other subjects ({self.method}), "
+            f"{self.false_alarms:.0%} false positive rate"
         )
 
 
 class Postprocess(_Strict):
-    """How an answer is made of the first output; the vocabulary is closed."""
+    """Postprocessing of the first output; only the listed values are allowed."""
 
     activation: Literal["none", "softmax", "sigmoid"]
     invert: Literal["none", "resample logits (order 1), then argmax"]
@@ -145,40 +151,42 @@ class Contract(_Strict):
     postprocess: Postprocess
     signature: Signature
     score_map: ScoreMapSpec | None = Field(
-        default=None, description="of an encoder that was trained with a local critic"
+        default=None, description="mutual-information map of an encoder that was trained with a local critic"
     )
     reference: OODStatistics | None = Field(
-        default=None, description="of the out-of-distribution guard; none in older runs"
+        default=None, description="statistics of the out-of-distribution detector; None for older runs"
     )
-    classes: tuple[ClassName, ...] = Field(default=(), max_length=255, description="a segmenter's without background")
-    labels: tuple[LabelCodes, ...] = Field(default=(), description="codes of the classes, for answers in DICOM")
-    dicom_in: DicomRules = Field(default=DicomRules(), description="which DICOM images are answered")
-    architecture: dict[str, Any] = Field(description="the spec from which `medim.models` builds the torch network")
+    classes: tuple[ClassName, ...] = Field(
+        default=(), max_length=255, description="class names; for a segmenter without the background"
+    )
+    labels: tuple[LabelCodes, ...] = Field(default=(), description="codes of the classes for DICOM output")
+    dicom_in: DicomRules = Field(default=DicomRules(), description="rules for accepted DICOM images")
+    architecture: dict[str, Any] = Field(description="spec from which `medim.models` builds the torch network")
     provenance: dict[str, Any]
-    metrics: dict[str, Any] = Field(default_factory=dict, description="of the run, on its validation split")
+    metrics: dict[str, Any] = Field(default_factory=dict, description="metrics of the run on its validation split")
     signed_by: Sha256Digest | None = Field(
-        None, description="Ed25519 public key of who signed SHA256SUMS; proves nothing"
+        None, description="Ed25519 public key of the signer of SHA256SUMS; no proof of identity"
     )
 
     @model_validator(mode="after")
     def _check_consistent(self) -> Contract:
         if self.preprocess_sha256 != json_sha256(list(self.preprocess)):
-            raise ValueError("the preprocessing is not the one whose sha256 stands beside it")
+            raise ValueError("`preprocess_sha256` is not the sha256 of `preprocess`")
         try:
             check_steps(self.preprocess)
             validate_section(INFERENCES, self.inference, key="mode", run_args=("run", "image"))
         except UserError as error:
             raise ValueError(str(error)) from error
         if self.postprocess != POSTPROCESS[self.kind]:
-            raise ValueError(f"a {self.kind} is postprocessed by {POSTPROCESS[self.kind]}")
+            raise ValueError(f"expected the postprocessing {POSTPROCESS[self.kind]} for a {self.kind}")
         if (self.kind == "encoder") == bool(self.classes):
-            raise ValueError(f"a {self.kind} with classes {self.classes}")
+            raise ValueError(f"the classes {self.classes} do not match the kind {self.kind}")
         first_index = 1 if self.kind == "segmenter" else 0
         label_names = tuple((label.index, label.name) for label in self.labels)
         if self.labels and label_names != tuple(enumerate(self.classes, start=first_index)):
-            raise ValueError(f"labels {label_names} of the classes {self.classes}")
+            raise ValueError(f"the labels {label_names} do not match the classes {self.classes}")
         if self.score_map and (self.kind != "encoder" or self.score_map.signature.inputs != self.signature.inputs):
-            raise ValueError("a score map that is not an encoder's, or has another input")
+            raise ValueError("a score map requires an encoder with the same input")
         return self
 
     @property
@@ -188,7 +196,7 @@ class Contract(_Strict):
 
     @property
     def in_channels(self) -> int:
-        """Channels of the image."""
+        """Number of image channels."""
         return int(self.signature.inputs[0].shape[1])
 
 
@@ -196,7 +204,7 @@ def parse_contract(data: bytes) -> Contract:
     """Read and check `medim.json`.
 
     Raises:
-        PackageError: not JSON, an unknown or missing key, or contents that contradict each other.
+        PackageError: the data are not JSON, a key is unknown or missing, or values are inconsistent.
     """
     try:
         return Contract.model_validate_json(data)

@@ -1,8 +1,8 @@
-"""Which DICOM images a package answers: rules of a closed vocabulary, each with its own code where it is broken.
+"""Rules for the DICOM images that a package accepts. Each rule has its own rejection code.
 
-What is no even stack, no grey image, burned in, a localizer and so on is refused by the readers before (see
-`medim.data.readers.dicom.series`). Descriptions, which anybody may type, decide nothing: in one public set
-StudyDescription holds the finding.
+Readers have already rejected uneven stacks, colour images, burned-in annotations, localizers and similar images (see
+`medim.data.readers.dicom.series`). Free-text descriptions are not used: in one public data set StudyDescription
+contains the finding.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from medim.package.schema import StrictModel, read_strict_json
 from medim.types import Array, Modality
 
 CodeString = Annotated[str, Field(pattern=r"^[A-Z0-9_][A-Z0-9 _]{0,15}$")]  # DICOM's CS
-RegionCode = Annotated[str, Field(pattern=r"^(SCT|SRT):[A-Za-z0-9-]{1,16}$")]  # a code of AnatomicRegionSequence
+RegionCode = Annotated[str, Field(pattern=r"^(SCT|SRT):[A-Za-z0-9-]{1,16}$")]  # code in AnatomicRegionSequence
 DicomModality = Literal["MR", "CR", "DX", "RG"]
-SlicePlane = Literal["sagittal", "coronal", "axial"]  # along x, y, z lies the normal of the slices
+SlicePlane = Literal["sagittal", "coronal", "axial"]  # slice normal along x, y, z
 SopClass = Literal[
     "MRImageStorage",
     "EnhancedMRImageStorage",
@@ -44,41 +44,40 @@ _TAGS = frozenset(
 
 
 class CountRange(StrictModel):
-    """A whole number from `minimum` to `maximum`."""
+    """Allowed range of an integer."""
 
     minimum: PositiveInt = 1
     maximum: PositiveInt | None = None
 
 
 class LengthRange(StrictModel):
-    """Millimetres from `minimum` to `maximum`."""
+    """Allowed range of a length in mm."""
 
     minimum: PositiveFloat | None = None
     maximum: PositiveFloat | None = None
 
 
 class DicomRules(StrictModel):
-    """Rules for the DICOM images of a package; an empty list takes anything."""
+    """Rules for the DICOM images of a package; an empty list allows any value."""
 
     modality: tuple[DicomModality, ...] = ()
     sop_class: tuple[SopClass, ...] = ()
     body_part: tuple[CodeString | RegionCode, ...] = Field(
-        default=(), description="values of BodyPartExamined, and codes of AnatomicRegionSequence for files without it"
+        default=(),
+        description="allowed values of BodyPartExamined, and codes of AnatomicRegionSequence for files without it",
     )
-    image_type: tuple[CodeString, ...] = Field(default=(), description="values of ImageType that must all be there")
-    image_type_never: tuple[CodeString, ...] = Field(
-        default=(), description="values of ImageType that must not be there"
-    )
-    orientation: tuple[SlicePlane, ...] = Field(default=(), description="of the slices: the plane that is nearest")
+    image_type: tuple[CodeString, ...] = Field(default=(), description="required values of ImageType")
+    image_type_never: tuple[CodeString, ...] = Field(default=(), description="forbidden values of ImageType")
+    orientation: tuple[SlicePlane, ...] = Field(default=(), description="allowed planes nearest to the slices")
     slices: CountRange = CountRange()
     pixel_spacing: LengthRange = LengthRange()
     slice_spacing: LengthRange = LengthRange()
 
     def check_plan(self, plan: SlicePlan) -> None:
-        """Hold an image's headers against the rules.
+        """Check the headers of an image against the rules.
 
         Raises:
-            ReadError: a rule is broken; `reason` is the rule's own code.
+            ReadError: the image violates a rule; `reason` is the code of the rule.
         """
         headers = [scan_header(path, _TAGS).header for path in plan.files]
         self._check_headers(headers)
@@ -97,14 +96,14 @@ class DicomRules(StrictModel):
             values = set().union(*map(_read_body_parts, headers))
             if not values or not all(map(_read_body_parts, headers)):
                 allowed = ", ".join(self.body_part)
-                raise ReadError("no-body-part", f"the header does not say the body part; expected {allowed}")
+                raise ReadError("no-body-part", f"the header does not specify the body part; expected {allowed}")
             _check_allowed("wrong-body-part", "body part", values, self.body_part)
         for header in headers:
             kinds = {kind.upper() for kind in header.texts("ImageType")}
             if missing_kinds := [kind for kind in self.image_type if kind not in kinds]:
-                raise ReadError("wrong-image-type", f"an image type without {', '.join(missing_kinds)}")
+                raise ReadError("wrong-image-type", f"the image type lacks {', '.join(missing_kinds)}")
             if forbidden_kinds := [kind for kind in self.image_type_never if kind in kinds]:
-                raise ReadError("wrong-image-type", f"an image of type {', '.join(forbidden_kinds)}; not answered")
+                raise ReadError("wrong-image-type", f"images of type {', '.join(forbidden_kinds)} are not accepted")
 
     def _check_stack(self, affine: Array, slices: int) -> None:
         normal = np.abs(np.cross(affine[:3, 0], affine[:3, 1]))
@@ -124,9 +123,9 @@ DEFAULT_RULES: dict[Modality, DicomRules] = {
             "MRImageStorage",
             "EnhancedMRImageStorage",
             "LegacyConvertedEnhancedMRImageStorage",
-            "SecondaryCaptureImageStorage",  # what some workstations write their registered volumes as
+            "SecondaryCaptureImageStorage",  # written by some workstations for registered volumes
         ),
-        image_type_never=(  # PS3.3 C.8.3.1.1.1: images of something else than anatomy
+        image_type_never=(  # PS3.3 C.8.3.1.1.1: images that do not show anatomy
             "PROJECTION IMAGE",
             "PHASE MAP",
             "DIFFUSION MAP",
@@ -135,14 +134,14 @@ DEFAULT_RULES: dict[Modality, DicomRules] = {
             "T2 MAP",
             "DENSITY MAP",
         ),
-        slices=CountRange(minimum=2),  # one slice is no volume
+        slices=CountRange(minimum=2),  # a single slice is not a volume
     ),
     "xray": DicomRules(
         modality=("CR", "DX", "RG"),
         sop_class=(
             "ComputedRadiographyImageStorage",
-            "DigitalXRayImageStorageForPresentation",  # For Processing looks otherwise
-            "SecondaryCaptureImageStorage",  # what whole archives of X-rays are stored as
+            "DigitalXRayImageStorageForPresentation",  # images "For Processing" have another appearance
+            "SecondaryCaptureImageStorage",  # storage class of entire X-ray archives
             "MultiFrameGrayscaleByteSecondaryCaptureImageStorage",
             "MultiFrameGrayscaleWordSecondaryCaptureImageStorage",
         ),
@@ -151,10 +150,10 @@ DEFAULT_RULES: dict[Modality, DicomRules] = {
 
 
 def load_dicom_rules(modality: Modality, path: Path | None = None) -> DicomRules:
-    """The rules of a modality, with those of a user's JSON file in place of the defaults of the same name.
+    """Load the default rules of a modality; rules in a JSON file override the defaults of the same name.
 
     Raises:
-        UserError: the file is missing, or holds an unknown rule or value.
+        UserError: the file is missing, or contains an unknown rule or value.
     """
     defaults = DEFAULT_RULES[modality]
     if path is None:
@@ -164,7 +163,7 @@ def load_dicom_rules(modality: Modality, path: Path | None = None) -> DicomRules
 
 
 def _read_body_parts(header: DicomHeader) -> set[str]:
-    """What a header says of the body part: BodyPartExamined, else the codes of the anatomic region."""
+    """Read the body part of a header: BodyPartExamined, otherwise the codes of the anatomic region."""
     if body_part := header.text("BodyPartExamined"):
         return {body_part.upper()}
     regions = header.items("AnatomicRegionSequence")
@@ -173,9 +172,15 @@ def _read_body_parts(header: DicomHeader) -> set[str]:
 
 
 def _check_allowed(code: str, attribute: str, values: Iterable[str], allowed: Sequence[str]) -> None:
-    """Refuse what is not wanted. What the header says is not repeated: it might be anything, also a name."""
+    """Check header values against the allowed values.
+
+    The error message does not contain the header values, because they could identify a patient.
+
+    Raises:
+        ReadError: a value is not allowed.
+    """
     if allowed and not set(values) <= set(allowed):
-        raise ReadError(code, f"another {attribute} than {' or '.join(allowed)}")
+        raise ReadError(code, f"the {attribute} is not {' or '.join(allowed)}")
 
 
 def _check_range(code: str, quantity: str, values: Sequence[float], allowed: CountRange | LengthRange) -> None:
@@ -186,6 +191,6 @@ def _check_range(code: str, quantity: str, values: Sequence[float], allowed: Cou
 
 
 def _check_single_value(keyword: str, headers: Sequence[DicomHeader]) -> None:
-    """One study and one frame of reference for all slices, or a result would stand nowhere."""
+    """Check that all slices have the same value, so that a result has a unique study and frame of reference."""
     if len({header.text(keyword) for header in headers}) > 1:
         raise ReadError("mixed-references", f"the slices differ in {keyword}; expected one")

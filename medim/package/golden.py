@@ -1,4 +1,4 @@
-"""A made-up image with the answer it had at export: whoever holds the package can run it and compare."""
+"""Golden input: synthetic image with the network output at export, to test a package on another machine."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from medim.inference.network import PredictFn, run_inference, to_label_map
 from medim.package.contract import Contract
 from medim.types import Array, Step, Volume
 
-MAX_LOGITS = 4096  # logits kept
+MAX_LOGITS = 4096  # approximate number of stored logits
 LOGITS_TOLERANCE, MAX_VOXEL_FRACTION = (
     1e-4,
     1e-4,
-)  # largest difference of logits (over their size), largest part of voxels with another label
-MAX_SIDE = 160  # largest side of a phantom
+)  # largest relative difference of logits, largest fraction of voxels with another label
+MAX_SIDE = 160  # largest axis length of a phantom in voxels
 
 
 @dataclass(frozen=True)
 class GoldenDifference:
-    """How far an answer is from the one at export.
+    """Difference between an output and the output at export.
 
     Attributes:
-        logits: largest difference of the network's output over its size (over 1 where it is smaller).
-        voxels: voxels of the image's own grid that have another label.
-        voxel_count: voxels of the image.
+        logits: largest absolute difference of the logits, divided by the largest absolute logit or by 1 if that is
+            smaller than 1.
+        voxels: number of voxels with another label on the native grid.
+        voxel_count: number of voxels of the label map; 0 if the network has none.
     """
 
     logits: float
@@ -38,23 +39,23 @@ class GoldenDifference:
 
     @property
     def is_small(self) -> bool:
-        """Whether another processor's rounding explains it."""
+        """Whether rounding on another processor can explain the difference."""
         return self.logits <= LOGITS_TOLERANCE and self.voxels <= MAX_VOXEL_FRACTION * self.voxel_count
 
     def __str__(self) -> str:
-        """A short sentence for a report."""
+        """Summary for a report."""
         voxels = f", {self.voxels} of {self.voxel_count} voxels with another label" if self.voxel_count else ""
         return f"output differs by {self.logits:.1e} (allowed {LOGITS_TOLERANCE:.0e}){voxels}"
 
 
 @dataclass(frozen=True, eq=False)
 class GoldenInput:
-    """A phantom and the answer to it.
+    """Phantom and the output of the network for it.
 
     Attributes:
-        volume: the phantom as a reader would give it, on a grid that is oblique and runs against RAS+ in the file.
-        logits: (n,) some of the network's outputs on the preprocessed grid, evenly spread.
-        labels: (*native_shape) uint8 on the file's own grid, of a segmenter; else empty.
+        volume: phantom as returned by a reader; its native grid is oblique and not in RAS+ order.
+        logits: (n,) logits on the preprocessed grid, subsampled evenly.
+        labels: (*native_shape) uint8 label map of a segmenter on the native grid; otherwise empty.
     """
 
     volume: Volume
@@ -63,7 +64,7 @@ class GoldenInput:
 
     @classmethod
     def from_run(cls, volume: Volume, run: PredictFn, contract: Contract) -> GoldenInput:
-        """Answer for a phantom, from preprocessing to the file's own grid."""
+        """Run a network on a phantom, from preprocessing to the native grid."""
         input_volume = preprocess(volume, contract.preprocess)
         logits = run_inference(run, input_volume, contract.inference)
         labels = np.zeros(0, np.uint8)
@@ -72,7 +73,7 @@ class GoldenInput:
         return cls(volume, logits.reshape(-1)[:: max(1, logits.size // MAX_LOGITS)].astype(np.float32), labels)
 
     def compare_run(self, run: PredictFn, contract: Contract) -> GoldenDifference:
-        """Compare with what `run` answers now."""
+        """Run a network on the phantom and compare with the stored output."""
         rerun = GoldenInput.from_run(self.volume, run, contract)
         if rerun.logits.shape != self.logits.shape or rerun.labels.shape != self.labels.shape:
             return GoldenDifference(float("inf"), self.labels.size, self.labels.size)
@@ -82,7 +83,7 @@ class GoldenInput:
         return GoldenDifference(logits_difference, int((rerun.labels != self.labels).sum()), self.labels.size)
 
     def dump(self) -> bytes:
-        """As a compressed `.npz`, the same bytes for the same content."""
+        """Serialise to a compressed `.npz`; the bytes are deterministic."""
         buffer = io.BytesIO()
         np.savez_compressed(
             buffer,
@@ -98,7 +99,7 @@ class GoldenInput:
 
     @classmethod
     def parse(cls, data: bytes) -> GoldenInput:
-        """Read what `dump` wrote; nothing is unpickled."""
+        """Read the bytes that `dump` returns, without unpickling."""
         file = read_npz_arrays(data)
         shape = tuple(int(n) for n in file["native_shape"])
         volume = Volume(file["image"].astype(np.float32), file["affine"], file["native_affine"], shape)
@@ -108,17 +109,19 @@ class GoldenInput:
 def make_phantom(
     shape: Sequence[int], steps: Sequence[Step], channels: int, *, exact: bool = False, seed: int = 0
 ) -> Volume:
-    """A smooth head-like thing out of ellipsoids on zero background; no patient was involved.
+    """Make a smooth head-like phantom from ellipsoids on a zero background, without patient data.
 
     Args:
-        shape: about the size wanted after preprocessing, in voxels.
-        steps: the preprocessing; a `resample` tells the spacing.
-        channels: of the image.
-        exact: have that shape and spacing from the start, for networks that take one size and do not resize to it.
-        seed: of the ellipsoids.
+        shape: approximate shape after preprocessing, in voxels.
+        steps: preprocessing steps; the last `resample` step specifies the spacing.
+        channels: number of image channels.
+        exact: use this shape and spacing for the phantom itself, for networks that accept one size and do not resize
+            their input.
+        seed: random seed of the ellipsoids.
 
     Returns:
-        Whole numbers from 0 to 1000, float32, in a reader's orientation; in 3D its file's grid is oblique and turned.
+        Volume of float32 integers from 0 to 1000 in the orientation of the readers. In 3D the native grid is oblique,
+        with permuted axes.
     """
     dims = len(shape)
     rng = np.random.default_rng(seed)
@@ -139,7 +142,7 @@ def make_phantom(
     if dims == 2:
         return Volume(array, affine, affine, tuple(size))
     affine[:3, :3] = _build_rotation(0.3, 0.2) @ np.diag(spacing * [-1, -1, 1])
-    affine[:3, :3] = affine[:3, [1, 2, 0]]  # the file's first axis is the patient's front to back
+    affine[:3, :3] = affine[:3, [1, 2, 0]]  # the first axis of the file is anterior-posterior
     affine[:3, 3] = [40.0, 25.0, -30.0]
     array = np.ascontiguousarray(array.transpose(0, 2, 3, 1))
     return reorient_to_ras(Volume(array, affine, affine, array.shape[1:]))

@@ -1,4 +1,4 @@
-"""Is a folder, byte by byte, what its SHA256SUMS says, and did somebody we trust sign that?"""
+"""Verify a folder against SHA256SUMS and check the signature."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from medim.package.onnx_check import MAX_GRAPH_BYTES
 from medim.package.signing import is_signed, key_from_hex, key_to_hex, load_private_key, load_public_key
 
 SUMS, SIGNATURE = "SHA256SUMS", "SHA256SUMS.sig"
-MAX_FILES, MAX_SUMS_BYTES, MAX_TEXT_BYTES = 1000, 1 << 20, 1 << 26  # of a package; bytes of SHA256SUMS, of a JSON file
+MAX_FILES, MAX_SUMS_BYTES, MAX_TEXT_BYTES = 1000, 1 << 20, 1 << 26  # files per package; size of SHA256SUMS and of JSON
 COPY_AGAIN = "Copy the package again from where it was exported."
 
 
 @dataclass(frozen=True)
 class ChecksumManifest:
-    """SHA256SUMS of a folder whose files were all checked against it.
+    """SHA256SUMS of a folder, after all files were verified against it.
 
     Attributes:
-        sums: sha256 of every file by its path in the folder.
-        data: the bytes of SHA256SUMS.
-        signature: of those bytes; None of an unsigned package.
-        trusted: whether a key that the caller trusts made it.
+        sums: sha256 by path relative to the folder.
+        data: bytes of SHA256SUMS.
+        signature: signature of `data`; None if the package is not signed.
+        trusted: whether the signature was verified with a public key of the caller.
     """
 
     sums: dict[str, str]
@@ -36,26 +36,34 @@ class ChecksumManifest:
 
     @property
     def sha256(self) -> str:
-        """The digest of SHA256SUMS, which stands for the whole package."""
+        """Digest of SHA256SUMS, which identifies the package."""
         return hashlib.sha256(self.data).hexdigest()
 
     def check_signer(self, signer: str | None, folder: Path) -> None:
-        """Raise PackageError where the package names a signer and the signature is not theirs, or the reverse."""
+        """Check that the signature belongs to the signer in the contract.
+
+        Args:
+            signer: public key of the contract as hexadecimal digits; None if the contract specifies none.
+            folder: the package.
+
+        Raises:
+            PackageError: only one of signer and signature is present, or the signature is of another key.
+        """
         if signer is None and self.signature is None:
             return
         if signer is None or self.signature is None or not is_signed(self.data, self.signature, key_from_hex(signer)):
             raise PackageError(
-                f"{folder / SIGNATURE}: expected the signature of the key that the contract names, got "
+                f"{folder / SIGNATURE}: expected a signature by the key in the contract, got "
                 f"{'none' if self.signature is None else 'another'}. {COPY_AGAIN}"
             )
 
 
 def write_sums(folder: Path, *, key: Path | None = None) -> None:
-    """Write SHA256SUMS over every file of a folder; `sha256sum -c SHA256SUMS` reads it too.
+    """Write SHA256SUMS with the digest of each file of a folder, in the format of `sha256sum -c SHA256SUMS`.
 
     Args:
         folder: the package.
-        key: an Ed25519 private key; then SHA256SUMS.sig is its signature of SHA256SUMS.
+        key: Ed25519 private key; if given, the signature of SHA256SUMS is written to SHA256SUMS.sig.
     """
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     lines = [f"{file_sha256(folder / name)}  {name}\n" for name in files if name not in (SUMS, SIGNATURE)]
@@ -65,7 +73,11 @@ def write_sums(folder: Path, *, key: Path | None = None) -> None:
 
 
 def read_with_digest(path: Path, digest: str) -> bytes:
-    """The bytes of a file, where they are those of a digest."""
+    """Read a file and verify its sha256.
+
+    Raises:
+        PackageError: the file cannot be read, is too large, or has another digest.
+    """
     data = _read_at_most(path, MAX_TEXT_BYTES if path.suffix == ".json" else MAX_GRAPH_BYTES)
     if hashlib.sha256(data).hexdigest() != digest:
         raise PackageError(f"{path}: the file changed since it was verified. {COPY_AGAIN}")
@@ -84,18 +96,18 @@ def _read_at_most(path: Path, limit: int) -> bytes:
 
 
 def verify_checksums(folder: Path, *, trust: Path | None = None) -> ChecksumManifest:
-    """The seal of a folder that holds exactly the files its SHA256SUMS names, each as it was.
+    """Verify the files of a package against its SHA256SUMS.
 
-    The signature is checked before anything is parsed.
+    The signature is verified before any file is parsed.
 
     Args:
         folder: the package.
-        trust: a public key; then it must have signed.
+        trust: public key; if given, the package must be signed with its private key.
 
     Raises:
-        PackageError: no package; unsigned, or signed by another, where a key is given; a file was changed, is missing
-            or does not belong.
-        UserError: `trust` is no public key.
+        PackageError: `folder` is not a package; a key was given and the package is unsigned or signed by another key;
+            a file is modified, missing or not listed.
+        UserError: `trust` is not a public key.
     """
     key = None if trust is None else load_public_key(trust)
     if not (folder / SUMS).is_file():
@@ -108,8 +120,8 @@ def verify_checksums(folder: Path, *, trust: Path | None = None) -> ChecksumMani
     if key is not None and (signature is None or not is_signed(data, signature, key)):
         raise PackageError(
             f"{folder}: expected {SUMS} to be signed by the key of --public-key ({key_to_hex(key)[:16]}), got "
-            f"{'no signature' if signature is None else 'a signature that is not its own'}. "
-            "Ask for a package that was exported with --private-key and that key."
+            f"{'no signature' if signature is None else 'a signature by another key or of other content'}. "
+            "Request a package that was exported with --private-key and that key."
         )
     sums = _parse_checksums(data, folder / SUMS)
     _compare_checksums(folder, files, sums)
@@ -117,7 +129,11 @@ def verify_checksums(folder: Path, *, trust: Path | None = None) -> ChecksumMani
 
 
 def _compare_checksums(folder: Path, files: set[str], sums: dict[str, str]) -> None:
-    """Raise PackageError where files are not those of the sums."""
+    """Compare the files of a package with its checksums.
+
+    Raises:
+        PackageError: a file is missing, not listed or modified, or an essential file is not part of the package.
+    """
     missing_files, extra_files = sorted(sums.keys() - files), sorted(files - sums.keys())
     if missing_files or extra_files:
         raise PackageError(
@@ -127,15 +143,19 @@ def _compare_checksums(folder: Path, files: set[str], sums: dict[str, str]) -> N
     for name, digest in sums.items():
         if file_sha256(folder / name) != digest:
             raise PackageError(
-                f"{folder / name}: changed or damaged; its sha256 is not the one in {SUMS}. {COPY_AGAIN}"
+                f"{folder / name}: modified or corrupt; its sha256 differs from the one in {SUMS}. {COPY_AGAIN}"
             )
     essential_files = {"medim.json", WEIGHTS, GRAPH, GOLDEN}
     if not essential_files <= files:
-        raise PackageError(f"{folder}: expected a package to hold {sorted(essential_files - files)} too. {COPY_AGAIN}")
+        raise PackageError(f"{folder}: the package lacks {sorted(essential_files - files)}. {COPY_AGAIN}")
 
 
 def _list_package_files(folder: Path) -> set[str]:
-    """Relative paths of the files below a folder but its seal; nothing but plain files and folders is allowed."""
+    """List the relative paths of the files of a package, without SHA256SUMS and its signature.
+
+    Raises:
+        PackageError: the folder contains a link or a device, or too many files.
+    """
     relative_paths: set[str] = set()
     for parent, folders, files in os.walk(folder):
         for name in [*folders, *files]:
@@ -151,7 +171,7 @@ def _list_package_files(folder: Path) -> set[str]:
 
 
 def _parse_checksums(data: bytes, path: Path) -> dict[str, str]:
-    """SHA256SUMS as {path: digest}; a path that leaves the folder is refused."""
+    """Parse SHA256SUMS as {path: digest}; paths outside the folder are rejected."""
     sums: dict[str, str] = {}
     try:
         lines = data.decode().splitlines()

@@ -1,4 +1,4 @@
-"""What the classes of a package are in the words of a PACS: published codes, and none of our own."""
+"""Codes of the classes of a package for DICOM output; only published codes are allowed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from medim.inference.network import ModelKind
 from medim.package.schema import StrictModel, read_strict_json
 from medim.types import UserError
 
-DicomText = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f\\]{1,64}$")]  # DICOM's LO: 64 letters, no backslash
+DicomText = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f\\]{1,64}$")]  # DICOM's LO: 64 characters, no backslash
 ColourByte = Annotated[int, Field(ge=0, le=255)]
 
 
 class ConceptCode(StrictModel):
-    """A coded concept, as in DICOM's Code Sequence Macro."""
+    """Coded concept, as in DICOM's Code Sequence Macro."""
 
     value: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,16}$")]
     scheme: Literal["SCT", "DCM"]
@@ -26,46 +26,46 @@ class ConceptCode(StrictModel):
 
 
 class LabelCode(StrictModel):
-    """What one class is.
+    """Codes of one class.
 
-    A part without a code of its own has the code of the structure it is a part of, and modifiers.
+    A part without a code of its own has the code of its parent structure, and modifiers.
     """
 
-    index: NonNegativeInt = Field(description="the value in a mask, or the place among a classifier's outputs")
-    name: DicomText = Field(description="of the class")
+    index: NonNegativeInt = Field(description="value in a mask, or index of the output of a classifier")
+    name: DicomText = Field(description="name of the class")
     category: ConceptCode | None = Field(
-        default=None, description="DICOM CID 7150, such as Anatomical Structure; of a segmenter"
+        default=None, description="DICOM CID 7150, such as Anatomical Structure; for a segmenter"
     )
-    type: ConceptCode | None = Field(default=None, description="the structure or finding; of a segmenter")
+    type: ConceptCode | None = Field(default=None, description="structure or finding; for a segmenter")
     modifiers: tuple[ConceptCode, ...] = Field(default=(), description="DICOM CID 2, such as Anterior")
     laterality: Literal["left", "right", "both"] | None = Field(
-        default=None, description="where every image has this side"
+        default=None, description="laterality, if it is the same in every image"
     )
     colour: tuple[ColourByte, ColourByte, ColourByte] | None = Field(default=None, description="red, green, blue")
     threshold: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=None,
-        description="of a multi-label classifier: the probability from which a finding is called; default 0.5",
+        description="for a multi-label classifier: smallest probability of a positive finding; default 0.5",
     )
 
 
 class LabelCodesFile(StrictModel):
-    """The file of `--label-codes`."""
+    """Content of the file of `--label-codes`."""
 
     schema_version: Literal[1] = 1
     labels: Annotated[tuple[LabelCode, ...], Field(min_length=1, max_length=255)]
 
 
 def read_label_codes(schema: Path | str, classes: Sequence[str], kind: ModelKind) -> tuple[LabelCode, ...]:
-    """Read label codes and hold them against the classes of a run.
+    """Read label codes and check them against the classes of a run.
 
     Args:
-        schema: a JSON file, or the name of a shipped one.
-        classes: of the run; names agree but for case, and the run's spelling stays.
-        kind: of the run.
+        schema: JSON file, or name of a built-in one.
+        classes: class names of the run. Case is ignored in the comparison; the spelling of the run is used.
+        kind: kind of model.
 
     Raises:
-        UserError: another class, index or order than the run's, a segment without codes, a threshold that means
-            nothing, or a code that is not published under that meaning.
+        UserError: classes, indices or their order differ from those of the run, a segment has no codes, a threshold
+            does not apply to the kind of model, or a code is not published with its meaning.
     """
     path = Path(schema)
     if not path.exists():
@@ -75,36 +75,36 @@ def read_label_codes(schema: Path | str, classes: Sequence[str], kind: ModelKind
     if [(label.index, label.name.casefold()) for label in labels] != [(i, name.casefold()) for i, name in expected]:
         raise UserError(
             f"{schema}: expected the classes {expected} of the run, in this order, got "
-            f"{[(label.index, label.name) for label in labels]}. Write one label a class."
+            f"{[(label.index, label.name) for label in labels]}. Write one label per class."
         )
     for label in labels:
         if kind == "segmenter" and not (label.category and label.type):
-            raise UserError(f"{schema}, {label.name}: expected `category` and `type`, which a DICOM segment must have.")
+            raise UserError(f"{schema}, {label.name}: a DICOM segment requires `category` and `type`. Add them.")
         if kind != "multi_label_classifier" and label.threshold is not None:
-            raise UserError(f"{schema}, {label.name}: `threshold` is of a multi-label classifier. Leave it out.")
+            raise UserError(f"{schema}, {label.name}: `threshold` applies only to a multi-label classifier. Remove it.")
         for code in filter(None, (label.category, label.type, *label.modifiers)):
             _check_concept_code(code, f"{schema}, {label.name}")
     return tuple(label.model_copy(update={"name": name}) for label, name in zip(labels, classes, strict=True))
 
 
 def list_builtin_labels() -> dict[str, Path]:
-    """The label codes that come with medim, by name."""
+    """List the built-in label code files by name."""
     package_folder = Path(__file__).resolve().parents[1]
     folders = (package_folder / "configs" / "labels", package_folder.parent / "configs" / "labels")
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.json"))}
 
 
 def _check_concept_code(code: ConceptCode, source: str) -> None:
-    """Refuse a code that DICOM's dictionary does not have, or has for something else.
+    """Check a code against the DICOM dictionary.
 
     Raises:
-        UserError: in that case.
+        UserError: the code is not in the dictionary or has another meaning there.
     """
     meanings = _load_code_meanings(code.scheme).get(code.value)
     if meanings is None:
         raise UserError(
-            f"{source}: {code.scheme} {code.value} ({code.meaning}) is not a code of DICOM PS3.16, as "
-            "shipped with pydicom. If a part has no code there, use the code of its parent structure and `modifiers`."
+            f"{source}: {code.scheme} {code.value} ({code.meaning}) is not a code of DICOM PS3.16 in "
+            "pydicom. If a part has no code there, use the code of its parent structure and `modifiers`."
         )
     if code.meaning.casefold() not in {meaning.casefold() for meaning in meanings}:
         raise UserError(
@@ -115,8 +115,8 @@ def _check_concept_code(code: ConceptCode, source: str) -> None:
 
 @functools.cache
 def _load_code_meanings(scheme: str) -> dict[str, set[str]]:
-    """Meanings by value of the codes that DICOM publishes in a scheme."""
-    from pydicom.sr.codedict import codes  # 11,000 entries, which only an export needs
+    """Load the meanings, by code value, that DICOM publishes in a coding scheme."""
+    from pydicom.sr.codedict import codes  # 11,000 entries that only an export needs
 
     dictionary = getattr(codes, scheme)
     meanings: dict[str, set[str]] = {}

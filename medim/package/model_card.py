@@ -1,6 +1,6 @@
-"""The model card: what is known about a package, and in as many words what is not.
+"""Model card of a package. Fields without a value are marked as not reported.
 
-`model_card.json` is checked against `ModelCard`; `MODEL_CARD.md` is rendered from it.
+`model_card.json` is validated with `ModelCard`; `MODEL_CARD.md` is rendered from it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from medim.package.contract import NOT_REPORTED, Contract, PackageError
 from medim.package.gate import GateResult
 
 CARD_FILE, CARD_PAGE = "model_card.json", "MODEL_CARD.md"
-# Sections, and fields with their item of CLAIM 2024 (Tejani et al. 2024, doi 10.1148/ryai.240300); those without one
-# are of the CHAI Applied Model Card. A field that nobody filled in says "not reported".
+# Sections and fields with their item of CLAIM 2024 (Tejani et al. 2024, doi 10.1148/ryai.240300). Fields without an
+# item are from the CHAI Applied Model Card. An empty field has the value "not reported".
 FIELDS: dict[str, dict[str, int | None]] = {
     "Identity": {
         "name": None,
@@ -112,7 +112,7 @@ class ModelCard(BaseModel):
                 for s in actual.keys() | expected.keys()
                 for f in actual.get(s, set()) ^ expected.get(s, set())
             }
-            raise ValueError(f"fields that are missing or not known: {sorted(wrong_fields)}")
+            raise ValueError(f"missing or unknown fields: {sorted(wrong_fields)}")
         if self.not_reported != _count_not_reported(self.sections):
             raise ValueError(
                 f"expected {_count_not_reported(self.sections)} fields not reported, got {self.not_reported}"
@@ -121,7 +121,7 @@ class ModelCard(BaseModel):
 
     @property
     def markdown(self) -> str:
-        """The card as Markdown."""
+        """Model card as Markdown."""
         lines = [f"# {self.title}", "", f"> **{self.banner}**", ""]
         for section, fields in self.sections.items():
             lines += [f"## {section}", "", "| field | CLAIM 2024 | value |", "| --- | --- | --- |"]
@@ -141,13 +141,13 @@ class ModelCard(BaseModel):
 def build_model_card(
     contract: Contract, gates: Mapping[str, GateResult], summary: Mapping[str, Any], *, licence: bool = False
 ) -> ModelCard:
-    """What is known of a package.
+    """Build the model card of a package.
 
     Args:
-        contract: of the package.
-        gates: the parity report's, by name.
-        summary: the run's `summary.json`; empty where it has none.
-        licence: whether the exporter gave one.
+        contract: contract of the package.
+        gates: gate results of the parity report by name.
+        summary: content of the run's `summary.json`; empty if the run has none.
+        licence: whether the package has a licence for its weights.
     """
     spec, provenance = contract.architecture, contract.provenance
     objectives = summary.get("objectives")
@@ -163,7 +163,7 @@ def build_model_card(
             "kind": contract.kind,
             "modality": contract.modality,
             "input": f"{contract.spatial_dims}D, {contract.in_channels} channel(s)",
-            "classes": ", ".join(contract.classes) or "none: it gives features",
+            "classes": ", ".join(contract.classes) or "none: the output is a feature vector",
             "encoder": _format_card_section(spec["encoder"]),
             "decoder and head": ", ".join(_format_card_section(spec[p]) for p in ("decoder", "head") if spec.get(p))
             or "none",
@@ -173,7 +173,7 @@ def build_model_card(
         },
         "Data": {
             "preprocessing": "; ".join(_format_card_section(step, "op") for step in contract.preprocess) or "none",
-            "split": "by subject, or the source's own" if "split_seed" in provenance else None,
+            "split": "by subject, or predefined by the source" if "split_seed" in provenance else None,
             "labelled images": summary.get("labelled"),
             "index (sha256)": provenance.get("index_hash"),
         },
@@ -182,15 +182,17 @@ def build_model_card(
                 f"{name} {provenance[name]}" for name in ("medim", "torch", "lightning") if name in provenance
             )
             or None,
-            "initial weights": {"scratch": "random", "pretrained": "the parent encoder's"}.get(summary.get("init", "")),
+            "initial weights": {"scratch": "random", "pretrained": "parent encoder"}.get(summary.get("init", "")),
             "objectives": ", ".join(f"{name} (weight {w})" for name, w in objectives.items()) if objectives else None,
             "steps": summary.get("steps"),
             "seed": provenance.get("seed"),
             "configuration (sha256)": provenance.get("config_hash"),
-            "selection of the model": "none: the last step of a fixed schedule" if "steps" in summary else None,
+            "selection of the model": "none: last step of a fixed schedule" if "steps" in summary else None,
             "inference": _format_card_section(contract.inference, "mode"),
         },
-        "Oversight": {"monitoring": f"out-of-distribution guard: {contract.reference}" if contract.reference else None},
+        "Oversight": {
+            "monitoring": f"out-of-distribution detector: {contract.reference}" if contract.reference else None
+        },
         "Evaluation": {"on the run's validation split": dict(contract.metrics) or None},
     }
     sections = {
@@ -210,7 +212,7 @@ def parse_model_card(data: bytes) -> ModelCard:
     """Read and check `model_card.json`.
 
     Raises:
-        PackageError: not JSON, or not a card.
+        PackageError: the data are not JSON or not a model card.
     """
     try:
         return ModelCard.model_validate_json(data)
@@ -235,7 +237,7 @@ def _format_card_section(section: Mapping[str, Any], key: str = "name") -> str:
 
 
 def _flatten_card_metrics(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Nested metrics as one level of `a.b` names."""
+    """Flatten nested metrics to one level with names such as `a.b`."""
     out: dict[str, Any] = {}
     for name, value in metrics.items():
         key = f"{prefix}: {name}" if ":" not in prefix else f"{prefix}.{name}"

@@ -1,4 +1,4 @@
-"""The base of every record that stands in a contract: no unknown key, no change."""
+"""Base class of the models in a contract: immutable and without unknown keys."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ _S = TypeVar("_S", bound="StrictModel")
 
 
 class StrictModel(BaseModel):
-    """A record whose every key is known."""
+    """Immutable pydantic model that rejects unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def read_strict_json(path: Path, kind: type[_S], description: str) -> _S:
-    """Read a JSON file that a user wrote.
+    """Read and validate a JSON file that a user wrote.
 
     Args:
-        path: the file.
-        kind: what it should hold.
-        description: the same in words.
+        path: JSON file.
+        kind: model of the content.
+        description: content of the file in words, for error messages.
 
     Raises:
-        UserError: the file is missing or holds something else; the message names each key that is wrong.
+        UserError: the file is missing or does not match the model; the message lists each invalid key.
     """
     try:
         return kind.model_validate_json(path.read_bytes())

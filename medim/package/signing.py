@@ -1,7 +1,7 @@
-"""Ed25519 signatures (RFC 8032) of SHA256SUMS, as `openssl pkeyutl -rawin` makes and checks them.
+"""Ed25519 signatures (RFC 8032) of SHA256SUMS, compatible with `openssl pkeyutl -rawin`.
 
-openssl genpkey -algorithm ed25519 -out key.pem        # stays with who exports
-openssl pkey -in key.pem -pubout -out public.pem       # goes, by another way than the package, to who trusts it
+openssl genpkey -algorithm ed25519 -out key.pem        # private key of the exporter
+openssl pkey -in key.pem -pubout -out public.pem       # public key; send it separately from the package
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from medim.types import UserError
 
 
 def load_private_key(path: Path) -> Ed25519PrivateKey:
-    """The key of who signs.
+    """Load the private key of the signer.
 
     Raises:
-        UserError: no Ed25519 private key in PEM, without a password, lies at `path`.
+        UserError: `path` is not an Ed25519 private key in PEM without a password.
     """
     key = _load_pem(path, lambda data: serialization.load_pem_private_key(data, None))
     if not isinstance(key, Ed25519PrivateKey):
@@ -29,10 +29,10 @@ def load_private_key(path: Path) -> Ed25519PrivateKey:
 
 
 def load_public_key(path: Path) -> Ed25519PublicKey:
-    """The key of whom a site trusts.
+    """Load the public key of a trusted signer.
 
     Raises:
-        UserError: no Ed25519 public key in PEM lies at `path`.
+        UserError: `path` is not an Ed25519 public key in PEM.
     """
     key = _load_pem(path, serialization.load_pem_public_key)
     if not isinstance(key, Ed25519PublicKey):
@@ -41,17 +41,17 @@ def load_public_key(path: Path) -> Ed25519PublicKey:
 
 
 def key_to_hex(key: Ed25519PublicKey) -> str:
-    """A public key as 64 hexadecimal digits."""
+    """Convert a public key to 64 hexadecimal digits."""
     return key.public_bytes_raw().hex()
 
 
 def key_from_hex(digits: str) -> Ed25519PublicKey:
-    """What `key_to_hex` wrote."""
+    """Convert 64 hexadecimal digits to a public key."""
     return Ed25519PublicKey.from_public_bytes(bytes.fromhex(digits))
 
 
 def is_signed(data: bytes, signature: bytes, key: Ed25519PublicKey) -> bool:
-    """Whether the owner of a key signed some bytes."""
+    """Whether a signature of the data is valid for a public key."""
     try:
         key.verify(signature, data)
     except InvalidSignature:
@@ -60,18 +60,22 @@ def is_signed(data: bytes, signature: bytes, key: Ed25519PublicKey) -> bool:
 
 
 def _load_pem(path: Path, parse_key: Callable[[bytes], object]) -> object:
-    """What a PEM file holds; None where it holds no key that can be read."""
+    """Read a PEM file; return None if it contains no readable key.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     try:
         return parse_key(Path(path).read_bytes())
     except OSError as error:
-        raise UserError(f"{path}: could not be read ({error.strerror}). Give the file of a key.") from error
-    except (ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: it has a password
+        raise UserError(f"{path}: could not be read ({error.strerror}). Specify a key file.") from error
+    except (ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: the key has a password
         return None
 
 
 def _build_key_error(path: Path, kind: str) -> UserError:
     return UserError(
         f"{path}: expected an Ed25519 {kind} key in PEM without a password, got something else. "
-        "`openssl genpkey -algorithm ed25519 -out key.pem` makes a private key, "
-        "`openssl pkey -in key.pem -pubout -out public.pem` its public one."
+        "Create a private key with `openssl genpkey -algorithm ed25519 -out key.pem` "
+        "and its public key with `openssl pkey -in key.pem -pubout -out public.pem`."
     )

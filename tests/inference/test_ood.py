@@ -169,7 +169,8 @@ def test_contract_card_and_verify_tell_of_the_statistics(guarded: dict[str, Pack
     assert package.contract.reference is not None
     assert (package.contract.reference.images, package.contract.reference.held_out_subjects) == (60, 30)
     checks = {check.name: check for check in verify_package(package.folder)}
-    assert "60 images of 60 subjects; limits from 30 of 30 others" in checks["out-of-distribution guard"].detail
+    detail = checks["out-of-distribution detector"].detail
+    assert "60 images of 60 subjects; limits from 30 images of 30 other subjects" in detail
     assert "60 images of 60 subjects" in (package.folder / "MODEL_CARD.md").read_text()
 
 

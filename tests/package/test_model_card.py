@@ -29,7 +29,7 @@ def test_what_the_run_recorded_is_on_the_card(packages: dict[str, Package]) -> N
     run = {"init": "pretrained", "labelled": 5, "steps": 100}
     sections = build_model_card(contract, {}, run).sections
     assert sections["Model"]["parent encoder (sha256)"] == parent
-    assert sections["Training"]["initial weights"] == "the parent encoder's"
+    assert sections["Training"]["initial weights"] == "parent encoder"
     assert (sections["Data"]["labelled images"], sections["Training"]["steps"]) == (5, 100)
     assert sections["Model"]["encoder"] == "unet (channels [4, 8])"
     assert sections["Model"]["why this encoder"] == NOT_REPORTED

@@ -207,7 +207,7 @@ def test_a_graph_that_loads_and_cannot_run_is_a_broken_package(copy_of: Callable
     made.graph.node[1].input[0] = "reshaped"
     path.write_bytes(made.SerializeToString())
     write_sums(folder)
-    with pytest.raises(PackageError, match="ONNX Runtime cannot run it") as raised:
+    with pytest.raises(PackageError, match="ONNX Runtime cannot run the graph") as raised:
         verify_package(folder)
     assert raised.value.exit_code == 3
 

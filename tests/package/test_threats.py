@@ -83,13 +83,13 @@ def test_statistics_of_another_guard_with_recomputed_sums_are_found_by_the_contr
     made = reference(int(packages["classifier"].contract.signature.outputs[-1].shape[1]))
     (run / "model" / "reference.npz").write_bytes(made.dump())
     folder = export(run, tmp_path / "package").folder
-    assert "out-of-distribution guard" in [check.name for check in verify_package(folder)]
+    assert "out-of-distribution detector" in [check.name for check in verify_package(folder)]
     blind = replace(
         made, gaussians={name: replace(part, limit=1e9) for name, part in made.gaussians.items()}
     )  # flags nothing
     (folder / "models" / "reference.npz").write_bytes(blind.dump())
     write_sums(folder)
-    with pytest.raises(PackageError, match="not the statistics"):
+    with pytest.raises(PackageError, match=r"reference\.npz: the sha256 differs from that in medim\.json"):
         verify_package(folder)
 
 
