@@ -1,4 +1,4 @@
-"""medim: Deep InfoMax pretraining of medical image encoders, from DICOM to a package a hospital can run."""
+"""medim: Deep InfoMax pretraining of medical image encoders, from DICOM files to a deployable package."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Import the five names lazily, so that `import medim` stays light."""
+    """Import the five public functions on first access, so that `import medim` stays fast."""
     if name not in _HOME:
         raise AttributeError(f"module 'medim' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(import_module(_HOME[name]), name)

@@ -1,9 +1,8 @@
-"""One YAML a run, typed and derived from signatures.
+"""Run configuration: one YAML file per run, validated against types and constructor signatures.
 
-`load_config` reads a preset or a file, applies `--set key=value` and checks it; `validate_section` and
-`build_from_section` check a section such as
-`{name: unet, channels: [8, 16]}` against the constructor's own signature, so that a new class never edits this file
-and no class ever sees a config object.
+`load_config` reads a preset or a file, applies `--set key=value` and validates the result. `validate_section` and
+`build_from_section` check a section such as `{name: unet, channels: [8, 16]}` against the signature of the
+constructor. A new class therefore needs no change here, and no class receives a config object.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ Schedule = Literal["cosine", "constant", "steps"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Decay = typing.Annotated[float, Field(ge=0, lt=1)]
 T = typing.TypeVar("T")
-# Keys that came after runs did, and count in the hash where they are set.
+# Keys added after the first release: they enter the hash only if set, so that the hashes of older runs stay the same.
 KEYS_ADDED_LATER = ("compile", "encode_in_chunks_of", "select_without_labels")
-AUTO = "auto"  # stands for numbers that follow the images; `medim.training.auto_config` fills them in
+AUTO = "auto"  # placeholder for numbers that depend on the images; `medim.training.auto_config` fills them in
 
 
 class _StrictConfig(BaseModel):
@@ -48,70 +47,73 @@ class _StrictConfig(BaseModel):
 
 
 class ViewsConfig(_StrictConfig):
-    """What a batch is cut from: crops of the preprocessed image and their random augmentation."""
+    """Views of a batch: crops of the preprocessed image and their random augmentation."""
 
     shape: tuple[PositiveInt, ...] = Field(description="size of a view, in voxels of the preprocessed image")
     count: Literal[1, 2] = Field(
-        1, description="views an image; with 2, the summary of one meets the maps of the other"
+        1, description="views per image; with 2, the summary of one is compared with the maps of the other"
     )
-    same_place: bool = Field(True, description="cut the views of an image at one place")
+    same_place: bool = Field(True, description="crop all views of an image at the same position")
     augmentations: list[Section] = Field(
-        default_factory=list, description="random transforms, drawn anew for each view"
+        default_factory=list, description="random transforms, sampled anew for each view"
     )
 
 
 class RunConfig(_StrictConfig):
-    """What every run has. The hash of the resolved config names the run."""
+    """Settings common to all runs. The hash of the resolved config identifies the run."""
 
-    name: str = Field("custom", description="the preset this run started from")
+    name: str = Field("custom", description="name of the preset that the run is based on")
     modality: Modality = Field(description="mri or xray")
-    preprocessing: list[Section] = Field(description="deterministic steps; they travel with the encoder")
-    views: ViewsConfig = Field(description="what a batch is cut from")
+    preprocessing: list[Section] = Field(description="deterministic steps; saved with the encoder")
+    views: ViewsConfig = Field(description="crops and augmentation of a batch")
     encoder: Section = Field(description="an entry of ENCODERS and its options")
     max_steps: PositiveInt = Field(description="optimiser steps of the whole run")
-    batch_size: PositiveInt = Field(description="images a step, over all devices")
+    batch_size: PositiveInt = Field(description="images per step, over all devices")
     lr: PositiveFloat = Field(description="peak learning rate")
-    optimiser: OptimiserName = Field("adamw", description="AdamW, or Adam or RAdam where a paper has them")
+    optimiser: OptimiserName = Field("adamw", description="adamw, adam or radam; the last two reproduce papers")
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="the optimiser's decay rates of its two moments")
     schedule: Schedule = Field(
-        "cosine", description="the rate after the warm-up: a cosine to zero, constant, or a fifth from each of drop_at"
+        "cosine",
+        description="learning rate after warm-up: cosine decay to zero, constant, or divided by 5 at each of drop_at",
     )
-    drop_at: tuple[PositiveInt, ...] = Field((), description="steps at which the schedule `steps` drops the rate")
+    drop_at: tuple[PositiveInt, ...] = Field((), description="steps at which the schedule `steps` reduces the rate")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(
-        0.01, ge=0, description="weight decay of matrices; decoupled from the gradient in AdamW alone"
+        0.01, ge=0, description="weight decay of matrices; decoupled from the gradient only in AdamW"
     )
     gradient_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
     checkpoint_every_steps: PositiveInt = Field(100, description="steps between two checkpoints")
     precision: Precision = Field(
-        "32-true", description="Lightning's precision; scores stay fp32, and all does on a CPU without bf16 arithmetic"
+        "32-true",
+        description="Lightning's precision; objective scores are always fp32, and so is everything on a CPU without "
+        "bf16 arithmetic",
     )
     workers: int = Field(0, ge=0, description="loading processes; 0 loads in the training process")
-    prefetch: PositiveInt = Field(2, description="batches that each loading process has ready ahead of the step")
+    prefetch: PositiveInt = Field(2, description="batches that each loading process prepares in advance")
 
     @model_validator(mode="after")
     def _check_drop_at(self) -> RunConfig:
         if bool(self.drop_at) != (self.schedule == "steps"):
-            raise ValueError("the schedule `steps` needs drop_at, and drop_at that schedule")
+            raise ValueError("the schedule `steps` needs drop_at, and drop_at needs the schedule `steps`")
         return self
 
     @property
     def spatial_dims(self) -> int:
-        """2 or 3, from the views."""
+        """Number of spatial dimensions of the views: 2 or 3."""
         return len(self.views.shape)
 
     @property
     def optimisation(self) -> dict[str, Any]:
-        """The arguments of `medim.training.engine.optim.build_optimiser`."""
+        """Arguments of `medim.training.engine.optim.build_optimiser`."""
         keys = ("lr", "optimiser", "betas", "schedule", "drop_at", "warmup_steps", "weight_decay", "max_steps")
         return {key: getattr(self, key) for key in keys}
 
     @property
     def hash(self) -> str:
-        """Twelve hex digits that name what is computed.
+        """Twelve hex digits that identify the computation.
 
-        Neither the preset's name nor how the images are loaded counts. `KEYS_ADDED_LATER` keys count where they are
-        set, so that a run of a release without them keeps its name.
+        The preset name and the data-loading settings are excluded. Keys of `KEYS_ADDED_LATER` are included only if
+        set, so that the hash of a run of an earlier release stays the same.
         """
         unset_keys = {key for key in KEYS_ADDED_LATER if key in type(self).model_fields and not getattr(self, key)}
         return json_sha256(self.model_dump(mode="json", exclude={"name", "workers", "prefetch", *unset_keys}))[:12]
@@ -122,40 +124,40 @@ class PretrainConfig(RunConfig):
 
     objectives: list[Section] = Field(min_length=1, description="entries of OBJECTIVES, each with a weight (default 1)")
     decoder: Section | None = Field(
-        None, description="an entry of DECODERS, for objectives that decode; saved beside the encoder"
+        None, description="an entry of DECODERS, for objectives that decode; saved with the encoder"
     )
     encode_in_chunks_of: PositiveInt | None = Field(
         None,
-        description="images that encoder and decoder take at a time, keeping no activations: less memory, one more "
-        "forward pass, the same gradient; none keeps them",
+        description="images per forward pass of encoder and decoder, without stored activations: less memory, one "
+        "more forward pass, the same gradient; null: the whole batch at once",
     )
     compile: bool = Field(False, description="compile encoder and decoder with torch.compile")
     select_without_labels: bool = Field(
-        False, description="no online probe: the held-out loss alone chooses the step that is left, labels or not"
+        False, description="no online probe: only the validation loss selects the saved step, even with labels"
     )
 
 
 class FinetuneConfig(RunConfig):
-    """A fine-tuning run; the same schedule serves the pretrained encoder and its from-scratch twin."""
+    """A fine-tuning run. The pretrained encoder and the from-scratch baseline use the same schedule."""
 
-    task: Literal["segmentation", "classification"] = Field(description="what is learnt")
+    task: Literal["segmentation", "classification"] = Field(description="task to learn")
     decoder: Section | None = Field(None, description="an entry of DECODERS; segmentation needs one")
     head: Section = Field(description="an entry of HEADS and its options")
     pretrained_lr_scale: NonNegativeFloat = Field(
         1.0,
-        description="learning rate of what comes pretrained (encoder, decoder) over lr, 0 freezes it; fresh parts "
-        "learn at lr",
+        description="learning rate of the pretrained parts (encoder, decoder) relative to lr; 0 freezes them. New "
+        "parts use lr",
     )
     head_init: Literal["random", "probe"] = Field(
-        "random", description="probe: start the head as a linear probe of the features it sees"
+        "random", description="probe: initialise the head from a linear probe of the features"
     )
     measure_at: tuple[PositiveInt, ...] | None = Field(
         None,
-        description="steps after which the validation split is measured on the way, and nothing is chosen by it; null: "
-        "none, or what `medim study` finds that it can afford",
+        description="steps after which the validation split is measured, for information only; null: none, or a "
+        "number that `medim study` derives from its time budget",
     )
     inference: Section = Field(
-        default_factory=lambda: {"mode": "whole"}, description="how a whole image is run; travels with the model"
+        default_factory=lambda: {"mode": "whole"}, description="inference on a whole image; saved with the model"
     )
 
 
@@ -163,7 +165,7 @@ CONFIG_CLASSES: dict[Command, type[RunConfig]] = {"pretrain": PretrainConfig, "f
 
 
 def list_presets(command: Command) -> dict[str, Path]:
-    """The shipped presets of a command, by name."""
+    """Map the names of the shipped presets of a command to their files."""
     package_folder = Path(__file__).parent
     folder = next((f for f in (package_folder / "configs", package_folder.parent / "configs") if f.is_dir()), None)
     if folder is None:
@@ -172,13 +174,13 @@ def list_presets(command: Command) -> dict[str, Path]:
 
 
 def read_config(command: Command, name_or_path: str) -> Section:
-    """Read a preset by name, or a YAML file by path, unchecked.
+    """Read a preset by name, or a YAML file by path, without validation.
 
-    A file that has `extends: NAME` holds only what differs: its keys take the place of those of the preset (or file)
-    it names, `views` key by key.
+    A file with `extends: NAME` contains only the differences: its keys replace those of the named preset (or file),
+    and its `views` are merged key by key.
 
     Raises:
-        UsageError: no such preset or file, not a YAML mapping, or files that extend each other in a ring.
+        UsageError: no such preset or file, not a YAML mapping, or files that extend each other in a cycle.
     """
     return _read_extended(command, name_or_path, ())
 
@@ -199,7 +201,7 @@ def _read_extended(command: Command, name_or_path: str, ancestors: tuple[str, ..
     base = content.pop("extends", None)
     if base is not None:
         if str(base) in (*ancestors, path.stem, str(path)):
-            raise UsageError(f"{path}: extends {base}, which extends it; let one of them hold all it needs.")
+            raise UsageError(f"{path}: extends {base}, which extends {path}. Remove one of the two `extends`.")
         extended = _read_extended(command, str(base), (*ancestors, path.stem, str(path)))
         views = {**extended.get("views", {}), **content["views"]} if isinstance(content.get("views"), dict) else None
         content = {**extended, "name": path.stem, **content, **({"views": views} if views else {})}
@@ -210,7 +212,7 @@ def apply_overrides(content: Section, assignments: Iterable[str]) -> Section:
     """Apply `key=value` assignments; keys may be dotted (`views.shape=[64,64,64]`, `objectives.0.weight=2`).
 
     Raises:
-        UsageError: an assignment without `=`, or a path into something that is not there.
+        UsageError: an assignment without `=`, or a path to a key or item that does not exist.
     """
     content = typing.cast(Section, yaml.safe_load(yaml.safe_dump(content)))
     for assignment in assignments:
@@ -231,7 +233,7 @@ def apply_overrides(content: Section, assignments: Iterable[str]) -> Section:
         elif isinstance(target, dict):
             target[last] = value
         else:
-            raise UsageError(f"--set {assignment}: {'.'.join(parents)} is a {type(target).__name__} and holds no keys.")
+            raise UsageError(f"--set {assignment}: {'.'.join(parents)} is a {type(target).__name__} without keys.")
     return content
 
 
@@ -240,21 +242,21 @@ def load_config(command: Literal["pretrain"], name_or_path: str, assignments: Se
 @typing.overload
 def load_config(command: Literal["finetune"], name_or_path: str, assignments: Sequence[str] = ()) -> FinetuneConfig: ...
 def load_config(command: Command, name_or_path: str, assignments: Sequence[str] = ()) -> RunConfig:
-    """Read, override and check a run's configuration in which nothing is left `auto`.
+    """Read, override and validate the configuration of a run; no value may be left `auto`.
 
     Args:
-        command: whose presets and keys.
+        command: command that the configuration is for.
         name_or_path: a preset's name or a YAML file.
         assignments: `key=value` strings, applied in order.
 
     Raises:
-        UsageError: an unknown key or a value of the wrong type; the message holds the nearest right spelling.
+        UsageError: an unknown key or a value of the wrong type; the message suggests the nearest valid spelling.
     """
     return check_config(command, apply_overrides(read_config(command, name_or_path), assignments), source=name_or_path)
 
 
 def check_config(command: Command, content: Section, *, source: str) -> RunConfig:
-    """Validate a configuration's content, whose numbers are all given; see `load_config`."""
+    """Validate the content of a configuration without `auto` values; see `load_config`."""
     config_class = CONFIG_CLASSES[command]
     try:
         config = config_class.model_validate(content)
@@ -263,12 +265,12 @@ def check_config(command: Command, content: Section, *, source: str) -> RunConfi
             f"config {source}: " + "; ".join(_describe_config_error(config_class, e) for e in error.errors())
         ) from None
     if remaining_keys := auto_keys(content):
-        raise UsageError(f"config {source}: {', '.join(remaining_keys)}: no rule fills in {AUTO!r} here; give a value.")
+        raise UsageError(f"config {source}: {', '.join(remaining_keys)}: no rule for {AUTO!r} here; give a value.")
     return config
 
 
 def auto_keys(content: Any, prefix: str = "") -> list[str]:
-    """The dotted keys whose value is `auto`."""
+    """List the dotted keys whose value is `auto`."""
     if isinstance(content, dict | list):
         items = content.items() if isinstance(content, dict) else enumerate(content)
         return [key for part, value in items for key in auto_keys(value, f"{prefix}.{part}" if prefix else str(part))]
@@ -276,20 +278,20 @@ def auto_keys(content: Any, prefix: str = "") -> list[str]:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved configuration as YAML, every default written out."""
+    """Format the resolved configuration as YAML, with all defaults written out."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
 
 
 def validate_section(
     table: Mapping[str, Callable[..., T]], section: Section, *, key: str = "name", run_args: Iterable[str] = ()
 ) -> tuple[Callable[..., T], dict[str, Any]]:
-    """Check a section against the signature of the table's entry it names.
+    """Check a section against the signature of the table entry that it names.
 
     Args:
         table: name to constructor (or function).
         section: `{key: name, **options}`.
-        key: what the name stands under.
-        run_args: parameters that the caller will pass itself.
+        key: key of the name in the section.
+        run_args: parameters that the caller passes itself.
 
     Returns:
         The constructor and its checked options.
@@ -324,13 +326,14 @@ def validate_section(
 def build_from_section(
     table: Mapping[str, Callable[..., T]], section: Section, *, key: str = "name", **run_args: Any
 ) -> T:
-    """Construct the table's entry that a section names.
+    """Construct the table entry that a section names.
 
     Args:
         table: name to constructor.
         section: `{key: name, **options}`, checked as in `validate_section`.
-        key: what the name stands under.
-        **run_args: what the run knows (spatial_dims, channels, ...); passed where the constructor takes it.
+        key: key of the name in the section.
+        **run_args: values known only at run time (spatial_dims, channels, ...), passed if the constructor has such a
+            parameter.
 
     Raises:
         UsageError: see `validate_section`.
@@ -356,7 +359,7 @@ def _get_item(target: Any, part: str, assignment: str) -> Any:
 
 
 def unknown_name_message(kind: str, name: str, choices: Iterable[str]) -> str:
-    """The sentence on a name that is not there: the nearest one, and all."""
+    """Format the message about an unknown name, with the nearest and all valid names."""
     names = sorted(choices)
     matches = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f" Did you mean {matches[0]!r}?" if matches else ""

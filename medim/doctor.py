@@ -1,4 +1,4 @@
-"""What this machine has for medim, a line a check, a remedy where one fails."""
+"""Check the environment of medim: packages, devices, codecs, tracking and disk, with a remedy per failed check."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from medim.version import DISTRIBUTION, __version__, install_command
 
 @dataclass(frozen=True)
 class EnvironmentCheck:
-    """One line: what was looked at, whether it is well, what was found, and what to do where it is not."""
+    """Result of one check: its name, whether it passed, the observed status, and the remedy if it failed."""
 
     name: str
     ok: bool
@@ -24,7 +24,7 @@ class EnvironmentCheck:
 
 
 def run_checks() -> Iterator[EnvironmentCheck]:
-    """Look at Python packages, devices, DICOM codecs, the tracking target and the disk."""
+    """Check the Python packages, devices, DICOM codecs, MLflow target, site key and free disk space."""
     yield _check_distribution()
     yield from _check_packages()
     if importlib.util.find_spec("torch"):
@@ -37,7 +37,7 @@ def run_checks() -> Iterator[EnvironmentCheck]:
     )
     key = os.environ.get("MEDIM_SITE_KEY")
     yield EnvironmentCheck(
-        "site key", True, "MEDIM_SITE_KEY is set" if key else "a file in the user's config folder, made at first use"
+        "site key", True, "MEDIM_SITE_KEY is set" if key else "a file in the user's config folder, created at first use"
     )
 
 
@@ -88,7 +88,7 @@ def _check_devices() -> Iterator[EnvironmentCheck]:
     )
     bf16 = torch.cuda.is_bf16_supported() if gpus else torch.ops.mkldnn._is_mkldnn_bf16_supported()
     yield EnvironmentCheck(
-        "precision", True, "32-true, bf16-mixed" if bf16 else "32-true (no bf16 arithmetic: bf16-mixed runs as it)"
+        "precision", True, "32-true, bf16-mixed" if bf16 else "32-true (no bf16 arithmetic: bf16-mixed runs as 32-true)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: write beside, flush to the disk, rename."""
+"""Atomic file writing: a file is complete or absent (write to a temporary file, flush to disk, rename)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from medim.types import UserError
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: $MEDIM_CACHE, else $XDG_CACHE_HOME/medim, else ~/.cache/medim."""
+    """Return the folder of reproducible files: $MEDIM_CACHE, else $XDG_CACHE_HOME/medim, else ~/.cache/medim."""
     custom_folder = os.environ.get("MEDIM_CACHE")
     return (
         Path(custom_folder)
@@ -27,7 +27,7 @@ def cache_folder() -> Path:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old one or the new one and nothing between.
+    """Write a file atomically: after a crash, the path contains the old or the new content, never a part of it.
 
     Raises:
         UserError: the folder cannot be written (missing permission, full disk).
@@ -53,17 +53,17 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes` for UTF-8 text."""
+    """Write a UTF-8 text file atomically, see `write_bytes`."""
     write_bytes(path, text.encode())
 
 
 def encode_json(content: Mapping[str, Any]) -> bytes:
-    """Canonical JSON: indented, in the given key order, never NaN (use None)."""
+    """Encode canonical JSON: indented, in the given key order, without NaN (use None)."""
     return (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """`write_bytes` for `encode_json`."""
+    """Write a JSON file atomically, see `encode_json` and `write_bytes`."""
     write_bytes(path, encode_json(content))
 
 
@@ -94,23 +94,23 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object
 
 
 def file_sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
+    """Compute the SHA-256 hex digest of the bytes of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def json_sha256(content: Any) -> str:
-    """Hex digest of a JSON-able object, whatever the order of its keys."""
+    """Compute the SHA-256 hex digest of a JSON-serialisable object, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def prepare_output_folder(out: Path, *, overwrite: bool = False, resume: bool = False) -> Path:
-    """Make the output folder of a run.
+    """Create the output folder of a run.
 
     Args:
-        out: the folder.
-        overwrite: empty it first where it holds something and was made by this function.
-        resume: keep what it holds.
+        out: output folder.
+        overwrite: empty the folder first, if it has content and was created by this function.
+        resume: keep the content of the folder.
 
     Raises:
         UserError: `out` is not empty and neither flag is given, it is a file, or it cannot be written.
@@ -123,10 +123,10 @@ def prepare_output_folder(out: Path, *, overwrite: bool = False, resume: bool = 
         if not overwrite:
             raise UserError(
                 f"{out}: expected an empty or new folder. "
-                "Use another --out, --resume where the command can continue, or --overwrite to start over."
+                "Use another --out, --resume if the command can continue, or --overwrite to start over."
             )
         if not marker.is_file():
-            raise UserError(f"{out}: --overwrite empties only what medim made, and this is not. Empty it yourself.")
+            raise UserError(f"{out}: --overwrite empties only folders created by medim. Empty it yourself.")
         shutil.rmtree(out)
     try:
         out.mkdir(parents=True, exist_ok=True)

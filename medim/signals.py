@@ -1,7 +1,7 @@
-"""SIGTERM and SIGUSR1: the wish that a run saves and leaves with exit code 75, so that it may be started again.
+"""Shutdown on SIGTERM and SIGUSR1: the run saves a checkpoint and exits with code 75, so that it can be resumed.
 
-Outside of training whoever is asked leaves at once, as with Ctrl-C: every file is whole or absent, and the last
-checkpoint holds all that was trained. In training the wish is noted, and heard between two steps.
+Outside of training, a signal ends the process at once, like Ctrl-C: every file is complete or absent, and the last
+checkpoint contains all training so far. During training, the signal is recorded and handled between two steps.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ SIGNAL_NAMES = ("SIGTERM", "SIGUSR1")
 
 
 class StoppedError(UserError):
-    """The run was asked to stop and saved where it was; whoever asked may start it again with --resume."""
+    """The run was stopped by a signal after saving its state; `--resume` continues it."""
 
     exit_code = 75
 
 
 class _ShutdownRequested(BaseException):
-    """Raised by the signal; no `except Exception` on the way keeps it."""
+    """Raised on a signal; derives from BaseException so that no `except Exception` catches it."""
 
     exit_code = StoppedError.exit_code
 
 
 def exited_after_saving(error: BaseException) -> bool:
-    """Whether this is how a run leaves that was asked to, in this process or in the first."""
+    """Whether an error is the regular exit after a shutdown request, in this process or in the main process."""
     return getattr(error, "exit_code", getattr(error, "code", 1)) == StoppedError.exit_code
 
 
 class ShutdownRequest:
-    """Whether a run was asked to stop.
+    """Shutdown request of a run, set by a signal.
 
     Attributes:
-        signal_name: the signal's name, or empty.
+        signal_name: name of the signal, or empty if there was none.
     """
 
     def __init__(self) -> None:
@@ -46,13 +46,13 @@ class ShutdownRequest:
         self._deferring = self._exiting = False
 
     def notify(self, name: str) -> None:
-        """Note a signal, and leave at once unless `holding`."""
+        """Record a signal, and exit at once unless exits are `deferred`."""
         self.signal_name = self.signal_name or name
         self._exit_if_requested()
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only note signals meanwhile; leave at the end, also of what failed since, where `leave` answered none."""
+        """Only record signals inside the block; exit at its end, also after an error, unless `respond` was called."""
         self._deferring = True
         try:
             yield
@@ -61,10 +61,10 @@ class ShutdownRequest:
             self._exit_if_requested()
 
     def respond(self, saved_state: str) -> NoReturn:
-        """Answer a noted signal.
+        """End the run after a recorded signal.
 
         Args:
-            saved_state: what is safe now.
+            saved_state: description of the saved state, for the message.
 
         Raises:
             StoppedError: always.
@@ -76,7 +76,7 @@ class ShutdownRequest:
 
     def _exit_if_requested(self) -> None:
         if self.signal_name and not self._deferring and not self._exiting:
-            self._exiting = True  # what comes while leaving changes nothing
+            self._exiting = True  # further signals have no effect during the exit
             raise _ShutdownRequested
 
 
@@ -84,18 +84,18 @@ _active_request: ShutdownRequest | None = None
 
 
 def current_request() -> ShutdownRequest:
-    """The wish of the run that is on, or one that nobody expresses."""
+    """Return the shutdown request of the current run, or an inactive one."""
     return _active_request or ShutdownRequest()
 
 
 @contextmanager
 def handle_shutdown_signals() -> Iterator[None]:
-    """Hear the signals in what runs inside; handlers that were there before hear them, too.
+    """Handle the signals inside the block; previously installed handlers are called too.
 
-    Inside another `handle_shutdown_signals`, or outside of the main thread, nothing changes.
+    Has no effect inside another `handle_shutdown_signals` or outside of the main thread.
 
     Raises:
-        StoppedError: a signal came.
+        StoppedError: a signal arrived.
     """
     global _active_request
     if _active_request is not None or threading.current_thread() is not threading.main_thread():
@@ -117,7 +117,7 @@ def handle_shutdown_signals() -> Iterator[None]:
         yield
     except _ShutdownRequested:
         raise StoppedError(
-            f"stopped by {request.signal_name}; what was written is whole, and the same command with --resume "
+            f"stopped by {request.signal_name}; all written files are complete, and the same command with --resume "
             f"continues."
         ) from None
     finally:

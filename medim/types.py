@@ -1,10 +1,10 @@
-"""What travels through the house: a `Volume` in, `Views` of it, `Features` of those.
+"""Types shared by all packages: `Volume` (an image), `Views` (a batch) and `Features` (encoder output).
 
-Shapes are said here once. Spatial axes come last; `...` stands for (D, H, W) or (H, W).
+Array conventions: spatial axes come last; `...` in a shape means (D, H, W) or (H, W).
 
-* 3D: axes run to the patient's Right, Anterior, Superior (RAS+), so `array[c, i + 1]` lies to the right of `array[c,
-i]`.
-* 2D: axes run down the rows and along the columns, as the picture is shown.
+* 3D: axes point to the patient's Right, Anterior and Superior (RAS+), so the voxel `array[c, i + 1]` is to the right
+  of `array[c, i]`.
+* 2D: the first axis runs down the rows, the second along the columns, as the image is displayed.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ Step = dict[str, Any]  # one preprocessing step: {"op": name, **options}
 
 
 class UserError(Exception):
-    """A failure the user can act on: says what was expected, what came, where, and what to do.
+    """An error that the user can correct. The message contains the place, the problem and the remedy.
 
-    The command line prints the message without a traceback and leaves with `exit_code` (see `docs/reference/cli.md`).
+    The command line prints the message without a traceback and exits with `exit_code` (see `docs/reference/cli.md`).
     """
 
     exit_code = 1
 
 
 class UsageError(UserError):
-    """A misspelt option, config key or table entry; the message holds the nearest right spelling."""
+    """A misspelt option, config key or table entry; the message suggests the nearest valid spelling."""
 
     exit_code = 2
 
 
 @dataclass(frozen=True, eq=False)
 class Volume:
-    """An image with its place in space.
+    """An image with its position in space.
 
     Attributes:
         array: (C, D, H, W) or (C, H, W), float32 (images) or an integer type (masks).
@@ -56,7 +56,7 @@ class Volume:
 
     @property
     def spatial_dims(self) -> int:
-        """2 or 3."""
+        """Number of spatial dimensions: 2 or 3."""
         return self.array.ndim - 1
 
     @property
@@ -70,17 +70,17 @@ class Volume:
         return tuple(float(v) for v in np.linalg.norm(self.affine[:3, : self.spatial_dims], axis=0))
 
     def with_array(self, array: Array, affine: Array | None = None) -> Volume:
-        """The same source with other voxels, on the grid that `affine` describes (default: unchanged)."""
+        """Return a copy with other voxels, on the grid of `affine` (default: the same grid)."""
         return replace(self, array=array, affine=self.affine if affine is None else affine)
 
 
 @dataclass(frozen=True, eq=False)
 class Views:
-    """A batch of B images, V views of each.
+    """A batch of B images with V views per image.
 
     Attributes:
         image: (B, V, C, ...), float.
-        location: (B, V, spatial_dims), where the view's first voxel lies in the preprocessed image, in voxels.
+        location: (B, V, spatial_dims), index of the view's first voxel in the preprocessed image, in voxels.
     """
 
     image: torch.Tensor
@@ -89,10 +89,10 @@ class Views:
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What an encoder makes of a batch of N images.
+    """Encoder output for a batch of N images.
 
     Attributes:
-        maps: local features, fine to coarse, each (N, channels[i], ...), neighbouring cells of map i lying strides[i]
+        maps: local features, fine to coarse, each (N, channels[i], ...). Neighbouring cells of map i are strides[i]
             voxels apart.
         summary: (N, summary_channels), the global feature.
     """

@@ -1,4 +1,4 @@
-"""Version of medim, and of the libraries that a result depends on."""
+"""Version of medim and of the libraries that affect results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DISTRIBUTION = "medim-infomax"  # name on the package index; the name `medim` be
 
 
 def collect_versions() -> dict[str, str]:
-    """Versions of medim, Python, torch and Lightning, for the provenance of a result that was computed with them."""
+    """Return the versions of medim, Python, torch and Lightning, to record the provenance of a result."""
     return {
         "medim": __version__,
         "python": platform.python_version(),
