@@ -1,6 +1,6 @@
-"""The image formats medim reads, and `read_volume` over all of them.
+"""Supported image formats, and `read_volume` for all of them.
 
-To add a format: a module here with a class that keeps to `base.Reader`, and one line in `READERS`.
+To add a format, write a module here with a class that implements `base.Reader`, and add it to `READERS`.
 """
 
 from __future__ import annotations
@@ -37,32 +37,32 @@ DICOM = DicomReader()
 _ITEM_PATTERN = re.compile(
     r"(.+\.(?:npz|nii|nii\.gz))#((?:(?:train|val|test)/)?[^#/]*)|(.+)#(\d+)", re.DOTALL | re.IGNORECASE
 )
-READERS: tuple[Reader, ...] = (  # the first that accepts a file reads it
+READERS: tuple[Reader, ...] = (  # the first reader that accepts a file reads it
     NiftiReader(),
     PictureReader(),
     NumpyReader(),
     ItkReader(),
-    DICOM,  # last: it opens files whose names say nothing
+    DICOM,  # last: it also opens files without a telling suffix
 )
 
 
 def find_reader(path: Path) -> Reader | None:
-    """The reader of a file, or None where no reader knows it."""
+    """Find the reader of a file; None if no reader accepts it."""
     return next((reader for reader in READERS if reader.accepts(path)), None)
 
 
 def collect_images(
     reader: Reader, inspections: Sequence[FileInspection], modality: Modality | None
 ) -> CollectionResult:
-    """Make images of files of one reader that were looked at.
+    """Assemble images from the inspections of files that belong to one reader.
 
     Args:
-        reader: whose `look` they are from.
-        inspections: one a file.
-        modality: DICOM images of another one are refused; None takes all.
+        reader: reader that made the inspections.
+        inspections: one per file.
+        modality: DICOM images of another modality are rejected; None accepts all.
 
     Returns:
-        the images, and what is none: each file ends in one of the two.
+        The images and the rejected files; each file is in exactly one of the two.
     """
     if reader is DICOM:
         return DICOM.collect_images(inspections, modality)
@@ -75,14 +75,15 @@ def read_volume(path: str | Path) -> Volume:
     """Read one image of any format in `READERS`.
 
     Args:
-        path: a file; a folder that holds one DICOM series; or `archive.npz#train/12`, `scan.nii.gz#3`, an image of a
-            file of many. A DICOM file stands for itself alone: one slice, or all frames of a multi-frame object.
+        path: a file; a folder with one DICOM series; or `archive.npz#train/12`, `scan.nii.gz#3` for one image of a
+            file with several. A DICOM file is read alone: one slice, or all frames of a multi-frame object.
 
     Returns:
-        float32 (C, D, H, W) with axes to Right, Anterior, Superior and mm, or (C, H, W) rows by columns.
+        In 3D float32 (C, D, H, W), with RAS+ axes and an affine in mm; in 2D (C, H, W), rows by columns.
 
     Raises:
-        ReadError: the file is missing, damaged, of no known format, or no image; it says which and why.
+        ReadError: the file is missing, damaged, of unknown format, or not an image; the message contains the path and
+            the reason.
     """
     file, item = split_item(path)
     try:
@@ -94,7 +95,7 @@ def read_volume(path: str | Path) -> Volume:
             reader = find_reader(file)
             if reader is None:
                 formats = "; ".join(reader.name for reader in READERS)
-                raise ReadError("not-an-image", f"no reader knows this file. Formats: {formats}")
+                raise ReadError("not-an-image", f"no reader accepts this file. Formats: {formats}")
             volume = reader.read(file, item)
         check_voxels(volume.array)
     except ReadError as error:
@@ -103,32 +104,32 @@ def read_volume(path: str | Path) -> Volume:
 
 
 def read_mask(path: str | Path) -> Volume:
-    """Read a segmentation: `read_volume` for class numbers, which in a picture with a palette are its places.
+    """Read a segmentation mask. Like `read_volume`, but a palette image gives the palette indices as class numbers.
 
     Returns:
-        uint8 (1, D, H, W) or (1, H, W). An empty mask is a mask.
+        uint8 (1, D, H, W) or (1, H, W). An empty mask is valid.
 
     Raises:
-        ReadError: as `read_volume`, or a voxel is no whole number from 0 to 255.
+        ReadError: as `read_volume`, or a voxel is not an integer from 0 to 255.
     """
     file, item = split_item(path)
     reader = find_reader(file) if file.is_file() else None
     try:
         if reader is None:
             raise ReadError(
-                "missing" if not file.exists() else "not-an-image", "expected a mask in a known format here"
+                "missing" if not file.exists() else "not-an-image", "expected a mask in a supported format here"
             )
         volume = reader.read_classes(file) if isinstance(reader, PictureReader) else reader.read(file, item)
         labels = volume.array.astype(np.uint8) if np.isfinite(volume.array).all() else None
         if labels is None or not np.array_equal(labels, volume.array):
-            raise ReadError("not-a-mask", "expected whole numbers from 0 to 255, one class each")
+            raise ReadError("not-a-mask", "expected integers from 0 to 255, one per class")
     except ReadError as error:
         raise error.with_path(path) from error
     return volume.with_array(labels)
 
 
 def split_item(path: str | Path) -> tuple[Path, str | None]:
-    """`archive.npz#train/12`, `scan.nii.gz#3` or `IM0001#0` as file and item; other `#` belong to the name."""
+    """Split `archive.npz#train/12`, `scan.nii.gz#3` or `IM0001#0` into file and item; other `#` belong to the name."""
     text = str(path)
     match = _ITEM_PATTERN.fullmatch(text)
     if match is None or Path(text).exists():

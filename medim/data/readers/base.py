@@ -1,4 +1,4 @@
-"""What every reader keeps to: the words of a finding, and the way to RAS+."""
+"""Common parts of all readers: the `Reader` protocol, `ReadError`, reorientation to RAS+, and basic checks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from nibabel import orientations
 from medim.data.readers.inspection import FileInspection, ImageInfo
 from medim.types import Array, UserError, Volume
 
-_nibabel: Any = orientations  # carries no types
+_nibabel: Any = orientations  # the module has no type annotations
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-MIN_SPACING, MAX_SPACING = 1e-4, 1e4  # mm a voxel
-MAX_BYTES = 8 << 30  # no single scan is this large; a header that announces more is broken or hostile
+MIN_SPACING, MAX_SPACING = 1e-4, 1e4  # mm per voxel
+MAX_BYTES = 8 << 30  # no single scan is this large: a header with a larger size is damaged or malicious
 
 
 class ReadError(UserError):
@@ -23,7 +23,7 @@ class ReadError(UserError):
 
     Attributes:
         reason: a stable code, as in `rejected.csv`.
-        detail: a sentence without any patient identity.
+        detail: an explanation without patient identities.
     """
 
     def __init__(self, reason: str, detail: str, *, path: str | Path | None = None) -> None:
@@ -32,11 +32,11 @@ class ReadError(UserError):
         self.detail = detail
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travel between processes, with the message as it is."""
+        """Pickle the error with its message, to send it between processes."""
         return _rebuild_error, (self.reason, self.detail, str(self))
 
     def with_path(self, path: str | Path) -> ReadError:
-        """The same error with the place it happened at."""
+        """Return the same error with the path of the file."""
         return ReadError(self.reason, self.detail, path=path)
 
 
@@ -47,7 +47,7 @@ def _rebuild_error(reason: str, detail: str, message: str) -> ReadError:
 
 
 class Reader(Protocol):
-    """A family of file formats. To add one: a module with a reader, and one line in `READERS`."""
+    """Reader of a family of file formats. To add one, write a module with a reader and add it to `READERS`."""
 
     name: str
 
@@ -56,10 +56,10 @@ class Reader(Protocol):
         ...
 
     def inspect(self, path: Path) -> FileInspection:
-        """What a file holds. Runs in a process of its own, and again only where the file has changed.
+        """List the images in a file. Runs in a worker process; the result is cached until the file changes.
 
         Raises:
-            ReadError: the file is no image of this format.
+            ReadError: the file is not an image of this format.
         """
         ...
 
@@ -67,17 +67,17 @@ class Reader(Protocol):
         """Read one image as float32 (C, ...), RAS+ in 3D.
 
         Raises:
-            ReadError: the file is no image of this format.
+            ReadError: the file is not an image of this format.
         """
         ...
 
 
 def single_image(volume: Volume, **info: Any) -> FileInspection:
-    """A file with one image, which was read whole.
+    """Build the inspection of a file with one image, after reading the whole file.
 
     Args:
-        volume: what was read.
-        info: what the file says beside; see `ImageInfo`.
+        volume: the image.
+        info: further metadata from the file; see `ImageInfo`.
 
     Raises:
         ReadError: a voxel is not finite, or all are equal.
@@ -87,14 +87,14 @@ def single_image(volume: Volume, **info: Any) -> FileInspection:
 
 
 def ras_volume(array: Array, affine: Array) -> Volume:
-    """Turn a 3D array so that its axes run to Right, Anterior, Superior; flips and swaps only.
+    """Reorient a 3D array so that its axes point to Right, Anterior and Superior, by flips and transpositions only.
 
     Args:
-        array: (i, j, k), on the file's own grid.
-        affine: (4, 4), its voxel index to RAS+ mm.
+        array: (i, j, k), on the grid of the file.
+        affine: (4, 4), voxel index on that grid to RAS+ mm.
 
     Raises:
-        ReadError: the affine is not finite or flattens space.
+        ReadError: the affine is not finite or is singular.
     """
     orientation = compute_orientation(affine)
     voxels = np.ascontiguousarray(_nibabel.apply_orientation(array, orientation))[None]
@@ -103,29 +103,29 @@ def ras_volume(array: Array, affine: Array) -> Volume:
 
 
 def ras_grid(shape: Sequence[int], affine: Array) -> tuple[tuple[int, ...], Array]:
-    """Shape and affine that `ras_volume` would give, without voxels."""
+    """Compute the shape and affine of `ras_volume` without the voxels."""
     orientation = compute_orientation(affine)
     order = np.argsort(orientation[:, 0])
     return tuple(int(shape[axis]) for axis in order), affine @ _nibabel.inv_ornt_aff(orientation, tuple(shape))
 
 
 def compute_orientation(affine: Array) -> Array:
-    """(3, 2) nibabel orientation of an affine.
+    """Compute the (3, 2) nibabel orientation of an affine.
 
     Raises:
-        ReadError: the affine is not finite or flattens space.
+        ReadError: the affine is not finite or is singular.
     """
     lengths = np.linalg.norm(affine[:3, :3], axis=0) if np.isfinite(affine).all() else np.zeros(3)
     if lengths.min() < MIN_SPACING or lengths.max() > MAX_SPACING:
         raise ReadError("bad-geometry", f"voxels of {lengths} mm; expected finite lengths above 0")
     orientation = np.asarray(_nibabel.io_orientation(affine))
     if not np.isfinite(orientation).all() or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-6:
-        raise ReadError("bad-geometry", "the affine flattens space: two axes run in one direction")
+        raise ReadError("bad-geometry", "the affine is singular: two axes have the same direction")
     return orientation
 
 
 def flat_volume(array: Array, spacing: Sequence[float] = (1.0, 1.0)) -> Volume:
-    """A 2D picture (rows, columns) with its (row, column) spacing in mm."""
+    """Build the volume of a 2D image (rows, columns) with its (row, column) spacing in mm."""
     affine = np.diag([float(spacing[0]), float(spacing[1]), 1.0, 1.0])
     return Volume(
         array=np.ascontiguousarray(array)[None], affine=affine, native_affine=affine, native_shape=array.shape
@@ -133,10 +133,10 @@ def flat_volume(array: Array, spacing: Sequence[float] = (1.0, 1.0)) -> Volume:
 
 
 def check_voxels(array: Array) -> None:
-    """Refuse what no model should ever see.
+    """Reject images without information or with invalid values.
 
     Raises:
-        ReadError: a voxel is not finite, or all are equal.
+        ReadError: an axis has length 0, a voxel is not finite, or all voxels are equal.
     """
     if array.size == 0:
         raise ReadError("empty-image", "the image has an axis of length 0")
@@ -149,7 +149,7 @@ def check_voxels(array: Array) -> None:
 
 
 def check_size(shape: Iterable[int], item_bytes: int) -> int:
-    """Bytes of an array as a header announces it.
+    """Compute the size in bytes of an array from its header.
 
     Raises:
         ReadError: an axis is not positive, or the array would exceed 8 GiB.
@@ -157,30 +157,30 @@ def check_size(shape: Iterable[int], item_bytes: int) -> int:
     count = item_bytes
     for length in shape:
         if length < 1:
-            raise ReadError("empty-image", f"the header announces an axis of length {length}")
+            raise ReadError("empty-image", f"the header specifies an axis of length {length}")
         count *= int(length)
     if count > MAX_BYTES:
-        raise ReadError("too-large", f"the header announces {count / 2**30:.1f} GiB of voxels; at most 8 GiB is read")
+        raise ReadError("too-large", f"the header specifies {count / 2**30:.1f} GiB of voxels; the limit is 8 GiB")
     return count
 
 
 def check_length(size: int, expected_size: int) -> None:
-    """Refuse voxels of another number than the header's: one of the two is wrong, and so may be the shape.
+    """Reject a file whose voxel data differ in length from the header: its shape may be wrong too.
 
     Raises:
-        ReadError: in that case.
+        ReadError: the lengths differ.
     """
     if size < expected_size:
-        raise ReadError("truncated", f"the header announces {expected_size} bytes of voxels, the file has {size}")
+        raise ReadError("truncated", f"the header specifies {expected_size} bytes of voxels, the file has {size}")
     if size > expected_size:
-        raise ReadError("length-mismatch", f"the header announces {expected_size} bytes of voxels, more follow")
+        raise ReadError("length-mismatch", f"the header specifies {expected_size} bytes of voxels, the file has more")
 
 
 def check_not_empty(path: Path) -> None:
-    """Refuse a file that is empty or not there.
+    """Reject a file that is empty or missing.
 
     Raises:
-        ReadError: always in those cases.
+        ReadError: the file is empty or cannot be opened.
     """
     try:
         size = path.stat().st_size
@@ -191,6 +191,6 @@ def check_not_empty(path: Path) -> None:
 
 
 def as_float(array: Array) -> Array:
-    """Numbers as float32; values too large for it become infinite and are refused by `check_voxels`."""
+    """Convert numbers to float32; values out of range become infinite and are rejected by `check_voxels`."""
     with np.errstate(over="ignore"):
         return np.asarray(array, dtype=np.float32)

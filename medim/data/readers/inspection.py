@@ -1,7 +1,7 @@
-"""What a reader sees in a file without keeping its voxels, and without anybody's name.
+"""Results of inspecting image files: metadata without voxels and without identities.
 
-Identities become pseudonyms and tokens while the header is read (`medim.privacy`), so that a sight may be handed
-from process to process and remembered on disk.
+Identities become pseudonyms and tokens while the header is read (`medim.privacy`), so that an inspection may be passed
+to other processes and cached on disk.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ Affine = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class ImageInfo:
-    """An image that a reader found.
+    """Metadata of one image.
 
     Attributes:
-        files: every file it is made of; the first one stands for it.
-        item: its place in a file of many images ("train/12").
+        files: all files of the image; the first one represents it.
+        item: position in a file with several images ("train/12").
         shape: spatial shape as read, (D, H, W) in RAS+ order or (H, W).
-        affine: (4, 4), of that grid.
-        subject: pseudonym of whom it is of, as the file says; None where the file does not say.
-        aliases: pseudonyms of other names that a table may call the subject by.
+        affine: (4, 4), affine of that grid.
+        subject: pseudonym of the subject in the file's metadata, or None.
+        aliases: pseudonyms of other names that a table may use for the subject.
         session: pseudonym of the visit.
         series: pseudonym of the DICOM series.
-        names: pseudonyms of names a table may call the image by (its UIDs).
+        names: pseudonyms of names that a table may use for the image (its UIDs).
         highest: highest value of a mask.
-        quality: stable codes of what is odd about it and accepted; see `docs/reference/rejections.md`.
+        quality: stable codes of accepted irregularities; see `docs/reference/rejections.md`.
         identities: tokens of identity attributes, to be kept out of every output.
     """
 
@@ -62,7 +62,7 @@ class ImageInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class RejectedFile:
-    """A file, or a series by its first file, that is no image, and why."""
+    """A rejected file, or a rejected series by its first file, with the reason."""
 
     path: Path = Path()
     reason: str
@@ -72,15 +72,15 @@ class RejectedFile:
 
 @dataclass(frozen=True, slots=True)
 class FramePlane:
-    """The plane of one DICOM frame in the patient (LPS, mm).
+    """Plane of one DICOM frame in patient coordinates (LPS, mm).
 
     Attributes:
         position: (3,) centre of the first pixel.
         orientation: (6,) direction along a row, then down a column.
-        spacing: between rows, between columns.
+        spacing: distance between rows, distance between columns.
         size: rows, columns.
-        thickness: distance to the next slice as the header states it.
-        keys: what it says of `dicom_frames.KEYS`.
+        thickness: distance to the next slice according to the header.
+        keys: values of the attributes in `frames.FRAME_KEYS`.
     """
 
     position: tuple[float, ...]
@@ -91,20 +91,21 @@ class FramePlane:
     keys: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        """Hold what the frames of a series share once."""
+        """Share the values that are equal in all files of a series, to save memory."""
         for name in ("orientation", "spacing", "size", "keys"):
             object.__setattr__(self, name, _intern_value(getattr(self, name)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SeriesInfo:
-    """What the DICOM files of a series say alike: whose they are, and what they were made by.
+    """Metadata that all DICOM files of a series share: subject, geometry and scanner.
 
     Attributes:
-        series: pseudonym of the SeriesInstanceUID; of the study in the same way.
+        series: pseudonym of the SeriesInstanceUID.
+        study: pseudonym of the StudyInstanceUID.
         size: rows, columns.
-        spacing: of an X-ray, between rows and between columns, in mm.
-        quality: codes of what is odd and accepted.
+        spacing: of an X-ray, distance between rows and between columns, in mm.
+        quality: codes of accepted irregularities.
         identities: tokens of the identity attributes that the files share.
     """
 
@@ -124,12 +125,12 @@ class SeriesInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DicomFile:
-    """One DICOM file that holds an image, or a part of one.
+    """One DICOM file with an image or a part of one.
 
     Attributes:
         sop: pseudonym of its SOPInstanceUID.
         count: frames in the file.
-        own: tokens of identity attributes that no other file has.
+        own: tokens of the identity attributes that differ from file to file.
     """
 
     path: Path = Path()
@@ -140,7 +141,7 @@ class DicomFile:
     own: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        """Hold what the files of a series share once."""
+        """Share the metadata between the files of a series, to save memory."""
         object.__setattr__(self, "origin", _intern_value(self.origin))
 
     @property
@@ -151,20 +152,20 @@ class DicomFile:
 
 @lru_cache(maxsize=4096)
 def _intern_value(value: _T) -> _T:
-    """The same object for equal values."""
+    """Return one shared object for equal values."""
     return value
 
 
 @dataclass(frozen=True, slots=True)
 class FileInspection:
-    """What one look at a file showed: images, what of it is none, or a part of a DICOM image."""
+    """Result of inspecting one file: its images, its rejected parts, or its part of a DICOM image."""
 
     found: tuple[ImageInfo, ...] = ()
     refused: tuple[RejectedFile, ...] = ()
     instance: DicomFile | None = None
 
     def with_path(self, path: Path) -> FileInspection:
-        """The same, of the file at a path."""
+        """Return a copy with the path of the file."""
         return FileInspection(
             found=tuple(replace(image, files=(path,)) for image in self.found),
             refused=tuple(replace(rejected_file, path=path) for rejected_file in self.refused),

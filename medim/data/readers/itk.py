@@ -1,7 +1,7 @@
-"""MetaImage (`.mha`, `.mhd`) and NRRD (`.nrrd`, `.nhdr`), read with SimpleITK, which the train extra brings.
+"""MetaImage (`.mha`, `.mhd`) and NRRD (`.nrrd`, `.nhdr`), read with SimpleITK (in the train extra).
 
-Their headers are text. It is read here first, for it may send ITK to another file, and ITK does not tell what it made
-up where the header is silent.
+The text header is parsed here before ITK opens the file, for two reasons: the header may refer to another file, and
+ITK does not report the defaults that it uses for missing fields.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from medim.data.readers.inspection import FileInspection
 from medim.types import Volume
 from medim.version import install_command
 
-_MAX_TEXT_BYTES = 1 << 16  # bytes of a header
+_MAX_TEXT_BYTES = 1 << 16  # longest header in bytes
 _DATA_FILE_FIELDS = ("elementdatafile", "data file", "datafile")
-_NRRD_SPACES = {  # of NRRD; ITK knows how they lie in the body
+_NRRD_SPACES = {  # NRRD spaces that ITK converts to patient coordinates
     "left-posterior-superior", "lps", "right-anterior-superior", "ras", "left-anterior-superior", "las",
 }  # fmt: skip
 
 
 class ItkReader:
-    """One scalar volume a file."""
+    """Reader of files with one scalar volume."""
 
     name = "MetaImage, NRRD"
 
     def accepts(self, path: Path) -> bool:
-        """By suffix."""
+        """Whether the file name has a MetaImage or NRRD suffix."""
         return path.suffix.lower() in {".mha", ".mhd", ".nrrd", ".nhdr"}
 
     def inspect(self, path: Path) -> FileInspection:
@@ -48,10 +48,11 @@ class ItkReader:
         return single_image(self.read(path), quality=_find_missing_geometry(header))
 
     def read(self, path: Path, item: str | None = None) -> Volume:
-        """Read the volume, LPS turned to RAS+.
+        """Read the volume, converted from LPS to RAS+.
 
         Raises:
-            ReadError: SimpleITK is missing, or the file is damaged, colour, not 3D, or of voxels that lie elsewhere.
+            ReadError: SimpleITK is missing; or the file is damaged, in colour or not 3D, or its voxels are in another
+                folder.
         """
         header = _read_text_header(path)
         voxel_file = _find_voxel_file(path, header)
@@ -68,7 +69,7 @@ class ItkReader:
                 "unreadable", "SimpleITK cannot read the file: damaged, truncated or of another format"
             ) from error
         if components != 1:
-            raise ReadError("not-scalar", f"{components} values a voxel; expected one")
+            raise ReadError("not-scalar", f"{components} values per voxel; expected one")
         if len(size) != 3:
             raise ReadError("wrong-dimensions", f"{len(size)} axes; expected 3")
         stored_values = sitk.GetArrayViewFromImage(image)
@@ -83,7 +84,7 @@ class ItkReader:
 
 @dataclass(frozen=True)
 class _TextHeader:
-    """A header: what it says by field (lower case), and the byte after it."""
+    """Text header: the fields (names in lower case), and the offset of the first byte after it."""
 
     fields: dict[str, str]
     start: int
@@ -91,7 +92,7 @@ class _TextHeader:
 
     @property
     def has_unknown_length(self) -> bool:
-        """Whether the voxels' length is none that the header tells."""
+        """Whether the header does not determine the length of the voxel data."""
         skips = {"headersize", "byte skip", "byteskip", "line skip", "lineskip"} & set(self.fields)
         raw = (
             self.fields.get("compresseddata", "false").lower() == "false"
@@ -101,10 +102,10 @@ class _TextHeader:
 
 
 def _read_text_header(path: Path) -> _TextHeader:
-    """Read the fields up to the voxels.
+    """Read the header fields up to the voxels.
 
     Raises:
-        ReadError: the file is empty or not there.
+        ReadError: the file is empty or missing.
     """
     check_not_empty(path)
     is_metaimage = path.suffix.lower() in {".mha", ".mhd"}
@@ -121,25 +122,27 @@ def _read_text_header(path: Path) -> _TextHeader:
 
 
 def _find_voxel_file(path: Path, header: _TextHeader) -> Path:
-    """The file that holds the voxels: the header's own, or one beside it.
+    """Find the file with the voxels: the header's own file, or one in the same folder.
 
     Raises:
-        ReadError: it is missing, lies in another folder, or there are several.
+        ReadError: the voxel file is missing or in another folder, or there are several.
     """
     name = next((header.fields[field] for field in _DATA_FILE_FIELDS if field in header.fields), "LOCAL")
     if name.upper() == "LOCAL":
         return path
     if name.upper().startswith("LIST") or "%" in name:
-        raise ReadError("several-files", "the header spreads its voxels over several files; expected one")
+        raise ReadError("several-files", "the header distributes its voxels over several files; expected one")
     if PurePosixPath(name).name != name or "\\" in name:
-        raise ReadError("outside-folder", "the header names a data file in another folder; expected one beside it")
+        raise ReadError(
+            "outside-folder", "the header refers to a data file in another folder; expected one in the same folder"
+        )
     if not (path.parent / name).is_file():
-        raise ReadError("missing", "the header's data file does not lie beside it")
+        raise ReadError("missing", "the data file of the header is not in the same folder")
     return path.parent / name
 
 
 def _find_missing_geometry(header: _TextHeader) -> tuple[str, ...]:
-    """Codes of what ITK had to make up."""
+    """List quality codes for geometry fields that are missing, which ITK replaces by defaults."""
     has_spacing = {"elementspacing", "elementsize", "spacings", "space directions"} & set(header.fields)
     has_placement = bool({"transformmatrix", "rotation", "orientation"} & set(header.fields))
     if not header.is_metaimage:
@@ -148,13 +151,13 @@ def _find_missing_geometry(header: _TextHeader) -> tuple[str, ...]:
 
 
 def _import_simple_itk() -> Any:
-    """SimpleITK, silent."""
+    """Import SimpleITK, with its warnings disabled."""
     try:
         import SimpleITK
     except ModuleNotFoundError as error:
         raise ReadError(
             "reader-missing",
-            f"expected SimpleITK to read this format, which is not installed: {install_command('train')}",
+            f"SimpleITK is required for this format and is not installed: {install_command('train')}",
         ) from error
     sitk: Any = SimpleITK
     sitk.ProcessObject.SetGlobalWarningDisplay(False)

@@ -21,7 +21,7 @@ _STATISTIC_INTENTS = range(2, 25)
 
 
 class NiftiReader:
-    """A volume, or up to 16 that are images of their own, called by their place ("3").
+    """Reader of files with one volume, or with up to 16 volumes that are separate images with numbers as names ("3").
 
     Trailing axes of length 1 are dropped.
     """
@@ -29,11 +29,11 @@ class NiftiReader:
     name = "NIfTI"
 
     def accepts(self, path: Path) -> bool:
-        """By suffix, `.nii` or `.nii.gz`; a pair of `.hdr` and `.img` to say what to do with it."""
+        """Whether the suffix is `.nii` or `.nii.gz`; also accepts a `.hdr`/`.img` pair, to reject it with advice."""
         return path.name.lower().endswith((".nii", ".nii.gz")) or _is_pair(path)
 
     def inspect(self, path: Path) -> FileInspection:
-        """Read the whole file once: damage shows only where the voxels are unpacked."""
+        """Read the whole file once, because damage is only detected by decompressing the voxels."""
         header = _read_single_file_header(path)
         identities = identity_tokens(header.texts)
         try:
@@ -58,14 +58,15 @@ class NiftiReader:
         """Read the volume.
 
         Raises:
-            ReadError: empty, truncated, colour, no geometry, or several volumes and none named.
+            ReadError: the file is empty, truncated, in colour or without geometry, or it has several volumes and
+                `item` is None.
         """
         header = _read_single_file_header(path)
         last = header.volumes - 1
         if last and item is None:
-            raise ReadError("several-volumes", f"the file holds {last + 1} volumes; name one, as in {path.name}#0")
+            raise ReadError("several-volumes", f"the file has {last + 1} volumes; select one, as in {path.name}#0")
         if item is not None and not (last and item.isdecimal() and int(item) <= last):
-            names = f"0 to {last}" if last else "one, which has no name"
+            names = f"0 to {last}" if last else "one volume, without a number"
             raise ReadError("no-such-item", f"no volume '{item}' in the file; it has {names}")
         return _scale_volume(_read_voxels(path, header), header, int(item or 0))
 
@@ -83,10 +84,11 @@ def _is_pair(path: Path) -> bool:
 
 
 def _read_single_file_header(path: Path) -> NiftiHeader:
-    """The header.
+    """Read the header of a single-file NIfTI.
 
     Raises:
-        ReadError: also for half of a pair: Analyze does not know left from right, and a pair tears apart.
+        ReadError: the header is invalid, or the file is half of a `.hdr`/`.img` pair. Pairs are rejected because
+            Analyze headers do not define left and right, and the two files can get separated.
     """
     if _is_pair(path):
         raise ReadError("pair-of-files", "half of a .hdr/.img pair; convert it to one file: nib-convert a.img a.nii.gz")
@@ -94,7 +96,7 @@ def _read_single_file_header(path: Path) -> NiftiHeader:
 
 
 def _parse_bids_names(path: Path) -> dict[str, Any]:
-    """What names of a BIDS tree say: the file's own, else the folder's that is nearest to it."""
+    """Parse subject, session and suffix from BIDS names: the file name first, else the nearest folder name."""
     parts = path.parts[::-1]
     subject = next((match for part in parts if (match := re.search(r"(?:^|_)sub-([A-Za-z0-9]+)", part))), None)
     session = next((match for part in parts if (match := re.search(r"(?:^|_)ses-([A-Za-z0-9]+)", part))), None)
@@ -108,49 +110,48 @@ def _parse_bids_names(path: Path) -> dict[str, Any]:
 
 
 def _check_intent(header: NiftiHeader) -> None:
-    """Refuse what the header itself calls no image; `read` takes it, for a mask is read the same way.
+    """Reject a file whose header declares labels or statistics. `read` skips this check, because it also reads masks.
 
     Raises:
-        ReadError: in that case.
+        ReadError: the intent code is one of labels or statistics.
     """
     if header.intent == _LABEL_INTENT or header.intent in _STATISTIC_INTENTS:
         kind = "labels" if header.intent == _LABEL_INTENT else "statistics"
-        raise ReadError("not-an-image", f"the header says that the voxels are {kind} (intent code {header.intent})")
+        raise ReadError("not-an-image", f"the header declares the voxels to be {kind} (intent code {header.intent})")
 
 
 def _read_voxels(path: Path, header: NiftiHeader) -> Array:
-    """(volumes, k, j, i) voxels as stored. A gzip file is read to its end, where its checksum stands.
+    """Read the (volumes, k, j, i) voxels as stored. A gzip file is read to its end, which verifies its checksum.
 
     Raises:
-        ReadError: they end early, are damaged, or more follow.
+        ReadError: the voxel data are too short, too long or damaged.
     """
     try:
         with open_unzipped(path, header.gzipped) as file:
             start = len(file.read(header.offset))
             data = file.read(header.data_bytes)
             n_extra = len(file.read(1))
-    except Exception as error:  # gzip and zlib have many words for damage
+    except Exception as error:  # gzip and zlib raise many exception types for damaged data
         raise ReadError("truncated", f"the voxels end early or are damaged ({type(error).__name__})") from error
     check_length(start + len(data) + n_extra, header.offset + header.data_bytes)
     return np.frombuffer(data, header.dtype).reshape(header.volumes, *reversed(header.shape))
 
 
 def _iterate_volumes(voxels: Array, header: NiftiHeader) -> Iterator[Volume]:
-    """Each volume, one after another: only one is held as numbers."""
+    """Yield the volumes one after another, so that only one is in memory as float32."""
     for index in range(header.volumes):
         yield _scale_volume(voxels, header, index)
 
 
 def _scale_volume(voxels: Array, header: NiftiHeader, index: int) -> Volume:
-    """One volume of a file, scaled."""
+    """Scale one volume of a file to real values."""
     stored_values = voxels[index]
     if header.scaling == (1.0, 0.0):
         return ras_volume(as_float(stored_values.T), header.affine)
     slope, intercept = map(np.float64, header.scaling)
     array = np.empty(stored_values.shape, np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        for layer, numbers in zip(
-            array, stored_values, strict=True
-        ):  # by layer: float64 of all takes three times the room
+        # layer by layer: a float64 copy of the whole volume would take three times the memory
+        for layer, numbers in zip(array, stored_values, strict=True):
             layer[...] = numbers * slope + intercept
     return ras_volume(array.T, header.affine)

@@ -27,20 +27,20 @@ from medim.types import Array, Split, Volume
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 _GREY_MODES = {"1", "L", "F", "I"}
-_COLOUR_MODES = {"CMYK", "YCbCr", "LAB", "HSV"}  # whose first band alone is no grey
+_COLOUR_MODES = {"CMYK", "YCbCr", "LAB", "HSV"}  # the first band of these modes is not a grey image
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's mode L
 
 
 class PictureReader:
-    """One grey 2D image a file, 1 mm a pixel; colour becomes luminance, transparency is dropped.
+    """Reader of grey 2D images, one per file, 1 mm per pixel. Colour becomes luminance; transparency is dropped.
 
-    A picture's own resolution (pHYs, JFIF, EXIF) is that of a print or a screen, never of the body, and is not used.
+    The resolution in the file (pHYs, JFIF, EXIF) refers to print or screen, not to the patient, and is ignored.
     """
 
     name = "PNG, JPEG, TIFF, BMP"
 
     def accepts(self, path: Path) -> bool:
-        """By suffix."""
+        """Whether the file name has a supported suffix."""
         return path.suffix.lower() in {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 
     def inspect(self, path: Path) -> FileInspection:
@@ -49,33 +49,34 @@ class PictureReader:
         return single_image(volume, quality=quality)
 
     def read(self, path: Path, item: str | None = None) -> Volume:
-        """Read the picture, rows by columns, as its EXIF orientation shows it.
+        """Read the image, rows by columns, rotated according to its EXIF orientation.
 
         Raises:
-            ReadError: damaged, truncated, or with several frames.
+            ReadError: the file is damaged or truncated, or has several frames.
         """
         return self._read_picture(path)[0]
 
     def read_classes(self, path: Path) -> Volume:
-        """Read a mask: grey values, or the places in a palette, which are the class numbers whatever their colours.
+        """Read a mask. Class numbers are the grey values, or the palette indices independent of their colours.
 
         Raises:
-            ReadError: as `read`, or the picture is of colours without a palette.
+            ReadError: as `read`, or the image is in colour without a palette.
         """
         return self._read_picture(path, classes=True)[0]
 
     def _read_picture(self, path: Path, *, classes: bool = False) -> tuple[Volume, tuple[str, ...]]:
-        """The picture, and what is odd about it."""
+        """Read the image and its quality codes."""
         check_not_empty(path)
         quality = ["no-spacing"]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                warnings.filterwarnings("ignore", category=UserWarning)  # of tags that Pillow cannot read
-                with path.open("rb") as file, Image.open(file) as image:  # a path would be mapped, and turned wrongly
+                warnings.filterwarnings("ignore", category=UserWarning)  # about tags that Pillow cannot read
+                # an open file, because Pillow maps a path into memory and then rotates it wrongly
+                with path.open("rb") as file, Image.open(file) as image:
                     check_size(image.size, 4)
                     if getattr(image, "n_frames", 1) > 1:
-                        raise ReadError("several-volumes", "the file holds several frames; expected one picture")
+                        raise ReadError("several-volumes", "the file has several frames; expected one image")
                     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
                         quality.append("exif-turned")
                     upright = ImageOps.exif_transpose(image)
@@ -89,40 +90,40 @@ class PictureReader:
         except ReadError:
             raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise ReadError("too-large", f"more than {Image.MAX_IMAGE_PIXELS} pixels; no X-ray is so large") from error
-        except Exception as error:  # a damaged file raises whatever the decoder met
-            raise ReadError("unreadable", f"the picture is damaged or truncated ({type(error).__name__})") from error
+            raise ReadError("too-large", f"more than {Image.MAX_IMAGE_PIXELS} pixels; X-rays are smaller") from error
+        except Exception as error:  # decoders raise many exception types for damaged files
+            raise ReadError("unreadable", f"the image is damaged or truncated ({type(error).__name__})") from error
         return flat_volume(as_float(array)), tuple(quality)
 
 
 def _read_class_numbers(picture: Image.Image) -> Array:
-    """(H, W) class numbers of a mask: transparency is dropped, and colours that are all grey are taken as grey.
+    """Read the (H, W) class numbers of a mask. Transparency is dropped; an RGB image with equal bands counts as grey.
 
     Raises:
-        ReadError: real colours, of which nobody says which class they mean.
+        ReadError: the image has colours, whose classes are not defined.
     """
     bands = np.atleast_3d(np.asarray(picture))
     numbers = bands[..., : 3 if picture.mode.startswith("RGB") else 1]
     if picture.mode in _COLOUR_MODES or (numbers != numbers[..., :1]).any():
-        raise ReadError("not-a-mask", "a picture in colours; expected grey values or a palette, one number each class")
+        raise ReadError("not-a-mask", "an image in colour; expected grey values or a palette, one number per class")
     return np.asarray(numbers[..., 0])
 
 
 class NumpyReader:
-    """`.npy` with one image; `.npz` in MedMNIST's layout (`train_images`, `train_labels`, `val_images`, ...).
+    """Reader of `.npy` with one image, and `.npz` in MedMNIST's layout (`train_images`, `train_labels`, ...).
 
-    Never unpickles. Geometry is unknown: 1 mm a voxel, axes as they are. An image of an archive is called by split and
-    place (`train/12`), or by its place among all (`12`).
+    Never unpickles. The geometry is unknown: 1 mm per voxel, axes as stored. An image of an archive is selected by
+    split and position (`train/12`), or by its position among all images (`12`).
     """
 
     name = "npy, MedMNIST npz"
 
     def accepts(self, path: Path) -> bool:
-        """By suffix."""
+        """Whether the suffix is `.npy` or `.npz`."""
         return path.suffix.lower() in {".npy", ".npz"}
 
     def inspect(self, path: Path) -> FileInspection:
-        """Read the whole file once; one finding an image, not one a file."""
+        """Read the whole file once; an archive gives one entry per image."""
         if path.suffix.lower() == ".npz":
             return _inspect_archive(path)
         volume = self.read(path)
@@ -132,14 +133,14 @@ class NumpyReader:
         """Read one image.
 
         Raises:
-            ReadError: damaged, of an unknown layout, or without that item.
+            ReadError: the file is damaged or of unknown layout, or the item does not exist.
         """
         check_not_empty(path)
         if path.suffix.lower() == ".npy":
             return _array_to_volume(_load_npy(path))
         images = _load_npz(path)
         if item is None:
-            raise ReadError("several-volumes", "the archive holds many images; name one, as in file.npz#train/0")
+            raise ReadError("several-volumes", "the archive has many images; select one, as in file.npz#train/0")
         split, _, index = item.rpartition("/")
         try:
             if split:
@@ -153,19 +154,19 @@ class NumpyReader:
 
 
 def _list_missing_geometry(volume: Volume) -> tuple[str, ...]:
-    """What an array does not say."""
+    """List quality codes for geometry that arrays do not contain."""
     return ("no-spacing", "no-place") if volume.spatial_dims == 3 else ("no-spacing",)
 
 
 def _parse_index(text: str) -> int:
-    """A place: digits only, so that `-1` is no image."""
+    """Parse a position from digits only, so that `-1` is an error."""
     if not text.isdecimal():
         raise ValueError(text)
     return int(text)
 
 
 def _array_to_volume(array: Array) -> Volume:
-    """(H, W), (H, W, 3) or (D, H, W) numbers as a volume."""
+    """Convert a (H, W), (H, W, 3) or (D, H, W) array to a volume."""
     if array.dtype.kind not in "buif":
         raise ReadError("not-scalar", f"values of type {array.dtype}; expected real numbers")
     numbers = as_float(array)
@@ -179,15 +180,15 @@ def _array_to_volume(array: Array) -> Volume:
 
 
 def _load_npy(path: Path) -> Array:
-    """The array of a `.npy` file, never unpickled."""
+    """Load the array of a `.npy` file, without unpickling."""
     try:
         return np.asarray(np.load(path, allow_pickle=False))
-    except Exception as error:  # a damaged file raises whatever the decoder met
+    except Exception as error:  # numpy raises many exception types for damaged files
         raise ReadError("unreadable", f"not a whole numpy array of numbers ({type(error).__name__})") from error
 
 
 def _load_npz(path: Path) -> dict[str, Array]:
-    """Images by split, and labels by `<split>_labels`; kept in memory while the file stays the same."""
+    """Load images by split, and labels by `<split>_labels`; cached in memory until the file changes."""
     status = path.stat()
     return _load_archive(str(path), status.st_size, status.st_mtime_ns)
 
@@ -206,7 +207,7 @@ def _load_archive(name: str, size: int, modification_ns: int) -> dict[str, Array
                     content[f"{split}_labels"] = archive[f"{split}_labels"]
     except ReadError:
         raise
-    except Exception as error:  # a damaged file raises whatever the decoder met
+    except Exception as error:  # numpy raises many exception types for damaged files
         raise ReadError("unreadable", f"not a whole numpy archive of numbers ({type(error).__name__})") from error
     if not any(split in content for split in SPLITS):
         raise ReadError("unknown-layout", "expected MedMNIST's arrays (train_images, val_images, test_images)")
@@ -220,7 +221,7 @@ def _load_archive(name: str, size: int, modification_ns: int) -> dict[str, Array
 
 
 def _inspect_archive(path: Path) -> FileInspection:
-    """Every image of an archive."""
+    """Inspect every image of an archive."""
     check_not_empty(path)
     content = _load_npz(path)
     image_infos, rejected = [], []
@@ -229,7 +230,7 @@ def _inspect_archive(path: Path) -> FileInspection:
         if images is None or len(images) == 0:
             continue
         labels = content.get(f"{split}_labels")
-        classes = None if labels is None else labels.reshape(len(labels), -1)  # (N, 1); wider: findings
+        classes = None if labels is None else labels.reshape(len(labels), -1)  # (N, 1), or (N, K) for K findings
         volume = _array_to_volume(images[0])
         quality = _list_missing_geometry(volume)
         if classes is not None and classes.shape[1] > 1 and not np.isin(classes, (0, 1)).all():
@@ -256,7 +257,7 @@ def _inspect_archive(path: Path) -> FileInspection:
 
 
 def _encode_label(row: Array) -> str | None:
-    """The class (1,), or the findings (K,) called by number, of an image."""
+    """Encode the label of an image: its class (1,), or its findings (K,) named by number."""
     return (
         f"{row[0]:g}"
         if len(row) == 1

@@ -221,7 +221,7 @@ def test_each_of_several_volumes_is_an_image(tmp_path: Path) -> None:
     for item in ("3", "-1", "x", ""):
         with pytest.raises(ReadError, match="0 to 2"):
             read_volume(f"{path}#{item}")
-    with pytest.raises(ReadError, match="one, which has no name"):
+    with pytest.raises(ReadError, match="one volume, without a number"):
         read_volume(f"{write_nifti(tmp_path / 'b.nii')}#0")
 
 

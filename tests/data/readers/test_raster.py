@@ -81,7 +81,7 @@ def test_a_mask_in_colours_without_a_palette_is_refused(tmp_path: Path, mode: st
     colours = np.zeros((2, 3, len(mode)), np.uint8)
     colours[..., 1] = 255
     Image.fromarray(colours, mode).save(tmp_path / "a.tif")
-    with pytest.raises(ReadError, match="a picture in colours") as error:
+    with pytest.raises(ReadError, match="an image in colour") as error:
         read_mask(tmp_path / "a.tif")
     assert error.value.reason == "not-a-mask"
 
@@ -130,7 +130,7 @@ def test_an_archive_may_hold_volumes_colour_and_several_labels(
     index = build_index(tmp_path / "s", "xray")
     assert [(r.label, r.shape) for r in index.records] == [(None, (5, 6))] * 3
     assert (index.records[0].quality or "").split() == ["no-spacing", "several-labels"]
-    assert "3 images carry several labels each" in caplog.text
+    assert "3 images have multi-valued labels" in caplog.text
 
 
 def test_an_archive_that_would_unpack_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

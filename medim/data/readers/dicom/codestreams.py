@@ -1,4 +1,4 @@
-"""Compressed frames before a decoder sees them: a size that contradicts the header makes GDCM end the process."""
+"""Check compressed frames before decoding: GDCM aborts the process if their size contradicts the header."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import struct
 
 from medim.data.readers.base import ReadError
 
-_NON_FRAME_MARKERS = {0xC4, 0xC8, 0xCC}  # among 0xC0 to 0xCF, the markers that start no frame
+_NON_FRAME_MARKERS = {0xC4, 0xC8, 0xCC}  # markers in 0xC0 to 0xCF that do not start a frame
 
 
 def check_frame(data: bytes, rows: int, columns: int, bits_allocated: int) -> None:
-    """Refuse a JPEG, JPEG-LS or JPEG 2000 frame of another size or depth than the header says.
+    """Reject a JPEG, JPEG-LS or JPEG 2000 frame whose size or bit depth differs from the DICOM header.
 
     Args:
-        data: the frame.
-        rows: as the header says.
-        columns: as the header says.
-        bits_allocated: bits a pixel as the header says.
+        data: compressed frame.
+        rows: rows in the DICOM header.
+        columns: columns in the DICOM header.
+        bits_allocated: bits per pixel in the DICOM header.
 
     Raises:
-        ReadError: in that case, or its start is damaged.
+        ReadError: they differ, or the start of the frame is damaged.
     """
     try:
         precision, *size, components = (
@@ -30,19 +30,19 @@ def check_frame(data: bytes, rows: int, columns: int, bits_allocated: int) -> No
     if size != [rows, columns] or components != 1 or (precision + 7) // 8 * 8 != bits_allocated:
         actual_format = f"{size[0]}x{size[1]} pixels of {precision} bits and {components} colours"
         raise ReadError(
-            "undecodable", f"compressed are {actual_format}, the header announces {rows}x{columns} of {bits_allocated}"
+            "undecodable", f"frame of {actual_format}; the header specifies {rows}x{columns} of {bits_allocated} bits"
         )
 
 
 def _parse_jpeg2000_header(data: bytes) -> tuple[int, int, int, int]:
-    """Precision, rows, columns and components, from the SIZ marker (ISO/IEC 15444-1, A.5.1)."""
+    """Parse precision, rows, columns and components from the SIZ marker (ISO/IEC 15444-1, A.5.1)."""
     right, low, left, top = struct.unpack_from(">4I", data, 8)
     components, depth = struct.unpack_from(">HB", data, 40)
     return (depth & 0x7F) + 1, low - top, right - left, components
 
 
 def _parse_jpeg_header(data: bytes) -> tuple[int, int, int, int]:
-    """Precision, rows, columns and components, from the frame header (ISO/IEC 10918-1, B.2.2; JPEG-LS alike)."""
+    """Parse precision, rows, columns and components from the frame header (ISO/IEC 10918-1, B.2.2; also JPEG-LS)."""
     offset = 2
     while True:
         while data[offset + 1] == 0xFF:  # fill bytes

@@ -1,4 +1,4 @@
-"""Where the frames of a DICOM file lie in the patient, and what tells frames at one place apart."""
+"""Planes of DICOM frames in the patient, and attributes that distinguish frames at the same position."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from medim.data.readers.dicom.values import DicomHeader
 from medim.data.readers.inspection import FramePlane
 from medim.privacy import make_pseudonym
 
-FRAME_KEYS = {  # attributes of the first table of `stacks_of`, in order; any may lie in a functional group
+FRAME_KEYS = {  # attributes that distinguish frames, in order of preference; all may be in a functional group
     "echo number": ("EchoNumbers",),
     "echo time": ("EchoTime", "MREchoSequence/EffectiveEchoTime"),
     "acquisition": ("AcquisitionNumber", "FrameContentSequence/FrameAcquisitionNumber"),
@@ -43,13 +43,13 @@ _SLICE_KEYWORDS = tuple(sorted({path for paths in _FRAME_PATHS for path in paths
 
 
 def read_frame_planes(header: DicomHeader, count: int) -> tuple[FramePlane, ...]:
-    """Where the frames lie; none where the header does not say.
+    """Read the planes of the frames; an empty tuple if the header does not specify them.
 
-    A multi-frame object without functional groups (a stripped one) gets frames in stored order, `SpacingBetweenSlices`
-    apart, at no place in the patient that is known.
+    Frames of a multi-frame object without functional groups (removed, for example, by anonymisation) are placed in
+    stored order, `SpacingBetweenSlices` apart, with an unknown position in the patient.
 
     Raises:
-        ReadError: the header contradicts itself, or a number is none.
+        ReadError: the header is inconsistent or contains an invalid number.
     """
     groups, shared_groups = header.items(_FUNCTIONAL_GROUPS[1]), header.items(_FUNCTIONAL_GROUPS[0])
     if groups and len(groups) != count:
@@ -69,10 +69,10 @@ def read_frame_planes(header: DicomHeader, count: int) -> tuple[FramePlane, ...]
 
 
 def check_pixel_spacing(values: Sequence[float]) -> tuple[float, float]:
-    """Two positive lengths in mm.
+    """Check that the pixel spacing consists of two positive lengths in mm.
 
     Raises:
-        ReadError: otherwise.
+        ReadError: it does not.
     """
     pair = tuple(values)
     if len(pair) != 2 or not all(map(math.isfinite, pair)) or min(pair) <= 0:
@@ -81,7 +81,7 @@ def check_pixel_spacing(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _read_slice_plane(header: DicomHeader) -> FramePlane | None:
-    """The one frame of a plain slice; what its neighbours say alike is worked out once."""
+    """Read the plane of a single-frame slice; values that the slices of a series share are parsed once."""
     raw = header.raw
     plane = _read_shared_plane(
         tuple(raw.get(keyword) for keyword in (*_SLICE_KEYWORDS, "Rows", "Columns")), header.byte_order
@@ -100,12 +100,12 @@ def _read_shared_plane(
 
 
 def _read_plane(levels: Sequence[DicomHeader]) -> FramePlane | None:
-    """A frame by the levels that may describe it, the nearest one first."""
+    """Read the plane of a frame from the headers that may describe it, nearest first."""
     position, orientation, spacing = (_find_numbers(levels, paths) for paths in (_POSITION, _ORIENTATION, _SPACING))
     if not position or not orientation or not spacing:
         return None
     if len(orientation) != 6 or not all(map(math.isfinite, orientation)):
-        raise ReadError("bad-geometry", "the orientation is not made of 6 finite numbers")
+        raise ReadError("bad-geometry", "the orientation does not consist of 6 finite numbers")
     gap = (_find_numbers(levels, _GAP) or (0.0,))[0] or (_find_numbers(levels, _THICKNESS) or (0.0,))[0]
     thickness = abs(gap) if math.isfinite(gap) and gap else 1.0
     keys = tuple(_read_frame_key(levels, name) for name in FRAME_KEYS)
@@ -125,12 +125,12 @@ def _read_image_size(header: DicomHeader) -> tuple[int, int]:
 
 def _check_position(position: tuple[float, ...]) -> tuple[float, ...]:
     if len(position) != 3 or not all(map(math.isfinite, position)):
-        raise ReadError("bad-geometry", "the position is not made of 3 finite numbers")
+        raise ReadError("bad-geometry", "the position does not consist of 3 finite numbers")
     return position
 
 
 def _read_frame_key(levels: Sequence[DicomHeader], name: str) -> str:
-    """What a frame says of a key, in a form that rounding does not change and that holds no free text."""
+    """Read the value of a key of a frame, in a form that tolerates rounding and contains no free text."""
     if name in _TEXT_KEYS:
         texts = next((values for values in (_find_texts(levels, path) for path in FRAME_KEYS[name]) if values), [])
         return make_pseudonym("\\".join(texts), prefix="k") if texts else ""
@@ -155,7 +155,7 @@ def _find_texts(levels: Sequence[DicomHeader], path: str) -> list[str]:
 
 
 def _open_sequences(header: DicomHeader, sequences: Sequence[str]) -> list[DicomHeader]:
-    """The first items of sequences inside one another."""
+    """Return the first items of nested sequences."""
     headers = [header]
     for keyword in sequences:
         headers = [item for header in headers for item in header.items(keyword)[:1]]

@@ -1,4 +1,4 @@
-"""One DICOM file by its header: what it is, whose it is, and where its frames lie. No pixels are touched."""
+"""Inspect a DICOM file by its header: object type, subject and frame geometry. Pixels are not read."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _IMAGE_KEYWORDS = (
 _SERIES_KEYWORDS = tuple(sorted({*identities.NAME_KEYWORDS, *identities.SHARED_KEYWORDS, *_IMAGE_KEYWORDS}))
 _SCAN_KEYWORDS = frozenset((*_SERIES_KEYWORDS, *identities.FILE_KEYWORDS, identities.OTHER_IDS_SEQUENCE)) | ATTRIBUTES
 _SCREEN_TYPES = {"SCREEN SAVE", "SCREENSAVE", "SCREEN"}
-_LOSSY_SYNTAXES = {"1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"}  # JPEG; of the others the header says it
-_QUALITY_RULES = (  # quality code, attribute, value that says it
+_LOSSY_SYNTAXES = {"1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"}  # JPEG; else LossyImageCompression is used
+_QUALITY_RULES = (  # quality code, attribute, value that triggers it
     ("derived", "ImageType", "DERIVED"),
     ("lossy", "LossyImageCompression", "01"),
     ("inverted", "PhotometricInterpretation", "MONOCHROME1"),
@@ -37,7 +37,7 @@ _QUALITY_RULES = (  # quality code, attribute, value that says it
 
 
 def looks_like_dicom(path: Path) -> bool:
-    """Whether the first bytes are DICOM's, with or without the preamble, or the name says so."""
+    """Whether a file looks like DICOM, by suffix or by its first bytes, with or without the preamble."""
     if path.suffix.lower() in {".dcm", ".dicom", ".ima"}:
         return True
     try:
@@ -49,7 +49,7 @@ def looks_like_dicom(path: Path) -> bool:
 
 
 def inspect_dicom_header(path: Path) -> FileInspection:
-    """Read and judge a header; the identities of the file are known even where it is refused."""
+    """Read and validate a header. The result contains the identity tokens even if the file is rejected."""
     file_identities: frozenset[int] = frozenset()
     try:
         check_not_empty(path)
@@ -80,17 +80,17 @@ def inspect_dicom_header(path: Path) -> FileInspection:
 
 @lru_cache(maxsize=64)
 def _read_series_identities(key: bytes, raw_values: tuple[bytes | None, ...], byte_order: str) -> frozenset[int]:
-    """Tokens of the identities that the files of a series share."""
+    """Compute the tokens of the identities that the files of a series share."""
     return identity_tokens(identities.collect_series_identities(_build_series_header(raw_values, byte_order)))
 
 
 @lru_cache(maxsize=64)
 @silence_pydicom()
 def _read_series_info(key: bytes, raw_values: tuple[bytes | None, ...], byte_order: str, is_lossy: bool) -> SeriesInfo:
-    """What the files of a series say alike, worked out once.
+    """Read the metadata that the files of a series share; cached per series.
 
     Raises:
-        ReadError: what they say is of no grey MR or X-ray image.
+        ReadError: the files are not grey MR or X-ray images.
     """
     header = _build_series_header(raw_values, byte_order)
     _check_image_header(header)
@@ -129,16 +129,16 @@ def _build_series_header(raw_values: tuple[bytes | None, ...], byte_order: str) 
 
 
 def _pseudonymise_uid(header: DicomHeader, keyword: str, *, digits: int = 12) -> str:
-    """The pseudonym of a UID; empty where there is none."""
+    """Compute the pseudonym of a UID; empty if the header has no such UID."""
     value = header.text(keyword)
     return make_pseudonym(value, digits=digits) if value else ""
 
 
 def _check_image_header(header: DicomHeader) -> None:
-    """Refuse what is no grey MR or X-ray image; descriptions, which anybody may type, are never asked.
+    """Reject objects that are not grey MR or X-ray images. Free-text descriptions are ignored, as they are unreliable.
 
     Raises:
-        ReadError: in that case.
+        ReadError: the object is rejected.
     """
     sop_class = UID(header.text("SOPClassUID"))
     class_name = sop_class.name if sop_class.name != sop_class and not sop_class.is_private else ""
@@ -152,14 +152,14 @@ def _check_image_header(header: DicomHeader) -> None:
     if header.integer("SamplesPerPixel", 1) != 1 or photometric not in {"MONOCHROME1", "MONOCHROME2"}:
         raise ReadError("colour", "a colour image; expected MONOCHROME1 or MONOCHROME2")
     if header.text("BurnedInAnnotation").upper() == "YES":
-        raise ReadError("burned-in", "the header says that annotation is burned into the pixels")
+        raise ReadError("burned-in", "the header declares annotations burned into the pixels")
     kinds = {value.upper() for value in header.texts("ImageType")}
     if "LOCALIZER" in kinds:
-        raise ReadError("localizer", "a localizer, not a series to look at")
+        raise ReadError("localizer", "a localizer, not a diagnostic series")
     if "MOSAIC" in kinds:
-        raise ReadError("mosaic", "a mosaic of slices in one picture")
+        raise ReadError("mosaic", "a mosaic of slices in one image")
     if kinds & _SCREEN_TYPES:
-        raise ReadError("screen-save", "a picture of a screen")
+        raise ReadError("screen-save", "a screen capture")
     allocated, stored = header.integer("BitsAllocated", 16), header.integer("BitsStored", 0)
     highest = header.integer("HighBit", stored - 1)
     if allocated not in {8, 16, 32} or not stored - 1 <= highest < allocated:
@@ -167,7 +167,7 @@ def _check_image_header(header: DicomHeader) -> None:
 
 
 def _find_quality_codes(header: DicomHeader, is_lossy: bool) -> tuple[str, ...]:
-    """Codes of what is odd about the files and accepted."""
+    """List the codes of accepted irregularities."""
     codes = {code for code, keyword, value in _QUALITY_RULES if value in map(str.upper, header.texts(keyword))}
     if is_lossy:
         codes.add("lossy")
@@ -181,7 +181,7 @@ def _find_quality_codes(header: DicomHeader, is_lossy: bool) -> tuple[str, ...]:
 
 
 def _read_xray_spacing(header: DicomHeader) -> tuple[tuple[float, float], tuple[str, ...]]:
-    """Row and column spacing in mm, and what is odd about it."""
+    """Read row and column spacing in mm, with quality codes."""
     if header.numbers("PixelSpacing"):
         return check_pixel_spacing(header.numbers("PixelSpacing")), ()
     for keyword in ("ImagerPixelSpacing", "NominalScannedPixelSpacing"):
@@ -191,16 +191,16 @@ def _read_xray_spacing(header: DicomHeader) -> tuple[tuple[float, float], tuple[
 
 
 def _check_pixels(path: Path, scan_result: HeaderScan, count: int) -> None:
-    """Refuse a file whose pixels are missing, cut short or too many.
+    """Reject a file whose pixels are missing, truncated or too long.
 
     Raises:
-        ReadError: in that case.
+        ReadError: the file is rejected.
     """
     header = scan_result.header
     size = (header.integer("Rows"), header.integer("Columns"), count)
     expected_bytes = check_size(size, header.integer("BitsAllocated", 16) // 8)
     if scan_result.start is None or scan_result.length == 0:
-        raise ReadError("no-pixels", "the file holds no pixels")
+        raise ReadError("no-pixels", "the file contains no pixels")
     if scan_result.length == UNDEFINED:
         with path.open("rb") as file:
             if scan_result.syntax != DeflatedExplicitVRLittleEndian and not has_all_fragments(
@@ -210,8 +210,8 @@ def _check_pixels(path: Path, scan_result: HeaderScan, count: int) -> None:
         return
     available_bytes = min(scan_result.length, scan_result.size - scan_result.start)
     if available_bytes < expected_bytes:
-        raise ReadError("truncated", f"{available_bytes} bytes of pixels; the header announces {expected_bytes}")
+        raise ReadError("truncated", f"{available_bytes} bytes of pixels; the header specifies {expected_bytes}")
     if scan_result.length > expected_bytes + expected_bytes % 2:
         raise ReadError(
-            "length-mismatch", f"{scan_result.length} bytes of pixels; the header announces {expected_bytes}"
+            "length-mismatch", f"{scan_result.length} bytes of pixels; the header specifies {expected_bytes}"
         )

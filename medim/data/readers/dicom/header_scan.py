@@ -1,7 +1,7 @@
-"""The header of a DICOM file as raw values: a walk over its bytes that builds no data set and decodes what is asked.
+"""Scan a DICOM header into raw values: parses bytes without building a data set, and decodes values on request.
 
-pydicom spends five times as long on a header, and a header pass over an archive is nothing but headers. The layout is
-that of DICOM PS3.5 2024, sections 7 and 10; pixels stay pydicom's.
+Inspecting an archive consists mostly of reading headers, and pydicom takes five times as long per header. The layout
+follows DICOM PS3.5 2024, sections 7 and 10. Pixels are decoded by pydicom.
 """
 
 from __future__ import annotations
@@ -22,28 +22,29 @@ from medim.data.readers.dicom.values import DicomHeader, get_vr
 
 UNDEFINED = 0xFFFFFFFF
 _FIRST_READ = 1 << 16  # bytes; enough for the header of most slices
-_MAX_DICOM_HEADER_BYTES = 1 << 28  # bytes of header
-_MAX_INFLATED_BYTES = 1 << 24  # the same where it is deflated: a small file can hold any number of zeros
-_MAX_SEQUENCE_DEPTH = 16  # sequences inside one another
-_LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # VRs whose length takes 4 bytes
+_MAX_DICOM_HEADER_BYTES = 1 << 28  # longest header in bytes
+_MAX_INFLATED_BYTES = 1 << 24  # the same for a deflated header, because a small file can inflate to any size
+_MAX_SEQUENCE_DEPTH = 16  # deepest nesting of sequences
+_LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # VRs with a 4-byte length
 _FRAGMENT_VRS = frozenset((b"OB", b"OW"))
 _ITEM_TAG, _ITEM_END_TAG, _SEQUENCE_END_TAG = (0xFFFE, 0xE000), (0xFFFE, 0xE00D), (0xFFFE, 0xE0DD)
-_PIXEL_TAGS = {(0x7FE0, element) for element in (0x0008, 0x0009, 0x0010)}  # float, double, whole numbers
+_PIXEL_TAGS = {(0x7FE0, element) for element in (0x0008, 0x0009, 0x0010)}  # float, double, integer
 
 
 class _IncompleteHeaderError(Exception):
-    """More of the file has to be read."""
+    """The bytes read so far end before the header does."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeaderScan:
-    """What a walk over a file's header met.
+    """Result of scanning the header of a file.
 
     Attributes:
-        syntax: transfer syntax UID; empty where the file does not say.
-        start: where the value of the pixel data starts; None where there is none.
-        length: of that value; `UNDEFINED` for compressed fragments.
-        size: of the file; where it is deflated, as if it were whole.
+        header: the requested elements.
+        syntax: transfer syntax UID; empty if the file does not specify it.
+        start: offset of the pixel data value; None if there is none.
+        length: length of that value in bytes; `UNDEFINED` for compressed fragments.
+        size: size of the file in bytes; of a deflated file, the inflated size up to the end of the pixel data.
     """
 
     header: DicomHeader
@@ -54,14 +55,14 @@ class HeaderScan:
 
 
 def scan_header(path: Path, keywords: frozenset[str]) -> HeaderScan:
-    """Walk over the header of a file.
+    """Scan the header of a file.
 
     Args:
-        path: the file.
-        keywords: keywords of what is kept, sequences included.
+        path: DICOM file.
+        keywords: keywords of the elements to keep, sequences included.
 
     Raises:
-        ReadError: the header is no DICOM, or ends early.
+        ReadError: the header is not DICOM, or ends early.
     """
     with path.open("rb") as file:
         size = file.seek(0, 2)
@@ -79,12 +80,12 @@ def scan_header(path: Path, keywords: frozenset[str]) -> HeaderScan:
 
 
 def has_all_fragments(file: BinaryIO, start: int, size: int) -> bool:
-    """Whether compressed pixels run up to their delimiter.
+    """Whether compressed pixels are complete up to their delimiter.
 
     Args:
-        file: the file.
-        start: where the first fragment starts.
-        size: of the file in bytes.
+        file: open DICOM file.
+        start: offset of the first fragment.
+        size: size of the file in bytes.
     """
     offset = start
     while offset + 8 <= size:
@@ -123,7 +124,7 @@ def _parse_header(data: bytes, size: int, keywords: frozenset[str]) -> HeaderSca
 
 @dataclass(frozen=True, slots=True)
 class _TransferEncoding:
-    """Byte order, and whether elements name their VR."""
+    """Byte order, and whether elements contain their VR."""
 
     byte_order: str
     explicit: bool
@@ -139,10 +140,10 @@ def _parse_elements(
     depth: int = 0,
     group: int = 0,
 ) -> tuple[dict[str, Any], int, int | None]:
-    """Elements from a place on, up to an end, a delimiter, another group, or the pixels.
+    """Parse elements from an offset up to an end, a delimiter, another group, or the pixels.
 
     Returns:
-        those wanted, the place behind them, and the length of the pixels that start there.
+        The requested elements, the offset after them, and the length of the pixel data that start there, if any.
     """
     elements: dict[str, Any] = {}
     short = struct.Struct(f"{encoding.byte_order}HH2sH").unpack_from
@@ -190,9 +191,9 @@ def _parse_items(
     depth: int,
     fragments: bool,
 ) -> tuple[list[DicomHeader], int]:
-    """The items of a sequence, and the place behind it."""
+    """Parse the items of a sequence, and return them with the offset after the sequence."""
     if depth > _MAX_SEQUENCE_DEPTH:
-        raise ReadError("unreadable", f"sequences lie more than {_MAX_SEQUENCE_DEPTH} deep in one another")
+        raise ReadError("unreadable", f"sequences are nested more than {_MAX_SEQUENCE_DEPTH} levels deep")
     items: list[DicomHeader] = []
     end = len(data) if length == UNDEFINED else offset + length
     if end > len(data):
@@ -204,7 +205,7 @@ def _parse_items(
         if (tag_group, tag_element) == _SEQUENCE_END_TAG:
             return items, offset
         if (tag_group, tag_element) != _ITEM_TAG:
-            raise ReadError("unreadable", "a sequence of the header holds something else than items")
+            raise ReadError("unreadable", "a sequence of the header contains something other than items")
         if fragments:
             offset += size
             continue
@@ -220,6 +221,6 @@ def _parse_items(
 @lru_cache
 def _map_tags(keywords: frozenset[str]) -> dict[tuple[int, int], str]:
     tags = {tag: keyword for keyword in keywords if (tag := tag_for_keyword(keyword)) is not None}
-    if "OverlayRows" in keywords:  # of any overlay
+    if "OverlayRows" in keywords:  # of any overlay group
         tags |= dict.fromkeys(range(0x60000010, 0x60200010, 0x20000), "OverlayRows")
     return {(tag >> 16, tag & 0xFFFF): keyword for tag, keyword in tags.items()}

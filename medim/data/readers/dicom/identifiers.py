@@ -1,10 +1,10 @@
-"""Whom, when and where a DICOM header names: never written down, only to be kept out of what is."""
+"""Identities in a DICOM header: persons, dates and places. They are only used to remove them from every output."""
 
 from __future__ import annotations
 
 from medim.data.readers.dicom.values import DicomHeader
 
-FILE_KEYWORDS = ("SOPInstanceUID", "AcquisitionDateTime")  # they differ from file to file
+FILE_KEYWORDS = ("SOPInstanceUID", "AcquisitionDateTime")  # these differ from file to file
 OTHER_IDS_SEQUENCE = "OtherPatientIDsSequence"
 NAME_KEYWORDS = (
     "PatientName", "OtherPatientNames", "PatientBirthName", "PatientMotherBirthName", "ResponsiblePerson",
@@ -22,11 +22,11 @@ SHARED_KEYWORDS = (
     "PerformedProcedureStepID", "ClinicalTrialSubjectID", "PerformedStationName", "PerformedProcedureStepStartDate",
     "PerformedProcedureStepEndDate", "AdmittingDate", "DateOfSecondaryCapture",
 )  # fmt: skip
-_SHORT_VALUE_KEYWORDS = ("PatientID", "AccessionNumber")  # count at any length; a StudyID of "1" is nobody's
+_SHORT_VALUE_KEYWORDS = ("PatientID", "AccessionNumber")  # used at any length; a StudyID of "1" identifies nobody
 
 
 def collect_series_identities(header: DicomHeader) -> set[str]:
-    """Every value that tells who, when or where; names also by their parts and the other way round."""
+    """Collect all values that identify a person, time or place; names also by their parts, and in reverse order."""
     identities = {
         value
         for keyword in SHARED_KEYWORDS
@@ -41,6 +41,6 @@ def collect_series_identities(header: DicomHeader) -> set[str]:
 
 
 def collect_file_identities(header: DicomHeader) -> set[str]:
-    """Those that differ from file to file, and those that stand in a sequence."""
+    """Collect the identities that differ from file to file, and those inside a sequence."""
     other_ids = {value for item in header.items(OTHER_IDS_SEQUENCE) for value in item.texts("PatientID")}
     return other_ids | {value for keyword in FILE_KEYWORDS for value in header.texts(keyword) if len(value) >= 3}

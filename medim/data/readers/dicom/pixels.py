@@ -1,4 +1,4 @@
-"""Decode DICOM pixels to what they mean: real values, bright where the picture is bright."""
+"""Decode DICOM pixels to real values, with bright structures as high values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from medim.data.readers.dicom.codestreams import check_frame
 from medim.data.readers.dicom.values import silence_pydicom
 from medim.types import Array
 
-_DECODERS: dict[str, str] = {  # GDCM, which ends the process on some damaged frames, is left to plain JPEG
+_DECODERS: dict[str, str] = {  # GDCM aborts the process on some damaged frames, so it decodes only plain JPEG
     JPEGLSLossless: "pyjpegls",
     JPEGLSNearLossless: "pyjpegls",
     JPEG2000Lossless: "pylibjpeg",
@@ -31,12 +31,12 @@ DECODER: ContextVar[Callable[[Path], Array] | None] = ContextVar("decoder", defa
 
 
 def decode_frames(path: Path) -> Array:
-    """The frames of a file, rescaled, MONOCHROME1 inverted, overlays left out.
+    """Decode the frames of a file: rescaled, MONOCHROME1 inverted, without overlays.
 
-    The display window (VOI LUT) is never applied: it is how somebody looked at the image, not what it holds.
+    The display window (VOI LUT) is not applied, because it is a viewing preference and not image content.
 
     Returns:
-        (frames, rows, columns) float32; NaN where the header says that padding stands for pixels.
+        (frames, rows, columns) float32; NaN for padding pixels declared in the header.
 
     Raises:
         ReadError: the pixels cannot be decoded.
@@ -66,7 +66,7 @@ def _decode_and_rescale(path: Path) -> Array:
 
 
 def fill_padding(frames: Array) -> Array:
-    """Padding as the lowest value of the rest: background, whatever number stood for it."""
+    """Replace padding by the lowest value of the other pixels, so that it counts as background."""
     padding = np.isnan(frames)
     if padding.any():
         frames[padding] = 0 if padding.all() else np.nanmin(frames)
@@ -74,7 +74,7 @@ def fill_padding(frames: Array) -> Array:
 
 
 def same_pixels(one: Path, other: Path) -> bool:
-    """Whether two files hold the same picture, whatever their transfer syntax."""
+    """Whether two files contain the same image, independent of their transfer syntax."""
     if filecmp.cmp(one, other, shallow=False):
         return True
     try:
@@ -86,12 +86,12 @@ def same_pixels(one: Path, other: Path) -> bool:
 def _read_dataset(path: Path) -> pydicom.FileDataset:
     try:
         return pydicom.dcmread(path, force=True)
-    except Exception as error:  # pydicom raises whatever its parsing met
+    except Exception as error:  # pydicom raises many exception types for damaged files
         raise ReadError("unreadable", f"not a whole DICOM file ({type(error).__name__})") from error
 
 
 def _decode_stored_values(dataset: pydicom.FileDataset) -> Array:
-    """(frames, rows, columns) stored values, without the overlay bits around them."""
+    """Decode the (frames, rows, columns) stored values, without overlay bits in the same cells."""
     try:
         if not getattr(dataset.file_meta, "TransferSyntaxUID", None):
             dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
@@ -99,7 +99,7 @@ def _decode_stored_values(dataset: pydicom.FileDataset) -> Array:
         bits, bits_stored = int(dataset.BitsAllocated), int(dataset.BitsStored)
         unused_high_bits = bits - 1 - int(dataset.get("HighBit", bits_stored - 1))
         has_bit_cells = not syntax.is_encapsulated or syntax == RLELossless
-        if has_bit_cells:  # pydicom would clear bits as if the value stood lowest in its cell
+        if has_bit_cells:  # pydicom would clear bits as if the value occupied the lowest bits of its cell
             dataset.BitsStored, dataset.HighBit = bits, bits - 1
         else:
             for frame in generate_frames(dataset.PixelData, number_of_frames=int(dataset.get("NumberOfFrames") or 1)):
@@ -110,33 +110,32 @@ def _decode_stored_values(dataset: pydicom.FileDataset) -> Array:
         values = values.reshape(int(dataset.get("NumberOfFrames") or 1), int(dataset.Rows), int(dataset.Columns))
     except ReadError:
         raise
-    except Exception as error:  # a decoder's own exceptions, of which there are many
+    except Exception as error:  # decoders raise many exception types
         raise ReadError("undecodable", f"the pixels cannot be decoded ({type(error).__name__})") from error
     if has_bit_cells and bits_stored < bits:
-        values = np.right_shift(
-            np.left_shift(values, unused_high_bits), bits - bits_stored
-        )  # keeps the sign where there is one
+        # the shifts preserve the sign of signed values
+        values = np.right_shift(np.left_shift(values, unused_high_bits), bits - bits_stored)
     return values
 
 
 def _compute_value_range(dataset: pydicom.FileDataset) -> tuple[int, int]:
-    """Lowest and highest value that can be stored."""
+    """Compute the lowest and highest value that can be stored."""
     bits = int(dataset.get("BitsStored") or 16)
     return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if dataset.get("PixelRepresentation") else (0, (1 << bits) - 1)
 
 
 def _find_padding(dataset: pydicom.FileDataset, stored_values: Array) -> Array | None:
-    """Where stored values are no pixels but padding; None where the header knows of none."""
+    """Locate the padding in stored values; None if the header declares none."""
     ends = [dataset.get(name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
     limits = [int(end) for end in ends if end is not None and end != ""]
     if not limits or ends[0] is None:
         return None
-    values = np.array(limits, np.int64).astype(stored_values.dtype)  # the header's number may have lost its sign
+    values = np.array(limits, np.int64).astype(stored_values.dtype)  # the sign may be lost in the header
     return np.asarray((stored_values >= values.min()) & (stored_values <= values.max()))
 
 
 def _rescale_frame(dataset: pydicom.FileDataset, index: int, stored_values: Array) -> Array:
-    """Stored values as real ones: the frame's own slope and intercept, the file's, or its modality lookup table."""
+    """Rescale stored values by the slope and intercept of the frame or the file, or by the modality lookup table."""
     holder: Any = dataset
     for group in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
         items = dataset.get(group) or []

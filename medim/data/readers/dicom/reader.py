@@ -1,7 +1,7 @@
-"""DICOM: single X-rays, MR series of many files, and multi-frame MR.
+"""DICOM reader: single X-rays, MR series of many files, and multi-frame MR.
 
-Files are grouped by SeriesInstanceUID and made stacks of by `dicom_series`; what is no evenly spaced stack is refused
-with a reason rather than guessed at. The native grid of a series is (column, row, slice), as ITK and NIfTI count.
+Files are grouped by SeriesInstanceUID and assembled into stacks by `series`. Frames that do not form an evenly spaced
+stack are rejected with a reason. The native grid of a series is (column, row, slice), as in ITK and NIfTI.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from medim.types import Array, Modality, Volume
 
 @dataclass(frozen=True)
 class SlicePlan:
-    """Where the slices of an image stand: in which files, and in the patient. No pixels were touched.
+    """Slices of an image: their files and their positions in the patient, from the headers only.
 
     Attributes:
-        slices: file and number of the frame, from 0, of each slice, first to last on the normal; of an X-ray its file.
+        slices: file and frame number (from 0) of each slice, first to last along the normal; for an X-ray, its file.
         size: rows, columns.
-        spacing: of an X-ray, between rows and between columns, in mm.
-        affine: (4, 4) LPS of the (column, row, slice) grid; None of an X-ray.
+        spacing: of an X-ray, distance between rows and between columns, in mm.
+        affine: (4, 4) LPS affine of the (column, row, slice) grid; None for an X-ray.
     """
 
     slices: tuple[tuple[Path, int], ...]
@@ -52,24 +52,24 @@ class SlicePlan:
 
 
 class DicomReader:
-    """Modalities MR (3D) and CR, DX, RG (2D)."""
+    """Reader of the modalities MR (3D) and CR, DX, RG (2D)."""
 
     name = "DICOM"
 
     def accepts(self, path: Path) -> bool:
-        """By suffix (`.dcm`, `.dicom`, `.ima`) or first bytes."""
+        """Whether the suffix (`.dcm`, `.dicom`, `.ima`) or the first bytes are those of DICOM."""
         return looks_like_dicom(path)
 
     def inspect(self, path: Path) -> FileInspection:
-        """Read the header alone."""
+        """Read the header only."""
         return inspect_dicom_header(path)
 
     def collect_images(self, inspections: Iterable[FileInspection], modality: Modality | None) -> CollectionResult:
-        """Make images of the files that were looked at; pixels are decoded only where two files claim to be one.
+        """Assemble images from inspected files. Pixels are decoded only to compare files with the same identifiers.
 
         Args:
-            inspections: one a file.
-            modality: others are refused; None takes all.
+            inspections: one per file.
+            modality: images of other modalities are rejected; None accepts all.
         """
         rejected: list[RejectedFile] = []
         instances: list[DicomFile] = []
@@ -95,20 +95,20 @@ class DicomReader:
         """Read one file: an X-ray, a slice, or the frames of a multi-frame object.
 
         Args:
-            path: the file.
-            item: number of the stack, where the frames make several.
+            path: DICOM file.
+            item: number of the stack, if the frames form several.
         """
         return self.read_files([path], item)
 
     def plan_slices(self, paths: Iterable[Path], item: str | None = None) -> SlicePlan:
-        """Where the slices of an image stand, by its headers.
+        """Find the slices of an image and their positions, from the headers.
 
         Args:
-            paths: the files of one image.
-            item: number of the stack, where the frames of a file make several.
+            paths: files of one image.
+            item: number of the stack, if the frames of a file form several.
 
         Raises:
-            ReadError: a file is no image, they are no stack, or there is no such item.
+            ReadError: a file is not an image, the files do not form a stack, or the item does not exist.
         """
         instances = []
         for path in paths:
@@ -133,7 +133,7 @@ class DicomReader:
         """Read the files of one image.
 
         Raises:
-            ReadError: see `slice_plan`; or the pixels cannot be decoded.
+            ReadError: see `plan_slices`; or the pixels cannot be decoded.
         """
         slice_plan = self.plan_slices(paths, item)
         if slice_plan.affine is None:
@@ -145,10 +145,10 @@ class DicomReader:
         return ras_volume(fill_padding(array).transpose(2, 1, 0), LPS_TO_RAS @ slice_plan.affine)
 
     def read_folder(self, folder: Path) -> Volume:
-        """Read the one series that lies in a folder.
+        """Read the only series in a folder.
 
         Raises:
-            ReadError: none or several images lie there.
+            ReadError: the folder contains no image, or several.
         """
         files = sorted(path for path in folder.iterdir() if path.is_file() and self.accepts(path))
         images, rejected = self.collect_images([self.inspect(path).with_path(path) for path in files], None)
@@ -164,10 +164,10 @@ class DicomReader:
 
 
 def _select_stack(stacks: StackResult, item: str | None) -> Stack:
-    """The one stack, or the one of several that an item names.
+    """Select the only stack, or the one of several with the number `item`.
 
     Raises:
-        ReadError: there is none, or not that one.
+        ReadError: there is no stack, none with this number, or several without a given number.
     """
     candidates, rejected = stacks
     if not candidates:
@@ -178,12 +178,12 @@ def _select_stack(stacks: StackResult, item: str | None) -> Stack:
     if item is not None:
         raise ReadError("no-such-item", f"no image '{item}' in the file; it has {', '.join(names)}")
     if len(candidates) > 1:
-        raise ReadError("several-volumes", f"{len(candidates)} stacks of slices; name one, as in file.dcm#0")
+        raise ReadError("several-volumes", f"{len(candidates)} stacks of slices; select one, as in file.dcm#0")
     return candidates[0]
 
 
 def _reject_duplicate_files(instances: Sequence[DicomFile]) -> tuple[list[DicomFile], list[RejectedFile]]:
-    """Each object once: a second file of one SOPInstanceUID is refused, as a copy or as a contradiction."""
+    """Reject every further file with the same SOPInstanceUID, as a duplicate or a conflicting duplicate."""
     first_by_uid: dict[str, DicomFile] = {}
     unique, rejected = [], []
     for instance in instances:
@@ -191,16 +191,16 @@ def _reject_duplicate_files(instances: Sequence[DicomFile]) -> tuple[list[DicomF
         if first is instance:
             unique.append(instance)
         elif same_pixels(first.path, instance.path):
-            error = ReadError("duplicate", "the same SOPInstanceUID and pixels as a file that comes before it")
+            error = ReadError("duplicate", "the same SOPInstanceUID and pixels as an earlier file")
             rejected.append(_reject_files([instance], error))
         else:
-            detail = "the SOPInstanceUID of, but other pixels than, a file that comes before it"
+            detail = "the same SOPInstanceUID as an earlier file, but different pixels"
             rejected.append(_reject_files([instance], ReadError("conflicting-duplicate", detail)))
     return unique, rejected
 
 
 def _group_dicom_files(instances: Sequence[DicomFile]) -> list[list[DicomFile]]:
-    """Single-frame MR by series; everything else by file."""
+    """Group single-frame MR by series, and everything else by file."""
     series: dict[str, list[DicomFile]] = defaultdict(list)
     for index, instance in enumerate(instances):
         is_single = instance.origin.kind == "xray" or instance.count > 1 or not instance.origin.series
@@ -209,7 +209,7 @@ def _group_dicom_files(instances: Sequence[DicomFile]) -> list[list[DicomFile]]:
 
 
 def _stack_dicom_files(group: Sequence[DicomFile]) -> StackResult:
-    """The stacks that the frames of a group make; all of it is spoilt where it is of several patients."""
+    """Stack the frames of a group; rejects the whole group if its files are of several patients."""
     first = group[0]
     if len({instance.origin.subject for instance in group}) > 1:
         error = ReadError("mixed-references", "the slices are of several patients; expected one")
@@ -225,7 +225,7 @@ def _stack_dicom_files(group: Sequence[DicomFile]) -> StackResult:
 
 
 def _make_capture_plane(instance: DicomFile) -> FramePlane:
-    """The plane of a picture that was captured without its place."""
+    """Build the plane of a secondary capture, whose position is unknown."""
     spacing = instance.origin.spacing
     return FramePlane((0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0), spacing, instance.origin.size, 1.0, ())
 
@@ -236,7 +236,7 @@ def _check_single_frame(instance: DicomFile) -> None:
 
 
 def _build_images(group: Sequence[DicomFile]) -> CollectionResult:
-    """The images of a group of files, and what of it is none."""
+    """Build the images of a group of files, and list the rejected files."""
     first = group[0]
     if first.origin.kind == "xray":
         if first.count > 1:
@@ -259,7 +259,7 @@ def _build_images(group: Sequence[DicomFile]) -> CollectionResult:
 def _build_image_info(
     group: Sequence[DicomFile], volume_stack: Stack | None, quality: tuple[str, ...] = ()
 ) -> ImageInfo:
-    """One image from its files: a stack of frames, or an X-ray."""
+    """Build the metadata of one image from its files: a stack of frames, or an X-ray."""
     first = group[0].origin
     shape: tuple[int, ...] = first.size
     affine = np.diag([*first.spacing, 1.0, 1.0])
@@ -285,7 +285,7 @@ def _build_image_info(
 
 
 def _reject_files(group: Sequence[DicomFile], error: ReadError) -> RejectedFile:
-    """A file, or files by the first one."""
+    """Build the rejection of a file, or of several files represented by the first one."""
     detail = f"{error.detail} (series of {len(group)} files)" if len(group) > 1 else error.detail
     identities = frozenset().union(*(instance.identities for instance in group))
     return RejectedFile(path=group[0].path, reason=error.reason, detail=detail, identities=identities)

@@ -1,7 +1,7 @@
-"""Decode DICOM pixels in a process of their own, within limits: what hangs, or eats memory, costs one file.
+"""Decode DICOM pixels in a separate process with limits, so that a hang or excessive memory use costs only one file.
 
-The process has a limit on its memory and writes no file; each file has a limit on its time. What comes back is a line
-of JSON and plain numbers: nothing is unpickled that a decoder has touched.
+The process has a memory limit and cannot write files; each file has a time limit. The process returns a line of JSON
+and plain numbers. Nothing from a decoder is unpickled.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from medim.data.readers.base import ReadError
 from medim.data.readers.dicom.pixels import DECODER, decode_frames
 from medim.types import Array
 
-_START_TIMEOUT = 60.0  # seconds that the process may take to start
+_START_TIMEOUT = 60.0  # seconds to start the process
 _PACKAGE_ROOT = Path(__file__).resolve().parents[4]
 _WORKER_CODE = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
@@ -32,7 +32,7 @@ _WORKER_CODE = (
 
 
 class SlicePlanLike(Protocol):
-    """What `dicom.Plan` says of an image."""
+    """Interface of `reader.SlicePlan`."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -52,14 +52,14 @@ class SlicePlanLike(Protocol):
 
 @dataclass(frozen=True)
 class DecodingLimits:
-    """What one image may cost.
+    """Limits for decoding one image.
 
     Attributes:
-        files: of a series.
-        file_bytes: bytes of all its files.
-        voxels: rows x columns x frames of the image, as the headers announce them.
-        seconds: of the decoding of one file.
-        memory: bytes of address space of the process that decodes.
+        files: files per series.
+        file_bytes: bytes of all files of the series.
+        voxels: rows x columns x frames of the image, according to the headers.
+        seconds: decoding time per file.
+        memory: bytes of address space of the decoding process.
     """
 
     files: int = 10_000
@@ -69,25 +69,25 @@ class DecodingLimits:
     memory: int = 6 << 30
 
     def check_plan(self, plan: SlicePlanLike) -> None:
-        """Hold an image's headers against the limits, before any pixel is decoded.
+        """Compare the headers of an image with the limits, before any pixel is decoded.
 
         Raises:
-            ReadError: there is too much of it.
+            ReadError: a limit is exceeded.
         """
         if len(plan.files) > self.files:
-            raise ReadError("too-many-files", f"a series of {len(plan.files)} files; at most {self.files} are read")
+            raise ReadError("too-many-files", f"a series of {len(plan.files)} files; the limit is {self.files}")
         size = sum(path.stat().st_size for path in plan.files)
         voxels = len(plan.slices) * plan.size[0] * plan.size[1]
         if size > self.file_bytes or voxels > self.voxels:
-            limit_text = f"at most {self.file_bytes / 2**30:.3g} GiB and {self.voxels:,} are decoded"
+            limit_text = f"the limits are {self.file_bytes / 2**30:.3g} GiB and {self.voxels:,} voxels"
             raise ReadError("too-large", f"{size / 2**30:.3g} GiB of files, {voxels:,} voxels; {limit_text}")
 
 
 class DecoderProcess:
-    """Decodes files in one process, which starts with the first file and again after each that it did not survive.
+    """Decoder in a separate process, which starts with the first file and is restarted after each crash.
 
     Args:
-        limits: of each file.
+        limits: limits per file.
     """
 
     def __init__(self, limits: DecodingLimits) -> None:
@@ -95,10 +95,10 @@ class DecoderProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self, path: Path) -> Array:
-        """See `dicom_pixels.frames_of`.
+        """Decode the frames of a file, see `pixels.decode_frames`.
 
         Raises:
-            ReadError: the file's own trouble; or it took too long, too much memory, or the process down.
+            ReadError: the file cannot be decoded; or decoding exceeded the time or memory limit, or crashed.
         """
         process = self._ensure_process()
         with self._limit_time(self.limits.seconds) as is_late:
@@ -110,9 +110,9 @@ class DecoderProcess:
             except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 self.close()
                 if is_late():
-                    detail = f"decoding took more than {self.limits.seconds:g} s, and was stopped"
+                    detail = f"decoding took more than {self.limits.seconds:g} s and was stopped"
                     raise ReadError("too-slow", detail) from None
-                raise ReadError("worker-died", "the process that decoded the file was killed or crashed") from error
+                raise ReadError("worker-died", "the decoding process was killed or crashed") from error
         return frames
 
     def close(self) -> None:
@@ -133,12 +133,12 @@ class DecoderProcess:
                 assert self._process.stdout is not None
                 if self._process.stdout.readline() != b"ready\n":
                     self.close()
-                    raise ReadError("worker-died", "the process that decodes files could not be started")
+                    raise ReadError("worker-died", "the decoding process could not be started")
         return self._process
 
     @contextmanager
     def _limit_time(self, seconds: float) -> Iterator[Callable[[], bool]]:
-        """Kill the process where it takes longer; gives a function that says whether it did."""
+        """Kill the process after a time limit; yields a function that returns whether it was killed."""
         process, timeout = self._process, threading.Event()
         assert process is not None
 
@@ -161,32 +161,32 @@ class DecoderProcess:
             raise ReadError(str(reply["reason"]), str(reply["detail"]))
         count, rows, columns = (int(side) for side in reply["shape"])
         if min(count, rows, columns) < 0 or count * rows * columns > self.limits.voxels:
-            raise ValueError("a shape that nobody asked for")
+            raise ValueError("unexpected shape from the decoding process")
         frames = np.empty((count, rows, columns), np.float32)
         _read_into(process.stdout, frames.reshape(-1).view(np.uint8).data)
         return frames
 
 
 def _read_into(stream: IO[bytes], buffer: memoryview) -> None:
-    """Read as many bytes as fit.
+    """Fill a buffer from a stream.
 
     Raises:
-        OSError: the stream ends before.
+        OSError: the stream ends early.
     """
     offset = 0
     while offset < len(buffer):
         n_bytes = stream.readinto(buffer[offset:])  # type: ignore[attr-defined]  # of a buffered pipe
         if not n_bytes:
-            raise OSError("the process ended within its answer")
+            raise OSError("the process ended during its reply")
         offset += n_bytes
 
 
 @contextmanager
 def sandboxed_decoding(limits: DecodingLimits) -> Iterator[None]:
-    """Within this, `dicom_pixels.frames_of` decodes in a process of its own.
+    """Make `pixels.decode_frames` decode in a separate process inside the block.
 
     Args:
-        limits: of each file.
+        limits: limits per file.
     """
     decoder = DecoderProcess(limits)
     token = DECODER.set(decoder)
@@ -198,18 +198,18 @@ def sandboxed_decoding(limits: DecodingLimits) -> Iterator[None]:
 
 
 def worker_main(limits_json: str) -> None:
-    """What the process does: decode the files that it is told, until nobody tells any more."""
+    """Run the decoding process: decode the files named on standard input, until it is closed."""
     worker_limits = DecodingLimits(**json.loads(limits_json))
     _set_resource_limits(worker_limits.memory)
     out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # output of libraries must not mix with the replies
     out.write(b"ready\n")
     out.flush()
     for line in sys.stdin.buffer:
         try:
             frames = decode_frames(Path(json.loads(line)))
             if frames.size > worker_limits.voxels:
-                raise ReadError("too-large", f"{frames.size:,} voxels; at most {worker_limits.voxels:,} are decoded")
+                raise ReadError("too-large", f"{frames.size:,} voxels; the limit is {worker_limits.voxels:,}")
             reply: dict[str, Any] = {"shape": frames.shape}
         except (ReadError, MemoryError) as error:
             frames = np.empty(0, np.float32)
@@ -227,10 +227,10 @@ def _encode_failure(error: Exception, limits: DecodingLimits) -> dict[str, str]:
 
 
 def _set_resource_limits(memory: int) -> None:
-    """No more memory than that, no file and no picture of the memory on disk."""
+    """Limit the memory of this process, and forbid file writes and core dumps."""
     try:
         import resource
-    except ImportError:  # not on Windows: time alone is limited there
+    except ImportError:  # not available on Windows: only the time limit applies there
         return
     for resource_id, maximum in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
         _, hard_limit = resource.getrlimit(resource_id)

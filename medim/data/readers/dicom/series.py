@@ -1,8 +1,8 @@
-"""The frames of a series to stacks: which belong together, and what is refused.
+"""Assemble the frames of a series into stacks, and reject frames that do not fit.
 
-Frames are grouped by orientation, size and pixel spacing. Where frames of a group share a place, what tells them apart
-is looked for in the order of `dicom_frames.KEYS`: a key that differs without need (AcquisitionNumber often counts the
-slices of one volume) splits nothing.
+Frames are grouped by orientation, size and pixel spacing. If several frames of a group have the same position, an
+attribute that separates them is searched in the order of `frames.FRAME_KEYS`. Attributes that differ without such a
+conflict do not split a group (AcquisitionNumber often counts the slices of one volume).
 """
 
 from __future__ import annotations
@@ -19,25 +19,24 @@ from medim.data.readers.dicom.frames import FRAME_KEYS
 from medim.data.readers.dicom.stack import SLICE_POSITION_TOLERANCE, Stack, compute_slice_axes, stack_frames
 from medim.data.readers.inspection import FramePlane
 
-DIRECTION_TOLERANCE = (
-    5e-4  # of unit vectors; scanners round the text of one orientation differently from slice to slice
-)
-SPACING_TOLERANCE = 1e-3  # of pixel spacings, relative
-MIN_SLICES = 10  # slices of one orientation that are an image of their own beside others of the series
-MAX_ODD_FRACTION = 0.1  # of a series: slices that may be odd without spoiling it
+# of unit vectors: scanners round the orientation differently from slice to slice
+DIRECTION_TOLERANCE = 5e-4
+SPACING_TOLERANCE = 1e-3  # relative difference of pixel spacings
+MIN_SLICES = 10  # slices of one orientation that form a separate image, next to other slices of the series
+MAX_ODD_FRACTION = 0.1  # fraction of non-matching slices that are dropped instead of rejecting the series
 _MAX_KEYS = 3
-_NO_GEOMETRY = "the header does not say where the slices lie (position, orientation, spacing)"
+_NO_GEOMETRY = "the header does not specify the slice geometry (position, orientation, spacing)"
 _MIXED_ERRORS = {  # by `_find_difference`
     "place": ReadError("no-geometry", _NO_GEOMETRY),
-    "orientation": ReadError("mixed-orientation", "the slices do not lie parallel; expected one orientation"),
+    "orientation": ReadError("mixed-orientation", "the slices are not parallel; expected one orientation"),
     "size": ReadError("mixed-size", "the slices differ in rows or columns"),
     "spacing": ReadError("mixed-spacing", "the pixel spacing differs from slice to slice"),
 }
 _ODD_ERRORS = {
     "place": ReadError("no-geometry", _NO_GEOMETRY),
-    "orientation": ReadError("odd-orientation", "the slice lies askew of the others of its series"),
-    "size": ReadError("odd-size", "the slice has other rows or columns than the others of its series"),
-    "spacing": ReadError("odd-spacing", "the slice has another pixel spacing than the others of its series"),
+    "orientation": ReadError("odd-orientation", "the slice is not parallel to the other slices of its series"),
+    "size": ReadError("odd-size", "the slice differs in rows or columns from the other slices of its series"),
+    "spacing": ReadError("odd-spacing", "the slice differs in pixel spacing from the other slices of its series"),
 }
 
 SamePixels = Callable[[int, int], bool]
@@ -45,15 +44,15 @@ StackResult = tuple[list[Stack], list[tuple[list[int], ReadError]]]
 
 
 def group_into_stacks(frames: Sequence[FramePlane | None], same_pixels: SamePixels) -> StackResult:
-    """Sort the frames of a series into stacks.
+    """Group the frames of a series into stacks.
 
     Args:
-        frames: one a file, or those of a file; None where the header does not say where it lies.
-        same_pixels: whether the frames at two places hold the same pixels; asked only where nothing else tells them
-            apart.
+        frames: one per file, or all frames of one file; None for frames without geometry in the header.
+        same_pixels: whether the frames at two indices have the same pixels; called only if no attribute separates
+            them.
 
     Returns:
-        the stacks, and places of frames that are in none, with the reason: each frame is in one of the two, once.
+        The stacks, and the indices of rejected frames with the reason. Each frame is in exactly one of the two.
     """
     if not any(frames):
         return [], [(list(range(len(frames))), _MIXED_ERRORS["place"])]
@@ -84,7 +83,7 @@ def group_into_stacks(frames: Sequence[FramePlane | None], same_pixels: SamePixe
 
 
 def _group_parallel_frames(frames: Sequence[FramePlane | None]) -> list[list[int]]:
-    """Places of frames of one orientation, size and spacing, the largest group first; last, those that lie nowhere."""
+    """Group the indices of frames by orientation, size and spacing, the largest first; frames without geometry last."""
     groups: list[list[int]] = []
     for index, frame in enumerate(frames):
         group = next((group for group in groups if not _find_difference(frames[group[0]], frame)), None)
@@ -96,7 +95,7 @@ def _group_parallel_frames(frames: Sequence[FramePlane | None]) -> list[list[int
 
 
 def _find_difference(one: FramePlane | None, other: FramePlane | None) -> str:
-    """What tells two frames apart that cannot be slices of one stack; nothing where they may be."""
+    """Name the property that prevents two frames from being in one stack; empty if they may be."""
     if one is None or other is None:
         return "place" if one is not other else ""
     if (
@@ -119,7 +118,7 @@ def _max_difference(one: Sequence[float], other: Sequence[float]) -> float:
 def _stack_parallel_frames(
     frames: Sequence[FramePlane | None], group: Sequence[int], same_pixels: SamePixels
 ) -> StackResult:
-    """Parallel frames to stacks, those that share a place told apart."""
+    """Assemble parallel frames into stacks, after separating frames at the same position."""
     frames_by_index = {index: frame for index in group if (frame := frames[index])}
     rejected: list[tuple[list[int], ReadError]] = []
     try:
@@ -128,19 +127,21 @@ def _stack_parallel_frames(
         if parts is None:
             copies = _find_copies(frames_by_index, positions, same_pixels)
             rejected += [
-                ([index], ReadError("duplicate", "the place and pixels of a file before it")) for index in copies
+                ([index], ReadError("duplicate", "the position and pixels of an earlier file")) for index in copies
             ]
             frames_by_index = {index: frame for index, frame in frames_by_index.items() if index not in copies}
-            parts = _separate_repeats(frames_by_index, positions) or [
-                list(frames_by_index)
-            ]  # `stack_frames` says what is wrong
+            # without parts, `stack_frames` raises the specific error
+            parts = _separate_repeats(frames_by_index, positions) or [list(frames_by_index)]
     except ReadError as error:
         return [], [(list(group), error)]
     stacks, max_count = [], max(map(len, parts))
     for part in parts:
         if len(part) < max_count:
             rejected.append(
-                (part, ReadError("missing-slices", f"{len(part)} slices; other scans of it have {max_count}"))
+                (
+                    part,
+                    ReadError("missing-slices", f"{len(part)} slices; the other stacks of the series have {max_count}"),
+                )
             )
             continue
         try:
@@ -153,7 +154,7 @@ def _stack_parallel_frames(
 
 
 def _number_positions(frames: Mapping[int, FramePlane]) -> dict[int, int]:
-    """The number of the place along the normal where each frame lies."""
+    """Number the positions of the frames along the normal."""
     normal = compute_slice_axes(next(iter(frames.values())))[:, 2]
     depth = np.array([frame.position for frame in frames.values()]) @ normal
     order = np.argsort(depth, kind="stable")
@@ -163,9 +164,9 @@ def _number_positions(frames: Mapping[int, FramePlane]) -> dict[int, int]:
 
 
 def _separate_repeats(frames: Mapping[int, FramePlane], positions: Mapping[int, int]) -> list[list[int]] | None:
-    """Frames in parts without repeats, as many as frames lie at one place; None where no key makes them.
+    """Separate repeated positions into parts with one frame per position; None if no combination of keys does.
 
-    The first key that does it wins; where none does alone, the first two, or three.
+    Uses the first key that separates the frames; if there is none, the first pair of keys, then the first triple.
     """
     max_count = max(Counter(positions[index] for index in frames).values())
     if max_count == 1:
@@ -184,7 +185,7 @@ def _separate_repeats(frames: Mapping[int, FramePlane], positions: Mapping[int, 
 
 
 def _find_copies(frames: Mapping[int, FramePlane], positions: Mapping[int, int], same_pixels: SamePixels) -> set[int]:
-    """Frames that say, lie and show what one before them does."""
+    """Find frames with the attributes, position and pixels of an earlier frame."""
     copies: set[int] = set()
     frames_by_position: dict[tuple[int, tuple[str, ...]], list[int]] = defaultdict(list)
     for index, frame in frames.items():

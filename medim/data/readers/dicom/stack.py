@@ -1,4 +1,4 @@
-"""Frames to a volume: in which order they lie, and whether they make one evenly spaced stack. Pure geometry."""
+"""Order the frames of a volume, and check that they form one evenly spaced stack. Pure geometry."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from medim.data.readers.inspection import FramePlane
 from medim.types import Array
 
 SLICE_POSITION_TOLERANCE = 0.01  # mm along the normal
-MAX_OFFSET = 0.1  # mm that a slice may lie off its place in an even, straight stack
-MAX_RELATIVE_OFFSET = 0.1  # the same, of the gap: 0.1 mm is much in a stack of 0.3 mm
+MAX_OFFSET = 0.1  # mm between a slice and its position in an even, straight stack
+MAX_RELATIVE_OFFSET = 0.1  # the same as a fraction of the gap, because 0.1 mm is large for a gap of 0.3 mm
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Frames that make an image.
+    """Frames that form an image.
 
     Attributes:
-        order: of the frames, from first to last slice.
-        affine: (4, 4) LPS, of the (column, row, slice) grid; its axes stand at exact right angles.
-        quality: codes of what is odd about it and accepted.
+        order: indices of the frames, from first to last slice.
+        affine: (4, 4) LPS affine of the (column, row, slice) grid, with exactly orthogonal axes.
+        quality: codes of accepted irregularities.
     """
 
     order: tuple[int, ...]
@@ -35,7 +35,7 @@ class Stack:
 def stack_frames(frames: Sequence[FramePlane]) -> Stack:
     """Order parallel frames along the slice normal.
 
-    The normal is the cross product of the row and column directions, as ITK has it.
+    The normal is the cross product of the row and column directions, as in ITK.
 
     Raises:
         ReadError: no geometry, duplicate positions, missing slices, uneven gaps, or a sheared stack.
@@ -49,21 +49,21 @@ def stack_frames(frames: Sequence[FramePlane]) -> Stack:
         gap = float(depth[order[-1]] - depth[order[0]]) / (len(frames) - 1)
         _check_gaps(depth[order], gap)
         _check_straight(positions[order], axes[:, 2])
-    axes = compute_slice_axes(frames[order[0]])  # where rounding differs, the first slice's word counts, as ITK has it
+    axes = compute_slice_axes(frames[order[0]])  # orientations differ by rounding; the first slice is used, as in ITK
     affine = np.eye(4)
-    affine[:3, :3] = axes * [frames[0].spacing[1], frames[0].spacing[0], gap]  # the next column lies along the row
+    affine[:3, :3] = axes * [frames[0].spacing[1], frames[0].spacing[0], gap]  # the column index grows along the row
     affine[:3, 3] = positions[order[0]]
     quality = ["single-slice"] if len(frames) == 1 else []
     if np.array_equal(axes, np.eye(3)) and not positions[:, :2].any():
-        quality.append("no-place")  # what software writes that has lost the patient
+        quality.append("no-place")  # written by software that discarded the patient position
     return Stack(tuple(order), affine, tuple(quality))
 
 
 def compute_slice_axes(frame: FramePlane) -> Array:
-    """(3, 3) directions of the next column, the next row and the next slice, at exact right angles.
+    """Compute the (3, 3) directions of the next column, row and slice, exactly orthogonal.
 
     Raises:
-        ReadError: the directions of row and column are no perpendicular unit vectors.
+        ReadError: the row and column directions are not perpendicular unit vectors.
     """
     row, column = np.array(frame.orientation[:3]), np.array(frame.orientation[3:])
     lengths = np.array([np.linalg.norm(row), np.linalg.norm(column)])
@@ -73,19 +73,19 @@ def compute_slice_axes(frame: FramePlane) -> Array:
 
 
 def _check_gaps(depth: Array, gap: float) -> None:
-    """Refuse slices that do not lie evenly.
+    """Reject unevenly spaced slices.
 
     Args:
-        depth: (N,), sorted places on the normal in mm.
-        gap: of an even stack between first and last.
+        depth: (N,), sorted positions along the normal in mm.
+        gap: gap of an even stack from the first to the last slice, in mm.
 
     Raises:
-        ReadError: in that case.
+        ReadError: slices are duplicate, missing or uneven.
     """
     gaps = np.diff(depth)
     if gaps.min() < SLICE_POSITION_TOLERANCE:
         n_duplicates = int((gaps < SLICE_POSITION_TOLERANCE).sum())
-        raise ReadError("duplicate-position", f"{n_duplicates} of {len(depth)} slices lie where another one lies")
+        raise ReadError("duplicate-position", f"{n_duplicates} of {len(depth)} slices have the position of another one")
     even = depth[0] + gap * np.arange(len(depth))
     if np.abs(depth - even).max() <= min(MAX_OFFSET, MAX_RELATIVE_OFFSET * gap):
         return
@@ -98,20 +98,20 @@ def _check_gaps(depth: Array, gap: float) -> None:
         raise ReadError(
             "missing-slices", f"{n_missing} of {len(depth) + n_missing} slices {single:.3f} mm apart are missing"
         )
-    raise ReadError("uneven-gaps", f"gaps from {gaps.min():.3f} to {gaps.max():.3f} mm; expected even ones")
+    raise ReadError("uneven-gaps", f"gaps from {gaps.min():.3f} to {gaps.max():.3f} mm; expected equal gaps")
 
 
 def _check_straight(positions: Array, normal: Array) -> None:
-    """Refuse slices that do not lie above one another.
+    """Reject slices that are shifted sideways.
 
     Args:
         positions: (N, 3), sorted along the normal.
         normal: (3,).
 
     Raises:
-        ReadError: in that case.
+        ReadError: a slice is shifted by more than `MAX_OFFSET`.
     """
     offsets = positions - positions[0]
     sideways = np.linalg.norm(offsets - np.outer(offsets @ normal, normal), axis=1)
     if sideways.max() > MAX_OFFSET:
-        raise ReadError("sheared", f"slices lie up to {sideways.max():.3f} mm sideways of the first (a tilted gantry?)")
+        raise ReadError("sheared", f"slices are shifted up to {sideways.max():.3f} mm sideways (a tilted gantry?)")

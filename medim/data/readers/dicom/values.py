@@ -1,4 +1,4 @@
-"""Raw DICOM values to texts and numbers; pydicom is kept from telling them to anybody."""
+"""Convert raw DICOM values to texts and numbers, with pydicom's warnings disabled because they quote values."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _STRUCT_LETTERS = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": 
 
 @dataclass(frozen=True, slots=True)
 class DicomHeader:
-    """Elements by keyword, as the bytes in the file; items of a sequence are headers."""
+    """Elements by keyword, as the bytes in the file; the items of a sequence are headers."""
 
     raw: Mapping[str, Any]
     byte_order: str = "<"
 
     def texts(self, keyword: str) -> list[str]:
-        """The values of a text, without the spaces around them; none where it is empty."""
+        """Decode the values of a text element, without surrounding spaces; an empty list if there are none."""
         raw = self.raw.get(keyword)
         if not raw:
             return []
-        if raw.isascii() and b"\x1b" not in raw:  # the escape of ISO 2022, whose letters may all look like ASCII
+        if raw.isascii() and b"\x1b" not in raw:  # text after an ISO 2022 escape can consist of ASCII bytes only
             text = raw.decode("ascii")
         else:
             with silence_pydicom():
@@ -41,14 +41,14 @@ class DicomHeader:
         return values if any(values) else []
 
     def text(self, keyword: str) -> str:
-        """The first of `texts`, or nothing."""
+        """Return the first of `texts`, or an empty string."""
         return next(iter(self.texts(keyword)), "")
 
     def numbers(self, keyword: str) -> tuple[float, ...]:
-        """The values of a number.
+        """Decode the values of a numeric element.
 
         Raises:
-            ReadError: one is none.
+            ReadError: a value is not a number.
         """
         raw = self.raw.get(keyword)
         if not raw:
@@ -62,36 +62,36 @@ class DicomHeader:
             values = raw.decode("ascii").strip(" \0")
             return tuple(map(float, values.split("\\"))) if values else ()
         except (ValueError, struct.error) as error:
-            raise ReadError("unreadable", f"{keyword} holds a value that is no number") from error
+            raise ReadError("unreadable", f"{keyword} contains a value that is not a number") from error
 
     def integer(self, keyword: str, default: int = 0) -> int:
-        """The first of `numbers` as a whole one.
+        """Return the first of `numbers` as an integer.
 
         Raises:
-            ReadError: it is none.
+            ReadError: the value is not an integer.
         """
         for value in self.numbers(keyword):
             if not value.is_integer():
-                raise ReadError("unreadable", f"{keyword} holds a value that is no whole number")
+                raise ReadError("unreadable", f"{keyword} contains a value that is not an integer")
             return int(value)
         return default
 
     def items(self, keyword: str) -> list[DicomHeader]:
-        """The items of a sequence."""
+        """Return the items of a sequence."""
         items = self.raw.get(keyword)
         return items if isinstance(items, list) else []
 
 
 @contextmanager
 def silence_pydicom() -> Iterator[None]:
-    """No warnings of pydicom's: they quote header values, and so patients."""
+    """Disable the warnings of pydicom inside the block: they quote header values, which may identify patients."""
     logger = logging.getLogger("pydicom")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
     try:
         with warnings.catch_warnings(), pydicom.config.disable_value_validation():
             warnings.simplefilter("ignore")
-            warnings.filterwarnings("error", message=".*RLE segment contains non-conformant")  # of another size
+            warnings.filterwarnings("error", message=".*RLE segment contains non-conformant")  # wrong segment size
             yield
     finally:
         logger.setLevel(level)
@@ -99,7 +99,7 @@ def silence_pydicom() -> Iterator[None]:
 
 @cache
 def get_vr(keyword: str) -> str:
-    """The kind of value that the standard gives an attribute."""
+    """Look up the value representation (VR) of an attribute in the standard."""
     tag = tag_for_keyword(keyword)
     return dictionary_VR(tag) if tag is not None else "UN"
 
