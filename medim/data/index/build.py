@@ -1,4 +1,4 @@
-"""The work behind `build_index`: from files to records, with every identity left behind."""
+"""Implementation of `build_index`: from image files to records without identities."""
 
 from __future__ import annotations
 
@@ -35,14 +35,13 @@ from medim.types import Modality, UserError
 
 log = logging.getLogger(__name__)
 
-SeriesFiles = dict[
-    tuple[Path, tuple[int, ...]], tuple[Path, ...]
-]  # every file of an image, by its first file and shape
+# all files of an image, by its first file and shape
+SeriesFiles = dict[tuple[Path, tuple[int, ...]], tuple[Path, ...]]
 
 
 @dataclass(frozen=True)
 class IndexContent:
-    """What an `Index` is made of."""
+    """Content of an `Index`."""
 
     root: Path
     records: tuple[ImageRecord, ...]
@@ -60,7 +59,7 @@ def build_records(
     labels: Path | None = None,
     subjects: Path | None = None,
 ) -> IndexContent:
-    """Find, join and scrub; see `medim.data.index.index.build_index`."""
+    """Find images, join the tables and remove identities; see `medim.data.index.index.build_index`."""
     root = find_common_root(sources)
     files, unreadable = list_files(sources)
     layout = detect_layout(files, [path.resolve() for path in (labels, subjects) if path is not None])
@@ -71,7 +70,9 @@ def build_records(
         raise UserError(f"{', '.join(map(str, sources))}: expected image files, found none. Choose another folder.")
     images, rejected = _inspect_files(layout.images, modality, scanner)
     if n_multi_valued := sum("several-labels" in image.quality for image in images):
-        log.warning("%d images carry several labels each that are no yes and no, so they are left out", n_multi_valued)
+        log.warning(
+            "%d images have multi-valued labels, which are not supported; the labels are ignored", n_multi_valued
+        )
     images, wrong_dimensions = _filter_dimensions(images, modality)
     rejected += wrong_dimensions + layout.rejected
     pending_records = _create_pending_records(images, layout, sources)
@@ -99,7 +100,7 @@ def build_records(
 
 
 def sort_labels(labels: Iterable[str | None]) -> tuple[str, ...]:
-    """The different labels, sorted: numbers by value, else by name."""
+    """List the distinct labels, sorted by value if all are numbers, else by name."""
     names = {label for label in labels if label is not None}
     if all(name.isdecimal() for name in names):
         return tuple(sorted(names, key=int))
@@ -107,10 +108,10 @@ def sort_labels(labels: Iterable[str | None]) -> tuple[str, ...]:
 
 
 def resolve_sources(sources: Sequence[Path]) -> list[Path]:
-    """The sources, resolved.
+    """Resolve the paths of the sources.
 
     Raises:
-        UserError: none is given, or one is not there.
+        UserError: there are none, or one does not exist.
     """
     if not sources:
         raise UserError("expected a file or folder to index, got none.")
@@ -121,7 +122,7 @@ def resolve_sources(sources: Sequence[Path]) -> list[Path]:
 
 
 def find_common_root(sources: Sequence[Path]) -> Path:
-    """The folder that holds all sources."""
+    """Find the deepest folder that contains all sources."""
     return Path(os.path.commonpath([source if source.is_dir() else source.parent for source in sources]))
 
 
@@ -130,7 +131,7 @@ def _relative_path(path: Path, root: Path) -> PurePath:
 
 
 def _inspect_files(images: Sequence[Path], modality: Modality, scanner: FileScanner) -> CollectionResult:
-    """Let each file's reader look for images."""
+    """Inspect each file with its reader, and assemble the images."""
     by_reader: dict[Reader, list[Path]] = defaultdict(list)
     image_infos: list[ImageInfo] = []
     rejected: list[RejectedFile] = []
@@ -148,24 +149,24 @@ def _inspect_files(images: Sequence[Path], modality: Modality, scanner: FileScan
 
 
 def _identities_of_skipped(layout: Layout, modality: Modality, scanner: FileScanner) -> list[ImageInfo | RejectedFile]:
-    """What DICOM files hold that the layout refused: their paths are written, and may hold whom they are of."""
+    """Inspect DICOM files that the layout rejected: their recorded paths may contain identities of their headers."""
     files = [rejected.path for rejected in layout.rejected if isinstance(find_reader(rejected.path), DicomReader)]
     images, rejected = _inspect_files(files, modality, scanner)
     return [*images, *rejected]
 
 
 def _reject_unknown_file(path: Path) -> RejectedFile:
-    """Why a file has no reader."""
+    """Build the rejection of a file that no reader accepts."""
     try:
         empty = path.stat().st_size == 0
     except OSError:
-        return RejectedFile(path=path, reason="missing", detail="the file was here and is gone")
+        return RejectedFile(path=path, reason="missing", detail="the file was removed during indexing")
     reason = "empty-file" if empty else "not-an-image"
-    return RejectedFile(path=path, reason=reason, detail="a file of no format that medim reads")
+    return RejectedFile(path=path, reason=reason, detail="a file of no supported format")
 
 
 def _filter_dimensions(images: Sequence[ImageInfo], modality: Modality) -> tuple[list[ImageInfo], list[RejectedFile]]:
-    """MRI is 3D, X-rays are 2D."""
+    """Reject images with the wrong number of dimensions: MRI is 3D, X-rays are 2D."""
     dims = 3 if modality == "mri" else 2
     rejected: dict[Path, RejectedFile] = {}
     for image in images:
@@ -180,7 +181,7 @@ def _filter_dimensions(images: Sequence[ImageInfo], modality: Modality) -> tuple
 def _create_pending_records(
     images: Sequence[ImageInfo], layout: Layout, sources: Sequence[Path]
 ) -> list[PendingRecord]:
-    """One draft an image, sorted by path, with what folders say of it."""
+    """Create one pending record per image, sorted by path, with the labels and splits of its folders."""
     pictures = (PictureReader(), NumpyReader())
     picture_paths = [
         image.files[0] for image in images if not image.item and any(r.accepts(image.files[0]) for r in pictures)
@@ -208,7 +209,7 @@ def _create_pending_records(
 
 
 def _image_sort_key(image: ImageInfo) -> tuple[tuple[str, ...], int, int]:
-    """By path; images of one archive by split and number."""
+    """Sort key of an image: its path; inside an archive, its split and number."""
     split, _, number = (image.item or "").rpartition("/")
     return image.files[0].parts, ("train", "val", "test").index(split) if split else 0, int(number or 0)
 
@@ -216,7 +217,7 @@ def _image_sort_key(image: ImageInfo) -> tuple[tuple[str, ...], int, int]:
 def _create_image_records(
     pending_records: Sequence[PendingRecord], root: Path, scrubber: Scrubber, modality: Modality
 ) -> tuple[ImageRecord, ...]:
-    """Drafts without identities."""
+    """Convert pending records to records without identities."""
     keys = _assign_image_keys(pending_records, root, scrubber)
     records = []
     for pending, key in zip(pending_records, keys, strict=True):
@@ -247,10 +248,10 @@ def _create_image_records(
 
 
 def _assign_image_keys(pending_records: Sequence[PendingRecord], root: Path, scrubber: Scrubber) -> list[str]:
-    """A key an image: its path without suffix, the folder of a series; the whole path where that names two."""
+    """Assign a unique key to each image: its path without suffix, or the folder of a series; else the whole path."""
 
     def short_name(image: ImageInfo) -> PurePath:
-        """The path without suffix, and the item inside a file of several; of a series its folder."""
+        """Build the path without suffix, plus the item in a file of several; for a series, its folder."""
         path = image.files[0]
         if image.item:
             return _relative_path(path.with_name(file_stem(path.name)), root) / image.item

@@ -1,7 +1,7 @@
-"""Medical Segmentation Decathlon folders, and nnU-Net's, which give each channel of a case a file of its own.
+"""Read Medical Segmentation Decathlon folders, and nnU-Net folders, which have one file per channel of a case.
 
-`imagesTr` and `labelsTr` are paired as `dataset.json` lists them, else by name; `imagesTs` and `labelsTs`, where there
-are labels of test images, by name.
+`imagesTr` and `labelsTr` are paired as listed in `dataset.json`, else by name; `imagesTs` and `labelsTs` (if there are
+labels of test images) are paired by name.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from medim.files import read_json
 from medim.types import UserError
 
 _CHANNEL_PATTERN = re.compile(r"(.+)_(\d{4})")
-_NON_SEQUENCE_NAMES = {"mri", "mr", "ct"}  # dataset.json of a task with one channel often names the modality alone
+_NON_SEQUENCE_NAMES = {"mri", "mr", "ct"}  # dataset.json of a single-channel task often contains only the modality
 
 
 @dataclass(frozen=True)
 class DecathlonFolder:
-    """One folder in this layout.
+    """Content of one folder in this layout.
 
     Attributes:
-        path: of the folder.
+        path: path of the folder.
         classes: names of the mask values 1..K.
-        channel_names: of the channels, or of the volumes in a file.
-        channels: case and number of each file that holds one channel.
+        channel_names: names of the channels, or of the volumes in a file.
+        channels: case and channel number of each single-channel file.
         masks: mask by image.
-        test_images: images whose mask stands in `labelsTs`.
-        unmatched_masks: masks that belong to no image, with what is wrong.
-        rejected: files that are listed and not there.
+        test_images: images with a mask in `labelsTs`.
+        unmatched_masks: masks without an image, with the reason.
+        rejected: files that are listed but missing.
     """
 
     path: Path
@@ -45,7 +45,7 @@ class DecathlonFolder:
     rejected: tuple[RejectedFile, ...] = ()
 
     def sequence(self, path: Path, item: str | None) -> str | None:
-        """What `dataset.json` calls the channel of a file, or the volume in it."""
+        """Name of the channel of a file, or of the volume in it, from `dataset.json`."""
         if item is None and path not in self.channels and len(self.channel_names) != 1:
             return None
         number = self.channels[path][1] if path in self.channels else int(item or 0)
@@ -57,12 +57,12 @@ def read_decathlon_folder(path: Path, files: Collection[Path], images: Iterable[
     """Read a folder in this layout.
 
     Args:
-        path: it holds a `dataset.json`, an `imagesTr`, or both.
-        files: every file of the source.
-        images: those that may be images or masks.
+        path: folder with a `dataset.json`, an `imagesTr`, or both.
+        files: all files of the source.
+        images: files that may be images or masks.
 
     Returns:
-        what it says, or None where the `dataset.json` is another tool's.
+        The content of the folder, or None if the `dataset.json` belongs to another tool.
 
     Raises:
         UserError: the `dataset.json` is damaged.
@@ -104,21 +104,21 @@ def read_decathlon_folder(path: Path, files: Collection[Path], images: Iterable[
             mask: _reject_unmatched_mask(mask, training_names) for mask in masks - set(mask_by_image.values())
         },
         rejected=tuple(
-            RejectedFile(path=file, reason="missing", detail="listed in dataset.json, not on the disk")
+            RejectedFile(path=file, reason="missing", detail="listed in dataset.json, but the file does not exist")
             for file in missing_files
         ),
     )
 
 
 def file_stem(name: str) -> str:
-    """A file's name without its suffix; `.nii.gz` is one suffix."""
+    """Return a file name without its suffix; `.nii.gz` is one suffix."""
     return name[:-7] if name.lower().endswith(".nii.gz") else Path(name).stem
 
 
 def _reject_unmatched_mask(mask: Path, training_names: set[str]) -> RejectedFile:
-    """Why a mask has no image."""
+    """Build the rejection of a mask without an image."""
     if mask.name in training_names:
-        detail = "dataset.json does not list this label; its image is kept as unlabelled"
+        detail = "dataset.json does not list this label; its image is included without a label"
         return RejectedFile(path=mask, reason="label-not-listed", detail=detail)
     return RejectedFile(path=mask, reason="label-without-image", detail="a label without a readable image")
 
@@ -126,9 +126,10 @@ def _reject_unmatched_mask(mask: Path, training_names: set[str]) -> RejectedFile
 def _find_channels(
     folder: Path, images: Iterable[Path], masks: Iterable[Path], *, nnunet: bool
 ) -> dict[Path, tuple[str, int]]:
-    """Case and number of files named `case_0000`: all in a folder of nnU-Net's, which one file may show.
+    """Find files named `case_0000`, with case and channel number. Empty if the folder is not in nnU-Net format.
 
-    It shows it where a mask has the case's name and none has the file's own: a number may also be a patient's.
+    Without a declaration in `dataset.json`, the folder counts as nnU-Net if for at least one file a mask has the name
+    of the case and none has the name of the file; otherwise the number may be part of a patient ID.
     """
     mask_stems = {file_stem(mask.name) for mask in masks}
     channel_files: dict[Path, tuple[str, int]] = {}
@@ -145,7 +146,7 @@ def _find_channels(
 def _pair_by_name(
     images: Iterable[Path], masks: Iterable[Path], channels: dict[Path, tuple[str, int]]
 ) -> dict[Path, Path | None]:
-    """Images with the mask of the same name."""
+    """Map images to the mask of the same name."""
     by_stem = {file_stem(mask.name): mask for mask in masks}
     return {path: by_stem.get(channels.get(path, (file_stem(path.name), 0))[0]) for path in images}
 
@@ -153,7 +154,7 @@ def _pair_by_name(
 def _expand_channels(
     pairs: dict[Path, Path | None], files: Collection[Path], channels: dict[Path, tuple[str, int]]
 ) -> dict[Path, Path | None]:
-    """The first nnU-Net lists `case.nii.gz` and has `case_0000.nii.gz`: each channel takes the case's mask."""
+    """Assign the mask of a case to each channel: nnU-Net v1 lists `case.nii.gz`, but has `case_0000.nii.gz`."""
     cases: dict[tuple[Path, str], list[Path]] = {}
     for path, (case, _) in channels.items():
         cases.setdefault((path.parent, case), []).append(path)
@@ -165,7 +166,7 @@ def _expand_channels(
 
 
 def _parse_training_pairs(folder: Path, items: Sequence[Any]) -> dict[Path, Path | None]:
-    """Images and masks as `training` of a `dataset.json` lists them."""
+    """Parse the images and masks listed under `training` in a `dataset.json`."""
 
     def resolve_path(name: object) -> Path:
         return folder / PurePosixPath(str(name))
@@ -184,14 +185,14 @@ def _parse_training_pairs(folder: Path, items: Sequence[Any]) -> dict[Path, Path
 
 
 def _parse_channel_names(channels: object) -> tuple[str, ...]:
-    """Names of the channels 0..n-1, from {"0": name}; none where they are not numbered so."""
+    """Parse the names of the channels 0..n-1 from {"0": name}; empty if they are not numbered this way."""
     if not isinstance(channels, dict) or set(channels) != {str(k) for k in range(len(channels))}:
         return ()
     return tuple(str(channels[str(k)]) for k in range(len(channels)))
 
 
 def _parse_class_names(labels: object, description_path: Path) -> tuple[str, ...]:
-    """Names of the mask values 1..K, from {"0": "background", "1": name} or {name: 1}; regions have no value."""
+    """Parse the names of the mask values 1..K from {"0": "background", "1": name} or {name: 1}, except regions."""
     if not isinstance(labels, dict):
         return ()
     try:

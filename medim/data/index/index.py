@@ -1,4 +1,4 @@
-"""From a source on the disk to an index: one row an image, one reason for everything that is none."""
+"""Index of a data source: one row per image, and one reason per rejected file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 class AllRejectedError(UserError):
-    """Nothing in the source is an image; `index` holds the reasons."""
+    """The source contains no image; `index` contains the reasons."""
 
     exit_code = 4
 
@@ -53,16 +53,16 @@ class AllRejectedError(UserError):
 
 @dataclass(frozen=True)
 class Index:
-    """The images of a source.
+    """Images of a source.
 
     Attributes:
         root: folder that paths are relative to.
         modality: "mri" or "xray".
-        records: the images, sorted by path: everything seeded follows this order.
-        rejected: every other file found.
-        classes: names of the mask values 1..K; without masks the class labels, sorted.
-        identity_parts: parts of `root` that hold an identity.
-        n_inspected: files that had to be opened to build it; the others were as they were.
+        records: the images, sorted by path; all seeded operations depend on this order.
+        rejected: all other files of the source.
+        classes: names of the mask values 1..K; without masks, the sorted class labels.
+        identity_parts: parts of `root` that contain an identity.
+        n_inspected: number of files opened to build the index; the others were unchanged since the last time.
     """
 
     root: Path
@@ -76,42 +76,42 @@ class Index:
 
     @cached_property
     def hash(self) -> str:
-        """Hex digest of the records and classes; the same wherever the source lies and whatever the site key.
+        """Hex digest of the records and classes, independent of the location of the source and of the site key.
 
-        Subjects and series count by their order, not by their pseudonyms.
+        Subjects and series enter by their order, not by their pseudonyms.
         """
         numbers: dict[str | None, int] = {}
 
         def hash_row(record: ImageRecord) -> dict[str, Any]:
             orders = {key: numbers.setdefault(getattr(record, key), len(numbers)) for key in ("subject", "series")}
-            return asdict(record) | orders | {"quality": None}  # says nothing new about the files
+            return asdict(record) | orders | {"quality": None}  # quality is derived from the files
 
         rows = [hash_row(record) for record in self.records]
         return json_sha256([self.modality, self.classes, rows])
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The findings that labels speak of, else the class labels that occur, sorted (numbers by value)."""
+        """Findings in the labels, else the class labels, sorted (numbers by value)."""
         return _list_labels(self.records)
 
     @cached_property
     def findings(self) -> tuple[str, ...]:
-        """The findings that labels speak of; none where a label is a class."""
+        """Findings in the labels; empty if a label is a class."""
         return finding_names(record.label for record in self.records)
 
     def locate(self, record: ImageRecord) -> Path:
-        """The file of an image, or the first file of its series.
+        """Find the file of an image, or the first file of its series.
 
         Raises:
-            UserError: it is not there any more.
+            UserError: the file no longer exists.
         """
         return self._locate_item(record)[0]
 
     def plan_slices(self, record: ImageRecord) -> SlicePlan | None:
-        """Where the slices of a DICOM image stand; None for an image of another format.
+        """Find the slices of a DICOM image and their positions; None for an image of another format.
 
         Raises:
-            ReadError: it has changed and is no image any more.
+            ReadError: the file has changed and is no longer an image.
         """
         files = self._list_source_files(record)
         if find_reader(files[0]) is not DICOM:
@@ -125,29 +125,30 @@ class Index:
         """Read an image.
 
         Raises:
-            ReadError: it has changed and is no image any more; the message names the record's path.
+            ReadError: the file has changed and is no longer a valid image; the message contains the record's path.
         """
         try:
             item = self._locate_item(record)[1]
             files = self._list_source_files(record)
             reader = find_reader(files[0])
             if reader is None:
-                raise ReadError("not-an-image", "no reader knows this file any more")
+                raise ReadError("not-an-image", "no reader accepts this file any more")
             volume = DICOM.read_files(files) if len(files) > 1 else reader.read(files[0], item)
             check_voxels(volume.array)
             if volume.shape != record.shape:
                 raise ReadError(
-                    "changed", f"shape {volume.shape}; the index says {record.shape}. Run `medim index` again"
+                    "changed", f"shape {volume.shape}; the index has {record.shape}. Run `medim index` again"
                 )
         except ReadError as error:
             raise error.with_path(record.path) from error
         return volume
 
     def open_mask(self, record: ImageRecord) -> Volume:
-        """Read an image's mask: uint8 (1, ...), on the image's grid.
+        """Read the mask of an image: uint8 (1, ...), on the grid of the image.
 
         Raises:
-            ReadError: the record has no mask, it cannot be read, or it holds values above the number of classes.
+            ReadError: the record has no mask, or the mask cannot be read or contains values above the number of
+                classes.
         """
         if record.mask is None:
             raise ReadError("no-mask", "expected a record with a mask", path=record.path)
@@ -156,12 +157,12 @@ class Index:
         except ReadError as error:
             raise error.with_path(record.mask) from error
         if self.classes and mask.array.max() > len(self.classes):
-            detail = f"the mask holds the value {mask.array.max()}; expected 0 to {len(self.classes)}"
+            detail = f"the mask contains the value {mask.array.max()}; expected 0 to {len(self.classes)}"
             raise ReadError("unknown-class", detail, path=record.mask)
         return mask
 
     def fingerprint(self, record: ImageRecord) -> str:
-        """Hex digest that changes when a source file of the image or its mask changes (size or time)."""
+        """Compute a hex digest that changes with the size or time of the source files of an image or its mask."""
         files = [*self._list_source_files(record)] + (
             [resolve_scrubbed_path(self.root, record.mask)] if record.mask else []
         )
@@ -178,12 +179,12 @@ class Index:
 
     @classmethod
     def read(cls, path: Path) -> Index:
-        """Read what `write` wrote: the folder, or its `index.parquet` or `index.csv`.
+        """Read an index from its folder, or from its `index.parquet` or `index.csv`.
 
-        The source is looked for where it lay relative to the index.
+        The source is searched at its recorded position relative to the index.
 
         Raises:
-            UserError: no whole index lies there.
+            UserError: the index is missing, incomplete or of another schema version.
         """
         folder = path if path.is_dir() else path.parent
         table = next((folder / name for name in ("index.parquet", "index.csv") if (folder / name).is_file()), None)
@@ -201,12 +202,12 @@ class Index:
                 "Run `medim index` again."
             )
         if summary.get("site") != make_pseudonym("site"):
-            log.warning("the index was made with another site key: hidden path parts cannot be found, subjects differ")
+            log.warning("the index was made with another site key: scrubbed paths cannot be resolved, subjects differ")
         source = str(summary.get("source"))
         try:
             root = resolve_scrubbed_path(folder.resolve(), source).resolve()
         except UserError:
-            root = (folder.resolve() / source).resolve()  # told when a file is asked for
+            root = (folder.resolve() / source).resolve()  # a missing source is reported when a file is opened
         return cls(
             root=root,
             modality=cast(Modality, modality),
@@ -239,10 +240,10 @@ class Index:
         }
 
     def _locate_item(self, record: ImageRecord) -> tuple[Path, str | None]:
-        """The file of an image, and the image's name in it; a `#` may belong to the file's own name.
+        """Find the file of an image, and the item in it; a `#` may be part of the file name.
 
         Raises:
-            UserError: the file is not there any more.
+            UserError: the file no longer exists.
         """
         file, item = split_item(record.path)
         with suppress(UserError):
@@ -250,7 +251,7 @@ class Index:
         return resolve_scrubbed_path(self.root, file.as_posix()), item
 
     def _list_source_files(self, record: ImageRecord) -> tuple[Path, ...]:
-        """Every file of an image, the first one first."""
+        """List all files of an image, the first file first."""
         first = self.locate(record)
         if record.series is None or len(record.shape) == 2:
             return (first,)
@@ -267,18 +268,20 @@ class Index:
             images, _ = DICOM.collect_images(inspections, self.modality)
             self._series.update({(image.files[0], image.shape): image.files for image in images})
         if (first, record.shape) not in self._series:
-            raise ReadError("changed", "its series is no image any more. Run `medim index` again", path=record.path)
+            raise ReadError(
+                "changed", "the series is no longer a valid image. Run `medim index` again", path=record.path
+            )
         return self._series[first, record.shape]
 
 
 def _list_labels(records: Sequence[ImageRecord]) -> tuple[str, ...]:
-    """Findings, or classes in order."""
+    """List the findings, or else the sorted classes."""
     labels = [record.label for record in records]
     return finding_names(labels) or sort_labels(labels)
 
 
 def is_index(path: Path) -> bool:
-    """Whether a path is an index that `Index.write` wrote: its folder, or its table."""
+    """Whether a path is an index written by `Index.write`: its folder, or its table."""
     if path.is_file():
         return path.name in {"index.parquet", "index.csv"} and (path.parent / "summary.json").is_file()
     return (path / "summary.json").is_file() and any((path / f"index.{kind}").is_file() for kind in ("parquet", "csv"))
@@ -296,24 +299,24 @@ def build_index(
 ) -> Index:
     """Find every image in a source.
 
-    NIfTI, pictures and arrays are read whole, once; of DICOM the headers alone. What was seen of a file is remembered
-    until its size or time changes. A subject is whom `subjects` says, or a
-    `subjects.csv` in the source; else the DICOM PatientID with its issuer, the BIDS `sub-`, or the file's stem (its
-    folder, where stems repeat from folder to folder). It is always written as a pseudonym.
+    NIfTI files, pictures and arrays are read once in full; of DICOM files only the header is read. Results are cached
+    until the size or time of a file changes. The subject of an image is taken from `subjects` or a `subjects.csv` in
+    the source; else from the DICOM PatientID with its issuer, the BIDS `sub-` entity, or the file stem (or its folder,
+    if stems repeat from folder to folder). It is always recorded as a pseudonym.
 
     Args:
-        source: files and folders in any layout of `docs/reference/cli.md`; several become one index.
+        source: files and folders in any layout of `docs/reference/cli.md`; several are combined in one index.
         modality: "mri" (3D) or "xray" (2D).
-        labels: CSV with columns `image` or `subject`, and `label`, `mask` (path) or `split`; else a `labels.csv` in the
-            source is used.
+        labels: CSV with columns `image` or `subject`, and `label`, `mask` (path) or `split`; default: a `labels.csv`
+            in the source.
         subjects: CSV with columns `image`, `subject`.
-        jobs: processes; with more than one, a script needs the usual `if __name__ == "__main__":`.
-        remember: whether files that have not changed are left unread; see `medim.data.index.scan_cache`.
-        progress: called with the number of files known, and of all of their format.
+        jobs: number of processes; with more than one, a script needs the usual `if __name__ == "__main__":`.
+        remember: skip files that have not changed; see `medim.data.index.scan_cache`.
+        progress: called with the number of processed files, and of all files of the same format.
 
     Raises:
-        UserError: a path is missing, nothing lies there, or a table contradicts itself or fits no image.
-        AllRejectedError: files were found, and none is an image of this modality.
+        UserError: a path is missing or empty, or a table is inconsistent or matches no image.
+        AllRejectedError: files were found, but none is an image of this modality.
     """
     if modality not in get_args(Modality):
         raise UsageError(f"modality: expected {' or '.join(get_args(Modality))}, got {modality!r}.")
@@ -337,7 +340,7 @@ def build_index(
         counts = Counter(rejection.reason for rejection in index.rejected)
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
         raise AllRejectedError(
-            f"expected {modality} images, got {len(index.rejected)} files and no image of them: {reasons}. "
+            f"expected {modality} images, got {len(index.rejected)} files without such an image: {reasons}. "
             "See rejected.csv of `medim index` for each file, or choose another --modality.",
             index,
         )
@@ -345,7 +348,7 @@ def build_index(
 
 
 def _find_identity_parts(root: Path, source: str) -> frozenset[str]:
-    """The parts of a source's path that stand hidden in the index."""
+    """Find the parts of a source's path that are scrubbed in the index."""
     pairs = zip(reversed(root.parts), reversed(source.split("/")), strict=False)
     return frozenset(
         real_part

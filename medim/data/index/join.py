@@ -1,4 +1,4 @@
-"""Joining tables to images: whose they are, and their labels, masks and splits."""
+"""Join tables to images: subjects, labels, masks and splits."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from medim.privacy import make_pseudonym
 from medim.types import UserError
 
 log = logging.getLogger(__name__)
-FolderTables = list[tuple[CsvTable, Path | None]]  # each with the folder it speaks of; None: of all images
+FolderTables = list[tuple[CsvTable, Path | None]]  # each with the folder it applies to; None: all images
 
 
 @dataclass
 class PendingRecord:
-    """An image on its way to a record; its paths are the real ones."""
+    """An image before it becomes a record; paths are real, not scrubbed."""
 
     image: ImageInfo
     subject: str | None
@@ -33,7 +33,7 @@ class PendingRecord:
 
 
 def load_join_tables(layout: Layout, kind: str, user_path: Path | None) -> FolderTables:
-    """The tables of a kind with the folder they speak of: the one the user named, else those in the source."""
+    """Load the tables of a kind with the folders they apply to: the user's table, else those in the source."""
     if user_path is not None:
         table = read_table(user_path.resolve(), kind, from_user=True)
         return [(table, None)] if table else []
@@ -44,7 +44,7 @@ def load_join_tables(layout: Layout, kind: str, user_path: Path | None) -> Folde
 
 
 def exclude_masks(layout: Layout, tables: FolderTables, root: Path) -> None:
-    """Files that a table names as masks are no images."""
+    """Remove files that a table lists as masks from the images."""
     cells = ((table, line, cells["mask"]) for table, _ in tables for line, cells in table.rows if cells.get("mask"))
     masks: set[Path] = set()
     for table, line, cell in cells:
@@ -68,7 +68,7 @@ def check_participant_tables(pending_records: Sequence[PendingRecord], layout: L
 
 
 def join_subjects(pending_records: Sequence[PendingRecord], tables: FolderTables, layout: Layout, root: Path) -> None:
-    """Give each draft its subject: a table's, else the file's own, else what its path says."""
+    """Set the subject of each pending record: from a table, else from the file, else from its path."""
     cells_by_image = merge_tables(_add_matchers(tables, pending_records), {}, ("subject", "split"))
     for index, cells in cells_by_image.items():
         if "subject" in cells:
@@ -86,7 +86,7 @@ def join_subjects(pending_records: Sequence[PendingRecord], tables: FolderTables
 
 
 def _infer_subjects_from_paths(pending_records: Sequence[PendingRecord], root: Path) -> dict[Path, str]:
-    """The subject of each file that only its path tells; what folders sort by class or split is an image a subject."""
+    """Infer subjects from paths alone. In folders sorted by class or split, each image is a subject."""
     parts = {d.image.files[0]: _split_path(d.image.files[0], root) for d in pending_records}
     labelled_paths = {d.image.files[0] for d in pending_records if d.label is not None or d.split is not None}
     subject_names = infer_subjects(path_parts for path, path_parts in parts.items() if path not in labelled_paths)
@@ -97,8 +97,8 @@ def _infer_subjects_from_paths(pending_records: Sequence[PendingRecord], root: P
     }
     if (n_subjects := len(set(names.values()))) < len(names):
         log.warning(
-            "%d images do not say whose they are: by the names of their files and folders they are of %d subjects; "
-            "--subjects can say it better",
+            "%d images have no subject in their metadata: from their file and folder names, %d subjects were inferred. "
+            "Use --subjects to provide the subjects",
             len(names),
             n_subjects,
         )
@@ -110,7 +110,7 @@ def _split_path(path: Path, root: Path) -> tuple[str, ...]:
 
 
 def join_labels(pending_records: Sequence[PendingRecord], tables: FolderTables, root: Path) -> None:
-    """Give drafts the label, mask and split that a table gives them, by image or by subject."""
+    """Set the label, mask and split of pending records from tables, by image or by subject."""
     by_subject: dict[str, set[int]] = defaultdict(set)
     for index, pending in enumerate(pending_records):
         for name in (pending.subject, *pending.image.aliases):
@@ -129,7 +129,7 @@ def join_labels(pending_records: Sequence[PendingRecord], tables: FolderTables, 
 def _add_matchers(
     tables: FolderTables, pending_records: Sequence[PendingRecord]
 ) -> list[tuple[CsvTable, ImageMatcher]]:
-    """Tables with the images they speak of: all, or those under the folder they lie in."""
+    """Combine each table with the images it applies to: all, or those under the table's folder."""
     return [
         (
             table,

@@ -1,4 +1,4 @@
-"""How a source lies on the disk: which files are images, which are their masks, and what folders say."""
+"""Detect the layout of a source: images, their masks, and labels from folder names."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from medim.data.readers.inspection import RejectedFile
 from medim.types import Split, UserError
 
 _DESCRIPTION_FILES = {"dataset.json", "dataset_description.json", "participants.tsv", "participants.json", "DICOMDIR"}
-_DESCRIPTION_FILES |= {"fetched.json", "SHA256SUMS", "LICENSE"}  # beside what `medim fetch` brought
+_DESCRIPTION_FILES |= {"fetched.json", "SHA256SUMS", "LICENSE"}  # added by `medim fetch`
 _TABLE_FILES = {"labels.csv", "subjects.csv"}
-_SIDECAR_SUFFIXES = {".json", ".bval", ".bvec", ".tsv", ".raw", ".zraw"}  # describe or feed the image of the same name
-_DERIVATIVE_SUFFIXES = {"mask", "dseg", "seg", "probseg", "label"}  # BIDS suffixes of what is no image
+_SIDECAR_SUFFIXES = {".json", ".bval", ".bvec", ".tsv", ".raw", ".zraw"}  # metadata or data of the image of that name
+_DERIVATIVE_SUFFIXES = {"mask", "dseg", "seg", "probseg", "label"}  # BIDS suffixes of segmentations
 _NON_STRUCTURAL_SUFFIXES = {  # BIDS suffixes of func, dwi, perf and fmap
     "bold", "cbv", "sbref", "dwi", "asl", "m0scan", "epi", "fieldmap",
     "magnitude", "magnitude1", "magnitude2", "phase", "phase1", "phase2", "phasediff",
 }  # fmt: skip
-_DUPLICATE_FOLDERS = {  # folders of a BIDS tree that hold its images a second time
-    "derivatives": ("derivative", "made from the BIDS tree's images; to use it, index that folder alone"),
-    "sourcedata": ("source-data", "what the BIDS tree's images were made from; to use it, index that folder alone"),
+_DUPLICATE_FOLDERS = {  # folders of a BIDS tree with other versions of its images
+    "derivatives": ("derivative", "derived from the images of the BIDS tree; to use it, index that folder alone"),
+    "sourcedata": ("source-data", "source of the images of the BIDS tree; to use it, index that folder alone"),
 }
 _SPLIT_FOLDERS: dict[str, Split] = {"train": "train", "training": "train", "val": "val", "valid": "val"}
 _SPLIT_FOLDERS |= {"validation": "val", "test": "test", "testing": "test"}
 _MAX_CLASSES = 100
-_MIN_CLASS_SIZE = 10  # pictures of each; a patient's folder holds fewer
+_MIN_CLASS_SIZE = 10  # pictures per class; folders of patients contain fewer
 
 
 @dataclass
 class Layout:
-    """What the folders of a source say.
+    """Files of a source, sorted by their role.
 
     Attributes:
-        images: files to look for images in, sorted.
+        images: files to inspect for images, sorted.
         masks: mask by image.
-        unmatched_masks: masks that belong to no image, with what is wrong.
+        unmatched_masks: masks without an image, with the reason.
         decathlon_folders: folders in Medical Segmentation Decathlon layout.
         classes: names of the mask values 1..K.
         tables: `labels.csv` and `subjects.csv` files.
         participants: `participants.tsv` files.
-        rejected: files that are no images.
+        rejected: files that are not images.
     """
 
     images: list[Path] = field(default_factory=list)
@@ -56,30 +56,30 @@ class Layout:
     rejected: list[RejectedFile] = field(default_factory=list)
 
     def find_folder(self, path: Path) -> DecathlonFolder | None:
-        """The Decathlon folder that a file lies in."""
+        """Find the Decathlon folder that contains a file."""
         return next((folder for folder in self.decathlon_folders if folder.path in path.parents), None)
 
     def case_name(self, path: Path) -> str:
-        """Whose image a file is, by its name: without suffix, and without the number of nnU-Net's channel."""
+        """Name of the case of a file: its name without suffix and without an nnU-Net channel number."""
         folder = self.find_folder(path)
         return folder.channels[path][0] if folder and path in folder.channels else file_stem(path.name)
 
     def drop_masks(self, masks: Iterable[Path]) -> None:
-        """Files that turn out to be masks are no images, nor refused."""
+        """Remove masks from the images and from the rejected files."""
         mask_paths = set(masks)
         self.images = [path for path in self.images if path not in mask_paths]
         self.rejected = [rejected_file for rejected_file in self.rejected if rejected_file.path not in mask_paths]
 
 
 def detect_layout(files: Sequence[Path], ignore: Iterable[Path] = ()) -> Layout:
-    """Sort the files of a source by their part in it.
+    """Sort the files of a source by their role.
 
     Args:
-        files: from `walk`.
-        ignore: files that describe others, such as a table given on the command line.
+        files: from `walk.list_files`.
+        ignore: files that are not images, such as a table given on the command line.
 
     Raises:
-        UserError: a `dataset.json` is damaged, or two name different classes.
+        UserError: a `dataset.json` is damaged, or two list different classes.
     """
     layout = Layout()
     ignored_files = set(ignore)
@@ -109,10 +109,10 @@ def detect_layout(files: Sequence[Path], ignore: Iterable[Path] = ()) -> Layout:
 
 
 def _add_decathlon_folder(layout: Layout, folder: DecathlonFolder) -> None:
-    """Take over what a Decathlon folder says.
+    """Add the content of a Decathlon folder to the layout.
 
     Raises:
-        UserError: it names other classes than the folders before it.
+        UserError: the folder has other classes than the folders before it.
     """
     if folder.classes and layout.classes not in ((), folder.classes):
         raise UserError(
@@ -127,7 +127,7 @@ def _add_decathlon_folder(layout: Layout, folder: DecathlonFolder) -> None:
 
 
 def _explain_bids_rejection(path: Path, duplicate_folders: dict[Path, tuple[str, str]]) -> tuple[str, str] | None:
-    """Why a file of a BIDS tree is no structural image; None where it may be one."""
+    """Explain why a file of a BIDS tree is not a structural image; None if it may be one."""
     suffix = file_stem(path.name).rpartition("_")[2] if path.name.startswith("sub-") else ""
     if suffix in _DERIVATIVE_SUFFIXES:
         detail = "a segmentation of the BIDS tree, not an image; join it with --labels (columns image, mask)"
@@ -142,7 +142,7 @@ def _explain_bids_rejection(path: Path, duplicate_folders: dict[Path, tuple[str,
 
 
 def _find_index_files(files: Sequence[Path]) -> set[Path]:
-    """The files of an index that was written into the source."""
+    """Find the files of an index that was written into the source."""
     names = ("summary.json", "index.parquet", "index.csv", "rejected.csv")
     folders = {path.parent for path in files if path.name in names[1:3]} & {
         path.parent for path in files if path.name == names[0]
@@ -151,12 +151,12 @@ def _find_index_files(files: Sequence[Path]) -> set[Path]:
 
 
 def _is_sidecar(path: Path, stems: set[Path]) -> bool:
-    """Whether a file only describes or feeds the image of the same name."""
+    """Whether a file contains only metadata or data of the image of the same name."""
     return path.suffix.lower() in _SIDECAR_SUFFIXES and path.parent / file_stem(path.name) in stems
 
 
 class FolderLabels(NamedTuple):
-    """What the folder of a picture says of it: its class or its subject, and its split."""
+    """Information from the folders of a picture: class or subject, and split."""
 
     label: str | None = None
     split: Split | None = None
@@ -164,10 +164,10 @@ class FolderLabels(NamedTuple):
 
 
 def labels_from_folders(paths: Iterable[Path], sources: Sequence[Path]) -> dict[Path, FolderLabels]:
-    """Of pictures, from the folders they lie in: `CLASS/x.png`, `train/CLASS/x.png`, `train/x.png` or `SUBJECT/x.png`.
+    """Infer labels from folders: `CLASS/x.png`, `train/CLASS/x.png`, `train/x.png` or `SUBJECT/x.png`.
 
-    Folders are classes where every picture of a source lies in one, there are 2 to 100 of them, and each holds ten
-    pictures or more. Else, where they hold several, a folder is a patient's: its name is nobody's class.
+    Folders count as classes if every picture of a source is in a folder, there are 2 to 100 folders, and each contains
+    at least ten pictures. Otherwise, if there are several, each folder counts as one subject.
     """
     result: dict[Path, FolderLabels] = {}
     paths_by_source: dict[Path, list[Path]] = defaultdict(list)

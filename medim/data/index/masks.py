@@ -1,4 +1,4 @@
-"""Masks: whether each can be read and lies on its image's grid."""
+"""Check that masks can be read and are on the grid of their image."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from medim.data.readers import ReadError, read_mask
 from medim.data.readers.inspection import FileInspection, ImageInfo, RejectedFile
 from medim.types import Array
 
-_MAX_CORNER_OFFSET = 0.05  # of a voxel: how far a mask's corners may lie from its image's
+_MAX_CORNER_OFFSET = 0.05  # largest distance between the corners of mask and image, as a fraction of a voxel
 
 
 def inspect_mask(path: Path) -> FileInspection:
-    """The grid of a mask, and its highest value."""
+    """Inspect the grid and the highest value of a mask."""
     mask = read_mask(path)
     return FileInspection(found=(ImageInfo(shape=mask.shape, affine=mask.affine, highest=int(mask.array.max())),))
 
@@ -26,10 +26,10 @@ def inspect_mask(path: Path) -> FileInspection:
 def check_masks(
     pending_records: Sequence[PendingRecord], layout: Layout, scanner: FileScanner
 ) -> tuple[list[PendingRecord], list[RejectedFile], int]:
-    """Refuse image and mask where the mask cannot be read or lies on another grid.
+    """Reject image and mask if the mask cannot be read or is on another grid.
 
     Returns:
-        the drafts that stay, what is refused, and the highest value in a mask.
+        The accepted pending records, the rejected files, and the highest value in any mask.
     """
     paths = list(dict.fromkeys(pending.mask for pending in pending_records if pending.mask is not None))
     inspections = dict(zip(paths, scanner(inspect_mask, paths), strict=True))
@@ -56,10 +56,10 @@ def check_masks(
 
 
 def _check_mask(inspection: FileInspection, image: ImageInfo, layout: Layout) -> int:
-    """The highest value in an image's mask.
+    """Check a mask and return its highest value.
 
     Raises:
-        ReadError: the mask cannot be read, lies on another grid, or holds a class without a name.
+        ReadError: the mask cannot be read, is on another grid, or contains a class without a name.
     """
     if inspection.refused:
         raise ReadError(inspection.refused[0].reason, inspection.refused[0].detail)
@@ -67,27 +67,27 @@ def _check_mask(inspection: FileInspection, image: ImageInfo, layout: Layout) ->
     highest = inspection.found[0].highest
     if layout.classes and highest > len(layout.classes):
         raise ReadError(
-            "unknown-class", f"the label holds the value {highest}, dataset.json names {len(layout.classes)}"
+            "unknown-class", f"the label contains the value {highest}, dataset.json has {len(layout.classes)} classes"
         )
     return highest
 
 
 def _check_mask_grid(mask: ImageInfo, image: ImageInfo) -> None:
-    """Refuse a mask that is not on its image's grid.
+    """Reject a mask that is not on the grid of its image.
 
     Raises:
-        ReadError: in that case.
+        ReadError: shape or corner positions differ.
     """
     if mask.shape != image.shape:
         shapes = "x".join(map(str, mask.shape)), "x".join(map(str, image.shape))
         raise ReadError("label-off-grid", f"the label has {shapes[0]} voxels, the image {shapes[1]}")
     distance = np.abs(_compute_corners(mask.affine, mask.shape) - _compute_corners(image.affine, image.shape)).max()
     if distance > _MAX_CORNER_OFFSET * np.linalg.norm(mask.affine[:3, : len(mask.shape)], axis=0).min():
-        raise ReadError("label-off-grid", f"the corners of label and image lie up to {distance:.2f} mm apart")
+        raise ReadError("label-off-grid", f"the corners of label and image are up to {distance:.2f} mm apart")
 
 
 def _compute_corners(affine: Array, shape: Sequence[int]) -> Array:
-    """(8, 3) places of a grid's corners in mm."""
+    """Compute the (8, 3) positions of a grid's corners in mm."""
     ends = np.array([*shape, *[1] * (3 - len(shape))]) - 1
     indices = np.array(np.meshgrid(*[(0, end) for end in ends], indexing="ij")).reshape(3, -1)
     return np.asarray((affine[:3, :3] @ indices + affine[:3, 3:]).T)

@@ -1,4 +1,4 @@
-"""The rows of an index, and the files they are kept in: parquet, or CSV where pyarrow is not installed."""
+"""Rows of an index and their files: parquet, or CSV if pyarrow is not installed."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ SCHEMA_VERSION = 2
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One image, without anything that tells whose it is.
+    """One image, without identities.
 
     Attributes:
         image: key, unique in the index.
-        path: the file, or the first file of a series, relative to the source; `#item` for one of many in a file.
-        subject: pseudonym; one a person.
+        path: the file, or the first file of a series, relative to the source; with `#item` for one of several images
+            in a file.
+        subject: pseudonym; one per person.
         session: pseudonym of the visit.
         series: pseudonym of the DICOM series.
         modality: "mri" or "xray".
-        sequence: how it was acquired (DICOM ScanningSequence, BIDS suffix).
-        shape: voxels an axis as `open` gives them, without the channel.
-        spacing: mm an axis.
+        sequence: acquisition type (DICOM ScanningSequence, BIDS suffix).
+        shape: voxels per axis as returned by `open`, without the channel.
+        spacing: mm per axis.
         affine: 16 numbers, row major, voxel index to RAS+ mm.
         scanner: manufacturer and model.
-        field_strength: in tesla.
-        label: class.
+        field_strength: field strength in tesla.
+        label: class or findings.
         mask: path of the segmentation, relative to the source.
-        split: "train", "val" or "test" where the source says so.
-        quality: stable codes of what is odd about it and accepted, between spaces; see `docs/reference/rejections.md`.
+        split: "train", "val" or "test" if specified by the source.
+        quality: stable codes of accepted irregularities, separated by spaces; see `docs/reference/rejections.md`.
     """
 
     image: str
@@ -59,12 +60,12 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class Rejection:
-    """A file, or a series by its first file, that is no image of the index.
+    """A rejected file, or a rejected series by its first file.
 
     Attributes:
-        path: relative to the source.
+        path: path relative to the source.
         reason: a stable code.
-        detail: a sentence.
+        detail: an explanation.
     """
 
     path: str
@@ -80,10 +81,10 @@ _REQUIRED_COLUMNS = {"image", "path", "subject", "modality"}
 
 
 def write_records(folder: Path, records: Sequence[ImageRecord]) -> Path:
-    """Write `index.parquet`, or `index.csv` in the light install; the other one is removed.
+    """Write `index.parquet`, or `index.csv` in the light install, and remove the other one.
 
     Returns:
-        the file written.
+        The file written.
     """
     try:
         import pyarrow
@@ -125,12 +126,12 @@ def read_records(path: Path) -> tuple[ImageRecord, ...]:
 
 
 def write_rejections(path: Path, rejected: Sequence[Rejection]) -> None:
-    """Write `rejected.csv`: a row, with its reason, for every file that is not used."""
+    """Write `rejected.csv`: one row per rejected file, with its reason."""
     write_csv(path, REJECTION_COLUMNS, (astuple(rejection) for rejection in rejected))
 
 
 def read_rejections(path: Path) -> tuple[Rejection, ...]:
-    """Read `rejected.csv`; none where it is not there."""
+    """Read `rejected.csv`; an empty tuple if the file does not exist."""
     if not path.exists():
         return ()
     return tuple(Rejection(row["path"], row["reason"], row["detail"]) for row in _read_csv_rows(path))
@@ -141,13 +142,13 @@ def _read_parquet_rows(path: Path) -> list[dict[str, Any]]:
         import pyarrow.parquet
     except ModuleNotFoundError:
         raise UserError(
-            f"{path}: expected pyarrow to read parquet, which is not installed. Run: {install_command('train')}; "
-            "or run `medim index` here, which then writes CSV."
+            f"{path}: reading parquet requires pyarrow, which is not installed. Run: {install_command('train')}; "
+            "or run `medim index` here to write CSV."
         ) from None
     try:
         rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path}: expected a parquet file, got something else or half of one ({error}).") from error
+        raise UserError(f"{path}: expected a parquet file, got an invalid or truncated file ({error}).") from error
     return rows
 
 
@@ -157,12 +158,12 @@ def _read_csv_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _encode_cell(value: Any) -> Any:
-    """A value in a CSV cell; numbers keep every digit."""
+    """Encode a value as a CSV cell; numbers keep every digit."""
     return " ".join(map(repr, value)) if isinstance(value, tuple) else value
 
 
 def _decode_cell(name: str, cell: Any) -> Any:
-    """A value from a parquet or CSV cell."""
+    """Decode a value from a parquet or CSV cell."""
     if name in _LIST_TYPES:
         return tuple(_LIST_TYPES[name](item) for item in (cell.split() if isinstance(cell, str) else cell))
     if cell is None or (cell == "" and name not in _REQUIRED_COLUMNS):

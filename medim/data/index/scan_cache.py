@@ -1,7 +1,7 @@
-"""Looking at many files: in several processes, and only at those that changed since the last time.
+"""Inspect many files in parallel, and cache the results until a file changes.
 
-What was seen of a file is remembered in the user's cache folder, one SQLite file a source, under the pseudonym of the
-file's path and as long as its size and time stay. Like a sight itself it holds no identity.
+The results are stored in the user's cache folder, in one SQLite file per source. The key is the pseudonym of the file's
+path, and an entry is valid while size and time of the file stay the same. The cache contains no identities.
 """
 
 from __future__ import annotations
@@ -27,30 +27,25 @@ log = logging.getLogger(__name__)
 InspectFn = Callable[[Path], FileInspection]
 ProgressCallback = Callable[[int, int], None]
 
-_CACHE_VERSION = f"{__version__}/5"  # raise the number where a reader sees something else in the same file
-_CACHE_BATCH = 1000  # sights that are written down at once
-_MIN_PARALLEL_FILES = 64  # files that one process has looked at before another one has started
-_TRANSIENT_REASONS = {
-    "missing",
-    "reader-failed",
-    "reader-missing",
-    "unreadable",
-    "worker-died",
-}  # a network drive, a package
+_CACHE_VERSION = f"{__version__}/5"  # increase the number if a reader changes its result for the same file
+_CACHE_BATCH = 1000  # inspections per write
+_MIN_PARALLEL_FILES = 64  # with fewer files, starting processes takes longer than inspecting
+# reasons that can change without a change of the file: a network drive, an installed package
+_TRANSIENT_REASONS = {"missing", "reader-failed", "reader-missing", "unreadable", "worker-died"}
 _INSPECTION_ADAPTER = TypeAdapter(FileInspection)
 _PATH_FIELDS: Any = {"found": {"__all__": {"files"}}, "refused": {"__all__": {"path"}}, "instance": {"path"}}
 
 
 def inspect_file(inspect: InspectFn, path: Path) -> FileInspection:
-    """Look at one file; a reader's error is what was seen."""
+    """Inspect one file; an error of the reader becomes a rejection."""
     try:
         return inspect(path).with_path(path)
     except ReadError as error:
         return FileInspection(refused=(RejectedFile(path=path, reason=error.reason, detail=error.detail),))
-    except OSError as error:  # it vanished, or may not be read
+    except OSError as error:  # removed, or no permission
         detail = f"the file cannot be opened ({error.strerror})"
         return FileInspection(refused=(RejectedFile(path=path, reason="unreadable", detail=detail),))
-    except Exception as error:  # a reader's mistake: one file must not end an index of thousands
+    except Exception as error:  # a bug in a reader must not abort an index of thousands of files
         detail = f"the reader failed ({type(error).__name__}); please report it"
         return FileInspection(refused=(RejectedFile(path=path, reason="reader-failed", detail=detail),))
 
@@ -60,16 +55,16 @@ def _inspect_batch(inspect: InspectFn, paths: Sequence[Path]) -> list[FileInspec
 
 
 class FileScanner:
-    """Looks at files, or remembers.
+    """Parallel inspection of files, with cached results for unchanged files.
 
     Args:
-        source: folder that the memory is of; None remembers nothing.
-        jobs: processes; with more than one, a script needs the usual `if __name__ == "__main__":`.
-        progress: called with the number of files seen, and of all, reader by reader.
+        source: root folder of the files, which selects the cache; None disables the cache.
+        jobs: number of processes; with more than one, a script needs the usual `if __name__ == "__main__":`.
+        progress: called with the number of processed files and the total, both counted per reader.
 
     Attributes:
         n_inspected: files opened so far.
-        n_cached: files remembered so far.
+        n_cached: files found in the cache so far.
     """
 
     def __init__(self, source: Path | None = None, *, jobs: int = 1, progress: ProgressCallback | None = None) -> None:
@@ -79,10 +74,9 @@ class FileScanner:
         self._progress = progress
 
     def __call__(self, inspect: InspectFn, paths: Sequence[Path]) -> list[FileInspection]:
-        """What is in each file, in the order given; `inspect` is a reader's, or another function of a module."""
-        states = (
-            {path: _read_file_state(path) for path in paths} if self._cache else {}
-        )  # before: a copy may be under way
+        """Inspect files, in the given order; `inspect` is a method of a reader or a module-level function."""
+        # read before the inspection, because a file may be being written
+        states = {path: _read_file_state(path) for path in paths} if self._cache else {}
         inspections: dict[Path, FileInspection] = dict(self._cache.get(inspect, states)) if self._cache else {}
         self.n_cached += len(inspections)
         new_paths = [path for path in paths if path not in inspections]
@@ -104,13 +98,13 @@ class FileScanner:
             return
         for path, inspection in map_in_processes(partial(_inspect_batch, inspect), paths, self._jobs, max_batch=256):
             rejected = RejectedFile(
-                path=path, reason="worker-died", detail="the process that read it was killed or crashed"
+                path=path, reason="worker-died", detail="the process that read the file was killed or crashed"
             )
             yield path, inspection or FileInspection(refused=(rejected,))
 
 
 class ScanCache:
-    """What was seen of files; a database that cannot be used is left alone, and every file is looked at again."""
+    """Cached inspections. If the database cannot be used, the cache is disabled and every file is inspected."""
 
     def __init__(self, file: Path) -> None:
         self._database: sqlite3.Connection | None = None
@@ -125,7 +119,7 @@ class ScanCache:
             self._disable(error)
 
     def get(self, inspect: InspectFn, states: Mapping[Path, str | None]) -> Iterator[tuple[Path, FileInspection]]:
-        """Those files that are as they were, with what was seen of them."""
+        """Yield the files with an unchanged state and their cached inspections."""
         for path, state in states.items():
             row = self._select_row(_cache_key(inspect, path))
             if row is None or state is None or row[0] != state:
@@ -133,10 +127,10 @@ class ScanCache:
             try:
                 yield path, _INSPECTION_ADAPTER.validate_json(row[1]).with_path(path)
             except ValidationError:
-                log.debug("a remembered sight is damaged; the file is read again")
+                log.debug("a cached inspection is damaged; the file is read again")
 
     def put(self, inspect: InspectFn, inspections: Sequence[tuple[Path, str | None, FileInspection]]) -> None:
-        """Remember what was seen of files in a state, but for what has its cause outside the file."""
+        """Store the inspections of files in their current state, except rejections with a transient reason."""
         rows = [
             (_cache_key(inspect, path), state, _INSPECTION_ADAPTER.dump_json(inspection, exclude=_PATH_FIELDS))
             for path, state, inspection in inspections
@@ -163,7 +157,7 @@ class ScanCache:
         return row
 
     def _disable(self, error: Exception) -> None:
-        log.warning("what files held last time cannot be remembered (%s); all are read", type(error).__name__)
+        log.warning("the inspection cache cannot be used (%s); all files are read", type(error).__name__)
         self._database = None
 
 
@@ -176,6 +170,7 @@ def _cache_key(inspect: InspectFn, path: Path) -> str:
 def _read_file_state(path: Path) -> str | None:
     try:
         status = path.stat()
-    except OSError:  # it vanished, and is known by no state
+    except OSError:  # removed; such a file is not cached
         return None
-    return f"{_CACHE_VERSION} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"  # ctime: permissions, too
+    # ctime also changes with the permissions
+    return f"{_CACHE_VERSION} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"

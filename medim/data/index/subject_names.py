@@ -1,4 +1,4 @@
-"""Whose images are, where only the names of files and folders can tell."""
+"""Infer the subjects of images from file and folder names."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ PathParts = tuple[str, ...]
 
 
 def infer_subjects(paths: Iterable[PathParts]) -> dict[PathParts, str]:
-    """The subject of each image, by its path alone.
+    """Infer the subject of each image from its path alone.
 
-    A file is a subject of its own, as long as names do not repeat from folder to folder. Where half of them or more do,
-    one level of the path is the subjects': the files' (`T1/ann`, `T2/ann`) where more names repeat than there are
-    folders, else a folder's (`ann/t1`, `bob/t1`), and of folders in the same way (`ann/visit1/t1`). Two of one name are
-    one subject: what is guessed errs towards fewer of them, so that nobody stands on both sides of a split.
+    Each file is its own subject, unless at least half of the file names repeat from folder to folder. In that case one
+    level of the path is taken as the subject. It is the file level (`T1/ann`, `T2/ann`) if there are more repeated
+    names than folders, else a folder level (`ann/t1`, `bob/t1`), chosen by the same rule (`ann/visit1/t1`). Equal names
+    count as one subject: the guess prefers too few subjects, so that no subject is in two splits.
 
     Args:
-        paths: folders from the source down, then the file's name without suffix. That of its folder does not count in
-            it (`ann/ann_t1`).
+        paths: folders from the source down, then the file name without suffix. The name of its folder is ignored in a
+            file name (`ann/ann_t1`).
     """
     rests = {path: _strip_folder_name(path) for path in paths}
     repeats = Counter(rests.values())
@@ -28,7 +28,7 @@ def infer_subjects(paths: Iterable[PathParts]) -> dict[PathParts, str]:
 
 
 def _find_subject_level(paths: set[PathParts]) -> dict[PathParts, str]:
-    """Of distinct paths, the name of the level that is the subjects'."""
+    """Map distinct paths to the name at the level of the subjects."""
     counts = Counter(path[-1] for path in paths)
     repeated_paths = [path for path in paths if counts[path[-1]] > 1]
     names, folders = {path[-1] for path in repeated_paths}, {path[:-1] for path in repeated_paths}

@@ -1,4 +1,4 @@
-"""The tables a user joins to images: labels, masks, splits and subjects, as CSV."""
+"""CSV tables to join to images: labels, masks, splits and subjects."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _BIDS_COLUMNS = {"participant_id": "subject"}
 
 @dataclass(frozen=True)
 class CsvTable:
-    """A CSV file's rows.
+    """Rows of a CSV file.
 
     Attributes:
-        path: the file.
+        path: path of the file.
         rows: line number and cells by column name (lower case).
-        from_user: whether the user named it; a table that merely lies in the source is used as far as it fits.
+        from_user: whether the user gave the table. A table found in the source is used only as far as it matches.
     """
 
     path: Path
@@ -39,12 +39,12 @@ class CsvTable:
     from_user: bool
 
     def find_mask(self, cell: str, root: Path) -> Path | None:
-        """The file a `mask` cell names, relative to the table or to the source."""
+        """Find the file of a `mask` cell, relative to the table or to the source."""
         for path in (self.path.parent / cell, root / cell):
             try:
                 if path.is_file():
-                    return path.parent.resolve() / path.name  # as `walk` has it: a link to a file is not followed
-            except OSError:  # no name is so long
+                    return path.parent.resolve() / path.name  # as in `walk`, a link to a file is not resolved
+            except OSError:  # the cell is too long for a path
                 continue
         return None
 
@@ -53,17 +53,18 @@ def read_table(path: Path, kind: str, *, from_user: bool) -> CsvTable | None:
     """Read a table of labels or subjects.
 
     Args:
-        path: CSV with a header line; comma, semicolon or tab. A BIDS tree's `participants.tsv` with such a column is
-            one, its `participant_id` being the subject.
-        kind: "labels" (columns `image` or `subject`, and `label`, `mask` or `split`; where the user named it, in place
-            of `label` also a column a finding, of 1, 0 and empty cells) or "subjects" (columns `image`, `subject`).
-        from_user: whether the user named it.
+        path: CSV with a header line, separated by comma, semicolon or tab. A BIDS `participants.tsv` with a suitable
+            column is accepted too; its `participant_id` is the subject.
+        kind: "labels" (columns `image` or `subject`, and `label`, `mask` or `split`; a table given by the user may
+            have one column per finding with 1, 0 and empty cells in place of `label`) or "subjects" (columns `image`,
+            `subject`).
+        from_user: whether the user gave the table.
 
     Returns:
-        the table, or None where a table that lies in the source has other columns.
+        The table, or None if a table found in the source has other columns.
 
     Raises:
-        UserError: a table that the user named is missing or has other columns.
+        UserError: a table given by the user is missing or has other columns.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -91,11 +92,11 @@ def read_table(path: Path, kind: str, *, from_user: bool) -> CsvTable | None:
         expected_columns = "image or subject, and label or mask"
     if not has_columns:
         if from_user:
-            hint = " Findings take two or more columns of 1, 0 and empty cells." if kind == "labels" else ""
+            hint = " Findings need two or more columns of 1, 0 and empty cells." if kind == "labels" else ""
             raise UserError(
                 f"{path}: expected the columns {expected_columns}; got {', '.join(columns) or 'none'}.{hint}"
             )
-        log.warning("%s is not used: it has no columns %s", path.name, expected_columns)
+        log.warning("%s is ignored: it does not have the columns %s", path.name, expected_columns)
         return None
     if findings:
         log.info("%s: labels of %d findings: %s", path.name, len(findings), ", ".join(findings))
@@ -105,16 +106,16 @@ def read_table(path: Path, kind: str, *, from_user: bool) -> CsvTable | None:
 
 
 def _clean_cell(text: str | None) -> str:
-    """A cell; BIDS writes `n/a` where there is no value."""
+    """Clean a cell; `n/a` is the missing value of BIDS."""
     value = (text or "").strip()
     return "" if value == "n/a" else value
 
 
 def check_participants(path: Path, subject_names: Iterable[Iterable[str | None]]) -> None:
-    """Say in the log where a `participants.tsv` and the images of its tree do not cover each other, by count.
+    """Log by how many subjects a `participants.tsv` and the images of its tree differ.
 
     Args:
-        path: the table; of its columns only `participant_id` is looked at.
+        path: the table; only its column `participant_id` is read.
         subject_names: names (pseudonyms) of the subject of each image.
     """
     rows = csv.DictReader(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), delimiter="\t")
@@ -124,18 +125,18 @@ def check_participants(path: Path, subject_names: Iterable[Iterable[str | None]]
     n_absent = len(participants - frozenset().union(*subjects))
     if n_absent or n_unlisted:
         log.warning(
-            "%s: %d of its %d participants have no image here; %d subjects with images are not in it",
+            "%s: %d of its %d participants have no image; %d subjects with images are not listed in it",
             *(path.name, n_absent, len(participants), n_unlisted),
         )
 
 
 class ImageMatcher:
-    """Which images a cell of a table means.
+    """Lookup of the images that a table cell refers to.
 
-    An image is meant by any ending of its path, with or without suffix (`a/b/scan.nii.gz`, `scan`), by the folder of
-    its series, by its SeriesInstanceUID, by its item (`archive.npz#train/12`, `train/12`), or by its key in an index,
-    where pseudonyms stand for parts of the path that hold an identity. A file of several volumes means them all,
-    `scan.nii.gz#3` means one.
+    A cell refers to an image by any ending of its path, with or without suffix (`a/b/scan.nii.gz`, `scan`), by the
+    folder of its series, by its SeriesInstanceUID, by its item (`archive.npz#train/12`, `train/12`), or by its key in
+    an index, in which identifying parts of the path are replaced by pseudonyms. The name of a file with several
+    volumes refers to all of them, `scan.nii.gz#3` to one.
     """
 
     def __init__(self, images: Iterable[tuple[int, ImageInfo]]) -> None:
@@ -148,13 +149,13 @@ class ImageMatcher:
 
     @cached_property
     def _part_by_scrubbed_name(self) -> dict[str, str]:
-        """What a part of a path is called where it holds an identity, to what it is."""
+        """Map scrubbed path parts to the real ones."""
         return {
             scrubbed_name(part): part for part in {part for name in self._indices_by_name for part in name.split("/")}
         }
 
     def find_images(self, cell: str) -> set[int]:
-        """The places of the images a cell may mean."""
+        """Find the indices of the images that a cell may refer to."""
         name = PurePosixPath(cell.replace("\\", "/")).as_posix().lstrip("/")
         if name not in self._indices_by_name and SCRUBBED_PREFIX.search(name):
             name = "/".join(self._part_by_scrubbed_name.get(part, part) for part in name.split("/"))
@@ -162,11 +163,11 @@ class ImageMatcher:
 
     @property
     def indices(self) -> set[int]:
-        """Of all the images."""
+        """Indices of all images."""
         return set(self._file_by_index)
 
     def get_files(self, indices: Iterable[int]) -> set[Path]:
-        """The files of images."""
+        """Return the files of images."""
         return {self._file_by_index[index] for index in indices}
 
 
@@ -189,12 +190,12 @@ def _list_image_names(image: ImageInfo) -> Iterator[str]:
 def match_rows(
     table: CsvTable, matcher: ImageMatcher, by_subject: dict[str, set[int]]
 ) -> Iterator[tuple[int, dict[str, str], set[int]]]:
-    """Each row of a table with the places of the images it means.
+    """Yield each row of a table with the indices of the matching images.
 
-    Rows that mean none (their image was refused, or is not here) are counted in the log by line, never by name.
+    Rows without a match (the image was rejected or is not in the source) are logged by line number, never by name.
 
     Raises:
-        UserError: a name means several images, or the user named the table and no row means any.
+        UserError: a name matches several images, or no row of a table given by the user matches an image.
     """
     unmatched_lines: list[int] = []
     for line, cells in table.rows:
@@ -204,7 +205,7 @@ def match_rows(
         if image and len(matcher.get_files(indices)) > 1:
             raise UserError(
                 f"{table.path}, line {line}: expected the name of one image, got a name that matches "
-                f"{len(indices)} images. Write more of its path."
+                f"{len(indices)} images. Give more of its path."
             )
         if not indices:
             unmatched_lines.append(line)
@@ -212,13 +213,13 @@ def match_rows(
         yield line, cells, indices
     if unmatched_lines and len(unmatched_lines) == len(table.rows) and table.from_user:
         raise UserError(
-            f"{table.path}: expected names of images in the source; none of the {len(unmatched_lines)} rows means one. "
-            "Write the path relative to the source, or the file's name."
+            f"{table.path}: expected names of images in the source; none of the {len(unmatched_lines)} rows matches. "
+            "Give the path relative to the source, or the file name."
         )
     if unmatched_lines:
         line_list = ", ".join(map(str, unmatched_lines[:5])) + (", ..." if len(unmatched_lines) > 5 else "")
         log.warning(
-            "%s: %d of %d rows mean no image (lines %s)",
+            "%s: %d of %d rows do not match any image (lines %s)",
             table.path.name,
             len(unmatched_lines),
             len(table.rows),
@@ -229,10 +230,10 @@ def match_rows(
 def merge_tables(
     tables: Sequence[tuple[CsvTable, ImageMatcher]], by_subject: dict[str, set[int]], columns: Sequence[str]
 ) -> dict[int, dict[str, tuple[str, CsvTable]]]:
-    """What tables say of each image: column to cell, and the table it stands in.
+    """Merge the cells of all tables per image: column to cell, with the table it is from.
 
     Raises:
-        UserError: two rows contradict each other.
+        UserError: two rows are contradictory.
     """
     cells_by_image: dict[int, dict[str, tuple[str, CsvTable]]] = defaultdict(dict)
     for table, matcher in tables:
@@ -242,7 +243,7 @@ def merge_tables(
                     cell = cells.get(column, "")
                     if cell and cells_by_image[index].setdefault(column, (cell, table))[0] != cell:
                         raise UserError(
-                            f"{table.path}, line {line}: expected one {column} an image, got another one than before. "
-                            "Remove the row that is wrong."
+                            f"{table.path}, line {line}: expected one {column} per image, got another one than before. "
+                            "Remove the wrong row."
                         )
     return cells_by_image

@@ -1,4 +1,4 @@
-"""Every file of a source, and what in it is no file: nothing is passed over in silence, nothing is waited for."""
+"""List all files of a source, and report broken links, pipes and unreadable folders without blocking on them."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from pathlib import Path
 
 from medim.data.readers.inspection import RejectedFile
 
-_FOLDER_UNREADABLE = "a folder that cannot be opened; what lies in it is not known. Check its permissions"
-_FILE_UNREADABLE = "a file that may not be read. Check its permissions"
-_NOT_A_FILE = "a link to nothing, or a pipe, socket or device"
+_FOLDER_UNREADABLE = "a folder that cannot be opened; its content is unknown. Check its permissions"
+_FILE_UNREADABLE = "a file without read permission. Check its permissions"
+_NOT_A_FILE = "a broken link, or a pipe, socket or device"
 
 
 def list_readable_files(sources: Iterable[Path]) -> list[Path]:
-    """The files that `list_files` finds."""
+    """List the readable files of the sources, see `list_files`."""
     return list_files(sources)[0]
 
 
 def list_files(sources: Iterable[Path]) -> tuple[list[Path], list[RejectedFile]]:
-    """Every file of the sources, once and sorted; links are followed, names that start with a dot are left out.
+    """List every file of the sources, once and sorted. Links are followed; names that start with a dot are skipped.
 
     Returns:
-        the files, and what cannot be opened: a folder, a file without permission, a broken link, a pipe.
+        The files, and the rejected entries: unreadable folders and files, broken links, pipes.
     """
     files: set[Path] = set()
     unreadable: dict[Path, RejectedFile] = {}
@@ -31,7 +31,7 @@ def list_files(sources: Iterable[Path]) -> tuple[list[Path], list[RejectedFile]]
             files.add(source)
             continue
         pending_folders, folder_ids = [source], set()
-        while pending_folders:  # not recursive: a tree may be deeper than Python's stack
+        while pending_folders:  # not recursive, because a tree may be deeper than Python's recursion limit
             folder = pending_folders.pop()
             try:
                 status = folder.stat()
@@ -40,7 +40,7 @@ def list_files(sources: Iterable[Path]) -> tuple[list[Path], list[RejectedFile]]
                 folder_ids.add((status.st_dev, status.st_ino))
                 with os.scandir(folder) as entries:
                     visible_entries = [entry for entry in entries if not entry.name.startswith(".")]
-                    visible_entries.sort(key=lambda entry: entry.name, reverse=True)  # the last one is opened first
+                    visible_entries.sort(key=lambda entry: entry.name, reverse=True)  # the last one is visited first
             except OSError:
                 unreadable[folder] = RejectedFile(path=folder, reason="unreadable", detail=_FOLDER_UNREADABLE)
                 continue
@@ -58,7 +58,7 @@ def list_files(sources: Iterable[Path]) -> tuple[list[Path], list[RejectedFile]]
 
 
 def _query_entry(query: Callable[[], bool]) -> bool:
-    """An entry's answer; a link in a circle has none."""
+    """Query a directory entry; False for a link that forms a cycle."""
     try:
         return query()
     except OSError:

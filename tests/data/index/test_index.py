@@ -307,7 +307,10 @@ def test_subjects_that_are_guessed_from_names_are_told(tmp_path: Path, caplog: p
     for name in ("p1/t1.nii", "p1/t2.nii", "p2/t1.nii", "p2/t2.nii"):
         write_nifti(tmp_path / name)
     build_index(tmp_path, "mri")
-    assert "4 images do not say whose they are: by the names of their files and folders they are of 2" in caplog.text
+    assert (
+        "4 images have no subject in their metadata: from their file and folder names, 2 subjects were inferred"
+        in caplog.text
+    )
 
 
 def test_a_table_of_subjects_in_the_source_is_used_and_one_that_is_given_wins(tmp_path: Path) -> None:
@@ -365,7 +368,7 @@ def test_rows_that_mean_nothing_are_counted_without_names(tmp_path: Path, caplog
     write_nifti(tmp_path / "s" / "a.nii")
     (tmp_path / "l.csv").write_text("image,label\na,1\nZzyzx,1\n")
     build_index(tmp_path / "s", "mri", labels=tmp_path / "l.csv")
-    assert "1 of 2 rows mean no image (lines 3)" in caplog.text
+    assert "1 of 2 rows do not match any image (lines 3)" in caplog.text
     assert "Zzyzx" not in caplog.text
 
 
@@ -374,8 +377,8 @@ def test_rows_that_mean_nothing_are_counted_without_names(tmp_path: Path, caplog
     [
         ("image,label\nnone,1\n", "none of the 1 rows"),
         ("file,label\na,1\n", "columns image or subject, and label or mask; got file, label"),
-        ("image,label\na,1\na.nii,2\n", "line 3: expected one label an image"),
-        ("image,label\nt1,1\n", "one that 2 images end in"),
+        ("image,label\na,1\na.nii,2\n", "line 3: expected one label per image"),
+        ("image,label\nt1,1\n", "matches 2 images"),
         ("image,mask\na,nowhere.nii\n", "line 2: expected the path of a mask"),
     ],
 )

@@ -59,7 +59,7 @@ def test_a_bids_tree_gives_its_structural_images_and_a_row_for_all_else(
         "sub-01/fmap/sub-01_phasediff.nii.gz": "not-structural",
         "sub-01/func/sub-01_task-rest_bold.nii.gz": "not-structural",
     }
-    assert "1 of its 2 participants have no image here; 1 subjects with images are not in it" in caplog.text
+    assert "1 of its 2 participants have no image; 1 subjects with images are not listed in it" in caplog.text
     assert "sub-0" not in caplog.text
 
 

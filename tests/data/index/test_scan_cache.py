@@ -65,7 +65,7 @@ def test_a_memory_that_is_damaged_or_not_wanted_is_done_without(
         file.write_bytes(b"no database" * 1000)
     index = build_index(source, "mri")
     assert (len(index.records), index.n_inspected) == (1, 1)
-    assert "cannot be remembered" in caplog.text
+    assert "cache cannot be used" in caplog.text
 
 
 def test_no_identity_is_remembered(tmp_path: Path) -> None:
