@@ -1,1 +1,1 @@
-"""Preprocessed images on disk, their splits, and the datasets that training reads."""
+"""Store of preprocessed images, splits, and data sets for training."""

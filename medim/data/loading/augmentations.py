@@ -1,7 +1,7 @@
-"""MONAI's side of the data: our deterministic steps as MONAI transforms, and MONAI's random ones by name.
+"""Random augmentations from MONAI by name, and the deterministic steps as MONAI transforms.
 
-Augmentations are written like steps: `[{"op": "flip", "axis": 0}, {"op": "noise", "std": 0.1, "probability": 0.2}]`.
-All randomness comes from the generator that is handed in, so a view can be replayed.
+Augmentations are specified like steps: `[{"op": "flip", "axis": 0}, {"op": "noise", "std": 0.1, "probability": 0.2}]`.
+All randomness comes from the given seed, so a view can be reproduced.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def build_flip(*, spatial_dims: int, axis: int | None = None, probability: float
 
     Args:
         spatial_dims: 2 or 3.
-        axis: which; None is left-right: the first axis in 3D (RAS), the columns in 2D.
-        probability: of being applied.
+        axis: axis to reverse; None is left-right: the first axis in 3D (RAS), the columns in 2D.
+        probability: probability of applying the transform.
     """
     axis = (0 if spatial_dims == 3 else 1) if axis is None else axis
     if not 0 <= axis < spatial_dims:
@@ -51,14 +51,14 @@ def build_flip(*, spatial_dims: int, axis: int | None = None, probability: float
 def build_affine(
     *, spatial_dims: int, rotate: float = 10.0, scale: float = 0.1, translate: float = 0.0, probability: float = 0.5
 ) -> RandomizableTransform:
-    """Turn, stretch and move about the view's centre; edges are continued.
+    """Rotate, scale and translate about the centre of the view; edge values are continued outside.
 
     Args:
         spatial_dims: 2 or 3.
         rotate: largest angle about each axis, in degrees.
         scale: largest relative change of size along each axis.
         translate: largest shift along each axis, in voxels.
-        probability: of being applied.
+        probability: probability of applying the transform.
     """
     return _RandomAffine(
         [math.radians(rotate)] * (3 if spatial_dims == 3 else 1),
@@ -72,8 +72,8 @@ def build_intensity_scale(*, factor: float = 0.1, probability: float = 0.5) -> R
     """Multiply by a random number near 1.
 
     Args:
-        factor: largest distance of that number from 1.
-        probability: of being applied.
+        factor: largest difference of that number from 1.
+        probability: probability of applying the transform.
     """
     return RandScaleIntensity(factors=factor, prob=probability)
 
@@ -82,18 +82,18 @@ def build_intensity_shift(*, offset: float = 0.1, probability: float = 0.5) -> R
     """Add a random number.
 
     Args:
-        offset: largest size of that number, in units of the normalised image.
-        probability: of being applied.
+        offset: largest magnitude of that number, in units of the normalised image.
+        probability: probability of applying the transform.
     """
     return RandShiftIntensity(offsets=offset, prob=probability)
 
 
 def build_contrast(*, gamma: tuple[float, float] = (0.7, 1.5), probability: float = 0.3) -> RandomizableTransform:
-    """Raise to a random power, between the view's own minimum and maximum.
+    """Apply a random gamma, between the minimum and maximum of the view.
 
     Args:
-        gamma: lowest and highest power.
-        probability: of being applied.
+        gamma: lowest and highest exponent.
+        probability: probability of applying the transform.
     """
     return RandAdjustContrast(prob=probability, gamma=gamma)
 
@@ -102,8 +102,8 @@ def build_noise(*, std: float = 0.1, probability: float = 0.3) -> RandomizableTr
     """Add Gaussian noise of random strength.
 
     Args:
-        std: largest standard deviation, in units of the normalised image; it is drawn from 0 to this.
-        probability: of being applied.
+        std: largest standard deviation, in units of the normalised image; the actual one is drawn from 0 to `std`.
+        probability: probability of applying the transform.
     """
     return RandGaussianNoise(prob=probability, mean=0.0, std=std)
 
@@ -113,18 +113,18 @@ def build_blur(*, sigma: tuple[float, float] = (0.25, 1.0), probability: float =
 
     Args:
         sigma: lowest and highest width (standard deviation), in voxels.
-        probability: of being applied.
+        probability: probability of applying the transform.
     """
     return RandGaussianSmooth(sigma_x=sigma, sigma_y=sigma, sigma_z=sigma, prob=probability)
 
 
 def build_bias_field(*, strength: float = 0.3, degree: int = 3, probability: float = 0.3) -> RandomizableTransform:
-    """Shade by a smooth field, as a coil does; applied above the view's minimum, since normalised air is not zero.
+    """Multiply by a smooth bias field, as of an MRI coil. It acts on values above the minimum, as air is not zero.
 
     Args:
-        strength: largest coefficient of the polynomial whose exponential multiplies the image.
-        degree: of the polynomial.
-        probability: of being applied.
+        strength: largest coefficient of a polynomial; the field is its exponential.
+        degree: degree of the polynomial.
+        probability: probability of applying the transform.
     """
     field = RandBiasField(degree=degree, coeff_range=(-strength, strength), prob=1.0)
     return _AboveMinimum(field, probability=probability)
@@ -140,11 +140,11 @@ AUGMENTATIONS: dict[str, Callable[..., RandomizableTransform]] = {
     "blur": build_blur,
     "bias_field": build_bias_field,
 }
-GEOMETRIC = ("flip", "affine")  # a mask goes along; everything else changes intensities alone
+GEOMETRIC = ("flip", "affine")  # also applied to masks; all others change only intensities
 
 
 class Augmentation:
-    """A list of random transforms, drawn anew at each call from the seed given.
+    """Sequence of random transforms, drawn anew for each seed.
 
     Args:
         steps: `{"op": name, **options}` each, names from `AUGMENTATIONS`.
@@ -155,7 +155,7 @@ class Augmentation:
     """
 
     def __init__(self, steps: Sequence[Step], *, spatial_dims: int) -> None:
-        self._state = np.random.RandomState(0)  # MONAI takes no newer generator; all share it, each call seeds it
+        self._state = np.random.RandomState(0)  # shared by all transforms, seeded per call; MONAI requires this class
         self._transforms: list[tuple[Any, bool]] = []
         for step in steps:
             _check_probability(step)
@@ -164,7 +164,7 @@ class Augmentation:
             self._transforms.append((transform, step["op"] in GEOMETRIC))
 
     def __call__(self, image: torch.Tensor, seed: int, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, Any]:
-        """Transform an image, and its mask alike.
+        """Transform an image, and its mask in the same way.
 
         Args:
             image: (C, ...), float32.
@@ -172,7 +172,7 @@ class Augmentation:
             mask: (1, ...), or None.
 
         Returns:
-            Image and mask (or None), of the shapes given.
+            Image and mask (or None), of the same shapes.
         """
         if not self._transforms:
             return image, mask
@@ -187,7 +187,7 @@ class Augmentation:
 
 
 def as_monai(steps: Sequence[Step]) -> Compose:
-    """The deterministic steps as a MONAI pipeline over channel-first `MetaTensor`s, whose affine follows.
+    """Convert the deterministic steps to a MONAI pipeline over channel-first `MetaTensor`s, with updated affine.
 
     Raises:
         UsageError: see `medim.data.preprocessing.steps.check_steps`.
@@ -197,7 +197,7 @@ def as_monai(steps: Sequence[Step]) -> Compose:
 
 
 class _StepTransform(Transform):
-    """One deterministic step on a tensor; a tensor without affine has voxels of 1 mm."""
+    """One deterministic step on a tensor; without an affine, voxels of 1 mm are assumed."""
 
     def __init__(self, step: Step) -> None:
         self._function, self._options = validate_section(STEPS, step, key="op", run_args=("volume",))
@@ -214,15 +214,15 @@ class _StepTransform(Transform):
 
 
 class _RandomAffine(RandomizableTransform):
-    """MONAI's `RandAffine`, draw for draw the same map, by torch's own two calls.
+    """Reimplementation of MONAI's `RandAffine` with two calls of torch: the same draws give the same map.
 
-    On small views MONAI's bookkeeping costs more than a training step (`benchmarks/affine.py`).
+    On small views the overhead of MONAI's version exceeds the time of a training step (`benchmarks/affine.py`).
 
     Args:
-        rotate: largest angles, in radians: one in 2D, three in 3D.
+        rotate: largest angles in radians: one in 2D, three in 3D.
         scale: largest relative change of size along each axis.
         translate: largest shift along each axis, in voxels.
-        probability: of being applied.
+        probability: probability of applying the transform.
     """
 
     def __init__(
@@ -232,7 +232,7 @@ class _RandomAffine(RandomizableTransform):
         self._ranges = [np.asarray(r) for r in (rotate, scale, translate)]
 
     def randomize(self, data: Any = None) -> None:
-        """Draw whether to act, and then the angles, changes of size and shifts."""
+        """Draw whether to apply the transform, then the angles, scale changes and shifts."""
         super().randomize(data)
         if self._do_transform:
             self._angles, self._zoom, self._shift = (self.R.uniform(-r, r) for r in self._ranges)
@@ -245,7 +245,7 @@ class _RandomAffine(RandomizableTransform):
         dims, size = len(self._zoom), np.array(data.shape[:0:-1])
         angles = [0.0] * (3 - len(self._angles)) + list(self._angles)
         rotation = Rotation.from_euler("XYZ", angles).as_matrix()[:dims, :dims]
-        # From a place in the output to one in the input, in voxels; torch's places run from -1 to 1, last axis first.
+        # Map from output to input positions in voxels; torch uses coordinates from -1 to 1, last axis first.
         matrix, shift = rotation * (1 + self._zoom), rotation @ self._shift
         theta = np.column_stack([matrix[::-1, ::-1] * size / size[:, None], 2 * shift[::-1] / size])
         grid = affine_grid(torch.from_numpy(theta[None]).float(), [1, *data.shape], align_corners=False)
@@ -254,7 +254,7 @@ class _RandomAffine(RandomizableTransform):
 
 
 class _AboveMinimum(RandomizableTransform):
-    """Applies another transform, which always acts, to what stands above the image's minimum."""
+    """Wrapper that applies another transform (of probability 1) to the intensities above the image minimum."""
 
     def __init__(self, transform: RandomizableTransform, *, probability: float) -> None:
         super().__init__(probability)
@@ -263,7 +263,7 @@ class _AboveMinimum(RandomizableTransform):
     def set_random_state(
         self, seed: int | None = None, state: np.random.RandomState | None = None
     ) -> RandomizableTransform:
-        """Seed the inner transform too, so that a seed decides all of what is drawn."""
+        """Seed the inner transform too, so that the seed determines all draws."""
         self._transform.set_random_state(seed, state)
         super().set_random_state(seed, state)
         return self
@@ -284,7 +284,7 @@ def _check_probability(step: Step) -> None:
 
 
 def _pad_affine(affine: Array) -> Array:
-    """MONAI keeps a 2D affine as (3, 3) or (4, 4); ours are (4, 4)."""
+    """Expand an affine to (4, 4); MONAI stores a 2D affine as (3, 3) or (4, 4)."""
     if affine.shape == (4, 4):
         return affine.astype(np.float64)
     out = np.eye(4)
@@ -298,7 +298,7 @@ def _match_affine_shape(affine: Array, reference: Array) -> Array:
 
 @contextmanager
 def _disable_meta_tracking() -> Iterator[None]:
-    """Keep MONAI from tracking metadata, which costs more than the transforms themselves on small views."""
+    """Disable MONAI's metadata tracking, which is slower than the transforms themselves on small views."""
     was_tracking = get_track_meta()
     set_track_meta(False)
     try:

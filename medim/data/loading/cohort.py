@@ -1,4 +1,4 @@
-"""The images of a run: preprocessed, and split by subject."""
+"""Cohort: the images of a run, preprocessed and split by subject."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Cohort:
     """Preprocessed images of an index.
 
     Attributes:
-        index: where they come from.
-        store: where they lie.
+        index: index of the images.
+        store: store of the preprocessed images.
         keys: image key to store key.
         splits: image key to split.
         fingerprints: image key to fingerprint.
-        overlap: how many held-out images (and subjects) have pixels that stand in the training split too.
+        overlap: numbers of held-out images and subjects with the same pixels as images of the training split.
         rejections: images that could not be read or preprocessed.
     """
 
@@ -47,11 +47,11 @@ class Cohort:
     rejections: tuple[Rejection, ...]
 
     def cases(self, records: Sequence[ImageRecord]) -> list[CaseIdentity]:
-        """Fingerprint and subject of some images."""
+        """List fingerprint and subject of some images."""
         return [(self.fingerprints[record.image], record.subject) for record in records]
 
     def records(self, part: Split) -> tuple[ImageRecord, ...]:
-        """The usable images of a split, in the index's order."""
+        """List the usable images of a split, in the order of the index."""
         return tuple(r for r in self.index.records if r.image in self.keys and self.splits[r.image] == part)
 
     def labelled_records(self, part: Split) -> tuple[ImageRecord, ...]:
@@ -69,7 +69,7 @@ class Cohort:
         return np.array([self.classes.index(str(record.label)) for record in records])
 
     def build_spec(self, config: RunConfig, *, seed: int, split_seed: int) -> dict[str, Any]:
-        """What a saved network says of its input and its origin; see `medim.models.serialization`."""
+        """Build the description of a network's input and origin; see `medim.models.serialization`."""
         return {
             "modality": config.modality,
             "spatial_dims": config.spatial_dims,
@@ -91,12 +91,12 @@ class Cohort:
         }
 
     def quality_metrics(self) -> dict[str, QualityMetrics]:
-        """Image key to the figures of the image as it was read."""
+        """Map image keys to the quality metrics of the images as read."""
         metrics_by_image = {image: self.store.get_entry(key).metrics for image, key in self.keys.items()}
         return {image: figures for image, figures in metrics_by_image.items() if figures is not None}
 
     def store_keys(self, records: Sequence[ImageRecord]) -> list[str]:
-        """Store keys of some images."""
+        """List the store keys of some images."""
         return [self.keys[record.image] for record in records]
 
 
@@ -132,19 +132,19 @@ def open_cohort(
     jobs: int = 1,
     strict: bool = False,
 ) -> Cohort:
-    """Preprocess what the store does not hold yet, and split by subject; images with the same pixels stay together.
+    """Preprocess images that are not in the store, and split by subject; images with equal pixels share a split.
 
     Args:
-        index: the images; the split is over all of them, whatever `records` asks for.
-        records: those to preprocess.
-        steps: preprocessing.
-        split_seed: seed of the split where the source defines none.
-        store: folder of the store; None is the user's cache.
-        jobs: preprocessing processes.
-        strict: refuse a source whose own splits put the same pixels on two sides.
+        index: the images. The split covers all of them, independent of `records`.
+        records: images to preprocess.
+        steps: preprocessing steps.
+        split_seed: seed of the split, for images without a split in the source.
+        store: folder of the store; None for the user's cache.
+        jobs: number of preprocessing processes.
+        strict: reject a source if its own splits separate images with the same pixels.
 
     Raises:
-        UserError: no image is left, the split leaves a side empty, or `strict`.
+        UserError: no image is usable, a split is empty, or `strict` and the splits overlap.
     """
     image_store = Store(store)
 
@@ -154,11 +154,11 @@ def open_cohort(
 
     keys, rejections = fill_store(image_store, index, records, steps, jobs=jobs, progress=log_progress)
     for rejection in rejections:
-        log.warning("%s: left out (%s: %s)", rejection.path, rejection.reason, rejection.detail)
+        log.warning("%s: excluded (%s: %s)", rejection.path, rejection.reason, rejection.detail)
     if not keys:
         raise UserError(
             f"none of {len(records)} images could be preprocessed; "
-            f"the first says: {rejections[0].detail if rejections else 'no images given'}"
+            f"first reason: {rejections[0].detail if rejections else 'no images given'}"
         )
     fingerprints = {image: image_store.get_entry(key).fingerprint for image, key in keys.items()}
     splits = assign_splits(index, seed=split_seed, fingerprints=fingerprints)

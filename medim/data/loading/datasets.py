@@ -1,7 +1,7 @@
-"""What training reads: views without labels, and images with them, cut from a store.
+"""Training data sets: unlabelled views, and labelled images, cropped from a store.
 
-An item is asked for by `(i, seed)` and depends on nothing else, so any batch can be replayed: neither the number of
-loading processes nor a resumed run changes a byte.
+An item is requested as `(i, seed)` and depends on nothing else, so any batch can be reproduced. The number of loading
+processes and a resumed run do not change a byte.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ ItemRequest = tuple[int, int]
 class ViewDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """Random views of preprocessed images.
 
-    A view lies at a random place along axes where the image is larger than the view; along the others the image is
+    Along axes in which the image is larger than the view, the position is random; along the others the image is
     centred and padded with its minimum.
 
     Args:
-        store: where the images are.
-        keys: the store keys, one an image.
+        store: store of the images.
+        keys: store keys, one per image.
         shape: spatial shape of a view, in voxels.
-        count: views an image, V.
-        same_place: cut all views of an image at one place; they differ by augmentation only.
+        count: views per image, V.
+        same_place: crop all views of an image at the same position, so that they differ only in augmentation.
         augmentations: see `medim.data.loading.augmentations.AUGMENTATIONS`; drawn anew for each view.
-        cache_bytes: RAM for images that were read, in each loading process.
+        cache_bytes: memory for cached images, per loading process.
 
     Raises:
-        UsageError: an augmentation is wrong.
-        UserError: there are no images, or an image has not the dimensions of `shape`.
+        UsageError: an augmentation is invalid.
+        UserError: there are no images, or an image does not have the dimensions of `shape`.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class ViewDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return len(self._images.keys)
 
     def __getitem__(self, item: ItemRequest) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of image `i`, all their randomness drawn from `seed`.
+        """Return views of image `i`, with all random choices derived from `seed`.
 
         Returns:
-            Image (V, C, *shape) float32, and location (V, dims) float32: where the view's first voxel lies in the
-            preprocessed image, in voxels (below 0 where padded).
+            Image (V, C, *shape) float32, and location (V, dims) float32: index of the view's first voxel in the
+            preprocessed image, in voxels (negative in padding).
         """
         i, seed = item
         rng = np.random.default_rng(seed)
@@ -80,18 +80,18 @@ class ViewDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 class LabelledDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Images with their targets: a class index each, or the mask in the store.
+    """Images with their targets: class indices, other numbers, or the masks in the store.
 
     Args:
-        store: where the images are.
-        keys: the store keys, one an image.
-        targets: of each image: (N,) class indices, or (N, K) numbers; None for segmentation: the stored masks.
-        shape: spatial shape of an item, cut and padded as in `ViewDataset` (masks with 0).
-        augmentations: geometric ones move image and mask alike (linear and nearest interpolation).
-        cache_bytes: RAM for images and masks that were read, in each loading process.
+        store: store of the images.
+        keys: store keys, one per image.
+        targets: one per image: (N,) class indices, or (N, K) numbers; None for segmentation (stored masks).
+        shape: spatial shape of an item, cropped and padded as in `ViewDataset` (masks with 0).
+        augmentations: geometric ones transform image and mask together (linear and nearest interpolation).
+        cache_bytes: memory for cached images and masks, per loading process.
 
     Raises:
-        UsageError: an augmentation is wrong.
+        UsageError: an augmentation is invalid.
         UserError: targets do not match keys, or an image has no mask.
     """
 
@@ -106,7 +106,7 @@ class LabelledDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         if targets is not None and len(targets) != len(keys):
-            raise UserError(f"targets: expected one for each of {len(keys)} images, got {len(targets)}.")
+            raise UserError(f"targets: expected one per image ({len(keys)}), got {len(targets)}.")
         keys_without_mask = [key for key in keys if targets is None and not store.get_entry(key).has_mask]
         if keys_without_mask:
             raise UserError(
@@ -123,7 +123,7 @@ class LabelledDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return len(self._images.keys)
 
     def __getitem__(self, item: ItemRequest) -> tuple[torch.Tensor, torch.Tensor]:
-        """Image `i` with its target, all randomness drawn from `seed`.
+        """Return image `i` with its target, with all random choices derived from `seed`.
 
         Returns:
             Image (C, *shape) float32, and target: int64 () or (*shape), or float32 (K,).
@@ -141,7 +141,7 @@ class LabelledDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 class _ImageBoxes:
-    """Boxes of stored images, from RAM where they fit into the bytes allowed (first come, kept to the end)."""
+    """Boxes of stored images. Images are cached in memory in order of access until the limit is reached."""
 
     def __init__(self, store: Store, keys: Sequence[str], shape: tuple[int, ...], cache_bytes: int) -> None:
         if not keys:
@@ -154,18 +154,18 @@ class _ImageBoxes:
             self._get_size(key)
 
     def __getstate__(self) -> dict[str, object]:
-        """A loading process starts with an empty cache of its own."""
+        """Give each loading process an empty cache of its own."""
         return {**self.__dict__, "_cache": {}, "_room": self._cache_bytes}
 
     def draw_start(self, i: int, rng: np.random.Generator) -> tuple[int, ...]:
-        """Where a box starts: anywhere along larger axes, around the centre of smaller ones."""
+        """Draw the start of a box: random along axes larger than the box, centred along smaller ones."""
         size = self._get_size(self.keys[i])
         return tuple(
             int(rng.integers(n - w + 1)) if n > w else -((w - n) // 2) for n, w in zip(size, self._shape, strict=True)
         )
 
     def cut_box(self, i: int, start: tuple[int, ...], *, mask: bool = False) -> Array:
-        """The box of image (float32) or mask (uint8) that starts at `start`; a new array."""
+        """Copy the box of an image (float32) or a mask (uint8) that begins at `start`."""
         key = self.keys[i]
         size = self._get_size(key)
         source_box = tuple(slice(max(p, 0), min(p + w, n)) for p, w, n in zip(start, self._shape, size, strict=True))

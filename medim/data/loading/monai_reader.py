@@ -1,4 +1,4 @@
-"""medim's readers as a MONAI `ImageReader`, for anybody's MONAI pipeline. Needs the train extra."""
+"""MONAI `ImageReader` based on medim's readers, for use in any MONAI pipeline. Needs the train extra."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from medim.types import Array, Volume
 
 
 class MedimReader(ImageReader):
-    """Loads what `read_volume` loads: a file, a folder with one DICOM series, or `archive.npz#train/12`.
+    """MONAI reader for all inputs of `read_volume`: a file, a folder with one DICOM series, or `archive.npz#train/12`.
 
     Example:
-        `LoadImage(reader=MedimReader(), ensure_channel_first=True)(path)` is a (1, D, H, W) or (1, H, W) `MetaTensor`
-        with the array and the RAS+ affine of `read_volume(path)`. Several paths of one shape become channels.
+        `LoadImage(reader=MedimReader(), ensure_channel_first=True)(path)` returns a (1, D, H, W) or (1, H, W)
+        `MetaTensor` with the array and the RAS+ affine of `read_volume(path)`. Several paths with equal grids become
+        channels.
     """
 
     def verify_suffix(self, filename: Sequence[PathLike] | PathLike) -> bool:
-        """Whether every path is one that some reader accepts."""
+        """Whether every path is a folder or is accepted by a reader."""
         files = [split_item(name)[0] for name in _as_paths(filename)]
         return all(file.is_dir() or find_reader(file) is not None for file in files)
 
@@ -33,21 +34,21 @@ class MedimReader(ImageReader):
         """Read each path.
 
         Raises:
-            ReadError: a path is no image.
+            ReadError: a path is not an image.
         """
         return [read_volume(path) for path in _as_paths(data)]
 
     def get_data(self, img: Sequence[Volume]) -> tuple[Array, dict[str, Any]]:
-        """The volumes as channels, with MONAI's metadata.
+        """Return the volumes as channels, with MONAI's metadata.
 
         Raises:
-            ValueError: the volumes differ in shape or place.
+            ValueError: the volumes differ in shape or affine.
         """
         first = img[0]
         for other in img[1:]:
             if other.shape != first.shape or not np.allclose(other.affine, first.affine, atol=1e-3):
                 raise ValueError(
-                    f"expected images on one grid, got shapes {first.shape} and {other.shape}, or other affines"
+                    f"expected images on one grid, got shapes {first.shape} and {other.shape}, or different affines"
                 )
         meta: dict[str, Any] = {
             MetaKeys.AFFINE: first.affine.copy(),

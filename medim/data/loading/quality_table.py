@@ -1,4 +1,4 @@
-"""`quality.csv` of a store: the figures of every image, its flags, and the images that look like it."""
+"""`quality.csv` of a store: quality metrics, flags and near-duplicates of every image."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from medim.files import write_csv
 from medim.types import Array, UserError
 
 QUALITY_FILE = "quality.csv"
-MAX_DUPLICATE_BITS = int(FLAGS["near-duplicate"].threshold) - 1  # bits that a near-duplicate may differ in
-_ROW_BLOCK, _COLUMN_BLOCK = 32, 4096  # hashes compared at once, within a processor's cache
+MAX_DUPLICATE_BITS = int(FLAGS["near-duplicate"].threshold) - 1  # largest hash distance of near-duplicates, in bits
+_ROW_BLOCK, _COLUMN_BLOCK = 32, 4096  # hashes compared at once; fits into the cache of a processor
 
 
 @dataclass(frozen=True)
 class ImageQuality:
-    """What is known of one image's quality.
+    """Quality of one image.
 
     Attributes:
-        image: its key in the index.
-        metrics: of the image as read.
-        nearest: the most similar image of another subject, where one differs in at most `MAX_DUPLICATE_BITS` bits.
-        distance: bits in which the two differ.
-        nearest_own: the most similar image of the same subject, likewise; expected of the two sides of one head.
-        distance_own: bits in which the two differ.
+        image: key of the image in the index.
+        metrics: metrics of the image as read.
+        nearest: most similar image of another subject with a distance of at most `MAX_DUPLICATE_BITS`, or None.
+        distance: hash distance to it, in bits.
+        nearest_own: the same for images of the same subject; expected, for example, for the two sides of one head.
+        distance_own: hash distance to it, in bits.
         flags: codes of `medim.data.preprocessing.quality.FLAGS`.
     """
 
@@ -49,16 +49,16 @@ QUALITY_COLUMNS = ("image", *_METRIC_NAMES, "nearest", "distance", "nearest_own"
 
 
 def find_near_duplicates(hashes: Array, max_distance: int) -> Iterator[tuple[Array, Array, Array]]:
-    """Pairs of images whose hashes differ in at most some bits, a block at a time; each pair comes once.
+    """Find pairs of images with a small hash distance; each pair is returned once.
 
-    Every pair is compared, in blocks: 100,000 images take seconds and no memory to speak of.
+    All pairs are compared, in blocks: 100,000 images take seconds and little memory.
 
     Args:
         hashes: (N,) uint64.
-        max_distance: in bits.
+        max_distance: largest distance in bits.
 
     Yields:
-        Places of the first images, of the second ones (always larger), and the bits in which they differ: (k,) each.
+        Per block: indices of the first images, of the second images (always larger), and the distances: (k,) each.
     """
     for row_start in range(0, len(hashes), _ROW_BLOCK):
         for column_start in range(row_start, len(hashes), _COLUMN_BLOCK):
@@ -76,14 +76,14 @@ def find_near_duplicates(hashes: Array, max_distance: int) -> Iterator[tuple[Arr
 def flag_images(
     records: Sequence[ImageRecord], metrics_by_image: Mapping[str, QualityMetrics]
 ) -> tuple[ImageQuality, ...]:
-    """Compare images with each other, and flag them.
+    """Compare images with each other, and list their flags.
 
     Args:
-        records: of the index.
-        metrics_by_image: image key to figures; records without are left out.
+        records: records of the index.
+        metrics_by_image: image key to metrics; records without metrics are skipped.
 
     Returns:
-        A row an image, in the order of `records`.
+        One row per image, in the order of `records`.
     """
     records = [record for record in records if record.image in metrics_by_image]
     hash_records = [record for record in records if metrics_by_image[record.image].hash is not None]
@@ -106,7 +106,7 @@ def flag_images(
 
 
 def add_record_flags(records: Sequence[ImageRecord], rows: Sequence[ImageQuality]) -> tuple[ImageRecord, ...]:
-    """The records with their flags in `quality`, behind what the reader said; flags of an earlier run go."""
+    """Add the flags to the `quality` of records, after the codes of the reader; replaces flags of an earlier run."""
     flags_by_image = {row.image: row.flags for row in rows}
 
     def merge_codes(record: ImageRecord) -> str | None:
@@ -117,13 +117,13 @@ def add_record_flags(records: Sequence[ImageRecord], rows: Sequence[ImageQuality
 
 
 def count_flags(rows: Sequence[ImageQuality]) -> dict[str, int]:
-    """How many images carry each flag, in the order of `FLAGS`; flags that none carries are left out."""
+    """Count the images with each flag, in the order of `FLAGS`; flags without images are omitted."""
     code_counts = Counter(code for row in rows for code in row.flags)
     return {code: code_counts[code] for code in FLAGS if code_counts[code]}
 
 
 def write_quality(folder: Path, rows: Sequence[ImageQuality]) -> None:
-    """Write `quality.csv`, whole or not at all."""
+    """Write `quality.csv` atomically."""
     cells = (
         (
             row.image,
@@ -137,10 +137,10 @@ def write_quality(folder: Path, rows: Sequence[ImageQuality]) -> None:
 
 
 def read_quality(folder: Path) -> tuple[ImageQuality, ...]:
-    """Read `quality.csv`; nothing where it is not there.
+    """Read `quality.csv`; an empty tuple if there is none.
 
     Raises:
-        UserError: it is not what `write_quality` writes.
+        UserError: the file was not written by `write_quality`.
     """
     path = folder / QUALITY_FILE
     if not path.is_file():
@@ -151,7 +151,7 @@ def read_quality(folder: Path) -> tuple[ImageQuality, ...]:
         return tuple(_parse_quality_row(row) for row in rows)
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(
-            f"{path}: expected the columns {', '.join(QUALITY_COLUMNS)}, got a line that fits not ({error}). "
+            f"{path}: expected the columns {', '.join(QUALITY_COLUMNS)}, found an invalid row ({error}). "
             "Run `medim preprocess` again."
         ) from error
 
@@ -172,7 +172,7 @@ def _parse_quality_row(row: Mapping[str, str]) -> ImageQuality:
 
 
 def _find_nearest(hashes: Array, subjects: Array) -> tuple[Array, Array]:
-    """The nearest image of another subject and of the same one: (N,) each, distance << 32 | place; -1 where none is."""
+    """Find the nearest image of another and of the same subject: (N,) each, distance << 32 | index; -1 if none."""
     no_match = np.iinfo(np.int64).max
     other_nearest, own_nearest = np.full(len(hashes), no_match), np.full(len(hashes), no_match)
     for first, second, distances in find_near_duplicates(hashes, MAX_DUPLICATE_BITS):

@@ -1,8 +1,8 @@
-"""Who is trained on: splits and label budgets, by whole subjects, from the index and a seed alone.
+"""Splits and label budgets: assigned by whole subjects, from the index and a seed alone.
 
-Everything seeded follows the order in which subjects first appear in the index, never their keys, which differ from
-site to site. One seeded order of the subjects serves all: its first ones are the validation split, or the smallest
-budget.
+All seeded operations use the order in which subjects first appear in the index, not their pseudonyms, which differ
+between sites. One seeded order of the subjects is used for everything: its first subjects form the validation split,
+or the smallest budget.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, cast, get_args
 import numpy as np
 
 from medim.data.fingerprints import merge_groups, shared_images
-from medim.data.labels import stratification_labels as strata_of
+from medim.data.labels import stratification_labels
 from medim.files import write_csv
 from medim.types import Split, UsageError, UserError
 
@@ -33,22 +33,23 @@ def assign_splits(
 ) -> dict[str, Split]:
     """Assign every image to a split.
 
-    A source's own splits are kept. Of the subjects it leaves open, `val_fraction` (rounded, at least one of two or
-    more) are the validation split and the rest is for training; classes appear in both in like proportions. Subjects
-    that share an image then go to one side: where the source has one of them, else to validation where one of them is.
-    All others stay where they are, so commands that know of different images do not train on what another holds out.
+    Splits defined by the source are kept. Of the other subjects, `val_fraction` (rounded, at least one if there are two
+    or more) form the validation split and the rest the training split, both with similar class proportions. Subjects
+    that share an image are then moved to the same split: to the split of those defined by the source, else to
+    validation if one of them is there. No other subject is moved. Commands with different subsets of fingerprints
+    therefore never train on images that another command holds out.
 
     Args:
         index: the images.
         seed: `--split-seed`.
-        val_fraction: share of subjects, 0 to below 1.
-        fingerprints: image key to fingerprint, as far as they are known.
+        val_fraction: fraction of subjects, 0 to below 1.
+        fingerprints: image key to fingerprint; may be incomplete.
 
     Returns:
         Image key to "train", "val" or "test".
 
     Raises:
-        UserError: the source's own splits are misnamed, or put one subject on two sides.
+        UserError: the source defines an unknown split, or assigns one subject to two splits.
     """
     if not 0 <= val_fraction < 1:
         raise UsageError(f"val_fraction: expected at least 0 and below 1, got {val_fraction}.")
@@ -93,18 +94,18 @@ def assign_splits(
 def count_overlap(
     index: Index, splits: Mapping[str, Split], fingerprints: Mapping[str, str], *, strict: bool = False
 ) -> dict[str, int]:
-    """Count the images held out of training whose pixels stand in the training split too, and their subjects.
+    """Count held-out images, and their subjects, with the same pixels as an image of the training split.
 
-    Only a source's own splits can put them there.
+    Such images only occur if the source itself defines the splits.
 
     Args:
         index: the images.
-        splits: of all of them.
-        fingerprints: image key to fingerprint, as far as they are known.
-        strict: refuse any.
+        splits: image key to split, for all images.
+        fingerprints: image key to fingerprint; may be incomplete.
+        strict: raise an error if there are any.
 
     Raises:
-        UserError: `strict`, and there are some.
+        UserError: `strict`, and there are such images.
     """
     train_fingerprints = {
         fingerprint for image, fingerprint in fingerprints.items() if fingerprint and splits[image] == "train"
@@ -120,10 +121,9 @@ def count_overlap(
         )
         if strict:
             raise UserError(
-                f"{sentence}. --fail-on-contamination expected none. Correct the split column, or leave "
-                "this option out."
+                f"{sentence}. --fail-on-contamination allows none. Correct the split column, or omit this option."
             )
-        log.warning("%s: figures on them are too good", sentence)
+        log.warning("%s: validation metrics will be optimistic", sentence)
     return {"images": len(duplicates), "subjects": n_subjects}
 
 
@@ -136,15 +136,15 @@ def write_splits(
     seed: int,
     labelled_records: Sequence[ImageRecord] | None = None,
 ) -> None:
-    """Write `assign_splits.csv`, a row an image; given back as `--labels` it makes the same split.
+    """Write `split.csv`, one row per image; used as `--labels`, it gives the same splits.
 
     Args:
-        path: the file.
+        path: path of the file.
         index: the images.
-        splits: of all of them.
-        train_records: the usable images of the training split; for those that a budget may take, `select_label_budget`
-            is the place at which their subject enters one.
-        seed: of the draw.
+        splits: image key to split, for all images.
+        train_records: usable images of the training split. For those that can be part of a label budget, the column
+            `budget` is the rank at which their subject enters.
+        seed: seed of the label budget.
         labelled_records: images that the run was trained on with labels.
     """
     groups = enumerate(_order_budget_groups(_filter_labelled(train_records), seed), start=1)
@@ -165,7 +165,7 @@ def write_splits(
 
 
 def read_splits(path: Path) -> dict[str, Split]:
-    """Image key to split, as `write_splits` wrote them.
+    """Read the map from image key to split written by `write_splits`.
 
     Raises:
         UserError: the file is damaged.
@@ -181,22 +181,22 @@ def read_splits(path: Path) -> dict[str, Split]:
 def select_label_budget(
     records: Sequence[ImageRecord], *, labelled: int | None = None, fraction: float | None = None, seed: int = 0
 ) -> tuple[ImageRecord, ...]:
-    """Choose the labelled images that a run may use: whole subjects, nested for one seed.
+    """Select the labelled images of a run: whole subjects, with smaller budgets contained in larger ones of a seed.
 
-    Images without label or mask are left out first. One order of the subjects is drawn, one of each class at its head
-    and classes mixed in proportion after that, and arranged so that whole subjects meet 1, 2, 3 and every multiple of
-    five images exactly wherever their sizes allow. A budget is the longest beginning of that order with at most the
-    images asked for. So it never exceeds the count (except that at least one subject is given) and may fall short of
-    it by a part of one subject.
+    Images without label or mask are excluded first. One order of the subjects is drawn, beginning with one subject per
+    class and continuing with the classes in proportion. It is arranged so that whole subjects sum to exactly 1, 2, 3
+    and every multiple of five images if their sizes allow it. A budget is the longest prefix of that order with at
+    most the requested number of images. It never exceeds this number, except that it contains at least one subject,
+    and is smaller by less than the size of one subject.
 
     Args:
         records: images of the training split.
-        labelled: number of images; more than there are gives all.
-        fraction: share of the labelled images, above 0 and up to 1. With neither, all of them.
-        seed: of the draw.
+        labelled: number of images; if larger than the number available, all are selected.
+        fraction: fraction of the labelled images, above 0 and up to 1. If neither is given, all are selected.
+        seed: random seed of the order.
 
     Returns:
-        The chosen records in the index's order.
+        The selected records, in the order of the index.
 
     Raises:
         UserError: no image has a label or mask.
@@ -233,18 +233,18 @@ def _filter_labelled(records: Sequence[ImageRecord]) -> list[ImageRecord]:
 
 
 def _order_budget_groups(records: Sequence[ImageRecord], seed: int) -> list[list[ImageRecord]]:
-    """The order in which subjects enter a budget, each with its images; see `select_label_budget`."""
+    """Order the subjects, each with its images, as they enter a label budget; see `select_label_budget`."""
     return _balance_prefixes(_order_subjects(records, seed))
 
 
 def _order_subjects(records: Sequence[ImageRecord], seed: int, *, each_first: bool = True) -> list[list[ImageRecord]]:
-    """Records by subject, in a seeded order with the classes in proportion.
+    """Group records by subject, in a seeded order with the classes in proportion.
 
     Args:
-        records: with their subjects and labels.
-        seed: of the order.
-        each_first: begin with one subject of each class, as label budgets do; else one that is alone in its class comes
-            last, so that it is learnt from.
+        records: records with their subjects and labels.
+        seed: random seed of the order.
+        each_first: begin with one subject of each class, as in label budgets. Otherwise, the only subject of a class
+            comes last, so that it is used for training.
     """
     subjects: dict[str, list[ImageRecord]] = {}
     for record in records:
@@ -252,10 +252,10 @@ def _order_subjects(records: Sequence[ImageRecord], seed: int, *, each_first: bo
     groups = list(subjects.values())
     order = np.random.default_rng(seed).permutation(len(groups))
     strata: dict[tuple[str, ...], list[int]] = {}
-    group_classes = strata_of([{r.label for r in group if r.label is not None} for group in groups])
+    group_classes = stratification_labels([{r.label for r in group if r.label is not None} for group in groups])
     for position in order:
         strata.setdefault(group_classes[position], []).append(int(position))
-    if 2 * len(strata) > len(groups):  # labels that hardly repeat are numbers, not classes
+    if 2 * len(strata) > len(groups):  # labels that rarely repeat are numbers, not classes
         return [groups[position] for position in order]
     keys = {
         position: (rank > 0 if each_first else len(members) == 1, (rank + 0.5) / len(members))
@@ -266,7 +266,7 @@ def _order_subjects(records: Sequence[ImageRecord], seed: int, *, each_first: bo
 
 
 def _balance_prefixes(groups: Sequence[list[ImageRecord]]) -> list[list[ImageRecord]]:
-    """Reorder groups as little as makes their running total meet 1, 2, 3 and the multiples of five where it can."""
+    """Reorder groups minimally so that their cumulative size meets 1, 2, 3 and the multiples of five if possible."""
     pending, out, count = list(groups), [], 0
     total = sum(len(g) for g in groups)
     for target in [1, 2, 3, *range(5, total + 5, 5)]:

@@ -1,8 +1,8 @@
-"""Preprocessed images on disk, compressed in small blocks, so that a crop is read without the rest.
+"""Store of preprocessed images on disk, compressed in small blocks, so that a crop is read without the rest.
 
-One `.b2nd` file an image (Blosc2, LZ4, sealed with a checksum) and one a mask, named by what they were made from: the
-source's fingerprint and the steps. A changed file or step is another key; two processes that make the same key write
-the same content, and the rename at the end is atomic, so a store may be filled twice at once and interrupted at any
+Each image and each mask is one `.b2nd` file (Blosc2, LZ4, with a checksum). Its key is derived from the fingerprint of
+the source file and the steps, so a changed file or step has a new key. Two processes with the same key write the same
+content, and the final rename is atomic. A store may therefore be filled by several processes and interrupted at any
 time.
 """
 
@@ -30,34 +30,34 @@ from medim.files import cache_folder, json_sha256, read_json, write_bytes, write
 from medim.types import Array, Step, UsageError, UserError, Volume
 
 SCHEMA_VERSION = 3
-CHUNK_SIDE, BLOCK_SIDE = 64, 16  # voxels a side: what is found at once, and what is decompressed at once
-MAX_FLOAT16_ERROR = 1 / 200  # standard deviations an intensity may be off by before float16 is too coarse for an image
+CHUNK_SIDE, BLOCK_SIDE = 64, 16  # voxels per side: of a chunk (unit of access) and of a block (unit of decompression)
+MAX_FLOAT16_ERROR = 1 / 200  # largest rounding error, in standard deviations of the image, for storage as float16
 MAX_OPEN_FILES = 64
-SEAL = b"medim-1\0"  # ends every file, before the CRC-32 of what stands above; Blosc2 reads past neither
+SEAL = b"medim-1\0"  # at the end of every file, followed by the CRC-32 of the content; Blosc2 ignores both
 
 Box = tuple[slice, ...]
 
 
 def locate_default_store() -> Path:
-    """`store` in the user's cache folder."""
+    """Return the folder `store` in the user's cache folder."""
     return cache_folder() / "store"
 
 
 @dataclass(frozen=True)
 class StoreEntry:
-    """What a store knows of an image without reading its voxels.
+    """Metadata of an image in a store, without its voxels.
 
     Attributes:
         shape: spatial shape in voxels.
         channels: number of channels.
-        minimum: smallest value of each channel; padding takes it.
-        affine: (4, 4) of the preprocessed grid.
-        native_affine: (4, 4) of the file's grid.
+        minimum: smallest value of each channel, used for padding.
+        affine: (4, 4) affine of the preprocessed grid.
+        native_affine: (4, 4) affine of the file's grid.
         native_shape: spatial shape of the file's grid.
-        has_mask: a mask is stored too.
-        fingerprint: of the image before preprocessing; see `medim.data.fingerprints`.
-        nbytes: size in RAM, as stored (float16 or float32), without the mask.
-        metrics: of the image as read, before the steps; None where `put` was given none.
+        has_mask: whether a mask is stored too.
+        fingerprint: fingerprint of the image before preprocessing; see `medim.data.fingerprints`.
+        nbytes: size in memory as stored (float16 or float32), without the mask.
+        metrics: metrics of the image as read, before the steps; None if `put` received none.
     """
 
     shape: tuple[int, ...]
@@ -73,10 +73,10 @@ class StoreEntry:
 
 
 class Store:
-    """A folder of preprocessed images; see the module.
+    """Folder of preprocessed images; for the format, see the module docstring.
 
     Args:
-        folder: made when the first image comes; None takes `locate_default_store`.
+        folder: folder of the store, created with the first image; None for `locate_default_store`.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -87,15 +87,15 @@ class Store:
         self._has_marker = marker.is_file() and read_json(marker).get("schema_version") == SCHEMA_VERSION
 
     def __getstate__(self) -> dict[str, Any]:
-        """Open files stay in the process that opened them."""
+        """Exclude open files, which belong to one process."""
         return {**self.__dict__, "_open": OrderedDict(), "_entries": {}}
 
     def compute_key(self, index: Index, record: ImageRecord, steps: Sequence[Step]) -> str:
-        """The name of an image after these steps: 32 hex digits that change when the source or a step does."""
+        """Compute the key of an image after these steps: 32 hex digits that depend on the source and the steps."""
         return json_sha256([SCHEMA_VERSION, index.fingerprint(record), record.mask is not None, list(steps)])[:32]
 
     def add(self, index: Index, record: ImageRecord, steps: Sequence[Step]) -> str:
-        """Preprocess an image (and its mask) into the store, unless a whole copy is there; damaged ones are redone.
+        """Preprocess an image (and its mask) into the store, unless an intact copy exists; replaces damaged copies.
 
         Returns:
             The key.
@@ -116,13 +116,13 @@ class Store:
         metrics: QualityMetrics | None = None,
         fingerprint: str = "",
     ) -> None:
-        """Write an image (C, ...) and its mask (1, ...) on the same grid; the image last, as the sign of both."""
+        """Write an image (C, ...) and its mask (1, ...) on the same grid; the image last, as it marks completion."""
         voxels = _reduce_precision(image.array)
         spatial = tuple(range(1, image.array.ndim))
         if mask is not None:
             labels = mask.array.astype(np.uint8, casting="unsafe")
             if not np.array_equal(labels, mask.array):
-                raise UserError("mask: expected whole numbers from 0 to 255, got others. Renumber the labels.")
+                raise UserError("mask: expected integers from 0 to 255, got other values. Renumber the labels.")
             write_bytes(self._locate_file(key, "mask"), _encode_frame(labels, {"schema_version": SCHEMA_VERSION}))
         header = {
             "schema_version": SCHEMA_VERSION,
@@ -141,7 +141,7 @@ class Store:
         self._drop_cached(key)
 
     def is_intact(self, key: str) -> bool:
-        """True where the key is stored, and image and mask are as they were written, byte by byte."""
+        """Whether the key is stored, and image and mask pass their checksums."""
         if not _has_valid_seal(self._locate_file(key, "image")):
             return False
         self._drop_cached(key)
@@ -151,7 +151,7 @@ class Store:
             return False
 
     def get_entry(self, key: str) -> StoreEntry:
-        """Shape, grid and padding values of an image.
+        """Read shape, grid and padding values of an image.
 
         Raises:
             UserError: the key is not stored, or its file is damaged.
@@ -165,20 +165,20 @@ class Store:
         return self._entries[key]
 
     def read_image(self, key: str, box: Box | None = None) -> Array:
-        """An image, or a box of it: (C, ...), float16 or float32 as stored.
+        """Read an image, or a box of it: (C, ...), float16 or float32 as stored.
 
         Args:
-            key: from `add`.
-            box: a slice for each spatial axis, within the image; None reads all.
+            key: key from `add`.
+            box: one slice per spatial axis, inside the image; None reads the whole image.
         """
         return self._read_box(key, "image", box)
 
     def read_mask(self, key: str, box: Box | None = None) -> Array:
-        """A mask, or a box of it: (1, ...), uint8; see `image`."""
+        """Read a mask, or a box of it: (1, ...), uint8; see `read_image`."""
         return self._read_box(key, "mask", box)
 
     def load_volume(self, key: str) -> Volume:
-        """A whole image in float32 with its place in space."""
+        """Load a whole image as float32 with its affine."""
         entry = self.get_entry(key)
         array = self.read_image(key).astype(np.float32)
         return Volume(array, entry.affine.copy(), entry.native_affine.copy(), entry.native_shape)
@@ -200,8 +200,8 @@ class Store:
             return array
         path = self._locate_file(key, kind)
         if not path.is_file():
-            raise UserError(f"{path}: not in the store. Run `medim preprocess` again; it adds what is missing.")
-        if not _has_seal(path):  # nothing unfinished goes to the parser
+            raise UserError(f"{path}: not in the store. Run `medim preprocess` again to add missing images.")
+        if not _has_seal(path):  # Blosc2 must not parse incomplete files
             raise self._damage_error(key, kind)
         try:
             array = blosc2.open(str(path), mode="r", dparams=blosc2.DParams(nthreads=1))
@@ -219,7 +219,7 @@ class Store:
 
     def _damage_error(self, key: str, kind: str) -> UserError:
         return UserError(
-            f"{self._locate_file(key, kind)}: damaged. Run `medim preprocess` again; it redoes damaged images."
+            f"{self._locate_file(key, kind)}: damaged. Run `medim preprocess` again to replace damaged images."
         )
 
 
@@ -232,22 +232,23 @@ def fill_store(
     jobs: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, str], tuple[Rejection, ...]]:
-    """Bring images into a store; what is whole is kept.
+    """Preprocess images into a store; intact images are kept.
 
     Args:
-        store: where to.
-        index: what the records are of.
-        records: the images wanted.
-        steps: preprocessing, the same for all.
-        jobs: processes; 1 works in this one. With more, a script needs the usual `if __name__ == "__main__":`.
-        progress: called with the number of images done, and of all.
+        store: target store.
+        index: index of the records.
+        records: images to preprocess.
+        steps: preprocessing steps, the same for all images.
+        jobs: number of processes; 1 uses this process. With more, a script needs the usual
+            `if __name__ == "__main__":`.
+        progress: called with the number of processed images, and of all.
 
     Returns:
-        Image key to store key, in the order of `records`, and those that failed with their reasons: a reader's
-        code, `preprocessing-failed`, or `worker-died` where a file brought its process down.
+        Image key to store key, in the order of `records`, and the failed images with their reasons: the code of a
+        reader, `preprocessing-failed`, or `worker-died` for a file that crashed its process.
 
     Raises:
-        UsageError: the steps are wrong.
+        UsageError: the steps are invalid.
         UserError: the store cannot be written.
     """
     check_steps(steps)
@@ -286,7 +287,7 @@ def _process_records(
             content = None if store.is_intact(key) else _prepare_image(index, record, steps)
         except UsageError:
             raise
-        except Exception as error:  # a decoder may raise anything; one bad file must not end the rest
+        except Exception as error:  # decoders raise many exception types, and one file must not stop the others
             yield record.image, _build_rejection(record, error)
             continue
         if content is not None:
@@ -295,7 +296,7 @@ def _process_records(
 
 
 def _build_rejection(record: ImageRecord, error: Exception) -> Rejection:
-    """A reader's own code and words; of other errors the kind alone, since their messages may name paths."""
+    """Build a rejection: code and detail of a reader, else only the error type, as messages may contain paths."""
     if isinstance(error, ReadError):
         return Rejection(record.path, error.reason, error.detail)
     detail = str(error) if isinstance(error, UserError) else type(error).__name__
@@ -315,14 +316,14 @@ def _process_in_parallel(
     for record, outcome in map_in_processes(
         partial(_process_batch, store, empty_index, steps=list(steps)), records, jobs
     ):
-        crash = Rejection(record.path, "worker-died", "The process that read it was killed or crashed.")
+        crash = Rejection(record.path, "worker-died", "The process that read the file was killed or crashed.")
         yield outcome or (record.image, crash)
 
 
 def _prepare_image(
     index: Index, record: ImageRecord, steps: Sequence[Step]
 ) -> tuple[Volume, Volume | None, QualityMetrics, str]:
-    """What `Store.put` takes of an image."""
+    """Compute the arguments of `Store.put` for an image."""
     volume = index.open(record)
     image = preprocess(volume, steps)
     mask = resample_mask(index.open_mask(record), image) if record.mask is not None else None
@@ -330,7 +331,7 @@ def _prepare_image(
 
 
 def _reduce_precision(array: Array) -> Array:
-    """Array in float16 if the error stays within `MAX_FLOAT16_ERROR` standard deviations, else in float32."""
+    """Convert to float16 if the error stays within `MAX_FLOAT16_ERROR` standard deviations, else to float32."""
     array = np.ascontiguousarray(array, np.float32)
     if np.abs(array).max(initial=0) < np.finfo(np.float16).max:
         half = array.astype(np.float16)
@@ -366,7 +367,7 @@ def _encode_frame(array: Array, header: dict[str, Any]) -> bytes:
         filters=[blosc2.Filter.SHUFFLE],
         filters_meta=[0],
     )
-    decompression = blosc2.DParams(nthreads=1)  # threads cost more than they save on a small image
+    decompression = blosc2.DParams(nthreads=1)  # more threads are slower for small images
     blosc_array = blosc2.asarray(array, chunks=chunks, blocks=blocks, cparams=compression, dparams=decompression)
     blosc_array.schunk.vlmeta["medim"] = header
     frame = bytes(blosc_array.to_cframe())

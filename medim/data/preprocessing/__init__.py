@@ -1,1 +1,1 @@
-"""Deterministic preprocessing, the same code in training and in the hospital."""
+"""Deterministic preprocessing, the same code in training and at inference."""

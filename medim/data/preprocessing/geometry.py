@@ -1,8 +1,8 @@
-"""Grids in space: reading an affine, and bringing an array from one grid to another.
+"""Spatial grids: analysis of affines, and resampling of arrays from one grid to another.
 
 A grid is an affine (voxel index to mm, (4, 4) float64) with a shape. In 2D, rows and columns are the first two axes,
-so the four numbers and the offset that count stand in the affine's first two rows. Only numpy and scipy: the same
-lines run in training and in the hospital.
+so the relevant entries are in the affine's first two rows. Only numpy and scipy are used: training and inference run
+the same code.
 """
 
 from __future__ import annotations
@@ -15,20 +15,19 @@ from scipy import ndimage
 
 from medim.types import Array, UserError
 
-SNAP_VOXELS = 1e-3  # voxels: a grid that misses another by less lies on it
-MAX_ROUNDING_SHEAR = (
-    2e-3  # cosine between two axes: below, text-rounded direction cosines; above, a shear that is really there
-)
+SNAP_VOXELS = 1e-3  # voxels: grids that differ by less are considered aligned
+# cosine between two axes: smaller values are rounding errors of direction cosines in text, larger ones real shear
+MAX_ROUNDING_SHEAR = 2e-3
 
 
 def compact_affine(affine: Array, dims: int) -> Array:
-    """The (dims + 1, dims + 1) matrix of a (4, 4) affine."""
+    """Extract the (dims + 1, dims + 1) matrix of a (4, 4) affine."""
     indices = [*range(dims), 3]
     return np.asarray(affine, np.float64)[np.ix_(indices, indices)]
 
 
 def expand_affine(matrix: Array, affine: Array) -> Array:
-    """The (4, 4) `affine` with its first axes and offset replaced by a compact `matrix`."""
+    """Replace the first axes and the offset of a (4, 4) `affine` by those of a compact `matrix`."""
     dims = len(matrix) - 1
     out = np.array(affine, np.float64)
     out[:dims, :dims] = matrix[:dims, :dims]
@@ -37,25 +36,24 @@ def expand_affine(matrix: Array, affine: Array) -> Array:
 
 
 def compute_nearest_rotation(linear: Array) -> Array:
-    """The orthogonal matrix nearest to the columns' directions (polar decomposition of the shearless part).
+    """Compute the orthogonal matrix nearest to the column directions (polar decomposition of the unit columns).
 
     Raises:
         UserError: an axis has no length, or two axes coincide.
     """
     length = np.linalg.norm(linear, axis=0)
     if not np.isfinite(linear).all() or (length == 0).any() or abs(np.linalg.det(linear / length)) < 1e-3:
-        raise UserError(f"affine: expected axes that span space, got {linear.tolist()}. Repair the file's header.")
+        raise UserError(f"affine: expected linearly independent axes, got {linear.tolist()}. Repair the file's header.")
     left, _, right = np.linalg.svd(linear / length)
     return np.asarray(left @ right)
 
 
 def straighten_axes(affine: Array, dims: int) -> Array:
-    """The affine with axes at exact right angles, where it misses them by rounding only.
+    """Make the axes of an affine exactly orthogonal if they deviate only by rounding.
 
-    Direction cosines written as text are off by 1e-7 to 1e-3. MONAI's `Spacing` takes that for a shear and moves the
-    grid by millimetres. Lengths of the axes and the place of the first voxel are kept. A real shear (a tilted gantry)
-    is left as it
-    is: `resample` straightens it, which only voxels can.
+    Direction cosines written as text have errors of 1e-7 to 1e-3. MONAI's `Spacing` interprets these as shear and moves
+    the grid by millimetres. The lengths of the axes and the position of the first voxel are kept. A real shear (a
+    tilted gantry) is left unchanged, because its correction needs interpolation of voxels, which `resample` does.
     """
     matrix = compact_affine(affine, dims)
     linear = matrix[:dims, :dims]
@@ -77,19 +75,19 @@ def resample_to(
     order: int = 1,
     fill: Literal["edge"] | float = "edge",
 ) -> Array:
-    """Bring an array from its grid to another one.
+    """Resample an array from its grid to another grid.
 
     Args:
         array: (C, ...), float or integer.
-        affine: (4, 4), of the array's grid.
-        target_affine: (4, 4), of the grid wanted.
-        target_shape: spatial shape of the grid wanted.
-        order: of the spline: 0 nearest, 1 linear, 3 cubic.
-        fill: what target voxels outside the array get: the nearest voxel's value, or a number.
+        affine: (4, 4), affine of the array.
+        target_affine: (4, 4), affine of the target grid.
+        target_shape: spatial shape of the target grid.
+        order: order of the spline: 0 nearest, 1 linear, 3 cubic.
+        fill: value of target voxels outside the array: that of the nearest voxel ("edge"), or a number.
 
     Returns:
-        (C, *target_shape): the array's dtype with order 0 or where grids coincide up to a whole number of voxels (then
-        values are copied), else float32.
+        (C, *target_shape): the dtype of the array with order 0 or if the grids differ by whole voxels (values are then
+        copied), else float32.
     """
     dims = array.ndim - 1
     matrix = np.linalg.solve(compact_affine(affine, dims), compact_affine(target_affine, dims))
@@ -97,7 +95,7 @@ def resample_to(
     linear, offset = matrix[:dims, :dims], matrix[:dims, dims]
     is_nonzero = linear != 0
     if (is_nonzero.sum(0) == 1).all() and (is_nonzero.sum(1) == 1).all():
-        source_axes = is_nonzero.argmax(0)  # target axis k runs along source axis source_of[k]
+        source_axes = is_nonzero.argmax(0)  # target axis k runs along source axis source_axes[k]
         reordered_array = array.transpose(0, *(int(a) + 1 for a in source_axes))
         positions = [
             linear[a, k] * np.arange(n) + offset[a]
@@ -109,7 +107,7 @@ def resample_to(
 
 
 def find_signed_permutation(matrix: Array) -> tuple[tuple[int, ...], tuple[bool, ...]] | None:
-    """Source axis and reversal for each target axis, or None where a linear part is more than that."""
+    """Find source axis and reversal for each target axis; None if the matrix is not a signed permutation."""
     integers = np.rint(matrix)
     is_nonzero = integers != 0
     if np.abs(matrix - integers).max() > SNAP_VOXELS or not (
@@ -121,9 +119,9 @@ def find_signed_permutation(matrix: Array) -> tuple[tuple[int, ...], tuple[bool,
 
 
 def smooth_axes(array: Array, factors: Sequence[float]) -> Array:
-    """Gaussian prefilter for axes that shrink by a factor; sigma = (factor - 1) / 2 voxels.
+    """Smooth axes that shrink by a factor with a Gaussian of sigma = (factor - 1) / 2 voxels.
 
-    The width is scikit-image's and MONAI's; edges are continued, not darkened.
+    The width is that of scikit-image and MONAI. Edge values are continued, so that edges are not darkened.
     """
     out = array
     for axis, factor in enumerate(factors, start=1):
@@ -133,7 +131,7 @@ def smooth_axes(array: Array, factors: Sequence[float]) -> Array:
 
 
 def _snap_matrix(matrix: Array, shape: Sequence[int]) -> Array:
-    """Round what differs from whole numbers by less than `SNAP_VOXELS` voxels over the entire target grid."""
+    """Round entries that differ from integers by less than `SNAP_VOXELS` voxels over the entire target grid."""
     dims = len(matrix) - 1
     out = matrix.copy()
     for k, n in enumerate(shape):
@@ -145,7 +143,7 @@ def _snap_matrix(matrix: Array, shape: Sequence[int]) -> Array:
 
 
 def _interpolate_axes(array: Array, positions: Sequence[Array], order: int, fill: Literal["edge"] | float) -> Array:
-    """Interpolate one axis after another, the one that shrinks most first; places[k] are source positions in voxels."""
+    """Interpolate axis by axis, the one that shrinks most first; positions[k] are source positions in voxels."""
     out = array
     for axis in sorted(range(len(positions)), key=lambda k: len(positions[k]) / array.shape[k + 1]):
         out = _interpolate_axis(out, positions[axis], axis + 1, order)

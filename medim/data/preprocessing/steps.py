@@ -1,8 +1,8 @@
-"""The deterministic steps between reader and network, in numpy and scipy: training and hospital run the same lines.
+"""Deterministic preprocessing steps between reader and network, in numpy and scipy, shared by training and inference.
 
-A run lists its steps as `[{"op": "ras"}, {"op": "resample", "spacing": [1, 1, 1]}, ...]`; the list travels with the
-encoder. Every geometric step updates the affine exactly, so that `restore_grid` brings a result back with one
-resampling, whatever the list was, and copies values where grids differ by whole voxels.
+A run lists its steps as `[{"op": "ras"}, {"op": "resample", "spacing": [1, 1, 1]}, ...]`; the list is saved with the
+encoder. Every geometric step updates the affine exactly. `restore_grid` therefore needs only one resampling to return a
+result to the original grid, and copies values if the grids differ by whole voxels.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ __all__ = [
     "to_native",
 ]
 
-SPACING_TOLERANCE_MM = 1e-3  # mm: a spacing this near to the one asked for is kept, as MONAI's Spacing does
+SPACING_TOLERANCE_MM = 1e-3  # mm: a spacing this close to the requested one is kept, as in MONAI's Spacing
 
 
 def orthogonalise_affine(volume: Volume) -> Volume:
-    """Axes at exact right angles where rounding in the header made them miss; voxels are untouched. Goes first."""
+    """Make axes exactly orthogonal if rounding in the header made them deviate; changes no voxels. Must come first."""
     return volume.with_array(volume.array, straighten_axes(volume.affine, volume.spatial_dims))
 
 
 def reorient_to_ras(volume: Volume) -> Volume:
-    """Permute and reverse axes to run nearest to Right, Anterior, Superior. 2D images stay as they are shown."""
+    """Permute and reverse axes so that they point to Right, Anterior, Superior. 2D images are unchanged."""
     if volume.spatial_dims == 2:
         return volume
     axes_rotation = compute_nearest_rotation(volume.affine[:3, :3])
     axes = [0, 0, 0]
     weight = np.abs(axes_rotation)
-    for axis in np.argsort(-weight.max(axis=0), kind="stable"):  # the surest axis chooses first
+    for axis in np.argsort(-weight.max(axis=0), kind="stable"):  # the axis with the clearest direction first
         world = int(np.argmax(weight[:, axis]))
         axes[world] = int(axis)
         weight[world] = -1.0
@@ -70,14 +70,14 @@ def reorient_to_ras(volume: Volume) -> Volume:
 def resample(
     volume: Volume, *, spacing: tuple[float, ...], order: Literal[0, 1, 3] = 1, antialias: bool = False
 ) -> Volume:
-    """Bring the voxels to a spacing; the first voxel stays where it is, the grid ends at the voxel nearest to the last.
+    """Resample to a spacing. The first voxel keeps its position; the grid ends at the voxel nearest to the last one.
 
-    Grid and values are those of MONAI's `Spacing(padding_mode="border")`. A sheared grid is straightened.
+    Grid and values equal those of MONAI's `Spacing(padding_mode="border")`. A sheared grid is straightened.
 
     Args:
         volume: the image.
         spacing: distance between voxel centres along each axis, in mm.
-        order: of the spline; 3 is slower and overshoots at edges.
+        order: order of the spline; 3 is slower and overshoots at edges.
         antialias: smooth first along axes that shrink (see `medim.data.preprocessing.geometry.smooth_axes`).
     """
     dims = volume.spatial_dims
@@ -90,7 +90,7 @@ def resample(
     lower = np.linalg.qr(source_matrix[:dims, :dims])
     target_matrix = source_matrix.copy()
     target_matrix[:dims, :dims] = lower.Q * np.sign(np.diag(lower.R)) * target_spacing
-    # Where the image's corners lie on the new grid; a right-angled grid has its first voxel as the least of them.
+    # Corners of the image on the new grid; with orthogonal axes, the first voxel is the minimum of them.
     corners = np.stack(np.meshgrid(*([0.0, n - 1.0] for n in volume.shape), indexing="ij")).reshape(dims, -1)
     target_corners = np.linalg.solve(target_matrix[:dims, :dims], source_matrix[:dims, :dims] @ corners).round(3)
     target_matrix[:dims, dims] += target_matrix[:dims, :dims] @ target_corners.min(axis=1)
@@ -101,12 +101,12 @@ def resample(
 
 
 def resize(volume: Volume, *, shape: tuple[int, ...], keep_aspect: bool = True, antialias: bool = True) -> Volume:
-    """Scale the image to a shape in voxels, by linear interpolation; voxels are little boxes, so the extent is kept.
+    """Scale the image to a shape in voxels by linear interpolation; the extent, measured at voxel borders, is kept.
 
     Args:
         volume: the image.
-        shape: wanted spatial shape.
-        keep_aspect: scale all axes alike (in mm) so that the image fits, and pad the rest on both sides with the
+        shape: target spatial shape.
+        keep_aspect: scale all axes equally (in mm) so that the image fits, and pad the rest on both sides with the
             minimum.
         antialias: smooth first along axes that shrink (see `medim.data.preprocessing.geometry.smooth_axes`).
     """
@@ -126,7 +126,7 @@ def resize(volume: Volume, *, shape: tuple[int, ...], keep_aspect: bool = True, 
 
 
 def clip_percentiles(volume: Volume, *, lower: float = 0.5, upper: float = 99.5) -> Volume:
-    """Limit each channel to its own percentiles, so that a few hot voxels do not set the scale.
+    """Clip each channel to its percentiles, so that a few very bright voxels do not determine the scale.
 
     Args:
         volume: the image.
@@ -142,11 +142,11 @@ def clip_percentiles(volume: Volume, *, lower: float = 0.5, upper: float = 99.5)
 
 
 def normalise(volume: Volume, *, method: Literal["zscore", "range", "symmetric"] = "zscore") -> Volume:
-    """Bring each channel to one scale. A constant channel becomes zero.
+    """Normalise each channel. A constant channel becomes zero.
 
     Args:
         volume: the image.
-        method: `zscore` to mean 0 and standard deviation 1, `range` to [0, 1], `symmetric` to [-1, 1].
+        method: `zscore` for mean 0 and standard deviation 1, `range` for [0, 1], `symmetric` for [-1, 1].
     """
     array = _as_float32(volume)
     flat = array.reshape(len(array), -1)
@@ -165,11 +165,11 @@ def normalise(volume: Volume, *, method: Literal["zscore", "range", "symmetric"]
 
 
 def crop_foreground(volume: Volume, *, margin: int = 0) -> Volume:
-    """Cut away the border where every channel is at its minimum (air, or the zeros around a stripped brain).
+    """Crop the border in which every channel has its minimum (air, or the zeros around a stripped brain).
 
     Args:
         volume: the image.
-        margin: voxels kept around the foreground, as far as the image goes.
+        margin: voxels to keep around the foreground, limited by the image.
     """
     if margin < 0:
         raise UsageError(f"crop_foreground.margin: expected 0 or more voxels, got {margin}.")
@@ -186,11 +186,11 @@ def crop_foreground(volume: Volume, *, margin: int = 0) -> Volume:
 
 
 def pad_or_crop(volume: Volume, *, shape: tuple[int, ...]) -> Volume:
-    """Cut or pad around the centre to a shape; padding has each channel's minimum.
+    """Crop or pad around the centre to a shape; padding has each channel's minimum.
 
     Args:
         volume: the image.
-        shape: wanted spatial shape, in voxels.
+        shape: target spatial shape, in voxels.
     """
     target_shape = [int(n) for n in _check_per_axis("pad_or_crop.shape", shape, volume.spatial_dims)]
     start = [n // 2 - w // 2 if n > w else -((w - n) // 2) for n, w in zip(volume.shape, target_shape, strict=True)]
@@ -198,16 +198,16 @@ def pad_or_crop(volume: Volume, *, shape: tuple[int, ...]) -> Volume:
 
 
 def crop_around_centre(volume: Volume, *, shape: tuple[int, ...]) -> Volume:
-    """Cut one field of view around the centre of mass, so that an image's own size tells nothing any more.
+    """Crop one field of view around the centre of mass, so that the size of the original image is no longer visible.
 
-    The window lies inside the image wherever it fits; where the image is smaller, its edge voxels are continued, so
-    that no border of padding shows where it ends. Voxels are copied, never interpolated: `resample` goes before it, so
-    that a shape in voxels is a field of view in mm. A voxel's mass is how far it lies above its channel's minimum, in
-    shares of the channel's sum; the centre is rounded to the nearest voxel.
+    The window is inside the image if it fits. In smaller images, edge voxels are continued, so that no padding marks
+    the border. Voxels are copied, never interpolated; with `resample` before this step, a shape in voxels is a field of
+    view in mm. The mass of a voxel is its value above the channel's minimum, as a fraction of the channel's sum; the
+    centre is rounded to the nearest voxel.
 
     Args:
         volume: the image.
-        shape: wanted spatial shape, in voxels.
+        shape: target spatial shape, in voxels.
     """
     target_shape = _check_per_axis("centre.shape", shape, volume.spatial_dims).astype(np.intp)
     mass = _as_float32(volume) - volume.array.min(axis=tuple(range(1, volume.array.ndim)), keepdims=True)
@@ -224,7 +224,7 @@ def crop_around_centre(volume: Volume, *, shape: tuple[int, ...]) -> Volume:
 
 
 def pad_to_multiple(volume: Volume, *, multiple: int) -> Volume:
-    """Pad around the centre until a network's stride divides each axis; padding has each channel's minimum.
+    """Pad around the centre to a multiple of the network's stride; padding has each channel's minimum.
 
     Args:
         volume: the image.
@@ -250,17 +250,17 @@ STEPS: dict[str, Callable[..., Volume]] = {
 
 
 def check_steps(steps: Sequence[Step]) -> None:
-    """Check names and options of a list of steps before anything runs.
+    """Check the names and options of a list of steps before any step runs.
 
     Raises:
-        UsageError: a step or option that does not exist (with the nearest spelling), or a value of the wrong type.
+        UsageError: an unknown step or option (with the nearest spelling), or a value of the wrong type.
     """
     for step in steps:
         validate_section(STEPS, step, key="op", run_args=("volume",))
 
 
 def fixed_spacing(steps: Sequence[Step]) -> list[float] | None:
-    """The spacing in mm, along each axis, that the steps bring every image to; None where images keep their own."""
+    """Return the spacing in mm, along each axis, that the steps resample to; None if images keep their own spacing."""
     grid_step = next((step for step in reversed(steps) if step["op"] in ("ras", "resample", "resize")), {"op": "none"})
     return [float(step) for step in grid_step["spacing"]] if grid_step["op"] == "resample" else None
 
@@ -273,17 +273,17 @@ def preprocess(volume: Volume, steps: Sequence[Step]) -> Volume:
         steps: `{"op": name, **options}` each, names from `STEPS`.
 
     Returns:
-        The image on its new grid, float32, contiguous; source geometry as it was.
+        The image on its new grid, float32, contiguous, with unchanged native geometry.
 
     Raises:
         UsageError: see `check_steps`.
-        UserError: the image holds NaN or infinity, or has the wrong number of dimensions for a step.
+        UserError: the image contains NaN or infinity, or has the wrong number of dimensions for a step.
     """
     n_invalid = volume.array.size - int(np.count_nonzero(np.isfinite(volume.array)))
     if n_invalid:
         raise UserError(
             f"image: expected finite voxels, got {n_invalid} of {volume.array.size} that are NaN or infinite. "
-            "Repair or drop the file; preprocessing does not guess what was there."
+            "Repair or remove the file; preprocessing does not replace such values."
         )
     for function, options in _compile_steps(json.dumps(list(steps))):
         volume = function(volume, **options)
@@ -291,7 +291,7 @@ def preprocess(volume: Volume, steps: Sequence[Step]) -> Volume:
 
 
 def resample_mask(mask: Volume, image: Volume) -> Volume:
-    """Bring a mask to the grid of a preprocessed image, each voxel with its nearest label, 0 outside the mask."""
+    """Resample a mask to the grid of a preprocessed image by nearest neighbour, with 0 outside the mask."""
     labels = resample_to(mask.array, _straighten_source(mask), image.affine, image.shape, order=0, fill=0)
     return mask.with_array(labels, image.affine)
 
@@ -299,14 +299,14 @@ def resample_mask(mask: Volume, image: Volume) -> Volume:
 def restore_grid(
     array: Array, processed: Volume, source: Volume, *, order: int = 1, fill: Literal["edge"] | float = "edge"
 ) -> Array:
-    """Bring a result from the preprocessed grid back to the image's own.
+    """Resample a result from the preprocessed grid to the grid of the original image.
 
     Args:
         array: (K, *processed.shape): logits (order 1, then argmax), or labels (order 0).
         processed: the image after `preprocess`.
-        source: the image before it.
-        order: of the spline.
-        fill: what voxels that preprocessing cut away get: the nearest result, or a number.
+        source: the image before `preprocess`.
+        order: order of the spline.
+        fill: value of voxels that preprocessing removed: that of the nearest voxel ("edge"), or a number.
 
     Returns:
         (K, *source.shape).
@@ -317,11 +317,11 @@ def restore_grid(
 
 
 def to_native(array: Array, volume: Volume) -> Array:
-    """Turn an array on a reader's grid into the axis order of the file: permutation and reversal only, values copied.
+    """Convert an array on a reader's grid to the axis order of the file, by permutation and reversal of axes only.
 
     Args:
         array: (K, *volume.shape).
-        volume: as the reader gave it.
+        volume: volume from the reader.
 
     Returns:
         (K, *volume.native_shape).
@@ -335,7 +335,7 @@ def to_native(array: Array, volume: Volume) -> Array:
     if permutation is None or array.shape[1:] != volume.shape:
         raise UserError(
             f"to_native: expected an array of {volume.shape} on a reader's grid, got {array.shape[1:]}; "
-            f"file's own grid to it: {matrix[:dims, :dims].tolist()}. Bring it back with `restore` first."
+            f"linear map from the file's grid: {matrix[:dims, :dims].tolist()}. Apply `restore_grid` first."
         )
     axes, reversals = permutation
     out = np.flip(array.transpose(0, *(a + 1 for a in axes)), tuple(k + 1 for k, b in enumerate(reversals) if b))
@@ -366,7 +366,7 @@ def _check_per_axis(name: str, values: Sequence[float], dims: int) -> Array:
 
 
 def _transform_affine(affine: Array, *, scale: Array, offset: Array) -> Array:
-    """The affine of a grid whose voxel k stands at `scale * k + offset` of the old one, per axis."""
+    """Compute the affine of a grid with voxel k at `scale * k + offset` of the old grid, per axis."""
     dims = len(scale)
     index_map = np.eye(dims + 1)
     index_map[:dims, :dims] = np.diag(scale)
@@ -375,7 +375,7 @@ def _transform_affine(affine: Array, *, scale: Array, offset: Array) -> Array:
 
 
 def _extract_window(volume: Volume, start: Sequence[int], shape: Sequence[int]) -> Volume:
-    """The box of `shape` voxels from `start` (negative: before the image); outside, each channel's minimum."""
+    """Extract the box of `shape` voxels from `start` (may be negative); outside, each channel has its minimum."""
     if tuple(shape) == volume.shape and not any(start):
         return volume
     array = volume.array

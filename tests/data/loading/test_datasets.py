@@ -197,5 +197,5 @@ class TestLabelled:
             LabelledDataset(store, TWO, shape=(8, 8))
 
     def test_targets_for_other_images_are_refused(self, store: Store) -> None:
-        with pytest.raises(UserError, match="one for each of 4"):
+        with pytest.raises(UserError, match=r"one per image \(4\)"):
             LabelledDataset(store, TWO, [0, 1], shape=(8, 8))

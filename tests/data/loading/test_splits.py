@@ -215,7 +215,7 @@ class TestSharedImages:
         assert list(splits.values()) == list(sides)
         assert count_overlap(index, splits, prints) == {"images": 2, "subjects": 2}
         assert "2 held-out images" in caplog.text
-        with pytest.raises(UserError, match=r"2 held-out images.*--fail-on-contamination expected none"):
+        with pytest.raises(UserError, match=r"2 held-out images.*--fail-on-contamination allows none"):
             count_overlap(index, splits, prints, strict=True)
 
 

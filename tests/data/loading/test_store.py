@@ -134,7 +134,7 @@ class TestContent:
         np.testing.assert_array_equal(store.read_image("cc"), smooth + np.float32(1000))
 
     def test_a_mask_of_other_than_whole_numbers_is_refused(self, store: Store) -> None:
-        with pytest.raises(UserError, match="whole numbers"):
+        with pytest.raises(UserError, match="integers from 0 to 255"):
             store.put("aa", volume(np.zeros((1, 4, 4, 4))), volume(np.full((1, 4, 4, 4), 300)))
 
     def test_every_file_carries_its_schema_version(self, store: Store, index: FakeIndex) -> None:

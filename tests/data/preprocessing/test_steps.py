@@ -172,7 +172,7 @@ class TestAffine:
     def test_an_affine_without_volume_is_an_error_that_says_so(self) -> None:
         flat = np.eye(4)
         flat[2, 2] = 0
-        with pytest.raises(UserError, match="expected axes that span space"):
+        with pytest.raises(UserError, match="expected linearly independent axes"):
             preprocess(volume_of(smooth_image((4, 4, 4)), flat), [{"op": "orthogonalise_affine"}])
 
 
