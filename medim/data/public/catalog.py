@@ -1,9 +1,8 @@
-"""The public sets that `medim fetch` knows: what they hold, on what terms, and what their publishers say of each file.
+"""Catalogue of public data sets for `medim fetch`: content, licence, and the publishers' checksums.
 
-A new set is one entry in `PUBLIC_SETS`; see docs/how-to/add-public-set.md. Checksums and addresses are copied, never
-made up:
-MedMNIST's from `INFO` in medmnist 3.0.2, the Decathlon's from `DecathlonDataset` in MONAI 1.6.1, and what The Cancer
-Imaging Archive sends carries its own (the NBIA Search REST API Guide on its wiki).
+To add a data set, add one entry to `PUBLIC_SETS`; see docs/how-to/add-public-set.md. Checksums and addresses are copied
+from publishers: MedMNIST's from `INFO` in medmnist 3.0.2, the Decathlon's from `DecathlonDataset` in MONAI 1.6.1. The
+Cancer Imaging Archive sends checksums with its images (the NBIA Search REST API Guide on its wiki).
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from medim.types import Modality
 
 @dataclass(frozen=True)
 class PublicFile:
-    """A file of a set.
+    """One file of a data set.
 
     Attributes:
-        url: the publisher's address.
-        name: what it is called here; for an archive the folder that it becomes.
-        md5: the publisher's checksum, where one is known.
-        archive: whether it is unpacked.
+        url: address of the file at the publisher.
+        name: local file name; for an archive, the name of the extracted folder.
+        md5: checksum from the publisher, or None.
+        archive: whether the file is an archive to extract.
     """
 
     url: str
@@ -35,16 +34,16 @@ class PublicSet:
     """A data set that anyone may download.
 
     Attributes:
-        modality: which images it holds.
-        title: one line.
-        licence: its terms, in short.
-        citation: what its authors want cited.
-        sums: where the publisher's checksums come from; None where there are none.
-        files: what to download.
-        collection: instead of `files`, a collection of The Cancer Imaging Archive.
-        dicom: the DICOM modalities of the collection that are taken.
-        images: their number, where the publisher's table says it.
-        note: what to know before using it.
+        modality: modality of the images.
+        title: description in one line.
+        licence: short name of the licence.
+        citation: citation requested by the authors.
+        sums: origin of the checksums; None if there are none.
+        files: files to download.
+        collection: a collection of The Cancer Imaging Archive, instead of `files`.
+        dicom: DICOM modalities to download from the collection.
+        images: number of images, if published.
+        note: information for users of the set.
     """
 
     modality: Modality
@@ -59,9 +58,9 @@ class PublicSet:
     note: str = ""
 
     def describe(self) -> str:
-        """What `medim fetch --list` says of it."""
-        size = f"{self.images:,} images" if self.images else "size not known"
-        sums = f"md5 from {self.sums}" if self.sums else "no checksum known: sha256 recorded at first download"
+        """Format the description for `medim fetch --list`."""
+        size = f"{self.images:,} images" if self.images else "size unknown"
+        sums = f"md5 from {self.sums}" if self.sums else "no published checksum: sha256 recorded at first download"
         note = f"; {self.note}" if self.note else ""
         return f"{self.modality}; {self.title}; {size}; {self.licence}; {sums}{note}"
 
@@ -92,7 +91,7 @@ def _build_chest_set(stem: str, side: int, md5: str) -> PublicSet:
         sums="medmnist 3.0.2",
         files=(PublicFile(f"https://zenodo.org/records/10519652/files/{stem}.npz?download=1", f"{stem}.npz", md5),),
         images=78468 + 11219 + 22433,
-        note="its 14 findings an image are called 0 to 13, in the order of its publisher",
+        note="its 14 findings per image are named 0 to 13, in the order of the publisher",
     )
 
 
@@ -134,7 +133,7 @@ PUBLIC_SETS: dict[str, PublicSet] = {
     ),
     "COVID-19-AR": PublicSet(
         modality="xray",
-        title="COVID-19-AR, chest X-rays of 105 patients who tested positive, DICOM (its CT scans are left out)",
+        title="COVID-19-AR, chest X-rays of 105 patients who tested positive, DICOM (without its CT scans)",
         licence="CC BY 4.0",
         citation="Desai et al. Chest imaging representing a COVID-19 positive rural U.S. population. Scientific Data "
         "7, 414 (2020). https://doi.org/10.7937/tcia.2020.py71-5978",

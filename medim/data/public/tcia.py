@@ -1,7 +1,7 @@
-"""DICOM collections of The Cancer Imaging Archive, a series at a time, with the archive's own md5 of every file.
+"""Download DICOM collections of The Cancer Imaging Archive series by series, verified with the archive's md5 sums.
 
-The NBIA Search REST API, version 4: `getSeries` lists a collection, `getImageWithMD5Hash` sends a series as a zip that
-is packed anew at every request (so that the zip itself has no lasting checksum) with `md5hashes.csv` inside.
+The NBIA Search REST API, version 4: `getSeries` lists a collection, `getImageWithMD5Hash` sends a series as a zip with
+`md5hashes.csv` inside. The zip is created anew for every request, so it has no constant checksum.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from medim.data.public.download import compute_digest, download_file
 from medim.types import UserError
 
 API_URL = "https://services.cancerimagingarchive.net/nbia-api/services/v4"
-_FILES_WITHOUT_MD5 = {"LICENSE"}  # in the zip, without an md5
+_FILES_WITHOUT_MD5 = {"LICENSE"}  # files of the zip that have no md5
 
 
 def list_series(
     collection: str, modalities: Sequence[str], work_folder: Path, pause: Callable[[float], None] = time.sleep
 ) -> list[dict[str, Any]]:
-    """Every series of a collection that is of these DICOM modalities, as entries of `fetched.json`.
+    """List the series of a collection with given DICOM modalities, as entries of `fetched.json`.
 
     Args:
-        collection: the archive's name of it.
+        collection: name of the collection in the archive.
         modalities: values of the attribute Modality.
-        work_folder: a folder for what is under way.
-        pause: waits some seconds between tries.
+        work_folder: folder for temporary files.
+        pause: function that waits some seconds between attempts.
 
     Raises:
-        UserError: the archive does not answer, or lists no such series.
+        UserError: the archive does not respond, or lists no such series.
     """
     entries = []
     for modality in modalities:
@@ -53,15 +53,15 @@ def list_series(
 
 
 def check_series(folder: Path, entry: dict[str, Any]) -> None:
-    """Compare an unpacked series with the archive's list of it, and remove the list.
+    """Compare an extracted series with its md5 list from the archive, and remove the list.
 
     Raises:
-        UserError: a file more or less than listed, or with other content.
+        UserError: files are missing, unexpected, or differ from the list.
     """
     table = folder / "md5hashes.csv"
     if not table.is_file():
         raise UserError(
-            f"{entry['url']}: expected md5hashes.csv in what the archive sent; it is cut short. Run it again."
+            f"{entry['url']}: the download has no md5hashes.csv and is incomplete. Run the same command again."
         )
     with table.open(newline="", encoding="utf-8-sig") as lines:
         expected_md5 = {row["Filename"]: row["MD5Hash"].lower() for row in csv.DictReader(lines)}
@@ -69,19 +69,17 @@ def check_series(folder: Path, entry: dict[str, Any]) -> None:
     image_count = entry["expected"]["images"]
     if file_names != set(expected_md5) or len(expected_md5) != image_count:
         raise UserError(
-            f"{entry['url']}: expected the {image_count} files that the archive announced, got {len(file_names)}, and "
-            f"sums of {len(expected_md5)}. Run the same command again."
+            f"{entry['url']}: expected {image_count} files, got {len(file_names)}, and "
+            f"md5 sums of {len(expected_md5)}. Run the same command again."
         )
     mismatches = [name for name in sorted(file_names) if compute_digest(folder / name).md5 != expected_md5[name]]
     if mismatches:
-        raise UserError(
-            f"{entry['url']}: {mismatches[0]} is not as the archive's md5 says. Run the same command again."
-        )
+        raise UserError(f"{entry['url']}: {mismatches[0]} does not match its md5 sum. Run the same command again.")
     table.unlink()
 
 
 def _parse_series_list(response_path: Path, collection: str) -> list[Any]:
-    """The archive's answer; nothing at all stands for an empty list."""
+    """Parse the response of the archive; an empty response is an empty list."""
     text = response_path.read_text(encoding="utf-8", errors="replace")
     try:
         rows = json.loads(text or "[]")
@@ -95,7 +93,7 @@ def _parse_series_list(response_path: Path, collection: str) -> list[Any]:
 
 
 def _build_series_entry(row: Any, collection: str) -> dict[str, Any]:
-    """A series as an entry of `fetched.json`; nothing of the patient is kept."""
+    """Convert a series to an entry of `fetched.json`, without patient data."""
     series = str(row.get("SeriesInstanceUID")) if isinstance(row, dict) else ""
     if not re.fullmatch(r"[0-9]+(\.[0-9]+)+", series):
         raise UserError(

@@ -183,7 +183,7 @@ def test_what_was_removed_comes_again_and_must_be_what_it_was(publisher: Publish
 def test_no_publishers_sum_is_told_and_none_is_made_up(publisher: Publisher, tmp_path: Path) -> None:
     record = bring("unsummed", tmp_path / "set").manifest
     assert record["archives"][0]["publisher"] == {"md5": None, "from": None, "matched": None}
-    assert "no checksum known" in PUBLIC_SETS["unsummed"].describe()
+    assert "no published checksum" in PUBLIC_SETS["unsummed"].describe()
 
 
 @pytest.mark.parametrize(
@@ -234,8 +234,8 @@ def test_a_series_packed_anew_is_the_same_series(publisher: Publisher, tmp_path:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (series(SERIES[0], wrong=True), "00000002.dcm is not as the archive's md5 says"),
-        (series(SERIES[0], short=True), "expected the 2 files that the archive announced, got 1"),
+        (series(SERIES[0], wrong=True), "00000002.dcm does not match its md5 sum"),
+        (series(SERIES[0], short=True), "expected 2 files, got 1"),
         (b"<html>maintenance</html>", "damaged"),
     ],
 )
