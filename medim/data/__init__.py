@@ -1,1 +1,1 @@
-"""From image files to batches: readers, index, splits, preprocessing, store and datasets."""
+"""Data pipeline from image files to batches: readers, index, splits, preprocessing, store and datasets."""

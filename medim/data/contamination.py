@@ -1,8 +1,9 @@
-"""What an encoder or a model has seen, in a file that it carries wherever it goes.
+"""Record the training images of an encoder or a model, and detect them in later evaluations.
 
-`fingerprints.json` lies beside the weights, and in the package. Every entry is an HMAC-SHA256 under a salt of its own
-run: who holds an image can ask whether it was seen; nobody can read from the file whose images they were, nor compare
-two files. Images are known everywhere, subjects only at the site whose key made their pseudonyms.
+The record, `fingerprints.json`, is stored with the weights and in the package. Every entry is an HMAC-SHA256 under a
+salt of its own training. The file can therefore only be used to test whether a given image was in the training set; it
+reveals no subjects, and two files cannot be compared. Images are recognised at any site, subjects only at the site
+with the key of their pseudonyms.
 """
 
 from __future__ import annotations
@@ -28,19 +29,18 @@ SCHEMA_VERSION = 1
 FINGERPRINTS_FILE = "fingerprints.json"
 TrainingKind = Literal["pretrain", "finetune"]
 CaseIdentity = tuple[str, str]  # fingerprint and subject of an image
-ContaminationCounts = dict[
-    str, dict[str, int | None]
-]  # kind: {"images": ..., "subjects": ...}; None where it is not known
+# {kind: {"images": count, "subjects": count}}; a count is None if it is unknown
+ContaminationCounts = dict[str, dict[str, int | None]]
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """A training that the weights went through.
+    """Images and subjects of one training of the weights.
 
     Attributes:
-        kind: without labels (pretrain) or with them (finetune).
-        salt: of this training, random.
-        site: stands for the site key that the subjects are under.
+        kind: training without labels (pretrain) or with labels (finetune).
+        salt: random salt of this training.
+        site: hash of the site key that the subject pseudonyms depend on.
         images: salted fingerprints.
         subjects: salted pseudonyms.
     """
@@ -53,7 +53,7 @@ class TrainingSet:
 
     @classmethod
     def from_cases(cls, kind: TrainingKind, cases: Iterable[CaseIdentity]) -> TrainingSet:
-        """The record of a training on some images, under a new salt."""
+        """Build the record of a training on some images, with a new salt."""
         salt, cases = secrets.token_hex(16), list(cases)
         images = frozenset(_hash_with_salt(salt, fingerprint) for fingerprint, _ in cases if fingerprint)
         people = frozenset(_hash_with_salt(salt, subject) for _, subject in cases)
@@ -61,37 +61,37 @@ class TrainingSet:
 
     @property
     def same_site(self) -> bool:
-        """Whether its subjects are under this site's key."""
+        """Whether the subject pseudonyms depend on the key of this site."""
         return self.site == _hash_with_salt(self.salt, make_pseudonym("site"))
 
     def has_image(self, fingerprint: str) -> bool:
-        """Whether it saw an image with these pixels."""
+        """Whether an image with these pixels was in the training set."""
         return bool(fingerprint) and _hash_with_salt(self.salt, fingerprint) in self.images
 
     def has_subject(self, subject: str) -> bool:
-        """Whether it saw this subject; no subject is known from another site."""
+        """Whether this subject was in the training set; always False for a record of another site."""
         return self.same_site and _hash_with_salt(self.salt, subject) in self.subjects
 
 
 @dataclass(frozen=True)
 class TrainingHistory:
-    """All trainings that the weights went through; none for fresh weights.
+    """All trainings of the weights; empty for newly initialised weights.
 
     Attributes:
-        training_sets: what each saw.
-        unknown_kinds: kinds of training that happened before, without a record.
+        training_sets: one record per training.
+        unknown_kinds: kinds of earlier training that have no record.
     """
 
     training_sets: tuple[TrainingSet, ...] = ()
     unknown_kinds: tuple[TrainingKind, ...] = ()
 
     def contains(self, kind: TrainingKind, case: CaseIdentity) -> bool:
-        """Whether an image, or its subject, was seen in trainings of a kind."""
+        """Whether an image or its subject was in a training set of this kind."""
         image, subject = case
         return any(o.has_image(image) or o.has_subject(subject) for o in self.training_sets if o.kind == kind)
 
     def count_cases(self, cases: Sequence[CaseIdentity]) -> ContaminationCounts:
-        """How many of some images, and of their subjects, each kind of training has seen."""
+        """Count the images, and their subjects, that were in the training sets of each kind."""
         counts: ContaminationCounts = {}
         for kind in get_args(TrainingKind):
             training_sets = [origin for origin in self.training_sets if origin.kind == kind]
@@ -105,11 +105,11 @@ class TrainingHistory:
         return counts
 
     def extended(self, kind: TrainingKind, cases: Iterable[CaseIdentity]) -> TrainingHistory:
-        """The record after one more training."""
+        """Return the history with one more training."""
         return TrainingHistory((*self.training_sets, TrainingSet.from_cases(kind, cases)), self.unknown_kinds)
 
     def dump(self) -> bytes:
-        """The content of `fingerprints.json`."""
+        """Encode the content of `fingerprints.json`."""
         entries = [
             {
                 "kind": training_set.kind,
@@ -128,7 +128,7 @@ class TrainingHistory:
 
 
 def load_training_history(path: Path) -> TrainingHistory | None:
-    """What the weights of a run, of its `encoder/` or `model/`, or of a package have seen; None where none says.
+    """Load the training history of a run, its `encoder/` or `model/`, or a package; None if there is no record.
 
     Raises:
         UserError: the file is damaged or of another schema.
@@ -147,7 +147,7 @@ def load_training_history(path: Path) -> TrainingHistory | None:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{file}: expected fingerprints of schema version {SCHEMA_VERSION}, got something else "
+            f"{file}: expected fingerprints of schema version {SCHEMA_VERSION}, got an invalid file "
             f"({type(error).__name__}: {error}). Copy the folder again."
         ) from error
 
@@ -155,19 +155,19 @@ def load_training_history(path: Path) -> TrainingHistory | None:
 def check_contamination(
     history: TrainingHistory | None, cases: Sequence[CaseIdentity], *, weights_name: str, strict: bool = False
 ) -> ContaminationCounts | None:
-    """Say how many of the images to measure on were seen, and with `strict` refuse where any was.
+    """Count evaluation images that were used in training and log the counts; with `strict`, reject any overlap.
 
     Args:
-        history: what `load_training_history` found.
-        cases: the images to measure on.
-        weights_name: the weights, for messages.
-        strict: refuse.
+        history: result of `load_training_history`.
+        cases: images of the evaluation.
+        weights_name: name of the weights, for messages.
+        strict: raise an error if an image or subject was used in training, or if this is unknown.
 
     Returns:
-        The counts; None where nothing says what was seen.
+        The counts; None if there is no training history.
 
     Raises:
-        UserError: `strict`, and some were seen, or it cannot be known.
+        UserError: `strict`, and there is an overlap or the history is incomplete.
     """
     counts = None if history is None else history.count_cases(cases)
     numbers = [number for row in (counts or {}).values() for number in row.values()]
@@ -176,11 +176,11 @@ def check_contamination(
     subjects = {subject for _, subject in cases}
     total = f"{_pluralise_noun(len(cases), 'image')} of {_pluralise_noun(len(subjects), 'subject')}"
     summary = "; ".join(f"{name} {text}" for name, text in describe_counts(counts).items())
-    sentence = f"{weights_name}: of {total} to measure on, {summary}"
+    sentence = f"{weights_name}: of {total} in the evaluation, {summary}"
     if strict and (has_overlap or is_incomplete):
         raise UserError(
-            f"{sentence}. --fail-on-contamination expected none. Measure on other images, use weights that "
-            f"{'carry ' + FINGERPRINTS_FILE if is_incomplete else 'have not seen them'}, or leave this option out."
+            f"{sentence}. --fail-on-contamination allows none. Evaluate on other images, use weights "
+            f"{'with ' + FINGERPRINTS_FILE if is_incomplete else 'trained without them'}, or omit this option."
         )
     if history != TrainingHistory():
         log.log(logging.WARNING if has_overlap or counts is None or None in numbers else logging.INFO, "%s", sentence)
@@ -188,12 +188,13 @@ def check_contamination(
 
 
 class ContaminationFilter:
-    """Looks at each image of an evaluation before the network does, and leaves out what the model was trained on.
+    """Filter of evaluation images: excludes those that the model was trained on, before they reach the network.
 
     Args:
-        history: what the model has seen; None where nothing says.
-        include_seen: leave nothing out.
-        strict: the evaluation is refused where anything was seen, so no image goes to the network from there on.
+        history: training history of the model; None if unknown.
+        include_seen: exclude no images.
+        strict: reject the evaluation if any image or subject was used in training; the network receives no image
+            after the first match.
     """
 
     def __init__(self, history: TrainingHistory | None, *, include_seen: bool = False, strict: bool = False) -> None:
@@ -203,7 +204,7 @@ class ContaminationFilter:
         self._excluded_records: list[ImageRecord] = []
 
     def __call__(self, record: ImageRecord, volume: Volume) -> bool:
-        """Whether an image is to be measured."""
+        """Whether to evaluate an image."""
         case = compute_fingerprint(volume), record.subject
         self._cases.append(case)
         if self._history is None or self._is_refused:
@@ -216,20 +217,20 @@ class ContaminationFilter:
         return not self._is_refused
 
     def result(self, model_name: str, n_rows: int) -> tuple[ContaminationCounts | None, dict[str, int | None]]:
-        """What was seen of all images looked at, and how many were left out.
+        """Return the counts of images used in training, and the numbers of excluded subjects and images.
 
         Args:
-            model_name: the model, for messages.
-            n_rows: rows that came out.
+            model_name: name of the model, for messages.
+            n_rows: number of evaluated images.
 
         Raises:
-            UserError: `strict` and something was seen; or nothing is left.
+            UserError: `strict` and there was an overlap; or no image remains.
         """
         counts = check_contamination(self._history, self._cases, weights_name=model_name, strict=self._strict)
         if not n_rows:
             raise UserError(
-                f"{model_name}: expected images that it was not trained on, but it was trained on all "
-                f"{len(self._excluded_records)}. Measure on others, or give --include-training-subjects."
+                f"{model_name}: no image remains for the evaluation; the model was trained on all "
+                f"{len(self._excluded_records)}. Use other images, or give --include-training-subjects."
             )
         is_complete = self._history is not None and "finetune" not in self._history.unknown_kinds
         subjects, images = len({record.subject for record in self._excluded_records}), len(self._excluded_records)
@@ -240,17 +241,17 @@ class ContaminationFilter:
 
 
 def describe_counts(counts: ContaminationCounts | None) -> dict[str, str]:
-    """What was seen, for people: {"seen in pretraining": "2 images, 1 subject", ...}."""
+    """Format the counts for display: {"seen in pretraining": "2 images, 1 subject", ...}."""
     names = {"pretrain": "seen in pretraining", "finetune": "seen in fine-tuning"}
     if counts is None:
-        return {"seen": f"not known: no {FINGERPRINTS_FILE} lies beside the weights"}
+        return {"seen": f"unknown: the weights have no {FINGERPRINTS_FILE}"}
     return {name: _format_counts(**counts[kind]) for kind, name in names.items()}
 
 
 def _format_counts(images: int | None, subjects: int | None) -> str:
     if images is None:
-        return f"not known: weights that it started from carried no {FINGERPRINTS_FILE}"
-    people = "subjects not known (another site key)" if subjects is None else _pluralise_noun(subjects, "subject")
+        return f"unknown: the initial weights had no {FINGERPRINTS_FILE}"
+    people = "subjects unknown (another site key)" if subjects is None else _pluralise_noun(subjects, "subject")
     return f"{_pluralise_noun(images, 'image')}, {people}"
 
 

@@ -1,6 +1,7 @@
-"""The same image under another name: a digest of its pixels, and what a set of digests tells.
+"""Fingerprints of images by their pixels, to detect duplicates independent of file name and format.
 
-Two files that hold one image (a DICOM series and the NIfTI made of it, a copy with another slope) have one fingerprint.
+Two files with the same image (a DICOM series and its NIfTI conversion, a copy with another slope) have the same
+fingerprint.
 """
 
 from __future__ import annotations
@@ -13,32 +14,32 @@ import numpy as np
 
 from medim.types import Array, Volume
 
-BLOCKS_PER_SIDE = {2: 14, 3: 6}  # a side, by spatial dimensions: about 200 numbers an image
-CLIP_DEVIATIONS = 4.0  # mean deviations: one hot voxel must not hide the rest
-LEVELS_PER_DEVIATION = (
-    5 * (1 + 5**0.5) / 2
-)  # a mean deviation; irrational, so that whole grey values do not lie between two levels
+BLOCKS_PER_SIDE = {2: 14, 3: 6}  # blocks per side, by spatial dimensions: about 200 numbers per image
+CLIP_DEVIATIONS = 4.0  # mean deviations; limits the effect of single very bright voxels
+# levels per mean deviation; irrational, so that integer grey values do not fall on the boundary of two levels
+LEVELS_PER_DEVIATION = 5 * (1 + 5**0.5) / 2
 
 
 def compute_fingerprint(volume: Volume) -> str:
-    """A digest of an image as a reader gives it, the same after any rescaling `slope * voxel + intercept`, slope > 0.
+    """Compute a digest of an image that is invariant to rescaling `slope * voxel + intercept` with slope > 0.
 
-    Voxels count from their mean, in mean deviations, and the means of a coarse grid of blocks are rounded to 1/8. A
-    block's mean hardly feels the rounding of single voxels (a slope kept as float32 moves them by 4e-8), so next to
-    none lies between two levels: of 4,698 rescaled X-rays of 28x28 one was missed, of 1,980 rescaled MRI crops none;
-    exact copies never are. Images that differ in a few voxels alone count as one.
+    Voxels are standardised by their mean and mean absolute deviation and averaged over a coarse grid of blocks; the
+    block means are then rounded to about 1/8 deviation. Rounding errors of single voxels (4e-8 for a slope stored as
+    float32) hardly change a block mean, so that almost no block changes its level: of 4,698 rescaled X-rays of 28x28
+    one was missed, of 1,980 rescaled MRI crops none. Exact copies always match. Images that differ in only a few
+    voxels count as equal.
 
     Args:
-        volume: before any preprocessing.
+        volume: image from a reader, before any preprocessing.
 
     Returns:
-        32 hex digits; empty for an image of one value, which has nothing to be known by.
+        32 hex digits; an empty string for a constant image, which cannot be identified.
     """
     array = volume.array
     if array.min() == array.max():
         return ""
     edges = [np.arange(k) * n // k for n in volume.shape for k in [min(n, BLOCKS_PER_SIDE[volume.spatial_dims])]]
-    slabs = np.split(array, edges[0][1:], axis=1)  # one at a time in float64, to spare memory
+    slabs = np.split(array, edges[0][1:], axis=1)  # converted to float64 one at a time, to save memory
     mean = array.mean(dtype=np.float64)
     deviation = sum(float(np.abs(slab - mean).sum()) for slab in slabs) / array.size
     means = [
@@ -50,14 +51,14 @@ def compute_fingerprint(volume: Volume) -> str:
 
 
 def shared_images(fingerprints: Mapping[str, str], groups: Mapping[str, str]) -> list[list[str]]:
-    """Images with the same pixels that `groups` puts in different places.
+    """Find images with the same pixels that belong to different groups.
 
     Args:
         fingerprints: image key to fingerprint.
         groups: image key to its split, or to its subject.
 
     Returns:
-        Image keys, a list for each such set, in the order of `fingerprints`.
+        One list of image keys per set of equal images, in the order of `fingerprints`.
     """
     images_by_digest: dict[str, list[str]] = defaultdict(list)
     for image, digest in fingerprints.items():
@@ -67,7 +68,7 @@ def shared_images(fingerprints: Mapping[str, str], groups: Mapping[str, str]) ->
 
 
 def merge_groups(groups: Iterable[Iterable[str]]) -> list[list[str]]:
-    """Groups that share a member become one; members in the order in which they come."""
+    """Merge groups that share a member; members stay in the order of their first occurrence."""
     group_of_member: dict[str, list[str]] = {}
     for group in groups:
         members = list(dict.fromkeys(member for key in group for member in group_of_member.get(key, [key])))
@@ -76,7 +77,7 @@ def merge_groups(groups: Iterable[Iterable[str]]) -> list[list[str]]:
 
 
 def _compute_block_means(slab: Array, edges: list[Array]) -> Array:
-    """Means over blocks of the axes after the second: (C, n, ...) -> (C, ...)."""
+    """Average over blocks of all axes after the channel axis: (C, n, ...) -> (C, ...)."""
     slab = slab.mean(axis=1)
     for axis, starts in enumerate(edges, start=1):
         counts = np.diff([*starts, slab.shape[axis]])

@@ -1,7 +1,7 @@
-"""Several findings an image, in the one column `label` of an index.
+"""Multi-label findings of an image, encoded in the single column `label` of an index.
 
-`+edema|-effusion|?mass` says that there is edema, that there is no effusion, and that nothing is known of a mass. Two
-findings or more make a label of this form; any other label is a class.
+`+edema|-effusion|?mass` means that edema is present, effusion is absent, and mass is unknown. A label of this form
+contains two or more findings; any other label is a class.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from medim.types import UserError
 
 Findings = Mapping[str, bool | None]  # name to present, absent, or unknown (None)
 _SIGNS = {True: "+", False: "-", None: "?"}
-_PRESENCE_BY_SIGN = {sign: told for told, sign in _SIGNS.items()}
+_PRESENCE_BY_SIGN = {sign: presence for presence, sign in _SIGNS.items()}
 _LABEL_PATTERN = re.compile(r"[+?-][^|]+(\|[+?-][^|]+)+")
 _KEY_COLUMNS = {"image", "subject", "split"}
-_UNCERTAIN = -1.0  # how CheXpert and MIMIC-CXR write that the report is uncertain
+_UNCERTAIN = -1.0  # code of an uncertain finding in CheXpert and MIMIC-CXR
 
 
 def format_findings(findings: Findings) -> str | None:
-    """The label of an image; None where nothing is known of it.
+    """Encode the findings of an image as a label; None if all are unknown.
 
     Raises:
-        UserError: a name is empty or holds a bar.
+        UserError: a name is empty or contains '|'.
     """
     invalid_name = next((name for name in findings if not name or "|" in name), None)
     if invalid_name is not None:
@@ -38,14 +38,14 @@ def format_findings(findings: Findings) -> str | None:
 
 @lru_cache(maxsize=4096)
 def parse_findings(label: str | None) -> Findings | None:
-    """What a label says of each finding; None where it is a class, or missing."""
+    """Decode the findings of a label; None if it is a class or missing."""
     if label is None or not _LABEL_PATTERN.fullmatch(label):
         return None
     return {part[1:]: _PRESENCE_BY_SIGN[part[0]] for part in label.split("|")}
 
 
 def finding_names(labels: Iterable[str | None]) -> tuple[str, ...]:
-    """The findings that labels speak of, in order of the labels; none where any label is a class."""
+    """List the findings in labels, in order of the labels; an empty tuple if any label is a class."""
     findings_per_label = [parse_findings(label) for label in sorted({label for label in labels if label is not None})]
     return (
         tuple(dict.fromkeys(name for findings in findings_per_label for name in findings or ()))
@@ -55,10 +55,10 @@ def finding_names(labels: Iterable[str | None]) -> tuple[str, ...]:
 
 
 def check_label_kind(labels: Iterable[str | None]) -> None:
-    """Refuse labels of which some are classes and some findings, as of two sources in one folder.
+    """Reject a mixture of class labels and findings, such as from two sources in one folder.
 
     Raises:
-        UserError: in that case.
+        UserError: both kinds occur.
     """
     all_labels = {label for label in labels if label is not None}
     finding_labels = {label for label in all_labels if parse_findings(label)}
@@ -66,23 +66,23 @@ def check_label_kind(labels: Iterable[str | None]) -> None:
         raise UserError(
             f"labels: expected classes or findings, got both: {min(all_labels - finding_labels)!r} and "
             f"{min(finding_labels)!r}. "
-            "Give one kind of label (--labels CSV), or the sources one by one."
+            "Use one kind of label (--labels CSV), or index the sources separately."
         )
 
 
 def encode_findings(label: str | None, names: Iterable[str]) -> list[float]:
-    """What a label says of each of these findings: 1 present, 0 absent, NaN unknown or not spoken of."""
+    """Encode the presence of each named finding: 1 present, 0 absent, NaN unknown or not in the label."""
     findings = parse_findings(label) or {}
     return [math.nan if (value := findings.get(name)) is None else float(value) for name in names]
 
 
 def count_labels(labels: Iterable[str | None]) -> Counter[str]:
-    """How many images have each class, or each finding."""
+    """Count the images with each class, or with each positive finding."""
     return Counter(name for label in labels if label is not None for name in _list_positives(label))
 
 
 def stratification_labels(labels: Sequence[Iterable[str]]) -> list[tuple[str, ...]]:
-    """What each subject counts as where classes are to stay in proportion: all its classes, or its rarest finding."""
+    """Choose the stratification labels of each subject: all its classes, or only its rarest finding."""
     present = [{name for label in subject_labels for name in _list_positives(label)} for subject_labels in labels]
     if not any(parse_findings(label) for subject_labels in labels for label in subject_labels):
         return [tuple(sorted(subject_labels)) for subject_labels in present]
@@ -93,10 +93,10 @@ def stratification_labels(labels: Sequence[Iterable[str]]) -> list[tuple[str, ..
 
 
 def parse_finding(cell: str) -> bool | None:
-    """A cell of a table: 1 present, 0 absent; empty, `nan` or -1 (uncertain) unknown.
+    """Parse a table cell: 1 present, 0 absent; empty, `nan` or -1 (uncertain) unknown.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the cell has another value.
     """
     number = float(cell) if cell else math.nan
     if math.isnan(number) or number == _UNCERTAIN:
@@ -107,10 +107,10 @@ def parse_finding(cell: str) -> bool | None:
 
 
 def detect_finding_columns(rows: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
-    """The columns of a table of labels whose every cell tells of a finding; none where fewer than two do."""
+    """Detect the columns of a label table that contain findings only; an empty tuple if fewer than two do."""
 
     def is_finding_column(column: str) -> bool:
-        """Whether each cell can be a finding's, and at least one is known."""
+        """Whether all cells are valid findings, and at least one is not unknown."""
         try:
             presences = [parse_finding(row[column]) for row in rows]
         except (ValueError, KeyError):

@@ -1,4 +1,4 @@
-"""Work spread over processes, where one bad file may bring its process down and nothing else."""
+"""Process pool in which a file that crashes its worker process costs only that file."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ Result = TypeVar("Result")
 
 
 def count_cpus() -> int:
-    """Processors that this process may use."""
+    """Count the processors available to this process."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def map_in_processes(
     work: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item], jobs: int, *, max_batch: int = 32
 ) -> Iterator[tuple[Item, Result | None]]:
-    """Do batches of items in a pool; when a process dies, the rest goes one by one and shows the culprit.
+    """Process batches of items in a pool. After a crash, the remaining items are retried one by one.
 
     A script that calls this needs the usual `if __name__ == "__main__":`.
 
     Args:
-        work: done to a batch, in a process of its own; gives a result an item. It and the items travel there.
-        items: all of them.
-        jobs: processes.
-        max_batch: items a batch.
+        work: function of a batch that returns one result per item. It is pickled, like the items.
+        items: all items.
+        jobs: number of processes.
+        max_batch: largest batch size.
 
     Yields:
-        Each item with its result, as they come; None for one that brought its process down.
+        Each item with its result, in order of completion; None for an item that crashed its process.
     """
     batch_size = max(1, min(max_batch, len(items) // (4 * jobs)))
     batches: list[Sequence[Item]] = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]

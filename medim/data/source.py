@@ -1,4 +1,4 @@
-"""What `--data` means: files, an index, a store, a public set's name, or nothing (the built-in cohort)."""
+"""Resolve `--data`: image files, an index, a store, the name of a public data set, or the built-in cohort."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ log = logging.getLogger(__name__)
 def open_source(
     data: Path | None, modality: Modality, *, labels: Path | None = None, subjects: Path | None = None
 ) -> tuple[Index, Path | None]:
-    """Index what the user has.
+    """Open or build the index of a data source.
 
     Args:
-        data: images in any form that a reader takes, a folder written by `medim index` or `medim preprocess`, the name
-            of a public set that `medim fetch` brought, or None.
-        modality: which images count.
-        labels: CSV that joins labels.
-        subjects: CSV that joins subjects.
+        data: images in any supported format, a folder written by `medim index` or `medim preprocess`, the name of a
+            public data set downloaded by `medim fetch`, or None for the built-in cohort.
+        modality: modality of the images.
+        labels: CSV with labels to join.
+        subjects: CSV with subjects to join.
 
     Returns:
-        The index, and the folder of the store where `data` is one.
+        The index, and the folder of the store if `data` is a store.
 
     Raises:
-        UserError: nothing usable there; a public set that was not fetched; no `data` and no built-in cohort for the
-            modality; or a table to join to an index that is already made.
+        UserError: no usable images; a public data set that was not downloaded; no `data` and no built-in cohort for
+            the modality; or a table to join to an existing index.
     """
     if data is None:
         data = _prepare_builtin_cohort(modality)
@@ -46,8 +46,8 @@ def open_source(
         option = "--labels" if labels else "--subjects" if subjects else None
         if option:
             raise UserError(
-                f"{data}: an index is already joined, so {option} would be ignored. "
-                f"Give {option} to `medim index`, or the images themselves to --data."
+                f"{data}: {option} has no effect on an existing index. "
+                f"Give {option} to `medim index`, or give the images themselves to --data."
             )
         return index, data if (data / "store.json").is_file() else None
     return build_index(data, modality, labels=labels, subjects=subjects, jobs=count_cpus()), None
@@ -64,7 +64,7 @@ def _prepare_builtin_cohort(modality: Modality) -> Path:
 
     folder = locate_default_store().parent / "example"
     if not (folder / "nifti" / "dataset.json").is_file():
-        log.info("no --data: making the built-in cohort in the cache (simulated subjects from the MNI152 template)")
+        log.info("no --data: creating the built-in cohort in the cache (simulated subjects from the MNI152 template)")
         make_example(prepare_output_folder(folder, overwrite=True))
     else:
         log.info("no --data: using the built-in cohort (simulated subjects from the MNI152 template)")

@@ -53,7 +53,7 @@ def test_a_study_prints_a_line_an_arm_and_budget_and_the_command_that_repeats_it
         (["--lr-multipliers", "1"], 2, "two or more multipliers"),
         (["--lr-multipliers", "0.3,1"], 2, "budget 4 is too small"),
         (["--encoder", "dim=elsewhere"], 2, "another arm"),
-        (["--fail-on-contamination"], 1, "not known"),
+        (["--fail-on-contamination"], 1, "unknown:"),
         (["--labelled", "12"], 0, ""),
     ],
 )

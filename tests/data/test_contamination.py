@@ -72,7 +72,7 @@ def test_another_site_knows_the_images_and_not_the_subjects(
         "pretrain": {"images": 1, "subjects": None},
         "finetune": {"images": 0, "subjects": 0},
     }
-    assert "encoder e: of 2 images of 2 subjects to measure on, seen in pretraining 1 image, subjects not known" in (
+    assert "encoder e: of 2 images of 2 subjects in the evaluation, seen in pretraining 1 image, subjects unknown" in (
         caplog.text
     )
     assert check_contamination(seen, [STRANGER], weights_name="encoder e", strict=True)
@@ -85,12 +85,12 @@ def test_strict_refuses_what_was_seen_and_what_cannot_be_known(
     assert check_contamination(seen, [STRANGER], weights_name="encoder e", strict=True)
     assert caplog.records[-1].levelno == logging.INFO
     for weights, cases, reason in (
-        (seen, CASES[:1], r"seen in pretraining 1 image, 1 subject; .* have not seen them"),
-        (None, [STRANGER], r"seen not known: no fingerprints\.json lies beside the weights"),
+        (seen, CASES[:1], r"seen in pretraining 1 image, 1 subject; .* trained without them"),
+        (None, [STRANGER], r"seen unknown: the weights have no fingerprints\.json"),
         (
             TrainingHistory(seen.training_sets, ("finetune",)),
             [STRANGER],
-            r"seen in fine-tuning not known: weights that it started from",
+            r"seen in fine-tuning unknown: the initial weights had no",
         ),
     ):
         with pytest.raises(UserError, match=reason):
@@ -106,7 +106,7 @@ def test_what_was_seen_is_told_in_words() -> None:
     counts = {"pretrain": {"images": 1, "subjects": 2}, "finetune": {"images": None, "subjects": None}}
     told = describe_counts(counts)  # type: ignore[arg-type]
     assert told["seen in pretraining"] == "1 image, 2 subjects"
-    assert told["seen in fine-tuning"].startswith("not known")
+    assert told["seen in fine-tuning"].startswith("unknown")
 
 
 @pytest.mark.parametrize(

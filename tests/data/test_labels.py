@@ -111,7 +111,7 @@ def test_a_label_column_stays_what_it_was(pictures: Path) -> None:
 
 
 def test_one_column_of_yes_and_no_is_refused_as_before(pictures: Path) -> None:
-    with pytest.raises(UserError, match="Findings take two or more columns"):
+    with pytest.raises(UserError, match="Findings need two or more columns"):
         indexed(pictures, "image,edema\np0,1\np1,0\n")
 
 

@@ -20,5 +20,5 @@ def test_a_table_given_with_a_finished_index_is_refused_rather_than_ignored(opti
     table = tmp_path / "table.csv"
     table.write_text("image,subject,label\na.nii.gz,one,normal\n")
     assert len(open_source(tmp_path / "index", "mri")[0].records) == 1
-    with pytest.raises(UserError, match=f"--{option} would be ignored"):
+    with pytest.raises(UserError, match=f"--{option} has no effect on an existing index"):
         open_source(tmp_path / "index", "mri", **{option: table})

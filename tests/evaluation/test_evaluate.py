@@ -176,7 +176,7 @@ def test_strict_refuses_before_any_figure_is_written_and_passes_where_nothing_wa
     kind: TrainingKind, index: Index, segmenter: dict[str, Any], tmp_path: Path
 ) -> None:
     run = make_run(tmp_path / "run", segmenter, TrainingHistory().extended(kind, [case_of(index, 2)]))
-    with pytest.raises(UserError, match=r"2 images, 1 subject.* --fail-on-contamination expected none"):
+    with pytest.raises(UserError, match=r"2 images, 1 subject.* --fail-on-contamination allows none"):
         evaluate(run, index, tmp_path / "out", strict=True)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".medim"]
     other = make_run(tmp_path / "other", segmenter, TrainingHistory().extended(kind, [("0" * 32, "another")]))
@@ -189,8 +189,8 @@ def test_a_model_without_a_record_says_that_it_does_not_know(
     run = make_run(tmp_path / "run", segmenter)
     found = evaluate(run, index, tmp_path / "out")
     assert (found["seen"], found["excluded_seen"], found["excluded_seen_images"], found["n"]) == (None, None, None, 8)
-    assert "seen not known: no fingerprints.json lies beside the weights" in caplog.text
-    with pytest.raises(UserError, match=r"not known.*--fail-on-contamination"):
+    assert "seen unknown: the weights have no fingerprints.json" in caplog.text
+    with pytest.raises(UserError, match=r"unknown.*--fail-on-contamination"):
         evaluate(run, index, tmp_path / "strict", strict=True)
 
 

@@ -63,11 +63,11 @@ def test_it_is_counted_as_one_image_and_refused_when_strict_with_exit_code_1(
     assert done.exit_code == 0, done.output
     seen = json.loads((tmp_path / "a" / "summary.json").read_text())["seen"]
     assert seen == {"pretrain": {"images": 1, "subjects": None}, "finetune": {"images": 0, "subjects": 0}}
-    assert "1 image, subjects not known (another site key)" in done.output
+    assert "1 image, subjects unknown (another site key)" in done.output
 
     refused = CliRunner().invoke(app, [*planted, "--fail-on-contamination", "--out", str(tmp_path / "b")])
     assert refused.exit_code == 1
-    assert "--fail-on-contamination expected none" in refused.output
+    assert "--fail-on-contamination allows none" in refused.output
     assert [path.name for path in (tmp_path / "b").iterdir()] == [".medim"]
 
     clean = [*command, "--data", str(evaluation_set(tmp_path / "clean", planted=False)), "--fail-on-contamination"]
@@ -85,4 +85,4 @@ def test_it_is_counted_as_one_image_and_refused_when_strict_with_exit_code_1(
         app, ["probe", str(package), *data[:2], "--fail-on-contamination", "--out", str(tmp_path / "e")]
     )
     assert refused.exit_code == 1
-    assert "--fail-on-contamination expected none" in refused.output
+    assert "--fail-on-contamination allows none" in refused.output

@@ -1,7 +1,7 @@
-"""The built-in example cohort: simulated subjects, to learn and test with where no images are at hand.
+"""Built-in example cohort: simulated subjects for tutorials and tests.
 
-Every subject is the MNI152 template under a random deformation, half of them with truly enlarged ventricles, scanned
-once or twice with its own contrast, coil bias and noise (`example_brain`). They show no one, so they may go anywhere.
+Every subject is the MNI152 template under a random deformation, half of them with enlarged ventricles, scanned once or
+twice with individual contrast, coil bias and noise (`brain`). The images show no real person and may be shared.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ LICENCE = (
 
 
 def plan_cohort(subjects: int, *, seed: int) -> tuple[tuple[bool, int], ...]:
-    """Who is enlarged and how many scans each has: one of every two subjects, and two scans for one of every three.
+    """Plan the class and the number of scans of each subject: half are enlarged, and a third have two scans.
 
-    Which one is drawn block by block, so that a smaller cohort of the same seed is the beginning of a larger one.
+    The assignment is drawn block by block, so that a smaller cohort is a prefix of a larger one with the same seed.
     """
     enlarged = [i % 2 == np.random.default_rng([seed, 1, i // 2]).integers(2) for i in range(subjects)]
     has_two_scans = [i % 3 == np.random.default_rng([seed, 2, i // 3]).integers(3) for i in range(subjects)]
@@ -42,12 +42,12 @@ def plan_cohort(subjects: int, *, seed: int) -> tuple[tuple[bool, int], ...]:
 
 
 def simulate_scans(subjects: int = 24, *, spacing: float = 2.0, seed: int = 0) -> Iterator[ExampleScan]:
-    """Draw the scans of the cohort, one after the other, subject by subject.
+    """Simulate the scans of the cohort, subject by subject.
 
     Args:
-        subjects: how many people.
-        spacing: voxel size, mm; the field of view stays.
-        seed: fixes everything; each scan depends on (seed, subject, session, spacing) alone.
+        subjects: number of subjects.
+        spacing: voxel size in mm; the field of view is fixed.
+        seed: random seed; each scan depends only on (seed, subject, session, spacing).
     """
     template = brain.load_template(spacing)
     grid = brain.VoxelGrid.around_brain(margin=0.0, spacing=spacing)
@@ -78,23 +78,24 @@ def make_example(
     """Write the example cohort; the same arguments give the same bytes.
 
     `out/nifti` has the Medical Segmentation Decathlon layout (`dataset.json`, `imagesTr/`, `labelsTr/`), `out/dicom`
-    one folder of MR Image Storage slices a scan; each with `subjects.csv` (image, subject) and `labels.csv` (image,
-    label), where `image` is the file's name or the series' folder. Each is built aside and renamed: whole or absent.
+    one folder of MR Image Storage slices per scan. Both contain `subjects.csv` (image, subject) and `labels.csv`
+    (image, label), with the file name or the series folder as `image`. Each folder is written to a temporary location
+    and renamed, so it is complete or absent.
 
     Args:
         out: a new or empty folder.
-        subjects: how many people, 1 to 999; about a third have two scans.
+        subjects: number of subjects, 1 to 999; about a third have two scans.
         spacing: voxel size in mm, 1 to 8.
         formats: "nifti", "dicom" or both.
-        seed: 0 or more, fixes everything.
-        progress: called with (scans written, scans in all).
+        seed: random seed, 0 or more.
+        progress: called with (scans written, total scans).
 
     Returns:
         `out`.
 
     Raises:
         UsageError: an argument is out of its range.
-        UserError: `out` holds something, cannot be written, or nilearn is missing.
+        UserError: `out` is not empty or cannot be written, or nilearn is missing.
     """
     _check_example_arguments(subjects, spacing, formats, seed)
     prepare_output_folder(out)
@@ -144,13 +145,13 @@ def _check_example_arguments(subjects: int, spacing: float, formats: Sequence[st
 def _write_scan_nifti(scan: ExampleScan, folder: Path) -> None:
     import nibabel
 
-    nifti: Any = nibabel.Nifti1Image  # nibabel has no annotations
+    nifti: Any = nibabel.Nifti1Image  # nibabel has no type annotations
     for array, kind in ((scan.image, "imagesTr"), (scan.tissue, "labelsTr")):
         image = nifti(array, scan.affine)
         image.set_sform(scan.affine, code="mni")
         image.set_qform(scan.affine, code="mni")
         image.header.set_xyzt_units("mm", "sec")
-        # mtime 0 and no file name in the gzip header: equal voxels, equal bytes
+        # mtime 0 and no file name in the gzip header, so that equal voxels give equal bytes
         write_bytes(folder / kind / f"{scan.name}.nii.gz", gzip.compress(image.to_bytes(), compresslevel=4, mtime=0))
 
 

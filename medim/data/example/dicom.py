@@ -1,4 +1,4 @@
-"""A simulated scan as a DICOM series: MR Image Storage, 16 bit, axial slices from feet to head."""
+"""Write a simulated scan as a DICOM series: MR Image Storage, 16 bit, axial slices from feet to head."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 def write_dicom_series(scan: ExampleScan, folder: Path, *, seed: int) -> None:
-    """Write one file a slice, `IM-0001.dcm` onwards, into a new folder.
+    """Write one file per slice, `IM-0001.dcm` onwards, into a new folder.
 
-    DICOM counts millimetres to the patient's Left and Posterior (LPS) where the scan has RAS: rows and columns are the
-    scan's y and x axes, reversed, so that the image is shown as radiologists expect it, and x and y of the position
-    change sign.
+    DICOM coordinates point to the patient's Left and Posterior (LPS), those of the scan to Right and Anterior (RAS).
+    Rows and columns are the reversed y and x axes of the scan, which gives the radiological display orientation, and
+    x and y of the position change sign.
 
     Args:
-        scan: what was simulated.
-        folder: where to; made here.
-        seed: the cohort's, which the UIDs are derived from together with the scan.
+        scan: simulated scan.
+        folder: output folder, created here.
+        seed: seed of the cohort; the UIDs are derived from it and the scan.
     """
     spacing = float(scan.affine[0, 0])
     dataset = _build_series_dataset(scan, spacing=spacing, seed=seed)
@@ -48,12 +48,12 @@ def write_dicom_series(scan: ExampleScan, folder: Path, *, seed: int) -> None:
 
 
 def _format_decimal(value: float) -> DSfloat:
-    """A number in the 16 characters that DICOM allows one."""
+    """Format a number in at most 16 characters, the limit of DICOM decimal strings."""
     return DSfloat(float(value), auto_format=True)
 
 
 def _build_series_dataset(scan: ExampleScan, *, spacing: float, seed: int) -> Dataset:
-    """Everything that the slices of a scan share."""
+    """Build the data set that the slices of a scan share."""
     number = int(scan.subject.removeprefix("EX-"))
     source = [f"medim example {seed} {spacing} {number}"]
     dataset = Dataset()
@@ -94,7 +94,7 @@ def _build_series_dataset(scan: ExampleScan, *, spacing: float, seed: int) -> Da
 
 
 def _add_mr_image_module(dataset: Dataset, scan: ExampleScan, spacing: float) -> None:
-    """The MR Image, Image Plane and Image Pixel modules, but for what differs from slice to slice."""
+    """Add the MR Image, Image Plane and Image Pixel modules, except for attributes that differ between slices."""
     dataset.ImageType = ["DERIVED", "SECONDARY", "OTHER"]
     dataset.AcquisitionNumber = 1
     dataset.ScanningSequence = "GR"

@@ -1,4 +1,4 @@
-"""One simulated scan of the example cohort."""
+"""Data class of one simulated scan of the example cohort."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class ExampleScan:
         subject: patient ID, "EX-001" onwards.
         session: 1, or 2 for the second scan of a subject.
         label: "enlarged" or "normal" ventricles.
-        image: (X, Y, Z) int16, RAS+, magnitudes from 1 up.
-        tissue: (X, Y, Z) uint8 on the same grid, see `LABELS`.
+        image: (X, Y, Z) int16, RAS+, magnitudes of at least 1.
+        tissue: (X, Y, Z) uint8 on the same grid, see `cohort.TISSUE_LABELS`.
         affine: (4, 4) voxel index to mm of MNI space.
     """
 
@@ -30,5 +30,5 @@ class ExampleScan:
 
     @property
     def name(self) -> str:
-        """What its files are called."""
+        """Name of the scan's files, such as `EX-001_1`."""
         return f"{self.subject}_{self.session}"

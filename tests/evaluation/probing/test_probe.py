@@ -162,7 +162,7 @@ def test_validation_images_and_subjects_that_pretraining_saw_are_counted_and_ref
     assert found["seen"] == {"pretrain": {"images": 1, "subjects": 3}, "finetune": {"images": 0, "subjects": 0}}
     assert found["overlap"] == {"images": 0, "subjects": 0}
     with pytest.raises(
-        UserError, match=r"seen in pretraining 1 image, 3 subjects.* --fail-on-contamination expected none"
+        UserError, match=r"seen in pretraining 1 image, 3 subjects.* --fail-on-contamination allows none"
     ):
         probe(folder, index, tmp_path / "strict", anchors=False, strict=True)
     assert not (tmp_path / "strict").exists()

@@ -204,7 +204,7 @@ def test_validation_images_that_the_encoder_has_seen_are_counted_and_refused_whe
     assert summary["seen"] == {"pretrain": expected, "finetune": {"images": 0, "subjects": 0}}
     assert shared
     with pytest.raises(
-        UserError, match=f"seen in pretraining {len(shared)} images.* --fail-on-contamination expected none"
+        UserError, match=f"seen in pretraining {len(shared)} images.* --fail-on-contamination allows none"
     ):
         finetune(one, cohort_index, tmp_path / "strict", strict=True, **options)
     assert not (tmp_path / "strict" / "config.yaml").exists()
@@ -223,7 +223,7 @@ def test_what_an_encoder_without_a_record_has_seen_is_not_known(
     assert summary["seen"] is None
     assert seen
     assert (seen.unknown_kinds, [origin.kind for origin in seen.training_sets]) == (("pretrain",), ["finetune"])
-    with pytest.raises(UserError, match=r"not known: no fingerprints\.json lies beside the weights"):
+    with pytest.raises(UserError, match=r"unknown: the weights have no fingerprints\.json"):
         finetune(one, cohort_index, tmp_path / "strict", encoder=encoder, strict=True, store=store)
 
 
