@@ -95,9 +95,7 @@ def test_an_encoder_that_saw_the_evaluation_split_is_counted_and_with_strict_ref
     known = counts["knows"][0]
     assert known is not None
     assert known["pretrain"] == {"images": 3, "subjects": 3}
-    with pytest.raises(
-        UserError, match=r"encoder knows .* 3 images, 3 subjects.*--fail-on-contamination allows none"
-    ):
+    with pytest.raises(UserError, match=r"encoder knows .* 3 images, 3 subjects.*--fail-on-contamination allows none"):
         count_contamination(arms, cohort, strict=True)
 
 
