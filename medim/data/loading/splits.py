@@ -33,11 +33,10 @@ def assign_splits(
 ) -> dict[str, Split]:
     """Assign every image to a split.
 
-    Splits defined by the source are kept. Of the other subjects, `val_fraction` (rounded, at least one if there are two
-    or more) form the validation split and the rest the training split, both with similar class proportions. Subjects
-    that share an image are then moved to the same split: to the split of those defined by the source, else to
-    validation if one of them is there. No other subject is moved. Commands with different subsets of fingerprints
-    therefore never train on images that another command holds out.
+    Splits defined by the source are kept. Of the other subjects, `val_fraction` (rounded, at least one of two or more)
+    form the validation split and the rest the training split, with similar class proportions. Subjects that share an
+    image are then moved to one split: that of the source, if it defines one, else validation if one of them is there.
+    Other subjects do not move, so commands with different images never train on the held-out images of another command.
 
     Args:
         index: the images.
