@@ -275,7 +275,9 @@ def test_a_table_of_groups_gives_metrics_and_probes_for_each(small: Study, tmp_p
 def test_a_column_that_names_subjects_is_refused_before_anything_is_trained(small: Study, tmp_path: Path) -> None:
     table = tmp_path / "groups.csv"
     table.write_text("image,born\n" + "".join(f"picture{n:02d},{1900 + n}\n" for n in range(60)))
-    with pytest.raises(UserError, match="column born, but 60 of its 60 values stand for one subject each"):
+    with pytest.raises(
+        UserError, match="column born may identify subjects: 60 of its 60 values belong to one subject each"
+    ):
         small(groups=table)
     assert not (tmp_path / "study").exists()
 

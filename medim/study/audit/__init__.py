@@ -1,1 +1,1 @@
-"""Audit of a study: shortcuts, groups and near-duplicates."""
+"""Audit of a study: duplicates across splits, shortcuts and subject groups."""

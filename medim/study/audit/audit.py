@@ -1,8 +1,7 @@
-"""Is the result what it seems? What leaked across the split, and what should not matter and yet tells.
+"""Audit a study or run for leakage between the splits and for shortcuts.
 
-`audit` looks at the images of a study or a run after preprocessing, and at what models answered on the evaluation
-split. Everything it finds goes to `audit.json` (`docs/reference/files.md`); how to read it stands in
-`docs/concepts/shortcuts.md`.
+`audit` examines the preprocessed images and the predictions of models on the evaluation split. The results are written
+to `audit.json` (`docs/reference/files.md`); `docs/concepts/shortcuts.md` explains how to interpret them.
 """
 
 from __future__ import annotations
@@ -54,19 +53,19 @@ log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 AUDIT = "audit.json"
 PIXELS = "pixels"
-MAX_TRAINING_IMAGES = 1000  # training images that are learnt from; a few numbers of each need no more
+MAX_TRAINING_IMAGES = 1000  # training images of the classifiers, which have few features per image
 
 
 @dataclass(frozen=True)
 class GroupProbe:
-    """How well frozen features tell groups apart that should not matter.
+    """Accuracy with which frozen features predict groups that should not affect the result.
 
     Attributes:
-        column: what the groups are by.
-        features: an encoder's name, or `pixels` (principal components).
-        values: the groups told apart.
-        left_out: groups with fewer than five subjects on a side.
-        told: of the groups.
+        column: variable that defines the groups.
+        features: name of an encoder, or `pixels` (principal components).
+        values: groups that are predicted.
+        left_out: groups with fewer than five subjects in a split.
+        told: prediction result.
     """
 
     column: str
@@ -78,16 +77,16 @@ class GroupProbe:
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit found.
+    """Results of an audit.
 
     Attributes:
-        images: of each split that were looked at, and their subjects.
-        duplicates: on both sides of the split.
-        shortcuts: what should not matter and tells of the label; classification only.
-        models: metrics of the models on the same evaluation split, to hold beside.
-        probes: what features tell of groups.
-        groups: metrics of the models, group by group.
-        notes: what could not be looked at, and why.
+        images: numbers of images and subjects of each split.
+        duplicates: duplicates across the splits.
+        shortcuts: image properties that predict the label; classification only.
+        models: metrics of the models on the same evaluation split, for comparison.
+        probes: prediction of groups from features.
+        groups: metrics of the models by group.
+        notes: checks that were not possible, with the reason.
     """
 
     images: dict[str, dict[str, int]]
@@ -110,17 +109,17 @@ def audit(
     groups: Groups | None = None,
     seed: int = 0,
 ) -> Audit:
-    """Look for leaks and shortcuts, learning from at most `MAX_TRAINING_IMAGES` images of whole subjects.
+    """Search for leakage and shortcuts, with at most `MAX_TRAINING_IMAGES` training images of whole subjects.
 
     Args:
-        cohort: the images of a run or study, preprocessed and split; the evaluation split is its `val`.
-        kind: what the models do.
-        classes: the models' classes.
-        encoders: pretraining runs or packages whose features are probed, by name.
-        cases: what models answered on the evaluation split (`medim.evaluation.cases.read_cases`), by name.
-        window: shape that training cuts or pads images to (`views.shape`); None: each image is seen as it is.
-        groups: of a table of the user (`medim.study.audit.groups.read_groups`), beside those that headers tell.
-        seed: of folds, bootstrap, and the draw where there are more images.
+        cohort: images of a run or study, preprocessed and split; the evaluation split is its `val`.
+        kind: kind of the models.
+        classes: classes of the models.
+        encoders: pretraining runs or packages for the probes, by name.
+        cases: predictions of models on the evaluation split (`medim.evaluation.cases.read_cases`), by name.
+        window: shape to which training crops or pads images (`views.shape`); None if the network uses whole images.
+        groups: groups from a table of the user (`medim.study.audit.groups.read_groups`), added to those of the headers.
+        seed: random seed of folds, bootstrap and selection of training images.
     """
     all_train, val = cohort.records("train"), cohort.records("val")
     train = (
@@ -129,14 +128,12 @@ def audit(
         else all_train
     )
     all_groups = number_values(collect_header_groups(cohort.index.records) | (groups or {}))
-    notes = (
-        [] if train == all_train else [f"learnt from {len(train)} of {len(all_train)} training images (seed {seed})"]
-    )
+    notes = [] if train == all_train else [f"trained on {len(train)} of {len(all_train)} training images (seed {seed})"]
     shortcuts: tuple[Shortcut, ...] = ()
     if kind == "classifier":
         shortcuts = _measure_shortcuts(cohort, train, val, window, seed, notes)
     else:
-        notes.append("shortcuts: looked for only where an image has one class")
+        notes.append("shortcuts: computed only for classification with one class per image")
     model_cases = dict(cases or {})
     return Audit(
         images={part: _count_images_and_subjects(cohort.records(part)) for part in ("train", "val", "test")},
@@ -181,7 +178,7 @@ def _measure_shortcuts(
     ]
     figures = [entry.metrics for entry in entries]
     if None in figures:
-        notes.append("intensity as read: not computed, the store holds no figures of some images")
+        notes.append("intensity as read: not computed, because some images of the store have no quality metrics")
     else:
         rows = [raw_intensity(figure) for figure in figures if figure is not None]
         shortcuts.append(measure_shortcut("intensity as read", rows, split, seed=seed))
@@ -204,7 +201,7 @@ def _probe_groups(
         usable, too_small = usable_groups(values, train, val)
         if len(usable) < 2:
             notes.append(
-                f"{column}: nothing to tell apart: {len(usable)} of {len(usable) + len(too_small)} values have "
+                f"{column}: not probed, because only {len(usable)} of {len(usable) + len(too_small)} values have "
                 f"{MIN_SUBJECTS} subjects in both splits"
             )
         else:
@@ -227,7 +224,7 @@ def _iter_features(
     encoders: Mapping[str, Path],
     window: Sequence[int] | None,
 ) -> Iterator[tuple[str, Array]]:
-    """Name and features (N, d) of the images: of each encoder, and of the pixels."""
+    """Yield name and features (N, d) of the images for each encoder, and for the pixels."""
     for name, run in encoders.items():
         network: Any = load_encoder(run).to("cuda" if torch.cuda.is_available() else "cpu")
         batches = batch_images(volume.array for volume in _load_volumes(cohort, records))
@@ -248,14 +245,14 @@ def _build_train_test_split(
 
 
 def _describe_class_shortage(split: TrainTestSplit, names: Sequence[str]) -> str:
-    """Why nothing can be learnt or measured; empty where it can."""
+    """Describe the lack of subjects that makes training or evaluation impossible; empty if there is none."""
     for part, mask in (("training", split.train), ("evaluation", ~split.train)):
         pairs = {(label, s) for label, s, in_part in zip(split.labels, split.subjects, mask, strict=True) if in_part}
         subject_counts = Counter(names[label] for label, _ in pairs)
         shortages = [f"{subject_counts[name]} with {name}" for name in names if subject_counts[name] < MIN_SUBJECTS]
         if shortages or len(names) < 2:
             shortage = ", ".join(shortages) or "one class"
-            return f"the {part} split has {shortage}; {MIN_SUBJECTS} subjects a class are needed"
+            return f"the {part} split has {shortage}; {MIN_SUBJECTS} subjects per class are needed"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Images that stand on both sides of a split under two names: the same pixels, or nearly the same picture."""
+"""Find duplicates across splits: images with identical pixels, and near-duplicates by perceptual hash."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from medim.types import Split
 
 @dataclass(frozen=True)
 class NearDuplicate:
-    """Two images of two splits whose perceptual hashes hardly differ.
+    """Two images of different splits with similar perceptual hashes.
 
     Attributes:
-        trained: of the training split.
-        held_out: of another split.
-        bits: in which the two hashes differ, of 64.
+        trained: image of the training split.
+        held_out: image of another split.
+        bits: number of bits by which the hashes differ, of 64.
     """
 
     trained: str
@@ -30,14 +30,15 @@ class NearDuplicate:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """What stands on both sides.
+    """Duplicates across the splits.
 
     Attributes:
-        exact: images with the same pixels, whatever their scale; a list a set of copies.
-        near: pairs that look alike and have other pixels. Some are two people: see `docs/concepts/data.md`.
-        bits: that a pair of `near` may differ in.
-        images: that were compared.
-        unhashed: of them, those that have no perceptual hash (nothing in the middle slice).
+        exact: sets of images with identical pixels, up to intensity scale.
+        near: pairs of similar images with different pixels. Some may be of two different subjects: see
+            `docs/concepts/data.md`.
+        bits: largest difference of hashes in a pair of `near`.
+        images: number of images compared.
+        unhashed: number of these images without a perceptual hash (uniform middle slice).
     """
 
     exact: tuple[tuple[str, ...], ...]
@@ -50,12 +51,12 @@ class Duplicates:
 def find_duplicates(
     splits: Mapping[str, Split], fingerprints: Mapping[str, str], figures: Mapping[str, QualityMetrics]
 ) -> Duplicates:
-    """Find what stands in the training split and in another one.
+    """Find images of the training split that also occur in another split.
 
     Args:
-        splits: of all images.
-        fingerprints: image key to fingerprint, of the images that are used.
-        figures: image key to figures, as far as they are known.
+        splits: split by image key, for all images.
+        fingerprints: fingerprint by image key, for the images in use.
+        figures: quality metrics by image key, as far as available.
     """
     sides = {image: "train" if splits[image] == "train" else "held out" for image in fingerprints}
     hashes = {image: figures[image].hash for image in fingerprints if image in figures}

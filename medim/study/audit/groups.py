@@ -1,4 +1,4 @@
-"""Which group an image belongs to, as its header or a table of the user says; kept in memory, reported as counts."""
+"""Groups of images from their headers or from a table of the user; only counts and metrics per group are written."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from medim.metrics.bootstrap import MIN_SUBJECTS, Metric
 from medim.privacy import make_pseudonym
 from medim.types import UserError
 
-Groups = dict[str, dict[str, str]]  # column: image key: value
-MAX_NAMED_VALUES = 12  # values of a column that are written as they are
+Groups = dict[str, dict[str, str]]  # value by image key, by column
+MAX_NAMED_VALUES = 12  # largest number of values of a column that are written by name
 
 
 @dataclass(frozen=True)
 class GroupMetrics:
-    """A model's metrics on one group of the evaluation split.
+    """Metrics of a model on one group of the evaluation split.
 
     Attributes:
-        model: whose.
-        column: what the groups are by.
-        value: the group.
-        images: of it that were measured.
-        subjects: of these.
-        metrics: each value, ci_low, ci_high, n; None with fewer than five subjects, for which nothing is computed.
+        model: name of the model.
+        column: variable that defines the groups.
+        value: value of the group.
+        images: number of images of the group in the evaluation split.
+        subjects: number of subjects of these images.
+        metrics: for each metric value, ci_low, ci_high and n; None for fewer than five subjects, where nothing is
+            computed.
     """
 
     model: str
@@ -42,7 +43,7 @@ class GroupMetrics:
 
 
 def collect_header_groups(records: Sequence[ImageRecord]) -> Groups:
-    """What the index knows: scanner, and field strength in tesla."""
+    """Collect the groups of the index: scanner, and field strength in tesla."""
     scanner = {record.image: record.scanner for record in records if record.scanner}
     tesla = {record.image: f"{record.field_strength:g} T" for record in records if record.field_strength is not None}
     return {name: values for name, values in (("scanner", scanner), ("field strength", tesla)) if values}
@@ -52,21 +53,21 @@ def read_groups(path: Path, records: Sequence[ImageRecord]) -> Groups:
     """Read groups from a table of the user.
 
     Args:
-        path: CSV with a column `image` (an image's key, path, or file name with or without its suffix) or `subject`
-            (as in `--subjects`, or the pseudonym), and any other columns: each is a way to group. Empty cells say
-            nothing.
-        records: the images.
+        path: CSV file with a column `image` (key, path, or file name of an image, with or without suffix) or `subject`
+            (as in `--subjects`, or the pseudonym), and other columns; each of these defines groups. Empty cells are
+            ignored.
+        records: images of the index.
 
     Raises:
-        UserError: the table cannot be read, has no such columns, means no image, says two things of one, or a column
-            tells subjects apart.
+        UserError: the table cannot be read, lacks the columns, matches no image, has two values for one image, or has a
+            column that identifies subjects.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             rows, columns = list(reader), list(reader.fieldnames or ())
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: expected a CSV file (UTF-8) of groups, got {error}.") from error
+        raise UserError(f"{path}: cannot be read as a CSV file in UTF-8: {error}.") from error
     key = next((name for name in ("image", "subject") if name in columns), None)
     group_columns = [name for name in columns if name and name not in ("image", "subject")]
     if key is None or not group_columns:
@@ -82,11 +83,11 @@ def read_groups(path: Path, records: Sequence[ImageRecord]) -> Groups:
             for name in group_columns:
                 value = (row[name] or "").strip()
                 if value and groups[name].setdefault(image, value) != value:
-                    raise UserError(f"{path}, line {line}: expected one {name} an image, got another than before.")
+                    raise UserError(f"{path}, line {line}: expected one {name} per image, got a second value.")
     if not any(groups.values()):
         raise UserError(
-            f"{path}: expected names of {key}s in the source; none of the {len(rows)} rows means one. Write them as "
-            "in the column of the index, or as in --subjects."
+            f"{path}: none of the {len(rows)} rows matches the {key} of an image in the index. "
+            f"Write each {key} as in that column of the index, or as in --subjects."
         )
     subjects = {record.image: record.subject for record in records}
     for name, values in groups.items():
@@ -95,7 +96,7 @@ def read_groups(path: Path, records: Sequence[ImageRecord]) -> Groups:
 
 
 def number_values(groups: Groups) -> Groups:
-    """The same, where a column of more than twelve values has numbers for them: those may be dates or names."""
+    """Replace the values of columns with more than twelve values by numbers, because they may be dates or names."""
     result: Groups = {}
     for column, values in groups.items():
         names = sorted(set(values.values()))
@@ -109,15 +110,15 @@ def number_values(groups: Groups) -> Groups:
 def compute_group_metrics(
     model: str, rows: Sequence[CaseRow], kind: ModelKind, classes: Sequence[str], groups: Groups, *, seed: int = 0
 ) -> list[GroupMetrics]:
-    """The metrics of a model's cases, group by group; small groups are named, not computed.
+    """Compute the metrics of the cases of a model by group; groups that are too small are listed without metrics.
 
     Args:
-        model: its name.
-        rows: of `medim.evaluation.cases`.
-        kind: the model's.
-        classes: the model's.
-        groups: of the images, as far as they are known.
-        seed: of the bootstrap.
+        model: name of the model.
+        rows: rows of `medim.evaluation.cases`.
+        kind: kind of the model.
+        classes: classes of the model.
+        groups: groups of the images, as far as known.
+        seed: random seed of the bootstrap.
     """
     valid_rows = [row for row in rows if not row.get("rejected")]
     results = []
@@ -134,7 +135,7 @@ def compute_group_metrics(
 def usable_groups(
     values: Mapping[str, str], train: Sequence[ImageRecord], val: Sequence[ImageRecord]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The groups that a probe can tell apart: five subjects or more on both sides; and those that are too small."""
+    """List the groups with five or more subjects in both splits, and the groups that are too small for a probe."""
 
     def count_subjects(records: Sequence[ImageRecord]) -> Counter[str]:
         return Counter(value for value, _ in {(values[r.image], r.subject) for r in records if r.image in values})
@@ -146,10 +147,10 @@ def usable_groups(
 
 
 def _check_no_identity(path: Path, column: str, values: Mapping[str, str], subjects: Mapping[str, str]) -> None:
-    """Refuse a column whose values each mean one subject; of more than twelve, where most do.
+    """Reject a column in which each value belongs to one subject, or most values if there are more than twelve.
 
     Raises:
-        UserError: it is one.
+        UserError: the column identifies subjects.
     """
     subjects_by_value: dict[str, set[str]] = {}
     for image, value in values.items():
@@ -160,14 +161,13 @@ def _check_no_identity(path: Path, column: str, values: Mapping[str, str], subje
         or (len(subjects_by_value) > MAX_NAMED_VALUES and 2 * single_count > len(subjects_by_value))
     ):
         raise UserError(
-            f"{path}: expected groups of several subjects in column {column}, but {single_count} of its "
-            f"{len(subjects_by_value)} values "
-            "stand for one subject each, as a name, number or date would. Leave the column out, or join its values."
+            f"{path}: column {column} may identify subjects: {single_count} of its {len(subjects_by_value)} values "
+            "belong to one subject each, like names, numbers or dates. Remove the column, or merge its values."
         )
 
 
 def _index_images_by_name(records: Sequence[ImageRecord], key: str) -> dict[str, list[str]]:
-    """What a cell may hold, to the image keys it means."""
+    """Map each text that may name an image or subject in a cell to the image keys."""
     images_by_name: dict[str, list[str]] = {}
     for record in records:
         path = PurePosixPath(record.path)

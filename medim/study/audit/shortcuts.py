@@ -1,7 +1,7 @@
-"""How well is a label told by what should not tell it: an image's size, its padding, its intensities?
+"""Measure how well image size, padding and intensity statistics predict the label.
 
-A network that reaches no more than one of these has, as far as anyone can know, learnt nothing else. Source of the
-idea: Geirhos et al. 2020, "Shortcut learning in deep neural networks", arXiv 2004.07780.
+If a network is no more accurate than one of these predictions, there is no evidence that it uses other features. Source
+of the idea: Geirhos et al. 2020, "Shortcut learning in deep neural networks", arXiv 2004.07780.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from medim.metrics.classification import classification_metrics, classification_
 from medim.types import Array, Volume
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
-CHANCE_AUROC = 0.5  # of an AUROC
+CHANCE_AUROC = 0.5  # chance level of the AUROC
 
 NuisanceFeature = Literal["size as read", "size as seen", "padding", "intensity as read", "intensity as seen"]
 
 
 @dataclass(frozen=True)
 class TrainTestSplit:
-    """Who is learnt from and who is measured on.
+    """Training and evaluation images of a classifier.
 
     Attributes:
         labels: (N,) class indices of the images.
-        train: (N,) bool, the training split; the others are the evaluation split.
-        subjects: (N,) whose image it is.
+        train: (N,) bool, True for the training split, False for the evaluation split.
+        subjects: (N,) subject of each image.
     """
 
     labels: Array
@@ -52,20 +52,20 @@ class TrainTestSplit:
 
     @property
     def test_subjects(self) -> list[str]:
-        """Subjects of the evaluation split's images."""
+        """Subjects of the images in the evaluation split."""
         return [subject for subject, in_train in zip(self.subjects, self.train, strict=True) if not in_train]
 
 
 @dataclass(frozen=True)
 class PredictionResult:
-    """What some numbers tell of a label, on the evaluation split.
+    """Accuracy on the evaluation split of a label prediction from features.
 
     Attributes:
-        auroc: with its 95 % interval over subjects; 0.5 is chance.
-        balanced_accuracy: likewise; 1 / number of classes is chance.
-        chance: both levels, by metric.
-        above_chance: the interval of the AUROC begins above chance.
-        classifier: which of the two did better within the training subjects.
+        auroc: AUROC with its 95 % interval over subjects; chance is 0.5.
+        balanced_accuracy: balanced accuracy with its 95 % interval; chance is 1 / number of classes.
+        chance: chance levels by metric.
+        above_chance: whether the lower limit of the AUROC is above chance.
+        classifier: name of the classifier selected by cross-validation within the training subjects.
     """
 
     auroc: Metric
@@ -77,13 +77,13 @@ class PredictionResult:
 
 @dataclass(frozen=True)
 class Shortcut:
-    """What one thing that should not matter tells of the label.
+    """Prediction of the label from an image property that should be irrelevant.
 
     Attributes:
-        name: which.
-        features: the numbers that the classifiers were given.
-        differs: whether any of them differs between images; where none does, nothing can be told by it.
-        told: of the label.
+        name: name of the property.
+        features: names of the features of the classifiers.
+        differs: whether any feature differs between images; if not, no prediction is possible.
+        told: prediction result.
     """
 
     name: NuisanceFeature
@@ -95,7 +95,7 @@ class Shortcut:
 def predict_boosted(
     train_x: Array, train_y: Array, test_x: Array, *, seed: int, groups: Array | None = None
 ) -> ProbePrediction:
-    """Gradient-boosted trees for non-linear relations, as a `ProbeClassifier` without hyper-parameter selection."""
+    """Predict with gradient-boosted trees, for non-linear relations; a `ProbeClassifier` without hyper-parameters."""
     trees = HistGradientBoostingClassifier(max_iter=50, min_samples_leaf=5, random_state=seed)
     return ProbePrediction(trees.fit(train_x, train_y).predict_proba(test_x), {})
 
@@ -104,15 +104,15 @@ CLASSIFIERS: dict[str, ProbeClassifier] = {"logistic regression": linear_probe, 
 
 
 def predict_label(features: Array, split: TrainTestSplit, *, seed: int = 0) -> PredictionResult:
-    """Learn to tell labels by features on the training subjects, and measure it on the others.
+    """Train a classifier of labels on the training subjects, and evaluate it on the others.
 
-    Of the two classifiers that one is used which has the smaller log loss in cross-validation within the training
-    subjects: nothing is chosen on what is measured.
+    The classifier is the one of the two with the smaller log loss in cross-validation within the training subjects; the
+    evaluation split is not used for this choice.
 
     Args:
         features: (N, d), finite.
         split: N labels; each class occurs in training, and two or more in the evaluation split.
-        seed: of folds and bootstrap.
+        seed: random seed of folds and bootstrap.
     """
     train, labels = split.train, split.labels
     subject_index = np.unique(np.asarray(split.subjects)[train], return_inverse=True)[1]
@@ -134,31 +134,32 @@ def predict_label(features: Array, split: TrainTestSplit, *, seed: int = 0) -> P
 def measure_shortcut(
     name: NuisanceFeature, rows: Sequence[Mapping[str, float]], split: TrainTestSplit, *, seed: int = 0
 ) -> Shortcut:
-    """What some numbers of each image tell of its label; see `predict_label`."""
+    """Measure how well features of each image predict its label; see `predict_label`."""
     features = np.array([list(row.values()) for row in rows], dtype=np.float64)
     differs = bool((features != features[0]).any())
     return Shortcut(name, tuple(rows[0]), differs, predict_label(features, split, seed=seed))
 
 
 def raw_size(record: ImageRecord) -> dict[str, float]:
-    """Shape, spacing and field of view of an image as its header has them."""
+    """Compute shape, spacing and field of view of an image from its header."""
     return _describe_size(record.shape, record.spacing)
 
 
 def input_size(entry: StoreEntry) -> dict[str, float]:
-    """Shape, spacing and field of view of what preprocessing makes of an image."""
+    """Compute shape, spacing and field of view of a preprocessed image."""
     spacing = np.linalg.norm(entry.affine[:3, : len(entry.shape)], axis=0)
     return _describe_size(entry.shape, [float(mm) for mm in spacing])
 
 
 def measure_padding(entry: StoreEntry, window: Sequence[int] | None = None) -> dict[str, float]:
-    """How far an image is padded on each side, in voxels, and the share of padding in all: its border shows its size.
+    """Measure the padding on each side in voxels and the padded fraction, which reveal the original image size.
 
-    Counted along the lines through the middle of the grid, which is exact where its axes run along the image's own.
+    The padding is measured along the lines through the middle of the grid. This is exact if the axes of the grid are
+    parallel to those of the original image.
 
     Args:
-        entry: a preprocessed image.
-        window: shape in voxels that training cuts or pads images to around the middle (`views.shape`).
+        entry: entry of a preprocessed image.
+        window: shape in voxels to which training crops or pads images around the middle (`views.shape`).
     """
     dims, shape = len(entry.shape), np.array(entry.shape)
     to_native = np.linalg.solve(compact_affine(entry.native_affine, dims), compact_affine(entry.affine, dims))
@@ -180,13 +181,13 @@ def measure_padding(entry: StoreEntry, window: Sequence[int] | None = None) -> d
 
 
 def raw_intensity(figures: QualityMetrics) -> dict[str, float]:
-    """Range and percentiles of an image as it was read, on a scale that bears maxima of any size."""
+    """Compute range and percentiles of an image before preprocessing, on an arcsinh scale for maxima of any size."""
     names = ("minimum", "p1", "median", "p99", "maximum", "levels")
     return {name: float(np.arcsinh(getattr(figures, name))) for name in names}
 
 
 def input_intensity(volume: Volume) -> dict[str, float]:
-    """Mean, spread and percentiles of what preprocessing makes of an image."""
+    """Compute mean, standard deviation and percentiles of a preprocessed image."""
     values = volume.array
     levels = np.percentile(values, PERCENTILES)
     percentiles = {f"p{percent}": float(level) for percent, level in zip(PERCENTILES, levels, strict=True)}
@@ -201,7 +202,7 @@ def _describe_size(shape: Sequence[int], spacing: Sequence[float]) -> dict[str, 
 
 
 def _best_classifier(x: Array, y: Array, subject_index: Array, seed: int) -> str:
-    """The classifier with the smaller cross-validated log loss; the first where a class has too few subjects."""
+    """Select the classifier with the smaller cross-validated log loss; the first if a class has too few subjects."""
     names = list(CLASSIFIERS)
     classes = np.unique(y)
     folds = min(N_FOLDS, *(len(np.unique(subject_index[y == c])) for c in classes))
@@ -211,7 +212,7 @@ def _best_classifier(x: Array, y: Array, subject_index: Array, seed: int) -> str
     usable_folds = [(fit, test) for fit, test in parts if len(test) and len(np.unique(y[fit])) == len(classes)]
 
     def compute_log_loss(name: str) -> float:
-        """Summed log loss in nats of the held-out images, over the folds whose fitted part has every class."""
+        """Sum the log loss in nats of the held-out images, over the folds with every class in the training part."""
         total = 0.0
         for fit, test in usable_folds:
             prediction = CLASSIFIERS[name](x[fit], y[fit], x[test], seed=seed, groups=subject_index[fit])

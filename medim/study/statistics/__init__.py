@@ -1,1 +1,1 @@
-"""Paired differences between arms and the labels that pretraining saves, with intervals."""
+"""Paired differences between arms, and the number of labels that pretraining saves, with intervals."""

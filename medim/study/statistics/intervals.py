@@ -1,10 +1,11 @@
-"""Is one arm better than another? Intervals, corrected p-values and verdicts over all that was drawn.
+"""Confidence intervals, corrected p-values and verdicts for the difference between two arms of a study.
 
-A study runs every arm with S pretraining seeds and T label subsets, crossed, and measures it on the cases of N
-subjects. All three were drawn, and any of them might have come out otherwise. Subjects are resampled with replacement
-(cluster bootstrap), the same ones for every arm, budget and run: what they share cancels. Of seeds and subsets there
-are too few to resample: what infinitely many resamples would give is computed from the crossed analysis of variance,
-each level with its own n / (n - 1). See `compute_interval` for how the parts are put together.
+A study trains every arm with S pretraining seeds and T label subsets, crossed, and evaluates it on the cases of N
+subjects. Seeds, subsets and subjects are random samples, so all three contribute to the variance. Subjects are
+resampled with replacement (cluster bootstrap), the same ones for every arm, budget and run, so that common effects
+cancel in differences. There are too few seeds and subsets to resample: the result of infinitely many resamples is
+computed from the crossed analysis of variance, each level with its own n / (n - 1). See `compute_interval` for the
+combination of the parts.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from medim.metrics.bootstrap import N_RESAMPLES, RunStatistics, Scores, compute_
 from medim.types import Array, UserError
 
 LEVEL = 0.95
-MetricLimits = tuple[float, float]  # what a number cannot leave
+MetricLimits = tuple[float, float]  # smallest and largest possible value
 UNBOUNDED: MetricLimits = (-math.inf, math.inf)
 
 VarianceSource = Literal["seeds", "subsets", "subjects"]
@@ -30,18 +31,18 @@ ComparisonVerdict = Literal["benefit", "harm", "no evidence of a benefit"]
 
 @dataclass(frozen=True)
 class ConfidenceInterval:
-    """A mean over runs with its 95 % interval.
+    """Mean over runs with its 95 % interval.
 
     Attributes:
-        value: of all cases, mean over the runs.
-        low: lower end.
-        high: upper end.
+        value: mean over the runs, each computed from all cases.
+        low: lower limit.
+        high: upper limit.
         error: standard error.
         df: degrees of freedom of Student's t.
-        over: what was drawn more than once, and the interval so speaks of.
+        over: sources of variance in the interval, those with more than one sample.
         seeds: number of pretraining seeds.
         subsets: number of label subsets.
-        subjects: number of subjects; 0 where they were not resampled.
+        subjects: number of subjects; 0 if they were not resampled.
     """
 
     value: float
@@ -56,20 +57,22 @@ class ConfidenceInterval:
 
     @property
     def scope_text(self) -> str:
-        """What the interval speaks of, in words."""
+        """Description of the sources of variance in the interval, and of those that are not included."""
         counts = {"seeds": self.seeds, "subsets": self.subsets, "subjects": self.subjects}
         names = {"seeds": "pretraining seeds", "subsets": "label subsets", "subjects": "subjects"}
         only = {
-            "seeds": "this one encoder beside this one from-scratch run",
-            "subsets": "this one choice of labels",
+            "seeds": "this pair of pretraining and from-scratch runs",
+            "subsets": "this label subset",
             "subjects": "these subjects",
         }
         sources = [f"{counts[source]} {names[source]}" for source in self.over]
         exclusions = [only[source] for source in only if source not in self.over]
-        return f"over {_join_words(sources)}" + (f"; it speaks of {_join_words(exclusions)} only" if exclusions else "")
+        return f"over {_join_words(sources)}" + (
+            f"; it applies only to {_join_words(exclusions)}" if exclusions else ""
+        )
 
     def p_value(self, against: float = 0.0) -> float:
-        """Two-sided p-value of the mean being `against`; below 0.05 exactly where the interval leaves it out."""
+        """Compute the two-sided p-value of the mean being `against`; below 0.05 exactly if the interval excludes it."""
         if self.error == 0:
             return float(self.value == against)
         return float(2 * stats.t.sf(abs(self.value - against) / self.error, self.df))
@@ -77,7 +80,16 @@ class ConfidenceInterval:
 
 @dataclass(frozen=True)
 class Comparison:
-    """An arm against from-scratch at one budget; `p_corrected` is for all that are made with it (Holm)."""
+    """Comparison of an arm with the scratch arm at one budget.
+
+    Attributes:
+        arm: name of the arm.
+        budget: name of the label budget.
+        difference: paired difference, arm minus scratch.
+        p: two-sided p-value.
+        p_corrected: p-value corrected for all comparisons of the same family (Holm).
+        verdict: benefit, harm, or no evidence of a benefit.
+    """
 
     arm: str
     budget: str
@@ -88,32 +100,34 @@ class Comparison:
 
 
 def compute_interval(scores: Scores, limits: MetricLimits = UNBOUNDED) -> ConfidenceInterval:
-    """The mean over seeds, subsets and subjects with its 95 % interval: value ± t(df) · error.
+    """Compute the mean over seeds, subsets and subjects with its 95 % interval: value ± t(df) · error.
 
-    The bootstrap over subjects gives the variance of the mean that subjects account for, times n / (n - 1), and how
-    much of the scatter between seeds, between subsets and of the rest is noise of subjects too. What the observed
-    scatter of seeds and subsets has above that noise is added, less what both count (their interaction), if it is
+    The bootstrap over subjects gives the variance of the mean due to subjects, times n / (n - 1). It also gives the
+    part of the scatter between seeds, between subsets and of the rest that is noise of subjects. The observed scatter
+    of seeds and of subsets above that noise is added. The interaction, which both include, is subtracted once if it is
     above zero. This is the variance that the crossed bootstrap (Owen 2007, arXiv 0711.4047; Owen and Eckles 2012, doi
-    10.1214/12-AOAS547) estimates, without the noise that it counts at every level and without its factor (n - 1) / n
-    at each (Davison and Hinkley 1997, section 3.8). The degrees of freedom are Satterthwaite's (1946, doi
-    10.2307/3002019), of the mean squares that are in it; without runs that differ, those of the subjects. Those of a
-    sum are never below the fewest of its parts; taking the noise away may bring them there, and then that number
-    stands. Studies with several readers are judged likewise (Hillis 2007, doi 10.1002/sim.2532).
-    `benchmarks/coverage.py` measures how often the truth is inside.
+    10.1214/12-AOAS547) estimates, without the noise that it counts at every level and without its factor (n - 1) / n at
+    each level (Davison and Hinkley 1997, section 3.8).
+
+    The degrees of freedom are those of Satterthwaite (1946, doi 10.2307/3002019), from the mean squares in the
+    variance; if there is no excess scatter between runs, they are those of the subjects. The degrees of freedom of a
+    sum are never below the smallest of its parts; if subtracting the noise brings them below, the smallest of the parts
+    is used. Studies with several readers are analysed similarly (Hillis 2007, doi 10.1002/sim.2532).
+    `benchmarks/coverage.py` measures the coverage of the interval.
 
     Args:
-        scores: of the runs.
-        limits: what the metric cannot leave; the ends are clipped to it.
+        scores: scores of the runs.
+        limits: smallest and largest possible value of the metric; the interval is clipped to them.
 
     Raises:
-        UserError: a single run whose subjects were not resampled.
+        UserError: there is a single run and the subjects were not resampled.
     """
     values = scores.values[..., np.isfinite(scores.values).all(axis=(0, 1))]
     seeds, subsets, _ = values.shape
     level_sizes: dict[VarianceSource, int] = {"seeds": seeds, "subsets": subsets, "subjects": scores.subjects}
     variance_sources: tuple[VarianceSource, ...] = tuple(source for source, size in level_sizes.items() if size > 1)
     if not variance_sources:
-        raise UserError("interval: expected several runs or resampled subjects, got one number. Add seeds or subsets.")
+        raise UserError("interval: cannot be computed from one run without resampled subjects. Add seeds or subsets.")
     value = float(values[..., 0].mean())
     run_scatter, noise, total = _compute_variance_components(values[..., :1]), np.zeros(3), 0.0
     if scores.subjects:
@@ -144,19 +158,19 @@ def paired_difference(
     seed: int = 0,
     resamples: int = N_RESAMPLES,
 ) -> ConfidenceInterval:
-    """Mean difference of two arms over a grid of runs; see `compute_interval`.
+    """Compute the mean difference of two arms over a grid of runs; see `compute_interval`.
 
     Args:
-        ours: a statistic of the cases for each seed and label subset, [S][T]: weights (R, N) to values (R,).
-        theirs: likewise, of the runs that ours are paired with.
-        subjects: (N,) whose case it is.
-        limits: what the difference cannot leave; see `get_metric_limits`.
-        seed: of the draw.
-        resamples: number of them.
+        ours: statistic of each run by seed and label subset, [S][T]: weights of the cases (R, N) to values (R,).
+        theirs: statistics of the runs that are paired with `ours`.
+        subjects: (N,) subject of each case.
+        limits: smallest and largest possible difference; see `get_metric_limits`.
+        seed: random seed of the bootstrap.
+        resamples: number of bootstrap resamples.
 
     Raises:
-        UserError: too few subjects for an interval.
-        ValueError: arms of other shapes.
+        UserError: there are too few subjects for an interval.
+        ValueError: the grids of the arms have different shapes.
     """
     subject_resamples = draw_resamples(subjects, seed=seed, resamples=resamples)
     return compute_interval(compute_scores(ours, subject_resamples) - compute_scores(theirs, subject_resamples), limits)
@@ -165,13 +179,14 @@ def paired_difference(
 def compare_to_scratch(
     pairs: Mapping[tuple[str, str], tuple[Scores, Scores]], limits: MetricLimits = UNBOUNDED
 ) -> list[Comparison]:
-    """Comparisons of a study that are corrected together, each with p-value and verdict.
+    """Compare arms with scratch: p-values and verdicts, corrected together.
 
-    A budget shows a benefit where Holm's p-value is below 0.05 and the difference above zero, harm where it is below.
+    The verdict is a benefit if the p-value after Holm correction is below 0.05 and the difference is above zero, and
+    harm if the difference is below zero.
 
     Args:
-        pairs: arm and budget to the scores of the arm and of from-scratch, of a metric of which more is better.
-        limits: what a difference cannot leave; see `get_metric_limits`.
+        pairs: scores of the arm and of scratch, by arm and budget, for a metric of which higher is better.
+        limits: smallest and largest possible difference; see `get_metric_limits`.
     """
     differences = {key: compute_interval(ours - scratch, limits) for key, (ours, scratch) in pairs.items()}
     p = [difference.p_value() for difference in differences.values()]
@@ -187,24 +202,24 @@ def compare_to_scratch(
 
 
 def get_metric_limits(metric: str, *, difference: bool = False) -> MetricLimits:
-    """What a metric, or a difference of two, cannot leave: 0 to 1, but for a distance in mm.
+    """Get the smallest and largest possible value of a metric or difference: 0 to 1, except for distances in mm.
 
     Args:
-        metric: its key, such as `dice` or `hd95_left`.
-        difference: of two arms.
+        metric: key of the metric, such as `dice` or `hd95_left`.
+        difference: whether the value is a difference of two arms.
     """
     upper = math.inf if metric.startswith("hd95") else 1.0
     return (-upper if difference else 0.0, upper)
 
 
 def combine_verdicts(comparisons: Sequence[Comparison]) -> ComparisonVerdict:
-    """Of several budgets: harm where any shows it, else benefit where any shows it, else no evidence of a benefit."""
+    """Combine the verdicts of several budgets: harm if any shows harm, else benefit if any shows a benefit."""
     verdicts = {comparison.verdict for comparison in comparisons}
     return "harm" if "harm" in verdicts else "benefit" if "benefit" in verdicts else "no evidence of a benefit"
 
 
 def apply_holm_correction(p: Sequence[float]) -> list[float]:
-    """p-values corrected for their number: the chance of any false one stays below the level (Holm 1979).
+    """Correct p-values for their number by the method of Holm (1979), which controls the family-wise error rate.
 
     The smallest of m is multiplied by m, the next by m - 1, and so on; none is below the one before, or above 1.
     Source: Scandinavian Journal of Statistics 6, 65 to 70.
@@ -217,9 +232,9 @@ def apply_holm_correction(p: Sequence[float]) -> list[float]:
 
 
 def _compute_variance_components(values: Array) -> Array:
-    """What seeds, subsets and their interaction each say of the variance of the mean: (S, T, R) to (3,), mean over R.
+    """Compute the variance of the mean due to seeds, subsets and their interaction: (S, T, R) to (3,), mean over R.
 
-    Mean squares of the crossed analysis of variance over S T; 0 for a level of one.
+    The result is the mean squares of the crossed analysis of variance over S T; 0 for a level with one sample.
     """
     seeds, subsets, _ = values.shape
     mean = values.mean(axis=(0, 1), keepdims=True)

@@ -1,10 +1,11 @@
-"""What pretraining saves: labels at an equal metric, and steps to the level that from-scratch ends at.
+"""Savings by pretraining: labels for an equal metric, and training steps to the final level of scratch.
 
-Both invert paired differences. A number of labels M is inside the interval as long as from-scratch with M labels is
-neither clearly worse nor clearly better than the arm (`intervals.compute_interval`: the same seeds, subsets and
-resampled subjects for both curves). So the interval excludes the arm's own labels where the difference there is clear,
-and sentence and p-value agree. Source of the idea: Fieller 1954, doi 10.1111/j.2517-6161.1954.tb00159.x. Nothing is
-extrapolated: beyond what was measured only "more than" and "fewer than" are said.
+Both invert paired differences. A number of labels M is inside the interval if scratch with M labels is neither
+significantly worse nor significantly better than the arm (`intervals.compute_interval`, with the same seeds, subsets
+and resampled subjects for both curves). The interval therefore excludes the number of labels of the arm itself if the
+difference there is significant, so the sentence and the p-value agree. Source of the idea: Fieller 1954, doi
+10.1111/j.2517-6161.1954.tb00159.x. Nothing is extrapolated: outside the measured range, results are "more than" or
+"fewer than".
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from medim.metrics.bootstrap import Scores
 from medim.study.statistics.intervals import ComparisonVerdict, VarianceSource, compute_interval
 from medim.types import Array
 
-GRID_POINTS = 200  # at which a curve is looked at, besides its budgets
+GRID_POINTS = 200  # points at which a curve is evaluated, in addition to its budgets
 
 
 @dataclass(frozen=True)
 class CensoredValue:
-    """A number of labels or steps, or the end of the measured range beyond which it lies."""
+    """Number of labels or steps, censored at the limits of the measured range."""
 
     value: float
     censored: Literal["", "fewer than", "at most", "more than"] = ""
@@ -40,14 +41,14 @@ class CensoredValue:
 
 @dataclass(frozen=True)
 class CensoredInterval:
-    """An amount with its 95 % interval."""
+    """Number of labels or steps with its 95 % interval."""
 
     value: CensoredValue
     low: CensoredValue
     high: CensoredValue
 
     def rescale(self, change: Callable[[float], float]) -> CensoredInterval:
-        """The same after an increasing change of scale."""
+        """Apply an increasing function to the value and both limits."""
         return CensoredInterval(
             *(CensoredValue(change(a.value), a.censored) for a in (self.value, self.low, self.high))
         )
@@ -55,14 +56,14 @@ class CensoredInterval:
 
 @dataclass(frozen=True)
 class LabelsSaved:
-    """What the labels of one budget are worth with pretraining.
+    """Number of labels that the labels of one budget are equivalent to with pretraining.
 
     Attributes:
-        labels: the arm's, N.
-        equivalent_labels: M, the labels that from-scratch needs for the same metric.
+        labels: N, labels of the arm.
+        equivalent_labels: M, labels that scratch needs for the same metric.
         savings: M - N.
         ratio: M / N.
-        variance_sources: what the interval speaks of.
+        variance_sources: sources of variance in the interval.
     """
 
     labels: float
@@ -74,13 +75,13 @@ class LabelsSaved:
 
 @dataclass(frozen=True)
 class TimeToLevel:
-    """When an arm reaches the level that from-scratch ends at.
+    """Training step at which an arm reaches the final level of scratch.
 
     Attributes:
-        level: the mean metric of from-scratch at its end.
-        steps: the first measured step at which the arm's mean is there; between the first at which it may be there and
-            the first at which it clearly is.
-        variance_sources: what the interval speaks of.
+        level: mean metric of scratch at the end of its training.
+        steps: first measured step at which the mean of the arm reaches the level. The interval extends from the first
+            step at which the upper limit reaches the level to the first step at which the lower limit does.
+        variance_sources: sources of variance in the interval.
     """
 
     level: float
@@ -89,23 +90,24 @@ class TimeToLevel:
 
 
 def labels_saved(budgets: Sequence[float], ours: Sequence[Scores], scratch: Sequence[Scores]) -> list[LabelsSaved]:
-    """For each budget, how many labels from-scratch needs for what an arm reaches.
+    """Compute for each budget the number of labels that scratch needs to reach the metric of an arm.
 
-    The curve of from-scratch is linear in the logarithm of the labels and never falls: budgets whose means are out of
+    The curve of scratch is linear in the logarithm of the labels and never decreases: budgets with means in the wrong
     order are pooled in every run and resample (isotonic regression; Barlow et al. 1972).
 
     Args:
-        budgets: labels, increasing, above 0.
-        ours: scores of the arm at each, of a metric of which more is better.
-        scratch: those of from-scratch, with as many seeds; subsets may be fewer where all labels are one subset.
+        budgets: numbers of labels, increasing, above 0.
+        ours: scores of the arm at each budget, for a metric of which higher is better.
+        scratch: scores of scratch at each budget, with the same number of seeds; a budget of all labels may have a
+            single subset.
 
     Raises:
-        ValueError: budgets that do not increase, or scores that are not as many, or of other seeds or resamples.
+        ValueError: the budgets do not increase, or the scores differ in number, seeds or resamples.
     """
     if not (len(budgets) == len(ours) == len(scratch) > 1) or np.any(np.diff([0.0, *budgets]) <= 0):
-        raise ValueError(f"expected two or more increasing budgets, each with scores of both arms, got {budgets}.")
+        raise ValueError(f"budgets: expected two or more increasing ones, with scores of both arms, got {budgets}.")
     if len({(len(score.values), score.values.shape[2]) for score in (*ours, *scratch)}) > 1:
-        raise ValueError("expected as many seeds and resamples at every budget of both arms.")
+        raise ValueError("scores: the number of seeds or resamples differs between budgets or arms.")
     label_counts = np.asarray(budgets, dtype=np.float64)
     grid = np.unique([*label_counts, *np.geomspace(label_counts[0], label_counts[-1], GRID_POINTS)[1:-1]])
     curve = _interpolate(label_counts, _monotone_curve(scratch), grid)
@@ -121,7 +123,7 @@ def labels_saved(budgets: Sequence[float], ours: Sequence[Scores], scratch: Sequ
 
 
 def summary_sentence(result: LabelsSaved, verdict: ComparisonVerdict) -> str:
-    """What a reader takes home from one budget, no more than the study's corrected verdict allows."""
+    """Format the result of one budget as a sentence that claims no more than the corrected verdict."""
     label_text, _ = _format_label_count(result.labels)
     equivalent_text = _format_equivalent_labels(result.equivalent_labels)
     if verdict == "no evidence of a benefit":
@@ -132,7 +134,7 @@ def summary_sentence(result: LabelsSaved, verdict: ComparisonVerdict) -> str:
 
 
 def _format_equivalent_labels(estimate: CensoredInterval) -> str:
-    """`what 38 labels (21 to 60) give without`; nothing is said of labels that were not tried."""
+    """Format `what 38 labels (21 to 60) give without`; numbers outside the measured range are not stated."""
     value, low, high = estimate.value, estimate.low, estimate.high
     labels, verb = _format_label_count(value.value)
     if low.censored and high.censored and low != high:
@@ -151,17 +153,17 @@ def _format_equivalent_labels(estimate: CensoredInterval) -> str:
 
 
 def _format_label_count(count: float) -> tuple[str, str]:
-    """`38 labels`, and the verb that goes with them."""
+    """Format a count as `38 labels`, with the verb form for it."""
     return ("1 label", "gives") if round(count) == 1 else (f"{count:,.0f} labels", "give")
 
 
 def time_to_level(steps: Sequence[int], ours: Sequence[Scores], final: Scores) -> TimeToLevel:
-    """The first measured step at which an arm reaches the level that from-scratch ends at.
+    """Find the first measured step at which an arm reaches the final level of scratch.
 
     Args:
-        steps: at which the arm was measured, increasing.
-        ours: its scores at each, of a metric of which more is better.
-        final: scores of from-scratch at the end of its training.
+        steps: steps at which the arm was measured, increasing.
+        ours: scores of the arm at each step, for a metric of which higher is better.
+        final: scores of scratch at the end of its training.
     """
     gaps = [compute_interval(score - final) for score in ours]
 
@@ -178,7 +180,7 @@ def time_to_level(steps: Sequence[int], ours: Sequence[Scores], final: Scores) -
 
 
 def _monotone_curve(scores: Sequence[Scores]) -> list[Scores]:
-    """The same curve where no mean is below that of a smaller budget."""
+    """Pool neighbouring budgets until no mean is below that of a smaller budget."""
     blocks = isotonic_regression([score.values[..., 0].mean() for score in scores]).blocks
     curve = []
     for start, end in pairwise(blocks):
@@ -189,7 +191,7 @@ def _monotone_curve(scores: Sequence[Scores]) -> list[Scores]:
 
 
 def _interpolate(budgets: Array, scores: Sequence[Scores], grid: Array) -> list[Scores]:
-    """Scores at the points of a grid, linear in the logarithm between those at the budgets."""
+    """Interpolate scores at the points of a grid, linearly in the logarithm of the labels."""
     lower_indices = np.clip(np.searchsorted(budgets, grid, side="right") - 1, 0, len(budgets) - 2)
     shares = np.log(grid / budgets[lower_indices]) / np.log(budgets[lower_indices + 1] / budgets[lower_indices])
     return [
@@ -199,7 +201,7 @@ def _interpolate(budgets: Array, scores: Sequence[Scores], grid: Array) -> list[
 
 
 def _first_crossing(grid: Array, values: Array) -> CensoredValue:
-    """Where values first reach 0."""
+    """Find the first point at which the values reach 0."""
     indices = np.flatnonzero(values >= 0)
     if not len(indices):
         return CensoredValue(float(grid[-1]), "more than")
@@ -209,7 +211,7 @@ def _first_crossing(grid: Array, values: Array) -> CensoredValue:
 
 
 def _last_crossing(grid: Array, values: Array) -> CensoredValue:
-    """Where values last leave 0."""
+    """Find the last point at which the values leave 0."""
     indices = np.flatnonzero(values <= 0)
     if not len(indices):
         return CensoredValue(float(grid[0]), "fewer than")
@@ -219,6 +221,6 @@ def _last_crossing(grid: Array, values: Array) -> CensoredValue:
 
 
 def _interpolate_crossing(grid: Array, values: Array, after: int) -> CensoredValue:
-    """Where the line between two points of a grid, linear in the logarithm, meets 0."""
+    """Find the zero between two grid points, by linear interpolation in the logarithm of the labels."""
     share = values[after - 1] / (values[after - 1] - values[after])
     return CensoredValue(float(grid[after - 1] * (grid[after] / grid[after - 1]) ** share))

@@ -90,7 +90,7 @@ def test_a_group_is_told_from_pixels_and_encoder_and_metrics_come_group_by_group
     probes = {(probe.column, probe.features): probe for probe in found.probes}
     assert set(probes) == {("site", "dim"), ("site", "pixels")}
     assert all(probe.told.above_chance and probe.values == ("north", "south") for probe in probes.values())
-    assert any(note.startswith("sex: nothing to tell apart: 1 of 1") for note in found.notes)
+    assert any(note.startswith("sex: not probed, because only 1 of 1") for note in found.notes)
     assert {(group.column, group.value, group.images) for group in found.groups} == {
         ("site", "north", 11),
         ("site", "south", 9),
@@ -109,7 +109,7 @@ def test_many_images_are_learnt_from_in_part_and_the_notes_say_so(
 ) -> None:
     monkeypatch.setattr("medim.study.audit.audit.MAX_TRAINING_IMAGES", 20)
     found = audit(cohort(source, tmp_path, CENTRE), kind="classifier", classes=CLASSES)
-    assert found.notes == ("learnt from 20 of 30 training images (seed 0)",)
+    assert found.notes == ("trained on 20 of 30 training images (seed 0)",)
     assert found.images["train"]["images"] == found.duplicates.images - 20 == 30
     assert found.shortcuts[0].told.auroc["n"] == 20
 
@@ -117,4 +117,4 @@ def test_many_images_are_learnt_from_in_part_and_the_notes_say_so(
 def test_segmentation_has_no_shortcuts_and_says_so(source: Path, tmp_path: Path) -> None:
     found = audit(cohort(source, tmp_path, CENTRE), kind="segmenter", classes=["front"])
     assert found.shortcuts == ()
-    assert found.notes == ("shortcuts: looked for only where an image has one class",)
+    assert found.notes == ("shortcuts: computed only for classification with one class per image",)

@@ -61,15 +61,15 @@ def test_a_subject_is_meant_by_the_sites_name_or_the_pseudonym(
     [
         ("name,sex\nscan1,F\n", "column image or subject"),
         ("image\nscan1\n", "columns to group by"),
-        ("image,sex\nelse,F\n", "none of the 1 rows means one"),
-        ("image,sex\nscan1,F\na/scan1,M\n", "line 3: expected one sex an image"),
+        ("image,sex\nelse,F\n", "none of the 1 rows matches the image"),
+        ("image,sex\nscan1,F\na/scan1,M\n", "line 3: expected one sex per image"),
         ("", "got none"),
     ],
 )
 def test_a_table_that_is_none_is_refused(tmp_path: Path, records: list[ImageRecord], text: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         read_groups(table(tmp_path, text), records)
-    with pytest.raises(UserError, match="expected a CSV file"):
+    with pytest.raises(UserError, match="cannot be read as a CSV file"):
         read_groups(tmp_path / "absent.csv", records)
 
 
@@ -87,7 +87,7 @@ def test_a_column_must_not_say_who_somebody_is(
 ) -> None:
     path = table(tmp_path, "subject,code\n" + "".join(f"P{n},{value}\n" for n, value in enumerate(values)))
     if refused:
-        with pytest.raises(UserError, match="column code, but 4 of its 4 values stand for one subject each"):
+        with pytest.raises(UserError, match="column code may identify subjects: 4 of its 4 values belong"):
             read_groups(path, records)
     else:
         assert len(read_groups(path, records)["code"]) == 2 * len(values)

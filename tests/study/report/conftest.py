@@ -174,5 +174,5 @@ def audit_of(**auroc: float) -> dict[str, Any]:
             for name in ("dim", "pixels")
         ],
         "groups": [{**group, "value": "north", "metrics": {"dice": metric(0.9)}}, {**group, **few}],
-        "notes": ["sex: nothing to tell apart"],
+        "notes": ["sex: not probed"],
     }

@@ -240,7 +240,7 @@ def test_the_audit_stands_on_the_page_with_its_figure_groups_and_look_alikes(stu
     assert re.search(r"<desc[^>]*>dim, 80 labels 0\.900 \(0\.850 to 0\.950\); size as read 0\.500", section)
     for text in ("site: north", "too few subjects", "north, south", "image20", "the same for all images"):
         assert text in section
-    assert "sex: nothing to tell apart" in section
+    assert "sex: not probed" in section
 
 
 def test_a_segmentation_says_that_no_shortcut_was_looked_for_and_one_without_audit_that_nothing_is_known(

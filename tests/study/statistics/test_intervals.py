@@ -86,7 +86,7 @@ def test_noise_of_subjects_is_not_counted_again_as_scatter_of_runs() -> None:
     assert truth < np.median(errors) < 1.35 * truth  # counted at all three levels it were sqrt(3) times the truth
 
 
-ONE = "this one encoder beside this one from-scratch run"
+ONE = "this pair of pretraining and from-scratch runs"
 
 
 def test_degrees_of_freedom_never_fall_below_those_of_the_least_certain_part() -> None:
@@ -102,9 +102,9 @@ def test_degrees_of_freedom_never_fall_below_those_of_the_least_certain_part() -
 @pytest.mark.parametrize(
     ("shape", "over", "scope"),
     [
-        ((1, 3), ("subsets", "subjects"), f"over 3 label subsets and 20 subjects; it speaks of {ONE} only"),
-        ((3, 1), ("seeds", "subjects"), "over 3 pretraining seeds and 20 subjects; it speaks of this one choice of labels only"),  # noqa: E501
-        ((1, 1), ("subjects",), f"over 20 subjects; it speaks of {ONE} and this one choice of labels only"),
+        ((1, 3), ("subsets", "subjects"), f"over 3 label subsets and 20 subjects; it applies only to {ONE}"),
+        ((3, 1), ("seeds", "subjects"), "over 3 pretraining seeds and 20 subjects; it applies only to this label subset"),  # noqa: E501
+        ((1, 1), ("subjects",), f"over 20 subjects; it applies only to {ONE} and this label subset"),
         ((2, 2), ("seeds", "subsets", "subjects"), "over 2 pretraining seeds, 2 label subsets and 20 subjects"),
     ],
 )  # fmt: skip
