@@ -1,1 +1,1 @@
-"""What pretraining is worth on one's own data, in labels: the statistics of `medim study`."""
+"""Label-efficiency studies: arms, label subsets, cells, and the comparisons between them."""

@@ -1,4 +1,4 @@
-"""The audit of a study: its images, and what the first model of each arm answered."""
+"""Audit of a study: its images, and the predictions of the first model of each arm."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from medim.study.results_table import read_probe_cases
 
 
 def audit_study(context: StudyContext, groups: Groups) -> Audit:
-    """Look for leaks and shortcuts in a study, whole or stopped.
+    """Search for leakage and shortcuts in a study, complete or stopped.
 
     Args:
-        context: what its cells share.
-        groups: of the user's table; those of headers are joined.
+        context: data shared by the cells of the study.
+        groups: groups from the table of the user, added to those of the headers.
 
     Returns:
-        What was found; models are called `arm, budget labels`.
+        The audit; models are named `arm, budget labels`.
     """
     design, index = context.design, context.cohort.index
     is_segmentation = design.task == "segmentation"
@@ -36,7 +36,7 @@ def audit_study(context: StudyContext, groups: Groups) -> Audit:
 
 
 def _read_arm_cases(context: StudyContext, arm: Arm) -> Iterator[tuple[str, list[CaseRow]]]:
-    """Name and cases of an arm's first run at the largest budget that is done; nothing where none is."""
+    """Yield name and cases of the first run of an arm at the largest complete budget, if there is one."""
     for budget in reversed(context.design.budgets):
         cell = Cell(arm, 0) if context.design.is_probe_arm(arm) else Cell(arm, 0, budget)
         if not context.is_complete(cell):

@@ -1,4 +1,4 @@
-"""Every arm against its scratch twin at every budget, by `medim.study.statistics.intervals`."""
+"""Comparisons of every arm with the scratch arm at every budget, by `medim.study.statistics.intervals`."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ ScorePairs = dict[tuple[str, str], tuple[Scores, Scores]]
 
 
 def build_comparisons(folder: Path, summary: dict[str, Any]) -> dict[str, Any] | None:
-    """What the results of a study say, on what is there of them; None where nothing can be compared yet.
+    """Build the comparisons of a study from the available results; None if nothing can be compared yet.
 
     Args:
-        folder: with `results.parquet`.
-        summary: of the study; `metric` names what is compared, and more of it is better.
+        folder: folder with `results.parquet`.
+        summary: summary of the study; `metric` is the compared metric, of which higher is better.
 
     Returns:
-        `metric`, `resamples`, `combine_verdicts` (a verdict an arm), and `rows`: `arm`, `budget`, `labelled`, `value`,
-        `scratch`, `difference` (value, low, high, scope), `p`, `p_corrected`, `verdict`, and where they can be told
-        `labels_saved` and `time_to_scratch`.
+        `metric`, `resamples`, `overall` (verdict by arm) and `rows`: `arm`, `budget`, `labelled`, `value`, `scratch`,
+            `difference` (value, low, high, scope), `p`, `p_corrected`, `verdict` and, if they can be computed,
+            `labels_saved` and `time_to_scratch`.
     """
     try:
         results = open_results(folder, summary)
@@ -86,7 +86,7 @@ def build_comparisons(folder: Path, summary: dict[str, Any]) -> dict[str, Any] |
 
 
 def _group_families(pairs: ScorePairs, summary: dict[str, Any]) -> list[ScorePairs]:
-    """What is corrected together: the fine-tuned arms, which a study is about, and the frozen ones beside them."""
+    """Group the comparisons that are corrected together: those of fine-tuned arms, and those of frozen arms."""
     frozen_arms = {arm["name"] for arm in summary["arms"] if arm["protocol"] == "frozen"}
     families = [
         {key: pairs[key] for key in pairs if (key[0] in frozen_arms) == is_frozen} for is_frozen in (False, True)
@@ -102,7 +102,7 @@ def _draw_study_resamples(results: StudyResults) -> Resamples:
 def _compute_labels_saved(
     pairs: ScorePairs, arm_comparisons: list[Comparison], results: StudyResults
 ) -> dict[tuple[str, str], dict[str, Any]]:
-    """Labels saved by arm and budget, for arms that were measured at two budgets or more."""
+    """Compute the labels saved by arm and budget, for arms that were measured at two or more budgets."""
     rows = {}
     for arm in dict.fromkeys(comparison.arm for comparison in arm_comparisons):
         own_comparisons = [comparison for comparison in arm_comparisons if comparison.arm == arm]
@@ -118,7 +118,7 @@ def _compute_labels_saved(
 
 
 def _has_same_runs(results: StudyResults, arm: str, budgets: list[str]) -> bool:
-    """Whether all budgets have the same seeds and subsets (all labels are one subset); a stopped study may not."""
+    """Whether all budgets have the same seeds and subsets, except a budget of all labels; a stopped study may not."""
     subset_counts = Counter(key.rpartition("/")[0] for key in results.summary["counts"]["labels"])
     runs = {budget: results.shared_seeds(arm, budget) for budget in budgets}
     seeds = {frozenset(s for s, _ in pairs) for pairs in runs.values()}
@@ -142,7 +142,7 @@ def _dump_labels_saved(result: LabelsSaved, comparison: Comparison) -> dict[str,
 def _compute_time_to_scratch(
     results: StudyResults, comparison: Comparison, resamples: Resamples, metric: str
 ) -> dict[str, Any] | None:
-    """Steps to the level that scratch ends at; None where nothing was measured on the way."""
+    """Compute the steps to the final level of scratch; None without intermediate evaluations."""
     steps = results.steps(comparison.arm, comparison.budget)
     shared_seeds = find_largest_grid(
         sorted(set(results.seeds(comparison.arm, comparison.budget)) & set(results.seeds(SCRATCH, comparison.budget)))

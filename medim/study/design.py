@@ -1,4 +1,4 @@
-"""What a study runs: arms, label budgets, and the cells in the order in which they are begun."""
+"""Design of a study: arms, label budgets, and the cells in their order of execution."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from medim.types import UsageError
 ArmProtocol = Literal["finetune", "frozen"]
 StudyTask = Literal["segmentation", "classification"]
 CellKind = Literal["finetune", "selection", "probe"]
-LabelSubsets = Mapping[tuple[Budget, int], tuple[ImageRecord, ...]]  # the images of each budget and subset seed
+LabelSubsets = Mapping[tuple[Budget, int], tuple[ImageRecord, ...]]  # images by budget and subset seed
 
 SCRATCH = "scratch"
-UNTRAINED, PIXELS = "untrained", "pixels"  # the anchors of frozen probes
-LR_MULTIPLIERS = (0.3, 1.0, 3.0)  # of the preset's learning rate
+UNTRAINED, PIXELS = "untrained", "pixels"  # baseline arms of frozen probes
+LR_MULTIPLIERS = (0.3, 1.0, 3.0)  # factors on the learning rate of the preset
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to begin, with one run a pretraining seed.
+    """One initialisation, with one run per pretraining seed.
 
     Attributes:
-        name: `init` in the results.
-        runs: pretraining runs or packages; empty for the scratch twin.
-        protocol: fine-tuned, or frozen under a probe.
+        name: name of the arm, column `init` of the results.
+        runs: pretraining runs or packages; empty for the scratch arm.
+        protocol: fine-tuned, or frozen with a probe.
     """
 
     name: str
@@ -42,11 +42,11 @@ class Cell:
     """One run of a study.
 
     Attributes:
-        arm: how it begins.
-        pretrain_seed: place in the arm's runs; the scratch twin's own weights have it as their seed.
-        budget: how many labels; None: a probe, which measures all budgets and subsets on features computed once.
-        subset_seed: of the draw of the labels.
-        lr_multiplier: a selection run, with this multiple of the preset's learning rate; None: a run that is measured.
+        arm: initialisation.
+        pretrain_seed: position in the runs of the arm; for the scratch arm the seed of its initial weights.
+        budget: label budget; None for a probe, which evaluates all budgets and subsets on features computed once.
+        subset_seed: random seed of the label subset.
+        lr_multiplier: factor on the learning rate of the preset in a selection run; None for other runs.
     """
 
     arm: Arm
@@ -57,12 +57,12 @@ class Cell:
 
     @property
     def kind(self) -> CellKind:
-        """What is done."""
+        """Kind of the run."""
         return "probe" if self.budget is None else "finetune" if self.lr_multiplier is None else "selection"
 
     @property
     def folder(self) -> Path:
-        """Where it is done, in the study's folder."""
+        """Folder of the run, relative to that of the study."""
         budget = self.budget.name if self.budget else ""
         if self.lr_multiplier is not None:
             return Path("selection", self.arm.name, budget, f"{self.lr_multiplier:g}")
@@ -70,7 +70,7 @@ class Cell:
         return Path("cells", self.arm.name, budget, name)
 
     def __str__(self) -> str:
-        """For people."""
+        """Format the cell for log messages."""
         if self.budget is None:
             return f"{self.arm.name}, probe, encoder {self.pretrain_seed}"
         if self.lr_multiplier is not None:
@@ -80,18 +80,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class Design:
-    """A whole study.
+    """Design of a whole study.
 
     Attributes:
-        task: what is learnt.
-        arms: the scratch twin first.
-        budgets: how many labels, fewest first.
-        seeds: label subsets a budget.
-        split_seed: of the split by subject.
-        lr_multipliers: of the preset's learning rate, to choose from; a single one chooses nothing.
-        lr_selections: names of the arms and budgets for which a learning rate is chosen.
-        measure_at: steps after which the evaluation split is measured on the way.
-        probe_seeds: label subsets a budget of arms that stay frozen; None: as many as of the others.
+        task: task of the fine-tuned models.
+        arms: arms, beginning with scratch.
+        budgets: label budgets, smallest first.
+        seeds: number of label subsets per budget.
+        split_seed: random seed of the split by subject.
+        lr_multipliers: factors on the learning rate of the preset to select from; a single factor disables selection.
+        lr_selections: names of the arms and budgets with selection of the learning rate.
+        measure_at: steps of the intermediate evaluations.
+        probe_seeds: number of label subsets per budget of frozen arms; None for the same number as the other arms.
     """
 
     task: StudyTask
@@ -105,19 +105,19 @@ class Design:
     probe_seeds: int | None = None
 
     def is_probe_arm(self, arm: Arm) -> bool:
-        """Whether an arm is measured by a linear probe; frozen segmentation trains a decoder instead."""
+        """Whether an arm is evaluated with a linear probe; frozen segmentation trains a decoder instead."""
         return arm.protocol == "frozen" and self.task == "classification"
 
     def subset_seeds(self, arm: Arm) -> range:
-        """Seeds of the label subsets that an arm learns from."""
+        """Get the random seeds of the label subsets of an arm."""
         limit = self.probe_seeds if arm.protocol == "frozen" else None
         return range(min(self.seeds, limit or self.seeds))
 
     def list_cells(self, subsets: LabelSubsets) -> list[Cell]:
-        """All cells, in an order that makes a study useful wherever it is stopped.
+        """List all cells, ordered so that a study stopped at any time has useful results.
 
-        One subset after the other, in it one pretraining seed after the other, the smallest budget first, and all arms
-        side by side. A learning rate is chosen right before it is needed.
+        The order is by subset, then by pretraining seed, then by budget, smallest first, with all arms next to each
+        other. The runs that select a learning rate come directly before the runs that need it.
         """
         entries: list[tuple[tuple[int, int, int], Cell]] = []
         for arm in self.arms:
@@ -138,28 +138,28 @@ class Design:
 
 
 def count_pretrain_seeds(arm: Arm, arms: Collection[Arm]) -> int:
-    """Pretraining seeds of an arm; the scratch twin has as many as the arm with most, to be paired with each."""
+    """Count the pretraining seeds of an arm; scratch has as many as the arm with the most, for pairing."""
     return len(arm.runs) or max(len(other.runs) for other in arms)
 
 
 def read_arms(encoders: Sequence[str], probes: Sequence[str] = ()) -> tuple[Arm, ...]:
-    """The arms of `--encoder NAME=RUN[,RUN2,...]` and `--frozen ...`, the scratch twin first.
+    """Read the arms from `--encoder NAME=RUN[,RUN2,...]` and `--frozen ...`, with scratch as the first arm.
 
     Raises:
-        UsageError: none, another form, or a name that is taken or cannot name a folder.
+        UsageError: there is no arm, a value has another form, or a name is in use or not valid as a folder name.
     """
     arms = [Arm(SCRATCH)]
     for option, values, protocol in (("--encoder", encoders, "finetune"), ("--frozen", probes, "frozen")):
         for value in values:
             name, equals, runs = value.partition("=")
             if not equals or not all(runs.split(",")):
-                raise UsageError(f"{option} {value}: expected NAME=RUN or NAME=RUN,RUN2,... with a name for the table.")
+                raise UsageError(f"{option} {value}: expected NAME=RUN or NAME=RUN,RUN2,... with a name for the arm.")
             if not re.fullmatch(r"\w[\w.+-]*", name):
                 raise UsageError(f"{option} {value}: expected a name of letters, digits and . + - _, got {name!r}.")
             if name in {UNTRAINED, PIXELS, *(arm.name for arm in arms)}:
-                raise UsageError(f"{option} {value}: {name!r} is the name of another arm; give each its own.")
+                raise UsageError(f"{option} {value}: {name!r} is the name of another arm; use different names.")
             paths = tuple(Path(run) for run in runs.split(","))
             arms.append(Arm(name, paths, "finetune" if protocol == "finetune" else "frozen"))
     if len(arms) == 1:
-        raise UsageError("--encoder: expected NAME=RUN, a pretraining run to hold against the scratch twin.")
+        raise UsageError("--encoder: expected NAME=RUN, a pretraining run to compare with training from scratch.")
     return tuple(arms)

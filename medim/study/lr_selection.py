@@ -1,7 +1,8 @@
-"""Which learning rate an arm gets at a budget: chosen on its first label subset, and paid for from that subset.
+"""Learning-rate selection of an arm at a budget, on its first label subset and within the label budget.
 
-A fifth of the subset's subjects is held out, the rest trains with each multiple of the preset's rate, and the best
-metric on the fifth wins. What selection is given is cut out of the subset, so it cannot look at the evaluation split.
+A fifth of the subjects of the subset is reserved for validation. The other subjects are used to train with each factor
+on the learning rate of the preset; the factor with the best metric on the validation fifth is selected. Selection uses
+only images of the subset, so it cannot access the evaluation split.
 """
 
 from __future__ import annotations
@@ -18,36 +19,36 @@ from medim.study.design import StudyTask
 from medim.types import Split
 
 HOLDOUT_SHARE = 1 / 5
-MIN_IMAGES = 10  # of a budget, and
-MIN_IMAGES_PER_CLASS = 2  # of each class on either side, below which nothing is chosen
+MIN_IMAGES = 10  # smallest budget with selection
+MIN_IMAGES_PER_CLASS = 2  # smallest number of images per class in both parts
 TASK_METRICS: dict[StudyTask, str] = {"segmentation": "dice", "classification": "auroc"}
 
 
 def split_subset(subset: Sequence[ImageRecord]) -> tuple[tuple[ImageRecord, ...], tuple[ImageRecord, ...]]:
-    """The images of a label subset that selection trains on, and those it holds out: whole subjects, a fifth."""
+    """Split a label subset by subject into the images to train on, and the validation fifth."""
     holdout = select_label_budget(subset, fraction=HOLDOUT_SHARE, seed=0)
     holdout_images = {record.image for record in holdout}
     return tuple(record for record in subset if record.image not in holdout_images), holdout
 
 
 def describe_subset_shortage(task: StudyTask, subset: Sequence[ImageRecord]) -> str | None:
-    """Why nothing can be chosen within a label subset, or None."""
+    """Describe why a label subset is too small for selection, or return None."""
     if len(subset) < MIN_IMAGES:
-        return f"it has {len(subset)} labelled images, of {MIN_IMAGES} needed"
+        return f"it has {len(subset)} labelled images, but {MIN_IMAGES} are needed"
     if not split_subset(subset)[0]:
-        return "its images are of a single subject"
+        return "all its images are of one subject"
     if task == "classification":
         names = {record.label for record in subset}
         for part in split_subset(subset):
             label_counts = Counter(record.label for record in part)
             if rare_labels := [str(name) for name in names if label_counts[name] < MIN_IMAGES_PER_CLASS]:
                 classes = ", ".join(sorted(rare_labels))
-                return f"a fifth held out leaves fewer than {MIN_IMAGES_PER_CLASS} images of {classes} on a side"
+                return f"with a fifth held out, a part has fewer than {MIN_IMAGES_PER_CLASS} images of {classes}"
     return None
 
 
 def selection_cohort(cohort: Cohort, subset: Sequence[ImageRecord]) -> Cohort:
-    """The cohort as selection sees it: the label subset alone, a fifth of it in the place of the validation split."""
+    """Build the cohort for selection: only the label subset, with the validation fifth as validation split."""
     train, holdout = split_subset(subset)
     splits: dict[str, Split] = {record.image: "test" for record in cohort.index.records}
     splits |= {record.image: "train" for record in train}
@@ -57,6 +58,6 @@ def selection_cohort(cohort: Cohort, subset: Sequence[ImageRecord]) -> Cohort:
 
 
 def best_multiplier(scores: Mapping[float, float | None]) -> float:
-    """The multiple with the best score; of equals, and where no run gave any, the one nearest to the preset's rate."""
+    """Select the factor with the best score; for equal scores, or without any, the closest to 1."""
     numeric_scores = {lr_multiplier: -1.0 if score is None else score for lr_multiplier, score in scores.items()}
     return max(numeric_scores, key=lambda lr_multiplier: (numeric_scores[lr_multiplier], -abs(math.log(lr_multiplier))))

@@ -1,8 +1,9 @@
-"""Read what a study found: statistics of its runs that can be paired and resampled, and curves over steps.
+"""Read the results of a study: statistics of its runs for pairing and resampling, and curves by step.
 
-results = open_results(Path("runs/study"))
-ours, scratch = results.paired("dice", "dim", "10")  # [S][T] each
-paired_difference(ours, scratch, results.subjects)
+Example:
+    results = open_results(Path("runs/study"))
+    ours, scratch = results.paired_grids("dice", "dim", "10")  # [S][T] each
+    paired_difference(ours, scratch, results.subjects)
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SeedPairs = Sequence[tuple[int, int]]  # pretraining seed and subset seed of som
 
 
 class RunKey(NamedTuple):
-    """What names a run: `step` is None at its end."""
+    """Identification of a run; `step` is None for the result at its end."""
 
     arm: str
     budget: str
@@ -41,14 +42,14 @@ class RunKey(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class StudyResults:
-    """The results of a study, whole or stopped.
+    """Results of a study, complete or stopped.
 
     Attributes:
-        summary: `summary.json`.
-        labelled: images that the first subset of each budget gives, fewest first.
-        cases: (N,) evaluation cases that every run could measure.
-        subjects: (N,) whose they are.
-        values: a column (N,) a run and metric, as in `results.parquet`; NaN where it is not defined.
+        summary: content of `summary.json`.
+        labelled: number of images in the first subset of each budget, smallest first.
+        cases: (N,) evaluation cases with results in every run.
+        subjects: (N,) subject of each case.
+        values: columns (N,) by run and metric, as in `results.parquet`; NaN if not defined.
     """
 
     summary: dict[str, Any]
@@ -59,27 +60,27 @@ class StudyResults:
 
     @cached_property
     def arms(self) -> tuple[str, ...]:
-        """Names of the arms, anchors of probes included."""
+        """Names of the arms, including the baselines of probes."""
         return tuple(dict.fromkeys(run.arm for run in self.values))
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of the truth's numbers."""
+        """Names of the classes, in the order of the class indices."""
         names = next(iter(self.values.values()))
         return tuple(name.partition("_")[2] for name in names if name.startswith(("probability_", "dice_")))
 
     @cached_property
     def metrics(self) -> tuple[str, ...]:
-        """What can be asked for; the first is what the study is about."""
+        """Names of the available metrics; the first is the primary metric of the study."""
         run, columns = next(iter(self.values.items()))
         return tuple(classification_statistics(*self.probabilities(run)) if TRUTH in columns else columns)
 
     def seeds(self, arm: str, budget: str) -> list[tuple[int, int]]:
-        """Pretraining and subset seeds of the runs that are there."""
+        """List the pretraining and subset seeds of the available runs."""
         return sorted({run[2:4] for run in self.values if run[:2] == (arm, budget) and run.step is None})
 
     def steps(self, arm: str, budget: str) -> list[int]:
-        """Steps after which every run of an arm and budget was measured on the way."""
+        """List the steps of intermediate evaluations that every run of an arm and budget has."""
         runs = [run for run in self.values if run[:2] == (arm, budget) and run.step is not None]
         count = len(self.seeds(arm, budget))
         steps = sorted({run.step for run in runs if run.step is not None})
@@ -88,37 +89,37 @@ class StudyResults:
     def grid(
         self, metric: str, arm: str, budget: str, *, step: int | None = None, seeds: SeedPairs = ()
     ) -> StatisticGrid:
-        """A metric of an arm's runs at a budget, [S][T] by pretraining seed and label subset.
+        """Build the grid of a metric of an arm at a budget, [S][T] by pretraining seed and label subset.
 
         Args:
             metric: one of `metrics`.
             arm: one of `arms`.
-            budget: a key of `labelled`.
-            step: one of `steps`; None: at the end.
-            seeds: the runs wanted, a whole grid; by default the largest that is there.
+            budget: key of `labelled`.
+            step: one of `steps`; None for the end of the run.
+            seeds: seeds of the runs, a complete grid; the default is the largest available one.
 
         Raises:
-            UserError: there is no such run.
+            UserError: a run does not exist.
         """
         pairs = sorted(seeds or find_largest_grid(self.seeds(arm, budget)))
         rows = dict.fromkeys(s for s, _ in pairs)
         return [[self.statistic(metric, RunKey(arm, budget, s, t, step)) for r, t in pairs if r == s] for s in rows]
 
     def shared_seeds(self, arm: str, budget: str, other: str = SCRATCH) -> list[tuple[int, int]]:
-        """Pretraining and subset seeds of the largest whole grid of runs that both arms have."""
+        """List the pretraining and subset seeds of the largest complete grid of runs of both arms."""
         return find_largest_grid([pair for pair in self.seeds(arm, budget) if pair in self.seeds(other, budget)])
 
     def paired_grids(
         self, metric: str, arm: str, budget: str, other: str = SCRATCH
     ) -> tuple[StatisticGrid, StatisticGrid]:
-        """The grids of two arms over the largest whole grid of runs that both have; empty where there is none."""
+        """Build the grids of two arms over the largest complete grid of both; empty if there is none."""
         shared = self.shared_seeds(arm, budget, other)
         if not shared:
             return [], []
         return self.grid(metric, arm, budget, seeds=shared), self.grid(metric, other, budget, seeds=shared)
 
     def statistic(self, metric: str, run: RunKey) -> Statistic:
-        """A metric of one run, as a function of the cases' weights."""
+        """Build a metric of one run as a function of the case weights."""
         columns = self._columns(run)
         return (
             classification_statistics(*self.probabilities(run))[metric]
@@ -127,33 +128,33 @@ class StudyResults:
         )
 
     def probabilities(self, run: RunKey) -> tuple[Array, Array]:
-        """Probabilities (N, K) and class numbers (N,) of one run of a classifier."""
+        """Get probabilities (N, K) and class indices (N,) of one run of a classifier."""
         columns = self._columns(run)
         return np.stack([columns[f"probability_{n}"] for n in self.classes], 1), columns[TRUTH].astype(np.intp)
 
     def _columns(self, run: RunKey) -> dict[str, Array]:
         if run not in self.values:
-            raise UserError(f"results: expected one of {len(self.values)} runs, got {run}.")
+            raise UserError(f"results: {run} is not one of the {len(self.values)} runs of the study.")
         return self.values[run]
 
 
 def open_results(folder: Path, summary: dict[str, Any] | None = None) -> StudyResults:
-    """Read a study's folder.
+    """Read the results in the folder of a study.
 
     Args:
-        folder: of the study.
-        summary: the content of its `summary.json`, where that is not written yet.
+        folder: folder of the study.
+        summary: content of `summary.json`, if the file is not written yet.
 
     Raises:
-        UserError: there is no study, or nothing of it is done.
+        UserError: the folder contains no study, or the study has no results yet.
     """
     summary = read_json(folder / "summary.json") if summary is None else summary
     try:
         table = pq.read_table(folder / "results.parquet")
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{folder}: expected the results of a study ({error}). Run `medim study --resume`.") from error
+        raise UserError(f"{folder}: no readable results of a study ({error}). Run `medim study --resume`.") from error
     if not len(table):
-        raise UserError(f"{folder}: expected a study with results, got none yet. Run `medim study --resume`.")
+        raise UserError(f"{folder}: the study has no results yet. Run `medim study --resume`.")
     text = {name: table[name].to_pylist() for name in ("init", "budget", "pretrain_seed", "subset_seed", "step")}
     runs = [RunKey(*keys) for keys in zip(*text.values(), strict=True)]
     cases, case_codes = _encode_column(table["case"])
@@ -181,7 +182,7 @@ def open_results(folder: Path, summary: dict[str, Any] | None = None) -> StudyRe
 
 
 def find_largest_grid(seeds: SeedPairs) -> list[tuple[int, int]]:
-    """The largest whole grid of pretraining seeds by subset seeds in a study that may have been stopped."""
+    """Find the largest complete grid of pretraining seeds by subset seeds, in a study that may have been stopped."""
     available = set(seeds)
     best: list[tuple[int, int]] = []
     subsets = sorted({t for _, t in available})
@@ -195,7 +196,7 @@ def find_largest_grid(seeds: SeedPairs) -> list[tuple[int, int]]:
 
 
 def mean_over_valid(column: Array) -> Statistic:
-    """The weighted mean over the cases that have a value, NaN where none has, as a statistic."""
+    """Build the weighted mean over the cases with a value, as a function of the weights; NaN if no case has one."""
     valid = np.isfinite(column)
     finite_column = np.where(valid, column, 0.0)
 
@@ -207,7 +208,7 @@ def mean_over_valid(column: Array) -> Statistic:
 
 
 def _encode_column(column: pa.ChunkedArray) -> tuple[list[str], Array]:
-    """The distinct texts of a column as they come, and the place of each row's."""
+    """List the distinct values of a column in order, and the index of the value of each row."""
     rows = column.to_pylist()
     codes = {name: code for code, name in enumerate(dict.fromkeys(rows))}
     return list(codes), np.array([codes[name] for name in rows], dtype=np.intp)

@@ -1,4 +1,4 @@
-"""From the cells of a study to `results.parquet`: a row a case and metric."""
+"""Write `results.parquet` from the cells of a study: one row per case and metric."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from medim.evaluation.cases import CaseRow, read_cases, write_parquet
 from medim.study.cell import StudyContext
 from medim.study.design import PIXELS, UNTRAINED, Cell
 
-BASELINE_ARMS = {"random": UNTRAINED, "pixels": PIXELS}  # of a probe's anchors, by arm
+BASELINE_ARMS = {"random": UNTRAINED, "pixels": PIXELS}  # names of the baseline arms, by features of the probe
 TRUTH = "truth"
 _TEXT = pa.dictionary(pa.int32(), pa.string())
 SCHEMA = pa.schema(
     {
-        "init": _TEXT,  # the arm
+        "init": _TEXT,  # name of the arm
         "protocol": _TEXT,
         "pretrain_seed": pa.int32(),
-        "budget": _TEXT,  # as asked for
-        "labelled": pa.int32(),  # images it gives
+        "budget": _TEXT,  # as in the options
+        "labelled": pa.int32(),  # number of images
         "subset_seed": pa.int32(),
-        "step": pa.int32(),  # None: at the end
+        "step": pa.int32(),  # None for the end of the run
         "subject": _TEXT,
         "case": _TEXT,
         "metric": _TEXT,
-        "value": pa.float64(),  # None where it is not defined
+        "value": pa.float64(),  # None if not defined
     }
 )
 LongRows = list[tuple[str, str, str, float | None]]  # subject, case, metric, value
 
 
 def write_results(path: Path, context: StudyContext, cells: Sequence[Cell]) -> int:
-    """Write the results of all whole cells, in the order of the design.
+    """Write the results of all complete cells, in the order of the design.
 
     Returns:
-        Cases that were rejected (unreadable, or not for the network), in any cell.
+        Number of cases that were rejected in any cell (unreadable, or not suitable for the network).
     """
     tables, rejections = [SCHEMA.empty_table()], set()
     for cell in cells:
@@ -66,7 +66,7 @@ def write_results(path: Path, context: StudyContext, cells: Sequence[Cell]) -> i
 def _read_finetune_cases(
     context: StudyContext, cell: Cell, folder: Path
 ) -> Iterator[tuple[dict[str, Any], list[CaseRow]]]:
-    """Keys and cases of a fine-tuned cell, on the way and at its end."""
+    """Yield keys and cases of a fine-tuned cell, of the intermediate evaluations and the final one."""
     assert cell.budget is not None
     keys = _build_row_keys(context, cell, cell.arm.name, cell.budget.name, cell.subset_seed)
     steps = [int(m[1]) for p in folder.glob("cases-*.parquet") if (m := re.fullmatch(r"cases-(\d+)", p.stem))]
@@ -76,7 +76,7 @@ def _read_finetune_cases(
 
 
 def read_probe_cases(context: StudyContext, cell: Cell, folder: Path) -> Iterator[tuple[dict[str, Any], list[CaseRow]]]:
-    """Keys and cases of a probe, a classifier after the other, in the form of a fine-tuned cell's."""
+    """Yield keys and cases of a probe by classifier, in the form of those of a fine-tuned cell."""
     wide_rows = pq.read_table(folder / "cases.parquet").to_pylist()
     classes = [name.removeprefix("probability_") for name in wide_rows[0] if name.startswith("probability_")]
     groups: dict[tuple[str, str, int], list[CaseRow]] = {}
@@ -95,7 +95,7 @@ def _build_row_keys(context: StudyContext, cell: Cell, init: str, budget: str, s
 
 
 def _to_long_rows(rows: Sequence[CaseRow], task: str) -> LongRows:
-    """A row a case and metric, from a row a case and class."""
+    """Convert one row per case and class to one row per case and metric."""
     cases: dict[str, list[CaseRow]] = {}
     for row in rows:
         cases.setdefault(row["image"], []).append(row)

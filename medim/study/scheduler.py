@@ -1,4 +1,4 @@
-"""Which cell comes next, and what has become of the others."""
+"""Scheduler of the cells of a study: selects the next cell and tracks the state of the others."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ SELECTION_FILE = "chosen.json"
 
 @dataclass
 class Scheduler:
-    """The cells of a study that are left.
+    """Scheduler of the remaining cells of a study.
 
     Attributes:
-        context: what they share.
-        cells: all of them, in the order in which they are begun.
-        estimate_seconds: seconds that a cell will take.
-        deadline: of `time.monotonic`; no cell is begun that is expected to end after it.
-        jobs: cells at once.
-        failures: cells that could not be run, with what they said.
-        stopped: no cell is to be begun any more.
+        context: data shared by the cells.
+        cells: all cells, in their order of execution.
+        estimate_seconds: function that estimates the duration of a cell in seconds.
+        deadline: time of `time.monotonic`; no cell is started that is expected to end later.
+        jobs: number of cells that run at the same time.
+        failures: failed cells with the reason.
+        stopped: whether no further cell is to be started.
     """
 
     context: StudyContext
@@ -45,19 +45,19 @@ class Scheduler:
             cell for cell in self.cells if not self.context.is_complete(cell) and not self._selection_closed(cell)
         ]
         self._running: list[Cell] = []
-        self._retries: list[Cell] = []  # their process died; tried once more, alone
+        self._retries: list[Cell] = []  # cells of crashed processes; retried once, without other cells
 
     @property
     def remaining(self) -> list[Cell]:
-        """Cells that are neither done nor failed."""
+        """Cells that are neither complete nor failed."""
         return [*self._running, *self._pending, *self._retries]
 
     def remaining_seconds(self) -> float:
-        """Until all is done, as far as that can be told."""
+        """Estimate the seconds until all cells are complete."""
         return sum(self.estimate_seconds(cell) for cell in self.remaining) / self.jobs
 
     def next_cell(self) -> tuple[Cell, float] | None:
-        """The next cell and its learning rate's multiple; None where nothing can be begun now."""
+        """Select the next cell and its learning-rate factor; None if no cell can be started now."""
         if self.stopped:
             return None
         for cell in self._pending:
@@ -72,7 +72,7 @@ class Scheduler:
         return None
 
     def finish(self, cell: Cell, failure: str | None = None) -> None:
-        """A cell is done, or has failed for good."""
+        """Record that a cell is complete, or has failed permanently."""
         self._running.remove(cell)
         if failure is not None:
             self.failures[cell] = failure
@@ -87,21 +87,21 @@ class Scheduler:
         )
 
     def requeue(self, cell: Cell) -> None:
-        """A cell was stopped, and can be taken up where it was."""
+        """Put a stopped cell back into the queue; it will be resumed."""
         self._running.remove(cell)
         self._pending.insert(0, cell)
 
     def retry_or_fail(self, cell: Cell, reason: str, *, retry: bool) -> None:
-        """A cell brought its process down; with `retry` it is tried once more, alone."""
+        """Handle a crash of the process of a cell; with `retry` the cell is run once more, without other cells."""
         if not retry:
             self.finish(cell, reason)
             return
         self._running.remove(cell)
         self._retries.append(cell)
-        log.warning("%s: %s; it is tried once more, alone", cell, reason)
+        log.warning("%s: %s; it will be retried once, without other cells", cell, reason)
 
     def lr_multiplier(self, cell: Cell) -> float:
-        """Of the preset's learning rate: a selection run's own, else what was chosen for arm and budget, for good."""
+        """Get the learning-rate factor of a cell: its own in a selection run, else that selected for arm and budget."""
         if cell.lr_multiplier is not None:
             return cell.lr_multiplier
         trials = self.trials(cell)
@@ -116,16 +116,16 @@ class Scheduler:
         return float(read_json(file)["multiple"])
 
     def _selection_file(self, cell: Cell) -> Path:
-        """Where it stands what was chosen for a cell's arm and budget."""
+        """Path of the file with the selected factor for the arm and budget of a cell."""
         assert cell.budget is not None
         return self.context.out / "selection" / cell.arm.name / cell.budget.name / SELECTION_FILE
 
     def _selection_closed(self, cell: Cell) -> bool:
-        """Whether a selection run would choose nothing any more: it failed, and the others have chosen."""
+        """Whether a selection run is no longer needed: it failed, and the selection was made from the others."""
         return cell.kind == "selection" and self._selection_file(cell).is_file()
 
     def trials(self, cell: Cell) -> dict[float, Cell]:
-        """The selection runs of a cell's arm and budget, by multiple."""
+        """Map the learning-rate factors of the selection runs of an arm and budget to the runs."""
         siblings = (
             c for c in self.cells if c.lr_multiplier is not None and (c.arm, c.budget) == (cell.arm, cell.budget)
         )
@@ -141,5 +141,5 @@ class Scheduler:
 
 
 def format_remaining_time(seconds: float) -> str:
-    """For people: minutes, or hours."""
+    """Format a duration in minutes or hours."""
     return f"{math.ceil(seconds / 60)} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"

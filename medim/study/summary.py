@@ -1,4 +1,4 @@
-"""What a study says of itself: `summary.json`, written last."""
+"""Write `summary.json` of a study, its last file."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def write_summary(out: Path, scheduler: Scheduler, facts: dict[str, Any]) -> dic
     """Write `summary.json`.
 
     Args:
-        out: the study's folder, with its `results.parquet`.
-        scheduler: what has become of the cells.
-        facts: what was found before the first cell, and how it was run.
+        out: folder of the study, with `results.parquet`.
+        scheduler: scheduler with the state of the cells.
+        facts: facts recorded before the first cell, and options of the study.
 
     Returns:
-        Its content.
+        Content of `summary.json`.
     """
     context, cells = scheduler.context, scheduler.cells
     design, complete_cells = context.design, [cell for cell in cells if context.is_complete(cell)]
@@ -66,7 +66,7 @@ def write_summary(out: Path, scheduler: Scheduler, facts: dict[str, Any]) -> dic
 
 
 def _summarise_learning_rates(scheduler: Scheduler) -> dict[str, dict[str, Any]]:
-    """For each arm and budget the rate that was chosen, from what, and the whole grid's scores."""
+    """Summarise the selected learning rate by arm and budget, with the scores of all factors."""
     context = scheduler.context
     rates: dict[str, dict[str, Any]] = {}
     for arm in _list_finetune_arms(scheduler):

@@ -1,4 +1,4 @@
-"""How long a study will take on this machine: a few steps and a few images are timed before it starts."""
+"""Estimate the duration of a study on this machine, by timing a few steps and images before it starts."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from medim.training.engine.optim import build_optimiser
 from medim.training.finetune.run import build_finetune_loader, build_model_spec
 
 log = logging.getLogger(__name__)
-STEPS = 4  # timed, after one to warm up
+STEPS = 4  # timed steps, after one warm-up step
 IMAGES = 8
-OVERHEAD_SECONDS = 1.0  # of a cell beside steps and measurements (benchmarks/study_overhead.py)
-FIT_SECONDS = 0.5  # of a probe's classifier
-EVALUATION_SCHEDULES = (  # shares of the schedule, by how many can be afforded
+OVERHEAD_SECONDS = 1.0  # overhead per cell beyond steps and evaluations (benchmarks/study_overhead.py)
+FIT_SECONDS = 0.5  # time to fit one classifier of a probe
+EVALUATION_SCHEDULES = (  # fractions of the training steps, by number of affordable evaluations
     (),
     (0.2,),
     (0.1, 0.4),
@@ -35,16 +35,16 @@ EVALUATION_SCHEDULES = (  # shares of the schedule, by how many can be afforded
     (0.05, 0.1, 0.2, 0.4),
     (0.05, 0.1, 0.2, 0.4, 0.7),
 )
-EVALUATION_SHARE = 1 / 3  # of the training time, at most, for measurements on the way
+EVALUATION_SHARE = 1 / 3  # largest fraction of the training time for intermediate evaluations
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What the parts of a cell take here, in seconds.
+    """Duration of the parts of a cell on this machine, in seconds.
 
     Attributes:
-        step: of training, by protocol.
-        image: of evaluation.
+        step: duration of a training step by protocol.
+        image: duration of the evaluation of an image.
     """
 
     step: dict[ArmProtocol, float]
@@ -52,7 +52,7 @@ class Costs:
 
 
 def measure_costs(context: StudyContext, jobs: int) -> Costs:
-    """Time a few steps of each protocol, and the evaluation of a few images, with the threads of one job."""
+    """Time a few steps of each protocol and the evaluation of a few images, with the threads of one job."""
     log.info("timing a few steps and images on this machine")
     with (
         _limit_threads(max(1, count_cpus() // jobs) if jobs > 1 else torch.get_num_threads()),
@@ -64,13 +64,13 @@ def measure_costs(context: StudyContext, jobs: int) -> Costs:
 
 
 def estimate_cell_seconds(context: StudyContext, costs: Costs, cell: Cell) -> float:
-    """Seconds that a cell will take."""
+    """Estimate the duration of a cell in seconds."""
     cohort, design = context.cohort, context.design
     val = len(cohort.records("val"))
     if cell.kind == "probe":
         images = val + len(cohort.records("train"))
         fits = len(context.subsets) * FIT_SECONDS
-        return OVERHEAD_SECONDS + 3 * (images * costs.image + fits)  # the encoder and two anchors
+        return OVERHEAD_SECONDS + 3 * (images * costs.image + fits)  # the encoder and two baselines
     training_seconds = context.config.max_steps * costs.step[cell.arm.protocol]
     if cell.kind == "selection":
         assert cell.budget is not None
@@ -79,12 +79,14 @@ def estimate_cell_seconds(context: StudyContext, costs: Costs, cell: Cell) -> fl
 
 
 class DurationEstimator:
-    """What cells will take: as the finished ones of their kind did that were never stopped, else as estimated.
+    """Estimate of the duration of cells: the mean of finished cells of the same kind, or an estimate from costs.
+
+    Finished cells that were stopped and resumed are not used.
 
     Args:
-        bench: what all cells share.
-        costs: measures them, where no cell of a kind is finished.
-        cells: of the whole study.
+        context: data shared by the cells.
+        costs: function that measures the costs; called if no cell of a kind is finished.
+        cells: all cells of the study.
     """
 
     def __init__(self, context: StudyContext, costs: Callable[[], Costs], cells: Sequence[Cell]) -> None:
@@ -92,7 +94,7 @@ class DurationEstimator:
         self._durations: dict[Cell, float] = {}
 
     def __call__(self, cell: Cell) -> float:
-        """Seconds."""
+        """Estimate the duration of a cell in seconds."""
         durations = [
             seconds for other, seconds in self._iter_durations() if _get_cell_kind(other) == _get_cell_kind(cell)
         ]
@@ -104,7 +106,7 @@ class DurationEstimator:
                 continue
             if cell not in self._durations and self._context.is_complete(cell):
                 summary = read_cell_summary(self._context, cell)
-                if summary["resumed_from_steps"]:  # its seconds are those of its last part
+                if summary["resumed_from_steps"]:  # the recorded duration is only that of the last part
                     continue
                 self._durations[cell] = summary["seconds"]
             if cell in self._durations:
@@ -112,7 +114,7 @@ class DurationEstimator:
 
 
 def intermediate_eval_steps(context: StudyContext, costs: Costs) -> tuple[int, ...]:
-    """Steps after which to measure, as many as cost at most a third of the training."""
+    """Compute the steps of intermediate evaluations, with a total cost of at most a third of the training."""
     steps = context.config.max_steps
     training_seconds = steps * costs.step["finetune"]
     evaluation_seconds = len(context.cohort.records("val")) * costs.image
@@ -143,7 +145,7 @@ def _time_step(context: StudyContext, *, frozen: bool) -> float:
         main_optimiser.zero_grad()
         loss.backward()
         main_optimiser.step()
-        loss.item()  # waits for the device
+        loss.item()  # synchronise with the device
         durations.append(time.perf_counter() - start)
         start = time.perf_counter()
     return median(durations[1:])

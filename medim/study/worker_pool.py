@@ -1,8 +1,8 @@
-"""Do the cells of a study: in this process, or in several that stay warm from cell to cell.
+"""Run the cells of a study in this process, or in several persistent worker processes.
 
-A warm process has imported everything once and holds the images' index and store, so a cell costs its training and
-little else. A cell that brings its process down is tried once more, alone, and then reported; the study goes on.
-SIGTERM, SIGUSR1 and SIGINT save the cells that run and begin no other.
+A worker imports all modules once and keeps the index and the store of the images open, so the cost of a cell is mainly
+that of its training. If the process of a cell crashes, the cell is retried once, without other cells, and then reported
+as failed; the study continues. SIGTERM, SIGUSR1 and SIGINT save the running cells, and no further cell is started.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from medim.study.scheduler import Scheduler
 from medim.types import UserError
 
 log = logging.getLogger(__name__)
-REMIND_SECONDS = 1.0  # between two reminders to a cell that was asked to stop before it could
+REMIND_SECONDS = 1.0  # between two stop signals to a cell that could not stop yet
 SHUTDOWN_SECONDS = 30.0
 
 
 class CellOutcome(NamedTuple):
-    """What became of a cell: done, stopped (saved), failed by a cause that stays, or crashed."""
+    """Outcome of a cell: done, stopped (saved), failed (permanent cause) or crashed."""
 
     state: Literal["done", "stopped", "failed", "crashed"]
     message: str = ""
 
 
 def run_all(scheduler: Scheduler) -> None:
-    """Do all cells that can be begun."""
+    """Run all cells that can be started."""
     if scheduler.jobs == 1:
         with handle_stop_signals(lambda: setattr(scheduler, "stopped", True)):
             crashes: set[Cell] = set()
@@ -52,14 +52,14 @@ def run_all(scheduler: Scheduler) -> None:
 
 
 def try_cell(context: StudyContext, cell: Cell, lr_multiplier: float) -> CellOutcome:
-    """Run a cell; whatever it raises is its outcome."""
+    """Run a cell, and return its outcome instead of raising exceptions."""
     try:
         run_cell(context, cell, lr_multiplier)
     except StoppedError:
         return CellOutcome("stopped")
     except UserError as error:
         return CellOutcome("failed", str(error))
-    except Exception as error:  # one cell must not end the others
+    except Exception as error:  # the other cells continue
         log.debug("%s", cell, exc_info=error)
         return CellOutcome("crashed", f"{type(error).__name__}: {error}")
     return CellOutcome("done")
@@ -67,9 +67,9 @@ def try_cell(context: StudyContext, cell: Cell, lr_multiplier: float) -> CellOut
 
 @contextmanager
 def handle_stop_signals(on_stop: Callable[[], None]) -> Iterator[None]:
-    """Take SIGTERM, SIGUSR1 and SIGINT as the wish to stop, and remind until what runs has ended.
+    """Handle SIGTERM, SIGUSR1 and SIGINT as a stop request, repeated until the running training has ended.
 
-    A training stops between two steps; a signal that comes before its first one would be lost.
+    Training stops between two steps; without repetition, a signal before the first step would be lost.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -122,7 +122,7 @@ def _run_in_processes(scheduler: Scheduler) -> None:
         scheduler.stopped = True
         for worker in workers:
             if worker.cell:
-                worker.process.terminate()  # SIGTERM: it saves
+                worker.process.terminate()  # SIGTERM: the worker saves its cell
 
     try:
         with handle_stop_signals(request_stop):
@@ -135,7 +135,7 @@ def _run_in_processes(scheduler: Scheduler) -> None:
                         _record_outcome(scheduler, cell, outcome, crashes)
     finally:
         for worker in workers:
-            worker.pipe.close()  # it leaves when nothing more can come
+            worker.pipe.close()  # the worker exits when its pipe is closed
         for worker in workers:
             worker.process.join(SHUTDOWN_SECONDS)
             if worker.process.is_alive():
@@ -143,7 +143,7 @@ def _run_in_processes(scheduler: Scheduler) -> None:
 
 
 def _assign(scheduler: Scheduler, workers: list[_Worker]) -> list[_Worker]:
-    """Give cells to the processes that have none, and start those that are missing; those that are busy then."""
+    """Assign cells to idle workers, start missing workers, and list the busy ones."""
     workers[:] = [worker for worker in workers if worker.cell or worker.process.is_alive()]
     while (idle := next((w for w in workers if not w.cell), None)) or len(workers) < scheduler.jobs:
         task = scheduler.next_cell()
@@ -153,7 +153,7 @@ def _assign(scheduler: Scheduler, workers: list[_Worker]) -> list[_Worker]:
             idle = _start_worker(scheduler)
             workers.append(idle)
         idle.cell = task[0]
-        with suppress(OSError):  # it died since; reading from it says so
+        with suppress(OSError):  # the worker has died; the read from its pipe will report it
             idle.pipe.send(task)
     return [worker for worker in workers if worker.cell]
 
@@ -178,10 +178,12 @@ def _start_worker(scheduler: Scheduler) -> _Worker:
 
 
 def serve_cells(context: StudyContext, threads: int, pipe: Any) -> None:
-    """Run cells as they come, until nothing more can come."""
+    """Run cells received from a pipe until it is closed."""
     torch.set_num_threads(threads)
     with handle_stop_signals(lambda: None):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells it to all; the study passes it on
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # the terminal sends SIGINT to all processes; the study forwards it
         stop_with_parent()
         while True:
             try:
@@ -192,12 +194,12 @@ def serve_cells(context: StudyContext, threads: int, pipe: Any) -> None:
             signal.setitimer(signal.ITIMER_REAL, 0)
             try:
                 pipe.send(outcome)
-            except OSError:  # nobody is there any more
+            except OSError:  # the study process has ended
                 return
 
 
 def stop_with_parent() -> None:
-    """Be asked to stop (SIGTERM) when the process that started this one is gone, also where it was killed."""
+    """Send SIGTERM to this process when its parent process has ended, even if the parent was killed."""
     parent = multiprocessing.parent_process()
 
     def wait_for_parent() -> None:

@@ -1,1 +1,1 @@
-"""Training: one pretraining module, one fine-tuning module, and what both need."""
+"""Training: one pretraining module, one fine-tuning module, and the code that both need."""

@@ -1,7 +1,7 @@
-"""Input size and depth after the images: what a configuration leaves `auto` is filled in from the index's median image.
+"""Resolve the `auto` values of a configuration from the median image of the index.
 
-Everything here is arithmetic on shapes in voxels and spacings in mm; `AUTO_RULES` says the rules in words, and
-`medim config show` prints them. The numbers stand in the resolved configuration, so a run's own file holds no `auto`.
+The rules compute with shapes in voxels and spacings in mm. `AUTO_RULES` describes them in words, and `medim config
+show` prints them. The resolved configuration of a run contains the numbers and no `auto`.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ Shape = tuple[int, ...]
 Spacing = tuple[float, ...]
 
 VIEW_VOXELS = 64**3  # largest view of pretraining and segmentation
-WHOLE_VOXELS = 2_500_000  # largest view of classification, which sees an image whole
-VIEWS_PER_IMAGE = 16  # more views' worth of voxels in the median image make the voxels larger
-LONGEST_SIDE = 224  # of a resized image
-SMALLEST_GRID = 6  # cells along the shortest side of the coarsest map
-LEVELS = (3, 6)  # fewest and most
+WHOLE_VOXELS = 2_500_000  # largest view of classification, which uses whole images
+VIEWS_PER_IMAGE = 16  # the voxels are made larger if the median image has more voxels than this number of views
+LONGEST_SIDE = 224  # longest side of a resized image, in pixels
+SMALLEST_GRID = 6  # smallest number of cells per side of the coarsest map
+LEVELS = (3, 6)  # smallest and largest number of levels
 MAX_CHANNELS = 256  # channels
-BASE_CHANNELS: dict[str, int] = {"mri": 16, "xray": 32}  # channels of the finest map; they double a level
-USUAL_SIZES: dict[str, tuple[Shape, Spacing]] = {  # to check a configuration before an image is read
+BASE_CHANNELS: dict[str, int] = {"mri": 16, "xray": 32}  # channels of the finest map, doubled per level
+USUAL_SIZES: dict[str, tuple[Shape, Spacing]] = {  # to check a configuration before images are read
     "mri": ((256, 256, 176), (1.0, 1.0, 1.0)),
     "xray": ((2500, 2048), (0.15, 0.15)),
 }
 AUTO_RULES = {
-    "resample.spacing": "the median spacing; where the median image holds more than "
+    "resample.spacing": "the median spacing; if the median image has more voxels than "
     f"{VIEWS_PER_IMAGE} views, all axes are made coarser by one factor",
     "resize.shape": f"the median aspect ratio, the longest side at most {LONGEST_SIDE}, in whole coarsest strides",
-    "views.shape": f"the median image, its longest sides cut to hold at most {VIEW_VOXELS:,} voxels "
+    "views.shape": f"the median image, its longest sides shortened to at most {VIEW_VOXELS:,} voxels "
     f"({WHOLE_VOXELS:,} for classification), in whole coarsest strides",
     "encoder.channels": f"{LEVELS[0]} to {LEVELS[1]} levels, the most that leave {SMALLEST_GRID} cells along each side "
-    f"of the coarsest map; {BASE_CHANNELS['mri']} (mri) or {BASE_CHANNELS['xray']} (xray) channels, doubled a "
+    f"of the coarsest map; {BASE_CHANNELS['mri']} (mri) or {BASE_CHANNELS['xray']} (xray) channels, doubled per "
     f"level up to {MAX_CHANNELS}",
     "inference.roi": "the shape of the views",
     "inference.multiple_of": "the coarsest stride",
@@ -51,13 +51,14 @@ AUTO_RULES = {
 
 
 def resolve_run_config(command: Command, content: Section, index: Index | None, *, where: str) -> RunConfig:
-    """Fill in what a configuration leaves `auto`, and check it.
+    """Resolve the `auto` values of a configuration, and validate it.
 
     Args:
-        command: whose keys.
-        content: of a YAML file, with overrides.
-        index: the images to follow; None takes an image of the usual size, to check the rest before images are read.
-        where: the file's name, for messages.
+        command: command of the configuration.
+        content: content of a YAML file, with overrides.
+        index: index of the images; None uses an image of typical size, to check the configuration before images are
+            read.
+        where: name of the file, for messages.
 
     Raises:
         UsageError: see `medim.config.check_config` and `resolve_auto`.
@@ -73,14 +74,14 @@ def resolve_run_config(command: Command, content: Section, index: Index | None, 
 
 
 def median_size(index: Index) -> tuple[Shape, Spacing]:
-    """Median shape in voxels and spacing in mm of an index's images, an axis at a time (RAS order in 3D)."""
+    """Compute the median shape in voxels and spacing in mm of the images per axis (RAS order in 3D)."""
     shape = np.median([record.shape for record in index.records], axis=0)
     spacing = np.median([record.spacing for record in index.records], axis=0)
     return tuple(round(float(n)) for n in shape), tuple(round(float(mm), 4) for mm in spacing)
 
 
 def describe_input(config: RunConfig, index: Index) -> dict[str, str]:
-    """What a run feeds its encoder, and the median image it comes from, for a reader."""
+    """Describe the input of the encoder and the median image that determined it."""
     shape, spacing = median_size(index)
     spacings = [step["spacing"] for step in config.preprocessing if step.get("op") == "resample"]
     channels = config.encoder.get("channels")
@@ -94,17 +95,17 @@ def describe_input(config: RunConfig, index: Index) -> dict[str, str]:
 
 
 def resolve_auto(content: Section, shape: Shape, spacing: Spacing) -> Section:
-    """Replace every `auto` that has a rule by numbers that fit the median image; what is given stays as it is.
+    """Replace every `auto` that has a rule by numbers for the median image; given values are not changed.
 
-    The deepest encoder is taken whose coarsest map keeps `SMALLEST_GRID` cells along every side.
+    The encoder is the deepest with at least `SMALLEST_GRID` cells per side of the coarsest map.
 
     Args:
-        content: a configuration, unchecked; where its parts have not their form, it comes back as it is.
-        shape: of the median image, in voxels.
-        spacing: of the median image, in mm.
+        content: configuration before validation; if its structure is invalid, it is returned unchanged.
+        shape: shape of the median image, in voxels.
+        spacing: spacing of the median image, in mm.
 
     Raises:
-        UsageError: a section does not fit its constructor.
+        UsageError: the options of a section do not match its constructor.
     """
     if not auto_keys(content) or not _has_form(content):
         return content
@@ -118,7 +119,7 @@ def resolve_auto(content: Section, shape: Shape, spacing: Spacing) -> Section:
 
 
 def _has_form(content: Section) -> bool:
-    """Whether what the rules look at is there; where it is not, `medim.config.check_config` says so."""
+    """Whether the sections that the rules use are valid; if not, `medim.config.check_config` reports the error."""
     encoder, views, steps = (content.get(key) for key in ("encoder", "views", "preprocessing"))
     if (
         str(content.get("modality")) not in BASE_CHANNELS
@@ -132,7 +133,7 @@ def _has_form(content: Section) -> bool:
 
 
 def _list_depths(encoder: Section, modality: str) -> Iterator[Section]:
-    """The encoder at every depth it may have, deepest first; as it is where its channels are given."""
+    """Yield the encoder at every allowed depth, deepest first; unchanged if its channels are given."""
     if encoder.get("channels") != AUTO:
         yield encoder
         return
@@ -145,7 +146,7 @@ def _list_depths(encoder: Section, modality: str) -> Iterator[Section]:
 
 
 def coarsest_stride(encoder: Section, spatial_dims: int) -> int:
-    """Voxels a cell of the encoder's last map stands for; the network is built without memory for its weights."""
+    """Compute the stride of the last map of the encoder in voxels; the network is built without memory for weights."""
     shape = (2 ** (LEVELS[1] + 1),) * spatial_dims
     try:
         with torch.device("meta"):
@@ -153,12 +154,12 @@ def coarsest_stride(encoder: Section, spatial_dims: int) -> int:
                 {"encoder": encoder, "in_channels": 1, "spatial_dims": spatial_dims, "input_shape": shape}
             )
     except (RuntimeError, ValueError) as error:
-        raise UsageError(f"encoder {encoder.get('name')!r}: expected options that fit each other ({error}).") from error
+        raise UsageError(f"encoder {encoder.get('name')!r}: the options are inconsistent ({error}).") from error
     return int(network.strides[-1])
 
 
 def _fill_for_stride(content: Section, shape: Shape, spacing: Spacing, stride: int) -> Section:
-    """The configuration with every number for an encoder of a known stride."""
+    """Resolve all `auto` values for an encoder with the given stride."""
     views = content["views"]
     view_shape = None if views["shape"] == AUTO else tuple(views["shape"])
     steps = []
@@ -184,23 +185,23 @@ def _fill_for_stride(content: Section, shape: Shape, spacing: Spacing, stride: i
 
 
 def _choose_spacing(shape: Shape, spacing: Spacing, view: int) -> list[float]:
-    """The spacing at which an image holds at most `VIEWS_PER_IMAGE` views of so many voxels.
+    """Compute the spacing at which an image has at most `VIEWS_PER_IMAGE` times the voxels of a view.
 
-    A spacing that is kept is rounded by less than what `resample` keeps as it is, so that no voxel is interpolated.
+    An unchanged spacing is rounded by less than the tolerance of `resample`, so that no voxel is interpolated.
     """
     factor = (math.prod(shape) / (VIEWS_PER_IMAGE * view)) ** (1 / len(shape))
     return [float(f"{mm * factor:.2g}") if factor > 1 else round(mm, 3) for mm in spacing]
 
 
 def _choose_resize_shape(shape: Shape, spacing: Spacing, stride: int) -> Shape:
-    """A shape of the image's aspect ratio in mm, in whole strides."""
+    """Compute a shape with the aspect ratio of the image in mm, in whole strides."""
     extent = [n * mm for n, mm in zip(shape, spacing, strict=True)]
     scale = min(LONGEST_SIDE, max(shape)) / max(extent)
     return tuple(max(1, round(mm * scale / stride)) * stride for mm in extent)
 
 
 def _shorten_sides(shape: Shape, stride: int, voxels: int) -> Shape:
-    """The image in whole strides, its longest side shortened until it holds no more than so many voxels."""
+    """Round the shape up to whole strides, and shorten the longest side until it has at most `voxels` voxels."""
     sides = [-(-n // stride) * stride for n in shape]
     while math.prod(sides) > voxels and max(sides) > stride:
         sides[sides.index(max(sides))] -= stride
@@ -208,11 +209,11 @@ def _shorten_sides(shape: Shape, stride: int, voxels: int) -> Shape:
 
 
 def _apply_step_geometry(step: Step, shape: Shape, spacing: Spacing) -> tuple[Shape, Spacing]:
-    """Shape and spacing of an image after a preprocessing step, as far as they do not depend on its voxels."""
+    """Compute shape and spacing after a preprocessing step, as far as they do not depend on voxel values."""
     _, options = validate_section(STEPS, step, key="op", run_args=("volume",))
     new = options.get("spacing", options.get("shape", shape))
     if len(new) != len(shape) or min(new) <= 0:
-        return shape, spacing  # the step itself says what is wrong
+        return shape, spacing  # the step itself reports the error
     if step["op"] == "resample":
         return tuple(round((n - 1) * a / b) + 1 for n, a, b in zip(shape, spacing, new, strict=True)), new
     if step["op"] == "resize":

@@ -1,4 +1,4 @@
-"""Statistics of a run's images for the out-of-distribution guard, written beside the weights when training ends."""
+"""Fit the out-of-distribution detector of a network to the images of its run, at the end of training."""
 
 from __future__ import annotations
 
@@ -33,26 +33,30 @@ from medim.models.ood_features import as_numpy_predictor
 from medim.types import Array, Step, UserError, Volume
 
 log = logging.getLogger(__name__)
-MAX_IMAGES = 256  # that are looked at, of the training and of the validation split
-MIN_TRAINING_SUBJECTS, MIN_HELD_OUT_SUBJECTS = 10, 3  # fewer say little of others, and much of themselves
-MIN_DEVIATION = 0.02  # smallest deviation of an intensity or a length that counts, about 2 %
+MAX_IMAGES = 256  # largest number of images of the training split, and of the validation split
+MIN_TRAINING_SUBJECTS, MIN_HELD_OUT_SUBJECTS = 10, 3  # with fewer, the statistics would describe individual subjects
+MIN_DEVIATION = 0.02  # lower bound of the standard deviation of intensities and lengths, about 2 %
 
 
 def save_ood_detector(folder: Path, network: nn.Module, cohort: Cohort, spec: dict[str, Any]) -> None:
-    """Write `reference.npz`, or remove an old one and say why there is none.
+    """Write the detector to `reference.npz`; if it cannot be fitted, delete an old file and log the reason.
 
     Args:
-        folder: where the weights lie.
-        network: an encoder or model.
-        cohort: the training split gives the statistics, the validation split the limits.
-        spec: the network's; see `medim.models.serialization`.
+        folder: folder of the weights.
+        network: encoder or model.
+        cohort: images; the training split gives the statistics, the validation split the limits.
+        spec: spec of the network; see `medim.models.serialization`.
     """
     training = network.training
     try:
         data = _fit_from_cohort(network.eval(), cohort, spec).dump()
-    except (UserError, RuntimeError, ValueError) as error:  # of torch where a network takes views but no whole image
+    except (
+        UserError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # torch errors occur if a network accepts views but no whole image
         (folder / OOD_FILE).unlink(missing_ok=True)
-        log.warning("no out-of-distribution guard: %s", error)
+        log.warning("no out-of-distribution detector was written: %s", error)
     else:
         write_bytes(folder / OOD_FILE, data)
     finally:
@@ -65,8 +69,8 @@ def _fit_from_cohort(network: nn.Module, cohort: Cohort, spec: dict[str, Any]) -
     n_subjects = len(set(subjects)), len(set(others))
     if n_subjects[0] < MIN_TRAINING_SUBJECTS or n_subjects[1] < MIN_HELD_OUT_SUBJECTS:
         raise UserError(
-            f"expected {MIN_TRAINING_SUBJECTS} subjects or more to train on and {MIN_HELD_OUT_SUBJECTS} held out, "
-            f"got {n_subjects[0]} and {n_subjects[1]}."
+            f"it needs {MIN_TRAINING_SUBJECTS} or more training subjects and {MIN_HELD_OUT_SUBJECTS} or more "
+            f"validation subjects, got {n_subjects[0]} and {n_subjects[1]}."
         )
     rows, held_out = (list(iterate_record_features(network, cohort, records, spec)) for records in (train, val))
     return fit_detector(rows, subjects, held_out, others)
@@ -75,13 +79,13 @@ def _fit_from_cohort(network: nn.Module, cohort: Cohort, spec: dict[str, Any]) -
 def fit_detector(
     rows: Sequence[OODFeatures], subjects: Sequence[str], held_out: Sequence[OODFeatures], others: Sequence[str]
 ) -> OODDetector:
-    """The statistics of training images, with limits from held-out ones.
+    """Fit the detector to training images, with limits from validation images.
 
     Args:
-        rows: of the training images; see `medim.inference.ood.ood_features`.
-        subjects: whose they are.
-        held_out: of images of other subjects, whose distances set the limits.
-        others: whose those are.
+        rows: features of the training images; see `medim.inference.ood.ood_features`.
+        subjects: subject of each training image.
+        held_out: features of images of other subjects; their distances determine the limits.
+        others: subject of each validation image.
     """
     shapes = {
         part: fit_gaussian(np.stack([row[part] for row in rows]), MIN_DEVIATION if part != "features" else 0)
@@ -104,11 +108,11 @@ def fit_detector(
 
 
 def fit_gaussian(rows: Array, floor: float) -> GaussianModel:
-    """Mean, deviations and the inverse of the correlation of rows (N, d), shrunk as Ledoit and Wolf (2004) say.
+    """Estimate mean, standard deviations and inverse correlation of rows (N, d), with Ledoit-Wolf shrinkage (2004).
 
     Args:
-        rows: of the training images.
-        floor: smallest deviation, for numbers that hardly differ between the images.
+        rows: features of the training images.
+        floor: lower bound of the standard deviation, for features that hardly differ between the images.
     """
     mean = rows.mean(axis=0)
     spread = rows.std(axis=0)
@@ -116,7 +120,7 @@ def fit_gaussian(rows: Array, floor: float) -> GaussianModel:
     unit = (rows - mean) / scale
     count, d = unit.shape
     covariance = unit.T @ unit / count
-    np.fill_diagonal(covariance, 1.0)  # also where the floor took the place of a smaller deviation
+    np.fill_diagonal(covariance, 1.0)  # also for features with the floor as standard deviation
     level = np.trace(covariance) / d
     dispersion = float(((covariance - level * np.eye(d)) ** 2).sum())
     noise = float(((unit**2).sum(axis=1) ** 2).sum() / count**2 - (covariance**2).sum() / count)
@@ -126,19 +130,20 @@ def fit_gaussian(rows: Array, floor: float) -> GaussianModel:
 
 
 def conformal_thresholds(scores: Array, subjects: Sequence[str]) -> tuple[Array, LimitMethod]:
-    """Limits of which an image of a fresh subject exceeds any with probability `FALSE_POSITIVE_RATE`, or less.
+    """Compute limits that an image of a new subject exceeds with a probability of at most `FALSE_POSITIVE_RATE`.
 
-    With enough subjects the conformal quantile for repeated measures (Lee, Barber and Willett 2023, "Distribution-free
-    inference with hierarchical data") of the largest standardised score, which assumes nothing of their distribution.
-    With fewer than 19 there is none; prediction limits of normal distributions take its place (Hahn and Meeker 1991,
-    "Statistical Intervals"), with the probability divided among the parts (Bonferroni).
+    With enough subjects, the limit is the conformal quantile for repeated measures (Lee, Barber and Willett 2023,
+    "Distribution-free inference with hierarchical data") of the largest standardised score; it assumes nothing about
+    the distribution. It does not exist for fewer than 19 subjects; then prediction limits of normal distributions are
+    used (Hahn and Meeker 1991, "Statistical Intervals"), with the probability divided by the number of parts
+    (Bonferroni).
 
     Args:
-        scores: (N, parts) log distances of held-out images.
-        subjects: whose they are; each subject counts once, however many images it has.
+        scores: (N, parts) log distances of validation images.
+        subjects: subject of each image; each subject has the same weight, regardless of the number of images.
 
     Returns:
-        (parts,) limits, and how they came about.
+        (parts,) limits, and the method.
     """
     count, parts = len(set(subjects)), scores.shape[1]
     weights = _compute_subject_weights(subjects)
@@ -154,7 +159,7 @@ def conformal_thresholds(scores: Array, subjects: Sequence[str]) -> tuple[Array,
 
 
 def _compute_subject_weights(subjects: Sequence[str]) -> Array:
-    """(N,) summing to 1, the same for every subject."""
+    """Compute weights (N,) with sum 1 and the same total for every subject."""
     _, place, counts = np.unique(np.asarray(subjects), return_inverse=True, return_counts=True)
     return np.asarray(1 / counts[place] / len(counts))
 
@@ -162,13 +167,13 @@ def _compute_subject_weights(subjects: Sequence[str]) -> Array:
 def iterate_record_features(
     network: nn.Module, cohort: Cohort, records: Sequence[ImageRecord], spec: dict[str, Any]
 ) -> Iterator[OODFeatures]:
-    """What the guard would see of each image, from the store.
+    """Yield the features that the detector uses for each image, from the store.
 
     Args:
-        network: an encoder or model in evaluation mode.
-        cohort: where the images lie.
-        records: which.
-        spec: the network's.
+        network: encoder or model in evaluation mode.
+        cohort: cohort with the store of the images.
+        records: images.
+        spec: spec of the network.
     """
     encoder = network.encoder if isinstance(network, Model) else network
     predictor, figures = as_numpy_predictor(encoder), cohort.quality_metrics()
@@ -178,11 +183,11 @@ def iterate_record_features(
 
 
 def window_features(predictor: PredictWithFeatures, image: Volume, inference: Step) -> Array:
-    """What `medim.inference.ood.FeatureRecorder` would keep of an image; windows that it leaves out are not run.
+    """Compute the features that `medim.inference.ood.FeatureRecorder` records for an image, on sampled windows only.
 
     Args:
         predictor: the network.
-        image: preprocessed.
+        image: preprocessed image.
         inference: see `medim.inference.network.run_inference`.
     """
     sample_places = set(sampled_windows(len(_map_windows(image, inference, lambda place, window: None))))
@@ -193,7 +198,7 @@ def window_features(predictor: PredictWithFeatures, image: Volume, inference: St
 
 
 def _map_windows(image: Volume, inference: Step, function: Callable[[int, Array], Any]) -> list[Any]:
-    """What `function` gives for each window of an image, by number and voxels; no answer is made of them."""
+    """Call `function` with number and voxels of each window of an image, and collect the results."""
     results: list[Any] = []
 
     def predict_blank(window: Array) -> Array:
@@ -205,7 +210,7 @@ def _map_windows(image: Volume, inference: Step, function: Callable[[int, Array]
 
 
 def _select_across_subjects(records: Sequence[ImageRecord]) -> list[ImageRecord]:
-    """At most `MAX_IMAGES`: one image of every subject before any second one."""
+    """Select at most `MAX_IMAGES` images: one image of every subject before the second image of any."""
     turns: dict[str, int] = {}
     ranking = []
     for place, record in enumerate(records):

@@ -1,4 +1,4 @@
-"""`config.yaml` and `inputs.json` of a run, and the checks before a run is resumed."""
+"""Write `config.yaml` and `inputs.json` of a run, and check them before a run is resumed."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from medim.types import UserError
 
 
 def write_config(out: Path, config: RunConfig, **inputs: str | float | None) -> None:
-    """Write `config.yaml` and `inputs.json`, or check that the run that is taken up had the same.
+    """Write `config.yaml` and `inputs.json`, or check that the resumed run had the same.
 
     Args:
-        out: the run's folder.
-        config: the resolved configuration.
-        **inputs: what else decides the result: seeds, the index's hash, the label budget, the encoder's hash.
+        out: folder of the run.
+        config: resolved configuration.
+        **inputs: other inputs that determine the result: seeds, hash of the index, label budget, hash of the encoder.
 
     Raises:
-        UserError: the folder holds a run of another configuration or other inputs.
+        UserError: the folder contains a run with another configuration or other inputs.
     """
     path, text = out / "config.yaml", dump_config(config)
     if path.is_file() and path.read_text() != text and not _is_same_config(path, config):
         raise UserError(
-            f"{path}: --resume expected the same configuration, got another. Use --overwrite to start over."
+            f"{path}: --resume needs the same configuration, but it differs. Use --overwrite to start over."
         )
     file, content = out / "inputs.json", {"schema_version": 1, **inputs}
     if file.is_file():
@@ -36,7 +36,7 @@ def write_config(out: Path, config: RunConfig, **inputs: str | float | None) -> 
         ]
         if differences:
             raise UserError(
-                f"{file}: --resume expected the same inputs, got others; the run had {', '.join(differences)}. "
+                f"{file}: --resume needs the same inputs; the run had {', '.join(differences)}. "
                 "Use --overwrite to start over."
             )
     write_text(path, text)
@@ -44,9 +44,9 @@ def write_config(out: Path, config: RunConfig, **inputs: str | float | None) -> 
 
 
 def _is_same_config(path: Path, config: RunConfig) -> bool:
-    """Whether a file says the same as a configuration, but for how images are loaded, which changes no byte.
+    """Whether a file contains the same configuration, except for data-loading options, which do not affect results.
 
-    Keys that came later than the file have their defaults.
+    Keys that were added after the file was written have their default values.
     """
     loading = {"workers": config.workers, "prefetch": config.prefetch}
     try:

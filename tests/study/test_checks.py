@@ -147,7 +147,7 @@ def test_budgets_that_give_the_same_labels_or_lack_a_class_are_refused(cohort: C
 def test_a_grid_of_rates_that_a_budget_cannot_pay_for_is_refused() -> None:
     check_selection_budgets({})
     with pytest.raises(UsageError, match=r"budget 4 is too small to choose by: it has 4 .* fixed"):
-        check_selection_budgets({"4": "it has 4 labelled images, of 10 needed"})
+        check_selection_budgets({"4": "it has 4 labelled images, but 10 are needed"})
 
 
 def test_a_refused_study_leaves_no_result(

@@ -36,7 +36,7 @@ def test_a_fifth_of_the_budget_is_held_out_by_whole_subjects(cohort: Cohort) -> 
 def test_what_is_too_small_to_choose_by_is_told(cohort: Cohort) -> None:
     records = cohort.records("train")
     assert describe_subset_shortage("classification", BUDGET.draw_subset(records, 0)) is None
-    assert "4 labelled images, of 10" in (describe_subset_shortage("classification", records[:4]) or "")
+    assert "4 labelled images, but 10" in (describe_subset_shortage("classification", records[:4]) or "")
     few = [r for r in records if r.label == "up"][:14] + [r for r in records if r.label == "down"][:2]
     assert "fewer than 2 images of down" in (describe_subset_shortage("classification", few) or "")
     one = [replace(r, subject="one") for r in records[:20]]
@@ -102,4 +102,4 @@ def test_the_rate_that_was_chosen_is_used_and_the_whole_grid_is_told(
     assert (rates["20"]["from"], rates["20"]["multiple"]) == ("selection", best_multiplier(scores))
     config = (tmp_path / "study" / "cells" / "dim" / "20" / "0-0" / "config.yaml").read_text()
     assert f"lr: {0.01 * best_multiplier(scores)}\n" in config
-    assert summary["too_small_to_choose"] == {"4": "it has 4 labelled images, of 10 needed"}
+    assert summary["too_small_to_choose"] == {"4": "it has 4 labelled images, but 10 are needed"}

@@ -93,7 +93,7 @@ def test_what_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="found none"):
         open_results(tmp_path)
     write(tmp_path, [])
-    with pytest.raises(UserError, match="got none yet"):
+    with pytest.raises(UserError, match="has no results yet"):
         open_results(tmp_path)
-    with pytest.raises(UserError, match="expected one of 8 runs"):
+    with pytest.raises(UserError, match="not one of the 8 runs"):
         open_results(write(tmp_path, GRID)).statistic("dice", RunKey("dim", "99", 0, 0))

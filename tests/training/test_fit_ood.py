@@ -1,4 +1,4 @@
-"""The statistics of the out-of-distribution guard, and the limits that held-out subjects set."""
+"""The statistics of the out-of-distribution detector, and the limits that held-out subjects set."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_too_few_subjects_give_no_statistics_and_an_old_file_goes(
     write_bytes(tmp_path / OOD_FILE, b"of another run")
     save_ood_detector(tmp_path, Means(), cohort, SPEC)
     assert not (tmp_path / OOD_FILE).exists()
-    assert "no out-of-distribution guard" in caplog.text
+    assert "no out-of-distribution detector" in caplog.text
 
 
 def test_a_network_that_takes_no_whole_image_ends_its_training_without_statistics(
@@ -154,7 +154,7 @@ def test_a_network_that_takes_no_whole_image_ends_its_training_without_statistic
     cohort = open_cohort(index, index.records, STEPS, split_seed=0, store=tmp_path / "store")
     save_ood_detector(tmp_path, Fixed(), cohort, SPEC)
     assert not (tmp_path / OOD_FILE).exists()
-    assert "no out-of-distribution guard" in caplog.text
+    assert "no out-of-distribution detector" in caplog.text
 
 
 @pytest.mark.parametrize("change", ["mean", "limit", "method", "schema_version"])

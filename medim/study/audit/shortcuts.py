@@ -212,7 +212,7 @@ def _best_classifier(x: Array, y: Array, subject_index: Array, seed: int) -> str
     usable_folds = [(fit, test) for fit, test in parts if len(test) and len(np.unique(y[fit])) == len(classes)]
 
     def compute_log_loss(name: str) -> float:
-        """Sum the log loss in nats of the held-out images, over the folds with every class in the training part."""
+        """Sum the log loss in nats of the validation images, over the folds with every class in the training part."""
         total = 0.0
         for fit, test in usable_folds:
             prediction = CLASSIFIERS[name](x[fit], y[fit], x[test], seed=seed, groups=subject_index[fit])

@@ -1,4 +1,4 @@
-"""Start the head as a linear probe of the features, before anything else learns."""
+"""Initialise the head as a linear probe of the features before fine-tuning."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ ROWS_PER_CLASS = 4000
 def start_head_as_probe(
     model: Model, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], *, classes: int, seed: int
 ) -> None:
-    """Fit a logistic regression to what the head sees, and start the head from it.
+    """Fit a logistic regression to the inputs of the head, and initialise the head with it.
 
-    Full fine-tuning from a random head distorts pretrained features before the head has learnt to use them; a head
-    that is right from the first step does not (LP-FT: Kumar et al. 2022, arXiv 2202.10054).
+    Full fine-tuning with a random head distorts pretrained features before the head is trained; a fitted head avoids
+    this (LP-FT: Kumar et al. 2022, arXiv 2202.10054).
 
     Args:
-        model: encoder, decoder and head; norms use the statistics of the batches, as in the steps that follow.
+        model: encoder, decoder and head; normalisation layers use batch statistics, as in the training steps.
         batches: labelled images (N, C, ...) and targets: class indices (N,) or (N, ...), or findings (N, K).
         classes: number of classes, K.
-        seed: of the folds, and of the draw of voxels.
+        seed: random seed of the folds and of the selection of voxels.
     """
     rows, labels = _collect_head_inputs(model.train(), batches, np.random.default_rng(seed))
     head: Any = model.head
@@ -40,17 +40,17 @@ def start_head_as_probe(
 
 
 def fit_probe(rows: Array, labels: Array, *, classes: int, seed: int) -> LinearProbe:
-    """The `linear` probe of `medim probe`, as weights.
+    """Fit the `linear` probe of `medim probe`, and return its weights.
 
     Args:
         rows: features (n, d).
         labels: class indices (n,), of at least two classes.
-        classes: number of classes, K; those without a row get the lowest bias.
-        seed: of the folds.
+        classes: number of classes, K; classes without a row get the lowest bias.
+        seed: random seed of the folds.
     """
     scaler, classifier, _ = fit_linear(rows, labels, seed=seed)
     coefficients, intercepts = classifier.coef_, classifier.intercept_
-    if len(coefficients) == 1:  # of two classes scikit-learn keeps the second one's logit alone
+    if len(coefficients) == 1:  # for two classes, scikit-learn has only the logit of the second
         coefficients, intercepts = (np.concatenate([-half, half]) for half in (coefficients / 2, intercepts / 2))
     weight, bias = np.zeros((classes, rows.shape[1])), np.full(classes, intercepts.min())
     weight[classifier.classes_], bias[classifier.classes_] = coefficients, intercepts
@@ -58,12 +58,12 @@ def fit_probe(rows: Array, labels: Array, *, classes: int, seed: int) -> LinearP
 
 
 def fit_finding_probes(rows: Array, labels: Array, *, seed: int) -> LinearProbe:
-    """A `linear` probe a finding, each of the images where it is known: its logit is that of the finding's presence.
+    """Fit a `linear` probe per finding, on the images with a known value; the logit is that of its presence.
 
     Args:
         rows: features (n, d).
-        labels: (n, K) of 1, 0 and NaN (unknown); a finding that is nowhere present, or nowhere absent, gets a bias.
-        seed: of the folds.
+        labels: (n, K) of 1, 0 and NaN (unknown); a finding that is present in all or in no image gets only a bias.
+        seed: random seed of the folds.
     """
     common = StandardScaler().fit(rows)
     weight, bias = np.zeros((labels.shape[1], rows.shape[1])), np.zeros(labels.shape[1])
@@ -83,7 +83,12 @@ def fit_finding_probes(rows: Array, labels: Array, *, seed: int) -> LinearProbe:
 def _collect_head_inputs(
     model: Model, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], rng: np.random.Generator
 ) -> tuple[Array, Array]:
-    """What the head sees (n, d) and its targets: (n,), at most `ROWS_PER_CLASS` a class; or (n, K), all of them."""
+    """Collect the inputs of the head (n, d) and the targets.
+
+    Returns:
+        Inputs and targets: class indices (n,) for at most `ROWS_PER_CLASS` rows per class, or findings (n, K) for all
+            rows.
+    """
     chunks: list[tuple[Array, Array]] = []
     head: Any = model.head
     for image, target in batches:
@@ -97,7 +102,7 @@ def _collect_head_inputs(
 
 
 def _subsample(rows: Array, labels: Array, rng: np.random.Generator) -> tuple[Array, Array]:
-    """At most `ROWS_PER_CLASS` rows of each class, drawn at random."""
+    """Draw at most `ROWS_PER_CLASS` rows of each class at random."""
     class_indices = [rng.permutation(np.flatnonzero(labels == label))[:ROWS_PER_CLASS] for label in np.unique(labels)]
     indices = np.sort(np.concatenate(class_indices))
     return rows[indices], labels[indices]

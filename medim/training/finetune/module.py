@@ -1,4 +1,4 @@
-"""The one fine-tuning module, and what measures it on the way."""
+"""Lightning module of fine-tuning, and validation during training."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from medim.models.model import Model, as_numpy_function
 from medim.training.engine.optim import build_optimiser
 from medim.types import UserError
 
-FinetuneRow = tuple[int, str, float | None, None, float | None]  # the columns of history.csv
+FinetuneRow = tuple[int, str, float | None, None, float | None]  # columns of history.csv
 
 
 class FinetuneModule(pl.LightningModule):
-    """Steps a model on labelled images; what came pretrained at its own rate.
+    """Training of a model on labelled images; pretrained parts have their own learning rate.
 
     Args:
         model: encoder, decoder and head.
-        config: the schedule.
-        pretrained: the model's parts that came with weights.
+        config: configuration with the schedule.
+        pretrained: parts of the model with pretrained weights.
     """
 
     def __init__(self, model: Model, config: FinetuneConfig, pretrained: Sequence[torch.nn.Module] = ()) -> None:
         super().__init__()
         self.model = model
         self._config = config
-        self._pretrained = tuple(pretrained)  # a tuple, so that they are not registered a second time
+        self._pretrained = tuple(pretrained)  # a tuple, because a list of modules would be registered again
         self.rows: list[FinetuneRow] = []
 
     def configure_optimizers(self) -> Any:
-        """The run's optimiser, the rate of what came pretrained scaled by `pretrained_lr_scale`."""
+        """Build the optimiser; the learning rate of pretrained parts is scaled by `pretrained_lr_scale`."""
         config, model = self._config, self.model
         parts = [part for part in (model.encoder, model.decoder, model.head) if part is not None]
         scale = {id(part): config.pretrained_lr_scale for part in self._pretrained}
@@ -45,10 +45,10 @@ class FinetuneModule(pl.LightningModule):
         return [main], [{"scheduler": decay, "interval": "step"}]
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], step: int) -> torch.Tensor:
-        """The head's loss on a batch of images (N, C, ...) and targets (N,) or (N, ...).
+        """Compute the loss of the head on a batch of images (N, C, ...) and targets (N,) or (N, ...).
 
         Raises:
-            UserError: the loss stopped being a number.
+            UserError: the loss is not finite.
         """
         image, target = batch
         head: Any = self.model.head
@@ -62,23 +62,23 @@ class FinetuneModule(pl.LightningModule):
         return loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the history with the weights."""
+        """Add the history to the checkpoint."""
         checkpoint["rows"] = self.rows
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the history."""
+        """Restore the history from the checkpoint."""
         self.rows = [tuple(row) for row in checkpoint["rows"]]
 
 
 class ValidationCallback(pl.Callback):
-    """Measures the validation split after given steps, into the module's history; nothing is chosen by it.
+    """Validates after the given steps and adds the metrics to the history; they do not affect the training.
 
     Args:
-        steps: after which.
-        out: the run's folder, for `cases-<step>.parquet`.
-        index: where the images come from.
-        records: the validation split.
-        spec: the model's spec.
+        steps: steps after which to validate.
+        out: folder of the run, for `cases-<step>.parquet`.
+        index: index of the images.
+        records: images of the validation split.
+        spec: spec of the model.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class ValidationCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        """Measure where the step is one of those asked for, in the run's own precision."""
+        """Validate with the precision of the run, if this step is one of `steps`."""
         assert isinstance(module, FinetuneModule)
         if trainer.global_step not in self._steps or not self._records:
             return

@@ -153,7 +153,7 @@ def finetune(
         cohort: what `open_labelled_cohort` gave for this index, where several runs share it; `store` is then not
             looked at.
         parent_run: MLflow's id of the study that this run is a part of.
-        reference: write what the out-of-distribution guard of a package needs, see `medim.training.fit_ood`.
+        reference: whether to fit an out-of-distribution detector for a package, see `medim.training.fit_ood`.
 
     Returns:
         The content of `summary.json`.

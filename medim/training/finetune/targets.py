@@ -1,4 +1,4 @@
-"""What a fine-tuning run learns from: class indices, findings or masks, and the head that takes them."""
+"""Targets of fine-tuning (class indices, findings or masks), and the head for them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from medim.data.labels import check_label_kind, encode_findings
 from medim.types import Array, UserError
 
 log = logging.getLogger(__name__)
-MULTI_LABEL = "multi_label"  # the entry of HEADS that takes findings
+MULTI_LABEL = "multi_label"  # entry of HEADS for findings
 
 
 def select_head(config: FinetuneConfig, index: Index) -> FinetuneConfig:
-    """The configuration whose head fits the labels: where they are findings, `multi_label` for `classification`.
+    """Select the head for the kind of labels: for findings, `multi_label` replaces `classification`.
+
+    Returns:
+        Configuration with the selected head.
 
     Raises:
-        UserError: the head `multi_label`, and labels that are classes; or labels of both kinds.
+        UserError: the head is `multi_label` and the labels are classes, or the labels are of both kinds.
     """
     if config.task != "classification":
         return config
@@ -29,19 +32,22 @@ def select_head(config: FinetuneConfig, index: Index) -> FinetuneConfig:
     name, findings = config.head.get("name"), index.findings
     if name == MULTI_LABEL and not findings:
         raise UserError(
-            "head multi_label: expected labels that are findings, got classes. Give --labels CSV with a column a "
+            "head multi_label: expected findings as labels, got classes. Use --labels CSV with one column per "
             "finding (1, 0 or empty), or --set head.name=classification."
         )
     if name == "classification" and findings:
         log.info(
-            "labels are of %d findings, any number an image: head %s in place of %s", len(findings), MULTI_LABEL, name
+            "the labels are %d findings, several per image: using head %s instead of %s",
+            len(findings),
+            MULTI_LABEL,
+            name,
         )
         return config.model_copy(update={"head": {**config.head, "name": MULTI_LABEL}})
     return config
 
 
 def build_targets(config: FinetuneConfig, records: Sequence[ImageRecord], classes: Sequence[str]) -> Array | None:
-    """(N,) class indices, (N, K) findings, or None where masks are the targets."""
+    """Build the targets: (N,) class indices, (N, K) findings, or None if masks are the targets."""
     if config.task == "segmentation":
         return None
     if config.head["name"] == MULTI_LABEL:
@@ -50,7 +56,7 @@ def build_targets(config: FinetuneConfig, records: Sequence[ImageRecord], classe
 
 
 def build_blank_target(config: FinetuneConfig, count: int) -> torch.Tensor:
-    """Targets of `count` images of two classes, for a rehearsal."""
+    """Build targets of `count` images of two classes, for a dry run."""
     if config.head.get("name") == MULTI_LABEL:
         return torch.zeros(count, 2)
     return torch.zeros((count, *config.views.shape) if config.task == "segmentation" else count, dtype=torch.int64)

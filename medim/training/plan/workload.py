@@ -39,7 +39,7 @@ def count_checkpoints(config: PretrainConfig) -> int:
 
 
 def count_validation_images(config: PretrainConfig, train: RecordSequence, held_out: RecordSequence) -> int:
-    """Count the views that one validation encodes: held-out batches, pairs, and support and queries of the probe."""
+    """Count the views that one validation encodes: validation batches, pairs, and support and queries of the probe."""
     if count_subjects(held_out) < 2:
         return 0
     batches = HELD_OUT_BATCHES * min(config.batch_size, count_subjects(held_out)) * config.views.count

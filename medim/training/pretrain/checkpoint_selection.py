@@ -1,4 +1,4 @@
-"""Which step's encoder a run leaves: the latest whose score is within one standard error of the best."""
+"""Checkpoint selection by the one-standard-error rule: the latest step with a score close to the best."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ Criterion = Literal["probe", "held_out_loss", "last_step"]
 
 
 class CheckpointSelection:
-    """Keeps the weights of one measured step; part of each checkpoint, so that a resumed run chooses as it would have.
+    """Selection of the weights of one validated step; saved in checkpoints, so that resuming does not change it.
 
-    A step whose summaries have collapsed or whose figures are no numbers is never kept. The best score is the highest
-    of the run so far; a later step replaces the one that is kept where its score is within the best one's standard
-    error, so noise does not choose, and the last step wins what it does not clearly lose.
+    A step with collapsed summaries or non-finite metrics is never selected. The best score is the highest of the run so
+    far. A later step replaces the selected one if its score is within one standard error of the best, so that noise has
+    little effect and later steps are preferred.
 
     Attributes:
-        step: the step that is kept, -1 where none is.
-        best_step: where the best score was.
-        figures: what was measured at the step that is kept.
+        step: selected step, -1 if there is none.
+        best_step: step with the best score.
+        figures: metrics of the selected step.
     """
 
     def __init__(self, criterion: Criterion = "held_out_loss") -> None:
@@ -34,14 +34,14 @@ class CheckpointSelection:
         self._weights: dict[str, torch.Tensor] = {}
 
     def update(self, step: int, score: float, error: float, figures: Mapping[str, float], module: nn.Module) -> None:
-        """Keep this step's weights if they are the best, or as good as the best and later.
+        """Select the weights of this step if its score is the best, or within one standard error of the best.
 
         Args:
-            step: steps taken.
-            score: the larger the better; NaN: not to be kept.
-            error: its standard error.
-            figures: what was measured, for the record.
-            module: whose weights.
+            step: number of steps done.
+            score: score, higher is better; NaN excludes the step.
+            error: standard error of the score.
+            figures: metrics of the step, for the summary.
+            module: module with the weights.
         """
         if not math.isfinite(score):
             return
@@ -52,12 +52,12 @@ class CheckpointSelection:
             self._weights = {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
 
     def restore(self, module: nn.Module, last_step: int) -> None:
-        """Put the weights that are kept back into the module, where they are not those of the last step."""
+        """Load the selected weights into the module if they are not those of the last step."""
         if self.step not in (-1, last_step):
             module.load_state_dict(self._weights)
 
     def summary(self, last_step: int) -> dict[str, Any]:
-        """Selection for `summary.json` and `encoder.json`: `step`, `by`, `best_step`, `of_steps`, `why`, `figures`."""
+        """Summarise for `summary.json` and `encoder.json`: `step`, `by`, `best_step`, `of_steps`, `why`, `figures`."""
         criterion: Criterion = self._criterion if self.step >= 0 else "last_step"
         return {
             "step": self.step if self.step >= 0 else last_step,
@@ -69,7 +69,7 @@ class CheckpointSelection:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it."""
+        """Build the state for checkpoints."""
         return {
             "step": self.step,
             "best_step": self.best_step,
@@ -80,7 +80,7 @@ class CheckpointSelection:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what a checkpoint kept."""
+        """Restore the state of a checkpoint."""
         self.step, self.best_step, self.figures = state["step"], state["best_step"], dict(state["figures"])
         self._best, self._error, self._weights = state["best"], state["error"], state["weights"]
 

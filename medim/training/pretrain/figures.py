@@ -1,4 +1,4 @@
-"""The pictures of a pretraining run that are tracked: losses against chance, RankMe, and what the views look like."""
+"""Figures of a pretraining run for the tracking server: losses with chance levels, RankMe, and sample views."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ N_VIEWS = 6
 
 
 def draw_training_figures(out: Path, config: PretrainConfig, rows: Sequence[HistoryRow]) -> list[Path]:
-    """Draw into `figures/` of a run.
+    """Draw the figures of a run into its folder `figures/`.
 
     Args:
-        out: the run's folder.
-        config: what ran.
-        rows: of `history.csv`.
+        out: folder of the run.
+        config: configuration of the run.
+        rows: rows of `history.csv`.
 
     Returns:
-        The files that were written: `losses.svg`, `views.png` and, where it was measured, `rankme.svg`.
+        Paths of the figures: `losses.svg`, `views.png` and, if it was measured, `rankme.svg`.
     """
     folder = out / "figures"
     folder.mkdir(exist_ok=True)
@@ -44,7 +44,7 @@ def draw_training_figures(out: Path, config: PretrainConfig, rows: Sequence[Hist
 
 
 def _plot_losses(rows: Sequence[HistoryRow]) -> Figure:
-    """A panel a term: training losses, held-out ones, and the chance level."""
+    """Plot training losses, validation losses and chance level, one panel per term."""
     names = list(dict.fromkeys(name for _, name, loss, chance, _ in rows if chance is not None or "/" not in name))
     names = [name for name in names if any(row[1] == name and row[2] is not None for row in rows)]
     figure = Figure(figsize=(6, 2.5 * max(1, len(names))), layout="constrained")
@@ -64,7 +64,7 @@ def _plot_losses(rows: Sequence[HistoryRow]) -> Figure:
 
 
 def _plot_rankme(rows: Sequence[HistoryRow]) -> Figure | None:
-    """The effective rank of the held-out summaries over the steps."""
+    """Plot the effective rank of the validation summaries by step."""
     points = [(step, value) for step, name, *_, value in rows if name == "rankme" and value is not None]
     if not points:
         return None
@@ -76,7 +76,7 @@ def _plot_rankme(rows: Sequence[HistoryRow]) -> Figure | None:
 
 
 def _plot_views(config: PretrainConfig) -> Figure:
-    """Views of a phantom, a ball in noise: a patient's image has no place on a tracking server."""
+    """Plot views of a phantom, a ball in noise, because patient images must not be sent to a tracking server."""
     views: Any = config.views
     shape = tuple(views.shape)
     grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij"))
@@ -85,7 +85,7 @@ def _plot_views(config: PretrainConfig) -> Figure:
     image = torch.from_numpy((ball + noise).astype(np.float32))[None]
     augment = Augmentation(views.augmentations, spatial_dims=len(shape))
     figure = Figure(figsize=(1.6 * N_VIEWS, 2.2), layout="constrained")
-    figure.suptitle("Views of a phantom (synthetic), augmented as in this run; the first is not")
+    figure.suptitle("Views of a synthetic phantom, augmented as in this run; the first is not augmented")
     for n, axes in enumerate(np.ravel(figure.subplots(1, N_VIEWS))):
         view = (augment(image, n)[0] if n else image).numpy()[0]
         axes.imshow(view if view.ndim == 2 else view[shape[0] // 2], cmap="gray")

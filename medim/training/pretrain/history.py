@@ -1,4 +1,4 @@
-"""What a run shows of itself: every loss against its chance level, the health of the summaries, and a verdict."""
+"""History of a pretraining run: losses with chance levels, metrics of the encoder, and the verdict."""
 
 from __future__ import annotations
 
@@ -31,38 +31,35 @@ from medim.training.tracking.tracking import set_tag
 
 log = logging.getLogger(__name__)
 DIVERGENCE_PATIENCE = 25  # steps
-FIRST_VALIDATION_STEP = (
-    250  # the step by which every run is measured; before it, being at chance is not worth a warning
-)
+FIRST_VALIDATION_STEP = 250  # every run is validated at this step; before it, the verdict at-chance is not reported
 HISTORY_COLUMNS = ("step", "name", "loss", "chance", "held_out")
 ENCODER_METRIC_NAMES = ("rankme", "feature_std", "weight_norm", "alignment", "uniformity", "probe", "probe_error")
-NON_OBJECTIVE_PREFIXES = ("gradient_norm/", "verdict/")  # how other rows begin that are no objective's
+NON_OBJECTIVE_PREFIXES = ("gradient_norm/", "verdict/")  # prefixes of rows that do not belong to an objective
 EncoderMetric = Callable[[nn.Module], Mapping[str, float]]
 
 
 class MetricHistory(pl.Callback):
-    """Records each step's losses and each validation's, says the verdict where it changes, and lives through a resume.
+    """Records losses and metrics of steps and validations, and reports changes of the verdict; saved in checkpoints.
 
     Args:
-        stop_on_collapse: end the run where a loss has stayed a nat above its chance level for `DIVERGENCE_PATIENCE`
-            steps, or the held-out summaries have collapsed.
-        summary_trained: whether an objective reads the summary; if none does, its collapse says nothing of the run.
-        encoder_metrics: what else is measured of the encoder at each validation; see
-            `medim.training.pretrain.online_probe`.
-        selection: keeps the weights of the step whose encoder the run leaves; None keeps none.
-        weights: objective to its weight in the held-out loss that the selection reads; 1 where it is not given.
-        first_norm: of the encoder's weights before the first step, to which the gauge `weight_norm` is held.
+        stop_on_collapse: whether to end the run if a loss has been one nat or more above its chance level for
+            `DIVERGENCE_PATIENCE` steps, or the validation summaries have collapsed.
+        summary_trained: whether an objective uses the summary; if not, a collapsed summary does not affect the verdict.
+        encoder_metrics: other metrics of the encoder at each validation; see `medim.training.pretrain.online_probe`.
+        selection: selection of the step to save the weights of; None disables selection.
+        weights: weight by objective in the validation loss for the selection; the default is 1.
+        first_norm: norm of the encoder weights before the first step, the reference of the metric `weight_norm`.
 
     Attributes:
-        rows: (step, name, training loss or None, chance or None, held-out loss or None).
-        held_out: name to (mean, standard error) of the last validation. A held-out batch with fewer subjects than a
-            training batch has fewer classes and a lower chance level: its losses are moved to the training level, so
-            that chance minus loss is what it is on the held-out batch.
-        held_out_step: the step of that validation.
-        measures: `rankme`, effective rank of the held-out summaries, `feature_std`, their spread (1 isotropic, 0
-            collapsed), and what the gauges gave.
-        has_diverged: a training loss stopped being a number, or (with `stop_on_collapse`) stayed far above chance.
-        verdict_changes: (step, verdict, why) wherever the verdict changed.
+        rows: (step, name, training loss or None, chance or None, validation loss or None).
+        held_out: (mean, standard error) of the last validation by term. A validation batch with fewer subjects than a
+            training batch has fewer classes and a lower chance level; its losses are shifted to the chance level of
+            training, so that chance minus loss is that of the validation batch.
+        held_out_step: step of that validation.
+        measures: `rankme`, effective rank of the validation summaries, `feature_std`, their spread (1 isotropic, 0
+            collapsed), and the results of the encoder metrics.
+        has_diverged: whether a training loss was not finite, or (with `stop_on_collapse`) stayed far above chance.
+        verdict_changes: (step, verdict, reason) of each change of the verdict.
     """
 
     def __init__(
@@ -83,8 +80,8 @@ class MetricHistory(pl.Callback):
         self._first_norm = first_norm
         self._steps_above_chance: dict[str, int] = defaultdict(
             int
-        )  # steps a term has been far above chance without falling
-        self._lowest_losses: dict[str, float] = {}  # loss of each term so far
+        )  # steps for which a term has been far above chance without a new minimum
+        self._lowest_losses: dict[str, float] = {}  # lowest loss of each term so far
         self._non_finite = self._above_chance = ""
         self.rows: list[tuple[int, str, float | None, float | None, float | None]] = []
         self.held_out: dict[str, tuple[float, float]] = {}
@@ -100,27 +97,27 @@ class MetricHistory(pl.Callback):
         self._n_steps = 0
 
     def set_validation(self, loader: Iterable[Any] | None, *, every: int) -> None:
-        """Also measure at `FIRST_VALIDATION_STEP`.
+        """Set the validation batches for an additional validation at `FIRST_VALIDATION_STEP`.
 
         Args:
-            loader: the held-out batches; None: there are none.
-            every: steps between two validations.
+            loader: validation batches, or None.
+            every: number of steps between two validations.
         """
         self._loader, self._every = loader, every
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Start the clock."""
+        """Record the start time."""
         self._step_end = time.perf_counter()
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
-        """Note how long the step waited for its data."""
+        """Measure how long the step waited for its data."""
         self._step_start = time.perf_counter()
         self._wait_seconds += self._step_start - self._step_end if self._n_steps else 0.0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        """Record the step's losses, diagnostics and gradient norms; stop where one is not finite."""
+        """Record losses, diagnostics and gradient norms of the step; stop the run if a value is not finite."""
         step, metrics = trainer.global_step, {}
         terms: dict[str, Term] = {name: term for name, term in outputs.items() if isinstance(term, Term)}
         for name, term in terms.items():
@@ -149,14 +146,14 @@ class MetricHistory(pl.Callback):
             self._validate_now(trainer, module)
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Forget the last validation."""
+        """Clear the data of the last validation."""
         self._losses.clear()
         self._summaries.clear()
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int, loader: int = 0
     ) -> None:
-        """Keep the batch's losses, diagnostics and summaries."""
+        """Collect losses, diagnostics and summaries of the batch."""
         for name, term in outputs["terms"].items():
             shift = 0.0 if term.chance is None else self._chance_level(name, term) - term.chance
             self._losses[name].append(float(term.loss) + shift)
@@ -165,14 +162,14 @@ class MetricHistory(pl.Callback):
         self._summaries.append(outputs["summary"].float().cpu())
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Average the held-out losses, measure the encoder, offer it to the selection, say what became of the run."""
+        """Average the validation losses, compute the metrics, update the selection and the verdict."""
         step = self.held_out_step = trainer.global_step
         summaries = torch.cat(self._summaries).numpy()
         self.measures = {
             f.__name__: float(f(summaries)) if np.isfinite(summaries).all() else 0.0 for f in (rankme, feature_std)
         }
         for metric in self._encoder_metrics:
-            self.measures.update(metric(module.encoder))  # type: ignore[arg-type]  # the pretraining module has one
+            self.measures.update(metric(module.encoder))  # type: ignore[arg-type]  # the pretraining module has an encoder
         for name, values in self._losses.items():
             error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
             self.held_out[name] = (float(np.mean(values)), error)
@@ -190,8 +187,14 @@ class MetricHistory(pl.Callback):
         trainer.should_stop |= self._stop_on_collapse and (self.has_collapsed or report.verdict == "collapsed")
         self._step_end = time.perf_counter()
 
+    @property
+    def state_key(self) -> str:
+        """Name of the state in checkpoints."""
+        # The default is the class name. The class was named History before, and a checkpoint of that time must be read.
+        return "History"
+
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: all that later rows, the verdict and the choice of the encoder rest on."""
+        """Build the state for checkpoints, on which later rows, the verdict and the selection depend."""
         return {
             "rows": self.rows,
             "held_out": self.held_out,
@@ -206,7 +209,7 @@ class MetricHistory(pl.Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a checkpoint's history."""
+        """Restore the state of a checkpoint."""
         self.rows = [tuple(row) for row in state["rows"]]
         self.held_out = {name: tuple(pair) for name, pair in state["held_out"].items()}
         self.held_out_step, self.measures = state["held_out_step"], dict(state["measures"])
@@ -221,7 +224,7 @@ class MetricHistory(pl.Callback):
         write_csv(path, HISTORY_COLUMNS, self.rows)
 
     def curve(self, name: str) -> list[float]:
-        """A term's training losses, step by step; NaN where it was not finite."""
+        """List the training losses of a term by step; NaN if not finite."""
         return [
             math.nan if loss is None else loss
             for _, n, loss, _, held_out in self.rows
@@ -229,10 +232,10 @@ class MetricHistory(pl.Callback):
         ]
 
     def chance_levels(self) -> dict[str, float | None]:
-        """Chance level of each term at its first step; a term of several has a slash in its name.
+        """Get the chance level of each term at its first step, by name; names of several terms contain a slash.
 
-        Where the level differs between batches (a mask of the foreground changes the number of classes), held-out
-        losses are moved to that of the first step, too. A diagnostic has no chance level.
+        If the level differs between batches (a foreground mask changes the number of classes), validation losses are
+        also shifted to the level of the first step. Diagnostics have no chance level.
         """
         levels: dict[str, float | None] = {}
         for _, name, loss, chance, _ in self.rows:
@@ -242,26 +245,26 @@ class MetricHistory(pl.Callback):
 
     @property
     def rankme(self) -> float:
-        """Effective rank of the held-out summaries; NaN before the first validation."""
+        """Effective rank of the validation summaries; NaN before the first validation."""
         return self.measures.get("rankme", math.nan)
 
     @property
     def feature_std(self) -> float:
-        """Spread of the held-out summaries; NaN before the first validation."""
+        """Spread of the validation summaries; NaN before the first validation."""
         return self.measures.get("feature_std", math.nan)
 
     @property
     def has_diverged(self) -> bool:
-        """Whether a training loss stopped being a number, or (with `stop_on_collapse`) stayed far above chance."""
+        """Whether a training loss was not finite, or (with `stop_on_collapse`) stayed far above chance."""
         return bool(self._non_finite or (self._stop_on_collapse and self._above_chance))
 
     @property
     def has_collapsed(self) -> bool:
-        """Whether the held-out summaries lie on one point or line, though an objective trains them."""
+        """Whether the validation summaries have collapsed to a point or line, although an objective trains them."""
         return bool(self._describe_collapse())
 
     def compute_verdict(self) -> VerdictReport:
-        """The verdict as things stand, and why."""
+        """Compute the current verdict with the reason."""
         levels = {name: chance for name, chance in self.chance_levels().items() if chance is not None}
         if not levels:
             levels = {name: self.curve(name)[0] for name in self.chance_levels()}
@@ -284,7 +287,7 @@ class MetricHistory(pl.Callback):
         return value
 
     def _track_divergence(self, step: int, name: str, loss: float, chance: float | None) -> None:
-        """Count the steps that a loss has been far above chance without a new minimum: one that falls is on its way."""
+        """Count the steps for which a loss has been far above chance; a new minimum resets the count."""
         if loss < self._lowest_losses.get(name, math.inf):
             self._lowest_losses[name], self._steps_above_chance[name] = loss, 0
         self._steps_above_chance[name] = (
@@ -292,13 +295,12 @@ class MetricHistory(pl.Callback):
         )
         if self._steps_above_chance[name] == DIVERGENCE_PATIENCE:
             self._above_chance = (
-                f"{name}: a nat or more above its chance level {chance:.3g} for {DIVERGENCE_PATIENCE} steps up to step "
-                f"{step}, "
-                f"not falling, last {loss:.3g}"
+                f"{name}: one nat or more above its chance level {chance:.3g} for {DIVERGENCE_PATIENCE} steps up to "
+                f"step {step}, without a new minimum, last {loss:.3g}"
             )
 
     def _validate_now(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Measure now, as Lightning's validation would."""
+        """Validate now, in the same way as Lightning."""
         if self._loader is None or self.held_out_step == trainer.global_step:
             return
         self.on_validation_start(trainer, module)
@@ -312,7 +314,7 @@ class MetricHistory(pl.Callback):
         self.on_validation_end(trainer, module)
 
     def _report_verdict(self, trainer: pl.Trainer, report: VerdictReport) -> None:
-        """Say a verdict that is new: a log line, the history and a tag of the tracked run."""
+        """Report a changed verdict: log entry, history, and tag of the tracked run."""
         if self.verdict_changes and self.verdict_changes[-1][1] == report.verdict:
             return
         step = trainer.global_step
@@ -321,13 +323,13 @@ class MetricHistory(pl.Callback):
         if report.verdict == "learning":
             log.info("step %d: learning (%s)", step, report.why)
         else:
-            log.warning("step %d: %s (%s). What to try: %s", step, report.verdict, report.why, ADVICE[report.verdict])
+            log.warning("step %d: %s (%s). Advice: %s", step, report.verdict, report.why, ADVICE[report.verdict])
         if trainer.logger:
             set_tag(trainer.logger, "verdict", report.verdict)
             set_tag(trainer.logger, "verdict_step", str(step))
 
     def _weighted_loss(self) -> tuple[float, float]:
-        """Weighted held-out loss of the terms that have a chance level (of all where none has), and its error."""
+        """Compute the weighted validation loss with its error, of the terms with a chance level, or of all terms."""
         levels = self.chance_levels()
         terms = [name for name, level in levels.items() if level is not None] or [*levels]
         pairs = [
@@ -339,7 +341,7 @@ class MetricHistory(pl.Callback):
         return sum(weight * mean for weight, mean, _ in pairs), error
 
     def _selection_score(self) -> tuple[float, float]:
-        """What the selection compares, the larger the better, and its error; NaN where this step is not to be kept."""
+        """Compute the score for the selection (higher is better) and its error; NaN excludes the step."""
         loss, error = self._weighted_loss()
         if self.has_collapsed or self._non_finite or not math.isfinite(loss):
             return math.nan, 0.0
@@ -353,7 +355,7 @@ class MetricHistory(pl.Callback):
         return level if level is not None else math.nan
 
     def diagnostics(self) -> dict[str, dict[str, float | None]]:
-        """What objectives show beside their losses: mean of the last twenty steps, and the held-out value."""
+        """Summarise the diagnostics of the objectives: mean of the last twenty steps, and validation value."""
         terms = self.chance_levels()
         others = (name for _, name, *_ in self.rows if name not in terms and name not in ENCODER_METRIC_NAMES)
         names = dict.fromkeys(name for name in others if not name.startswith(NON_OBJECTIVE_PREFIXES))
@@ -366,10 +368,10 @@ class MetricHistory(pl.Callback):
 
     @property
     def seconds_per_step(self) -> float:
-        """Mean seconds of a step, without waiting for data."""
+        """Mean duration of a step in seconds, without waiting for data."""
         return self._compute_seconds / max(1, self._n_steps)
 
     @property
     def data_wait_fraction(self) -> float:
-        """Share of the time between the first step and the last spent waiting for data."""
+        """Fraction of the time between the first and the last step that was spent waiting for data."""
         return self._wait_seconds / max(1e-9, self._wait_seconds + self._compute_seconds)

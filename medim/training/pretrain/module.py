@@ -1,4 +1,4 @@
-"""The one pretraining module. It does not change when a method is added: objectives hold the methods."""
+"""Lightning module of pretraining, independent of the method: each method is an objective."""
 
 from __future__ import annotations
 
@@ -24,23 +24,24 @@ ViewBatch = tuple[torch.Tensor, torch.Tensor]
 
 
 class PretrainModule(pl.LightningModule):
-    """Steps an encoder (and decoder) on a weighted list of objectives.
+    """Training of an encoder (and decoder) with a weighted list of objectives.
 
-    A step: the adversaries first (own optimiser, encoder detached), then encoder, critics and heads on the weighted
-    sum of all terms.
+    Each step first updates the adversaries (own optimiser, encoder detached), then encoder, critics and heads with the
+    weighted sum of all terms.
 
     Args:
         encoder: the encoder.
-        decoder: shared by the objectives that decode, or None.
-        objectives: name to (objective, weight).
+        decoder: decoder shared by the objectives that need one, or None.
+        objectives: (objective, weight) by name.
         optimisation: arguments of `medim.training.engine.optim.build_optimiser`, for encoder, critics and heads.
-        adversary_lr: Adam's rate for adversaries, with the betas of the DIM authors' code (0.5, 0.999).
-        chunk: images that encoder and decoder take at a time; see `medim.training.engine.gradient_cache`.
-        compile_networks: run encoder and decoder through torch.compile.
-        gradient_clip: largest gradient norm; 0 does not clip.
-        seed: of the run; each step's randomness follows from it.
-        ranks: the processes of the run. A training batch is this process's part of the global one, a held-out batch is
-            whole in each.
+        adversary_lr: learning rate of Adam for adversaries, with the betas of the code by the authors of DIM (0.5,
+            0.999).
+        chunk: images per chunk of encoder and decoder; see `medim.training.engine.gradient_cache`.
+        compile_networks: whether to use torch.compile for encoder and decoder.
+        gradient_clip: largest gradient norm; 0 disables clipping.
+        seed: random seed of the run, from which those of the steps are derived.
+        ranks: the processes of the run. A training batch is the part of this process; a validation batch is whole in
+            each process.
     """
 
     def __init__(
@@ -74,13 +75,13 @@ class PretrainModule(pl.LightningModule):
         self._gradient_norms: dict[str, torch.Tensor] = {}
         check_chunk_support(chunk, encoder, decoder)
         self._chunk = chunk
-        parts = (encoder, decoder)  # a tuple, so that what torch.compile makes of them is registered no second time
+        parts = (encoder, decoder)  # a tuple, because a list of compiled modules would be registered again
         self._networks: Any = tuple(
             torch.compile(part) if compile_networks and part is not None else part for part in parts
         )
 
     def configure_optimizers(self) -> Any:
-        """The run's optimiser for all but the adversaries, Adam for those."""
+        """Build the main optimiser, and Adam for the adversaries."""
         adversary = [p for objective in self._adversarial_objectives for p in objective.adversary_parameters()]
         adversary_ids = {id(p) for p in adversary}
         main_parameters = nn.ParameterList(p for p in self.parameters() if id(p) not in adversary_ids)
@@ -89,7 +90,7 @@ class PretrainModule(pl.LightningModule):
         return optimisers, [schedule]
 
     def training_step(self, batch: ViewBatch, step: int) -> dict[str, Any]:
-        """One step; returns the terms, and `gradient_norms` before clipping, for whoever watches."""
+        """Perform one step; return the terms, and `gradient_norms` before clipping, for the callbacks."""
         views, encode = self._prepare_views(batch, self.global_step, split=0)
         optimisers = self.optimizers(use_pl_optimizer=True)
         main, *adversaries = optimisers if isinstance(optimisers, list) else [optimisers]
@@ -104,12 +105,12 @@ class PretrainModule(pl.LightningModule):
         return {**terms, "gradient_norms": self._gradient_norms}
 
     def validation_step(self, batch: ViewBatch, index: int) -> dict[str, Any]:
-        """The `terms` on held-out images, and their `summary` (N, summary_channels)."""
+        """Compute the `terms` on validation images, and their `summary` (N, summary_channels)."""
         views, encode = self._prepare_views(batch, index, split=1)
         return {"terms": self._compute_terms(encode, views), "summary": encode.clean.summary}
 
     def total_loss(self, terms: dict[str, Term]) -> torch.Tensor:
-        """The weighted sum of all terms; a term's name starts with its objective's."""
+        """Sum all terms with their weights; the name of a term begins with that of its objective."""
         return torch.stack([self.weights[name.partition("/")[0]] * term.loss for name, term in terms.items()]).sum()
 
     def _compute_terms(self, encode: StepEncoder, views: Views) -> dict[str, Term]:
@@ -128,18 +129,18 @@ class PretrainModule(pl.LightningModule):
         optimiser.zero_grad()
         self.manual_backward(loss)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if isinstance(optimiser, LightningOptimizer):  # counts the step, and goes through the scaler where there is one
+        if isinstance(optimiser, LightningOptimizer):  # counts the step, and applies the loss scaler if there is one
             optimiser.step()
         elif scaler is not None:
             scaler.unscale_(optimiser)
             self._clip_gradient(optimiser)
-            scaler.step(optimiser)  # the main optimiser's step updates the scale
+            scaler.step(optimiser)  # the step of the main optimiser updates the scale
         else:
             self._clip_gradient(optimiser)
             optimiser.step()
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Measure and clip the main optimiser's gradient, after its scale was taken out."""
+        """Measure and clip the gradient of the main optimiser, after unscaling."""
         self._clip_gradient(optimizer)
 
     def _clip_gradient(self, optimiser: Any) -> None:

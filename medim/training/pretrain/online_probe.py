@@ -1,9 +1,9 @@
-"""What is measured beside the losses: a probe where labels exist, alignment and uniformity of held-out subjects.
+"""Metrics of the encoder during training: k-NN probe if labels exist, alignment and uniformity of validation subjects.
 
-A gauge takes the encoder as it is and gives numbers. It has images of its own, the same at each measurement, encodes
-them in evaluation mode, and touches neither weights nor the run's random numbers. Labels are used here alone, and they
-are those of training subjects: the probe chooses the step whose encoder is left, and what `medim study` and
-`medim evaluate` measure on must choose nothing.
+An encoder metric is a function of the encoder that returns numbers. It has its own images, the same at each validation,
+encodes them in evaluation mode, and changes neither the weights nor the random state of the run. Labels are used only
+here, and only those of training subjects: the probe selects the step of the saved encoder, and labels of the
+evaluation split of `medim study` and `medim evaluate` must not affect the selection.
 """
 
 from __future__ import annotations
@@ -30,21 +30,24 @@ from medim.types import Array
 
 log = logging.getLogger(__name__)
 PROTOCOL, METRIC = "knn", "auroc"
-MIN_SUBJECTS, MAX_SUBJECTS = 64, 256  # subjects on each side of the probe: as many as four batches hold, within these
-MAX_PAIRS = 64  # subjects whose two views are compared, at most; as many as two batches hold
-MIN_CLASS_SUBJECTS = 5  # subjects of a class on each side
+MIN_SUBJECTS, MAX_SUBJECTS = (
+    64,
+    256,
+)  # support subjects and query subjects of the probe: four batches each, within these limits
+MAX_PAIRS = 64  # largest number of subjects with two views for the alignment; at most two batches
+MIN_CLASS_SUBJECTS = 5  # smallest number of support and of query subjects per class
 PROBE_BATCH_SIZE = 16
 CACHE_BYTES = 1 << 28
 
 
 class AlignmentMetric:
-    """Alignment and uniformity of two views of held-out images, cut and augmented as in training.
+    """Alignment and uniformity of two views of validation images, cropped and augmented as in training.
 
     Args:
-        config: the run.
-        cohort: where the images lie.
-        records: held-out images.
-        seed: of the choice of images and of the views.
+        config: configuration of the run.
+        cohort: cohort with the store of the images.
+        records: validation images.
+        seed: random seed of the selection of images and of the views.
     """
 
     def __init__(self, config: PretrainConfig, cohort: Cohort, records: Sequence[ImageRecord], *, seed: int) -> None:
@@ -64,20 +67,20 @@ class AlignmentMetric:
         )
 
     def __call__(self, encoder: nn.Module) -> dict[str, float]:
-        """`alignment` and `uniformity`."""
+        """Compute `alignment` and `uniformity`."""
         summaries = _encode_views(encoder, self._images, self._seed)  # (2 N, d)
         return {"alignment": alignment(summaries[::2], summaries[1::2]), "uniformity": uniformity(summaries[::2])}
 
 
 class OnlineProbe:
-    """Nearest neighbours among labelled training images, asked for the labels of other training subjects.
+    """k-NN probe during training: predicts labels of training subjects from those of other training subjects.
 
     Args:
-        config: the run.
-        cohort: where the images lie.
-        support: labelled images.
+        config: configuration of the run.
+        cohort: cohort with the store of the images.
+        support: labelled images, the neighbours.
         queries: labelled images of other subjects.
-        seed: of the places where views are cut.
+        seed: random seed of the positions of the views.
     """
 
     def __init__(
@@ -98,16 +101,16 @@ class OnlineProbe:
         self._labels = tuple(np.array([self.classes.index(str(r.label)) for r in part]) for part in (support, queries))
 
     def __call__(self, encoder: nn.Module) -> dict[str, float]:
-        """`probe` and `probe_error`, its standard error."""
+        """Compute `probe` (AUROC) and `probe_error`, its standard error."""
         support_features, query_features = (_encode_views(encoder, side, self._seed) for side in self._sides)
         if not (np.isfinite(support_features).all() and np.isfinite(query_features).all()):
             return {"probe": float("nan"), "probe_error": float("nan")}
         prediction = PROBES[PROTOCOL](support_features, self._labels[0], query_features, seed=self._seed)
         value = classification_metrics(prediction.probabilities, self._labels[1])[METRIC]
-        assert value is not None  # open_probe saw two classes or more
+        assert value is not None  # open_probe requires two classes or more
         counts = np.bincount(self._labels[1], minlength=len(self.classes))
         n_rarest = int(counts[counts > 0].min())
-        bounded_value = min(value, 1 - 0.5 / n_rarest)  # a few cases without a mistake are no proof that there are none
+        bounded_value = min(value, 1 - 0.5 / n_rarest)  # a perfect score on few cases would have a standard error of 0
         return {
             "probe": value,
             "probe_error": auroc_standard_error(bounded_value, n_rarest, len(self._labels[1]) - n_rarest),
@@ -115,12 +118,12 @@ class OnlineProbe:
 
     @property
     def n_labels(self) -> int:
-        """How many it knows."""
+        """Number of labels in use."""
         return sum(map(len, self._labels))
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What `summary.json` says of it."""
+        """Description of the probe for `summary.json`."""
         return {
             "protocol": PROTOCOL,
             "metric": METRIC,
@@ -133,17 +136,18 @@ class OnlineProbe:
 def open_probe(
     config: PretrainConfig, cohort: Cohort, records: Sequence[ImageRecord], *, seed: int
 ) -> OnlineProbe | None:
-    """The probe of a run; None where labels do not suffice.
+    """Build the probe of a run; None if there are too few labels.
 
-    Of the labelled training subjects, one image each, a third is asked and the others are the neighbours, 64 to 256 a
-    side: it encodes about as much as a few training steps do. Labels suffice with one class an image and two classes of
-    five subjects on each side; rarer classes are left out. None, too, where the run is to select without labels.
+    Of the labelled training subjects, one image each, a third are queries and the others are the support, 64 to 256
+    each. Its cost is about that of a few training steps. It needs one class per image and two classes with five
+    subjects each in support and queries; rarer classes are left out. There is no probe if the configuration selects
+    without labels.
 
     Args:
-        config: the run.
-        cohort: where the images lie.
-        records: the training split.
-        seed: of the choice of images.
+        config: configuration of the run.
+        cohort: cohort with the store of the images.
+        records: images of the training split.
+        seed: random seed of the selection of images.
     """
     if config.select_without_labels:
         return None
@@ -158,7 +162,7 @@ def open_probe(
     if len(classes) < 2:
         if candidates:
             log.info(
-                "probe: too few labelled subjects (%d of two classes on each side are needed), so none",
+                "no probe: too few labelled subjects (two classes with %d support and query subjects each are needed)",
                 MIN_CLASS_SUBJECTS,
             )
         return None
@@ -167,7 +171,7 @@ def open_probe(
 
 
 def _draw_one_per_subject(records: Sequence[ImageRecord], seed: int) -> list[ImageRecord]:
-    """One image of each subject, in an order that is drawn."""
+    """Draw one image of each subject, in random order."""
     order = np.random.default_rng(derive_seed(seed, 3)).permutation(len(records))
     first_places: dict[str, int] = {}
     for place in order:
@@ -176,7 +180,7 @@ def _draw_one_per_subject(records: Sequence[ImageRecord], seed: int) -> list[Ima
 
 
 def _encode_views(encoder: nn.Module, images: ViewDataset, seed: int) -> Array:
-    """Summaries (N V, d) of every image's views, the views of an image side by side."""
+    """Encode the views of every image: summaries (N V, d), the views of an image adjacent."""
     count = len(images)
     batches = (
         torch.cat([images[i, derive_seed(seed, i, 4)][0] for i in range(start, min(start + PROBE_BATCH_SIZE, count))])

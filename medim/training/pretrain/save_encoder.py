@@ -1,4 +1,4 @@
-"""`RUN/encoder/`: the weights that a pretraining run leaves, what they are, and a card."""
+"""Write `RUN/encoder/`: weights, specs and a card of a pretrained encoder."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from medim.training.pretrain.module import PretrainModule
 
 
 def write_encoder(folder: Path, module: PretrainModule, spec: dict[str, Any], sections: Sequence[Section]) -> None:
-    """Write what a run trained: encoder, decoder and the first critic that can draw a map, each with its spec; a card.
+    """Write encoder, decoder and the first critic with a score map, each with its spec, and a card.
 
     Args:
         folder: `RUN/encoder`.
-        module: whose weights.
-        spec: of the encoder, without what its layers tell.
-        sections: the configuration's objectives, in the module's order.
+        module: module with the weights.
+        spec: spec of the encoder, without the values that its layers determine.
+        sections: objectives of the configuration, in the order of the module.
     """
     encoder: Any = module.encoder
     receptive_fields = [encoder.receptive_field(level) for level in range(len(encoder.channels))]

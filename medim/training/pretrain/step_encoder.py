@@ -1,4 +1,4 @@
-"""The encoder as objectives see it during one step."""
+"""Encoder interface of the objectives during one step."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from medim.types import Features, UsageError, Views
 
 
 class StepEncoder:
-    """Encodes (and decodes) for one step; the clean features are computed once and shared by all objectives.
+    """Encoder (and decoder) of one step; the clean features are computed once and shared by all objectives.
 
-    Images and features are those of the global batch. In a run of several processes each computes a part, an equal run
-    of the images in their order, and the parts are gathered.
+    Images and features are those of the global batch. In a run of several processes, each process computes an equal,
+    contiguous part of the images, and the parts are gathered.
 
     Args:
-        encoder: the encoder under training.
-        decoder: the decoder under training, where the run has one.
-        views: the step's batch, of all processes.
-        generator: the step's randomness, the same in all processes.
-        ranks: the processes.
-        chunk: images a chunk; see `medim.training.engine.gradient_cache`.
+        encoder: encoder being trained.
+        decoder: decoder being trained, or None.
+        views: batch of the step, of all processes.
+        generator: random generator of the step, the same in all processes.
+        ranks: the processes of the run.
+        chunk: images per chunk; see `medim.training.engine.gradient_cache`.
     """
 
     def __init__(
@@ -47,24 +47,26 @@ class StepEncoder:
 
     @cached_property
     def clean(self) -> Features:
-        """Features of the B * V views as they came, the views of an image side by side."""
+        """Features of the B * V unchanged views; the views of an image are adjacent."""
         if not isinstance(self._views, GatheredViews):
             return self(self._views.image.flatten(0, 1))
         own = self._views.own.image.flatten(0, 1)
         return self._gather_features(self._encode_local(own), len(own) * self._ranks.count)
 
     def __call__(self, image: torch.Tensor) -> Features:
-        """Encode (N, C, ...)."""
+        """Encode images (N, C, ...)."""
         return self._gather_features(self._encode_local(self._ranks.local_shard(image)), len(image))
 
     def decode(self, features: Features) -> torch.Tensor:
-        """Decode features to one map (N, out_channels, ...) at the image's grid.
+        """Decode features to one map (N, out_channels, ...) on the grid of the image.
 
         Raises:
-            UsageError: the run's config names no decoder.
+            UsageError: the configuration has no decoder.
         """
         if self._decoder is None:
-            raise UsageError("this objective decodes; add a decoder to the config, for example decoder: {name: unet}.")
+            raise UsageError(
+                "this objective needs a decoder; add one to the configuration, for example decoder: {name: unet}."
+            )
         if self._ranks.count == 1:
             own, count = features, 0
         elif isinstance(features, GatheredFeatures):
@@ -78,13 +80,13 @@ class StepEncoder:
         return self._gather_tensor(encode_in_chunks(self._decoder, own, self._chunk).maps[0], count)
 
     def _encode_local(self, image: torch.Tensor) -> Features:
-        """Encode images of this process: the one place where the encoder runs."""
+        """Encode the images of this process; all calls of the encoder go through this method."""
         return encode_in_chunks(self._encoder, image, self._chunk)
 
     def _gather_features(self, own: Features, count: int) -> Features:
-        """Features of `count` images, of which this process has encoded its part."""
+        """Build the features of `count` images from the part that this process has encoded."""
         return own if self._ranks.count == 1 else GatheredFeatures(own, count, self._gather_tensor)
 
     def _gather_tensor(self, part: torch.Tensor, count: int) -> torch.Tensor:
-        """(count, ...), without what was repeated to make the parts equal; `part` itself in a run of one process."""
+        """Gather (count, ...), without the entries repeated as padding; `part` itself in a run of one process."""
         return part if self._ranks.count == 1 else self._ranks.gather(part)[:count]

@@ -1,4 +1,4 @@
-"""One word on a run, why, and what to try next. docs/concepts/verdicts.md says it at length."""
+"""Verdict on a pretraining run, with reason and advice; see docs/concepts/verdicts.md."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 TrainingVerdict = Literal["learning", "at-chance", "collapsed", "diverged"]
-MIN_RANKME, MIN_FEATURE_STD = 1.5, 0.05  # RankMe and feature_std below which summaries have collapsed
-MIN_NORM_RATIO = 0.1  # of the encoder's first size, below which a run that learns nothing has collapsed
+MIN_RANKME, MIN_FEATURE_STD = 1.5, 0.05  # summaries below these limits have collapsed
+MIN_NORM_RATIO = 0.1  # ratio of final to initial weight norm; below it, a run that learns nothing has collapsed
 ADVICE: dict[TrainingVerdict, str] = {
     "learning": "",
-    "at-chance": "Look at the sample views (is anything left in them?), raise the learning rate tenfold, then the "
-    "batch size; make crops larger or the augmentation milder; a long run may just need more steps.",
-    "collapsed": "Look whether the images are blank or alike after preprocessing; lower weight_decay; lower the "
-    "learning rate; add an objective that tells images apart (local_dim, simclr).",
-    "diverged": "Lower the learning rate tenfold; set gradient_clip=1 and warmup_steps; with 16-mixed precision, take "
-    "bf16-mixed or 32-true.",
+    "at-chance": "Check that the sample views show anatomy; increase the learning rate tenfold, then the batch size; "
+    "use larger crops or weaker augmentation; a long run may only need more steps.",
+    "collapsed": "Check that the images are not blank or identical after preprocessing; lower weight_decay; lower the "
+    "learning rate; add an objective that discriminates images (local_dim, simclr).",
+    "diverged": "Lower the learning rate tenfold; set gradient_clip=1 and warmup_steps; with 16-mixed precision, use "
+    "bf16-mixed or 32-true instead.",
 }
 
 
 class VerdictReport(NamedTuple):
-    """A verdict and the figures it stands on."""
+    """Verdict with the figures that explain it."""
 
     verdict: TrainingVerdict
     why: str
@@ -36,20 +36,20 @@ def judge_run(
     collapse: str = "",
     weight_shrinkage: str = "",
 ) -> VerdictReport:
-    """Weigh a run's last held-out losses.
+    """Determine the verdict from the last validation losses of a run.
 
-    `learning`: every term is below its level by at least 5 % of it (of 1 nat where it is 0) and three standard errors.
-    `diverged`: a loss is no number, or a term is above its level by as much, or a training loss strayed far above it
-    and the run has not learnt since. `collapsed`: the held-out summaries lie on one point or line, or nothing is learnt
-    and the encoder's weights have shrunk. Else `at-chance`.
+    `learning`: every term is below its level by at least 5 % of the level (of 1 nat if the level is 0) and three
+    standard errors. `diverged`: a loss is not finite, or a term is above its level by the same margin, or a training
+    loss was far above its level and the run has not learnt since. `collapsed`: the validation summaries have collapsed
+    to a point or line, or nothing is learnt and the weights of the encoder have shrunk. `at-chance`: all other cases.
 
     Args:
-        levels: term to its chance level, or to its first loss where no term has one.
-        held_out: term to mean and standard error of its held-out loss.
-        non_finite: how a training loss stopped being a number; empty: none did.
-        above_chance: how a training loss stayed far above chance; empty: none did.
-        collapse: how the summaries have collapsed; empty: they have not.
-        weight_shrinkage: how the encoder's weights have shrunk; empty: they have not.
+        levels: chance level by term, or first loss by term if no term has a chance level.
+        held_out: mean and standard error of the validation loss by term.
+        non_finite: description of a training loss that was not finite, or empty.
+        above_chance: description of a training loss that stayed far above chance, or empty.
+        collapse: description of a collapse of the summaries, or empty.
+        weight_shrinkage: description of a shrinkage of the encoder weights, or empty.
     """
     if non_finite:
         return VerdictReport("diverged", non_finite)
@@ -77,11 +77,11 @@ def judge_run(
 
 
 def describe_collapse(rankme: float, feature_std: float) -> str:
-    """How summaries have collapsed, or nothing where they have not.
+    """Describe the collapse of summaries; empty if they have not collapsed.
 
     Args:
-        rankme: their effective rank; NaN: not measured.
-        feature_std: their spread, 1 isotropic.
+        rankme: effective rank of the summaries; NaN if not measured.
+        feature_std: spread of the summaries; 1 is isotropic.
     """
     if rankme < MIN_RANKME or feature_std < MIN_FEATURE_STD:
         return (
@@ -92,17 +92,17 @@ def describe_collapse(rankme: float, feature_std: float) -> str:
 
 
 def describe_shrinkage(size: float, at_start: float) -> str:
-    """How far an encoder's weights have shrunk, as they do under too much weight decay, or nothing where they have not.
+    """Describe the shrinkage of the encoder weights under excessive weight decay; empty if they have not shrunk.
 
-    RankMe and feature_std do not see it: they look at directions, which the last noise of a gradient still gives.
+    RankMe and feature_std do not detect it: they measure directions, which the remaining gradient noise still provides.
 
     Args:
-        size: Euclidean norm of all weights that decay; NaN: not measured.
-        at_start: the same before the first step.
+        size: Euclidean norm of all weights with weight decay; NaN if not measured.
+        at_start: the same norm before the first step.
     """
     if size < MIN_NORM_RATIO * at_start:
         return (
             f"encoder: the norm of its weights has shrunk from {at_start:.3g} to {size:.3g} (collapsed below "
-            f"{MIN_NORM_RATIO:.0%} of the first where nothing is learnt)"
+            f"{MIN_NORM_RATIO:.0%} of the first if nothing is learnt)"
         )
     return ""

@@ -315,7 +315,7 @@ def test_a_run_is_not_resumed_on_other_images_or_seeds(
 ) -> None:
     config = finetune_config.model_copy(update={"max_steps": 1})
     finetune(config, cohort_index, tmp_path / "run", store=store)
-    with pytest.raises(UserError, match=f"expected the same inputs.*{next(iter(changes))}"):
+    with pytest.raises(UserError, match=f"needs the same inputs.*{next(iter(changes))}"):
         finetune(config, cohort_index, tmp_path / "run", store=store, resume=True, **changes)  # type: ignore[arg-type]
 
 

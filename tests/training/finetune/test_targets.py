@@ -86,7 +86,7 @@ def test_the_data_decides_for_the_head_and_the_log_says_so(
 
 
 def test_a_head_of_findings_does_not_take_classes(config: FinetuneConfig, cohort_index: Index) -> None:
-    with pytest.raises(UserError, match="expected labels that are findings, got classes"):
+    with pytest.raises(UserError, match="expected findings as labels, got classes"):
         select_head(config.model_copy(update={"head": {"name": "multi_label"}}), cohort_index)
 
 

@@ -183,6 +183,10 @@ def test_a_resumed_history_goes_on_where_the_checkpoint_stood(tmp_path: Path) ->
     assert history.curve("local_dim") == [1.0], "the checkpoint's rows are not shared"
 
 
+def test_checkpoints_of_earlier_versions_contain_the_history_under_its_key() -> None:
+    assert MetricHistory().state_key == "History"  # Lightning drops the state of a callback with another key
+
+
 def test_times_are_those_of_the_steps() -> None:
     history = MetricHistory()
     for step in range(1, 4):
@@ -280,8 +284,8 @@ def test_a_verdict_is_said_once_at_the_step_where_it_changes(caplog: pytest.LogC
     assert [row[:2] for row in history.rows if row[1].startswith("verdict/")][-1] == (80, "verdict/diverged")
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 2
-    assert "a nat or more above its chance level 4" in warnings[0]
-    assert "What to try: Lower the learning rate" in warnings[0]
+    assert "one nat or more above its chance level 4" in warnings[0]
+    assert "Advice: Lower the learning rate" in warnings[0]
 
 
 def test_being_at_chance_is_said_from_the_first_look_on_or_at_the_end() -> None:

@@ -265,7 +265,7 @@ def test_resume_with_another_configuration_is_refused(
     undisturbed: Path, pretrain_config: PretrainConfig, cohort_index: Index
 ) -> None:
     other = pretrain_config.model_copy(update={"lr": 0.5})
-    with pytest.raises(UserError, match="expected the same configuration"):
+    with pytest.raises(UserError, match="needs the same configuration"):
         pretrain(other, cohort_index, undisturbed, resume=True)
 
 
