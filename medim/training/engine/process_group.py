@@ -1,4 +1,4 @@
-"""The processes of a run: who is who, gathering with gradients, and what the first does while the others wait."""
+"""Process group of a run: ranks, gathering with gradients, and steps that the main process takes first."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The processes of a run, and which of them this is.
+    """Processes of a run, and the rank of this process.
 
     Attributes:
-        rank: of this process, 0 to count - 1; the first leads: it alone writes and speaks.
-        devices: processes a node, one a device.
-        nodes: machines.
-        kind: of the devices: cpu, cuda.
-        control: gloo group in which the others wait for the first; None in a run of one process.
+        rank: rank of this process, 0 to count - 1; rank 0 is the main process, which alone writes and reports.
+        devices: number of processes per node, one per device.
+        nodes: number of machines.
+        kind: kind of the devices: cpu, cuda.
+        control: gloo group in which the other processes wait for the main process; None in a run of one process.
     """
 
     rank: int = 0
@@ -38,16 +38,16 @@ class ProcessGroup:
 
     @property
     def count(self) -> int:
-        """Processes in all."""
+        """Total number of processes."""
         return self.devices * self.nodes
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the first process."""
+        """Whether this is the main process."""
         return self.rank == 0
 
     def local_shard(self, whole: torch.Tensor) -> torch.Tensor:
-        """This process's part (ceil(N / count), ...) of a tensor (N, ...); what is missing repeats the last entry."""
+        """Take the part of this process (ceil(N / count), ...) of a tensor (N, ...), padded with the last entry."""
         if self.count == 1:
             return whole
         each = -(-len(whole) // self.count)
@@ -55,11 +55,11 @@ class ProcessGroup:
         return part if len(part) == each else torch.cat([part, whole[-1:].expand(each - len(part), *whole.shape[1:])])
 
     def gather(self, part: torch.Tensor) -> torch.Tensor:
-        """The parts (n, ...) of all processes, in order: (count * n, ...).
+        """Gather the parts (n, ...) of all processes in order of rank: (count * n, ...).
 
-        The gradient is that of the sum of all processes' losses. All compute the same loss of what they gathered, so
-        that each parameter's gradients add up to `count` times the loss's, and DistributedDataParallel's mean over
-        processes is the loss's.
+        The gradient is that of the sum of the losses of all processes. All processes compute the same loss from the
+        gathered parts, so the gradients of each parameter add up to `count` times that of the loss, and the mean over
+        processes by DistributedDataParallel is that of the loss.
         """
         if self.count == 1:
             return part
@@ -67,7 +67,7 @@ class ProcessGroup:
         return whole
 
     def broadcast(self, value: T) -> T:
-        """Return the first process's value, a plain object, in all processes; the others' values are ignored."""
+        """Return the value of the main process, a plain object, in all processes; values of the others are ignored."""
         if self.count == 1:
             return value
         values: list[Any] = [value if self.is_main else None]
@@ -77,14 +77,14 @@ class ProcessGroup:
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """Run the block in the first process while the others wait, then in the others.
+        """Run the block in the main process while the others wait, then in the others.
 
-        The others find the files that the first has written, such as a store. A step that the first process takes
-        alone goes under `if group.is_main:` in the block. If the block fails in the first process, the others exit
-        with the exit code of that error and without running the block.
+        The other processes find the files that the main process has written, such as a store. Steps of the main process
+        alone go under `if group.is_main:` in the block. If the block fails in the main process, the others exit with
+        the exit code of that error without running the block.
 
         Raises:
-            SystemExit: in every other process, if the block fails in the first.
+            SystemExit: in all other processes, if the block fails in the main process.
         """
         if self.count == 1:
             yield
@@ -103,7 +103,7 @@ class ProcessGroup:
         self.broadcast(0)
 
     def any_true(self, flag: bool) -> bool:
-        """Whether the flag is up in any process; all must ask at the same point of the run."""
+        """Whether the flag is set in any process; all processes must call this at the same point of the run."""
         if self.count == 1:
             return flag
         flags = torch.tensor(int(flag))
@@ -111,50 +111,52 @@ class ProcessGroup:
         return bool(flags)
 
     def check_same(self, **values: str | int) -> None:
-        """Refuse processes that are about to compute different things.
+        """Reject processes with different inputs.
 
         Raises:
-            UserError: a value differs between the first process and this one.
+            UserError: a value differs between the main process and this one.
         """
         main_values = self.broadcast(values)
         differences = [
-            f"{key} {values[key]} (the first: {main_values[key]})" for key in values if values[key] != main_values[key]
+            f"{key} {values[key]} (main process: {main_values[key]})"
+            for key in values
+            if values[key] != main_values[key]
         ]
         if self.any_true(bool(differences)):
             raise UserError(
-                f"process {self.rank} of {self.count}: expected what the first process has, got "
-                f"{', '.join(differences) or 'another process that differs'}. All need the same command, "
-                "the same medim, the same data and site key, and --out on a shared disk."
+                f"process {self.rank} of {self.count}: expected the same inputs as in the main process, got "
+                f"{', '.join(differences) or 'a difference in another process'}. All processes need the same command, "
+                "medim version, data and site key, and --out on a shared disk."
             )
 
     def check_batch(self, batch_size: int) -> None:
-        """Refuse a batch that does not divide.
+        """Reject a batch size that cannot be divided evenly.
 
         Raises:
-            UsageError: batch_size is no multiple of the processes.
+            UsageError: batch_size is not a multiple of the number of processes.
         """
         if batch_size % self.count:
             below, above = batch_size // self.count * self.count, -(-batch_size // self.count) * self.count
             raise UsageError(
-                f"batch_size: expected a multiple of the {self.count} processes, over all of which it counts, got "
+                f"batch_size: expected a multiple of the {self.count} processes, which share each batch, got "
                 f"{batch_size}. Set batch_size={f'{below} or {above}' if below else above}, or other --devices."
             )
 
     def with_synced_batch_norm(self, network: nn.Module) -> nn.Module:
-        """The network with batch normalisation over the images of all processes.
+        """Convert batch normalisation to statistics over the images of all processes.
 
-        Critics and heads need none of this: they see the global batch.
+        Critics and heads do not need this, because their inputs are those of the global batch.
 
         Raises:
-            UsageError: batch normalisation in several processes on a CPU; torch synchronises it on CUDA alone.
+            UsageError: there is batch normalisation in several processes on a CPU; torch synchronises it only on CUDA.
         """
         if self.count == 1 or not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules()):
             return network
         if self.kind != "cuda":
             raise UsageError(
                 f"{type(network).__name__}: batch normalisation cannot be synchronised on {self.kind}, so each of the "
-                f"{self.count} processes would normalise by its own images. Choose norm in or gn, and a summary "
-                "without hidden layers; or --devices 1."
+                f"{self.count} processes would normalise with its own images. Use norm in or gn and a summary "
+                "without hidden layers, or --devices 1."
             )
         sync_network: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
         return sync_network
@@ -164,11 +166,11 @@ SINGLE_PROCESS = ProcessGroup()
 
 
 class _GatherFunction(torch.autograd.Function):
-    """Join the parts of all processes; the way back adds up what all say of a part, in fp32 or wider."""
+    """Gather of the parts of all processes; the backward pass sums the gradients of a part in fp32 or wider."""
 
     @staticmethod
     def forward(ctx: Any, part: torch.Tensor, rank: int, count: int) -> torch.Tensor:
-        """Parts (n, ...) of `count` processes to (count * n, ...), by rank."""
+        """Gather parts (n, ...) of `count` processes to (count * n, ...), by rank."""
         ctx.rank, ctx.each = rank, len(part)
         whole = part.new_empty((count * len(part), *part.shape[1:]))
         _all_gather(whole, part.contiguous())
@@ -177,7 +179,7 @@ class _GatherFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """The rows of this process, of the sum over processes."""
+        """Sum the gradients over processes, and return the rows of this process."""
         wide = torch.promote_types(gradient.dtype, torch.float32)
         total = gradient.to(wide, copy=True, memory_format=torch.contiguous_format)
         dist.all_reduce(total)
