@@ -40,7 +40,7 @@ def test_what_is_too_small_to_choose_by_is_told(cohort: Cohort) -> None:
     few = [r for r in records if r.label == "up"][:14] + [r for r in records if r.label == "down"][:2]
     assert "fewer than 2 images of down" in (describe_subset_shortage("classification", few) or "")
     one = [replace(r, subject="one") for r in records[:20]]
-    assert "single subject" in (describe_subset_shortage("segmentation", one) or "")
+    assert "of one subject" in (describe_subset_shortage("segmentation", one) or "")
 
 
 def test_the_best_score_wins_and_of_equals_the_one_nearest_to_the_preset() -> None:

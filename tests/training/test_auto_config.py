@@ -182,7 +182,7 @@ def test_an_auto_without_a_rule_is_refused_by_name() -> None:
         ("views.shape=[8,x]", r"views\.shape"),
         ("encoder=unet", "encoder"),
         ("encoder.norn=in", "Did you mean 'norm'"),
-        ("encoder={name: unet, channels: [6, 10, 14], norm: gn}", "encoder 'unet': expected options that fit"),
+        ("encoder={name: unet, channels: [6, 10, 14], norm: gn}", "encoder 'unet': the options are inconsistent"),
         ("preprocessing=7", "preprocessing"),
         ("preprocessing.2={op: resmaple}", "Did you mean 'resample'"),
         ("modality=[mri]", "modality"),

@@ -312,7 +312,7 @@ def test_an_objective_that_decodes_says_what_the_config_lacks() -> None:
     (batch,) = batches(1)
     encoder = UNetEncoder(1, 2, channels=(4, 8))
     step = StepEncoder(encoder, None, Views(*batch), torch.Generator())
-    with pytest.raises(UsageError, match="add a decoder to the config"):
+    with pytest.raises(UsageError, match="needs a decoder; add one"):
         step.decode(step.clean)
     decoding = StepEncoder(encoder, UNetDecoder((4, 8), (1, 2), 2), Views(*batch), torch.Generator())
     assert decoding.decode(decoding.clean).shape == (4, 4, *SHAPE)
