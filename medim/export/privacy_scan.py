@@ -62,7 +62,7 @@ def text_parts(name: str, data: bytes) -> Iterator[tuple[str, bytes]]:
     """The parts of a package's file that can hold text, by name; of weights their header, of archives their members."""
     if name.endswith(".safetensors"):
         yield f"{name} (header)", data[8 : 8 + int.from_bytes(data[:8], "little")]
-    elif name.endswith((".npz", ".pt")):
+    elif name.endswith(".pt"):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             for member in archive.infolist():
                 if re.fullmatch(r"archive/data/\d+", member.filename):  # the numbers of a tensor

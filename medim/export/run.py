@@ -20,6 +20,7 @@ from medim.models.ood_features import WithOODFeatures
 from medim.models.serialization import load_encoder, load_model, locate_weights
 from medim.objectives.score_map import load_score_map
 from medim.package.contract import GOLDEN, GRAPH, SCORE_MAP, SCORE_MAP_GOLDEN, Signature
+from medim.types import UserError
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def load_finished_run(folder: Path) -> FinishedRun:
     """Load a run's networks and find out which sizes they take.
 
     Raises:
-        UserError: the run is not finished, or its weights are not those it recorded.
+        UserError: the run is not finished, its weights are not those it recorded, or its statistics are of an earlier
+            version of medim.
     """
     weights, spec = locate_weights(folder)
     if spec["kind"] == "encoder":
@@ -114,5 +116,10 @@ def load_finished_run(folder: Path) -> FinishedRun:
 
 
 def _read_ood_statistics(weights: Path) -> bytes | None:
-    file = weights.with_name(OOD_FILE)
+    file, old_file = weights.with_name(OOD_FILE), weights.with_name("reference.npz")
+    if old_file.is_file() and not file.is_file():
+        raise UserError(
+            f"{old_file}: made by an earlier version of medim. Train the run again, or delete the file to export "
+            "without an out-of-distribution score."
+        )
     return file.read_bytes() if file.is_file() else None

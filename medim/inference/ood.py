@@ -10,19 +10,19 @@ the largest of the three ratios.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
 
 from medim.data.preprocessing.quality import QualityMetrics
-from medim.inference.arrays import read_npz_arrays
 from medim.types import Array, UserError, Volume
 
-SCHEMA_VERSION = 1
-OOD_FILE = "reference.npz"  # in the folder of a run's weights, and in models/ of a package
+SCHEMA_VERSION = 2
+OOD_FILE = "reference.safetensors"  # in the folder of a run's weights, and in models/ of a package
 FALSE_POSITIVE_RATE = 0.05  # fraction of the images of new subjects that are flagged
 MAX_WINDOWS = 16  # per image, for the mean of the encoder features
 FEATURE_GROUPS = ("features", "intensities", "geometry")
@@ -113,17 +113,16 @@ class OODDetector:
         return score if np.isfinite(score) else float(np.finfo(np.float32).max)
 
     def dump(self) -> bytes:
-        """Serialise to a compressed `.npz`; the bytes are deterministic."""
+        """Serialise to safetensors, text as UTF-8 codes; the bytes are deterministic."""
         arrays: dict[str, Array] = {
             f"{name}.{key}": np.asarray(getattr(gaussian, key), np.float32)
             for name, gaussian in self.gaussians.items()
             for key in GAUSSIAN_FIELDS
         }
         arrays |= {key: np.asarray(count, np.int64) for key, count in self.counts.items()}
-        arrays |= {"schema_version": np.asarray(SCHEMA_VERSION, np.int64), "method": np.asarray(self.method)}
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, allow_pickle=False, **arrays)
-        return buffer.getvalue()
+        arrays["schema_version"] = np.asarray(SCHEMA_VERSION, np.int64)
+        arrays["method"] = np.frombuffer(self.method.encode(), np.uint8)
+        return safetensors.numpy.save(arrays)
 
     @classmethod
     def parse(cls, data: bytes) -> OODDetector:
@@ -132,17 +131,21 @@ class OODDetector:
         Raises:
             ValueError: the arrays or the schema version are invalid.
         """
-        file = read_npz_arrays(data)
+        try:
+            file = safetensors.numpy.load(data)
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
         if file["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"schema version {file['schema_version']}")
         gaussians = {
             name: _parse_gaussian(*(file[f"{name}.{key}"] for key in GAUSSIAN_FIELDS)) for name in FEATURE_GROUPS
         }
-        return cls(gaussians, {key: int(file[key]) for key in COUNT_NAMES}, _parse_limit_method(str(file["method"])))
+        return cls(gaussians, {key: int(file[key]) for key in COUNT_NAMES}, _parse_limit_method(file["method"]))
 
 
-def _parse_limit_method(text: str) -> LimitMethod:
+def _parse_limit_method(codes: Array) -> LimitMethod:
     method: LimitMethod
+    text = codes.tobytes().decode()
     for method in get_args(LimitMethod):
         if text == method:
             return method

@@ -16,13 +16,13 @@ from medim.package.label_codes import LabelCode as LabelCodes
 from medim.package.schema import StrictModel as _Strict
 from medim.types import Modality, Step, UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 RESEARCH_ONLY = "Research use only: not a medical device, not for diagnosis, treatment or any decision about a patient."
 NOT_REPORTED = "not reported"
 WEIGHTS, GRAPH = "models/model.safetensors", "models/model.onnx"
-REPORT, GOLDEN = "parity/report.json", "parity/golden.npz"
-STATISTICS = "models/reference.npz"
-SCORE_MAP, SCORE_MAP_GOLDEN = "models/score_map.onnx", "parity/score_map.npz"
+REPORT, GOLDEN = "parity/report.json", "parity/golden.safetensors"
+STATISTICS = "models/reference.safetensors"
+SCORE_MAP, SCORE_MAP_GOLDEN = "models/score_map.onnx", "parity/score_map.safetensors"
 
 PackageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._+-]{0,63}$")]
 ClassName = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,64}$")]
@@ -101,7 +101,7 @@ class ScoreMapSpec(_Strict):
 
 
 class OODStatistics(_Strict):
-    """Origin of the out-of-distribution statistics in `models/reference.npz`."""
+    """Origin of the out-of-distribution statistics in `models/reference.safetensors`."""
 
     sha256: Sha256Digest = Field(description="sha256 of the statistics file")
     images: PositiveInt
@@ -138,7 +138,7 @@ POSTPROCESS: dict[ModelKind, Postprocess] = {
 class Contract(_Strict):
     """The content of `medim.json`."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     name: PackageName
     version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+([-+][0-9A-Za-z.-]+)?$")]
     kind: ModelKind
@@ -204,11 +204,18 @@ def parse_contract(data: bytes) -> Contract:
     """Read and check `medim.json`.
 
     Raises:
-        PackageError: the data are not JSON, a key is unknown or missing, or values are inconsistent.
+        PackageError: the data are not JSON, the schema version is another, a key is unknown or missing, or values are
+            inconsistent.
     """
     try:
         return Contract.model_validate_json(data)
     except ValidationError as error:
+        for fault in error.errors():
+            version = fault["input"]
+            if fault["loc"] == ("schema_version",) and isinstance(version, int) and version < SCHEMA_VERSION:
+                raise PackageError(
+                    f"medim.json: schema version {version}, made by an earlier version of medim: export it again."
+                ) from None
         reasons = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'contract'}: {e['msg']}" for e in error.errors())
         raise PackageError(
             f"medim.json: expected the contract of a package (schema {SCHEMA_VERSION}), got {reasons}. Export it again."

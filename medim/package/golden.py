@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import safetensors.numpy
 
 from medim.data.preprocessing.steps import preprocess, reorient_to_ras, to_native
-from medim.inference.arrays import read_npz_arrays
 from medim.inference.network import PredictFn, run_inference, to_label_map
 from medim.package.contract import Contract
 from medim.types import Array, Step, Volume
@@ -83,24 +82,26 @@ class GoldenInput:
         return GoldenDifference(logits_difference, int((rerun.labels != self.labels).sum()), self.labels.size)
 
     def dump(self) -> bytes:
-        """Serialise to a compressed `.npz`; the bytes are deterministic."""
-        buffer = io.BytesIO()
-        np.savez_compressed(
-            buffer,
-            schema_version=np.int64(1),
-            image=self.volume.array.astype(np.int16),
-            affine=self.volume.affine,
-            native_affine=self.volume.native_affine,
-            native_shape=np.asarray(self.volume.native_shape, np.int64),
-            logits=self.logits,
-            labels=self.labels,
-        )
-        return buffer.getvalue()
+        """Serialise to safetensors; the bytes are deterministic."""
+        arrays = {
+            "image": self.volume.array.astype(np.int16),
+            "affine": self.volume.affine,
+            "native_affine": self.volume.native_affine,
+            "native_shape": np.asarray(self.volume.native_shape, np.int64),
+            "logits": self.logits,
+            "labels": self.labels,
+        }
+        return safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
 
     @classmethod
     def parse(cls, data: bytes) -> GoldenInput:
-        """Read the bytes that `dump` returns, without unpickling."""
-        file = read_npz_arrays(data)
+        """Read the bytes that `dump` returns, without unpickling.
+
+        Raises:
+            SafetensorError: the data are not safetensors.
+            KeyError: an array is missing, or its type does not exist in NumPy.
+        """
+        file = safetensors.numpy.load(data)
         shape = tuple(int(n) for n in file["native_shape"])
         volume = Volume(file["image"].astype(np.float32), file["affine"], file["native_affine"], shape)
         return cls(volume, file["logits"], file["labels"])

@@ -6,6 +6,8 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from medim.inference.network import PredictFn, Predictor
 from medim.inference.ood import OODDetector
 from medim.package.contract import (
@@ -26,7 +28,10 @@ from medim.package.model_card import CARD_FILE, parse_model_card
 from medim.package.onnx_session import OnnxSession, load_onnx_session
 from medim.types import Array, UserError, Volume
 
-ARRAY_ERRORS = (ValueError, KeyError, TypeError, IndexError, OverflowError, MemoryError)  # raised for invalid arrays
+ARRAY_ERRORS = (  # raised for invalid arrays
+    *(ValueError, KeyError, TypeError, IndexError, OverflowError, MemoryError),
+    SafetensorError,
+)
 
 __all__ = [
     "Package",
@@ -154,12 +159,13 @@ def load_package(path: str | Path, *, trust: Path | None = None) -> Package:
     manifest = verify_checksums(folder, trust=trust)
     contract = parse_contract(read_with_digest(folder / "medim.json", manifest.sums["medim.json"]))
     manifest.check_signer(contract.signed_by, folder)
+    required = {WEIGHTS, GRAPH, GOLDEN} | ({SCORE_MAP, SCORE_MAP_GOLDEN} if contract.score_map else set())
+    if missing := sorted(required - manifest.sums.keys()):
+        raise PackageError(f"{folder}: the package lacks {', '.join(missing)}. {COPY_AGAIN}")
     if contract.architecture.get("sha256") != manifest.sums[WEIGHTS]:
         raise PackageError(f"{folder / WEIGHTS}: the sha256 differs from that in medim.json. {COPY_AGAIN}")
     if contract.reference and contract.reference.sha256 != manifest.sums.get(STATISTICS):
         raise PackageError(f"{folder / STATISTICS}: the sha256 differs from that in medim.json. {COPY_AGAIN}")
-    if contract.score_map and not {SCORE_MAP, SCORE_MAP_GOLDEN} <= manifest.sums.keys():
-        raise PackageError(f"{folder}: the package lacks {SCORE_MAP} or {SCORE_MAP_GOLDEN}. {COPY_AGAIN}")
     return Package(folder, contract, manifest)
 
 

@@ -39,7 +39,7 @@ MIN_DEVIATION = 0.02  # lower bound of the standard deviation of intensities and
 
 
 def save_ood_detector(folder: Path, network: nn.Module, cohort: Cohort, spec: dict[str, Any]) -> None:
-    """Write the detector to `reference.npz`; if it cannot be fitted, delete an old file and log the reason.
+    """Write the detector to `reference.safetensors`; if it cannot be fitted, delete an old file and log the reason.
 
     Args:
         folder: folder of the weights.

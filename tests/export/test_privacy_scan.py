@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -60,9 +60,11 @@ def test_only_what_can_hold_text_is_read_of_weights_and_archives() -> None:
     parts = dict(text_parts("model.safetensors", weights))
     assert parts == {"model.safetensors (header)": header}
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, erika=np.frombuffer(b"/home/erika/x", np.uint8))
-    (name, text), *_ = text_parts("golden.npz", buffer.getvalue())
-    assert name == "golden.npz/erika.npy"
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("archive/data/0", b"/home/erika/in-the-numbers")
+        archive.writestr("archive/erika", b"/home/erika/x")
+    ((name, text),) = text_parts("model.pt", buffer.getvalue())
+    assert name == "model.pt/archive/erika"
     assert find_identifying_strings(text, set()) == ["/home/erika/x"]
 
 

@@ -41,7 +41,7 @@ FILES = {
     "models/model.onnx",
     "models/model.pt",
     "models/model.safetensors",
-    "parity/golden.npz",
+    "parity/golden.safetensors",
     "parity/report.json",
     "runtime/requirements.lock",
     "sbom.cdx.json",
@@ -245,7 +245,7 @@ def test_sums_that_name_a_file_outside_or_twice_are_refused(copied: Path, line: 
         ("preprocess", [{"op": "normalise", "method": "range"}]),  # not the one whose hash stands beside it
         ("inference", {"mode": "__import__('os').system('true')"}),
         ("kind", "oracle"),
-        ("schema_version", 2),
+        ("schema_version", 3),
         ("run_me", "$(reboot)"),
         ("classes", ["anterior\n"]),
     ],
@@ -255,6 +255,29 @@ def test_a_contract_that_is_not_one_is_refused_even_with_recomputed_sums(copied:
     write_sums(copied)
     with pytest.raises(PackageError, match=r"medim\.json"):
         load_package(copied)
+
+
+def test_a_package_of_an_earlier_version_is_refused(copied: Path) -> None:
+    (copied / "parity" / "golden.safetensors").rename(copied / "parity" / "golden.npz")
+    write_json(copied / "medim.json", {**read_json(copied / "medim.json"), "schema_version": 1})
+    write_sums(copied)
+    with pytest.raises(PackageError, match="made by an earlier version of medim: export it again") as raised:
+        load_package(copied)
+    assert raised.value.exit_code == 3
+
+
+def test_a_package_without_golden_input_is_refused(copied: Path) -> None:
+    (copied / "parity" / "golden.safetensors").unlink()
+    write_sums(copied)
+    with pytest.raises(PackageError, match=r"the package lacks parity/golden\.safetensors"):
+        load_package(copied)
+
+
+def test_statistics_of_an_earlier_version_stop_the_export(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "classifier")
+    (run / "model" / "reference.npz").write_bytes(b"PK")
+    with pytest.raises(UserError, match="made by an earlier version of medim"):
+        export(run, tmp_path / "package")
 
 
 def _flat_input(signature: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from medim.export.export import export
 from medim.files import read_json, write_json
 from medim.inference.ood import COUNT_NAMES, FEATURE_GROUPS, GaussianModel, OODDetector
 from medim.package import integrity
+from medim.package.contract import GOLDEN
 from medim.package.model_card import CARD_FILE
 from medim.package.package import Package, PackageError, load_package, verify_package, write_sums
 from tests.export.packages import make_run
@@ -81,16 +82,46 @@ def test_statistics_of_another_guard_with_recomputed_sums_are_found_by_the_contr
 ) -> None:
     run = make_run(tmp_path / "run", "classifier")
     made = reference(int(packages["classifier"].contract.signature.outputs[-1].shape[1]))
-    (run / "model" / "reference.npz").write_bytes(made.dump())
+    (run / "model" / "reference.safetensors").write_bytes(made.dump())
     folder = export(run, tmp_path / "package").folder
     assert "out-of-distribution detector" in [check.name for check in verify_package(folder)]
     blind = replace(
         made, gaussians={name: replace(part, limit=1e9) for name, part in made.gaussians.items()}
     )  # flags nothing
-    (folder / "models" / "reference.npz").write_bytes(blind.dump())
+    (folder / "models" / "reference.safetensors").write_bytes(blind.dump())
     write_sums(folder)
     with pytest.raises(PackageError, match=r"reference\.npz: the sha256 differs from that in medim\.json"):
         verify_package(folder)
+
+
+def encode_safetensors(dtype: str, shape: list[int], data: bytes) -> bytes:
+    """A safetensors file with one array, which its header describes."""
+    header = json.dumps({"image": {"dtype": dtype, "shape": shape, "data_offsets": [0, len(data)]}}).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+HOSTILE_ARRAYS = {
+    "nothing": b"",
+    "a pickle": pickle.dumps([1.0]),
+    "a header of a terabyte": (1 << 40).to_bytes(8, "little") + b"{}",
+    "a shape of a terabyte": encode_safetensors("F32", [1 << 38], bytes(4)),
+    "a shape that overflows": encode_safetensors("F32", [1 << 62, 4], bytes(4)),
+    "Python objects": encode_safetensors("O", [4], bytes(4)),
+    "a type that numpy does not have": encode_safetensors("BF16", [2], bytes(4)),
+    "other arrays": encode_safetensors("F32", [1], bytes(4)),
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE_ARRAYS.values(), ids=HOSTILE_ARRAYS)
+def test_hostile_arrays_are_refused_before_memory_is_allocated(copy_of: Copy, content: bytes) -> None:
+    with pytest.raises((ValueError, KeyError)):
+        OODDetector.parse(content)
+    folder = copy_of("classifier")
+    (folder / GOLDEN).write_bytes(content)
+    write_sums(folder)
+    with pytest.raises(PackageError, match="golden input cannot be run") as raised:
+        verify_package(folder)
+    assert raised.value.exit_code == 3
 
 
 class Bomb:

@@ -211,7 +211,7 @@ def test_no_name_of_a_patient_reaches_an_output(
 
 LIGHT = """
 import sys
-for missing in ("torch", "monai", "pandas", "pyarrow", "safetensors", "SimpleITK", "onnx", "sklearn"):
+for missing in ("torch", "monai", "pandas", "pyarrow", "SimpleITK", "onnx", "sklearn"):
     sys.modules[missing] = None
 from pathlib import Path
 from medim import load_package
