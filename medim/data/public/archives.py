@@ -1,4 +1,4 @@
-"""Unpacking what came from elsewhere: nothing lands outside its folder, no link, no bomb, all of it or nothing."""
+"""Safe extraction of zip and tar archives: rejects path traversal, links and archive bombs; all or nothing."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from typing import Any
 from medim.types import UserError
 
 MAX_ARCHIVE_FILES = 1_000_000
-MAX_EXPANSION_RATIO = 100  # unpacked over packed; DICOM series with empty margins come to about 10
-MIN_BYTE_LIMIT = 1 << 30  # bytes that any archive may unpack to
+MAX_EXPANSION_RATIO = 100  # extracted size / archive size; about 10 for DICOM series with empty margins
+MIN_BYTE_LIMIT = 1 << 30  # extracted size in bytes that is accepted for any archive
 _DAMAGE_ERRORS = (
     tarfile.TarError,
     zipfile.BadZipFile,
@@ -40,14 +40,15 @@ class _ArchiveMember:
 
 
 def unpack_archive(archive: Path, folder: Path) -> None:
-    """Unpack a tar (gzip, bzip2, xz too) or zip into a new folder.
+    """Extract a tar (also gzip, bzip2, xz) or zip archive into a new folder.
 
-    Where all lies in one folder of that name, the folder itself is meant. The resource forks that macOS adds (`._name`)
-    are left out.
+    If the archive contains only one folder with the name of `folder`, that folder is used directly. Resource forks
+    added by macOS (`._name`) are skipped.
 
     Raises:
-        UserError: damaged; an absolute name, one that leads outside, a link, a device, a name twice, a password; more
-            files or bytes than an honest archive of its size holds; no free space. Nothing is left of `folder` then.
+        UserError: the archive is damaged or encrypted; it contains absolute paths, paths outside the folder, links,
+            devices, or a name twice; it exceeds the limits on files or bytes; or there is not enough free space.
+            `folder` is not created in these cases.
     """
     staging = folder.with_name(f"{folder.name}.unpacking")
     shutil.rmtree(staging, ignore_errors=True)
@@ -72,7 +73,7 @@ def unpack_archive(archive: Path, folder: Path) -> None:
 
 
 def _check_members(container: tarfile.TarFile | zipfile.ZipFile, archive: Path) -> Iterator[_ArchiveMember]:
-    """The files worth unpacking, each looked at before a byte of it is read."""
+    """Yield the files to extract, each checked before it is read."""
     max_bytes = min(
         max(MIN_BYTE_LIMIT, MAX_EXPANSION_RATIO * archive.stat().st_size),
         shutil.disk_usage(archive.parent).free,
@@ -87,7 +88,7 @@ def _check_members(container: tarfile.TarFile | zipfile.ZipFile, archive: Path) 
             )
         if not member.is_plain:
             raise UserError(
-                f"{archive.name}: expected plain files, got {member.name!r}, a link, device or locked file."
+                f"{archive.name}: expected plain files, got {member.name!r}, a link, device or encrypted file."
             )
         if name in names:
             raise UserError(f"{archive.name}: expected each name once, got {member.name!r} twice. Not unpacked.")
@@ -104,7 +105,7 @@ def _check_members(container: tarfile.TarFile | zipfile.ZipFile, archive: Path) 
 
 
 def _iterate_members(container: tarfile.TarFile | zipfile.ZipFile) -> Iterator[_ArchiveMember]:
-    """Name, size and kind of everything but folders."""
+    """Yield name, size and kind of all members except folders."""
     if isinstance(container, tarfile.TarFile):
         for entry in container:
             if not entry.isdir():
@@ -112,5 +113,5 @@ def _iterate_members(container: tarfile.TarFile | zipfile.ZipFile) -> Iterator[_
         return
     for info in container.infolist():
         if not info.is_dir():
-            kind = info.external_attr >> 28  # the Unix file type: 0 where not said, 8 a regular file
+            kind = info.external_attr >> 28  # Unix file type: 0 if unspecified, 8 for a regular file
             yield _ArchiveMember(info.filename, info.file_size, kind in {0, 8} and not info.flag_bits & 1, info)

@@ -1,7 +1,7 @@
-"""One file over HTTP: continued where a connection was cut, checked before it gets its name.
+"""Download one file over HTTP, resuming interrupted transfers, and verify it before it gets its final name.
 
-urllib and not a library: pooch, the usual choice, would bring requests into the light install, and we found no word of
-its continuing a download.
+Uses urllib rather than a library: pooch, the usual choice, would add requests to the light install, and its
+documentation does not mention resumed downloads.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from medim.types import UserError
 
 log = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 5  # in a row without a new byte
-MAX_WAIT_SECONDS = 60  # seconds
+MAX_ATTEMPTS = 5  # consecutive attempts without a new byte
+MAX_WAIT_SECONDS = 60
 _CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class FileDigest:
-    """What a file is known by.
+    """Size and checksums of a file.
 
     Attributes:
-        size: its length.
-        md5: hex digest; what most publishers give.
+        size: size in bytes.
+        md5: hex digest; the checksum that most publishers provide.
         sha256: hex digest.
     """
 
@@ -52,20 +52,21 @@ def download_file(
     progress: Callable[[int, int], None] | None = None,
     pause: Callable[[float], None] = time.sleep,
 ) -> FileDigest:
-    """Bring a file, or what is missing of it.
+    """Download a file, or resume its download.
 
-    What came so far lies in `<path>.part`, and what the server said of it in `<path>.part.json`. A part is continued
-    where the server sends a range of the same, unchanged file (RFC 9110, sections 13 and 14); elsewhere it starts over.
+    Partial content is stored in `<path>.part`, and the server's metadata in `<path>.part.json`. A download is resumed
+    if the server supports ranges and the file is unchanged (RFC 9110, sections 13 and 14); otherwise it starts over.
 
     Args:
-        url: the publisher's address; where MEDIM_MIRROR is set, `apply_mirror` says what is asked instead.
-        path: where to, in a folder that exists. A file that stands there is checked and kept.
-        md5: the publisher's checksum, where one is known.
-        progress: called with the bytes done and, where the server says it, their total (else 0).
-        pause: waits some seconds between tries.
+        url: address at the publisher; replaced by `apply_mirror` if MEDIM_MIRROR is set.
+        path: target file, in an existing folder. An existing file is verified and kept.
+        md5: checksum from the publisher, or None.
+        progress: called with the number of bytes so far and the total number (0 if unknown).
+        pause: function that waits some seconds between attempts.
 
     Raises:
-        UserError: the server refuses, cuts every try, or sends another file than `md5`; no free space.
+        UserError: the server refuses the request, every attempt fails, the file does not match `md5`, or there is not
+            enough free space.
     """
     part = _PartialDownload(apply_mirror(url), path)
     if path.is_file():
@@ -84,7 +85,7 @@ def download_file(
                     part.discard()
                 raise UserError(
                     f"{part.url}: could not be downloaded: {error} ({MAX_ATTEMPTS} tries without progress). "
-                    "Check the connection (HTTPS_PROXY is honoured) and run the same command again: it continues."
+                    "Check the connection (HTTPS_PROXY is used if set) and run the same command again: it continues."
                 ) from None
             wait = min(error.wait or 2.0 ** (failures - 1), MAX_WAIT_SECONDS)
             log.info("%s: %s; trying again in %.0f s", part.url, error, wait)
@@ -96,7 +97,7 @@ def download_file(
 
 
 def compute_digest(path: Path) -> FileDigest:
-    """Length and checksums of a file, in one pass."""
+    """Compute size and checksums of a file in one pass."""
     md5, sha256, size = hashlib.md5(usedforsecurity=False), hashlib.sha256(), 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -107,7 +108,7 @@ def compute_digest(path: Path) -> FileDigest:
 
 
 class _PartialDownload:
-    """What has come of a file so far."""
+    """State of an incomplete download."""
 
     def __init__(self, url: str, path: Path) -> None:
         self.url = url
@@ -123,33 +124,33 @@ class _PartialDownload:
 
     @property
     def size(self) -> int:
-        """Bytes on the disk."""
+        """Number of bytes on disk."""
         return self.path.stat().st_size if self.path.is_file() else 0
 
     @property
     def is_complete(self) -> bool:
-        """Whether every byte that the server announced is here."""
+        """Whether all bytes have been received."""
         return self.at_end or (self.total is not None and self.size == self.total and self.path.is_file())
 
     def restart(self, total: int | None, validator: str | None) -> None:
-        """Forget what came before, and note what the server says of the file."""
+        """Discard previous content, and store the server's metadata of the file."""
         self.path.unlink(missing_ok=True)
         self.total, self.validator = total, validator
         write_json(self._state_path, {"url": self.url, "total": total, "validator": validator})
 
     def discard(self) -> None:
-        """Remove what is left on the disk."""
+        """Remove all files of the partial download."""
         self.path.unlink(missing_ok=True)
         self._state_path.unlink(missing_ok=True)
 
 
 def _request_rest(part: _PartialDownload, progress: Callable[[int, int], None] | None) -> None:
-    """One request: append what it brings."""
+    """Send one request for the missing bytes, and append them."""
     offset = part.size if part.validator else 0
     with open_url(part.url, offset, part.validator) as response:
         if response.status == 206:
             if response.headers.get("Content-Range", "").split("-")[0] != f"bytes {offset}":
-                raise RetryableError("the server sent another range than was asked for; starting over", restart=True)
+                raise RetryableError("the server sent another range than requested; starting over", restart=True)
         else:
             length = response.headers.get("Content-Length", "")
             part.restart(int(length) if length.isdecimal() else None, get_validator(response.headers))
@@ -169,7 +170,7 @@ def _request_rest(part: _PartialDownload, progress: Callable[[int, int], None] |
 def _append_response(
     part: _PartialDownload, response: http.client.HTTPResponse, progress: Callable[[int, int], None] | None
 ) -> None:
-    """Write what a response brings to the end of the part."""
+    """Append the content of a response to the partial file."""
     done = part.size
     try:
         with part.path.open("ab") as file:
@@ -188,12 +189,12 @@ def _append_response(
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        note = " What came so far is kept." if error.errno in {errno.ENOSPC, errno.EDQUOT} else ""
+        note = " The partial download is kept." if error.errno in {errno.ENOSPC, errno.EDQUOT} else ""
         raise UserError(f"{part.path}: could not be written ({error.strerror}).{note} Free some space.") from error
 
 
 def _verify_digest(path: Path, url: str, md5: str | None) -> FileDigest:
-    """The sums of a file; one that is not the publisher's is removed."""
+    """Compute size and checksums of a file, and remove it if the md5 does not match."""
     file_digest = compute_digest(path)
     if md5 is not None and file_digest.md5 != md5:
         path.unlink()

@@ -1,7 +1,7 @@
-"""Public data sets: brought once, checked against their publishers' sums, recorded, and found again by name.
+"""Fetch public data sets: download once, verify the publishers' checksums, record, and find them by name later.
 
-A set's folder holds its images, `fetched.json` (where they came from and on what terms) and `SHA256SUMS` of every file
-(`sha256sum -c SHA256SUMS` checks them, too). What is under way lies in its folder `.download`.
+The folder of a data set contains its images, `fetched.json` (origin and licence) and `SHA256SUMS` of all files (for
+`sha256sum -c SHA256SUMS`). Unfinished downloads are in its subfolder `.download`.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FetchResult:
-    """A set on the disk.
+    """A data set on disk.
 
     Attributes:
-        folder: where it lies.
+        folder: folder of the data set.
         file_count: number of its files.
-        is_new: whether anything was downloaded; else all was there, and checked.
-        manifest: what `fetched.json` holds.
+        is_new: whether anything was downloaded; otherwise all files existed and were verified.
+        manifest: content of `fetched.json`.
     """
 
     folder: Path
@@ -54,18 +54,18 @@ def fetch_public_set(
     progress: Callable[[int, int], None] | None = None,
     pause: Callable[[float], None] = time.sleep,
 ) -> FetchResult:
-    """Download a public set, or what is missing of it, and check what is there.
+    """Download a public data set, or its missing files, and verify existing files.
 
     Args:
         name: a key of `PUBLIC_SETS`, in any case.
-        out: the set's folder; None takes the cache, where `--data NAME` looks.
-        progress: called with the bytes done and their total.
-        pause: waits some seconds between tries.
+        out: folder of the data set; None for the cache, which `--data NAME` searches.
+        progress: called with the number of downloaded bytes and the total number.
+        pause: function that waits some seconds between attempts.
 
     Raises:
-        UsageError: no such set.
-        UserError: the download fails; a sum is not the publisher's, or not the one of the first download; a file was
-            changed since; `out` holds something else.
+        UsageError: no such data set.
+        UserError: the download fails; a checksum differs from that of the publisher or of the first download; a file
+            was changed since; or `out` contains something else.
     """
     name = resolve_set_name(name)
     folder = out or locate_public_folder(name)
@@ -88,47 +88,48 @@ def fetch_public_set(
 
 
 def resolve_set_name(name: str) -> str:
-    """The right spelling of a set's name.
+    """Find the exact spelling of a data set's name.
 
     Raises:
-        UsageError: no such set.
+        UsageError: no such data set.
     """
     names = {key.casefold(): key for key in PUBLIC_SETS}
     if name.casefold() in names:
         return names[name.casefold()]
     suggestions = difflib.get_close_matches(name.casefold(), names, n=1)
     hint = f"Did you mean {names[suggestions[0]]}? " if suggestions else ""
-    raise UsageError(f"{name}: expected the name of a public set. {hint}`medim fetch --list` shows all.")
+    raise UsageError(f"{name}: expected the name of a public data set. {hint}`medim fetch --list` lists all.")
 
 
 def locate_public_folder(name: str) -> Path:
-    """Where a set lies unless the user says otherwise: in the cache, beside the store."""
+    """Return the default folder of a data set: in the cache, next to the store."""
     return cache_folder() / "public" / name
 
 
 def resolve_data_argument(data: Path, modality: Modality) -> Path:
-    """What `--data` means: a path that exists, else the folder of a public set that was fetched before.
+    """Resolve `--data`: an existing path, else the folder of a downloaded public data set.
 
     Raises:
-        UserError: the set was not fetched, only in part, or holds other images.
+        UserError: the data set is missing or incomplete, or has images of another modality.
     """
     set_name = {key.casefold(): key for key in PUBLIC_SETS}.get(str(data).casefold())
     if data.exists() or set_name is None:
         return data
     if PUBLIC_SETS[set_name].modality != modality:
         raise UserError(
-            f"--data {data}: expected {modality} images, and that public set holds {PUBLIC_SETS[set_name].modality}."
+            f"--data {data}: expected {modality} images, but this public data set has "
+            f"{PUBLIC_SETS[set_name].modality} images."
         )
     folder = locate_public_folder(set_name)
     manifest = read_json(folder / "fetched.json") if (folder / "fetched.json").is_file() else {"archives": [{}]}
     if not all(entry.get("sha256") and (folder / entry["file"]).exists() for entry in manifest["archives"]):
-        raise UserError(f"--data {data}: that public set is not here, or not all of it. Run: medim fetch {set_name}")
+        raise UserError(f"--data {data}: this public data set is missing or incomplete. Run: medim fetch {set_name}")
     return folder
 
 
 @contextlib.contextmanager
 def _lock_folder(folder: Path, name: str) -> Iterator[None]:
-    """The folder for this process alone; another one waits. A folder that stays empty is removed again."""
+    """Lock the folder for this process; other processes wait. A folder that stays empty is removed again."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if folder.is_file() or (names - {".medim"} and not names & {".download", "fetched.json"}):
         raise UserError(
@@ -152,14 +153,14 @@ def _lock_folder(folder: Path, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _acquire_lock(marker: Path) -> Iterator[None]:
-    """An exclusive lock on a file, which the one before may have removed while this one waited."""
+    """Acquire an exclusive lock on a file; repeats if the previous owner removed the file in the meantime."""
     while True:
         marker.parent.mkdir(parents=True, exist_ok=True)
         file = marker.open("a")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("%s: another medim fetch is at work here; waiting for it", marker.parent)
+            log.info("%s: another medim fetch is using this folder; waiting for it", marker.parent)
             fcntl.flock(file, fcntl.LOCK_EX)
         if marker.exists() and os.path.samestat(os.fstat(file.fileno()), marker.stat()):
             break
@@ -176,7 +177,7 @@ def _download_entry(
     progress: Callable[[int, int], None] | None,
     pause: Callable[[float], None],
 ) -> None:
-    """Download an archive, check it, record it, and give it its name: in that order, so that any may be interrupted."""
+    """Download an archive, verify and record it, and then rename it, so that each step may be interrupted."""
     entry, work_folder = manifest["archives"][number], folder / ".download"
     work_folder.mkdir(exist_ok=True)
     target, download_path = (
@@ -184,7 +185,7 @@ def _download_entry(
         work_folder / f"{entry['file']}{'.archive' if entry['archive'] else ''}",
     )
     if target.exists():
-        raise UserError(f"{target}: expected nothing here yet, and medim did not fetch it. Move it away.")
+        raise UserError(f"{target} already exists and was not created by medim. Move or delete it.")
     file_digest = download_file(
         entry["url"], download_path, md5=entry["publisher"]["md5"], progress=progress, pause=pause
     )
@@ -206,8 +207,8 @@ def _download_entry(
         shutil.rmtree(work_folder)
         raise UserError(
             f"{entry['url']}: the publisher has changed this file since {manifest['fetched']}: expected the sha256 "
-            f"{entry['sha256']}, got {file_digest.sha256}. Results on the two are not comparable; fetch it into "
-            "another --out."
+            f"{entry['sha256']}, got {file_digest.sha256}. Results with the two versions are not comparable. Use "
+            "another --out for the new version."
         )
     if not old_checksums:
         entry |= {"bytes": file_digest.size, "sha256": file_digest.sha256}

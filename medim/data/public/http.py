@@ -1,4 +1,4 @@
-"""Asking a server for a file: mirrors, proxies, redirections, and which refusals pass by themselves."""
+"""HTTP requests for downloads: mirrors, proxies, redirections, and the distinction of temporary and final errors."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from urllib.parse import urlsplit
 from medim.types import UserError
 from medim.version import __version__
 
-_TIMEOUT_SECONDS = 60  # seconds without a byte, after which a connection counts as cut
-_TRANSIENT_STATUSES = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses worth another try
+_TIMEOUT_SECONDS = 60  # seconds without data after which a connection is considered lost
+_TRANSIENT_STATUSES = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses of temporary errors
 
 
 class RetryableError(Exception):
-    """A try that failed and may be made again: after `wait` seconds if the server says so, or from the start."""
+    """A failed attempt that may be repeated, after `wait` seconds if the server requests it, or from the start."""
 
     def __init__(self, reason: str, *, wait: float | None = None, restart: bool = False) -> None:
         super().__init__(reason)
@@ -28,10 +28,10 @@ class RetryableError(Exception):
 
 
 def apply_mirror(url: str) -> str:
-    """Where to ask: below the address in MEDIM_MIRROR the publisher's host and path follow, as `wget -x` lays them out.
+    """Map a URL to the mirror in MEDIM_MIRROR: its address, followed by host and path as in folders of `wget -x`.
 
     Raises:
-        UserError: MEDIM_MIRROR is no http or https address, or holds a password.
+        UserError: MEDIM_MIRROR is not an http or https address, or contains a password.
     """
     mirror = os.environ.get("MEDIM_MIRROR", "")
     if not mirror:
@@ -43,16 +43,16 @@ def apply_mirror(url: str) -> str:
 
 
 def open_url(url: str, offset: int = 0, validator: str | None = None) -> http.client.HTTPResponse:
-    """Send a request, through the proxies that the environment names.
+    """Send a request, through the proxies configured in the environment.
 
     Args:
         url: http or https.
-        offset: where to begin; the server may begin at 0 all the same.
-        validator: what it called the file then; needed for an offset.
+        offset: first byte to request; the server may start at 0 nevertheless.
+        validator: validator of the partial file (see `get_validator`); required for an offset.
 
     Raises:
-        CutError: another try may do.
-        UserError: it will not.
+        RetryableError: a temporary error.
+        UserError: a permanent error.
     """
     if urlsplit(url).scheme not in {"http", "https"}:
         raise UserError(f"{url}: expected an address that starts with https://.")
@@ -74,35 +74,35 @@ def open_url(url: str, offset: int = 0, validator: str | None = None) -> http.cl
             raise RetryableError(f"HTTP {error.code} {error.reason}", wait=wait) from None
         raise UserError(
             f"{url}: expected the file, got HTTP {error.code} {error.reason}. "
-            "The publisher may have moved or closed it, or a proxy refuses; see the set's page."
+            "The publisher may have moved or closed it, or a proxy blocks it; check the page of the data set."
         ) from None
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLCertVerificationError):
             raise UserError(
-                f"{url}: the server's certificate is not trusted ({reason.verify_message}). Behind a proxy that "
-                "signs anew, set SSL_CERT_FILE to your hospital's certificates."
+                f"{url}: the server's certificate is not trusted ({reason.verify_message}). If a proxy replaces "
+                "certificates, set SSL_CERT_FILE to the certificates of your hospital."
             ) from None
         raise RetryableError(f"no connection ({reason})") from error
     return response
 
 
 def get_validator(headers: Message) -> str | None:
-    """What tells an unchanged file: a strong entity tag, else the time of its last change."""
+    """Get the validator that identifies an unchanged file: a strong entity tag, else the modification time."""
     tag = headers.get("ETag", "")
     return tag if tag.startswith('"') else headers.get("Last-Modified")
 
 
 class _HttpsRedirectHandler(urllib.request.HTTPRedirectHandler):
-    """Never from https to something that can be read or changed on the way."""
+    """Redirect handler that rejects redirections from https to an insecure scheme."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: http.client.HTTPMessage, newurl: str
     ) -> urllib.request.Request | None:
-        """The request that follows a redirection.
+        """Build the request for a redirection.
 
         Raises:
-            UserError: it leads to a scheme that is neither https nor the one before.
+            UserError: its scheme is neither https nor the original scheme.
         """
         scheme = urlsplit(newurl).scheme
         if scheme != "https" and scheme != urlsplit(req.full_url).scheme:

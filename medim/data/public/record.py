@@ -1,4 +1,4 @@
-"""What a public set's folder says of itself: `fetched.json` and `SHA256SUMS`."""
+"""Records in the folder of a public data set: `fetched.json` and `SHA256SUMS`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SCHEMA_VERSION = 1
 
 
 def load_manifest(folder: Path, name: str, pause: Callable[[float], None] = time.sleep) -> dict[str, Any]:
-    """The record of the folder, or a new one with nothing fetched yet."""
+    """Load the record of a folder, or create a new one without downloaded files."""
     path = folder / "fetched.json"
     if path.is_file():
         manifest = read_json(path)
         if manifest.get("name") != name or manifest.get("schema_version") != SCHEMA_VERSION:
-            raise UserError(f"{folder}: expected {name}, and it holds {manifest.get('name')}. Choose another --out.")
+            raise UserError(f"{folder}: expected {name}, got {manifest.get('name')}. Choose another --out.")
         return manifest
     public_set = PUBLIC_SETS[name]
     (folder / ".download").mkdir(exist_ok=True)
@@ -38,7 +38,7 @@ def load_manifest(folder: Path, name: str, pause: Callable[[float], None] = time
 
 
 def _list_downloads(public_set: PublicSet, work_folder: Path, pause: Callable[[float], None]) -> list[dict[str, Any]]:
-    """What there is to download."""
+    """List the files or series to download."""
     if public_set.collection is not None:
         return list_series(public_set.collection, public_set.dicom, work_folder, pause)
     return [
@@ -56,7 +56,7 @@ def _list_downloads(public_set: PublicSet, work_folder: Path, pause: Callable[[f
 
 
 def compute_checksums(content_path: Path) -> dict[str, str]:
-    """sha256 by what stands after the top name: of a file, or of every file in a folder."""
+    """Compute the sha256 of a file, or of every file in a folder, by the path below the top-level name."""
     if content_path.is_file():
         return {"": file_sha256(content_path)}
     files = sorted(path for path in content_path.rglob("*") if path.is_file())
@@ -64,14 +64,14 @@ def compute_checksums(content_path: Path) -> dict[str, str]:
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
-    """`SHA256SUMS` as sha256 by relative path."""
+    """Read `SHA256SUMS` as a map from relative path to sha256."""
     path = folder / "SHA256SUMS"
     lines = path.read_text().splitlines() if path.is_file() else []
     return {name: value for value, _, name in (line.partition("  ") for line in lines)}
 
 
 def verify_set_checksums(folder: Path, checksums: dict[str, str]) -> None:
-    """Every file as it was fetched, but for what was removed as a whole."""
+    """Verify that the files are unchanged since the download. Removed top-level files or folders are ignored."""
     invalid_paths = [
         path
         for path, value in checksums.items()
@@ -80,7 +80,7 @@ def verify_set_checksums(folder: Path, checksums: dict[str, str]) -> None:
     ]
     if invalid_paths:
         raise UserError(
-            f"{folder}: expected the files as they were fetched; {len(invalid_paths)} are missing or changed, as "
+            f"{folder}: {len(invalid_paths)} files are missing or changed since the download, such as "
             f"{invalid_paths[0]}. "
-            f"Move {folder / invalid_paths[0].split('/')[0]} away and run the same command again: it is fetched anew."
+            f"Move {folder / invalid_paths[0].split('/')[0]} away and run the same command again to download it again."
         )

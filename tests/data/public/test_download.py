@@ -151,7 +151,7 @@ def test_a_disk_that_fills_up_on_the_way_keeps_what_came(publisher: Publisher, t
     def full(done: int, _: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(UserError, match=r"No space left on device.*What came so far is kept"):
+    with pytest.raises(UserError, match=r"No space left on device.*The partial download is kept"):
         download_file(f"{publisher.url}/set.npz", tmp_path / "set.npz", md5=MD5, progress=full)
     assert (tmp_path / "set.npz.part").stat().st_size > 0
     assert bring(publisher, tmp_path).read_bytes() == CONTENT

@@ -153,7 +153,7 @@ def test_a_second_call_checks_every_file_and_asks_nobody(publisher: Publisher, t
     assert not bring("PICTURES", tmp_path / "set").is_new
     assert publisher.asked == []
     (tmp_path / "set" / "pictures.npz").write_bytes(b"changed")
-    with pytest.raises(UserError, match=r"missing or changed, as pictures\.npz.*Move"):
+    with pytest.raises(UserError, match=r"missing or changed since the download, such as pictures\.npz.*Move"):
         bring("pictures", tmp_path / "set")
 
 
@@ -323,7 +323,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(publisher: Publisher, 
     with pytest.raises(UserError, match="new or empty folder"):
         bring("pictures", tmp_path / "mine")
     bring("pictures", tmp_path / "set")
-    with pytest.raises(UserError, match="expected Tiny, and it holds pictures"):
+    with pytest.raises(UserError, match="expected Tiny, got pictures"):
         bring("Tiny", tmp_path / "set")
     assert files(tmp_path / "mine") == ["notes.txt"]
 
@@ -334,10 +334,10 @@ def test_data_takes_the_name_of_a_set_that_was_fetched(publisher: Publisher, tmp
     assert publisher.asked == []
     assert fetch_public_set("pictures").folder == locate_public_folder("pictures")
     assert len(open_source(Path("Pictures"), "xray")[0].records) == 12
-    with pytest.raises(UserError, match="that public set holds xray"):
+    with pytest.raises(UserError, match="this public data set has xray"):
         open_source(Path("pictures"), "mri")
     (locate_public_folder("pictures") / "pictures.npz").unlink()
-    with pytest.raises(UserError, match="not all of it"):
+    with pytest.raises(UserError, match="missing or incomplete"):
         open_source(Path("pictures"), "xray")
 
 
@@ -377,5 +377,5 @@ def test_no_name_or_a_wrong_one_is_wrong_usage(words: list[str], said: str) -> N
 
 
 def test_a_name_that_no_set_has_is_not_guessed() -> None:
-    with pytest.raises(UsageError, match="expected the name of a public set"):
+    with pytest.raises(UsageError, match="expected the name of a public data set"):
         fetch_public_set("imagenet")
