@@ -45,7 +45,7 @@ class Volume:
     Attributes:
         array: (C, D, H, W) or (C, H, W), float32 (images) or an integer type (masks).
         affine: (4, 4) float64, voxel index to mm, RAS+. In 2D rows and columns are the first two axes.
-        native_affine: (4, 4) affine of the file's own grid, for writing a result back on it.
+        native_affine: (4, 4) affine of the file's own grid, on which results are written.
         native_shape: spatial shape of the file's own grid.
     """
 

@@ -243,7 +243,7 @@ def merge_tables(
                     cell = cells.get(column, "")
                     if cell and cells_by_image[index].setdefault(column, (cell, table))[0] != cell:
                         raise UserError(
-                            f"{table.path}, line {line}: expected one {column} per image, got another one than before. "
-                            "Remove the wrong row."
+                            f"{table.path}, line {line}: expected one {column} per image, but an earlier row has "
+                            "another one. Remove the wrong row."
                         )
     return cells_by_image

@@ -55,17 +55,17 @@ class Cohort:
         return tuple(r for r in self.index.records if r.image in self.keys and self.splits[r.image] == part)
 
     def labelled_records(self, part: Split) -> tuple[ImageRecord, ...]:
-        """The usable images of a split that have a label (a class), in the index's order."""
+        """List the usable images of a split that have a label (a class), in the order of the index."""
         return tuple(record for record in self.records(part) if record.label is not None)
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
-        """The labels of the training split, in the index's order."""
+        """Labels of the training split, in the order of the index."""
         train_labels = {record.label for record in self.records("train")}
         return tuple(name for name in self.index.labels if name in train_labels)
 
     def class_indices(self, records: Sequence[ImageRecord]) -> Array:
-        """Positions (N,) of the labels of some images in `classes`."""
+        """Compute the (N,) indices in `classes` of the labels of some images."""
         return np.array([self.classes.index(str(record.label)) for record in records])
 
     def build_spec(self, config: RunConfig, *, seed: int, split_seed: int) -> dict[str, Any]:
@@ -101,10 +101,10 @@ class Cohort:
 
 
 class VolumeCache:
-    """Reads the images of a cohort: the first time from the store, later from memory if they fit.
+    """Cached images of a cohort: read from the store once, later from memory if they fit.
 
     Args:
-        cohort: the images.
+        cohort: cohort of the images.
     """
 
     def __init__(self, cohort: Cohort) -> None:
@@ -117,7 +117,7 @@ class VolumeCache:
             volume = self._volumes.get(record.image)
             if volume is None:
                 volume = self._cohort.store.load_volume(self._cohort.keys[record.image])
-            if len(self._volumes) * volume.array.nbytes < CACHE_BYTES:  # images of a source are of about one size
+            if len(self._volumes) * volume.array.nbytes < CACHE_BYTES:  # images of a source have similar sizes
                 self._volumes[record.image] = volume
             yield volume
 

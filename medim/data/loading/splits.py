@@ -173,7 +173,9 @@ def read_splits(path: Path) -> dict[str, Split]:
         splits = {row.get("image", ""): row.get("split", "") for row in csv.DictReader(file)}
     unknown_splits = set(splits.values()) - set(get_args(Split))
     if unknown_splits:
-        raise UserError(f"{path}: expected columns image and split (train, val or test), got others. Copy it again.")
+        raise UserError(
+            f"{path}: expected columns image and split (train, val or test), got other values. Copy it again."
+        )
     return cast(dict[str, Split], splits)
 
 

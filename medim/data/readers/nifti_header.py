@@ -85,7 +85,7 @@ def read_nifti_header(path: Path) -> NiftiHeader:
         dtype, shape, offset = header.get_data_dtype(), header.get_data_shape(), float(header["vox_offset"])
         slope, intercept = header.get_slope_inter()
     except Exception as error:  # nibabel raises many exception types for damaged files
-        raise ReadError("unreadable", f"not a whole NIfTI header ({type(error).__name__})") from error
+        raise ReadError("unreadable", f"incomplete or invalid NIfTI header ({type(error).__name__})") from error
     if dtype.kind not in "uif":
         raise ReadError("not-scalar", f"voxels of type {dtype}; expected one real number per voxel")
     spatial, volumes = _split_axes(shape)

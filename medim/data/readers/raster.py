@@ -184,7 +184,7 @@ def _load_npy(path: Path) -> Array:
     try:
         return np.asarray(np.load(path, allow_pickle=False))
     except Exception as error:  # numpy raises many exception types for damaged files
-        raise ReadError("unreadable", f"not a whole numpy array of numbers ({type(error).__name__})") from error
+        raise ReadError("unreadable", f"not a complete numpy array of numbers ({type(error).__name__})") from error
 
 
 def _load_npz(path: Path) -> dict[str, Array]:
@@ -208,7 +208,7 @@ def _load_archive(name: str, size: int, modification_ns: int) -> dict[str, Array
     except ReadError:
         raise
     except Exception as error:  # numpy raises many exception types for damaged files
-        raise ReadError("unreadable", f"not a whole numpy archive of numbers ({type(error).__name__})") from error
+        raise ReadError("unreadable", f"not a complete numpy archive of numbers ({type(error).__name__})") from error
     if not any(split in content for split in SPLITS):
         raise ReadError("unknown-layout", "expected MedMNIST's arrays (train_images, val_images, test_images)")
     for split in SPLITS:

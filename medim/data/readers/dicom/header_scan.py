@@ -73,7 +73,7 @@ def scan_header(path: Path, keywords: frozenset[str]) -> HeaderScan:
                 return _parse_header(file.read(length), size, keywords)
             except (_IncompleteHeaderError, struct.error) as error:
                 if length >= min(size, _MAX_DICOM_HEADER_BYTES):
-                    raise ReadError("unreadable", "not a whole DICOM header: it ends inside an element") from error
+                    raise ReadError("unreadable", "incomplete DICOM header: it ends inside an element") from error
                 length *= 16
             except zlib.error as error:
                 raise ReadError("unreadable", "the deflated part of the file is damaged") from error

@@ -87,7 +87,7 @@ def _read_dataset(path: Path) -> pydicom.FileDataset:
     try:
         return pydicom.dcmread(path, force=True)
     except Exception as error:  # pydicom raises many exception types for damaged files
-        raise ReadError("unreadable", f"not a whole DICOM file ({type(error).__name__})") from error
+        raise ReadError("unreadable", f"incomplete or invalid DICOM file ({type(error).__name__})") from error
 
 
 def _decode_stored_values(dataset: pydicom.FileDataset) -> Array:
