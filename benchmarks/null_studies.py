@@ -21,12 +21,13 @@ import numpy as np
 
 from medim.config import FinetuneConfig, check_config
 from medim.data.index.index import Index, build_index
-from medim.evaluation.cases import class_arrays, read_cases
+from medim.evaluation.cases import read_cases
 from medim.files import read_json, write_json
 from medim.metrics.bootstrap import compute_scores, draw_resamples
 from medim.metrics.classification import classification_statistics
 from medim.metrics.ranking import Statistic
 from medim.study.statistics.intervals import compare_to_scratch
+from medim.tasks.classification import class_arrays
 from medim.training.finetune.run import finetune
 
 ARMS, BUDGETS, SEEDS, SUBSETS = ("encoder", "scratch"), (16, 64), (0, 1, 2), (0, 1, 2)

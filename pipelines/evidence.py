@@ -14,13 +14,14 @@ import pyarrow.csv
 import pyarrow.parquet
 from matplotlib.figure import Figure
 
-from medim.evaluation.cases import class_arrays, read_cases
+from medim.evaluation.cases import read_cases
 from medim.evaluation.probing.label_budget import Budget
 from medim.files import read_json, write_bytes, write_text
 from medim.metrics.bootstrap import weighted_mean
 from medim.metrics.classification import classification_statistics
 from medim.metrics.ranking import Statistic
 from medim.study.statistics.intervals import ConfidenceInterval
+from medim.tasks.classification import class_arrays
 
 RunSeries = list[tuple[int, float]]
 MAX_POINTS = 300  # of a curve, at most

@@ -40,23 +40,38 @@ MAY_IMPORT: dict[str, frozenset[str]] = {  # a folder or a module: those it may 
     "data/source": GROUND | INDEX | {"data/public", "data/example", "data/loading"},
     "models": GROUND,
     "objectives": GROUND | {"models"},
-    "inference": GROUND | INDEX,
-    "package": GROUND | INDEX | {"inference"},
-    "predict": GROUND | INDEX | {"inference", "package"},
-    "export": GROUND | INDEX | NETWORKS | {"inference", "package", "predict"},
+    "tasks": GROUND | INDEX | {"metrics"},
+    "inference": GROUND | INDEX | {"tasks"},
+    "package": GROUND | INDEX | {"tasks", "inference"},
+    "predict": GROUND | INDEX | {"tasks", "inference", "package"},
+    "export": GROUND | INDEX | NETWORKS | {"tasks", "inference", "package", "predict"},
     "metrics": GROUND | {"models"},
-    "evaluation": GROUND | LOADING | NETWORKS | {"inference", "package", "metrics"},
-    "reports": GROUND | LOADING | {"metrics", "evaluation"},
-    "training": GROUND | LOADING | NETWORKS | {"inference", "metrics", "evaluation", "reports"},
-    "study": GROUND | LOADING | NETWORKS | {"inference", "metrics", "evaluation", "reports", "training"},
+    "evaluation": GROUND | LOADING | NETWORKS | {"tasks", "inference", "package", "metrics"},
+    "reports": GROUND | LOADING | {"tasks", "metrics", "evaluation"},
+    "training": GROUND | LOADING | NETWORKS | {"tasks", "inference", "metrics", "evaluation", "reports"},
+    "study": GROUND | LOADING | NETWORKS | {"tasks", "inference", "metrics", "evaluation", "reports", "training"},
     "cli": GROUND
     | LOADING
     | NETWORKS
-    | {"doctor", "inference", "package", "predict", "export", "metrics", "evaluation", "reports", "training", "study"},
+    | {
+        "doctor",
+        "tasks",
+        "inference",
+        "package",
+        "predict",
+        "export",
+        "metrics",
+        "evaluation",
+        "reports",
+        "training",
+        "study",
+    },
     "__init__": frozenset({"version"}),  # its public names lazily
 }
 LIGHT = frozenset(  # run without the [train] extra; everything else may import torch
-    {"__init__", "doctor", "cli", "data/source", "data/public", "inference", "package", "predict"} | GROUND | INDEX
+    {"__init__", "doctor", "cli", "data/source", "data/public", "tasks", "inference", "package", "predict"}
+    | GROUND
+    | INDEX
 )
 HOMES: dict[str, frozenset[str]] = {  # third party: the folders that may import it
     "pydicom": frozenset({"data/readers", "data/example", "package", "predict", "export", "doctor"}),

@@ -7,48 +7,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medim.data.index.index import AllRejectedError, ImageRecord, Index
-from medim.data.labels import encode_findings
 from medim.files import write_bytes
-from medim.inference.network import ModelKind, Predictor
-from medim.metrics.bootstrap import N_RESAMPLES, Metric, bootstrap_interval, mean_over_subjects
-from medim.metrics.classification import classification_metrics, classification_statistics
-from medim.metrics.multi_label import multi_label_metrics
-from medim.metrics.segmentation import segmentation_metrics
-from medim.types import Array, UserError, Volume
+from medim.inference.network import Predictor
+from medim.metrics.bootstrap import N_RESAMPLES
+from medim.tasks import find_task_of_kind
+from medim.tasks.task import CaseRow, ColumnType
+from medim.types import UserError, Volume
 
 SCHEMA_VERSION = 1
-CaseRow = dict[
-    str, Any
-]  # keys as in COLUMNS; a rejected case has one row, with `rejected` (a stable code) and `detail`
 CaseProgress = Callable[[int, int], None]  # (cases done, cases)
 CaseFilter = Callable[[ImageRecord, Volume], bool]  # whether an image, just read, is to be measured
-_TEXT, _NUMBER = pa.string(), pa.float64()
-_KEY_COLUMNS = {"image": _TEXT, "subject": _TEXT, "class": _TEXT}
-FINDING_TEXT = {1.0: "present", 0.0: "absent"}  # how a row tells of a finding; None where it is unknown
-_REJECTION_COLUMNS = {"rejected": _TEXT, "detail": _TEXT}
-COLUMNS: dict[ModelKind, dict[str, pa.DataType]] = {
-    "segmenter": {
-        **_KEY_COLUMNS,
-        "dice": _NUMBER,
-        "hd95": _NUMBER,  # mm
-        "surface_dice": _NUMBER,  # at 1 mm
-        "truth_ml": _NUMBER,  # None in 2D
-        "predicted_ml": _NUMBER,
-        **_REJECTION_COLUMNS,
-    },
-    "classifier": {**_KEY_COLUMNS, "probability": _NUMBER, "label": _TEXT, "prediction": _TEXT, **_REJECTION_COLUMNS},
-    "multi_label_classifier": {
-        **_KEY_COLUMNS,
-        "probability": _NUMBER,
-        "label": _TEXT,
-        **_REJECTION_COLUMNS,
-    },  # label: as in TOLD
-}
+_COLUMN_TYPES: dict[ColumnType, pa.DataType] = {"text": pa.string(), "number": pa.float64()}
+_KEY_COLUMNS: dict[str, ColumnType] = {"image": "text", "subject": "text", "class": "text"}
+_REJECTION_COLUMNS: dict[str, ColumnType] = {"rejected": "text", "detail": "text"}
 
 
 def score_cases(
@@ -77,11 +52,12 @@ def score_cases(
         AllRejectedError: no case could be run.
         UserError: the masks' classes are not the network's.
     """
-    mapping = _class_mapping(network.classes, index.classes) if network.kind == "segmenter" else None
+    if class_error := network.task.find_class_error(network.classes, index.classes):
+        raise UserError(class_error)
     rows: list[CaseRow] = []
     for done, record in enumerate(records, start=1):
         keys = {"image": record.image, "subject": record.subject}
-        rows.extend({**keys, **row} for row in _score_case(network, index, record, mapping, case_filter))
+        rows.extend({**keys, **row} for row in _score_case(network, index, record, case_filter))
         if progress:
             progress(done, len(records))
     if rows and all(row.get("rejected") for row in rows):
@@ -94,7 +70,7 @@ def score_cases(
 
 
 def summarise_cases(
-    rows: Sequence[CaseRow], kind: ModelKind, classes: Sequence[str], *, seed: int = 0, resamples: int = N_RESAMPLES
+    rows: Sequence[CaseRow], kind: str, classes: Sequence[str], *, seed: int = 0, resamples: int = N_RESAMPLES
 ) -> dict[str, Any]:
     """Metrics of scored cases, each with its 95 % interval over subjects.
 
@@ -110,49 +86,21 @@ def summarise_cases(
     """
     valid_rows = [row for row in rows if not row.get("rejected")]
     images = dict.fromkeys((row["image"], row["subject"]) for row in valid_rows)
-    subjects = [subject for _, subject in images]
-    metrics: dict[str, Metric] = {}
-    if kind == "segmenter":
-        rows_by_class = {name: [row for row in valid_rows if row["class"] == name] for name in classes}
-        means = np.mean([[row["dice"] for row in rows_by_class[name]] for name in classes], axis=0)
-        metrics["dice"] = mean_over_subjects(list(means), subjects, seed=seed, resamples=resamples)
-        for metric in ("dice", "hd95", "surface_dice"):
-            for name in classes:
-                values = [row[metric] for row in rows_by_class[name]]
-                interval = mean_over_subjects(values, subjects, seed=seed, resamples=resamples)
-                metrics[f"{metric}_{name}"] = interval
-    elif kind == "multi_label_classifier":
-        arrays = finding_arrays(valid_rows, classes)
-        metrics = multi_label_metrics(*arrays, classes, subjects, seed=seed, resamples=resamples)
-    else:
-        probabilities, labels = class_arrays(valid_rows, classes)
-        overall = classification_metrics(probabilities, labels)
-        for name, statistic in classification_statistics(probabilities, labels).items():
-            metrics[name] = bootstrap_interval(statistic, subjects, seed=seed, resamples=resamples, value=overall[name])
+    metrics = find_task_of_kind(kind).summarise_cases(valid_rows, classes, seed=seed, resamples=resamples)
     n_rejected = sum(bool(row.get("rejected")) for row in rows)
-    return {"n": len(images), "subjects": len(set(subjects)), "rejected": n_rejected, "metrics": metrics}
+    return {
+        "n": len(images),
+        "subjects": len({subject for _, subject in images}),
+        "rejected": n_rejected,
+        "metrics": metrics,
+    }
 
 
-def class_arrays(rows: Sequence[CaseRow], classes: Sequence[str]) -> tuple[Array, Array]:
-    """Probabilities (N, K) and labels (N,) of a classifier's rows, rejected ones left out."""
-    valid_rows = [row for row in rows if not row.get("rejected")]
-    probabilities = np.array([row["probability"] for row in valid_rows], dtype=np.float64).reshape(-1, len(classes))
-    labels = [classes.index(row["label"]) for row in valid_rows[:: len(classes)]]
-    return probabilities, np.array(labels, dtype=np.intp)
-
-
-def finding_arrays(rows: Sequence[CaseRow], classes: Sequence[str]) -> tuple[Array, Array]:
-    """Probabilities and labels, 1, 0 or NaN (unknown), of a multi-label classifier's rows: two of (N, K)."""
-    valid_rows = [row for row in rows if not row.get("rejected")]
-    finding_values = {word: value for value, word in FINDING_TEXT.items()} | {None: np.nan}
-    columns = [row["probability"] for row in valid_rows], [finding_values[row["label"]] for row in valid_rows]
-    probabilities, labels = (np.array(column, np.float64).reshape(-1, len(classes)) for column in columns)
-    return probabilities, labels
-
-
-def write_cases(path: Path, rows: Sequence[CaseRow], kind: ModelKind) -> None:
-    """Write rows as parquet, with the columns of `COLUMNS`."""
-    write_parquet(path, pa.Table.from_pylist(list(rows), schema=pa.schema(list(COLUMNS[kind].items()))))
+def write_cases(path: Path, rows: Sequence[CaseRow], kind: str) -> None:
+    """Write rows as parquet, with the columns of the task of a network kind."""
+    columns = {**_KEY_COLUMNS, **find_task_of_kind(kind).case_columns, **_REJECTION_COLUMNS}
+    schema = pa.schema([(name, _COLUMN_TYPES[column_type]) for name, column_type in columns.items()])
+    write_parquet(path, pa.Table.from_pylist(list(rows), schema=schema))
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:
@@ -177,72 +125,23 @@ def read_cases(path: Path) -> list[CaseRow]:
     return rows
 
 
-def _score_case(
-    network: Predictor, index: Index, record: ImageRecord, mapping: Array | None, case_filter: CaseFilter | None
-) -> list[CaseRow]:
+def _score_case(network: Predictor, index: Index, record: ImageRecord, case_filter: CaseFilter | None) -> list[CaseRow]:
     """Rows of one case, without its keys."""
+    task = network.task
     try:
         volume = index.open(record)
         if case_filter and not case_filter(record, volume):
             return []
-        mask = index.open_mask(record) if network.kind == "segmenter" else None
+        mask = index.open_mask(record) if task.dense else None
     except Exception as error:  # a decoder may raise anything; the case is counted, the rest goes on
         return [_rejection_row(getattr(error, "reason", "unreadable"), error, index)]
-    if mask is None and not _has_label(record.label, network):
-        detail = f"expected a label of {', '.join(network.classes)}, got {record.label!r}"
-        return [{"rejected": "unknown-class", "detail": detail}]
-    if mask is not None and mask.shape != volume.shape:
-        detail = f"expected a mask on the image's grid {volume.shape}, got {mask.shape}"
-        return [{"rejected": "mask-off-grid", "detail": detail}]
-    if mask is not None and mask.array.max() > len(network.classes):
-        detail = f"expected mask values 0 to {len(network.classes)}, got {mask.array.max()}"
-        return [{"rejected": "unknown-class", "detail": detail}]
+    if target_error := task.find_target_error(record, mask, volume, network.classes):
+        return [{"rejected": target_error[0], "detail": target_error[1]}]
     try:
-        output = network(volume)
+        answer = network(volume)
     except UserError as error:
         return [_rejection_row("not-for-this-model", error, index)]
-    if mask is not None:
-        truth = mask.array[0] if mapping is None else mapping[mask.array[0]]
-        return _score_segmentation(output, truth, volume, network.classes)
-    if network.kind == "multi_label_classifier":
-        finding_texts = [FINDING_TEXT.get(value) for value in encode_findings(record.label, network.classes)]
-        columns = zip(network.classes, map(float, output), finding_texts, strict=True)
-        return [dict(zip(("class", "probability", "label"), column, strict=True)) for column in columns]
-    prediction = network.classes[int(output.argmax())]
-    return [
-        {"class": name, "probability": float(p), "label": record.label, "prediction": prediction}
-        for name, p in zip(network.classes, output, strict=True)
-    ]
-
-
-def _has_label(label: str | None, network: Predictor) -> bool:
-    """Whether a label is a class of the network, or tells of one of its findings."""
-    if network.kind == "multi_label_classifier":
-        return bool(np.isfinite(encode_findings(label, network.classes)).any())
-    return label in network.classes
-
-
-def _score_segmentation(prediction: Array, truth: Array, volume: Volume, classes: Sequence[str]) -> list[CaseRow]:
-    scores = segmentation_metrics(prediction, truth, volume.spacing, classes)
-    rows: list[CaseRow] = [{"class": name, **scores[name]} for name in classes]
-    if volume.spatial_dims == 3:
-        ml_per_voxel = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
-        for value, row in enumerate(rows, start=1):
-            row["truth_ml"] = ml_per_voxel * int((truth == value).sum())
-            row["predicted_ml"] = ml_per_voxel * int((prediction == value).sum())
-    return rows
-
-
-def _class_mapping(ours: Sequence[str], theirs: Sequence[str]) -> Array | None:
-    """Table from the source's mask values to the network's; None where the source names no classes."""
-    if not theirs:
-        return None
-    if set(ours) != set(theirs):
-        raise UserError(
-            f"masks: expected the model's classes ({', '.join(ours)}), got {', '.join(theirs)}. Name them alike in "
-            "dataset.json, or measure on another source."
-        )
-    return np.array([0, *(list(ours).index(name) + 1 for name in theirs)], dtype=np.uint8)
+    return task.score_case(answer, record, mask, volume, network.classes, index.classes)
 
 
 def _rejection_row(reason: str, error: Exception, index: Index) -> CaseRow:

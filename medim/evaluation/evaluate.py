@@ -20,23 +20,19 @@ from medim.data.contamination import ContaminationFilter, load_training_history
 from medim.data.index.index import ImageRecord, Index
 from medim.data.loading.splits import assign_splits as split_subjects
 from medim.data.loading.splits import read_splits
-from medim.evaluation.cases import SCHEMA_VERSION, CaseProgress, CaseRow, score_cases, summarise_cases, write_cases
+from medim.evaluation.cases import SCHEMA_VERSION, CaseProgress, score_cases, summarise_cases, write_cases
 from medim.files import prepare_output_folder, write_json
-from medim.inference.network import ModelKind, PredictFn, Predictor
+from medim.inference.network import PredictFn, Predictor
 from medim.metrics.bootstrap import N_RESAMPLES
 from medim.models.model import as_numpy_function
 from medim.models.serialization import load_encoder, load_model
 from medim.objectives.score_map import load_score_map
 from medim.package.package import load_package
+from medim.tasks import ENCODER, find_task_of_kind
+from medim.tasks.task import CaseRow
 from medim.types import Split, UserError
 
 log = logging.getLogger(__name__)
-TASK_NAMES: dict[ModelKind, str] = {
-    "segmenter": "segmentation",
-    "classifier": "classification",
-    "multi_label_classifier": "multi-label classification",
-}
-
 SplitChoice = Split | Literal["all"]
 
 
@@ -116,7 +112,7 @@ def evaluate(
     content = {
         "schema_version": SCHEMA_VERSION,
         "command": "evaluate",
-        "task": TASK_NAMES[network.kind],
+        "task": network.task.title,
         "split": split_name,
         "seen": contamination,
         **exclusion_counts,
@@ -161,7 +157,7 @@ def select_records(
     Raises:
         UserError: there is none.
     """
-    target_field = "mask" if spec["kind"] == "segmenter" else "label"
+    target_field = find_task_of_kind(spec["kind"]).target_field
     labelled = [record for record in index.records if getattr(record, target_field) is not None]
     if not labelled:
         count = len(index.records)
@@ -195,7 +191,7 @@ def open_network(path: Path) -> tuple[Predictor, dict[str, Any]]:
         model, spec = load_model(path)
         return build_predictor(as_numpy_function(model.to("cuda" if torch.cuda.is_available() else "cpu")), spec), spec
     package = load_package(path)
-    if package.contract.kind == "encoder":
+    if package.contract.kind == ENCODER:
         raise UserError(f"{path}: expected a package that predicts, got an encoder's. Export a fine-tuned run instead.")
     return package.network, package.contract.architecture
 
@@ -204,7 +200,7 @@ def open_encoder(path: Path) -> Predictor:
     """An encoder of a run, to be run by torch; what it answers is its summary, and its map where it has a critic."""
     encoder: Any = load_encoder(path)
     network, score_map = (
-        build_predictor(as_numpy_function(encoder), {**encoder.spec, "kind": "encoder"}),
+        build_predictor(as_numpy_function(encoder), {**encoder.spec, "kind": ENCODER}),
         load_score_map(path),
     )
     return network if score_map is None else replace(network, score_map=as_numpy_function(score_map))

@@ -16,13 +16,13 @@ from medim.files import json_sha256
 from medim.inference.ood import FALSE_POSITIVE_RATE, OOD_FILE, OODDetector
 from medim.package.contract import (
     NOT_REPORTED,
-    POSTPROCESS,
     SCHEMA_VERSION,
     Contract,
     OODStatistics,
     PackageError,
     ScoreMapSpec,
     parse_contract,
+    postprocess_of,
 )
 from medim.package.dicom_rules import load_dicom_rules
 from medim.package.gate import GateResult
@@ -110,7 +110,7 @@ def create_builder(run: FinishedRun, options: ExportOptions) -> PackageBuilder:
         preprocess=tuple(steps),
         preprocess_sha256=json_sha256(steps),
         inference=spec["inference"],
-        postprocess=POSTPROCESS[spec["kind"]],
+        postprocess=postprocess_of(spec["kind"]),
         signature=first.signature,
         score_map=next((ScoreMapSpec(signature=g.signature, critic=g.network.spec) for g in others), None),
         reference=_describe_ood_statistics(run),

@@ -31,6 +31,7 @@ from medim.objectives import OBJECTIVES
 from medim.package.contract import GOLDEN, RESEARCH_ONLY, Contract
 from medim.package.gate import GateResult, gate_result, skip_gate
 from medim.package.model_card import FIELDS
+from medim.tasks import ENCODER, is_dense
 from medim.types import Array
 
 PRIVACY_GATE = "P9 no path, user or host name in any file"
@@ -77,7 +78,7 @@ NETWORK_ISOLATION_UNAVAILABLE = skip_gate("this machine does not allow `unshare 
 
 def _run_weight_gates(run: FinishedRun) -> dict[str, GateResult]:
     training_modules = sum(module.training for graph in run.graphs for module in graph.network.modules())
-    package_network = build_encoder(run.spec) if run.spec["kind"] == "encoder" else build_model(run.spec)
+    package_network = build_encoder(run.spec) if run.spec["kind"] == ENCODER else build_model(run.spec)
     load_weights(package_network, run.weights)
     return {
         "P0 network in evaluation mode": gate_result(training_modules, 0),
@@ -126,7 +127,7 @@ def _run_image_gates(builder: PackageBuilder) -> dict[str, GateResult]:
 
 
 def _run_dicom_gates(builder: PackageBuilder) -> dict[str, GateResult]:
-    if builder.contract.kind != "segmenter" or not builder.contract.labels:
+    if not is_dense(builder.contract.kind) or not builder.contract.labels:
         return {"P8 DICOM SEG, written and read back": skip_gate("no label codes: nothing is answered in DICOM")}
     return {
         f"P8 {name}": gate

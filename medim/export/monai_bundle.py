@@ -18,6 +18,7 @@ from medim.export.sbom import find_version
 from medim.files import encode_json
 from medim.models.model import build_encoder, build_model
 from medim.package.contract import NOT_REPORTED, Contract, Signature
+from medim.tasks import ENCODER, TASKS_BY_KIND, is_dense
 from medim.types import UserError
 from medim.version import DISTRIBUTION
 
@@ -53,7 +54,7 @@ format=%(asctime)s %(name)s %(levelname)s %(message)s
 
 def network(spec: BundleSection) -> nn.Module:
     """Network of a spec (see `medim.models.serialization`), (N, C, ...) to one tensor; of an encoder its summary."""
-    return _SummaryEncoder(build_encoder(spec)) if spec["kind"] == "encoder" else build_model(spec)
+    return _SummaryEncoder(build_encoder(spec)) if spec["kind"] == ENCODER else build_model(spec)
 
 
 class _SummaryEncoder(nn.Module):
@@ -72,7 +73,7 @@ def build_checkpoint(builder: PackageBuilder) -> bytes:
     """`models/model.pt`: {"model": tensors} for the network of `configs/inference.json`; no object but tensors."""
     contract = builder.contract
     module: Any = builder.run.graphs[0].module
-    answer_module = _SummaryEncoder(module) if contract.kind == "encoder" else module
+    answer_module = _SummaryEncoder(module) if contract.kind == ENCODER else module
     if is_monai_native(contract):
         answer_module = to_dynunet(module, contract)
     buffer = io.BytesIO()
@@ -85,7 +86,8 @@ def build_metadata(builder: PackageBuilder) -> bytes:
     contract = builder.contract
     (image,), answer = contract.signature.inputs, contract.signature.outputs[0]
     packages = ["nibabel", "pytorch-ignite", "fire", *([] if is_monai_native(contract) else [DISTRIBUTION])]
-    names = ("background", *contract.classes) if contract.kind == "segmenter" else contract.classes
+    task = TASKS_BY_KIND.get(contract.kind)
+    names = ("background", *contract.classes) if is_dense(contract.kind) else contract.classes
     common_fields: BundleSection = {
         "type": "image",
         "modality": contract.modality,
@@ -122,7 +124,7 @@ def build_metadata(builder: PackageBuilder) -> bytes:
             "outputs": {
                 "pred": {
                     **common_fields,
-                    "format": _OUTPUT_FORMATS[contract.kind],
+                    "format": "features" if task is None else task.monai_output,
                     "num_channels": answer.shape[1],
                     "spatial_shape": [_format_side(side, contract.signature) for side in answer.shape[2:]],
                     "channel_def": {str(i): name for i, name in enumerate(names)},
@@ -131,14 +133,6 @@ def build_metadata(builder: PackageBuilder) -> bytes:
         },
     }
     return encode_json(content)
-
-
-_OUTPUT_FORMATS = {
-    "segmenter": "segmentation",
-    "classifier": "classes",
-    "multi_label_classifier": "classes",
-    "encoder": "features",
-}
 
 
 def _format_side(side: int | str, signature: Signature) -> int | str:
@@ -230,9 +224,7 @@ def _build_preprocessing(contract: Contract) -> list[BundleSection]:
                 "func": {"_target_": "medim.data.loading.augmentations.as_monai", "steps": medim_steps},
             }
         ]
-    copy_source = (
-        [{"_target_": "CopyItemsd", "keys": "image", "names": "source"}] if contract.kind == "segmenter" else []
-    )
+    copy_source = [{"_target_": "CopyItemsd", "keys": "image", "names": "source"}] if is_dense(contract.kind) else []
     return [load, *copy_source, *steps]
 
 
@@ -245,7 +237,7 @@ def _build_inferer(contract: Contract) -> BundleSection:
 
 
 def _build_postprocessing(contract: Contract) -> list[BundleSection]:
-    if contract.kind == "segmenter":
+    if is_dense(contract.kind):
         return [
             {"_target_": "ResampleToMatchd", "keys": "pred", "key_dst": "source", "mode": "bilinear"},
             {"_target_": "AsDiscreted", "keys": "pred", "argmax": True},

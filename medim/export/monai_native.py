@@ -15,6 +15,7 @@ from medim.data.preprocessing.steps import preprocess
 from medim.models.layers import norm_spec
 from medim.package.contract import Contract
 from medim.package.gate import GateResult, gate_result, skip_gate
+from medim.tasks import is_dense
 from medim.types import Step, Volume
 
 BundleSection = dict[str, Any]
@@ -26,7 +27,7 @@ GRID_TOLERANCE = 1e-6  # mm: largest difference of places
 def is_monai_native(contract: Contract) -> bool:
     """Whether MONAI alone can run the bundle."""
     spec = contract.architecture
-    if contract.kind != "segmenter" or contract.spatial_dims != 3 or spec["encoder"]["name"] != "unet":
+    if not is_dense(contract.kind) or contract.spatial_dims != 3 or spec["encoder"]["name"] != "unet":
         return False
     levels, norms = (
         len(spec["encoder"].get("channels", range(4))),

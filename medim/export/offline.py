@@ -15,6 +15,7 @@ from medim.package.contract import GOLDEN
 from medim.package.golden import GoldenInput
 from medim.package.package import Package, load_package, verify_package
 from medim.predict.predict import embed_images, predict
+from medim.tasks import ENCODER
 
 ISOLATION_COMMANDS = (("unshare", "--net"), ("unshare", "--map-root-user", "--net"))  # as root, as anybody
 TIMEOUT_SECONDS = 900
@@ -50,7 +51,7 @@ def _answer_phantom(package: Package, out: Path) -> None:
     else:
         image = out / "phantom.npy"
         np.save(image, volume.array[0] if len(volume.array) == 1 else volume.array)
-    if package.contract.kind == "encoder":
+    if package.contract.kind == ENCODER:
         embed_images(package, [image], out / "features.npz")
     else:
         predict(package, [image], out / "answer")

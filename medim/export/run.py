@@ -20,6 +20,7 @@ from medim.models.ood_features import WithOODFeatures
 from medim.models.serialization import load_encoder, load_model, locate_weights
 from medim.objectives.score_map import load_score_map
 from medim.package.contract import GOLDEN, GRAPH, SCORE_MAP, SCORE_MAP_GOLDEN, Signature
+from medim.tasks import ENCODER
 from medim.types import UserError
 
 
@@ -65,7 +66,7 @@ class FinishedRun:
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes; an encoder has none."""
-        return () if self.spec["kind"] == "encoder" else tuple(self.spec["classes"])
+        return () if self.spec["kind"] == ENCODER else tuple(self.spec["classes"])
 
 
 class _Float64Network(nn.Module):
@@ -87,7 +88,7 @@ def load_finished_run(folder: Path) -> FinishedRun:
             version of medim.
     """
     weights, spec = locate_weights(folder)
-    if spec["kind"] == "encoder":
+    if spec["kind"] == ENCODER:
         encoder: Any = load_encoder(folder)
         module, score_map = encoder, load_score_map(folder)
     else:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -17,10 +16,11 @@ from medim.config import validate_section
 from medim.data.preprocessing.quality import measure_quality
 from medim.data.preprocessing.steps import preprocess, restore_grid
 from medim.inference.ood import FeatureRecorder, OODDetector, OODResult, PredictWithFeatures, ood_features
+from medim.tasks import ENCODER, find_task_of_kind
+from medim.tasks.task import Task
 from medim.types import Array, Modality, Step, UserError, Volume
 
 PredictFn = Callable[[Array], Array]  # (N, C, ...) float32 to logits (N, K, ...) or (N, K)
-ModelKind = Literal["encoder", "segmenter", "classifier", "multi_label_classifier"]
 SIGMA = 0.125  # of the Gaussian window weight, as a fraction of the window size (value of MONAI and nnU-Net)
 
 
@@ -112,35 +112,6 @@ def run_inference(run: PredictFn, image: Volume, inference: Step) -> Array:
     return function(run, image.array, **options)
 
 
-def to_label_map(logits: Array, input_volume: Volume, volume: Volume) -> Array:
-    """Convert logits to a label map on the grid of the original image.
-
-    Logits are resampled linearly before the argmax, so that class borders follow the grid of the original image.
-    Regions that preprocessing cropped are background.
-
-    Args:
-        logits: (K, *input_volume.shape); class 0 is the background.
-        input_volume: preprocessed image.
-        volume: original image.
-
-    Returns:
-        (*volume.shape) uint8.
-    """
-    native_logits = restore_grid(logits, input_volume, volume, order=1, fill=0.0)
-    return np.asarray(native_logits.argmax(axis=0), np.uint8)
-
-
-def softmax_probabilities(logits: Array) -> Array:
-    """Convert logits (K,) of mutually exclusive classes to probabilities with sum 1."""
-    odds = np.exp(logits.astype(np.float64) - logits.max())
-    return np.asarray(odds / odds.sum())
-
-
-def sigmoid_probabilities(logits: Array) -> Array:
-    """Convert logits (K,) of independent findings to probabilities."""
-    return np.asarray(np.exp(-np.logaddexp(0, -logits.astype(np.float64))))
-
-
 def compute_score_map(run: PredictFn, volume: Volume, preprocessing: Sequence[Step], inference: Step) -> Array:
     """Compute the mutual-information map of an image on the grid of the original image.
 
@@ -164,7 +135,7 @@ class Predictor:
 
     Attributes:
         run: the network.
-        kind: kind of model.
+        kind: `encoder`, or the kind of a task in `medim.tasks`.
         modality: imaging modality of the input.
         spatial_dims: 2 or 3.
         in_channels: number of image channels.
@@ -178,7 +149,7 @@ class Predictor:
     """
 
     run: PredictFn
-    kind: ModelKind
+    kind: str
     modality: Modality
     spatial_dims: int
     in_channels: int
@@ -188,6 +159,11 @@ class Predictor:
     score_map: PredictFn | None = None
     predict_with_features: PredictWithFeatures | None = None
     ood_detector: OODDetector | None = None
+
+    @property
+    def task(self) -> Task:
+        """Task of the network; KeyError for an encoder."""
+        return find_task_of_kind(self.kind)
 
     def __call__(self, volume: Volume) -> Array:
         """Predict an image.
@@ -234,9 +210,7 @@ class Predictor:
 
     def _compute_answer(self, run: PredictFn, volume: Volume, input_volume: Volume) -> Array:
         logits = run_inference(run, input_volume, self.inference)
-        return (
-            to_label_map(logits, input_volume, volume) if self.kind == "segmenter" else _ACTIVATIONS[self.kind](logits)
-        )
+        return logits if self.kind == ENCODER else self.task.to_answer(logits, input_volume, volume)
 
     def _preprocess_volume(self, volume: Volume) -> Volume:
         self._check_volume(volume)
@@ -248,13 +222,6 @@ class Predictor:
                 f"expected a {self.spatial_dims}D image of {self.in_channels} channel(s), got "
                 f"{volume.spatial_dims}D of {len(volume.array)}. Use a package that was trained on such images."
             )
-
-
-_ACTIVATIONS: dict[ModelKind, Callable[[Array], Array]] = {
-    "encoder": np.asarray,
-    "classifier": softmax_probabilities,
-    "multi_label_classifier": sigmoid_probabilities,
-}
 
 
 def _pad_image(image: Array, shape: Sequence[int]) -> tuple[Array, tuple[slice, ...]]:

@@ -123,6 +123,18 @@ def weighted_mean(values: Sequence[float]) -> Statistic:
     return lambda weights: weights @ column / weights.sum(axis=1)
 
 
+def mean_over_valid(column: Array) -> Statistic:
+    """Build the weighted mean over the cases with a value, as a function of the weights; NaN if no case has one."""
+    valid = np.isfinite(column)
+    finite_column = np.where(valid, column, 0.0)
+
+    def compute_mean(weights: Array) -> Array:
+        total = weights @ valid
+        return np.asarray(np.divide(weights @ finite_column, total, out=np.full(len(weights), np.nan), where=total > 0))
+
+    return compute_mean
+
+
 def bootstrap_interval(
     statistic: Statistic,
     subjects: Sequence[str],

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, ValidationError, model_validator
 
 from medim.config import validate_section
 from medim.data.preprocessing.steps import check_steps
 from medim.files import json_sha256
-from medim.inference.network import INFERENCES, ModelKind
+from medim.inference.network import INFERENCES
 from medim.inference.ood import LimitMethod
 from medim.package.dicom_rules import DicomRules
 from medim.package.label_codes import LabelCode as LabelCodes
 from medim.package.schema import StrictModel as _Strict
+from medim.tasks import ENCODER, MODEL_KINDS, find_task_of_kind, is_dense
+from medim.tasks.task import Inversion, OutputActivation
 from medim.types import Modality, Step, UserError
 
 SCHEMA_VERSION = 2
@@ -123,16 +125,22 @@ class OODStatistics(_Strict):
 class Postprocess(_Strict):
     """Postprocessing of the first output; only the listed values are allowed."""
 
-    activation: Literal["none", "softmax", "sigmoid"]
-    invert: Literal["none", "resample logits (order 1), then argmax"]
+    activation: OutputActivation
+    invert: Inversion
 
 
-POSTPROCESS: dict[ModelKind, Postprocess] = {
-    "encoder": Postprocess(activation="none", invert="none"),
-    "classifier": Postprocess(activation="softmax", invert="none"),
-    "multi_label_classifier": Postprocess(activation="sigmoid", invert="none"),
-    "segmenter": Postprocess(activation="none", invert="resample logits (order 1), then argmax"),
-}
+def postprocess_of(kind: str) -> Postprocess:
+    """How the answer of a network kind is made."""
+    if kind == ENCODER:
+        return Postprocess(activation="none", invert="none")
+    task = find_task_of_kind(kind)
+    return Postprocess(activation=task.activation, invert=task.inversion)
+
+
+def _check_kind(kind: str) -> str:
+    if kind not in MODEL_KINDS:
+        raise ValueError(f"expected one of {', '.join(MODEL_KINDS)}, got {kind!r}")
+    return kind
 
 
 class Contract(_Strict):
@@ -141,7 +149,7 @@ class Contract(_Strict):
     schema_version: Literal[2] = 2
     name: PackageName
     version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+([-+][0-9A-Za-z.-]+)?$")]
-    kind: ModelKind
+    kind: Annotated[str, AfterValidator(_check_kind)]
     modality: Modality
     intended_use: str = NOT_REPORTED
     not_for: str = RESEARCH_ONLY
@@ -177,15 +185,15 @@ class Contract(_Strict):
             validate_section(INFERENCES, self.inference, key="mode", run_args=("run", "image"))
         except UserError as error:
             raise ValueError(str(error)) from error
-        if self.postprocess != POSTPROCESS[self.kind]:
-            raise ValueError(f"expected the postprocessing {POSTPROCESS[self.kind]} for a {self.kind}")
-        if (self.kind == "encoder") == bool(self.classes):
+        if self.postprocess != postprocess_of(self.kind):
+            raise ValueError(f"expected the postprocessing {postprocess_of(self.kind)} for a {self.kind}")
+        if (self.kind == ENCODER) == bool(self.classes):
             raise ValueError(f"the classes {self.classes} do not match the kind {self.kind}")
-        first_index = 1 if self.kind == "segmenter" else 0
+        first_index = 1 if is_dense(self.kind) else 0
         label_names = tuple((label.index, label.name) for label in self.labels)
         if self.labels and label_names != tuple(enumerate(self.classes, start=first_index)):
             raise ValueError(f"the labels {label_names} do not match the classes {self.classes}")
-        if self.score_map and (self.kind != "encoder" or self.score_map.signature.inputs != self.signature.inputs):
+        if self.score_map and (self.kind != ENCODER or self.score_map.signature.inputs != self.signature.inputs):
             raise ValueError("a score map requires an encoder with the same input")
         return self
 

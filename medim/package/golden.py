@@ -9,8 +9,9 @@ import numpy as np
 import safetensors.numpy
 
 from medim.data.preprocessing.steps import preprocess, reorient_to_ras, to_native
-from medim.inference.network import PredictFn, run_inference, to_label_map
+from medim.inference.network import PredictFn, run_inference
 from medim.package.contract import Contract
+from medim.tasks import TASKS_BY_KIND
 from medim.types import Array, Step, Volume
 
 MAX_LOGITS = 4096  # approximate number of stored logits
@@ -67,8 +68,9 @@ class GoldenInput:
         input_volume = preprocess(volume, contract.preprocess)
         logits = run_inference(run, input_volume, contract.inference)
         labels = np.zeros(0, np.uint8)
-        if contract.kind == "segmenter":
-            labels = to_native(to_label_map(logits, input_volume, volume)[None], volume)[0]
+        task = TASKS_BY_KIND.get(contract.kind)
+        if task and task.dense:
+            labels = to_native(task.to_answer(logits, input_volume, volume)[None], volume)[0]
         return cls(volume, logits.reshape(-1)[:: max(1, logits.size // MAX_LOGITS)].astype(np.float32), labels)
 
     def compare_run(self, run: PredictFn, contract: Contract) -> GoldenDifference:

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt
 
-from medim.inference.network import ModelKind
 from medim.package.schema import StrictModel, read_strict_json
+from medim.tasks import TASKS_BY_KIND
 from medim.types import UserError
 
 DicomText = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f\\]{1,64}$")]  # DICOM's LO: 64 characters, no backslash
@@ -55,7 +55,7 @@ class LabelCodesFile(StrictModel):
     labels: Annotated[tuple[LabelCode, ...], Field(min_length=1, max_length=255)]
 
 
-def read_label_codes(schema: Path | str, classes: Sequence[str], kind: ModelKind) -> tuple[LabelCode, ...]:
+def read_label_codes(schema: Path | str, classes: Sequence[str], kind: str) -> tuple[LabelCode, ...]:
     """Read label codes and check them against the classes of a run.
 
     Args:
@@ -71,16 +71,17 @@ def read_label_codes(schema: Path | str, classes: Sequence[str], kind: ModelKind
     if not path.exists():
         path = list_builtin_labels().get(str(schema), path)
     labels = read_strict_json(path, LabelCodesFile, "label codes (docs/how-to/answer-in-dicom.md)").labels
-    expected = list(enumerate(classes, start=1 if kind == "segmenter" else 0))
+    task = TASKS_BY_KIND.get(kind)
+    expected = list(enumerate(classes, start=task.first_class_index if task else 0))
     if [(label.index, label.name.casefold()) for label in labels] != [(i, name.casefold()) for i, name in expected]:
         raise UserError(
             f"{schema}: expected the classes {expected} of the run, in this order, got "
             f"{[(label.index, label.name) for label in labels]}. Write one label per class."
         )
     for label in labels:
-        if kind == "segmenter" and not (label.category and label.type):
+        if task and task.dense and not (label.category and label.type):
             raise UserError(f"{schema}, {label.name}: a DICOM segment requires `category` and `type`. Add them.")
-        if kind != "multi_label_classifier" and label.threshold is not None:
+        if not (task and task.has_thresholds) and label.threshold is not None:
             raise UserError(f"{schema}, {label.name}: `threshold` applies only to a multi-label classifier. Remove it.")
         for code in filter(None, (label.category, label.type, *label.modifiers)):
             _check_concept_code(code, f"{schema}, {label.name}")

@@ -13,7 +13,6 @@ from PIL import Image
 
 from medim.data.preprocessing.steps import to_native
 from medim.files import write_bytes
-from medim.inference.network import Predictor
 from medim.types import Array, Volume
 
 
@@ -76,24 +75,3 @@ def _write_nifti(stem: Path, native: Array, volume: Volume) -> Path:
     path = stem.with_name(f"{stem.name}.nii.gz")
     write_bytes(path, gzip.compress(image.to_bytes(), compresslevel=6, mtime=0))
     return path
-
-
-def class_sizes(labels: Array, volume: Volume, classes: int) -> list[float]:
-    """Size of each class: mm3 in 3D, mm2 in 2D."""
-    dims = volume.spatial_dims
-    voxel = abs(float(np.linalg.det(volume.affine[:dims, :dims])))
-    return [float(n) * voxel for n in np.bincount(labels.reshape(-1), minlength=classes + 1)[1:]]
-
-
-def size_columns(labels: Array, volume: Volume, classes: tuple[str, ...]) -> dict[str, float]:
-    """Size of each class: `ml_<class>` in 3D, `mm2_<class>` in 2D."""
-    unit, scale = ("ml", 1e-3) if volume.spatial_dims == 3 else ("mm2", 1.0)
-    measures = class_sizes(labels, volume, len(classes))
-    return {f"{unit}_{name}": round(size * scale, 6) for name, size in zip(classes, measures, strict=True)}
-
-
-def classification_columns(network: Predictor, probabilities: Array) -> dict[str, Any]:
-    """A classifier's answer as columns: `class`, where it names one, and `probability_<class>`."""
-    class_column = {"class": network.classes[int(probabilities.argmax())]} if network.kind == "classifier" else {}
-    columns = zip(network.classes, probabilities, strict=True)
-    return {**class_column, **{f"probability_{label}": round(float(p), 6) for label, p in columns}}

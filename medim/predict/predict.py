@@ -21,7 +21,8 @@ from medim.inference.network import Predictor
 from medim.inference.ood import OODResult
 from medim.package.package import Package
 from medim.predict.embeddings import WRITERS
-from medim.predict.outputs import classification_columns, size_columns, write_map, write_mask
+from medim.predict.outputs import write_map, write_mask
+from medim.tasks import ENCODER
 from medim.types import Array, Modality, UsageError, UserError, Volume
 
 SCHEMA_VERSION = 1
@@ -71,7 +72,7 @@ def predict(
         AllRejectedError: no input got an answer (exit code 4); `rejected.csv` is written all the same.
     """
     network = _get_predictor(package)
-    if network.kind == "encoder":
+    if network.kind == ENCODER:
         raise UserError("predict: expected a segmenter or classifier, got an encoder. Use `medim embed`.")
     write_row = _select_writer(package, as_, labelmap=labelmap)
     folder = prepare_output_folder(out, overwrite=overwrite)
@@ -135,7 +136,7 @@ def embed_images(
         AllRejectedError: no input could be used.
     """
     network = _get_predictor(package)
-    if network.kind != "encoder":
+    if network.kind != ENCODER:
         raise UserError(f"embed: expected an encoder, got a {network.kind}. Export the pretraining run, and use that.")
     writer = WRITERS.get(out.suffix)
     if writer is None:
@@ -256,16 +257,15 @@ def _write_answer(
 ) -> dict[str, Any]:
     """Write an answer as NIfTI, PNG or JSON; its row of `predictions.csv`."""
     network = _get_predictor(package)
-    if network.kind == "segmenter":
+    columns = network.task.answer_columns(answer, volume, network.classes)
+    if network.task.dense:
         path = write_mask(stem, answer, volume)
-        return {"image": record.image, "file": path.name, **size_columns(answer, volume, network.classes)}
-    row = classification_columns(network, answer)
+        return {"image": record.image, "file": path.name, **columns}
     path = stem.with_name(f"{stem.name}.json")
-    class_column = {"class": row["class"]} if "class" in row else {}
-    probabilities = {label: row[f"probability_{label}"] for label in network.classes}
-    content = {"schema_version": SCHEMA_VERSION, "image": record.image, **class_column, "probabilities": probabilities}
+    content = {"schema_version": SCHEMA_VERSION, "image": record.image}
+    content |= network.task.answer_content(columns, network.classes)
     write_json(path, {**content, **ood_result.columns, "package": _describe_package(package)})
-    return {"image": record.image, "file": path.name, **row}
+    return {"image": record.image, "file": path.name, **columns}
 
 
 def _make_file_names(records: Sequence[ImageRecord]) -> dict[str, str]:

@@ -7,14 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from medim.evaluation.cases import CaseRow, class_arrays, finding_arrays, read_cases
+from medim.evaluation.cases import read_cases
 from medim.files import read_json
-from medim.metrics.bootstrap import Metric, bootstrap_interval, mean_over_subjects
-from medim.metrics.classification import classification_statistics
-from medim.metrics.multi_label import RANKINGS, mean_ranking
-from medim.metrics.ranking import Statistic
+from medim.metrics.bootstrap import Metric
 from medim.reports import figures
 from medim.reports.page import (
     INTERVALS_NOTE,
@@ -27,6 +22,8 @@ from medim.reports.page import (
     metric_name,
     unit_interval_metrics,
 )
+from medim.tasks import find_task_of_rows
+from medim.tasks.task import CaseRow
 
 ARM_NAMES = ("pretrained", "scratch")
 ONE_RUN_NOTE = (
@@ -73,31 +70,7 @@ def compute_differences(
     keys = [[(row["image"], row["class"]) for row in rows] for rows in pair]
     if keys[0] != keys[1] or not keys[0]:
         return {}
-    subjects = [row["subject"] for row in pair[0][:: len(classes)]]
-    if "probability" not in pair[0][0]:
-        class_metrics = {}
-        for metric in ("dice", "hd95", "surface_dice"):
-            for class_number, name in enumerate(classes):
-                sides = ([row[metric] for row in rows[class_number :: len(classes)]] for rows in pair)
-                gaps = [None if a is None or b is None else a - b for a, b in zip(*sides, strict=True)]
-                class_metrics[f"{metric}_{name}"] = mean_over_subjects(gaps, subjects, seed=seed)
-        means = [
-            np.mean([[r["dice"] for r in rows[k :: len(classes)]] for k in range(len(classes))], axis=0)
-            for rows in pair
-        ]
-        return {"dice": mean_over_subjects(list(means[0] - means[1]), subjects, seed=seed), **class_metrics}
-    statistics = [_build_statistics(rows, classes) for rows in pair]
-    return {
-        name: bootstrap_interval(lambda w, a=first, b=statistics[1][name]: a(w) - b(w), subjects, seed=seed)  # type: ignore[misc]
-        for name, first in statistics[0].items()
-    }
-
-
-def _build_statistics(rows: Sequence[CaseRow], classes: Sequence[str]) -> dict[str, Statistic]:
-    if "prediction" in rows[0]:
-        return classification_statistics(*class_arrays(rows, classes))
-    arrays = finding_arrays(rows, classes)
-    return {name: mean_ranking(ranking, *arrays) for name, ranking in RANKINGS.items()}
+    return find_task_of_rows(pair[0]).compare_cases(pair[0], pair[1], classes, seed=seed)
 
 
 def _pair_differences(pair: Sequence[RunSummary]) -> dict[str, Metric]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from medim.data.contamination import describe_counts
-from medim.evaluation.cases import class_arrays, finding_arrays, read_cases
+from medim.evaluation.cases import read_cases
 from medim.files import read_json
 from medim.reports import figures
 from medim.reports.page import (
@@ -30,9 +30,9 @@ from medim.reports.page import (
 )
 from medim.reports.svg import Figure
 from medim.reports.training_curves import VERDICT_BANNERS, plot_health
-from medim.types import Array, UserError
-
-CaseMapping = Mapping[str, Any]
+from medim.tasks import find_task_by_title
+from medim.tasks.task import AgreementPlot, Plot, StripPlot
+from medim.types import UserError
 
 
 def build_pretraining_section(folder: Path, anchor: str) -> ReportSection:
@@ -127,7 +127,10 @@ def build_evaluation_section(folder: Path, anchor: str) -> ReportSection:
         ("Images that could not be used", format_value(summary.get("rejected"))),
         ("Model started from", format_value(summary.get("init"))),
     ]
-    plots, after = _TASK_DETAILS.get(str(summary.get("task")), _classification_details)(valid_rows, classes, metrics)
+    details = find_task_by_title(str(summary.get("task"))).describe_evaluation(valid_rows, classes)
+    plots = [figures.interval_plot(unit_interval_metrics(metrics), "Metrics with their intervals")]
+    plots += [_draw_plot(plot, metrics) for plot in details.plots]
+    after = [ReportTable(table.caption, table.head, table.rows) for table in details.tables]
     rejections = Counter(str(row["rejected"]) for row in rows if row.get("rejected"))
     if rejections:
         after.append(count_table("Images that could not be used", "Reason", rejections))
@@ -179,60 +182,13 @@ def _parse_curve(name: str, rows: Sequence[Mapping[str, str]]) -> figures.LossCu
     )
 
 
-def _segmentation_details(
-    rows: Sequence[CaseMapping], classes: Sequence[str], metrics: Mapping[str, Any]
-) -> tuple[list[Figure], list[ReportTable]]:
-    rows_by_class = {name: [row for row in rows if row["class"] == name] for name in classes}
-    plots = [
-        figures.interval_plot(unit_interval_metrics(metrics), "Metrics with their intervals"),
-        figures.strip_plot(
-            {name: [row["dice"] for row in group_rows] for name, group_rows in rows_by_class.items()},
-            "Dice",
-            "Dice by class",
-        ),
-    ]
-    if all(row["truth_ml"] is not None for row in rows):
-        sides = [
-            {n: [r[side] for r in group_rows] for n, group_rows in rows_by_class.items()}
-            for side in ("truth_ml", "predicted_ml")
-        ]
-        plots.append(figures.volume_scatter(sides[0], sides[1], "Volumes against the truth"))
-    rows_by_image: dict[str, list[CaseMapping]] = {}
-    for row in rows:
-        rows_by_image.setdefault(row["image"], []).append(row)
-    worst = sorted(rows_by_image.items(), key=lambda item: np.mean([row["dice"] for row in item[1]]))[:5]
-    cells = [(image, *(f"{row['dice']:.3f}" for row in group_rows)) for image, group_rows in worst]
-    return plots, [ReportTable("The five images with the lowest Dice", ("Image", *classes), cells)]
-
-
-def _classification_details(
-    rows: Sequence[CaseMapping], classes: Sequence[str], metrics: Mapping[str, Any]
-) -> tuple[list[Figure], list[ReportTable]]:
-    probabilities, labels = class_arrays(list(map(dict, rows)), classes)
-    predictions, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
-    is_correct = predictions == labels
-    plots = [
-        figures.interval_plot(unit_interval_metrics(metrics), "Metrics with their intervals"),
-        figures.reliability_diagram(
-            confidence, is_correct, metrics.get("ece", {}).get("value"), "Are its probabilities right?"
-        ),
-    ]
-    counts = [
-        [int(((labels == t) & (predictions == p)).sum()) for p in range(len(classes))] for t in range(len(classes))
-    ]
-    table = ReportTable(
-        "Truth against prediction, images",
-        ("True class", *(f"called {name}" for name in classes)),
-        [(name, *map(format_value, row)) for name, row in zip(classes, counts, strict=True)],
-    )
-    images = [row["image"] for row in rows[:: len(classes)]]
-    surest = sorted(np.flatnonzero(~is_correct), key=lambda place: -confidence[place])[:5]
-    wrong = [(images[i], classes[labels[i]], classes[predictions[i]], f"{confidence[i]:.3f}") for i in surest]
-    tables = [table]
-    if wrong:
-        head = ("Image", "True class", "Called", "Probability")
-        tables.append(ReportTable("The five surest mistakes", head, wrong))
-    return plots, tables
+def _draw_plot(plot: Plot, metrics: Mapping[str, Any]) -> Figure:
+    if isinstance(plot, StripPlot):
+        return figures.strip_plot(plot.values, plot.label, plot.title)
+    if isinstance(plot, AgreementPlot):
+        return figures.volume_scatter(plot.truth, plot.predicted, plot.title)
+    ece = metrics.get("ece", {}).get("value")
+    return figures.reliability_diagram(plot.confidence, plot.is_correct, ece, plot.title)
 
 
 def _build_headline(metrics: Mapping[str, Any], split_text: str) -> Banner:
@@ -284,19 +240,3 @@ def _config_details(folder: Path) -> list[tuple[str, str]]:
 def _list_values(summary: Mapping[str, Any]) -> tuple[str, str]:
     lines = [f"{key}: {format_value(value)}" for key, value in summary.items()]
     return "All recorded values", "\n".join(lines)
-
-
-def _finding_details(
-    rows: Sequence[CaseMapping], classes: Sequence[str], metrics: Mapping[str, Any]
-) -> tuple[list[Figure], list[ReportTable]]:
-    _, labels = finding_arrays(list(map(dict, rows)), classes)
-    counts = [(name, *(format_value(int(n)) for n in _count_sides(labels[:, k]))) for k, name in enumerate(classes)]
-    table = ReportTable("What was known, images", ("Finding", "present", "absent", "unknown"), counts)
-    return [figures.interval_plot(unit_interval_metrics(metrics), "Metrics with their intervals")], [table]
-
-
-def _count_sides(column: Array) -> tuple[int, int, int]:
-    return int((column == 1).sum()), int((column == 0).sum()), int(np.isnan(column).sum())
-
-
-_TASK_DETAILS = {"segmentation": _segmentation_details, "multi-label classification": _finding_details}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from medim.evaluation.cases import CaseRow, read_cases
+from medim.evaluation.cases import read_cases
 from medim.study.audit.audit import Audit, audit
 from medim.study.audit.groups import Groups
 from medim.study.cell import StudyContext
 from medim.study.design import Arm, Cell
 from medim.study.results_table import read_probe_cases
+from medim.tasks.task import CaseRow
 
 
 def audit_study(context: StudyContext, groups: Groups) -> Audit:

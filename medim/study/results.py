@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medim.files import read_json
+from medim.metrics.bootstrap import mean_over_valid
 from medim.metrics.classification import classification_statistics
 from medim.metrics.ranking import Statistic
 from medim.study.design import SCRATCH
@@ -193,18 +194,6 @@ def find_largest_grid(seeds: SeedPairs) -> list[tuple[int, int]]:
         if len(rows) * len(columns) > len(best):
             best = [(s, t) for s in rows for t in columns]
     return best
-
-
-def mean_over_valid(column: Array) -> Statistic:
-    """Build the weighted mean over the cases with a value, as a function of the weights; NaN if no case has one."""
-    valid = np.isfinite(column)
-    finite_column = np.where(valid, column, 0.0)
-
-    def compute_mean(weights: Array) -> Array:
-        total = weights @ valid
-        return np.asarray(np.divide(weights @ finite_column, total, out=np.full(len(weights), np.nan), where=total > 0))
-
-    return compute_mean
 
 
 def _encode_column(column: pa.ChunkedArray) -> tuple[list[str], Array]:

@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from medim.evaluation.cases import CaseRow, read_cases, write_parquet
+from medim.evaluation.cases import read_cases, write_parquet
 from medim.study.cell import StudyContext
 from medim.study.design import PIXELS, UNTRAINED, Cell
+from medim.tasks.task import CaseRow
 
 BASELINE_ARMS = {"random": UNTRAINED, "pixels": PIXELS}  # names of the baseline arms, by features of the probe
 TRUTH = "truth"

@@ -14,8 +14,9 @@ from medim.data.fingerprints import compute_fingerprint
 from medim.data.index.index import AllRejectedError, Index
 from medim.data.loading.splits import assign_splits as split_subjects
 from medim.data.loading.splits import write_splits
-from medim.evaluation.cases import class_arrays, read_cases, score_cases
+from medim.evaluation.cases import read_cases, score_cases
 from medim.evaluation.evaluate import build_predictor, evaluate, select_records, validate_network
+from medim.tasks.classification import class_arrays
 from medim.types import Array, UserError
 from tests.evaluation.conftest import make_run
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from monai.inferers import sliding_window_inference
 
-from medim.inference.network import ModelKind, PredictFn, Predictor, run_inference
+from medim.inference.network import PredictFn, Predictor, run_inference
 from medim.types import Array, Step, UsageError, UserError, Volume
 
 WHOLE = {"mode": "whole"}
@@ -18,7 +18,7 @@ def volume(array: Array, affine: Array | None = None) -> Volume:
     return Volume(array.astype(np.float32), grid, grid, array.shape[1:])
 
 
-def network(kind: ModelKind, run: PredictFn, steps: Sequence[Step], inference: Step | None = None) -> Predictor:
+def network(kind: str, run: PredictFn, steps: Sequence[Step], inference: Step | None = None) -> Predictor:
     return Predictor(run, kind, "mri", 3 if kind == "segmenter" else 2, 1, ("a", "b"), tuple(steps), inference or WHOLE)
 
 

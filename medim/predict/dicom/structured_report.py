@@ -14,6 +14,7 @@ from medim.inference.ood import OODResult
 from medim.package.label_codes import LabelCode
 from medim.predict.dicom.equipment import REPORT_SERIES, Equipment, build_modifiers, to_coded_concept
 from medim.predict.dicom.source import DicomSource, suppress_warnings
+from medim.tasks import find_task_of_kind
 from medim.types import Array, Modality
 
 UNKNOWN_RESULT = OODResult()
@@ -129,7 +130,7 @@ def _reference_source_images(source: DicomSource) -> list[sr.SourceImageForMeasu
 def format_operating_point(label: LabelCode, equipment: Equipment) -> str:
     """In words, the rule by which a class is called."""
     classes = equipment.contract.classes
-    if equipment.contract.kind == "multi_label_classifier":
+    if find_task_of_kind(equipment.contract.kind).has_thresholds:
         return f"probability >= {label.threshold or 0.5:g}"
     return "probability >= 0.5" if len(classes) == 2 else f"highest probability of {len(classes)} classes"
 

@@ -20,7 +20,8 @@ from medim.predict.dicom.equipment import Equipment
 from medim.predict.dicom.segmentation import build_segmentation, read_frame_labels
 from medim.predict.dicom.source import DicomSource, read_dicom_source, suppress_warnings
 from medim.predict.dicom.structured_report import build_probabilities_report, build_volumes_report
-from medim.predict.outputs import class_sizes, classification_columns, size_columns
+from medim.tasks import is_dense
+from medim.tasks.segmentation import class_sizes
 from medim.types import Array, UsageError, UserError, Volume
 
 log = logging.getLogger(__name__)
@@ -34,12 +35,12 @@ def dicom_writer(package: Package, *, labelmap: bool = False) -> Any:
         UsageError: a label map of something else than a segmenter.
     """
     contract = package.contract
-    if contract.kind == "segmenter" and not contract.labels:
+    if is_dense(contract.kind) and not contract.labels:
         raise UserError(
             f"--format dicom: {contract.name} has no codes for {', '.join(contract.classes)}, which a DICOM "
             "segment must have. Export it again with --label-codes FILE, or use --format nifti."
         )
-    if labelmap and contract.kind != "segmenter":
+    if labelmap and not is_dense(contract.kind):
         raise UsageError(f"--labelmap: expected a segmenter, got a {contract.kind}. Leave it out.")
     return partial(_write_dicom_answer, package, Equipment(contract, package.sha256), labelmap)
 
@@ -62,12 +63,13 @@ def _write_dicom_answer(
     if "no-place" in (record.quality or ""):
         log.warning("%s: its place in the patient is unknown, and so is that of the answer", record.image)
     report_path = stem.with_name(f"{stem.name}.sr.dcm")
+    task, classes = package.network.task, package.contract.classes
+    columns = task.answer_columns(answer, volume, classes)
     try:
-        if package.contract.kind != "segmenter":
+        if not task.dense:
             save_dicom(report_path, build_probabilities_report(answer, source, equipment, ood_result))
-            return {"image": record.image, "file": report_path.name, **classification_columns(package.network, answer)}
+            return {"image": record.image, "file": report_path.name, **columns}
         seg_dataset = segmentation_of(answer, volume, source, equipment, labelmap=labelmap)
-        classes = package.contract.classes
         report_dataset = build_volumes_report(
             seg_dataset, class_sizes(answer, volume, len(classes)), source, equipment, ood_result
         )
@@ -76,12 +78,7 @@ def _write_dicom_answer(
     path = stem.with_name(f"{stem.name}.seg.dcm")
     save_dicom(path, seg_dataset)
     save_dicom(report_path, report_dataset)
-    return {
-        "image": record.image,
-        "file": path.name,
-        "report": report_path.name,
-        **size_columns(answer, volume, classes),
-    }
+    return {"image": record.image, "file": path.name, "report": report_path.name, **columns}
 
 
 def segmentation_of(labels: Array, volume: Volume, source: DicomSource, equipment: Equipment, *, labelmap: bool) -> Any:

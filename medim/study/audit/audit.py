@@ -19,10 +19,9 @@ import torch
 from medim.data.index.index import ImageRecord
 from medim.data.loading.cohort import Cohort
 from medim.data.loading.splits import select_label_budget
-from medim.evaluation.cases import CaseRow, summarise_cases
+from medim.evaluation.cases import summarise_cases
 from medim.evaluation.probing.baselines import principal_components
 from medim.files import write_json
-from medim.inference.network import ModelKind
 from medim.metrics.bootstrap import MIN_SUBJECTS, Metric
 from medim.metrics.representation import batch_images, extract_features
 from medim.models.serialization import load_encoder
@@ -47,6 +46,7 @@ from medim.study.audit.shortcuts import (
     raw_intensity,
     raw_size,
 )
+from medim.tasks.task import CaseRow
 from medim.types import Array, Volume
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class Audit:
 def audit(
     cohort: Cohort,
     *,
-    kind: ModelKind,
+    kind: str,
     classes: Sequence[str],
     encoders: Mapping[str, Path] | None = None,
     cases: Mapping[str, Sequence[CaseRow]] | None = None,

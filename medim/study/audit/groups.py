@@ -10,10 +10,10 @@ from pathlib import Path, PurePosixPath
 
 from medim.data.index.decathlon import file_stem
 from medim.data.index.records import ImageRecord
-from medim.evaluation.cases import CaseRow, summarise_cases
-from medim.inference.network import ModelKind
+from medim.evaluation.cases import summarise_cases
 from medim.metrics.bootstrap import MIN_SUBJECTS, Metric
 from medim.privacy import make_pseudonym
+from medim.tasks.task import CaseRow
 from medim.types import UserError
 
 Groups = dict[str, dict[str, str]]  # value by image key, by column
@@ -108,7 +108,7 @@ def number_values(groups: Groups) -> Groups:
 
 
 def compute_group_metrics(
-    model: str, rows: Sequence[CaseRow], kind: ModelKind, classes: Sequence[str], groups: Groups, *, seed: int = 0
+    model: str, rows: Sequence[CaseRow], kind: str, classes: Sequence[str], groups: Groups, *, seed: int = 0
 ) -> list[GroupMetrics]:
     """Compute the metrics of the cases of a model by group; groups that are too small are listed without metrics.
 

@@ -28,8 +28,8 @@ from medim.predict.dicom.structured_report import (
     format_operating_point,
 )
 from medim.predict.dicom.writer import save_dicom, segmentation_of
-from medim.predict.outputs import class_sizes
 from medim.predict.predict import predict
+from medim.tasks.segmentation import class_sizes
 from medim.types import Array, UsageError, UserError, Volume
 from tests.data.readers.dicom.test_sandbox import bomb
 from tests.data.synthetic import dataset, enhanced, noise, write_series, xray

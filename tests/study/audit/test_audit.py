@@ -11,11 +11,11 @@ import torch
 
 from medim.data.index.index import build_index
 from medim.data.loading.cohort import Cohort, open_cohort
-from medim.evaluation.cases import CaseRow
 from medim.models.model import build_encoder
 from medim.models.serialization import save_model
 from medim.study.audit.audit import audit, write_audit
 from medim.study.audit.groups import read_groups
+from medim.tasks.task import CaseRow
 from medim.types import Step
 
 NUMBER = 50

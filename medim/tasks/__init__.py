@@ -1,0 +1,78 @@
+"""Prediction tasks: one module and one line in `TASKS` each. No module here imports torch.
+
+To add a task, follow `docs/how-to/add-task.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from medim.config import unknown_name_message
+from medim.data.index.index import Index
+from medim.tasks.classification import Classification
+from medim.tasks.multi_label import MultiLabel
+from medim.tasks.segmentation import Segmentation
+from medim.tasks.task import CaseRow, Task
+from medim.types import UsageError
+
+TASKS: dict[str, Task] = {
+    "segmentation": Segmentation(),
+    "classification": Classification(),
+    "multi_label": MultiLabel(),
+}
+TASK_OPTIONS = tuple(dict.fromkeys(task.option for task in TASKS.values()))  # values of `--task`
+STUDY_TASKS = tuple(dict.fromkeys(task.option for task in TASKS.values() if task.in_studies))  # `medim study --task`
+ENCODER = "encoder"  # kind of a network without a task
+
+
+def find_task(option: str, head: str | None = None) -> Task:
+    """Task of a configuration.
+
+    Args:
+        option: value of `task`.
+        head: name of the head; it decides where tasks share the option, and any other head is of the option's own task.
+
+    Raises:
+        UsageError: an unknown option.
+    """
+    if option not in TASK_OPTIONS:
+        raise UsageError(f"task {option}: {unknown_name_message('task', option, TASK_OPTIONS)}")
+    return TASKS[head] if head in TASKS else TASKS[option]
+
+
+def find_task_of_kind(kind: str) -> Task:
+    """Task of a network.
+
+    Raises:
+        KeyError: an encoder, or an unknown kind.
+    """
+    return TASKS_BY_KIND[kind]
+
+
+def find_task_by_title(title: str) -> Task:
+    """Task of an evaluation, by its name in `metrics.json`; classification if no task has that name."""
+    return next((task for task in TASKS.values() if task.title == title), TASKS["classification"])
+
+
+def find_task_of_rows(rows: Sequence[CaseRow]) -> Task:
+    """Task whose columns fit the rows of an evaluation best."""
+
+    def count_matches(task: Task) -> tuple[int, int]:
+        shared = task.case_columns.keys() & rows[0].keys()
+        return len(shared), len(shared) - len(task.case_columns)
+
+    return max(TASKS.values(), key=count_matches)
+
+
+def is_dense(kind: str) -> bool:
+    """Whether networks of a kind answer with a label map on the grid of the image."""
+    return kind in TASKS_BY_KIND and TASKS_BY_KIND[kind].dense
+
+
+def find_task_for_labels(option: str, index: Index) -> Task | None:
+    """Task with this option that learns from labels of the form that an index has; None if there is none."""
+    return next((task for task in TASKS.values() if task.option == option and task.accepts_labels(index)), None)
+
+
+TASKS_BY_KIND = {task.kind: task for task in TASKS.values()}
+MODEL_KINDS = (ENCODER, *TASKS_BY_KIND)

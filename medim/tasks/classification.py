@@ -1,0 +1,178 @@
+"""Classification: one class per image, learnt from labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from medim.data.index.index import ImageRecord, Index
+from medim.metrics.bootstrap import N_RESAMPLES, Metric, bootstrap_interval
+from medim.metrics.classification import classification_metrics, classification_statistics
+from medim.metrics.ranking import Statistic
+from medim.tasks.task import AnswerRow, CaseRow, CaseTable, ColumnType, EvaluationDetails, ReliabilityPlot, Task
+from medim.types import Array, Volume
+
+TRUTH = "truth"  # metric in `results.parquet` that holds the number of the true class
+N_MISTAKES = 5
+
+
+class Classification(Task):
+    """Probabilities of classes that exclude each other."""
+
+    name = "classification"
+    option = "classification"
+    kind = "classifier"
+    title = "classification"
+    case_columns: ClassVar[Mapping[str, ColumnType]] = {"probability": "number", "label": "text", "prediction": "text"}
+    metric = "auroc"
+    activation = "softmax"
+    probe = "linear"
+
+    def accepts_labels(self, index: Index) -> bool:
+        """One class per image, no findings."""
+        return not index.findings
+
+    def find_training_error(self, index: Index) -> str | None:
+        """Labels of a single class."""
+        if len(index.labels) > 1:
+            return None
+        return (
+            f"--task classification: expected labels of 2 or more classes, got {index.labels[0]!r} alone. "
+            "Add images of another class, or check the label column."
+        )
+
+    def encode_targets(self, records: Sequence[ImageRecord], classes: Sequence[str]) -> Array | None:
+        """(N,) class indices."""
+        return np.array([classes.index(str(record.label)) for record in records])
+
+    def make_blank_targets(self, count: int, shape: Sequence[int]) -> Array:
+        """(count,) of the first class."""
+        return np.zeros(count, np.int64)
+
+    def to_answer(self, logits: Array, input_volume: Volume, volume: Volume) -> Array:
+        """Probabilities (K,) that sum to 1."""
+        return softmax_probabilities(logits)
+
+    def find_target_error(
+        self, record: ImageRecord, mask: Volume | None, volume: Volume, classes: Sequence[str]
+    ) -> tuple[str, str] | None:
+        """A label that is no class of the network."""
+        return None if record.label in classes else unknown_label_error(record, classes)
+
+    def score_case(
+        self,
+        answer: Array,
+        record: ImageRecord,
+        mask: Volume | None,
+        volume: Volume,
+        classes: Sequence[str],
+        source_classes: Sequence[str],
+    ) -> list[CaseRow]:
+        """One row per class: its probability, the true class and the predicted class."""
+        prediction = classes[int(answer.argmax())]
+        return [
+            {"class": name, "probability": float(p), "label": record.label, "prediction": prediction}
+            for name, p in zip(classes, answer, strict=True)
+        ]
+
+    def summarise_cases(
+        self, rows: Sequence[CaseRow], classes: Sequence[str], *, seed: int = 0, resamples: int = N_RESAMPLES
+    ) -> dict[str, Metric]:
+        """Metrics over all cases; see `medim.metrics.classification`."""
+        subjects = _list_subjects(rows)
+        arrays = class_arrays(rows, classes)
+        overall = classification_metrics(*arrays)
+        return {
+            name: bootstrap_interval(statistic, subjects, seed=seed, resamples=resamples, value=overall[name])
+            for name, statistic in classification_statistics(*arrays).items()
+        }
+
+    def compare_cases(
+        self, one: Sequence[CaseRow], two: Sequence[CaseRow], classes: Sequence[str], *, seed: int = 0
+    ) -> dict[str, Metric]:
+        """Differences of the metrics on the same resamples."""
+        pair = [classification_statistics(*class_arrays(rows, classes)) for rows in (one, two)]
+        return compare_statistics(pair[0], pair[1], [row["subject"] for row in one[:: len(classes)]], seed=seed)
+
+    def describe_evaluation(self, rows: Sequence[CaseRow], classes: Sequence[str]) -> EvaluationDetails:
+        """Reliability of the probabilities, the confusion matrix, and the most confident mistakes."""
+        probabilities, labels = class_arrays(rows, classes)
+        predictions, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
+        is_correct = predictions == labels
+        counts = [
+            [int(((labels == t) & (predictions == p)).sum()) for p in range(len(classes))] for t in range(len(classes))
+        ]
+        tables = [
+            CaseTable(
+                "Truth against prediction, images",
+                ("True class", *(f"called {name}" for name in classes)),
+                [(name, *(f"{n:,}" for n in row)) for name, row in zip(classes, counts, strict=True)],
+            )
+        ]
+        images = [row["image"] for row in rows[:: len(classes)]]
+        surest = sorted(np.flatnonzero(~is_correct), key=lambda place: -confidence[place])[:N_MISTAKES]
+        wrong = [(images[i], classes[labels[i]], classes[predictions[i]], f"{confidence[i]:.3f}") for i in surest]
+        if wrong:
+            head = ("Image", "True class", "Called", "Probability")
+            tables.append(CaseTable("The five surest mistakes", head, wrong))
+        return EvaluationDetails([ReliabilityPlot(confidence, is_correct, "Are its probabilities right?")], tables)
+
+    def answer_columns(self, answer: Array, volume: Volume, classes: Sequence[str]) -> AnswerRow:
+        """`class` and `probability_<class>`."""
+        return {"class": classes[int(answer.argmax())], **probability_columns(answer, classes)}
+
+    def answer_content(self, columns: AnswerRow, classes: Sequence[str]) -> dict[str, object]:
+        """`class` and `probabilities` by class."""
+        return {"class": columns["class"], "probabilities": {name: columns[f"probability_{name}"] for name in classes}}
+
+    def to_study_rows(self, case_rows: Sequence[CaseRow]) -> list[tuple[str, float | None]]:
+        """Probability of each class, and the number of the true class."""
+        truth = [row["class"] for row in case_rows].index(case_rows[0]["label"])
+        return [*((f"probability_{row['class']}", row["probability"]) for row in case_rows), (TRUTH, float(truth))]
+
+    def study_statistics(self, columns: Mapping[str, Array], classes: Sequence[str]) -> dict[str, Statistic]:
+        """Metrics of `medim.metrics.classification`."""
+        probabilities = np.stack([columns[f"probability_{name}"] for name in classes], 1)
+        return classification_statistics(probabilities, columns[TRUTH].astype(np.intp))
+
+
+def softmax_probabilities(logits: Array) -> Array:
+    """Logits (K,) of classes that exclude each other as probabilities that sum to 1."""
+    odds = np.exp(logits.astype(np.float64) - logits.max())
+    return np.asarray(odds / odds.sum())
+
+
+def class_arrays(rows: Sequence[CaseRow], classes: Sequence[str]) -> tuple[Array, Array]:
+    """Probabilities (N, K) and labels (N,) of a classifier's rows, without the rejected ones."""
+    valid_rows = [row for row in rows if not row.get("rejected")]
+    probabilities = np.array([row["probability"] for row in valid_rows], dtype=np.float64).reshape(-1, len(classes))
+    labels = [classes.index(row["label"]) for row in valid_rows[:: len(classes)]]
+    return probabilities, np.array(labels, dtype=np.intp)
+
+
+def probability_columns(probabilities: Array, classes: Sequence[str]) -> dict[str, float]:
+    """`probability_<class>` of each class, rounded to 6 decimals."""
+    return {f"probability_{name}": round(float(p), 6) for name, p in zip(classes, probabilities, strict=True)}
+
+
+def unknown_label_error(record: ImageRecord, classes: Sequence[str]) -> tuple[str, str]:
+    """Rejection code and detail of a label that the network does not know."""
+    return "unknown-class", f"expected a label of {', '.join(classes)}, got {record.label!r}"
+
+
+def compare_statistics(
+    one: Mapping[str, Statistic], two: Mapping[str, Statistic], subjects: Sequence[str], *, seed: int
+) -> dict[str, Metric]:
+    """One minus two of each statistic, with intervals over subjects."""
+
+    def subtract(first: Statistic, second: Statistic) -> Statistic:
+        return lambda weights: first(weights) - second(weights)
+
+    return {name: bootstrap_interval(subtract(one[name], two[name]), subjects, seed=seed) for name in one}
+
+
+def _list_subjects(rows: Sequence[CaseRow]) -> list[str]:
+    """Subject of each image, in the order of the rows."""
+    return [subject for _, subject in dict.fromkeys((row["image"], row["subject"]) for row in rows)]

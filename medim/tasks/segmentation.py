@@ -1,0 +1,208 @@
+"""Segmentation: one class per voxel, learnt from masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from medim.data.index.index import ImageRecord, Index
+from medim.data.preprocessing.steps import restore_grid
+from medim.metrics.bootstrap import N_RESAMPLES, Metric, mean_over_subjects, mean_over_valid
+from medim.metrics.ranking import Statistic
+from medim.metrics.segmentation import segmentation_metrics
+from medim.tasks.task import (
+    AgreementPlot,
+    AnswerRow,
+    CaseRow,
+    CaseTable,
+    ColumnType,
+    EvaluationDetails,
+    Plot,
+    StripPlot,
+    Task,
+)
+from medim.types import Array, Volume
+
+CASE_METRICS = ("dice", "hd95", "surface_dice")
+N_WORST = 5
+
+
+class Segmentation(Task):
+    """Label maps on the grid of each image; class 0 is the background."""
+
+    name = "segmentation"
+    option = "segmentation"
+    kind = "segmenter"
+    title = "segmentation"
+    case_columns: ClassVar[Mapping[str, ColumnType]] = {
+        "dice": "number",
+        "hd95": "number",  # mm
+        "surface_dice": "number",  # at 1 mm
+        "truth_ml": "number",  # None in 2D
+        "predicted_ml": "number",
+    }
+    metric = "dice"
+    inversion = "resample logits (order 1), then argmax"
+    monai_output = "segmentation"
+    dense = True
+
+    @property
+    def target_requirement(self) -> str:
+        """Masks, from an MSD folder or a table."""
+        return "a mask (an MSD folder, or --labels CSV with columns image,mask)"
+
+    def class_names(self, index: Index) -> tuple[str, ...]:
+        """Names of the mask values 1, 2, ..."""
+        return index.classes
+
+    def encode_targets(self, records: Sequence[ImageRecord], classes: Sequence[str]) -> Array | None:
+        """None: the masks are the targets."""
+        return None
+
+    def make_blank_targets(self, count: int, shape: Sequence[int]) -> Array:
+        """(count, *shape) of background."""
+        return np.zeros((count, *shape), np.int64)
+
+    def to_answer(self, logits: Array, input_volume: Volume, volume: Volume) -> Array:
+        """Label map on the grid of the image; see `to_label_map`."""
+        return to_label_map(logits, input_volume, volume)
+
+    def find_class_error(self, classes: Sequence[str], source_classes: Sequence[str]) -> str | None:
+        """Masks with other class names; the order may differ."""
+        if not source_classes or set(classes) == set(source_classes):
+            return None
+        return (
+            f"masks: expected the model's classes ({', '.join(classes)}), got {', '.join(source_classes)}. Name them "
+            "alike in dataset.json, or measure on another source."
+        )
+
+    def find_target_error(
+        self, record: ImageRecord, mask: Volume | None, volume: Volume, classes: Sequence[str]
+    ) -> tuple[str, str] | None:
+        """Masks off the grid of the image, or with more values than classes."""
+        assert mask is not None
+        if mask.shape != volume.shape:
+            return "mask-off-grid", f"expected a mask on the image's grid {volume.shape}, got {mask.shape}"
+        if mask.array.max() > len(classes):
+            return "unknown-class", f"expected mask values 0 to {len(classes)}, got {mask.array.max()}"
+        return None
+
+    def score_case(
+        self,
+        answer: Array,
+        record: ImageRecord,
+        mask: Volume | None,
+        volume: Volume,
+        classes: Sequence[str],
+        source_classes: Sequence[str],
+    ) -> list[CaseRow]:
+        """One row per class: metrics of the case, and in 3D the volumes."""
+        assert mask is not None
+        truth = _renumber_mask(mask.array[0], classes, source_classes)
+        scores = segmentation_metrics(answer, truth, volume.spacing, classes)
+        rows: list[CaseRow] = [{"class": name, **scores[name]} for name in classes]
+        if volume.spatial_dims == 3:
+            ml_per_voxel = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
+            for value, row in enumerate(rows, start=1):
+                row["truth_ml"] = ml_per_voxel * int((truth == value).sum())
+                row["predicted_ml"] = ml_per_voxel * int((answer == value).sum())
+        return rows
+
+    def summarise_cases(
+        self, rows: Sequence[CaseRow], classes: Sequence[str], *, seed: int = 0, resamples: int = N_RESAMPLES
+    ) -> dict[str, Metric]:
+        """Mean Dice over the classes, then each metric of each class."""
+        images = dict.fromkeys((row["image"], row["subject"]) for row in rows)
+        subjects = [subject for _, subject in images]
+        rows_by_class = _group_by_class(rows, classes)
+        means = np.mean([[row["dice"] for row in rows_by_class[name]] for name in classes], axis=0)
+        metrics = {"dice": mean_over_subjects(list(means), subjects, seed=seed, resamples=resamples)}
+        for metric in CASE_METRICS:
+            for name in classes:
+                values = [row[metric] for row in rows_by_class[name]]
+                metrics[f"{metric}_{name}"] = mean_over_subjects(values, subjects, seed=seed, resamples=resamples)
+        return metrics
+
+    def compare_cases(
+        self, one: Sequence[CaseRow], two: Sequence[CaseRow], classes: Sequence[str], *, seed: int = 0
+    ) -> dict[str, Metric]:
+        """Mean differences of the cases; a metric that one side does not define for a case is left out there."""
+        subjects = [row["subject"] for row in one[:: len(classes)]]
+        differences = {}
+        for metric in CASE_METRICS:
+            for number, name in enumerate(classes):
+                sides = ([row[metric] for row in rows[number :: len(classes)]] for rows in (one, two))
+                gaps = [None if a is None or b is None else a - b for a, b in zip(*sides, strict=True)]
+                differences[f"{metric}_{name}"] = mean_over_subjects(gaps, subjects, seed=seed)
+        means = [
+            np.mean([[row["dice"] for row in rows[k :: len(classes)]] for k in range(len(classes))], axis=0)
+            for rows in (one, two)
+        ]
+        return {"dice": mean_over_subjects(list(means[0] - means[1]), subjects, seed=seed), **differences}
+
+    def describe_evaluation(self, rows: Sequence[CaseRow], classes: Sequence[str]) -> EvaluationDetails:
+        """Dice by class, volumes against the truth, and the images with the lowest Dice."""
+        groups = _group_by_class(rows, classes)
+        dice = {name: [row["dice"] for row in group] for name, group in groups.items()}
+        plots: list[Plot] = [StripPlot(dice, "Dice", "Dice by class")]
+        if all(row["truth_ml"] is not None for row in rows):
+            truth, predicted = (
+                {name: [row[side] for row in group] for name, group in groups.items()}
+                for side in ("truth_ml", "predicted_ml")
+            )
+            plots.append(AgreementPlot(truth, predicted, "Volumes against the truth"))
+        rows_by_image: dict[str, list[CaseRow]] = {}
+        for row in rows:
+            rows_by_image.setdefault(row["image"], []).append(row)
+        worst = sorted(rows_by_image.items(), key=lambda item: np.mean([row["dice"] for row in item[1]]))[:N_WORST]
+        cells = [(image, *(f"{row['dice']:.3f}" for row in group)) for image, group in worst]
+        return EvaluationDetails(plots, [CaseTable("The five images with the lowest Dice", ("Image", *classes), cells)])
+
+    def answer_columns(self, answer: Array, volume: Volume, classes: Sequence[str]) -> AnswerRow:
+        """Size of each class: `ml_<class>` in 3D, `mm2_<class>` in 2D."""
+        unit, scale = ("ml", 1e-3) if volume.spatial_dims == 3 else ("mm2", 1.0)
+        sizes = class_sizes(answer, volume, len(classes))
+        return {f"{unit}_{name}": round(size * scale, 6) for name, size in zip(classes, sizes, strict=True)}
+
+    def to_study_rows(self, case_rows: Sequence[CaseRow]) -> list[tuple[str, float | None]]:
+        """Mean Dice, then each metric of each class."""
+        dice = float(np.mean([row["dice"] for row in case_rows]))
+        return [("dice", dice), *((f"{name}_{row['class']}", row[name]) for name in CASE_METRICS for row in case_rows)]
+
+    def study_statistics(self, columns: Mapping[str, Array], classes: Sequence[str]) -> dict[str, Statistic]:
+        """Weighted mean of each metric over the cases that define it."""
+        return {name: mean_over_valid(column) for name, column in columns.items()}
+
+
+def to_label_map(logits: Array, input_volume: Volume, volume: Volume) -> Array:
+    """Logits (K, *processed.shape), class 0 being the background, as labels on the grid of the image as read.
+
+    Logits are brought back (linearly) before they are compared, so the borders are those of the image's own grid. What
+    preprocessing cut away is background.
+
+    Returns:
+        (*volume.shape) uint8.
+    """
+    native_logits = restore_grid(logits, input_volume, volume, order=1, fill=0.0)
+    return np.asarray(native_logits.argmax(axis=0), np.uint8)
+
+
+def class_sizes(labels: Array, volume: Volume, classes: int) -> list[float]:
+    """Size of each class: mm3 in 3D, mm2 in 2D."""
+    dims = volume.spatial_dims
+    voxel = abs(float(np.linalg.det(volume.affine[:dims, :dims])))
+    return [float(n) * voxel for n in np.bincount(labels.reshape(-1), minlength=classes + 1)[1:]]
+
+
+def _group_by_class(rows: Sequence[CaseRow], classes: Sequence[str]) -> dict[str, list[CaseRow]]:
+    return {name: [row for row in rows if row["class"] == name] for name in classes}
+
+
+def _renumber_mask(mask: Array, classes: Sequence[str], source_classes: Sequence[str]) -> Array:
+    """Mask values as numbered by the network; unchanged where the source names no classes."""
+    if not source_classes:
+        return mask
+    mapping = np.array([0, *(list(classes).index(name) + 1 for name in source_classes)], dtype=np.uint8)
+    return np.asarray(mapping[mask])

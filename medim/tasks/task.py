@@ -1,0 +1,258 @@
+"""Interface of a prediction task, and the data classes in which a task describes its report."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from medim.data.index.index import ImageRecord, Index
+from medim.metrics.bootstrap import N_RESAMPLES, Metric
+from medim.metrics.ranking import Statistic
+from medim.types import Array, UserError, Volume
+
+CaseRow = dict[str, Any]  # one case and class of an evaluation: key columns and `Task.case_columns`
+AnswerRow = Mapping[str, str | float]  # columns of `predictions.csv`
+ColumnType = Literal["text", "number"]
+OutputActivation = Literal["none", "softmax", "sigmoid"]
+Inversion = Literal["none", "resample logits (order 1), then argmax"]
+
+
+@dataclass(frozen=True)
+class StripPlot:
+    """One dot per case and group.
+
+    Attributes:
+        values: values of each group.
+        label: axis label.
+        title: title.
+    """
+
+    values: Mapping[str, Sequence[float]]
+    label: str
+    title: str
+
+
+@dataclass(frozen=True)
+class AgreementPlot:
+    """Prediction against truth, one dot per case and group.
+
+    Attributes:
+        truth: true values of each group.
+        predicted: predicted values of each group, in the same order.
+        title: title.
+    """
+
+    truth: Mapping[str, Sequence[float]]
+    predicted: Mapping[str, Sequence[float]]
+    title: str
+
+
+@dataclass(frozen=True, eq=False)
+class ReliabilityPlot:
+    """Observed accuracy against predicted probability.
+
+    Attributes:
+        confidence: (N,) probability of the predicted class.
+        is_correct: (N,) bool.
+        title: title.
+    """
+
+    confidence: Array
+    is_correct: Array
+    title: str
+
+
+Plot = StripPlot | AgreementPlot | ReliabilityPlot
+
+
+@dataclass(frozen=True)
+class CaseTable:
+    """A table of a report, cells as text."""
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class EvaluationDetails:
+    """Plots and tables of an evaluation, after the table and the plot of its metrics."""
+
+    plots: Sequence[Plot] = ()
+    tables: Sequence[CaseTable] = ()
+
+
+class Task(ABC):
+    """A prediction task: targets of the images, answers of the network, metrics, and columns of the files.
+
+    One instance per task is registered in `medim.tasks.TASKS`. The head and its loss are in `medim.models.heads`, under
+    the task's name. The defaults are those of a task that learns from one label per image.
+
+    Attributes:
+        name: key in `TASKS`, and name of the default head in `medim.models.heads.HEADS`.
+        option: value of `--task` and of `task` in a configuration; several tasks may share one, and the labels decide.
+        kind: network kind in model specs and packages.
+        title: name in `metrics.json` and reports.
+        case_columns: columns of `cases.parquet` between the key and the rejection columns.
+        metric: metric that studies compare and that a learning rate is chosen by.
+        activation: function of the logits, as a package specifies it.
+        inversion: way back to the grid of the image, as a package specifies it.
+        monai_output: format of the output in a MONAI bundle.
+        dense: whether the answer is a label map on the grid of the image, with class 0 as background.
+        has_thresholds: whether each class is called from a probability of its own (`threshold` of the label codes).
+        in_studies: whether `medim study` supports the task.
+        probe: default entry of `medim.evaluation.probing.classifiers.PROBES` for frozen encoders; None: a head is
+            trained on the frozen encoder.
+    """
+
+    name: ClassVar[str]
+    option: ClassVar[str]
+    kind: ClassVar[str]
+    title: ClassVar[str]
+    case_columns: ClassVar[Mapping[str, ColumnType]]
+    metric: ClassVar[str]
+    activation: ClassVar[OutputActivation] = "none"
+    inversion: ClassVar[Inversion] = "none"
+    monai_output: ClassVar[str] = "classes"
+    dense: ClassVar[bool] = False
+    has_thresholds: ClassVar[bool] = False
+    in_studies: ClassVar[bool] = True
+    probe: ClassVar[str | None] = None
+
+    @property
+    def target_field(self) -> Literal["mask", "label"]:
+        """Column of the index that holds the targets."""
+        return "mask" if self.dense else "label"
+
+    @property
+    def target_requirement(self) -> str:
+        """The target and where it comes from, for an error message."""
+        return "a label (--labels CSV)"
+
+    @property
+    def first_class_index(self) -> int:
+        """Output channel (and label value) of the first class."""
+        return 1 if self.dense else 0
+
+    def count_outputs(self, classes: Sequence[str]) -> int:
+        """Output channels of a network for these classes."""
+        return len(classes) + self.first_class_index
+
+    def class_names(self, index: Index) -> tuple[str, ...]:
+        """Classes that a network learns from an index, without the background."""
+        return index.labels
+
+    def accepts_labels(self, index: Index) -> bool:
+        """Whether the labels of an index are of the form that the task learns from."""
+        return True
+
+    def describe_labels(self, index: Index) -> str:
+        """The labels of an index in a few words, for a log message."""
+        return f"labels are of {len(self.class_names(index))} classes"
+
+    def label_form_error(self, index: Index) -> str:
+        """Error message where `accepts_labels` is false."""
+        return f"head {self.name}: expected other labels than those of {index.root}."
+
+    def find_training_error(self, index: Index) -> str | None:
+        """Error message for labelled images from which the task cannot be learnt, or None."""
+        return None
+
+    @abstractmethod
+    def encode_targets(self, records: Sequence[ImageRecord], classes: Sequence[str]) -> Array | None:
+        """Training targets, first axis the images; None where the masks are the targets."""
+
+    @abstractmethod
+    def make_blank_targets(self, count: int, shape: Sequence[int]) -> Array:
+        """Targets of `count` images of two classes for a dry run; `shape` is that of a view."""
+
+    @abstractmethod
+    def to_answer(self, logits: Array, input_volume: Volume, volume: Volume) -> Array:
+        """The answer for an image.
+
+        Args:
+            logits: (K,), or (K, *input_volume.shape) of a dense task.
+            input_volume: the image after preprocessing.
+            volume: the image as read.
+        """
+
+    def find_class_error(self, classes: Sequence[str], source_classes: Sequence[str]) -> str | None:
+        """Error message for a source whose classes are not those of the network, or None."""
+        return None
+
+    @abstractmethod
+    def find_target_error(
+        self, record: ImageRecord, mask: Volume | None, volume: Volume, classes: Sequence[str]
+    ) -> tuple[str, str] | None:
+        """Rejection code and detail of a case whose target cannot be scored, or None."""
+
+    @abstractmethod
+    def score_case(
+        self,
+        answer: Array,
+        record: ImageRecord,
+        mask: Volume | None,
+        volume: Volume,
+        classes: Sequence[str],
+        source_classes: Sequence[str],
+    ) -> list[CaseRow]:
+        """Rows of one case, without the key columns.
+
+        Args:
+            answer: as `to_answer` returns it.
+            record: the image.
+            mask: its mask; None where the task is not dense.
+            volume: the image as read.
+            classes: classes of the network.
+            source_classes: classes of the mask values 1, 2, ... in the source; empty if it names none.
+        """
+
+    @abstractmethod
+    def summarise_cases(
+        self, rows: Sequence[CaseRow], classes: Sequence[str], *, seed: int = 0, resamples: int = N_RESAMPLES
+    ) -> dict[str, Metric]:
+        """Metrics of scored cases with 95 % intervals over subjects, the most important first.
+
+        Args:
+            rows: rows of cases that were not rejected.
+            classes: classes of the network.
+            seed: random seed of the bootstrap.
+            resamples: number of resamples.
+        """
+
+    @abstractmethod
+    def compare_cases(
+        self, one: Sequence[CaseRow], two: Sequence[CaseRow], classes: Sequence[str], *, seed: int = 0
+    ) -> dict[str, Metric]:
+        """Metrics of one network minus those of another on the same cases, with intervals over subjects."""
+
+    @abstractmethod
+    def describe_evaluation(self, rows: Sequence[CaseRow], classes: Sequence[str]) -> EvaluationDetails:
+        """Plots and tables of an evaluation; rows as in `summarise_cases`."""
+
+    @abstractmethod
+    def answer_columns(self, answer: Array, volume: Volume, classes: Sequence[str]) -> AnswerRow:
+        """Columns of `predictions.csv` for one image."""
+
+    def answer_content(self, columns: AnswerRow, classes: Sequence[str]) -> dict[str, object]:
+        """Content of the JSON file of an image, from `answer_columns`; not used by dense tasks."""
+        return dict(columns)
+
+    def to_study_rows(self, case_rows: Sequence[CaseRow]) -> list[tuple[str, float | None]]:
+        """Metrics of one case in `results.parquet`, from its rows per class.
+
+        Raises:
+            UserError: studies do not support the task.
+        """
+        raise UserError(f"study: expected a task that studies support, got {self.title}.")
+
+    def study_statistics(self, columns: Mapping[str, Array], classes: Sequence[str]) -> dict[str, Statistic]:
+        """Metrics of one run of a study as functions of case weights.
+
+        Args:
+            columns: a column (N,) per metric of `to_study_rows`.
+            classes: classes of the study.
+        """
+        raise UserError(f"study: expected a task that studies support, got {self.title}.")
