@@ -1,4 +1,4 @@
-"""From an index, or a store with its index, to a section of the report: the cohort on a page."""
+"""Report section of an index, or of a store with its index: the cohort."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ QUALITY_LABELS = {
     "median": "Median",
     "p99": "99th percentile",
     "maximum": "Maximum",
-    "levels": "Different values, counted to 256",
+    "levels": "Distinct values (up to 256)",
     "noise": "Noise, standard deviation",
-    "snr": "Signal over noise",
+    "snr": "Signal-to-noise ratio",
     "empty": "Background, % of voxels",
-    "saturated": "At the maximum, % of voxels",
+    "saturated": "Saturated (at the maximum), % of voxels",
 }
-PERCENT_METRICS = ("empty", "saturated")  # told in percent
+PERCENT_METRICS = ("empty", "saturated")  # shown in percent
 HISTOGRAM_METRICS = ("snr", "empty")
 MAX_PAIRS = 10
 PATIENT_NOTE = (
-    "This page holds images of patients: it stays on site. Each is shown between its 1st and 99th percentile, in its "
-    "true proportions; the caption is the pseudonym of the subject."
+    "This page contains patient images: do not send it outside your site. Grey values range from the 1st to the 99th "
+    "percentile of each image, proportions are true; captions are subject pseudonyms."
 )
 
 
 def build_cohort_section(folder: Path, anchor: str) -> ReportSection:
-    """An index: what was found, what was not used and why, what the images are like, and 24 of them."""
+    """Build the section of an index: counts, rejected files with reasons, image properties, and 24 sample images."""
     index = Index.read(folder)
     records = index.records
     sheet, sheet_quality = build_contact_sheet(index, PATIENT_NOTE)
@@ -54,7 +54,7 @@ def build_cohort_section(folder: Path, anchor: str) -> ReportSection:
     subjects = len({record.subject for record in records})
     n_files = len(records) + len(index.rejected)
     n_rejected = len(index.rejected)
-    text = f"{n_rejected:,} of {n_files:,} files or series were not used." if n_rejected else "Every file was used."
+    text = f"{n_rejected:,} of {n_files:,} files or series were rejected." if n_rejected else "All files were used."
     sessions = len({(record.subject, record.session) for record in records if record.session is not None})
     return ReportSection(
         anchor=anchor,
@@ -95,10 +95,10 @@ def _build_flow_table(index: Index, rows: Sequence[ImageQuality]) -> ReportTable
     ]
     if rows:
         image_keys = {row.image for row in rows}
-        parts.append(("that could not be preprocessed", [r for r in records if r.image not in image_keys]))
+        parts.append(("could not be preprocessed", [r for r in records if r.image not in image_keys]))
     table_rows = [
         ("Found", format_value(len(records) + len(index.rejected)), ""),
-        ("Not used", format_value(len(index.rejected)), ""),
+        ("Rejected", format_value(len(index.rejected)), ""),
         ("Images", format_value(len(records)), format_value(len({r.subject for r in records}))),
         *(
             (name, format_value(len(part_records)), format_value(len({r.subject for r in part_records})))
@@ -110,7 +110,7 @@ def _build_flow_table(index: Index, rows: Sequence[ImageQuality]) -> ReportTable
 
 
 def _build_rejection_tables(index: Index) -> list[ReportTable]:
-    """Why files were not used: each reason, what it means, and the first of its files."""
+    """Table of rejected files: each reason, its meaning, and an example."""
     reasons = Counter(rejection.reason for rejection in index.rejected)
     first_rejection = {rejection.reason: rejection for rejection in reversed(index.rejected)}
     rows = [
@@ -123,13 +123,13 @@ def _build_rejection_tables(index: Index) -> list[ReportTable]:
         )
         for code, count in reasons.most_common()
     ]
-    head = ("Reason", "Files", "What it means", "The first: what was wrong", "The first")
-    note = "Paths stand here as in rejected.csv: relative to the source, and without names of patients."
-    return [ReportTable("Not used, by reason", head, rows, note, wide=True)] if rows else []
+    head = ("Reason", "Files", "Meaning", "Example: detail", "Example: path")
+    note = "Paths as in rejected.csv: relative to the source, without patient names."
+    return [ReportTable("Rejected files, by reason", head, rows, note, wide=True)] if rows else []
 
 
 def _build_origin_tables(records: Sequence[ImageRecord]) -> list[ReportTable]:
-    """How many images have which label, scanner, field strength and sequence; nothing where nobody says."""
+    """Count images by label, scanner, field strength and sequence; a property without any value gets no table."""
     tables = []
     for caption, name, values in (
         ("Class labels", "Label", [r.label for r in records]),
@@ -151,7 +151,7 @@ def _values_by_axis(
 
 
 def _build_range_tables(records: Sequence[ImageRecord]) -> list[ReportTable]:
-    """Smallest, middle and largest size and voxel along each axis; images of two and three dimensions apart."""
+    """Minimum, median and maximum of size, spacing and field of view along each axis; separate tables for 2D and 3D."""
     tables = []
     for dims in sorted({len(record.shape) for record in records}):
         rows = [
@@ -164,7 +164,7 @@ def _build_range_tables(records: Sequence[ImageRecord]) -> list[ReportTable]:
 
 
 def _plot_grids(records: Sequence[ImageRecord]) -> list[Figure]:
-    """Histograms of what differs from image to image."""
+    """Plot histograms of the grid properties that differ between images."""
     histograms = []
     for dims in sorted({len(record.shape) for record in records}):
         for quantity, (unit, get_values) in GRID_QUANTITIES.items():
@@ -191,7 +191,7 @@ def _build_intensity_tables(quality_by_image: Mapping[str, QualityMetrics], *, a
     note = (
         f"Measured on {images_text} as read, before preprocessing."
         if all_images
-        else f"Measured on the {images_text} of the contact sheet alone. medim preprocess measures every image."
+        else f"Measured on the {images_text} of the contact sheet only. Run medim preprocess to measure every image."
     )
     return [ReportTable("Intensities", ("", "Smallest", "Median", "Largest"), rows, note)] if rows else []
 
@@ -201,10 +201,10 @@ def _build_flag_table(rows: Sequence[ImageQuality], sheet_quality: Mapping[str, 
     counts = Counter(code for codes in codes_by_image for code in codes)
     flag_codes = [code for code in FLAGS if rows or code != "near-duplicate"]
     cells = [(code, format_value(counts[code]), FLAGS[code].meaning) for code in flag_codes]
-    note = "A flag asks for a look; no image is left out for one."
+    note = "Check flagged images visually; they are not excluded automatically."
     return ReportTable(
         f"Flags of {pluralise(len(codes_by_image), 'image')}",
-        ("Flag", "Images", "Raised where"),
+        ("Flag", "Images", "Raised if"),
         cells,
         note,
         wide=True,
@@ -212,7 +212,7 @@ def _build_flag_table(rows: Sequence[ImageQuality], sheet_quality: Mapping[str, 
 
 
 def _build_lookalike_tables(records: Sequence[ImageRecord], rows: Sequence[ImageQuality]) -> list[ReportTable]:
-    """Images that look alike: those of two subjects matter to a split, those of one are expected."""
+    """Tables of near-duplicates: pairs of two subjects may leak between splits, pairs of one subject are expected."""
     record_by_image = {record.image: record for record in records}
     subject_pairs = {
         (min(row.image, row.nearest), max(row.image, row.nearest)): row.distance or 0 for row in rows if row.nearest
@@ -226,7 +226,10 @@ def _build_lookalike_tables(records: Sequence[ImageRecord], rows: Sequence[Image
     ]
     tables = [
         ReportTable(
-            "Images that look like one of", ("", "Images"), counts, f"At most {MAX_DUPLICATE_BITS} of 64 bits differ."
+            "Images with a near-duplicate of",
+            ("", "Images"),
+            counts,
+            f"At most {MAX_DUPLICATE_BITS} of 64 bits differ.",
         )
     ]
     pairs = sorted((distance, one, two) for (one, two), distance in subject_pairs.items())
@@ -240,9 +243,9 @@ def _build_lookalike_tables(records: Sequence[ImageRecord], rows: Sequence[Image
         for distance, one, two in pairs[:MAX_PAIRS]
     ]
     if cells:
-        head = ("Image", "Looks like", "Bits apart", "Splits")
-        note = f"The nearest {len(cells)} of {pluralise(len(pairs), 'pair')}: of each image the one most like it."
-        tables.append(ReportTable("Images of two subjects that look alike", head, cells, note, wide=True))
+        head = ("Image", "Near-duplicate", "Differing bits", "Splits")
+        note = f"The {len(cells)} nearest of {pluralise(len(pairs), 'pair')}; each image with its nearest one."
+        tables.append(ReportTable("Near-duplicate images of two subjects", head, cells, note, wide=True))
     return tables
 
 

@@ -1,4 +1,4 @@
-"""Pretrained against scratch: the two arms side by side, and their difference where the same images were measured."""
+"""Report section that compares pretrained with from-scratch: both arms, and their difference on the same images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from medim.tasks.task import CaseRow
 
 ARM_NAMES = ("pretrained", "scratch")
 ONE_RUN_NOTE = (
-    "One run each: the difference holds the luck of one seed and one choice of labels. medim study measures that."
+    "Each arm is one run, so the difference includes the random effects of one seed and one label subset. "
+    "Use medim study to measure these effects."
 )
 
 
@@ -35,13 +36,13 @@ RunSummary = tuple[Path, dict[str, Any]]  # folder and summary
 
 
 def build_comparison_section(folders: Mapping[str, Path], kinds: Mapping[str, str]) -> ReportSection | None:
-    """A section where both arms of one task are among the folders, on the same images.
+    """Build the section if the folders contain both arms of one task, on the same images.
 
-    Evaluations are taken where two of them measured the same images; else fine-tuning runs on one index.
+    Evaluations are compared if two of them measured the same images; otherwise fine-tuning runs on one index.
 
     Args:
         folders: name to folder.
-        kinds: name to kind (see `SECTIONS`).
+        kinds: name to kind (a key of `SECTION_BUILDERS`).
     """
     for kind in ("evaluate", "finetune"):
         runs = [(path, read_json(path / "summary.json")) for name, path in folders.items() if kinds[name] == kind]
@@ -58,13 +59,13 @@ def build_comparison_section(folders: Mapping[str, Path], kinds: Mapping[str, st
 def compute_differences(
     one: Sequence[CaseRow], two: Sequence[CaseRow], classes: Sequence[str], *, seed: int = 0
 ) -> dict[str, Metric]:
-    """One minus two, paired by image, with intervals over subjects; empty where the images are not the same.
+    """Differences of one minus two, paired by image, with intervals over subjects; empty if the images differ.
 
     Args:
         one: rows of an evaluation.
-        two: rows of another.
-        classes: of both.
-        seed: of the bootstrap.
+        two: rows of another evaluation.
+        classes: class names of both.
+        seed: seed of the bootstrap.
     """
     pair = [[row for row in rows if not row.get("rejected")] for rows in (one, two)]
     keys = [[(row["image"], row["class"]) for row in rows] for rows in pair]
@@ -127,7 +128,7 @@ def _get_metrics(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _format_gap(key: str, gap: Metric | None, sides: Sequence[Any]) -> str:
-    """Pretrained minus scratch, and whom a paired interval without zero favours."""
+    """Format pretrained minus scratch; if the paired interval excludes zero, name the better arm."""
     values = [side.get("value") if isinstance(side, Mapping) else side for side in sides]
     if gap is None:
         return (

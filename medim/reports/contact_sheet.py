@@ -1,4 +1,4 @@
-"""A contact sheet: a few images of a cohort as pictures inside the page."""
+"""Contact sheet: thumbnails of a few images of a cohort, embedded in the page."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from medim.reports.page import ContactSheet, Tile, pluralise
 from medim.types import Array, Volume
 
 N_TILES = 24
-CELL_PIXELS = {2: 224, 3: 144}  # pixels a side of a picture; a volume has three in a row
-JPEG_QUALITY = 85  # of the JPEG: 24 tiles stay below half a megabyte
+CELL_PIXELS = {2: 224, 3: 144}  # pixels per side of a picture; a volume has three pictures in a row
+JPEG_QUALITY = 85  # 24 tiles stay below half a megabyte
 
 
 def build_contact_sheet(index: Index, note: str) -> tuple[ContactSheet, dict[str, QualityMetrics]]:
-    """Pictures of images that stand for a cohort.
+    """Build a sheet of sample images of a cohort.
 
     Args:
-        index: the cohort.
-        note: what is said above them.
+        index: index of the cohort.
+        note: note above the images.
 
     Returns:
-        The sheet, and image key to the figures of those that could be read.
+        The sheet, and the quality metrics of the images that could be read, by image key.
     """
     sheet_records = sample_records(index.records)
     tiles, quality_by_image = [], {}
@@ -38,7 +38,7 @@ def build_contact_sheet(index: Index, note: str) -> tuple[ContactSheet, dict[str
         try:
             volume = index.open(record)
             source, quality = encode_picture(volume), measure_quality(volume)
-        except Exception as error:  # a decoder may raise anything; one bad file must not end the page
+        except Exception as error:  # a decoder may raise any exception; one bad file must not stop the report
             reason = error.reason if isinstance(error, ReadError) else "unreadable"
             tiles.append(Tile(f"{record.subject}: {reason}", f"{alt}: cannot be read ({reason})"))
             continue
@@ -46,9 +46,7 @@ def build_contact_sheet(index: Index, note: str) -> tuple[ContactSheet, dict[str
         tiles.append(Tile(record.subject, f"{alt}: {views}", source))
         quality_by_image[record.image] = quality
     n_unread = len(sheet_records) - len(quality_by_image)
-    note_text = (
-        f"{pluralise(len(sheet_records), 'image')}, evenly spread over the subjects in the order of the index. {note}"
-    )
+    note_text = f"{pluralise(len(sheet_records), 'image')}, evenly sampled over the subjects in index order. {note}"
     if any(len(record.shape) == 3 for record in sheet_records):
         note_text += " The patient's right is on the left; in a sagittal slice the front is on the left."
     if n_unread:
@@ -57,7 +55,7 @@ def build_contact_sheet(index: Index, note: str) -> tuple[ContactSheet, dict[str
 
 
 def sample_records(records: Sequence[ImageRecord], count: int = N_TILES) -> list[ImageRecord]:
-    """Records evenly spread over subjects, and in their own order: the first image of each, then their second ones."""
+    """Sample records evenly over subjects, in index order: the first image of each subject, then the second images."""
     records_by_subject: dict[str, list[ImageRecord]] = defaultdict(list)
     for record in records:
         records_by_subject[record.subject].append(record)
@@ -70,11 +68,11 @@ def sample_records(records: Sequence[ImageRecord], count: int = N_TILES) -> list
 
 
 def encode_picture(volume: Volume) -> str:
-    """A JPEG as data URI: the 1st to the 99th percentile in grey, proportions in mm.
+    """Encode a JPEG as data URI: grey values from the 1st to the 99th percentile, proportions in mm.
 
     Args:
-        volume: (C, ...) as read: channels are averaged; of 3D the middle slices, axial, coronal and sagittal, seen from
-            the feet, the front and the left.
+        volume: (C, ...) as read; channels are averaged. A 3D volume is shown by its middle slices: axial (seen from the
+            feet), coronal (from the front) and sagittal (from the left).
     """
     grey = window_intensities(volume.array.mean(axis=0))
     cell, extent = CELL_PIXELS[grey.ndim], np.multiply(grey.shape, volume.spacing)
@@ -84,7 +82,7 @@ def encode_picture(volume: Volume) -> str:
     else:
         canvas = Image.new("L", (3 * cell, cell))
         for panel, (axis, rows, columns) in enumerate(((2, 1, 0), (1, 2, 0), (0, 2, 1))):
-            plane = grey.take(grey.shape[axis] // 2, axis)  # its axes run to the right, the front or the top
+            plane = grey.take(grey.shape[axis] // 2, axis)  # its axes point to the right, the front or the top
             view = scale_picture(plane.T[::-1, ::-1], extent[[rows, columns]] * scale)
             canvas.paste(view, (panel * cell + (cell - view.width) // 2, (cell - view.height) // 2))
     buffer = io.BytesIO()
@@ -93,7 +91,7 @@ def encode_picture(volume: Volume) -> str:
 
 
 def window_intensities(array: Array) -> Array:
-    """Intensities from the 1st to the 99th percentile as grey, uint8."""
+    """Scale intensities from the 1st to the 99th percentile to grey values, uint8."""
     low, high = np.percentile(array, [1, 99])
     if low == high:
         low, high = array.min(), array.max()
@@ -102,7 +100,7 @@ def window_intensities(array: Array) -> Array:
 
 
 def scale_picture(grey: Array, size: Array) -> Image.Image:
-    """A picture of grey values (rows, columns) at a size in pixels."""
+    """Resize grey values (rows, columns) to a size in pixels."""
     height, width = (max(1, round(float(n))) for n in size)
     return Image.fromarray(np.ascontiguousarray(grey)).resize((width, height), Image.Resampling.BILINEAR)
 

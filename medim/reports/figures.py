@@ -1,4 +1,4 @@
-"""The figures of the report, a kind a function; how they are drawn is in `open_canvas`."""
+"""Figures of the report, one function per kind; `open_canvas` defines their style."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class LossCurve:
     """A loss over the steps of a run.
 
     Attributes:
-        name: the objective's name.
-        steps: (n,) of the training losses.
-        loss: (n,).
-        held_out: pairs of step and loss on held-out subjects.
+        name: name of the objective.
+        steps: (n,) steps of the training losses.
+        loss: (n,) training losses.
+        held_out: pairs of step and loss on the validation subjects.
         chance: loss of an uninformed network, or None.
     """
 
@@ -38,24 +38,24 @@ class LossCurve:
 
 @dataclass(frozen=True)
 class IntervalRow:
-    """A value with its 95 % interval (None where there is none)."""
+    """A value with its 95 % interval (None if there is no interval)."""
 
     name: str
     value: float
     low: float | None
     high: float | None
-    second: bool = False  # of two arms, the second
+    second: bool = False  # belongs to the second of two arms
 
 
 def loss_curve(curve: LossCurve) -> Figure:
-    """Training loss, its running mean, the held-out loss and the chance level."""
+    """Plot training loss, its running mean, the validation loss and the chance level."""
     finite = np.isfinite(curve.loss)
     steps, loss = thin_curve(curve.steps[finite], curve.loss[finite])
     with open_canvas(2.7) as (canvas, axes):
         axes.plot(steps, loss, color=ONE, alpha=0.35, linewidth=1)
         axes.plot(steps, _running_mean(loss), color=ONE, linewidth=2, label="training")
         if curve.held_out:
-            axes.plot(*zip(*curve.held_out, strict=True), "o", color=TWO, markersize=5, label="held out")
+            axes.plot(*zip(*curve.held_out, strict=True), "o", color=TWO, markersize=5, label="validation")
         if curve.chance is not None:
             axes.axhline(curve.chance, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label="chance")
         axes.set_xlabel("step")
@@ -67,7 +67,7 @@ def loss_curve(curve: LossCurve) -> Figure:
     name_text = "" if curve.name == "loss" else f" of {curve.name}"
     parts = [f"Training loss{name_text} over {int(curve.steps[-1])} steps: {first} at first, {last} at last"]
     if curve.held_out:
-        parts.append(f"{curve.held_out[-1][1]:.3g} on held-out subjects")
+        parts.append(f"{curve.held_out[-1][1]:.3g} on validation subjects")
     if curve.chance is not None:
         parts.append(f"chance level {curve.chance:.3g}")
     caption = "Training loss" if curve.name == "loss" else f"Loss of {curve.name}"
@@ -77,13 +77,13 @@ def loss_curve(curve: LossCurve) -> Figure:
 def line_plot(
     points_by_name: Mapping[str, Sequence[tuple[int, float]]], label: str, caption: str, *, log: bool = False
 ) -> Figure:
-    """Measured values over the steps of a run, a line a name.
+    """Plot values over the steps of a run, one line per name.
 
     Args:
         points_by_name: name to pairs of step and value, at least one.
-        label: of the vertical axis.
-        caption: of the figure.
-        log: a logarithmic vertical axis.
+        label: label of the vertical axis.
+        caption: caption of the figure.
+        log: whether the vertical axis is logarithmic.
     """
     with open_canvas(2.2) as (canvas, axes):
         for line_number, (name, pairs) in enumerate(points_by_name.items()):
@@ -102,12 +102,12 @@ def line_plot(
 
 
 def interval_plot(rows: Sequence[IntervalRow], caption: str, *, arms: tuple[str, str] | None = None) -> Figure:
-    """Values between 0 and 1 as dots on lines, their intervals.
+    """Plot values between 0 and 1 as dots with their intervals as lines.
 
     Args:
-        rows: top to bottom; rows of the same name share a line.
-        caption: of the figure.
-        arms: names of the two colours, where there are two arms.
+        rows: rows from top to bottom; rows of the same name share a line.
+        caption: caption of the figure.
+        arms: names of the two arms, if there are two; each has a colour.
     """
     names = list(dict.fromkeys(row.name for row in rows))
     with open_canvas(0.75 + 0.34 * len(names) * (1.4 if arms else 1)) as (canvas, axes):
@@ -133,11 +133,11 @@ def interval_plot(rows: Sequence[IntervalRow], caption: str, *, arms: tuple[str,
 
 
 def strip_plot(values: Mapping[str, Sequence[float]], label: str, caption: str, *, dot: str = "image") -> Figure:
-    """A dot a case (or what `dot` names), a line a class, and the median; values between 0 and 1."""
+    """Plot values between 0 and 1: one line per class, one dot per case (named by `dot`), and the median."""
     with open_canvas(0.8 + 0.5 * len(values)) as (canvas, axes):
         for line_number, numbers in enumerate(values.values()):
             ordered = np.sort(np.asarray(numbers))
-            jitter = 0.28 * (np.arange(len(ordered)) * 0.618034 % 1 - 0.5) * 2  # even, without chance
+            jitter = 0.28 * (np.arange(len(ordered)) * 0.618034 % 1 - 0.5) * 2  # evenly spread and deterministic
             axes.plot(ordered, line_number + jitter, "o", color=ONE, markersize=3.5, alpha=0.6, markeredgewidth=0)
             axes.plot([np.median(ordered)] * 2, [line_number - 0.38, line_number + 0.38], color=TWO, linewidth=2.5)
         axes.set_yticks(range(len(values)), list(values))
@@ -156,7 +156,7 @@ def strip_plot(values: Mapping[str, Sequence[float]], label: str, caption: str, 
 def volume_scatter(
     truth: Mapping[str, Sequence[float]], predicted: Mapping[str, Sequence[float]], caption: str
 ) -> Figure:
-    """Predicted against true volumes in ml, and the line where they are equal."""
+    """Plot predicted against true volumes in ml, with the line of equality."""
     markers, colours = "oDs^v", (ONE, TWO, INK)
     with open_canvas(3.4) as (canvas, axes):
         for class_number, name in enumerate(truth):
@@ -184,13 +184,13 @@ def volume_scatter(
 
 
 def reliability_diagram(confidence: Array, is_correct: Array, ece: float | None, caption: str) -> Figure:
-    """Share of right answers against the probability the network gave them, in ten bins.
+    """Plot the share of correct predictions against the predicted probability, in ten bins.
 
     Args:
         confidence: (N,) probability of the predicted class.
-        is_correct: (N,) whether it was the label.
-        ece: of `metrics.json`, for the words.
-        caption: of the figure.
+        is_correct: (N,) whether the prediction is correct.
+        ece: calibration error of `metrics.json`, for the text alternative.
+        caption: caption of the figure.
     """
     bins = np.clip(np.ceil(confidence * 10) - 1, 0, 9).astype(int)
     bin_masks = [(b, bins == b) for b in range(10) if (bins == b).any()]
@@ -202,23 +202,23 @@ def reliability_diagram(confidence: Array, is_correct: Array, ece: float | None,
         axes.scatter(x, y, s=sizes, color=ONE, alpha=0.7, linewidths=0)
         axes.set_xlim(0, 1.04)
         axes.set_ylim(0, 1.04)
-        axes.set_xlabel("probability given")
-        axes.set_ylabel("share that was right")
+        axes.set_xlabel("predicted probability")
+        axes.set_ylabel("share of correct predictions")
         svg = render_svg(canvas)
     description = "; ".join(
-        f"at {a:.2f} given, {b:.2f} right ({int(m.sum())})" for a, b, (_, m) in zip(x, y, bin_masks, strict=True)
+        f"predicted {a:.2f}, correct {b:.2f} ({int(m.sum())})" for a, b, (_, m) in zip(x, y, bin_masks, strict=True)
     )
     error = "" if ece is None else f" Expected calibration error {ece:.3f}."
     return Figure(svg, f"{description}.{error}", caption)
 
 
 def plot_histogram(values: Mapping[str, Sequence[float]], label: str, caption: str) -> Figure:
-    """How many images have which value; a line a group, on common bins.
+    """Plot the distribution of values over images, one line per group, on common bins.
 
     Args:
         values: group to values, at most three groups.
-        label: of the values, with their unit.
-        caption: of the figure.
+        label: name of the values, with their unit.
+        caption: caption of the figure.
     """
     edges = np.histogram_bin_edges(np.concatenate([np.asarray(v, float) for v in values.values()]), bins=MAX_BINS)
     styles: Any = ((ONE, "-"), (TWO, (0, (5, 2))), (INK, (0, (1, 1.5))))
@@ -239,7 +239,7 @@ def plot_histogram(values: Mapping[str, Sequence[float]], label: str, caption: s
         )
         group_prefix = f"{name}: " if len(values) > 1 else ""
         descriptions.append(
-            f"{group_prefix}{low} to {high}, median {median}, the middle half {lower_quartile} to {upper_quartile}"
+            f"{group_prefix}{low} to {high}, median {median}, interquartile range {lower_quartile} to {upper_quartile}"
         )
     return Figure(
         svg, f"{label}, of {len(next(iter(values.values())))} images. " + "; ".join(descriptions) + ".", caption
@@ -247,7 +247,7 @@ def plot_histogram(values: Mapping[str, Sequence[float]], label: str, caption: s
 
 
 def format_interval(value: float | None, low: float | None, high: float | None) -> str:
-    """`0.871 (0.862 to 0.880)`."""
+    """Format a value with its interval: `0.871 (0.862 to 0.880)`."""
     if value is None:
         return "not defined"
     return (
@@ -258,7 +258,7 @@ def format_interval(value: float | None, low: float | None, high: float | None) 
 
 
 def format_number(value: float) -> str:
-    """Three decimals below ten, three digits above."""
+    """Format a number with three decimals below ten, and three digits above."""
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
@@ -267,7 +267,7 @@ def _arm_prefix(row: IntervalRow, arms: tuple[str, str] | None) -> str:
 
 
 def _running_mean(values: Array) -> Array:
-    """Running mean over a twentieth of the curve, narrower at its ends."""
+    """Running mean over a twentieth of the curve, with a narrower window at its ends."""
     half_window = max(1, len(values) // 40)
     total = np.concatenate([[0.0], np.cumsum(values)])
     low = np.maximum(np.arange(len(values)) - half_window, 0)
@@ -276,7 +276,7 @@ def _running_mean(values: Array) -> Array:
 
 
 def thin_curve(steps: Array, values: Array) -> tuple[Array, Array]:
-    """At most MOST_POINTS points: means of equal parts."""
+    """Reduce a curve to at most MAX_POINTS points, by means over equal parts."""
     if len(values) <= MAX_POINTS:
         return steps, values
     edges = np.linspace(0, len(values), MAX_POINTS + 1).astype(int)
@@ -287,7 +287,7 @@ def thin_curve(steps: Array, values: Array) -> tuple[Array, Array]:
 
 
 def _set_unit_axis(axes: Axes, values: Sequence[float]) -> None:
-    """From the tenth below the smallest value (and at most 0.8) to 1: dots, unlike bars, need no zero."""
+    """Set the axis from the tenth below the smallest value (at most 0.8) to 1; a dot plot does not need a zero."""
     low = min(0.8, np.floor(min(values) * 10) / 10)
     axes.set_xlim(low - 0.02 * (1 - low), 1 + 0.02 * (1 - low))
     axes.xaxis.set_major_locator(MaxNLocator(5))

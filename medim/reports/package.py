@@ -1,4 +1,4 @@
-"""From a package to a section of the report."""
+"""Report section of a package."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from medim.reports.page import Banner, ReportSection, ReportTable, format_bytes,
 
 
 def build_package_section(folder: Path, anchor: str) -> ReportSection:
-    """A package: what it is for, what it takes and gives, and the gates it passed at export."""
+    """Build the section of a package: intended use, input and output, and the acceptance gates of the export."""
     contract = read_json(folder / "medim.json")
     report_path = folder / "parity" / "report.json"
     gates = read_json(report_path).get("gates", {}) if report_path.is_file() else {}
@@ -37,7 +37,7 @@ def build_package_section(folder: Path, anchor: str) -> ReportSection:
     text = (
         f"{pluralise(len(rows), 'gate')} passed at export."
         if all_gates_pass
-        else "No report of a passed export was found. Run medim verify."
+        else "There is no report of a successful export. Run medim verify."
     )
     return ReportSection(
         anchor=anchor,

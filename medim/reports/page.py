@@ -1,4 +1,4 @@
-"""What a report page is made of: sections of facts, tables and figures. The template turns them into HTML."""
+"""Parts of a report page: sections of facts, tables and figures. The template renders them as HTML."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ LOWER_IS_BETTER = ("hd95", "ece")
 
 @dataclass(frozen=True)
 class ReportTable:
-    """A table; the first column names the row, the others are numbers or words.
+    """A table; the first column names the row, the other cells are numbers or words.
 
     Attributes:
-        caption: what it shows.
+        caption: title of the table.
         head: column titles.
         rows: cells as text.
-        note: below the table.
-        wide: takes the whole width of the page.
-        prose: cells are words, not numbers, and begin at the left.
+        note: note below the table.
+        wide: whether the table takes the whole width of the page.
+        prose: whether cells are words instead of numbers, aligned to the left.
     """
 
     caption: str
@@ -37,7 +37,7 @@ class ReportTable:
 
 @dataclass(frozen=True)
 class Banner:
-    """The result of a section in a sentence; `state` colours it, the words carry it."""
+    """Summary of a section in one sentence; `state` sets the colour."""
 
     state: Literal["good", "care", "bad", "plain"]
     headline: str
@@ -46,7 +46,7 @@ class Banner:
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture of a contact sheet; without `source` the image could not be read, and `alt` says so."""
+    """An image of a contact sheet; without `source` the image could not be read, and `alt` gives the reason."""
 
     caption: str
     alt: str
@@ -55,7 +55,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class ContactSheet:
-    """A contact sheet: what is shown, and the pictures, each with its words."""
+    """A contact sheet: caption, note, and the images with their captions."""
 
     caption: str
     note: str
@@ -64,18 +64,18 @@ class ContactSheet:
 
 @dataclass(frozen=True)
 class ReportSection:
-    """A part of the page: one run, evaluation, index or package.
+    """A section of the page: one run, evaluation, index or package.
 
     Attributes:
-        anchor: its id in the page.
-        title: its heading.
-        banner: its result.
+        anchor: id of the section in the page.
+        title: heading.
+        banner: summary.
         facts: pairs of name and value.
-        tables: shown before the figures.
-        figures: shown side by side where there is room.
-        sheet: pictures of images.
-        after: tables below the figures and pictures.
-        details: long texts, folded: title and text.
+        tables: tables above the figures.
+        figures: figures, placed next to each other if the page is wide enough.
+        sheet: contact sheet.
+        after: tables below the figures and the contact sheet.
+        details: long texts in collapsed blocks: title and text.
     """
 
     anchor: str
@@ -90,7 +90,7 @@ class ReportSection:
 
 
 def format_value(value: Any) -> str:
-    """A value of a JSON file in words."""
+    """Format a value of a JSON file as text."""
     if value is None or value == "":
         return NOT_REPORTED
     if isinstance(value, bool):
@@ -108,7 +108,7 @@ def format_value(value: Any) -> str:
 
 
 def format_bytes(count: float | None) -> str:
-    """Bytes in kB, MB or GB."""
+    """Format a number of bytes in kB, MB or GB."""
     if count is None:
         return NOT_REPORTED
     return next(
@@ -119,12 +119,12 @@ def format_bytes(count: float | None) -> str:
 
 
 def pluralise(count: int | None, word: str) -> str:
-    """`1 image`, `2 images`."""
+    """Format a count with its noun: `1 image`, `2 images`."""
     return f"{format_value(count)} {word}{'' if count == 1 else 's'}"
 
 
 def metric_name(key: str) -> str:
-    """`hd95_left` -> `HD95 left, mm`."""
+    """Convert the key of a metric to a title: `hd95_left` to `HD95 left, mm`."""
     names = {
         "surface_dice": "Surface Dice at 1 mm",
         "balanced_accuracy": "Balanced accuracy",
@@ -146,24 +146,24 @@ def metric_name(key: str) -> str:
 
 
 def lower_is_better(key: str) -> bool:
-    """Whether a smaller value of the metric is the better one."""
+    """Whether smaller values of the metric are better."""
     return key.startswith(LOWER_IS_BETTER)
 
 
 def format_metric(metric: Mapping[str, Any] | float | None) -> str:
-    """Value and interval of a metric, as `metrics.json` holds it or as a bare number."""
+    """Format value and interval of a metric, given as an entry of `metrics.json` or as a number."""
     if isinstance(metric, Mapping):
         return format_interval(metric.get("value"), metric.get("ci_low"), metric.get("ci_high"))
     return "not defined" if metric is None else format_number(float(metric))
 
 
 def interval_cell(text: str) -> str:
-    """The text of a value with its interval, as lines of a table's cell."""
+    """Split the text of a value with its interval into the lines of a table cell."""
     return text.replace(" (", "\n(", 1).replace("), ", ")\n", 1)
 
 
 def metric_table(metrics: Mapping[str, Any], caption: str, note: str = "") -> ReportTable:
-    """All metrics with their intervals and the cases they stand on."""
+    """Table of all metrics with their intervals and the number of images."""
     rows = []
     for key, metric in metrics.items():
         better = "lower" if lower_is_better(key) else "higher"
@@ -173,7 +173,7 @@ def metric_table(metrics: Mapping[str, Any], caption: str, note: str = "") -> Re
 
 
 def unit_interval_metrics(metrics: Mapping[str, Any], *, second: bool = False) -> list[IntervalRow]:
-    """The metrics that lie between 0 and 1, for a figure."""
+    """Select the metrics with values between 0 and 1, for a figure."""
     interval_rows = []
     for key, metric in metrics.items():
         content = metric if isinstance(metric, Mapping) else {"value": metric}
@@ -185,7 +185,7 @@ def unit_interval_metrics(metrics: Mapping[str, Any], *, second: bool = False) -
 
 
 def count_table(caption: str, name: str, counts: Mapping[Any, int]) -> ReportTable:
-    """A table of counts, the largest first."""
+    """Table of counts, in descending order."""
     rows = [
         (str(key), format_value(count))
         for key, count in sorted(counts.items(), key=lambda item: (-item[1], str(item[0])))

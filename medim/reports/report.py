@@ -1,6 +1,6 @@
-"""One self-contained page about a run, an evaluation, an index or store, a package, or a folder with several of these.
+"""Self-contained HTML page about a run, evaluation, index, store or package, or a folder with several of these.
 
-The page asks nothing of the network, runs no script, and the same files give the same bytes.
+The page loads nothing over the network and contains no script. Equal input files give equal bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PAGE_NAME = "report.html"
 TEMPLATE_NAME = "page.html.jinja"
 SECTION_BUILDERS: dict[
     str, Callable[[Path, str], ReportSection]
-] = {  # kind of folder -> its section, in the order of the page
+] = {  # kind of folder -> builder of its section, in the order of the page
     "index": build_cohort_section,
     "pretrain": build_pretraining_section,
     "finetune": build_finetuning_section,
@@ -41,28 +41,28 @@ SECTION_BUILDERS: dict[
 
 
 def write_report_page(folder: Path) -> Path:
-    """Write `write_report_page.html` into a folder.
+    """Write `report.html` into a folder.
 
     Args:
-        folder: a pretraining or fine-tuning run, an evaluation, an index or a store with its index, or a folder whose
-            subfolders are such or packages; the page then has a section for each, and compares pretrained with
-            scratch where both are.
+        folder: a pretraining or fine-tuning run, an evaluation, an index or a store with its index, or a folder with
+            such subfolders or packages. In the last case the page has a section for each subfolder, and compares
+            pretrained with scratch if both are present.
 
     Returns:
-        The page.
+        Path of the page.
 
     Raises:
-        UserError: there is nothing to report on, or a file in it is damaged.
+        UserError: the folder contains no run, evaluation or index, or one of its files is damaged.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: expected a folder with a run, an evaluation or an index, found none.")
+        raise UserError(f"{folder}: there is no such folder. Pass a folder with a run, an evaluation or an index.")
     own_kind = detect_kind(folder)
-    if own_kind == "package":  # a package holds its own files and nothing else
-        raise UserError(f"{folder}: a package must not change. Run `medim report` on the folder that holds it.")
+    if own_kind == "package":  # a package must contain its own files only
+        raise UserError(f"{folder}: a package must not be changed. Run `medim report` on its parent folder.")
     folders = {folder.name or "report": folder} if own_kind else _list_parts(folder)
     kinds = {name: own_kind or str(detect_kind(part)) for name, part in folders.items()}
     if not folders:
-        raise UserError(f"{folder}: expected a run, an evaluation or an index, here or one level below, found none.")
+        raise UserError(f"{folder}: the folder and its subfolders contain no run, evaluation or index.")
     sections = [
         SECTION_BUILDERS[kinds[name]](part, f"part-{number}")
         for number, (name, part) in enumerate(folders.items(), start=1)
@@ -76,11 +76,11 @@ def write_report_page(folder: Path) -> Path:
 
 
 def render_page(title: str, sections: list[ReportSection]) -> str:
-    """The page as HTML.
+    """Render the page as HTML.
 
     Args:
-        title: what the page is about.
-        sections: its parts, in order.
+        title: title of the page.
+        sections: sections in order.
     """
     loader = PackageLoader("medim.reports", "")
     environment = Environment(
@@ -91,12 +91,12 @@ def render_page(title: str, sections: list[ReportSection]) -> str:
 
 
 def mark_breaks(text: str) -> Markup:
-    """Text in which a line may break after each part of a path."""
+    """Allow line breaks after each part of a path."""
     return Markup(re.sub(r"[/_]|(?<!&)#", r"\g<0><wbr>", str(escape(text))))
 
 
 def detect_kind(folder: Path) -> str | None:
-    """What a folder holds, as a key of `SECTION_BUILDERS`; None where it is nothing of the kind."""
+    """Detect the kind of a folder, as a key of `SECTION_BUILDERS`; None if it is none of them."""
     if (folder / "medim.json").is_file():
         return "package"
     if not (folder / "summary.json").is_file():
@@ -108,7 +108,7 @@ def detect_kind(folder: Path) -> str | None:
 
 
 def _list_parts(folder: Path) -> Mapping[str, Path]:
-    """Subfolders that can be reported on, in the order of the main job, then by name."""
+    """List the subfolders to report on, in the order of `SECTION_BUILDERS`, then by name."""
     order = list(SECTION_BUILDERS)
     entries = [
         (order.index(kind), path.name, path)

@@ -1,4 +1,4 @@
-"""From the files of a run or an evaluation to a section of the report."""
+"""Report sections of a run or an evaluation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from medim.types import UserError
 
 
 def build_pretraining_section(folder: Path, anchor: str) -> ReportSection:
-    """A pretraining run: verdict, every loss against its chance level, health of the features."""
+    """Build the section of a pretraining run: verdict, losses with their chance levels, health of the features."""
     summary = read_json(folder / "summary.json")
     losses, chance = summary.get("loss", {}), summary.get("chance", {})
     weights = summary.get("objectives", {})
@@ -54,22 +54,24 @@ def build_pretraining_section(folder: Path, anchor: str) -> ReportSection:
         ("Steps", format_value(summary.get("steps"))),
         ("Input", format_value(summary.get("input_shape"))),
         ("Effective rank (RankMe)", format_value(summary.get("rankme"))),
-        ("Feature spread (1 even, 0 collapsed)", format_value(summary.get("feature_std"))),
-        ("Probe on held-out subjects", _format_probe_result(summary.get("probe"))),
-        ("Encoder of step", _format_selection(summary.get("selected"))),
-        ("What to try", format_value(summary.get("what_to_try") or None)),
-        ("Seconds a step", format_value(summary.get("seconds_per_step"))),
-        ("Waiting for data", _format_percent(summary.get("data_wait_fraction"))),
+        ("Feature spread (1: even, 0: collapsed)", format_value(summary.get("feature_std"))),
+        ("Probe on validation subjects", _format_probe_result(summary.get("probe"))),
+        ("Encoder saved from step", _format_selection(summary.get("selected"))),
+        ("Advice", format_value(summary.get("what_to_try") or None)),
+        ("Seconds per step", format_value(summary.get("seconds_per_step"))),
+        ("Time spent waiting for data", _format_percent(summary.get("data_wait_fraction"))),
         *_machine_facts(summary),
     ]
     curves = read_history(folder / "history.csv", [name for name in losses if "/" not in name])
     return ReportSection(
         anchor=anchor,
         title=f"Pretraining: {folder.name}",
-        banner=VERDICT_BANNERS.get(verdict, Banner("plain", verdict, "This report does not know the verdict.")),
+        banner=VERDICT_BANNERS.get(verdict, Banner("plain", verdict, "Unknown verdict.")),
         facts=facts,
         tables=[
-            ReportTable("Losses", ("Objective", "Weight", "First", "Last", "Held out", "Chance level"), rows, wide=True)
+            ReportTable(
+                "Losses", ("Objective", "Weight", "First", "Last", "Validation", "Chance level"), rows, wide=True
+            )
         ],
         figures=[*(figures.loss_curve(curve) for curve in curves), *plot_health(folder / "history.csv")],
         details=[*_config_details(folder), _list_values(summary)],
@@ -77,7 +79,7 @@ def build_pretraining_section(folder: Path, anchor: str) -> ReportSection:
 
 
 def build_finetuning_section(folder: Path, anchor: str) -> ReportSection:
-    """A fine-tuning run: its start, its label budget and its validation metrics."""
+    """Build the section of a fine-tuning run: initial weights, label budget and validation metrics."""
     summary = read_json(folder / "summary.json")
     validation = summary.get("val") or {}
     metrics = validation.get("metrics", validation)
@@ -88,7 +90,7 @@ def build_finetuning_section(folder: Path, anchor: str) -> ReportSection:
         ("Task", format_value(summary.get("task"))),
         ("Started from", format_value(start)),
         ("Labelled images used", format_value(summary.get("labelled"))),
-        ("Images without a label, left out", format_value(summary.get("unlabelled_left_out"))),
+        ("Images excluded (no label)", format_value(summary.get("unlabelled_left_out"))),
         ("Validation images", _format_image_counts(validation)),
         *_contamination_facts(summary),
         ("Steps", format_value(summary.get("steps"))),
@@ -110,7 +112,7 @@ def build_finetuning_section(folder: Path, anchor: str) -> ReportSection:
 
 
 def build_evaluation_section(folder: Path, anchor: str) -> ReportSection:
-    """An evaluation: its metrics, who was left out, and the cases behind the numbers."""
+    """Build the section of an evaluation: metrics, excluded subjects, and results per case."""
     summary = read_json(folder / "metrics.json")
     rows = read_cases(folder / "cases.parquet")
     metrics, classes = summary["metrics"], summary["classes"]
@@ -121,10 +123,10 @@ def build_evaluation_section(folder: Path, anchor: str) -> ReportSection:
     facts = [
         ("Task", format_value(summary.get("task"))),
         ("Images", _format_image_counts(summary)),
-        ("Which", split),
-        ("Subjects left out: the model was trained on them", format_value(summary.get("excluded_seen"))),
+        ("Split", split),
+        ("Subjects excluded (in the training data)", format_value(summary.get("excluded_seen"))),
         *_contamination_facts(summary),
-        ("Images that could not be used", format_value(summary.get("rejected"))),
+        ("Rejected images", format_value(summary.get("rejected"))),
         ("Model started from", format_value(summary.get("init"))),
     ]
     details = find_task_by_title(str(summary.get("task"))).describe_evaluation(valid_rows, classes)
@@ -133,7 +135,7 @@ def build_evaluation_section(folder: Path, anchor: str) -> ReportSection:
     after = [ReportTable(table.caption, table.head, table.rows) for table in details.tables]
     rejections = Counter(str(row["rejected"]) for row in rows if row.get("rejected"))
     if rejections:
-        after.append(count_table("Images that could not be used", "Reason", rejections))
+        after.append(count_table("Rejected images", "Reason", rejections))
     return ReportSection(
         anchor=anchor,
         title=f"Evaluation: {folder.name}",
@@ -147,15 +149,16 @@ def build_evaluation_section(folder: Path, anchor: str) -> ReportSection:
 
 
 def build_unfinished_section(folder: Path, anchor: str) -> ReportSection:
-    """A run that has written no summary."""
-    text = "There is no summary.json: the run is still going, or it was stopped. Continue it with --resume."
+    """Build the section of a run without a summary."""
+    text = "There is no summary.json: the run is still in progress, or it was stopped. Continue it with --resume."
     return ReportSection(anchor, f"Unfinished: {folder.name}", Banner("bad", "Not finished", text))
 
 
 def read_history(path: Path, names: Sequence[str]) -> list[figures.LossCurve]:
-    """Curves of `history.csv`, in the order of `names`.
+    """Read the curves of `history.csv`, in the order of `names`.
 
-    Its columns are step, name, loss, chance, held_out; a row holds a training or a held-out loss; the rest is empty.
+    Its columns are `step`, `name`, `loss`, `chance` and `held_out`. A row contains a training or a validation loss;
+    other cells are empty.
     """
     if not path.is_file():
         return []
@@ -194,12 +197,12 @@ def _draw_plot(plot: Plot, metrics: Mapping[str, Any]) -> Figure:
 def _build_headline(metrics: Mapping[str, Any], split_text: str) -> Banner:
     first_key = next(iter(metrics), None)
     if first_key is None:
-        return Banner("care", "No metrics", "This run has measured nothing.")
+        return Banner("care", "No metrics", "This run has no metrics.")
     return Banner("plain", f"{metric_name(first_key)}: {format_metric(metrics[first_key])}", f"Measured {split_text}.")
 
 
 def _contamination_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the weights had seen of the images measured on."""
+    """Counts of evaluated images that were part of the training data."""
     return [(name.capitalize(), text) for name, text in describe_counts(summary.get("seen")).items()]
 
 

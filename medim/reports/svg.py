@@ -1,4 +1,4 @@
-"""How a figure of the report is drawn: SVG inside the page, in its colours and fonts, with what it shows in words."""
+"""Render a figure as inline SVG with the colours and fonts of the page and a text alternative."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
-WIDTH = 4.6  # inches: 331 CSS pixels, about what a phone shows
-_COLOURS = {  # what matplotlib draws -> the page's own colour, light or dark
+WIDTH = 4.6  # inches: 331 CSS pixels, about the width of a phone screen
+_COLOURS = {  # placeholder colour in matplotlib -> colour variable of the page (light or dark)
     "#010101": "var(--ink)",
     "#020202": "var(--soft)",
     "#030303": "var(--one)",
@@ -54,8 +54,8 @@ class Figure:
 
     Attributes:
         svg: the drawing.
-        alt: what it shows, with its numbers.
-        caption: what it is.
+        alt: description with the numbers of the figure.
+        caption: title of the figure.
     """
 
     svg: Markup
@@ -63,7 +63,7 @@ class Figure:
     caption: str
 
     def placed(self, place: str) -> Markup:
-        """The drawing with ids of its own, under a name that is unique in the page, and its text alternative."""
+        """Add a title and a description to the drawing, and prefix its ids to make them unique in the page."""
         text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{place}-", str(self.svg))
         head = Markup('<svg role="img" aria-labelledby="{0}-title {0}-desc"').format(place)
         words = Markup('<title id="{0}-title">{1}</title><desc id="{0}-desc">{2}</desc>')
@@ -72,13 +72,13 @@ class Figure:
 
 
 def draw_legend(axes: Axes) -> None:
-    """A legend over the drawing, where it hides nothing."""
+    """Draw a legend above the axes, where it covers no data."""
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, borderaxespad=0.2, handlelength=1.6)
 
 
 @contextmanager
 def open_canvas(height: float) -> Iterator[tuple[Canvas, Axes]]:
-    """An empty drawing, `height` inches high, in the style of the page."""
+    """Open an empty drawing, `height` inches high, in the style of the page."""
     with mpl.rc_context(_STYLE):
         canvas = Canvas(figsize=(WIDTH, height), layout="constrained")
         canvas.patch.set_visible(False)
@@ -88,7 +88,7 @@ def open_canvas(height: float) -> Iterator[tuple[Canvas, Axes]]:
 
 
 def render_svg(canvas: Canvas) -> Markup:
-    """The drawing as an inline element: no date, no fixed size, no outside name."""
+    """Render the drawing as an inline element without date, fixed size or external reference."""
     buffer = io.StringIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     canvas.savefig(buffer, format="svg", metadata=metadata)

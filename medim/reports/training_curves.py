@@ -1,4 +1,4 @@
-"""The health of a pretraining run over its steps: a section's figures, from `history.csv`."""
+"""Health of a pretraining run over its steps: figures from `history.csv`."""
 
 from __future__ import annotations
 
@@ -16,47 +16,47 @@ VERDICT_BANNERS: dict[str, Banner] = {
     "learning": Banner(
         "good",
         "Learning",
-        "On held-out subjects every objective with a chance level ended below it, by at least 5 % and "
+        "On the validation subjects, every objective with a chance level ended below it by at least 5 % and "
         "three standard errors.",
     ),
     "at-chance": Banner(
         "care",
         "At chance",
-        "On held-out subjects at least one objective is not clearly better than a network that knows nothing. "
-        "Train longer, or look at batch size, crops and learning rate before using this encoder.",
+        "On the validation subjects, at least one objective is not clearly better than an uninformed network. "
+        "Train longer, or check batch size, crops and learning rate before you use this encoder.",
     ),
     "collapsed": Banner(
         "bad",
         "Collapsed",
-        "The summaries of different images are all but the same, so they tell nothing. Do not use this encoder.",
+        "The summaries of different images are almost equal and carry no information. Do not use this encoder.",
     ),
     "diverged": Banner(
         "bad",
         "Diverged",
-        "A loss stopped being a number or ended above its chance level. Lower the learning rate. "
+        "A loss became NaN or infinite, or ended above its chance level. Lower the learning rate. "
         "Do not use this encoder.",
     ),
 }
 
 
 def plot_health(path: Path) -> list[Figure]:
-    """RankMe, probe, alignment and uniformity on held-out subjects, and gradient norms, as far as they were measured.
+    """Plot RankMe, probe, alignment and uniformity on validation subjects, and gradient norms, if they were measured.
 
     Args:
-        path: `history.csv`.
+        path: path of `history.csv`.
     """
     points_by_name = _read_points(path)
     plots = [
         figures.line_plot({name: points_by_name[name]}, label, caption)
         for name, label, caption in (
-            ("rankme", "RankMe", "Effective rank of held-out summaries"),
-            ("probe", "AUROC", "Online probe of held-out subjects"),
+            ("rankme", "RankMe", "Effective rank of validation summaries"),
+            ("probe", "AUROC", "Online probe on validation subjects"),
         )
         if points_by_name.get(name)
     ]
     views = {name: points_by_name[name] for name in ("alignment", "uniformity") if points_by_name.get(name)}
     if views:
-        plots.append(figures.line_plot(views, "the lower the better", "Alignment and uniformity on held-out subjects"))
+        plots.append(figures.line_plot(views, "lower is better", "Alignment and uniformity on validation subjects"))
     norms = {
         name.removeprefix(GRADIENT_PREFIX): points
         for name, points in points_by_name.items()
@@ -64,7 +64,7 @@ def plot_health(path: Path) -> list[Figure]:
     }
     norms = {name: points for name, points in norms.items() if all(value > 0 for _, value in points)}
     if norms:
-        first_norms = dict(list(norms.items())[:3])  # the encoder's, and as many as can be told apart
+        first_norms = dict(list(norms.items())[:3])  # the encoder's norm, and as many as there are colours
         plots.append(figures.line_plot(first_norms, "norm", "Gradient norm before clipping", log=True))
     return plots
 

@@ -111,7 +111,7 @@ def test_images_that_cannot_be_read_are_shown_as_such_and_counted(tmp_path: Path
     assert "1 image could not be read." in html
     assert ["<img" in tile for tile in tiles(html)] == [True, False, True]
     assert "cannot be read" in tiles(html)[1]
-    assert "Measured on the 2 images of the contact sheet alone" in html
+    assert "Measured on the 2 images of the contact sheet only" in html
     shutil.rmtree(tmp_path / "source")
     assert "3 images could not be read." in write_report_page(tmp_path / "index").read_text()
 
@@ -127,11 +127,11 @@ def test_a_store_tells_the_figures_of_every_image_and_who_looks_alike(tmp_path: 
     write_quality(out, flag_images(index.records, figures))
     index.write(out)
     html = write_report_page(out).read_text()
-    assert ["that could not be preprocessed", "1", "1"] in cells(html, "From files to images")
+    assert ["could not be preprocessed", "1", "1"] in cells(html, "From files to images")
     assert "Measured on 30 images as read" in html
     flagged = {row[0]: row[1] for row in cells(html, "Flags of 30 images")}
     assert (flagged["near-duplicate"], flagged["noisy"], flagged["clipped"]) == ("2", "30", "0")
-    assert cells(html, "Images of two subjects that look alike") == [
+    assert cells(html, "Near-duplicate images of two subjects") == [
         ["copy", "i00", "0", "not reported and not reported"]
     ]
     assert len(tiles(html)) == 24
@@ -157,7 +157,7 @@ def test_no_planted_name_is_in_any_byte_of_the_page(tmp_path: Path) -> None:
     assert len(index.rejected) >= 2
     assert [trace for trace in TRACES if trace in html.lower()] == []
     assert f"<figcaption>{index.records[0].subject}</figcaption>" in html
-    assert "This page holds images of patients: it stays on site." in html
+    assert "This page contains patient images: do not send it outside your site." in html
 
 
 @pytest.mark.parametrize(
@@ -181,9 +181,9 @@ def test_the_page_of_real_images(
     assert captions == [r.subject for r in sample_records(index.records)]
     assert len(set(captions)) == min(len({r.subject for r in index.records}), 24)
     flow = {row[0]: row[1] for row in cells(html, "From files to images")}
-    assert (flow["Images"], flow["Not used"]) == (str(images), str(sum(reasons.values())))
+    assert (flow["Images"], flow["Rejected"]) == (str(images), str(sum(reasons.values())))
     if reasons:
-        told = {row[0]: row for row in cells(html, "Not used, by reason")}
+        told = {row[0]: row for row in cells(html, "Rejected files, by reason")}
         assert {code: int(row[1]) for code, row in told.items()} == reasons
         first = {r.reason: (r.detail, r.path) for r in reversed(index.rejected)}
         assert {code: (row[3], row[4]) for code, row in told.items()} == first

@@ -202,7 +202,7 @@ def test_every_figure_has_its_words(html: str) -> None:
     for figure in figures:
         assert re.search(r'<svg role="img" aria-labelledby="\S+-title \S+-desc"', figure)
         assert re.search(r"<title[^>]*>[^<]{5,}</title><desc[^>]*>[^<]*\d[^<]*</desc>", figure)
-    assert "Training loss of local_dim over 40 steps: 3.38 at first, 2.6 at last; 2.65 on held-out subjects" in html
+    assert "Training loss of local_dim over 40 steps: 3.38 at first, 2.6 at last; 2.65 on validation subjects" in html
 
 
 def test_what_files_say_is_text_and_never_markup(html: str) -> None:
@@ -248,11 +248,11 @@ def test_a_history_without_its_columns_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_nothing_to_report_and_a_package_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="found none"):
+    with pytest.raises(UserError, match="contain no run, evaluation or index"):
         write_report_page(tmp_path)
-    with pytest.raises(UserError, match="found none"):
+    with pytest.raises(UserError, match="there is no such folder"):
         write_report_page(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="must not change"):
+    with pytest.raises(UserError, match="must not be changed"):
         write_report_page(package(tmp_path / "package"))
 
 
