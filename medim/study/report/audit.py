@@ -1,4 +1,4 @@
-"""What stands on both sides of the split, and what should not matter and yet tells: the audit on the page."""
+"""Audit section of the study page: duplicates across the split, and shortcuts that predict the label."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from medim.study.audit.audit import PIXELS
 from medim.study.design import SCRATCH
 from medim.study.report.view import StudyView
 
-GEOMETRY_FEATURES = ("size as seen", "padding")  # after preprocessing, where they should tell nothing
-VISIBLE_FEATURES = (*GEOMETRY_FEATURES, "intensity as seen")  # what a network can see
+GEOMETRY_FEATURES = ("size as seen", "padding")  # after preprocessing, where they should not predict the label
+VISIBLE_FEATURES = (*GEOMETRY_FEATURES, "intensity as seen")  # accessible to a network
 RAW_SIZE_FEATURE = "size as read"
-MAX_NAMED_PAIRS = 10  # look-alikes that are named
+MAX_NAMED_PAIRS = 10  # near-duplicates listed by name
 SHORTCUT_NOTE = (
-    "A classifier is given these few numbers of each image and nothing else. As read: of the file; as seen: of what "
-    "preprocessing makes of it, which is all that a network gets. Of the models the first run with the most labels."
+    "A classifier is given only these few numbers per image. As read: measured on the file. As seen: measured after "
+    "preprocessing, on the input of the network. Models: the first run with the most labels."
 )
 
 
 def build_audit_section(study: StudyView) -> ReportSection:
-    """Shortcuts beside the models, groups that features tell, metrics by group, and look-alikes."""
+    """Build the section: shortcuts and models, prediction of groups from features, metrics by group, duplicates."""
     audit = study.audit
     if audit is None:
-        text = "This study was run before there was an audit; medim study --resume adds it."
+        text = "This study was run by a version without the audit. Run medim study --resume to add it."
         return ReportSection("leaks", "Leaks and shortcuts", Banner("plain", NOT_REPORTED, text))
     tables = [
         _build_shortcut_table(audit),
@@ -52,18 +52,18 @@ def build_audit_section(study: StudyView) -> ReportSection:
         facts=[("Groups by", list_group_columns(study) or NOT_REPORTED)],
         tables=[table for table in tables if table is not None],
         figures=_plot_aurocs(audit),
-        details=[("What was not looked at, and how", "\n".join(audit["notes"]))] if audit["notes"] else [],
+        details=[("Checks that were skipped, and notes", "\n".join(audit["notes"]))] if audit["notes"] else [],
     )
 
 
 def alarming_shortcuts(study: StudyView) -> str:
-    """The shortcuts that should tell nothing, or tell as much as the best model; empty where there is none."""
+    """Describe shortcuts that should not predict the label, or predict it as well as the best model; empty if none."""
     alarm_text = _format_alarm(study.audit or {})
     return f"{alarm_text}: see Leaks and shortcuts. " if alarm_text else ""
 
 
 def format_size_auroc(study: StudyView) -> str:
-    """The AUROC of the image's size as its file has it, beside the best model's."""
+    """Format the AUROC of the image size in the file, with that of the best model."""
     audit = study.audit or {}
     sizes = [one["told"]["auroc"] for one in audit.get("shortcuts", ()) if one["name"] == RAW_SIZE_FEATURE]
     best = _best_model_auroc(audit)
@@ -72,13 +72,13 @@ def format_size_auroc(study: StudyView) -> str:
 
 
 def list_group_columns(study: StudyView) -> str:
-    """What metrics are told group by group for; empty where nothing is known."""
+    """List the columns by which metrics are grouped; empty if there are no groups."""
     return ", ".join(dict.fromkeys(one["column"] for one in (study.audit or {}).get("groups", ())))
 
 
 def _format_alarm(audit: dict[str, Any]) -> str:
     names = [f"{one['name']} (AUROC {one['told']['auroc']['value']:.3f})" for one in _select_alarming(audit)]
-    return f"The label can be told without looking, by {' and '.join(names)}" if names else ""
+    return f"The label can be predicted without the image content, from {' and '.join(names)}" if names else ""
 
 
 def _select_alarming(audit: dict[str, Any]) -> list[dict[str, Any]]:
@@ -94,31 +94,31 @@ def _select_alarming(audit: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _best_model_auroc(audit: dict[str, Any]) -> dict[str, Any] | None:
-    """The AUROC of the best model that was measured."""
+    """Find the AUROC of the best measured model."""
     aurocs = [metrics["auroc"] for metrics in audit.get("models", {}).values() if metrics.get("auroc")]
     return max((one for one in aurocs if one["value"] is not None), key=lambda one: one["value"], default=None)
 
 
 def _build_audit_banner(audit: dict[str, Any]) -> Banner:
     near = pluralise(len(audit["duplicates"]["near"]), "pair")
-    places_text = f"Look-alikes across the split: {near}. An audit that finds nothing has looked in these places only."
+    places_text = f"Near-duplicates across the split: {near}. The audit covers only the checks listed here."
     if alarm_text := _format_alarm(audit):
-        return Banner("care", alarm_text, f"What a model learnt may be no more than that. {places_text}")
+        return Banner("care", alarm_text, f"The models may have learnt only this shortcut. {places_text}")
     if not audit["shortcuts"]:
-        return Banner("plain", "Groups and look-alikes", f"No shortcut was looked for. {places_text}")
-    text = "Size and padding, as a network sees them, tell no more than chance"
+        return Banner("plain", "Groups and near-duplicates", f"Shortcuts were not tested. {places_text}")
+    text = "Size and padding of the network input do not predict the label better than chance"
     text += (
-        f"; intensities tell less than the best model. {places_text}"
+        f"; intensities predict it less well than the best model. {places_text}"
         if _best_model_auroc(audit)
         else f". {places_text}"
     )
-    return Banner("good", "No shortcut found in these places", text)
+    return Banner("good", "No shortcut found by these checks", text)
 
 
 def _build_shortcut_table(audit: dict[str, Any]) -> ReportTable | None:
     if not audit["shortcuts"]:
         return None
-    head = ("Known of an image", "AUROC", "Balanced accuracy", "More than chance")
+    head = ("Predictor", "AUROC", "Balanced accuracy", "Above chance")
     rows = [
         (
             name,
@@ -137,7 +137,7 @@ def _build_shortcut_table(audit: dict[str, Any]) -> ReportTable | None:
                 _format_above_chance(one["told"]) if one["differs"] else "the same for all images",
             )
         )
-    return ReportTable("What tells the label", head, rows, SHORTCUT_NOTE, wide=True)
+    return ReportTable("Prediction of the label", head, rows, SHORTCUT_NOTE, wide=True)
 
 
 def _plot_aurocs(audit: dict[str, Any]) -> Sequence[Figure]:
@@ -150,11 +150,11 @@ def _plot_aurocs(audit: dict[str, Any]) -> Sequence[Figure]:
     ]
     if not audit["shortcuts"] or not rows:
         return ()
-    return (interval_plot(rows, "AUROC of the models, and of a few numbers of each image"),)
+    return (interval_plot(rows, "AUROC of the models, and of shortcuts"),)
 
 
 def _build_group_table(study: StudyView, audit: dict[str, Any]) -> ReportTable | None:
-    """Of the best-supported arm and from scratch; `audit.json` has the others."""
+    """Table of metrics by group, for the best-supported arm and from scratch; `audit.json` contains the other arms."""
     arm_names = {SCRATCH, study.best["arm"] if study.best else SCRATCH}
     rows = [
         (
@@ -169,9 +169,9 @@ def _build_group_table(study: StudyView, audit: dict[str, Any]) -> ReportTable |
         for one in audit["groups"]
         if one["model"].rpartition(", ")[0] in arm_names
     ]
-    note = "Groups of fewer than five subjects are counted, not measured. One of twenty groups looks odd by chance."
+    note = "Groups of fewer than five subjects are not evaluated. About one of twenty groups differs by chance."
     head = ("Group", "Model", "Images", "Subjects", metric_name(study.metric))
-    return ReportTable("Is it as good for each group?", head, rows, note, wide=True) if rows else None
+    return ReportTable("Metric by group", head, rows, note, wide=True) if rows else None
 
 
 def _build_probe_table(audit: dict[str, Any]) -> ReportTable | None:
@@ -186,11 +186,11 @@ def _build_probe_table(audit: dict[str, Any]) -> ReportTable | None:
         for one in audit["probes"]
     ]
     note = (
-        "Frozen features of each arm's first encoder, beside principal components of the pixels. Above chance is the "
-        "rule: it matters where the group goes along with the label."
+        "Frozen features of the first encoder of each arm, and principal components of the pixels. Values above chance "
+        "are common; they matter if group and label are correlated."
     )
-    head = ("Group", "Features", "Told apart", "AUROC", "More than chance")
-    return ReportTable("Which groups do features tell?", head, rows, note, wide=True) if rows else None
+    head = ("Group", "Features", "Values", "AUROC", "Above chance")
+    return ReportTable("Prediction of groups from features", head, rows, note, wide=True) if rows else None
 
 
 def _build_duplicate_table(audit: dict[str, Any]) -> ReportTable:
@@ -199,13 +199,13 @@ def _build_duplicate_table(audit: dict[str, Any]) -> ReportTable:
         ("Images compared", format_value(duplicates["images"])),
         ("Sets of images with the same pixels", format_value(len(duplicates["exact"]))),
         (
-            f"Pairs that look alike (at most {duplicates['bits']} of 64 bits apart)",
+            f"Near-duplicate pairs (at most {duplicates['bits']} of 64 bits of the image hash differ)",
             format_value(len(duplicates["near"])),
         ),
-        ("Images without a hash of their looks", format_value(duplicates["unhashed"])),
+        ("Images without an image hash", format_value(duplicates["unhashed"])),
     ]
     return ReportTable(
-        "On both sides of the split", ("", "Number"), rows, "Some look-alikes are two people: look at them."
+        "Duplicates across the split", ("", "Number"), rows, "Check the pairs: near-duplicates can be two persons."
     )
 
 
@@ -214,7 +214,7 @@ def _build_pair_table(audit: dict[str, Any]) -> ReportTable | None:
     rows = [(pair["trained"], pair["held_out"], format_value(pair["bits"])) for pair in near[:MAX_NAMED_PAIRS]]
     rest = f"And {len(near) - MAX_NAMED_PAIRS:,} more in audit.json." if len(near) > MAX_NAMED_PAIRS else ""
     return (
-        ReportTable("Pairs that look alike", ("Training", "Held out", "Bits apart"), rows, rest, wide=True)
+        ReportTable("Near-duplicate pairs", ("Training", "Evaluation", "Differing bits"), rows, rest, wide=True)
         if rows
         else None
     )

@@ -1,4 +1,4 @@
-"""The worst cases of a study with pictures, and its metric by subject."""
+"""Section of the study page with pictures of the worst cases, and the metric by subject."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from medim.study.report.thumbnails import CONTOUR_LEGEND, WORST_CASES_FILE, case
 from medim.study.report.view import StudyView, arm_title
 from medim.study.results import RunKey
 
-MAX_TABLE_SUBJECTS = 10  # subjects in the table
+MAX_TABLE_SUBJECTS = 10  # rows of the table
 
 
 def build_cases_section(study: StudyView) -> ReportSection:
-    """Pictures of the worst cases, a dot a subject, and the worst subjects."""
+    """Build the section: pictures of the worst cases, the metric by subject, and a table of the worst subjects."""
     path = study.folder / WORST_CASES_FILE
     worst = read_json(path) if path.is_file() else {"arm": None, "budget": None, "tiles": []}
     tiles = [Tile(tile["caption"], tile["alt"], tile["source"]) for tile in worst["tiles"]]
     metric_label = "Dice" if study.summary["task"] == "segmentation" else "Probability of the true class"
-    lowest_text = "with the lowest Dice" if metric_label == "Dice" else "whose true class got the lowest probability"
+    lowest_text = "with the lowest Dice" if metric_label == "Dice" else "with the lowest probability of the true class"
     sheet = None
     if tiles:
         parts = [
             f"The {pluralise(len(tiles), 'evaluation case')} {lowest_text}, of {arm_title(worst['arm'])} with "
             f"{pluralise(study.budgets[worst['budget']], 'label')}, encoder 0, subset 0.",
             f"{CONTOUR_LEGEND.capitalize()}." if metric_label == "Dice" else "",
-            "Volumes by an axial slice, of masks the largest; the patient's right is on the left.",
-            "Patient images: they stay on site.",
+            "Volumes are shown by an axial slice, with a mask the one with its largest area; the patient's right "
+            "is on the left.",
+            "This page contains patient images: do not send it outside your site.",
         ]
         note = " ".join(filter(None, parts))
         sheet = ContactSheet("Worst cases", note, tiles)
@@ -61,15 +62,16 @@ def build_cases_section(study: StudyView) -> ReportSection:
 
 def _format_headline(study: StudyView, count: int) -> tuple[str, str]:
     if not count:
-        return "No pictures", "No model whose cases could be shown is done yet."
+        return "No pictures", "There is no finished model yet."
     return (
-        f"{pluralise(count, 'case')} to look at",
-        "What a model does worst says more of it than its mean. This page holds images of patients: it stays on site.",
+        f"{pluralise(count, 'case')} to review",
+        "Review the worst cases for systematic errors. This page contains patient images: do not send it outside your "
+        "site.",
     )
 
 
 def _mean_by_subject(study: StudyView) -> dict[str, dict[str, float]]:
-    """Arm to subject to the mean over its cases and all runs with the most labels; the best arm first."""
+    """Mean by arm and subject, over its cases and all runs with the most labels; the best arm comes first."""
     results, means_by_arm = study.results, {}
     if results is None:
         return {}

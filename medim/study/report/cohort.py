@@ -1,4 +1,4 @@
-"""From files to the images of each split and budget, and the proof that no subject stands on two sides."""
+"""Section of the study page with images of each split and budget, and the check that splits share no subject."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from pathlib import Path
 from medim.reports.page import Banner, ReportSection, ReportTable, format_value, pluralise
 from medim.study.report.view import StudyView
 
-SPLIT_LABELS = {"train": "Training: the labels come from here", "val": "Evaluation: every number comes from here"}
+SPLIT_LABELS = {"train": "Training: source of the labelled subsets", "val": "Evaluation: source of all metrics"}
 
 
 def build_splits_section(study: StudyView) -> ReportSection:
-    """Cohort flow, splits, overlap, and the images and subjects of each budget."""
+    """Build the section: cohort flow, splits, overlap, and the images and subjects of each budget."""
     counts, overlap = study.summary["counts"], study.summary["overlap"]
     n_shared = count_shared_subjects(study.folder / "splits")
     flow = [
         ("Found", format_value(counts["images"] + counts["rejected"])),
-        ("Not used: unreadable or refused", format_value(counts["rejected"])),
-        ("Not used: without what the task learns from", format_value(counts["unlabelled"])),
+        ("Rejected: unreadable or unsupported", format_value(counts["rejected"])),
+        ("Excluded: no label or mask for the task", format_value(counts["unlabelled"])),
         ("Used", format_value(sum(part["images"] for part in counts["splits"].values()))),
     ]
     splits = [
         (
-            SPLIT_LABELS.get(part, "Test: not touched"),
+            SPLIT_LABELS.get(part, "Test: not used"),
             format_value(part_counts["images"]),
             format_value(part_counts["subjects"]),
         )
         for part, part_counts in counts["splits"].items()
     ]
     clean = n_shared == 0 and not overlap["images"]
-    proof = [
-        ("Subjects on two sides", format_value(n_shared)),
-        ("Evaluation images whose pixels are in the training split", format_value(overlap["images"])),
-        ("Subjects of these", format_value(overlap["subjects"])),
+    overlap_rows = [
+        ("Subjects in two splits", format_value(n_shared)),
+        ("Evaluation images with the same pixels as a training image", format_value(overlap["images"])),
+        ("Subjects of these images", format_value(overlap["subjects"])),
     ]
-    note = "Subjects: counted in splits/*.csv. Images: by a fingerprint of their pixels, whatever their name or format."
+    note = "Subjects: counted in splits/*.csv. Images: compared by pixel values, not by file name or format."
     head = ("Budget, subset", "Images", "Subjects", "By class")
     labels = [
         (
@@ -47,27 +47,29 @@ def build_splits_section(study: StudyView) -> ReportSection:
         )
         for name, part_counts in counts["labels"].items()
     ]
-    headline = f"{pluralise(counts['splits']['train']['subjects'], 'subject')} to learn from, "
-    headline += f"{pluralise(counts['splits']['val']['subjects'], 'subject')} to measure on"
-    nesting_note = "Subsets are whole subjects; the smaller budgets of a subset are parts of its larger ones."
+    headline = f"{pluralise(counts['splits']['train']['subjects'], 'subject')} for training, "
+    headline += f"{pluralise(counts['splits']['val']['subjects'], 'subject')} for evaluation"
+    nesting_note = "Subsets consist of whole subjects. Each budget of a subset contains its smaller budgets."
     return ReportSection(
         "cohort",
         "Cohort and splits",
         Banner(
-            "good" if clean else "bad", headline, "No subject and no image stands on both sides." if clean else note
+            "good" if clean else "bad",
+            headline,
+            "Training and evaluation share no subject and no image." if clean else note,
         ),
         facts=[("Classes", format_value(counts["classes"])), ("Index", str(study.summary["index_hash"])[:12])],
         tables=[
             ReportTable("From files to images", ("", "Images"), flow),
             ReportTable("Splits", ("", "Images", "Subjects"), splits),
-            ReportTable("Overlap of training and evaluation", ("", "Number"), proof, note),
+            ReportTable("Overlap of training and evaluation", ("", "Number"), overlap_rows, note),
             ReportTable("Label budgets", head, labels, nesting_note, wide=True),
         ],
     )
 
 
 def count_shared_subjects(folder: Path) -> int | None:
-    """Subjects that `splits/*.csv` has in more than one split; None where there is no such file."""
+    """Count the subjects that occur in more than one split of `splits/*.csv`; None if there is no such file."""
     files = sorted(folder.glob("*.csv"))
     n_shared = 0
     for path in files:

@@ -1,4 +1,4 @@
-"""The curves of a study: over labels, over steps, and whether probabilities are right."""
+"""Section of the study page with curves over labels, curves over steps, and calibration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from medim.study.results_table import TRUTH
 
 
 def build_curves_section(study: StudyView) -> ReportSection:
-    """A figure an arm over labels, a figure an arm and budget over steps, calibration at each budget."""
+    """Build the section: curves over labels per arm, curves over steps per arm and budget, calibration per budget."""
     others = [arm for arm in study.arms if arm != SCRATCH]
     plots = [figure for arm in others if (figure := _plot_over_labels(study, arm))]
     plots += [figure for b in study.budgets for arm in others if (figure := _plot_over_steps(study, arm, b))]
@@ -44,7 +44,7 @@ def _plot_over_labels(study: StudyView, arm: str) -> Figure | None:
 
 
 def _plot_over_steps(study: StudyView, arm: str, budget: str) -> Figure | None:
-    """Of an arm and budget that was measured on the way, with the level that from scratch ends at."""
+    """Plot an arm and budget with intermediate evaluations over steps, and the final level of from scratch."""
     row, results = study.find_row(arm, budget), study.results
     if results is None or row is None or not row["time_to_scratch"]:
         return None
@@ -61,7 +61,7 @@ def _plot_over_steps(study: StudyView, arm: str, budget: str) -> Figure | None:
 
 
 def _plot_calibrations(study: StudyView) -> list[Figure]:
-    """The best-supported arm and from scratch at each budget, all runs together."""
+    """Plot the calibration of the best-supported arm and of from scratch at each budget, pooled over all runs."""
     results = study.results
     if results is None or study.best is None or TRUTH not in next(iter(results.values.values())):
         return []
@@ -70,7 +70,7 @@ def _plot_calibrations(study: StudyView) -> list[Figure]:
         arms = [arm for arm in (study.best["arm"], SCRATCH) if results.seeds(arm, budget)]
         lines = {arm_title(arm): _compute_calibration(study, arm, budget) for arm in arms}
         plots.append(
-            figures.plot_reliability(lines, f"Are its probabilities right, with {pluralise(labels, 'label')}?")
+            figures.plot_reliability(lines, f"Calibration of the probabilities with {pluralise(labels, 'label')}")
         )
     return plots
 

@@ -1,4 +1,4 @@
-"""The figures of a study's page, an arm in one colour against from scratch in the other."""
+"""Figures of the study page: an arm compared with from scratch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from medim.reports.svg import ONE, SOFT, TWO, Figure, draw_legend, open_canvas, 
 from medim.study.report.format import format_estimate
 from medim.study.statistics.intervals import ConfidenceInterval
 
-IntervalPoints = Sequence[tuple[float, ConfidenceInterval]]  # labels or steps, and what was measured there
+IntervalPoints = Sequence[tuple[float, ConfidenceInterval]]  # labels or steps, and the measured interval
 ARM_STYLES: Any = ((ONE, "o", "-"), (TWO, "D", (0, (5, 2))))  # the arm, from scratch
 
 
@@ -25,15 +25,15 @@ def plot_curves(
     log: bool = False,
     level: float | None = None,
 ) -> Figure:
-    """A metric over labels or steps, two arms with their intervals.
+    """Plot a metric over labels or steps, for two arms with their intervals.
 
     Args:
         lines: name to points, the arm first.
-        unit: of the horizontal axis.
-        metric: of the vertical one.
-        caption: of the figure.
-        log: a logarithmic axis with a tick at each point.
-        level: that from scratch ends at, as a line.
+        unit: unit of the horizontal axis.
+        metric: label of the vertical axis.
+        caption: caption of the figure.
+        log: whether the horizontal axis is logarithmic, with a tick at each point.
+        level: final level of from scratch, drawn as a horizontal line.
     """
     with open_canvas(2.9) as (canvas, axes):
         for (name, points), (colour, marker, dashes) in zip(lines.items(), ARM_STYLES, strict=False):
@@ -65,11 +65,11 @@ def plot_curves(
 
 
 def plot_reliability(lines: Mapping[str, Calibration], caption: str) -> Figure:
-    """The share of right answers against the probability given, two arms.
+    """Plot the share of correct predictions against the predicted probability, for two arms.
 
     Args:
         lines: name to calibration, the arm first.
-        caption: of the figure.
+        caption: caption of the figure.
     """
     descriptions = []
     with open_canvas(3.2) as (canvas, axes):
@@ -82,15 +82,15 @@ def plot_reliability(lines: Mapping[str, Calibration], caption: str) -> Figure:
             ]
             x, y, counts = zip(*bins, strict=True)
             axes.plot(x, y, color=colour, marker=marker, linestyle=dashes, markersize=5, linewidth=1.6, label=name)
-            bin_texts = (f"at {p:.2f} given, {o:.2f} right ({n})" for p, o, n in bins)
+            bin_texts = (f"predicted {p:.2f}, correct {o:.2f} ({n})" for p, o, n in bins)
             descriptions.append(
-                f"{name}: expected calibration error {calibration.ece:.3f} of {sum(counts)} answers; "
+                f"{name}: expected calibration error {calibration.ece:.3f} over {sum(counts)} predictions; "
                 + ", ".join(bin_texts)
             )
         axes.set_xlim(0, 1.04)
         axes.set_ylim(0, 1.04)
-        axes.set_xlabel("probability given")
-        axes.set_ylabel("share that was right")
+        axes.set_xlabel("predicted probability")
+        axes.set_ylabel("share of correct predictions")
         draw_legend(axes)
         svg = render_svg(canvas)
     return Figure(svg, ". ".join(descriptions) + ".", caption)

@@ -1,4 +1,4 @@
-"""The first page: what pretraining is worth, and what could make that number wrong."""
+"""First sections of the study page: the benefit of pretraining, and reasons to doubt it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ NO_EVIDENCE = "no evidence of a benefit"
 
 
 def build_verdict_section(study: StudyView) -> ReportSection:
-    """The label-saving sentence of the best-supported arm, and of each other one."""
+    """Build the section with the label-saving sentence of the best-supported arm, and of each other arm."""
     best = study.best
     if best is None:
-        text = "Nothing can be compared yet. Go on with medim study --resume."
+        text = "There is nothing to compare yet. Continue with medim study --resume."
         return ReportSection(
-            "verdict", "What pretraining is worth", Banner("bad", "No result", _incomplete_caveat(study) + text)
+            "verdict", "Benefit of pretraining", Banner("bad", "No result", _incomplete_caveat(study) + text)
         )
     caveats = [
         _incomplete_caveat(study),
@@ -45,12 +45,12 @@ def build_verdict_section(study: StudyView) -> ReportSection:
     cells = [
         (arm, study.summary["comparisons"]["overall"][arm], comparison_sentence(study.best_row(arm))) for arm in arms
     ]
-    note = "Verdicts are corrected for all comparisons of fine-tuned arms at once, and for all of frozen arms. "
-    note += "No evidence of a benefit is not evidence "
-    note += "of none: look at the width of the interval."
+    note = "Verdicts are corrected for all comparisons of fine-tuned arms, and separately for those of frozen arms. "
+    note += "No evidence of a benefit does not mean evidence "
+    note += "of no benefit; consider the width of the interval."
     return ReportSection(
         "verdict",
-        "What pretraining is worth",
+        "Benefit of pretraining",
         Banner(state, headline, (text + " ".join(filter(None, caveats))).strip()),
         tables=[
             ReportTable(
@@ -66,25 +66,25 @@ def build_verdict_section(study: StudyView) -> ReportSection:
 
 
 def _single_run_caveat(row: ComparisonRow) -> str:
-    """That no run was repeated with another seed, so that the luck of two runs is in no interval."""
-    caveat = "One encoder stands against one from-scratch run: how much runs differ by chance is not known. "
+    """Caveat that no run was repeated with another seed, so that the intervals do not include seed variance."""
+    caveat = "One encoder is compared with one from-scratch run, so the variation between runs is unknown. "
     return caveat if row["difference"]["seeds"] == 1 else ""
 
 
 def comparison_sentence(row: ComparisonRow) -> str:
-    """What a comparison says, in labels where it can be told in labels."""
+    """Summarise a comparison in one sentence, in numbers of labels if possible."""
     if row["labels_saved"]:
         return str(row["labels_saved"]["sentence"])
     own = pluralise(row["labelled"], "label")
     gap = f"{format_difference(row)} against from scratch"
     return {
-        "benefit": f"With {own} the encoder does better: {gap}.",
-        "harm": f"The encoder does harm with {own}: {gap}.",
+        "benefit": f"With {own} the pretrained encoder is better: {gap}.",
+        "harm": f"With {own} the pretrained encoder is worse: {gap}.",
     }.get(row["verdict"], f"No evidence of a benefit with {own}: {gap}.")
 
 
 def build_trust_section(study: StudyView) -> ReportSection:
-    """What each encoder has seen, what lies on both sides, and whether the study is whole."""
+    """Build the section of validity checks: contamination of each encoder, duplicates, completeness of the study."""
     cells, overlap = study.summary["cells"], study.summary["overlap"]
     caveats = _contamination_caveat(study) + _selection_caveat(study) + alarming_shortcuts(study)
     clean = study.is_complete and not caveats and not overlap["images"]
@@ -93,7 +93,7 @@ def build_trust_section(study: StudyView) -> ReportSection:
             arm,
             format_value(number),
             *(
-                describe_counts(contamination).get(key, "not known")
+                describe_counts(contamination).get(key, "unknown")
                 for key in ("seen in pretraining", "seen in fine-tuning")
             ),
         )
@@ -107,31 +107,34 @@ def build_trust_section(study: StudyView) -> ReportSection:
     classes = study.summary["task"] == "classification"
     return ReportSection(
         "counts",
-        "Can it be trusted?",
+        "Validity checks",
         Banner(
             "good" if clean else "care",
-            "Complete, and nothing seen before" if clean else "Read this before the number",
+            "Complete, no contamination" if clean else "Caveats of the result",
             f"{_incomplete_caveat(study)}{caveats}"
-            or "Every cell is done; no encoder has seen an image or subject measured on.",
+            or "All cells are done. No encoder was trained on an evaluated image or subject.",
         ),
         facts=[
             ("Cells done", f"{cells['done']:,} of {cells['all']:,}"),
             ("Cells that failed", format_value(len(cells["failed"]))),
             ("Complete", format_value(study.is_complete)),
             ("Evaluation split", f"{pluralise(val['images'], 'image')} of {pluralise(val['subjects'], 'subject')}"),
-            ("Images with the same pixels on both sides", format_value(overlap["images"])),
-            ("Pairs of images that look alike across the split", format_value(n_near)),
-            *([("AUROC of the image's size alone", format_size_auroc(study))] if classes else []),
-            ("Cases that could not be measured", format_value(study.summary.get("rejected_cases"))),
-            ("Refused where anything was seen (--fail-on-contamination)", format_value(study.summary.get("strict"))),
+            ("Images with the same pixels in training and evaluation", format_value(overlap["images"])),
+            ("Near-duplicate pairs across the split", format_value(n_near)),
+            *([("AUROC of the image size alone", format_size_auroc(study))] if classes else []),
+            ("Cases that could not be evaluated", format_value(study.summary.get("rejected_cases"))),
+            ("Contaminated encoders rejected (--fail-on-contamination)", format_value(study.summary.get("strict"))),
         ],
         tables=[
             ReportTable(
-                f"Of the evaluation split ({pluralise(val['images'], 'image')}), seen before", head, rows, wide=True
+                f"Evaluation images in training data (of {pluralise(val['images'], 'image')})",
+                head,
+                rows,
+                wide=True,
             ),
             *([ReportTable("Cells that failed", ("Cell", "Reason"), failed, wide=True, prose=True)] if failed else []),
         ],
-        details=[("Cells that are left", "\n".join(cells["left"]))] if cells["left"] else [],
+        details=[("Remaining cells", "\n".join(cells["left"]))] if cells["left"] else [],
     )
 
 
@@ -144,22 +147,22 @@ def _incomplete_caveat(study: StudyView) -> str:
 
 
 def _harm_caveat(study: StudyView, best: ComparisonRow) -> str:
-    """Where else harm is shown, which a headline of the best must not hide."""
+    """Caveat for harm at other arms or budgets of the same protocol, which the headline does not mention."""
     same_protocol = [row for row in study.rows if study.get_protocol(row["arm"]) == study.get_protocol(best["arm"])]
     others = [row for row in same_protocol if row["verdict"] == "harm" and row != best]
     harm_text = ", ".join(f"{row['arm']} with {pluralise(row['labelled'], 'label')}" for row in others)
-    return f"Harm is shown by: {harm_text}. " if harm_text else ""
+    return f"Pretraining is worse than from scratch for: {harm_text}. " if harm_text else ""
 
 
 def _selection_caveat(study: StudyView) -> str:
-    """Labels that no budget paid for."""
+    """Caveat for labels that are not counted in the budgets."""
     label_counts = study.summary.get("chosen_with_labels", {})
     arms_text = ", ".join(f"{arm} ({count:,})" for arm, count in label_counts.items() if count)
-    return f"Labels beside the budgets chose the pretraining step of: {arms_text}. " if arms_text else ""
+    return f"Labels outside the budgets selected the pretraining step of: {arms_text}. " if arms_text else ""
 
 
 def _contamination_caveat(study: StudyView) -> str:
-    """Which arms have seen some of the evaluation split, or cannot tell."""
+    """Caveat for arms that were trained on images or subjects of the evaluation split, or without a record of it."""
     exposed_arms, unknown_arms = [], []
     for arm, runs in study.summary["seen"].items():
         numbers = [n for run in runs for kind in (run or {"?": {"?": None}}).values() for n in kind.values()]
@@ -167,9 +170,5 @@ def _contamination_caveat(study: StudyView) -> str:
             exposed_arms.append(arm)
         elif None in numbers:
             unknown_arms.append(arm)
-    exposure_text = (
-        f"Some of the evaluation split was seen before by: {', '.join(exposed_arms)}. " if exposed_arms else ""
-    )
-    return exposure_text + (
-        f"What was seen is not wholly known of: {', '.join(unknown_arms)}. " if unknown_arms else ""
-    )
+    exposure_text = f"Trained on part of the evaluation split: {', '.join(exposed_arms)}. " if exposed_arms else ""
+    return exposure_text + (f"Training images not fully recorded: {', '.join(unknown_arms)}. " if unknown_arms else "")

@@ -1,4 +1,4 @@
-"""The methods of a study in plain words, the items of two checklists, and the command to repeat it."""
+"""Section of the study page with the methods, two reporting checklists, and the command to reproduce the study."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from medim.study.report.format import format_schedule_number
 from medim.study.report.headline import comparison_sentence
 from medim.study.report.view import StudyView
 
-CHECKLIST_FILE = "checklists.csv"  # topics in our words; an answer with an unknown value is not reported
+CHECKLIST_FILE = "checklists.csv"  # topics are paraphrased; an answer with a missing value becomes "not reported"
 CHECKLIST_SOURCES = (
     "CLAIM 2024: Tejani and others, Radiology: Artificial Intelligence 6, e240300. TRIPOD+AI: Collins and others 2024, "
-    "BMJ 385, e078378. Item numbers are theirs; topics are shortened, and the wording that counts is theirs too."
+    "BMJ 385, e078378. Item numbers follow the checklists. Topics are shortened; refer to the original wording."
 )
 STATISTICS_TEXT = (
-    "mean over runs with a 95 % interval of Student's t whose variance has a part of subjects (cluster bootstrap of "
-    "whole subjects), of pretraining seeds and of label subsets; differences paired by seed, subset and subject; "
-    "p-values corrected for all comparisons of fine-tuned arms, and for all of frozen ones (Holm)"
+    "mean over runs with a 95 % Student's t interval; its variance has components for subjects (cluster bootstrap of "
+    "whole subjects), pretraining seeds and label subsets; differences paired by seed, subset and subject; p-values "
+    "corrected for all comparisons of fine-tuned arms, and separately for those of frozen arms (Holm)"
 )
 
 
 def build_methods_section(study: StudyView) -> ReportSection:
-    """A paragraph a reader can take over, checklists, versions and hashes, and the command."""
+    """Build the section: a methods paragraph to copy, checklists, versions and hashes, and the command."""
     facts = collect_facts(study)
     rows = fill_checklists(facts)
     n_blank = sum(answer == NOT_REPORTED for *_, answer in rows)
     tables = [
         ReportTable(
-            f"{name}, filled in as far as the files can tell",
-            ("Item", "What it asks for", "Answer"),
+            f"{name}, filled in from the files of the study",
+            ("Item", "Topic", "Answer"),
             item_rows,
             wide=True,
             prose=True,
@@ -58,7 +58,7 @@ def build_methods_section(study: StudyView) -> ReportSection:
     summary = study.summary
     return ReportSection(
         "methods",
-        "Methods, and how to repeat it",
+        "Methods and reproduction",
         Banner(
             "plain", f"{len(rows) - n_blank} of {len(rows)} checklist items filled in", format_methods(study, facts)
         ),
@@ -69,11 +69,11 @@ def build_methods_section(study: StudyView) -> ReportSection:
             ("Device", format_value(summary["device"])),
             ("Peak memory of a cell", format_bytes(summary["peak_memory_bytes"])),
             ("Hours of all cells", format_value(summary["cell_hours"])),
-            ("Cells taken up after a stop", format_value(summary["resumed_cells"])),
+            ("Cells resumed after an interruption", format_value(summary["resumed_cells"])),
         ],
         tables=tables,
         details=[
-            ("The command to repeat it", summary.get("repeat") or NOT_REPORTED),
+            ("Command to reproduce the study", summary.get("repeat") or NOT_REPORTED),
             ("sha256 of the encoders", _list_hashes(summary)),
             ("Configuration", _read_config_text(study)),
         ],
@@ -81,22 +81,22 @@ def build_methods_section(study: StudyView) -> ReportSection:
 
 
 def format_methods(study: StudyView, facts: dict[str, str | None]) -> str:
-    """Task, data, arms, budgets, schedule, measurement and statistics, with their numbers."""
+    """Format task, data, arms, budgets, schedule, metrics and statistics as one paragraph."""
     fact_texts = {name: text or NOT_REPORTED for name, text in facts.items()}
     parts = [
-        "{task_told}. Of {found} files or series {rejected} were refused, and {unlabelled} carried nothing that the "
-        "task learns from. The rest was split by subject: {train_images} images of {train_subjects} subjects to learn "
-        "from, {val_images} of {val_subjects} to measure on; {overlap_images} had the same pixels on both sides.",
-        "Every arm has the same network ({network}) after the same preprocessing ({preprocessing}), and the first "
-        "weights are fresh ones, or those of {arms_told}. {followed}",
+        "{task_told}. Of {found} files or series, {rejected} were rejected and {unlabelled} had no label or mask for "
+        "the task. The others were split by subject: {train_images} images of {train_subjects} subjects for training, "
+        "{val_images} of {val_subjects} for evaluation; {overlap_images} had the same pixels in both splits.",
+        "Every arm uses the same network ({network}) and the same preprocessing ({preprocessing}); initial "
+        "weights are random, or those of {arms_told}. {followed}",
         "Label budgets: {budgets_told}. Learning rate: {rates}. {chosen}",
-        "Measured: {metrics}. Reported: {statistics}. {runs} runs were measured, with medim {medim}.",
+        "Metrics: {metrics}. Statistics: {statistics}. {runs} runs were evaluated, with medim {medim}.",
     ]
     return " ".join(parts).format(**fact_texts)
 
 
 def fill_checklists(facts: dict[str, str | None]) -> list[tuple[str, str, str, str]]:
-    """Checklist, item, topic and answer, of every item."""
+    """Fill in every item of the checklists: checklist, item, topic and answer."""
     text = files(__package__).joinpath(CHECKLIST_FILE).read_text(encoding="utf-8")
     return [
         (row["checklist"], row["item"], row["topic"], _fill_answer(row["answer"], facts))
@@ -105,7 +105,7 @@ def fill_checklists(facts: dict[str, str | None]) -> list[tuple[str, str, str, s
 
 
 def collect_facts(study: StudyView) -> dict[str, str | None]:
-    """What the templates of paragraph and checklists may name; None where the files do not hold it."""
+    """Collect the values for the templates of paragraph and checklists; None if the files do not contain a value."""
     summary, config = study.summary, _read_study_config(study)
     counts, splits = summary["counts"], summary["counts"]["splits"]
     runs = study.results.values if study.results else {}
@@ -129,7 +129,7 @@ def collect_facts(study: StudyView) -> dict[str, str | None]:
         "runs": sum(run.step is None for run in runs) or None,
         "task_told": f"{str(summary['task']).capitalize()} of {classes}"
         + (f" on {config['modality']}" if config else ""),
-        "output": "a label a voxel" if summary["task"] == "segmentation" else "a probability a class",
+        "output": "one label per voxel" if summary["task"] == "segmentation" else "one probability per class",
         "arms_told": ", ".join(_format_arm(arm) for arm in summary["arms"] if arm["encoders"]),
         "budgets_told": _format_budgets(summary),
         "rates": _describe_rates(summary),
@@ -160,17 +160,19 @@ def _describe_training(config: dict[str, Any]) -> dict[str, str | None]:
         "preprocessing": "; ".join(_format_step(step) for step in config["preprocessing"]) or "none",
         "schedule": f"{format_schedule_number(config['max_steps'])} steps of "
         f"{pluralise(config['batch_size'], 'image')}, {config['optimiser']}, "
-        f"peak rate {config['lr']:g} before any choice, {config['schedule']}{drops}, "
+        f"peak rate {config['lr']:g} before selection, {config['schedule']}{drops}, "
         f"warm-up {config['warmup_steps']} steps, weight decay "
         f"{config['weight_decay']:g}{_describe_pretrained(config)}",
     }
 
 
 def _describe_pretrained(config: dict[str, Any]) -> str:
-    """What a schedule asks of pretrained parts and of the head."""
+    """Describe the schedule options for pretrained parts and for the head."""
     scale = config.get("pretrained_lr_scale", 1.0)
-    slower = f", what came pretrained at {scale:g} of the rate" if scale != 1 else ""
-    return slower + (", the head of every arm started as a linear probe" if config.get("head_init") == "probe" else "")
+    slower = f", pretrained parts at {scale:g} of the rate" if scale != 1 else ""
+    return slower + (
+        ", the head of every arm initialised by a linear probe" if config.get("head_init") == "probe" else ""
+    )
 
 
 def _format_step(step: dict[str, Any]) -> str:
@@ -187,37 +189,37 @@ def _format_budgets(summary: dict[str, Any]) -> str:
     sizes = ", ".join(f"{count:,}" for count in summary["budgets"].values())
     n_frozen = min(summary.get("probe_seeds") or summary["seeds"], summary["seeds"])
     frozen = f", {n_frozen:,} for frozen arms" if n_frozen < summary["seeds"] and _describe_frozen(summary) else ""
-    return f"{sizes} images in whole subjects, nested, {pluralise(summary['seeds'], 'draw')} each{frozen}"
+    return f"{sizes} images of whole subjects, nested, {pluralise(summary['seeds'], 'draw')} each{frozen}"
 
 
 def _describe_frozen(summary: dict[str, Any]) -> str:
-    """How frozen arms learn; empty where there are none."""
+    """Describe the training of frozen arms; empty if there are none."""
     if all(arm["protocol"] != "frozen" for arm in summary["arms"]):
         return ""
     frozen_parts = (
         "a decoder and head, by the same schedule" if summary["task"] == "segmentation" else "a logistic regression"
     )
-    return f" Frozen arms keep the encoder and train {frozen_parts}."
+    return f" Frozen arms do not change the encoder and train {frozen_parts}."
 
 
 def _describe_repeats(summary: dict[str, Any]) -> str | None:
-    """How often an arm was repeated; None where none was."""
+    """Describe the repetitions of an arm; None if no arm was repeated."""
     runs = max((len(arm["encoders"]) for arm in summary["arms"]), default=0)
     if max(runs, summary["seeds"]) < 2:
         return None
     return (
-        f"{pluralise(summary['seeds'], 'label subset')} a budget and up to {pluralise(runs, 'pretraining run')} an arm"
+        f"{pluralise(summary['seeds'], 'label subset')} per budget, up to {pluralise(runs, 'pretraining run')} per arm"
     )
 
 
 def _describe_selection(summary: dict[str, Any]) -> str:
-    """What chose steps, of fine-tuning and of pretraining."""
+    """Describe the selection of steps, in fine-tuning and in pretraining."""
     arm_texts = [f"{arm} ({count:,})" for arm, count in summary.get("chosen_with_labels", {}).items() if count]
-    selection_text = "No label of the evaluation split chose anything: what is measured is fine-tuning's last step. "
+    selection_text = "Labels of the evaluation split were not used for selection; the last fine-tuning step is used. "
     selection_text += (
-        "An encoder's own step may have been left to the loss, without labels, of the images its run held out."
+        "The step of an encoder may have been selected by the loss on the validation images of its run, without labels."
     )
-    labels = f" The step of the encoders of {', '.join(arm_texts)} was chosen by a probe of so many training labels."
+    labels = f" A probe with training labels (their number in brackets) selected that of: {', '.join(arm_texts)}."
     return selection_text + (labels if arm_texts else "")
 
 
@@ -225,8 +227,8 @@ def _describe_rates(summary: dict[str, Any]) -> str:
     ways = {rate["from"] for arm in summary["learning_rates"].values() for rate in arm.values()}
     if "selection" not in ways:
         return "that of the configuration for every arm and budget"
-    fixed_text = ", that of the configuration where the budget is too small to choose by" if "fixed" in ways else ""
-    return f"chosen for each arm and budget on a fifth of its first label subset's subjects{fixed_text}"
+    fixed_text = ", that of the configuration if the budget is too small for selection" if "fixed" in ways else ""
+    return f"selected for each arm and budget on a fifth of the subjects of its first label subset{fixed_text}"
 
 
 def _fill_answer(template: str, facts: dict[str, str | None]) -> str:

@@ -1,4 +1,4 @@
-"""Did the encoders of a study learn anything? What their pretraining runs said, against chance."""
+"""Section of the study page with the health of the pretraining runs, compared with chance."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ SUMMARY_KEYS = (
 
 
 def write_health(out: Path, arms: Sequence[Arm]) -> None:
-    """Write `pretraining.json`: for each run of each arm what it said of itself, or null where it came without."""
+    """Write `pretraining.json`: the recorded health of each run of each arm, or null if a run has no records."""
     health_by_arm = {arm.name: [_read_health(run) for run in arm.runs] for arm in arms if arm.runs}
     write_json(out / PRETRAINING_FILE, {"schema_version": 1, "arms": health_by_arm})
 
 
 def build_health_section(study: StudyView) -> ReportSection:
-    """A row and the loss curves of each pretraining run."""
+    """Build the section: one table row and the loss curves of each pretraining run."""
     runs = [
         (f"{arm}, encoder {number}", run)
         for arm, arm_runs in _read_pretraining(study).items()
@@ -46,11 +46,18 @@ def build_health_section(study: StudyView) -> ReportSection:
     ]
     recorded_runs = [(name, run) for name, run in runs if run is not None]
     unhealthy = [f"{name}: {run['verdict']}" for name, run in recorded_runs if run["verdict"] != "learning"]
-    head = ("Pretraining run", "Verdict", "Steps", "Objective: held out, chance", "Effective rank", "Feature spread")
+    head = (
+        "Pretraining run",
+        "Verdict",
+        "Steps",
+        "Objective: validation loss, chance",
+        "Effective rank",
+        "Feature spread",
+    )
     if not recorded_runs:
-        banner = Banner("care", NOT_REPORTED, "The encoders came without the records of their pretraining.")
+        banner = Banner("care", NOT_REPORTED, "The encoders have no records of their pretraining.")
     elif unhealthy:
-        banner = Banner("care", "Not every encoder has learnt", "; ".join(unhealthy) + ".")
+        banner = Banner("care", "At least one encoder has not learnt", "; ".join(unhealthy) + ".")
     else:
         banner = Banner(
             "good", f"{pluralise(len(recorded_runs), 'pretraining run')}: learning", VERDICT_BANNERS["learning"].text
@@ -64,24 +71,24 @@ def build_health_section(study: StudyView) -> ReportSection:
     rows = [_build_health_row(name, run) for name, run in runs]
     return ReportSection(
         "health",
-        "Health of the pretraining",
+        "Pretraining runs",
         banner,
-        tables=[ReportTable("Pretraining runs", head, rows, wide=True)] if rows else [],
+        tables=[ReportTable("Health of the pretraining runs", head, rows, wide=True)] if rows else [],
         figures=plots,
     )
 
 
 def unhealthy_pretraining(study: StudyView, arm: str) -> str:
-    """Which of an arm's pretraining runs did not learn, for the first page; nothing where all did, or none is known."""
+    """Describe the pretraining runs of an arm that did not learn; empty if all did, or if there are no records."""
     verdicts = [run["verdict"] for run in _read_pretraining(study).get(arm, []) if run is not None]
     unhealthy = [verdict for verdict in verdicts if verdict != "learning"]
     if not unhealthy:
         return ""
-    return f"Of {pluralise(len(verdicts), 'pretraining run')} of {arm}, by their own verdict: {', '.join(unhealthy)}. "
+    return f"Unhealthy runs among {pluralise(len(verdicts), 'pretraining run')} of {arm}: {', '.join(unhealthy)}. "
 
 
 def _read_pretraining(study: StudyView) -> dict[str, list[Any]]:
-    """By arm, what each pretraining run said of itself, or None."""
+    """Read the recorded health of each pretraining run by arm; None for runs without records."""
     path = study.folder / PRETRAINING_FILE
     arms: dict[str, list[Any]] = read_json(path)["arms"] if path.is_file() else {}
     return arms

@@ -1,4 +1,4 @@
-"""One self-contained page about a study, from its folder alone: the same files give the same bytes."""
+"""Self-contained HTML page of a study, from the files of its folder; equal files give equal bytes."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ STUDY_SECTIONS = (
 
 
 def write_study_page(folder: Path) -> Path:
-    """Write `write_study_page.html` into a study's folder.
+    """Write `report.html` into the folder of a study.
 
     Args:
-        folder: of the study, whole or stopped.
+        folder: folder of the study, complete or interrupted.
 
     Returns:
-        The page.
+        Path of the page.
 
     Raises:
-        UserError: there is no study, or a file of it is damaged.
+        UserError: there is no study, or one of its files is damaged.
     """
     study = open_study(folder)
     write_text(folder / PAGE_NAME, render_page(folder.resolve().name, [section(study) for section in STUDY_SECTIONS]))
@@ -49,10 +49,10 @@ def write_study_page(folder: Path) -> Path:
 
 
 def write_report_data(context: StudyContext) -> None:
-    """Keep what a page needs and a study's folder does not hold: how pretraining went, and pictures of the worst cases.
+    """Save data for the page that the folder lacks: health of the pretraining runs, and pictures of the worst cases.
 
     Args:
-        context: what the cells shared; results and `summary.json` are written.
+        context: context of the cells; results and `summary.json` must be written.
 
     Raises:
         UserError: a record of a pretraining run is damaged.
@@ -62,6 +62,6 @@ def write_report_data(context: StudyContext) -> None:
 
 
 def is_study(folder: Path) -> bool:
-    """Whether a folder holds a study."""
+    """Whether a folder contains a study."""
     path = folder / "summary.json"
     return path.is_file() and read_json(path).get("command") == "study"

@@ -1,4 +1,4 @@
-"""The table of a study: every arm at every budget."""
+"""Section of the study page with the results table: every arm at every budget."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from medim.study.report.view import StudyView, arm_title
 
 PROTOCOL_LABELS = {"finetune": "fine-tuned", "frozen": "frozen"}
 TABLE_HEAD = ("Arm", "Labels", "Value", "Minus from scratch", "p", "p, Holm", "Verdict")
-SAVINGS_HEAD = ("Arm", "Labels", "Worth in labels", "Saved", "Times", "Steps to scratch", "Of")
+SAVINGS_HEAD = ("Arm", "Labels", "Equivalent labels", "Saved", "Ratio", "Steps to scratch", "Of")
 
 
 def build_outcome_section(study: StudyView) -> ReportSection:
-    """Value, difference, p-values and verdict of each arm and budget; anchors beside them; the learning rates."""
+    """Build the section: value, difference, p-values and verdict by arm and budget, anchors, and learning rates."""
     name = metric_name(study.metric)
     rows = [
         _build_outcome_row(study, arm, budget)
@@ -41,16 +41,16 @@ def build_outcome_section(study: StudyView) -> ReportSection:
     runs = study.results.values if study.results else {}
     n_runs = sum(run.step is None for run in runs)
     note = (
-        "95 % intervals over pretraining seeds, label subsets and subjects, as far as each was drawn more than once. "
-        "Differences are paired by seed, subset and subject. Holm's p-value is corrected for all comparisons of "
-        "fine-tuned arms, or of frozen ones. An arm with fewer encoders or subsets is held against those runs of from "
-        "scratch that it shares, so its difference need not be that of the two values. "
-        "Frozen arms train a probe or a decoder on the encoder as it is; untrained and pixels are anchors."
+        "95 % intervals over pretraining seeds, label subsets and subjects, if each was drawn more than once. "
+        "Differences are paired by seed, subset and subject. The p-value of Holm is corrected for all comparisons of "
+        "fine-tuned arms, or of frozen arms. An arm with fewer encoders or subsets is compared with the from-scratch "
+        "runs of the same subsets, so its difference can deviate from the difference of the two values. "
+        "Frozen arms train a probe or a decoder on the unchanged encoder; untrained and pixels are baselines."
     )
     return ReportSection(
         "outcome",
-        "Every arm at every budget",
-        Banner("plain", name, f"{pluralise(n_runs, 'run')} measured on {_format_case_count(study)}. More is better."),
+        "Results by arm and budget",
+        Banner("plain", name, f"{pluralise(n_runs, 'run')}, {_format_case_count(study)}. Higher is better."),
         tables=[
             ReportTable(f"{name}, by labels and arm", TABLE_HEAD, rows, note, wide=True),
             *_build_savings_tables(study),
@@ -70,7 +70,7 @@ def _build_outcome_row(study: StudyView, arm: str, budget: str) -> tuple[str, ..
     first = name, labels, interval_cell(format_estimate(study.get_interval(study.metric, arm, budget)))
     comparison = study.find_row(arm, budget)
     if comparison is None:
-        anchor = "the twin" if arm == SCRATCH else "anchor" if arm in (UNTRAINED, PIXELS) else "not compared"
+        anchor = "reference" if arm == SCRATCH else "baseline" if arm in (UNTRAINED, PIXELS) else "not compared"
         return (*first, anchor, "–", "–", "–")
     return (
         *first,
@@ -82,7 +82,7 @@ def _build_outcome_row(study: StudyView, arm: str, budget: str) -> tuple[str, ..
 
 
 def _build_savings_tables(study: StudyView) -> list[ReportTable]:
-    """What labels and steps an arm saves."""
+    """Table of the labels and steps that an arm saves."""
     rows = []
     for comparison in study.rows:
         savings, step_savings = comparison["labels_saved"], comparison["time_to_scratch"]
@@ -94,14 +94,15 @@ def _build_savings_tables(study: StudyView) -> list[ReportTable]:
         steps = (format_span(step_savings["steps"]), f"{study.summary['steps']:,}") if step_savings else ("–", "–")
         rows.append((comparison["arm"], f"{comparison['labelled']:,}", *map(interval_cell, (*labels, *steps))))
     note = (
-        "Worth: the labels that from scratch needs for what the arm reaches. Steps: the first measured step at which "
-        "the arm is where from scratch ends. Nothing is extrapolated: beyond what was run it is more or fewer."
+        "Equivalent labels: number of labels that from scratch needs for the same metric. Steps to scratch: first "
+        "evaluated step at which the arm reaches the final metric of from scratch. Values are not extrapolated; values "
+        'outside the evaluated range are given as "more than", "fewer than" or "at most".'
     )
     return [ReportTable("Labels and steps saved", SAVINGS_HEAD, rows, note, wide=True)] if rows else []
 
 
 def _build_metric_tables(study: StudyView) -> list[ReportTable]:
-    """The other metrics, at the largest budget."""
+    """Table of the other metrics, at the largest budget."""
     if study.results is None:
         return []
     largest = list(study.budgets)[-1]
@@ -122,12 +123,12 @@ def _build_metric_tables(study: StudyView) -> list[ReportTable]:
     ]
     caption = f"All metrics with {pluralise(study.budgets[largest], 'label')}"
     partial = any("\ncases" in row[2] for row in rows)
-    note = "A distance leaves out the cases in which truth or prediction lacks the class: read it beside Dice. "
+    note = "A distance is undefined if truth or prediction lacks the class; such cases are excluded: also check Dice. "
     return [ReportTable(caption, ("Arm", "Metric", "Value", "Better"), rows, note if partial else "", wide=True)]
 
 
 def _format_defined_cases(study: StudyView, metric: str, arm: str, budget: str) -> str:
-    """On how many cases a metric stands that is not defined for all."""
+    """Number of cases with a defined value, for a metric that is not defined for all cases."""
     assert study.results is not None
     runs = study.results.values.items()
     columns = [
@@ -140,21 +141,21 @@ def _format_defined_cases(study: StudyView, metric: str, arm: str, budget: str) 
 
 
 def _build_rate_tables(study: StudyView) -> list[ReportTable]:
-    """Learning rates, and the scores that they were chosen by."""
+    """Table of the learning rates, and the scores used to select them."""
     rows = []
     for arm, budget_rates in study.summary["learning_rates"].items():
         for budget, rate in budget_rates.items():
             scores = ", ".join(f"× {m}: {'failed' if s is None else f'{s:.3f}'}" for m, s in rate["scores"].items())
             rate_text = "not yet" if rate["lr"] is None else f"{rate['lr']:.3g}"
             reason = study.summary.get("too_small_to_choose", {}).get(budget)
-            rate_source = "chosen" if rate["from"] == "selection" else f"fixed{f': {reason}' if reason else ''}"
+            rate_source = "selected" if rate["from"] == "selection" else f"fixed{f': {reason}' if reason else ''}"
             factor = "" if rate["multiple"] is None else f"\n(× {format_schedule_number(rate['multiple'])})"
             rows.append((arm_title(arm), budget, rate_text + factor, rate_source, scores or "–"))
     note = (
-        "Chosen once for each arm and budget, on its first subset: a fifth of its subjects is held out, so that the "
-        "labels that choose are paid from the budget. The evaluation split has no part in it."
+        "Selected once for each arm and budget, on its first subset: a fifth of its subjects is used for validation, "
+        "so the labels used for selection are part of the budget. The evaluation split is not used."
     )
-    head = ("Arm", "Budget", "Learning rate", "How", "Scores on the fifth")
+    head = ("Arm", "Budget", "Learning rate", "Selection", "Validation scores")
     return [ReportTable("Learning rates", head, rows, note, wide=True)] if rows else []
 
 

@@ -1,4 +1,4 @@
-"""The worst cases of a study as pictures, drawn while its images are at hand and kept in `worst.json`."""
+"""Pictures of the worst cases of a study, rendered while its images are available and saved in `worst.json`."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from medim.types import Array, Volume
 
 WORST_CASES_FILE = "worst.json"
 N_CASES = 6
-PICTURE_PIXELS = 320  # pixels of a picture's longer side
-TRUTH_COLOUR, PREDICTION_COLOUR = (64, 196, 255), (255, 150, 40)  # of the contours; the second is dashed
-DASH_PIXELS = 4  # pixels
-CONTOUR_LEGEND = "solid blue: the truth; dashed orange: the prediction"
+PICTURE_PIXELS = 320  # longer side of a picture, in pixels
+TRUTH_COLOUR, PREDICTION_COLOUR = (64, 196, 255), (255, 150, 40)  # contour colours; the second contour is dashed
+DASH_PIXELS = 4  # length of a dash
+CONTOUR_LEGEND = "solid blue: truth; dashed orange: prediction"
 
 
 def write_worst_cases(context: StudyContext, study: StudyView) -> None:
-    """Write `worst.json`: the cases with the lowest metric of the best arm's model that was kept, with pictures.
+    """Write `worst.json`: the cases with the lowest metric for the saved model of the best arm, with pictures.
 
     Args:
-        context: what the cells share.
-        study: the study, its results written.
+        context: context of the cells.
+        study: the study, with written results.
     """
     cell = _select_cell(context, study)
     content: dict[str, Any] = {"schema_version": 1, "arm": None, "budget": None, "tiles": []}
@@ -47,7 +47,7 @@ def write_worst_cases(context: StudyContext, study: StudyView) -> None:
 
 
 def case_scores(study: StudyView, run: RunKey) -> Array:
-    """(N,) Dice of each case, or the probability that it gives to the true class."""
+    """Dice of each case, or its probability of the true class: (N,)."""
     assert study.results is not None
     columns = study.results.values[run]
     if TRUTH not in columns:
@@ -57,12 +57,12 @@ def case_scores(study: StudyView, run: RunKey) -> Array:
 
 
 def draw_overlay(volume: Volume, truth: Array | None = None, prediction: Array | None = None) -> str:
-    """A JPEG as data URI: the slice with the largest truth, contours on it.
+    """Draw the slice with the largest truth mask, with contours, as a JPEG in a data URI.
 
     Args:
-        volume: (C, ...) as read: channels are averaged; of 3D an axial slice, seen from the feet.
-        truth: (...) labels; None draws none.
-        prediction: likewise.
+        volume: (C, ...) as read; channels are averaged. A 3D volume is shown by an axial slice, seen from the feet.
+        truth: (...) labels; None draws no contour.
+        prediction: (...) labels; None draws no contour.
     """
     grey, spacing = window_intensities(volume.array.mean(axis=0)), np.array(volume.spacing)
     planes = [grey, truth, prediction]
@@ -85,13 +85,13 @@ def draw_overlay(volume: Volume, truth: Array | None = None, prediction: Array |
 
 
 def largest_slice(labels: Array) -> int:
-    """The axial slice that holds most of a label map (X, Y, Z); the middle one of an empty map."""
+    """Index of the axial slice with the largest area of a label map (X, Y, Z); the middle slice of an empty map."""
     areas = (labels > 0).sum(axis=(0, 1))
     return int(areas.argmax()) if areas.any() and areas.max() > areas.min() else labels.shape[2] // 2
 
 
 def _select_cell(context: StudyContext, study: StudyView) -> Cell | None:
-    """The first cell, at the largest budget with a kept model, of the best-supported arm that has one."""
+    """Select the first cell with a saved model, by support of the arm, at the largest possible budget."""
     ranked = {row["arm"]: None for row in sorted(study.rows, key=lambda row: row is not study.best)}
     arms: Mapping[str, Arm] = {arm.name: arm for arm in context.design.arms if not context.design.is_probe_arm(arm)}
     for name in (*ranked, SCRATCH):
@@ -121,8 +121,8 @@ def _build_tiles(context: StudyContext, study: StudyView, cell: Cell) -> list[di
         }
         try:
             source, view_text = _draw_case(context.cohort.index, record, network)
-        except Exception as error:  # a decoder may raise anything; one bad file must not end the page
-            tiles.append({**tile, "source": None, "alt": f"{tile['alt']}; no picture ({type(error).__name__})"})
+        except Exception as error:  # a decoder may raise any exception; one bad file must not stop the report
+            tiles.append({**tile, "source": None, "alt": f"{tile['alt']}; cannot be read ({type(error).__name__})"})
             continue
         tiles.append({**tile, "source": source, "alt": f"{tile['alt']}; {view_text}"})
     return tiles
@@ -155,7 +155,7 @@ def _describe_case(study: StudyView, run: RunKey, case_number: int) -> str:
         )
     probabilities, labels = results.probabilities(run)
     predicted_class = results.classes[int(probabilities[case_number].argmax())]
-    return f"truth {results.classes[labels[case_number]]}, its probability {score:.3f}, called {predicted_class}"
+    return f"truth {results.classes[labels[case_number]]}, its probability {score:.3f}, predicted {predicted_class}"
 
 
 def _resize_labels(labels: Array, shape: tuple[int, ...]) -> Array:
@@ -164,7 +164,7 @@ def _resize_labels(labels: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _find_edges(labels: Array) -> Array:
-    """Where a label differs from that above, below, left or right, two pixels wide."""
+    """Mark pixels with a different label above, below, left or right; edges are two pixels wide."""
     edge = np.zeros(labels.shape, dtype=bool)
     for axis in (0, 1):
         is_edge = np.diff(labels.astype(np.int16), axis=axis) != 0

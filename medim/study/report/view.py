@@ -1,4 +1,4 @@
-"""A study's folder as its page reads it: what was written, and intervals of what was measured."""
+"""Read-only view of the folder of a study: its files, and intervals of its metrics."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from medim.study.results_table import TRUTH
 from medim.study.statistics.intervals import ComparisonVerdict, ConfidenceInterval, compute_interval, get_metric_limits
 from medim.types import UserError
 
-ComparisonRow = dict[str, Any]  # of `comparisons` in summary.json
+ComparisonRow = dict[str, Any]  # a row of `comparisons` in summary.json
 VERDICT_ORDER: tuple[ComparisonVerdict, ...] = ("benefit", "no evidence of a benefit", "harm")
 
 
 @dataclass(frozen=True)
 class StudyView:
-    """A study, whole or stopped.
+    """View of a study, complete or interrupted.
 
     Attributes:
-        folder: of the study.
-        summary: its `summary.json`.
+        folder: folder of the study.
+        summary: content of its `summary.json`.
     """
 
     folder: Path
@@ -37,7 +37,7 @@ class StudyView:
 
     @cached_property
     def results(self) -> StudyResults | None:
-        """What was measured; None where nothing is done yet."""
+        """Results of the study; None if no cell is done yet."""
         try:
             return open_results(self.folder, self.summary)
         except UserError:
@@ -45,18 +45,18 @@ class StudyView:
 
     @cached_property
     def audit(self) -> dict[str, Any] | None:
-        """What `audit.json` holds; None in the folder of a study that had no audit."""
+        """Content of `audit.json`; None if the study has no audit."""
         path = self.folder / AUDIT
         return read_json(path) if path.is_file() else None
 
     @property
     def metric(self) -> str:
-        """What the study is about."""
+        """Name of the main metric."""
         return str(self.summary["metric"])
 
     @property
     def rows(self) -> list[ComparisonRow]:
-        """Comparisons with the scratch twin."""
+        """Comparisons with from scratch."""
         return list((self.summary.get("comparisons") or {"rows": []})["rows"])
 
     @property
@@ -66,39 +66,39 @@ class StudyView:
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """Names of the arms that were measured: the scratch twin, the others as they were given, anchors."""
+        """Names of the evaluated arms: from scratch, the others in the given order, baselines."""
         arm_order = [entry["name"] for entry in self.summary["arms"]]
         result_arms = self.results.arms if self.results else ()
         return tuple(sorted(result_arms, key=lambda arm: arm_order.index(arm) if arm in arm_order else len(arm_order)))
 
     @property
     def budgets(self) -> dict[str, int]:
-        """Images of each budget that was measured, fewest first."""
+        """Number of images of each evaluated budget, in ascending order."""
         return self.results.labelled if self.results else {}
 
     def find_row(self, arm: str, budget: str) -> ComparisonRow | None:
-        """The comparison of an arm at a budget."""
+        """Find the comparison of an arm at a budget."""
         return next((row for row in self.rows if (row["arm"], row["budget"]) == (arm, budget)), None)
 
     @property
     def best(self) -> ComparisonRow | None:
-        """The best-supported comparison, of a fine-tuned arm where there is one; see `rank_key`."""
+        """The best-supported comparison, of a fine-tuned arm if there is one (ranked by `rank_key`)."""
         tuned = [row for row in self.rows if self.get_protocol(row["arm"]) == "finetune"]
         return min(tuned or self.rows, key=rank_key, default=None)
 
     def best_row(self, arm: str) -> ComparisonRow:
-        """The best-supported comparison of an arm, in the terms of its verdict over all budgets."""
+        """Select the best-supported comparison of an arm among those with its overall verdict."""
         verdict = self.summary["comparisons"]["overall"][arm]
         arm_rows = [row for row in self.rows if row["arm"] == arm]
         return min([row for row in arm_rows if row["verdict"] == verdict] or arm_rows, key=rank_key)
 
     def get_protocol(self, arm: str) -> str:
-        """Fine-tuned, or frozen under a probe or decoder."""
+        """Training protocol of an arm: `finetune`, or `frozen` with a probe or decoder."""
         protocols = {entry["name"]: str(entry["protocol"]) for entry in self.summary["arms"]}
-        return protocols.get(arm, "frozen")  # untrained weights and pixels are anchors of frozen probes
+        return protocols.get(arm, "frozen")  # untrained weights and pixels are baselines of frozen probes
 
     def get_interval(self, metric: str, arm: str, budget: str, step: int | None = None) -> ConfidenceInterval | None:
-        """A metric of an arm's runs with its 95 % interval; None where there is none."""
+        """Mean of a metric over the runs of an arm with its 95 % interval; None if there is no interval."""
         key = metric, arm, budget, step
         if key not in self._intervals:
             self._intervals[key] = self._compute_interval(*key)
@@ -127,10 +127,10 @@ class StudyView:
 
 
 def open_study(folder: Path) -> StudyView:
-    """A study's folder.
+    """Open the folder of a study.
 
     Raises:
-        UserError: its `summary.json` is missing or of something else.
+        UserError: its `summary.json` is missing or not that of a study.
     """
     summary = read_json(folder / "summary.json")
     if summary.get("command") != "study":
@@ -139,11 +139,11 @@ def open_study(folder: Path) -> StudyView:
 
 
 def rank_key(row: ComparisonRow) -> tuple[Any, ...]:
-    """By what comparisons are ranked, the best first.
+    """Sort key of comparisons, the best first.
 
-    A benefit before none before harm; labels saved between two numbers, and more than none, before an open end; then
-    the smallest p, and the fewest labels. Verdicts are corrected for all comparisons of their kind, so any may be
-    shown.
+    A benefit ranks before no evidence, and no evidence before harm. Then come comparisons with an uncensored interval
+    of saved labels above zero, then the smallest corrected p, the smallest p, and the fewest labels. Verdicts are
+    corrected for all comparisons of their protocol, so every comparison may be reported.
     """
     equivalent = (row["labels_saved"] or {}).get("worth")
     ends = [] if equivalent is None else [equivalent[end] for end in ("value", "low", "high")]
@@ -152,5 +152,5 @@ def rank_key(row: ComparisonRow) -> tuple[Any, ...]:
 
 
 def arm_title(arm: str) -> str:
-    """An arm's name in words."""
+    """Title of an arm."""
     return "from scratch" if arm == SCRATCH else arm

@@ -22,15 +22,15 @@ from tests.study.report.conftest import audit_of
 
 Study = Callable[..., Path]
 TITLES = [
-    "What pretraining is worth",
-    "Can it be trusted?",
+    "Benefit of pretraining",
+    "Validity checks",
     "Cohort and splits",
-    "Every arm at every budget",
+    "Results by arm and budget",
     "Curves",
-    "Health of the pretraining",
+    "Pretraining runs",
     "Leaks and shortcuts",
     "Worst cases",
-    "Methods, and how to repeat it",
+    "Methods and reproduction",
 ]
 
 
@@ -91,12 +91,12 @@ def test_harm_at_another_budget_and_labels_that_no_budget_paid_make_a_benefit_do
     change(folder, chosen_with_labels={"dim": 60})
     state, _, text = banner(write_study_page(folder).read_text(), "verdict")
     assert state == "care"
-    assert "Labels beside the budgets chose the pretraining step of: dim (60)" in text
+    assert "Labels outside the budgets selected the pretraining step of: dim (60)" in text
     found = read_json(folder / "summary.json")["comparisons"]
     found["rows"][-1]["verdict"] = "harm"
     change(folder, chosen_with_labels={}, comparisons=found)
     state, _, text = banner(write_study_page(folder).read_text(), "verdict")
-    assert (state, "Harm is shown by: dim with 80 labels." in text) == ("care", True)
+    assert (state, "Pretraining is worse than from scratch for: dim with 80 labels." in text) == ("care", True)
 
 
 def test_one_run_against_one_run_makes_a_benefit_doubtful(study_of: Study) -> None:
@@ -107,7 +107,7 @@ def test_one_run_against_one_run_makes_a_benefit_doubtful(study_of: Study) -> No
     change(folder, comparisons=found)
     state, _, text = banner(write_study_page(folder).read_text(), "verdict")
     assert state == "care"
-    assert "One encoder stands against one from-scratch run" in text
+    assert "One encoder is compared with one from-scratch run" in text
 
 
 def test_an_encoder_that_learnt_nothing_makes_a_benefit_doubtful(study_of: Study) -> None:
@@ -125,7 +125,7 @@ def test_an_encoder_that_learnt_nothing_makes_a_benefit_doubtful(study_of: Study
     write_json(folder / "pretraining.json", {"schema_version": 1, "arms": arms})
     state, _, text = banner(write_study_page(folder).read_text(), "verdict")
     assert state == "care"
-    assert "Of 2 pretraining runs of dim, by their own verdict: at-chance." in text
+    assert "Unhealthy runs among 2 pretraining runs of dim: at-chance." in text
 
 
 def test_a_study_that_was_stopped_between_subsets_is_compared_by_what_all_budgets_have(study_of: Study) -> None:
@@ -155,7 +155,7 @@ def test_an_anchor_neither_takes_the_headline_nor_costs_the_encoder_its_correcti
 
 def test_one_budget_is_told_in_the_metric_because_it_has_no_curve_of_labels(study_of: Study) -> None:
     _, headline, _ = banner(write_study_page(study_of(0.1, budgets=("20",))).read_text(), "verdict")
-    assert re.fullmatch(r"With 20 labels the encoder does better: \+0\.\d+ \(.*\) against from scratch\.", headline)
+    assert re.fullmatch(r"With 20 labels the pretrained encoder is better: \+0\.\d+ \(.*\) against from scratch\.", headline)
 
 
 def test_every_figure_has_its_words_and_its_numbers(html: str) -> None:
@@ -199,9 +199,9 @@ def test_a_study_without_results_has_a_page_that_says_so(study_of: Study) -> Non
     [
         (
             {"pretrain": {"images": 3, "subjects": 2}, "finetune": {"images": 0, "subjects": 0}},
-            "was seen before by: dim.",
+            "Trained on part of the evaluation split: dim.",
         ),
-        (None, "not wholly known of: dim."),
+        (None, "Training images not fully recorded: dim."),
     ],
 )
 def test_contamination_takes_the_green_from_a_benefit(study_of: Study, counts: Any, said: str) -> None:
@@ -216,8 +216,8 @@ def test_contamination_takes_the_green_from_a_benefit(study_of: Study, counts: A
     [
         ({}, "good", ""),
         ({"size_as_read": 0.8, "intensity_as_read": 0.95, "intensity_as_seen": 0.8}, "good", ""),  # less than the model
-        ({"padding": 0.6}, "care", "can be told without looking, by padding (AUROC 0.600)"),
-        ({"intensity_as_seen": 0.88}, "care", "by intensity as seen (AUROC 0.880)"),  # as well as the model
+        ({"padding": 0.6}, "care", "can be predicted without the image content, from padding (AUROC 0.600)"),
+        ({"intensity_as_seen": 0.88}, "care", "from intensity as seen (AUROC 0.880)"),  # as well as the model
     ],
 )
 def test_a_shortcut_takes_the_green_from_a_benefit_where_it_may_be_all_that_was_learnt(
@@ -229,7 +229,7 @@ def test_a_shortcut_takes_the_green_from_a_benefit_where_it_may_be_all_that_was_
     for section in ("verdict", "counts", "leaks"):
         assert banner(html, section)[0] == state
         assert said in " ".join(banner(html, section))
-    assert f"{auroc.get('size_as_read', 0.5):.3f} (" in html.split("AUROC of the image&#39;s size alone")[1][:200]
+    assert f"{auroc.get('size_as_read', 0.5):.3f} (" in html.split("AUROC of the image size alone")[1][:200]
     assert "the best model 0.900 (0.850 to 0.950)" in html
 
 
@@ -249,7 +249,7 @@ def test_a_segmentation_says_that_no_shortcut_was_looked_for_and_one_without_aud
     folder = study_of(0.1)
     write_json(folder / "audit.json", {**audit_of(), "shortcuts": [], "groups": [], "probes": []})
     state, _, text = banner(write_study_page(folder).read_text(), "leaks")
-    assert (state, "No shortcut was looked for." in text) == ("plain", True)
+    assert (state, "Shortcuts were not tested." in text) == ("plain", True)
     assert "not reported" in write_study_page(folder).read_text().split('id="leaks"')[1].split("</section>")[0]
     assert banner(html, "leaks")[:2] == ("plain", "not reported")
 
@@ -268,9 +268,9 @@ def test_the_checklists_have_every_item_once_and_in_order() -> None:
 
 def test_labels_that_chose_an_encoders_step_stand_in_the_methods(study_of: Study) -> None:
     folder = study_of(0.1)
-    assert "so many training labels" not in write_study_page(folder).read_text()
+    assert "A probe with training labels" not in write_study_page(folder).read_text()
     write_json(folder / "summary.json", {**read_json(folder / "summary.json"), "chosen_with_labels": {"dim": 60}})
-    assert "The step of the encoders of dim (60) was chosen by a probe of so many training labels" in (
+    assert "A probe with training labels (their number in brackets) selected that of: dim (60)" in (
         write_study_page(folder).read_text()
     )
 
@@ -290,15 +290,15 @@ def test_a_class_that_looks_like_markup_is_text(study_of: Study) -> None:
 
 def test_the_methods_hold_the_numbers_and_what_is_unknown_is_not_reported(html: str, study_of: Study) -> None:
     text = banner(html, "methods")[2]
-    assert "Of 95 files or series 2 were refused" in text
+    assert "Of 95 files or series, 2 were rejected" in text
     assert "40 steps of 2 images, adamw, peak rate 0.001" in text
-    assert "5, 20, 80 images in whole subjects, nested, 2 draws each" in text
-    assert "24 runs were measured" in text
+    assert "5, 20, 80 images of whole subjects, nested, 2 draws each" in text
+    assert "24 runs were evaluated" in text
     assert "medim study --encoder dim=runs/a,runs/b" in html
     assert "f" * 64 in html
     folder = study_of(0.1)
     (folder / "config.yaml").unlink()
-    assert "Every arm has the same network (not reported)" in banner(write_study_page(folder).read_text(), "methods")[2]
+    assert "Every arm uses the same network (not reported)" in banner(write_study_page(folder).read_text(), "methods")[2]
 
 
 def test_the_same_study_gives_the_same_bytes(page: Path, html: str) -> None:

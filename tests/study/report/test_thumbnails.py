@@ -80,7 +80,7 @@ def test_a_study_ends_with_its_page_its_worst_cases_and_the_health_of_its_encode
     html = (small / "report.html").read_text()
     assert all(tile["source"] in html and tile["alt"].split(":")[0] in html for tile in worst["tiles"])
     assert "dim, encoder 1: Loss of local_dim" in html
-    assert "it stays on site" in html
+    assert "do not send it outside your site" in html
     assert len(html) < 5_000_000
     assert str(small.parent) not in html
     assert write_study_page(small).read_text() == html
