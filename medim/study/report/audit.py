@@ -37,7 +37,7 @@ def build_audit_section(study: StudyView) -> ReportSection:
     audit = study.audit
     if audit is None:
         text = "This study was run by a version without the audit. Run medim study --resume to add it."
-        return ReportSection("leaks", "Leaks and shortcuts", Banner("plain", NOT_REPORTED, text))
+        return ReportSection("leaks", "Leakage and shortcuts", Banner("plain", NOT_REPORTED, text))
     tables = [
         _build_shortcut_table(audit),
         _build_group_table(study, audit),
@@ -47,7 +47,7 @@ def build_audit_section(study: StudyView) -> ReportSection:
     ]
     return ReportSection(
         "leaks",
-        "Leaks and shortcuts",
+        "Leakage and shortcuts",
         _build_audit_banner(audit),
         facts=[("Groups by", list_group_columns(study) or NOT_REPORTED)],
         tables=[table for table in tables if table is not None],
@@ -59,7 +59,7 @@ def build_audit_section(study: StudyView) -> ReportSection:
 def alarming_shortcuts(study: StudyView) -> str:
     """Describe shortcuts that should not predict the label, or predict it as well as the best model; empty if none."""
     alarm_text = _format_alarm(study.audit or {})
-    return f"{alarm_text}: see Leaks and shortcuts. " if alarm_text else ""
+    return f"{alarm_text}: see Leakage and shortcuts. " if alarm_text else ""
 
 
 def format_size_auroc(study: StudyView) -> str:

@@ -28,7 +28,7 @@ TITLES = [
     "Results by arm and budget",
     "Curves",
     "Pretraining runs",
-    "Leaks and shortcuts",
+    "Leakage and shortcuts",
     "Worst cases",
     "Methods and reproduction",
 ]
@@ -155,7 +155,8 @@ def test_an_anchor_neither_takes_the_headline_nor_costs_the_encoder_its_correcti
 
 def test_one_budget_is_told_in_the_metric_because_it_has_no_curve_of_labels(study_of: Study) -> None:
     _, headline, _ = banner(write_study_page(study_of(0.1, budgets=("20",))).read_text(), "verdict")
-    assert re.fullmatch(r"With 20 labels the pretrained encoder is better: \+0\.\d+ \(.*\) against from scratch\.", headline)
+    expected = r"With 20 labels the pretrained encoder is better: \+0\.\d+ \(.*\) against from scratch\."
+    assert re.fullmatch(expected, headline)
 
 
 def test_every_figure_has_its_words_and_its_numbers(html: str) -> None:
@@ -298,7 +299,8 @@ def test_the_methods_hold_the_numbers_and_what_is_unknown_is_not_reported(html: 
     assert "f" * 64 in html
     folder = study_of(0.1)
     (folder / "config.yaml").unlink()
-    assert "Every arm uses the same network (not reported)" in banner(write_study_page(folder).read_text(), "methods")[2]
+    text = banner(write_study_page(folder).read_text(), "methods")[2]
+    assert "Every arm uses the same network (not reported)" in text
 
 
 def test_the_same_study_gives_the_same_bytes(page: Path, html: str) -> None:
