@@ -106,8 +106,8 @@ class Classification(Task):
         ]
         tables = [
             CaseTable(
-                "Truth against prediction, images",
-                ("True class", *(f"called {name}" for name in classes)),
+                "Confusion matrix, images",
+                ("True class", *(f"predicted {name}" for name in classes)),
                 [(name, *(f"{n:,}" for n in row)) for name, row in zip(classes, counts, strict=True)],
             )
         ]
@@ -115,9 +115,11 @@ class Classification(Task):
         surest = sorted(np.flatnonzero(~is_correct), key=lambda place: -confidence[place])[:N_MISTAKES]
         wrong = [(images[i], classes[labels[i]], classes[predictions[i]], f"{confidence[i]:.3f}") for i in surest]
         if wrong:
-            head = ("Image", "True class", "Called", "Probability")
-            tables.append(CaseTable("The five surest mistakes", head, wrong))
-        return EvaluationDetails([ReliabilityPlot(confidence, is_correct, "Are its probabilities right?")], tables)
+            head = ("Image", "True class", "Predicted", "Probability")
+            tables.append(CaseTable("The five most confident errors", head, wrong))
+        return EvaluationDetails(
+            [ReliabilityPlot(confidence, is_correct, "Calibration of the predicted probabilities")], tables
+        )
 
     def answer_columns(self, answer: Array, volume: Volume, classes: Sequence[str]) -> AnswerRow:
         """`class` and `probability_<class>`."""

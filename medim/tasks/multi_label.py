@@ -100,7 +100,7 @@ class MultiLabel(Task):
         """Images per finding and state."""
         _, labels = finding_arrays(rows, classes)
         counts = [(name, *(f"{n:,}" for n in _count_states(labels[:, k]))) for k, name in enumerate(classes)]
-        table = CaseTable("What was known, images", ("Finding", "present", "absent", "unknown"), counts)
+        table = CaseTable("Labels per finding, images", ("Finding", "present", "absent", "unlabelled"), counts)
         return EvaluationDetails(tables=[table])
 
     def answer_columns(self, answer: Array, volume: Volume, classes: Sequence[str]) -> AnswerRow:

@@ -143,7 +143,7 @@ class Segmentation(Task):
         return {"dice": mean_over_subjects(list(means[0] - means[1]), subjects, seed=seed), **differences}
 
     def describe_evaluation(self, rows: Sequence[CaseRow], classes: Sequence[str]) -> EvaluationDetails:
-        """Dice by class, volumes against the truth, and the images with the lowest Dice."""
+        """Dice by class, predicted against true volumes, and the images with the lowest Dice."""
         groups = _group_by_class(rows, classes)
         dice = {name: [row["dice"] for row in group] for name, group in groups.items()}
         plots: list[Plot] = [StripPlot(dice, "Dice", "Dice by class")]
@@ -152,7 +152,7 @@ class Segmentation(Task):
                 {name: [row[side] for row in group] for name, group in groups.items()}
                 for side in ("truth_ml", "predicted_ml")
             )
-            plots.append(AgreementPlot(truth, predicted, "Volumes against the truth"))
+            plots.append(AgreementPlot(truth, predicted, "Predicted against true volumes"))
         rows_by_image: dict[str, list[CaseRow]] = {}
         for row in rows:
             rows_by_image.setdefault(row["image"], []).append(row)
