@@ -71,7 +71,7 @@ def main() -> None:
             [evaluate_statistic(dice_scores[arm, s, t][0], len(subjects)) for s in seeds for t in subsets]
             for arm in ARMS
         ]
-        early_dice = {cell: dict(read_series(run)["held out val/read_dice"]) for cell, run in cells.items()}
+        early_dice = {cell: dict(read_series(run)["held out val/dice"]) for cell, run in cells.items()}
         pairs = [(early_dice["pretrained", s, t], early_dice["from scratch", s, t]) for s in seeds for t in subsets]
         early_gains = [sum(a[n] - b[n] for a, b in pairs) / len(pairs) for n in (20, 40, 80)]
         pair_gains = [b - a for a, b in zip(*arm_scores, strict=True)]
