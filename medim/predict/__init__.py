@@ -1,1 +1,1 @@
-"""Prediction and embedding with a package: `medim predict` and `medim embed`."""
+"""Predictions and features of a package or run: `medim predict` and `medim embed`."""

@@ -1,4 +1,4 @@
-"""Features as a file: a row an image, in the format that the suffix names."""
+"""Files of image features with one row per image; the suffix selects the format."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _encode_csv(
     for image, subject, row, ood_result in zip(images, subjects, features, ood_results, strict=True):
         writer.writerow(
             [image, subject, *map(str, row), *ood_result.columns.values()]
-        )  # as few digits as give the same float32 again
+        )  # shortest decimal representation of each float32
     return text.getvalue().encode()
 
 
@@ -52,7 +52,7 @@ def _encode_parquet(
         import pyarrow.parquet
     except ModuleNotFoundError:
         raise UserError(
-            f".parquet: expected pyarrow, which is not installed. Run: {install_command('train')}; or write .csv."
+            f".parquet: pyarrow is not installed. Run: {install_command('train')}; or write a .csv file."
         ) from None
     columns = {f"f{i}": column for i, column in enumerate(features.T)}
     types = {"ood_score": pyarrow.float32(), "ood": pyarrow.bool_(), "ood_by": pyarrow.string()}
@@ -64,7 +64,7 @@ def _encode_parquet(
 
 
 def _build_ood_arrays(ood_results: Sequence[OODResult]) -> dict[str, Array]:
-    """NaN, -1 and an empty text where nothing is known."""
+    """Convert OOD results to arrays; missing values become NaN, -1 and an empty string."""
     columns = {name: [v.columns[name] for v in ood_results] for name in OOD_COLUMNS}
     return {
         "ood_score": np.array([np.nan if score is None else score for score in columns["ood_score"]], np.float32),

@@ -1,4 +1,4 @@
-"""Answers as files on the image's own grid and as columns of a table."""
+"""Predictions as image files on the native grid and as table columns."""
 
 from __future__ import annotations
 
@@ -17,35 +17,36 @@ from medim.types import Array, Volume
 
 
 def write_mask(stem: Path, labels: Array, volume: Volume) -> Path:
-    """Write labels with the geometry of the file that the image came from: voxel for voxel the same grid.
+    """Write a label map on the voxel grid of the source file.
 
-    3D becomes NIfTI (`.nii.gz`), qform and sform both set; 2D an 8-bit PNG whose grey values are the labels.
+    3D label maps are written as NIfTI (`.nii.gz`) with qform and sform, 2D label maps as 8-bit PNG with the labels as
+    grey values.
 
     Args:
-        stem: the file without its suffix.
+        stem: output path without suffix.
         labels: (*volume.shape) uint8.
-        volume: the image as read.
+        volume: original image.
 
     Returns:
-        the file written.
+        Path of the file.
     """
     native = to_native(labels[None], volume)[0]
     return _write_png(stem, native) if volume.spatial_dims == 2 else _write_nifti(stem, native, volume)
 
 
 def write_map(stem: Path, scores: Array, volume: Volume) -> tuple[Path, dict[str, float]]:
-    """Write scores with the geometry of the file that the image came from, as `write_mask` does.
+    """Write a score map on the voxel grid of the source file.
 
-    3D becomes float32 NIfTI, NaN where there is no score; 2D a 16-bit PNG: 0 where there is no score, else 1 to 65535
-    in even steps from the lowest score to the highest.
+    3D maps are written as float32 NIfTI with NaN for missing scores. 2D maps are written as 16-bit PNG: 0 for missing
+    scores, otherwise 1 to 65535, scaled linearly from the lowest to the highest score.
 
     Args:
-        stem: the file without its suffix.
-        scores: (*volume.shape) float32; NaN is no score.
-        volume: the image as read.
+        stem: output path without suffix.
+        scores: (*volume.shape) float32; NaN for missing scores.
+        volume: original image.
 
     Returns:
-        the file written, and the `mean`, `lowest` and `highest` score.
+        Path of the file, and the `mean`, `lowest` and `highest` score.
     """
     native = to_native(scores[None], volume)[0]
     statistics = {"mean": np.nanmean(native), "lowest": np.nanmin(native), "highest": np.nanmax(native)}
@@ -68,7 +69,7 @@ def _write_png(stem: Path, native: Array) -> Path:
 def _write_nifti(stem: Path, native: Array, volume: Volume) -> Path:
     image: Any = nibabel.Nifti1Image(native, volume.native_affine)  # type: ignore[no-untyped-call]
     image.set_sform(volume.native_affine, code=1)
-    image.set_qform(volume.native_affine, code=1)  # without the shear, which a qform cannot hold
+    image.set_qform(volume.native_affine, code=1)  # without shear, which a qform cannot represent
     if not np.allclose(image.get_qform(), volume.native_affine, atol=1e-3):
         image.set_qform(None, code=0)
     image.header.set_xyzt_units("mm")

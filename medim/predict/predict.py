@@ -1,4 +1,4 @@
-"""`medim predict` and `medim embed`: images in, answers out. Runs in the light install."""
+"""Commands `medim predict` and `medim embed`; they run in the light install."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ SCHEMA_VERSION = 1
 AnswerFormat = Literal["nifti", "dicom"]
 AnswerWriter = Callable[
     [Path, Index, ImageRecord, Volume, Array, OODResult], dict[str, Any]
-]  # file without suffix, ...: its row
+]  # arguments: output path without suffix, index, record, volume, prediction, OOD result; returns the table row
 PredictInputs = Index | Path | Sequence[Path]
-AnswerProgress = Callable[[int, int], None]  # images done, images in all
+AnswerProgress = Callable[[int, int], None]  # arguments: processed images, total number of images
 DEFAULT_LIMITS = DecodingLimits()
 
 
@@ -46,30 +46,35 @@ def predict(
     progress: AnswerProgress | None = None,
     limits: DecodingLimits = DEFAULT_LIMITS,
 ) -> list[dict[str, Any]]:
-    """Segment or classify every image of a source.
+    """Segment or classify all images of a source.
 
-    Writes a mask (`.nii.gz` on the image's own grid; `.png` in 2D) or a JSON of probabilities an image, named after the
-    image's key; `predictions.csv`; `rejected.csv` with a reason for each file that got no answer; `summary.json` last.
-    As DICOM, a segmentation (`.seg.dcm`) with a report of its volumes, or a report of probabilities (`.sr.dcm`), which
-    hold as much of the patient as the image does. DICOM images are held against the rules of the package first.
-    `ood_score`, `ood` and `ood_by` say how far an image is from those trained on; see `medim.inference.ood`.
+    For each image, a mask (`.nii.gz` on the native grid; `.png` in 2D) or a JSON file of probabilities is written; its
+    name is derived from the image key. `predictions.csv` lists the predictions, and `rejected.csv` the files without a
+    prediction and the reason. `summary.json` is written last.
+
+    In DICOM format, a segmentation (`.seg.dcm`) with a report of its volumes, or a report of probabilities (`.sr.dcm`)
+    is written. These files contain the same patient attributes as the image. DICOM images are first checked against the
+    rules of the package.
+
+    The columns `ood_score`, `ood` and `ood_by` contain the out-of-distribution score; see `medim.inference.ood`.
 
     Args:
-        package: a segmenter or classifier.
-        inputs: an index, or anything `build_index` takes.
-        out: folder for the results.
-        as_: format of the answers.
-        labelmap: write a segmentation as one image of label numbers, which older viewers do not know.
-        overwrite: empty `out` first.
-        progress: told after each image.
-        limits: of what a DICOM image may cost; it is decoded in a process of its own.
+        package: segmenter or classifier.
+        inputs: index, or input of `build_index`.
+        out: output folder.
+        as_: output format.
+        labelmap: write a segmentation as one label map (LABELMAP), which older viewers do not support.
+        overwrite: delete the content of `out` first.
+        progress: callback after each image.
+        limits: limits for decoding a DICOM image, which runs in a separate process.
 
     Returns:
-        The rows of `predictions.csv`.
+        Rows of `predictions.csv`.
 
     Raises:
-        UserError: the package is an encoder, or `out` is taken.
-        AllRejectedError: no input got an answer (exit code 4); `rejected.csv` is written all the same.
+        UserError: the package is an encoder, or `out` is not empty.
+        UsageError: `as_` is unknown, or `labelmap` does not apply.
+        AllRejectedError: there is no prediction for any input (exit code 4); `rejected.csv` is written.
     """
     network = _get_predictor(package)
     if network.kind == ENCODER:
@@ -109,35 +114,36 @@ def embed_images(
     progress: AnswerProgress | None = None,
     limits: DecodingLimits = DEFAULT_LIMITS,
 ) -> tuple[tuple[str, ...], Array]:
-    """Write the features of every image of a source, a row an image.
+    """Extract the features of all images of a source, one row per image.
 
-    `.npz` holds `image` (keys), `subject` (pseudonyms) and `features` (N, d) float32; `.csv` and `.parquet` hold
-    columns `image`, `subject`, `f0`, `f1`, ...; all hold `ood_score`, `ood` and `ood_by`, see
-    `medim.inference.ood`. Files without features stand with their reason in `<out>.rejected.csv`.
-    With `maps`, each image also gets its mutual-information map on its own grid (see `write_map`), named after the
-    image's key, and `maps.csv` a row: image, file, mean, lowest and highest score.
+    `.npz` files contain `image` (keys), `subject` (pseudonyms) and `features` (N, d) float32. `.csv` and `.parquet`
+    files contain the columns `image`, `subject`, `f0`, `f1`, ... All formats contain `ood_score`, `ood` and `ood_by`;
+    see `medim.inference.ood`. Files without features are listed with a reason in `<out>.rejected.csv`.
+
+    With `maps`, the mutual-information map of each image is written on its native grid (see `write_map`). `maps.csv`
+    has one row per map: image, file, mean, lowest and highest score.
 
     Args:
-        package: an encoder.
-        inputs: an index, or anything `build_index` takes.
-        out: the file to write, `.npz`, `.csv` or `.parquet`.
-        maps: folder for the maps; None writes none.
-        overwrite: empty `maps` first.
-        progress: told after each image.
+        package: encoder.
+        inputs: index, or input of `build_index`.
+        out: output file with suffix `.npz`, `.csv` or `.parquet`.
+        maps: output folder of the maps; None for no maps.
+        overwrite: delete the content of `maps` first.
+        progress: callback after each image.
         limits: see `predict`.
 
     Returns:
         Image keys and features (N, d).
 
     Raises:
-        UserError: the package is no encoder, has no local critic and a map is asked for, `maps` is taken, or pyarrow is
-            missing for `.parquet`.
-        UsageError: another suffix.
-        AllRejectedError: no input could be used.
+        UserError: the package is not an encoder, maps are requested from an encoder without local critic, `maps` is
+            not empty, or pyarrow is missing for `.parquet`.
+        UsageError: the suffix of `out` is unknown.
+        AllRejectedError: all inputs were rejected.
     """
     network = _get_predictor(package)
     if network.kind != ENCODER:
-        raise UserError(f"embed: expected an encoder, got a {network.kind}. Export the pretraining run, and use that.")
+        raise UserError(f"embed: expected an encoder, got a {network.kind}. Use the export of a pretraining run.")
     writer = WRITERS.get(out.suffix)
     if writer is None:
         raise UsageError(f"--out {out}: expected a file ending in {', '.join(WRITERS)}.")
@@ -173,7 +179,7 @@ def _get_predictor(package: Package | Predictor) -> Predictor:
 
 
 def _describe_package(package: Package | Predictor) -> dict[str, str] | None:
-    """Which package gave an answer; None for a run under torch."""
+    """Describe the package by name, version and digest; None for a run under torch."""
     if not isinstance(package, Package):
         return None
     return {"name": package.contract.name, "version": package.contract.version, "sha256": package.sha256}
@@ -204,7 +210,11 @@ def _iterate_answers(
     progress: AnswerProgress | None,
     limits: DecodingLimits,
 ) -> Iterator[tuple[ImageRecord, Volume, Array, OODResult]]:
-    """Each image that can be answered, with its answer and how usual it is; the others join `rejections`."""
+    """Predict each image; append images that cannot be predicted to `rejections`.
+
+    Yields:
+        Record, volume, prediction and out-of-distribution result of an image.
+    """
     network = _get_predictor(package)
     for number, record in enumerate(index.records, start=1):
         try:
@@ -226,11 +236,11 @@ def _iterate_answers(
 
 
 def _select_writer(package: Package | Predictor, as_: str, *, labelmap: bool) -> AnswerWriter:
-    """What writes an answer.
+    """Select the function that writes predictions in a format.
 
     Raises:
-        UsageError: a format that does not exist, or an option that it does not have.
-        UserError: the package cannot answer in that format.
+        UsageError: the format is unknown or has no option `labelmap`.
+        UserError: the package does not support the format.
     """
     if as_ not in get_args(AnswerFormat):
         raise UsageError(f"--format {as_}: expected {' or '.join(get_args(AnswerFormat))}.")
@@ -242,7 +252,7 @@ def _select_writer(package: Package | Predictor, as_: str, *, labelmap: bool) ->
         as_dicom: AnswerWriter = dicom_writer(package, labelmap=labelmap)
         return as_dicom
     if labelmap:
-        raise UsageError("--labelmap: it is a kind of DICOM segmentation. Add --format dicom, or leave it out.")
+        raise UsageError("--labelmap applies only to DICOM segmentations. Add --format dicom, or omit --labelmap.")
     return partial(_write_answer, package)
 
 
@@ -255,7 +265,7 @@ def _write_answer(
     answer: Array,
     ood_result: OODResult,
 ) -> dict[str, Any]:
-    """Write an answer as NIfTI, PNG or JSON; its row of `predictions.csv`."""
+    """Write a prediction as NIfTI, PNG or JSON; return its row of `predictions.csv`."""
     network = _get_predictor(package)
     columns = network.task.answer_columns(answer, volume, network.classes)
     if network.task.dense:
@@ -269,7 +279,7 @@ def _write_answer(
 
 
 def _make_file_names(records: Sequence[ImageRecord]) -> dict[str, str]:
-    """A file name for each image key: plain characters, at most 100, no two alike even where case does not count."""
+    """Make a file name for each image key: at most 100 ASCII characters, unique on case-insensitive file systems."""
     names = {record.image: re.sub(r"[^A-Za-z0-9._-]+", "_", record.image).strip("._")[:100] for record in records}
     name_counts: dict[str, int] = {}
     for name in names.values():
@@ -282,8 +292,6 @@ def _make_file_names(records: Sequence[ImageRecord]) -> dict[str, str]:
 
 
 def _build_rejection_error(index: Index, rejections: Sequence[Rejection]) -> AllRejectedError:
-    first_rejection = f"{rejections[0].path}: {rejections[0].detail}" if rejections else "the source holds no image"
-    message = (
-        f"expected an image that this package can read, got none out of {len(rejections)}. First: {first_rejection}"
-    )
+    first_rejection = f"{rejections[0].path}: {rejections[0].detail}" if rejections else "the source contains no image"
+    message = f"all {len(rejections)} inputs were rejected by this package. First: {first_rejection}"
     return AllRejectedError(message, replace(index, records=(), rejected=tuple(rejections)))

@@ -1,1 +1,1 @@
-"""DICOM output beside the series it belongs to: segmentation (SEG) and structured report (SR)."""
+"""DICOM output that refers to the source series: segmentation (SEG) and structured report (SR)."""

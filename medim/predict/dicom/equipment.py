@@ -1,4 +1,4 @@
-"""Who answers: the same words in every object that a package writes."""
+"""DICOM attributes of the package as equipment, identical in all objects that it writes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from medim.package.label_codes import ConceptCode, LabelCode
 from medim.version import __version__
 
 LATERALITY_CODES = {"left": codes.SCT.Left, "right": codes.SCT.Right, "both": codes.SCT.RightAndLeft}
-SEGMENTATION_SERIES, REPORT_SERIES = 9001, 9002  # numbers that a scanner does not reach
+SEGMENTATION_SERIES, REPORT_SERIES = 9001, 9002  # series numbers above those of scanners
 
 
 @dataclass(frozen=True)
 class Equipment:
-    """A package as DICOM sees it: a device with a serial number.
+    """Package as DICOM equipment: a device with a serial number.
 
     Attributes:
-        contract: of the package.
-        sha256: of the package.
+        contract: contract of the package.
+        sha256: digest of the package, used as the serial number.
     """
 
     contract: Contract
@@ -32,14 +32,14 @@ class Equipment:
 
     @property
     def device_uid(self) -> str:
-        """The same for the same package."""
+        """UID of the device, derived from the digest of the package."""
         return generate_uid(entropy_srcs=["medim package", self.sha256])
 
     def series_attributes(self, number: int) -> dict[str, Any]:
-        """A new series, with its one instance, for highdicom's constructors.
+        """Build the attributes of a new series with one instance, for the constructors of highdicom.
 
-        UIDs are new each time: an answer that is given again is another object, and the standard wants another UID
-        wherever content (its date, at least) differs.
+        UIDs are new at each call: the standard requires a new UID if any content differs, and a repeated prediction
+        has at least another date.
         """
         contract = self.contract
         return {
@@ -55,23 +55,23 @@ class Equipment:
         }
 
     def algorithm_sequence(self) -> highdicom.AlgorithmIdentificationSequence:
-        """For a segmentation."""
+        """Build the algorithm identification of a segmentation."""
         name, version = self.contract.name, self.contract.version
         return highdicom.AlgorithmIdentificationSequence(
             name=name, family=codes.DCM.ArtificialIntelligence, version=version[:64], source="medim"
         )
 
     def algorithm_identification(self, *parameters: str) -> AlgorithmIdentification:
-        """For a report."""
+        """Build the algorithm identification of a structured report."""
         return AlgorithmIdentification(self.contract.name, self.contract.version, parameters=parameters or None)
 
 
 def to_coded_concept(code: ConceptCode) -> CodedConcept:
-    """A code for highdicom."""
+    """Convert a code to the type of highdicom."""
     return CodedConcept(code.value, code.scheme, code.meaning)
 
 
 def build_modifiers(label: LabelCode) -> list[CodedConcept]:
-    """What tells a part from its parent structure, the side last."""
+    """Build the codes that distinguish a part from its parent structure; the laterality is last."""
     side = [CodedConcept.from_code(LATERALITY_CODES[label.laterality])] if label.laterality else []
     return [*map(to_coded_concept, label.modifiers), *side]

@@ -1,4 +1,4 @@
-"""A mask as DICOM Segmentation, on the frames of the series it is of."""
+"""DICOM Segmentation on the frames of the source series."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from medim.types import Array
 def build_segmentation(
     frames: Array, source: DicomSource, equipment: Equipment, *, labelmap: bool = False
 ) -> highdicom.seg.Segmentation:
-    """Make a segmentation.
+    """Build a DICOM Segmentation from a label map.
 
-    Every frame refers to the frame of the source that it lies on, and empty frames are left out (a mask without any
-    voxel keeps them: DICOM has no image without a frame). Patient and study are copied from the source.
+    Each frame refers to its source frame. Empty frames are omitted, except in an empty mask, because a DICOM image
+    has at least one frame. Patient and study attributes are copied from the source.
 
     Args:
-        frames: (frames, rows, columns) uint8 labels in the order of the source's frames; 0 is background.
-        source: what it is a mask of.
-        equipment: what made it; its labels have codes.
-        labelmap: one image of label numbers, the SOP class of DICOM 2024; else BINARY, which every viewer knows.
+        frames: (frames, rows, columns) uint8 labels in the order of the source frames; 0 is background.
+        source: source image of the mask.
+        equipment: package that made the mask; its labels have codes.
+        labelmap: write one label map, an SOP class of DICOM 2024; otherwise BINARY, which all viewers support.
     """
     kind = SegmentationTypeValues.LABELMAP if labelmap else SegmentationTypeValues.BINARY
     with suppress_warnings():
@@ -44,22 +44,25 @@ def build_segmentation(
             content_description=equipment.contract.not_for[:64],
             **equipment.series_attributes(SEGMENTATION_SERIES),
         )
-    if source.plan.affine is None:  # Type 2C: an image that lies nowhere says how it is turned, if that is known
+    if source.plan.affine is None:  # Type 2C: required for an image without patient coordinates, may be empty
         seg_dataset.PatientOrientation = source.first_dataset.get("PatientOrientation") or ""
     return seg_dataset
 
 
 def read_segmentation(path: Path) -> highdicom.seg.Segmentation:
-    """A segmentation from a file."""
+    """Read a DICOM Segmentation from a file."""
     with suppress_warnings():
         return highdicom.seg.segread(path)
 
 
 def read_frame_labels(dataset: highdicom.seg.Segmentation, source: DicomSource) -> Array:
-    """The labels that a segmentation holds for each frame of a source: (frames, rows, columns) uint8.
+    """Read the labels of a segmentation for each frame of its source.
+
+    Returns:
+        (frames, rows, columns) uint8.
 
     Raises:
-        ValueError: it does not refer to these frames.
+        ValueError: the segmentation does not refer to these frames.
     """
     options: dict[str, Any] = {
         "combine_segments": True,
@@ -76,7 +79,7 @@ def read_frame_labels(dataset: highdicom.seg.Segmentation, source: DicomSource) 
 
 
 def _with_slice_thickness(source: DicomSource) -> tuple[Dataset, ...]:
-    """The source's headers, each with the thickness that a segment's frames must state."""
+    """Add the slice thickness, which a segmentation requires, to source headers without it."""
     for dataset in source.datasets:
         if source.plan.affine is not None and "PixelSpacing" in dataset and not dataset.get("SliceThickness"):
             dataset.SliceThickness = round(float(np.linalg.norm(source.plan.affine[:3, 2])), 6)
@@ -84,7 +87,7 @@ def _with_slice_thickness(source: DicomSource) -> tuple[Dataset, ...]:
 
 
 def _describe_segment(label: LabelCode, equipment: Equipment) -> SegmentDescription:
-    assert label.category is not None  # `read_labels` saw to it
+    assert label.category is not None  # checked by `read_label_codes`
     assert label.type is not None
     description = SegmentDescription(
         segment_number=label.index,

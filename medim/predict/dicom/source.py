@@ -1,4 +1,4 @@
-"""What an answer is written on: the source's own headers, as far as the standard lets an answer repeat them."""
+"""Headers of the source image, with the attributes that DICOM output copies from them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from medim.types import Array
 log = logging.getLogger(__name__)
 
 UTF_8 = "ISO_IR 192"
-MAX_INFLATED_BYTES = 1 << 30  # bytes of a deflated file
-_META_OFFSET = 144  # preamble, prefix and the element that says how long the meta information is
-TYPE_2 = (  # must be there, and may be empty
+MAX_INFLATED_BYTES = 1 << 30  # maximum size of a deflated file after inflating
+_META_OFFSET = 144  # size of preamble, prefix and the element with the length of the meta information
+TYPE_2 = (  # Type 2 attributes: required, may be empty
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "AccessionNumber",
     "StudyID", "ReferringPhysicianName",
 )  # fmt: skip
@@ -42,18 +42,18 @@ _CHECKABLE_VRS = {
     "SH",
     "ST",
     "TM",
-}  # what patient and study are described in
+}  # value representations of the patient and study attributes
 _POSITION_TAGS = {tag_for_keyword(name) for name in ("ImagePositionPatient", "PerFrameFunctionalGroupsSequence")}
 _REQUIRED_UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
 
 
 @dataclass(frozen=True)
 class DicomSource:
-    """The image that an answer is of.
+    """Source image of a DICOM output.
 
     Attributes:
-        datasets: headers of its files in the order of the slices, the first one with Type 2 attributes, in Unicode.
-        plan: where the slices stand.
+        datasets: headers of the files in the order of the slices; the first has all Type 2 attributes, in Unicode.
+        plan: positions of the slices.
     """
 
     datasets: tuple[Dataset, ...]
@@ -61,17 +61,17 @@ class DicomSource:
 
     @property
     def first_dataset(self) -> Dataset:
-        """Whose patient and study attributes an answer repeats."""
+        """Header from which patient and study attributes are copied."""
         return self.datasets[0]
 
     def frames(self, native: Array) -> Array:
-        """Slices in the order of the source's frames.
+        """Order slices as the frames of the source.
 
         Args:
-            native: (columns, rows, slices) on the file's own grid, or (rows, columns).
+            native: (columns, rows, slices) on the native grid, or (rows, columns).
 
         Returns:
-            (frames, rows, columns); zeros where a frame of the source is in no slice.
+            (frames, rows, columns); zeros in source frames that are not part of the volume.
         """
         if native.ndim == 2:
             return np.ascontiguousarray(native[None])
@@ -87,7 +87,7 @@ def read_dicom_source(plan: SlicePlan) -> DicomSource:
     """Read the headers of an image.
 
     Raises:
-        ReadError: the source lacks what an answer must refer to.
+        ReadError: a header cannot be read, is too large, or lacks attributes that DICOM output must refer to.
     """
     with suppress_warnings():
         try:
@@ -97,18 +97,18 @@ def read_dicom_source(plan: SlicePlan) -> DicomSource:
             _with_type2_attributes(datasets[0])
         except ReadError:
             raise
-        except Exception as error:  # pydicom raises whatever its parsing met
-            raise ReadError("unreadable", f"not a whole DICOM header ({type(error).__name__})") from error
+        except Exception as error:  # pydicom does not document its parsing exceptions
+            raise ReadError("unreadable", f"the DICOM header is invalid ({type(error).__name__})") from error
         for dataset in datasets:
             _check_references(dataset, in_space=plan.affine is not None)
     return DicomSource(datasets, plan)
 
 
 def _check_inflated_size(path: Path) -> None:
-    """Refuse a deflated file that would fill the memory: pydicom inflates all of it for its header.
+    """Limit the inflated size of a deflated file, because pydicom inflates the whole file to read its header.
 
     Raises:
-        ReadError: in that case.
+        ReadError: the inflated file is too large.
     """
     meta = pydicom.filereader.read_file_meta_info(path)
     if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
@@ -119,14 +119,14 @@ def _check_inflated_size(path: Path) -> None:
         while budget > 0 and (chunk := file.read(1 << 16)):
             budget -= len(inflate.decompress(chunk, budget))
     if budget <= 0:
-        raise ReadError("too-large", f"a deflated header and image of more than {MAX_INFLATED_BYTES >> 30} GiB")
+        raise ReadError("too-large", f"the deflated file is larger than {MAX_INFLATED_BYTES >> 30} GiB when inflated")
 
 
 def _check_references(dataset: Dataset, *, in_space: bool) -> None:
-    """Refuse a header without what an answer refers to.
+    """Check that a header contains all attributes that DICOM output refers to.
 
     Raises:
-        ReadError: in that case.
+        ReadError: an attribute is missing.
     """
     missing_keywords = [
         keyword
@@ -134,14 +134,16 @@ def _check_references(dataset: Dataset, *, in_space: bool) -> None:
         if not dataset.get(keyword)
     ]
     if in_space and not dataset.keys() & _POSITION_TAGS:
-        missing_keywords.append("place")
+        missing_keywords.append("slice position")
     if missing_keywords:
-        raise ReadError("no-reference", f"no {', '.join(missing_keywords)}, to which an answer refers")
+        raise ReadError(
+            "no-reference", f"the header lacks {', '.join(missing_keywords)}, which a DICOM output must refer to"
+        )
 
 
 @contextmanager
 def suppress_warnings() -> Iterator[None]:
-    """No warnings of pydicom's or highdicom's: they quote header values, and so patients."""
+    """Suppress warnings of pydicom and highdicom, because they contain header values that can identify patients."""
     logger = logging.getLogger("highdicom")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
@@ -153,13 +155,13 @@ def suppress_warnings() -> Iterator[None]:
 
 
 def _with_type2_attributes(dataset: Dataset) -> None:
-    """Type 2 attributes empty where they are missing, what breaks its VR left out, text in UTF-8."""
+    """Add missing Type 2 attributes as empty, delete values that violate their VR, and convert text to UTF-8."""
     dataset.decode()
     dataset.walk(_convert_to_unicode)
     dataset.SpecificCharacterSet = UTF_8
     for element in list(dataset):
         if element.keyword and element.VR in _CHECKABLE_VRS and not _is_valid_element(element):
-            log.warning("%s of the source breaks DICOM's rules; the answer goes without it", element.keyword)
+            log.warning("%s of the source violates the DICOM standard and is omitted from the output", element.keyword)
             del dataset[element.tag]
     for keyword in TYPE_2:
         if dataset.get(keyword) is None:
@@ -167,14 +169,14 @@ def _with_type2_attributes(dataset: Dataset) -> None:
 
 
 def _convert_to_unicode(dataset: Dataset, element: pydicom.DataElement) -> None:
-    """A name without the bytes it was read from, which are of another character set."""
+    """Convert a person name to text, without its original bytes in another character set."""
     if element.VR == "PN" and element.value:
         is_multivalue = isinstance(element.value, pydicom.multival.MultiValue)
         element.value = [str(name) for name in element.value] if is_multivalue else str(element.value)
 
 
 def _is_valid_element(element: pydicom.DataElement) -> bool:
-    """Whether a value is what its VR, and for the sex DICOM's list, allows."""
+    """Whether a value conforms to its VR; for the sex, to the values that DICOM defines."""
     if element.keyword == "PatientSex":
         return element.value in {None, "", "M", "F", "O"}
     is_multivalue = isinstance(element.value, pydicom.multival.MultiValue)

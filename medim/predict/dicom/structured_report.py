@@ -1,4 +1,4 @@
-"""Numbers as a DICOM structured report (TID 1500), unverified and preliminary."""
+"""Measurements as an unverified, preliminary DICOM structured report (TID 1500)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from medim.tasks import find_task_of_kind
 from medim.types import Array, Modality
 
 UNKNOWN_RESULT = OODResult()
-MAX_SCORE = 1e6  # a score beyond that is told as that
-PRIVATE_SCHEME = "99MEDIM"  # designator of codes that no public scheme has, as PS3.16 section 8 allows
+MAX_SCORE = 1e6  # larger scores are reported as this value
+PRIVATE_SCHEME = "99MEDIM"  # designator of private codes (PS3.16 section 8)
 SCORE_CONCEPT = sr.CodedConcept("ood-score", PRIVATE_SCHEME, "Out-of-distribution score")
 FLAG_CONCEPT = sr.CodedConcept("ood", PRIVATE_SCHEME, "Unlike the training images")
 PROCEDURES: dict[Modality, Any] = {"mri": codes.LN.MRIUnspecifiedBodyRegion, "xray": codes.LN.XRUnspecifiedBodyRegion}
@@ -35,11 +35,11 @@ def build_volumes_report(
     """Report the volume of each segment.
 
     Args:
-        segmentation: what was measured.
-        volumes: in mm3, one a label of the contract; in mm2 for a 2D image.
-        source: the image that it is a segmentation of.
-        equipment: what made it.
-        ood_result: of the out-of-distribution guard; a group of its own where there is one.
+        segmentation: measured segmentation.
+        volumes: volume of each label of the contract in mm3; area in mm2 for a 2D image.
+        source: source image of the segmentation.
+        equipment: package that made the segmentation.
+        ood_result: out-of-distribution result, reported as a separate measurement group if there is a score.
     """
     name, unit = (codes.SCT.Volume, codes.UCUM.CubicMillimeter)
     if source.plan.affine is None:
@@ -49,7 +49,7 @@ def build_volumes_report(
         segments = {int(segment.SegmentNumber): segment for segment in segmentation.SegmentSequence}
         for label, volume in zip(equipment.contract.labels, volumes, strict=True):
             segment_description = segments[label.index]
-            assert label.category is not None  # `read_labels` saw to it
+            assert label.category is not None  # checked by `read_label_codes`
             assert label.type is not None
             groups.append(
                 sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
@@ -76,12 +76,12 @@ def build_volumes_report(
 def build_probabilities_report(
     probabilities: Array, source: DicomSource, equipment: Equipment, ood_result: OODResult = UNKNOWN_RESULT
 ) -> sr.Comprehensive3DSR:
-    """Report the probability of each class, with the operating point at which it is called.
+    """Report the probability of each class with its operating point.
 
     Args:
         probabilities: (K,).
-        source: the image.
-        equipment: what made it.
+        source: source image.
+        equipment: package that made the prediction.
         ood_result: see `build_volumes_report`.
     """
     contract = equipment.contract
@@ -106,7 +106,7 @@ def build_probabilities_report(
 
 
 def _ood_measurements(ood_result: OODResult, source: DicomSource, equipment: Equipment) -> list[Any]:
-    """What the out-of-distribution guard says of the image; nothing where the package has none."""
+    """Build the measurement group of the out-of-distribution score; empty if there is no score."""
     if ood_result.score is None:
         return []
     score = round(min(ood_result.score, MAX_SCORE), 4)
@@ -128,7 +128,7 @@ def _reference_source_images(source: DicomSource) -> list[sr.SourceImageForMeasu
 
 
 def format_operating_point(label: LabelCode, equipment: Equipment) -> str:
-    """In words, the rule by which a class is called."""
+    """Describe the decision rule of a class in words."""
     classes = equipment.contract.classes
     if find_task_of_kind(equipment.contract.kind).has_thresholds:
         return f"probability >= {label.threshold or 0.5:g}"
@@ -136,7 +136,7 @@ def format_operating_point(label: LabelCode, equipment: Equipment) -> str:
 
 
 def _anatomic_sites(label: LabelCode) -> list[sr.FindingSite] | None:
-    """Where a part lies in its parent structure."""
+    """Build the finding site of a part within its parent structure; None without modifiers and laterality."""
     if label.type is None or not (label.modifiers or label.laterality):
         return None
     parts = build_modifiers(label)

@@ -1,4 +1,4 @@
-"""From an answer to DICOM files beside each other, and their row in `predictions.csv`."""
+"""Write a prediction as DICOM files and build its row of `predictions.csv`."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ log = logging.getLogger(__name__)
 
 
 def dicom_writer(package: Package, *, labelmap: bool = False) -> Any:
-    """What writes the answers of a package as DICOM; see `medim.predict.predict.AnswerWriter`.
+    """Build the function that writes predictions as DICOM; see `medim.predict.predict.AnswerWriter`.
 
     Raises:
-        UserError: a segmenter's package without label codes.
-        UsageError: a label map of something else than a segmenter.
+        UserError: the package is a segmenter without label codes.
+        UsageError: `labelmap` is set and the package is not a segmenter.
     """
     contract = package.contract
     if is_dense(contract.kind) and not contract.labels:
         raise UserError(
             f"--format dicom: {contract.name} has no codes for {', '.join(contract.classes)}, which a DICOM "
-            "segment must have. Export it again with --label-codes FILE, or use --format nifti."
+            "segment requires. Export it again with --label-codes FILE, or use --format nifti."
         )
     if labelmap and not is_dense(contract.kind):
-        raise UsageError(f"--labelmap: expected a segmenter, got a {contract.kind}. Leave it out.")
+        raise UsageError(f"--labelmap: expected a segmenter, got a {contract.kind}. Omit --labelmap.")
     return partial(_write_dicom_answer, package, Equipment(contract, package.sha256), labelmap)
 
 
@@ -58,10 +58,13 @@ def _write_dicom_answer(
 ) -> dict[str, Any]:
     plan = index.plan_slices(record)
     if plan is None:
-        raise ReadError("not-dicom", "not a DICOM image, for which no DICOM answer can be written")
+        raise ReadError("not-dicom", "DICOM output requires a DICOM image")
     source = read_dicom_source(plan)
     if "no-place" in (record.quality or ""):
-        log.warning("%s: its place in the patient is unknown, and so is that of the answer", record.image)
+        log.warning(
+            "%s: the series has no patient coordinates, so the segmentation cannot be overlaid on other series",
+            record.image,
+        )
     report_path = stem.with_name(f"{stem.name}.sr.dcm")
     task, classes = package.network.task, package.contract.classes
     columns = task.answer_columns(answer, volume, classes)
@@ -73,8 +76,10 @@ def _write_dicom_answer(
         report_dataset = build_volumes_report(
             seg_dataset, class_sizes(answer, volume, len(classes)), source, equipment, ood_result
         )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # what highdicom raises for an odd source
-        raise ReadError("no-reference", f"its header cannot carry an answer ({type(error).__name__})") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # raised by highdicom for an invalid source
+        raise ReadError(
+            "no-reference", f"highdicom cannot write an output for this header ({type(error).__name__})"
+        ) from error
     path = stem.with_name(f"{stem.name}.seg.dcm")
     save_dicom(path, seg_dataset)
     save_dicom(report_path, report_dataset)
@@ -82,10 +87,10 @@ def _write_dicom_answer(
 
 
 def segmentation_of(labels: Array, volume: Volume, source: DicomSource, equipment: Equipment, *, labelmap: bool) -> Any:
-    """A segmentation that has been read back, frame by frame.
+    """Build a segmentation and verify its frames by reading them back.
 
     Raises:
-        UserError: what it holds is not what was put in.
+        UserError: voxels of the segmentation differ from the labels.
     """
     frames = source.frames(to_native(labels[None], volume)[0])
     seg_dataset = build_segmentation(frames, source, equipment, labelmap=labelmap)
@@ -93,13 +98,13 @@ def segmentation_of(labels: Array, volume: Volume, source: DicomSource, equipmen
         wrong_voxels = int((read_frame_labels(seg_dataset, source) != frames).sum())
     if wrong_voxels:
         raise UserError(
-            f"DICOM segmentation: {wrong_voxels} of {frames.size} voxels read back otherwise. Use --format nifti."
+            f"DICOM segmentation: {wrong_voxels} of {frames.size} voxels differ when read back. Use --format nifti."
         )
     return seg_dataset
 
 
 def save_dicom(path: Path, dataset: Dataset) -> None:
-    """Write a DICOM file, whole or not at all."""
+    """Write a DICOM file atomically."""
     buffer = io.BytesIO()
     with suppress_warnings():
         dataset.save_as(buffer, enforce_file_format=True)
