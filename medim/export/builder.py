@@ -1,4 +1,4 @@
-"""A package in the making: what each of its files is made from."""
+"""Content of the files of a package."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ PROVENANCE_VALUE = re.compile(r"[\w.+:-]{0,128}")
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What the person who exports decides."""
+    """Export options of the user."""
 
     name: str | None = None  # default: <modality>-<kind>
     version: str = "0.1.0"
     intended_use: str = NOT_REPORTED
-    licence: Path | None = None  # of the weights
-    sign: Path | None = None  # an Ed25519 private key
-    labels_schema: Path | str | None = None  # codes of the classes: a file, or the name of a shipped one
-    dicom_in: Path | None = None  # rules for DICOM images; default: the modality's
+    licence: Path | None = None  # licence text of the weights
+    sign: Path | None = None  # Ed25519 private key
+    labels_schema: Path | str | None = None  # codes of the classes: file, or name of a built-in one
+    dicom_in: Path | None = None  # rules for DICOM images; default: rules of the modality
 
 
 @dataclass(frozen=True, eq=False)
 class ExportedGraph:
-    """A graph as the package holds it, and as ONNX Runtime runs it."""
+    """ONNX file of a graph with its ONNX Runtime session and golden input."""
 
     graph: ExportGraph
     onnx: bytes
@@ -60,7 +60,7 @@ class ExportedGraph:
 
 @dataclass(frozen=True, eq=False)
 class PackageBuilder:
-    """A run on its way to a package."""
+    """Builder of a package from a finished run."""
 
     run: FinishedRun
     contract: Contract
@@ -69,12 +69,12 @@ class PackageBuilder:
 
     @cached_property
     def graphs(self) -> dict[str, ExportedGraph]:
-        """Every graph by the name of its file."""
+        """Exported graphs by file name."""
         return {graph.file: self._export_graph(graph) for graph in self.run.graphs}
 
     @cached_property
     def goldens(self) -> dict[str, GoldenInput]:
-        """Every golden input by the name of its file."""
+        """Golden inputs by file name."""
         return {exported_graph.graph.golden: exported_graph.golden for exported_graph in self.graphs.values()}
 
     def _export_graph(self, graph: ExportGraph) -> ExportedGraph:
@@ -83,7 +83,10 @@ class PackageBuilder:
         return ExportedGraph(graph, data, ort, GoldenInput.from_run(self._build_phantom(), graph.run, self.contract))
 
     def _build_phantom(self) -> Volume:
-        """A phantom of several windows, or of sides that the strides do not divide, or the one size that fits."""
+        """Build a phantom that covers several windows, or has axis lengths that are not multiples of the strides.
+
+        If the network accepts only one size, the phantom has this size.
+        """
         contract, sizes = self.contract, self.run.sizes
         if sizes.fixed:
             return make_phantom(sizes.shape, contract.preprocess, contract.in_channels, exact=True)
@@ -93,10 +96,10 @@ class PackageBuilder:
 
 
 def create_builder(run: FinishedRun, options: ExportOptions) -> PackageBuilder:
-    """Begin a package.
+    """Create the builder of a package with its contract.
 
     Raises:
-        UserError: the run recorded something that a contract cannot hold.
+        UserError: the run contains data that are not valid in a contract.
     """
     spec, steps = run.spec, list(run.spec["preprocessing"])
     first, *others = run.graphs
@@ -125,7 +128,7 @@ def create_builder(run: FinishedRun, options: ExportOptions) -> PackageBuilder:
     try:
         return PackageBuilder(run, parse_contract(content.model_dump_json().encode()), options)
     except PackageError as error:
-        raise UserError(f"{run.weights.parent}: the run cannot be packed: {error}") from error
+        raise UserError(f"{run.weights.parent}: the run cannot be exported: {error}") from error
 
 
 def _describe_ood_statistics(run: FinishedRun) -> OODStatistics | None:
@@ -144,20 +147,24 @@ def _describe_ood_statistics(run: FinishedRun) -> OODStatistics | None:
 
 
 def _check_provenance(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Hashes, versions and numbers pass; free text, which could hold a path or a name, is refused."""
+    """Check that the provenance contains only hashes, versions and numbers, because free text could identify a person.
+
+    Raises:
+        UserError: a value is free text.
+    """
     for key, value in content.items():
         if isinstance(value, Mapping):
             _check_provenance(value)
         elif not PROVENANCE_VALUE.fullmatch(str(value)):
             raise UserError(
-                f"provenance.{key}: expected a hash, version or number, got {value!r}, which "
-                "must not leave this machine."
+                f"provenance.{key}: expected a hash, version or number, got {value!r}. "
+                "Free text is not exported, because it could contain private data."
             )
     return dict(content)
 
 
 def _select_numbers(content: Any) -> dict[str, Any]:
-    """The numbers of nested figures, without the remarks beside them."""
+    """Select the numbers of nested metrics, without texts."""
     if not isinstance(content, Mapping):
         return {}
     numbers = {key: _select_numbers(value) if isinstance(value, Mapping) else value for key, value in content.items()}

@@ -1,4 +1,4 @@
-"""What must hold before a package exists: each gate measures one thing and says what it allows."""
+"""Acceptance checks of a package; each returns the measured value with its limit."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from medim.types import Array, UserError
 RANDOM_TOLERANCE, LOW_CONTRAST_TOLERANCE = (
     1e-4,
     1e-2,
-)  # largest difference of outputs, over their size where that is above 1
-MAX_FLIP_FRACTION = 1e-4  # largest part of voxels with another class, on inputs with little contrast
-TIE_TOLERANCE = 1e-5  # two classes nearer than this (over the size) are a tie, which rounding decides
+)  # largest difference of outputs, relative to the largest output if that is above 1
+MAX_FLIP_FRACTION = 1e-4  # largest fraction of voxels with another class, for inputs of low contrast
+TIE_TOLERANCE = 1e-5  # smaller relative differences of two classes are ties, which depend on rounding
 
 
 def check_weights_identical(package_arrays: Mapping[str, Array], run_arrays: Mapping[str, Array]) -> GateResult:
-    """The tensors of the package are those of the run, bit by bit."""
+    """Check that the tensors of the package are bitwise identical to those of the run."""
     different_keys = [
         key
         for key in sorted(package_arrays.keys() | run_arrays.keys())
@@ -39,20 +39,22 @@ def check_weights_identical(package_arrays: Mapping[str, Array], run_arrays: Map
 def check_random_inputs(
     ort: PredictFn, torch: PredictFn, channels: int, shapes: Sequence[tuple[int, ...]]
 ) -> GateResult:
-    """N(0, 1) at sizes and batch sizes that the tracer never saw."""
+    """Compare outputs for random inputs from N(0, 1), with shapes and batch sizes that were not used for tracing."""
     rng = np.random.default_rng(0)
     inputs = [rng.standard_normal((n, channels, *shape)).astype(np.float32) for shape in shapes for n in (1, 3)]
     return _compare_outputs(ort, torch, inputs, allowed=RANDOM_TOLERANCE, max_flip_fraction=0.0)
 
 
 def check_low_contrast(ort: PredictFn, reference: PredictFn, channels: int, shape: tuple[int, ...]) -> GateResult:
-    """Zeros, a constant, one bright corner, a large offset: where a norm divides by next to nothing.
+    """Compare outputs for inputs of low contrast: zeros, a constant, one bright corner and a large offset.
+
+    For these inputs, normalisation layers divide by a variance close to 0.
 
     Args:
-        ort: the network under ONNX Runtime.
-        reference: under torch in float64, because torch's own float32 is no reference here.
-        channels: of the input.
-        shape: its grid.
+        ort: network in ONNX Runtime.
+        reference: network in torch with float64 weights, because float32 is not accurate for these inputs.
+        channels: number of input channels.
+        shape: spatial shape of the input.
     """
     zeros = np.zeros((1, channels, *shape), np.float32)
     corner = zeros.copy()
@@ -68,7 +70,7 @@ def check_low_contrast(ort: PredictFn, reference: PredictFn, channels: int, shap
 
 
 def check_invalid_shapes_rejected(ort: PredictFn, shapes: Sequence[tuple[int, ...]]) -> GateResult:
-    """Inputs outside the contract raise; `measured` counts those that were answered."""
+    """Check that inputs outside the contract are rejected; `measured` is the number of accepted ones."""
     runnable_shapes = []
     for shape in shapes:
         try:
@@ -80,7 +82,7 @@ def check_invalid_shapes_rejected(ort: PredictFn, shapes: Sequence[tuple[int, ..
 
 
 def check_phantom_answer(golden: GoldenInput, ort: PredictFn, contract: Contract) -> GateResult:
-    """From image to answer on the file's own grid, ONNX Runtime against the torch answer in `golden`."""
+    """Compare the prediction of ONNX Runtime for the phantom, on its native grid, with that of torch in `golden`."""
     difference = golden.compare_run(ort, contract)
     counts = {"voxels": difference.voxels, "of": difference.voxel_count, "allowed_part": MAX_VOXEL_FRACTION}
     return gate_result(_round_measure(difference.logits), LOGITS_TOLERANCE, ok=difference.is_small, **counts)
@@ -89,13 +91,13 @@ def check_phantom_answer(golden: GoldenInput, ort: PredictFn, contract: Contract
 def check_privacy(
     folder: Path, words: set[str], own_text: str, text_of: Mapping[str, Callable[[bytes], bytes]]
 ) -> GateResult:
-    """No absolute path, user or host name in any file; `measured` counts the findings.
+    """Check that no file contains absolute paths, user or host names; `measured` is the number of findings.
 
     Args:
         folder: the package.
-        words: see `machine_words`.
-        own_text: medim's own vocabulary, which is nobody's secret.
-        text_of: for a file suffix, a function that takes away what cannot hold text.
+        words: strings of `identifying_strings`.
+        own_text: vocabulary of medim; its words are not reported.
+        text_of: by file suffix, function that removes the parts of a file that cannot contain text.
     """
     findings: dict[str, list[str]] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -111,7 +113,7 @@ def check_privacy(
 def _compare_outputs(
     ort: PredictFn, reference: PredictFn, inputs: Sequence[Array], *, allowed: float, max_flip_fraction: float
 ) -> GateResult:
-    """Largest difference over the outputs' size, and how many voxels (or images) change class but for ties."""
+    """Compare outputs: largest relative difference, and number of voxels (or images) of another class except ties."""
     worst, flip_count, tie_count, voxels = 0.0, 0, 0, 0
     for image in inputs:
         actual, expected = ort(image).astype(np.float64), reference(image).astype(np.float64)
@@ -144,14 +146,15 @@ def _round_measure(value: float) -> float:
 
 
 def check_dicom_answers(golden: GoldenInput, contract: Contract) -> dict[str, GateResult]:
-    """A segmenter's answer in DICOM: every class, on the phantom's oblique grid, written and read back.
+    """Check the DICOM output of a segmenter: all classes, on the oblique grid of the phantom, written and read back.
 
     Args:
-        golden: the phantom.
-        contract: with label codes.
+        golden: golden input with the phantom.
+        contract: contract with label codes.
 
     Returns:
-        two gates: voxels that read back otherwise, and what dciodvfy calls an error (`not run` where it is missing).
+        Two gates: number of voxels that differ when read back, and errors reported by dciodvfy (`not run` if it is not
+        installed).
     """
     from medim.export.dicom_phantom import make_phantom_source
     from medim.predict.dicom.equipment import Equipment
@@ -178,14 +181,14 @@ def check_dicom_answers(golden: GoldenInput, contract: Contract) -> dict[str, Ga
 
 
 def _run_dciodvfy(paths: Sequence[Path]) -> GateResult:
-    """Errors by David Clunie's checker, of dicom3tools."""
+    """Count the errors that dciodvfy (David Clunie's dicom3tools) reports for DICOM files."""
     if shutil.which("dciodvfy") is None:
         return skip_gate("dciodvfy is not installed")
     lines: list[str] = []
     for path in paths:
         process = subprocess.run(["dciodvfy", path.name], cwd=path.parent, capture_output=True, check=False, timeout=60)
         lines += (process.stdout + process.stderr).decode("utf-8", "replace").splitlines()
-    if not lines:  # it names at least what it took the object for
-        return skip_gate("dciodvfy ended without a word")
+    if not lines:  # dciodvfy always prints the detected object type
+        return skip_gate("dciodvfy produced no output")
     errors = [line for line in lines if line.startswith("Error")]
     return gate_result(len(errors), 0, errors=errors[:5])

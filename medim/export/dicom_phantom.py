@@ -1,4 +1,4 @@
-"""A made-up image as a DICOM source, so that a package can be tried before there is a patient."""
+"""DICOM headers of a synthetic image, to test the DICOM output of a package without patient data."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from medim.types import Volume
 
 
 def make_phantom_source(volume: Volume) -> DicomSource:
-    """Headers as a scanner would have written them for an image; no patient, no pixels, no files.
+    """Make DICOM headers for an image, without patient data, pixels or files.
 
     Args:
-        volume: its native grid is (columns, rows, slices), or (rows, columns).
+        volume: image with the native grid (columns, rows, slices), or (rows, columns).
     """
     uids = {name: generate_uid() for name in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")}
     if volume.spatial_dims == 2:

@@ -1,4 +1,4 @@
-"""`medim export`: a finished run becomes a package, or, where a gate fails, nothing at all."""
+"""Command `medim export`: write a package from a finished run if all gates pass."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ from medim.version import __version__
 
 SCHEMA_VERSION = 1
 NO_LICENCE = b"""\
-Who exported this package gave no licence for its weights: ask them before you use it.
-medim, which wrote the files around them and runs them, is under the Apache License, Version 2.0.
+The exporter of this package specified no licence for its weights: request permission before you use them.
+The software medim is licensed under the Apache License, Version 2.0.
 """
 
 
@@ -90,7 +90,7 @@ def _read_licence_file(builder: PackageBuilder) -> bytes:
 PartBuilder = Callable[[PackageBuilder], bytes | None]
 PACKAGE_PARTS: dict[
     str, PartBuilder
-] = {  # file of the package: what makes its bytes, or None where this package has none
+] = {  # file of the package: function that builds its bytes, or returns None if the package does not contain it
     "medim.json": _dump_contract,
     WEIGHTS: _read_weights,
     GRAPH: _select_graph(GRAPH),
@@ -125,32 +125,33 @@ def export(
     dicom_in: Path | None = None,
     overwrite: bool = False,
 ) -> Package:
-    """Make a package of a run.
+    """Export a run as a package.
 
-    The folder is built beside `out` and renamed, so `out` is whole or absent; exporting twice gives the same bytes.
+    The package is built in a temporary folder and renamed to `out`, so that `out` is complete or absent. Exports are
+    reproducible: the same run gives the same bytes.
 
     Args:
-        run: a run with `encoder/` or `model/`.
-        out: the package's folder.
-        name: of the package; default `<modality>-<kind>`.
+        run: run with a folder `encoder/` or `model/`.
+        out: folder of the package.
+        name: name of the package; default `<modality>-<kind>`.
         version: semantic version of the package.
-        intended_use: a sentence for the contract and the card.
-        licence: the text that says what may be done with the weights; without one, the package says so.
-        sign: an Ed25519 private key (PEM) to sign SHA256SUMS with.
-        labels_schema: codes of the classes, a file or the name of a shipped one; see `medim.package.label_codes`.
-        dicom_in: file of rules for DICOM images; default those of the modality. See `medim.package.dicom_rules`.
-        overwrite: replace the package that lies at `out`.
+        intended_use: intended use for the contract and the model card.
+        licence: licence text of the weights; without it, the package states that no licence was specified.
+        sign: Ed25519 private key (PEM) to sign SHA256SUMS.
+        labels_schema: codes of the classes: file, or name of a built-in one; see `medim.package.label_codes`.
+        dicom_in: file of rules for DICOM images; default rules of the modality. See `medim.package.dicom_rules`.
+        overwrite: replace an existing package at `out`.
 
     Raises:
-        UserError: `run` is not finished, `out` is taken or holds what is no package, `sign` is no private key, or a
-            gate failed.
+        UserError: `run` is not finished, `out` is not empty or not a package, `sign` is not a private key, or a gate
+            failed.
     """
     run, out = Path(run), Path(out)
     has_content = out.is_dir() and any(out.iterdir())
     if out.is_file() or (has_content and not overwrite):
         raise UserError(f"{out}: expected an empty or new folder. Use --overwrite to replace it, or another --out.")
     if has_content and not (out / SUMS).is_file():
-        raise UserError(f"{out}: --overwrite replaces only a package, and this is none. Choose another --out.")
+        raise UserError(f"{out}: --overwrite replaces only a package. Choose another --out.")
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     options = ExportOptions(name, version, intended_use, licence, sign, labels_schema, dicom_in)
@@ -181,7 +182,7 @@ def _build_package(builder: PackageBuilder, folder: Path, out: Path) -> None:
     results = gates.run_folder_gates(folder, builder, [run, out], export_again)
     _stop_at_failures(run, results)
     if results != expected:
-        raise UserError(f"{run}: not exported: expected {expected} of the finished package, got {results}. Try again.")
+        raise UserError(f"{run}: not exported: expected the gate results {expected}, got {results}. Try again.")
 
 
 def _write_package(builder: PackageBuilder, folder: Path) -> None:
@@ -196,12 +197,12 @@ def _stop_at_failures(run: Path, results: dict[str, GateResult]) -> None:
     failures = {name: result for name, result in results.items() if result["verdict"] == "fail"}
     if failures:
         reasons = "; ".join(f"{name}: {result}" for name, result in failures.items())
-        raise UserError(f"{run}: not exported, because a gate failed. {reasons}")
+        raise UserError(f"{run}: not exported because a gate failed. {reasons}")
 
 
 @contextmanager
 def _use_one_thread() -> Iterator[None]:
-    """One thread, so that sums are added in one order and the export does not depend on the machine's load."""
+    """Use one thread, so that the order of summation, and therefore the export, is deterministic."""
     thread_count = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

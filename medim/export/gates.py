@@ -1,4 +1,4 @@
-"""The gates of a package, in order: which of them run, and on what. Each one's measure stands in `gates`."""
+"""Run all acceptance gates of a package in order; the measurements are in `medim.export.checks`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ REPEAT_GATE = "P11 exported twice, the same bytes"
 
 
 def run_network_gates(builder: PackageBuilder) -> dict[str, GateResult]:
-    """P0 to P8, which need the networks: are the graphs what torch computes, are images where they belong?"""
+    """Run gates P0 to P8, which need the networks: agreement of the graphs with torch, geometry and DICOM output."""
     results = _run_weight_gates(builder.run)
     for onnx_graph in builder.graphs.values():
         results |= {onnx_graph.graph.name + name: gate for name, gate in _run_graph_gates(onnx_graph, builder).items()}
@@ -50,13 +50,13 @@ def run_network_gates(builder: PackageBuilder) -> dict[str, GateResult]:
 def run_folder_gates(
     folder: Path, builder: PackageBuilder, private_folders: Sequence[Path], export_again: Callable[[Path], None]
 ) -> dict[str, GateResult]:
-    """P9 to P11, which need the whole package as it lies in a folder.
+    """Run gates P9 to P11, which need the complete package folder.
 
     Args:
         folder: the package.
-        builder: what it was made from.
-        private_folders: folders whose names must not stand in it.
-        export_again: exports the run once more, into a folder.
+        builder: builder of the package.
+        private_folders: folders with names that the package must not contain.
+        export_again: function that exports the run again into a given folder.
     """
     words = identifying_strings([*private_folders, folder])
     isolation = network_isolation_command()
@@ -68,7 +68,10 @@ def run_folder_gates(
 
 
 def expected_folder_gates() -> dict[str, GateResult]:
-    """Lines of `run_folder_gates` in report and card, written before it runs because it reads both files."""
+    """Build the expected results of `run_folder_gates`.
+
+    They are written to the report and the model card before `run_folder_gates`, because it reads both files.
+    """
     offline = gate_result(0, 0) if network_isolation_command() else NETWORK_ISOLATION_UNAVAILABLE
     return {PRIVACY_GATE: gate_result(0, 0, found={}), OFFLINE_GATE: offline, REPEAT_GATE: gate_result(0, 0, found=[])}
 
@@ -128,7 +131,7 @@ def _run_image_gates(builder: PackageBuilder) -> dict[str, GateResult]:
 
 def _run_dicom_gates(builder: PackageBuilder) -> dict[str, GateResult]:
     if not is_dense(builder.contract.kind) or not builder.contract.labels:
-        return {"P8 DICOM SEG, written and read back": skip_gate("no label codes: nothing is answered in DICOM")}
+        return {"P8 DICOM SEG, written and read back": skip_gate("no label codes: no DICOM output")}
     return {
         f"P8 {name}": gate
         for name, gate in checks.check_dicom_answers(builder.goldens[GOLDEN], builder.contract).items()
@@ -137,7 +140,7 @@ def _run_dicom_gates(builder: PackageBuilder) -> dict[str, GateResult]:
 
 def _run_orientation_gate(contract: Contract) -> GateResult:
     if contract.spatial_dims == 2:
-        return skip_gate("2D images stay as they are shown")
+        return skip_gate("2D images have no patient coordinates")
     wrong, markers = count_misplaced_markers()
     return gate_result(wrong, 0, of=markers)
 
@@ -148,7 +151,7 @@ def _run_offline_gate(folder: Path, isolation: tuple[str, ...]) -> GateResult:
 
 
 def _run_repeat_gate(folder: Path, export_again: Callable[[Path], None]) -> GateResult:
-    """How many files differ in a second export."""
+    """Count the files that differ in a second export."""
     with tempfile.TemporaryDirectory() as second_folder:
         export_again(Path(second_folder))
         first_hashes, second_hashes = _hash_files(folder), _hash_files(Path(second_folder))
@@ -169,7 +172,7 @@ def _convert_state_dict(network: nn.Module) -> dict[str, Array]:
 
 
 def _collect_vocabulary(builder: PackageBuilder) -> str:
-    """Words of every package, whoever made it: somebody whose account is called "image" is not found by them."""
+    """Collect the words that every package contains, so that a user name such as "image" is not reported as a leak."""
     words: list[Any] = [Contract.model_json_schema(), FIELDS, RESEARCH_ONLY, *STEPS, *INFERENCES]
     words += [*ENCODERS, *DECODERS, *HEADS, *OBJECTIVES, *CRITICS]
     words += [lock_file().decode(), build_sbom(builder.contract).decode()]

@@ -1,7 +1,8 @@
-"""The package as a MONAI bundle: `configs/` and `models/model.pt`, for those who have MONAI. medim itself reads none.
+"""MONAI bundle in a package: `configs/` and `models/model.pt`. medim itself does not read these files.
 
-A 3D U-Net segmenter is a `monai.networks.nets.DynUNet` under other names, and most steps have a transform of MONAI's:
-such a bundle runs without medim. What MONAI has no class for is medim's own, and medim must be installed beside MONAI.
+A 3D U-Net segmenter is equivalent to a `monai.networks.nets.DynUNet`, and most preprocessing steps have an equivalent
+MONAI transform. Such a bundle runs without medim. Other bundles use classes of medim, which must then be installed in
+addition to MONAI.
 """
 
 from __future__ import annotations
@@ -53,12 +54,15 @@ format=%(asctime)s %(name)s %(levelname)s %(message)s
 
 
 def network(spec: BundleSection) -> nn.Module:
-    """Network of a spec (see `medim.models.serialization`), (N, C, ...) to one tensor; of an encoder its summary."""
+    """Build the network of a spec (see `medim.models.serialization`) with one output tensor.
+
+    The output of an encoder is its summary vector.
+    """
     return _SummaryEncoder(build_encoder(spec)) if spec["kind"] == ENCODER else build_model(spec)
 
 
 class _SummaryEncoder(nn.Module):
-    """An encoder that answers with its summary alone."""
+    """Encoder with the summary vector as its only output."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -70,7 +74,7 @@ class _SummaryEncoder(nn.Module):
 
 
 def build_checkpoint(builder: PackageBuilder) -> bytes:
-    """`models/model.pt`: {"model": tensors} for the network of `configs/inference.json`; no object but tensors."""
+    """Build `models/model.pt`: {"model": tensors} for the network of `configs/inference.json`; it has only tensors."""
     contract = builder.contract
     module: Any = builder.run.graphs[0].module
     answer_module = _SummaryEncoder(module) if contract.kind == ENCODER else module
@@ -82,7 +86,7 @@ def build_checkpoint(builder: PackageBuilder) -> bytes:
 
 
 def build_metadata(builder: PackageBuilder) -> bytes:
-    """`configs/metadata.json`, by MONAI's schema."""
+    """Build `configs/metadata.json` in MONAI's schema."""
     contract = builder.contract
     (image,), answer = contract.signature.inputs, contract.signature.outputs[0]
     packages = ["nibabel", "pytorch-ignite", "fire", *([] if is_monai_native(contract) else [DISTRIBUTION])]
@@ -136,7 +140,7 @@ def build_metadata(builder: PackageBuilder) -> bytes:
 
 
 def _format_side(side: int | str, signature: Signature) -> int | str:
-    """A side as MONAI writes one: a number, or what is multiplied by n."""
+    """Format an axis length in MONAI's notation: a number, or `<minimum>*n` for a variable length."""
     if isinstance(side, int):
         return side
     symbol = signature.symbols[side]
@@ -145,9 +149,9 @@ def _format_side(side: int | str, signature: Signature) -> int | str:
 
 
 def build_inference_config(builder: PackageBuilder) -> bytes:
-    """`configs/inference.json`: a workflow for `python -m monai.bundle run`.
+    """Build `configs/inference.json`: a workflow for `python -m monai.bundle run`.
 
-    Its only expressions list the images and start the run: the format has no other way to say these two.
+    It contains only two expressions, which list the images and start the run; the format requires both.
     """
     contract = builder.contract
     content = {
@@ -181,7 +185,7 @@ def build_inference_config(builder: PackageBuilder) -> bytes:
 
 
 def build_logging_config(builder: PackageBuilder) -> bytes:
-    """`configs/logging.conf`, the same in every package."""
+    """Build `configs/logging.conf`, which is identical in all packages."""
     return LOGGING_CONF
 
 
@@ -194,7 +198,8 @@ def _build_network_definition(builder: PackageBuilder) -> BundleSection:
     spec = {key: contract.architecture[key] for key in spec_keys if key in contract.architecture}
     if expressions := [text for text in _collect_texts(spec) if text.startswith(("$", "@", "%"))]:
         raise UserError(
-            f"{builder.run.weights.parent}: expected plain words in its spec, got {expressions}, which MONAI would run."
+            f"{builder.run.weights.parent}: MONAI would execute {expressions} in the spec of the network. "
+            "Remove leading `$`, `@` and `%`."
         )
     return {"_target_": "medim.export.monai_bundle.network", "spec": spec}
 
@@ -257,6 +262,6 @@ def _build_postprocessing(contract: Contract) -> list[BundleSection]:
         "_target_": "FromMetaTensord",
         "keys": "image",
         "data_type": "tensor",
-    }  # the file's name
+    }  # copies the file name
     save: BundleSection = {"_target_": "SaveClassificationd", "keys": "pred", "meta_keys": "image_meta_dict"}
     return [*activations, file_metadata, {**save, "output_dir": "@output_dir"}]

@@ -1,4 +1,4 @@
-"""What of a package MONAI has classes for: its own transforms for our steps, its DynUNet for our U-Net segmenter."""
+"""Conversion to classes of MONAI: transforms for preprocessing steps, and DynUNet for a U-Net segmenter."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from medim.types import Step, Volume
 
 BundleSection = dict[str, Any]
 UNET_PARTS = ("encoder", "decoder")
-PREPROCESSING_TOLERANCE = 1e-6  # largest difference, over the range of the image
-GRID_TOLERANCE = 1e-6  # mm: largest difference of places
+PREPROCESSING_TOLERANCE = 1e-6  # largest difference, relative to the range of the image
+GRID_TOLERANCE = 1e-6  # largest difference of the affine entries, mm
 
 
 def is_monai_native(contract: Contract) -> bool:
-    """Whether MONAI alone can run the bundle."""
+    """Whether MONAI can run the bundle without medim."""
     spec = contract.architecture
     if not is_dense(contract.kind) or contract.spatial_dims != 3 or spec["encoder"]["name"] != "unet":
         return False
@@ -38,7 +38,7 @@ def is_monai_native(contract: Contract) -> bool:
 
 
 def to_monai_transforms(steps: Sequence[Step]) -> list[BundleSection] | None:
-    """3D preprocessing in transforms of MONAI's for the key "image"; None where it has no counterpart of a step."""
+    """Convert 3D preprocessing steps to MONAI transforms for the key "image"; None if a step has no counterpart."""
     transforms: list[BundleSection] = []
     for step in steps:
         name, options = step["op"], {key: value for key, value in step.items() if key != "op"}
@@ -72,7 +72,7 @@ def _make_transform(transform: str, **options: Any) -> BundleSection:
 
 
 _CONVERTERS: dict[str, Callable[..., list[BundleSection] | None]] = {
-    "orthogonalise_affine": list,  # it has no counterpart, and acts only where a header's rounding bent the axes
+    "orthogonalise_affine": list,  # no counterpart; it only corrects axes that rounding in the header made oblique
     "ras": lambda: [_make_transform("Orientationd", axcodes="RAS", labels=None)],
     "resample": _convert_resample,
     "clip_percentiles": _convert_clip,
@@ -81,7 +81,12 @@ _CONVERTERS: dict[str, Callable[..., list[BundleSection] | None]] = {
 
 
 def dynunet_options(contract: Contract, channels: Sequence[int]) -> BundleSection:
-    """DynUNet's options for a segmenter of medim's, whose maps have some channels."""
+    """Build the options of DynUNet for a medim segmenter.
+
+    Args:
+        contract: contract of the segmenter.
+        channels: number of channels of each level.
+    """
     strides = [1, *[2] * (len(channels) - 1)]
     return {
         "spatial_dims": contract.spatial_dims,
@@ -96,7 +101,7 @@ def dynunet_options(contract: Contract, channels: Sequence[int]) -> BundleSectio
 
 
 def to_dynunet(source: Any, contract: Contract) -> DynUNet:
-    """A segmenter of medim's as a DynUNet with the same weights: the blocks are MONAI's own, under other names."""
+    """Convert a medim segmenter to a DynUNet with the same weights; both consist of the same MONAI blocks."""
     target = DynUNet(**dynunet_options(contract, source.encoder.channels))
     down: list[Any] = [target.input_block, *target.downsamples, target.bottleneck]
     pairs = [*zip(source.encoder.levels, down, strict=True)]
@@ -110,10 +115,10 @@ def to_dynunet(source: Any, contract: Contract) -> DynUNet:
 
 
 def check_monai_preprocessing(volume: Volume, contract: Contract) -> GateResult:
-    """Preprocessing in the hospital against MONAI's transforms: largest difference over the range of the image."""
+    """Compare the preprocessing of medim with MONAI's transforms: largest difference relative to the image range."""
     transforms = to_monai_transforms(contract.preprocess) if volume.spatial_dims == 3 else None
     if transforms is None:
-        return skip_gate("MONAI has no counterpart of a step")
+        return skip_gate("MONAI has no transform for a preprocessing step")
     parser = ConfigParser({"steps": {"_target_": "Compose", "transforms": transforms}})
     image = MetaTensor(torch.from_numpy(volume.array.copy()), affine=torch.from_numpy(volume.affine))
     monai_image = parser.get_parsed_content("steps")({"image": image})["image"]

@@ -1,4 +1,4 @@
-"""Does a package work on a machine without any network? Run by a child process that has none: `python -m`."""
+"""Check that a package works without network access; run by `python -m` in an isolated child process."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from medim.package.package import Package, load_package, verify_package
 from medim.predict.predict import embed_images, predict
 from medim.tasks import ENCODER
 
-ISOLATION_COMMANDS = (("unshare", "--net"), ("unshare", "--map-root-user", "--net"))  # as root, as anybody
+ISOLATION_COMMANDS = (("unshare", "--net"), ("unshare", "--map-root-user", "--net"))  # as root, as another user
 TIMEOUT_SECONDS = 900
 
 
 def network_isolation_command() -> tuple[str, ...] | None:
-    """The words before a command that take the network from it; None where this machine does not allow it."""
+    """Find the command prefix that disables network access; None if this machine does not allow it."""
     if shutil.which(ISOLATION_COMMANDS[0][0]):
         for command in ISOLATION_COMMANDS:
             if subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0:
@@ -31,12 +31,16 @@ def network_isolation_command() -> tuple[str, ...] | None:
 
 
 def offline_error(folder: Path, isolation: tuple[str, ...]) -> str | None:
-    """Verify a package and answer for its phantom in a child without network; what went wrong, None where nothing."""
+    """Verify a package and predict its phantom in a child process without network access.
+
+    Returns:
+        Error message, or None on success.
+    """
     command = [*isolation, sys.executable, "-m", "medim.export.offline", str(folder)]
     try:
         process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
-        return f"no answer after {TIMEOUT_SECONDS} s"
+        return f"no prediction after {TIMEOUT_SECONDS} s"
     return (
         None if process.returncode == 0 else (process.stderr.strip().splitlines() or [f"exit {process.returncode}"])[-1]
     )
@@ -58,13 +62,13 @@ def _answer_phantom(package: Package, out: Path) -> None:
 
 
 def main() -> None:
-    """Check the package that the command line names."""
+    """Check the package given on the command line."""
     folder = Path(sys.argv[1])
     verify_package(folder)
     with tempfile.TemporaryDirectory() as out:
         _answer_phantom(load_package(folder), Path(out))
     if "torch" in sys.modules:
-        raise SystemExit("it loaded torch")
+        raise SystemExit("the package imported torch")
 
 
 if __name__ == "__main__":

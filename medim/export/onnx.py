@@ -1,4 +1,4 @@
-"""A torch network as an ONNX graph: one file, sizes that may vary, exact norms, and nothing of this machine in it."""
+"""Convert a torch network to one ONNX file with variable input sizes, exact norms and no data of this machine."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ AXES = ("D", "H", "W")
 
 
 def replace_instance_norms(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Replace each InstanceNormalization (GroupNorm becomes one too) by nodes with float64 mean and variance.
+    """Replace each InstanceNormalization by nodes that compute mean and variance in float64.
 
-    ONNX Runtime's own loses up to three digits where a window hardly varies; float64 gives torch's numbers everywhere.
+    GroupNorm is exported as InstanceNormalization, too. The implementation of ONNX Runtime loses up to three digits in
+    windows of low contrast; float64 agrees with torch for all inputs.
     """
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
@@ -46,7 +47,7 @@ _NORM_CONSTANTS = {"norm.flat": np.array([0, 0, -1]), "norm.last": np.array([2])
 
 
 def _expand_instance_norm(node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """(x - mean) / sqrt(variance + epsilon) * scale + bias over the flattened grid, whatever its dimensions."""
+    """Build the nodes of (x - mean) / sqrt(variance + epsilon) * scale + bias over the flattened spatial axes."""
     (x, scale, bias), (out,) = node.input, node.output
     epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
     new_nodes: list[onnx.NodeProto] = []
@@ -73,14 +74,14 @@ def _expand_instance_norm(node: onnx.NodeProto) -> list[onnx.NodeProto]:
 
 @dataclass(frozen=True)
 class InputSizes:
-    """Which inputs a network takes.
+    """Input sizes that a network accepts.
 
     Attributes:
-        shape: spatial shape it was trained at.
-        stride: the coarsest.
-        multiple_of: what it asks of every side: the stride where a decoder joins maps, else 1.
-        fixed: it works at `shape` alone.
-        minimum: a short side that it takes; it takes every longer one, too.
+        shape: spatial shape of the training images.
+        stride: largest stride of the network.
+        multiple_of: required divisor of each axis length: the stride if a decoder concatenates maps, otherwise 1.
+        fixed: whether the network accepts only `shape`.
+        minimum: axis length from which the network accepts all sizes.
     """
 
     shape: tuple[int, ...]
@@ -90,10 +91,10 @@ class InputSizes:
     minimum: int = 1
 
     def untraced_shapes(self) -> list[tuple[int, ...]]:
-        """Shapes that no tracer saw, every side another where sides may vary."""
+        """List input shapes that were not used for tracing; if sizes are variable, the axes differ in length."""
         if self.fixed:
             return [self.shape]
-        remainder = 0 if self.multiple_of > 1 else min(3, self.stride - 1)  # voxels that the stride leaves over
+        remainder = 0 if self.multiple_of > 1 else min(3, self.stride - 1)  # voxels beyond a multiple of the stride
         minimum = -(-self.minimum // self.stride) * self.stride
         stride_counts = ((2, 3, 1), (4, 1, 2), (1, 5, 3))
         return [
@@ -104,11 +105,18 @@ class InputSizes:
 def probe_input_sizes(
     network: nn.Module, shape: tuple[int, ...], strides: tuple[int, ...], in_channels: int
 ) -> InputSizes:
-    """Find out by trying which other sizes than the one it was trained at a network takes."""
+    """Determine the input sizes that a network accepts by running it on test inputs.
+
+    Args:
+        network: network in evaluation mode.
+        shape: spatial shape of the training images.
+        strides: strides of the feature maps.
+        in_channels: number of image channels.
+    """
     stride = max(strides)
     for multiple in (1, stride):
         rounded_shape = [-(-n // multiple) * multiple for n in shape]
-        remainder = 1 if multiple == 1 else 0  # beside whole strides, which a floor would hide
+        remainder = 1 if multiple == 1 else 0  # a multiple of the stride would not reveal a floor division
         trial_shape = tuple(n + (1 + axis) * stride + remainder for axis, n in enumerate(rounded_shape))
         if _accepts_shape(network, in_channels, trial_shape) and (multiple == 1 or list(shape) == rounded_shape):
             return InputSizes(
@@ -118,7 +126,7 @@ def probe_input_sizes(
 
 
 def _find_minimum_side(network: nn.Module, in_channels: int, shape: tuple[int, ...], stride: int) -> int:
-    """A short side that a network takes: 1, 2, 4, ... strides, or the shortest it was trained at."""
+    """Find a minimum axis length: 1, 2, 4, ... strides, or the shortest axis of the training shape."""
     side = stride
     while side < min(shape) and not _accepts_shape(network, in_channels, (side,) * len(shape)):
         side *= 2
@@ -129,13 +137,13 @@ def _accepts_shape(network: nn.Module, in_channels: int, shape: tuple[int, ...])
     try:
         with torch.inference_mode():
             network(torch.zeros(1, in_channels, *shape))
-    except (RuntimeError, ValueError):  # a linear layer, a kernel or a joined map of another size
+    except (RuntimeError, ValueError):  # a linear layer, a kernel or concatenated maps do not fit the size
         return False
     return True
 
 
 def build_signature(network: nn.Module, sizes: InputSizes, in_channels: int, strides: tuple[int, ...]) -> Signature:
-    """Names, shapes and rules of a network's input and outputs."""
+    """Build the signature of a network: names and shapes of input and outputs, and limits of the axis lengths."""
     sides: tuple[int | str, ...] = sizes.shape if sizes.fixed else AXES[-len(sizes.shape) :]
     symbols = {"batch": Symbol()}
     if not sizes.fixed:
@@ -158,34 +166,34 @@ def build_signature(network: nn.Module, sizes: InputSizes, in_channels: int, str
 
 
 def build_score_signature(signature: Signature) -> Signature:
-    """A score map's: the same input, and a score at each of its voxels."""
+    """Build the signature of a score map: the same input, and one score per voxel as output."""
     sides = signature.inputs[0].shape[2:]
     return signature.model_copy(update={"outputs": (TensorSpec(name="scores", shape=("batch", 1, *sides)),)})
 
 
 def to_onnx(network: nn.Module, sizes: InputSizes, signature: Signature, *, exact_norms: bool = True) -> bytes:
-    """Export a network in evaluation mode.
+    """Export a network in evaluation mode to ONNX.
 
     Args:
-        network: image (N, C, ...) to one tensor or a tuple of them.
-        sizes: what it takes; the batch always varies.
+        network: module that maps an image (N, C, ...) to one tensor or a tuple of tensors.
+        sizes: accepted input sizes; the batch size is always variable.
         signature: names of input and outputs.
-        exact_norms: see `replace_instance_norms`; what leaves in a package has them.
+        exact_norms: see `replace_instance_norms`; packages require it.
 
     Returns:
-        The file's bytes, weights inside; the same for the same network, without stack traces or paths.
+        Bytes of the ONNX file with embedded weights. They are deterministic and contain no stack traces or paths.
 
     Raises:
-        UserError: torch cannot export this network with these sizes, or fixes a side that should vary.
+        UserError: torch cannot export this network with these sizes, or makes a variable axis length constant.
     """
-    # The tracer takes a side of one cell for a constant.
+    # The tracer treats an axis of one cell as constant.
     grid = sizes.shape if sizes.fixed else tuple(max(n, 2 * sizes.stride) for n in sizes.shape)
     image = torch.zeros(2, int(signature.inputs[0].shape[1]), *grid)
     dynamic_dims: dict[int, Any] = {0: Dim("batch", min=1)}
     if not sizes.fixed:
         for axis, side in enumerate(signature.inputs[0].shape[2:], start=2):
             min_cells = -(-sizes.minimum // sizes.multiple_of)
-            cells = Dim(f"{side}_cells", min=min_cells)  # a multiple keeps paddings of odd sides out of the graph
+            cells = Dim(f"{side}_cells", min=min_cells)  # multiples avoid nodes in the graph that pad odd axis lengths
             dynamic_dims[axis] = sizes.multiple_of * cells if sizes.multiple_of > 1 else cells
     try:
         with _silence_exporter(), torch.no_grad():
@@ -200,8 +208,10 @@ def to_onnx(network: nn.Module, sizes: InputSizes, signature: Signature, *, exac
                 output_names=[t.name for t in signature.outputs],
                 verbose=False,
             )
-    except Exception as error:  # torch.onnx raises a family of its own that has changed between versions
-        raise UserError(f"ONNX export: torch {torch.__version__} cannot export it ({_last_line(error)}).") from error
+    except Exception as error:  # the exception classes of torch.onnx differ between versions
+        raise UserError(
+            f"ONNX export: torch {torch.__version__} cannot export this network ({_last_line(error)})."
+        ) from error
     if program is None:
         raise UserError(f"ONNX export: torch {torch.__version__} returned no program for this network.")
     model = strip_metadata(program.model_proto)
@@ -212,14 +222,14 @@ def to_onnx(network: nn.Module, sizes: InputSizes, signature: Signature, *, exac
     sides = zip(signature.inputs[0].shape, graph_dims, strict=True)
     if fixed_sides := [side for side, dim in sides if isinstance(side, str) and dim.HasField("dim_value")]:
         raise UserError(
-            f"ONNX export: expected {', '.join(fixed_sides)} to vary, but the network fixes it as traced. "
-            "In its forward, use x.shape[0] in place of len(x), and no loop over a number of voxels."
+            f"ONNX export: the traced network has a constant length of {', '.join(fixed_sides)}, which must vary. "
+            "In its forward method, use x.shape[0] instead of len(x), and no loop over a number of voxels."
         )
     return bytes(model.SerializeToString(deterministic=True))
 
 
 def strip_metadata(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Clear everything that only tells where and how the graph was made."""
+    """Remove metadata about the origin of a graph: properties and documentation strings of all elements."""
     graph = model.graph
     values = [*graph.input, *graph.output, *graph.value_info, *graph.initializer, *graph.node, *model.functions]
     for function in model.functions:
@@ -231,7 +241,7 @@ def strip_metadata(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def strip_weights(graph: bytes) -> bytes:
-    """A graph without its weights: what could hold text, for the privacy scan."""
+    """Remove the weights of a graph, so that the privacy scan reads only the parts that can contain text."""
     model = onnx.load_model_from_string(graph)
     for tensor in model.graph.initializer:
         tensor.ClearField("raw_data")
@@ -240,7 +250,7 @@ def strip_weights(graph: bytes) -> bytes:
 
 @contextmanager
 def _silence_exporter() -> Iterator[None]:
-    """Silence the exporter's remarks about packages that no medim network needs."""
+    """Suppress messages of the exporter about packages that medim does not need."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Does a place in the patient stay where it is, whatever way a scanner wrote its slices?"""
+"""Check that readers preserve patient coordinates for all orders and directions of DICOM slices, rows and columns."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from medim.data.preprocessing.steps import to_native
 from medim.data.readers import read_volume
 from medim.types import Array
 
-SHAPE, SPACING = (6, 5, 4), (0.9, 0.4, 2.0)  # voxels and mm along left, posterior, superior; pixels that are not square
-ORIGIN = np.array([-11.0, 7.0, -30.0])  # of the first voxel, mm, DICOM's LPS
+SHAPE, SPACING = (6, 5, 4), (0.9, 0.4, 2.0)  # voxels and mm along left, posterior, superior; pixels are not square
+ORIGIN = np.array([-11.0, 7.0, -30.0])  # position of the first voxel, mm, DICOM's LPS
 MARKERS = {700: (5, 2, 1), 800: (2, 4, 1), 900: (2, 2, 3)}  # grey value: voxel furthest left, posterior, superior
 POSITION_TOLERANCE = 1e-4  # mm
 
 
 def count_misplaced_markers() -> tuple[int, int]:
-    """Write a phantom as DICOM series in all 8 directions of its axes, read them, and look for its markers.
+    """Write a phantom as DICOM series with all 8 axis directions, read them and check the positions of the markers.
 
     Returns:
-        How many markers lie elsewhere than in the patient, on the reader's grid or on the file's; and of how many.
+        Number of markers at a wrong position on the reader's grid or the native grid, and number of all markers.
     """
     misplaced_count = 0
     signs = list(itertools.product((1, -1), repeat=3))
@@ -46,7 +46,12 @@ def _is_marker_at(array: Array, affine: Array, grey: int, voxel: tuple[int, ...]
 
 
 def _write_phantom_series(folder: Path, axis_signs: tuple[int, ...]) -> None:
-    """The phantom as a series whose columns, rows and slices run along or against left, posterior and superior."""
+    """Write the phantom as a DICOM series.
+
+    Args:
+        folder: new folder of the series.
+        axis_signs: directions of columns, rows and slices: 1 along or -1 against left, posterior and superior.
+    """
     image = np.zeros(SHAPE, np.uint16)
     for grey, voxel in MARKERS.items():
         image[voxel] = grey

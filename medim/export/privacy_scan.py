@@ -1,4 +1,4 @@
-"""Does a file hold anything of the machine or the person that made it: paths, user name, host name?"""
+"""Scan files for absolute paths, user names and host names."""
 
 from __future__ import annotations
 
@@ -21,16 +21,20 @@ ABSOLUTE_PATH = re.compile(
 COMMON_NAMES = frozenset(
     ("admin", "build", "debian", "docker", "jovyan", "localdomain", "localhost", "nobody", "root", "runner", "ubuntu")
 ) | {"user", "users"}
-MIN_NAME_LENGTH = 4  # letters of a name; shorter ones are in every text
+MIN_NAME_LENGTH = 4  # shorter names occur by chance in most texts
 
 
 def identifying_strings(private_folders: Iterable[Path] = ()) -> set[str]:
-    """Words that must not leave: user and host names, and the folders that a run was read from and written to."""
+    """Collect strings that a package must not contain: user and host names, and absolute folder paths.
+
+    Args:
+        private_folders: further folders, such as those of the run and of the package.
+    """
     words = {socket.gethostname(), socket.gethostname().split(".")[0]}
     paths = [Path.cwd(), Path(tempfile.gettempdir()), *private_folders]
-    with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
+    with contextlib.suppress(KeyError, OSError):  # the user of a container may have no name
         words.add(getpass.getuser())
-    with contextlib.suppress(RuntimeError):  # nor a home
+    with contextlib.suppress(RuntimeError):  # or no home folder
         words.add(Path.home().name)
         paths.append(Path.home())
     folders = {str(Path(path).resolve()) for path in paths}
@@ -39,15 +43,15 @@ def identifying_strings(private_folders: Iterable[Path] = ()) -> set[str]:
 
 
 def find_identifying_strings(text: bytes, words: Iterable[str], *, own_text: str = "") -> list[str]:
-    """What of the machine stands in some bytes.
+    """Find absolute paths and identifying strings in the bytes of a file.
 
     Args:
-        text: the bytes of a file, or that part of them that can hold text.
-        words: see `identifying_strings`; found as whole words only.
-        own_text: text of medim itself; words that stand in it are nobody's secret.
+        text: bytes of a file, or the part of them that can contain text.
+        words: strings of `identifying_strings`; only whole words match.
+        own_text: text of medim itself; its words are not reported.
 
     Returns:
-        Each finding once, in order; empty where there is none.
+        Sorted unique findings.
     """
     paths = (next(filter(None, match.groups())) for match in ABSOLUTE_PATH.finditer(text))
     findings = [path.decode("utf-8", "replace") for path in paths]
@@ -59,13 +63,17 @@ def find_identifying_strings(text: bytes, words: Iterable[str], *, own_text: str
 
 
 def text_parts(name: str, data: bytes) -> Iterator[tuple[str, bytes]]:
-    """The parts of a package's file that can hold text, by name; of weights their header, of archives their members."""
+    """Extract the parts of a file that can contain text: the header of weights, and the members of archives.
+
+    Yields:
+        Name and bytes of each part.
+    """
     if name.endswith(".safetensors"):
         yield f"{name} (header)", data[8 : 8 + int.from_bytes(data[:8], "little")]
     elif name.endswith(".pt"):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             for member in archive.infolist():
-                if re.fullmatch(r"archive/data/\d+", member.filename):  # the numbers of a tensor
+                if re.fullmatch(r"archive/data/\d+", member.filename):  # values of a tensor
                     continue
                 yield f"{name}/{member.filename}", member.filename.encode() + b"\n" + archive.read(member)
     else:

@@ -1,4 +1,4 @@
-"""A finished run as `medim export` needs it: its networks, what goes into them and what comes out."""
+"""Load a finished run for `medim export`: networks with their signatures, weights and statistics."""
 
 from __future__ import annotations
 
@@ -26,51 +26,51 @@ from medim.types import UserError
 
 @dataclass(frozen=True)
 class ExportGraph:
-    """A network that becomes a file of the package, with its golden input."""
+    """Network to be exported as a graph of the package."""
 
-    name: str  # how its gates begin
-    file: str
-    golden: str
-    network: Any  # image -> (logits, watched), (summary, *maps, watched), or scores
+    name: str  # prefix of the names of its gates
+    file: str  # ONNX file in the package
+    golden: str  # file of the golden input in the package
+    network: Any  # image -> (logits, OOD features), (summary, *maps, OOD features), or scores
     signature: Signature
 
     @property
     def run(self) -> PredictFn:
-        """The network under torch."""
+        """Network in torch as a function of an array."""
         return as_numpy_function(self.module)
 
     @property
     def float64(self) -> PredictFn:
-        """The network under torch in float64."""
+        """Network in torch with float64 weights as a function of an array."""
         return as_numpy_function(_Float64Network(copy.deepcopy(self.module).double()))
 
     @property
     def module(self) -> nn.Module:
-        """The module whose weights the run saved."""
+        """Module with the weights of the run, without the output of OOD features."""
         return self.network.source if isinstance(self.network, WithOODFeatures) else self.network
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run, ready to be exported."""
+    """Content of a finished run for the export."""
 
     folder: Path
-    graphs: tuple[ExportGraph, ...]  # the answer's first, then the score map's where there is one
+    graphs: tuple[ExportGraph, ...]  # prediction graph, then the graph of the score map if there is one
     spec: dict[str, Any]
     weights: Path
     sizes: onnx.InputSizes
-    summary: dict[str, Any]  # what the run says of itself; empty where it says nothing
-    training_history: TrainingHistory | None  # None where nothing says
-    ood_statistics: bytes | None  # statistics for the out-of-distribution guard; None where training wrote none
+    summary: dict[str, Any]  # content of summary.json; empty if the run has none
+    training_history: TrainingHistory | None  # None if the run has no fingerprints
+    ood_statistics: bytes | None  # statistics of the out-of-distribution detector; None if the run has none
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes; an encoder has none."""
+        """Class names; empty for an encoder."""
         return () if self.spec["kind"] == ENCODER else tuple(self.spec["classes"])
 
 
 class _Float64Network(nn.Module):
-    """A float64 network behind a float32 input."""
+    """Float64 network with a float32 input."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -81,11 +81,11 @@ class _Float64Network(nn.Module):
 
 
 def load_finished_run(folder: Path) -> FinishedRun:
-    """Load a run's networks and find out which sizes they take.
+    """Load the networks of a run and determine their input sizes.
 
     Raises:
-        UserError: the run is not finished, its weights are not those it recorded, or its statistics are of an earlier
-            version of medim.
+        UserError: the run is not finished, its weights differ from the recorded sha256, or its statistics were written
+            by an earlier version of medim.
     """
     weights, spec = locate_weights(folder)
     if spec["kind"] == ENCODER:

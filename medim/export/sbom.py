@@ -1,4 +1,4 @@
-"""What the light runtime consists of on this machine, by the installed metadata: lock file and bill of materials."""
+"""Lock file and software bill of materials (SBOM) of the light runtime, from the metadata of installed packages."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from medim.version import DISTRIBUTION, install_command
 
 LOCK, SBOM = "runtime/requirements.lock", "sbom.cdx.json"
 LOCK_HEADER = """\
-# What the gates of parity/report.json ran with: pip install --requirement requirements.lock
-# Without hashes: of a package that is installed, nobody recorded those of its archive.
+# Versions used for the gates of parity/report.json: pip install --requirement requirements.lock
+# Without hashes: an installed package does not record the hash of its archive.
 """
 
 
 def find_version(name: str) -> str | None:
-    """The version of a package here; None where it is not installed."""
+    """Find the version of an installed package; None if it is not installed."""
     try:
         return distribution(name).version
     except PackageNotFoundError:
@@ -30,10 +30,10 @@ def find_version(name: str) -> str | None:
 
 
 def runtime_packages() -> list[Distribution]:
-    """The light install of medim with all that it needs, in the order of names.
+    """List the packages of the light install of medim with all dependencies, sorted by name.
 
     Raises:
-        UserError: something of it is missing here.
+        UserError: a package is not installed.
     """
     packages: dict[str, Distribution] = {}
     queue = [(DISTRIBUTION, "")]
@@ -45,7 +45,7 @@ def runtime_packages() -> list[Distribution]:
         visits.add((name, extra))
         if find_version(name) is None:
             raise UserError(
-                f"export: expected the light runtime to be installed here, {name} is not. Run: {install_command()}"
+                f"export: {name}, which the light runtime requires, is not installed. Run: {install_command()}"
             )
         packages[name] = distribution(name)
         queue += [
@@ -57,15 +57,15 @@ def runtime_packages() -> list[Distribution]:
 
 
 def lock_file() -> bytes:
-    """Pinned requirements of the light runtime."""
+    """Build the lock file: pinned requirements of the light runtime."""
     pins = [f"{canonicalize_name(package.metadata['Name'])}=={package.version}\n" for package in runtime_packages()]
     return (LOCK_HEADER + "".join(pins)).encode()
 
 
 def build_sbom(contract: Contract) -> bytes:
-    """The bill of materials of the package and of the runtime that it was tested with: CycloneDX 1.6.
+    """Build the SBOM of a package and of the runtime used for its tests, in CycloneDX 1.6.
 
-    It has neither a time nor a serial number, both optional, so that two exports are the same.
+    The optional time and serial number are omitted, so that exports are reproducible.
     """
     packages = runtime_packages()
     model = {
@@ -98,7 +98,7 @@ def build_sbom(contract: Contract) -> bytes:
 
 
 def _list_requirements(package: Distribution, extra: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Names that a package needs here, each with the extras that it asks for beside none."""
+    """List the dependencies of a package on this machine, each with its extras; the empty extra is always included."""
     for line in package.requires or ():
         requirement = Requirement(line)
         if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
@@ -119,7 +119,7 @@ def _format_purl(package: Distribution) -> str:
 
 
 def _read_licence_name(package: Distribution) -> str | None:
-    """As the package tells it: an SPDX expression, a classifier, or one line of text."""
+    """Read the licence from package metadata: SPDX expression, classifiers, or one line of text."""
     fields = {name: package.metadata.get_all(name) or [""] for name in ("License-Expression", "Classifier", "License")}
     classifiers = [c.split(" :: ")[-1] for c in fields["Classifier"] if c.startswith("License ::")]
     (text,) = fields["License"]

@@ -91,7 +91,7 @@ def test_a_spec_that_monai_would_run_is_refused(packages: dict[str, Package], se
     contract = packages["classifier"].contract
     planted = contract.model_copy(update={"architecture": {**contract.architecture, "encoder": section}})
     run = SimpleNamespace(graphs=[SimpleNamespace(network=None, module=None)], weights=Path("run/model.safetensors"))
-    with pytest.raises(UserError, match="MONAI would run"):
+    with pytest.raises(UserError, match="MONAI would execute"):
         build_inference_config(SimpleNamespace(contract=planted, run=run))  # type: ignore[arg-type]
 
 

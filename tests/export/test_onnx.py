@@ -128,5 +128,5 @@ def test_a_network_that_fixes_a_side_as_it_was_traced_is_told_apart() -> None:
         def forward(self, image: torch.Tensor) -> torch.Tensor:
             return image.expand(-1, 3, -1, -1) + torch.arange(len(image))[:, None, None, None]
 
-    with pytest.raises(UserError, match="expected batch to vary"):
+    with pytest.raises(UserError, match="constant length of batch"):
         to_onnx(Counts(), InputSizes((8, 8), 2, 2, fixed=False), SIGNATURE)

@@ -46,5 +46,5 @@ def test_the_bill_of_materials_has_what_cyclonedx_asks_for(packages: dict[str, P
 
 def test_a_runtime_that_is_not_whole_stops_the_export(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sbom, "find_version", lambda name: None if name == "scipy" else "1")
-    with pytest.raises(UserError, match="scipy is not"):
+    with pytest.raises(UserError, match="scipy, which the light runtime requires, is not installed"):
         runtime_packages()
