@@ -1,7 +1,7 @@
-"""One network, pretrained by each objective for one number of steps: anchors for `medim study --frozen`.
+"""Pretrain one network with each objective for the same number of steps: baselines for `medim study --frozen`.
 
-Encoder, preprocessing, views, schedule and batch are those of a preset; only the objectives differ. What is finished is
-kept, and no label chooses a step. At the end it prints the options that put the encoders into a study.
+Encoder, preprocessing, views, schedule and batch are those of a preset; only the objectives differ. Finished runs are
+kept. Labels are not used for checkpoint selection. At the end, the options to add the encoders to a study are printed.
 
     python pipelines/anchors.py --preset mri-crop --data mri-hippocampus --steps 700 --out studies/anchors-mri
 """
@@ -24,7 +24,7 @@ TWO_VIEWS = ("AMDIM", "SimCLR")
 
 
 def build_arms(base: PretrainConfig) -> dict[str, list[Section]]:
-    """The objectives of each arm, those of DIM as the preset has them; in-painting where the preset has a decoder."""
+    """Build the objectives of each arm from those of a preset; reconstruction only if the preset has a decoder."""
     by_name = {section["name"]: section for section in base.objectives}
     local = {key: value for key, value in by_name["local_dim"].items() if key != "weight"}
     coordinates, level = by_name["coordinates"], local["level"]
@@ -47,18 +47,18 @@ def build_arms(base: PretrainConfig) -> dict[str, list[Section]]:
 
 
 def get_run_folder(out: Path, arm: str, seed: int) -> Path:
-    """Where an arm's run lies."""
+    """Return the folder of the run of an arm."""
     return out / f"{''.join(c if c.isalnum() else '-' for c in arm)}-{seed}"
 
 
 def main() -> None:
-    """Run what is missing, and print the options."""
+    """Run all missing runs, and print the options."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", required=True, help="a pretraining preset with local_dim and coordinates")
+    parser.add_argument("--preset", required=True, help="pretraining preset with local_dim and coordinates")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--only", nargs="+", metavar="ARM", help="such as 'DIM(G)' VAE")
+    parser.add_argument("--only", nargs="+", metavar="ARM", help="arms to run, such as 'DIM(G)' VAE")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     base = load_config("pretrain", arguments.preset, [f"max_steps={arguments.steps}", "select_without_labels=true"])

@@ -1,4 +1,4 @@
-"""The diagrams of docs/concepts/: a function a picture, drawn by `pictures.py` under the function's name."""
+"""Diagrams of docs/concepts/, one function per picture; `pictures.py` writes them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def _mark_cells(kinds: dict[tuple[int, int], str]) -> Callable[[int, int], str]:
 
 
 def draw_encoder(sketch: Sketch, y: float, label: str, image: str | Callable[[int, int], str] = "input") -> None:
-    """An image of 8 x 8 cells at x = 20, and the encoder after it, up to x = 230."""
+    """Draw an image of 8 x 8 cells at x = 20, followed by the encoder, up to x = 230."""
     sketch.grid(20, y, (8, 8), 10, image)
     sketch.text(60, y + 92, label)
     sketch.arrow((104, y + 40), (136, y + 40))
@@ -20,7 +20,7 @@ def draw_encoder(sketch: Sketch, y: float, label: str, image: str | Callable[[in
 
 
 def draw_infomax(title: str, words: str, own: str, other: str, *, whole: bool) -> Sketch:
-    """A summary meets the map of its own image and that of another."""
+    """Draw a critic that scores a summary with the map of its own image and with that of another image."""
     sketch = Sketch(720, 265, title, words)
     for y, label, kind in ((35, "image A", "yes"), (155, "image B", "no")):
         draw_encoder(sketch, y, label)
@@ -43,19 +43,19 @@ def draw_infomax(title: str, words: str, own: str, other: str, *, whole: bool) -
 
 
 def local_dim() -> Sketch:
-    """DIM(L)."""
+    """Draw DIM(L)."""
     words = "The summary of image A is scored with every location of map A, which should be high, and of map B, low."
     return draw_infomax("Local Deep InfoMax", words, "each place\nscore up", "each place\nscore down", whole=False)
 
 
 def global_dim() -> Sketch:
-    """DIM(G)."""
+    """Draw DIM(G)."""
     words = "The summary of image A is scored once with the whole map of A, which should be high, and of B, low."
     return draw_infomax("Global Deep InfoMax", words, "one score\nup", "one score\ndown", whole=True)
 
 
 def pairs() -> Sketch:
-    """Which pairs are positives, which negatives, and which in neither set."""
+    """Draw the positive pairs, the negative pairs and the pairs in neither set."""
     sketch = Sketch(
         720,
         245,
@@ -90,8 +90,8 @@ def pairs() -> Sketch:
 
 
 def prior_matching() -> Sketch:
-    """The adversary of the summary."""
-    sketch = Sketch(720, 200, "Prior matching", "A discriminator tells summaries from samples of a prior.")
+    """Draw the discriminator of prior matching."""
+    sketch = Sketch(720, 200, "Prior matching", "A discriminator distinguishes summaries from samples of a prior.")
     draw_encoder(sketch, 15, "image")
     sketch.arrow((224, 55), (256, 55))
     sketch.grid(260, 48, (1, 6), 13, "feature")
@@ -103,13 +103,13 @@ def prior_matching() -> Sketch:
     sketch.box(420, 35, 100, 60, "discriminator", "net")
     sketch.arrow((524, 50), (546, 50))
     sketch.arrow((524, 80), (546, 120))
-    sketch.box(550, 15, 155, 60, "1. it learns to tell\n(encoder held fixed)", "no")
-    sketch.box(550, 95, 155, 60, "2. the encoder learns\nto fool it (it held fixed)", "yes")
+    sketch.box(550, 15, 155, 60, "1. update discriminator\n(encoder fixed)", "no")
+    sketch.box(550, 95, 155, 60, "2. update encoder\n(discriminator fixed)", "yes")
     return sketch
 
 
 def occlusion() -> Sketch:
-    """The summary of a part meets the map of the whole."""
+    """Draw the summary of an occluded image and the map of the whole image."""
     sketch = Sketch(
         720, 250, "Occlusion", "The summary comes from an image with a hidden block, the map from the whole image."
     )
@@ -125,14 +125,17 @@ def occlusion() -> Sketch:
     sketch.arrow((374, 175), (470, 175), (470, 154))
     sketch.box(430, 100, 80, 50, "critic", "net")
     sketch.arrow((514, 125), (546, 125))
-    sketch.box(550, 95, 155, 60, "also the places that\nthe summary never saw", "yes")
+    sketch.box(550, 95, 155, 60, "includes locations\nhidden from the summary", "yes")
     return sketch
 
 
 def coordinates() -> Sketch:
-    """Where a location lies."""
+    """Draw the prediction of absolute and relative coordinates."""
     sketch = Sketch(
-        720, 235, "Coordinates", "From a local feature its row and column; from two, the step from one to the other."
+        720,
+        235,
+        "Coordinates",
+        "Row and column are predicted from one local feature, the offset from two local features.",
     )
     for y, kinds, heading, loss in (
         (15, {(1, 2): "yes"}, "absolute", "row 2 of 4,\ncolumn 3 of 4"),
@@ -150,12 +153,15 @@ def coordinates() -> Sketch:
 
 
 def dense_dim() -> Sketch:
-    """Voxels of two views of the same place."""
+    """Draw the comparison of voxels of two views of the same region."""
     sketch = Sketch(
-        720, 250, "Dense Deep InfoMax", "Two views of the same place, one with hidden blocks, meet voxel by voxel."
+        720,
+        250,
+        "Dense Deep InfoMax",
+        "Two views of the same region, one with hidden blocks, are compared voxel by voxel.",
     )
     draw_encoder(sketch, 15, "blocks hidden", lambda row, column: "hidden" if 2 <= row < 5 > column else "input")
-    draw_encoder(sketch, 135, "the same place")
+    draw_encoder(sketch, 135, "the same region")
     for y in (15, 135):
         sketch.arrow((224, y + 40), (256, y + 40))
         sketch.box(260, y + 15, 80, 50, "decoder", "net")
@@ -164,7 +170,7 @@ def dense_dim() -> Sketch:
     points = {(3, 5): "yes", (1, 1): "no", (6, 2): "no", (5, 6): "no", (0, 4): "no"}
     sketch.grid(380, 135, (8, 8), 10, lambda row, column: points.get((row, column), "off"))
     sketch.text(420, 107, "a voxel")
-    sketch.text(420, 227, "points drawn")
+    sketch.text(420, 227, "sampled points")
     sketch.arrow((464, 50), (520, 100))
     sketch.arrow((464, 175), (520, 140))
     sketch.box(524, 95, 60, 50, "critic", "net")
@@ -175,8 +181,8 @@ def dense_dim() -> Sketch:
 
 
 def reconstruction() -> Sketch:
-    """Cubes painted in."""
-    sketch = Sketch(720, 125, "Reconstruction", "From an image with hidden cubes, encoder and decoder paint them in.")
+    """Draw the reconstruction of masked cubes."""
+    sketch = Sketch(720, 125, "Reconstruction", "Encoder and decoder reconstruct the hidden cubes of an image.")
     cubes = {(0, 0), (0, 2), (1, 1), (1, 3), (2, 0), (2, 3), (3, 1), (3, 2)}
     draw_encoder(
         sketch, 15, "cubes hidden", lambda row, column: "hidden" if (row // 2, column // 2) in cubes else "input"
@@ -185,16 +191,19 @@ def reconstruction() -> Sketch:
     sketch.box(290, 30, 80, 50, "decoder", "net")
     sketch.arrow((374, 55), (436, 55))
     sketch.grid(440, 15, (8, 8), 10, lambda row, column: "yes" if (row // 2, column // 2) in cubes else "off")
-    sketch.text(480, 107, "painted in")
+    sketch.text(480, 107, "reconstruction")
     sketch.arrow((524, 55), (556, 55))
-    sketch.box(560, 25, 145, 60, "squared error\nin the cubes alone", "loss")
+    sketch.box(560, 25, 145, 60, "squared error\nin hidden cubes only", "loss")
     return sketch
 
 
 def amdim() -> Sketch:
-    """Two views, several scales."""
+    """Draw the pairs of views and scales of AMDIM."""
     sketch = Sketch(
-        720, 250, "Augmented multiscale DIM", "The summary of each view meets finer maps of the other, and maps maps."
+        720,
+        250,
+        "Augmented multiscale DIM",
+        "The summary of each view is scored with finer maps of the other view, and coarse maps with coarse maps.",
     )
     for y, label in ((15, "view 1"), (135, "view 2")):
         draw_encoder(sketch, y, label)
@@ -216,7 +225,7 @@ def amdim() -> Sketch:
 
 
 def simclr() -> Sketch:
-    """Two views find each other."""
+    """Draw the positive and negative pairs of SimCLR."""
     sketch = Sketch(
         720, 250, "SimCLR", "The projected summaries of two views of an image are near; those of other images are far."
     )
@@ -225,7 +234,7 @@ def simclr() -> Sketch:
         sketch.arrow((224, y + 40), (246, y + 40))
         sketch.grid(250, y + 33, (1, 6), 13, "feature")
         sketch.arrow((332, y + 40), (356, y + 40))
-        sketch.box(360, y + 15, 96, 50, "projection\n(thrown away)", "net")
+        sketch.box(360, y + 15, 96, 50, "projection\n(discarded)", "net")
         sketch.arrow((460, y + 40), (480, y + 40))
         sketch.grid(484, y + 33, (1, 4), 13, kind)
     sketch.text(289, 76, "summary")
@@ -240,7 +249,7 @@ def simclr() -> Sketch:
 
 
 def cpc() -> Sketch:
-    """Rows below from the rows above."""
+    """Draw the prediction of lower rows of patches from upper rows."""
     sketch = Sketch(
         720, 190, "Contrastive predictive coding", "From patches above, the features of patches below are predicted."
     )
@@ -254,9 +263,9 @@ def cpc() -> Sketch:
         return "feature" if row < 3 else "off" if row == 3 else "yes" if column == 3 else "no"
 
     sketch.grid(290, 20, (7, 7), 18, choose_kind)
-    sketch.text(353, 165, "a feature a patch")
+    sketch.text(353, 165, "1 feature per patch")
     sketch.arrow((420, 45), (456, 45))
-    sketch.box(460, 20, 90, 50, "context\n(sees above)", "net")
+    sketch.box(460, 20, 90, 50, "context\n(rows above)", "net")
     sketch.arrow((505, 74), (505, 120), (421, 120))
     sketch.text(505, 136, "predicts, k rows below")
     sketch.box(590, 20, 115, 50, "that patch\nscore up", "yes")
@@ -265,8 +274,13 @@ def cpc() -> Sketch:
 
 
 def vae() -> Sketch:
-    """Through a noisy code and back."""
-    sketch = Sketch(720, 200, "Variational autoencoder", "An image becomes a normal distribution, a sample, an image.")
+    """Draw encoder, sampling and decoder of a VAE."""
+    sketch = Sketch(
+        720,
+        200,
+        "Variational autoencoder",
+        "An image is encoded as a normal distribution; a sample of it is decoded to an image.",
+    )
     draw_encoder(sketch, 15, "image")
     sketch.arrow((224, 55), (251, 55))
     sketch.grid(255, 30, (1, 6), 13, "feature")
@@ -274,13 +288,13 @@ def vae() -> Sketch:
     sketch.text(294, 20, "mean")
     sketch.text(294, 91, "spread")
     sketch.arrow((337, 55), (371, 55))
-    sketch.text(410, 36, "a sample")
+    sketch.text(410, 36, "sample")
     sketch.grid(375, 48, (1, 6), 13, "input")
     sketch.arrow((457, 55), (481, 55))
     sketch.box(485, 30, 80, 50, "decoder", "net")
     sketch.arrow((569, 55), (601, 55))
     sketch.grid(605, 15, (8, 8), 10, "yes")
-    sketch.text(645, 107, "image again")
+    sketch.text(645, 107, "decoded image")
     sketch.arrow((294, 102), (294, 136))
     sketch.box(205, 140, 178, 45, "KL: close to the normal prior", "loss")
     sketch.arrow((645, 118), (645, 136))
@@ -289,16 +303,16 @@ def vae() -> Sketch:
 
 
 def overlap() -> Sketch:
-    """Entropies as lengths: what is shared is the mutual information."""
+    """Draw entropies as lengths with the mutual information as their overlap."""
     sketch = Sketch(
-        720, 190, "Entropy as length", "H(X) and H(Y) overlap by I(X; Y); together they are as long as H(X, Y)."
+        720, 190, "Entropy as length", "H(X) and H(Y) overlap by I(X; Y); their union has the length H(X, Y)."
     )
     sketch.box(60, 20, 380, 36, "H(X): the scan", "feature")
     sketch.box(280, 62, 380, 36, "H(Y): its summary", "input")
     sketch.box(280, 104, 160, 36, "I(X; Y): shared", "yes")
-    sketch.box(60, 104, 214, 36, "H(X | Y): the summary lost it", "off")
+    sketch.box(60, 104, 214, 36, "H(X | Y): not in the summary", "off")
     sketch.box(446, 104, 214, 36, "H(Y | X): noise", "off")
-    sketch.text(360, 165, "all of it together: H(X, Y)")
+    sketch.text(360, 165, "union: H(X, Y)")
     return sketch
 
 

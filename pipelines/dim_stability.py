@@ -1,7 +1,8 @@
-"""When DIM(L) learns, and when it does not: two tables and two figures of docs/results.md, from nothing.
+"""Stability of DIM(L) in different settings: two tables and two figures of docs/results.md.
 
-In 3D, a coordinate loss that is heavy and sees the summary starves DIM(L); in 2D, plain scores run away. Each setting
-is run with three seeds. What is finished is kept, so the study can be stopped and started at any time.
+In 3D, DIM(L) does not learn if a coordinate loss has a large weight and uses the summary. In 2D, scores without
+stabilisation diverge. Each setting is run with three seeds. Finished runs are kept, so the study can be interrupted and
+restarted.
 
     python pipelines/dim_stability.py --mri mri-hippocampus --xray pneumoniamnist.npz --out studies/stability
 """
@@ -47,7 +48,7 @@ PANELS = {"loss": "local_dim", "retrieval": "local_dim/retrieval", "z": "local_d
 
 
 def main() -> None:
-    """Run what is missing, and write tables and figures."""
+    """Run all missing runs, and write tables and figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mri", type=Path, required=True)
     parser.add_argument("--xray", type=Path, required=True)
@@ -79,7 +80,7 @@ def main() -> None:
 
 
 def _format_setting(histories: list[dict[str, RunSeries]], chance: float) -> list[str]:
-    """The table's cells of one setting: a value a seed."""
+    """Format the table cells of one setting, with one value per seed."""
     first_steps = [
         _find_first_step_below([value for _, value in series["local_dim"]], chance - 0.1) for series in histories
     ]
@@ -93,7 +94,7 @@ def _format_setting(histories: list[dict[str, RunSeries]], chance: float) -> lis
 
 
 def _find_first_step_below(losses: list[float], level: float) -> str:
-    """The first step from which a running mean of ten lies below a level."""
+    """Find the first step with a running mean over ten steps below a level."""
     means = np.convolve(losses, np.ones(10) / 10, "valid")
     below = np.flatnonzero(means < level)
     return str(int(below[0]) + 10) if len(below) else "never"

@@ -1,4 +1,4 @@
-"""What the studies beside this file share: runs that are done once, statistics of their cases, tables and figures."""
+"""Shared functions of the studies in this folder: cached runs, statistics of their cases, tables and figures."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from medim.study.statistics.intervals import ConfidenceInterval
 from medim.tasks.classification import class_arrays
 
 RunSeries = list[tuple[int, float]]
-MAX_POINTS = 300  # of a curve, at most
+MAX_POINTS = 300  # maximum number of points of a curve
 
 
 def run_once(out: Path, run: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-    """The summary of a run, which is done (or taken up again) only where it is not finished."""
+    """Return the summary of a run; start or resume the run if it is not finished."""
     if (out / "summary.json").is_file():
         summary: dict[str, Any] = read_json(out / "summary.json")
         return summary
@@ -36,7 +36,7 @@ def run_once(out: Path, run: Callable[..., dict[str, Any]]) -> dict[str, Any]:
 
 
 def read_dice(run: Path) -> tuple[Statistic, list[str]]:
-    """Mean Dice over classes of a run's validation cases as a statistic, and whose cases they are."""
+    """Read the mean Dice over classes of the validation cases as a statistic, and the subject of each case."""
     rows = read_cases(run / "cases.parquet")
     cases = {row["image"]: row["subject"] for row in rows}
     values = [np.mean([row["dice"] for row in rows if row["image"] == image]) for image in cases]
@@ -44,13 +44,13 @@ def read_dice(run: Path) -> tuple[Statistic, list[str]]:
 
 
 def compute_auroc(rows: Sequence[dict[str, Any]]) -> Statistic:
-    """AUROC of a classifier's cases, as a statistic."""
+    """Compute the AUROC of the cases of a classifier, as a statistic."""
     classes = list(dict.fromkeys(row["class"] for row in rows))
     return classification_statistics(*class_arrays(rows, classes))["auroc"]
 
 
 def read_probe_auroc(folder: Path, features: str, fraction: float, seed: int) -> Statistic:
-    """AUROC of one row of a probe, as a statistic."""
+    """Compute the AUROC of one row of a probe, as a statistic."""
     budget = Budget(fraction=fraction).name
     rows = pyarrow.parquet.read_table(folder / "cases.parquet").to_pylist()
     probe_rows = [row for row in rows if (row["features"], row["budget"], row["seed"]) == (features, budget, seed)]
@@ -61,12 +61,12 @@ def read_probe_auroc(folder: Path, features: str, fraction: float, seed: int) ->
 
 
 def evaluate_statistic(statistic: Statistic, cases: int) -> float:
-    """A statistic of all cases, each counted once."""
+    """Evaluate a statistic on all cases with equal weights."""
     return float(statistic(np.ones((1, cases)))[0])
 
 
 def read_series(run: Path) -> dict[str, RunSeries]:
-    """The series of a run's history: training values by name, held-out ones by `held out <name>`."""
+    """Read the series of a run's history: training values by name, validation values by `held out <name>`."""
     series: dict[str, RunSeries] = {}
     for row in pyarrow.csv.read_csv(run / "history.csv").to_pylist():
         is_validation = row["held_out"] is not None
@@ -77,32 +77,33 @@ def read_series(run: Path) -> dict[str, RunSeries]:
 
 
 def format_spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation: `0.812 ± 0.004`."""
+    """Format mean and standard deviation: `0.812 ± 0.004`."""
     return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
 
 def format_difference(difference: ConfidenceInterval) -> str:
-    """`**+0.012** [+0.004, +0.021]`."""
+    """Format a difference with its interval: `**+0.012** [+0.004, +0.021]`."""
     return f"**{difference.value:+.3f}** [{difference.low:+.3f}, {difference.high:+.3f}]"
 
 
 def format_markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
+    """Format a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def write_section(page: Path, name: str, text: str) -> None:
-    """Replace what stands between `<!-- name -->` and `<!-- /name -->` in a page."""
+    """Replace the text between `<!-- name -->` and `<!-- /name -->` in a page."""
     before, rest = page.read_text().split(f"<!-- {name} -->", 1)
     after = rest.split(f"<!-- /{name} -->", 1)[1]
     write_text(page, f"{before}<!-- {name} -->\n\n{text}\n\n<!-- /{name} -->{after}")
 
 
 def draw_curves(path: Path, panels: dict[str, dict[str, RunSeries]], levels: dict[str, float]) -> None:
-    """Curves over steps, a panel each, as SVG: `panels[title][line]`, and a dashed line at a panel's level.
+    """Draw curves over steps as SVG, one panel per title: `panels[title][line]`.
 
-    Lines are running means over a fiftieth of their length, and named `setting, seed`: a colour a setting.
+    A dashed line marks the level of a panel. Curves are running means over a fiftieth of their length. Their names are
+    `setting, seed`, with one colour per setting.
     """
     with open_figure(1, len(panels), (3.2, 2.6)) as (figure, grid):
         for axes, (title, lines) in zip(grid.flat, panels.items(), strict=True):
@@ -124,7 +125,7 @@ def draw_curves(path: Path, panels: dict[str, dict[str, RunSeries]], levels: dic
 
 
 def draw_losses(path: Path, runs: Sequence[Path]) -> None:
-    """Each loss of some pretraining runs over the steps, a panel a term, its chance level dashed."""
+    """Draw the losses of pretraining runs over the steps, one panel per term, with the chance level as dashed line."""
     levels: dict[str, float] = read_json(runs[0] / "summary.json")["chance"]
     series = {f"seed, {number}": read_series(run) for number, run in enumerate(runs)}
     draw_curves(
@@ -134,14 +135,14 @@ def draw_losses(path: Path, runs: Sequence[Path]) -> None:
 
 @contextmanager
 def open_figure(rows: int, columns: int, panel: tuple[float, float] = (2.4, 2.2)) -> Iterator[tuple[Figure, Any]]:
-    """A figure and its panels (rows, columns), each of so many inches, in the style of all figures."""
+    """Open a figure with panels (rows, columns) of a size in inches, in the style of all figures."""
     with mpl.rc_context({"svg.hashsalt": "medim", "svg.fonttype": "none", "font.size": 8}):
         figure = Figure(figsize=(panel[0] * columns, panel[1] * rows), layout="constrained")
         yield figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def save_svg(figure: Figure, path: Path) -> None:
-    """Write a figure as SVG, inside `open_figure`; the same figure gives the same bytes."""
+    """Write a figure as SVG within `open_figure`; the bytes are deterministic."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     path.parent.mkdir(parents=True, exist_ok=True)

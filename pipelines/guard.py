@@ -1,10 +1,10 @@
-"""What the out-of-distribution guard of a hippocampus network tells apart: a table of docs/results.md.
+"""Sensitivity of the out-of-distribution detector of a hippocampus network: a table of docs/results.md.
 
-For each run: AUROC of the score, images of the validation subjects against others, and the part that gets the flag.
-Validation images are judged with limits from the other validation subjects. The same images, moved, are every second
-validation image; boxes are cut at random from whole series, as large (in mm) as these. Beside the score, AUROC of its
-features alone, of the encoder's summary alone, and of the distance to the fifth nearest training image (Sun et al.
-2022, "Out-of-Distribution Detection with Deep Nearest Neighbors").
+For each run, images of the validation subjects are compared with other images: AUROC of the score, and fraction of
+flagged images. Validation images are scored with limits from the other validation subjects. Every second validation
+image is also transformed. Boxes of the same size in mm are cut at random from whole series. The score is compared with
+the AUROC of its features alone, of the encoder's summary alone, and of the distance to the fifth nearest training image
+(Sun et al. 2022, "Out-of-Distribution Detection with Deep Nearest Neighbors").
 
     python pipelines/guard.py --data mri-hippocampus --dicom mri-dicom --out studies/guard
         --runs studies/mri/pretrained-150-0-0 studies/mri/encoder-0 --page docs/results.md
@@ -36,18 +36,18 @@ from medim.models.serialization import load_encoder, load_model, locate_weights
 from medim.training.fit_ood import fit_detector, fit_gaussian, iterate_record_features
 from medim.types import Array, Volume
 
-BOXES = 24  # of a series
+BOXES = 24  # number of boxes per series
 SERIES = {"FLAIR": "boxes of FLAIR", "T2reg": "boxes of T2", "T1post": "other boxes of T1"}
 
 
 def main() -> None:
-    """Measure every run, write table and figures."""
+    """Measure all runs and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--dicom", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--runs", type=Path, nargs="+", required=True)
-    parser.add_argument("--page", type=Path, help="where the table goes, too")
+    parser.add_argument("--page", type=Path, help="page into which the table is written")
     arguments = parser.parse_args()
     index, dicom = build_index(arguments.data, "mri"), build_index(arguments.dicom, "mri")
     results = {}
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def measure_run(run: Path, index: Index, dicom: Index, store: Path) -> dict[str, Any]:
-    """Rates and AUROCs of a run's guard."""
+    """Measure false positive rates and AUROCs of the OOD detector of a run."""
     spec = locate_weights(run)[1]
     network = load_encoder(run) if spec["kind"] == "encoder" else load_model(run)[0]
     steps, split_seed = spec["preprocessing"], spec["provenance"]["split_seed"]
@@ -107,7 +107,7 @@ def measure_run(run: Path, index: Index, dicom: Index, store: Path) -> dict[str,
 def _score_left_out(
     rows: Sequence[OODFeatures], subjects: Sequence[str], val_rows: Sequence[OODFeatures], val_subjects: Sequence[str]
 ) -> list[OODResult]:
-    """Each validation image, judged with limits from the other validation subjects."""
+    """Score each validation image with limits from the other validation subjects."""
     detectors: dict[str, OODDetector] = {}
     for subject in set(val_subjects):
         indices = [index for index, other in enumerate(val_subjects) if other != subject]
@@ -126,7 +126,7 @@ def _compute_ood_rows(volume: Volume, network: nn.Module, spec: dict[str, Any]) 
 def _build_rival_scores(
     rows: Sequence[OODFeatures], summary: int
 ) -> dict[str, Callable[[Sequence[OODFeatures]], list[float]]]:
-    """Other scores: a distance of images from the training images."""
+    """Build alternative scores: distances of images to the training images."""
     train = np.stack([row["features"] for row in rows])
     unit = train / np.linalg.norm(train, axis=1, keepdims=True)
 
@@ -165,7 +165,7 @@ def _compute_ood_auroc(val_scores: Sequence[float], other_scores: Sequence[float
 
 
 def _iter_other_images(index: Index, dicom: Index, images: Sequence[str]) -> Iterator[tuple[str, list[Volume]]]:
-    """Images that are not like those trained on, by what they are."""
+    """Iterate over sets of images that differ from the training images, with a name for each set."""
     volumes = [index.open(record) for record in index.records if record.image in set(images)]
     rng = np.random.default_rng(0)
     sizes = [np.multiply(volume.shape, volume.spacing) for volume in volumes]
@@ -180,7 +180,7 @@ def _iter_other_images(index: Index, dicom: Index, images: Sequence[str]) -> Ite
 
 
 def _build_moves(rng: np.random.Generator) -> dict[str, Callable[[Volume], Volume]]:
-    """What is done to validation images."""
+    """Build the transformations of validation images by name."""
     moves: dict[str, Callable[[Volume], Volume]] = {
         "unmoved, to compare": lambda v: v,
         "noise": lambda v: v.with_array(rng.normal(v.array.mean(), v.array.std(), v.array.shape).astype(np.float32)),
@@ -205,7 +205,7 @@ def _scale_spacing(factor: Sequence[float], volume: Volume) -> Volume:
 
 
 def _cut_boxes(volume: Volume, sizes: Sequence[Array], rng: np.random.Generator) -> list[Volume]:
-    """Boxes of a series that are at least half head."""
+    """Cut random boxes from a series; at least half of each box is inside the head."""
     bright = volume.array > 0.15 * np.percentile(volume.array, 99)
     boxes: list[Volume] = []
     while len(boxes) < BOXES:

@@ -1,8 +1,8 @@
-"""What pretraining is worth for segmenting the hippocampus: a table of docs/results.md, from nothing.
+"""Benefit of pretraining for hippocampus segmentation: a table of docs/results.md.
 
-Three encoders are pretrained without labels. For each label budget and three draws of it, they are fine-tuned beside
-their from-scratch twins by one schedule, and measured on the validation subjects. What is finished is kept, so the
-study can be stopped and started at any time.
+Three encoders are pretrained without labels. For each label budget and three label subsets, they are fine-tuned, and
+the same network is trained from scratch with the same schedule. All are evaluated on the validation subjects. Finished
+runs are kept, so the study can be interrupted and restarted.
 
     python pipelines/mri_hippocampus.py --data mri-hippocampus --out studies/mri --page docs/results.md
 """
@@ -34,18 +34,18 @@ from medim.training.finetune.run import finetune
 from medim.training.pretrain.run import pretrain
 
 SEEDS = SUBSETS = (0, 1, 2)
-STEPS = {1: 300, 2: 300, 10: 300, 150: 600}  # label budget in volumes: steps of both arms
-ONE_PAIR = (150,)  # budgets of one encoder and one subset
+STEPS = {1: 300, 2: 300, 10: 300, 150: 600}  # label budget in volumes: training steps of both arms
+ONE_PAIR = (150,)  # budgets with one encoder and one label subset
 ARMS = ("from scratch", "pretrained")
 
 
 def main() -> None:
-    """Run what is missing, and write table and figures."""
+    """Run all missing runs, and write table and figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
-    parser.add_argument("--only-run", action="store_true", help="leave the page as it is")
+    parser.add_argument("--only-run", action="store_true", help="do not write the page")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     index, out, store = build_index(arguments.data, "mri"), arguments.out, arguments.out / "store"

@@ -1,9 +1,9 @@
-"""Is a hippocampus larger than most? A label from masks, and a field of view that tells no size.
+"""Classification of hippocampus volume, with a field of view that does not reveal the size.
 
-The label is the volume of the mask, above or below the median of the training subjects. The crops of this set are as
-large as what they hold, so their size alone tells the label: the audit before and after `centre` says how much. Then a
-study holds three encoders, pretrained without labels, against their from-scratch twins at each label budget. What is
-finished is kept, so it can be stopped and started at any time.
+The label is the volume of the mask, above or below the median of the training subjects. Crops of this data set are cut
+to the size of the hippocampus, so that the image size alone predicts the label. The audit before and after `centre`
+measures this shortcut. A study then compares three encoders, pretrained without labels, with training from scratch at
+each label budget. Finished runs are kept, so the study can be interrupted and restarted.
 
     python pipelines/mri_volume.py --data mri-hippocampus --out studies/mri-volume
 """
@@ -35,14 +35,16 @@ CLASSES = ("larger", "smaller")
 
 
 def main() -> None:
-    """Derive the labels, audit both fields of view, and run what is missing."""
+    """Derive the labels, audit both fields of view, and run all missing runs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--encoders", type=Path, nargs="+", help="default: three of mri-crop, pretrained here")
-    parser.add_argument("--config", default="mri-crop-classification", help="a twin of the encoders' with `centre`")
+    parser.add_argument("--encoders", type=Path, nargs="+", help="default: pretrain three encoders of mri-crop")
+    parser.add_argument(
+        "--config", default="mri-crop-classification", help="fine-tuning preset with `centre` that fits the encoders"
+    )
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--only-audit", action="store_true", help="train nothing")
+    parser.add_argument("--only-audit", action="store_true", help="audit without training")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     out, schedule = arguments.out, load_config("finetune", arguments.config)
@@ -69,7 +71,7 @@ def main() -> None:
 
 
 def label_by_volume(data: Path, path: Path) -> Path:
-    """Write a label and a split for each image: its mask in ml, against the median of the training split."""
+    """Write label and split of each image; the label is the mask volume compared with the training median."""
     index = build_index(data, "mri")
     splits = assign_splits(index, seed=0)
     masks = {record.image: index.open_mask(record) for record in index.records if record.mask}
@@ -81,7 +83,7 @@ def label_by_volume(data: Path, path: Path) -> Path:
 
 
 def audit_images(index: Index, steps: list[dict[str, object]], window: tuple[int, ...], out: Path) -> Audit:
-    """The audit of the images after these steps."""
+    """Audit the images after preprocessing."""
     cohort = open_cohort(index, index.records, steps, split_seed=0, store=out / "store")
     return audit(cohort, kind="classifier", classes=CLASSES, window=window)
 

@@ -1,6 +1,6 @@
-"""How far DV, JSD and InfoNCE can be trusted: correlated Gaussians, whose mutual information is known.
+"""Accuracy of DV, JSD and InfoNCE on correlated Gaussians with known mutual information.
 
-Two critics: the log density ratio, to see what a bound can give, and a small network trained to raise that bound.
+Two critics are compared: the log density ratio, which is optimal, and a small network trained to maximise the bound.
     OMP_NUM_THREADS=1 python pipelines/mutual_information.py
 """
 
@@ -19,39 +19,42 @@ from torch import nn
 from medim.objectives.mutual_information import ESTIMATORS
 
 DIMENSIONS, BATCHES, TRUTHS = {2: "-", 8: "--", 32: ":"}, (16, 64, 256), (0.5, 1, 2, 3, 4, 6, 8, 10)
-STEPS, REPEATS = 300, 100  # training steps at each truth; batches, whose median is the estimate
+STEPS, REPEATS = 300, 100  # training steps per true value; number of batches for the median estimate
 TITLES = {"dv": "DV", "infonce": "InfoNCE", "nwj": "JSD, read by NWJ", "jsd": "JSD, its own value"}
 
 
 def draw_pairs(
     dimension: int, truth: float, batch: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw x and y (B, D), standard normal; each coordinate of y is correlated with that of x, `truth` nats in all."""
+    """Draw standard normal x and y (B, D) with correlated coordinates and a mutual information of `truth` nats."""
     x, noise = torch.randn(2, batch, dimension, generator=generator, dtype=torch.float64)
-    residual = np.exp(-2 * truth / dimension)  # 1 - correlation^2, for -D/2 log(1 - correlation^2) is the information
+    residual = np.exp(-2 * truth / dimension)  # 1 - correlation^2; the information is -D/2 log(1 - correlation^2)
     return x, (1 - residual) ** 0.5 * x + residual**0.5 * noise
 
 
 def compute_log_ratio(x: torch.Tensor, y: torch.Tensor, truth: float) -> torch.Tensor:
-    """The best critic there is: log p(y_j | x_i) / p(y_j), as scores (B, 1, B, 1)."""
+    """Compute the scores (B, 1, B, 1) of the optimal critic, log p(y_j | x_i) / p(y_j)."""
     residual = np.exp(-2 * truth / x.shape[1])
     distance = torch.cdist((1 - residual) ** 0.5 * x, y).square()  # (B, B)
     return torch.as_tensor(truth + (y.square().sum(1) - distance / residual) / 2)[:, None, :, None]
 
 
 def estimate_nwj(scores: torch.Tensor) -> torch.Tensor:
-    """Read nats from JSD's scores, its value being in another unit: 1 + mean - mean exp (Nguyen et al. 2010)."""
+    """Estimate the information in nats from scores of JSD with the NWJ bound: 1 + mean - mean exp.
+
+    The value of JSD itself is not in nats (Nguyen et al. 2010).
+    """
     diagonal, scores = torch.eye(len(scores), dtype=torch.bool), scores[:, 0, :, 0]
     return 1 + scores[diagonal].mean() - scores[~diagonal].exp().mean()
 
 
 def score_pairs(critic: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Scores (B, 1, B, 1) of a small critic: half of what it makes of x times the other half of what it makes of y."""
+    """Compute the scores (B, 1, B, 1) of a small critic: products of one half of its outputs for x and y each."""
     return torch.einsum("iu,ju->ij", critic(x.float())[:, :64], critic(y.float())[:, 64:])[:, None, :, None]
 
 
 def compute_estimates(dimension: int, batch: int, *, train: bool) -> dict[str, list[float]]:
-    """Every reading at every truth; the networks, one a bound, go on training as the truth rises."""
+    """Compute all estimates for all true values; one network per bound is trained further as the true value rises."""
     generator, results = torch.manual_seed(0), defaultdict[str, list[float]](list)
     readings: dict[Any, Any] = {**ESTIMATORS, "nwj": estimate_nwj}
     layers = {name: (nn.Linear(dimension, 128), nn.ReLU(), nn.Linear(128, 128)) for name in ESTIMATORS}
@@ -75,14 +78,17 @@ def compute_estimates(dimension: int, batch: int, *, train: bool) -> dict[str, l
 
 
 def format_bound_cell(values: list[float]) -> str:
-    """The last truth before the first estimate more than a tenth and 0.1 nat off; the estimates at 2, 6 and 10 nats."""
+    """Format the largest accurately estimated value, and the estimates at 2, 6 and 10 nats.
+
+    Estimates are accurate up to the first true value with an error of more than 10 % and 0.1 nat.
+    """
     misses = [abs(value - truth) > max(0.1, truth / 10) for value, truth in zip(values, TRUTHS, strict=True)]
     texts = (f"{v:.1f}" if v > 0 else "lost" for v in (values[TRUTHS.index(truth)] for truth in (2, 6, 10)))
     return f"**{(0, *TRUTHS)[[*misses, True].index(True)]:g}** ({' / '.join(texts)})"
 
 
 def main() -> None:
-    """Take every estimate, and write the table and the figure."""
+    """Compute all estimates, and write the table and the figure."""
     head, rows = ["critic", "dimension", "batch", *list(TITLES.values())[:3]], []
     with open_figure(2, len(TITLES)) as (figure, panels):
         for critic, dimension, batch in product(("best", "trained"), DIMENSIONS, BATCHES):

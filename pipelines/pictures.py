@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/concepts/ (all but the calibration, which `mutual_information.py` measures).
+"""Draw the pictures of docs/concepts/, except the calibration figure of `mutual_information.py`.
 
 python pipelines/pictures.py
 """
@@ -16,27 +16,27 @@ from medim.files import write_text
 
 
 def compute_binary_entropy(p: np.ndarray) -> np.ndarray:
-    """Entropy of a coin, in bits."""
+    """Compute the entropy of a coin in bits."""
     entropy: np.ndarray = -p * np.log2(p) - (1 - p) * np.log2(1 - p)
     return entropy
 
 
 def draw_channels(path: Path) -> None:
-    """The entropy of a coin, and what comes through two channels."""
+    """Draw the entropy of a coin and the information that two channels transmit."""
     p = np.linspace(1e-6, 1 - 1e-6, 200)
     with open_figure(1, 2, (3.2, 2.4)) as (figure, panels):
         coin, channel = panels.flat
         coin.plot(p, compute_binary_entropy(p))
         coin.set(title="A coin", xlabel="probability of heads", ylabel="entropy, bits")
         channel.plot(p, 1 - compute_binary_entropy(p), label="flips a bit")
-        channel.plot(p, 1 - p, "--", label="loses a bit (and says so)")
+        channel.plot(p, 1 - p, "--", label="erases a bit")
         channel.set(title="A channel", xlabel="share of bits disturbed", ylabel="information, bits", ylim=(-0.05, 1.35))
         channel.legend(frameon=False)
         save_svg(figure, path)
 
 
 def draw_linsker(path: Path) -> None:
-    """Two units that copy against two that differ, and the best angle between them, over the noise."""
+    """Draw the gain of two different units over two equal units, and their best angle, as functions of the noise."""
     r, noise = 0.5, np.geomspace(0.02, 20, 200)
     copy = np.log2(1 + 2 * (1 + r) / noise) / 2
     differ = np.log2((1 + (1 + r) / noise) * (1 + (1 - r) / noise)) / 2
@@ -54,7 +54,7 @@ def draw_linsker(path: Path) -> None:
 
 
 def main() -> None:
-    """Draw them all."""
+    """Draw all pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/figures"))
     out = parser.parse_args().out

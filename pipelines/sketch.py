@@ -1,4 +1,4 @@
-"""What the diagrams of docs/concepts/ are made of: boxes, grids of cells, arrows and lines of text, as SVG."""
+"""Elements of the diagrams of docs/concepts/ as SVG: boxes, grids of cells, arrows and lines of text."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ FILLS = {
     "input": ("#fff8e1", "#b28704"),
     "net": ("#e3f2fd", "#1565c0"),
     "feature": ("#bbdefb", "#1565c0"),
-    "yes": ("#a5d6a7", "#2e7d32"),  # a positive, or what is to be predicted
-    "no": ("#f8bbd0", "#ad1457"),  # a negative
+    "yes": ("#a5d6a7", "#2e7d32"),  # positive or prediction target
+    "no": ("#f8bbd0", "#ad1457"),  # negative
     "hidden": ("#90a4ae", "#546e7a"),
-    "off": ("#ffffff", "#b0bec5"),  # takes no part
+    "off": ("#ffffff", "#b0bec5"),  # not used
     "loss": ("#f3e5f5", "#6a1b9a"),
 }
 HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" \
@@ -29,20 +29,20 @@ role="img" aria-labelledby="title desc" font-family="Helvetica, Arial, 'DejaVu S
 
 
 class Sketch:
-    """A diagram; lengths in pixels, y downwards.
+    """Diagram with lengths in pixels; y points downwards.
 
     Args:
-        width: of the drawing.
-        height: of the drawing.
-        title: what it is.
-        words: what it shows, for who cannot see it.
+        width: width of the drawing.
+        height: height of the drawing.
+        title: title of the drawing.
+        words: description for screen readers.
     """
 
     def __init__(self, width: int, height: int, title: str, words: str) -> None:
         self._parts = [HEAD.format(width=width, height=height, title=escape(title), words=escape(words))]
 
     def text(self, x: float, y: float, words: str, *, head: bool = False, left: bool = False) -> None:
-        """Lines of text, centred on (x, y), or to the right of it."""
+        """Add lines of text, centred on (x, y) or left-aligned at x."""
         lines = words.split("\n")
         for number, line in enumerate(lines):
             place = y + 4 + 15 * (number - (len(lines) - 1) / 2)
@@ -50,7 +50,7 @@ class Sketch:
             self._parts.append(f'<text{kind} x="{x:g}" y="{place:g}">{escape(line)}</text>')
 
     def box(self, x: float, y: float, width: float, height: float, words: str, kind: str) -> None:
-        """A rounded box around text; (x, y) is its upper left corner."""
+        """Add a rounded box around text; (x, y) is its upper left corner."""
         fill, line = FILLS[kind]
         shape = f'x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="6"'
         self._parts.append(f'<rect {shape} fill="{fill}" stroke="{line}" stroke-width="1.5"/>')
@@ -59,7 +59,7 @@ class Sketch:
     def grid(
         self, x: float, y: float, size: tuple[int, int], cell: float, kind: str | Callable[[int, int], str]
     ) -> None:
-        """Rows x columns of square cells from the upper left corner (x, y), of one kind or of `kind(row, column)`."""
+        """Add a grid of square cells of one kind, or of `kind(row, column)`; (x, y) is the upper left corner."""
         for row in range(size[0]):
             for column in range(size[1]):
                 fill, line = FILLS[kind if isinstance(kind, str) else kind(row, column)]
@@ -67,10 +67,10 @@ class Sketch:
                 self._parts.append(f'<rect {corner} fill="{fill}" stroke="{line}" stroke-width="0.8"/>')
 
     def arrow(self, *points: tuple[float, float]) -> None:
-        """From the first point through the others to the last."""
+        """Add an arrow along a polygonal line through the points."""
         path = "L".join(f"{x:g} {y:g}" for x, y in points)
         self._parts.append(f'<path class="flow" d="M{path}"/>')
 
     def __str__(self) -> str:
-        """The SVG file."""
+        """Content of the SVG file."""
         return "\n".join([*self._parts, "</svg>", ""])

@@ -1,7 +1,8 @@
-"""The main job on the built-in cohort, in one process: what `make demo` runs.
+"""Demo of the whole workflow on the built-in cohort, in one process; `make demo` runs it.
 
-Simulated subjects are written as NIfTI, one of them as DICOM too. An encoder is pretrained on them without labels,
-fine-tuned on five labelled volumes beside its from-scratch twin, measured, exported, and run on the DICOM series.
+Simulated subjects are written as NIfTI, one of them also as DICOM. An encoder is pretrained on them without labels and
+fine-tuned on five labelled volumes. A network of the same architecture is trained from scratch. Both are evaluated, and
+the fine-tuned network is exported and run on the DICOM series.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ from medim.training.pretrain.run import pretrain
 from medim.training.pretrain.run import resolve_pretrain_config as pretrain_config
 
 LABELLED = 5
-SPACING = 4.0  # mm, that of the preset
+SPACING = 4.0  # mm, as in the preset
 
 
 def main() -> None:
-    """Run every part, time it, and print what was measured."""
+    """Run and time all parts, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"))
-    parser.add_argument("--accelerator", default="auto", help="auto, cpu, cuda; cuda has not been run yet")
+    parser.add_argument("--accelerator", default="auto", help="auto, cpu or cuda; cuda is not tested")
     arguments = parser.parse_args()
     if arguments.accelerator in ("cuda", "gpu") and not torch.cuda.is_available():
-        parser.error(f"--accelerator {arguments.accelerator}: no CUDA device here. See `medim doctor`.")
+        parser.error(f"--accelerator {arguments.accelerator}: no CUDA device is available. Run `medim doctor`.")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("medim").setLevel(logging.INFO)
     out, console, seconds = prepare_output_folder(arguments.out, overwrite=True), Console(), {}

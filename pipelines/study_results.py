@@ -1,4 +1,4 @@
-"""A study's table and curves for docs/results.md, and its page for docs/reports/; nothing is run.
+"""Write the table and curves of a finished study to docs/results.md, and copy its page to docs/reports/.
 
 python pipelines/study_results.py --study studies/study-xray --name xray --page docs/results.md
 """
@@ -18,10 +18,10 @@ from medim.study.report.view import StudyView, arm_title, open_study
 
 
 def main() -> None:
-    """Write the section, the figure and the copy of the page."""
+    """Write the section and the figure, and copy the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--study", type=Path, required=True)
-    parser.add_argument("--name", required=True, help="of the section '<name> study', the figure and the page")
+    parser.add_argument("--name", required=True, help="name of the section '<name> study', the figure and the page")
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
     arguments = parser.parse_args()
     study, docs = open_study(arguments.study), arguments.page.parent
@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def format_study_section(study: StudyView) -> str:
-    """What the study says in labels, its table, and what it cost."""
+    """Format the section of a study: labels saved, table of results, and computing time."""
     summary = study.summary
     sentences = [
         f"- **{arm}**: {row['labels_saved']['sentence']}"
@@ -49,7 +49,7 @@ def format_study_section(study: StudyView) -> str:
 
 
 def _list_comparable_arms(study: StudyView) -> list[str]:
-    """Fine-tuned arms, of which labels saved can be told."""
+    """List the fine-tuned arms with an estimate of the labels saved."""
     arms = [arm for arm in study.arms if any(row["arm"] == arm for row in study.rows)]
     return [arm for arm in arms if study.best_row(arm)["labels_saved"]]
 
@@ -66,7 +66,7 @@ def _format_study_row(study: StudyView, arm: str, budget: str) -> list[str]:
 
 
 def draw_study(study: StudyView, path: Path) -> None:
-    """Every arm over the label budgets; bars are 95 % intervals of the scratch twin and of fine-tuned arms."""
+    """Draw all arms over the label budgets; bars are 95 % intervals of from-scratch and fine-tuned arms."""
     with open_figure(1, 1, (6.0, 3.2)) as (figure, grid):
         axes = grid[0, 0]
         for arm in study.arms:

@@ -1,7 +1,7 @@
-"""Which objective for 28x28 X-rays: frozen linear probes of one encoder, pretrained by each for one budget of steps.
+"""Comparison of objectives for 28x28 X-rays by linear probes of frozen encoders after the same number of steps.
 
-Seed 0 for every objective, three seeds for the two best. Encoder, views, schedule and batch are those of the preset
-`xray-28`; only the objectives differ. What is finished is kept.
+All objectives are trained with seed 0, the two best with three seeds. Encoder, views, schedule and batch are those of
+the preset `xray-28`; only the objectives differ. Finished runs are kept.
 
     python pipelines/xray_objectives.py --data pneumoniamnist.npz --out studies/objectives
 """
@@ -24,15 +24,15 @@ from medim.evaluation.probing.probe import probe
 from medim.files import read_json
 from medim.training.pretrain.run import pretrain
 
-Aurocs = dict[tuple[str, str], float]  # by what the probe sees and the label budget
+Aurocs = dict[tuple[str, str], float]  # by input of the probe and label budget
 STEPS, SUBSETS, FRACTIONS, MAPS = 1000, range(5), (0.01, 0.1), {"summary": (), "summary and maps": None}
 FIRST_RUN = "DIM-L---InfoNCE-0"
 BASE = load_config("pretrain", "xray-28", [f"max_steps={STEPS}"])
-ARMS = {name: sections for name, sections in build_arms(BASE).items() if name != "SimCLR"}  # it came after the table
+ARMS = {name: sections for name, sections in build_arms(BASE).items() if name != "SimCLR"}  # not part of the table
 
 
 def measure_arm(arm: str, seed: int, index: Index, out: Path) -> tuple[dict[str, Any], Aurocs]:
-    """An encoder's summary, and its probes' mean AUROC over the label subsets by what they see and the labels."""
+    """Pretrain an encoder; return its summary, and the mean AUROC of its probes by input and label budget."""
     settings = BASE.model_copy(update={"objectives": ARMS[arm]})
     folder = get_run_folder(out, arm, seed)
     run = run_once(folder, partial(pretrain, settings, index, seed=seed, store=out / "store"))
@@ -40,7 +40,7 @@ def measure_arm(arm: str, seed: int, index: Index, out: Path) -> tuple[dict[str,
 
 
 def read_probe_aurocs(run: Path, features: str, index: Index, out: Path) -> Aurocs:
-    """Mean AUROC over the label subsets; the untrained encoder and the pixels are probed beside the first run."""
+    """Read the mean AUROC over label subsets; untrained encoder and pixels are probed only with the first run."""
     aurocs: Aurocs = {}
     for source, maps in MAPS.items():
         probe_folder = run / f"probe-{source.replace(' ', '-')}"
@@ -54,7 +54,7 @@ def read_probe_aurocs(run: Path, features: str, index: Index, out: Path) -> Auro
 
 
 def main() -> None:
-    """Run what is missing, and write the table."""
+    """Run all missing runs and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)

@@ -1,9 +1,9 @@
-"""What pretraining is worth for telling pneumonia in 28x28 X-rays: a table of docs/results.md, from nothing.
+"""Benefit of pretraining for pneumonia classification in 28x28 X-rays: a table of docs/results.md.
 
-Three encoders are pretrained without labels. For each label budget and five draws of it, they are fine-tuned beside
-their from-scratch twins by one schedule; frozen, they are probed beside an untrained encoder and the pixels, on the
-very same labels. All is measured on the validation split. What is finished is kept, so the study can be stopped and
-started at any time.
+Three encoders are pretrained without labels. For each label budget and five label subsets, they are fine-tuned, and the
+same network is trained from scratch with the same schedule. Linear probes of the frozen encoders are compared with
+probes of an untrained encoder and of the pixels, on the same labels. All metrics are of the validation split. Finished
+runs are kept, so the study can be interrupted and restarted.
 
     python pipelines/xray_pneumonia.py --data pneumoniamnist.npz --out studies/xray --page docs/results.md
 """
@@ -41,17 +41,17 @@ from medim.training.pretrain.run import pretrain
 SEEDS, SUBSETS = (0, 1, 2), (0, 1, 2, 3, 4)
 FRACTIONS = (0.01, 0.1, 1.0)
 TWIN, OURS = "from scratch", "fine-tuned"
-HEADS = {TWIN: "random", OURS: "probe"}  # what suited each arm, on other subsets than these
+HEADS = {TWIN: "random", OURS: "probe"}  # best head initialisation of each arm on other label subsets
 PROBES = {"encoder": "frozen, linear probe", "random": "untrained, linear probe", "pixels": "pixels, PCA, linear"}
 
 
 def main() -> None:
-    """Run what is missing, and write the table."""
+    """Run all missing runs and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
-    parser.add_argument("--only-run", action="store_true", help="leave the page as it is")
+    parser.add_argument("--only-run", action="store_true", help="do not write the page")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     index, out, store = build_index(arguments.data, "xray"), arguments.out, arguments.out / "store"
@@ -66,7 +66,7 @@ def main() -> None:
     for s in SEEDS:
         if not (out / f"probe-{s}" / "probe.json").is_file():
             budgets = [Budget(fraction=fraction) for fraction in FRACTIONS]
-            anchors = s == SEEDS[0]  # an untrained encoder and the pixels know of no pretraining
+            anchors = s == SEEDS[0]  # untrained encoder and pixels do not depend on the pretraining seed
             options: dict[str, Any] = {"budgets": budgets, "seeds": SUBSETS, "anchors": anchors, "store": store}
             probe(encoders[s], index, out / f"probe-{s}", overwrite=True, **options)
 
