@@ -1,6 +1,6 @@
-"""Claim: the `affine` augmentation costs a fraction of MONAI's `RandAffine`, which gives the same images.
+"""Claim: the `affine` augmentation needs a fraction of the time of MONAI's `RandAffine` for the same images.
 
-Median ratio of the time a view, in turn, in one process, one thread.
+Median ratio of the time per view: alternating calls in one process with one thread.
 
     python benchmarks/affine.py --out affine.json
 """
@@ -23,7 +23,7 @@ SHAPES = ((28, 28), (128, 128), (40, 56, 40))
 
 
 def main() -> None:
-    """Measure every shape, print the ratios, write them."""
+    """Measure all shapes; print and write the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("affine.json"))
     parser.add_argument("--rounds", type=int, default=50)
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def measure_affine(shape: tuple[int, ...], rounds: int) -> Ratio:
-    """Ratio of a call of ours to one of MONAI's."""
+    """Measure the ratio of a call of medim to a call of MONAI."""
     dims, image = len(shape), torch.rand(1, *shape)
     ours = AUGMENTATIONS["affine"](spatial_dims=dims, rotate=10.0, scale=0.1, translate=3.0, probability=1.0)
     angles, sizes, shifts = [math.radians(10.0)] * (1 if dims == 2 else 3), [0.1] * dims, [3.0] * dims

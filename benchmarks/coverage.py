@@ -1,12 +1,12 @@
-"""Claim: the 95 % intervals of `medim study` hold the truth in at least 90 % of studies, and hardly ever in over 98 %.
+"""Claim: the coverage of the 95 % intervals of `medim study` is at least 90 % and rarely above 98 %.
 
-Synthetic studies with a known effect: runs of S pretraining seeds and T label subsets on N subjects. `MIXES` says which
-share of the variance of the mean difference comes from seeds, subsets, their interaction, subjects, seeds x subjects,
-subsets x subjects, and the rest. Where there is one seed or subset, the truth is that of this seed or subset. AUROC is
-of normal scores whose signal differs from run to run. Beside coverage and width stand those of the percentile bootstrap
-over the same resamples, with seeds and subsets resampled too. Then the share of null studies (two arms, three
-budgets, Holm) that raise any alarm, and how often the labels that an encoder is worth, three times its own, are inside
-their interval.
+Synthetic studies have a known effect, with runs of S pretraining seeds and T label subsets on N subjects. `MIXES`
+defines the fractions of the variance of the mean difference due to seeds, subsets, their interaction, subjects, seeds x
+subjects, subsets x subjects, and the rest. With one seed or subset, the true value is that of this seed or subset.
+AUROC is computed for normal scores with a signal that varies between runs. Coverage and width are compared with those
+of the percentile bootstrap over the same resamples, with seeds and subsets resampled too. Two more results are the
+fraction of null studies (two arms, three budgets, Holm correction) with a false alarm, and the coverage of the interval
+of the equivalent labels, if the encoder is worth three times its labels.
 
     OMP_NUM_THREADS=1 python benchmarks/coverage.py --out coverage.json
 """
@@ -35,7 +35,7 @@ GRIDS = ((1, 1), (1, 3), (3, 3), (3, 5), (5, 5))
 SUBJECTS = (20, 70, 500)
 RESAMPLES = 400
 EFFECT = 0.3
-MIXES = {  # of the variance: seeds, subsets, both, subjects, seeds x subjects, subsets x subjects, all three
+MIXES = {  # variance fractions: seeds, subsets, both, subjects, seeds x subjects, subsets x subjects, all three
     "subjects": (0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0),
     "noise": (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0),
     "both": (0.0, 0.0, 0.0, 0.5, 0.0, 0.0, 0.5),
@@ -44,12 +44,12 @@ MIXES = {  # of the variance: seeds, subsets, both, subjects, seeds x subjects, 
     "runs": (0.0, 0.0, 0.8, 0.1, 0.0, 0.0, 0.1),
     "even": (0.2, 0.2, 0.1, 0.2, 0.1, 0.1, 0.1),
 }
-SIGNALS = {"subjects": (0.0, 0.0, 0.0), "even": (0.15, 0.15, 0.15), "runs": (0.0, 0.0, 0.4)}  # of seeds, subsets, both
+SIGNALS = {"subjects": (0.0, 0.0, 0.0), "even": (0.15, 0.15, 0.15), "runs": (0.0, 0.0, 0.4)}  # SD: seeds, subsets, both
 StudySampler = Callable[[np.random.Generator], tuple[Scores, Scores, float]]  # both arms and the true difference
 
 
 def main() -> None:
-    """Measure, print and write."""
+    """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--repetitions", type=int, default=500)
@@ -76,12 +76,12 @@ def main() -> None:
 
 
 def format_result_row(row: dict[str, Any]) -> str:
-    """A row as text."""
+    """Format a row as text."""
     return "\t".join(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values())
 
 
 def measure_coverage(study: StudySampler, repetitions: int) -> dict[str, float]:
-    """How often the intervals hold the truth, and their median width; the percentile bootstrap's beside them."""
+    """Measure coverage and median width of the intervals, and of those of the percentile bootstrap."""
     hits, widths = np.zeros((repetitions, 2)), np.zeros((repetitions, 2))
     for number in range(repetitions):
         rng = np.random.default_rng(number)
@@ -101,7 +101,7 @@ def measure_coverage(study: StudySampler, repetitions: int) -> dict[str, float]:
 
 
 def compute_percentile_interval(scores: Scores, rng: np.random.Generator) -> tuple[float, float]:
-    """The crossed bootstrap's 95 % percentile interval."""
+    """Compute the 95 % percentile interval of the crossed bootstrap."""
     values = scores.values[..., 1:]
     shares = [rng.multinomial(n, np.full(n, 1 / n), size=values.shape[2]) / n for n in values.shape[:2]]
     low, high = np.nanpercentile(np.einsum("str,rs,rt->r", values, *shares), [2.5, 97.5])
@@ -111,7 +111,7 @@ def compute_percentile_interval(scores: Scores, rng: np.random.Generator) -> tup
 def build_mean_study(
     seeds: int, subsets: int, count: int, mix: str, *, effect: float = EFFECT, unequal: bool = False
 ) -> StudySampler:
-    """A metric that is a mean over cases: one case a subject, or one to ten."""
+    """Build a study with a mean over cases as metric, with one case per subject, or one to ten if `unequal`."""
     subjects = [str(number) for number in range(count)]
     base_resamples = draw_resamples(subjects, resamples=RESAMPLES)
 
@@ -128,7 +128,11 @@ def build_mean_study(
 
 
 def draw_differences(rng: np.random.Generator, shape: tuple[int, int, int], mix: str) -> tuple[Array, float]:
-    """Deviations (S, T, N) from the effect, and what of them belongs to the truth where a level was drawn once."""
+    """Draw deviations (S, T, N) from the effect.
+
+    Returns:
+        The deviations, and their sum over levels that were drawn only once; this sum is part of the true effect.
+    """
     axes = ((0,), (1,), (0, 1), (2,), (0, 2), (1, 2), (0, 1, 2))
     total, truth = np.zeros(shape), 0.0
     for level_axes, share in zip(axes, MIXES[mix], strict=True):
@@ -141,7 +145,7 @@ def draw_differences(rng: np.random.Generator, shape: tuple[int, int, int], mix:
 
 
 def build_auroc_study(seeds: int, subsets: int, count: int, mix: str) -> StudySampler:
-    """AUROC of an arm whose runs differ in their signal against one whose runs do not; a third are ill."""
+    """Build a study with AUROC as metric: the signal varies between runs in one arm only; prevalence is one third."""
     shapes = ((seeds, 1, 1), (1, subsets, 1), (seeds, subsets, 1))
     labels = (np.arange(count) % 3 == 0).astype(np.intp)
     resamples = draw_resamples([str(number) for number in range(count)], resamples=RESAMPLES)
@@ -163,12 +167,12 @@ def build_auroc_study(seeds: int, subsets: int, count: int, mix: str) -> StudySa
 
 
 def build_auroc_statistic(scores: Array, labels: Array) -> Any:
-    """AUROC of scores (N,), as a statistic."""
+    """Build the AUROC of scores (N,) as a statistic."""
     return classification_statistics(np.stack([-scores, scores], axis=1), labels)["auroc"]
 
 
 def measure_false_alarms(mix: str, repetitions: int) -> float:
-    """The share of studies without any effect in which a comparison is called a benefit or harm."""
+    """Measure the fraction of studies without effect that report a benefit or harm in any comparison."""
     null = build_mean_study(3, 3, 20, mix, effect=0.0)
     cells = list(product(("first", "second"), ("1", "10", "100")))
     alarms = 0
@@ -180,7 +184,7 @@ def measure_false_alarms(mix: str, repetitions: int) -> float:
 
 
 def measure_labels_coverage(mix: str, repetitions: int) -> float:
-    """How often 30 labels are inside the interval of what ten are worth, where the truth is 30."""
+    """Measure the coverage of the interval of the equivalent labels of 10 labels, for a true value of 30."""
     budgets, subjects = (10, 100, 1000), 20
     resamples, hits = draw_resamples([str(number) for number in range(subjects)], resamples=RESAMPLES), 0
 

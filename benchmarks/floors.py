@@ -1,8 +1,8 @@
-"""The floor of each objective: what its arithmetic costs alone, without what surrounds it in medim.
+"""Floor of each objective: its minimum arithmetic without the overhead of medim.
 
 A part is one matrix product, convolution, norm or softmax, forward and backward, on random tensors of the sizes that
-the method needs. `FLOORS` gives each objective's parts, counted from the papers' formulas and not from medim's code.
-Activations, sums, indices, masks and copies are left out: what they cost lies above the floor.
+the method requires. `FLOORS` lists the parts of each objective, derived from the formulas of the papers and not from
+the code of medim. Activations, sums, indices, masks and copies are omitted; their cost is above the floor.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ CONVOLUTIONS: dict[int, Callable[..., torch.Tensor]] = {1: F.conv1d, 2: F.conv2d
 
 
 def build_floor_parts(section: dict[str, Any], **sizes: Any) -> list[FloorPart]:
-    """The parts of an objective.
+    """Build the parts of an objective.
 
     Args:
-        section: the objective's, as in a config.
-        **sizes: what `medim.objectives.objective.encoder_info` says, `view_count`, and the number `images` of a batch.
+        section: section of the objective in a config.
+        **sizes: output of `medim.objectives.objective.encoder_info`, `view_count`, and `images`, the batch size.
     """
     return FLOORS[section["name"]](SimpleNamespace(**sizes | _fill_defaults(OBJECTIVES, section)))
 
 
 def build_local_dim_parts(options: Any) -> list[FloorPart]:
-    """In every view: critic, scores and softmax of summaries against locals."""
+    """Build the parts of `local_dim`: per view, critic, scores and softmax of summaries and local features."""
     cells, globals_ = math.prod(options.grids[options.level]), 1
     if options.summary_level is not None:
         globals_ = math.prod(options.grids[options.summary_level])
@@ -48,7 +48,7 @@ def build_local_dim_parts(options: Any) -> list[FloorPart]:
 
 
 def build_global_dim_parts(options: Any) -> list[FloorPart]:
-    """The convolutions over the map, where there are any; then the same, with one local an image."""
+    """Build the parts of `global_dim`: convolutions over the map, then as `local_dim` with one feature per image."""
     dims, grid, width = len(options.grids[options.level]), options.grids[options.level], options.channels[options.level]
     parts: list[FloorPart] = []
     for wider in options.reduce:
@@ -59,10 +59,10 @@ def build_global_dim_parts(options: Any) -> list[FloorPart]:
 
 
 def _build_contrast_parts(options: Any, channels: int, cells: int, globals_: int) -> list[FloorPart]:
-    """The critic and the softmax over its scores."""
+    """Build the parts of a critic and the softmax over its scores."""
     critic = SimpleNamespace(**_fill_defaults(CRITICS, options.critic))
     locals_, summaries = options.images * cells, options.images * globals_
-    score_count = locals_ if options.negatives == "all" else 2 * cells  # by each summary
+    score_count = locals_ if options.negatives == "all" else 2 * cells  # scores per summary
     if critic.name == "encode_and_dot":
         parts = _build_embedding_parts(options.images, channels, cells, critic.width, critic.local_norm)
         parts += _build_embedding_parts(
@@ -82,7 +82,7 @@ def _build_contrast_parts(options: Any, channels: int, cells: int, globals_: int
 
 
 def _build_embedding_parts(images: int, channels: int, cells: int, width: int, norm: str) -> list[FloorPart]:
-    """Of encode-and-dot: two layers with BN between, a shortcut, and a norm."""
+    """Build the parts of an encode-and-dot embedding: two layers with batch norm between, a shortcut and a norm."""
     input_shape, hidden_shape = (images, channels, cells), (images, width, cells)
     norms = {"layer": [build_layer_norm(images * cells, width)], "batch": [build_batch_norm(hidden_shape)], "none": []}
     layers = [build_convolution(shape, width, (1,)) for shape in (input_shape, hidden_shape, input_shape)]
@@ -98,7 +98,7 @@ def _build_standardise_parts(options: Any, globals_: int) -> list[FloorPart]:
 
 
 def build_coordinates_parts(options: Any) -> list[FloorPart]:
-    """Two hidden layers with BN, and a softmax an axis, at the points of every view."""
+    """Build the parts of `coordinates`: per point, two hidden layers with batch norm, and one softmax per axis."""
     grid = options.grids[options.level]
     rows = options.images * options.view_count * min(options.points or math.inf, math.prod(grid))
     width = (
@@ -115,7 +115,11 @@ def build_coordinates_parts(options: Any) -> list[FloorPart]:
 
 
 def build_prior_matching_parts(options: Any) -> list[FloorPart]:
-    """Its own step: prior and summaries through D, and once more for the slope of the penalty; then the encoder's."""
+    """Build the parts of `prior_matching`.
+
+    The step of the discriminator processes prior samples and summaries, and the gradient penalty; the step of the
+    encoder processes the summaries.
+    """
     rows = options.images * options.view_count
     return [
         build_linear(count, *widths)
@@ -125,13 +129,13 @@ def build_prior_matching_parts(options: Any) -> list[FloorPart]:
 
 
 def build_reconstruction_parts(options: Any) -> list[FloorPart]:
-    """From decoded voxels to the image."""
+    """Build the part of `reconstruction`: projection of decoded voxels to the image."""
     shape = (options.images * options.view_count, options.decoded_channels, *options.input_shape)
     return [build_convolution(shape, options.in_channels, (1,) * len(options.input_shape))]
 
 
 def build_dense_dim_parts(options: Any) -> list[FloorPart]:
-    """Both sides projected at the points, scores and softmax within each image, or over the batch."""
+    """Build the parts of `dense_dim`: projections at the points, scores and softmax per image or over the batch."""
     rows, width = options.images * options.points, options.width
     groups, points = (options.images, options.points) if options.negatives == "same_image" else (1, rows)
     projection = [build_linear(rows, options.decoded_channels, width), build_linear(rows, width, width)]
@@ -140,7 +144,11 @@ def build_dense_dim_parts(options: Any) -> list[FloorPart]:
 
 
 def build_cpc_parts(options: Any) -> list[FloorPart]:
-    """The context's gated convolutions; a step: prediction, scores of all locals of its rows, softmax."""
+    """Build the parts of `cpc`.
+
+    These are the gated convolutions of the context, and per predicted step: prediction, scores of all local features in
+    its rows, and softmax.
+    """
     grid, width, images = (
         options.grids[options.level],
         options.channels[options.level],
@@ -157,7 +165,7 @@ def build_cpc_parts(options: Any) -> list[FloorPart]:
 
 
 def build_vae_parts(options: Any) -> list[FloorPart]:
-    """The spread from the last map, and the decoder."""
+    """Build the parts of `vae`: standard deviations from the last map, and the decoder."""
     images, channels = options.images * options.view_count, options.channels[-1]
     decoder = ImageDecoder(
         options.summary_channels,
@@ -177,7 +185,7 @@ def build_vae_parts(options: Any) -> list[FloorPart]:
 
 
 def build_amdim_parts(options: Any) -> list[FloorPart]:
-    """A head on each map and one on the summary; scores and softmax of three pairs, in both directions."""
+    """Build the parts of `amdim`: heads on maps and summary; scores and softmax of three pairs in both directions."""
     images, width = options.images * options.view_count, options.width
     parts = [build_batch_norm((images, width))]
     if options.summary_channels != width:
@@ -197,7 +205,7 @@ def build_amdim_parts(options: Any) -> list[FloorPart]:
 
 
 def build_simclr_parts(options: Any) -> list[FloorPart]:
-    """Two layers on the summary of every view; scores and softmax of every view against every view."""
+    """Build the parts of `simclr`: two layers on the summary of each view; scores and softmax of all pairs of views."""
     images = options.images * options.view_count
     widths = (options.summary_channels, options.hidden or options.summary_channels, options.width)
     return [
@@ -223,40 +231,40 @@ FLOORS: dict[str, Callable[[Any], list[FloorPart]]] = {
 
 
 def build_operation(function: Callable[..., torch.Tensor], *shapes: tuple[int, ...]) -> FloorPart:
-    """Forward and backward pass of a function on random tensors of these shapes."""
+    """Build the forward and backward pass of a function on random tensors."""
     inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
     slope = torch.randn_like(function(*inputs))
     return lambda: torch.autograd.grad(function(*inputs), inputs, slope)
 
 
 def build_linear(rows: int, in_features: int, out_features: int) -> FloorPart:
-    """A matrix product: (rows, before) and (before, after)."""
+    """Build a matrix product of (rows, in_features) and (in_features, out_features)."""
     return build_operation(F.linear, (rows, in_features), (out_features, in_features))
 
 
 def build_convolution(shape: tuple[int, ...], out_channels: int, kernel: tuple[int, ...]) -> FloorPart:
-    """An unpadded convolution of (N, C, ...)."""
+    """Build an unpadded convolution of (N, C, ...)."""
     return build_operation(CONVOLUTIONS[len(kernel)], shape, (out_channels, shape[1], *kernel))
 
 
 def build_batch_norm(shape: tuple[int, ...]) -> FloorPart:
-    """Of (N, C, ...) over all but C."""
+    """Build a batch norm of (N, C, ...) over all axes except C."""
     return build_operation(
         lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True), shape, shape[1:2], shape[1:2]
     )
 
 
 def build_layer_norm(rows: int, width: int) -> FloorPart:
-    """Of (rows, width) over width."""
+    """Build a layer norm of (rows, width) over width."""
     return build_operation(lambda x, w, b: F.layer_norm(x, (width,), w, b), (rows, width), (width,), (width,))
 
 
 def build_softmax(rows: int, classes: int) -> FloorPart:
-    """The logarithm of a softmax over the classes of each row."""
+    """Build a log-softmax over the classes of each row."""
     return build_operation(lambda x: F.log_softmax(x, dim=1), (rows, classes))
 
 
 def _fill_defaults(table: dict[str, Any], section: dict[str, Any]) -> dict[str, Any]:
-    """A section, with the defaults of what it leaves out."""
+    """Add default values of missing options to a section."""
     parameters = inspect.signature(table[section["name"]]).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | section

@@ -1,8 +1,8 @@
-"""What looking at DICOM headers costs: the index beside a plain pydicom loop, and its memory as the source grows.
+"""Time of indexing DICOM files compared with a loop of pydicom, and memory as a function of the number of files.
 
     python benchmarks/index.py --data ../shared/data/mri-dicom --out index.json
 
-The files are made from real series: each series again and again with UIDs of its own, slices of at most 64 x 64 pixels.
+The files are copies of real series with new UIDs and slices of about 64 x 64 pixels.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from medim.data.parallel import count_cpus
 from medim.data.readers import DICOM
 from medim.files import write_json
 
-SLICES = 100  # files a series
-SIDE = 64  # pixels
+SLICES = 100  # files per series
+SIDE = 64  # target image size in pixels
 
 
 def write_series_copies(source: Path, out: Path, series: int) -> list[Path]:
-    """Write `series` series of `SLICES` files each, in turn from each real one."""
+    """Write `series` series of `SLICES` files each; the real series are used in turn."""
     source_series = [
         [pydicom.dcmread(path) for path in sorted(folder.iterdir())] for folder in sorted(source.glob("*/*/"))
     ]
@@ -64,28 +64,28 @@ def _offset_along_normal(orientation: Sequence[float], distance: float) -> list[
 
 
 def read_headers(paths: Sequence[Path]) -> None:
-    """The loop that everybody writes."""
+    """Read all headers in a loop of pydicom."""
     for path in paths:
         pydicom.dcmread(path, stop_before_pixels=True)
 
 
 def time_call(function: Callable[[], object]) -> float:
-    """By the clock: processes work side by side."""
+    """Measure the wall time of a call, because several processes work in parallel."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def measure_peak_memory(folder: Path) -> int:
-    """Bytes that a process that indexes a folder takes at its highest, and the largest of its workers."""
+    """Measure the peak memory of indexing a folder: process and its largest worker, in bytes."""
     process = subprocess.run([sys.executable, __file__, "--measure", str(folder)], check=True, capture_output=True)
     return int(process.stdout)
 
 
 def main() -> None:
-    """Make the files, measure, write."""
+    """Create the files; measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, help="real series, a folder each in a folder a study")
+    parser.add_argument("--data", type=Path, help="folder with real series: STUDY/SERIES/*")
     parser.add_argument("--out", type=Path, default=Path("index.json"))
     parser.add_argument("--series", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)

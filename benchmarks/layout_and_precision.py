@@ -1,7 +1,7 @@
-"""Claim: convolutions channels last and bf16 autocast make a pretraining step of the shipped presets cheaper.
+"""Claim: channels-last convolutions and bf16 autocast reduce the time of a pretraining step of the built-in presets.
 
-For each preset: seconds of forward and backward pass of encoder and objectives in each of the four combinations over
-those of fp32 with channels first; in turn, in one process, median of several rounds.
+For each preset, forward and backward pass of encoder and objectives are timed in each of the four combinations,
+relative to fp32 with channels first: alternating calls in one process, median of several rounds.
 
     python benchmarks/layout_and_precision.py --out layout_and_precision.json
 """
@@ -23,7 +23,7 @@ PRESETS = ("mri-crop", "xray-28")
 
 
 def main() -> None:
-    """Measure every preset, print the ratios, write them."""
+    """Measure all presets; print and write the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("layout_and_precision.json"))
     parser.add_argument("--rounds", type=int, default=7)
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def measure_layouts(preset: str, rounds: int) -> dict[str, Ratio]:
-    """Ratios of the combinations."""
+    """Measure the ratios of the combinations."""
     steps = {
         f"{precision} channels {layout}": build_layout_step(preset, bf16=precision == "bf16", last=layout == "last")
         for precision in ("fp32", "bf16")
@@ -45,7 +45,7 @@ def measure_layouts(preset: str, rounds: int) -> dict[str, Ratio]:
 
 
 def build_layout_step(preset: str, *, bf16: bool, last: bool) -> Callable[[], None]:
-    """One forward and backward pass of a preset on random views."""
+    """Build a forward and backward pass of a preset on random views."""
     run = RunParts.from_config(load_config("pretrain", preset))
     for part in (run.encoder, run.decoder):
         if last and part is not None:

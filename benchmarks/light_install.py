@@ -1,13 +1,13 @@
-"""Claim: in the light install, without PyTorch and without a network, a package answers as PyTorch did in training.
+"""Claim: the light install, without PyTorch and network access, gives the same predictions as PyTorch in training.
 
-Trains a small hippocampus segmenter and a small X-ray classifier, exports them, puts the wheel alone into a fresh
-environment, and runs its `medim predict` in a network namespace of its own on real DICOM. Printed and written: voxels
-that differ from the torch pipeline and Dice against it, the largest difference of a probability, seconds and peak
-memory of the whole process; and how a wrong body part and a wrong modality end.
+A small hippocampus segmenter and a small X-ray classifier are trained and exported. The wheel is installed in a new
+environment, and its `medim predict` is run on real DICOM files in a separate network namespace. Printed and written are
+the voxels that differ from the torch pipeline and the Dice with it, the largest difference of a probability, time and
+peak memory of the process, and the results for a wrong body part and a wrong modality.
 
     python benchmarks/light_install.py --data ../shared/data --work light-install --out light_install.json
 
-What lies in the folder of `--work` is used again.
+Existing results in the folder `--work` are reused.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ child = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ, file_actions=[(os
 _, status, usage = os.wait4(child, 0)
 seconds, peak = time.perf_counter() - began, usage.ru_maxrss / 1000
 print(json.dumps({"exit": os.waitstatus_to_exitcode(status), "seconds": round(seconds, 2), "peak_mb": round(peak)}))
-"""  # a small process of its own: what forks a large one passes its peak on
-RULES = {"body_part": ["CHEST", "EXTREMITY"]}  # RG3_J2KI is an EXTREMITY, test4 a RIBCAGE
+"""  # run in a small process, because a child that is forked from a large process inherits its peak memory
+RULES = {"body_part": ["CHEST", "EXTREMITY"]}  # body part of RG3_J2KI: EXTREMITY, of test4: RIBCAGE
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("light-install"))
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def install_wheel(work: Path) -> Path:
-    """The bin/ of an environment with the wheel of this tree and what it asks for, at the tested versions."""
+    """Install the wheel of this tree with its dependencies at the tested versions; return the folder bin/."""
     binaries = work / "venv" / "bin"
     build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", work / "dist", REPOSITORY]
     _run_command(build, work)
@@ -104,14 +104,14 @@ def install_wheel(work: Path) -> Path:
 
 
 def measure_install_size(folder: Path) -> dict[str, int]:
-    """What an environment holds, in MB: in all, and without pip and the byte code that Python writes."""
+    """Measure the size of an environment in MB: total, and without pip and byte code."""
     files = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink()}
     package_files = {path for path in files if not {"pip", "__pycache__"} & set(path.parts)}
     return {"all": sum(files.values()) // 10**6, "packages": sum(files[path] for path in package_files) // 10**6}
 
 
 def train_model(work: Path, data: Path, name: str, *, steps: int) -> Path:
-    """The run of a small segmenter or classifier."""
+    """Train a small segmenter or classifier."""
     kinds = {
         "segmenter": ["segmentation", "mri", "mri-crop-segmentation", data / "mri-hippocampus"],
         "classifier": ["classification", "xray", "xray-28-classification", data / "xray-pneumonia/pneumoniamnist.npz"],
@@ -127,7 +127,7 @@ def train_model(work: Path, data: Path, name: str, *, steps: int) -> Path:
 
 
 def export_package(work: Path, name: str, run: Path) -> Path:
-    """The package of a run."""
+    """Export a run as a package."""
     out = work / f"{name}-package"
     if not out.is_dir():
         rules = work / "rules.json"
@@ -138,7 +138,7 @@ def export_package(work: Path, name: str, run: Path) -> Path:
 
 
 def compare_segmentation(binaries: Path, package: Path, run: Path, series: Path, out: Path) -> dict[str, Any]:
-    """A series in the light install against the same run under torch, on the series' own grid."""
+    """Compare the prediction of a series in the light install with that of the run in torch, on the native grid."""
     from medim.evaluation.evaluate import open_network
     from medim.predict.predict import predict
 
@@ -160,7 +160,7 @@ def compare_segmentation(binaries: Path, package: Path, run: Path, series: Path,
 
 
 def compare_classification(binaries: Path, package: Path, run: Path, data: Path, out: Path) -> dict[str, Any]:
-    """X-rays, one of them stored inverted, in the light install against torch; and as DICOM reports."""
+    """Compare predictions for X-rays, one stored inverted, in the light install with torch; check DICOM reports."""
     from medim.evaluation.evaluate import open_network
     from medim.predict.predict import predict
 
@@ -182,7 +182,7 @@ def compare_classification(binaries: Path, package: Path, run: Path, data: Path,
 
 
 def check_rejections(binaries: Path, package: Path, data: Path, out: Path) -> dict[str, Any]:
-    """How what the package is not for ends: the exit code, and the reason of each file."""
+    """Predict images that the package must reject; return the exit code, and the reason of each file."""
     out.mkdir(parents=True, exist_ok=True)
     other = pydicom.dcmread(data / XRAYS[2])
     other.Modality, other.SOPInstanceUID = "CT", f"{other.SOPInstanceUID}.1"
@@ -202,7 +202,7 @@ def check_rejections(binaries: Path, package: Path, data: Path, out: Path) -> di
 def predict_offline(
     binaries: Path, package: Path, inputs: Sequence[Path], out: Path, *, output_format: str, code: int = 0
 ) -> dict[str, Any]:
-    """`medim predict` in a network namespace of its own: exit code, seconds, and the peak of memory."""
+    """Run `medim predict` in a separate network namespace; return exit code, seconds and peak memory."""
     command = [
         *find_namespace_command(),
         binaries / "medim",
@@ -229,15 +229,15 @@ def predict_offline(
 
 
 def find_namespace_command() -> list[str]:
-    """The command that runs another one without a network."""
+    """Find the command prefix that disables network access."""
     for command in (["unshare", "--net"], ["unshare", "--net", "--map-root-user"]):
         if subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0:
             return command
-    raise SystemExit("unshare --net: expected root, or unprivileged user namespaces, to run without a network.")
+    raise SystemExit("unshare --net: root or unprivileged user namespaces are required to disable network access.")
 
 
 def build_clean_environment() -> dict[str, str]:
-    """This environment's variables without those of its Python."""
+    """Build the environment variables without those of Python."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
 

@@ -1,9 +1,9 @@
-"""Claim: how fast crops come from the store, and when loading would start to limit a run.
+"""Speed of loading crops from the store, and step time below which loading limits a run.
 
-For a preset on a set of images: crops a second of one core, of images read for the first time and of images that are in
-RAM; the seconds of a step (one thread); the share of a step that a run without loading processes would wait; and the
-step time at which N loading processes on cores of their own would start to limit. Processor seconds throughout, which
-other work on the machine moves less than a clock on the wall.
+For a preset on a set of images, these values are measured: crops per second and core, for images that are read for the
+first time and for images in memory; the time of a step (one thread); the fraction of a step that a run without loading
+processes would wait; and the step time below which N loading processes on separate cores limit the run. All times are
+CPU times, which depend less than wall times on other processes of the machine.
 
     OMP_NUM_THREADS=1 python benchmarks/loading.py --preset mri --out loading.json
 """
@@ -32,11 +32,11 @@ WORKERS = (1, 2, 4, 8)
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="mri")
-    parser.add_argument("--data", type=Path, help="default: the built-in cohort")
-    parser.add_argument("--images", type=int, default=16, help="that are loaded")
+    parser.add_argument("--data", type=Path, help="images; default: built-in cohort")
+    parser.add_argument("--images", type=int, default=16, help="number of images to load")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("loading.json"))
     arguments = parser.parse_args()
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def measure_loading(preset: str, data: Path | None, images: int, rounds: int) -> dict[str, Any]:
-    """The figures of a preset."""
+    """Measure the loading speed of a preset."""
     index, store = open_source(data, read_config("pretrain", preset)["modality"])
     config = resolve_pretrain_config(preset, (), index)
     records = index.records[:images]
@@ -60,7 +60,7 @@ def measure_loading(preset: str, data: Path | None, images: int, rounds: int) ->
     def time_load(dataset: ViewDataset, seed: int) -> float:
         return time_processor(lambda: [dataset[place, seed] for place in range(len(keys))]) / len(keys)
 
-    time_load(ViewDataset(cohort.store, keys, **view_options), 0)  # what is done once
+    time_load(ViewDataset(cohort.store, keys, **view_options), 0)  # excludes work at the first access
     cold, warm = [], []
     for round_ in range(rounds):
         dataset = ViewDataset(cohort.store, keys, **view_options)
@@ -89,7 +89,7 @@ def measure_loading(preset: str, data: Path | None, images: int, rounds: int) ->
 
 
 def time_processor(work: Callable[[], object]) -> float:
-    """Processor seconds."""
+    """Measure the CPU time of a call in seconds."""
     start = time.process_time()
     work()
     return time.process_time() - start

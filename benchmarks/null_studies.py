@@ -1,8 +1,8 @@
-"""Claim: where there is nothing to find, a study finds it: at most 2 of 20 null studies raise a false alarm.
+"""Claim: at most 2 of 20 null studies raise a false alarm.
 
-Each repetition has pictures, labels and weights of its own. Two arms are fine-tuned by the real code over 3 seeds, 3
-label subsets and 2 budgets, both from fresh weights; one of them is called the encoder. An alarm is any verdict but "no
-evidence of a benefit" after Holm's correction. What is finished is kept: run it again to go on.
+Each repetition has its own images, labels and weights. Two arms are fine-tuned with 3 seeds, 3 label subsets and 2
+budgets, both from random weights; one of them is named `encoder`. An alarm is any verdict other than "no evidence of a
+benefit" after Holm correction. Finished studies are kept, so the benchmark can be interrupted and restarted.
 
     OMP_NUM_THREADS=1 python benchmarks/null_studies.py --out null-studies
 """
@@ -47,7 +47,7 @@ SCHEDULE = {
 
 
 def main() -> None:
-    """Run what is missing, print and write."""
+    """Run all missing studies; print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--repetitions", type=int, default=20)
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def run_null_study(number: int, folder: Path) -> dict[str, Any]:
-    """One null study: its comparisons, and whether any raised an alarm."""
+    """Run one null study; return its comparisons, and whether any of them raised an alarm."""
     start = time.perf_counter()
     index = build_index(write_noise_images(folder / "pictures.npz", number), "xray", remember=False)
     config = check_config("finetune", SCHEDULE, source="benchmarks/null_studies.py")
@@ -100,16 +100,16 @@ def run_null_study(number: int, folder: Path) -> dict[str, Any]:
 def run_null_cell(
     config: FinetuneConfig, index: Index, folder: Path, arm: str, budget: int, s: int, t: int
 ) -> Statistic:
-    """AUROC of one run; the arms differ in nothing but the seed of their fresh weights."""
+    """Compute the AUROC of one run; the arms differ only in the seed of their random weights."""
     out = folder / f"{arm}-{budget}-{s}-{t}"
     if not (out / "summary.json").is_file():
-        seed = 2 * s + ARMS.index(arm)  # no two repetitions share weights, or one lucky seed would count in all
+        seed = 2 * s + ARMS.index(arm)  # repetitions do not share weights, so that alarms are independent
         finetune(config, index, out, labelled=budget, seed=seed, subset_seed=t, store=folder / "store", resume=True)
     return classification_statistics(*class_arrays(read_cases(out / "cases.parquet"), index.labels))["auroc"]
 
 
 def write_noise_images(path: Path, seed: int) -> Path:
-    """Noise with a faint bright spot in one of two corners, by class, of a size that runs learn in part."""
+    """Write noise images with a faint bright spot in one of two corners, which depends on the class."""
     rng = np.random.default_rng(seed)
     arrays: dict[str, Any] = {}
     for part, count in (("train", TRAIN), ("val", VAL)):

@@ -1,13 +1,13 @@
-"""Claims: objectives cost little beyond their arithmetic, and less than the plain form that most tutorials of DIM show.
+"""Claims: objectives have little overhead, and are faster than the implementation of most DIM tutorials.
 
-floors: step of an objective (forward and backward) over its floor: the encoder's and decoder's forward and backward
-    pass on the images it must encode, and its products, norms and softmax alone (`compare_floors.py`); at most 1.25 for
-    `local_dim` at 64 images in 2D and 16 in 3D.
-tutorial: `local_dim` with all pairs over the plain form, on the tutorial's network: time, and memory that a step adds.
-infonce: GB that the bound of 256 images with 4096 locations takes beyond scores and their gradient; at most 0.3.
-widths: what wider critics do for a frozen linear probe, and what they cost; not run unless asked for.
+floors: time of a step (forward and backward) relative to its floor: forward and backward pass of encoder and decoder on
+    the required images, and the products, norms and softmax of the objective (`floors.py`). At most 1.25 for
+    `local_dim` with 64 images in 2D and 16 in 3D.
+tutorial: time and added memory of `local_dim` with all pairs, relative to the tutorial's form on the same network.
+infonce: memory of the bound of 256 images with 4096 locations, in GB beyond scores and their gradient; at most 0.3.
+widths: effect of wider critics on a frozen linear probe, and their cost; only run if requested.
 
-Ratios are of pairs in turn, in one process, in fp32: median, lowest and highest.
+Ratios are measured by alternating calls in one process in fp32: median, lowest and highest.
 
     python benchmarks/objectives.py --out objectives.json
     python benchmarks/objectives.py --out widths.json --parts widths --data pneumoniamnist.npz
@@ -48,23 +48,23 @@ WIDTHS = (64, 128, 256, 512, 1024, 2048)
 
 
 def main() -> None:
-    """Run the parts asked for, print what they find, write it."""
+    """Run the requested parts; print and write their results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("objectives.json"))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["floors", "tutorial", "infonce"])
-    parser.add_argument("--rounds", type=int, default=7, help="pairs of calls behind a ratio")
-    parser.add_argument("--images", type=int, default=64, help="tutorial: images a batch")
-    parser.add_argument("--data", type=Path, help="widths: the X-ray set, pneumoniamnist.npz")
+    parser.add_argument("--rounds", type=int, default=7, help="pairs of calls per ratio")
+    parser.add_argument("--images", type=int, default=64, help="tutorial: images per batch")
+    parser.add_argument("--data", type=Path, help="widths: X-ray data set, pneumoniamnist.npz")
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
-    parser.add_argument("--preset", default="xray-28", help="widths: its first objective is local_dim")
-    parser.add_argument("--steps", type=int, default=400, help="widths: of pretraining")
+    parser.add_argument("--preset", default="xray-28", help="widths: preset with local_dim as first objective")
+    parser.add_argument("--steps", type=int, default=400, help="widths: pretraining steps")
     arguments = parser.parse_args()
     results = {name: PARTS[name](arguments) for name in arguments.parts}
     write_json(arguments.out, {"schema_version": 1, "threads": torch.get_num_threads(), **results})
 
 
 def compare_floors(arguments: argparse.Namespace) -> dict[str, Ratio]:
-    """Step over floor: of `local_dim` at the sizes of the claim, and of every small preset as it is."""
+    """Measure step over floor for `local_dim` at the sizes of the claim, and for all small presets."""
     cases = {
         f"local_dim of {preset}, {size} images": select_local_dim(preset, size) for preset, size in LOCAL_DIM.items()
     }
@@ -80,14 +80,14 @@ def compare_floors(arguments: argparse.Namespace) -> dict[str, Ratio]:
 
 
 def select_local_dim(preset: str, images: int) -> PretrainConfig:
-    """A preset with no other objective."""
+    """Load a preset with `local_dim` as its only objective."""
     config = load_config("pretrain", preset, [f"batch_size={images}"])
     sections = [section for section in config.objectives if section["name"] == "local_dim"]
     return config.model_copy(update={"objectives": sections})
 
 
 def build_floor(run: RunParts, config: PretrainConfig) -> Callable[[], None]:
-    """What a step must at least do: encode and decode as it does, and each objective's own arithmetic."""
+    """Build the floor of a step: its passes through encoder and decoder, and the arithmetic of each objective."""
     passes = record_passes(run)
     images, count, channels, *shape = run.views.image.shape
     views: dict[str, Any] = {"in_channels": channels, "spatial_dims": len(shape), "input_shape": tuple(shape)}
@@ -105,7 +105,7 @@ def build_floor(run: RunParts, config: PretrainConfig) -> Callable[[], None]:
 
 
 def compare_tutorial(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All-pairs `local_dim` over the tutorial's form of it, encoder included in both."""
+    """Compare all-pairs `local_dim` with the tutorial's form; both include the encoder."""
     forms = {"tutorial": build_tutorial_step, "ours": build_all_pairs_step}
     steps = {name: form(arguments.images) for name, form in forms.items()}
     time = measure_ratios(steps, max(2, arguments.rounds // 2))["ours"]
@@ -119,19 +119,19 @@ def compare_tutorial(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_form_memory(form: str, images: int) -> int:
-    """Bytes that a step of one form adds."""
+    """Measure the memory that a step of one form adds, in bytes."""
     return measure_added_memory({"tutorial": build_tutorial_step, "ours": build_all_pairs_step}[form](images))
 
 
 def build_all_pairs_step(images: int) -> Callable[[], None]:
-    """A step of `local_dim` with all pairs on the tutorial's network."""
+    """Build a step of `local_dim` with all pairs on the tutorial's network."""
     return RunParts.from_config(load_config("pretrain", "dim-tutorial", [f"batch_size={images}", ALL_PAIRS])).step
 
 
 def build_tutorial_step(images: int) -> Callable[[], None]:
-    """The plain form: the summary repeated over the map, one rolled negative, a small network on both.
+    """Build a step of the tutorial's form: the summary is repeated over the map, with one rolled negative.
 
-    After DuaneNielsen/DeepInfomaxPytorch (models.py, train.py), its local term.
+    Follows the local term of DuaneNielsen/DeepInfomaxPytorch (models.py, train.py).
     """
     run = RunParts.from_config(load_config("pretrain", "dim-tutorial", [f"batch_size={images}", ALL_PAIRS]))
     sizes = (run.encoder.channels[1] + run.encoder.summary_channels, 512, 512, 1)
@@ -156,25 +156,25 @@ def build_tutorial_step(images: int) -> Callable[[], None]:
 
 
 def report_infonce_memory(arguments: argparse.Namespace) -> dict[str, float]:
-    """GB beyond scores and gradient."""
+    """Measure and print the memory of InfoNCE beyond scores and gradient, in GB."""
     gigabytes = call_in_process(measure_infonce_memory, 256, 4096) / 1e9
     print(f"infonce, 256 images of 4096 locations: {gigabytes:.2f} GB beyond scores and gradient")
     return {"gb_beyond_scores_and_gradient": gigabytes}
 
 
 def measure_infonce_memory(images: int, locations: int) -> int:
-    """Bytes that the bound and its way back add beyond the gradient."""
+    """Measure the memory of forward and backward pass of the bound beyond the gradient, in bytes."""
     scores = torch.randn(images, 1, images, locations, requires_grad=True)
     return measure_added_memory(lambda: torch.autograd.backward(infonce(scores))) - scores.nbytes
 
 
 def compare_widths(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row a width: frozen linear probe with 10 % of the labels (five subsets), and step over encoder.
+    """Measure a frozen linear probe with 10 % of the labels (five subsets), and step over encoder, for each width.
 
-    Batches of 32, for the widest critics are slow; one seed.
+    The batch size is 32, because the widest critics are slow. Pretraining uses one seed.
     """
     if arguments.data is None:
-        raise SystemExit("widths: give --data pneumoniamnist.npz.")
+        raise SystemExit("widths: specify --data pneumoniamnist.npz.")
     index, rows = build_index(arguments.data, "xray"), []
     print("width  AUROC (sd)      balanced accuracy (sd)  step / encoder")
     for width in arguments.widths:
@@ -195,7 +195,7 @@ def compare_widths(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def list_width_overrides(width: int, steps: int) -> list[str]:
-    """To a preset, for a short run with a critic of some width."""
+    """List the changes of a preset for a short run with a given critic width."""
     length = [f"max_steps={steps}", f"warmup_steps={steps // 10}", f"checkpoint_every_steps={steps}"]
     return [*length, "batch_size=32", f"objectives.0.critic.width={width}"]
 

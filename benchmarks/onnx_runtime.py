@@ -1,9 +1,9 @@
-"""Claim: a package's graph under ONNX Runtime costs no more time and memory than the network under torch.
+"""Claim: the graph of a package in ONNX Runtime needs no more time and memory than the network in torch.
 
-For the network of each preset, with fresh weights, on one image: seconds of a graph as the package holds it (norms in
-float64), of the graph with ONNX Runtime's own norms, and of the former with what the out-of-distribution guard watches,
-over those of torch; in turn, in one process, one thread, median of several rounds. Memory is that of a fresh process a
-network: the peak of the whole process, and what one call adds.
+The network of each preset, with random weights, is run on one image. Times are measured for the graph of the package
+(norms in float64), for the graph with the norms of ONNX Runtime, and for the former with the out-of-distribution
+features as a second output. Ratios are relative to torch: alternating calls in one process with one thread, median of
+several rounds. Memory is measured in a new process per network: peak of the process, and increase by one call.
 
     OMP_NUM_THREADS=1 python benchmarks/onnx_runtime.py --out onnx_runtime.json
 """
@@ -21,18 +21,18 @@ from typing import Any
 
 import numpy as np
 
-CASES = {  # preset: its task and modality
+CASES = {  # preset: task and modality
     "xray-28-classification": ("classification", "xray"),
     "xray-classification": ("classification", "xray"),
     "mri-crop-segmentation": ("segmentation", "mri"),
     "mri-segmentation": ("segmentation", "mri"),
 }
-MIN_SECONDS = 0.3  # seconds that torch is timed for at once
+MIN_SECONDS = 0.3  # minimum duration of one timing of torch
 OWN, EXACT = "own norms.onnx", "exact norms.onnx"
 
 
 def main() -> None:
-    """Measure every network, print the ratios, write them."""
+    """Measure all networks; print and write the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("onnx_runtime.json"))
     parser.add_argument("--rounds", type=int, default=7)
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def measure_network(preset: str, task: str, modality: Any, *, rounds: int) -> dict[str, Any]:
-    """Ratios of a network, all in one folder: weights and both graphs."""
+    """Measure the ratios of a network; weights and both graphs are in one temporary folder."""
     import torch
     from timing import format_ratio, measure_ratios, time_function
 
@@ -118,7 +118,7 @@ def _repeat_call(call: Callable[[], object], repeats: int) -> Callable[[], None]
 
 
 def measure_memory(folder: Path, runtime: str) -> dict[str, int]:
-    """Bytes: the peak of this process, and what one call added to what was held before."""
+    """Measure memory in bytes: peak of this process, and increase by one call."""
     image = np.load(folder / "image.npy")
     run: Any
     if runtime == "torch":

@@ -1,8 +1,8 @@
-"""Claim: `medim plan` tells hours within 25 % and peak memory within 20 % of what the run then takes.
+"""Claim: `medim plan` predicts run time within 25 % and peak memory within 20 % of the actual run.
 
-Three short runs, each planned first, in processes of their own, with one store: X-rays in 2D with a loading process,
-MRI crops in 3D encoded in chunks, and a small preset on the built-in cohort. Seconds are those of the run's own summary
-(wall time) and of its process on the processor, which other work on the machine moves less.
+Three short runs are planned and executed in separate processes with one store: X-rays in 2D with a loading process, MRI
+crops in 3D with gradient caching, and a small preset on the built-in cohort. Both wall time (from the summary of the
+run) and CPU time are compared; CPU time depends less on other processes of the machine.
 
     python benchmarks/plan.py --xray pneumoniamnist.npz --mri mri-hippocampus --out plan.json
 """
@@ -26,11 +26,11 @@ from medim.types import Modality
 
 
 def main() -> None:
-    """Plan and run each, print predicted over real, write them."""
+    """Plan and execute each run; print and write the ratios of predicted to actual values."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--xray", type=Path, required=True)
     parser.add_argument("--mri", type=Path, required=True)
-    parser.add_argument("--steps", type=int, nargs=3, default=[100, 200, 20], metavar="N", help="of each run")
+    parser.add_argument("--steps", type=int, nargs=3, default=[100, 200, 20], metavar="N", help="steps of each run")
     parser.add_argument("--out", type=Path, default=Path("plan.json"))
     arguments = parser.parse_args()
     small, xray, mri = (f"max_steps={steps}" for steps in arguments.steps)
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def plan_run(data: Path | None, modality: Modality, preset: str, assignments: list[str], place: Path) -> dict[str, Any]:
-    """The plan of a run."""
+    """Plan a run."""
     place.mkdir(parents=True)
     os.chdir(place)
     index, _ = open_source(data, modality)
@@ -71,7 +71,7 @@ def plan_run(data: Path | None, modality: Modality, preset: str, assignments: li
 def execute_run(
     data: Path | None, modality: Modality, preset: str, assignments: list[str], place: Path
 ) -> dict[str, Any]:
-    """What the run takes."""
+    """Execute a run and measure its time, memory and disk space."""
     os.chdir(place)
     index, _ = open_source(data, modality)
     config = resolve_pretrain_config(preset, assignments, index)
@@ -84,7 +84,7 @@ def execute_run(
 
 
 def compute_plan_ratios(prediction: dict[str, Any], actual: dict[str, Any]) -> dict[str, float]:
-    """Predicted over real."""
+    """Compute the ratios of predicted to actual values."""
     disk = prediction["disk_bytes"]
     return {
         "wall seconds": prediction["seconds"]["total"] / actual["seconds"],

@@ -1,10 +1,10 @@
-"""Claim: a study finds a benefit where one was planted, and none where pretraining had nothing to learn from.
+"""Claim: a study detects a planted benefit, and none if pretraining cannot learn from its images.
 
-On the built-in cohort, blocks of every scan are blanked, and the task is to say of each voxel, blanked or not, whether
-it was bright, from one labelled scan and few steps. Whoever has learnt to paint in hidden blocks has only to read it
-off; from-scratch has no time to learn painting: pretraining must help. The control is pretrained by the same steps on
-the same scans with their voxels shuffled, each scan in an order of its own: what is hidden cannot be told from what is
-seen. What is finished is kept: run it again to go on.
+Blocks of all scans of the built-in cohort are blanked. The task is to predict for each voxel whether it was bright
+before blanking, from one labelled scan and few steps. A network that was pretrained to reconstruct hidden blocks can
+solve the task; training from scratch is too short to learn the reconstruction. The control is pretrained for the same
+number of steps on the same scans with shuffled voxels, a different permutation for each scan, so that hidden voxels
+cannot be predicted from visible ones. Finished runs are kept, so the benchmark can be interrupted and restarted.
 
     OMP_NUM_THREADS=1 python benchmarks/planted_truth.py --out planted-truth
 """
@@ -36,7 +36,7 @@ from medim.types import Array
 
 SEEDS, SUBSETS, BUDGET = (0, 1, 2), (0, 1, 2), 1
 SUBJECTS, SPACING = 40, 8.0  # mm
-BLOCK, HIDDEN = 4, 0.5  # voxels a side of a block, and how many of them are blanked
+BLOCK, HIDDEN = 4, 0.5  # edge length of a block in voxels, and fraction of blanked blocks
 ARMS = ("pretrained", "shuffled")
 SHARED: dict[str, Any] = {
     "modality": "mri",
@@ -64,7 +64,7 @@ FINETUNE: dict[str, Any] = {
 
 
 def main() -> None:
-    """Run what is missing, print and write."""
+    """Run all missing runs; print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
@@ -77,14 +77,14 @@ def main() -> None:
 
 
 def describe_comparison(comparison: Comparison) -> dict[str, Any]:
-    """A comparison as it is printed and written."""
+    """Convert a comparison to the row that is printed and written."""
     gap = comparison.difference
     ends = {"difference": gap.value, "low": gap.low, "high": gap.high, "p_corrected": comparison.p_corrected}
     return {"arm": comparison.arm, **ends, "verdict": comparison.verdict}
 
 
 def run_planted_study(out: Path) -> list[Comparison]:
-    """Both arms against from-scratch: Dice, paired over encoders, labels and subjects."""
+    """Compare the Dice of both arms with training from scratch, paired over encoders, label subsets and subjects."""
     if not (out / "source" / "nifti" / "dataset.json").is_file():
         make_example(prepare_output_folder(out / "source", overwrite=True), subjects=SUBJECTS, spacing=SPACING)
     source = out / "source" / "nifti"
@@ -105,7 +105,7 @@ def run_planted_study(out: Path) -> list[Comparison]:
 
 
 def score_planted_arm(out: Path, arm: str, index: Index, encoders: dict[tuple[str, int], Path]) -> Scores:
-    """Dice of each run of an arm, on resampled subjects."""
+    """Compute the Dice of each run of an arm on resampled subjects."""
     dice_values: dict[tuple[int, int], dict[tuple[str, str], list[float]]] = {}
     for s, t in product(SEEDS, SUBSETS):
         run, encoder = out / f"{arm}-{s}-{t}", encoders.get((arm, s), encoders[ARMS[0], s])
@@ -137,7 +137,7 @@ def score_planted_arm(out: Path, arm: str, index: Index, encoders: dict[tuple[st
 
 
 def rewrite_images(source: Path, out: Path, change: Callable[[Array, int], tuple[Array, Array]]) -> Path:
-    """A copy of a Decathlon folder with other voxels in its images and masks; the files keep their names."""
+    """Copy a Decathlon folder with modified voxels of images and masks; file names do not change."""
     if not (out / "dataset.json").is_file():
         shutil.copytree(source, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("dataset.json", "labels.csv"))
         for number, path in enumerate(sorted((source / "imagesTr").glob("*.nii.gz"))):
@@ -150,13 +150,13 @@ def rewrite_images(source: Path, out: Path, change: Callable[[Array, int], tuple
 
 
 def shuffle_voxels(voxels: Array, seed: int) -> tuple[Array, Array]:
-    """The voxels of an image in another order, and a mask of nothing."""
+    """Permute the voxels of an image; the mask is empty."""
     permutation = np.random.default_rng(seed).permutation(voxels.ravel()).reshape(voxels.shape)
     return permutation, np.zeros(voxels.shape, np.uint8)
 
 
 def blank_blocks(voxels: Array, seed: int) -> tuple[Array, Array]:
-    """An image with blocks at its mean, and where it was brighter than its mean before."""
+    """Set blocks of an image to its mean; the mask marks voxels that were brighter than the mean."""
     mean = voxels.mean()
     coarse = np.random.default_rng(seed).random([-(-n // BLOCK) for n in voxels.shape]) < HIDDEN
     mask = np.kron(coarse, np.ones([BLOCK] * 3, bool))[tuple(slice(n) for n in voxels.shape)]
@@ -164,7 +164,7 @@ def blank_blocks(voxels: Array, seed: int) -> tuple[Array, Array]:
 
 
 def build_planted_config(command: Literal["pretrain", "finetune"]) -> Any:
-    """The configuration of pretraining, or of fine-tuning."""
+    """Build the configuration of pretraining or fine-tuning."""
     section = PRETRAIN if command == "pretrain" else FINETUNE
     return check_config(
         command,

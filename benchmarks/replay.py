@@ -1,4 +1,4 @@
-"""The passes through encoder and decoder that a step makes, to be made again without the objectives."""
+"""Record the passes through encoder and decoder of a training step, to repeat them without the objectives."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from medim.types import Features
 
 
 def record_passes(run: RunParts) -> list[Pass]:
-    """Those of one step of a run."""
+    """Record the passes of one step of a run."""
     recorder = Recorder(run.encoder, run.decoder, run.views, torch.Generator().manual_seed(0))
     run.step(recorder)
     return recorder.passes
 
 
 class Recorder(StepEncoder):
-    """Encodes and decodes for one step, and keeps what came in and went out."""
+    """Encoder of one step that records its inputs and outputs."""
 
     passes: list[Pass]
 
@@ -29,7 +29,7 @@ class Recorder(StepEncoder):
         self.passes = []
 
     def __call__(self, image: torch.Tensor) -> Features:
-        """Encode (N, C, ...); the pass starts at the image and ends at what objectives get."""
+        """Encode (N, C, ...); the recorded pass begins at the image and ends at the inputs of the objectives."""
         features = detach_features(super().__call__(image))
         self.passes.append(Pass(self._encoder, image, [*features.maps, features.summary]))
         return features
@@ -44,12 +44,12 @@ class Recorder(StepEncoder):
 
 @dataclass
 class Pass:
-    """Forward and backward pass of an encoder or decoder, with the gradients that came back in the step.
+    """Forward and backward pass of an encoder or decoder with the gradients of a recorded step.
 
     Attributes:
-        module: it.
-        inputs: what goes in.
-        outputs: its first outputs, as an objective saw them: they hold the gradients that came back, or none.
+        module: encoder or decoder.
+        inputs: inputs of the module.
+        outputs: recorded outputs with their gradients, if the step computed any.
     """
 
     module: Any
@@ -57,7 +57,7 @@ class Pass:
     outputs: list[torch.Tensor]
 
     def __call__(self) -> None:
-        """Do it again."""
+        """Repeat the pass."""
         features = self.module(self.inputs)
         pairs = zip((*features.maps, features.summary), self.outputs, strict=False)
         active = [(output, target.grad) for output, target in pairs if target.grad is not None]
@@ -67,6 +67,6 @@ class Pass:
 
 
 def detach_features(features: Features) -> Features:
-    """The same features, as if they came from nowhere."""
+    """Detach features from the computation graph."""
     maps, summary = ([x.detach().requires_grad_() for x in part] for part in (features.maps, [features.summary]))
     return Features(tuple(maps), summary[0])

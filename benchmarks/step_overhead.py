@@ -1,8 +1,8 @@
-"""Claim: what a pretraining step costs beyond its encoder.
+"""Overhead of a pretraining step beyond its encoder.
 
-For each preset: seconds of a whole step (loss, backward pass, optimiser, all objectives) over seconds of the encoder's
-own forward and backward pass on the same images, in turn, in one process. Loading is left out; a run's summary has its
-share as data_wait_fraction.
+For each preset, the time of a complete step (loss, backward pass, optimiser, all objectives) is measured relative to
+the forward and backward pass of the encoder on the same images, by alternating calls in one process. Data loading is
+excluded; the summary of a run contains its fraction as data_wait_fraction.
 
     python benchmarks/step_overhead.py --out step_overhead.json
 """
@@ -22,7 +22,7 @@ PRESETS = ("mri-demo", "mri-crop", "xray-28", "xray")
 
 
 def main() -> None:
-    """Measure every preset, print the ratios, write them."""
+    """Measure all presets; print and write the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("step_overhead.json"))
     parser.add_argument("--rounds", type=int, default=7)
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def measure_step_overhead(preset: str, rounds: int) -> Ratio:
-    """Ratio of a step to an encoder pass."""
+    """Measure the ratio of a step to an encoder pass."""
     config = resolve_pretrain_config(preset)
     run = RunParts.from_config(config)
     parameters = run.parameters()

@@ -1,8 +1,8 @@
-"""Claim: a cell of a study costs little beside its training steps and measurements, because its process stays warm.
+"""Claim: a cell of a study has little overhead beyond training steps and evaluation, because its process is reused.
 
-The same fine-tuning run of one step, with 40 images to measure on: as a process of its own (`medim finetune`), and as a
-cell in a process that has run one before. What a cell costs beside steps and measurements is what is left of it when
-these, timed alone, are taken off.
+The same fine-tuning run of one step, with 40 validation images, is timed as a separate process (`medim finetune`) and
+as a cell in a process that has already run a cell. The overhead of a cell is its time minus the times of steps and
+evaluation, which are measured separately.
 
     python benchmarks/study_overhead.py --out study_overhead.json
 """
@@ -36,7 +36,7 @@ BUDGET = Budget(labelled=100)
 
 
 def main() -> None:
-    """Measure both, print the ratio, write it."""
+    """Measure both; print and write the ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("study_overhead.json"))
     parser.add_argument("--rounds", type=int, default=5)
@@ -46,12 +46,12 @@ def main() -> None:
         os.environ |= {"MEDIM_CACHE": f"{folder}/cache", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
         results = compare_cell_overhead(folder, arguments.rounds)
     print(f"medim finetune {results['process']:.2f} s, warm cell {results['cell']:.2f} s: {results['ratio']:.0f} times")
-    print(f"of the warm cell, beside its step and measurements: {results['beside']:.2f} s")
+    print(f"overhead of the warm cell beyond step and evaluation: {results['beside']:.2f} s")
     write_json(arguments.out, {"schema_version": 1, "threads": torch.get_num_threads(), **results})
 
 
 def compare_cell_overhead(folder: Path, rounds: int) -> dict[str, float]:
-    """Median seconds of a process, of a warm cell, and of a warm cell beside its step and measurements."""
+    """Measure the median seconds of a process and of a warm cell, and the overhead of a warm cell."""
     rng = np.random.default_rng(0)
     arrays = {f"{part}_images": rng.integers(0, 255, (n, 28, 28), np.uint8) for part, n in IMAGES.items()}
     arrays |= {f"{part}_labels": np.arange(n)[:, None] % 2 for part, n in IMAGES.items()}
@@ -95,7 +95,7 @@ def compare_cell_overhead(folder: Path, rounds: int) -> dict[str, float]:
 
 
 def measure_median_seconds(call: Callable[[int], None], rounds: int) -> float:
-    """Median over the rounds, after one that is not counted."""
+    """Measure the median seconds of the rounds after one warm-up round."""
     durations = []
     for number in range(1 + rounds):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a run's parts on random views, functions timed in turn, memory of a process of its own."""
+"""Shared functions of the benchmarks: parts of a run on random views, alternating timing, and memory of a process."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Ratio = dict[str, float]
 
 
 def measure_ratios(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Ratio]:
-    """Median (`ratio`), lowest and highest of the time of each function over that of the first.
+    """Measure the time of each function relative to the first: median (`ratio`), lowest and highest.
 
-    All are called in turn, round by round; a first round warms up.
+    The functions are called in turn in each round, after a warm-up round.
     """
     rows = [[time_function(function) for function in functions.values()] for _ in range(rounds + 1)][1:]
     relative = zip(*([duration / row[0] for duration in row] for row in rows), strict=True)
@@ -36,7 +36,7 @@ def measure_ratios(functions: Mapping[str, Callable[[], object]], rounds: int) -
 
 
 def time_function(function: Callable[[], object]) -> float:
-    """Seconds of one call: with one thread the processor's, which other work moves least; else a clock's."""
+    """Measure one call in seconds: CPU time with one thread, which other processes affect least; else wall time."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
     function()
@@ -44,13 +44,13 @@ def time_function(function: Callable[[], object]) -> float:
 
 
 def format_ratio(ratio: Ratio) -> str:
-    """A ratio as text."""
+    """Format a ratio as text."""
     return f"{ratio['ratio']:.2f} (from {ratio['lowest']:.2f} to {ratio['highest']:.2f})"
 
 
 @dataclass(frozen=True)
 class RunParts:
-    """The parts of a pretraining run, with fresh weights, and a batch of random views."""
+    """Parts of a pretraining run with random weights, and a batch of random views."""
 
     encoder: Any
     decoder: Any
@@ -59,7 +59,7 @@ class RunParts:
 
     @classmethod
     def from_config(cls, config: PretrainConfig) -> RunParts:
-        """Make the parts."""
+        """Build the parts of a configuration."""
         torch.manual_seed(0)
         shape, count = config.views.shape, config.views.count
         spec = {"encoder": config.encoder, "in_channels": 1, "spatial_dims": len(shape), "input_shape": list(shape)}
@@ -70,16 +70,16 @@ class RunParts:
         return cls(encoder, decoder, build_objectives(config, encoder, decoder, 1), views)
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        """Of all parts."""
+        """List the parameters of all parts."""
         parts = [self.encoder, *(objective for objective, _ in self.objectives.values())]
         return [p for part in [*parts, *([self.decoder] if self.decoder else [])] for p in part.parameters()]
 
     def encode(self) -> StepEncoder:
-        """The encoder as objectives see it in one step."""
+        """Build the encoder that the objectives use in one step."""
         return StepEncoder(self.encoder, self.decoder, self.views, torch.Generator().manual_seed(0))
 
     def step(self, encode: StepEncoder | None = None) -> None:
-        """Forward and backward pass as `PretrainModule` has them: adversaries first, then the weighted sum."""
+        """Run forward and backward pass as in `PretrainModule`: adversaries first, then the weighted sum."""
         encode = encode or self.encode()
         for parameter in self.parameters():
             parameter.grad = None
@@ -89,7 +89,7 @@ class RunParts:
         self.loss(encode).backward()  # type: ignore[no-untyped-call]
 
     def loss(self, encode: StepEncoder) -> torch.Tensor:
-        """The weighted sum of all terms."""
+        """Compute the weighted sum of all terms."""
         terms = [(weight, objective(encode, self.views)) for objective, weight in self.objectives.values()]
         return torch.stack(
             [weight * term.loss for weight, objective_terms in terms for term in objective_terms.values()]
@@ -97,13 +97,13 @@ class RunParts:
 
 
 def call_in_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function of a module in a fresh process, whose memory nothing else has touched."""
+    """Call a module-level function in a new process, so that earlier allocations do not affect its memory."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def measure_added_memory(function: Callable[[], object]) -> int:
-    """Bytes by which the process's peak during a call exceeds what it held before; Linux alone, once a process."""
+    """Measure the increase of peak memory by a call in bytes; works on Linux, once per process."""
     before = _read_process_memory("VmRSS")
     function()
     return _read_process_memory("VmHWM") - before

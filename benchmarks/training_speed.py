@@ -1,8 +1,8 @@
-"""Claim: what each option of speed and memory makes of a pretraining step on this CPU.
+"""Effect of each speed and memory option on a pretraining step on the CPU.
 
-For each case: processor seconds (one thread) of forward and backward pass with one option changed, over those of the
-default (fp32, channels last, all activations kept, no compiler), in turn, in one process, median of the rounds; and the
-peak memory the step adds, each in a process of its own.
+For each case, the CPU time (one thread) of forward and backward pass with one changed option is measured relative to
+the default (fp32, channels last, no checkpointing, no compiler): alternating calls in one process, median of the
+rounds. The increase of peak memory by a step is measured in a separate process per option.
 
     OMP_NUM_THREADS=1 python benchmarks/training_speed.py --out training_speed.json
 """
@@ -43,11 +43,11 @@ MEMORY = ("default", "bf16", "checkpointing (chunk = batch)", "an eighth at a ti
 
 
 def main() -> None:
-    """Measure every case, print the ratios, write them."""
+    """Measure all cases; print and write the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("training_speed.json"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--leave-out", nargs="*", default=[], choices=list(OPTIONS)[1:], help="options")
+    parser.add_argument("--leave-out", nargs="*", default=[], choices=list(OPTIONS)[1:], help="options to omit")
     arguments = parser.parse_args()
     options = [name for name in OPTIONS if name not in arguments.leave_out]
     content: dict[str, Any] = {"schema_version": 1, "threads": torch.get_num_threads(), "cases": {}}
@@ -65,7 +65,7 @@ def _format_memory_ratio(name: str, bytes_: dict[str, int]) -> str:
 
 
 def measure_option_memory(case: str, option: str) -> int:
-    """Bytes that a step adds at its peak."""
+    """Measure the increase of peak memory by a step, in bytes."""
     torch.set_num_threads(1)
     return measure_added_memory(build_option_step(case, **OPTIONS[option]))
 
@@ -73,7 +73,7 @@ def measure_option_memory(case: str, option: str) -> int:
 def build_option_step(
     case: str, *, dtype: torch.dtype | None = None, last: bool = True, compiled: bool = False, share: int = 0
 ) -> Callable[[], None]:
-    """One forward and backward pass of a case on random views."""
+    """Build a forward and backward pass of a case on random views."""
     preset, assignments = CASES[case]
     run = RunParts.from_config(load_config("pretrain", preset, assignments))
     if last:
