@@ -12,7 +12,7 @@ from medim import doctor
 from medim.version import DISTRIBUTION, install_command
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-FOREIGN = re.compile(r"pip install[^\n]{0,40}?[\"' ]medim(?![-\w/.])")
+FOREIGN = re.compile(r"pip install(?: -\S+)*[ ]+[\"']?medim(?![-\w/.])")
 
 
 def test_the_name_of_the_distribution_is_that_of_pyproject() -> None:
