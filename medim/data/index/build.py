@@ -25,11 +25,10 @@ from medim.data.index.masks import check_masks
 from medim.data.index.records import ImageRecord, Rejection
 from medim.data.index.scan_cache import FileScanner
 from medim.data.index.walk import list_files
-from medim.data.readers import collect_images, find_reader
+from medim.data.readers import READERS, collect_images, find_reader
 from medim.data.readers.base import Reader
 from medim.data.readers.dicom.reader import DicomReader
 from medim.data.readers.inspection import CollectionResult, ImageInfo, RejectedFile
-from medim.data.readers.raster import NumpyReader, PictureReader
 from medim.privacy import Scrubber, make_pseudonym
 from medim.types import Modality, UserError
 
@@ -182,7 +181,7 @@ def _create_pending_records(
     images: Sequence[ImageInfo], layout: Layout, sources: Sequence[Path]
 ) -> list[PendingRecord]:
     """Create one pending record per image, sorted by path, with the labels and splits of its folders."""
-    pictures = (PictureReader(), NumpyReader())
+    pictures = [reader for reader in READERS if reader.class_folders]
     picture_paths = [
         image.files[0] for image in images if not image.item and any(r.accepts(image.files[0]) for r in pictures)
     ]

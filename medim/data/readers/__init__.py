@@ -37,13 +37,13 @@ DICOM = DicomReader()
 _ITEM_PATTERN = re.compile(
     r"(.+\.(?:npz|nii|nii\.gz))#((?:(?:train|val|test)/)?[^#/]*)|(.+)#(\d+)", re.DOTALL | re.IGNORECASE
 )
-READERS: tuple[Reader, ...] = (  # the first reader that accepts a file reads it
+READERS: list[Reader] = [  # the first reader that accepts a file reads it
     NiftiReader(),
     PictureReader(),
     NumpyReader(),
     ItkReader(),
     DICOM,  # last: it also opens files without a telling suffix
-)
+]
 
 
 def find_reader(path: Path) -> Reader | None:

@@ -50,6 +50,7 @@ class Reader(Protocol):
     """Reader of a family of file formats. To add one, write a module with a reader and add it to `READERS`."""
 
     name: str
+    class_folders: bool  # whether folder names may be the class labels of its images, as in sets of pictures
 
     def accepts(self, path: Path) -> bool:
         """Whether a file is of this format, from its name and first bytes."""

@@ -37,6 +37,7 @@ class ItkReader:
     """Reader of files with one scalar volume."""
 
     name = "MetaImage, NRRD"
+    class_folders = False
 
     def accepts(self, path: Path) -> bool:
         """Whether the file name has a MetaImage or NRRD suffix."""

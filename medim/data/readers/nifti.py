@@ -27,6 +27,7 @@ class NiftiReader:
     """
 
     name = "NIfTI"
+    class_folders = False
 
     def accepts(self, path: Path) -> bool:
         """Whether the suffix is `.nii` or `.nii.gz`; also accepts a `.hdr`/`.img` pair, to reject it with advice."""

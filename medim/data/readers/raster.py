@@ -38,6 +38,7 @@ class PictureReader:
     """
 
     name = "PNG, JPEG, TIFF, BMP"
+    class_folders = True
 
     def accepts(self, path: Path) -> bool:
         """Whether the file name has a supported suffix."""
@@ -117,6 +118,7 @@ class NumpyReader:
     """
 
     name = "npy, MedMNIST npz"
+    class_folders = True
 
     def accepts(self, path: Path) -> bool:
         """Whether the suffix is `.npy` or `.npz`."""

@@ -55,6 +55,7 @@ class DicomReader:
     """Reader of the modalities MR (3D) and CR, DX, RG (2D)."""
 
     name = "DICOM"
+    class_folders = False
 
     def accepts(self, path: Path) -> bool:
         """Whether the suffix (`.dcm`, `.dicom`, `.ima`) or the first bytes are those of DICOM."""
