@@ -65,7 +65,9 @@ def evaluate(
 def probe(
     encoder: Annotated[Path, typer.Argument(help="A pretraining run, or its package.")],
     data: DataOption = None,
-    protocol: Annotated[Literal["linear", "knn"], typer.Option(help="Logistic regression, or neighbours.")] = "linear",
+    protocol: Annotated[
+        str, typer.Option(help="Classifier: linear (logistic regression) or knn (nearest neighbours).")
+    ] = "linear",
     label_fraction: Annotated[
         list[float] | None,
         typer.Option(help="Label budget, as a share of the labelled training images. May be repeated. Default: 1.0."),

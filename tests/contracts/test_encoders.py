@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -175,7 +176,9 @@ def test_a_side_the_strides_do_not_divide_is_taken(section: dict[str, Any], dims
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("name", ENCODERS)
 def test_norm_names_the_norm_of_the_maps(name: str, dims: int, norm: str) -> None:
-    section = {"name": name, **VARIANTS[name][0]}
+    section = {"name": name, **VARIANTS.get(name, [{}])[0]}
+    if "norm" not in inspect.signature(ENCODERS[name]).parameters and name != "patches":
+        pytest.skip("this encoder has no option `norm`")
     if name == "patches":
         section["encoder"] = {**section["encoder"], "norm": norm}
     else:

@@ -2,53 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from medim.data.readers import READERS, Reader, ReadError, find_reader
-from medim.types import Modality
-from tests.data.synthetic import dataset, noise, save, scan, write_archive, write_nifti, xray
+from tests.contracts.samples import SAMPLES, Sample
+from tests.data.synthetic import scan
 
-
-def write_itk(path: Path) -> Path:
-    sitk: Any = pytest.importorskip("SimpleITK")
-    sitk.WriteImage(sitk.GetImageFromArray(noise(4, 5, 6)), str(path))
-    return path
-
-
-def write_png(path: Path) -> Path:
-    Image.fromarray(noise(4, 6).astype(np.uint8)).save(path)
-    return path
-
-
-def write_npy(path: Path) -> Path:
-    np.save(path, noise(4, 5, 6))
-    return path
-
-
-Sample = tuple[str, Modality, Callable[[Path], Path]]
-SAMPLES: dict[str, list[Sample]] = {  # a new reader brings its samples here
-    "NIfTI": [("a.nii", "mri", write_nifti), ("b.nii.gz", "mri", write_nifti)],
-    "PNG, JPEG, TIFF, BMP": [(name, "xray", write_png) for name in ("a.png", "b.jpg", "c.tif", "d.bmp")],
-    "npy, MedMNIST npz": [("a.npy", "mri", write_npy), ("b.npz", "xray", write_archive)],
-    "MetaImage, NRRD": [("a.mha", "mri", write_itk), ("b.nrrd", "mri", write_itk)],
-    "DICOM": [
-        ("a.dcm", "mri", lambda path: save(dataset(noise(4, 6)), path)),
-        ("IM0001", "xray", lambda path: save(xray(noise(4, 6)), path)),
-    ],
-}
-ALL = [(reader, sample) for reader in READERS for sample in SAMPLES[reader.name]]
+ALL = [(reader, sample) for reader in READERS for sample in SAMPLES.get(reader.name, [])]
 samples = pytest.mark.parametrize(("reader", "sample"), ALL, ids=[f"{r.name}-{s[0]}" for r, s in ALL])
 
 
 def test_every_reader_has_a_name_of_its_own_and_samples() -> None:
-    assert [reader.name for reader in READERS] == list(SAMPLES)
+    names = [reader.name for reader in READERS]
+    assert len(set(names)) == len(names)
+    assert set(names) == set(SAMPLES), "add a sample file of a new reader to SAMPLES"
 
 
 @samples
