@@ -31,6 +31,11 @@ class ProbePrediction(NamedTuple):
     Attributes:
         probabilities: (N, K), rows sum to one.
         settings: what it chose, for the record.
+
+    Example:
+        >>> prediction = ProbePrediction(np.array([[0.2, 0.8]]), {"k": 5})
+        >>> int(prediction.probabilities.argmax())
+        1
     """
 
     probabilities: Array
