@@ -53,6 +53,7 @@ def measure_network(preset: str, task: str, modality: Any, *, rounds: int) -> di
     from timing import format_ratio, measure_ratios, time_function
 
     from medim.export.onnx import build_signature, probe_input_sizes, to_onnx
+    from medim.model_spec import ModelSpec
     from medim.models.model import as_numpy_function, build_model
     from medim.models.ood_features import WithOODFeatures
     from medim.models.serialization import save_model
@@ -63,8 +64,18 @@ def measure_network(preset: str, task: str, modality: Any, *, rounds: int) -> di
     torch.manual_seed(0)
     config = resolve_finetune_config(task, modality, None, preset)
     sides = tuple(config.views.shape)
-    spec: dict[str, Any] = {"kind": task, "encoder": config.encoder, "decoder": config.decoder, "head": config.head}
-    spec |= {"in_channels": 1, "out_channels": 3, "spatial_dims": len(sides), "input_shape": list(sides)}
+    spec = ModelSpec(
+        kind=task,
+        modality=modality,
+        encoder=config.encoder,
+        decoder=config.decoder,
+        head=config.head,
+        in_channels=1,
+        out_channels=3,
+        spatial_dims=len(sides),
+        input_shape=sides,
+        preprocessing=tuple(config.preprocessing),
+    )
     model: Any = build_model(spec).eval()
     model_with_features = WithOODFeatures(model).eval()
     sizes = probe_input_sizes(model_with_features, sides, tuple(model.encoder.strides), 1)

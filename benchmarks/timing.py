@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from medim.config import PretrainConfig
+from medim.model_spec import NetworkSpec
 from medim.models.model import build_decoder, build_encoder
 from medim.training.pretrain.run import build_objectives
 from medim.training.pretrain.step_encoder import StepEncoder
@@ -62,7 +63,7 @@ class RunParts:
         """Build the parts of a configuration."""
         torch.manual_seed(0)
         shape, count = config.views.shape, config.views.count
-        spec = {"encoder": config.encoder, "in_channels": 1, "spatial_dims": len(shape), "input_shape": list(shape)}
+        spec = NetworkSpec(encoder=config.encoder, in_channels=1, spatial_dims=len(shape), input_shape=tuple(shape))
         encoder: Any = build_encoder(spec)
         decoder = build_decoder(config.decoder, encoder, len(shape)) if config.decoder else None
         image = torch.randn(config.batch_size, count, 1, *shape)

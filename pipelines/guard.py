@@ -31,6 +31,7 @@ from medim.data.preprocessing.steps import preprocess
 from medim.files import read_json, write_json
 from medim.inference.network import run_inference
 from medim.inference.ood import FeatureRecorder, OODDetector, OODFeatures, OODResult, ood_features
+from medim.model_spec import ModelSpec
 from medim.models.ood_features import as_numpy_predictor
 from medim.models.serialization import load_encoder, load_model, locate_weights
 from medim.training.fit_ood import fit_detector, fit_gaussian, iterate_record_features
@@ -52,7 +53,7 @@ def main() -> None:
     index, dicom = build_index(arguments.data, "mri"), build_index(arguments.dicom, "mri")
     results = {}
     for run in arguments.runs:
-        kind = locate_weights(run)[1]["kind"]
+        kind = locate_weights(run)[1].kind
         file = arguments.out / f"{kind}.json"
         if not file.is_file():
             write_json(file, {"schema_version": 1, **measure_run(run, index, dicom, arguments.out / "store")})
@@ -66,8 +67,8 @@ def main() -> None:
 def measure_run(run: Path, index: Index, dicom: Index, store: Path) -> dict[str, Any]:
     """Measure false positive rates and AUROCs of the OOD detector of a run."""
     spec = locate_weights(run)[1]
-    network = load_encoder(run) if spec["kind"] == "encoder" else load_model(run)[0]
-    steps, split_seed = spec["preprocessing"], spec["provenance"]["split_seed"]
+    network = load_encoder(run) if spec.is_encoder else load_model(run)[0]
+    steps, split_seed = spec.preprocessing, spec.provenance.split_seed or 0
     cohort = open_cohort(index, index.records, steps, split_seed=split_seed, store=store)
     start = time.perf_counter()
     train, val = cohort.records("train"), cohort.records("val")
@@ -87,7 +88,7 @@ def measure_run(run: Path, index: Index, dicom: Index, store: Path) -> dict[str,
             rival: _compute_ood_auroc(distance(val_rows), distance(other_rows))
             for rival, distance in rival_scores.items()
         }
-        print(spec["kind"], name, sets[name], flush=True)
+        print(spec.kind, name, sets[name], flush=True)
     return {
         "reference": {
             **detector.counts,
@@ -117,9 +118,9 @@ def _score_left_out(
     return [detectors[subject].score(row) for subject, row in zip(val_subjects, val_rows, strict=True)]
 
 
-def _compute_ood_rows(volume: Volume, network: nn.Module, spec: dict[str, Any]) -> OODFeatures:
-    recorder, image = FeatureRecorder(as_numpy_predictor(network)), preprocess(volume, spec["preprocessing"])
-    run_inference(recorder, image, spec["inference"])
+def _compute_ood_rows(volume: Volume, network: nn.Module, spec: ModelSpec) -> OODFeatures:
+    recorder, image = FeatureRecorder(as_numpy_predictor(network)), preprocess(volume, spec.preprocessing)
+    run_inference(recorder, image, spec.inference)
     return ood_features(measure_quality(volume), image, recorder.features)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-GROUND = frozenset({"types", "version", "files", "config", "privacy", "signals"})
+GROUND = frozenset({"types", "version", "files", "config", "model_spec", "privacy", "signals"})
 DATA = frozenset({"data/labels", "data/parallel", "data/fingerprints", "data/preprocessing", "data/readers"})
 INDEX = DATA | {"data/index", "data/contamination"}
 LOADING = INDEX | {"data/public", "data/example", "data/loading", "data/source"}
@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {  # a folder or a module: those it may 
     "signals": frozenset({"types"}),
     "privacy": frozenset({"types", "files"}),
     "config": frozenset({"types", "files"}),
+    "model_spec": frozenset({"types", "files", "config"}),
     "data/labels": GROUND,
     "data/parallel": GROUND,
     "data/fingerprints": GROUND,

@@ -50,7 +50,7 @@ def evaluate(
     from medim.evaluation.evaluate import evaluate as run
     from medim.models.serialization import locate_weights
 
-    image_index, _ = open_source(data, locate_weights(model)[1]["modality"], labels=labels, subjects=subjects)
+    image_index, _ = open_source(data, locate_weights(model)[1].modality, labels=labels, subjects=subjects)
     options: dict[str, Any] = {
         "split": split,
         "include_seen": include_training_subjects,
@@ -102,7 +102,7 @@ def probe(
 
     budgets = [Budget(fraction=f) for f in label_fraction or ([] if labelled else [1.0])]
     budgets += [Budget(labelled=n) for n in labelled or []]
-    image_index, store = open_source(data, locate_weights(encoder)[1]["modality"], labels=labels, subjects=subjects)
+    image_index, store = open_source(data, locate_weights(encoder)[1].modality, labels=labels, subjects=subjects)
     folder = out or encoder.with_name(f"{encoder.resolve().name}-probe-{protocol}")
     options: dict[str, Any] = {
         "split_seed": split_seed,
@@ -183,9 +183,9 @@ def study(
     budgets += [Budget(fraction=f) for f in label_fraction or ([] if labelled else [1.0])]
     multipliers = _parse_multipliers(lr_multipliers)
     spec = check_networks(arms)  # a mistake in these shows before images are read
-    config_args = task, spec["modality"], next(run for arm in arms for run in arm.runs), config, set_ or []
+    config_args = task, spec.modality, next(run for arm in arms for run in arm.runs), config, set_ or []
     resolve_finetune_config(*config_args)
-    image_index, store = open_source(data, spec["modality"], labels=labels, subjects=subjects)
+    image_index, store = open_source(data, spec.modality, labels=labels, subjects=subjects)
     settings = resolve_finetune_config(*config_args, index=image_index)
     options = StudyOptions(
         seeds=seeds,

@@ -24,6 +24,7 @@ from medim.evaluation.cases import SCHEMA_VERSION, CaseProgress, score_cases, su
 from medim.files import prepare_output_folder, write_json
 from medim.inference.network import PredictFn, Predictor
 from medim.metrics.bootstrap import N_RESAMPLES
+from medim.model_spec import ModelSpec
 from medim.models.model import as_numpy_function
 from medim.models.serialization import load_encoder, load_model
 from medim.objectives.score_map import load_score_map
@@ -40,7 +41,7 @@ def validate_network(
     run: PredictFn,
     index: Index,
     records: Sequence[ImageRecord],
-    spec: dict[str, Any],
+    spec: ModelSpec,
     *,
     seed: int = 0,
     progress: CaseProgress | None = None,
@@ -118,8 +119,8 @@ def evaluate(
         **exclusion_counts,
         **summarise_cases(rows, network.kind, network.classes, seed=seed),
         "classes": list(network.classes),
-        "init": "pretrained" if spec.get("provenance", {}).get("parent") else "scratch",
-        "model_sha256": spec["sha256"],
+        "init": "pretrained" if spec.provenance.parent else "scratch",
+        "model_sha256": spec.sha256,
         "index_hash": index.hash,
         "bootstrap": {"over": "subjects", "resamples": N_RESAMPLES, "seed": seed, "level": 0.95},
     }
@@ -138,7 +139,7 @@ def evaluate(
 
 
 def select_records(
-    index: Index, spec: dict[str, Any], *, split: SplitChoice | None = None, split_file: Path | None = None
+    index: Index, spec: ModelSpec, *, split: SplitChoice | None = None, split_file: Path | None = None
 ) -> tuple[tuple[ImageRecord, ...], SplitChoice]:
     """Choose the labelled images to evaluate on.
 
@@ -157,19 +158,18 @@ def select_records(
     Raises:
         UserError: there is none.
     """
-    target_field = find_task_of_kind(spec["kind"]).target_field
+    target_field = find_task_of_kind(spec.kind).target_field
     labelled = [record for record in index.records if getattr(record, target_field) is not None]
     if not labelled:
         count = len(index.records)
         raise UserError(
             f"{index.root}: expected images with a {target_field}, got {count} images without. Give --labels CSV."
         )
-    provenance = spec.get("provenance", {})
-    same_index = provenance.get("index_hash") == index.hash
+    same_index = spec.provenance.index_hash == index.hash
     splits = (
         read_splits(split_file)
         if same_index and split_file
-        else split_subjects(index, seed=provenance.get("split_seed", 0))
+        else split_subjects(index, seed=spec.provenance.split_seed or 0)
     )
     if split is None:
         split = "test" if any(record.split == "test" for record in labelled) else "val" if same_index else "all"
@@ -181,7 +181,7 @@ def select_records(
     return selection, split
 
 
-def open_network(path: Path) -> tuple[Predictor, dict[str, Any]]:
+def open_network(path: Path) -> tuple[Predictor, ModelSpec]:
     """A fine-tuned network and its spec: of a package by ONNX Runtime, of a run by torch.
 
     Raises:
@@ -193,30 +193,30 @@ def open_network(path: Path) -> tuple[Predictor, dict[str, Any]]:
     package = load_package(path)
     if package.contract.kind == ENCODER:
         raise UserError(f"{path}: expected a package that predicts, got an encoder's. Export a fine-tuned run instead.")
-    return package.network, package.contract.architecture
+    return package.network, package.contract.spec
 
 
 def open_encoder(path: Path) -> Predictor:
     """An encoder of a run, to be run by torch; what it answers is its summary, and its map where it has a critic."""
     encoder: Any = load_encoder(path)
     network, score_map = (
-        build_predictor(as_numpy_function(encoder), {**encoder.spec, "kind": ENCODER}),
+        build_predictor(as_numpy_function(encoder), replace(encoder.spec, kind=ENCODER)),
         load_score_map(path),
     )
     return network if score_map is None else replace(network, score_map=as_numpy_function(score_map))
 
 
-def build_predictor(run: PredictFn, spec: dict[str, Any]) -> Predictor:
+def build_predictor(run: PredictFn, spec: ModelSpec) -> Predictor:
     """A network with what its spec says of feeding it."""
     return Predictor(
         run=run,
-        kind=spec["kind"],
-        modality=spec["modality"],
-        spatial_dims=spec["spatial_dims"],
-        in_channels=spec["in_channels"],
-        classes=tuple(spec["classes"]),
-        preprocessing=tuple(spec["preprocessing"]),
-        inference=spec["inference"],
+        kind=spec.kind,
+        modality=spec.modality,
+        spatial_dims=spec.spatial_dims,
+        in_channels=spec.in_channels,
+        classes=spec.classes,
+        preprocessing=spec.preprocessing,
+        inference=spec.inference,
     )
 
 

@@ -101,27 +101,27 @@ def create_builder(run: FinishedRun, options: ExportOptions) -> PackageBuilder:
     Raises:
         UserError: the run contains data that are not valid in a contract.
     """
-    spec, steps = run.spec, list(run.spec["preprocessing"])
+    spec, steps = run.spec, list(run.spec.preprocessing)
     first, *others = run.graphs
     content = Contract.model_construct(
         schema_version=SCHEMA_VERSION,
-        name=options.name or f"{spec['modality']}-{spec['kind']}",
+        name=options.name or f"{spec.modality}-{spec.kind}",
         version=options.version,
-        kind=spec["kind"],
-        modality=spec["modality"],
+        kind=spec.kind,
+        modality=spec.modality,
         intended_use=options.intended_use,
         preprocess=tuple(steps),
         preprocess_sha256=json_sha256(steps),
-        inference=spec["inference"],
-        postprocess=postprocess_of(spec["kind"]),
+        inference=spec.inference,
+        postprocess=postprocess_of(spec.kind),
         signature=first.signature,
         score_map=next((ScoreMapSpec(signature=g.signature, critic=g.network.spec) for g in others), None),
         reference=_describe_ood_statistics(run),
         classes=run.classes,
-        labels=read_label_codes(options.labels_schema, run.classes, spec["kind"]) if options.labels_schema else (),
-        dicom_in=load_dicom_rules(spec["modality"], options.dicom_in),
-        architecture=spec,
-        provenance=_check_provenance(spec.get("provenance") or {}),
+        labels=read_label_codes(options.labels_schema, run.classes, spec.kind) if options.labels_schema else (),
+        dicom_in=load_dicom_rules(spec.modality, options.dicom_in),
+        architecture=spec.to_json(),
+        provenance=_check_provenance(spec.provenance.to_json()),
         metrics=_select_numbers(run.summary.get("val")),
         signed_by=key_to_hex(load_private_key(options.sign).public_key()) if options.sign else None,
     )

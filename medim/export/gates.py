@@ -31,7 +31,7 @@ from medim.objectives import OBJECTIVES
 from medim.package.contract import GOLDEN, RESEARCH_ONLY, Contract
 from medim.package.gate import GateResult, gate_result, skip_gate
 from medim.package.model_card import FIELDS
-from medim.tasks import ENCODER, is_dense
+from medim.tasks import is_dense
 from medim.types import Array
 
 PRIVACY_GATE = "P9 no path, user or host name in any file"
@@ -81,7 +81,7 @@ NETWORK_ISOLATION_UNAVAILABLE = skip_gate("this machine does not allow `unshare 
 
 def _run_weight_gates(run: FinishedRun) -> dict[str, GateResult]:
     training_modules = sum(module.training for graph in run.graphs for module in graph.network.modules())
-    package_network = build_encoder(run.spec) if run.spec["kind"] == ENCODER else build_model(run.spec)
+    package_network = build_encoder(run.spec) if run.spec.is_encoder else build_model(run.spec)
     load_weights(package_network, run.weights)
     return {
         "P0 network in evaluation mode": gate_result(training_modules, 0),

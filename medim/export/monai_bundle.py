@@ -17,6 +17,7 @@ from medim.export.builder import PackageBuilder
 from medim.export.monai_native import BundleSection, dynunet_options, is_monai_native, to_dynunet, to_monai_transforms
 from medim.export.sbom import find_version
 from medim.files import encode_json
+from medim.model_spec import NetworkSpec
 from medim.models.model import build_encoder, build_model
 from medim.package.contract import NOT_REPORTED, Contract, Signature
 from medim.tasks import ENCODER, TASKS_BY_KIND, is_dense
@@ -58,7 +59,8 @@ def network(spec: BundleSection) -> nn.Module:
 
     The output of an encoder is its summary vector.
     """
-    return _SummaryEncoder(build_encoder(spec)) if spec["kind"] == ENCODER else build_model(spec)
+    network_spec = NetworkSpec.from_json(spec, "spec of the MONAI bundle")
+    return _SummaryEncoder(build_encoder(network_spec)) if spec["kind"] == ENCODER else build_model(network_spec)
 
 
 class _SummaryEncoder(nn.Module):

@@ -19,19 +19,18 @@ from medim.tasks import is_dense
 from medim.types import Step, Volume
 
 BundleSection = dict[str, Any]
-UNET_PARTS = ("encoder", "decoder")
 PREPROCESSING_TOLERANCE = 1e-6  # largest difference, relative to the range of the image
 GRID_TOLERANCE = 1e-6  # largest difference of the affine entries, mm
 
 
 def is_monai_native(contract: Contract) -> bool:
     """Whether MONAI can run the bundle without medim."""
-    spec = contract.architecture
-    if not is_dense(contract.kind) or contract.spatial_dims != 3 or spec["encoder"]["name"] != "unet":
+    spec = contract.spec
+    if not is_dense(contract.kind) or contract.spatial_dims != 3 or spec.encoder["name"] != "unet":
         return False
     levels, norms = (
-        len(spec["encoder"].get("channels", range(4))),
-        {spec[part].get("norm", "in") for part in UNET_PARTS},
+        len(spec.encoder.get("channels", range(4))),
+        {(part or {}).get("norm", "in") for part in (spec.encoder, spec.decoder)},
     )
     whole = contract.inference["mode"] == "sliding" or contract.inference.get("multiple_of", 1) == 1
     return levels >= 3 and len(norms) == 1 and whole and to_monai_transforms(contract.preprocess) is not None
@@ -96,7 +95,7 @@ def dynunet_options(contract: Contract, channels: Sequence[int]) -> BundleSectio
         "strides": strides,
         "upsample_kernel_size": strides[1:],
         "filters": list(channels),
-        "norm_name": norm_spec(contract.architecture["encoder"].get("norm", "in")),
+        "norm_name": norm_spec(contract.spec.encoder.get("norm", "in")),
     }
 
 

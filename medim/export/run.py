@@ -15,12 +15,12 @@ from medim.export import onnx
 from medim.files import read_json
 from medim.inference.network import PredictFn
 from medim.inference.ood import OOD_FILE
+from medim.model_spec import ModelSpec
 from medim.models.model import as_numpy_function
 from medim.models.ood_features import WithOODFeatures
 from medim.models.serialization import load_encoder, load_model, locate_weights
 from medim.objectives.score_map import load_score_map
 from medim.package.contract import GOLDEN, GRAPH, SCORE_MAP, SCORE_MAP_GOLDEN, Signature
-from medim.tasks import ENCODER
 from medim.types import UserError
 
 
@@ -56,7 +56,7 @@ class FinishedRun:
 
     folder: Path
     graphs: tuple[ExportGraph, ...]  # prediction graph, then the graph of the score map if there is one
-    spec: dict[str, Any]
+    spec: ModelSpec
     weights: Path
     sizes: onnx.InputSizes
     summary: dict[str, Any]  # content of summary.json; empty if the run has none
@@ -66,7 +66,7 @@ class FinishedRun:
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names; empty for an encoder."""
-        return () if self.spec["kind"] == ENCODER else tuple(self.spec["classes"])
+        return () if self.spec.is_encoder else self.spec.classes
 
 
 class _Float64Network(nn.Module):
@@ -88,15 +88,15 @@ def load_finished_run(folder: Path) -> FinishedRun:
             by an earlier version of medim.
     """
     weights, spec = locate_weights(folder)
-    if spec["kind"] == ENCODER:
+    if spec.is_encoder:
         encoder: Any = load_encoder(folder)
         module, score_map = encoder, load_score_map(folder)
     else:
         module = load_model(folder)[0]
         encoder, score_map = module.encoder, None
     network = WithOODFeatures(module).eval()
-    strides, channels = tuple(encoder.strides), spec["in_channels"]
-    sizes = onnx.probe_input_sizes(network, tuple(spec["input_shape"]), strides, channels)
+    strides, channels = tuple(encoder.strides), spec.in_channels
+    sizes = onnx.probe_input_sizes(network, spec.input_shape, strides, channels)
     signature = onnx.build_signature(network, sizes, channels, strides)
     graphs = [ExportGraph("", GRAPH, GOLDEN, network, signature)]
     if score_map is not None:

@@ -74,7 +74,7 @@ def build_sbom(contract: Contract) -> bytes:
         "name": contract.name,
         "version": contract.version,
         "description": contract.not_for,
-        "hashes": [{"alg": "SHA-256", "content": contract.architecture["sha256"]}],
+        "hashes": [{"alg": "SHA-256", "content": contract.spec.sha256}],
     }
     dependencies = {
         _format_purl(package): sorted({_format_purl(distribution(name)) for name, _ in _list_requirements(package, "")})

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from medim.config import Section, build_from_section
+from medim.model_spec import NetworkSpec
 from medim.models.decoders import DECODERS
 from medim.models.encoders import ENCODERS
 from medim.models.heads import HEADS
@@ -65,7 +66,7 @@ def as_numpy_function(module: nn.Module) -> Callable[[Array], Array]:
     return run_module
 
 
-def build_encoder(spec: dict[str, Any]) -> nn.Module:
+def build_encoder(spec: NetworkSpec) -> nn.Module:
     """Build an encoder with fresh weights.
 
     Args:
@@ -73,10 +74,10 @@ def build_encoder(spec: dict[str, Any]) -> nn.Module:
     """
     return build_from_section(
         ENCODERS,
-        spec["encoder"],
-        in_channels=spec["in_channels"],
-        spatial_dims=spec["spatial_dims"],
-        input_shape=tuple(spec["input_shape"]),
+        spec.encoder,
+        in_channels=spec.in_channels,
+        spatial_dims=spec.spatial_dims,
+        input_shape=spec.input_shape,
     )
 
 
@@ -87,21 +88,21 @@ def build_decoder(section: Section, encoder: Any, spatial_dims: int) -> nn.Modul
     )
 
 
-def build_model(spec: dict[str, Any]) -> Model:
+def build_model(spec: NetworkSpec) -> Model:
     """Build encoder, decoder and head with fresh weights.
 
     Args:
         spec: the keys that `build_encoder` needs, and `decoder` (section or None), `head` (section), `out_channels`.
     """
     encoder: Any = build_encoder(spec)
-    decoder: Any = build_decoder(spec["decoder"], encoder, spec["spatial_dims"]) if spec["decoder"] else None
+    decoder: Any = build_decoder(spec.decoder, encoder, spec.spatial_dims) if spec.decoder else None
     channels = (decoder.out_channels,) if decoder else encoder.channels
     head = build_from_section(
         HEADS,
-        spec["head"],
+        spec.head or {},
         channels=channels,
         summary_channels=encoder.summary_channels,
-        spatial_dims=spec["spatial_dims"],
-        out_channels=spec["out_channels"],
+        spatial_dims=spec.spatial_dims,
+        out_channels=spec.out_channels,
     )
     return Model(encoder, decoder, head)

@@ -15,14 +15,14 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import nn
 
+from medim.config import Section
 from medim.files import file_sha256, read_json, write_bytes, write_json
+from medim.model_spec import SCHEMA_VERSION, ModelSpec, read_spec
 from medim.models.model import Model, build_encoder, build_model
 from medim.types import UserError
 
-SCHEMA_VERSION = 1
 
-
-def save_model(folder: Path, name: str, module: nn.Module, spec: dict[str, Any]) -> None:
+def save_model(folder: Path, name: str, module: nn.Module, spec: ModelSpec | Section) -> None:
     """Write `name.safetensors` and, after it, `name.json`.
 
     The weights file has no metadata, so that equal weights give equal bytes.
@@ -37,10 +37,11 @@ def save_model(folder: Path, name: str, module: nn.Module, spec: dict[str, Any])
     write_bytes(
         weights, safetensors.torch.save({key: value.contiguous() for key, value in module.state_dict().items()})
     )
-    write_json(folder / f"{name}.json", {"schema_version": SCHEMA_VERSION, **spec, "sha256": file_sha256(weights)})
+    content = spec.to_json() if isinstance(spec, ModelSpec) else {"schema_version": SCHEMA_VERSION, **spec}
+    write_json(folder / f"{name}.json", {**content, "sha256": file_sha256(weights)})
 
 
-def locate_weights(path: Path) -> tuple[Path, dict[str, Any]]:
+def locate_weights(path: Path) -> tuple[Path, ModelSpec]:
     """Locate weights and spec of a run, of its `encoder/` or `model/` folder, or of a package.
 
     Raises:
@@ -49,11 +50,12 @@ def locate_weights(path: Path) -> tuple[Path, dict[str, Any]]:
     for folder in (path, path / "model", path / "encoder"):
         for name in ("model", "encoder"):
             if (folder / f"{name}.json").is_file():
-                weights, spec = folder / f"{name}.safetensors", read_json(folder / f"{name}.json")
-                return verify_sha256(weights, spec["sha256"]), spec
+                spec = read_spec(folder / f"{name}.json")
+                return verify_sha256(folder / f"{name}.safetensors", spec.sha256), spec
     if (path / "medim.json").is_file():
-        spec = read_json(path / "medim.json")["architecture"]
-        return verify_sha256(path / "models" / "model.safetensors", spec["sha256"]), spec
+        contract = path / "medim.json"
+        spec = ModelSpec.from_json(read_json(contract).get("architecture") or {}, contract)
+        return verify_sha256(path / "models" / "model.safetensors", spec.sha256), spec
     raise UserError(f"{path}: expected a finished run (RUN/encoder or RUN/model) or a package, found neither.")
 
 
@@ -77,14 +79,14 @@ def load_weights(module: nn.Module, weights: Path, *, prefix: str = "") -> None:
         raise UserError(f"{weights}: the weights do not fit this network: {error}") from error
 
 
-def load_model(path: Path) -> tuple[Model, dict[str, Any]]:
+def load_model(path: Path) -> tuple[Model, ModelSpec]:
     """Load the fine-tuned model of a run or a package, in evaluation mode, and its spec.
 
     Raises:
         UserError: see `locate_weights`; or there is only an encoder.
     """
     weights, spec = locate_weights(Path(path))
-    if spec["kind"] == "encoder":
+    if spec.is_encoder:
         raise UserError(
             f"{path}: expected a fine-tuned model, got an encoder. Run `medim finetune --encoder {path}` first."
         )
@@ -102,14 +104,14 @@ def load_encoder(path: str | Path) -> nn.Module:
     Returns:
         An `nn.Module` in evaluation mode with `channels`, `strides`, `summary_channels` and `spec`; calling it with (N,
         in_channels, ...) gives `Features(maps, summary)`. Its input is the output of `medim.preprocess(volume,
-        encoder.spec["preprocessing"])`.
+        encoder.spec.preprocessing)`.
 
     Raises:
         UserError: there is no run or package at `path`, or it is damaged.
     """
     weights, spec = locate_weights(Path(path))
     encoder: Any
-    if spec["kind"] == "encoder":
+    if spec.is_encoder:
         encoder = build_encoder(spec)
         load_weights(encoder, weights)
     else:

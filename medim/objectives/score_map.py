@@ -66,8 +66,8 @@ def load_score_map(path: Path) -> MutualInformationMap | None:
     if not isinstance(spec.get("objective"), dict):  # runs of early versions contain the name only
         return None
     encoder: Any = load_encoder(path)
-    view_options = {key: encoder.spec[key] for key in ("in_channels", "spatial_dims")}
-    build_options = encoder_info(encoder, None, **view_options, input_shape=tuple(encoder.spec["input_shape"]))
+    view_options = {"in_channels": encoder.spec.in_channels, "spatial_dims": encoder.spec.spatial_dims}
+    build_options = encoder_info(encoder, None, **view_options, input_shape=encoder.spec.input_shape)
     objective = build_from_section(OBJECTIVES, spec["objective"], **build_options)
-    load_weights(objective, verify_sha256(folder / "critic.safetensors", spec["sha256"]))
+    load_weights(objective, verify_sha256(folder / "critic.safetensors", str(spec.get("sha256"))))
     return MutualInformationMap(encoder, objective, spec).eval()

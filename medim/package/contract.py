@@ -11,6 +11,7 @@ from medim.data.preprocessing.steps import check_steps
 from medim.files import json_sha256
 from medim.inference.network import INFERENCES
 from medim.inference.ood import LimitMethod
+from medim.model_spec import ModelSpec
 from medim.package.dicom_rules import DicomRules
 from medim.package.label_codes import LabelCode as LabelCodes
 from medim.package.schema import StrictModel as _Strict
@@ -196,6 +197,11 @@ class Contract(_Strict):
         if self.score_map and (self.kind != ENCODER or self.score_map.signature.inputs != self.signature.inputs):
             raise ValueError("a score map requires an encoder with the same input")
         return self
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Typed form of `architecture`."""
+        return ModelSpec.from_json(self.architecture, "medim.json")
 
     @property
     def spatial_dims(self) -> int:

@@ -149,7 +149,7 @@ def build_model_card(
         summary: content of the run's `summary.json`; empty if the run has none.
         licence: whether the package has a licence for its weights.
     """
-    spec, provenance = contract.architecture, contract.provenance
+    spec, provenance = contract.spec, contract.provenance
     objectives = summary.get("objectives")
     values: dict[str, dict[str, Any]] = {
         "Identity": {
@@ -164,11 +164,10 @@ def build_model_card(
             "modality": contract.modality,
             "input": f"{contract.spatial_dims}D, {contract.in_channels} channel(s)",
             "classes": ", ".join(contract.classes) or "none: the output is a feature vector",
-            "encoder": _format_card_section(spec["encoder"]),
-            "decoder and head": ", ".join(_format_card_section(spec[p]) for p in ("decoder", "head") if spec.get(p))
-            or "none",
+            "encoder": _format_card_section(spec.encoder),
+            "decoder and head": ", ".join(_format_card_section(p) for p in (spec.decoder, spec.head) if p) or "none",
             "parent encoder (sha256)": provenance.get("parent"),
-            "weights (sha256)": spec.get("sha256"),
+            "weights (sha256)": spec.sha256,
             "explainability": "mutual-information map" if contract.score_map else None,
         },
         "Data": {

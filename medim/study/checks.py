@@ -11,12 +11,12 @@ from typing import Any, get_args
 
 import numpy as np
 
-from medim.config import Section
 from medim.data.contamination import ContaminationCounts, check_contamination, load_training_history
 from medim.data.index.index import ImageRecord, Index
 from medim.data.loading.cohort import Cohort
 from medim.evaluation.probing.label_budget import Budget
 from medim.metrics.bootstrap import MIN_SUBJECTS
+from medim.model_spec import ModelSpec
 from medim.models.serialization import locate_weights
 from medim.study.design import Arm, LabelSubsets, StudyTask
 from medim.types import Split, UsageError, UserError
@@ -26,17 +26,17 @@ NETWORK_KEYS = ("modality", "spatial_dims", "in_channels", "encoder", "preproces
 _MORE_SUBJECTS = "Measure on more subjects: a larger validation split, or another source."
 
 
-def check_networks(arms: Iterable[Arm]) -> Section:
+def check_networks(arms: Iterable[Arm]) -> ModelSpec:
     """The spec that all encoders share.
 
     Raises:
         UserError: two differ in network, preprocessing or input, or two runs of an arm are one encoder.
     """
-    reference: tuple[Path, Section] | None = None
+    reference: tuple[Path, ModelSpec] | None = None
     hashes: dict[tuple[str, str], Path] = {}
     for name, run in ((arm.name, run) for arm in arms for run in arm.runs):
         spec = locate_weights(run)[1]
-        if (other_run := hashes.setdefault((name, spec["sha256"]), run)) is not run:
+        if (other_run := hashes.setdefault((name, spec.sha256), run)) is not run:
             raise UserError(
                 f"{run}: expected another encoder than {other_run}, got the same weights; an arm's pretraining runs "
                 "differ by their seed. Name each once."
@@ -44,10 +44,11 @@ def check_networks(arms: Iterable[Arm]) -> Section:
         if reference is None:
             reference = run, spec
         for key in NETWORK_KEYS:
-            if spec[key] != reference[1][key]:
+            value, reference_value = spec.to_json()[key], reference[1].to_json()[key]
+            if value != reference_value:
                 raise UserError(
                     f"{run}: expected every arm to have the same network, so that pretraining alone differs, got {key} "
-                    f"{spec[key]}, where {reference[0]} has {reference[1][key]}. Compare encoders of one architecture, "
+                    f"{value}, where {reference[0]} has {reference_value}. Compare encoders of one architecture, "
                     "preprocessing and input shape."
                 )
     assert reference is not None
@@ -139,9 +140,7 @@ def count_contamination(
 
 def count_selection_labels(arms: Iterable[Arm]) -> dict[str, int]:
     """The labels that chose the step of an arm's encoders (their online probe), the most of its runs."""
-    label_counts = {
-        arm.name: [locate_weights(run)[1].get("selected", {}).get("labels", 0) for run in arm.runs] for arm in arms
-    }
+    label_counts = {arm.name: [locate_weights(run)[1].n_selection_labels for run in arm.runs] for arm in arms}
     selection_labels = {name: max(labels) for name, labels in label_counts.items() if labels}
     if listing := ", ".join(f"{name} ({labels})" for name, labels in selection_labels.items() if labels):
         log.warning(

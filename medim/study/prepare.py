@@ -183,5 +183,5 @@ def _describe_arm(arm: Arm) -> dict[str, Any]:
     return {
         "name": arm.name,
         "protocol": arm.protocol,
-        "encoders": [locate_weights(run)[1]["sha256"] for run in arm.runs],
+        "encoders": [locate_weights(run)[1].sha256 for run in arm.runs],
     }

@@ -137,7 +137,7 @@ def _time_step(context: StudyContext, *, frozen: bool) -> float:
     use_channels_last(model.train())
     main_optimiser, _ = build_optimiser([(model, 1.0)], **config.optimisation)
     head: Any = model.head
-    loader = build_finetune_loader(config, cohort, cohort.records("train"), spec["classes"], steps=1 + STEPS, seed=0)
+    loader = build_finetune_loader(config, cohort, cohort.records("train"), spec.classes, steps=1 + STEPS, seed=0)
     durations, start = [], time.perf_counter()
     for image, target in loader:
         with torch.autocast(_get_device_name(context), torch.bfloat16, enabled=config.precision == "bf16-mixed"):

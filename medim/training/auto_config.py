@@ -17,6 +17,7 @@ import torch
 from medim.config import AUTO, Command, RunConfig, Section, auto_keys, check_config, validate_section
 from medim.data.index.index import Index
 from medim.data.preprocessing.steps import STEPS
+from medim.model_spec import NetworkSpec
 from medim.models.model import build_encoder
 from medim.types import Step, UsageError
 
@@ -151,7 +152,7 @@ def coarsest_stride(encoder: Section, spatial_dims: int) -> int:
     try:
         with torch.device("meta"):
             network: Any = build_encoder(
-                {"encoder": encoder, "in_channels": 1, "spatial_dims": spatial_dims, "input_shape": shape}
+                NetworkSpec(encoder=encoder, in_channels=1, spatial_dims=spatial_dims, input_shape=shape)
             )
     except (RuntimeError, ValueError) as error:
         raise UsageError(f"encoder {encoder.get('name')!r}: the options are inconsistent ({error}).") from error

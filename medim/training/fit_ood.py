@@ -28,6 +28,7 @@ from medim.inference.ood import (
     ood_features,
     sampled_windows,
 )
+from medim.model_spec import ModelSpec
 from medim.models.model import Model
 from medim.models.ood_features import as_numpy_predictor
 from medim.types import Array, Step, UserError, Volume
@@ -38,7 +39,7 @@ MIN_TRAINING_SUBJECTS, MIN_HELD_OUT_SUBJECTS = 10, 3  # with fewer, the statisti
 MIN_DEVIATION = 0.02  # lower bound of the standard deviation of intensities and lengths, about 2 %
 
 
-def save_ood_detector(folder: Path, network: nn.Module, cohort: Cohort, spec: dict[str, Any]) -> None:
+def save_ood_detector(folder: Path, network: nn.Module, cohort: Cohort, spec: ModelSpec) -> None:
     """Write the detector to `reference.safetensors`; if it cannot be fitted, delete an old file and log the reason.
 
     Args:
@@ -63,7 +64,7 @@ def save_ood_detector(folder: Path, network: nn.Module, cohort: Cohort, spec: di
         network.train(training)
 
 
-def _fit_from_cohort(network: nn.Module, cohort: Cohort, spec: dict[str, Any]) -> OODDetector:
+def _fit_from_cohort(network: nn.Module, cohort: Cohort, spec: ModelSpec) -> OODDetector:
     train, val = _select_across_subjects(cohort.records("train")), _select_across_subjects(cohort.records("val"))
     subjects, others = ([record.subject for record in records] for records in (train, val))
     n_subjects = len(set(subjects)), len(set(others))
@@ -165,7 +166,7 @@ def _compute_subject_weights(subjects: Sequence[str]) -> Array:
 
 
 def iterate_record_features(
-    network: nn.Module, cohort: Cohort, records: Sequence[ImageRecord], spec: dict[str, Any]
+    network: nn.Module, cohort: Cohort, records: Sequence[ImageRecord], spec: ModelSpec
 ) -> Iterator[OODFeatures]:
     """Yield the features that the detector uses for each image, from the store.
 
@@ -179,7 +180,7 @@ def iterate_record_features(
     predictor, figures = as_numpy_predictor(encoder), cohort.quality_metrics()
     for record in records:
         image = cohort.store.load_volume(cohort.keys[record.image])
-        yield ood_features(figures[record.image], image, window_features(predictor, image, spec["inference"]))
+        yield ood_features(figures[record.image], image, window_features(predictor, image, spec.inference))
 
 
 def window_features(predictor: PredictWithFeatures, image: Volume, inference: Step) -> Array:

@@ -14,6 +14,7 @@ from medim.data.loading.quality_table import read_quality
 from medim.models.model import build_encoder
 from medim.models.serialization import save_model
 from tests.data.synthetic import write_archive
+from tests.specs import make_spec
 
 
 @pytest.mark.parametrize("option", ["--seed", "--split-seed"])
@@ -54,7 +55,7 @@ def test_a_store_is_not_written_among_other_files(tmp_path: Path) -> None:
 def test_probe_writes_beside_the_run_and_prints_a_line_for_each_kind_of_features_and_budget(tmp_path: Path) -> None:
     spec = {"kind": "encoder", "modality": "xray", "spatial_dims": 2, "in_channels": 1, "input_shape": [8, 8]}
     spec |= {"encoder": {"name": "unet", "channels": [2, 4]}, "preprocessing": [], "inference": {"mode": "whole"}}
-    save_model(tmp_path / "run" / "encoder", "encoder", build_encoder(spec), spec)
+    save_model(tmp_path / "run" / "encoder", "encoder", build_encoder(make_spec(spec)), make_spec(spec))
     arrays = {}
     for part, count in (("train", 12), ("val", 6), ("test", 1)):
         images = np.random.default_rng(count).integers(0, 255, (count, 8, 8), np.uint8)

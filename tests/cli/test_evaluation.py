@@ -13,6 +13,7 @@ from medim.cli.evaluation import repeat_command
 from medim.files import read_json
 from medim.models.model import build_encoder
 from medim.models.serialization import save_model
+from tests.specs import make_spec
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def command(tmp_path: Path) -> list[str]:
     """A study of noise with the smallest of encoders."""
     spec = {"kind": "encoder", "modality": "xray", "spatial_dims": 2, "in_channels": 1, "input_shape": [8, 8]}
     spec |= {"encoder": {"name": "unet", "channels": [2, 4]}, "preprocessing": [], "inference": {"mode": "whole"}}
-    save_model(tmp_path / "run" / "encoder", "encoder", build_encoder(spec), spec)
+    save_model(tmp_path / "run" / "encoder", "encoder", build_encoder(make_spec(spec)), make_spec(spec))
     arrays = {}
     for part, count in (("train", 14), ("val", 12), ("test", 1)):
         images = np.random.default_rng(count).integers(0, 255, (count, 8, 8), np.uint8)

@@ -11,6 +11,7 @@ import torch
 from medim.models.decoders import DECODERS
 from medim.models.model import build_decoder, build_encoder, build_model
 from medim.models.serialization import load_model, load_weights, save_model
+from tests.specs import make_spec
 
 SHAPES: dict[int, tuple[int, ...]] = {2: (16, 24), 3: (16, 8, 16)}
 every_decoder = pytest.mark.parametrize(
@@ -33,7 +34,7 @@ def spec_of(name: str, dims: int) -> dict[str, Any]:
 
 def make(name: str, dims: int) -> tuple[Any, Any]:
     torch.manual_seed(0)
-    encoder = build_encoder(spec_of(name, dims))
+    encoder = build_encoder(make_spec(spec_of(name, dims)))
     return encoder, build_decoder({"name": name}, encoder, dims)
 
 
@@ -82,10 +83,10 @@ def test_bf16_changes_the_decoding_by_rounding_only(name: str, dims: int) -> Non
 @every_decoder
 def test_a_saved_decoder_and_a_saved_model_come_back_bit_for_bit(name: str, dims: int, tmp_path: Path) -> None:
     torch.manual_seed(3)
-    model = build_model(spec_of(name, dims))
-    save_model(tmp_path / "model", "model", model, spec_of(name, dims))
+    model = build_model(make_spec(spec_of(name, dims)))
+    save_model(tmp_path / "model", "model", model, make_spec(spec_of(name, dims)))
     again, spec = load_model(tmp_path)
-    assert spec["decoder"] == {"name": name}
+    assert spec.decoder == {"name": name}
     assert torch.equal(again(images(dims)), model.eval()(images(dims)))
     assert model.decoder is not None
     save_model(tmp_path, "decoder", model.decoder, {"kind": "decoder"})

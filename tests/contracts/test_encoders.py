@@ -15,6 +15,7 @@ from medim.models.encoders import ENCODERS
 from medim.models.model import build_encoder
 from medim.models.serialization import load_encoder, save_model
 from medim.objectives.score_map import MutualInformationMap
+from tests.specs import make_spec
 
 # Small versions, and the variants whose behaviour differs. An entry that is not named here runs at its defaults.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -72,7 +73,7 @@ def spec_of(section: dict[str, Any], dims: int, shape: tuple[int, ...] | None = 
 
 def make(section: dict[str, Any], dims: int, shape: tuple[int, ...] | None = None) -> Any:
     torch.manual_seed(0)
-    return build_encoder(spec_of(section, dims, shape))
+    return build_encoder(make_spec(spec_of(section, dims, shape)))
 
 
 def images(section: dict[str, Any], dims: int, count: int = 4) -> torch.Tensor:
@@ -155,10 +156,10 @@ def test_a_fresh_encoder_follows_from_the_seed_and_is_ready_to_train(section: di
 def test_a_saved_encoder_comes_back_bit_for_bit(section: dict[str, Any], dims: int, tmp_path: Path) -> None:
     encoder = make(section, dims)
     encoder(images(section, dims))  # moves running statistics, which have to travel too
-    save_model(tmp_path / "encoder", "encoder", encoder, {"kind": "encoder", **spec_of(section, dims)})
+    save_model(tmp_path / "encoder", "encoder", encoder, make_spec({"kind": "encoder", **spec_of(section, dims)}))
     again = load_encoder(tmp_path)
     assert not again.training
-    assert again.spec["encoder"] == section
+    assert again.spec.encoder == section
     for a, b in zip(outputs(encoder.eval(), images(section, dims)), outputs(again, images(section, dims)), strict=True):
         assert torch.equal(a, b)
 

@@ -14,6 +14,7 @@ from medim.data.index.index import Index, build_index
 from medim.models.model import build_model
 from medim.models.serialization import save_model
 from medim.types import Array
+from tests.specs import make_spec
 
 AFFINE = np.diag([-2.0, 1.0, 0.5, 1.0])  # left-handed: the reader turns the first axis
 SUBJECTS = [f"P{i // 2}" for i in range(8)]  # eight images of four people
@@ -86,7 +87,7 @@ def classifier(segmenter: dict[str, Any]) -> dict[str, Any]:
 def make_run(folder: Path, spec: dict[str, Any], seen: TrainingHistory | None = None) -> Path:
     """A fine-tuning run with fresh weights."""
     torch.manual_seed(0)
-    save_model(folder / "model", "model", build_model(spec), spec)
+    save_model(folder / "model", "model", build_model(make_spec(spec)), make_spec(spec))
     if seen is not None:
         seen.write(folder / "model")
     return folder

@@ -19,6 +19,7 @@ from medim.evaluation.evaluate import build_predictor, evaluate, select_records,
 from medim.tasks.classification import class_arrays
 from medim.types import Array, UserError
 from tests.evaluation.conftest import make_run
+from tests.specs import make_spec
 
 
 def perfect(image: Array) -> Array:
@@ -37,7 +38,7 @@ def by_size(image: Array) -> Array:
 
 
 def test_a_perfect_network_scores_one_in_the_image_s_own_space(index: Index, segmenter: dict[str, Any]) -> None:
-    found = validate_network(perfect, index, index.records, segmenter)[0]
+    found = validate_network(perfect, index, index.records, make_spec(segmenter))[0]
     assert (found["n"], found["subjects"], found["rejected"]) == (8, 4, 0)
     assert found["metrics"]["dice"] == {"value": 1, "ci_low": 1, "ci_high": 1, "n": 8}
     for name in ("front", "back"):
@@ -48,13 +49,13 @@ def test_a_perfect_network_scores_one_in_the_image_s_own_space(index: Index, seg
 def test_classes_that_are_swapped_score_zero_and_have_their_distance_in_mm(
     index: Index, segmenter: dict[str, Any]
 ) -> None:
-    found = validate_network(swapped, index, index.records, segmenter)[0]["metrics"]
+    found = validate_network(swapped, index, index.records, make_spec(segmenter))[0]["metrics"]
     assert found["dice"]["value"] == 0
     assert found["hd95_front"]["value"] == pytest.approx(10)  # the far side of `back`: 5 voxels of 2 mm
 
 
 def test_rows_hold_the_volumes_in_millilitres(index: Index, segmenter: dict[str, Any]) -> None:
-    row = score_cases(build_predictor(perfect, segmenter), index, index.records)[0]
+    row = score_cases(build_predictor(perfect, make_spec(segmenter)), index, index.records)[0]
     assert (row["class"], row["dice"]) == ("front", 1)
     assert row["truth_ml"] == row["predicted_ml"] == pytest.approx(3 * 4 * 4 * 2 * 1 * 0.5 / 1000)
 
@@ -63,16 +64,16 @@ def test_masks_of_a_source_that_names_the_classes_in_another_order_are_relabelle
     index: Index, segmenter: dict[str, Any]
 ) -> None:
     other = {**segmenter, "classes": ["back", "front"]}
-    assert validate_network(swapped, index, index.records, other)[0]["metrics"]["dice"]["value"] == 1
+    assert validate_network(swapped, index, index.records, make_spec(other))[0]["metrics"]["dice"]["value"] == 1
 
 
 def test_a_source_of_other_classes_is_refused(index: Index, segmenter: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"expected the model's classes \(left, right\), got front, back"):
-        validate_network(perfect, index, index.records, {**segmenter, "classes": ["left", "right"]})
+        validate_network(perfect, index, index.records, make_spec({**segmenter, "classes": ["left", "right"]}))
 
 
 def test_classification_is_by_the_probability_of_each_class(index: Index, classifier: dict[str, Any]) -> None:
-    found = validate_network(by_size, index, index.records, classifier)[0]
+    found = validate_network(by_size, index, index.records, make_spec(classifier))[0]
     assert {name: metric["value"] for name, metric in found["metrics"].items() if name != "ece"} == {
         "auroc": 1,
         "average_precision": 1,
@@ -80,7 +81,7 @@ def test_classification_is_by_the_probability_of_each_class(index: Index, classi
         "balanced_accuracy": 1,
         "f1": 1,
     }
-    rows = score_cases(build_predictor(by_size, classifier), index, index.records)
+    rows = score_cases(build_predictor(by_size, make_spec(classifier)), index, index.records)
     probabilities, labels = class_arrays(rows, classifier["classes"])
     np.testing.assert_allclose(probabilities.sum(axis=1), 1)
     assert [classifier["classes"][k] for k in labels] == [record.label for record in index.records]
@@ -92,14 +93,14 @@ def test_a_case_that_cannot_be_read_becomes_a_rejected_row_and_is_counted(
     (masks / "imagesTr" / "case3.nii.gz").write_bytes(b"not an image")
     steps: list[tuple[int, int]] = []
     rows = score_cases(
-        build_predictor(perfect, segmenter), index, index.records, progress=lambda *step: steps.append(step)
+        build_predictor(perfect, make_spec(segmenter)), index, index.records, progress=lambda *step: steps.append(step)
     )
     refused = [row for row in rows if row.get("rejected")]
     assert [row["image"] for row in refused] == [index.records[3].image]
     assert refused[0]["rejected"]
     assert str(masks) not in refused[0]["detail"]
     assert steps == [(i, 8) for i in range(1, 9)]
-    found = validate_network(perfect, index, index.records, segmenter)[0]
+    found = validate_network(perfect, index, index.records, make_spec(segmenter))[0]
     assert (found["n"], found["rejected"], found["metrics"]["dice"]["n"]) == (7, 1, 7)
 
 
@@ -107,10 +108,10 @@ def test_an_image_of_another_kind_than_the_network_takes_is_a_rejected_row(
     index: Index, classifier: dict[str, Any]
 ) -> None:
     records = [index.records[0], dataclasses.replace(index.records[1], label="huge")]
-    rows = score_cases(build_predictor(by_size, classifier), index, records)
+    rows = score_cases(build_predictor(by_size, make_spec(classifier)), index, records)
     assert [row.get("rejected") for row in rows] == [None, None, "unknown-class"]
     with pytest.raises(AllRejectedError, match="expected a 2D image"):
-        validate_network(by_size, index, index.records, {**classifier, "spatial_dims": 2})
+        validate_network(by_size, index, index.records, make_spec({**classifier, "spatial_dims": 2}))
 
 
 def test_a_fault_of_the_network_is_no_rejection(index: Index, segmenter: dict[str, Any]) -> None:
@@ -118,29 +119,29 @@ def test_a_fault_of_the_network_is_no_rejection(index: Index, segmenter: dict[st
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        validate_network(broken, index, index.records, segmenter)
+        validate_network(broken, index, index.records, make_spec(segmenter))
 
 
 def test_another_source_is_evaluated_whole_and_the_run_s_own_on_its_validation_split(
     index: Index, segmenter: dict[str, Any], tmp_path: Path
 ) -> None:
-    assert select_records(index, segmenter)[1] == "all"
+    assert select_records(index, make_spec(segmenter))[1] == "all"
     own = {**segmenter, "provenance": {"index_hash": index.hash}}
-    chosen, part = select_records(index, own)
+    chosen, part = select_records(index, make_spec(own))
     splits = split_subjects(index)
     assert part == "val"
     assert [r.image for r in chosen] == [i for i, s in splits.items() if s == "val"]
-    assert len(select_records(index, own, split="train")[0]) == 6
+    assert len(select_records(index, make_spec(own), split="train")[0]) == 6
     stored = tmp_path / "split.csv"
     write_splits(stored, index, {r.image: "val" if i < 3 else "train" for i, r in enumerate(index.records)}, [], seed=0)
-    assert select_records(index, own, split_file=stored)[0] == index.records[:3]
-    assert select_records(index, segmenter, split_file=stored)[1] == "all"
+    assert select_records(index, make_spec(own), split_file=stored)[0] == index.records[:3]
+    assert select_records(index, make_spec(segmenter), split_file=stored)[1] == "all"
 
 
 def test_a_source_s_own_test_split_comes_first(index: Index, segmenter: dict[str, Any]) -> None:
     records = tuple(dataclasses.replace(r, split="test" if i < 2 else "train") for i, r in enumerate(index.records))
     marked = dataclasses.replace(index, records=records)
-    chosen, part = select_records(marked, {**segmenter, "provenance": {"index_hash": marked.hash}})
+    chosen, part = select_records(marked, make_spec({**segmenter, "provenance": {"index_hash": marked.hash}}))
     assert (part, len(chosen)) == ("test", 2)
 
 
@@ -210,7 +211,7 @@ def test_a_model_of_another_site_is_known_by_its_images_alone(
 def test_images_without_a_mask_are_refused_with_what_to_do(index: Index, segmenter: dict[str, Any]) -> None:
     bare = dataclasses.replace(index, records=tuple(dataclasses.replace(r, mask=None) for r in index.records))
     with pytest.raises(UserError, match="expected images with a mask, got 8 images without"):
-        select_records(bare, segmenter)
+        select_records(bare, make_spec(segmenter))
 
 
 def test_evaluating_a_run_writes_metrics_cases_and_last_the_summary(

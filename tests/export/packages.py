@@ -13,6 +13,7 @@ from medim.models.model import build_encoder, build_model
 from medim.models.serialization import save_model
 from medim.objectives import OBJECTIVES
 from medim.objectives.objective import encoder_info
+from tests.specs import make_spec
 
 PLANTED = "Mustermann_Erika"  # a name in the path of every run and package here
 STEPS_3D = [
@@ -66,14 +67,14 @@ def make_run(folder: Path, kind: str, **changes: Any) -> Path:
     torch.manual_seed(0)
     hashes = {"config_hash": "ab" * 6, "index_hash": "cd" * 32, "seed": 0, "medim": "0.1.0", "parent": None}
     spec = {"kind": kind, "in_channels": 1, **SPECS[kind], "provenance": hashes, **changes}
-    network: nn.Module = build_encoder(spec) if kind == "encoder" else build_model(spec)
+    network: nn.Module = build_encoder(make_spec(spec)) if kind == "encoder" else build_model(make_spec(spec))
     for parameter in network.parameters():
         if parameter.ndim == 1:
             nn.init.normal_(parameter, std=0.3)
         if kind == "classifier" and parameter.shape[0] == 2:
             nn.init.normal_(parameter)
     name = "encoder" if kind == "encoder" else "model"
-    save_model(folder / name, name, network, spec)
+    save_model(folder / name, name, network, make_spec(spec))
     return folder
 
 
@@ -83,7 +84,7 @@ def make_run_with_critic(folder: Path, **changes: Any) -> Path:
     spec = {"in_channels": 1, **SPECS["encoder"], **changes}
     shapes: dict[str, Any] = {"spatial_dims": spec["spatial_dims"], "input_shape": tuple(spec["input_shape"])}
     objective = build_from_section(
-        OBJECTIVES, OBJECTIVE, **encoder_info(build_encoder(spec), None, in_channels=1, **shapes)
+        OBJECTIVES, OBJECTIVE, **encoder_info(build_encoder(make_spec(spec)), None, in_channels=1, **shapes)
     )
     objective.train()._standardise(torch.randn(64, 8) + 1)  # type: ignore[operator]  # statistics that are not 0 and 1
     save_model(folder / "encoder", "critic", objective, {"kind": "critic", "objective": OBJECTIVE})

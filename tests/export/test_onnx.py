@@ -17,6 +17,7 @@ from medim.models.ood_features import WithOODFeatures
 from medim.package.contract import Signature, Symbol, TensorSpec
 from medim.types import Array, UserError
 from tests.export.packages import SPECS
+from tests.specs import make_spec
 
 SIGNATURE = Signature(
     inputs=(TensorSpec(name="image", shape=("batch", 1, "H", "W")),),
@@ -76,7 +77,7 @@ def test_which_sizes_a_network_takes_is_found_out_by_trying() -> None:
     pooled = ConvNet(1, 2, (32, 32), channels=(4, 8), hidden=8, summary_channels=4, summary="mean_max").eval()
     assert probe_input_sizes(flat, (32, 32), flat.strides, 1) == InputSizes((32, 32), 4, 4, fixed=True)
     assert probe_input_sizes(pooled, (30, 30), pooled.strides, 1) == InputSizes((30, 30), 4, 1, fixed=False, minimum=4)
-    joined = build_model({**SPECS["segmenter"], "in_channels": 1}).eval()
+    joined = build_model(make_spec({**SPECS["segmenter"], "in_channels": 1})).eval()
     assert probe_input_sizes(joined, (16, 24, 16), (1, 2), 1) == InputSizes((16, 24, 16), 2, 2, fixed=False, minimum=4)
 
 
@@ -97,7 +98,9 @@ def test_an_exported_encoder_takes_every_size_from_its_smallest_on(name: str) ->
     options, side, smallest = ENCODERS_2D[name]
     torch.manual_seed(0)
     encoder: Any = build_encoder(
-        {"encoder": {"name": name, **options}, "in_channels": 1, "spatial_dims": 2, "input_shape": (side, side)}
+        make_spec(
+            {"encoder": {"name": name, **options}, "in_channels": 1, "spatial_dims": 2, "input_shape": (side, side)}
+        )
     )
     for parameter in encoder.parameters():
         nn.init.normal_(parameter, std=0.3)

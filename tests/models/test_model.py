@@ -14,6 +14,7 @@ from medim.models.encoders import UNetEncoder
 from medim.models.heads import ClassificationHead, SegmentationHead
 from medim.models.model import as_numpy_function, build_encoder, build_model
 from medim.types import Features, UsageError
+from tests.specs import make_spec
 
 UNET = {"name": "unet", "channels": [4, 8], "summary_channels": 6}
 
@@ -33,13 +34,13 @@ def spec_of(**changes: Any) -> dict[str, Any]:
 
 def test_a_classifier_gives_a_logit_a_class_and_a_segmenter_one_a_voxel() -> None:
     image = torch.randn(2, 1, 8, 12)
-    assert build_model(spec_of())(image).shape == (2, 3)
-    segmenter = build_model(spec_of(decoder={"name": "unet"}, head={"name": "segmentation"}))
+    assert build_model(make_spec(spec_of()))(image).shape == (2, 3)
+    segmenter = build_model(make_spec(spec_of(decoder={"name": "unet"}, head={"name": "segmentation"})))
     assert segmenter(image).shape == (2, 3, 8, 12)
 
 
 def test_a_classifier_may_look_at_maps_beside_the_summary() -> None:
-    model: Any = build_model(spec_of(head={"name": "classification", "maps": [0, 1]}))
+    model: Any = build_model(make_spec(spec_of(head={"name": "classification", "maps": [0, 1]})))
     assert model.head.linear.in_features == 6 + 2 * 4 + 2 * 8
     assert model(torch.randn(2, 1, 8, 12)).shape == (2, 3)
 
@@ -52,7 +53,7 @@ def test_a_classifiers_map_may_be_counted_from_the_coarsest_and_must_be_there() 
 
 
 def test_a_fresh_classifier_starts_at_chance_whatever_it_sees() -> None:
-    model: Any = build_model(spec_of())
+    model: Any = build_model(make_spec(spec_of()))
     logits = model(torch.randn(4, 1, 8, 12))
     assert model.head.loss(logits, torch.tensor([0, 1, 2, 0])).item() == pytest.approx(math.log(3))
 
@@ -102,11 +103,11 @@ def test_the_decoder_uses_every_map_at_its_place() -> None:
 
 def test_as_run_takes_and_gives_numpy_and_an_encoder_answers_with_its_summary() -> None:
     image = np.random.default_rng(0).normal(size=(2, 1, 8, 12))  # float64, as preprocessing may leave it
-    model = build_model(spec_of()).eval()
+    model = build_model(make_spec(spec_of())).eval()
     answer = as_numpy_function(model)(image)
     assert answer.dtype == np.float32
     np.testing.assert_array_equal(answer, model(torch.from_numpy(image).float()).detach().numpy())
-    encoder = build_encoder(spec_of()).eval()
+    encoder = build_encoder(make_spec(spec_of())).eval()
     np.testing.assert_array_equal(
         as_numpy_function(encoder)(image[..., ::-1]),
         encoder(torch.from_numpy(image).float().flip(-1)).summary.detach().numpy(),
@@ -115,14 +116,14 @@ def test_as_run_takes_and_gives_numpy_and_an_encoder_answers_with_its_summary() 
 
 def test_sections_of_a_spec_are_checked() -> None:
     with pytest.raises(UsageError, match="Did you mean 'segmentation'"):
-        build_model(spec_of(head={"name": "segmentations"}))
+        build_model(make_spec(spec_of(head={"name": "segmentations"})))
     with pytest.raises(UsageError, match="Did you mean 'norm'"):
-        build_model(spec_of(decoder={"name": "unet", "nrm": "in"}))
+        build_model(make_spec(spec_of(decoder={"name": "unet", "nrm": "in"})))
 
 
 def test_a_frozen_part_stays_as_it_is_through_training_steps() -> None:
     unet = {**UNET, "norm": "bn"}  # whose running statistics would move without a gradient
-    model = build_model(spec_of(encoder=unet, decoder={"name": "unet"}, head={"name": "segmentation"}))
+    model = build_model(make_spec(spec_of(encoder=unet, decoder={"name": "unet"}, head={"name": "segmentation"})))
     model.freeze([model.encoder])
     before = {key: value.clone() for key, value in model.state_dict().items()}
     descent = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

@@ -14,6 +14,7 @@ from medim.files import file_sha256, read_json, write_json
 from medim.models.model import build_encoder, build_model
 from medim.models.serialization import load_encoder, load_model, load_weights, locate_weights, save_model
 from medim.types import UserError
+from tests.specs import make_spec
 
 SPEC: dict[str, Any] = {
     "encoder": {"name": "unet", "channels": [4, 8], "summary_channels": 6},
@@ -30,15 +31,15 @@ IMAGE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 def encoder_run(folder: Path) -> torch.nn.Module:
     torch.manual_seed(1)
-    encoder = build_encoder(SPEC).eval()
-    save_model(folder / "encoder", "encoder", encoder, {"kind": "encoder", **SPEC})
+    encoder = build_encoder(make_spec(SPEC)).eval()
+    save_model(folder / "encoder", "encoder", encoder, make_spec({"kind": "encoder", **SPEC}))
     return encoder
 
 
 def model_run(folder: Path) -> torch.nn.Module:
     torch.manual_seed(2)
-    model = build_model(SPEC).eval()
-    save_model(folder / "model", "model", model, {"kind": "classifier", **SPEC})
+    model = build_model(make_spec(SPEC)).eval()
+    save_model(folder / "model", "model", model, make_spec({"kind": "classifier", **SPEC}))
     return model
 
 
@@ -65,13 +66,13 @@ def test_an_encoder_is_found_from_its_run_and_from_its_own_folder(inside: str, t
     again: Any = load_encoder(str(tmp_path / inside))
     assert torch.equal(again(IMAGE).summary, encoder(IMAGE).summary)
     assert not again.training
-    assert again.spec["preprocessing"] == [{"op": "ras"}]
+    assert again.spec.preprocessing == ({"op": "ras"},)
 
 
 def test_a_fine_tuned_run_gives_its_model_and_its_models_encoder(tmp_path: Path) -> None:
     model: Any = model_run(tmp_path)
     again, spec = load_model(tmp_path)
-    assert spec["kind"] == "classifier"
+    assert spec.kind == "classifier"
     assert torch.equal(again(IMAGE), model(IMAGE))
     assert torch.equal(load_encoder(tmp_path)(IMAGE).summary, model.encoder(IMAGE).summary)
 
@@ -125,7 +126,7 @@ def test_weights_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_prefix_takes_a_part_of_the_weights(tmp_path: Path) -> None:
     model: Any = model_run(tmp_path)
-    encoder = build_encoder(SPEC).eval()
+    encoder = build_encoder(make_spec(SPEC)).eval()
     load_weights(encoder, tmp_path / "model" / "model.safetensors", prefix="encoder.")
     assert torch.equal(encoder(IMAGE).summary, model.encoder(IMAGE).summary)
 

@@ -18,6 +18,7 @@ from medim.objectives import OBJECTIVES
 from medim.objectives.objective import encoder_info
 from medim.objectives.score_map import MutualInformationMap, interpolation_weights, load_score_map
 from medim.types import Features, UserError, Views
+from tests.specs import make_spec
 
 CRITIC = {"name": "encode_and_dot", "width": 16, "scaled": True, "local_norm": "none", "summary_norm": "none"}
 SECTION = {"name": "local_dim", "estimator": "infonce", "standardise": True, "critic": CRITIC}
@@ -27,12 +28,12 @@ def made(dims: int, shape: tuple[int, ...], section: dict[str, Any] = SECTION, *
     torch.manual_seed(0)
     section_of_encoder = {"name": "unet", "channels": [4, 8], "summary_channels": 6, **encoder}
     spec = {"encoder": section_of_encoder, "in_channels": 1, "spatial_dims": dims, "input_shape": list(shape)}
-    network: Any = build_encoder(spec)
+    network: Any = build_encoder(make_spec(spec))
     objective = build_from_section(
         OBJECTIVES, section, **encoder_info(network, None, in_channels=1, spatial_dims=dims, input_shape=shape)
     )
     found = MutualInformationMap(network, objective, {}).eval()
-    found.encoder.spec = spec
+    found.encoder.spec = make_spec(spec)
     return found
 
 
@@ -148,7 +149,7 @@ def test_the_summary_of_another_image_lowers_the_scores(trained: MutualInformati
 def test_a_saved_critic_draws_the_same_map_and_a_run_without_one_draws_none(tmp_path: Path) -> None:
     network = made(2, (12, 16))
     folder = tmp_path / "encoder"
-    save_model(folder, "encoder", network.encoder, {"kind": "encoder", **network.encoder.spec})
+    save_model(folder, "encoder", network.encoder, make_spec(network.encoder.spec))
     assert load_score_map(tmp_path) is None
     save_model(folder, "critic", network.objective, {"kind": "critic", "objective": SECTION})
     again = load_score_map(tmp_path)

@@ -38,6 +38,7 @@ from medim.predict.predict import embed_images
 from medim.types import Array, UserError, Volume
 from tests.export.packages import OBJECTIVE, SPECS, STEPS_3D, make_run, make_run_with_critic
 from tests.predict.test_predict import oblique
+from tests.specs import make_spec
 
 GRAPH = "models/score_map.onnx"
 STEPS = ({"op": "orthogonalise_affine"}, {"op": "ras"}, {"op": "crop_foreground"})
@@ -111,7 +112,7 @@ def test_the_map_of_a_package_is_what_torch_computes_for_the_run(package: Packag
 def test_the_map_of_every_critic_becomes_a_graph_for_any_batch_and_size(critic: str) -> None:
     torch.manual_seed(0)
     spec = {"in_channels": 1, **SPECS["encoder"]}
-    encoder: Any = build_encoder(spec)
+    encoder: Any = build_encoder(make_spec(spec))
     given = encoder_info(encoder, None, in_channels=1, spatial_dims=2, input_shape=(32, 32))
     objective = build_from_section(OBJECTIVES, {"name": "local_dim", "critic": {"name": critic}}, **given)
     network = MutualInformationMap(encoder, objective, {}).eval()

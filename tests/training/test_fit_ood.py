@@ -19,6 +19,7 @@ from medim.inference.network import run_inference
 from medim.inference.ood import FEATURE_GROUPS, MAX_WINDOWS, OOD_FILE, FeatureRecorder, OODDetector, OODFeatures
 from medim.training.fit_ood import conformal_thresholds, fit_detector, fit_gaussian, save_ood_detector, window_features
 from medim.types import Array, Features, Volume
+from tests.specs import make_spec
 
 SPEC = {"inference": {"mode": "whole"}}
 STEPS = [{"op": "normalise"}]
@@ -119,7 +120,7 @@ def test_training_leaves_statistics_of_its_images_and_nothing_of_any_one(index: 
     written = []
     for name in ("one", "two"):
         network = Means().train()
-        save_ood_detector(tmp_path / name, network, cohort, SPEC)
+        save_ood_detector(tmp_path / name, network, cohort, make_spec(SPEC))
         assert network.training
         written.append((tmp_path / name / OOD_FILE).read_bytes())
     assert written[0] == written[1]
@@ -138,7 +139,7 @@ def test_too_few_subjects_give_no_statistics_and_an_old_file_goes(
     records = index.records[:8]
     cohort = open_cohort(index, records, STEPS, split_seed=0, store=tmp_path / "store")
     write_bytes(tmp_path / OOD_FILE, b"of another run")
-    save_ood_detector(tmp_path, Means(), cohort, SPEC)
+    save_ood_detector(tmp_path, Means(), cohort, make_spec(SPEC))
     assert not (tmp_path / OOD_FILE).exists()
     assert "no out-of-distribution detector" in caplog.text
 
@@ -151,7 +152,7 @@ def test_a_network_that_takes_no_whole_image_ends_its_training_without_statistic
             return Features((image,), nn.Linear(7, 2)(image.flatten(1)))
 
     cohort = open_cohort(index, index.records, STEPS, split_seed=0, store=tmp_path / "store")
-    save_ood_detector(tmp_path, Fixed(), cohort, SPEC)
+    save_ood_detector(tmp_path, Fixed(), cohort, make_spec(SPEC))
     assert not (tmp_path / OOD_FILE).exists()
     assert "no out-of-distribution detector" in caplog.text
 

@@ -13,6 +13,7 @@ from medim.config import list_presets, load_config
 from medim.models.model import build_encoder, build_model
 from medim.objectives import OBJECTIVES
 from medim.training.pretrain.run import build_objectives, dry_run_pretraining, resolve_pretrain_config
+from tests.specs import make_spec
 
 PUBLISHED = {
     *("dim-local-infonce", "dim-local-jsd", "dim-global", "dim-local-global", "dim-tutorial"),
@@ -68,7 +69,7 @@ def test_the_papers_weights_are_those_of_its_three_settings() -> None:
 
 def test_the_tutorials_network_has_the_tutorials_shapes() -> None:
     config = load_config("pretrain", "dim-tutorial")
-    encoder: Any = build_encoder(spec_of(config))
+    encoder: Any = build_encoder(make_spec(spec_of(config)))
     features = encoder(torch.zeros(2, 1, 32, 32))
     assert [tuple(m.shape[1:]) for m in features.maps] == [(64, 29, 29), (128, 26, 26), (256, 23, 23), (512, 20, 20)]
     assert features.summary.shape == (2, 64)
@@ -85,5 +86,5 @@ def test_the_tutorials_network_has_the_tutorials_shapes() -> None:
 
 def test_the_tutorials_classifier_goes_from_64_by_15_and_10_to_the_classes() -> None:
     config = load_config("finetune", "dim-tutorial-classification")
-    model = build_model(spec_of(config, decoder=None, head=config.head, out_channels=10))
+    model = build_model(make_spec(spec_of(config, decoder=None, head=config.head, out_channels=10)))
     assert widths(model.head) == [64, 15, 10, 10]

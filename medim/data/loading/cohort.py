@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from medim.data.index.index import ImageRecord, Index, Rejection
 from medim.data.loading.splits import assign_splits, count_overlap
 from medim.data.loading.store import Store, fill_store
 from medim.data.preprocessing.quality import QualityMetrics
+from medim.model_spec import ModelSpec, Provenance
 from medim.types import Array, Split, Step, UserError, Volume
 from medim.version import collect_versions
 
@@ -68,27 +68,25 @@ class Cohort:
         """Compute the (N,) indices in `classes` of the labels of some images."""
         return np.array([self.classes.index(str(record.label)) for record in records])
 
-    def build_spec(self, config: RunConfig, *, seed: int, split_seed: int) -> dict[str, Any]:
+    def build_spec(self, config: RunConfig, *, seed: int, split_seed: int) -> ModelSpec:
         """Build the description of a network's input and origin; see `medim.models.serialization`."""
-        return {
-            "modality": config.modality,
-            "spatial_dims": config.spatial_dims,
-            "in_channels": self.store.get_entry(next(iter(self.keys.values()))).channels,
-            "input_shape": list(config.views.shape),
-            "encoder": config.encoder,
-            "preprocessing": config.preprocessing,
-            "inference": {"mode": "whole"},
-            "classes": [],
-            "preset": config.name,
-            "provenance": {
-                "config_hash": config.hash,
-                "index_hash": self.index.hash,
-                "seed": seed,
-                "split_seed": split_seed,
-                "parent": None,
-                **collect_versions(),
-            },
-        }
+        return ModelSpec(
+            kind="encoder",
+            modality=config.modality,
+            spatial_dims=config.spatial_dims,
+            in_channels=self.store.get_entry(next(iter(self.keys.values()))).channels,
+            input_shape=tuple(config.views.shape),
+            encoder=config.encoder,
+            preprocessing=tuple(config.preprocessing),
+            preset=config.name,
+            provenance=Provenance(
+                config_hash=config.hash,
+                index_hash=self.index.hash,
+                seed=seed,
+                split_seed=split_seed,
+                versions=collect_versions(),
+            ),
+        )
 
     def quality_metrics(self) -> dict[str, QualityMetrics]:
         """Map image keys to the quality metrics of the images as read."""

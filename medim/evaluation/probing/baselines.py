@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 
 from medim.data.preprocessing.steps import pad_or_crop, resize
 from medim.metrics.representation import batch_images
+from medim.model_spec import NetworkSpec
 from medim.models.model import build_encoder
 from medim.types import Array, Volume
 
@@ -19,9 +19,7 @@ MAX_COMPONENTS = 64
 MAX_PIXELS = 1 << 16  # an image is scaled to at most this many before its components are taken
 
 
-def build_random_encoder(
-    spec: dict[str, Any], images: Iterable[Volume], *, seed: int, device: str = "cpu"
-) -> nn.Module:
+def build_random_encoder(spec: NetworkSpec, images: Iterable[Volume], *, seed: int, device: str = "cpu") -> nn.Module:
     """An untrained encoder, in evaluation mode, whose batch normalisation knows the images.
 
     With the running statistics that a network is born with, its features would hardly differ between images, and the
@@ -43,7 +41,7 @@ def build_random_encoder(
         norm.momentum = None  # a plain mean over the batches
         norm.train()
     if norms:
-        shape = tuple(spec["input_shape"])
+        shape = spec.input_shape
         with torch.inference_mode():
             for batch in batch_images(pad_or_crop(image, shape=shape).array for image in images):
                 if len(batch) > 1:  # one image has no spread

@@ -27,6 +27,7 @@ from medim.evaluation.probing.probe_cohort import open_probe_cohort
 from medim.files import json_sha256, prepare_output_folder, write_json
 from medim.metrics.classification import classification_metrics
 from medim.metrics.representation import batch_images, extract_features
+from medim.model_spec import ModelSpec
 from medim.models.serialization import load_encoder, locate_weights
 from medim.types import Array, UsageError, UserError
 
@@ -102,7 +103,7 @@ def probe(
         "schema_version": SCHEMA_VERSION,
         "command": "probe",
         "protocol": protocol,
-        "encoder_sha256": spec["sha256"],
+        "encoder_sha256": spec.sha256,
         "maps": levels,
         **_describe_images(cohort, contamination),
         "split_seed": split_seed,
@@ -132,7 +133,7 @@ def summarise_probes(rows: Sequence[ProbeRow]) -> list[dict[str, Any]]:
 
 
 def _iterate_arms(
-    encoder: Any, spec: dict[str, Any], cohort: Cohort, maps: Sequence[int], seeds: Sequence[int], *, anchors: bool
+    encoder: Any, spec: ModelSpec, cohort: Cohort, maps: Sequence[int], seeds: Sequence[int], *, anchors: bool
 ) -> Iterator[tuple[str, Sequence[int], Array]]:
     """Name, the seeds it is for, and features (N, d) of the images used."""
     train, volumes = cohort.records("train"), VolumeCache(cohort)
@@ -150,8 +151,8 @@ def _iterate_arms(
         except RuntimeError as error:
             raise UserError(
                 f"encoder: expected one that takes whole preprocessed images, got an error from it ({error}). It was "
-                f"trained on {spec['input_shape']}; pretrain with a preprocessing that ends in that shape (pad_or_crop "
-                "or resize), or with summary: mean_max."
+                f"trained on {list(spec.input_shape)}; pretrain with a preprocessing that ends in that shape "
+                "(pad_or_crop or resize), or with summary: mean_max."
             ) from error
 
     yield "encoder", seeds, compute_features(encoder)
@@ -160,7 +161,7 @@ def _iterate_arms(
             untrained = build_random_encoder(spec, volumes.read_volumes(train), seed=seed, device=_torch_device())
             yield "random", [seed], compute_features(untrained)
         fit_images, images = volumes.read_volumes(train), volumes.read_volumes(feature_records)
-        yield "pixels", seeds, principal_components(fit_images, images, shape=spec["input_shape"])
+        yield "pixels", seeds, principal_components(fit_images, images, shape=spec.input_shape)
 
 
 def _measure_arms(
@@ -240,11 +241,11 @@ def _torch_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _read_encoder_spec(path: Path) -> dict[str, Any]:
+def _read_encoder_spec(path: Path) -> ModelSpec:
     spec = locate_weights(path)[1]
-    if spec["kind"] != "encoder":
+    if not spec.is_encoder:
         raise UserError(
-            f"{path}: expected a pretrained encoder, got a {spec['kind']}, which was trained on labels: a probe of it "
+            f"{path}: expected a pretrained encoder, got a {spec.kind}, which was trained on labels: a probe of it "
             "would not tell what pretraining gave. Give the run that it started from, or use `medim evaluate`."
         )
     return spec

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from medim.data.index.index import ImageRecord, Index
 from medim.data.labels import check_label_kind
 from medim.data.loading.cohort import Cohort, open_cohort
 from medim.data.loading.splits import assign_splits
+from medim.model_spec import ModelSpec
 from medim.types import Split, UserError
 
 
 def open_probe_cohort(
-    index: Index, spec: dict[str, Any], *, split_seed: int, store: Path | None = None, strict: bool = False
+    index: Index, spec: ModelSpec, *, split_seed: int, store: Path | None = None, strict: bool = False
 ) -> Cohort:
     """Preprocess what the store does not hold yet: the training split, and what of the validation split has a label.
 
@@ -31,15 +31,13 @@ def open_probe_cohort(
     """
     train, val = _split_records(index, assign_splits(index, seed=split_seed))
     _check_labels(index, train, val)  # before hours of preprocessing, and after it
-    cohort = open_cohort(
-        index, [*train, *val], spec["preprocessing"], split_seed=split_seed, store=store, strict=strict
-    )
+    cohort = open_cohort(index, [*train, *val], spec.preprocessing, split_seed=split_seed, store=store, strict=strict)
     _check_labels(index, cohort.records("train"), cohort.labelled_records("val"))
     for key in cohort.keys.values():
         entry = cohort.store.get_entry(key)
-        if (len(entry.shape), entry.channels) != (spec["spatial_dims"], spec["in_channels"]):
+        if (len(entry.shape), entry.channels) != (spec.spatial_dims, spec.in_channels):
             raise UserError(
-                f"{index.root}: expected {spec['spatial_dims']}D images of {spec['in_channels']} channel(s), as the "
+                f"{index.root}: expected {spec.spatial_dims}D images of {spec.in_channels} channel(s), as the "
                 f"encoder takes, got {len(entry.shape)}D of {entry.channels}. Give images like those it was trained on."
             )
     return cohort

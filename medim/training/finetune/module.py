@@ -13,6 +13,7 @@ from medim.config import FinetuneConfig
 from medim.data.index.index import ImageRecord, Index
 from medim.evaluation.cases import write_cases
 from medim.evaluation.evaluate import validate_network
+from medim.model_spec import ModelSpec
 from medim.models.model import Model, as_numpy_function
 from medim.training.engine.optim import build_optimiser
 from medim.types import UserError
@@ -82,7 +83,7 @@ class ValidationCallback(pl.Callback):
     """
 
     def __init__(
-        self, steps: Sequence[int], out: Path, index: Index, records: Sequence[ImageRecord], spec: dict[str, Any]
+        self, steps: Sequence[int], out: Path, index: Index, records: Sequence[ImageRecord], spec: ModelSpec
     ) -> None:
         self._steps, self._out = frozenset(steps), out
         self._index, self._records, self._spec = index, records, spec
@@ -99,6 +100,6 @@ class ValidationCallback(pl.Callback):
                 as_numpy_function(module.model.eval()), self._index, self._records, self._spec
             )
         module.model.train()
-        write_cases(self._out / f"cases-{trainer.global_step}.parquet", cases, self._spec["kind"])
+        write_cases(self._out / f"cases-{trainer.global_step}.parquet", cases, self._spec.kind)
         values = {name: metric["value"] for name, metric in evaluation["metrics"].items()}
         module.rows += [(trainer.global_step, f"val/{name}", None, None, value) for name, value in values.items()]

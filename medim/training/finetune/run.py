@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
-from medim.config import AUTO, FinetuneConfig, Section, apply_overrides, list_presets, read_config, validate_section
+from medim.config import AUTO, FinetuneConfig, apply_overrides, list_presets, read_config, validate_section
 from medim.data.contamination import TrainingHistory, check_contamination, load_training_history
 from medim.data.index.index import ImageRecord, Index
 from medim.data.loading.augmentations import Augmentation
@@ -22,8 +23,9 @@ from medim.evaluation.cases import write_cases
 from medim.evaluation.evaluate import validate_network
 from medim.files import prepare_output_folder, write_csv, write_json
 from medim.inference.network import INFERENCES
+from medim.model_spec import SCHEMA_VERSION, ModelSpec, NetworkSpec
 from medim.models.model import Model, as_numpy_function, build_model
-from medim.models.serialization import SCHEMA_VERSION, load_weights, locate_weights, save_model
+from medim.models.serialization import load_weights, locate_weights, save_model
 from medim.signals import handle_shutdown_signals
 from medim.training.auto_config import resolve_run_config
 from medim.training.engine.checkpoints import find_newest_checkpoint, get_resume_steps, list_corrupt_checkpoints
@@ -76,31 +78,28 @@ def resolve_finetune_config(
     """
     if encoder is None and modality is None:
         raise UsageError("--modality: expected mri or xray where no --encoder is given.")
-    spec: Section = locate_weights(encoder)[1] if encoder else {}
-    if spec and modality and spec["modality"] != modality:
+    spec = locate_weights(encoder)[1] if encoder else None
+    if spec and modality and spec.modality != modality:
         raise UserError(
-            f"--modality {modality}: the encoder {encoder} was pretrained on {spec['modality']}. "
+            f"--modality {modality}: the encoder {encoder} was pretrained on {spec.modality}. "
             "Leave --modality out, or choose another encoder."
         )
     preset_names = list_presets("finetune")
-    twin = f"{spec.get('preset', '')}-{task}"
-    preset = name or (twin if twin in preset_names else f"{spec.get('modality', modality)}-{task}")
+    twin = f"{spec.preset if spec else ''}-{task}"
+    preset = name or (twin if twin in preset_names else f"{spec.modality if spec else modality}-{task}")
     preset = f"{preset}-{task}" if f"{preset}-{task}" in preset_names else preset
     content = read_config("finetune", preset)
     if content.get("task", task) != task:
         raise UserError(f"--config {preset}: it is for {content['task']}, and --task says {task}.")
     if spec:
-        encoder_options = {
-            "modality": spec["modality"],
-            "encoder": spec["encoder"],
-            "preprocessing": spec["preprocessing"],
-        }
+        steps, shape = list(spec.preprocessing), list(spec.input_shape)
         preset_steps = content.get("preprocessing", [])
-        if [step for step in preset_steps if step["op"] != "centre"] == spec["preprocessing"]:
-            encoder_options["preprocessing"] = preset_steps  # a field of view that the task asks for
-        views = {"shape": spec["input_shape"], **content.get("views", {})}
+        if [step for step in preset_steps if step["op"] != "centre"] == steps:
+            steps = preset_steps  # a field of view that the task asks for
+        encoder_options = {"modality": spec.modality, "encoder": spec.encoder, "preprocessing": steps}
+        views = {"shape": shape, **content.get("views", {})}
         if views["shape"] == AUTO and task == "segmentation":
-            views["shape"] = spec["input_shape"]
+            views["shape"] = shape
         content = {**content, **encoder_options, "views": views}
     config = resolve_run_config("finetune", apply_overrides(content, assignments), index, where=preset)
     assert isinstance(config, FinetuneConfig)
@@ -182,10 +181,11 @@ def finetune(
     )
     pl.seed_everything(seed, workers=False, verbose=False)
     spec = build_model_spec(config, cohort, seed, split_seed)
-    model, pretrained = _prepare_model(config, spec, None if from_scratch else encoder)
-    provenance = {key: spec["provenance"][key] for key in ("seed", "split_seed", "index_hash", "parent")}
+    model, pretrained, spec = _prepare_model(config, spec, None if from_scratch else encoder)
+    seeds = {"seed": seed, "split_seed": split_seed}
+    origin = {"index_hash": index.hash, "parent": spec.provenance.parent}
     budget_inputs = {"labelled": labelled, "label_fraction": label_fraction, "subset_seed": subset_seed}
-    write_config(out, config, **provenance, **budget_inputs)
+    write_config(out, config, **seeds, **origin, **budget_inputs)
     write_splits(
         out / "split.csv", index, cohort.splits, cohort.records("train"), seed=subset_seed, labelled_records=train
     )
@@ -198,7 +198,7 @@ def finetune(
         options: dict[str, Any] = {"accelerator": accelerator, "validate": False, "clip": config.gradient_clip}
         trainer = make_trainer(config, out, logger=False, callbacks=[validation_callback], **options)
         loader = build_finetune_loader(
-            config, cohort, train, spec["classes"], steps=config.max_steps, seed=seed, start=start
+            config, cohort, train, spec.classes, steps=config.max_steps, seed=seed, start=start
         )
         run_trainer(trainer, module, loader, checkpoint=checkpoint)
         save_model(out / "model", "model", model.eval(), spec)
@@ -246,9 +246,17 @@ def dry_run_finetuning(config: FinetuneConfig) -> None:
     validate_section(INFERENCES, config.inference, key="mode", run_args=("run", "image"))
     Augmentation(config.views.augmentations, spatial_dims=config.spatial_dims)
     shape, count = config.views.shape, min(2, config.batch_size)
-    parts = {"encoder": config.encoder, "decoder": config.decoder, "head": config.head, "out_channels": 2}
+    spec = NetworkSpec(
+        encoder=config.encoder,
+        decoder=config.decoder,
+        head=config.head,
+        in_channels=1,
+        out_channels=2,
+        spatial_dims=config.spatial_dims,
+        input_shape=tuple(shape),
+    )
     try:
-        model = build_model({**parts, "in_channels": 1, "spatial_dims": config.spatial_dims, "input_shape": shape})
+        model = build_model(spec)
         head: Any = model.head
         with torch.no_grad():
             head.loss(model(torch.zeros(count, 1, *shape)), build_blank_target(config, count))
@@ -279,12 +287,12 @@ def _select_labelled(config: FinetuneConfig, index: Index) -> list[ImageRecord]:
 
 
 def _evaluate_validation(
-    model: Model, index: Index, val: Sequence[ImageRecord], spec: dict[str, Any], cases: Path
+    model: Model, index: Index, val: Sequence[ImageRecord], spec: ModelSpec, cases: Path
 ) -> dict[str, Any] | None:
     """Measure on the validation split and write the cases down; None where there is no image to measure on."""
     log.info("measuring on %d validation images", len(val))
     evaluation, rows = validate_network(as_numpy_function(model), index, val, spec) if val else (None, [])
-    write_cases(cases, rows, spec["kind"])
+    write_cases(cases, rows, spec.kind)
     return evaluation
 
 
@@ -292,7 +300,7 @@ def _build_finetune_summary(
     config: FinetuneConfig,
     cohort: Cohort,
     module: FinetuneModule,
-    spec: dict[str, Any],
+    spec: ModelSpec,
     n_labelled: int,
     evaluation: dict[str, Any] | None,
 ) -> dict[str, Any]:
@@ -301,7 +309,7 @@ def _build_finetune_summary(
         "schema_version": SCHEMA_VERSION,
         "command": "finetune",
         "task": config.task,
-        "init": "pretrained" if spec["provenance"]["parent"] else "scratch",
+        "init": "pretrained" if spec.provenance.parent else "scratch",
         "labelled": n_labelled,
         "unlabelled_left_out": len(cohort.index.records) - len(cohort.keys) - len(cohort.rejections),
         "steps": module.global_step,
@@ -318,8 +326,8 @@ def _build_finetune_summary(
 
 
 def _prepare_model(
-    config: FinetuneConfig, spec: dict[str, Any], encoder: Path | None
-) -> tuple[Model, list[torch.nn.Module]]:
+    config: FinetuneConfig, spec: ModelSpec, encoder: Path | None
+) -> tuple[Model, list[torch.nn.Module], ModelSpec]:
     """Build the model, start it from an encoder, which `spec` then names as its parent, and freeze what is to stay.
 
     Returns:
@@ -328,10 +336,11 @@ def _prepare_model(
     model = build_model(spec)
     pretrained: list[torch.nn.Module] = []
     if encoder:
-        spec["provenance"]["parent"], pretrained = _load_pretrained(model, encoder)
+        parent, pretrained = _load_pretrained(model, encoder)
+        spec = replace(spec, provenance=replace(spec.provenance, parent=parent))
     if config.pretrained_lr_scale == 0:
         model.freeze(pretrained)
-    return model, pretrained
+    return model, pretrained, spec
 
 
 def _load_pretrained(model: Model, encoder: Path) -> tuple[str, list[torch.nn.Module]]:
@@ -341,20 +350,20 @@ def _load_pretrained(model: Model, encoder: Path) -> tuple[str, list[torch.nn.Mo
         The encoder's sha256, and the parts of the model that were loaded.
     """
     weights, spec = locate_weights(encoder)
-    if spec["kind"] != "encoder":
+    if not spec.is_encoder:
         load_weights(model.encoder, weights, prefix="encoder.")
-        return str(spec["sha256"]), [model.encoder]
+        return spec.sha256, [model.encoder]
     load_weights(model.encoder, weights)
     decoder = weights.with_name("decoder.safetensors")
     if model.decoder is None or not decoder.is_file():
-        return str(spec["sha256"]), [model.encoder]
+        return spec.sha256, [model.encoder]
     load_weights(model.decoder, decoder)
-    return str(spec["sha256"]), [model.encoder, model.decoder]
+    return spec.sha256, [model.encoder, model.decoder]
 
 
 def _build_unknown_history(encoder: Path | None) -> TrainingHistory:
     """What is to be said of weights that carry no record of what they have seen."""
-    pretrained = encoder is None or locate_weights(encoder)[1]["kind"] == "encoder"
+    pretrained = encoder is None or locate_weights(encoder)[1].is_encoder
     return TrainingHistory(unknown_kinds=("pretrain",) if pretrained else ("pretrain", "finetune"))
 
 
@@ -363,13 +372,13 @@ def _initialise_head(
     cohort: Cohort,
     records: Sequence[ImageRecord],
     model: Model,
-    spec: dict[str, Any],
+    spec: ModelSpec,
     seed: int,
 ) -> None:
     """Start the head as a probe of every labelled image, or of `HEAD_PROBE_BATCHES` batches, unaugmented."""
     n_batches = min(HEAD_PROBE_BATCHES, -(-len(records) // config.batch_size))
-    batches = build_finetune_loader(config, cohort, records, spec["classes"], steps=n_batches, seed=seed, augment=False)
-    start_head_as_probe(model, batches, classes=spec["out_channels"], seed=seed)
+    batches = build_finetune_loader(config, cohort, records, spec.classes, steps=n_batches, seed=seed, augment=False)
+    start_head_as_probe(model, batches, classes=spec.out_channels or 0, seed=seed)
 
 
 def build_finetune_loader(
@@ -396,15 +405,15 @@ def build_finetune_loader(
     return step_loader(dataset, sampler, workers=config.workers, prefetch=config.prefetch)
 
 
-def build_model_spec(config: FinetuneConfig, cohort: Cohort, seed: int, split_seed: int) -> dict[str, Any]:
+def build_model_spec(config: FinetuneConfig, cohort: Cohort, seed: int, split_seed: int) -> ModelSpec:
     """The spec of the model that a run trains; see `medim.models.serialization`."""
-    classes = list(cohort.index.classes if config.task == "segmentation" else cohort.index.labels)
-    return {
-        "kind": MODEL_KINDS.get(config.head["name"], MODEL_KINDS[config.task]),
-        **cohort.build_spec(config, seed=seed, split_seed=split_seed),
-        "decoder": config.decoder,
-        "head": config.head,
-        "out_channels": len(classes) + (config.task == "segmentation"),
-        "inference": config.inference,
-        "classes": classes,
-    }
+    classes = cohort.index.classes if config.task == "segmentation" else cohort.index.labels
+    return replace(
+        cohort.build_spec(config, seed=seed, split_seed=split_seed),
+        kind=MODEL_KINDS.get(config.head["name"], MODEL_KINDS[config.task]),
+        decoder=config.decoder,
+        head=config.head,
+        out_channels=len(classes) + (config.task == "segmentation"),
+        inference=config.inference,
+        classes=tuple(classes),
+    )

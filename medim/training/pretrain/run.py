@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from medim.data.loading.cohort import Cohort, open_cohort
 from medim.data.loading.datasets import ViewDataset
 from medim.data.loading.splits import write_splits
 from medim.files import json_sha256, prepare_output_folder, write_json
+from medim.model_spec import SCHEMA_VERSION, ModelSpec, NetworkSpec
 from medim.models.model import build_decoder, build_encoder
-from medim.models.serialization import SCHEMA_VERSION
 from medim.objectives import OBJECTIVES
 from medim.objectives.objective import encoder_info
 from medim.signals import handle_shutdown_signals
@@ -135,7 +136,7 @@ def pretrain(
                 checkpoint, start = find_newest_checkpoint(out / "checkpoints") if resume else (None, 0)
         checkpoint, start = ranks.broadcast((checkpoint, start))
         pl.seed_everything(seed, workers=False, verbose=False)
-        spec = {"kind": "encoder", **cohort.build_spec(config, **seeds), "decoder": config.decoder}
+        spec = replace(cohort.build_spec(config, **seeds), decoder=config.decoder)
         module = _build_module(config, spec, seed, ranks)
         history, probe = _build_history(config, cohort, module, seed=seed, stop_on_collapse=stop_on_collapse)
         tracker_context = (
@@ -157,7 +158,7 @@ def pretrain(
             summary = _build_pretrain_summary(config, cohort, history, module, trainer)
             summary |= {"selected": selection, "probe": _format_probe(probe, selection), "processes": ranks.count}
             if not isinstance(logger, bool):  # the first process alone has one, and writes
-                write_encoder(out / "encoder", module, {**spec, "selected": selection}, config.objectives)
+                write_encoder(out / "encoder", module, replace(spec, selected=selection), config.objectives)
                 save_ood_detector(out / "encoder", module.encoder, cohort, spec)
                 TrainingHistory().extended("pretrain", cohort.cases(train)).write(out / "encoder")
                 history.write(out / "history.csv")
@@ -186,7 +187,9 @@ def dry_run_pretraining(config: PretrainConfig, ranks: ProcessGroup = SINGLE_PRO
     shape = config.views.shape
     try:
         encoder: Any = build_encoder(
-            {"encoder": config.encoder, "in_channels": 1, "spatial_dims": config.spatial_dims, "input_shape": shape}
+            NetworkSpec(
+                encoder=config.encoder, in_channels=1, spatial_dims=config.spatial_dims, input_shape=tuple(shape)
+            )
         )
         decoder = build_decoder(config.decoder, encoder, config.spatial_dims) if config.decoder else None
         build_objectives(config, encoder, decoder, 1)
@@ -219,10 +222,10 @@ def _build_history(
     return history, probe
 
 
-def _build_module(config: PretrainConfig, spec: dict[str, Any], seed: int, ranks: ProcessGroup) -> PretrainModule:
+def _build_module(config: PretrainConfig, spec: ModelSpec, seed: int, ranks: ProcessGroup) -> PretrainModule:
     encoder: Any = build_encoder(spec)
     decoder = build_decoder(config.decoder, encoder, config.spatial_dims) if config.decoder else None
-    objectives = build_objectives(config, encoder, decoder, int(spec["in_channels"]))
+    objectives = build_objectives(config, encoder, decoder, spec.in_channels)
     return PretrainModule(
         ranks.with_synced_batch_norm(encoder),
         decoder and ranks.with_synced_batch_norm(decoder),

@@ -15,7 +15,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from medim.files import read_json
+from medim.model_spec import read_spec
 from medim.training.tracking.outbox import Outbox, OutboxRecord
 from medim.version import DISTRIBUTION, __version__
 
@@ -136,8 +136,8 @@ def _register_encoder(client: MlflowClient, run: str, out: Path, name: str) -> N
         (folder / "data").mkdir(parents=True)
         for part in ("encoder.safetensors", "encoder.json", "card.md"):
             shutil.copy(out / "encoder" / part, folder / "data" / part)
-        spec = read_json(folder / "data" / "encoder.json")
-        shape = (spec["in_channels"], *spec["input_shape"])
+        spec = read_spec(folder / "data" / "encoder.json")
+        shape = (spec.in_channels, *spec.input_shape)
         example = np.random.default_rng(0).standard_normal((1, *shape)).astype(np.float32)
         output = pyfunc.load_encoder_pyfunc(folder / "data").predict(example)
         np.savez_compressed(folder / "example.npz", input=example, output=output)

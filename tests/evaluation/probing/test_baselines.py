@@ -10,6 +10,7 @@ import torch
 from medim.evaluation.probing.baselines import build_random_encoder, principal_components
 from medim.metrics.representation import batch_images, extract_features
 from medim.types import Volume
+from tests.specs import make_spec
 
 SPEC: dict[str, Any] = {
     "encoder": {"name": "convnet", "channels": [4, 8], "summary": "mean_max", "hidden": 6, "summary_channels": 5},
@@ -27,7 +28,7 @@ def images(count: int, side: int = 12, seed: int = 0) -> list[Volume]:
 
 def test_batch_normalisation_of_a_fresh_encoder_knows_the_images() -> None:
     known = images(40)
-    encoder: Any = build_random_encoder(SPEC, known, seed=0)
+    encoder: Any = build_random_encoder(make_spec(SPEC), known, seed=0)
     convolution, norm = encoder.stages[0][0], encoder.stages[0][1]
     with torch.no_grad():
         answer = convolution(torch.from_numpy(np.stack([v.array for v in known])))
@@ -38,8 +39,9 @@ def test_batch_normalisation_of_a_fresh_encoder_knows_the_images() -> None:
 
 def test_images_of_any_size_set_the_statistics_and_a_single_one_stops_nothing() -> None:
     mixed = [*images(3, 9), *images(1, 20), *images(3, 13)]
-    assert not torch.equal(build_random_encoder(SPEC, mixed, seed=0).stages[0][1].running_mean, torch.zeros(4))  # type: ignore[index, union-attr]
-    build_random_encoder(SPEC, images(1), seed=0)
+    encoder: Any = build_random_encoder(make_spec(SPEC), mixed, seed=0)
+    assert not torch.equal(encoder.stages[0][1].running_mean, torch.zeros(4))
+    build_random_encoder(make_spec(SPEC), images(1), seed=0)
 
 
 def test_a_seed_decides_the_weights_and_leaves_other_randomness_alone() -> None:
@@ -48,7 +50,7 @@ def test_a_seed_decides_the_weights_and_leaves_other_randomness_alone() -> None:
     torch.manual_seed(5)
     batch = torch.from_numpy(np.stack([v.array for v in images(4, seed=1)]))
     one, same, other = (
-        extract_features(build_random_encoder(SPEC, images(9), seed=seed), [batch]) for seed in (1, 1, 2)
+        extract_features(build_random_encoder(make_spec(SPEC), images(9), seed=seed), [batch]) for seed in (1, 1, 2)
     )
     assert torch.equal(torch.rand(1), expected)
     np.testing.assert_array_equal(one, same)
@@ -60,7 +62,7 @@ def test_without_batch_normalisation_no_image_is_read() -> None:
         raise AssertionError("an image was read")
         yield
 
-    build_random_encoder({**SPEC, "encoder": {"name": "unet", "channels": [2, 4]}}, none(), seed=0)
+    build_random_encoder(make_spec({**SPEC, "encoder": {"name": "unet", "channels": [2, 4]}}), none(), seed=0)
 
 
 def test_components_are_fewer_than_the_images_they_are_fitted_on_and_keep_their_distances() -> None:

@@ -12,8 +12,9 @@ from medim.data.loading.cohort import Cohort, VolumeCache
 from medim.evaluation.probing.label_budget import Budget, draw_probe_subsets, number_subjects
 from medim.evaluation.probing.probe_cohort import open_probe_cohort
 from medim.types import UsageError, UserError
+from tests.specs import make_spec
 
-SPEC: dict[str, Any] = {"preprocessing": [], "spatial_dims": 3, "in_channels": 1}
+SPEC: dict[str, Any] = {"spatial_dims": 3, "in_channels": 1, "input_shape": [8, 8, 8], "encoder": {"name": "unet"}}
 PARTS = ["train"] * 6 + ["val"] * 2  # eight images of four subjects
 LABELS = ["big", "small", "big", "small", "big", "small", "big", "small"]
 
@@ -26,7 +27,7 @@ def changed(index: Index, **columns: list[Any]) -> Index:
 @pytest.fixture
 def cohort(index: Index, tmp_path: Path) -> Cohort:
     labelled = changed(index, label=[*LABELS[:5], None, *LABELS[6:]], split=PARTS)
-    return open_probe_cohort(labelled, SPEC, split_seed=0, store=tmp_path / "store")
+    return open_probe_cohort(labelled, make_spec(SPEC), split_seed=0, store=tmp_path / "store")
 
 
 def test_unlabelled_images_of_the_training_split_are_there_but_not_among_the_labelled(cohort: Cohort) -> None:
@@ -87,21 +88,28 @@ def test_labels_that_no_probe_can_use_are_told_before_anything_is_preprocessed(
     labels: list[str | None], message: str, index: Index, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
-        open_probe_cohort(changed(index, label=labels, split=PARTS), SPEC, split_seed=0, store=tmp_path / "store")
+        open_probe_cohort(
+            changed(index, label=labels, split=PARTS), make_spec(SPEC), split_seed=0, store=tmp_path / "store"
+        )
     assert not (tmp_path / "store").exists()
 
 
 def test_images_of_another_kind_than_the_encoder_takes_are_refused(index: Index, tmp_path: Path) -> None:
     labelled = changed(index, label=LABELS, split=PARTS)
     with pytest.raises(UserError, match=r"expected 2D images of 1 channel\(s\).*got 3D of 1"):
-        open_probe_cohort(labelled, {**SPEC, "spatial_dims": 2}, split_seed=0, store=tmp_path / "store")
+        open_probe_cohort(
+            labelled,
+            make_spec({**SPEC, "spatial_dims": 2, "input_shape": [8, 8]}),
+            split_seed=0,
+            store=tmp_path / "store",
+        )
 
 
 def test_an_image_that_cannot_be_read_is_left_out_and_counted(masks: Path, index: Index, tmp_path: Path) -> None:
     record: ImageRecord = index.records[1]
     (masks / record.path).write_bytes(b"no image")
     labelled = changed(index, label=LABELS, split=PARTS)
-    cohort = open_probe_cohort(labelled, SPEC, split_seed=0, store=tmp_path / "store")
+    cohort = open_probe_cohort(labelled, make_spec(SPEC), split_seed=0, store=tmp_path / "store")
     assert len(cohort.rejections) == 1
     assert record.image not in {r.image for r in cohort.records("train")}
 

@@ -23,6 +23,7 @@ from medim.models.model import build_encoder
 from medim.models.serialization import save_model
 from medim.types import UsageError, UserError
 from tests.evaluation.conftest import make_run
+from tests.specs import make_spec
 
 CONVNET: dict[str, Any] = {"name": "convnet", "channels": [4, 8], "kernel_size": 3, "hidden": 0}
 SPEC: dict[str, Any] = {
@@ -41,10 +42,10 @@ SPEC: dict[str, Any] = {
 def make_encoder(folder: Path, spec: dict[str, Any] = SPEC, weight: Callable[[Any], None] | None = None) -> Path:
     """A pretraining run with fresh weights."""
     torch.manual_seed(0)
-    encoder = build_encoder(spec)
+    encoder = build_encoder(make_spec(spec))
     if weight:
         weight(encoder)
-    save_model(folder / "encoder", "encoder", encoder, spec)
+    save_model(folder / "encoder", "encoder", encoder, make_spec(spec))
     return folder
 
 

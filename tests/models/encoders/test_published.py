@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from medim.models.model import build_encoder
+from tests.specs import make_spec
 
 ALEX = 9 * (3 * 96 + 96 * 192 + 192 * 384 + 384 * 384 + 384 * 192) + 2 * (96 + 192 + 384 + 384 + 192)
 TUTORIAL = 16 * (3 * 64 + 64 * 128 + 128 * 256 + 256 * 512) + 64 + 2 * (128 + 256 + 512)
@@ -128,7 +129,7 @@ def test_a_published_network_has_its_maps_and_fields(name: str) -> None:
     section, (channels, *shape), maps, fields, parameters = PUBLISHED[name]
     spec = {"encoder": section, "in_channels": channels, "spatial_dims": len(shape), "input_shape": shape}
     with torch.device("meta"):  # shapes alone
-        encoder: Any = build_encoder(spec)
+        encoder: Any = build_encoder(make_spec(spec))
         features = encoder(torch.zeros(2, channels, *shape))
     assert [tuple(m.shape[1:]) for m in features.maps] == [(n, *[side] * len(shape)) for n, side in maps]
     assert [encoder.receptive_field(level) for level in range(len(maps))] == fields
@@ -153,7 +154,7 @@ def test_the_same_layers_have_the_same_fields_in_3d(name: str, options: dict[str
         section = {"name": name, **options}
         spec = {"encoder": section, "in_channels": 1, "spatial_dims": dims, "input_shape": shape[:dims]}
         with torch.device("meta"):
-            encoder: Any = build_encoder(spec)
+            encoder: Any = build_encoder(make_spec(spec))
             grids.append([tuple(m.shape[2:4]) for m in encoder(torch.zeros(2, 1, *shape[:dims])).maps])
         fields.append([encoder.receptive_field(level) for level in range(len(grids[-1]))])
     assert grids[0] == grids[1]

@@ -17,6 +17,7 @@ from medim.study.audit.audit import audit, write_audit
 from medim.study.audit.groups import read_groups
 from medim.tasks.task import CaseRow
 from medim.types import Step
+from tests.specs import make_spec
 
 NUMBER = 50
 CENTRE: list[Step] = [{"op": "centre", "shape": [8, 8, 8]}, {"op": "normalise"}]
@@ -78,7 +79,7 @@ def test_a_group_is_told_from_pixels_and_encoder_and_metrics_come_group_by_group
     spec = {"kind": "encoder", "spatial_dims": 3, "in_channels": 1, "input_shape": [8, 8, 8], "modality": "mri"}
     spec |= {"encoder": {"name": "unet", "channels": [4, 8], "summary_channels": 8}, "preprocessing": CENTRE}
     torch.manual_seed(0)
-    save_model(tmp_path / "encoder", "encoder", build_encoder(spec), spec)
+    save_model(tmp_path / "encoder", "encoder", build_encoder(make_spec(spec)), make_spec(spec))
     found = audit(
         images,
         kind="classifier",

@@ -9,6 +9,7 @@ from medim.models.heads import LinearProbe
 from medim.models.model import Model, build_model
 from medim.training.finetune.head_init import ROWS_PER_CLASS, fit_probe, start_head_as_probe
 from medim.types import Array
+from tests.specs import make_spec
 
 
 def clouds(classes: int, each: int, width: int = 3) -> tuple[Array, Array]:
@@ -42,15 +43,17 @@ def test_a_class_without_a_row_is_never_preferred() -> None:
 def segmenter() -> Model:
     torch.manual_seed(0)
     return build_model(
-        {
-            "encoder": {"name": "unet", "channels": [4, 8]},
-            "decoder": {"name": "unet"},
-            "head": {"name": "segmentation"},
-            "in_channels": 1,
-            "out_channels": 2,
-            "spatial_dims": 3,
-            "input_shape": [8, 8, 8],
-        }
+        make_spec(
+            {
+                "encoder": {"name": "unet", "channels": [4, 8]},
+                "decoder": {"name": "unet"},
+                "head": {"name": "segmentation"},
+                "in_channels": 1,
+                "out_channels": 2,
+                "spatial_dims": 3,
+                "input_shape": [8, 8, 8],
+            }
+        )
     )
 
 

@@ -25,6 +25,7 @@ from medim.training.finetune.module import FinetuneModule
 from medim.training.finetune.run import finetune, resolve_finetune_config
 from medim.training.pretrain.run import pretrain
 from medim.types import UsageError, UserError
+from tests.specs import make_spec
 
 WEIGHTS = Path("model") / "model.safetensors"
 
@@ -83,21 +84,23 @@ def test_the_encoder_starts_from_the_pretrained_weights_and_its_twin_does_not(
     assert torch.allclose(pretrained, begun, atol=1e-6)
     assert not torch.allclose(pretrained, fresh, atol=1e-3)
     assert (started["init"], twin["init"]) == ("pretrained", "scratch")
-    provenance = load_model(tmp_path / "started")[1]["provenance"]
-    assert provenance["parent"] == file_sha256(encoder / "encoder" / "encoder.safetensors")
+    provenance = load_model(tmp_path / "started")[1].provenance
+    assert provenance.parent == file_sha256(encoder / "encoder" / "encoder.safetensors")
 
 
 def test_what_came_pretrained_learns_at_its_own_rate_and_the_twin_at_the_full_one(
     finetune_config: FinetuneConfig,
 ) -> None:
     model = build_model(
-        {
-            **finetune_config.model_dump(),
-            "in_channels": 1,
-            "out_channels": 2,
-            "spatial_dims": 3,
-            "input_shape": finetune_config.views.shape,
-        }
+        make_spec(
+            {
+                **finetune_config.model_dump(),
+                "in_channels": 1,
+                "out_channels": 2,
+                "spatial_dims": 3,
+                "input_shape": finetune_config.views.shape,
+            }
+        )
     )
     config = finetune_config.model_copy(update={"pretrained_lr_scale": 0.25, "warmup_steps": 0})
     parts = {"encoder": model.encoder, "decoder": model.decoder, "head": model.head}

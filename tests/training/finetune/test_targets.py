@@ -98,11 +98,8 @@ def test_findings_are_learnt_and_measured_one_by_one(run: Path) -> None:
     assert metrics["auroc_never"]["value"] is None
     assert metrics["auroc_left"]["n"] < metrics["auroc_top"]["n"] == summary["val"]["n"]
     spec = locate_weights(run)[1]
-    assert (spec["kind"], spec["classes"], spec["head"]["name"]) == (
-        "multi_label_classifier",
-        list(NAMES),
-        "multi_label",
-    )
+    assert spec.head is not None
+    assert (spec.kind, spec.classes, spec.head["name"]) == ("multi_label_classifier", tuple(NAMES), "multi_label")
 
 
 def test_an_evaluation_keeps_what_was_known_of_each_case(run: Path, index: Index, tmp_path: Path) -> None:

@@ -111,8 +111,8 @@ def test_the_loaded_encoder_gives_the_maps_and_summary_it_promises(undisturbed: 
         (2, c, *(16 // s,) * 3) for c, s in zip(encoder.channels, encoder.strides, strict=True)
     ]
     assert features.summary.shape == (2, encoder.summary_channels)
-    assert encoder.spec["receptive_field_voxels"] == [5, 11, 23]
-    assert encoder.spec["receptive_field_mm"] is None  # no step resamples
+    assert encoder.spec.layout.receptive_field_voxels == [5, 11, 23]
+    assert encoder.spec.layout.receptive_field_mm is None  # no step resamples
 
 
 def test_the_critic_of_a_run_is_kept_with_what_it_is_rebuilt_from(

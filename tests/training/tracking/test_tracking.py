@@ -29,6 +29,7 @@ from medim.training.tracking.delivery import tracking_uri
 from medim.training.tracking.outbox import RECORDS, STATE, Outbox
 from medim.training.tracking.tracking import check_target, log_encoder, log_results, sync_pending, track_run
 from medim.types import UserError
+from tests.specs import make_spec
 
 
 def test_a_server_that_does_not_answer_is_told_at_once_and_without_its_password(
@@ -236,8 +237,8 @@ def test_a_server_that_vanishes_and_returns_has_every_number_and_the_encoder_wit
     out = tmp_path / "run"
     spec = {"kind": "encoder", "encoder": pretrain_config.encoder, "in_channels": 1, "spatial_dims": 3}
     spec["input_shape"] = [16, 16, 16]
-    encoder = build_encoder(spec)
-    save_model(out / "encoder", "encoder", encoder, spec)
+    encoder = build_encoder(make_spec(spec))
+    save_model(out / "encoder", "encoder", encoder, make_spec(spec))
     (out / "encoder" / "card.md").write_text("# Encoder")
     server.start()
     check_target()
