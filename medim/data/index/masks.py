@@ -20,7 +20,7 @@ _MAX_CORNER_OFFSET = 0.05  # largest distance between the corners of mask and im
 def inspect_mask(path: Path) -> FileInspection:
     """Inspect the grid and the highest value of a mask."""
     mask = read_mask(path)
-    return FileInspection(found=(ImageInfo(shape=mask.shape, affine=mask.affine, highest=int(mask.array.max())),))
+    return FileInspection(images=(ImageInfo(shape=mask.shape, affine=mask.affine, highest=int(mask.array.max())),))
 
 
 def check_masks(
@@ -61,10 +61,10 @@ def _check_mask(inspection: FileInspection, image: ImageInfo, layout: Layout) ->
     Raises:
         ReadError: the mask cannot be read, is on another grid, or contains a class without a name.
     """
-    if inspection.refused:
-        raise ReadError(inspection.refused[0].reason, inspection.refused[0].detail)
-    _check_mask_grid(inspection.found[0], image)
-    highest = inspection.found[0].highest
+    if inspection.rejected:
+        raise ReadError(inspection.rejected[0].reason, inspection.rejected[0].detail)
+    _check_mask_grid(inspection.images[0], image)
+    highest = inspection.images[0].highest
     if layout.classes and highest > len(layout.classes):
         raise ReadError(
             "unknown-class", f"the label contains the value {highest}, dataset.json has {len(layout.classes)} classes"

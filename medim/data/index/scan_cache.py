@@ -27,13 +27,13 @@ log = logging.getLogger(__name__)
 InspectFn = Callable[[Path], FileInspection]
 ProgressCallback = Callable[[int, int], None]
 
-_CACHE_VERSION = f"{__version__}/5"  # increase the number if a reader changes its result for the same file
+_CACHE_VERSION = f"{__version__}/6"  # increase the number if a reader changes its result for the same file
 _CACHE_BATCH = 1000  # inspections per write
 _MIN_PARALLEL_FILES = 64  # with fewer files, starting processes takes longer than inspecting
 # reasons that can change without a change of the file: a network drive, an installed package
 _TRANSIENT_REASONS = {"missing", "reader-failed", "reader-missing", "unreadable", "worker-died"}
 _INSPECTION_ADAPTER = TypeAdapter(FileInspection)
-_PATH_FIELDS: Any = {"found": {"__all__": {"files"}}, "refused": {"__all__": {"path"}}, "instance": {"path"}}
+_PATH_FIELDS: Any = {"images": {"__all__": {"files"}}, "rejected": {"__all__": {"path"}}, "instance": {"path"}}
 
 
 def inspect_file(inspect: InspectFn, path: Path) -> FileInspection:
@@ -41,13 +41,13 @@ def inspect_file(inspect: InspectFn, path: Path) -> FileInspection:
     try:
         return inspect(path).with_path(path)
     except ReadError as error:
-        return FileInspection(refused=(RejectedFile(path=path, reason=error.reason, detail=error.detail),))
+        return FileInspection(rejected=(RejectedFile(path=path, reason=error.reason, detail=error.detail),))
     except OSError as error:  # removed, or no permission
         detail = f"the file cannot be opened ({error.strerror})"
-        return FileInspection(refused=(RejectedFile(path=path, reason="unreadable", detail=detail),))
+        return FileInspection(rejected=(RejectedFile(path=path, reason="unreadable", detail=detail),))
     except Exception as error:  # a bug in a reader must not abort an index of thousands of files
         detail = f"the reader failed ({type(error).__name__}); please report it"
-        return FileInspection(refused=(RejectedFile(path=path, reason="reader-failed", detail=detail),))
+        return FileInspection(rejected=(RejectedFile(path=path, reason="reader-failed", detail=detail),))
 
 
 def _inspect_batch(inspect: InspectFn, paths: Sequence[Path]) -> list[FileInspection]:
@@ -100,7 +100,7 @@ class FileScanner:
             rejected = RejectedFile(
                 path=path, reason="worker-died", detail="the process that read the file was killed or crashed"
             )
-            yield path, inspection or FileInspection(refused=(rejected,))
+            yield path, inspection or FileInspection(rejected=(rejected,))
 
 
 class ScanCache:
@@ -134,7 +134,7 @@ class ScanCache:
         rows = [
             (_cache_key(inspect, path), state, _INSPECTION_ADAPTER.dump_json(inspection, exclude=_PATH_FIELDS))
             for path, state, inspection in inspections
-            if not any(rejected.reason in _TRANSIENT_REASONS for rejected in inspection.refused)
+            if not any(rejected.reason in _TRANSIENT_REASONS for rejected in inspection.rejected)
         ]
         try:
             if self._database is not None:

@@ -66,9 +66,8 @@ def collect_images(
     """
     if reader is DICOM:
         return DICOM.collect_images(inspections, modality)
-    return [f for inspection in inspections for f in inspection.found], [
-        r for inspection in inspections for r in inspection.refused
-    ]
+    images = [image for inspection in inspections for image in inspection.images]
+    return images, [file for inspection in inspections for file in inspection.rejected]
 
 
 def read_volume(path: str | Path) -> Volume:

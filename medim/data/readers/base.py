@@ -84,7 +84,7 @@ def single_image(volume: Volume, **info: Any) -> FileInspection:
         ReadError: a voxel is not finite, or all are equal.
     """
     check_voxels(volume.array)
-    return FileInspection(found=(ImageInfo(shape=volume.shape, affine=volume.affine, **info),))
+    return FileInspection(images=(ImageInfo(shape=volume.shape, affine=volume.affine, **info),))
 
 
 def ras_volume(array: Array, affine: Array) -> Volume:

@@ -160,15 +160,15 @@ def _intern_value(value: _T) -> _T:
 class FileInspection:
     """Result of inspecting one file: its images, its rejected parts, or its part of a DICOM image."""
 
-    found: tuple[ImageInfo, ...] = ()
-    refused: tuple[RejectedFile, ...] = ()
+    images: tuple[ImageInfo, ...] = ()
+    rejected: tuple[RejectedFile, ...] = ()
     instance: DicomFile | None = None
 
     def with_path(self, path: Path) -> FileInspection:
         """Return a copy with the path of the file."""
         return FileInspection(
-            found=tuple(replace(image, files=(path,)) for image in self.found),
-            refused=tuple(replace(rejected_file, path=path) for rejected_file in self.refused),
+            images=tuple(replace(image, files=(path,)) for image in self.images),
+            rejected=tuple(replace(rejected_file, path=path) for rejected_file in self.rejected),
             instance=replace(self.instance, path=path) if self.instance else None,
         )
 

@@ -42,18 +42,18 @@ class NiftiReader:
             voxels = _read_voxels(path, header)
         except ReadError as error:
             return FileInspection(
-                refused=(RejectedFile(reason=error.reason, detail=error.detail, identities=identities),)
+                rejected=(RejectedFile(reason=error.reason, detail=error.detail, identities=identities),)
             )
         info = _parse_bids_names(path) | {"identities": identities, "quality": header.quality}
         images: list[ImageInfo] = []
         rejected: list[RejectedFile] = []
         for index, volume in enumerate(_iterate_volumes(voxels, header)):
             try:
-                images += single_image(volume, item=str(index) if header.volumes > 1 else None, **info).found
+                images += single_image(volume, item=str(index) if header.volumes > 1 else None, **info).images
             except ReadError as error:
                 detail = f"volume {index}: {error.detail}" if header.volumes > 1 else error.detail
                 rejected.append(RejectedFile(reason=error.reason, detail=detail, identities=identities))
-        return FileInspection(found=tuple(images), refused=tuple(rejected))
+        return FileInspection(images=tuple(images), rejected=tuple(rejected))
 
     def read(self, path: Path, item: str | None = None) -> Volume:
         """Read the volume.

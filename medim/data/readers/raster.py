@@ -255,7 +255,7 @@ def _inspect_archive(path: Path) -> FileInspection:
                 quality=quality,
             )
             image_infos.append(image)
-    return FileInspection(found=tuple(image_infos), refused=tuple(rejected))
+    return FileInspection(images=tuple(image_infos), rejected=tuple(rejected))
 
 
 def _encode_label(row: Array) -> str | None:

@@ -91,15 +91,15 @@ def killed(path: Path) -> FileInspection:
     """A look that a decoder brings down, with all of its process."""
     if path.name == "7":
         os._exit(9)
-    return FileInspection(found=(ImageInfo(shape=(1, 1), affine=np.eye(4)),))
+    return FileInspection(images=(ImageInfo(shape=(1, 1), affine=np.eye(4)),))
 
 
 def test_a_file_that_kills_its_process_is_refused_and_no_other(tmp_path: Path) -> None:
     paths = [tmp_path / str(number) for number in range(70)]
     sights = FileScanner(jobs=2)(killed, paths)
-    assert [sight.refused[0].reason for sight in sights if sight.refused] == ["worker-died"]
-    assert sights[7].refused[0].path == paths[7]
-    assert all(sight.found[0].files == (path,) for sight, path in zip(sights, paths, strict=True) if sight.found)
+    assert [sight.rejected[0].reason for sight in sights if sight.rejected] == ["worker-died"]
+    assert sights[7].rejected[0].path == paths[7]
+    assert all(sight.images[0].files == (path,) for sight, path in zip(sights, paths, strict=True) if sight.images)
 
 
 def test_a_file_that_grows_while_it_is_looked_at_is_looked_at_again(
@@ -117,7 +117,7 @@ def test_a_file_that_grows_while_it_is_looked_at_is_looked_at_again(
             path.write_bytes(whole)  # the copy ends
 
     monkeypatch.setattr(NiftiReader, "inspect", look)
-    assert [len(FileScanner(tmp_path)(NiftiReader().inspect, [path])[0].found) for _ in range(2)] == [0, 1]
+    assert [len(FileScanner(tmp_path)(NiftiReader().inspect, [path])[0].images) for _ in range(2)] == [0, 1]
 
 
 def test_what_may_pass_without_the_file_changing_is_not_remembered(
@@ -126,8 +126,8 @@ def test_what_may_pass_without_the_file_changing_is_not_remembered(
     path = write_nifti(tmp_path / "a.nii")
     with monkeypatch.context() as patch:
         patch.setattr(NiftiReader, "inspect", lambda reader, path: broken(path))
-        assert FileScanner(tmp_path)(NiftiReader().inspect, [path])[0].refused[0].reason == "reader-failed"
-    assert FileScanner(tmp_path)(NiftiReader().inspect, [path])[0].found
+        assert FileScanner(tmp_path)(NiftiReader().inspect, [path])[0].rejected[0].reason == "reader-failed"
+    assert FileScanner(tmp_path)(NiftiReader().inspect, [path])[0].images
 
 
 def broken(path: Path) -> FileInspection:
@@ -136,7 +136,7 @@ def broken(path: Path) -> FileInspection:
 
 
 def test_a_reader_that_fails_refuses_the_file_alone(tmp_path: Path) -> None:
-    (refused,) = inspect_file(broken, tmp_path / "a").refused
+    (refused,) = inspect_file(broken, tmp_path / "a").rejected
     assert refused.reason == "reader-failed"
     assert "Avasarala" not in refused.detail
 
@@ -154,9 +154,9 @@ def test_a_sight_comes_back_as_it_was_kept(name: str, tmp_path: Path) -> None:
         write_nifti(path) if "nii" in name else save(dataset(noise(4, 6)), path)
     seen = inspect_file(look, path)
     kept, recalled = (FileScanner(tmp_path)(look, [path])[0] for _ in range(2))
-    for found, expected in zip(recalled.found, seen.found, strict=True):
+    for found, expected in zip(recalled.images, seen.images, strict=True):
         np.testing.assert_array_equal(found.affine, expected.affine)
     flat = [
-        replace(sight, found=tuple(replace(f, affine=None) for f in sight.found)) for sight in (kept, recalled, seen)
+        replace(sight, images=tuple(replace(f, affine=None) for f in sight.images)) for sight in (kept, recalled, seen)
     ]
     assert flat[0] == flat[1] == flat[2]

@@ -51,7 +51,7 @@ def test_what_may_not_be_opened_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_file_that_vanishes_is_refused(tmp_path: Path) -> None:
     path = write_nifti(tmp_path / "a.nii")
     path.unlink()
-    assert [refused.reason for refused in inspect_file(NiftiReader().inspect, path).refused] == ["unreadable"]
+    assert [refused.reason for refused in inspect_file(NiftiReader().inspect, path).rejected] == ["unreadable"]
 
 
 def test_a_tree_deeper_than_pythons_stack_is_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,7 @@ def test_the_space_of_a_nrrd_file_is_followed(
     np.testing.assert_allclose(
         affine[:3], np.diag([*signs, 1])[:3] @ [[1, 0, 0, 10], [0, 2, 0, 20], [0, 0, 3, 30], [0, 0, 0, 1]]
     )
-    assert ItkReader().inspect(tmp_path / "a.nhdr").found[0].quality == quality
+    assert ItkReader().inspect(tmp_path / "a.nhdr").images[0].quality == quality
 
 
 def test_what_a_header_leaves_out_is_told(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_what_a_header_leaves_out_is_told(tmp_path: Path) -> None:
     lines = (tmp_path / "a.mhd").read_text().splitlines()
     kept = [line for line in lines if not line.startswith(("TransformMatrix", "ElementSpacing"))]
     (tmp_path / "a.mhd").write_text("\n".join(kept))
-    assert ItkReader().inspect(tmp_path / "a.mhd").found[0].quality == ("no-spacing", "no-place")
+    assert ItkReader().inspect(tmp_path / "a.mhd").images[0].quality == ("no-spacing", "no-place")
 
 
 def test_vectors_and_series_are_refused(tmp_path: Path) -> None:

@@ -149,10 +149,10 @@ def test_an_sform_counts_before_a_qform_and_a_difference_is_told(tmp_path: Path)
     moved = np.eye(4)
     moved[:3, 3] = (5, 0, 0)
     path = placed(tmp_path / "a.nii", moved, np.eye(4))
-    assert looked(path).found[0].quality == ("sform-qform-differ",)
+    assert looked(path).images[0].quality == ("sform-qform-differ",)
     np.testing.assert_array_equal(read_volume(path).affine, moved)
-    assert looked(placed(tmp_path / "b.nii", np.eye(4), np.eye(4))).found[0].quality == ()
-    assert looked(placed(tmp_path / "c.nii", turned(20), np.eye(4))).found[0].quality == ("sform-qform-differ",)
+    assert looked(placed(tmp_path / "b.nii", np.eye(4), np.eye(4))).images[0].quality == ()
+    assert looked(placed(tmp_path / "c.nii", turned(20), np.eye(4))).images[0].quality == ("sform-qform-differ",)
 
 
 def test_an_sform_that_mirrors_the_qform_is_refused(tmp_path: Path) -> None:
@@ -164,15 +164,15 @@ def test_an_sform_that_mirrors_the_qform_is_refused(tmp_path: Path) -> None:
 def test_a_turn_is_refused_only_where_both_claim_one_space(tmp_path: Path) -> None:
     assert reason_of(placed(tmp_path / "a.nii", turned(180), np.eye(4))) == "sform-qform-conflict"
     template = placed(tmp_path / "b.nii", turned(180), np.eye(4), (4, 1))
-    assert looked(template).found[0].quality == ("sform-qform-differ",)
+    assert looked(template).images[0].quality == ("sform-qform-differ",)
 
 
 def test_a_qform_alone_is_enough_and_no_form_leaves_the_place_unknown(tmp_path: Path) -> None:
     affine = turned(30) @ np.diag([-1.0, 2.0, 3.0, 1.0])  # the mirror stands in qfac
     path = placed(tmp_path / "a.nii", None, affine, (0, 1))
-    assert looked(path).found[0].quality == ()
+    assert looked(path).images[0].quality == ()
     np.testing.assert_allclose(read_volume(path).native_affine, affine, atol=1e-6)
-    assert looked(placed(tmp_path / "b.nii", None, None, (0, 0))).found[0].quality == ("no-place",)
+    assert looked(placed(tmp_path / "b.nii", None, None, (0, 0))).images[0].quality == ("no-place",)
 
 
 def test_a_sheared_sform_is_kept_as_it_is(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_qform_without_meaning_is_refused_where_it_alone_tells_the_place(
         raw[start : start + 4] = np.float32(value).tobytes()
         path.write_bytes(raw)
     assert reason_of(tmp_path / "alone.nii") == "bad-geometry"
-    assert looked(tmp_path / "beside.nii").found[0].quality == ("sform-qform-differ",)
+    assert looked(tmp_path / "beside.nii").images[0].quality == ("sform-qform-differ",)
 
 
 def test_a_form_code_that_nobody_knows_is_refused(tmp_path: Path) -> None:
@@ -215,8 +215,8 @@ def test_each_of_several_volumes_is_an_image(tmp_path: Path) -> None:
     array[..., 1] = 7
     path = write_nifti(tmp_path / "a.nii.gz", array)
     sight = looked(path)
-    assert [found.item for found in sight.found] == ["0", "2"]
-    assert [(refused.reason, refused.detail[:9]) for refused in sight.refused] == [("constant", "volume 1:")]
+    assert [found.item for found in sight.images] == ["0", "2"]
+    assert [(refused.reason, refused.detail[:9]) for refused in sight.rejected] == [("constant", "volume 1:")]
     np.testing.assert_array_equal(read_volume(f"{path}#2").array[0], array[..., 2])
     for item in ("3", "-1", "x", ""):
         with pytest.raises(ReadError, match="0 to 2"):
@@ -292,7 +292,7 @@ def test_half_of_a_pair_is_refused_with_a_remedy(tmp_path: Path) -> None:
 def test_labels_and_statistics_are_no_images_but_may_be_masks(tmp_path: Path) -> None:
     for name, code in (("labels", 1002), ("t-test", 3)):
         path = write_nifti(tmp_path / f"{name}.nii", (noise(4, 5, 6) % 3).astype(np.uint8), intent_code=code)
-        assert [refused.reason for refused in looked(path).refused] == ["not-an-image"]
+        assert [refused.reason for refused in looked(path).rejected] == ["not-an-image"]
         assert read_mask(path).array.max() == 2
 
 

@@ -60,7 +60,7 @@ def test_every_mode_is_read_and_colour_is_told(tmp_path: Path, mode: str) -> Non
         image = Image.fromarray(grey.astype(np.uint16))
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     image.save(path)
-    quality = PictureReader().inspect(path).found[0].quality
+    quality = PictureReader().inspect(path).images[0].quality
     assert quality == (("no-spacing",) if mode in {"1", "L", "I;16"} else ("no-spacing", "colour-to-grey"))
     pixels = read_volume(path).array[0]
     np.testing.assert_allclose(pixels / pixels.max(), grey / 255, atol=0.01)
@@ -94,7 +94,7 @@ def test_a_picture_is_turned_as_its_exif_says_and_its_print_resolution_is_not_us
     volume = read_volume(tmp_path / "a.png")
     np.testing.assert_array_equal(volume.array[0], np.rot90(pixels, -1))
     assert volume.spacing == (1.0, 1.0)
-    assert PictureReader().inspect(tmp_path / "a.png").found[0].quality == ("no-spacing", "exif-turned")
+    assert PictureReader().inspect(tmp_path / "a.png").images[0].quality == ("no-spacing", "exif-turned")
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16])
@@ -124,7 +124,7 @@ def test_an_archive_may_hold_volumes_colour_and_several_labels(
 ) -> None:
     np.savez(tmp_path / "v.npz", train_images=noise(3, 5, 6, 7))
     assert read_volume(f"{tmp_path / 'v.npz'}#train/1").shape == (5, 6, 7)
-    assert NumpyReader().inspect(tmp_path / "v.npz").found[0].quality == ("no-spacing", "no-place")
+    assert NumpyReader().inspect(tmp_path / "v.npz").images[0].quality == ("no-spacing", "no-place")
     (tmp_path / "s").mkdir()
     np.savez(tmp_path / "s" / "c.npz", val_images=noise(3, 5, 6, 3), val_labels=np.full((3, 14), 2))
     index = build_index(tmp_path / "s", "xray")

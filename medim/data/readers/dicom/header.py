@@ -73,7 +73,7 @@ def inspect_dicom_header(path: Path) -> FileInspection:
         )
     except ReadError as error:
         return FileInspection(
-            refused=(RejectedFile(reason=error.reason, detail=error.detail, identities=file_identities),)
+            rejected=(RejectedFile(reason=error.reason, detail=error.detail, identities=file_identities),)
         )
     return FileInspection(instance=instance)
 

@@ -136,13 +136,13 @@ def _find_padding(dataset: pydicom.FileDataset, stored_values: Array) -> Array |
 
 def _rescale_frame(dataset: pydicom.FileDataset, index: int, stored_values: Array) -> Array:
     """Rescale stored values by the slope and intercept of the frame or the file, or by the modality lookup table."""
-    holder: Any = dataset
+    source: Any = dataset
     for group in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
         items = dataset.get(group) or []
         item = items[index if group.startswith("Per") and index < len(items) else 0] if items else None
         if item is not None and item.get("PixelValueTransformationSequence"):
-            holder = item.PixelValueTransformationSequence[0]
-    slope, intercept = (holder.get(name) for name in ("RescaleSlope", "RescaleIntercept"))
-    if "ModalityLUTSequence" not in holder and (slope is None) != (intercept is None):  # pydicom would apply neither
+            source = item.PixelValueTransformationSequence[0]
+    slope, intercept = (source.get(name) for name in ("RescaleSlope", "RescaleIntercept"))
+    if "ModalityLUTSequence" not in source and (slope is None) != (intercept is None):  # pydicom would apply neither
         return stored_values * float(1 if slope is None else slope) + float(0 if intercept is None else intercept)
-    return np.asarray(apply_modality_lut(stored_values, holder), dtype=np.float64)
+    return np.asarray(apply_modality_lut(stored_values, source), dtype=np.float64)

@@ -75,7 +75,7 @@ class DicomReader:
         rejected: list[RejectedFile] = []
         instances: list[DicomFile] = []
         for inspection in inspections:
-            rejected += inspection.refused
+            rejected += inspection.rejected
             instance = inspection.instance
             if instance is None:
                 continue
@@ -115,7 +115,7 @@ class DicomReader:
         for path in paths:
             inspection = inspect_dicom_header(path).with_path(path)
             if inspection.instance is None:
-                raise ReadError(inspection.refused[0].reason, inspection.refused[0].detail)
+                raise ReadError(inspection.rejected[0].reason, inspection.rejected[0].detail)
             instances.append(inspection.instance)
         first = instances[0]
         if first.origin.kind == "xray":

@@ -61,7 +61,7 @@ def test_every_lossless_compression_gives_the_same_values(tmp_path: Path, syntax
     whole = path.read_bytes()
     for cut in (len(whole) - 1, len(whole) - 9, len(whole) - 40):
         (tmp_path / "cut.dcm").write_bytes(whole[:cut])
-        assert DICOM.inspect(tmp_path / "cut.dcm").refused[0].reason == "truncated"
+        assert DICOM.inspect(tmp_path / "cut.dcm").rejected[0].reason == "truncated"
 
 
 def test_a_deflated_file_that_is_cut_is_refused(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_pixels_of_8_and_32_bits_are_read(tmp_path: Path, bits: int, dtype: Any)
 )
 def test_other_widths_are_refused(tmp_path: Path, tags: dict[str, Any]) -> None:
     path = save(dataset(noise(4, 6), **tags), tmp_path / "a.dcm")
-    assert DICOM.inspect(path).refused[0].reason == "bit-depth"
+    assert DICOM.inspect(path).rejected[0].reason == "bit-depth"
 
 
 def test_a_lookup_table_is_applied_and_a_display_window_is_not(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_padding_is_read_as_the_lowest_of_the_rest(
 
 def test_a_header_that_announces_too_much_is_refused_before_its_pixels_are_touched(tmp_path: Path) -> None:
     path = save(dataset(noise(4, 6), Rows=60000, Columns=60000, NumberOfFrames=4), tmp_path / "a.dcm")
-    assert DICOM.inspect(path).refused[0].reason == "too-large"
+    assert DICOM.inspect(path).rejected[0].reason == "too-large"
 
 
 @pytest.mark.parametrize("syntax", [RLELossless, JPEGLSLossless, JPEG2000Lossless], ids=lambda syntax: syntax.name)
@@ -160,7 +160,7 @@ def test_a_jpeg_of_another_size_or_depth_is_refused(tmp_path: Path, shared_data:
 
 def test_more_pixels_than_announced_are_refused(tmp_path: Path) -> None:
     path = save(dataset(noise(4, 6), PixelData=bytes(4 * 6 * 2 + 12)), tmp_path / "a.dcm")
-    assert DICOM.inspect(path).refused[0].reason == "length-mismatch"
+    assert DICOM.inspect(path).rejected[0].reason == "length-mismatch"
 
 
 def mri(**tags: Any) -> Any:
