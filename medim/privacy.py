@@ -61,17 +61,17 @@ def _load_key_file(name: str) -> bytes:
     path = Path(name)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
             file.flush()
             os.fsync(file.fileno())
         try:
-            os.link(draft, path)
+            os.link(temporary, path)
         except FileExistsError:
             log.debug("another process created the site key first")
         finally:
-            draft.unlink()
+            temporary.unlink()
     if path.stat().st_mode & 0o077:
         log.warning("the site key was readable by other users; its mode is now 0600")
         path.chmod(0o600)

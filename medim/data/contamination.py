@@ -3,7 +3,7 @@
 The record, `fingerprints.json`, is stored with the weights and in the package. Every entry is an HMAC-SHA256 under a
 salt of its own training. The file can therefore only be used to test whether a given image was in the training set; it
 reveals no subjects, and two files cannot be compared. Images are recognised at any site, subjects only at the site
-with the key of their pseudonyms.
+whose key made their pseudonyms.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ class TrainingSet:
         """Build the record of a training on some images, with a new salt."""
         salt, cases = secrets.token_hex(16), list(cases)
         images = frozenset(_hash_with_salt(salt, fingerprint) for fingerprint, _ in cases if fingerprint)
-        people = frozenset(_hash_with_salt(salt, subject) for _, subject in cases)
-        return cls(kind, salt, _hash_with_salt(salt, make_pseudonym("site")), images, people)
+        subjects = frozenset(_hash_with_salt(salt, subject) for _, subject in cases)
+        return cls(kind, salt, _hash_with_salt(salt, make_pseudonym("site")), images, subjects)
 
     @property
     def same_site(self) -> bool:
-        """Whether the subject pseudonyms depend on the key of this site."""
+        """Whether the subject pseudonyms use the key of this site."""
         return self.site == _hash_with_salt(self.salt, make_pseudonym("site"))
 
     def has_image(self, fingerprint: str) -> bool:
@@ -97,11 +97,11 @@ class TrainingHistory:
             training_sets = [origin for origin in self.training_sets if origin.kind == kind]
             has_record = kind not in self.unknown_kinds
             images = sum(any(o.has_image(image) for o in training_sets) for image, _ in cases)
-            people = sum(
-                any(o.has_subject(person) for o in training_sets) for person in {subject for _, subject in cases}
+            n_subjects = sum(
+                any(o.has_subject(subject) for o in training_sets) for subject in {subject for _, subject in cases}
             )
             all_same_site = has_record and all(origin.same_site for origin in training_sets)
-            counts[kind] = {"images": images if has_record else None, "subjects": people if all_same_site else None}
+            counts[kind] = {"images": images if has_record else None, "subjects": n_subjects if all_same_site else None}
         return counts
 
     def extended(self, kind: TrainingKind, cases: Iterable[CaseIdentity]) -> TrainingHistory:
@@ -251,8 +251,8 @@ def describe_counts(counts: ContaminationCounts | None) -> dict[str, str]:
 def _format_counts(images: int | None, subjects: int | None) -> str:
     if images is None:
         return f"unknown: the initial weights had no {FINGERPRINTS_FILE}"
-    people = "subjects unknown (another site key)" if subjects is None else _pluralise_noun(subjects, "subject")
-    return f"{_pluralise_noun(images, 'image')}, {people}"
+    subject_text = "subjects unknown (another site key)" if subjects is None else _pluralise_noun(subjects, "subject")
+    return f"{_pluralise_noun(images, 'image')}, {subject_text}"
 
 
 def _pluralise_noun(count: int, noun: str) -> str:

@@ -91,7 +91,7 @@ class Cohort:
     def quality_metrics(self) -> dict[str, QualityMetrics]:
         """Map image keys to the quality metrics of the images as read."""
         metrics_by_image = {image: self.store.get_entry(key).metrics for image, key in self.keys.items()}
-        return {image: figures for image, figures in metrics_by_image.items() if figures is not None}
+        return {image: metrics for image, metrics in metrics_by_image.items() if metrics is not None}
 
     def store_keys(self, records: Sequence[ImageRecord]) -> list[str]:
         """List the store keys of some images."""

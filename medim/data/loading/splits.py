@@ -73,19 +73,19 @@ def assign_splits(
     for rank, group in enumerate(groups):
         split_of_subject[group[0].subject] = "val" if rank < count else "train"
     subjects = {record.image: record.subject for record in index.records}
-    for people in merge_groups(
+    for linked_subjects in merge_groups(
         [subjects[image] for image in images] for images in shared_images(fingerprints or {}, subjects)
     ):
-        source_splits = [split_of_subject[subject] for subject in people if subject in source_subjects]
+        source_splits = [split_of_subject[subject] for subject in linked_subjects if subject in source_subjects]
         target_split = (
             source_splits[0]
             if source_splits
             else "val"
-            if any(split_of_subject[subject] == "val" for subject in people)
+            if any(split_of_subject[subject] == "val" for subject in linked_subjects)
             else "train"
         )
         split_of_subject.update(
-            dict.fromkeys((subject for subject in people if subject not in source_subjects), target_split)
+            dict.fromkeys((subject for subject in linked_subjects if subject not in source_subjects), target_split)
         )
     return {record.image: split_of_subject[record.subject] for record in index.records}
 

@@ -141,12 +141,12 @@ def compute_perceptual_hash(image: Array) -> str | None:
     Returns:
         16 hex digits, or None if the slice is constant.
     """
-    picture = _select_middle_slice(image).mean(axis=0, dtype=np.float64)
-    picture = np.clip(picture, *np.percentile(picture, [1, 99]))
-    if picture.min() == picture.max():
+    plane = _select_middle_slice(image).mean(axis=0, dtype=np.float64)
+    plane = np.clip(plane, *np.percentile(plane, [1, 99]))
+    if plane.min() == plane.max():
         return None
     part = slice(1, HASH_SIDE + 1)
-    low = dct(dct(picture, axis=0)[part], axis=1)[:, part]
+    low = dct(dct(plane, axis=0)[part], axis=1)[:, part]
     low = np.pad(low, [(0, HASH_SIDE - n) for n in low.shape])  # sides below 9 voxels have fewer frequencies
     return np.packbits(low > np.median(low)).tobytes().hex()
 

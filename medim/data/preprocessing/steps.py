@@ -179,9 +179,9 @@ def crop_foreground(volume: Volume, *, margin: int = 0) -> Volume:
         return volume
     start, stop = [], []
     for axis, n in enumerate(volume.shape):
-        hit = np.flatnonzero(foreground.any(axis=tuple(a for a in range(volume.spatial_dims) if a != axis)))
-        start.append(max(int(hit[0]) - margin, 0))
-        stop.append(min(int(hit[-1]) + 1 + margin, n))
+        indices = np.flatnonzero(foreground.any(axis=tuple(a for a in range(volume.spatial_dims) if a != axis)))
+        start.append(max(int(indices[0]) - margin, 0))
+        stop.append(min(int(indices[-1]) + 1 + margin, n))
     return _extract_window(volume, start, tuple(b - a for a, b in zip(start, stop, strict=True)))
 
 
