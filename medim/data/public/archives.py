@@ -9,7 +9,6 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,24 +18,9 @@ MAX_ARCHIVE_FILES = 1_000_000
 MAX_EXPANSION_RATIO = 100  # extracted size / archive size; about 10 for DICOM series with empty margins
 MIN_BYTE_LIMIT = 1 << 30  # extracted size in bytes that is accepted for any archive
 _DAMAGE_ERRORS = (
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-    EOFError,
-    NotImplementedError,
-    ValueError,
+    *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+    *(EOFError, NotImplementedError, ValueError),
 )
-
-
-@dataclass(frozen=True)
-class _ArchiveMember:
-    """A file of an archive."""
-
-    name: str
-    size: int
-    is_plain: bool
-    entry: Any
 
 
 def unpack_archive(archive: Path, folder: Path) -> None:
@@ -55,11 +39,10 @@ def unpack_archive(archive: Path, folder: Path) -> None:
     staging.mkdir()
     try:
         with tarfile.open(archive) if tarfile.is_tarfile(archive) else zipfile.ZipFile(archive) as container:
-            for member in _check_members(container, archive):
-                if isinstance(container, tarfile.TarFile):
-                    container.extract(member.entry, staging, filter="data")
-                else:
-                    container.extract(member.entry, staging)
+            if isinstance(container, tarfile.TarFile):
+                container.extraction_filter = tarfile.data_filter
+            for entry in _check_entries(container, archive):
+                container.extract(entry, staging)
         inner = [path for path in staging.iterdir() if path.is_dir() and path.name == folder.name]
         (inner[0] if len(list(staging.iterdir())) == len(inner) == 1 else staging).replace(folder)
     except OSError as error:
@@ -72,46 +55,41 @@ def unpack_archive(archive: Path, folder: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _check_members(container: tarfile.TarFile | zipfile.ZipFile, archive: Path) -> Iterator[_ArchiveMember]:
-    """Yield the files to extract, each checked before it is read."""
+def _check_entries(container: Any, archive: Path) -> Iterator[Any]:
+    """Yield the files of a TarFile or ZipFile to extract, each checked before it is read.
+
+    The filter of `tarfile` is not sufficient: it makes absolute paths relative, and it accepts links, repeated names
+    and any number of bytes.
+    """
     max_bytes = min(
         max(MIN_BYTE_LIMIT, MAX_EXPANSION_RATIO * archive.stat().st_size),
         shutil.disk_usage(archive.parent).free,
     )
     names: set[PurePosixPath] = set()
     total = 0
-    for member in _iterate_members(container):
-        name = PurePosixPath(member.name.replace("\\", "/"))
+    for entry in container if isinstance(container, tarfile.TarFile) else container.infolist():
+        if isinstance(entry, tarfile.TarInfo):
+            text, size, is_folder = entry.name, entry.size, entry.isdir()
+            is_plain = entry.isreg() and not entry.issparse()
+        else:
+            text, size, is_folder = entry.filename, entry.file_size, entry.is_dir()
+            file_type = entry.external_attr >> 28  # of Unix: 0 if unspecified, 8 for a regular file
+            is_plain = file_type in {0, 8} and not entry.flag_bits & 1
+        if is_folder:
+            continue
+        name = PurePosixPath(text.replace("\\", "/"))
         if name.is_absolute() or ".." in name.parts or not name.parts or ":" in name.parts[0]:
-            raise UserError(
-                f"{archive.name}: expected names inside the archive's folder, got {member.name!r}. Not unpacked."
-            )
-        if not member.is_plain:
-            raise UserError(
-                f"{archive.name}: expected plain files, got {member.name!r}, a link, device or encrypted file."
-            )
+            raise UserError(f"{archive.name}: expected names inside the archive's folder, got {text!r}. Not unpacked.")
+        if not is_plain:
+            raise UserError(f"{archive.name}: expected plain files, got {text!r}, a link, device or encrypted file.")
         if name in names:
-            raise UserError(f"{archive.name}: expected each name once, got {member.name!r} twice. Not unpacked.")
+            raise UserError(f"{archive.name}: expected each name once, got {text!r} twice. Not unpacked.")
         names.add(name)
-        total += member.size
+        total += size
         if total > max_bytes or len(names) > MAX_ARCHIVE_FILES:
             raise UserError(
                 f"{archive.name}: expected at most {MAX_ARCHIVE_FILES} files and {max_bytes / 1e6:.0f} MB "
-                f"(the free space, or {MAX_EXPANSION_RATIO} times the archive), got more at {member.name!r}. "
-                "Not unpacked."
+                f"(the free space, or {MAX_EXPANSION_RATIO} times the archive), got more at {text!r}. Not unpacked."
             )
         if not any(part.startswith("._") or part == "__MACOSX" for part in name.parts):
-            yield member
-
-
-def _iterate_members(container: tarfile.TarFile | zipfile.ZipFile) -> Iterator[_ArchiveMember]:
-    """Yield name, size and kind of all members except folders."""
-    if isinstance(container, tarfile.TarFile):
-        for entry in container:
-            if not entry.isdir():
-                yield _ArchiveMember(entry.name, entry.size, entry.isreg() and not entry.issparse(), entry)
-        return
-    for info in container.infolist():
-        if not info.is_dir():
-            kind = info.external_attr >> 28  # Unix file type: 0 if unspecified, 8 for a regular file
-            yield _ArchiveMember(info.filename, info.file_size, kind in {0, 8} and not info.flag_bits & 1, info)
+            yield entry
