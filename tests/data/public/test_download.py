@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from medim.data.public.download import MAX_ATTEMPTS, download_file
-from medim.data.public.http import apply_mirror
+from medim.data.public.download import MAX_ATTEMPTS, apply_mirror, download_file
 from medim.types import UserError
 from tests.data.public_server import Publisher, serving
 
