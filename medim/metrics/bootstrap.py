@@ -1,4 +1,7 @@
-"""Scores of runs on resampled subjects: the same resamples for every arm, budget and run of a study."""
+"""Bootstrap over subjects: intervals of metrics, and scores of runs on shared resamples.
+
+A study uses the same resamples of subjects for every arm, budget and run, so that differences are paired.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +15,21 @@ from medim.metrics.ranking import Statistic
 from medim.types import Array, UserError
 
 N_RESAMPLES = 1000
-MIN_SUBJECTS = 5  # in all, and of each class
-_MAX_WEIGHTS = 4_000_000  # weights held at once
-_REMEDY = "Measure on more subjects (a larger validation split or another source)."
+MIN_SUBJECTS = 5  # in total, and per class
+_MAX_WEIGHTS = 4_000_000  # weights in memory at a time
+_REMEDY = "Evaluate on more subjects (a larger validation split or another source)."
 
 Metric = dict[str, float | int | None]  # value, ci_low, ci_high, n
-RunStatistics = Sequence[Sequence[Statistic]]  # [S][T]: a statistic of the cases for each seed and label subset
+RunStatistics = Sequence[Sequence[Statistic]]  # [S][T]: one statistic per pretraining seed and label subset
 
 
 @dataclass(frozen=True, eq=False)
 class Resamples:
-    """How often each subject counts.
+    """Resamples of subjects, drawn with replacement.
 
     Attributes:
-        counts: (1 + R, subjects); the first row is all ones, each other a resample.
-        case_index: (N,) place of each case's subject.
+        counts: (1 + R, subjects) multiplicity of each subject; the first row is all ones, each other row is a resample.
+        case_index: (N,) index of the subject of each case.
     """
 
     counts: Array
@@ -35,22 +38,22 @@ class Resamples:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """A metric of the runs of an arm at one budget, or a difference of two.
+    """Metric of the runs of an arm at one budget, or the difference of two arms.
 
     Attributes:
-        values: (S, T, 1 + R) by pretraining seed and label subset: of all cases, then of each resample of subjects; R
-            may be 0, for a metric that is known for all cases only. NaN where a resample defines none.
-        subjects: number of them; 0 where R is 0.
+        values: (S, T, 1 + R) by pretraining seed and label subset: for all cases, then for each resample of subjects. R
+            is 0 for a metric that exists for all cases only. NaN if a resample does not define the metric.
+        subjects: number of subjects; 0 if R is 0.
     """
 
     values: Array
     subjects: int = 0
 
     def __sub__(self, other: Scores) -> Scores:
-        """Run by run, on the same subjects; a single subset (all labels there are) stands for each of the other's.
+        """Subtract run by run, on the same subjects; a single subset (all labels) is paired with each other subset.
 
         Raises:
-            ValueError: other numbers of seeds, subsets, resamples or subjects.
+            ValueError: the numbers of seeds, subsets, resamples or subjects differ.
         """
         ours, theirs = self.values, other.values
         if not (self.subjects and other.subjects):
@@ -59,7 +62,7 @@ class Scores:
             raise ValueError(f"expected scores of the same subjects, got {self.subjects} and {other.subjects}.")
         if len(ours) != len(theirs) or ours.shape[2] != theirs.shape[2]:
             raise ValueError(
-                f"expected as many seeds and resamples, got (S, T, 1 + R) {ours.shape} and {theirs.shape}."
+                f"expected equal numbers of seeds and resamples, got (S, T, 1 + R) {ours.shape} and {theirs.shape}."
             )
         return Scores(ours - theirs, min(self.subjects, other.subjects))
 
@@ -70,18 +73,18 @@ def draw_resamples(
     """Resample subjects with replacement, once for a whole study.
 
     Args:
-        subjects: (N,) whose case it is.
-        labels: (N,) the class of each case, where there are classes.
-        seed: of the draw; it follows the order in which subjects first appear.
-        resamples: number of them.
+        subjects: (N,) subject of each case.
+        labels: (N,) class of each case, if there are classes.
+        seed: random seed of the draw; a resample depends on the order in which subjects first occur.
+        resamples: number of resamples.
 
     Raises:
-        UserError: fewer than five subjects in all, or with a class.
+        UserError: fewer than five subjects in total, or with a class.
     """
     positions = {subject: position for position, subject in enumerate(dict.fromkeys(subjects))}
     count = len(positions)
     if count < MIN_SUBJECTS:
-        raise UserError(f"interval: expected at least {MIN_SUBJECTS} subjects to measure on, got {count}. {_REMEDY}")
+        raise UserError(f"interval: expected at least {MIN_SUBJECTS} subjects, got {count}. {_REMEDY}")
     if labels is not None:
         subject_counts = Counter(label for _, label in dict.fromkeys(zip(subjects, labels, strict=True)))
         if len(subject_counts) < 2 or min(subject_counts.values()) < MIN_SUBJECTS:
@@ -95,10 +98,10 @@ def draw_resamples(
 
 
 def compute_scores(run_statistics: RunStatistics, resamples: Resamples) -> Scores:
-    """A metric of all runs of an arm at one budget, on all cases and on each resample.
+    """Compute a metric of all runs of an arm at one budget, on all cases and on each resample.
 
     Raises:
-        UserError: the metric is not defined for all cases, or for most resamples (a class is missing).
+        UserError: the metric is undefined on all cases, or on more than half of the resamples (a class is missing).
     """
     rows = max(1, _MAX_WEIGHTS // len(resamples.case_index))
     parts = []
@@ -118,13 +121,13 @@ def compute_scores(run_statistics: RunStatistics, resamples: Resamples) -> Score
 
 
 def weighted_mean(values: Sequence[float]) -> Statistic:
-    """The weighted mean of a value a case (N,), as a statistic."""
+    """Build the weighted mean of one value per case (N,), as a statistic."""
     column = np.asarray(values, dtype=np.float64)
     return lambda weights: weights @ column / weights.sum(axis=1)
 
 
 def mean_over_valid(column: Array) -> Statistic:
-    """Build the weighted mean over the cases with a value, as a function of the weights; NaN if no case has one."""
+    """Build the weighted mean over the cases with a value, as a statistic; NaN if no case has a value."""
     valid = np.isfinite(column)
     finite_column = np.where(valid, column, 0.0)
 
@@ -143,20 +146,20 @@ def bootstrap_interval(
     resamples: int = N_RESAMPLES,
     value: float | None = None,
 ) -> Metric:
-    """A statistic of the cases and its 95 % percentile interval over resampled subjects (cluster bootstrap).
+    """Compute a statistic of the cases and its 95 % percentile interval over resampled subjects (cluster bootstrap).
 
-    Resamples that define no value (AUROC of a single class) are left out; there is no interval with fewer than two
-    subjects or where more than half of the resamples are left out.
+    Resamples without a value (AUROC of a single class) are omitted. There is no interval for fewer than two subjects,
+    or if more than half of the resamples are omitted.
 
     Args:
-        statistic: weights (R, N) to values (R,), NaN where undefined.
-        subjects: (N,) whose case it is.
-        seed: of the draw; resamples follow the order in which subjects first appear.
-        resamples: number of them.
-        value: the statistic of all cases, where a library computed it; by default the statistic at equal weights.
+        statistic: weights (R, N) to values (R,), NaN if undefined.
+        subjects: (N,) subject of each case.
+        seed: random seed of the draw; a resample depends on the order in which subjects first occur.
+        resamples: number of resamples.
+        value: value of the statistic on all cases, if a library computed it; by default the statistic at equal weights.
 
     Returns:
-        `value`, `ci_low`, `ci_high` (None where undefined) and `n`, the number of cases.
+        `value`, `ci_low`, `ci_high` (None if undefined) and `n`, the number of cases.
     """
     subject_numbers = {subject: place for place, subject in enumerate(dict.fromkeys(subjects))}
     case_index = np.array([subject_numbers[subject] for subject in subjects], dtype=np.intp)
@@ -183,7 +186,7 @@ def bootstrap_interval(
 def mean_over_subjects(
     values: Sequence[float | None], subjects: Sequence[str], *, seed: int = 0, resamples: int = N_RESAMPLES
 ) -> Metric:
-    """Mean over the cases that have a value, with its interval over their subjects; see `bootstrap_interval`."""
+    """Compute the mean over the cases with a value, and its interval over subjects (`bootstrap_interval`)."""
     defined_pairs = [(v, s) for v, s in zip(values, subjects, strict=True) if v is not None and np.isfinite(v)]
     if not defined_pairs:
         return {"value": None, "ci_low": None, "ci_high": None, "n": 0}

@@ -1,4 +1,4 @@
-"""Are probabilities right? The calibration curve beside its expected error."""
+"""Calibration curve and expected calibration error."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from medim.types import Array
 
 @dataclass(frozen=True)
 class Calibration:
-    """Predicted against observed, in bins of equal width of the predicted class's probability.
+    """Predicted probability against observed accuracy, in equal-width bins of the probability of the predicted class.
 
     Attributes:
-        edges: (B + 1,) of the bins, which are open below and closed above.
-        counts: (B,) cases in each.
-        mean_confidence: (B,) their mean probability; None where there is no case.
-        accuracy: (B,) the share of them that was right; None where there is no case.
+        edges: (B + 1,) edges of the bins, which are open below and closed above.
+        counts: (B,) number of cases per bin.
+        mean_confidence: (B,) mean probability per bin; None for an empty bin.
+        accuracy: (B,) share of correct predictions per bin; None for an empty bin.
         ece: expected calibration error, the mean |predicted - observed| over the cases.
     """
 
@@ -30,10 +30,10 @@ class Calibration:
 
 
 def compute_calibration(probabilities: Array, labels: Array) -> Calibration:
-    """The calibration curve of a classifier; its `ece` is that of `medim.metrics.classification`.
+    """Compute the calibration curve of a classifier; its `ece` equals that of `medim.metrics.classification`.
 
     Args:
-        probabilities: (N, K), rows sum to one; of several runs, one below the other.
+        probabilities: (N, K), rows sum to one; rows of several runs are concatenated.
         labels: (N,) class indices.
     """
     confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels

@@ -1,4 +1,4 @@
-"""Classification metrics of the cases, as values and as functions of case weights."""
+"""Classification metrics, as values and as functions of case weights."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ ECE_BINS = 15
 def classification_metrics(probabilities: Array, labels: Array) -> dict[str, float | None]:
     """Compare class probabilities with the labels.
 
-    `auroc`: of the second of two classes; of more, the mean over those that occur of one against the rest; None where
-    fewer than two occur. `average_precision`: the same of the precision averaged over the positives, whose chance level
-    is their share. `balanced_accuracy`: mean recall over the classes that occur. `f1`: mean over the classes that
-    occur or are predicted (macro), which needs no positive class. `ece`: expected calibration error of the predicted
-    class's probability in 15 bins of equal width (Guo et al. 2017).
+    `auroc`: for two classes, AUROC of the second class; for more, the mean over the classes that occur of one class
+    against the rest; None if fewer than two classes occur. `average_precision`: the same for the average precision,
+    with the share of positives as its chance level. `balanced_accuracy`: mean recall over the classes that occur. `f1`:
+    mean over the classes that occur or are predicted (macro), independent of a positive class. `ece`: expected
+    calibration error of the probability of the predicted class in 15 bins of equal width (Guo et al. 2017).
 
     Args:
         probabilities: (N, K), rows sum to one.
         labels: (N,) class indices.
 
     Returns:
-        The six values; all None where N is 0.
+        The six values; all None if N is 0.
     """
     import torch
     from sklearn.metrics import accuracy_score, average_precision_score, f1_score, recall_score, roc_auc_score
@@ -57,7 +57,7 @@ def classification_metrics(probabilities: Array, labels: Array) -> dict[str, flo
 
 
 def classification_statistics(probabilities: Array, labels: Array) -> dict[str, Statistic]:
-    """The metrics of `classification_metrics` as functions of the cases' weights, for `bootstrap`.
+    """Metrics of `classification_metrics` as functions of the weights of the cases, for the bootstrap.
 
     Args:
         probabilities: (N, K).
@@ -68,7 +68,7 @@ def classification_statistics(probabilities: Array, labels: Array) -> dict[str, 
     confidence = probabilities.max(axis=1)
 
     def average_over_classes(statistic: Callable[[Array, Array], Statistic]) -> Statistic:
-        """A ranking of each class against the rest, averaged; of two classes the second alone."""
+        """Average a ranking of each class against the rest; for two classes, use the second class only."""
         class_statistics = [
             statistic(probabilities[:, k], labels == k) for k in _positive_classes(probabilities, present_classes)
         ]
@@ -80,14 +80,14 @@ def classification_statistics(probabilities: Array, labels: Array) -> dict[str, 
         return np.asarray(weights @ is_correct / weights.sum(axis=1))
 
     def balanced_accuracy_statistic(weights: Array) -> Array:
-        """Mean recall of the classes that occur; one that a resample lacks is left out of its mean."""
+        """Mean recall of the classes that occur; a class missing from a resample is omitted from its mean."""
         recalls = [
             divide_or_nan(weights @ (is_correct * (labels == k)), weights @ (labels == k)) for k in present_classes
         ]
         return _nan_mean(np.array(recalls))
 
     def f1_statistic(weights: Array) -> Array:
-        """Mean of 2 TP / (2 TP + FP + FN) over the classes that occur or are predicted, where a resample defines it."""
+        """Mean of 2 TP / (2 TP + FP + FN) over the classes that occur or are predicted, if defined in a resample."""
         scores = []
         for k in np.union1d(present_classes, predictions):
             denominator = (labels == k).astype(np.float64) + (predictions == k)
@@ -95,7 +95,7 @@ def classification_statistics(probabilities: Array, labels: Array) -> dict[str, 
         return _nan_mean(np.array(scores))
 
     def ece_statistic(weights: Array) -> Array:
-        """Sum of |Σ w (hit - confidence)| over the bins, which hold their upper ends, over that of the weights."""
+        """Sum of |Σ w (correct - confidence)| over the bins (closed above), divided by the sum of weights."""
         gap = is_correct - confidence
         bin_index = np.clip(np.ceil(confidence * ECE_BINS) - 1, 0, ECE_BINS - 1)
         gaps = sum(np.abs(weights @ (gap * (bin_index == b))) for b in range(ECE_BINS))
@@ -115,11 +115,11 @@ def classification_statistics(probabilities: Array, labels: Array) -> dict[str, 
 
 
 def _positive_classes(probabilities: Array, present_classes: Array) -> list[int]:
-    """The classes whose AUROC against the rest is averaged."""
+    """Classes to average the AUROC against the rest over."""
     return [1] if probabilities.shape[1] == 2 else [int(k) for k in present_classes]
 
 
 def _nan_mean(values: Array) -> Array:
-    """Mean over the first axis of what is defined; NaN where nothing is."""
+    """Mean over the first axis of the finite values; NaN if there is none."""
     is_finite = np.isfinite(values)
     return divide_or_nan(np.where(is_finite, values, 0.0).sum(axis=0), is_finite.sum(axis=0))

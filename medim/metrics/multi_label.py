@@ -1,7 +1,7 @@
-"""Metrics of findings, any number of which an image may have: each for itself, and their mean.
+"""Metrics of multi-label findings: one value per finding, and the mean over findings.
 
-What is not known of an image (NaN) takes no part, finding by finding. The mean is over the findings that are present in
-some image and absent from another; a resample that lacks a side of one of them defines no mean.
+Unlabelled findings of an image (NaN) are ignored. The mean is over the findings with positive and negative images; it
+is undefined on a resample in which one of these findings has no positive or no negative image.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ RANKINGS: dict[str, Callable[[Array, Array], Statistic]] = {"auroc": auroc, "ave
 def multi_label_metrics(
     probabilities: Array, labels: Array, classes: Sequence[str], subjects: Sequence[str], *, seed: int, resamples: int
 ) -> dict[str, Metric]:
-    """Rankings of each finding, and their means, with 95 % intervals over subjects.
+    """Compute the ranking metrics of each finding, and their means, with 95 % intervals over subjects.
 
     Args:
         probabilities: (N, K).
-        labels: (N, K) of 1 (present), 0 (absent) and NaN (unknown).
+        labels: (N, K): 1 present, 0 absent, NaN unlabelled.
         classes: names of the findings.
-        subjects: (N,) whose image it is.
-        seed: of the bootstrap.
-        resamples: of the bootstrap.
+        subjects: (N,) subject of each image.
+        seed: random seed of the bootstrap.
+        resamples: number of bootstrap resamples.
 
     Returns:
-        `auroc`, `average_precision` (means), then `auroc_<finding>` and so on; `n` counts the images where the finding
-        is known, for a mean those where any is. The value of a finding without both sides is None.
+        `auroc`, `average_precision` (means), then `auroc_<finding>` and so on. `n` counts the images with a label of
+        the finding, for a mean those with any label. The value of a finding without positive or negative images is
+        None.
     """
     from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -64,7 +65,7 @@ def multi_label_metrics(
 
 
 def mean_ranking(ranking: Callable[[Array, Array], Statistic], probabilities: Array, labels: Array) -> Statistic:
-    """Mean of a ranking over the findings that have both sides, as a function of the images' weights.
+    """Build the mean of a ranking metric over the findings with positive and negative images, as a statistic.
 
     Args:
         ranking: an entry of RANKINGS.
@@ -79,7 +80,7 @@ def mean_ranking(ranking: Callable[[Array, Array], Statistic], probabilities: Ar
     ]
 
     def mean_statistic(weights: Array) -> Array:
-        """Each finding by the weights of the images where it is known; NaN where no finding has both sides."""
+        """Average the findings, each over its labelled images; NaN if no finding has positives and negatives."""
         if not finding_statistics:
             return np.full(len(weights), np.nan)
         return np.asarray(

@@ -1,10 +1,9 @@
-"""What one score tells of two sides: present or absent, one class or the rest.
+"""Ranking metrics and operating points of one score for two classes (positive and negative).
 
-A `Statistic` takes weights of the cases, many resamples at once, for `medim.metrics.bootstrap.bootstrap_interval`; it
-is NaN
-where a resample defines no value. An *operating point* is a threshold that gives a chosen sensitivity. It is chosen on
-the labels that were trained or selected on and then held against others: chosen on the cases that it is measured on,
-both its sensitivity and its specificity would be too good.
+A `Statistic` takes weights of the cases, for many resamples at once, for `medim.metrics.bootstrap.bootstrap_interval`;
+it is NaN if a resample does not define a value. An *operating point* is a threshold with a given sensitivity. Choose it
+on the labels used for training or selection, and evaluate it on other cases: on the same cases, sensitivity and
+specificity would be optimistic.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ import numpy as np
 
 from medim.types import Array, UserError
 
-Statistic = Callable[[Array], Array]  # weights (R, N) of the cases -> values (R,), NaN where a resample defines none
+Statistic = Callable[[Array], Array]  # weights (R, N) of the cases -> values (R,), NaN if undefined on a resample
 
 
 def auroc(scores: Array, positive: Array) -> Statistic:
-    """Mann-Whitney statistic, ties counting half; undefined where a side is missing.
+    """Mann-Whitney statistic, with ties counted as one half; undefined if there are no positives or no negatives.
 
     Args:
         scores: (N,), higher means positive.
@@ -27,7 +26,7 @@ def auroc(scores: Array, positive: Array) -> Statistic:
     """
 
     def auroc_statistic(weights: Array) -> Array:
-        """The weight of pairs in the right order, a tie for half, over that of all pairs of the two sides."""
+        """Weight of correctly ordered pairs (ties: one half), divided by the weight of all pairs."""
         above, below = _sum_by_score(weights, scores, positive)
         n_lower = np.cumsum(below, axis=1) - below / 2
         return divide_or_nan((above * n_lower).sum(axis=1), above.sum(axis=1) * below.sum(axis=1))
@@ -40,8 +39,8 @@ def auroc_standard_error(value: float, positives: int, negatives: int) -> float:
 
     Args:
         value: the AUROC.
-        positives: cases of one side, 1 or more.
-        negatives: of the other.
+        positives: number of positive cases, 1 or more.
+        negatives: number of negative cases, 1 or more.
     """
     q1, q2 = value / (2 - value), 2 * value**2 / (1 + value)
     variance_terms = (positives - 1) * (q1 - value**2) + (negatives - 1) * (q2 - value**2)
@@ -49,9 +48,9 @@ def auroc_standard_error(value: float, positives: int, negatives: int) -> float:
 
 
 def average_precision(scores: Array, positive: Array) -> Statistic:
-    """Mean precision over the positives, each at its own score (scikit-learn's); undefined where a side is missing.
+    """Mean precision at the scores of the positives (as in scikit-learn); undefined without positives or negatives.
 
-    What an uninformed score gets is the share of positives, so values of sets of unlike shares do not compare.
+    The chance level is the share of positives, so values of data sets with different shares are not comparable.
 
     Args:
         scores: (N,), higher means positive.
@@ -59,7 +58,7 @@ def average_precision(scores: Array, positive: Array) -> Statistic:
     """
 
     def average_precision_statistic(weights: Array) -> Array:
-        """Precision at the score of each positive, averaged by the positives' weight."""
+        """Average the precision at the score of each positive over the weights of the positives."""
         above, below = (side[:, ::-1] for side in _sum_by_score(weights, scores, positive))  # highest score first
         true_positives, predicted_positives = above.cumsum(axis=1), (above + below).cumsum(axis=1)
         precision = np.divide(
@@ -72,15 +71,15 @@ def average_precision(scores: Array, positive: Array) -> Statistic:
 
 
 def choose_threshold(scores: Array, positive: Array, sensitivity: float) -> float:
-    """The highest threshold by which at least this share of the positives is called so (score >= threshold).
+    """Choose the highest threshold (score >= threshold) with at least the given sensitivity.
 
     Args:
-        scores: (N,) of the cases that a threshold may be chosen on.
+        scores: (N,) scores of cases that may be used for the choice.
         positive: (N,) bool.
-        sensitivity: above 0, at most 1.
+        sensitivity: required sensitivity, above 0 and at most 1.
 
     Raises:
-        UserError: no positive case, or a share out of range.
+        UserError: there are no positive or no negative cases, or the sensitivity is out of range.
     """
     from sklearn.metrics import roc_curve
 
@@ -88,22 +87,22 @@ def choose_threshold(scores: Array, positive: Array, sensitivity: float) -> floa
         raise UserError(f"sensitivity: expected above 0 and at most 1, got {sensitivity}.")
     if not positive.any() or positive.all():
         raise UserError(
-            f"operating point: expected positive and negative cases to choose a threshold on, got "
+            f"operating point: expected positive and negative cases, got "
             f"{int(positive.sum())} positive of {len(positive)}. Give a larger label budget."
         )
     _, sensitivities, thresholds = roc_curve(positive, scores, drop_intermediate=False)
     return float(
         thresholds[np.argmax(sensitivities >= sensitivity - 1e-9)]
-    )  # 0.7 of ten is 7, whatever 7 / 10 rounds to
+    )  # tolerance: 0.7 of ten cases are 7 in spite of rounding
 
 
 def operating_point_statistics(scores: Array, positive: Array, threshold: float) -> dict[str, Statistic]:
-    """`sensitivity` and `specificity` of calling positive what reaches a threshold chosen elsewhere.
+    """`sensitivity` and `specificity` of a threshold that was chosen on other cases.
 
     Args:
         scores: (N,).
         positive: (N,) bool.
-        threshold: of `choose_threshold`, on other cases.
+        threshold: result of `choose_threshold` on other cases.
     """
     is_positive = scores >= threshold
     sides = {"sensitivity": (is_positive, positive), "specificity": (~is_positive, ~positive)}
@@ -111,7 +110,7 @@ def operating_point_statistics(scores: Array, positive: Array, threshold: float)
 
 
 def divide_or_nan(numerator: Array, denominator: Array) -> Array:
-    """Quotients (R,), NaN where the denominator is not above 0."""
+    """Quotients (R,), NaN if the denominator is not positive."""
     undefined = np.full(len(numerator), np.nan)
     return np.asarray(np.divide(numerator, denominator, out=undefined, where=denominator > 0))
 
@@ -123,7 +122,7 @@ def _weighted_share(is_correct: Array, side: Array) -> Statistic:
 
 
 def _sum_by_score(weights: Array, scores: Array, positive: Array) -> tuple[Array, Array]:
-    """Weight of positives and of negatives at each distinct score, lowest first: two of (R, distinct scores)."""
+    """Weight of positives and of negatives at each distinct score, lowest first: two arrays (R, distinct scores)."""
     order = np.argsort(scores, kind="stable")
     starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # first case of each distinct score
     above, below = (np.add.reduceat(weights[:, order] * side[order], starts, axis=1) for side in (positive, ~positive))

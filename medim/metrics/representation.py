@@ -1,4 +1,4 @@
-"""Features of many images, and whether they have collapsed."""
+"""Features of many images, and metrics of their quality and collapse."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _EPSILON = 1e-7
 
 
 def batch_images(images: Iterable[Array]) -> Iterator[torch.Tensor]:
-    """Images of one shape that follow each other, in batches as large as memory likes.
+    """Group consecutive images of equal shape into batches of limited size.
 
     Args:
         images: (C, ...) each, of any shapes.
@@ -36,18 +36,18 @@ def batch_images(images: Iterable[Array]) -> Iterator[torch.Tensor]:
 
 @torch.inference_mode()
 def extract_features(encoder: nn.Module, batches: Iterable[torch.Tensor], *, maps: Sequence[int] = ()) -> Array:
-    """The encoder's summaries of many images, joined by the mean and maximum of some maps.
+    """Compute the summaries of many images, concatenated with the mean and maximum of some maps.
 
-    The encoder runs in evaluation mode, on the device its weights are on, and is left in the mode it came in.
+    The encoder runs in evaluation mode, on the device of its weights; its mode is restored afterwards.
 
     Args:
         encoder: image -> `Features`.
         batches: (N_i, C, ...) tensors.
-        maps: levels whose mean and maximum join the summary.
+        maps: indices of the maps to append as mean and maximum.
 
     Returns:
-        (N, summary_channels + 2 * the channels of these maps) float32, in the order of the batches; (0, 0) where there
-        is none.
+        (N, summary_channels + 2 * the channels of these maps) float32, in the order of the batches; (0, 0) without
+        images.
     """
     weight = next(encoder.parameters(), None)
     device = torch.device("cpu") if weight is None else weight.device
@@ -61,16 +61,16 @@ def extract_features(encoder: nn.Module, batches: Iterable[torch.Tensor], *, map
 
 
 def rankme(features: Array) -> float:
-    r"""Effective rank of a feature matrix (Garrido et al. 2023, eq. 1).
+    """Effective rank of a feature matrix (Garrido et al. 2023, eq. 1).
 
-    exp(-sum_k p_k log p_k) with p_k = sigma_k / sum_j sigma_j and sigma the singular values: 1 where all rows are
-    multiples of one another, min(N, d) where they are as spread out as they can be.
+    exp(-sum_k p_k log p_k) with p_k = sigma_k / sum_j sigma_j and sigma the singular values: 1 if all rows are
+    multiples of one another, min(N, d) for equal singular values.
 
     Args:
         features: (N, d).
 
     Returns:
-        At least 1; 0 where every feature is zero. NaN where a feature is not finite.
+        At least 1; 0 if every feature is zero; NaN if a feature is not finite.
     """
     if not np.isfinite(features).all():
         return float("nan")
@@ -84,8 +84,8 @@ def rankme(features: Array) -> float:
 def feature_std(features: Array) -> float:
     """Spread of the directions of features (Chen and He 2021, fig. 2), scaled so that 1 is isotropic and 0 collapsed.
 
-    Rows are scaled to unit length; the standard deviation over rows, averaged over the d channels, is 1 / sqrt(d) where
-    the directions are uniform on the sphere, and is given here times sqrt(d).
+    Rows are scaled to unit length. The standard deviation over rows, averaged over the d channels, is 1 / sqrt(d) for
+    directions that are uniform on the sphere; the result is multiplied by sqrt(d).
 
     Args:
         features: (N, d).
@@ -97,7 +97,7 @@ def feature_std(features: Array) -> float:
 def alignment(one: Array, other: Array) -> float:
     """Mean squared distance between two views of the same images (Wang and Isola 2020, eq. 1 with exponent 2).
 
-    Rows are scaled to unit length: 0 where both views have one direction, 2 where they are unrelated, at most 4.
+    Rows are scaled to unit length: 0 if both views have the same direction, 2 if they are unrelated, at most 4.
 
     Args:
         one: (N, d) features of a view of each image.
@@ -107,13 +107,13 @@ def alignment(one: Array, other: Array) -> float:
 
 
 def uniformity(features: Array) -> float:
-    """How evenly features cover the sphere (Wang and Isola 2020, eq. 2 with t = 2).
+    """Uniformity of features on the sphere (Wang and Isola 2020, eq. 2 with t = 2).
 
-    The log of the mean of exp(-2 distance^2) over all pairs of two images, rows scaled to unit length: 0 where all have
-    one direction, about -4 where they are uniform in many dimensions; the lower the better. NaN with fewer than two.
+    Logarithm of the mean of exp(-2 distance^2) over all pairs of two images, rows scaled to unit length: 0 if all have
+    the same direction, about -4 if they are uniform in many dimensions; lower is better. NaN for fewer than two images.
 
     Args:
-        features: (N, d), a row an image.
+        features: (N, d), one row per image.
     """
     unit = _normalise_rows(features)
     distance = 2 - 2 * (unit @ unit.T)[np.triu_indices(len(unit), k=1)]

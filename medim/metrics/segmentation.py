@@ -1,6 +1,6 @@
-"""Segmentation metrics of a case: Dice, HD95 and surface Dice, by MONAI.
+"""Segmentation metrics of a case: Dice, HD95 and surface Dice, computed by MONAI.
 
-Rules where a mask is empty (both: neither truth nor prediction has the class; one: only one of them has it):
+Values for empty masks (both: neither truth nor prediction contains the class; one: only one of them contains it):
 
 | metric | both empty | one empty |
 | --- | --- | --- |
@@ -8,7 +8,7 @@ Rules where a mask is empty (both: neither truth nor prediction has the class; o
 | surface Dice | 1 | 0 |
 | HD95 | None | None |
 
-None is left out of the mean; `n` beside each metric says how many cases it stands on.
+None is excluded from the mean; `n` of each metric is the number of cases with a value.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from medim.types import Array
 
 SURFACE_TOLERANCE_MM = 1.0
-_ROUNDING_MM = 1e-3  # headers hold 1 mm as 0.9999999 or 1.0000001
+_ROUNDING_MM = 1e-3  # headers may store 1 mm as 0.9999999 or 1.0000001
 
 
 def segmentation_metrics(
@@ -30,12 +30,12 @@ def segmentation_metrics(
     """Compare a label map with the truth, class by class.
 
     Dice is 2 |P and T| / (|P| + |T|). HD95 is the larger of the two directed 95th percentiles of the distances between
-    the surfaces (the voxels of a mask that touch its outside), in mm. Surface Dice is the share of both surfaces that
-    lies within 1 mm of the other one (Nikolov et al. 2021). See the module's docstring for empty masks.
+    the surfaces (the voxels of a mask that touch its outside), in mm. Surface Dice is the share of both surfaces within
+    1 mm of the other surface (Nikolov et al. 2021). The module docstring defines the values for empty masks.
 
     Args:
-        prediction: (D, H, W) or (H, W), integer labels, 0 the background.
-        truth: the same grid.
+        prediction: (D, H, W) or (H, W), integer labels, 0 is the background.
+        truth: labels on the same grid.
         spacing: distance between voxel centres along each axis, in mm.
         classes: names of the labels 1, 2, ...
 
@@ -67,7 +67,7 @@ def segmentation_metrics(
         )  # (1, 1, ...)
         spacing_mm, tolerances = [float(v) for v in spacing], [SURFACE_TOLERANCE_MM + _ROUNDING_MM]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of MONAI, about its own internals
+            warnings.simplefilter("ignore", FutureWarning)  # warning of MONAI about its own internals
             scores[name] = {
                 "dice": float(compute_dice(prediction_mask, truth_mask)),
                 "hd95": float(
@@ -81,7 +81,7 @@ def segmentation_metrics(
 
 
 def _bounding_box(masks: tuple[Array, Array]) -> tuple[slice, ...]:
-    """The box that holds both masks: what lies outside changes no metric and costs time."""
+    """Bounding box of both masks; voxels outside change no metric and cost time."""
     union = masks[0] | masks[1]
     box = []
     for axis in range(union.ndim):

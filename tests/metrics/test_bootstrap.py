@@ -39,7 +39,7 @@ def test_scores_do_not_depend_on_how_many_weights_are_held_at_once(monkeypatch: 
 @pytest.mark.parametrize(
     ("subjects", "labels", "said"),
     [
-        (SUBJECTS[:8], None, "at least 5 subjects to measure on, got 4"),
+        (SUBJECTS[:8], None, "at least 5 subjects, got 4"),
         (SUBJECTS, ["ill"] * 20, "got 10 with ill"),
         (SUBJECTS, ["ill"] * 8 + ["well"] * 12, "got 4 with ill, 6 with well"),
     ],
