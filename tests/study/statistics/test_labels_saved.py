@@ -113,13 +113,13 @@ def test_all_labels_may_be_a_single_subset() -> None:
 @pytest.mark.parametrize("budgets", [(10, 100), (10, 10, 1000), (0, 10, 100)])
 def test_budgets_that_do_not_increase_or_fit_are_refused(budgets: tuple[int, ...]) -> None:
     arm = scores([0.1, 0.2, 0.3], 0.1, 8)
-    with pytest.raises(ValueError, match="increasing budgets"):
+    with pytest.raises(ValueError, match="expected two or more increasing ones"):
         labels_saved(budgets, arm, arm)
 
 
 def test_budgets_of_other_seeds_are_refused() -> None:
     arm = scores([0.1, 0.2, 0.3], 0.1, 8)
-    with pytest.raises(ValueError, match="as many seeds"):
+    with pytest.raises(ValueError, match="the number of seeds or resamples differs"):
         labels_saved(BUDGETS, arm, [*arm[:2], Scores(arm[2].values[:1], 30)])
 
 
