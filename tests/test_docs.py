@@ -148,3 +148,12 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     html = (tmp_path / "site" / "index.html").read_text()
     assert not re.findall(r'(?:src|href)="(https?:)?//(?:fonts|unpkg|cdn)[^"]*"', html)  # readable behind a firewall
+
+
+def test_the_api_pages_name_modules_that_exist_and_no_page_is_empty() -> None:
+    pages = sorted((REPOSITORY / "docs" / "reference" / "api").glob("*.md"))
+    modules = [line[4:] for page in pages for line in page.read_text().splitlines() if line.startswith("::: ")]
+    assert len(pages) >= 8
+    assert len(set(modules)) == len(modules)
+    files = [REPOSITORY / name.replace(".", "/") for name in modules]
+    assert [file for file in files if not (file.with_suffix(".py").is_file() or (file / "__init__.py").is_file())] == []
