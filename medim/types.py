@@ -9,6 +9,7 @@ Array conventions: spatial axes come last; `...` in a shape means (D, H, W) or (
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 Array = np.ndarray[Any, Any]
+PredictFn = Callable[[Array], Array]  # a network: (N, C, ...) float32 to (N, K, ...) or (N, K)
 Modality = Literal["mri", "xray"]
 Split = Literal["train", "val", "test"]
 Step = dict[str, Any]  # one preprocessing step: {"op": name, **options}

@@ -22,7 +22,7 @@ from medim.data.loading.splits import assign_splits as split_subjects
 from medim.data.loading.splits import read_splits
 from medim.evaluation.cases import SCHEMA_VERSION, CaseProgress, score_cases, summarise_cases, write_cases
 from medim.files import prepare_output_folder, write_json
-from medim.inference.network import PredictFn, Predictor
+from medim.inference.network import Predictor
 from medim.metrics.bootstrap import N_RESAMPLES
 from medim.model_spec import ModelSpec
 from medim.models.model import as_numpy_function
@@ -31,7 +31,7 @@ from medim.objectives.score_map import load_score_map
 from medim.package.package import load_package
 from medim.tasks import ENCODER, find_task_of_kind
 from medim.tasks.task import CaseRow
-from medim.types import Split, UserError
+from medim.types import PredictFn, Split, UserError
 
 log = logging.getLogger(__name__)
 SplitChoice = Split | Literal["all"]

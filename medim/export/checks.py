@@ -12,11 +12,10 @@ import numpy as np
 
 from medim.data.preprocessing.steps import to_native
 from medim.export.privacy_scan import find_identifying_strings, text_parts
-from medim.inference.network import PredictFn
 from medim.package.contract import Contract
 from medim.package.gate import GateResult, gate_result, skip_gate
 from medim.package.golden import LOGITS_TOLERANCE, MAX_VOXEL_FRACTION, GoldenInput
-from medim.types import Array, UserError
+from medim.types import Array, PredictFn, UserError
 
 RANDOM_TOLERANCE, LOW_CONTRAST_TOLERANCE = (
     1e-4,

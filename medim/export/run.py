@@ -13,7 +13,6 @@ from torch import nn
 from medim.data.contamination import TrainingHistory, load_training_history
 from medim.export import onnx
 from medim.files import read_json
-from medim.inference.network import PredictFn
 from medim.inference.ood import OOD_FILE
 from medim.model_spec import ModelSpec
 from medim.models.model import as_numpy_function
@@ -21,7 +20,7 @@ from medim.models.ood_features import WithOODFeatures
 from medim.models.serialization import load_encoder, load_model, locate_weights
 from medim.objectives.score_map import load_score_map
 from medim.package.contract import GOLDEN, GRAPH, SCORE_MAP, SCORE_MAP_GOLDEN, Signature
-from medim.types import UserError
+from medim.types import PredictFn, UserError
 
 
 @dataclass(frozen=True)

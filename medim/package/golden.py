@@ -9,10 +9,10 @@ import numpy as np
 import safetensors.numpy
 
 from medim.data.preprocessing.steps import preprocess, reorient_to_ras, to_native
-from medim.inference.network import PredictFn, run_inference
+from medim.inference.network import run_inference
 from medim.package.contract import Contract
 from medim.tasks import TASKS_BY_KIND
-from medim.types import Array, Step, Volume
+from medim.types import Array, PredictFn, Step, Volume
 
 MAX_LOGITS = 4096  # approximate number of stored logits
 LOGITS_TOLERANCE, MAX_VOXEL_FRACTION = (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from medim.inference.network import PredictFn, Predictor
+from medim.inference.network import Predictor
 from medim.inference.ood import OODDetector
 from medim.package.contract import (
     GOLDEN,
@@ -26,7 +26,7 @@ from medim.package.golden import GoldenInput
 from medim.package.integrity import COPY_AGAIN, SUMS, ChecksumManifest, read_with_digest, verify_checksums, write_sums
 from medim.package.model_card import CARD_FILE, parse_model_card
 from medim.package.onnx_session import OnnxSession, load_onnx_session
-from medim.types import Array, UserError, Volume
+from medim.types import Array, PredictFn, UserError, Volume
 
 ARRAY_ERRORS = (  # raised for invalid arrays
     *(ValueError, KeyError, TypeError, IndexError, OverflowError, MemoryError),

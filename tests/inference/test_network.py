@@ -4,11 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-import torch
-from monai.inferers import sliding_window_inference
 
-from medim.inference.network import PredictFn, Predictor, run_inference
-from medim.types import Array, Step, UsageError, UserError, Volume
+from medim.inference.network import Predictor, run_inference
+from medim.types import Array, PredictFn, Step, UsageError, UserError, Volume
 
 WHOLE = {"mode": "whole"}
 
@@ -40,44 +38,6 @@ def test_windows_give_what_the_whole_image_gives_where_the_network_sees_one_voxe
     assert whole.shape == windows.shape == (2, *shape)
     np.testing.assert_allclose(windows, whole, atol=1e-6)
     np.testing.assert_allclose(whole, threshold(image.array[None])[0])
-
-
-@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5])
-def test_windows_lie_and_blend_as_in_monai(overlap: float) -> None:
-    torch.manual_seed(0)
-    network = torch.nn.Conv3d(1, 3, 5, padding=2)
-    image = np.random.default_rng(0).standard_normal((1, 21, 16, 11)).astype(np.float32)  # the last axis is padded
-
-    def run(window: Array) -> Array:
-        with torch.no_grad():
-            return np.asarray(network(torch.from_numpy(window)).numpy())
-
-    ours = run_inference(run, volume(image), {"mode": "sliding", "roi": [8, 8, 12], "overlap": overlap})
-    padded = torch.from_numpy(np.pad(image[None], [(0, 0)] * 4 + [(0, 1)], constant_values=image.min()))
-    theirs = sliding_window_inference(padded, (8, 8, 12), 1, network, overlap=overlap, mode="gaussian")
-    np.testing.assert_allclose(ours, theirs[0, ..., :11].detach().numpy(), atol=1e-5)
-
-
-def test_a_window_without_contrast_is_skipped_and_becomes_background() -> None:
-    seen: list[Array] = []
-
-    def run(window: Array) -> Array:
-        seen.append(window)
-        return np.stack([np.zeros_like(window[:, 0]), np.ones_like(window[:, 0])], axis=1)  # never background
-
-    image = np.full((1, 32, 8), -0.7, np.float32)
-    image[0, 3, 3] = 2
-    labels = run_inference(run, volume(image), {"mode": "sliding", "roi": [8, 8], "overlap": 0.0}).argmax(0)
-    assert len(seen) == 1
-    assert labels[:8].all()
-    assert not labels[8:].any()
-
-
-def test_an_image_of_nothing_but_constant_windows_is_all_background_and_has_every_class() -> None:
-    image = volume(np.zeros((1, 9, 9), np.float32))
-    logits = run_inference(threshold, image, {"mode": "sliding", "roi": [4, 4]})
-    assert logits.shape == (2, 9, 9)
-    assert not logits.argmax(0).any()
 
 
 def test_padding_of_a_whole_image_continues_its_minimum() -> None:
