@@ -140,7 +140,7 @@ class PretrainConfig(RunConfig):
 class FinetuneConfig(RunConfig):
     """A fine-tuning run. The pretrained encoder and the from-scratch baseline use the same schedule."""
 
-    task: Literal["segmentation", "classification"] = Field(description="task to learn")
+    task: str = Field(description="task to learn")
     decoder: Section | None = Field(None, description="an entry of DECODERS; segmentation needs one")
     head: Section = Field(description="an entry of HEADS and its options")
     pretrained_lr_scale: NonNegativeFloat = Field(

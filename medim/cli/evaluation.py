@@ -23,6 +23,7 @@ from medim.cli.options import (
     SubjectsOption,
 )
 from medim.cli.terminal import format_averages, format_intervals, format_or_dash, print_result, show_progress
+from medim.tasks import STUDY_TASKS
 from medim.types import UsageError
 
 PER_CALL_OPTIONS = ("--resume", "--overwrite", "--quiet", "--debug")  # of the command to repeat a study
@@ -119,7 +120,7 @@ def probe(
 
 
 def study(
-    task: Annotated[Literal["segmentation", "classification"], typer.Option(help="What to learn.")],
+    task: Annotated[str, typer.Option(help="Prediction task.", metavar=f"[{'|'.join(STUDY_TASKS)}]")],
     out: OutOption,
     encoder: Annotated[
         list[str] | None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -26,6 +26,7 @@ from medim.cli.options import (
 )
 from medim.cli.terminal import format_intervals, format_loss, format_or_dash, print_result
 from medim.signals import handle_shutdown_signals
+from medim.tasks import TASK_OPTIONS
 from medim.types import Modality, UsageError, UserError
 
 
@@ -95,7 +96,7 @@ def pretrain(
 
 @handle_shutdown_signals()
 def finetune(
-    task: Annotated[Literal["segmentation", "classification"], typer.Option(help="What to learn.")],
+    task: Annotated[str, typer.Option(help="Prediction task.", metavar=f"[{'|'.join(TASK_OPTIONS)}]")],
     out: OutOption,
     data: DataOption = None,
     encoder: Annotated[str, typer.Option(help="A pretraining run or package; none starts fresh.")] = "none",

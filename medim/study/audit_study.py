@@ -10,6 +10,7 @@ from medim.study.audit.groups import Groups
 from medim.study.cell import StudyContext
 from medim.study.design import Arm, Cell
 from medim.study.results_table import read_probe_cases
+from medim.tasks import find_task
 from medim.tasks.task import CaseRow
 
 
@@ -24,11 +25,11 @@ def audit_study(context: StudyContext, groups: Groups) -> Audit:
         The audit; models are named `arm, budget labels`.
     """
     design, index = context.design, context.cohort.index
-    is_segmentation = design.task == "segmentation"
+    task = find_task(design.task)
     return audit(
         context.cohort,
-        kind="segmenter" if is_segmentation else "classifier",
-        classes=index.classes if is_segmentation else index.labels,
+        kind=task.kind,
+        classes=task.class_names(index),
         encoders={arm.name: arm.runs[0] for arm in design.arms if arm.runs},
         cases=dict(named_cases for arm in design.arms for named_cases in _read_arm_cases(context, arm)),
         window=context.config.views.shape,

@@ -17,7 +17,8 @@ from medim.evaluation.probing.label_budget import Budget
 from medim.evaluation.probing.probe import probe
 from medim.files import read_json
 from medim.study.design import Cell, Design
-from medim.study.lr_selection import TASK_METRICS, selection_cohort
+from medim.study.lr_selection import selection_cohort
+from medim.tasks import find_task
 from medim.training.finetune.run import finetune
 
 SUMMARY = "summary.json"
@@ -88,7 +89,8 @@ def run_cell(context: StudyContext, cell: Cell, lr_multiplier: float) -> None:
 
 def read_selection_score(context: StudyContext, cell: Cell) -> float | None:
     """What a whole selection run reached on the labels that it held out."""
-    value: float | None = read_cell_summary(context, cell)["val"]["metrics"][TASK_METRICS[context.design.task]]["value"]
+    metrics = read_cell_summary(context, cell)["val"]["metrics"]
+    value: float | None = metrics[find_task(context.design.task).metric]["value"]
     return value
 
 

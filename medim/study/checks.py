@@ -18,7 +18,8 @@ from medim.evaluation.probing.label_budget import Budget
 from medim.metrics.bootstrap import MIN_SUBJECTS
 from medim.model_spec import ModelSpec
 from medim.models.serialization import locate_weights
-from medim.study.design import Arm, LabelSubsets, StudyTask
+from medim.study.design import Arm, LabelSubsets
+from medim.tasks import find_task
 from medim.types import Split, UsageError, UserError
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def check_disjoint_splits(cohort: Cohort) -> None:
         )
 
 
-def check_evaluation_split(task: StudyTask, cohort: Cohort) -> None:
+def check_evaluation_split(task: str, cohort: Cohort) -> None:
     """Refuse an evaluation split that is too small for an interval, or lacks a class.
 
     Raises:
@@ -101,9 +102,11 @@ def check_evaluation_split(task: StudyTask, cohort: Cohort) -> None:
             f"evaluation split: expected at least {MIN_SUBJECTS} subjects for an interval, got {len(subjects)}. "
             f"{_MORE_SUBJECTS}"
         )
-    if task == "classification":
+    if find_task(task).has_class_labels:
         subject_counts = Counter(str(label) for _, label in {(record.subject, record.label) for record in val})
         class_names, minimum = cohort.index.labels, MIN_SUBJECTS
+    elif not find_task(task).dense:
+        return
     else:
         names = ("background", *(cohort.index.classes))
         values = ((r.subject, v) for r in val for v in np.unique(cohort.store.read_mask(cohort.keys[r.image])))
@@ -152,7 +155,7 @@ def count_selection_labels(arms: Iterable[Arm]) -> dict[str, int]:
 
 
 def draw_label_subsets(
-    task: StudyTask, cohort: Cohort, budgets: Sequence[Budget], seeds: int
+    task: str, cohort: Cohort, budgets: Sequence[Budget], seeds: int
 ) -> tuple[tuple[Budget, ...], dict[tuple[Budget, int], tuple[ImageRecord, ...]]]:
     """The labels of each budget and subset seed, nested for one seed; a budget of all labels has one subset.
 
@@ -171,7 +174,9 @@ def draw_label_subsets(
             if seed and len(subset) == len(train):
                 continue
             labels = {record.label for record in subset}
-            missing = [name for name in cohort.index.labels if name not in labels] if task == "classification" else []
+            missing = (
+                [name for name in cohort.index.labels if name not in labels] if find_task(task).has_class_labels else []
+            )
             if missing:
                 raise UserError(
                     f"budget {budget.name}, subset {seed}: expected a label of every class, got {len(subset)} image(s) "
@@ -205,7 +210,7 @@ def check_selection_budgets(shortages: dict[str, str]) -> None:
         )
 
 
-def count_cohort(task: StudyTask, cohort: Cohort, subsets: LabelSubsets) -> dict[str, Any]:
+def count_cohort(task: str, cohort: Cohort, subsets: LabelSubsets) -> dict[str, Any]:
     """How many images and subjects each split and each subset has."""
     split_records = {part: cohort.records(part) for part in get_args(Split)}
     return {
@@ -213,7 +218,7 @@ def count_cohort(task: StudyTask, cohort: Cohort, subsets: LabelSubsets) -> dict
         "rejected": len(cohort.index.rejected) + len(cohort.rejections),
         "unlabelled": len(cohort.index.records) - len(cohort.keys) - len(cohort.rejections),
         "splits": {part: _count_split(records) for part, records in split_records.items()},
-        "classes": list(cohort.index.classes if task == "segmentation" else cohort.index.labels),
+        "classes": list(find_task(task).class_names(cohort.index)),
         "labels": {
             f"{budget.name}/{seed}": {
                 **_count_split(records),

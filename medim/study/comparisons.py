@@ -10,7 +10,6 @@ from typing import Any
 from medim.metrics.bootstrap import Resamples, Scores, compute_scores, draw_resamples
 from medim.study.design import PIXELS, SCRATCH, UNTRAINED
 from medim.study.results import StudyResults, find_largest_grid, open_results
-from medim.study.results_table import TRUTH
 from medim.study.statistics.intervals import Comparison, combine_verdicts, compare_to_scratch, get_metric_limits
 from medim.study.statistics.labels_saved import (
     CensoredInterval,
@@ -19,6 +18,7 @@ from medim.study.statistics.labels_saved import (
     summary_sentence,
     time_to_level,
 )
+from medim.tasks.classification import TRUTH
 from medim.types import UserError
 
 ScorePairs = dict[tuple[str, str], tuple[Scores, Scores]]

@@ -10,10 +10,10 @@ from typing import Literal
 
 from medim.data.index.index import ImageRecord
 from medim.evaluation.probing.label_budget import Budget
+from medim.tasks import find_task
 from medim.types import UsageError
 
 ArmProtocol = Literal["finetune", "frozen"]
-StudyTask = Literal["segmentation", "classification"]
 CellKind = Literal["finetune", "selection", "probe"]
 LabelSubsets = Mapping[tuple[Budget, int], tuple[ImageRecord, ...]]  # images by budget and subset seed
 
@@ -94,7 +94,7 @@ class Design:
         probe_seeds: number of label subsets per budget of frozen arms; None for the same number as the other arms.
     """
 
-    task: StudyTask
+    task: str
     arms: tuple[Arm, ...]
     budgets: tuple[Budget, ...]
     seeds: int
@@ -106,7 +106,7 @@ class Design:
 
     def is_probe_arm(self, arm: Arm) -> bool:
         """Whether an arm is evaluated with a linear probe; frozen segmentation trains a decoder instead."""
-        return arm.protocol == "frozen" and self.task == "classification"
+        return arm.protocol == "frozen" and find_task(self.task).probe is not None
 
     def subset_seeds(self, arm: Arm) -> range:
         """Get the random seeds of the label subsets of an arm."""

@@ -15,13 +15,12 @@ from dataclasses import replace
 from medim.data.index.index import ImageRecord
 from medim.data.loading.cohort import Cohort
 from medim.data.loading.splits import select_label_budget
-from medim.study.design import StudyTask
+from medim.tasks import find_task
 from medim.types import Split
 
 HOLDOUT_SHARE = 1 / 5
 MIN_IMAGES = 10  # smallest budget with selection
 MIN_IMAGES_PER_CLASS = 2  # smallest number of images per class in both parts
-TASK_METRICS: dict[StudyTask, str] = {"segmentation": "dice", "classification": "auroc"}
 
 
 def split_subset(subset: Sequence[ImageRecord]) -> tuple[tuple[ImageRecord, ...], tuple[ImageRecord, ...]]:
@@ -31,13 +30,13 @@ def split_subset(subset: Sequence[ImageRecord]) -> tuple[tuple[ImageRecord, ...]
     return tuple(record for record in subset if record.image not in holdout_images), holdout
 
 
-def describe_subset_shortage(task: StudyTask, subset: Sequence[ImageRecord]) -> str | None:
+def describe_subset_shortage(task: str, subset: Sequence[ImageRecord]) -> str | None:
     """Describe why a label subset is too small for selection, or return None."""
     if len(subset) < MIN_IMAGES:
         return f"it has {len(subset)} labelled images, but {MIN_IMAGES} are needed"
     if not split_subset(subset)[0]:
         return "all its images are of one subject"
-    if task == "classification":
+    if find_task(task).has_class_labels:
         names = {record.label for record in subset}
         for part in split_subset(subset):
             label_counts = Counter(record.label for record in part)

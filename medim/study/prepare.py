@@ -17,9 +17,10 @@ from medim.models.serialization import locate_weights
 from medim.study import checks
 from medim.study.audit.groups import Groups, read_groups
 from medim.study.cell import StudyContext
-from medim.study.design import LR_MULTIPLIERS, Arm, Design, StudyTask
+from medim.study.design import LR_MULTIPLIERS, Arm, Design
 from medim.study.lr_selection import describe_subset_shortage
 from medim.study.time_estimate import Costs, intermediate_eval_steps, measure_costs
+from medim.tasks import find_task
 from medim.training.finetune.run import dry_run_finetuning, open_labelled_cohort
 from medim.training.tracking.tracking import check_target
 from medim.types import UserError
@@ -83,7 +84,7 @@ class StudySetup:
 
 
 def prepare_study(
-    task: StudyTask,
+    task: str,
     config: FinetuneConfig,
     index: Index,
     arms: tuple[Arm, ...],
@@ -99,7 +100,7 @@ def prepare_study(
     """
     dry_run_finetuning(config)
     checks.check_networks(arms)
-    if task == "classification":
+    if find_task(task).has_class_labels:
         checks.check_one_class_per_image(index)
     groups = read_groups(options.groups, index.records) if options.groups else {}
     check_target(out if options.resume else None)

@@ -20,11 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medim.files import read_json
-from medim.metrics.bootstrap import mean_over_valid
-from medim.metrics.classification import classification_statistics
 from medim.metrics.ranking import Statistic
 from medim.study.design import SCRATCH
-from medim.study.results_table import TRUTH
+from medim.tasks import find_task
+from medim.tasks.classification import TRUTH
+from medim.tasks.task import Task
 from medim.types import Array, UserError
 
 StatisticGrid = list[list[Statistic]]  # [S][T]: weights (R, N) of the cases -> values (R,)
@@ -73,8 +73,8 @@ class StudyResults:
     @cached_property
     def metrics(self) -> tuple[str, ...]:
         """Names of the available metrics; the first is the primary metric of the study."""
-        run, columns = next(iter(self.values.items()))
-        return tuple(classification_statistics(*self.probabilities(run)) if TRUTH in columns else columns)
+        columns = next(iter(self.values.values()))
+        return tuple(self._task.study_statistics(columns, self.classes))
 
     def seeds(self, arm: str, budget: str) -> list[tuple[int, int]]:
         """List the pretraining and subset seeds of the available runs."""
@@ -121,17 +121,16 @@ class StudyResults:
 
     def statistic(self, metric: str, run: RunKey) -> Statistic:
         """Build a metric of one run as a function of the case weights."""
-        columns = self._columns(run)
-        return (
-            classification_statistics(*self.probabilities(run))[metric]
-            if TRUTH in columns
-            else mean_over_valid(columns[metric])
-        )
+        return self._task.study_statistics(self._columns(run), self.classes)[metric]
 
     def probabilities(self, run: RunKey) -> tuple[Array, Array]:
         """Get probabilities (N, K) and class indices (N,) of one run of a classifier."""
         columns = self._columns(run)
         return np.stack([columns[f"probability_{n}"] for n in self.classes], 1), columns[TRUTH].astype(np.intp)
+
+    @cached_property
+    def _task(self) -> Task:
+        return find_task(str(self.summary["task"]))
 
     def _columns(self, run: RunKey) -> dict[str, Array]:
         if run not in self.values:

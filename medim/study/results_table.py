@@ -7,17 +7,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medim.evaluation.cases import read_cases, write_parquet
 from medim.study.cell import StudyContext
 from medim.study.design import PIXELS, UNTRAINED, Cell
+from medim.tasks import find_task
 from medim.tasks.task import CaseRow
 
 BASELINE_ARMS = {"random": UNTRAINED, "pixels": PIXELS}  # names of the baseline arms, by features of the probe
-TRUTH = "truth"
 _TEXT = pa.dictionary(pa.int32(), pa.string())
 SCHEMA = pa.schema(
     {
@@ -103,14 +102,7 @@ def _to_long_rows(rows: Sequence[CaseRow], task: str) -> LongRows:
     long_rows: LongRows = []
     for image, case_rows in cases.items():
         keys = case_rows[0]["subject"], image
-        if task == "segmentation":
-            long_rows.append((*keys, "dice", float(np.mean([row["dice"] for row in case_rows]))))
-            names = ("dice", "hd95", "surface_dice")
-            long_rows += [(*keys, f"{name}_{row['class']}", row[name]) for name in names for row in case_rows]
-        else:
-            long_rows += [(*keys, f"probability_{row['class']}", row["probability"]) for row in case_rows]
-            truth = [row["class"] for row in case_rows].index(case_rows[0]["label"])
-            long_rows.append((*keys, TRUTH, float(truth)))
+        long_rows += [(*keys, metric, value) for metric, value in find_task(task).to_study_rows(case_rows)]
     return long_rows
 
 

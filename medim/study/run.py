@@ -19,7 +19,7 @@ from medim.signals import StoppedError
 from medim.study.audit.audit import write_audit
 from medim.study.audit_study import audit_study
 from medim.study.cell import StudyContext
-from medim.study.design import Arm, StudyTask
+from medim.study.design import Arm
 from medim.study.prepare import DESIGN, StudyOptions, prepare_study
 from medim.study.report.report import write_report_data, write_study_page
 from medim.study.results_table import write_results
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 def study(
-    task: StudyTask,
+    task: str,
     config: FinetuneConfig,
     index: Index,
     arms: tuple[Arm, ...],

@@ -28,7 +28,12 @@ class Classification(Task):
     case_columns: ClassVar[Mapping[str, ColumnType]] = {"probability": "number", "label": "text", "prediction": "text"}
     metric = "auroc"
     activation = "softmax"
+    has_class_labels = True
     probe = "linear"
+    case_label = "Probability of the true class"
+    worst_case_text = "with the lowest probability of the true class"
+    output_text = "one probability per class"
+    frozen_text = "a logistic regression"
 
     def accepts_labels(self, index: Index) -> bool:
         """One class per image, no findings."""
@@ -136,8 +141,18 @@ class Classification(Task):
 
     def study_statistics(self, columns: Mapping[str, Array], classes: Sequence[str]) -> dict[str, Statistic]:
         """Metrics of `medim.metrics.classification`."""
-        probabilities = np.stack([columns[f"probability_{name}"] for name in classes], 1)
-        return classification_statistics(probabilities, columns[TRUTH].astype(np.intp))
+        return classification_statistics(*study_arrays(columns, classes))
+
+    def study_case_scores(self, columns: Mapping[str, Array], classes: Sequence[str]) -> Array:
+        """Probability of the true class."""
+        probabilities, labels = study_arrays(columns, classes)
+        return np.asarray(probabilities[np.arange(len(labels)), labels])
+
+    def describe_study_case(self, columns: Mapping[str, Array], classes: Sequence[str], case: int) -> str:
+        """True class with its probability, and predicted class."""
+        probabilities, labels = study_arrays(columns, classes)
+        score, predicted = probabilities[case, labels[case]], classes[int(probabilities[case].argmax())]
+        return f"truth {classes[labels[case]]}, its probability {score:.3f}, predicted {predicted}"
 
 
 def softmax_probabilities(logits: Array) -> Array:
@@ -152,6 +167,11 @@ def class_arrays(rows: Sequence[CaseRow], classes: Sequence[str]) -> tuple[Array
     probabilities = np.array([row["probability"] for row in valid_rows], dtype=np.float64).reshape(-1, len(classes))
     labels = [classes.index(row["label"]) for row in valid_rows[:: len(classes)]]
     return probabilities, np.array(labels, dtype=np.intp)
+
+
+def study_arrays(columns: Mapping[str, Array], classes: Sequence[str]) -> tuple[Array, Array]:
+    """Probabilities (N, K) and class indices (N,) from the columns of a run of a study."""
+    return np.stack([columns[f"probability_{name}"] for name in classes], 1), columns[TRUTH].astype(np.intp)
 
 
 def probability_columns(probabilities: Array, classes: Sequence[str]) -> dict[str, float]:

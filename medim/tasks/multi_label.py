@@ -38,12 +38,12 @@ class MultiLabel(Task):
 
     def describe_labels(self, index: Index) -> str:
         """Number of findings."""
-        return f"labels are of {len(index.findings)} findings, any number an image"
+        return f"the labels are {len(index.findings)} findings, several per image"
 
     def label_form_error(self, index: Index) -> str:
         """Error message for labels that are classes."""
         return (
-            "head multi_label: expected labels that are findings, got classes. Give --labels CSV with a column a "
+            "head multi_label: expected findings as labels, got classes. Use --labels CSV with one column per "
             "finding (1, 0 or empty), or --set head.name=classification."
         )
 

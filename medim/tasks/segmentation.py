@@ -47,6 +47,9 @@ class Segmentation(Task):
     inversion = "resample logits (order 1), then argmax"
     monai_output = "segmentation"
     dense = True
+    case_label = "Dice"
+    worst_case_text = "with the lowest Dice"
+    output_text = "one label per voxel"
 
     @property
     def target_requirement(self) -> str:
@@ -174,6 +177,15 @@ class Segmentation(Task):
     def study_statistics(self, columns: Mapping[str, Array], classes: Sequence[str]) -> dict[str, Statistic]:
         """Weighted mean of each metric over the cases that define it."""
         return {name: mean_over_valid(column) for name, column in columns.items()}
+
+    def study_case_scores(self, columns: Mapping[str, Array], classes: Sequence[str]) -> Array:
+        """Mean Dice of each case."""
+        return columns["dice"]
+
+    def describe_study_case(self, columns: Mapping[str, Array], classes: Sequence[str], case: int) -> str:
+        """Dice, in all and of each class."""
+        parts = ", ".join(f"{name} {columns[f'dice_{name}'][case]:.3f}" for name in classes)
+        return f"Dice {columns['dice'][case]:.3f} ({parts})"
 
 
 def to_label_map(logits: Array, input_volume: Volume, volume: Volume) -> Array:

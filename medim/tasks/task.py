@@ -102,7 +102,12 @@ class Task(ABC):
         monai_output: format of the output in a MONAI bundle.
         dense: whether the answer is a label map on the grid of the image, with class 0 as background.
         has_thresholds: whether each class is called from a probability of its own (`threshold` of the label codes).
+        has_class_labels: whether each label is a class, so that every label subset needs all of them.
         in_studies: whether `medim study` supports the task.
+        case_label: axis label of the score of a case in a study.
+        worst_case_text: the cases with the lowest score, as the end of a noun phrase.
+        output_text: output of the network in a few words.
+        frozen_text: parts that are trained on a frozen encoder in a study.
         probe: default entry of `medim.evaluation.probing.classifiers.PROBES` for frozen encoders; None: a head is
             trained on the frozen encoder.
     """
@@ -118,13 +123,23 @@ class Task(ABC):
     monai_output: ClassVar[str] = "classes"
     dense: ClassVar[bool] = False
     has_thresholds: ClassVar[bool] = False
+    has_class_labels: ClassVar[bool] = False
     in_studies: ClassVar[bool] = True
+    case_label: ClassVar[str] = ""
+    worst_case_text: ClassVar[str] = ""
+    output_text: ClassVar[str] = ""
+    frozen_text: ClassVar[str] = "a decoder and head, by the same schedule"
     probe: ClassVar[str | None] = None
 
     @property
     def target_field(self) -> Literal["mask", "label"]:
         """Column of the index that holds the targets."""
         return "mask" if self.dense else "label"
+
+    @property
+    def whole_views(self) -> bool:
+        """Whether training views are whole images where the configuration leaves their shape open."""
+        return not self.dense
 
     @property
     def target_requirement(self) -> str:
@@ -150,7 +165,7 @@ class Task(ABC):
 
     def describe_labels(self, index: Index) -> str:
         """The labels of an index in a few words, for a log message."""
-        return f"labels are of {len(self.class_names(index))} classes"
+        return f"the labels are {len(self.class_names(index))} classes"
 
     def label_form_error(self, index: Index) -> str:
         """Error message where `accepts_labels` is false."""
@@ -255,4 +270,12 @@ class Task(ABC):
             columns: a column (N,) per metric of `to_study_rows`.
             classes: classes of the study.
         """
+        raise UserError(f"study: expected a task that studies support, got {self.title}.")
+
+    def study_case_scores(self, columns: Mapping[str, Array], classes: Sequence[str]) -> Array:
+        """Score (N,) of each case of a run; the lowest are the worst cases."""
+        raise UserError(f"study: expected a task that studies support, got {self.title}.")
+
+    def describe_study_case(self, columns: Mapping[str, Array], classes: Sequence[str], case: int) -> str:
+        """The answer for one case of a run in a few words."""
         raise UserError(f"study: expected a task that studies support, got {self.title}.")

@@ -19,6 +19,7 @@ from medim.data.index.index import Index
 from medim.data.preprocessing.steps import STEPS
 from medim.model_spec import NetworkSpec
 from medim.models.model import build_encoder
+from medim.tasks import find_task
 from medim.types import Step, UsageError
 
 log = logging.getLogger(__name__)
@@ -174,7 +175,8 @@ def _fill_for_stride(content: Section, shape: Shape, spacing: Spacing, stride: i
             step = {**step, "shape": list(view_shape or _choose_resize_shape(shape, spacing, stride))}
         steps.append(step)
         shape, spacing = _apply_step_geometry(step, shape, spacing)
-    max_voxels = WHOLE_VOXELS if content.get("task") == "classification" else VIEW_VOXELS
+    task = content.get("task")  # None in pretraining
+    max_voxels = WHOLE_VOXELS if task and find_task(task).whole_views else VIEW_VOXELS
     sides = list(view_shape or _shorten_sides(shape, stride, max_voxels))
     result = {**content, "preprocessing": steps, "views": {**views, "shape": sides}}
     if isinstance(inference := content.get("inference"), dict):

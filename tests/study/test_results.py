@@ -9,7 +9,8 @@ import pytest
 
 from medim.evaluation.cases import write_parquet
 from medim.files import write_json
-from medim.study.results import RunKey, find_largest_grid, mean_over_valid, open_results
+from medim.metrics.bootstrap import mean_over_valid
+from medim.study.results import RunKey, find_largest_grid, open_results
 from medim.study.results_table import SCHEMA
 from medim.types import UserError
 

@@ -46,6 +46,7 @@ from medim.study.audit.shortcuts import (
     raw_intensity,
     raw_size,
 )
+from medim.tasks import find_task_of_kind
 from medim.tasks.task import CaseRow
 from medim.types import Array, Volume
 
@@ -130,7 +131,7 @@ def audit(
     all_groups = number_values(collect_header_groups(cohort.index.records) | (groups or {}))
     notes = [] if train == all_train else [f"trained on {len(train)} of {len(all_train)} training images (seed {seed})"]
     shortcuts: tuple[Shortcut, ...] = ()
-    if kind == "classifier":
+    if find_task_of_kind(kind).has_class_labels:
         shortcuts = _measure_shortcuts(cohort, train, val, window, seed, notes)
     else:
         notes.append("shortcuts: computed only for classification with one class per image")

@@ -13,6 +13,7 @@ from medim.study.design import SCRATCH
 from medim.study.report.thumbnails import CONTOUR_LEGEND, WORST_CASES_FILE, case_scores
 from medim.study.report.view import StudyView, arm_title
 from medim.study.results import RunKey
+from medim.tasks import find_task
 
 MAX_TABLE_SUBJECTS = 10  # rows of the table
 
@@ -22,14 +23,14 @@ def build_cases_section(study: StudyView) -> ReportSection:
     path = study.folder / WORST_CASES_FILE
     worst = read_json(path) if path.is_file() else {"arm": None, "budget": None, "tiles": []}
     tiles = [Tile(tile["caption"], tile["alt"], tile["source"]) for tile in worst["tiles"]]
-    metric_label = "Dice" if study.summary["task"] == "segmentation" else "Probability of the true class"
-    lowest_text = "with the lowest Dice" if metric_label == "Dice" else "with the lowest probability of the true class"
+    task = find_task(study.summary["task"])
+    metric_label, lowest_text = task.case_label, task.worst_case_text
     sheet = None
     if tiles:
         parts = [
             f"The {pluralise(len(tiles), 'evaluation case')} {lowest_text}, of {arm_title(worst['arm'])} with "
             f"{pluralise(study.budgets[worst['budget']], 'label')}, encoder 0, subset 0.",
-            f"{CONTOUR_LEGEND.capitalize()}." if metric_label == "Dice" else "",
+            f"{CONTOUR_LEGEND.capitalize()}." if task.dense else "",
             "Volumes are shown by an axial slice, with a mask the one with its largest area; the patient's right "
             "is on the left.",
             "This page contains patient images: do not send it outside your site.",

@@ -11,7 +11,7 @@ from medim.study.design import SCRATCH
 from medim.study.report import figures
 from medim.study.report.view import StudyView, arm_title
 from medim.study.results import RunKey
-from medim.study.results_table import TRUTH
+from medim.tasks.classification import TRUTH
 
 
 def build_curves_section(study: StudyView) -> ReportSection:

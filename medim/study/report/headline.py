@@ -11,6 +11,7 @@ from medim.study.report.format import format_difference, format_p_value
 from medim.study.report.pretraining import unhealthy_pretraining
 from medim.study.report.results import PROTOCOL_LABELS
 from medim.study.report.view import ComparisonRow, StudyView
+from medim.tasks import find_task
 
 NO_EVIDENCE = "no evidence of a benefit"
 
@@ -104,7 +105,7 @@ def build_trust_section(study: StudyView) -> ReportSection:
     head = ("Arm", "Encoder", "In pretraining", "In fine-tuning")
     failed = [(failure["cell"], failure["reason"]) for failure in cells["failed"]]
     n_near = len(study.audit["duplicates"]["near"]) if study.audit else None
-    classes = study.summary["task"] == "classification"
+    classes = find_task(study.summary["task"]).has_class_labels
     return ReportSection(
         "counts",
         "Validity checks",

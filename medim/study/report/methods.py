@@ -23,6 +23,7 @@ from medim.study.report.audit import list_group_columns
 from medim.study.report.format import format_schedule_number
 from medim.study.report.headline import comparison_sentence
 from medim.study.report.view import StudyView
+from medim.tasks import find_task
 
 CHECKLIST_FILE = "checklists.csv"  # topics are paraphrased; an answer with a missing value becomes "not reported"
 CHECKLIST_SOURCES = (
@@ -129,7 +130,7 @@ def collect_facts(study: StudyView) -> dict[str, str | None]:
         "runs": sum(run.step is None for run in runs) or None,
         "task_told": f"{str(summary['task']).capitalize()} of {classes}"
         + (f" on {config['modality']}" if config else ""),
-        "output": "one label per voxel" if summary["task"] == "segmentation" else "one probability per class",
+        "output": find_task(summary["task"]).output_text,
         "arms_told": ", ".join(_format_arm(arm) for arm in summary["arms"] if arm["encoders"]),
         "budgets_told": _format_budgets(summary),
         "rates": _describe_rates(summary),
@@ -196,9 +197,7 @@ def _describe_frozen(summary: dict[str, Any]) -> str:
     """Describe the training of frozen arms; empty if there are none."""
     if all(arm["protocol"] != "frozen" for arm in summary["arms"]):
         return ""
-    frozen_parts = (
-        "a decoder and head, by the same schedule" if summary["task"] == "segmentation" else "a logistic regression"
-    )
+    frozen_parts = find_task(summary["task"]).frozen_text
     return f" Frozen arms do not change the encoder and train {frozen_parts}."
 
 

@@ -20,7 +20,7 @@ from medim.study.cell import StudyContext
 from medim.study.design import SCRATCH, Arm, Cell
 from medim.study.report.view import StudyView
 from medim.study.results import RunKey
-from medim.study.results_table import TRUTH
+from medim.tasks import find_task
 from medim.types import Array, Volume
 
 WORST_CASES_FILE = "worst.json"
@@ -49,11 +49,8 @@ def write_worst_cases(context: StudyContext, study: StudyView) -> None:
 def case_scores(study: StudyView, run: RunKey) -> Array:
     """Dice of each case, or its probability of the true class: (N,)."""
     assert study.results is not None
-    columns = study.results.values[run]
-    if TRUTH not in columns:
-        return columns["dice"]
-    probabilities, labels = study.results.probabilities(run)
-    return np.asarray(probabilities[np.arange(len(labels)), labels])
+    task = find_task(study.summary["task"])
+    return task.study_case_scores(study.results.values[run], study.results.classes)
 
 
 def draw_overlay(volume: Volume, truth: Array | None = None, prediction: Array | None = None) -> str:
@@ -110,7 +107,7 @@ def _build_tiles(context: StudyContext, study: StudyView, cell: Cell) -> list[di
     scores, cases = case_scores(study, run), study.results.cases
     records = {record.image: record for record in context.cohort.index.records}
     order = sorted(range(len(cases)), key=lambda place: (scores[place], cases[place]))[:N_CASES]
-    network = _open_cell_network(context.out / cell.folder) if context.design.task == "segmentation" else None
+    network = _open_cell_network(context.out / cell.folder) if find_task(context.design.task).dense else None
     tiles: list[dict[str, str | None]] = []
     for rank, place in enumerate(order, start=1):
         record = records[cases[place]]
@@ -146,16 +143,7 @@ def _open_cell_network(folder: Path) -> Predictor:
 def _describe_case(study: StudyView, run: RunKey, case_number: int) -> str:
     results = study.results
     assert results is not None
-    columns, score = results.values[run], case_scores(study, run)[case_number]
-    if TRUTH not in columns:
-        return (
-            f"Dice {score:.3f} ("
-            + ", ".join(f"{n} {columns[f'dice_{n}'][case_number]:.3f}" for n in results.classes)
-            + ")"
-        )
-    probabilities, labels = results.probabilities(run)
-    predicted_class = results.classes[int(probabilities[case_number].argmax())]
-    return f"truth {results.classes[labels[case_number]]}, its probability {score:.3f}, predicted {predicted_class}"
+    return find_task(study.summary["task"]).describe_study_case(results.values[run], results.classes, case_number)
 
 
 def _resize_labels(labels: Array, shape: tuple[int, ...]) -> Array:

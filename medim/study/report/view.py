@@ -12,8 +12,8 @@ from medim.metrics.bootstrap import Resamples, compute_scores, draw_resamples
 from medim.study.audit.audit import AUDIT
 from medim.study.design import SCRATCH
 from medim.study.results import StudyResults, open_results
-from medim.study.results_table import TRUTH
 from medim.study.statistics.intervals import ComparisonVerdict, ConfidenceInterval, compute_interval, get_metric_limits
+from medim.tasks.classification import TRUTH
 from medim.types import UserError
 
 ComparisonRow = dict[str, Any]  # a row of `comparisons` in summary.json

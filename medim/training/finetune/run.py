@@ -27,13 +27,14 @@ from medim.model_spec import SCHEMA_VERSION, ModelSpec, NetworkSpec
 from medim.models.model import Model, as_numpy_function, build_model
 from medim.models.serialization import load_weights, locate_weights, save_model
 from medim.signals import handle_shutdown_signals
+from medim.tasks import find_task
 from medim.training.auto_config import resolve_run_config
 from medim.training.engine.checkpoints import find_newest_checkpoint, get_resume_steps, list_corrupt_checkpoints
 from medim.training.engine.sampler import StepSampler, step_loader
 from medim.training.engine.trainer import make_trainer, peak_memory, run_trainer
 from medim.training.finetune.head_init import start_head_as_probe
 from medim.training.finetune.module import FinetuneModule, ValidationCallback
-from medim.training.finetune.targets import build_blank_target, build_targets, select_head
+from medim.training.finetune.targets import select_head, task_of_config
 from medim.training.fit_ood import save_ood_detector
 from medim.training.pretrain.history import HISTORY_COLUMNS
 from medim.training.run_folder import write_config
@@ -43,11 +44,6 @@ from medim.version import collect_versions
 
 log = logging.getLogger(__name__)
 HEAD_PROBE_BATCHES = 32  # what the head is started from, where there are more
-MODEL_KINDS = {
-    "segmentation": "segmenter",
-    "classification": "classifier",
-    "multi_label": "multi_label_classifier",
-}  # by head
 
 
 def resolve_finetune_config(
@@ -65,7 +61,7 @@ def resolve_finetune_config(
     are then whole images. A preset that only adds `centre` to the encoder's preprocessing keeps its own.
 
     Args:
-        task: segmentation or classification.
+        task: value of `--task`, see `medim.tasks.TASK_OPTIONS`.
         modality: needed where there is no encoder.
         encoder: a run or package, or None.
         name: preset or file.
@@ -76,6 +72,7 @@ def resolve_finetune_config(
         UserError: the encoder is of another modality.
         UsageError: neither encoder nor modality is given; or see `medim.training.auto_config.resolve_run_config`.
     """
+    find_task(task)
     if encoder is None and modality is None:
         raise UsageError("--modality: expected mri or xray where no --encoder is given.")
     spec = locate_weights(encoder)[1] if encoder else None
@@ -98,7 +95,7 @@ def resolve_finetune_config(
             steps = preset_steps  # a field of view that the task asks for
         encoder_options = {"modality": spec.modality, "encoder": spec.encoder, "preprocessing": steps}
         views = {"shape": shape, **content.get("views", {})}
-        if views["shape"] == AUTO and task == "segmentation":
+        if views["shape"] == AUTO and not find_task(task).whole_views:
             views["shape"] = shape
         content = {**content, **encoder_options, "views": views}
     config = resolve_run_config("finetune", apply_overrides(content, assignments), index, where=preset)
@@ -259,7 +256,8 @@ def dry_run_finetuning(config: FinetuneConfig) -> None:
         model = build_model(spec)
         head: Any = model.head
         with torch.no_grad():
-            head.loss(model(torch.zeros(count, 1, *shape)), build_blank_target(config, count))
+            target = torch.from_numpy(task_of_config(config).make_blank_targets(count, shape))
+            head.loss(model(torch.zeros(count, 1, *shape)), target)
     except (RuntimeError, ValueError, IndexError) as error:
         raise UsageError(
             f"config {config.name}: expected encoder, decoder and head that fit each other, views.shape {list(shape)} "
@@ -268,21 +266,16 @@ def dry_run_finetuning(config: FinetuneConfig) -> None:
 
 
 def _select_labelled(config: FinetuneConfig, index: Index) -> list[ImageRecord]:
-    """The images that carry what the task learns from."""
-    if config.task == "segmentation":
-        column, requirement = "mask", "a mask (an MSD folder, or --labels CSV with columns image,mask)"
-    else:
-        column, requirement = "label", "a label (--labels CSV)"
-    records = [record for record in index.records if getattr(record, column) is not None]
+    """Select the images with a target of the task."""
+    task = task_of_config(config)
+    records = [record for record in index.records if getattr(record, task.target_field) is not None]
     if not records:
         raise UserError(
-            f"--task {config.task}: expected images with {requirement}, got {len(index.records)} images without."
+            f"--task {config.task}: expected images with {task.target_requirement}, got {len(index.records)} images "
+            "without."
         )
-    if config.task == "classification" and len(index.labels) < 2:
-        raise UserError(
-            f"--task classification: expected labels of 2 or more classes, got {index.labels[0]!r} alone. "
-            "Add images of another class, or check the label column."
-        )
+    if training_error := task.find_training_error(index):
+        raise UserError(training_error)
     return records
 
 
@@ -396,7 +389,7 @@ def build_finetune_loader(
     dataset = LabelledDataset(
         cohort.store,
         cohort.store_keys(records),
-        targets=build_targets(config, records, classes),
+        targets=task_of_config(config).encode_targets(records, classes),
         shape=config.views.shape,
         augmentations=config.views.augmentations if augment else (),
     )
@@ -407,13 +400,14 @@ def build_finetune_loader(
 
 def build_model_spec(config: FinetuneConfig, cohort: Cohort, seed: int, split_seed: int) -> ModelSpec:
     """The spec of the model that a run trains; see `medim.models.serialization`."""
-    classes = cohort.index.classes if config.task == "segmentation" else cohort.index.labels
+    task = task_of_config(config)
+    classes = task.class_names(cohort.index)
     return replace(
         cohort.build_spec(config, seed=seed, split_seed=split_seed),
-        kind=MODEL_KINDS.get(config.head["name"], MODEL_KINDS[config.task]),
+        kind=task.kind,
         decoder=config.decoder,
         head=config.head,
-        out_channels=len(classes) + (config.task == "segmentation"),
+        out_channels=task.count_outputs(classes),
         inference=config.inference,
         classes=tuple(classes),
     )

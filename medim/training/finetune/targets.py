@@ -1,20 +1,26 @@
-"""Targets of fine-tuning (class indices, findings or masks), and the head for them."""
+"""The task of a fine-tuning run, and the head for the labels of its images."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-
-import numpy as np
-import torch
 
 from medim.config import FinetuneConfig
-from medim.data.index.index import ImageRecord, Index
-from medim.data.labels import check_label_kind, encode_findings
-from medim.types import Array, UserError
+from medim.data.index.index import Index
+from medim.data.labels import check_label_kind
+from medim.tasks import TASKS, find_task, find_task_for_labels
+from medim.tasks.task import Task
+from medim.types import UserError
 
 log = logging.getLogger(__name__)
-MULTI_LABEL = "multi_label"  # entry of HEADS for findings
+
+
+def task_of_config(config: FinetuneConfig) -> Task:
+    """Find the task of a configuration by its option and its head.
+
+    Raises:
+        UsageError: an unknown task.
+    """
+    return find_task(config.task, config.head.get("name"))
 
 
 def select_head(config: FinetuneConfig, index: Index) -> FinetuneConfig:
@@ -24,39 +30,18 @@ def select_head(config: FinetuneConfig, index: Index) -> FinetuneConfig:
         Configuration with the selected head.
 
     Raises:
-        UserError: the head is `multi_label` and the labels are classes, or the labels are of both kinds.
+        UserError: no head of the task learns from such labels, or the labels are of several kinds.
     """
-    if config.task != "classification":
+    task, name = task_of_config(config), config.head.get("name")
+    if task.dense:
         return config
     check_label_kind(record.label for record in index.records)
-    name, findings = config.head.get("name"), index.findings
-    if name == MULTI_LABEL and not findings:
-        raise UserError(
-            "head multi_label: expected findings as labels, got classes. Use --labels CSV with one column per "
-            "finding (1, 0 or empty), or --set head.name=classification."
-        )
-    if name == "classification" and findings:
-        log.info(
-            "the labels are %d findings, several per image: using head %s instead of %s",
-            len(findings),
-            MULTI_LABEL,
-            name,
-        )
-        return config.model_copy(update={"head": {**config.head, "name": MULTI_LABEL}})
+    if task.accepts_labels(index):
+        return config
+    other = find_task_for_labels(config.task, index)
+    if other is not None and name == config.task:
+        log.info("%s: using head %s instead of %s", other.describe_labels(index), other.name, name)
+        return config.model_copy(update={"head": {**config.head, "name": other.name}})
+    if other is None or name in TASKS:
+        raise UserError(task.label_form_error(index))
     return config
-
-
-def build_targets(config: FinetuneConfig, records: Sequence[ImageRecord], classes: Sequence[str]) -> Array | None:
-    """Build the targets: (N,) class indices, (N, K) findings, or None if masks are the targets."""
-    if config.task == "segmentation":
-        return None
-    if config.head["name"] == MULTI_LABEL:
-        return np.array([encode_findings(record.label, classes) for record in records])
-    return np.array([classes.index(str(record.label)) for record in records])
-
-
-def build_blank_target(config: FinetuneConfig, count: int) -> torch.Tensor:
-    """Build targets of `count` images of two classes, for a dry run."""
-    if config.head.get("name") == MULTI_LABEL:
-        return torch.zeros(count, 2)
-    return torch.zeros((count, *config.views.shape) if config.task == "segmentation" else count, dtype=torch.int64)
