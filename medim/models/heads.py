@@ -135,6 +135,53 @@ class MultiLabelHead(ClassificationHead):
         return costs.masked_fill(unknown, 0).sum() / (~unknown).sum().clamp_min(1)
 
 
+class RegressionHead(ClassificationHead):
+    """The network of `classification` with one number per output; mean squared error of the standardised target.
+
+    Outputs are in the unit of the target. The linear layer predicts `(target - mean) / std`.
+
+    Args:
+        channels: channels of the encoder's maps.
+        summary_channels: length of the summary.
+        out_channels: number of targets.
+        mean: mean of the training targets.
+        std: standard deviation of the training targets, above 0.
+        maps: as in `classification`.
+        hidden: as in `classification`.
+    """
+
+    def __init__(
+        self,
+        channels: tuple[int, ...],
+        summary_channels: int,
+        out_channels: int,
+        *,
+        mean: float = 0.0,
+        std: float = 1.0,
+        maps: tuple[int, ...] = (),
+        hidden: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__(channels, summary_channels, out_channels, maps=maps, hidden=hidden)
+        if std <= 0:
+            raise ValueError(f"regression: expected std above 0, got {std}")
+        self.target_mean, self.target_std = mean, std
+
+    def forward(self, features: Features) -> torch.Tensor:
+        """Predictions (N, out_channels)."""
+        standardised: torch.Tensor = super().forward(features)
+        return standardised.float() * self.target_std + self.target_mean
+
+    def loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Mean squared error in units of `std`; target (N, out_channels)."""
+        return nn.functional.mse_loss(logits.float() / self.target_std, target.float() / self.target_std)
+
+    @torch.no_grad()
+    def start_from(self, probe: LinearProbe) -> None:
+        """Copy a probe of `inputs` that predicts the target in its own unit."""
+        bias = (probe.bias - self.target_mean) / self.target_std
+        super().start_from(LinearProbe(probe.mean, probe.std, probe.weight / self.target_std, bias))
+
+
 class SegmentationHead(nn.Module):
     """1-wide convolution on the decoded map; Dice and cross-entropy in equal parts (Isensee et al. 2021).
 
@@ -172,5 +219,6 @@ class SegmentationHead(nn.Module):
 HEADS: dict[str, Callable[..., nn.Module]] = {
     "classification": ClassificationHead,
     "multi_label": MultiLabelHead,
+    "regression": RegressionHead,
     "segmentation": SegmentationHead,
 }

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, SerializerFunctionWrapHandler, model_serializer
 
 from medim.package.schema import StrictModel, read_strict_json
 from medim.tasks import TASKS_BY_KIND
@@ -22,6 +22,13 @@ class ConceptCode(StrictModel):
 
     value: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,16}$")]
     scheme: Literal["SCT", "DCM"]
+    meaning: DicomText
+
+
+class UnitCode(StrictModel):
+    """Unit of a measurement, as a UCUM code."""
+
+    value: Annotated[str, Field(pattern=r"^[!-~]{1,16}$")]
     meaning: DicomText
 
 
@@ -46,6 +53,12 @@ class LabelCode(StrictModel):
         default=None,
         description="for a multi-label classifier: smallest probability of a positive finding; default 0.5",
     )
+    unit: UnitCode | None = Field(default=None, description="UCUM unit of a predicted number")
+
+    @model_serializer(mode="wrap")
+    def _omit_empty_unit(self, dump: SerializerFunctionWrapHandler) -> dict[str, object]:
+        content: dict[str, object] = dump(self)
+        return {key: value for key, value in content.items() if key != "unit" or value is not None}
 
 
 class LabelCodesFile(StrictModel):
@@ -83,6 +96,8 @@ def read_label_codes(schema: Path | str, classes: Sequence[str], kind: str) -> t
             raise UserError(f"{schema}, {label.name}: a DICOM segment requires `category` and `type`. Add them.")
         if not (task and task.has_thresholds) and label.threshold is not None:
             raise UserError(f"{schema}, {label.name}: `threshold` applies only to a multi-label classifier. Remove it.")
+        if not (task and task.quantity == "value") and label.unit is not None:
+            raise UserError(f"{schema}, {label.name}: `unit` applies only to a regressor. Remove it.")
         for code in filter(None, (label.category, label.type, *label.modifiers)):
             _check_concept_code(code, f"{schema}, {label.name}")
     return tuple(label.model_copy(update={"name": name}) for label, name in zip(labels, classes, strict=True))

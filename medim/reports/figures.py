@@ -154,9 +154,21 @@ def strip_plot(values: Mapping[str, Sequence[float]], label: str, caption: str, 
 
 
 def volume_scatter(
-    truth: Mapping[str, Sequence[float]], predicted: Mapping[str, Sequence[float]], caption: str
+    truth: Mapping[str, Sequence[float]],
+    predicted: Mapping[str, Sequence[float]],
+    caption: str,
+    quantity: str = "volume, ml",
 ) -> Figure:
-    """Plot predicted against true volumes in ml, with the line of equality."""
+    """Plot predicted against true values, with the line of equality.
+
+    Args:
+        truth: true values by class.
+        predicted: predicted values by class, in the same order.
+        caption: caption of the figure.
+        quantity: name of the values, with their unit after a comma.
+    """
+    name_of_values, *units = quantity.split(", ")
+    unit = "".join(f" {name}" for name in units)
     markers, colours = "oDs^v", (ONE, TWO, INK)
     with open_canvas(3.4) as (canvas, axes):
         for class_number, name in enumerate(truth):
@@ -167,17 +179,19 @@ def volume_scatter(
                 "markeredgewidth": 0,
             }
             axes.plot(truth[name], predicted[name], linestyle="none", markersize=4.5, label=name, **style)
-        axis_limit = max(float(np.max([*v, 0])) for v in (*truth.values(), *predicted.values())) * 1.05 or 1.0
-        axes.plot([0, axis_limit], [0, axis_limit], color=SOFT, linewidth=1.2, linestyle=(0, (4, 3)))
-        axes.set_xlim(0, axis_limit)
-        axes.set_ylim(0, axis_limit)
-        axes.set_xlabel("true volume, ml")
-        axes.set_ylabel("predicted volume, ml")
+        values = np.concatenate([np.asarray(v, float) for v in (*truth.values(), *predicted.values())])
+        axis_limit = max(float(np.max(values, initial=0)) * 1.05, 0.0) or 1.0
+        low = min(float(np.min(values, initial=0)) * 1.05, 0.0)
+        axes.plot([low, axis_limit], [low, axis_limit], color=SOFT, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.set_xlim(low, axis_limit)
+        axes.set_ylim(low, axis_limit)
+        axes.set_xlabel(f"true {quantity}")
+        axes.set_ylabel(f"predicted {quantity}")
         draw_legend(axes)
         svg = render_svg(canvas)
     gaps = {name: np.subtract(predicted[name], truth[name]) for name in truth}
     descriptions = [
-        f"{name}: predicted minus true volume {v.mean():+.3g} ml on average, SD {v.std():.2g}"
+        f"{name}: predicted minus true {name_of_values} {v.mean():+.3g}{unit} on average, SD {v.std():.2g}"
         for name, v in gaps.items()
     ]
     return Figure(svg, "; ".join(descriptions) + ".", caption)

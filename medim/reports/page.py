@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from medim.metrics import find_metric
 from medim.reports.figures import IntervalRow, format_interval, format_number
 from medim.reports.svg import Figure
 
 NOT_REPORTED = "not reported"
 INTERVALS_NOTE = "Intervals: 95 % percentile bootstrap over subjects."
-LOWER_IS_BETTER = ("hd95", "ece")
 
 
 @dataclass(frozen=True)
@@ -125,29 +125,19 @@ def pluralise(count: int | None, word: str) -> str:
 
 def metric_name(key: str) -> str:
     """Convert the key of a metric to a title: `hd95_left` to `HD95 left, mm`."""
-    names = {
-        "surface_dice": "Surface Dice at 1 mm",
-        "balanced_accuracy": "Balanced accuracy",
-        "accuracy": "Accuracy",
-        "auroc": "AUROC",
-        "average_precision": "Average precision",
-        "dice": "Dice",
-        "hd95": "HD95",
-        "f1": "F1, mean over classes",
-        "ece": "Calibration error (ECE)",
-    }
-    for start, name in names.items():
-        if key == start:
-            return f"{name}, mean over classes" if key == "dice" else name
-        if key.startswith(f"{start}_"):
-            part = key.removeprefix(f"{start}_")
-            return f"{name} {part}, mm" if start == "hd95" else f"{name}, {part}"
-    return key
+    match = find_metric(key)
+    if match is None:
+        return key
+    info, part = match
+    if not part:
+        return info.mean_title or info.title
+    return f"{info.title} {part}, {info.unit}" if info.unit else f"{info.title}, {part}"
 
 
 def lower_is_better(key: str) -> bool:
     """Whether smaller values of the metric are better."""
-    return key.startswith(LOWER_IS_BETTER)
+    match = find_metric(key)
+    return match is not None and not match[0].higher_is_better
 
 
 def format_metric(metric: Mapping[str, Any] | float | None) -> str:
@@ -177,7 +167,8 @@ def unit_interval_metrics(metrics: Mapping[str, Any], *, second: bool = False) -
     interval_rows = []
     for key, metric in metrics.items():
         content = metric if isinstance(metric, Mapping) else {"value": metric}
-        if content.get("value") is not None and not lower_is_better(key):
+        match = find_metric(key)
+        if content.get("value") is not None and (match is None or match[0].is_score):
             name = metric_name(key).replace(", mean over classes", "").replace("Surface Dice at 1 mm", "Surface Dice")
             value, low, high = (content.get(part) for part in ("value", "ci_low", "ci_high"))
             interval_rows.append(IntervalRow(name, float(value or 0.0), low, high, second))

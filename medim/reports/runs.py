@@ -189,7 +189,7 @@ def _draw_plot(plot: Plot, metrics: Mapping[str, Any]) -> Figure:
     if isinstance(plot, StripPlot):
         return figures.strip_plot(plot.values, plot.label, plot.title)
     if isinstance(plot, AgreementPlot):
-        return figures.volume_scatter(plot.truth, plot.predicted, plot.title)
+        return figures.volume_scatter(plot.truth, plot.predicted, plot.title, plot.quantity)
     ece = metrics.get("ece", {}).get("value")
     return figures.reliability_diagram(plot.confidence, plot.is_correct, ece, plot.title)
 

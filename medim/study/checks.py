@@ -213,6 +213,7 @@ def check_selection_budgets(shortages: dict[str, str]) -> None:
 def count_cohort(task: str, cohort: Cohort, subsets: LabelSubsets) -> dict[str, Any]:
     """How many images and subjects each split and each subset has."""
     split_records = {part: cohort.records(part) for part in get_args(Split)}
+    has_numbers = find_task(task).quantity == "value"
     return {
         "images": len(cohort.index.records),
         "rejected": len(cohort.index.rejected) + len(cohort.rejections),
@@ -222,11 +223,15 @@ def count_cohort(task: str, cohort: Cohort, subsets: LabelSubsets) -> dict[str, 
         "labels": {
             f"{budget.name}/{seed}": {
                 **_count_split(records),
-                "classes": dict(sorted(Counter(str(r.label) for r in records if r.label is not None).items())),
+                "classes": {} if has_numbers else _count_labels(records),
             }
             for (budget, seed), records in subsets.items()
         },
     }
+
+
+def _count_labels(records: Sequence[ImageRecord]) -> dict[str, int]:
+    return dict(sorted(Counter(str(r.label) for r in records if r.label is not None).items()))
 
 
 def _count_split(records: Sequence[ImageRecord]) -> dict[str, int]:

@@ -58,5 +58,5 @@ def selection_cohort(cohort: Cohort, subset: Sequence[ImageRecord]) -> Cohort:
 
 def best_multiplier(scores: Mapping[float, float | None]) -> float:
     """Select the factor with the best score; for equal scores, or without any, the closest to 1."""
-    numeric_scores = {lr_multiplier: -1.0 if score is None else score for lr_multiplier, score in scores.items()}
+    numeric_scores = {lr_multiplier: -math.inf if score is None else score for lr_multiplier, score in scores.items()}
     return max(numeric_scores, key=lambda lr_multiplier: (numeric_scores[lr_multiplier], -abs(math.log(lr_multiplier))))

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from medim.files import read_json
 from medim.metrics.ranking import Statistic
 from medim.study.design import SCRATCH
-from medim.tasks import find_task
+from medim.tasks import find_task_of_study
 from medim.tasks.classification import TRUTH
 from medim.tasks.task import Task
 from medim.types import Array, UserError
@@ -130,7 +130,7 @@ class StudyResults:
 
     @cached_property
     def _task(self) -> Task:
-        return find_task(str(self.summary["task"]))
+        return find_task_of_study(next(iter(self.values.values())))
 
     def _columns(self, run: RunKey) -> dict[str, Array]:
         if run not in self.values:

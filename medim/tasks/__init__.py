@@ -5,12 +5,13 @@ To add a task, follow `docs/how-to/add-task.md`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from medim.config import unknown_name_message
 from medim.data.index.index import Index
 from medim.tasks.classification import Classification
 from medim.tasks.multi_label import MultiLabel
+from medim.tasks.regression import Regression
 from medim.tasks.segmentation import Segmentation
 from medim.tasks.task import CaseRow, Task
 from medim.types import UsageError
@@ -19,6 +20,7 @@ TASKS: dict[str, Task] = {
     "segmentation": Segmentation(),
     "classification": Classification(),
     "multi_label": MultiLabel(),
+    "regression": Regression(),
 }
 TASK_OPTIONS = tuple(dict.fromkeys(task.option for task in TASKS.values()))  # values of `--task`
 STUDY_TASKS = tuple(dict.fromkeys(task.option for task in TASKS.values() if task.in_studies))  # `medim study --task`
@@ -62,6 +64,11 @@ def find_task_of_rows(rows: Sequence[CaseRow]) -> Task:
         return len(shared), len(shared) - len(task.case_columns)
 
     return max(TASKS.values(), key=count_matches)
+
+
+def find_task_of_study(columns: Container[str]) -> Task:
+    """Task of a study, by the metrics of a run in `results.parquet`."""
+    return next(task for task in TASKS.values() if task.study_column and task.study_column in columns)
 
 
 def is_dense(kind: str) -> bool:

@@ -30,6 +30,7 @@ class Classification(Task):
     activation = "softmax"
     has_class_labels = True
     probe = "linear"
+    study_column = TRUTH
     case_label = "Probability of the true class"
     worst_case_text = "with the lowest probability of the true class"
     output_text = "one probability per class"

@@ -47,6 +47,7 @@ class Segmentation(Task):
     inversion = "resample logits (order 1), then argmax"
     monai_output = "segmentation"
     dense = True
+    study_column = "dice"
     case_label = "Dice"
     worst_case_text = "with the lowest Dice"
     output_text = "one label per voxel"

@@ -16,6 +16,7 @@ CaseRow = dict[str, Any]  # one case and class of an evaluation: key columns and
 AnswerRow = Mapping[str, str | float]  # columns of `predictions.csv`
 ColumnType = Literal["text", "number"]
 OutputActivation = Literal["none", "softmax", "sigmoid"]
+Quantity = Literal["probability", "value"]
 Inversion = Literal["none", "resample logits (order 1), then argmax"]
 
 
@@ -42,11 +43,13 @@ class AgreementPlot:
         truth: true values of each group.
         predicted: predicted values of each group, in the same order.
         title: title.
+        quantity: name of the values with their unit, for the axes.
     """
 
     truth: Mapping[str, Sequence[float]]
     predicted: Mapping[str, Sequence[float]]
     title: str
+    quantity: str = "volume, ml"
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,11 +102,13 @@ class Task(ABC):
         metric: metric that studies compare and that a learning rate is chosen by.
         activation: function of the logits, as a package specifies it.
         inversion: way back to the grid of the image, as a package specifies it.
+        quantity: what the numbers of a per-image answer are, for DICOM structured reports.
         monai_output: format of the output in a MONAI bundle.
         dense: whether the answer is a label map on the grid of the image, with class 0 as background.
         has_thresholds: whether each class is called from a probability of its own (`threshold` of the label codes).
         has_class_labels: whether each label is a class, so that every label subset needs all of them.
         in_studies: whether `medim study` supports the task.
+        study_column: metric in `results.parquet` that every run of the task has and no other task.
         case_label: axis label of the score of a case in a study.
         worst_case_text: the cases with the lowest score, as the end of a noun phrase.
         output_text: output of the network in a few words.
@@ -120,11 +125,13 @@ class Task(ABC):
     metric: ClassVar[str]
     activation: ClassVar[OutputActivation] = "none"
     inversion: ClassVar[Inversion] = "none"
+    quantity: ClassVar[Quantity] = "probability"
     monai_output: ClassVar[str] = "classes"
     dense: ClassVar[bool] = False
     has_thresholds: ClassVar[bool] = False
     has_class_labels: ClassVar[bool] = False
     in_studies: ClassVar[bool] = True
+    study_column: ClassVar[str] = ""
     case_label: ClassVar[str] = ""
     worst_case_text: ClassVar[str] = ""
     output_text: ClassVar[str] = ""
@@ -174,6 +181,10 @@ class Task(ABC):
     def find_training_error(self, index: Index) -> str | None:
         """Error message for labelled images from which the task cannot be learnt, or None."""
         return None
+
+    def fit_head(self, head: Mapping[str, Any], records: Sequence[ImageRecord]) -> dict[str, Any]:
+        """The head section of the model spec, with constants of the training images where the task has some."""
+        return dict(head)
 
     @abstractmethod
     def encode_targets(self, records: Sequence[ImageRecord], classes: Sequence[str]) -> Array | None:

@@ -54,6 +54,8 @@ def target_of(section: dict[str, Any], logits: torch.Tensor) -> torch.Tensor:
     shape = (len(logits), *logits.shape[2:])
     target = torch.randint(0, CLASSES, shape, generator=torch.Generator().manual_seed(2))
     target.view(-1)[:CLASSES] = torch.arange(CLASSES)
+    if section["name"] == "regression":
+        return 3 * one_hot(target, CLASSES).float()
     return one_hot(target, CLASSES).float() if section["name"] == "multi_label" else target
 
 
@@ -78,7 +80,10 @@ def test_the_loss_is_a_scalar_whose_gradient_reaches_every_parameter(section: di
 def test_certainty_of_the_truth_costs_nothing_and_of_an_error_much(section: dict[str, Any], dims: int) -> None:
     head = make(section, dims)
     target = target_of(section, head(features(dims)))
-    right = 100 * target - 50 if target.is_floating_point() else 50.0 * one_hot(target, CLASSES).movedim(-1, 1)
+    if section["name"] == "regression":
+        right = target
+    else:
+        right = 100 * target - 50 if target.is_floating_point() else 50.0 * one_hot(target, CLASSES).movedim(-1, 1)
     even = torch.zeros_like(right)
     assert head.loss(right, target) < 1e-3
     assert max(0.01, 10 * head.loss(right, target)) < head.loss(even, target)

@@ -10,7 +10,7 @@ import typing
 from typing import Any, NamedTuple
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from sklearn.preprocessing import StandardScaler
@@ -91,6 +91,49 @@ def fit_linear(
     c = (FIXED_PENALTY if penalty is None else penalty) / n_features
     settings = {"c": c, "c_from": "fixed" if penalty is None else "cross-validation"}
     return scaler, _build_regression(c).fit(features, y), settings
+
+
+def ridge_probe(
+    train_x: Array, train_y: Array, test_x: Array, *, seed: int, groups: Array | None = None
+) -> ProbePrediction:
+    """Predict a number by ridge regression on standardised features.
+
+    The penalty is selected by cross-validation within the training rows, as in `linear_probe`, by the least mean
+    squared error.
+
+    Returns:
+        Predictions (N, 1) in the unit of `train_y`.
+    """
+    scaler, regression, settings = fit_ridge(train_x, train_y, seed=seed, groups=groups)
+    return ProbePrediction(regression.predict(scaler.transform(test_x)).reshape(-1, 1), settings)
+
+
+def fit_ridge(
+    x: Array, y: Array, *, seed: int, groups: Array | None = None
+) -> tuple[StandardScaler, Ridge, dict[str, Any]]:
+    """Fit the scaler and the regression of `ridge_probe`, and return them with the settings.
+
+    Args:
+        x: (M, d) features.
+        y: (M,) numbers.
+        seed: random seed of the folds.
+        groups: (M,) subject of each row; None: each row is of another subject.
+    """
+    scaler = StandardScaler().fit(x)
+    features, subjects = scaler.transform(x), np.arange(len(x)) if groups is None else groups
+    names, numbers = np.unique(subjects, return_inverse=True)
+    n_folds = min(N_FOLDS, len(names))
+    alphas = [len(x) * x.shape[1] / c for c in PENALTIES]
+    alpha, source = len(x) * x.shape[1] / FIXED_PENALTY, "fixed"
+    if n_folds >= MIN_CLASS_SUBJECTS:
+        folds = (np.random.default_rng(seed).permutation(len(names)) % n_folds)[numbers]
+        splits = [(folds != k, folds == k) for k in range(n_folds)]
+        errors = [
+            sum(((Ridge(a).fit(features[i], y[i]).predict(features[j]) - y[j]) ** 2).sum() for i, j in splits)
+            for a in alphas
+        ]
+        alpha, source = alphas[int(np.argmin(errors))], "cross-validation"
+    return scaler, Ridge(alpha).fit(features, y), {"alpha": alpha, "alpha_from": source}
 
 
 def knn_probe(

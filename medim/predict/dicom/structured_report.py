@@ -21,6 +21,7 @@ UNKNOWN_RESULT = OODResult()
 MAX_SCORE = 1e6  # larger scores are reported as this value
 PRIVATE_SCHEME = "99MEDIM"  # designator of private codes (PS3.16 section 8)
 SCORE_CONCEPT = sr.CodedConcept("ood-score", PRIVATE_SCHEME, "Out-of-distribution score")
+VALUE_CONCEPT = sr.CodedConcept("predicted-value", PRIVATE_SCHEME, "Predicted value")
 FLAG_CONCEPT = sr.CodedConcept("ood", PRIVATE_SCHEME, "Unlike the training images")
 PROCEDURES: dict[Modality, Any] = {"mri": codes.LN.MRIUnspecifiedBodyRegion, "xray": codes.LN.XRUnspecifiedBodyRegion}
 
@@ -103,6 +104,41 @@ def build_probabilities_report(
         ]
         groups += _ood_measurements(ood_result, source, equipment)
         return _build_structured_report(groups, list(source.datasets), equipment)
+
+
+def build_values_report(
+    values: Array, source: DicomSource, equipment: Equipment, ood_result: OODResult = UNKNOWN_RESULT
+) -> sr.Comprehensive3DSR:
+    """Report predicted numbers, each with the unit of its label code.
+
+    Args:
+        values: (K,).
+        source: image.
+        equipment: device of the report.
+        ood_result: see `build_volumes_report`.
+    """
+    contract = equipment.contract
+    labels = contract.labels or tuple(LabelCode(index=i, name=name) for i, name in enumerate(contract.classes))
+    with suppress_warnings():
+        images = _reference_source_images(source)
+        groups = [
+            sr.MeasurementsAndQualitativeEvaluations(
+                tracking_identifier=sr.TrackingIdentifier(highdicom.UID(), label.name),
+                finding_category=to_coded_concept(label.category) if label.category else None,
+                finding_type=to_coded_concept(label.type) if label.type else None,
+                algorithm_id=equipment.algorithm_identification(),
+                measurements=[sr.Measurement(VALUE_CONCEPT, float(f"{float(value):.8g}"), _unit_of(label))],
+                source_images=images,
+            )
+            for label, value in zip(labels, values, strict=True)
+        ]
+        groups += _ood_measurements(ood_result, source, equipment)
+        return _build_structured_report(groups, list(source.datasets), equipment)
+
+
+def _unit_of(label: LabelCode) -> Any:
+    """UCUM unit of a label code; no units if it has none."""
+    return sr.CodedConcept(label.unit.value, "UCUM", label.unit.meaning) if label.unit else codes.UCUM.NoUnits
 
 
 def _ood_measurements(ood_result: OODResult, source: DicomSource, equipment: Equipment) -> list[Any]:

@@ -19,7 +19,11 @@ from medim.package.package import Package
 from medim.predict.dicom.equipment import Equipment
 from medim.predict.dicom.segmentation import build_segmentation, read_frame_labels
 from medim.predict.dicom.source import DicomSource, read_dicom_source, suppress_warnings
-from medim.predict.dicom.structured_report import build_probabilities_report, build_volumes_report
+from medim.predict.dicom.structured_report import (
+    build_probabilities_report,
+    build_values_report,
+    build_volumes_report,
+)
 from medim.tasks import is_dense
 from medim.tasks.segmentation import class_sizes
 from medim.types import Array, UsageError, UserError, Volume
@@ -70,7 +74,8 @@ def _write_dicom_answer(
     columns = task.answer_columns(answer, volume, classes)
     try:
         if not task.dense:
-            save_dicom(report_path, build_probabilities_report(answer, source, equipment, ood_result))
+            build_report = build_values_report if task.quantity == "value" else build_probabilities_report
+            save_dicom(report_path, build_report(answer, source, equipment, ood_result))
             return {"image": record.image, "file": report_path.name, **columns}
         seg_dataset = segmentation_of(answer, volume, source, equipment, labelmap=labelmap)
         report_dataset = build_volumes_report(

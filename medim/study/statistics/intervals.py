@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
+from medim.metrics import find_metric
 from medim.metrics.bootstrap import N_RESAMPLES, RunStatistics, Scores, compute_scores, draw_resamples
 from medim.types import Array, UserError
 
@@ -202,14 +203,15 @@ def compare_to_scratch(
 
 
 def get_metric_limits(metric: str, *, difference: bool = False) -> MetricLimits:
-    """Get the smallest and largest possible value of a metric or difference: 0 to 1, except for distances in mm.
+    """Get the smallest and largest possible value of a metric or difference, as in `METRICS`; 0 to 1 if unknown.
 
     Args:
         metric: key of the metric, such as `dice` or `hd95_left`.
         difference: whether the value is a difference of two arms.
     """
-    upper = math.inf if metric.startswith("hd95") else 1.0
-    return (-upper if difference else 0.0, upper)
+    match = find_metric(metric)
+    lower, upper = match[0].limits if match else (0.0, 1.0)
+    return (lower - upper, upper - lower) if difference else (lower, upper)
 
 
 def combine_verdicts(comparisons: Sequence[Comparison]) -> ComparisonVerdict:

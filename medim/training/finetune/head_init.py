@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from sklearn.preprocessing import StandardScaler
 
-from medim.evaluation.probing.classifiers import fit_linear
-from medim.models.heads import LinearProbe
+from medim.evaluation.probing.classifiers import fit_linear, fit_ridge
+from medim.models.heads import LinearProbe, RegressionHead
 from medim.models.model import Model
 from medim.types import Array
 
@@ -33,7 +33,9 @@ def start_head_as_probe(
     """
     rows, labels = _collect_head_inputs(model.train(), batches, np.random.default_rng(seed))
     head: Any = model.head
-    if labels.ndim == 2:
+    if isinstance(head, RegressionHead):
+        head.start_from(fit_ridge_probe(rows, labels, seed=seed))
+    elif labels.ndim == 2:
         head.start_from(fit_finding_probes(rows, labels, seed=seed))
     elif len(np.unique(labels)) > 1:
         head.start_from(fit_probe(rows, labels, classes=classes, seed=seed))
@@ -54,6 +56,19 @@ def fit_probe(rows: Array, labels: Array, *, classes: int, seed: int) -> LinearP
         coefficients, intercepts = (np.concatenate([-half, half]) for half in (coefficients / 2, intercepts / 2))
     weight, bias = np.zeros((classes, rows.shape[1])), np.full(classes, intercepts.min())
     weight[classifier.classes_], bias[classifier.classes_] = coefficients, intercepts
+    return LinearProbe(*(torch.from_numpy(a).float() for a in (scaler.mean_, scaler.scale_, weight, bias)))
+
+
+def fit_ridge_probe(rows: Array, targets: Array, *, seed: int) -> LinearProbe:
+    """Fit the `ridge` probe of `medim probe` to one target, and return its weights.
+
+    Args:
+        rows: features (n, d).
+        targets: (n, 1).
+        seed: random seed of the folds.
+    """
+    scaler, regression, _ = fit_ridge(rows, targets[:, 0], seed=seed)
+    weight, bias = regression.coef_.reshape(1, -1), np.atleast_1d(regression.intercept_)
     return LinearProbe(*(torch.from_numpy(a).float() for a in (scaler.mean_, scaler.scale_, weight, bias)))
 
 

@@ -177,7 +177,7 @@ def finetune(
         strict=strict,
     )
     pl.seed_everything(seed, workers=False, verbose=False)
-    spec = build_model_spec(config, cohort, seed, split_seed)
+    spec = build_model_spec(config, cohort, seed, split_seed, train)
     model, pretrained, spec = _prepare_model(config, spec, None if from_scratch else encoder)
     seeds = {"seed": seed, "split_seed": split_seed}
     origin = {"index_hash": index.hash, "parent": spec.provenance.parent}
@@ -398,7 +398,9 @@ def build_finetune_loader(
     return step_loader(dataset, sampler, workers=config.workers, prefetch=config.prefetch)
 
 
-def build_model_spec(config: FinetuneConfig, cohort: Cohort, seed: int, split_seed: int) -> ModelSpec:
+def build_model_spec(
+    config: FinetuneConfig, cohort: Cohort, seed: int, split_seed: int, records: Sequence[ImageRecord] = ()
+) -> ModelSpec:
     """The spec of the model that a run trains; see `medim.models.serialization`."""
     task = task_of_config(config)
     classes = task.class_names(cohort.index)
@@ -406,7 +408,7 @@ def build_model_spec(config: FinetuneConfig, cohort: Cohort, seed: int, split_se
         cohort.build_spec(config, seed=seed, split_seed=split_seed),
         kind=task.kind,
         decoder=config.decoder,
-        head=config.head,
+        head=task.fit_head(config.head, records),
         out_channels=task.count_outputs(classes),
         inference=config.inference,
         classes=tuple(classes),

@@ -1,0 +1,173 @@
+"""Regression: one number per image, learnt from labels that are numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from medim.data.index.index import ImageRecord, Index
+from medim.metrics.bootstrap import N_RESAMPLES, Metric, bootstrap_interval
+from medim.metrics.ranking import Statistic
+from medim.metrics.regression import regression_statistics
+from medim.tasks.classification import compare_statistics
+from medim.tasks.task import AgreementPlot, AnswerRow, CaseRow, CaseTable, ColumnType, EvaluationDetails, Quantity, Task
+from medim.types import Array, Volume
+
+TARGET = "value"  # the one class name of a network; label codes of a package may name a unit
+N_WORST = 5
+
+
+class Regression(Task):
+    """A number per image. The head standardises the target; its constants are part of the model spec."""
+
+    name = "regression"
+    option = "regression"
+    kind = "regressor"
+    title = "regression"
+    case_columns: ClassVar[Mapping[str, ColumnType]] = {"true_value": "number", "predicted_value": "number"}
+    metric = "r2"
+    quantity: ClassVar[Quantity] = "value"
+    monai_output = "features"
+    study_column = "true_value"
+    case_label = "Minus absolute error"
+    worst_case_text = "with the largest absolute error"
+    output_text = "one number per image"
+    frozen_text = "a head, by the same schedule"
+
+    @property
+    def target_requirement(self) -> str:
+        """Numbers, from a table."""
+        return "a number as label (--labels CSV)"
+
+    def class_names(self, index: Index) -> tuple[str, ...]:
+        """One target."""
+        return (TARGET,)
+
+    def accepts_labels(self, index: Index) -> bool:
+        """Labels that are finite numbers."""
+        return all(parse_number(record.label) is not None for record in index.records if record.label is not None)
+
+    def label_form_error(self, index: Index) -> str:
+        """Error message with the first label that is no number."""
+        labels = (record.label for record in index.records if record.label is not None)
+        label = next(label for label in labels if parse_number(label) is None)
+        return (
+            f"--task regression: expected numbers as labels, got {label!r}. Use --labels CSV with columns image,label "
+            "and finite numbers, and leave unknown labels empty."
+        )
+
+    def find_training_error(self, index: Index) -> str | None:
+        """Labels that are all equal."""
+        labels = {parse_number(record.label) for record in index.records if record.label is not None}
+        if len(labels) > 1:
+            return None
+        return f"--task regression: expected labels that differ, got {labels.pop():g} alone. Check the label column."
+
+    def fit_head(self, head: Mapping[str, Any], records: Sequence[ImageRecord]) -> dict[str, Any]:
+        """The head with mean and standard deviation of the training labels."""
+        targets = self.encode_targets(records, (TARGET,))
+        if "mean" in head or "std" in head or not len(targets):
+            return dict(head)
+        return {**head, "mean": float(targets.mean()), "std": float(targets.std()) or 1.0}
+
+    def encode_targets(self, records: Sequence[ImageRecord], classes: Sequence[str]) -> Array:
+        """(N, 1) of numbers."""
+        return np.array([[float(str(record.label))] for record in records], dtype=np.float64).reshape(-1, 1)
+
+    def make_blank_targets(self, count: int, shape: Sequence[int]) -> Array:
+        """(count, 2) of zeros."""
+        return np.zeros((count, 2), np.float32)
+
+    def to_answer(self, logits: Array, input_volume: Volume, volume: Volume) -> Array:
+        """The number, (1,), in the unit of the labels."""
+        return np.asarray(logits)
+
+    def find_target_error(
+        self, record: ImageRecord, mask: Volume | None, volume: Volume, classes: Sequence[str]
+    ) -> tuple[str, str] | None:
+        """A label that is no number."""
+        if parse_number(record.label) is not None:
+            return None
+        return "unknown-class", f"expected a number as label, got {record.label!r}"
+
+    def score_case(
+        self,
+        answer: Array,
+        record: ImageRecord,
+        mask: Volume | None,
+        volume: Volume,
+        classes: Sequence[str],
+        source_classes: Sequence[str],
+    ) -> list[CaseRow]:
+        """One row: the label and the prediction."""
+        truth = float(str(record.label))
+        return [{"class": classes[0], "true_value": truth, "predicted_value": float(answer[0])}]
+
+    def summarise_cases(
+        self, rows: Sequence[CaseRow], classes: Sequence[str], *, seed: int = 0, resamples: int = N_RESAMPLES
+    ) -> dict[str, Metric]:
+        """Metrics over all cases; see `medim.metrics.regression`."""
+        subjects = [row["subject"] for row in rows]
+        return {
+            name: bootstrap_interval(statistic, subjects, seed=seed, resamples=resamples)
+            for name, statistic in regression_statistics(*value_arrays(rows)).items()
+        }
+
+    def compare_cases(
+        self, one: Sequence[CaseRow], two: Sequence[CaseRow], classes: Sequence[str], *, seed: int = 0
+    ) -> dict[str, Metric]:
+        """Differences of the metrics on the same resamples."""
+        pair = [regression_statistics(*value_arrays(rows)) for rows in (one, two)]
+        return compare_statistics(pair[0], pair[1], [row["subject"] for row in one], seed=seed)
+
+    def describe_evaluation(self, rows: Sequence[CaseRow], classes: Sequence[str]) -> EvaluationDetails:
+        """Prediction against label, and the images with the largest error."""
+        if not rows:
+            return EvaluationDetails()
+        predictions, truth = value_arrays(rows)
+        errors = predictions - truth
+        worst = np.argsort(-np.abs(errors), kind="stable")[:N_WORST]
+        cells = [(rows[i]["image"], f"{truth[i]:.4g}", f"{predictions[i]:.4g}", f"{errors[i]:+.4g}") for i in worst]
+        table = CaseTable(
+            "The images with the largest errors", ("Image", "Label", "Predicted", "Predicted - label"), cells
+        )
+        plot = AgreementPlot({TARGET: list(truth)}, {TARGET: list(predictions)}, "Prediction against label", "value")
+        return EvaluationDetails([plot], [table])
+
+    def answer_columns(self, answer: Array, volume: Volume, classes: Sequence[str]) -> AnswerRow:
+        """`value`, with eight significant digits."""
+        return {classes[0]: float(f"{float(answer[0]):.8g}")}
+
+    def to_study_rows(self, case_rows: Sequence[CaseRow]) -> list[tuple[str, float | None]]:
+        """Prediction and label."""
+        return [(name, case_rows[0][name]) for name in self.case_columns]
+
+    def study_statistics(self, columns: Mapping[str, Array], classes: Sequence[str]) -> dict[str, Statistic]:
+        """Metrics of `medim.metrics.regression`."""
+        return regression_statistics(columns["predicted_value"], columns["true_value"])
+
+    def study_case_scores(self, columns: Mapping[str, Array], classes: Sequence[str]) -> Array:
+        """Minus the absolute error."""
+        return np.asarray(-np.abs(columns["predicted_value"] - columns["true_value"]))
+
+    def describe_study_case(self, columns: Mapping[str, Array], classes: Sequence[str], case: int) -> str:
+        """Label and prediction."""
+        return f"label {columns['true_value'][case]:.4g}, predicted {columns['predicted_value'][case]:.4g}"
+
+
+def parse_number(label: str | None) -> float | None:
+    """The number of a label; None if it is missing or not finite."""
+    try:
+        number = float(label) if label else math.nan
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def value_arrays(rows: Sequence[CaseRow]) -> tuple[Array, Array]:
+    """Predictions (N,) and labels (N,) of rows that were not rejected."""
+    predictions, truth = (np.array([row[n] for row in rows], float) for n in ("predicted_value", "true_value"))
+    return predictions, truth

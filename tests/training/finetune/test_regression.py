@@ -1,0 +1,134 @@
+"""A number per image is learnt, evaluated, exported, predicted and reported."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medim.config import FinetuneConfig, check_config
+from medim.data.index.index import Index, build_index
+from medim.evaluation.cases import read_cases
+from medim.evaluation.evaluate import evaluate
+from medim.export.export import export
+from medim.files import read_json
+from medim.models.serialization import locate_weights
+from medim.package.package import load_package
+from medim.predict.predict import predict
+from medim.reports.report import write_report_page
+from medim.training.finetune.run import finetune
+from medim.training.finetune.targets import select_head
+from medim.types import UserError
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 noisy pictures with a bright square each; the label is its area in mm2, far from 0 and 1."""
+    folder = tmp_path_factory.mktemp("sizes")
+    rng = np.random.default_rng(0)
+    rows = ["image,label"]
+    for number in range(80):
+        side = 2 + number % 9
+        image = rng.normal(0, 0.2, (16, 16))
+        row, column = rng.integers(0, 16 - side + 1, 2)
+        image[row : row + side, column : column + side] += 2
+        np.save(folder / f"p{number:02d}.npy", image.astype(np.float32))
+        rows.append(f"p{number:02d},{1000 + 10 * side**2 + rng.normal():.3f}")
+    (folder.parent / f"{folder.name}.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def index(source: Path) -> Index:
+    return build_index(source, "xray", labels=source.parent / f"{source.name}.csv")
+
+
+@pytest.fixture(scope="module")
+def config() -> FinetuneConfig:
+    content: dict[str, Any] = {
+        "task": "regression",
+        "modality": "xray",
+        "preprocessing": [],
+        "views": {"shape": [16, 16]},
+        "encoder": {"name": "convnet", "channels": [8, 8], "summary": "mean_max", "hidden": 0, "summary_channels": 16},
+        "head": {"name": "regression", "maps": [-1]},
+        "head_init": "probe",
+        "max_steps": 80,
+        "batch_size": 16,
+        "lr": 1e-2,
+        "warmup_steps": 5,
+        "checkpoint_every_steps": 80,
+    }
+    checked = check_config("finetune", content, source="test")
+    assert isinstance(checked, FinetuneConfig)
+    return checked
+
+
+@pytest.fixture(scope="module")
+def run(config: FinetuneConfig, index: Index, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "run"
+    finetune(config, index, out, store=out.parent / "store", accelerator="cpu")
+    return out
+
+
+def test_the_size_of_a_square_is_learnt(run: Path) -> None:
+    metrics = read_json(run / "summary.json")["val"]["metrics"]
+    assert list(metrics) == ["r2", "mae", "pearson"]
+    assert metrics["r2"]["value"] > 0.5
+    assert metrics["pearson"]["value"] > 0.7
+    assert metrics["mae"]["ci_low"] < metrics["mae"]["value"] < metrics["mae"]["ci_high"]
+
+
+def test_constants_of_the_target_are_in_the_model_spec(run: Path, index: Index) -> None:
+    spec = locate_weights(run)[1]
+    with (run / "split.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
+    labels = np.array([float(row["label"]) for row in rows])
+    assert spec["head"]["mean"] == pytest.approx(labels.mean())
+    assert spec["head"]["std"] == pytest.approx(labels.std())
+    assert (spec["kind"], list(spec["classes"]), spec["out_channels"]) == ("regressor", ["value"], 1)
+
+
+def test_cases_have_label_and_prediction(run: Path) -> None:
+    rows = read_cases(run / "cases.parquet")
+    summary = read_json(run / "summary.json")["val"]["metrics"]
+    errors = np.array([row["predicted_value"] - row["true_value"] for row in rows])
+    truth = np.array([row["true_value"] for row in rows])
+    assert summary["mae"]["value"] == pytest.approx(np.abs(errors).mean())
+    assert summary["r2"]["value"] == pytest.approx(1 - (errors**2).sum() / ((truth - truth.mean()) ** 2).sum())
+
+
+def test_a_package_predicts_the_number_of_the_run(run: Path, index: Index, source: Path, tmp_path: Path) -> None:
+    schema = tmp_path / "labels.json"
+    label = {"index": 0, "name": "value", "unit": {"value": "mm2", "meaning": "square millimeter"}}
+    schema.write_text(json.dumps({"schema_version": 1, "labels": [label]}))
+    export(run, tmp_path / "package", labels_schema=str(schema))
+    package = load_package(tmp_path / "package")
+    assert package.contract.kind == "regressor"
+    assert package.contract.labels[0].unit is not None
+    assert package.contract.architecture["head"]["std"] > 1
+    rows = predict(package, source, tmp_path / "answers")
+    measured = {row["image"]: row["predicted_value"] for row in read_cases(run / "cases.parquet")}
+    for row in rows:
+        if row["image"] in measured:
+            assert row["value"] == pytest.approx(measured[row["image"]], rel=1e-4)
+    content = read_json(tmp_path / "answers" / rows[0]["file"])
+    assert content["value"] == rows[0]["value"]
+    result = evaluate(tmp_path / "package", index, tmp_path / "evaluation", split="all", include_seen=True)
+    assert result["task"] == "regression"
+    assert result["metrics"]["r2"]["value"] > 0.5
+    page = write_report_page(tmp_path / "evaluation").read_text()
+    assert "Mean absolute error" in page
+    assert "Prediction against label" in page
+
+
+@pytest.mark.parametrize("label", ["large", "nan", "inf"])
+def test_labels_that_are_no_numbers_are_refused(config: FinetuneConfig, index: Index, label: str) -> None:
+    records = (replace(index.records[0], label=label), *index.records[1:])
+    with pytest.raises(UserError, match=f"expected numbers as labels, got '{label}'"):
+        select_head(config, replace(index, records=records))
