@@ -54,6 +54,7 @@ def pretrain(
     from medim.data.source import open_source
     from medim.training.auto_config import describe_input
     from medim.training.engine.launch import is_main_process
+    from medim.training.pretrain.options import PretrainOptions
     from medim.training.pretrain.run import pretrain as run
     from medim.training.pretrain.run import resolve_pretrain_config
 
@@ -64,19 +65,26 @@ def pretrain(
     image_index, store = open_source(data, modality, subjects=subjects)
     settings = resolve_pretrain_config(*config_args, index=image_index)
     folder = out or Path("runs") / f"{settings.name}-{settings.hash}"
-    options: dict[str, Any] = {
-        "seed": seed,
-        "split_seed": split_seed,
-        "resume": resume,
-        "overwrite": overwrite,
-        "accelerator": accelerator,
-        "devices": devices,
-        "nodes": nodes,
-        "stop_on_collapse": stop_on_collapse,
-    }
-    summary = run(settings, image_index, folder, store=store, **options)
-    if not is_main_process():
-        return
+    options = PretrainOptions(
+        seed=seed,
+        split_seed=split_seed,
+        resume=resume,
+        overwrite=overwrite,
+        accelerator=accelerator,
+        devices=devices,
+        nodes=nodes,
+        stop_on_collapse=stop_on_collapse,
+        store=store,
+    )
+    summary = run(settings, image_index, folder, options)
+    if is_main_process():
+        print_result(
+            "pretrain", _format_pretraining(summary) | describe_input(settings, image_index) | {"written to": folder}
+        )
+
+
+def _format_pretraining(summary: dict[str, Any]) -> dict[str, Any]:
+    """Format verdict, losses, diagnostics and costs as lines."""
     diagnostics = summary["diagnostics"]
     losses = {name: format_loss(loss, summary["chance"][name]) for name, loss in summary["loss"].items()}
     diagnostic_lines = {
@@ -91,7 +99,7 @@ def pretrain(
         "feature std": summary["feature_std"],
     }
     costs = {"seconds a step": summary["seconds_per_step"], "peak memory, MiB": summary["peak_memory_bytes"] / 2**20}
-    print_result("pretrain", {**result_rows, **costs, **describe_input(settings, image_index), "written to": folder})
+    return {**result_rows, **costs}
 
 
 @handle_shutdown_signals()

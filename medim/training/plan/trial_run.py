@@ -35,6 +35,7 @@ from medim.training.plan.workload import (
     estimate_cached_bytes,
     estimate_worker_cached_bytes,
 )
+from medim.training.pretrain.options import PretrainOptions
 from medim.training.pretrain.run import pretrain
 from medim.training.tracking.delivery import tracking_uri
 from medim.training.tracking.tracking import check_target
@@ -183,9 +184,9 @@ def _time_run(
     short_config = config.model_copy(
         update={"max_steps": min(config.max_steps, MAX_STEPS), "checkpoint_every_steps": 10**9}
     )
-    options: dict[str, Any] = {"split_seed": split_seed, "accelerator": accelerator, "store": store}
+    options = PretrainOptions(split_seed=split_seed, accelerator=accelerator, store=store, callbacks=[timing])
     start = timestamp()
-    pretrain(short_config, small_index, out / "run", callbacks=[timing], **options)
+    pretrain(short_config, small_index, out / "run", options)
     end, end_peak = elapsed(timing.end), max_memory_allocated(timing.device)
     steps = len(timing.step_ends)
     first = _subtract_times(timing.step_ends[0], timing.start)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +22,32 @@ from medim.data.loading.cohort import Cohort, open_cohort
 from medim.data.loading.datasets import ViewDataset
 from medim.data.loading.splits import write_splits
 from medim.files import json_sha256, prepare_output_folder, write_json
-from medim.model_spec import SCHEMA_VERSION, ModelSpec, NetworkSpec
+from medim.model_spec import ModelSpec, NetworkSpec
 from medim.models.model import build_decoder, build_encoder
 from medim.objectives import OBJECTIVES
 from medim.objectives.objective import encoder_info
 from medim.signals import handle_shutdown_signals
 from medim.training.auto_config import resolve_run_config
-from medim.training.engine.checkpoints import find_newest_checkpoint, get_resume_steps, list_corrupt_checkpoints
+from medim.training.engine.checkpoints import find_newest_checkpoint, list_corrupt_checkpoints
 from medim.training.engine.gradient_cache import check_chunk_support
 from medim.training.engine.gradients import weight_norm
 from medim.training.engine.launch import launched, planned_group
 from medim.training.engine.process_group import SINGLE_PROCESS, ProcessGroup
 from medim.training.engine.sampler import StepSampler, step_loader
-from medim.training.engine.trainer import make_trainer, peak_memory, run_trainer
+from medim.training.engine.trainer import make_trainer, run_trainer
 from medim.training.fit_ood import save_ood_detector
 from medim.training.pretrain.checkpoint_selection import CheckpointSelection
 from medim.training.pretrain.figures import draw_training_figures
 from medim.training.pretrain.history import MetricHistory
 from medim.training.pretrain.module import PretrainModule
 from medim.training.pretrain.online_probe import AlignmentMetric, OnlineProbe, open_probe
+from medim.training.pretrain.options import PretrainOptions
 from medim.training.pretrain.save_encoder import write_encoder
-from medim.training.pretrain.verdict import ADVICE
+from medim.training.pretrain.summary import build_pretrain_summary, format_online_probe
 from medim.training.run_folder import write_config
-from medim.training.tracking.tracking import check_target, log_encoder, log_results, track_run
+from medim.training.tracking.tracking import Tracker, check_target, log_encoder, log_results, track_run
 from medim.types import UsageError, UserError
-from medim.version import __version__, collect_versions
+from medim.version import __version__
 
 log = logging.getLogger(__name__)
 HELD_OUT_BATCHES = 8
@@ -71,104 +71,172 @@ def resolve_pretrain_config(name: str, assignments: Sequence[str] = (), index: I
     return config
 
 
+@dataclass(frozen=True, kw_only=True)
+class _PretrainRun:
+    """Parts of a run that is ready to train."""
+
+    config: PretrainConfig
+    options: PretrainOptions
+    out: Path
+    group: ProcessGroup
+    cohort: Cohort
+    spec: ModelSpec
+    module: PretrainModule
+    history: MetricHistory
+    probe: OnlineProbe | None
+
+
 @handle_shutdown_signals()
 def pretrain(
-    config: PretrainConfig,
-    index: Index,
-    out: Path,
-    *,
-    seed: int = 0,
-    split_seed: int = 0,
-    resume: bool = False,
-    overwrite: bool = False,
-    accelerator: str = "auto",
-    devices: int | None = None,
-    nodes: int | None = None,
-    stop_on_collapse: bool = False,
-    store: Path | None = None,
-    callbacks: Sequence[pl.Callback] = (),
+    config: PretrainConfig, index: Index, out: Path, options: PretrainOptions | None = None, **changes: Any
 ) -> dict[str, Any]:
     """Pretrain on the training split of an index and measure on its validation split.
 
     Args:
-        config: what to run.
-        index: the images; labels train nothing, they only probe the encoder on the way.
+        config: the configuration.
+        index: the images; labels are used by the online probe only.
         out: the run's folder.
-        seed: of weights, batches, crops, augmentation and objectives.
-        split_seed: of the split by subject.
-        resume: continue from the newest checkpoint in `out`.
-        overwrite: empty `out` first.
-        accelerator: Lightning's name of the device kind.
-        devices: processes a node, one a device; None: as many as torchrun or SLURM started, else one.
-        nodes: machines; None likewise.
-        stop_on_collapse: end a run that has diverged or collapsed; its verdict says which.
-        store: folder of preprocessed images; None is the user's cache.
-        callbacks: who else watches, such as a stopwatch.
+        options: seeds, devices and the handling of `out`; None: the defaults.
+        **changes: single options by name, such as `seed=1`; they replace those of `options`.
 
     Returns:
         The content of `summary.json`.
 
     Raises:
-        UserError: too few subjects, a non-empty `out`, a device that is not there.
-        UsageError: a section that cannot be built, or not be spread over the devices.
-        StoppedError: SIGTERM or SIGUSR1 came; what was reached is saved.
+        UserError: too few subjects, a non-empty `out`, or a device that does not exist.
+        UsageError: a section that cannot be built or distributed over the devices.
+        StoppedError: SIGTERM or SIGUSR1 was received; a checkpoint is saved.
     """
     start_time = time.perf_counter()
-    plan = planned_group(accelerator, devices, nodes)
+    options = replace(options or PretrainOptions(), **changes)
+    plan = planned_group(options.accelerator, options.devices, options.nodes)
     dry_run_pretraining(config, plan)
-    with launched(accelerator, plan) as ranks:
-        flags = {"resume": resume, "stop_on_collapse": stop_on_collapse}
-        seeds = {"seed": seed, "split_seed": split_seed}
-        ranks.check_same(medim=__version__, config=config.hash, index=index.hash, **seeds, **flags)
-        with ranks.main_process_first():
-            if ranks.is_main:
-                check_target(out if resume else None)
-                prepare_output_folder(out, resume=resume, overwrite=overwrite)
-            cohort = open_cohort(index, index.records, config.preprocessing, split_seed=split_seed, store=store)
-        ranks.check_same(images=json_sha256(sorted(cohort.keys)))
-        train, held_out = cohort.records("train"), cohort.records("val")
-        config = _fit_batch_size(config, train, held_out, ranks)
-        checkpoint, start = None, 0
-        with ranks.main_process_first():
-            if ranks.is_main:
-                write_config(out, config, **seeds, index_hash=index.hash)
-                write_splits(out / "split.csv", index, cohort.splits, train, seed=seed)
-                checkpoint, start = find_newest_checkpoint(out / "checkpoints") if resume else (None, 0)
-        checkpoint, start = ranks.broadcast((checkpoint, start))
-        pl.seed_everything(seed, workers=False, verbose=False)
-        spec = replace(cohort.build_spec(config, **seeds), decoder=config.decoder)
-        module = _build_module(config, spec, seed, ranks)
-        history, probe = _build_history(config, cohort, module, seed=seed, stop_on_collapse=stop_on_collapse)
-        tracker_context = (
-            track_run("pretrain", config, out, seed=seed, index_hash=index.hash)
-            if ranks.is_main
-            else nullcontext(False)
-        )
-        with tracker_context as logger:
-            loader = _build_train_loader(config, cohort, train, seed=seed, start=start, ranks=ranks)
-            held_out_loader = _build_held_out_loader(config, cohort, held_out, seed=seed)
-            validate = held_out_loader is not None
-            history.set_validation(held_out_loader, every=min(config.checkpoint_every_steps, config.max_steps))
-            run_options: dict[str, Any] = {"logger": logger, "callbacks": [history, *callbacks], "validate": validate}
-            trainer = make_trainer(config, out, accelerator=accelerator, ranks=ranks, **run_options)
-            run_trainer(trainer, module, loader, held_out_loader, checkpoint=checkpoint)
-            if validate and history.held_out_step != trainer.global_step:
-                trainer.validate(module, held_out_loader, verbose=False)
-            selection = _restore_selection(history, module, trainer.global_step, probe)
-            summary = _build_pretrain_summary(config, cohort, history, module, trainer)
-            summary |= {"selected": selection, "probe": _format_probe(probe, selection), "processes": ranks.count}
-            if not isinstance(logger, bool):  # the first process alone has one, and writes
-                write_encoder(out / "encoder", module, replace(spec, selected=selection), config.objectives)
-                save_ood_detector(out / "encoder", module.encoder, cohort, spec)
-                TrainingHistory().extended("pretrain", cohort.cases(train)).write(out / "encoder")
-                history.write(out / "history.csv")
-                summary["damaged_checkpoints"] = list_corrupt_checkpoints(out / "checkpoints")
-                summary["seconds"] = time.perf_counter() - start_time
-                write_json(out / "summary.json", summary)
-                figures = draw_training_figures(out, config, history.rows)
-                log_results(logger, summary, [out / "config.yaml", out / "summary.json", out / "history.csv", *figures])
-                log_encoder(logger, config.name)
+    with launched(options.accelerator, plan) as group:
+        cohort = _open_run_cohort(config, index, out, options, group)
+        config = _fit_batch_size(config, cohort.records("train"), cohort.records("val"), group)
+        checkpoint, start_step = _prepare_run_folder(config, cohort, out, options, group)
+        run = _build_run(config, cohort, out, options, group)
+        with _open_tracker(run) as tracker:
+            trainer = _train(run, tracker, checkpoint, start_step)
+            selection = _restore_selection(run.history, run.module, trainer.global_step, run.probe)
+            summary = _summarise_run(run, trainer, selection)
+            if tracker is not None:
+                _save_results(run, tracker, summary, start_time)
     return summary
+
+
+def _open_run_cohort(
+    config: PretrainConfig, index: Index, out: Path, options: PretrainOptions, group: ProcessGroup
+) -> Cohort:
+    """Prepare the output folder and preprocess the images, in the first process before the others."""
+    flags = {"resume": options.resume, "stop_on_collapse": options.stop_on_collapse}
+    group.check_same(medim=__version__, config=config.hash, index=index.hash, **options.seeds, **flags)
+    with group.main_process_first():
+        if group.is_main:
+            check_target(out if options.resume else None)
+            prepare_output_folder(out, resume=options.resume, overwrite=options.overwrite)
+        cohort = open_cohort(
+            index, index.records, config.preprocessing, split_seed=options.split_seed, store=options.store
+        )
+    group.check_same(images=json_sha256(sorted(cohort.keys)))
+    return cohort
+
+
+def _prepare_run_folder(
+    config: PretrainConfig, cohort: Cohort, out: Path, options: PretrainOptions, group: ProcessGroup
+) -> tuple[Path | None, int]:
+    """Write configuration and split, and find the checkpoint to resume from.
+
+    Returns:
+        The checkpoint and its step; (None, 0) for a new run.
+    """
+    checkpoint: tuple[Path | None, int] = None, 0
+    with group.main_process_first():
+        if group.is_main:
+            train = cohort.records("train")
+            write_config(out, config, **options.seeds, index_hash=cohort.index.hash)
+            write_splits(out / "split.csv", cohort.index, cohort.splits, train, seed=options.seed)
+            checkpoint = find_newest_checkpoint(out / "checkpoints") if options.resume else checkpoint
+    return group.broadcast(checkpoint)
+
+
+def _build_run(
+    config: PretrainConfig, cohort: Cohort, out: Path, options: PretrainOptions, group: ProcessGroup
+) -> _PretrainRun:
+    """Build networks, objectives and metrics from the seed."""
+    pl.seed_everything(options.seed, workers=False, verbose=False)
+    spec = replace(cohort.build_spec(config, **options.seeds), decoder=config.decoder)
+    module = _build_module(config, spec, options.seed, group)
+    history, probe = _build_history(
+        config, cohort, module, seed=options.seed, stop_on_collapse=options.stop_on_collapse
+    )
+    return _PretrainRun(
+        config=config,
+        options=options,
+        out=out,
+        group=group,
+        cohort=cohort,
+        spec=spec,
+        module=module,
+        history=history,
+        probe=probe,
+    )
+
+
+@contextmanager
+def _open_tracker(run: _PretrainRun) -> Iterator[Tracker | None]:
+    """Open the MLflow run in the first process; the others get None."""
+    if not run.group.is_main:
+        yield None
+        return
+    index_hash = run.cohort.index.hash
+    with track_run("pretrain", run.config, run.out, seed=run.options.seed, index_hash=index_hash) as tracker:
+        yield tracker
+
+
+def _train(run: _PretrainRun, tracker: Tracker | None, checkpoint: Path | None, start_step: int) -> pl.Trainer:
+    """Train to the last step, and validate after it."""
+    config, cohort, seed = run.config, run.cohort, run.options.seed
+    loader = _build_train_loader(config, cohort, cohort.records("train"), seed=seed, start=start_step, ranks=run.group)
+    held_out_loader = _build_held_out_loader(config, cohort, cohort.records("val"), seed=seed)
+    validate = held_out_loader is not None
+    run.history.set_validation(held_out_loader, every=min(config.checkpoint_every_steps, config.max_steps))
+    trainer = make_trainer(
+        config,
+        run.out,
+        logger=False if tracker is None else tracker,
+        callbacks=[run.history, *run.options.callbacks],
+        accelerator=run.options.accelerator,
+        validate=validate,
+        ranks=run.group,
+    )
+    run_trainer(trainer, run.module, loader, held_out_loader, checkpoint=checkpoint)
+    if validate and run.history.held_out_step != trainer.global_step:
+        trainer.validate(run.module, held_out_loader, verbose=False)
+    return trainer
+
+
+def _summarise_run(run: _PretrainRun, trainer: pl.Trainer, selection: dict[str, Any]) -> dict[str, Any]:
+    """Build the content of `summary.json` that does not depend on the output folder."""
+    summary = build_pretrain_summary(run.config, run.cohort, run.history, run.module, trainer)
+    probe = format_online_probe(run.probe, selection)
+    return summary | {"selected": selection, "probe": probe, "processes": run.group.count}
+
+
+def _save_results(run: _PretrainRun, tracker: Tracker, summary: dict[str, Any], start_time: float) -> None:
+    """Write encoder, detector, training history and summary, and log them."""
+    out, spec = run.out, run.spec
+    write_encoder(out / "encoder", run.module, replace(spec, selected=summary["selected"]), run.config.objectives)
+    save_ood_detector(out / "encoder", run.module.encoder, run.cohort, spec)
+    trained_cases = run.cohort.cases(run.cohort.records("train"))
+    TrainingHistory().extended("pretrain", trained_cases).write(out / "encoder")
+    run.history.write(out / "history.csv")
+    summary["damaged_checkpoints"] = list_corrupt_checkpoints(out / "checkpoints")
+    summary["seconds"] = time.perf_counter() - start_time
+    write_json(out / "summary.json", summary)
+    figures = draw_training_figures(out, run.config, run.history.rows)
+    log_results(tracker, summary, [out / "config.yaml", out / "summary.json", out / "history.csv", *figures])
+    log_encoder(tracker, run.config.name)
 
 
 def dry_run_pretraining(config: PretrainConfig, ranks: ProcessGroup = SINGLE_PROCESS) -> None:
@@ -343,55 +411,3 @@ def _restore_selection(
     selection["labels"] = probe.n_labels if probe and selection["by"] == "probe" else 0
     log.info("encoder of step %d of %d: %s", selection["step"], last_step, selection["why"])
     return selection
-
-
-def _format_probe(probe: OnlineProbe | None, selection: dict[str, Any]) -> dict[str, Any] | None:
-    """The online probe of the encoder that the run leaves; None where labels do not suffice."""
-    value = selection["figures"].get("probe")
-    return None if probe is None or value is None else {"value": value, **probe.protocol}
-
-
-def _build_pretrain_summary(
-    config: PretrainConfig, cohort: Cohort, history: MetricHistory, module: PretrainModule, trainer: pl.Trainer
-) -> dict[str, Any]:
-    report = history.compute_verdict()
-    losses = {
-        name: {
-            "first": _replace_non_finite(history.curve(name)[0]),
-            "last": _replace_non_finite(history.curve(name)[-1]),
-            "held_out": _replace_non_finite(history.held_out[name][0]) if name in history.held_out else None,
-        }
-        for name in history.chance_levels()
-    }
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "command": "pretrain",
-        "objectives": module.weights,
-        "steps": trainer.global_step,
-        "resumed_from_steps": get_resume_steps(trainer),
-        "input_shape": list(config.views.shape),
-        "loss": losses,
-        "chance": history.chance_levels(),
-        "diagnostics": history.diagnostics(),
-        "verdict": report.verdict,
-        "verdict_why": report.why,
-        "what_to_try": ADVICE[report.verdict],
-        "verdicts": [dict(zip(("step", "verdict", "why"), change, strict=True)) for change in history.verdict_changes],
-        "rankme": _replace_non_finite(history.rankme),
-        "feature_std": _replace_non_finite(history.feature_std),
-        "alignment": _replace_non_finite(history.measures.get("alignment", math.nan)),
-        "uniformity": _replace_non_finite(history.measures.get("uniformity", math.nan)),
-        "seconds_per_step": history.seconds_per_step,
-        "data_wait_fraction": history.data_wait_fraction,
-        "peak_memory_bytes": peak_memory(),
-        "device": str(trainer.strategy.root_device),
-        "precision": str(trainer.precision),
-        "config_hash": config.hash,
-        "index_hash": cohort.index.hash,
-        "overlap": cohort.overlap,
-        "versions": collect_versions(),
-    }
-
-
-def _replace_non_finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -26,6 +26,7 @@ from medim.signals import StoppedError
 from medim.training.engine.checkpoints import find_newest_checkpoint
 from medim.training.engine.trainer import LineProgress
 from medim.training.pretrain.checkpoint_selection import CheckpointSelection
+from medim.training.pretrain.options import PretrainOptions
 from medim.training.pretrain.run import build_objectives, dry_run_pretraining, pretrain
 from medim.types import UsageError, UserError
 
@@ -397,3 +398,16 @@ def test_an_objective_alone_trains_an_encoder_from_image_files(
     assert summary["chance"][name] > 0
     assert all(value is not None for value in summary["loss"][name].values())
     assert medim.load_encoder(tmp_path / "run")(torch.zeros(1, 1, 16, 16, 16)).summary.shape == (1, 8)
+
+
+def test_options_are_given_as_an_object_or_by_name_and_a_misspelt_one_is_refused(
+    pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
+) -> None:
+    config = pretrain_config.model_copy(update={"max_steps": 2})
+    options = PretrainOptions(seed=3, store=tmp_path / "store")
+    one = pretrain(config, cohort_index, tmp_path / "one", options)
+    two = pretrain(config, cohort_index, tmp_path / "two", PretrainOptions(store=tmp_path / "store"), seed=3)
+    assert one["loss"] == two["loss"]
+    assert file_sha256(tmp_path / "one" / WEIGHTS) == file_sha256(tmp_path / "two" / WEIGHTS)
+    with pytest.raises(TypeError, match="sede"):
+        pretrain(config, cohort_index, tmp_path / "three", sede=3)
