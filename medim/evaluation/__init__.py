@@ -1,1 +1,1 @@
-"""How good a trained network is: metrics with intervals over subjects, features' health, one report page."""
+"""Evaluation of trained networks: metrics with intervals over subjects, and probes of frozen encoders."""

@@ -1,4 +1,4 @@
-"""From labelled images to rows, a case and a class each, and from rows to metrics."""
+"""Run a network on labelled images: one row per case and class, and metrics of these rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from medim.types import UserError, Volume
 
 SCHEMA_VERSION = 1
 CaseProgress = Callable[[int, int], None]  # (cases done, cases)
-CaseFilter = Callable[[ImageRecord, Volume], bool]  # whether an image, just read, is to be measured
+CaseFilter = Callable[[ImageRecord, Volume], bool]  # whether to evaluate an image that was just read
 _COLUMN_TYPES: dict[ColumnType, pa.DataType] = {"text": pa.string(), "number": pa.float64()}
 _KEY_COLUMNS: dict[str, ColumnType] = {"image": "text", "subject": "text", "class": "text"}
 _REJECTION_COLUMNS: dict[str, ColumnType] = {"rejected": "text", "detail": "text"}
@@ -34,15 +34,15 @@ def score_cases(
     case_filter: CaseFilter | None = None,
     progress: CaseProgress | None = None,
 ) -> list[CaseRow]:
-    """Run a network on labelled images, each in its own space.
+    """Run a network on labelled images, each in its original space.
 
-    A case that cannot be read, or that the network does not take, becomes a rejected row.
+    A case that cannot be read, or that the network does not accept, becomes a rejected row.
 
     Args:
         network: a segmenter or a classifier of either kind.
-        index: where the images come from.
-        records: those to run, each with a mask (segmenter) or a label (classifiers).
-        case_filter: asked of each image; what it leaves out has no rows.
+        index: index of the images.
+        records: images to run, each with a mask (segmenter) or a label (classifiers).
+        case_filter: called with each image; an image for which it returns False has no rows.
         progress: called after each case.
 
     Returns:
@@ -50,7 +50,7 @@ def score_cases(
 
     Raises:
         AllRejectedError: no case could be run.
-        UserError: the masks' classes are not the network's.
+        UserError: the classes of the masks are not those of the network.
     """
     if class_error := network.task.find_class_error(network.classes, index.classes):
         raise UserError(class_error)
@@ -62,7 +62,7 @@ def score_cases(
             progress(done, len(records))
     if rows and all(row.get("rejected") for row in rows):
         raise AllRejectedError(
-            f"{index.root}: expected images to measure on, but all {len(records)} were rejected; the first: "
+            f"{index.root}: all {len(records)} images to evaluate were rejected; the first: "
             f"{rows[0]['image']}: {rows[0]['detail']}",
             index,
         )
@@ -72,17 +72,17 @@ def score_cases(
 def summarise_cases(
     rows: Sequence[CaseRow], kind: str, classes: Sequence[str], *, seed: int = 0, resamples: int = N_RESAMPLES
 ) -> dict[str, Any]:
-    """Metrics of scored cases, each with its 95 % interval over subjects.
+    """Compute the metrics of scored cases, each with its 95 % interval over subjects.
 
     Args:
-        rows: what `score_cases` returns.
-        kind: the network's.
-        classes: the network's.
-        seed: of the bootstrap.
-        resamples: of the bootstrap.
+        rows: rows of `score_cases`.
+        kind: kind of the network.
+        classes: classes of the network.
+        seed: random seed of the bootstrap.
+        resamples: number of bootstrap resamples.
 
     Returns:
-        `n` images measured, their `subjects`, images `n_rejected`, and `metrics` (each value, ci_low, ci_high, n).
+        `n` (evaluated images), `subjects`, `rejected` (images), and `metrics` (each with value, ci_low, ci_high, n).
     """
     valid_rows = [row for row in rows if not row.get("rejected")]
     images = dict.fromkeys((row["image"], row["subject"]) for row in valid_rows)
@@ -111,7 +111,7 @@ def write_parquet(path: Path, table: pa.Table) -> None:
 
 
 def read_cases(path: Path) -> list[CaseRow]:
-    """Read what `write_cases` wrote.
+    """Read the rows that `write_cases` wrote.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -126,14 +126,14 @@ def read_cases(path: Path) -> list[CaseRow]:
 
 
 def _score_case(network: Predictor, index: Index, record: ImageRecord, case_filter: CaseFilter | None) -> list[CaseRow]:
-    """Rows of one case, without its keys."""
+    """Compute the rows of one case, without its keys."""
     task = network.task
     try:
         volume = index.open(record)
         if case_filter and not case_filter(record, volume):
             return []
         mask = index.open_mask(record) if task.dense else None
-    except Exception as error:  # a decoder may raise anything; the case is counted, the rest goes on
+    except Exception as error:  # a decoder may raise any exception; count the case and continue
         return [_rejection_row(getattr(error, "reason", "unreadable"), error, index)]
     if target_error := task.find_target_error(record, mask, volume, network.classes):
         return [{"rejected": target_error[0], "detail": target_error[1]}]

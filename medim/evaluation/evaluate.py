@@ -1,6 +1,6 @@
-"""Measure a trained network on labelled images by the code that the hospital runs.
+"""Evaluate a trained network on labelled images, with the inference code of the exported package.
 
-`validate_network` measures a network in memory; `evaluate` is the command: it opens a run or a package, chooses the
+`validate_network` evaluates a network in memory. `evaluate` is the command: it opens a run or a package, selects the
 images, and writes `metrics.json`, `cases.parquet` and `summary.json`.
 """
 
@@ -46,22 +46,22 @@ def validate_network(
     seed: int = 0,
     progress: CaseProgress | None = None,
 ) -> tuple[dict[str, Any], list[CaseRow]]:
-    """Measure a network in memory on labelled images.
+    """Evaluate a network in memory on labelled images.
 
     Args:
         run: the network.
-        index: where the images come from.
-        records: those to measure on; each has a mask (segmenter) or a label (classifier).
-        spec: the model's spec (see `medim.models.serialization`).
-        seed: of the bootstrap.
+        index: index of the images.
+        records: images to evaluate; each has a mask (segmenter) or a label (classifier).
+        spec: specification of the model (see `medim.models.serialization`).
+        seed: random seed of the bootstrap.
         progress: called after each case.
 
     Returns:
-        `n` images measured, their `subjects`, images `rejected`, and `metrics` (each value, ci_low, ci_high, n); and
+        `n` (evaluated images), `subjects`, `rejected` (images) and `metrics` (each with value, ci_low, ci_high, n); and
         the rows of `cases.parquet`.
 
     Raises:
-        UserError: no image could be measured, or the classes of images and network are not the same.
+        UserError: no image could be evaluated, or the classes of images and network differ.
     """
     network = build_predictor(run, spec)
     rows = score_cases(network, index, records, progress=progress)
@@ -80,33 +80,33 @@ def evaluate(
     overwrite: bool = False,
     progress: CaseProgress | None = None,
 ) -> dict[str, Any]:
-    """Measure a run or a package on the labelled images of an index.
+    """Evaluate a run or a package on the labelled images of an index.
 
-    Images that the model was trained on, and all images of subjects it was trained on, are left out and counted; what
-    was seen in pretraining alone stays in, and is counted.
+    Images that the model was trained on, and all images of subjects it was trained on, are excluded and counted. Images
+    used in pretraining only are not excluded, but counted.
 
     Args:
         model: a fine-tuning run (run by torch) or a package (run by ONNX Runtime).
         index: the images.
         out: folder for `metrics.json`, `cases.parquet` and, last, `summary.json`.
-        split: which images; see `select_records`.
+        split: split to evaluate; see `select_records`.
         include_seen: keep images and subjects that the model was trained on.
-        strict: refuse where an image or subject was seen, in pretraining or in fine-tuning.
-        seed: of the bootstrap.
+        strict: raise an error if an image or subject was used in pretraining or fine-tuning.
+        seed: random seed of the bootstrap.
         overwrite: empty `out` first.
         progress: called after each case.
 
     Returns:
-        The content of `summary.json`, which holds all of `metrics.json`.
+        The content of `summary.json`, which includes that of `metrics.json`.
 
     Raises:
-        UserError: no usable model or image, a non-empty `out`, or `strict`.
+        UserError: there is no usable model or image, `out` is not empty, or `strict` found contamination.
     """
     start = time.perf_counter()
     network, spec = open_network(model)
     records, split_name = select_records(index, spec, split=split, split_file=_find_split_file(model))
     prepare_output_folder(out, overwrite=overwrite)
-    log.info("measuring on %d images (%s)", len(records), split_name)
+    log.info("evaluating %d images (%s)", len(records), split_name)
     contamination_filter = ContaminationFilter(load_training_history(model), include_seen=include_seen, strict=strict)
     rows = score_cases(network, index, records, case_filter=contamination_filter, progress=progress)
     contamination, exclusion_counts = contamination_filter.result(f"model {model}", len(rows))
@@ -141,30 +141,28 @@ def evaluate(
 def select_records(
     index: Index, spec: ModelSpec, *, split: SplitChoice | None = None, split_file: Path | None = None
 ) -> tuple[tuple[ImageRecord, ...], SplitChoice]:
-    """Choose the labelled images to evaluate on.
+    """Select the labelled images to evaluate.
 
-    Without `split`: `test` where the source has a labelled one; the validation split where the source is the one the
-    model was fine-tuned on; else all.
+    Without `split`: `test` if the source has a labelled test split; the validation split if the model was fine-tuned on
+    this source; otherwise all images.
 
     Args:
         index: the images.
-        spec: the model's spec.
-        split: overrides the rule.
-        split_file: `split.csv` of the run; where the source is its own, its split is taken from there.
+        spec: specification of the model.
+        split: split that overrides this rule.
+        split_file: `split.csv` of the run; used if the model was fine-tuned on this source.
 
     Returns:
-        The images, and the split they are of.
+        The images, and the name of their split.
 
     Raises:
-        UserError: there is none.
+        UserError: there are no labelled images, or none in the split.
     """
     target_field = find_task_of_kind(spec.kind).target_field
     labelled = [record for record in index.records if getattr(record, target_field) is not None]
     if not labelled:
         count = len(index.records)
-        raise UserError(
-            f"{index.root}: expected images with a {target_field}, got {count} images without. Give --labels CSV."
-        )
+        raise UserError(f"{index.root}: none of {count} images has a {target_field}. Give --labels CSV.")
     same_index = spec.provenance.index_hash == index.hash
     splits = (
         read_splits(split_file)
@@ -175,29 +173,29 @@ def select_records(
         split = "test" if any(record.split == "test" for record in labelled) else "val" if same_index else "all"
     selection = tuple(record for record in labelled if split == "all" or splits.get(record.image) == split)
     if not selection:
-        raise UserError(
-            f"{index.root}: expected labelled images to evaluate in split {split!r}, got none: choose another --split."
-        )
+        raise UserError(f"{index.root}: there are no labelled images in split {split!r}. Choose another --split.")
     return selection, split
 
 
 def open_network(path: Path) -> tuple[Predictor, ModelSpec]:
-    """A fine-tuned network and its spec: of a package by ONNX Runtime, of a run by torch.
+    """Open a fine-tuned network and its spec: a package with ONNX Runtime, a run with torch.
 
     Raises:
-        UserError: neither lies at `path`, or it is damaged, or there is an encoder alone.
+        UserError: there is no run or package at `path`, it is damaged, or it contains only an encoder.
     """
     if not _is_package(path):
         model, spec = load_model(path)
         return build_predictor(as_numpy_function(model.to("cuda" if torch.cuda.is_available() else "cpu")), spec), spec
     package = load_package(path)
     if package.contract.kind == ENCODER:
-        raise UserError(f"{path}: expected a package that predicts, got an encoder's. Export a fine-tuned run instead.")
+        raise UserError(
+            f"{path}: this package contains an encoder, which cannot be evaluated. Export a fine-tuned run instead."
+        )
     return package.network, package.contract.spec
 
 
 def open_encoder(path: Path) -> Predictor:
-    """An encoder of a run, to be run by torch; what it answers is its summary, and its map where it has a critic."""
+    """Open the encoder of a run with torch; its output is the summary, and the score map if the run has a critic."""
     encoder: Any = load_encoder(path)
     network, score_map = (
         build_predictor(as_numpy_function(encoder), replace(encoder.spec, kind=ENCODER)),
@@ -207,7 +205,7 @@ def open_encoder(path: Path) -> Predictor:
 
 
 def build_predictor(run: PredictFn, spec: ModelSpec) -> Predictor:
-    """A network with what its spec says of feeding it."""
+    """Combine a network with the preprocessing, inference and classes of its spec."""
     return Predictor(
         run=run,
         kind=spec.kind,
@@ -221,7 +219,7 @@ def build_predictor(run: PredictFn, spec: ModelSpec) -> Predictor:
 
 
 def _find_split_file(model: Path) -> Path | None:
-    """`split.csv` of a run, given by its folder or its `model/`."""
+    """Locate `split.csv` of a run, given by its folder or its `model/` folder."""
     candidates = [] if _is_package(model) else [model / "split.csv", model.parent / "split.csv"]
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 

@@ -1,4 +1,4 @@
-"""What a pretrained encoder is held against: its own architecture untrained, and the pixels themselves."""
+"""Baselines for a pretrained encoder: the untrained architecture, and principal components of the pixels."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from medim.models.model import build_encoder
 from medim.types import Array, Volume
 
 MAX_COMPONENTS = 64
-MAX_PIXELS = 1 << 16  # an image is scaled to at most this many before its components are taken
+MAX_PIXELS = 1 << 16  # images are scaled to at most this many pixels before PCA
 
 
 def build_random_encoder(spec: NetworkSpec, images: Iterable[Volume], *, seed: int, device: str = "cpu") -> nn.Module:
-    """An untrained encoder, in evaluation mode, whose batch normalisation knows the images.
+    """Build an untrained encoder in evaluation mode, with batch normalisation statistics of the images.
 
-    With the running statistics that a network is born with, its features would hardly differ between images, and the
-    pretrained encoder would have an easy opponent. They are set to their mean over one pass in batches, each image cut
-    or padded around the centre to the spec's `input_shape`, as training views are.
+    With the initial running statistics, features would hardly differ between images, and the baseline would be too
+    weak. The statistics are set to the mean over one pass in batches; each image is cropped or padded around its centre
+    to the `input_shape` of the spec, like training views.
 
     Args:
-        spec: what `build_encoder` needs.
-        images: preprocessed training images; not looked at where there is no batch normalisation.
-        seed: of the weights.
-        device: where to run it.
+        spec: specification for `build_encoder`.
+        images: preprocessed training images; not read if there is no batch normalisation.
+        seed: random seed of the weights.
+        device: device to run on.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -38,29 +38,29 @@ def build_random_encoder(spec: NetworkSpec, images: Iterable[Volume], *, seed: i
     norms = [m for m in encoder.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # a plain mean over the batches
+        norm.momentum = None  # unweighted mean over the batches
         norm.train()
     if norms:
         shape = spec.input_shape
         with torch.inference_mode():
             for batch in batch_images(pad_or_crop(image, shape=shape).array for image in images):
-                if len(batch) > 1:  # one image has no spread
+                if len(batch) > 1:  # one image has no variance
                     encoder(batch.to(device))
     return encoder.eval()
 
 
 def principal_components(fit_images: Iterable[Volume], images: Iterable[Volume], *, shape: Sequence[int]) -> Array:
-    """Pixels of preprocessed images, reduced to the space of at most 64 principal components.
+    """Reduce the pixels of preprocessed images to the space of at most 64 principal components.
 
-    Images are scaled to `shape`, their aspect kept and the rest padded (a smaller shape of the same proportions where
-    that would be more than 65536 pixels). The axes of that space are turned at random, always alike: protocols
-    standardise every feature, which on the components themselves would blow noise up to the size of the signal
-    (whitening; X-rays with 47 labels: AUROC 0.84 in place of 0.96).
+    Images are scaled to `shape` with their aspect ratio, and padded; if `shape` has more than 65536 pixels, a smaller
+    shape of the same proportions is used. The axes of the space are rotated by a fixed random matrix, because probes
+    standardise every feature: on the components themselves, this would amplify noise to the size of the signal
+    (whitening; X-rays with 47 labels: AUROC 0.84 instead of 0.96).
 
     Args:
-        fit_images: N images whose components are taken, without labels.
-        images: the images wanted.
-        shape: the encoder's input shape.
+        fit_images: N images for the fit of the components, without labels.
+        images: M images to transform.
+        shape: input shape of the encoder.
 
     Returns:
         (M, min(64, N - 1, pixels)) float32.

@@ -1,7 +1,8 @@
-"""Probe protocols: from features and a few labels to class probabilities. The encoder stays as it is.
+"""Probe classifiers: from features and a few labels to class probabilities, with a frozen encoder.
 
-To add one, write a function that meets `ProbeClassifier` and add a line to `PROBES`. Everything a protocol chooses it
-pays for from the labels it is given: scaling, neighbours and penalties come from the training rows alone.
+To add a classifier, write a function with the signature of `ProbeClassifier` and add a line to `PROBES`. All choices of
+a classifier (scaling, neighbours, penalties) must be based on its training rows only, so that they are part of the
+label budget.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from sklearn.preprocessing import StandardScaler
 
 from medim.types import Array
 
-TEMPERATURE = 0.07  # of the neighbours' votes (Wu et al. 2018)
+TEMPERATURE = 0.07  # temperature of the votes of neighbours (Wu et al. 2018)
 N_NEIGHBOURS = 20
 N_FOLDS = 5
-MIN_CLASS_SUBJECTS = 3  # subjects of each class, below which nothing is cross-validated
+MIN_CLASS_SUBJECTS = 3  # minimum number of subjects per class for cross-validation
 PENALTIES = (1e-2, 1e-1, 1e0, 1e1, 1e2, 1e3)  # C times the number of features, weakest last
 FIXED_PENALTY = 1e0
 
 
 class ProbePrediction(NamedTuple):
-    """What a protocol makes of the test images.
+    """Predictions of a probe classifier for the test images.
 
     Attributes:
         probabilities: (N, K), rows sum to one.
-        settings: what it chose, for the record.
+        settings: chosen settings, for the output file.
 
     Example:
         >>> prediction = ProbePrediction(np.array([[0.2, 0.8]]), {"k": 5})
@@ -43,19 +44,19 @@ class ProbePrediction(NamedTuple):
 
 
 class ProbeClassifier(typing.Protocol):
-    """What every protocol is: a pure function of arrays and a seed."""
+    """Interface of a probe classifier: a pure function of arrays and a seed."""
 
     def __call__(
         self, train_x: Array, train_y: Array, test_x: Array, *, seed: int, groups: Array | None = None
     ) -> ProbePrediction:
-        """Classify test rows by labelled ones.
+        """Classify test rows from labelled training rows.
 
         Args:
             train_x: (M, d) features.
             train_y: (M,) class indices; each of 0 to K - 1 occurs.
             test_x: (N, d) features.
-            seed: of whatever is drawn.
-            groups: (M,) the subject of each row; None: each row is of another.
+            seed: random seed.
+            groups: (M,) subject of each row; None: every row has its own subject.
         """
         ...
 
@@ -65,10 +66,10 @@ def linear_probe(
 ) -> ProbePrediction:
     """Logistic regression on standardised features.
 
-    The inverse penalty C has the least log loss in cross-validation within the rows given, whole subjects on one side
-    and classes in proportion, over six values from 0.01 to 1000 divided by the number of features (so that wide and
-    narrow features are offered equal penalties). Where a class has fewer than three subjects, C is 1 over the number of
-    features, and `c_from` says `fixed` in place of `cross-validation`.
+    The inverse penalty C minimises the log loss of a cross-validation on the training rows. Folds contain whole
+    subjects and are stratified by class. The candidates are six values from 0.01 to 1000 divided by the number of
+    features, so that the penalties for wide and narrow features are comparable. If a class has fewer than three
+    subjects, C is 1 over the number of features, and `c_from` is `fixed` instead of `cross-validation`.
     """
     scaler, regression, settings = fit_linear(train_x, train_y, seed=seed, groups=groups)
     return ProbePrediction(regression.predict_proba(scaler.transform(test_x)), settings)
@@ -77,13 +78,13 @@ def linear_probe(
 def fit_linear(
     x: Array, y: Array, *, seed: int, groups: Array | None = None
 ) -> tuple[StandardScaler, LogisticRegression, dict[str, Any]]:
-    """The scaler and the classifier of `linear_probe`, and what was chosen.
+    """Fit the scaler and the classifier of `linear_probe`, and return them with the chosen settings.
 
     Args:
         x: (M, d) features.
-        y: (M,) class indices, of two classes or more.
-        seed: of the folds.
-        groups: (M,) the subject of each row; None: each row is of another.
+        y: (M,) class indices, of two or more classes.
+        seed: random seed of the folds.
+        groups: (M,) subject of each row; None: every row has its own subject.
     """
     scaler = StandardScaler().fit(x)
     features, n_features = scaler.transform(x), x.shape[1]
@@ -141,8 +142,8 @@ def knn_probe(
 ) -> ProbePrediction:
     """Weighted nearest neighbours (Wu et al. 2018, arXiv 1805.01978, section 3.4).
 
-    The k = min(20, M) training rows of largest cosine vote for their class with weight exp(cosine / 0.07); features are
-    standardised first. Nothing is drawn or chosen, so `seed` and `groups` change nothing.
+    The k = min(20, M) training rows with the largest cosine vote for their class with weight exp(cosine / 0.07).
+    Features are standardised first. The method is deterministic, so `seed` and `groups` have no effect.
     """
     scaler, k = StandardScaler().fit(train_x), min(N_NEIGHBOURS, len(train_x))
     train_unit, test_unit = (_scale_to_unit(scaler.transform(x)) for x in (train_x, test_x))
@@ -158,17 +159,17 @@ PROBES: dict[str, ProbeClassifier] = {"linear": linear_probe, "knn": knn_probe}
 
 
 def _choose_penalty(x: Array, y: Array, groups: Array | None, seed: int) -> float | None:
-    """The entry of PENALTIES with the least cross-validated log loss, None where there are too few subjects."""
+    """Select the entry of PENALTIES with the lowest cross-validated log loss; None if there are too few subjects."""
     classes = np.unique(y)
     subjects = np.arange(len(x)) if groups is None else groups
     n_folds = min(N_FOLDS, *(len(np.unique(subjects[y == c])) for c in classes))
     if n_folds < MIN_CLASS_SUBJECTS:
         return None
-    # Folds of single rows need no groups: with one a row, drawing them took longer than the regressions.
+    # Without groups, use ungrouped folds: drawing folds with one group per row took longer than the regressions.
     splitter = StratifiedKFold if groups is None else StratifiedGroupKFold
     splits = splitter(n_folds, shuffle=True, random_state=seed).split(x, y, groups)
     usable_splits = [(train, test) for train, test in splits if len(test) and len(np.unique(y[train])) == len(classes)]
-    if not usable_splits:  # subjects of many classes may leave a fold without one
+    if not usable_splits:  # with subjects of several classes, a fold may lack a class
         return None
     losses = [
         sum(

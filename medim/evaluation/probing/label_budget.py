@@ -1,4 +1,4 @@
-"""The label budget of a probe, and the nested subsets that it draws."""
+"""Label budget of a probe, and its nested subsets."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from medim.types import Array, UserError
 
 @dataclass(frozen=True)
 class Budget:
-    """How many labels a probe may use: a number of images, or a share of the labelled training images."""
+    """Label budget of a probe: a number of images, or a share of the labelled training images."""
 
     labelled: int | None = None
     fraction: float | None = None
 
     @property
     def name(self) -> str:
-        """`50` images, or `10%`."""
+        """Name of the budget: `50` images, or `10%`."""
         return f"{self.labelled}" if self.fraction is None else f"{100 * self.fraction:g}%"
 
     def draw_subset(self, records: Sequence[ImageRecord], seed: int) -> tuple[ImageRecord, ...]:
-        """The images it gives; see `medim.data.loading.splits.select_label_budget`."""
+        """Draw the images of the budget, as `medim.data.loading.splits.select_label_budget` does."""
         return select_label_budget(records, labelled=self.labelled, fraction=self.fraction, seed=seed)
 
 
 def draw_probe_subsets(
     cohort: Cohort, budgets: Sequence[Budget], seeds: Sequence[int]
 ) -> dict[tuple[Budget, int], tuple[ImageRecord, ...]]:
-    """The label subset of each budget and seed, nested for one seed.
+    """Draw the label subset of each budget and seed; the subsets of one seed are nested.
 
-    A budget that takes every labelled image has one subset, which is given for the first seed alone.
+    A budget of all labelled images has a single subset, which is returned for the first seed only.
 
     Raises:
-        UserError: a subset without a label of some class.
-        UsageError: a budget out of range.
+        UserError: a subset lacks a label of some class.
+        UsageError: a budget is out of range.
     """
     subsets = {}
     labelled = cohort.labelled_records("train")
@@ -60,6 +60,6 @@ def draw_probe_subsets(
 
 
 def number_subjects(records: Sequence[ImageRecord]) -> Array:
-    """(N,) the subject of each image, numbered as they come: pseudonyms differ from site to site, their order not."""
+    """Number the subjects of images in order of occurrence, (N,); independent of the pseudonyms of a site."""
     numbers: dict[str, int] = {}
     return np.array([numbers.setdefault(record.subject, len(numbers)) for record in records])

@@ -1,7 +1,8 @@
-"""Probe a frozen encoder: what do its features tell with a simple classifier and few labels?
+"""Probe a frozen encoder: accuracy of a simple classifier on its features with few labels.
 
-Features are computed once. Each label budget is drawn with several seeds, and every arm (the encoder, its architecture
-untrained, the pixels) sees the very same subsets: arms, encoders and protocols can be paired by budget and seed.
+Features are computed once. Each label budget is drawn with several seeds. All arms (the encoder, its untrained
+architecture, the pixels) use the same subsets, so that arms, encoders and probe classifiers can be paired by budget and
+seed.
 """
 
 from __future__ import annotations
@@ -53,34 +54,35 @@ def probe(
     strict: bool = False,
     cohort: Cohort | None = None,
 ) -> dict[str, Any]:
-    """Measure a frozen encoder on the validation split, with label budgets of the training split.
+    """Evaluate a frozen encoder on the validation split, with label budgets of the training split.
 
-    A row is one classifier: features, budget and seed. Rows of one budget and seed have the same labelled images,
-    whatever the features, the protocol and the encoder (`subset` is their hash). A budget that takes every labelled
-    image has one subset, and is measured with the first seed alone.
+    A row is one classifier: features, budget and seed. Rows of one budget and seed use the same labelled images for all
+    features, classifiers and encoders (`subset` is the hash of these images). A budget of all labelled images has a
+    single subset, and is evaluated with the first seed only.
 
     Args:
         encoder: a pretraining run or its package.
         index: the images, some of them labelled.
         out: folder for `cases.parquet` and, last, `probe.json`.
         protocol: an entry of `PROBES`.
-        budgets: how many labels.
-        seeds: of the label subsets, of the protocol, and of the weights of the untrained encoder.
-        maps: levels whose mean and maximum join the summary; None: all.
-        split_seed: of the split by subject.
-        anchors: measure the untrained encoder (`random`) and the pixels too.
+        budgets: label budgets.
+        seeds: random seeds of the label subsets, of the classifier, and of the weights of the untrained encoder.
+        maps: indices of the maps to append to the summary as mean and maximum; None: all.
+        split_seed: random seed of the split by subject.
+        anchors: evaluate the baselines too: the untrained encoder (`random`) and the pixels.
         overwrite: empty `out` first.
         store: folder of preprocessed images; None is the user's cache.
-        strict: refuse where the encoder, or the training split, holds an image or subject of the validation split.
+        strict: raise an error if the encoder or the training split shares an image or subject with the validation
+            split.
         cohort: the preprocessed images, if they are open already; `store` and the split are then not used.
 
     Returns:
-        The content of `probe.json`: `rows`, their `summary`, and what they stand on. Probabilities of each validation
-        image are in `cases.parquet`.
+        The content of `probe.json`: `rows`, their `summary`, and a description of the images. `cases.parquet` contains
+        the probabilities of each validation image.
 
     Raises:
-        UserError: no encoder, no labels, a class without a label in some budget, a non-empty `out`, or
-            `strict`.
+        UserError: there is no encoder or no label, a budget lacks a class, `out` is not empty, or `strict` found
+            contamination.
         UsageError: an unknown protocol or map, or a budget out of range.
     """
     spec = _read_encoder_spec(encoder)
@@ -117,7 +119,7 @@ def probe(
 
 
 def summarise_probes(rows: Sequence[ProbeRow]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over the subsets (None where there is one), by features and budget."""
+    """Mean and standard deviation over the subsets (None for a single subset), by features and budget."""
     groups: dict[tuple[str, str], list[ProbeRow]] = defaultdict(list)
     for row in rows:
         groups[row["features"], row["budget"]].append(row)
@@ -135,22 +137,22 @@ def summarise_probes(rows: Sequence[ProbeRow]) -> list[dict[str, Any]]:
 def _iterate_arms(
     encoder: Any, spec: ModelSpec, cohort: Cohort, maps: Sequence[int], seeds: Sequence[int], *, anchors: bool
 ) -> Iterator[tuple[str, Sequence[int], Array]]:
-    """Name, the seeds it is for, and features (N, d) of the images used."""
+    """Iterate over arms: name, applicable seeds, and features (N, d) of the images."""
     train, volumes = cohort.records("train"), VolumeCache(cohort)
     feature_records = cohort.labelled_records("train") + cohort.labelled_records("val")
 
     def compute_features(network: Any) -> Array:
-        """Features (N, d) of the images used.
+        """Compute the features (N, d) of the images.
 
         Raises:
-            UserError: the network does not take images of their size.
+            UserError: the network does not accept images of this size.
         """
         batches = batch_images(volume.array for volume in volumes.read_volumes(feature_records))
         try:
             return extract_features(network, batches, maps=maps)
         except RuntimeError as error:
             raise UserError(
-                f"encoder: expected one that takes whole preprocessed images, got an error from it ({error}). It was "
+                f"encoder: it does not accept whole preprocessed images ({error}). It was "
                 f"trained on {list(spec.input_shape)}; pretrain with a preprocessing that ends in that shape "
                 "(pad_or_crop or resize), or with summary: mean_max."
             ) from error
@@ -170,7 +172,7 @@ def _measure_arms(
     subsets: Mapping[tuple[Budget, int], Sequence[ImageRecord]],
     cohort: Cohort,
 ) -> tuple[list[ProbeRow], list[pa.Table]]:
-    """A row, and the cases it stands on, for each arm, budget and seed."""
+    """Evaluate each arm, budget and seed: one row each, and the cases behind it."""
     rows, cases = [], []
     for name, seeds, features in arms:
         log.info("%s: %d features of %d images", name, features.shape[1], len(features))
@@ -246,7 +248,7 @@ def _read_encoder_spec(path: Path) -> ModelSpec:
     if not spec.is_encoder:
         raise UserError(
             f"{path}: expected a pretrained encoder, got a {spec.kind}, which was trained on labels: a probe of it "
-            "would not tell what pretraining gave. Give the run that it started from, or use `medim evaluate`."
+            "does not measure pretraining. Give the run that it started from, or use `medim evaluate`."
         )
     return spec
 
@@ -254,7 +256,5 @@ def _read_encoder_spec(path: Path) -> ModelSpec:
 def _check_levels(maps: Sequence[int] | None, count: int) -> list[int]:
     invalid = [level for level in maps or () if not 0 <= level < count]
     if invalid:
-        raise UsageError(
-            f"--levels {invalid[0]}: expected a level from 0 (finest) to {count - 1}, which the encoder has."
-        )
+        raise UsageError(f"--levels {invalid[0]}: expected a level of the encoder, 0 (finest) to {count - 1}.")
     return list(range(count)) if maps is None else sorted(set(maps))

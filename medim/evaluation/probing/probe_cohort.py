@@ -16,21 +16,21 @@ from medim.types import Split, UserError
 def open_probe_cohort(
     index: Index, spec: ModelSpec, *, split_seed: int, store: Path | None = None, strict: bool = False
 ) -> Cohort:
-    """Preprocess what the store does not hold yet: the training split, and what of the validation split has a label.
+    """Preprocess the images that are not in the store: the training split, and the labelled validation images.
 
     Args:
         index: the images.
-        spec: the encoder's (see `medim.models.serialization`).
-        split_seed: of the split by subject.
+        spec: specification of the encoder (see `medim.models.serialization`).
+        split_seed: random seed of the split by subject.
         store: folder of preprocessed images; None is the user's cache.
-        strict: refuse a source whose own splits put the same pixels on two sides.
+        strict: raise an error if the splits of the source share images with the same pixels.
 
     Raises:
-        UserError: a split without labels, a class alone or in the validation split alone, images the encoder cannot
-            take, or `strict`.
+        UserError: a split has no labels, there is a single class, a class occurs in the validation split only, the
+            encoder does not accept the images, or `strict` found shared images.
     """
     train, val = _split_records(index, assign_splits(index, seed=split_seed))
-    _check_labels(index, train, val)  # before hours of preprocessing, and after it
+    _check_labels(index, train, val)  # check before and after the long preprocessing
     cohort = open_cohort(index, [*train, *val], spec.preprocessing, split_seed=split_seed, store=store, strict=strict)
     _check_labels(index, cohort.records("train"), cohort.labelled_records("val"))
     for key in cohort.keys.values():
@@ -46,7 +46,7 @@ def open_probe_cohort(
 def _split_records(
     index: Index, splits: Mapping[str, Split]
 ) -> tuple[tuple[ImageRecord, ...], tuple[ImageRecord, ...]]:
-    """The training split, and what of the validation split has a label."""
+    """Select the training split, and the labelled images of the validation split."""
     train = tuple(record for record in index.records if splits[record.image] == "train")
     return train, tuple(r for r in index.records if splits[r.image] == "val" and r.label is not None)
 
@@ -60,23 +60,21 @@ def _check_labels(index: Index, train: Sequence[ImageRecord], val: Sequence[Imag
     check_label_kind(record.label for record in index.records)
     if index.findings:
         raise UserError(
-            f"{index.root}: expected one class an image, got findings. A probe tells classes apart: give --labels CSV "
+            f"{index.root}: expected one class per image, got findings. A probe predicts one class: give --labels CSV "
             "with columns image,label, or fine-tune (`medim finetune --task classification`)."
         )
     train_classes, val_classes = _present_classes(index, train), _present_classes(index, val)
     for part, part_classes in (("training", train_classes), ("validation", val_classes)):
         if not part_classes:
             raise UserError(
-                f"{index.root}: expected images with a label (a class) in the {part} split, got none. A probe "
+                f"{index.root}: there are no images with a class label in the {part} split. A probe "
                 "classifies whole images: give --labels CSV with columns image,label."
             )
     if len(train_classes) < 2:
-        raise UserError(
-            f"{index.root}: expected labels of 2 or more classes to tell apart, got {train_classes[0]!r} alone."
-        )
+        raise UserError(f"{index.root}: expected labels of 2 or more classes, got only {train_classes[0]!r}.")
     unknown_labels = [name for name in val_classes if name not in train_classes]
     if unknown_labels:
         raise UserError(
             f"{index.root}: expected every label of the validation split in the training split too, got "
-            f"{', '.join(unknown_labels)} in the former alone. Choose another --split-seed, or leave these images out."
+            f"{', '.join(unknown_labels)} in validation only. Choose another --split-seed, or exclude these images."
         )

@@ -78,10 +78,10 @@ def test_a_subset_without_a_class_is_refused_by_name(cohort: Cohort) -> None:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([None] * 8, "in the training split, got none"),
-        ([*LABELS[:6], None, None], "in the validation split, got none"),
-        (["big"] * 8, "2 or more classes to tell apart, got 'big' alone"),
-        ([*LABELS[:6], "huge", "big"], "got huge in the former alone"),
+        ([None] * 8, "no images with a class label in the training split"),
+        ([*LABELS[:6], None, None], "no images with a class label in the validation split"),
+        (["big"] * 8, "2 or more classes, got only 'big'"),
+        ([*LABELS[:6], "huge", "big"], "got huge in validation only"),
     ],
 )
 def test_labels_that_no_probe_can_use_are_told_before_anything_is_preprocessed(

@@ -187,7 +187,7 @@ def test_what_is_no_pretrained_encoder_is_refused(
         probe(tmp_path / "nowhere", index, tmp_path / "out")
     with pytest.raises(UserError, match="got a classifier, which was trained on labels"):
         probe(make_run(tmp_path / "model", classifier), index, tmp_path / "out")
-    with pytest.raises(UsageError, match=r"--levels 2: expected a level from 0 \(finest\) to 1"):
+    with pytest.raises(UsageError, match=r"--levels 2: expected a level of the encoder, 0 \(finest\) to 1"):
         probe(run, index, tmp_path / "out", maps=[2])
     with pytest.raises(UsageError, match="expected one of linear, knn"):
         probe(run, index, tmp_path / "out", protocol="tree")
