@@ -248,7 +248,7 @@ def _read_encoder_spec(path: Path) -> ModelSpec:
     if not spec.is_encoder:
         raise UserError(
             f"{path}: expected a pretrained encoder, got a {spec.kind}, which was trained on labels: a probe of it "
-            "does not measure pretraining. Give the run that it started from, or use `medim evaluate`."
+            "would not measure pretraining. Give the run that it started from, or use `medim evaluate`."
         )
     return spec
 
