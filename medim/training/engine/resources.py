@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import resource
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import torch
 
 GROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -27,9 +27,7 @@ def available_memory(accelerator: str = "auto") -> int:
     """
     if uses_cuda(accelerator):
         return int(torch.cuda.mem_get_info()[0])
-    if sys.platform != "linux":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(0, min(_read_kib(Path("/proc/meminfo"), "MemAvailable"), *_walk_cgroups()))
+    return max(0, min([psutil.virtual_memory().available, *_walk_cgroups()]))
 
 
 def uses_cuda(accelerator: str) -> bool:
@@ -39,14 +37,17 @@ def uses_cuda(accelerator: str) -> bool:
 
 def memory_allocated(device: torch.device) -> int:
     """Measure the bytes that this process uses now: GPU memory on a CUDA device (not run), else RAM."""
-    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else process_status_bytes("VmRSS")
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
 def max_memory_allocated(device: torch.device) -> int:
     """Measure the peak memory of this process in bytes: GPU memory on a CUDA device (not run), else RAM."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return process_status_bytes("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with contextlib.suppress(OSError, KeyError):  # psutil lacks VmHWM; ru_maxrss may be the peak of a parent process
+        rows = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(rows["VmHWM"].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def free_disk(folder: Path) -> int:
@@ -55,27 +56,17 @@ def free_disk(folder: Path) -> int:
     return shutil.disk_usage(ancestor).free
 
 
-def process_status_bytes(name: str) -> int:
-    """Read an entry of `/proc/self/status` in bytes, such as VmRSS or its peak VmHWM; 0 on other systems."""
-    return _read_kib(Path("/proc/self/status"), name) if sys.platform == "linux" else 0
-
-
 def children_memory() -> int:
     """Measure the resident bytes of all child processes and their descendants."""
-    if sys.platform != "linux":
-        return 0
-    return sum(_read_kib(Path(f"/proc/{process}/status"), "VmRSS") for process in _list_descendants(os.getpid()))
-
-
-def _list_descendants(process: int) -> Iterator[int]:
-    tasks = Path(f"/proc/{process}/task").glob("*/children")
-    for child in (int(word) for task in tasks for word in task.read_text().split()):
-        yield child
-        yield from _list_descendants(child)
+    total = 0
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += process.memory_info().rss
+    return total
 
 
 def _walk_cgroups() -> Iterator[int]:
-    """Yield the bytes that each control group (v1, v2) of this process leaves available."""
+    """Yield the bytes that each control group (v1, v2) of this process leaves available; psutil ignores them."""
     for line in MEMBERSHIP.read_text().splitlines() if MEMBERSHIP.is_file() else ():
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
@@ -97,11 +88,3 @@ def _cgroup_available(group: Path, limit: str, usage: str, cache: str) -> Iterat
             yield int(maximum) - int((group / usage).read_text()) + int(rows.get(cache, 0))
     except OSError:  # the group has no such limit
         return
-
-
-def _read_kib(file: Path, name: str) -> int:
-    try:
-        rows = dict(line.split(":", 1) for line in file.read_text().splitlines())
-    except FileNotFoundError:  # the process has ended
-        return 0
-    return int(rows[name].split()[0]) * 1024 if name in rows else 0

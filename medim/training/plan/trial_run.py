@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import psutil
 import torch
 
 from medim.config import PretrainConfig
@@ -25,7 +26,6 @@ from medim.training.engine.resources import (
     children_memory,
     max_memory_allocated,
     memory_allocated,
-    process_status_bytes,
     uses_cuda,
 )
 from medim.training.fit_ood import iterate_record_features
@@ -308,7 +308,7 @@ def elapsed(start: Timestamp) -> Timestamp:
 def _limit_memory(free: int) -> None:
     """Limit the memory of this process, so that an allocation fails here instead of exhausting the machine."""
     if sys.platform == "linux":
-        resource.setrlimit(resource.RLIMIT_DATA, (process_status_bytes("VmData") + free, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_DATA, (psutil.Process().memory_info().data + free, resource.RLIM_INFINITY))
 
 
 def _is_tracking_ready(uri: str) -> bool:

@@ -3,9 +3,6 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import pytest
-
-from medim.training.tracking import system_metrics
 from medim.training.tracking.system_metrics import SystemMetrics
 
 
@@ -20,16 +17,3 @@ def test_a_busy_second_shows_in_percent_and_megabytes(tmp_path: Path) -> None:
     assert 0 < found["system/system_memory_usage_percentage"] < 100
     assert 0 < found["system/disk_usage_percentage"] <= 100
     assert found["system/process_peak_memory_megabytes"] > 10
-
-
-def test_a_system_that_does_not_tell_leaves_its_figures_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(self: Path) -> str:
-        raise FileNotFoundError
-
-    monkeypatch.setattr(system_metrics.Path, "read_text", absent)
-    assert set(SystemMetrics(tmp_path)()) == {
-        "system/disk_usage_percentage",
-        "system/disk_available_megabytes",
-        "system/process_peak_memory_megabytes",
-        "system/load_average",
-    }
