@@ -166,7 +166,11 @@ SINGLE_PROCESS = ProcessGroup()
 
 
 class _GatherFunction(torch.autograd.Function):
-    """Gather of the parts of all processes; the backward pass sums the gradients of a part in fp32 or wider."""
+    """Gather of the parts of all processes; the backward pass sums the gradients of a part in fp32 or wider.
+
+    `torch.distributed.nn.functional.all_gather` has another backward pass: on NCCL it reduces in the dtype of the
+    gradients, which rounds every partial sum in bf16 and fp16.
+    """
 
     @staticmethod
     def forward(ctx: Any, part: torch.Tensor, rank: int, count: int) -> torch.Tensor:
