@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import t as student
+from sklearn.covariance import ledoit_wolf
 from torch import nn
 
 from medim.data.index.index import ImageRecord
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 MAX_IMAGES = 256  # largest number of images of the training split, and of the validation split
 MIN_TRAINING_SUBJECTS, MIN_HELD_OUT_SUBJECTS = 10, 3  # with fewer, the statistics would describe individual subjects
 MIN_DEVIATION = 0.02  # lower bound of the standard deviation of intensities and lengths, about 2 %
+MIN_SHRINKAGE = 1e-3  # lower bound of the identity's part in the correlation matrix
 
 
 def save_ood_detector(folder: Path, network: nn.Module, cohort: Cohort, spec: ModelSpec) -> None:
@@ -119,14 +121,9 @@ def fit_gaussian(rows: Array, floor: float) -> GaussianModel:
     spread = rows.std(axis=0)
     scale = np.maximum(spread, max(floor, 1e-6, 1e-3 * float(np.median(spread))))
     unit = (rows - mean) / scale
-    count, d = unit.shape
-    covariance = unit.T @ unit / count
-    np.fill_diagonal(covariance, 1.0)  # also for features with the floor as standard deviation
-    level = np.trace(covariance) / d
-    dispersion = float(((covariance - level * np.eye(d)) ** 2).sum())
-    noise = float(((unit**2).sum(axis=1) ** 2).sum() / count**2 - (covariance**2).sum() / count)
-    shrinkage = float(np.clip(noise / dispersion, 0, 1)) if dispersion > 1e-12 else 1.0
-    estimate = (1 - shrinkage) * covariance + max(shrinkage * level, 1e-3) * np.eye(d)
+    estimate, shrinkage = ledoit_wolf(unit, assume_centered=True)
+    # 1 also for features with the floor as standard deviation, plus what keeps the matrix invertible
+    np.fill_diagonal(estimate, 1.0 + max(0.0, MIN_SHRINKAGE - shrinkage))
     return GaussianModel(mean, scale, np.linalg.inv(estimate), 1.0)
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from sklearn.covariance import ledoit_wolf
 from torch import nn
 
 from medim.data.index.index import Index, build_index
@@ -46,11 +45,21 @@ def names(count: int, images: int = 1) -> list[str]:
     return [f"s-{i // images}" for i in range(count)]
 
 
-def test_the_covariance_is_shrunk_as_scikit_learn_shrinks_it() -> None:
+def test_the_correlation_is_shrunk_and_the_floor_bounds_the_precision() -> None:
     rows = np.stack([row["features"] for row in rows_like(20, 0, sides=8)])
     found = fit_gaussian(rows, 0.0)
     unit = (rows - rows.mean(axis=0)) / rows.std(axis=0)
-    np.testing.assert_allclose(np.linalg.inv(found.precision), ledoit_wolf(unit, assume_centered=True)[0], atol=1e-2)
+    sample = unit.T @ unit / len(unit)
+    estimate = np.linalg.inv(found.precision)
+    off_diagonal = ~np.eye(8, dtype=bool)
+    ratio = estimate[off_diagonal] / sample[off_diagonal]
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-6)
+    assert 0 < ratio[0] < 1
+    np.testing.assert_allclose(np.diag(estimate), 1.0, rtol=1e-6)
+    rows[:, 0] = np.random.default_rng(0).normal(0, 1e-4, 20)  # hardly differs between the images
+    floored = fit_gaussian(rows, 0.02)
+    assert floored.scale[0] == 0.02
+    np.testing.assert_allclose(np.diag(np.linalg.inv(floored.precision)), 1.0, rtol=1e-2)
 
 
 @pytest.mark.parametrize(("subjects", "method"), [(60, "conformal"), (12, "normal")])
