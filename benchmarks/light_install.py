@@ -38,10 +38,10 @@ MONOCHROME1 = "dicom-formats/RG3_J2KI.dcm"
 RIBS = "xray-dicom/test4.dcm"
 MEASURE_SCRIPT = """
 import json, os, sys, time
-began = time.perf_counter()
+start = time.perf_counter()
 child = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, 2, 1)])
 _, status, usage = os.wait4(child, 0)
-seconds, peak = time.perf_counter() - began, usage.ru_maxrss / 1000
+seconds, peak = time.perf_counter() - start, usage.ru_maxrss / 1000
 print(json.dumps({"exit": os.waitstatus_to_exitcode(status), "seconds": round(seconds, 2), "peak_mb": round(peak)}))
 """  # run in a small process, because a child that is forked from a large process inherits its peak memory
 RULES = {"body_part": ["CHEST", "EXTREMITY"]}  # body part of RG3_J2KI: EXTREMITY, of test4: RIBCAGE
@@ -74,9 +74,9 @@ def main() -> None:
         "megabytes": measure_install_size(binaries.parent),
         "segmenter": {
             name: compare_segmentation(
-                binaries, packages["segmenter"], runs["segmenter"], data / place, work / "masks" / str(n)
+                binaries, packages["segmenter"], runs["segmenter"], data / path, work / "masks" / str(n)
             )
-            for n, (name, place) in enumerate(SERIES.items())
+            for n, (name, path) in enumerate(SERIES.items())
         },
         "classifier": compare_classification(
             binaries, packages["classifier"], runs["classifier"], data, work / "classes"

@@ -58,7 +58,7 @@ def measure_loading(preset: str, data: Path | None, images: int, rounds: int) ->
     keys = list(cohort.keys.values())
 
     def time_load(dataset: ViewDataset, seed: int) -> float:
-        return time_processor(lambda: [dataset[place, seed] for place in range(len(keys))]) / len(keys)
+        return time_processor(lambda: [dataset[position, seed] for position in range(len(keys))]) / len(keys)
 
     time_load(ViewDataset(cohort.store, keys, **view_options), 0)  # excludes work at the first access
     cold, warm = [], []

@@ -42,9 +42,9 @@ def main() -> None:
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, (data, *run_options) in runs.items():
-            place, source = Path(folder) / name, data.absolute() if data and data.exists() else data
-            prediction = call_in_process(plan_run, source, *run_options, place)
-            actual = call_in_process(execute_run, source, *run_options, place)
+            work_folder, source = Path(folder) / name, data.absolute() if data and data.exists() else data
+            prediction = call_in_process(plan_run, source, *run_options, work_folder)
+            actual = call_in_process(execute_run, source, *run_options, work_folder)
             results[name] = {
                 "planned": prediction,
                 "real": actual,
@@ -58,27 +58,29 @@ def main() -> None:
             write_json(arguments.out, {"schema_version": 1, "cores": os.cpu_count(), "runs": results})
 
 
-def plan_run(data: Path | None, modality: Modality, preset: str, assignments: list[str], place: Path) -> dict[str, Any]:
+def plan_run(
+    data: Path | None, modality: Modality, preset: str, assignments: list[str], work_folder: Path
+) -> dict[str, Any]:
     """Plan a run."""
-    place.mkdir(parents=True)
-    os.chdir(place)
+    work_folder.mkdir(parents=True)
+    os.chdir(work_folder)
     index, _ = open_source(data, modality)
     return plan_pretraining(
-        resolve_pretrain_config(preset, assignments, index), index, place / "run", store=place / "store"
+        resolve_pretrain_config(preset, assignments, index), index, work_folder / "run", store=work_folder / "store"
     )
 
 
 def execute_run(
-    data: Path | None, modality: Modality, preset: str, assignments: list[str], place: Path
+    data: Path | None, modality: Modality, preset: str, assignments: list[str], work_folder: Path
 ) -> dict[str, Any]:
     """Execute a run and measure its time, memory and disk space."""
-    os.chdir(place)
+    os.chdir(work_folder)
     index, _ = open_source(data, modality)
     config = resolve_pretrain_config(preset, assignments, index)
     start = time.process_time()
-    summary = pretrain(config, index, place / "run", store=place / "store")
+    summary = pretrain(config, index, work_folder / "run", store=work_folder / "store")
     cpu = time.process_time() - start
-    run_bytes = sum(path.stat().st_size for path in (place / "run").rglob("*") if path.is_file())
+    run_bytes = sum(path.stat().st_size for path in (work_folder / "run").rglob("*") if path.is_file())
     keys = ("seconds", "seconds_per_step", "data_wait_fraction", "peak_memory_bytes", "steps", "verdict")
     return {**{key: summary[key] for key in keys}, "cpu_seconds": cpu, "run_bytes": run_bytes}
 

@@ -45,7 +45,9 @@ def draw_infomax(title: str, words: str, own: str, other: str, *, whole: bool) -
 def local_dim() -> Sketch:
     """Draw DIM(L)."""
     words = "The summary of image A is scored with every location of map A, which should be high, and of map B, low."
-    return draw_infomax("Local Deep InfoMax", words, "each place\nscore up", "each place\nscore down", whole=False)
+    return draw_infomax(
+        "Local Deep InfoMax", words, "each location\nscore up", "each location\nscore down", whole=False
+    )
 
 
 def global_dim() -> Sketch:

@@ -45,9 +45,9 @@ class Sketch:
         """Add lines of text, centred on (x, y) or left-aligned at x."""
         lines = words.split("\n")
         for number, line in enumerate(lines):
-            place = y + 4 + 15 * (number - (len(lines) - 1) / 2)
+            line_y = y + 4 + 15 * (number - (len(lines) - 1) / 2)
             kind = ' class="head"' * head + ' text-anchor="start"' * left
-            self._parts.append(f'<text{kind} x="{x:g}" y="{place:g}">{escape(line)}</text>')
+            self._parts.append(f'<text{kind} x="{x:g}" y="{line_y:g}">{escape(line)}</text>')
 
     def box(self, x: float, y: float, width: float, height: float, words: str, kind: str) -> None:
         """Add a rounded box around text; (x, y) is its upper left corner."""

@@ -1,4 +1,4 @@
-"""Check that readers preserve patient coordinates for all orders and directions of DICOM slices, rows and columns."""
+"""Check that readers preserve patient coordinates for all axis directions of a DICOM series."""
 
 from __future__ import annotations
 

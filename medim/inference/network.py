@@ -67,7 +67,7 @@ def compute_score_map(run: PredictFn, volume: Volume, preprocessing: Sequence[St
         run: function that computes scores (N, 1, ...) on the grid of its input image.
         volume: original image.
         preprocessing: preprocessing steps of the encoder.
-        inference: see `run_inference`.
+        inference: mode and options of `run_inference`.
 
     Returns:
         (*volume.shape) float32, interpolated linearly; NaN in regions that preprocessing cropped.
@@ -89,7 +89,7 @@ class Predictor:
         in_channels: number of image channels.
         classes: class names; for a segmenter without the background.
         preprocessing: deterministic preprocessing steps in order.
-        inference: see `run_inference`.
+        inference: mode and options of `run_inference`.
         score_map: for an encoder with its local critic, function that computes scores (N, 1, ...) on the grid of its
             input image.
         predict_with_features: the network with OOD features as its second output.
@@ -126,7 +126,7 @@ class Predictor:
         return self._compute_answer(self.run, volume, self._preprocess_volume(volume))
 
     def predict_with_ood(self, volume: Volume) -> tuple[Array, OODResult]:
-        """Predict an image and compute its out-of-distribution score; see `medim.inference.ood`."""
+        """Predict an image and score it with `ood_detector`; without a detector, the score is None."""
         if self.predict_with_features is None or self.ood_detector is None:
             return self(volume), OODResult()
         recorder, input_volume = FeatureRecorder(self.predict_with_features), self._preprocess_volume(volume)
@@ -134,7 +134,7 @@ class Predictor:
         return answer, self.ood_detector.score(ood_features(measure_quality(volume), input_volume, recorder.features))
 
     def predict_score_map(self, volume: Volume) -> Array:
-        """Compute the mutual-information map of an image, (*volume.shape) float32; see `compute_score_map`.
+        """Compute the mutual-information map of an image with `compute_score_map`: (*volume.shape) float32.
 
         Raises:
             UserError: the network has no local critic, or the image has the wrong number of dimensions or channels.

@@ -68,7 +68,9 @@ class DicomRules(StrictModel):
     )
     image_type: tuple[CodeString, ...] = Field(default=(), description="required values of ImageType")
     image_type_never: tuple[CodeString, ...] = Field(default=(), description="forbidden values of ImageType")
-    orientation: tuple[SlicePlane, ...] = Field(default=(), description="allowed planes nearest to the slices")
+    orientation: tuple[SlicePlane, ...] = Field(
+        default=(), description="allowed slice planes; oblique slices count as the nearest plane"
+    )
     slices: CountRange = CountRange()
     pixel_spacing: LengthRange = LengthRange()
     slice_spacing: LengthRange = LengthRange()

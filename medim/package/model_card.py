@@ -105,7 +105,7 @@ class ModelCard(BaseModel):
 
     @model_validator(mode="after")
     def _check_complete(self) -> ModelCard:
-        actual, expected = ({s: set(fields) for s, fields in of.items()} for of in (self.sections, FIELDS))
+        actual, expected = ({s: set(fields) for s, fields in sections.items()} for sections in (self.sections, FIELDS))
         if actual != expected:
             wrong_fields = {
                 f"{s}.{f}"

@@ -56,7 +56,7 @@ def predict(
     is written. These files contain the same patient attributes as the image. DICOM images are first checked against the
     rules of the package.
 
-    The columns `ood_score`, `ood` and `ood_by` contain the out-of-distribution score; see `medim.inference.ood`.
+    The columns `ood_score`, `ood` and `ood_by` contain the out-of-distribution score of `medim.inference.ood`.
 
     Args:
         package: segmenter or classifier.
@@ -117,8 +117,8 @@ def embed_images(
     """Extract the features of all images of a source, one row per image.
 
     `.npz` files contain `image` (keys), `subject` (pseudonyms) and `features` (N, d) float32. `.csv` and `.parquet`
-    files contain the columns `image`, `subject`, `f0`, `f1`, ... All formats contain `ood_score`, `ood` and `ood_by`;
-    see `medim.inference.ood`. Files without features are listed with a reason in `<out>.rejected.csv`.
+    files contain the columns `image`, `subject`, `f0`, `f1`, ... All formats contain the columns `ood_score`,
+    `ood` and `ood_by` of `medim.inference.ood`. Files without features are listed in `<out>.rejected.csv`.
 
     With `maps`, the mutual-information map of each image is written on its native grid (see `write_map`). `maps.csv`
     has one row per map: image, file, mean, lowest and highest score.
@@ -130,7 +130,7 @@ def embed_images(
         maps: output folder of the maps; None for no maps.
         overwrite: delete the content of `maps` first.
         progress: callback after each image.
-        limits: see `predict`.
+        limits: as in `predict`.
 
     Returns:
         Image keys and features (N, d).

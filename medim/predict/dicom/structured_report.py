@@ -83,7 +83,7 @@ def build_probabilities_report(
         probabilities: (K,).
         source: source image.
         equipment: package that made the prediction.
-        ood_result: see `build_volumes_report`.
+        ood_result: as in `build_volumes_report`.
     """
     contract = equipment.contract
     labels = contract.labels or tuple(LabelCode(index=i, name=name) for i, name in enumerate(contract.classes))
