@@ -131,6 +131,7 @@ def finetune(
     from medim.data.contamination import describe_counts as describe_contamination
     from medim.data.source import open_source
     from medim.training.auto_config import describe_input
+    from medim.training.finetune.options import FinetuneOptions
     from medim.training.finetune.run import finetune as run
     from medim.training.finetune.run import resolve_finetune_config
 
@@ -143,18 +144,20 @@ def finetune(
     settings = resolve_finetune_config(*config_args)  # a mistake in it shows before images are read
     image_index, store = open_source(data, settings.modality, labels=labels, subjects=subjects)
     settings = resolve_finetune_config(*config_args, index=image_index)
-    options: dict[str, Any] = {
-        "seed": seed,
-        "split_seed": split_seed,
-        "resume": resume,
-        "overwrite": overwrite,
-        "strict": fail_on_contamination,
-        "accelerator": accelerator,
-    }
-    budget: dict[str, Any] = {"labelled": labelled, "label_fraction": label_fraction}
-    summary = run(
-        settings, image_index, out, encoder=encoder_path, from_scratch=from_scratch, store=store, **budget, **options
+    options = FinetuneOptions(
+        encoder=encoder_path,
+        from_scratch=from_scratch,
+        labelled=labelled,
+        label_fraction=label_fraction,
+        seed=seed,
+        split_seed=split_seed,
+        resume=resume,
+        overwrite=overwrite,
+        strict=fail_on_contamination,
+        accelerator=accelerator,
+        store=store,
     )
+    summary = run(settings, image_index, out, options)
     print_result(
         "finetune",
         {

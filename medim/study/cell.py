@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from medim.files import read_json
 from medim.study.design import Cell, Design
 from medim.study.lr_selection import selection_cohort
 from medim.tasks import find_task
+from medim.training.finetune.options import FinetuneOptions
 from medim.training.finetune.run import finetune
 
 SUMMARY = "summary.json"
@@ -101,25 +102,23 @@ def read_cell_summary(context: StudyContext, cell: Cell) -> dict[str, Any]:
 
 def _run_finetune_cell(context: StudyContext, cell: Cell, out: Path, lr_multiplier: float, *, reference: bool) -> None:
     assert cell.budget is not None
-    budget: dict[str, Any] = {"labelled": cell.budget.labelled, "label_fraction": cell.budget.fraction}
-    cohort = context.cohort
-    if cell.kind == "selection":
-        cohort, budget = selection_cohort(cohort, context.subsets[cell.budget, cell.subset_seed]), {}
-    finetune(
-        context.config_for(cell, lr_multiplier),
-        cohort.index,
-        out,
+    options = FinetuneOptions(
         encoder=cell.arm.runs[cell.pretrain_seed] if cell.arm.runs else None,
+        labelled=cell.budget.labelled,
+        label_fraction=cell.budget.fraction,
         seed=cell.pretrain_seed,
         subset_seed=cell.subset_seed,
         split_seed=context.design.split_seed,
         resume=True,
         accelerator=context.accelerator,
-        cohort=cohort,
+        cohort=context.cohort,
         parent_run=context.parent_run,
         reference=reference,
-        **budget,
     )
+    if cell.kind == "selection":
+        cohort = selection_cohort(context.cohort, context.subsets[cell.budget, cell.subset_seed])
+        options = replace(options, cohort=cohort, labelled=None, label_fraction=None)
+    finetune(context.config_for(cell, lr_multiplier), context.cohort.index, out, options)
 
 
 def _run_probe_cell(context: StudyContext, cell: Cell, out: Path) -> None:

@@ -20,7 +20,7 @@ from medim.training.fit_ood import conformal_thresholds, fit_detector, fit_gauss
 from medim.types import Array, Features, Volume
 from tests.specs import make_spec
 
-SPEC = {"inference": {"mode": "whole"}}
+SPEC = {"encoder": {"name": "unet"}, "in_channels": 1, "spatial_dims": 3, "input_shape": [8, 8, 8]}
 STEPS = [{"op": "normalise"}]
 
 

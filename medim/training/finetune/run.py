@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 
 from medim.config import AUTO, FinetuneConfig, apply_overrides, list_presets, read_config, validate_section
-from medim.data.contamination import TrainingHistory, check_contamination, load_training_history
+from medim.data.contamination import ContaminationCounts, TrainingHistory, check_contamination, load_training_history
 from medim.data.index.index import ImageRecord, Index
 from medim.data.loading.augmentations import Augmentation
 from medim.data.loading.cohort import Cohort, open_cohort
@@ -34,11 +34,12 @@ from medim.training.engine.sampler import StepSampler, step_loader
 from medim.training.engine.trainer import make_trainer, peak_memory, run_trainer
 from medim.training.finetune.head_init import start_head_as_probe
 from medim.training.finetune.module import FinetuneModule, ValidationCallback
+from medim.training.finetune.options import FinetuneOptions
 from medim.training.finetune.targets import select_head, task_of_config
 from medim.training.fit_ood import save_ood_detector
 from medim.training.pretrain.history import HISTORY_COLUMNS
 from medim.training.run_folder import write_config
-from medim.training.tracking.tracking import check_target, log_results, track_run
+from medim.training.tracking.tracking import Tracker, check_target, log_results, track_run
 from medim.types import Modality, UsageError, UserError
 from medim.version import collect_versions
 
@@ -103,53 +104,43 @@ def resolve_finetune_config(
     return config
 
 
+@dataclass(frozen=True, kw_only=True)
+class _LabelledData:
+    """Images of a run: training images within the label budget, and validation images."""
+
+    cohort: Cohort
+    train: Sequence[ImageRecord]
+    val: Sequence[ImageRecord]
+    encoder_history: TrainingHistory | None  # of the initial weights; None if they have no record
+    contamination: ContaminationCounts | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FinetuneRun:
+    """Parts of a run that is ready to train."""
+
+    config: FinetuneConfig
+    options: FinetuneOptions
+    out: Path
+    data: _LabelledData
+    spec: ModelSpec
+    module: FinetuneModule
+
+
 @handle_shutdown_signals()
 def finetune(
-    config: FinetuneConfig,
-    index: Index,
-    out: Path,
-    *,
-    encoder: Path | None = None,
-    from_scratch: bool = False,
-    labelled: int | None = None,
-    label_fraction: float | None = None,
-    seed: int = 0,
-    subset_seed: int | None = None,
-    split_seed: int = 0,
-    resume: bool = False,
-    overwrite: bool = False,
-    accelerator: str = "auto",
-    store: Path | None = None,
-    strict: bool = False,
-    cohort: Cohort | None = None,
-    parent_run: str | None = None,
-    reference: bool = True,
+    config: FinetuneConfig, index: Index, out: Path, options: FinetuneOptions | None = None, **changes: Any
 ) -> dict[str, Any]:
     """Fine-tune within a label budget and measure on the validation split.
 
-    The schedule is fixed, so that nothing is chosen on any split.
+    The schedule is fixed, so that no split is used for selection.
 
     Args:
-        config: what to run.
+        config: the configuration.
         index: the images, some of them labelled.
         out: the run's folder.
-        encoder: a pretraining run or package whose weights (and decoder, where it has one) to start from; None starts
-            fresh.
-        from_scratch: take the encoder's architecture and preprocessing, not its weights.
-        labelled: budget in images.
-        label_fraction: budget as a share of the labelled training images.
-        seed: of fresh weights, batches and augmentation.
-        subset_seed: of the draw of the label budget; None takes `seed`.
-        split_seed: of the split by subject.
-        resume: continue from the newest checkpoint in `out`.
-        overwrite: empty `out` first.
-        accelerator: Lightning's name of the device kind.
-        store: folder of preprocessed images; None is the user's cache.
-        strict: refuse where the encoder, or the training split, holds an image or subject of the validation split.
-        cohort: what `open_labelled_cohort` gave for this index, where several runs share it; `store` is then not
-            looked at.
-        parent_run: MLflow's id of the study that this run is a part of.
-        reference: whether to fit an out-of-distribution detector for a package, see `medim.training.fit_ood`.
+        options: initial weights, label budget, seeds and the handling of `out`; None: the defaults.
+        **changes: single options by name, such as `labelled=50`; they replace those of `options`.
 
     Returns:
         The content of `summary.json`.
@@ -157,62 +148,135 @@ def finetune(
     Raises:
         UserError: no labels for the task, weights that do not fit, a non-empty `out`, or `strict`.
         UsageError: a section that cannot be built, or parts that do not fit each other.
-        StoppedError: SIGTERM or SIGUSR1 came; what was reached is saved.
+        StoppedError: SIGTERM or SIGUSR1 was received; a checkpoint is saved.
     """
     start_time = time.perf_counter()
+    options = replace(options or FinetuneOptions(), **changes)
     config = select_head(config, index)
     dry_run_finetuning(config)
-    if parent_run is None:  # a study has asked
-        check_target(out if resume else None)
-    subset_seed = seed if subset_seed is None else subset_seed
-    prepare_output_folder(out, resume=resume, overwrite=overwrite)
-    cohort = cohort or open_labelled_cohort(config, index, split_seed=split_seed, store=store, strict=strict)
-    train = select_label_budget(cohort.records("train"), labelled=labelled, fraction=label_fraction, seed=subset_seed)
-    val = cohort.records("val")
-    encoder_history = load_training_history(encoder) if encoder and not from_scratch else TrainingHistory()
-    contamination = check_contamination(
-        encoder_history,
-        cohort.cases(val),
-        weights_name=f"encoder {encoder}" if encoder else "fresh weights",
-        strict=strict,
+    _prepare_folder(out, options)
+    data = _open_labelled_data(config, index, options)
+    run, checkpoint, start_step = _build_run(config, data, out, options)
+    with track_run(
+        "finetune", config, out, seed=options.seed, index_hash=index.hash, parent=options.parent_run
+    ) as tracker:
+        _train(run, checkpoint, start_step)
+        _save_model(run)
+        summary = _measure(run, start_time)
+        _log_summary(tracker, summary, out)
+    return summary
+
+
+def _prepare_folder(out: Path, options: FinetuneOptions) -> None:
+    """Prepare the output folder; a study has already checked the tracking server for its runs."""
+    if options.parent_run is None:
+        check_target(out if options.resume else None)
+    prepare_output_folder(out, resume=options.resume, overwrite=options.overwrite)
+
+
+def _open_labelled_data(config: FinetuneConfig, index: Index, options: FinetuneOptions) -> _LabelledData:
+    """Preprocess the images, draw the label budget, and check the encoder for images of the validation split."""
+    cohort = options.cohort or open_labelled_cohort(
+        config, index, split_seed=options.split_seed, store=options.store, strict=options.strict
     )
+    train = select_label_budget(
+        cohort.records("train"), labelled=options.labelled, fraction=options.label_fraction, seed=options.label_seed
+    )
+    val, weights = cohort.records("val"), options.initial_weights
+    encoder_history = load_training_history(weights) if weights else TrainingHistory()
+    weights_name = f"encoder {options.encoder}" if options.encoder else "fresh weights"
+    contamination = check_contamination(
+        encoder_history, cohort.cases(val), weights_name=weights_name, strict=options.strict
+    )
+    return _LabelledData(
+        cohort=cohort, train=train, val=val, encoder_history=encoder_history, contamination=contamination
+    )
+
+
+def _build_run(
+    config: FinetuneConfig, data: _LabelledData, out: Path, options: FinetuneOptions
+) -> tuple[_FinetuneRun, Path | None, int]:
+    """Build the model, write configuration and split, and find the checkpoint to resume from.
+
+    Returns:
+        The run, the checkpoint and its step; None and 0 for a new run.
+    """
+    cohort, train, seed, split_seed = data.cohort, data.train, options.seed, options.split_seed
     pl.seed_everything(seed, workers=False, verbose=False)
     spec = build_model_spec(config, cohort, seed, split_seed, train)
-    model, pretrained, spec = _prepare_model(config, spec, None if from_scratch else encoder)
-    seeds = {"seed": seed, "split_seed": split_seed}
-    origin = {"index_hash": index.hash, "parent": spec.provenance.parent}
-    budget_inputs = {"labelled": labelled, "label_fraction": label_fraction, "subset_seed": subset_seed}
-    write_config(out, config, **seeds, **origin, **budget_inputs)
-    write_splits(
-        out / "split.csv", index, cohort.splits, cohort.records("train"), seed=subset_seed, labelled_records=train
+    model, pretrained, spec = _prepare_model(config, spec, options.initial_weights)
+    write_config(
+        out,
+        config,
+        seed=seed,
+        split_seed=split_seed,
+        index_hash=cohort.index.hash,
+        parent=spec.provenance.parent,
+        labelled=options.labelled,
+        label_fraction=options.label_fraction,
+        subset_seed=options.label_seed,
     )
-    checkpoint, start = find_newest_checkpoint(out / "checkpoints") if resume else (None, 0)
+    split, all_train = out / "split.csv", cohort.records("train")
+    write_splits(split, cohort.index, cohort.splits, all_train, seed=options.label_seed, labelled_records=train)
+    checkpoint, start_step = find_newest_checkpoint(out / "checkpoints") if options.resume else (None, 0)
     if config.head_init == "probe" and not checkpoint:
         _initialise_head(config, cohort, train, model, spec, seed)
     module = FinetuneModule(model, config, pretrained)
-    with track_run("finetune", config, out, seed=seed, index_hash=index.hash, parent=parent_run) as logger:
-        validation_callback = ValidationCallback(config.measure_at or (), out, index, val, spec)
-        options: dict[str, Any] = {"accelerator": accelerator, "validate": False, "clip": config.gradient_clip}
-        trainer = make_trainer(config, out, logger=False, callbacks=[validation_callback], **options)
-        loader = build_finetune_loader(
-            config, cohort, train, spec.classes, steps=config.max_steps, seed=seed, start=start
-        )
-        run_trainer(trainer, module, loader, checkpoint=checkpoint)
-        save_model(out / "model", "model", model.eval(), spec)
-        if reference:
-            save_ood_detector(out / "model", model, cohort, spec)
-        write_csv(out / "history.csv", HISTORY_COLUMNS, module.rows)
-        history = _build_unknown_history(encoder) if encoder_history is None else encoder_history
-        history.extended("finetune", cohort.cases(train)).write(out / "model")
-        evaluation = _evaluate_validation(model, index, val, spec, out / "cases.parquet")
-        summary = _build_finetune_summary(config, cohort, module, spec, len(train), evaluation)
-        summary["damaged_checkpoints"] = list_corrupt_checkpoints(out / "checkpoints")
-        summary |= {"overlap": cohort.overlap, "seen": contamination}
-        summary["seconds"] = time.perf_counter() - start_time
-        write_json(out / "summary.json", summary)
-        metrics = {f"val/{name}": m["value"] for name, m in evaluation["metrics"].items()} if evaluation else {}
-        log_results(logger, summary | metrics, [out / "config.yaml", out / "summary.json", out / "history.csv"])
+    run = _FinetuneRun(config=config, options=options, out=out, data=data, spec=spec, module=module)
+    return run, checkpoint, start_step
+
+
+def _train(run: _FinetuneRun, checkpoint: Path | None, start_step: int) -> None:
+    """Train to the last step of the schedule."""
+    config, data, spec = run.config, run.data, run.spec
+    validation = ValidationCallback(config.measure_at or (), run.out, data.cohort.index, data.val, spec)
+    trainer = make_trainer(
+        config,
+        run.out,
+        logger=False,
+        callbacks=[validation],
+        accelerator=run.options.accelerator,
+        validate=False,
+        clip=config.gradient_clip,
+    )
+    loader = build_finetune_loader(
+        config,
+        data.cohort,
+        data.train,
+        spec.classes,
+        steps=config.max_steps,
+        seed=run.options.seed,
+        start=start_step,
+    )
+    run_trainer(trainer, run.module, loader, checkpoint=checkpoint)
+
+
+def _save_model(run: _FinetuneRun) -> None:
+    """Write the model, its detector, its losses and the record of its training images."""
+    out, data, model = run.out, run.data, run.module.model.eval()
+    save_model(out / "model", "model", model, run.spec)
+    if run.options.reference:
+        save_ood_detector(out / "model", model, data.cohort, run.spec)
+    write_csv(out / "history.csv", HISTORY_COLUMNS, run.module.rows)
+    history = _build_unknown_history(run.options.encoder) if data.encoder_history is None else data.encoder_history
+    history.extended("finetune", data.cohort.cases(data.train)).write(out / "model")
+
+
+def _measure(run: _FinetuneRun, start_time: float) -> dict[str, Any]:
+    """Measure the model on the validation split, and write `cases.parquet` and `summary.json`."""
+    cohort, out, model = run.data.cohort, run.out, run.module.model
+    evaluation = _evaluate_validation(model, cohort.index, run.data.val, run.spec, out / "cases.parquet")
+    summary = _build_finetune_summary(run.config, cohort, run.module, run.spec, len(run.data.train), evaluation)
+    summary["damaged_checkpoints"] = list_corrupt_checkpoints(out / "checkpoints")
+    summary |= {"overlap": cohort.overlap, "seen": run.data.contamination}
+    summary["seconds"] = time.perf_counter() - start_time
+    write_json(out / "summary.json", summary)
     return summary
+
+
+def _log_summary(tracker: Tracker, summary: dict[str, Any], out: Path) -> None:
+    metrics = {f"val/{name}": m["value"] for name, m in summary["val"]["metrics"].items()} if summary["val"] else {}
+    log_results(tracker, summary | metrics, [out / "config.yaml", out / "summary.json", out / "history.csv"])
 
 
 def open_labelled_cohort(

@@ -22,6 +22,7 @@ from medim.files import file_sha256
 from medim.models.model import build_model
 from medim.models.serialization import load_encoder, load_model
 from medim.training.finetune.module import FinetuneModule
+from medim.training.finetune.options import FinetuneOptions
 from medim.training.finetune.run import finetune, resolve_finetune_config
 from medim.training.pretrain.run import pretrain
 from medim.types import UsageError, UserError
@@ -461,3 +462,14 @@ def test_what_a_twin_leaves_open_comes_from_the_encoder_and_for_classification_f
     assert segmenter.views.shape == pretrain_config.views.shape == tuple(segmenter.inference["roi"])
     assert classifier.views.shape == (16, 24, 16)  # the whole image, at the encoder's spacing and stride
     assert classifier.inference == {"mode": "whole", "multiple_of": 4}
+
+
+def test_options_by_name_replace_those_of_the_object_and_a_misspelt_one_is_refused(
+    finetune_config: FinetuneConfig, tmp_path: Path
+) -> None:
+    options = FinetuneOptions(seed=2, encoder=tmp_path / "run", from_scratch=True)
+    assert (options.label_seed, options.initial_weights) == (2, None)
+    assert FinetuneOptions(subset_seed=5, encoder=tmp_path).label_seed == 5
+    with pytest.raises(TypeError, match="sede"):
+        finetune(finetune_config, Index(Path(), "mri", ()), tmp_path / "out", options, sede=3)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,58 @@
+"""Options of a fine-tuning run that the configuration does not contain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from medim.data.loading.cohort import Cohort
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions:
+    """Initial weights, label budget, seeds, and the handling of the output folder.
+
+    Attributes:
+        encoder: pretraining run or package with the initial weights of the encoder and, if it has one, of the decoder;
+            None: fresh weights.
+        from_scratch: take the encoder's architecture and preprocessing, not its weights.
+        labelled: label budget in images.
+        label_fraction: label budget as a share of the labelled training images.
+        seed: of fresh weights, batches and augmentation.
+        subset_seed: of the draw of the label budget; None: `seed`.
+        split_seed: of the split by subject.
+        resume: continue from the newest checkpoint in the run's folder.
+        overwrite: empty the run's folder first.
+        accelerator: device kind, in the terms of Lightning.
+        store: folder of preprocessed images; None: the user's cache.
+        strict: refuse if the encoder or the training split contains an image or subject of the validation split.
+        cohort: result of `open_labelled_cohort` for this index, shared by several runs; `store` is then not used.
+        parent_run: MLflow id of the study that this run belongs to.
+        reference: whether to fit an out-of-distribution detector for a package, see `medim.training.fit_ood`.
+    """
+
+    encoder: Path | None = None
+    from_scratch: bool = False
+    labelled: int | None = None
+    label_fraction: float | None = None
+    seed: int = 0
+    subset_seed: int | None = None
+    split_seed: int = 0
+    resume: bool = False
+    overwrite: bool = False
+    accelerator: str = "auto"
+    store: Path | None = None
+    strict: bool = False
+    cohort: Cohort | None = None
+    parent_run: str | None = None
+    reference: bool = True
+
+    @property
+    def label_seed(self) -> int:
+        """Seed of the draw of the label budget."""
+        return self.seed if self.subset_seed is None else self.subset_seed
+
+    @property
+    def initial_weights(self) -> Path | None:
+        """Run or package whose weights the model starts from; None for fresh weights."""
+        return None if self.from_scratch else self.encoder
