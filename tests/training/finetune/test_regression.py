@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydicom.dataset import Dataset
 
 from medim.config import FinetuneConfig, check_config
 from medim.data.index.index import Index, build_index
@@ -18,7 +19,10 @@ from medim.evaluation.evaluate import evaluate
 from medim.export.export import export
 from medim.files import read_json
 from medim.models.serialization import locate_weights
-from medim.package.package import load_package
+from medim.package.package import Package, load_package
+from medim.predict.dicom.equipment import Equipment
+from medim.predict.dicom.source import read_dicom_source
+from medim.predict.dicom.structured_report import build_values_report
 from medim.predict.predict import predict
 from medim.reports.report import write_report_page
 from medim.training.finetune.run import finetune
@@ -103,12 +107,18 @@ def test_cases_have_label_and_prediction(run: Path) -> None:
     assert summary["r2"]["value"] == pytest.approx(1 - (errors**2).sum() / ((truth - truth.mean()) ** 2).sum())
 
 
-def test_a_package_predicts_the_number_of_the_run(run: Path, index: Index, source: Path, tmp_path: Path) -> None:
-    schema = tmp_path / "labels.json"
+@pytest.fixture(scope="module")
+def package(run: Path) -> Package:
+    schema = run.parent / "labels.json"
     label = {"index": 0, "name": "value", "unit": {"value": "mm2", "meaning": "square millimeter"}}
     schema.write_text(json.dumps({"schema_version": 1, "labels": [label]}))
-    export(run, tmp_path / "package", labels_schema=str(schema))
-    package = load_package(tmp_path / "package")
+    export(run, run.parent / "package", labels_schema=str(schema))
+    return load_package(run.parent / "package")
+
+
+def test_a_package_predicts_the_number_of_the_run(
+    package: Package, run: Path, index: Index, source: Path, tmp_path: Path
+) -> None:
     assert package.contract.kind == "regressor"
     assert package.contract.labels[0].unit is not None
     assert package.contract.architecture["head"]["std"] > 1
@@ -119,12 +129,31 @@ def test_a_package_predicts_the_number_of_the_run(run: Path, index: Index, sourc
             assert row["value"] == pytest.approx(measured[row["image"]], rel=1e-4)
     content = read_json(tmp_path / "answers" / rows[0]["file"])
     assert content["value"] == rows[0]["value"]
-    result = evaluate(tmp_path / "package", index, tmp_path / "evaluation", split="all", include_seen=True)
+    result = evaluate(run.parent / "package", index, tmp_path / "evaluation", split="all", include_seen=True)
     assert result["task"] == "regression"
     assert result["metrics"]["r2"]["value"] > 0.5
     page = write_report_page(tmp_path / "evaluation").read_text()
     assert "Mean absolute error" in page
     assert "Prediction against label" in page
+
+
+def test_a_structured_report_has_the_number_and_its_unit(package: Package, shared_data: Path) -> None:
+    xrays = build_index(shared_data / "xray-dicom" / "test2.dcm", "xray", remember=False)
+    plan = xrays.plan_slices(xrays.records[0])
+    assert plan is not None
+    equipment = Equipment(package.contract, package.sha256)
+    report = build_values_report(np.array([1234.5]), read_dicom_source(plan), equipment)
+    measurements = [item for item in walk_content(report) if item.ValueType == "NUM"]
+    values = [item.MeasuredValueSequence[0] for item in measurements]
+    assert [float(value.NumericValue) for value in values] == [1234.5]
+    unit = values[0].MeasurementUnitsCodeSequence[0]
+    assert (unit.CodeValue, unit.CodingSchemeDesignator) == ("mm2", "UCUM")
+
+
+def walk_content(item: Dataset) -> list[Dataset]:
+    """All content items below an item of a report."""
+    children = list(item.get("ContentSequence", []))
+    return children + [inner for child in children for inner in walk_content(child)]
 
 
 @pytest.mark.parametrize("label", ["large", "nan", "inf"])
