@@ -49,7 +49,7 @@ class ExportGraph:
         return self.network.source if isinstance(self.network, WithOODFeatures) else self.network
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FinishedRun:
     """Content of a finished run for the export."""
 
@@ -104,14 +104,14 @@ def load_finished_run(folder: Path) -> FinishedRun:
     summary_file = folder / "summary.json"
     run_summary = read_json(summary_file) if summary_file.is_file() else {}
     return FinishedRun(
-        folder,
-        tuple(graphs),
-        spec,
-        weights,
-        sizes,
-        run_summary,
-        load_training_history(folder),
-        _read_ood_statistics(weights),
+        folder=folder,
+        graphs=tuple(graphs),
+        spec=spec,
+        weights=weights,
+        sizes=sizes,
+        summary=run_summary,
+        training_history=load_training_history(folder),
+        ood_statistics=_read_ood_statistics(weights),
     )
 
 
