@@ -1,4 +1,4 @@
-"""Run one cell of a study, or find that it is whole already."""
+"""Run one cell of a study, or detect that it is complete."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ PROBE = "probe.json"
 
 @dataclass(frozen=True)
 class StudyContext:
-    """What all cells of a study share; it travels to the worker processes once.
+    """Data shared by all cells of a study; sent to each worker process once.
 
     Attributes:
-        out: the study's folder.
-        design: the study.
-        config: the schedule of every arm.
-        cohort: the images, preprocessed and split.
-        subsets: the labels of each budget and subset seed.
-        parent_run: MLflow's id of the study.
-        accelerator: Lightning's name of the device kind.
-        keep_models: keep the weights of every cell.
+        out: folder of the study.
+        design: design of the study.
+        config: configuration with the schedule of every arm.
+        cohort: images, preprocessed and split.
+        subsets: labelled images by budget and subset seed.
+        parent_run: MLflow run id of the study.
+        accelerator: device kind, in the terms of Lightning.
+        keep_models: whether to keep the weights of every cell.
     """
 
     out: Path
@@ -51,11 +51,11 @@ class StudyContext:
     keep_models: bool = False
 
     def is_complete(self, cell: Cell) -> bool:
-        """Whether a cell is whole."""
+        """Whether a cell is complete."""
         return (self.out / cell.folder / (PROBE if cell.kind == "probe" else SUMMARY)).is_file()
 
     def config_for(self, cell: Cell, lr_multiplier: float) -> FinetuneConfig:
-        """The configuration of a cell: what the arms share, at this multiple of its learning rate."""
+        """Build the configuration of a cell: that of all arms, with the learning rate multiplied by a factor."""
         updates: dict[str, Any] = {"lr": self.config.lr * lr_multiplier, "measure_at": self.design.measure_at}
         if cell.kind == "selection":
             updates["measure_at"] = ()
@@ -65,16 +65,16 @@ class StudyContext:
 
 
 def run_cell(context: StudyContext, cell: Cell, lr_multiplier: float) -> None:
-    """Run a cell from where it was left; what it wrote is then whole, and small.
+    """Run a cell, or resume it, and remove its intermediate files.
 
     Args:
-        context: what all cells share.
-        cell: which.
-        lr_multiplier: of the preset's learning rate.
+        context: data shared by all cells.
+        cell: cell to run.
+        lr_multiplier: factor on the learning rate of the preset.
 
     Raises:
-        UserError: as `medim.training.finetune.run.finetune` and `medim.evaluation.probing.probe.probe` say.
-        StoppedError: SIGTERM came, and the step it came in is saved.
+        UserError: see `medim.training.finetune.run.finetune` and `medim.evaluation.probing.probe.probe`.
+        StoppedError: SIGTERM arrived; the step in progress was saved.
     """
     out = context.out / cell.folder
     keep_model = context.keep_models or _keeps_model(context, cell)
@@ -89,14 +89,14 @@ def run_cell(context: StudyContext, cell: Cell, lr_multiplier: float) -> None:
 
 
 def read_selection_score(context: StudyContext, cell: Cell) -> float | None:
-    """What a whole selection run reached on the labels that it held out."""
+    """Read the metric of a complete selection run on its validation labels."""
     metrics = read_cell_summary(context, cell)["val"]["metrics"]
     value: float | None = metrics[find_task(context.design.task).metric]["value"]
     return value
 
 
 def read_cell_summary(context: StudyContext, cell: Cell) -> dict[str, Any]:
-    """What a whole cell says of itself."""
+    """Read the summary of a complete cell."""
     return read_json(context.out / cell.folder / (PROBE if cell.kind == "probe" else SUMMARY))
 
 
@@ -124,28 +124,28 @@ def _run_finetune_cell(context: StudyContext, cell: Cell, out: Path, lr_multipli
 def _run_probe_cell(context: StudyContext, cell: Cell, out: Path) -> None:
     design = context.design
     first_arm = next(arm for arm in design.arms if design.is_probe_arm(arm))
-    anchors = cell.arm == first_arm and cell.pretrain_seed == 0  # they know of no pretraining: once a study
+    anchors = cell.arm == first_arm and cell.pretrain_seed == 0  # they do not depend on pretraining: once per study
     options: dict[str, Any] = {"split_seed": design.split_seed, "anchors": anchors, "cohort": context.cohort}
     options |= {"budgets": design.budgets, "seeds": design.subset_seeds(cell.arm), "overwrite": True}
     probe(cell.arm.runs[cell.pretrain_seed], context.cohort.index, out, **options)
 
 
 def _keeps_model(context: StudyContext, cell: Cell) -> bool:
-    """Whether the report shows this model's worst cases: an arm's first cell of the largest budget."""
+    """Whether the report shows the worst cases of this model: the first cell of an arm at the largest budget."""
     is_first_cell = (cell.pretrain_seed, cell.subset_seed) == (0, 0)
     return is_first_cell and cell.kind == "finetune" and cell.budget == context.design.budgets[-1]
 
 
 def _remove_intermediate_files(out: Path, *, keep_model: bool) -> None:
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    (out / "split.csv").unlink(missing_ok=True)  # the study has one for each subset seed
+    (out / "split.csv").unlink(missing_ok=True)  # the study has one file per subset seed
     if not keep_model:
         shutil.rmtree(out / "model", ignore_errors=True)
 
 
 @contextmanager
 def _warnings_only() -> Iterator[None]:
-    """Let no cell talk: a study says a line a cell."""
+    """Suppress log messages below ERROR while a cell runs; the study logs one line per cell."""
     log = logging.getLogger("medim")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""`medim study`: what pretraining is worth in labels, from the design to results that can be checked."""
+"""`medim study`: measure the value of pretraining in labels, from the design to the report."""
 
 from __future__ import annotations
 
@@ -42,24 +42,24 @@ def study(
     out: Path,
     options: StudyOptions | None = None,
 ) -> dict[str, Any]:
-    """Run every arm at every label budget, paired, and write what came out.
+    """Run every arm at every label budget, paired, and write results, audit and report.
 
     Args:
-        task: what is learnt.
-        config: the schedule of all arms.
-        index: the images.
-        arms: from `medim.study.design.read_arms`, the scratch twin first.
-        budgets: how many labels.
-        out: the study's folder.
-        options: how it is run.
+        task: task of the fine-tuned models.
+        config: configuration with the schedule of all arms.
+        index: index of the images.
+        arms: arms from `medim.study.design.read_arms`, beginning with scratch.
+        budgets: label budgets.
+        out: folder of the study.
+        options: options of the study.
 
     Returns:
-        The content of `summary.json`.
+        Content of `summary.json`.
 
     Raises:
-        UserError: a refusal (`medim.study.checks`), another study in `out`, or cells that failed.
-        UsageError: budgets or options that cannot be.
-        StoppedError: cells are left, because of `max_hours` or a signal; what is done is written.
+        UserError: a precondition is not met (`medim.study.checks`), `out` contains another study, or cells failed.
+        UsageError: budgets or options are invalid.
+        StoppedError: cells remain, because of `max_hours` or a signal; the completed ones are in the results.
     """
     options = options or StudyOptions()
     start, previous_hours = time.monotonic(), _read_previous_hours(out) if options.resume else 0.0
@@ -96,17 +96,17 @@ def _collect_study_parameters(context: StudyContext) -> dict[str, Any]:
 
 
 def _read_previous_hours(out: Path) -> float:
-    """Of the calls before this one."""
+    """Read the duration of the earlier calls in hours."""
     if not (out / "summary.json").is_file():
         return 0.0
     summary = read_json(out / "summary.json")
     if summary.get("command") != "study":
-        raise UserError(f"{out}: --resume expected a study, got {summary.get('command')}. Choose another --out.")
+        raise UserError(f"{out}: --resume expected a study, got {summary.get('command')}. Use another --out.")
     return float(summary["wall_hours"])
 
 
 def _format_repeat_command(command: Sequence[str], context: StudyContext) -> str:
-    """The command that does it all again: with the steps that were timed here, and no identity in its paths."""
+    """Format the command that repeats the study, with the steps timed here and without identities in paths."""
     scrubber = Scrubber(identity_tokens(context.cohort.index.identity_parts))
     words = ["/".join(scrubber.scrub_part(part) for part in word.split("/")) for word in command]
     overrides = (
@@ -116,16 +116,16 @@ def _format_repeat_command(command: Sequence[str], context: StudyContext) -> str
 
 
 def _raise_if_incomplete(scheduler: Scheduler, out: Path) -> None:
-    """Say what is left, by the exit code that a queue goes by."""
+    """Raise an error if cells remain or failed; its exit code is for job queues."""
     if scheduler.remaining:
         raise StoppedError(
             f"{out}: {len(scheduler.remaining)} of {len(scheduler.cells)} cells are left, about "
-            f"{format_remaining_time(scheduler.remaining_seconds())}; what is done is in results.parquet, --resume "
-            f"continues."
+            f"{format_remaining_time(scheduler.remaining_seconds())}. The results so far are in results.parquet; "
+            f"--resume continues the study."
         )
     if scheduler.failures:
         listing = "; ".join(
             f"{cell}: {reason}" for cell, reason in scheduler.failures.items() if cell.kind != "selection"
         )
         if listing:
-            raise UserError(f"{out}: the rest is done, but these cells failed: {listing}. --resume tries them again.")
+            raise UserError(f"{out}: these cells failed: {listing}. The others are complete. --resume retries them.")
