@@ -298,19 +298,19 @@ def log_encoder(tracker: Tracker, name: str) -> None:
 
 
 def sync_pending(out: Path) -> int:
-    """Send the tracking records of a run that its server did not take while it ran.
+    """Send the unsent tracking records of a run.
 
     Args:
         out: folder of the run.
 
     Returns:
-        Number of records sent; 0 if none were waiting.
+        Number of records sent; 0 if there were none.
 
     Raises:
-        UserError: the folder is not a tracked run, or the server does not take the records, which are kept.
+        UserError: the folder is not that of a tracked run, or the server does not accept the records, which are kept.
     """
     if not (out / RECORDS).is_file():
-        raise UserError(f"{out}: expected the folder of a tracked run, with {RECORDS}. Give a run's folder.")
+        raise UserError(f"{out}: expected the folder of a tracked run, with {RECORDS}. Use the folder of a run.")
     _set_short_timeouts()
     n_sent = 0
     with closing(Outbox(out)) as outbox:
