@@ -1,4 +1,4 @@
-"""What a study refuses before anything is trained, each with its reason."""
+"""Preconditions of a study, checked before training; each error states the reason."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from medim.types import Split, UsageError, UserError
 
 log = logging.getLogger(__name__)
 NETWORK_KEYS = ("modality", "spatial_dims", "in_channels", "encoder", "preprocessing", "input_shape")
-_MORE_SUBJECTS = "Measure on more subjects: a larger validation split, or another source."
+_MORE_SUBJECTS = "Use more subjects: a larger validation split, or another source."
 
 
 def check_networks(arms: Iterable[Arm]) -> ModelSpec:
-    """The spec that all encoders share.
+    """Check that all encoders have the same architecture and input, and return their common spec.
 
     Raises:
-        UserError: two differ in network, preprocessing or input, or two runs of an arm are one encoder.
+        UserError: two encoders differ in network, preprocessing or input, or two runs of an arm have the same weights.
     """
     reference: tuple[Path, ModelSpec] | None = None
     hashes: dict[tuple[str, str], Path] = {}
@@ -39,8 +39,8 @@ def check_networks(arms: Iterable[Arm]) -> ModelSpec:
         spec = locate_weights(run)[1]
         if (other_run := hashes.setdefault((name, spec.sha256), run)) is not run:
             raise UserError(
-                f"{run}: expected another encoder than {other_run}, got the same weights; an arm's pretraining runs "
-                "differ by their seed. Name each once."
+                f"{run}: has the same weights as {other_run}, but the pretraining runs of an arm must differ in their "
+                "seed. List each run once."
             )
         if reference is None:
             reference = run, spec
@@ -48,52 +48,53 @@ def check_networks(arms: Iterable[Arm]) -> ModelSpec:
             value, reference_value = spec.to_json()[key], reference[1].to_json()[key]
             if value != reference_value:
                 raise UserError(
-                    f"{run}: expected every arm to have the same network, so that pretraining alone differs, got {key} "
-                    f"{value}, where {reference[0]} has {reference_value}. Compare encoders of one architecture, "
-                    "preprocessing and input shape."
+                    f"{run}: all arms must have the same network, so that only pretraining differs; {key} is {value}, "
+                    f"but {reference_value} in {reference[0]}. Compare encoders of one architecture, preprocessing and "
+                    "input shape."
                 )
     assert reference is not None
     return reference[1]
 
 
 def check_one_class_per_image(index: Index) -> None:
-    """Refuse labels that are findings, any number an image.
+    """Reject labels that are findings, several per image.
 
     Raises:
-        UserError: they are.
+        UserError: the labels are findings.
     """
     if index.findings:
         raise UserError(
-            f"{index.root}: expected one class an image, got labels of {len(index.findings)} findings. Study one at a "
-            "time: give --labels CSV with columns image,label."
+            f"{index.root}: expected one class per image, got labels of {len(index.findings)} findings. Study one "
+            "finding at a time: use --labels CSV with columns image,label."
         )
 
 
 def check_disjoint_splits(cohort: Cohort) -> None:
-    """Refuse a split with a subject, or the same pixels, on both sides.
+    """Reject a split with the same subject or the same pixels in training and validation.
 
     Raises:
-        UserError: there is one.
+        UserError: the splits overlap.
     """
     shared_subjects = {r.subject for r in cohort.records("train")} & {r.subject for r in cohort.records("val")}
     if shared_subjects:
         raise UserError(
-            f"split: expected every subject on one side, got {len(shared_subjects)} in training and validation split. "
-            "Correct the split column, or the subjects that --subjects gives."
+            f"split: {len(shared_subjects)} subjects are in both the training and the validation split. "
+            "Correct the split column, or the subjects of --subjects."
         )
     if cohort.overlap["images"]:
         raise UserError(
-            f"split: expected every image on one side, but {cohort.overlap['images']} held-out images (of "
-            f"{cohort.overlap['subjects']} subjects) have the same pixels as images of the training split; a study on "
-            "them proves nothing. Correct the source's split column, or take the copies out."
+            f"split: {cohort.overlap['images']} validation images (of {cohort.overlap['subjects']} subjects) have the "
+            "same pixels as images of the training split, so the results would be invalid. Correct the split column "
+            "of the source, or remove the copies."
         )
 
 
 def check_evaluation_split(task: str, cohort: Cohort) -> None:
-    """Refuse an evaluation split that is too small for an interval, or lacks a class.
+    """Reject an evaluation split that is too small for an interval, or that lacks a class.
 
     Raises:
-        UserError: fewer than five subjects, in all or (classification) of a class; or no mask with a class.
+        UserError: there are fewer than five subjects in total or (classification) of a class, or no mask contains a
+            class.
     """
     val = cohort.records("val")
     subjects = {record.subject for record in val}
@@ -123,10 +124,10 @@ def check_evaluation_split(task: str, cohort: Cohort) -> None:
 def count_contamination(
     arms: Iterable[Arm], cohort: Cohort, *, strict: bool
 ) -> dict[str, list[ContaminationCounts | None]]:
-    """What the encoders of each arm have seen of the evaluation split, a count a run.
+    """Count the evaluation images in the training history of the encoders of each arm, one count per run.
 
     Raises:
-        UserError: `strict`, and one saw any of it.
+        UserError: `strict` is set and an encoder was trained on an evaluation image or subject.
     """
     cases = cohort.cases(cohort.records("val"))
     return {
@@ -142,13 +143,13 @@ def count_contamination(
 
 
 def count_selection_labels(arms: Iterable[Arm]) -> dict[str, int]:
-    """The labels that chose the step of an arm's encoders (their online probe), the most of its runs."""
+    """Count the labels used to select the step of the encoders of an arm (by online probe), the largest of its runs."""
     label_counts = {arm.name: [locate_weights(run)[1].n_selection_labels for run in arm.runs] for arm in arms}
     selection_labels = {name: max(labels) for name, labels in label_counts.items() if labels}
     if listing := ", ".join(f"{name} ({labels})" for name, labels in selection_labels.items() if labels):
         log.warning(
-            "labels of training subjects chose the encoders' steps, beside the budgets: %s. To avoid it, pretrain with "
-            "--set select_without_labels=true",
+            "labels of training subjects were used to select the step of encoders, in addition to the label budgets: "
+            "%s. To avoid this, pretrain with --set select_without_labels=true",
             listing,
         )
     return selection_labels
@@ -157,14 +158,14 @@ def count_selection_labels(arms: Iterable[Arm]) -> dict[str, int]:
 def draw_label_subsets(
     task: str, cohort: Cohort, budgets: Sequence[Budget], seeds: int
 ) -> tuple[tuple[Budget, ...], dict[tuple[Budget, int], tuple[ImageRecord, ...]]]:
-    """The labels of each budget and subset seed, nested for one seed; a budget of all labels has one subset.
+    """Draw the label subsets of each budget and subset seed, nested for one seed; all labels are a single subset.
 
     Returns:
-        The budgets, fewest labels first, and their subsets.
+        The budgets, smallest first, and their subsets.
 
     Raises:
-        UserError: a subset without a label of some class.
-        UsageError: two budgets that give the same labels, or one that is out of range.
+        UserError: a subset contains no label of a class.
+        UsageError: two budgets have the same number of labels, or a budget is out of range.
     """
     train = cohort.records("train")
     subsets: dict[tuple[Budget, int], tuple[ImageRecord, ...]] = {}
@@ -180,7 +181,7 @@ def draw_label_subsets(
             if missing:
                 raise UserError(
                     f"budget {budget.name}, subset {seed}: expected a label of every class, got {len(subset)} image(s) "
-                    f"without {', '.join(missing)}. Give a larger budget."
+                    f"without {', '.join(missing)}. Use a larger budget."
                 )
             subsets[budget, seed] = subset
     by_size = sorted(dict.fromkeys(budgets), key=lambda budget: len(subsets[budget, 0]))
@@ -188,30 +189,30 @@ def draw_label_subsets(
         if len(subsets[smaller, 0]) == len(subsets[larger, 0]):
             raise UsageError(
                 f"budgets {smaller.name} and {larger.name}: both give {len(subsets[smaller, 0])} labelled images. "
-                "Leave one out."
+                "Remove one of them."
             )
     return tuple(by_size), subsets
 
 
 def check_selection_budgets(shortages: dict[str, str]) -> None:
-    """Refuse budgets that selection alone would eat, where it was asked for.
+    """Reject budgets that are too small for the requested learning-rate selection.
 
     Args:
-        shortages: budget to why nothing can be chosen in it; see `medim.study.lr_selection.describe_subset_shortage`.
+        shortages: reason by budget; see `medim.study.lr_selection.describe_subset_shortage`.
 
     Raises:
-        UsageError: there is one.
+        UsageError: a budget is too small.
     """
     if shortages:
         budget, reason = next(iter(shortages.items()))
         raise UsageError(
-            f"--lr-multipliers: budget {budget} is too small to choose by: {reason}. Selection is paid from the label "
-            "budget; give a larger budget, or --lr-multipliers fixed."
+            f"--lr-multipliers: budget {budget} is too small for selection: {reason}. Selection uses labels of the "
+            "budget; use a larger budget, or --lr-multipliers fixed."
         )
 
 
 def count_cohort(task: str, cohort: Cohort, subsets: LabelSubsets) -> dict[str, Any]:
-    """How many images and subjects each split and each subset has."""
+    """Count the images and subjects of each split and each subset."""
     split_records = {part: cohort.records(part) for part in get_args(Split)}
     has_numbers = find_task(task).quantity == "value"
     return {

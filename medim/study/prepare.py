@@ -1,4 +1,4 @@
-"""Everything before the first cell of a study: what is refused, what is drawn, and what its folder says of it."""
+"""Prepare a study before its first cell: check its inputs, draw label subsets and write its design."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ DESIGN = "design.json"
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """How a study is run.
+    """Options of a study.
 
     Attributes:
-        seeds: label subsets a budget.
-        probe_seeds: the same, of arms that stay frozen; None: as many.
-        lr_multipliers: of the learning rate, to choose from; empty: nothing is chosen; None: a small grid where the
-            budget can pay for it.
-        split_seed: of the split by subject where the source defines none.
-        jobs: cells at once; with 2 or more, each in a process of its own that stays warm.
-        strict: refuse encoders that have seen any of the evaluation split.
-        max_hours: begin no cell that is expected to end later.
-        keep_models: keep the weights of every cell.
-        resume: go on with what is in the folder.
-        overwrite: empty the folder first.
-        accelerator: Lightning's name of the device kind.
-        store: folder of preprocessed images; None is the user's cache.
+        seeds: number of label subsets per budget.
+        probe_seeds: number of label subsets per budget of frozen arms; None for the same number.
+        lr_multipliers: factors on the learning rate to select from; empty disables selection; None uses a small grid
+            for budgets that are large enough.
+        split_seed: random seed of the split by subject, if the source defines no split.
+        jobs: number of cells at the same time; with 2 or more, each runs in a persistent worker process.
+        strict: whether to reject encoders that were trained on images of the evaluation split.
+        max_hours: time limit; no cell is started that is expected to end later.
+        keep_models: whether to keep the weights of every cell.
+        resume: whether to continue the study in the folder.
+        overwrite: whether to empty the folder first.
+        accelerator: device kind, in the terms of Lightning.
+        store: folder of preprocessed images; None is the cache of the user.
         groups: table of groups for the audit; see `medim.study.audit.groups.read_groups`.
-        command: what was typed, for the record.
+        command: command line, for the record.
     """
 
     seeds: int = 1
@@ -68,13 +68,13 @@ class StudyOptions:
 
 @dataclass(frozen=True)
 class StudySetup:
-    """A study that may begin.
+    """Prepared study.
 
     Attributes:
-        context: what its cells share.
-        costs: of steps and images on this machine, timed when they are first asked for.
-        groups: of the user's table.
-        facts: what `summary.json` says of it.
+        context: data shared by the cells.
+        costs: function that returns the duration of steps and images on this machine, timed at the first call.
+        groups: groups from the table of the user.
+        facts: entries for `summary.json`.
     """
 
     context: StudyContext
@@ -92,11 +92,12 @@ def prepare_study(
     out: Path,
     options: StudyOptions,
 ) -> StudySetup:
-    """Refuse what cannot be a study, draw its labels, time a few steps, and write design, configuration and splits.
+    """Check the inputs, draw label subsets, time a few steps, and write design, configuration and splits.
 
     Raises:
-        UserError: a refusal (`medim.study.checks`), a table of groups that is none, or another study in `out`.
-        UsageError: budgets or options that cannot be.
+        UserError: a precondition is not met (`medim.study.checks`), the table of groups is invalid, or `out` contains
+            another study.
+        UsageError: budgets or options are invalid.
     """
     dry_run_finetuning(config)
     checks.check_networks(arms)
@@ -144,10 +145,10 @@ def prepare_study(
 
 
 def _fix_design(context: StudyContext, costs: Callable[[], Costs]) -> StudyContext:
-    """The bench with its design as `design.json` has it, which is written where there is none.
+    """Replace the design by that of `design.json`, which is written if it does not exist.
 
     Raises:
-        UserError: the folder holds another study.
+        UserError: the folder contains another study.
     """
     design, file = context.design, context.out / DESIGN
     content: dict[str, Any] = {
@@ -164,13 +165,13 @@ def _fix_design(context: StudyContext, costs: Callable[[], Costs]) -> StudyConte
     }
     if file.is_file():
         previous = read_json(file)
-        content["measure_at"] = previous.get("measure_at")  # as it was timed when the study began
+        content["measure_at"] = previous.get("measure_at")  # as timed at the start of the study
         differences = [
             f"{key} {previous.get(key)} (now {value})" for key, value in content.items() if previous.get(key) != value
         ]
         if differences:
             raise UserError(
-                f"{file}: --resume expected the same study, got another; it had {', '.join(differences)}. "
+                f"{file}: --resume needs the same study; the one in the folder had {', '.join(differences)}. "
                 "Use --overwrite to start over, or another --out."
             )
     else:

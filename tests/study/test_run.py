@@ -111,7 +111,7 @@ def test_another_study_is_not_taken_up(small: Study) -> None:
     small()
     with pytest.raises(UserError, match="expected an empty or new folder"):
         small()
-    with pytest.raises(UserError, match=r"expected the same study.*seeds 1 \(now 2\)"):
+    with pytest.raises(UserError, match=r"needs the same study.*seeds 1 \(now 2\)"):
         small(resume=True, seeds=2)
 
 

@@ -1,4 +1,4 @@
-"""Fine-tune an encoder on few labels, or train its from-scratch twin by the very same schedule."""
+"""Fine-tune an encoder on few labels, or train the same network from scratch with the same schedule."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from medim.types import Modality, UsageError, UserError
 from medim.version import collect_versions
 
 log = logging.getLogger(__name__)
-HEAD_PROBE_BATCHES = 32  # what the head is started from, where there are more
+HEAD_PROBE_BATCHES = 32  # largest number of batches for the initialisation of the head
 
 
 def resolve_finetune_config(
@@ -55,19 +55,20 @@ def resolve_finetune_config(
     assignments: Sequence[str] = (),
     index: Index | None = None,
 ) -> FinetuneConfig:
-    """The fine-tuning configuration that fits an encoder and an index.
+    """Resolve a fine-tuning configuration for an encoder and an index.
 
-    Without `name`, the preset is the pretraining preset's twin, or else the modality's. The encoder decides
-    architecture, preprocessing and, where the preset leaves it open, the views' shape; for classification the views
-    are then whole images. A preset that only adds `centre` to the encoder's preprocessing keeps its own.
+    Without `name`, the preset is that which corresponds to the pretraining preset, or else that of the modality. The
+    encoder determines the architecture, the preprocessing and, if the preset leaves it open, the shape of the views;
+    for classification, the views are then whole images. A preset that only adds `centre` to the preprocessing of the
+    encoder keeps its own.
 
     Args:
-        task: value of `--task`, see `medim.tasks.TASK_OPTIONS`.
-        modality: needed where there is no encoder.
-        encoder: a run or package, or None.
+        task: segmentation or classification.
+        modality: modality; required without an encoder.
+        encoder: pretraining run or package, or None.
         name: preset or file.
         assignments: `key=value` overrides.
-        index: the images that `auto` follows; None checks the configuration for images of the usual size.
+        index: images for the `auto` values; None checks the configuration for images of typical size.
 
     Raises:
         UserError: the encoder is of another modality.
@@ -75,12 +76,12 @@ def resolve_finetune_config(
     """
     find_task(task)
     if encoder is None and modality is None:
-        raise UsageError("--modality: expected mri or xray where no --encoder is given.")
+        raise UsageError("--modality: mri or xray is required without --encoder.")
     spec = locate_weights(encoder)[1] if encoder else None
     if spec and modality and spec.modality != modality:
         raise UserError(
             f"--modality {modality}: the encoder {encoder} was pretrained on {spec.modality}. "
-            "Leave --modality out, or choose another encoder."
+            "Omit --modality, or use another encoder."
         )
     preset_names = list_presets("finetune")
     twin = f"{spec.preset if spec else ''}-{task}"
@@ -88,12 +89,12 @@ def resolve_finetune_config(
     preset = f"{preset}-{task}" if f"{preset}-{task}" in preset_names else preset
     content = read_config("finetune", preset)
     if content.get("task", task) != task:
-        raise UserError(f"--config {preset}: it is for {content['task']}, and --task says {task}.")
+        raise UserError(f"--config {preset}: this preset is for {content['task']}, but --task is {task}.")
     if spec:
         steps, shape = list(spec.preprocessing), list(spec.input_shape)
         preset_steps = content.get("preprocessing", [])
         if [step for step in preset_steps if step["op"] != "centre"] == steps:
-            steps = preset_steps  # a field of view that the task asks for
+            steps = preset_steps  # field of view for the task
         encoder_options = {"modality": spec.modality, "encoder": spec.encoder, "preprocessing": steps}
         views = {"shape": shape, **content.get("views", {})}
         if views["shape"] == AUTO and not find_task(task).whole_views:
@@ -131,24 +132,24 @@ class _FinetuneRun:
 def finetune(
     config: FinetuneConfig, index: Index, out: Path, options: FinetuneOptions | None = None, **changes: Any
 ) -> dict[str, Any]:
-    """Fine-tune within a label budget and measure on the validation split.
+    """Fine-tune within a label budget, and evaluate on the validation split.
 
-    The schedule is fixed, so that no split is used for selection.
+    The schedule is fixed, so no split is used for selection.
 
     Args:
-        config: the configuration.
-        index: the images, some of them labelled.
-        out: the run's folder.
-        options: initial weights, label budget, seeds and the handling of `out`; None: the defaults.
+        config: configuration of the run.
+        index: index of the images, some of them labelled.
+        out: folder of the run.
+        options: initial weights, label budget, seeds and the handling of `out`; None uses the defaults.
         **changes: single options by name, such as `labelled=50`; they replace those of `options`.
 
     Returns:
-        The content of `summary.json`.
+        Content of `summary.json`.
 
     Raises:
-        UserError: no labels for the task, weights that do not fit, a non-empty `out`, or `strict`.
-        UsageError: a section that cannot be built, or parts that do not fit each other.
-        StoppedError: SIGTERM or SIGUSR1 was received; a checkpoint is saved.
+        UserError: there are no labels for the task, the weights do not match, `out` is not empty, or `strict` applies.
+        UsageError: a section cannot be built, or the parts are not compatible.
+        StoppedError: SIGTERM or SIGUSR1 arrived; a checkpoint was saved.
     """
     start_time = time.perf_counter()
     options = replace(options or FinetuneOptions(), **changes)
@@ -288,10 +289,10 @@ def open_labelled_cohort(
     jobs: int = 1,
     strict: bool = False,
 ) -> Cohort:
-    """The images of an index that carry what the task learns from; see `medim.data.loading.cohort.open_cohort`.
+    """Open the images of an index that have targets for the task; see `medim.data.loading.cohort.open_cohort`.
 
     Raises:
-        UserError: there is none, or see there.
+        UserError: there are no such images; or see `open_cohort`.
     """
     steps = config.preprocessing
     records = _select_labelled(config, index)
@@ -299,10 +300,11 @@ def open_labelled_cohort(
 
 
 def dry_run_finetuning(config: FinetuneConfig) -> None:
-    """Put a blank batch through every part, so that a wrong one shows before an image is read or a file written.
+    """Run a blank batch through every part, to detect invalid sections before images are read or files are written.
 
     Raises:
-        UsageError: a section does not fit its constructor, or the parts do not fit each other or the views.
+        UsageError: the options of a section do not match its constructor, or the parts are not compatible with each
+            other or with the views.
     """
     validate_section(INFERENCES, config.inference, key="mode", run_args=("run", "image"))
     Augmentation(config.views.augmentations, spatial_dims=config.spatial_dims)
@@ -324,13 +326,13 @@ def dry_run_finetuning(config: FinetuneConfig) -> None:
             head.loss(model(torch.zeros(count, 1, *shape)), target)
     except (RuntimeError, ValueError, IndexError) as error:
         raise UsageError(
-            f"config {config.name}: expected encoder, decoder and head that fit each other, views.shape {list(shape)} "
-            f"and batch_size {config.batch_size}, got an error from them ({error}). Change one of these."
+            f"config {config.name}: encoder, decoder and head do not work together with views.shape {list(shape)} "
+            f"and batch_size {config.batch_size} ({error}). Change one of these."
         ) from error
 
 
 def _select_labelled(config: FinetuneConfig, index: Index) -> list[ImageRecord]:
-    """Select the images with a target of the task."""
+    """Select the images with targets for the task."""
     task = task_of_config(config)
     records = [record for record in index.records if getattr(record, task.target_field) is not None]
     if not records:
@@ -346,7 +348,7 @@ def _select_labelled(config: FinetuneConfig, index: Index) -> list[ImageRecord]:
 def _evaluate_validation(
     model: Model, index: Index, val: Sequence[ImageRecord], spec: ModelSpec, cases: Path
 ) -> dict[str, Any] | None:
-    """Measure on the validation split and write the cases down; None where there is no image to measure on."""
+    """Evaluate the model on the validation split and write the cases; None if the split is empty."""
     log.info("measuring on %d validation images", len(val))
     evaluation, rows = validate_network(as_numpy_function(model), index, val, spec) if val else (None, [])
     write_cases(cases, rows, spec.kind)
@@ -385,7 +387,7 @@ def _build_finetune_summary(
 def _prepare_model(
     config: FinetuneConfig, spec: ModelSpec, encoder: Path | None
 ) -> tuple[Model, list[torch.nn.Module], ModelSpec]:
-    """Build the model, start it from an encoder, which `spec` then names as its parent, and freeze what is to stay.
+    """Build the model, load the weights of an encoder, record the parent in `spec`, and freeze parts if configured.
 
     Returns:
         The model, and its pretrained parts.
@@ -401,10 +403,10 @@ def _prepare_model(
 
 
 def _load_pretrained(model: Model, encoder: Path) -> tuple[str, list[torch.nn.Module]]:
-    """Load an encoder's weights, and its decoder's where both sides have one.
+    """Load the weights of an encoder, and those of its decoder if both sides have one.
 
     Returns:
-        The encoder's sha256, and the parts of the model that were loaded.
+        SHA-256 of the encoder, and the loaded parts of the model.
     """
     weights, spec = locate_weights(encoder)
     if not spec.is_encoder:
@@ -419,7 +421,7 @@ def _load_pretrained(model: Model, encoder: Path) -> tuple[str, list[torch.nn.Mo
 
 
 def _build_unknown_history(encoder: Path | None) -> TrainingHistory:
-    """What is to be said of weights that carry no record of what they have seen."""
+    """Build the training history of weights without a record of their training images."""
     pretrained = encoder is None or locate_weights(encoder)[1].is_encoder
     return TrainingHistory(unknown_kinds=("pretrain",) if pretrained else ("pretrain", "finetune"))
 
@@ -432,7 +434,7 @@ def _initialise_head(
     spec: ModelSpec,
     seed: int,
 ) -> None:
-    """Start the head as a probe of every labelled image, or of `HEAD_PROBE_BATCHES` batches, unaugmented."""
+    """Initialise the head as a probe of the labelled images, at most `HEAD_PROBE_BATCHES` batches, unaugmented."""
     n_batches = min(HEAD_PROBE_BATCHES, -(-len(records) // config.batch_size))
     batches = build_finetune_loader(config, cohort, records, spec.classes, steps=n_batches, seed=seed, augment=False)
     start_head_as_probe(model, batches, classes=spec.out_channels or 0, seed=seed)
@@ -449,7 +451,7 @@ def build_finetune_loader(
     start: int = 0,
     augment: bool = True,
 ) -> Any:
-    """Batches of labelled images (N, C, ...) and targets, one a step from `start` on."""
+    """Build a loader of labelled images (N, C, ...) and targets, one batch per step, beginning with step `start`."""
     dataset = LabelledDataset(
         cohort.store,
         cohort.store_keys(records),
@@ -457,7 +459,7 @@ def build_finetune_loader(
         shape=config.views.shape,
         augmentations=config.views.augmentations if augment else (),
     )
-    images = [r.image for r in records]  # every labelled image counts, also two of one subject
+    images = [r.image for r in records]  # every labelled image is used, including several of one subject
     sampler = StepSampler(images, batch_size=config.batch_size, steps=steps, seed=seed, start=start)
     return step_loader(dataset, sampler, workers=config.workers, prefetch=config.prefetch)
 
@@ -465,7 +467,7 @@ def build_finetune_loader(
 def build_model_spec(
     config: FinetuneConfig, cohort: Cohort, seed: int, split_seed: int, records: Sequence[ImageRecord] = ()
 ) -> ModelSpec:
-    """The spec of the model that a run trains; see `medim.models.serialization`."""
+    """Build the spec of the model of a run; see `medim.models.serialization`."""
     task = task_of_config(config)
     classes = task.class_names(cohort.index)
     return replace(

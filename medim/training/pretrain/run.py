@@ -1,4 +1,4 @@
-"""Pretrain an encoder: index in, `RUN/encoder/` out."""
+"""Pretrain an encoder on the images of an index, and write `RUN/encoder/`."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ HELD_OUT_BATCHES = 8
 
 
 def resolve_pretrain_config(name: str, assignments: Sequence[str] = (), index: Index | None = None) -> PretrainConfig:
-    """The pretraining configuration that fits an index.
+    """Resolve a pretraining configuration for the images of an index.
 
     Args:
         name: preset or file.
         assignments: `key=value` overrides.
-        index: the images that `auto` follows; None checks the configuration for images of the usual size.
+        index: images for the `auto` values; None checks the configuration for images of typical size.
 
     Raises:
         UsageError: see `medim.training.auto_config.resolve_run_config`.
@@ -90,22 +90,22 @@ class _PretrainRun:
 def pretrain(
     config: PretrainConfig, index: Index, out: Path, options: PretrainOptions | None = None, **changes: Any
 ) -> dict[str, Any]:
-    """Pretrain on the training split of an index and measure on its validation split.
+    """Pretrain on the training split of an index, and validate on its validation split.
 
     Args:
-        config: the configuration.
-        index: the images; labels are used by the online probe only.
-        out: the run's folder.
-        options: seeds, devices and the handling of `out`; None: the defaults.
+        config: configuration of the run.
+        index: index of the images; labels are used only by the online probe.
+        out: folder of the run.
+        options: seeds, devices and the handling of `out`; None uses the defaults.
         **changes: single options by name, such as `seed=1`; they replace those of `options`.
 
     Returns:
-        The content of `summary.json`.
+        Content of `summary.json`.
 
     Raises:
-        UserError: too few subjects, a non-empty `out`, or a device that does not exist.
-        UsageError: a section that cannot be built or distributed over the devices.
-        StoppedError: SIGTERM or SIGUSR1 was received; a checkpoint is saved.
+        UserError: there are too few subjects, `out` is not empty, or a device is not available.
+        UsageError: a section cannot be built, or the run cannot be distributed over the devices.
+        StoppedError: SIGTERM or SIGUSR1 arrived; a checkpoint was saved.
     """
     start_time = time.perf_counter()
     options = replace(options or PretrainOptions(), **changes)
@@ -240,16 +240,16 @@ def _save_results(run: _PretrainRun, tracker: Tracker, summary: dict[str, Any], 
 
 
 def dry_run_pretraining(config: PretrainConfig, ranks: ProcessGroup = SINGLE_PROCESS) -> None:
-    """Build every part for one blank image, so that a wrong section shows before an image is read or a file written.
+    """Build every part for one blank image, to detect invalid sections before images are read or files are written.
 
     Raises:
-        UsageError: a section does not fit its constructor, the encoder cannot take views of this shape, or batch or
-            normalisation do not go with several processes.
+        UsageError: the options of a section do not match its constructor, the encoder does not accept views of this
+            shape, or batch size or normalisation do not work with several processes.
     """
     ranks.check_batch(config.batch_size)
     if config.batch_size < 2:
         raise UsageError(
-            f"batch_size: expected 2 or more, to tell images apart within a batch; got {config.batch_size}."
+            f"batch_size: expected 2 or more, because objectives compare images of a batch; got {config.batch_size}."
         )
     Augmentation(config.views.augmentations, spatial_dims=config.spatial_dims)
     shape = config.views.shape
@@ -267,15 +267,15 @@ def dry_run_pretraining(config: PretrainConfig, ranks: ProcessGroup = SINGLE_PRO
         check_chunk_support(config.encode_in_chunks_of, encoder, decoder)
     except (RuntimeError, ValueError) as error:
         raise UsageError(
-            f"views.shape {list(shape)}: the encoder {config.encoder.get('name')!r} cannot take it ({error}). "
-            "Choose larger views or fewer channels."
+            f"views.shape {list(shape)}: not possible with the encoder {config.encoder.get('name')!r} ({error}). "
+            "Use larger views or fewer channels."
         ) from error
 
 
 def _build_history(
     config: PretrainConfig, cohort: Cohort, module: PretrainModule, *, seed: int, stop_on_collapse: bool
 ) -> tuple[MetricHistory, OnlineProbe | None]:
-    """Who watches the run, and measures it on held-out subjects."""
+    """Build the history of the run with its encoder metrics, and the online probe."""
     train, held_out = cohort.records("train"), cohort.records("val")
     probe = open_probe(config, cohort, train, seed=seed)
     alignment_metrics = [AlignmentMetric(config, cohort, held_out, seed=seed)] if held_out else []
@@ -310,16 +310,16 @@ def _build_module(config: PretrainConfig, spec: ModelSpec, seed: int, ranks: Pro
 def build_objectives(
     config: PretrainConfig, encoder: Any, decoder: Any, in_channels: int
 ) -> dict[str, tuple[nn.Module, float]]:
-    """Make the configured objectives, each with its weight, under its name (a second `x` is `x_2`).
+    """Build the configured objectives with their weights, by name (a second `x` is named `x_2`).
 
     Args:
-        config: the run.
-        encoder: whose features they get.
-        decoder: for those that decode; or None.
-        in_channels: channels of an image.
+        config: configuration of the run.
+        encoder: encoder of the objectives.
+        decoder: decoder for the objectives that need one, or None.
+        in_channels: number of channels of an image.
 
     Raises:
-        UsageError: a section does not fit its constructor.
+        UsageError: the options of a section do not match its constructor.
     """
     views = config.views
     is_geometric = any(step["op"] in GEOMETRIC for step in views.augmentations)
@@ -352,11 +352,11 @@ def _fit_batch_size(
         )
     if others < 2:
         log.warning(
-            "held-out subjects: %d; expected at least 2, so nothing is measured on them and no verdict possible", others
+            "validation subjects: %d; without at least 2, there are no validation losses and no verdict", others
         )
     if subjects < config.batch_size:
         size = subjects // ranks.count * ranks.count
-        log.warning("batch_size %d is more than the %d training subjects; using %d", config.batch_size, subjects, size)
+        log.warning("batch_size %d exceeds the %d training subjects; using %d", config.batch_size, subjects, size)
         return config.model_copy(update={"batch_size": size})
     return config
 
@@ -404,7 +404,7 @@ def _build_held_out_loader(
 def _restore_selection(
     history: MetricHistory, module: PretrainModule, last_step: int, probe: OnlineProbe | None
 ) -> dict[str, Any]:
-    """Put the chosen step's weights into the module; what is said of the choice."""
+    """Load the weights of the selected step into the module, and return the summary of the selection."""
     assert history.selection is not None
     history.selection.restore(module, last_step)
     selection = history.selection.summary(last_step)

@@ -411,7 +411,7 @@ def test_an_encoder_of_another_modality_is_refused(encoder: Path) -> None:
 
 
 def test_with_neither_encoder_nor_modality_the_message_asks_for_one() -> None:
-    with pytest.raises(UsageError, match="--modality: expected mri or xray"):
+    with pytest.raises(UsageError, match="--modality: mri or xray is required"):
         resolve_finetune_config("classification", None, None, None)
 
 

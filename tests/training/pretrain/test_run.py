@@ -297,7 +297,7 @@ def test_a_single_training_subject_is_refused(
         ({"objectives": [{"name": "simclr"}]}, "Set views.count: 2"),
         ({"objectives": [{"name": "dense_dim"}]}, "add a decoder to the config"),
         ({"batch_size": 1}, "batch_size: expected 2 or more"),
-        ({"views": ViewsConfig(shape=(2, 2, 2))}, "views.shape .* cannot take it"),
+        ({"views": ViewsConfig(shape=(2, 2, 2))}, "views.shape .* not possible with the encoder"),
         ({"views": ViewsConfig(shape=(16, 16, 16), augmentations=[{"op": "nois"}])}, "Did you mean 'noise'"),
     ],
 )
@@ -359,8 +359,8 @@ def test_four_subjects_train_with_a_smaller_batch_and_claim_nothing(
     assert summary["verdict"] == "at-chance"
     assert summary["loss"]["local_dim"]["held_out"] is None
     assert summary["rankme"] is None
-    assert "batch_size 4 is more than the 3 training subjects" in caplog.text
-    assert "held-out subjects: 1" in caplog.text
+    assert "batch_size 4 exceeds the 3 training subjects" in caplog.text
+    assert "validation subjects: 1" in caplog.text
 
 
 def test_a_misspelt_objective_option_names_the_right_one(
