@@ -383,7 +383,7 @@ def test_labels_of_one_class_alone_are_refused_before_training(
     ("changes", "said"),
     [
         ({"encoder": {"name": "convnet", "channels": [4, 8]}}, "finest map of stride 1"),
-        ({"head": {"name": "classification"}}, "fit each other"),
+        ({"head": {"name": "classification"}}, "do not work together"),
         ({"decoder": {"name": "une"}}, "Did you mean 'unet'"),
         ({"inference": {"mode": "slidin"}}, "Did you mean 'sliding'"),
         ({"views": ViewsConfig(shape=(16, 24, 15))}, r"views.shape \[16, 24, 15\]"),
