@@ -23,8 +23,9 @@ from medim.config import PretrainConfig
 from medim.data.index.index import Index
 from medim.models.model import build_encoder
 from medim.models.serialization import save_model
+from medim.training import served
 from medim.training.pretrain.run import pretrain
-from medim.training.tracking import tracking
+from medim.training.tracking import pyfunc, tracking
 from medim.training.tracking.delivery import tracking_uri
 from medim.training.tracking.outbox import RECORDS, STATE, Outbox
 from medim.training.tracking.tracking import check_target, log_encoder, log_results, sync_pending, track_run
@@ -274,3 +275,7 @@ def test_a_server_that_vanishes_and_returns_has_every_number_and_the_encoder_wit
     example = np.load(kept / "example.npz")
     np.testing.assert_allclose(model.predict(example["input"]), example["output"], rtol=1e-5)
     assert version.run_id == run.info.run_id
+
+
+def test_a_model_registered_by_an_earlier_version_finds_its_loader() -> None:
+    assert served._load_pyfunc is pyfunc._load_pyfunc
