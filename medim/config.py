@@ -181,6 +181,12 @@ def read_config(command: Command, name_or_path: str) -> Section:
 
     Raises:
         UsageError: no such preset or file, not a YAML mapping, or files that extend each other in a cycle.
+
+    Example:
+        >>> _ = Path("short.yaml").write_text("{extends: mri-crop, steps: 100}")
+        >>> content = read_config("pretrain", "short.yaml")
+        >>> content["name"], content["steps"], content["modality"]
+        ('short', 100, 'mri')
     """
     return _read_extended(command, name_or_path, ())
 
@@ -213,6 +219,11 @@ def apply_overrides(content: Section, assignments: Iterable[str]) -> Section:
 
     Raises:
         UsageError: an assignment without `=`, or a path to a key or item that does not exist.
+
+    Example:
+        >>> content = {"steps": 2000, "views": {"shape": [64, 64, 64]}}
+        >>> apply_overrides(content, ["views.shape=[32,32,32]", "steps=100"])
+        {'steps': 100, 'views': {'shape': [32, 32, 32]}}
     """
     content = typing.cast(Section, yaml.safe_load(yaml.safe_dump(content)))
     for assignment in assignments:
@@ -337,6 +348,12 @@ def build_from_section(
 
     Raises:
         UsageError: see `validate_section`.
+
+    Example:
+        >>> def describe_pool(channels: int, *, size: int = 3) -> str:
+        ...     return f"{channels} channels, size {size}"
+        >>> build_from_section({"pool": describe_pool}, {"name": "pool", "size": 5}, channels=8)
+        '8 channels, size 5'
     """
     constructor, options = validate_section(table, section, key=key, run_args=run_args)
     parameters = inspect.signature(constructor).parameters

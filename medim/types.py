@@ -35,7 +35,13 @@ class UserError(Exception):
 
 
 class UsageError(UserError):
-    """A misspelt option, config key or table entry; the message suggests the nearest valid spelling."""
+    """A misspelt option, config key or table entry; the message suggests the nearest valid spelling.
+
+    Example:
+        >>> error = UsageError("--set step=10: no key 'step'. Did you mean 'steps'?")
+        >>> error.exit_code
+        2
+    """
 
     exit_code = 2
 
@@ -49,6 +55,12 @@ class Volume:
         affine: (4, 4) float64, voxel index to mm, RAS+. In 2D rows and columns are the first two axes.
         native_affine: (4, 4) affine of the file's own grid, on which results are written.
         native_shape: spatial shape of the file's own grid.
+
+    Example:
+        >>> grid = np.diag([1.0, 1.0, 2.5, 1.0])
+        >>> volume = Volume(np.zeros((1, 4, 4, 3), np.float32), affine=grid, native_affine=grid, native_shape=(4, 4, 3))
+        >>> volume.spatial_dims, volume.shape, volume.spacing
+        (3, (4, 4, 3), (1.0, 1.0, 2.5))
     """
 
     array: Array
@@ -83,6 +95,12 @@ class Views:
     Attributes:
         image: (B, V, C, ...), float.
         location: (B, V, spatial_dims), index of the view's first voxel in the preprocessed image, in voxels.
+
+    Example:
+        >>> import torch
+        >>> views = Views(image=torch.zeros(8, 2, 1, 32, 32), location=torch.zeros(8, 2, 2))
+        >>> tuple(views.image.shape[:2])  # 8 images with 2 views each
+        (8, 2)
     """
 
     image: torch.Tensor
@@ -97,6 +115,12 @@ class Features:
         maps: local features, fine to coarse, each (N, channels[i], ...). Neighbouring cells of map i are strides[i]
             voxels apart.
         summary: (N, summary_channels), the global feature.
+
+    Example:
+        >>> import torch
+        >>> features = Features(maps=(torch.zeros(2, 16, 8, 8), torch.zeros(2, 32, 4, 4)), summary=torch.zeros(2, 64))
+        >>> [tuple(map_.shape) for map_ in features.maps]
+        [(2, 16, 8, 8), (2, 32, 4, 4)]
     """
 
     maps: tuple[torch.Tensor, ...]

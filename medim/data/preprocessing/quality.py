@@ -90,6 +90,10 @@ def list_flags(values: Mapping[str, float | None]) -> tuple[str, ...]:
 
     Args:
         values: metric name to value; `distance` is the distance to the nearest image of another subject.
+
+    Example:
+        >>> list_flags({"levels": 4, "empty": 0.99, "snr": None})
+        ('few-levels', 'mostly-empty')
     """
     return tuple(code for code, flag in FLAGS.items() if flag.is_raised(values.get(flag.metric)))
 
@@ -103,6 +107,13 @@ def measure_quality(volume: Volume) -> QualityMetrics:
 
     Args:
         volume: (C, ...), finite.
+
+    Example:
+        >>> image = np.arange(64, dtype=np.float32).reshape(1, 8, 8)
+        >>> volume = Volume(array=image, affine=np.eye(4), native_affine=np.eye(4), native_shape=(8, 8))
+        >>> metrics = measure_quality(volume)
+        >>> metrics.median, metrics.levels
+        (31.5, 64)
     """
     values = volume.array.reshape(-1)
     p1, median, p99 = (float(v) for v in np.percentile(values, [1, 50, 99]))

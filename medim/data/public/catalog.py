@@ -21,6 +21,11 @@ class PublicFile:
         name: local file name; for an archive, the name of the extracted folder.
         md5: checksum from the publisher, or None.
         archive: whether the file is an archive to extract.
+
+    Example:
+        >>> file = PublicFile("https://example.org/chest.npz?download=1", "chest.npz")
+        >>> file.name, file.archive
+        ('chest.npz', False)
     """
 
     url: str
@@ -44,6 +49,11 @@ class PublicSet:
         dicom: DICOM modalities to download from the collection.
         images: number of images, if published.
         note: information for users of the set.
+
+    Example:
+        >>> chest = PublicSet("xray", "chest X-rays", "CC BY 4.0", "Doe et al. 2024", sums=None, images=5856)
+        >>> chest.describe()
+        'xray; chest X-rays; 5,856 images; CC BY 4.0; no published checksum: sha256 recorded at first download'
     """
 
     modality: Modality

@@ -83,6 +83,14 @@ def read_volume(path: str | Path) -> Volume:
     Raises:
         ReadError: the file is missing, damaged, of unknown format, or not an image; the message contains the path and
             the reason.
+
+    Example:
+        >>> import nibabel
+        >>> voxels = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+        >>> nibabel.save(nibabel.Nifti1Image(voxels, np.diag([1.0, 1.0, 2.0, 1.0])), "scan.nii.gz")
+        >>> volume = read_volume("scan.nii.gz")
+        >>> volume.array.shape, volume.spacing
+        ((1, 2, 3, 4), (1.0, 1.0, 2.0))
     """
     file, item = split_item(path)
     try:

@@ -24,6 +24,13 @@ class ReadError(UserError):
     Attributes:
         reason: a stable code, as in `rejected.csv`.
         detail: an explanation without patient identities.
+
+    Example:
+        >>> error = ReadError("truncated", "the header specifies 8 bytes of voxels, the file has 4", path="scan.nii")
+        >>> error.reason
+        'truncated'
+        >>> print(error)
+        scan.nii: the header specifies 8 bytes of voxels, the file has 4 [truncated]
     """
 
     def __init__(self, reason: str, detail: str, *, path: str | Path | None = None) -> None:
@@ -82,6 +89,12 @@ def single_image(volume: Volume, **info: Any) -> FileInspection:
 
     Raises:
         ReadError: a voxel is not finite, or all are equal.
+
+    Example:
+        >>> volume = flat_volume(np.array([[0.0, 1.0], [2.0, 3.0]], np.float32), spacing=(0.5, 0.5))
+        >>> [image] = single_image(volume).images
+        >>> image.shape
+        (2, 2)
     """
     check_voxels(volume.array)
     return FileInspection(images=(ImageInfo(shape=volume.shape, affine=volume.affine, **info),))
@@ -126,7 +139,13 @@ def compute_orientation(affine: Array) -> Array:
 
 
 def flat_volume(array: Array, spacing: Sequence[float] = (1.0, 1.0)) -> Volume:
-    """Build the volume of a 2D image (rows, columns) with its (row, column) spacing in mm."""
+    """Build the volume of a 2D image (rows, columns) with its (row, column) spacing in mm.
+
+    Example:
+        >>> volume = flat_volume(np.zeros((2, 3), np.float32), spacing=(0.5, 0.25))
+        >>> volume.array.shape, volume.spacing
+        ((1, 2, 3), (0.5, 0.25))
+    """
     affine = np.diag([float(spacing[0]), float(spacing[1]), 1.0, 1.0])
     return Volume(
         array=np.ascontiguousarray(array)[None], affine=affine, native_affine=affine, native_shape=array.shape

@@ -158,7 +158,13 @@ def _intern_value(value: _T) -> _T:
 
 @dataclass(frozen=True, slots=True)
 class FileInspection:
-    """Result of inspecting one file: its images, its rejected parts, or its part of a DICOM image."""
+    """Result of inspecting one file: its images, its rejected parts, or its part of a DICOM image.
+
+    Example:
+        >>> inspection = FileInspection(images=(ImageInfo(shape=(64, 64), affine=np.eye(4)),))
+        >>> inspection.with_path(Path("scan.png")).images[0].files[0].name
+        'scan.png'
+    """
 
     images: tuple[ImageInfo, ...] = ()
     rejected: tuple[RejectedFile, ...] = ()
