@@ -28,6 +28,12 @@ class LinearProbe:
         std: (d,), above 0.
         weight: (K, d).
         bias: (K,).
+
+    Example:
+        >>> one = torch.ones(2)
+        >>> probe = LinearProbe(mean=one, std=one, weight=torch.tensor([[1.0, -1.0]]), bias=torch.zeros(1))
+        >>> probe.weight @ ((torch.tensor([3.0, 2.0]) - probe.mean) / probe.std) + probe.bias
+        tensor([1.])
     """
 
     mean: torch.Tensor

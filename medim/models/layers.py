@@ -114,7 +114,12 @@ def use_channels_last(module: nn.Module) -> None:
 
 
 def pool_map(map_: torch.Tensor) -> torch.Tensor:
-    """Mean and maximum over the grid of a map: (N, C, ...) to (N, 2 C); exportable to ONNX at any size."""
+    """Mean and maximum over the grid of a map: (N, C, ...) to (N, 2 C); exportable to ONNX at any size.
+
+    Example:
+        >>> pool_map(torch.tensor([[[[0.0, 1.0], [2.0, 5.0]]]]))
+        tensor([[2., 5.]])
+    """
     axes = tuple(range(2, map_.ndim))
     return torch.cat([map_.mean(axes), map_.amax(axes)], dim=1)
 
@@ -179,7 +184,12 @@ def count_flat_features(stages: Iterable[nn.Module], in_channels: int, shape: Se
 
 
 def compute_level_strides(levels: Sequence[ConvGeometry]) -> tuple[int, ...]:
-    """Distance, in voxels, between neighbouring cells of each map of an encoder, from the layers that each map adds."""
+    """Distance, in voxels, between neighbouring cells of each map of an encoder, from the layers that each map adds.
+
+    Example:
+        >>> compute_level_strides([[(3, 1, 1)], [(3, 2, 1)], [(3, 2, 1)]])  # one convolution per map
+        (1, 2, 4)
+    """
     return tuple(accumulate((math.prod(stride for _, stride, _ in layers) for layers in levels), mul))
 
 
@@ -197,12 +207,22 @@ def compute_receptive_field(layers: ConvGeometry) -> tuple[int, float]:
 
 
 def level_receptive_field(levels: Sequence[ConvGeometry], level: int) -> int:
-    """Side of the receptive field of a cell of map `level`, in voxels, from the layers that each map adds."""
+    """Side of the receptive field of a cell of map `level`, in voxels, from the layers that each map adds.
+
+    Example:
+        >>> level_receptive_field([[(3, 1, 1)], [(3, 2, 1)]], 1)
+        5
+    """
     return _compute_level_field(levels, level)[0]
 
 
 def compute_level_origins(levels: Sequence[ConvGeometry]) -> tuple[float, ...]:
-    """Centre of the receptive field of the first cell of each map, in voxels, from the layers that each map adds."""
+    """Centre of the receptive field of the first cell of each map, in voxels, from the layers that each map adds.
+
+    Example:
+        >>> compute_level_origins([[(3, 1, 1)], [(2, 2, 0)]])
+        (0.0, 0.5)
+    """
     return tuple(_compute_level_field(levels, level)[1] for level in range(len(levels)))
 
 

@@ -108,6 +108,14 @@ def load_encoder(path: str | Path) -> nn.Module:
 
     Raises:
         UserError: there is no run or package at `path`, or it is damaged.
+
+    Example:
+        >>> content = {"kind": "encoder", "modality": "xray", "preprocessing": [], "in_channels": 1, "spatial_dims": 2}
+        >>> content |= {"encoder": {"name": "unet", "channels": [4, 8]}, "input_shape": [32, 32]}
+        >>> spec = ModelSpec.from_json(content, "encoder.json")
+        >>> save_model(Path("encoder"), "encoder", build_encoder(spec), spec)
+        >>> load_encoder("encoder").strides
+        (1, 2)
     """
     weights, spec = locate_weights(Path(path))
     encoder: Any

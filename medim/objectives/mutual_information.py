@@ -40,6 +40,11 @@ def infonce(scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Ten
 
     Returns:
         log(classes) minus the cross-entropy, mean over all positives; at most log(classes).
+
+    Example:
+        >>> scores = 20 * torch.eye(4)[:, None, :, None]  # four images, each similar only to itself
+        >>> round(float(infonce(scores)), 3), round(math.log(4), 3)
+        (1.386, 1.386)
     """
     positive, negative, positives, negatives = _split_pairs(scores, mask, _LOGSUMEXP)
     log_classes = negatives.to(positive.dtype).log1p()  # (B, G)
@@ -47,14 +52,26 @@ def infonce(scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Ten
 
 
 def jsd(scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Jensen-Shannon bound (eq. 4 of Hjelm et al. 2019, shifted to be 0 at equal scores of 0); at most 2 log 2."""
+    """Jensen-Shannon bound (eq. 4 of Hjelm et al. 2019, shifted to be 0 at equal scores of 0); at most 2 log 2.
+
+    Example:
+        >>> scores = 40 * torch.eye(4)[:, None, :, None] - 20
+        >>> round(float(jsd(scores)), 3), round(2 * math.log(2), 3)
+        (1.386, 1.386)
+    """
     positive, negative, positives, negatives = _split_pairs(scores, mask, _SOFTPLUS)
     loss = _masked_mean(softplus(-positive), positives) + negative.sum() / negatives.sum().clamp_min(1)
     return _zero_unless_both(2 * math.log(2) - loss, positives, negatives)
 
 
 def dv(scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Donsker-Varadhan bound (eq. 2 of Hjelm et al. 2019), log over all negatives of the batch. Shift-invariant."""
+    """Donsker-Varadhan bound (eq. 2 of Hjelm et al. 2019), log over all negatives of the batch. Shift-invariant.
+
+    Example:
+        >>> scores = 3 * torch.eye(4)[:, None, :, None]
+        >>> round(float(dv(scores)), 3)
+        3.0
+    """
     positive, negative, positives, negatives = _split_pairs(scores, mask, _LOGSUMEXP)
     finite = negative.masked_fill(~negatives.any(), 0)  # the slope of a log-sum over -inf alone is NaN
     log_mean = finite.flatten().logsumexp(dim=0) - negatives.sum().to(negative.dtype).log()
@@ -69,7 +86,12 @@ ESTIMATORS: dict[EstimatorName, Estimator] = {
 
 
 def count_classes(scores: torch.Tensor) -> int:
-    """Number of classes of InfoNCE without a mask, 1 + (B - 1) L."""
+    """Number of classes of InfoNCE without a mask, 1 + (B - 1) L.
+
+    Example:
+        >>> count_classes(torch.zeros(8, 1, 8, 27))  # 8 images with 27 locations each
+        190
+    """
     return 1 + (scores.shape[0] - 1) * scores.shape[3]
 
 

@@ -18,6 +18,12 @@ class Term:
         loss: scalar, to be minimised.
         chance: loss of an uninformed critic or head; None if the loss has no chance level.
         diagnostics: scalars to log together with the loss.
+
+    Example:
+        >>> logits = torch.zeros(2, 4)
+        >>> term = Term(torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1])), chance=1.386)
+        >>> round(float(term.loss), 3)
+        1.386
     """
 
     loss: torch.Tensor
@@ -32,6 +38,14 @@ class Encode(Protocol):
         clean: features of the views of the batch, computed once and shared by all objectives: B * V images, the views
             of one image next to each other.
         generator: source of randomness for objectives; seeded by run and step, so that a step can be repeated exactly.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> def compute_norm_loss(encode: Encode) -> Term:
+        ...     return Term(encode.clean.summary.square().mean())
+        >>> encode = SimpleNamespace(clean=Features(maps=(), summary=torch.full((2, 4), 2.0)))
+        >>> float(compute_norm_loss(encode).loss)
+        4.0
     """
 
     clean: Features

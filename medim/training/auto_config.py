@@ -108,6 +108,13 @@ def resolve_auto(content: Section, shape: Shape, spacing: Spacing) -> Section:
 
     Raises:
         UsageError: the options of a section do not match its constructor.
+
+    Example:
+        >>> content = {"modality": "mri", "preprocessing": [{"op": "ras"}], "views": {"shape": "auto"}}
+        >>> content |= {"encoder": {"name": "unet", "channels": "auto"}}
+        >>> result = resolve_auto(content, (36, 50, 35), (1.0, 1.0, 1.0))
+        >>> result["views"]["shape"], result["encoder"]["channels"]
+        ([36, 52, 36], [16, 32, 64])
     """
     if not auto_keys(content) or not _has_form(content):
         return content

@@ -31,6 +31,12 @@ class UNetEncoder(nn.Module):
         channels: channels of each level, fine to coarse; the strides are 1, 2, 4, ...
         norm: batch (bn), instance (in), group (gn) or no (none) normalisation.
         summary_channels: length of the summary.
+
+    Example:
+        >>> encoder = UNetEncoder(1, 2, channels=(4, 8), summary_channels=16)
+        >>> features = encoder(torch.zeros(2, 1, 16, 16))
+        >>> [tuple(map_.shape) for map_ in features.maps], tuple(features.summary.shape)
+        ([(2, 4, 16, 16), (2, 8, 8, 8)], (2, 16))
     """
 
     def __init__(
