@@ -44,6 +44,11 @@ class TrainTestSplit:
         labels: (N,) class indices of the images.
         train: (N,) bool, True for the training split, False for the evaluation split.
         subjects: (N,) subject of each image.
+
+    Example:
+        >>> split = TrainTestSplit(np.array([0, 1, 1]), np.array([True, False, True]), ["a", "b", "c"])
+        >>> split.test_subjects
+        ['b']
     """
 
     labels: Array
@@ -134,7 +139,15 @@ def predict_label(features: Array, split: TrainTestSplit, *, seed: int = 0) -> P
 def measure_shortcut(
     name: NuisanceFeature, rows: Sequence[Mapping[str, float]], split: TrainTestSplit, *, seed: int = 0
 ) -> Shortcut:
-    """Measure how well features of each image predict its label; see `predict_label`."""
+    """Measure how well features of each image predict its label; see `predict_label`.
+
+    Example:
+        >>> labels = np.arange(40) % 2
+        >>> split = TrainTestSplit(labels, np.arange(40) < 20, [str(number) for number in range(40)])
+        >>> shortcut = measure_shortcut("size as read", [{"rows": 100.0 + 20 * label} for label in labels], split)
+        >>> shortcut.told.auroc["value"], shortcut.told.above_chance
+        (1.0, True)
+    """
     features = np.array([list(row.values()) for row in rows], dtype=np.float64)
     differs = bool((features != features[0]).any())
     return Shortcut(name, tuple(rows[0]), differs, predict_label(features, split, seed=seed))

@@ -122,6 +122,12 @@ def compute_interval(scores: Scores, limits: MetricLimits = UNBOUNDED) -> Confid
 
     Raises:
         UserError: there is a single run and the subjects were not resampled.
+
+    Example:
+        >>> scores = Scores(np.array([[[0.80]], [[0.82]], [[0.84]]]))  # three pretraining seeds, one label subset
+        >>> interval = compute_interval(scores)
+        >>> f"{interval.value:.2f} ({interval.low:.2f} to {interval.high:.2f})"
+        '0.82 (0.77 to 0.87)'
     """
     values = scores.values[..., np.isfinite(scores.values).all(axis=(0, 1))]
     seeds, subsets, _ = values.shape
@@ -172,6 +178,13 @@ def paired_difference(
     Raises:
         UserError: there are too few subjects for an interval.
         ValueError: the grids of the arms have different shapes.
+
+    Example:
+        >>> from medim.metrics.bootstrap import weighted_mean
+        >>> ours, scratch = weighted_mean([0.8, 0.7, 0.9, 0.8, 0.9]), weighted_mean([0.7, 0.7, 0.8, 0.6, 0.8])
+        >>> difference = paired_difference([[ours]], [[scratch]], ["a", "b", "c", "d", "e"])
+        >>> round(difference.value, 3), difference.over
+        (0.1, ('subjects',))
     """
     subject_resamples = draw_resamples(subjects, seed=seed, resamples=resamples)
     return compute_interval(compute_scores(ours, subject_resamples) - compute_scores(theirs, subject_resamples), limits)
@@ -188,6 +201,13 @@ def compare_to_scratch(
     Args:
         pairs: scores of the arm and of scratch, by arm and budget, for a metric of which higher is better.
         limits: smallest and largest possible difference; see `get_metric_limits`.
+
+    Example:
+        >>> ours = Scores(np.array([[[0.84]], [[0.85]], [[0.86]]]))  # three pretraining seeds, one label subset
+        >>> scratch = Scores(np.array([[[0.80]], [[0.81]], [[0.81]]]))
+        >>> [comparison] = compare_to_scratch({("local_dim", "10%"): (ours, scratch)})
+        >>> round(comparison.difference.value, 3), comparison.verdict
+        (0.043, 'benefit')
     """
     differences = {key: compute_interval(ours - scratch, limits) for key, (ours, scratch) in pairs.items()}
     p = [difference.p_value() for difference in differences.values()]
@@ -215,7 +235,14 @@ def get_metric_limits(metric: str, *, difference: bool = False) -> MetricLimits:
 
 
 def combine_verdicts(comparisons: Sequence[Comparison]) -> ComparisonVerdict:
-    """Combine the verdicts of several budgets: harm if any shows harm, else benefit if any shows a benefit."""
+    """Combine the verdicts of several budgets: harm if any shows harm, else benefit if any shows a benefit.
+
+    Example:
+        >>> better, worse = Scores(np.array([[[0.84]], [[0.85]]])), Scores(np.array([[[0.60]], [[0.61]]]))
+        >>> pairs = {("local_dim", "10%"): (better, worse), ("local_dim", "100%"): (worse, better)}
+        >>> combine_verdicts(compare_to_scratch(pairs))
+        'harm'
+    """
     verdicts = {comparison.verdict for comparison in comparisons}
     return "harm" if "harm" in verdicts else "benefit" if "benefit" in verdicts else "no evidence of a benefit"
 

@@ -103,6 +103,13 @@ def labels_saved(budgets: Sequence[float], ours: Sequence[Scores], scratch: Sequ
 
     Raises:
         ValueError: the budgets do not increase, or the scores differ in number, seeds or resamples.
+
+    Example:
+        >>> ours = [Scores(np.array([[[0.80]], [[0.81]]])), Scores(np.array([[[0.90]], [[0.91]]]))]  # two seeds
+        >>> scratch = [Scores(np.array([[[0.70]], [[0.71]]])), Scores(np.array([[[0.90]], [[0.91]]]))]
+        >>> ten_labels, _ = labels_saved([10, 1000], ours, scratch)
+        >>> f"{ten_labels.equivalent_labels.value} labels, {ten_labels.ratio.value:.1f} times as many"
+        '100 labels, 10.0 times as many'
     """
     if not (len(budgets) == len(ours) == len(scratch) > 1) or np.any(np.diff([0.0, *budgets]) <= 0):
         raise ValueError(f"budgets: expected two or more increasing ones, with scores of both arms, got {budgets}.")
@@ -123,7 +130,14 @@ def labels_saved(budgets: Sequence[float], ours: Sequence[Scores], scratch: Sequ
 
 
 def summary_sentence(result: LabelsSaved, verdict: ComparisonVerdict) -> str:
-    """Format the result of one budget as a sentence that claims no more than the corrected verdict."""
+    """Format the result of one budget as a sentence that claims no more than the corrected verdict.
+
+    Example:
+        >>> estimate = CensoredInterval(CensoredValue(38), CensoredValue(21), CensoredValue(60))
+        >>> result = LabelsSaved(10, estimate, estimate, estimate, ("seeds",))
+        >>> summary_sentence(result, "benefit")
+        'With 10 labels and the encoder you get what 38 labels (21 to 60) give without.'
+    """
     label_text, _ = _format_label_count(result.labels)
     equivalent_text = _format_equivalent_labels(result.equivalent_labels)
     if verdict == "no evidence of a benefit":
@@ -164,6 +178,12 @@ def time_to_level(steps: Sequence[int], ours: Sequence[Scores], final: Scores) -
         steps: steps at which the arm was measured, increasing.
         ours: scores of the arm at each step, for a metric of which higher is better.
         final: scores of scratch at the end of its training.
+
+    Example:
+        >>> ours = [Scores(np.array([[[value]], [[value]]])) for value in (0.5, 0.7, 0.9)]  # two seeds
+        >>> result = time_to_level([100, 200, 300], ours, Scores(np.array([[[0.68]], [[0.70]]])))
+        >>> round(result.level, 2), str(result.steps.value)
+        (0.69, '200')
     """
     gaps = [compute_interval(score - final) for score in ours]
 
