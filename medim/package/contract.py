@@ -145,7 +145,13 @@ def _check_kind(kind: str) -> str:
 
 
 class Contract(_Strict):
-    """The content of `medim.json`."""
+    """The content of `medim.json`.
+
+    Example:
+        >>> Contract.model_json_schema()["required"]
+        ['name', 'version', 'kind', 'modality', 'preprocess', 'preprocess_sha256', 'inference', 'postprocess',
+        'signature', 'architecture', 'provenance']
+    """
 
     schema_version: Literal[2] = 2
     name: PackageName

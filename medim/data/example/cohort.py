@@ -96,6 +96,10 @@ def make_example(
     Raises:
         UsageError: an argument is out of its range.
         UserError: `out` is not empty or cannot be written, or nilearn is missing.
+
+    Example:
+        >>> make_example(Path("cohort"), subjects=6, spacing=4.0)  # doctest: +SKIP
+        PosixPath('cohort')
     """
     _check_example_arguments(subjects, spacing, formats, seed)
     prepare_output_folder(out)
@@ -113,11 +117,7 @@ def make_example(
             rows.append((scan.name, scan.subject, scan.label))
             if progress is not None:
                 progress(done, total)
-        if "nifti" in formats:
-            _write_cohort_tables(staging / "nifti", rows, suffix=".nii.gz")
-            _write_dataset_json(staging / "nifti", [name for name, _, _ in rows])
-        if "dicom" in formats:
-            _write_cohort_tables(staging / "dicom", rows, suffix="")
+        _write_metadata(staging, rows, formats)
         for folder in sorted(staging.iterdir()):
             folder.rename(out / folder.name)
     except OSError as error:
@@ -153,6 +153,15 @@ def _write_scan_nifti(scan: ExampleScan, folder: Path) -> None:
         image.header.set_xyzt_units("mm", "sec")
         # mtime 0 and no file name in the gzip header, so that equal voxels give equal bytes
         write_bytes(folder / kind / f"{scan.name}.nii.gz", gzip.compress(image.to_bytes(), compresslevel=4, mtime=0))
+
+
+def _write_metadata(staging: Path, rows: Sequence[tuple[str, str, str]], formats: Sequence[str]) -> None:
+    """Write the tables of each format, and `dataset.json` of the NIfTI folder."""
+    if "nifti" in formats:
+        _write_cohort_tables(staging / "nifti", rows, suffix=".nii.gz")
+        _write_dataset_json(staging / "nifti", [name for name, _, _ in rows])
+    if "dicom" in formats:
+        _write_cohort_tables(staging / "dicom", rows, suffix="")
 
 
 def _write_cohort_tables(folder: Path, rows: Sequence[tuple[str, str, str]], *, suffix: str) -> None:

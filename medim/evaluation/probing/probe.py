@@ -84,6 +84,12 @@ def probe(
         UserError: there is no encoder or no label, a budget lacks a class, `out` is not empty, or `strict` found
             contamination.
         UsageError: an unknown protocol or map, or a budget out of range.
+
+    Example:
+        >>> from medim import build_index  # doctest: +SKIP
+        >>> index = build_index(Path("scans"), "mri", labels=Path("labels.csv"))  # doctest: +SKIP
+        >>> content = probe(Path("run"), index, Path("probe"), budgets=[Budget(labelled=10)])  # doctest: +SKIP
+        >>> content["summary"]  # doctest: +SKIP
     """
     spec = _read_encoder_spec(encoder)
     network: Any = load_encoder(encoder).to(_torch_device())
