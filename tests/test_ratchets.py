@@ -54,7 +54,7 @@ CEILINGS: dict[str, Ratchet] = {
     "long_functions": Ratchet(7, goal=3),
     "untyped_dicts": Ratchet(188, goal=80),
     "functions_with_many_parameters": Ratchet(20, goal=10),
-    "documented_names_without_example": Ratchet(52, goal=0),
+    "documented_names_without_example": Ratchet(0, goal=0),
     "long_commit_subjects": Ratchet(0, goal=0),
 }
 
