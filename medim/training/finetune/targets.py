@@ -9,7 +9,7 @@ from medim.data.index.index import Index
 from medim.data.labels import check_label_kind
 from medim.tasks import TASKS, find_task, find_task_for_labels
 from medim.tasks.task import Task
-from medim.types import UserError
+from medim.types import UsageError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -18,9 +18,15 @@ def task_of_config(config: FinetuneConfig) -> Task:
     """Find the task of a configuration by its option and its head.
 
     Raises:
-        UsageError: an unknown task.
+        UsageError: an unknown task, or a head of another task.
     """
-    return find_task(config.task, config.head.get("name"))
+    task = find_task(config.task, config.head.get("name"))
+    if task.option != config.task:
+        raise UsageError(
+            f"config {config.name}: head {config.head.get('name')!r} and task {config.task!r} do not work together. "
+            f"Use this head with task {task.option!r}, or the head {config.task!r}."
+        )
+    return task
 
 
 def select_head(config: FinetuneConfig, index: Index) -> FinetuneConfig:
