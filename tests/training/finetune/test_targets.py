@@ -110,7 +110,7 @@ def test_an_evaluation_keeps_what_was_known_of_each_case(run: Path, index: Index
     assert {row["label"] for row in rows if row["class"] == "never"} == {"absent"}
     assert len(rows) == 3 * found["n"]
     page = write_report_page(tmp_path / "out").read_text()
-    assert "What was known, images" in page
+    assert "Labels per finding, images" in page
 
 
 def test_a_package_answers_with_a_probability_a_finding_and_no_class(
@@ -151,5 +151,5 @@ def test_probes_of_findings_are_those_of_each_finding_on_the_rows_where_it_is_kn
 def test_a_probe_of_findings_is_refused(run: Path, index: Index, tmp_path: Path) -> None:
     from medim.evaluation.probing.probe_cohort import open_probe_cohort
 
-    with pytest.raises(UserError, match="expected one class an image, got findings"):
+    with pytest.raises(UserError, match="expected one class per image, got findings"):
         open_probe_cohort(index, locate_weights(run)[1], split_seed=0, store=tmp_path)
