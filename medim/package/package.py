@@ -154,6 +154,11 @@ def load_package(path: str | Path, *, trust: Path | None = None) -> Package:
         PackageError: a file is modified, missing or not listed; the folder contains a link; the contract has another
             schema version; or the package is not signed by the key `trust`.
         UserError: `trust` is not a public key.
+
+    Example:
+        >>> from medim import read_volume  # doctest: +SKIP
+        >>> package = load_package("package", trust=Path("public.pem"))  # doctest: +SKIP
+        >>> package(read_volume("scan.nii.gz"))  # doctest: +SKIP
     """
     folder = Path(path)
     manifest = verify_checksums(folder, trust=trust)

@@ -317,6 +317,13 @@ def build_index(
     Raises:
         UserError: a path is missing or empty, or a table is inconsistent or matches no image.
         AllRejectedError: files were found, but none is an image of this modality.
+
+    Example:
+        >>> import nibabel, numpy as np
+        >>> nibabel.save(nibabel.Nifti1Image(np.arange(27.0).reshape(3, 3, 3), np.eye(4)), "scan.nii")
+        >>> index = build_index(Path("scan.nii"), "mri", remember=False)
+        >>> index.records[0].shape
+        (3, 3, 3)
     """
     if modality not in get_args(Modality):
         raise UsageError(f"modality: expected {' or '.join(get_args(Modality))}, got {modality!r}.")
@@ -337,14 +344,19 @@ def build_index(
         _series=content.series,
     )
     if not index.records:
-        counts = Counter(rejection.reason for rejection in index.rejected)
-        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-        raise AllRejectedError(
-            f"expected {modality} images, got {len(index.rejected)} files without such an image: {reasons}. "
-            "See rejected.csv of `medim index` for each file, or choose another --modality.",
-            index,
-        )
+        raise _build_rejection_error(index)
     return index
+
+
+def _build_rejection_error(index: Index) -> AllRejectedError:
+    """Build the error about an index without images, with the number of files for each reason."""
+    counts = Counter(rejection.reason for rejection in index.rejected)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+    return AllRejectedError(
+        f"expected {index.modality} images, got {len(index.rejected)} files without such an image: {reasons}. "
+        "See rejected.csv of `medim index` for each file, or choose another --modality.",
+        index,
+    )
 
 
 def _find_identity_parts(root: Path, source: str) -> frozenset[str]:
