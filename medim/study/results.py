@@ -2,7 +2,7 @@
 
 Example:
     results = open_results(Path("runs/study"))
-    ours, scratch = results.paired_grids("dice", "dim", "10")  # [S][T] each
+    ours, scratch = results.paired_grids("dice", "dim", "10")  # lists of seeds of subsets each
     paired_difference(ours, scratch, results.subjects)
 """
 
@@ -74,7 +74,7 @@ class StudyResults:
     def metrics(self) -> tuple[str, ...]:
         """Names of the available metrics; the first is the primary metric of the study."""
         columns = next(iter(self.values.values()))
-        return tuple(self._task.study_statistics(columns, self.classes))
+        return tuple(self.task.study_statistics(columns, self.classes))
 
     def seeds(self, arm: str, budget: str) -> list[tuple[int, int]]:
         """List the pretraining and subset seeds of the available runs."""
@@ -90,7 +90,7 @@ class StudyResults:
     def grid(
         self, metric: str, arm: str, budget: str, *, step: int | None = None, seeds: SeedPairs = ()
     ) -> StatisticGrid:
-        """Build the grid of a metric of an arm at a budget, [S][T] by pretraining seed and label subset.
+        """Build the grid of a metric of an arm at a budget: a list per pretraining seed of one per label subset.
 
         Args:
             metric: one of `metrics`.
@@ -121,7 +121,7 @@ class StudyResults:
 
     def statistic(self, metric: str, run: RunKey) -> Statistic:
         """Build a metric of one run as a function of the case weights."""
-        return self._task.study_statistics(self._columns(run), self.classes)[metric]
+        return self.task.study_statistics(self._columns(run), self.classes)[metric]
 
     def probabilities(self, run: RunKey) -> tuple[Array, Array]:
         """Get probabilities (N, K) and class indices (N,) of one run of a classifier."""
@@ -129,7 +129,8 @@ class StudyResults:
         return np.stack([columns[f"probability_{n}"] for n in self.classes], 1), columns[TRUTH].astype(np.intp)
 
     @cached_property
-    def _task(self) -> Task:
+    def task(self) -> Task:
+        """Task of the study, by the metrics of its runs."""
         return find_task_of_study(next(iter(self.values.values())))
 
     def _columns(self, run: RunKey) -> dict[str, Array]:

@@ -90,7 +90,7 @@ def test_statistics_of_another_guard_with_recomputed_sums_are_found_by_the_contr
     )  # flags nothing
     (folder / "models" / "reference.safetensors").write_bytes(blind.dump())
     write_sums(folder)
-    with pytest.raises(PackageError, match=r"reference\.npz: the sha256 differs from that in medim\.json"):
+    with pytest.raises(PackageError, match=r"reference\.safetensors: the sha256 differs from that in medim\.json"):
         verify_package(folder)
 
 

@@ -49,8 +49,7 @@ def write_worst_cases(context: StudyContext, study: StudyView) -> None:
 def case_scores(study: StudyView, run: RunKey) -> Array:
     """Dice of each case, or its probability of the true class: (N,)."""
     assert study.results is not None
-    task = find_task(study.summary["task"])
-    return task.study_case_scores(study.results.values[run], study.results.classes)
+    return study.results.task.study_case_scores(study.results.values[run], study.results.classes)
 
 
 def draw_overlay(volume: Volume, truth: Array | None = None, prediction: Array | None = None) -> str:

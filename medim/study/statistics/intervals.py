@@ -168,7 +168,7 @@ def paired_difference(
     """Compute the mean difference of two arms over a grid of runs; see `compute_interval`.
 
     Args:
-        ours: statistic of each run by seed and label subset, [S][T]: weights of the cases (R, N) to values (R,).
+        ours: statistics by seed and label subset, each from weights of the cases (R, N) to values (R,).
         theirs: statistics of the runs that are paired with `ours`.
         subjects: (N,) subject of each case.
         limits: smallest and largest possible difference; see `get_metric_limits`.

@@ -322,7 +322,7 @@ def dry_run_finetuning(config: FinetuneConfig) -> None:
         model = build_model(spec)
         head: Any = model.head
         with torch.no_grad():
-            target = torch.from_numpy(task_of_config(config).make_blank_targets(count, shape))
+            target = torch.tensor(task_of_config(config).make_blank_targets(count, shape))
             head.loss(model(torch.zeros(count, 1, *shape)), target)
     except (RuntimeError, ValueError, IndexError) as error:
         raise UsageError(
