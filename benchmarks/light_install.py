@@ -92,7 +92,7 @@ def install_wheel(work: Path) -> Path:
     binaries = work / "venv" / "bin"
     build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", work / "dist", REPOSITORY]
     _run_command(build, work)
-    (wheel,) = (work / "dist").glob("medim-*.whl")
+    (wheel,) = (work / "dist").glob("medim_infomax-*.whl")
     if not (binaries / "medim").is_file():
         venv.create(work / "venv", with_pip=True)
         pip = [binaries / "python", "-m", "pip", "install", "--quiet", "--constraint"]
