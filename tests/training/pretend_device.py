@@ -29,6 +29,7 @@ from medim.config import PretrainConfig, list_presets, load_config
 from medim.objectives import contrastive_term, coordinates, dense, occlusion, reconstruction
 from medim.training.engine.process_group import SINGLE_PROCESS
 from medim.training.pretrain.run import _build_module
+from tests.specs import make_spec
 
 SMALL = [name for name in list_presets("pretrain") if name.startswith("small-")]
 OTHERS, FAULTY = " with drawn negatives and occlusion", " with a tensor left behind"
@@ -125,15 +126,16 @@ def step(name: str, device: str) -> list[str]:
         objective = {**config.objectives[0], "negatives": "permuted", "occlusion": 4}
         config = config.model_copy(update={"objectives": [objective]})
     shape = list(config.views.shape)
-    spec = {"encoder": config.encoder, "in_channels": 1, "spatial_dims": config.spatial_dims, "input_shape": shape}
+    sizes = {"in_channels": 1, "spatial_dims": config.spatial_dims, "input_shape": shape}
+    spec = make_spec({"encoder": config.encoder, **sizes})
     module: Any = _build_module(config, spec, 0, SINGLE_PROCESS)
     kind = f"{device}:0"
     with FakeTensorMode(), Strict():
         move(module, kind)
         batch = batch_of(config, kind)
         if device == "cuda":
-            views, encode = module._views(batch, 0, split=0)
-            return [str(term.loss.device) for term in module._terms(encode, views).values()]
+            views, encode = module._prepare_views(batch, 0, split=0)
+            return [str(term.loss.device) for term in module._compute_terms(encode, views).values()]
         (main, *adversary), (schedule,) = module.configure_optimizers()
         module.optimizers = lambda **_: [main, *(SimpleNamespace(optimizer=o) for o in adversary)]
         module.lr_schedulers = lambda: schedule
@@ -153,7 +155,7 @@ def main(device: str, out: Path) -> None:
         try:
             with ExitStack() as patches:
                 for module in (dense, reconstruction):
-                    patches.enter_context(patch.object(module, "draw_cubes", hidden))
+                    patches.enter_context(patch.object(module, "draw_cube_mask", hidden))
                 patches.enter_context(patch.object(occlusion, "draw_occlusion_mask", hidden))
                 patches.enter_context(patch.object(contrastive_term, "compute_chance", level))
                 if name.endswith(FAULTY):
