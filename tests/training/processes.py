@@ -28,6 +28,7 @@ from medim.training.engine.process_group import ProcessGroup
 from medim.training.engine.sampler import StepSampler, step_loader
 from medim.training.pretrain import module as training_module
 from medim.training.pretrain.run import _build_module
+from tests.specs import make_spec
 
 STEPS, BATCH, SHAPE = 20, 8, (16, 16)
 DOT = {"name": "encode_and_dot", "width": 16, "scaled": True}
@@ -125,7 +126,8 @@ def adamw(groups: Any, **options: Any) -> Any:
 def trained(case: str, ranks: ProcessGroup, *, by: Any = descent) -> dict[str, dict[str, torch.Tensor]]:
     """Parameters and buffers before and after the steps of a case, and the losses of the last one."""
     config = config_of(case)
-    spec = {"encoder": config.encoder, "in_channels": 1, "spatial_dims": 2, "input_shape": list(SHAPE)}
+    sizes = {"in_channels": 1, "spatial_dims": 2, "input_shape": list(SHAPE)}
+    spec = make_spec({"encoder": config.encoder, **sizes})
     torch.manual_seed(0)
     losses: dict[str, torch.Tensor] = {}
     with patch.object(training_module, "build_optimiser", by):
