@@ -22,9 +22,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Deep InfoMax pretraining of medical image encoders, from DICOM to a package a hospital can run.",
+    help="Pretrain encoders for MRI and X-ray with Deep InfoMax, fine-tune and evaluate them, export them as packages.",
 )
-config_app = typer.Typer(no_args_is_help=True, help="The shipped presets.")
+config_app = typer.Typer(no_args_is_help=True, help="List and print the shipped presets.")
 app.add_typer(config_app, name="config")
 
 
@@ -42,7 +42,7 @@ def _print_version(version: Annotated[bool, typer.Option("--version", help="Prin
 
 @register_command(app)
 def doctor() -> None:
-    """Say what this machine has, and a remedy for what it lacks."""
+    """Check packages, devices, codecs and disk space of this machine."""
     from medim.doctor import run_checks
 
     for check in run_checks():
@@ -67,8 +67,8 @@ def config_list() -> None:
 
 
 @register_command(config_app, "show")
-def config_show(name: Annotated[str, typer.Argument(help="A preset's name.")]) -> None:
-    """Print a preset: every value under its meaning."""
+def config_show(name: Annotated[str, typer.Argument(help="Name of a preset.")]) -> None:
+    """Print every value of a preset with its description."""
     from medim.cli.presets import render_preset
 
     typer.echo(render_preset(name))

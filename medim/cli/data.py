@@ -1,4 +1,4 @@
-"""The commands that bring images and ready them: parse, make one call, print what came out."""
+"""Commands that fetch, index and preprocess images: `example`, `fetch`, `index`, `preprocess`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def example(
     out: OutOption,
     subjects: Annotated[int, typer.Option(help="Number of subjects.")] = 24,
     spacing: Annotated[float, typer.Option(help="Voxel size in mm.")] = 2.0,
-    formats: Annotated[str, typer.Option("--format", help="nifti, dicom, or both with a comma.")] = "nifti",
+    formats: Annotated[str, typer.Option("--format", help="nifti, dicom, or nifti,dicom.")] = "nifti",
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Write the built-in cohort as files: simulated subjects from the MNI152 template."""
+    """Write a simulated cohort of brain MRI as NIfTI or DICOM files."""
     from medim.data.example.cohort import make_example
     from medim.files import prepare_output_folder
 
@@ -34,13 +34,16 @@ def example(
 
 
 def fetch(
-    name: Annotated[str | None, typer.Argument(help="A set's name; --list shows all.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Name of a public data set.")] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="The set's folder. Default: the cache, where --data NAME looks.")
+        Path | None,
+        typer.Option("--out", help="Folder for the data set. Default: the cache, from which --data NAME reads."),
     ] = None,
-    list_: Annotated[bool, typer.Option("--list", help="Show the public sets, their terms and checksums.")] = False,
+    list_: Annotated[
+        bool, typer.Option("--list", help="List the public data sets with their terms and checksums.")
+    ] = False,
 ) -> None:
-    """Download a public data set, or check one that is there; what was cut is continued."""
+    """Download a public data set, continue a download, or verify an existing one."""
     from medim.data.public.catalog import PUBLIC_SETS
     from medim.data.public.fetch import fetch_public_set as fetch_set
 
@@ -49,7 +52,7 @@ def fetch(
             console.print(f"{set_name}: {public_set.describe()}", markup=False, highlight=False, soft_wrap=True)
         return
     if name is None:
-        raise UsageError("expected the name of a public set: medim fetch NAME. `medim fetch --list` shows all.")
+        raise UsageError("expected the name of a public set: medim fetch NAME. List the names with: medim fetch --list")
     fetch_result = fetch_set(name, out, progress=show_progress("fetched", "MB", 10**6))
     note = PUBLIC_SETS[fetch_result.manifest["name"]].note
     rows = {
@@ -62,18 +65,20 @@ def fetch(
 
 
 def index(
-    sources: Annotated[list[Path], typer.Argument(help="Files or folders of images, or fetched sets.")],
-    modality: Annotated[Modality, typer.Option(help="Which images count.")],
+    sources: Annotated[list[Path], typer.Argument(help="Image files, folders, or names of fetched public sets.")],
+    modality: Annotated[
+        Modality, typer.Option(help="Modality of the images to use; images of other modalities are rejected.")
+    ],
     out: OutOption,
     labels: LabelsOption = None,
     subjects: SubjectsOption = None,
-    jobs: Annotated[int | None, typer.Option(help="Processes. Default: one a core.", min=1)] = None,
+    jobs: Annotated[int | None, typer.Option(help="Number of processes. Default: one per core.", min=1)] = None,
     no_cache: Annotated[
-        bool, typer.Option("--no-cache", help="Open every file, also files that have not changed since the last index.")
+        bool, typer.Option("--no-cache", help="Open every file, including files that have not changed.")
     ] = False,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """List every image, and every file that is none with the reason; files that have not changed are not opened."""
+    """Index the images of a source; list rejected files with the reason."""
     from medim.data.index.index import AllRejectedError, build_index
     from medim.data.index.records import write_rejections
     from medim.data.parallel import count_cpus
@@ -102,13 +107,15 @@ def index(
 
 
 def preprocess(
-    source: Annotated[Path, typer.Argument(help="Images or an index.")],
-    modality: Annotated[Modality, typer.Option(help="Which images count.")],
+    source: Annotated[Path, typer.Argument(help="Images, or an index.")],
+    modality: Annotated[
+        Modality, typer.Option(help="Modality of the images to use; images of other modalities are rejected.")
+    ],
     out: OutOption,
     config: ConfigOption = None,
-    jobs: Annotated[int, typer.Option(help="Processes.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Number of processes.")] = 1,
 ) -> None:
-    """Preprocess images into a store that pretrain and finetune read crops from; what is whole is kept."""
+    """Preprocess images into a store, from which pretrain and finetune read."""
     from medim.data.loading.cohort import open_cohort
     from medim.data.loading.quality_table import add_record_flags, count_flags, flag_images, write_quality
     from medim.data.source import open_source

@@ -34,7 +34,8 @@ def evaluate(
     out: OutOption,
     data: DataOption = None,
     split: Annotated[
-        Literal["train", "val", "test", "all"] | None, typer.Option(help="Default: test where the source has one.")
+        Literal["train", "val", "test", "all"] | None,
+        typer.Option(help="Split to measure on. Default: test if the source has one, else val."),
     ] = None,
     include_training_subjects: Annotated[
         bool,
@@ -45,7 +46,7 @@ def evaluate(
     subjects: SubjectsOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Measure a model on labelled images, in their own space, with 95 % intervals over subjects."""
+    """Evaluate a model on labelled images, with 95 % intervals over subjects."""
     from medim.data.contamination import describe_counts
     from medim.data.source import open_source
     from medim.evaluation.evaluate import evaluate as run
@@ -64,17 +65,19 @@ def evaluate(
 
 
 def probe(
-    encoder: Annotated[Path, typer.Argument(help="A pretraining run, or its package.")],
+    encoder: Annotated[Path, typer.Argument(help="A pretraining run or its package.")],
     data: DataOption = None,
     protocol: Annotated[
         str, typer.Option(help="Classifier: linear (logistic regression) or knn (nearest neighbours).")
     ] = "linear",
     label_fraction: Annotated[
         list[float] | None,
-        typer.Option(help="Label budget, as a share of the labelled training images. May be repeated. Default: 1.0."),
+        typer.Option(help="Label budget as a fraction of the labelled training images. May be repeated. Default: 1.0."),
     ] = None,
-    labelled: Annotated[list[int] | None, typer.Option(help="Label budget, in images. May be repeated.")] = None,
-    seeds: Annotated[int, typer.Option(help="Label subsets a budget, drawn with seeds 0 to N - 1.", min=1)] = 1,
+    labelled: Annotated[list[int] | None, typer.Option(help="Label budget in images. May be repeated.")] = None,
+    seeds: Annotated[
+        int, typer.Option(help="Number of label subsets per budget, drawn with seeds 0 to N - 1.", min=1)
+    ] = 1,
     levels: Annotated[
         list[int] | None,
         typer.Option(
@@ -87,14 +90,14 @@ def probe(
         bool,
         typer.Option("--baselines/--no-baselines", help="Measure an untrained encoder and a PCA of the pixels too."),
     ] = True,
-    out: Annotated[Path | None, typer.Option(help="Where to write. Default: <RUN>-probe-<protocol>.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder. Default: <RUN>-probe-<protocol>.")] = None,
     labels: LabelsOption = None,
     subjects: SubjectsOption = None,
     split_seed: SplitSeedOption = 0,
     fail_on_contamination: FailOnContaminationOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Measure a frozen encoder: a simple classifier on its features, with few labels."""
+    """Evaluate a frozen encoder with a simple classifier on its features."""
     from medim.data.contamination import describe_counts
     from medim.data.source import open_source
     from medim.evaluation.probing.label_budget import Budget
@@ -124,40 +127,44 @@ def study(
     out: OutOption,
     encoder: Annotated[
         list[str] | None,
-        typer.Option(help="An arm, NAME=RUN[,RUN2,...]: a pretraining run or package a seed. May be repeated."),
+        typer.Option(help="An arm, NAME=RUN[,RUN2,...]: one pretraining run or package per seed. May be repeated."),
     ] = None,
     frozen: Annotated[
         list[str] | None,
         typer.Option(help="An arm with a frozen encoder, NAME=RUN[,RUN2,...]. May be repeated."),
     ] = None,
     data: DataOption = None,
-    labelled: Annotated[list[int] | None, typer.Option(help="Label budget, in images. May be repeated.")] = None,
+    labelled: Annotated[list[int] | None, typer.Option(help="Label budget in images. May be repeated.")] = None,
     label_fraction: Annotated[
         list[float] | None,
-        typer.Option(help="Label budget, as a share of the labelled training images. May be repeated. Default: 1.0."),
+        typer.Option(help="Label budget as a fraction of the labelled training images. May be repeated. Default: 1.0."),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Label subsets a budget, drawn with seeds 0 to N - 1.", min=1)] = 1,
+    seeds: Annotated[
+        int, typer.Option(help="Number of label subsets per budget, drawn with seeds 0 to N - 1.", min=1)
+    ] = 1,
     probe_seeds: Annotated[
-        int | None, typer.Option(help="The same for arms that stay frozen. Default: as --seeds.", min=1)
+        int | None, typer.Option(help="Number of label subsets per budget for frozen arms. Default: --seeds.", min=1)
     ] = None,
     lr_multipliers: Annotated[
         str | None,
         typer.Option(
-            help="Multiples of the preset's rate to choose from, such as 0.3,1,3, or fixed. Default: 0.3,1,3 where the "
-            "budget can pay for it."
+            help="Candidate multiples of the preset's learning rate, such as 0.3,1,3; or fixed. Default: 0.3,1,3 if "
+            "the budget is large enough."
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Cells at once; 2 or more run in processes that stay warm.", min=1)] = 1,
+    jobs: Annotated[
+        int, typer.Option(help="Number of cells that run at once; 2 or more use persistent processes.", min=1)
+    ] = 1,
     max_hours: Annotated[
         float | None,
-        typer.Option(help="Begin no cell that is expected to end later; exit code 75 where some are left."),
+        typer.Option(help="Start no cell that would end later; exit code 75 if cells remain."),
     ] = None,
     labels: LabelsOption = None,
     subjects: SubjectsOption = None,
     groups: Annotated[
         Path | None,
         typer.Option(
-            help="CSV with a column image or subject, and any others (site, sex, scanner): the audit tells metrics of "
+            help="CSV with a column image or subject, and any others (site, sex, scanner): the audit reports metrics "
             "each group, and whether features tell the groups apart."
         ),
     ] = None,
@@ -165,12 +172,12 @@ def study(
     set_: SetOption = None,
     split_seed: SplitSeedOption = 0,
     fail_on_contamination: FailOnContaminationOption = False,
-    keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the weights of every cell.")] = False,
+    keep_models: Annotated[bool, typer.Option("--keep-models", help="Save the weights of every cell.")] = False,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
     accelerator: AcceleratorOption = "auto",
 ) -> None:
-    """Measure what pretraining is worth in labels, against the scratch twin, paired over seeds, labels and subjects."""
+    """Compare pretrained encoders with training from scratch over label budgets, seeds and subjects."""
     from medim.data.source import open_source
     from medim.evaluation.probing.label_budget import Budget
     from medim.study.checks import check_networks
@@ -221,7 +228,7 @@ def _parse_multipliers(text: str | None) -> tuple[float, ...] | None:
 
 
 def repeat_command(words: list[str]) -> list[str]:
-    """The command as it was typed, without what only concerns this call of it."""
+    """Remove the options of a single call, such as --resume, from a command line."""
     arguments = ["medim"]
     for previous, word in pairwise(words):
         if word not in PER_CALL_OPTIONS and not word.startswith("--max-hours") and previous != "--max-hours":
@@ -230,7 +237,7 @@ def repeat_command(words: list[str]) -> list[str]:
 
 
 def _format_comparisons(summary: dict[str, Any]) -> dict[str, str]:
-    """A line for each arm and budget: against scratch, with interval and verdict."""
+    """Format one line per arm and budget: difference from scratch, interval and verdict."""
     rows = (summary["comparisons"] or {"rows": []})["rows"]
     return {
         f"{row['arm']}, {row['budget']} labels": f"{summary['metric']} {format_or_dash(row['value'])}, scratch "
@@ -245,7 +252,7 @@ def report(
         Path, typer.Argument(help="A run, an evaluation, an index, a store, a study, or a folder of runs.")
     ],
 ) -> None:
-    """Write one self-contained report.html."""
+    """Write a self-contained HTML report into a folder."""
     from medim.reports.report import write_report_page as report_runs
     from medim.study.report.report import is_study
     from medim.study.report.report import write_study_page as report_study

@@ -1,4 +1,4 @@
-"""Options that several commands take, each with its help text said once."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import typer
 
 DataOption = Annotated[
     Path | None,
-    typer.Option("--data", help="Images, an index, a store or a fetched set. Default for MRI: the built-in cohort."),
+    typer.Option(
+        "--data", help="Images, an index, a store or a fetched public set. Default for MRI: the simulated cohort."
+    ),
 ]
 LabelsOption = Annotated[
     Path | None, typer.Option("--labels", help="CSV with columns image or subject, and label or mask.")
@@ -19,12 +21,14 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override a config key: key=value. May be repeated.")
 ]
 MAX_SEED = 2**32 - 1  # what numpy and torch both take
-SeedOption = Annotated[int, typer.Option("--seed", help="Fixes everything that is drawn.", min=0, max=MAX_SEED)]
-SplitSeedOption = Annotated[
-    int, typer.Option("--split-seed", help="Seed of the split by subject.", min=0, max=MAX_SEED)
+SeedOption = Annotated[
+    int, typer.Option("--seed", help="Random seed of weights, batches and augmentation.", min=0, max=MAX_SEED)
 ]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in --out.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Empty --out first.")]
+SplitSeedOption = Annotated[
+    int, typer.Option("--split-seed", help="Random seed of the split by subject.", min=0, max=MAX_SEED)
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its newest checkpoint.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the content of --out.")]
 FailOnContaminationOption = Annotated[
     bool,
     typer.Option(
@@ -35,20 +39,23 @@ AcceleratorOption = Annotated[str, typer.Option("--accelerator", help="auto, cpu
 DevicesOption = Annotated[
     int | None,
     typer.Option(
-        "--devices", help="Processes a node, one a device. Default: what torchrun or SLURM started, or 1.", min=1
+        "--devices",
+        help="Number of processes per node, one per device. Default: as started by torchrun or SLURM, else 1.",
+        min=1,
     ),
 ]
 NodesOption = Annotated[
-    int | None, typer.Option("--nodes", help="Machines. Default: as torchrun or SLURM say, or 1.", min=1)
+    int | None,
+    typer.Option("--nodes", help="Number of nodes. Default: as started by torchrun or SLURM, else 1.", min=1),
 ]
 PrecisionOption = Annotated[
-    str | None, typer.Option("--precision", help="32-true, bf16-mixed or 16-mixed. Default: the config's.")
+    str | None, typer.Option("--precision", help="32-true, bf16-mixed or 16-mixed. Default: from the configuration.")
 ]
 ConfigOption = Annotated[
-    str | None, typer.Option("--config", help="A preset's name (medim config list) or a YAML file.")
+    str | None, typer.Option("--config", help="Name of a preset (see medim config list) or a YAML file.")
 ]
 InputsArgument = Annotated[list[Path], typer.Argument(help="NIfTI, DICOM files or folders, PNG, npz.")]
-OutOption = Annotated[Path, typer.Option("--out", help="Where to write.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Output folder.")]
 PublicKeyOption = Annotated[
     Path | None,
     typer.Option(

@@ -26,14 +26,15 @@ def export(
     ] = None,
     label_codes: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="JSON of codes for the classes, or a shipped one: hippocampus."),
+        typer.Option(metavar="FILE", help="JSON file with the codes of the classes, or the shipped one: hippocampus."),
     ] = None,
     dicom_rules: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="JSON of rules for DICOM images. Default: the modality's.")
+        Path | None,
+        typer.Option(metavar="FILE", help="JSON file with rules for DICOM images. Default: the rules of the modality."),
     ] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Make the package that a hospital runs: weights, ONNX, preprocessing, proof."""
+    """Export a run as a package with weights, ONNX graph, preprocessing and test results."""
     from medim.export.export import export as run_export
 
     options: dict[str, Any] = {"labels_schema": label_codes, "dicom_in": dicom_rules, "sign": private_key}
@@ -42,7 +43,7 @@ def export(
 
 
 def verify(package: Annotated[Path, typer.Argument(help="A package.")], public_key: PublicKeyOption = None) -> None:
-    """Check the signature, every hash and the golden inputs of a package."""
+    """Verify the signature, hashes and golden inputs of a package."""
     from medim.package.package import verify_package as run_verify
 
     print_result(
@@ -58,10 +59,12 @@ def predict(
     output_format: Annotated[
         Literal["nifti", "dicom"], typer.Option("--format", help="nifti: NIfTI, PNG and JSON. dicom: DICOM SEG and SR.")
     ] = "nifti",
-    labelmap: Annotated[bool, typer.Option("--labelmap", help="SEG as LABELMAP, which older viewers lack.")] = False,
+    labelmap: Annotated[
+        bool, typer.Option("--labelmap", help="Write SEG objects of type LABELMAP, which older viewers cannot display.")
+    ] = False,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Write a segmentation or a class for each input."""
+    """Apply a package to images and write one answer per image."""
     from medim.package.package import load_package
     from medim.predict.predict import predict as run
 
@@ -73,17 +76,17 @@ def predict(
 
 
 def embed(
-    encoder: Annotated[Path, typer.Argument(metavar="PACKAGE|RUN", help="An encoder's package, or its run.")],
+    encoder: Annotated[Path, typer.Argument(metavar="PACKAGE|RUN", help="Package or run of an encoder.")],
     inputs: InputsArgument,
-    out: Annotated[Path, typer.Option(help="FILE.npz, .csv or .parquet.")],
+    out: Annotated[Path, typer.Option(help="Output file: .npz, .csv or .parquet.")],
     mi_map_dir: Annotated[
         Path | None,
         typer.Option("--mi-map-dir", metavar="DIR", help="Folder for mutual-information maps (NIfTI or 16-bit PNG)."),
     ] = None,
     public_key: PublicKeyOption = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Empty the folder of --mi-map-dir first.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the content of --mi-map-dir.")] = False,
 ) -> None:
-    """Write a row of features an image, and where the image agrees with its own summary."""
+    """Extract features, one row per image; optionally write mutual-information maps."""
     from medim.package.package import load_package
     from medim.predict.predict import embed_images
 

@@ -1,4 +1,4 @@
-"""A preset as a user may read and copy it: every value under its meaning, taken from where the meaning is defined."""
+"""Print a preset as YAML in which each value is preceded by its description from the code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WIDTH = 120
 
 
 def render_preset(name: str) -> str:
-    """A preset's header, then every key and option with its meaning and its value, the keys' defaults too.
+    """Render the header of a preset, then every key and option with description and value, including defaults.
 
     Raises:
         UsageError: no such preset.
@@ -42,7 +42,7 @@ def render_preset(name: str) -> str:
 
 
 def parse_docstring(entry: Callable[..., Any]) -> tuple[str, dict[str, str]]:
-    """First paragraph of a docstring, and what its `Args` say of each parameter."""
+    """First paragraph of a docstring, and the descriptions of its `Args`."""
     text = inspect.getdoc(entry) or ""
     args_block = re.search(r"^Args:\n((?:    .*\n?)*)", text, re.MULTILINE)
     arg_entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", args_block[1] if args_block else "", re.MULTILINE)
@@ -50,7 +50,7 @@ def parse_docstring(entry: Callable[..., Any]) -> tuple[str, dict[str, str]]:
 
 
 def _load_tables() -> tuple[OptionTables, dict[str, str]]:
-    """The tables, and the rules of `auto`; the light install has only some of them."""
+    """Tables and rules of `auto` values; the light installation has only some of them."""
     from medim.data.preprocessing.steps import STEPS
     from medim.inference.network import INFERENCES
 
@@ -70,7 +70,7 @@ def _load_tables() -> tuple[OptionTables, dict[str, str]]:
 
 
 def _fill_defaults(kind: type[BaseModel], content: Section) -> Section:
-    """The content in the order of the model's keys, with a default for each key it leaves out."""
+    """Content in the order of the keys of the configuration, completed with defaults."""
     full = {
         key: content.get(key, field.get_default(call_default_factory=True)) for key, field in kind.model_fields.items()
     }
@@ -80,7 +80,7 @@ def _fill_defaults(kind: type[BaseModel], content: Section) -> Section:
 def _render_item(
     key: str, value: Any, meaning: str | None, tables: OptionTables, rules: Mapping[str, str], key_path: str
 ) -> list[str]:
-    """The lines of a key: its meaning and its value, as YAML."""
+    """Render a key as YAML lines: description and value."""
     lines = _wrap_comment(meaning)
     if value == AUTO:
         lines += _wrap_comment(f"auto: {rules.get(key_path, 'follows the median image of the index')}")
@@ -94,7 +94,7 @@ def _render_item(
 
 
 def _render_section(key: str, section: Section, tables: OptionTables, rules: Mapping[str, str]) -> list[str]:
-    """The lines of a section: what its entry is, then each option."""
+    """Render a section as lines: description of the entry, then each option."""
     entry = next((name for name in ("name", "op", "mode") if name in section), "")
     path_prefix = section[entry] if entry == "op" else key
     meanings = {name: field.description or "" for name, field in ViewsConfig.model_fields.items()}
@@ -117,6 +117,6 @@ def _indent_lines(lines: list[str]) -> list[str]:
 
 
 def _dash_lines(lines: list[str]) -> list[str]:
-    """A section as an item of a list: the dash stands before its first key, the comment on it above."""
+    """Render a section as a list item: comment, then a dash before the first key."""
     first = next(n for n, line in enumerate(lines) if not line.startswith("#"))
     return [*lines[:first], f"- {lines[first]}", *_indent_lines(lines[first + 1 :])]

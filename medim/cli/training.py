@@ -32,11 +32,13 @@ from medim.types import Modality, UsageError, UserError
 
 @handle_shutdown_signals()
 def pretrain(
-    modality: Annotated[Modality, typer.Option(help="Which images count.")],
+    modality: Annotated[
+        Modality, typer.Option(help="Modality of the images to use; images of other modalities are rejected.")
+    ],
     data: DataOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
-    out: Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/<preset>-<hash>.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/<preset>-<hash>.")] = None,
     seed: SeedOption = 0,
     split_seed: SplitSeedOption = 0,
     resume: ResumeOption = False,
@@ -46,7 +48,7 @@ def pretrain(
     nodes: NodesOption = None,
     precision: PrecisionOption = None,
     stop_on_collapse: Annotated[
-        bool, typer.Option("--stop-on-collapse", help="End a run that has diverged or collapsed.")
+        bool, typer.Option("--stop-on-collapse", help="Stop the run if it diverges or collapses.")
     ] = False,
     subjects: SubjectsOption = None,
 ) -> None:
@@ -61,7 +63,9 @@ def pretrain(
     config_args = config or modality, [*(set_ or []), *([f"precision={precision}"] if precision else [])]
     settings = resolve_pretrain_config(*config_args)  # a mistake in it shows before images are read
     if settings.modality != modality:
-        raise UserError(f"--config {config}: it is for {settings.modality}, and --modality says {modality}.")
+        raise UserError(
+            f"--config {config}: this configuration is for {settings.modality}, but --modality is {modality}."
+        )
     image_index, store = open_source(data, modality, subjects=subjects)
     settings = resolve_pretrain_config(*config_args, index=image_index)
     folder = out or Path("runs") / f"{settings.name}-{settings.hash}"
@@ -107,14 +111,16 @@ def finetune(
     task: Annotated[str, typer.Option(help="Prediction task.", metavar=f"[{'|'.join(TASK_OPTIONS)}]")],
     out: OutOption,
     data: DataOption = None,
-    encoder: Annotated[str, typer.Option(help="A pretraining run or package; none starts fresh.")] = "none",
+    encoder: Annotated[str, typer.Option(help="A pretraining run or package. none: fresh weights.")] = "none",
     from_scratch: Annotated[
-        bool, typer.Option("--from-scratch", help="The twin: the encoder's network with fresh weights.")
+        bool, typer.Option("--from-scratch", help="Train the network of the encoder from fresh weights, as a baseline.")
     ] = False,
-    modality: Annotated[Modality | None, typer.Option(help="Needed without an encoder.")] = None,
-    labelled: Annotated[int | None, typer.Option(help="Label budget, in images.")] = None,
+    modality: Annotated[
+        Modality | None, typer.Option(help="Modality of the images. Required without --encoder.")
+    ] = None,
+    labelled: Annotated[int | None, typer.Option(help="Label budget in images.")] = None,
     label_fraction: Annotated[
-        float | None, typer.Option(help="Label budget, as a share of the labelled training images.")
+        float | None, typer.Option(help="Label budget as a fraction of the labelled training images.")
     ] = None,
     labels: LabelsOption = None,
     subjects: SubjectsOption = None,
@@ -127,7 +133,7 @@ def finetune(
     fail_on_contamination: FailOnContaminationOption = False,
     accelerator: AcceleratorOption = "auto",
 ) -> None:
-    """Fine-tune an encoder on few labels, or train its from-scratch twin."""
+    """Fine-tune an encoder on labelled images, or train the same network from scratch."""
     from medim.data.contamination import describe_counts as describe_contamination
     from medim.data.source import open_source
     from medim.training.auto_config import describe_input
@@ -172,18 +178,22 @@ def finetune(
 
 
 def plan(
-    modality: Annotated[Modality | None, typer.Option(help="Default: the configuration's.")] = None,
+    modality: Annotated[
+        Modality | None, typer.Option(help="Modality of the images. Default: from the configuration.")
+    ] = None,
     data: DataOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
-    out: Annotated[Path | None, typer.Option(help="The run's folder, whose disk is looked at. Default: runs/.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the planned run, whose disk is checked. Default: runs/.")
+    ] = None,
     split_seed: SplitSeedOption = 0,
     accelerator: AcceleratorOption = "auto",
     precision: PrecisionOption = None,
     subjects: SubjectsOption = None,
-    json: Annotated[Path | None, typer.Option("--json", help="FILE for the figures too.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Also write the estimate to this JSON file.")] = None,
 ) -> None:
-    """Run a few real steps; say what the run will need, and refuse one that does not fit this machine."""
+    """Estimate time, memory and disk space of a pretraining run from a few real steps."""
     from medim.data.source import open_source
     from medim.files import write_json
     from medim.training.auto_config import describe_input
@@ -193,11 +203,13 @@ def plan(
 
     config_name = config or modality
     if config_name is None:
-        raise UsageError("expected --config, a preset's name or a YAML file, or --modality mri or xray.")
+        raise UsageError("expected --config (name of a preset or a YAML file) or --modality mri or xray.")
     config_args = config_name, [*(set_ or []), *([f"precision={precision}"] if precision else [])]
     settings = resolve_pretrain_config(*config_args)  # a mistake in it shows before images are read
     if modality and settings.modality != modality:
-        raise UserError(f"--config {config}: it is for {settings.modality}, and --modality says {modality}.")
+        raise UserError(
+            f"--config {config}: this configuration is for {settings.modality}, but --modality is {modality}."
+        )
     image_index, store = open_source(data, settings.modality, subjects=subjects)
     settings = resolve_pretrain_config(*config_args, index=image_index)
     options: dict[str, Any] = {"split_seed": split_seed, "accelerator": accelerator, "store": store}
@@ -218,7 +230,7 @@ def sync(
 
 
 def _format_plan(estimate: dict[str, Any]) -> dict[str, str]:
-    """The figures as lines."""
+    """Format the estimate as lines."""
     phase_seconds = {part: seconds for part, seconds in estimate["seconds"].items() if part != "total"}
     disk, free, hints = estimate["disk_bytes"], estimate["available"], estimate["suggestions"]
     largest_sizes = [f"a batch of {hints['batch_size']}"] if hints["batch_size"] else []

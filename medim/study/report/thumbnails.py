@@ -142,7 +142,7 @@ def _open_cell_network(folder: Path) -> Predictor:
 def _describe_case(study: StudyView, run: RunKey, case_number: int) -> str:
     results = study.results
     assert results is not None
-    return find_task(study.summary["task"]).describe_study_case(results.values[run], results.classes, case_number)
+    return results.task.describe_study_case(results.values[run], results.classes, case_number)
 
 
 def _resize_labels(labels: Array, shape: tuple[int, ...]) -> Array:
