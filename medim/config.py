@@ -182,7 +182,7 @@ def read_config(command: Command, name_or_path: str) -> Section:
     Raises:
         UsageError: no such preset or file, not a YAML mapping, or files that extend each other in a cycle.
 
-    Example:
+    Examples:
         >>> _ = Path("short.yaml").write_text("{extends: mri-crop, steps: 100}")
         >>> content = read_config("pretrain", "short.yaml")
         >>> content["name"], content["steps"], content["modality"]
@@ -220,7 +220,7 @@ def apply_overrides(content: Section, assignments: Iterable[str]) -> Section:
     Raises:
         UsageError: an assignment without `=`, or a path to a key or item that does not exist.
 
-    Example:
+    Examples:
         >>> content = {"steps": 2000, "views": {"shape": [64, 64, 64]}}
         >>> apply_overrides(content, ["views.shape=[32,32,32]", "steps=100"])
         {'steps': 100, 'views': {'shape': [32, 32, 32]}}
@@ -349,7 +349,7 @@ def build_from_section(
     Raises:
         UsageError: see `validate_section`.
 
-    Example:
+    Examples:
         >>> def describe_pool(channels: int, *, size: int = 3) -> str:
         ...     return f"{channels} channels, size {size}"
         >>> build_from_section({"pool": describe_pool}, {"name": "pool", "size": 5}, channels=8)

@@ -226,7 +226,7 @@ def read_spec(file: Path) -> ModelSpec:
     Raises:
         UserError: a key is missing or has another type.
 
-    Example:
+    Examples:
         >>> import json, tempfile
         >>> file = Path(tempfile.mkdtemp()) / "encoder.json"
         >>> content = {"kind": "encoder", "modality": "mri", "preprocessing": [{"op": "ras"}], "in_channels": 1}

@@ -37,7 +37,7 @@ class UserError(Exception):
 class UsageError(UserError):
     """A misspelt option, config key or table entry; the message suggests the nearest valid spelling.
 
-    Example:
+    Examples:
         >>> error = UsageError("--set step=10: no key 'step'. Did you mean 'steps'?")
         >>> error.exit_code
         2
@@ -56,7 +56,7 @@ class Volume:
         native_affine: (4, 4) affine of the file's own grid, on which results are written.
         native_shape: spatial shape of the file's own grid.
 
-    Example:
+    Examples:
         >>> grid = np.diag([1.0, 1.0, 2.5, 1.0])
         >>> volume = Volume(np.zeros((1, 4, 4, 3), np.float32), affine=grid, native_affine=grid, native_shape=(4, 4, 3))
         >>> volume.spatial_dims, volume.shape, volume.spacing
@@ -96,7 +96,7 @@ class Views:
         image: (B, V, C, ...), float.
         location: (B, V, spatial_dims), index of the view's first voxel in the preprocessed image, in voxels.
 
-    Example:
+    Examples:
         >>> import torch
         >>> views = Views(image=torch.zeros(8, 2, 1, 32, 32), location=torch.zeros(8, 2, 2))
         >>> tuple(views.image.shape[:2])  # 8 images with 2 views each
@@ -116,7 +116,7 @@ class Features:
             voxels apart.
         summary: (N, summary_channels), the global feature.
 
-    Example:
+    Examples:
         >>> import torch
         >>> features = Features(maps=(torch.zeros(2, 16, 8, 8), torch.zeros(2, 32, 4, 4)), summary=torch.zeros(2, 64))
         >>> [tuple(map_.shape) for map_ in features.maps]

@@ -27,7 +27,7 @@ def install_command(extra: str = "") -> str:
     Args:
         extra: name of an extra, such as `train`; empty for the light runtime.
 
-    Example:
+    Examples:
         >>> install_command("train")
         'pip install ".[train]" (in a clone of medim)'
     """

@@ -34,7 +34,7 @@ def translate_options(words: Sequence[str], new_names: Mapping[str, str]) -> lis
         words: the command line after the command's name.
         new_names: old option to new option of this command.
 
-    Example:
+    Examples:
         >>> translate_options(["PACKAGE", "--trust=key.pem"], {"--trust": "--public-key"})
         ['PACKAGE', '--public-key=key.pem']
     """

@@ -35,7 +35,7 @@ def compute_fingerprint(volume: Volume) -> str:
     Returns:
         32 hex digits; an empty string for a constant image, which cannot be identified.
 
-    Example:
+    Examples:
         >>> image = np.arange(64, dtype=np.float32).reshape(1, 8, 8)
         >>> volume = Volume(array=image, affine=np.eye(4), native_affine=np.eye(4), native_shape=(8, 8))
         >>> compute_fingerprint(volume) == compute_fingerprint(volume.with_array(2 * image + 10))

@@ -45,7 +45,7 @@ class Scores:
             is 0 for a metric that exists for all cases only. NaN if a resample does not define the metric.
         subjects: number of subjects; 0 if R is 0.
 
-    Example:
+    Examples:
         >>> ours = Scores(np.array([[[0.82]], [[0.84]]]))  # two pretraining seeds, one label subset
         >>> scratch = Scores(np.array([[[0.80]], [[0.81]]]))
         >>> (ours - scratch).values.round(2).ravel().tolist()
@@ -87,7 +87,7 @@ def draw_resamples(
     Raises:
         UserError: fewer than five subjects in total, or with a class.
 
-    Example:
+    Examples:
         >>> resamples = draw_resamples(["a", "b", "c", "d", "e", "e"], resamples=3)
         >>> resamples.counts.shape, resamples.counts.sum(axis=1).tolist()
         ((4, 5), [5, 5, 5, 5])
@@ -116,7 +116,7 @@ def compute_scores(run_statistics: RunStatistics, resamples: Resamples) -> Score
     Raises:
         UserError: the metric is undefined on all cases, or on more than half of the resamples (a class is missing).
 
-    Example:
+    Examples:
         >>> resamples = draw_resamples(["a", "b", "c", "d", "e"], resamples=3)
         >>> scores = compute_scores([[weighted_mean([0.8, 0.7, 0.9, 0.8, 0.8])]], resamples)
         >>> scores.values.shape, float(scores.values[0, 0, 0].round(3))
@@ -142,7 +142,7 @@ def compute_scores(run_statistics: RunStatistics, resamples: Resamples) -> Score
 def weighted_mean(values: Sequence[float]) -> Statistic:
     """Build the weighted mean of one value per case (N,), as a statistic.
 
-    Example:
+    Examples:
         >>> mean = weighted_mean([0.5, 1.0])
         >>> mean(np.array([[1.0, 1.0], [3.0, 1.0]])).tolist()
         [0.75, 0.625]

@@ -29,7 +29,7 @@ class LinearProbe:
         weight: (K, d).
         bias: (K,).
 
-    Example:
+    Examples:
         >>> one = torch.ones(2)
         >>> probe = LinearProbe(mean=one, std=one, weight=torch.tensor([[1.0, -1.0]]), bias=torch.zeros(1))
         >>> probe.weight @ ((torch.tensor([3.0, 2.0]) - probe.mean) / probe.std) + probe.bias

@@ -116,7 +116,7 @@ def use_channels_last(module: nn.Module) -> None:
 def pool_map(map_: torch.Tensor) -> torch.Tensor:
     """Mean and maximum over the grid of a map: (N, C, ...) to (N, 2 C); exportable to ONNX at any size.
 
-    Example:
+    Examples:
         >>> pool_map(torch.tensor([[[[0.0, 1.0], [2.0, 5.0]]]]))
         tensor([[2., 5.]])
     """
@@ -186,7 +186,7 @@ def count_flat_features(stages: Iterable[nn.Module], in_channels: int, shape: Se
 def compute_level_strides(levels: Sequence[ConvGeometry]) -> tuple[int, ...]:
     """Distance, in voxels, between neighbouring cells of each map of an encoder, from the layers that each map adds.
 
-    Example:
+    Examples:
         >>> compute_level_strides([[(3, 1, 1)], [(3, 2, 1)], [(3, 2, 1)]])  # one convolution per map
         (1, 2, 4)
     """
@@ -209,7 +209,7 @@ def compute_receptive_field(layers: ConvGeometry) -> tuple[int, float]:
 def level_receptive_field(levels: Sequence[ConvGeometry], level: int) -> int:
     """Side of the receptive field of a cell of map `level`, in voxels, from the layers that each map adds.
 
-    Example:
+    Examples:
         >>> level_receptive_field([[(3, 1, 1)], [(3, 2, 1)]], 1)
         5
     """
@@ -219,7 +219,7 @@ def level_receptive_field(levels: Sequence[ConvGeometry], level: int) -> int:
 def compute_level_origins(levels: Sequence[ConvGeometry]) -> tuple[float, ...]:
     """Centre of the receptive field of the first cell of each map, in voxels, from the layers that each map adds.
 
-    Example:
+    Examples:
         >>> compute_level_origins([[(3, 1, 1)], [(2, 2, 0)]])
         (0.0, 0.5)
     """

@@ -72,7 +72,7 @@ def build_encoder(spec: NetworkSpec) -> nn.Module:
     Args:
         spec: `encoder` (section of ENCODERS), `in_channels`, `spatial_dims`, `input_shape`.
 
-    Example:
+    Examples:
         >>> section = {"name": "unet", "channels": [4, 8]}
         >>> spec = NetworkSpec(encoder=section, in_channels=1, spatial_dims=2, input_shape=(32, 32))
         >>> build_encoder(spec).strides

@@ -109,7 +109,7 @@ def load_encoder(path: str | Path) -> nn.Module:
     Raises:
         UserError: there is no run or package at `path`, or it is damaged.
 
-    Example:
+    Examples:
         >>> content = {"kind": "encoder", "modality": "xray", "preprocessing": [], "in_channels": 1, "spatial_dims": 2}
         >>> content |= {"encoder": {"name": "unet", "channels": [4, 8]}, "input_shape": [32, 32]}
         >>> spec = ModelSpec.from_json(content, "encoder.json")

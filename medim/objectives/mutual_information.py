@@ -41,7 +41,7 @@ def infonce(scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Ten
     Returns:
         log(classes) minus the cross-entropy, mean over all positives; at most log(classes).
 
-    Example:
+    Examples:
         >>> scores = 20 * torch.eye(4)[:, None, :, None]  # four images, each similar only to itself
         >>> round(float(infonce(scores)), 3), round(math.log(4), 3)
         (1.386, 1.386)
@@ -54,7 +54,7 @@ def infonce(scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Ten
 def jsd(scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Jensen-Shannon bound (eq. 4 of Hjelm et al. 2019, shifted to be 0 at equal scores of 0); at most 2 log 2.
 
-    Example:
+    Examples:
         >>> scores = 40 * torch.eye(4)[:, None, :, None] - 20
         >>> round(float(jsd(scores)), 3), round(2 * math.log(2), 3)
         (1.386, 1.386)
@@ -67,7 +67,7 @@ def jsd(scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
 def dv(scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Donsker-Varadhan bound (eq. 2 of Hjelm et al. 2019), log over all negatives of the batch. Shift-invariant.
 
-    Example:
+    Examples:
         >>> scores = 3 * torch.eye(4)[:, None, :, None]
         >>> round(float(dv(scores)), 3)
         3.0
@@ -88,7 +88,7 @@ ESTIMATORS: dict[EstimatorName, Estimator] = {
 def count_classes(scores: torch.Tensor) -> int:
     """Number of classes of InfoNCE without a mask, 1 + (B - 1) L.
 
-    Example:
+    Examples:
         >>> count_classes(torch.zeros(8, 1, 8, 27))  # 8 images with 27 locations each
         190
     """

@@ -19,7 +19,7 @@ class Term:
         chance: loss of an uninformed critic or head; None if the loss has no chance level.
         diagnostics: scalars to log together with the loss.
 
-    Example:
+    Examples:
         >>> logits = torch.zeros(2, 4)
         >>> term = Term(torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1])), chance=1.386)
         >>> round(float(term.loss), 3)
@@ -39,7 +39,7 @@ class Encode(Protocol):
             of one image next to each other.
         generator: source of randomness for objectives; seeded by run and step, so that a step can be repeated exactly.
 
-    Example:
+    Examples:
         >>> from types import SimpleNamespace
         >>> def compute_norm_loss(encode: Encode) -> Term:
         ...     return Term(encode.clean.summary.square().mean())

@@ -147,7 +147,7 @@ def _check_kind(kind: str) -> str:
 class Contract(_Strict):
     """The content of `medim.json`.
 
-    Example:
+    Examples:
         >>> Contract.model_json_schema()["required"]
         ['name', 'version', 'kind', 'modality', 'preprocess', 'preprocess_sha256', 'inference', 'postprocess',
         'signature', 'architecture', 'provenance']

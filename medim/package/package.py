@@ -155,7 +155,7 @@ def load_package(path: str | Path, *, trust: Path | None = None) -> Package:
             schema version; or the package is not signed by the key `trust`.
         UserError: `trust` is not a public key.
 
-    Example:
+    Examples:
         >>> from medim import read_volume  # doctest: +SKIP
         >>> package = load_package("package", trust=Path("public.pem"))  # doctest: +SKIP
         >>> package(read_volume("scan.nii.gz"))  # doctest: +SKIP

@@ -149,7 +149,7 @@ def open_results(folder: Path, summary: dict[str, Any] | None = None) -> StudyRe
     Raises:
         UserError: the folder contains no study, or the study has no results yet.
 
-    Example:
+    Examples:
         >>> run = {"init": "scratch", "budget": "all", "labelled": 8}
         >>> run |= {"pretrain_seed": 0, "subset_seed": 0, "step": None}
         >>> cases = [{**run, "case": name, "subject": name, "metric": "dice", "value": 0.8} for name in ("s1", "s2")]

@@ -109,7 +109,7 @@ def resolve_auto(content: Section, shape: Shape, spacing: Spacing) -> Section:
     Raises:
         UsageError: the options of a section do not match its constructor.
 
-    Example:
+    Examples:
         >>> content = {"modality": "mri", "preprocessing": [{"op": "ras"}], "views": {"shape": "auto"}}
         >>> content |= {"encoder": {"name": "unet", "channels": "auto"}}
         >>> result = resolve_auto(content, (36, 50, 35), (1.0, 1.0, 1.0))

@@ -97,7 +97,7 @@ def make_example(
         UsageError: an argument is out of its range.
         UserError: `out` is not empty or cannot be written, or nilearn is missing.
 
-    Example:
+    Examples:
         >>> make_example(Path("cohort"), subjects=6, spacing=4.0)  # doctest: +SKIP
         PosixPath('cohort')
     """

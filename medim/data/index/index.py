@@ -318,7 +318,7 @@ def build_index(
         UserError: a path is missing or empty, or a table is inconsistent or matches no image.
         AllRejectedError: files were found, but none is an image of this modality.
 
-    Example:
+    Examples:
         >>> import nibabel, numpy as np
         >>> nibabel.save(nibabel.Nifti1Image(np.arange(27.0).reshape(3, 3, 3), np.eye(4)), "scan.nii")
         >>> index = build_index(Path("scan.nii"), "mri", remember=False)

@@ -91,7 +91,7 @@ def list_flags(values: Mapping[str, float | None]) -> tuple[str, ...]:
     Args:
         values: metric name to value; `distance` is the distance to the nearest image of another subject.
 
-    Example:
+    Examples:
         >>> list_flags({"levels": 4, "empty": 0.99, "snr": None})
         ('few-levels', 'mostly-empty')
     """
@@ -108,7 +108,7 @@ def measure_quality(volume: Volume) -> QualityMetrics:
     Args:
         volume: (C, ...), finite.
 
-    Example:
+    Examples:
         >>> image = np.arange(64, dtype=np.float32).reshape(1, 8, 8)
         >>> volume = Volume(array=image, affine=np.eye(4), native_affine=np.eye(4), native_shape=(8, 8))
         >>> metrics = measure_quality(volume)

@@ -279,7 +279,7 @@ def preprocess(volume: Volume, steps: Sequence[Step]) -> Volume:
         UsageError: see `check_steps`.
         UserError: the image contains NaN or infinity, or has the wrong number of dimensions for a step.
 
-    Example:
+    Examples:
         >>> volume = Volume(np.ones((1, 5, 5, 9), np.float32), np.eye(4), np.eye(4), native_shape=(5, 5, 9))
         >>> preprocess(volume, [{"op": "ras"}, {"op": "resample", "spacing": [2, 2, 2]}]).shape
         (3, 3, 5)

@@ -22,7 +22,7 @@ class PublicFile:
         md5: checksum from the publisher, or None.
         archive: whether the file is an archive to extract.
 
-    Example:
+    Examples:
         >>> file = PublicFile("https://example.org/chest.npz?download=1", "chest.npz")
         >>> file.name, file.archive
         ('chest.npz', False)
@@ -50,7 +50,7 @@ class PublicSet:
         images: number of images, if published.
         note: information for users of the set.
 
-    Example:
+    Examples:
         >>> chest = PublicSet("xray", "chest X-rays", "CC BY 4.0", "Doe et al. 2024", sums=None, images=5856)
         >>> chest.describe()
         'xray; chest X-rays; 5,856 images; CC BY 4.0; no published checksum: sha256 recorded at first download'

@@ -84,7 +84,7 @@ def read_volume(path: str | Path) -> Volume:
         ReadError: the file is missing, damaged, of unknown format, or not an image; the message contains the path and
             the reason.
 
-    Example:
+    Examples:
         >>> import nibabel
         >>> voxels = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
         >>> nibabel.save(nibabel.Nifti1Image(voxels, np.diag([1.0, 1.0, 2.0, 1.0])), "scan.nii.gz")

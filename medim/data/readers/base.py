@@ -25,7 +25,7 @@ class ReadError(UserError):
         reason: a stable code, as in `rejected.csv`.
         detail: an explanation without patient identities.
 
-    Example:
+    Examples:
         >>> error = ReadError("truncated", "the header specifies 8 bytes of voxels, the file has 4", path="scan.nii")
         >>> error.reason
         'truncated'
@@ -90,7 +90,7 @@ def single_image(volume: Volume, **info: Any) -> FileInspection:
     Raises:
         ReadError: a voxel is not finite, or all are equal.
 
-    Example:
+    Examples:
         >>> volume = flat_volume(np.array([[0.0, 1.0], [2.0, 3.0]], np.float32), spacing=(0.5, 0.5))
         >>> [image] = single_image(volume).images
         >>> image.shape
@@ -141,7 +141,7 @@ def compute_orientation(affine: Array) -> Array:
 def flat_volume(array: Array, spacing: Sequence[float] = (1.0, 1.0)) -> Volume:
     """Build the volume of a 2D image (rows, columns) with its (row, column) spacing in mm.
 
-    Example:
+    Examples:
         >>> volume = flat_volume(np.zeros((2, 3), np.float32), spacing=(0.5, 0.25))
         >>> volume.array.shape, volume.spacing
         ((1, 2, 3), (0.5, 0.25))

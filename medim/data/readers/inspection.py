@@ -160,7 +160,7 @@ def _intern_value(value: _T) -> _T:
 class FileInspection:
     """Result of inspecting one file: its images, its rejected parts, or its part of a DICOM image.
 
-    Example:
+    Examples:
         >>> inspection = FileInspection(images=(ImageInfo(shape=(64, 64), affine=np.eye(4)),))
         >>> inspection.with_path(Path("scan.png")).images[0].files[0].name
         'scan.png'

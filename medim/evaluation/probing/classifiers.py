@@ -33,7 +33,7 @@ class ProbePrediction(NamedTuple):
         probabilities: (N, K), rows sum to one.
         settings: chosen settings, for the output file.
 
-    Example:
+    Examples:
         >>> prediction = ProbePrediction(np.array([[0.2, 0.8]]), {"k": 5})
         >>> int(prediction.probabilities.argmax())
         1

@@ -85,7 +85,7 @@ def probe(
             contamination.
         UsageError: an unknown protocol or map, or a budget out of range.
 
-    Example:
+    Examples:
         >>> from medim import build_index  # doctest: +SKIP
         >>> index = build_index(Path("scans"), "mri", labels=Path("labels.csv"))  # doctest: +SKIP
         >>> content = probe(Path("run"), index, Path("probe"), budgets=[Budget(labelled=10)])  # doctest: +SKIP

@@ -32,7 +32,7 @@ class UNetEncoder(nn.Module):
         norm: batch (bn), instance (in), group (gn) or no (none) normalisation.
         summary_channels: length of the summary.
 
-    Example:
+    Examples:
         >>> encoder = UNetEncoder(1, 2, channels=(4, 8), summary_channels=16)
         >>> features = encoder(torch.zeros(2, 1, 16, 16))
         >>> [tuple(map_.shape) for map_ in features.maps], tuple(features.summary.shape)

@@ -45,7 +45,7 @@ class TrainTestSplit:
         train: (N,) bool, True for the training split, False for the evaluation split.
         subjects: (N,) subject of each image.
 
-    Example:
+    Examples:
         >>> split = TrainTestSplit(np.array([0, 1, 1]), np.array([True, False, True]), ["a", "b", "c"])
         >>> split.test_subjects
         ['b']
@@ -141,7 +141,7 @@ def measure_shortcut(
 ) -> Shortcut:
     """Measure how well features of each image predict its label; see `predict_label`.
 
-    Example:
+    Examples:
         >>> labels = np.arange(40) % 2
         >>> split = TrainTestSplit(labels, np.arange(40) < 20, [str(number) for number in range(40)])
         >>> shortcut = measure_shortcut("size as read", [{"rows": 100.0 + 20 * label} for label in labels], split)

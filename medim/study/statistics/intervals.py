@@ -123,7 +123,7 @@ def compute_interval(scores: Scores, limits: MetricLimits = UNBOUNDED) -> Confid
     Raises:
         UserError: there is a single run and the subjects were not resampled.
 
-    Example:
+    Examples:
         >>> scores = Scores(np.array([[[0.80]], [[0.82]], [[0.84]]]))  # three pretraining seeds, one label subset
         >>> interval = compute_interval(scores)
         >>> f"{interval.value:.2f} ({interval.low:.2f} to {interval.high:.2f})"
@@ -179,7 +179,7 @@ def paired_difference(
         UserError: there are too few subjects for an interval.
         ValueError: the grids of the arms have different shapes.
 
-    Example:
+    Examples:
         >>> from medim.metrics.bootstrap import weighted_mean
         >>> ours, scratch = weighted_mean([0.8, 0.7, 0.9, 0.8, 0.9]), weighted_mean([0.7, 0.7, 0.8, 0.6, 0.8])
         >>> difference = paired_difference([[ours]], [[scratch]], ["a", "b", "c", "d", "e"])
@@ -202,7 +202,7 @@ def compare_to_scratch(
         pairs: scores of the arm and of scratch, by arm and budget, for a metric of which higher is better.
         limits: smallest and largest possible difference; see `get_metric_limits`.
 
-    Example:
+    Examples:
         >>> ours = Scores(np.array([[[0.84]], [[0.85]], [[0.86]]]))  # three pretraining seeds, one label subset
         >>> scratch = Scores(np.array([[[0.80]], [[0.81]], [[0.81]]]))
         >>> [comparison] = compare_to_scratch({("local_dim", "10%"): (ours, scratch)})
@@ -237,7 +237,7 @@ def get_metric_limits(metric: str, *, difference: bool = False) -> MetricLimits:
 def combine_verdicts(comparisons: Sequence[Comparison]) -> ComparisonVerdict:
     """Combine the verdicts of several budgets: harm if any shows harm, else benefit if any shows a benefit.
 
-    Example:
+    Examples:
         >>> better, worse = Scores(np.array([[[0.84]], [[0.85]]])), Scores(np.array([[[0.60]], [[0.61]]]))
         >>> pairs = {("local_dim", "10%"): (better, worse), ("local_dim", "100%"): (worse, better)}
         >>> combine_verdicts(compare_to_scratch(pairs))

@@ -104,7 +104,7 @@ def labels_saved(budgets: Sequence[float], ours: Sequence[Scores], scratch: Sequ
     Raises:
         ValueError: the budgets do not increase, or the scores differ in number, seeds or resamples.
 
-    Example:
+    Examples:
         >>> ours = [Scores(np.array([[[0.80]], [[0.81]]])), Scores(np.array([[[0.90]], [[0.91]]]))]  # two seeds
         >>> scratch = [Scores(np.array([[[0.70]], [[0.71]]])), Scores(np.array([[[0.90]], [[0.91]]]))]
         >>> ten_labels, _ = labels_saved([10, 1000], ours, scratch)
@@ -132,7 +132,7 @@ def labels_saved(budgets: Sequence[float], ours: Sequence[Scores], scratch: Sequ
 def summary_sentence(result: LabelsSaved, verdict: ComparisonVerdict) -> str:
     """Format the result of one budget as a sentence that claims no more than the corrected verdict.
 
-    Example:
+    Examples:
         >>> estimate = CensoredInterval(CensoredValue(38), CensoredValue(21), CensoredValue(60))
         >>> result = LabelsSaved(10, estimate, estimate, estimate, ("seeds",))
         >>> summary_sentence(result, "benefit")
@@ -179,7 +179,7 @@ def time_to_level(steps: Sequence[int], ours: Sequence[Scores], final: Scores) -
         ours: scores of the arm at each step, for a metric of which higher is better.
         final: scores of scratch at the end of its training.
 
-    Example:
+    Examples:
         >>> ours = [Scores(np.array([[[value]], [[value]]])) for value in (0.5, 0.7, 0.9)]  # two seeds
         >>> result = time_to_level([100, 200, 300], ours, Scores(np.array([[[0.68]], [[0.70]]])))
         >>> round(result.level, 2), str(result.steps.value)

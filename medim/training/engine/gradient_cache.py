@@ -36,7 +36,7 @@ def encode_in_chunks(network: FeatureNetwork, inputs: torch.Tensor | Features, s
     Returns:
         Features of all N images.
 
-    Example:
+    Examples:
         >>> from medim.models.encoders import UNetEncoder
         >>> encoder = UNetEncoder(1, 2, channels=(4, 8), summary_channels=16)
         >>> tuple(encode_in_chunks(encoder, torch.zeros(6, 1, 16, 16), size=2).summary.shape)

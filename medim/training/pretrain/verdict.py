@@ -51,7 +51,7 @@ def judge_run(
         collapse: description of a collapse of the summaries, or empty.
         weight_shrinkage: description of a shrinkage of the encoder weights, or empty.
 
-    Example:
+    Examples:
         >>> judge_run({"local_dim": 5.0}, {"local_dim": (3.1, 0.1)})
         VerdictReport(verdict='learning', why='local_dim: 3.1 held out, 5 at chance, a gain of 0.3 needed')
     """
