@@ -26,7 +26,7 @@ from medim.data.loading.datasets import ViewDataset
 from medim.data.source import open_source
 from medim.files import write_json
 from medim.models.layers import use_channels_last
-from medim.training.pretrain.run import resolve_pretrain_config
+from medim.training.pretrain.config import resolve_pretrain_config
 
 WORKERS = (1, 2, 4, 8)
 

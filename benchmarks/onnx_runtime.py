@@ -58,7 +58,7 @@ def measure_network(preset: str, task: str, modality: Any, *, rounds: int) -> di
     from medim.models.ood_features import WithOODFeatures
     from medim.models.serialization import save_model
     from medim.package.onnx_session import load_onnx_session
-    from medim.training.finetune.run import resolve_finetune_config
+    from medim.training.finetune.config import resolve_finetune_config
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -21,7 +21,8 @@ from timing import call_in_process
 from medim.data.source import open_source
 from medim.files import write_json
 from medim.training.plan.plan import plan_pretraining
-from medim.training.pretrain.run import pretrain, resolve_pretrain_config
+from medim.training.pretrain.config import resolve_pretrain_config
+from medim.training.pretrain.run import pretrain
 from medim.types import Modality
 
 

@@ -16,7 +16,7 @@ import torch
 from timing import Ratio, RunParts, format_ratio, measure_ratios
 
 from medim.files import write_json
-from medim.training.pretrain.run import resolve_pretrain_config
+from medim.training.pretrain.config import resolve_pretrain_config
 
 PRESETS = ("mri-demo", "mri-crop", "xray-28", "xray")
 

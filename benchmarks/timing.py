@@ -16,7 +16,7 @@ import torch
 from medim.config import PretrainConfig
 from medim.model_spec import NetworkSpec
 from medim.models.model import build_decoder, build_encoder
-from medim.training.pretrain.run import build_objectives
+from medim.training.pretrain.config import build_objectives
 from medim.training.pretrain.step_encoder import StepEncoder
 from medim.types import Views
 

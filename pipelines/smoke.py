@@ -24,10 +24,10 @@ from medim.export.export import export
 from medim.files import prepare_output_folder, write_json
 from medim.predict.predict import predict
 from medim.reports.report import write_report_page
+from medim.training.finetune.config import resolve_finetune_config as finetune_config
 from medim.training.finetune.run import finetune
-from medim.training.finetune.run import resolve_finetune_config as finetune_config
+from medim.training.pretrain.config import resolve_pretrain_config as pretrain_config
 from medim.training.pretrain.run import pretrain
-from medim.training.pretrain.run import resolve_pretrain_config as pretrain_config
 
 LABELLED = 5
 SPACING = 4.0  # mm, as in the preset

@@ -119,7 +119,7 @@ def preprocess(
     from medim.data.loading.cohort import open_cohort
     from medim.data.loading.quality_table import add_record_flags, count_flags, flag_images, write_quality
     from medim.data.source import open_source
-    from medim.training.pretrain.run import resolve_pretrain_config
+    from medim.training.pretrain.config import resolve_pretrain_config
 
     if out.exists() and not (out / "store.json").is_file() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out}: expected a store, or an empty or new folder. Choose another --out.")

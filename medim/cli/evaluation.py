@@ -184,7 +184,7 @@ def study(
     from medim.study.design import read_arms
     from medim.study.prepare import StudyOptions
     from medim.study.run import study as run
-    from medim.training.finetune.run import resolve_finetune_config
+    from medim.training.finetune.config import resolve_finetune_config
 
     arms = read_arms(encoder or [], frozen or [])
     budgets = [Budget(labelled=n) for n in labelled or []]

@@ -56,9 +56,9 @@ def pretrain(
     from medim.data.source import open_source
     from medim.training.auto_config import describe_input
     from medim.training.engine.launch import is_main_process
+    from medim.training.pretrain.config import resolve_pretrain_config
     from medim.training.pretrain.options import PretrainOptions
     from medim.training.pretrain.run import pretrain as run
-    from medim.training.pretrain.run import resolve_pretrain_config
 
     config_args = config or modality, [*(set_ or []), *([f"precision={precision}"] if precision else [])]
     settings = resolve_pretrain_config(*config_args)  # a mistake in it shows before images are read
@@ -137,9 +137,9 @@ def finetune(
     from medim.data.contamination import describe_counts as describe_contamination
     from medim.data.source import open_source
     from medim.training.auto_config import describe_input
+    from medim.training.finetune.config import resolve_finetune_config
     from medim.training.finetune.options import FinetuneOptions
     from medim.training.finetune.run import finetune as run
-    from medim.training.finetune.run import resolve_finetune_config
 
     encoder_path = None if encoder == "none" else Path(encoder)
     if from_scratch and encoder_path is None:
@@ -199,7 +199,7 @@ def plan(
     from medim.training.auto_config import describe_input
     from medim.training.plan.plan import check_plan
     from medim.training.plan.plan import plan_pretraining as run
-    from medim.training.pretrain.run import resolve_pretrain_config
+    from medim.training.pretrain.config import resolve_pretrain_config
 
     config_name = config or modality
     if config_name is None:

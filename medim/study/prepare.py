@@ -21,7 +21,8 @@ from medim.study.design import LR_MULTIPLIERS, Arm, Design
 from medim.study.lr_selection import describe_subset_shortage
 from medim.study.time_estimate import Costs, intermediate_eval_steps, measure_costs
 from medim.tasks import find_task
-from medim.training.finetune.run import dry_run_finetuning, open_labelled_cohort
+from medim.training.finetune.config import dry_run_finetuning
+from medim.training.finetune.run import open_labelled_cohort
 from medim.training.tracking.tracking import check_target
 from medim.types import UserError
 

@@ -13,7 +13,8 @@ import torch
 
 from medim.data.index.index import Index, build_index
 from medim.data.loading.datasets import _ImageBoxes
-from medim.training.pretrain.run import pretrain, resolve_pretrain_config
+from medim.training.pretrain.config import resolve_pretrain_config
+from medim.training.pretrain.run import pretrain
 from medim.training.pretrain.step_encoder import StepEncoder
 from medim.types import Features
 

@@ -25,8 +25,8 @@ from medim.config import (
 )
 from medim.data.index.index import Index
 from medim.training.auto_config import VIEW_VOXELS, WHOLE_VOXELS, describe_input, median_size, resolve_auto
-from medim.training.finetune import run as finetune_run
-from medim.training.pretrain import run as pretrain_run
+from medim.training.finetune.config import dry_run_finetuning
+from medim.training.pretrain.config import dry_run_pretraining, resolve_pretrain_config
 from medim.types import UsageError
 
 THICK = ((512, 512, 24), (0.45, 0.45, 5.0))
@@ -81,12 +81,10 @@ def test_every_shipped_preset_becomes_a_run_that_can_be_built(command: Command, 
     config = check_config(command, content, source=name)
     assert isinstance(config, PretrainConfig | FinetuneConfig)
     if isinstance(config, FinetuneConfig) and config.task == "segmentation":  # its loss looks at values
-        finetune_run.dry_run_finetuning(config.model_copy(update={"batch_size": 1}))
+        dry_run_finetuning(config.model_copy(update={"batch_size": 1}))
         return
     with torch.device("meta"):  # shapes are followed, nothing is computed
-        pretrain_run.dry_run_pretraining(config) if isinstance(
-            config, PretrainConfig
-        ) else finetune_run.dry_run_finetuning(config)
+        dry_run_pretraining(config) if isinstance(config, PretrainConfig) else dry_run_finetuning(config)
 
 
 @pytest.mark.parametrize(("command", "name", "size"), EVERY)
@@ -174,7 +172,7 @@ def test_one_large_image_among_many_does_not_move_the_median(cohort_index: Index
 def test_an_auto_without_a_rule_is_refused_by_name() -> None:
     for key in ("max_steps", "encoder.norm", "views.augmentations.0.axis", "objectives.0.critic.width"):
         with pytest.raises(UsageError, match="auto"):
-            pretrain_run.resolve_pretrain_config("mri", [f"{key}=auto"])
+            resolve_pretrain_config("mri", [f"{key}=auto"])
 
 
 @pytest.mark.parametrize(
@@ -192,7 +190,7 @@ def test_an_auto_without_a_rule_is_refused_by_name() -> None:
 )
 def test_a_mistake_beside_an_auto_is_what_the_message_speaks_of(assignment: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        pretrain_run.resolve_pretrain_config("mri", [assignment])
+        resolve_pretrain_config("mri", [assignment])
 
 
 # --- runs
@@ -203,17 +201,17 @@ def test_resolving_logs_and_describes_what_follows_from_the_images(
 ) -> None:
     caplog.set_level(logging.INFO, "medim")
     index = index_of(cohort_index, [HEAD, HEAD])
-    config = pretrain_run.resolve_pretrain_config("mri", index=index)
+    config = resolve_pretrain_config("mri", index=index)
     assert "input 64x64x64 at 1.4x1.4x1.4 mm, 4 levels, from the median image 256x256x176 at 1x1x1 mm" in caplog.text
     assert describe_input(config, index)["median image"] == "256x256x176 at 1x1x1 mm"
     caplog.clear()
-    pretrain_run.resolve_pretrain_config("mri-crop", index=index)
+    resolve_pretrain_config("mri-crop", index=index)
     assert not caplog.text
 
 
 def test_the_same_images_give_the_same_hash_and_others_another(cohort_index: Index) -> None:
     hashes = [
-        pretrain_run.resolve_pretrain_config("mri", index=index_of(cohort_index, sizes)).hash
+        resolve_pretrain_config("mri", index=index_of(cohort_index, sizes)).hash
         for sizes in ([HEAD, SMALL, HEAD], [SMALL, HEAD, HEAD], [SMALL])
     ]
     assert hashes[0] == hashes[1] != hashes[2]

@@ -12,7 +12,7 @@ from torch import nn
 from medim.config import list_presets, load_config
 from medim.models.model import build_encoder, build_model
 from medim.objectives import OBJECTIVES
-from medim.training.pretrain.run import build_objectives, dry_run_pretraining, resolve_pretrain_config
+from medim.training.pretrain.config import build_objectives, dry_run_pretraining, resolve_pretrain_config
 from tests.specs import make_spec
 
 PUBLISHED = {

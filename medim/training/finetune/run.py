@@ -12,26 +12,23 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from medim.config import AUTO, FinetuneConfig, apply_overrides, list_presets, read_config, validate_section
+from medim.config import FinetuneConfig
 from medim.data.contamination import ContaminationCounts, TrainingHistory, check_contamination, load_training_history
 from medim.data.index.index import ImageRecord, Index
-from medim.data.loading.augmentations import Augmentation
 from medim.data.loading.cohort import Cohort, open_cohort
 from medim.data.loading.datasets import LabelledDataset
 from medim.data.loading.splits import select_label_budget, write_splits
 from medim.evaluation.cases import write_cases
 from medim.evaluation.evaluate import validate_network
 from medim.files import prepare_output_folder, write_csv, write_json
-from medim.inference.network import INFERENCES
-from medim.model_spec import SCHEMA_VERSION, ModelSpec, NetworkSpec
+from medim.model_spec import SCHEMA_VERSION, ModelSpec
 from medim.models.model import Model, as_numpy_function, build_model
 from medim.models.serialization import load_weights, locate_weights, save_model
 from medim.signals import handle_shutdown_signals
-from medim.tasks import find_task
-from medim.training.auto_config import resolve_run_config
 from medim.training.engine.checkpoints import find_newest_checkpoint, get_resume_steps, list_corrupt_checkpoints
 from medim.training.engine.sampler import StepSampler, step_loader
 from medim.training.engine.trainer import make_trainer, peak_memory, run_trainer
+from medim.training.finetune.config import dry_run_finetuning
 from medim.training.finetune.head_init import start_head_as_probe
 from medim.training.finetune.module import FinetuneModule, ValidationCallback
 from medim.training.finetune.options import FinetuneOptions
@@ -40,69 +37,11 @@ from medim.training.fit_ood import save_ood_detector
 from medim.training.pretrain.history import HISTORY_COLUMNS
 from medim.training.run_folder import write_config
 from medim.training.tracking.tracking import Tracker, check_target, log_results, track_run
-from medim.types import Modality, UsageError, UserError
+from medim.types import UserError
 from medim.version import collect_versions
 
 log = logging.getLogger(__name__)
 HEAD_PROBE_BATCHES = 32  # largest number of batches for the initialisation of the head
-
-
-def resolve_finetune_config(
-    task: str,
-    modality: Modality | None,
-    encoder: Path | None,
-    name: str | None,
-    assignments: Sequence[str] = (),
-    index: Index | None = None,
-) -> FinetuneConfig:
-    """Resolve a fine-tuning configuration for an encoder and an index.
-
-    Without `name`, the preset is that which corresponds to the pretraining preset, or else that of the modality. The
-    encoder determines the architecture, the preprocessing and, if the preset leaves it open, the shape of the views;
-    for classification, the views are then whole images. A preset that only adds `centre` to the preprocessing of the
-    encoder keeps its own.
-
-    Args:
-        task: segmentation or classification.
-        modality: modality; required without an encoder.
-        encoder: pretraining run or package, or None.
-        name: preset or file.
-        assignments: `key=value` overrides.
-        index: images for the `auto` values; None checks the configuration for images of typical size.
-
-    Raises:
-        UserError: the encoder is of another modality.
-        UsageError: neither encoder nor modality is given; or see `medim.training.auto_config.resolve_run_config`.
-    """
-    find_task(task)
-    if encoder is None and modality is None:
-        raise UsageError("--modality: mri or xray is required without --encoder.")
-    spec = locate_weights(encoder)[1] if encoder else None
-    if spec and modality and spec.modality != modality:
-        raise UserError(
-            f"--modality {modality}: the encoder {encoder} was pretrained on {spec.modality}. "
-            "Omit --modality, or use another encoder."
-        )
-    preset_names = list_presets("finetune")
-    twin = f"{spec.preset if spec else ''}-{task}"
-    preset = name or (twin if twin in preset_names else f"{spec.modality if spec else modality}-{task}")
-    preset = f"{preset}-{task}" if f"{preset}-{task}" in preset_names else preset
-    content = read_config("finetune", preset)
-    if content.get("task", task) != task:
-        raise UserError(f"--config {preset}: this preset is for {content['task']}, but --task is {task}.")
-    if spec:
-        steps, shape = list(spec.preprocessing), list(spec.input_shape)
-        preset_steps = content.get("preprocessing", [])
-        if [step for step in preset_steps if step["op"] != "centre"] == steps:
-            steps = preset_steps  # field of view for the task
-        encoder_options = {"modality": spec.modality, "encoder": spec.encoder, "preprocessing": steps}
-        views = {"shape": shape, **content.get("views", {})}
-        if views["shape"] == AUTO and not find_task(task).whole_views:
-            views["shape"] = shape
-        content = {**content, **encoder_options, "views": views}
-    config = resolve_run_config("finetune", apply_overrides(content, assignments), index, where=preset)
-    assert isinstance(config, FinetuneConfig)
-    return config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,38 +236,6 @@ def open_labelled_cohort(
     steps = config.preprocessing
     records = _select_labelled(config, index)
     return open_cohort(index, records, steps, split_seed=split_seed, store=store, jobs=jobs, strict=strict)
-
-
-def dry_run_finetuning(config: FinetuneConfig) -> None:
-    """Run a blank batch through every part, to detect invalid sections before images are read or files are written.
-
-    Raises:
-        UsageError: the options of a section do not match its constructor, or the parts are not compatible with each
-            other or with the views.
-    """
-    validate_section(INFERENCES, config.inference, key="mode", run_args=("run", "image"))
-    Augmentation(config.views.augmentations, spatial_dims=config.spatial_dims)
-    shape, count = config.views.shape, min(2, config.batch_size)
-    spec = NetworkSpec(
-        encoder=config.encoder,
-        decoder=config.decoder,
-        head=config.head,
-        in_channels=1,
-        out_channels=2,
-        spatial_dims=config.spatial_dims,
-        input_shape=tuple(shape),
-    )
-    try:
-        model = build_model(spec)
-        head: Any = model.head
-        with torch.no_grad():
-            target = torch.tensor(task_of_config(config).make_blank_targets(count, shape))
-            head.loss(model(torch.zeros(count, 1, *shape)), target)
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise UsageError(
-            f"config {config.name}: encoder, decoder and head do not work together with views.shape {list(shape)} "
-            f"and batch_size {config.batch_size} ({error}). Change one of these."
-        ) from error
 
 
 def _select_labelled(config: FinetuneConfig, index: Index) -> list[ImageRecord]:

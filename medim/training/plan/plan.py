@@ -30,7 +30,7 @@ from medim.training.plan.workload import (
     estimate_cached_bytes,
     estimate_worker_cached_bytes,
 )
-from medim.training.pretrain.run import dry_run_pretraining
+from medim.training.pretrain.config import dry_run_pretraining
 from medim.types import UserError
 
 log = logging.getLogger(__name__)

@@ -4,39 +4,33 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import nn
 
-from medim.config import PretrainConfig, apply_overrides, build_from_section, read_config
+from medim.config import PretrainConfig
 from medim.data.contamination import TrainingHistory
 from medim.data.index.index import ImageRecord, Index
-from medim.data.loading.augmentations import GEOMETRIC, Augmentation
 from medim.data.loading.cohort import Cohort, open_cohort
 from medim.data.loading.datasets import ViewDataset
 from medim.data.loading.splits import write_splits
 from medim.files import json_sha256, prepare_output_folder, write_json
-from medim.model_spec import ModelSpec, NetworkSpec
+from medim.model_spec import ModelSpec
 from medim.models.model import build_decoder, build_encoder
-from medim.objectives import OBJECTIVES
-from medim.objectives.objective import encoder_info
 from medim.signals import handle_shutdown_signals
-from medim.training.auto_config import resolve_run_config
 from medim.training.engine.checkpoints import find_newest_checkpoint, list_corrupt_checkpoints
-from medim.training.engine.gradient_cache import check_chunk_support
 from medim.training.engine.gradients import weight_norm
 from medim.training.engine.launch import launched, planned_group
-from medim.training.engine.process_group import SINGLE_PROCESS, ProcessGroup
+from medim.training.engine.process_group import ProcessGroup
 from medim.training.engine.sampler import StepSampler, step_loader
 from medim.training.engine.trainer import make_trainer, run_trainer
 from medim.training.fit_ood import save_ood_detector
 from medim.training.pretrain.checkpoint_selection import CheckpointSelection
+from medim.training.pretrain.config import build_objectives, dry_run_pretraining
 from medim.training.pretrain.figures import draw_training_figures
 from medim.training.pretrain.history import MetricHistory
 from medim.training.pretrain.module import PretrainModule
@@ -46,29 +40,11 @@ from medim.training.pretrain.save_encoder import write_encoder
 from medim.training.pretrain.summary import build_pretrain_summary, format_online_probe
 from medim.training.run_folder import write_config
 from medim.training.tracking.tracking import Tracker, check_target, log_encoder, log_results, track_run
-from medim.types import UsageError, UserError
+from medim.types import UserError
 from medim.version import __version__
 
 log = logging.getLogger(__name__)
 HELD_OUT_BATCHES = 8
-
-
-def resolve_pretrain_config(name: str, assignments: Sequence[str] = (), index: Index | None = None) -> PretrainConfig:
-    """Resolve a pretraining configuration for the images of an index.
-
-    Args:
-        name: preset or file.
-        assignments: `key=value` overrides.
-        index: images for the `auto` values; None checks the configuration for images of typical size.
-
-    Raises:
-        UsageError: see `medim.training.auto_config.resolve_run_config`.
-    """
-    config = resolve_run_config(
-        "pretrain", apply_overrides(read_config("pretrain", name), assignments), index, where=name
-    )
-    assert isinstance(config, PretrainConfig)
-    return config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,39 +215,6 @@ def _save_results(run: _PretrainRun, tracker: Tracker, summary: dict[str, Any], 
     log_encoder(tracker, run.config.name)
 
 
-def dry_run_pretraining(config: PretrainConfig, ranks: ProcessGroup = SINGLE_PROCESS) -> None:
-    """Build every part for one blank image, to detect invalid sections before images are read or files are written.
-
-    Raises:
-        UsageError: the options of a section do not match its constructor, the encoder does not accept views of this
-            shape, or batch size or normalisation do not work with several processes.
-    """
-    ranks.check_batch(config.batch_size)
-    if config.batch_size < 2:
-        raise UsageError(
-            f"batch_size: expected 2 or more, because objectives compare images of a batch; got {config.batch_size}."
-        )
-    Augmentation(config.views.augmentations, spatial_dims=config.spatial_dims)
-    shape = config.views.shape
-    try:
-        encoder: Any = build_encoder(
-            NetworkSpec(
-                encoder=config.encoder, in_channels=1, spatial_dims=config.spatial_dims, input_shape=tuple(shape)
-            )
-        )
-        decoder = build_decoder(config.decoder, encoder, config.spatial_dims) if config.decoder else None
-        build_objectives(config, encoder, decoder, 1)
-        for network in (encoder, decoder):
-            if network is not None:
-                ranks.with_synced_batch_norm(network)
-        check_chunk_support(config.encode_in_chunks_of, encoder, decoder)
-    except (RuntimeError, ValueError) as error:
-        raise UsageError(
-            f"views.shape {list(shape)}: not possible with the encoder {config.encoder.get('name')!r} ({error}). "
-            "Use larger views or fewer channels."
-        ) from error
-
-
 def _build_history(
     config: PretrainConfig, cohort: Cohort, module: PretrainModule, *, seed: int, stop_on_collapse: bool
 ) -> tuple[MetricHistory, OnlineProbe | None]:
@@ -305,39 +248,6 @@ def _build_module(config: PretrainConfig, spec: ModelSpec, seed: int, ranks: Pro
         chunk=config.encode_in_chunks_of,
         compile_networks=config.compile,
     )
-
-
-def build_objectives(
-    config: PretrainConfig, encoder: Any, decoder: Any, in_channels: int
-) -> dict[str, tuple[nn.Module, float]]:
-    """Build the configured objectives with their weights, by name (a second `x` is named `x_2`).
-
-    Args:
-        config: configuration of the run.
-        encoder: encoder of the objectives.
-        decoder: decoder for the objectives that need one, or None.
-        in_channels: number of channels of an image.
-
-    Raises:
-        UsageError: the options of a section do not match its constructor.
-    """
-    views = config.views
-    is_geometric = any(step["op"] in GEOMETRIC for step in views.augmentations)
-    constructor_arguments = encoder_info(
-        encoder, decoder, in_channels=in_channels, spatial_dims=config.spatial_dims, input_shape=views.shape
-    ) | {"view_count": views.count, "aligned": views.count == 1 or (views.same_place and not is_geometric)}
-    objectives: dict[str, tuple[nn.Module, float]] = {}
-    counts: Counter[str] = Counter()
-    for section in config.objectives:
-        options = dict(section)
-        weight = options.pop("weight", 1.0)
-        if not isinstance(weight, int | float):
-            raise UsageError(f"{options.get('name')}.weight: expected a number, got {weight!r}.")
-        objective = build_from_section(OBJECTIVES, options, **constructor_arguments)
-        name = str(options["name"])
-        counts[name] += 1
-        objectives[f"{name}_{counts[name]}" if counts[name] > 1 else name] = (objective, float(weight))
-    return objectives
 
 
 def _fit_batch_size(

@@ -21,9 +21,10 @@ from medim.evaluation.cases import read_cases
 from medim.files import file_sha256
 from medim.models.model import build_model
 from medim.models.serialization import load_encoder, load_model
+from medim.training.finetune.config import resolve_finetune_config
 from medim.training.finetune.module import FinetuneModule
 from medim.training.finetune.options import FinetuneOptions
-from medim.training.finetune.run import finetune, resolve_finetune_config
+from medim.training.finetune.run import finetune
 from medim.training.pretrain.run import pretrain
 from medim.types import UsageError, UserError
 from tests.specs import make_spec

@@ -26,8 +26,9 @@ from medim.signals import StoppedError
 from medim.training.engine.checkpoints import find_newest_checkpoint
 from medim.training.engine.trainer import LineProgress
 from medim.training.pretrain.checkpoint_selection import CheckpointSelection
+from medim.training.pretrain.config import build_objectives, dry_run_pretraining
 from medim.training.pretrain.options import PretrainOptions
-from medim.training.pretrain.run import build_objectives, dry_run_pretraining, pretrain
+from medim.training.pretrain.run import pretrain
 from medim.types import UsageError, UserError
 
 WEIGHTS = Path("encoder") / "encoder.safetensors"

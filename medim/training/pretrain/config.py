@@ -1,0 +1,105 @@
+"""Resolve the configuration of a pretraining run, build its objectives, and check it with a blank image."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from medim.config import PretrainConfig, apply_overrides, build_from_section, read_config
+from medim.data.index.index import Index
+from medim.data.loading.augmentations import GEOMETRIC, Augmentation
+from medim.model_spec import NetworkSpec
+from medim.models.model import build_decoder, build_encoder
+from medim.objectives import OBJECTIVES
+from medim.objectives.objective import encoder_info
+from medim.training.auto_config import resolve_run_config
+from medim.training.engine.gradient_cache import check_chunk_support
+from medim.training.engine.process_group import SINGLE_PROCESS, ProcessGroup
+from medim.types import UsageError
+
+
+def resolve_pretrain_config(name: str, assignments: Sequence[str] = (), index: Index | None = None) -> PretrainConfig:
+    """Resolve a pretraining configuration for the images of an index.
+
+    Args:
+        name: preset or file.
+        assignments: `key=value` overrides.
+        index: images for the `auto` values; None checks the configuration for images of typical size.
+
+    Raises:
+        UsageError: see `medim.training.auto_config.resolve_run_config`.
+    """
+    config = resolve_run_config(
+        "pretrain", apply_overrides(read_config("pretrain", name), assignments), index, where=name
+    )
+    assert isinstance(config, PretrainConfig)
+    return config
+
+
+def dry_run_pretraining(config: PretrainConfig, ranks: ProcessGroup = SINGLE_PROCESS) -> None:
+    """Build every part for one blank image, to detect invalid sections before images are read or files are written.
+
+    Raises:
+        UsageError: the options of a section do not match its constructor, the encoder does not accept views of this
+            shape, or batch size or normalisation do not work with several processes.
+    """
+    ranks.check_batch(config.batch_size)
+    if config.batch_size < 2:
+        raise UsageError(
+            f"batch_size: expected 2 or more, because objectives compare images of a batch; got {config.batch_size}."
+        )
+    Augmentation(config.views.augmentations, spatial_dims=config.spatial_dims)
+    shape = config.views.shape
+    try:
+        encoder: Any = build_encoder(
+            NetworkSpec(
+                encoder=config.encoder, in_channels=1, spatial_dims=config.spatial_dims, input_shape=tuple(shape)
+            )
+        )
+        decoder = build_decoder(config.decoder, encoder, config.spatial_dims) if config.decoder else None
+        build_objectives(config, encoder, decoder, 1)
+        for network in (encoder, decoder):
+            if network is not None:
+                ranks.with_synced_batch_norm(network)
+        check_chunk_support(config.encode_in_chunks_of, encoder, decoder)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"views.shape {list(shape)}: not possible with the encoder {config.encoder.get('name')!r} ({error}). "
+            "Use larger views or fewer channels."
+        ) from error
+
+
+def build_objectives(
+    config: PretrainConfig, encoder: Any, decoder: Any, in_channels: int
+) -> dict[str, tuple[nn.Module, float]]:
+    """Build the configured objectives with their weights, by name (a second `x` is named `x_2`).
+
+    Args:
+        config: configuration of the run.
+        encoder: encoder of the objectives.
+        decoder: decoder for the objectives that need one, or None.
+        in_channels: number of channels of an image.
+
+    Raises:
+        UsageError: the options of a section do not match its constructor.
+    """
+    views = config.views
+    is_geometric = any(step["op"] in GEOMETRIC for step in views.augmentations)
+    constructor_arguments = encoder_info(
+        encoder, decoder, in_channels=in_channels, spatial_dims=config.spatial_dims, input_shape=views.shape
+    ) | {"view_count": views.count, "aligned": views.count == 1 or (views.same_place and not is_geometric)}
+    objectives: dict[str, tuple[nn.Module, float]] = {}
+    counts: Counter[str] = Counter()
+    for section in config.objectives:
+        options = dict(section)
+        weight = options.pop("weight", 1.0)
+        if not isinstance(weight, int | float):
+            raise UsageError(f"{options.get('name')}.weight: expected a number, got {weight!r}.")
+        objective = build_from_section(OBJECTIVES, options, **constructor_arguments)
+        name = str(options["name"])
+        counts[name] += 1
+        objectives[f"{name}_{counts[name]}" if counts[name] > 1 else name] = (objective, float(weight))
+    return objectives
