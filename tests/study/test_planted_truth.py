@@ -23,17 +23,17 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
 def test_a_planted_benefit_is_found_and_shuffled_voxels_teach_nothing(
     benchmark: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    found = {comparison.arm: comparison for comparison in benchmark("planted_truth").planted(tmp_path)}
-    assert found["pretrained"].verdict == "benefit"
-    assert found["pretrained"].difference.low > 0
-    assert found["shuffled"].verdict != "benefit"
+    comparisons = {row.arm: row for row in benchmark("planted_truth").run_planted_study(tmp_path)}
+    assert comparisons["pretrained"].verdict == "benefit"
+    assert comparisons["pretrained"].difference.low > 0
+    assert comparisons["shuffled"].verdict != "benefit"
 
 
 @pytest.mark.slow
 def test_a_null_study_raises_no_alarm(benchmark: Callable[[str], Any], tmp_path: Path) -> None:
-    found = benchmark("null_studies").repetition(0, tmp_path)
-    assert not found["alarm"]
-    assert all(0 < row["p"] <= 1 for row in found["comparisons"])
+    study = benchmark("null_studies").run_null_study(0, tmp_path)
+    assert not study["alarm"]
+    assert all(0 < row["p"] <= 1 for row in study["comparisons"])
 
 
 def test_shuffling_keeps_the_voxels_and_blanking_hides_half_of_them_at_the_mean(
