@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from medim.config import PretrainConfig, load_config
 from medim.data.index.index import build_index
 from medim.evaluation.probing.label_budget import Budget
-from medim.evaluation.probing.probe import probe
+from medim.evaluation.probing.probe import ProbeOptions, probe
 from medim.files import write_json
 from medim.objectives.mutual_information import infonce
 from medim.objectives.objective import encoder_info
@@ -185,8 +185,8 @@ def compare_widths(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             run_folder, store = Path(folder) / "run", arguments.out.parent / "store"
             pretrain(config, index, run_folder, store=store)
-            options: dict[str, Any] = {"budgets": [Budget(fraction=0.1)], "seeds": range(5), "store": store}
-            summary = probe(run_folder, index, Path(folder) / "probe", anchors=False, **options)["summary"][0]
+            options = ProbeOptions(budgets=[Budget(fraction=0.1)], seeds=range(5), store=store, baselines=False)
+            summary = probe(run_folder, index, Path(folder) / "probe", options)["summary"][0]
         metrics = {name: summary[name] for name in ("auroc", "balanced_accuracy")}
         rows.append({"width": width, "step_over_encoder": cost, **metrics})
         auroc, accuracy = (f"{m['mean']:.3f} ({m['sd']:.3f})" for m in metrics.values())

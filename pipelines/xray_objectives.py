@@ -20,7 +20,7 @@ from evidence import format_markdown_table, format_spread, run_once, write_secti
 from medim.config import load_config
 from medim.data.index.index import Index, build_index
 from medim.evaluation.probing.label_budget import Budget
-from medim.evaluation.probing.probe import probe
+from medim.evaluation.probing.probe import ProbeOptions, probe
 from medim.files import read_json
 from medim.training.pretrain.run import pretrain
 
@@ -42,12 +42,18 @@ def measure_arm(arm: str, seed: int, index: Index, out: Path) -> tuple[dict[str,
 def read_probe_aurocs(run: Path, features: str, index: Index, out: Path) -> Aurocs:
     """Read the mean AUROC over label subsets; untrained encoder and pixels are probed only with the first run."""
     aurocs: Aurocs = {}
-    for source, maps in MAPS.items():
+    for source, levels in MAPS.items():
         probe_folder = run / f"probe-{source.replace(' ', '-')}"
         if not (probe_folder / "probe.json").is_file():
-            budgets, anchors = [Budget(fraction=fraction) for fraction in FRACTIONS], run.name == FIRST_RUN
-            options: dict[str, Any] = {"anchors": anchors, "store": out / "store", "overwrite": True}
-            probe(run, index, probe_folder, maps=maps, budgets=budgets, seeds=SUBSETS, **options)
+            options = ProbeOptions(
+                levels=levels,
+                budgets=[Budget(fraction=fraction) for fraction in FRACTIONS],
+                seeds=SUBSETS,
+                baselines=run.name == FIRST_RUN,
+                store=out / "store",
+                overwrite=True,
+            )
+            probe(run, index, probe_folder, options)
         rows = read_json(probe_folder / "probe.json")["summary"]
         aurocs |= {(source, row["budget"]): row["auroc"]["mean"] for row in rows if row["features"] == features}
     return aurocs

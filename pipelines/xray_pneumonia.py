@@ -32,7 +32,7 @@ from medim.config import load_config
 from medim.data.index.index import build_index
 from medim.evaluation.cases import read_cases
 from medim.evaluation.probing.label_budget import Budget
-from medim.evaluation.probing.probe import probe
+from medim.evaluation.probing.probe import ProbeOptions, probe
 from medim.metrics.ranking import Statistic
 from medim.study.statistics.intervals import paired_difference
 from medim.training.finetune.run import finetune
@@ -65,10 +65,14 @@ def main() -> None:
     slowest = max(run["seconds"] for run in runs) / 60
     for s in SEEDS:
         if not (out / f"probe-{s}" / "probe.json").is_file():
-            budgets = [Budget(fraction=fraction) for fraction in FRACTIONS]
-            anchors = s == SEEDS[0]  # untrained encoder and pixels do not depend on the pretraining seed
-            options: dict[str, Any] = {"budgets": budgets, "seeds": SUBSETS, "anchors": anchors, "store": store}
-            probe(encoders[s], index, out / f"probe-{s}", overwrite=True, **options)
+            options = ProbeOptions(
+                budgets=[Budget(fraction=fraction) for fraction in FRACTIONS],
+                seeds=SUBSETS,
+                baselines=s == SEEDS[0],  # untrained encoder and pixels do not depend on the pretraining seed
+                store=store,
+                overwrite=True,
+            )
+            probe(encoders[s], index, out / f"probe-{s}", options)
 
     values, differences = [], []
     for fraction in FRACTIONS:

@@ -18,6 +18,7 @@ import torch
 import medim
 from medim.data.preprocessing.steps import preprocess
 from medim.evaluation.evaluate import open_network
+from medim.export.builder import ExportOptions
 from medim.export.export import export
 from medim.inference.network import run_inference
 from medim.models.serialization import load_model, save_model
@@ -113,7 +114,11 @@ def test_the_light_install_reads_and_indexes_images(light: Path, tmp_path: Path)
 def test_the_light_install_verifies_a_package_and_predicts_and_embeds_with_it(
     light: Path, shared_data: Path, tmp_path: Path
 ) -> None:
-    export(make_run(tmp_path / "segmenter-run", "segmenter"), tmp_path / "segmenter", labels_schema="hippocampus")
+    export(
+        make_run(tmp_path / "segmenter-run", "segmenter"),
+        tmp_path / "segmenter",
+        ExportOptions(label_codes="hippocampus"),
+    )
     export(make_run_with_critic(tmp_path / "encoder-run"), tmp_path / "encoder")
     run(light / "medim", "verify", "segmenter", cwd=tmp_path)
     series = shared_data / "mri-dicom" / "Study1" / "13_HCropVolume"

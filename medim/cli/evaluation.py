@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,55 +30,69 @@ from medim.types import UsageError
 PER_CALL_OPTIONS = ("--resume", "--overwrite", "--quiet", "--debug")  # of the command to repeat a study
 
 
-def evaluate(
-    model: Annotated[Path, typer.Argument(help="A fine-tuning run or a package.")],
-    out: OutOption,
-    data: DataOption = None,
+@dataclass(frozen=True, kw_only=True)
+class EvaluateArguments:
+    """Command-line arguments of `medim evaluate`."""
+
+    model: Annotated[Path, typer.Argument(help="A fine-tuning run or a package.")]
+    out: OutOption
+    data: DataOption = None
     split: Annotated[
         Literal["train", "val", "test", "all"] | None,
         typer.Option(help="Split to measure on. Default: test if the source has one, else val."),
-    ] = None,
+    ] = None
     include_training_subjects: Annotated[
         bool,
         typer.Option("--include-training-subjects", help="Measure also on images and subjects of the training data."),
-    ] = False,
-    fail_on_contamination: FailOnContaminationOption = False,
-    labels: LabelsOption = None,
-    subjects: SubjectsOption = None,
-    overwrite: OverwriteOption = False,
-) -> None:
+    ] = False
+    fail_on_contamination: FailOnContaminationOption = False
+    labels: LabelsOption = None
+    subjects: SubjectsOption = None
+    overwrite: OverwriteOption = False
+
+
+def evaluate(arguments: EvaluateArguments) -> None:
     """Evaluate a model on labelled images, with 95 % intervals over subjects."""
     from medim.data.contamination import describe_counts
     from medim.data.source import open_source
+    from medim.evaluation.evaluate import EvaluateOptions
     from medim.evaluation.evaluate import evaluate as run
     from medim.models.serialization import locate_weights
 
-    image_index, _ = open_source(data, locate_weights(model)[1].modality, labels=labels, subjects=subjects)
-    options: dict[str, Any] = {
-        "split": split,
-        "include_seen": include_training_subjects,
-        "strict": fail_on_contamination,
-        "overwrite": overwrite,
-    }
-    metrics = run(model, image_index, out, progress=show_progress("measured"), **options)
+    image_index, _ = open_source(
+        arguments.data,
+        locate_weights(arguments.model)[1].modality,
+        labels=arguments.labels,
+        subjects=arguments.subjects,
+    )
+    options = EvaluateOptions(
+        split=arguments.split,
+        include_training_subjects=arguments.include_training_subjects,
+        fail_on_contamination=arguments.fail_on_contamination,
+        overwrite=arguments.overwrite,
+    )
+    metrics = run(arguments.model, image_index, arguments.out, options, progress=show_progress("measured"))
     counts = {"cases": metrics["n"], "excluded as seen": metrics["excluded_seen"], **describe_counts(metrics["seen"])}
-    print_result("evaluate", {**counts, **format_intervals(metrics), "written to": out})
+    print_result("evaluate", {**counts, **format_intervals(metrics), "written to": arguments.out})
 
 
-def probe(
-    encoder: Annotated[Path, typer.Argument(help="A pretraining run or its package.")],
-    data: DataOption = None,
+@dataclass(frozen=True, kw_only=True)
+class ProbeArguments:
+    """Command-line arguments of `medim probe`."""
+
+    encoder: Annotated[Path, typer.Argument(help="A pretraining run or its package.")]
+    data: DataOption = None
     protocol: Annotated[
         str, typer.Option(help="Classifier: linear (logistic regression) or knn (nearest neighbours).")
-    ] = "linear",
+    ] = "linear"
     label_fraction: Annotated[
         list[float] | None,
         typer.Option(help="Label budget as a fraction of the labelled training images. May be repeated. Default: 1.0."),
-    ] = None,
-    labelled: Annotated[list[int] | None, typer.Option(help="Label budget in images. May be repeated.")] = None,
+    ] = None
+    labelled: Annotated[list[int] | None, typer.Option(help="Label budget in images. May be repeated.")] = None
     seeds: Annotated[
         int, typer.Option(help="Number of label subsets per budget, drawn with seeds 0 to N - 1.", min=1)
-    ] = 1,
+    ] = 1
     levels: Annotated[
         list[int] | None,
         typer.Option(
@@ -85,98 +100,114 @@ def probe(
             help="Feature map level, 0 the finest, whose mean and maximum are added to the summary. May be repeated. "
             "Default: all levels.",
         ),
-    ] = None,
+    ] = None
     baselines: Annotated[
         bool,
         typer.Option("--baselines/--no-baselines", help="Measure an untrained encoder and a PCA of the pixels too."),
-    ] = True,
-    out: Annotated[Path | None, typer.Option(help="Output folder. Default: <RUN>-probe-<protocol>.")] = None,
-    labels: LabelsOption = None,
-    subjects: SubjectsOption = None,
-    split_seed: SplitSeedOption = 0,
-    fail_on_contamination: FailOnContaminationOption = False,
-    overwrite: OverwriteOption = False,
-) -> None:
+    ] = True
+    out: Annotated[Path | None, typer.Option(help="Output folder. Default: <RUN>-probe-<protocol>.")] = None
+    labels: LabelsOption = None
+    subjects: SubjectsOption = None
+    split_seed: SplitSeedOption = 0
+    fail_on_contamination: FailOnContaminationOption = False
+    overwrite: OverwriteOption = False
+
+
+def probe(arguments: ProbeArguments) -> None:
     """Evaluate a frozen encoder with a simple classifier on its features."""
     from medim.data.contamination import describe_counts
     from medim.data.source import open_source
     from medim.evaluation.probing.label_budget import Budget
+    from medim.evaluation.probing.probe import ProbeOptions
     from medim.evaluation.probing.probe import probe as run
     from medim.models.serialization import locate_weights
 
-    budgets = [Budget(fraction=f) for f in label_fraction or ([] if labelled else [1.0])]
-    budgets += [Budget(labelled=n) for n in labelled or []]
-    image_index, store = open_source(data, locate_weights(encoder)[1].modality, labels=labels, subjects=subjects)
-    folder = out or encoder.with_name(f"{encoder.resolve().name}-probe-{protocol}")
-    options: dict[str, Any] = {
-        "split_seed": split_seed,
-        "anchors": baselines,
-        "overwrite": overwrite,
-        "store": store,
-        "strict": fail_on_contamination,
-    }
-    result = run(
-        encoder, image_index, folder, protocol=protocol, budgets=budgets, seeds=range(seeds), maps=levels, **options
+    budgets = [Budget(fraction=f) for f in arguments.label_fraction or ([] if arguments.labelled else [1.0])]
+    budgets += [Budget(labelled=n) for n in arguments.labelled or []]
+    image_index, store = open_source(
+        arguments.data,
+        locate_weights(arguments.encoder)[1].modality,
+        labels=arguments.labels,
+        subjects=arguments.subjects,
     )
+    encoder_name = arguments.encoder.resolve().name
+    folder = arguments.out or arguments.encoder.with_name(f"{encoder_name}-probe-{arguments.protocol}")
+    options = ProbeOptions(
+        protocol=arguments.protocol,
+        budgets=budgets,
+        seeds=range(arguments.seeds),
+        levels=arguments.levels,
+        split_seed=arguments.split_seed,
+        baselines=arguments.baselines,
+        overwrite=arguments.overwrite,
+        store=store,
+        fail_on_contamination=arguments.fail_on_contamination,
+    )
+    result = run(arguments.encoder, image_index, folder, options)
     counts = {"validation images": result["n"], **describe_counts(result["seen"])}
     print_result("probe", {**format_averages(result["summary"]), **counts, "written to": folder})
 
 
-def study(
-    task: Annotated[str, typer.Option(help="Prediction task.", metavar=f"[{'|'.join(STUDY_TASKS)}]")],
-    out: OutOption,
+@dataclass(frozen=True, kw_only=True)
+class StudyArguments:
+    """Command-line arguments of `medim study`."""
+
+    task: Annotated[str, typer.Option(help="Prediction task.", metavar=f"[{'|'.join(STUDY_TASKS)}]")]
+    out: OutOption
     encoder: Annotated[
         list[str] | None,
         typer.Option(help="An arm, NAME=RUN[,RUN2,...]: one pretraining run or package per seed. May be repeated."),
-    ] = None,
+    ] = None
     frozen: Annotated[
         list[str] | None,
         typer.Option(help="An arm with a frozen encoder, NAME=RUN[,RUN2,...]. May be repeated."),
-    ] = None,
-    data: DataOption = None,
-    labelled: Annotated[list[int] | None, typer.Option(help="Label budget in images. May be repeated.")] = None,
+    ] = None
+    data: DataOption = None
+    labelled: Annotated[list[int] | None, typer.Option(help="Label budget in images. May be repeated.")] = None
     label_fraction: Annotated[
         list[float] | None,
         typer.Option(help="Label budget as a fraction of the labelled training images. May be repeated. Default: 1.0."),
-    ] = None,
+    ] = None
     seeds: Annotated[
         int, typer.Option(help="Number of label subsets per budget, drawn with seeds 0 to N - 1.", min=1)
-    ] = 1,
+    ] = 1
     probe_seeds: Annotated[
         int | None, typer.Option(help="Number of label subsets per budget for frozen arms. Default: --seeds.", min=1)
-    ] = None,
+    ] = None
     lr_multipliers: Annotated[
         str | None,
         typer.Option(
             help="Candidate multiples of the preset's learning rate, such as 0.3,1,3; or fixed. Default: 0.3,1,3 if "
             "the budget is large enough."
         ),
-    ] = None,
+    ] = None
     jobs: Annotated[
         int, typer.Option(help="Number of cells that run at once; 2 or more use persistent processes.", min=1)
-    ] = 1,
+    ] = 1
     max_hours: Annotated[
         float | None,
         typer.Option(help="Start no cell that would end later; exit code 75 if cells remain."),
-    ] = None,
-    labels: LabelsOption = None,
-    subjects: SubjectsOption = None,
+    ] = None
+    labels: LabelsOption = None
+    subjects: SubjectsOption = None
     groups: Annotated[
         Path | None,
         typer.Option(
             help="CSV with a column image or subject, and any others (site, sex, scanner): the audit reports metrics "
             "each group, and whether features tell the groups apart."
         ),
-    ] = None,
-    config: ConfigOption = None,
-    set_: SetOption = None,
-    split_seed: SplitSeedOption = 0,
-    fail_on_contamination: FailOnContaminationOption = False,
-    keep_models: Annotated[bool, typer.Option("--keep-models", help="Save the weights of every cell.")] = False,
-    resume: ResumeOption = False,
-    overwrite: OverwriteOption = False,
-    accelerator: AcceleratorOption = "auto",
-) -> None:
+    ] = None
+    config: ConfigOption = None
+    set_: SetOption = None
+    split_seed: SplitSeedOption = 0
+    fail_on_contamination: FailOnContaminationOption = False
+    keep_models: Annotated[bool, typer.Option("--keep-models", help="Save the weights of every cell.")] = False
+    resume: ResumeOption = False
+    overwrite: OverwriteOption = False
+    accelerator: AcceleratorOption = "auto"
+
+
+def study(arguments: StudyArguments) -> None:
     """Compare pretrained encoders with training from scratch over label budgets, seeds and subjects."""
     from medim.data.source import open_source
     from medim.evaluation.probing.label_budget import Budget
@@ -186,33 +217,38 @@ def study(
     from medim.study.run import study as run
     from medim.training.finetune.config import resolve_finetune_config
 
-    arms = read_arms(encoder or [], frozen or [])
-    budgets = [Budget(labelled=n) for n in labelled or []]
-    budgets += [Budget(fraction=f) for f in label_fraction or ([] if labelled else [1.0])]
-    multipliers = _parse_multipliers(lr_multipliers)
+    arms = read_arms(arguments.encoder or [], arguments.frozen or [])
+    lr_multipliers = _parse_multipliers(arguments.lr_multipliers)
+    budgets = [Budget(labelled=n) for n in arguments.labelled or []]
+    budgets += [Budget(fraction=f) for f in arguments.label_fraction or ([] if arguments.labelled else [1.0])]
     spec = check_networks(arms)  # a mistake in these shows before images are read
-    config_args = task, spec.modality, next(run for arm in arms for run in arm.runs), config, set_ or []
+    first_run = next(run for arm in arms for run in arm.runs)
+    config_args = arguments.task, spec.modality, first_run, arguments.config, arguments.set_ or []
     resolve_finetune_config(*config_args)
-    image_index, store = open_source(data, spec.modality, labels=labels, subjects=subjects)
+    image_index, store = open_source(
+        arguments.data, spec.modality, labels=arguments.labels, subjects=arguments.subjects
+    )
     settings = resolve_finetune_config(*config_args, index=image_index)
     options = StudyOptions(
-        seeds=seeds,
-        probe_seeds=probe_seeds,
-        lr_multipliers=multipliers,
-        split_seed=split_seed,
-        jobs=jobs,
-        strict=fail_on_contamination,
-        max_hours=max_hours,
-        keep_models=keep_models,
-        resume=resume,
-        overwrite=overwrite,
-        accelerator=accelerator,
+        seeds=arguments.seeds,
+        probe_seeds=arguments.probe_seeds,
+        lr_multipliers=lr_multipliers,
+        split_seed=arguments.split_seed,
+        jobs=arguments.jobs,
+        strict=arguments.fail_on_contamination,
+        max_hours=arguments.max_hours,
+        keep_models=arguments.keep_models,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        accelerator=arguments.accelerator,
         store=store,
-        groups=groups,
+        groups=arguments.groups,
         command=repeat_command(sys.argv),
     )
-    summary = run(task, settings, image_index, arms, budgets, out, options)
-    print_result("study", {**_format_comparisons(summary), "cells": summary["cells"]["done"], "written to": out})
+    summary = run(arguments.task, settings, image_index, arms, budgets, arguments.out, options)
+    print_result(
+        "study", {**_format_comparisons(summary), "cells": summary["cells"]["done"], "written to": arguments.out}
+    )
 
 
 def _parse_multipliers(text: str | None) -> tuple[float, ...] | None:

@@ -35,10 +35,13 @@ def export(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Export a run as a package with weights, ONNX graph, preprocessing and test results."""
+    from medim.export.builder import ExportOptions
     from medim.export.export import export as run_export
 
-    options: dict[str, Any] = {"labels_schema": label_codes, "dicom_in": dicom_rules, "sign": private_key}
-    package = run_export(run, out, overwrite=overwrite, **options)
+    options = ExportOptions(
+        private_key=private_key, label_codes=label_codes, dicom_rules=dicom_rules, overwrite=overwrite
+    )
+    package = run_export(run, out, options)
     print_result("export", {"kind": package.contract.kind, "written to": out})
 
 
@@ -68,10 +71,16 @@ def predict(
     from medim.package.package import load_package
     from medim.predict.predict import predict as run
 
-    options: dict[str, Any] = {"as_": output_format, "labelmap": labelmap, "overwrite": overwrite}
-    for row in run(
-        load_package(package, trust=public_key), inputs, out, progress=show_progress("predicted"), **options
-    ):
+    rows = run(
+        load_package(package, trust=public_key),
+        inputs,
+        out,
+        as_=output_format,
+        labelmap=labelmap,
+        overwrite=overwrite,
+        progress=show_progress("predicted"),
+    )
+    for row in rows:
         print_result(str(row.pop("image")), row)
 
 
@@ -101,7 +110,8 @@ def embed(
         from medim.evaluation.evaluate import open_encoder
 
         network = open_encoder(encoder)
-    options: dict[str, Any] = {"maps": mi_map_dir, "overwrite": overwrite, "progress": show_progress("embedded")}
-    images, features = embed_images(network, inputs, out, **options)
+    images, features = embed_images(
+        network, inputs, out, maps=mi_map_dir, overwrite=overwrite, progress=show_progress("embedded")
+    )
     output_rows = {"written to": out, **({"maps in": mi_map_dir} if mi_map_dir else {})}
     print_result("embed", {"images": len(images), "features": features.shape[1], **output_rows})

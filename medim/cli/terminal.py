@@ -9,7 +9,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from typing import Annotated, Any
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
@@ -39,6 +40,7 @@ def register_command(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a command.
 
+    The function takes the arguments of the command as parameters, or all in one dataclass with a field per argument.
     The command also has `--quiet` and `--debug`, and turns errors into messages and exit codes.
 
     Args:
@@ -50,6 +52,7 @@ def register_command(
 
     def register_body(body: Callable[..., None]) -> Callable[..., None]:
         """Register one function and return it unchanged."""
+        arguments_class = _find_arguments_class(body)
 
         @functools.wraps(body)
         def run_command(**options: Any) -> None:
@@ -58,7 +61,7 @@ def register_command(
             _configure_logging(is_quiet)
             try:
                 with _active_bars:
-                    body(**options)
+                    body(**options) if arguments_class is None else body(arguments_class(**options))
             except (UserError, OSError, ImportError, KeyboardInterrupt) as error:
                 if with_traceback:
                     raise
@@ -67,17 +70,40 @@ def register_command(
                 )
                 raise typer.Exit(getattr(error, "exit_code", 1)) from None
 
-        signature = inspect.signature(body, eval_str=True)
         extra_parameters = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
             for name, annotation in (("quiet", quiet), ("debug", debug))
         ]
-        run_command.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *extra_parameters])  # type: ignore[attr-defined]
+        run_command.__signature__ = inspect.Signature([*_list_parameters(body), *extra_parameters])  # type: ignore[attr-defined]
         run_command.__annotations__ = {p.name: p.annotation for p in run_command.__signature__.parameters.values()}  # type: ignore[attr-defined]
         typer_app.command(name or body.__name__, cls=RenamingCommand)(run_command)
         return body
 
     return register_body
+
+
+def _find_arguments_class(body: Callable[..., None]) -> type | None:
+    """Find the dataclass that contains the arguments of a command; None for a command with plain parameters."""
+    annotations = [p.annotation for p in inspect.signature(body, eval_str=True).parameters.values()]
+    classes = [a for a in annotations if isinstance(a, type) and is_dataclass(a)]
+    return classes[0] if classes else None
+
+
+def _list_parameters(body: Callable[..., None]) -> list[inspect.Parameter]:
+    """List the arguments of a command in the order of its help: the parameters, or the fields of their dataclass."""
+    arguments_class = _find_arguments_class(body)
+    if arguments_class is None:
+        return list(inspect.signature(body, eval_str=True).parameters.values())
+    annotations = get_type_hints(arguments_class, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=annotations[field.name],
+        )
+        for field in fields(arguments_class)
+    ]
 
 
 def _configure_logging(is_quiet: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,28 +31,33 @@ from medim.tasks import TASK_OPTIONS
 from medim.types import Modality, UsageError, UserError
 
 
-@handle_shutdown_signals()
-def pretrain(
+@dataclass(frozen=True, kw_only=True)
+class PretrainArguments:
+    """Command-line arguments of `medim pretrain`."""
+
     modality: Annotated[
         Modality, typer.Option(help="Modality of the images to use; images of other modalities are rejected.")
-    ],
-    data: DataOption = None,
-    config: ConfigOption = None,
-    set_: SetOption = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/<preset>-<hash>.")] = None,
-    seed: SeedOption = 0,
-    split_seed: SplitSeedOption = 0,
-    resume: ResumeOption = False,
-    overwrite: OverwriteOption = False,
-    accelerator: AcceleratorOption = "auto",
-    devices: DevicesOption = None,
-    nodes: NodesOption = None,
-    precision: PrecisionOption = None,
+    ]
+    data: DataOption = None
+    config: ConfigOption = None
+    set_: SetOption = None
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/<preset>-<hash>.")] = None
+    seed: SeedOption = 0
+    split_seed: SplitSeedOption = 0
+    resume: ResumeOption = False
+    overwrite: OverwriteOption = False
+    accelerator: AcceleratorOption = "auto"
+    devices: DevicesOption = None
+    nodes: NodesOption = None
+    precision: PrecisionOption = None
     stop_on_collapse: Annotated[
         bool, typer.Option("--stop-on-collapse", help="Stop the run if it diverges or collapses.")
-    ] = False,
-    subjects: SubjectsOption = None,
-) -> None:
+    ] = False
+    subjects: SubjectsOption = None
+
+
+@handle_shutdown_signals()
+def pretrain(arguments: PretrainArguments) -> None:
     """Pretrain an encoder on unlabelled images."""
     from medim.data.source import open_source
     from medim.training.auto_config import describe_input
@@ -60,24 +66,21 @@ def pretrain(
     from medim.training.pretrain.options import PretrainOptions
     from medim.training.pretrain.run import pretrain as run
 
-    config_args = config or modality, [*(set_ or []), *([f"precision={precision}"] if precision else [])]
+    config_args = arguments.config or arguments.modality, _list_overrides(arguments)
     settings = resolve_pretrain_config(*config_args)  # a mistake in it shows before images are read
-    if settings.modality != modality:
-        raise UserError(
-            f"--config {config}: this configuration is for {settings.modality}, but --modality is {modality}."
-        )
-    image_index, store = open_source(data, modality, subjects=subjects)
+    _check_modality(settings.modality, arguments)
+    image_index, store = open_source(arguments.data, arguments.modality, subjects=arguments.subjects)
     settings = resolve_pretrain_config(*config_args, index=image_index)
-    folder = out or Path("runs") / f"{settings.name}-{settings.hash}"
+    folder = arguments.out or Path("runs") / f"{settings.name}-{settings.hash}"
     options = PretrainOptions(
-        seed=seed,
-        split_seed=split_seed,
-        resume=resume,
-        overwrite=overwrite,
-        accelerator=accelerator,
-        devices=devices,
-        nodes=nodes,
-        stop_on_collapse=stop_on_collapse,
+        seed=arguments.seed,
+        split_seed=arguments.split_seed,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        accelerator=arguments.accelerator,
+        devices=arguments.devices,
+        nodes=arguments.nodes,
+        stop_on_collapse=arguments.stop_on_collapse,
         store=store,
     )
     summary = run(settings, image_index, folder, options)
@@ -106,33 +109,38 @@ def _format_pretraining(summary: dict[str, Any]) -> dict[str, Any]:
     return {**result_rows, **costs}
 
 
-@handle_shutdown_signals()
-def finetune(
-    task: Annotated[str, typer.Option(help="Prediction task.", metavar=f"[{'|'.join(TASK_OPTIONS)}]")],
-    out: OutOption,
-    data: DataOption = None,
-    encoder: Annotated[str, typer.Option(help="A pretraining run or package. none: fresh weights.")] = "none",
+@dataclass(frozen=True, kw_only=True)
+class FinetuneArguments:
+    """Command-line arguments of `medim finetune`."""
+
+    task: Annotated[str, typer.Option(help="Prediction task.", metavar=f"[{'|'.join(TASK_OPTIONS)}]")]
+    out: OutOption
+    data: DataOption = None
+    encoder: Annotated[str, typer.Option(help="A pretraining run or package. none: fresh weights.")] = "none"
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Train the network of the encoder from fresh weights, as a baseline.")
-    ] = False,
-    modality: Annotated[
-        Modality | None, typer.Option(help="Modality of the images. Required without --encoder.")
-    ] = None,
-    labelled: Annotated[int | None, typer.Option(help="Label budget in images.")] = None,
+    ] = False
+    modality: Annotated[Modality | None, typer.Option(help="Modality of the images. Required without --encoder.")] = (
+        None
+    )
+    labelled: Annotated[int | None, typer.Option(help="Label budget in images.")] = None
     label_fraction: Annotated[
         float | None, typer.Option(help="Label budget as a fraction of the labelled training images.")
-    ] = None,
-    labels: LabelsOption = None,
-    subjects: SubjectsOption = None,
-    config: ConfigOption = None,
-    set_: SetOption = None,
-    seed: SeedOption = 0,
-    split_seed: SplitSeedOption = 0,
-    resume: ResumeOption = False,
-    overwrite: OverwriteOption = False,
-    fail_on_contamination: FailOnContaminationOption = False,
-    accelerator: AcceleratorOption = "auto",
-) -> None:
+    ] = None
+    labels: LabelsOption = None
+    subjects: SubjectsOption = None
+    config: ConfigOption = None
+    set_: SetOption = None
+    seed: SeedOption = 0
+    split_seed: SplitSeedOption = 0
+    resume: ResumeOption = False
+    overwrite: OverwriteOption = False
+    fail_on_contamination: FailOnContaminationOption = False
+    accelerator: AcceleratorOption = "auto"
+
+
+@handle_shutdown_signals()
+def finetune(arguments: FinetuneArguments) -> None:
     """Fine-tune an encoder on labelled images, or train the same network from scratch."""
     from medim.data.contamination import describe_counts as describe_contamination
     from medim.data.source import open_source
@@ -141,29 +149,31 @@ def finetune(
     from medim.training.finetune.options import FinetuneOptions
     from medim.training.finetune.run import finetune as run
 
-    encoder_path = None if encoder == "none" else Path(encoder)
-    if from_scratch and encoder_path is None:
+    encoder_path = None if arguments.encoder == "none" else Path(arguments.encoder)
+    if arguments.from_scratch and encoder_path is None:
         raise UsageError(
             "--from-scratch: expected --encoder RUN, whose network the twin has. Leave it out to start fresh."
         )
-    config_args = task, modality, encoder_path, config, set_ or []
+    config_args = arguments.task, arguments.modality, encoder_path, arguments.config, arguments.set_ or []
     settings = resolve_finetune_config(*config_args)  # a mistake in it shows before images are read
-    image_index, store = open_source(data, settings.modality, labels=labels, subjects=subjects)
+    image_index, store = open_source(
+        arguments.data, settings.modality, labels=arguments.labels, subjects=arguments.subjects
+    )
     settings = resolve_finetune_config(*config_args, index=image_index)
     options = FinetuneOptions(
         encoder=encoder_path,
-        from_scratch=from_scratch,
-        labelled=labelled,
-        label_fraction=label_fraction,
-        seed=seed,
-        split_seed=split_seed,
-        resume=resume,
-        overwrite=overwrite,
-        strict=fail_on_contamination,
-        accelerator=accelerator,
+        from_scratch=arguments.from_scratch,
+        labelled=arguments.labelled,
+        label_fraction=arguments.label_fraction,
+        seed=arguments.seed,
+        split_seed=arguments.split_seed,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        strict=arguments.fail_on_contamination,
+        accelerator=arguments.accelerator,
         store=store,
     )
-    summary = run(settings, image_index, out, options)
+    summary = run(settings, image_index, arguments.out, options)
     print_result(
         "finetune",
         {
@@ -172,27 +182,32 @@ def finetune(
             **({} if summary["init"] == "scratch" else describe_contamination(summary["seen"])),
             **describe_input(settings, image_index),
             **format_intervals(summary["val"] or {}),
-            "written to": out,
+            "written to": arguments.out,
         },
     )
 
 
-def plan(
+@dataclass(frozen=True, kw_only=True)
+class PlanArguments:
+    """Command-line arguments of `medim plan`."""
+
     modality: Annotated[
         Modality | None, typer.Option(help="Modality of the images. Default: from the configuration.")
-    ] = None,
-    data: DataOption = None,
-    config: ConfigOption = None,
-    set_: SetOption = None,
+    ] = None
+    data: DataOption = None
+    config: ConfigOption = None
+    set_: SetOption = None
     out: Annotated[
         Path | None, typer.Option(help="Folder of the planned run, whose disk is checked. Default: runs/.")
-    ] = None,
-    split_seed: SplitSeedOption = 0,
-    accelerator: AcceleratorOption = "auto",
-    precision: PrecisionOption = None,
-    subjects: SubjectsOption = None,
-    json: Annotated[Path | None, typer.Option("--json", help="Also write the estimate to this JSON file.")] = None,
-) -> None:
+    ] = None
+    split_seed: SplitSeedOption = 0
+    accelerator: AcceleratorOption = "auto"
+    precision: PrecisionOption = None
+    subjects: SubjectsOption = None
+    json: Annotated[Path | None, typer.Option("--json", help="Also write the estimate to this JSON file.")] = None
+
+
+def plan(arguments: PlanArguments) -> None:
     """Estimate time, memory and disk space of a pretraining run from a few real steps."""
     from medim.data.source import open_source
     from medim.files import write_json
@@ -201,21 +216,24 @@ def plan(
     from medim.training.plan.plan import plan_pretraining as run
     from medim.training.pretrain.config import resolve_pretrain_config
 
-    config_name = config or modality
+    config_name = arguments.config or arguments.modality
     if config_name is None:
         raise UsageError("expected --config (name of a preset or a YAML file) or --modality mri or xray.")
-    config_args = config_name, [*(set_ or []), *([f"precision={precision}"] if precision else [])]
+    config_args = config_name, _list_overrides(arguments)
     settings = resolve_pretrain_config(*config_args)  # a mistake in it shows before images are read
-    if modality and settings.modality != modality:
-        raise UserError(
-            f"--config {config}: this configuration is for {settings.modality}, but --modality is {modality}."
-        )
-    image_index, store = open_source(data, settings.modality, subjects=subjects)
+    _check_modality(settings.modality, arguments)
+    image_index, store = open_source(arguments.data, settings.modality, subjects=arguments.subjects)
     settings = resolve_pretrain_config(*config_args, index=image_index)
-    options: dict[str, Any] = {"split_seed": split_seed, "accelerator": accelerator, "store": store}
-    estimate = run(settings, image_index, out or Path("runs"), **options)
-    if json:
-        write_json(json, estimate)
+    estimate = run(
+        settings,
+        image_index,
+        arguments.out or Path("runs"),
+        split_seed=arguments.split_seed,
+        accelerator=arguments.accelerator,
+        store=store,
+    )
+    if arguments.json:
+        write_json(arguments.json, estimate)
     check_plan(estimate)
     print_result("plan", {**_format_plan(estimate), **describe_input(settings, image_index)})
 
@@ -227,6 +245,20 @@ def sync(
     from medim.training.tracking.tracking import sync_pending
 
     print_result("sync", {str(run): f"{sync_pending(run)} records sent" for run in runs})
+
+
+def _list_overrides(arguments: PretrainArguments | PlanArguments) -> list[str]:
+    """List the overrides of the configuration: those of `--set`, then that of `--precision`."""
+    return [*(arguments.set_ or []), *([f"precision={arguments.precision}"] if arguments.precision else [])]
+
+
+def _check_modality(modality: Modality, arguments: PretrainArguments | PlanArguments) -> None:
+    """Check that `--modality` is that of the configuration."""
+    if arguments.modality not in (None, modality):
+        raise UserError(
+            f"--config {arguments.config}: this configuration is for {modality}, "
+            f"but --modality is {arguments.modality}."
+        )
 
 
 def _format_plan(estimate: dict[str, Any]) -> dict[str, str]:

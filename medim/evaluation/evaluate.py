@@ -10,7 +10,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,16 +68,31 @@ def validate_network(
     return summarise_cases(rows, network.kind, network.classes, seed=seed), rows
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """Images to evaluate, the treatment of training images, and the handling of the output folder.
+
+    Attributes:
+        split: split to evaluate; None: chosen by `select_records`.
+        include_training_subjects: keep images and subjects that the model was trained on.
+        fail_on_contamination: raise an error if an image or subject was used in pretraining or fine-tuning.
+        seed: random seed of the bootstrap.
+        overwrite: empty the output folder first.
+    """
+
+    split: SplitChoice | None = None
+    include_training_subjects: bool = False
+    fail_on_contamination: bool = False
+    seed: int = 0
+    overwrite: bool = False
+
+
 def evaluate(
     model: Path,
     index: Index,
     out: Path,
+    options: EvaluateOptions | None = None,
     *,
-    split: SplitChoice | None = None,
-    include_seen: bool = False,
-    strict: bool = False,
-    seed: int = 0,
-    overwrite: bool = False,
     progress: CaseProgress | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run or a package on the labelled images of an index.
@@ -89,53 +104,63 @@ def evaluate(
         model: a fine-tuning run (run by torch) or a package (run by ONNX Runtime).
         index: the images.
         out: folder for `metrics.json`, `cases.parquet` and, last, `summary.json`.
-        split: split to evaluate; see `select_records`.
-        include_seen: keep images and subjects that the model was trained on.
-        strict: raise an error if an image or subject was used in pretraining or fine-tuning.
-        seed: random seed of the bootstrap.
-        overwrite: empty `out` first.
+        options: options of the evaluation.
         progress: called after each case.
 
     Returns:
         The content of `summary.json`, which includes that of `metrics.json`.
 
     Raises:
-        UserError: there is no usable model or image, `out` is not empty, or `strict` found contamination.
+        UserError: there is no usable model or image, `out` is not empty, or `fail_on_contamination` is set and there is
+            contamination.
     """
+    options = options or EvaluateOptions()
     start = time.perf_counter()
     network, spec = open_network(model)
-    records, split_name = select_records(index, spec, split=split, split_file=_find_split_file(model))
-    prepare_output_folder(out, overwrite=overwrite)
-    log.info("evaluating %d images (%s)", len(records), split_name)
-    contamination_filter = ContaminationFilter(load_training_history(model), include_seen=include_seen, strict=strict)
-    rows = score_cases(network, index, records, case_filter=contamination_filter, progress=progress)
-    contamination, exclusion_counts = contamination_filter.result(f"model {model}", len(rows))
+    records, split = select_records(index, spec, split=options.split, split_file=_find_split_file(model))
+    prepare_output_folder(out, overwrite=options.overwrite)
+    log.info("evaluating %d images (%s)", len(records), split)
+    case_filter = ContaminationFilter(
+        load_training_history(model),
+        include_seen=options.include_training_subjects,
+        strict=options.fail_on_contamination,
+    )
+    rows = score_cases(network, index, records, case_filter=case_filter, progress=progress)
+    contamination, exclusion_counts = case_filter.result(f"model {model}", len(rows))
     content = {
         "schema_version": SCHEMA_VERSION,
         "command": "evaluate",
         "task": network.task.title,
-        "split": split_name,
+        "split": split,
         "seen": contamination,
         **exclusion_counts,
-        **summarise_cases(rows, network.kind, network.classes, seed=seed),
+        **summarise_cases(rows, network.kind, network.classes, seed=options.seed),
+        **_describe_inputs(network, spec, index),
+        "bootstrap": {"over": "subjects", "resamples": N_RESAMPLES, "seed": options.seed, "level": 0.95},
+    }
+    write_json(out / "metrics.json", content)
+    write_cases(out / "cases.parquet", rows, network.kind)
+    summary = {**content, **_describe_execution(model, rows, time.perf_counter() - start, len(records))}
+    write_json(out / "summary.json", summary)
+    return summary
+
+
+def _describe_inputs(network: Predictor, spec: ModelSpec, index: Index) -> dict[str, object]:
+    return {
         "classes": list(network.classes),
         "init": "pretrained" if spec.provenance.parent else "scratch",
         "model_sha256": spec.sha256,
         "index_hash": index.hash,
-        "bootstrap": {"over": "subjects", "resamples": N_RESAMPLES, "seed": seed, "level": 0.95},
     }
-    write_json(out / "metrics.json", content)
-    write_cases(out / "cases.parquet", rows, network.kind)
-    seconds = time.perf_counter() - start
-    summary = {
-        **content,
+
+
+def _describe_execution(model: Path, rows: Sequence[CaseRow], seconds: float, n_images: int) -> dict[str, object]:
+    return {
         "rejected_by_reason": dict(sorted(Counter(row["rejected"] for row in rows if row.get("rejected")).items())),
         "runtime": "onnxruntime" if _is_package(model) else "torch",
         "seconds": seconds,
-        "seconds_per_image": seconds / len(records),
+        "seconds_per_image": seconds / n_images,
     }
-    write_json(out / "summary.json", summary)
-    return summary
 
 
 def select_records(

@@ -35,17 +35,29 @@ from medim.types import UserError, Volume
 PROVENANCE_VALUE = re.compile(r"[\w.+:-]{0,128}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """Export options of the user."""
+    """Content of a package that the run does not contain, and the handling of the output folder.
 
-    name: str | None = None  # default: <modality>-<kind>
+    Attributes:
+        name: name of the package; None: `<modality>-<kind>`.
+        version: semantic version of the package.
+        intended_use: intended use for the contract and the model card.
+        licence: licence text of the weights; without it, the package states that no licence was specified.
+        private_key: Ed25519 private key (PEM) that signs SHA256SUMS.
+        label_codes: codes of the classes: file, or name of a built-in one; see `medim.package.label_codes`.
+        dicom_rules: file of rules for DICOM images; None: rules of the modality. See `medim.package.dicom_rules`.
+        overwrite: replace an existing package.
+    """
+
+    name: str | None = None
     version: str = "0.1.0"
     intended_use: str = NOT_REPORTED
-    licence: Path | None = None  # licence text of the weights
-    sign: Path | None = None  # Ed25519 private key
-    labels_schema: Path | str | None = None  # codes of the classes: file, or name of a built-in one
-    dicom_in: Path | None = None  # rules for DICOM images; default: rules of the modality
+    licence: Path | None = None
+    private_key: Path | None = None
+    label_codes: Path | str | None = None
+    dicom_rules: Path | None = None
+    overwrite: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,12 +130,12 @@ def create_builder(run: FinishedRun, options: ExportOptions) -> PackageBuilder:
         score_map=next((ScoreMapSpec(signature=g.signature, critic=g.network.spec) for g in others), None),
         reference=_describe_ood_statistics(run),
         classes=run.classes,
-        labels=read_label_codes(options.labels_schema, run.classes, spec.kind) if options.labels_schema else (),
-        dicom_in=load_dicom_rules(spec.modality, options.dicom_in),
+        labels=read_label_codes(options.label_codes, run.classes, spec.kind) if options.label_codes else (),
+        dicom_in=load_dicom_rules(spec.modality, options.dicom_rules),
         architecture=spec.to_json(),
         provenance=_check_provenance(spec.provenance.to_json()),
         metrics=_select_numbers(run.summary.get("val")),
-        signed_by=key_to_hex(load_private_key(options.sign).public_key()) if options.sign else None,
+        signed_by=key_to_hex(load_private_key(options.private_key).public_key()) if options.private_key else None,
     )
     try:
         return PackageBuilder(run, parse_contract(content.model_dump_json().encode()), options)

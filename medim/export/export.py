@@ -24,7 +24,6 @@ from medim.files import encode_json, write_bytes
 from medim.package.contract import (
     GOLDEN,
     GRAPH,
-    NOT_REPORTED,
     REPORT,
     SCORE_MAP,
     SCORE_MAP_GOLDEN,
@@ -112,19 +111,7 @@ PACKAGE_PARTS: dict[
 }
 
 
-def export(
-    run: Path,
-    out: Path,
-    *,
-    name: str | None = None,
-    version: str = "0.1.0",
-    intended_use: str = NOT_REPORTED,
-    licence: Path | None = None,
-    sign: Path | None = None,
-    labels_schema: Path | str | None = None,
-    dicom_in: Path | None = None,
-    overwrite: bool = False,
-) -> Package:
+def export(run: Path, out: Path, options: ExportOptions | None = None) -> Package:
     """Export a run as a package.
 
     The package is built in a temporary folder and renamed to `out`, so that `out` is complete or absent. Exports are
@@ -133,28 +120,21 @@ def export(
     Args:
         run: run with a folder `encoder/` or `model/`.
         out: folder of the package.
-        name: name of the package; default `<modality>-<kind>`.
-        version: semantic version of the package.
-        intended_use: intended use for the contract and the model card.
-        licence: licence text of the weights; without it, the package states that no licence was specified.
-        sign: Ed25519 private key (PEM) to sign SHA256SUMS.
-        labels_schema: codes of the classes: file, or name of a built-in one; see `medim.package.label_codes`.
-        dicom_in: file of rules for DICOM images; default rules of the modality. See `medim.package.dicom_rules`.
-        overwrite: replace an existing package at `out`.
+        options: options of the export.
 
     Raises:
-        UserError: `run` is not finished, `out` is not empty or not a package, `sign` is not a private key, or a gate
-            failed.
+        UserError: `run` is not finished, `out` is not empty or not a package, `private_key` is not a private key, or a
+            gate failed.
     """
+    options = options or ExportOptions()
     run, out = Path(run), Path(out)
     has_content = out.is_dir() and any(out.iterdir())
-    if out.is_file() or (has_content and not overwrite):
+    if out.is_file() or (has_content and not options.overwrite):
         raise UserError(f"{out}: expected an empty or new folder. Use --overwrite to replace it, or another --out.")
     if has_content and not (out / SUMS).is_file():
         raise UserError(f"{out}: --overwrite replaces only a package. Choose another --out.")
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    options = ExportOptions(name, version, intended_use, licence, sign, labels_schema, dicom_in)
     try:
         with _use_one_thread():
             _build_package(create_builder(load_finished_run(run), options), folder, out)
@@ -190,7 +170,7 @@ def _write_package(builder: PackageBuilder, folder: Path) -> None:
         data = part(builder)
         if data is not None:
             write_bytes(folder / name, data)
-    write_sums(folder, key=builder.options.sign)
+    write_sums(folder, key=builder.options.private_key)
 
 
 def _stop_at_failures(run: Path, results: dict[str, GateResult]) -> None:

@@ -14,7 +14,7 @@ from medim.config import FinetuneConfig
 from medim.data.index.index import ImageRecord
 from medim.data.loading.cohort import Cohort
 from medim.evaluation.probing.label_budget import Budget
-from medim.evaluation.probing.probe import probe
+from medim.evaluation.probing.probe import ProbeOptions, probe
 from medim.files import read_json
 from medim.study.design import Cell, Design
 from medim.study.lr_selection import selection_cohort
@@ -124,10 +124,15 @@ def _run_finetune_cell(context: StudyContext, cell: Cell, out: Path, lr_multipli
 def _run_probe_cell(context: StudyContext, cell: Cell, out: Path) -> None:
     design = context.design
     first_arm = next(arm for arm in design.arms if design.is_probe_arm(arm))
-    anchors = cell.arm == first_arm and cell.pretrain_seed == 0  # they do not depend on pretraining: once per study
-    options: dict[str, Any] = {"split_seed": design.split_seed, "anchors": anchors, "cohort": context.cohort}
-    options |= {"budgets": design.budgets, "seeds": design.subset_seeds(cell.arm), "overwrite": True}
-    probe(cell.arm.runs[cell.pretrain_seed], context.cohort.index, out, **options)
+    options = ProbeOptions(
+        budgets=design.budgets,
+        seeds=design.subset_seeds(cell.arm),
+        split_seed=design.split_seed,
+        baselines=cell.arm == first_arm and cell.pretrain_seed == 0,  # independent of pretraining: once per study
+        overwrite=True,
+        cohort=context.cohort,
+    )
+    probe(cell.arm.runs[cell.pretrain_seed], context.cohort.index, out, options)
 
 
 def _keeps_model(context: StudyContext, cell: Cell) -> bool:

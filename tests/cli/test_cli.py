@@ -2,19 +2,50 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from medim.cli import app
+from medim.cli.terminal import register_command
 from medim.data.index.index import Index, build_index
 from medim.data.loading.quality_table import read_quality
 from medim.models.model import build_encoder
 from medim.models.serialization import save_model
 from tests.data.synthetic import write_archive
 from tests.specs import make_spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class GreetArguments:
+    """Arguments of a command."""
+
+    name: Annotated[str, typer.Argument(help="Name.")]
+    loud: Annotated[bool, typer.Option("--loud", help="In capitals.")] = False
+    count: Annotated[int, typer.Option(help="Number of greetings.", min=1)] = 2
+
+
+def test_a_command_takes_the_fields_of_a_dataclass_as_its_arguments_in_their_order() -> None:
+    calls: list[GreetArguments] = []
+    greeting = typer.Typer()
+
+    @register_command(greeting)
+    def greet(arguments: GreetArguments) -> None:
+        """Greet somebody."""
+        calls.append(arguments)
+
+    runner = CliRunner()
+    assert runner.invoke(greeting, ["Ada", "--loud"]).exit_code == 0
+    assert calls == [GreetArguments(name="Ada", loud=True, count=2)]
+    assert runner.invoke(greeting, ["Ada", "--count", "0"]).exit_code == 2
+    assert runner.invoke(greeting, []).exit_code == 2, "a field without default is required"
+    text = runner.invoke(greeting, ["--help"]).output
+    assert text.index("--loud") < text.index("--count") < text.index("--quiet")
 
 
 @pytest.mark.parametrize("option", ["--seed", "--split-seed"])

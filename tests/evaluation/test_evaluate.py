@@ -15,7 +15,7 @@ from medim.data.index.index import AllRejectedError, Index
 from medim.data.loading.splits import assign_splits as split_subjects
 from medim.data.loading.splits import write_splits
 from medim.evaluation.cases import read_cases, score_cases
-from medim.evaluation.evaluate import build_predictor, evaluate, select_records, validate_network
+from medim.evaluation.evaluate import EvaluateOptions, build_predictor, evaluate, select_records, validate_network
 from medim.tasks.classification import class_arrays
 from medim.types import Array, UserError
 from tests.evaluation.conftest import make_run
@@ -163,7 +163,7 @@ def test_what_the_model_was_trained_on_is_left_out_and_counted_by_subject_and_by
     found = evaluate(run, index, tmp_path / "out")
     assert found["seen"] == {"pretrain": {"images": 2, "subjects": 1}, "finetune": {"images": 3, "subjects": 0}}
     assert (found["n"], found["excluded_seen"], found["excluded_seen_images"]) == (5, 3, 3)
-    kept = evaluate(run, index, tmp_path / "kept", include_seen=True)
+    kept = evaluate(run, index, tmp_path / "kept", EvaluateOptions(include_training_subjects=True))
     assert (kept["n"], kept["excluded_seen"], kept["seen"]) == (8, 0, found["seen"])
     person = TrainingHistory().extended("finetune", [("0" * 32, index.records[0].subject)])
     found = evaluate(make_run(tmp_path / "person", segmenter, person), index, tmp_path / "by-subject")
@@ -179,10 +179,10 @@ def test_strict_refuses_before_any_figure_is_written_and_passes_where_nothing_wa
 ) -> None:
     run = make_run(tmp_path / "run", segmenter, TrainingHistory().extended(kind, [case_of(index, 2)]))
     with pytest.raises(UserError, match=r"2 images, 1 subject.* --fail-on-contamination allows none"):
-        evaluate(run, index, tmp_path / "out", strict=True)
+        evaluate(run, index, tmp_path / "out", EvaluateOptions(fail_on_contamination=True))
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".medim"]
     other = make_run(tmp_path / "other", segmenter, TrainingHistory().extended(kind, [("0" * 32, "another")]))
-    assert evaluate(other, index, tmp_path / "out", strict=True)["n"] == 8
+    assert evaluate(other, index, tmp_path / "out", EvaluateOptions(fail_on_contamination=True))["n"] == 8
 
 
 def test_a_model_without_a_record_says_that_it_does_not_know(
@@ -193,7 +193,7 @@ def test_a_model_without_a_record_says_that_it_does_not_know(
     assert (found["seen"], found["excluded_seen"], found["excluded_seen_images"], found["n"]) == (None, None, None, 8)
     assert "seen unknown: the weights have no fingerprints.json" in caplog.text
     with pytest.raises(UserError, match=r"unknown.*--fail-on-contamination"):
-        evaluate(run, index, tmp_path / "strict", strict=True)
+        evaluate(run, index, tmp_path / "strict", EvaluateOptions(fail_on_contamination=True))
 
 
 def test_a_model_of_another_site_is_known_by_its_images_alone(

@@ -10,6 +10,7 @@ import pytest
 
 from medim.export import gates
 from medim.export import onnx as onnx_export
+from medim.export.builder import ExportOptions
 from medim.export.export import export
 from medim.export.privacy_scan import MIN_NAME_LENGTH
 from medim.package.package import Package
@@ -39,7 +40,10 @@ def runs(place: Path) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def packages(place: Path, runs: dict[str, Path]) -> dict[str, Package]:
     codes = {"segmenter": "hippocampus"}
-    return {kind: export(run, place / "packages" / kind, labels_schema=codes.get(kind)) for kind, run in runs.items()}
+    return {
+        kind: export(run, place / "packages" / kind, ExportOptions(label_codes=codes.get(kind)))
+        for kind, run in runs.items()
+    }
 
 
 @pytest.fixture

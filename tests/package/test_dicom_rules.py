@@ -9,6 +9,7 @@ import pytest
 
 from medim.data.index.index import AllRejectedError, build_index
 from medim.data.readers import ReadError
+from medim.export.builder import ExportOptions
 from medim.export.export import export
 from medim.package.dicom_rules import DEFAULT_RULES, DicomRules, load_dicom_rules
 from medim.package.package import Package
@@ -123,7 +124,7 @@ def chest(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A classifier of chest X-rays."""
     folder = tmp_path_factory.mktemp("chest")
     (folder / "rules.json").write_text('{"body_part": ["CHEST"]}')
-    return export(runs["classifier"], folder / "package", dicom_in=folder / "rules.json")
+    return export(runs["classifier"], folder / "package", ExportOptions(dicom_rules=folder / "rules.json"))
 
 
 @pytest.mark.parametrize("as_", ["nifti", "dicom"])

@@ -19,6 +19,7 @@ import medim
 from medim.data.contamination import TrainingHistory, load_training_history
 from medim.evaluation.evaluate import open_encoder, open_network
 from medim.export import checks, gates
+from medim.export.builder import ExportOptions
 from medim.export.export import export
 from medim.files import json_sha256, read_json, write_json
 from medim.models.serialization import load_encoder, load_model
@@ -407,12 +408,16 @@ def test_only_a_package_is_replaced_and_only_where_that_is_asked_for(runs: dict[
     with pytest.raises(UserError, match="--overwrite"):
         export(runs["classifier"], out)
     with pytest.raises(UserError, match="replaces only a package"):
-        export(runs["classifier"], out, overwrite=True)
+        export(runs["classifier"], out, ExportOptions(overwrite=True))
     with pytest.raises(UserError, match="replaces only a package"):
-        export(runs["classifier"], runs["classifier"], overwrite=True)
+        export(runs["classifier"], runs["classifier"], ExportOptions(overwrite=True))
     assert (out / "mine.txt").read_text() == "keep"
     (out / "mine.txt").rename(out / "SHA256SUMS")
-    export(runs["classifier"], out, overwrite=True, name="chest", version="1.2.3", intended_use="Sorting of films.")
+    export(
+        runs["classifier"],
+        out,
+        ExportOptions(overwrite=True, name="chest", version="1.2.3", intended_use="Sorting of films."),
+    )
     assert files_of(out).keys() == FILES
     content = json.loads((out / "medim.json").read_text())
     assert (content["name"], content["version"], content["intended_use"]) == ("chest", "1.2.3", "Sorting of films.")

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
 from typer.testing import CliRunner
 
 from medim.cli import app
+from medim.export.builder import ExportOptions
 from medim.export.export import export
 from medim.package.integrity import write_sums
 from medim.package.package import Package, PackageError, load_package, verify_package
@@ -40,7 +41,7 @@ def keys(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.fixture
 def signed(keys: tuple[Path, Path], runs: dict[str, Path], tmp_path: Path, same_graph: None, short_gates: None) -> Path:
-    return export(runs["classifier"], tmp_path / "package", sign=keys[0]).folder
+    return export(runs["classifier"], tmp_path / "package", ExportOptions(private_key=keys[0])).folder
 
 
 def test_a_signed_package_verifies_by_the_key_of_who_signed(signed: Path, keys: tuple[Path, Path]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +39,37 @@ PROBE_METRICS = ("auroc", "average_precision", "accuracy", "balanced_accuracy", 
 ProbeRow = dict[str, Any]
 
 
-def probe(
-    encoder: Path,
-    index: Index,
-    out: Path,
-    *,
-    protocol: str = "linear",
-    budgets: Sequence[Budget] = (Budget(fraction=1.0),),
-    seeds: Sequence[int] = (0,),
-    maps: Sequence[int] | None = None,
-    split_seed: int = 0,
-    anchors: bool = True,
-    overwrite: bool = False,
-    store: Path | None = None,
-    strict: bool = False,
-    cohort: Cohort | None = None,
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions:
+    """Classifier and features, label subsets, and the handling of the output folder.
+
+    Attributes:
+        protocol: an entry of `PROBES`.
+        budgets: label budgets.
+        seeds: random seeds of the label subsets, of the classifier, and of the weights of the untrained encoder.
+        levels: levels of the feature maps to append to the summary as mean and maximum; None: all.
+        split_seed: random seed of the split by subject.
+        baselines: evaluate the untrained encoder (`random`) and the pixels too.
+        overwrite: empty the output folder first.
+        store: folder of preprocessed images; None is the user's cache.
+        fail_on_contamination: raise an error if the encoder or the training split shares an image or subject with the
+            validation split.
+        cohort: the preprocessed images, if they are open already; `store` and the split are then not used.
+    """
+
+    protocol: str = "linear"
+    budgets: Sequence[Budget] = (Budget(fraction=1.0),)
+    seeds: Sequence[int] = (0,)
+    levels: Sequence[int] | None = None
+    split_seed: int = 0
+    baselines: bool = True
+    overwrite: bool = False
+    store: Path | None = None
+    fail_on_contamination: bool = False
+    cohort: Cohort | None = None
+
+
+def probe(encoder: Path, index: Index, out: Path, options: ProbeOptions | None = None) -> dict[str, Any]:
     """Evaluate a frozen encoder on the validation split, with label budgets of the training split.
 
     A row is one classifier: features, budget and seed. Rows of one budget and seed use the same labelled images for all
@@ -64,57 +80,44 @@ def probe(
         encoder: a pretraining run or its package.
         index: the images, some of them labelled.
         out: folder for `cases.parquet` and, last, `probe.json`.
-        protocol: an entry of `PROBES`.
-        budgets: label budgets.
-        seeds: random seeds of the label subsets, of the classifier, and of the weights of the untrained encoder.
-        maps: indices of the maps to append to the summary as mean and maximum; None: all.
-        split_seed: random seed of the split by subject.
-        anchors: evaluate the baselines too: the untrained encoder (`random`) and the pixels.
-        overwrite: empty `out` first.
-        store: folder of preprocessed images; None is the user's cache.
-        strict: raise an error if the encoder or the training split shares an image or subject with the validation
-            split.
-        cohort: the preprocessed images, if they are open already; `store` and the split are then not used.
+        options: options of the probe.
 
     Returns:
         The content of `probe.json`: `rows`, their `summary`, and a description of the images. `cases.parquet` contains
         the probabilities of each validation image.
 
     Raises:
-        UserError: there is no encoder or no label, a budget lacks a class, `out` is not empty, or `strict` found
-            contamination.
-        UsageError: an unknown protocol or map, or a budget out of range.
+        UserError: there is no encoder or no label, a budget lacks a class, `out` is not empty, or
+            `fail_on_contamination` is set and there is contamination.
+        UsageError: an unknown protocol or level, or a budget out of range.
 
     Examples:
         >>> from medim import build_index  # doctest: +SKIP
         >>> index = build_index(Path("scans"), "mri", labels=Path("labels.csv"))  # doctest: +SKIP
-        >>> content = probe(Path("run"), index, Path("probe"), budgets=[Budget(labelled=10)])  # doctest: +SKIP
+        >>> options = ProbeOptions(budgets=[Budget(labelled=10)])  # doctest: +SKIP
+        >>> content = probe(Path("run"), index, Path("probe"), options)  # doctest: +SKIP
         >>> content["summary"]  # doctest: +SKIP
     """
+    options = options or ProbeOptions()
     spec = _read_encoder_spec(encoder)
     network: Any = load_encoder(encoder).to(_torch_device())
-    levels = _check_levels(maps, len(network.channels))
-    if protocol not in PROBES:
-        raise UsageError(f"--protocol {protocol}: expected one of {', '.join(PROBES)}.")
-    cohort = cohort or open_probe_cohort(index, spec, split_seed=split_seed, store=store, strict=strict)
-    contamination = check_contamination(
-        load_training_history(encoder),
-        cohort.cases(cohort.labelled_records("val")),
-        weights_name=f"encoder {encoder}",
-        strict=strict,
-    )
-    subsets = draw_probe_subsets(cohort, budgets, seeds)
-    prepare_output_folder(out, overwrite=overwrite)
-    arms = _iterate_arms(network, spec, cohort, levels, [seed for _, seed in subsets], anchors=anchors)
-    rows, cases = _measure_arms(protocol, arms, subsets, cohort)
+    levels = _check_levels(options.levels, len(network.channels))
+    if options.protocol not in PROBES:
+        raise UsageError(f"--protocol {options.protocol}: expected one of {', '.join(PROBES)}.")
+    cohort = options.cohort or _open_cohort(index, spec, options)
+    contamination = _check_encoder_contamination(encoder, cohort, strict=options.fail_on_contamination)
+    subsets = draw_probe_subsets(cohort, options.budgets, options.seeds)
+    prepare_output_folder(out, overwrite=options.overwrite)
+    arms = _iterate_arms(network, spec, cohort, levels, [seed for _, seed in subsets], baselines=options.baselines)
+    rows, cases = _measure_arms(options.protocol, arms, subsets, cohort)
     content = {
         "schema_version": SCHEMA_VERSION,
         "command": "probe",
-        "protocol": protocol,
+        "protocol": options.protocol,
         "encoder_sha256": spec.sha256,
         "maps": levels,
         **_describe_images(cohort, contamination),
-        "split_seed": split_seed,
+        "split_seed": options.split_seed,
         "index_hash": index.hash,
         "rows": rows,
         "summary": summarise_probes(rows),
@@ -122,6 +125,17 @@ def probe(
     write_parquet(out / "cases.parquet", pa.concat_tables(cases))
     write_json(out / "probe.json", content)
     return content
+
+
+def _open_cohort(index: Index, spec: ModelSpec, options: ProbeOptions) -> Cohort:
+    return open_probe_cohort(
+        index, spec, split_seed=options.split_seed, store=options.store, strict=options.fail_on_contamination
+    )
+
+
+def _check_encoder_contamination(encoder: Path, cohort: Cohort, *, strict: bool) -> ContaminationCounts | None:
+    cases = cohort.cases(cohort.labelled_records("val"))
+    return check_contamination(load_training_history(encoder), cases, weights_name=f"encoder {encoder}", strict=strict)
 
 
 def summarise_probes(rows: Sequence[ProbeRow]) -> list[dict[str, Any]]:
@@ -141,7 +155,7 @@ def summarise_probes(rows: Sequence[ProbeRow]) -> list[dict[str, Any]]:
 
 
 def _iterate_arms(
-    encoder: Any, spec: ModelSpec, cohort: Cohort, maps: Sequence[int], seeds: Sequence[int], *, anchors: bool
+    encoder: Any, spec: ModelSpec, cohort: Cohort, levels: Sequence[int], seeds: Sequence[int], *, baselines: bool
 ) -> Iterator[tuple[str, Sequence[int], Array]]:
     """Iterate over arms: name, applicable seeds, and features (N, d) of the images."""
     train, volumes = cohort.records("train"), VolumeCache(cohort)
@@ -155,7 +169,7 @@ def _iterate_arms(
         """
         batches = batch_images(volume.array for volume in volumes.read_volumes(feature_records))
         try:
-            return extract_features(network, batches, maps=maps)
+            return extract_features(network, batches, maps=levels)
         except RuntimeError as error:
             raise UserError(
                 f"encoder: it does not accept whole preprocessed images ({error}). It was "
@@ -164,7 +178,7 @@ def _iterate_arms(
             ) from error
 
     yield "encoder", seeds, compute_features(encoder)
-    if anchors:
+    if baselines:
         for seed in dict.fromkeys(seeds):
             untrained = build_random_encoder(spec, volumes.read_volumes(train), seed=seed, device=_torch_device())
             yield "random", [seed], compute_features(untrained)
@@ -259,8 +273,8 @@ def _read_encoder_spec(path: Path) -> ModelSpec:
     return spec
 
 
-def _check_levels(maps: Sequence[int] | None, count: int) -> list[int]:
-    invalid = [level for level in maps or () if not 0 <= level < count]
+def _check_levels(levels: Sequence[int] | None, count: int) -> list[int]:
+    invalid = [level for level in levels or () if not 0 <= level < count]
     if invalid:
         raise UsageError(f"--levels {invalid[0]}: expected a level of the encoder, 0 (finest) to {count - 1}.")
-    return list(range(count)) if maps is None else sorted(set(maps))
+    return list(range(count)) if levels is None else sorted(set(levels))

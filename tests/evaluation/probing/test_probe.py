@@ -16,7 +16,7 @@ from medim.data.loading.splits import assign_splits
 from medim.evaluation.evaluate import open_encoder
 from medim.evaluation.probing.classifiers import knn_probe
 from medim.evaluation.probing.label_budget import Budget
-from medim.evaluation.probing.probe import PROBE_METRICS, probe, summarise_probes
+from medim.evaluation.probing.probe import PROBE_METRICS, ProbeOptions, probe, summarise_probes
 from medim.files import read_json
 from medim.metrics.classification import classification_metrics
 from medim.models.model import build_encoder
@@ -76,7 +76,7 @@ def test_every_arm_has_a_row_for_each_budget_and_seed_and_its_cases_give_its_met
     run: Path, index: Index, tmp_path: Path
 ) -> None:
     budgets = [Budget(labelled=10), Budget(fraction=1.0)]
-    found = probe(run, index, tmp_path / "out", budgets=budgets, seeds=range(2))
+    found = probe(run, index, tmp_path / "out", ProbeOptions(budgets=budgets, seeds=range(2)))
     assert found == read_json(tmp_path / "out" / "probe.json")
     assert [(r["features"], r["budget"], r["seed"]) for r in found["rows"]] == [
         *[("encoder", "10", 0), ("encoder", "10", 1), ("encoder", "100%", 0)],
@@ -100,8 +100,10 @@ def test_rows_of_one_budget_and_seed_have_the_same_labels_whatever_else_differs(
 ) -> None:
     budgets = [Budget(labelled=10), Budget(fraction=0.5)]
     found = [
-        *probe(run, index, tmp_path / "a", budgets=budgets, seeds=range(2))["rows"],
-        *probe(run, index, tmp_path / "b", budgets=budgets, seeds=[1, 0], protocol="knn", anchors=False)["rows"],
+        *probe(run, index, tmp_path / "a", ProbeOptions(budgets=budgets, seeds=range(2)))["rows"],
+        *probe(
+            run, index, tmp_path / "b", ProbeOptions(budgets=budgets, seeds=[1, 0], protocol="knn", baselines=False)
+        )["rows"],
     ]
     subsets = {(row["budget"], row["seed"]): row["subset"] for row in found}
     assert len(found) == 12 + 4
@@ -125,7 +127,12 @@ def test_the_probe_tells_what_the_features_tell(index: Index, tmp_path: Path) ->
             kernel[0, 0], kernel[1, 0] = torch.eye(3)[1][:, None].expand(3, 3), torch.eye(3)[1].expand(3, 3)
 
     seeing, nothing = (
-        probe(make_encoder(tmp_path / name, weight=weight), index, tmp_path / f"{name}-out", anchors=False, maps=[0])
+        probe(
+            make_encoder(tmp_path / name, weight=weight),
+            index,
+            tmp_path / f"{name}-out",
+            ProbeOptions(baselines=False, levels=[0]),
+        )
         for name, weight in (("seeing", upright), ("blind", blind))
     )
     assert seeing["rows"][0]["auroc"] > 0.95
@@ -139,7 +146,7 @@ def test_features_begin_with_what_embed_gives(run: Path, index: Index, tmp_path:
     parts = {p: [r for r in index.records if splits[r.image] == p] for p in ("train", "val")}
     rows = {p: np.stack([network(index.open(r)) for r in parts[p]]) for p in parts}
     expected = knn_probe(rows["train"], np.array([int(str(r.label)) for r in parts["train"]]), rows["val"], seed=0)
-    probe(run, index, tmp_path / "out", protocol="knn", maps=[], anchors=False)
+    probe(run, index, tmp_path / "out", ProbeOptions(protocol="knn", levels=[], baselines=False))
     table = pq.read_table(tmp_path / "out" / "cases.parquet")
     assert table["image"].to_pylist() == [r.image for r in parts["val"]]
     np.testing.assert_allclose(table["probability_1"], expected.probabilities[:, 1], atol=0.02)  # stored in 16 bit
@@ -147,7 +154,7 @@ def test_features_begin_with_what_embed_gives(run: Path, index: Index, tmp_path:
 
 def test_the_same_call_twice_gives_the_same_bytes(run: Path, index: Index, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        probe(run, index, tmp_path / name, budgets=[Budget(fraction=0.5)])
+        probe(run, index, tmp_path / name, ProbeOptions(budgets=[Budget(fraction=0.5)]))
     for file in ("probe.json", "cases.parquet"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
@@ -159,13 +166,13 @@ def test_validation_images_and_subjects_that_pretraining_saw_are_counted_and_ref
     val = [record for record in index.records if record.split == "val"]
     cases = [(compute_fingerprint(index.open(val[0])), "another"), *(("", record.subject) for record in val[1:4])]
     TrainingHistory().extended("pretrain", cases).write(folder / "encoder")
-    found = probe(folder, index, tmp_path / "out", anchors=False)
+    found = probe(folder, index, tmp_path / "out", ProbeOptions(baselines=False))
     assert found["seen"] == {"pretrain": {"images": 1, "subjects": 3}, "finetune": {"images": 0, "subjects": 0}}
     assert found["overlap"] == {"images": 0, "subjects": 0}
     with pytest.raises(
         UserError, match=r"seen in pretraining 1 image, 3 subjects.* --fail-on-contamination allows none"
     ):
-        probe(folder, index, tmp_path / "strict", anchors=False, strict=True)
+        probe(folder, index, tmp_path / "strict", ProbeOptions(baselines=False, fail_on_contamination=True))
     assert not (tmp_path / "strict").exists()
 
 
@@ -188,9 +195,9 @@ def test_what_is_no_pretrained_encoder_is_refused(
     with pytest.raises(UserError, match="got a classifier, which was trained on labels"):
         probe(make_run(tmp_path / "model", classifier), index, tmp_path / "out")
     with pytest.raises(UsageError, match=r"--levels 2: expected a level of the encoder, 0 \(finest\) to 1"):
-        probe(run, index, tmp_path / "out", maps=[2])
+        probe(run, index, tmp_path / "out", ProbeOptions(levels=[2]))
     with pytest.raises(UsageError, match="expected one of linear, knn"):
-        probe(run, index, tmp_path / "out", protocol="tree")
+        probe(run, index, tmp_path / "out", ProbeOptions(protocol="tree"))
     assert not (tmp_path / "out").exists()
 
 
@@ -198,4 +205,4 @@ def test_an_encoder_of_one_size_says_so_where_images_have_another(index: Index, 
     section = {**CONVNET, "summary": "flatten", "summary_channels": 4}
     fixed = make_encoder(tmp_path / "run", {**SPEC, "encoder": section, "input_shape": [8, 8]})
     with pytest.raises(UserError, match=r"trained on \[8, 8\]; pretrain with a preprocessing that ends in that shape"):
-        probe(fixed, index, tmp_path / "out", anchors=False)
+        probe(fixed, index, tmp_path / "out", ProbeOptions(baselines=False))

@@ -15,7 +15,8 @@ from pydicom.dataset import Dataset
 from medim.config import FinetuneConfig, check_config
 from medim.data.index.index import Index, build_index
 from medim.evaluation.cases import read_cases
-from medim.evaluation.evaluate import evaluate
+from medim.evaluation.evaluate import EvaluateOptions, evaluate
+from medim.export.builder import ExportOptions
 from medim.export.export import export
 from medim.files import read_json
 from medim.models.serialization import locate_weights
@@ -112,7 +113,7 @@ def package(run: Path) -> Package:
     schema = run.parent / "labels.json"
     label = {"index": 0, "name": "value", "unit": {"value": "mm2", "meaning": "square millimeter"}}
     schema.write_text(json.dumps({"schema_version": 1, "labels": [label]}))
-    export(run, run.parent / "package", labels_schema=str(schema))
+    export(run, run.parent / "package", ExportOptions(label_codes=str(schema)))
     return load_package(run.parent / "package")
 
 
@@ -129,7 +130,12 @@ def test_a_package_predicts_the_number_of_the_run(
             assert row["value"] == pytest.approx(measured[row["image"]], rel=1e-4)
     content = read_json(tmp_path / "answers" / rows[0]["file"])
     assert content["value"] == rows[0]["value"]
-    result = evaluate(run.parent / "package", index, tmp_path / "evaluation", split="all", include_seen=True)
+    result = evaluate(
+        run.parent / "package",
+        index,
+        tmp_path / "evaluation",
+        EvaluateOptions(split="all", include_training_subjects=True),
+    )
     assert result["task"] == "regression"
     assert result["metrics"]["r2"]["value"] > 0.5
     page = write_report_page(tmp_path / "evaluation").read_text()
