@@ -27,7 +27,7 @@ from medim.data.index.scan_cache import FileScanner
 from medim.data.index.walk import list_files
 from medim.data.readers import READERS, collect_images, find_reader
 from medim.data.readers.base import Reader
-from medim.data.readers.dicom.reader import DicomReader
+from medim.data.readers.dicom.reader import DicomReader, mark_damaged_neighbours
 from medim.data.readers.inspection import CollectionResult, ImageInfo, RejectedFile
 from medim.privacy import Scrubber, make_pseudonym
 from medim.types import Modality, UserError
@@ -144,7 +144,7 @@ def _inspect_files(images: Sequence[Path], modality: Modality, scanner: FileScan
         reader_images, reader_rejected = collect_images(reader, scanner(reader.inspect, paths), modality)
         image_infos += reader_images
         rejected += reader_rejected
-    return image_infos, rejected
+    return mark_damaged_neighbours(image_infos, rejected), rejected
 
 
 def _identities_of_skipped(layout: Layout, modality: Modality, scanner: FileScanner) -> list[ImageInfo | RejectedFile]:

@@ -61,6 +61,7 @@ REJECTION_REASONS = {
     "odd-size": "A slice with other rows or columns than a valid stack of the same series.",
     "odd-spacing": "A slice with another pixel spacing than a valid stack of the same series.",
     "missing-slices": "Gaps are multiples of the smallest, or one of several scans has fewer slices than the others.",
+    "incomplete-series": "A slice of the series is damaged, so that the volume would be too short.",
     "uneven-gaps": "Slices are more than 0.1 mm, or a tenth of the gap, away from an even stack.",
     "sheared": "Slices are shifted more than 0.1 mm sideways, as with a tilted gantry.",
     "duplicate-position": "Slices have the same position, and no attribute in their headers separates them.",
@@ -107,6 +108,8 @@ QUALITY_CODES = {
     "colour-to-grey": "A colour picture, read as its luminance.",
     "several-labels": "An image of an archive with several labels that are not binary; they are ignored.",
     "single-slice": "A volume of one slice.",
+    "damaged-neighbour": "A damaged file lies in the folder of the series and may be one of its slices.",
+    "fewer-slices-than-numbered": "InstanceNumber starts above 1, or ImagesInAcquisition exceeds the slices present.",
     "odd-slices-left-out": "A few slices of the series do not fit this stack, and are rejected.",
     "frames-left-out": "Some frames of the multi-frame file are in no image.",
 }

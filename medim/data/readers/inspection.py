@@ -105,6 +105,7 @@ class SeriesInfo:
         study: pseudonym of the StudyInstanceUID.
         size: rows, columns.
         spacing: of an X-ray, distance between rows and between columns, in mm.
+        n_declared: ImagesInAcquisition, the number of slices according to the scanner; 0 if unknown.
         quality: codes of accepted irregularities.
         identities: tokens of the identity attributes that the files share.
     """
@@ -119,6 +120,7 @@ class SeriesInfo:
     sequence: str | None
     scanner: str | None
     field_strength: float | None
+    n_declared: int = 0
     quality: tuple[str, ...] = ()
     identities: frozenset[int]
 
@@ -129,13 +131,17 @@ class DicomFile:
 
     Attributes:
         sop: pseudonym of its SOPInstanceUID.
+        number: InstanceNumber; 0 if unknown.
         count: frames in the file.
+        damaged: whether the pixels are missing or incomplete; the inspection then has a rejection, too.
         own: tokens of the identity attributes that differ from file to file.
     """
 
     path: Path = Path()
     sop: str
+    number: int = 0
     count: int
+    damaged: bool = False
     frames: tuple[FramePlane, ...]
     origin: SeriesInfo
     own: tuple[int, ...]
@@ -159,6 +165,9 @@ def _intern_value(value: _T) -> _T:
 @dataclass(frozen=True, slots=True)
 class FileInspection:
     """Result of inspecting one file: its images, its rejected parts, or its part of a DICOM image.
+
+    A DICOM file with a readable header and damaged pixels has a rejection and a part of an image, so that its series
+    can be recognised as incomplete.
 
     Examples:
         >>> inspection = FileInspection(images=(ImageInfo(shape=(64, 64), affine=np.eye(4)),))

@@ -44,7 +44,7 @@ def given(tree: ast.AST) -> Iterator[str]:
             yield from texts(node.args[at])
         if called == "getattr" and texts(node.args[1]) == ["reason"]:
             yield from texts(node.args[2])
-        if called in {"Refused", "Rejection", "ReadError"}:
+        if called in {"RejectedFile", "Rejection", "ReadError"}:
             yield from (text for key in node.keywords if key.arg == "reason" for text in texts(key.value))
 
 

@@ -22,10 +22,13 @@ _IMAGE_KEYWORDS = (
     "ManufacturerModelName", "MagneticFieldStrength", "ScanningSequence", "EchoPulseSequence", "AcquisitionContrast",
     "PresentationIntentType", "LossyImageCompression", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel",
     "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit", "PixelPaddingValue", "PixelSpacing",
-    "ImagerPixelSpacing", "NominalScannedPixelSpacing", "OverlayRows",
+    "ImagerPixelSpacing", "NominalScannedPixelSpacing", "OverlayRows", "ImagesInAcquisition",
 )  # fmt: skip
 _SERIES_KEYWORDS = tuple(sorted({*identities.NAME_KEYWORDS, *identities.SHARED_KEYWORDS, *_IMAGE_KEYWORDS}))
-_SCAN_KEYWORDS = frozenset((*_SERIES_KEYWORDS, *identities.FILE_KEYWORDS, identities.OTHER_IDS_SEQUENCE)) | ATTRIBUTES
+_SCAN_KEYWORDS = (
+    frozenset((*_SERIES_KEYWORDS, *identities.FILE_KEYWORDS, identities.OTHER_IDS_SEQUENCE, "InstanceNumber"))
+    | ATTRIBUTES
+)
 _SCREEN_TYPES = {"SCREEN SAVE", "SCREENSAVE", "SCREEN"}
 _LOSSY_SYNTAXES = {"1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"}  # JPEG; else LossyImageCompression is used
 _QUALITY_RULES = (  # quality code, attribute, value that triggers it
@@ -63,19 +66,23 @@ def inspect_dicom_header(path: Path) -> FileInspection:
             load_site_key(), raw_values, scan_result.header.byte_order, scan_result.syntax in _LOSSY_SYNTAXES
         )
         count = max(scan_result.header.integer("NumberOfFrames", 1), 1)
-        _check_pixels(path, scan_result, count)
+        damage = _find_pixel_damage(path, scan_result, count)
         instance = DicomFile(
             sop=_pseudonymise_uid(scan_result.header, "SOPInstanceUID", digits=24),
+            number=scan_result.header.integer("InstanceNumber", 0),
             count=count,
+            damaged=damage is not None,
             frames=read_frame_planes(scan_result.header, count) if series_info.kind == "mri" else (),
             origin=series_info,
             own=tuple(own_tokens),
         )
     except ReadError as error:
-        return FileInspection(
-            rejected=(RejectedFile(reason=error.reason, detail=error.detail, identities=file_identities),)
-        )
-    return FileInspection(instance=instance)
+        return FileInspection(rejected=(_reject_file(error, file_identities),))
+    return FileInspection(rejected=(_reject_file(damage, file_identities),) if damage else (), instance=instance)
+
+
+def _reject_file(error: ReadError, file_identities: frozenset[int]) -> RejectedFile:
+    return RejectedFile(reason=error.reason, detail=error.detail, identities=file_identities)
 
 
 @lru_cache(maxsize=64)
@@ -117,6 +124,7 @@ def _read_series_info(key: bytes, raw_values: tuple[bytes | None, ...], byte_ord
         sequence=scrub.scrub_text(sequence or None) if kind == "mri" else None,
         scanner=scrub.scrub_text(scanner or None),
         field_strength=field,
+        n_declared=header.integer("ImagesInAcquisition", 0),
         quality=quality,
         identities=series_identities,
     )
@@ -190,28 +198,32 @@ def _read_xray_spacing(header: DicomHeader) -> tuple[tuple[float, float], tuple[
     return (1.0, 1.0), ("no-spacing",)
 
 
-def _check_pixels(path: Path, scan_result: HeaderScan, count: int) -> None:
-    """Reject a file whose pixels are missing, truncated or too long.
+def _find_pixel_damage(path: Path, scan_result: HeaderScan, count: int) -> ReadError | None:
+    """Compare the length of the pixels with the header.
+
+    Returns:
+        The error of a file whose pixels are missing, truncated or too long; None if they are complete.
 
     Raises:
-        ReadError: the file is rejected.
+        ReadError: the header specifies an impossible or too large image.
     """
     header = scan_result.header
     size = (header.integer("Rows"), header.integer("Columns"), count)
     expected_bytes = check_size(size, header.integer("BitsAllocated", 16) // 8)
     if scan_result.start is None or scan_result.length == 0:
-        raise ReadError("no-pixels", "the file contains no pixels")
+        return ReadError("no-pixels", "the file contains no pixels")
     if scan_result.length == UNDEFINED:
         with path.open("rb") as file:
             if scan_result.syntax != DeflatedExplicitVRLittleEndian and not has_all_fragments(
                 file, scan_result.start, scan_result.size
             ):
-                raise ReadError("truncated", "the compressed pixels end early")
-        return
+                return ReadError("truncated", "the compressed pixels end early")
+        return None
     available_bytes = min(scan_result.length, scan_result.size - scan_result.start)
     if available_bytes < expected_bytes:
-        raise ReadError("truncated", f"{available_bytes} bytes of pixels; the header specifies {expected_bytes}")
+        return ReadError("truncated", f"{available_bytes} bytes of pixels; the header specifies {expected_bytes}")
     if scan_result.length > expected_bytes + expected_bytes % 2:
-        raise ReadError(
+        return ReadError(
             "length-mismatch", f"{scan_result.length} bytes of pixels; the header specifies {expected_bytes}"
         )
+    return None

@@ -6,6 +6,7 @@ stack are rejected with a reason. The native grid of a series is (column, row, s
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,9 @@ from medim.data.readers.inspection import (
     RejectedFile,
 )
 from medim.types import Array, Modality, Volume
+
+MIN_DICOM_BYTES = 132  # preamble and DICM; a shorter file cannot be recognised without a suffix
+DAMAGE_REASONS = {"empty-file", "unreadable", "truncated", "no-pixels", "length-mismatch"}  # of an incomplete copy
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,8 @@ class DicomReader:
             if modality in (None, instance.origin.kind):
                 instances.append(instance)
                 continue
+            if instance.damaged:
+                continue
             error = ReadError("wrong-modality", f"an image of modality {instance.origin.kind}; expected {modality}")
             rejected.append(_reject_files([instance], error))
         unique, copies = _reject_duplicate_files(sorted(instances, key=lambda instance: instance.path))
@@ -114,7 +120,7 @@ class DicomReader:
         instances = []
         for path in paths:
             inspection = inspect_dicom_header(path).with_path(path)
-            if inspection.instance is None:
+            if inspection.instance is None or inspection.rejected:
                 raise ReadError(inspection.rejected[0].reason, inspection.rejected[0].detail)
             instances.append(inspection.instance)
         first = instances[0]
@@ -153,6 +159,9 @@ class DicomReader:
         """
         files = sorted(path for path in folder.iterdir() if path.is_file() and self.accepts(path))
         images, rejected = self.collect_images([self.inspect(path).with_path(path) for path in files], None)
+        damaged_files = [file for file in rejected if file.reason in DAMAGE_REASONS]
+        if images and damaged_files:
+            raise ReadError("incomplete-series", f"a damaged file in this folder: {damaged_files[0].detail}")
         if len(images) == 1:
             return self.read_files(images[0].files, images[0].item)
         if images:
@@ -162,6 +171,57 @@ class DicomReader:
         if rejected:
             raise ReadError(rejected[0].reason, rejected[0].detail)
         raise ReadError("no-image", "no DICOM file in this folder; expected one series")
+
+
+def mark_damaged_neighbours(images: Sequence[ImageInfo], rejected: Sequence[RejectedFile]) -> list[ImageInfo]:
+    """Add the quality code `damaged-neighbour` to series with an unidentified damaged file in their folder.
+
+    A file whose header is unreadable cannot be assigned to a series. It is probably a slice of the only series in its
+    folder if the DICOM reader accepts it, or if it is too short to be recognised and named like the slices.
+
+    Args:
+        images: images of a source.
+        rejected: rejected files of the source.
+
+    Returns:
+        The images in the same order.
+    """
+    suspects: dict[Path, list[Path]] = defaultdict(list)
+    for file in rejected:
+        if file.reason in {"empty-file", "not-an-image", "unreadable"} and not file.identities:
+            suspects[file.path.parent].append(file.path)
+    series_by_folder: dict[Path, set[str]] = defaultdict(set)
+    for image in images:
+        if image.series is not None and len(image.files) > 1:
+            for folder in {path.parent for path in image.files} & set(suspects):
+                series_by_folder[folder].add(image.series)
+    marked_series = {
+        series
+        for folder, all_series in series_by_folder.items()
+        if len(all_series) == 1
+        for series in all_series
+        if any(_may_be_slice(path, folder, images, series) for path in suspects[folder])
+    }
+    return [
+        replace(image, quality=tuple(sorted({*image.quality, "damaged-neighbour"})))
+        if image.series in marked_series
+        else image
+        for image in images
+    ]
+
+
+def _may_be_slice(path: Path, folder: Path, images: Sequence[ImageInfo], series: str) -> bool:
+    """Whether a file with an unreadable header may be a slice of a series in its folder."""
+    if looks_like_dicom(path):
+        return True
+    try:
+        if path.stat().st_size >= MIN_DICOM_BYTES:
+            return False
+    except OSError:
+        return False
+    pattern = re.sub(r"\d+", "0", path.name)
+    names = {file.name for image in images if image.series == series for file in image.files if file.parent == folder}
+    return any(re.sub(r"\d+", "0", name) == pattern for name in names)
 
 
 def _select_stack(stacks: StackResult, item: str | None) -> Stack:
@@ -184,10 +244,19 @@ def _select_stack(stacks: StackResult, item: str | None) -> Stack:
 
 
 def _reject_duplicate_files(instances: Sequence[DicomFile]) -> tuple[list[DicomFile], list[RejectedFile]]:
-    """Reject every further file with the same SOPInstanceUID, as a duplicate or a conflicting duplicate."""
+    """Reject every further file with the same SOPInstanceUID, as a duplicate or a conflicting duplicate.
+
+    A damaged file with the SOPInstanceUID of a complete one is an interrupted transfer that was repeated: it is left
+    out, so that its series is not incomplete.
+    """
+    complete_uids = {instance.sop for instance in instances if not instance.damaged}
     first_by_uid: dict[str, DicomFile] = {}
     unique, rejected = [], []
     for instance in instances:
+        if instance.damaged:
+            if not instance.sop or instance.sop not in complete_uids:
+                unique.append(instance)
+            continue
         first = first_by_uid.setdefault(instance.sop, instance) if instance.sop else instance
         if first is instance:
             unique.append(instance)
@@ -201,10 +270,12 @@ def _reject_duplicate_files(instances: Sequence[DicomFile]) -> tuple[list[DicomF
 
 
 def _group_dicom_files(instances: Sequence[DicomFile]) -> list[list[DicomFile]]:
-    """Group single-frame MR by series, and everything else by file."""
+    """Group single-frame MR by series, and everything else by file; damaged files of the latter are left out."""
     series: dict[str, list[DicomFile]] = defaultdict(list)
     for index, instance in enumerate(instances):
         is_single = instance.origin.kind == "xray" or instance.count > 1 or not instance.origin.series
+        if is_single and instance.damaged:
+            continue
         series[f"{index}" if is_single else instance.origin.series].append(instance)
     return list(series.values())
 
@@ -250,11 +321,33 @@ def _build_images(group: Sequence[DicomFile]) -> CollectionResult:
         if len(images) > 1:
             images = [replace(image, item=str(number)) for number, image in enumerate(images)]
         return images, [] if images else [_reject_files(group, rejected[0][1])]
-    images = [
-        _build_image_info([group[index] for index in sorted(volume_stack.order)], volume_stack)
-        for volume_stack in stacks
-    ]
-    return images, [_reject_files([group[index] for index in sorted(indices)], error) for indices, error in rejected]
+    images, rejected_files = [], []
+    has_unplaced_damage = any(group[index].damaged for indices, _ in rejected for index in indices)
+    quality = ("damaged-neighbour",) if has_unplaced_damage else ()
+    quality += _find_missing_numbers(group, stacks)
+    for indices, error in rejected:
+        if members := [group[index] for index in sorted(indices) if not group[index].damaged]:
+            rejected_files.append(_reject_files(members, error))
+    for volume_stack in stacks:
+        members = [group[index] for index in sorted(volume_stack.order)]
+        complete = [instance for instance in members if not instance.damaged]
+        if complete == members:
+            images.append(_build_image_info(members, volume_stack, quality))
+        elif complete:
+            detail = f"{len(members) - len(complete)} of {len(members)} slices are damaged, see their own rows"
+            rejected_files.append(_reject_files(complete, ReadError("incomplete-series", detail)))
+    return images, rejected_files
+
+
+def _find_missing_numbers(group: Sequence[DicomFile], stacks: Sequence[Stack]) -> tuple[str, ...]:
+    """List the quality code of a series of one stack whose numbering indicates missing files.
+
+    Slices that are absent at an end leave no gap between the positions. ImagesInAcquisition and InstanceNumber are
+    optional and are not always counted per series, so they are a hint and no reason to reject the series.
+    """
+    numbers = [instance.number for instance in group]
+    is_short = len(stacks) == 1 and (group[0].origin.n_declared > len(group) or min(numbers) > 1)
+    return ("fewer-slices-than-numbered",) if is_short else ()
 
 
 def _build_image_info(
