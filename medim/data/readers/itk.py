@@ -6,6 +6,7 @@ ITK does not report the defaults that it uses for missing fields.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,12 +23,14 @@ from medim.data.readers.base import (
     ras_volume,
     single_image,
 )
+from medim.data.readers.compressed import CODECS, check_compressed_voxels
 from medim.data.readers.inspection import FileInspection
 from medim.types import Volume
 from medim.version import install_command
 
 _MAX_TEXT_BYTES = 1 << 16  # longest header in bytes
-_DATA_FILE_FIELDS = ("elementdatafile", "data file", "datafile")
+_HEADER_SUFFIXES = {".mha", ".mhd", ".nrrd", ".nhdr"}
+_DATA_FILE_FIELDS = ("elementdatafile", "datafile")
 _NRRD_SPACES = {  # NRRD spaces that ITK converts to patient coordinates
     "left-posterior-superior", "lps", "right-anterior-superior", "ras", "left-anterior-superior", "las",
 }  # fmt: skip
@@ -41,7 +44,7 @@ class ItkReader:
 
     def accepts(self, path: Path) -> bool:
         """Whether the file name has a MetaImage or NRRD suffix."""
-        return path.suffix.lower() in {".mha", ".mhd", ".nrrd", ".nhdr"}
+        return path.suffix.lower() in _HEADER_SUFFIXES
 
     def inspect(self, path: Path) -> FileInspection:
         """Read the whole file once."""
@@ -63,7 +66,8 @@ class ItkReader:
         try:
             reader.ReadImageInformation()
             size, components = reader.GetSize(), reader.GetNumberOfComponents()
-            check_size((*size, components), 1)
+            item_bytes = sitk.Image([1] * len(size), reader.GetPixelID(), components).GetSizeOfPixelComponent()
+            _check_stored_voxels(voxel_file, header, check_size((*size, components), item_bytes))
             image = reader.Execute()
         except RuntimeError as error:
             raise ReadError(
@@ -74,8 +78,6 @@ class ItkReader:
         if len(size) != 3:
             raise ReadError("wrong-dimensions", f"{len(size)} axes; expected 3")
         stored_values = sitk.GetArrayViewFromImage(image)
-        if not header.has_unknown_length:
-            check_length(voxel_file.stat().st_size - (header.start if voxel_file == path else 0), stored_values.nbytes)
         affine = np.eye(4)
         affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.asarray(image.GetSpacing())
         affine[:3, 3] = image.GetOrigin()
@@ -85,21 +87,38 @@ class ItkReader:
 
 @dataclass(frozen=True)
 class _TextHeader:
-    """Text header: the fields (names in lower case), and the offset of the first byte after it."""
+    """Text header of a file.
+
+    Attributes:
+        fields: values by name; the names are in lower case and contain no blanks.
+        start: offset of the first byte after the header.
+        is_metaimage: whether the file is a MetaImage; otherwise it is NRRD.
+    """
 
     fields: dict[str, str]
     start: int
     is_metaimage: bool
 
     @property
-    def has_unknown_length(self) -> bool:
-        """Whether the header does not determine the length of the voxel data."""
-        skips = {"headersize", "byte skip", "byteskip", "line skip", "lineskip"} & set(self.fields)
-        raw = (
-            self.fields.get("compresseddata", "false").lower() == "false"
-            and self.fields.get("encoding", "raw") == "raw"
-        )
-        return bool(skips) or not raw or self.fields.get("binarydata", "true").lower() == "false"
+    def encoding(self) -> str:
+        """Encoding of the voxels: `raw`, `zlib`, `gzip`, `bzip2`, `text` or `hex`; other values as in the header."""
+        if not self.is_metaimage:
+            name = self.fields.get("encoding", "raw").lower()
+            return {"gz": "gzip", "bz2": "bzip2", "txt": "text", "ascii": "text"}.get(name, name)
+        if self.fields.get("compresseddata", "false").lower() == "true":
+            return "zlib"
+        return "raw" if self.fields.get("binarydata", "true").lower() == "true" else "text"
+
+    def skip(self, name: str) -> int:
+        """Return the number of bytes or lines to skip before the voxels; -1 counts from the end of the file.
+
+        Raises:
+            ReadError: the value is not an integer of at least -1.
+        """
+        text = self.fields.get(name, "0")
+        if not re.fullmatch(r"-1|\d+", text):
+            raise ReadError("unreadable", f"the header field '{name}' is '{text[:20]}'; expected an integer")
+        return int(text)
 
 
 def _read_text_header(path: Path) -> _TextHeader:
@@ -116,8 +135,9 @@ def _read_text_header(path: Path) -> _TextHeader:
             name, _, value = line.decode("latin-1").strip().partition("=" if is_metaimage else ":")
             if not is_metaimage and not name:
                 break
-            fields.setdefault(name.strip().lower(), value.strip())
-            if is_metaimage and name.strip().lower() == "elementdatafile":
+            name = re.sub(r"\s", "", name.lower())
+            fields.setdefault(name, value.strip())
+            if is_metaimage and name == "elementdatafile":
                 break
         return _TextHeader(fields, file.tell(), is_metaimage)
 
@@ -142,9 +162,44 @@ def _find_voxel_file(path: Path, header: _TextHeader) -> Path:
     return path.parent / name
 
 
+def _check_stored_voxels(voxel_file: Path, header: _TextHeader, expected_bytes: int) -> None:
+    """Compare the stored voxels with the header: length, and checksum if they are compressed.
+
+    Args:
+        voxel_file: file with the voxels, which may be the file with the header.
+        header: text header.
+        expected_bytes: length of the voxels according to the header.
+
+    Raises:
+        ReadError: the voxels are damaged or of another length, or their encoding is unknown.
+    """
+    start = header.start if voxel_file.suffix.lower() in _HEADER_SUFFIXES else 0
+    byte_skip = header.skip("headersize" if header.is_metaimage else "byteskip")
+    line_skip = 0 if header.is_metaimage else header.skip("lineskip")
+    if header.encoding in CODECS:
+        if byte_skip > 0 or line_skip:
+            raise ReadError("unreadable", "compressed voxels after skipped bytes or lines; expected none")
+        check_compressed_voxels(voxel_file, start, header.encoding, expected_bytes)
+        return
+    with voxel_file.open("rb") as file:
+        file.seek(start)
+        for _ in range(line_skip):
+            file.readline()
+        available_bytes = voxel_file.stat().st_size - file.tell()
+        if header.encoding == "raw":
+            # -1: the voxels are the last bytes of the file, and the bytes before them have any length
+            check_length(
+                min(available_bytes, expected_bytes) if byte_skip < 0 else available_bytes - byte_skip, expected_bytes
+            )
+        elif header.encoding == "hex":
+            check_length(sum(len(line.strip()) for line in file) // 2, expected_bytes)
+        elif header.encoding != "text":
+            raise ReadError("unreadable", f"voxels in the encoding '{header.encoding[:20]}', which is unknown")
+
+
 def _find_missing_geometry(header: _TextHeader) -> tuple[str, ...]:
     """List quality codes for geometry fields that are missing, which ITK replaces by defaults."""
-    has_spacing = {"elementspacing", "elementsize", "spacings", "space directions"} & set(header.fields)
+    has_spacing = {"elementspacing", "elementsize", "spacings", "spacedirections"} & set(header.fields)
     has_placement = bool({"transformmatrix", "rotation", "orientation"} & set(header.fields))
     if not header.is_metaimage:
         has_placement = header.fields.get("space", "").lower() in _NRRD_SPACES

@@ -184,9 +184,14 @@ def _array_to_volume(array: Array) -> Volume:
 def _load_npy(path: Path) -> Array:
     """Load the array of a `.npy` file, without unpickling."""
     try:
-        return np.asarray(np.load(path, allow_pickle=False))
+        with path.open("rb") as file:
+            array = np.asarray(np.load(file, allow_pickle=False))
+            has_rest = bool(file.read(1))
     except Exception as error:  # numpy raises many exception types for damaged files
         raise ReadError("unreadable", f"not a complete numpy array of numbers ({type(error).__name__})") from error
+    if has_rest:
+        raise ReadError("length-mismatch", "bytes follow the array that the header specifies")
+    return array
 
 
 def _load_npz(path: Path) -> dict[str, Array]:

@@ -14,13 +14,13 @@ from medim.data.readers.itk import ItkReader
 from tests.data.synthetic import noise
 
 
-def write(path: Path) -> np.ndarray[Any, Any]:
+def write(path: Path, *, compress: bool = False) -> np.ndarray[Any, Any]:
     sitk: Any = pytest.importorskip("SimpleITK")
     array = noise(6, 5, 4)  # (k, j, i)
     image = sitk.GetImageFromArray(array)
     image.SetSpacing((1.0, 2.0, 3.0))
     image.SetOrigin((10.0, 20.0, 30.0))
-    sitk.WriteImage(image, str(path))
+    sitk.WriteImage(image, str(path), compress)
     return array.transpose(2, 1, 0)
 
 
@@ -45,9 +45,9 @@ def test_a_truncated_volume_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.nrrd")
     whole = (tmp_path / "a.nrrd").read_bytes()
     (tmp_path / "a.nrrd").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ReadError) as caught:
-        read_volume(tmp_path / "a.nrrd")
-    assert caught.value.reason == "unreadable"
+    assert reason_of(tmp_path / "a.nrrd") == "truncated"
+    (tmp_path / "a.nrrd").write_bytes(whole[:40])
+    assert reason_of(tmp_path / "a.nrrd") == "unreadable"
 
 
 def reason_of(path: Path) -> str:
@@ -65,7 +65,63 @@ def test_voxels_of_another_number_than_announced_are_refused(tmp_path: Path, nam
         voxels.write_bytes(whole + bytes(20))
         assert reason_of(tmp_path / name) == "length-mismatch"
     voxels.write_bytes(whole[:-20])
-    assert reason_of(tmp_path / name) == "unreadable"
+    assert reason_of(tmp_path / name) == "truncated"
+
+
+@pytest.mark.parametrize("name", ["a.mha", "a.mhd", "a.nrrd", "a.nhdr"])
+def test_compressed_voxels_with_one_flipped_bit_are_rejected(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name, compress=True)
+    voxels, start = find_voxels(tmp_path / name)
+    whole = voxels.read_bytes()
+    expected, reasons = read_volume(tmp_path / name).array, set()
+    for position in range(start, len(whole), 5):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << (position % 8)
+        voxels.write_bytes(damaged)
+        try:  # some bits of a gzip header, such as the time, do not concern the voxels
+            np.testing.assert_array_equal(read_volume(tmp_path / name).array, expected)
+        except ReadError as error:
+            reasons.add(error.reason)
+    assert reasons
+    assert reasons <= {"unreadable", "truncated", "length-mismatch"}
+
+
+@pytest.mark.parametrize("name", ["a.mha", "a.mhd", "a.nrrd", "a.nhdr"])
+def test_compressed_voxels_of_another_length_are_rejected(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name, compress=True)
+    voxels, _ = find_voxels(tmp_path / name)
+    whole, header = voxels.read_bytes(), (tmp_path / name).read_bytes()
+    for damaged, reason in ((whole[:-2], "truncated"), (whole + b"abc", "length-mismatch")):
+        voxels.write_bytes(damaged)
+        assert reason_of(tmp_path / name) == reason
+    for size, reason in ((b"4 5 5", "length-mismatch"), (b"4 5 7", "truncated")):
+        voxels.write_bytes(whole)
+        (tmp_path / name).write_bytes(header.replace(b"4 5 6", size))
+        assert reason_of(tmp_path / name) == reason
+
+
+def find_voxels(path: Path) -> tuple[Path, int]:
+    """Find the file with the voxels of a volume, and the offset of the first one."""
+    detached = [file for file in path.parent.iterdir() if file != path]
+    if detached:
+        return detached[0], 0
+    end_of_header = b"LOCAL\n" if path.suffix == ".mha" else b"\n\n"
+    return path, path.read_bytes().index(end_of_header) + len(end_of_header)
+
+
+def test_the_length_of_voxels_after_skipped_bytes_is_checked(tmp_path: Path) -> None:
+    write(tmp_path / "a.mhd")
+    voxels, header = (tmp_path / "a.raw"), (tmp_path / "a.mhd").read_text()
+    whole = voxels.read_bytes()
+    expected = read_volume(tmp_path / "a.mhd").array
+    voxels.write_bytes(b"some header" + whole)
+    for skip in ("11", "-1"):
+        (tmp_path / "a.mhd").write_text(header.replace("ElementDataFile", f"HeaderSize = {skip}\nElementDataFile"))
+        np.testing.assert_array_equal(read_volume(tmp_path / "a.mhd").array, expected)
+    (tmp_path / "a.mhd").write_text(header.replace("ElementDataFile", "HeaderSize = 15\nElementDataFile"))
+    assert reason_of(tmp_path / "a.mhd") == "truncated"
+    (tmp_path / "a.mhd").write_text(header.replace("ElementDataFile", "HeaderSize = 3\nElementDataFile"))
+    assert reason_of(tmp_path / "a.mhd") == "length-mismatch"
 
 
 @pytest.mark.parametrize(("name", "field"), [("a.mhd", "ElementDataFile = "), ("a.nhdr", "data file: ")])

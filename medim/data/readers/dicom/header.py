@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian
 
 from medim.data.readers.base import ReadError, check_not_empty, check_size
 from medim.data.readers.dicom import identifiers as identities
@@ -31,6 +31,8 @@ _SCAN_KEYWORDS = (
 )
 _SCREEN_TYPES = {"SCREEN SAVE", "SCREENSAVE", "SCREEN"}
 _LOSSY_SYNTAXES = {"1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"}  # JPEG; else LossyImageCompression is used
+_PIXEL_GROUP = 0x7FE0  # groups of elements that may follow the pixels: 7FE0 and higher
+_BLOCK_BYTES = 512  # some media and archives pad files with zeros to a multiple of this length
 _QUALITY_RULES = (  # quality code, attribute, value that triggers it
     ("derived", "ImageType", "DERIVED"),
     ("lossy", "LossyImageCompression", "01"),
@@ -226,4 +228,23 @@ def _find_pixel_damage(path: Path, scan_result: HeaderScan, count: int) -> ReadE
         return ReadError(
             "length-mismatch", f"{scan_result.length} bytes of pixels; the header specifies {expected_bytes}"
         )
+    if not _has_valid_tail(path, scan_result):
+        return ReadError("length-mismatch", "bytes that are no DICOM element follow the pixels")
     return None
+
+
+def _has_valid_tail(path: Path, scan_result: HeaderScan) -> bool:
+    """Whether the file ends after the pixels, or an element of a higher group or padding to a block follows.
+
+    Bytes inserted into the pixels shift all later pixels, and the last ones follow the pixel data as a tail.
+    """
+    end = (scan_result.start or 0) + scan_result.length
+    if end >= scan_result.size or scan_result.syntax == DeflatedExplicitVRLittleEndian:
+        return True
+    with path.open("rb") as file:
+        file.seek(end)
+        tail = file.read(_BLOCK_BYTES)
+    group = int.from_bytes(tail[:2], "big" if scan_result.syntax == ExplicitVRBigEndian else "little")
+    if any(tail):
+        return len(tail) >= 8 and group >= _PIXEL_GROUP
+    return scan_result.size % _BLOCK_BYTES == 0 and scan_result.size - end < _BLOCK_BYTES

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from medim.data.index.index import AllRejectedError, Index, build_index
@@ -122,3 +124,23 @@ def test_a_file_without_header_marks_no_series_in_a_folder_of_two(tmp_path: Path
     index = index_without_cache(tmp_path / "a")
     assert len(index.records) == 2
     assert not any("damaged-neighbour" in (record.quality or "") for record in index.records)
+
+
+@pytest.mark.parametrize("values", [[7] * 96, [0] * 96, range(96)])
+def test_bytes_inserted_into_the_pixels_are_noticed_at_the_end_of_the_file(
+    tmp_path: Path, values: Sequence[int]
+) -> None:
+    path = save(dataset(np.array(values, np.uint16).reshape(8, 12)), tmp_path / "a.dcm")
+    assert DICOM.inspect(path).rejected == ()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100] + bytes(4) + whole[-100:])
+    assert [file.reason for file in DICOM.inspect(path).rejected] == ["length-mismatch"]
+
+
+def test_elements_after_the_pixels_and_padding_to_a_block_are_valid(tmp_path: Path) -> None:
+    element = dataset(noise(4, 6))
+    element.add_new(0xFFFCFFFC, "OB", bytes(10))
+    padded = save(dataset(noise(4, 6)), tmp_path / "padded.dcm")
+    padded.write_bytes(padded.read_bytes() + bytes(-padded.stat().st_size % 512))
+    assert DICOM.inspect(save(element, tmp_path / "element.dcm")).rejected == ()
+    assert DICOM.inspect(padded).rejected == ()
