@@ -54,7 +54,7 @@ def measure_loading(preset: str, data: Path | None, images: int, rounds: int) ->
     cohort = open_cohort(index, records, config.preprocessing, split_seed=0, store=store)
     views = config.views
     view_options: dict[str, Any] = {"shape": views.shape, "count": views.count, "augmentations": views.augmentations}
-    view_options["same_place"] = views.same_place
+    view_options["same_crop"] = views.same_crop
     keys = list(cohort.keys.values())
 
     def time_load(dataset: ViewDataset, seed: int) -> float:

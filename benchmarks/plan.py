@@ -38,7 +38,7 @@ def main() -> None:
     runs: dict[str, tuple[Path | None, Modality, str, list[str]]] = {
         "small-3d-local-dim": (None, "mri", "small-3d-local-dim", [small]),
         "xray-28": (arguments.xray, "xray", "xray-28", [xray]),
-        "mri-crop": (arguments.mri, "mri", "mri-crop", [mri, "encode_in_chunks_of=4", "checkpoint_every_steps=10"]),
+        "mri-crop": (arguments.mri, "mri", "mri-crop", [mri, "gradient_cache_chunk=4", "checkpoint_every_steps=10"]),
     }
     results = {}
     with tempfile.TemporaryDirectory() as folder:

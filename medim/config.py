@@ -28,17 +28,19 @@ from pydantic import (
 )
 
 from medim.files import json_sha256
+from medim.renamed_keys import RUN, translate_config, translate_item, translate_preset, translate_section
 from medim.types import Modality, UsageError, UserError
 
 Section = dict[str, Any]
 Command = Literal["pretrain", "finetune"]
 OptimiserName = Literal["adamw", "adam", "radam"]
-Schedule = Literal["cosine", "constant", "steps"]
+SelectionCriterion = Literal["probe", "loss"]
+Schedule = Literal["cosine", "constant", "multistep"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Decay = typing.Annotated[float, Field(ge=0, lt=1)]
 T = typing.TypeVar("T")
-# Keys added after the first release: they enter the hash only if set, so that the hashes of older runs stay the same.
-KEYS_ADDED_LATER = ("compile", "encode_in_chunks_of", "select_without_labels")
+# Keys added later: they enter the hash only if they differ from the default, so that other runs keep their hash.
+KEYS_ADDED_LATER = ("compile", "gradient_cache_chunk", "checkpoint_selection")
 AUTO = "auto"  # placeholder for numbers that depend on the images; `medim.training.auto_config` fills them in
 
 
@@ -53,10 +55,15 @@ class ViewsConfig(_StrictConfig):
     count: Literal[1, 2] = Field(
         1, description="views per image; with 2, the summary of one is compared with the maps of the other"
     )
-    same_place: bool = Field(True, description="crop all views of an image at the same position")
+    same_crop: bool = Field(True, description="crop all views of an image at the same position")
     augmentations: list[Section] = Field(
         default_factory=list, description="random transforms, sampled anew for each view"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _translate_old_keys(cls, content: Any) -> Any:
+        return translate_section(content, section="views")
 
 
 class RunConfig(_StrictConfig):
@@ -74,9 +81,12 @@ class RunConfig(_StrictConfig):
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="the optimiser's decay rates of its two moments")
     schedule: Schedule = Field(
         "cosine",
-        description="learning rate after warm-up: cosine decay to zero, constant, or divided by 5 at each of drop_at",
+        description="learning rate after warm-up: cosine decay to zero, constant, or multistep: divided by 5 at each "
+        "of lr_milestones",
     )
-    drop_at: tuple[PositiveInt, ...] = Field((), description="steps at which the schedule `steps` reduces the rate")
+    lr_milestones: tuple[PositiveInt, ...] = Field(
+        (), description="steps at which the schedule `multistep` reduces the learning rate"
+    )
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(
         0.01, ge=0, description="weight decay of matrices; decoupled from the gradient only in AdamW"
@@ -91,10 +101,15 @@ class RunConfig(_StrictConfig):
     workers: int = Field(0, ge=0, description="loading processes; 0 loads in the training process")
     prefetch: PositiveInt = Field(2, description="batches that each loading process prepares in advance")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _translate_old_keys(cls, content: Any) -> Any:
+        return translate_config(content) if isinstance(content, Mapping) else content
+
     @model_validator(mode="after")
-    def _check_drop_at(self) -> RunConfig:
-        if bool(self.drop_at) != (self.schedule == "steps"):
-            raise ValueError("the schedule `steps` needs drop_at, and drop_at needs the schedule `steps`")
+    def _check_lr_milestones(self) -> RunConfig:
+        if bool(self.lr_milestones) != (self.schedule == "multistep"):
+            raise ValueError("schedule: multistep needs lr_milestones, and lr_milestones needs schedule: multistep")
         return self
 
     @property
@@ -105,7 +120,7 @@ class RunConfig(_StrictConfig):
     @property
     def optimisation(self) -> dict[str, Any]:
         """Arguments of `medim.training.engine.optim.build_optimiser`."""
-        keys = ("lr", "optimiser", "betas", "schedule", "drop_at", "warmup_steps", "weight_decay", "max_steps")
+        keys = ("lr", "optimiser", "betas", "schedule", "lr_milestones", "warmup_steps", "weight_decay", "max_steps")
         return {key: getattr(self, key) for key in keys}
 
     @property
@@ -113,9 +128,10 @@ class RunConfig(_StrictConfig):
         """Twelve hex digits that identify the computation.
 
         The preset name and the data-loading settings are excluded. Keys of `KEYS_ADDED_LATER` are included only if
-        set, so that the hash of a run of an earlier release stays the same.
+        they do not have their default value, so that a new key changes no hash.
         """
-        unset_keys = {key for key in KEYS_ADDED_LATER if key in type(self).model_fields and not getattr(self, key)}
+        fields = type(self).model_fields
+        unset_keys = {key for key in KEYS_ADDED_LATER if key in fields and getattr(self, key) == fields[key].default}
         return json_sha256(self.model_dump(mode="json", exclude={"name", "workers", "prefetch", *unset_keys}))[:12]
 
 
@@ -126,14 +142,16 @@ class PretrainConfig(RunConfig):
     decoder: Section | None = Field(
         None, description="an entry of DECODERS, for objectives that decode; saved with the encoder"
     )
-    encode_in_chunks_of: PositiveInt | None = Field(
+    gradient_cache_chunk: PositiveInt | None = Field(
         None,
         description="images per forward pass of encoder and decoder, without stored activations: less memory, one "
         "more forward pass, the same gradient; null: the whole batch at once",
     )
     compile: bool = Field(False, description="compile encoder and decoder with torch.compile")
-    select_without_labels: bool = Field(
-        False, description="no online probe: only the validation loss selects the saved step, even with labels"
+    checkpoint_selection: SelectionCriterion = Field(
+        "probe",
+        description="criterion that selects the saved step. probe: an online probe of labelled training subjects; the "
+        "validation loss if there are too few labels. loss: the validation loss, even if there are labels",
     )
 
 
@@ -151,7 +169,7 @@ class FinetuneConfig(RunConfig):
     head_init: Literal["random", "probe"] = Field(
         "random", description="probe: initialise the head from a linear probe of the features"
     )
-    measure_at: tuple[PositiveInt, ...] | None = Field(
+    eval_steps: tuple[PositiveInt, ...] | None = Field(
         None,
         description="steps after which the validation split is measured, for information only; null: none, or a "
         "number that `medim study` derives from its time budget",
@@ -193,7 +211,7 @@ def read_config(command: Command, name_or_path: str) -> Section:
 
 def _read_extended(command: Command, name_or_path: str, ancestors: tuple[str, ...]) -> Section:
     preset_paths = list_presets(command)
-    path = preset_paths.get(name_or_path) or Path(name_or_path)
+    path = preset_paths.get(translate_preset(name_or_path)) or Path(name_or_path)
     if not path.is_file():
         raise UsageError(
             f"--config {name_or_path}: {unknown_name_message('preset or file', name_or_path, preset_paths)}"
@@ -204,6 +222,7 @@ def _read_extended(command: Command, name_or_path: str, ancestors: tuple[str, ..
         raise UsageError(f"{path}: expected YAML ({error}).") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path}: expected a YAML mapping, got {type(content).__name__}.")
+    content = translate_config(content)
     base = content.pop("extends", None)
     if base is not None:
         if str(base) in (*ancestors, path.stem, str(path)):
@@ -218,14 +237,16 @@ def apply_overrides(content: Section, assignments: Iterable[str]) -> Section:
     """Apply `key=value` assignments; keys may be dotted (`views.shape=[64,64,64]`, `objectives.0.weight=2`).
 
     Raises:
-        UsageError: an assignment without `=`, or a path to a key or item that does not exist.
+        UsageError: an assignment without `=`, a path to a key or item that does not exist, or two assignments with the
+            old and the new name of a key.
 
     Examples:
         >>> content = {"steps": 2000, "views": {"shape": [64, 64, 64]}}
         >>> apply_overrides(content, ["views.shape=[32,32,32]", "steps=100"])
         {'steps': 100, 'views': {'shape': [32, 32, 32]}}
     """
-    content = typing.cast(Section, yaml.safe_load(yaml.safe_dump(content)))
+    content = translate_config(yaml.safe_load(yaml.safe_dump(content)))
+    given_keys: dict[tuple[str, ...], str] = {}  # place: last part of the path as given
     for assignment in assignments:
         path, equals, value = assignment.partition("=")
         if not equals:
@@ -240,12 +261,22 @@ def apply_overrides(content: Section, assignments: Iterable[str]) -> Section:
             target = _get_item(target, part, assignment)
         if isinstance(target, list):
             _get_item(target, last, assignment)
-            target[int(last)] = value
+            target[int(last)] = translate_section(value)
         elif isinstance(target, dict):
-            target[last] = value
+            key, target[key] = translate_item(_section_of(parents, target), last, value)
+            given = given_keys.setdefault((*parents, key), last)
+            if given != last:
+                raise UsageError(f"--set {assignment}: {given} and {last} are names of one key. Use {key} only.")
         else:
             raise UsageError(f"--set {assignment}: {'.'.join(parents)} is a {type(target).__name__} without keys.")
     return content
+
+
+def _section_of(parents: Sequence[str], target: Section) -> str:
+    """Name of the section of `medim.renamed_keys` that a mapping at this path is."""
+    if not parents:
+        return RUN
+    return "views" if list(parents) == ["views"] else str(target.get("name"))
 
 
 @typing.overload
@@ -310,7 +341,7 @@ def validate_section(
     Raises:
         UsageError: an unknown name or option, a missing option, or a value of the wrong type.
     """
-    options = dict(section)
+    options = dict(translate_section(section))
     name = options.pop(key, None)
     if not isinstance(name, str) or name not in table:
         raise UsageError(unknown_name_message(key, str(name), table))

@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="ARM", help="arms to run, such as 'DIM(G)' VAE")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    base = load_config("pretrain", arguments.preset, [f"max_steps={arguments.steps}", "select_without_labels=true"])
+    base = load_config("pretrain", arguments.preset, [f"max_steps={arguments.steps}", "checkpoint_selection=loss"])
     index, out = build_index(arguments.data, base.modality), arguments.out
     for arm, sections in build_arms(base).items():
         if arm in (arguments.only or build_arms(base)):

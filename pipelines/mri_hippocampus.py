@@ -57,7 +57,7 @@ def main() -> None:
     rows, seconds = [], [summary["seconds"] for summary in summaries]
     for labelled, steps in STEPS.items():
         seeds, subsets = (SEEDS[:1], SUBSETS[:1]) if labelled in ONE_PAIR else (SEEDS, SUBSETS)
-        schedule = load_config("finetune", "mri-crop-segmentation", [f"max_steps={steps}", "measure_at=[20, 40, 80]"])
+        schedule = load_config("finetune", "mri-crop-segmentation", [f"max_steps={steps}", "eval_steps=[20, 40, 80]"])
         grid = [(arm, s, t) for arm in ARMS for s in seeds for t in subsets]
         cells = {(arm, s, t): out / f"{arm.replace(' ', '-')}-{labelled}-{s}-{t}" for arm, s, t in grid}
         for (arm, s, t), run in cells.items():

@@ -14,7 +14,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-GROUND = frozenset({"types", "version", "files", "config", "model_spec", "privacy", "signals"})
+GROUND = frozenset({"types", "version", "files", "renamed_keys", "config", "model_spec", "privacy", "signals"})
 DATA = frozenset({"data/labels", "data/parallel", "data/fingerprints", "data/preprocessing", "data/readers"})
 INDEX = DATA | {"data/index", "data/contamination"}
 LOADING = INDEX | {"data/public", "data/example", "data/loading", "data/source"}
@@ -26,7 +26,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {  # a folder or a module: those it may 
     "files": frozenset({"types"}),
     "signals": frozenset({"types"}),
     "privacy": frozenset({"types", "files"}),
-    "config": frozenset({"types", "files"}),
+    "renamed_keys": frozenset({"types"}),
+    "config": frozenset({"types", "files", "renamed_keys"}),
     "model_spec": frozenset({"types", "files", "config"}),
     "data/labels": GROUND,
     "data/parallel": GROUND,

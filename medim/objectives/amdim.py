@@ -20,7 +20,7 @@ class AMDIM(nn.Module):
     at hand and in both directions between the views. A source is the summary, or one random cell of the first map per
     image. Its positives are the local features of the other view, its negatives all local features of all other images.
     Scores are divided by sqrt(width), penalised and clipped. The two views must differ: set `views.augmentations`, and
-    `views.same_place: false` for independent crops.
+    `views.same_crop: false` for independent crops.
 
     Args:
         channels: channels of the encoder's maps.

@@ -70,7 +70,7 @@ class DenseDIM(nn.Module):
         if not aligned:
             raise UsageError(
                 "dense_dim: expected views with corresponding voxels, got views cut at different positions or "
-                "moved by an augmentation. Set views.same_place: true and take flip and affine out of "
+                "moved by an augmentation. Set views.same_crop: true and take flip and affine out of "
                 "views.augmentations, or set views.count: 1."
             )
         if not 2 <= points <= math.prod(input_shape):

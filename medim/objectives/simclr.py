@@ -21,7 +21,7 @@ class SimCLR(nn.Module):
     A small network projects every summary. The positive of a projection is the other view of the same image, its
     negatives are the 2 (B - 1) views of all other images; scores are cosines divided by a temperature. The projection
     network is discarded after pretraining, only the encoder with its summary is saved. The summary becomes invariant to
-    the differences between the views: set `views.augmentations`, and `views.same_place: false` for independent crops.
+    the differences between the views: set `views.augmentations`, and `views.same_crop: false` for independent crops.
 
     Args:
         summary_channels: length of the summary.

@@ -56,9 +56,9 @@ class StudyContext:
 
     def config_for(self, cell: Cell, lr_multiplier: float) -> FinetuneConfig:
         """Build the configuration of a cell: that of all arms, with the learning rate multiplied by a factor."""
-        updates: dict[str, Any] = {"lr": self.config.lr * lr_multiplier, "measure_at": self.design.measure_at}
+        updates: dict[str, Any] = {"lr": self.config.lr * lr_multiplier, "eval_steps": self.design.eval_steps}
         if cell.kind == "selection":
-            updates["measure_at"] = ()
+            updates["eval_steps"] = ()
         if cell.arm.protocol == "frozen":
             updates["pretrained_lr_scale"] = 0.0
         return self.config.model_copy(update=updates)

@@ -90,7 +90,7 @@ class Design:
         split_seed: random seed of the split by subject.
         lr_multipliers: factors on the learning rate of the preset to select from; a single factor disables selection.
         lr_selections: names of the arms and budgets with selection of the learning rate.
-        measure_at: steps of the intermediate evaluations.
+        eval_steps: steps of the intermediate evaluations.
         probe_seeds: number of label subsets per budget of frozen arms; None for the same number as the other arms.
     """
 
@@ -101,7 +101,7 @@ class Design:
     split_seed: int = 0
     lr_multipliers: tuple[float, ...] = LR_MULTIPLIERS
     lr_selections: frozenset[tuple[str, str]] = frozenset()
-    measure_at: tuple[int, ...] = ()
+    eval_steps: tuple[int, ...] = ()
     probe_seeds: int | None = None
 
     def is_probe_arm(self, arm: Arm) -> bool:

@@ -14,6 +14,7 @@ from medim.data.loading.splits import write_splits
 from medim.evaluation.probing.label_budget import Budget
 from medim.files import prepare_output_folder, read_json, write_json, write_text
 from medim.models.serialization import locate_weights
+from medim.renamed_keys import translate_config
 from medim.study import checks
 from medim.study.audit.groups import Groups, read_groups
 from medim.study.cell import StudyContext
@@ -23,10 +24,12 @@ from medim.study.time_estimate import Costs, intermediate_eval_steps, measure_co
 from medim.tasks import find_task
 from medim.training.finetune.config import dry_run_finetuning
 from medim.training.finetune.run import open_labelled_cohort
+from medim.training.run_folder import read_run_config
 from medim.training.tracking.tracking import check_target
 from medim.types import UserError
 
 DESIGN = "design.json"
+CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -124,12 +127,12 @@ def prepare_study(
     )
     seeds = options.seeds, options.split_seed
     design = Design(
-        task, arms, budgets_by_size, *seeds, lr_multipliers, lr_selections, config.measure_at or (), options.probe_seeds
+        task, arms, budgets_by_size, *seeds, lr_multipliers, lr_selections, config.eval_steps or (), options.probe_seeds
     )
     context = StudyContext(out, design, config, cohort, subsets, None, options.accelerator, options.keep_models)
     costs = cache(partial(measure_costs, context, options.jobs))
     context = _fix_design(context, costs)
-    write_text(out / "config.yaml", dump_config(config))
+    write_text(out / CONFIG, dump_config(config))
     for seed in range(options.seeds):
         write_splits(out / "splits" / f"{seed}.csv", index, cohort.splits, cohort.records("train"), seed=seed)
     facts = {
@@ -165,8 +168,11 @@ def _fix_design(context: StudyContext, costs: Callable[[], Costs]) -> StudyConte
         "config_hash": context.config.hash,
     }
     if file.is_file():
-        previous = read_json(file)
-        content["measure_at"] = previous.get("measure_at")  # as timed at the start of the study
+        previous = translate_config(read_json(file), warn=False)
+        content["eval_steps"] = previous.get("eval_steps")  # as timed at the start of the study
+        recorded = read_run_config(context.out / CONFIG, FinetuneConfig)
+        if recorded and recorded.hash == content["config_hash"]:  # earlier versions hashed the old names of keys
+            previous["config_hash"] = recorded.hash
         differences = [
             f"{key} {previous.get(key)} (now {value})" for key, value in content.items() if previous.get(key) != value
         ]
@@ -176,10 +182,10 @@ def _fix_design(context: StudyContext, costs: Callable[[], Costs]) -> StudyConte
                 "Use --overwrite to start over, or another --out."
             )
     else:
-        needs_timing = context.config.measure_at is None
-        content["measure_at"] = list(intermediate_eval_steps(context, costs()) if needs_timing else design.measure_at)
+        needs_timing = context.config.eval_steps is None
+        content["eval_steps"] = list(intermediate_eval_steps(context, costs()) if needs_timing else design.eval_steps)
     write_json(file, content)
-    return replace(context, design=replace(design, measure_at=tuple(content["measure_at"])))
+    return replace(context, design=replace(design, eval_steps=tuple(content["eval_steps"])))
 
 
 def _describe_arm(arm: Arm) -> dict[str, Any]:

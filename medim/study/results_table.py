@@ -70,7 +70,7 @@ def _read_finetune_cases(
     assert cell.budget is not None
     keys = _build_row_keys(context, cell, cell.arm.name, cell.budget.name, cell.subset_seed)
     steps = [int(m[1]) for p in folder.glob("cases-*.parquet") if (m := re.fullmatch(r"cases-(\d+)", p.stem))]
-    for step in sorted(set(steps) & set(context.design.measure_at)):
+    for step in sorted(set(steps) & set(context.design.eval_steps)):
         yield {**keys, "step": step}, read_cases(folder / f"cases-{step}.parquet")
     yield keys, read_cases(folder / "cases.parquet")
 

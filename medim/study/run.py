@@ -110,7 +110,7 @@ def _format_repeat_command(command: Sequence[str], context: StudyContext) -> str
     scrubber = Scrubber(identity_tokens(context.cohort.index.identity_parts))
     words = ["/".join(scrubber.scrub_part(part) for part in word.split("/")) for word in command]
     overrides = (
-        [] if context.config.measure_at is not None else ["--set", f"measure_at={list(context.design.measure_at)}"]
+        [] if context.config.eval_steps is not None else ["--set", f"eval_steps={list(context.design.eval_steps)}"]
     )
     return shlex.join([*words, *overrides]) if words else ""
 

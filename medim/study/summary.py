@@ -42,7 +42,7 @@ def write_summary(out: Path, scheduler: Scheduler, facts: dict[str, Any]) -> dic
         "seeds": design.seeds,
         "probe_seeds": design.probe_seeds,
         "split_seed": design.split_seed,
-        "measure_at": list(design.measure_at),
+        "eval_steps": list(design.eval_steps),
         "steps": context.config.max_steps,
         **facts,
         "learning_rates": _summarise_learning_rates(scheduler),

@@ -75,7 +75,7 @@ def estimate_cell_seconds(context: StudyContext, costs: Costs, cell: Cell) -> fl
     if cell.kind == "selection":
         assert cell.budget is not None
         return OVERHEAD_SECONDS + training_seconds + HOLDOUT_SHARE * len(context.subsets[cell.budget, 0]) * costs.image
-    return OVERHEAD_SECONDS + training_seconds + (1 + len(design.measure_at)) * val * costs.image
+    return OVERHEAD_SECONDS + training_seconds + (1 + len(design.eval_steps)) * val * costs.image
 
 
 class DurationEstimator:

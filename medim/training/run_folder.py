@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 
 from medim.config import RunConfig, dump_config
 from medim.files import read_json, write_json, write_text
-from medim.types import UserError
+from medim.renamed_keys import translate_config
+from medim.types import UsageError, UserError
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
 def write_config(out: Path, config: RunConfig, **inputs: str | float | None) -> None:
@@ -43,13 +47,20 @@ def write_config(out: Path, config: RunConfig, **inputs: str | float | None) -> 
     write_json(file, content)
 
 
-def _is_same_config(path: Path, config: RunConfig) -> bool:
-    """Whether a file contains the same configuration, except for data-loading options, which do not affect results.
+def read_run_config(path: Path, config_class: type[ConfigT]) -> ConfigT | None:
+    """Read `config.yaml` of a run of this or an earlier version; None if it is not a valid configuration.
 
-    Keys that were added after the file was written have their default values.
+    Old keys are translated without warnings. Keys that were added after the file was written have their default values.
     """
-    loading = {"workers": config.workers, "prefetch": config.prefetch}
     try:
-        return type(config).model_validate(yaml.safe_load(path.read_text())).model_copy(update=loading) == config
-    except (ValueError, yaml.YAMLError):
-        return False
+        content = yaml.safe_load(path.read_text())
+        return config_class.model_validate(translate_config(content, warn=False) if isinstance(content, dict) else {})
+    except (OSError, ValueError, yaml.YAMLError, UsageError):
+        return None
+
+
+def _is_same_config(path: Path, config: RunConfig) -> bool:
+    """Whether a file contains the same configuration, except for data-loading options, which do not affect results."""
+    loading = {"workers": config.workers, "prefetch": config.prefetch}
+    previous = read_run_config(path, type(config))
+    return previous is not None and previous.model_copy(update=loading) == config

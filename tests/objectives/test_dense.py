@@ -188,7 +188,7 @@ def test_encoder_and_decoder_learn_and_the_loss_leaves_chance(shape: tuple[int, 
     ("options", "message"),
     [
         ({"decoded_channels": 0}, "add a decoder"),
-        ({"aligned": False}, "views.same_place: true"),
+        ({"aligned": False}, "views.same_crop: true"),
         ({"points": 1}, r"dense_dim\.points: expected 2"),
         ({"points": 16 * 24 + 1}, r"dense_dim\.points: expected 2"),
         ({"block": 17}, r"dense_dim\.block"),

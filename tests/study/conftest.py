@@ -61,7 +61,7 @@ def index(pictures: Path) -> Index:
 
 @pytest.fixture(scope="session")
 def schedule() -> FinetuneConfig:
-    own = {"task": "classification", "head": {"name": "classification"}, "max_steps": 4, "measure_at": [2]}
+    own = {"task": "classification", "head": {"name": "classification"}, "max_steps": 4, "eval_steps": [2]}
     config = check_config("finetune", {**COMMON, **own, "views": {"shape": list(SHAPE)}}, source="the test")
     assert isinstance(config, FinetuneConfig)
     return config

@@ -14,7 +14,7 @@ from mlflow.tracking import MlflowClient
 
 from medim.config import FinetuneConfig
 from medim.evaluation.probing.label_budget import Budget
-from medim.files import read_json
+from medim.files import read_json, write_json
 from medim.signals import StoppedError
 from medim.study import cell, run
 from medim.study.design import Arm, read_arms
@@ -113,6 +113,37 @@ def test_another_study_is_not_taken_up(small: Study) -> None:
         small()
     with pytest.raises(UserError, match=r"needs the same study.*seeds 1 \(now 2\)"):
         small(resume=True, seeds=2)
+
+
+def write_old_names(study: Path) -> None:
+    """Give the files of a study the names of keys, and a hash over these names, of the version of commit b8dc2eb."""
+    design = read_json(study / "design.json")
+    design |= {"measure_at": design.pop("eval_steps"), "config_hash": "000000000000"}
+    write_json(study / "design.json", design)
+    for path in study.rglob("config.yaml"):
+        text = path.read_text()
+        for new, old in {"eval_steps": "measure_at", "lr_milestones": "drop_at", "same_crop": "same_place"}.items():
+            assert text.count(f"{new}:") == 1
+            text = text.replace(f"{new}:", f"{old}:")
+        path.write_text(text)
+
+
+def test_a_study_of_an_earlier_version_is_resumed(
+    small: Study, schedule: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small(tmp_path / "whole")
+    monkeypatch.setattr(run.DurationEstimator, "__call__", lambda _, cell: 0 if cell.arm.name == "scratch" else 10**6)
+    with pytest.raises(StoppedError, match="1 of 2 cells are left"):
+        small(max_hours=1)
+    write_old_names(tmp_path / "study")
+    longer = schedule.model_copy(update={"max_steps": 5})
+    with pytest.raises(UserError, match=r"needs the same study.*config_hash 000000000000 \(now "):
+        small(resume=True, config=longer)
+    summary = small(resume=True)
+    assert (summary["complete"], summary["resumed_cells"]) == (True, 0)
+    assert read_json(tmp_path / "study" / "design.json") == read_json(tmp_path / "whole" / "design.json")
+    results = [(tmp_path / name / "results.parquet").read_bytes() for name in ("whole", "study")]
+    assert results[0] == results[1]
 
 
 def test_a_finished_study_is_summarised_again_without_timing_a_step(

@@ -36,7 +36,7 @@ def test_a_frozen_segmenter_keeps_encoder_and_decoder_bit_by_bit_and_learns_a_he
     )
     config = check_config(
         "finetune",
-        {**COMMON, "task": "segmentation", "head": {"name": "segmentation"}, "head_init": "probe", "measure_at": [1]},
+        {**COMMON, "task": "segmentation", "head": {"name": "segmentation"}, "head_init": "probe", "eval_steps": [1]},
         source="the test",
     )
     assert isinstance(before, PretrainConfig)

@@ -167,7 +167,7 @@ def test_ten_kills_five_stops_and_a_cut_checkpoint_end_in_the_bytes_of_the_undis
 def test_a_fine_tuning_killed_and_stopped_ends_in_the_bytes_of_the_undisturbed_run(
     starter: Starter, finetune_config: FinetuneConfig, volumes: Path, tmp_path: Path
 ) -> None:
-    changed = {"max_steps": 200, "checkpoint_every_steps": 15, "measure_at": (100,)}
+    changed = {"max_steps": 200, "checkpoint_every_steps": 15, "eval_steps": (100,)}
     config = tmp_path / "config.yaml"
     config.write_text(dump_config(finetune_config.model_copy(update=changed)))
     command = ["finetune", "--task", "segmentation", "--modality", "mri", "--data", str(volumes)]

@@ -31,7 +31,7 @@ class ViewDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         keys: store keys, one per image.
         shape: spatial shape of a view, in voxels.
         count: views per image, V.
-        same_place: crop all views of an image at the same position, so that they differ only in augmentation.
+        same_crop: crop all views of an image at the same position, so that they differ only in augmentation.
         augmentations: see `medim.data.loading.augmentations.AUGMENTATIONS`; drawn anew for each view.
         cache_bytes: memory for cached images, per loading process.
 
@@ -47,12 +47,12 @@ class ViewDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         *,
         shape: tuple[int, ...],
         count: int = 1,
-        same_place: bool = False,
+        same_crop: bool = False,
         augmentations: Sequence[Step] = (),
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self._images = _ImageBoxes(store, keys, tuple(shape), cache_bytes)
-        self._count, self._same_place = count, same_place
+        self._count, self._same_crop = count, same_crop
         self._augment = Augmentation(augmentations, spatial_dims=len(shape))
 
     def __len__(self) -> int:
@@ -71,7 +71,7 @@ class ViewDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         views, starts = [], []
         start = self._images.draw_start(i, rng)
         for view in range(self._count):
-            if view and not self._same_place:
+            if view and not self._same_crop:
                 start = self._images.draw_start(i, rng)
             image = torch.from_numpy(self._images.cut_box(i, start))
             views.append(self._augment(image, int(rng.integers(1 << 32)))[0])

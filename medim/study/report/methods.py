@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from medim.renamed_keys import translate_config
 from medim.reports.page import (
     NOT_REPORTED,
     Banner,
@@ -154,7 +155,7 @@ def _describe_training(config: dict[str, Any]) -> dict[str, str | None]:
     if not config:
         return {"network": None, "preprocessing": None, "schedule": None}
     decoder = f", decoder {config['decoder']['name']}" if config.get("decoder") else ""
-    drops = f" (drops at {format_value(config['drop_at'])})" if config["drop_at"] else ""
+    drops = f" (drops at {format_value(config['lr_milestones'])})" if config["lr_milestones"] else ""
     encoder, dims = config["encoder"]["name"], len(config["views"]["shape"])
     return {
         "network": f"{encoder}, {dims}D{decoder}, head {config['head']['name']}",
@@ -251,4 +252,4 @@ def _read_config_text(study: StudyView) -> str:
 
 def _read_study_config(study: StudyView) -> dict[str, Any]:
     path = study.folder / "config.yaml"
-    return dict(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    return translate_config(yaml.safe_load(path.read_text(encoding="utf-8")), warn=False) if path.is_file() else {}

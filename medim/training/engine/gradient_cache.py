@@ -78,9 +78,9 @@ def check_chunk_support(size: int | None, *networks: nn.Module | None) -> None:
         )
         if batch_norms:
             raise UsageError(
-                f"encode_in_chunks_of: {size} does not work with batch normalisation, because its statistics would be "
+                f"gradient_cache_chunk: {size} does not work with batch normalisation, because its statistics would be "
                 f"those of a chunk; {type(network).__name__} uses it ({batch_norms[0]}). "
-                "Use norm: in or gn and no hidden layer before the summary, or remove encode_in_chunks_of."
+                "Use norm: in or gn and no hidden layer before the summary, or remove gradient_cache_chunk."
             )
 
 

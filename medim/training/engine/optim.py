@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from medim.config import OptimiserName, Schedule
 
 OPTIMISERS: dict[OptimiserName, type[Optimizer]] = {"adamw": AdamW, "adam": Adam, "radam": RAdam}
-DROP_FACTOR = 0.2  # factor of the learning rate at each drop of the schedule `steps`, as in AMDIM
+DROP_FACTOR = 0.2  # factor of the learning rate at each milestone of the schedule `multistep`, as in AMDIM
 
 
 def build_optimiser(
@@ -27,7 +27,7 @@ def build_optimiser(
     optimiser: OptimiserName = "adamw",
     betas: tuple[float, float] = (0.9, 0.999),
     schedule: Schedule = "cosine",
-    drop_at: Sequence[int] = (),
+    lr_milestones: Sequence[int] = (),
 ) -> tuple[Optimizer, LambdaLR]:
     """Build the optimiser and the learning-rate schedule.
 
@@ -41,8 +41,8 @@ def build_optimiser(
         optimiser: an entry of OPTIMISERS.
         betas: decay rates of the moments of the gradient.
         schedule: schedule after the warm-up: cosine decay to 0, constant, or a drop to a fifth at each step of
-            `drop_at`.
-        drop_at: steps of the drops.
+            `lr_milestones`.
+        lr_milestones: steps of the drops.
     """
     parameter_groups = []
     for module, scale in groups:
@@ -60,7 +60,7 @@ def build_optimiser(
             return (step + 1) / warmup_steps
         if schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, max_steps - warmup_steps)))
-        return float(DROP_FACTOR ** sum(step >= drop for drop in drop_at)) if schedule == "steps" else 1.0
+        return float(DROP_FACTOR ** sum(step >= n for n in lr_milestones)) if schedule == "multistep" else 1.0
 
     fused = {} if optimiser == "radam" else {"fused": torch.cuda.is_available()}
     options: dict[str, Any] = {"lr": lr, "betas": betas, **fused}

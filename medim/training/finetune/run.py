@@ -169,7 +169,7 @@ def _build_run(
 def _train(run: _FinetuneRun, checkpoint: Path | None, start_step: int) -> None:
     """Train to the last step of the schedule."""
     config, data, spec = run.config, run.data, run.spec
-    validation = ValidationCallback(config.measure_at or (), run.out, data.cohort.index, data.val, spec)
+    validation = ValidationCallback(config.eval_steps or (), run.out, data.cohort.index, data.val, spec)
     trainer = make_trainer(
         config,
         run.out,

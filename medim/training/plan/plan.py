@@ -347,7 +347,7 @@ def list_refusals(
         )
         sentences.append(
             f"memory: {shortage}, and {_render_gib(free_bytes['memory'])} are free here; "
-            f"{change} (--set encode_in_chunks_of=N also reduces memory, without batch normalisation)."
+            f"{change} (--set gradient_cache_chunk=N also reduces memory, without batch normalisation)."
         )
     for name, place, change in (
         ("disk", "--out", "use another --out or a larger checkpoint_every_steps"),

@@ -91,9 +91,7 @@ def _count_pairs(config: PretrainConfig, held_out: RecordSequence) -> int:
 def _count_probe_images(config: PretrainConfig, train: RecordSequence) -> tuple[int, int]:
     """Count the support and query images of the online probe, for a sample with the class proportions of all."""
     labels = {record.subject: record.label for record in train if record.label is not None}
-    if config.select_without_labels or finding_names(
-        labels.values()
-    ):  # labels are not used, or several findings per image
+    if config.checkpoint_selection == "loss" or finding_names(labels.values()):  # the latter: several per image
         return 0, 0
     limit = min(MAX_SUBJECTS, max(MIN_SUBJECTS, 4 * config.batch_size))
     n_queries = min(limit, len(labels) // 3)

@@ -64,7 +64,7 @@ def dry_run_pretraining(config: PretrainConfig, ranks: ProcessGroup = SINGLE_PRO
         for network in (encoder, decoder):
             if network is not None:
                 ranks.with_synced_batch_norm(network)
-        check_chunk_support(config.encode_in_chunks_of, encoder, decoder)
+        check_chunk_support(config.gradient_cache_chunk, encoder, decoder)
     except (RuntimeError, ValueError) as error:
         raise UsageError(
             f"views.shape {list(shape)}: not possible with the encoder {config.encoder.get('name')!r} ({error}). "
@@ -90,7 +90,7 @@ def build_objectives(
     is_geometric = any(step["op"] in GEOMETRIC for step in views.augmentations)
     constructor_arguments = encoder_info(
         encoder, decoder, in_channels=in_channels, spatial_dims=config.spatial_dims, input_shape=views.shape
-    ) | {"view_count": views.count, "aligned": views.count == 1 or (views.same_place and not is_geometric)}
+    ) | {"view_count": views.count, "aligned": views.count == 1 or (views.same_crop and not is_geometric)}
     objectives: dict[str, tuple[nn.Module, float]] = {}
     counts: Counter[str] = Counter()
     for section in config.objectives:

@@ -61,7 +61,7 @@ class AlignmentMetric:
             cohort.store_keys(pair_records),
             shape=views.shape,
             count=2,
-            same_place=views.same_place,
+            same_crop=views.same_crop,
             augmentations=views.augmentations,
             cache_bytes=CACHE_BYTES,
         )
@@ -140,8 +140,8 @@ def open_probe(
 
     Of the labelled training subjects, one image each, a third are queries and the others are the support, 64 to 256
     each. Its cost is about that of a few training steps. It needs one class per image and two classes with five
-    subjects each in support and queries; rarer classes are left out. There is no probe if the configuration selects
-    without labels.
+    subjects each in support and queries; rarer classes are left out. There is no probe with
+    `checkpoint_selection: loss`.
 
     Args:
         config: configuration of the run.
@@ -149,7 +149,7 @@ def open_probe(
         records: images of the training split.
         seed: random seed of the selection of images.
     """
-    if config.select_without_labels:
+    if config.checkpoint_selection == "loss":
         return None
     candidates = (
         [] if cohort.index.findings else _draw_one_per_subject([r for r in records if r.label is not None], seed)

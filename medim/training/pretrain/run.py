@@ -245,7 +245,7 @@ def _build_module(config: PretrainConfig, spec: ModelSpec, seed: int, ranks: Pro
         gradient_clip=config.gradient_clip,
         seed=seed,
         ranks=ranks,
-        chunk=config.encode_in_chunks_of,
+        chunk=config.gradient_cache_chunk,
         compile_networks=config.compile,
     )
 
@@ -278,7 +278,7 @@ def _build_view_dataset(config: PretrainConfig, cohort: Cohort, records: tuple[I
         cohort.store_keys(records),
         shape=views.shape,
         count=views.count,
-        same_place=views.same_place,
+        same_crop=views.same_crop,
         augmentations=views.augmentations,
     )
 

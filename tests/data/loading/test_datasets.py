@@ -75,7 +75,7 @@ class TestViews:
 
     def test_two_views_at_one_place_share_it_and_differ_by_augmentation(self, store: Store) -> None:
         apart = ViewDataset(store, THREE, shape=(6, 6, 6), count=2)
-        together = ViewDataset(store, THREE, shape=(6, 6, 6), count=2, same_place=True, augmentations=AUGMENT)
+        together = ViewDataset(store, THREE, shape=(6, 6, 6), count=2, same_crop=True, augmentations=AUGMENT)
         assert any(not torch.equal(*apart[0, seed][1]) for seed in range(5))
         for seed in range(5):
             image, location = together[0, seed]

@@ -29,7 +29,7 @@ batch_size: 2
 lr: 0.001
 optimiser: adamw
 schedule: cosine
-drop_at: []
+lr_milestones: []
 warmup_steps: 4
 weight_decay: 0.01
 """
@@ -92,7 +92,7 @@ def summary_of(name: str, budgets: tuple[str, ...]) -> dict[str, Any]:
         "budgets": {budget: BUDGETS[budget][0] for budget in budgets},
         "seeds": 2,
         "split_seed": 0,
-        "measure_at": [20],
+        "eval_steps": [20],
         "steps": 40,
         "arms": [
             {"name": "scratch", "protocol": "finetune", "encoders": []},

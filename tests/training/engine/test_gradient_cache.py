@@ -165,5 +165,5 @@ def test_batch_statistics_are_refused_with_what_to_change(where: str) -> None:
     encoder = UNetEncoder(1, 2, channels=(4, 8), norm=norms["encoder"], summary_channels=6)
     decoder = UNetDecoder((4, 8), (1, 2), 2, norm=norms["decoder"])
     made: Callable[..., PretrainModule] = PretrainModule
-    with pytest.raises(UsageError, match=r"encode_in_chunks_of: 4 does not work with batch normalisation.*norm: in"):
+    with pytest.raises(UsageError, match=r"gradient_cache_chunk: 4 does not work with batch normalisation.*norm: in"):
         made(encoder, decoder, {}, optimisation={}, gradient_clip=0.0, seed=0, chunk=4)

@@ -43,7 +43,9 @@ def test_a_constant_rate_stays_after_the_warm_up() -> None:
 
 
 def test_a_rate_in_steps_falls_to_a_fifth_at_each() -> None:
-    assert rates(0, 6, schedule="steps", drop_at=(2, 4)) == pytest.approx([0.1, 0.1, 0.02, 0.02, 0.004, 0.004])
+    assert rates(0, 6, schedule="multistep", lr_milestones=(2, 4)) == pytest.approx(
+        [0.1, 0.1, 0.02, 0.02, 0.004, 0.004]
+    )
 
 
 @pytest.mark.parametrize(

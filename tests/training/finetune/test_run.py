@@ -148,7 +148,7 @@ def test_the_way_is_measured_at_the_steps_asked_for_and_changes_nothing(
     finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path
 ) -> None:
     finetune(finetune_config, cohort_index, tmp_path / "plain", store=store)
-    measured = finetune_config.model_copy(update={"measure_at": (2, 6)})
+    measured = finetune_config.model_copy(update={"eval_steps": (2, 6)})
     summary = finetune(measured, cohort_index, tmp_path / "measured", store=store)
     assert file_sha256(tmp_path / "plain" / WEIGHTS) == file_sha256(tmp_path / "measured" / WEIGHTS)
     with (tmp_path / "measured" / "history.csv").open() as file:

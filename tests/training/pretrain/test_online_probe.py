@@ -97,7 +97,7 @@ def test_subjects_that_are_asked_are_no_neighbours(config: PretrainConfig, tmp_p
 def test_a_run_that_selects_without_labels_has_no_probe(config: PretrainConfig, tmp_path: Path) -> None:
     found = cohort(tmp_path, {"train": same, "val": same})
     assert opened(config, found) is not None
-    assert opened(config.model_copy(update={"select_without_labels": True}), found) is None
+    assert opened(config.model_copy(update={"checkpoint_selection": "loss"}), found) is None
 
 
 def test_a_rare_class_is_left_out_and_the_others_are_probed(config: PretrainConfig, tmp_path: Path) -> None:

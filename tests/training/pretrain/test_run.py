@@ -337,7 +337,7 @@ def test_objectives_of_two_views_run_to_a_summary(
 
 
 TWO_FLIPPED = ViewsConfig(shape=(16, 16, 16), count=2, augmentations=[{"op": "flip"}])
-TWO_APART = ViewsConfig(shape=(16, 16, 16), count=2, same_place=False)
+TWO_APART = ViewsConfig(shape=(16, 16, 16), count=2, same_crop=False)
 
 
 @pytest.mark.parametrize("views", [TWO_FLIPPED, TWO_APART])

@@ -1,0 +1,279 @@
+"""Configurations with the key names of earlier versions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from medim import renamed_keys
+from medim.config import (
+    Command,
+    PretrainConfig,
+    RunConfig,
+    Section,
+    ViewsConfig,
+    apply_overrides,
+    check_config,
+    load_config,
+    read_config,
+)
+from medim.renamed_keys import RENAMED_KEYS, RENAMED_VALUES, RUN, translate_config
+from medim.training.run_folder import read_run_config, write_config
+from medim.types import UsageError, UserError
+
+BASE: Section = {
+    "modality": "xray",
+    "preprocessing": [],
+    "views": {"shape": [32, 32], "count": 2},
+    "encoder": {"name": "unet", "channels": [4, 8]},
+    "max_steps": 10,
+    "batch_size": 4,
+    "lr": 0.001,
+}
+FULL: dict[Command, Section] = {
+    "pretrain": {**BASE, "objectives": [{"name": "local_dim"}]},
+    "finetune": {**BASE, "task": "classification", "head": {"name": "classification"}},
+}
+MULTISTEP = {"schedule": "multistep", "lr_milestones": [5]}
+# command, content in old names, the same in new names, overrides in old names
+CASES: list[tuple[Command, Section, Section, list[str]]] = [
+    ("pretrain", {"schedule": "steps", "lr_milestones": [5]}, MULTISTEP, ["lr_milestones=[5]", "schedule=steps"]),
+    ("finetune", {"schedule": "multistep", "drop_at": [5]}, MULTISTEP, ["drop_at=[5]", "schedule=multistep"]),
+    ("pretrain", {"encode_in_chunks_of": 2}, {"gradient_cache_chunk": 2}, ["encode_in_chunks_of=2"]),
+    ("finetune", {"measure_at": [2, 4]}, {"eval_steps": [2, 4]}, ["measure_at=[2, 4]"]),
+    (
+        "pretrain",
+        {"select_without_labels": True},
+        {"checkpoint_selection": "loss"},
+        ["select_without_labels=true"],
+    ),
+    (
+        "pretrain",
+        {"select_without_labels": False},
+        {"checkpoint_selection": "probe"},
+        ["select_without_labels=false"],
+    ),
+    (
+        "pretrain",
+        {"views": {**BASE["views"], "same_place": False}},
+        {"views": {**BASE["views"], "same_crop": False}},
+        ["views.same_place=false"],
+    ),
+]
+IDS = [case[3][0] for case in CASES]
+# section with an old key and a new one, and where it is in a configuration
+BOTH: list[Section] = [
+    {"drop_at": [5], "lr_milestones": [6]},
+    {"views": {"shape": [8, 8], "same_place": True, "same_crop": True}},
+]
+
+
+@pytest.fixture(autouse=True)
+def every_warning(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Warn again about names that an earlier test used."""
+    renamed_keys._warn_once.cache_clear()
+    caplog.set_level(logging.WARNING, "medim")
+    yield
+    renamed_keys._warn_once.cache_clear()
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Warnings about old names since the last call."""
+    messages = [record.getMessage() for record in caplog.records if record.name == renamed_keys.log.name]
+    caplog.clear()
+    renamed_keys._warn_once.cache_clear()
+    return messages
+
+
+def build_config(command: Command, changes: Section) -> RunConfig:
+    return check_config(command, {**FULL[command], **changes}, source="here")
+
+
+def list_old_names() -> set[tuple[str, str]]:
+    """Section and name of every old key, and of every key with old values."""
+    keys = {(section, key) for section, names in RENAMED_KEYS.items() for key in names}
+    return keys | {(section, key) for section, values in RENAMED_VALUES.items() for key in values}
+
+
+def walk_keys(content: Any, section: str = RUN) -> Iterator[tuple[str, str]]:
+    """Section and name of every key of a configuration."""
+    if isinstance(content, list):
+        for item in content:
+            yield from walk_keys(item, str(item.get("name")) if isinstance(item, dict) else "")
+    elif isinstance(content, dict):
+        for key, value in content.items():
+            yield section, key
+            name = value.get("name") if isinstance(value, dict) else ""
+            yield from walk_keys(value, "views" if (section, key) == (RUN, "views") else str(name))
+
+
+def test_the_cases_of_this_module_contain_every_old_name() -> None:
+    assert list_old_names() <= {key for _, old, _, _ in CASES for key in walk_keys(old)}
+
+
+@pytest.mark.parametrize(("command", "old", "new", "assignments"), CASES, ids=IDS)
+def test_an_old_name_is_the_new_one_with_a_warning_in_files_overrides_and_python(
+    command: Command,
+    old: Section,
+    new: Section,
+    assignments: list[str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    expected = build_config(command, {**new, "name": "mine"})
+    assert warnings_of(caplog) == []
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({**FULL[command], **old}))
+    from_file = load_config(command, str(path))
+    file_warnings = warnings_of(caplog)
+    path.write_text(yaml.safe_dump(FULL[command]))
+    from_overrides = load_config(command, str(path), assignments)
+    override_warnings = warnings_of(caplog)
+    from_python = type(expected)(**{**FULL[command], **old, "name": "mine"})
+    python_warnings = warnings_of(caplog)
+    assert from_file == from_overrides == from_python == expected
+    assert from_file.hash == from_overrides.hash == from_python.hash == expected.hash
+    assert len(file_warnings) == 1
+    assert "will be removed in the next release" in file_warnings[0]
+    assert file_warnings == override_warnings == python_warnings
+
+
+def test_a_warning_names_both_and_comes_once_per_process(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        build_config("pretrain", {"select_without_labels": True})
+    assert warnings_of(caplog) == [
+        "select_without_labels: true is now checkpoint_selection: loss; the old name will be removed in the next "
+        "release."
+    ]
+    ViewsConfig(shape=(8, 8), same_place=False)  # type: ignore[call-arg]
+    assert [message.split(";")[0] for message in warnings_of(caplog)] == ["views.same_place is now views.same_crop"]
+
+
+@pytest.mark.parametrize("both", BOTH)
+def test_the_old_and_the_new_name_together_are_refused(both: Section, tmp_path: Path) -> None:
+    section = next((value for value in both.values() if isinstance(value, dict)), both)
+    old_key = next(key for key in section if key in {name for _, name in list_old_names()})
+    remedy = rf"{old_key}: this key is now (\w+), and both are given\. Remove {old_key}\."
+    path = tmp_path / "both.yaml"
+    path.write_text(yaml.safe_dump({**FULL["pretrain"], **both}))
+    with pytest.raises(UsageError, match=remedy) as error:
+        load_config("pretrain", str(path))
+    assert error.value.exit_code == 2
+    with pytest.raises(UsageError, match=remedy):
+        build_config("pretrain", both)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_overrides_with_the_old_and_the_new_name_are_refused(order: int) -> None:
+    with pytest.raises(UsageError, match=r"are names of one key\. Use same_crop only\."):
+        apply_overrides(FULL["pretrain"], ["views.same_place=true", "views.same_crop=false"][::order])
+
+
+def test_an_override_replaces_the_value_of_a_file_in_either_spelling(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: xray-28\nviews: {same_place: true}\nencode_in_chunks_of: 4\n")
+    for assignments in (["views.same_crop=false", "gradient_cache_chunk=8"], ["views.same_place=false"]):
+        config = load_config("pretrain", str(path), assignments)
+        assert not config.views.same_crop
+        assert config.gradient_cache_chunk == (8 if len(assignments) == 2 else 4)
+
+
+def test_a_file_that_extends_one_of_an_earlier_version_replaces_its_values(tmp_path: Path) -> None:
+    old, mine = tmp_path / "old.yaml", tmp_path / "mine.yaml"
+    old.write_text("extends: xray-28\nschedule: steps\ndrop_at: [5]\n")
+    mine.write_text(f"extends: {old}\nlr_milestones: [7]\n")
+    assert load_config("pretrain", str(mine)).lr_milestones == (7,)
+    assert read_config("pretrain", str(old))["lr_milestones"] == [5]
+
+
+@pytest.mark.parametrize(
+    ("changes", "nearest"),
+    [({"drop_att": [5]}, "max_steps"), ({"encode_in_chunks": 3}, "encoder"), ({"same_place": True}, "batch_size")],
+)
+def test_an_unknown_key_is_refused_with_all_new_names(changes: Section, nearest: str) -> None:
+    with pytest.raises(UsageError, match=rf"no key '{next(iter(changes))}'.*There are: .*{nearest}") as error:
+        build_config("pretrain", changes)
+    assert "lr_milestones" in str(error.value)
+    assert not {key for _, key in list_old_names() - {(RUN, "schedule")}} & set(str(error.value).split("There are")[1])
+
+
+def test_a_key_of_another_command_is_unknown_under_its_old_name_too() -> None:
+    with pytest.raises(UsageError, match="no key 'eval_steps'"):
+        build_config("pretrain", {"measure_at": [2]})
+
+
+def test_a_value_of_the_wrong_type_is_refused_under_an_old_name_too() -> None:
+    with pytest.raises(UsageError, match="checkpoint_selection: Input should be 'probe' or 'loss', got 'maybe'"):
+        build_config("pretrain", {"select_without_labels": "maybe"})
+    with pytest.raises(UsageError, match=r"checkpoint_selection: .*got True"):
+        build_config("pretrain", {"checkpoint_selection": True})
+    with pytest.raises(UsageError, match=r"schedule: .*got 'stairs'"):
+        build_config("pretrain", {"schedule": "stairs"})
+
+
+# `config.yaml` of a pretraining run, written by the version of commit b8dc2eb
+OLD_RUN = """\
+name: xray-28
+modality: xray
+preprocessing: []
+views:
+  shape: [32, 32]
+  count: 2
+  same_place: true
+  augmentations: []
+encoder:
+  name: unet
+  channels: [4, 8]
+max_steps: 10
+batch_size: 4
+lr: 0.001
+optimiser: adamw
+betas: [0.9, 0.999]
+schedule: steps
+drop_at: [5]
+warmup_steps: 0
+weight_decay: 0.01
+gradient_clip: 1.0
+checkpoint_every_steps: 100
+precision: 32-true
+workers: 0
+prefetch: 2
+objectives:
+- {name: local_dim}
+decoder: null
+encode_in_chunks_of: 2
+compile: false
+select_without_labels: true
+"""
+
+
+def test_a_run_of_an_earlier_version_is_resumed_and_gets_the_new_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(OLD_RUN)
+    options = {"name": "xray-28", "gradient_cache_chunk": 2, "checkpoint_selection": "loss", **MULTISTEP}
+    config = build_config("pretrain", options)
+    other = build_config("pretrain", {**options, "lr_milestones": [6]})
+    with pytest.raises(UserError, match="--resume needs the same configuration"):
+        write_config(tmp_path, other, seed=0)
+    assert path.read_text() == OLD_RUN
+    write_config(tmp_path, config, seed=0)
+    assert warnings_of(caplog) == [], "nobody can change a recorded file"
+    content = yaml.safe_load(path.read_text())
+    assert content["lr_milestones"] == [5]
+    assert translate_config(content, warn=False) == content
+    assert read_run_config(path, PretrainConfig) == config
+
+
+def test_a_damaged_configuration_of_a_run_is_not_that_of_any_run(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    for text in ("[1]", "a: [", OLD_RUN.replace("drop_at", "drop_att"), OLD_RUN + "lr_milestones: [5]\n"):
+        path.write_text(text)
+        assert read_run_config(path, PretrainConfig) is None
+    assert read_run_config(tmp_path / "none.yaml", PretrainConfig) is None
