@@ -25,8 +25,8 @@ import numpy as np
 from scipy import stats
 
 from medim.files import write_json
+from medim.metrics import build_statistics
 from medim.metrics.bootstrap import Resamples, Scores, compute_scores, draw_resamples, weighted_mean
-from medim.metrics.classification import classification_statistics
 from medim.study.statistics.intervals import compare_to_scratch, compute_interval
 from medim.study.statistics.labels_saved import labels_saved
 from medim.types import Array
@@ -168,7 +168,7 @@ def build_auroc_study(seeds: int, subsets: int, count: int, mix: str) -> StudySa
 
 def build_auroc_statistic(scores: Array, labels: Array) -> Any:
     """Build the AUROC of scores (N,) as a statistic."""
-    return classification_statistics(np.stack([-scores, scores], axis=1), labels)["auroc"]
+    return build_statistics("classification", np.stack([-scores, scores], axis=1), labels)["auroc"]
 
 
 def measure_false_alarms(mix: str, repetitions: int) -> float:

@@ -23,9 +23,9 @@ from medim.config import FinetuneConfig, check_config
 from medim.data.index.index import Index, build_index
 from medim.evaluation.cases import read_cases
 from medim.files import read_json, write_json
+from medim.metrics import build_statistics
 from medim.metrics.bootstrap import compute_scores, draw_resamples
-from medim.metrics.classification import classification_statistics
-from medim.metrics.ranking import Statistic
+from medim.metrics.metric import Statistic
 from medim.study.statistics.intervals import compare_to_scratch
 from medim.tasks.classification import class_arrays
 from medim.training.finetune.run import finetune
@@ -105,7 +105,7 @@ def run_null_cell(
     if not (out / "summary.json").is_file():
         seed = 2 * s + ARMS.index(arm)  # repetitions do not share weights, so that alarms are independent
         finetune(config, index, out, labelled=budget, seed=seed, subset_seed=t, store=folder / "store", resume=True)
-    return classification_statistics(*class_arrays(read_cases(out / "cases.parquet"), index.labels))["auroc"]
+    return build_statistics("classification", *class_arrays(read_cases(out / "cases.parquet"), index.labels))["auroc"]
 
 
 def write_noise_images(path: Path, seed: int) -> Path:

@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from medim.evaluation.cases import read_cases
 from medim.evaluation.probing.label_budget import Budget
 from medim.files import read_json, write_bytes, write_text
+from medim.metrics import build_statistics
 from medim.metrics.bootstrap import weighted_mean
-from medim.metrics.classification import classification_statistics
-from medim.metrics.ranking import Statistic
+from medim.metrics.metric import Statistic
 from medim.study.statistics.intervals import ConfidenceInterval
 from medim.tasks.classification import class_arrays
 
@@ -46,7 +46,7 @@ def read_dice(run: Path) -> tuple[Statistic, list[str]]:
 def compute_auroc(rows: Sequence[dict[str, Any]]) -> Statistic:
     """Compute the AUROC of the cases of a classifier, as a statistic."""
     classes = list(dict.fromkeys(row["class"] for row in rows))
-    return classification_statistics(*class_arrays(rows, classes))["auroc"]
+    return build_statistics("classification", *class_arrays(rows, classes))["auroc"]
 
 
 def read_probe_auroc(folder: Path, features: str, fraction: float, seed: int) -> Statistic:
@@ -57,7 +57,7 @@ def read_probe_auroc(folder: Path, features: str, fraction: float, seed: int) ->
     classes = [name.removeprefix("probability_") for name in probe_rows[0] if name.startswith("probability_")]
     probabilities = np.array([[row[f"probability_{name}"] for name in classes] for row in probe_rows])
     labels = np.array([classes.index(row["label"]) for row in probe_rows])
-    return classification_statistics(probabilities, labels)["auroc"]
+    return build_statistics("classification", probabilities, labels)["auroc"]
 
 
 def evaluate_statistic(statistic: Statistic, cases: int) -> float:

@@ -33,7 +33,7 @@ from medim.data.index.index import build_index
 from medim.evaluation.cases import read_cases
 from medim.evaluation.probing.label_budget import Budget
 from medim.evaluation.probing.probe import ProbeOptions, probe
-from medim.metrics.ranking import Statistic
+from medim.metrics.metric import Statistic
 from medim.study.statistics.intervals import paired_difference
 from medim.training.finetune.run import finetune
 from medim.training.pretrain.run import pretrain

@@ -6,12 +6,12 @@ A study uses the same resamples of subjects for every arm, budget and run, so th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from medim.metrics.ranking import Statistic
+from medim.metrics.metric import Statistic, divide_or_nan
 from medim.types import Array, UserError
 
 N_RESAMPLES = 1000
@@ -19,7 +19,7 @@ MIN_SUBJECTS = 5  # in total, and per class
 _MAX_WEIGHTS = 4_000_000  # weights in memory at a time
 _REMEDY = "Evaluate on more subjects (a larger validation split or another source)."
 
-Metric = dict[str, float | int | None]  # value, ci_low, ci_high, n
+MetricEstimate = dict[str, float | int | None]  # value, ci_low, ci_high, n
 RunStatistics = Sequence[Sequence[Statistic]]  # [S][T]: one statistic per pretraining seed and label subset
 
 
@@ -94,8 +94,7 @@ def draw_resamples(
         >>> resamples.case_index.tolist()
         [0, 1, 2, 3, 4, 4]
     """
-    positions = {subject: position for position, subject in enumerate(dict.fromkeys(subjects))}
-    count = len(positions)
+    count = len(set(subjects))
     if count < MIN_SUBJECTS:
         raise UserError(f"interval: expected at least {MIN_SUBJECTS} subjects, got {count}. {_REMEDY}")
     if labels is not None:
@@ -105,9 +104,7 @@ def draw_resamples(
             raise UserError(
                 f"interval: expected {MIN_SUBJECTS} subjects of each of two classes, got {listing}. {_REMEDY}"
             )
-    samples = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
-    counts = np.concatenate([np.ones((1, count)), samples]).astype(np.uint16)
-    return Resamples(counts, np.array([positions[subject] for subject in subjects], dtype=np.intp))
+    return _resample_subjects(subjects, seed, resamples)
 
 
 def compute_scores(run_statistics: RunStatistics, resamples: Resamples) -> Scores:
@@ -122,13 +119,8 @@ def compute_scores(run_statistics: RunStatistics, resamples: Resamples) -> Score
         >>> scores.values.shape, float(scores.values[0, 0, 0].round(3))
         ((1, 1, 4), 0.8)
     """
-    rows = max(1, _MAX_WEIGHTS // len(resamples.case_index))
-    parts = []
-    for start in range(0, len(resamples.counts), rows):
-        weights = resamples.counts[start : start + rows][:, resamples.case_index].astype(np.float64)  # (rows, N)
-        parts.append(np.array([[statistic(weights) for statistic in row] for row in run_statistics]))
-    values = np.concatenate(parts, axis=2)
-    is_defined = np.isfinite(values).all(axis=(0, 1))
+    values = _evaluate_statistics(run_statistics, resamples)
+    is_defined = np.asarray(np.isfinite(values).all(axis=(0, 1)))
     if not is_defined[0] or 2 * is_defined.sum() < len(is_defined):
         extent = (
             "all cases" if not is_defined[0] else f"{len(is_defined) - is_defined.sum()} of {len(is_defined)} resamples"
@@ -139,87 +131,87 @@ def compute_scores(run_statistics: RunStatistics, resamples: Resamples) -> Score
     return Scores(values, resamples.counts.shape[1])
 
 
-def weighted_mean(values: Sequence[float]) -> Statistic:
-    """Build the weighted mean of one value per case (N,), as a statistic.
+def weighted_mean(values: Sequence[float] | Array) -> Statistic:
+    """Build the weighted mean over the cases with a value (N,), as a statistic; NaN if no case has a value.
 
     Examples:
-        >>> mean = weighted_mean([0.5, 1.0])
-        >>> mean(np.array([[1.0, 1.0], [3.0, 1.0]])).tolist()
+        >>> mean = weighted_mean([0.5, 1.0, float("nan")])
+        >>> mean(np.array([[1.0, 1.0, 1.0], [3.0, 1.0, 2.0]])).tolist()
         [0.75, 0.625]
     """
     column = np.asarray(values, dtype=np.float64)
-    return lambda weights: weights @ column / weights.sum(axis=1)
-
-
-def mean_over_valid(column: Array) -> Statistic:
-    """Build the weighted mean over the cases with a value, as a statistic; NaN if no case has a value."""
     valid = np.isfinite(column)
     finite_column = np.where(valid, column, 0.0)
-
-    def compute_mean(weights: Array) -> Array:
-        total = weights @ valid
-        return np.asarray(np.divide(weights @ finite_column, total, out=np.full(len(weights), np.nan), where=total > 0))
-
-    return compute_mean
+    return lambda weights: divide_or_nan(weights @ finite_column, weights @ valid)
 
 
-def bootstrap_interval(
-    statistic: Statistic,
-    subjects: Sequence[str],
-    *,
-    seed: int = 0,
-    resamples: int = N_RESAMPLES,
-    value: float | None = None,
-) -> Metric:
-    """Compute a statistic of the cases and its 95 % percentile interval over resampled subjects (cluster bootstrap).
+def bootstrap_intervals(
+    statistics: Mapping[str, Statistic], subjects: Sequence[str], *, seed: int = 0, resamples: int = N_RESAMPLES
+) -> dict[str, MetricEstimate]:
+    """Compute statistics of the cases with 95 % percentile intervals over resampled subjects (cluster bootstrap).
 
     Resamples without a value (AUROC of a single class) are omitted. There is no interval for fewer than two subjects,
     or if more than half of the resamples are omitted.
 
     Args:
-        statistic: weights (R, N) to values (R,), NaN if undefined.
+        statistics: functions of weights (R, N) with values (R,), NaN if undefined, by metric.
         subjects: (N,) subject of each case.
         seed: random seed of the draw; a resample depends on the order in which subjects first occur.
         resamples: number of resamples.
-        value: value of the statistic on all cases, if a library computed it; by default the statistic at equal weights.
 
     Returns:
-        `value`, `ci_low`, `ci_high` (None if undefined) and `n`, the number of cases.
+        By metric: `value`, `ci_low`, `ci_high` (None if undefined) and `n`, the number of cases.
+
+    Examples:
+        >>> estimates = bootstrap_intervals({"dice": weighted_mean([0.7, 0.8, 0.9])}, ["a", "b", "c"])
+        >>> {name: round(number, 2) for name, number in estimates["dice"].items()}
+        {'value': 0.8, 'ci_low': 0.7, 'ci_high': 0.9, 'n': 3}
     """
-    subject_numbers = {subject: place for place, subject in enumerate(dict.fromkeys(subjects))}
-    case_index = np.array([subject_numbers[subject] for subject in subjects], dtype=np.intp)
-    n_cases, n_subjects = len(subjects), len(subject_numbers)
-    if value is None and n_cases:
-        value = _none_if_not_finite(statistic(np.ones((1, n_cases)))[0])
-    metric: Metric = {"value": value, "ci_low": None, "ci_high": None, "n": n_cases}
-    if n_subjects < 2 or value is None:
-        return metric
-    rng = np.random.default_rng(seed)
-    values, n_remaining = [], resamples
-    while n_remaining:
-        n_rows = min(n_remaining, max(1, _MAX_WEIGHTS // n_cases))
-        draws = rng.multinomial(n_subjects, np.full(n_subjects, 1 / n_subjects), size=n_rows)  # (rows, subjects)
-        values.append(statistic(draws[:, case_index].astype(np.float64)))  # (rows, cases)
-        n_remaining -= n_rows
-    finite_values = np.concatenate(values)
-    finite_values = finite_values[np.isfinite(finite_values)]
-    if 2 * len(finite_values) >= resamples:
-        metric["ci_low"], metric["ci_high"] = (float(v) for v in np.percentile(finite_values, [2.5, 97.5]))
-    return metric
+    empty: MetricEstimate = {"value": None, "ci_low": None, "ci_high": None, "n": len(subjects)}
+    if not len(subjects):
+        return {name: dict(empty) for name in statistics}
+    draw = _resample_subjects(subjects, seed, resamples if len(set(subjects)) > 1 else 0)
+    values = _evaluate_statistics([list(statistics.values())], draw)[0]
+    return {name: _summarise_resamples(row, empty) for name, row in zip(statistics, values, strict=True)}
 
 
 def mean_over_subjects(
     values: Sequence[float | None], subjects: Sequence[str], *, seed: int = 0, resamples: int = N_RESAMPLES
-) -> Metric:
-    """Compute the mean over the cases with a value, and its interval over subjects (`bootstrap_interval`)."""
+) -> MetricEstimate:
+    """Compute the mean over the cases with a value, and its interval over subjects (`bootstrap_intervals`)."""
     defined_pairs = [(v, s) for v, s in zip(values, subjects, strict=True) if v is not None and np.isfinite(v)]
-    if not defined_pairs:
-        return {"value": None, "ci_low": None, "ci_high": None, "n": 0}
-    numbers = np.array([v for v, _ in defined_pairs])
-    return bootstrap_interval(
-        lambda w: w @ numbers / w.sum(axis=1), [s for _, s in defined_pairs], seed=seed, resamples=resamples
-    )
+    mean = weighted_mean([v for v, _ in defined_pairs])
+    return bootstrap_intervals({"mean": mean}, [s for _, s in defined_pairs], seed=seed, resamples=resamples)["mean"]
 
 
-def _none_if_not_finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
+def _resample_subjects(subjects: Sequence[str], seed: int, resamples: int) -> Resamples:
+    """Draw resamples of the subjects in order of occurrence; the draw does not depend on the size of its parts."""
+    positions = {subject: position for position, subject in enumerate(dict.fromkeys(subjects))}
+    rng, count = np.random.default_rng(seed), len(positions)
+    counts = np.ones((1 + resamples, count), dtype=np.uint16)
+    rows = max(1, _MAX_WEIGHTS // count)
+    for start in range(1, 1 + resamples, rows):
+        part = counts[start : start + rows]
+        part[:] = rng.multinomial(count, np.full(count, 1 / count), size=len(part))
+    return Resamples(counts, np.array([positions[subject] for subject in subjects], dtype=np.intp))
+
+
+def _evaluate_statistics(statistics: RunStatistics, resamples: Resamples) -> Array:
+    """Evaluate a grid [S][T] of statistics on all cases and on each resample: (S, T, 1 + R)."""
+    rows = max(1, _MAX_WEIGHTS // len(resamples.case_index))
+    parts = []
+    for start in range(0, len(resamples.counts), rows):
+        weights = resamples.counts[start : start + rows][:, resamples.case_index].astype(np.float64)  # (rows, N)
+        parts.append(np.array([[statistic(weights) for statistic in row] for row in statistics]))
+    return np.concatenate(parts, axis=2)
+
+
+def _summarise_resamples(values: Array, empty: MetricEstimate) -> MetricEstimate:
+    """Value on all cases, and the percentiles of the resamples: (1 + R,)."""
+    if not np.isfinite(values[0]):
+        return dict(empty)
+    estimate = {**empty, "value": float(values[0])}
+    finite_values = values[1:][np.isfinite(values[1:])]
+    if len(finite_values) and 2 * len(finite_values) >= len(values) - 1:
+        estimate["ci_low"], estimate["ci_high"] = (float(v) for v in np.percentile(finite_values, [2.5, 97.5]))
+    return estimate

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from medim.metrics.classification import ECE_BINS
+from medim.metrics.classification import ECE_BINS, calibration_error
 from medim.types import Array
 
 
@@ -30,7 +30,7 @@ class Calibration:
 
 
 def compute_calibration(probabilities: Array, labels: Array) -> Calibration:
-    """Compute the calibration curve of a classifier; its `ece` equals that of `medim.metrics.classification`.
+    """Compute the calibration curve of a classifier; its `ece` is `calibration_error` of the same cases.
 
     Args:
         probabilities: (N, K), rows sum to one; rows of several runs are concatenated.
@@ -45,5 +45,5 @@ def compute_calibration(probabilities: Array, labels: Array) -> Calibration:
         for values in sums
     )
     edges = tuple(float(edge) for edge in np.linspace(0, 1, ECE_BINS + 1))
-    ece = float(np.abs(sums[0] - sums[1]).sum() / len(labels))
+    ece = float(calibration_error(probabilities, labels, np.ones((1, len(labels))))[0])
     return Calibration(edges, tuple(int(count) for count in counts), mean_confidence, accuracy, ece)

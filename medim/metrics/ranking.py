@@ -1,37 +1,42 @@
 """Ranking metrics and operating points of one score for two classes (positive and negative).
 
-A `Statistic` takes weights of the cases, for many resamples at once, for `medim.metrics.bootstrap.bootstrap_interval`;
-it is NaN if a resample does not define a value. An *operating point* is a threshold with a given sensitivity. Choose it
-on the labels used for training or selection, and evaluate it on other cases: on the same cases, sensitivity and
-specificity would be optimistic.
+The metrics are functions of scores (N,), higher means positive, of positive (N,) bool, and of case weights (R, N). An
+*operating point* is a threshold with a given sensitivity. Choose it on the labels used for training or selection, and
+evaluate it on other cases: on the same cases, sensitivity and specificity would be optimistic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
+from medim.metrics.metric import Statistic, divide_or_nan
 from medim.types import Array, UserError
 
-Statistic = Callable[[Array], Array]  # weights (R, N) of the cases -> values (R,), NaN if undefined on a resample
 
+def rank_auroc(scores: Array, positive: Array, weights: Array) -> Array:
+    """Mann-Whitney statistic: weight of correctly ordered pairs (ties: one half), divided by the weight of all pairs.
 
-def auroc(scores: Array, positive: Array) -> Statistic:
-    """Mann-Whitney statistic, with ties counted as one half; undefined if there are no positives or no negatives.
-
-    Args:
-        scores: (N,), higher means positive.
-        positive: (N,) bool.
+    NaN if there are no positives or no negatives.
     """
+    above, below = _sum_by_score(weights, scores, positive)
+    n_lower = np.cumsum(below, axis=1) - below / 2
+    return divide_or_nan((above * n_lower).sum(axis=1), above.sum(axis=1) * below.sum(axis=1))
 
-    def auroc_statistic(weights: Array) -> Array:
-        """Weight of correctly ordered pairs (ties: one half), divided by the weight of all pairs."""
-        above, below = _sum_by_score(weights, scores, positive)
-        n_lower = np.cumsum(below, axis=1) - below / 2
-        return divide_or_nan((above * n_lower).sum(axis=1), above.sum(axis=1) * below.sum(axis=1))
 
-    return auroc_statistic
+def average_precision(scores: Array, positive: Array, weights: Array) -> Array:
+    """Mean precision at the scores of the positives (as in scikit-learn); NaN without positives or negatives.
+
+    The chance level is the share of positives, so values of data sets with different shares are not comparable.
+    """
+    above, below = (side[:, ::-1] for side in _sum_by_score(weights, scores, positive))  # highest score first
+    true_positives, predicted_positives = above.cumsum(axis=1), (above + below).cumsum(axis=1)
+    precision = np.divide(
+        true_positives, predicted_positives, out=np.zeros_like(true_positives), where=predicted_positives > 0
+    )
+    sides = np.where(below.sum(axis=1) > 0, above.sum(axis=1), 0.0)
+    return divide_or_nan((above * precision).sum(axis=1), sides)
 
 
 def auroc_standard_error(value: float, positives: int, negatives: int) -> float:
@@ -45,29 +50,6 @@ def auroc_standard_error(value: float, positives: int, negatives: int) -> float:
     q1, q2 = value / (2 - value), 2 * value**2 / (1 + value)
     variance_terms = (positives - 1) * (q1 - value**2) + (negatives - 1) * (q2 - value**2)
     return float(np.sqrt(max(0.0, value * (1 - value) + variance_terms) / (positives * negatives)))
-
-
-def average_precision(scores: Array, positive: Array) -> Statistic:
-    """Mean precision at the scores of the positives (as in scikit-learn); undefined without positives or negatives.
-
-    The chance level is the share of positives, so values of data sets with different shares are not comparable.
-
-    Args:
-        scores: (N,), higher means positive.
-        positive: (N,) bool.
-    """
-
-    def average_precision_statistic(weights: Array) -> Array:
-        """Average the precision at the score of each positive over the weights of the positives."""
-        above, below = (side[:, ::-1] for side in _sum_by_score(weights, scores, positive))  # highest score first
-        true_positives, predicted_positives = above.cumsum(axis=1), (above + below).cumsum(axis=1)
-        precision = np.divide(
-            true_positives, predicted_positives, out=np.zeros_like(true_positives), where=predicted_positives > 0
-        )
-        sides = np.where(below.sum(axis=1) > 0, above.sum(axis=1), 0.0)
-        return divide_or_nan((above * precision).sum(axis=1), sides)
-
-    return average_precision_statistic
 
 
 def choose_threshold(scores: Array, positive: Array, sensitivity: float) -> float:
@@ -106,19 +88,12 @@ def operating_point_statistics(scores: Array, positive: Array, threshold: float)
     """
     is_positive = scores >= threshold
     sides = {"sensitivity": (is_positive, positive), "specificity": (~is_positive, ~positive)}
-    return {name: _weighted_share(is_correct, side) for name, (is_correct, side) in sides.items()}
+    return {name: partial(_weighted_share, is_correct, side) for name, (is_correct, side) in sides.items()}
 
 
-def divide_or_nan(numerator: Array, denominator: Array) -> Array:
-    """Quotients (R,), NaN if the denominator is not positive."""
-    undefined = np.full(len(numerator), np.nan)
-    return np.asarray(np.divide(numerator, denominator, out=undefined, where=denominator > 0))
-
-
-def _weighted_share(is_correct: Array, side: Array) -> Statistic:
-    return lambda weights: divide_or_nan(
-        weights @ (is_correct & side).astype(np.float64), weights @ side.astype(np.float64)
-    )
+def _weighted_share(is_correct: Array, side: Array, weights: Array) -> Array:
+    """Weight of the correct cases of a side, divided by the weight of the side: (R,)."""
+    return divide_or_nan(weights @ (is_correct & side).astype(np.float64), weights @ side.astype(np.float64))
 
 
 def _sum_by_score(weights: Array, scores: Array, positive: Array) -> tuple[Array, Array]:

@@ -1,41 +1,31 @@
-"""Metrics of predicted numbers, as functions of case weights."""
+"""Metrics of predicted numbers, as functions of predictions (N,), truth (N,) and case weights (R, N)."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from medim.metrics.ranking import Statistic, divide_or_nan
+from medim.metrics.metric import divide_or_nan
 from medim.types import Array
 
 
-def regression_statistics(predictions: Array, truth: Array) -> dict[str, Statistic]:
-    """Build the metrics of predicted numbers.
+def r2_score(predictions: Array, truth: Array, weights: Array) -> Array:
+    """Coefficient of determination, 1 - sum (truth - prediction)^2 / sum (truth - mean truth)^2.
 
-    `r2`: coefficient of determination, 1 - sum (truth - prediction)^2 / sum (truth - mean truth)^2; 0 for the mean of
-    the cases as prediction, negative for a worse one. `mae`: mean absolute error, in the unit of the truth. `pearson`:
-    correlation coefficient. `r2` and `pearson` are NaN where the truth (or, for `pearson`, the prediction) is constant.
-
-    Args:
-        predictions: (N,).
-        truth: (N,).
-
-    Returns:
-        Functions of case weights (R, N) with values (R,), by metric.
+    It is 0 for the mean of the cases as prediction, negative for a worse one, and NaN if the truth is constant.
     """
-    errors = predictions - truth
+    return 1 - divide_or_nan(weights @ (predictions - truth) ** 2, _weighted_covariance(weights, truth, truth))
 
-    def r2_statistic(weights: Array) -> Array:
-        return 1 - divide_or_nan(weights @ errors**2, _weighted_covariance(weights, truth, truth))
 
-    def mae_statistic(weights: Array) -> Array:
-        return np.asarray(weights @ np.abs(errors) / weights.sum(axis=1))
+def mean_absolute_error(predictions: Array, truth: Array, weights: Array) -> Array:
+    """Mean absolute error, in the unit of the truth."""
+    return np.asarray(weights @ np.abs(predictions - truth) / weights.sum(axis=1))
 
-    def pearson_statistic(weights: Array) -> Array:
-        variances = [_weighted_covariance(weights, values, values) for values in (predictions, truth)]
-        scale = np.sqrt(np.maximum(variances[0], 0) * np.maximum(variances[1], 0))
-        return divide_or_nan(_weighted_covariance(weights, predictions, truth), scale)
 
-    return {"r2": r2_statistic, "mae": mae_statistic, "pearson": pearson_statistic}
+def pearson_correlation(predictions: Array, truth: Array, weights: Array) -> Array:
+    """Correlation coefficient; NaN if the truth or the prediction is constant."""
+    variances = [_weighted_covariance(weights, values, values) for values in (predictions, truth)]
+    scale = np.sqrt(np.maximum(variances[0], 0) * np.maximum(variances[1], 0))
+    return divide_or_nan(_weighted_covariance(weights, predictions, truth), scale)
 
 
 def _weighted_covariance(weights: Array, a: Array, b: Array) -> Array:

@@ -14,70 +14,91 @@ None is excluded from the mean; `n` of each metric is the number of cases with a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from medim.metrics.metric import Metric
 from medim.types import Array
 
 SURFACE_TOLERANCE_MM = 1.0
 _ROUNDING_MM = 1e-3  # headers may store 1 mm as 0.9999999 or 1.0000001
 
 
+def mask_dice(prediction: Array, truth: Array, spacing: Sequence[float]) -> float:
+    """2 |P and T| / (|P| + |T|)."""
+    from monai.metrics.meandice import compute_dice
+
+    return _call_monai(compute_dice, prediction, truth)
+
+
+def hausdorff_95(prediction: Array, truth: Array, spacing: Sequence[float]) -> float:
+    """Larger of the two directed 95th percentiles of the distances between the surfaces, in mm.
+
+    The surface is the voxels of a mask that touch its outside.
+    """
+    from monai.metrics.hausdorff_distance import compute_hausdorff_distance
+
+    return _call_monai(compute_hausdorff_distance, prediction, truth, True, percentile=95, spacing=list(spacing))
+
+
+def surface_dice(prediction: Array, truth: Array, spacing: Sequence[float]) -> float:
+    """Share of both surfaces within 1 mm of the other surface (Nikolov et al. 2021)."""
+    from monai.metrics.surface_dice import compute_surface_dice
+
+    tolerances = [SURFACE_TOLERANCE_MM + _ROUNDING_MM]
+    return _call_monai(compute_surface_dice, prediction, truth, tolerances, True, spacing=list(spacing))
+
+
 def segmentation_metrics(
-    prediction: Array, truth: Array, spacing: Sequence[float], classes: Sequence[str]
+    prediction: Array, truth: Array, spacing: Sequence[float], classes: Sequence[str], metrics: Mapping[str, Metric]
 ) -> dict[str, dict[str, float | None]]:
     """Compare a label map with the truth, class by class.
-
-    Dice is 2 |P and T| / (|P| + |T|). HD95 is the larger of the two directed 95th percentiles of the distances between
-    the surfaces (the voxels of a mask that touch its outside), in mm. Surface Dice is the share of both surfaces within
-    1 mm of the other surface (Nikolov et al. 2021). The module docstring defines the values for empty masks.
 
     Args:
         prediction: (D, H, W) or (H, W), integer labels, 0 is the background.
         truth: labels on the same grid.
         spacing: distance between voxel centres along each axis, in mm.
         classes: names of the labels 1, 2, ...
+        metrics: entries of `medim.metrics.METRICS` with a `mask_function`; others are ignored.
 
     Returns:
-        Class name to `dice`, `hd95` and `surface_dice`.
+        Class name to the metrics, by name. The module docstring defines the values for empty masks.
 
     Raises:
         ValueError: the grids differ.
     """
-    import torch
-    from monai.metrics.hausdorff_distance import compute_hausdorff_distance
-    from monai.metrics.meandice import compute_dice
-    from monai.metrics.surface_dice import compute_surface_dice
-
     if prediction.shape != truth.shape or len(spacing) != truth.ndim:
         raise ValueError(
             f"expected prediction and truth on one grid, got {prediction.shape} and {truth.shape}, "
             f"{len(spacing)} spacings. Bring the mask onto the image's grid first."
         )
+    spacing_mm = [float(mm) for mm in spacing]
     scores: dict[str, dict[str, float | None]] = {}
-    for value, name in enumerate(classes, start=1):
+    for value, class_name in enumerate(classes, start=1):
         masks = prediction == value, truth == value
-        if not (masks[0].any() and masks[1].any()):
-            agreement_score = 1.0 if masks[0].any() == masks[1].any() else 0.0
-            scores[name] = {"dice": agreement_score, "hd95": None, "surface_dice": agreement_score}
-            continue
-        prediction_mask, truth_mask = (
-            torch.from_numpy(mask[_bounding_box(masks)][None, None]) for mask in masks
-        )  # (1, 1, ...)
-        spacing_mm, tolerances = [float(v) for v in spacing], [SURFACE_TOLERANCE_MM + _ROUNDING_MM]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # warning of MONAI about its own internals
-            scores[name] = {
-                "dice": float(compute_dice(prediction_mask, truth_mask)),
-                "hd95": float(
-                    compute_hausdorff_distance(prediction_mask, truth_mask, True, percentile=95, spacing=spacing_mm)
-                ),
-                "surface_dice": float(
-                    compute_surface_dice(prediction_mask, truth_mask, tolerances, True, spacing=spacing_mm)
-                ),
-            }
+        is_empty = [not mask.any() for mask in masks]
+        box = None if any(is_empty) else _bounding_box(masks)
+        scores[class_name] = {}
+        for name, metric in metrics.items():
+            if metric.mask_function is None:
+                continue
+            if box is None:
+                scores[class_name][name] = float(all(is_empty)) if metric.is_score else None
+            else:
+                scores[class_name][name] = metric.mask_function(masks[0][box], masks[1][box], spacing_mm)
     return scores
+
+
+def _call_monai(compute: Callable[..., Any], prediction: Array, truth: Array, *args: Any, **options: Any) -> float:
+    """Call a metric of MONAI on two masks."""
+    import torch
+
+    masks = (torch.from_numpy(mask[None, None]) for mask in (prediction, truth))  # (1, 1, ...)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # warning of MONAI about its own internals
+        return float(compute(*masks, *args, **options))
 
 
 def _bounding_box(masks: tuple[Array, Array]) -> tuple[slice, ...]:

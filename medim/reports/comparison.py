@@ -9,7 +9,7 @@ from typing import Any
 
 from medim.evaluation.cases import read_cases
 from medim.files import read_json
-from medim.metrics.bootstrap import Metric
+from medim.metrics.bootstrap import MetricEstimate
 from medim.reports import figures
 from medim.reports.page import (
     INTERVALS_NOTE,
@@ -58,7 +58,7 @@ def build_comparison_section(folders: Mapping[str, Path], kinds: Mapping[str, st
 
 def compute_differences(
     one: Sequence[CaseRow], two: Sequence[CaseRow], classes: Sequence[str], *, seed: int = 0
-) -> dict[str, Metric]:
+) -> dict[str, MetricEstimate]:
     """Differences of one minus two, paired by image, with intervals over subjects; empty if the images differ.
 
     Args:
@@ -74,13 +74,13 @@ def compute_differences(
     return find_task_of_rows(pair[0]).compare_cases(pair[0], pair[1], classes, seed=seed)
 
 
-def _pair_differences(pair: Sequence[RunSummary]) -> dict[str, Metric]:
+def _pair_differences(pair: Sequence[RunSummary]) -> dict[str, MetricEstimate]:
     one, two = (read_cases(folder / "cases.parquet") for folder, _ in pair)
     classes = [summary["classes"] for _, summary in pair]
     return compute_differences(one, two, classes[0]) if classes[0] == classes[1] else {}
 
 
-def _render_comparison(arms: Sequence[RunSummary], gaps: Mapping[str, Metric]) -> ReportSection:
+def _render_comparison(arms: Sequence[RunSummary], gaps: Mapping[str, MetricEstimate]) -> ReportSection:
     metrics = [_get_metrics(summary) for _, summary in arms]
     table = []
     for key in (key for key in metrics[0] if key in metrics[1]):
@@ -117,7 +117,7 @@ def _render_comparison(arms: Sequence[RunSummary], gaps: Mapping[str, Metric]) -
     )
 
 
-def _format_note(gaps: Mapping[str, Metric]) -> str:
+def _format_note(gaps: Mapping[str, MetricEstimate]) -> str:
     paired = ", paired by image" if gaps else ""
     return f"Difference: pretrained minus scratch{paired}. {INTERVALS_NOTE}"
 
@@ -127,7 +127,7 @@ def _get_metrics(summary: Mapping[str, Any]) -> dict[str, Any]:
     return dict(content.get("metrics", content))
 
 
-def _format_gap(key: str, gap: Metric | None, sides: Sequence[Any]) -> str:
+def _format_gap(key: str, gap: MetricEstimate | None, sides: Sequence[Any]) -> str:
     """Format pretrained minus scratch; if the paired interval excludes zero, name the better arm."""
     values = [side.get("value") if isinstance(side, Mapping) else side for side in sides]
     if gap is None:

@@ -129,9 +129,10 @@ def metric_name(key: str) -> str:
     if match is None:
         return key
     info, part = match
+    unit = f", {info.unit}" if info.unit else ""
     if not part:
-        return info.mean_title or info.title
-    return f"{info.title} {part}, {info.unit}" if info.unit else f"{info.title}, {part}"
+        return (info.mean_title or info.title) + unit
+    return f"{info.title} {part}{unit}" if unit else f"{info.title}, {part}"
 
 
 def lower_is_better(key: str) -> bool:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medim.files import read_json
-from medim.metrics.ranking import Statistic
+from medim.metrics.metric import Statistic
 from medim.study.design import SCRATCH
 from medim.tasks import find_task_of_study
 from medim.tasks.classification import TRUTH

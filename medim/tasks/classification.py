@@ -8,9 +8,6 @@ from typing import ClassVar
 import numpy as np
 
 from medim.data.index.index import ImageRecord, Index
-from medim.metrics.bootstrap import N_RESAMPLES, Metric, bootstrap_interval
-from medim.metrics.classification import classification_metrics, classification_statistics
-from medim.metrics.ranking import Statistic
 from medim.tasks.task import AnswerRow, CaseRow, CaseTable, ColumnType, EvaluationDetails, ReliabilityPlot, Task
 from medim.types import Array, Volume
 
@@ -26,7 +23,6 @@ class Classification(Task):
     kind = "classifier"
     title = "classification"
     case_columns: ClassVar[Mapping[str, ColumnType]] = {"probability": "number", "label": "text", "prediction": "text"}
-    metric = "auroc"
     activation = "softmax"
     has_class_labels = True
     probe = "linear"
@@ -83,24 +79,9 @@ class Classification(Task):
             for name, p in zip(classes, answer, strict=True)
         ]
 
-    def summarise_cases(
-        self, rows: Sequence[CaseRow], classes: Sequence[str], *, seed: int = 0, resamples: int = N_RESAMPLES
-    ) -> dict[str, Metric]:
-        """Metrics over all cases; see `medim.metrics.classification`."""
-        subjects = _list_subjects(rows)
-        arrays = class_arrays(rows, classes)
-        overall = classification_metrics(*arrays)
-        return {
-            name: bootstrap_interval(statistic, subjects, seed=seed, resamples=resamples, value=overall[name])
-            for name, statistic in classification_statistics(*arrays).items()
-        }
-
-    def compare_cases(
-        self, one: Sequence[CaseRow], two: Sequence[CaseRow], classes: Sequence[str], *, seed: int = 0
-    ) -> dict[str, Metric]:
-        """Differences of the metrics on the same resamples."""
-        pair = [classification_statistics(*class_arrays(rows, classes)) for rows in (one, two)]
-        return compare_statistics(pair[0], pair[1], [row["subject"] for row in one[:: len(classes)]], seed=seed)
+    def case_arrays(self, rows: Sequence[CaseRow], classes: Sequence[str]) -> tuple[Array, Array]:
+        """Probabilities (N, K) and class indices (N,)."""
+        return class_arrays(rows, classes)
 
     def describe_evaluation(self, rows: Sequence[CaseRow], classes: Sequence[str]) -> EvaluationDetails:
         """Reliability of the probabilities, the confusion matrix, and the most confident mistakes."""
@@ -140,18 +121,18 @@ class Classification(Task):
         truth = [row["class"] for row in case_rows].index(case_rows[0]["label"])
         return [*((f"probability_{row['class']}", row["probability"]) for row in case_rows), (TRUTH, float(truth))]
 
-    def study_statistics(self, columns: Mapping[str, Array], classes: Sequence[str]) -> dict[str, Statistic]:
-        """Metrics of `medim.metrics.classification`."""
-        return classification_statistics(*study_arrays(columns, classes))
+    def study_arrays(self, columns: Mapping[str, Array], classes: Sequence[str]) -> tuple[Array, Array]:
+        """Probabilities (N, K) and class indices (N,)."""
+        return np.stack([columns[f"probability_{name}"] for name in classes], 1), columns[TRUTH].astype(np.intp)
 
     def study_case_scores(self, columns: Mapping[str, Array], classes: Sequence[str]) -> Array:
         """Probability of the true class."""
-        probabilities, labels = study_arrays(columns, classes)
+        probabilities, labels = self.study_arrays(columns, classes)
         return np.asarray(probabilities[np.arange(len(labels)), labels])
 
     def describe_study_case(self, columns: Mapping[str, Array], classes: Sequence[str], case: int) -> str:
         """True class with its probability, and predicted class."""
-        probabilities, labels = study_arrays(columns, classes)
+        probabilities, labels = self.study_arrays(columns, classes)
         score, predicted = probabilities[case, labels[case]], classes[int(probabilities[case].argmax())]
         return f"truth {classes[labels[case]]}, its probability {score:.3f}, predicted {predicted}"
 
@@ -170,11 +151,6 @@ def class_arrays(rows: Sequence[CaseRow], classes: Sequence[str]) -> tuple[Array
     return probabilities, np.array(labels, dtype=np.intp)
 
 
-def study_arrays(columns: Mapping[str, Array], classes: Sequence[str]) -> tuple[Array, Array]:
-    """Probabilities (N, K) and class indices (N,) from the columns of a run of a study."""
-    return np.stack([columns[f"probability_{name}"] for name in classes], 1), columns[TRUTH].astype(np.intp)
-
-
 def probability_columns(probabilities: Array, classes: Sequence[str]) -> dict[str, float]:
     """`probability_<class>` of each class, rounded to 6 decimals."""
     return {f"probability_{name}": round(float(p), 6) for name, p in zip(classes, probabilities, strict=True)}
@@ -183,19 +159,3 @@ def probability_columns(probabilities: Array, classes: Sequence[str]) -> dict[st
 def unknown_label_error(record: ImageRecord, classes: Sequence[str]) -> tuple[str, str]:
     """Rejection code and detail of a label that the network does not know."""
     return "unknown-class", f"expected a label of {', '.join(classes)}, got {record.label!r}"
-
-
-def compare_statistics(
-    one: Mapping[str, Statistic], two: Mapping[str, Statistic], subjects: Sequence[str], *, seed: int
-) -> dict[str, Metric]:
-    """One minus two of each statistic, with intervals over subjects."""
-
-    def subtract(first: Statistic, second: Statistic) -> Statistic:
-        return lambda weights: first(weights) - second(weights)
-
-    return {name: bootstrap_interval(subtract(one[name], two[name]), subjects, seed=seed) for name in one}
-
-
-def _list_subjects(rows: Sequence[CaseRow]) -> list[str]:
-    """Subject of each image, in the order of the rows."""
-    return [subject for _, subject in dict.fromkeys((row["image"], row["subject"]) for row in rows)]

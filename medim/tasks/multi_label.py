@@ -9,11 +9,21 @@ import numpy as np
 
 from medim.data.index.index import ImageRecord, Index
 from medim.data.labels import encode_findings
-from medim.metrics.bootstrap import N_RESAMPLES, Metric
-from medim.metrics.multi_label import RANKINGS, mean_ranking, multi_label_metrics
-from medim.metrics.ranking import Statistic
-from medim.tasks.classification import compare_statistics, probability_columns, unknown_label_error
-from medim.tasks.task import AnswerRow, CaseRow, CaseTable, ColumnType, EvaluationDetails, Task
+from medim.metrics import METRICS
+from medim.metrics.bootstrap import N_RESAMPLES, MetricEstimate, bootstrap_intervals
+from medim.metrics.metric import MetricFunction
+from medim.metrics.multi_label import mean_statistics, multi_label_metrics
+from medim.tasks.classification import probability_columns, unknown_label_error
+from medim.tasks.task import (
+    AnswerRow,
+    CaseRow,
+    CaseTable,
+    ColumnType,
+    EvaluationDetails,
+    Task,
+    list_subjects,
+    subtract_statistics,
+)
 from medim.types import Array, Volume
 
 FINDING_TEXT = {1.0: "present", 0.0: "absent"}  # label in `cases.parquet`; None where the finding is unknown
@@ -27,10 +37,14 @@ class MultiLabel(Task):
     kind = "multi_label_classifier"
     title = "multi-label classification"
     case_columns: ClassVar[Mapping[str, ColumnType]] = {"probability": "number", "label": "text"}
-    metric = "auroc"
     activation = "sigmoid"
     has_thresholds = True
     in_studies = False
+
+    @property
+    def _functions(self) -> dict[str, MetricFunction]:
+        """Functions of the scores and the presence of one finding, by metric."""
+        return {name: METRICS[name].functions[self.name] for name in self.metrics}
 
     def accepts_labels(self, index: Index) -> bool:
         """Findings, any number per image."""
@@ -80,25 +94,32 @@ class MultiLabel(Task):
         columns = zip(classes, map(float, answer), finding_texts, strict=True)
         return [dict(zip(("class", "probability", "label"), column, strict=True)) for column in columns]
 
+    def case_arrays(self, rows: Sequence[CaseRow], classes: Sequence[str]) -> tuple[Array, Array]:
+        """Probabilities and labels, 1, 0 or NaN (unknown): two of (N, K)."""
+        finding_values = {word: value for value, word in FINDING_TEXT.items()} | {None: np.nan}
+        columns = [row["probability"] for row in rows], [finding_values[row["label"]] for row in rows]
+        probabilities, labels = (np.array(column, np.float64).reshape(-1, len(classes)) for column in columns)
+        return probabilities, labels
+
     def summarise_cases(
         self, rows: Sequence[CaseRow], classes: Sequence[str], *, seed: int = 0, resamples: int = N_RESAMPLES
-    ) -> dict[str, Metric]:
-        """Rankings of each finding, and their means; see `medim.metrics.multi_label`."""
-        images = dict.fromkeys((row["image"], row["subject"]) for row in rows)
-        arrays = finding_arrays(rows, classes)
-        subjects = [subject for _, subject in images]
-        return multi_label_metrics(*arrays, classes, subjects, seed=seed, resamples=resamples)
+    ) -> dict[str, MetricEstimate]:
+        """Means over the findings, then the metrics of each finding; see `medim.metrics.multi_label`."""
+        arrays = self.case_arrays(rows, classes)
+        return multi_label_metrics(
+            self._functions, *arrays, classes, list_subjects(rows), seed=seed, resamples=resamples
+        )
 
     def compare_cases(
         self, one: Sequence[CaseRow], two: Sequence[CaseRow], classes: Sequence[str], *, seed: int = 0
-    ) -> dict[str, Metric]:
-        """Differences of the mean rankings on the same resamples."""
-        pair = [_mean_statistics(rows, classes) for rows in (one, two)]
-        return compare_statistics(pair[0], pair[1], [row["subject"] for row in one[:: len(classes)]], seed=seed)
+    ) -> dict[str, MetricEstimate]:
+        """Differences of the means over the findings on the same resamples."""
+        pair = [mean_statistics(self._functions, *self.case_arrays(rows, classes)) for rows in (one, two)]
+        return bootstrap_intervals(subtract_statistics(*pair), list_subjects(one), seed=seed)
 
     def describe_evaluation(self, rows: Sequence[CaseRow], classes: Sequence[str]) -> EvaluationDetails:
         """Images per finding and state."""
-        _, labels = finding_arrays(rows, classes)
+        _, labels = self.case_arrays(rows, classes)
         counts = [(name, *(f"{n:,}" for n in _count_states(labels[:, k]))) for k, name in enumerate(classes)]
         table = CaseTable("Labels per finding, images", ("Finding", "present", "absent", "unlabelled"), counts)
         return EvaluationDetails(tables=[table])
@@ -115,20 +136,6 @@ class MultiLabel(Task):
 def sigmoid_probabilities(logits: Array) -> Array:
     """Logits (K,) of findings as probabilities, one per finding."""
     return np.asarray(np.exp(-np.logaddexp(0, -logits.astype(np.float64))))
-
-
-def finding_arrays(rows: Sequence[CaseRow], classes: Sequence[str]) -> tuple[Array, Array]:
-    """Probabilities and labels, 1, 0 or NaN (unknown), of a multi-label classifier's rows: two of (N, K)."""
-    valid_rows = [row for row in rows if not row.get("rejected")]
-    finding_values = {word: value for value, word in FINDING_TEXT.items()} | {None: np.nan}
-    columns = [row["probability"] for row in valid_rows], [finding_values[row["label"]] for row in valid_rows]
-    probabilities, labels = (np.array(column, np.float64).reshape(-1, len(classes)) for column in columns)
-    return probabilities, labels
-
-
-def _mean_statistics(rows: Sequence[CaseRow], classes: Sequence[str]) -> dict[str, Statistic]:
-    arrays = finding_arrays(rows, classes)
-    return {name: mean_ranking(ranking, *arrays) for name, ranking in RANKINGS.items()}
 
 
 def _count_states(column: Array) -> tuple[int, int, int]:

@@ -9,10 +9,6 @@ from typing import Any, ClassVar
 import numpy as np
 
 from medim.data.index.index import ImageRecord, Index
-from medim.metrics.bootstrap import N_RESAMPLES, Metric, bootstrap_interval
-from medim.metrics.ranking import Statistic
-from medim.metrics.regression import regression_statistics
-from medim.tasks.classification import compare_statistics
 from medim.tasks.task import AgreementPlot, AnswerRow, CaseRow, CaseTable, ColumnType, EvaluationDetails, Quantity, Task
 from medim.types import Array, Volume
 
@@ -28,7 +24,6 @@ class Regression(Task):
     kind = "regressor"
     title = "regression"
     case_columns: ClassVar[Mapping[str, ColumnType]] = {"true_value": "number", "predicted_value": "number"}
-    metric = "r2"
     quantity: ClassVar[Quantity] = "value"
     monai_output = "features"
     study_column = "true_value"
@@ -106,28 +101,16 @@ class Regression(Task):
         truth = float(str(record.label))
         return [{"class": classes[0], "true_value": truth, "predicted_value": float(answer[0])}]
 
-    def summarise_cases(
-        self, rows: Sequence[CaseRow], classes: Sequence[str], *, seed: int = 0, resamples: int = N_RESAMPLES
-    ) -> dict[str, Metric]:
-        """Metrics over all cases; see `medim.metrics.regression`."""
-        subjects = [row["subject"] for row in rows]
-        return {
-            name: bootstrap_interval(statistic, subjects, seed=seed, resamples=resamples)
-            for name, statistic in regression_statistics(*value_arrays(rows)).items()
-        }
-
-    def compare_cases(
-        self, one: Sequence[CaseRow], two: Sequence[CaseRow], classes: Sequence[str], *, seed: int = 0
-    ) -> dict[str, Metric]:
-        """Differences of the metrics on the same resamples."""
-        pair = [regression_statistics(*value_arrays(rows)) for rows in (one, two)]
-        return compare_statistics(pair[0], pair[1], [row["subject"] for row in one], seed=seed)
+    def case_arrays(self, rows: Sequence[CaseRow], classes: Sequence[str]) -> tuple[Array, Array]:
+        """Predictions (N,) and labels (N,)."""
+        predictions, truth = (np.array([row[n] for row in rows], float) for n in ("predicted_value", "true_value"))
+        return predictions, truth
 
     def describe_evaluation(self, rows: Sequence[CaseRow], classes: Sequence[str]) -> EvaluationDetails:
         """Prediction against label, and the images with the largest error."""
         if not rows:
             return EvaluationDetails()
-        predictions, truth = value_arrays(rows)
+        predictions, truth = self.case_arrays(rows, classes)
         errors = predictions - truth
         worst = np.argsort(-np.abs(errors), kind="stable")[:N_WORST]
         cells = [(rows[i]["image"], f"{truth[i]:.4g}", f"{predictions[i]:.4g}", f"{errors[i]:+.4g}") for i in worst]
@@ -145,9 +128,9 @@ class Regression(Task):
         """Prediction and label."""
         return [(name, case_rows[0][name]) for name in self.case_columns]
 
-    def study_statistics(self, columns: Mapping[str, Array], classes: Sequence[str]) -> dict[str, Statistic]:
-        """Metrics of `medim.metrics.regression`."""
-        return regression_statistics(columns["predicted_value"], columns["true_value"])
+    def study_arrays(self, columns: Mapping[str, Array], classes: Sequence[str]) -> tuple[Array, Array]:
+        """Predictions (N,) and labels (N,)."""
+        return columns["predicted_value"], columns["true_value"]
 
     def study_case_scores(self, columns: Mapping[str, Array], classes: Sequence[str]) -> Array:
         """Minus the absolute error."""
@@ -165,9 +148,3 @@ def parse_number(label: str | None) -> float | None:
     except ValueError:
         return None
     return number if math.isfinite(number) else None
-
-
-def value_arrays(rows: Sequence[CaseRow]) -> tuple[Array, Array]:
-    """Predictions (N,) and labels (N,) of rows that were not rejected."""
-    predictions, truth = (np.array([row[n] for row in rows], float) for n in ("predicted_value", "true_value"))
-    return predictions, truth

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import numpy as np
 
 from medim.data.index.index import ImageRecord, Index
 from medim.data.preprocessing.steps import restore_grid
-from medim.metrics.bootstrap import N_RESAMPLES, Metric, mean_over_subjects, mean_over_valid
-from medim.metrics.ranking import Statistic
+from medim.metrics import METRICS
+from medim.metrics.bootstrap import N_RESAMPLES, MetricEstimate, mean_over_subjects, weighted_mean
+from medim.metrics.metric import Statistic
 from medim.metrics.segmentation import segmentation_metrics
 from medim.tasks.task import (
     AgreementPlot,
@@ -22,10 +22,10 @@ from medim.tasks.task import (
     Plot,
     StripPlot,
     Task,
+    list_subjects,
 )
 from medim.types import Array, Volume
 
-CASE_METRICS = ("dice", "hd95", "surface_dice")
 N_WORST = 5
 
 
@@ -36,14 +36,6 @@ class Segmentation(Task):
     option = "segmentation"
     kind = "segmenter"
     title = "segmentation"
-    case_columns: ClassVar[Mapping[str, ColumnType]] = {
-        "dice": "number",
-        "hd95": "number",  # mm
-        "surface_dice": "number",  # at 1 mm
-        "truth_ml": "number",  # None in 2D
-        "predicted_ml": "number",
-    }
-    metric = "dice"
     inversion = "resample logits (order 1), then argmax"
     monai_output = "segmentation"
     dense = True
@@ -51,6 +43,11 @@ class Segmentation(Task):
     case_label = "Dice"
     worst_case_text = "with the lowest Dice"
     output_text = "one label per voxel"
+
+    @property
+    def case_columns(self) -> Mapping[str, ColumnType]:
+        """Metrics, and volumes (None in 2D)."""
+        return dict.fromkeys((*self.metrics, "truth_ml", "predicted_ml"), "number")
 
     @property
     def target_requirement(self) -> str:
@@ -105,7 +102,7 @@ class Segmentation(Task):
         """One row per class: metrics of the case, and in 3D the volumes."""
         assert mask is not None
         truth = _renumber_mask(mask.array[0], classes, source_classes)
-        scores = segmentation_metrics(answer, truth, volume.spacing, classes)
+        scores = segmentation_metrics(answer, truth, volume.spacing, classes, METRICS)
         rows: list[CaseRow] = [{"class": name, **scores[name]} for name in classes]
         if volume.spatial_dims == 3:
             ml_per_voxel = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
@@ -116,14 +113,13 @@ class Segmentation(Task):
 
     def summarise_cases(
         self, rows: Sequence[CaseRow], classes: Sequence[str], *, seed: int = 0, resamples: int = N_RESAMPLES
-    ) -> dict[str, Metric]:
+    ) -> dict[str, MetricEstimate]:
         """Mean Dice over the classes, then each metric of each class."""
-        images = dict.fromkeys((row["image"], row["subject"]) for row in rows)
-        subjects = [subject for _, subject in images]
+        subjects = list_subjects(rows)
         rows_by_class = _group_by_class(rows, classes)
         means = np.mean([[row["dice"] for row in rows_by_class[name]] for name in classes], axis=0)
         metrics = {"dice": mean_over_subjects(list(means), subjects, seed=seed, resamples=resamples)}
-        for metric in CASE_METRICS:
+        for metric in self.metrics:
             for name in classes:
                 values = [row[metric] for row in rows_by_class[name]]
                 metrics[f"{metric}_{name}"] = mean_over_subjects(values, subjects, seed=seed, resamples=resamples)
@@ -131,13 +127,13 @@ class Segmentation(Task):
 
     def compare_cases(
         self, one: Sequence[CaseRow], two: Sequence[CaseRow], classes: Sequence[str], *, seed: int = 0
-    ) -> dict[str, Metric]:
+    ) -> dict[str, MetricEstimate]:
         """Mean differences of the cases; a metric that one side does not define for a case is left out there."""
-        subjects = [row["subject"] for row in one[:: len(classes)]]
+        subjects = list_subjects(one)
         differences = {}
-        for metric in CASE_METRICS:
+        for metric in self.metrics:
             for number, name in enumerate(classes):
-                sides = ([row[metric] for row in rows[number :: len(classes)]] for rows in (one, two))
+                sides = ([row.get(metric) for row in rows[number :: len(classes)]] for rows in (one, two))
                 gaps = [None if a is None or b is None else a - b for a, b in zip(*sides, strict=True)]
                 differences[f"{metric}_{name}"] = mean_over_subjects(gaps, subjects, seed=seed)
         means = [
@@ -173,11 +169,11 @@ class Segmentation(Task):
     def to_study_rows(self, case_rows: Sequence[CaseRow]) -> list[tuple[str, float | None]]:
         """Mean Dice, then each metric of each class."""
         dice = float(np.mean([row["dice"] for row in case_rows]))
-        return [("dice", dice), *((f"{name}_{row['class']}", row[name]) for name in CASE_METRICS for row in case_rows)]
+        return [("dice", dice), *((f"{name}_{row['class']}", row[name]) for name in self.metrics for row in case_rows)]
 
     def study_statistics(self, columns: Mapping[str, Array], classes: Sequence[str]) -> dict[str, Statistic]:
         """Weighted mean of each metric over the cases that define it."""
-        return {name: mean_over_valid(column) for name, column in columns.items()}
+        return {name: weighted_mean(column) for name, column in columns.items()}
 
     def study_case_scores(self, columns: Mapping[str, Array], classes: Sequence[str]) -> Array:
         """Mean Dice of each case."""

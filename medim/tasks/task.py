@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from medim.data.index.index import ImageRecord, Index
-from medim.metrics.bootstrap import N_RESAMPLES, Metric
-from medim.metrics.ranking import Statistic
+from medim.metrics import build_statistics, list_metrics
+from medim.metrics.bootstrap import N_RESAMPLES, MetricEstimate, bootstrap_intervals
+from medim.metrics.metric import Statistic
 from medim.types import Array, UserError, Volume
 
 CaseRow = dict[str, Any]  # one case and class of an evaluation: key columns and `Task.case_columns`
@@ -91,15 +92,14 @@ class Task(ABC):
     """A prediction task: targets of the images, answers of the network, metrics, and columns of the files.
 
     One instance per task is registered in `medim.tasks.TASKS`. The head and its loss are in `medim.models.heads`, under
-    the task's name. The defaults are those of a task that learns from one label per image.
+    the task's name, and its metrics are the entries of `medim.metrics.METRICS` with its name. The defaults are those of
+    a task that learns from one label per image and has one row per image and class.
 
     Attributes:
         name: key in `TASKS`, and name of the default head in `medim.models.heads.HEADS`.
         option: value of `--task` and of `task` in a configuration; several tasks may share one, and the labels decide.
         kind: network kind in model specs and packages.
         title: name in `metrics.json` and reports.
-        case_columns: columns of `cases.parquet` between the key and the rejection columns.
-        metric: metric that studies compare and that a learning rate is chosen by.
         activation: function of the logits, as a package specifies it.
         inversion: way back to the grid of the image, as a package specifies it.
         quantity: what the numbers of a per-image answer are, for DICOM structured reports.
@@ -121,8 +121,6 @@ class Task(ABC):
     option: ClassVar[str]
     kind: ClassVar[str]
     title: ClassVar[str]
-    case_columns: ClassVar[Mapping[str, ColumnType]]
-    metric: ClassVar[str]
     activation: ClassVar[OutputActivation] = "none"
     inversion: ClassVar[Inversion] = "none"
     quantity: ClassVar[Quantity] = "probability"
@@ -137,6 +135,21 @@ class Task(ABC):
     output_text: ClassVar[str] = ""
     frozen_text: ClassVar[str] = "a decoder and head, by the same schedule"
     probe: ClassVar[str | None] = None
+
+    @property
+    @abstractmethod
+    def case_columns(self) -> Mapping[str, ColumnType]:
+        """Columns of `cases.parquet` between the key and the rejection columns; subclasses may use a class variable."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of its metrics in `medim.metrics.METRICS`, the primary one first."""
+        return list_metrics(self.name)
+
+    @property
+    def metric(self) -> str:
+        """Primary metric, which studies compare and a learning rate is chosen by."""
+        return self.metrics[0]
 
     @property
     def target_field(self) -> Literal["mask", "label"]:
@@ -235,10 +248,13 @@ class Task(ABC):
             source_classes: classes of the mask values 1, 2, ... in the source; empty if it names none.
         """
 
-    @abstractmethod
+    def case_arrays(self, rows: Sequence[CaseRow], classes: Sequence[str]) -> tuple[Array, Array]:
+        """Predictions and targets of the metrics, first axis the images, from rows that were not rejected."""
+        raise NotImplementedError(f"{type(self).__name__}.case_arrays")
+
     def summarise_cases(
         self, rows: Sequence[CaseRow], classes: Sequence[str], *, seed: int = 0, resamples: int = N_RESAMPLES
-    ) -> dict[str, Metric]:
+    ) -> dict[str, MetricEstimate]:
         """Metrics of scored cases with 95 % intervals over subjects, the most important first.
 
         Args:
@@ -247,12 +263,15 @@ class Task(ABC):
             seed: random seed of the bootstrap.
             resamples: number of resamples.
         """
+        statistics = build_statistics(self.name, *self.case_arrays(rows, classes))
+        return bootstrap_intervals(statistics, list_subjects(rows), seed=seed, resamples=resamples)
 
-    @abstractmethod
     def compare_cases(
         self, one: Sequence[CaseRow], two: Sequence[CaseRow], classes: Sequence[str], *, seed: int = 0
-    ) -> dict[str, Metric]:
+    ) -> dict[str, MetricEstimate]:
         """Metrics of one network minus those of another on the same cases, with intervals over subjects."""
+        pair = [build_statistics(self.name, *self.case_arrays(rows, classes)) for rows in (one, two)]
+        return bootstrap_intervals(subtract_statistics(*pair), list_subjects(one), seed=seed)
 
     @abstractmethod
     def describe_evaluation(self, rows: Sequence[CaseRow], classes: Sequence[str]) -> EvaluationDetails:
@@ -274,6 +293,14 @@ class Task(ABC):
         """
         raise UserError(f"study: expected a task that studies support, got {self.title}.")
 
+    def study_arrays(self, columns: Mapping[str, Array], classes: Sequence[str]) -> tuple[Array, Array]:
+        """Predictions and targets of the metrics, first axis the images, from a column (N,) per `to_study_rows`.
+
+        Raises:
+            UserError: studies do not support the task.
+        """
+        raise UserError(f"study: expected a task that studies support, got {self.title}.")
+
     def study_statistics(self, columns: Mapping[str, Array], classes: Sequence[str]) -> dict[str, Statistic]:
         """Metrics of one run of a study as functions of case weights.
 
@@ -281,7 +308,7 @@ class Task(ABC):
             columns: a column (N,) per metric of `to_study_rows`.
             classes: classes of the study.
         """
-        raise UserError(f"study: expected a task that studies support, got {self.title}.")
+        return build_statistics(self.name, *self.study_arrays(columns, classes))
 
     def study_case_scores(self, columns: Mapping[str, Array], classes: Sequence[str]) -> Array:
         """Score (N,) of each case of a run; the lowest are the worst cases."""
@@ -290,3 +317,17 @@ class Task(ABC):
     def describe_study_case(self, columns: Mapping[str, Array], classes: Sequence[str], case: int) -> str:
         """The answer for one case of a run in a few words."""
         raise UserError(f"study: expected a task that studies support, got {self.title}.")
+
+
+def list_subjects(rows: Sequence[CaseRow]) -> list[str]:
+    """Subject of each image, in the order of the rows."""
+    return [subject for _, subject in dict.fromkeys((row["image"], row["subject"]) for row in rows)]
+
+
+def subtract_statistics(one: Mapping[str, Statistic], two: Mapping[str, Statistic]) -> dict[str, Statistic]:
+    """One minus two of each statistic."""
+
+    def subtract(first: Statistic, second: Statistic) -> Statistic:
+        return lambda weights: first(weights) - second(weights)
+
+    return {name: subtract(one[name], two[name]) for name in one}

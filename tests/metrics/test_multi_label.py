@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from medim.metrics.multi_label import RANKINGS, mean_ranking, multi_label_metrics
+from medim.metrics import METRICS, list_metrics
+from medim.metrics.multi_label import mean_statistics, multi_label_metrics
 from medim.types import Array
 
 NAMES = ["edema", "mass", "nodule"]
+FUNCTIONS = {name: METRICS[name].functions["multi_label"] for name in list_metrics("multi_label")}
 
 
 def drawn(cases: int = 60) -> tuple[Array, Array]:
@@ -23,7 +25,7 @@ def drawn(cases: int = 60) -> tuple[Array, Array]:
 
 def measured(probabilities: Array, labels: Array) -> dict[str, dict[str, float | int | None]]:
     subjects = [f"s{i // 2}" for i in range(len(labels))]
-    return multi_label_metrics(probabilities, labels, NAMES, subjects, seed=0, resamples=200)
+    return multi_label_metrics(FUNCTIONS, probabilities, labels, NAMES, subjects, seed=0, resamples=200)
 
 
 def test_each_finding_is_ranked_where_it_is_known_and_the_mean_is_over_findings() -> None:
@@ -45,16 +47,16 @@ def test_what_is_said_of_an_unknown_finding_plays_no_part() -> None:
     other = np.where(np.isnan(labels), 1 - probabilities, probabilities)
     assert measured(other, labels) == measured(probabilities, labels)
     both = np.random.default_rng(1).multinomial(60, np.full(60, 1 / 60), size=5).astype(float)
-    for ranking in RANKINGS.values():
-        one, two = (mean_ranking(ranking, p, labels)(both) for p in (probabilities, other))
+    for name in FUNCTIONS:
+        one, two = (mean_statistics(FUNCTIONS, p, labels)[name](both) for p in (probabilities, other))
         np.testing.assert_array_equal(one, two)
 
 
 def test_weights_count_an_image_as_often_as_repeating_it() -> None:
     probabilities, labels = drawn()
     weights = np.random.default_rng(2).multinomial(60, np.full(60, 1 / 60), size=10)
-    for metric, ranking in RANKINGS.items():
-        values = mean_ranking(ranking, probabilities, labels)(weights.astype(float))
+    for metric, statistic in mean_statistics(FUNCTIONS, probabilities, labels).items():
+        values = statistic(weights.astype(float))
         for row, value in zip(weights, values, strict=True):
             repeated = np.repeat(np.arange(60), row)
             assert value == pytest.approx(measured(probabilities[repeated], labels[repeated])[metric]["value"])

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, recall_score, roc_auc_score
 
-from medim.metrics.bootstrap import bootstrap_interval
+from medim.metrics.bootstrap import bootstrap_intervals
+from medim.metrics.metric import MetricFunction
 from medim.metrics.ranking import (
-    Statistic,
-    auroc,
     auroc_standard_error,
     average_precision,
     choose_threshold,
     operating_point_statistics,
+    rank_auroc,
 )
 from medim.types import Array, UserError
 
@@ -34,33 +34,33 @@ def resamples(cases: int = CASES) -> Array:
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"), [(auroc, roc_auc_score), (average_precision, average_precision_score)], ids=lambda f: f.__name__
+    ("ours", "theirs"),
+    [(rank_auroc, roc_auc_score), (average_precision, average_precision_score)],
+    ids=lambda f: f.__name__,
 )
-def test_weights_count_a_case_as_often_as_repeating_it(
-    ours: Callable[[Array, Array], Statistic], theirs: Callable[..., float]
-) -> None:
+def test_weights_count_a_case_as_often_as_repeating_it(ours: MetricFunction, theirs: Callable[..., float]) -> None:
     scores, positive = drawn(1)
     weights = resamples()
-    values = ours(scores, positive)(weights.astype(float))
+    values = ours(scores, positive, weights.astype(float))
     for row, value in zip(weights, values, strict=True):
         repeated = np.repeat(np.arange(CASES), row)
         assert value == pytest.approx(theirs(positive[repeated], scores[repeated]))
         assert value == pytest.approx(theirs(positive, scores, sample_weight=row))
 
 
-@pytest.mark.parametrize("ranking", [auroc, average_precision])
+@pytest.mark.parametrize("ranking", [rank_auroc, average_precision])
 @pytest.mark.parametrize("side", [True, False])
-def test_a_ranking_of_one_side_alone_is_undefined(ranking: Callable[[Array, Array], Statistic], side: bool) -> None:
+def test_a_ranking_of_one_side_alone_is_undefined(ranking: MetricFunction, side: bool) -> None:
     scores = np.array([0.1, 0.5, 0.9])
-    assert np.isnan(ranking(scores, np.full(3, side))(np.ones((2, 3)))).all()
-    lopsided = ranking(scores, np.array([True, False, False]))(np.array([[0.0, 1, 1], [1, 0, 0], [1, 1, 1]]))
+    assert np.isnan(ranking(scores, np.full(3, side), np.ones((2, 3)))).all()
+    lopsided = ranking(scores, np.array([True, False, False]), np.array([[0.0, 1, 1], [1, 0, 0], [1, 1, 1]]))
     assert np.isnan(lopsided[:2]).all()
     assert np.isfinite(lopsided[2])
 
 
 def test_an_uninformed_score_has_the_average_precision_of_the_share() -> None:
     positive = np.arange(20) < 5
-    assert average_precision(np.zeros(20), positive)(np.ones((1, 20))) == pytest.approx([0.25])
+    assert average_precision(np.zeros(20), positive, np.ones((1, 20))) == pytest.approx([0.25])
 
 
 @pytest.mark.parametrize("sensitivity", [0.05, 0.5, 0.7, 0.9, 0.95, 1.0])
@@ -87,7 +87,7 @@ def test_an_operating_point_is_measured_by_sensitivity_and_specificity() -> None
             repeated = np.repeat(np.arange(CASES), row)
             expected = recall_score(positive[repeated], scores[repeated] >= 0.5, pos_label=side)
             assert value == pytest.approx(expected)
-    found = bootstrap_interval(point["specificity"], [f"s{i // 2}" for i in range(CASES)])
+    found = bootstrap_intervals(point, [f"s{i // 2}" for i in range(CASES)])["specificity"]
     assert found["ci_low"] < found["value"] < found["ci_high"]  # type: ignore[operator]
 
 

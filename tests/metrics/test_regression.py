@@ -7,8 +7,7 @@ import pytest
 from scipy.stats import pearsonr
 from sklearn.metrics import mean_absolute_error, r2_score
 
-from medim.metrics import METRICS
-from medim.metrics.regression import regression_statistics
+from medim.metrics import METRICS, build_statistics
 
 ORACLES = {"r2": r2_score, "mae": mean_absolute_error, "pearson": lambda truth, values: pearsonr(truth, values)[0]}
 
@@ -20,7 +19,7 @@ def test_weighted_metrics_equal_those_of_repeated_cases(name: str, offset: float
     truth = rng.normal(size=30) + offset
     predictions = truth + rng.normal(size=30)
     weights = np.concatenate([np.ones((1, 30)), rng.integers(0, 4, (5, 30))]).astype(float)
-    values = regression_statistics(predictions, truth)[name](weights)
+    values = build_statistics("regression", predictions, truth)[name](weights)
     for row, value in zip(weights, values, strict=True):
         repeated = np.repeat(np.arange(30), row.astype(int))
         assert value == pytest.approx(ORACLES[name](truth[repeated], predictions[repeated]), rel=1e-9)
@@ -28,7 +27,7 @@ def test_weighted_metrics_equal_those_of_repeated_cases(name: str, offset: float
 
 @pytest.mark.parametrize("name", ["r2", "pearson"])
 def test_a_constant_truth_defines_no_value(name: str) -> None:
-    statistic = regression_statistics(np.array([1.0, 2.0, 3.0]), np.full(3, 0.1))[name]
+    statistic = build_statistics("regression", np.array([1.0, 2.0, 3.0]), np.full(3, 0.1))[name]
     assert np.isnan(statistic(np.ones((2, 3)))).all()
 
 

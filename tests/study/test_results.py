@@ -9,7 +9,7 @@ import pytest
 
 from medim.evaluation.cases import write_parquet
 from medim.files import write_json
-from medim.metrics.bootstrap import mean_over_valid
+from medim.metrics.bootstrap import weighted_mean
 from medim.study.results import RunKey, find_largest_grid, open_results
 from medim.study.results_table import SCHEMA
 from medim.types import UserError
@@ -60,7 +60,7 @@ def test_a_value_that_is_not_defined_is_left_out_of_the_mean(tmp_path: Path) -> 
     results = open_results(write(tmp_path, GRID))
     found = results.statistic("hd95_ball", GRID[0])
     assert found(np.array([[1.0, 1.0, 1.0], [0.0, 1.0, 0.0]])) == pytest.approx([2.5, np.nan], nan_ok=True)
-    assert np.isnan(mean_over_valid(np.array([np.nan]))(np.ones((1, 1)))).all()
+    assert np.isnan(weighted_mean(np.array([np.nan]))(np.ones((1, 1)))).all()
 
 
 def test_a_case_that_one_run_could_not_measure_is_left_out_of_all(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from medim.evaluation.probing.classifiers import PROBES, ProbePrediction
 from medim.evaluation.probing.label_budget import Budget, draw_probe_subsets, number_subjects
 from medim.evaluation.probing.probe_cohort import open_probe_cohort
 from medim.files import json_sha256, prepare_output_folder, write_json
-from medim.metrics.classification import classification_metrics
+from medim.metrics import compute_metrics, list_metrics
 from medim.metrics.representation import batch_images, extract_features
 from medim.model_spec import ModelSpec
 from medim.models.serialization import load_encoder, locate_weights
@@ -35,7 +35,6 @@ from medim.types import Array, UsageError, UserError
 
 log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
-PROBE_METRICS = ("auroc", "average_precision", "accuracy", "balanced_accuracy", "f1", "ece")
 ProbeRow = dict[str, Any]
 
 
@@ -148,7 +147,10 @@ def summarise_probes(rows: Sequence[ProbeRow]) -> list[dict[str, Any]]:
             "features": features,
             "budget": name,
             "subsets": len(group),
-            **{metric: _mean_and_sd([r[metric] for r in group if r[metric] is not None]) for metric in PROBE_METRICS},
+            **{
+                metric: _mean_and_sd([r[metric] for r in group if r[metric] is not None])
+                for metric in list_metrics("classification")
+            },
         }
         for (features, name), group in groups.items()
     ]
@@ -226,7 +228,9 @@ def _build_probe_row(
         "fraction": budget.fraction,
         "n_labelled": len(subset),
         "subset": json_sha256([record.image for record in subset])[:12],
-        **classification_metrics(prediction.probabilities, cohort.class_indices(cohort.labelled_records("val"))),
+        **compute_metrics(
+            "classification", prediction.probabilities, cohort.class_indices(cohort.labelled_records("val"))
+        ),
         **prediction.settings,
     }
 

@@ -22,7 +22,7 @@ from medim.data.loading.splits import select_label_budget
 from medim.evaluation.cases import summarise_cases
 from medim.evaluation.probing.baselines import principal_components
 from medim.files import write_json
-from medim.metrics.bootstrap import MIN_SUBJECTS, Metric
+from medim.metrics.bootstrap import MIN_SUBJECTS, MetricEstimate
 from medim.metrics.representation import batch_images, extract_features
 from medim.models.serialization import load_encoder
 from medim.study.audit.duplicates import Duplicates, find_duplicates
@@ -93,7 +93,7 @@ class Audit:
     images: dict[str, dict[str, int]]
     duplicates: Duplicates
     shortcuts: tuple[Shortcut, ...]
-    models: dict[str, dict[str, Metric]]
+    models: dict[str, dict[str, MetricEstimate]]
     probes: tuple[GroupProbe, ...]
     groups: tuple[GroupMetrics, ...]
     notes: tuple[str, ...]

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from medim.data.index.decathlon import file_stem
 from medim.data.index.records import ImageRecord
 from medim.evaluation.cases import summarise_cases
-from medim.metrics.bootstrap import MIN_SUBJECTS, Metric
+from medim.metrics.bootstrap import MIN_SUBJECTS, MetricEstimate
 from medim.privacy import make_pseudonym
 from medim.tasks.task import CaseRow
 from medim.types import UserError
@@ -39,7 +39,7 @@ class GroupMetrics:
     value: str
     images: int
     subjects: int
-    metrics: dict[str, Metric] | None
+    metrics: dict[str, MetricEstimate] | None
 
 
 def collect_header_groups(records: Sequence[ImageRecord]) -> Groups:

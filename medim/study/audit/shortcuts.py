@@ -26,8 +26,8 @@ from medim.evaluation.probing.classifiers import (
     ProbePrediction,
     linear_probe,
 )
-from medim.metrics.bootstrap import Metric, bootstrap_interval
-from medim.metrics.classification import classification_metrics, classification_statistics
+from medim.metrics import build_statistics
+from medim.metrics.bootstrap import MetricEstimate, bootstrap_intervals
 from medim.types import Array, Volume
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
@@ -73,8 +73,8 @@ class PredictionResult:
         classifier: name of the classifier selected by cross-validation within the training subjects.
     """
 
-    auroc: Metric
-    balanced_accuracy: Metric
+    auroc: MetricEstimate
+    balanced_accuracy: MetricEstimate
     chance: dict[str, float]
     above_chance: bool
     classifier: str
@@ -123,12 +123,9 @@ def predict_label(features: Array, split: TrainTestSplit, *, seed: int = 0) -> P
     subject_index = np.unique(np.asarray(split.subjects)[train], return_inverse=True)[1]
     name = _best_classifier(features[train], labels[train], subject_index, seed)
     prediction = CLASSIFIERS[name](features[train], labels[train], features[~train], seed=seed, groups=subject_index)
-    values = classification_metrics(prediction.probabilities, labels[~train])
-    statistics = classification_statistics(prediction.probabilities, labels[~train])
-    metrics = {
-        metric: bootstrap_interval(statistics[metric], split.test_subjects, seed=seed, value=values[metric])
-        for metric in ("auroc", "balanced_accuracy")
-    }
+    statistics = build_statistics("classification", prediction.probabilities, labels[~train])
+    names = ("auroc", "balanced_accuracy")
+    metrics = bootstrap_intervals({name: statistics[name] for name in names}, split.test_subjects, seed=seed)
     chance = {"auroc": CHANCE_AUROC, "balanced_accuracy": 1 / len(np.unique(labels[~train]))}
     low = metrics["auroc"]["ci_low"]
     return PredictionResult(

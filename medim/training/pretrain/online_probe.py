@@ -22,7 +22,7 @@ from medim.data.index.index import ImageRecord
 from medim.data.loading.cohort import Cohort
 from medim.data.loading.datasets import ViewDataset
 from medim.evaluation.probing.classifiers import PROBES
-from medim.metrics.classification import classification_metrics
+from medim.metrics import compute_metrics
 from medim.metrics.ranking import auroc_standard_error
 from medim.metrics.representation import alignment, extract_features, uniformity
 from medim.training.engine.sampler import derive_seed
@@ -106,7 +106,7 @@ class OnlineProbe:
         if not (np.isfinite(support_features).all() and np.isfinite(query_features).all()):
             return {"probe": float("nan"), "probe_error": float("nan")}
         prediction = PROBES[PROTOCOL](support_features, self._labels[0], query_features, seed=self._seed)
-        value = classification_metrics(prediction.probabilities, self._labels[1])[METRIC]
+        value = compute_metrics("classification", prediction.probabilities, self._labels[1])[METRIC]
         assert value is not None  # open_probe requires two classes or more
         counts = np.bincount(self._labels[1], minlength=len(self.classes))
         n_rarest = int(counts[counts > 0].min())

@@ -16,9 +16,9 @@ from medim.data.loading.splits import assign_splits
 from medim.evaluation.evaluate import open_encoder
 from medim.evaluation.probing.classifiers import knn_probe
 from medim.evaluation.probing.label_budget import Budget
-from medim.evaluation.probing.probe import PROBE_METRICS, ProbeOptions, probe, summarise_probes
+from medim.evaluation.probing.probe import ProbeOptions, probe, summarise_probes
 from medim.files import read_json
-from medim.metrics.classification import classification_metrics
+from medim.metrics import compute_metrics, list_metrics
 from medim.models.model import build_encoder
 from medim.models.serialization import save_model
 from medim.types import UsageError, UserError
@@ -91,8 +91,8 @@ def test_every_arm_has_a_row_for_each_budget_and_seed_and_its_cases_give_its_met
     for row in found["rows"]:
         mine = [c for c in rows if all(c[key] == row[key] for key in ("features", "budget", "seed"))]
         probabilities = np.array([[c["probability_0"], c["probability_1"]] for c in mine])
-        metrics = classification_metrics(probabilities, np.array([int(c["label"]) for c in mine]))
-        assert {key: row[key] for key in PROBE_METRICS} == metrics
+        metrics = compute_metrics("classification", probabilities, np.array([int(c["label"]) for c in mine]))
+        assert {key: row[key] for key in list_metrics("classification")} == metrics
 
 
 def test_rows_of_one_budget_and_seed_have_the_same_labels_whatever_else_differs(
@@ -178,7 +178,7 @@ def test_validation_images_and_subjects_that_pretraining_saw_are_counted_and_ref
 
 def test_the_summary_is_mean_and_standard_deviation_over_the_subsets() -> None:
     rows = [
-        {"features": "encoder", "budget": "5", **dict.fromkeys(PROBE_METRICS, value), "auroc": auroc}
+        {"features": "encoder", "budget": "5", **dict.fromkeys(list_metrics("classification"), value), "auroc": auroc}
         for value, auroc in ((0.5, None), (0.7, 0.9))
     ]
     (found,) = summarise_probes(rows)

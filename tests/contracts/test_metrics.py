@@ -1,0 +1,138 @@
+"""Properties that every entry of METRICS must have, in each of its tasks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medim.metrics import METRICS
+from medim.reports.page import metric_name
+from medim.tasks import TASKS
+from medim.types import Array
+
+CASES = 40
+PAIRS = [(name, task) for name, metric in METRICS.items() for task in metric.functions]
+every_function = pytest.mark.parametrize(("name", "task"), PAIRS, ids=[f"{name}-{task}" for name, task in PAIRS])
+every_mask_metric = pytest.mark.parametrize("name", [name for name, metric in METRICS.items() if metric.mask_function])
+
+
+def draw_cases(task: str, seed: int) -> tuple[Array, Array, Array]:
+    """Predictions, targets, and predictions that equal the targets."""
+    rng = np.random.default_rng(seed)
+    if task == "classification":
+        labels = rng.permutation(np.arange(CASES) % 3)
+        return rng.dirichlet(np.ones(3), CASES), labels, np.eye(3)[labels]
+    if task == "multi_label":
+        present = rng.permutation(np.arange(CASES) % 3 == 0)
+        return rng.random(CASES), present, present.astype(float)
+    truth = rng.normal(50, 10, CASES)
+    return truth + rng.normal(0, 5, CASES), truth, truth
+
+
+def draw_masks(seed: int) -> Array:
+    """Prediction and truth on an anisotropic grid, neither of them empty."""
+    return np.random.default_rng(seed).random((2, 9, 8, 7)) < 0.4
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_a_metric_has_a_title_of_its_own_and_belongs_to_tasks(name: str) -> None:
+    metric = METRICS[name]
+    assert [other.title for other in METRICS.values()].count(metric.title) == 1
+    assert metric.tasks
+    assert set(metric.tasks) <= set(TASKS)
+    assert metric.limits[0] < metric.limits[1]
+
+
+@every_function
+def test_weights_count_a_case_as_often_as_repeating_it(name: str, task: str) -> None:
+    function = METRICS[name].functions[task]
+    predictions, targets, _ = draw_cases(task, 0)
+    weights = np.random.default_rng(1).multinomial(CASES, np.full(CASES, 1 / CASES), size=6)
+    values = function(predictions, targets, weights.astype(float))
+    assert values.shape == (6,)
+    for row, value in zip(weights, values, strict=True):
+        repeated = np.repeat(np.arange(CASES), row)
+        (expected,) = function(predictions[repeated], targets[repeated], np.ones((1, CASES)))
+        assert value == pytest.approx(expected, abs=1e-9)
+
+
+@every_function
+def test_perfect_predictions_have_the_best_value_and_others_are_within_the_limits(name: str, task: str) -> None:
+    metric, weights = METRICS[name], np.ones((1, CASES))
+    predictions, targets, perfect = draw_cases(task, 2)
+    (value,), (best,) = (metric.functions[task](p, targets, weights) for p in (predictions, perfect))
+    assert best == pytest.approx(metric.limits[1] if metric.higher_is_better else metric.limits[0])
+    assert metric.limits[0] <= value <= metric.limits[1]
+    assert value < best if metric.higher_is_better else value > best
+
+
+@every_function
+def test_the_order_of_the_cases_has_no_influence(name: str, task: str) -> None:
+    predictions, targets, _ = draw_cases(task, 3)
+    order, weights = np.random.default_rng(4).permutation(CASES), np.ones((1, CASES))
+    function = METRICS[name].functions[task]
+    one, two = function(predictions, targets, weights), function(predictions[order], targets[order], weights)
+    np.testing.assert_allclose(one, two, atol=1e-12)
+
+
+@every_mask_metric
+def test_equal_masks_have_the_best_value_and_others_are_within_the_limits(name: str) -> None:
+    metric, (prediction, truth) = METRICS[name], draw_masks(0)
+    assert metric.mask_function
+    best, value = (metric.mask_function(mask, truth, [0.7, 1.0, 3.0]) for mask in (truth, prediction))
+    assert isinstance(value, float)
+    assert best == pytest.approx(metric.limits[1] if metric.higher_is_better else metric.limits[0])
+    assert metric.limits[0] <= value <= metric.limits[1]
+    assert value < best if metric.higher_is_better else value > best
+
+
+def make_rows(task: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of an evaluation, as `Task.score_case` returns them with their keys, and the classes."""
+    predictions, targets, _ = draw_cases(task, 5)
+    keys = [{"image": f"i{n}", "subject": f"s{n}"} for n in range(CASES)]
+    if task == "segmentation":
+        return [{**key, "class": "it", **dict.fromkeys(TASKS[task].metrics, 0.5)} for key in keys], ["it"]
+    if task == "regression":
+        columns = zip(keys, predictions, targets, strict=True)
+        return [{**key, "class": "value", "predicted_value": p, "true_value": t} for key, p, t in columns], ["value"]
+    if task == "multi_label":
+        columns = zip(keys, predictions, np.where(targets, "present", "absent"), strict=True)
+        return [{**key, "class": "it", "probability": p, "label": str(t)} for key, p, t in columns], ["it"]
+    classes, rows = ["a", "b", "c"], []
+    for key, probabilities, label in zip(keys, predictions, targets, strict=True):
+        parts = zip(classes, probabilities, strict=True)
+        rows += [{**key, "class": name, "probability": p, "label": classes[label]} for name, p in parts]
+    return rows, classes
+
+
+@pytest.mark.parametrize(("name", "task"), [(name, task) for name, metric in METRICS.items() for task in metric.tasks])
+def test_a_metric_is_evaluated_compared_and_studied_and_has_a_title_in_reports(name: str, task: str) -> None:
+    rows, classes = make_rows(task)
+    metrics = TASKS[task].summarise_cases(rows, classes, resamples=50)
+    keys = [key for key in metrics if key == name or key.startswith(f"{name}_")]
+    assert keys
+    for key in keys:
+        assert math.isfinite(metrics[key]["value"] or math.nan), key
+        assert METRICS[name].title in metric_name(key)
+        assert METRICS[name].unit in metric_name(key)
+    assert TASKS[task].compare_cases(rows, rows, classes)[keys[0]]["value"] == pytest.approx(0)
+    if TASKS[task].in_studies:
+        cases = [TASKS[task].to_study_rows(rows[n : n + len(classes)]) for n in range(0, len(rows), len(classes))]
+        columns = {column: np.array([dict(case)[column] for case in cases]) for column, _ in cases[0]}
+        statistics = TASKS[task].study_statistics(columns, classes)
+        assert set(keys) <= set(statistics)
+        (value,) = statistics[keys[0]](np.ones((1, CASES)))
+        assert value == pytest.approx(metrics[keys[0]]["value"])
+
+
+def test_the_primary_metric_of_a_task_is_the_first() -> None:
+    primary = {name: task.metric for name, task in TASKS.items()}
+    assert primary == {
+        "segmentation": "dice",
+        "classification": "auroc",
+        "multi_label": "auroc",
+        "regression": "r2",
+    }
