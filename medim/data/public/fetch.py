@@ -22,7 +22,7 @@ from typing import Any
 from medim.data.public.archives import unpack_archive
 from medim.data.public.catalog import PUBLIC_SETS, PublicSet
 from medim.data.public.download import download_file
-from medim.data.public.tcia import check_series, list_series
+from medim.data.public.tcia import check_series, is_series_entry, list_series
 from medim.files import cache_folder, file_sha256, read_json, write_json, write_text
 from medim.types import Modality, UsageError, UserError
 
@@ -132,6 +132,10 @@ def resolve_data_argument(data: Path, modality: Modality) -> Path:
 def _lock_folder(folder: Path, name: str) -> Iterator[None]:
     """Lock the folder for this process; other processes wait. A folder that stays empty is removed again."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    work_folder = folder / ".download"
+    links = [work_folder, *(work_folder.iterdir() if work_folder.is_dir() else ())]
+    if any(path.is_symlink() for path in links):
+        raise UserError(f"{work_folder}: expected no links in this folder. Remove it, and run the same command again.")
     if folder.is_file() or (names - {".medim"} and not names & {".download", "fetched.json"}):
         raise UserError(
             f"{folder}: expected a new or empty folder, or one that `medim fetch` made. Choose another --out."
@@ -232,6 +236,7 @@ def _load_manifest(folder: Path, name: str, pause: Callable[[float], None] = tim
         manifest = read_json(path)
         if manifest.get("name") != name or manifest.get("schema_version") != SCHEMA_VERSION:
             raise UserError(f"{folder}: expected {name}, got {manifest.get('name')}. Choose another --out.")
+        _check_manifest_sources(path, manifest, PUBLIC_SETS[name])
         return manifest
     public_set = PUBLIC_SETS[name]
     (folder / ".download").mkdir(exist_ok=True)
@@ -247,10 +252,41 @@ def _load_manifest(folder: Path, name: str, pause: Callable[[float], None] = tim
     }
 
 
+def _check_manifest_sources(path: Path, manifest: dict[str, Any], public_set: PublicSet) -> None:
+    """Compare the addresses, file names and publisher's checksums of `fetched.json` with the catalog.
+
+    A folder may come from elsewhere: it must not name other addresses, or files outside the folder.
+
+    Raises:
+        UserError: an entry differs from the catalog.
+    """
+    archives = manifest.get("archives")
+    entries = archives if isinstance(archives, list) and all(isinstance(row, dict) for row in archives) else []
+    if public_set.collection is not None:
+        is_valid = bool(entries) and all(map(is_series_entry, entries))
+    else:
+        keys = ("url", "file", "archive", "expected")
+        expected = [
+            ({key: row[key] for key in keys}, row["publisher"]["md5"]) for row in _list_catalog_files(public_set)
+        ]
+        is_valid = expected == [
+            ({key: row.get(key) for key in keys}, (row.get("publisher") or {}).get("md5")) for row in entries
+        ]
+    if not is_valid:
+        raise UserError(
+            f"{path}: expected the files of this version's catalog, got others. Use another --out to download them."
+        )
+
+
 def _list_downloads(public_set: PublicSet, work_folder: Path, pause: Callable[[float], None]) -> list[dict[str, Any]]:
     """List the files or series to download."""
     if public_set.collection is not None:
         return list_series(public_set.collection, public_set.dicom, work_folder, pause)
+    return _list_catalog_files(public_set)
+
+
+def _list_catalog_files(public_set: PublicSet) -> list[dict[str, Any]]:
+    """List the files of a data set that are not series of a collection, without downloaded files."""
     return [
         {
             "url": file.url,

@@ -20,6 +20,7 @@ from medim.data.public.download import compute_digest, download_file
 from medim.types import UserError
 
 API_URL = "https://services.cancerimagingarchive.net/nbia-api/services/v4"
+_UID_PATTERN = re.compile(r"[0-9]+(\.[0-9]+)+")
 _FILES_WITHOUT_MD5 = {"LICENSE"}  # files of the zip that have no md5
 
 
@@ -78,6 +79,24 @@ def check_series(folder: Path, entry: dict[str, Any]) -> None:
     table.unlink()
 
 
+def is_series_entry(entry: dict[str, Any]) -> bool:
+    """Whether an entry of `fetched.json` downloads a series from the archive into a folder named by its UID."""
+    series, publisher = entry.get("file"), entry.get("publisher")
+    return (
+        isinstance(series, str)
+        and _UID_PATTERN.fullmatch(series) is not None
+        and entry.get("url") == _series_url(series)
+        and entry.get("archive") is True
+        and isinstance(entry.get("expected"), dict)
+        and isinstance(publisher, dict)
+        and publisher.get("md5") is None
+    )
+
+
+def _series_url(series: str) -> str:
+    return f"{API_URL}/getImageWithMD5Hash?{urlencode({'SeriesInstanceUID': series})}"
+
+
 def _parse_series_list(response_path: Path, collection: str) -> list[Any]:
     """Parse the response of the archive; an empty response is an empty list."""
     text = response_path.read_text(encoding="utf-8", errors="replace")
@@ -95,12 +114,12 @@ def _parse_series_list(response_path: Path, collection: str) -> list[Any]:
 def _build_series_entry(row: Any, collection: str) -> dict[str, Any]:
     """Convert a series to an entry of `fetched.json`, without patient data."""
     series = str(row.get("SeriesInstanceUID")) if isinstance(row, dict) else ""
-    if not re.fullmatch(r"[0-9]+(\.[0-9]+)+", series):
+    if not _UID_PATTERN.fullmatch(series):
         raise UserError(
             f"{API_URL}: expected series of {collection}, got one without a SeriesInstanceUID. Try again later."
         )
     return {
-        "url": f"{API_URL}/getImageWithMD5Hash?{urlencode({'SeriesInstanceUID': series})}",
+        "url": _series_url(series),
         "file": series,
         "archive": True,
         "publisher": {"md5": None, "from": "md5hashes.csv, sent with the images", "matched": None},

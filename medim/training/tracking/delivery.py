@@ -93,11 +93,24 @@ def _send_record(client: MlflowClient, outbox: Outbox, record: OutboxRecord) -> 
     elif "tags" in record:
         client.log_batch(run, tags=[RunTag(key, value) for key, value in record["tags"].items()])
     elif "artifact" in record:
-        client.log_artifact(run, str(outbox.out / record["artifact"]), record["to"] or None)
+        client.log_artifact(run, str(_locate_artifact(outbox.out, record["artifact"])), record["to"] or None)
     elif "model" in record:
         _register_encoder(client, run, outbox.out, record["model"])
     else:
         client.set_terminated(run, record["end"])
+
+
+def _locate_artifact(out: Path, name: str) -> Path:
+    """Locate a file of a run by its name relative to the run's folder.
+
+    Raises:
+        FileNotFoundError: it does not exist or is outside the folder. The records of a run from elsewhere must not send
+            other files of this machine to the tracking server.
+    """
+    path = (out / name).resolve()
+    if not path.is_relative_to(out.resolve()) or not path.is_file():
+        raise FileNotFoundError(f"{name[:80]!r} is no file of the run")
+    return path
 
 
 def _resume_or_create_run(

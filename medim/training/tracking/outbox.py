@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from medim.files import read_json, write_json, write_text
+from medim.types import UserError
 
 log = logging.getLogger(__name__)
 OutboxRecord = dict[str, Any]
@@ -41,7 +42,7 @@ class Outbox:
         self.out = out
         self._path = out / RECORDS
         self._lock = threading.Lock()
-        self.state: dict[str, Any] = read_json(out / STATE) if (out / STATE).is_file() else {}
+        self.state = _read_state(out / STATE)
         self.last: dict[str, int] = self.state.setdefault("last", {})
         self._pending = self._read_pending()
         for record in self._pending:
@@ -95,6 +96,23 @@ class Outbox:
                 self.state["sent"] = 0
                 write_json(self.out / STATE, self.state)
                 self._path.unlink(missing_ok=True)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """Read the state of the delivery; an invalid file is logged, and all records are sent again."""
+    if not path.is_file():
+        return {}
+    try:
+        state = read_json(path)
+        run, sent, last = state.get("run"), state.get("sent", 0), state.get("last", {})
+        if not isinstance(run, str | None) or not isinstance(last, dict):
+            raise UserError(f"{path}: expected a run id and a table of steps.")
+        if not all(type(step) is int and step >= 0 for step in (sent, *last.values())):
+            raise UserError(f"{path}: expected steps and counts of 0 or more.")
+    except UserError as error:
+        log.warning("tracking: the state of the delivery is ignored (%s)", error)
+        return {}
+    return state
 
 
 def _parse_record(line: str) -> OutboxRecord | None:

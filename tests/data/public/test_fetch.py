@@ -10,6 +10,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import nibabel
@@ -165,6 +166,43 @@ def test_an_archive_becomes_a_folder_that_is_read_like_any_other(publisher: Publ
     (tmp_path / "set" / "Tiny" / "labelsTr" / "a.nii.gz").unlink()
     with pytest.raises(UserError, match="missing or changed"):
         bring("Tiny", tmp_path / "set")
+
+
+OUTSIDE: list[dict[str, Any]] = [
+    {"file": "../../outside"},
+    {"file": "/tmp/outside"},
+    {"url": "https://example.org/other"},
+    {"publisher": None},
+]
+WRONG_FILE: list[dict[str, Any]] = [{"publisher": {"md5": None, "from": None, "matched": None}}, {"archive": True}]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [*(("pictures", change) for change in OUTSIDE + WRONG_FILE), *(("Collection", change) for change in OUTSIDE)],
+    ids=str,
+)
+def test_a_folder_from_elsewhere_decides_neither_address_nor_file(
+    publisher: Publisher, tmp_path: Path, name: str, change: dict[str, Any]
+) -> None:
+    bring(name, tmp_path / "a" / "set")
+    record_path = tmp_path / "a" / "set" / "fetched.json"
+    record = json.loads(record_path.read_text())
+    record["archives"][0] |= {"sha256": None, **change}
+    record_path.write_text(json.dumps(record))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="expected the files of this version's catalog"):
+        bring(name, tmp_path / "a" / "set")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_link_in_the_download_folder_is_not_followed(publisher: Publisher, tmp_path: Path) -> None:
+    (tmp_path / "set" / ".download").mkdir(parents=True)
+    (tmp_path / "set" / ".medim").touch()
+    (tmp_path / "set" / ".download" / "pictures.npz").symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match="expected no links"):
+        bring("pictures", tmp_path / "set")
+    assert not (tmp_path / "outside").exists()
 
 
 def test_what_was_removed_comes_again_and_must_be_what_it_was(publisher: Publisher, tmp_path: Path) -> None:

@@ -127,3 +127,19 @@ def test_what_is_measured_is_sent_with_the_rest(tmp_path: Path) -> None:
         pass
     assert courier.finish(10) == 0
     assert server.got[0] == {"busy": 1}
+
+
+@pytest.mark.parametrize(
+    "content", ['{"run": 5, "sent": -4}', '{"run": "a", "sent": -4}', '{"last": 3}', '{"last": {"a": "b"}}', "[", "[]"]
+)
+def test_an_invalid_delivery_state_is_reported_and_all_records_are_sent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    (tmp_path / RECORDS).write_text('{"n": 0}\n{"n": 1}\n')
+    (tmp_path / STATE).write_text(content)
+    outbox, server = Outbox(tmp_path), Server()
+    sender = OutboxSender(outbox, server)
+    sender.start()
+    assert sender.finish(10) == 0
+    assert [record["n"] for record in server.got] == [0, 1]
+    assert "the state of the delivery is ignored" in caplog.text

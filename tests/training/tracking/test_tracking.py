@@ -135,6 +135,25 @@ def test_what_a_server_refuses_is_told_and_the_rest_goes_on(
     assert run_of(tmp_path).data.metrics["loss"] == 1.0
 
 
+def test_only_files_inside_the_folder_of_the_run_are_sent(
+    pretrain_config: PretrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    (tmp_path / "id_rsa").write_text("secret")
+    (run_folder / "link.txt").symlink_to(tmp_path / "id_rsa")
+    (run_folder / "loss.csv").write_text("step\n")
+    names = (str(tmp_path / "id_rsa"), "../id_rsa", "link.txt", "loss.csv")
+    with track_run("pretrain", pretrain_config, run_folder, seed=0, index_hash="x") as tracker:
+        for name in names:
+            tracker.add({"artifact": name, "to": ""})
+    run = run_of(run_folder)
+    sent = {file.path for file in MlflowClient(tracking_uri()).list_artifacts(run.info.run_id)}
+    assert "loss.csv" in sent
+    assert not sent & {"id_rsa", "link.txt"}
+    assert caplog.text.count("artifact was rejected") == 3
+
+
 def test_a_resume_waits_for_a_server_that_is_away_where_a_new_run_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

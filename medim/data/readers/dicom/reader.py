@@ -323,8 +323,7 @@ def _build_images(group: Sequence[DicomFile]) -> CollectionResult:
         return images, [] if images else [_reject_files(group, rejected[0][1])]
     images, rejected_files = [], []
     has_unplaced_damage = any(group[index].damaged for indices, _ in rejected for index in indices)
-    quality = ("damaged-neighbour",) if has_unplaced_damage else ()
-    quality += _find_missing_numbers(group, stacks)
+    series_quality = ("damaged-neighbour",) * has_unplaced_damage + _find_missing_numbers(group, stacks)
     for indices, error in rejected:
         if members := [group[index] for index in sorted(indices) if not group[index].damaged]:
             rejected_files.append(_reject_files(members, error))
@@ -332,7 +331,7 @@ def _build_images(group: Sequence[DicomFile]) -> CollectionResult:
         members = [group[index] for index in sorted(volume_stack.order)]
         complete = [instance for instance in members if not instance.damaged]
         if complete == members:
-            images.append(_build_image_info(members, volume_stack, quality))
+            images.append(_build_image_info(members, volume_stack, series_quality))
         elif complete:
             detail = f"{len(members) - len(complete)} of {len(members)} slices are damaged, see their own rows"
             rejected_files.append(_reject_files(complete, ReadError("incomplete-series", detail)))
