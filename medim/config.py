@@ -70,7 +70,9 @@ class RunConfig(_StrictConfig):
     """Settings common to all runs. The hash of the resolved config identifies the run."""
 
     name: str = Field(
-        "custom", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the preset that the run is based on"
+        "custom",
+        pattern=r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*$",
+        description="name of the preset that the run is based on",
     )
     modality: Modality = Field(description="mri or xray")
     preprocessing: list[Section] = Field(description="deterministic steps; saved with the encoder")

@@ -14,21 +14,19 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from medim.data.public.archives import unpack_archive
 from medim.data.public.catalog import PUBLIC_SETS, PublicSet
 from medim.data.public.download import download_file
+from medim.data.public.manifest import SCHEMA_VERSION, Download, Manifest, read_manifest
 from medim.data.public.tcia import check_series, is_series_entry, list_series
-from medim.files import cache_folder, file_sha256, read_json, write_json, write_text
+from medim.files import cache_folder, file_sha256, write_json, write_text
 from medim.types import Modality, UsageError, UserError
 
 log = logging.getLogger(__name__)
-
-SCHEMA_VERSION = 1  # of `fetched.json`
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class FetchResult:
     folder: Path
     file_count: int
     is_new: bool
-    manifest: dict[str, Any]
+    manifest: Manifest
 
 
 def fetch_public_set(
@@ -82,7 +80,7 @@ def fetch_public_set(
                     folder, manifest, number, checksums, progress if len(manifest["archives"]) == 1 else None, pause
                 )
             if progress and len(manifest["archives"]) > 1:
-                sizes = [entry["expected"]["bytes"] for entry in manifest["archives"]]
+                sizes = [entry["expected"]["bytes"] if entry["expected"] else 0 for entry in manifest["archives"]]
                 progress(sum(sizes[: number + 1]), sum(sizes))
         shutil.rmtree(folder / ".download", ignore_errors=True)
     return FetchResult(folder=folder, file_count=len(checksums), is_new=is_new, manifest=manifest)
@@ -122,8 +120,8 @@ def resolve_data_argument(data: Path, modality: Modality) -> Path:
             f"{PUBLIC_SETS[set_name].modality} images."
         )
     folder = locate_public_folder(set_name)
-    manifest = read_json(folder / "fetched.json") if (folder / "fetched.json").is_file() else {"archives": [{}]}
-    if not all(entry.get("sha256") and (folder / entry["file"]).exists() for entry in manifest["archives"]):
+    archives = read_manifest(folder / "fetched.json")["archives"] if (folder / "fetched.json").is_file() else []
+    if not archives or not all(entry["sha256"] and (folder / entry["file"]).exists() for entry in archives):
         raise UserError(f"--data {data}: this public data set is missing or incomplete. Run: medim fetch {set_name}")
     return folder
 
@@ -179,7 +177,7 @@ def _acquire_lock(marker: Path) -> Iterator[None]:
 
 def _download_entry(
     folder: Path,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     number: int,
     checksums: dict[str, str],
     progress: Callable[[int, int], None] | None,
@@ -229,13 +227,13 @@ def _download_entry(
     download_path.unlink(missing_ok=True)
 
 
-def _load_manifest(folder: Path, name: str, pause: Callable[[float], None] = time.sleep) -> dict[str, Any]:
+def _load_manifest(folder: Path, name: str, pause: Callable[[float], None] = time.sleep) -> Manifest:
     """Load the record of a folder, or create a new one without downloaded files."""
     path = folder / "fetched.json"
     if path.is_file():
-        manifest = read_json(path)
-        if manifest.get("name") != name or manifest.get("schema_version") != SCHEMA_VERSION:
-            raise UserError(f"{folder}: expected {name}, got {manifest.get('name')}. Choose another --out.")
+        manifest = read_manifest(path)
+        if manifest["name"] != name or manifest["schema_version"] != SCHEMA_VERSION:
+            raise UserError(f"{folder}: expected {name}, got {manifest['name']}. Choose another --out.")
         _check_manifest_sources(path, manifest, PUBLIC_SETS[name])
         return manifest
     public_set = PUBLIC_SETS[name]
@@ -252,7 +250,7 @@ def _load_manifest(folder: Path, name: str, pause: Callable[[float], None] = tim
     }
 
 
-def _check_manifest_sources(path: Path, manifest: dict[str, Any], public_set: PublicSet) -> None:
+def _check_manifest_sources(path: Path, manifest: Manifest, public_set: PublicSet) -> None:
     """Compare the addresses, file names and publisher's checksums of `fetched.json` with the catalog.
 
     A folder may come from elsewhere: it must not name other addresses, or files outside the folder.
@@ -260,32 +258,30 @@ def _check_manifest_sources(path: Path, manifest: dict[str, Any], public_set: Pu
     Raises:
         UserError: an entry differs from the catalog.
     """
-    archives = manifest.get("archives")
-    entries = archives if isinstance(archives, list) and all(isinstance(row, dict) for row in archives) else []
+
+    def list_origins(entries: Iterable[Download]) -> list[tuple[object, ...]]:
+        """List the fields of entries that the catalog determines."""
+        return [(row["url"], row["file"], row["archive"], row["expected"], row["publisher"]["md5"]) for row in entries]
+
+    entries = manifest["archives"]
     if public_set.collection is not None:
         is_valid = bool(entries) and all(map(is_series_entry, entries))
     else:
-        keys = ("url", "file", "archive", "expected")
-        expected = [
-            ({key: row[key] for key in keys}, row["publisher"]["md5"]) for row in _list_catalog_files(public_set)
-        ]
-        is_valid = expected == [
-            ({key: row.get(key) for key in keys}, (row.get("publisher") or {}).get("md5")) for row in entries
-        ]
+        is_valid = list_origins(entries) == list_origins(_list_catalog_files(public_set))
     if not is_valid:
         raise UserError(
             f"{path}: expected the files of this version's catalog, got others. Use another --out to download them."
         )
 
 
-def _list_downloads(public_set: PublicSet, work_folder: Path, pause: Callable[[float], None]) -> list[dict[str, Any]]:
+def _list_downloads(public_set: PublicSet, work_folder: Path, pause: Callable[[float], None]) -> list[Download]:
     """List the files or series to download."""
     if public_set.collection is not None:
         return list_series(public_set.collection, public_set.dicom, work_folder, pause)
     return _list_catalog_files(public_set)
 
 
-def _list_catalog_files(public_set: PublicSet) -> list[dict[str, Any]]:
+def _list_catalog_files(public_set: PublicSet) -> list[Download]:
     """List the files of a data set that are not series of a collection, without downloaded files."""
     return [
         {

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from medim.data.public.download import compute_digest, download_file
+from medim.data.public.manifest import Download
 from medim.types import UserError
 
 API_URL = "https://services.cancerimagingarchive.net/nbia-api/services/v4"
@@ -26,7 +27,7 @@ _FILES_WITHOUT_MD5 = {"LICENSE"}  # files of the zip that have no md5
 
 def list_series(
     collection: str, modalities: Sequence[str], work_folder: Path, pause: Callable[[float], None] = time.sleep
-) -> list[dict[str, Any]]:
+) -> list[Download]:
     """List the series of a collection with given DICOM modalities, as entries of `fetched.json`.
 
     Args:
@@ -53,7 +54,7 @@ def list_series(
     return sorted(entries, key=lambda entry: str(entry["file"]))
 
 
-def check_series(folder: Path, entry: dict[str, Any]) -> None:
+def check_series(folder: Path, entry: Download) -> None:
     """Compare an extracted series with its md5 list from the archive, and remove the list.
 
     Raises:
@@ -67,7 +68,7 @@ def check_series(folder: Path, entry: dict[str, Any]) -> None:
     with table.open(newline="", encoding="utf-8-sig") as lines:
         expected_md5 = {row["Filename"]: row["MD5Hash"].lower() for row in csv.DictReader(lines)}
     file_names = {path.name for path in folder.iterdir()} - {table.name} - _FILES_WITHOUT_MD5
-    image_count = entry["expected"]["images"]
+    image_count = entry["expected"]["images"] if entry["expected"] else 0
     if file_names != set(expected_md5) or len(expected_md5) != image_count:
         raise UserError(
             f"{entry['url']}: expected {image_count} files, got {len(file_names)}, and "
@@ -79,17 +80,14 @@ def check_series(folder: Path, entry: dict[str, Any]) -> None:
     table.unlink()
 
 
-def is_series_entry(entry: dict[str, Any]) -> bool:
+def is_series_entry(entry: Download) -> bool:
     """Whether an entry of `fetched.json` downloads a series from the archive into a folder named by its UID."""
-    series, publisher = entry.get("file"), entry.get("publisher")
     return (
-        isinstance(series, str)
-        and _UID_PATTERN.fullmatch(series) is not None
-        and entry.get("url") == _series_url(series)
-        and entry.get("archive") is True
-        and isinstance(entry.get("expected"), dict)
-        and isinstance(publisher, dict)
-        and publisher.get("md5") is None
+        _UID_PATTERN.fullmatch(entry["file"]) is not None
+        and entry["url"] == _series_url(entry["file"])
+        and entry["archive"]
+        and entry["expected"] is not None
+        and entry["publisher"]["md5"] is None
     )
 
 
@@ -111,7 +109,7 @@ def _parse_series_list(response_path: Path, collection: str) -> list[Any]:
     return rows
 
 
-def _build_series_entry(row: Any, collection: str) -> dict[str, Any]:
+def _build_series_entry(row: Any, collection: str) -> Download:
     """Convert a series to an entry of `fetched.json`, without patient data."""
     series = str(row.get("SeriesInstanceUID")) if isinstance(row, dict) else ""
     if not _UID_PATTERN.fullmatch(series):
