@@ -51,9 +51,9 @@ CEILINGS: dict[str, Ratchet] = {
     "thing_verbs_in_docstrings": Ratchet(4, goal=4),
     "thing_verbs_in_messages": Ratchet(4, goal=4),
     "thing_verbs_in_docs": Ratchet(4, goal=4),
-    "long_functions": Ratchet(3, goal=3),
-    "untyped_dicts": Ratchet(177, goal=80),
-    "functions_with_many_parameters": Ratchet(11, goal=10),
+    "long_functions": Ratchet(0, goal=0),
+    "untyped_dicts": Ratchet(166, goal=80),
+    "functions_with_many_parameters": Ratchet(10, goal=10),
     "documented_names_without_example": Ratchet(0, goal=0),
     "long_commit_subjects": Ratchet(0, goal=0),
 }

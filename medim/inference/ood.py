@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import safetensors.numpy
@@ -53,7 +53,7 @@ class OODResult:
         return None if self.score is None else self.score > 1
 
     @property
-    def columns(self) -> dict[str, Any]:
+    def columns(self) -> dict[str, float | str | None]:
         """Columns of tables and keys of JSON files."""
         score = None if self.score is None else float(f"{self.score:.4g}")
         return {"ood_score": score, "ood": self.ood, "ood_by": self.feature_group}

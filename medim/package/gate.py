@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-GateResult = dict[str, Any]  # verdict (pass, fail or not run), measured, allowed, and details
+GateResult = dict[str, object]  # verdict (pass, fail or not run), measured, allowed, and details
 
 
-def gate_result(measured: float, allowed: float, *, ok: bool | None = None, **details: Any) -> GateResult:
+def gate_result(measured: float, allowed: float, *, ok: bool | None = None, **details: object) -> GateResult:
     """Build the result of a gate; if `ok` is None, the gate passes if `measured <= allowed`."""
     is_pass = measured <= allowed if ok is None else ok
     return {"verdict": "pass" if is_pass else "fail", "measured": measured, "allowed": allowed, **details}

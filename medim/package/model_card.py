@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from medim.package.contract import NOT_REPORTED, Contract, PackageError
 from medim.package.gate import GateResult
 
+CardFields = dict[str, object]  # value of each field of a section; None: not reported
 CARD_FILE, CARD_PAGE = "model_card.json", "MODEL_CARD.md"
 # Sections and fields with their item of CLAIM 2024 (Tejani et al. 2024, doi 10.1148/ryai.240300). Fields without an
 # item are from the CHAI Applied Model Card. An empty field has the value "not reported".
@@ -99,8 +100,8 @@ class ModelCard(BaseModel):
     schema_version: Literal[1] = 1
     title: str
     banner: str
-    sections: dict[str, dict[str, Any]]
-    gates: dict[str, dict[str, Any]]
+    sections: dict[str, CardFields]
+    gates: dict[str, GateResult]
     not_reported: int
 
     @model_validator(mode="after")
@@ -149,53 +150,17 @@ def build_model_card(
         summary: content of the run's `summary.json`; empty if the run has none.
         licence: whether the package has a licence for its weights.
     """
-    spec, provenance = contract.spec, contract.provenance
-    objectives = summary.get("objectives")
-    values: dict[str, dict[str, Any]] = {
-        "Identity": {
-            "name": contract.name,
-            "version": contract.version,
-            "licence": "see LICENSE" if licence else None,
-            "code": f"medim {provenance['medim']}" if "medim" in provenance else None,
-        },
+    values: dict[str, CardFields] = {
+        "Identity": _describe_identity(contract, licence=licence),
         "Intended use": {"intended use": contract.intended_use, "not for": contract.not_for},
-        "Model": {
-            "kind": contract.kind,
-            "modality": contract.modality,
-            "input": f"{contract.spatial_dims}D, {contract.in_channels} channel(s)",
-            "classes": ", ".join(contract.classes) or "none: the output is a feature vector",
-            "encoder": _format_card_section(spec.encoder),
-            "decoder and head": ", ".join(_format_card_section(p) for p in (spec.decoder, spec.head) if p) or "none",
-            "parent encoder (sha256)": provenance.get("parent"),
-            "weights (sha256)": spec.sha256,
-            "explainability": "mutual-information map" if contract.score_map else None,
-        },
-        "Data": {
-            "preprocessing": "; ".join(_format_card_section(step, "op") for step in contract.preprocess) or "none",
-            "split": "by subject, or predefined by the source" if "split_seed" in provenance else None,
-            "labelled images": summary.get("labelled"),
-            "index (sha256)": provenance.get("index_hash"),
-        },
-        "Training": {
-            "software": ", ".join(
-                f"{name} {provenance[name]}" for name in ("medim", "torch", "lightning") if name in provenance
-            )
-            or None,
-            "initial weights": {"scratch": "random", "pretrained": "parent encoder"}.get(summary.get("init", "")),
-            "objectives": ", ".join(f"{name} (weight {w})" for name, w in objectives.items()) if objectives else None,
-            "steps": summary.get("steps"),
-            "seed": provenance.get("seed"),
-            "configuration (sha256)": provenance.get("config_hash"),
-            "selection of the model": "none: last step of a fixed schedule" if "steps" in summary else None,
-            "inference": _format_card_section(contract.inference, "mode"),
-        },
-        "Oversight": {
-            "monitoring": f"out-of-distribution detector: {contract.reference}" if contract.reference else None
-        },
+        "Model": _describe_model(contract),
+        "Data": _describe_data(contract, summary),
+        "Training": _describe_training(contract, summary),
+        "Oversight": _describe_oversight(contract),
         "Evaluation": {"on the run's validation split": dict(contract.metrics) or None},
     }
     sections = {
-        section: {name: _fill_not_reported(values.get(section, {}).get(name)) for name in fields}
+        section: {name: _fill_not_reported(values[section].get(name)) for name in fields}
         for section, fields in FIELDS.items()
     }
     return ModelCard(
@@ -205,6 +170,61 @@ def build_model_card(
         gates={name: dict(gate) for name, gate in gates.items()},
         not_reported=_count_not_reported(sections),
     )
+
+
+def _describe_identity(contract: Contract, *, licence: bool) -> CardFields:
+    provenance = contract.provenance
+    return {
+        "name": contract.name,
+        "version": contract.version,
+        "licence": "see LICENSE" if licence else None,
+        "code": f"medim {provenance['medim']}" if "medim" in provenance else None,
+    }
+
+
+def _describe_model(contract: Contract) -> CardFields:
+    spec = contract.spec
+    return {
+        "kind": contract.kind,
+        "modality": contract.modality,
+        "input": f"{contract.spatial_dims}D, {contract.in_channels} channel(s)",
+        "classes": ", ".join(contract.classes) or "none: the output is a feature vector",
+        "encoder": _format_card_section(spec.encoder),
+        "decoder and head": ", ".join(_format_card_section(p) for p in (spec.decoder, spec.head) if p) or "none",
+        "parent encoder (sha256)": contract.provenance.get("parent"),
+        "weights (sha256)": spec.sha256,
+        "explainability": "mutual-information map" if contract.score_map else None,
+    }
+
+
+def _describe_data(contract: Contract, summary: Mapping[str, Any]) -> CardFields:
+    provenance = contract.provenance
+    return {
+        "preprocessing": "; ".join(_format_card_section(step, "op") for step in contract.preprocess) or "none",
+        "split": "by subject, or predefined by the source" if "split_seed" in provenance else None,
+        "labelled images": summary.get("labelled"),
+        "index (sha256)": provenance.get("index_hash"),
+    }
+
+
+def _describe_training(contract: Contract, summary: Mapping[str, Any]) -> CardFields:
+    provenance, objectives = contract.provenance, summary.get("objectives")
+    versions = [f"{name} {provenance[name]}" for name in ("medim", "torch", "lightning") if name in provenance]
+    return {
+        "software": ", ".join(versions) or None,
+        "initial weights": {"scratch": "random", "pretrained": "parent encoder"}.get(summary.get("init", "")),
+        "objectives": ", ".join(f"{name} (weight {w})" for name, w in objectives.items()) if objectives else None,
+        "steps": summary.get("steps"),
+        "seed": provenance.get("seed"),
+        "configuration (sha256)": provenance.get("config_hash"),
+        "selection of the model": "none: last step of a fixed schedule" if "steps" in summary else None,
+        "inference": _format_card_section(contract.inference, "mode"),
+    }
+
+
+def _describe_oversight(contract: Contract) -> CardFields:
+    detector = f"out-of-distribution detector: {contract.reference}" if contract.reference else None
+    return {"monitoring": detector}
 
 
 def parse_model_card(data: bytes) -> ModelCard:
@@ -222,29 +242,29 @@ def parse_model_card(data: bytes) -> ModelCard:
         ) from None
 
 
-def _fill_not_reported(value: Any) -> Any:
+def _fill_not_reported(value: object) -> object:
     return NOT_REPORTED if value in (None, "") else value
 
 
-def _count_not_reported(sections: Mapping[str, Mapping[str, Any]]) -> int:
+def _count_not_reported(sections: Mapping[str, Mapping[str, object]]) -> int:
     return sum(value == NOT_REPORTED for fields in sections.values() for value in fields.values())
 
 
-def _format_card_section(section: Mapping[str, Any], key: str = "name") -> str:
+def _format_card_section(section: Mapping[str, object], key: str = "name") -> str:
     options = ", ".join(f"{name} {value}" for name, value in section.items() if name != key)
     return str(section[key]) + (f" ({options})" if options else "")
 
 
-def _flatten_card_metrics(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def _flatten_card_metrics(metrics: Mapping[str, object], prefix: str) -> CardFields:
     """Flatten nested metrics to one level with names such as `a.b`."""
-    out: dict[str, Any] = {}
+    out: CardFields = {}
     for name, value in metrics.items():
         key = f"{prefix}: {name}" if ":" not in prefix else f"{prefix}.{name}"
         out |= _flatten_card_metrics(value, key) if isinstance(value, Mapping) else {key: value}
     return out
 
 
-def _format_card_cell(value: Any) -> str:
+def _format_card_cell(value: object) -> str:
     if value == NOT_REPORTED:
         return f"**{NOT_REPORTED}**"
     text = f"{value:.4g}" if isinstance(value, float) else str(value)

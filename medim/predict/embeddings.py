@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,37 +17,51 @@ SCHEMA_VERSION = 1
 OOD_COLUMNS = tuple(OODResult().columns)
 
 
-def _encode_npz(
-    images: Sequence[str], subjects: Sequence[str], features: Array, ood_results: Sequence[OODResult]
-) -> bytes:
+class FeatureRow(NamedTuple):
+    """Features of one image.
+
+    Attributes:
+        image: key of the image.
+        subject: pseudonym of the subject.
+        features: (d,).
+        ood_result: distance of the image to the training images.
+    """
+
+    image: str
+    subject: str
+    features: Array
+    ood_result: OODResult
+
+
+def stack_features(rows: Sequence[FeatureRow]) -> Array:
+    """Stack the features of all rows: (N, d) float32."""
+    return np.stack([row.features for row in rows]).astype(np.float32)
+
+
+def _encode_npz(rows: Sequence[FeatureRow]) -> bytes:
     buffer = io.BytesIO()
     arrays: dict[str, Array] = {
         "schema_version": np.asarray(SCHEMA_VERSION, np.int64),
-        "image": np.asarray(images, np.str_),
-        "subject": np.asarray(subjects, np.str_),
-        "features": features,
-        **_build_ood_arrays(ood_results),
+        "image": np.asarray([row.image for row in rows], np.str_),
+        "subject": np.asarray([row.subject for row in rows], np.str_),
+        "features": stack_features(rows),
+        **_build_ood_arrays([row.ood_result for row in rows]),
     }
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()
 
 
-def _encode_csv(
-    images: Sequence[str], subjects: Sequence[str], features: Array, ood_results: Sequence[OODResult]
-) -> bytes:
-    text = io.StringIO()
+def _encode_csv(rows: Sequence[FeatureRow]) -> bytes:
+    text, features = io.StringIO(), stack_features(rows)
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", "subject", *(f"f{i}" for i in range(features.shape[1])), *OOD_COLUMNS])
-    for image, subject, row, ood_result in zip(images, subjects, features, ood_results, strict=True):
-        writer.writerow(
-            [image, subject, *map(str, row), *ood_result.columns.values()]
-        )  # shortest decimal representation of each float32
+    for row, values in zip(rows, features, strict=True):
+        shortest_decimals = map(str, values)  # of float32
+        writer.writerow([row.image, row.subject, *shortest_decimals, *row.ood_result.columns.values()])
     return text.getvalue().encode()
 
 
-def _encode_parquet(
-    images: Sequence[str], subjects: Sequence[str], features: Array, ood_results: Sequence[OODResult]
-) -> bytes:
+def _encode_parquet(rows: Sequence[FeatureRow]) -> bytes:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -54,10 +69,13 @@ def _encode_parquet(
         raise UserError(
             f".parquet: pyarrow is not installed. Run: {install_command('train')}; or write a .csv file."
         ) from None
-    columns = {f"f{i}": column for i, column in enumerate(features.T)}
+    keys = {"image": [row.image for row in rows], "subject": [row.subject for row in rows]}
+    columns = {f"f{i}": column for i, column in enumerate(stack_features(rows).T)}
     types = {"ood_score": pyarrow.float32(), "ood": pyarrow.bool_(), "ood_by": pyarrow.string()}
-    ood_columns = {name: pyarrow.array([v.columns[name] for v in ood_results], kind) for name, kind in types.items()}
-    table = pyarrow.table({"image": list(images), "subject": list(subjects), **columns, **ood_columns})
+    ood_columns = {
+        name: pyarrow.array([row.ood_result.columns[name] for row in rows], kind) for name, kind in types.items()
+    }
+    table = pyarrow.table({**keys, **columns, **ood_columns})
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(table.replace_schema_metadata({"schema_version": str(SCHEMA_VERSION)}), buffer)
     return buffer.getvalue()
@@ -73,7 +91,7 @@ def _build_ood_arrays(ood_results: Sequence[OODResult]) -> dict[str, Array]:
     }
 
 
-WRITERS: dict[str, Callable[[Sequence[str], Sequence[str], Array, Sequence[OODResult]], bytes]] = {
+WRITERS: dict[str, Callable[[Sequence[FeatureRow]], bytes]] = {
     ".npz": _encode_npz,
     ".csv": _encode_csv,
     ".parquet": _encode_parquet,

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
-
-import numpy as np
+from typing import Literal, get_args
 
 from medim.data.index.index import AllRejectedError, ImageRecord, Index, Rejection, build_index, is_index
 from medim.data.index.records import write_rejections
@@ -18,18 +16,15 @@ from medim.data.readers import ReadError
 from medim.data.readers.dicom.sandbox import DecodingLimits, sandboxed_decoding
 from medim.files import prepare_output_folder, write_bytes, write_csv, write_json
 from medim.inference.network import Predictor
-from medim.inference.ood import OODResult
 from medim.package.package import Package
-from medim.predict.embeddings import WRITERS
+from medim.predict.answer import Answer, AnswerWriter, PredictionRow
+from medim.predict.embeddings import WRITERS, FeatureRow, stack_features
 from medim.predict.outputs import write_map, write_mask
 from medim.tasks import ENCODER
-from medim.types import Array, Modality, UsageError, UserError, Volume
+from medim.types import Array, Modality, UsageError, UserError
 
 SCHEMA_VERSION = 1
 AnswerFormat = Literal["nifti", "dicom"]
-AnswerWriter = Callable[
-    [Path, Index, ImageRecord, Volume, Array, OODResult], dict[str, Any]
-]  # arguments: output path without suffix, index, record, volume, prediction, OOD result; returns the table row
 PredictInputs = Index | Path | Sequence[Path]
 AnswerProgress = Callable[[int, int], None]  # arguments: processed images, total number of images
 DEFAULT_LIMITS = DecodingLimits()
@@ -45,7 +40,7 @@ def predict(
     overwrite: bool = False,
     progress: AnswerProgress | None = None,
     limits: DecodingLimits = DEFAULT_LIMITS,
-) -> list[dict[str, Any]]:
+) -> list[PredictionRow]:
     """Segment or classify all images of a source.
 
     For each image, a mask (`.nii.gz` on the native grid; `.png` in 2D) or a JSON file of probabilities is written; its
@@ -79,28 +74,19 @@ def predict(
     network = _get_predictor(package)
     if network.kind == ENCODER:
         raise UserError("predict: expected a segmenter or classifier, got an encoder. Use `medim embed`.")
-    write_row = _select_writer(package, as_, labelmap=labelmap)
+    write_answer = _select_writer(package, as_, labelmap=labelmap)
     folder = prepare_output_folder(out, overwrite=overwrite)
-    rows = []
     with sandboxed_decoding(limits):
         index = _open_index(inputs, network.modality, folder / "rejected.csv")
-        names = _make_file_names(index.records)
-        rejections: list[Rejection] = [*index.rejected]
-        for record, volume, answer, ood_result in _iterate_answers(package, index, rejections, progress, limits):
-            try:
-                row = write_row(folder / names[record.image], index, record, volume, answer, ood_result)
-                rows.append({**row, **ood_result.columns})
-            except ReadError as error:
-                rejections.append(Rejection(record.path, error.reason, error.detail))
+        answers = _iterate_answers(package, index, progress, limits)
+        rows, rejections = _write_answers(answers, index, folder, write_answer)
     write_rejections(folder / "rejected.csv", rejections)
     if not rows:
         raise _build_rejection_error(index, rejections)
     write_csv(folder / "predictions.csv", list(rows[0]), (list(row.values()) for row in rows))
     counts = {"images": len(index.records), "predicted": len(rows), "rejected": len(rejections)}
-    write_json(
-        folder / "summary.json",
-        {"schema_version": SCHEMA_VERSION, "package": _describe_package(package), "counts": counts},
-    )
+    summary = {"schema_version": SCHEMA_VERSION, "package": _describe_package(package), "counts": counts}
+    write_json(folder / "summary.json", summary)
     return rows
 
 
@@ -144,34 +130,61 @@ def embed_images(
     network = _get_predictor(package)
     if network.kind != ENCODER:
         raise UserError(f"embed: expected an encoder, got a {network.kind}. Use the export of a pretraining run.")
-    writer = WRITERS.get(out.suffix)
-    if writer is None:
+    encode_rows = WRITERS.get(out.suffix)
+    if encode_rows is None:
         raise UsageError(f"--out {out}: expected a file ending in {', '.join(WRITERS)}.")
     if maps is not None:
         network.require_score_map()
         prepare_output_folder(maps, overwrite=overwrite)
     rejections_file = out.with_name(f"{out.name}.rejected.csv")
-    answers, ood_results, rows = [], [], []
     with sandboxed_decoding(limits):
         index = _open_index(inputs, network.modality, rejections_file)
-        rejections: list[Rejection] = [*index.rejected]
-        names = _make_file_names(index.records)
-        for record, volume, answer, ood_result in _iterate_answers(package, index, rejections, progress, limits):
-            answers.append((record, answer))
-            ood_results.append(ood_result)
-            if maps is not None:
-                path, scores = write_map(maps / names[record.image], network.predict_score_map(volume), volume)
-                rows.append({"image": record.image, "file": path.name, **scores})
+        answers = _iterate_answers(package, index, progress, limits)
+        rows, rejections = _collect_features(answers, index, network, maps)
     if rejections:
         write_rejections(rejections_file, rejections)
-    if not answers:
+    if not rows:
         raise _build_rejection_error(index, rejections)
-    features = np.stack([answer for _, answer in answers]).astype(np.float32)
-    images = tuple(record.image for record, _ in answers)
-    write_bytes(out, writer(images, tuple(record.subject for record, _ in answers), features, ood_results))
-    if maps is not None:
-        write_csv(maps / "maps.csv", list(rows[0]), (list(row.values()) for row in rows))
-    return images, features
+    write_bytes(out, encode_rows(rows))
+    return tuple(row.image for row in rows), stack_features(rows)
+
+
+def _write_answers(
+    answers: Iterable[Answer | Rejection], index: Index, folder: Path, write_answer: AnswerWriter
+) -> tuple[list[PredictionRow], list[Rejection]]:
+    """Write the files of each answer; return the rows of `predictions.csv` and all rejections."""
+    rows, rejections = [], [*index.rejected]
+    names = _make_file_names(index.records)
+    for answer in answers:
+        if isinstance(answer, Rejection):
+            rejections.append(answer)
+            continue
+        try:
+            row = write_answer(folder / names[answer.record.image], index, answer)
+            rows.append({**row, **answer.ood_result.columns})
+        except ReadError as error:
+            rejections.append(Rejection(answer.record.path, error.reason, error.detail))
+    return rows, rejections
+
+
+def _collect_features(
+    answers: Iterable[Answer | Rejection], index: Index, network: Predictor, maps: Path | None
+) -> tuple[list[FeatureRow], list[Rejection]]:
+    """Collect the features of all images and write their mutual-information maps; return rows and all rejections."""
+    rows, rejections, map_rows = [], [*index.rejected], []
+    names = _make_file_names(index.records)
+    for answer in answers:
+        if isinstance(answer, Rejection):
+            rejections.append(answer)
+            continue
+        image, volume = answer.record.image, answer.volume
+        rows.append(FeatureRow(image, answer.record.subject, answer.prediction, answer.ood_result))
+        if maps is not None:
+            path, scores = write_map(maps / names[image], network.predict_score_map(volume), volume)
+            map_rows.append({"image": image, "file": path.name, **scores})
+    if maps is not None and map_rows:
+        write_csv(maps / "maps.csv", list(map_rows[0]), (list(row.values()) for row in map_rows))
+    return rows, rejections
 
 
 def _get_predictor(package: Package | Predictor) -> Predictor:
@@ -204,17 +217,9 @@ def _open_index(inputs: PredictInputs, modality: Modality, rejections_file: Path
 
 
 def _iterate_answers(
-    package: Package | Predictor,
-    index: Index,
-    rejections: list[Rejection],
-    progress: AnswerProgress | None,
-    limits: DecodingLimits,
-) -> Iterator[tuple[ImageRecord, Volume, Array, OODResult]]:
-    """Predict each image; append images that cannot be predicted to `rejections`.
-
-    Yields:
-        Record, volume, prediction and out-of-distribution result of an image.
-    """
+    package: Package | Predictor, index: Index, progress: AnswerProgress | None, limits: DecodingLimits
+) -> Iterator[Answer | Rejection]:
+    """Predict each image; yield the prediction, or the reason why there is none."""
     network = _get_predictor(package)
     for number, record in enumerate(index.records, start=1):
         try:
@@ -223,14 +228,14 @@ def _iterate_answers(
                 if isinstance(package, Package):
                     package.contract.dicom_in.check_plan(plan)
             volume = index.open(record)
-            answer, ood_result = network.predict_with_ood(volume)
+            prediction, ood_result = network.predict_with_ood(volume)
         except UserError as error:
             reason, detail = getattr(error, "reason", "not-for-this-network"), getattr(error, "detail", str(error))
-            rejections.append(Rejection(record.path, reason, detail))
+            yield Rejection(record.path, reason, detail)
         except MemoryError:
-            rejections.append(Rejection(record.path, "too-much-memory", "the image does not fit into memory"))
+            yield Rejection(record.path, "too-much-memory", "the image does not fit into memory")
         else:
-            yield record, volume, answer, ood_result
+            yield Answer(record=record, volume=volume, prediction=prediction, ood_result=ood_result)
         if progress is not None:
             progress(number, len(index.records))
 
@@ -249,33 +254,24 @@ def _select_writer(package: Package | Predictor, as_: str, *, labelmap: bool) ->
             raise UserError("--format dicom: expected a package, got a run. Run `medim export` first.")
         from medim.predict.dicom.writer import dicom_writer  # highdicom takes a second to import
 
-        as_dicom: AnswerWriter = dicom_writer(package, labelmap=labelmap)
-        return as_dicom
+        return dicom_writer(package, labelmap=labelmap)
     if labelmap:
         raise UsageError("--labelmap applies only to DICOM segmentations. Add --format dicom, or omit --labelmap.")
     return partial(_write_answer, package)
 
 
-def _write_answer(
-    package: Package | Predictor,
-    stem: Path,
-    index: Index,
-    record: ImageRecord,
-    volume: Volume,
-    answer: Array,
-    ood_result: OODResult,
-) -> dict[str, Any]:
+def _write_answer(package: Package | Predictor, stem: Path, index: Index, answer: Answer) -> PredictionRow:
     """Write a prediction as NIfTI, PNG or JSON; return its row of `predictions.csv`."""
-    network = _get_predictor(package)
-    columns = network.task.answer_columns(answer, volume, network.classes)
+    network, image = _get_predictor(package), answer.record.image
+    columns = network.task.answer_columns(answer.prediction, answer.volume, network.classes)
     if network.task.dense:
-        path = write_mask(stem, answer, volume)
-        return {"image": record.image, "file": path.name, **columns}
+        path = write_mask(stem, answer.prediction, answer.volume)
+        return {"image": image, "file": path.name, **columns}
     path = stem.with_name(f"{stem.name}.json")
-    content = {"schema_version": SCHEMA_VERSION, "image": record.image}
+    content = {"schema_version": SCHEMA_VERSION, "image": image}
     content |= network.task.answer_content(columns, network.classes)
-    write_json(path, {**content, **ood_result.columns, "package": _describe_package(package)})
-    return {"image": record.image, "file": path.name, **columns}
+    write_json(path, {**content, **answer.ood_result.columns, "package": _describe_package(package)})
+    return {"image": image, "file": path.name, **columns}
 
 
 def _make_file_names(records: Sequence[ImageRecord]) -> dict[str, str]:

@@ -10,12 +10,12 @@ from typing import Any
 
 from pydicom.dataset import Dataset
 
-from medim.data.index.index import ImageRecord, Index
+from medim.data.index.index import Index
 from medim.data.preprocessing.steps import to_native
 from medim.data.readers import ReadError
 from medim.files import write_bytes
-from medim.inference.ood import OODResult
 from medim.package.package import Package
+from medim.predict.answer import Answer, AnswerWriter, PredictionRow
 from medim.predict.dicom.equipment import Equipment
 from medim.predict.dicom.segmentation import build_segmentation, read_frame_labels
 from medim.predict.dicom.source import DicomSource, read_dicom_source, suppress_warnings
@@ -31,8 +31,8 @@ from medim.types import Array, UsageError, UserError, Volume
 log = logging.getLogger(__name__)
 
 
-def dicom_writer(package: Package, *, labelmap: bool = False) -> Any:
-    """Build the function that writes predictions as DICOM; see `medim.predict.predict.AnswerWriter`.
+def dicom_writer(package: Package, *, labelmap: bool = False) -> AnswerWriter:
+    """Build the function that writes predictions as DICOM.
 
     Raises:
         UserError: the package is a segmenter without label codes.
@@ -50,16 +50,9 @@ def dicom_writer(package: Package, *, labelmap: bool = False) -> Any:
 
 
 def _write_dicom_answer(
-    package: Package,
-    equipment: Equipment,
-    labelmap: bool,
-    stem: Path,
-    index: Index,
-    record: ImageRecord,
-    volume: Volume,
-    answer: Array,
-    ood_result: OODResult,
-) -> dict[str, Any]:
+    package: Package, equipment: Equipment, labelmap: bool, stem: Path, index: Index, answer: Answer
+) -> PredictionRow:
+    record, volume = answer.record, answer.volume
     plan = index.plan_slices(record)
     if plan is None:
         raise ReadError("not-dicom", "DICOM output requires a DICOM image")
@@ -71,16 +64,15 @@ def _write_dicom_answer(
         )
     report_path = stem.with_name(f"{stem.name}.sr.dcm")
     task, classes = package.network.task, package.contract.classes
-    columns = task.answer_columns(answer, volume, classes)
+    columns = task.answer_columns(answer.prediction, volume, classes)
     try:
         if not task.dense:
             build_report = build_values_report if task.quantity == "value" else build_probabilities_report
-            save_dicom(report_path, build_report(answer, source, equipment, ood_result))
+            save_dicom(report_path, build_report(answer.prediction, source, equipment, answer.ood_result))
             return {"image": record.image, "file": report_path.name, **columns}
-        seg_dataset = segmentation_of(answer, volume, source, equipment, labelmap=labelmap)
-        report_dataset = build_volumes_report(
-            seg_dataset, class_sizes(answer, volume, len(classes)), source, equipment, ood_result
-        )
+        seg_dataset = segmentation_of(answer.prediction, volume, source, equipment, labelmap=labelmap)
+        sizes = class_sizes(answer.prediction, volume, len(classes))
+        report_dataset = build_volumes_report(seg_dataset, sizes, source, equipment, answer.ood_result)
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # raised by highdicom for an invalid source
         raise ReadError(
             "no-reference", f"highdicom cannot write an output for this header ({type(error).__name__})"
