@@ -98,7 +98,7 @@ def test_a_shipped_preset_is_complete_and_carries_its_name(command: Command, nam
 @pytest.mark.parametrize(("command", "name"), SHIPPED)
 def test_every_section_of_a_shipped_preset_fits_its_constructor(command: Command, name: str) -> None:
     config = shipped(command, name)
-    encoder = ("in_channels", "spatial_dims", "input_shape")
+    encoder = ("in_channels", "spatial_dims", "input_shape", "encoders")
     of_maps = ("channels", "strides", "summary_channels", "spatial_dims", "grids", "input_shape", "receptive_fields")
     of_images = ("in_channels", "decoded_channels", "view_count", "aligned")
     validate_section(ENCODERS, config.encoder, run_args=encoder)

@@ -84,6 +84,7 @@ def build_encoder(spec: NetworkSpec) -> nn.Module:
         in_channels=spec.in_channels,
         spatial_dims=spec.spatial_dims,
         input_shape=spec.input_shape,
+        encoders=ENCODERS,
     )
 
 

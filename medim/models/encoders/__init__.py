@@ -23,8 +23,8 @@ from medim.types import Features
 class Encoder(Protocol):
     """Interface of an encoder.
 
-    A constructor takes `in_channels`, `spatial_dims` and, if needed, `input_shape` by position; its keyword parameters
-    are the options of the encoder.
+    A constructor takes `in_channels`, `spatial_dims` and, if needed, `input_shape` or `encoders` (the table) by
+    position; its keyword parameters are the options of the encoder.
 
     Attributes:
         channels: channels of each map, fine to coarse.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ class PatchEncoder(nn.Module):
     Args:
         in_channels: channels of the image.
         spatial_dims: 2 or 3.
+        encoders: table of encoders by name, with that of the crops.
         patch: side of a crop, in voxels.
         stride: distance between neighbouring crops, in voxels; 0 is half of `patch`.
-        encoder: section of ENCODERS for a crop; its summary becomes the cell.
+        encoder: section of `encoders` for a crop; its summary becomes the cell.
         summary_channels: length of the summary, a linear layer on the mean and maximum of the cells.
     """
 
@@ -32,20 +34,24 @@ class PatchEncoder(nn.Module):
         self,
         in_channels: int,
         spatial_dims: int,
+        encoders: Mapping[str, Callable[..., nn.Module]],
         *,
         patch: int = 16,
         stride: int = 0,
         encoder: Section = {"name": "convnet", "norm": "none", "hidden": 0, "summary_channels": 256},  # noqa: B006
         summary_channels: int = 64,
     ) -> None:
-        from medim.models.encoders import ENCODERS  # the table contains this class
-
         super().__init__()
         self._patch, self._stride = patch, stride or max(patch // 2, 1)
         if patch < 1 or not 0 < self._stride <= patch:
             raise UsageError(f"patches: expected crops and a stride of 1 to {patch} voxels, got {patch} and {stride}.")
         crop: Any = build_from_section(
-            ENCODERS, encoder, in_channels=in_channels, spatial_dims=spatial_dims, input_shape=(patch,) * spatial_dims
+            encoders,
+            encoder,
+            in_channels=in_channels,
+            spatial_dims=spatial_dims,
+            input_shape=(patch,) * spatial_dims,
+            encoders=encoders,
         )
         self.crop = crop
         self.channels = (crop.summary_channels,)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from medim.models.encoders import PatchEncoder
+from medim.models.encoders import ENCODERS, PatchEncoder
 from medim.models.encoders.patches import unfold_patches
 from medim.types import UsageError
 
@@ -23,7 +23,7 @@ SMALL: dict[str, Any] = {
 def test_every_cell_sees_its_crop_and_nothing_else(dims: int, stride: int) -> None:
     """The gradient of each cell, in training as in use, is 0 outside its crop and nowhere 0 inside."""
     torch.manual_seed(0)
-    net = PatchEncoder(1, dims, patch=8, stride=stride, encoder=SMALL)
+    net = PatchEncoder(1, dims, ENCODERS, patch=8, stride=stride, encoder=SMALL)
     step = stride or 4
     shape = (18, 13, 12)[:dims]
     image = torch.randn(2, 1, *shape, requires_grad=True)
@@ -41,7 +41,7 @@ def test_every_cell_sees_its_crop_and_nothing_else(dims: int, stride: int) -> No
 def test_in_training_only_batch_norm_lets_crops_see_each_other(norm: str, leaks: bool) -> None:
     """Also the proof that the test above could fail."""
     torch.manual_seed(0)
-    net = PatchEncoder(1, 2, patch=8, encoder={**SMALL, "norm": norm})
+    net = PatchEncoder(1, 2, ENCODERS, patch=8, encoder={**SMALL, "norm": norm})
     image = torch.randn(2, 1, 16, 16, requires_grad=True)
     (gradient,) = torch.autograd.grad(net(image).maps[0][1, :, 0, 0].square().sum(), image)
     gradient[1, :, :8, :8] = 0
@@ -58,7 +58,7 @@ def test_a_crop_lies_where_its_cell_does() -> None:
 
 
 def test_a_cell_is_what_the_encoder_of_crops_makes_of_its_crop() -> None:
-    net = PatchEncoder(1, 2, patch=8, encoder=SMALL).eval()
+    net = PatchEncoder(1, 2, ENCODERS, patch=8, encoder=SMALL).eval()
     image = torch.randn(3, 1, 16, 20)
     alone = net.crop(image[:, :, 4:12, 8:16]).summary
     torch.testing.assert_close(net(image).maps[0][:, :, 1, 2], alone)
@@ -67,4 +67,4 @@ def test_a_cell_is_what_the_encoder_of_crops_makes_of_its_crop() -> None:
 @pytest.mark.parametrize("stride", [-1, 9])
 def test_a_stride_that_skips_voxels_is_refused(stride: int) -> None:
     with pytest.raises(UsageError, match="patches: expected"):
-        PatchEncoder(1, 2, patch=8, stride=stride, encoder=SMALL)
+        PatchEncoder(1, 2, ENCODERS, patch=8, stride=stride, encoder=SMALL)
