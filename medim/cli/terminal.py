@@ -7,6 +7,7 @@ import inspect
 import logging
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import MISSING, fields, is_dataclass
@@ -16,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperCommand
 
 from medim.cli.renamed_options import RENAMED_OPTIONS, translate_options
@@ -25,6 +27,8 @@ from medim.version import install_command
 console = Console()
 stderr_console = Console(stderr=True)
 _active_bars = ExitStack()  # bars on the terminal
+_CONTROL_FLOW = (typer.Exit, typer.Abort, typer.BadParameter)  # handled by typer
+_CONTROL_CATEGORIES = {"Cc", "Cf", "Zl", "Zp"}  # control and format characters, line and paragraph separators
 
 
 class RenamingCommand(TyperCommand):
@@ -62,11 +66,11 @@ def register_command(
             try:
                 with _active_bars:
                     body(**options) if arguments_class is None else body(arguments_class(**options))
-            except (UserError, OSError, ImportError, KeyboardInterrupt) as error:
-                if with_traceback:
+            except (Exception, KeyboardInterrupt) as error:
+                if with_traceback or isinstance(error, _CONTROL_FLOW):
                     raise
                 Console(stderr=True, soft_wrap=True).print(
-                    f"medim: {_format_error(error)}", markup=False, highlight=False
+                    escape_control_characters(f"medim: {_format_error(error)}"), markup=False, highlight=False
                 )
                 raise typer.Exit(getattr(error, "exit_code", 1)) from None
 
@@ -115,6 +119,7 @@ def _configure_logging(is_quiet: bool) -> None:
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    handler.addFilter(_escape_log_record)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("medim").setLevel(logging.WARNING if is_quiet else logging.INFO)
 
@@ -124,7 +129,34 @@ def _format_error(error: BaseException) -> str:
         return f"this command needs {error.name}, which is not installed. Run: {install_command('train')}"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted. Files written so far are complete. Run the command again (with --resume, if it has that)."
-    return str(error)
+    if isinstance(error, MemoryError):
+        return "not enough memory. Use smaller batches or images, or a machine with more memory."
+    if isinstance(error, UserError | OSError | ImportError):
+        return str(error)
+    return (  # without the message, which may contain names of files or patients
+        f"unexpected error ({type(error).__name__}). Run the command again with --debug to see where, and report it."
+    )
+
+
+def escape_control_characters(text: str) -> str:
+    r"""Replace characters that control a terminal or the direction of text, such as ESC in a file name, by escapes.
+
+    Examples:
+        >>> escape_control_characters("scan\x1b[31m.png")
+        'scan\\x1b[31m.png'
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in _CONTROL_CATEGORIES else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
+def _escape_log_record(record: logging.LogRecord) -> bool:
+    """Escape control characters in the message of a log record, and keep the record."""
+    record.msg, record.args = escape_control_characters(record.getMessage()), None
+    return True
 
 
 def show_progress(verb: str, unit: str = "images", unit_size: int = 1) -> Callable[[int, int], None]:
@@ -213,7 +245,13 @@ def format_or_dash(value: float | None) -> str:
 
 def print_result(title: str, rows: Mapping[str, Any]) -> None:
     """Print a result as a table of two columns."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table = Table(title=_plain_text(title), title_justify="left", show_header=False, box=None, pad_edge=False)
     for name, value in rows.items():
-        table.add_row(name, format_or_dash(value) if value is None or isinstance(value, float) else str(value))
+        text = format_or_dash(value) if value is None or isinstance(value, float) else str(value)
+        table.add_row(_plain_text(name), _plain_text(text))
     console.print(table, soft_wrap=not sys.stdout.isatty(), markup=False, highlight=False)
+
+
+def _plain_text(text: str) -> Text:
+    """Build a text in which rich interprets neither markup nor control characters."""
+    return Text(escape_control_characters(text))

@@ -15,6 +15,7 @@ from medim.package.signing import is_signed, key_from_hex, key_to_hex, load_priv
 
 SUMS, SIGNATURE = "SHA256SUMS", "SHA256SUMS.sig"
 MAX_FILES, MAX_SUMS_BYTES, MAX_TEXT_BYTES = 1000, 1 << 20, 1 << 26  # files per package; size of SHA256SUMS and of JSON
+_DESKTOP_FILES = {".DS_Store", "Thumbs.db", "desktop.ini", ".directory"}
 COPY_AGAIN = "Copy the package again from where it was exported."
 
 
@@ -87,7 +88,7 @@ def read_with_digest(path: Path, digest: str) -> bytes:
 def _read_at_most(path: Path, limit: int) -> bytes:
     try:
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            data = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)  # read() allocates its argument
     except OSError as error:
         raise PackageError(f"{path}: could not be read ({error.strerror}). {COPY_AGAIN}") from error
     if len(data) > limit:
@@ -135,6 +136,10 @@ def _compare_checksums(folder: Path, files: set[str], sums: dict[str, str]) -> N
         PackageError: a file is missing, not listed or modified, or an essential file is not part of the package.
     """
     missing_files, extra_files = sorted(sums.keys() - files), sorted(files - sums.keys())
+    if not missing_files and extra_files and all(PurePosixPath(name).name in _DESKTOP_FILES for name in extra_files):
+        raise PackageError(
+            f"{folder}: the file manager of a desktop wrote {', '.join(extra_files)} into the package. Delete it."
+        )
     if missing_files or extra_files:
         raise PackageError(
             f"{folder}: expected exactly the files of {SUMS}; missing: {missing_files}, not listed: {extra_files}. "

@@ -24,7 +24,7 @@ from medim.data.index.layouts import FolderLabels, Layout, detect_layout, labels
 from medim.data.index.masks import check_masks
 from medim.data.index.records import ImageRecord, Rejection
 from medim.data.index.scan_cache import FileScanner
-from medim.data.index.walk import list_files
+from medim.data.index.walk import is_system_path, list_files
 from medim.data.readers import READERS, collect_images, find_reader
 from medim.data.readers.base import Reader
 from medim.data.readers.dicom.reader import DicomReader, mark_damaged_neighbours
@@ -117,6 +117,8 @@ def resolve_sources(sources: Sequence[Path]) -> list[Path]:
     for source in sources:
         if not source.exists():
             raise UserError(f"{source}: expected a file or folder here, found none. Check the path.")
+        if is_system_path(source.resolve()) or source.resolve() == Path("/"):
+            raise UserError(f"{source}: expected a folder of images, got one of the operating system.")
     return [source.resolve() for source in sources]
 
 

@@ -15,7 +15,7 @@ REJECTION_REASONS = {
     "no-pixels": "A DICOM header without pixels.",
     "length-mismatch": "The file contains more voxels than its header specifies: the shape may be wrong.",
     "not-a-file": "A broken link, a pipe, a socket or a device.",
-    "outside-folder": "A header that refers to a data file in another folder.",
+    "outside-folder": "A header with its data file in another folder; a link to a parent or system folder.",
     "several-files": "A header with voxels in a list or a pattern of files.",
     "pair-of-files": "Half of an Analyze or NIfTI pair (`.hdr` and `.img`).",
     "too-large": "The headers specify more voxels or bytes than the limit (8 GiB; less for a prediction).",

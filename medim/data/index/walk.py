@@ -10,6 +10,8 @@ from medim.data.readers.inspection import RejectedFile
 
 _FOLDER_UNREADABLE = "a folder that cannot be opened; its content is unknown. Check its permissions"
 _FILE_UNREADABLE = "a file without read permission. Check its permissions"
+_LINK_TO_SYSTEM = "a link to a folder that contains it, or to a folder of the operating system"
+_SYSTEM_FOLDERS = (Path("/proc"), Path("/sys"), Path("/dev"))
 _NOT_A_FILE = "a broken link, or a pipe, socket or device"
 
 
@@ -46,7 +48,9 @@ def list_files(sources: Iterable[Path]) -> tuple[list[Path], list[RejectedFile]]
                 continue
             for entry in visible_entries:
                 path = Path(entry.path)
-                if _query_entry(entry.is_dir):
+                if entry.is_symlink() and _leads_out_of_data(path):
+                    unreadable[path] = RejectedFile(path=path, reason="outside-folder", detail=_LINK_TO_SYSTEM)
+                elif _query_entry(entry.is_dir):
                     pending_folders.append(path)
                 elif not _query_entry(entry.is_file):
                     unreadable[path] = RejectedFile(path=path, reason="not-a-file", detail=_NOT_A_FILE)
@@ -55,6 +59,20 @@ def list_files(sources: Iterable[Path]) -> tuple[list[Path], list[RejectedFile]]
                 else:
                     files.add(path)
     return sorted(files), list(unreadable.values())
+
+
+def _leads_out_of_data(path: Path) -> bool:
+    """Whether a path resolves to a folder that contains it, or to a file system of the kernel."""
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError):  # a circle of links
+        return False
+    return target in path.absolute().parents or is_system_path(target)
+
+
+def is_system_path(path: Path) -> bool:
+    """Whether a path is in a file system of the kernel, which contains no images and may be endless."""
+    return any(path.is_relative_to(folder) for folder in _SYSTEM_FOLDERS)
 
 
 def _query_entry(query: Callable[[], bool]) -> bool:

@@ -128,3 +128,22 @@ def test_a_mask_with_a_name_too_long_for_a_file_is_no_mask(tmp_path: Path) -> No
     (source / "labels.csv").write_text(f"image,mask\na.nii,{'m' * 5000}\n")
     with pytest.raises(UserError, match="line 2: expected the path of a mask"):
         build_index(source, "mri")
+
+
+def test_a_link_to_a_parent_or_to_the_operating_system_is_rejected_and_not_walked(tmp_path: Path) -> None:
+    source = write_nifti(tmp_path / "s" / "a.nii").parent
+    for name, target in {"root": "/", "up": "..", "self": ".", "kernel": "/proc", "null": "/dev/null"}.items():
+        (source / name).symlink_to(target)
+    write_nifti(tmp_path / "other" / "b.nii")
+    (source / "b").symlink_to(tmp_path / "other")
+    index = build_index(source, "mri", remember=False)
+    assert [record.image for record in index.records] == ["a", "b/b"]
+    assert {r.path: r.reason for r in index.rejected} == dict.fromkeys(
+        ("kernel", "null", "root", "self", "up"), "outside-folder"
+    )
+
+
+@pytest.mark.parametrize("source", ["/", "/dev", "/proc/self", "/sys/kernel"])
+def test_a_folder_of_the_operating_system_is_no_source(source: str) -> None:
+    with pytest.raises(UserError, match="one of the operating system"):
+        build_index(Path(source), "mri", remember=False)

@@ -1,0 +1,65 @@
+"""Output of the commands on a terminal: no markup, no control characters, no traceback."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import typer
+from rich.markup import MarkupError
+from typer.testing import CliRunner
+
+from medim.cli.terminal import escape_control_characters, print_result, register_command
+from medim.types import UserError
+
+HOSTILE = "a[/]b [red]c\x1b[31m\x1b]0;title\x07 \u202egnp.exe\r"
+
+
+def run(body_error: BaseException | None, *arguments: str) -> object:
+    """Run a command that logs and prints a hostile name, and raises an error if one is given."""
+    application = typer.Typer()
+
+    @register_command(application)
+    def command() -> None:
+        logging.getLogger("medim").warning("read %s", HOSTILE)
+        print_result(HOSTILE, {HOSTILE: HOSTILE, "count": 3})
+        if body_error is not None:
+            raise body_error
+
+    return CliRunner().invoke(application, list(arguments))
+
+
+@pytest.mark.parametrize("error", [None, UserError(HOSTILE), FileNotFoundError(2, "absent", HOSTILE)])
+def test_names_of_files_reach_the_terminal_without_control_characters_and_unchanged_otherwise(
+    error: Exception | None,
+) -> None:
+    result = run(error)
+    for text in (result.output, result.stderr):  # type: ignore[attr-defined]
+        assert not set(text) & {"\x1b", "\x07", "\u202e", "\r"}
+    assert "a[/]b [red]c\\x1b[31m" in result.output  # type: ignore[attr-defined]
+    assert result.exit_code == (error is not None)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("error", [TypeError("Doe^Jane"), RecursionError(), MarkupError("x"), ValueError("Doe^Jane")])
+def test_an_unexpected_error_is_one_sentence_without_its_message(error: Exception) -> None:
+    result = run(error)
+    assert result.exit_code == 1  # type: ignore[attr-defined]
+    assert f"unexpected error ({type(error).__name__})" in result.output  # type: ignore[attr-defined]
+    assert "Traceback" not in result.output  # type: ignore[attr-defined]
+    assert "Doe" not in result.output  # type: ignore[attr-defined]
+
+
+def test_too_little_memory_is_reported_as_such() -> None:
+    result = run(MemoryError())
+    assert result.exit_code == 1  # type: ignore[attr-defined]
+    assert "not enough memory" in result.output  # type: ignore[attr-defined]
+
+
+def test_debug_shows_the_traceback_and_an_exit_code_of_the_command_is_kept() -> None:
+    assert isinstance(run(TypeError("x"), "--debug").exception, TypeError)  # type: ignore[attr-defined]
+    assert run(typer.Exit(75)).exit_code == 75  # type: ignore[attr-defined]
+
+
+def test_letters_of_every_script_are_kept() -> None:
+    text = "Größe 磁共振 سماعة\tline\n"
+    assert escape_control_characters(text) == text
