@@ -223,6 +223,7 @@ def _iterate_answers(
     network = _get_predictor(package)
     for number, record in enumerate(index.records, start=1):
         try:
+            _check_completeness(record)
             if (plan := index.plan_slices(record)) is not None:
                 limits.check_plan(plan)
                 if isinstance(package, Package):
@@ -238,6 +239,19 @@ def _iterate_answers(
             yield Answer(record=record, volume=volume, prediction=prediction, ood_result=ood_result)
         if progress is not None:
             progress(number, len(index.records))
+
+
+def _check_completeness(record: ImageRecord) -> None:
+    """Reject a series that may lack a slice at one end, which its geometry cannot show.
+
+    Raises:
+        ReadError: an unreadable file lies in the folder of the series.
+    """
+    if "damaged-neighbour" in (record.quality or "").split():
+        raise ReadError(
+            "incomplete-series",
+            "an unreadable file in the folder of the series may be one of its slices. Repair or remove that file",
+        )
 
 
 def _select_writer(package: Package | Predictor, as_: str, *, labelmap: bool) -> AnswerWriter:

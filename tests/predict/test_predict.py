@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import nibabel
 import numpy as np
 import pyarrow.parquet
+import pydicom
 import pytest
 import SimpleITK as sitk  # noqa: N813
 from PIL import Image
@@ -155,6 +157,21 @@ def test_what_cannot_be_read_is_rejected_with_a_reason_and_the_rest_is_done(shar
     rejected = rows_of(tmp_path / "out" / "rejected.csv")
     assert [Path(row["path"]).name for row in rejected] == [bad.name]
     assert rejected[0]["reason"] == "truncated"
+
+
+@pytest.mark.parametrize(("length", "reason"), [(-2, "truncated"), (300, "unreadable"), (0, "empty-file")])
+def test_a_series_with_a_damaged_last_slice_gets_no_prediction(
+    shared_data: Path, tmp_path: Path, length: int, reason: str
+) -> None:
+    series = tmp_path / "in" / "series"
+    shutil.copytree(next((shared_data / "mri-dicom" / "Study1").glob("*FLAIR*")), series)
+    good = next((shared_data / "mri-hippocampus" / "imagesTr").glob("*.nii.gz"))
+    last = max(series.iterdir(), key=lambda path: pydicom.dcmread(path).InstanceNumber)
+    last.write_bytes(last.read_bytes()[:length])
+    rows = predict(BRIGHT, [good, series], tmp_path / "out")
+    assert len(rows) == 1
+    rejected = rows_of(tmp_path / "out" / "rejected.csv")
+    assert {row["reason"] for row in rejected} == {reason, "incomplete-series"}
 
 
 def test_an_image_that_does_not_fit_into_memory_costs_itself_alone(
