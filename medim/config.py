@@ -221,12 +221,12 @@ def _read_extended(command: Command, name_or_path: str, ancestors: tuple[str, ..
             f"--config {name_or_path}: {unknown_name_message('preset or file', name_or_path, preset_paths)}"
         )
     try:
-        content = yaml.safe_load(path.read_text())
+        file_content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: expected YAML ({error}).") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: expected a YAML mapping, got {type(content).__name__}.")
-    content = translate_config(content)
+    if not isinstance(file_content, dict):
+        raise UsageError(f"{path}: expected a YAML mapping, got {type(file_content).__name__}.")
+    content: Section = translate_config(file_content)
     base = content.pop("extends", None)
     if base is not None:
         if str(base) in (*ancestors, path.stem, str(path)):
