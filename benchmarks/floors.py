@@ -37,25 +37,29 @@ def build_floor_parts(section: dict[str, Any], **sizes: Any) -> list[FloorPart]:
 
 def build_local_dim_parts(options: Any) -> list[FloorPart]:
     """Build the parts of `local_dim`: per view, critic, scores and softmax of summaries and local features."""
-    cells, globals_ = math.prod(options.grids[options.level]), 1
+    cells, globals_ = math.prod(options.grids[options.feature_level]), 1
     if options.summary_level is not None:
         globals_ = math.prod(options.grids[options.summary_level])
         options.summary_channels = options.channels[options.summary_level]
     parts: list[FloorPart] = options.view_count * _build_contrast_parts(
-        options, options.channels[options.level], cells, globals_
+        options, options.channels[options.feature_level], cells, globals_
     )
-    return parts + _build_standardise_parts(options, globals_)
+    return parts + _build_batch_norm_parts(options, globals_)
 
 
 def build_global_dim_parts(options: Any) -> list[FloorPart]:
     """Build the parts of `global_dim`: convolutions over the map, then as `local_dim` with one feature per image."""
-    dims, grid, width = len(options.grids[options.level]), options.grids[options.level], options.channels[options.level]
+    dims, grid, width = (
+        len(options.grids[options.feature_level]),
+        options.grids[options.feature_level],
+        options.channels[options.feature_level],
+    )
     parts: list[FloorPart] = []
     for wider in options.reduce:
         parts.append(build_convolution((options.images * options.view_count, width, *grid), wider, (3,) * dims))
         grid, width = tuple(side - 2 for side in grid), wider
     parts += options.view_count * _build_contrast_parts(options, width * math.prod(grid), 1, 1)
-    return parts + _build_standardise_parts(options, 1)
+    return parts + _build_batch_norm_parts(options, 1)
 
 
 def _build_contrast_parts(options: Any, channels: int, cells: int, globals_: int) -> list[FloorPart]:
@@ -89,21 +93,21 @@ def _build_embedding_parts(images: int, channels: int, cells: int, width: int, n
     return [*layers, build_batch_norm(hidden_shape), *norms[norm]]
 
 
-def _build_standardise_parts(options: Any, globals_: int) -> list[FloorPart]:
+def _build_batch_norm_parts(options: Any, globals_: int) -> list[FloorPart]:
     return (
         [build_batch_norm((options.images * options.view_count, options.summary_channels, globals_))]
-        if options.standardise
+        if options.batch_norm_summary
         else []
     )
 
 
 def build_coordinates_parts(options: Any) -> list[FloorPart]:
     """Build the parts of `coordinates`: per point, two hidden layers with batch norm, and one softmax per axis."""
-    grid = options.grids[options.level]
+    grid = options.grids[options.feature_level]
     rows = options.images * options.view_count * min(options.points or math.inf, math.prod(grid))
     width = (
-        options.channels[options.level] * (1 + (options.kind == "relative"))
-        + options.see_summary * options.summary_channels
+        options.channels[options.feature_level] * (1 + (options.kind == "relative"))
+        + options.use_summary * options.summary_channels
     )
     classes = [2 * side - 1 if options.kind == "relative" else side for side in grid]
     layers = [build_linear(rows, *widths) for widths in pairwise((width, options.hidden, options.hidden, sum(classes)))]
@@ -150,8 +154,8 @@ def build_cpc_parts(options: Any) -> list[FloorPart]:
     its rows, and softmax.
     """
     grid, width, images = (
-        options.grids[options.level],
-        options.channels[options.level],
+        options.grids[options.feature_level],
+        options.channels[options.feature_level],
         options.images * options.view_count,
     )
     rows, *rest = grid
@@ -190,8 +194,8 @@ def build_amdim_parts(options: Any) -> list[FloorPart]:
     parts = [build_batch_norm((images, width))]
     if options.summary_channels != width:
         parts.append(build_linear(images, options.summary_channels, width))
-    first, second = (math.prod(options.grids[level]) for level in options.levels)
-    for level, cells in zip(options.levels, (first, second), strict=True):
+    first, second = (math.prod(options.grids[level]) for level in options.feature_levels)
+    for level, cells in zip(options.feature_levels, (first, second), strict=True):
         input_shape, hidden_shape = (images, options.channels[level], cells), (images, width, cells)
         parts += [build_convolution(shape, width, (1,)) for shape in (input_shape, hidden_shape, input_shape)] + [
             build_batch_norm(hidden_shape)

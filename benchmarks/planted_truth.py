@@ -48,7 +48,7 @@ SHARED: dict[str, Any] = {
     "warmup_steps": 5,
 }
 PRETRAIN: dict[str, Any] = {
-    "objectives": [{"name": "reconstruction", "block": BLOCK, "hidden": HIDDEN}],
+    "objectives": [{"name": "reconstruction", "mask_patch_size": BLOCK, "mask_ratio": HIDDEN}],
     "max_steps": 200,
     "lr": 0.004,
 }

@@ -24,6 +24,14 @@ RENAMED_KEYS: dict[str, dict[str, str]] = {  # section: old key -> new key
         "select_without_labels": "checkpoint_selection",
     },
     "views": {"same_place": "same_crop"},
+    "local_dim": {"level": "feature_level", "standardise": "batch_norm_summary"},
+    "global_dim": {"level": "feature_level", "standardise": "batch_norm_summary"},
+    "coordinates": {"level": "feature_level", "see_summary": "use_summary"},
+    "cpc": {"level": "feature_level", "scaled": "scale_scores"},
+    "reconstruction": {"hidden": "mask_ratio", "block": "mask_patch_size"},
+    "dense_dim": {"hidden": "mask_ratio", "block": "mask_patch_size", "scaled": "scale_scores"},
+    "encode_and_dot": {"scaled": "scale_scores"},
+    "bilinear": {"scaled": "scale_scores"},
 }
 RENAMED_VALUES: dict[str, dict[str, dict[object, object]]] = {  # section: key in the file -> old value -> new value
     RUN: {

@@ -19,7 +19,7 @@ from medim.config import PretrainConfig, Section, load_config
 from medim.data.index.index import build_index
 from medim.training.pretrain.run import pretrain
 
-GLOBAL_DIM: Section = {"name": "global_dim", "estimator": "infonce", "standardise": True, "score_penalty": 0.04}
+GLOBAL_DIM: Section = {"name": "global_dim", "estimator": "infonce", "batch_norm_summary": True, "score_penalty": 0.04}
 TWO_VIEWS = ("AMDIM", "SimCLR")
 
 
@@ -27,7 +27,7 @@ def build_arms(base: PretrainConfig) -> dict[str, list[Section]]:
     """Build the objectives of each arm from those of a preset; reconstruction only if the preset has a decoder."""
     by_name = {section["name"]: section for section in base.objectives}
     local = {key: value for key, value in by_name["local_dim"].items() if key != "weight"}
-    coordinates, level = by_name["coordinates"], local["level"]
+    coordinates, level = by_name["coordinates"], local["feature_level"]
     occlusion_section = {**local, "occlusion": "receptive_field"}
     arms: dict[str, list[Section]] = {
         "DIM(L), InfoNCE": [local],
@@ -39,7 +39,7 @@ def build_arms(base: PretrainConfig) -> dict[str, list[Section]]:
         "DIM(L), coordinates": [local, coordinates],
         "DIM(L), both": [occlusion_section, coordinates],
         "AMDIM": [{"name": "amdim", "width": 128}],
-        "CPC": [{"name": "cpc", "level": level, "steps": 3, "negatives": 16, "scaled": True}],
+        "CPC": [{"name": "cpc", "feature_level": level, "steps": 3, "negatives": 16, "scale_scores": True}],
         "VAE": [{"name": "vae", "decoder_channels": [128, 64, 32]}],
         "SimCLR": [{"name": "simclr"}],
     }

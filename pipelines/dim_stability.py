@@ -24,11 +24,11 @@ from medim.types import Modality
 
 SEEDS = (0, 1, 2)
 DIM = (
-    "{name: local_dim, estimator: infonce, level: 2, standardise: %s, score_penalty: 0.04, critic: {name: "
-    "encode_and_dot, width: 64, local_norm: none, summary_norm: none, scaled: true, clip: 20.0}}"
+    "{name: local_dim, estimator: infonce, feature_level: 2, batch_norm_summary: %s, score_penalty: 0.04, "
+    "critic: {name: encode_and_dot, width: 64, local_norm: none, summary_norm: none, scale_scores: true, clip: 20.0}}"
 )
-LIGHT = "{name: coordinates, weight: 0.1, level: 2, hidden: 64, points: 64, see_summary: false}"
-HEAVY = "{name: coordinates, weight: 2.0, level: 2, hidden: 64, points: 0, see_summary: true}"
+LIGHT = "{name: coordinates, weight: 0.1, feature_level: 2, hidden: 64, points: 64, use_summary: false}"
+HEAVY = "{name: coordinates, weight: 2.0, feature_level: 2, hidden: 64, points: 0, use_summary: true}"
 SMALL = ["encoder.channels=[4, 12, 24, 48]", "decoder=null", "max_steps=1000", "warmup_steps=20"]
 SETTINGS: dict[str, dict[str, list[str]]] = {
     "mri-crop": {
@@ -38,7 +38,7 @@ SETTINGS: dict[str, dict[str, list[str]]] = {
     },
     "xray-28": {
         "plain": [
-            *("objectives.0.standardise=false", "objectives.0.score_penalty=0.0"),
+            *("objectives.0.batch_norm_summary=false", "objectives.0.score_penalty=0.0"),
             *("objectives.0.critic.clip=0.0", "gradient_clip=0.0"),
         ],
         "stabilised": [],

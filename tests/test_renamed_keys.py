@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,10 @@ from medim.config import (
     check_config,
     load_config,
     read_config,
+    validate_section,
 )
+from medim.models.critics import CRITICS
+from medim.objectives import OBJECTIVES
 from medim.renamed_keys import RENAMED_KEYS, RENAMED_VALUES, RUN, translate_config
 from medim.training.run_folder import read_run_config, write_config
 from medim.types import UsageError, UserError
@@ -66,6 +71,14 @@ CASES: list[tuple[Command, Section, Section, list[str]]] = [
     ),
 ]
 IDS = [case[3][0] for case in CASES]
+OPTIONS = {"level": 0, "standardise": True, "see_summary": False, "scaled": True, "hidden": 0.5, "block": 4}
+# entry of a table, old option, new option
+ENTRY_OPTIONS = [
+    (entry, old, new)
+    for entry, names in RENAMED_KEYS.items()
+    if entry not in (RUN, "views")
+    for old, new in names.items()
+]
 # section with an old key and a new one, and where it is in a configuration
 BOTH: list[Section] = [
     {"drop_at": [5], "lr_milestones": [6]},
@@ -100,20 +113,23 @@ def list_old_names() -> set[tuple[str, str]]:
     return keys | {(section, key) for section, values in RENAMED_VALUES.items() for key in values}
 
 
-def walk_keys(content: Any, section: str = RUN) -> Iterator[tuple[str, str]]:
-    """Section and name of every key of a configuration."""
-    if isinstance(content, list):
-        for item in content:
-            yield from walk_keys(item, str(item.get("name")) if isinstance(item, dict) else "")
-    elif isinstance(content, dict):
-        for key, value in content.items():
-            yield section, key
-            name = value.get("name") if isinstance(value, dict) else ""
-            yield from walk_keys(value, "views" if (section, key) == (RUN, "views") else str(name))
+def walk_keys(content: Section) -> Iterator[tuple[str, str]]:
+    """Section and name of the keys of a configuration and of its views."""
+    for key, value in content.items():
+        yield RUN, key
+        if key == "views":
+            yield from (("views", inner) for inner in value)
+
+
+def objective_of(entry: str, **options: Any) -> Section:
+    """An objective with options, or an objective with a critic with options."""
+    section = {"name": entry, **options}
+    return section if entry in OBJECTIVES else {"name": "local_dim", "critic": section}
 
 
 def test_the_cases_of_this_module_contain_every_old_name() -> None:
-    assert list_old_names() <= {key for _, old, _, _ in CASES for key in walk_keys(old)}
+    cases = {key for _, old, _, _ in CASES for key in walk_keys(old)}
+    assert list_old_names() <= cases | {(entry, old) for entry, old, _ in ENTRY_OPTIONS}
 
 
 @pytest.mark.parametrize(("command", "old", "new", "assignments"), CASES, ids=IDS)
@@ -141,6 +157,61 @@ def test_an_old_name_is_the_new_one_with_a_warning_in_files_overrides_and_python
     assert len(file_warnings) == 1
     assert "will be removed in the next release" in file_warnings[0]
     assert file_warnings == override_warnings == python_warnings
+
+
+@pytest.mark.parametrize(("entry", "old", "new"), ENTRY_OPTIONS)
+def test_an_old_option_of_an_entry_is_the_new_one_with_a_warning_in_files_overrides_and_python(
+    entry: str, old: str, new: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    value = OPTIONS[old]
+    expected = build_config("pretrain", {"objectives": [objective_of(entry, **{new: value})], "name": "mine"})
+    assert warnings_of(caplog) == []
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({**FULL["pretrain"], "objectives": [objective_of(entry, **{old: value})]}))
+    configs = [load_config("pretrain", str(path))]
+    warnings = [warnings_of(caplog)]
+    path.write_text(yaml.safe_dump({**FULL["pretrain"], "objectives": [objective_of(entry)]}))
+    place = "objectives.0" if entry in OBJECTIVES else "objectives.0.critic"
+    for assignment in (
+        f"{place}.{old}={json.dumps(value)}",
+        f"objectives=[{json.dumps(objective_of(entry, **{old: value}))}]",
+        f"objectives.0={json.dumps(objective_of(entry, **{old: value}))}",
+    ):
+        configs.append(load_config("pretrain", str(path), [assignment]))
+        warnings.append(warnings_of(caplog))
+    content = {**FULL["pretrain"], "name": "mine", "objectives": [objective_of(entry, **{old: value})]}
+    configs.append(PretrainConfig(**content))
+    warnings.append(warnings_of(caplog))
+    table = {**OBJECTIVES, **CRITICS}
+    run_args = set(signature(table[entry]).parameters) - {new}
+    bound = [validate_section(table, {"name": entry, key: value}, run_args=run_args) for key in (old, new)]
+    warnings.append(warnings_of(caplog))
+    assert all(config == expected for config in configs)
+    assert bound[0] == bound[1] == (table[entry], {new: value})
+    assert warnings == [
+        [f"{entry}.{old} is now {entry}.{new}; the old name will be removed in the next release."]
+    ] * len(warnings)
+
+
+@pytest.mark.parametrize(("entry", "old", "new"), ENTRY_OPTIONS)
+def test_an_old_option_is_refused_beside_the_new_one_and_for_other_entries(entry: str, old: str, new: str) -> None:
+    value = OPTIONS[old]
+    remedy = rf"{old}: this key is now {new}, and both are given\. Remove {old}\."
+    with pytest.raises(UsageError, match=remedy):
+        build_config("pretrain", {"objectives": [objective_of(entry, **{old: value, new: value})]})
+    table = {**OBJECTIVES, **CRITICS}
+    with pytest.raises(UsageError, match=remedy):
+        validate_section(table, {"name": entry, old: value, new: value})
+    with pytest.raises(UsageError, match=rf"vae: no option '{old}'\..*There are: .*beta"):
+        validate_section(table, {"name": "vae", old: value})
+
+
+def test_a_width_called_hidden_keeps_its_name(caplog: pytest.LogCaptureFixture) -> None:
+    objectives = [{"name": "coordinates", "hidden": 8}, {"name": "prior_matching", "hidden": [8]}]
+    config = build_config("pretrain", {"objectives": objectives})
+    assert isinstance(config, PretrainConfig)
+    assert config.objectives == objectives
+    assert warnings_of(caplog) == []
 
 
 def test_a_warning_names_both_and_comes_once_per_process(caplog: pytest.LogCaptureFixture) -> None:
@@ -244,7 +315,10 @@ precision: 32-true
 workers: 0
 prefetch: 2
 objectives:
-- {name: local_dim}
+- name: local_dim
+  level: 0
+  standardise: true
+  critic: {name: encode_and_dot, scaled: true}
 decoder: null
 encode_in_chunks_of: 2
 compile: false
@@ -257,7 +331,9 @@ def test_a_run_of_an_earlier_version_is_resumed_and_gets_the_new_names(
 ) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(OLD_RUN)
+    objective = {"name": "local_dim", "feature_level": 0, "batch_norm_summary": True}
     options = {"name": "xray-28", "gradient_cache_chunk": 2, "checkpoint_selection": "loss", **MULTISTEP}
+    options["objectives"] = [{**objective, "critic": {"name": "encode_and_dot", "scale_scores": True}}]
     config = build_config("pretrain", options)
     other = build_config("pretrain", {**options, "lr_milestones": [6]})
     with pytest.raises(UserError, match="--resume needs the same configuration"):

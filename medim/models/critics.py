@@ -67,7 +67,7 @@ class EncodeAndDot(nn.Module):
             32x32 encoder).
         local_norm: norm of the embedded local features.
         summary_norm: norm of the embedded summary.
-        scaled: divide scores by sqrt(width), as AMDIM does.
+        scale_scores: divide scores by sqrt(width), as AMDIM does.
         clip: soft bound of the scores, clip * tanh(score / clip); 0 disables it (AMDIM: 20).
     """
 
@@ -79,13 +79,13 @@ class EncodeAndDot(nn.Module):
         width: int = 2048,
         local_norm: OutputNorm = "layer",
         summary_norm: OutputNorm = "layer",
-        scaled: bool = False,
+        scale_scores: bool = False,
         clip: float = 0.0,
     ) -> None:
         super().__init__()
         self.local = _CriticEmbedding(channels, width, local_norm)
         self.summary = _CriticEmbedding(summary_channels, width, summary_norm)
-        self._scale = width**-0.5 if scaled else 1.0
+        self._scale = width**-0.5 if scale_scores else 1.0
         self._clip = clip
 
     def forward(
@@ -209,14 +209,14 @@ class Bilinear(nn.Module):
     Args:
         channels: channels of the local features.
         summary_channels: channels of the summary.
-        scaled: divide scores by sqrt(channels).
+        scale_scores: divide scores by sqrt(channels).
         clip: soft bound of the scores, clip * tanh(score / clip); 0 disables it (AMDIM: 20).
     """
 
-    def __init__(self, channels: int, summary_channels: int, *, scaled: bool = False, clip: float = 0.0) -> None:
+    def __init__(self, channels: int, summary_channels: int, *, scale_scores: bool = False, clip: float = 0.0) -> None:
         super().__init__()
         self.weight = nn.Linear(summary_channels, channels, bias=False)
-        self._scale = channels**-0.5 if scaled else 1.0
+        self._scale = channels**-0.5 if scale_scores else 1.0
         self._clip = clip
 
     def forward(

@@ -27,10 +27,10 @@ class Coordinates(nn.Module):
         summary_channels: length of the summary.
         grids: grid of each map at the training shape.
         kind: absolute positions on the grid, or positions relative to a source location.
-        level: index of the map of the local features; negative values count from the coarsest map.
+        feature_level: index of the map of the local features; negative values count from the coarsest map.
         hidden: width of the two hidden layers.
         points: number of locations drawn per image; 0 uses all, as in the paper.
-        see_summary: give the summary to the predictor. If false, the objective cannot turn the summary into a position
+        use_summary: give the summary to the predictor. If false, the objective cannot turn the summary into a position
             code, which on small registered volumes prevents DIM(L) from learning (docs/results.md).
     """
 
@@ -41,20 +41,20 @@ class Coordinates(nn.Module):
         grids: tuple[tuple[int, ...], ...],
         *,
         kind: Literal["absolute", "relative"] = "absolute",
-        level: int = 1,
+        feature_level: int = 1,
         hidden: int = 512,
         points: int = 0,
-        see_summary: bool = True,
+        use_summary: bool = True,
     ) -> None:
         super().__init__()
-        self._level = level = check_level("coordinates.level", level, len(channels))
+        self._level = level = check_level("coordinates.feature_level", feature_level, len(channels))
         self._grid = grid = grids[level]
         self._relative = relative = kind == "relative"
         self._points = points
-        self._see_summary = self.reads_summary = see_summary
+        self._use_summary = self.reads_summary = use_summary
         self._classes = [2 * cells - 1 if relative else cells for cells in grid]
         self._chance = sum(compute_offset_entropy(cells) if relative else math.log(cells) for cells in grid)
-        width = channels[level] * (2 if relative else 1) + (summary_channels if see_summary else 0)
+        width = channels[level] * (2 if relative else 1) + (summary_channels if use_summary else 0)
         self.predictor = nn.Sequential(
             *(nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)),
             *(nn.Linear(hidden, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)),
@@ -81,7 +81,7 @@ class Coordinates(nn.Module):
             source = torch.randint(cells, (count, 1), generator=encode.generator).expand_as(index)
             target = target - positions[source] + (torch.tensor(self._grid) - 1)  # 0 to 2 M - 2
             inputs.append(_gather_locations(flat, source))
-        if self._see_summary:
+        if self._use_summary:
             inputs.append(encode.clean.summary.unsqueeze(1).expand(-1, index.shape[1], -1))
         logits = self.predictor(torch.cat(inputs, dim=2).flatten(0, 1)).float().split(self._classes, dim=1)
         targets = target.flatten(0, 1).to(local.device).unbind(dim=1)  # (N * points,) per axis

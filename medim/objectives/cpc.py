@@ -33,12 +33,12 @@ class CPC(nn.Module):
         channels: channels of the encoder's maps.
         spatial_dims: 2 or 3.
         grids: grid of each map at the training shape.
-        level: index of the map of the local features; negative values count from the coarsest map.
+        feature_level: index of the map of the local features; negative values count from the coarsest map.
         steps: number of rows to predict from each row; fewer at the end of the grid.
         skip: number of rows to skip below the context, because their receptive fields overlap with it.
         layers: gated convolutions of the context network; each extends its reach by one row upwards.
         negatives: local features drawn with replacement for each prediction, except its own; 0 uses all.
-        scaled: divide scores by sqrt(channels), as AMDIM does.
+        scale_scores: divide scores by sqrt(channels), as AMDIM does.
     """
 
     reads_summary = False
@@ -49,15 +49,15 @@ class CPC(nn.Module):
         spatial_dims: int,
         grids: tuple[tuple[int, ...], ...],
         *,
-        level: int = -1,
+        feature_level: int = -1,
         steps: int = 5,
         skip: int = 1,
         layers: int = 4,
         negatives: int = 0,
-        scaled: bool = False,
+        scale_scores: bool = False,
     ) -> None:
         super().__init__()
-        self._level = level = check_level("cpc.level", level, len(channels))
+        self._level = level = check_level("cpc.feature_level", feature_level, len(channels))
         self._grid = grids[level]
         self._offsets = range(skip + 1, min(skip + steps, self._grid[0] - 1) + 1)
         if skip < 0 or not self._offsets:
@@ -70,7 +70,7 @@ class CPC(nn.Module):
             raise UsageError(f"cpc.negatives: expected 0 (all) or more, got {negatives}.")
         width = channels[level]
         self._negatives = negatives
-        self._scale = width**-0.5 if scaled else 1.0
+        self._scale = width**-0.5 if scale_scores else 1.0
         self.context = ContextNetwork(spatial_dims, width, layers=layers)
         self.predict = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in self._offsets)
 

@@ -38,9 +38,9 @@ class DenseDIM(nn.Module):
         width: width of the space that decoded features are projected to before the dot product.
         points: number of voxels drawn per image.
         negatives: negatives of a point: the other points of the same image, those of other images, or all.
-        block: side of a hidden cube, in voxels.
-        hidden: share of hidden cubes, above 0 and below 1.
-        scaled: divide scores by sqrt(width).
+        mask_patch_size: side of a hidden cube, in voxels.
+        mask_ratio: share of hidden cubes, above 0 and below 1.
+        scale_scores: divide scores by sqrt(width).
         clip: soft bound of the scores, clip * tanh(score / clip); 0 disables it.
         score_penalty: weight of the mean squared score before clipping.
     """
@@ -56,9 +56,9 @@ class DenseDIM(nn.Module):
         width: int = 64,
         points: int = 160,
         negatives: DenseNegatives = "same_image",
-        block: int = 8,
-        hidden: float = 0.6,
-        scaled: bool = True,
+        mask_patch_size: int = 8,
+        mask_ratio: float = 0.6,
+        scale_scores: bool = True,
         clip: float = 20.0,
         score_penalty: float = 0.04,
     ) -> None:
@@ -77,10 +77,10 @@ class DenseDIM(nn.Module):
             raise UsageError(
                 f"dense_dim.points: expected 2 to the number of voxels of a view of {input_shape}, got {points}."
             )
-        check_cubes("dense_dim", input_shape, block, hidden)
+        check_cubes("dense_dim", input_shape, mask_patch_size, mask_ratio)
         self._points, self._negatives = points, negatives
-        self._block, self._hidden_share = block, hidden
-        self._scale = width**-0.5 if scaled else 1.0
+        self._mask_patch_size, self._mask_ratio = mask_patch_size, mask_ratio
+        self._scale = width**-0.5 if scale_scores else 1.0
         self._clip, self._penalty = clip, score_penalty
         self.projection = nn.Sequential(
             nn.Linear(decoded_channels, width), nn.ReLU(inplace=True), nn.Linear(width, width)
@@ -92,7 +92,7 @@ class DenseDIM(nn.Module):
         Diagnostics: the bound, and the share of queries with the highest score for the correct point.
         """
         batch, count, _, *shape = views.image.shape
-        cube_mask = draw_cube_mask(batch, tuple(shape), self._block, self._hidden_share, encode.generator)
+        cube_mask = draw_cube_mask(batch, tuple(shape), self._mask_patch_size, self._mask_ratio, encode.generator)
         index = draw_points(batch, math.prod(shape), self._points, encode.generator).to(views.image.device)
         clean = Features(tuple(map_[::count] for map_ in encode.clean.maps), encode.clean.summary[::count])
         occluded = encode(occlude_image(views.image[:, -1], cube_mask))

@@ -36,8 +36,8 @@ class LocalDIM(nn.Module):
         input_shape: spatial shape of the views.
         receptive_fields: side of the receptive field of a cell of each map, in voxels.
         estimator: mutual-information bound: infonce, jsd or dv.
-        level: index of the map of the local features (default 1, the second map, as in the paper); negative values
-            count from the coarsest map.
+        feature_level: index of the map of the local features (default 1, the second map, as in the paper); negative
+            values count from the coarsest map.
         summary_level: index of a map with a summary in each cell (the multiple globals of the paper); none: the single
             summary of the encoder.
         critic: section of CRITICS.
@@ -46,8 +46,8 @@ class LocalDIM(nn.Module):
             (permuted).
         foreground: minimum foreground share of a location; locations below it are used neither as positives nor as
             negatives; none uses all locations.
-        standardise: batch-standardise the summary without affine parameters before the critic; preserves the
-            differences between images when another objective pulls the summary towards a position code
+        batch_norm_summary: apply batch normalisation without affine parameters to the summary before the critic;
+            preserves the differences between images when another objective pulls the summary towards a position code
             (docs/results.md).
         score_penalty: weight of the mean squared score (AMDIM: 0.04); prevents diverging scores late in training.
         occlusion: side, in voxels, of the block that stays visible and of the block that is hidden; 0 disables
@@ -62,17 +62,17 @@ class LocalDIM(nn.Module):
         receptive_fields: tuple[int, ...],
         *,
         estimator: EstimatorName = "jsd",
-        level: int = 1,
+        feature_level: int = 1,
         summary_level: int | None = None,
         critic: Section = {"name": "encode_and_dot"},  # noqa: B006  (never changed; shown by `medim config show`)
         negatives: NegativeScheme = "all",
         foreground: float | None = None,
-        standardise: bool = False,
+        batch_norm_summary: bool = False,
         score_penalty: float = 0.0,
         occlusion: OcclusionBlock = 0,
     ) -> None:
         super().__init__()
-        self._level = level = check_level("local_dim.level", level, len(channels))
+        self._level = level = check_level("local_dim.feature_level", feature_level, len(channels))
         if summary_level is not None:
             summary_level = check_level("local_dim.summary_level", summary_level, len(channels))
             summary_channels = channels[summary_level]
@@ -85,7 +85,8 @@ class LocalDIM(nn.Module):
         self._contrast = partial(
             contrastive_term, estimator=estimator, negatives=negatives, score_penalty=score_penalty
         )
-        self._standardise = nn.BatchNorm1d(summary_channels, affine=False) if standardise else nn.Identity()
+        # saved weights contain the name of this attribute
+        self._standardise = nn.BatchNorm1d(summary_channels, affine=False) if batch_norm_summary else nn.Identity()
         self.critic: Any = build_from_section(
             CRITICS, critic, channels=channels[level], summary_channels=summary_channels
         )
@@ -107,7 +108,7 @@ class LocalDIM(nn.Module):
         return output
 
     @property
-    def level(self) -> int:
+    def feature_level(self) -> int:
         """Index of the map of the local features; 0 is the finest."""
         return self._level
 
@@ -133,13 +134,13 @@ class GlobalDIM(nn.Module):
         input_shape: spatial shape of the views.
         receptive_fields: side of the receptive field of a cell of each map, in voxels.
         estimator: mutual-information bound: infonce, jsd or dv.
-        level: index of the map; negative values count from the coarsest map.
+        feature_level: index of the map; negative values count from the coarsest map.
         reduce: channels of unpadded 3x3 convolutions with ReLU between them, applied to the map before it is flattened;
             empty in the paper, 64 and 32 in most tutorials.
         critic: section of CRITICS; the default is the paper's network of 512, 512 and 1 units.
         negatives: maps that a summary is contrasted with: those of all other images (all), of the next image in the
             batch (rolled), or of one randomly drawn other image (permuted).
-        standardise: batch-standardise the summary without affine parameters before the critic.
+        batch_norm_summary: apply batch normalisation without affine parameters to the summary before the critic.
         score_penalty: weight of the mean squared score (AMDIM: 0.04).
         occlusion: side, in voxels, of the block that stays visible and of the block that is hidden; 0 disables
             occlusion, receptive_field uses the receptive field of a cell of the map.
@@ -155,16 +156,16 @@ class GlobalDIM(nn.Module):
         receptive_fields: tuple[int, ...],
         *,
         estimator: EstimatorName = "jsd",
-        level: int = -1,
+        feature_level: int = -1,
         reduce: tuple[int, ...] = (),
         critic: Section = {"name": "concat_and_convolve"},  # noqa: B006  (never changed)
         negatives: NegativeScheme = "all",
-        standardise: bool = False,
+        batch_norm_summary: bool = False,
         score_penalty: float = 0.0,
         occlusion: OcclusionBlock = 0,
     ) -> None:
         super().__init__()
-        self._level = level = check_level("global_dim.level", level, len(channels))
+        self._level = level = check_level("global_dim.feature_level", feature_level, len(channels))
         grid = tuple(side - 2 * len(reduce) for side in grids[level])
         if min(grid) < 1:
             raise UsageError(
@@ -175,7 +176,8 @@ class GlobalDIM(nn.Module):
         self._contrast = partial(
             contrastive_term, estimator=estimator, negatives=negatives, score_penalty=score_penalty
         )
-        self._standardise = nn.BatchNorm1d(summary_channels, affine=False) if standardise else nn.Identity()
+        # saved weights contain the name of this attribute
+        self._standardise = nn.BatchNorm1d(summary_channels, affine=False) if batch_norm_summary else nn.Identity()
         widths = (channels[level], *reduce)
         layers = [m for w in pairwise(widths) for m in (nn.ReLU(), build_unpadded_conv(spatial_dims, *w))]
         self.flatten = nn.Sequential(*layers[1:], nn.Flatten())

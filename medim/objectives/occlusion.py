@@ -86,9 +86,11 @@ def check_cubes(name: str, shape: tuple[int, ...], block: int, share: float) -> 
         UsageError: a value is out of range; the message starts with `name`, the name of the objective.
     """
     if not 1 <= block <= min(shape) or max(shape) < 2 * block:
-        raise UsageError(f"{name}.block: expected a side that fits at least twice into a view of {shape}, got {block}.")
+        raise UsageError(
+            f"{name}.mask_patch_size: expected a side that fits at least twice into a view of {shape}, got {block}."
+        )
     if not 0 < share < 1:
-        raise UsageError(f"{name}.hidden: expected a share above 0 and below 1, got {share}.")
+        raise UsageError(f"{name}.mask_ratio: expected a share above 0 and below 1, got {share}.")
 
 
 def draw_cube_mask(

@@ -22,8 +22,8 @@ class Reconstruction(nn.Module):
         spatial_dims: 2 or 3.
         input_shape: spatial shape of the views.
         decoded_channels: channels of the decoded map; 0 if the run has no decoder.
-        block: side of a cube, in voxels.
-        hidden: share of hidden cubes, above 0 and below 1.
+        mask_patch_size: side of a cube, in voxels.
+        mask_ratio: share of hidden cubes, above 0 and below 1.
     """
 
     reads_summary = False
@@ -35,23 +35,24 @@ class Reconstruction(nn.Module):
         input_shape: tuple[int, ...],
         decoded_channels: int,
         *,
-        block: int = 8,
-        hidden: float = 0.6,
+        mask_patch_size: int = 8,
+        mask_ratio: float = 0.6,
     ) -> None:
         super().__init__()
         if not decoded_channels:
             raise UsageError(
                 "reconstruction: it needs a decoder; add a decoder to the config, such as decoder: {name: unet}."
             )
-        check_cubes("reconstruction", input_shape, block, hidden)
-        self._block, self._hidden_share = block, hidden
+        check_cubes("reconstruction", input_shape, mask_patch_size, mask_ratio)
+        self._mask_patch_size, self._mask_ratio = mask_patch_size, mask_ratio
         self.to_image = build_pointwise_conv(spatial_dims, decoded_channels, in_channels)
 
     def forward(self, encode: Encode, views: Views) -> dict[str, Term]:
         """Term `reconstruction`: squared error over hidden voxels, relative to that of the mean filling (chance: 1)."""
         image = views.image.flatten(0, 1)  # (N, C, ...)
         shape = tuple(image.shape[2:])
-        mask = draw_cube_mask(len(image), shape, self._block, self._hidden_share, encode.generator).to(image.device)
+        mask = draw_cube_mask(len(image), shape, self._mask_patch_size, self._mask_ratio, encode.generator)
+        mask = mask.to(image.device)
         occluded = occlude_image(image, mask)
         prediction = self.to_image(encode.decode(encode(occluded))).float()
         missing = (image - occluded).float()  # 0 where visible

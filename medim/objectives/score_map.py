@@ -1,6 +1,6 @@
 """Mutual-information map: agreement of each voxel with the summary of its image, scored by the pretraining critic.
 
-Objectives with `level` and `score_map(features)` support this map. Pretraining saves the first of them as
+Objectives with `feature_level` and `score_map(features)` support this map. Pretraining saves the first of them as
 `encoder/critic.safetensors` and `critic.json`; the key `objective` contains its configuration section.
 """
 
@@ -17,6 +17,7 @@ from medim.files import read_json
 from medim.models.serialization import load_encoder, load_weights, locate_weights, verify_sha256
 from medim.objectives import OBJECTIVES
 from medim.objectives.objective import encoder_info
+from medim.renamed_keys import translate_section
 
 
 class MutualInformationMap(nn.Module):
@@ -37,7 +38,7 @@ class MutualInformationMap(nn.Module):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Scores (N, 1, ...) on the grid of (N, in_channels, ...) images, interpolated linearly between cells."""
         scores = self.objective.score_map(self.encoder(image))
-        level = self.objective.level
+        level = self.objective.feature_level
         origin, stride = self.encoder.origins[level], self.encoder.strides[level]
         for axis, size in enumerate(image.shape[2:], start=2):
             weights = interpolation_weights(size, scores.shape[axis], origin, stride).to(scores)
@@ -68,6 +69,7 @@ def load_score_map(path: Path) -> MutualInformationMap | None:
     encoder: Any = load_encoder(path)
     view_options = {"in_channels": encoder.spec.in_channels, "spatial_dims": encoder.spec.spatial_dims}
     build_options = encoder_info(encoder, None, **view_options, input_shape=encoder.spec.input_shape)
-    objective = build_from_section(OBJECTIVES, spec["objective"], **build_options)
+    section = translate_section(spec["objective"], warn=False)  # earlier versions wrote old names
+    objective = build_from_section(OBJECTIVES, section, **build_options)
     load_weights(objective, verify_sha256(folder / "critic.safetensors", str(spec.get("sha256"))))
     return MutualInformationMap(encoder, objective, spec).eval()

@@ -15,11 +15,11 @@ from medim.models.serialization import load_weights, save_model
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "encode_and_dot": [
         {"width": 16},
-        {"width": 4, "local_norm": "none", "summary_norm": "none", "scaled": True, "clip": 2.0},
+        {"width": 4, "local_norm": "none", "summary_norm": "none", "scale_scores": True, "clip": 2.0},
         {"width": 8, "local_norm": "batch", "summary_norm": "batch"},
     ],
     "concat_and_convolve": [{"hidden": [16, 8]}, {"hidden": [8], "clip": 2.0}],
-    "bilinear": [{}, {"scaled": True, "clip": 2.0}],
+    "bilinear": [{}, {"scale_scores": True, "clip": 2.0}],
 }
 GRIDS = {2: (3, 5), 3: (2, 3, 4)}
 every_critic = pytest.mark.parametrize(

@@ -243,7 +243,7 @@ def test_the_score_of_a_cell_is_drawn_in_the_middle_of_what_it_sees(
         (gradient,) = torch.autograd.grad(found[(0, 0, *cell)], image, retain_graph=True)
         alone = torch.zeros(1, 1, *found.shape[2:])
         alone[(0, 0, *cell)] = 1.0
-        critic: Any = SimpleNamespace(level=level, score_map=lambda _, alone=alone: alone)
+        critic: Any = SimpleNamespace(feature_level=level, score_map=lambda _, alone=alone: alone)
         with torch.no_grad():
             drawn = MutualInformationMap(encoder, critic, {})(image)
         seen = gradient[0, 0].nonzero()

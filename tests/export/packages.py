@@ -59,7 +59,7 @@ SPECS: dict[str, dict[str, Any]] = {
 }
 
 CRITIC = {"name": "encode_and_dot", "width": 16, "summary_norm": "none"}
-OBJECTIVE = {"name": "local_dim", "standardise": True, "critic": CRITIC}
+OBJECTIVE = {"name": "local_dim", "batch_norm_summary": True, "critic": CRITIC}
 
 
 def make_run(folder: Path, kind: str, **changes: Any) -> Path:

@@ -52,7 +52,7 @@ def test_the_shortcut_starts_as_a_noisy_copy(channels: int, width: int) -> None:
 def test_the_papers_scores_are_large_and_scaled_ones_are_not() -> None:
     """Two normalised vectors of 2048 have dot products of a standard deviation of 45 (dim-spec, 7.4)."""
     local, summary = torch.randn(8, 64, 16), torch.randn(8, 64, 1)
-    plain, scaled = EncodeAndDot(64, 64), EncodeAndDot(64, 64, scaled=True)
+    plain, scaled = EncodeAndDot(64, 64), EncodeAndDot(64, 64, scale_scores=True)
     scaled.load_state_dict(plain.state_dict())
     large, small = plain(local, summary)[0], scaled(local, summary)[0]
     assert 25 < large.std().item() < 70
@@ -134,7 +134,7 @@ def test_a_network_without_hidden_layers_is_refused() -> None:
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_bilinear_score_is_the_local_times_the_turned_summary(scaled: bool) -> None:
-    critic = Bilinear(6, 5, scaled=scaled)
+    critic = Bilinear(6, 5, scale_scores=scaled)
     local, summary = features()
     expected = torch.einsum("bcl,cs,asg->agbl", local, critic.weight.weight, summary) / (6**0.5 if scaled else 1)
     torch.testing.assert_close(critic(local, summary)[0], expected)

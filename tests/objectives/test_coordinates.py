@@ -36,14 +36,14 @@ def coordinate_map(grid: tuple[int, ...], count: int = 3) -> torch.Tensor:
 
 def objective_of(grid: tuple[int, ...], **options: Any) -> Coordinates:
     torch.manual_seed(0)
-    return Coordinates((sum(grid),), 4, (grid,), level=0, **{"hidden": 16, **options})
+    return Coordinates((sum(grid),), 4, (grid,), feature_level=0, **{"hidden": 16, **options})
 
 
 @every_grid
 @pytest.mark.parametrize("points", [0, 4])
 def test_logits_that_hold_the_coordinates_cost_nothing(grid: tuple[int, ...], points: int) -> None:
     """The predictor is taken out: targets must fit the map cell by cell and axis by axis."""
-    objective = objective_of(grid, see_summary=False, points=points)
+    objective = objective_of(grid, use_summary=False, points=points)
     objective.predictor = nn.Identity()  # type: ignore[assignment]
     right = 100 * coordinate_map(grid)
     assert objective(encode_of(right), NO_VIEWS)["coordinates"].loss.item() == pytest.approx(0, abs=1e-4)
@@ -54,7 +54,7 @@ def test_logits_that_hold_the_coordinates_cost_nothing(grid: tuple[int, ...], po
 
 @every_grid
 def test_equal_logits_cost_the_sum_of_the_axes_entropies(grid: tuple[int, ...]) -> None:
-    objective = objective_of(grid, see_summary=False)
+    objective = objective_of(grid, use_summary=False)
     objective.predictor = nn.Identity()  # type: ignore[assignment]
     term = objective(encode_of(torch.zeros(2, sum(grid), *grid)), NO_VIEWS)["coordinates"]
     assert term.chance == pytest.approx(sum(math.log(cells) for cells in grid))
@@ -78,7 +78,7 @@ def test_planted_coordinates_are_learnt_and_constant_locals_are_not(grid: tuple[
 
 
 def test_points_are_drawn_without_repetition_from_the_generator() -> None:
-    objective = objective_of((4, 6), points=24 - 1, see_summary=False)
+    objective = objective_of((4, 6), points=24 - 1, use_summary=False)
     seen: list[torch.Tensor] = []
     objective.predictor.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     local = torch.arange(24.0).view(1, 1, 4, 6).expand(2, 10, 4, 6)
@@ -92,12 +92,12 @@ def test_points_are_drawn_without_repetition_from_the_generator() -> None:
 
 
 def test_without_sight_of_the_summary_no_gradient_reaches_it() -> None:
-    for see_summary in (True, False):
+    for use_summary in (True, False):
         summary = torch.randn(3, 4, requires_grad=True)
         local = torch.randn(3, 8, 3, 5, requires_grad=True)
-        term = objective_of((3, 5), see_summary=see_summary)(encode_of(local, summary), NO_VIEWS)["coordinates"]
+        term = objective_of((3, 5), use_summary=use_summary)(encode_of(local, summary), NO_VIEWS)["coordinates"]
         grads = torch.autograd.grad(term.loss, (summary, local), allow_unused=True)
-        assert (grads[0] is not None) == see_summary
+        assert (grads[0] is not None) == use_summary
         assert grads[1] is not None
         assert grads[1].abs().sum() > 0
 
@@ -105,12 +105,12 @@ def test_without_sight_of_the_summary_no_gradient_reaches_it() -> None:
 def test_a_grid_it_was_not_built_for_and_a_level_that_is_not_there_are_refused() -> None:
     with pytest.raises(ValueError, match=r"built for a grid of \(3, 5\), got \(5, 3\)"):
         objective_of((3, 5))(encode_of(torch.zeros(2, 8, 5, 3)), NO_VIEWS)
-    with pytest.raises(UsageError, match=r"coordinates\.level: expected 0 to 0.*got 1"):
-        Coordinates((4,), 4, ((3, 5),), level=1)
+    with pytest.raises(UsageError, match=r"coordinates\.feature_level: expected 0 to 0.*got 1"):
+        Coordinates((4,), 4, ((3, 5),), feature_level=1)
 
 
 def test_a_negative_level_counts_from_the_coarsest_map() -> None:
-    objective = Coordinates((2, 4, 6), 4, ((12, 20), (6, 10), (3, 5)), level=-2, hidden=8)
+    objective = Coordinates((2, 4, 6), 4, ((12, 20), (6, 10), (3, 5)), feature_level=-2, hidden=8)
     maps = (torch.zeros(2, 2, 12, 20), torch.zeros(2, 4, 6, 10), torch.zeros(2, 6, 3, 5))
     encode = SimpleNamespace(clean=Features(maps, torch.zeros(2, 4)), generator=torch.Generator())
     assert objective(encode, NO_VIEWS)["coordinates"].chance == pytest.approx(math.log(6) + math.log(10))
@@ -137,7 +137,7 @@ class Oracle(nn.Module):
 def test_the_offset_of_target_from_source_costs_nothing_and_its_opposite_much(
     grid: tuple[int, ...], points: int
 ) -> None:
-    objective = objective_of(grid, kind="relative", see_summary=False, points=points)
+    objective = objective_of(grid, kind="relative", use_summary=False, points=points)
     local = coordinate_map(grid, count=64)
     objective.predictor = oracle = Oracle(grid)  # type: ignore[assignment]
     assert objective(encode_of(local), NO_VIEWS)["coordinates"].loss.item() == pytest.approx(0, abs=1e-4)
@@ -149,7 +149,7 @@ def test_the_offset_of_target_from_source_costs_nothing_and_its_opposite_much(
 
 
 def test_an_image_has_one_source_of_its_own() -> None:
-    objective = objective_of((4, 6), kind="relative", see_summary=False)
+    objective = objective_of((4, 6), kind="relative", use_summary=False)
     seen: list[torch.Tensor] = []
     objective.predictor.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     local = torch.arange(24.0).view(1, 1, 4, 6).expand(8, 10, 4, 6)
@@ -169,7 +169,7 @@ def test_the_chance_of_offsets_is_the_entropy_of_all_pairs_of_places(grid: tuple
     frequent = [Counter(a - b for a in range(cells) for b in range(cells)) for cells in grid]
     shares = [torch.tensor([count[d] / m**2 for d in range(1 - m, m)]) for count, m in zip(frequent, grid, strict=True)]
     entropy = sum(-(share * share.log()).sum().item() for share in shares)
-    objective = objective_of(grid, kind="relative", see_summary=False)
+    objective = objective_of(grid, kind="relative", use_summary=False)
     with torch.no_grad():
         objective.predictor[-1].weight.zero_()
         objective.predictor[-1].bias.copy_(torch.cat(shares).log())

@@ -70,7 +70,7 @@ class TestContrast:
 @every_grid
 @pytest.mark.parametrize("negatives", [0, 3])
 def test_the_loss_is_that_of_a_loop_over_images_rows_and_columns(grid: tuple[int, ...], negatives: int) -> None:
-    objective, local = objective_of(grid, steps=2, negatives=negatives, scaled=True), local_of(grid)
+    objective, local = objective_of(grid, steps=2, negatives=negatives, scale_scores=True), local_of(grid)
     encode = encode_of(local, seed=4)
     term = objective(encode, NO_VIEWS)["cpc"]
     context, draw = objective.context(local), torch.Generator().manual_seed(4)
@@ -141,7 +141,7 @@ def test_steps_end_where_the_grid_does() -> None:
         ({"skip": -1}, "skip of 0 or more"),
         ({"steps": 0}, "steps of 1 or more"),
         ({"negatives": -1}, r"cpc\.negatives"),
-        ({"level": 1}, r"cpc\.level"),
+        ({"feature_level": 1}, r"cpc\.feature_level"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:

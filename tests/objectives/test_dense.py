@@ -46,7 +46,7 @@ def views_of(shape: tuple[int, ...], count: int = 1, channels: int = 2) -> Views
 
 def objective_of(shape: tuple[int, ...], **options: Any) -> DenseDIM:
     torch.manual_seed(0)
-    return DenseDIM(shape, 2, True, **{"width": 4, "points": POINTS, "block": 2, **options})
+    return DenseDIM(shape, 2, True, **{"width": 4, "points": POINTS, "mask_patch_size": 2, **options})
 
 
 def loop(query: torch.Tensor, key: torch.Tensor, negatives: str, clip: float, penalty: float) -> float:
@@ -132,7 +132,7 @@ def test_what_is_no_class_has_no_weight(negatives: str) -> None:
 @every_set
 def test_equal_scores_cost_chance_and_right_ones_nothing(negatives: str) -> None:
     views = views_of((8, 12))
-    objective = objective_of((8, 12), negatives=negatives, scaled=False, clip=0.0, score_penalty=0.0)
+    objective = objective_of((8, 12), negatives=negatives, scale_scores=False, clip=0.0, score_penalty=0.0)
     classes = {"same_image": POINTS, "other_images": 1 + (BATCH - 1) * POINTS, "all": BATCH * POINTS}[negatives]
     flat = Views(torch.ones_like(views.image), views.location)
     term = objective(Mirror(flat), flat)["dense_dim"]
@@ -166,7 +166,7 @@ def test_encoder_and_decoder_learn_and_the_loss_leaves_chance(shape: tuple[int, 
     encoder = UNetEncoder(1, len(shape), channels=(4, 8), norm="in", summary_channels=4)
     decoder = UNetDecoder(encoder.channels, encoder.strides, len(shape))
     views = views_of(shape, channels=1)
-    objective = DenseDIM(shape, decoder.out_channels, True, width=8, points=16, block=2, hidden=0.3)
+    objective = DenseDIM(shape, decoder.out_channels, True, width=8, points=16, mask_patch_size=2, mask_ratio=0.3)
     trained = torch.nn.ModuleList([encoder, decoder, objective])
     optimiser = torch.optim.Adam(trained.parameters(), lr=0.01)
     for step in range(60):
@@ -191,8 +191,8 @@ def test_encoder_and_decoder_learn_and_the_loss_leaves_chance(shape: tuple[int, 
         ({"aligned": False}, "views.same_crop: true"),
         ({"points": 1}, r"dense_dim\.points: expected 2"),
         ({"points": 16 * 24 + 1}, r"dense_dim\.points: expected 2"),
-        ({"block": 17}, r"dense_dim\.block"),
-        ({"hidden": 1.0}, r"dense_dim\.hidden"),
+        ({"mask_patch_size": 17}, r"dense_dim\.mask_patch_size"),
+        ({"mask_ratio": 1.0}, r"dense_dim\.mask_ratio"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:

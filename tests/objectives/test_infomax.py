@@ -80,14 +80,14 @@ def test_with_two_views_the_summary_of_each_meets_the_map_of_the_other() -> None
 @pytest.mark.parametrize(("level", "locations"), [(0, 12 * 16), (1, 6 * 8), (-1, 6 * 8)])
 def test_the_level_chooses_the_map_of_the_locals(level: int, locations: int) -> None:
     encoder, views = encoder_of(), views_of()
-    term = objective_of(encoder, estimator="infonce", level=level)(Recorder(encoder, views), views)["local_dim"]
+    term = objective_of(encoder, estimator="infonce", feature_level=level)(Recorder(encoder, views), views)["local_dim"]
     assert term.chance == pytest.approx(math.log(1 + 3 * locations))
 
 
 def test_a_level_the_encoder_has_not_is_refused() -> None:
     for level in (2, -3):
-        with pytest.raises(UsageError, match=rf"local_dim\.level: expected 0 to 1, or -1 to -2.*got {level}"):
-            objective_of(encoder_of(), level=level)
+        with pytest.raises(UsageError, match=rf"local_dim\.feature_level: expected 0 to 1, or -1 to -2.*got {level}"):
+            objective_of(encoder_of(), feature_level=level)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -127,7 +127,7 @@ def test_the_penalty_is_the_weighted_mean_square_of_the_scores() -> None:
 def test_standardising_takes_mean_and_scale_from_the_summary() -> None:
     encoder, views = encoder_of(), views_of()
     encode = Recorder(encoder, views)
-    objective = objective_of(encoder, standardise=True).train()
+    objective = objective_of(encoder, batch_norm_summary=True).train()
     given: list[torch.Tensor] = []
     objective.critic.register_forward_pre_hook(lambda _, args: given.append(args[1]))
     objective(encode, views)
@@ -140,7 +140,7 @@ def test_standardising_takes_mean_and_scale_from_the_summary() -> None:
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_with_a_summary_level_every_cell_of_that_map_is_a_summary(estimator: EstimatorName) -> None:
     encoder, views = encoder_of(), views_of()
-    objective = objective_of(encoder, estimator=estimator, level=0, summary_level=-1)
+    objective = objective_of(encoder, estimator=estimator, feature_level=0, summary_level=-1)
     encode = Recorder(encoder, views)
     scores, _ = objective.critic(encode.clean.maps[0].flatten(2), encode.clean.maps[1].flatten(2))
     assert scores.shape == (4, 6 * 8, 4, 12 * 16)
@@ -198,12 +198,12 @@ def test_a_share_that_no_cell_or_every_cell_has_is_refused(share: float) -> None
 
 def test_the_receptive_field_can_be_the_block_of_the_occlusion() -> None:
     encoder, views = encoder_of(), views_of()
-    named, given = (objective_of(encoder, level=0, occlusion=block) for block in ("receptive_field", 5))
+    named, given = (objective_of(encoder, feature_level=0, occlusion=block) for block in ("receptive_field", 5))
     assert encoder.receptive_field(0) == 5
     losses = [objective(Recorder(encoder, views), views)["local_dim"].loss.item() for objective in (named, given)]
     assert losses[0] == losses[1]
     with pytest.raises(UsageError, match="side 11"):
-        objective_of(encoder, level=1, occlusion="receptive_field")
+        objective_of(encoder, feature_level=1, occlusion="receptive_field")
 
 
 # --- DIM(G)
@@ -284,7 +284,7 @@ def train(estimator: Any, shape: tuple[int, ...], *, shuffled: bool, steps: int 
     torch.manual_seed(0)
     dims = len(shape)
     encoder = ConvNet(1, dims, shape, channels=(8, 16), kernel_size=3, hidden=0, summary_channels=8, summary="mean_max")
-    critic = {"name": "encode_and_dot", "width": 16, "scaled": True}
+    critic = {"name": "encode_and_dot", "width": 16, "scale_scores": True}
     objective = LocalDIM(encoder.channels, 8, shape, (3, 7), estimator=estimator, critic=critic)
     optimiser = torch.optim.Adam([*encoder.parameters(), *objective.parameters()], lr=5e-3)
     generator = torch.Generator().manual_seed(1)

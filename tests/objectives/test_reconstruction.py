@@ -29,7 +29,7 @@ class Painter:
 
 
 def objective(shape: tuple[int, ...], **options: Any) -> Reconstruction:
-    made = Reconstruction(1, len(shape), shape, 1, **{"block": 4, **options})
+    made = Reconstruction(1, len(shape), shape, 1, **{"mask_patch_size": 4, **options})
     torch.nn.init.ones_(made.to_image.weight)
     assert made.to_image.bias is not None
     torch.nn.init.zeros_(made.to_image.bias)
@@ -87,10 +87,10 @@ class TestLoss:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"block": 0}, "block"),
-        ({"block": 17}, "block"),
-        ({"hidden": 0.0}, "hidden"),
-        ({"hidden": 1.0}, "hidden"),
+        ({"mask_patch_size": 0}, "mask_patch_size"),
+        ({"mask_patch_size": 17}, "mask_patch_size"),
+        ({"mask_ratio": 0.0}, "mask_ratio"),
+        ({"mask_ratio": 1.0}, "mask_ratio"),
         ({"decoded_channels": 0}, "add a decoder"),
     ],
 )

@@ -20,8 +20,8 @@ from medim.objectives.score_map import MutualInformationMap, interpolation_weigh
 from medim.types import Features, UserError, Views
 from tests.specs import make_spec
 
-CRITIC = {"name": "encode_and_dot", "width": 16, "scaled": True, "local_norm": "none", "summary_norm": "none"}
-SECTION = {"name": "local_dim", "estimator": "infonce", "standardise": True, "critic": CRITIC}
+CRITIC = {"name": "encode_and_dot", "width": 16, "scale_scores": True, "local_norm": "none", "summary_norm": "none"}
+SECTION = {"name": "local_dim", "estimator": "infonce", "batch_norm_summary": True, "critic": CRITIC}
 
 
 def made(dims: int, shape: tuple[int, ...], section: dict[str, Any] = SECTION, **encoder: Any) -> MutualInformationMap:
@@ -39,7 +39,7 @@ def made(dims: int, shape: tuple[int, ...], section: dict[str, Any] = SECTION, *
 
 @pytest.mark.parametrize(("shape", "level"), [((12, 16), 1), ((9, 14), -1), ((8, 6, 10), 1), ((5, 7, 6), 0)])
 def test_a_cell_has_the_score_that_the_critic_gives_it_alone(shape: tuple[int, ...], level: int) -> None:
-    network = made(len(shape), shape, {**SECTION, "level": level})
+    network = made(len(shape), shape, {**SECTION, "feature_level": level})
     images = torch.randn(3, 1, *shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         network.objective.train()(SimpleNamespace(clean=network.encoder(images), generator=None), views_of(images))
@@ -92,7 +92,9 @@ def test_the_map_has_the_grid_of_the_image_and_runs_along_its_axes(shape: tuple[
 @pytest.mark.parametrize("shape", [(12, 18), (8, 6, 10)])
 def test_cells_that_lie_between_voxels_are_drawn_there(shape: tuple[int, ...]) -> None:
     encoder = {"name": "convnet", "hidden": 0, "summary": "mean_max"}
-    network = made(len(shape), shape, {**SECTION, "level": 0}, **encoder)  # 4-wide kernels: cell c lies at 2 c + 0.5
+    network = made(
+        len(shape), shape, {**SECTION, "feature_level": 0}, **encoder
+    )  # 4-wide kernels: cell c lies at 2 c + 0.5
     image = torch.randn(2, 1, *shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         scores, coarse = network(image), network.objective.score_map(network.encoder(image))
@@ -144,6 +146,18 @@ def test_the_summary_of_another_image_lowers_the_scores(trained: MutualInformati
         own = trained.objective.score_map(features)
         swapped = trained.objective.score_map(Features(features.maps, features.summary.roll(1, 0)))
     assert swapped.mean() < own.mean() - 1
+
+
+def test_a_critic_of_an_earlier_version_draws_the_same_map(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    network, folder = made(2, (12, 16)), tmp_path / "encoder"
+    save_model(folder, "encoder", network.encoder, make_spec(network.encoder.spec))
+    critic = {"name": "encode_and_dot", "width": 16, "scaled": True, "local_norm": "none", "summary_norm": "none"}
+    section = {"name": "local_dim", "estimator": "infonce", "level": 1, "standardise": True, "critic": critic}
+    save_model(folder, "critic", network.objective, {"kind": "critic", "objective": section})
+    again, image = load_score_map(tmp_path), torch.randn(1, 1, 12, 16)
+    assert again is not None
+    torch.testing.assert_close(again(image), network(image), rtol=0, atol=0)
+    assert caplog.text == ""
 
 
 def test_a_saved_critic_draws_the_same_map_and_a_run_without_one_draws_none(tmp_path: Path) -> None:

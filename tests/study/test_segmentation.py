@@ -32,7 +32,7 @@ def test_a_frozen_segmenter_keeps_encoder_and_decoder_bit_by_bit_and_learns_a_he
     run_study: Callable[..., dict[str, Any]], volumes: Index, tmp_path: Path
 ) -> None:
     before = check_config(
-        "pretrain", {**COMMON, "objectives": [{"name": "reconstruction", "block": 4}]}, source="the test"
+        "pretrain", {**COMMON, "objectives": [{"name": "reconstruction", "mask_patch_size": 4}]}, source="the test"
     )
     config = check_config(
         "finetune",

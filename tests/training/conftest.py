@@ -15,7 +15,7 @@ from medim.data.index.index import Index, build_index
 SHAPE = (16, 24, 16)
 PREPROCESSING = [{"op": "ras"}, {"op": "normalise", "method": "zscore"}]
 ENCODER = {"name": "unet", "channels": [4, 8, 8], "summary_channels": 8}
-CRITIC = {"name": "encode_and_dot", "width": 8, "local_norm": "none", "summary_norm": "none", "scaled": True}
+CRITIC = {"name": "encode_and_dot", "width": 8, "local_norm": "none", "summary_norm": "none", "scale_scores": True}
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +55,13 @@ def pretrain_config() -> PretrainConfig:
             "views": {"shape": [16, 16, 16], "augmentations": [{"op": "noise", "probability": 0.5}]},
             "encoder": ENCODER,
             "objectives": [
-                {"name": "local_dim", "estimator": "infonce", "critic": CRITIC, "standardise": True, "occlusion": 5},
+                {
+                    "name": "local_dim",
+                    "estimator": "infonce",
+                    "critic": CRITIC,
+                    "batch_norm_summary": True,
+                    "occlusion": 5,
+                },
                 {"name": "coordinates", "weight": 0.1, "hidden": 8, "points": 16},
                 {"name": "prior_matching", "weight": 0.1, "hidden": [8]},
             ],

@@ -31,7 +31,7 @@ from medim.training.pretrain.run import _build_module
 from tests.specs import make_spec
 
 STEPS, BATCH, SHAPE = 20, 8, (16, 16)
-DOT = {"name": "encode_and_dot", "width": 16, "scaled": True}
+DOT = {"name": "encode_and_dot", "width": 16, "scale_scores": True}
 PAIR = {"name": "concat_and_convolve", "hidden": [16]}
 UNET: dict[str, Any] = {
     "encoder": {"name": "unet", "channels": [4, 8], "norm": "in", "summary_channels": 8},
@@ -45,7 +45,9 @@ PATCHES: dict[str, Any] = {
     }
 }
 CASES: dict[str, dict[str, Any]] = {
-    "infonce": {"objectives": [{"name": "local_dim", "estimator": "infonce", "critic": DOT, "standardise": True}]},
+    "infonce": {
+        "objectives": [{"name": "local_dim", "estimator": "infonce", "critic": DOT, "batch_norm_summary": True}]
+    },
     "jsd": {"objectives": [{"name": "local_dim", "estimator": "jsd", "critic": DOT, "occlusion": 4}]},
     "dv": {"objectives": [{"name": "local_dim", "estimator": "dv", "critic": DOT, "score_penalty": 0.04}]},
     "permuted": {"objectives": [{"name": "local_dim", "negatives": "permuted", "critic": DOT, "foreground": 0.1}]},
@@ -66,18 +68,23 @@ CASES: dict[str, dict[str, Any]] = {
     "prior alone": {"objectives": [{"name": "prior_matching", "hidden": [8], "prior": "gaussian"}]},
     "simclr": {"views": 2, "objectives": [{"name": "simclr", "width": 8}]},
     "amdim": {"views": 2, "objectives": [{"name": "amdim", "width": 8}]},
-    "cpc": {**PATCHES, "objectives": [{"name": "cpc", "steps": 1, "layers": 1, "scaled": True}]},
+    "cpc": {**PATCHES, "objectives": [{"name": "cpc", "steps": 1, "layers": 1, "scale_scores": True}]},
     "some of cpc": {**PATCHES, "objectives": [{"name": "cpc", "steps": 1, "layers": 1, "negatives": 7}]},
-    "dense": {**UNET, "objectives": [{"name": "dense_dim", "width": 8, "points": 16, "block": 4, "negatives": "all"}]},
+    "dense": {
+        **UNET,
+        "objectives": [{"name": "dense_dim", "width": 8, "points": 16, "mask_patch_size": 4, "negatives": "all"}],
+    },
     "dense with two views": {
         **UNET,
         "views": 2,
-        "objectives": [{"name": "dense_dim", "width": 8, "points": 16, "block": 4, "negatives": "other_images"}],
+        "objectives": [
+            {"name": "dense_dim", "width": 8, "points": 16, "mask_patch_size": 4, "negatives": "other_images"}
+        ],
     },
     "reconstruction": {
         **UNET,
         "objectives": [
-            {"name": "reconstruction", "block": 4},
+            {"name": "reconstruction", "mask_patch_size": 4},
             {"name": "local_dim", "estimator": "infonce", "critic": DOT},
             {"name": "coordinates", "kind": "relative", "hidden": 8, "points": 4},
         ],

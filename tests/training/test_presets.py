@@ -51,7 +51,7 @@ def test_a_published_preset_names_its_source_and_leaves_out_what_its_paper_does(
     assert any(word in " ".join(header) for word in ("arXiv", "DuaneNielsen"))
     config = load_config("pretrain", name)
     assert config.gradient_clip == 0, "no paper of the family clips gradients"
-    assert not any(section.get("standardise") for section in config.objectives)
+    assert not any(section.get("batch_norm_summary") for section in config.objectives)
 
 
 def test_the_papers_weights_are_those_of_its_three_settings() -> None:

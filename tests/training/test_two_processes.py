@@ -25,7 +25,7 @@ from tests.training.processes import CASES, FAULTS, adamw, trained
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENCODER = {"name": "unet", "channels": [4, 8, 8], "summary_channels": 8, "norm": "in"}
-CRITIC = {"name": "encode_and_dot", "width": 8, "scaled": True}
+CRITIC = {"name": "encode_and_dot", "width": 8, "scale_scores": True}
 
 
 def free_port() -> str:

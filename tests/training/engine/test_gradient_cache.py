@@ -79,10 +79,10 @@ def furthest(one: Gradients, other: Gradients) -> float:
 
 
 def infonce(encoder: Any, side: int, level: int = -1) -> LocalDIM:
-    critic = {"name": "encode_and_dot", "width": 16, "local_norm": "none", "summary_norm": "none", "scaled": True}
+    critic = {"name": "encode_and_dot", "width": 16, "local_norm": "none", "summary_norm": "none", "scale_scores": True}
     fields = tuple(encoder.receptive_field(i) for i in range(len(encoder.channels)))
     shapes = encoder.channels, encoder.summary_channels, (side, side), fields
-    return LocalDIM(*shapes, level=level, critic=critic, standardise=True)
+    return LocalDIM(*shapes, feature_level=level, critic=critic, batch_norm_summary=True)
 
 
 def test_256_images_in_chunks_of_32_give_the_gradient_of_256_in_less_than_a_third_of_the_memory() -> None:
@@ -110,7 +110,7 @@ def test_a_decoder_goes_in_chunks_too(chunk: int) -> None:
     torch.manual_seed(0)
     encoder = UNetEncoder(1, 2, channels=(4, 8), norm="in", summary_channels=6)
     decoder = UNetDecoder((4, 8), (1, 2), 2, norm="in")
-    objective, image = Reconstruction(1, 2, (8, 8), 4, block=2), torch.randn(8, 1, 8, 8)
+    objective, image = Reconstruction(1, 2, (8, 8), 4, mask_patch_size=2), torch.randn(8, 1, 8, 8)
     direct, _ = step(encoder, objective, image, None, decoder)
     assert any(name.startswith("decoder") for name in direct)
     assert furthest(direct, step(encoder, objective, image, chunk, decoder)[0]) < 1e-5

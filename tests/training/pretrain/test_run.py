@@ -316,7 +316,11 @@ def test_a_section_that_cannot_be_built_is_refused_before_anything_is_written(
         ({"name": "dense_dim", "width": 8, "points": 20}, {"name": "unet"}, math.log(20)),
         ({"name": "amdim", "width": 8}, None, 2 * math.log(1 + 3 * 4**3) + math.log(1 + 3 * 8**3)),
         ({"name": "simclr", "width": 8}, None, math.log(2 * 4 - 1)),
-        ({"name": "coordinates", "kind": "relative", "level": -1, "hidden": 8}, None, 3 * compute_offset_entropy(4)),
+        (
+            {"name": "coordinates", "kind": "relative", "feature_level": -1, "hidden": 8},
+            None,
+            3 * compute_offset_entropy(4),
+        ),
     ],
     ids=lambda value: value["name"] if isinstance(value, dict) else "",
 )
@@ -367,13 +371,13 @@ def test_four_subjects_train_with_a_smaller_batch_and_claim_nothing(
 def test_a_misspelt_objective_option_names_the_right_one(
     pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
 ) -> None:
-    config = pretrain_config.model_copy(update={"objectives": [{"name": "local_dim", "standardize": True}]})
-    with pytest.raises(UsageError, match="Did you mean 'standardise'"):
+    config = pretrain_config.model_copy(update={"objectives": [{"name": "local_dim", "batchnorm_summary": True}]})
+    with pytest.raises(UsageError, match="Did you mean 'batch_norm_summary'"):
         pretrain(config, cohort_index, tmp_path / "run", store=tmp_path / "store")
 
 
 def test_the_same_objective_twice_keeps_two_names(pretrain_config: PretrainConfig, undisturbed: Path) -> None:
-    twice = [{"name": "local_dim", "level": level, "weight": 0.5} for level in (0, 1)]
+    twice = [{"name": "local_dim", "feature_level": level, "weight": 0.5} for level in (0, 1)]
     config = pretrain_config.model_copy(update={"objectives": twice})
     objectives = build_objectives(config, medim.load_encoder(undisturbed), None, 1)
     assert list(objectives) == ["local_dim", "local_dim_2"]
@@ -383,7 +387,7 @@ def test_the_same_objective_twice_keeps_two_names(pretrain_config: PretrainConfi
 @pytest.mark.parametrize(
     "section",
     [
-        {"name": "cpc", "level": 0, "steps": 2, "layers": 1, "negatives": 4},
+        {"name": "cpc", "feature_level": 0, "steps": 2, "layers": 1, "negatives": 4},
         {"name": "vae", "decoder_channels": [8, 4]},
         {"name": "beta_vae", "decoder_channels": [8, 4]},
     ],
