@@ -79,7 +79,13 @@ def compare_cell_overhead(folder: Path, rounds: int) -> dict[str, float]:
     cohort = open_labelled_cohort(config, index, split_seed=0, store=folder / "store")
     arm = Arm("scratch")
     subsets = {(BUDGET, 0): BUDGET.draw_subset(cohort.records("train"), 0)}
-    context = StudyContext(folder / "study", Design("classification", (arm,), (BUDGET,), 1), config, cohort, subsets)
+    context = StudyContext(
+        out=folder / "study",
+        design=Design(task="classification", arms=(arm,), budgets=(BUDGET,), seeds=1),
+        config=config,
+        cohort=cohort,
+        subsets=subsets,
+    )
     with track_study(folder / "study", {}) as tracker:
         context = StudyContext(**{**vars(context), "parent_run": tracker.version})
         cell_seconds = measure_median_seconds(lambda number: run_cell(context, Cell(arm, number, BUDGET), 1.0), rounds)

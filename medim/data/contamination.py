@@ -33,7 +33,7 @@ CaseIdentity = tuple[str, str]  # fingerprint and subject of an image
 ContaminationCounts = dict[str, dict[str, int | None]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingSet:
     """Images and subjects of one training of the weights.
 
@@ -57,7 +57,9 @@ class TrainingSet:
         salt, cases = secrets.token_hex(16), list(cases)
         images = frozenset(_hash_with_salt(salt, fingerprint) for fingerprint, _ in cases if fingerprint)
         subjects = frozenset(_hash_with_salt(salt, subject) for _, subject in cases)
-        return cls(kind, salt, _hash_with_salt(salt, make_pseudonym("site")), images, subjects)
+        return cls(
+            kind=kind, salt=salt, site=_hash_with_salt(salt, make_pseudonym("site")), images=images, subjects=subjects
+        )
 
     @property
     def same_site(self) -> bool:
@@ -274,4 +276,10 @@ def _parse_kind(value: Any) -> TrainingKind:
 def _parse_training_set(content: dict[str, Any]) -> TrainingSet:
     bytes.fromhex(content["salt"])
     images, subjects = frozenset(content["images"]), frozenset(content["subjects"])
-    return TrainingSet(_parse_kind(content["kind"]), content["salt"], str(content["site"]), images, subjects)
+    return TrainingSet(
+        kind=_parse_kind(content["kind"]),
+        salt=content["salt"],
+        site=str(content["site"]),
+        images=images,
+        subjects=subjects,
+    )

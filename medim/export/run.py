@@ -23,7 +23,7 @@ from medim.package.contract import GOLDEN, GRAPH, SCORE_MAP, SCORE_MAP_GOLDEN, S
 from medim.types import PredictFn, UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExportGraph:
     """Network to be exported as a graph of the package."""
 
@@ -97,10 +97,14 @@ def load_finished_run(folder: Path) -> FinishedRun:
     strides, channels = tuple(encoder.strides), spec.in_channels
     sizes = onnx.probe_input_sizes(network, spec.input_shape, strides, channels)
     signature = onnx.build_signature(network, sizes, channels, strides)
-    graphs = [ExportGraph("", GRAPH, GOLDEN, network, signature)]
+    graphs = [ExportGraph(name="", file=GRAPH, golden=GOLDEN, network=network, signature=signature)]
     if score_map is not None:
         signature = onnx.build_score_signature(signature)
-        graphs.append(ExportGraph("score map: ", SCORE_MAP, SCORE_MAP_GOLDEN, score_map, signature))
+        graphs.append(
+            ExportGraph(
+                name="score map: ", file=SCORE_MAP, golden=SCORE_MAP_GOLDEN, network=score_map, signature=signature
+            )
+        )
     summary_file = folder / "summary.json"
     run_summary = read_json(summary_file) if summary_file.is_file() else {}
     return FinishedRun(

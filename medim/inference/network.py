@@ -77,7 +77,7 @@ def compute_score_map(run: PredictFn, volume: Volume, preprocessing: Sequence[St
     return np.asarray(scores[0])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Predictor:
     """Network with its preprocessing, inference mode and postprocessing, for torch and for ONNX Runtime.
 

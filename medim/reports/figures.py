@@ -17,7 +17,7 @@ MAX_POINTS = 300
 MAX_BINS = 24
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LossCurve:
     """A loss over the steps of a run.
 
@@ -36,7 +36,7 @@ class LossCurve:
     chance: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class IntervalRow:
     """A value with its 95 % interval (None if there is no interval)."""
 

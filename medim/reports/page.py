@@ -172,7 +172,7 @@ def unit_interval_metrics(metrics: Mapping[str, Any], *, second: bool = False) -
         if content.get("value") is not None and (match is None or match[0].is_score):
             name = metric_name(key).replace(", mean over classes", "").replace("Surface Dice at 1 mm", "Surface Dice")
             value, low, high = (content.get(part) for part in ("value", "ci_low", "ci_high"))
-            interval_rows.append(IntervalRow(name, float(value or 0.0), low, high, second))
+            interval_rows.append(IntervalRow(name=name, value=float(value or 0.0), low=low, high=high, second=second))
     return interval_rows
 
 

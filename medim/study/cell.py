@@ -26,7 +26,7 @@ SUMMARY = "summary.json"
 PROBE = "probe.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StudyContext:
     """Data shared by all cells of a study; sent to each worker process once.
 

@@ -78,7 +78,7 @@ class Cell:
         return f"{self.arm.name}, {self.budget.name} labels, encoder {self.pretrain_seed}, subset {self.subset_seed}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Design:
     """Design of a whole study.
 

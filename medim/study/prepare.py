@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -32,7 +32,7 @@ DESIGN = "design.json"
 CONFIG = "config.yaml"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StudyOptions:
     """Options of a study.
 
@@ -118,18 +118,16 @@ def prepare_study(
     budgets_by_size, subsets = checks.draw_label_subsets(task, cohort, budgets, options.seeds)
     shortages = {b.name: reason for b in budgets_by_size if (reason := describe_subset_shortage(task, subsets[b, 0]))}
     checks.check_selection_budgets(shortages if options.lr_multipliers else {})
-    lr_multipliers = tuple(LR_MULTIPLIERS if options.lr_multipliers is None else options.lr_multipliers)
-    lr_selections = frozenset(
-        (arm.name, b.name)
-        for arm in arms
-        for b in budgets_by_size
-        if len(lr_multipliers) > 1 and b.name not in shortages
+    design = _build_design(task, config, arms, budgets_by_size, shortages, options)
+    context = StudyContext(
+        out=out,
+        design=design,
+        config=config,
+        cohort=cohort,
+        subsets=subsets,
+        accelerator=options.accelerator,
+        keep_models=options.keep_models,
     )
-    seeds = options.seeds, options.split_seed
-    design = Design(
-        task, arms, budgets_by_size, *seeds, lr_multipliers, lr_selections, config.eval_steps or (), options.probe_seeds
-    )
-    context = StudyContext(out, design, config, cohort, subsets, None, options.accelerator, options.keep_models)
     costs = cache(partial(measure_costs, context, options.jobs))
     context = _fix_design(context, costs)
     write_text(out / CONFIG, dump_config(config))
@@ -146,6 +144,30 @@ def prepare_study(
         "jobs": options.jobs,
     }
     return StudySetup(context, costs, groups, facts)
+
+
+def _build_design(
+    task: str,
+    config: FinetuneConfig,
+    arms: tuple[Arm, ...],
+    budgets: tuple[Budget, ...],
+    shortages: Mapping[str, str],
+    options: StudyOptions,
+) -> Design:
+    """Build the design; budgets with a shortage of labels have no selection of the learning rate."""
+    lr_multipliers = tuple(LR_MULTIPLIERS if options.lr_multipliers is None else options.lr_multipliers)
+    selection_budgets = [b.name for b in budgets if len(lr_multipliers) > 1 and b.name not in shortages]
+    return Design(
+        task=task,
+        arms=arms,
+        budgets=budgets,
+        seeds=options.seeds,
+        split_seed=options.split_seed,
+        lr_multipliers=lr_multipliers,
+        lr_selections=frozenset((arm.name, name) for arm in arms for name in selection_budgets),
+        eval_steps=config.eval_steps or (),
+        probe_seeds=options.probe_seeds,
+    )
 
 
 def _fix_design(context: StudyContext, costs: Callable[[], Costs]) -> StudyContext:

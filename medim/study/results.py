@@ -41,7 +41,7 @@ class RunKey(NamedTuple):
     step: int | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class StudyResults:
     """Results of a study, complete or stopped.
 
@@ -183,11 +183,13 @@ def open_results(folder: Path, summary: dict[str, Any] | None = None) -> StudyRe
     subject_by_case = dict(zip(table["case"].to_pylist(), table["subject"].to_pylist(), strict=True))
     complete_cases = [name for name, is_complete in zip(cases, complete, strict=True) if is_complete]
     return StudyResults(
-        summary,
-        dict(sorted(_count_labelled_images(table).items(), key=lambda item: item[1])),
-        tuple(complete_cases),
-        tuple(subject_by_case[name] for name in complete_cases),
-        {run: {name: column[complete] for name, column in run_columns.items()} for run, run_columns in values.items()},
+        summary=summary,
+        labelled=dict(sorted(_count_labelled_images(table).items(), key=lambda item: item[1])),
+        cases=tuple(complete_cases),
+        subjects=tuple(subject_by_case[name] for name in complete_cases),
+        values={
+            run: {name: column[complete] for name, column in run_columns.items()} for run, run_columns in values.items()
+        },
     )
 
 

@@ -68,7 +68,13 @@ def study(
     with track_study(out, _collect_study_parameters(setup.context)) as tracker:
         context = replace(setup.context, parent_run=tracker.version)
         deadline = None if options.max_hours is None else start + 3600 * options.max_hours
-        scheduler = Scheduler(context, cells, DurationEstimator(context, setup.costs, cells), deadline, options.jobs)
+        scheduler = Scheduler(
+            context=context,
+            cells=cells,
+            estimate_seconds=DurationEstimator(context, setup.costs, cells),
+            deadline=deadline,
+            jobs=options.jobs,
+        )
         log.info(
             "%d of %d cells are left: about %s",
             len(scheduler.remaining),

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 SELECTION_FILE = "chosen.json"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Scheduler:
     """Scheduler of the remaining cells of a study.
 

@@ -145,7 +145,7 @@ def test_a_rare_finding_is_on_both_sides_of_a_split_and_in_a_small_budget(tmp_pa
     index = build_index(path, "xray")
     free = [record.__class__(**{**record.__dict__, "split": None}) for record in index.records]
     for seed in range(5):
-        parts = assign_splits(Index(index.root, "xray", tuple(free)), seed=seed)
+        parts = assign_splits(Index(root=index.root, modality="xray", records=tuple(free)), seed=seed)
         both = {parts[record.image] for record in free if record.label and "+2" in record.label}
         assert both == {"train", "val"}
         assert any("+2" in str(record.label) for record in select_label_budget(free, labelled=5, seed=seed))

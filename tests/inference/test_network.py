@@ -17,7 +17,16 @@ def volume(array: Array, affine: Array | None = None) -> Volume:
 
 
 def network(kind: str, run: PredictFn, steps: Sequence[Step], inference: Step | None = None) -> Predictor:
-    return Predictor(run, kind, "mri", 3 if kind == "segmenter" else 2, 1, ("a", "b"), tuple(steps), inference or WHOLE)
+    return Predictor(
+        run=run,
+        kind=kind,
+        modality="mri",
+        spatial_dims=3 if kind == "segmenter" else 2,
+        in_channels=1,
+        classes=("a", "b"),
+        preprocessing=tuple(steps),
+        inference=inference or WHOLE,
+    )
 
 
 def threshold(image: Array) -> Array:

@@ -35,7 +35,16 @@ def _bright(image: Array) -> Array:
 
 
 RANGE = ({"op": "orthogonalise_affine"}, {"op": "ras"}, {"op": "normalise", "method": "range"})
-BRIGHT = Predictor(_bright, "segmenter", "mri", 3, 1, ("bright",), RANGE, {"mode": "whole", "multiple_of": 4})
+BRIGHT = Predictor(
+    run=_bright,
+    kind="segmenter",
+    modality="mri",
+    spatial_dims=3,
+    in_channels=1,
+    classes=("bright",),
+    preprocessing=RANGE,
+    inference={"mode": "whole", "multiple_of": 4},
+)
 
 
 def oblique(turn: str) -> Array:
@@ -142,7 +151,16 @@ def test_pictures_and_arrays_are_classified_with_their_probabilities(
 
 
 def test_a_mask_of_a_picture_is_a_picture_of_its_size(tmp_path: Path) -> None:
-    network = Predictor(_bright, "segmenter", "xray", 2, 1, ("bright",), RANGE[2:], {"mode": "whole", "multiple_of": 8})
+    network = Predictor(
+        run=_bright,
+        kind="segmenter",
+        modality="xray",
+        spatial_dims=2,
+        in_channels=1,
+        classes=("bright",),
+        preprocessing=RANGE[2:],
+        inference={"mode": "whole", "multiple_of": 8},
+    )
     rows = predict(network, _pictures(tmp_path / "in") / "a.png", tmp_path / "out")
     mask, source = (np.asarray(Image.open(p)) for p in (tmp_path / "out" / rows[0]["file"], tmp_path / "in" / "a.png"))
     np.testing.assert_array_equal(mask, (source > (int(source.min()) + int(source.max())) / 2).astype(np.uint8))
@@ -194,7 +212,16 @@ def test_an_image_that_the_network_does_not_take_is_rejected_and_nothing_left_is
 ) -> None:
     source = tmp_path / "a.png"
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(source)
-    network = Predictor(_bright, "segmenter", "xray", 3, 1, ("bright",), (), {"mode": "whole"})
+    network = Predictor(
+        run=_bright,
+        kind="segmenter",
+        modality="xray",
+        spatial_dims=3,
+        in_channels=1,
+        classes=("bright",),
+        preprocessing=(),
+        inference={"mode": "whole"},
+    )
     with pytest.raises(AllRejectedError) as raised:
         predict(network, source, tmp_path / "out")
     assert raised.value.exit_code == 4

@@ -42,7 +42,17 @@ from tests.specs import make_spec
 
 GRAPH = "models/score_map.onnx"
 STEPS = ({"op": "orthogonalise_affine"}, {"op": "ras"}, {"op": "crop_foreground"})
-COPY = Predictor(lambda image: image[:, 0, 0, 0], "encoder", "mri", 3, 1, (), STEPS, {"mode": "whole"}, lambda x: 2 * x)
+COPY = Predictor(
+    run=lambda image: image[:, 0, 0, 0],
+    kind="encoder",
+    modality="mri",
+    spatial_dims=3,
+    in_channels=1,
+    classes=(),
+    preprocessing=STEPS,
+    inference={"mode": "whole"},
+    score_map=lambda x: 2 * x,
+)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ SUBSETS: dict[tuple[Budget, int], tuple[ImageRecord, ...]] = {(FEW, 0): (), (FEW
 
 def design(*names: str, **options: object) -> Design:
     arms = (Arm("scratch"), *(Arm(name, (Path("a"), Path("b"))) for name in names))
-    return Design("classification", arms, (FEW, ALL), seeds=2, **options)  # type: ignore[arg-type]
+    return Design(task="classification", arms=arms, budgets=(FEW, ALL), seeds=2, **options)  # type: ignore[arg-type]
 
 
 def test_arms_are_read_with_their_runs_and_scratch_is_always_first() -> None:
@@ -85,7 +85,7 @@ def test_a_frozen_classifier_is_one_probe_a_run_and_a_frozen_segmenter_is_traine
     arms = (Arm("scratch"), Arm("dim", (Path("a"), Path("b")), "frozen"))
     kinds = {}
     for task in ("classification", "segmentation"):
-        cells = Design(task, arms, (FEW, ALL), seeds=2).list_cells(SUBSETS)
+        cells = Design(task=task, arms=arms, budgets=(FEW, ALL), seeds=2).list_cells(SUBSETS)
         kinds[task] = [c.kind for c in cells if c.arm.name == "dim"]
     assert kinds["classification"] == ["probe"] * 2
     assert kinds["segmentation"] == ["finetune"] * 6
@@ -93,15 +93,19 @@ def test_a_frozen_classifier_is_one_probe_a_run_and_a_frozen_segmenter_is_traine
 
 def test_frozen_arms_can_be_given_fewer_subsets_than_the_arms_that_a_study_is_about() -> None:
     arms = (Arm("scratch"), Arm("dim", (Path("a"),)), Arm("vae", (Path("b"),), "frozen"))
-    cells = Design("segmentation", arms, (FEW, ALL), seeds=2, probe_seeds=1).list_cells(SUBSETS)
+    cells = Design(task="segmentation", arms=arms, budgets=(FEW, ALL), seeds=2, probe_seeds=1).list_cells(SUBSETS)
     drawn = {name: sum(c.arm.name == name and c.budget == FEW for c in cells) for name in ("scratch", "dim", "vae")}
     assert drawn == {"scratch": 2, "dim": 2, "vae": 1}
-    assert Design("segmentation", arms, (FEW,), seeds=2, probe_seeds=9).subset_seeds(arms[2]) == range(2)
+    assert Design(task="segmentation", arms=arms, budgets=(FEW,), seeds=2, probe_seeds=9).subset_seeds(
+        arms[2]
+    ) == range(2)
 
 
 def test_no_two_cells_share_a_folder() -> None:
     arms = (Arm("scratch"), Arm("dim", (Path("a"), Path("b"))), Arm("frozen", (Path("a"),), "frozen"))
     chosen = frozenset({("scratch", "4"), ("dim", "4")})
-    cells = Design("classification", arms, (FEW, ALL), seeds=2, lr_selections=chosen).list_cells(SUBSETS)
+    cells = Design(task="classification", arms=arms, budgets=(FEW, ALL), seeds=2, lr_selections=chosen).list_cells(
+        SUBSETS
+    )
     assert len({cell.folder for cell in cells}) == len(cells) == len({str(cell) for cell in cells})
     assert Cell(arms[1], 1, FEW, 0).folder == Path("cells/dim/4/1-0")

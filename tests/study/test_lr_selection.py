@@ -62,12 +62,14 @@ def test_an_evaluation_split_in_which_another_rate_would_win_changes_no_choice(
     cohort: Cohort, schedule: FinetuneConfig, encoders: list[Path], tmp_path: Path
 ) -> None:
     arm = Arm("dim", (encoders[0],))
-    design = Design("classification", (Arm("scratch"), arm), (BUDGET,), 1, lr_multipliers=GRID)
+    design = Design(task="classification", arms=(Arm("scratch"), arm), budgets=(BUDGET,), seeds=1, lr_multipliers=GRID)
     config = schedule.model_copy(update={"max_steps": 12, "head_init": "random"})
     chosen, would_be = [], []
     for name, images in (("as it is", cohort), ("planted", planted(cohort))):
         subsets = {(BUDGET, 0): BUDGET.draw_subset(images.records("train"), 0)}
-        bench = StudyContext(tmp_path / name, design, config, images, subsets, accelerator="cpu")
+        bench = StudyContext(
+            out=tmp_path / name, design=design, config=config, cohort=images, subsets=subsets, accelerator="cpu"
+        )
         cells = {m: Cell(arm, 0, BUDGET, lr_multiplier=m) for m in GRID}
         for m, cell in cells.items():
             run_cell(bench, cell, m)

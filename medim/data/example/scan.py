@@ -8,7 +8,7 @@ from typing import Literal
 from medim.types import Array
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class ExampleScan:
     """One simulated scan.
 

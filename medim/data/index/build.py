@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 SeriesFiles = dict[tuple[Path, tuple[int, ...]], tuple[Path, ...]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class IndexContent:
     """Content of an `Index`."""
 

@@ -20,7 +20,7 @@ _CHANNEL_PATTERN = re.compile(r"(.+)_(\d{4})")
 _NON_SEQUENCE_NAMES = {"mri", "mr", "ct"}  # dataset.json of a single-channel task often contains only the modality
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DecathlonFolder:
     """Content of one folder in this layout.
 

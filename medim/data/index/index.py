@@ -51,7 +51,7 @@ class AllRejectedError(UserError):
         return self.message
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Index:
     """Images of a source.
 

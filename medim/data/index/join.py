@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 FolderTables = list[tuple[CsvTable, Path | None]]  # each with the folder it applies to; None: all images
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PendingRecord:
     """An image before it becomes a record; paths are real, not scrubbed."""
 

@@ -31,7 +31,7 @@ _MAX_CLASSES = 100
 _MIN_CLASS_SIZE = 10  # pictures per class; folders of patients contain fewer
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Layout:
     """Files of a source, sorted by their role.
 

@@ -16,7 +16,7 @@ from medim.version import install_command
 SCHEMA_VERSION = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImageRecord:
     """One image, without identities.
 

@@ -21,7 +21,7 @@ MAX_DUPLICATE_BITS = int(FLAGS["near-duplicate"].threshold) - 1  # largest hash 
 _ROW_BLOCK, _COLUMN_BLOCK = 32, 4096  # hashes compared at once; fits into the cache of a processor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImageQuality:
     """Quality of one image.
 
@@ -101,7 +101,17 @@ def flag_images(
         metrics = metrics_by_image[record.image]
         (image, distance), (image_own, distance_own) = matches.get(record.image, ((None, None), (None, None)))
         flag_codes = list_flags({**asdict(metrics), "distance": distance})
-        rows.append(ImageQuality(record.image, metrics, image, distance, image_own, distance_own, flag_codes))
+        rows.append(
+            ImageQuality(
+                image=record.image,
+                metrics=metrics,
+                nearest=image,
+                distance=distance,
+                nearest_own=image_own,
+                distance_own=distance_own,
+                flags=flag_codes,
+            )
+        )
     return tuple(rows)
 
 
@@ -167,8 +177,15 @@ def _parse_quality_row(row: Mapping[str, str]) -> ImageQuality:
     metrics = QualityMetrics(
         **{name: parse_number(name) for name in _METRIC_NAMES if name not in exact_fields}, **exact_fields
     )
-    neighbours = row["nearest"] or None, parse_bits("distance"), row["nearest_own"] or None, parse_bits("distance_own")
-    return ImageQuality(row["image"], metrics, *neighbours, tuple(row["flags"].split()))
+    return ImageQuality(
+        image=row["image"],
+        metrics=metrics,
+        nearest=row["nearest"] or None,
+        distance=parse_bits("distance"),
+        nearest_own=row["nearest_own"] or None,
+        distance_own=parse_bits("distance_own"),
+        flags=tuple(row["flags"].split()),
+    )
 
 
 def _find_nearest(hashes: Array, subjects: Array) -> tuple[Array, Array]:

@@ -43,7 +43,7 @@ def locate_default_store() -> Path:
     return cache_folder() / "store"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StoreEntry:
     """Metadata of an image in a store, without its voxels.
 

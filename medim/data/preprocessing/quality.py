@@ -23,7 +23,7 @@ HASH_SIDE = 8  # side of the square of DCT coefficients for the hash
 _CHUNK_VALUES = 1 << 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QualityMetrics:
     """Quality metrics of one image, over all its channels.
 

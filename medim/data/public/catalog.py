@@ -34,7 +34,7 @@ class PublicFile:
     archive: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PublicSet:
     """A data set that anyone may download.
 

@@ -70,7 +70,7 @@ class RejectedFile:
     identities: frozenset[int] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FramePlane:
     """Plane of one DICOM frame in patient coordinates (LPS, mm).
 

@@ -31,7 +31,7 @@ _LAST_CODE = 5  # NIFTI_XFORM_TEMPLATE_OTHER
 _TEXT_FIELDS = ("db_name", "descrip", "aux_file", "intent_name")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NiftiHeader:
     """Content of a NIfTI header.
 

@@ -57,7 +57,7 @@ PIXELS = "pixels"
 MAX_TRAINING_IMAGES = 1000  # training images of the classifiers, which have few features per image
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GroupProbe:
     """Accuracy with which frozen features predict groups that should not affect the result.
 
@@ -76,7 +76,7 @@ class GroupProbe:
     told: PredictionResult
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Audit:
     """Results of an audit.
 
@@ -215,7 +215,13 @@ def _probe_groups(
             mask = np.array([values.get(record.image) in usable for record in records])
             group_records = [record for record, in_group in zip(records, mask, strict=True) if in_group]
             split = _build_train_test_split(values, usable, group_records, int(mask[: len(train)].sum()))
-            yield GroupProbe(column, name, usable, too_small, predict_label(features[mask], split, seed=seed))
+            yield GroupProbe(
+                column=column,
+                features=name,
+                values=usable,
+                left_out=too_small,
+                told=predict_label(features[mask], split, seed=seed),
+            )
 
 
 def _iter_features(

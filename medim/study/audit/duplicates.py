@@ -28,7 +28,7 @@ class NearDuplicate:
     bits: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Duplicates:
     """Duplicates across the splits.
 
@@ -70,4 +70,10 @@ def find_duplicates(
             if sides[train_image] != sides[other_image] and not is_copy:
                 near.append(NearDuplicate(train_image, other_image, int(bits)))
     exact = tuple(tuple(images) for images in shared_images(fingerprints, sides))
-    return Duplicates(exact, tuple(near), MAX_DUPLICATE_BITS, len(fingerprints), len(fingerprints) - len(keys))
+    return Duplicates(
+        exact=exact,
+        near=tuple(near),
+        bits=MAX_DUPLICATE_BITS,
+        images=len(fingerprints),
+        unhashed=len(fingerprints) - len(keys),
+    )

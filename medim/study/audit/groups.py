@@ -20,7 +20,7 @@ Groups = dict[str, dict[str, str]]  # value by image key, by column
 MAX_NAMED_VALUES = 12  # largest number of values of a column that are written by name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GroupMetrics:
     """Metrics of a model on one group of the evaluation split.
 
@@ -128,7 +128,9 @@ def compute_group_metrics(
             images, subjects = len({row["image"] for row in group_rows}), len({row["subject"] for row in group_rows})
             is_small = subjects < MIN_SUBJECTS
             metrics = None if is_small else summarise_cases(group_rows, kind, classes, seed=seed)["metrics"]
-            results.append(GroupMetrics(model, column, value, images, subjects, metrics))
+            results.append(
+                GroupMetrics(model=model, column=column, value=value, images=images, subjects=subjects, metrics=metrics)
+            )
     return results
 
 

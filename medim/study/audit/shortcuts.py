@@ -61,7 +61,7 @@ class TrainTestSplit:
         return [subject for subject, in_train in zip(self.subjects, self.train, strict=True) if not in_train]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PredictionResult:
     """Accuracy on the evaluation split of a label prediction from features.
 

@@ -146,7 +146,9 @@ def _plot_aurocs(audit: dict[str, Any]) -> Sequence[Figure]:
     ]
     auroc_entries += [(one["name"], one["told"]["auroc"], True) for one in audit["shortcuts"]]
     rows = [
-        IntervalRow(n, m["value"], m["ci_low"], m["ci_high"], s) for n, m, s in auroc_entries if m["value"] is not None
+        IntervalRow(name=n, value=m["value"], low=m["ci_low"], high=m["ci_high"], second=s)
+        for n, m, s in auroc_entries
+        if m["value"] is not None
     ]
     if not audit["shortcuts"] or not rows:
         return ()

@@ -116,7 +116,11 @@ def _curve_to_dict(curve: LossCurve) -> dict[str, Any]:
 def _curve_from_dict(content: dict[str, Any]) -> LossCurve:
     steps, loss = np.array(content["points"], dtype=np.float64).reshape(-1, 2).T
     return LossCurve(
-        content["name"], steps, loss, [(step, value) for step, value in content["held_out"]], content["chance"]
+        name=content["name"],
+        steps=steps,
+        loss=loss,
+        held_out=[(step, value) for step, value in content["held_out"]],
+        chance=content["chance"],
     )
 
 

@@ -30,7 +30,7 @@ VarianceSource = Literal["seeds", "subsets", "subjects"]
 ComparisonVerdict = Literal["benefit", "harm", "no evidence of a benefit"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ConfidenceInterval:
     """Mean over runs with its 95 % interval.
 
@@ -79,7 +79,7 @@ class ConfidenceInterval:
         return float(2 * stats.t.sf(abs(self.value - against) / self.error, self.df))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Comparison of an arm with the scratch arm at one budget.
 
@@ -136,24 +136,46 @@ def compute_interval(scores: Scores, limits: MetricLimits = UNBOUNDED) -> Confid
     if not variance_sources:
         raise UserError("interval: cannot be computed from one run without resampled subjects. Add seeds or subsets.")
     value = float(values[..., 0].mean())
+    error, df = _compute_error(values, scores.subjects)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, df)) * error
+    low, high = (float(np.clip(end, *limits)) for end in (value - half, value + half))
+    return ConfidenceInterval(
+        value=value,
+        low=low,
+        high=high,
+        error=error,
+        df=df,
+        over=variance_sources,
+        seeds=seeds,
+        subsets=subsets,
+        subjects=scores.subjects,
+    )
+
+
+def _compute_error(values: Array, n_subjects: int) -> tuple[float, float]:
+    """Compute the standard error of the mean and its degrees of freedom; see `compute_interval`.
+
+    Args:
+        values: (seeds, subsets, 1 + resamples) scores, the first of all subjects; without missing values.
+        n_subjects: number of resampled subjects; 0 for none.
+    """
+    seeds, subsets, _ = values.shape
     run_scatter, noise, total = _compute_variance_components(values[..., :1]), np.zeros(3), 0.0
-    if scores.subjects:
+    if n_subjects:
         spread = values[..., 1:] - values[..., 1:].mean(axis=-1, keepdims=True)
-        spread *= math.sqrt(scores.subjects / (scores.subjects - 1))
+        spread *= math.sqrt(n_subjects / (n_subjects - 1))
         noise, total = _compute_variance_components(spread), float((spread.mean(axis=(0, 1)) ** 2).mean())
     excess = run_scatter - noise  # of seeds, of subsets, of both
-    freedom = [size - 1 for size in level_sizes.values() if size > 1]
-    df_denominator, interaction = total**2 / max(scores.subjects - 1, 1), 0.0
+    freedom = [size - 1 for size in (seeds, subsets, n_subjects) if size > 1]
+    df_denominator, interaction = total**2 / max(n_subjects - 1, 1), 0.0
     if excess[0] + excess[1] > 0:
         total += float(excess[0] + excess[1])
         interaction = max(float(excess.min()), 0.0)
         df_denominator += sum(
             float(square) ** 2 / max(n - 1, 1) for square, n in zip(run_scatter, (seeds, subsets), strict=False)
         )
-    error, df = math.sqrt(total - interaction), max(total**2 / df_denominator, min(freedom)) if df_denominator else 1.0
-    half = float(stats.t.ppf((1 + LEVEL) / 2, df)) * error
-    low, high = (float(np.clip(end, *limits)) for end in (value - half, value + half))
-    return ConfidenceInterval(value, low, high, error, df, variance_sources, seeds, subsets, scores.subjects)
+    df = max(total**2 / df_denominator, min(freedom)) if df_denominator else 1.0
+    return math.sqrt(total - interaction), df
 
 
 def paired_difference(
@@ -218,7 +240,9 @@ def compare_to_scratch(
         verdict: ComparisonVerdict = "no evidence of a benefit"
         if corrected_p < 1 - LEVEL:
             verdict = "benefit" if difference.value > 0 else "harm"
-        results.append(Comparison(arm, budget, difference, raw_p, corrected_p, verdict))
+        results.append(
+            Comparison(arm=arm, budget=budget, difference=difference, p=raw_p, p_corrected=corrected_p, verdict=verdict)
+        )
     return results
 
 

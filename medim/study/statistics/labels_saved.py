@@ -54,7 +54,7 @@ class CensoredInterval:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LabelsSaved:
     """Number of labels that the labels of one budget are equivalent to with pretraining.
 
@@ -125,7 +125,11 @@ def labels_saved(budgets: Sequence[float], ours: Sequence[Scores], scratch: Sequ
         ends = _first_crossing(grid, values), _first_crossing(grid, highs), _last_crossing(grid, lows)
         equivalent = CensoredInterval(*ends)
         savings, ratio = equivalent.rescale(lambda m, n=labels: m - n), equivalent.rescale(lambda m, n=labels: m / n)  # type: ignore[misc]
-        results.append(LabelsSaved(labels, equivalent, savings, ratio, gaps[0].over))
+        results.append(
+            LabelsSaved(
+                labels=labels, equivalent_labels=equivalent, savings=savings, ratio=ratio, variance_sources=gaps[0].over
+            )
+        )
     return results
 
 

@@ -48,7 +48,7 @@ TIMING_IMAGES = 4  # enough images to time one
 Timestamp = tuple[float, float]  # seconds of wall-clock time and of processor time of this process
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrialResult:
     """Time, memory and file sizes of a short run.
 
@@ -220,9 +220,17 @@ def _time_run(
         "worker": timing.worker_memory // max(1, config.workers),
     }
     sizes = _measure_file_sizes(config.model_copy(update={"max_steps": steps}), cohort, out)
-    n_validation_views = count_validation_images(config, cohort.records("train"), cohort.records("val"))
-    counts = (steps, len(small_index.records), missing, n_reference, n_validation_views, timing.device.type)
-    return TrialResult(*counts, clocks, memory, sizes)
+    return TrialResult(
+        steps=steps,
+        images=len(small_index.records),
+        missing=missing,
+        reference_images=n_reference,
+        validation_images=count_validation_images(config, cohort.records("train"), cohort.records("val")),
+        device=timing.device.type,
+        clocks=clocks,
+        memory=memory,
+        bytes=sizes,
+    )
 
 
 def _prepare_images(config: PretrainConfig, small_index: Index, index: Index, folder: Path) -> tuple[Timestamp, int]:

@@ -23,7 +23,19 @@ from medim.data.preprocessing.quality import QualityMetrics, measure_quality
 from medim.types import UserError
 from tests.data.loading.test_store import record
 
-FIGURES = QualityMetrics(0.0, 0.1, 1 / 3, 0.9, 1.0, 256, 0.01, None, 0.2, 1e-6, "00000000000000ff")
+FIGURES = QualityMetrics(
+    minimum=0.0,
+    p1=0.1,
+    median=1 / 3,
+    p99=0.9,
+    maximum=1.0,
+    levels=256,
+    noise=0.01,
+    snr=None,
+    empty=0.2,
+    saturated=1e-6,
+    hash="00000000000000ff",
+)
 
 
 def people(*subjects: str) -> list[ImageRecord]:
@@ -86,8 +98,24 @@ def test_images_without_a_hash_and_without_figures_are_no_ones_neighbour() -> No
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     rows = (
-        ImageQuality("a", FIGURES, "b", 0, None, None, ("clipped", "near-duplicate")),
-        ImageQuality("b", replace(FIGURES, noise=None, hash=None), None, None, "c", 3, ()),
+        ImageQuality(
+            image="a",
+            metrics=FIGURES,
+            nearest="b",
+            distance=0,
+            nearest_own=None,
+            distance_own=None,
+            flags=("clipped", "near-duplicate"),
+        ),
+        ImageQuality(
+            image="b",
+            metrics=replace(FIGURES, noise=None, hash=None),
+            nearest=None,
+            distance=None,
+            nearest_own="c",
+            distance_own=3,
+            flags=(),
+        ),
     )
     write_quality(tmp_path, rows)
     assert read_quality(tmp_path) == rows
@@ -96,7 +124,20 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", [("256", "many"), ("levels", "shades"), ("0.0,0.1", "0.0")])
 def test_a_damaged_table_is_refused(tmp_path: Path, change: tuple[str, str]) -> None:
-    write_quality(tmp_path, [ImageQuality("a", FIGURES, "b", 0, None, None, ("clipped",))])
+    write_quality(
+        tmp_path,
+        [
+            ImageQuality(
+                image="a",
+                metrics=FIGURES,
+                nearest="b",
+                distance=0,
+                nearest_own=None,
+                distance_own=None,
+                flags=("clipped",),
+            )
+        ],
+    )
     path = tmp_path / "quality.csv"
     path.write_text(path.read_text().replace(*change))
     with pytest.raises(UserError, match="expected the columns image, minimum"):

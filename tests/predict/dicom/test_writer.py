@@ -357,7 +357,19 @@ def test_what_cannot_be_answered_in_dicom_is_told_before_anything_is_written(
         answered(bare, tmp_path, tmp_path / "out")
     with pytest.raises(UserError, match="medim export"):
         predict(
-            Predictor(lambda x: x, "segmenter", "mri", 3, 1, ("a",), (), {}), tmp_path, tmp_path / "out", as_="dicom"
+            Predictor(
+                run=lambda x: x,
+                kind="segmenter",
+                modality="mri",
+                spatial_dims=3,
+                in_channels=1,
+                classes=("a",),
+                preprocessing=(),
+                inference={},
+            ),
+            tmp_path,
+            tmp_path / "out",
+            as_="dicom",
         )
     with pytest.raises(UsageError, match="segmenter"):
         answered(packages["classifier"], tmp_path, tmp_path / "out", labelmap=True)

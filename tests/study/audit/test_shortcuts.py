@@ -34,7 +34,18 @@ def entry(shape: tuple[int, ...], native: tuple[int, ...], start: Sequence[float
     affine = np.eye(4)
     affine[: len(shape), : len(shape)] *= step
     affine[: len(shape), 3] = start
-    return StoreEntry(shape, 1, (0.0,), affine, np.eye(4), native, False, "", 0, None)
+    return StoreEntry(
+        shape=shape,
+        channels=1,
+        minimum=(0.0,),
+        affine=affine,
+        native_affine=np.eye(4),
+        native_shape=native,
+        has_mask=False,
+        fingerprint="",
+        nbytes=0,
+        metrics=None,
+    )
 
 
 def test_numbers_that_hold_the_label_tell_it() -> None:
@@ -105,7 +116,18 @@ def test_padding_of_real_steps_is_what_they_added(shape: tuple[int, ...]) -> Non
     volume = Volume(np.random.default_rng(0).random((1, *shape)).astype(np.float32), turned, turned, shape)
     steps = [{"op": "ras"}, {"op": "pad_or_crop", "shape": [16, 16, 16]}]
     got = preprocess(volume, steps)
-    made = StoreEntry(got.shape, 1, (0.0,), got.affine, volume.native_affine, shape, False, "", 0, None)
+    made = StoreEntry(
+        shape=got.shape,
+        channels=1,
+        minimum=(0.0,),
+        affine=got.affine,
+        native_affine=volume.native_affine,
+        native_shape=shape,
+        has_mask=False,
+        fingerprint="",
+        nbytes=0,
+        metrics=None,
+    )
     native = [shape[1], shape[0], shape[2]]  # ras swaps the first two axes
     inside = np.prod([min(n, 16) / 16 for n in native])
     assert measure_padding(made)["share"] == pytest.approx(1 - inside)
@@ -117,7 +139,18 @@ def test_one_field_of_view_has_one_size_and_no_padding() -> None:
         shape = tuple(int(n) for n in rng.integers(12, 20, 3))
         volume = Volume(rng.random((1, *shape)).astype(np.float32), np.eye(4), np.eye(4), shape)
         got = preprocess(volume, [{"op": "centre", "shape": [12, 10, 8]}])
-        made = StoreEntry(got.shape, 1, (0.0,), got.affine, np.eye(4), shape, False, "", 0, None)
+        made = StoreEntry(
+            shape=got.shape,
+            channels=1,
+            minimum=(0.0,),
+            affine=got.affine,
+            native_affine=np.eye(4),
+            native_shape=shape,
+            has_mask=False,
+            fingerprint="",
+            nbytes=0,
+            metrics=None,
+        )
         sizes.add(tuple(input_size(made).values()))
         shares.add(measure_padding(made, [12, 10, 8])["share"])
     assert len(sizes) == 1

@@ -125,7 +125,7 @@ def test_budgets_of_other_seeds_are_refused() -> None:
 
 def saved(labels: float, value: CensoredValue, low: CensoredValue, high: CensoredValue) -> LabelsSaved:
     span = CensoredInterval(value, low, high)
-    return LabelsSaved(labels, span, span, span, ())
+    return LabelsSaved(labels=labels, equivalent_labels=span, savings=span, ratio=span, variance_sources=())
 
 
 def test_the_sentence_says_no_more_than_the_verdict() -> None:

@@ -472,5 +472,5 @@ def test_options_by_name_replace_those_of_the_object_and_a_misspelt_one_is_refus
     assert (options.label_seed, options.initial_weights) == (2, None)
     assert FinetuneOptions(subset_seed=5, encoder=tmp_path).label_seed == 5
     with pytest.raises(TypeError, match="sede"):
-        finetune(finetune_config, Index(Path(), "mri", ()), tmp_path / "out", options, sede=3)
+        finetune(finetune_config, Index(root=Path(), modality="mri", records=()), tmp_path / "out", options, sede=3)
     assert not (tmp_path / "out").exists()

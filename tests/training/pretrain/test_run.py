@@ -282,7 +282,13 @@ def test_a_folder_that_holds_a_run_is_not_overwritten_unasked(
 def test_a_single_training_subject_is_refused(
     pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
 ) -> None:
-    few = Index(cohort_index.root, "mri", cohort_index.records[:4], (), cohort_index.classes)
+    few = Index(
+        root=cohort_index.root,
+        modality="mri",
+        records=cohort_index.records[:4],
+        rejected=(),
+        classes=cohort_index.classes,
+    )
     with pytest.raises(UserError, match="at least 2 subjects to train on, got 1"):
         pretrain(pretrain_config, few, tmp_path / "run", store=tmp_path / "store")
 
@@ -359,7 +365,13 @@ def test_views_whose_voxels_do_not_correspond_are_refused_by_what_needs_it(
 def test_four_subjects_train_with_a_smaller_batch_and_claim_nothing(
     pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    few = Index(cohort_index.root, "mri", cohort_index.records[:8], (), cohort_index.classes)
+    few = Index(
+        root=cohort_index.root,
+        modality="mri",
+        records=cohort_index.records[:8],
+        rejected=(),
+        classes=cohort_index.classes,
+    )
     summary = pretrain(pretrain_config, few, tmp_path / "run", store=tmp_path / "store")
     assert summary["verdict"] == "at-chance"
     assert summary["loss"]["local_dim"]["held_out"] is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 from medim.data.readers.base import ReadError
@@ -59,7 +60,15 @@ def read_frame_planes(header: DicomHeader, count: int) -> tuple[FramePlane, ...]
         size, keys = _read_image_size(header), ("",) * len(FRAME_KEYS)
         spacing = check_pixel_spacing(header.numbers("PixelSpacing") or (1.0, 1.0))
         return tuple(
-            FramePlane((0.0, 0.0, step * k), _AXIAL_ORIENTATION, spacing, size, step, keys) for k in range(count)
+            FramePlane(
+                position=(0.0, 0.0, step * k),
+                orientation=_AXIAL_ORIENTATION,
+                spacing=spacing,
+                size=size,
+                thickness=step,
+                keys=keys,
+            )
+            for k in range(count)
         )
     if groups:
         frames = [_read_plane([group, *shared_groups, header]) for group in groups]
@@ -87,16 +96,14 @@ def _read_slice_plane(header: DicomHeader) -> FramePlane | None:
         tuple(raw.get(keyword) for keyword in (*_SLICE_KEYWORDS, "Rows", "Columns")), header.byte_order
     )
     position = header.numbers(_POSITION[0])
-    return FramePlane(_check_position(position), *plane) if plane is not None and position else None
+    return replace(plane, position=_check_position(position)) if plane is not None and position else None
 
 
 @lru_cache(maxsize=256)
-def _read_shared_plane(
-    raw_values: tuple[bytes | None, ...], byte_order: str
-) -> tuple[tuple[float, ...], tuple[float, float], tuple[int, int], float, tuple[str, ...]] | None:
+def _read_shared_plane(raw_values: tuple[bytes | None, ...], byte_order: str) -> FramePlane | None:
+    """Read the plane of a slice from the values that the slices of a series share, with the position (0, 0, 0)."""
     raw = dict(zip((*_SLICE_KEYWORDS, "Rows", "Columns"), raw_values, strict=True))
-    frame = _read_plane([DicomHeader({**raw, _POSITION[0]: b"0\\0\\0"}, byte_order)])
-    return None if frame is None else (frame.orientation, frame.spacing, frame.size, frame.thickness, frame.keys)
+    return _read_plane([DicomHeader({**raw, _POSITION[0]: b"0\\0\\0"}, byte_order)])
 
 
 def _read_plane(levels: Sequence[DicomHeader]) -> FramePlane | None:
@@ -110,12 +117,12 @@ def _read_plane(levels: Sequence[DicomHeader]) -> FramePlane | None:
     thickness = abs(gap) if math.isfinite(gap) and gap else 1.0
     keys = tuple(_read_frame_key(levels, name) for name in FRAME_KEYS)
     return FramePlane(
-        _check_position(position),
-        orientation,
-        check_pixel_spacing(spacing),
-        _read_image_size(levels[-1]),
-        thickness,
-        keys,
+        position=_check_position(position),
+        orientation=orientation,
+        spacing=check_pixel_spacing(spacing),
+        size=_read_image_size(levels[-1]),
+        thickness=thickness,
+        keys=keys,
     )
 
 

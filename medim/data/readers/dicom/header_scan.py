@@ -36,7 +36,7 @@ class _IncompleteHeaderError(Exception):
     """The bytes read so far end before the header does."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HeaderScan:
     """Result of scanning the header of a file.
 
@@ -117,10 +117,12 @@ def _parse_header(data: bytes, size: int, keywords: frozenset[str]) -> HeaderSca
     )
     header = DicomHeader(elements, byte_order)
     if length is not None:
-        return HeaderScan(header, syntax, offset, length, offset + length if is_deflated else size)
+        return HeaderScan(
+            header=header, syntax=syntax, start=offset, length=length, size=offset + length if is_deflated else size
+        )
     if not is_complete:
         raise _IncompleteHeaderError
-    return HeaderScan(header, syntax, None, 0, size)
+    return HeaderScan(header=header, syntax=syntax, start=None, length=0, size=size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -299,7 +299,14 @@ def _stack_dicom_files(group: Sequence[DicomFile]) -> StackResult:
 def _make_capture_plane(instance: DicomFile) -> FramePlane:
     """Build the plane of a secondary capture, whose position is unknown."""
     spacing = instance.origin.spacing
-    return FramePlane((0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0), spacing, instance.origin.size, 1.0, ())
+    return FramePlane(
+        position=(0.0, 0.0, 0.0),
+        orientation=(1.0, 0.0, 0.0, 0.0, 1.0, 0.0),
+        spacing=spacing,
+        size=instance.origin.size,
+        thickness=1.0,
+        keys=(),
+    )
 
 
 def _check_single_frame(instance: DicomFile) -> None:

@@ -50,7 +50,7 @@ class SlicePlanLike(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DecodingLimits:
     """Limits for decoding one image.
 

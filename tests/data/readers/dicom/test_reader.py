@@ -382,7 +382,17 @@ def test_a_stack_is_the_same_whatever_the_order_of_its_frames(
     row, column = np.eye(3)[axes[0]] * signs[0], np.eye(3)[axes[1]] * signs[1]
     normal = np.cross(row, column)
     places = [np.array(origin) + normal * gap * k for k in range(6)]
-    frames = [FramePlane(tuple(places[k]), (*row, *column), (0.5, 0.7), (4, 4), gap, ()) for k in order]
+    frames = [
+        FramePlane(
+            position=tuple(places[k]),
+            orientation=(*row, *column),
+            spacing=(0.5, 0.7),
+            size=(4, 4),
+            thickness=gap,
+            keys=(),
+        )
+        for k in order
+    ]
     one = stack_frames(frames)
     affine = one.affine
     assert [order[place] for place in one.order] == list(range(6))

@@ -135,7 +135,16 @@ def _bright(image: Array) -> Array:
 
 def test_predict_rejects_what_breaks_a_limit_and_answers_the_rest(tmp_path: Path) -> None:
     steps = ({"op": "ras"}, {"op": "normalise", "method": "range"})
-    network = Predictor(_bright, "segmenter", "mri", 3, 1, ("bright",), steps, {"mode": "whole", "multiple_of": 4})
+    network = Predictor(
+        run=_bright,
+        kind="segmenter",
+        modality="mri",
+        spatial_dims=3,
+        in_channels=1,
+        classes=("bright",),
+        preprocessing=steps,
+        inference={"mode": "whole", "multiple_of": 4},
+    )
     write_series(tmp_path / "in" / "a", noise(5, 4, 6).astype(np.uint16))
     write_series(tmp_path / "in" / "b", noise(5, 8, 9).astype(np.uint16), SeriesInstanceUID="1.2.3")
     rows = predict(network, tmp_path / "in", tmp_path / "out", limits=replace(LIMITS, voxels=200))
