@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
-from pydicom.datadict import tag_for_keyword
+from pydicom.datadict import keyword_for_tag, tag_for_keyword
 from pydicom.dataset import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 from pydicom.valuerep import validate_value
@@ -29,6 +29,20 @@ _META_OFFSET = 144  # size of preamble, prefix and the element with the length o
 TYPE_2 = (  # Type 2 attributes: required, may be empty
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "AccessionNumber",
     "StudyID", "ReferringPhysicianName",
+)  # fmt: skip
+COPIED_KEYWORDS = frozenset((  # the only patient and study attributes in a DICOM output
+    *TYPE_2, "IssuerOfPatientID", "PatientAge", "StudyInstanceUID", "StudyDescription", "PatientIdentityRemoved",
+    "DeidentificationMethod", "DeidentificationMethodCodeSequence",
+))  # fmt: skip
+_COPIED_GROUPS = {0x0010, 0x0012, 0x0032, 0x0038, 0x0040}  # patient, trial, request, visit, procedure
+_COPIED_FROM_STUDY = (  # attributes of the group 0008 that highdicom copies with the study, or as equipment
+    "OperatorsName", "PerformingPhysicianName", "NameOfPhysiciansReadingStudy", "PhysiciansOfRecord",
+    "PhysiciansOfRecordIdentificationSequence", "PhysiciansReadingStudyIdentificationSequence",
+    "ConsultingPhysicianName", "ConsultingPhysicianIdentificationSequence", "RequestingService",
+    "ReferringPhysicianIdentificationSequence", "ReferencedStudySequence", "ReferencedPatientSequence",
+    "ProcedureCodeSequence", "ReasonForPerformedProcedureCodeSequence", "AdmittingDiagnosesDescription",
+    "AdmittingDiagnosesCodeSequence", "IssuerOfAccessionNumberSequence", "InstitutionName", "InstitutionAddress",
+    "InstitutionalDepartmentName", "InstitutionCodeSequence", "StationName",
 )  # fmt: skip
 _CHECKABLE_VRS = {
     "AE",
@@ -94,6 +108,8 @@ def read_dicom_source(plan: SlicePlan) -> DicomSource:
             for path in plan.files:
                 _check_inflated_size(path)
             datasets = tuple(pydicom.dcmread(path, stop_before_pixels=True, force=True) for path in plan.files)
+            for dataset in datasets:
+                _delete_other_attributes(dataset)
             _with_type2_attributes(datasets[0])
         except ReadError:
             raise
@@ -152,6 +168,14 @@ def suppress_warnings() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def _delete_other_attributes(dataset: Dataset) -> None:
+    """Delete patient and study attributes that a DICOM output does not copy, so that highdicom cannot copy them."""
+    for tag in list(dataset.keys()):
+        keyword = keyword_for_tag(tag)
+        if (tag.group in _COPIED_GROUPS or keyword in _COPIED_FROM_STUDY) and keyword not in COPIED_KEYWORDS:
+            del dataset[tag]
 
 
 def _with_type2_attributes(dataset: Dataset) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pydicom.dataset import Dataset
+from pydicom.sr.codedict import codes
 
 from medim.data.index.index import Index
 from medim.data.preprocessing.steps import to_native
@@ -29,6 +30,8 @@ from medim.tasks.segmentation import class_sizes
 from medim.types import Array, UsageError, UserError, Volume
 
 log = logging.getLogger(__name__)
+
+_ACQUISITION_EQUIPMENT = codes.DCM.AcquisitionEquipment.value
 
 
 def dicom_writer(package: Package, *, labelmap: bool = False) -> AnswerWriter:
@@ -101,7 +104,12 @@ def segmentation_of(labels: Array, volume: Volume, source: DicomSource, equipmen
 
 
 def save_dicom(path: Path, dataset: Dataset) -> None:
-    """Write a DICOM file atomically."""
+    """Write a DICOM file atomically, without the description of the scanner that highdicom adds."""
+    dataset.ContributingEquipmentSequence = [
+        item
+        for item in dataset.get("ContributingEquipmentSequence", [])
+        if item.PurposeOfReferenceCodeSequence[0].CodeValue != _ACQUISITION_EQUIPMENT
+    ]
     buffer = io.BytesIO()
     with suppress_warnings():
         dataset.save_as(buffer, enforce_file_format=True)

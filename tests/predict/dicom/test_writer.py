@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pydicom
 import pytest
 from PIL import Image
+from pydicom.datadict import dictionary_VR
 
 from medim.data.index.index import AllRejectedError, build_index
 from medim.data.readers import ReadError
@@ -21,7 +24,7 @@ from medim.package.package import Package
 from medim.predict.dicom import source as headers
 from medim.predict.dicom.equipment import Equipment
 from medim.predict.dicom.segmentation import read_frame_labels
-from medim.predict.dicom.source import TYPE_2, DicomSource, read_dicom_source
+from medim.predict.dicom.source import COPIED_KEYWORDS, TYPE_2, DicomSource, read_dicom_source
 from medim.predict.dicom.structured_report import (
     build_probabilities_report,
     build_volumes_report,
@@ -219,6 +222,51 @@ def test_an_answer_holds_no_more_of_a_patient_than_the_image_does(packages: dict
         assert b"Nagata" not in whole
         assert "PatientAge" not in made
     assert dciodvfy_errors(*(tmp_path / "out" / row[name] for name in ("file", "report"))) == []
+
+
+def list_attributes(dataset: pydicom.Dataset) -> Iterator[pydicom.DataElement]:
+    """List the elements of all levels of a dataset."""
+    for element in dataset:
+        yield element
+        if element.VR == "SQ":
+            for item in element.value:
+                yield from list_attributes(item)
+
+
+def fill_modules(*modules: str) -> dict[str, str]:
+    """Make a text of its own for each text attribute of DICOM modules."""
+    table = json.loads((Path(highdicom.__file__).parent / "_standard" / "module_attribute_map.json").read_text())
+    keywords = [row["keyword"] for module in modules for row in table[module] if not row["path"]]
+    texts = {"LO", "SH", "PN", "ST", "LT", "UT", "UC"}
+    return {
+        keyword: f"Zq{number}x"
+        for number, keyword in enumerate(keywords)
+        if dictionary_VR(keyword) in texts and keyword != "PatientID"
+    }
+
+
+@pytest.mark.parametrize("enhanced_source", [False, True])
+def test_an_answer_holds_no_attribute_of_patient_study_or_scanner_besides_the_documented_ones(
+    packages: dict[str, Package], tmp_path: Path, enhanced_source: bool
+) -> None:
+    modules = ("patient", "general-study", "patient-study", "general-equipment", "clinical-trial-subject")
+    tags = {**fill_modules(*modules, "clinical-trial-study", "general-series"), "FrameOfReferenceUID": "1.2.3"}
+    tags |= {"OperatorsName": "Zqoperator", "PatientSpeciesDescription": "", "StudyDate": "20200102"}
+    pixels = noise(6, 16, 20).astype(np.uint16)
+    if enhanced_source:
+        write_dataset(enhanced(pixels, [[0.0, 0.0, 2.0 * k] for k in range(6)], **tags), tmp_path / "in" / "a.dcm")
+    else:
+        write_series(tmp_path / "in", pixels, **tags)
+    (row,) = answered(packages["segmenter"], tmp_path / "in", tmp_path / "out")
+    for name in ("file", "report"):
+        answer = pydicom.dcmread(tmp_path / "out" / row[name])
+        copied = {element.keyword for element in list_attributes(answer) if "Zq" in str(element.value)}
+        copied -= {element.keyword for element in answer if element.VR == "SQ"}
+        assert copied <= COPIED_KEYWORDS
+        assert {"PatientName", "StudyDescription"} <= copied
+        assert "Zq" not in str(answer.get("ContributingEquipmentSequence"))
+    page = (Path(__file__).parents[3] / "docs" / "how-to" / "answer-in-dicom.md").read_text()
+    assert [keyword for keyword in COPIED_KEYWORDS if keyword not in page and "Deident" not in keyword] == []
 
 
 def test_an_empty_mask_is_a_whole_answer(equipment: Equipment, tmp_path: Path) -> None:
