@@ -83,7 +83,11 @@ class ProbeArguments:
     encoder: Annotated[Path, typer.Argument(help="A pretraining run or its package.")]
     data: DataOption = None
     protocol: Annotated[
-        str, typer.Option(help="Classifier: linear (logistic regression) or knn (nearest neighbours).")
+        str,
+        typer.Option(
+            help="Probe: linear (logistic regression) or knn (nearest neighbours) for classes; ridge (ridge "
+            "regression) for numbers."
+        ),
     ] = "linear"
     label_fraction: Annotated[
         list[float] | None,
@@ -114,7 +118,7 @@ class ProbeArguments:
 
 
 def probe(arguments: ProbeArguments) -> None:
-    """Evaluate a frozen encoder with a simple classifier on its features."""
+    """Evaluate a frozen encoder with a simple classifier or regression on its features."""
     from medim.data.contamination import describe_counts
     from medim.data.source import open_source
     from medim.evaluation.probing.label_budget import Budget
@@ -174,6 +178,13 @@ class StudyArguments:
     probe_seeds: Annotated[
         int | None, typer.Option(help="Number of label subsets per budget for frozen arms. Default: --seeds.", min=1)
     ] = None
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="Metric that is compared and that selects the learning rate. Default: auroc for classification, dice "
+            "for segmentation, r2 for regression."
+        ),
+    ] = None
     lr_multipliers: Annotated[
         str | None,
         typer.Option(
@@ -232,6 +243,7 @@ def study(arguments: StudyArguments) -> None:
     options = StudyOptions(
         seeds=arguments.seeds,
         probe_seeds=arguments.probe_seeds,
+        metric=arguments.metric,
         lr_multipliers=lr_multipliers,
         split_seed=arguments.split_seed,
         jobs=arguments.jobs,

@@ -218,16 +218,17 @@ def format_intervals(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def format_averages(summary: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Format mean and standard deviation over label subsets, one line per kind of features and budget."""
+    """Format the metrics of label subsets, one line per kind of features and budget."""
 
     def format_spread(spread: Mapping[str, float | None]) -> str:
-        """Format `mean ± sd`, or the mean if there is one subset."""
-        mean, sd = ("-" if value is None else f"{value:.3f}" for value in (spread["mean"], spread["sd"]))
-        return mean if sd == "-" else f"{mean} ± {sd}"
+        """Format `mean ± sd`, or `value [low, high]` if there is one subset."""
+        mean, sd, low, high = (format_or_dash(spread[part]) for part in ("mean", "sd", "ci_low", "ci_high"))
+        return f"{mean} [{low}, {high}]" if sd == "-" else f"{mean} ± {sd}"
 
     return {
-        f"{row['features']}, {row['budget']} labels": f"auroc {format_spread(row['auroc'])}, "
-        f"balanced accuracy {format_spread(row['balanced_accuracy'])}"
+        f"{row['features']}, {row['budget']} labels": ", ".join(
+            f"{name.replace('_', ' ')} {format_spread(value)}" for name, value in row.items() if isinstance(value, dict)
+        )
         for row in summary
     }
 

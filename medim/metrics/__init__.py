@@ -64,6 +64,17 @@ def find_metric(key: str) -> tuple[Metric, str] | None:
     return None if name is None else (METRICS[name], key.removeprefix(f"{name}_"))
 
 
+def higher_is_better(key: str) -> bool:
+    """Whether larger values of a metric are better, by a key such as `hd95_left`; true for an unknown metric.
+
+    Examples:
+        >>> higher_is_better("dice_left"), higher_is_better("hd95_left")
+        (True, False)
+    """
+    match = find_metric(key)
+    return match is None or match[0].higher_is_better
+
+
 def build_statistics(task: str, predictions: Array, targets: Array) -> dict[str, Statistic]:
     """Build the metrics of predictions as functions of case weights, by name.
 

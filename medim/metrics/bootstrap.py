@@ -55,6 +55,10 @@ class Scores:
     values: Array
     subjects: int = 0
 
+    def __neg__(self) -> Scores:
+        """Scores of which higher is better, for a metric of which lower is better."""
+        return Scores(-self.values, self.subjects)
+
     def __sub__(self, other: Scores) -> Scores:
         """Subtract run by run, on the same subjects; a single subset (all labels) is paired with each other subset.
 

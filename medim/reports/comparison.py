@@ -9,6 +9,7 @@ from typing import Any
 
 from medim.evaluation.cases import read_cases
 from medim.files import read_json
+from medim.metrics import higher_is_better
 from medim.metrics.bootstrap import MetricEstimate
 from medim.reports import figures
 from medim.reports.page import (
@@ -18,7 +19,6 @@ from medim.reports.page import (
     ReportTable,
     format_metric,
     interval_cell,
-    lower_is_better,
     metric_name,
     unit_interval_metrics,
 )
@@ -141,6 +141,6 @@ def _format_gap(key: str, gap: MetricEstimate | None, sides: Sequence[Any]) -> s
         return "not defined"
     if low is None or high is None:
         return f"{value:+.3f}".replace("-", "−")
-    better = "pretrained better" if (value < 0) == lower_is_better(key) else "scratch better"
+    better = "pretrained better" if (value > 0) == higher_is_better(key) else "scratch better"
     numbers = f"{value:+.3f} ({low:+.3f} to {high:+.3f})".replace("-", "−")
     return f"{numbers}, {better if low > 0 or high < 0 else 'no clear difference'}"

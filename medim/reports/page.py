@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from medim.metrics import find_metric
+from medim.metrics import find_metric, higher_is_better
 from medim.reports.figures import IntervalRow, format_interval, format_number
 from medim.reports.svg import Figure
 
@@ -135,12 +135,6 @@ def metric_name(key: str) -> str:
     return f"{info.title} {part}{unit}" if unit else f"{info.title}, {part}"
 
 
-def lower_is_better(key: str) -> bool:
-    """Whether smaller values of the metric are better."""
-    match = find_metric(key)
-    return match is not None and not match[0].higher_is_better
-
-
 def format_metric(metric: Mapping[str, Any] | float | None) -> str:
     """Format value and interval of a metric, given as an entry of `metrics.json` or as a number."""
     if isinstance(metric, Mapping):
@@ -157,7 +151,7 @@ def metric_table(metrics: Mapping[str, Any], caption: str, note: str = "") -> Re
     """Table of all metrics with their intervals and the number of images."""
     rows = []
     for key, metric in metrics.items():
-        better = "lower" if lower_is_better(key) else "higher"
+        better = "higher" if higher_is_better(key) else "lower"
         cases = format_value(metric.get("n")) if isinstance(metric, Mapping) else NOT_REPORTED
         rows.append((metric_name(key), interval_cell(format_metric(metric)), better, cases))
     return ReportTable(caption, ("Metric", "Value (95 % interval)", "Better", "Images"), rows, note, wide=True)

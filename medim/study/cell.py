@@ -91,7 +91,7 @@ def run_cell(context: StudyContext, cell: Cell, lr_multiplier: float) -> None:
 def read_selection_score(context: StudyContext, cell: Cell) -> float | None:
     """Read the metric of a complete selection run on its validation labels."""
     metrics = read_cell_summary(context, cell)["val"]["metrics"]
-    value: float | None = metrics[find_task(context.design.task).metric]["value"]
+    value: float | None = metrics[context.design.primary_metric]["value"]
     return value
 
 
@@ -125,6 +125,7 @@ def _run_probe_cell(context: StudyContext, cell: Cell, out: Path) -> None:
     design = context.design
     first_arm = next(arm for arm in design.arms if design.is_probe_arm(arm))
     options = ProbeOptions(
+        protocol=find_task(design.task).probe or "",
         budgets=design.budgets,
         seeds=design.subset_seeds(cell.arm),
         split_seed=design.split_seed,

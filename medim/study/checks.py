@@ -69,6 +69,18 @@ def check_one_class_per_image(index: Index) -> None:
         )
 
 
+def check_metric(task: str, metric: str | None, index: Index) -> str:
+    """Check that studies of the task have a metric; None is the primary metric of the task.
+
+    Raises:
+        UsageError: an unknown metric.
+    """
+    names = find_task(task).study_metrics(find_task(task).class_names(index))
+    if metric is not None and metric not in names:
+        raise UsageError(f"--metric {metric}: expected one of {', '.join(names)}.")
+    return metric or names[0]
+
+
 def check_disjoint_splits(cohort: Cohort) -> None:
     """Reject a split with the same subject or the same pixels in training and validation.
 

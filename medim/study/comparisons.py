@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from medim.metrics import higher_is_better
 from medim.metrics.bootstrap import Resamples, Scores, compute_scores, draw_resamples
 from medim.study.design import PIXELS, SCRATCH, UNTRAINED
 from medim.study.results import StudyResults, find_largest_grid, open_results
@@ -29,7 +30,7 @@ def build_comparisons(folder: Path, summary: dict[str, Any]) -> dict[str, Any] |
 
     Args:
         folder: folder with `results.parquet`.
-        summary: summary of the study; `metric` is the compared metric, of which higher is better.
+        summary: summary of the study; `metric` is the compared metric.
 
     Returns:
         `metric`, `resamples`, `overall` (verdict by arm) and `rows`: `arm`, `budget`, `labelled`, `value`, `scratch`,
@@ -50,12 +51,8 @@ def build_comparisons(folder: Path, summary: dict[str, Any]) -> dict[str, Any] |
                 pairs[arm, budget] = compute_scores(grids[0], resamples), compute_scores(grids[1], resamples)
     if not pairs:
         return None
-    arm_comparisons = [
-        comparison
-        for family in _group_families(pairs, summary)
-        for comparison in compare_to_scratch(family, get_metric_limits(metric, difference=True))
-    ]
-    savings = _compute_labels_saved(pairs, arm_comparisons, results)
+    arm_comparisons = _compare_families(pairs, summary)
+    savings = _compute_labels_saved(pairs, arm_comparisons, results, metric)
     rows = []
     for comparison in arm_comparisons:
         ours, scratch = pairs[comparison.arm, comparison.budget]
@@ -85,6 +82,13 @@ def build_comparisons(folder: Path, summary: dict[str, Any]) -> dict[str, Any] |
     return {"metric": metric, "resamples": len(resamples.counts) - 1, "overall": verdicts, "rows": rows}
 
 
+def _compare_families(pairs: ScorePairs, summary: dict[str, Any]) -> list[Comparison]:
+    metric = str(summary["metric"])
+    limits, is_higher_better = get_metric_limits(metric, difference=True), higher_is_better(metric)
+    families = _group_families(pairs, summary)
+    return [one for f in families for one in compare_to_scratch(f, limits, higher_is_better=is_higher_better)]
+
+
 def _group_families(pairs: ScorePairs, summary: dict[str, Any]) -> list[ScorePairs]:
     """Group the comparisons that are corrected together: those of fine-tuned arms, and those of frozen arms."""
     frozen_arms = {arm["name"] for arm in summary["arms"] if arm["protocol"] == "frozen"}
@@ -100,13 +104,15 @@ def _draw_study_resamples(results: StudyResults) -> Resamples:
 
 
 def _compute_labels_saved(
-    pairs: ScorePairs, arm_comparisons: list[Comparison], results: StudyResults
+    pairs: ScorePairs, arm_comparisons: list[Comparison], results: StudyResults, metric: str
 ) -> dict[tuple[str, str], dict[str, Any]]:
     """Compute the labels saved by arm and budget, for arms that were measured at two or more budgets."""
     rows = {}
     for arm in dict.fromkeys(comparison.arm for comparison in arm_comparisons):
         own_comparisons = [comparison for comparison in arm_comparisons if comparison.arm == arm]
         ours, scratch = zip(*(pairs[arm, comparison.budget] for comparison in own_comparisons), strict=True)
+        if not higher_is_better(metric):
+            ours, scratch = (tuple(-scores for scores in side) for side in (ours, scratch))
         if len(own_comparisons) < 2 or not _has_same_runs(
             results, arm, [comparison.budget for comparison in own_comparisons]
         ):
@@ -157,8 +163,11 @@ def _compute_time_to_scratch(
     ]
     ours.append(compute_scores(results.grid(metric, comparison.arm, comparison.budget, seeds=shared_seeds), resamples))
     final = compute_scores(results.grid(metric, SCRATCH, comparison.budget, seeds=shared_seeds), resamples)
+    level = _mean_score(final)
+    if not higher_is_better(metric):
+        ours, final = [-scores for scores in ours], -final
     result = time_to_level([*steps, int(results.summary["steps"])], ours, final)
-    return {"level": result.level, "steps": _dump_interval(result.steps), "over": list(result.variance_sources)}
+    return {"level": level, "steps": _dump_interval(result.steps), "over": list(result.variance_sources)}
 
 
 def _dump_interval(estimate: CensoredInterval) -> dict[str, Any]:

@@ -92,6 +92,7 @@ class Design:
         lr_selections: names of the arms and budgets with selection of the learning rate.
         eval_steps: steps of the intermediate evaluations.
         probe_seeds: number of label subsets per budget of frozen arms; None for the same number as the other arms.
+        metric: metric that is compared and that selects the learning rate; empty for the primary metric of the task.
     """
 
     task: str
@@ -103,6 +104,12 @@ class Design:
     lr_selections: frozenset[tuple[str, str]] = frozenset()
     eval_steps: tuple[int, ...] = ()
     probe_seeds: int | None = None
+    metric: str = ""
+
+    @property
+    def primary_metric(self) -> str:
+        """Metric that is compared and that selects the learning rate."""
+        return self.metric or find_task(self.task).metric
 
     def is_probe_arm(self, arm: Arm) -> bool:
         """Whether an arm is evaluated with a linear probe; frozen segmentation trains a decoder instead."""

@@ -56,7 +56,8 @@ def selection_cohort(cohort: Cohort, subset: Sequence[ImageRecord]) -> Cohort:
     return replace(cohort, keys=keys, splits=splits, overlap={"images": 0, "subjects": 0})
 
 
-def best_multiplier(scores: Mapping[float, float | None]) -> float:
+def best_multiplier(scores: Mapping[float, float | None], *, higher_is_better: bool = True) -> float:
     """Select the factor with the best score; for equal scores, or without any, the closest to 1."""
-    numeric_scores = {lr_multiplier: -math.inf if score is None else score for lr_multiplier, score in scores.items()}
+    sign = 1 if higher_is_better else -1
+    numeric_scores = {multiplier: -math.inf if score is None else sign * score for multiplier, score in scores.items()}
     return max(numeric_scores, key=lambda lr_multiplier: (numeric_scores[lr_multiplier], -abs(math.log(lr_multiplier))))

@@ -39,6 +39,7 @@ class StudyOptions:
     Attributes:
         seeds: number of label subsets per budget.
         probe_seeds: number of label subsets per budget of frozen arms; None for the same number.
+        metric: metric that is compared and that selects the learning rate; None for the primary metric of the task.
         lr_multipliers: factors on the learning rate to select from; empty disables selection; None uses a small grid
             for budgets that are large enough.
         split_seed: random seed of the split by subject, if the source defines no split.
@@ -56,6 +57,7 @@ class StudyOptions:
 
     seeds: int = 1
     probe_seeds: int | None = None
+    metric: str | None = None
     lr_multipliers: Sequence[float] | None = None
     split_seed: int = 0
     jobs: int = 1
@@ -105,6 +107,7 @@ def prepare_study(
     """
     dry_run_finetuning(config)
     checks.check_networks(arms)
+    metric = checks.check_metric(task, options.metric, index)
     if find_task(task).has_class_labels:
         checks.check_one_class_per_image(index)
     groups = read_groups(options.groups, index.records) if options.groups else {}
@@ -118,7 +121,7 @@ def prepare_study(
     budgets_by_size, subsets = checks.draw_label_subsets(task, cohort, budgets, options.seeds)
     shortages = {b.name: reason for b in budgets_by_size if (reason := describe_subset_shortage(task, subsets[b, 0]))}
     checks.check_selection_budgets(shortages if options.lr_multipliers else {})
-    design = _build_design(task, config, arms, budgets_by_size, shortages, options)
+    design = _build_design(task, metric, config, arms, budgets_by_size, shortages, options)
     context = StudyContext(
         out=out,
         design=design,
@@ -148,6 +151,7 @@ def prepare_study(
 
 def _build_design(
     task: str,
+    metric: str,
     config: FinetuneConfig,
     arms: tuple[Arm, ...],
     budgets: tuple[Budget, ...],
@@ -167,6 +171,7 @@ def _build_design(
         lr_selections=frozenset((arm.name, name) for arm in arms for name in selection_budgets),
         eval_steps=config.eval_steps or (),
         probe_seeds=options.probe_seeds,
+        metric=metric,
     )
 
 
@@ -180,6 +185,7 @@ def _fix_design(context: StudyContext, costs: Callable[[], Costs]) -> StudyConte
     content: dict[str, Any] = {
         "schema_version": 1,
         "task": design.task,
+        "metric": design.primary_metric,
         "arms": [_describe_arm(arm) for arm in design.arms],
         "budgets": [budget.name for budget in design.budgets],
         "seeds": design.seeds,
@@ -191,6 +197,7 @@ def _fix_design(context: StudyContext, costs: Callable[[], Costs]) -> StudyConte
     }
     if file.is_file():
         previous = translate_config(read_json(file), warn=False)
+        previous.setdefault("metric", find_task(design.task).metric)  # the only metric of earlier versions
         content["eval_steps"] = previous.get("eval_steps")  # as timed at the start of the study
         recorded = read_run_config(context.out / CONFIG, FinetuneConfig)
         if recorded and recorded.hash == content["config_hash"]:  # earlier versions hashed the old names of keys

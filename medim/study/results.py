@@ -72,7 +72,7 @@ class StudyResults:
 
     @cached_property
     def metrics(self) -> tuple[str, ...]:
-        """Names of the available metrics; the first is the primary metric of the study."""
+        """Names of the available metrics; the first is the primary metric of the task."""
         columns = next(iter(self.values.values()))
         return tuple(self.task.study_statistics(columns, self.classes))
 

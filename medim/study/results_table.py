@@ -78,12 +78,10 @@ def _read_finetune_cases(
 def read_probe_cases(context: StudyContext, cell: Cell, folder: Path) -> Iterator[tuple[dict[str, Any], list[CaseRow]]]:
     """Yield keys and cases of a probe by classifier, in the form of those of a fine-tuned cell."""
     wide_rows = pq.read_table(folder / "cases.parquet").to_pylist()
-    classes = [name.removeprefix("probability_") for name in wide_rows[0] if name.startswith("probability_")]
+    task = find_task(context.design.task)
     groups: dict[tuple[str, str, int], list[CaseRow]] = {}
     for row in wide_rows:
-        groups.setdefault((row["features"], row["budget"], row["seed"]), []).extend(
-            {**row, "class": name, "probability": row[f"probability_{name}"]} for name in classes
-        )
+        groups.setdefault((row["features"], row["budget"], row["seed"]), []).extend(task.from_probe_columns(row))
     for (features, budget, seed), rows in groups.items():
         yield _build_row_keys(context, cell, BASELINE_ARMS.get(features, cell.arm.name), budget, seed), rows
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from medim.files import read_json, write_json
+from medim.metrics import higher_is_better
 from medim.study.cell import StudyContext, read_selection_score
 from medim.study.design import Cell
 from medim.study.lr_selection import best_multiplier
@@ -112,7 +113,9 @@ class Scheduler:
                 m: read_selection_score(self.context, t) if self.context.is_complete(t) else None
                 for m, t in trials.items()
             }
-            write_json(file, {"schema_version": 1, "multiple": best_multiplier(scores)})
+            is_higher_better = higher_is_better(self.context.design.primary_metric)
+            best = best_multiplier(scores, higher_is_better=is_higher_better)
+            write_json(file, {"schema_version": 1, "multiple": best})
         return float(read_json(file)["multiple"])
 
     def _selection_file(self, cell: Cell) -> Path:

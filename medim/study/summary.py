@@ -11,7 +11,6 @@ from medim.study.cell import read_cell_summary, read_selection_score
 from medim.study.comparisons import build_comparisons
 from medim.study.design import Arm
 from medim.study.scheduler import Scheduler
-from medim.tasks import find_task
 from medim.version import collect_versions
 
 SCHEMA_VERSION = 1
@@ -37,7 +36,7 @@ def write_summary(out: Path, scheduler: Scheduler, facts: dict[str, Any]) -> dic
         "task": design.task,
         "complete": not scheduler.remaining
         and all(context.is_complete(cell) for cell in cells if cell.kind != "selection"),
-        "metric": find_task(design.task).metric,
+        "metric": design.primary_metric,
         "budgets": {budget.name: len(context.subsets[budget, 0]) for budget in design.budgets},
         "seeds": design.seeds,
         "probe_seeds": design.probe_seeds,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -115,6 +115,17 @@ class Classification(Task):
     def answer_content(self, columns: AnswerRow, classes: Sequence[str]) -> dict[str, object]:
         """`class` and `probabilities` by class."""
         return {"class": columns["class"], "probabilities": {name: columns[f"probability_{name}"] for name in classes}}
+
+    def to_probe_columns(
+        self, predictions: Array, records: Sequence[ImageRecord], classes: Sequence[str]
+    ) -> dict[str, Array]:
+        """`probability_<class>` of each class."""
+        return {f"probability_{name}": predictions[:, k] for k, name in enumerate(classes)}
+
+    def from_probe_columns(self, row: Mapping[str, Any]) -> list[CaseRow]:
+        """One row per class."""
+        classes = [name.removeprefix("probability_") for name in row if name.startswith("probability_")]
+        return [{**row, "class": name, "probability": row[f"probability_{name}"]} for name in classes]
 
     def to_study_rows(self, case_rows: Sequence[CaseRow]) -> list[tuple[str, float | None]]:
         """Probability of each class, and the number of the true class."""

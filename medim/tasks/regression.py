@@ -30,7 +30,8 @@ class Regression(Task):
     case_label = "Minus absolute error"
     worst_case_text = "with the largest absolute error"
     output_text = "one number per image"
-    frozen_text = "a head, by the same schedule"
+    frozen_text = "a ridge regression"
+    probe = "ridge"
 
     @property
     def target_requirement(self) -> str:
@@ -123,6 +124,12 @@ class Regression(Task):
     def answer_columns(self, answer: Array, volume: Volume, classes: Sequence[str]) -> AnswerRow:
         """`value`, with eight significant digits."""
         return {classes[0]: float(f"{float(answer[0]):.8g}")}
+
+    def to_probe_columns(
+        self, predictions: Array, records: Sequence[ImageRecord], classes: Sequence[str]
+    ) -> dict[str, Array]:
+        """Label and prediction."""
+        return {"true_value": self.encode_targets(records, classes)[:, 0], "predicted_value": predictions}
 
     def to_study_rows(self, case_rows: Sequence[CaseRow]) -> list[tuple[str, float | None]]:
         """Prediction and label."""

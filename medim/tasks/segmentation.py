@@ -166,6 +166,10 @@ class Segmentation(Task):
         sizes = class_sizes(answer, volume, len(classes))
         return {f"{unit}_{name}": round(size * scale, 6) for name, size in zip(classes, sizes, strict=True)}
 
+    def study_metrics(self, classes: Sequence[str]) -> tuple[str, ...]:
+        """Mean Dice, then each metric of each class."""
+        return (self.metric, *(f"{metric}_{name}" for metric in self.metrics for name in classes))
+
     def to_study_rows(self, case_rows: Sequence[CaseRow]) -> list[tuple[str, float | None]]:
         """Mean Dice, then each metric of each class."""
         dice = float(np.mean([row["dice"] for row in case_rows]))

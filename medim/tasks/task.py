@@ -285,6 +285,24 @@ class Task(ABC):
         """Content of the JSON file of an image, from `answer_columns`; not used by dense tasks."""
         return dict(columns)
 
+    def to_probe_columns(
+        self, predictions: Array, records: Sequence[ImageRecord], classes: Sequence[str]
+    ) -> dict[str, Array]:
+        """Columns of `cases.parquet` of a probe, from its predictions for N images.
+
+        Raises:
+            UserError: there are no probes of the task.
+        """
+        raise UserError(f"probe: expected a task with probes, got {self.title}.")
+
+    def from_probe_columns(self, row: Mapping[str, Any]) -> list[CaseRow]:
+        """Rows as `score_case` returns them, with the keys, from a row of `to_probe_columns`."""
+        return [dict(row)]
+
+    def study_metrics(self, classes: Sequence[str]) -> tuple[str, ...]:
+        """Names of the metrics of a study, the keys of `study_statistics`; the first is the primary metric."""
+        return self.metrics
+
     def to_study_rows(self, case_rows: Sequence[CaseRow]) -> list[tuple[str, float | None]]:
         """Metrics of one case in `results.parquet`, from its rows per class.
 

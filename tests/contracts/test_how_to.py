@@ -58,8 +58,8 @@ def test_an_example_that_breaks_the_contract_is_detected(tmp_path: Path) -> None
     """A probe whose probabilities do not sum to one."""
     code = """
 import numpy as np
-from medim.evaluation.probing.classifiers import PROBES, ProbePrediction
+from medim.evaluation.probing.classifiers import PROBES, Probe, ProbePrediction
 
-PROBES["wrong"] = lambda x, y, test, **_: ProbePrediction(np.ones((len(test), y.max() + 1)), {"none": 0})
+PROBES["wrong"] = Probe(lambda x, y, test, **_: ProbePrediction(np.ones((len(test), y.max() + 1)), {"none": 0}))
 """
     assert run_contract(code, "test_probes.py", "wrong", tmp_path)[0] == 1

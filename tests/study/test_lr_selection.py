@@ -48,6 +48,7 @@ def test_the_best_score_wins_and_of_equals_the_one_nearest_to_the_preset() -> No
     assert best_multiplier({0.3: 0.9, 1.0: 0.9, 3.0: 0.9}) == 1.0
     assert best_multiplier({0.3: 0.0, 1.0: None, 3.0: None}) == 0.3
     assert best_multiplier({0.3: None, 1.0: None, 3.0: None}) == 1.0
+    assert best_multiplier({0.3: 0.7, 1.0: None, 3.0: 0.9}, higher_is_better=False) == 0.3
 
 
 def planted(cohort: Cohort) -> Cohort:

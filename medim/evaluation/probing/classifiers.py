@@ -1,8 +1,8 @@
-"""Probe classifiers: from features and a few labels to class probabilities, with a frozen encoder.
+"""Probes: from features and a few labels to class probabilities or numbers, with a frozen encoder.
 
-To add a classifier, write a function with the signature of `ProbeClassifier` and add a line to `PROBES`. All choices of
-a classifier (scaling, neighbours, penalties) must be based on its training rows only, so that they are part of the
-label budget.
+To add a probe, write a function with the signature of `ProbeFunction` and add a line to `PROBES`. All choices of a
+probe (scaling, neighbours, penalties) must be based on its training rows only, so that they are part of the label
+budget.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import typing
 from typing import Any, NamedTuple
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
 from sklearn.metrics import log_loss
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
 from medim.types import Array
@@ -27,38 +27,54 @@ FIXED_PENALTY = 1e0
 
 
 class ProbePrediction(NamedTuple):
-    """Predictions of a probe classifier for the test images.
+    """Predictions of a probe for the test images.
 
     Attributes:
-        probabilities: (N, K), rows sum to one.
+        predictions: class probabilities (N, K), whose rows sum to one, or numbers (N,).
         settings: chosen settings, for the output file.
 
     Examples:
         >>> prediction = ProbePrediction(np.array([[0.2, 0.8]]), {"k": 5})
-        >>> int(prediction.probabilities.argmax())
+        >>> int(prediction.predictions.argmax())
         1
     """
 
-    probabilities: Array
+    predictions: Array
     settings: dict[str, Any]
 
 
-class ProbeClassifier(typing.Protocol):
-    """Interface of a probe classifier: a pure function of arrays and a seed."""
+class ProbeFunction(typing.Protocol):
+    """Interface of a probe: a pure function of arrays and a seed."""
 
     def __call__(
         self, train_x: Array, train_y: Array, test_x: Array, *, seed: int, groups: Array | None = None
     ) -> ProbePrediction:
-        """Classify test rows from labelled training rows.
+        """Predict the labels of test rows from labelled training rows.
 
         Args:
             train_x: (M, d) features.
-            train_y: (M,) class indices; each of 0 to K - 1 occurs.
+            train_y: (M,) class indices, each of 0 to K - 1 occurs; or numbers.
             test_x: (N, d) features.
             seed: random seed.
             groups: (M,) subject of each row; None: every row has its own subject.
         """
         ...
+
+
+class Probe(NamedTuple):
+    """A probe and its task.
+
+    Attributes:
+        predict: the probe.
+        task: name of the task, which determines labels, predictions and metrics: `classification` or `regression`.
+
+    Examples:
+        >>> PROBES["ridge"].task
+        'regression'
+    """
+
+    predict: ProbeFunction
+    task: str = "classification"
 
 
 def linear_probe(
@@ -99,14 +115,13 @@ def ridge_probe(
 ) -> ProbePrediction:
     """Predict a number by ridge regression on standardised features.
 
-    The penalty is selected by cross-validation within the training rows, as in `linear_probe`, by the least mean
-    squared error.
-
-    Returns:
-        Predictions (N, 1) in the unit of `train_y`.
+    The penalty alpha has the least mean squared error in a cross-validation on the training rows, whose folds contain
+    whole subjects. The candidates are the numbers of rows and features, multiplied, over the six values of
+    `linear_probe`. With fewer than three subjects, alpha is this product, and `alpha_from` is `fixed` instead of
+    `cross-validation`. The predictions (N,) are in the unit of `train_y`.
     """
     scaler, regression, settings = fit_ridge(train_x, train_y, seed=seed, groups=groups)
-    return ProbePrediction(regression.predict(scaler.transform(test_x)).reshape(-1, 1), settings)
+    return ProbePrediction(regression.predict(scaler.transform(test_x)), settings)
 
 
 def fit_ridge(
@@ -122,19 +137,15 @@ def fit_ridge(
     """
     scaler = StandardScaler().fit(x)
     features, subjects = scaler.transform(x), np.arange(len(x)) if groups is None else groups
-    names, numbers = np.unique(subjects, return_inverse=True)
-    n_folds = min(N_FOLDS, len(names))
-    alphas = [len(x) * x.shape[1] / c for c in PENALTIES]
-    alpha, source = len(x) * x.shape[1] / FIXED_PENALTY, "fixed"
-    if n_folds >= MIN_CLASS_SUBJECTS:
-        folds = (np.random.default_rng(seed).permutation(len(names)) % n_folds)[numbers]
-        splits = [(folds != k, folds == k) for k in range(n_folds)]
-        errors = [
-            sum(((Ridge(a).fit(features[i], y[i]).predict(features[j]) - y[j]) ** 2).sum() for i, j in splits)
-            for a in alphas
-        ]
-        alpha, source = alphas[int(np.argmin(errors))], "cross-validation"
-    return scaler, Ridge(alpha).fit(features, y), {"alpha": alpha, "alpha_from": source}
+    n_folds = min(N_FOLDS, len(np.unique(subjects)))
+    if n_folds < MIN_CLASS_SUBJECTS:
+        alpha = x.size / FIXED_PENALTY
+        return scaler, Ridge(alpha).fit(features, y), {"alpha": alpha, "alpha_from": "fixed"}
+    folds = list(GroupKFold(n_folds, shuffle=True, random_state=seed).split(features, y, subjects))
+    alphas = [x.size / c for c in PENALTIES]
+    search = RidgeCV(alphas, cv=folds, scoring="neg_mean_squared_error").fit(features, y)
+    alpha = float(search.alpha_)
+    return scaler, Ridge(alpha).fit(features, y), {"alpha": alpha, "alpha_from": "cross-validation"}
 
 
 def knn_probe(
@@ -155,7 +166,11 @@ def knn_probe(
     return ProbePrediction(votes / votes.sum(axis=1, keepdims=True), {"k": k})
 
 
-PROBES: dict[str, ProbeClassifier] = {"linear": linear_probe, "knn": knn_probe}
+PROBES: dict[str, Probe] = {
+    "linear": Probe(linear_probe),
+    "knn": Probe(knn_probe),
+    "ridge": Probe(ridge_probe, task="regression"),
+}
 
 
 def _choose_penalty(x: Array, y: Array, groups: Array | None, seed: int) -> float | None:

@@ -10,6 +10,7 @@ import numpy as np
 from medim.data.index.index import ImageRecord
 from medim.data.loading.cohort import Cohort
 from medim.data.loading.splits import select_label_budget
+from medim.tasks.task import Task
 from medim.types import Array, UserError
 
 
@@ -31,14 +32,14 @@ class Budget:
 
 
 def draw_probe_subsets(
-    cohort: Cohort, budgets: Sequence[Budget], seeds: Sequence[int]
+    cohort: Cohort, task: Task, budgets: Sequence[Budget], seeds: Sequence[int]
 ) -> dict[tuple[Budget, int], tuple[ImageRecord, ...]]:
     """Draw the label subset of each budget and seed; the subsets of one seed are nested.
 
     A budget of all labelled images has a single subset, which is returned for the first seed only.
 
     Raises:
-        UserError: a subset lacks a label of some class.
+        UserError: a subset lacks a label of some class that the task predicts.
         UsageError: a budget is out of range.
     """
     subsets = {}
@@ -48,7 +49,8 @@ def draw_probe_subsets(
             subset = label_budget.draw_subset(labelled, seed)
             if len(subset) == len(labelled) and seed != seeds[0]:
                 continue
-            missing = [name for name in cohort.classes if name not in {record.label for record in subset}]
+            labels, classes = {record.label for record in subset}, cohort.classes if task.has_class_labels else ()
+            missing = [name for name in classes if name not in labels]
             if missing:
                 raise UserError(
                     f"budget {label_budget.name}, seed {seed}: expected a label of every class "

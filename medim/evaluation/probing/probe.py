@@ -1,4 +1,4 @@
-"""Probe a frozen encoder: accuracy of a simple classifier on its features with few labels.
+"""Probe a frozen encoder: metrics of a simple classifier or regression on its features with few labels.
 
 Features are computed once. Each label budget is drawn with several seeds. All arms (the encoder, its untrained
 architecture, the pixels) use the same subsets, so that arms, encoders and probe classifiers can be paired by budget and
@@ -27,10 +27,13 @@ from medim.evaluation.probing.classifiers import PROBES, ProbePrediction
 from medim.evaluation.probing.label_budget import Budget, draw_probe_subsets, number_subjects
 from medim.evaluation.probing.probe_cohort import open_probe_cohort
 from medim.files import json_sha256, prepare_output_folder, write_json
-from medim.metrics import compute_metrics, list_metrics
+from medim.metrics import build_statistics
+from medim.metrics.bootstrap import N_RESAMPLES, bootstrap_intervals
 from medim.metrics.representation import batch_images, extract_features
 from medim.model_spec import ModelSpec
 from medim.models.serialization import load_encoder, locate_weights
+from medim.tasks import TASKS
+from medim.tasks.task import Task
 from medim.types import Array, UsageError, UserError
 
 log = logging.getLogger(__name__)
@@ -83,7 +86,7 @@ def probe(encoder: Path, index: Index, out: Path, options: ProbeOptions | None =
 
     Returns:
         The content of `probe.json`: `rows`, their `summary`, and a description of the images. `cases.parquet` contains
-        the probabilities of each validation image.
+        the probabilities, or the predicted number, of each validation image.
 
     Raises:
         UserError: there is no encoder or no label, a budget lacks a class, `out` is not empty, or
@@ -103,9 +106,10 @@ def probe(encoder: Path, index: Index, out: Path, options: ProbeOptions | None =
     levels = _check_levels(options.levels, len(network.channels))
     if options.protocol not in PROBES:
         raise UsageError(f"--protocol {options.protocol}: expected one of {', '.join(PROBES)}.")
-    cohort = options.cohort or _open_cohort(index, spec, options)
+    task = TASKS[PROBES[options.protocol].task]
+    cohort = options.cohort or _open_cohort(index, task, spec, options)
     contamination = _check_encoder_contamination(encoder, cohort, strict=options.fail_on_contamination)
-    subsets = draw_probe_subsets(cohort, options.budgets, options.seeds)
+    subsets = draw_probe_subsets(cohort, task, options.budgets, options.seeds)
     prepare_output_folder(out, overwrite=options.overwrite)
     arms = _iterate_arms(network, spec, cohort, levels, [seed for _, seed in subsets], baselines=options.baselines)
     rows, cases = _measure_arms(options.protocol, arms, subsets, cohort)
@@ -115,20 +119,20 @@ def probe(encoder: Path, index: Index, out: Path, options: ProbeOptions | None =
         "protocol": options.protocol,
         "encoder_sha256": spec.sha256,
         "maps": levels,
-        **_describe_images(cohort, contamination),
+        **_describe_images(task, cohort, contamination),
         "split_seed": options.split_seed,
         "index_hash": index.hash,
         "rows": rows,
-        "summary": summarise_probes(rows),
+        "summary": summarise_probes(rows, task.metrics),
     }
     write_parquet(out / "cases.parquet", pa.concat_tables(cases))
     write_json(out / "probe.json", content)
     return content
 
 
-def _open_cohort(index: Index, spec: ModelSpec, options: ProbeOptions) -> Cohort:
+def _open_cohort(index: Index, task: Task, spec: ModelSpec, options: ProbeOptions) -> Cohort:
     return open_probe_cohort(
-        index, spec, split_seed=options.split_seed, store=options.store, strict=options.fail_on_contamination
+        index, task, spec, split_seed=options.split_seed, store=options.store, strict=options.fail_on_contamination
     )
 
 
@@ -137,8 +141,11 @@ def _check_encoder_contamination(encoder: Path, cohort: Cohort, *, strict: bool)
     return check_contamination(load_training_history(encoder), cases, weights_name=f"encoder {encoder}", strict=strict)
 
 
-def summarise_probes(rows: Sequence[ProbeRow]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over the subsets (None for a single subset), by features and budget."""
+def summarise_probes(rows: Sequence[ProbeRow], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """Mean and standard deviation of metrics over the subsets, by features and budget.
+
+    A single subset has no standard deviation; it has the interval over subjects (`ci_low`, `ci_high`) of its row.
+    """
     groups: dict[tuple[str, str], list[ProbeRow]] = defaultdict(list)
     for row in rows:
         groups[row["features"], row["budget"]].append(row)
@@ -147,10 +154,7 @@ def summarise_probes(rows: Sequence[ProbeRow]) -> list[dict[str, Any]]:
             "features": features,
             "budget": name,
             "subsets": len(group),
-            **{
-                metric: _mean_and_sd([r[metric] for r in group if r[metric] is not None])
-                for metric in list_metrics("classification")
-            },
+            **{metric: _average_subsets(metric, group) for metric in metrics},
         }
         for (features, name), group in groups.items()
     ]
@@ -200,60 +204,88 @@ def _measure_arms(
         log.info("%s: %d features of %d images", name, features.shape[1], len(features))
         for (budget, seed), subset in subsets.items():
             if seed in seeds:
-                prediction = _classify_validation(protocol, features, cohort, subset, seed)
+                prediction = _predict_validation(protocol, features, cohort, subset, seed)
                 keys = {"features": name, "budget": budget.name, "seed": seed}
-                rows.append({**keys, **_build_probe_row(protocol, budget, subset, prediction, cohort)})
-                cases.append(_build_case_table(keys, prediction, cohort))
+                n_resamples = N_RESAMPLES if sum(other == budget for other, _ in subsets) == 1 else 0
+                row = _build_probe_row(protocol, budget, subset, prediction, cohort, n_resamples=n_resamples)
+                rows.append({**keys, **row})
+                cases.append(_build_case_table(protocol, keys, prediction, cohort))
     return rows, cases
 
 
-def _classify_validation(
+def _predict_validation(
     protocol: str, features: Array, cohort: Cohort, subset: Sequence[ImageRecord], seed: int
 ) -> ProbePrediction:
     subset_images = {record.image for record in subset}
     labelled = cohort.labelled_records("train")
     row_numbers = [row_number for row_number, record in enumerate(labelled) if record.image in subset_images]
     train_features, val_features = features[row_numbers], features[len(labelled) :]
-    return PROBES[protocol](
-        train_features, cohort.class_indices(subset), val_features, seed=seed, groups=number_subjects(subset)
-    )
+    probe, groups = PROBES[protocol], number_subjects(subset)
+    targets = _encode_targets(TASKS[probe.task], cohort, subset)
+    return probe.predict(train_features, targets, val_features, seed=seed, groups=groups)
 
 
 def _build_probe_row(
-    protocol: str, budget: Budget, subset: Sequence[ImageRecord], prediction: ProbePrediction, cohort: Cohort
+    protocol: str,
+    budget: Budget,
+    subset: Sequence[ImageRecord],
+    prediction: ProbePrediction,
+    cohort: Cohort,
+    *,
+    n_resamples: int,
 ) -> ProbeRow:
+    """Metrics of one probe; intervals over subjects only where no spread over subsets can be given."""
+    task, val = TASKS[PROBES[protocol].task], cohort.labelled_records("val")
+    statistics = build_statistics(task.name, prediction.predictions, _encode_targets(task, cohort, val))
+    estimates = bootstrap_intervals(statistics, [record.subject for record in val], resamples=n_resamples)
     return {
         "protocol": protocol,
         "labelled": budget.labelled,
         "fraction": budget.fraction,
         "n_labelled": len(subset),
         "subset": json_sha256([record.image for record in subset])[:12],
-        **compute_metrics(
-            "classification", prediction.probabilities, cohort.class_indices(cohort.labelled_records("val"))
-        ),
+        **{name: estimate["value"] for name, estimate in estimates.items()},
+        "intervals": {name: [estimate["ci_low"], estimate["ci_high"]] for name, estimate in estimates.items()}
+        if n_resamples
+        else None,
         **prediction.settings,
     }
 
 
-def _build_case_table(keys: dict[str, Any], prediction: ProbePrediction, cohort: Cohort) -> pa.Table:
-    val = cohort.labelled_records("val")
+def _build_case_table(protocol: str, keys: dict[str, Any], prediction: ProbePrediction, cohort: Cohort) -> pa.Table:
+    task, val = TASKS[PROBES[protocol].task], cohort.labelled_records("val")
     columns: dict[str, Any] = {
         name: [getattr(record, name) for record in val] for name in ("image", "subject", "label")
     }
     columns |= {name: [value] * len(val) for name, value in keys.items()}
-    columns |= {f"probability_{name}": prediction.probabilities[:, k] for k, name in enumerate(cohort.classes)}
+    columns |= task.to_probe_columns(prediction.predictions, val, _list_classes(task, cohort))
     return pa.table(columns)
 
 
-def _mean_and_sd(values: Sequence[float]) -> dict[str, float | None]:
-    sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)) if values else None, "sd": sd}
+def _list_classes(task: Task, cohort: Cohort) -> tuple[str, ...]:
+    """Classes that a probe predicts: those of the training split, or the one target of a regression."""
+    return cohort.classes if task.has_class_labels else task.class_names(cohort.index)
 
 
-def _describe_images(cohort: Cohort, contamination: ContaminationCounts | None) -> dict[str, Any]:
+def _encode_targets(task: Task, cohort: Cohort, records: Sequence[ImageRecord]) -> Array:
+    """Class indices or numbers, (N,)."""
+    targets = task.encode_targets(records, _list_classes(task, cohort))
+    assert targets is not None  # no probe has masks as targets
+    return targets.reshape(len(records))
+
+
+def _average_subsets(metric: str, rows: Sequence[ProbeRow]) -> dict[str, float | None]:
+    values = [row[metric] for row in rows if row[metric] is not None]
+    mean, sd = float(np.mean(values)) if values else None, float(np.std(values, ddof=1)) if len(values) > 1 else None
+    intervals = rows[0].get("intervals") if len(rows) == 1 else None
+    low, high = intervals[metric] if intervals else (None, None)
+    return {"mean": mean, "sd": sd, "ci_low": low, "ci_high": high}
+
+
+def _describe_images(task: Task, cohort: Cohort, contamination: ContaminationCounts | None) -> dict[str, Any]:
     val = cohort.labelled_records("val")
     return {
-        "classes": list(cohort.classes),
+        "classes": list(_list_classes(task, cohort)),
         "n": len(val),
         "subjects": len({record.subject for record in val}),
         "seen": contamination,

@@ -10,29 +10,32 @@ from medim.data.labels import check_label_kind
 from medim.data.loading.cohort import Cohort, open_cohort
 from medim.data.loading.splits import assign_splits
 from medim.model_spec import ModelSpec
+from medim.tasks.task import Task
 from medim.types import Split, UserError
 
 
 def open_probe_cohort(
-    index: Index, spec: ModelSpec, *, split_seed: int, store: Path | None = None, strict: bool = False
+    index: Index, task: Task, spec: ModelSpec, *, split_seed: int, store: Path | None = None, strict: bool = False
 ) -> Cohort:
     """Preprocess the images that are not in the store: the training split, and the labelled validation images.
 
     Args:
         index: the images.
+        task: task of the probe.
         spec: specification of the encoder (see `medim.models.serialization`).
         split_seed: random seed of the split by subject.
         store: folder of preprocessed images; None is the user's cache.
         strict: raise an error if the splits of the source share images with the same pixels.
 
     Raises:
-        UserError: a split has no labels, there is a single class, a class occurs in the validation split only, the
-            encoder does not accept the images, or `strict` found shared images.
+        UserError: a split has no labels, the labels are not those of the task, there is a single class or number, a
+            class occurs in the validation split only, the encoder does not accept the images, or `strict` found shared
+            images.
     """
     train, val = _split_records(index, assign_splits(index, seed=split_seed))
-    _check_labels(index, train, val)  # check before and after the long preprocessing
+    _check_labels(index, task, train, val)  # check before and after the long preprocessing
     cohort = open_cohort(index, [*train, *val], spec.preprocessing, split_seed=split_seed, store=store, strict=strict)
-    _check_labels(index, cohort.records("train"), cohort.labelled_records("val"))
+    _check_labels(index, task, cohort.records("train"), cohort.labelled_records("val"))
     for key in cohort.keys.values():
         entry = cohort.store.get_entry(key)
         if (len(entry.shape), entry.channels) != (spec.spatial_dims, spec.in_channels):
@@ -56,8 +59,11 @@ def _present_classes(index: Index, records: Sequence[ImageRecord]) -> tuple[str,
     return tuple(name for name in index.labels if name in record_labels)
 
 
-def _check_labels(index: Index, train: Sequence[ImageRecord], val: Sequence[ImageRecord]) -> None:
+def _check_labels(index: Index, task: Task, train: Sequence[ImageRecord], val: Sequence[ImageRecord]) -> None:
     check_label_kind(record.label for record in index.records)
+    if not task.has_class_labels:
+        _check_numbers(index, task, train, val)
+        return
     if index.findings:
         raise UserError(
             f"{index.root}: expected one class per image, got findings. A probe predicts one class: give --labels CSV "
@@ -78,3 +84,16 @@ def _check_labels(index: Index, train: Sequence[ImageRecord], val: Sequence[Imag
             f"{index.root}: expected every label of the validation split in the training split too, got "
             f"{', '.join(unknown_labels)} in validation only. Choose another --split-seed, or exclude these images."
         )
+
+
+def _check_numbers(index: Index, task: Task, train: Sequence[ImageRecord], val: Sequence[ImageRecord]) -> None:
+    if not task.accepts_labels(index):
+        raise UserError(task.label_form_error(index))
+    for part, records in (("training", train), ("validation", val)):
+        if not any(record.label is not None for record in records):
+            raise UserError(
+                f"{index.root}: there are no images with a number as label in the {part} split. Give --labels CSV with "
+                "columns image,label."
+            )
+    if len({float(str(record.label)) for record in train if record.label is not None}) < 2:
+        raise UserError(f"{index.root}: expected labels that differ in the training split. Check the label column.")

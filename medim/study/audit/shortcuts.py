@@ -22,7 +22,7 @@ from medim.data.preprocessing.quality import QualityMetrics
 from medim.evaluation.probing.classifiers import (
     MIN_CLASS_SUBJECTS,
     N_FOLDS,
-    ProbeClassifier,
+    ProbeFunction,
     ProbePrediction,
     linear_probe,
 )
@@ -100,12 +100,12 @@ class Shortcut:
 def predict_boosted(
     train_x: Array, train_y: Array, test_x: Array, *, seed: int, groups: Array | None = None
 ) -> ProbePrediction:
-    """Predict with gradient-boosted trees, for non-linear relations; a `ProbeClassifier` without hyper-parameters."""
+    """Predict with gradient-boosted trees, for non-linear relations; a `ProbeFunction` without hyper-parameters."""
     trees = HistGradientBoostingClassifier(max_iter=50, min_samples_leaf=5, random_state=seed)
     return ProbePrediction(trees.fit(train_x, train_y).predict_proba(test_x), {})
 
 
-CLASSIFIERS: dict[str, ProbeClassifier] = {"logistic regression": linear_probe, "gradient boosting": predict_boosted}
+CLASSIFIERS: dict[str, ProbeFunction] = {"logistic regression": linear_probe, "gradient boosting": predict_boosted}
 
 
 def predict_label(features: Array, split: TrainTestSplit, *, seed: int = 0) -> PredictionResult:
@@ -123,7 +123,7 @@ def predict_label(features: Array, split: TrainTestSplit, *, seed: int = 0) -> P
     subject_index = np.unique(np.asarray(split.subjects)[train], return_inverse=True)[1]
     name = _best_classifier(features[train], labels[train], subject_index, seed)
     prediction = CLASSIFIERS[name](features[train], labels[train], features[~train], seed=seed, groups=subject_index)
-    statistics = build_statistics("classification", prediction.probabilities, labels[~train])
+    statistics = build_statistics("classification", prediction.predictions, labels[~train])
     names = ("auroc", "balanced_accuracy")
     metrics = bootstrap_intervals({name: statistics[name] for name in names}, split.test_subjects, seed=seed)
     chance = {"auroc": CHANCE_AUROC, "balanced_accuracy": 1 / len(np.unique(labels[~train]))}
@@ -226,7 +226,7 @@ def _best_classifier(x: Array, y: Array, subject_index: Array, seed: int) -> str
         total = 0.0
         for fit, test in usable_folds:
             prediction = CLASSIFIERS[name](x[fit], y[fit], x[test], seed=seed, groups=subject_index[fit])
-            total += len(test) * float(log_loss(y[test], prediction.probabilities, labels=classes))
+            total += len(test) * float(log_loss(y[test], prediction.predictions, labels=classes))
         return total
 
     return min(names, key=compute_log_loss) if usable_folds else names[0]

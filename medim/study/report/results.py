@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from medim.metrics import higher_is_better
 from medim.reports.page import (
     Banner,
     ReportSection,
     ReportTable,
     format_value,
     interval_cell,
-    lower_is_better,
     metric_name,
     pluralise,
 )
@@ -31,7 +31,7 @@ SAVINGS_HEAD = ("Arm", "Labels", "Equivalent labels", "Saved", "Ratio", "Steps t
 
 def build_outcome_section(study: StudyView) -> ReportSection:
     """Build the section: value, difference, p-values and verdict by arm and budget, anchors, and learning rates."""
-    name = metric_name(study.metric)
+    name, direction = metric_name(study.metric), "Higher" if higher_is_better(study.metric) else "Lower"
     rows = [
         _build_outcome_row(study, arm, budget)
         for budget in study.budgets
@@ -50,7 +50,7 @@ def build_outcome_section(study: StudyView) -> ReportSection:
     return ReportSection(
         "outcome",
         "Results by arm and budget",
-        Banner("plain", name, f"{pluralise(n_runs, 'run')}, {_format_case_count(study)}. Higher is better."),
+        Banner("plain", name, f"{pluralise(n_runs, 'run')}, {_format_case_count(study)}. {direction} is better."),
         tables=[
             ReportTable(f"{name}, by labels and arm", TABLE_HEAD, rows, note, wide=True),
             *_build_savings_tables(study),
@@ -118,7 +118,7 @@ def _build_metric_tables(study: StudyView) -> list[ReportTable]:
             better,
         )
         for metric in study.results.metrics
-        for better in ["lower" if lower_is_better(metric) else "higher"]
+        for better in ["higher" if higher_is_better(metric) else "lower"]
         for arm in arms
     ]
     caption = f"All metrics with {pluralise(study.budgets[largest], 'label')}"

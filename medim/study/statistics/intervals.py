@@ -213,16 +213,20 @@ def paired_difference(
 
 
 def compare_to_scratch(
-    pairs: Mapping[tuple[str, str], tuple[Scores, Scores]], limits: MetricLimits = UNBOUNDED
+    pairs: Mapping[tuple[str, str], tuple[Scores, Scores]],
+    limits: MetricLimits = UNBOUNDED,
+    *,
+    higher_is_better: bool = True,
 ) -> list[Comparison]:
     """Compare arms with scratch: p-values and verdicts, corrected together.
 
-    The verdict is a benefit if the p-value after Holm correction is below 0.05 and the difference is above zero, and
-    harm if the difference is below zero.
+    The verdict is a benefit if the p-value after Holm correction is below 0.05 and the arm is better, and harm if it is
+    worse.
 
     Args:
-        pairs: scores of the arm and of scratch, by arm and budget, for a metric of which higher is better.
+        pairs: scores of the arm and of scratch, by arm and budget.
         limits: smallest and largest possible difference; see `get_metric_limits`.
+        higher_is_better: direction of the metric.
 
     Examples:
         >>> ours = Scores(np.array([[[0.84]], [[0.85]], [[0.86]]]))  # three pretraining seeds, one label subset
@@ -239,7 +243,7 @@ def compare_to_scratch(
     ):
         verdict: ComparisonVerdict = "no evidence of a benefit"
         if corrected_p < 1 - LEVEL:
-            verdict = "benefit" if difference.value > 0 else "harm"
+            verdict = "benefit" if (difference.value > 0) == higher_is_better else "harm"
         results.append(
             Comparison(arm=arm, budget=budget, difference=difference, p=raw_p, p_corrected=corrected_p, verdict=verdict)
         )

@@ -105,8 +105,8 @@ class OnlineProbe:
         support_features, query_features = (_encode_views(encoder, side, self._seed) for side in self._sides)
         if not (np.isfinite(support_features).all() and np.isfinite(query_features).all()):
             return {"probe": float("nan"), "probe_error": float("nan")}
-        prediction = PROBES[PROTOCOL](support_features, self._labels[0], query_features, seed=self._seed)
-        value = compute_metrics("classification", prediction.probabilities, self._labels[1])[METRIC]
+        prediction = PROBES[PROTOCOL].predict(support_features, self._labels[0], query_features, seed=self._seed)
+        value = compute_metrics("classification", prediction.predictions, self._labels[1])[METRIC]
         assert value is not None  # open_probe requires two classes or more
         counts = np.bincount(self._labels[1], minlength=len(self.classes))
         n_rarest = int(counts[counts > 0].min())

@@ -11,6 +11,7 @@ from medim.data.index.index import ImageRecord, Index
 from medim.data.loading.cohort import Cohort, VolumeCache
 from medim.evaluation.probing.label_budget import Budget, draw_probe_subsets, number_subjects
 from medim.evaluation.probing.probe_cohort import open_probe_cohort
+from medim.tasks import TASKS
 from medim.types import UsageError, UserError
 from tests.specs import make_spec
 
@@ -27,7 +28,7 @@ def changed(index: Index, **columns: list[Any]) -> Index:
 @pytest.fixture
 def cohort(index: Index, tmp_path: Path) -> Cohort:
     labelled = changed(index, label=[*LABELS[:5], None, *LABELS[6:]], split=PARTS)
-    return open_probe_cohort(labelled, make_spec(SPEC), split_seed=0, store=tmp_path / "store")
+    return open_probe_cohort(labelled, TASKS["classification"], make_spec(SPEC), split_seed=0, store=tmp_path / "store")
 
 
 def test_unlabelled_images_of_the_training_split_are_there_but_not_among_the_labelled(cohort: Cohort) -> None:
@@ -60,7 +61,7 @@ def test_subjects_are_numbered_as_they_come(cohort: Cohort) -> None:
 
 def test_subsets_are_nested_and_a_budget_of_all_labels_has_one(cohort: Cohort) -> None:
     some, everything = Budget(labelled=4), Budget(fraction=1.0)
-    subsets = draw_probe_subsets(cohort, [some, everything, some], [3, 0, 3])
+    subsets = draw_probe_subsets(cohort, TASKS["classification"], [some, everything, some], [3, 0, 3])
     assert list(subsets) == [(some, 3), (some, 0), (everything, 3)]
     assert subsets[everything, 3] == cohort.labelled_records("train")
     assert set(subsets[some, 3]) < set(cohort.labelled_records("train"))
@@ -70,9 +71,9 @@ def test_a_subset_without_a_class_is_refused_by_name(cohort: Cohort) -> None:
     labels = ["big", None, None, "small", "big", None, "big", "small"]  # training: big, small, big of three subjects
     lonely = replace(cohort, index=changed(cohort.index, label=labels))
     with pytest.raises(UserError, match=r"budget 1, seed 0: expected a label of every class \(big, small\)"):
-        draw_probe_subsets(lonely, [Budget(labelled=1)], [0])
+        draw_probe_subsets(lonely, TASKS["classification"], [Budget(labelled=1)], [0])
     with pytest.raises(UsageError, match="expected above 0"):
-        draw_probe_subsets(cohort, [Budget(fraction=0.0)], [0])
+        draw_probe_subsets(cohort, TASKS["classification"], [Budget(fraction=0.0)], [0])
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,11 @@ def test_labels_that_no_probe_can_use_are_told_before_anything_is_preprocessed(
 ) -> None:
     with pytest.raises(UserError, match=message):
         open_probe_cohort(
-            changed(index, label=labels, split=PARTS), make_spec(SPEC), split_seed=0, store=tmp_path / "store"
+            changed(index, label=labels, split=PARTS),
+            TASKS["classification"],
+            make_spec(SPEC),
+            split_seed=0,
+            store=tmp_path / "store",
         )
     assert not (tmp_path / "store").exists()
 
@@ -99,6 +104,7 @@ def test_images_of_another_kind_than_the_encoder_takes_are_refused(index: Index,
     with pytest.raises(UserError, match=r"expected 2D images of 1 channel\(s\).*got 3D of 1"):
         open_probe_cohort(
             labelled,
+            TASKS["classification"],
             make_spec({**SPEC, "spatial_dims": 2, "input_shape": [8, 8]}),
             split_seed=0,
             store=tmp_path / "store",
@@ -109,7 +115,9 @@ def test_an_image_that_cannot_be_read_is_left_out_and_counted(masks: Path, index
     record: ImageRecord = index.records[1]
     (masks / record.path).write_bytes(b"no image")
     labelled = changed(index, label=LABELS, split=PARTS)
-    cohort = open_probe_cohort(labelled, make_spec(SPEC), split_seed=0, store=tmp_path / "store")
+    cohort = open_probe_cohort(
+        labelled, TASKS["classification"], make_spec(SPEC), split_seed=0, store=tmp_path / "store"
+    )
     assert len(cohort.rejections) == 1
     assert record.image not in {r.image for r in cohort.records("train")}
 

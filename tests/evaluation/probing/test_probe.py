@@ -149,7 +149,7 @@ def test_features_begin_with_what_embed_gives(run: Path, index: Index, tmp_path:
     probe(run, index, tmp_path / "out", ProbeOptions(protocol="knn", levels=[], baselines=False))
     table = pq.read_table(tmp_path / "out" / "cases.parquet")
     assert table["image"].to_pylist() == [r.image for r in parts["val"]]
-    np.testing.assert_allclose(table["probability_1"], expected.probabilities[:, 1], atol=0.02)  # stored in 16 bit
+    np.testing.assert_allclose(table["probability_1"], expected.predictions[:, 1], atol=0.02)  # stored in 16 bit
 
 
 def test_the_same_call_twice_gives_the_same_bytes(run: Path, index: Index, tmp_path: Path) -> None:
@@ -181,9 +181,10 @@ def test_the_summary_is_mean_and_standard_deviation_over_the_subsets() -> None:
         {"features": "encoder", "budget": "5", **dict.fromkeys(list_metrics("classification"), value), "auroc": auroc}
         for value, auroc in ((0.5, None), (0.7, 0.9))
     ]
-    (found,) = summarise_probes(rows)
-    assert found["accuracy"] == {"mean": pytest.approx(0.6), "sd": pytest.approx(0.2 / np.sqrt(2))}
-    assert found["auroc"] == {"mean": 0.9, "sd": None}
+    (found,) = summarise_probes(rows, list_metrics("classification"))
+    assert found["accuracy"]["mean"] == pytest.approx(0.6)
+    assert found["accuracy"]["sd"] == pytest.approx(0.2 / np.sqrt(2))
+    assert found["auroc"] == {"mean": 0.9, "sd": None, "ci_low": None, "ci_high": None}
     assert found["subsets"] == 2
 
 

@@ -19,6 +19,7 @@ from medim.files import read_json
 from medim.models.serialization import locate_weights
 from medim.predict.predict import predict
 from medim.reports.report import write_report_page
+from medim.tasks import TASKS
 from medim.training.finetune.head_init import fit_finding_probes
 from medim.training.finetune.run import finetune
 from medim.training.finetune.targets import select_head
@@ -143,7 +144,7 @@ def test_probes_of_findings_are_those_of_each_finding_on_the_rows_where_it_is_kn
     got = torch.sigmoid(x @ together.weight.T + together.bias).numpy()
     for k in (0, 1):
         known = np.isfinite(labels[:, k])
-        oracle = linear_probe(rows[known], labels[known, k].astype(int), rows, seed=0).probabilities[:, 1]
+        oracle = linear_probe(rows[known], labels[known, k].astype(int), rows, seed=0).predictions[:, 1]
         np.testing.assert_allclose(got[:, k], oracle, atol=1e-3)
     np.testing.assert_allclose(got[:, 2], 1 / 62, atol=1e-6)
 
@@ -152,4 +153,4 @@ def test_a_probe_of_findings_is_refused(run: Path, index: Index, tmp_path: Path)
     from medim.evaluation.probing.probe_cohort import open_probe_cohort
 
     with pytest.raises(UserError, match="expected one class per image, got findings"):
-        open_probe_cohort(index, locate_weights(run)[1], split_seed=0, store=tmp_path)
+        open_probe_cohort(index, TASKS["classification"], locate_weights(run)[1], split_seed=0, store=tmp_path)
