@@ -42,7 +42,7 @@ SMALL = (
     *("local-dim", "global-dim", "local-global", "prior-matching", "coordinates", "relative-coordinates", "amdim"),
     *("simclr", "cpc", "vae", "beta-vae", "reconstruction", "dense-dim"),
 )
-LOCAL_DIM = {"dim-local-infonce": 64, "xray-28": 64, "small-2d-local-dim": 64, "small-3d-local-dim": 16, "mri-crop": 16}
+LOCAL_DIM = {"dim-local-infonce": 64, "xray-28": 64, "test-2d-local-dim": 64, "test-3d-local-dim": 16, "mri-crop": 16}
 ALL_PAIRS = "objectives=[{name: local_dim, estimator: jsd, critic: {name: encode_and_dot, width: 512}}]"
 WIDTHS = (64, 128, 256, 512, 1024, 2048)
 
@@ -64,12 +64,12 @@ def main() -> None:
 
 
 def compare_floors(arguments: argparse.Namespace) -> dict[str, Ratio]:
-    """Measure step over floor for `local_dim` at the sizes of the claim, and for all small presets."""
+    """Measure step over floor for `local_dim` at the sizes of the claim, and for all test presets."""
     cases = {
         f"local_dim of {preset}, {size} images": select_local_dim(preset, size) for preset, size in LOCAL_DIM.items()
     }
     cases |= {
-        name: load_config("pretrain", name) for dims in (2, 3) for name in (f"small-{dims}d-{kind}" for kind in SMALL)
+        name: load_config("pretrain", name) for dims in (2, 3) for name in (f"test-{dims}d-{kind}" for kind in SMALL)
     }
     results = {}
     for name, config in cases.items():

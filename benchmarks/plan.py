@@ -36,7 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
     small, xray, mri = (f"max_steps={steps}" for steps in arguments.steps)
     runs: dict[str, tuple[Path | None, Modality, str, list[str]]] = {
-        "small-3d-local-dim": (None, "mri", "small-3d-local-dim", [small]),
+        "test-3d-local-dim": (None, "mri", "test-3d-local-dim", [small]),
         "xray-28": (arguments.xray, "xray", "xray-28", [xray]),
         "mri-crop": (arguments.mri, "mri", "mri-crop", [mri, "gradient_cache_chunk=4", "checkpoint_every_steps=10"]),
     }

@@ -25,8 +25,8 @@ from medim.training.pretrain.step_encoder import StepEncoder
 RESNET = "encoder={name: resnet, widths: [16, 32, 64], norm: gn, summary: mean_max, hidden: 0, summary_channels: 64}"
 CASES: dict[str, tuple[str, list[str]]] = {
     "xray-28, 256 images, resnet": ("xray-28", ["batch_size=256", RESNET, "views.count=1"]),
-    "small-3d, 32 images, unet": (
-        "small-3d-local-dim",
+    "test-3d, 32 images, unet": (
+        "test-3d-local-dim",
         ["batch_size=32", "views.count=1", "encoder={name: unet, channels: [8, 16, 32], summary_channels: 32}"],
     ),
 }

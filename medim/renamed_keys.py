@@ -1,4 +1,4 @@
-"""Configuration keys of earlier versions, accepted with a warning for one release.
+"""Configuration keys and preset names of earlier versions, accepted with a warning for one release.
 
 `RENAMED_KEYS`, `RENAMED_VALUES` and `RENAMED_PRESETS` contain all old names. `medim.config` translates every
 configuration with them: YAML files, `key=value` overrides, and sections that Python code passes.
@@ -39,7 +39,14 @@ RENAMED_VALUES: dict[str, dict[str, dict[object, object]]] = {  # section: key i
         "select_without_labels": {True: "loss", False: "probe"},
     }
 }
-RENAMED_PRESETS: dict[str, str] = {}  # old name -> new name
+RENAMED_PRESETS: dict[str, str] = {  # old name -> new name
+    f"small-{dims}d-{kind}": f"test-{dims}d-{kind}"
+    for dims in (2, 3)
+    for kind in (
+        *("amdim", "beta-vae", "coordinates", "cpc", "dense-dim", "global-dim", "local-dim", "local-global"),
+        *("prior-matching", "reconstruction", "relative-coordinates", "simclr", "vae"),
+    )
+}
 
 
 def translate_config(content: Mapping[str, object], *, warn: bool = True) -> dict[str, object]:
@@ -100,10 +107,10 @@ def translate_item(section: str, key: str, value: Any, *, warn: bool = True) -> 
     return new_key, translate_section(new_value, section=inner_section, warn=warn)
 
 
-def translate_preset(name: str) -> str:
+def translate_preset(name: str, *, warn: bool = True) -> str:
     """Replace the name of a preset of an earlier version; other names are returned unchanged."""
     new_name = RENAMED_PRESETS.get(name, name)
-    if new_name != name:
+    if warn and new_name != name:
         _warn_once(f"preset {name}", new_name)
     return new_name
 

@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here (make test-gpu on one that has)"),
 ]
 REPOSITORY = Path(__file__).resolve().parents[1]
-SMALL = [name for name in list_presets("pretrain") if name.startswith("small-3d")]
+SMALL = [name for name in list_presets("pretrain") if name.startswith("test-3d")]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_a_small_preset_trains_on_the_gpu(name: str, precision: str, index: Inde
 
 
 def test_the_gpu_learns_what_the_cpu_learns(index: Index, tmp_path: Path) -> None:
-    config = load_config("pretrain", "small-3d-local-dim")
+    config = load_config("pretrain", "test-3d-local-dim")
     short = {"max_steps": 5, "batch_size": 8, "checkpoint_every_steps": 5, "lr": 1e-4}
     losses = []
     for kind in ("cpu", "cuda"):
@@ -67,7 +67,7 @@ def test_two_gpus_learn_what_one_learns(norm: str, cohort: Path, tmp_path: Path)
     )
     short = ["max_steps=10", "batch_size=8", "checkpoint_every_steps=10", "lr=1.0e-4", encoder]
     command = [sys.executable, "-m", "medim.cli", "pretrain", "--modality", "mri", "--data", str(cohort)]
-    command += ["--config", "small-3d-local-dim", "--accelerator", "cuda", *(w for s in short for w in ("--set", s))]
+    command += ["--config", "test-3d-local-dim", "--accelerator", "cuda", *(w for s in short for w in ("--set", s))]
     found = []
     for devices in ("1", "2"):
         out = tmp_path / devices

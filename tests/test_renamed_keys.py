@@ -21,13 +21,15 @@ from medim.config import (
     ViewsConfig,
     apply_overrides,
     check_config,
+    dump_config,
+    list_presets,
     load_config,
     read_config,
     validate_section,
 )
 from medim.models.critics import CRITICS
 from medim.objectives import OBJECTIVES
-from medim.renamed_keys import RENAMED_KEYS, RENAMED_VALUES, RUN, translate_config
+from medim.renamed_keys import RENAMED_KEYS, RENAMED_PRESETS, RENAMED_VALUES, RUN, translate_config
 from medim.training.run_folder import read_run_config, write_config
 from medim.types import UsageError, UserError
 
@@ -285,6 +287,36 @@ def test_a_value_of_the_wrong_type_is_refused_under_an_old_name_too() -> None:
         build_config("pretrain", {"checkpoint_selection": True})
     with pytest.raises(UsageError, match=r"schedule: .*got 'stairs'"):
         build_config("pretrain", {"schedule": "stairs"})
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_PRESETS.items())
+def test_the_old_name_of_a_preset_is_the_preset_with_a_warning(
+    old: str, new: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert new in list_presets("pretrain")
+    expected = load_config("pretrain", new)
+    assert warnings_of(caplog) == []
+    assert load_config("pretrain", old) == expected
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"extends: {old}\nmax_steps: 7\n")
+    assert load_config("pretrain", str(path)) == expected.model_copy(update={"name": "mine", "max_steps": 7})
+    assert [message.split(";")[0] for message in warnings_of(caplog)] == [f"preset {old} is now {new}"]
+
+
+def test_a_preset_of_this_version_has_no_old_name_and_an_unknown_one_is_refused() -> None:
+    presets = set(list_presets("pretrain"))
+    assert {name for name in presets if name.startswith("test-")} == set(RENAMED_PRESETS.values())
+    assert not presets & set(RENAMED_PRESETS)
+    with pytest.raises(UsageError, match=r"no preset or file 'small-2d-mae'.*test-2d-vae"):
+        load_config("pretrain", "small-2d-mae")
+
+
+def test_a_run_of_a_preset_of_an_earlier_version_is_resumed(tmp_path: Path) -> None:
+    path, config = tmp_path / "config.yaml", load_config("pretrain", "test-2d-local-dim")
+    recorded = yaml.safe_load(dump_config(config)) | {"name": "small-2d-local-dim"}
+    path.write_text(yaml.safe_dump(recorded))
+    write_config(tmp_path, config, seed=0)
+    assert yaml.safe_load(path.read_text())["name"] == "test-2d-local-dim"
 
 
 # `config.yaml` of a pretraining run, written by the version of commit b8dc2eb

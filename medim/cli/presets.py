@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel
 
 from medim.config import AUTO, CONFIG_CLASSES, Section, ViewsConfig, list_presets, read_config, unknown_name_message
+from medim.renamed_keys import translate_preset
 from medim.types import UsageError
 
 OptionTables = dict[str, Mapping[str, Callable[..., Any]]]  # config key: the table its sections name entries of
@@ -26,6 +27,7 @@ def render_preset(name: str) -> str:
         UsageError: no such preset.
     """
     texts = []
+    name = translate_preset(name)
     for command, kind in CONFIG_CLASSES.items():
         path = list_presets(command).get(name)
         if path is None:

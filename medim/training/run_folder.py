@@ -9,7 +9,7 @@ import yaml
 
 from medim.config import RunConfig, dump_config
 from medim.files import read_json, write_json, write_text
-from medim.renamed_keys import translate_config
+from medim.renamed_keys import translate_config, translate_preset
 from medim.types import UsageError, UserError
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -50,13 +50,16 @@ def write_config(out: Path, config: RunConfig, **inputs: str | float | None) -> 
 def read_run_config(path: Path, config_class: type[ConfigT]) -> ConfigT | None:
     """Read `config.yaml` of a run of this or an earlier version; None if it is not a valid configuration.
 
-    Old keys are translated without warnings. Keys that were added after the file was written have their default values.
+    Old names are translated without warnings. Keys that were added after the file was written have their default
+    values.
     """
     try:
         content = yaml.safe_load(path.read_text())
-        return config_class.model_validate(translate_config(content, warn=False) if isinstance(content, dict) else {})
+        content = translate_config(content, warn=False) if isinstance(content, dict) else {}
+        config = config_class.model_validate(content)
     except (OSError, ValueError, yaml.YAMLError, UsageError):
         return None
+    return config.model_copy(update={"name": translate_preset(config.name, warn=False)})
 
 
 def _is_same_config(path: Path, config: RunConfig) -> bool:

@@ -40,6 +40,10 @@ def test_what_follows_the_images_is_shown_with_its_rule() -> None:
         assert f"auto: {AUTO_RULES[key]}" in text
 
 
+def test_a_preset_is_shown_under_its_old_name_too() -> None:
+    assert render_preset("small-2d-vae") == render_preset("test-2d-vae")
+
+
 def test_an_unknown_preset_names_the_nearest() -> None:
     with pytest.raises(UsageError, match="'xray-28'"):
         render_preset("xray_28")

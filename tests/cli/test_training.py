@@ -71,7 +71,7 @@ def test_a_plan_that_does_not_fit_leaves_with_one_sentence(pictures: Path, monke
         (["--config", "xray-29"], 2, "Did you mean 'xray-28'?"),
         (["--config", "xray-28", "--modality", "mri"], 1, "this configuration is for xray"),
         (["--config", "xray-28"], 1, "X-rays have no built-in cohort"),
-        (["--config", "small-2d-local-dim", "--set", "gradient_cache_chunk=0"], 2, "gradient_cache_chunk"),
+        (["--config", "test-2d-local-dim", "--set", "gradient_cache_chunk=0"], 2, "gradient_cache_chunk"),
     ],
 )
 def test_what_cannot_be_planned_is_told_at_once(options: list[str], code: int, message: str) -> None:

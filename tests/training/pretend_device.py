@@ -31,9 +31,9 @@ from medim.training.engine.process_group import SINGLE_PROCESS
 from medim.training.pretrain.run import _build_module
 from tests.specs import make_spec
 
-SMALL = [name for name in list_presets("pretrain") if name.startswith("small-")]
+SMALL = [name for name in list_presets("pretrain") if name.startswith("test-")]
 OTHERS, FAULTY = " with drawn negatives and occlusion", " with a tensor left behind"
-CASES = [*SMALL, *(f"small-{n}d-local-dim{OTHERS}" for n in (2, 3)), f"small-2d-coordinates{FAULTY}"]
+CASES = [*SMALL, *(f"test-{n}d-local-dim{OTHERS}" for n in (2, 3)), f"test-2d-coordinates{FAULTY}"]
 DEVICES = ("cuda", "pretend")
 
 

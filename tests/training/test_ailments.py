@@ -20,7 +20,7 @@ from medim.types import Features
 
 pytestmark = pytest.mark.slow
 IMAGES = {"train": 320, "val": 80}
-XRAY = "small-2d-local-dim"
+XRAY = "test-2d-local-dim"
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def run(name: str, index: Index, out: Path, store: Path, *settings: str, stop: b
 
 @pytest.mark.parametrize(
     "name",
-    [XRAY, "small-2d-simclr", "small-2d-reconstruction", "small-2d-coordinates", "small-2d-dense-dim"],
+    [XRAY, "test-2d-simclr", "test-2d-reconstruction", "test-2d-coordinates", "test-2d-dense-dim"],
 )
 def test_a_healthy_run_of_a_shipped_preset_gets_no_bad_verdict(
     name: str, xrays: Index, store: Path, tmp_path: Path

@@ -19,7 +19,7 @@ PUBLISHED = {
     *("dim-local-infonce", "dim-local-jsd", "dim-global", "dim-local-global", "dim-tutorial"),
     *("amdim", "cpc", "vae", "fedorov-3d"),
 }
-SMALL = [name for name in list_presets("pretrain") if name.startswith("small-")]
+SMALL = [name for name in list_presets("pretrain") if name.startswith("test-")]
 
 
 def spec_of(config: Any, **more: Any) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def widths(module: nn.Module) -> list[int]:
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_every_objective_has_a_small_preset(dims: int) -> None:
-    named = {o["name"] for n in SMALL if n.startswith(f"small-{dims}d") for o in load_config("pretrain", n).objectives}
+    named = {o["name"] for n in SMALL if n.startswith(f"test-{dims}d") for o in load_config("pretrain", n).objectives}
     assert named == set(OBJECTIVES)
 
 

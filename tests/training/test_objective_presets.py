@@ -1,4 +1,4 @@
-"""Each objective's small preset learns on real images in its 200 steps, in 2D and 3D."""
+"""Each objective's test preset learns on real images in its 200 steps, in 2D and 3D."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("store")
 
 
-@pytest.mark.parametrize("name", [name for name in list_presets("pretrain") if name.startswith("small-")])
-def test_a_small_preset_ends_below_chance_on_subjects_it_has_not_seen(
+@pytest.mark.parametrize("name", [name for name in list_presets("pretrain") if name.startswith("test-")])
+def test_a_test_preset_ends_below_chance_on_subjects_it_has_not_seen(
     name: str, shared_data: Path, store: Path, tmp_path: Path
 ) -> None:
     logging.disable(logging.INFO)
