@@ -94,7 +94,7 @@ def measure_network(preset: str, task: str, modality: Any, *, rounds: int) -> di
             "torch": lambda: run(image),
             "exact norms": lambda: exact(image),
             "own norms": lambda: own(image),
-            "exact norms and guard": lambda: exact.predict_with_features(image),
+            "exact norms and OOD detector": lambda: exact.predict_with_features(image),
         }
         calls["torch"]()
         repeats = max(1, round(MIN_SECONDS / time_function(calls["torch"])))

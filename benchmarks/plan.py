@@ -82,7 +82,7 @@ def execute_run(
     summary = pretrain(config, index, work_folder / "run", store=work_folder / "store")
     cpu = time.process_time() - start
     run_bytes = sum(path.stat().st_size for path in (work_folder / "run").rglob("*") if path.is_file())
-    keys = ("seconds", "seconds_per_step", "data_wait_fraction", "peak_memory_bytes", "steps", "verdict")
+    keys = ("seconds", "seconds_per_step", "dataloader_wait_fraction", "peak_memory_bytes", "steps", "verdict")
     return {**{key: summary[key] for key in keys}, "cpu_seconds": cpu, "run_bytes": run_bytes}
 
 

@@ -2,7 +2,7 @@
 
 For each preset, the time of a complete step (loss, backward pass, optimiser, all objectives) is measured relative to
 the forward and backward pass of the encoder on the same images, by alternating calls in one process. Data loading is
-excluded; the summary of a run contains its fraction as data_wait_fraction.
+excluded; the summary of a run contains its fraction as dataloader_wait_fraction.
 
     python benchmarks/step_overhead.py --out step_overhead.json
 """

@@ -13,9 +13,10 @@ from typing import Any, cast
 
 from medim.config import Section
 from medim.files import read_json
+from medim.migrations import RENAMED_KEYS, rename_keys
 from medim.types import Modality, Step, UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _NETWORK_KEYS: dict[str, type | tuple[type, ...]] = {
     "encoder": Mapping,
     "in_channels": int,
@@ -130,7 +131,7 @@ class ModelSpec(NetworkSpec):
         classes: names of the classes, without background; empty for an encoder.
         preset: name of the configuration.
         provenance: origin.
-        selected: the checkpoint whose weights were saved, and the reason; None for a model.
+        checkpoint_selection: the checkpoint whose weights were saved, and the reason; None for a model.
         layout: sizes of the features; None for a model.
         sha256: of the weights; empty before they are saved.
         extra: keys of the file that this version does not use; kept when the spec is written again.
@@ -143,7 +144,7 @@ class ModelSpec(NetworkSpec):
     classes: tuple[str, ...] = ()
     preset: str = ""
     provenance: Provenance = Provenance()
-    selected: Mapping[str, Any] | None = None
+    checkpoint_selection: Mapping[str, Any] | None = None
     layout: FeatureLayout | None = None
     sha256: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -156,7 +157,7 @@ class ModelSpec(NetworkSpec):
     @property
     def n_selection_labels(self) -> int:
         """Labels that the online probe used to select the checkpoint."""
-        return int((self.selected or {}).get("labels", 0))
+        return int((self.checkpoint_selection or {}).get("n_labels", 0))
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], source: Path | str) -> ModelSpec:
@@ -169,6 +170,7 @@ class ModelSpec(NetworkSpec):
         Raises:
             UserError: a key is missing or has another type.
         """
+        content = rename_keys(content, "model_spec")
         _check_keys(content, _INPUT_KEYS | _NETWORK_KEYS, source)
         if content["kind"] != "encoder":
             _check_keys(content, _HEAD_KEYS | {"inference": Mapping}, source)
@@ -182,7 +184,7 @@ class ModelSpec(NetworkSpec):
             preprocessing=tuple(content["preprocessing"]),
             classes=tuple(content.get("classes", ())),
             provenance=Provenance.from_json(content.get("provenance") or {}),
-            selected=content.get("selected"),
+            checkpoint_selection=content.get("checkpoint_selection"),
             layout=FeatureLayout(**layout) if layout else None,
             extra={key: value for key, value in content.items() if key not in known_keys},
         )
@@ -205,7 +207,11 @@ class ModelSpec(NetworkSpec):
         if self.provenance != Provenance():
             content["provenance"] = self.provenance.to_json()
         content["decoder"] = self.decoder
-        optional = {"head": self.head, "out_channels": self.out_channels, "selected": self.selected}
+        optional = {
+            "head": self.head,
+            "out_channels": self.out_channels,
+            "checkpoint_selection": self.checkpoint_selection,
+        }
         content |= {key: value for key, value in optional.items() if value is not None}
         content |= (asdict(self.layout) if self.layout else {}) | dict(self.extra)
         return content | ({"sha256": self.sha256} if self.sha256 else {})
@@ -217,7 +223,7 @@ class ModelSpec(NetworkSpec):
             DeprecationWarning,
             stacklevel=2,
         )
-        return self.to_json()[key]
+        return self.to_json()[RENAMED_KEYS["model_spec"].get(key, key)]
 
 
 def read_spec(file: Path) -> ModelSpec:

@@ -10,16 +10,16 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import pyarrow.csv
 import pyarrow.parquet
 from matplotlib.figure import Figure
 
 from medim.evaluation.cases import read_cases
 from medim.evaluation.probing.label_budget import Budget
-from medim.files import read_json, write_bytes, write_text
+from medim.files import write_bytes, write_text
 from medim.metrics import build_statistics
 from medim.metrics.bootstrap import weighted_mean
 from medim.metrics.metric import Statistic
+from medim.migrations import read_migrated_csv, read_migrated_json
 from medim.study.statistics.intervals import ConfidenceInterval
 from medim.tasks.classification import class_arrays
 
@@ -30,7 +30,7 @@ MAX_POINTS = 300  # maximum number of points of a curve
 def run_once(out: Path, run: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """Return the summary of a run; start or resume the run if it is not finished."""
     if (out / "summary.json").is_file():
-        summary: dict[str, Any] = read_json(out / "summary.json")
+        summary: dict[str, Any] = read_migrated_json(out / "summary.json", "run")
         return summary
     return run(out, resume=True)
 
@@ -68,11 +68,11 @@ def evaluate_statistic(statistic: Statistic, cases: int) -> float:
 def read_series(run: Path) -> dict[str, RunSeries]:
     """Read the series of a run's history: training values by name, validation values by `held out <name>`."""
     series: dict[str, RunSeries] = {}
-    for row in pyarrow.csv.read_csv(run / "history.csv").to_pylist():
-        is_validation = row["held_out"] is not None
-        value = row["held_out"] if is_validation else row["loss"]
-        if value is not None:
-            series.setdefault(f"{'held out ' if is_validation else ''}{row['name']}", []).append((row["step"], value))
+    with (run / "history.csv").open(newline="") as file:
+        for row in read_migrated_csv(file, "history"):
+            if value := row["val"] or row["loss"]:
+                name = f"{'held out ' if row['val'] else ''}{row['name']}"
+                series.setdefault(name, []).append((int(row["step"]), float(value)))
     return series
 
 
@@ -126,7 +126,7 @@ def draw_curves(path: Path, panels: dict[str, dict[str, RunSeries]], levels: dic
 
 def draw_losses(path: Path, runs: Sequence[Path]) -> None:
     """Draw the losses of pretraining runs over the steps, one panel per term, with the chance level as dashed line."""
-    levels: dict[str, float] = read_json(runs[0] / "summary.json")["chance"]
+    levels: dict[str, float] = read_migrated_json(runs[0] / "summary.json", "run")["chance"]
     series = {f"seed, {number}": read_series(run) for number, run in enumerate(runs)}
     draw_curves(
         path, {term: {name: run_series[term] for name, run_series in series.items()} for term in levels}, levels

@@ -55,7 +55,8 @@ def main() -> None:
     write_audit(out, common)
     pairs = zip(crops.shortcuts, common.shortcuts, strict=True)
     rows = [
-        [before.name, *(f"{entry.told.auroc['value']:.3f}" for entry in (before, after))] for before, after in pairs
+        [before.name, *(f"{entry.prediction.auroc['value']:.3f}" for entry in (before, after))]
+        for before, after in pairs
     ]
     print(format_markdown_table(["AUROC of", "crops as they are", "one field of view"], rows))
     if arguments.only_audit:

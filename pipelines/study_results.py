@@ -43,7 +43,7 @@ def format_study_section(study: StudyView) -> str:
     cells = summary["cells"]
     cost = (
         f"{cells['done']} of {cells['all']} cells are done: {summary['cell_hours']:.1f} hours of cells, "
-        f"{summary['jobs']} at once; resumed inside: {summary['resumed_cells']}."
+        f"{summary['jobs']} at once; resumed inside: {summary['n_resumed_cells']}."
     )
     return "\n\n".join(["\n".join(sentences), format_markdown_table(head, rows), cost])
 

@@ -14,7 +14,9 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-GROUND = frozenset({"types", "version", "files", "renamed_keys", "config", "model_spec", "privacy", "signals"})
+GROUND = frozenset(
+    {"types", "version", "files", "migrations", "renamed_keys", "config", "model_spec", "privacy", "signals"}
+)
 DATA = frozenset({"data/labels", "data/parallel", "data/fingerprints", "data/preprocessing", "data/readers"})
 INDEX = DATA | {"data/index", "data/contamination"}
 LOADING = INDEX | {"data/public", "data/example", "data/loading", "data/source"}
@@ -24,11 +26,12 @@ MAY_IMPORT: dict[str, frozenset[str]] = {  # a folder or a module: those it may 
     "version": frozenset(),
     "doctor": frozenset({"version"}),
     "files": frozenset({"types"}),
+    "migrations": frozenset({"types", "files"}),
     "signals": frozenset({"types"}),
     "privacy": frozenset({"types", "files"}),
     "renamed_keys": frozenset({"types"}),
     "config": frozenset({"types", "files", "renamed_keys"}),
-    "model_spec": frozenset({"types", "files", "config"}),
+    "model_spec": frozenset({"types", "files", "config", "migrations"}),
     "data/labels": GROUND,
     "data/parallel": GROUND,
     "data/fingerprints": GROUND,

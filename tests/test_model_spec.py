@@ -14,7 +14,7 @@ from medim.types import UserError
 
 SIZES: dict[str, Any] = {"spatial_dims": 3, "in_channels": 1, "input_shape": [8, 8, 8]}
 PROVENANCE = {"config_hash": "ab", "index_hash": "cd", "seed": 1, "split_seed": 0, "parent": None, "medim": "0.1.0"}
-START: dict[str, Any] = {"schema_version": 1, "kind": "encoder", "modality": "mri", **SIZES}
+START: dict[str, Any] = {"schema_version": 2, "kind": "encoder", "modality": "mri", **SIZES}
 ENCODER: dict[str, Any] = {
     **START,
     "encoder": {"name": "unet", "channels": [4, 8]},
@@ -24,7 +24,7 @@ ENCODER: dict[str, Any] = {
     "preset": "mri",
     "provenance": {**PROVENANCE, "torch": "2"},
     "decoder": None,
-    "selected": {"step": 3, "labels": 60},
+    "checkpoint_selection": {"step": 3, "n_labels": 60},
     "channels": [4, 8],
     "strides": [1, 2],
     "summary_channels": 8,

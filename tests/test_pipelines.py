@@ -91,9 +91,7 @@ def test_dice_is_the_mean_over_classes_then_cases(evidence: Any, tmp_path: Path)
 
 
 def test_a_history_splits_into_training_and_held_out_series(evidence: Any, tmp_path: Path) -> None:
-    (tmp_path / "history.csv").write_text(
-        "step,name,loss,chance,held_out\n1,dim,4.0,5.0,\n2,dim,3.0,5.0,\n2,dim,,,3.5\n"
-    )
+    (tmp_path / "history.csv").write_text("step,name,loss,chance,val\n1,dim,4.0,5.0,\n2,dim,3.0,5.0,\n2,dim,,,3.5\n")
     assert evidence.read_series(tmp_path) == {"dim": [(1, 4.0), (2, 3.0)], "held out dim": [(2, 3.5)]}
 
 

@@ -40,7 +40,7 @@ class Ratchet:
 # Values at 86a202b; the goals of the first refactoring. Rates of words are per 1,000 words.
 CEILINGS: dict[str, Ratchet] = {
     "one_word_function_names_percent": Ratchet(5, goal=5),
-    "participles_as_names": Ratchet(2, goal=0),
+    "participles_as_names": Ratchet(0, goal=0),
     "repeated_type_names": Ratchet(0, goal=0),
     "repeated_function_names": Ratchet(1, goal=1),
     "files_in_one_folder": Ratchet(17, goal=17),

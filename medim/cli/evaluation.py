@@ -72,7 +72,11 @@ def evaluate(arguments: EvaluateArguments) -> None:
         overwrite=arguments.overwrite,
     )
     metrics = run(arguments.model, image_index, arguments.out, options, progress=show_progress("measured"))
-    counts = {"cases": metrics["n"], "excluded as seen": metrics["excluded_seen"], **describe_counts(metrics["seen"])}
+    counts = {
+        "cases": metrics["n"],
+        "excluded subjects": metrics["n_excluded_subjects"],
+        **describe_counts(metrics["contamination"]),
+    }
     print_result("evaluate", {**counts, **format_intervals(metrics), "written to": arguments.out})
 
 
@@ -148,7 +152,7 @@ def probe(arguments: ProbeArguments) -> None:
         fail_on_contamination=arguments.fail_on_contamination,
     )
     result = run(arguments.encoder, image_index, folder, options)
-    counts = {"validation images": result["n"], **describe_counts(result["seen"])}
+    counts = {"validation images": result["n"], **describe_counts(result["contamination"])}
     print_result("probe", {**format_averages(result["summary"]), **counts, "written to": folder})
 
 

@@ -235,7 +235,7 @@ def format_averages(summary: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
 def format_loss(loss: Mapping[str, float | None], chance: float | None) -> str:
     """Format first, last and validation loss of a term and its chance level in one line."""
-    first, last, held_out = (format_or_dash(loss[key]) for key in ("first", "last", "held_out"))
+    first, last, held_out = (format_or_dash(loss[key]) for key in ("first", "last", "val"))
     return f"{first} -> {last}, held out {held_out}, chance {format_or_dash(chance)}"
 
 

@@ -95,8 +95,7 @@ def _format_pretraining(summary: dict[str, Any]) -> dict[str, Any]:
     diagnostics = summary["diagnostics"]
     losses = {name: format_loss(loss, summary["chance"][name]) for name, loss in summary["loss"].items()}
     diagnostic_lines = {
-        name: f"{format_or_dash(v['last'])}, held out {format_or_dash(v['held_out'])}"
-        for name, v in diagnostics.items()
+        name: f"{format_or_dash(v['last'])}, held out {format_or_dash(v['val'])}" for name, v in diagnostics.items()
     }
     result_rows = {
         "verdict": summary["verdict"],
@@ -177,9 +176,9 @@ def finetune(arguments: FinetuneArguments) -> None:
     print_result(
         "finetune",
         {
-            "labelled images": summary["labelled"],
+            "labelled images": summary["n_labelled"],
             "start": summary["init"],
-            **({} if summary["init"] == "scratch" else describe_contamination(summary["seen"])),
+            **({} if summary["init"] == "scratch" else describe_contamination(summary["contamination"])),
             **describe_input(settings, image_index),
             **format_intervals(summary["val"] or {}),
             "written to": arguments.out,

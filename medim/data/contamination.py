@@ -237,8 +237,8 @@ class ContaminationFilter:
         is_complete = self._history is not None and "finetune" not in self._history.unknown_kinds
         subjects, images = len({record.subject for record in self._excluded_records}), len(self._excluded_records)
         return counts, {
-            "excluded_seen": subjects if is_complete else None,
-            "excluded_seen_images": images if is_complete else None,
+            "n_excluded_subjects": subjects if is_complete else None,
+            "n_excluded_images": images if is_complete else None,
         }
 
 

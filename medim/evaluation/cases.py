@@ -103,10 +103,10 @@ def write_cases(path: Path, rows: Sequence[CaseRow], kind: str) -> None:
     write_parquet(path, pa.Table.from_pylist(list(rows), schema=schema))
 
 
-def write_parquet(path: Path, table: pa.Table) -> None:
+def write_parquet(path: Path, table: pa.Table, *, schema_version: int = SCHEMA_VERSION) -> None:
     """Write a table of cases, with its schema version."""
     buffer = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata({"schema_version": str(SCHEMA_VERSION)}), buffer)
+    pq.write_table(table.replace_schema_metadata({"schema_version": str(schema_version)}), buffer)
     write_bytes(path, buffer.getvalue())
 
 

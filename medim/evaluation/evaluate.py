@@ -20,7 +20,7 @@ from medim.data.contamination import ContaminationFilter, load_training_history
 from medim.data.index.index import ImageRecord, Index
 from medim.data.loading.splits import assign_splits as split_subjects
 from medim.data.loading.splits import read_splits
-from medim.evaluation.cases import SCHEMA_VERSION, CaseProgress, score_cases, summarise_cases, write_cases
+from medim.evaluation.cases import CaseProgress, score_cases, summarise_cases, write_cases
 from medim.files import prepare_output_folder, write_json
 from medim.inference.network import Predictor
 from medim.metrics.bootstrap import N_RESAMPLES
@@ -34,6 +34,7 @@ from medim.tasks.task import CaseRow
 from medim.types import PredictFn, Split, UserError
 
 log = logging.getLogger(__name__)
+SCHEMA_VERSION = 2  # of metrics.json and summary.json
 SplitChoice = Split | Literal["all"]
 
 
@@ -132,11 +133,11 @@ def evaluate(
         "command": "evaluate",
         "task": network.task.title,
         "split": split,
-        "seen": contamination,
+        "contamination": contamination,
         **exclusion_counts,
         **summarise_cases(rows, network.kind, network.classes, seed=options.seed),
         **_describe_inputs(network, spec, index),
-        "bootstrap": {"over": "subjects", "resamples": N_RESAMPLES, "seed": options.seed, "level": 0.95},
+        "bootstrap": {"unit": "subject", "resamples": N_RESAMPLES, "seed": options.seed, "level": 0.95},
     }
     write_json(out / "metrics.json", content)
     write_cases(out / "cases.parquet", rows, network.kind)

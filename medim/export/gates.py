@@ -113,7 +113,7 @@ def _run_graph_gates(onnx_graph: ExportedGraph, builder: PackageBuilder) -> dict
     }
     if isinstance(onnx_graph.graph.network, WithOODFeatures):
         torch_run, ort = as_numpy_predictor(onnx_graph.graph.module), onnx_graph.ort
-        results["P2 what the guard watches, ONNX Runtime against torch"] = checks.check_random_inputs(
+        results["P2 ONNX Runtime against torch, OOD features"] = checks.check_random_inputs(
             lambda image: ort.predict_with_features(image)[1],
             lambda image: torch_run(image)[1],
             channels,

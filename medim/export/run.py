@@ -12,8 +12,8 @@ from torch import nn
 
 from medim.data.contamination import TrainingHistory, load_training_history
 from medim.export import onnx
-from medim.files import read_json
 from medim.inference.ood import OOD_FILE
+from medim.migrations import read_migrated_json
 from medim.model_spec import ModelSpec
 from medim.models.model import as_numpy_function
 from medim.models.ood_features import WithOODFeatures
@@ -106,7 +106,7 @@ def load_finished_run(folder: Path) -> FinishedRun:
             )
         )
     summary_file = folder / "summary.json"
-    run_summary = read_json(summary_file) if summary_file.is_file() else {}
+    run_summary = read_migrated_json(summary_file, "run") if summary_file.is_file() else {}
     return FinishedRun(
         folder=folder,
         graphs=tuple(graphs),

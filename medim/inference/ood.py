@@ -56,7 +56,7 @@ class OODResult:
     def columns(self) -> dict[str, float | str | None]:
         """Columns of tables and keys of JSON files."""
         score = None if self.score is None else float(f"{self.score:.4g}")
-        return {"ood_score": score, "ood": self.ood, "ood_by": self.feature_group}
+        return {"ood_score": score, "ood": self.ood, "ood_feature_group": self.feature_group}
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +212,7 @@ def ood_features(figures: QualityMetrics, input_volume: Volume, encoder_features
     extremes = (figures.minimum - figures.p1, figures.median - figures.p1, figures.maximum - figures.p99)
     native_intensities = [
         *(np.arcsinh(extreme / intensity_range) for extreme in extremes),
-        figures.empty,
+        figures.background_fraction,
         figures.saturated,
     ]
     input_intensities = np.arcsinh(np.percentile(input_volume.array, QUANTILES))

@@ -202,7 +202,7 @@ def _describe_data(contract: Contract, summary: Mapping[str, Any]) -> CardFields
     return {
         "preprocessing": "; ".join(_format_card_section(step, "op") for step in contract.preprocess) or "none",
         "split": "by subject, or predefined by the source" if "split_seed" in provenance else None,
-        "labelled images": summary.get("labelled"),
+        "labelled images": summary.get("n_labelled"),
         "index (sha256)": provenance.get("index_hash"),
     }
 

@@ -13,7 +13,7 @@ from medim.inference.ood import OODResult
 from medim.types import Array, UserError
 from medim.version import install_command
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 OOD_COLUMNS = tuple(OODResult().columns)
 
 
@@ -71,7 +71,7 @@ def _encode_parquet(rows: Sequence[FeatureRow]) -> bytes:
         ) from None
     keys = {"image": [row.image for row in rows], "subject": [row.subject for row in rows]}
     columns = {f"f{i}": column for i, column in enumerate(stack_features(rows).T)}
-    types = {"ood_score": pyarrow.float32(), "ood": pyarrow.bool_(), "ood_by": pyarrow.string()}
+    types = {"ood_score": pyarrow.float32(), "ood": pyarrow.bool_(), "ood_feature_group": pyarrow.string()}
     ood_columns = {
         name: pyarrow.array([row.ood_result.columns[name] for row in rows], kind) for name, kind in types.items()
     }
@@ -87,7 +87,7 @@ def _build_ood_arrays(ood_results: Sequence[OODResult]) -> dict[str, Array]:
     return {
         "ood_score": np.array([np.nan if score is None else score for score in columns["ood_score"]], np.float32),
         "ood": np.array([-1 if flag is None else flag for flag in columns["ood"]], np.int8),
-        "ood_by": np.array([group or "" for group in columns["ood_by"]], np.str_),
+        "ood_feature_group": np.array([group or "" for group in columns["ood_feature_group"]], np.str_),
     }
 
 

@@ -23,7 +23,7 @@ from medim.predict.outputs import write_map, write_mask
 from medim.tasks import ENCODER
 from medim.types import Array, Modality, UsageError, UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 AnswerFormat = Literal["nifti", "dicom"]
 PredictInputs = Index | Path | Sequence[Path]
 AnswerProgress = Callable[[int, int], None]  # arguments: processed images, total number of images
@@ -51,7 +51,8 @@ def predict(
     is written. These files contain the same patient attributes as the image. DICOM images are first checked against the
     rules of the package.
 
-    The columns `ood_score`, `ood` and `ood_by` contain the out-of-distribution score of `medim.inference.ood`.
+    The columns `ood_score`, `ood` and `ood_feature_group` contain the out-of-distribution score; see
+    `medim.inference.ood`.
 
     Args:
         package: segmenter or classifier.
@@ -104,7 +105,7 @@ def embed_images(
 
     `.npz` files contain `image` (keys), `subject` (pseudonyms) and `features` (N, d) float32. `.csv` and `.parquet`
     files contain the columns `image`, `subject`, `f0`, `f1`, ... All formats contain the columns `ood_score`,
-    `ood` and `ood_by` of `medim.inference.ood`. Files without features are listed in `<out>.rejected.csv`.
+    `ood` and `ood_feature_group` of `medim.inference.ood`. Files without features are listed in `<out>.rejected.csv`.
 
     With `maps`, the mutual-information map of each image is written on its native grid (see `write_map`). `maps.csv`
     has one row per map: image, file, mean, lowest and highest score.

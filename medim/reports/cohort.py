@@ -29,14 +29,14 @@ QUALITY_LABELS = {
     "median": "Median",
     "p99": "99th percentile",
     "maximum": "Maximum",
-    "levels": "Distinct values (up to 256)",
+    "n_unique_values": "Distinct values (up to 256)",
     "noise": "Noise, standard deviation",
     "snr": "Signal-to-noise ratio",
-    "empty": "Background, % of voxels",
+    "background_fraction": "Background, % of voxels",
     "saturated": "Saturated (at the maximum), % of voxels",
 }
-PERCENT_METRICS = ("empty", "saturated")  # shown in percent
-HISTOGRAM_METRICS = ("snr", "empty")
+PERCENT_METRICS = ("background_fraction", "saturated")  # shown in percent
+HISTOGRAM_METRICS = ("snr", "background_fraction")
 MAX_PAIRS = 10
 PATIENT_NOTE = (
     "This page contains patient images: do not send it outside your site. Grey values range from the 1st to the 99th "
@@ -215,13 +215,15 @@ def _build_lookalike_tables(records: Sequence[ImageRecord], rows: Sequence[Image
     """Tables of near-duplicates: pairs of two subjects may leak between splits, pairs of one subject are expected."""
     record_by_image = {record.image: record for record in records}
     subject_pairs = {
-        (min(row.image, row.nearest), max(row.image, row.nearest)): row.distance or 0 for row in rows if row.nearest
+        (min(row.image, other), max(row.image, other)): row.hamming_other_subject or 0
+        for row in rows
+        if (other := row.nearest_other_subject)
     }
-    same_subject_rows = [row for row in rows if row.nearest_own is not None]
+    same_subject_rows = [row for row in rows if row.nearest_same_subject is not None]
     if not subject_pairs and not same_subject_rows:
         return []
     counts = [
-        ("another subject", format_value(sum(row.nearest is not None for row in rows))),
+        ("another subject", format_value(sum(row.nearest_other_subject is not None for row in rows))),
         ("the same subject", format_value(len(same_subject_rows))),
     ]
     tables = [

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from medim.evaluation.cases import read_cases
-from medim.files import read_json
 from medim.metrics import higher_is_better
 from medim.metrics.bootstrap import MetricEstimate
+from medim.migrations import read_migrated_json
 from medim.reports import figures
 from medim.reports.page import (
     INTERVALS_NOTE,
@@ -45,7 +45,8 @@ def build_comparison_section(folders: Mapping[str, Path], kinds: Mapping[str, st
         kinds: name to kind (a key of `SECTION_BUILDERS`).
     """
     for kind in ("evaluate", "finetune"):
-        runs = [(path, read_json(path / "summary.json")) for name, path in folders.items() if kinds[name] == kind]
+        paths = [path for name, path in folders.items() if kinds[name] == kind]
+        runs = [(path, read_migrated_json(path / "summary.json", "run")) for path in paths]
         arms = [[run for run in runs if run[1].get("init") == arm] for arm in ARM_NAMES]
         for pair in itertools.product(*arms):
             if pair[0][1].get("task") != pair[1][1].get("task"):
@@ -89,7 +90,7 @@ def _render_comparison(arms: Sequence[RunSummary], gaps: Mapping[str, MetricEsti
         table.append((metric_name(key), *(interval_cell(format_metric(side)) for side in sides), gap))
     first_key = next(iter(metrics[0]), "")
     split_text = "the same images" if gaps else "the validation split"
-    labelled = [summary.get("labelled") for _, summary in arms]
+    labelled = [summary.get("n_labelled") for _, summary in arms]
     budget = f" with {labelled[0]} labelled images each" if labelled[0] and labelled[0] == labelled[1] else ""
     headline = (
         f"{metric_name(first_key)}: {_format_gap(first_key, gaps.get(first_key), [m.get(first_key) for m in metrics])}"

@@ -25,14 +25,14 @@ class LossCurve:
         name: name of the objective.
         steps: (n,) steps of the training losses.
         loss: (n,) training losses.
-        held_out: pairs of step and loss on the validation subjects.
+        val: pairs of step and loss on the validation subjects.
         chance: loss of an uninformed network, or None.
     """
 
     name: str
     steps: Array
     loss: Array
-    held_out: Sequence[tuple[int, float]] = ()
+    val: Sequence[tuple[int, float]] = ()
     chance: float | None = None
 
 
@@ -54,20 +54,20 @@ def loss_curve(curve: LossCurve) -> Figure:
     with open_canvas(2.7) as (canvas, axes):
         axes.plot(steps, loss, color=ONE, alpha=0.35, linewidth=1)
         axes.plot(steps, _running_mean(loss), color=ONE, linewidth=2, label="training")
-        if curve.held_out:
-            axes.plot(*zip(*curve.held_out, strict=True), "o", color=TWO, markersize=5, label="validation")
+        if curve.val:
+            axes.plot(*zip(*curve.val, strict=True), "o", color=TWO, markersize=5, label="validation")
         if curve.chance is not None:
             axes.axhline(curve.chance, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label="chance")
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
-        if curve.held_out or curve.chance is not None:
+        if curve.val or curve.chance is not None:
             draw_legend(axes)
         svg = render_svg(canvas)
     first, last = (f"{v:.3g}" for v in (loss[0], loss[-1])) if len(loss) else ("no number", "no number")
     name_text = "" if curve.name == "loss" else f" of {curve.name}"
     parts = [f"Training loss{name_text} over {int(curve.steps[-1])} steps: {first} at first, {last} at last"]
-    if curve.held_out:
-        parts.append(f"{curve.held_out[-1][1]:.3g} on validation subjects")
+    if curve.val:
+        parts.append(f"{curve.val[-1][1]:.3g} on validation subjects")
     if curve.chance is not None:
         parts.append(f"chance level {curve.chance:.3g}")
     caption = "Training loss" if curve.name == "loss" else f"Loss of {curve.name}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 
 from medim.data.contamination import describe_counts
 from medim.evaluation.cases import read_cases
-from medim.files import read_json
+from medim.migrations import read_migrated_csv, read_migrated_json
 from medim.reports import figures
 from medim.reports.page import (
     INTERVALS_NOTE,
@@ -37,14 +36,14 @@ from medim.types import UserError
 
 def build_pretraining_section(folder: Path, anchor: str) -> ReportSection:
     """Build the section of a pretraining run: verdict, losses with their chance levels, health of the features."""
-    summary = read_json(folder / "summary.json")
+    summary = read_migrated_json(folder / "summary.json", "run")
     losses, chance = summary.get("loss", {}), summary.get("chance", {})
     weights = summary.get("objectives", {})
     rows = [
         (
             name,
             format_value(weights.get(name)),
-            *(format_value(loss.get(part)) for part in ("first", "last", "held_out")),
+            *(format_value(loss.get(part)) for part in ("first", "last", "val")),
             _format_chance(chance.get(name)),
         )
         for name, loss in losses.items()
@@ -56,10 +55,10 @@ def build_pretraining_section(folder: Path, anchor: str) -> ReportSection:
         ("Effective rank (RankMe)", format_value(summary.get("rankme"))),
         ("Feature spread (1: even, 0: collapsed)", format_value(summary.get("feature_std"))),
         ("Probe on validation subjects", _format_probe_result(summary.get("probe"))),
-        ("Encoder saved from step", _format_selection(summary.get("selected"))),
-        ("Advice", format_value(summary.get("what_to_try") or None)),
+        ("Encoder saved from step", _format_selection(summary.get("checkpoint_selection"))),
+        ("Advice", format_value(summary.get("advice") or None)),
         ("Seconds per step", format_value(summary.get("seconds_per_step"))),
-        ("Time spent waiting for data", _format_percent(summary.get("data_wait_fraction"))),
+        ("Time spent waiting for data", _format_percent(summary.get("dataloader_wait_fraction"))),
         *_machine_facts(summary),
     ]
     curves = read_history(folder / "history.csv", [name for name in losses if "/" not in name])
@@ -80,7 +79,7 @@ def build_pretraining_section(folder: Path, anchor: str) -> ReportSection:
 
 def build_finetuning_section(folder: Path, anchor: str) -> ReportSection:
     """Build the section of a fine-tuning run: initial weights, label budget and validation metrics."""
-    summary = read_json(folder / "summary.json")
+    summary = read_migrated_json(folder / "summary.json", "run")
     validation = summary.get("val") or {}
     metrics = validation.get("metrics", validation)
     start = {"pretrained": "pretrained weights", "scratch": "fresh weights (from scratch)"}.get(
@@ -89,8 +88,8 @@ def build_finetuning_section(folder: Path, anchor: str) -> ReportSection:
     facts = [
         ("Task", format_value(summary.get("task"))),
         ("Started from", format_value(start)),
-        ("Labelled images used", format_value(summary.get("labelled"))),
-        ("Images excluded (no label)", format_value(summary.get("unlabelled_left_out"))),
+        ("Labelled images used", format_value(summary.get("n_labelled"))),
+        ("Images excluded (no label)", format_value(summary.get("n_unlabelled"))),
         ("Validation images", _format_image_counts(validation)),
         *_contamination_facts(summary),
         ("Steps", format_value(summary.get("steps"))),
@@ -113,7 +112,7 @@ def build_finetuning_section(folder: Path, anchor: str) -> ReportSection:
 
 def build_evaluation_section(folder: Path, anchor: str) -> ReportSection:
     """Build the section of an evaluation: metrics, excluded subjects, and results per case."""
-    summary = read_json(folder / "metrics.json")
+    summary = read_migrated_json(folder / "metrics.json", "run")
     rows = read_cases(folder / "cases.parquet")
     metrics, classes = summary["metrics"], summary["classes"]
     valid_rows = [row for row in rows if not row.get("rejected")]
@@ -124,7 +123,7 @@ def build_evaluation_section(folder: Path, anchor: str) -> ReportSection:
         ("Task", format_value(summary.get("task"))),
         ("Images", _format_image_counts(summary)),
         ("Split", split),
-        ("Subjects excluded (in the training data)", format_value(summary.get("excluded_seen"))),
+        ("Subjects excluded (in the training data)", format_value(summary.get("n_excluded_subjects"))),
         *_contamination_facts(summary),
         ("Rejected images", format_value(summary.get("rejected"))),
         ("Model started from", format_value(summary.get("init"))),
@@ -157,16 +156,16 @@ def build_unfinished_section(folder: Path, anchor: str) -> ReportSection:
 def read_history(path: Path, names: Sequence[str]) -> list[figures.LossCurve]:
     """Read the curves of `history.csv`, in the order of `names`.
 
-    Its columns are `step`, `name`, `loss`, `chance` and `held_out`. A row contains a training or a validation loss;
+    Its columns are `step`, `name`, `loss`, `chance` and `val`. A row contains a training or a validation loss;
     other cells are empty.
     """
     if not path.is_file():
         return []
     rows: dict[str, list[dict[str, str]]] = {name: [] for name in names}
     with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if not {"step", "name", "loss", "chance", "held_out"} <= set(reader.fieldnames or ()):
-            raise UserError(f"{path}: expected columns step, name, loss, chance, held_out; got {reader.fieldnames}.")
+        reader = read_migrated_csv(file, "history")
+        if not {"step", "name", "loss", "chance", "val"} <= set(reader.fieldnames or ()):
+            raise UserError(f"{path}: expected columns step, name, loss, chance, val; got {reader.fieldnames}.")
         for row in reader:
             if row["name"] in rows:
                 rows[row["name"]].append(row)
@@ -180,7 +179,7 @@ def _parse_curve(name: str, rows: Sequence[Mapping[str, str]]) -> figures.LossCu
         name=name,
         steps=np.array([int(row["step"]) for row in loss_rows]),
         loss=np.array([float(row["loss"]) for row in loss_rows]),
-        held_out=[(int(row["step"]), float(row["held_out"])) for row in rows if row["held_out"]],
+        val=[(int(row["step"]), float(row["val"])) for row in rows if row["val"]],
         chance=levels[-1] if levels else None,
     )
 
@@ -203,7 +202,7 @@ def _build_headline(metrics: Mapping[str, Any], split_text: str) -> Banner:
 
 def _contamination_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Counts of evaluated images that were part of the training data."""
-    return [(name.capitalize(), text) for name, text in describe_counts(summary.get("seen")).items()]
+    return [(name.capitalize(), text) for name, text in describe_counts(summary.get("contamination")).items()]
 
 
 def _format_image_counts(counts: Mapping[str, Any]) -> str:
@@ -232,7 +231,7 @@ def _format_probe_result(probe: Mapping[str, Any] | None) -> str:
 
 
 def _format_selection(selection: Mapping[str, Any] | None) -> str:
-    return format_value(None) if not selection else f"{selection['step']}: {selection['why']}"
+    return format_value(None) if not selection else f"{selection['step']}: {selection['reason']}"
 
 
 def _config_details(folder: Path) -> list[tuple[str, str]]:

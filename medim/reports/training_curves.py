@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from pathlib import Path
 
+from medim.migrations import read_migrated_csv
 from medim.reports import figures
 from medim.reports.page import Banner
 from medim.reports.svg import Figure
@@ -74,8 +74,8 @@ def _read_points(path: Path) -> StepValues:
     if not path.is_file():
         return points_by_name
     with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            value = row.get("held_out") or (row.get("loss") if row["name"].startswith(GRADIENT_PREFIX) else "")
+        for row in read_migrated_csv(file, "history"):
+            value = row.get("val") or (row.get("loss") if row["name"].startswith(GRADIENT_PREFIX) else "")
             if value and math.isfinite(float(value)):
                 points_by_name.setdefault(row["name"], []).append((int(row["step"]), float(value)))
     return points_by_name

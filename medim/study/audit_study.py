@@ -45,7 +45,7 @@ def _read_arm_cases(context: StudyContext, arm: Arm) -> Iterator[tuple[str, list
             continue
         folder, name = context.out / cell.folder, f"{arm.name}, {budget.name} labels"
         if cell.kind == "probe":
-            runs = ((keys, rows) for keys, rows in read_probe_cases(context, cell, folder) if keys["init"] == arm.name)
+            runs = ((keys, rows) for keys, rows in read_probe_cases(context, cell, folder) if keys["arm"] == arm.name)
             yield from (
                 (name, rows) for keys, rows in runs if (keys["budget"], keys["subset_seed"]) == (budget.name, 0)
             )

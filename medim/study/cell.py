@@ -15,7 +15,7 @@ from medim.data.index.index import ImageRecord
 from medim.data.loading.cohort import Cohort
 from medim.evaluation.probing.label_budget import Budget
 from medim.evaluation.probing.probe import ProbeOptions, probe
-from medim.files import read_json
+from medim.migrations import read_migrated_json
 from medim.study.design import Cell, Design
 from medim.study.lr_selection import selection_cohort
 from medim.tasks import find_task
@@ -97,7 +97,7 @@ def read_selection_score(context: StudyContext, cell: Cell) -> float | None:
 
 def read_cell_summary(context: StudyContext, cell: Cell) -> dict[str, Any]:
     """Read the summary of a complete cell."""
-    return read_json(context.out / cell.folder / (PROBE if cell.kind == "probe" else SUMMARY))
+    return read_migrated_json(context.out / cell.folder / (PROBE if cell.kind == "probe" else SUMMARY), "run")
 
 
 def _run_finetune_cell(context: StudyContext, cell: Cell, out: Path, lr_multiplier: float, *, reference: bool) -> None:

@@ -33,7 +33,7 @@ def build_comparisons(folder: Path, summary: dict[str, Any]) -> dict[str, Any] |
         summary: summary of the study; `metric` is the compared metric.
 
     Returns:
-        `metric`, `resamples`, `overall` (verdict by arm) and `rows`: `arm`, `budget`, `labelled`, `value`, `scratch`,
+        `metric`, `resamples`, `overall` (verdict by arm) and `rows`: `arm`, `budget`, `n_labelled`, `value`, `scratch`,
             `difference` (value, low, high, scope), `p`, `p_corrected`, `verdict` and, if they can be computed,
             `labels_saved` and `time_to_scratch`.
     """
@@ -60,12 +60,12 @@ def build_comparisons(folder: Path, summary: dict[str, Any]) -> dict[str, Any] |
             {
                 "arm": comparison.arm,
                 "budget": comparison.budget,
-                "labelled": results.labelled[comparison.budget],
+                "n_labelled": results.labelled[comparison.budget],
                 "value": _mean_score(ours),
                 "scratch": _mean_score(scratch),
                 "difference": {
                     **asdict(comparison.difference),
-                    "over": list(comparison.difference.over),
+                    "variance_sources": list(comparison.difference.variance_sources),
                     "scope": comparison.difference.scope_text,
                 },
                 "p": comparison.p,
@@ -134,13 +134,13 @@ def _has_same_runs(results: StudyResults, arm: str, budgets: list[str]) -> bool:
 
 def _dump_labels_saved(result: LabelsSaved, comparison: Comparison) -> dict[str, Any]:
     intervals = {
-        "worth": _dump_interval(result.equivalent_labels),
+        "equivalent_labels": _dump_interval(result.equivalent_labels),
         "saved": _dump_interval(result.savings),
         "ratio": _dump_interval(result.ratio),
     }
     return {
         **intervals,
-        "over": list(result.variance_sources),
+        "variance_sources": list(result.variance_sources),
         "sentence": summary_sentence(result, comparison.verdict),
     }
 
@@ -167,7 +167,11 @@ def _compute_time_to_scratch(
     if not higher_is_better(metric):
         ours, final = [-scores for scores in ours], -final
     result = time_to_level([*steps, int(results.summary["steps"])], ours, final)
-    return {"level": level, "steps": _dump_interval(result.steps), "over": list(result.variance_sources)}
+    return {
+        "level": level,
+        "steps": _dump_interval(result.steps),
+        "variance_sources": list(result.variance_sources),
+    }
 
 
 def _dump_interval(estimate: CensoredInterval) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class Arm:
     """One initialisation, with one run per pretraining seed.
 
     Attributes:
-        name: name of the arm, column `init` of the results.
+        name: name of the arm, column `arm` of the results.
         runs: pretraining runs or packages; empty for the scratch arm.
         protocol: fine-tuned, or frozen with a probe.
     """

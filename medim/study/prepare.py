@@ -139,11 +139,11 @@ def prepare_study(
     facts = {
         "arms": [_describe_arm(arm) for arm in arms],
         "counts": checks.count_cohort(task, cohort, subsets),
-        "overlap": cohort.overlap,
-        "seen": contamination,
-        "chosen_with_labels": selection_labels,
+        "train_val_duplicates": cohort.overlap,
+        "contamination": contamination,
+        "n_selection_labels": selection_labels,
         "strict": options.strict,
-        "too_small_to_choose": shortages,
+        "no_lr_selection": shortages,
         "jobs": options.jobs,
     }
     return StudySetup(context, costs, groups, facts)

@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from medim.files import read_json
 from medim.metrics.metric import Statistic
+from medim.migrations import read_migrated_json, rename_columns
 from medim.study.design import SCRATCH
 from medim.tasks import find_task_of_study
 from medim.tasks.classification import TRUTH
@@ -150,7 +150,7 @@ def open_results(folder: Path, summary: dict[str, Any] | None = None) -> StudyRe
         UserError: the folder contains no study, or the study has no results yet.
 
     Examples:
-        >>> run = {"init": "scratch", "budget": "all", "labelled": 8}
+        >>> run = {"arm": "scratch", "budget": "all", "n_labelled": 8}
         >>> run |= {"pretrain_seed": 0, "subset_seed": 0, "step": None}
         >>> cases = [{**run, "case": name, "subject": name, "metric": "dice", "value": 0.8} for name in ("s1", "s2")]
         >>> pq.write_table(pa.Table.from_pylist(cases), "results.parquet")
@@ -158,14 +158,15 @@ def open_results(folder: Path, summary: dict[str, Any] | None = None) -> StudyRe
         >>> results.arms, results.cases
         (('scratch',), ('s1', 's2'))
     """
-    summary = read_json(folder / "summary.json") if summary is None else summary
+    summary = read_migrated_json(folder / "summary.json", "study") if summary is None else summary
     try:
         table = pq.read_table(folder / "results.parquet")
+        table = table.rename_columns(rename_columns(table.column_names, "results"))
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{folder}: no readable results of a study ({error}). Run `medim study --resume`.") from error
     if not len(table):
         raise UserError(f"{folder}: the study has no results yet. Run `medim study --resume`.")
-    text = {name: table[name].to_pylist() for name in ("init", "budget", "pretrain_seed", "subset_seed", "step")}
+    text = {name: table[name].to_pylist() for name in ("arm", "budget", "pretrain_seed", "subset_seed", "step")}
     runs = [RunKey(*keys) for keys in zip(*text.values(), strict=True)]
     cases, case_codes = _encode_column(table["case"])
     metrics, metric_codes = _encode_column(table["metric"])
@@ -215,5 +216,5 @@ def _encode_column(column: pa.ChunkedArray) -> tuple[list[str], Array]:
 
 
 def _count_labelled_images(table: pa.Table) -> dict[str, int]:
-    rows = zip(*(table[name].to_pylist() for name in ("budget", "labelled", "subset_seed")), strict=True)
+    rows = zip(*(table[name].to_pylist() for name in ("budget", "n_labelled", "subset_seed")), strict=True)
     return {budget: labelled for budget, labelled, subset in set(rows) if subset == 0}

@@ -17,14 +17,15 @@ from medim.tasks import find_task
 from medim.tasks.task import CaseRow
 
 BASELINE_ARMS = {"random": UNTRAINED, "pixels": PIXELS}  # names of the baseline arms, by features of the probe
+SCHEMA_VERSION = 2
 _TEXT = pa.dictionary(pa.int32(), pa.string())
 SCHEMA = pa.schema(
     {
-        "init": _TEXT,  # name of the arm
+        "arm": _TEXT,
         "protocol": _TEXT,
         "pretrain_seed": pa.int32(),
         "budget": _TEXT,  # as in the options
-        "labelled": pa.int32(),  # number of images
+        "n_labelled": pa.int32(),  # images
         "subset_seed": pa.int32(),
         "step": pa.int32(),  # None for the end of the run
         "subject": _TEXT,
@@ -59,7 +60,7 @@ def write_results(path: Path, context: StudyContext, cells: Sequence[Cell]) -> i
                     keys, _to_long_rows([row for row in rows if not row.get("rejected")], context.design.task)
                 )
             )
-    write_parquet(path, pa.concat_tables(tables).unify_dictionaries())
+    write_parquet(path, pa.concat_tables(tables).unify_dictionaries(), schema_version=SCHEMA_VERSION)
     return len(rejections)
 
 
@@ -86,10 +87,10 @@ def read_probe_cases(context: StudyContext, cell: Cell, folder: Path) -> Iterato
         yield _build_row_keys(context, cell, BASELINE_ARMS.get(features, cell.arm.name), budget, seed), rows
 
 
-def _build_row_keys(context: StudyContext, cell: Cell, init: str, budget: str, subset_seed: int) -> dict[str, Any]:
-    labelled = next(len(r) for (b, t), r in context.subsets.items() if (b.name, t) == (budget, subset_seed))
+def _build_row_keys(context: StudyContext, cell: Cell, arm: str, budget: str, subset_seed: int) -> dict[str, Any]:
+    n_labelled = next(len(r) for (b, t), r in context.subsets.items() if (b.name, t) == (budget, subset_seed))
     seeds = {"pretrain_seed": cell.pretrain_seed, "subset_seed": subset_seed, "step": None}
-    return {"init": init, "protocol": cell.arm.protocol, "budget": budget, "labelled": labelled, **seeds}
+    return {"arm": arm, "protocol": cell.arm.protocol, "budget": budget, "n_labelled": n_labelled, **seeds}
 
 
 def _to_long_rows(rows: Sequence[CaseRow], task: str) -> LongRows:

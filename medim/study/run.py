@@ -13,7 +13,7 @@ from typing import Any
 from medim.config import FinetuneConfig
 from medim.data.index.index import Index
 from medim.evaluation.probing.label_budget import Budget
-from medim.files import read_json
+from medim.migrations import read_migrated_json
 from medim.privacy import Scrubber, identity_tokens
 from medim.signals import StoppedError
 from medim.study.audit.audit import write_audit
@@ -84,7 +84,7 @@ def study(
         run_all(scheduler)
         facts = {**setup.facts, "wall_hours": previous_hours + (time.monotonic() - start) / 3600}
         facts["rejected_cases"] = write_results(out / "results.parquet", context, cells)
-        facts["repeat"] = _format_repeat_command(options.command, context)
+        facts["command_line"] = _format_repeat_command(options.command, context)
         summary = write_summary(out, scheduler, facts)
         write_audit(out, audit_study(context, setup.groups))
         write_report_data(context)
@@ -105,7 +105,7 @@ def _read_previous_hours(out: Path) -> float:
     """Read the duration of the earlier calls in hours."""
     if not (out / "summary.json").is_file():
         return 0.0
-    summary = read_json(out / "summary.json")
+    summary = read_migrated_json(out / "summary.json", "study")
     if summary.get("command") != "study":
         raise UserError(f"{out}: --resume expected a study, got {summary.get('command')}. Use another --out.")
     return float(summary["wall_hours"])

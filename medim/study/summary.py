@@ -13,7 +13,7 @@ from medim.study.design import Arm
 from medim.study.scheduler import Scheduler
 from medim.version import collect_versions
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def write_summary(out: Path, scheduler: Scheduler, facts: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def write_summary(out: Path, scheduler: Scheduler, facts: dict[str, Any]) -> dic
             "failed": [{"cell": str(cell), "reason": reason} for cell, reason in scheduler.failures.items()],
         },
         "cell_hours": sum(cell_summary["seconds"] for cell_summary in summaries) / 3600,
-        "resumed_cells": sum(bool(cell_summary["resumed_from_steps"]) for cell_summary in summaries),
+        "n_resumed_cells": sum(bool(cell_summary["resumed_from_steps"]) for cell_summary in summaries),
         "peak_memory_bytes": max((cell_summary["peak_memory_bytes"] for cell_summary in summaries), default=None),
         "device": summaries[0]["device"] if summaries else None,
         "config_hash": context.config.hash,

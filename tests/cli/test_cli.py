@@ -123,7 +123,10 @@ def test_preprocess_writes_the_quality_of_every_image_and_counts_the_flags(tmp_p
     assert re.search(r"near-duplicate +2\b", printed), printed
     written = (store / "quality.csv").read_bytes()
     assert len(read_quality(store)) == 9
-    assert [row.nearest for row in read_quality(store) if row.flags and row.nearest] == ["x/val/0", "x/train/4"]
+    assert [r.nearest_other_subject for r in read_quality(store) if r.flags and r.nearest_other_subject] == [
+        "x/val/0",
+        "x/train/4",
+    ]
     index = Index.read(store)
     assert [r.image for r in index.records if "near-duplicate" in str(r.quality)] == ["x/train/4", "x/val/0"]
     assert index.hash == build_index(archive, "xray").hash  # a store is made of the same images

@@ -44,7 +44,7 @@ def test_a_study_prints_a_line_an_arm_and_budget_and_the_command_that_repeats_it
     assert "dim, 4 labels" in done.output
     summary = read_json(tmp_path / "study" / "summary.json")
     pinned = f"eval_steps={summary['eval_steps']}"
-    assert shlex.split(summary["repeat"]) == ["medim", *command, "--set", pinned]
+    assert shlex.split(summary["command_line"]) == ["medim", *command, "--set", pinned]
 
 
 @pytest.mark.parametrize(

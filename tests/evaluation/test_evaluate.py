@@ -161,13 +161,16 @@ def test_what_the_model_was_trained_on_is_left_out_and_counted_by_subject_and_by
     )
     run = make_run(tmp_path / "run", segmenter, seen)
     found = evaluate(run, index, tmp_path / "out")
-    assert found["seen"] == {"pretrain": {"images": 2, "subjects": 1}, "finetune": {"images": 3, "subjects": 0}}
-    assert (found["n"], found["excluded_seen"], found["excluded_seen_images"]) == (5, 3, 3)
+    assert found["contamination"] == {
+        "pretrain": {"images": 2, "subjects": 1},
+        "finetune": {"images": 3, "subjects": 0},
+    }
+    assert (found["n"], found["n_excluded_subjects"], found["n_excluded_images"]) == (5, 3, 3)
     kept = evaluate(run, index, tmp_path / "kept", EvaluateOptions(include_training_subjects=True))
-    assert (kept["n"], kept["excluded_seen"], kept["seen"]) == (8, 0, found["seen"])
+    assert (kept["n"], kept["n_excluded_subjects"], kept["contamination"]) == (8, 0, found["contamination"])
     person = TrainingHistory().extended("finetune", [("0" * 32, index.records[0].subject)])
     found = evaluate(make_run(tmp_path / "person", segmenter, person), index, tmp_path / "by-subject")
-    assert (found["n"], found["excluded_seen"], found["excluded_seen_images"]) == (6, 1, 2)
+    assert (found["n"], found["n_excluded_subjects"], found["n_excluded_images"]) == (6, 1, 2)
     everyone = TrainingHistory().extended("finetune", [("", record.subject) for record in index.records])
     with pytest.raises(UserError, match=r"trained on all 8.*--include-training-subjects"):
         evaluate(make_run(tmp_path / "everyone", segmenter, everyone), index, tmp_path / "none")
@@ -190,7 +193,12 @@ def test_a_model_without_a_record_says_that_it_does_not_know(
 ) -> None:
     run = make_run(tmp_path / "run", segmenter)
     found = evaluate(run, index, tmp_path / "out")
-    assert (found["seen"], found["excluded_seen"], found["excluded_seen_images"], found["n"]) == (None, None, None, 8)
+    assert (found["contamination"], found["n_excluded_subjects"], found["n_excluded_images"], found["n"]) == (
+        None,
+        None,
+        None,
+        8,
+    )
     assert "seen unknown: the weights have no fingerprints.json" in caplog.text
     with pytest.raises(UserError, match=r"unknown.*--fail-on-contamination"):
         evaluate(run, index, tmp_path / "strict", EvaluateOptions(fail_on_contamination=True))
@@ -204,8 +212,8 @@ def test_a_model_of_another_site_is_known_by_its_images_alone(
     seen = TrainingHistory().extended("finetune", [case, ("0" * 32, index.records[7].subject)])
     monkeypatch.delenv("MEDIM_SITE_KEY")
     found = evaluate(make_run(tmp_path / "run", segmenter, seen), index, tmp_path / "out")
-    assert found["seen"]["finetune"] == {"images": 2, "subjects": None}
-    assert (found["n"], found["excluded_seen_images"]) == (6, 2)
+    assert found["contamination"]["finetune"] == {"images": 2, "subjects": None}
+    assert (found["n"], found["n_excluded_images"]) == (6, 2)
 
 
 def test_images_without_a_mask_are_refused_with_what_to_do(index: Index, segmenter: dict[str, Any]) -> None:
@@ -222,8 +230,8 @@ def test_evaluating_a_run_writes_metrics_cases_and_last_the_summary(
     summary = evaluate(run, index, tmp_path / "out")
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert {key: summary[key] for key in metrics} == metrics
-    assert (metrics["n"], metrics["subjects"], metrics["excluded_seen"], metrics["split"]) == (6, 3, 1, "all")
-    assert (metrics["excluded_seen_images"], metrics["init"], summary["runtime"]) == (2, "scratch", "torch")
+    assert (metrics["n"], metrics["subjects"], metrics["n_excluded_subjects"], metrics["split"]) == (6, 3, 1, "all")
+    assert (metrics["n_excluded_images"], metrics["init"], summary["runtime"]) == (2, "scratch", "torch")
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
     rows = read_cases(tmp_path / "out" / "cases.parquet")
     assert [row["class"] for row in rows] == ["front", "back"] * 6
@@ -241,6 +249,6 @@ def test_one_seed_gives_the_same_bytes_and_a_filled_folder_is_refused(
         evaluate(run, index, tmp_path / out)
     for name in ("metrics.json", "cases.parquet"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    assert json.loads((tmp_path / "one" / "metrics.json").read_text())["excluded_seen"] is None
+    assert json.loads((tmp_path / "one" / "metrics.json").read_text())["n_excluded_subjects"] is None
     with pytest.raises(UserError, match="--overwrite"):
         evaluate(run, index, tmp_path / "one")

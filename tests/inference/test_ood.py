@@ -42,7 +42,7 @@ def picture(seed: int, side: int = 32) -> Array:
     return np.asarray(np.clip(grey, 0, 255), np.uint8)
 
 
-def guarded_run(folder: Path, kind: str) -> Path:
+def write_run_with_detector(folder: Path, kind: str) -> Path:
     """A run with random weights, and statistics of pictures as training would leave them."""
     run = make_run(folder, kind)
     spec = SPECS[kind]
@@ -60,10 +60,11 @@ def guarded_run(folder: Path, kind: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Package]:
-    folder = tmp_path_factory.mktemp("guarded")
+def detector_packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Package]:
+    folder = tmp_path_factory.mktemp("detector")
     return {
-        kind: export(guarded_run(folder / "runs" / kind, kind), folder / kind) for kind in ("classifier", "encoder")
+        kind: export(write_run_with_detector(folder / "runs" / kind, kind), folder / kind)
+        for kind in ("classifier", "encoder")
     }
 
 
@@ -86,42 +87,48 @@ def rows_in(file: Path) -> dict[str, dict[str, str]]:
 
 @pytest.mark.parametrize("kind", ["classifier", "encoder"])
 def test_inverted_noise_and_another_size_are_flagged_and_the_usual_is_not(
-    guarded: dict[str, Package], pictures: Path, tmp_path: Path, kind: str
+    detector_packages: dict[str, Package], pictures: Path, tmp_path: Path, kind: str
 ) -> None:
     if kind == "encoder":
-        embed_images(guarded[kind], pictures, tmp_path / "f.csv")
+        embed_images(detector_packages[kind], pictures, tmp_path / "f.csv")
         rows = rows_in(tmp_path / "f.csv")
     else:
-        predict(guarded[kind], pictures, tmp_path)
+        predict(detector_packages[kind], pictures, tmp_path)
         rows = rows_in(tmp_path / "predictions.csv")
     assert {name for name, row in rows.items() if row["ood"] == "True"} == {"inverted", "noise", "large"}
     assert all((float(row["ood_score"]) > 1) == (row["ood"] == "True") for row in rows.values())
-    assert rows["large"]["ood_by"] == "geometry"
+    assert rows["large"]["ood_feature_group"] == "geometry"
 
 
 def test_every_format_and_the_answer_to_one_image_say_the_same(
-    guarded: dict[str, Package], pictures: Path, tmp_path: Path
+    detector_packages: dict[str, Package], pictures: Path, tmp_path: Path
 ) -> None:
-    embed_images(guarded["encoder"], pictures, tmp_path / "f.csv")
-    embed_images(guarded["encoder"], pictures, tmp_path / "f.npz")
-    embed_images(guarded["encoder"], pictures, tmp_path / "f.parquet")
+    embed_images(detector_packages["encoder"], pictures, tmp_path / "f.csv")
+    embed_images(detector_packages["encoder"], pictures, tmp_path / "f.npz")
+    embed_images(detector_packages["encoder"], pictures, tmp_path / "f.parquet")
     want = rows_in(tmp_path / "f.csv")
     table = pyarrow.parquet.read_table(tmp_path / "f.parquet").to_pylist()
     with np.load(tmp_path / "f.npz", allow_pickle=False) as file:
         assert [str(bool(flag)) for flag in file["ood"]] == [row["ood"] for row in want.values()]
         np.testing.assert_allclose(file["ood_score"], [float(row["ood_score"]) for row in want.values()], rtol=1e-5)
-        assert file["ood_by"].tolist() == [row["ood_by"] for row in table] == [r["ood_by"] for r in want.values()]
+        assert (
+            file["ood_feature_group"].tolist()
+            == [row["ood_feature_group"] for row in table]
+            == [r["ood_feature_group"] for r in want.values()]
+        )
     assert [str(row["ood"]) for row in table] == [row["ood"] for row in want.values()]
-    rows = predict(guarded["classifier"], pictures, tmp_path / "out")
+    rows = predict(detector_packages["classifier"], pictures, tmp_path / "out")
     for row in rows:
         content = read_json(tmp_path / "out" / row["file"])
-        assert {key: content[key] for key in ("ood_score", "ood", "ood_by")} == {
-            key: row[key] for key in ("ood_score", "ood", "ood_by")
+        assert {key: content[key] for key in ("ood_score", "ood", "ood_feature_group")} == {
+            key: row[key] for key in ("ood_score", "ood", "ood_feature_group")
         }
 
 
-def test_onnx_runtime_scores_as_torch_does(guarded: dict[str, Package], pictures: Path, tmp_path: Path) -> None:
-    package = guarded["encoder"]
+def test_onnx_runtime_scores_as_torch_does(
+    detector_packages: dict[str, Package], pictures: Path, tmp_path: Path
+) -> None:
+    package = detector_packages["encoder"]
     torch = replace(package.network, predict_with_features=as_numpy_predictor(load_encoder(package.folder)))
     index = build_index(pictures, "xray")
     for record in index.records:
@@ -141,8 +148,8 @@ print(sorted(row["image"] for row in predict(load_package(package), pictures, ou
 """
 
 
-def test_the_flag_needs_no_torch(guarded: dict[str, Package], pictures: Path, tmp_path: Path) -> None:
-    places = [guarded["classifier"].folder, pictures, tmp_path / "out"]
+def test_the_flag_needs_no_torch(detector_packages: dict[str, Package], pictures: Path, tmp_path: Path) -> None:
+    places = [detector_packages["classifier"].folder, pictures, tmp_path / "out"]
     command = [sys.executable, "-c", LIGHT, *map(str, places)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(medim.__file__).parents[1])
     assert ran.returncode == 0, ran.stderr
@@ -154,7 +161,7 @@ def test_a_package_without_statistics_leaves_the_cells_empty(
 ) -> None:
     assert packages["classifier"].contract.reference is None
     rows = predict(packages["classifier"], pictures, tmp_path / "out")
-    assert {(row["ood_score"], row["ood"], row["ood_by"]) for row in rows} == {(None, None, None)}
+    assert {(row["ood_score"], row["ood"], row["ood_feature_group"]) for row in rows} == {(None, None, None)}
     assert {row["ood"] for row in rows_in(tmp_path / "out" / "predictions.csv").values()} == {""}
     embed_images(packages["encoder"], pictures, tmp_path / "f.npz")
     with np.load(tmp_path / "f.npz", allow_pickle=False) as file:
@@ -164,8 +171,8 @@ def test_a_package_without_statistics_leaves_the_cells_empty(
     assert set(pyarrow.parquet.read_table(tmp_path / "f.parquet")["ood"].to_pylist()) == {None}
 
 
-def test_contract_card_and_verify_tell_of_the_statistics(guarded: dict[str, Package]) -> None:
-    package = guarded["encoder"]
+def test_contract_card_and_verify_tell_of_the_statistics(detector_packages: dict[str, Package]) -> None:
+    package = detector_packages["encoder"]
     assert package.contract.reference is not None
     assert (package.contract.reference.images, package.contract.reference.held_out_subjects) == (60, 30)
     checks = {check.name: check for check in verify_package(package.folder)}
@@ -176,9 +183,9 @@ def test_contract_card_and_verify_tell_of_the_statistics(guarded: dict[str, Pack
 
 @pytest.mark.parametrize("damage", ["removed", "garbage"])
 def test_statistics_that_are_gone_or_damaged_are_no_package(
-    guarded: dict[str, Package], tmp_path: Path, damage: str
+    detector_packages: dict[str, Package], tmp_path: Path, damage: str
 ) -> None:
-    folder = Path(shutil.copytree(guarded["encoder"].folder, tmp_path / "package"))
+    folder = Path(shutil.copytree(detector_packages["encoder"].folder, tmp_path / "package"))
     file = folder / "models" / OOD_FILE
     if damage == "removed":
         file.unlink()

@@ -46,7 +46,7 @@ def model_run(folder: Path) -> torch.nn.Module:
 def test_the_json_says_how_to_build_and_feed_the_weights_and_what_they_hash_to(tmp_path: Path) -> None:
     encoder_run(tmp_path)
     spec = read_json(tmp_path / "encoder" / "encoder.json")
-    assert spec["schema_version"] == 1
+    assert spec["schema_version"] == 2
     assert {key: spec[key] for key in SPEC} == SPEC
     assert spec["sha256"] == file_sha256(tmp_path / "encoder" / "encoder.safetensors")
 

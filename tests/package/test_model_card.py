@@ -26,7 +26,7 @@ def test_what_the_run_recorded_is_on_the_card(packages: dict[str, Package]) -> N
     contract = packages["segmenter"].contract
     parent = "ef" * 32
     contract = contract.model_copy(update={"provenance": {**contract.provenance, "parent": parent}})
-    run = {"init": "pretrained", "labelled": 5, "steps": 100}
+    run = {"init": "pretrained", "n_labelled": 5, "steps": 100}
     sections = build_model_card(contract, {}, run).sections
     assert sections["Model"]["parent encoder (sha256)"] == parent
     assert sections["Training"]["initial weights"] == "parent encoder"

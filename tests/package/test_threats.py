@@ -77,7 +77,7 @@ def reference(features: int) -> OODDetector:
 
 
 @pytest.mark.usefixtures("same_graph", "short_gates")
-def test_statistics_of_another_guard_with_recomputed_sums_are_found_by_the_contract(
+def test_statistics_of_another_detector_with_recomputed_sums_are_found_by_the_contract(
     packages: dict[str, Package], tmp_path: Path
 ) -> None:
     run = make_run(tmp_path / "run", "classifier")

@@ -99,7 +99,7 @@ def test_a_dicom_series_and_a_nifti_file_are_segmented_in_one_call(
             np.testing.assert_allclose(row[f"ml_{name}"], (labels == label).sum() * voxel / 1000, atol=1e-5)
     written = rows_of(tmp_path / "out" / "predictions.csv")
     assert [row["image"] for row in written] == [row["image"] for row in rows]
-    assert list(written[0]) == ["image", "file", "ml_anterior", "ml_posterior", "ood_score", "ood", "ood_by"]
+    assert list(written[0]) == ["image", "file", "ml_anterior", "ml_posterior", "ood_score", "ood", "ood_feature_group"]
     summary = read_json(tmp_path / "out" / "summary.json")
     assert summary["counts"] == {"images": 3, "predicted": 3, "rejected": 0}
     assert summary["package"]["sha256"] == packages["segmenter"].sha256
@@ -142,7 +142,7 @@ def test_pictures_and_arrays_are_classified_with_their_probabilities(
     assert len(rows) == 5
     for row in rows:
         content = read_json(tmp_path / "out" / row["file"])
-        assert content["schema_version"] == 1
+        assert content["schema_version"] == 2
         assert content["image"] == row["image"]
         assert content["class"] == row["class"] == max(content["probabilities"], key=content["probabilities"].get)
         np.testing.assert_allclose(sum(content["probabilities"].values()), 1, atol=1e-5)
@@ -197,11 +197,11 @@ def test_an_image_that_does_not_fit_into_memory_costs_itself_alone(
 ) -> None:
     files = sorted((shared_data / "mri-hippocampus" / "imagesTr").glob("*.nii.gz"))[:2]
 
-    def guarded(network: Predictor, volume: Volume) -> Any:
+    def predict_with_score(network: Predictor, volume: Volume) -> Any:
         monkeypatch.undo()  # the second fits
         raise MemoryError
 
-    monkeypatch.setattr(Predictor, "predict_with_ood", guarded)
+    monkeypatch.setattr(Predictor, "predict_with_ood", predict_with_score)
     rows = predict(BRIGHT, files, tmp_path / "out")
     assert len(rows) == 1
     assert [row["reason"] for row in rows_of(tmp_path / "out" / "rejected.csv")] == ["too-much-memory"]
@@ -309,7 +309,7 @@ def test_features_are_the_same_in_every_format(packages: dict[str, Package], tmp
     with np.load(tmp_path / "f.npz", allow_pickle=False) as file:
         assert file["image"].tolist() == list(images)
         np.testing.assert_array_equal(file["features"], features)
-        assert file["schema_version"] == 1
+        assert file["schema_version"] == 2
     embed_images(packages["encoder"], source, tmp_path / "f.csv")
     rows = rows_of(tmp_path / "f.csv")
     assert [row["image"] for row in rows] == list(images)

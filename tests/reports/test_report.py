@@ -28,7 +28,7 @@ NASTY = "<script>alert(1)</script>"
 def pretraining(folder: Path, verdict: str = "learning") -> Path:
     """The files of a pretraining run of two objectives, as medim.training writes them."""
     folder.mkdir(parents=True)
-    lines = ["step,name,loss,chance,held_out"]
+    lines = ["step,name,loss,chance,val"]
     for step in range(1, 41):
         lines += [f"{step},local_dim,{3.4 - step / 50},3.466,", f"{step},local_dim/score,{step},,"]
         lines += [f"{step},prior_matching,{1 + 0.1 * np.sin(step)},,"]
@@ -42,15 +42,15 @@ def pretraining(folder: Path, verdict: str = "learning") -> Path:
         "steps": 40,
         "input_shape": [32, 48, 32],
         "loss": {
-            "local_dim": {"first": 3.38, "last": 2.6, "held_out": 2.65},
-            "prior_matching": {"first": 1.0, "last": 1.0, "held_out": None},
+            "local_dim": {"first": 3.38, "last": 2.6, "val": 2.65},
+            "prior_matching": {"first": 1.0, "last": 1.0, "val": None},
         },
         "chance": {"local_dim": 3.466, "prior_matching": None},
         "verdict": verdict,
         "rankme": 12.3,
         "feature_std": 0.81,
         "seconds_per_step": 0.25,
-        "data_wait_fraction": 0.04,
+        "dataloader_wait_fraction": 0.04,
         "peak_memory_bytes": 1_234_000_000,
         "device": "cpu",
         "config_hash": "0123456789ab",
@@ -64,7 +64,7 @@ def pretraining(folder: Path, verdict: str = "learning") -> Path:
 def finetuning(folder: Path, init: str, dice: float) -> Path:
     folder.mkdir(parents=True)
     lines = [f"{step},loss,{2 / step},," for step in range(1, 31)]
-    (folder / "history.csv").write_text("\n".join(["step,name,loss,chance,held_out", *lines]) + "\n")
+    (folder / "history.csv").write_text("\n".join(["step,name,loss,chance,val", *lines]) + "\n")
     metrics = {
         "dice": {"value": dice, "ci_low": dice - 0.02, "ci_high": dice + 0.02, "n": 40},
         "hd95_front": {"value": 2.5, "ci_low": None, "ci_high": None, "n": 39},
@@ -73,7 +73,7 @@ def finetuning(folder: Path, init: str, dice: float) -> Path:
         "command": "finetune",
         "task": "segmentation",
         "init": init,
-        "labelled": 20,
+        "n_labelled": 20,
         "steps": 30,
         "val": {"n": 40, "subjects": 13, "rejected": 0, "metrics": metrics},
         "config_hash": "0123456789ab",
@@ -237,7 +237,7 @@ def test_the_curves_are_those_of_the_history(tmp_path: Path) -> None:
     assert [curve.name for curve in curves] == ["local_dim", "prior_matching"]
     assert curves[0].loss[:2] == pytest.approx([3.38, 3.36])
     assert list(curves[0].steps) == list(range(1, 41))
-    assert curves[0].held_out == [(20, pytest.approx(3.05)), (40, pytest.approx(2.65))]
+    assert curves[0].val == [(20, pytest.approx(3.05)), (40, pytest.approx(2.65))]
     assert (curves[0].chance, curves[1].chance) == (3.466, None)
 
 

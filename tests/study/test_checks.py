@@ -105,8 +105,14 @@ def test_labels_that_chose_an_encoders_step_are_counted_and_told(
     shutil.copytree(encoders[0], tmp_path / "probed")
     file = tmp_path / "probed" / "encoder" / "encoder.json"
     spec = json.loads(file.read_text())
-    file.write_text(json.dumps({**spec, "selected": {**spec["selected"], "by": "probe", "labels": 60}}))
-    assert count_selection_labels(read_arms([f"dim={encoders[1]}"])) == {"dim": spec["selected"]["labels"]}
+    file.write_text(
+        json.dumps(
+            {**spec, "checkpoint_selection": {**spec["checkpoint_selection"], "criterion": "probe", "n_labels": 60}}
+        )
+    )
+    assert count_selection_labels(read_arms([f"dim={encoders[1]}"])) == {
+        "dim": spec["checkpoint_selection"]["n_labels"]
+    }
     assert count_selection_labels(read_arms([f"both={encoders[0]},{tmp_path / 'probed'}"])) == {"both": 60}
     assert "both (60)" in caplog.text
 

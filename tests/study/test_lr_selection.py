@@ -105,4 +105,4 @@ def test_the_rate_that_was_chosen_is_used_and_the_whole_grid_is_told(
     assert (rates["20"]["from"], rates["20"]["multiple"]) == ("selection", best_multiplier(scores))
     config = (tmp_path / "study" / "cells" / "dim" / "20" / "0-0" / "config.yaml").read_text()
     assert f"lr: {0.01 * best_multiplier(scores)}\n" in config
-    assert summary["too_small_to_choose"] == {"4": "it has 4 labelled images, but 10 are needed"}
+    assert summary["no_lr_selection"] == {"4": "it has 4 labelled images, but 10 are needed"}

@@ -111,7 +111,7 @@ def test_a_ridge_probe_finds_the_planted_effect(
     rows = {row["features"]: row for row in content["rows"]}
     assert rows.keys() == {"encoder", "random", "pixels"}
     assert rows["pixels"]["r2"] > 0.5
-    assert rows["pixels"]["alpha_from"] == "cross-validation"
+    assert rows["pixels"]["alpha_source"] == "cross-validation"
     summary = {row["features"]: row for row in content["summary"]}
     for name in ("r2", "mae", "pearson"):
         low, high = rows["pixels"]["intervals"][name]

@@ -21,8 +21,7 @@ def write(folder: Path, runs: list[RunKey], missing: str = "") -> Path:
     """A study's folder with these runs, whose values grow by a tenth from run to run."""
     rows: list[dict[str, Any]] = []
     for number, run in enumerate(runs):
-        keys = {"init": run.arm, "protocol": "finetune", "labelled": int(run.budget), **run._asdict()}
-        del keys["arm"]
+        keys = {"protocol": "finetune", "n_labelled": int(run.budget), **run._asdict()}
         for case, subject in enumerate(("s0", "s0", "s1")):
             if f"c{case}" != missing or number:
                 rows += [

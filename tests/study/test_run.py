@@ -44,11 +44,11 @@ def test_a_study_runs_every_arm_at_every_budget_and_says_what_came_out(run_study
     assert summary == read_json(out / "summary.json")
     assert (summary["complete"], summary["cells"]["all"], summary["cells"]["done"]) == (True, 16, 16)
     rows = pq.read_table(out / "results.parquet").to_pylist()
-    runs = {(r["init"], r["pretrain_seed"], r["budget"], r["subset_seed"]) for r in rows}
+    runs = {(r["arm"], r["pretrain_seed"], r["budget"], r["subset_seed"]) for r in rows}
     assert runs == {(i, s, b, t) for i in ("scratch", "dim") for s in (0, 1) for b in ("4", "12") for t in (0, 1)}
     assert {r["step"] for r in rows} == {None, 2}
     assert {r["metric"] for r in rows} == {"probability_down", "probability_up", "truth"}
-    assert {r["labelled"] for r in rows if r["budget"] == "12"} == {12}
+    assert {r["n_labelled"] for r in rows if r["budget"] == "12"} == {12}
     assert [(r["arm"], r["budget"]) for r in summary["comparisons"]["rows"]] == [("dim", "4"), ("dim", "12")]
     assert {p.name for p in (out / "cells" / "dim" / "4" / "0-0").iterdir()} == {
         *(".medim", "config.yaml", "inputs.json", "mlflow.json", "history.csv", "cases.parquet", "cases-2.parquet"),
@@ -101,7 +101,7 @@ def test_a_study_killed_between_and_inside_cells_goes_on_to_the_same_bytes(
     assert (begun[1] / "checkpoints" / "step-2.ckpt").is_file()
     before = (begun[0] / "summary.json").stat().st_mtime_ns
     summary = small(resume=True)
-    assert (summary["complete"], summary["resumed_cells"]) == (True, 1)
+    assert (summary["complete"], summary["n_resumed_cells"]) == (True, 1)
     assert (begun[0] / "summary.json").stat().st_mtime_ns == before
     results = [(tmp_path / name / "results.parquet").read_bytes() for name in ("whole", "study")]
     assert results[0] == results[1]
@@ -140,7 +140,7 @@ def test_a_study_of_an_earlier_version_is_resumed(
     with pytest.raises(UserError, match=r"needs the same study.*config_hash 000000000000 \(now "):
         small(resume=True, config=longer)
     summary = small(resume=True)
-    assert (summary["complete"], summary["resumed_cells"]) == (True, 0)
+    assert (summary["complete"], summary["n_resumed_cells"]) == (True, 0)
     assert read_json(tmp_path / "study" / "design.json") == read_json(tmp_path / "whole" / "design.json")
     results = [(tmp_path / name / "results.parquet").read_bytes() for name in ("whole", "study")]
     assert results[0] == results[1]
@@ -170,7 +170,7 @@ def test_a_study_out_of_hours_leaves_what_is_done_and_says_what_is_left(
     assert (summary["complete"], summary["comparisons"]) == (False, None)
     assert summary["cells"]["left"] == ["dim, 4 labels, encoder 0, subset 0"]
     assert set(read_json(tmp_path / "study" / "audit.json")["models"]) == {"scratch, 4 labels"}
-    assert set(pq.read_table(tmp_path / "study" / "results.parquet")["init"].to_pylist()) == {"scratch"}
+    assert set(pq.read_table(tmp_path / "study" / "results.parquet")["arm"].to_pylist()) == {"scratch"}
     monkeypatch.undo()
     whole = small(resume=True)
     assert whole["complete"]
@@ -276,7 +276,7 @@ def test_a_frozen_classifier_is_measured_beside_the_anchors(
     arms = read_arms([], [f"dim={encoders[0]},{encoders[1]}", f"other={encoders[1]}"])
     summary = run_study(arms=arms, seeds=1)
     rows = pq.read_table(tmp_path / "study" / "results.parquet").to_pylist()
-    runs = {(r["init"], r["protocol"], r["pretrain_seed"]) for r in rows if r["budget"] == "4"}
+    runs = {(r["arm"], r["protocol"], r["pretrain_seed"]) for r in rows if r["budget"] == "4"}
     frozen = {
         (name, "frozen", s) for name, s in (("dim", 0), ("dim", 1), ("other", 0), ("untrained", 0), ("pixels", 0))
     }

@@ -58,7 +58,7 @@ def test_a_frozen_segmenter_keeps_encoder_and_decoder_bit_by_bit_and_learns_a_he
         assert not all(torch.equal(came[key], trained["tuned"][f"{part}.{key}"]) for key in came)
     rows = pq.read_table(tmp_path / "study" / "results.parquet").to_pylist()
     assert {r["metric"] for r in rows} == {"dice", "dice_cube", "hd95_cube", "surface_dice_cube"}
-    assert {(r["init"], r["protocol"]) for r in rows} == {
+    assert {(r["arm"], r["protocol"]) for r in rows} == {
         ("scratch", "finetune"),
         ("tuned", "finetune"),
         ("frozen", "frozen"),

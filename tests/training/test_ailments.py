@@ -65,9 +65,9 @@ def test_a_healthy_run_of_a_shipped_preset_gets_no_bad_verdict(
     name: str, xrays: Index, store: Path, tmp_path: Path
 ) -> None:
     summary = run(name, xrays, tmp_path, store, "checkpoint_every_steps=100")
-    assert [said["verdict"] for said in summary["verdicts"]] == ["learning"]
+    assert [said["verdict"] for said in summary["verdict_changes"]] == ["learning"]
     assert summary["verdict"] == "learning"
-    assert summary["what_to_try"] == ""
+    assert summary["advice"] == ""
 
 
 def test_a_learning_rate_of_all_but_zero_is_told_as_at_chance(xrays: Index, store: Path, tmp_path: Path) -> None:
@@ -112,8 +112,8 @@ def test_a_collapsed_run_ends_where_it_is_seen_if_that_was_asked_for(
 
 def ailment(summary: dict[str, Any]) -> str:
     """The last verdict, said within 300 steps, once, and with what to try."""
-    said = summary["verdicts"][-1]
+    said = summary["verdict_changes"][-1]
     assert said["step"] <= 300
     assert said["verdict"] == summary["verdict"]
-    assert summary["what_to_try"]
+    assert summary["advice"]
     return str(said["verdict"])

@@ -61,7 +61,7 @@ def test_it_is_counted_as_one_image_and_refused_when_strict_with_exit_code_1(
     planted = [*command, "--data", str(evaluation_set(tmp_path / "planted", planted=True))]
     done = CliRunner().invoke(app, [*planted, "--out", str(tmp_path / "a")])
     assert done.exit_code == 0, done.output
-    seen = json.loads((tmp_path / "a" / "summary.json").read_text())["seen"]
+    seen = json.loads((tmp_path / "a" / "summary.json").read_text())["contamination"]
     assert seen == {"pretrain": {"images": 1, "subjects": None}, "finetune": {"images": 0, "subjects": 0}}
     assert "1 image, subjects unknown (another site key)" in done.output
 

@@ -135,7 +135,7 @@ def disturbed(
     left, last = steps(run)[-2:]
     assert starter.run([*command, "--out", str(run), *more]) == 0, starter.log.read_text()[-3000:]
     summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
-    assert summary["damaged_checkpoints"] == [newest.name]
+    assert summary["corrupt_checkpoints"] == [newest.name]
     assert summary["resumed_from_steps"][-1] == left
     assert len(signals) - 1 <= len(summary["resumed_from_steps"]) <= len(signals)  # the cut one may know of one more
     assert last - left <= every

@@ -30,5 +30,5 @@ def test_a_test_preset_ends_below_chance_on_subjects_it_has_not_seen(
     levels = {term: chance for term, chance in summary["chance"].items() if chance is not None}
     assert levels
     for term, chance in levels.items():
-        assert summary["loss"][term]["held_out"] < chance
+        assert summary["loss"][term]["val"] < chance
     assert summary["verdict"] == "learning"

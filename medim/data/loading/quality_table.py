@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,6 +13,7 @@ import numpy as np
 from medim.data.index.records import ImageRecord
 from medim.data.preprocessing.quality import FLAGS, QualityMetrics, list_flags
 from medim.files import write_csv
+from medim.migrations import read_migrated_csv
 from medim.types import Array, UserError
 
 QUALITY_FILE = "quality.csv"
@@ -28,24 +28,27 @@ class ImageQuality:
     Attributes:
         image: key of the image in the index.
         metrics: metrics of the image as read.
-        nearest: most similar image of another subject with a distance of at most `MAX_DUPLICATE_BITS`, or None.
-        distance: hash distance to it, in bits.
-        nearest_own: the same for images of the same subject; expected, for example, for the two sides of one head.
-        distance_own: hash distance to it, in bits.
+        nearest_other_subject: most similar image of another subject, or None; the hashes differ in at most
+            `MAX_DUPLICATE_BITS`.
+        hamming_other_subject: Hamming distance of the hashes, in bits.
+        nearest_same_subject: the same for images of the same subject; expected, for example, for the two sides of one
+            head.
+        hamming_same_subject: Hamming distance of the hashes, in bits.
         flags: codes of `medim.data.preprocessing.quality.FLAGS`.
     """
 
     image: str
     metrics: QualityMetrics
-    nearest: str | None
-    distance: int | None
-    nearest_own: str | None
-    distance_own: int | None
+    nearest_other_subject: str | None
+    hamming_other_subject: int | None
+    nearest_same_subject: str | None
+    hamming_same_subject: int | None
     flags: tuple[str, ...]
 
 
 _METRIC_NAMES = tuple(field.name for field in fields(QualityMetrics))
-QUALITY_COLUMNS = ("image", *_METRIC_NAMES, "nearest", "distance", "nearest_own", "distance_own", "flags")
+NEIGHBOUR_COLUMNS = ("nearest_other_subject", "hamming_other_subject", "nearest_same_subject", "hamming_same_subject")
+QUALITY_COLUMNS = ("image", *_METRIC_NAMES, *NEIGHBOUR_COLUMNS, "flags")
 
 
 def find_near_duplicates(hashes: Array, max_distance: int) -> Iterator[tuple[Array, Array, Array]]:
@@ -100,15 +103,15 @@ def flag_images(
     for record in records:
         metrics = metrics_by_image[record.image]
         (image, distance), (image_own, distance_own) = matches.get(record.image, ((None, None), (None, None)))
-        flag_codes = list_flags({**asdict(metrics), "distance": distance})
+        flag_codes = list_flags({**asdict(metrics), "hamming_other_subject": distance})
         rows.append(
             ImageQuality(
                 image=record.image,
                 metrics=metrics,
-                nearest=image,
-                distance=distance,
-                nearest_own=image_own,
-                distance_own=distance_own,
+                nearest_other_subject=image,
+                hamming_other_subject=distance,
+                nearest_same_subject=image_own,
+                hamming_same_subject=distance_own,
                 flags=flag_codes,
             )
         )
@@ -138,7 +141,7 @@ def write_quality(folder: Path, rows: Sequence[ImageQuality]) -> None:
         (
             row.image,
             *asdict(row.metrics).values(),
-            *(row.nearest, row.distance, row.nearest_own, row.distance_own),
+            *(getattr(row, name) for name in NEIGHBOUR_COLUMNS),
             " ".join(row.flags),
         )
         for row in rows
@@ -156,7 +159,7 @@ def read_quality(folder: Path) -> tuple[ImageQuality, ...]:
     if not path.is_file():
         return ()
     with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        rows = list(read_migrated_csv(file, "quality"))
     try:
         return tuple(_parse_quality_row(row) for row in rows)
     except (KeyError, ValueError, TypeError) as error:
@@ -173,17 +176,17 @@ def _parse_quality_row(row: Mapping[str, str]) -> ImageQuality:
     def parse_bits(name: str) -> int | None:
         return int(row[name]) if row[name] else None
 
-    exact_fields: dict[str, Any] = {"levels": int(row["levels"]), "hash": row["hash"] or None}
+    exact_fields: dict[str, Any] = {"n_unique_values": int(row["n_unique_values"]), "hash": row["hash"] or None}
     metrics = QualityMetrics(
         **{name: parse_number(name) for name in _METRIC_NAMES if name not in exact_fields}, **exact_fields
     )
     return ImageQuality(
         image=row["image"],
         metrics=metrics,
-        nearest=row["nearest"] or None,
-        distance=parse_bits("distance"),
-        nearest_own=row["nearest_own"] or None,
-        distance_own=parse_bits("distance_own"),
+        nearest_other_subject=row["nearest_other_subject"] or None,
+        hamming_other_subject=parse_bits("hamming_other_subject"),
+        nearest_same_subject=row["nearest_same_subject"] or None,
+        hamming_same_subject=parse_bits("hamming_same_subject"),
         flags=tuple(row["flags"].split()),
     )
 

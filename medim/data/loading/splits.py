@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from medim.data.index.index import ImageRecord, Index
 
 log = logging.getLogger(__name__)
-SPLIT_COLUMNS = ("image", "subject", "split", "label", "budget", "used")
+SPLIT_COLUMNS = ("image", "subject", "split", "label", "label_rank", "used_for_training")
 
 
 def assign_splits(
@@ -142,7 +142,7 @@ def write_splits(
         index: the images.
         splits: image key to split, for all images.
         train_records: usable images of the training split. For those that can be part of a label budget, the column
-            `budget` is the rank at which their subject enters.
+            `label_rank` is the rank at which their subject enters.
         seed: seed of the label budget.
         labelled_records: images that the run was trained on with labels.
     """

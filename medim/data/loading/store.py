@@ -27,6 +27,7 @@ from medim.data.preprocessing.quality import QualityMetrics, measure_quality
 from medim.data.preprocessing.steps import check_steps, preprocess, resample_mask
 from medim.data.readers import ReadError
 from medim.files import cache_folder, json_sha256, read_json, write_bytes, write_json
+from medim.migrations import rename_keys
 from medim.types import Array, Step, UsageError, UserError, Volume
 
 SCHEMA_VERSION = 3
@@ -132,7 +133,7 @@ class Store:
             "minimum": voxels.min(axis=spatial).tolist(),
             "mask": mask is not None,
             "fingerprint": fingerprint,
-            "figures": None if metrics is None else asdict(metrics),
+            "metrics": None if metrics is None else asdict(metrics),
         }
         if not self._has_marker:
             write_json(self.folder / "store.json", {"schema_version": SCHEMA_VERSION, "kind": "medim-store"})
@@ -377,6 +378,7 @@ def _encode_frame(array: Array, header: dict[str, Any]) -> bytes:
 def _parse_entry(array: Any, header: dict[str, Any]) -> StoreEntry:
     if header["schema_version"] != SCHEMA_VERSION:
         raise ValueError(f"schema_version {header['schema_version']}")
+    header = rename_keys(header, "store_entry")
     return StoreEntry(
         shape=tuple(array.shape[1:]),
         channels=int(array.shape[0]),
@@ -387,5 +389,5 @@ def _parse_entry(array: Any, header: dict[str, Any]) -> StoreEntry:
         has_mask=bool(header["mask"]),
         fingerprint=str(header["fingerprint"]),
         nbytes=int(np.prod(array.shape)) * array.dtype.itemsize,
-        metrics=None if header["figures"] is None else QualityMetrics(**header["figures"]),
+        metrics=None if header["metrics"] is None else QualityMetrics(**header["metrics"]),
     )

@@ -33,10 +33,10 @@ class QualityMetrics:
         median: 50th percentile.
         p99: 99th percentile.
         maximum: largest value.
-        levels: number of distinct values, counted up to `MAX_LEVELS`.
+        n_unique_values: number of distinct values, counted up to `MAX_LEVELS`.
         noise: standard deviation of the noise, in units of the image; None if the foreground is too small.
         snr: median of the foreground above the 1st percentile, divided by the noise; None without noise.
-        empty: fraction of background voxels.
+        background_fraction: fraction of background voxels.
         saturated: fraction of voxels at the maximum.
         hash: 16 hex digits, see `compute_perceptual_hash`; None if the hashed slice is constant.
     """
@@ -46,10 +46,10 @@ class QualityMetrics:
     median: float
     p99: float
     maximum: float
-    levels: int
+    n_unique_values: int
     noise: float | None
     snr: float | None
-    empty: float
+    background_fraction: float
     saturated: float
     hash: str | None
 
@@ -72,15 +72,18 @@ class QualityFlag:
 
 FLAGS: dict[str, QualityFlag] = {
     "few-levels": QualityFlag(
-        "levels", "below", 16, "fewer than 16 distinct values: a mask or a drawing, or too few bits"
+        "n_unique_values", "below", 16, "fewer than 16 distinct values: a mask or a drawing, or too few bits"
     ),
-    "mostly-empty": QualityFlag("empty", "above", 0.95, "more than 95 % of the voxels are background"),
+    "mostly-empty": QualityFlag("background_fraction", "above", 0.95, "more than 95 % of the voxels are background"),
     "clipped": QualityFlag("saturated", "above", 0.01, "more than 1 % of the voxels have the maximum value"),
     "noisy": QualityFlag(
         "snr", "below", 5, "the signal is less than 5 times the noise, Rose's limit for detecting a detail"
     ),
     "near-duplicate": QualityFlag(
-        "distance", "below", 5, "an image of another subject differs in at most 4 of the 64 bits of the hash"
+        "hamming_other_subject",
+        "below",
+        5,
+        "an image of another subject differs in at most 4 of the 64 bits of the hash",
     ),
 }
 
@@ -89,10 +92,10 @@ def list_flags(values: Mapping[str, float | None]) -> tuple[str, ...]:
     """List the codes of raised flags, in the order of `FLAGS`.
 
     Args:
-        values: metric name to value; `distance` is the distance to the nearest image of another subject.
+        values: metric name to value; `hamming_other_subject` is that of `quality.csv`.
 
     Examples:
-        >>> list_flags({"levels": 4, "empty": 0.99, "snr": None})
+        >>> list_flags({"n_unique_values": 4, "background_fraction": 0.99, "snr": None})
         ('few-levels', 'mostly-empty')
     """
     return tuple(code for code, flag in FLAGS.items() if flag.is_raised(values.get(flag.metric)))
@@ -112,7 +115,7 @@ def measure_quality(volume: Volume) -> QualityMetrics:
         >>> image = np.arange(64, dtype=np.float32).reshape(1, 8, 8)
         >>> volume = Volume(array=image, affine=np.eye(4), native_affine=np.eye(4), native_shape=(8, 8))
         >>> metrics = measure_quality(volume)
-        >>> metrics.median, metrics.levels
+        >>> metrics.median, metrics.n_unique_values
         (31.5, 64)
     """
     values = volume.array.reshape(-1)
@@ -128,10 +131,10 @@ def measure_quality(volume: Volume) -> QualityMetrics:
         median=median,
         p99=p99,
         maximum=maximum,
-        levels=_count_levels(values),
+        n_unique_values=_count_unique_values(values),
         noise=noise,
         snr=signal / noise if noise else None,
-        empty=1 - float(foreground.mean()),
+        background_fraction=1 - float(foreground.mean()),
         saturated=float((values == maximum).mean()),
         hash=compute_perceptual_hash(volume.array),
     )
@@ -195,7 +198,7 @@ def _find_slice_axis(volume: Volume) -> int:
     return 1 + max(range(3), key=lambda axis: (round(volume.spacing[axis], 3), axis))
 
 
-def _count_levels(values: Array) -> int:
+def _count_unique_values(values: Array) -> int:
     unique_values = values[:0]
     for start in range(0, values.size, _CHUNK_VALUES):
         unique_values = np.union1d(unique_values, values[start : start + _CHUNK_VALUES])

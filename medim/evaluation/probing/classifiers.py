@@ -85,7 +85,7 @@ def linear_probe(
     The inverse penalty C minimises the log loss of a cross-validation on the training rows. Folds contain whole
     subjects and are stratified by class. The candidates are six values from 0.01 to 1000 divided by the number of
     features, so that the penalties for wide and narrow features are comparable. If a class has fewer than three
-    subjects, C is 1 over the number of features, and `c_from` is `fixed` instead of `cross-validation`.
+    subjects, C is 1 over the number of features, and `c_source` is `fixed` instead of `cross-validation`.
     """
     scaler, regression, settings = fit_linear(train_x, train_y, seed=seed, groups=groups)
     return ProbePrediction(regression.predict_proba(scaler.transform(test_x)), settings)
@@ -106,7 +106,7 @@ def fit_linear(
     features, n_features = scaler.transform(x), x.shape[1]
     penalty = _choose_penalty(features, y, groups, seed)
     c = (FIXED_PENALTY if penalty is None else penalty) / n_features
-    settings = {"c": c, "c_from": "fixed" if penalty is None else "cross-validation"}
+    settings = {"c": c, "c_source": "fixed" if penalty is None else "cross-validation"}
     return scaler, _build_regression(c).fit(features, y), settings
 
 
@@ -117,7 +117,7 @@ def ridge_probe(
 
     The penalty alpha has the least mean squared error in a cross-validation on the training rows, whose folds contain
     whole subjects. The candidates are the numbers of rows and features, multiplied, over the six values of
-    `linear_probe`. With fewer than three subjects, alpha is this product, and `alpha_from` is `fixed` instead of
+    `linear_probe`. With fewer than three subjects, alpha is this product, and `alpha_source` is `fixed` instead of
     `cross-validation`. The predictions (N,) are in the unit of `train_y`.
     """
     scaler, regression, settings = fit_ridge(train_x, train_y, seed=seed, groups=groups)
@@ -140,12 +140,12 @@ def fit_ridge(
     n_folds = min(N_FOLDS, len(np.unique(subjects)))
     if n_folds < MIN_CLASS_SUBJECTS:
         alpha = x.size / FIXED_PENALTY
-        return scaler, Ridge(alpha).fit(features, y), {"alpha": alpha, "alpha_from": "fixed"}
+        return scaler, Ridge(alpha).fit(features, y), {"alpha": alpha, "alpha_source": "fixed"}
     folds = list(GroupKFold(n_folds, shuffle=True, random_state=seed).split(features, y, subjects))
     alphas = [x.size / c for c in PENALTIES]
     search = RidgeCV(alphas, cv=folds, scoring="neg_mean_squared_error").fit(features, y)
     alpha = float(search.alpha_)
-    return scaler, Ridge(alpha).fit(features, y), {"alpha": alpha, "alpha_from": "cross-validation"}
+    return scaler, Ridge(alpha).fit(features, y), {"alpha": alpha, "alpha_source": "cross-validation"}
 
 
 def knn_probe(

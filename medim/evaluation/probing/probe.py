@@ -37,7 +37,7 @@ from medim.tasks.task import Task
 from medim.types import Array, UsageError, UserError
 
 log = logging.getLogger(__name__)
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ProbeRow = dict[str, Any]
 
 
@@ -288,8 +288,8 @@ def _describe_images(task: Task, cohort: Cohort, contamination: ContaminationCou
         "classes": list(_list_classes(task, cohort)),
         "n": len(val),
         "subjects": len({record.subject for record in val}),
-        "seen": contamination,
-        "overlap": cohort.overlap,
+        "contamination": contamination,
+        "train_val_duplicates": cohort.overlap,
         "rejected": len(cohort.rejections),
         "split": "val",
     }

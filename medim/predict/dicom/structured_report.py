@@ -148,7 +148,7 @@ def _ood_measurements(ood_result: OODResult, source: DicomSource, equipment: Equ
     score = round(min(ood_result.score, MAX_SCORE), 4)
     return [
         sr.MeasurementsAndQualitativeEvaluations(
-            tracking_identifier=sr.TrackingIdentifier(highdicom.UID(), "Out-of-distribution guard"),
+            tracking_identifier=sr.TrackingIdentifier(highdicom.UID(), "Out-of-distribution detector"),
             algorithm_id=equipment.algorithm_identification(f"flag: score > 1; by {ood_result.feature_group}"),
             measurements=[sr.Measurement(SCORE_CONCEPT, score, codes.UCUM.NoUnits)],
             qualitative_evaluations=[

@@ -51,7 +51,7 @@ from medim.tasks.task import CaseRow
 from medim.types import Array, Volume
 
 log = logging.getLogger(__name__)
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 AUDIT = "audit.json"
 PIXELS = "pixels"
 MAX_TRAINING_IMAGES = 1000  # training images of the classifiers, which have few features per image
@@ -65,15 +65,15 @@ class GroupProbe:
         column: variable that defines the groups.
         features: name of an encoder, or `pixels` (principal components).
         values: groups that are predicted.
-        left_out: groups with fewer than five subjects in a split.
-        told: prediction result.
+        excluded: groups with fewer than five subjects in a split.
+        prediction: prediction result.
     """
 
     column: str
     features: str
     values: tuple[str, ...]
-    left_out: tuple[str, ...]
-    told: PredictionResult
+    excluded: tuple[str, ...]
+    prediction: PredictionResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,18 +173,18 @@ def _measure_shortcuts(
         return ()
     entries = [cohort.store.get_entry(cohort.keys[record.image]) for record in records]
     shortcuts = [
-        measure_shortcut("size as read", [raw_size(record) for record in records], split, seed=seed),
-        measure_shortcut("size as seen", [input_size(entry) for entry in entries], split, seed=seed),
+        measure_shortcut("raw size", [raw_size(record) for record in records], split, seed=seed),
+        measure_shortcut("input size", [input_size(entry) for entry in entries], split, seed=seed),
         measure_shortcut("padding", [measure_padding(entry, window) for entry in entries], split, seed=seed),
     ]
     figures = [entry.metrics for entry in entries]
     if None in figures:
-        notes.append("intensity as read: not computed, because some images of the store have no quality metrics")
+        notes.append("raw intensity: not computed, because some images of the store have no quality metrics")
     else:
         rows = [raw_intensity(figure) for figure in figures if figure is not None]
-        shortcuts.append(measure_shortcut("intensity as read", rows, split, seed=seed))
+        shortcuts.append(measure_shortcut("raw intensity", rows, split, seed=seed))
     intensities = [input_intensity(volume) for volume in _load_volumes(cohort, records)]
-    return (*shortcuts, measure_shortcut("intensity as seen", intensities, split, seed=seed))
+    return (*shortcuts, measure_shortcut("input intensity", intensities, split, seed=seed))
 
 
 def _probe_groups(

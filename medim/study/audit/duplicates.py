@@ -18,14 +18,14 @@ class NearDuplicate:
     """Two images of different splits with similar perceptual hashes.
 
     Attributes:
-        trained: image of the training split.
-        held_out: image of another split.
-        bits: number of bits by which the hashes differ, of 64.
+        train_image: image of the training split.
+        other_image: image of another split.
+        hamming_distance: number of bits by which the hashes differ, of 64.
     """
 
-    trained: str
-    held_out: str
-    bits: int
+    train_image: str
+    other_image: str
+    hamming_distance: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,16 +36,16 @@ class Duplicates:
         exact: sets of images with identical pixels, up to intensity scale.
         near: pairs of similar images with different pixels. Some may be of two different subjects: see
             `docs/concepts/data.md`.
-        bits: largest difference of hashes in a pair of `near`.
+        max_hamming_distance: largest difference of hashes in a pair of `near`, in bits.
         images: number of images compared.
-        unhashed: number of these images without a perceptual hash (uniform middle slice).
+        n_unhashed: number of these images without a perceptual hash (uniform middle slice).
     """
 
     exact: tuple[tuple[str, ...], ...]
     near: tuple[NearDuplicate, ...]
-    bits: int
+    max_hamming_distance: int
     images: int
-    unhashed: int
+    n_unhashed: int
 
 
 def find_duplicates(

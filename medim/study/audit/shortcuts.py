@@ -33,7 +33,7 @@ from medim.types import Array, Volume
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 CHANCE_AUROC = 0.5  # chance level of the AUROC
 
-NuisanceFeature = Literal["size as read", "size as seen", "padding", "intensity as read", "intensity as seen"]
+NuisanceFeature = Literal["raw size", "input size", "padding", "raw intensity", "input intensity"]
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,14 @@ class Shortcut:
     Attributes:
         name: name of the property.
         features: names of the features of the classifiers.
-        differs: whether any feature differs between images; if not, no prediction is possible.
-        told: prediction result.
+        varies: whether any feature differs between images; if not, no prediction is possible.
+        prediction: prediction result.
     """
 
     name: NuisanceFeature
     features: tuple[str, ...]
-    differs: bool
-    told: PredictionResult
+    varies: bool
+    prediction: PredictionResult
 
 
 def predict_boosted(
@@ -141,13 +141,13 @@ def measure_shortcut(
     Examples:
         >>> labels = np.arange(40) % 2
         >>> split = TrainTestSplit(labels, np.arange(40) < 20, [str(number) for number in range(40)])
-        >>> shortcut = measure_shortcut("size as read", [{"rows": 100.0 + 20 * label} for label in labels], split)
-        >>> shortcut.told.auroc["value"], shortcut.told.above_chance
+        >>> shortcut = measure_shortcut("raw size", [{"rows": 100.0 + 20 * label} for label in labels], split)
+        >>> shortcut.prediction.auroc["value"], shortcut.prediction.above_chance
         (1.0, True)
     """
     features = np.array([list(row.values()) for row in rows], dtype=np.float64)
-    differs = bool((features != features[0]).any())
-    return Shortcut(name, tuple(rows[0]), differs, predict_label(features, split, seed=seed))
+    varies = bool((features != features[0]).any())
+    return Shortcut(name, tuple(rows[0]), varies, predict_label(features, split, seed=seed))
 
 
 def raw_size(record: ImageRecord) -> dict[str, float]:
@@ -192,7 +192,7 @@ def measure_padding(entry: StoreEntry, window: Sequence[int] | None = None) -> d
 
 def raw_intensity(figures: QualityMetrics) -> dict[str, float]:
     """Compute range and percentiles of an image before preprocessing, on an arcsinh scale for maxima of any size."""
-    names = ("minimum", "p1", "median", "p99", "maximum", "levels")
+    names = ("minimum", "p1", "median", "p99", "maximum", "n_unique_values")
     return {name: float(np.arcsinh(getattr(figures, name))) for name in names}
 
 

@@ -22,12 +22,12 @@ from medim.study.audit.audit import PIXELS
 from medim.study.design import SCRATCH
 from medim.study.report.view import StudyView
 
-GEOMETRY_FEATURES = ("size as seen", "padding")  # after preprocessing, where they should not predict the label
-VISIBLE_FEATURES = (*GEOMETRY_FEATURES, "intensity as seen")  # accessible to a network
-RAW_SIZE_FEATURE = "size as read"
+GEOMETRY_FEATURES = ("input size", "padding")  # after preprocessing, where they should not predict the label
+VISIBLE_FEATURES = (*GEOMETRY_FEATURES, "input intensity")  # accessible to a network
+RAW_SIZE_FEATURE = "raw size"
 MAX_NAMED_PAIRS = 10  # near-duplicates listed by name
 SHORTCUT_NOTE = (
-    "A classifier is given only these few numbers per image. As read: measured on the file. As seen: measured after "
+    "A classifier is given only these few numbers per image. Raw: measured on the file. Input: measured after "
     "preprocessing, on the input of the network. Models: the first run with the most labels."
 )
 
@@ -65,7 +65,7 @@ def alarming_shortcuts(study: StudyView) -> str:
 def format_size_auroc(study: StudyView) -> str:
     """Format the AUROC of the image size in the file, with that of the best model."""
     audit = study.audit or {}
-    sizes = [one["told"]["auroc"] for one in audit.get("shortcuts", ()) if one["name"] == RAW_SIZE_FEATURE]
+    sizes = [one["prediction"]["auroc"] for one in audit.get("shortcuts", ()) if one["name"] == RAW_SIZE_FEATURE]
     best = _best_model_auroc(audit)
     best_text = "" if best is None else f"; the best model {format_metric(best)}"
     return format_metric(sizes[0]) + best_text if sizes else NOT_REPORTED
@@ -77,7 +77,7 @@ def list_group_columns(study: StudyView) -> str:
 
 
 def _format_alarm(audit: dict[str, Any]) -> str:
-    names = [f"{one['name']} (AUROC {one['told']['auroc']['value']:.3f})" for one in _select_alarming(audit)]
+    names = [f"{one['name']} (AUROC {one['prediction']['auroc']['value']:.3f})" for one in _select_alarming(audit)]
     return f"The label can be predicted without the image content, from {' and '.join(names)}" if names else ""
 
 
@@ -88,8 +88,8 @@ def _select_alarming(audit: dict[str, Any]) -> list[dict[str, Any]]:
         one
         for one in audit.get("shortcuts", ())
         if one["name"] in VISIBLE_FEATURES
-        and one["told"]["above_chance"]
-        and (one["name"] in GEOMETRY_FEATURES or (level is not None and one["told"]["auroc"]["value"] >= level))
+        and one["prediction"]["above_chance"]
+        and (one["name"] in GEOMETRY_FEATURES or (level is not None and one["prediction"]["auroc"]["value"] >= level))
     ]
 
 
@@ -129,12 +129,12 @@ def _build_shortcut_table(audit: dict[str, Any]) -> ReportTable | None:
         for name, metrics in audit["models"].items()
     ]
     for one in audit["shortcuts"]:
-        values = (interval_cell(format_metric(one["told"][key])) for key in ("auroc", "balanced_accuracy"))
+        values = (interval_cell(format_metric(one["prediction"][key])) for key in ("auroc", "balanced_accuracy"))
         rows.append(
             (
                 one["name"],
                 *values,
-                _format_above_chance(one["told"]) if one["differs"] else "the same for all images",
+                _format_above_chance(one["prediction"]) if one["varies"] else "the same for all images",
             )
         )
     return ReportTable("Prediction of the label", head, rows, SHORTCUT_NOTE, wide=True)
@@ -144,7 +144,7 @@ def _plot_aurocs(audit: dict[str, Any]) -> Sequence[Figure]:
     auroc_entries = [
         (name, metrics["auroc"], False) for name, metrics in audit["models"].items() if metrics.get("auroc")
     ]
-    auroc_entries += [(one["name"], one["told"]["auroc"], True) for one in audit["shortcuts"]]
+    auroc_entries += [(one["name"], one["prediction"]["auroc"], True) for one in audit["shortcuts"]]
     rows = [
         IntervalRow(name=n, value=m["value"], low=m["ci_low"], high=m["ci_high"], second=s)
         for n, m, s in auroc_entries
@@ -182,8 +182,8 @@ def _build_probe_table(audit: dict[str, Any]) -> ReportTable | None:
             one["column"],
             "the pixels" if one["features"] == PIXELS else one["features"],
             ", ".join(one["values"]),
-            interval_cell(format_metric(one["told"]["auroc"])),
-            _format_above_chance(one["told"]),
+            interval_cell(format_metric(one["prediction"]["auroc"])),
+            _format_above_chance(one["prediction"]),
         )
         for one in audit["probes"]
     ]
@@ -201,10 +201,10 @@ def _build_duplicate_table(audit: dict[str, Any]) -> ReportTable:
         ("Images compared", format_value(duplicates["images"])),
         ("Sets of images with the same pixels", format_value(len(duplicates["exact"]))),
         (
-            f"Near-duplicate pairs (at most {duplicates['bits']} of 64 bits of the image hash differ)",
+            f"Near-duplicate pairs (at most {duplicates['max_hamming_distance']} of 64 bits of the image hash differ)",
             format_value(len(duplicates["near"])),
         ),
-        ("Images without an image hash", format_value(duplicates["unhashed"])),
+        ("Images without an image hash", format_value(duplicates["n_unhashed"])),
     ]
     return ReportTable(
         "Duplicates across the split", ("", "Number"), rows, "Check the pairs: near-duplicates can be two persons."
@@ -212,14 +212,21 @@ def _build_duplicate_table(audit: dict[str, Any]) -> ReportTable:
 
 
 def _build_pair_table(audit: dict[str, Any]) -> ReportTable | None:
-    near = sorted(audit["duplicates"]["near"], key=lambda pair: (pair["bits"], pair["trained"], pair["held_out"]))
-    rows = [(pair["trained"], pair["held_out"], format_value(pair["bits"])) for pair in near[:MAX_NAMED_PAIRS]]
+    near = sorted(audit["duplicates"]["near"], key=_pair_sort_key)
+    rows = [
+        (pair["train_image"], pair["other_image"], format_value(pair["hamming_distance"]))
+        for pair in near[:MAX_NAMED_PAIRS]
+    ]
     rest = f"And {len(near) - MAX_NAMED_PAIRS:,} more in audit.json." if len(near) > MAX_NAMED_PAIRS else ""
     return (
         ReportTable("Near-duplicate pairs", ("Training", "Evaluation", "Differing bits"), rows, rest, wide=True)
         if rows
         else None
     )
+
+
+def _pair_sort_key(pair: dict[str, Any]) -> tuple[int, str, str]:
+    return pair["hamming_distance"], pair["train_image"], pair["other_image"]
 
 
 def _format_above_chance(prediction: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ SPLIT_LABELS = {"train": "Training: source of the labelled subsets", "val": "Eva
 
 def build_splits_section(study: StudyView) -> ReportSection:
     """Build the section: cohort flow, splits, overlap, and the images and subjects of each budget."""
-    counts, overlap = study.summary["counts"], study.summary["overlap"]
+    counts, duplicates = study.summary["counts"], study.summary["train_val_duplicates"]
     n_shared = count_shared_subjects(study.folder / "splits")
     flow = [
         ("Found", format_value(counts["images"] + counts["rejected"])),
@@ -30,11 +30,11 @@ def build_splits_section(study: StudyView) -> ReportSection:
         )
         for part, part_counts in counts["splits"].items()
     ]
-    clean = n_shared == 0 and not overlap["images"]
+    clean = n_shared == 0 and not duplicates["images"]
     overlap_rows = [
         ("Subjects in two splits", format_value(n_shared)),
-        ("Evaluation images with the same pixels as a training image", format_value(overlap["images"])),
-        ("Subjects of these images", format_value(overlap["subjects"])),
+        ("Evaluation images with the same pixels as a training image", format_value(duplicates["images"])),
+        ("Subjects of these images", format_value(duplicates["subjects"])),
     ]
     note = "Subjects: counted in splits/*.csv. Images: compared by pixel values, not by file name or format."
     head = ("Budget, subset", "Images", "Subjects", "By class")

@@ -76,7 +76,7 @@ def comparison_sentence(row: ComparisonRow) -> str:
     """Summarise a comparison in one sentence, in numbers of labels if possible."""
     if row["labels_saved"]:
         return str(row["labels_saved"]["sentence"])
-    own = pluralise(row["labelled"], "label")
+    own = pluralise(row["n_labelled"], "label")
     gap = f"{format_difference(row)} against from scratch"
     return {
         "benefit": f"With {own} the pretrained encoder is better: {gap}.",
@@ -86,9 +86,9 @@ def comparison_sentence(row: ComparisonRow) -> str:
 
 def build_trust_section(study: StudyView) -> ReportSection:
     """Build the section of validity checks: contamination of each encoder, duplicates, completeness of the study."""
-    cells, overlap = study.summary["cells"], study.summary["overlap"]
+    cells, duplicates = study.summary["cells"], study.summary["train_val_duplicates"]
     caveats = _contamination_caveat(study) + _selection_caveat(study) + alarming_shortcuts(study)
-    clean = study.is_complete and not caveats and not overlap["images"]
+    clean = study.is_complete and not caveats and not duplicates["images"]
     rows = [
         (
             arm,
@@ -98,7 +98,7 @@ def build_trust_section(study: StudyView) -> ReportSection:
                 for key in ("seen in pretraining", "seen in fine-tuning")
             ),
         )
-        for arm, runs in study.summary["seen"].items()
+        for arm, runs in study.summary["contamination"].items()
         for number, contamination in enumerate(runs)
     ]
     val = study.summary["counts"]["splits"]["val"]
@@ -120,7 +120,7 @@ def build_trust_section(study: StudyView) -> ReportSection:
             ("Cells that failed", format_value(len(cells["failed"]))),
             ("Complete", format_value(study.is_complete)),
             ("Evaluation split", f"{pluralise(val['images'], 'image')} of {pluralise(val['subjects'], 'subject')}"),
-            ("Images with the same pixels in training and evaluation", format_value(overlap["images"])),
+            ("Images with the same pixels in training and evaluation", format_value(duplicates["images"])),
             ("Near-duplicate pairs across the split", format_value(n_near)),
             *([("AUROC of the image size alone", format_size_auroc(study))] if classes else []),
             ("Cases that could not be evaluated", format_value(study.summary.get("rejected_cases"))),
@@ -151,13 +151,13 @@ def _harm_caveat(study: StudyView, best: ComparisonRow) -> str:
     """Caveat for harm at other arms or budgets of the same protocol, which the headline does not mention."""
     same_protocol = [row for row in study.rows if study.get_protocol(row["arm"]) == study.get_protocol(best["arm"])]
     others = [row for row in same_protocol if row["verdict"] == "harm" and row != best]
-    harm_text = ", ".join(f"{row['arm']} with {pluralise(row['labelled'], 'label')}" for row in others)
+    harm_text = ", ".join(f"{row['arm']} with {pluralise(row['n_labelled'], 'label')}" for row in others)
     return f"Pretraining is worse than from scratch for: {harm_text}. " if harm_text else ""
 
 
 def _selection_caveat(study: StudyView) -> str:
     """Caveat for labels that are not counted in the budgets."""
-    label_counts = study.summary.get("chosen_with_labels", {})
+    label_counts = study.summary.get("n_selection_labels", {})
     arms_text = ", ".join(f"{arm} ({count:,})" for arm, count in label_counts.items() if count)
     return f"Labels outside the budgets selected the pretraining step of: {arms_text}. " if arms_text else ""
 
@@ -165,7 +165,7 @@ def _selection_caveat(study: StudyView) -> str:
 def _contamination_caveat(study: StudyView) -> str:
     """Caveat for arms that were trained on images or subjects of the evaluation split, or without a record of it."""
     exposed_arms, unknown_arms = [], []
-    for arm, runs in study.summary["seen"].items():
+    for arm, runs in study.summary["contamination"].items():
         numbers = [n for run in runs for kind in (run or {"?": {"?": None}}).values() for n in kind.values()]
         if any(numbers):
             exposed_arms.append(arm)

@@ -71,11 +71,11 @@ def build_methods_section(study: StudyView) -> ReportSection:
             ("Device", format_value(summary["device"])),
             ("Peak memory of a cell", format_bytes(summary["peak_memory_bytes"])),
             ("Hours of all cells", format_value(summary["cell_hours"])),
-            ("Cells resumed after an interruption", format_value(summary["resumed_cells"])),
+            ("Cells resumed after an interruption", format_value(summary["n_resumed_cells"])),
         ],
         tables=tables,
         details=[
-            ("Command to reproduce the study", summary.get("repeat") or NOT_REPORTED),
+            ("Command to reproduce the study", summary.get("command_line") or NOT_REPORTED),
             ("sha256 of the encoders", _list_hashes(summary)),
             ("Configuration", _read_config_text(study)),
         ],
@@ -86,12 +86,12 @@ def format_methods(study: StudyView, facts: dict[str, str | None]) -> str:
     """Format task, data, arms, budgets, schedule, metrics and statistics as one paragraph."""
     fact_texts = {name: text or NOT_REPORTED for name, text in facts.items()}
     parts = [
-        "{task_told}. Of {found} files or series, {rejected} were rejected and {unlabelled} had no label or mask for "
+        "{task}. Of {found} files or series, {rejected} were rejected and {unlabelled} had no label or mask for "
         "the task. The others were split by subject: {train_images} images of {train_subjects} subjects for training, "
         "{val_images} of {val_subjects} for evaluation; {overlap_images} had the same pixels in both splits.",
         "Every arm uses the same network ({network}) and the same preprocessing ({preprocessing}); initial "
-        "weights are random, or those of {arms_told}. {followed}",
-        "Label budgets: {budgets_told}. Learning rate: {rates}. {chosen}",
+        "weights are random, or those of {pretrained_arms}. {followed}",
+        "Label budgets: {label_budgets}. Learning rate: {rates}. {chosen}",
         "Metrics: {metrics}. Statistics: {statistics}. {runs} runs were evaluated, with medim {medim}.",
     ]
     return " ".join(parts).format(**fact_texts)
@@ -121,7 +121,7 @@ def collect_facts(study: StudyView) -> dict[str, str | None]:
         "train_subjects": splits["train"]["subjects"],
         "val_images": splits["val"]["images"],
         "val_subjects": splits["val"]["subjects"],
-        "overlap_images": summary["overlap"]["images"],
+        "overlap_images": summary["train_val_duplicates"]["images"],
         "split_seed": summary["split_seed"],
         "rejected_cases": summary.get("rejected_cases"),
         "index_hash": str(summary["index_hash"])[:12],
@@ -129,11 +129,10 @@ def collect_facts(study: StudyView) -> dict[str, str | None]:
         "medim": summary["versions"].get("medim"),
         "versions": summary["versions"],
         "runs": sum(run.step is None for run in runs) or None,
-        "task_told": f"{str(summary['task']).capitalize()} of {classes}"
-        + (f" on {config['modality']}" if config else ""),
+        "task": f"{str(summary['task']).capitalize()} of {classes}" + (f" on {config['modality']}" if config else ""),
         "output": find_task(summary["task"]).output_text,
-        "arms_told": ", ".join(_format_arm(arm) for arm in summary["arms"] if arm["encoders"]),
-        "budgets_told": _format_budgets(summary),
+        "pretrained_arms": ", ".join(_format_arm(arm) for arm in summary["arms"] if arm["encoders"]),
+        "label_budgets": _format_budgets(summary),
         "rates": _describe_rates(summary),
         "chosen": _describe_selection(summary),
         "repeated": _describe_repeats(summary),
@@ -214,7 +213,7 @@ def _describe_repeats(summary: dict[str, Any]) -> str | None:
 
 def _describe_selection(summary: dict[str, Any]) -> str:
     """Describe the selection of steps, in fine-tuning and in pretraining."""
-    arm_texts = [f"{arm} ({count:,})" for arm, count in summary.get("chosen_with_labels", {}).items() if count]
+    arm_texts = [f"{arm} ({count:,})" for arm, count in summary.get("n_selection_labels", {}).items() if count]
     selection_text = "Labels of the evaluation split were not used for selection; the last fine-tuning step is used. "
     selection_text += (
         "The step of an encoder may have been selected by the loss on the validation images of its run, without labels."

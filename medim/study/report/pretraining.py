@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from medim.files import read_json, write_json
+from medim.files import write_json
+from medim.migrations import read_migrated_json
 from medim.reports.figures import LossCurve, loss_curve, thin_curve
 from medim.reports.page import NOT_REPORTED, Banner, ReportSection, ReportTable, format_value, pluralise
 from medim.reports.runs import read_history
@@ -34,7 +35,7 @@ SUMMARY_KEYS = (
 def write_health(out: Path, arms: Sequence[Arm]) -> None:
     """Write `pretraining.json`: the recorded health of each run of each arm, or null if a run has no records."""
     health_by_arm = {arm.name: [_read_health(run) for run in arm.runs] for arm in arms if arm.runs}
-    write_json(out / PRETRAINING_FILE, {"schema_version": 1, "arms": health_by_arm})
+    write_json(out / PRETRAINING_FILE, {"schema_version": 2, "arms": health_by_arm})
 
 
 def build_health_section(study: StudyView) -> ReportSection:
@@ -90,13 +91,14 @@ def unhealthy_pretraining(study: StudyView, arm: str) -> str:
 def _read_pretraining(study: StudyView) -> dict[str, list[Any]]:
     """Read the recorded health of each pretraining run by arm; None for runs without records."""
     path = study.folder / PRETRAINING_FILE
-    arms: dict[str, list[Any]] = read_json(path)["arms"] if path.is_file() else {}
+    arms: dict[str, list[Any]] = read_migrated_json(path, "pretraining")["arms"] if path.is_file() else {}
     return arms
 
 
 def _read_health(run: Path) -> dict[str, Any] | None:
     for folder in (run, run.parent):
-        summary = read_json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
+        file = folder / "summary.json"
+        summary = read_migrated_json(file, "run") if file.is_file() else {}
         if summary.get("command") == "pretrain":
             curves = read_history(folder / "history.csv", [name for name in summary.get("loss", {}) if "/" not in name])
             return {
@@ -110,7 +112,7 @@ def _curve_to_dict(curve: LossCurve) -> dict[str, Any]:
     finite = np.isfinite(curve.loss)
     steps, loss = thin_curve(curve.steps[finite], curve.loss[finite])
     points = [[float(f"{value:.6g}") for value in pair] for pair in zip(steps, loss, strict=True)]
-    return {"name": curve.name, "points": points, "held_out": list(curve.held_out), "chance": curve.chance}
+    return {"name": curve.name, "points": points, "val": list(curve.val), "chance": curve.chance}
 
 
 def _curve_from_dict(content: dict[str, Any]) -> LossCurve:
@@ -119,7 +121,7 @@ def _curve_from_dict(content: dict[str, Any]) -> LossCurve:
         name=content["name"],
         steps=steps,
         loss=loss,
-        held_out=[(step, value) for step, value in content["held_out"]],
+        val=[(step, value) for step, value in content["val"]],
         chance=content["chance"],
     )
 
@@ -128,7 +130,7 @@ def _build_health_row(name: str, run: dict[str, Any] | None) -> tuple[str, ...]:
     if run is None:
         return (name, *[NOT_REPORTED] * 5)
     losses = "; ".join(
-        f"{objective}: {format_value(loss.get('held_out'))}, {format_value(run['chance'].get(objective))}"
+        f"{objective}: {format_value(loss.get('val'))}, {format_value(run['chance'].get(objective))}"
         for objective, loss in run["loss"].items()
         if "/" not in objective
     )

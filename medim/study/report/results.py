@@ -87,12 +87,13 @@ def _build_savings_tables(study: StudyView) -> list[ReportTable]:
     for comparison in study.rows:
         savings, step_savings = comparison["labels_saved"], comparison["time_to_scratch"]
         labels = (
-            [format_span(savings[name]) for name in ("worth", "saved")] + [format_span(savings["ratio"], ".1f")]
+            [format_span(savings[name]) for name in ("equivalent_labels", "saved")]
+            + [format_span(savings["ratio"], ".1f")]
             if savings
             else ["–"] * 3
         )
         steps = (format_span(step_savings["steps"]), f"{study.summary['steps']:,}") if step_savings else ("–", "–")
-        rows.append((comparison["arm"], f"{comparison['labelled']:,}", *map(interval_cell, (*labels, *steps))))
+        rows.append((comparison["arm"], f"{comparison['n_labelled']:,}", *map(interval_cell, (*labels, *steps))))
     note = (
         "Equivalent labels: number of labels that from scratch needs for the same metric. Steps to scratch: first "
         "evaluated step at which the arm reaches the final metric of from scratch. Values are not extrapolated; values "
@@ -147,7 +148,7 @@ def _build_rate_tables(study: StudyView) -> list[ReportTable]:
         for budget, rate in budget_rates.items():
             scores = ", ".join(f"× {m}: {'failed' if s is None else f'{s:.3f}'}" for m, s in rate["scores"].items())
             rate_text = "not yet" if rate["lr"] is None else f"{rate['lr']:.3g}"
-            reason = study.summary.get("too_small_to_choose", {}).get(budget)
+            reason = study.summary.get("no_lr_selection", {}).get(budget)
             rate_source = "selected" if rate["from"] == "selection" else f"fixed{f': {reason}' if reason else ''}"
             factor = "" if rate["multiple"] is None else f"\n(× {format_schedule_number(rate['multiple'])})"
             rows.append((arm_title(arm), budget, rate_text + factor, rate_source, scores or "–"))

@@ -7,8 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from medim.files import read_json
 from medim.metrics.bootstrap import Resamples, compute_scores, draw_resamples
+from medim.migrations import read_migrated_json
 from medim.study.audit.audit import AUDIT
 from medim.study.design import SCRATCH
 from medim.study.results import StudyResults, open_results
@@ -47,7 +47,7 @@ class StudyView:
     def audit(self) -> dict[str, Any] | None:
         """Content of `audit.json`; None if the study has no audit."""
         path = self.folder / AUDIT
-        return read_json(path) if path.is_file() else None
+        return read_migrated_json(path, "audit") if path.is_file() else None
 
     @property
     def metric(self) -> str:
@@ -132,7 +132,7 @@ def open_study(folder: Path) -> StudyView:
     Raises:
         UserError: its `summary.json` is missing or not that of a study.
     """
-    summary = read_json(folder / "summary.json")
+    summary = read_migrated_json(folder / "summary.json", "study")
     if summary.get("command") != "study":
         raise UserError(f"{folder}: expected a study, got {summary.get('command')}. Run `medim study` first.")
     return StudyView(folder, summary)
@@ -145,10 +145,10 @@ def rank_key(row: ComparisonRow) -> tuple[Any, ...]:
     of saved labels above zero, then the smallest corrected p, the smallest p, and the fewest labels. Verdicts are
     corrected for all comparisons of their protocol, so every comparison may be reported.
     """
-    equivalent = (row["labels_saved"] or {}).get("worth")
+    equivalent = (row["labels_saved"] or {}).get("equivalent_labels")
     ends = [] if equivalent is None else [equivalent[end] for end in ("value", "low", "high")]
-    is_closed = bool(ends) and not any(end["censored"] for end in ends) and ends[1]["value"] > row["labelled"]
-    return VERDICT_ORDER.index(row["verdict"]), not is_closed, row["p_corrected"], row["p"], row["labelled"]
+    is_closed = bool(ends) and not any(end["censored"] for end in ends) and ends[1]["value"] > row["n_labelled"]
+    return VERDICT_ORDER.index(row["verdict"]), not is_closed, row["p_corrected"], row["p"], row["n_labelled"]
 
 
 def arm_title(arm: str) -> str:

@@ -40,7 +40,7 @@ class ConfidenceInterval:
         high: upper limit.
         error: standard error.
         df: degrees of freedom of Student's t.
-        over: sources of variance in the interval, those with more than one sample.
+        variance_sources: sources of variance in the interval, those with more than one sample.
         seeds: number of pretraining seeds.
         subsets: number of label subsets.
         subjects: number of subjects; 0 if they were not resampled.
@@ -51,7 +51,7 @@ class ConfidenceInterval:
     high: float
     error: float
     df: float
-    over: tuple[VarianceSource, ...]
+    variance_sources: tuple[VarianceSource, ...]
     seeds: int
     subsets: int
     subjects: int
@@ -66,8 +66,8 @@ class ConfidenceInterval:
             "subsets": "this label subset",
             "subjects": "these subjects",
         }
-        sources = [f"{counts[source]} {names[source]}" for source in self.over]
-        exclusions = [only[source] for source in only if source not in self.over]
+        sources = [f"{counts[source]} {names[source]}" for source in self.variance_sources]
+        exclusions = [only[source] for source in only if source not in self.variance_sources]
         return f"over {_join_words(sources)}" + (
             f"; it applies only to {_join_words(exclusions)}" if exclusions else ""
         )
@@ -205,7 +205,7 @@ def paired_difference(
         >>> from medim.metrics.bootstrap import weighted_mean
         >>> ours, scratch = weighted_mean([0.8, 0.7, 0.9, 0.8, 0.9]), weighted_mean([0.7, 0.7, 0.8, 0.6, 0.8])
         >>> difference = paired_difference([[ours]], [[scratch]], ["a", "b", "c", "d", "e"])
-        >>> round(difference.value, 3), difference.over
+        >>> round(difference.value, 3), difference.variance_sources
         (0.1, ('subjects',))
     """
     subject_resamples = draw_resamples(subjects, seed=seed, resamples=resamples)

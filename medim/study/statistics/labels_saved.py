@@ -127,7 +127,11 @@ def labels_saved(budgets: Sequence[float], ours: Sequence[Scores], scratch: Sequ
         savings, ratio = equivalent.rescale(lambda m, n=labels: m - n), equivalent.rescale(lambda m, n=labels: m / n)  # type: ignore[misc]
         results.append(
             LabelsSaved(
-                labels=labels, equivalent_labels=equivalent, savings=savings, ratio=ratio, variance_sources=gaps[0].over
+                labels=labels,
+                equivalent_labels=equivalent,
+                savings=savings,
+                ratio=ratio,
+                variance_sources=gaps[0].variance_sources,
             )
         )
     return results
@@ -199,7 +203,9 @@ def time_to_level(steps: Sequence[int], ours: Sequence[Scores], final: Scores) -
 
     level = float(final.values[..., 0].mean())
     return TimeToLevel(
-        level, CensoredInterval(find_first_step("value"), find_first_step("high"), find_first_step("low")), gaps[0].over
+        level,
+        CensoredInterval(find_first_step("value"), find_first_step("high"), find_first_step("low")),
+        gaps[0].variance_sources,
     )
 
 

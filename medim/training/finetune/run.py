@@ -207,8 +207,8 @@ def _measure(run: _FinetuneRun, start_time: float) -> dict[str, Any]:
     cohort, out, model = run.data.cohort, run.out, run.module.model
     evaluation = _evaluate_validation(model, cohort.index, run.data.val, run.spec, out / "cases.parquet")
     summary = _build_finetune_summary(run.config, cohort, run.module, run.spec, len(run.data.train), evaluation)
-    summary["damaged_checkpoints"] = list_corrupt_checkpoints(out / "checkpoints")
-    summary |= {"overlap": cohort.overlap, "seen": run.data.contamination}
+    summary["corrupt_checkpoints"] = list_corrupt_checkpoints(out / "checkpoints")
+    summary |= {"train_val_duplicates": cohort.overlap, "contamination": run.data.contamination}
     summary["seconds"] = time.perf_counter() - start_time
     write_json(out / "summary.json", summary)
     return summary
@@ -276,8 +276,8 @@ def _build_finetune_summary(
         "command": "finetune",
         "task": config.task,
         "init": "pretrained" if spec.provenance.parent else "scratch",
-        "labelled": n_labelled,
-        "unlabelled_left_out": len(cohort.index.records) - len(cohort.keys) - len(cohort.rejections),
+        "n_labelled": n_labelled,
+        "n_unlabelled": len(cohort.index.records) - len(cohort.keys) - len(cohort.rejections),
         "steps": module.global_step,
         "resumed_from_steps": get_resume_steps(module.trainer),
         "loss": {"first": losses[0], "last": losses[-1]},

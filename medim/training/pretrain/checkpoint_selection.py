@@ -9,7 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-Criterion = Literal["probe", "held_out_loss", "last_step"]
+from medim.migrations import rename_keys
+
+Criterion = Literal["probe", "val_loss", "last_step"]
 
 
 class CheckpointSelection:
@@ -22,25 +24,25 @@ class CheckpointSelection:
     Attributes:
         step: selected step, -1 if there is none.
         best_step: step with the best score.
-        figures: metrics of the selected step.
+        metrics: metrics of the selected step.
     """
 
-    def __init__(self, criterion: Criterion = "held_out_loss") -> None:
+    def __init__(self, criterion: Criterion = "val_loss") -> None:
         self._criterion = criterion
         self.step = self.best_step = -1
-        self.figures: dict[str, float] = {}
+        self.metrics: dict[str, float] = {}
         self._best = -math.inf
         self._error = 0.0
         self._weights: dict[str, torch.Tensor] = {}
 
-    def update(self, step: int, score: float, error: float, figures: Mapping[str, float], module: nn.Module) -> None:
+    def update(self, step: int, score: float, error: float, metrics: Mapping[str, float], module: nn.Module) -> None:
         """Select the weights of this step if its score is the best, or within one standard error of the best.
 
         Args:
             step: number of steps done.
             score: score, higher is better; NaN excludes the step.
             error: standard error of the score.
-            figures: metrics of the step, for the summary.
+            metrics: metrics of the step, for the summary.
             module: module with the weights.
         """
         if not math.isfinite(score):
@@ -48,7 +50,7 @@ class CheckpointSelection:
         if score >= self._best:
             self._best, self._error, self.best_step = score, error if math.isfinite(error) else 0.0, step
         if score >= self._best - self._error:
-            self.step, self.figures = step, dict(figures)
+            self.step, self.metrics = step, dict(metrics)
             self._weights = {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
 
     def restore(self, module: nn.Module, last_step: int) -> None:
@@ -57,15 +59,15 @@ class CheckpointSelection:
             module.load_state_dict(self._weights)
 
     def summary(self, last_step: int) -> dict[str, Any]:
-        """Summarise for `summary.json` and `encoder.json`: `step`, `by`, `best_step`, `of_steps`, `why`, `figures`."""
+        """Summarise for `summary.json` and `encoder.json`: step, criterion, reason and metrics of the selection."""
         criterion: Criterion = self._criterion if self.step >= 0 else "last_step"
         return {
             "step": self.step if self.step >= 0 else last_step,
-            "by": criterion,
+            "criterion": criterion,
             "best_step": self.best_step if self.step >= 0 else None,
-            "of_steps": last_step,
-            "why": _REASONS[criterion],
-            "figures": {name: value if math.isfinite(value) else None for name, value in self.figures.items()},
+            "last_step": last_step,
+            "reason": _REASONS[criterion],
+            "metrics": {name: value if math.isfinite(value) else None for name, value in self.metrics.items()},
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -73,7 +75,7 @@ class CheckpointSelection:
         return {
             "step": self.step,
             "best_step": self.best_step,
-            "figures": self.figures,
+            "metrics": self.metrics,
             "best": self._best,
             "error": self._error,
             "weights": self._weights,
@@ -81,14 +83,15 @@ class CheckpointSelection:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state of a checkpoint."""
-        self.step, self.best_step, self.figures = state["step"], state["best_step"], dict(state["figures"])
+        state = rename_keys(state, "checkpoint_selection_state")
+        self.step, self.best_step, self.metrics = state["step"], state["best_step"], dict(state["metrics"])
         self._best, self._error, self._weights = state["best"], state["error"], state["weights"]
 
 
 _REASONS: dict[Criterion, str] = {
     "probe": "the latest measured step whose probe of labelled training subjects is within one standard error of the "
     "best",
-    "held_out_loss": "no labels to probe with, or none wanted: the latest measured step without collapse whose "
+    "val_loss": "no labels to probe with, or none wanted: the latest measured step without collapse whose "
     "held-out loss is within one standard error of the lowest",
     "last_step": "nothing measured could be kept, so the last step",
 }

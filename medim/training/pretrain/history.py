@@ -32,7 +32,7 @@ from medim.training.tracking.tracking import set_tag
 log = logging.getLogger(__name__)
 DIVERGENCE_PATIENCE = 25  # steps
 FIRST_VALIDATION_STEP = 250  # every run is validated at this step; before it, the verdict at-chance is not reported
-HISTORY_COLUMNS = ("step", "name", "loss", "chance", "held_out")
+HISTORY_COLUMNS = ("step", "name", "loss", "chance", "val")
 ENCODER_METRIC_NAMES = ("rankme", "feature_std", "weight_norm", "alignment", "uniformity", "probe", "probe_error")
 NON_OBJECTIVE_PREFIXES = ("gradient_norm/", "verdict/")  # prefixes of rows that do not belong to an objective
 EncoderMetric = Callable[[nn.Module], Mapping[str, float]]
@@ -177,8 +177,8 @@ class MetricHistory(pl.Callback):
         for name, value in self.measures.items():
             self.rows.append((step, name, None, None, value if math.isfinite(value) else None))
         if trainer.logger:
-            held_out = {f"held_out/{name}": mean for name, (mean, _) in self.held_out.items()}
-            trainer.logger.log_metrics({**held_out, **self.measures}, step)
+            losses = {f"val/{name}": mean for name, (mean, _) in self.held_out.items()}
+            trainer.logger.log_metrics({**losses, **self.measures}, step)
         if self.selection is not None:
             self.selection.update(step, *self._selection_score(), self._selection_metrics(), module)
         report = self.compute_verdict()
@@ -348,7 +348,7 @@ class MetricHistory(pl.Callback):
         return (self.measures["probe"], self.measures["probe_error"]) if "probe" in self.measures else (-loss, error)
 
     def _selection_metrics(self) -> dict[str, float]:
-        return {"held_out_loss": self._weighted_loss()[0], **self.measures}
+        return {"val_loss": self._weighted_loss()[0], **self.measures}
 
     def _chance_level(self, name: str, term: Term) -> float:
         level = self.chance_levels().get(name, term.chance)
@@ -362,7 +362,7 @@ class MetricHistory(pl.Callback):
         last = {name: [v for v in self.curve(name)[-20:] if math.isfinite(v)] for name in names}
         held_out = {name: mean for name, (mean, _) in self.held_out.items() if math.isfinite(mean)}
         return {
-            name: {"last": sum(values) / len(values) if values else None, "held_out": held_out.get(name)}
+            name: {"last": sum(values) / len(values) if values else None, "val": held_out.get(name)}
             for name, values in last.items()
         }
 
@@ -372,6 +372,6 @@ class MetricHistory(pl.Callback):
         return self._compute_seconds / max(1, self._n_steps)
 
     @property
-    def data_wait_fraction(self) -> float:
+    def dataloader_wait_fraction(self) -> float:
         """Fraction of the time between the first and the last step that was spent waiting for data."""
         return self._wait_seconds / max(1e-9, self._wait_seconds + self._compute_seconds)

@@ -128,8 +128,8 @@ class OnlineProbe:
             "protocol": PROTOCOL,
             "metric": METRIC,
             "classes": self.classes,
-            "neighbours": len(self._labels[0]),
-            "asked": len(self._labels[1]),
+            "n_neighbours": len(self._labels[0]),
+            "n_queries": len(self._labels[1]),
         }
 
 

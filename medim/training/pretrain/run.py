@@ -196,18 +196,19 @@ def _summarise_run(run: _PretrainRun, trainer: pl.Trainer, selection: dict[str, 
     """Build the content of `summary.json` that does not depend on the output folder."""
     summary = build_pretrain_summary(run.config, run.cohort, run.history, run.module, trainer)
     probe = format_online_probe(run.probe, selection)
-    return summary | {"selected": selection, "probe": probe, "processes": run.group.count}
+    return summary | {"checkpoint_selection": selection, "probe": probe, "processes": run.group.count}
 
 
 def _save_results(run: _PretrainRun, tracker: Tracker, summary: dict[str, Any], start_time: float) -> None:
     """Write encoder, detector, training history and summary, and log them."""
     out, spec = run.out, run.spec
-    write_encoder(out / "encoder", run.module, replace(spec, selected=summary["selected"]), run.config.objectives)
+    encoder_spec = replace(spec, checkpoint_selection=summary["checkpoint_selection"])
+    write_encoder(out / "encoder", run.module, encoder_spec, run.config.objectives)
     save_ood_detector(out / "encoder", run.module.encoder, run.cohort, spec)
     trained_cases = run.cohort.cases(run.cohort.records("train"))
     TrainingHistory().extended("pretrain", trained_cases).write(out / "encoder")
     run.history.write(out / "history.csv")
-    summary["damaged_checkpoints"] = list_corrupt_checkpoints(out / "checkpoints")
+    summary["corrupt_checkpoints"] = list_corrupt_checkpoints(out / "checkpoints")
     summary["seconds"] = time.perf_counter() - start_time
     write_json(out / "summary.json", summary)
     figures = draw_training_figures(out, run.config, run.history.rows)
@@ -226,7 +227,7 @@ def _build_history(
         stop_on_collapse=stop_on_collapse,
         summary_trained=any(getattr(objective, "reads_summary", True) for objective in module.objectives.values()),
         encoder_metrics=[weight_norm, *alignment_metrics, *([probe] if probe else [])],
-        selection=CheckpointSelection("probe" if probe else "held_out_loss"),
+        selection=CheckpointSelection("probe" if probe else "val_loss"),
         weights=module.weights,
         first_norm=weight_norm(module.encoder)["weight_norm"],
     )
@@ -318,6 +319,6 @@ def _restore_selection(
     assert history.selection is not None
     history.selection.restore(module, last_step)
     selection = history.selection.summary(last_step)
-    selection["labels"] = probe.n_labels if probe and selection["by"] == "probe" else 0
-    log.info("encoder of step %d of %d: %s", selection["step"], last_step, selection["why"])
+    selection["n_labels"] = probe.n_labels if probe and selection["criterion"] == "probe" else 0
+    log.info("encoder of step %d of %d: %s", selection["step"], last_step, selection["reason"])
     return selection

@@ -46,14 +46,15 @@ def write_encoder(folder: Path, module: PretrainModule, spec: ModelSpec, section
 
 
 def _format_encoder_card(spec: ModelSpec) -> str:
-    provenance, selection = spec.provenance, spec.selected or {}
-    labels = f" ({selection['labels']} labels)" if selection["labels"] else ""
+    provenance, selection = spec.provenance, spec.checkpoint_selection or {}
+    labels = f" ({selection['n_labels']} labels)" if selection["n_labels"] else ""
     return (
         f"# Encoder {spec.preset}-{provenance.config_hash}\n\n"
         f"Pretrained by medim {provenance.versions['medim']} without labels on {spec.modality} images "
         f"(index {str(provenance.index_hash)[:12]}, seed {provenance.seed}).\n"
         f"Input: {spec.spatial_dims}D, {spec.in_channels} channel(s), views of {list(spec.input_shape)} voxels "
         "after the steps in `encoder.json`.\n"
-        f"The weights are those of step {selection['step']} of {selection['of_steps']}: {selection['why']}{labels}.\n\n"
+        f"The weights are those of step {selection['step']} of {selection['last_step']}: {selection['reason']}"
+        f"{labels}.\n\n"
         "Research use only; not for diagnosis. Data sources, population, consent: not reported.\n"
     )

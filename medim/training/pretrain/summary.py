@@ -21,7 +21,7 @@ from medim.version import collect_versions
 
 def format_online_probe(probe: OnlineProbe | None, selection: dict[str, Any]) -> dict[str, Any] | None:
     """The online probe of the encoder that the run leaves; None where labels do not suffice."""
-    value = selection["figures"].get("probe")
+    value = selection["metrics"].get("probe")
     return None if probe is None or value is None else {"value": value, **probe.protocol}
 
 
@@ -34,7 +34,7 @@ def build_pretrain_summary(
         name: {
             "first": _replace_non_finite(history.curve(name)[0]),
             "last": _replace_non_finite(history.curve(name)[-1]),
-            "held_out": _replace_non_finite(history.held_out[name][0]) if name in history.held_out else None,
+            "val": _replace_non_finite(history.held_out[name][0]) if name in history.held_out else None,
         }
         for name in history.chance_levels()
     }
@@ -49,21 +49,23 @@ def build_pretrain_summary(
         "chance": history.chance_levels(),
         "diagnostics": history.diagnostics(),
         "verdict": report.verdict,
-        "verdict_why": report.why,
-        "what_to_try": ADVICE[report.verdict],
-        "verdicts": [dict(zip(("step", "verdict", "why"), change, strict=True)) for change in history.verdict_changes],
+        "verdict_reason": report.why,
+        "advice": ADVICE[report.verdict],
+        "verdict_changes": [
+            dict(zip(("step", "verdict", "reason"), change, strict=True)) for change in history.verdict_changes
+        ],
         "rankme": _replace_non_finite(history.rankme),
         "feature_std": _replace_non_finite(history.feature_std),
         "alignment": _replace_non_finite(history.measures.get("alignment", math.nan)),
         "uniformity": _replace_non_finite(history.measures.get("uniformity", math.nan)),
         "seconds_per_step": history.seconds_per_step,
-        "data_wait_fraction": history.data_wait_fraction,
+        "dataloader_wait_fraction": history.dataloader_wait_fraction,
         "peak_memory_bytes": peak_memory(),
         "device": str(trainer.strategy.root_device),
         "precision": str(trainer.precision),
         "config_hash": config.hash,
         "index_hash": cohort.index.hash,
-        "overlap": cohort.overlap,
+        "train_val_duplicates": cohort.overlap,
         "versions": collect_versions(),
     }
 

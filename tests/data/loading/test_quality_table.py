@@ -64,14 +64,14 @@ def test_all_pairs_agree_with_the_obvious_way() -> None:
 
 def test_alike_images_of_two_subjects_are_flagged_and_those_of_one_are_told() -> None:
     rows = flag_images(people("p", "p", "q", "r", "r"), hashed(0b0, 0b11, 0b1111, 0xFF << 40, None))
-    assert [(row.nearest, row.distance) for row in rows] == [
+    assert [(row.nearest_other_subject, row.hamming_other_subject) for row in rows] == [
         ("i2", 4),
         ("i2", 2),
         ("i1", 2),
         (None, None),
         (None, None),
     ]
-    assert [(row.nearest_own, row.distance_own) for row in rows[:2]] == [("i1", 2), ("i0", 2)]
+    assert [(row.nearest_same_subject, row.hamming_same_subject) for row in rows[:2]] == [("i1", 2), ("i0", 2)]
     assert [row.flags for row in rows] == [("near-duplicate",)] * 3 + [()] * 2
     assert count_flags(rows) == {"near-duplicate": 3}
 
@@ -92,7 +92,7 @@ def test_flags_stand_behind_what_the_reader_said_and_replace_earlier_ones() -> N
 def test_images_without_a_hash_and_without_figures_are_no_ones_neighbour() -> None:
     rows = flag_images(people("p", "q", "r"), hashed(None, None))
     assert [row.image for row in rows] == ["i0", "i1"]
-    assert not any(row.nearest or row.nearest_own for row in rows)
+    assert not any(row.nearest_other_subject or row.nearest_same_subject for row in rows)
     assert flag_images([], {}) == ()
 
 
@@ -122,7 +122,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert read_quality(tmp_path / "elsewhere") == ()
 
 
-@pytest.mark.parametrize("change", [("256", "many"), ("levels", "shades"), ("0.0,0.1", "0.0")])
+@pytest.mark.parametrize("change", [("256", "many"), ("n_unique_values", "shades"), ("0.0,0.1", "0.0")])
 def test_a_damaged_table_is_refused(tmp_path: Path, change: tuple[str, str]) -> None:
     write_quality(
         tmp_path,
@@ -157,7 +157,7 @@ def test_copies_among_real_crops_are_found_and_no_two_crops_are_copies(shared_da
         noisy = 0.3 * array + 5 + rng.normal(0, 0.3 * 0.02 * np.percentile(array, 99), array.shape)
         figures[copy.image] = measure_quality(volumes[original.image].with_array(noisy.astype(np.float32)))
     rows = {row.image: row for row in flag_images([*index.records, *copies], figures)}
-    assert [rows[c.image].nearest for c in copies] == [c.image.removeprefix("copy of ") for c in copies]
+    assert [rows[c.image].nearest_other_subject for c in copies] == [c.image.removeprefix("copy of ") for c in copies]
     assert sum("near-duplicate" in row.flags for row in rows.values()) == 2 * len(copies)
 
 

@@ -231,15 +231,15 @@ class TestStored:
         write_splits(path, index, splits, train, seed=seed, labelled_records=train[:1])
         assert read_splits(path) == splits
         rows = list(csv.DictReader(path.open()))
-        assert [row["image"] for row in rows if row["used"] == "yes"] == [r.image for r in train[:1]]
-        assert all((row["budget"] == "") == (row["split"] != "train") for row in rows)
+        assert [row["image"] for row in rows if row["used_for_training"] == "yes"] == [r.image for r in train[:1]]
+        assert all((row["label_rank"] == "") == (row["split"] != "train") for row in rows)
         for labelled in (1, 3, 7):
             chosen = select_label_budget(train, labelled=labelled, seed=seed) if train else ()
             last = max(
-                (int(row["budget"]) for row in rows if row["image"] in {r.image for r in chosen}),
+                (int(row["label_rank"]) for row in rows if row["image"] in {r.image for r in chosen}),
                 default=0,
             )
-            assert {row["image"] for row in rows if row["budget"] and int(row["budget"]) <= last} == {
+            assert {row["image"] for row in rows if row["label_rank"] and int(row["label_rank"]) <= last} == {
                 r.image for r in chosen
             }
 

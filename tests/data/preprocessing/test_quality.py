@@ -55,17 +55,17 @@ class TestFigures:
     def test_air_is_empty_also_where_it_is_noisy(self) -> None:
         clean = anatomy(64, 64, 32)
         noisy = np.hypot(clean + RNG.normal(0, 4, clean.shape), RNG.normal(0, 4, clean.shape))
-        assert measure_quality(volume(clean)).empty == pytest.approx((clean == 0).mean(), abs=1e-6)
-        assert measure_quality(volume(noisy)).empty == pytest.approx((clean == 0).mean(), abs=0.02)
+        assert measure_quality(volume(clean)).background_fraction == pytest.approx((clean == 0).mean(), abs=1e-6)
+        assert measure_quality(volume(noisy)).background_fraction == pytest.approx((clean == 0).mean(), abs=0.02)
 
     def test_range_levels_and_saturation_are_counted(self) -> None:
         ramp = np.arange(40_000.0).reshape(200, 200) - 7
         found = measure_quality(volume(ramp, (1.0, 1.0, 1.0)))
-        assert (found.minimum, found.maximum, found.levels) == (-7, 39_992, MAX_LEVELS)
+        assert (found.minimum, found.maximum, found.n_unique_values) == (-7, 39_992, MAX_LEVELS)
         assert (found.p1, found.median, found.p99) == pytest.approx((392.99, 19992.5, 39592.01))
         assert found.saturated == 1 / 40_000
         clipped = measure_quality(volume(np.minimum(ramp // 4000, 5)))
-        assert clipped.levels == 7  # -1 to 5
+        assert clipped.n_unique_values == 7  # -1 to 5
         assert clipped.saturated == pytest.approx(0.5, abs=0.001)
 
     def test_a_tiny_or_flat_image_has_no_noise_figure(self) -> None:
@@ -93,7 +93,7 @@ class TestFlags:
         at = {flag.metric: flag.threshold for flag in FLAGS.values()}
         assert list_flags(at) == ()
         assert list_flags(dict.fromkeys(at)) == ()
-        assert list_flags({**at, "distance": 4, "levels": 15}) == ("few-levels", "near-duplicate")
+        assert list_flags({**at, "hamming_other_subject": 4, "n_unique_values": 15}) == ("few-levels", "near-duplicate")
 
 
 class TestHash:

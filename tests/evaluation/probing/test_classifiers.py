@@ -30,15 +30,15 @@ def test_there_are_no_more_neighbours_than_labels() -> None:
 
 def test_with_fewer_than_three_of_a_class_the_penalty_is_fixed_and_says_so() -> None:
     y = np.array([0] * 10 + [1] * 2)
-    assert linear_probe(noise(12, 4), y, noise(2, 4), seed=0).settings == {"c": 0.25, "c_from": "fixed"}
+    assert linear_probe(noise(12, 4), y, noise(2, 4), seed=0).settings == {"c": 0.25, "c_source": "fixed"}
     y[2] = 1
-    assert linear_probe(noise(12, 4), y, noise(2, 4), seed=0).settings["c_from"] == "cross-validation"
+    assert linear_probe(noise(12, 4), y, noise(2, 4), seed=0).settings["c_source"] == "cross-validation"
 
 
 def test_three_images_of_one_subject_are_one_for_the_cross_validation() -> None:
     y = np.array([0] * 9 + [1] * 3)
     groups = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9])
-    assert linear_probe(noise(12, 4), y, noise(2, 4), seed=0, groups=groups).settings["c_from"] == "fixed"
+    assert linear_probe(noise(12, 4), y, noise(2, 4), seed=0, groups=groups).settings["c_source"] == "fixed"
 
 
 @pytest.mark.parametrize("by_subject", [True, False])

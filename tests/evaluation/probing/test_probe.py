@@ -83,7 +83,7 @@ def test_every_arm_has_a_row_for_each_budget_and_seed_and_its_cases_give_its_met
         *[("random", "10", 0), ("random", "100%", 0), ("random", "10", 1)],
         *[("pixels", "10", 0), ("pixels", "10", 1), ("pixels", "100%", 0)],
     ]
-    assert (found["n"], found["maps"], found["classes"], found["seen"]) == (20, [0, 1], ["0", "1"], None)
+    assert (found["n"], found["maps"], found["classes"], found["contamination"]) == (20, [0, 1], ["0", "1"], None)
     table = pq.read_table(tmp_path / "out" / "cases.parquet")
     assert table.schema.metadata[b"schema_version"] == b"1"
     rows = table.to_pylist()
@@ -167,8 +167,11 @@ def test_validation_images_and_subjects_that_pretraining_saw_are_counted_and_ref
     cases = [(compute_fingerprint(index.open(val[0])), "another"), *(("", record.subject) for record in val[1:4])]
     TrainingHistory().extended("pretrain", cases).write(folder / "encoder")
     found = probe(folder, index, tmp_path / "out", ProbeOptions(baselines=False))
-    assert found["seen"] == {"pretrain": {"images": 1, "subjects": 3}, "finetune": {"images": 0, "subjects": 0}}
-    assert found["overlap"] == {"images": 0, "subjects": 0}
+    assert found["contamination"] == {
+        "pretrain": {"images": 1, "subjects": 3},
+        "finetune": {"images": 0, "subjects": 0},
+    }
+    assert found["train_val_duplicates"] == {"images": 0, "subjects": 0}
     with pytest.raises(
         UserError, match=r"seen in pretraining 1 image, 3 subjects.* --fail-on-contamination allows none"
     ):

@@ -156,7 +156,7 @@ def test_a_series_gets_a_segmentation_and_a_report_that_refer_to_it(
     folder = shared_data / "mri-dicom" / "Study1" / "13_HCropVolume"
     (row,) = answered(packages["segmenter"], folder, tmp_path)
     assert list(row)[:-3] == ["image", "file", "report", "ml_anterior", "ml_posterior"]
-    assert list(row)[-3:] == ["ood_score", "ood", "ood_by"]
+    assert list(row)[-3:] == ["ood_score", "ood", "ood_feature_group"]
     assert [cells["file"] for cells in rows_of(tmp_path / "predictions.csv")] == [row["file"]]
     seg, report = (pydicom.dcmread(tmp_path / row[name]) for name in ("file", "report"))
     source = pydicom.dcmread(next(folder.glob("*.dcm")))
@@ -314,7 +314,7 @@ def test_x_rays_get_a_report_of_probabilities_and_the_operating_point(
 
 
 @pytest.mark.parametrize(("score", "flag"), [(0.7312, "No"), (2.5, "Yes"), (3e38, "Yes")])
-def test_a_report_carries_the_score_and_the_flag_of_the_guard(
+def test_a_report_carries_the_score_and_the_flag_of_the_ood_detector(
     score: float, flag: str, shared_data: Path, packages: dict[str, Package], equipment: Equipment, tmp_path: Path
 ) -> None:
     verdict = OODResult(score, "features")
@@ -332,6 +332,7 @@ def test_a_report_carries_the_score_and_the_flag_of_the_guard(
         found = told(pydicom.dcmread(tmp_path / f"{number}.sr.dcm"))
         assert found["ood"] == flag
         assert found["ood-score"] == pytest.approx(min(score, 1e6))
+        assert (tmp_path / f"{number}.sr.dcm").read_bytes().count(b"Out-of-distribution detector") == 1
     assert dciodvfy_errors(*sorted(tmp_path.glob("*.sr.dcm"))) == []
     silent = told(build_volumes_report(made, [1.0, 1.0], source, equipment))
     assert not {"ood", "ood-score"} & silent.keys()

@@ -68,10 +68,10 @@ def test_the_size_of_crops_tells_until_all_have_one_field_of_view(source: Path, 
         cohort(source, tmp_path, [{"op": "normalise"}]), kind="classifier", classes=CLASSES, window=[12, 10, 9]
     )
     common = audit(cohort(source, tmp_path, CENTRE), kind="classifier", classes=CLASSES, window=[8, 8, 8])
-    before, after = ({one.name: one.told.auroc["value"] for one in found.shortcuts} for found in (crops, common))
-    assert before["size as read"] == before["size as seen"] == before["padding"] == 1.0
-    assert after["size as read"] == 1.0
-    assert after["size as seen"] == after["padding"] == 0.5
+    before, after = ({one.name: one.prediction.auroc["value"] for one in found.shortcuts} for found in (crops, common))
+    assert before["raw size"] == before["input size"] == before["padding"] == 1.0
+    assert after["raw size"] == 1.0
+    assert after["input size"] == after["padding"] == 0.5
 
 
 def test_a_group_is_told_from_pixels_and_encoder_and_metrics_come_group_by_group(source: Path, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_group_is_told_from_pixels_and_encoder_and_metrics_come_group_by_group
     )
     probes = {(probe.column, probe.features): probe for probe in found.probes}
     assert set(probes) == {("site", "dim"), ("site", "pixels")}
-    assert all(probe.told.above_chance and probe.values == ("north", "south") for probe in probes.values())
+    assert all(probe.prediction.above_chance and probe.values == ("north", "south") for probe in probes.values())
     assert any(note.startswith("sex: not probed, because only 1 of 1") for note in found.notes)
     assert {(group.column, group.value, group.images) for group in found.groups} == {
         ("site", "north", 11),
@@ -100,9 +100,9 @@ def test_a_group_is_told_from_pixels_and_encoder_and_metrics_come_group_by_group
     assert found.models["dim"]["auroc"]["value"] == 0.5
     write_audit(tmp_path, found)
     written = json.loads((tmp_path / "audit.json").read_text())
-    assert written["schema_version"] == 1
+    assert written["schema_version"] == 2
     assert written["images"]["val"] == {"images": 20, "subjects": 20}
-    assert written["probes"][0]["told"]["chance"]["balanced_accuracy"] == 0.5
+    assert written["probes"][0]["prediction"]["chance"]["balanced_accuracy"] == 0.5
 
 
 def test_many_images_are_learnt_from_in_part_and_the_notes_say_so(
@@ -112,7 +112,7 @@ def test_many_images_are_learnt_from_in_part_and_the_notes_say_so(
     found = audit(cohort(source, tmp_path, CENTRE), kind="classifier", classes=CLASSES)
     assert found.notes == ("trained on 20 of 30 training images (seed 0)",)
     assert found.images["train"]["images"] == found.duplicates.images - 20 == 30
-    assert found.shortcuts[0].told.auroc["n"] == 20
+    assert found.shortcuts[0].prediction.auroc["n"] == 20
 
 
 def test_segmentation_has_no_shortcuts_and_says_so(source: Path, tmp_path: Path) -> None:

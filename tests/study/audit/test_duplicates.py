@@ -27,9 +27,11 @@ def found(pictures: dict[str, Volume], held: set[str]) -> tuple[tuple[tuple[str,
     splits: dict[str, Split] = {name: "val" if name in held else "train" for name in pictures}
     prints = {name: compute_fingerprint(volume) for name, volume in pictures.items()}
     got = find_duplicates(splits, prints, {name: measure_quality(volume) for name, volume in pictures.items()})
-    assert (got.images, got.unhashed) == (7, 1)
-    assert all(isinstance(pair, NearDuplicate) and 0 <= pair.bits <= got.bits for pair in got.near)
-    return got.exact, {(pair.trained, pair.held_out) for pair in got.near}
+    assert (got.images, got.n_unhashed) == (7, 1)
+    assert all(
+        isinstance(pair, NearDuplicate) and 0 <= pair.hamming_distance <= got.max_hamming_distance for pair in got.near
+    )
+    return got.exact, {(pair.train_image, pair.other_image) for pair in got.near}
 
 
 def test_a_copy_on_the_other_side_is_found_under_another_scale(pictures: dict[str, Volume]) -> None:

@@ -77,10 +77,10 @@ def test_three_classes_have_a_chance_of_a_third() -> None:
 
 
 def test_numbers_that_are_the_same_everywhere_are_at_exactly_chance() -> None:
-    found = measure_shortcut("size as seen", [{"voxels": 24.0}] * COUNT, sides(halves()))
-    assert not found.differs
-    assert found.told.auroc["value"] == 0.5
-    assert not found.told.above_chance
+    found = measure_shortcut("input size", [{"voxels": 24.0}] * COUNT, sides(halves()))
+    assert not found.varies
+    assert found.prediction.auroc["value"] == 0.5
+    assert not found.prediction.above_chance
 
 
 def test_the_labels_of_the_evaluation_split_are_not_learnt_from() -> None:

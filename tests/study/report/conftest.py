@@ -55,12 +55,12 @@ def write_study(
             labelled, level = BUDGETS[budget]
             for seed, subset, step in np.ndindex(2, 2, 2):
                 keys = {
-                    "init": init,
+                    "arm": init,
                     "protocol": "frozen" if init == "anchor" else "finetune",
                     "pretrain_seed": seed,
                     "subset_seed": subset,
                 }
-                keys |= {"budget": budget, "labelled": labelled, "step": 20 if step == 0 else None}
+                keys |= {"budget": budget, "n_labelled": labelled, "step": 20 if step == 0 else None}
                 values = np.clip(level + gain - 0.1 * (step == 0) + hard + rng.normal(0, 0.01, SUBJECTS), 0, 1)
                 for case, dice in enumerate(values):
                     own = {**keys, "subject": f"s-{case:012x}", "case": f"case{case:02d}"}
@@ -84,7 +84,7 @@ def summary_of(name: str, budgets: tuple[str, ...]) -> dict[str, Any]:
     rate = {"lr": 0.003, "multiple": 3.0, "from": "selection", "scores": {"1": 0.61, "3": 0.64}}
     size = {"images": 80, "subjects": 80}
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "command": "study",
         "task": "segmentation",
         "complete": True,
@@ -110,16 +110,16 @@ def summary_of(name: str, budgets: tuple[str, ...]) -> dict[str, Any]:
                 for t in (0, 1)
             },
         },
-        "overlap": {"images": 0, "subjects": 0},
-        "seen": {"dim": [seen, seen]},
+        "train_val_duplicates": {"images": 0, "subjects": 0},
+        "contamination": {"dim": [seen, seen]},
         "strict": False,
-        "too_small_to_choose": {},
+        "no_lr_selection": {},
         "rejected_cases": 0,
-        "repeat": "medim study --encoder dim=runs/a,runs/b",
+        "command_line": "medim study --encoder dim=runs/a,runs/b",
         "learning_rates": {arm: dict.fromkeys(budgets, rate) for arm in ("scratch", "dim")},
         "cells": {"all": 24, "done": 24, "left": [], "failed": []},
         "cell_hours": 0.5,
-        "resumed_cells": 1,
+        "n_resumed_cells": 1,
         "peak_memory_bytes": 10**9,
         "device": "cpu",
         "config_hash": "0123456789ab",
@@ -149,28 +149,28 @@ def audit_of(**auroc: float) -> dict[str, Any]:
         both = {"auroc": metric(value), "balanced_accuracy": metric(value)}
         return {**both, "chance": {"auroc": 0.5}, "above_chance": value > 0.55, "classifier": "gradient boosting"}
 
-    names = ("size as read", "size as seen", "padding", "intensity as read", "intensity as seen")
+    names = ("raw size", "input size", "padding", "raw intensity", "input intensity")
     values = {name: auroc.get(name.replace(" ", "_"), 0.5) for name in names}
     group = {"model": "dim, 80 labels", "column": "site", "images": 8, "subjects": 8}
     few = {"value": "south", "images": 4, "subjects": 4, "metrics": None}
     size = {"images": 12, "subjects": 12}
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "images": dict.fromkeys(("train", "val", "test"), size),
         "duplicates": {
             "exact": [],
-            "near": [{"trained": "image20", "held_out": "image3", "bits": 2}],
-            "bits": 3,
+            "near": [{"train_image": "image20", "other_image": "image3", "hamming_distance": 2}],
+            "max_hamming_distance": 3,
             "images": 92,
-            "unhashed": 0,
+            "n_unhashed": 0,
         },
         "shortcuts": [
-            {"name": name, "features": ["voxels"], "differs": value != 0.5, "told": told(value)}
+            {"name": name, "features": ["voxels"], "varies": value != 0.5, "prediction": told(value)}
             for name, value in values.items()
         ],
         "models": {"dim, 80 labels": {"auroc": metric(0.9), "balanced_accuracy": metric(0.8), "dice": metric(0.9)}},
         "probes": [
-            {"column": "site", "features": name, "values": ["north", "south"], "left_out": [], "told": told(0.7)}
+            {"column": "site", "features": name, "values": ["north", "south"], "excluded": [], "prediction": told(0.7)}
             for name in ("dim", "pixels")
         ],
         "groups": [{**group, "value": "north", "metrics": {"dice": metric(0.9)}}, {**group, **few}],

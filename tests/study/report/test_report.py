@@ -88,13 +88,13 @@ def test_a_planted_null_is_no_evidence_of_a_benefit(study_of: Study) -> None:
 def test_harm_at_another_budget_and_labels_that_no_budget_paid_make_a_benefit_doubtful(study_of: Study) -> None:
     folder = study_of(0.1)
     assert banner(write_study_page(folder).read_text(), "verdict")[0] == "good"
-    change(folder, chosen_with_labels={"dim": 60})
+    change(folder, n_selection_labels={"dim": 60})
     state, _, text = banner(write_study_page(folder).read_text(), "verdict")
     assert state == "care"
     assert "Labels outside the budgets selected the pretraining step of: dim (60)" in text
     found = read_json(folder / "summary.json")["comparisons"]
     found["rows"][-1]["verdict"] = "harm"
-    change(folder, chosen_with_labels={}, comparisons=found)
+    change(folder, n_selection_labels={}, comparisons=found)
     state, _, text = banner(write_study_page(folder).read_text(), "verdict")
     assert (state, "Pretraining is worse than from scratch for: dim with 80 labels." in text) == ("care", True)
 
@@ -122,7 +122,7 @@ def test_an_encoder_that_learnt_nothing_makes_a_benefit_doubtful(study_of: Study
         "curves": [],
     }
     arms = {"dim": [run, {**run, "verdict": "learning"}]}
-    write_json(folder / "pretraining.json", {"schema_version": 1, "arms": arms})
+    write_json(folder / "pretraining.json", {"schema_version": 2, "arms": arms})
     state, _, text = banner(write_study_page(folder).read_text(), "verdict")
     assert state == "care"
     assert "Unhealthy runs among 2 pretraining runs of dim: at-chance." in text
@@ -216,9 +216,9 @@ def test_contamination_takes_the_green_from_a_benefit(study_of: Study, counts: A
     ("auroc", "state", "said"),
     [
         ({}, "good", ""),
-        ({"size_as_read": 0.8, "intensity_as_read": 0.95, "intensity_as_seen": 0.8}, "good", ""),  # less than the model
+        ({"raw_size": 0.8, "raw_intensity": 0.95, "input_intensity": 0.8}, "good", ""),  # less than the model
         ({"padding": 0.6}, "care", "can be predicted without the image content, from padding (AUROC 0.600)"),
-        ({"intensity_as_seen": 0.88}, "care", "from intensity as seen (AUROC 0.880)"),  # as well as the model
+        ({"input_intensity": 0.88}, "care", "from input intensity (AUROC 0.880)"),  # as well as the model
     ],
 )
 def test_a_shortcut_takes_the_green_from_a_benefit_where_it_may_be_all_that_was_learnt(
@@ -230,15 +230,15 @@ def test_a_shortcut_takes_the_green_from_a_benefit_where_it_may_be_all_that_was_
     for section in ("verdict", "counts", "leaks"):
         assert banner(html, section)[0] == state
         assert said in " ".join(banner(html, section))
-    assert f"{auroc.get('size_as_read', 0.5):.3f} (" in html.split("AUROC of the image size alone")[1][:200]
+    assert f"{auroc.get('raw_size', 0.5):.3f} (" in html.split("AUROC of the image size alone")[1][:200]
     assert "the best model 0.900 (0.850 to 0.950)" in html
 
 
 def test_the_audit_stands_on_the_page_with_its_figure_groups_and_look_alikes(study_of: Study) -> None:
     folder = study_of(0.1)
-    write_json(folder / "audit.json", audit_of(size_as_seen=0.8))
+    write_json(folder / "audit.json", audit_of(input_size=0.8))
     section = write_study_page(folder).read_text().split('id="leaks"')[1].split("</section>")[0]
-    assert re.search(r"<desc[^>]*>dim, 80 labels 0\.900 \(0\.850 to 0\.950\); size as read 0\.500", section)
+    assert re.search(r"<desc[^>]*>dim, 80 labels 0\.900 \(0\.850 to 0\.950\); raw size 0\.500", section)
     for text in ("site: north", "too few subjects", "north, south", "image20", "the same for all images"):
         assert text in section
     assert "sex: not probed" in section
@@ -270,7 +270,7 @@ def test_the_checklists_have_every_item_once_and_in_order() -> None:
 def test_labels_that_chose_an_encoders_step_stand_in_the_methods(study_of: Study) -> None:
     folder = study_of(0.1)
     assert "A probe with training labels" not in write_study_page(folder).read_text()
-    write_json(folder / "summary.json", {**read_json(folder / "summary.json"), "chosen_with_labels": {"dim": 60}})
+    write_json(folder / "summary.json", {**read_json(folder / "summary.json"), "n_selection_labels": {"dim": 60}})
     assert "A probe with training labels (their number in brackets) selected that of: dim (60)" in (
         write_study_page(folder).read_text()
     )

@@ -43,7 +43,7 @@ def test_the_value_is_the_mean_of_all_pairs() -> None:
     found = paired_difference(cells(ours), cells(theirs), SUBJECTS)  # type: ignore[arg-type]
     assert found.value == pytest.approx((ours - theirs).mean())
     assert (found.seeds, found.subsets, found.subjects) == (3, 5, 20)
-    assert found.over == ("seeds", "subsets", "subjects")
+    assert found.variance_sources == ("seeds", "subsets", "subjects")
     assert found.low < found.value < found.high
 
 
@@ -75,7 +75,7 @@ def test_one_run_gives_the_t_interval_of_its_subjects() -> None:
     found = compute_interval(scores)
     assert found.df == pytest.approx(19)
     assert found.error == pytest.approx(values[::2].std(ddof=1) / np.sqrt(20), rel=0.02)
-    assert found.over == ("subjects",)
+    assert found.variance_sources == ("subjects",)
 
 
 def test_noise_of_subjects_is_not_counted_again_as_scatter_of_runs() -> None:
@@ -111,7 +111,7 @@ def test_degrees_of_freedom_never_fall_below_those_of_the_least_certain_part() -
 def test_an_interval_says_what_it_speaks_of(shape: tuple[int, int], over: tuple[str, ...], scope: str) -> None:
     values = np.random.default_rng(5).normal(0, 1, (*shape, 40))
     found = compute_interval(compute_scores(cells(values), draw_resamples(SUBJECTS)))  # type: ignore[arg-type]
-    assert (found.over, found.scope_text) == (over, scope)
+    assert (found.variance_sources, found.scope_text) == (over, scope)
 
 
 def test_a_single_number_has_no_interval() -> None:
@@ -200,7 +200,7 @@ def test_results_are_json_and_the_same_each_time() -> None:
         return json.dumps([asdict(c) for c in compare_to_scratch(pairs)], allow_nan=False)
 
     assert run() == run()
-    assert json.loads(run())[0]["difference"]["over"] == ["seeds", "subsets", "subjects"]
+    assert json.loads(run())[0]["difference"]["variance_sources"] == ["seeds", "subsets", "subjects"]
 
 
 def test_arms_without_any_difference_have_an_interval_of_zero_width() -> None:

@@ -63,14 +63,14 @@ def test_a_budget_counts_images_and_the_validation_subjects_are_never_trained_on
     summary = finetune(finetune_config, cohort_index, tmp_path / "run", labelled=4, store=store)
     rows = rows_of(tmp_path / "run")
     splits = assign_splits(cohort_index)
-    trained_on = {row["subject"] for row in rows if row["used"] == "yes"}
+    trained_on = {row["subject"] for row in rows if row["used_for_training"] == "yes"}
     held_out = {r.subject for r in cohort_index.records if splits[r.image] == "val"}
-    assert summary["labelled"] == 4
+    assert summary["n_labelled"] == 4
     assert len(trained_on) == 2
     assert not held_out & trained_on
     assert {row["image"]: row["split"] for row in rows} == splits
-    assert {row["budget"] for row in rows if row["used"] == "yes"} == {"1", "2"}
-    assert all((row["budget"] == "") == (row["split"] != "train") for row in rows)
+    assert {row["label_rank"] for row in rows if row["used_for_training"] == "yes"} == {"1", "2"}
+    assert all((row["label_rank"] == "") == (row["split"] != "train") for row in rows)
 
 
 def test_the_encoder_starts_from_the_pretrained_weights_and_its_twin_does_not(
@@ -154,7 +154,7 @@ def test_the_way_is_measured_at_the_steps_asked_for_and_changes_nothing(
     with (tmp_path / "measured" / "history.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["name"] == "val/dice"]
     assert [int(row["step"]) for row in rows] == [2, 6]
-    assert float(rows[-1]["held_out"]) == pytest.approx(summary["val"]["metrics"]["dice"]["value"])
+    assert float(rows[-1]["val"]) == pytest.approx(summary["val"]["metrics"]["dice"]["value"])
 
 
 def test_every_validation_case_is_written(
@@ -187,8 +187,8 @@ def test_an_encoder_pretrained_on_the_same_index_has_not_seen_its_validation_spl
     one = finetune_config.model_copy(update={"max_steps": 1})
     summary = finetune(one, cohort_index, tmp_path / "run", encoder=encoder, labelled=4, strict=True, store=store)
     none = {"images": 0, "subjects": 0}
-    assert summary["seen"] == {"pretrain": none, "finetune": none}
-    assert summary["overlap"] == none
+    assert summary["contamination"] == {"pretrain": none, "finetune": none}
+    assert summary["train_val_duplicates"] == none
     seen = load_training_history(tmp_path / "run")
     assert seen
     assert [(o.kind, len(o.images), len(o.subjects)) for o in seen.training_sets] == [
@@ -206,7 +206,7 @@ def test_validation_images_that_the_encoder_has_seen_are_counted_and_refused_whe
     pretrained = {image for image, part in assign_splits(cohort_index).items() if part == "train"}
     shared = [row for row in rows_of(tmp_path / "run") if row["split"] == "val" and row["image"] in pretrained]
     expected = {"images": len(shared), "subjects": len({row["subject"] for row in shared})}
-    assert summary["seen"] == {"pretrain": expected, "finetune": {"images": 0, "subjects": 0}}
+    assert summary["contamination"] == {"pretrain": expected, "finetune": {"images": 0, "subjects": 0}}
     assert shared
     with pytest.raises(
         UserError, match=f"seen in pretraining {len(shared)} images.* --fail-on-contamination allows none"
@@ -225,7 +225,7 @@ def test_what_an_encoder_without_a_record_has_seen_is_not_known(
     (encoder / "encoder" / "fingerprints.json").unlink()
     summary = finetune(one, cohort_index, tmp_path / "run", encoder=encoder, labelled=4, store=store)
     seen = load_training_history(tmp_path / "run")
-    assert summary["seen"] is None
+    assert summary["contamination"] is None
     assert seen
     assert (seen.unknown_kinds, [origin.kind for origin in seen.training_sets]) == (("pretrain",), ["finetune"])
     with pytest.raises(UserError, match=r"unknown: the weights have no fingerprints\.json"):
@@ -354,7 +354,7 @@ def test_classification_tells_bright_pictures_from_striped_ones(tmp_path: Path) 
     )
     assert isinstance(config, FinetuneConfig)
     summary = finetune(config, index, tmp_path / "run", labelled=16, store=tmp_path / "store")
-    assert summary["labelled"] == 16
+    assert summary["n_labelled"] == 16
     assert summary["val"]["metrics"]["auroc"]["value"] > 0.95
 
 

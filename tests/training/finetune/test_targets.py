@@ -119,7 +119,14 @@ def test_a_package_answers_with_a_probability_a_finding_and_no_class(
 ) -> None:
     package = export(run, tmp_path / "package")
     rows = predict(package, index, tmp_path / "out")
-    assert set(rows[0]) == {"image", "file", *(f"probability_{name}" for name in NAMES), "ood_score", "ood", "ood_by"}
+    assert set(rows[0]) == {
+        "image",
+        "file",
+        *(f"probability_{name}" for name in NAMES),
+        "ood_score",
+        "ood",
+        "ood_feature_group",
+    }
     truth = {record.image: str(record.label) for record in index.records}
     for place, name in enumerate(("left", "top")):
         told = [truth[row["image"]].split("|")[place][0] for row in rows]

@@ -190,7 +190,7 @@ def test_a_validation_is_counted_by_the_images_that_it_encodes(pretrain_config: 
     )
 
 
-def test_the_guard_looks_at_no_more_images_than_it_does_in_the_run(
+def test_the_ood_detector_looks_at_no_more_images_than_it_does_in_the_run(
     pretrain_config: PretrainConfig, parts: Parts
 ) -> None:
     train, held_out = parts[0] * 50, parts[1] * 2

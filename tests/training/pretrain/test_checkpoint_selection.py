@@ -45,15 +45,15 @@ def test_the_latest_step_within_one_error_of_the_best_is_kept(scores: list[float
     selection.restore(module, last_step=3)
     assert selection.step == step == module.step.item()
     told = selection.summary(3)
-    assert (told["step"], told["by"], told["of_steps"]) == (step, "probe", 3)
-    assert told["figures"]["probe"] == scores[step - 1]
+    assert (told["step"], told["criterion"], told["last_step"]) == (step, "probe", 3)
+    assert told["metrics"]["probe"] == scores[step - 1]
 
 
 def test_where_nothing_could_be_kept_the_last_step_is_left_and_said() -> None:
     selection, module = chosen([math.nan, math.nan], 0.1)
     selection.restore(module, last_step=2)
     assert module.step.item() == 2
-    assert (selection.summary(2)["by"], selection.summary(2)["best_step"]) == ("last_step", None)
+    assert (selection.summary(2)["criterion"], selection.summary(2)["best_step"]) == ("last_step", None)
 
 
 def test_a_selection_lives_through_a_checkpoint(tmp_path: Path) -> None:

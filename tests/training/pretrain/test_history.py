@@ -192,7 +192,7 @@ def test_times_are_those_of_the_steps() -> None:
     for step in range(1, 4):
         train(history, step, local_dim=Term(torch.tensor(1.0)))
     assert history.seconds_per_step > 0
-    assert 0 <= history.data_wait_fraction <= 1
+    assert 0 <= history.dataloader_wait_fraction <= 1
 
 
 def test_a_smaller_held_out_batch_is_judged_by_its_own_chance_level() -> None:
@@ -269,7 +269,7 @@ def test_what_objectives_watch_is_kept_in_training_and_held_out() -> None:
     history.on_validation_end(trainer, MODULE)
     found = history.diagnostics()
     assert list(found) == ["dim/retrieval"]
-    assert found["dim/retrieval"] == pytest.approx({"last": sum(range(11, 31)) / 2000, "held_out": 0.3})
+    assert found["dim/retrieval"] == pytest.approx({"last": sum(range(11, 31)) / 2000, "val": 0.3})
 
 
 def test_a_verdict_is_said_once_at_the_step_where_it_changes(caplog: pytest.LogCaptureFixture) -> None:

@@ -77,7 +77,7 @@ def test_a_probe_tells_subjects_apart_where_features_do(config: PretrainConfig, 
     measured = found(Brightness())
     assert measured["probe"] == 1
     assert measured["probe_error"] > 0, "a few cases without a mistake prove little"
-    assert (found.protocol["neighbours"], found.protocol["asked"], found.n_labels) == (40, 20, 60)
+    assert (found.protocol["n_neighbours"], found.protocol["n_queries"], found.n_labels) == (40, 20, 60)
 
 
 @pytest.mark.parametrize("val", [one_class, lambda truth: 1 - truth])

@@ -49,7 +49,7 @@ def test_a_run_leaves_what_the_contract_lists(undisturbed: Path) -> None:
     assert summary["chance"]["coordinates"] == pytest.approx(3 * math.log(8))
     assert summary["chance"]["prior_matching"] is None
     assert summary["verdict"] in {"learning", "at-chance", "collapsed", "diverged"}
-    assert all(summary["loss"][name]["held_out"] is not None for name in names)
+    assert all(summary["loss"][name]["val"] is not None for name in names)
     assert summary["peak_memory_bytes"] > 0 < summary["seconds_per_step"]
     assert yaml.safe_load((undisturbed / "config.yaml").read_text())["max_steps"] == 6
     steps = {int(row["step"]) for row in csv.DictReader((undisturbed / "history.csv").open()) if row["loss"]}
@@ -59,7 +59,7 @@ def test_a_run_leaves_what_the_contract_lists(undisturbed: Path) -> None:
 def test_a_run_says_how_its_features_fare_and_which_step_it_leaves(undisturbed: Path) -> None:
     summary = json.loads((undisturbed / "summary.json").read_text())
     rows = list(csv.DictReader((undisturbed / "history.csv").open()))
-    measured = {row["name"]: int(row["step"]) for row in rows if row["held_out"]}
+    measured = {row["name"]: int(row["step"]) for row in rows if row["val"]}
     assert {"rankme", "feature_std", "alignment", "uniformity"} <= set(measured)
     assert {row["name"] for row in rows if row["name"].startswith("gradient_norm/") and float(row["loss"]) > 0} == {
         f"gradient_norm/{part}" for part in ("encoder", "local_dim", "coordinates")
@@ -67,11 +67,11 @@ def test_a_run_says_how_its_features_fare_and_which_step_it_leaves(undisturbed: 
     assert 0 <= summary["alignment"] <= 4
     assert summary["uniformity"] <= 0
     assert summary["probe"] is None, "these images have no labels"
-    chosen = summary["selected"]
-    assert chosen["by"] in {"held_out_loss", "last_step"}
-    assert json.loads((undisturbed / "encoder" / "encoder.json").read_text())["selected"] == chosen
+    chosen = summary["checkpoint_selection"]
+    assert chosen["criterion"] in {"val_loss", "last_step"}
+    assert json.loads((undisturbed / "encoder" / "encoder.json").read_text())["checkpoint_selection"] == chosen
     assert f"those of step {chosen['step']} of 6" in (undisturbed / "encoder" / "card.md").read_text()
-    assert summary["verdicts"][-1]["verdict"] == summary["verdict"]
+    assert summary["verdict_changes"][-1]["verdict"] == summary["verdict"]
 
 
 def test_a_run_leaves_the_weights_of_the_step_it_has_chosen(
@@ -87,7 +87,11 @@ def test_a_run_leaves_the_weights_of_the_step_it_has_chosen(
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointSelection, "update", second)
         summary = pretrain(long, cohort_index, tmp_path / "long", store=tmp_path / "store")
-    assert (summary["selected"]["step"], summary["selected"]["of_steps"], summary["steps"]) == (2, 6, 6)
+    assert (
+        summary["checkpoint_selection"]["step"],
+        summary["checkpoint_selection"]["last_step"],
+        summary["steps"],
+    ) == (2, 6, 6)
     assert file_sha256(tmp_path / "long" / WEIGHTS) == file_sha256(tmp_path / "short" / WEIGHTS)
 
 
@@ -95,15 +99,18 @@ def test_a_run_leaves_its_split_and_what_it_has_seen(undisturbed: Path, cohort_i
     splits = assign_splits(cohort_index)
     rows = list(csv.DictReader((undisturbed / "split.csv").open()))
     assert {row["image"]: row["split"] for row in rows} == splits
-    assert sorted({row["budget"] for row in rows}) == ["", "1", "2", "3", "4", "5", "6"]
-    assert {row["used"] for row in rows} == {""}
+    assert sorted({row["label_rank"] for row in rows}) == ["", "1", "2", "3", "4", "5", "6"]
+    assert {row["used_for_training"] for row in rows} == {""}
     seen = load_training_history(undisturbed)
     assert seen
     cases = {r.image: (compute_fingerprint(cohort_index.open(r)), r.subject) for r in cohort_index.records}
     assert {image for image, case in cases.items() if seen.contains("pretrain", case)} == {
         image for image, part in splits.items() if part == "train"
     }
-    assert json.loads((undisturbed / "summary.json").read_text())["overlap"] == {"images": 0, "subjects": 0}
+    assert json.loads((undisturbed / "summary.json").read_text())["train_val_duplicates"] == {
+        "images": 0,
+        "subjects": 0,
+    }
 
 
 def test_the_loaded_encoder_gives_the_maps_and_summary_it_promises(undisturbed: Path) -> None:
@@ -170,7 +177,7 @@ def test_a_run_stopped_by_an_exception_and_resumed_ends_in_the_same_bytes(
     assert summary["resumed_from_steps"] == [4]
     assert file_sha256(undisturbed / WEIGHTS) == file_sha256(out / WEIGHTS)
     assert (out / "history.csv").read_bytes() == (undisturbed / "history.csv").read_bytes()
-    ignored = {"resumed_from_steps", "seconds", "seconds_per_step", "data_wait_fraction", "peak_memory_bytes"}
+    ignored = {"resumed_from_steps", "seconds", "seconds_per_step", "dataloader_wait_fraction", "peak_memory_bytes"}
     told = json.loads((undisturbed / "summary.json").read_text())
     assert {k: v for k, v in summary.items() if k not in ignored} == {k: v for k, v in told.items() if k not in ignored}
 
@@ -241,7 +248,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert "step-6.ckpt is corrupt and was renamed" in caplog.text
     summary = pretrain(pretrain_config, cohort_index, undisturbed, store=tmp_path / "store", resume=True)
     assert summary["resumed_from_steps"] == [4]
-    assert summary["damaged_checkpoints"] == ["step-6.ckpt"]
+    assert summary["corrupt_checkpoints"] == ["step-6.ckpt"]
     assert file_sha256(undisturbed / WEIGHTS) == expected
     assert find_newest_checkpoint(undisturbed / "checkpoints") == (newest, 6)
 
@@ -342,7 +349,7 @@ def test_objectives_of_two_views_run_to_a_summary(
     config = pretrain_config.model_copy(update={"objectives": [section], "decoder": decoder, "views": views})
     summary = pretrain(config, cohort_index, tmp_path / "run", store=tmp_path / "store")
     assert summary["chance"] == {section["name"]: pytest.approx(chance, abs=1e-3)}
-    assert math.isfinite(summary["loss"][section["name"]]["held_out"])
+    assert math.isfinite(summary["loss"][section["name"]]["val"])
     assert (tmp_path / "run" / "encoder" / "decoder.safetensors").is_file() == (decoder is not None)
 
 
@@ -374,7 +381,7 @@ def test_four_subjects_train_with_a_smaller_batch_and_claim_nothing(
     )
     summary = pretrain(pretrain_config, few, tmp_path / "run", store=tmp_path / "store")
     assert summary["verdict"] == "at-chance"
-    assert summary["loss"]["local_dim"]["held_out"] is None
+    assert summary["loss"]["local_dim"]["val"] is None
     assert summary["rankme"] is None
     assert "batch_size 4 exceeds the 3 training subjects" in caplog.text
     assert "validation subjects: 1" in caplog.text

@@ -45,7 +45,7 @@ def test_summaries_that_were_never_measured_are_not_flat() -> None:
     assert describe_collapse(math.nan, math.nan) == ""
 
 
-def test_every_bad_verdict_says_what_to_try() -> None:
+def test_every_bad_verdict_has_advice() -> None:
     assert set(ADVICE) == set(get_args(TrainingVerdict))
     assert all(ADVICE[verdict] for verdict in ADVICE if verdict != "learning")
 

@@ -87,7 +87,7 @@ def test_a_run_is_tracked_with_configuration_numbers_figures_and_no_name_of_its_
     assert run.info.status == "FINISHED"
     assert run.data.params["index_hash"] == cohort_index.hash
     assert run.data.params["encoder/name"] == "unet"
-    assert {"local_dim", "held_out/local_dim", "rankme", "system/disk_usage_percentage"} <= set(run.data.metrics)
+    assert {"local_dim", "val/local_dim", "rankme", "system/disk_usage_percentage"} <= set(run.data.metrics)
     assert run.data.tags["medim.version"] == medim.version.__version__
     assert not {"mlflow.user", "mlflow.source.name"} & set(run.data.tags)
     if (Path(medim.__file__).parents[1] / ".git").exists():

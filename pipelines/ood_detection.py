@@ -6,7 +6,7 @@ image is also transformed. Boxes of the same size in mm are cut at random from w
 the AUROC of its features alone, of the encoder's summary alone, and of the distance to the fifth nearest training image
 (Sun et al. 2022, "Out-of-Distribution Detection with Deep Nearest Neighbors").
 
-    python pipelines/guard.py --data mri-hippocampus --dicom mri-dicom --out studies/guard
+    python pipelines/ood_detection.py --data mri-hippocampus --dicom mri-dicom --out studies/ood
         --runs studies/mri/pretrained-150-0-0 studies/mri/encoder-0 --page docs/results.md
 """
 
@@ -61,7 +61,7 @@ def main() -> None:
     table = "\n\n".join(_format_ood_table(kind, run) for kind, run in results.items())
     print(table)
     if arguments.page:
-        write_section(arguments.page, "guard table", table)
+        write_section(arguments.page, "ood table", table)
 
 
 def measure_run(run: Path, index: Index, dicom: Index, store: Path) -> dict[str, Any]:
