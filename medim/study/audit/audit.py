@@ -219,8 +219,8 @@ def _probe_groups(
                 column=column,
                 features=name,
                 values=usable,
-                left_out=too_small,
-                told=predict_label(features[mask], split, seed=seed),
+                excluded=too_small,
+                prediction=predict_label(features[mask], split, seed=seed),
             )
 
 

@@ -73,7 +73,7 @@ def find_duplicates(
     return Duplicates(
         exact=exact,
         near=tuple(near),
-        bits=MAX_DUPLICATE_BITS,
+        max_hamming_distance=MAX_DUPLICATE_BITS,
         images=len(fingerprints),
-        unhashed=len(fingerprints) - len(keys),
+        n_unhashed=len(fingerprints) - len(keys),
     )

@@ -206,7 +206,7 @@ def test_a_study_without_results_has_a_page_that_says_so(study_of: Study) -> Non
     ],
 )
 def test_contamination_takes_the_green_from_a_benefit(study_of: Study, counts: Any, said: str) -> None:
-    html = write_study_page(change(study_of(0.1), seen={"dim": [counts, counts]})).read_text()
+    html = write_study_page(change(study_of(0.1), contamination={"dim": [counts, counts]})).read_text()
     assert banner(html, "verdict")[0] == "care"
     assert said in banner(html, "verdict")[2]
     assert ("3 images, 2 subjects" in html) == (counts is not None)
