@@ -161,8 +161,8 @@ def test_a_smaller_error_is_a_benefit_and_saves_labels(tmp_path: Path) -> None:
     rows = {(row["arm"], row["budget"]): row for row in comparisons["rows"]}
     assert rows["better", "10"]["difference"]["value"] == pytest.approx(-4, abs=0.2)
     assert rows["worse", "100"]["difference"]["value"] == pytest.approx(4, abs=0.2)
-    assert rows["better", "10"]["labels_saved"]["worth"]["value"]["value"] == pytest.approx(100, rel=0.1)
-    assert rows["worse", "100"]["labels_saved"]["worth"]["value"]["value"] == pytest.approx(10, rel=0.2)
+    assert rows["better", "10"]["labels_saved"]["equivalent_labels"]["value"]["value"] == pytest.approx(100, rel=0.1)
+    assert rows["worse", "100"]["labels_saved"]["equivalent_labels"]["value"]["value"] == pytest.approx(10, rel=0.2)
     assert rows["better", "10"]["time_to_scratch"]["level"] == pytest.approx(8, abs=0.2)
     assert rows["better", "100"]["time_to_scratch"]["steps"]["value"]["value"] <= 20
     assert rows["worse", "10"]["time_to_scratch"]["steps"]["value"]["censored"] == "more than"
