@@ -14,7 +14,9 @@ import re
 import secrets
 import unicodedata
 from collections.abc import Iterable, Iterator
+from datetime import datetime
 from functools import lru_cache
+from itertools import permutations
 from pathlib import Path, PurePath
 
 from medim.types import UserError
@@ -24,6 +26,9 @@ log = logging.getLogger(__name__)
 _TRANSLITERATIONS = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "å": "aa", "ø": "oe", "æ": "ae", "ß": "ss"})
 # A shorter identity matches only a whole path part, not a word in it: an ID such as "2" occurs in many names.
 _MIN_PARTIAL_LENGTH = 4
+_MIN_NAME_LENGTH = 2  # an initial occurs in many names of files
+_MAX_NUMBER_LENGTH = 16  # of an ID; a UID is longer and matches as a whole
+_MIN_DATE_LENGTH = 6  # day, month and year of two digits each
 
 
 def load_site_key() -> bytes:
@@ -99,18 +104,29 @@ def _hash_word(key: bytes, word: str) -> int:
     return int.from_bytes(digest[:6])
 
 
-def identity_tokens(identities: Iterable[str]) -> frozenset[int]:
-    """Compute the tokens of identities for a `Scrubber`: keyed hashes, which can be stored without revealing names."""
+def identity_tokens(identities: Iterable[str], names: Iterable[str] = ()) -> frozenset[int]:
+    """Compute the tokens of identities for a `Scrubber`: keyed hashes, which can be stored without revealing names.
+
+    Args:
+        identities: values that identify a person, time or place.
+        names: names of persons, whose words are matched at any length.
+    """
     key = load_site_key()
     words = {word for value in identities if (word := "".join(_split_words(value)))}
-    return frozenset(_hash_word(key, spelling) for word in words for spelling in _list_spellings(word))
+    spellings = {spelling for word in words for spelling in _list_spellings(word)}
+    spellings |= {f"id {number}" for word in words for number in _list_numbers(word)}
+    name_words = {word for name in names for word in _split_words(name) if len(word) >= _MIN_NAME_LENGTH}
+    spellings |= {f"name {spelling}" for word in name_words for spelling in _list_spellings(word)}
+    return frozenset(_hash_word(key, spelling) for spelling in spellings)
 
 
 class Scrubber:
     """Scrubber of paths: replaces the parts that contain an identity attribute of a file by pseudonyms.
 
     Matching ignores case and separators, and the part may contain other words: `Doe_John`, `DOE-JOHN` and
-    `MR_DoeJohn_1` all match the identity `Doe^John`. An identity shorter than 4 characters matches only a whole part.
+    `MR_DoeJohn_1` all match the identity `Doe^John`. An identity shorter than 4 characters matches only a whole part,
+    but a name of a person matches a word of two letters or more (`Wu` in `Wu_MRI`). A date matches in any order of day,
+    month and year. A number of 4 digits or more matches without its leading zeros and inside a word (`pat4711b`).
 
     Args:
         identities: tokens from `identity_tokens`.
@@ -131,9 +147,9 @@ class Scrubber:
             return False
         key = load_site_key()
         return any(
-            (is_whole or len(run) >= _MIN_PARTIAL_LENGTH) and _hash_word(key, run) in self._tokens
+            _hash_word(key, spelling) in self._tokens
             for name in {part, _split_suffix(part)[0]}
-            for run, is_whole in _iterate_word_runs(_split_words(name))
+            for spelling in _iterate_spellings(_split_words(name))
         )
 
     def scrub_path(self, path: PurePath) -> str:
@@ -200,14 +216,47 @@ def _split_words(text: str) -> list[str]:
 def _list_spellings(word: str) -> set[str]:
     """List spellings of a word: unchanged, transliterated to ASCII (`ä` to `ae`), and without diacritics."""
     bare = "".join(letter for letter in unicodedata.normalize("NFKD", word) if not unicodedata.combining(letter))
-    return {word, word.translate(_TRANSLITERATIONS), bare}
+    return {word, word.translate(_TRANSLITERATIONS), bare} | _list_date_spellings(word)
 
 
-def _iterate_word_runs(words: list[str]) -> Iterator[tuple[str, bool]]:
-    """Yield every run of consecutive words, joined, and whether the run contains all words."""
+def _list_date_spellings(word: str) -> set[str]:
+    """List the spellings of a date `yyyymmdd` in other orders, with names of months and without leading zeros."""
+    try:
+        day = datetime.strptime(word, "%Y%m%d").date() if re.fullmatch(r"(19|20)\d{6}", word) else None
+    except ValueError:
+        return set()
+    if day is None:
+        return set()
+    spellings = set()
+    for month in (f"{day:%m}", str(day.month), f"{day:%b}".casefold(), f"{day:%B}".casefold()):
+        for day_text in (f"{day:%d}", str(day.day)):
+            for year in (f"{day:%Y}", f"{day:%y}"):
+                spellings |= {"".join(parts) for parts in permutations((day_text, month, year))}
+    return {spelling for spelling in spellings if len(spelling) >= _MIN_DATE_LENGTH}
+
+
+def _list_numbers(word: str) -> set[str]:
+    """List the numbers in a word without leading zeros: the whole of an ID of digits, or longer numbers in a word."""
+    min_length = _MIN_PARTIAL_LENGTH if word.isdecimal() else _MIN_PARTIAL_LENGTH + 1
+    numbers = {run.lstrip("0") for run in re.findall(r"[0-9]+", word)}
+    return {number for number in numbers if min_length <= len(number) <= _MAX_NUMBER_LENGTH}
+
+
+def _iterate_spellings(words: list[str]) -> Iterator[str]:
+    """Yield the spellings of a path part that are compared with the tokens of identities.
+
+    They are the runs of consecutive words, joined; the single words, as names; and the numbers in words.
+    """
     for start in range(len(words)):
         for stop in range(start + 1, len(words) + 1):
-            yield "".join(words[start:stop]), stop - start == len(words)
+            run = "".join(words[start:stop])
+            if stop - start == len(words) or len(run) >= _MIN_PARTIAL_LENGTH:
+                yield run
+    for word in words:
+        yield f"name {word}"
+        for run in re.findall(r"[0-9]+", word):
+            if len(number := run.lstrip("0")) >= _MIN_PARTIAL_LENGTH:
+                yield f"id {number}"
 
 
 def _split_suffix(part: str) -> tuple[str, str]:

@@ -115,3 +115,26 @@ def test_a_hidden_path_is_found_again(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(UserError, match="medim index"):
         resolve_scrubbed_path(tmp_path, written)
+
+
+DATES = ["17-02-1943", "17.02.1943", "17021943", "02-17-1943", "430217", "17_2_1943", "17-Feb-1943", "Feb 17 1943"]
+NUMBERS = ["4711", "00004711", "pat4711extra", "MR_4711", "x0004711.dcm"]
+
+
+@pytest.mark.parametrize("part", [*DATES, *NUMBERS])
+def test_a_date_in_another_order_and_an_id_with_other_zeros_are_hidden(part: str) -> None:
+    assert Scrubber(identity_tokens(["19430217", "0004711"])).contains_identity(part)
+
+
+@pytest.mark.parametrize("part", ["Wu_MRI_2020", "Li-chest", "NG.nii.gz", "t1 An 2", "WU"])
+def test_a_short_name_is_hidden_where_it_is_a_word(part: str) -> None:
+    assert Scrubber(identity_tokens([], ["Wu^An", "Ng Li"])).contains_identity(part)
+
+
+@pytest.mark.parametrize("part", ["wunder", "MR_1", "scan", "flair", "2020", "1702", "4712", "IM_000012", "17-02-1944"])
+def test_other_words_dates_and_numbers_stay_readable(part: str) -> None:
+    assert not Scrubber(identity_tokens(["19430217", "0004711", "12"], ["Wu^An", "Ng Li"])).contains_identity(part)
+
+
+def test_a_value_that_is_no_date_has_no_other_spelling() -> None:
+    assert not Scrubber(identity_tokens(["19431317"])).contains_identity("17-13-1943")

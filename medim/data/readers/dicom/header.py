@@ -90,7 +90,8 @@ def _reject_file(error: ReadError, file_identities: frozenset[int]) -> RejectedF
 @lru_cache(maxsize=64)
 def _read_series_identities(key: bytes, raw_values: tuple[bytes | None, ...], byte_order: str) -> frozenset[int]:
     """Compute the tokens of the identities that the files of a series share."""
-    return identity_tokens(identities.collect_series_identities(_build_series_header(raw_values, byte_order)))
+    header = _build_series_header(raw_values, byte_order)
+    return identity_tokens(identities.collect_series_identities(header), identities.collect_names(header))
 
 
 @lru_cache(maxsize=64)

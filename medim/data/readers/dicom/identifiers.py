@@ -40,6 +40,12 @@ def collect_series_identities(header: DicomHeader) -> set[str]:
     return identities - {""}
 
 
+def collect_names(header: DicomHeader) -> set[str]:
+    """Collect family, given and middle names of persons; titles such as `Dr` are left out."""
+    values = (value for keyword in NAME_KEYWORDS for value in header.texts(keyword))
+    return {part for value in values for name in value.split("=") for part in name.split("^")[:3] if part}
+
+
 def collect_file_identities(header: DicomHeader) -> set[str]:
     """Collect the identities that differ from file to file, and those inside a sequence."""
     other_ids = {value for item in header.items(OTHER_IDS_SEQUENCE) for value in item.texts("PatientID")}
