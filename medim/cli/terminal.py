@@ -113,8 +113,9 @@ def _list_parameters(body: Callable[..., None]) -> list[inspect.Parameter]:
 def _configure_logging(is_quiet: bool) -> None:
     """Log lines to standard error: through rich on a terminal, plain and unwrapped elsewhere."""
     if stderr_console.is_terminal:
-        handler_options: dict[str, Any] = {"show_path": False, "show_level": False, "log_time_format": "%H:%M:%S"}
-        handler: logging.Handler = RichHandler(console=stderr_console, markup=False, **handler_options)
+        handler: logging.Handler = RichHandler(
+            console=stderr_console, markup=False, show_path=False, show_level=False, log_time_format="%H:%M:%S"
+        )
         handler.setFormatter(logging.Formatter("%(message)s"))
     else:
         handler = logging.StreamHandler()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,6 +29,9 @@ from medim.cli.terminal import format_intervals, format_loss, format_or_dash, pr
 from medim.signals import handle_shutdown_signals
 from medim.tasks import TASK_OPTIONS
 from medim.types import Modality, UsageError, UserError
+
+if TYPE_CHECKING:
+    from medim.training.plan.estimate import PlanEstimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +263,7 @@ def _check_modality(modality: Modality, arguments: PretrainArguments | PlanArgum
         )
 
 
-def _format_plan(estimate: dict[str, Any]) -> dict[str, str]:
+def _format_plan(estimate: PlanEstimate) -> dict[str, str]:
     """Format the estimate as lines."""
     phase_seconds = {part: seconds for part, seconds in estimate["seconds"].items() if part != "total"}
     disk, free, hints = estimate["disk_bytes"], estimate["available"], estimate["suggestions"]

@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from medim.data.fingerprints import compute_fingerprint
 from medim.data.index.index import ImageRecord
@@ -31,6 +31,16 @@ TrainingKind = Literal["pretrain", "finetune"]
 CaseIdentity = tuple[str, str]  # fingerprint and subject of an image
 # {kind: {"images": count, "subjects": count}}; a count is None if it is unknown
 ContaminationCounts = dict[str, dict[str, int | None]]
+
+
+class TrainingSetEntry(TypedDict):
+    """A training set in `fingerprints.json`; see `TrainingSet`."""
+
+    kind: str
+    salt: str
+    site: str
+    images: list[str]
+    subjects: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +122,7 @@ class TrainingHistory:
 
     def dump(self) -> bytes:
         """Encode the content of `fingerprints.json`."""
-        entries = [
+        entries: list[TrainingSetEntry] = [
             {
                 "kind": training_set.kind,
                 "salt": training_set.salt,
@@ -273,7 +283,7 @@ def _parse_kind(value: Any) -> TrainingKind:
     raise ValueError(f"kind {value!r}")
 
 
-def _parse_training_set(content: dict[str, Any]) -> TrainingSet:
+def _parse_training_set(content: TrainingSetEntry) -> TrainingSet:
     bytes.fromhex(content["salt"])
     images, subjects = frozenset(content["images"]), frozenset(content["subjects"])
     return TrainingSet(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import torch
 
@@ -76,9 +76,22 @@ class Objective(Protocol):
         ...
 
 
+class EncoderInfo(TypedDict):
+    """Constructor arguments that an objective can request from the encoder and decoder of a run."""
+
+    channels: tuple[int, ...]
+    summary_channels: int
+    spatial_dims: int
+    grids: tuple[tuple[int, ...], ...]
+    in_channels: int
+    input_shape: tuple[int, ...]
+    decoded_channels: int
+    receptive_fields: tuple[int, ...]
+
+
 def encoder_info(
     encoder: Any, decoder: Any, *, in_channels: int, spatial_dims: int, input_shape: tuple[int, ...]
-) -> dict[str, Any]:
+) -> EncoderInfo:
     """Collect the constructor arguments that an objective can request from the encoder and decoder of a run.
 
     Args:

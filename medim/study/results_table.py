@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,6 +33,7 @@ SCHEMA = pa.schema(
         "value": pa.float64(),  # None if not defined
     }
 )
+RowKeys = dict[str, str | int | None]  # key columns of a run
 LongRows = list[tuple[str, str, str, float | None]]  # subject, case, metric, value
 
 
@@ -64,9 +64,7 @@ def write_results(path: Path, context: StudyContext, cells: Sequence[Cell]) -> i
     return len(rejections)
 
 
-def _read_finetune_cases(
-    context: StudyContext, cell: Cell, folder: Path
-) -> Iterator[tuple[dict[str, Any], list[CaseRow]]]:
+def _read_finetune_cases(context: StudyContext, cell: Cell, folder: Path) -> Iterator[tuple[RowKeys, list[CaseRow]]]:
     """Yield keys and cases of a fine-tuned cell, of the intermediate evaluations and the final one."""
     assert cell.budget is not None
     keys = _build_row_keys(context, cell, cell.arm.name, cell.budget.name, cell.subset_seed)
@@ -76,7 +74,7 @@ def _read_finetune_cases(
     yield keys, read_cases(folder / "cases.parquet")
 
 
-def read_probe_cases(context: StudyContext, cell: Cell, folder: Path) -> Iterator[tuple[dict[str, Any], list[CaseRow]]]:
+def read_probe_cases(context: StudyContext, cell: Cell, folder: Path) -> Iterator[tuple[RowKeys, list[CaseRow]]]:
     """Yield keys and cases of a probe by classifier, in the form of those of a fine-tuned cell."""
     wide_rows = pq.read_table(folder / "cases.parquet").to_pylist()
     task = find_task(context.design.task)
@@ -87,7 +85,7 @@ def read_probe_cases(context: StudyContext, cell: Cell, folder: Path) -> Iterato
         yield _build_row_keys(context, cell, BASELINE_ARMS.get(features, cell.arm.name), budget, seed), rows
 
 
-def _build_row_keys(context: StudyContext, cell: Cell, arm: str, budget: str, subset_seed: int) -> dict[str, Any]:
+def _build_row_keys(context: StudyContext, cell: Cell, arm: str, budget: str, subset_seed: int) -> RowKeys:
     n_labelled = next(len(r) for (b, t), r in context.subsets.items() if (b.name, t) == (budget, subset_seed))
     seeds = {"pretrain_seed": cell.pretrain_seed, "subset_seed": subset_seed, "step": None}
     return {"arm": arm, "protocol": cell.arm.protocol, "budget": budget, "n_labelled": n_labelled, **seeds}
@@ -105,8 +103,8 @@ def _to_long_rows(rows: Sequence[CaseRow], task: str) -> LongRows:
     return long_rows
 
 
-def _build_results_table(keys: dict[str, Any], rows: LongRows) -> pa.Table:
-    columns: dict[str, Any] = {name: [value] * len(rows) for name, value in keys.items()}
+def _build_results_table(keys: RowKeys, rows: LongRows) -> pa.Table:
+    columns: dict[str, list[object]] = {name: [value] * len(rows) for name, value in keys.items()}
     columns |= {
         name: [row[position] for row in rows] for position, name in enumerate(("subject", "case", "metric", "value"))
     }

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 from medim.data.index.build import SeriesFiles, build_records, find_common_root, resolve_sources, sort_labels
 from medim.data.index.records import (
@@ -82,7 +82,7 @@ class Index:
         """
         numbers: dict[str | None, int] = {}
 
-        def hash_row(record: ImageRecord) -> dict[str, Any]:
+        def hash_row(record: ImageRecord) -> dict[str, object]:
             orders = {key: numbers.setdefault(getattr(record, key), len(numbers)) for key in ("subject", "series")}
             return asdict(record) | orders | {"quality": None}  # quality is derived from the files
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,9 @@ def read_records(path: Path) -> tuple[ImageRecord, ...]:
     Raises:
         UserError: pyarrow is missing, or the file is damaged or lacks a column.
     """
-    rows = _read_parquet_rows(path) if path.suffix == ".parquet" else _read_csv_rows(path)
+    read_rows: Callable[[Path], Sequence[Mapping[str, object]]]
+    read_rows = _read_parquet_rows if path.suffix == ".parquet" else _read_csv_rows
+    rows = read_rows(path)
     try:
         return tuple(ImageRecord(**{name: _decode_cell(name, row[name]) for name in INDEX_COLUMNS}) for row in rows)
     except KeyError as error:
@@ -137,7 +139,7 @@ def read_rejections(path: Path) -> tuple[Rejection, ...]:
     return tuple(Rejection(row["path"], row["reason"], row["detail"]) for row in _read_csv_rows(path))
 
 
-def _read_parquet_rows(path: Path) -> list[dict[str, Any]]:
+def _read_parquet_rows(path: Path) -> list[dict[str, object]]:
     try:
         import pyarrow.parquet
     except ModuleNotFoundError:
@@ -146,13 +148,13 @@ def _read_parquet_rows(path: Path) -> list[dict[str, Any]]:
             "or run `medim index` here to write CSV."
         ) from None
     try:
-        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+        rows: list[dict[str, object]] = pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: expected a parquet file, got an invalid or truncated file ({error}).") from error
     return rows
 
 
-def _read_csv_rows(path: Path) -> list[dict[str, Any]]:
+def _read_csv_rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 

@@ -38,7 +38,7 @@ class MedimReader(ImageReader):
         """
         return [read_volume(path) for path in _as_paths(data)]
 
-    def get_data(self, img: Sequence[Volume]) -> tuple[Array, dict[str, Any]]:
+    def get_data(self, img: Sequence[Volume]) -> tuple[Array, dict[str, object]]:
         """Return the volumes as channels, with MONAI's metadata.
 
         Raises:
@@ -50,7 +50,7 @@ class MedimReader(ImageReader):
                 raise ValueError(
                     f"expected images on one grid, got shapes {first.shape} and {other.shape}, or different affines"
                 )
-        meta: dict[str, Any] = {
+        meta: dict[str, object] = {
             MetaKeys.AFFINE: first.affine.copy(),
             MetaKeys.ORIGINAL_AFFINE: first.affine.copy(),
             MetaKeys.SPATIAL_SHAPE: np.array(first.shape),

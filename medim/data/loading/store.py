@@ -11,11 +11,11 @@ from __future__ import annotations
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import blosc2
 import numpy as np
@@ -42,6 +42,19 @@ Box = tuple[slice, ...]
 def locate_default_store() -> Path:
     """Return the folder `store` in the user's cache folder."""
     return cache_folder() / "store"
+
+
+class ImageHeader(TypedDict):
+    """Metadata in the file of an image; see `StoreEntry`."""
+
+    schema_version: int
+    affine: list[float]
+    native_affine: list[float]
+    native_shape: list[int]
+    minimum: list[float]
+    mask: bool
+    fingerprint: str
+    metrics: Mapping[str, Any] | None  # fields of QualityMetrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +100,7 @@ class Store:
         marker = self.folder / "store.json"
         self._has_marker = marker.is_file() and read_json(marker).get("schema_version") == SCHEMA_VERSION
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Exclude open files, which belong to one process."""
         return {**self.__dict__, "_open": OrderedDict(), "_entries": {}}
 
@@ -125,7 +138,7 @@ class Store:
             if not np.array_equal(labels, mask.array):
                 raise UserError("mask: expected integers from 0 to 255, got other values. Renumber the labels.")
             write_bytes(self._locate_file(key, "mask"), _encode_frame(labels, {"schema_version": SCHEMA_VERSION}))
-        header = {
+        header: ImageHeader = {
             "schema_version": SCHEMA_VERSION,
             "affine": image.affine.ravel().tolist(),
             "native_affine": image.native_affine.ravel().tolist(),
@@ -356,7 +369,7 @@ def _has_seal(path: Path) -> bool:
         return file.read(len(SEAL)) == SEAL
 
 
-def _encode_frame(array: Array, header: dict[str, Any]) -> bytes:
+def _encode_frame(array: Array, header: Mapping[str, object]) -> bytes:
     array = np.ascontiguousarray(array)
     chunks = (1, *(min(n, CHUNK_SIDE) for n in array.shape[1:]))
     blocks = (1, *(min(n, BLOCK_SIDE) for n in array.shape[1:])) if max(chunks) >= CHUNK_SIDE else chunks
@@ -375,10 +388,10 @@ def _encode_frame(array: Array, header: dict[str, Any]) -> bytes:
     return frame + SEAL + zlib.crc32(frame).to_bytes(4)
 
 
-def _parse_entry(array: Any, header: dict[str, Any]) -> StoreEntry:
-    if header["schema_version"] != SCHEMA_VERSION:
-        raise ValueError(f"schema_version {header['schema_version']}")
-    header = rename_keys(header, "store_entry")
+def _parse_entry(array: Any, content: Any) -> StoreEntry:
+    if content["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(f"schema_version {content['schema_version']}")
+    header = cast(ImageHeader, rename_keys(content, "store_entry"))
     return StoreEntry(
         shape=tuple(array.shape[1:]),
         channels=int(array.shape[0]),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -290,8 +290,8 @@ def preprocess(volume: Volume, steps: Sequence[Step]) -> Volume:
             f"image: expected finite voxels, got {n_invalid} of {volume.array.size} that are NaN or infinite. "
             "Repair or remove the file; preprocessing does not replace such values."
         )
-    for function, options in _compile_steps(json.dumps(list(steps))):
-        volume = function(volume, **options)
+    for apply_step in _compile_steps(json.dumps(list(steps))):
+        volume = apply_step(volume)
     return volume.with_array(np.ascontiguousarray(volume.array, np.float32))
 
 
@@ -350,8 +350,9 @@ def to_native(array: Array, volume: Volume) -> Array:
 
 
 @functools.lru_cache(maxsize=64)
-def _compile_steps(steps: str) -> tuple[tuple[Callable[..., Volume], dict[str, Any]], ...]:
-    return tuple(validate_section(STEPS, step, key="op", run_args=("volume",)) for step in json.loads(steps))
+def _compile_steps(steps: str) -> tuple[functools.partial[Volume], ...]:
+    sections = (validate_section(STEPS, step, key="op", run_args=("volume",)) for step in json.loads(steps))
+    return tuple(functools.partial(function, **options) for function, options in sections)
 
 
 def _straighten_source(volume: Volume) -> Array:

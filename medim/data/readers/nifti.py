@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -44,12 +44,18 @@ class NiftiReader:
             return FileInspection(
                 rejected=(RejectedFile(reason=error.reason, detail=error.detail, identities=identities),)
             )
-        info = _parse_bids_names(path) | {"identities": identities, "quality": header.quality}
+        names = _parse_bids_names(path)
         images: list[ImageInfo] = []
         rejected: list[RejectedFile] = []
         for index, volume in enumerate(_iterate_volumes(voxels, header)):
             try:
-                images += single_image(volume, item=str(index) if header.volumes > 1 else None, **info).images
+                images += single_image(
+                    volume,
+                    item=str(index) if header.volumes > 1 else None,
+                    identities=identities,
+                    quality=header.quality,
+                    **names,
+                ).images
             except ReadError as error:
                 detail = f"volume {index}: {error.detail}" if header.volumes > 1 else error.detail
                 rejected.append(RejectedFile(reason=error.reason, detail=detail, identities=identities))
@@ -96,7 +102,16 @@ def _read_single_file_header(path: Path) -> NiftiHeader:
     return read_nifti_header(path)
 
 
-def _parse_bids_names(path: Path) -> dict[str, Any]:
+class _BidsNames(TypedDict):
+    """Entities of a BIDS name as arguments of `single_image`."""
+
+    subject: str | None
+    aliases: tuple[str, ...]
+    session: str | None
+    sequence: str | None
+
+
+def _parse_bids_names(path: Path) -> _BidsNames:
     """Parse subject, session and suffix from BIDS names: the file name first, else the nearest folder name."""
     parts = path.parts[::-1]
     subject = next((match for part in parts if (match := re.search(r"(?:^|_)sub-([A-Za-z0-9]+)", part))), None)

@@ -8,7 +8,7 @@ budget.
 from __future__ import annotations
 
 import typing
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
@@ -26,6 +26,9 @@ PENALTIES = (1e-2, 1e-1, 1e0, 1e1, 1e2, 1e3)  # C times the number of features, 
 FIXED_PENALTY = 1e0
 
 
+ProbeSettings = dict[str, float | str]  # settings by name, such as the penalty
+
+
 class ProbePrediction(NamedTuple):
     """Predictions of a probe for the test images.
 
@@ -40,7 +43,7 @@ class ProbePrediction(NamedTuple):
     """
 
     predictions: Array
-    settings: dict[str, Any]
+    settings: ProbeSettings
 
 
 class ProbeFunction(typing.Protocol):
@@ -93,7 +96,7 @@ def linear_probe(
 
 def fit_linear(
     x: Array, y: Array, *, seed: int, groups: Array | None = None
-) -> tuple[StandardScaler, LogisticRegression, dict[str, Any]]:
+) -> tuple[StandardScaler, LogisticRegression, ProbeSettings]:
     """Fit the scaler and the classifier of `linear_probe`, and return them with the chosen settings.
 
     Args:
@@ -126,7 +129,7 @@ def ridge_probe(
 
 def fit_ridge(
     x: Array, y: Array, *, seed: int, groups: Array | None = None
-) -> tuple[StandardScaler, Ridge, dict[str, Any]]:
+) -> tuple[StandardScaler, Ridge, ProbeSettings]:
     """Fit the scaler and the regression of `ridge_probe`, and return them with the settings.
 
     Args:

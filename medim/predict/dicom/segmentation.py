@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import highdicom
 import numpy as np
@@ -64,17 +64,13 @@ def read_frame_labels(dataset: highdicom.seg.Segmentation, source: DicomSource) 
     Raises:
         ValueError: the segmentation does not refer to these frames.
     """
-    options: dict[str, Any] = {
-        "combine_segments": True,
-        "ignore_spatial_locations": True,
-        "assert_missing_frames_are_empty": True,
-    }
     group = dataset.PerFrameFunctionalGroupsSequence[0]
     if "ReferencedFrameNumber" in group.DerivationImageSequence[0].SourceImageSequence[0]:
         numbers = list(range(1, int(source.first_dataset.NumberOfFrames) + 1))
-        labels = dataset.get_pixels_by_source_frame(source.first_dataset.SOPInstanceUID, numbers, **options)
+        read_labels = partial(dataset.get_pixels_by_source_frame, source.first_dataset.SOPInstanceUID, numbers)
     else:
-        labels = dataset.get_pixels_by_source_instance([image.SOPInstanceUID for image in source.datasets], **options)
+        read_labels = partial(dataset.get_pixels_by_source_instance, [d.SOPInstanceUID for d in source.datasets])
+    labels = read_labels(combine_segments=True, ignore_spatial_locations=True, assert_missing_frames_are_empty=True)
     return np.asarray(labels, np.uint8)
 
 

@@ -7,7 +7,7 @@ import io
 import logging
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -37,16 +37,36 @@ def strip_digest(data: bytes) -> bytes | None:
     return content if len(data) > DIGEST_LENGTH and append_digest(content) == data else None
 
 
+class RandomState(TypedDict):
+    """States of the random generators of one process."""
+
+    torch: torch.Tensor
+    cuda: torch.Tensor | None
+    numpy: list[Any]  # arguments of `numpy.random.set_state`, with the keys as a tensor
+    python: tuple[Any, ...]
+
+
+class ResumeState(TypedDict):
+    """Keys of a checkpoint that `CheckpointCallback` reads; the last one is from Lightning."""
+
+    random: list[RandomState]  # one per process of the run that saved it
+    ended: bool
+    resumed_from_steps: list[int]
+    global_step: int
+
+
 class ChecksumCheckpointIO(TorchCheckpointIO):
     """Checkpoint input and output: atomic writes, a SHA-256 per file, and no code execution on loading."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, object], path: Any, storage_options: Any | None = None) -> None:
         """Write to a temporary file, flush it and rename it."""
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         write_bytes(Path(path), append_digest(buffer.getvalue()))
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, object]:
         """Load a checkpoint of tensors and plain values.
 
         Raises:
@@ -55,7 +75,7 @@ class ChecksumCheckpointIO(TorchCheckpointIO):
         content = strip_digest(Path(path).read_bytes())
         if content is None:
             raise UserError(f"{path}: the checkpoint is corrupt (its SHA-256 does not match). Resume again.")
-        checkpoint: dict[str, Any] = torch.load(
+        checkpoint: dict[str, object] = torch.load(
             io.BytesIO(content), map_location=map_location or "cpu", weights_only=True
         )
         return checkpoint
@@ -108,7 +128,7 @@ class CheckpointCallback(Checkpoint):
         self._last_step = -1
         self._due = False
         self._should_stop = False
-        self._state_to_restore: dict[str, Any] | None = None
+        self._state_to_restore: RandomState | None = None
         self.resumed_from_steps: list[int] = []
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -154,9 +174,11 @@ class CheckpointCallback(Checkpoint):
         if stopping:
             current_request().respond(f"step {trainer.global_step} is saved")
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, object]
+    ) -> None:
         """Add the random states of all processes, the stop state and the steps of earlier resumes."""
-        states: list[Any] = [_get_random_state()]
+        states: list[RandomState | None] = [_get_random_state()]
         if trainer.world_size > 1:
             states = [None] * trainer.world_size
             torch.distributed.all_gather_object(states, _get_random_state())
@@ -164,12 +186,14 @@ class CheckpointCallback(Checkpoint):
         checkpoint["ended"] = trainer.should_stop
         checkpoint["resumed_from_steps"] = self.resumed_from_steps
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, object]
+    ) -> None:
         """Read the random states, the stop state and the steps of earlier resumes."""
-        states = checkpoint["random"]  # one per process of the run that saved it
-        self._state_to_restore = states[trainer.global_rank % len(states)]
-        self._should_stop = bool(checkpoint["ended"])
-        self.resumed_from_steps = [*checkpoint["resumed_from_steps"], int(checkpoint["global_step"])]
+        state = cast(ResumeState, checkpoint)
+        self._state_to_restore = state["random"][trainer.global_rank % len(state["random"])]
+        self._should_stop = bool(state["ended"])
+        self.resumed_from_steps = [*state["resumed_from_steps"], int(state["global_step"])]
 
     def restore_random_state(self) -> None:
         """Set the random generators to the state of the checkpoint; later calls do nothing."""
@@ -183,7 +207,7 @@ def get_resume_steps(trainer: pl.Trainer) -> list[int]:
     return next((c.resumed_from_steps for c in trainer.checkpoint_callbacks if isinstance(c, CheckpointCallback)), [])
 
 
-def _get_random_state() -> dict[str, Any]:
+def _get_random_state() -> RandomState:
     """Get the states of the random generators of this process as tensors and plain values."""
     name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
     return {
@@ -194,7 +218,7 @@ def _get_random_state() -> dict[str, Any]:
     }
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
+def _set_random_state(state: RandomState) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import lightning.pytorch as pl
 import torch
@@ -159,10 +159,19 @@ def is_main_process() -> bool:
     return bool(_rank_holder.rank == 0)
 
 
-def trainer_options(accelerator: str, ranks: ProcessGroup) -> dict[str, Any]:
+class TrainerOptions(TypedDict):
+    """Options of the Lightning trainer for devices and processes."""
+
+    accelerator: str
+    devices: int
+    num_nodes: int
+    strategy: DDPStrategy | Literal["auto"]
+
+
+def trainer_options(accelerator: str, ranks: ProcessGroup) -> TrainerOptions:
     """Build the options of the Lightning trainer for devices and processes."""
     # Not every backward pass uses every parameter: prior matching has two passes, CPC does not use the summary.
-    strategy = DDPStrategy(find_unused_parameters=True) if ranks.count > 1 else "auto"
+    strategy: DDPStrategy | Literal["auto"] = DDPStrategy(find_unused_parameters=True) if ranks.count > 1 else "auto"
     return {"accelerator": accelerator, "devices": ranks.devices, "num_nodes": ranks.nodes, "strategy": strategy}
 
 
@@ -187,9 +196,14 @@ def _detect_launcher() -> tuple[str, tuple[int, int]] | None:
 def _build_strategy(accelerator: str, plan: ProcessGroup) -> tuple[Any, int]:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    silent_options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     try:
-        trainer = pl.Trainer(**trainer_options(accelerator, plan), plugins=slurm_environment(), **silent_options)
+        trainer = pl.Trainer(
+            **trainer_options(accelerator, plan),
+            plugins=slurm_environment(),
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+        )
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise UserError(
             f"--accelerator {accelerator} --devices {plan.devices} --nodes {plan.nodes}: not available on this machine "

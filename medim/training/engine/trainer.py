@@ -63,8 +63,8 @@ class LineProgress(Callback):
 
 def _format_losses(outputs: Any) -> str:
     """Format the losses of a step with their chance levels, if the module returns them."""
-    terms: dict[str, Any] = outputs if isinstance(outputs, dict) else {}
-    objective_terms = {name: term for name, term in terms.items() if hasattr(term, "chance")}
+    terms = outputs.items() if isinstance(outputs, dict) else ()
+    objective_terms = {name: term for name, term in terms if hasattr(term, "chance")}
     texts = [
         f"{name} {float(term.loss.detach()):.3g}" + (f" (chance {term.chance:.3g})" if term.chance is not None else "")
         for name, term in objective_terms.items()

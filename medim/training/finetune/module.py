@@ -62,13 +62,14 @@ class FinetuneModule(pl.LightningModule):
         self.rows.append((self.global_step + 1, "loss", float(loss.detach()), None, None))
         return loss
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         """Add the history to the checkpoint."""
         checkpoint["rows"] = self.rows
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
         """Restore the history from the checkpoint."""
-        self.rows = [tuple(row) for row in checkpoint["rows"]]
+        rows: Any = checkpoint["rows"]
+        self.rows = [tuple(row) for row in rows]
 
 
 class ValidationCallback(pl.Callback):

@@ -10,7 +10,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
 
 from medim.config import PretrainConfig
 from medim.data.index.index import ImageRecord, Index
@@ -20,6 +19,7 @@ from medim.data.loading.store import locate_default_store
 from medim.training.auto_config import coarsest_stride
 from medim.training.engine.checkpoints import MAX_CHECKPOINTS
 from medim.training.engine.resources import available_memory, free_disk
+from medim.training.plan.estimate import PlanEstimate, SizeSuggestions
 from medim.training.plan.trial_run import TrialResult, run_trial
 from medim.training.plan.workload import (
     count_checkpoints,
@@ -46,7 +46,7 @@ def plan_pretraining(
     split_seed: int = 0,
     accelerator: str = "auto",
     store: Path | None = None,
-) -> dict[str, Any]:
+) -> PlanEstimate:
     """Run a few steps of a pretraining run in a separate process, and predict the costs of the whole run.
 
     The images of these steps are preprocessed into the store of the run, where the run uses them later; no other files
@@ -166,7 +166,7 @@ def predict_costs(
     held_out: list[ImageRecord],
     *,
     free_bytes: dict[str, int],
-) -> dict[str, Any]:
+) -> PlanEstimate:
     """Predict the costs of the whole run from those of a short run; see `plan_pretraining`.
 
     Args:
@@ -292,7 +292,7 @@ def estimate_disk(config: PretrainConfig, trial: TrialResult) -> dict[str, int]:
     }
 
 
-def suggest_sizes(config: PretrainConfig, memory: MemoryEstimate, trial_batch: int, free: float) -> dict[str, Any]:
+def suggest_sizes(config: PretrainConfig, memory: MemoryEstimate, trial_batch: int, free: float) -> SizeSuggestions:
     """Compute the largest batch size, and the largest views at the requested batch size, that fit in memory.
 
     Args:
@@ -323,7 +323,7 @@ def suggest_sizes(config: PretrainConfig, memory: MemoryEstimate, trial_batch: i
 def list_refusals(
     requirements: dict[str, int],
     free_bytes: dict[str, int],
-    hints: dict[str, Any],
+    hints: SizeSuggestions,
     *,
     oversized_batch: int | None = None,
 ) -> list[str]:
@@ -366,14 +366,14 @@ def measure_free_bytes(out: Path, store: Path | None, memory: int) -> dict[str, 
     return {"memory": memory, "disk": free_disk(out), "store": free_disk(store or locate_default_store())}
 
 
-def check_plan(estimate: dict[str, Any]) -> None:
+def check_plan(estimate: PlanEstimate) -> None:
     """Reject a plan that does not fit this machine.
 
     Raises:
         UserError: the first refusal of the plan.
     """
     if estimate["refusals"]:
-        raise UserError(cast(str, estimate["refusals"][0]))
+        raise UserError(estimate["refusals"][0])
 
 
 def _render_gib(count: float) -> str:

@@ -88,9 +88,10 @@ def build_objectives(
     """
     views = config.views
     is_geometric = any(step["op"] in GEOMETRIC for step in views.augmentations)
-    constructor_arguments = encoder_info(
+    is_aligned = views.count == 1 or (views.same_crop and not is_geometric)
+    info = encoder_info(
         encoder, decoder, in_channels=in_channels, spatial_dims=config.spatial_dims, input_shape=views.shape
-    ) | {"view_count": views.count, "aligned": views.count == 1 or (views.same_crop and not is_geometric)}
+    )
     objectives: dict[str, tuple[nn.Module, float]] = {}
     counts: Counter[str] = Counter()
     for section in config.objectives:
@@ -98,7 +99,7 @@ def build_objectives(
         weight = options.pop("weight", 1.0)
         if not isinstance(weight, int | float):
             raise UsageError(f"{options.get('name')}.weight: expected a number, got {weight!r}.")
-        objective = build_from_section(OBJECTIVES, options, **constructor_arguments)
+        objective = build_from_section(OBJECTIVES, options, **info, view_count=views.count, aligned=is_aligned)
         name = str(options["name"])
         counts[name] += 1
         objectives[f"{name}_{counts[name]}" if counts[name] > 1 else name] = (objective, float(weight))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 import lightning.pytorch as pl
 import torch
@@ -21,6 +21,13 @@ from medim.training.pretrain.step_encoder import StepEncoder
 from medim.types import Views
 
 ViewBatch = tuple[torch.Tensor, torch.Tensor]
+
+
+class ValidationOutput(TypedDict):
+    """Result of one validation step."""
+
+    terms: dict[str, Term]
+    summary: torch.Tensor  # (N, summary_channels)
 
 
 class PretrainModule(pl.LightningModule):
@@ -89,7 +96,7 @@ class PretrainModule(pl.LightningModule):
         optimisers = [main] + ([Adam(adversary, lr=self._adversary_lr, betas=(0.5, 0.999))] if adversary else [])
         return optimisers, [schedule]
 
-    def training_step(self, batch: ViewBatch, step: int) -> dict[str, Any]:
+    def training_step(self, batch: ViewBatch, step: int) -> dict[str, Term | dict[str, torch.Tensor]]:
         """Perform one step; return the terms, and `gradient_norms` before clipping, for the callbacks."""
         views, encode = self._prepare_views(batch, self.global_step, split=0)
         optimisers = self.optimizers(use_pl_optimizer=True)
@@ -104,7 +111,7 @@ class PretrainModule(pl.LightningModule):
         schedule.step()
         return {**terms, "gradient_norms": self._gradient_norms}
 
-    def validation_step(self, batch: ViewBatch, index: int) -> dict[str, Any]:
+    def validation_step(self, batch: ViewBatch, index: int) -> ValidationOutput:
         """Compute the `terms` on validation images, and their `summary` (N, summary_channels)."""
         views, encode = self._prepare_views(batch, index, split=1)
         return {"terms": self._compute_terms(encode, views), "summary": encode.clean.summary}

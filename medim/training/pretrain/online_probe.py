@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -122,7 +121,7 @@ class OnlineProbe:
         return sum(map(len, self._labels))
 
     @property
-    def protocol(self) -> dict[str, Any]:
+    def protocol(self) -> dict[str, object]:
         """Description of the probe for `summary.json`."""
         return {
             "protocol": PROTOCOL,

@@ -273,7 +273,7 @@ def set_tag(logger: Any, name: str, value: str) -> None:
         logger.add({"tags": {name: value}})
 
 
-def log_results(tracker: Tracker, metrics: dict[str, Any], files: Sequence[Path]) -> None:
+def log_results(tracker: Tracker, metrics: Mapping[str, object], files: Sequence[Path]) -> None:
     """Log the final numbers and files of a run; files of its folder `figures` are stored under that name."""
     numbers = {
         name: float(value)

@@ -210,10 +210,10 @@ def worker_main(limits_json: str) -> None:
             frames = decode_frames(Path(json.loads(line)))
             if frames.size > worker_limits.voxels:
                 raise ReadError("too-large", f"{frames.size:,} voxels; the limit is {worker_limits.voxels:,}")
-            reply: dict[str, Any] = {"shape": frames.shape}
+            reply: dict[str, object] = {"shape": frames.shape}
         except (ReadError, MemoryError) as error:
             frames = np.empty(0, np.float32)
-            reply = _encode_failure(error, worker_limits)
+            reply = dict(_encode_failure(error, worker_limits))
         out.write(json.dumps(reply).encode() + b"\n")
         out.write(np.ascontiguousarray(frames).reshape(-1).view(np.uint8).data)
         out.flush()
