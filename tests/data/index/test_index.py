@@ -119,7 +119,7 @@ def test_the_difficult_dicom_files_are_sorted_out(shared_data: Path) -> None:
     for record in index.records:
         assert index.open(record).array.std() > 0
     flat = build_index(shared_data / "dicom-formats", "xray")
-    assert [record.image for record in flat.records] == ["RG3_J2KI"]
+    assert [record.image for record in flat.records] == [scrubbed_name("RG3_J2KI")]
     assert len(flat.rejected) == 9
 
 
