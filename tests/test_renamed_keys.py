@@ -256,6 +256,20 @@ def test_an_override_replaces_the_value_of_a_file_in_either_spelling(tmp_path: P
         assert config.gradient_cache_chunk == (8 if len(assignments) == 2 else 4)
 
 
+def test_an_override_of_an_item_is_translated_before_the_next_override() -> None:
+    assignments = ["objectives.0={name: cpc, level: 1, scaled: true}", "objectives.0.feature_level=0"]
+    objective = {"name": "cpc", "feature_level": 0, "scale_scores": True}
+    assert apply_overrides(FULL["pretrain"], assignments)["objectives"] == [objective]
+
+
+def test_the_reference_page_lists_every_old_name() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "reference" / "config.md").read_text()
+    rows = [line for line in page.split("## Renamed keys")[1].splitlines() if line.startswith("| `")]
+    pairs = {(old, new) for names in RENAMED_KEYS.values() for old, new in names.items()}
+    for old, new in pairs:
+        assert [row for row in rows if f"`{old}" in row.split("|")[1] and f"`{new}" in row.split("|")[2]], (old, new)
+
+
 def test_a_file_that_extends_one_of_an_earlier_version_replaces_its_values(tmp_path: Path) -> None:
     old, mine = tmp_path / "old.yaml", tmp_path / "mine.yaml"
     old.write_text("extends: xray-28\nschedule: steps\ndrop_at: [5]\n")
