@@ -20,7 +20,7 @@ from medim.files import encode_json
 from medim.model_spec import NetworkSpec
 from medim.models.model import build_encoder, build_model
 from medim.package.contract import NOT_REPORTED, Contract, Signature
-from medim.tasks import ENCODER, TASKS_BY_KIND, is_dense
+from medim.tasks import ENCODER, is_dense, map_tasks_by_kind
 from medim.types import UserError
 from medim.version import DISTRIBUTION
 
@@ -92,7 +92,7 @@ def build_metadata(builder: PackageBuilder) -> bytes:
     contract = builder.contract
     (image,), answer = contract.signature.inputs, contract.signature.outputs[0]
     packages = ["nibabel", "pytorch-ignite", "fire", *([] if is_monai_native(contract) else [DISTRIBUTION])]
-    task = TASKS_BY_KIND.get(contract.kind)
+    task = map_tasks_by_kind().get(contract.kind)
     names = ("background", *contract.classes) if is_dense(contract.kind) else contract.classes
     common_fields: BundleSection = {
         "type": "image",

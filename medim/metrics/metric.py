@@ -34,6 +34,11 @@ class Metric:
         unit: unit, empty for numbers without one.
         higher_is_better: direction.
         limits: smallest and largest possible value.
+
+    Examples:
+        >>> error = Metric("Largest error", unit="years", higher_is_better=False, limits=(0.0, float("inf")))
+        >>> error.tasks, error.is_score
+        ((), False)
     """
 
     title: str
@@ -56,6 +61,11 @@ class Metric:
 
 
 def divide_or_nan(numerator: Array, denominator: Array) -> Array:
-    """Quotients (R,), NaN if the denominator is not positive."""
+    """Quotients (R,), NaN if the denominator is not positive.
+
+    Examples:
+        >>> divide_or_nan(np.array([1.0, 1.0]), np.array([4.0, 0.0])).tolist()
+        [0.25, nan]
+    """
     undefined = np.full(len(numerator), np.nan)
     return np.asarray(np.divide(numerator, denominator, out=undefined, where=denominator > 0))

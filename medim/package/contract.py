@@ -15,7 +15,7 @@ from medim.model_spec import ModelSpec
 from medim.package.dicom_rules import DicomRules
 from medim.package.label_codes import LabelCode as LabelCodes
 from medim.package.schema import StrictModel as _Strict
-from medim.tasks import ENCODER, MODEL_KINDS, find_task_of_kind, is_dense
+from medim.tasks import ENCODER, find_task_of_kind, is_dense, map_tasks_by_kind
 from medim.tasks.task import Inversion, OutputActivation
 from medim.types import Modality, Step, UserError
 
@@ -139,8 +139,9 @@ def postprocess_of(kind: str) -> Postprocess:
 
 
 def _check_kind(kind: str) -> str:
-    if kind not in MODEL_KINDS:
-        raise ValueError(f"expected one of {', '.join(MODEL_KINDS)}, got {kind!r}")
+    kinds = (ENCODER, *map_tasks_by_kind())
+    if kind not in kinds:
+        raise ValueError(f"expected one of {', '.join(kinds)}, got {kind!r}")
     return kind
 
 

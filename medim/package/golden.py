@@ -11,7 +11,7 @@ import safetensors.numpy
 from medim.data.preprocessing.steps import preprocess, reorient_to_ras, to_native
 from medim.inference.network import run_inference
 from medim.package.contract import Contract
-from medim.tasks import TASKS_BY_KIND
+from medim.tasks import map_tasks_by_kind
 from medim.types import Array, PredictFn, Step, Volume
 
 MAX_LOGITS = 4096  # approximate number of stored logits
@@ -68,7 +68,7 @@ class GoldenInput:
         input_volume = preprocess(volume, contract.preprocess)
         logits = run_inference(run, input_volume, contract.inference)
         labels = np.zeros(0, np.uint8)
-        task = TASKS_BY_KIND.get(contract.kind)
+        task = map_tasks_by_kind().get(contract.kind)
         if task and task.dense:
             labels = to_native(task.to_answer(logits, input_volume, volume)[None], volume)[0]
         return cls(volume, logits.reshape(-1)[:: max(1, logits.size // MAX_LOGITS)].astype(np.float32), labels)

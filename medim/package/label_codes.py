@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, SerializerFunctionWrapHandler, model_serializer
 
 from medim.package.schema import StrictModel, read_strict_json
-from medim.tasks import TASKS_BY_KIND
+from medim.tasks import map_tasks_by_kind
 from medim.types import UserError
 
 DicomText = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f\\]{1,64}$")]  # DICOM's LO: 64 characters, no backslash
@@ -84,7 +84,7 @@ def read_label_codes(schema: Path | str, classes: Sequence[str], kind: str) -> t
     if not path.exists():
         path = list_builtin_labels().get(str(schema), path)
     labels = read_strict_json(path, LabelCodesFile, "label codes (docs/how-to/answer-in-dicom.md)").labels
-    task = TASKS_BY_KIND.get(kind)
+    task = map_tasks_by_kind().get(kind)
     expected = list(enumerate(classes, start=task.first_class_index if task else 0))
     if [(label.index, label.name.casefold()) for label in labels] != [(i, name.casefold()) for i, name in expected]:
         raise UserError(

@@ -37,8 +37,9 @@ def find_task(option: str, head: str | None = None) -> Task:
     Raises:
         UsageError: an unknown option.
     """
-    if option not in TASK_OPTIONS:
-        raise UsageError(f"task {option}: {unknown_name_message('task', option, TASK_OPTIONS)}")
+    options = tuple(dict.fromkeys(task.option for task in TASKS.values()))
+    if option not in options:
+        raise UsageError(f"task {option}: {unknown_name_message('task', option, options)}")
     return TASKS[head] if head in TASKS else TASKS[option]
 
 
@@ -48,7 +49,12 @@ def find_task_of_kind(kind: str) -> Task:
     Raises:
         KeyError: an encoder, or an unknown kind.
     """
-    return TASKS_BY_KIND[kind]
+    return map_tasks_by_kind()[kind]
+
+
+def map_tasks_by_kind() -> dict[str, Task]:
+    """Map the kinds of networks to their tasks; an encoder has none."""
+    return {task.kind: task for task in TASKS.values()}
 
 
 def find_task_by_title(title: str) -> Task:
@@ -73,13 +79,10 @@ def find_task_of_study(columns: Container[str]) -> Task:
 
 def is_dense(kind: str) -> bool:
     """Whether networks of a kind answer with a label map on the grid of the image."""
-    return kind in TASKS_BY_KIND and TASKS_BY_KIND[kind].dense
+    task = map_tasks_by_kind().get(kind)
+    return task is not None and task.dense
 
 
 def find_task_for_labels(option: str, index: Index) -> Task | None:
     """Task with this option that learns from labels of the form that an index has; None if there is none."""
     return next((task for task in TASKS.values() if task.option == option and task.accepts_labels(index)), None)
-
-
-TASKS_BY_KIND = {task.kind: task for task in TASKS.values()}
-MODEL_KINDS = (ENCODER, *TASKS_BY_KIND)

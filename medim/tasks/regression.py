@@ -17,7 +17,12 @@ N_WORST = 5
 
 
 class Regression(Task):
-    """A number per image. The head standardises the target; its constants are part of the model spec."""
+    """A number per image. The head standardises the target; its constants are part of the model spec.
+
+    Examples:
+        >>> Regression().metrics
+        ('r2', 'mae', 'pearson')
+    """
 
     name = "regression"
     option = "regression"
@@ -149,7 +154,12 @@ class Regression(Task):
 
 
 def parse_number(label: str | None) -> float | None:
-    """The number of a label; None if it is missing or not finite."""
+    """The number of a label; None if it is missing or not finite.
+
+    Examples:
+        >>> parse_number("12.5"), parse_number("large")
+        (12.5, None)
+    """
     try:
         number = float(label) if label else math.nan
     except ValueError:

@@ -22,6 +22,8 @@ EXAMPLES = [  # page, contract, word in the names of its tests
     ("add-head.md", "test_heads.py", "focal"),
     ("add-format.md", "test_readers.py", "PGM"),
     ("add-probe.md", "test_probes.py", "nearest_mean"),
+    ("add-metric.md", "test_metrics.py", "mcc or volume_similarity"),
+    ("add-task.md", "test_tasks.py", "positive"),
 ]
 
 pytestmark = pytest.mark.slow

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
 
-from medim.metrics import METRICS
+from medim.metrics import METRICS, higher_is_better
 from medim.reports.page import metric_name
 from medim.tasks import TASKS
 from medim.types import Array
+from tests.contracts.task_samples import make_sample
 
 CASES = 40
 PAIRS = [(name, task) for name, metric in METRICS.items() for task in metric.functions]
@@ -89,43 +89,19 @@ def test_equal_masks_have_the_best_value_and_others_are_within_the_limits(name: 
     assert value < best if metric.higher_is_better else value > best
 
 
-def make_rows(task: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of an evaluation, as `Task.score_case` returns them with their keys, and the classes."""
-    predictions, targets, _ = draw_cases(task, 5)
-    keys = [{"image": f"i{n}", "subject": f"s{n}"} for n in range(CASES)]
-    if task == "segmentation":
-        return [{**key, "class": "it", **dict.fromkeys(TASKS[task].metrics, 0.5)} for key in keys], ["it"]
-    if task == "regression":
-        columns = zip(keys, predictions, targets, strict=True)
-        return [{**key, "class": "value", "predicted_value": p, "true_value": t} for key, p, t in columns], ["value"]
-    if task == "multi_label":
-        columns = zip(keys, predictions, np.where(targets, "present", "absent"), strict=True)
-        return [{**key, "class": "it", "probability": p, "label": str(t)} for key, p, t in columns], ["it"]
-    classes, rows = ["a", "b", "c"], []
-    for key, probabilities, label in zip(keys, predictions, targets, strict=True):
-        parts = zip(classes, probabilities, strict=True)
-        rows += [{**key, "class": name, "probability": p, "label": classes[label]} for name, p in parts]
-    return rows, classes
-
-
 @pytest.mark.parametrize(("name", "task"), [(name, task) for name, metric in METRICS.items() for task in metric.tasks])
-def test_a_metric_is_evaluated_compared_and_studied_and_has_a_title_in_reports(name: str, task: str) -> None:
-    rows, classes = make_rows(task)
-    metrics = TASKS[task].summarise_cases(rows, classes, resamples=50)
+def test_a_metric_is_evaluated_and_has_its_title_and_unit_in_reports(name: str, task: str) -> None:
+    sample = make_sample(task)
+    metrics = TASKS[task].summarise_cases(sample.rows, sample.classes, resamples=50)
     keys = [key for key in metrics if key == name or key.startswith(f"{name}_")]
     assert keys
     for key in keys:
         assert math.isfinite(metrics[key]["value"] or math.nan), key
         assert METRICS[name].title in metric_name(key)
         assert METRICS[name].unit in metric_name(key)
-    assert TASKS[task].compare_cases(rows, rows, classes)[keys[0]]["value"] == pytest.approx(0)
+        assert higher_is_better(key) == METRICS[name].higher_is_better
     if TASKS[task].in_studies:
-        cases = [TASKS[task].to_study_rows(rows[n : n + len(classes)]) for n in range(0, len(rows), len(classes))]
-        columns = {column: np.array([dict(case)[column] for case in cases]) for column, _ in cases[0]}
-        statistics = TASKS[task].study_statistics(columns, classes)
-        assert set(keys) <= set(statistics)
-        (value,) = statistics[keys[0]](np.ones((1, CASES)))
-        assert value == pytest.approx(metrics[keys[0]]["value"])
+        assert set(keys) <= set(TASKS[task].study_metrics(sample.classes))
 
 
 def test_the_primary_metric_of_a_task_is_the_first() -> None:
