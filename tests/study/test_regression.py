@@ -67,7 +67,7 @@ def test_a_study_of_numbers_compares_mean_absolute_errors(
 
     table = pq.read_table(tmp_path / "study" / "results.parquet").to_pylist()
     assert {row["metric"] for row in table} == {"true_value", "predicted_value"}
-    assert {row["init"] for row in table} == {"scratch", "tuned", "frozen", "untrained", "pixels"}
+    assert {row["arm"] for row in table} == {"scratch", "tuned", "frozen", "untrained", "pixels"}
 
     results = open_results(tmp_path / "study")
     assert results.metrics == ("r2", "mae", "pearson")
@@ -135,8 +135,8 @@ def write_results(folder: Path, error_by_arm: dict[str, dict[str, float]]) -> di
             for seed in range(3):
                 for step in (10, None):
                     scale = size if step is None else 2 * size
-                    keys = {"init": arm, "protocol": "finetune", "pretrain_seed": seed, "budget": budget}
-                    keys |= {"labelled": int(budget), "subset_seed": 0, "step": step}
+                    keys = {"arm": arm, "protocol": "finetune", "pretrain_seed": seed, "budget": budget}
+                    keys |= {"n_labelled": int(budget), "subset_seed": 0, "step": step}
                     for n in range(30):
                         case = {**keys, "subject": f"s{n}", "case": f"c{n}"}
                         rows.append({**case, "metric": "true_value", "value": 100.0 + n})
