@@ -51,7 +51,8 @@ class PublicSet:
         note: information for users of the set.
 
     Examples:
-        >>> chest = PublicSet("xray", "chest X-rays", "CC BY 4.0", "Doe et al. 2024", sums=None, images=5856)
+        >>> texts = {"title": "chest X-rays", "licence": "CC BY 4.0", "citation": "Doe et al. 2024"}
+        >>> chest = PublicSet(modality="xray", **texts, sums=None, images=5856)
         >>> chest.describe()
         'xray; chest X-rays; 5,856 images; CC BY 4.0; no published checksum: sha256 recorded at first download'
     """

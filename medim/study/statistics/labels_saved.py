@@ -142,7 +142,8 @@ def summary_sentence(result: LabelsSaved, verdict: ComparisonVerdict) -> str:
 
     Examples:
         >>> estimate = CensoredInterval(CensoredValue(38), CensoredValue(21), CensoredValue(60))
-        >>> result = LabelsSaved(10, estimate, estimate, estimate, ("seeds",))
+        >>> options = {"savings": estimate, "ratio": estimate, "variance_sources": ("seeds",)}
+        >>> result = LabelsSaved(labels=10, equivalent_labels=estimate, **options)
         >>> summary_sentence(result, "benefit")
         'With 10 labels and the encoder you get what 38 labels (21 to 60) give without.'
     """
