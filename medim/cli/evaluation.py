@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -26,6 +26,9 @@ from medim.cli.options import (
 from medim.cli.terminal import format_averages, format_intervals, format_or_dash, print_result, show_progress
 from medim.tasks import STUDY_TASKS
 from medim.types import UsageError
+
+if TYPE_CHECKING:
+    from medim.study.content import StudySummary
 
 PER_CALL_OPTIONS = ("--resume", "--overwrite", "--quiet", "--debug")  # of the command to repeat a study
 
@@ -288,9 +291,9 @@ def repeat_command(words: list[str]) -> list[str]:
     return arguments
 
 
-def _format_comparisons(summary: dict[str, Any]) -> dict[str, str]:
+def _format_comparisons(summary: StudySummary) -> dict[str, str]:
     """Format one line per arm and budget: difference from scratch, interval and verdict."""
-    rows = (summary["comparisons"] or {"rows": []})["rows"]
+    rows = summary["comparisons"]["rows"] if summary["comparisons"] else []
     return {
         f"{row['arm']}, {row['budget']} labels": f"{summary['metric']} {format_or_dash(row['value'])}, scratch "
         f"{format_or_dash(row['scratch'])}: {row['difference']['value']:+.3f} [{row['difference']['low']:+.3f}, "

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from medim.evaluation.probing.label_budget import Budget
 from medim.metrics.bootstrap import MIN_SUBJECTS
 from medim.model_spec import ModelSpec
 from medim.models.serialization import locate_weights
+from medim.study.content import CohortCounts, SplitCounts
 from medim.study.design import Arm, LabelSubsets
 from medim.tasks import find_task
 from medim.types import Split, UsageError, UserError
@@ -223,7 +224,7 @@ def check_selection_budgets(shortages: dict[str, str]) -> None:
         )
 
 
-def count_cohort(task: str, cohort: Cohort, subsets: LabelSubsets) -> dict[str, Any]:
+def count_cohort(task: str, cohort: Cohort, subsets: LabelSubsets) -> CohortCounts:
     """Count the images and subjects of each split and each subset."""
     split_records = {part: cohort.records(part) for part in get_args(Split)}
     has_numbers = find_task(task).quantity == "value"
@@ -247,5 +248,5 @@ def _count_labels(records: Sequence[ImageRecord]) -> dict[str, int]:
     return dict(sorted(Counter(str(r.label) for r in records if r.label is not None).items()))
 
 
-def _count_split(records: Sequence[ImageRecord]) -> dict[str, int]:
+def _count_split(records: Sequence[ImageRecord]) -> SplitCounts:
     return {"images": len(records), "subjects": len({record.subject for record in records})}

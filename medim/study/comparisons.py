@@ -5,13 +5,28 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from medim.metrics import higher_is_better
 from medim.metrics.bootstrap import Resamples, Scores, compute_scores, draw_resamples
+from medim.study.content import (
+    CensoredIntervalEntry,
+    ComparisonRow,
+    ComparisonTable,
+    DifferenceEntry,
+    LabelsSavedEntry,
+    StudySummary,
+    TimeToScratchEntry,
+)
 from medim.study.design import PIXELS, SCRATCH, UNTRAINED
 from medim.study.results import StudyResults, find_largest_grid, open_results
-from medim.study.statistics.intervals import Comparison, combine_verdicts, compare_to_scratch, get_metric_limits
+from medim.study.statistics.intervals import (
+    Comparison,
+    ConfidenceInterval,
+    combine_verdicts,
+    compare_to_scratch,
+    get_metric_limits,
+)
 from medim.study.statistics.labels_saved import (
     CensoredInterval,
     LabelsSaved,
@@ -25,7 +40,7 @@ from medim.types import UserError
 ScorePairs = dict[tuple[str, str], tuple[Scores, Scores]]
 
 
-def build_comparisons(folder: Path, summary: dict[str, Any]) -> dict[str, Any] | None:
+def build_comparisons(folder: Path, summary: StudySummary) -> ComparisonTable | None:
     """Build the comparisons of a study from the available results; None if nothing can be compared yet.
 
     Args:
@@ -53,7 +68,7 @@ def build_comparisons(folder: Path, summary: dict[str, Any]) -> dict[str, Any] |
         return None
     arm_comparisons = _compare_families(pairs, summary)
     savings = _compute_labels_saved(pairs, arm_comparisons, results, metric)
-    rows = []
+    rows: list[ComparisonRow] = []
     for comparison in arm_comparisons:
         ours, scratch = pairs[comparison.arm, comparison.budget]
         rows.append(
@@ -63,11 +78,7 @@ def build_comparisons(folder: Path, summary: dict[str, Any]) -> dict[str, Any] |
                 "n_labelled": results.labelled[comparison.budget],
                 "value": _mean_score(ours),
                 "scratch": _mean_score(scratch),
-                "difference": {
-                    **asdict(comparison.difference),
-                    "variance_sources": list(comparison.difference.variance_sources),
-                    "scope": comparison.difference.scope_text,
-                },
+                "difference": _dump_difference(comparison.difference),
                 "p": comparison.p,
                 "p_corrected": comparison.p_corrected,
                 "verdict": comparison.verdict,
@@ -82,14 +93,20 @@ def build_comparisons(folder: Path, summary: dict[str, Any]) -> dict[str, Any] |
     return {"metric": metric, "resamples": len(resamples.counts) - 1, "overall": verdicts, "rows": rows}
 
 
-def _compare_families(pairs: ScorePairs, summary: dict[str, Any]) -> list[Comparison]:
+def _dump_difference(difference: ConfidenceInterval) -> DifferenceEntry:
+    sources = list(difference.variance_sources)
+    content = {**asdict(difference), "variance_sources": sources, "scope": difference.scope_text}
+    return cast(DifferenceEntry, content)
+
+
+def _compare_families(pairs: ScorePairs, summary: StudySummary) -> list[Comparison]:
     metric = str(summary["metric"])
     limits, is_higher_better = get_metric_limits(metric, difference=True), higher_is_better(metric)
     families = _group_families(pairs, summary)
     return [one for f in families for one in compare_to_scratch(f, limits, higher_is_better=is_higher_better)]
 
 
-def _group_families(pairs: ScorePairs, summary: dict[str, Any]) -> list[ScorePairs]:
+def _group_families(pairs: ScorePairs, summary: StudySummary) -> list[ScorePairs]:
     """Group the comparisons that are corrected together: those of fine-tuned arms, and those of frozen arms."""
     frozen_arms = {arm["name"] for arm in summary["arms"] if arm["protocol"] == "frozen"}
     families = [
@@ -105,7 +122,7 @@ def _draw_study_resamples(results: StudyResults) -> Resamples:
 
 def _compute_labels_saved(
     pairs: ScorePairs, arm_comparisons: list[Comparison], results: StudyResults, metric: str
-) -> dict[tuple[str, str], dict[str, Any]]:
+) -> dict[tuple[str, str], LabelsSavedEntry]:
     """Compute the labels saved by arm and budget, for arms that were measured at two or more budgets."""
     rows = {}
     for arm in dict.fromkeys(comparison.arm for comparison in arm_comparisons):
@@ -132,14 +149,11 @@ def _has_same_runs(results: StudyResults, arm: str, budgets: list[str]) -> bool:
     return len(seeds) == 1 and len(subsets) <= 1
 
 
-def _dump_labels_saved(result: LabelsSaved, comparison: Comparison) -> dict[str, Any]:
-    intervals = {
+def _dump_labels_saved(result: LabelsSaved, comparison: Comparison) -> LabelsSavedEntry:
+    return {
         "equivalent_labels": _dump_interval(result.equivalent_labels),
         "saved": _dump_interval(result.savings),
         "ratio": _dump_interval(result.ratio),
-    }
-    return {
-        **intervals,
         "variance_sources": list(result.variance_sources),
         "sentence": summary_sentence(result, comparison.verdict),
     }
@@ -147,7 +161,7 @@ def _dump_labels_saved(result: LabelsSaved, comparison: Comparison) -> dict[str,
 
 def _compute_time_to_scratch(
     results: StudyResults, comparison: Comparison, resamples: Resamples, metric: str
-) -> dict[str, Any] | None:
+) -> TimeToScratchEntry | None:
     """Compute the steps to the final level of scratch; None without intermediate evaluations."""
     steps = results.steps(comparison.arm, comparison.budget)
     shared_seeds = find_largest_grid(
@@ -174,8 +188,8 @@ def _compute_time_to_scratch(
     }
 
 
-def _dump_interval(estimate: CensoredInterval) -> dict[str, Any]:
-    return asdict(estimate)
+def _dump_interval(estimate: CensoredInterval) -> CensoredIntervalEntry:
+    return cast(CensoredIntervalEntry, asdict(estimate))
 
 
 def _mean_score(scores: Scores) -> float:

@@ -18,6 +18,7 @@ from medim.renamed_keys import translate_config
 from medim.study import checks
 from medim.study.audit.groups import Groups, read_groups
 from medim.study.cell import StudyContext
+from medim.study.content import ArmEntry, PreparationFacts
 from medim.study.design import LR_MULTIPLIERS, Arm, Design
 from medim.study.lr_selection import describe_subset_shortage
 from medim.study.time_estimate import Costs, intermediate_eval_steps, measure_costs
@@ -86,7 +87,7 @@ class StudySetup:
     context: StudyContext
     costs: Callable[[], Costs]
     groups: Groups
-    facts: dict[str, Any]
+    facts: PreparationFacts
 
 
 def prepare_study(
@@ -136,7 +137,7 @@ def prepare_study(
     write_text(out / CONFIG, dump_config(config))
     for seed in range(options.seeds):
         write_splits(out / "splits" / f"{seed}.csv", index, cohort.splits, cohort.records("train"), seed=seed)
-    facts = {
+    facts: PreparationFacts = {
         "arms": [_describe_arm(arm) for arm in arms],
         "counts": checks.count_cohort(task, cohort, subsets),
         "train_val_duplicates": cohort.overlap,
@@ -217,7 +218,7 @@ def _fix_design(context: StudyContext, costs: Callable[[], Costs]) -> StudyConte
     return replace(context, design=replace(design, eval_steps=tuple(content["eval_steps"])))
 
 
-def _describe_arm(arm: Arm) -> dict[str, Any]:
+def _describe_arm(arm: Arm) -> ArmEntry:
     return {
         "name": arm.name,
         "protocol": arm.protocol,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from medim.metrics.metric import Statistic
 from medim.migrations import read_migrated_json, rename_columns
+from medim.study.content import StudySummary
 from medim.study.design import SCRATCH
 from medim.tasks import find_task_of_study
 from medim.tasks.classification import TRUTH
@@ -53,7 +54,7 @@ class StudyResults:
         values: columns (N,) by run and metric, as in `results.parquet`; NaN if not defined.
     """
 
-    summary: dict[str, Any]
+    summary: StudySummary
     labelled: dict[str, int]
     cases: tuple[str, ...]
     subjects: tuple[str, ...]
@@ -139,7 +140,7 @@ class StudyResults:
         return self.values[run]
 
 
-def open_results(folder: Path, summary: dict[str, Any] | None = None) -> StudyResults:
+def open_results(folder: Path, summary: StudySummary | None = None) -> StudyResults:
     """Read the results in the folder of a study.
 
     Args:
@@ -158,7 +159,8 @@ def open_results(folder: Path, summary: dict[str, Any] | None = None) -> StudyRe
         >>> results.arms, results.cases
         (('scratch',), ('s1', 's2'))
     """
-    summary = read_migrated_json(folder / "summary.json", "study") if summary is None else summary
+    if summary is None:
+        summary = cast(StudySummary, read_migrated_json(folder / "summary.json", "study"))
     try:
         table = pq.read_table(folder / "results.parquet")
         table = table.rename_columns(rename_columns(table.column_names, "results"))

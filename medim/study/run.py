@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from medim.config import FinetuneConfig
 from medim.data.index.index import Index
@@ -19,6 +18,7 @@ from medim.signals import StoppedError
 from medim.study.audit.audit import write_audit
 from medim.study.audit_study import audit_study
 from medim.study.cell import StudyContext
+from medim.study.content import StudyFacts, StudySummary
 from medim.study.design import Arm
 from medim.study.prepare import DESIGN, StudyOptions, prepare_study
 from medim.study.report.report import write_report_data, write_study_page
@@ -41,7 +41,7 @@ def study(
     budgets: Sequence[Budget],
     out: Path,
     options: StudyOptions | None = None,
-) -> dict[str, Any]:
+) -> StudySummary:
     """Run every arm at every label budget, paired, and write results, audit and report.
 
     Args:
@@ -68,23 +68,18 @@ def study(
     with track_study(out, _collect_study_parameters(setup.context)) as tracker:
         context = replace(setup.context, parent_run=tracker.version)
         deadline = None if options.max_hours is None else start + 3600 * options.max_hours
+        estimator = DurationEstimator(context, setup.costs, cells)
         scheduler = Scheduler(
-            context=context,
-            cells=cells,
-            estimate_seconds=DurationEstimator(context, setup.costs, cells),
-            deadline=deadline,
-            jobs=options.jobs,
+            context=context, cells=cells, estimate_seconds=estimator, deadline=deadline, jobs=options.jobs
         )
-        log.info(
-            "%d of %d cells are left: about %s",
-            len(scheduler.remaining),
-            len(cells),
-            format_remaining_time(scheduler.remaining_seconds()),
-        )
+        _log_remaining_cells(scheduler)
         run_all(scheduler)
-        facts = {**setup.facts, "wall_hours": previous_hours + (time.monotonic() - start) / 3600}
-        facts["rejected_cases"] = write_results(out / "results.parquet", context, cells)
-        facts["command_line"] = _format_repeat_command(options.command, context)
+        facts: StudyFacts = {
+            **setup.facts,
+            "wall_hours": previous_hours + (time.monotonic() - start) / 3600,
+            "rejected_cases": write_results(out / "results.parquet", context, cells),
+            "command_line": _format_repeat_command(options.command, context),
+        }
         summary = write_summary(out, scheduler, facts)
         write_audit(out, audit_study(context, setup.groups))
         write_report_data(context)
@@ -95,7 +90,12 @@ def study(
     return summary
 
 
-def _collect_study_parameters(context: StudyContext) -> dict[str, Any]:
+def _log_remaining_cells(scheduler: Scheduler) -> None:
+    remaining_time = format_remaining_time(scheduler.remaining_seconds())
+    log.info("%d of %d cells are left: about %s", len(scheduler.remaining), len(scheduler.cells), remaining_time)
+
+
+def _collect_study_parameters(context: StudyContext) -> dict[str, object]:
     design = context.design
     names = {"arms": " ".join(arm.name for arm in design.arms), "budgets": " ".join(b.name for b in design.budgets)}
     return {"task": design.task, **names, "seeds": design.seeds, "index_hash": context.cohort.index.hash}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from medim.files import write_json
 from medim.study.cell import read_cell_summary, read_selection_score
 from medim.study.comparisons import build_comparisons
+from medim.study.content import LearningRateEntry, StudyFacts, StudySummary
 from medim.study.design import Arm
 from medim.study.scheduler import Scheduler
 from medim.version import collect_versions
@@ -16,7 +16,7 @@ from medim.version import collect_versions
 SCHEMA_VERSION = 2
 
 
-def write_summary(out: Path, scheduler: Scheduler, facts: dict[str, Any]) -> dict[str, Any]:
+def write_summary(out: Path, scheduler: Scheduler, facts: StudyFacts) -> StudySummary:
     """Write `summary.json`.
 
     Args:
@@ -30,7 +30,7 @@ def write_summary(out: Path, scheduler: Scheduler, facts: dict[str, Any]) -> dic
     context, cells = scheduler.context, scheduler.cells
     design, complete_cells = context.design, [cell for cell in cells if context.is_complete(cell)]
     summaries = [read_cell_summary(context, cell) for cell in complete_cells if cell.kind != "probe"]
-    summary = {
+    summary: StudySummary = {
         "schema_version": SCHEMA_VERSION,
         "command": "study",
         "task": design.task,
@@ -58,16 +58,17 @@ def write_summary(out: Path, scheduler: Scheduler, facts: dict[str, Any]) -> dic
         "config_hash": context.config.hash,
         "index_hash": context.cohort.index.hash,
         "versions": collect_versions(),
+        "comparisons": None,
     }
     summary["comparisons"] = build_comparisons(out, summary)
     write_json(out / "summary.json", summary)
     return summary
 
 
-def _summarise_learning_rates(scheduler: Scheduler) -> dict[str, dict[str, Any]]:
+def _summarise_learning_rates(scheduler: Scheduler) -> dict[str, dict[str, LearningRateEntry]]:
     """Summarise the selected learning rate by arm and budget, with the scores of all factors."""
     context = scheduler.context
-    rates: dict[str, dict[str, Any]] = {}
+    rates: dict[str, dict[str, LearningRateEntry]] = {}
     for arm in _list_finetune_arms(scheduler):
         rows = rates[arm.name] = {}
         for cell in scheduler.cells:

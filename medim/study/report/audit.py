@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from medim.metrics.bootstrap import MetricEstimate
 from medim.reports.figures import IntervalRow, interval_plot
 from medim.reports.page import (
     NOT_REPORTED,
@@ -19,6 +19,7 @@ from medim.reports.page import (
 )
 from medim.reports.svg import Figure
 from medim.study.audit.audit import PIXELS
+from medim.study.content import AuditContent, DuplicatePair, PredictionEntry, ShortcutEntry
 from medim.study.design import SCRATCH
 from medim.study.report.view import StudyView
 
@@ -58,14 +59,16 @@ def build_audit_section(study: StudyView) -> ReportSection:
 
 def alarming_shortcuts(study: StudyView) -> str:
     """Describe shortcuts that should not predict the label, or predict it as well as the best model; empty if none."""
-    alarm_text = _format_alarm(study.audit or {})
+    alarm_text = _format_alarm(study.audit) if study.audit else ""
     return f"{alarm_text}: see Leakage and shortcuts. " if alarm_text else ""
 
 
 def format_size_auroc(study: StudyView) -> str:
     """Format the AUROC of the image size in the file, with that of the best model."""
-    audit = study.audit or {}
-    sizes = [one["prediction"]["auroc"] for one in audit.get("shortcuts", ()) if one["name"] == RAW_SIZE_FEATURE]
+    audit = study.audit
+    if audit is None:
+        return NOT_REPORTED
+    sizes = [one["prediction"]["auroc"] for one in audit["shortcuts"] if one["name"] == RAW_SIZE_FEATURE]
     best = _best_model_auroc(audit)
     best_text = "" if best is None else f"; the best model {format_metric(best)}"
     return format_metric(sizes[0]) + best_text if sizes else NOT_REPORTED
@@ -73,33 +76,37 @@ def format_size_auroc(study: StudyView) -> str:
 
 def list_group_columns(study: StudyView) -> str:
     """List the columns by which metrics are grouped; empty if there are no groups."""
-    return ", ".join(dict.fromkeys(one["column"] for one in (study.audit or {}).get("groups", ())))
+    return ", ".join(dict.fromkeys(one["column"] for one in (study.audit["groups"] if study.audit else ())))
 
 
-def _format_alarm(audit: dict[str, Any]) -> str:
+def _format_alarm(audit: AuditContent) -> str:
     names = [f"{one['name']} (AUROC {one['prediction']['auroc']['value']:.3f})" for one in _select_alarming(audit)]
     return f"The label can be predicted without the image content, from {' and '.join(names)}" if names else ""
 
 
-def _select_alarming(audit: dict[str, Any]) -> list[dict[str, Any]]:
+def _select_alarming(audit: AuditContent) -> list[ShortcutEntry]:
     best = _best_model_auroc(audit)
     level = None if best is None else best["value"] if best["ci_low"] is None else best["ci_low"]
+    visible = [one for one in audit["shortcuts"] if one["name"] in VISIBLE_FEATURES]
     return [
         one
-        for one in audit.get("shortcuts", ())
-        if one["name"] in VISIBLE_FEATURES
-        and one["prediction"]["above_chance"]
-        and (one["name"] in GEOMETRY_FEATURES or (level is not None and one["prediction"]["auroc"]["value"] >= level))
+        for one in visible
+        if one["prediction"]["above_chance"]
+        and (one["name"] in GEOMETRY_FEATURES or _reaches_level(one["prediction"]["auroc"]["value"], level))
     ]
 
 
-def _best_model_auroc(audit: dict[str, Any]) -> dict[str, Any] | None:
+def _reaches_level(value: float | None, level: float | None) -> bool:
+    return value is not None and level is not None and value >= level
+
+
+def _best_model_auroc(audit: AuditContent) -> MetricEstimate | None:
     """Find the AUROC of the best measured model."""
-    aurocs = [metrics["auroc"] for metrics in audit.get("models", {}).values() if metrics.get("auroc")]
-    return max((one for one in aurocs if one["value"] is not None), key=lambda one: one["value"], default=None)
+    aurocs = [metrics["auroc"] for metrics in audit["models"].values() if metrics.get("auroc")]
+    return max((one for one in aurocs if one["value"] is not None), key=lambda one: one["value"] or 0.0, default=None)
 
 
-def _build_audit_banner(audit: dict[str, Any]) -> Banner:
+def _build_audit_banner(audit: AuditContent) -> Banner:
     near = pluralise(len(audit["duplicates"]["near"]), "pair")
     places_text = f"Near-duplicates across the split: {near}. The audit covers only the checks listed here."
     if alarm_text := _format_alarm(audit):
@@ -115,7 +122,7 @@ def _build_audit_banner(audit: dict[str, Any]) -> Banner:
     return Banner("good", "No shortcut found by these checks", text)
 
 
-def _build_shortcut_table(audit: dict[str, Any]) -> ReportTable | None:
+def _build_shortcut_table(audit: AuditContent) -> ReportTable | None:
     if not audit["shortcuts"]:
         return None
     head = ("Predictor", "AUROC", "Balanced accuracy", "Above chance")
@@ -129,18 +136,19 @@ def _build_shortcut_table(audit: dict[str, Any]) -> ReportTable | None:
         for name, metrics in audit["models"].items()
     ]
     for one in audit["shortcuts"]:
-        values = (interval_cell(format_metric(one["prediction"][key])) for key in ("auroc", "balanced_accuracy"))
+        prediction = one["prediction"]
         rows.append(
             (
                 one["name"],
-                *values,
-                _format_above_chance(one["prediction"]) if one["varies"] else "the same for all images",
+                interval_cell(format_metric(prediction["auroc"])),
+                interval_cell(format_metric(prediction["balanced_accuracy"])),
+                _format_above_chance(prediction) if one["varies"] else "the same for all images",
             )
         )
     return ReportTable("Prediction of the label", head, rows, SHORTCUT_NOTE, wide=True)
 
 
-def _plot_aurocs(audit: dict[str, Any]) -> Sequence[Figure]:
+def _plot_aurocs(audit: AuditContent) -> Sequence[Figure]:
     auroc_entries = [
         (name, metrics["auroc"], False) for name, metrics in audit["models"].items() if metrics.get("auroc")
     ]
@@ -155,7 +163,7 @@ def _plot_aurocs(audit: dict[str, Any]) -> Sequence[Figure]:
     return (interval_plot(rows, "AUROC of the models, and of shortcuts"),)
 
 
-def _build_group_table(study: StudyView, audit: dict[str, Any]) -> ReportTable | None:
+def _build_group_table(study: StudyView, audit: AuditContent) -> ReportTable | None:
     """Table of metrics by group, for the best-supported arm and from scratch; `audit.json` contains the other arms."""
     arm_names = {SCRATCH, study.best["arm"] if study.best else SCRATCH}
     rows = [
@@ -176,7 +184,7 @@ def _build_group_table(study: StudyView, audit: dict[str, Any]) -> ReportTable |
     return ReportTable("Metric by group", head, rows, note, wide=True) if rows else None
 
 
-def _build_probe_table(audit: dict[str, Any]) -> ReportTable | None:
+def _build_probe_table(audit: AuditContent) -> ReportTable | None:
     rows = [
         (
             one["column"],
@@ -195,7 +203,7 @@ def _build_probe_table(audit: dict[str, Any]) -> ReportTable | None:
     return ReportTable("Prediction of groups from features", head, rows, note, wide=True) if rows else None
 
 
-def _build_duplicate_table(audit: dict[str, Any]) -> ReportTable:
+def _build_duplicate_table(audit: AuditContent) -> ReportTable:
     duplicates = audit["duplicates"]
     rows = [
         ("Images compared", format_value(duplicates["images"])),
@@ -211,7 +219,7 @@ def _build_duplicate_table(audit: dict[str, Any]) -> ReportTable:
     )
 
 
-def _build_pair_table(audit: dict[str, Any]) -> ReportTable | None:
+def _build_pair_table(audit: AuditContent) -> ReportTable | None:
     near = sorted(audit["duplicates"]["near"], key=_pair_sort_key)
     rows = [
         (pair["train_image"], pair["other_image"], format_value(pair["hamming_distance"]))
@@ -225,9 +233,9 @@ def _build_pair_table(audit: dict[str, Any]) -> ReportTable | None:
     )
 
 
-def _pair_sort_key(pair: dict[str, Any]) -> tuple[int, str, str]:
+def _pair_sort_key(pair: DuplicatePair) -> tuple[int, str, str]:
     return pair["hamming_distance"], pair["train_image"], pair["other_image"]
 
 
-def _format_above_chance(prediction: dict[str, Any]) -> str:
+def _format_above_chance(prediction: PredictionEntry) -> str:
     return "yes" if prediction["above_chance"] else "no"

@@ -6,11 +6,12 @@ from typing import Any
 
 from medim.data.contamination import describe_counts
 from medim.reports.page import Banner, ReportSection, ReportTable, format_value, metric_name, pluralise
+from medim.study.content import ComparisonRow
 from medim.study.report.audit import alarming_shortcuts, format_size_auroc
 from medim.study.report.format import format_difference, format_p_value
 from medim.study.report.pretraining import unhealthy_pretraining
 from medim.study.report.results import PROTOCOL_LABELS
-from medim.study.report.view import ComparisonRow, StudyView
+from medim.study.report.view import StudyView
 from medim.tasks import find_task
 
 NO_EVIDENCE = "no evidence of a benefit"
@@ -42,10 +43,8 @@ def build_verdict_section(study: StudyView) -> ReportSection:
     text += f"{best['arm']}, {metric_name(study.metric)}: {format_difference(best)} against from scratch, "
     text += f"{best['difference']['scope']}. p {format_p_value(best['p_corrected'])} after correction for "
     text += f"{pluralise(len(same_protocol), 'comparison')} of {PROTOCOL_LABELS[protocol]} arms (Holm). "
-    arms = list(study.summary["comparisons"]["overall"])
-    cells = [
-        (arm, study.summary["comparisons"]["overall"][arm], comparison_sentence(study.best_row(arm))) for arm in arms
-    ]
+    verdicts = study.verdicts
+    cells = [(arm, verdict, comparison_sentence(study.best_row(arm))) for arm, verdict in verdicts.items()]
     note = "Verdicts are corrected for all comparisons of fine-tuned arms, and separately for those of frozen arms. "
     note += "No evidence of a benefit does not mean evidence "
     note += "of no benefit; consider the width of the interval."

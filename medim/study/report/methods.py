@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from importlib.resources import files
 from string import Formatter
 from typing import Any
@@ -20,11 +21,13 @@ from medim.reports.page import (
     metric_name,
     pluralise,
 )
+from medim.study.content import ArmEntry, StudySummary
 from medim.study.report.audit import list_group_columns
 from medim.study.report.format import format_schedule_number
 from medim.study.report.headline import comparison_sentence
 from medim.study.report.view import StudyView
 from medim.tasks import find_task
+from medim.types import Step
 
 CHECKLIST_FILE = "checklists.csv"  # topics are paraphrased; an answer with a missing value becomes "not reported"
 CHECKLIST_SOURCES = (
@@ -113,7 +116,7 @@ def collect_facts(study: StudyView) -> dict[str, str | None]:
     runs = study.results.values if study.results else {}
     metrics = study.results.metrics if study.results else ()
     classes = ", ".join(counts["classes"])
-    facts: dict[str, Any] = {
+    facts: dict[str, object] = {
         "found": counts["images"] + counts["rejected"],
         "rejected": counts["rejected"],
         "unlabelled": counts["unlabelled"],
@@ -150,7 +153,7 @@ def collect_facts(study: StudyView) -> dict[str, str | None]:
     return {name: None if value in (None, "") else format_value(value) for name, value in facts.items()}
 
 
-def _describe_training(config: dict[str, Any]) -> dict[str, str | None]:
+def _describe_training(config: Mapping[str, Any]) -> dict[str, str | None]:
     if not config:
         return {"network": None, "preprocessing": None, "schedule": None}
     decoder = f", decoder {config['decoder']['name']}" if config.get("decoder") else ""
@@ -167,7 +170,7 @@ def _describe_training(config: dict[str, Any]) -> dict[str, str | None]:
     }
 
 
-def _describe_pretrained(config: dict[str, Any]) -> str:
+def _describe_pretrained(config: Mapping[str, Any]) -> str:
     """Describe the schedule options for pretrained parts and for the head."""
     scale = config.get("pretrained_lr_scale", 1.0)
     slower = f", pretrained parts at {scale:g} of the rate" if scale != 1 else ""
@@ -176,24 +179,24 @@ def _describe_pretrained(config: dict[str, Any]) -> str:
     )
 
 
-def _format_step(step: dict[str, Any]) -> str:
+def _format_step(step: Step) -> str:
     options = ", ".join(f"{key} {format_value(value)}" for key, value in step.items() if key != "op")
     return f"{step['op']} ({options})" if options else str(step["op"])
 
 
-def _format_arm(arm: dict[str, Any]) -> str:
+def _format_arm(arm: ArmEntry) -> str:
     frozen = ", frozen" if arm["protocol"] == "frozen" else ""
     return f"{arm['name']} ({pluralise(len(arm['encoders']), 'pretraining run')}{frozen})"
 
 
-def _format_budgets(summary: dict[str, Any]) -> str:
+def _format_budgets(summary: StudySummary) -> str:
     sizes = ", ".join(f"{count:,}" for count in summary["budgets"].values())
     n_frozen = min(summary.get("probe_seeds") or summary["seeds"], summary["seeds"])
     frozen = f", {n_frozen:,} for frozen arms" if n_frozen < summary["seeds"] and _describe_frozen(summary) else ""
     return f"{sizes} images of whole subjects, nested, {pluralise(summary['seeds'], 'draw')} each{frozen}"
 
 
-def _describe_frozen(summary: dict[str, Any]) -> str:
+def _describe_frozen(summary: StudySummary) -> str:
     """Describe the training of frozen arms; empty if there are none."""
     if all(arm["protocol"] != "frozen" for arm in summary["arms"]):
         return ""
@@ -201,7 +204,7 @@ def _describe_frozen(summary: dict[str, Any]) -> str:
     return f" Frozen arms do not change the encoder and train {frozen_parts}."
 
 
-def _describe_repeats(summary: dict[str, Any]) -> str | None:
+def _describe_repeats(summary: StudySummary) -> str | None:
     """Describe the repetitions of an arm; None if no arm was repeated."""
     runs = max((len(arm["encoders"]) for arm in summary["arms"]), default=0)
     if max(runs, summary["seeds"]) < 2:
@@ -211,7 +214,7 @@ def _describe_repeats(summary: dict[str, Any]) -> str | None:
     )
 
 
-def _describe_selection(summary: dict[str, Any]) -> str:
+def _describe_selection(summary: StudySummary) -> str:
     """Describe the selection of steps, in fine-tuning and in pretraining."""
     arm_texts = [f"{arm} ({count:,})" for arm, count in summary.get("n_selection_labels", {}).items() if count]
     selection_text = "Labels of the evaluation split were not used for selection; the last fine-tuning step is used. "
@@ -222,7 +225,7 @@ def _describe_selection(summary: dict[str, Any]) -> str:
     return selection_text + (labels if arm_texts else "")
 
 
-def _describe_rates(summary: dict[str, Any]) -> str:
+def _describe_rates(summary: StudySummary) -> str:
     ways = {rate["from"] for arm in summary["learning_rates"].values() for rate in arm.values()}
     if "selection" not in ways:
         return "that of the configuration for every arm and budget"
@@ -237,7 +240,7 @@ def _fill_answer(template: str, facts: dict[str, str | None]) -> str:
     return template.format(**facts)
 
 
-def _list_hashes(summary: dict[str, Any]) -> str:
+def _list_hashes(summary: StudySummary) -> str:
     lines = [
         f"{arm['name']} {number}: {hash_}" for arm in summary["arms"] for number, hash_ in enumerate(arm["encoders"])
     ]
@@ -249,6 +252,6 @@ def _read_config_text(study: StudyView) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else NOT_REPORTED
 
 
-def _read_study_config(study: StudyView) -> dict[str, Any]:
+def _read_study_config(study: StudyView) -> Mapping[str, Any]:
     path = study.folder / "config.yaml"
     return translate_config(yaml.safe_load(path.read_text(encoding="utf-8")), warn=False) if path.is_file() else {}

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from medim.metrics.bootstrap import Resamples, compute_scores, draw_resamples
 from medim.migrations import read_migrated_json
 from medim.study.audit.audit import AUDIT
+from medim.study.content import AuditContent, ComparisonRow, StudySummary
 from medim.study.design import SCRATCH
 from medim.study.results import StudyResults, open_results
 from medim.study.statistics.intervals import ComparisonVerdict, ConfidenceInterval, compute_interval, get_metric_limits
 from medim.tasks.classification import TRUTH
 from medim.types import UserError
 
-ComparisonRow = dict[str, Any]  # a row of `comparisons` in summary.json
 VERDICT_ORDER: tuple[ComparisonVerdict, ...] = ("benefit", "no evidence of a benefit", "harm")
 
 
@@ -30,7 +30,7 @@ class StudyView:
     """
 
     folder: Path
-    summary: dict[str, Any]
+    summary: StudySummary
     _intervals: dict[tuple[str, str, str, int | None], ConfidenceInterval | None] = field(
         default_factory=dict, repr=False
     )
@@ -44,10 +44,10 @@ class StudyView:
             return None
 
     @cached_property
-    def audit(self) -> dict[str, Any] | None:
+    def audit(self) -> AuditContent | None:
         """Content of `audit.json`; None if the study has no audit."""
         path = self.folder / AUDIT
-        return read_migrated_json(path, "audit") if path.is_file() else None
+        return cast(AuditContent, read_migrated_json(path, "audit")) if path.is_file() else None
 
     @property
     def metric(self) -> str:
@@ -58,6 +58,12 @@ class StudyView:
     def rows(self) -> list[ComparisonRow]:
         """Comparisons with from scratch."""
         return list((self.summary.get("comparisons") or {"rows": []})["rows"])
+
+    @property
+    def verdicts(self) -> dict[str, ComparisonVerdict]:
+        """Verdict of each compared arm over all budgets."""
+        comparisons = self.summary["comparisons"]
+        return comparisons["overall"] if comparisons else {}
 
     @property
     def is_complete(self) -> bool:
@@ -88,7 +94,7 @@ class StudyView:
 
     def best_row(self, arm: str) -> ComparisonRow:
         """Select the best-supported comparison of an arm among those with its overall verdict."""
-        verdict = self.summary["comparisons"]["overall"][arm]
+        verdict = self.verdicts[arm]
         arm_rows = [row for row in self.rows if row["arm"] == arm]
         return min([row for row in arm_rows if row["verdict"] == verdict] or arm_rows, key=rank_key)
 
@@ -135,7 +141,7 @@ def open_study(folder: Path) -> StudyView:
     summary = read_migrated_json(folder / "summary.json", "study")
     if summary.get("command") != "study":
         raise UserError(f"{folder}: expected a study, got {summary.get('command')}. Run `medim study` first.")
-    return StudyView(folder, summary)
+    return StudyView(folder, cast(StudySummary, summary))
 
 
 def rank_key(row: ComparisonRow) -> tuple[Any, ...]:
@@ -145,9 +151,11 @@ def rank_key(row: ComparisonRow) -> tuple[Any, ...]:
     of saved labels above zero, then the smallest corrected p, the smallest p, and the fewest labels. Verdicts are
     corrected for all comparisons of their protocol, so every comparison may be reported.
     """
-    equivalent = (row["labels_saved"] or {}).get("equivalent_labels")
-    ends = [] if equivalent is None else [equivalent[end] for end in ("value", "low", "high")]
-    is_closed = bool(ends) and not any(end["censored"] for end in ends) and ends[1]["value"] > row["n_labelled"]
+    is_closed = False
+    if row["labels_saved"] is not None:
+        labels = row["labels_saved"]["equivalent_labels"]
+        is_censored = any(end["censored"] for end in (labels["value"], labels["low"], labels["high"]))
+        is_closed = not is_censored and labels["low"]["value"] > row["n_labelled"]
     return VERDICT_ORDER.index(row["verdict"]), not is_closed, row["p_corrected"], row["p"], row["n_labelled"]
 
 
