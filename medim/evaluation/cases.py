@@ -15,7 +15,7 @@ from medim.files import write_bytes
 from medim.inference.network import Predictor
 from medim.metrics.bootstrap import N_RESAMPLES
 from medim.tasks import find_task_of_kind
-from medim.tasks.task import CaseRow, ColumnType
+from medim.tasks.task import CaseRow, ColumnType, LabelledCase
 from medim.types import UserError, Volume
 
 SCHEMA_VERSION = 1
@@ -135,13 +135,14 @@ def _score_case(network: Predictor, index: Index, record: ImageRecord, case_filt
         mask = index.open_mask(record) if task.dense else None
     except Exception as error:  # a decoder may raise any exception; count the case and continue
         return [_rejection_row(getattr(error, "reason", "unreadable"), error, index)]
-    if target_error := task.find_target_error(record, mask, volume, network.classes):
+    case = LabelledCase(record=record, volume=volume, mask=mask, classes=network.classes, source_classes=index.classes)
+    if target_error := task.find_target_error(case):
         return [{"rejected": target_error[0], "detail": target_error[1]}]
     try:
         answer = network(volume)
     except UserError as error:
         return [_rejection_row("not-for-this-model", error, index)]
-    return task.score_case(answer, record, mask, volume, network.classes, index.classes)
+    return task.score_case(answer, case)
 
 
 def _rejection_row(reason: str, error: Exception, index: Index) -> CaseRow:

@@ -8,7 +8,16 @@ from typing import Any, ClassVar
 import numpy as np
 
 from medim.data.index.index import ImageRecord, Index
-from medim.tasks.task import AnswerRow, CaseRow, CaseTable, ColumnType, EvaluationDetails, ReliabilityPlot, Task
+from medim.tasks.task import (
+    AnswerRow,
+    CaseRow,
+    CaseTable,
+    ColumnType,
+    EvaluationDetails,
+    LabelledCase,
+    ReliabilityPlot,
+    Task,
+)
 from medim.types import Array, Volume
 
 TRUTH = "truth"  # metric in `results.parquet` that holds the number of the true class
@@ -57,26 +66,16 @@ class Classification(Task):
         """Probabilities (K,) that sum to 1."""
         return softmax_probabilities(logits)
 
-    def find_target_error(
-        self, record: ImageRecord, mask: Volume | None, volume: Volume, classes: Sequence[str]
-    ) -> tuple[str, str] | None:
+    def find_target_error(self, case: LabelledCase) -> tuple[str, str] | None:
         """A label that is no class of the network."""
-        return None if record.label in classes else unknown_label_error(record, classes)
+        return None if case.record.label in case.classes else unknown_label_error(case)
 
-    def score_case(
-        self,
-        answer: Array,
-        record: ImageRecord,
-        mask: Volume | None,
-        volume: Volume,
-        classes: Sequence[str],
-        source_classes: Sequence[str],
-    ) -> list[CaseRow]:
+    def score_case(self, answer: Array, case: LabelledCase) -> list[CaseRow]:
         """One row per class: its probability, the true class and the predicted class."""
-        prediction = classes[int(answer.argmax())]
+        prediction = case.classes[int(answer.argmax())]
         return [
-            {"class": name, "probability": float(p), "label": record.label, "prediction": prediction}
-            for name, p in zip(classes, answer, strict=True)
+            {"class": name, "probability": float(p), "label": case.record.label, "prediction": prediction}
+            for name, p in zip(case.classes, answer, strict=True)
         ]
 
     def case_arrays(self, rows: Sequence[CaseRow], classes: Sequence[str]) -> tuple[Array, Array]:
@@ -167,6 +166,6 @@ def probability_columns(probabilities: Array, classes: Sequence[str]) -> dict[st
     return {f"probability_{name}": round(float(p), 6) for name, p in zip(classes, probabilities, strict=True)}
 
 
-def unknown_label_error(record: ImageRecord, classes: Sequence[str]) -> tuple[str, str]:
+def unknown_label_error(case: LabelledCase) -> tuple[str, str]:
     """Rejection code and detail of a label that the network does not know."""
-    return "unknown-class", f"expected a label of {', '.join(classes)}, got {record.label!r}"
+    return "unknown-class", f"expected a label of {', '.join(case.classes)}, got {case.record.label!r}"

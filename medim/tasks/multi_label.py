@@ -20,6 +20,7 @@ from medim.tasks.task import (
     CaseTable,
     ColumnType,
     EvaluationDetails,
+    LabelledCase,
     Task,
     list_subjects,
     subtract_statistics,
@@ -73,25 +74,15 @@ class MultiLabel(Task):
         """Probabilities (K,), one per finding."""
         return sigmoid_probabilities(logits)
 
-    def find_target_error(
-        self, record: ImageRecord, mask: Volume | None, volume: Volume, classes: Sequence[str]
-    ) -> tuple[str, str] | None:
+    def find_target_error(self, case: LabelledCase) -> tuple[str, str] | None:
         """A label without any finding of the network."""
-        has_finding = bool(np.isfinite(encode_findings(record.label, classes)).any())
-        return None if has_finding else unknown_label_error(record, classes)
+        has_finding = bool(np.isfinite(encode_findings(case.record.label, case.classes)).any())
+        return None if has_finding else unknown_label_error(case)
 
-    def score_case(
-        self,
-        answer: Array,
-        record: ImageRecord,
-        mask: Volume | None,
-        volume: Volume,
-        classes: Sequence[str],
-        source_classes: Sequence[str],
-    ) -> list[CaseRow]:
+    def score_case(self, answer: Array, case: LabelledCase) -> list[CaseRow]:
         """One row per finding: its probability, and whether it is present."""
-        finding_texts = [FINDING_TEXT.get(value) for value in encode_findings(record.label, classes)]
-        columns = zip(classes, map(float, answer), finding_texts, strict=True)
+        finding_texts = [FINDING_TEXT.get(value) for value in encode_findings(case.record.label, case.classes)]
+        columns = zip(case.classes, map(float, answer), finding_texts, strict=True)
         return [dict(zip(("class", "probability", "label"), column, strict=True)) for column in columns]
 
     def case_arrays(self, rows: Sequence[CaseRow], classes: Sequence[str]) -> tuple[Array, Array]:

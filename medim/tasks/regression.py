@@ -9,7 +9,17 @@ from typing import Any, ClassVar
 import numpy as np
 
 from medim.data.index.index import ImageRecord, Index
-from medim.tasks.task import AgreementPlot, AnswerRow, CaseRow, CaseTable, ColumnType, EvaluationDetails, Quantity, Task
+from medim.tasks.task import (
+    AgreementPlot,
+    AnswerRow,
+    CaseRow,
+    CaseTable,
+    ColumnType,
+    EvaluationDetails,
+    LabelledCase,
+    Quantity,
+    Task,
+)
 from medim.types import Array, Volume
 
 TARGET = "value"  # the one class name of a network; label codes of a package may name a unit
@@ -86,26 +96,16 @@ class Regression(Task):
         """The number, (1,), in the unit of the labels."""
         return np.asarray(logits)
 
-    def find_target_error(
-        self, record: ImageRecord, mask: Volume | None, volume: Volume, classes: Sequence[str]
-    ) -> tuple[str, str] | None:
+    def find_target_error(self, case: LabelledCase) -> tuple[str, str] | None:
         """A label that is no number."""
-        if parse_number(record.label) is not None:
+        if parse_number(case.record.label) is not None:
             return None
-        return "unknown-class", f"expected a number as label, got {record.label!r}"
+        return "unknown-class", f"expected a number as label, got {case.record.label!r}"
 
-    def score_case(
-        self,
-        answer: Array,
-        record: ImageRecord,
-        mask: Volume | None,
-        volume: Volume,
-        classes: Sequence[str],
-        source_classes: Sequence[str],
-    ) -> list[CaseRow]:
+    def score_case(self, answer: Array, case: LabelledCase) -> list[CaseRow]:
         """One row: the label and the prediction."""
-        truth = float(str(record.label))
-        return [{"class": classes[0], "true_value": truth, "predicted_value": float(answer[0])}]
+        truth = float(str(case.record.label))
+        return [{"class": case.classes[0], "true_value": truth, "predicted_value": float(answer[0])}]
 
     def case_arrays(self, rows: Sequence[CaseRow], classes: Sequence[str]) -> tuple[Array, Array]:
         """Predictions (N,) and labels (N,)."""

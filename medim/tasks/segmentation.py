@@ -19,6 +19,7 @@ from medim.tasks.task import (
     CaseTable,
     ColumnType,
     EvaluationDetails,
+    LabelledCase,
     Plot,
     StripPlot,
     Task,
@@ -79,29 +80,19 @@ class Segmentation(Task):
             "alike in dataset.json, or measure on another source."
         )
 
-    def find_target_error(
-        self, record: ImageRecord, mask: Volume | None, volume: Volume, classes: Sequence[str]
-    ) -> tuple[str, str] | None:
+    def find_target_error(self, case: LabelledCase) -> tuple[str, str] | None:
         """Masks off the grid of the image, or with more values than classes."""
-        assert mask is not None
+        mask, volume = case.target, case.volume
         if mask.shape != volume.shape:
             return "mask-off-grid", f"expected a mask on the image's grid {volume.shape}, got {mask.shape}"
-        if mask.array.max() > len(classes):
-            return "unknown-class", f"expected mask values 0 to {len(classes)}, got {mask.array.max()}"
+        if mask.array.max() > len(case.classes):
+            return "unknown-class", f"expected mask values 0 to {len(case.classes)}, got {mask.array.max()}"
         return None
 
-    def score_case(
-        self,
-        answer: Array,
-        record: ImageRecord,
-        mask: Volume | None,
-        volume: Volume,
-        classes: Sequence[str],
-        source_classes: Sequence[str],
-    ) -> list[CaseRow]:
+    def score_case(self, answer: Array, case: LabelledCase) -> list[CaseRow]:
         """One row per class: metrics of the case, and in 3D the volumes."""
-        assert mask is not None
-        truth = _renumber_mask(mask.array[0], classes, source_classes)
+        volume, classes = case.volume, case.classes
+        truth = _renumber_mask(case.target.array[0], classes, case.source_classes)
         scores = segmentation_metrics(answer, truth, volume.spacing, classes, METRICS)
         rows: list[CaseRow] = [{"class": name, **scores[name]} for name in classes]
         if volume.spatial_dims == 3:

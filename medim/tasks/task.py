@@ -88,6 +88,36 @@ class EvaluationDetails:
     tables: Sequence[CaseTable] = ()
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LabelledCase:
+    """An image with its target, and the classes of network and source.
+
+    Attributes:
+        record: the image.
+        volume: the image as read.
+        mask: its mask; None where the task is not dense.
+        classes: classes of the network.
+        source_classes: classes of the mask values 1, 2, ... in the source; empty if it names none.
+    """
+
+    record: ImageRecord
+    volume: Volume
+    mask: Volume | None
+    classes: Sequence[str]
+    source_classes: Sequence[str]
+
+    @property
+    def target(self) -> Volume:
+        """The mask of a dense task.
+
+        Raises:
+            ValueError: there is no mask.
+        """
+        if self.mask is None:
+            raise ValueError(f"{self.record.image}: expected a mask.")
+        return self.mask
+
+
 class Task(ABC):
     """A prediction task: targets of the images, answers of the network, metrics, and columns of the files.
 
@@ -222,30 +252,16 @@ class Task(ABC):
         return None
 
     @abstractmethod
-    def find_target_error(
-        self, record: ImageRecord, mask: Volume | None, volume: Volume, classes: Sequence[str]
-    ) -> tuple[str, str] | None:
+    def find_target_error(self, case: LabelledCase) -> tuple[str, str] | None:
         """Rejection code and detail of a case whose target cannot be scored, or None."""
 
     @abstractmethod
-    def score_case(
-        self,
-        answer: Array,
-        record: ImageRecord,
-        mask: Volume | None,
-        volume: Volume,
-        classes: Sequence[str],
-        source_classes: Sequence[str],
-    ) -> list[CaseRow]:
+    def score_case(self, answer: Array, case: LabelledCase) -> list[CaseRow]:
         """Rows of one case, without the key columns.
 
         Args:
             answer: as `to_answer` returns it.
-            record: the image.
-            mask: its mask; None where the task is not dense.
-            volume: the image as read.
-            classes: classes of the network.
-            source_classes: classes of the mask values 1, 2, ... in the source; empty if it names none.
+            case: the image and its target.
         """
 
     def case_arrays(self, rows: Sequence[CaseRow], classes: Sequence[str]) -> tuple[Array, Array]:

@@ -10,7 +10,7 @@ import numpy as np
 from medim.data.index.index import Index
 from medim.data.index.records import ImageRecord
 from medim.tasks import TASKS
-from medim.tasks.task import CaseRow, Task
+from medim.tasks.task import CaseRow, LabelledCase, Task
 from medim.types import Array, Volume
 
 CASES = 12
@@ -90,7 +90,9 @@ def make_sample(name: str) -> TaskSample:
     rows: list[CaseRow] = []
     for record, output in zip(index.records, logits, strict=True):
         answer = task.to_answer(output, volume, volume)
-        case_rows = task.score_case(answer, record, mask, volume, classes, index.classes if task.dense else ())
+        case = LabelledCase(record=record, volume=volume, mask=mask, classes=classes, source_classes=index.classes)
+        assert task.find_target_error(case) is None
+        case_rows = task.score_case(answer, case)
         keys = {**dict.fromkeys(task.case_columns), "image": record.image, "subject": record.subject}
         rows += [{**keys, **row} for row in case_rows]
     return TaskSample(task, index, classes, volume, mask, logits, rows)
