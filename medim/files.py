@@ -74,10 +74,24 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: the file is missing, not JSON, or not an object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        return decode_json(path.read_bytes(), path)
     except FileNotFoundError:
         raise UserError(f"{path}: expected a JSON file here, found none.") from None
-    except ValueError as error:
+
+
+def decode_json(data: bytes, path: Path) -> dict[str, Any]:
+    """Decode the bytes of a JSON object.
+
+    Args:
+        data: content of the file.
+        path: the file, for the message.
+
+    Raises:
+        UserError: the bytes are not JSON, or not an object.
+    """
+    try:
+        content = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected JSON, got something else ({error}).") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, got a {type(content).__name__}.")

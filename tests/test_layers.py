@@ -16,6 +16,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 GROUND = frozenset(
     {"types", "version", "files", "migrations", "renamed_keys", "config", "model_spec", "privacy", "signals"}
+    | {"signing", "integrity"}
 )
 DATA = frozenset({"data/labels", "data/parallel", "data/fingerprints", "data/preprocessing", "data/readers"})
 INDEX = DATA | {"data/index", "data/contamination"}
@@ -28,6 +29,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {  # a folder or a module: those it may 
     "files": frozenset({"types"}),
     "migrations": frozenset({"types", "files"}),
     "signals": frozenset({"types"}),
+    "signing": frozenset({"types"}),
+    "integrity": frozenset({"types", "files", "signing"}),
     "privacy": frozenset({"types", "files"}),
     "renamed_keys": frozenset({"types"}),
     "config": frozenset({"types", "files", "renamed_keys"}),

@@ -18,6 +18,7 @@ from medim.cli.options import (
     LabelsOption,
     OutOption,
     OverwriteOption,
+    PublicKeyOption,
     ResumeOption,
     SetOption,
     SplitSeedOption,
@@ -51,6 +52,7 @@ class EvaluateArguments:
     fail_on_contamination: FailOnContaminationOption = False
     labels: LabelsOption = None
     subjects: SubjectsOption = None
+    public_key: PublicKeyOption = None
     overwrite: OverwriteOption = False
 
 
@@ -60,8 +62,10 @@ def evaluate(arguments: EvaluateArguments) -> None:
     from medim.data.source import open_source
     from medim.evaluation.evaluate import EvaluateOptions
     from medim.evaluation.evaluate import evaluate as run
+    from medim.integrity import require_signature
     from medim.models.serialization import locate_weights
 
+    require_signature(arguments.model, arguments.public_key)
     image_index, _ = open_source(
         arguments.data,
         locate_weights(arguments.model)[1].modality,
@@ -121,6 +125,7 @@ class ProbeArguments:
     subjects: SubjectsOption = None
     split_seed: SplitSeedOption = 0
     fail_on_contamination: FailOnContaminationOption = False
+    public_key: PublicKeyOption = None
     overwrite: OverwriteOption = False
 
 
@@ -131,8 +136,10 @@ def probe(arguments: ProbeArguments) -> None:
     from medim.evaluation.probing.label_budget import Budget
     from medim.evaluation.probing.probe import ProbeOptions
     from medim.evaluation.probing.probe import probe as run
+    from medim.integrity import require_signature
     from medim.models.serialization import locate_weights
 
+    require_signature(arguments.encoder, arguments.public_key)
     budgets = [Budget(fraction=f) for f in arguments.label_fraction or ([] if arguments.labelled else [1.0])]
     budgets += [Budget(labelled=n) for n in arguments.labelled or []]
     image_index, store = open_source(

@@ -19,6 +19,7 @@ from medim.cli.options import (
     OutOption,
     OverwriteOption,
     PrecisionOption,
+    PublicKeyOption,
     ResumeOption,
     SeedOption,
     SetOption,
@@ -138,6 +139,7 @@ class FinetuneArguments:
     resume: ResumeOption = False
     overwrite: OverwriteOption = False
     fail_on_contamination: FailOnContaminationOption = False
+    public_key: PublicKeyOption = None
     accelerator: AcceleratorOption = "auto"
 
 
@@ -146,6 +148,7 @@ def finetune(arguments: FinetuneArguments) -> None:
     """Fine-tune an encoder on labelled images, or train the same network from scratch."""
     from medim.data.contamination import describe_counts as describe_contamination
     from medim.data.source import open_source
+    from medim.integrity import require_signature
     from medim.training.auto_config import describe_input
     from medim.training.finetune.config import resolve_finetune_config
     from medim.training.finetune.options import FinetuneOptions
@@ -156,6 +159,7 @@ def finetune(arguments: FinetuneArguments) -> None:
         raise UsageError(
             "--from-scratch: expected --encoder RUN, whose network the twin has. Leave it out to start fresh."
         )
+    require_signature(encoder_path, arguments.public_key)
     config_args = arguments.task, arguments.modality, encoder_path, arguments.config, arguments.set_ or []
     settings = resolve_finetune_config(*config_args)  # a mistake in it shows before images are read
     image_index, store = open_source(

@@ -14,12 +14,12 @@ from medim.export import onnx
 from medim.export.run import ExportGraph, FinishedRun
 from medim.files import json_sha256
 from medim.inference.ood import FALSE_POSITIVE_RATE, OOD_FILE, OODDetector
+from medim.integrity import PackageError
 from medim.package.contract import (
     NOT_REPORTED,
     SCHEMA_VERSION,
     Contract,
     OODStatistics,
-    PackageError,
     ScoreMapSpec,
     parse_contract,
     postprocess_of,
@@ -29,7 +29,7 @@ from medim.package.gate import GateResult
 from medim.package.golden import GoldenInput, make_phantom
 from medim.package.label_codes import read_label_codes
 from medim.package.onnx_session import OnnxSession, load_onnx_session
-from medim.package.signing import key_to_hex, load_private_key
+from medim.signing import key_to_hex, load_private_key
 from medim.types import UserError, Volume
 
 PROVENANCE_VALUE = re.compile(r"[\w.+:-]{0,128}")

@@ -21,6 +21,7 @@ from medim.export.monai_bundle import CHECKPOINT, INFERENCE, LOGGING, METADATA
 from medim.export.run import load_finished_run
 from medim.export.sbom import LOCK, SBOM, build_sbom, lock_file
 from medim.files import encode_json, write_bytes
+from medim.integrity import SUMS
 from medim.package.contract import (
     GOLDEN,
     GRAPH,
@@ -31,7 +32,6 @@ from medim.package.contract import (
     WEIGHTS,
 )
 from medim.package.gate import GateResult
-from medim.package.integrity import SUMS
 from medim.package.model_card import CARD_FILE, CARD_PAGE, ModelCard, build_model_card
 from medim.package.package import Package, load_package, write_sums
 from medim.types import UserError

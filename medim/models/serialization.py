@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from medim.config import Section
-from medim.files import file_sha256, read_json, write_bytes, write_json
+from medim.files import decode_json, file_sha256, write_bytes, write_json
+from medim.integrity import read_with_digest, verify_checksums
 from medim.model_spec import SCHEMA_VERSION, ModelSpec, read_spec
 from medim.models.model import Model, build_encoder, build_model
 from medim.types import UserError
@@ -46,15 +47,18 @@ def locate_weights(path: Path) -> tuple[Path, ModelSpec]:
 
     Raises:
         UserError: none of these exists at `path`, or the weights do not match the recorded hash.
+        PackageError: a file of the package is modified, missing or not listed in its SHA256SUMS.
     """
     for folder in (path, path / "model", path / "encoder"):
         for name in ("model", "encoder"):
             if (folder / f"{name}.json").is_file():
                 spec = read_spec(folder / f"{name}.json")
                 return verify_sha256(folder / f"{name}.safetensors", spec.sha256), spec
-    if (path / "medim.json").is_file():
-        contract = path / "medim.json"
-        spec = ModelSpec.from_json(read_json(contract).get("architecture") or {}, contract)
+    contract = path / "medim.json"
+    if contract.is_file():
+        manifest = verify_checksums(path)
+        content = decode_json(read_with_digest(contract, manifest.sums["medim.json"]), contract)
+        spec = ModelSpec.from_json(content.get("architecture") or {}, contract)
         return verify_sha256(path / "models" / "model.safetensors", spec.sha256), spec
     raise UserError(f"{path}: expected a finished run (RUN/encoder or RUN/model) or a package, found neither.")
 

@@ -11,6 +11,7 @@ from medim.data.preprocessing.steps import check_steps
 from medim.files import json_sha256
 from medim.inference.network import INFERENCES
 from medim.inference.ood import LimitMethod
+from medim.integrity import PackageError
 from medim.model_spec import ModelSpec
 from medim.package.dicom_rules import DicomRules
 from medim.package.label_codes import LabelCode as LabelCodes
@@ -30,12 +31,6 @@ SCORE_MAP, SCORE_MAP_GOLDEN = "models/score_map.onnx", "parity/score_map.safeten
 PackageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._+-]{0,63}$")]
 ClassName = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,64}$")]
 Sha256Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class PackageError(UserError):
-    """The package is modified, incomplete or of another schema version."""
-
-    exit_code = 3
 
 
 class Symbol(_Strict):

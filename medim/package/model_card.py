@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from medim.package.contract import NOT_REPORTED, Contract, PackageError
+from medim.integrity import PackageError
+from medim.package.contract import NOT_REPORTED, Contract
 from medim.package.gate import GateResult
 
 CardFields = dict[str, object]  # value of each field of a section; None: not reported

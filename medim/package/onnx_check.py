@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from google.protobuf.message import DecodeError
 
-from medim.package.contract import PackageError
+from medim.integrity import MAX_FILE_BYTES, PackageError
 from medim.package.onnx_schema import build_model_class
 
-MAX_GRAPH_BYTES = 1 << 31  # limit of Protocol Buffers
 MAX_NODES = 1 << 17  # a graph of a thousand layers has a tenth of it
 
 _NAMES = """
@@ -40,9 +39,9 @@ def check_graph(data: bytes, name: str) -> None:
         PackageError: The file is too large or no ONNX file, has an operator that is not in `OPERATORS` or of another
             domain than ONNX's, or fields that a package's graph may not have.
     """
-    if len(data) >= MAX_GRAPH_BYTES:
+    if len(data) >= MAX_FILE_BYTES:
         raise PackageError(
-            f"{name}: expected a graph below {MAX_GRAPH_BYTES >> 30} GiB, got {len(data)} bytes. Export it again."
+            f"{name}: expected a graph below {MAX_FILE_BYTES >> 30} GiB, got {len(data)} bytes. Export it again."
         )
     try:
         model = build_model_class().FromString(data)

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from medim.package.contract import GRAPH, PackageError, Signature
+from medim.integrity import PackageError
+from medim.package.contract import GRAPH, Signature
 from medim.package.onnx_check import check_graph
 from medim.types import Array
 

@@ -10,6 +10,15 @@ from safetensors import SafetensorError
 
 from medim.inference.network import Predictor
 from medim.inference.ood import OODDetector
+from medim.integrity import (
+    COPY_AGAIN,
+    SUMS,
+    ChecksumManifest,
+    PackageError,
+    read_with_digest,
+    verify_checksums,
+    write_sums,
+)
 from medim.package.contract import (
     GOLDEN,
     GRAPH,
@@ -19,11 +28,9 @@ from medim.package.contract import (
     STATISTICS,
     WEIGHTS,
     Contract,
-    PackageError,
     parse_contract,
 )
 from medim.package.golden import GoldenInput
-from medim.package.integrity import COPY_AGAIN, SUMS, ChecksumManifest, read_with_digest, verify_checksums, write_sums
 from medim.package.model_card import CARD_FILE, parse_model_card
 from medim.package.onnx_session import OnnxSession, load_onnx_session
 from medim.types import Array, PredictFn, UserError, Volume

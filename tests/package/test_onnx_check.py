@@ -12,8 +12,8 @@ import pytest
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto
 from onnx import TensorProto, helper
 
+from medim.integrity import PackageError
 from medim.package import onnx_check
-from medim.package.contract import PackageError
 from medim.package.onnx_check import OPERATORS, check_graph
 from medim.package.onnx_schema import MESSAGES
 from medim.package.package import Package, verify_package, write_sums

@@ -14,16 +14,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import medim
+from medim import integrity
+from medim.cli import app
 from medim.export.export import export
 from medim.files import read_json, write_json
 from medim.inference.ood import COUNT_NAMES, FEATURE_GROUPS, GaussianModel, OODDetector
-from medim.package import integrity
 from medim.package.contract import GOLDEN
 from medim.package.model_card import CARD_FILE
 from medim.package.package import Package, PackageError, load_package, verify_package, write_sums
 from tests.export.packages import make_run
+from tests.test_signing import write_keys
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 Copy = Callable[[str], Path]
@@ -200,3 +203,52 @@ def test_the_page_has_a_row_a_threat_and_each_names_tests_that_are_there() -> No
         assert named, row
         for path, name in named:
             assert re.search(rf"^ *def {name}\(", (REPOSITORY / "tests" / path).read_text(), re.MULTILINE), name
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "preprocessing": lambda folder: edit_architecture(folder, "preprocessing", []),
+    "classes": lambda folder: edit_architecture(folder, "classes", ["pneumonia", "normal"]),
+    "graph": lambda folder: (folder / "models" / "model.onnx").write_bytes(b"other"),
+    "missing file": lambda folder: (folder / "parity" / "report.json").unlink(),
+}
+
+
+def edit_architecture(folder: Path, key: str, value: object) -> None:
+    """Change one key of the architecture in the contract of a package."""
+    content = read_json(folder / "medim.json")
+    content["architecture"][key] = value
+    write_json(folder / "medim.json", content)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("command", ["finetune", "probe", "evaluate", "embed", "predict", "study"])
+def test_a_changed_package_is_exit_code_3_for_every_command_that_reads_weights(
+    copy_of: Copy, tmp_path: Path, command: str, change: str
+) -> None:
+    folder = copy_of("classifier" if command in {"evaluate", "predict"} else "encoder")
+    out = str(tmp_path / "out")
+    arguments = {
+        "finetune": ["--task", "classification", "--encoder", str(folder), "--labelled", "2", "--out", out],
+        "study": ["--task", "classification", "--encoder", f"a={folder}", "--labelled", "2", "--out", out],
+        "probe": [str(folder), "--out", out],
+        "evaluate": [str(folder), "--out", out],
+        "embed": [str(folder), str(tmp_path), "--out", f"{out}.npz"],
+        "predict": [str(folder), str(tmp_path), "--out", out],
+    }[command]
+    CHANGES[change](folder)
+    result = CliRunner().invoke(app, [command, *arguments])
+    assert result.exit_code == 3, result.output
+    assert not Path(out).exists()
+
+
+@pytest.mark.parametrize("command", ["finetune", "probe", "evaluate"])
+def test_a_package_of_another_signer_is_not_used_by_a_command_with_a_public_key(
+    copy_of: Copy, tmp_path: Path, command: str
+) -> None:
+    _, public = write_keys(tmp_path, "ours")
+    folder = copy_of("classifier" if command == "evaluate" else "encoder")
+    arguments = [str(folder)] if command != "finetune" else ["--task", "classification", "--encoder", str(folder)]
+    options = ["--out", str(tmp_path / "out"), "--public-key", str(public)]
+    assert CliRunner().invoke(app, [command, *arguments, *options]).exit_code == 3
+    arguments[-1] = str(tmp_path)
+    assert CliRunner().invoke(app, [command, *arguments, *options]).exit_code == 2

@@ -9,14 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from medim.files import file_sha256, write_bytes, write_text
-from medim.package.contract import PackageError
-from medim.package.onnx_check import MAX_GRAPH_BYTES
-from medim.package.signing import is_signed, key_from_hex, key_to_hex, load_private_key, load_public_key
+from medim.signing import is_signed, key_from_hex, key_to_hex, load_private_key, load_public_key
+from medim.types import UsageError, UserError
 
+MAX_FILE_BYTES = 1 << 31  # limit of Protocol Buffers, and so of a graph
 SUMS, SIGNATURE = "SHA256SUMS", "SHA256SUMS.sig"
 MAX_FILES, MAX_SUMS_BYTES, MAX_TEXT_BYTES = 1000, 1 << 20, 1 << 26  # files per package; size of SHA256SUMS and of JSON
 _DESKTOP_FILES = {".DS_Store", "Thumbs.db", "desktop.ini", ".directory"}
 COPY_AGAIN = "Copy the package again from where it was exported."
+
+
+class PackageError(UserError):
+    """The package is modified, incomplete or of another schema version."""
+
+    exit_code = 3
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def read_with_digest(path: Path, digest: str) -> bytes:
     Raises:
         PackageError: the file cannot be read, is too large, or has another digest.
     """
-    data = _read_at_most(path, MAX_TEXT_BYTES if path.suffix == ".json" else MAX_GRAPH_BYTES)
+    data = _read_at_most(path, MAX_TEXT_BYTES if path.suffix == ".json" else MAX_FILE_BYTES)
     if hashlib.sha256(data).hexdigest() != digest:
         raise PackageError(f"{path}: the file changed since it was verified. {COPY_AGAIN}")
     return data
@@ -127,6 +133,27 @@ def verify_checksums(folder: Path, *, trust: Path | None = None) -> ChecksumMani
     sums = _parse_checksums(data, folder / SUMS)
     _compare_checksums(folder, files, sums)
     return ChecksumManifest(sums, data, signature, trusted=key is not None)
+
+
+def require_signature(path: Path | None, public_key: Path | None) -> None:
+    """Verify that a package is signed with the private key of a public key, before any other file of it is read.
+
+    Args:
+        path: the package; None if the command has no weights to start from.
+        public_key: public key of the trusted signer; None for no requirement.
+
+    Raises:
+        UsageError: there is no package, so nothing can be signed.
+        PackageError: see `verify_checksums`.
+    """
+    if public_key is None:
+        return
+    if path is None or not (path / SUMS).is_file():
+        raise UsageError(
+            "--public-key: expected a package, got a run or no weights. Export the run with --private-key, or leave "
+            "--public-key out."
+        )
+    verify_checksums(path, trust=public_key)
 
 
 def _compare_checksums(folder: Path, files: set[str], sums: dict[str, str]) -> None:

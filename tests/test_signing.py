@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 from medim.cli import app
 from medim.export.builder import ExportOptions
 from medim.export.export import export
-from medim.package.integrity import write_sums
+from medim.integrity import write_sums
 from medim.package.package import Package, PackageError, load_package, verify_package
-from medim.package.signing import load_private_key, load_public_key
+from medim.signing import load_private_key, load_public_key
 from medim.types import UserError
 
 
