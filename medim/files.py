@@ -79,7 +79,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: expected a JSON file here, found none.") from None
 
 
-def decode_json(data: bytes, path: Path) -> dict[str, Any]:
+def decode_json(data: bytes, path: Path) -> dict[str, object]:
     """Decode the bytes of a JSON object.
 
     Args:

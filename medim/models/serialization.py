@@ -58,7 +58,8 @@ def locate_weights(path: Path) -> tuple[Path, ModelSpec]:
     if contract.is_file():
         manifest = verify_checksums(path)
         content = decode_json(read_with_digest(contract, manifest.sums["medim.json"]), contract)
-        spec = ModelSpec.from_json(content.get("architecture") or {}, contract)
+        architecture = content.get("architecture")
+        spec = ModelSpec.from_json(architecture if isinstance(architecture, dict) else {}, contract)
         return verify_sha256(path / "models" / "model.safetensors", spec.sha256), spec
     raise UserError(f"{path}: expected a finished run (RUN/encoder or RUN/model) or a package, found neither.")
 
