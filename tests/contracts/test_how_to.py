@@ -24,6 +24,8 @@ EXAMPLES = [  # page, contract, word in the names of its tests
     ("add-probe.md", "test_probes.py", "nearest_mean"),
     ("add-metric.md", "test_metrics.py", "mcc or volume_similarity"),
     ("add-task.md", "test_tasks.py", "positive"),
+    ("add-task.md", "test_heads.py", "positive"),
+    ("add-task.md", "test_metrics.py", "log_error"),
 ]
 
 pytestmark = pytest.mark.slow
@@ -46,7 +48,9 @@ def run_contract(code: str, contract: str, word: str, folder: Path) -> tuple[int
     return process.returncode, process.stdout + process.stderr
 
 
-@pytest.mark.parametrize(("page", "contract", "word"), EXAMPLES, ids=[page for page, _, _ in EXAMPLES])
+@pytest.mark.parametrize(
+    ("page", "contract", "word"), EXAMPLES, ids=[f"{page}-{contract}" for page, contract, _ in EXAMPLES]
+)
 def test_the_example_of_a_page_meets_the_contract(page: str, contract: str, word: str, tmp_path: Path) -> None:
     blocks = CODE.findall((REPOSITORY / "docs" / "how-to" / page).read_text())
     code, output = run_contract("\n\n".join(blocks), contract, word, tmp_path)
