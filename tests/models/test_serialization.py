@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 
 from medim.files import file_sha256, read_json, write_json
+from medim.integrity import PackageError, write_sums
 from medim.models.model import build_encoder, build_model
 from medim.models.serialization import load_encoder, load_model, load_weights, locate_weights, save_model
 from medim.types import UserError
@@ -82,6 +83,9 @@ def test_a_package_is_read_like_a_run(tmp_path: Path) -> None:
     (tmp_path / "package" / "models").mkdir(parents=True)
     (tmp_path / "model" / "model.safetensors").rename(tmp_path / "package" / "models" / "model.safetensors")
     write_json(tmp_path / "package" / "medim.json", {"architecture": read_json(tmp_path / "model" / "model.json")})
+    with pytest.raises(PackageError, match="SHA256SUMS"):
+        load_model(tmp_path / "package")
+    write_sums(tmp_path / "package")
     assert torch.equal(load_model(tmp_path / "package")[0](IMAGE), model(IMAGE))
 
 
