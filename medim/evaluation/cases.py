@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from medim.data.index.index import AllRejectedError, ImageRecord, Index
 from medim.files import write_bytes
 from medim.inference.network import Predictor
-from medim.metrics.bootstrap import N_RESAMPLES
+from medim.metrics.bootstrap import N_RESAMPLES, MetricEstimate
 from medim.tasks import find_task_of_kind
 from medim.tasks.task import CaseRow, ColumnType, LabelledCase
 from medim.types import UserError, Volume
@@ -24,6 +24,22 @@ CaseFilter = Callable[[ImageRecord, Volume], bool]  # whether to evaluate an ima
 _COLUMN_TYPES: dict[ColumnType, pa.DataType] = {"text": pa.string(), "number": pa.float64()}
 _KEY_COLUMNS: dict[str, ColumnType] = {"image": "text", "subject": "text", "class": "text"}
 _REJECTION_COLUMNS: dict[str, ColumnType] = {"rejected": "text", "detail": "text"}
+
+
+class CaseSummary(TypedDict):
+    """Metrics of scored cases, with their numbers.
+
+    Attributes:
+        n: number of evaluated images.
+        subjects: number of their subjects.
+        rejected: number of rejected images.
+        metrics: value, ci_low, ci_high and n by metric.
+    """
+
+    n: int
+    subjects: int
+    rejected: int
+    metrics: dict[str, MetricEstimate]
 
 
 def score_cases(
@@ -71,7 +87,7 @@ def score_cases(
 
 def summarise_cases(
     rows: Sequence[CaseRow], kind: str, classes: Sequence[str], *, seed: int = 0, resamples: int = N_RESAMPLES
-) -> dict[str, Any]:
+) -> CaseSummary:
     """Compute the metrics of scored cases, each with its 95 % interval over subjects.
 
     Args:

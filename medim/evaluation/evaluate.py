@@ -20,7 +20,7 @@ from medim.data.contamination import ContaminationFilter, load_training_history
 from medim.data.index.index import ImageRecord, Index
 from medim.data.loading.splits import assign_splits as split_subjects
 from medim.data.loading.splits import read_splits
-from medim.evaluation.cases import CaseProgress, score_cases, summarise_cases, write_cases
+from medim.evaluation.cases import CaseProgress, CaseSummary, score_cases, summarise_cases, write_cases
 from medim.files import prepare_output_folder, write_json
 from medim.inference.network import Predictor
 from medim.metrics.bootstrap import N_RESAMPLES
@@ -46,7 +46,7 @@ def validate_network(
     *,
     seed: int = 0,
     progress: CaseProgress | None = None,
-) -> tuple[dict[str, Any], list[CaseRow]]:
+) -> tuple[CaseSummary, list[CaseRow]]:
     """Evaluate a network in memory on labelled images.
 
     Args:

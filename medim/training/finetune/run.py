@@ -18,7 +18,7 @@ from medim.data.index.index import ImageRecord, Index
 from medim.data.loading.cohort import Cohort, open_cohort
 from medim.data.loading.datasets import LabelledDataset
 from medim.data.loading.splits import select_label_budget, write_splits
-from medim.evaluation.cases import write_cases
+from medim.evaluation.cases import CaseSummary, write_cases
 from medim.evaluation.evaluate import validate_network
 from medim.files import prepare_output_folder, write_csv, write_json
 from medim.model_spec import SCHEMA_VERSION, ModelSpec
@@ -32,6 +32,7 @@ from medim.training.finetune.config import dry_run_finetuning
 from medim.training.finetune.head_init import start_head_as_probe
 from medim.training.finetune.module import FinetuneModule, ValidationCallback
 from medim.training.finetune.options import FinetuneOptions
+from medim.training.finetune.summary import FinetuneSummary
 from medim.training.finetune.targets import select_head, task_of_config
 from medim.training.fit_ood import save_ood_detector
 from medim.training.pretrain.history import HISTORY_COLUMNS
@@ -70,7 +71,7 @@ class _FinetuneRun:
 @handle_shutdown_signals()
 def finetune(
     config: FinetuneConfig, index: Index, out: Path, options: FinetuneOptions | None = None, **changes: Any
-) -> dict[str, Any]:
+) -> FinetuneSummary:
     """Fine-tune within a label budget, and evaluate on the validation split.
 
     The schedule is fixed, so no split is used for selection.
@@ -202,21 +203,18 @@ def _save_model(run: _FinetuneRun) -> None:
     history.extended("finetune", data.cohort.cases(data.train)).write(out / "model")
 
 
-def _measure(run: _FinetuneRun, start_time: float) -> dict[str, Any]:
+def _measure(run: _FinetuneRun, start_time: float) -> FinetuneSummary:
     """Measure the model on the validation split, and write `cases.parquet` and `summary.json`."""
     cohort, out, model = run.data.cohort, run.out, run.module.model
     evaluation = _evaluate_validation(model, cohort.index, run.data.val, run.spec, out / "cases.parquet")
-    summary = _build_finetune_summary(run.config, cohort, run.module, run.spec, len(run.data.train), evaluation)
-    summary["corrupt_checkpoints"] = list_corrupt_checkpoints(out / "checkpoints")
-    summary |= {"train_val_duplicates": cohort.overlap, "contamination": run.data.contamination}
-    summary["seconds"] = time.perf_counter() - start_time
+    summary = _build_finetune_summary(run, evaluation, start_time)
     write_json(out / "summary.json", summary)
     return summary
 
 
-def _log_summary(tracker: Tracker, summary: dict[str, Any], out: Path) -> None:
+def _log_summary(tracker: Tracker, summary: FinetuneSummary, out: Path) -> None:
     metrics = {f"val/{name}": m["value"] for name, m in summary["val"]["metrics"].items()} if summary["val"] else {}
-    log_results(tracker, summary | metrics, [out / "config.yaml", out / "summary.json", out / "history.csv"])
+    log_results(tracker, {**summary, **metrics}, [out / "config.yaml", out / "summary.json", out / "history.csv"])
 
 
 def open_labelled_cohort(
@@ -254,7 +252,7 @@ def _select_labelled(config: FinetuneConfig, index: Index) -> list[ImageRecord]:
 
 def _evaluate_validation(
     model: Model, index: Index, val: Sequence[ImageRecord], spec: ModelSpec, cases: Path
-) -> dict[str, Any] | None:
+) -> CaseSummary | None:
     """Evaluate the model on the validation split and write the cases; None if the split is empty."""
     log.info("measuring on %d validation images", len(val))
     evaluation, rows = validate_network(as_numpy_function(model), index, val, spec) if val else (None, [])
@@ -262,21 +260,15 @@ def _evaluate_validation(
     return evaluation
 
 
-def _build_finetune_summary(
-    config: FinetuneConfig,
-    cohort: Cohort,
-    module: FinetuneModule,
-    spec: ModelSpec,
-    n_labelled: int,
-    evaluation: dict[str, Any] | None,
-) -> dict[str, Any]:
+def _build_finetune_summary(run: _FinetuneRun, evaluation: CaseSummary | None, start_time: float) -> FinetuneSummary:
+    config, cohort, module = run.config, run.data.cohort, run.module
     losses = [loss for _, _, loss, _, _ in module.rows if loss is not None]
     return {
         "schema_version": SCHEMA_VERSION,
         "command": "finetune",
         "task": config.task,
-        "init": "pretrained" if spec.provenance.parent else "scratch",
-        "n_labelled": n_labelled,
+        "init": "pretrained" if run.spec.provenance.parent else "scratch",
+        "n_labelled": len(run.data.train),
         "n_unlabelled": len(cohort.index.records) - len(cohort.keys) - len(cohort.rejections),
         "steps": module.global_step,
         "resumed_from_steps": get_resume_steps(module.trainer),
@@ -288,6 +280,10 @@ def _build_finetune_summary(
         "config_hash": config.hash,
         "index_hash": cohort.index.hash,
         "versions": collect_versions(),
+        "corrupt_checkpoints": list_corrupt_checkpoints(run.out / "checkpoints"),
+        "train_val_duplicates": cohort.overlap,
+        "contamination": run.data.contamination,
+        "seconds": time.perf_counter() - start_time,
     }
 
 

@@ -1,0 +1,40 @@
+"""Content of `summary.json` of a fine-tuning run."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from medim.data.contamination import ContaminationCounts
+from medim.evaluation.cases import CaseSummary
+
+
+class TrainingLoss(TypedDict):
+    """First and last training loss."""
+
+    first: float
+    last: float
+
+
+class FinetuneSummary(TypedDict):
+    """Content of `summary.json`; `val` is the evaluation on the validation split, None if the split is empty."""
+
+    schema_version: int
+    command: str
+    task: str
+    init: str
+    n_labelled: int
+    n_unlabelled: int
+    steps: int
+    resumed_from_steps: list[int]
+    loss: TrainingLoss
+    val: CaseSummary | None
+    peak_memory_bytes: int
+    device: str
+    precision: str
+    config_hash: str
+    index_hash: str
+    versions: dict[str, str]
+    corrupt_checkpoints: list[str]
+    train_val_duplicates: dict[str, int]
+    contamination: ContaminationCounts | None
+    seconds: float
