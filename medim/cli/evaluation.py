@@ -261,7 +261,7 @@ def study(arguments: StudyArguments) -> None:
         lr_multipliers=lr_multipliers,
         split_seed=arguments.split_seed,
         jobs=arguments.jobs,
-        strict=arguments.fail_on_contamination,
+        fail_on_contamination=arguments.fail_on_contamination,
         max_hours=arguments.max_hours,
         keep_models=arguments.keep_models,
         resume=arguments.resume,

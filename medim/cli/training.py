@@ -175,7 +175,7 @@ def finetune(arguments: FinetuneArguments) -> None:
         split_seed=arguments.split_seed,
         resume=arguments.resume,
         overwrite=arguments.overwrite,
-        strict=arguments.fail_on_contamination,
+        fail_on_contamination=arguments.fail_on_contamination,
         accelerator=arguments.accelerator,
         store=store,
     )

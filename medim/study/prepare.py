@@ -45,7 +45,7 @@ class StudyOptions:
             for budgets that are large enough.
         split_seed: random seed of the split by subject, if the source defines no split.
         jobs: number of cells at the same time; with 2 or more, each runs in a persistent worker process.
-        strict: whether to reject encoders that were trained on images of the evaluation split.
+        fail_on_contamination: whether to reject encoders that were trained on images of the evaluation split.
         max_hours: time limit; no cell is started that is expected to end later.
         keep_models: whether to keep the weights of every cell.
         resume: whether to continue the study in the folder.
@@ -62,7 +62,7 @@ class StudyOptions:
     lr_multipliers: Sequence[float] | None = None
     split_seed: int = 0
     jobs: int = 1
-    strict: bool = False
+    fail_on_contamination: bool = False
     max_hours: float | None = None
     keep_models: bool = False
     resume: bool = False
@@ -117,7 +117,7 @@ def prepare_study(
     cohort = open_labelled_cohort(config, index, split_seed=options.split_seed, store=options.store, jobs=options.jobs)
     checks.check_disjoint_splits(cohort)
     checks.check_evaluation_split(task, cohort)
-    contamination = checks.count_contamination(arms, cohort, strict=options.strict)
+    contamination = checks.count_contamination(arms, cohort, strict=options.fail_on_contamination)
     selection_labels = checks.count_selection_labels(arms)
     budgets_by_size, subsets = checks.draw_label_subsets(task, cohort, budgets, options.seeds)
     shortages = {b.name: reason for b in budgets_by_size if (reason := describe_subset_shortage(task, subsets[b, 0]))}
@@ -143,7 +143,7 @@ def prepare_study(
         "train_val_duplicates": cohort.overlap,
         "contamination": contamination,
         "n_selection_labels": selection_labels,
-        "strict": options.strict,
+        "strict": options.fail_on_contamination,
         "no_lr_selection": shortages,
         "jobs": options.jobs,
     }

@@ -25,7 +25,8 @@ class FinetuneOptions:
         overwrite: empty the run's folder first.
         accelerator: device kind, in the terms of Lightning.
         store: folder of preprocessed images; None: the user's cache.
-        strict: refuse if the encoder or the training split contains an image or subject of the validation split.
+        fail_on_contamination: refuse if the encoder or the training split contains an image or subject of the
+            validation split.
         cohort: result of `open_labelled_cohort` for this index, shared by several runs; `store` is then not used.
         parent_run: MLflow id of the study that this run belongs to.
         reference: whether to fit an out-of-distribution detector for a package, see `medim.training.fit_ood`.
@@ -42,7 +43,7 @@ class FinetuneOptions:
     overwrite: bool = False
     accelerator: str = "auto"
     store: Path | None = None
-    strict: bool = False
+    fail_on_contamination: bool = False
     cohort: Cohort | None = None
     parent_run: str | None = None
     reference: bool = True

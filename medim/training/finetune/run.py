@@ -87,7 +87,8 @@ def finetune(
         Content of `summary.json`.
 
     Raises:
-        UserError: there are no labels for the task, the weights do not match, `out` is not empty, or `strict` applies.
+        UserError: there are no labels for the task, the weights do not match, `out` is not empty, or
+            `fail_on_contamination` applies.
         UsageError: a section cannot be built, or the parts are not compatible.
         StoppedError: SIGTERM or SIGUSR1 arrived; a checkpoint was saved.
     """
@@ -118,7 +119,7 @@ def _prepare_folder(out: Path, options: FinetuneOptions) -> None:
 def _open_labelled_data(config: FinetuneConfig, index: Index, options: FinetuneOptions) -> _LabelledData:
     """Preprocess the images, draw the label budget, and check the encoder for images of the validation split."""
     cohort = options.cohort or open_labelled_cohort(
-        config, index, split_seed=options.split_seed, store=options.store, strict=options.strict
+        config, index, split_seed=options.split_seed, store=options.store, strict=options.fail_on_contamination
     )
     train = select_label_budget(
         cohort.records("train"), labelled=options.labelled, fraction=options.label_fraction, seed=options.label_seed
@@ -127,7 +128,7 @@ def _open_labelled_data(config: FinetuneConfig, index: Index, options: FinetuneO
     encoder_history = load_training_history(weights) if weights else TrainingHistory()
     weights_name = f"encoder {options.encoder}" if options.encoder else "fresh weights"
     contamination = check_contamination(
-        encoder_history, cohort.cases(val), weights_name=weights_name, strict=options.strict
+        encoder_history, cohort.cases(val), weights_name=weights_name, strict=options.fail_on_contamination
     )
     return _LabelledData(
         cohort=cohort, train=train, val=val, encoder_history=encoder_history, contamination=contamination

@@ -185,7 +185,9 @@ def test_an_encoder_pretrained_on_the_same_index_has_not_seen_its_validation_spl
     encoder: Path, finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path
 ) -> None:
     one = finetune_config.model_copy(update={"max_steps": 1})
-    summary = finetune(one, cohort_index, tmp_path / "run", encoder=encoder, labelled=4, strict=True, store=store)
+    summary = finetune(
+        one, cohort_index, tmp_path / "run", encoder=encoder, labelled=4, fail_on_contamination=True, store=store
+    )
     none = {"images": 0, "subjects": 0}
     assert summary["contamination"] == {"pretrain": none, "finetune": none}
     assert summary["train_val_duplicates"] == none
@@ -211,10 +213,11 @@ def test_validation_images_that_the_encoder_has_seen_are_counted_and_refused_whe
     with pytest.raises(
         UserError, match=f"seen in pretraining {len(shared)} images.* --fail-on-contamination allows none"
     ):
-        finetune(one, cohort_index, tmp_path / "strict", strict=True, **options)
+        finetune(one, cohort_index, tmp_path / "strict", fail_on_contamination=True, **options)
     assert not (tmp_path / "strict" / "config.yaml").exists()
     assert (
-        finetune(one, cohort_index, tmp_path / "twin", from_scratch=True, strict=True, **options)["init"] == "scratch"
+        finetune(one, cohort_index, tmp_path / "twin", from_scratch=True, fail_on_contamination=True, **options)["init"]
+        == "scratch"
     )
 
 
@@ -229,7 +232,7 @@ def test_what_an_encoder_without_a_record_has_seen_is_not_known(
     assert seen
     assert (seen.unknown_kinds, [origin.kind for origin in seen.training_sets]) == (("pretrain",), ["finetune"])
     with pytest.raises(UserError, match=r"unknown: the weights have no fingerprints\.json"):
-        finetune(one, cohort_index, tmp_path / "strict", encoder=encoder, strict=True, store=store)
+        finetune(one, cohort_index, tmp_path / "strict", encoder=encoder, fail_on_contamination=True, store=store)
 
 
 def test_subjects_that_share_an_image_are_kept_on_one_side(
