@@ -33,6 +33,9 @@ class AMDIM(nn.Module):
         clip: soft bound of the scores, clip * tanh(score / clip); 0 disables it.
     """
 
+    view_counts = (2,)
+    draws_per_image = True
+
     def __init__(
         self,
         channels: tuple[int, ...],
@@ -45,7 +48,7 @@ class AMDIM(nn.Module):
         clip: float = 20.0,
     ) -> None:
         super().__init__()
-        if view_count != 2:
+        if view_count not in self.view_counts:
             raise UsageError(f"amdim: expected two views of an image, got {view_count}. Set views.count: 2.")
         self._levels = [check_level("amdim.levels", level, len(channels)) for level in levels]
         if self._levels[0] == self._levels[1]:

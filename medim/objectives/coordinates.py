@@ -50,6 +50,8 @@ class Coordinates(nn.Module):
         self._level = level = check_level("coordinates.feature_level", feature_level, len(channels))
         self._grid = grid = grids[level]
         self._relative = relative = kind == "relative"
+        self.draws_per_image = relative
+        self.blind_loss_is_chance = not relative  # offsets are not equally frequent
         self._points = points
         self._use_summary = self.reads_summary = use_summary
         self._classes = [2 * cells - 1 if relative else cells for cells in grid]

@@ -46,6 +46,7 @@ class DenseDIM(nn.Module):
     """
 
     reads_summary = False
+    draws_per_image = True
 
     def __init__(
         self,

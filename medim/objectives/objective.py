@@ -66,9 +66,19 @@ class Objective(Protocol):
     The positional parameters of a constructor are chosen from `channels`, `summary_channels`, `spatial_dims`, `grids`
     (the grid of each map), `in_channels`, `input_shape`, `receptive_fields`, `decoded_channels` (0 without a decoder),
     `view_count` (views per image) and `aligned` (whether a voxel shows the same position in all views of an image). The
-    keyword parameters are the options of the objective. An objective that does not train the summary sets
-    `reads_summary = False`. An adversarial objective also has `adversary_parameters()` and `adversary_loss(encode,
-    views)`; the adversary is updated first in each step.
+    keyword parameters are the options of the objective. An adversarial objective also has `adversary_parameters()` and
+    `adversary_loss(encode, views)`; the adversary is updated first in each step.
+
+    These attributes are optional. `view_counts` is an attribute of the class; the others may depend on the options and
+    be set in the constructor.
+
+    Attributes:
+        view_counts: accepted numbers of views per image; `(1, 2)` by default. The constructor raises `UsageError` for
+            any other `view_count`.
+        reads_summary: whether the loss trains the summary; true by default.
+        draws_per_image: whether random numbers are drawn for each image, so that the losses depend on the order of the
+            batch; false by default.
+        blind_loss_is_chance: whether the loss equals the chance level if all parameters are 0; true by default.
     """
 
     def __call__(self, encode: Encode, views: Views) -> dict[str, Term]:

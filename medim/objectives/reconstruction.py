@@ -27,6 +27,7 @@ class Reconstruction(nn.Module):
     """
 
     reads_summary = False
+    draws_per_image = True
 
     def __init__(
         self,

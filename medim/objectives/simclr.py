@@ -31,6 +31,8 @@ class SimCLR(nn.Module):
         temperature: divisor of the cosines (0.1 in the paper, 0.5 for its CIFAR-10).
     """
 
+    view_counts = (2,)
+
     def __init__(
         self,
         summary_channels: int,
@@ -44,7 +46,7 @@ class SimCLR(nn.Module):
         hidden = hidden or summary_channels
         check_channels("simclr", (width,), option="width")
         check_channels("simclr", (hidden,), option="hidden")
-        if view_count != 2:
+        if view_count not in self.view_counts:
             raise UsageError(f"simclr: expected two views of an image, got {view_count}. Set views.count: 2.")
         if not temperature > 0:
             raise UsageError(f"simclr.temperature: expected above 0, got {temperature}.")

@@ -33,6 +33,9 @@ class VAE(nn.Module):
         norm: the decoder's normalisation: batch (bn), instance (in) or group (gn).
     """
 
+    draws_per_image = True
+    blind_loss_is_chance = False  # chance is a decoder of the mean image, which needs weights
+
     def __init__(
         self,
         channels: tuple[int, ...],

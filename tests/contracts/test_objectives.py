@@ -13,7 +13,7 @@ from medim.config import build_from_section
 from medim.models.encoders import UNetEncoder
 from medim.models.serialization import load_weights, save_model
 from medim.objectives import OBJECTIVES, Term
-from medim.types import Features, Views
+from medim.types import Features, UsageError, Views
 
 CRITIC = {"name": "encode_and_dot", "width": 8}
 CONCAT = {"name": "concat_and_convolve", "hidden": [8, 8]}
@@ -64,7 +64,7 @@ every_objective = pytest.mark.parametrize(
         for name in OBJECTIVES
         for n, options in enumerate(VARIANTS.get(name, [{}]))
         for dims in (2, 3)
-        for count in ((2,) if name in ("amdim", "simclr") else (1, 2))
+        for count in getattr(OBJECTIVES[name], "view_counts", (1, 2))
     ],
 )
 
@@ -85,13 +85,13 @@ class Step:
         return features.maps[0][:, :1]
 
 
-def make(section: dict[str, Any], dims: int) -> tuple[UNetEncoder, Any]:
+def make(section: dict[str, Any], dims: int, count: int) -> tuple[UNetEncoder, Any]:
     torch.manual_seed(0)
     encoder = UNetEncoder(1, dims, channels=(4, 8), norm="gn", summary_channels=6)
-    return encoder, objective_of(section, dims, encoder)
+    return encoder, objective_of(section, dims, encoder, count)
 
 
-def objective_of(section: dict[str, Any], dims: int, encoder: UNetEncoder) -> Any:
+def objective_of(section: dict[str, Any], dims: int, encoder: UNetEncoder, count: int) -> Any:
     return build_from_section(
         OBJECTIVES,
         section,
@@ -101,7 +101,7 @@ def objective_of(section: dict[str, Any], dims: int, encoder: UNetEncoder) -> An
         grids=tuple(tuple(side // stride for side in SHAPES[dims]) for stride in encoder.strides),
         in_channels=1,
         input_shape=SHAPES[dims],
-        view_count=2,
+        view_count=count,
         aligned=True,
         decoded_channels=1,
         receptive_fields=tuple(encoder.receptive_field(level) for level in range(2)),
@@ -119,7 +119,7 @@ def losses(terms: dict[str, Term]) -> dict[str, float]:
 
 @every_objective
 def test_terms_are_finite_scalars_with_scalar_diagnostics(section: dict[str, Any], dims: int, count: int) -> None:
-    encoder, objective = make(section, dims)
+    encoder, objective = make(section, dims, count)
     views = views_of(dims, count)
     terms = objective(Step(encoder, views), views)
     assert terms
@@ -138,7 +138,7 @@ def test_terms_are_finite_scalars_with_scalar_diagnostics(section: dict[str, Any
 def test_gradients_reach_the_encoder_and_all_that_is_the_objectives_own(
     section: dict[str, Any], dims: int, count: int
 ) -> None:
-    encoder, objective = make(section, dims)
+    encoder, objective = make(section, dims, count)
     with torch.no_grad():
         for parameter in objective.parameters():
             parameter.add_(1e-3)  # past weights that start at 0 no gradient flows at first
@@ -156,9 +156,18 @@ def test_gradients_reach_the_encoder_and_all_that_is_the_objectives_own(
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in encoder.parameters())
 
 
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if hasattr(OBJECTIVES[name], "view_counts")])
+def test_an_objective_rejects_another_number_of_views(name: str) -> None:
+    counts = {1, 2, 3} - {*getattr(OBJECTIVES[name], "view_counts", ())}
+    assert counts
+    for count in counts:
+        with pytest.raises(UsageError, match=r"views\.count"):
+            make({"name": name, **VARIANTS.get(name, [{}])[0]}, 2, count)
+
+
 @every_objective
 def test_an_objective_says_whether_it_trains_the_summary(section: dict[str, Any], dims: int, count: int) -> None:
-    encoder, objective = make(section, dims)
+    encoder, objective = make(section, dims, count)
     views = views_of(dims, count)
     sum(term.loss for term in objective(Step(encoder, views), views).values()).backward()
     trained = any(p.grad is not None and p.grad.any() for p in encoder.to_summary.parameters())
@@ -167,7 +176,7 @@ def test_an_objective_says_whether_it_trains_the_summary(section: dict[str, Any]
 
 @every_objective
 def test_a_step_can_be_replayed_from_its_generator(section: dict[str, Any], dims: int, count: int) -> None:
-    encoder, objective = make(section, dims)
+    encoder, objective = make(section, dims, count)
     views = views_of(dims, count)
     first, second = (losses(objective(Step(encoder, views, seed=3), views)) for _ in range(2))
     torch.manual_seed(99)  # the global state plays no part
@@ -176,11 +185,10 @@ def test_a_step_can_be_replayed_from_its_generator(section: dict[str, Any], dims
 
 @every_objective
 def test_the_order_of_the_batch_plays_no_part(section: dict[str, Any], dims: int, count: int) -> None:
-    drawn_by_image = ("reconstruction", "dense_dim", "amdim", "vae", "beta_vae")
-    if section["name"] in drawn_by_image or section.get("kind") == "relative":
-        pytest.skip("what is hidden, added as noise, or where a source lies, is drawn image by image")
+    if getattr(make(section, dims, count)[1], "draws_per_image", False):
+        pytest.skip("masks, noise or source locations are drawn for each image")
     plain = {k: v for k, v in section.items() if k not in ("occlusion", "points", "negatives")}  # drawn, too
-    encoder, objective = make(plain, dims)
+    encoder, objective = make(plain, dims, count)
     views = views_of(dims, count)
     order = torch.tensor([2, 0, 3, 1])
     shuffled = Views(views.image[order], views.location[order])
@@ -190,11 +198,9 @@ def test_the_order_of_the_batch_plays_no_part(section: dict[str, Any], dims: int
 
 @every_objective
 def test_an_objective_that_knows_nothing_pays_chance(section: dict[str, Any], dims: int, count: int) -> None:
-    if section["name"] in ("vae", "beta_vae"):
-        pytest.skip("their chance level is a decoder that knows the mean image, which takes parameters")
-    if section.get("kind") == "relative":
-        pytest.skip("an even guess is not the best blind one: offsets are not equally frequent")
-    encoder, objective = make(section, dims)
+    encoder, objective = make(section, dims, count)
+    if not getattr(objective, "blind_loss_is_chance", True):
+        pytest.skip("the best uninformed guess needs parameters other than 0")
     with torch.no_grad():
         for parameter in objective.parameters():
             parameter.zero_()
@@ -205,7 +211,7 @@ def test_an_objective_that_knows_nothing_pays_chance(section: dict[str, Any], di
 
 @every_objective
 def test_bf16_changes_the_losses_by_rounding_only(section: dict[str, Any], dims: int, count: int) -> None:
-    encoder, objective = make(section, dims)
+    encoder, objective = make(section, dims, count)
     views = views_of(dims, count)
     exact = losses(objective(Step(encoder, views), views))
     with torch.autocast("cpu", torch.bfloat16):
@@ -222,11 +228,11 @@ def test_bf16_changes_the_losses_by_rounding_only(section: dict[str, Any], dims:
 def test_a_saved_objective_comes_back_bit_for_bit(
     section: dict[str, Any], dims: int, count: int, tmp_path: Path
 ) -> None:
-    encoder, objective = make(section, dims)
+    encoder, objective = make(section, dims, count)
     views = views_of(dims, count)
     objective(Step(encoder, views), views)
     save_model(tmp_path, "critic", objective, {"kind": "critic"})
-    again = objective_of(section, dims, encoder)
+    again = objective_of(section, dims, encoder, count)
     load_weights(again, tmp_path / "critic.safetensors")
     objective.eval(), again.eval()
     assert losses(again(Step(encoder, views), views)) == losses(objective(Step(encoder, views), views))
