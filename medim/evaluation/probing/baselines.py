@@ -10,8 +10,8 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 from medim.data.preprocessing.steps import pad_or_crop, resize
-from medim.metrics.representation import batch_images
 from medim.model_spec import NetworkSpec
+from medim.models.feature_extraction import batch_images
 from medim.models.model import build_encoder
 from medim.types import Array, Volume
 

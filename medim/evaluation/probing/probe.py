@@ -29,8 +29,8 @@ from medim.evaluation.probing.probe_cohort import open_probe_cohort
 from medim.files import json_sha256, prepare_output_folder, write_json
 from medim.metrics import build_statistics
 from medim.metrics.bootstrap import N_RESAMPLES, bootstrap_intervals
-from medim.metrics.representation import batch_images, extract_features
 from medim.model_spec import ModelSpec
+from medim.models.feature_extraction import batch_images, extract_features
 from medim.models.serialization import load_encoder, locate_weights
 from medim.tasks import TASKS
 from medim.tasks.task import Task

@@ -23,7 +23,7 @@ from medim.evaluation.cases import summarise_cases
 from medim.evaluation.probing.baselines import principal_components
 from medim.files import write_json
 from medim.metrics.bootstrap import MIN_SUBJECTS, MetricEstimate
-from medim.metrics.representation import batch_images, extract_features
+from medim.models.feature_extraction import batch_images, extract_features
 from medim.models.serialization import load_encoder
 from medim.study.audit.duplicates import Duplicates, find_duplicates
 from medim.study.audit.groups import (

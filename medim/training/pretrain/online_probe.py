@@ -23,7 +23,8 @@ from medim.data.loading.datasets import ViewDataset
 from medim.evaluation.probing.classifiers import PROBES
 from medim.metrics import compute_metrics
 from medim.metrics.ranking import auroc_standard_error
-from medim.metrics.representation import alignment, extract_features, uniformity
+from medim.metrics.representation import alignment, uniformity
+from medim.models.feature_extraction import extract_features
 from medim.training.engine.sampler import derive_seed
 from medim.types import Array
 

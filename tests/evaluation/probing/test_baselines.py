@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from medim.evaluation.probing.baselines import build_random_encoder, principal_components
-from medim.metrics.representation import batch_images, extract_features
+from medim.models.feature_extraction import batch_images, extract_features
 from medim.types import Volume
 from tests.specs import make_spec
 
