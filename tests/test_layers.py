@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -48,12 +49,12 @@ MAY_IMPORT: dict[str, frozenset[str]] = {  # a folder or a module: those it may 
     "data/source": GROUND | INDEX | {"data/public", "data/example", "data/loading"},
     "models": GROUND,
     "objectives": GROUND | {"models"},
+    "metrics": GROUND,
     "tasks": GROUND | INDEX | {"metrics"},
     "inference": GROUND | INDEX | {"tasks"},
     "package": GROUND | INDEX | {"tasks", "inference"},
     "predict": GROUND | INDEX | {"tasks", "inference", "package"},
     "export": GROUND | INDEX | NETWORKS | {"tasks", "inference", "package", "predict"},
-    "metrics": GROUND | {"models"},
     "evaluation": GROUND | LOADING | NETWORKS | {"tasks", "inference", "package", "metrics"},
     "reports": GROUND | LOADING | {"tasks", "metrics", "evaluation"},
     "training": GROUND | LOADING | NETWORKS | {"tasks", "inference", "metrics", "evaluation", "reports"},
@@ -77,7 +78,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {  # a folder or a module: those it may 
     "__init__": frozenset({"version"}),  # its public names lazily
 }
 LIGHT = frozenset(  # run without the [train] extra; everything else may import torch
-    {"__init__", "doctor", "cli", "data/source", "data/public", "tasks", "inference", "package", "predict"}
+    {"__init__", "doctor", "cli", "data/source", "data/public", "metrics", "tasks", "inference", "package", "predict"}
     | GROUND
     | INDEX
 )
@@ -223,6 +224,29 @@ def test_the_table_has_no_circle() -> None:
         assert free, f"circle among {sorted(waiting)}"
         lower |= free
         waiting = {room: allowed for room, allowed in waiting.items() if room not in free}
+
+
+def read_folder_table() -> list[tuple[list[str], bool]]:
+    """The rows of the table of folders in CONTRIBUTING: rooms, and whether they may import torch."""
+    section = (REPOSITORY / "CONTRIBUTING.md").read_text().split("## Folders")[1].split("\n\nEach third-party")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    return [(re.findall(r"`([^`]+)`", rooms), {"yes": True, "no": False}[torch]) for rooms, _, torch in rows]
+
+
+def test_the_table_of_contributing_has_every_folder_once_in_the_direction_of_imports() -> None:
+    table = read_folder_table()
+    rooms = [room for row, _ in table for room in row]
+    assert sorted(rooms) == sorted(MAY_IMPORT.keys() - {"__init__"})
+    position = {room: index for index, (row, _) in enumerate(table) for room in row}
+    pairs = [(room, other) for room in rooms for other in MAY_IMPORT[room]]
+    assert [pair for pair in pairs if position[pair[1]] > position[pair[0]]] == []
+
+
+def test_the_table_of_contributing_names_the_folders_that_may_import_torch() -> None:
+    wrong = [
+        room for row, may_import_torch in read_folder_table() for room in row if may_import_torch == (room in LIGHT)
+    ]
+    assert wrong == []
 
 
 def list_files() -> list[Path]:
