@@ -17,6 +17,7 @@ help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 venv: $(DEV) ## the virtual environment, at the tested versions of constraints.txt
+	$(if $(filter venv,$(MAKECMDGOALS)),@echo "Activate it in each terminal: source $(BIN)/activate")
 
 $(TRAIN): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11: make ... PYTHON=python3.11"; exit 1; }
