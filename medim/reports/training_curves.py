@@ -36,6 +36,12 @@ VERDICT_BANNERS: dict[str, Banner] = {
         "A loss became NaN or infinite, or ended above its chance level. Lower the learning rate. "
         "Do not use this encoder.",
     ),
+    "not-measured": Banner(
+        "care",
+        "Not measured",
+        "The run has no validation losses, so there is no evidence that the encoder has learnt. "
+        "Validation needs at least 2 subjects.",
+    ),
 }
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from medim.reports.comparison import compute_differences
 from medim.reports.report import write_report_page
 from medim.reports.runs import read_history
 from medim.reports.training_curves import VERDICT_BANNERS
+from medim.training.pretrain.verdict import TrainingVerdict
 from medim.types import UserError
 from tests.evaluation.conftest import make_masks, make_run
 
@@ -224,7 +225,7 @@ def test_the_page_holds_no_path_of_this_machine_and_subjects_under_pictures_alon
     assert not any(record.subject in without for record in index.records)
 
 
-@pytest.mark.parametrize("verdict", ["learning", "at-chance", "collapsed", "diverged"])
+@pytest.mark.parametrize("verdict", get_args(TrainingVerdict))
 def test_each_verdict_is_told_in_words(tmp_path: Path, verdict: str) -> None:
     html = write_report_page(pretraining(tmp_path / "run", verdict)).read_text()
     assert f'<p class="headline">{VERDICT_BANNERS[verdict].headline}</p>' in html

@@ -46,7 +46,8 @@ def build_health_section(study: StudyView) -> ReportSection:
         for number, run in enumerate(arm_runs)
     ]
     recorded_runs = [(name, run) for name, run in runs if run is not None]
-    unhealthy = [f"{name}: {run['verdict']}" for name, run in recorded_runs if run["verdict"] != "learning"]
+    exceptions = [f"{name}: {run['verdict']}" for name, run in recorded_runs if run["verdict"] != "learning"]
+    is_any_unhealthy = any(run["verdict"] not in ("learning", "not-measured") for _, run in recorded_runs)
     head = (
         "Pretraining run",
         "Verdict",
@@ -57,8 +58,9 @@ def build_health_section(study: StudyView) -> ReportSection:
     )
     if not recorded_runs:
         banner = Banner("care", NOT_REPORTED, "The encoders have no records of their pretraining.")
-    elif unhealthy:
-        banner = Banner("care", "At least one encoder has not learnt", "; ".join(unhealthy) + ".")
+    elif exceptions:
+        headline = "has not learnt" if is_any_unhealthy else "was not validated"
+        banner = Banner("care", f"At least one encoder {headline}", "; ".join(exceptions) + ".")
     else:
         banner = Banner(
             "good", f"{pluralise(len(recorded_runs), 'pretraining run')}: learning", VERDICT_BANNERS["learning"].text
@@ -80,12 +82,16 @@ def build_health_section(study: StudyView) -> ReportSection:
 
 
 def unhealthy_pretraining(study: StudyView, arm: str) -> str:
-    """Describe the pretraining runs of an arm that did not learn; empty if all did, or if there are no records."""
+    """Describe the pretraining runs of an arm that did not learn, and those without validation; empty if all learnt."""
     verdicts = [run["verdict"] for run in _read_pretraining(study).get(arm, []) if run is not None]
-    unhealthy = [verdict for verdict in verdicts if verdict != "learning"]
-    if not unhealthy:
-        return ""
-    return f"Unhealthy runs among {pluralise(len(verdicts), 'pretraining run')} of {arm}: {', '.join(unhealthy)}. "
+    unhealthy = [verdict for verdict in verdicts if verdict not in ("learning", "not-measured")]
+    n_unmeasured = verdicts.count("not-measured")
+    runs = f"{pluralise(len(verdicts), 'pretraining run')} of {arm}"
+    return (f"Unhealthy runs among {runs}: {', '.join(unhealthy)}. " if unhealthy else "") + (
+        f"Runs without a verdict among {runs}, because they have no validation losses: {n_unmeasured}. "
+        if n_unmeasured
+        else ""
+    )
 
 
 def _read_pretraining(study: StudyView) -> dict[str, list[Any]]:

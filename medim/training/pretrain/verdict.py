@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-TrainingVerdict = Literal["learning", "at-chance", "collapsed", "diverged"]
+TrainingVerdict = Literal["learning", "at-chance", "collapsed", "diverged", "not-measured"]
 MIN_RANKME, MIN_FEATURE_STD = 1.5, 0.05  # summaries below these limits have collapsed
 MIN_NORM_RATIO = 0.1  # ratio of final to initial weight norm; below it, a run that learns nothing has collapsed
 ADVICE: dict[TrainingVerdict, str] = {
@@ -17,6 +17,7 @@ ADVICE: dict[TrainingVerdict, str] = {
     "learning rate; add an objective that discriminates images (local_dim, simclr).",
     "diverged": "Lower the learning rate tenfold; set gradient_clip=1 and warmup_steps; with 16-mixed precision, use "
     "bf16-mixed or 32-true instead.",
+    "not-measured": "Add subjects: validation needs at least 2.",
 }
 
 
@@ -41,7 +42,8 @@ def judge_run(
     `learning`: every term is below its level by at least 5 % of the level (of 1 nat if the level is 0) and three
     standard errors. `diverged`: a loss is not finite, or a term is above its level by the same margin, or a training
     loss was far above its level and the run has not learnt since. `collapsed`: the validation summaries have collapsed
-    to a point or line, or nothing is learnt and the weights of the encoder have shrunk. `at-chance`: all other cases.
+    to a point or line, or nothing is learnt and the weights of the encoder have shrunk. `not-measured`: no term has a
+    validation loss, and the run has not diverged. `at-chance`: all other cases.
 
     Args:
         levels: chance level by term, or first loss by term if no term has a chance level.
@@ -72,12 +74,11 @@ def judge_run(
         return VerdictReport("diverged", above_chance)
     if collapse or (weight_shrinkage and not is_learning):
         return VerdictReport("collapsed", collapse or weight_shrinkage)
-    shortfalls = [text for gain, need, text in gains if gain < need] or ["nothing was measured on held-out subjects"]
-    return (
-        VerdictReport("learning", "; ".join(t for _, _, t in gains))
-        if is_learning
-        else VerdictReport("at-chance", "; ".join(shortfalls))
-    )
+    if not gains:
+        return VerdictReport("not-measured", "there is no validation loss")
+    if is_learning:
+        return VerdictReport("learning", "; ".join(text for _, _, text in gains))
+    return VerdictReport("at-chance", "; ".join(text for gain, need, text in gains if gain < need))
 
 
 def describe_collapse(rankme: float, feature_std: float) -> str:

@@ -128,6 +128,19 @@ def test_an_encoder_that_learnt_nothing_makes_a_benefit_doubtful(study_of: Study
     assert "Unhealthy runs among 2 pretraining runs of dim: at-chance." in text
 
 
+def test_an_encoder_without_validation_makes_a_benefit_doubtful_but_is_not_called_unhealthy(study_of: Study) -> None:
+    folder = study_of(0.1)
+    run = {"verdict": "not-measured", "steps": 2, "loss": {}, "chance": {}, "rankme": None, "feature_std": None}
+    arms = {"dim": [{**run, "curves": []}, {**run, "curves": [], "verdict": "learning"}]}
+    write_json(folder / "pretraining.json", {"schema_version": 2, "arms": arms})
+    html = write_study_page(folder).read_text()
+    state, _, text = banner(html, "verdict")
+    assert state == "care"
+    assert "because they have no validation losses: 1." in text
+    assert "Unhealthy" not in text
+    assert banner(html, "health")[:2] == ("care", "At least one encoder was not validated")
+
+
 def test_a_study_that_was_stopped_between_subsets_is_compared_by_what_all_budgets_have(study_of: Study) -> None:
     folder = study_of(0.1)
     table = pq.read_table(folder / "results.parquet")

@@ -380,7 +380,7 @@ def test_four_subjects_train_with_a_smaller_batch_and_claim_nothing(
         classes=cohort_index.classes,
     )
     summary = pretrain(pretrain_config, few, tmp_path / "run", store=tmp_path / "store")
-    assert summary["verdict"] == "at-chance"
+    assert (summary["verdict"], summary["advice"]) == ("not-measured", "Add subjects: validation needs at least 2.")
     assert summary["loss"]["local_dim"]["val"] is None
     assert summary["rankme"] is None
     assert "batch_size 4 exceeds the 3 training subjects" in caplog.text

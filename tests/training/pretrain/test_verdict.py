@@ -32,8 +32,11 @@ def test_a_run_that_strayed_has_diverged_unless_it_has_learnt_since() -> None:
     assert judge_run(LEVELS, {"dim": (2.0, 0.1)}, above_chance="far").verdict == "learning"
 
 
-def test_nothing_measured_is_at_chance() -> None:
-    assert judge_run(LEVELS, {}) == ("at-chance", "nothing was measured on held-out subjects")
+def test_without_validation_losses_a_run_is_not_measured_unless_it_has_diverged() -> None:
+    assert judge_run(LEVELS, {}) == ("not-measured", "there is no validation loss")
+    assert judge_run(LEVELS, {}, non_finite="NaN").verdict == "diverged"
+    assert judge_run(LEVELS, {}, above_chance="far").verdict == "diverged"
+    assert "learning rate" not in ADVICE["not-measured"]
 
 
 @pytest.mark.parametrize(("rank", "spread", "flat"), [(1.2, 0.5, True), (9.0, 0.01, True), (9.0, 0.5, False)])
