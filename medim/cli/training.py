@@ -161,11 +161,6 @@ def finetune(arguments: FinetuneArguments) -> None:
         )
     require_signature(encoder_path, arguments.public_key)
     config_args = arguments.task, arguments.modality, encoder_path, arguments.config, arguments.set_ or []
-    settings = resolve_finetune_config(*config_args)  # a mistake in it shows before images are read
-    image_index, store = open_source(
-        arguments.data, settings.modality, labels=arguments.labels, subjects=arguments.subjects
-    )
-    settings = resolve_finetune_config(*config_args, index=image_index)
     options = FinetuneOptions(
         encoder=encoder_path,
         from_scratch=arguments.from_scratch,
@@ -177,9 +172,13 @@ def finetune(arguments: FinetuneArguments) -> None:
         overwrite=arguments.overwrite,
         fail_on_contamination=arguments.fail_on_contamination,
         accelerator=arguments.accelerator,
-        store=store,
     )
-    summary = run(settings, image_index, arguments.out, options)
+    settings = resolve_finetune_config(*config_args)  # mistakes in options and configuration show before reading
+    image_index, store = open_source(
+        arguments.data, settings.modality, labels=arguments.labels, subjects=arguments.subjects
+    )
+    settings = resolve_finetune_config(*config_args, index=image_index)
+    summary = run(settings, image_index, arguments.out, options, store=store)
     print_result(
         "finetune",
         {

@@ -23,6 +23,7 @@ from medim.study.design import LR_MULTIPLIERS, Arm, Design
 from medim.study.lr_selection import describe_subset_shortage
 from medim.study.time_estimate import Costs, intermediate_eval_steps, measure_costs
 from medim.tasks import find_task
+from medim.training.engine.launch import check_accelerator
 from medim.training.finetune.config import dry_run_finetuning
 from medim.training.finetune.run import open_labelled_cohort
 from medim.training.run_folder import read_run_config
@@ -102,11 +103,12 @@ def prepare_study(
     """Check the inputs, draw label subsets, time a few steps, and write design, configuration and splits.
 
     Raises:
-        UserError: a precondition is not met (`medim.study.checks`), the table of groups is invalid, or `out` contains
-            another study.
+        UserError: the device is not available, a precondition is not met (`medim.study.checks`), the table of groups
+            is invalid, or `out` contains another study.
         UsageError: budgets or options are invalid.
     """
     dry_run_finetuning(config)
+    check_accelerator(options.accelerator)
     checks.check_networks(arms)
     metric = checks.check_metric(task, options.metric, index)
     if find_task(task).has_class_labels:

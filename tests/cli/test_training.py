@@ -1,4 +1,4 @@
-"""`medim plan` on the command line: figures, exit codes, the sentence of a refusal."""
+"""`medim plan` and `medim finetune` on the command line: figures, exit codes, messages of rejected options."""
 
 from __future__ import annotations
 
@@ -77,3 +77,18 @@ def test_a_plan_that_does_not_fit_leaves_with_one_sentence(pictures: Path, monke
 def test_what_cannot_be_planned_is_told_at_once(options: list[str], code: int, message: str) -> None:
     done = CliRunner().invoke(app, ["plan", *options])
     assert (done.exit_code, message in done.output) == (code, True), done.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--labelled", "0"], "--labelled: expected at least 1 image"), (["--label-fraction", "5"], "--label-fraction:")],
+)
+def test_a_label_budget_out_of_range_is_rejected_before_the_images_are_indexed(
+    options: list[str], message: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medim.data.source.open_source", lambda *_, **__: pytest.fail("an image was read"))
+    out = tmp_path / "run"
+    arguments = ["--task", "classification", "--modality", "xray", "--encoder", "none", "--data", str(pictures)]
+    rejected = CliRunner().invoke(app, ["finetune", *arguments, "--out", str(out), *options])
+    assert (rejected.exit_code, message in rejected.output) == (2, True), rejected.output
+    assert not out.exists()

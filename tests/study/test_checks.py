@@ -162,3 +162,12 @@ def test_a_refused_study_leaves_no_result(
     with pytest.raises(UsageError, match="--lr-multipliers"):
         run_study(lr_multipliers=(0.3, 1.0))
     assert [p.name for p in (tmp_path / "study").iterdir()] == [".medim"]
+
+
+def test_an_unavailable_device_is_rejected_before_images_are_read_or_files_are_written(
+    run_study: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medim.data.loading.cohort.fill_store", lambda *_, **__: pytest.fail("an image was read"))
+    with pytest.raises(UserError, match="--accelerator tpu: not available on this machine"):
+        run_study(accelerator="tpu")
+    assert not list(tmp_path.iterdir())

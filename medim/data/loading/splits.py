@@ -179,6 +179,24 @@ def read_splits(path: Path) -> dict[str, Split]:
     return cast(dict[str, Split], splits)
 
 
+def check_label_budget(labelled: int | None, fraction: float | None) -> None:
+    """Check the range of a label budget, without the images.
+
+    Args:
+        labelled: number of images, or None.
+        fraction: fraction of the labelled images, or None.
+
+    Raises:
+        UsageError: both values are given, or one is out of range.
+    """
+    if labelled is not None and fraction is not None:
+        raise UsageError("--labelled and --label-fraction: expected one of them, got both.")
+    if labelled is not None and labelled < 1:
+        raise UsageError(f"--labelled: expected at least 1 image, got {labelled}.")
+    if fraction is not None and not 0 < fraction <= 1:
+        raise UsageError(f"--label-fraction: expected above 0 and up to 1, got {fraction}.")
+
+
 def select_label_budget(
     records: Sequence[ImageRecord], *, labelled: int | None = None, fraction: float | None = None, seed: int = 0
 ) -> tuple[ImageRecord, ...]:
@@ -203,12 +221,7 @@ def select_label_budget(
         UserError: no image has a label or mask.
         UsageError: both counts given, or out of range.
     """
-    if labelled is not None and fraction is not None:
-        raise UsageError("--labelled and --label-fraction: expected one of them, got both.")
-    if labelled is not None and labelled < 1:
-        raise UsageError(f"--labelled: expected at least 1 image, got {labelled}.")
-    if fraction is not None and not 0 < fraction <= 1:
-        raise UsageError(f"--label-fraction: expected above 0 and up to 1, got {fraction}.")
+    check_label_budget(labelled, fraction)
     usable = _filter_labelled(records)
     if not usable:
         raise UserError(

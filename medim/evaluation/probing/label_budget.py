@@ -9,17 +9,25 @@ import numpy as np
 
 from medim.data.index.index import ImageRecord
 from medim.data.loading.cohort import Cohort
-from medim.data.loading.splits import select_label_budget
+from medim.data.loading.splits import check_label_budget, select_label_budget
 from medim.tasks.task import Task
 from medim.types import Array, UserError
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Label budget of a probe: a number of images, or a share of the labelled training images."""
+    """Label budget of a probe: a number of images, or a share of the labelled training images.
+
+    Raises:
+        UsageError: both values are given, or one is out of range.
+    """
 
     labelled: int | None = None
     fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        """Reject a budget that is out of range."""
+        check_label_budget(self.labelled, self.fraction)
 
     @property
     def name(self) -> str:
@@ -40,7 +48,6 @@ def draw_probe_subsets(
 
     Raises:
         UserError: a subset lacks a label of some class that the task predicts.
-        UsageError: a budget is out of range.
     """
     subsets = {}
     labelled = cohort.labelled_records("train")

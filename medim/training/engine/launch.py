@@ -66,6 +66,18 @@ def planned_group(accelerator: str, devices: int | None, nodes: int | None) -> P
     return ProcessGroup(0, *world_shape(devices, nodes), kind="cuda" if on_cuda else "cpu")
 
 
+def check_accelerator(accelerator: str) -> None:
+    """Check that this machine has the device for a run of one process.
+
+    Args:
+        accelerator: device kind, in the terms of Lightning.
+
+    Raises:
+        UserError: the device is not available.
+    """
+    _build_strategy(accelerator, SINGLE_PROCESS)
+
+
 @contextmanager
 def launched(accelerator: str, plan: ProcessGroup) -> Iterator[ProcessGroup]:
     """Start or join the processes of a run, and end them with the run; if one process fails, all are ended.
@@ -82,6 +94,7 @@ def launched(accelerator: str, plan: ProcessGroup) -> Iterator[ProcessGroup]:
         UserError: the devices are not available, or another process failed.
     """
     if plan.count == 1:
+        check_accelerator(accelerator)
         _rank_holder.rank = 0  # also for one of several independent runs in a SLURM job
         yield SINGLE_PROCESS
         return
@@ -204,9 +217,10 @@ def _build_strategy(accelerator: str, plan: ProcessGroup) -> tuple[Any, int]:
             enable_checkpointing=False,
             enable_progress_bar=False,
         )
-    except (MisconfigurationException, ValueError, RuntimeError) as error:
+    except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
+        count = f" --devices {plan.devices} --nodes {plan.nodes}" if plan.count > 1 else ""
         raise UserError(
-            f"--accelerator {accelerator} --devices {plan.devices} --nodes {plan.nodes}: not available on this machine "
-            f"({error}). Run `medim doctor` to list the devices."
+            f"--accelerator {accelerator}{count}: not available on this machine ({error}). "
+            "Run `medim doctor` to list the devices."
         ) from error
     return trainer.strategy, trainer.global_rank

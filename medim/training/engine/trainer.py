@@ -12,7 +12,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger
 
@@ -22,7 +21,6 @@ from medim.signals import current_request
 from medim.training.engine.checkpoints import CheckpointCallback, ChecksumCheckpointIO
 from medim.training.engine.launch import SyncStopCallback, slurm_environment, trainer_options
 from medim.training.engine.process_group import SINGLE_PROCESS, ProcessGroup
-from medim.types import UserError
 
 log = logging.getLogger(__name__)
 HARMLESS_WARNINGS = (
@@ -101,32 +99,26 @@ def make_trainer(
     callbacks = [*callbacks, *([SyncStopCallback(ranks)] if ranks.count > 1 else [])]
     checkpoints = CheckpointCallback(out / "checkpoints", config.checkpoint_every_steps)
     progress = RichProgressBar(leave=True) if sys.stderr.isatty() and log.isEnabledFor(logging.INFO) else LineProgress()
-    try:
-        trainer = pl.Trainer(
-            max_steps=config.max_steps,
-            max_epochs=-1,
-            **trainer_options(accelerator, ranks),
-            precision=choose_precision(config.precision, accelerator),
-            callbacks=[*callbacks, checkpoints, progress],
-            logger=logger,
-            plugins=[ChecksumCheckpointIO(), *slurm_environment()],
-            default_root_dir=out,
-            deterministic=True,
-            use_distributed_sampler=False,
-            num_sanity_val_steps=0,
-            log_every_n_steps=1,
-            gradient_clip_val=clip or None,
-            limit_val_batches=1.0 if validate else 0,
-            val_check_interval=min(config.checkpoint_every_steps, config.max_steps),
-            check_val_every_n_epoch=None,
-            enable_model_summary=False,
-            enable_progress_bar=isinstance(progress, RichProgressBar),
-        )
-    except (MisconfigurationException, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"--accelerator {accelerator}: not available on this machine ({error}). "
-            "Run `medim doctor` to list the devices."
-        ) from error
+    trainer = pl.Trainer(
+        max_steps=config.max_steps,
+        max_epochs=-1,
+        **trainer_options(accelerator, ranks),
+        precision=choose_precision(config.precision, accelerator),
+        callbacks=[*callbacks, checkpoints, progress],
+        logger=logger,
+        plugins=[ChecksumCheckpointIO(), *slurm_environment()],
+        default_root_dir=out,
+        deterministic=True,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        gradient_clip_val=clip or None,
+        limit_val_batches=1.0 if validate else 0,
+        val_check_interval=min(config.checkpoint_every_steps, config.max_steps),
+        check_val_every_n_epoch=None,
+        enable_model_summary=False,
+        enable_progress_bar=isinstance(progress, RichProgressBar),
+    )
     # The signal handlers of Lightning would requeue SLURM jobs and lose a signal that arrives before the first step.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return trainer

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medim.data.loading.cohort import Cohort
+from medim.data.loading.splits import check_label_budget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,9 @@ class FinetuneOptions:
         cohort: result of `open_labelled_cohort` for this index, shared by several runs; `store` is then not used.
         parent_run: MLflow id of the study that this run belongs to.
         reference: whether to fit an out-of-distribution detector for a package, see `medim.training.fit_ood`.
+
+    Raises:
+        UsageError: both budgets are given, or one is out of range.
     """
 
     encoder: Path | None = None
@@ -47,6 +51,10 @@ class FinetuneOptions:
     cohort: Cohort | None = None
     parent_run: str | None = None
     reference: bool = True
+
+    def __post_init__(self) -> None:
+        """Reject a label budget that is out of range."""
+        check_label_budget(self.labelled, self.label_fraction)
 
     @property
     def label_seed(self) -> int:

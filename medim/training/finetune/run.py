@@ -26,6 +26,7 @@ from medim.models.model import Model, as_numpy_function, build_model
 from medim.models.serialization import load_weights, locate_weights, save_model
 from medim.signals import handle_shutdown_signals
 from medim.training.engine.checkpoints import find_newest_checkpoint, get_resume_steps, list_corrupt_checkpoints
+from medim.training.engine.launch import check_accelerator
 from medim.training.engine.sampler import StepSampler, step_loader
 from medim.training.engine.trainer import make_trainer, peak_memory, run_trainer
 from medim.training.finetune.config import dry_run_finetuning
@@ -87,8 +88,8 @@ def finetune(
         Content of `summary.json`.
 
     Raises:
-        UserError: there are no labels for the task, the weights do not match, `out` is not empty, or
-            `fail_on_contamination` applies.
+        UserError: there are no labels for the task, the weights do not match, `out` is not empty, the
+            device is not available, or `fail_on_contamination` applies.
         UsageError: a section cannot be built, or the parts are not compatible.
         StoppedError: SIGTERM or SIGUSR1 arrived; a checkpoint was saved.
     """
@@ -96,6 +97,7 @@ def finetune(
     options = replace(options or FinetuneOptions(), **changes)
     config = select_head(config, index)
     dry_run_finetuning(config)
+    check_accelerator(options.accelerator)
     _prepare_folder(out, options)
     data = _open_labelled_data(config, index, options)
     run, checkpoint, start_step = _build_run(config, data, out, options)

@@ -72,8 +72,20 @@ def test_a_subset_without_a_class_is_refused_by_name(cohort: Cohort) -> None:
     lonely = replace(cohort, index=changed(cohort.index, label=labels))
     with pytest.raises(UserError, match=r"budget 1, seed 0: expected a label of every class \(big, small\)"):
         draw_probe_subsets(lonely, TASKS["classification"], [Budget(labelled=1)], [0])
-    with pytest.raises(UsageError, match="expected above 0"):
-        draw_probe_subsets(cohort, TASKS["classification"], [Budget(fraction=0.0)], [0])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"labelled": 0}, "--labelled: expected at least 1 image, got 0"),
+        ({"fraction": 0.0}, "--label-fraction: expected above 0 and up to 1"),
+        ({"fraction": 5.0}, "--label-fraction: expected above 0 and up to 1"),
+        ({"labelled": 3, "fraction": 0.5}, "expected one of them, got both"),
+    ],
+)
+def test_a_budget_out_of_range_cannot_be_built(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Budget(**values)
 
 
 @pytest.mark.parametrize(

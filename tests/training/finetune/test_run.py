@@ -401,6 +401,35 @@ def test_parts_that_do_not_fit_are_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"labelled": 0}, UsageError, "--labelled: expected at least 1 image, got 0"),
+        ({"label_fraction": 5.0}, UsageError, "--label-fraction: expected above 0 and up to 1, got 5.0"),
+        ({"labelled": 4, "label_fraction": 0.5}, UsageError, "expected one of them, got both"),
+        ({"accelerator": "tpu"}, UserError, "--accelerator tpu: not available on this machine"),
+        ({"accelerator": "abacus"}, UserError, "--accelerator abacus: not available on this machine"),
+        pytest.param(
+            *({"accelerator": "gpu"}, UserError, "--accelerator gpu: not available on this machine"),
+            marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has a GPU"),
+        ),
+    ],
+)
+def test_invalid_options_are_rejected_before_images_are_read_or_files_are_written(
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    finetune_config: FinetuneConfig,
+    cohort_index: Index,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("medim.data.loading.cohort.fill_store", lambda *_, **__: pytest.fail("an image was read"))
+    with pytest.raises(error, match=message):
+        finetune(finetune_config, cohort_index, tmp_path / "run", store=tmp_path / "store", **options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_loss_that_is_no_number_ends_the_run_with_advice(
     finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path
 ) -> None:

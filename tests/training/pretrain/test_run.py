@@ -369,6 +369,21 @@ def test_views_whose_voxels_do_not_correspond_are_refused_by_what_needs_it(
     dry_run_pretraining(pretrain_config.model_copy(update=alone))
 
 
+@pytest.mark.parametrize(("devices", "options"), [(1, "tpu"), (2, "tpu --devices 2 --nodes 1")])
+def test_an_unavailable_device_is_rejected_before_images_are_read_or_files_are_written(
+    devices: int,
+    options: str,
+    pretrain_config: PretrainConfig,
+    cohort_index: Index,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("medim.data.loading.cohort.fill_store", lambda *_, **__: pytest.fail("an image was read"))
+    with pytest.raises(UserError, match=f"--accelerator {options}: not available on this machine"):
+        pretrain(pretrain_config, cohort_index, tmp_path / "run", accelerator="tpu", devices=devices)
+    assert not list(tmp_path.iterdir())
+
+
 def test_four_subjects_train_with_a_smaller_batch_and_claim_nothing(
     pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
