@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,12 @@ EXAMPLES = [  # page, contract, word in the names of its tests
     ("add-task.md", "test_tasks.py", "positive"),
     ("add-task.md", "test_heads.py", "positive"),
     ("add-task.md", "test_metrics.py", "log_error"),
+]
+MODULES = [  # page, folder of its module, class
+    ("add-objective.md", "objectives", "Redundancy"),
+    ("add-encoder.md", "models/encoders", "PlainEncoder"),
+    ("add-format.md", "data/readers", "PgmReader"),
+    ("add-task.md", "tasks", "Positive"),
 ]
 
 pytestmark = pytest.mark.slow
@@ -58,6 +65,26 @@ def test_the_example_of_a_page_meets_the_contract(page: str, contract: str, word
     passed = re.search(r"(\d+) passed", output)
     assert passed, output
     assert int(passed[1]) >= 4, f"the contract has a test for each promise: {output}"
+
+
+@pytest.mark.parametrize(("page", "folder", "name"), MODULES, ids=[page for page, _, _ in MODULES])
+def test_the_module_of_a_page_can_be_imported_before_its_neighbours(
+    page: str, folder: str, name: str, tmp_path: Path
+) -> None:
+    text = (REPOSITORY / "docs" / "how-to" / page).read_text()
+    code = CODE.findall(re.split(r"^## \d\. Add (?:a line|the lines)", text, flags=re.M)[0])
+    shutil.copytree(REPOSITORY / "medim", tmp_path / "medim", ignore=shutil.ignore_patterns("__pycache__"))
+    package = f"medim.{folder.replace('/', '.')}"
+    (tmp_path / "medim" / folder / "a_module.py").write_text("\n\n".join(code))
+    table = tmp_path / "medim" / folder / "__init__.py"
+    statement = f"from {package}.a_module import {name}\n"  # "a" sorts before the other modules of the folder
+    table.write_text(re.sub(r"^from medim\.", rf"{statement}\g<0>", table.read_text(), count=1, flags=re.M))
+    assert statement in table.read_text()
+    command = [sys.executable, "-c", f"import {package} as table; print(table.__file__); table.{name}"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == str(table)
 
 
 def test_an_example_that_breaks_the_contract_is_detected(tmp_path: Path) -> None:
