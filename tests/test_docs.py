@@ -75,10 +75,31 @@ def pages() -> list[object]:
     return [pytest.param(p, marks=marks[p], id=str(p.relative_to(REPOSITORY))) for p in PAGES if blocks(p)]
 
 
+def row_labels(output: str) -> set[str]:
+    """The labels of the rows of a command's output: the text before two spaces."""
+    return {match[1] for match in re.finditer(r"^(\S.*?) {2,}\S", output, re.MULTILINE)}
+
+
+def shown_labels(text: str) -> set[str]:
+    """The labels of the rows in the outputs that a page shows: its `text` fences, if it runs commands of medim."""
+    fences = [(match[1], match[2]) for match in FENCE.finditer(text)]
+    runs_medim = any(language == "bash" and "medim " in code for language, code in fences)
+    return row_labels("\n".join(code for language, code in fences if language == "text")) if runs_medim else set()
+
+
 @pytest.mark.parametrize("page", pages())
-def test_the_code_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
+def test_the_code_blocks_of_a_page_run_and_print_the_rows_that_it_shows(page: Path, tmp_path: Path) -> None:
     ran = run_blocks(blocks(page), tmp_path)
     assert ran.returncode == 0, f"{ran.stdout[-3000:]}\n{ran.stderr[-3000:]}"
+    assert shown_labels(page.read_text()) - row_labels(ran.stdout) == set()
+
+
+def test_a_row_that_no_command_prints_is_detected() -> None:
+    page = "```bash\nmedim evaluate RUN\n```\n\n```text\nevaluate\ncases          6\nexcluded seen  0\n```\n"
+    assert shown_labels(page) - row_labels("evaluate\ncases              6\nexcluded subjects  0\n") == {
+        "excluded seen"
+    }
+    assert "verdict" in shown_labels((REPOSITORY / "docs" / "tutorials" / "first-encoder.md").read_text())
 
 
 @pytest.mark.parametrize("code", ["```python\nraise ValueError\n```\n", "```bash\nfalse\ntrue\n```\n"])
@@ -117,6 +138,20 @@ def test_a_shortened_block_gives_its_options_to_the_commands_named(tmp_path: Pat
 def test_every_relative_link_of_a_page_leads_to_a_file(page: Path) -> None:
     prose = FENCE.sub("", page.read_text())
     assert [link for link in LINK.findall(prose) if not (page.parent / link).exists()] == []
+
+
+def test_the_home_page_links_every_guide() -> None:
+    linked = {
+        path for path in LINK.findall((REPOSITORY / "docs" / "index.md").read_text()) if path.startswith("how-to/")
+    }
+    assert linked == {f"how-to/{path.name}" for path in (REPOSITORY / "docs" / "how-to").glob("*.md")}
+
+
+def test_every_page_that_a_module_names_exists() -> None:
+    sources = [path for name in ("medim", "pipelines", "benchmarks") for path in (REPOSITORY / name).rglob("*.py")]
+    pages = {(str(path), page) for path in sources for page in re.findall(r"docs/[\w./-]+\.md", path.read_text())}
+    assert len(pages) >= 20
+    assert [pair for pair in sorted(pages) if not (REPOSITORY / pair[1]).is_file()] == []
 
 
 def test_the_page_on_the_command_line_names_every_command_and_no_other() -> None:
