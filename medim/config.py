@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import (
@@ -31,6 +32,9 @@ from medim.files import json_sha256
 from medim.renamed_keys import RUN, translate_config, translate_item, translate_preset, translate_section
 from medim.types import Modality, UsageError, UserError
 
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 Section = dict[str, Any]
 Command = Literal["pretrain", "finetune"]
 OptimiserName = Literal["adamw", "adam", "radam"]
@@ -41,6 +45,7 @@ Decay = typing.Annotated[float, Field(ge=0, lt=1)]
 T = typing.TypeVar("T")
 # Keys added later: they enter the hash only if they differ from the default, so that other runs keep their hash.
 KEYS_ADDED_LATER = ("compile", "gradient_cache_chunk", "checkpoint_selection")
+_TEST_PRESET_PREFIX = "test-"  # presets of the test suite, left out of messages
 AUTO = "auto"  # placeholder for numbers that depend on the images; `medim.training.auto_config` fills them in
 
 
@@ -218,7 +223,7 @@ def _read_extended(command: Command, name_or_path: str, ancestors: tuple[str, ..
     path = preset_paths.get(translate_preset(name_or_path)) or Path(name_or_path)
     if not path.is_file():
         raise UsageError(
-            f"--config {name_or_path}: {unknown_name_message('preset or file', name_or_path, preset_paths)}"
+            f"--config {name_or_path}: {unknown_preset_message('preset or file', name_or_path, preset_paths)}"
         )
     try:
         file_content = yaml.safe_load(path.read_text())
@@ -308,7 +313,7 @@ def check_config(command: Command, content: Section, *, source: str) -> RunConfi
         config = config_class.model_validate(content)
     except ValidationError as error:
         raise UsageError(
-            f"config {source}: " + "; ".join(_describe_config_error(config_class, e) for e in error.errors())
+            f"config {source}: " + " ".join(_describe_config_error(config_class, e) for e in error.errors())
         ) from None
     if remaining_keys := auto_keys(content):
         raise UsageError(f"config {source}: {', '.join(remaining_keys)}: no rule for {AUTO!r} here; give a value.")
@@ -359,10 +364,7 @@ def validate_section(
         try:
             options[option] = TypeAdapter(hints[option]).validate_python(value)
         except ValidationError as error:
-            reason = "; ".join(e["msg"] for e in error.errors())
-            raise UsageError(
-                f"{name}.{option}: expected {parameters[option].annotation}, got {value!r} ({reason})."
-            ) from None
+            raise UsageError(_describe_option_error(f"{name}.{option}", value, error.errors())) from None
     missing = [p for p in allowed if parameters[p].default is inspect.Parameter.empty and p not in options]
     if missing:
         raise UsageError(f"{name}: {', '.join(missing)} must be given.")
@@ -413,18 +415,99 @@ def _get_item(target: Any, part: str, assignment: str) -> Any:
 def unknown_name_message(kind: str, name: str, choices: Iterable[str]) -> str:
     """Format the message about an unknown name, with the nearest and all valid names."""
     names = sorted(choices)
+    return f"no {kind} {name!r}.{_suggest_name(name, names)} There are: {', '.join(names) or 'none'}."
+
+
+def unknown_preset_message(kind: str, name: str, preset_names: Iterable[str]) -> str:
+    """Format the message about an unknown preset, without the presets of the test suite."""
+    names = [preset for preset in preset_names if not preset.startswith(_TEST_PRESET_PREFIX)]
+    return f"{unknown_name_message(kind, name, names)} See `medim config list`."
+
+
+def _suggest_name(name: str, names: Sequence[str]) -> str:
+    """Format the question for the nearest name, after a space; empty if no name is near."""
     matches = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f" Did you mean {matches[0]!r}?" if matches else ""
-    return f"no {kind} {name!r}.{hint} There are: {', '.join(names) or 'none'}."
+    return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
-def _describe_config_error(config_class: type[BaseModel], error: Any) -> str:
+def describe_value_error(error: ErrorDetails) -> str:
+    """Describe one error of pydantic as a sentence: the expected value, the given value and the nearest valid name.
+
+    Examples:
+        >>> try:
+        ...     TypeAdapter(Schedule).validate_python("cosin")
+        ... except ValidationError as error:
+        ...     print(describe_value_error(error.errors()[0]))
+        expected cosine, constant or multistep, got 'cosin'. Did you mean 'cosine'?
+    """
+    value = error["input"]
+    hint = _suggest_name(value, _list_choices(error)) if isinstance(value, str) else ""
+    return f"expected {_describe_expected_value(error)}, got {value!r}.{hint}"
+
+
+def _describe_expected_value(error: ErrorDetails) -> str:
+    """Describe the values that pydantic accepts in the place of an error."""
+    if choices := _list_choices(error):
+        return " or ".join([", ".join(choices[:-1]), choices[-1]] if len(choices) > 1 else choices)
+    if error["type"] in _EXPECTED_VALUES:
+        return _EXPECTED_VALUES[error["type"]].format_map(error.get("ctx", {}))
+    return error["msg"].removeprefix("Value error, ").removesuffix(".")
+
+
+def _list_choices(error: ErrorDetails) -> list[str]:
+    """List the values of a Literal type; empty if the error is another."""
+    if error["type"] == "literal_error":
+        listing = str(error["ctx"]["expected"])
+    else:
+        _, _, listing = error["msg"].partition(" is not one of ")  # typer's check of an option
+    return [name.strip("' ") for name in re.split(r", | or ", listing.removesuffix("."))] if listing else []
+
+
+def _describe_config_error(config_class: type[BaseModel], error: ErrorDetails) -> str:
     key_path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        model = ViewsConfig if error["loc"][0] == "views" else config_class
-        return unknown_name_message("key", str(error["loc"][-1]), model.model_fields)
-    return (
-        f"{key_path}: {error['msg']}, got {error['input']!r}"
-        if error["type"] != "missing"
-        else f"{key_path} must be given"
-    )
+        *sections, key = map(str, error["loc"])
+        model = ViewsConfig if sections == ["views"] else config_class
+        return "".join(f"{section}: " for section in sections) + unknown_name_message("key", key, model.model_fields)
+    if error["type"] == "missing":
+        return f"{key_path} must be given."
+    if not error["loc"]:  # a check of several keys, with a sentence of its own
+        return error["msg"].removeprefix("Value error, ").removesuffix(".") + "."
+    return f"{key_path}: {describe_value_error(error)}"
+
+
+def _describe_option_error(option_path: str, value: Any, errors: Sequence[ErrorDetails]) -> str:
+    """Describe the errors of an option; the first item that does not fit, or all alternatives of a union."""
+    first = errors[0]
+    if len(errors) == 1 or all(isinstance(part, int) for error in errors for part in error["loc"]):
+        items = [str(part) for part in first["loc"] if isinstance(part, int)]
+        return f"{'.'.join([option_path, *items])}: {describe_value_error(first)}"
+    expected_values = dict.fromkeys(_describe_expected_value(error) for error in errors)
+    return f"{option_path}: expected {' or '.join(expected_values)}, got {value!r}."
+
+
+_EXPECTED_VALUES = {  # pydantic error type: the expected value, with the fields of its context
+    "int_parsing": "an integer",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "string_pattern_mismatch": "text of the form {pattern}",
+    "greater_than": "a number above {gt:.10g}",
+    "greater_than_equal": "a number of at least {ge:.10g}",
+    "less_than": "a number below {lt:.10g}",
+    "less_than_equal": "a number of at most {le:.10g}",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping of keys to values",
+    "mapping_type": "a mapping of keys to values",
+    "model_type": "a mapping of keys to values",
+    "none_required": "null",
+    "too_short": "a list of length {min_length} or more",
+    "too_long": "a list of length {max_length} or less",
+    "missing": "another item",
+}

@@ -118,9 +118,7 @@ def verify_checksums(folder: Path, *, trust: Path | None = None) -> ChecksumMani
     """
     key = None if trust is None else load_public_key(trust)
     if not (folder / SUMS).is_file():
-        raise PackageError(
-            f"{folder}: expected a package (a folder with {SUMS} and medim.json), found none. Run `medim export`."
-        )
+        raise PackageError(_describe_missing_package(folder))
     files = _list_package_files(folder)
     data = _read_at_most(folder / SUMS, MAX_SUMS_BYTES)
     signature = _read_at_most(folder / SIGNATURE, MAX_SUMS_BYTES) if (folder / SIGNATURE).is_file() else None
@@ -154,6 +152,19 @@ def require_signature(path: Path | None, public_key: Path | None) -> None:
             "--public-key out."
         )
     verify_checksums(path, trust=public_key)
+
+
+def _describe_missing_package(folder: Path) -> str:
+    """Describe a folder that is no package; for a run, with the command that makes it one."""
+    if (folder / "model" / "model.json").is_file():
+        return f"{folder}: expected a package, got a fine-tuning run. Run `medim export {folder} --out PACKAGE`."
+    if (folder / "encoder" / "encoder.json").is_file():
+        return (
+            f"{folder}: expected a package, got a pretraining run. Run `medim export {folder} --out PACKAGE` for a "
+            f"package that gives features, or fine-tune it (`medim finetune --encoder {folder}`) and export that run "
+            "for one that predicts."
+        )
+    return f"{folder}: expected a package (a folder with {SUMS} and medim.json), found none. Check the path."
 
 
 def _compare_checksums(folder: Path, files: set[str], sums: dict[str, str]) -> None:

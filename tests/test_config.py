@@ -232,7 +232,7 @@ def test_a_value_of_the_wrong_kind_says_where_and_what_came(changes: Section, wh
 
 def test_a_missing_key_is_named() -> None:
     content = {key: value for key, value in MINIMAL.items() if key not in ("encoder", "lr")}
-    with pytest.raises(UsageError, match=r"encoder must be given; lr must be given"):
+    with pytest.raises(UsageError, match=r"encoder must be given\. lr must be given\."):
         check_config("pretrain", content, source="here")
 
 
@@ -336,11 +336,11 @@ def test_build_leaves_the_section_as_it_was() -> None:
         ({"name": ["thing"]}, "no name"),
         ({"name": "thing", "wdith": 3}, r"thing: no option 'wdith'\. Did you mean 'width'"),
         ({"name": "thing", "spatial_dims": 2}, "thing: no option 'spatial_dims'"),
-        ({"name": "thing", "kind": "c"}, r"thing\.kind: expected Literal.*got 'c'"),
-        ({"name": "thing", "width": "wide"}, r"thing\.width: expected int, got 'wide'"),
+        ({"name": "thing", "kind": "c"}, r"thing\.kind: expected a or b, got 'c'\."),
+        ({"name": "thing", "width": "wide"}, r"thing\.width: expected an integer, got 'wide'\."),
         ({"name": "thing", "width": 1.5}, r"thing\.width"),
-        ({"name": "thing", "sizes": 3}, r"thing\.sizes: expected tuple"),
-        ({"name": "thing", "sizes": [3, "x"]}, r"thing\.sizes"),
+        ({"name": "thing", "sizes": 3}, r"thing\.sizes: expected a list, got 3\."),
+        ({"name": "thing", "sizes": [3, "x"]}, r"thing\.sizes\.1: expected an integer, got 'x'\."),
         ({"name": "thing", "inner": "x"}, r"thing\.inner"),
         ({"name": "narrow"}, "narrow: width must be given"),
     ],

@@ -295,7 +295,7 @@ def test_a_key_of_another_command_is_unknown_under_its_old_name_too() -> None:
 
 
 def test_a_value_of_the_wrong_type_is_refused_under_an_old_name_too() -> None:
-    with pytest.raises(UsageError, match="checkpoint_selection: Input should be 'probe' or 'loss', got 'maybe'"):
+    with pytest.raises(UsageError, match="checkpoint_selection: expected probe or loss, got 'maybe'"):
         build_config("pretrain", {"select_without_labels": "maybe"})
     with pytest.raises(UsageError, match=r"checkpoint_selection: .*got True"):
         build_config("pretrain", {"checkpoint_selection": True})
@@ -321,8 +321,9 @@ def test_a_preset_of_this_version_has_no_old_name_and_an_unknown_one_is_refused(
     presets = set(list_presets("pretrain"))
     assert {name for name in presets if name.startswith("test-")} == set(RENAMED_PRESETS.values())
     assert not presets & set(RENAMED_PRESETS)
-    with pytest.raises(UsageError, match=r"no preset or file 'small-2d-mae'.*test-2d-vae"):
+    with pytest.raises(UsageError, match=r"no preset or file 'small-2d-mae'.*xray-28\. See `medim") as error:
         load_config("pretrain", "small-2d-mae")
+    assert "test-" not in str(error.value)
 
 
 def test_a_run_of_a_preset_of_an_earlier_version_is_resumed(tmp_path: Path) -> None:

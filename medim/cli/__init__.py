@@ -42,7 +42,10 @@ def _print_version(version: Annotated[bool, typer.Option("--version", help="Prin
 
 @register_command(app)
 def doctor() -> None:
-    """Check packages, devices, codecs and disk space of this machine."""
+    """Check the packages, devices and disk space of this machine.
+
+    The codecs of compressed DICOM images are checked too.
+    """
     from medim.doctor import run_checks
 
     for check in run_checks():

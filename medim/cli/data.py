@@ -15,13 +15,13 @@ from medim.types import Modality, UsageError, UserError
 
 def example(
     out: OutOption,
-    subjects: Annotated[int, typer.Option(help="Number of subjects.")] = 24,
-    spacing: Annotated[float, typer.Option(help="Voxel size in mm.")] = 2.0,
-    formats: Annotated[str, typer.Option("--format", help="nifti, dicom, or nifti,dicom.")] = "nifti",
+    subjects: Annotated[int, typer.Option(metavar="N", help="Number of subjects.")] = 24,
+    spacing: Annotated[float, typer.Option(metavar="MM", help="Voxel size in mm.")] = 2.0,
+    formats: Annotated[str, typer.Option("--format", metavar="FORMAT", help="nifti, dicom, or nifti,dicom.")] = "nifti",
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Write a simulated cohort of brain MRI as NIfTI or DICOM files."""
+    """Write a simulated cohort of brain MRI (NIfTI or DICOM)."""
     from medim.data.example.cohort import make_example
     from medim.files import prepare_output_folder
 
@@ -37,13 +37,18 @@ def fetch(
     name: Annotated[str | None, typer.Argument(help="Name of a public data set.")] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder for the data set. Default: the cache, from which --data NAME reads."),
+        typer.Option(
+            "--out", metavar="FOLDER", help="Folder for the data set. Default: the cache, from which --data NAME reads."
+        ),
     ] = None,
     list_: Annotated[
         bool, typer.Option("--list", help="List the public data sets with their terms and checksums.")
     ] = False,
 ) -> None:
-    """Download a public data set, continue a download, or verify an existing one."""
+    """Download or verify a public data set.
+
+    A download that was interrupted is continued.
+    """
     from medim.data.public.catalog import PUBLIC_SETS
     from medim.data.public.fetch import fetch_public_set as fetch_set
 
@@ -72,15 +77,19 @@ def index(
     out: OutOption,
     labels: LabelsOption = None,
     subjects: SubjectsOption = None,
-    jobs: Annotated[int | None, typer.Option(help="Number of processes. Default: one per core.", min=1)] = None,
+    jobs: Annotated[
+        int | None, typer.Option(metavar="N", help="Number of processes. Default: one per core.", min=1)
+    ] = None,
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Open every file, including files that have not changed.")
     ] = False,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Index the images of a source; list rejected files with the reason."""
+    """List the images of a source, and the rejected files.
+
+    Each rejected file is listed with the reason.
+    """
     from medim.data.index.index import AllRejectedError, build_index
-    from medim.data.index.records import write_rejections
     from medim.data.parallel import count_cpus
     from medim.data.public.fetch import resolve_data_argument
     from medim.files import prepare_output_folder
@@ -89,12 +98,12 @@ def index(
     build_options: Any = {
         "jobs": jobs or count_cpus(),
         "remember": not no_cache,
-        "progress": show_progress("looked at", "files"),
+        "progress": show_progress("inspected", "files"),
     }
     try:
         image_index = build_index(source_paths, modality, labels=labels, subjects=subjects, **build_options)
     except AllRejectedError as error:
-        write_rejections(prepare_output_folder(out, overwrite=overwrite) / "rejected.csv", error.index.rejected)
+        error.write_rejections(prepare_output_folder(out, overwrite=overwrite) / "rejected.csv")
         raise
     image_index.write(prepare_output_folder(out, overwrite=overwrite))
     counts = {
@@ -113,9 +122,12 @@ def preprocess(
     ],
     out: OutOption,
     config: ConfigOption = None,
-    jobs: Annotated[int, typer.Option(help="Number of processes.")] = 1,
+    jobs: Annotated[int, typer.Option(metavar="N", help="Number of processes.")] = 1,
 ) -> None:
-    """Preprocess images into a store, from which pretrain and finetune read."""
+    """Preprocess images into a store.
+
+    `pretrain` and `finetune` read images from it.
+    """
     from medim.data.loading.cohort import open_cohort
     from medim.data.loading.quality_table import add_record_flags, count_flags, flag_images, write_quality
     from medim.data.source import open_source

@@ -43,7 +43,10 @@ class EvaluateArguments:
     data: DataOption = None
     split: Annotated[
         Literal["train", "val", "test", "all"] | None,
-        typer.Option(help="Split to measure on. Default: test if the source has one, else val."),
+        typer.Option(
+            help="Split to measure on. Default: test if the source has one; val for the source of the fine-tuning; "
+            "otherwise all."
+        ),
     ] = None
     include_training_subjects: Annotated[
         bool,
@@ -57,7 +60,10 @@ class EvaluateArguments:
 
 
 def evaluate(arguments: EvaluateArguments) -> None:
-    """Evaluate a model on labelled images, with 95 % intervals over subjects."""
+    """Evaluate a model on labelled images.
+
+    Each metric has a 95 % interval over subjects.
+    """
     from medim.data.contamination import describe_counts
     from medim.data.source import open_source
     from medim.evaluation.evaluate import EvaluateOptions
@@ -96,22 +102,29 @@ class ProbeArguments:
     protocol: Annotated[
         str,
         typer.Option(
+            metavar="PROTOCOL",
             help="Probe: linear (logistic regression) or knn (nearest neighbours) for classes; ridge (ridge "
-            "regression) for numbers."
+            "regression) for numbers.",
         ),
     ] = "linear"
     label_fraction: Annotated[
         list[float] | None,
-        typer.Option(help="Label budget as a fraction of the labelled training images. May be repeated. Default: 1.0."),
+        typer.Option(
+            metavar="FRACTION",
+            help="Label budget as a fraction of the labelled training images. May be repeated. Default: 1.0.",
+        ),
     ] = None
-    labelled: Annotated[list[int] | None, typer.Option(help="Label budget in images. May be repeated.")] = None
+    labelled: Annotated[
+        list[int] | None, typer.Option(metavar="N", help="Label budget in images. May be repeated.")
+    ] = None
     seeds: Annotated[
-        int, typer.Option(help="Number of label subsets per budget, drawn with seeds 0 to N - 1.", min=1)
+        int, typer.Option(metavar="N", help="Number of label subsets per budget, drawn with seeds 0 to N - 1.", min=1)
     ] = 1
     levels: Annotated[
         list[int] | None,
         typer.Option(
             "--levels",
+            metavar="N",
             help="Feature map level, 0 the finest, whose mean and maximum are added to the summary. May be repeated. "
             "Default: all levels.",
         ),
@@ -120,7 +133,9 @@ class ProbeArguments:
         bool,
         typer.Option("--baselines/--no-baselines", help="Measure an untrained encoder and a PCA of the pixels too."),
     ] = True
-    out: Annotated[Path | None, typer.Option(help="Output folder. Default: <RUN>-probe-<protocol>.")] = None
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Output folder. Default: <RUN>-probe-<protocol>.")
+    ] = None
     labels: LabelsOption = None
     subjects: SubjectsOption = None
     split_seed: SplitSeedOption = 0
@@ -130,7 +145,10 @@ class ProbeArguments:
 
 
 def probe(arguments: ProbeArguments) -> None:
-    """Evaluate a frozen encoder with a simple classifier or regression on its features."""
+    """Evaluate a frozen encoder.
+
+    A simple classifier or regression is fitted to its features.
+    """
     from medim.data.contamination import describe_counts
     from medim.data.source import open_source
     from medim.evaluation.probing.label_budget import Budget
@@ -174,52 +192,65 @@ class StudyArguments:
     out: OutOption
     encoder: Annotated[
         list[str] | None,
-        typer.Option(help="An arm, NAME=RUN[,RUN2,...]: one pretraining run or package per seed. May be repeated."),
+        typer.Option(
+            metavar="NAME=RUN[,RUN2,...]",
+            help="An arm: one pretraining run or package per seed. May be repeated.",
+        ),
     ] = None
     frozen: Annotated[
         list[str] | None,
-        typer.Option(help="An arm with a frozen encoder, NAME=RUN[,RUN2,...]. May be repeated."),
+        typer.Option(metavar="NAME=RUN[,RUN2,...]", help="An arm with a frozen encoder. May be repeated."),
     ] = None
     data: DataOption = None
-    labelled: Annotated[list[int] | None, typer.Option(help="Label budget in images. May be repeated.")] = None
+    labelled: Annotated[
+        list[int] | None, typer.Option(metavar="N", help="Label budget in images. May be repeated.")
+    ] = None
     label_fraction: Annotated[
         list[float] | None,
-        typer.Option(help="Label budget as a fraction of the labelled training images. May be repeated. Default: 1.0."),
+        typer.Option(
+            metavar="FRACTION",
+            help="Label budget as a fraction of the labelled training images. May be repeated. Default: 1.0.",
+        ),
     ] = None
     seeds: Annotated[
-        int, typer.Option(help="Number of label subsets per budget, drawn with seeds 0 to N - 1.", min=1)
+        int, typer.Option(metavar="N", help="Number of label subsets per budget, drawn with seeds 0 to N - 1.", min=1)
     ] = 1
     probe_seeds: Annotated[
-        int | None, typer.Option(help="Number of label subsets per budget for frozen arms. Default: --seeds.", min=1)
+        int | None,
+        typer.Option(metavar="N", help="Number of label subsets per budget for frozen arms. Default: --seeds.", min=1),
     ] = None
     metric: Annotated[
         str | None,
         typer.Option(
+            metavar="METRIC",
             help="Metric that is compared and that selects the learning rate. Default: auroc for classification, dice "
-            "for segmentation, r2 for regression."
+            "for segmentation, r2 for regression.",
         ),
     ] = None
     lr_multipliers: Annotated[
         str | None,
         typer.Option(
+            metavar="LIST",
             help="Candidate multiples of the preset's learning rate, such as 0.3,1,3; or fixed. Default: 0.3,1,3 if "
-            "the budget is large enough."
+            "the budget is large enough.",
         ),
     ] = None
     jobs: Annotated[
-        int, typer.Option(help="Number of cells that run at once; 2 or more use persistent processes.", min=1)
+        int,
+        typer.Option(metavar="N", help="Number of cells that run at once; 2 or more use persistent processes.", min=1),
     ] = 1
     max_hours: Annotated[
         float | None,
-        typer.Option(help="Start no cell that would end later; exit code 75 if cells remain."),
+        typer.Option(metavar="HOURS", help="Start no cell that would end later; exit code 75 if cells remain."),
     ] = None
     labels: LabelsOption = None
     subjects: SubjectsOption = None
     groups: Annotated[
         Path | None,
         typer.Option(
+            metavar="FILE",
             help="CSV with a column image or subject, and any others (site, sex, scanner): the audit reports metrics "
-            "each group, and whether features tell the groups apart."
+            "per group, and whether features predict the group.",
         ),
     ] = None
     config: ConfigOption = None
@@ -233,7 +264,10 @@ class StudyArguments:
 
 
 def study(arguments: StudyArguments) -> None:
-    """Compare pretrained encoders with training from scratch over label budgets, seeds and subjects."""
+    """Compare pretrained encoders with training from scratch.
+
+    The comparison is over label budgets, seeds and subjects.
+    """
     from medim.data.source import open_source
     from medim.evaluation.probing.label_budget import Budget
     from medim.study.checks import check_networks

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 DataOption = Annotated[
     Path | None,
     typer.Option(
-        "--data", help="Images, an index, a store or a fetched public set. Default for MRI: the simulated cohort."
+        "--data",
+        metavar="PATH",
+        help="Images, an index, a store or a fetched public set. Default for MRI: the simulated cohort.",
     ),
 ]
 LabelsOption = Annotated[
-    Path | None, typer.Option("--labels", help="CSV with columns image or subject, and label or mask.")
+    Path | None, typer.Option("--labels", metavar="FILE", help="CSV with columns image or subject, and label or mask.")
 ]
-SubjectsOption = Annotated[Path | None, typer.Option("--subjects", help="CSV with columns image,subject.")]
+SubjectsOption = Annotated[
+    Path | None, typer.Option("--subjects", metavar="FILE", help="CSV with columns image,subject.")
+]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Override a config key: key=value. May be repeated.")
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key. May be repeated.")
 ]
 MAX_SEED = 2**32 - 1  # what numpy and torch both take
 SeedOption = Annotated[
-    int, typer.Option("--seed", help="Random seed of weights, batches and augmentation.", min=0, max=MAX_SEED)
+    int,
+    typer.Option("--seed", metavar="N", help="Random seed of weights, batches and augmentation.", min=0, max=MAX_SEED),
 ]
 SplitSeedOption = Annotated[
-    int, typer.Option("--split-seed", help="Random seed of the split by subject.", min=0, max=MAX_SEED)
+    int, typer.Option("--split-seed", metavar="N", help="Random seed of the split by subject.", min=0, max=MAX_SEED)
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its newest checkpoint.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the content of --out.")]
@@ -35,27 +40,33 @@ FailOnContaminationOption = Annotated[
         "--fail-on-contamination", help="Fail if a test image or subject was in the training data of the weights."
     ),
 ]
-AcceleratorOption = Annotated[str, typer.Option("--accelerator", help="auto, cpu, cuda, mps.")]
+Accelerator = Literal["auto", "cpu", "cuda", "gpu", "mps"]
+AcceleratorOption = Annotated[Accelerator, typer.Option("--accelerator", help="Device kind.")]
 DevicesOption = Annotated[
     int | None,
     typer.Option(
         "--devices",
+        metavar="N",
         help="Number of processes per node, one per device. Default: as started by torchrun or SLURM, else 1.",
         min=1,
     ),
 ]
 NodesOption = Annotated[
     int | None,
-    typer.Option("--nodes", help="Number of nodes. Default: as started by torchrun or SLURM, else 1.", min=1),
+    typer.Option(
+        "--nodes", metavar="N", help="Number of nodes. Default: as started by torchrun or SLURM, else 1.", min=1
+    ),
 ]
 PrecisionOption = Annotated[
-    str | None, typer.Option("--precision", help="32-true, bf16-mixed or 16-mixed. Default: from the configuration.")
+    Literal["32-true", "bf16-mixed", "16-mixed"] | None,
+    typer.Option("--precision", help="Number format of the computation. Default: from the configuration."),
 ]
 ConfigOption = Annotated[
-    str | None, typer.Option("--config", help="Name of a preset (see medim config list) or a YAML file.")
+    str | None,
+    typer.Option("--config", metavar="NAME|FILE", help="Name of a preset (see medim config list) or a YAML file."),
 ]
 InputsArgument = Annotated[list[Path], typer.Argument(help="NIfTI, DICOM files or folders, PNG, npz.")]
-OutOption = Annotated[Path, typer.Option("--out", help="Output folder.")]
+OutOption = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Output folder.")]
 PublicKeyOption = Annotated[
     Path | None,
     typer.Option(

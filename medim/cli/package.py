@@ -34,7 +34,10 @@ def export(
     ] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Export a run as a package with weights, ONNX graph, preprocessing and test results."""
+    """Export a run as a package.
+
+    It contains weights, ONNX graph, preprocessing and test results.
+    """
     from medim.export.builder import ExportOptions
     from medim.export.export import export as run_export
 
@@ -87,15 +90,20 @@ def predict(
 def embed(
     encoder: Annotated[Path, typer.Argument(metavar="PACKAGE|RUN", help="Package or run of an encoder.")],
     inputs: InputsArgument,
-    out: Annotated[Path, typer.Option(help="Output file: .npz, .csv or .parquet.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Output file: .npz, .csv or .parquet.")],
     mi_map_dir: Annotated[
         Path | None,
-        typer.Option("--mi-map-dir", metavar="DIR", help="Folder for mutual-information maps (NIfTI or 16-bit PNG)."),
+        typer.Option(
+            "--mi-map-dir", metavar="FOLDER", help="Folder for mutual-information maps (NIfTI or 16-bit PNG)."
+        ),
     ] = None,
     public_key: PublicKeyOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the content of --mi-map-dir.")] = False,
 ) -> None:
-    """Extract features, one row per image; optionally write mutual-information maps."""
+    """Extract features, one row per image.
+
+    With --mi-map-dir, mutual-information maps are written too.
+    """
     from medim.package.package import load_package
     from medim.predict.predict import embed_images
 

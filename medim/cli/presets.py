@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from medim.config import AUTO, CONFIG_CLASSES, Section, ViewsConfig, list_presets, read_config, unknown_name_message
+from medim.config import AUTO, CONFIG_CLASSES, Section, ViewsConfig, list_presets, read_config, unknown_preset_message
 from medim.renamed_keys import translate_preset
 from medim.types import UsageError
 
@@ -39,7 +39,7 @@ def render_preset(name: str) -> str:
         texts.append("\n".join(header))
     if not texts:
         preset_names = [preset for command in CONFIG_CLASSES for preset in list_presets(command)]
-        raise UsageError(f"config show: {unknown_name_message('preset', name, preset_names)}")
+        raise UsageError(f"config show: {unknown_preset_message('preset', name, preset_names)}")
     return "\n".join(texts)
 
 

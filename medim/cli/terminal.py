@@ -31,12 +31,26 @@ _CONTROL_FLOW = (typer.Exit, typer.Abort, typer.BadParameter)  # handled by type
 _CONTROL_CATEGORIES = {"Cc", "Cf", "Zl", "Zp"}  # control and format characters, line and paragraph separators
 
 
-class RenamingCommand(TyperCommand):
-    """Command that also accepts the option names of earlier versions, see `renamed_options`."""
+class MedimCommand(TyperCommand):
+    """Command with the messages of medim that also accepts the option names of earlier versions."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the options after old names are replaced by new ones."""
-        return super().parse_args(ctx, translate_options(args, RENAMED_OPTIONS.get(str(self.name), {})))
+        """Parse the options after old names are replaced by new ones, see `renamed_options`."""
+        try:
+            return super().parse_args(ctx, translate_options(args, RENAMED_OPTIONS.get(str(self.name), {})))
+        except typer.BadParameter as error:
+            error.message = _describe_bad_value(error)
+            raise
+
+
+def _describe_bad_value(error: typer.BadParameter) -> str:
+    """Describe a value that the parser rejects, in the form of the messages about configurations."""
+    from pydantic import ValidationError
+
+    from medim.config import describe_value_error
+
+    cause = error.__cause__
+    return describe_value_error(cause.errors()[0]) if isinstance(cause, ValidationError) else error.message
 
 
 def register_command(
@@ -80,7 +94,7 @@ def register_command(
         ]
         run_command.__signature__ = inspect.Signature([*_list_parameters(body), *extra_parameters])  # type: ignore[attr-defined]
         run_command.__annotations__ = {p.name: p.annotation for p in run_command.__signature__.parameters.values()}  # type: ignore[attr-defined]
-        typer_app.command(name or body.__name__, cls=RenamingCommand)(run_command)
+        typer_app.command(name or body.__name__, cls=MedimCommand)(run_command)
         return body
 
     return register_body

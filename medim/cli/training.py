@@ -45,7 +45,9 @@ class PretrainArguments:
     data: DataOption = None
     config: ConfigOption = None
     set_: SetOption = None
-    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/<preset>-<hash>.")] = None
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Folder of the run. Default: runs/<preset>-<hash>.")
+    ] = None
     seed: SeedOption = 0
     split_seed: SplitSeedOption = 0
     resume: ResumeOption = False
@@ -101,14 +103,17 @@ def _format_pretraining(summary: dict[str, Any]) -> dict[str, Any]:
     diagnostic_lines = {
         name: f"{format_or_dash(v['last'])}, held out {format_or_dash(v['val'])}" for name, v in diagnostics.items()
     }
+    is_learning = summary["verdict"] == "learning"
+    verdict_details = {} if is_learning else {"reason": summary["verdict_reason"], "advice": summary["advice"]}
     result_rows = {
         "verdict": summary["verdict"],
+        **verdict_details,
         **losses,
         **diagnostic_lines,
         "rankme": summary["rankme"],
         "feature std": summary["feature_std"],
     }
-    costs = {"seconds a step": summary["seconds_per_step"], "peak memory, MiB": summary["peak_memory_bytes"] / 2**20}
+    costs = {"seconds per step": summary["seconds_per_step"], "peak memory, MiB": summary["peak_memory_bytes"] / 2**20}
     return {**result_rows, **costs}
 
 
@@ -119,16 +124,19 @@ class FinetuneArguments:
     task: Annotated[str, typer.Option(help="Prediction task.", metavar=f"[{'|'.join(TASK_OPTIONS)}]")]
     out: OutOption
     data: DataOption = None
-    encoder: Annotated[str, typer.Option(help="A pretraining run or package. none: fresh weights.")] = "none"
+    encoder: Annotated[str, typer.Option(metavar="RUN", help="A pretraining run or package. none: fresh weights.")] = (
+        "none"
+    )
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Train the network of the encoder from fresh weights, as a baseline.")
     ] = False
     modality: Annotated[Modality | None, typer.Option(help="Modality of the images. Required without --encoder.")] = (
         None
     )
-    labelled: Annotated[int | None, typer.Option(help="Label budget in images.")] = None
+    labelled: Annotated[int | None, typer.Option(metavar="N", help="Label budget in images.")] = None
     label_fraction: Annotated[
-        float | None, typer.Option(help="Label budget as a fraction of the labelled training images.")
+        float | None,
+        typer.Option(metavar="FRACTION", help="Label budget as a fraction of the labelled training images."),
     ] = None
     labels: LabelsOption = None
     subjects: SubjectsOption = None
@@ -145,7 +153,10 @@ class FinetuneArguments:
 
 @handle_shutdown_signals()
 def finetune(arguments: FinetuneArguments) -> None:
-    """Fine-tune an encoder on labelled images, or train the same network from scratch."""
+    """Fine-tune an encoder on labelled images.
+
+    With --from-scratch, the same network is trained from fresh weights.
+    """
     from medim.data.contamination import describe_counts as describe_contamination
     from medim.data.source import open_source
     from medim.integrity import require_signature
@@ -157,7 +168,8 @@ def finetune(arguments: FinetuneArguments) -> None:
     encoder_path = None if arguments.encoder == "none" else Path(arguments.encoder)
     if arguments.from_scratch and encoder_path is None:
         raise UsageError(
-            "--from-scratch: expected --encoder RUN, whose network the twin has. Leave it out to start fresh."
+            "--from-scratch: requires --encoder RUN, whose architecture it uses. For a new network, omit "
+            "--from-scratch."
         )
     require_signature(encoder_path, arguments.public_key)
     config_args = arguments.task, arguments.modality, encoder_path, arguments.config, arguments.set_ or []
@@ -203,17 +215,23 @@ class PlanArguments:
     config: ConfigOption = None
     set_: SetOption = None
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the planned run, whose disk is checked. Default: runs/.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder of the planned run, whose disk is checked. Default: runs/."),
     ] = None
     split_seed: SplitSeedOption = 0
     accelerator: AcceleratorOption = "auto"
     precision: PrecisionOption = None
     subjects: SubjectsOption = None
-    json: Annotated[Path | None, typer.Option("--json", help="Also write the estimate to this JSON file.")] = None
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the estimate to this JSON file.")
+    ] = None
 
 
 def plan(arguments: PlanArguments) -> None:
-    """Estimate time, memory and disk space of a pretraining run from a few real steps."""
+    """Estimate time, memory and disk space of a pretraining run.
+
+    A few real steps are measured.
+    """
     from medim.data.source import open_source
     from medim.files import write_json
     from medim.training.auto_config import describe_input
@@ -246,7 +264,10 @@ def plan(arguments: PlanArguments) -> None:
 def sync(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs with unsent tracking records.")],
 ) -> None:
-    """Send the tracking records of runs whose MLflow server was not reachable."""
+    """Send unsent tracking records of runs to MLflow.
+
+    Records are unsent if the MLflow server was not reachable during the run.
+    """
     from medim.training.tracking.tracking import sync_pending
 
     print_result("sync", {str(run): f"{sync_pending(run)} records sent" for run in runs})
@@ -278,7 +299,7 @@ def _format_plan(estimate: PlanEstimate) -> dict[str, str]:
         "hours": f"{estimate['hours']:.3g} ("
         + ", ".join(f"{part} {_format_duration(seconds)}" for part, seconds in phase_seconds.items())
         + ")",
-        "seconds a step": f"{estimate['seconds_per_step']:.3g}, of {estimate['measured_steps']} steps "
+        "seconds per step": f"{estimate['seconds_per_step']:.3g}, of {estimate['measured_steps']} steps "
         f"of {estimate['measured_batch_size']} images",
         "peak memory": f"{_format_gibibytes(estimate['peak_memory_bytes'])}{worker_text}; "
         f"{_format_gibibytes(free['memory'])} free",

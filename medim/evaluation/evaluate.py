@@ -187,8 +187,7 @@ def select_records(
     target_field = find_task_of_kind(spec.kind).target_field
     labelled = [record for record in index.records if getattr(record, target_field) is not None]
     if not labelled:
-        count = len(index.records)
-        raise UserError(f"{index.root}: none of {count} images has a {target_field}. Give --labels CSV.")
+        raise UserError(find_task_of_kind(spec.kind).describe_missing_targets(index))
     same_index = spec.provenance.index_hash == index.hash
     splits = (
         read_splits(split_file)

@@ -16,6 +16,21 @@ from medim.models.layers import Norm, check_channels, norm_spec
 from medim.types import Features
 
 
+class StrideError(ValueError):
+    """The encoder has no feature map of stride 1, which a decoder requires.
+
+    Attributes:
+        requirement: the message without its subject.
+    """
+
+    def __init__(self, strides: tuple[int, ...]) -> None:
+        self.requirement = (
+            f"requires an encoder with a feature map of stride 1, got strides {', '.join(map(str, strides))}. Pretrain "
+            "with `encoder: {name: unet}`, such as --config mri-crop."
+        )
+        super().__init__(f"UNetDecoder {self.requirement}")
+
+
 class UNetDecoder(nn.Module):
     """The expanding half of a U-Net: transposed convolution, concatenation with the encoder's map, two convolutions.
 
@@ -34,10 +49,7 @@ class UNetDecoder(nn.Module):
     ) -> None:
         super().__init__()
         if strides[0] != 1:
-            raise ValueError(
-                f"UNetDecoder: expected an encoder with a finest map of stride 1, got strides {strides}. "
-                "Use the unet encoder."
-            )
+            raise StrideError(strides)
         self.out_channels = channels[0]
         steps = range(len(channels) - 2, -1, -1)
         self.levels = nn.ModuleList(

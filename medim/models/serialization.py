@@ -61,7 +61,10 @@ def locate_weights(path: Path) -> tuple[Path, ModelSpec]:
         architecture = content.get("architecture")
         spec = ModelSpec.from_json(architecture if isinstance(architecture, dict) else {}, contract)
         return verify_sha256(path / "models" / "model.safetensors", spec.sha256), spec
-    raise UserError(f"{path}: expected a finished run (RUN/encoder or RUN/model) or a package, found neither.")
+    raise UserError(
+        f"{path}: expected a finished run (RUN/encoder or RUN/model) or a package, found neither. Check the path, or "
+        "finish the run with --resume."
+    )
 
 
 def load_weights(module: nn.Module, weights: Path, *, prefix: str = "") -> None:

@@ -83,7 +83,7 @@ def predict(
         rows, rejections = _write_answers(answers, index, folder, write_answer)
     write_rejections(folder / "rejected.csv", rejections)
     if not rows:
-        raise _build_rejection_error(index, rejections)
+        raise _build_rejection_error(index, rejections, folder / "rejected.csv")
     write_csv(folder / "predictions.csv", list(rows[0]), (list(row.values()) for row in rows))
     counts = {"images": len(index.records), "predicted": len(rows), "rejected": len(rejections)}
     summary = {"schema_version": SCHEMA_VERSION, "package": _describe_package(package), "counts": counts}
@@ -145,7 +145,7 @@ def embed_images(
     if rejections:
         write_rejections(rejections_file, rejections)
     if not rows:
-        raise _build_rejection_error(index, rejections)
+        raise _build_rejection_error(index, rejections, rejections_file)
     write_bytes(out, encode_rows(rows))
     return tuple(row.image for row in rows), stack_features(rows)
 
@@ -208,7 +208,7 @@ def _open_index(inputs: PredictInputs, modality: Modality, rejections_file: Path
             is_single_index = len(paths) == 1 and is_index(paths[0])
             index = Index.read(paths[0]) if is_single_index else build_index(paths, modality)
         except AllRejectedError as error:
-            write_rejections(rejections_file, error.index.rejected)
+            error.write_rejections(rejections_file)
             raise
     if index.modality != modality:
         raise UserError(
@@ -302,7 +302,9 @@ def _make_file_names(records: Sequence[ImageRecord]) -> dict[str, str]:
     return names
 
 
-def _build_rejection_error(index: Index, rejections: Sequence[Rejection]) -> AllRejectedError:
+def _build_rejection_error(index: Index, rejections: Sequence[Rejection], rejections_file: Path) -> AllRejectedError:
     first_rejection = f"{rejections[0].path}: {rejections[0].detail}" if rejections else "the source contains no image"
-    message = f"all {len(rejections)} inputs were rejected by this package. First: {first_rejection}"
-    return AllRejectedError(message, replace(index, records=(), rejected=tuple(rejections)))
+    message = f"all {len(rejections)} inputs were rejected by this package. First: {first_rejection}."
+    error = AllRejectedError(message, replace(index, records=(), rejected=tuple(rejections)))
+    error.rejections_file = rejections_file
+    return error

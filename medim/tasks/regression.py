@@ -49,9 +49,9 @@ class Regression(Task):
     probe = "ridge"
 
     @property
-    def target_requirement(self) -> str:
-        """Numbers, from a table."""
-        return "a number as label (--labels CSV)"
+    def target_remedy(self) -> str:
+        """A table with numbers."""
+        return "Use --labels CSV with the columns image,label and a number as label."
 
     def class_names(self, index: Index) -> tuple[str, ...]:
         """One target."""

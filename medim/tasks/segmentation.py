@@ -51,9 +51,9 @@ class Segmentation(Task):
         return dict.fromkeys((*self.metrics, "truth_ml", "predicted_ml"), "number")
 
     @property
-    def target_requirement(self) -> str:
-        """Masks, from an MSD folder or a table."""
-        return "a mask (an MSD folder, or --labels CSV with columns image,mask)"
+    def target_remedy(self) -> str:
+        """A Decathlon folder or a table."""
+        return "Use a Decathlon folder (`dataset.json`), or --labels CSV with the columns image,mask."
 
     def class_names(self, index: Index) -> tuple[str, ...]:
         """Names of the mask values 1, 2, ..."""

@@ -192,9 +192,14 @@ class Task(ABC):
         return not self.dense
 
     @property
-    def target_requirement(self) -> str:
-        """The target and where it comes from, for an error message."""
-        return "a label (--labels CSV)"
+    def target_remedy(self) -> str:
+        """Sources of targets, as a sentence of an error message."""
+        return "Use --labels CSV with the columns image,label."
+
+    def describe_missing_targets(self, index: Index) -> str:
+        """Describe an index without targets of this task, and the remedy."""
+        count = len(index.records)
+        return f"{index.root}: none of {count} images has a {self.target_field}. {self.target_remedy}"
 
     @property
     def first_class_index(self) -> int:

@@ -9,6 +9,7 @@ from typing import Annotated
 import numpy as np
 import pytest
 import typer
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from medim.cli import app
@@ -55,14 +56,45 @@ def test_a_seed_that_no_generator_takes_is_wrong_usage(option: str, value: str, 
     result = CliRunner().invoke(app, ["pretrain", "--modality", "mri", option, value, "--out", str(out)])
     assert result.exit_code == 2
     assert option in result.output
+    limit = "least 0" if value == "-1" else "most 4294967295"
+    assert f"expected a number of at {limit}, got '{value}'" in result.output
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--modality", "ct", "expected mri or xray, got 'ct'."),
+        ("--precision", "fp16", "expected 32-true, bf16-mixed or 16-mixed, got 'fp16'."),
+        ("--accelerator", "cdua", "got 'cdua'. Did you mean 'cuda'?"),
+        ("--devices", "two", "expected an integer, got 'two'."),
+    ],
+)
+def test_a_value_that_the_parser_rejects_is_reported_with_the_expected_ones(
+    option: str, value: str, message: str
+) -> None:
+    result = CliRunner().invoke(app, ["pretrain", "--modality", "mri", option, value])
+    assert result.exit_code == 2
+    assert f"'{option}': " in result.output
+    assert message in " ".join(result.output.split())
+
+
+def test_the_help_shows_each_command_with_its_whole_first_line_and_options_without_python_types() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    overview = CliRunner().invoke(app, ["--help"], terminal_width=80).output
+    assert "..." not in overview.split("Commands:")[1]
+    assert len(commands) >= 17
+    for name, command in commands.items():
+        assert len(command.get_short_help_str(limit=1000)) <= 60, name
+        options = CliRunner().invoke(app, [name, "--help"]).output.split("Options:")[1]
+        assert not re.search(r"<(str|int|float|path|list\b|.* range)", options), name
 
 
 def test_a_twin_without_the_encoder_it_is_the_twin_of_is_wrong_usage(tmp_path: Path) -> None:
     options = ["--task", "segmentation", "--modality", "mri", "--from-scratch", "--out", str(tmp_path / "run")]
     result = CliRunner().invoke(app, ["finetune", *options])
     assert result.exit_code == 2
-    assert "--encoder RUN" in result.output
+    assert "--from-scratch: requires --encoder RUN, whose architecture it uses." in result.output
 
 
 def test_an_index_of_nothing_but_broken_files_says_why_and_leaves_with_4(tmp_path: Path) -> None:
@@ -73,6 +105,8 @@ def test_an_index_of_nothing_but_broken_files_says_why_and_leaves_with_4(tmp_pat
     assert result.exit_code == 4
     assert "broken.nii.gz,unreadable," in (out / "rejected.csv").read_text()
     assert not (out / "summary.json").exists()
+    assert "got 1 file without such an image; files: 1 unreadable." in result.output
+    assert result.output.strip().endswith(f"Reason of each file: {out / 'rejected.csv'}")
 
 
 def test_a_store_is_not_written_among_other_files(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import medim.training.plan.plan as planning
 from medim.cli import app
+from medim.cli.training import _format_pretraining
 from medim.files import read_json
 
 TOLD: dict[str, Any] = {
@@ -36,6 +37,26 @@ def pictures(tmp_path: Path) -> Path:
         arrays |= {f"{part}_images": images, f"{part}_labels": np.zeros((6, 1), int)}
     np.savez(tmp_path / "noise.npz", **arrays)
     return tmp_path / "noise.npz"
+
+
+def test_the_verdict_of_a_run_is_printed_with_reason_and_advice_unless_it_is_learning() -> None:
+    summary: dict[str, Any] = {
+        "verdict": "collapsed",
+        "verdict_reason": "RankMe 1.2",
+        "advice": "Lower the learning rate.",
+        "loss": {},
+        "diagnostics": {},
+        "chance": {},
+        "rankme": 1.2,
+        "feature_std": 0.01,
+        "seconds_per_step": 0.5,
+        "peak_memory_bytes": 2**20,
+    }
+    rows = _format_pretraining(summary)
+    assert list(rows)[:3] == ["verdict", "reason", "advice"]
+    assert (rows["reason"], rows["advice"]) == ("RankMe 1.2", "Lower the learning rate.")
+    assert rows["seconds per step"] == 0.5
+    assert not {"reason", "advice"} & set(_format_pretraining({**summary, "verdict": "learning"}))
 
 
 def test_a_plan_that_fits_is_printed_and_written(

@@ -218,7 +218,7 @@ def test_a_model_of_another_site_is_known_by_its_images_alone(
 
 def test_images_without_a_mask_are_refused_with_what_to_do(index: Index, segmenter: dict[str, Any]) -> None:
     bare = dataclasses.replace(index, records=tuple(dataclasses.replace(r, mask=None) for r in index.records))
-    with pytest.raises(UserError, match="none of 8 images has a mask"):
+    with pytest.raises(UserError, match=r"none of 8 images has a mask\. Use a Decathlon folder.*columns image,mask"):
         select_records(bare, make_spec(segmenter))
 
 

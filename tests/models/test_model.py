@@ -83,7 +83,9 @@ def test_the_segmenters_loss_is_dice_over_the_batch_without_background_plus_cros
 
 
 def test_a_decoder_needs_a_map_at_stride_one() -> None:
-    with pytest.raises(ValueError, match=r"finest map of stride 1, got strides \(2, 4\)\. Use the unet encoder"):
+    with pytest.raises(
+        ValueError, match=r"feature map of stride 1, got strides 2, 4\. Pretrain with `encoder: \{name: unet\}`"
+    ):
         UNetDecoder((4, 8), (2, 4), 2)
 
 

@@ -96,7 +96,7 @@ def test_an_encoder_alone_is_no_model(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_holds_no_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="expected a finished run"):
+    with pytest.raises(UserError, match=r"expected a finished run.* Check the path, or finish the run with --resume\."):
         locate_weights(tmp_path)
 
 

@@ -423,6 +423,23 @@ def test_only_a_package_is_replaced_and_only_where_that_is_asked_for(runs: dict[
     assert (content["name"], content["version"], content["intended_use"]) == ("chest", "1.2.3", "Sorting of films.")
 
 
+@pytest.mark.parametrize(
+    ("part", "remedy"),
+    [
+        ("model", r"got a fine-tuning run\. Run `medim export .*/run --out PACKAGE`\."),
+        ("encoder", r"got a pretraining run\. .*fine-tune it \(`medim finetune --encoder .*/run`\)"),
+        ("other", r"found none\. Check the path\."),
+    ],
+)
+def test_a_run_in_place_of_a_package_is_reported_with_the_command_to_export_it(
+    part: str, remedy: str, tmp_path: Path
+) -> None:
+    (tmp_path / "run" / part).mkdir(parents=True)
+    (tmp_path / "run" / part / f"{part}.json").touch()
+    with pytest.raises(PackageError, match=f"expected a package.* {remedy}"):
+        load_package(tmp_path / "run")
+
+
 def test_a_folder_that_is_no_run_is_told_apart(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected a finished run"):
         export(tmp_path, tmp_path / "package")

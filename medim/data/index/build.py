@@ -33,6 +33,7 @@ from medim.privacy import Scrubber, make_pseudonym
 from medim.types import Modality, UserError
 
 log = logging.getLogger(__name__)
+DIMENSIONS: dict[Modality, int] = {"mri": 3, "xray": 2}  # of the images of each modality
 
 # all files of an image, by its first file and shape
 SeriesFiles = dict[tuple[Path, tuple[int, ...]], tuple[Path, ...]]
@@ -166,13 +167,18 @@ def _reject_unknown_file(path: Path) -> RejectedFile:
     return RejectedFile(path=path, reason=reason, detail="a file of no supported format")
 
 
+def describe_wrong_dimensions(dims: int, modality: Modality) -> str:
+    """Describe an image that has not the number of dimensions of its modality."""
+    return f"an image of {dims} dimensions; {modality} has {DIMENSIONS[modality]}"
+
+
 def _filter_dimensions(images: Sequence[ImageInfo], modality: Modality) -> tuple[list[ImageInfo], list[RejectedFile]]:
     """Reject images with the wrong number of dimensions: MRI is 3D, X-rays are 2D."""
-    dims = 3 if modality == "mri" else 2
+    dims = DIMENSIONS[modality]
     rejected: dict[Path, RejectedFile] = {}
     for image in images:
         if len(image.shape) != dims:
-            detail = f"an image of {len(image.shape)} dimensions; {modality} has {dims}"
+            detail = describe_wrong_dimensions(len(image.shape), modality)
             rejected[image.files[0]] = RejectedFile(
                 path=image.files[0], reason="wrong-dimensions", detail=detail, identities=image.identities
             )

@@ -12,7 +12,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import cast, get_args
 
-from medim.data.index.build import SeriesFiles, build_records, find_common_root, resolve_sources, sort_labels
+from medim.data.index.build import (
+    DIMENSIONS,
+    SeriesFiles,
+    build_records,
+    describe_wrong_dimensions,
+    find_common_root,
+    resolve_sources,
+    sort_labels,
+)
 from medim.data.index.records import (
     SCHEMA_VERSION,
     ImageRecord,
@@ -35,10 +43,17 @@ from medim.types import Modality, UsageError, UserError, Volume
 __all__ = ["AllRejectedError", "ImageRecord", "Index", "Rejection", "build_index", "is_index"]
 
 log = logging.getLogger(__name__)
+_OTHER_MODALITY: dict[Modality, tuple[int, Modality]] = {"mri": (2, "xray"), "xray": (3, "mri")}
+_LABEL_REASON_PREFIX = "label-"  # of rejections of labels without an image
 
 
 class AllRejectedError(UserError):
-    """The source contains no image; `index` contains the reasons."""
+    """The source contains no image.
+
+    Attributes:
+        index: index with the reason of each rejected file.
+        rejections_file: `rejected.csv` with these reasons; None if it has not been written.
+    """
 
     exit_code = 4
 
@@ -46,9 +61,15 @@ class AllRejectedError(UserError):
         super().__init__(message, index)
         self.message = message
         self.index = index
+        self.rejections_file: Path | None = None
 
     def __str__(self) -> str:
-        return self.message
+        return self.message + (f" Reason of each file: {self.rejections_file}" if self.rejections_file else "")
+
+    def write_rejections(self, path: Path) -> None:
+        """Write the reasons to a CSV file, which the message then names."""
+        write_rejections(path, self.index.rejected)
+        self.rejections_file = path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,13 +371,28 @@ def build_index(
 
 def _build_rejection_error(index: Index) -> AllRejectedError:
     """Build the error about an index without images, with the number of files for each reason."""
-    counts = Counter(rejection.reason for rejection in index.rejected)
-    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-    return AllRejectedError(
-        f"expected {index.modality} images, got {len(index.rejected)} files without such an image: {reasons}. "
-        "See rejected.csv of `medim index` for each file, or choose another --modality.",
-        index,
+    dims, (other_dims, other_modality) = DIMENSIONS[index.modality], _OTHER_MODALITY[index.modality]
+    other_detail = describe_wrong_dimensions(other_dims, index.modality)
+    labels = [rejection for rejection in index.rejected if rejection.reason.startswith(_LABEL_REASON_PREFIX)]
+    files = [rejection for rejection in index.rejected if rejection not in labels]
+    others = [rejection for rejection in files if rejection.detail == other_detail]
+    rest = [rejection for rejection in files if rejection not in others]
+    problem = f"expected {dims}D images (--modality {index.modality}), got "
+    problem += (
+        f"{len(others)} {other_dims}D image{'s' * (len(others) > 1)}"
+        if others
+        else f"{len(files)} file{'s' * (len(files) != 1)} without such an image"
     )
+    problem += f"; files: {_count_reasons(rest)}" if rest else ""
+    problem += f"; labels: {_count_reasons(labels)}" if labels else ""
+    remedy = f"Use --modality {other_modality}." if others else "Check the path, or the files."
+    return AllRejectedError(f"{index.root}: {problem}. {remedy}", index)
+
+
+def _count_reasons(rejections: Sequence[Rejection]) -> str:
+    """Format the number of rejections for each reason, the most frequent first."""
+    counts = Counter(rejection.reason for rejection in rejections)
+    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
 
 
 def _find_identity_parts(root: Path, source: str) -> frozenset[str]:

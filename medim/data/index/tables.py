@@ -68,8 +68,11 @@ def read_table(path: Path, kind: str, *, from_user: bool) -> CsvTable | None:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file. Check --{kind}.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: expected a CSV file (UTF-8) with the columns of --{kind}, got {error}.") from error
+        problem = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else "expected a CSV file in UTF-8"
+        raise UserError(f"{path}: {problem}. Check --{kind}.") from error
     delimiter = max(",;\t", key=next(iter(text.splitlines()), "").count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:

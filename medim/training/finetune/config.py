@@ -13,6 +13,7 @@ from medim.data.index.index import Index
 from medim.data.loading.augmentations import Augmentation
 from medim.inference.network import INFERENCES
 from medim.model_spec import NetworkSpec
+from medim.models.decoders import StrideError
 from medim.models.model import build_model
 from medim.models.serialization import locate_weights
 from medim.tasks import find_task
@@ -79,8 +80,12 @@ def resolve_finetune_config(
     return config
 
 
-def dry_run_finetuning(config: FinetuneConfig) -> None:
+def dry_run_finetuning(config: FinetuneConfig, encoder: Path | None = None) -> None:
     """Run a blank batch through every part, to detect invalid sections before images are read or files are written.
+
+    Args:
+        config: configuration of the run.
+        encoder: pretraining run or package, for the message about an encoder that the task cannot use; or None.
 
     Raises:
         UsageError: the options of a section do not match its constructor, or the parts are not compatible with each
@@ -104,6 +109,9 @@ def dry_run_finetuning(config: FinetuneConfig) -> None:
         with torch.no_grad():
             target = torch.tensor(task_of_config(config).make_blank_targets(count, shape))
             head.loss(model(torch.zeros(count, 1, *shape)), target)
+    except StrideError as error:
+        place = f"--encoder {encoder}" if encoder else f"config {config.name}"
+        raise UsageError(f"{place}: {config.task} {error.requirement}") from error
     except (RuntimeError, ValueError, IndexError) as error:
         raise UsageError(
             f"config {config.name}: encoder, decoder and head do not work together with views.shape {list(shape)} "

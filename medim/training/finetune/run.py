@@ -96,7 +96,7 @@ def finetune(
     start_time = time.perf_counter()
     options = replace(options or FinetuneOptions(), **changes)
     config = select_head(config, index)
-    dry_run_finetuning(config)
+    dry_run_finetuning(config, options.encoder)
     check_accelerator(options.accelerator)
     _prepare_folder(out, options)
     data = _open_labelled_data(config, index, options)
@@ -244,10 +244,7 @@ def _select_labelled(config: FinetuneConfig, index: Index) -> list[ImageRecord]:
     task = task_of_config(config)
     records = [record for record in index.records if getattr(record, task.target_field) is not None]
     if not records:
-        raise UserError(
-            f"--task {config.task}: expected images with {task.target_requirement}, got {len(index.records)} images "
-            "without."
-        )
+        raise UserError(task.describe_missing_targets(index))
     if training_error := task.find_training_error(index):
         raise UserError(training_error)
     return records

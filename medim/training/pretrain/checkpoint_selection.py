@@ -89,9 +89,9 @@ class CheckpointSelection:
 
 
 _REASONS: dict[Criterion, str] = {
-    "probe": "the latest measured step whose probe of labelled training subjects is within one standard error of the "
+    "probe": "the latest validated step whose probe of labelled training subjects is within one standard error of the "
     "best",
-    "val_loss": "no labels to probe with, or none wanted: the latest measured step without collapse whose "
-    "held-out loss is within one standard error of the lowest",
-    "last_step": "nothing measured could be kept, so the last step",
+    "val_loss": "selected by validation loss: the latest validated step without collapse whose validation loss is "
+    "within one standard error of the lowest",
+    "last_step": "no validated step without collapse; the last step is saved",
 }

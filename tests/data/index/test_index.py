@@ -569,11 +569,29 @@ def test_nothing_there_is_an_error_with_a_remedy(tmp_path: Path) -> None:
         build_index(tmp_path, "ct")  # type: ignore[arg-type]
 
 
+def test_images_of_another_modality_are_counted_and_the_modality_to_use_is_named(tmp_path: Path) -> None:
+    write_decathlon(tmp_path)
+    (tmp_path / "imagesTr" / "broken.nii.gz").write_text("junk")
+    with pytest.raises(
+        AllRejectedError,
+        match=rf"^{tmp_path}: expected 2D images \(--modality xray\), got \d 3D images; files: .*1 unreadable.*; "
+        r"labels: \d label-[a-z-]+\. Use --modality mri\.$",
+    ):
+        build_index(tmp_path, "xray", remember=False)
+
+
+def test_a_table_that_does_not_exist_is_reported_with_its_option(tmp_path: Path) -> None:
+    write_nifti(tmp_path / "scan.nii")
+    for option in ("labels", "subjects"):
+        with pytest.raises(UserError, match=rf"none\.csv: no such file\. Check --{option}\.$"):
+            build_index(tmp_path, "mri", remember=False, **{option: tmp_path / "none.csv"})  # type: ignore[arg-type]
+
+
 def test_when_every_input_is_refused_the_reasons_are_counted(tmp_path: Path) -> None:
     (tmp_path / "a.nii.gz").touch()
     picture(tmp_path / "b.png")
     with pytest.raises(
-        AllRejectedError, match=r"1 empty-file.*1 wrong-dimensions|1 wrong-dimensions.*1 empty-file"
+        AllRejectedError, match=r"got 1 2D image; files: 1 empty-file\. Use --modality xray\.$"
     ) as caught:
         build_index(tmp_path, "mri")
     assert caught.value.exit_code == 4

@@ -21,7 +21,7 @@ from medim.evaluation.cases import read_cases
 from medim.files import file_sha256
 from medim.models.model import build_model
 from medim.models.serialization import load_encoder, load_model
-from medim.training.finetune.config import resolve_finetune_config
+from medim.training.finetune.config import dry_run_finetuning, resolve_finetune_config
 from medim.training.finetune.module import FinetuneModule
 from medim.training.finetune.options import FinetuneOptions
 from medim.training.finetune.run import finetune
@@ -367,7 +367,7 @@ def test_a_task_without_labels_says_what_to_give(
     (tmp_path / "images").mkdir()
     source = nibabel.load(volumes / "imagesTr" / "case_00.nii.gz")
     nibabel.save(source, tmp_path / "images" / "alone.nii.gz")
-    with pytest.raises(UserError, match="expected images with a mask"):
+    with pytest.raises(UserError, match=r"none of 1 images has a mask\. Use a Decathlon folder.*columns image,mask"):
         finetune(finetune_config, build_index(tmp_path / "images", "mri"), tmp_path / "run")
 
 
@@ -386,7 +386,10 @@ def test_labels_of_one_class_alone_are_refused_before_training(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"encoder": {"name": "convnet", "channels": [4, 8]}}, "finest map of stride 1"),
+        (
+            {"encoder": {"name": "convnet", "channels": [4, 8]}},
+            r"^config .*: segmentation requires .* stride 1, got strides 2, 4\.",
+        ),
         ({"head": {"name": "classification"}}, "do not work together"),
         ({"decoder": {"name": "une"}}, "Did you mean 'unet'"),
         ({"inference": {"mode": "slidin"}}, "Did you mean 'sliding'"),
@@ -428,6 +431,15 @@ def test_invalid_options_are_rejected_before_images_are_read_or_files_are_writte
     with pytest.raises(error, match=message):
         finetune(finetune_config, cohort_index, tmp_path / "run", store=tmp_path / "store", **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_encoder_without_a_full_resolution_map_is_refused_by_its_path(finetune_config: FinetuneConfig) -> None:
+    config = finetune_config.model_copy(update={"encoder": {"name": "convnet", "channels": [4, 8]}})
+    message = (
+        r"^--encoder runs/enc: segmentation requires an encoder with .* stride 1, got strides 2, 4\. Pretrain with"
+    )
+    with pytest.raises(UsageError, match=message):
+        dry_run_finetuning(config, Path("runs/enc"))
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_advice(

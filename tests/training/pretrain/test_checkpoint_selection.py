@@ -54,6 +54,7 @@ def test_where_nothing_could_be_kept_the_last_step_is_left_and_said() -> None:
     selection.restore(module, last_step=2)
     assert module.step.item() == 2
     assert (selection.summary(2)["criterion"], selection.summary(2)["best_step"]) == ("last_step", None)
+    assert selection.summary(2)["reason"] == "no validated step without collapse; the last step is saved"
 
 
 def test_a_selection_lives_through_a_checkpoint(tmp_path: Path) -> None:
