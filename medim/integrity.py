@@ -102,21 +102,21 @@ def _read_at_most(path: Path, limit: int) -> bytes:
     return data
 
 
-def verify_checksums(folder: Path, *, trust: Path | None = None) -> ChecksumManifest:
+def verify_checksums(folder: Path, *, public_key: Path | None = None) -> ChecksumManifest:
     """Verify the files of a package against its SHA256SUMS.
 
     The signature is verified before any file is parsed.
 
     Args:
         folder: the package.
-        trust: public key; if given, the package must be signed with its private key.
+        public_key: public key; if given, the package must be signed with its private key.
 
     Raises:
         PackageError: `folder` is not a package; a key was given and the package is unsigned or signed by another key;
             a file is modified, missing or not listed.
-        UserError: `trust` is not a public key.
+        UserError: `public_key` is not a public key.
     """
-    key = None if trust is None else load_public_key(trust)
+    key = None if public_key is None else load_public_key(public_key)
     if not (folder / SUMS).is_file():
         raise PackageError(_describe_missing_package(folder))
     files = _list_package_files(folder)
@@ -151,7 +151,7 @@ def require_signature(path: Path | None, public_key: Path | None) -> None:
             "--public-key: expected a package, got a run or no weights. Export the run with --private-key, or leave "
             "--public-key out."
         )
-    verify_checksums(path, trust=public_key)
+    verify_checksums(path, public_key=public_key)
 
 
 def _describe_missing_package(folder: Path) -> str:

@@ -45,7 +45,7 @@ def signed(keys: tuple[Path, Path], runs: dict[str, Path], tmp_path: Path, same_
 
 
 def test_a_signed_package_verifies_by_the_key_of_who_signed(signed: Path, keys: tuple[Path, Path]) -> None:
-    first = verify_package(signed, trust=keys[1])[0]
+    first = verify_package(signed, public_key=keys[1])[0]
     assert (first.name, first.verdict) == ("signature", "pass")
     assert load_package(signed).contract.signed_by == load_public_key(keys[1]).public_bytes_raw().hex()
     untold = verify_package(signed)[0]
@@ -70,19 +70,19 @@ def test_an_unsigned_package_verifies_with_a_note_and_not_for_a_site_that_trusts
     folder = packages["classifier"].folder
     assert verify_package(folder)[0].detail == "the package is not signed"
     with pytest.raises(PackageError, match="no signature"):
-        load_package(folder, trust=keys[1])
+        load_package(folder, public_key=keys[1])
 
 
 def test_another_key_is_not_trusted(signed: Path, tmp_path: Path) -> None:
     _, theirs = write_keys(tmp_path, "theirs")
     with pytest.raises(PackageError, match="a signature by another key or of other content"):
-        load_package(signed, trust=theirs)
+        load_package(signed, public_key=theirs)
 
 
 def test_the_signature_is_checked_before_anything_is_parsed(signed: Path, keys: tuple[Path, Path]) -> None:
     (signed / "SHA256SUMS").write_bytes(b"\xff no sums at all")
     with pytest.raises(PackageError, match="signature"):
-        load_package(signed, trust=keys[1])
+        load_package(signed, public_key=keys[1])
     with pytest.raises(PackageError, match="expected text"):
         load_package(signed)
 
@@ -90,9 +90,9 @@ def test_the_signature_is_checked_before_anything_is_parsed(signed: Path, keys: 
 def test_changed_files_with_recomputed_sums_do_not_pass_the_signature(signed: Path, keys: tuple[Path, Path]) -> None:
     (signed / "LICENSE").write_text("anything goes")
     write_sums(signed)
-    for trust in (keys[1], None):
+    for public_key in (keys[1], None):
         with pytest.raises(PackageError, match="signature"):
-            load_package(signed, trust=trust)
+            load_package(signed, public_key=public_key)
 
 
 def _flip(signature: Path) -> None:

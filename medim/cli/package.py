@@ -53,7 +53,7 @@ def verify(package: Annotated[Path, typer.Argument(help="A package.")], public_k
     from medim.package.package import verify_package as run_verify
 
     print_result(
-        "verify", {gate.name: f"{gate.verdict} ({gate.detail})" for gate in run_verify(package, trust=public_key)}
+        "verify", {gate.name: f"{gate.verdict} ({gate.detail})" for gate in run_verify(package, public_key=public_key)}
     )
 
 
@@ -75,10 +75,10 @@ def predict(
     from medim.predict.predict import predict as run
 
     rows = run(
-        load_package(package, trust=public_key),
+        load_package(package, public_key=public_key),
         inputs,
         out,
-        as_=output_format,
+        output_format=output_format,
         labelmap=labelmap,
         overwrite=overwrite,
         progress=show_progress("predicted"),
@@ -109,7 +109,7 @@ def embed(
 
     network: Any
     if (encoder / "medim.json").is_file():
-        network = load_package(encoder, trust=public_key)
+        network = load_package(encoder, public_key=public_key)
     elif public_key is not None:
         raise UsageError(
             "--public-key: expected a package, got a run. Export the run with --private-key, or leave --public-key out."

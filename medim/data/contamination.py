@@ -165,21 +165,25 @@ def load_training_history(path: Path) -> TrainingHistory | None:
 
 
 def check_contamination(
-    history: TrainingHistory | None, cases: Sequence[CaseIdentity], *, weights_name: str, strict: bool = False
+    history: TrainingHistory | None,
+    cases: Sequence[CaseIdentity],
+    *,
+    weights_name: str,
+    fail_on_contamination: bool = False,
 ) -> ContaminationCounts | None:
-    """Count evaluation images that were used in training and log the counts; with `strict`, reject any overlap.
+    """Count evaluation images that were used in training, and log the counts.
 
     Args:
         history: result of `load_training_history`.
         cases: images of the evaluation.
         weights_name: name of the weights, for messages.
-        strict: raise an error if an image or subject was used in training, or if this is unknown.
+        fail_on_contamination: raise an error if an image or subject was used in training, or if this is unknown.
 
     Returns:
         The counts; None if there is no training history.
 
     Raises:
-        UserError: `strict`, and there is an overlap or the history is incomplete.
+        UserError: `fail_on_contamination`, and there is an overlap or the history is incomplete.
     """
     counts = None if history is None else history.count_cases(cases)
     numbers = [number for row in (counts or {}).values() for number in row.values()]
@@ -189,7 +193,7 @@ def check_contamination(
     total = f"{_pluralise_noun(len(cases), 'image')} of {_pluralise_noun(len(subjects), 'subject')}"
     summary = "; ".join(f"{name} {text}" for name, text in describe_counts(counts).items())
     sentence = f"{weights_name}: of {total} in the evaluation, {summary}"
-    if strict and (has_overlap or is_incomplete):
+    if fail_on_contamination and (has_overlap or is_incomplete):
         raise UserError(
             f"{sentence}. --fail-on-contamination allows none. Evaluate on other images, use weights "
             f"{'with ' + FINGERPRINTS_FILE if is_incomplete else 'trained without them'}, or omit this option."
@@ -204,14 +208,22 @@ class ContaminationFilter:
 
     Args:
         history: training history of the model; None if unknown.
-        include_seen: exclude no images.
-        strict: reject the evaluation if any image or subject was used in training; the network receives no image
-            after the first match.
+        include_training_subjects: exclude no images.
+        fail_on_contamination: reject the evaluation if any image or subject was used in training; the network receives
+            no image after the first match.
     """
 
-    def __init__(self, history: TrainingHistory | None, *, include_seen: bool = False, strict: bool = False) -> None:
-        self._history, self._include_seen, self._strict = history, include_seen, strict
-        self._is_refused = strict and (history is None or bool(history.unknown_kinds))
+    def __init__(
+        self,
+        history: TrainingHistory | None,
+        *,
+        include_training_subjects: bool = False,
+        fail_on_contamination: bool = False,
+    ) -> None:
+        self._history = history
+        self._include_training_subjects = include_training_subjects
+        self._fail_on_contamination = fail_on_contamination
+        self._is_refused = fail_on_contamination and (history is None or bool(history.unknown_kinds))
         self._cases: list[CaseIdentity] = []
         self._excluded_records: list[ImageRecord] = []
 
@@ -222,8 +234,8 @@ class ContaminationFilter:
         if self._history is None or self._is_refused:
             return not self._is_refused
         in_finetuning = self._history.contains("finetune", case)
-        self._is_refused = self._strict and (in_finetuning or self._history.contains("pretrain", case))
-        if in_finetuning and not self._include_seen:
+        self._is_refused = self._fail_on_contamination and (in_finetuning or self._history.contains("pretrain", case))
+        if in_finetuning and not self._include_training_subjects:
             self._excluded_records.append(record)
             return False
         return not self._is_refused
@@ -236,9 +248,11 @@ class ContaminationFilter:
             n_rows: number of evaluated images.
 
         Raises:
-            UserError: `strict` and there was an overlap; or no image remains.
+            UserError: `fail_on_contamination`, and there was an overlap; or no image remains.
         """
-        counts = check_contamination(self._history, self._cases, weights_name=model_name, strict=self._strict)
+        counts = check_contamination(
+            self._history, self._cases, weights_name=model_name, fail_on_contamination=self._fail_on_contamination
+        )
         if not n_rows:
             raise UserError(
                 f"{model_name}: no image remains for the evaluation; the model was trained on all "

@@ -123,8 +123,8 @@ def evaluate(
     log.info("evaluating %d images (%s)", len(records), split)
     case_filter = ContaminationFilter(
         load_training_history(model),
-        include_seen=options.include_training_subjects,
-        strict=options.fail_on_contamination,
+        include_training_subjects=options.include_training_subjects,
+        fail_on_contamination=options.fail_on_contamination,
     )
     rows = score_cases(network, index, records, case_filter=case_filter, progress=progress)
     contamination, exclusion_counts = case_filter.result(f"model {model}", len(rows))

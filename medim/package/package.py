@@ -148,27 +148,27 @@ class Package:
         return self.network(volume)
 
 
-def load_package(path: str | Path, *, trust: Path | None = None) -> Package:
+def load_package(path: str | Path, *, public_key: Path | None = None) -> Package:
     """Load a package after verifying its integrity.
 
     All files, and the signature if a key is given, are verified before any file is parsed.
 
     Args:
         path: folder of the package.
-        trust: Ed25519 public key (PEM) of the expected signer.
+        public_key: Ed25519 public key (PEM) of the expected signer.
 
     Raises:
         PackageError: a file is modified, missing or not listed; the folder contains a link; the contract has another
-            schema version; or the package is not signed by the key `trust`.
-        UserError: `trust` is not a public key.
+            schema version; or the package is not signed by the key `public_key`.
+        UserError: `public_key` is not a public key.
 
     Examples:
         >>> from medim import read_volume  # doctest: +SKIP
-        >>> package = load_package("package", trust=Path("public.pem"))  # doctest: +SKIP
+        >>> package = load_package("package", public_key=Path("public.pem"))  # doctest: +SKIP
         >>> package(read_volume("scan.nii.gz"))  # doctest: +SKIP
     """
     folder = Path(path)
-    manifest = verify_checksums(folder, trust=trust)
+    manifest = verify_checksums(folder, public_key=public_key)
     contract = parse_contract(read_with_digest(folder / "medim.json", manifest.sums["medim.json"]))
     manifest.check_signer(contract.signed_by, folder)
     required = {WEIGHTS, GRAPH, GOLDEN} | ({SCORE_MAP, SCORE_MAP_GOLDEN} if contract.score_map else set())
@@ -181,21 +181,21 @@ def load_package(path: str | Path, *, trust: Path | None = None) -> Package:
     return Package(folder, contract, manifest)
 
 
-def verify_package(path: str | Path, *, trust: Path | None = None) -> list[VerificationCheck]:
+def verify_package(path: str | Path, *, public_key: Path | None = None) -> list[VerificationCheck]:
     """Verify the files, contract and network of a package, and compare the prediction for its golden input.
 
     Args:
         path: folder of the package.
-        trust: Ed25519 public key (PEM) of the expected signer.
+        public_key: Ed25519 public key (PEM) of the expected signer.
 
     Returns:
         Checks in the order of execution; a failed check raises.
 
     Raises:
         PackageError: a check failed.
-        UserError: `trust` is not a public key.
+        UserError: `public_key` is not a public key.
     """
-    package = load_package(path, trust=trust)
+    package = load_package(path, public_key=public_key)
     checks = [
         _check_signature(package),
         VerificationCheck("files", "pass", f"{len(package.sums)} files match {SUMS}"),

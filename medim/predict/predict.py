@@ -35,7 +35,7 @@ def predict(
     inputs: PredictInputs,
     out: Path,
     *,
-    as_: AnswerFormat = "nifti",
+    output_format: AnswerFormat = "nifti",
     labelmap: bool = False,
     overwrite: bool = False,
     progress: AnswerProgress | None = None,
@@ -58,7 +58,7 @@ def predict(
         package: segmenter or classifier.
         inputs: index, or input of `build_index`.
         out: output folder.
-        as_: output format.
+        output_format: output format.
         labelmap: write a segmentation as one label map (LABELMAP), which older viewers do not support.
         overwrite: delete the content of `out` first.
         progress: callback after each image.
@@ -69,13 +69,13 @@ def predict(
 
     Raises:
         UserError: the package is an encoder, or `out` is not empty.
-        UsageError: `as_` is unknown, or `labelmap` does not apply.
+        UsageError: `output_format` is unknown, or `labelmap` does not apply.
         AllRejectedError: there is no prediction for any input (exit code 4); `rejected.csv` is written.
     """
     network = _get_predictor(package)
     if network.kind == ENCODER:
         raise UserError("predict: expected a segmenter or classifier, got an encoder. Use `medim embed`.")
-    write_answer = _select_writer(package, as_, labelmap=labelmap)
+    write_answer = _select_writer(package, output_format, labelmap=labelmap)
     folder = prepare_output_folder(out, overwrite=overwrite)
     with sandboxed_decoding(limits):
         index = _open_index(inputs, network.modality, folder / "rejected.csv")
@@ -255,16 +255,16 @@ def _check_completeness(record: ImageRecord) -> None:
         )
 
 
-def _select_writer(package: Package | Predictor, as_: str, *, labelmap: bool) -> AnswerWriter:
+def _select_writer(package: Package | Predictor, output_format: str, *, labelmap: bool) -> AnswerWriter:
     """Select the function that writes predictions in a format.
 
     Raises:
         UsageError: the format is unknown or has no option `labelmap`.
         UserError: the package does not support the format.
     """
-    if as_ not in get_args(AnswerFormat):
-        raise UsageError(f"--format {as_}: expected {' or '.join(get_args(AnswerFormat))}.")
-    if as_ == "dicom":
+    if output_format not in get_args(AnswerFormat):
+        raise UsageError(f"--format {output_format}: expected {' or '.join(get_args(AnswerFormat))}.")
+    if output_format == "dicom":
         if not isinstance(package, Package):
             raise UserError("--format dicom: expected a package, got a run. Run `medim export` first.")
         from medim.predict.dicom.writer import dicom_writer  # highdicom takes a second to import

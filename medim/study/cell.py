@@ -83,7 +83,7 @@ def run_cell(context: StudyContext, cell: Cell, lr_multiplier: float) -> None:
             if cell.kind == "probe":
                 _run_probe_cell(context, cell, out)
             else:
-                _run_finetune_cell(context, cell, out, lr_multiplier, reference=keep_model)
+                _run_finetune_cell(context, cell, out, lr_multiplier, fit_ood_detector=keep_model)
     if cell.kind != "probe":
         _remove_intermediate_files(out, keep_model=keep_model)
 
@@ -100,7 +100,9 @@ def read_cell_summary(context: StudyContext, cell: Cell) -> dict[str, Any]:
     return read_migrated_json(context.out / cell.folder / (PROBE if cell.kind == "probe" else SUMMARY), "run")
 
 
-def _run_finetune_cell(context: StudyContext, cell: Cell, out: Path, lr_multiplier: float, *, reference: bool) -> None:
+def _run_finetune_cell(
+    context: StudyContext, cell: Cell, out: Path, lr_multiplier: float, *, fit_ood_detector: bool
+) -> None:
     assert cell.budget is not None
     options = FinetuneOptions(
         encoder=cell.arm.runs[cell.pretrain_seed] if cell.arm.runs else None,
@@ -113,7 +115,7 @@ def _run_finetune_cell(context: StudyContext, cell: Cell, out: Path, lr_multipli
         accelerator=context.accelerator,
         cohort=context.cohort,
         parent_run=context.parent_run,
-        reference=reference,
+        fit_ood_detector=fit_ood_detector,
     )
     if cell.kind == "selection":
         cohort = selection_cohort(context.cohort, context.subsets[cell.budget, cell.subset_seed])

@@ -135,18 +135,21 @@ def check_evaluation_split(task: str, cohort: Cohort) -> None:
 
 
 def count_contamination(
-    arms: Iterable[Arm], cohort: Cohort, *, strict: bool
+    arms: Iterable[Arm], cohort: Cohort, *, fail_on_contamination: bool
 ) -> dict[str, list[ContaminationCounts | None]]:
     """Count the evaluation images in the training history of the encoders of each arm, one count per run.
 
     Raises:
-        UserError: `strict` is set and an encoder was trained on an evaluation image or subject.
+        UserError: `fail_on_contamination` is set and an encoder was trained on an evaluation image or subject.
     """
     cases = cohort.cases(cohort.records("val"))
     return {
         arm.name: [
             check_contamination(
-                load_training_history(run), cases, weights_name=f"encoder {arm.name} ({run})", strict=strict
+                load_training_history(run),
+                cases,
+                weights_name=f"encoder {arm.name} ({run})",
+                fail_on_contamination=fail_on_contamination,
             )
             for run in arm.runs
         ]

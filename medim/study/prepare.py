@@ -119,7 +119,7 @@ def prepare_study(
     cohort = open_labelled_cohort(config, index, split_seed=options.split_seed, store=options.store, jobs=options.jobs)
     checks.check_disjoint_splits(cohort)
     checks.check_evaluation_split(task, cohort)
-    contamination = checks.count_contamination(arms, cohort, strict=options.fail_on_contamination)
+    contamination = checks.count_contamination(arms, cohort, fail_on_contamination=options.fail_on_contamination)
     selection_labels = checks.count_selection_labels(arms)
     budgets_by_size, subsets = checks.draw_label_subsets(task, cohort, budgets, options.seeds)
     shortages = {b.name: reason for b in budgets_by_size if (reason := describe_subset_shortage(task, subsets[b, 0]))}

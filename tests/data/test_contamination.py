@@ -75,14 +75,14 @@ def test_another_site_knows_the_images_and_not_the_subjects(
     assert "encoder e: of 2 images of 2 subjects in the evaluation, seen in pretraining 1 image, subjects unknown" in (
         caplog.text
     )
-    assert check_contamination(seen, [STRANGER], weights_name="encoder e", strict=True)
+    assert check_contamination(seen, [STRANGER], weights_name="encoder e", fail_on_contamination=True)
 
 
 def test_strict_refuses_what_was_seen_and_what_cannot_be_known(
     seen: TrainingHistory, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    assert check_contamination(seen, [STRANGER], weights_name="encoder e", strict=True)
+    assert check_contamination(seen, [STRANGER], weights_name="encoder e", fail_on_contamination=True)
     assert caplog.records[-1].levelno == logging.INFO
     for weights, cases, reason in (
         (seen, CASES[:1], r"seen in pretraining 1 image, 1 subject; .* trained without them"),
@@ -94,11 +94,11 @@ def test_strict_refuses_what_was_seen_and_what_cannot_be_known(
         ),
     ):
         with pytest.raises(UserError, match=reason):
-            check_contamination(weights, cases, weights_name="encoder e", strict=True)
+            check_contamination(weights, cases, weights_name="encoder e", fail_on_contamination=True)
         check_contamination(weights, cases, weights_name="encoder e")
         assert caplog.records[-1].levelno == logging.WARNING
     lines = len(caplog.records)
-    assert check_contamination(TrainingHistory(), CASES, weights_name="fresh weights", strict=True)
+    assert check_contamination(TrainingHistory(), CASES, weights_name="fresh weights", fail_on_contamination=True)
     assert len(caplog.records) == lines, "fresh weights have nothing to say"
 
 

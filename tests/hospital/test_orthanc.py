@@ -38,9 +38,9 @@ def test_answers_come_back_from_a_pacs_as_they_were_sent(
     alone: list[str], packages: dict[str, Package], shared_data: Path, tmp_path: Path
 ) -> None:
     crop, xrays = shared_data / "mri-dicom" / "Study1" / "13_HCropVolume", shared_data / "xray-dicom"
-    (row,) = predict(packages["segmenter"], crop, tmp_path / "seg", as_="dicom")
-    (mapped,) = predict(packages["segmenter"], crop, tmp_path / "map", as_="dicom", labelmap=True)
-    told = predict(packages["classifier"], xrays / "test2.dcm", tmp_path / "sr", as_="dicom")
+    (row,) = predict(packages["segmenter"], crop, tmp_path / "seg", output_format="dicom")
+    (mapped,) = predict(packages["segmenter"], crop, tmp_path / "map", output_format="dicom", labelmap=True)
+    told = predict(packages["classifier"], xrays / "test2.dcm", tmp_path / "sr", output_format="dicom")
     sent = [tmp_path / "seg" / row["file"], tmp_path / "seg" / row["report"], tmp_path / "map" / mapped["file"]]
     sent += [tmp_path / "sr" / one["file"] for one in told]
 

@@ -127,18 +127,20 @@ def chest(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Pa
     return export(runs["classifier"], folder / "package", ExportOptions(dicom_rules=folder / "rules.json"))
 
 
-@pytest.mark.parametrize("as_", ["nifti", "dicom"])
+@pytest.mark.parametrize("output_format", ["nifti", "dicom"])
 def test_another_body_part_or_modality_gets_no_answer_and_nothing_left_is_exit_4(
-    as_: Any, chest: Package, shared_data: Path, tmp_path: Path
+    output_format: Any, chest: Package, shared_data: Path, tmp_path: Path
 ) -> None:
     save(dataset(noise(9, 9).astype(np.uint16), Modality="CT"), tmp_path / "in" / "ct.dcm")
     sources = [shared_data / "xray-dicom" / "test4.dcm", tmp_path / "in"]
     with pytest.raises(AllRejectedError) as raised:
-        predict(chest, sources, tmp_path / "out", as_=as_)
+        predict(chest, sources, tmp_path / "out", output_format=output_format)
     assert raised.value.exit_code == 4
     assert {row["reason"] for row in rows_of(tmp_path / "out" / "rejected.csv")} == {
         "wrong-body-part",
         "wrong-modality",
     }
-    rows = predict(chest, [shared_data / "xray-dicom" / "test2.dcm", *sources], tmp_path / "two", as_=as_)
+    rows = predict(
+        chest, [shared_data / "xray-dicom" / "test2.dcm", *sources], tmp_path / "two", output_format=output_format
+    )
     assert len(rows) == 1

@@ -159,7 +159,7 @@ sys.addaudithook(hook)
 verify_package(package)
 verify_package(encoder)
 predict(load_package(package), series, out / "nifti")
-predict(load_package(package), series, out / "dicom", as_="dicom")
+predict(load_package(package), series, out / "dicom", output_format="dicom")
 embed_images(load_package(encoder), picture, out / "features.npz")
 print(json.dumps(seen))
 """

@@ -330,7 +330,7 @@ def test_a_package_of_another_kind_or_a_format_not_offered_is_told(
     with pytest.raises(UsageError, match=r"\.parquet"):
         embed_images(packages["encoder"], tmp_path, tmp_path / "f.xlsx")
     with pytest.raises(UsageError, match="nifti"):
-        predict(packages["classifier"], tmp_path, tmp_path / "out", as_="gifti")  # type: ignore[arg-type]
+        predict(packages["classifier"], tmp_path, tmp_path / "out", output_format="gifti")  # type: ignore[arg-type]
 
 
 def test_results_of_another_run_are_kept_unless_told_otherwise(packages: dict[str, Package], tmp_path: Path) -> None:

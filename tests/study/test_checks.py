@@ -89,14 +89,14 @@ def test_an_encoder_that_saw_the_evaluation_split_is_counted_and_with_strict_ref
     )
     arms = read_arms([f"clean={encoders[0]}", f"knows={tmp_path / 'knows'}"])
     assert load_training_history(encoders[0]) is not None
-    counts = count_contamination(arms, cohort, strict=False)
+    counts = count_contamination(arms, cohort, fail_on_contamination=False)
     none = {"images": 0, "subjects": 0}
     assert counts["clean"] == [{"pretrain": none, "finetune": none}]
     known = counts["knows"][0]
     assert known is not None
     assert known["pretrain"] == {"images": 3, "subjects": 3}
     with pytest.raises(UserError, match=r"encoder knows .* 3 images, 3 subjects.*--fail-on-contamination allows none"):
-        count_contamination(arms, cohort, strict=True)
+        count_contamination(arms, cohort, fail_on_contamination=True)
 
 
 def test_labels_that_chose_an_encoders_step_are_counted_and_told(

@@ -128,7 +128,7 @@ def open_cohort(
     split_seed: int,
     store: Path | None = None,
     jobs: int = 1,
-    strict: bool = False,
+    fail_on_contamination: bool = False,
 ) -> Cohort:
     """Preprocess images that are not in the store, and split by subject; images with equal pixels share a split.
 
@@ -139,10 +139,10 @@ def open_cohort(
         split_seed: seed of the split, for images without a split in the source.
         store: folder of the store; None for the user's cache.
         jobs: number of preprocessing processes.
-        strict: reject a source if its own splits separate images with the same pixels.
+        fail_on_contamination: reject a source if its own splits separate images with the same pixels.
 
     Raises:
-        UserError: no image is usable, a split is empty, or `strict` and the splits overlap.
+        UserError: no image is usable, a split is empty, or `fail_on_contamination` and the splits overlap.
     """
     image_store = Store(store)
 
@@ -160,7 +160,7 @@ def open_cohort(
         )
     fingerprints = {image: image_store.get_entry(key).fingerprint for image, key in keys.items()}
     splits = assign_splits(index, seed=split_seed, fingerprints=fingerprints)
-    overlap = count_overlap(index, splits, fingerprints, strict=strict)
+    overlap = count_overlap(index, splits, fingerprints, fail_on_contamination=fail_on_contamination)
     return Cohort(
         index=index,
         store=image_store,

@@ -91,7 +91,7 @@ def assign_splits(
 
 
 def count_overlap(
-    index: Index, splits: Mapping[str, Split], fingerprints: Mapping[str, str], *, strict: bool = False
+    index: Index, splits: Mapping[str, Split], fingerprints: Mapping[str, str], *, fail_on_contamination: bool = False
 ) -> dict[str, int]:
     """Count held-out images, and their subjects, with the same pixels as an image of the training split.
 
@@ -101,10 +101,10 @@ def count_overlap(
         index: the images.
         splits: image key to split, for all images.
         fingerprints: image key to fingerprint; may be incomplete.
-        strict: raise an error if there are any.
+        fail_on_contamination: raise an error if there are any.
 
     Raises:
-        UserError: `strict`, and there are such images.
+        UserError: `fail_on_contamination`, and there are such images.
     """
     train_fingerprints = {
         fingerprint for image, fingerprint in fingerprints.items() if fingerprint and splits[image] == "train"
@@ -118,7 +118,7 @@ def count_overlap(
             f"the source's own splits: {len(duplicates)} held-out images (of {n_subjects} subjects) have the same "
             "pixels as images of the training split"
         )
-        if strict:
+        if fail_on_contamination:
             raise UserError(
                 f"{sentence}. --fail-on-contamination allows none. Correct the split column, or omit this option."
             )

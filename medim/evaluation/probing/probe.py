@@ -108,7 +108,7 @@ def probe(encoder: Path, index: Index, out: Path, options: ProbeOptions | None =
         raise UsageError(f"--protocol {options.protocol}: expected one of {', '.join(PROBES)}.")
     task = TASKS[PROBES[options.protocol].task]
     cohort = options.cohort or _open_cohort(index, task, spec, options)
-    contamination = _check_encoder_contamination(encoder, cohort, strict=options.fail_on_contamination)
+    contamination = _check_encoder_contamination(encoder, cohort, fail_on_contamination=options.fail_on_contamination)
     subsets = draw_probe_subsets(cohort, task, options.budgets, options.seeds)
     prepare_output_folder(out, overwrite=options.overwrite)
     arms = _iterate_arms(network, spec, cohort, levels, [seed for _, seed in subsets], baselines=options.baselines)
@@ -132,13 +132,25 @@ def probe(encoder: Path, index: Index, out: Path, options: ProbeOptions | None =
 
 def _open_cohort(index: Index, task: Task, spec: ModelSpec, options: ProbeOptions) -> Cohort:
     return open_probe_cohort(
-        index, task, spec, split_seed=options.split_seed, store=options.store, strict=options.fail_on_contamination
+        index,
+        task,
+        spec,
+        split_seed=options.split_seed,
+        store=options.store,
+        fail_on_contamination=options.fail_on_contamination,
     )
 
 
-def _check_encoder_contamination(encoder: Path, cohort: Cohort, *, strict: bool) -> ContaminationCounts | None:
+def _check_encoder_contamination(
+    encoder: Path, cohort: Cohort, *, fail_on_contamination: bool
+) -> ContaminationCounts | None:
     cases = cohort.cases(cohort.labelled_records("val"))
-    return check_contamination(load_training_history(encoder), cases, weights_name=f"encoder {encoder}", strict=strict)
+    return check_contamination(
+        load_training_history(encoder),
+        cases,
+        weights_name=f"encoder {encoder}",
+        fail_on_contamination=fail_on_contamination,
+    )
 
 
 def summarise_probes(rows: Sequence[ProbeRow], metrics: Sequence[str]) -> list[dict[str, Any]]:

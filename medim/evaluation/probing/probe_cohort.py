@@ -15,7 +15,13 @@ from medim.types import Split, UserError
 
 
 def open_probe_cohort(
-    index: Index, task: Task, spec: ModelSpec, *, split_seed: int, store: Path | None = None, strict: bool = False
+    index: Index,
+    task: Task,
+    spec: ModelSpec,
+    *,
+    split_seed: int,
+    store: Path | None = None,
+    fail_on_contamination: bool = False,
 ) -> Cohort:
     """Preprocess the images that are not in the store: the training split, and the labelled validation images.
 
@@ -25,16 +31,23 @@ def open_probe_cohort(
         spec: specification of the encoder (see `medim.models.serialization`).
         split_seed: random seed of the split by subject.
         store: folder of preprocessed images; None is the user's cache.
-        strict: raise an error if the splits of the source share images with the same pixels.
+        fail_on_contamination: raise an error if the splits of the source share images with the same pixels.
 
     Raises:
         UserError: a split has no labels, the labels are not those of the task, there is a single class or number, a
-            class occurs in the validation split only, the encoder does not accept the images, or `strict` found shared
-            images.
+            class occurs in the validation split only, the encoder does not accept the images, or the splits share
+            images and `fail_on_contamination` is set.
     """
     train, val = _split_records(index, assign_splits(index, seed=split_seed))
     _check_labels(index, task, train, val)  # check before and after the long preprocessing
-    cohort = open_cohort(index, [*train, *val], spec.preprocessing, split_seed=split_seed, store=store, strict=strict)
+    cohort = open_cohort(
+        index,
+        [*train, *val],
+        spec.preprocessing,
+        split_seed=split_seed,
+        store=store,
+        fail_on_contamination=fail_on_contamination,
+    )
     _check_labels(index, task, cohort.records("train"), cohort.labelled_records("val"))
     for key in cohort.keys.values():
         entry = cohort.store.get_entry(key)

@@ -30,7 +30,7 @@ class FinetuneOptions:
             validation split.
         cohort: result of `open_labelled_cohort` for this index, shared by several runs; `store` is then not used.
         parent_run: MLflow id of the study that this run belongs to.
-        reference: whether to fit an out-of-distribution detector for a package, see `medim.training.fit_ood`.
+        fit_ood_detector: whether to fit an out-of-distribution detector for a package, see `medim.training.fit_ood`.
 
     Raises:
         UsageError: both budgets are given, or one is out of range.
@@ -50,7 +50,7 @@ class FinetuneOptions:
     fail_on_contamination: bool = False
     cohort: Cohort | None = None
     parent_run: str | None = None
-    reference: bool = True
+    fit_ood_detector: bool = True
 
     def __post_init__(self) -> None:
         """Reject a label budget that is out of range."""

@@ -121,7 +121,11 @@ def _prepare_folder(out: Path, options: FinetuneOptions) -> None:
 def _open_labelled_data(config: FinetuneConfig, index: Index, options: FinetuneOptions) -> _LabelledData:
     """Preprocess the images, draw the label budget, and check the encoder for images of the validation split."""
     cohort = options.cohort or open_labelled_cohort(
-        config, index, split_seed=options.split_seed, store=options.store, strict=options.fail_on_contamination
+        config,
+        index,
+        split_seed=options.split_seed,
+        store=options.store,
+        fail_on_contamination=options.fail_on_contamination,
     )
     train = select_label_budget(
         cohort.records("train"), labelled=options.labelled, fraction=options.label_fraction, seed=options.label_seed
@@ -130,7 +134,10 @@ def _open_labelled_data(config: FinetuneConfig, index: Index, options: FinetuneO
     encoder_history = load_training_history(weights) if weights else TrainingHistory()
     weights_name = f"encoder {options.encoder}" if options.encoder else "fresh weights"
     contamination = check_contamination(
-        encoder_history, cohort.cases(val), weights_name=weights_name, strict=options.fail_on_contamination
+        encoder_history,
+        cohort.cases(val),
+        weights_name=weights_name,
+        fail_on_contamination=options.fail_on_contamination,
     )
     return _LabelledData(
         cohort=cohort, train=train, val=val, encoder_history=encoder_history, contamination=contamination
@@ -199,7 +206,7 @@ def _save_model(run: _FinetuneRun) -> None:
     """Write the model, its detector, its losses and the record of its training images."""
     out, data, model = run.out, run.data, run.module.model.eval()
     save_model(out / "model", "model", model, run.spec)
-    if run.options.reference:
+    if run.options.fit_ood_detector:
         save_ood_detector(out / "model", model, data.cohort, run.spec)
     write_csv(out / "history.csv", HISTORY_COLUMNS, run.module.rows)
     history = _build_unknown_history(run.options.encoder) if data.encoder_history is None else data.encoder_history
@@ -227,7 +234,7 @@ def open_labelled_cohort(
     split_seed: int,
     store: Path | None = None,
     jobs: int = 1,
-    strict: bool = False,
+    fail_on_contamination: bool = False,
 ) -> Cohort:
     """Open the images of an index that have targets for the task; see `medim.data.loading.cohort.open_cohort`.
 
@@ -236,7 +243,15 @@ def open_labelled_cohort(
     """
     steps = config.preprocessing
     records = _select_labelled(config, index)
-    return open_cohort(index, records, steps, split_seed=split_seed, store=store, jobs=jobs, strict=strict)
+    return open_cohort(
+        index,
+        records,
+        steps,
+        split_seed=split_seed,
+        store=store,
+        jobs=jobs,
+        fail_on_contamination=fail_on_contamination,
+    )
 
 
 def _select_labelled(config: FinetuneConfig, index: Index) -> list[ImageRecord]:

@@ -189,7 +189,7 @@ class TestSharedImages:
         index = index_of(records_of(sizes))
         prints = {r.image: str(n) for r, n in zip(index.records, shared, strict=False)}
         before, after = assign_splits(index, seed=seed), assign_splits(index, seed=seed, fingerprints=prints)
-        assert count_overlap(index, after, prints, strict=True) == {"images": 0, "subjects": 0}
+        assert count_overlap(index, after, prints, fail_on_contamination=True) == {"images": 0, "subjects": 0}
         subjects = {r.image: r.subject for r in index.records}
         assert all(len({after[i] for i in after if subjects[i] == s}) == 1 for s in subjects.values())
         moved = {subjects[image] for image in after if before[image] != after[image]}
@@ -216,7 +216,7 @@ class TestSharedImages:
         assert count_overlap(index, splits, prints) == {"images": 2, "subjects": 2}
         assert "2 held-out images" in caplog.text
         with pytest.raises(UserError, match=r"2 held-out images.*--fail-on-contamination allows none"):
-            count_overlap(index, splits, prints, strict=True)
+            count_overlap(index, splits, prints, fail_on_contamination=True)
 
 
 class TestStored:

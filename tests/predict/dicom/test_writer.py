@@ -147,7 +147,7 @@ def test_labels_land_on_the_right_points_of_the_world(
 
 
 def answered(package: Package, source: Path, out: Path, **options: Any) -> list[dict[str, Any]]:
-    return predict(package, source, out, as_="dicom", **options)
+    return predict(package, source, out, output_format="dicom", **options)
 
 
 def test_a_series_gets_a_segmentation_and_a_report_that_refer_to_it(
@@ -297,7 +297,7 @@ def test_x_rays_get_a_report_of_probabilities_and_the_operating_point(
     packages: dict[str, Package], shared_data: Path, tmp_path: Path
 ) -> None:
     sources = [shared_data / "xray-dicom", shared_data / "dicom-formats" / "RG3_J2KI.dcm"]
-    rows = predict(packages["classifier"], sources, tmp_path, as_="dicom")
+    rows = predict(packages["classifier"], sources, tmp_path, output_format="dicom")
     assert len(rows) == 5
     plain = predict(packages["classifier"], sources, tmp_path / "plain")
     assert [{**row, "file": ""} for row in rows] == [{**row, "file": ""} for row in plain]
@@ -418,7 +418,7 @@ def test_what_cannot_be_answered_in_dicom_is_told_before_anything_is_written(
             ),
             tmp_path,
             tmp_path / "out",
-            as_="dicom",
+            output_format="dicom",
         )
     with pytest.raises(UsageError, match="segmenter"):
         answered(packages["classifier"], tmp_path, tmp_path / "out", labelmap=True)

@@ -256,7 +256,7 @@ def test_subjects_that_share_an_image_are_kept_on_one_side(
         "subjects": 1,
     }
     with pytest.raises(UserError, match=r"1 held-out images \(of 1 subjects\) have the same pixels"):
-        open_cohort(fixed, fixed.records, finetune_config.preprocessing, strict=True, **options)
+        open_cohort(fixed, fixed.records, finetune_config.preprocessing, fail_on_contamination=True, **options)
 
 
 def _subject(index: Index, image: str) -> str:
