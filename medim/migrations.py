@@ -38,7 +38,7 @@ _CHECKPOINT_SELECTION = {
     "selected": "checkpoint_selection",
     **{f"checkpoint_selection.{path}": key for path, key in _SELECTION_KEYS.items()},
 }
-RENAMED_KEYS: dict[FileKind, dict[str, str]] = {  # kind of file: {path of the old key: new key}; `*` is every item
+FILE_KEYS: dict[FileKind, dict[str, str]] = {  # kind of file: {path of the old key: new key}; `*` is every item
     # summary.json of a pretraining or fine-tuning run, metrics.json and summary.json of an evaluation, probe.json
     "run": {
         "verdict_why": "verdict_reason",
@@ -105,7 +105,7 @@ RENAMED_KEYS: dict[FileKind, dict[str, str]] = {  # kind of file: {path of the o
     "model_spec": _CHECKPOINT_SELECTION,  # encoder.json, and `architecture` in medim.json
     "checkpoint_selection_state": {"figures": "metrics", "metrics.held_out_loss": "val_loss"},  # in a checkpoint
 }
-RENAMED_VALUES: dict[FileKind, dict[str, dict[str, str]]] = {  # kind of file: {path of a key: {old value: new value}}
+FILE_VALUES: dict[FileKind, dict[str, dict[str, str]]] = {  # kind of file: {path of a key: {old value: new value}}
     "run": {"checkpoint_selection.criterion": {"held_out_loss": "val_loss"}, "bootstrap.unit": {"subjects": "subject"}},
     "model_spec": {"checkpoint_selection.criterion": {"held_out_loss": "val_loss"}},
     "audit": {
@@ -144,10 +144,10 @@ def rename_keys(content: Mapping[str, Any], kind: FileKind) -> dict[str, Any]:
         {'checkpoint_selection': {'criterion': 'val_loss', 'step': 20}}
     """
     migrated: Any = dict(content)
-    for path, new_key in RENAMED_KEYS[kind].items():
+    for path, new_key in FILE_KEYS[kind].items():
         *parents, old_key = path.split(".")
         migrated = _change_at(migrated, parents, partial(_rename, old_key, new_key))
-    for path, values in RENAMED_VALUES.get(kind, {}).items():
+    for path, values in FILE_VALUES.get(kind, {}).items():
         *parents, key = path.split(".")
         migrated = _change_at(migrated, parents, partial(_replace_value, key, values))
     return dict(migrated)
@@ -160,7 +160,7 @@ def rename_columns(names: Iterable[str], kind: FileKind) -> list[str]:
         >>> rename_columns(["step", "held_out"], "history")
         ['step', 'val']
     """
-    return [RENAMED_KEYS[kind].get(name, name) for name in names]
+    return [FILE_KEYS[kind].get(name, name) for name in names]
 
 
 def _change_at(content: Any, path: Sequence[str], change: Callable[[Mapping[str, Any]], Any]) -> Any:

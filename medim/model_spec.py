@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from medim.config import Section
 from medim.files import read_json
-from medim.migrations import RENAMED_KEYS, rename_keys
+from medim.migrations import FILE_KEYS, rename_keys
 from medim.types import Modality, Step, UserError
 
 SCHEMA_VERSION = 2
@@ -223,7 +223,7 @@ class ModelSpec(NetworkSpec):
             DeprecationWarning,
             stacklevel=2,
         )
-        return self.to_json()[RENAMED_KEYS["model_spec"].get(key, key)]
+        return self.to_json()[FILE_KEYS["model_spec"].get(key, key)]
 
 
 def read_spec(file: Path) -> ModelSpec:

@@ -1,6 +1,6 @@
 """Configuration keys and preset names of earlier versions, accepted with a warning for one release.
 
-`RENAMED_KEYS`, `RENAMED_VALUES` and `RENAMED_PRESETS` contain all old names. `medim.config` translates every
+`CONFIG_KEYS`, `CONFIG_VALUES` and `CONFIG_PRESETS` contain all old names. `medim.config` translates every
 configuration with them: YAML files, `key=value` overrides, and sections that Python code passes.
 """
 
@@ -16,7 +16,7 @@ from medim.types import UsageError
 log = logging.getLogger(__name__)
 
 RUN = "run"  # the keys of a configuration itself; other names are `views` and the entries of tables
-RENAMED_KEYS: dict[str, dict[str, str]] = {  # section: old key -> new key
+CONFIG_KEYS: dict[str, dict[str, str]] = {  # section: old key -> new key
     RUN: {
         "drop_at": "lr_milestones",
         "encode_in_chunks_of": "gradient_cache_chunk",
@@ -33,13 +33,13 @@ RENAMED_KEYS: dict[str, dict[str, str]] = {  # section: old key -> new key
     "encode_and_dot": {"scaled": "scale_scores"},
     "bilinear": {"scaled": "scale_scores"},
 }
-RENAMED_VALUES: dict[str, dict[str, dict[object, object]]] = {  # section: key in the file -> old value -> new value
+CONFIG_VALUES: dict[str, dict[str, dict[object, object]]] = {  # section: key in the file -> old value -> new value
     RUN: {
         "schedule": {"steps": "multistep"},
         "select_without_labels": {True: "loss", False: "probe"},
     }
 }
-RENAMED_PRESETS: dict[str, str] = {  # old name -> new name
+CONFIG_PRESETS: dict[str, str] = {  # old name -> new name
     f"small-{dims}d-{kind}": f"test-{dims}d-{kind}"
     for dims in (2, 3)
     for kind in (
@@ -71,7 +71,7 @@ def translate_section(content: Any, *, section: str = "", warn: bool = True) -> 
 
     Args:
         content: a section, a list of sections, or another value, which is returned unchanged.
-        section: section in `RENAMED_KEYS`; empty: the `name` in the content.
+        section: section in `CONFIG_KEYS`; empty: the `name` in the content.
         warn: see `translate_config`.
 
     Raises:
@@ -88,13 +88,13 @@ def translate_item(section: str, key: str, value: Any, *, warn: bool = True) -> 
     """Replace an old key or an old value of a section; returns key and value.
 
     Args:
-        section: section in `RENAMED_KEYS`.
+        section: section in `CONFIG_KEYS`.
         key: key in the file or override.
         value: value of the key; sections in it are translated too.
         warn: see `translate_config`.
     """
-    new_key = RENAMED_KEYS.get(section, {}).get(key, key)
-    new_values = RENAMED_VALUES.get(section, {}).get(key, {})
+    new_key = CONFIG_KEYS.get(section, {}).get(key, key)
+    new_values = CONFIG_VALUES.get(section, {}).get(key, {})
     is_old_value = isinstance(value, str | bool) and value in new_values
     new_value = new_values[value] if is_old_value else value
     if warn and (new_key != key or is_old_value):
@@ -109,7 +109,7 @@ def translate_item(section: str, key: str, value: Any, *, warn: bool = True) -> 
 
 def translate_preset(name: str, *, warn: bool = True) -> str:
     """Replace the name of a preset of an earlier version; other names are returned unchanged."""
-    new_name = RENAMED_PRESETS.get(name, name)
+    new_name = CONFIG_PRESETS.get(name, name)
     if warn and new_name != name:
         _warn_once(f"preset {name}", new_name)
     return new_name

@@ -16,7 +16,7 @@ from medim.data.loading.quality_table import read_quality
 from medim.data.loading.splits import read_splits
 from medim.data.loading.store import Store
 from medim.files import read_json
-from medim.migrations import RENAMED_KEYS, RENAMED_VALUES, FileKind, read_migrated_json, rename_keys
+from medim.migrations import FILE_KEYS, FILE_VALUES, FileKind, read_migrated_json, rename_keys
 from medim.model_spec import read_spec
 from medim.reports.report import write_report_page
 from medim.reports.runs import read_history
@@ -70,9 +70,9 @@ def matches(path: tuple[str, ...], pattern: str) -> bool:
 def test_a_file_of_an_earlier_version_has_the_same_values_under_the_new_keys(name: str, kind: FileKind) -> None:
     old = json.loads((OLD / name).read_text())
     new = read_migrated_json(OLD / name, kind)
-    assert not [path for path in paths(new) for pattern in RENAMED_KEYS[kind] if matches(path, pattern)]
+    assert not [path for path in paths(new) for pattern in FILE_KEYS[kind] if matches(path, pattern)]
     assert len(list(paths(new))) == len(list(paths(old)))
-    replaced = {json.dumps(o): json.dumps(n) for v in RENAMED_VALUES.get(kind, {}).values() for o, n in v.items()}
+    replaced = {json.dumps(o): json.dumps(n) for v in FILE_VALUES.get(kind, {}).values() for o, n in v.items()}
     assert Counter(leaves(new)) == Counter(replaced.get(value, value) for value in leaves(old))
     assert new != old
     assert rename_keys(new, kind) == new
@@ -80,7 +80,7 @@ def test_a_file_of_an_earlier_version_has_the_same_values_under_the_new_keys(nam
 
 def test_every_renamed_key_is_in_a_file_of_the_earlier_version() -> None:
     """No entry of the table is without effect."""
-    for kind, renames in RENAMED_KEYS.items():
+    for kind, renames in FILE_KEYS.items():
         files = [json.loads((OLD / name).read_text()) for name, of in JSON_FILES.items() if of == kind]
         if not files:
             continue

@@ -43,6 +43,7 @@ CEILINGS: dict[str, Ratchet] = {
     "participles_as_names": Ratchet(0, goal=0),
     "repeated_type_names": Ratchet(0, goal=0),
     "repeated_function_names": Ratchet(1, goal=1),
+    "repeated_constant_names": Ratchet(12, goal=1),  # goal: SCHEMA_VERSION, one per file format
     "files_in_one_folder": Ratchet(17, goal=17),
     "import_circles": Ratchet(0, goal=0),
     "question_words_in_docstrings": Ratchet(2, goal=2),
@@ -247,13 +248,17 @@ def count_repeated_names(definitions: Iterable[tuple[str, str]], minimum: int) -
     return count_offenders(offenders)
 
 
+def list_assigned_names(node: ast.stmt) -> list[str]:
+    """List the names that an assignment defines, those of `A, B = 1, 2` included."""
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+
+
 def list_type_names(node: ast.stmt) -> list[str]:
     """List the types that a statement defines: a class, or an alias in CamelCase such as `Run = Callable[...]`."""
     if isinstance(node, ast.ClassDef):
         return [node.name]
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    names = [target.id for target in targets if isinstance(target, ast.Name)]
-    return [name for name in names if CAMEL_CASE.fullmatch(name)]
+    return [name for name in list_assigned_names(node) if CAMEL_CASE.fullmatch(name)]
 
 
 def measure_repeated_types(root: Path) -> Measurement:
@@ -274,6 +279,18 @@ def measure_repeated_functions(root: Path) -> Measurement:
     """
     functions = ((node.name, format_place(root, path, node.lineno)) for path, node in list_module_functions(root))
     return count_repeated_names(functions, minimum=3)
+
+
+def measure_repeated_constants(root: Path) -> Measurement:
+    """Number of names of constants, such as `MAX_PAIRS`, that two or more modules of medim define at module level."""
+    constants = (
+        (name, format_place(root, path, node.lineno))
+        for path in list_sources(root, "medim")
+        for node in parse_file(path).body
+        for name in list_assigned_names(node)
+        if name.isupper() and len(name) > 1  # not type variables
+    )
+    return count_repeated_names(constants, minimum=2)
 
 
 # Files and imports
@@ -599,6 +616,7 @@ MEASURES: dict[str, Callable[[Path], Measurement]] = {
     "participles_as_names": measure_participles,
     "repeated_type_names": measure_repeated_types,
     "repeated_function_names": measure_repeated_functions,
+    "repeated_constant_names": measure_repeated_constants,
     "files_in_one_folder": measure_folder_size,
     "import_circles": measure_import_circles,
     "question_words_in_docstrings": partial(measure_word_rate, list_prose=list_docstrings, pattern=QUESTION_WORDS),
@@ -689,6 +707,15 @@ PLANTS: dict[str, Plant] = {
         },
         value=1,
         n_offenders=1,
+    ),
+    "repeated_constant_names": Plant(
+        {
+            "medim/a.py": "TABLE: dict = {}\nLOW, HIGH = 1, 2\nONCE = 1\nONCE = 2\nlog = 1\nT = 1\n",
+            "medim/b.py": "TABLE = {}\nlog = 1\ndef f():\n    ONCE = 1\nx.LOW = 1\nT = 1\n",
+            "medim/c/d.py": "HIGH = 2\nTABLE = HIGH\n",
+        },
+        value=2,
+        n_offenders=2,
     ),
     "files_in_one_folder": Plant(
         {f"medim/{name}.py": "" for name in ("a", "b", "c", "d/e", "d/f")},

@@ -29,7 +29,7 @@ from medim.config import (
 )
 from medim.models.critics import CRITICS
 from medim.objectives import OBJECTIVES
-from medim.renamed_keys import RENAMED_KEYS, RENAMED_PRESETS, RENAMED_VALUES, RUN, translate_config
+from medim.renamed_keys import CONFIG_KEYS, CONFIG_PRESETS, CONFIG_VALUES, RUN, translate_config
 from medim.training.run_folder import read_run_config, write_config
 from medim.types import UsageError, UserError
 
@@ -77,7 +77,7 @@ OPTIONS = {"level": 0, "standardise": True, "see_summary": False, "scaled": True
 # entry of a table, old option, new option
 ENTRY_OPTIONS = [
     (entry, old, new)
-    for entry, names in RENAMED_KEYS.items()
+    for entry, names in CONFIG_KEYS.items()
     if entry not in (RUN, "views")
     for old, new in names.items()
 ]
@@ -111,8 +111,8 @@ def build_config(command: Command, changes: Section) -> RunConfig:
 
 def list_old_names() -> set[tuple[str, str]]:
     """Section and name of every old key, and of every key with old values."""
-    keys = {(section, key) for section, names in RENAMED_KEYS.items() for key in names}
-    return keys | {(section, key) for section, values in RENAMED_VALUES.items() for key in values}
+    keys = {(section, key) for section, names in CONFIG_KEYS.items() for key in names}
+    return keys | {(section, key) for section, values in CONFIG_VALUES.items() for key in values}
 
 
 def walk_keys(content: Section) -> Iterator[tuple[str, str]]:
@@ -265,7 +265,7 @@ def test_an_override_of_an_item_is_translated_before_the_next_override() -> None
 def test_the_reference_page_lists_every_old_name() -> None:
     page = (Path(__file__).parent.parent / "docs" / "reference" / "config.md").read_text()
     rows = [line for line in page.split("## Renamed keys")[1].splitlines() if line.startswith("| `")]
-    pairs = {(old, new) for names in RENAMED_KEYS.values() for old, new in names.items()}
+    pairs = {(old, new) for names in CONFIG_KEYS.values() for old, new in names.items()}
     for old, new in pairs:
         assert [row for row in rows if f"`{old}" in row.split("|")[1] and f"`{new}" in row.split("|")[2]], (old, new)
 
@@ -303,7 +303,7 @@ def test_a_value_of_the_wrong_type_is_refused_under_an_old_name_too() -> None:
         build_config("pretrain", {"schedule": "stairs"})
 
 
-@pytest.mark.parametrize(("old", "new"), RENAMED_PRESETS.items())
+@pytest.mark.parametrize(("old", "new"), CONFIG_PRESETS.items())
 def test_the_old_name_of_a_preset_is_the_preset_with_a_warning(
     old: str, new: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -319,8 +319,8 @@ def test_the_old_name_of_a_preset_is_the_preset_with_a_warning(
 
 def test_a_preset_of_this_version_has_no_old_name_and_an_unknown_one_is_refused() -> None:
     presets = set(list_presets("pretrain"))
-    assert {name for name in presets if name.startswith("test-")} == set(RENAMED_PRESETS.values())
-    assert not presets & set(RENAMED_PRESETS)
+    assert {name for name in presets if name.startswith("test-")} == set(CONFIG_PRESETS.values())
+    assert not presets & set(CONFIG_PRESETS)
     with pytest.raises(UsageError, match=r"no preset or file 'small-2d-mae'.*xray-28\. See `medim") as error:
         load_config("pretrain", "small-2d-mae")
     assert "test-" not in str(error.value)
