@@ -210,9 +210,9 @@ def read_config(command: Command, name_or_path: str) -> Section:
         UsageError: no such preset or file, not a YAML mapping, or files that extend each other in a cycle.
 
     Examples:
-        >>> _ = Path("short.yaml").write_text("{extends: mri-crop, steps: 100}")
+        >>> _ = Path("short.yaml").write_text("{extends: mri-crop, max_steps: 100}")
         >>> content = read_config("pretrain", "short.yaml")
-        >>> content["name"], content["steps"], content["modality"]
+        >>> content["name"], content["max_steps"], content["modality"]
         ('short', 100, 'mri')
     """
     return _read_extended(command, name_or_path, ())
@@ -250,9 +250,9 @@ def apply_overrides(content: Section, assignments: Iterable[str]) -> Section:
             old and the new name of a key.
 
     Examples:
-        >>> content = {"steps": 2000, "views": {"shape": [64, 64, 64]}}
-        >>> apply_overrides(content, ["views.shape=[32,32,32]", "steps=100"])
-        {'steps': 100, 'views': {'shape': [32, 32, 32]}}
+        >>> content = {"max_steps": 2000, "views": {"shape": [64, 64, 64]}}
+        >>> apply_overrides(content, ["views.shape=[32,32,32]", "max_steps=100"])
+        {'max_steps': 100, 'views': {'shape': [32, 32, 32]}}
     """
     content = translate_config(yaml.safe_load(yaml.safe_dump(content)))
     given_keys: dict[tuple[str, ...], str] = {}  # place: last part of the path as given

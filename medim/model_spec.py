@@ -72,8 +72,8 @@ class Provenance:
     Attributes:
         config_hash: of the run's configuration.
         index_hash: of the training images.
-        seed: of weights, batches and augmentation.
-        split_seed: of the split by subject.
+        seed: random seed of weights, batches and augmentation.
+        split_seed: random seed of the split by subject.
         parent: sha256 of the encoder that a fine-tuning started from; None for fresh weights.
         versions: of medim, python and the libraries, by name.
     """

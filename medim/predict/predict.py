@@ -41,9 +41,10 @@ def predict(
     progress: AnswerProgress | None = None,
     limits: DecodingLimits = DEFAULT_LIMITS,
 ) -> list[PredictionRow]:
-    """Segment or classify all images of a source.
+    """Apply a segmenter, a classifier or a regression model to all images of a source.
 
-    For each image, a mask (`.nii.gz` on the native grid; `.png` in 2D) or a JSON file of probabilities is written; its
+    For each image, a mask (`.nii.gz` on the native grid; `.png` in 2D) or a JSON file of probabilities or of a
+    number is written; its
     name is derived from the image key. `predictions.csv` lists the predictions, and `rejected.csv` the files without a
     prediction and the reason. `summary.json` is written last.
 
@@ -55,7 +56,7 @@ def predict(
     `medim.inference.ood`.
 
     Args:
-        package: segmenter or classifier.
+        package: segmenter, classifier or regression model.
         inputs: index, or input of `build_index`.
         out: output folder.
         output_format: output format.
@@ -74,7 +75,9 @@ def predict(
     """
     network = _get_predictor(package)
     if network.kind == ENCODER:
-        raise UserError("predict: expected a segmenter or classifier, got an encoder. Use `medim embed`.")
+        raise UserError(
+            "predict: expected a segmenter, a classifier or a regression model, got an encoder. Use `medim embed`."
+        )
     write_answer = _select_writer(package, output_format, labelmap=labelmap)
     folder = prepare_output_folder(out, overwrite=overwrite)
     with sandboxed_decoding(limits):

@@ -38,7 +38,7 @@ def resolve_finetune_config(
     encoder keeps its own.
 
     Args:
-        task: segmentation or classification.
+        task: segmentation, classification or regression; findings (several labels per image) are a classification.
         modality: modality; required without an encoder.
         encoder: pretraining run or package, or None.
         name: preset or file.

@@ -19,9 +19,9 @@ class FinetuneOptions:
         from_scratch: take the encoder's architecture and preprocessing, not its weights.
         labelled: label budget in images.
         label_fraction: label budget as a share of the labelled training images.
-        seed: of fresh weights, batches and augmentation.
-        subset_seed: of the draw of the label budget; None: `seed`.
-        split_seed: of the split by subject.
+        seed: random seed of fresh weights, batches and augmentation.
+        subset_seed: random seed of the draw of the label budget; None: `seed`.
+        split_seed: random seed of the split by subject.
         resume: continue from the newest checkpoint in the run's folder.
         overwrite: empty the run's folder first.
         accelerator: device kind, in the terms of Lightning.

@@ -14,8 +14,8 @@ class PretrainOptions:
     """Seeds, devices, and the handling of the output folder.
 
     Attributes:
-        seed: of weights, batches, crops, augmentation and objectives.
-        split_seed: of the split by subject.
+        seed: random seed of weights, batches, crops, augmentation and objectives.
+        split_seed: random seed of the split by subject.
         resume: continue from the newest checkpoint in the run's folder.
         overwrite: empty the run's folder first.
         accelerator: device kind, in the terms of Lightning.
