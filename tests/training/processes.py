@@ -130,7 +130,7 @@ def adamw(groups: Any, **options: Any) -> Any:
     return build_optimiser(groups, **{**options, "lr": 1e-3})
 
 
-def trained(case: str, ranks: ProcessGroup, *, by: Any = descent) -> dict[str, dict[str, torch.Tensor]]:
+def trained(case: str, group: ProcessGroup, *, by: Any = descent) -> dict[str, dict[str, torch.Tensor]]:
     """Parameters and buffers before and after the steps of a case, and the losses of the last one."""
     config = config_of(case)
     sizes = {"in_channels": 1, "spatial_dims": 2, "input_shape": list(SHAPE)}
@@ -138,13 +138,13 @@ def trained(case: str, ranks: ProcessGroup, *, by: Any = descent) -> dict[str, d
     torch.manual_seed(0)
     losses: dict[str, torch.Tensor] = {}
     with patch.object(training_module, "build_optimiser", by):
-        module = _build_module(config, spec, 0, ranks)
+        module = _build_module(config, spec, 0, group)
         before = {name: value.clone() for name, value in module.state_dict().items()}
-        sampler = StepSampler([str(n) for n in range(12)], batch_size=BATCH, steps=STEPS, seed=0, ranks=ranks)
+        sampler = StepSampler([str(n) for n in range(12)], batch_size=BATCH, steps=STEPS, seed=0, group=group)
         quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         trainer = pl.Trainer(
             max_steps=STEPS,
-            **trainer_options("cpu", ranks),
+            **trainer_options("cpu", group),
             **quiet,
             callbacks=[Keep(losses)],
             enable_model_summary=False,
@@ -187,13 +187,13 @@ def fault(name: str) -> AbstractContextManager[Any]:
 
 def main(out: Path) -> None:
     """Run every case, and one with each fault."""
-    with launched("cpu", planned_group("cpu", 2, 1)) as ranks:
+    with launched("cpu", planned_group("cpu", 2, 1)) as group:
         for case in CASES:
-            torch.save(trained(case, ranks), out / f"{case}-{ranks.rank}.pt")
-        torch.save(trained("dv", ranks, by=adamw), out / f"adamw-{ranks.rank}.pt")
+            torch.save(trained(case, group), out / f"{case}-{group.rank}.pt")
+        torch.save(trained("dv", group, by=adamw), out / f"adamw-{group.rank}.pt")
         for name in FAULTS:
             with fault(name):
-                torch.save(trained("infonce", ranks), out / f"{name}-{ranks.rank}.pt")
+                torch.save(trained("infonce", group), out / f"{name}-{group.rank}.pt")
 
 
 if __name__ == "__main__":

@@ -181,10 +181,10 @@ def test_a_slurm_job_that_is_warned_saves_in_all_tasks_and_torchrun_ends_it(
 
 BROKEN = """
 from medim.training.engine.launch import launched, planned_group
-with launched("cpu", planned_group("cpu", 2, 1)) as ranks:
-    if ranks.rank == 1:
+with launched("cpu", planned_group("cpu", 2, 1)) as group:
+    if group.rank == 1:
         raise ValueError("the second broke")
-    ranks.any_true(False)
+    group.any_true(False)
     print("went on")
 """
 

@@ -21,24 +21,24 @@ class GatheredViews(Views):
 
     Args:
         own: views of this process; all processes have the same number.
-        ranks: the processes of the run.
+        group: the processes of the run.
     """
 
     own: Views
-    _ranks: ProcessGroup
+    _group: ProcessGroup
 
-    def __init__(self, own: Views, ranks: ProcessGroup) -> None:
-        self.__dict__.update(own=own, _ranks=ranks)
+    def __init__(self, own: Views, group: ProcessGroup) -> None:
+        self.__dict__.update(own=own, _group=group)
 
     @cached_property
     def image(self) -> torch.Tensor:
         """Images of all processes: (B, V, C, ...)."""
-        return self._ranks.gather(self.own.image)
+        return self._group.gather(self.own.image)
 
     @cached_property
     def location(self) -> torch.Tensor:
         """Locations of all processes: (B, V, spatial_dims)."""
-        return self._ranks.gather(self.own.location)
+        return self._group.gather(self.own.location)
 
 
 class GatheredFeatures(Features):

@@ -152,19 +152,19 @@ class SyncStopCallback(pl.Callback):
     """Stops a run in all processes if one process stops.
 
     Args:
-        ranks: the processes of the run.
+        group: the processes of the run.
     """
 
-    def __init__(self, ranks: ProcessGroup) -> None:
-        self._ranks = ranks
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group = group
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Stop all processes after this step if one of them is to stop."""
-        trainer.should_stop = self._ranks.any_true(trainer.should_stop)
+        trainer.should_stop = self._group.any_true(trainer.should_stop)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Stop all processes after this validation if one of them is to stop."""
-        trainer.should_stop = self._ranks.any_true(trainer.should_stop)
+        trainer.should_stop = self._group.any_true(trainer.should_stop)
 
 
 def is_main_process() -> bool:
@@ -181,11 +181,11 @@ class TrainerOptions(TypedDict):
     strategy: DDPStrategy | Literal["auto"]
 
 
-def trainer_options(accelerator: str, ranks: ProcessGroup) -> TrainerOptions:
+def trainer_options(accelerator: str, group: ProcessGroup) -> TrainerOptions:
     """Build the options of the Lightning trainer for devices and processes."""
     # Not every backward pass uses every parameter: prior matching has two passes, CPC does not use the summary.
-    strategy: DDPStrategy | Literal["auto"] = DDPStrategy(find_unused_parameters=True) if ranks.count > 1 else "auto"
-    return {"accelerator": accelerator, "devices": ranks.devices, "num_nodes": ranks.nodes, "strategy": strategy}
+    strategy: DDPStrategy | Literal["auto"] = DDPStrategy(find_unused_parameters=True) if group.count > 1 else "auto"
+    return {"accelerator": accelerator, "devices": group.devices, "num_nodes": group.nodes, "strategy": strategy}
 
 
 def slurm_environment() -> list[Any]:

@@ -41,7 +41,7 @@ class StepSampler(Sampler[list[SampleItem]]):
         steps: total number of batches.
         seed: random seed of the run.
         start: number of steps already done, which a resumed run skips.
-        ranks: the processes of the run; batch_size is a multiple of their number.
+        group: the processes of the run; batch_size is a multiple of their number.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class StepSampler(Sampler[list[SampleItem]]):
         steps: int,
         seed: int,
         start: int = 0,
-        ranks: ProcessGroup = SINGLE_PROCESS,
+        group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        ranks.check_batch(batch_size)
+        group.check_batch(batch_size)
         scans: dict[str, list[int]] = {}
         for image, subject in enumerate(subjects):
             scans.setdefault(subject, []).append(image)
@@ -63,8 +63,8 @@ class StepSampler(Sampler[list[SampleItem]]):
         self._steps = steps
         self._seed = seed
         self._start = start
-        n_per_process = batch_size // ranks.count
-        self._slots = slice(ranks.rank * n_per_process, (ranks.rank + 1) * n_per_process)
+        n_per_process = batch_size // group.count
+        self._slots = slice(group.rank * n_per_process, (group.rank + 1) * n_per_process)
 
     def __len__(self) -> int:
         """Number of steps of the run, including those before `start`, because Lightning counts from the beginning."""

@@ -79,7 +79,7 @@ def make_trainer(
     accelerator: str = "auto",
     validate: bool = True,
     clip: float = 0.0,
-    ranks: ProcessGroup = SINGLE_PROCESS,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> pl.Trainer:
     """Build a trainer for a run that counts steps instead of epochs.
 
@@ -91,18 +91,18 @@ def make_trainer(
         accelerator: device kind, in the terms of Lightning.
         validate: whether to validate at every checkpoint.
         clip: largest gradient norm, for modules without their own clipping; 0 disables clipping.
-        ranks: the processes of the run.
+        group: the processes of the run.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for harmless in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=harmless)
-    callbacks = [*callbacks, *([SyncStopCallback(ranks)] if ranks.count > 1 else [])]
+    callbacks = [*callbacks, *([SyncStopCallback(group)] if group.count > 1 else [])]
     checkpoints = CheckpointCallback(out / "checkpoints", config.checkpoint_every_steps)
     progress = RichProgressBar(leave=True) if sys.stderr.isatty() and log.isEnabledFor(logging.INFO) else LineProgress()
     trainer = pl.Trainer(
         max_steps=config.max_steps,
         max_epochs=-1,
-        **trainer_options(accelerator, ranks),
+        **trainer_options(accelerator, group),
         precision=choose_precision(config.precision, accelerator),
         callbacks=[*callbacks, checkpoints, progress],
         logger=logger,

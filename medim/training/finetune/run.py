@@ -98,9 +98,12 @@ def finetune(
     config = select_head(config, index)
     dry_run_finetuning(config, options.encoder)
     check_accelerator(options.accelerator)
-    _prepare_folder(out, options)
+    _prepare_output(out, options)
     data = _open_labelled_data(config, index, options)
-    run, checkpoint, start_step = _build_run(config, data, out, options)
+    run = _build_run(config, data, out, options)
+    checkpoint, start_step = _prepare_run_folder(run)
+    if config.head_init == "probe" and not checkpoint:
+        _initialise_head(run)
     with track_run(
         "finetune", config, out, seed=options.seed, index_hash=index.hash, parent=options.parent_run
     ) as tracker:
@@ -111,7 +114,7 @@ def finetune(
     return summary
 
 
-def _prepare_folder(out: Path, options: FinetuneOptions) -> None:
+def _prepare_output(out: Path, options: FinetuneOptions) -> None:
     """Prepare the output folder; a study has already checked the tracking server for its runs."""
     if options.parent_run is None:
         check_target(out if options.resume else None)
@@ -144,37 +147,36 @@ def _open_labelled_data(config: FinetuneConfig, index: Index, options: FinetuneO
     )
 
 
-def _build_run(
-    config: FinetuneConfig, data: _LabelledData, out: Path, options: FinetuneOptions
-) -> tuple[_FinetuneRun, Path | None, int]:
-    """Build the model, write configuration and split, and find the checkpoint to resume from.
+def _build_run(config: FinetuneConfig, data: _LabelledData, out: Path, options: FinetuneOptions) -> _FinetuneRun:
+    """Build the model from the seed, and load the initial weights."""
+    pl.seed_everything(options.seed, workers=False, verbose=False)
+    spec = build_model_spec(config, data.cohort, options.seed, options.split_seed, data.train)
+    model, pretrained, spec = _prepare_model(config, spec, options.initial_weights)
+    module = FinetuneModule(model, config, pretrained)
+    return _FinetuneRun(config=config, options=options, out=out, data=data, spec=spec, module=module)
+
+
+def _prepare_run_folder(run: _FinetuneRun) -> tuple[Path | None, int]:
+    """Write configuration and split, and find the checkpoint to resume from.
 
     Returns:
-        The run, the checkpoint and its step; None and 0 for a new run.
+        The checkpoint and its step; (None, 0) for a new run.
     """
-    cohort, train, seed, split_seed = data.cohort, data.train, options.seed, options.split_seed
-    pl.seed_everything(seed, workers=False, verbose=False)
-    spec = build_model_spec(config, cohort, seed, split_seed, train)
-    model, pretrained, spec = _prepare_model(config, spec, options.initial_weights)
+    out, options, cohort = run.out, run.options, run.data.cohort
     write_config(
         out,
-        config,
-        seed=seed,
-        split_seed=split_seed,
+        run.config,
+        seed=options.seed,
+        split_seed=options.split_seed,
         index_hash=cohort.index.hash,
-        parent=spec.provenance.parent,
+        parent=run.spec.provenance.parent,
         labelled=options.labelled,
         label_fraction=options.label_fraction,
         subset_seed=options.label_seed,
     )
-    split, all_train = out / "split.csv", cohort.records("train")
-    write_splits(split, cohort.index, cohort.splits, all_train, seed=options.label_seed, labelled_records=train)
-    checkpoint, start_step = find_newest_checkpoint(out / "checkpoints") if options.resume else (None, 0)
-    if config.head_init == "probe" and not checkpoint:
-        _initialise_head(config, cohort, train, model, spec, seed)
-    module = FinetuneModule(model, config, pretrained)
-    run = _FinetuneRun(config=config, options=options, out=out, data=data, spec=spec, module=module)
-    return run, checkpoint, start_step
+    split, train = out / "split.csv", cohort.records("train")
+    write_splits(split, cohort.index, cohort.splits, train, seed=options.label_seed, labelled_records=run.data.train)
+    return find_newest_checkpoint(out / "checkpoints") if options.resume else (None, 0)
 
 
 def _train(run: _FinetuneRun, checkpoint: Path | None, start_step: int) -> None:
@@ -344,18 +346,12 @@ def _build_unknown_history(encoder: Path | None) -> TrainingHistory:
     return TrainingHistory(unknown_kinds=("pretrain",) if pretrained else ("pretrain", "finetune"))
 
 
-def _initialise_head(
-    config: FinetuneConfig,
-    cohort: Cohort,
-    records: Sequence[ImageRecord],
-    model: Model,
-    spec: ModelSpec,
-    seed: int,
-) -> None:
+def _initialise_head(run: _FinetuneRun) -> None:
     """Initialise the head as a probe of the labelled images, at most `HEAD_PROBE_BATCHES` batches, unaugmented."""
-    n_batches = min(HEAD_PROBE_BATCHES, -(-len(records) // config.batch_size))
-    batches = build_finetune_loader(config, cohort, records, spec.classes, steps=n_batches, seed=seed, augment=False)
-    start_head_as_probe(model, batches, classes=spec.out_channels or 0, seed=seed)
+    config, data, classes, seed = run.config, run.data, run.spec.classes, run.options.seed
+    n_batches = min(HEAD_PROBE_BATCHES, -(-len(data.train) // config.batch_size))
+    batches = build_finetune_loader(config, data.cohort, data.train, classes, steps=n_batches, seed=seed, augment=False)
+    start_head_as_probe(run.module.model, batches, classes=run.spec.out_channels or 0, seed=seed)
 
 
 def build_finetune_loader(

@@ -14,7 +14,7 @@ from medim.training.fit_ood import MAX_IMAGES
 from medim.training.pretrain import online_probe
 from medim.training.pretrain.history import FIRST_VALIDATION_STEP
 from medim.training.pretrain.online_probe import MAX_PAIRS, MAX_SUBJECTS, MIN_CLASS_SUBJECTS, MIN_SUBJECTS
-from medim.training.pretrain.run import HELD_OUT_BATCHES
+from medim.training.pretrain.run import VAL_BATCHES
 
 RecordSequence = Sequence[ImageRecord]
 
@@ -42,7 +42,7 @@ def count_validation_images(config: PretrainConfig, train: RecordSequence, held_
     """Count the views that one validation encodes: validation batches, pairs, and support and queries of the probe."""
     if count_subjects(held_out) < 2:
         return 0
-    batches = HELD_OUT_BATCHES * min(config.batch_size, count_subjects(held_out)) * config.views.count
+    batches = VAL_BATCHES * min(config.batch_size, count_subjects(held_out)) * config.views.count
     return batches + 2 * _count_pairs(config, held_out) + sum(_count_probe_images(config, train))
 
 
@@ -65,7 +65,7 @@ def estimate_cached_bytes(
     n_train = 0 if config.workers else min(len(train), config.max_steps * config.batch_size)
     total = _cached(n_train, image_bytes)
     if count_subjects(held_out) > 1:
-        batches = HELD_OUT_BATCHES * min(config.batch_size, count_subjects(held_out))
+        batches = VAL_BATCHES * min(config.batch_size, count_subjects(held_out))
         metric_images = (_count_pairs(config, held_out), *_count_probe_images(config, train))
         total += _cached(min(len(held_out), batches), image_bytes)
         total += sum(_cached(count, image_bytes, online_probe.CACHE_BYTES) for count in metric_images)

@@ -39,14 +39,14 @@ def resolve_pretrain_config(name: str, assignments: Sequence[str] = (), index: I
     return config
 
 
-def dry_run_pretraining(config: PretrainConfig, ranks: ProcessGroup = SINGLE_PROCESS) -> None:
+def dry_run_pretraining(config: PretrainConfig, group: ProcessGroup = SINGLE_PROCESS) -> None:
     """Build every part for one blank image, to detect invalid sections before images are read or files are written.
 
     Raises:
         UsageError: the options of a section do not match its constructor, the encoder does not accept views of this
             shape, or batch size or normalisation do not work with several processes.
     """
-    ranks.check_batch(config.batch_size)
+    group.check_batch(config.batch_size)
     if config.batch_size < 2:
         raise UsageError(
             f"batch_size: expected 2 or more, because objectives compare images of a batch; got {config.batch_size}."
@@ -63,7 +63,7 @@ def dry_run_pretraining(config: PretrainConfig, ranks: ProcessGroup = SINGLE_PRO
         build_objectives(config, encoder, decoder, 1)
         for network in (encoder, decoder):
             if network is not None:
-                ranks.with_synced_batch_norm(network)
+                group.with_synced_batch_norm(network)
         check_chunk_support(config.gradient_cache_chunk, encoder, decoder)
     except (RuntimeError, ValueError) as error:
         raise UsageError(

@@ -47,7 +47,7 @@ class PretrainModule(pl.LightningModule):
         compile_networks: whether to use torch.compile for encoder and decoder.
         gradient_clip: largest gradient norm; 0 disables clipping.
         seed: random seed of the run, from which those of the steps are derived.
-        ranks: the processes of the run. A training batch is the part of this process; a validation batch is whole in
+        group: the processes of the run. A training batch is the part of this process; a validation batch is whole in
             each process.
     """
 
@@ -61,7 +61,7 @@ class PretrainModule(pl.LightningModule):
         gradient_clip: float,
         seed: int,
         adversary_lr: float = 1e-4,
-        ranks: ProcessGroup = SINGLE_PROCESS,
+        group: ProcessGroup = SINGLE_PROCESS,
         chunk: int | None = None,
         compile_networks: bool = False,
     ) -> None:
@@ -78,7 +78,7 @@ class PretrainModule(pl.LightningModule):
         self._adversary_lr = adversary_lr
         self._clip = gradient_clip
         self._seed = seed
-        self._ranks = ranks
+        self._group = group
         self._gradient_norms: dict[str, torch.Tensor] = {}
         check_chunk_support(chunk, encoder, decoder)
         self._chunk = chunk
@@ -161,7 +161,7 @@ class PretrainModule(pl.LightningModule):
     def _prepare_views(self, batch: ViewBatch, step: int, split: int) -> tuple[Views, StepEncoder]:
         generator = torch.Generator().manual_seed(derive_seed(self._seed, step, split, 2))
         views = Views(*batch)
-        if self._ranks.count > 1 and split == 0:
-            views = GatheredViews(views, self._ranks)
+        if self._group.count > 1 and split == 0:
+            views = GatheredViews(views, self._group)
         encoder, decoder = self._networks
-        return views, StepEncoder(encoder, decoder, views, generator, self._ranks, chunk=self._chunk)
+        return views, StepEncoder(encoder, decoder, views, generator, self._group, chunk=self._chunk)

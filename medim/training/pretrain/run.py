@@ -44,7 +44,7 @@ from medim.types import UserError
 from medim.version import __version__
 
 log = logging.getLogger(__name__)
-HELD_OUT_BATCHES = 8
+VAL_BATCHES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,10 +173,10 @@ def _open_tracker(run: _PretrainRun) -> Iterator[Tracker | None]:
 def _train(run: _PretrainRun, tracker: Tracker | None, checkpoint: Path | None, start_step: int) -> pl.Trainer:
     """Train to the last step, and validate after it."""
     config, cohort, seed = run.config, run.cohort, run.options.seed
-    loader = _build_train_loader(config, cohort, cohort.records("train"), seed=seed, start=start_step, ranks=run.group)
-    held_out_loader = _build_held_out_loader(config, cohort, cohort.records("val"), seed=seed)
-    validate = held_out_loader is not None
-    run.history.set_validation(held_out_loader, every=min(config.checkpoint_every_steps, config.max_steps))
+    loader = _build_train_loader(config, cohort, cohort.records("train"), seed=seed, start=start_step, group=run.group)
+    val_loader = _build_val_loader(config, cohort, cohort.records("val"), seed=seed)
+    validate = val_loader is not None
+    run.history.set_validation(val_loader, every=min(config.checkpoint_every_steps, config.max_steps))
     trainer = make_trainer(
         config,
         run.out,
@@ -184,11 +184,11 @@ def _train(run: _PretrainRun, tracker: Tracker | None, checkpoint: Path | None, 
         callbacks=[run.history, *run.options.callbacks],
         accelerator=run.options.accelerator,
         validate=validate,
-        ranks=run.group,
+        group=run.group,
     )
-    run_trainer(trainer, run.module, loader, held_out_loader, checkpoint=checkpoint)
+    run_trainer(trainer, run.module, loader, val_loader, checkpoint=checkpoint)
     if validate and run.history.held_out_step != trainer.global_step:
-        trainer.validate(run.module, held_out_loader, verbose=False)
+        trainer.validate(run.module, val_loader, verbose=False)
     return trainer
 
 
@@ -220,9 +220,9 @@ def _build_history(
     config: PretrainConfig, cohort: Cohort, module: PretrainModule, *, seed: int, stop_on_collapse: bool
 ) -> tuple[MetricHistory, OnlineProbe | None]:
     """Build the history of the run with its encoder metrics, and the online probe."""
-    train, held_out = cohort.records("train"), cohort.records("val")
+    train, val = cohort.records("train"), cohort.records("val")
     probe = open_probe(config, cohort, train, seed=seed)
-    alignment_metrics = [AlignmentMetric(config, cohort, held_out, seed=seed)] if held_out else []
+    alignment_metrics = [AlignmentMetric(config, cohort, val, seed=seed)] if val else []
     history = MetricHistory(
         stop_on_collapse=stop_on_collapse,
         summary_trained=any(getattr(objective, "reads_summary", True) for objective in module.objectives.values()),
@@ -234,40 +234,38 @@ def _build_history(
     return history, probe
 
 
-def _build_module(config: PretrainConfig, spec: ModelSpec, seed: int, ranks: ProcessGroup) -> PretrainModule:
+def _build_module(config: PretrainConfig, spec: ModelSpec, seed: int, group: ProcessGroup) -> PretrainModule:
     encoder: Any = build_encoder(spec)
     decoder = build_decoder(config.decoder, encoder, config.spatial_dims) if config.decoder else None
     objectives = build_objectives(config, encoder, decoder, spec.in_channels)
     return PretrainModule(
-        ranks.with_synced_batch_norm(encoder),
-        decoder and ranks.with_synced_batch_norm(decoder),
+        group.with_synced_batch_norm(encoder),
+        decoder and group.with_synced_batch_norm(decoder),
         objectives,
         optimisation=config.optimisation,
         gradient_clip=config.gradient_clip,
         seed=seed,
-        ranks=ranks,
+        group=group,
         chunk=config.gradient_cache_chunk,
         compile_networks=config.compile,
     )
 
 
 def _fit_batch_size(
-    config: PretrainConfig, train: tuple[ImageRecord, ...], held_out: tuple[ImageRecord, ...], ranks: ProcessGroup
+    config: PretrainConfig, train: tuple[ImageRecord, ...], val: tuple[ImageRecord, ...], group: ProcessGroup
 ) -> PretrainConfig:
-    subjects, others = (len({r.subject for r in records}) for records in (train, held_out))
-    minimum = max(2, ranks.count)
-    if subjects < minimum:
+    n_train, n_val = (len({r.subject for r in records}) for records in (train, val))
+    minimum = max(2, group.count)
+    if n_train < minimum:
         raise UserError(
-            f"pretraining: expected at least {minimum} subjects to train on, got {subjects}. "
+            f"pretraining: expected at least {minimum} subjects to train on, got {n_train}. "
             "Add images, or check the subject column of the index."
         )
-    if others < 2:
-        log.warning(
-            "validation subjects: %d; without at least 2, there are no validation losses and no verdict", others
-        )
-    if subjects < config.batch_size:
-        size = subjects // ranks.count * ranks.count
-        log.warning("batch_size %d exceeds the %d training subjects; using %d", config.batch_size, subjects, size)
+    if n_val < 2:
+        log.warning("validation subjects: %d; without at least 2, there are no validation losses and no verdict", n_val)
+    if n_train < config.batch_size:
+        size = n_train // group.count * group.count
+        log.warning("batch_size %d exceeds the %d training subjects; using %d", config.batch_size, n_train, size)
         return config.model_copy(update={"batch_size": size})
     return config
 
@@ -291,24 +289,22 @@ def _build_train_loader(
     *,
     seed: int,
     start: int,
-    ranks: ProcessGroup,
+    group: ProcessGroup,
 ) -> Any:
     subjects = [r.subject for r in records]
     size, steps = config.batch_size, config.max_steps
-    sampler = StepSampler(subjects, batch_size=size, steps=steps, seed=seed, start=start, ranks=ranks)
+    sampler = StepSampler(subjects, batch_size=size, steps=steps, seed=seed, start=start, group=group)
     return step_loader(
         _build_view_dataset(config, cohort, records), sampler, workers=config.workers, prefetch=config.prefetch
     )
 
 
-def _build_held_out_loader(
-    config: PretrainConfig, cohort: Cohort, records: tuple[ImageRecord, ...], *, seed: int
-) -> Any:
+def _build_val_loader(config: PretrainConfig, cohort: Cohort, records: tuple[ImageRecord, ...], *, seed: int) -> Any:
     subjects = [r.subject for r in records]
     if len(set(subjects)) < 2:
         return None
     size = min(config.batch_size, len(set(subjects)))
-    sampler = StepSampler(subjects, batch_size=size, steps=HELD_OUT_BATCHES, seed=seed + 1)
+    sampler = StepSampler(subjects, batch_size=size, steps=VAL_BATCHES, seed=seed + 1)
     return step_loader(_build_view_dataset(config, cohort, records), sampler, workers=0)
 
 

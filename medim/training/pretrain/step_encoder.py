@@ -24,7 +24,7 @@ class StepEncoder:
         decoder: decoder being trained, or None.
         views: batch of the step, of all processes.
         generator: random generator of the step, the same in all processes.
-        ranks: the processes of the run.
+        group: the processes of the run.
         chunk: images per chunk; see `medim.training.engine.gradient_cache`.
     """
 
@@ -34,14 +34,14 @@ class StepEncoder:
         decoder: nn.Module | None,
         views: Views,
         generator: torch.Generator,
-        ranks: ProcessGroup = SINGLE_PROCESS,
+        group: ProcessGroup = SINGLE_PROCESS,
         *,
         chunk: int | None = None,
     ) -> None:
         self._encoder = encoder
         self._decoder = decoder
         self._views = views
-        self._ranks = ranks
+        self._group = group
         self.generator = generator
         self._chunk = chunk
 
@@ -51,11 +51,11 @@ class StepEncoder:
         if not isinstance(self._views, GatheredViews):
             return self(self._views.image.flatten(0, 1))
         own = self._views.own.image.flatten(0, 1)
-        return self._gather_features(self._encode_local(own), len(own) * self._ranks.count)
+        return self._gather_features(self._encode_local(own), len(own) * self._group.count)
 
     def __call__(self, image: torch.Tensor) -> Features:
         """Encode images (N, C, ...)."""
-        return self._gather_features(self._encode_local(self._ranks.local_shard(image)), len(image))
+        return self._gather_features(self._encode_local(self._group.local_shard(image)), len(image))
 
     def decode(self, features: Features) -> torch.Tensor:
         """Decode features to one map (N, out_channels, ...) on the grid of the image.
@@ -67,12 +67,12 @@ class StepEncoder:
             raise UsageError(
                 "this objective needs a decoder; add one to the configuration, for example decoder: {name: unet}."
             )
-        if self._ranks.count == 1:
+        if self._group.count == 1:
             own, count = features, 0
         elif isinstance(features, GatheredFeatures):
             own, count = features.own, features.count
         else:
-            take_shard = self._ranks.local_shard
+            take_shard = self._group.local_shard
             own, count = (
                 Features(tuple(map(take_shard, features.maps)), take_shard(features.summary)),
                 len(features.summary),
@@ -85,8 +85,8 @@ class StepEncoder:
 
     def _gather_features(self, own: Features, count: int) -> Features:
         """Build the features of `count` images from the part that this process has encoded."""
-        return own if self._ranks.count == 1 else GatheredFeatures(own, count, self._gather_tensor)
+        return own if self._group.count == 1 else GatheredFeatures(own, count, self._gather_tensor)
 
     def _gather_tensor(self, part: torch.Tensor, count: int) -> torch.Tensor:
         """Gather (count, ...), without the entries repeated as padding; `part` itself in a run of one process."""
-        return part if self._ranks.count == 1 else self._ranks.gather(part)[:count]
+        return part if self._group.count == 1 else self._group.gather(part)[:count]

@@ -30,7 +30,7 @@ def _no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_the_parts_of_a_batch_are_the_batch_each_slot_with_its_seed(count: int) -> None:
     parts = [
-        list(StepSampler(SUBJECTS, batch_size=8, steps=9, seed=3, ranks=ProcessGroup(r, count))) for r in range(count)
+        list(StepSampler(SUBJECTS, batch_size=8, steps=9, seed=3, group=ProcessGroup(r, count))) for r in range(count)
     ]
     whole = list(StepSampler(SUBJECTS, batch_size=8, steps=9, seed=3))
     assert [[item for part in step for item in part] for step in zip(*parts, strict=True)] == whole
@@ -55,7 +55,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_those_that_do() -> None:
     with pytest.raises(UsageError, match="Set batch_size=8,"):
         ProcessGroup(0, 4, 2).check_batch(6)
     with pytest.raises(UsageError, match="multiple of the 2 processes"):
-        StepSampler(SUBJECTS, batch_size=5, steps=1, seed=0, ranks=ProcessGroup(0, 2))
+        StepSampler(SUBJECTS, batch_size=5, steps=1, seed=0, group=ProcessGroup(0, 2))
 
 
 def network() -> nn.Module:
@@ -91,21 +91,21 @@ class Counting(ProcessGroup):
 
 
 def test_a_map_is_gathered_when_somebody_looks_and_once() -> None:
-    ranks = Counting(0, 2)
+    group = Counting(0, 2)
     own = Features((torch.zeros(2, 3, 4), torch.ones(2, 5)), torch.full((2, 6), 2.0))
-    features = GatheredFeatures(own, 3, lambda part, count: ranks.gather(part)[:count])
+    features = GatheredFeatures(own, 3, lambda part, count: group.gather(part)[:count])
     assert len(features.maps) == 2
-    assert not hasattr(ranks, "seen")
+    assert not hasattr(group, "seen")
     assert features.maps[-1] is features.maps[1]
     assert features.maps[1].shape == (3, 5)
-    assert ranks.__dict__["seen"] == [(2, 5)]
+    assert group.__dict__["seen"] == [(2, 5)]
     assert [tuple(m.shape) for m in features.maps] == [(3, 3, 4), (3, 5)]
     assert [tuple(m.shape) for m in features.maps[:1]] == [(3, 3, 4)]
     assert features.summary.shape == (3, 6)
-    assert ranks.__dict__["seen"] == [(2, 5), (2, 3, 4), (2, 6)]
-    views = GatheredViews(Views(torch.zeros(2, 1, 1, 8), torch.zeros(2, 1, 1)), ranks)
+    assert group.__dict__["seen"] == [(2, 5), (2, 3, 4), (2, 6)]
+    views = GatheredViews(Views(torch.zeros(2, 1, 1, 8), torch.zeros(2, 1, 1)), group)
     assert views.location.shape == (4, 1, 1)
-    assert (2, 1, 1, 8) not in ranks.__dict__["seen"], "images are large, and not every objective looks at them"
+    assert (2, 1, 1, 8) not in group.__dict__["seen"], "images are large, and not every objective looks at them"
     assert views.image.shape == (4, 1, 1, 8)
 
 
@@ -140,8 +140,8 @@ def test_a_slurm_job_without_srun_is_one_process(monkeypatch: pytest.MonkeyPatch
 
 def test_a_run_of_one_process_starts_nothing() -> None:
     plan = planned_group("cpu", None, None)
-    with launched("cpu", plan) as ranks:
-        assert ranks is SINGLE_PROCESS
+    with launched("cpu", plan) as group:
+        assert group is SINGLE_PROCESS
     assert trainer_options("cpu", SINGLE_PROCESS) == {
         "accelerator": "cpu",
         "devices": 1,
