@@ -20,6 +20,7 @@ from timing import call_in_process
 
 from medim.data.source import open_source
 from medim.files import write_json
+from medim.training.plan.estimate import PlanEstimate
 from medim.training.plan.plan import plan_pretraining
 from medim.training.pretrain.config import resolve_pretrain_config
 from medim.training.pretrain.run import pretrain
@@ -61,7 +62,7 @@ def main() -> None:
 
 def plan_run(
     data: Path | None, modality: Modality, preset: str, assignments: list[str], work_folder: Path
-) -> dict[str, Any]:
+) -> PlanEstimate:
     """Plan a run."""
     work_folder.mkdir(parents=True)
     os.chdir(work_folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,10 @@ RunSeries = list[tuple[int, float]]
 MAX_POINTS = 300  # maximum number of points of a curve
 
 
-def run_once(out: Path, run: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+def run_once(out: Path, run: Callable[..., Mapping[str, Any]]) -> Mapping[str, Any]:
     """Return the summary of a run; start or resume the run if it is not finished."""
     if (out / "summary.json").is_file():
-        summary: dict[str, Any] = read_migrated_json(out / "summary.json", "run")
-        return summary
+        return read_migrated_json(out / "summary.json", "run")
     return run(out, resume=True)
 
 

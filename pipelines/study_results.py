@@ -34,9 +34,9 @@ def format_study_section(study: StudyView) -> str:
     """Format the section of a study: labels saved, table of results, and computing time."""
     summary = study.summary
     sentences = [
-        f"- **{arm}**: {row['labels_saved']['sentence']}"
+        f"- **{arm}**: {labels_saved['sentence']}"
         for arm in _list_comparable_arms(study)
-        if (row := study.best_row(arm))
+        if (labels_saved := study.best_row(arm)["labels_saved"])
     ]
     rows = [_format_study_row(study, arm, budget) for budget in study.budgets for arm in study.arms]
     head = ["labels", "arm", metric_name(study.metric), "minus from scratch", "p, Holm", "verdict"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ BASE = load_config("pretrain", "xray-28", [f"max_steps={STEPS}"])
 ARMS = {name: sections for name, sections in build_arms(BASE).items() if name != "SimCLR"}  # not part of the table
 
 
-def measure_arm(arm: str, seed: int, index: Index, out: Path) -> tuple[dict[str, Any], Aurocs]:
+def measure_arm(arm: str, seed: int, index: Index, out: Path) -> tuple[Mapping[str, Any], Aurocs]:
     """Pretrain an encoder; return its summary, and the mean AUROC of its probes by input and label budget."""
     settings = BASE.model_copy(update={"objectives": ARMS[arm]})
     folder = get_run_folder(out, arm, seed)
