@@ -43,10 +43,9 @@ def predict(
 ) -> list[PredictionRow]:
     """Apply a segmenter, a classifier or a regression model to all images of a source.
 
-    For each image, a mask (`.nii.gz` on the native grid; `.png` in 2D) or a JSON file of probabilities or of a
-    number is written; its
-    name is derived from the image key. `predictions.csv` lists the predictions, and `rejected.csv` the files without a
-    prediction and the reason. `summary.json` is written last.
+    For each image, a mask (`.nii.gz` on the native grid; `.png` in 2D) or a JSON file is written, named after the image
+    key. `predictions.csv` lists the predictions, and `rejected.csv` the files without a prediction and the reason.
+    `summary.json` is written last.
 
     In DICOM format, a segmentation (`.seg.dcm`) with a report of its volumes, or a report of probabilities (`.sr.dcm`)
     is written. These files contain the same patient attributes as the image. DICOM images are first checked against the
@@ -75,9 +74,7 @@ def predict(
     """
     network = _get_predictor(package)
     if network.kind == ENCODER:
-        raise UserError(
-            "predict: expected a segmenter, a classifier or a regression model, got an encoder. Use `medim embed`."
-        )
+        raise UserError("predict: expected a fine-tuned model, got an encoder. Use `medim embed`.")
     write_answer = _select_writer(package, output_format, labelmap=labelmap)
     folder = prepare_output_folder(out, overwrite=overwrite)
     with sandboxed_decoding(limits):
