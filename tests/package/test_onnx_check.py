@@ -240,7 +240,7 @@ def test_damaged_bytes_are_refused_and_never_crash(packages: dict[str, Package],
 
 def test_a_graph_beyond_the_limit_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     data = model(relu()).SerializeToString()
-    monkeypatch.setattr(onnx_check, "MAX_GRAPH_BYTES", len(data))
+    monkeypatch.setattr(onnx_check, "MAX_FILE_BYTES", len(data))
     with pytest.raises(PackageError, match="below"):
         check_graph(data, "model.onnx")
 

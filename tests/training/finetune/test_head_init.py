@@ -27,7 +27,7 @@ def logits(probe: LinearProbe, rows: Array) -> Array:
 @pytest.mark.parametrize("each", [2, 30])
 def test_it_is_the_linear_probe_as_weights(classes: int, each: int) -> None:
     rows, labels = clouds(classes, each)
-    oracle = linear_probe(rows, labels, rows, seed=0).probabilities
+    oracle = linear_probe(rows, labels, rows, seed=0).predictions
     got = torch.softmax(torch.from_numpy(logits(fit_probe(rows, labels, classes=classes, seed=0), rows)), dim=1)
     np.testing.assert_allclose(got.numpy(), oracle, atol=1e-4)
 
