@@ -41,7 +41,7 @@ coverage: venv ## the fast tests, and which lines they reach
 	$(TEST) -m "not slow and not gpu" --cov --cov-report=term
 
 test-slow: venv ## the long tests
-	$(BIN)/python -m pytest -m slow
+	$(TEST) -m slow
 
 test-gpu: venv ## what needs a CUDA device; skips, and says so, without one
 	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
