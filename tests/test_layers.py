@@ -19,7 +19,9 @@ GROUND = frozenset(
     {"types", "version", "files", "migrations", "renamed_keys", "config", "model_spec", "privacy", "signals"}
     | {"signing", "integrity"}
 )
-DATA = frozenset({"data/labels", "data/parallel", "data/fingerprints", "data/preprocessing", "data/readers"})
+DATA = frozenset(
+    {"data/labels", "data/memory", "data/parallel", "data/fingerprints", "data/preprocessing", "data/readers"}
+)
 INDEX = DATA | {"data/index", "data/contamination"}
 LOADING = INDEX | {"data/public", "data/example", "data/loading", "data/source"}
 NETWORKS = frozenset({"models", "objectives"})
@@ -37,10 +39,11 @@ MAY_IMPORT: dict[str, frozenset[str]] = {  # a folder or a module: those it may 
     "config": frozenset({"types", "files", "renamed_keys"}),
     "model_spec": frozenset({"types", "files", "config", "migrations"}),
     "data/labels": GROUND,
+    "data/memory": GROUND,
     "data/parallel": GROUND,
     "data/fingerprints": GROUND,
     "data/preprocessing": GROUND,
-    "data/readers": GROUND | {"data/labels", "data/preprocessing"},
+    "data/readers": GROUND | {"data/labels", "data/memory", "data/preprocessing"},
     "data/index": GROUND | DATA,
     "data/contamination": GROUND | DATA | {"data/index"},
     "data/public": GROUND | INDEX,

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from medim.data.index.index import AllRejectedError, ImageRecord, Index, Rejection, build_index, is_index
 from medim.data.index.records import write_rejections
 from medim.data.readers import ReadError
-from medim.data.readers.dicom.sandbox import DecodingLimits, sandboxed_decoding
+from medim.data.readers.sandbox import DecodingLimits, sandboxed_decoding
 from medim.files import prepare_output_folder, write_bytes, write_csv, write_json
 from medim.inference.network import Predictor
 from medim.package.package import Package
@@ -62,7 +62,7 @@ def predict(
         labelmap: write a segmentation as one label map (LABELMAP), which older viewers do not support.
         overwrite: delete the content of `out` first.
         progress: callback after each image.
-        limits: limits for decoding a DICOM image, which runs in a separate process.
+        limits: limits for decoding an image, which runs in a separate process.
 
     Returns:
         Rows of `predictions.csv`.

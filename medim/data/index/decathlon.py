@@ -17,6 +17,7 @@ from medim.files import read_json
 from medim.types import UserError
 
 _CHANNEL_PATTERN = re.compile(r"(.+)_(\d{4})")
+_MAX_CLASS = 255  # highest value of a mask, see `read_mask`
 _NON_SEQUENCE_NAMES = {"mri", "mr", "ct"}  # dataset.json of a single-channel task often contains only the modality
 
 
@@ -202,8 +203,10 @@ def _parse_class_names(labels: object, description_path: Path) -> tuple[str, ...
             names = {int(value): str(key) for key, value in labels.items() if not isinstance(value, list)}
             regions = [int(part) for value in labels.values() if isinstance(value, list) for part in value]
             names.setdefault(max(regions, default=0), f"label-{max(regions, default=0)}")
-        except (TypeError, ValueError) as error:
+        except (OverflowError, TypeError, ValueError) as error:
             raise UserError(
                 f'{description_path}: expected "labels" as {{"0": "background", "1": name}}, got {labels}.'
             ) from error
+    if max(names, default=0) > _MAX_CLASS:
+        raise UserError(f'{description_path}: expected mask values up to {_MAX_CLASS} in "labels", got {max(names)}.')
     return tuple(names.get(value, f"label-{value}") for value in range(1, max(names, default=0) + 1))

@@ -33,7 +33,7 @@ from medim.data.index.records import (
 from medim.data.index.scan_cache import FileScanner, ProgressCallback, inspect_file
 from medim.data.index.walk import list_readable_files
 from medim.data.labels import count_labels, finding_names
-from medim.data.readers import DICOM, ReadError, find_reader, read_mask, split_item
+from medim.data.readers import DICOM, ReadError, find_reader, read_image, read_mask, split_item
 from medim.data.readers.base import check_voxels
 from medim.data.readers.dicom.reader import SlicePlan
 from medim.files import json_sha256, read_json, write_json
@@ -154,7 +154,7 @@ class Index:
             reader = find_reader(files[0])
             if reader is None:
                 raise ReadError("not-an-image", "no reader accepts this file any more")
-            volume = DICOM.read_files(files) if len(files) > 1 else reader.read(files[0], item)
+            volume = DICOM.read_files(files) if len(files) > 1 else read_image(reader, files[0], item)
             check_voxels(volume.array)
             if volume.shape != record.shape:
                 raise ReadError(

@@ -13,11 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from medim.data.parallel import map_in_processes
-from medim.data.readers.base import ReadError
-from medim.data.readers.inspection import FileInspection, RejectedFile
+from medim.data.readers import SANDBOXED_READERS
+from medim.data.readers.base import DECODER, ReadError
+from medim.data.readers.inspection import INSPECTION_ADAPTER, FileInspection, RejectedFile
 from medim.files import cache_folder
 from medim.privacy import make_pseudonym
 from medim.version import __version__
@@ -27,24 +28,31 @@ log = logging.getLogger(__name__)
 InspectFn = Callable[[Path], FileInspection]
 ProgressCallback = Callable[[int, int], None]
 
-_CACHE_VERSION = f"{__version__}/8"  # increase the number if a reader changes its result for the same file
+_CACHE_VERSION = f"{__version__}/9"  # increase the number if a reader changes its result for the same file
 _CACHE_BATCH = 1000  # inspections per write
 _MIN_PARALLEL_FILES = 64  # with fewer files, starting processes takes longer than inspecting
-# reasons that can change without a change of the file: a network drive, an installed package
-_TRANSIENT_REASONS = {"missing", "reader-failed", "reader-missing", "unreadable", "worker-died"}
-_INSPECTION_ADAPTER = TypeAdapter(FileInspection)
+# reasons that can change without a change of the file: a network drive, an installed package, the free memory
+_TRANSIENT_REASONS = {
+    "missing", "reader-failed", "reader-missing", "too-much-memory", "too-slow", "unreadable", "worker-died"
+}  # fmt: skip
 _PATH_FIELDS: Any = {"images": {"__all__": {"files"}}, "rejected": {"__all__": {"path"}}, "instance": {"path"}}
 
 
 def inspect_file(inspect: InspectFn, path: Path) -> FileInspection:
-    """Inspect one file; an error of the reader becomes a rejection."""
+    """Inspect one file, in the decoding process if there is one; an error of the reader becomes a rejection."""
+    decoder, reader = DECODER.get(), getattr(inspect, "__self__", None)
     try:
+        if decoder is not None and reader in SANDBOXED_READERS:
+            return decoder.inspect(path).with_path(path)
         return inspect(path).with_path(path)
     except ReadError as error:
         return FileInspection(rejected=(RejectedFile(path=path, reason=error.reason, detail=error.detail),))
     except OSError as error:  # removed, or no permission
         detail = f"the file cannot be opened ({error.strerror})"
         return FileInspection(rejected=(RejectedFile(path=path, reason="unreadable", detail=detail),))
+    except MemoryError:
+        detail = "the file does not fit into memory"
+        return FileInspection(rejected=(RejectedFile(path=path, reason="too-much-memory", detail=detail),))
     except Exception as error:  # a bug in a reader must not abort an index of thousands of files
         detail = f"the reader failed ({type(error).__name__}); please report it"
         return FileInspection(rejected=(RejectedFile(path=path, reason="reader-failed", detail=detail),))
@@ -125,14 +133,14 @@ class ScanCache:
             if row is None or state is None or row[0] != state:
                 continue
             try:
-                yield path, _INSPECTION_ADAPTER.validate_json(row[1]).with_path(path)
+                yield path, INSPECTION_ADAPTER.validate_json(row[1]).with_path(path)
             except ValidationError:
                 log.debug("a cached inspection is damaged; the file is read again")
 
     def put(self, inspect: InspectFn, inspections: Sequence[tuple[Path, str | None, FileInspection]]) -> None:
         """Store the inspections of files in their current state, except rejections with a transient reason."""
         rows = [
-            (_cache_key(inspect, path), state, _INSPECTION_ADAPTER.dump_json(inspection, exclude=_PATH_FIELDS))
+            (_cache_key(inspect, path), state, INSPECTION_ADAPTER.dump_json(inspection, exclude=_PATH_FIELDS))
             for path, state, inspection in inspections
             if not any(rejected.reason in _TRANSIENT_REASONS for rejected in inspection.rejected)
         ]

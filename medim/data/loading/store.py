@@ -259,7 +259,7 @@ def fill_store(
 
     Returns:
         Image key to store key, in the order of `records`, and the failed images with their reasons: the code of a
-        reader, `preprocessing-failed`, or `worker-died` for a file that crashed its process.
+        reader, `too-much-memory`, `preprocessing-failed`, or `worker-died` for a file that crashed its process.
 
     Raises:
         UsageError: the steps are invalid.
@@ -313,6 +313,8 @@ def _build_rejection(record: ImageRecord, error: Exception) -> Rejection:
     """Build a rejection: code and detail of a reader, else only the error type, as messages may contain paths."""
     if isinstance(error, ReadError):
         return Rejection(record.path, error.reason, error.detail)
+    if isinstance(error, MemoryError):
+        return Rejection(record.path, "too-much-memory", "the image does not fit into memory")
     detail = str(error) if isinstance(error, UserError) else type(error).__name__
     return Rejection(record.path, "preprocessing-failed", detail)
 

@@ -9,9 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from medim.data.readers.base import Reader, ReadError, check_voxels
+from medim.data.readers.base import DECODER, MaskReader, Reader, ReadError, as_class_numbers, check_voxels
 from medim.data.readers.dicom.reader import DicomReader
 from medim.data.readers.inspection import CollectionResult, FileInspection, ImageInfo, RejectedFile
 from medim.data.readers.itk import ItkReader
@@ -44,6 +42,9 @@ READERS: list[Reader] = [  # the first reader that accepts a file reads it
     ItkReader(),
     DICOM,  # last: it also opens files without a telling suffix
 ]
+# Readers that the decoding process has. Readers that a script inserts run in its own process, and so does the DICOM
+# reader: it parses headers within limits, and has the pixels decoded in the process itself.
+SANDBOXED_READERS = tuple(reader for reader in READERS if reader is not DICOM)
 
 
 def find_reader(path: Path) -> Reader | None:
@@ -103,11 +104,19 @@ def read_volume(path: str | Path) -> Volume:
             if reader is None:
                 formats = "; ".join(reader.name for reader in READERS)
                 raise ReadError("not-an-image", f"no reader accepts this file. Formats: {formats}")
-            volume = reader.read(file, item)
+            volume = read_image(reader, file, item)
         check_voxels(volume.array)
     except ReadError as error:
         raise error.with_path(path) from error
     return volume
+
+
+def read_image(reader: Reader, file: Path, item: str | None) -> Volume:
+    """Read one image, in the decoding process if there is one."""
+    decoder = DECODER.get()
+    if decoder is None or reader not in SANDBOXED_READERS:
+        return reader.read(file, item)
+    return decoder.read(file, item)
 
 
 def read_mask(path: str | Path) -> Volume:
@@ -126,13 +135,20 @@ def read_mask(path: str | Path) -> Volume:
             raise ReadError(
                 "missing" if not file.exists() else "not-an-image", "expected a mask in a supported format here"
             )
-        volume = reader.read_classes(file) if isinstance(reader, PictureReader) else reader.read(file, item)
-        labels = volume.array.astype(np.uint8) if np.isfinite(volume.array).all() else None
-        if labels is None or not np.array_equal(labels, volume.array):
-            raise ReadError("not-a-mask", "expected integers from 0 to 255, one per class")
+        decoder = DECODER.get()
+        if decoder is not None and reader in SANDBOXED_READERS:
+            return decoder.read_mask(file, item)
+        return read_class_numbers(reader, file, item)
     except ReadError as error:
         raise error.with_path(path) from error
-    return volume.with_array(labels)
+
+
+def read_class_numbers(reader: Reader, file: Path, item: str | None) -> Volume:
+    """Read a mask in this process as uint8, see `read_mask`."""
+    if isinstance(reader, MaskReader):
+        return reader.read_mask(file, item)
+    volume = reader.read(file, item)
+    return volume.with_array(as_class_numbers(volume.array[0])[None])
 
 
 def split_item(path: str | Path) -> tuple[Path, str | None]:

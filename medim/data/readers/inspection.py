@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import numpy as np
-from pydantic import PlainSerializer, PlainValidator
+from pydantic import PlainSerializer, PlainValidator, TypeAdapter
 
 from medim.types import Array, Modality
 
@@ -188,4 +188,5 @@ class FileInspection:
         )
 
 
+INSPECTION_ADAPTER = TypeAdapter(FileInspection)
 CollectionResult = tuple[list[ImageInfo], list[RejectedFile]]

@@ -14,18 +14,23 @@ from typing import Any
 import numpy as np
 
 from medim.data.readers.base import (
+    CHUNK_BYTES,
     LPS_TO_RAS,
     ReadError,
+    VoxelRange,
+    as_class_numbers,
     as_float,
+    check_compression,
     check_length,
+    check_memory,
     check_not_empty,
     check_size,
+    ras_grid,
     ras_volume,
-    single_image,
 )
 from medim.data.readers.compressed import CODECS, check_compressed_voxels
-from medim.data.readers.inspection import FileInspection
-from medim.types import Volume
+from medim.data.readers.inspection import FileInspection, ImageInfo
+from medim.types import Array, Volume
 from medim.version import install_command
 
 _MAX_TEXT_BYTES = 1 << 16  # longest header in bytes
@@ -47,9 +52,16 @@ class ItkReader:
         return path.suffix.lower() in _HEADER_SUFFIXES
 
     def inspect(self, path: Path) -> FileInspection:
-        """Read the whole file once."""
-        header = _read_text_header(path)
-        return single_image(self.read(path), quality=_find_missing_geometry(header))
+        """Read the whole file once, with the voxels as stored."""
+        image = _read_stored_image(path)
+        shape, affine = ras_grid(image.array.shape, image.affine)
+        voxel_range = VoxelRange()
+        layers = image.array.transpose()
+        step = max(1, CHUNK_BYTES * len(layers) // max(layers.nbytes, 1))
+        for start in range(0, len(layers), step):
+            voxel_range.update(as_float(layers[start : start + step]))
+        voxel_range.check()
+        return FileInspection(images=(ImageInfo(shape=shape, affine=affine, quality=image.quality),))
 
     def read(self, path: Path, item: str | None = None) -> Volume:
         """Read the volume, converted from LPS to RAS+.
@@ -58,31 +70,81 @@ class ItkReader:
             ReadError: SimpleITK is missing; or the file is damaged, in colour or not 3D, or its voxels are in another
                 folder.
         """
-        header = _read_text_header(path)
-        voxel_file = _find_voxel_file(path, header)
-        sitk = _import_simple_itk()
-        reader = sitk.ImageFileReader()
-        reader.SetFileName(str(path))
-        try:
-            reader.ReadImageInformation()
-            size, components = reader.GetSize(), reader.GetNumberOfComponents()
-            item_bytes = sitk.Image([1] * len(size), reader.GetPixelID(), components).GetSizeOfPixelComponent()
-            _check_stored_voxels(voxel_file, header, check_size((*size, components), item_bytes))
-            image = reader.Execute()
-        except RuntimeError as error:
-            raise ReadError(
-                "unreadable", "SimpleITK cannot read the file: damaged, truncated or of another format"
-            ) from error
-        if components != 1:
-            raise ReadError("not-scalar", f"{components} values per voxel; expected one")
-        if len(size) != 3:
-            raise ReadError("wrong-dimensions", f"{len(size)} axes; expected 3")
-        stored_values = sitk.GetArrayViewFromImage(image)
-        affine = np.eye(4)
-        affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.asarray(image.GetSpacing())
-        affine[:3, 3] = image.GetOrigin()
-        array = as_float(stored_values.transpose(2, 1, 0))  # (k, j, i) to (i, j, k)
-        return ras_volume(array, LPS_TO_RAS @ affine)
+        image = _read_stored_image(path, copy_bytes=4)
+        return ras_volume(image.array, image.affine)
+
+    def read_mask(self, path: Path, item: str | None = None) -> Volume:
+        """Read the volume as uint8 class numbers. Masks may be compressed more than images.
+
+        Raises:
+            ReadError: as `read`, or a voxel is not an integer from 0 to 255.
+        """
+        image = _read_stored_image(path, copy_bytes=2, is_mask=True)
+        labels = as_class_numbers(image.array.transpose()).transpose()
+        return ras_volume(labels, image.affine, np.uint8)
+
+
+@dataclass(frozen=True)
+class _StoredImage:
+    """Image as stored in a file.
+
+    Attributes:
+        array: (i, j, k), on the grid of the file; a view of the memory of `owner`.
+        affine: (4, 4), voxel index to RAS+ mm.
+        quality: codes of missing geometry.
+        owner: image of SimpleITK.
+    """
+
+    array: Array
+    affine: Array
+    quality: tuple[str, ...]
+    owner: Any
+
+
+def _read_stored_image(path: Path, *, copy_bytes: int = 0, is_mask: bool = False) -> _StoredImage:
+    """Read a file with SimpleITK.
+
+    Args:
+        path: file with the header.
+        copy_bytes: bytes per voxel of the copies that the caller makes.
+        is_mask: whether the file may be compressed more than images.
+
+    Raises:
+        ReadError: SimpleITK is missing; or the file is damaged, in colour or not 3D, does not fit into memory, or its
+            voxels are in another folder.
+    """
+    header = _read_text_header(path)
+    voxel_file = _find_voxel_file(path, header)
+    sitk = _import_simple_itk()
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+        size, components = reader.GetSize(), reader.GetNumberOfComponents()
+        item_bytes = sitk.Image([1] * len(size), reader.GetPixelID(), components).GetSizeOfPixelComponent()
+        expected_bytes = check_size((*size, components), item_bytes)
+        if header.encoding in CODECS and not is_mask:
+            check_compression(expected_bytes // item_bytes, expected_bytes, voxel_file.stat().st_size)
+        check_memory(expected_bytes + expected_bytes // item_bytes * copy_bytes)
+        _check_stored_voxels(voxel_file, header, expected_bytes)
+        image = reader.Execute()
+    except RuntimeError as error:
+        raise ReadError(
+            "unreadable", "SimpleITK cannot read the file: damaged, truncated or of another format"
+        ) from error
+    if components != 1:
+        raise ReadError("not-scalar", f"{components} values per voxel; expected one")
+    if len(size) != 3:
+        raise ReadError("wrong-dimensions", f"{len(size)} axes; expected 3")
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.asarray(image.GetSpacing())
+    affine[:3, 3] = image.GetOrigin()
+    return _StoredImage(
+        array=sitk.GetArrayViewFromImage(image).transpose(2, 1, 0),  # (k, j, i) to (i, j, k)
+        affine=LPS_TO_RAS @ affine,
+        quality=_find_missing_geometry(header),
+        owner=image,
+    )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,18 @@ from typing import TypedDict
 
 import numpy as np
 
-from medim.data.readers.base import ReadError, as_float, check_length, ras_volume, single_image
+from medim.data.readers.base import (
+    CHUNK_BYTES,
+    ReadError,
+    VoxelRange,
+    allocate_volume,
+    as_class_numbers,
+    as_float,
+    check_compression,
+    check_length,
+    check_memory,
+    ras_grid,
+)
 from medim.data.readers.inspection import FileInspection, ImageInfo, RejectedFile
 from medim.data.readers.nifti_header import NiftiHeader, open_unzipped, read_nifti_header
 from medim.privacy import identity_tokens, make_pseudonym
@@ -34,12 +45,16 @@ class NiftiReader:
         return path.name.lower().endswith((".nii", ".nii.gz")) or _is_pair(path)
 
     def inspect(self, path: Path) -> FileInspection:
-        """Read the whole file once, because damage is only detected by decompressing the voxels."""
+        """Read the whole file once in constant memory, because damage is only detected by decompressing the voxels."""
         header = _read_single_file_header(path)
         identities = identity_tokens(header.texts)
+        ranges = [VoxelRange() for _ in range(header.volumes)]
         try:
             _check_intent(header)
-            voxels = _read_voxels(path, header)
+            _check_image_compression(path, header)
+            shape, affine = ras_grid(header.shape, header.affine)
+            for number, _, values in _iterate_layers(path, header):
+                ranges[number].update(_scale_values(values, header))
         except ReadError as error:
             return FileInspection(
                 rejected=(RejectedFile(reason=error.reason, detail=error.detail, identities=identities),)
@@ -47,18 +62,17 @@ class NiftiReader:
         names = _parse_bids_names(path)
         images: list[ImageInfo] = []
         rejected: list[RejectedFile] = []
-        for index, volume in enumerate(_iterate_volumes(voxels, header)):
+        for number, voxel_range in enumerate(ranges):
             try:
-                images += single_image(
-                    volume,
-                    item=str(index) if header.volumes > 1 else None,
-                    identities=identities,
-                    quality=header.quality,
-                    **names,
-                ).images
+                voxel_range.check()
             except ReadError as error:
-                detail = f"volume {index}: {error.detail}" if header.volumes > 1 else error.detail
+                detail = f"volume {number}: {error.detail}" if header.volumes > 1 else error.detail
                 rejected.append(RejectedFile(reason=error.reason, detail=detail, identities=identities))
+                continue
+            item = str(number) if header.volumes > 1 else None
+            images.append(
+                ImageInfo(shape=shape, affine=affine, item=item, identities=identities, quality=header.quality, **names)
+            )
         return FileInspection(images=tuple(images), rejected=tuple(rejected))
 
     def read(self, path: Path, item: str | None = None) -> Volume:
@@ -69,13 +83,16 @@ class NiftiReader:
                 `item` is None.
         """
         header = _read_single_file_header(path)
-        last = header.volumes - 1
-        if last and item is None:
-            raise ReadError("several-volumes", f"the file has {last + 1} volumes; select one, as in {path.name}#0")
-        if item is not None and not (last and item.isdecimal() and int(item) <= last):
-            names = f"0 to {last}" if last else "one volume, without a number"
-            raise ReadError("no-such-item", f"no volume '{item}' in the file; it has {names}")
-        return _scale_volume(_read_voxels(path, header), header, int(item or 0))
+        _check_image_compression(path, header)
+        return _read_one_volume(path, header, item, as_mask=False)
+
+    def read_mask(self, path: Path, item: str | None = None) -> Volume:
+        """Read the volume as uint8 class numbers. Masks may be compressed more than images.
+
+        Raises:
+            ReadError: as `read`, or a voxel is not an integer from 0 to 255.
+        """
+        return _read_one_volume(path, _read_single_file_header(path), item, as_mask=True)
 
 
 def _is_pair(path: Path) -> bool:
@@ -136,38 +153,70 @@ def _check_intent(header: NiftiHeader) -> None:
         raise ReadError("not-an-image", f"the header declares the voxels to be {kind} (intent code {header.intent})")
 
 
-def _read_voxels(path: Path, header: NiftiHeader) -> Array:
-    """Read the (volumes, k, j, i) voxels as stored. A gzip file is read to its end, which verifies its checksum.
+def _check_image_compression(path: Path, header: NiftiHeader) -> None:
+    n_voxels = header.data_bytes // header.dtype.itemsize
+    check_compression(n_voxels, header.data_bytes, path.stat().st_size)
+
+
+def _read_one_volume(path: Path, header: NiftiHeader, item: str | None, *, as_mask: bool) -> Volume:
+    """Read one volume of a file into its final order, so that memory is needed for one copy.
+
+    Raises:
+        ReadError: the voxels are damaged, do not fit into memory or are no class numbers, or the item does not exist.
+    """
+    last = header.volumes - 1
+    if last and item is None:
+        raise ReadError("several-volumes", f"the file has {last + 1} volumes; select one, as in {path.name}#0")
+    if item is not None and not (last and item.isdecimal() and int(item) <= last):
+        names = f"0 to {last}" if last else "one volume, without a number"
+        raise ReadError("no-such-item", f"no volume '{item}' in the file; it has {names}")
+    dtype = np.uint8 if as_mask else np.float32
+    check_memory(header.data_bytes // header.volumes // header.dtype.itemsize * np.dtype(dtype).itemsize)
+    volume, grid = allocate_volume(header.shape, header.affine, dtype)
+    for number, start, stored_values in _iterate_layers(path, header):
+        if number == int(item or 0):
+            values = _scale_values(stored_values, header)
+            grid[..., start : start + len(values)] = (as_class_numbers(values) if as_mask else values).T
+    return volume
+
+
+def _iterate_layers(path: Path, header: NiftiHeader) -> Iterator[tuple[int, int, Array]]:
+    """Yield the voxels as stored, in chunks of layers: number of the volume, first layer, (layers, j, i) values.
+
+    A gzip file is read to its end, which verifies its checksum.
 
     Raises:
         ReadError: the voxel data are too short, too long or damaged.
     """
+    columns, rows, n_layers = header.shape
+    layer_bytes = columns * rows * header.dtype.itemsize
+    step = max(1, CHUNK_BYTES // layer_bytes)
     try:
         with open_unzipped(path, header.gzipped) as file:
-            start = len(file.read(header.offset))
-            data = file.read(header.data_bytes)
-            n_extra = len(file.read(1))
+            n_bytes = len(file.read(header.offset))
+            for number in range(header.volumes):
+                for start in range(0, n_layers, step):
+                    expected_bytes = min(step, n_layers - start) * layer_bytes
+                    data = file.read(expected_bytes)
+                    n_bytes += len(data)
+                    if len(data) == expected_bytes:
+                        yield number, start, np.frombuffer(data, header.dtype).reshape(-1, rows, columns)
+            n_bytes += len(file.read(1))
+    except MemoryError:
+        raise
     except Exception as error:  # gzip and zlib raise many exception types for damaged data
         raise ReadError("truncated", f"the voxels end early or are damaged ({type(error).__name__})") from error
-    check_length(start + len(data) + n_extra, header.offset + header.data_bytes)
-    return np.frombuffer(data, header.dtype).reshape(header.volumes, *reversed(header.shape))
+    check_length(n_bytes, header.offset + header.data_bytes)
 
 
-def _iterate_volumes(voxels: Array, header: NiftiHeader) -> Iterator[Volume]:
-    """Yield the volumes one after another, so that only one is in memory as float32."""
-    for index in range(header.volumes):
-        yield _scale_volume(voxels, header, index)
-
-
-def _scale_volume(voxels: Array, header: NiftiHeader, index: int) -> Volume:
-    """Scale one volume of a file to real values."""
-    stored_values = voxels[index]
+def _scale_values(stored_values: Array, header: NiftiHeader) -> Array:
+    """Scale stored values to real values as float32."""
     if header.scaling == (1.0, 0.0):
-        return ras_volume(as_float(stored_values.T), header.affine)
+        return as_float(stored_values)
     slope, intercept = map(np.float64, header.scaling)
-    array = np.empty(stored_values.shape, np.float32)
+    values: Array = np.empty(stored_values.shape, np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        # layer by layer: a float64 copy of the whole volume would take three times the memory
-        for layer, numbers in zip(array, stored_values, strict=True):
+        # layer by layer: a float64 copy of the whole chunk would take three times the memory
+        for layer, numbers in zip(values, stored_values, strict=True):
             layer[...] = numbers * slope + intercept
-    return ras_volume(array.T, header.affine)
+    return values

@@ -91,7 +91,7 @@ def read_nifti_header(path: Path) -> NiftiHeader:
     spatial, volumes = _split_axes(shape)
     if not (0 <= offset <= _MAX_OFFSET and offset.is_integer()):
         raise ReadError("unreadable", f"the header specifies an invalid voxel offset of {offset:g} bytes")
-    _check_data_size(path, int(offset), check_size(shape, dtype.itemsize), gzipped)
+    _check_data_size(path, int(offset), check_size(spatial, dtype.itemsize) * check_size([volumes], 1), gzipped)
     affine, quality = _choose_affine(header, codes, pixdim, spatial)
     return NiftiHeader(
         shape=spatial,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import zipfile
 from functools import lru_cache
 from pathlib import Path
-from typing import get_args
+from typing import IO, Any, get_args
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -14,7 +15,10 @@ from PIL import ExifTags, Image, ImageOps
 from medim.data.labels import format_findings
 from medim.data.readers.base import (
     ReadError,
+    as_class_numbers,
     as_float,
+    check_compression,
+    check_memory,
     check_not_empty,
     check_size,
     flat_volume,
@@ -28,6 +32,8 @@ from medim.types import Array, Split, Volume
 SPLITS: tuple[Split, ...] = get_args(Split)
 _GREY_MODES = {"1", "L", "F", "I"}
 _COLOUR_MODES = {"CMYK", "YCbCr", "LAB", "HSV"}  # the first band of these modes is not a grey image
+_MAX_ARCHIVE_BYTES = 8 << 30  # of all arrays; the largest set of MedMNIST's 28-pixel images has 0.9 GB
+_MAX_ARCHIVE_IMAGES = 1 << 19  # the largest set of MedMNIST has 236,386
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's mode L
 
 
@@ -57,13 +63,14 @@ class PictureReader:
         """
         return self._read_picture(path)[0]
 
-    def read_classes(self, path: Path) -> Volume:
+    def read_mask(self, path: Path, item: str | None = None) -> Volume:
         """Read a mask. Class numbers are the grey values, or the palette indices independent of their colours.
 
         Raises:
-            ReadError: as `read`, or the image is in colour without a palette.
+            ReadError: as `read`, or the image is in colour without a palette, or a value is above 255.
         """
-        return self._read_picture(path, classes=True)[0]
+        volume = self._read_picture(path, classes=True)[0]
+        return volume.with_array(as_class_numbers(volume.array))
 
     def _read_picture(self, path: Path, *, classes: bool = False) -> tuple[Volume, tuple[str, ...]]:
         """Read the image and its quality codes."""
@@ -75,7 +82,10 @@ class PictureReader:
                 warnings.filterwarnings("ignore", category=UserWarning)  # about tags that Pillow cannot read
                 # an open file, because Pillow maps a path into memory and then rotates it wrongly
                 with path.open("rb") as file, Image.open(file) as image:
-                    check_size(image.size, 4)
+                    n_bytes = check_size(image.size, 1) * _count_pixel_bytes(image)
+                    if not classes:
+                        check_compression(image.width * image.height, n_bytes, path.stat().st_size)
+                    check_memory(3 * n_bytes + 4 * image.width * image.height)  # Pillow's copies, then float32
                     if getattr(image, "n_frames", 1) > 1:
                         raise ReadError("several-volumes", "the file has several frames; expected one image")
                     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
@@ -95,6 +105,13 @@ class PictureReader:
         except Exception as error:  # decoders raise many exception types for damaged files
             raise ReadError("unreadable", f"the image is damaged or truncated ({type(error).__name__})") from error
         return flat_volume(as_float(array)), tuple(quality)
+
+
+def _count_pixel_bytes(picture: Image.Image) -> int:
+    """Count the bytes per pixel in memory, where Pillow stores colours in four bytes."""
+    if picture.mode in {"1", "L", "P"}:
+        return 1
+    return 2 if picture.mode.startswith("I;16") else 4
 
 
 def _read_class_numbers(picture: Image.Image) -> Array:
@@ -185,13 +202,35 @@ def _load_npy(path: Path) -> Array:
     """Load the array of a `.npy` file, without unpickling."""
     try:
         with path.open("rb") as file:
+            shape, dtype = _read_npy_header(file)
+            check_memory(check_size(shape or (1,), dtype.itemsize) + 4 * math.prod(shape))
+            file.seek(0)
             array = np.asarray(np.load(file, allow_pickle=False))
             has_rest = bool(file.read(1))
+    except (ReadError, MemoryError):
+        raise
     except Exception as error:  # numpy raises many exception types for damaged files
         raise ReadError("unreadable", f"not a complete numpy array of numbers ({type(error).__name__})") from error
     if has_rest:
         raise ReadError("length-mismatch", "bytes follow the array that the header specifies")
     return array
+
+
+def _read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Read shape and type of the array in a `.npy` file.
+
+    Raises:
+        ValueError: the header is damaged.
+        ReadError: the values are not numbers.
+    """
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    elif version == (2, 0):
+        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+    else:  # written for structured types only
+        raise ReadError("not-scalar", "an array with named fields; expected real numbers")
+    return shape, dtype
 
 
 def _load_npz(path: Path) -> dict[str, Array]:
@@ -200,19 +239,18 @@ def _load_npz(path: Path) -> dict[str, Array]:
     return _load_archive(str(path), status.st_size, status.st_mtime_ns)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)
 def _load_archive(name: str, size: int, modification_ns: int) -> dict[str, Array]:
     content: dict[str, Array] = {}
     try:
-        with zipfile.ZipFile(name) as zip_archive:
-            check_size([sum(info.file_size for info in zip_archive.infolist()) or 1], 1)
+        _check_archive(name, size)
         with np.load(name, allow_pickle=False) as archive:
             for split in SPLITS:
                 if f"{split}_images" in archive:
                     content[split] = archive[f"{split}_images"]
                 if f"{split}_labels" in archive:
                     content[f"{split}_labels"] = archive[f"{split}_labels"]
-    except ReadError:
+    except (ReadError, MemoryError):
         raise
     except Exception as error:  # numpy raises many exception types for damaged files
         raise ReadError("unreadable", f"not a complete numpy archive of numbers ({type(error).__name__})") from error
@@ -225,6 +263,31 @@ def _load_archive(name: str, size: int, modification_ns: int) -> dict[str, Array
         if images is not None and labels is not None and len(images) != len(labels):
             raise ReadError("unknown-layout", f"{len(images)} {split}_images but {len(labels)} {split}_labels")
     return content
+
+
+def _check_archive(name: str, packed_bytes: int) -> None:
+    """Compare the headers of an archive with the limits, before an array is unpacked.
+
+    Raises:
+        ReadError: a limit is exceeded.
+    """
+    n_images = n_voxels = 0
+    with zipfile.ZipFile(name) as archive:
+        n_bytes = sum(info.file_size for info in archive.infolist())
+        for split in SPLITS:
+            if f"{split}_images.npy" in archive.namelist():
+                with archive.open(f"{split}_images.npy") as file:
+                    shape, _ = _read_npy_header(file)
+                check_size(shape[1:], 1)
+                n_images += shape[0] if shape else 0
+                n_voxels += math.prod(shape)
+    if n_bytes > _MAX_ARCHIVE_BYTES:
+        limit = f"the limit is {_MAX_ARCHIVE_BYTES / 2**30:.3g} GiB"
+        raise ReadError("too-large", f"the archive unpacks to {n_bytes / 2**30:.3g} GiB; {limit}")
+    if n_images > _MAX_ARCHIVE_IMAGES:
+        raise ReadError("too-many-images", f"{n_images:,} images in one file; the limit is {_MAX_ARCHIVE_IMAGES:,}")
+    check_compression(n_voxels, n_bytes, packed_bytes)
+    check_memory(n_bytes)
 
 
 def _inspect_archive(path: Path) -> FileInspection:

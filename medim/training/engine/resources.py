@@ -5,19 +5,12 @@ from __future__ import annotations
 import contextlib
 import resource
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import torch
 
-GROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-CGROUP_V1_FILES = (
-    "memory.limit_in_bytes",
-    "memory.usage_in_bytes",
-    "total_inactive_file",
-)  # limit, usage, and the file cache included in the usage
-CGROUP_V2_FILES = ("memory.max", "memory.current", "inactive_file")
+from medim.data import memory
 
 
 def available_memory(accelerator: str = "auto") -> int:
@@ -27,7 +20,7 @@ def available_memory(accelerator: str = "auto") -> int:
     """
     if uses_cuda(accelerator):
         return int(torch.cuda.mem_get_info()[0])
-    return max(0, min([psutil.virtual_memory().available, *_walk_cgroups()]))
+    return min(psutil.virtual_memory().available, memory.available_memory())
 
 
 def uses_cuda(accelerator: str) -> bool:
@@ -63,28 +56,3 @@ def children_memory() -> int:
         with contextlib.suppress(psutil.NoSuchProcess):
             total += process.memory_info().rss
     return total
-
-
-def _walk_cgroups() -> Iterator[int]:
-    """Yield the bytes that each control group (v1, v2) of this process leaves available; psutil ignores them."""
-    for line in MEMBERSHIP.read_text().splitlines() if MEMBERSHIP.is_file() else ():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        root, names = (GROUPS / "memory", CGROUP_V1_FILES) if controllers else (GROUPS, CGROUP_V2_FILES)
-        own = root / path.lstrip("/")  # in a container, the path may not exist because the root is the group itself
-        for folder in (own, *own.parents):
-            yield from _cgroup_available(folder, *names)
-            if folder == root:
-                break
-
-
-def _cgroup_available(group: Path, limit: str, usage: str, cache: str) -> Iterator[int]:
-    """Yield the limit of a control group less its usage, which does not include the file cache: it can be freed."""
-    try:
-        maximum = (group / limit).read_text().strip()
-        if maximum.isdecimal():  # not "max"
-            rows = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            yield int(maximum) - int((group / usage).read_text()) + int(rows.get(cache, 0))
-    except OSError:  # the group has no such limit
-        return

@@ -246,6 +246,20 @@ class TestFill:
         assert calls == [(n, 6) for n in range(1, 7)]
         assert all(store.is_intact(key) for key in keys.values())
 
+    def test_an_image_that_does_not_fit_into_memory_is_named_and_the_rest_is_stored(
+        self, tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        index = source(tmp_path, [(8, 9)] * 3)
+
+        def exhaust_memory(volume: Volume) -> None:
+            monkeypatch.undo()  # the others fit
+            raise MemoryError
+
+        monkeypatch.setattr("medim.data.loading.store.measure_quality", exhaust_memory)
+        keys, failed = fill_store(store, index, index.records, STEPS)
+        assert [(r.path, r.reason) for r in failed] == [("i000.npy", "too-much-memory")]
+        assert list(keys) == ["i001", "i002"]
+
     def test_a_file_that_kills_its_process_is_named_and_the_rest_is_stored(self, tmp_path: Path, store: Store) -> None:
         index = source(tmp_path, [(8, 9)] * 6)
         killer = record("kill", (8, 9))

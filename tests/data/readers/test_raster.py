@@ -11,7 +11,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from medim.data.index.index import build_index
-from medim.data.readers import ReadError, base, read_mask, read_volume
+from medim.data.readers import ReadError, raster, read_mask, read_volume
 from medim.data.readers.raster import NumpyReader, PictureReader
 from tests.data.synthetic import noise, write_archive
 
@@ -134,8 +134,16 @@ def test_an_archive_may_hold_volumes_colour_and_several_labels(
 
 
 def test_an_archive_that_would_unpack_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "MAX_BYTES", 100)
-    assert reason_of(f"{write_archive(tmp_path / 'x.npz')}#0") == "too-large"
+    path = write_archive(tmp_path / "x.npz")
+    monkeypatch.setattr(raster, "_MAX_ARCHIVE_BYTES", 100)
+    assert reason_of(f"{path}#0") == "too-large"
+
+
+def test_an_archive_of_too_many_images_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_archive(tmp_path / "x.npz")
+    monkeypatch.setattr(raster, "_MAX_ARCHIVE_IMAGES", 8)
+    monkeypatch.setattr(np, "load", None)
+    assert reason_of(f"{path}#0") == "too-many-images"
 
 
 def test_several_frames_are_refused(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from medim.predict.dicom.writer import save_dicom, segmentation_of
 from medim.predict.predict import predict
 from medim.tasks.segmentation import class_sizes
 from medim.types import Array, UsageError, UserError, Volume
-from tests.data.readers.dicom.test_sandbox import bomb
+from tests.data.readers.test_sandbox import bomb
 from tests.data.synthetic import dataset, enhanced, noise, write_series, xray
 from tests.data.synthetic import save as write_dataset
 from tests.export.checkers import dciodvfy_errors

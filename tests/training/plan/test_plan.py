@@ -13,9 +13,9 @@ import torch
 
 import medim.training.plan.plan as planning
 from medim.config import PretrainConfig
+from medim.data import memory
 from medim.data.index.index import ImageRecord, Index
 from medim.data.loading.splits import assign_splits
-from medim.training.engine import resources
 from medim.training.engine.resources import (
     available_memory,
     free_disk,
@@ -259,8 +259,8 @@ def test_a_container_has_what_its_groups_leave_and_the_file_cache_is_free(
         for name, text in files.items():
             (tmp_path / group / name).write_text(text)
     (tmp_path / "membership").write_text(membership + "\n")
-    monkeypatch.setattr(resources, "GROUPS", tmp_path)
-    monkeypatch.setattr(resources, "MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(memory, "GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "MEMBERSHIP", tmp_path / "membership")
     assert available_memory("cpu") == GIB * 3 // 4
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from pathlib import Path
 
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian
 
-from medim.data.readers.base import ReadError, check_not_empty, check_size
+from medim.data.readers.base import ReadError, check_compression, check_not_empty, check_size
 from medim.data.readers.dicom import identifiers as identities
 from medim.data.readers.dicom.frames import ATTRIBUTES, check_pixel_spacing, read_frame_planes
 from medim.data.readers.dicom.header_scan import UNDEFINED, HeaderScan, has_all_fragments, scan_header
@@ -208,11 +209,13 @@ def _find_pixel_damage(path: Path, scan_result: HeaderScan, count: int) -> ReadE
         The error of a file whose pixels are missing, truncated or too long; None if they are complete.
 
     Raises:
-        ReadError: the header specifies an impossible or too large image.
+        ReadError: the header specifies an impossible or too large image, or one that is compressed too much.
     """
     header = scan_result.header
     size = (header.integer("Rows"), header.integer("Columns"), count)
     expected_bytes = check_size(size, header.integer("BitsAllocated", 16) // 8)
+    if scan_result.length == UNDEFINED or scan_result.syntax == DeflatedExplicitVRLittleEndian:
+        check_compression(math.prod(size), expected_bytes, path.stat().st_size)
     if scan_result.start is None or scan_result.length == 0:
         return ReadError("no-pixels", "the file contains no pixels")
     if scan_result.length == UNDEFINED:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Callable
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from pydicom.encaps import generate_frames
 from pydicom.pixels.processing import apply_modality_lut
 from pydicom.uid import JPEG2000, JPEG2000Lossless, JPEGLSLossless, JPEGLSNearLossless, RLELossless
 
-from medim.data.readers.base import ReadError
+from medim.data.readers.base import DECODER, ReadError
 from medim.data.readers.dicom.codestreams import check_frame
 from medim.data.readers.dicom.values import silence_pydicom
 from medim.types import Array
@@ -25,9 +23,6 @@ _DECODERS: dict[str, str] = {  # GDCM aborts the process on some damaged frames,
     JPEG2000Lossless: "pylibjpeg",
     JPEG2000: "pylibjpeg",
 }
-
-# The decoder of `decode_frames`: None decodes in this process; `sandbox.sandboxed_decoding` sets one with limits.
-DECODER: ContextVar[Callable[[Path], Array] | None] = ContextVar("decoder", default=None)
 
 
 def decode_frames(path: Path) -> Array:
@@ -41,11 +36,12 @@ def decode_frames(path: Path) -> Array:
     Raises:
         ReadError: the pixels cannot be decoded.
     """
-    decode = DECODER.get()
-    return _decode_and_rescale(path) if decode is None else decode(path)
+    decoder = DECODER.get()
+    return decode_and_rescale(path) if decoder is None else decoder.decode_frames(path)
 
 
-def _decode_and_rescale(path: Path) -> Array:
+def decode_and_rescale(path: Path) -> Array:
+    """Decode the frames of a file in this process, see `decode_frames`."""
     with silence_pydicom():
         dataset = _read_dataset(path)
         stored_values = _decode_stored_values(dataset)

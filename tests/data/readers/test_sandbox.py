@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import resource
 import threading
 import zlib
 from dataclasses import replace
@@ -12,15 +13,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from medim.data.readers import DICOM, ReadError
+from medim.data.index.scan_cache import inspect_file
+from medim.data.readers import DICOM, READERS, ReadError, find_reader, read_mask, read_volume, sandbox
+from medim.data.readers.base import flat_volume
 from medim.data.readers.dicom.pixels import decode_frames
-from medim.data.readers.dicom.sandbox import DecoderProcess, DecodingLimits, sandboxed_decoding
+from medim.data.readers.inspection import INSPECTION_ADAPTER
+from medim.data.readers.raster import NumpyReader
+from medim.data.readers.sandbox import DecoderProcess, DecodingLimits, sandboxed_decoding
 from medim.inference.network import Predictor
 from medim.predict.predict import predict
-from medim.types import Array
-from tests.data.synthetic import dataset, noise, save, write_series
+from medim.types import Array, Volume
+from tests.contracts.samples import SAMPLES
+from tests.data.synthetic import dataset, noise, save, write_nifti, write_series
 
 LIMITS = DecodingLimits()
 FORMATS = ("JPEG-LL", "MR2_J2KI", "RG3_J2KI", "emri_small", "emri_small_jpeg_ls_lossless", "OBXXXX1A_rle")
@@ -44,6 +51,88 @@ def decoded(path: Path) -> Any:
         return error.reason
 
 
+def test_every_format_decoded_apart_is_that_decoded_here(tmp_path: Path) -> None:
+    """Images, masks, inspections and refusals are the same, bit for bit."""
+    files = [write(tmp_path / name) for samples in SAMPLES.values() for name, _, write in samples]
+    for name in ("a.nii", "a.png", "a.npy"):
+        files.append(tmp_path / f"cut-{name}")
+        files[-1].write_bytes((tmp_path / name).read_bytes()[:50])
+    Image.fromarray(np.array([[0, 1, 2], [2, 0, 1]], np.uint8)).save(tmp_path / "classes.png")
+    files.append(tmp_path / "classes.png")
+    here = [read_all(path) for path in files]
+    with sandboxed_decoding(LIMITS):
+        there = [read_all(path) for path in files]
+    assert here == there
+    assert sum(isinstance(one[0], tuple) for one in here) == len(files) - 3
+    assert isinstance(here[-1][1], tuple)
+
+
+def read_all(path: Path) -> list[Any]:
+    """The image, the mask and the inspection of a file, or the codes by which they are refused."""
+    reader = find_reader(path)
+    assert reader is not None
+    results: list[Any] = []
+    for read in (read_volume, read_mask):
+        try:
+            volume = read(f"{path}#train/0" if path.suffix == ".npz" else path)
+            arrays = (volume.array, volume.affine, volume.native_affine)
+            results.append((volume.shape, volume.native_shape, *((str(a.dtype), a.tobytes()) for a in arrays)))
+        except ReadError as error:
+            results.append(str(error))
+    inspection = inspect_file(reader.inspect, path)
+    return [*results, INSPECTION_ADAPTER.dump_json(inspection)]
+
+
+def test_a_reader_that_a_script_inserts_reads_in_the_process_of_the_script(tmp_path: Path) -> None:
+    class CsvReader(NumpyReader):
+        name = "csv"
+
+        def accepts(self, path: Path) -> bool:
+            return path.suffix == ".csv"
+
+        def read(self, path: Path, item: str | None = None) -> Volume:
+            return flat_volume(np.loadtxt(path, np.float32, delimiter=","))
+
+    np.savetxt(tmp_path / "a.csv", noise(4, 6), delimiter=",")
+    READERS.insert(0, CsvReader())
+    try:
+        with sandboxed_decoding(LIMITS):
+            assert read_volume(tmp_path / "a.csv").shape == (4, 6)
+    finally:
+        del READERS[0]
+
+
+def test_no_memory_for_a_reply_ends_the_process_and_the_next_file_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_nifti(tmp_path / "a.nii", noise(4, 5, 6))
+    apart = DecoderProcess(LIMITS)
+
+    def allocate(*_: Any) -> Any:
+        monkeypatch.undo()
+        raise MemoryError
+
+    try:
+        first = apart.read(path, None)
+        monkeypatch.setattr(np, "empty", allocate)
+        with pytest.raises(MemoryError):
+            apart.read(path, None)
+        np.testing.assert_array_equal(apart.read(path, None).array, first.array)
+    finally:
+        apart.close()
+
+
+def test_the_process_takes_no_more_than_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: dict[int, int] = {}
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "setrlimit", lambda number, pair: limits.update({number: pair[0]}))
+    monkeypatch.setattr(sandbox, "allocated_address_space", lambda: 1 << 30)
+    for free, expected in ((1 << 29, 3 << 29), (1 << 40, LIMITS.memory)):
+        monkeypatch.setattr(sandbox, "available_memory", lambda free=free: free)
+        sandbox._set_resource_limits(LIMITS.memory)
+        assert limits == {resource.RLIMIT_AS: expected, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0}
+
+
 def test_a_decoder_that_hangs_is_stopped_and_the_next_file_is_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "endless.dcm")  # nobody ever writes to it
     pixels = noise(4, 6)
@@ -51,9 +140,9 @@ def test_a_decoder_that_hangs_is_stopped_and_the_next_file_is_read(tmp_path: Pat
     apart = DecoderProcess(replace(LIMITS, seconds=1.0))
     try:
         with pytest.raises(ReadError) as raised:
-            apart(tmp_path / "endless.dcm")
+            apart.decode_frames(tmp_path / "endless.dcm")
         assert raised.value.reason == "too-slow"
-        np.testing.assert_array_equal(apart(good)[0], pixels)
+        np.testing.assert_array_equal(apart.decode_frames(good)[0], pixels)
     finally:
         apart.close()
 
@@ -64,14 +153,14 @@ def test_a_process_that_dies_costs_the_file_it_read_and_no_other(tmp_path: Path)
     good = save(dataset(pixels), tmp_path / "good.dcm")
     apart = DecoderProcess(LIMITS)
     try:
-        apart(good)
+        apart.decode_frames(good)
         assert apart._process is not None
         killer = threading.Timer(0.5, apart._process.kill)
         killer.start()
         with pytest.raises(ReadError) as raised:
-            apart(tmp_path / "endless.dcm")
+            apart.decode_frames(tmp_path / "endless.dcm")
         assert raised.value.reason == "worker-died"
-        np.testing.assert_array_equal(apart(good)[0], pixels)
+        np.testing.assert_array_equal(apart.decode_frames(good)[0], pixels)
     finally:
         apart.close()
 
