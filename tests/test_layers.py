@@ -57,6 +57,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {  # a folder or a module: those it may 
     "inference": GROUND | INDEX | {"tasks"},
     "package": GROUND | INDEX | {"tasks", "inference"},
     "predict": GROUND | INDEX | {"tasks", "inference", "package"},
+    "node": GROUND | INDEX | {"tasks", "inference", "package", "predict"},
     "export": GROUND | INDEX | NETWORKS | {"tasks", "inference", "package", "predict"},
     "evaluation": GROUND | LOADING | NETWORKS | {"tasks", "inference", "package", "metrics"},
     "reports": GROUND | LOADING | {"tasks", "metrics", "evaluation"},
@@ -71,6 +72,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {  # a folder or a module: those it may 
         "inference",
         "package",
         "predict",
+        "node",
         "export",
         "metrics",
         "evaluation",
@@ -81,17 +83,29 @@ MAY_IMPORT: dict[str, frozenset[str]] = {  # a folder or a module: those it may 
     "__init__": frozenset({"version"}),  # its public names lazily
 }
 LIGHT = frozenset(  # run without the [train] extra; everything else may import torch
-    {"__init__", "doctor", "cli", "data/source", "data/public", "metrics", "tasks", "inference", "package", "predict"}
+    {
+        "__init__",
+        "doctor",
+        "cli",
+        "data/source",
+        "data/public",
+        "metrics",
+        "tasks",
+        "inference",
+        "package",
+        "predict",
+        "node",
+    }
     | GROUND
     | INDEX
 )
 HOMES: dict[str, frozenset[str]] = {  # third party: the folders that may import it
-    "pydicom": frozenset({"data/readers", "data/example", "package", "predict", "export", "doctor"}),
+    "pydicom": frozenset({"data/readers", "data/example", "package", "predict", "node", "export", "doctor"}),
     "highdicom": frozenset({"predict"}),
     "google": frozenset({"package"}),  # google.protobuf
     "nibabel": frozenset({"data/readers", "data/example", "predict", "export"}),
     "SimpleITK": frozenset({"data/readers"}),
-    "pynetdicom": frozenset({"predict"}),
+    "pynetdicom": frozenset({"node"}),
     "nilearn": frozenset({"data/example"}),
     "monai": frozenset({"data/loading", "models", "metrics", "export"}),
     "lightning": frozenset({"training"}),

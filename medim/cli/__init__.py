@@ -12,6 +12,7 @@ import typer
 from medim.cli.data import example, fetch, index, preprocess
 from medim.cli.evaluation import evaluate, probe, report, study
 from medim.cli.package import embed, export, predict, verify
+from medim.cli.serve import serve_app
 from medim.cli.terminal import console, register_command
 from medim.cli.training import finetune, plan, pretrain, sync
 from medim.version import __version__
@@ -96,3 +97,4 @@ for command in (
     embed,
 ):  # in the order of `medim --help`
     register_command(app)(command)
+app.add_typer(serve_app, name="serve")

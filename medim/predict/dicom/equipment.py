@@ -12,6 +12,7 @@ from pydicom.uid import generate_uid
 
 from medim.package.contract import Contract
 from medim.package.label_codes import ConceptCode, LabelCode
+from medim.predict.dicom.uids import create_uid
 from medim.version import __version__
 
 LATERALITY_CODES = {"left": codes.SCT.Left, "right": codes.SCT.Right, "both": codes.SCT.RightAndLeft}
@@ -38,14 +39,14 @@ class Equipment:
     def series_attributes(self, number: int) -> dict[str, Any]:
         """Build the attributes of a new series with one instance, for the constructors of highdicom.
 
-        UIDs are new at each call: the standard requires a new UID if any content differs, and a repeated prediction
-        has at least another date.
+        UIDs are new at each call, except inside `deterministic_uids`: the standard requires a new UID if any content
+        differs, and a repeated prediction has at least another date.
         """
         contract = self.contract
         return {
-            "series_instance_uid": highdicom.UID(),
+            "series_instance_uid": create_uid(),
             "series_number": number,
-            "sop_instance_uid": highdicom.UID(),
+            "sop_instance_uid": create_uid(),
             "instance_number": 1,
             "manufacturer": "medim",
             "manufacturer_model_name": contract.name,

@@ -14,6 +14,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 from medim.package.label_codes import LabelCode
 from medim.predict.dicom.equipment import SEGMENTATION_SERIES, Equipment, build_modifiers, to_coded_concept
 from medim.predict.dicom.source import DicomSource, suppress_warnings
+from medim.predict.dicom.uids import create_uid
 from medim.types import Array
 
 
@@ -92,7 +93,7 @@ def _describe_segment(label: LabelCode, equipment: Equipment) -> SegmentDescript
         segmented_property_type=to_coded_concept(label.type),
         algorithm_type=SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=equipment.algorithm_sequence(),
-        tracking_uid=highdicom.UID(),
+        tracking_uid=create_uid(),
         tracking_id=label.name,
         display_color=highdicom.color.CIELabColor.from_rgb(*label.colour) if label.colour else None,
     )

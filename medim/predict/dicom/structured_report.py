@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import highdicom
 from highdicom import sr
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
@@ -14,6 +13,7 @@ from medim.inference.ood import OODResult
 from medim.package.label_codes import LabelCode
 from medim.predict.dicom.equipment import REPORT_SERIES, Equipment, build_modifiers, to_coded_concept
 from medim.predict.dicom.source import DicomSource, suppress_warnings
+from medim.predict.dicom.uids import create_uid
 from medim.tasks import find_task_of_kind
 from medim.types import Array, Modality
 
@@ -91,7 +91,7 @@ def build_probabilities_report(
         images = _reference_source_images(source)
         groups = [
             sr.MeasurementsAndQualitativeEvaluations(
-                tracking_identifier=sr.TrackingIdentifier(highdicom.UID(), label.name),
+                tracking_identifier=sr.TrackingIdentifier(create_uid(), label.name),
                 finding_category=to_coded_concept(label.category) if label.category else None,
                 finding_type=to_coded_concept(label.type) if label.type else None,
                 algorithm_id=equipment.algorithm_identification(
@@ -123,7 +123,7 @@ def build_values_report(
         images = _reference_source_images(source)
         groups = [
             sr.MeasurementsAndQualitativeEvaluations(
-                tracking_identifier=sr.TrackingIdentifier(highdicom.UID(), label.name),
+                tracking_identifier=sr.TrackingIdentifier(create_uid(), label.name),
                 finding_category=to_coded_concept(label.category) if label.category else None,
                 finding_type=to_coded_concept(label.type) if label.type else None,
                 algorithm_id=equipment.algorithm_identification(),
@@ -148,7 +148,7 @@ def _ood_measurements(ood_result: OODResult, source: DicomSource, equipment: Equ
     score = round(min(ood_result.score, MAX_SCORE), 4)
     return [
         sr.MeasurementsAndQualitativeEvaluations(
-            tracking_identifier=sr.TrackingIdentifier(highdicom.UID(), "Out-of-distribution detector"),
+            tracking_identifier=sr.TrackingIdentifier(create_uid(), "Out-of-distribution detector"),
             algorithm_id=equipment.algorithm_identification(f"flag: score > 1; by {ood_result.feature_group}"),
             measurements=[sr.Measurement(SCORE_CONCEPT, score, codes.UCUM.NoUnits)],
             qualitative_evaluations=[

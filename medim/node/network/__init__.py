@@ -1,0 +1,1 @@
+"""Network connections of a node: the receiver, the forwarder and queries."""
