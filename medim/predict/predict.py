@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Literal, get_args
 from medim.data.index.index import AllRejectedError, ImageRecord, Index, Rejection, build_index, is_index
 from medim.data.index.records import write_rejections
 from medim.data.readers import ReadError
+from medim.data.readers.base import check_memory
 from medim.data.readers.sandbox import DecodingLimits, sandboxed_decoding
 from medim.files import prepare_output_folder, write_bytes, write_csv, write_json
 from medim.inference.network import Predictor
@@ -28,6 +30,9 @@ AnswerFormat = Literal["nifti", "dicom"]
 PredictInputs = Index | Path | Sequence[Path]
 AnswerProgress = Callable[[int, int], None]  # arguments: processed images, total number of images
 DEFAULT_LIMITS = DecodingLimits()
+# Peak memory of a prediction per voxel of the image, without the network: measured 14 for one of 67 million voxels
+# that is resampled to 4 mm and segmented into 4 classes. Images that need more than the free memory are rejected.
+BYTES_PER_VOXEL = 16
 
 
 def predict(
@@ -225,6 +230,8 @@ def _iterate_answers(
     for number, record in enumerate(index.records, start=1):
         try:
             _check_completeness(record)
+            limits.check_image(index.locate(record).stat().st_size, math.prod(record.shape))
+            check_memory(math.prod(record.shape) * BYTES_PER_VOXEL)
             if (plan := index.plan_slices(record)) is not None:
                 limits.check_plan(plan)
                 if isinstance(package, Package):
@@ -234,6 +241,8 @@ def _iterate_answers(
         except UserError as error:
             reason, detail = getattr(error, "reason", "not-for-this-network"), getattr(error, "detail", str(error))
             yield Rejection(record.path, reason, detail)
+        except OSError as error:
+            yield Rejection(record.path, "unreadable", f"the file cannot be opened ({error.strerror})")
         except MemoryError:
             yield Rejection(record.path, "too-much-memory", "the image does not fit into memory")
         else:

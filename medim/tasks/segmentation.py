@@ -189,15 +189,33 @@ def to_label_map(logits: Array, input_volume: Volume, volume: Volume) -> Array:
     Returns:
         (*volume.shape) uint8.
     """
-    native_logits = restore_grid(logits, input_volume, volume, order=1, fill=0.0)
-    return np.asarray(native_logits.argmax(axis=0), np.uint8)
+    labels: Array = np.zeros(volume.shape, np.uint8)
+    highest: Array | None = None
+    for number, channel in enumerate(logits):  # one class at a time: all would take four bytes per voxel and class
+        values = restore_grid(channel[None], input_volume, volume, order=1, fill=0.0)[0]
+        if highest is None:
+            highest = values
+        else:
+            _update_labels(labels, highest, values, number)
+        del values  # before the next class is computed
+    return labels
+
+
+def _update_labels(labels: Array, highest: Array, values: Array, number: int) -> None:
+    """Assign a class to the voxels with values above the highest so far; a NaN is the highest, as in `np.argmax`."""
+    for layer, layer_highest, layer_values in zip(labels, highest, values, strict=True):
+        is_higher = layer_values > layer_highest
+        is_higher |= np.isnan(layer_values) & ~np.isnan(layer_highest)
+        layer[is_higher] = number
+        np.copyto(layer_highest, layer_values, where=is_higher)
 
 
 def class_sizes(labels: Array, volume: Volume, classes: int) -> list[float]:
     """Size of each class: mm3 in 3D, mm2 in 2D."""
     dims = volume.spatial_dims
     voxel = abs(float(np.linalg.det(volume.affine[:dims, :dims])))
-    return [float(n) * voxel for n in np.bincount(labels.reshape(-1), minlength=classes + 1)[1:]]
+    counts = sum(np.bincount(layer.reshape(-1), minlength=classes + 1) for layer in labels)  # converts to int64
+    return [float(n) * voxel for n in np.asarray(counts)[1:]]
 
 
 def _group_by_class(rows: Sequence[CaseRow], classes: Sequence[str]) -> dict[str, list[CaseRow]]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,11 +19,13 @@ from PIL import Image
 
 import medim
 from medim.data.index.index import AllRejectedError
+from medim.data.readers import base
 from medim.files import read_json
 from medim.inference.network import Predictor
 from medim.package.package import Package
 from medim.predict.predict import embed_images, predict
 from medim.types import Array, UsageError, UserError, Volume
+from tests.data.readers.test_bombs import BOMBS, sparse_nifti
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -190,6 +193,51 @@ def test_a_series_with_a_damaged_last_slice_gets_no_prediction(
     assert len(rows) == 1
     rejected = rows_of(tmp_path / "out" / "rejected.csv")
     assert {row["reason"] for row in rejected} == {reason, "incomplete-series"}
+
+
+@pytest.mark.parametrize("name", [name for name in BOMBS if name != "bomb.npz"])
+def test_a_bomb_beside_good_images_costs_itself_alone(shared_data: Path, tmp_path: Path, name: str) -> None:
+    good = sorted((shared_data / "mri-hippocampus" / "imagesTr").glob("*.nii.gz"))[:1]
+    rows = predict(BRIGHT, [*good, BOMBS[name](tmp_path / name)], tmp_path / "out")
+    assert [row["image"] for row in rows] == [rows_of(tmp_path / "out" / "predictions.csv")[0]["image"]]
+    assert [row["reason"] for row in rows_of(tmp_path / "out" / "rejected.csv")] == ["compression-ratio"]
+
+
+def test_an_image_that_needs_more_than_the_free_memory_is_not_read(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = next((shared_data / "mri-hippocampus" / "imagesTr").glob("*.nii.gz"))
+    large = sparse_nifti(tmp_path / "large.nii", (256, 256, 256))
+    monkeypatch.setattr(base, "available_memory", lambda: 15 << 24)
+    rows = predict(BRIGHT, [small, large], tmp_path / "out")
+    assert len(rows) == 1
+    assert [row["reason"] for row in rows_of(tmp_path / "out" / "rejected.csv")] == ["too-much-memory"]
+
+
+LIMITED_PREDICTION = """
+import resource, sys
+from pathlib import Path
+from medim.predict.predict import predict
+from tests.predict.test_predict import BRIGHT
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+    predict(BRIGHT, Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+def test_the_largest_image_in_3_gib_costs_itself_alone(shared_data: Path, tmp_path: Path) -> None:
+    """An image of 2^29 voxels in a file without compression, which no ratio reveals."""
+    (tmp_path / "in").mkdir()
+    good = next((shared_data / "mri-hippocampus" / "imagesTr").glob("*.nii.gz"))
+    shutil.copy(good, tmp_path / "in")
+    sparse_nifti(tmp_path / "in" / "largest.nii", (1024, 512, 1024))
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # their stacks count
+    command = [sys.executable, "-c", LIMITED_PREDICTION, tmp_path / "in", tmp_path / "out"]
+    subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parents[2])
+    assert [row["image"] for row in rows_of(tmp_path / "out" / "predictions.csv")] == [good.name.split(".")[0]]
+    assert [row["reason"] for row in rows_of(tmp_path / "out" / "rejected.csv")] == ["too-much-memory"]
 
 
 def test_an_image_that_does_not_fit_into_memory_costs_itself_alone(

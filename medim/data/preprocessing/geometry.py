@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from medim.types import Array, UserError
 
+BLOCK_VALUES = 1 << 20  # values that are interpolated at once
 SNAP_VOXELS = 1e-3  # voxels: grids that differ by less are considered aligned
 # cosine between two axes: smaller values are rounding errors of direction cosines in text, larger ones real shear
 MAX_ROUNDING_SHEAR = 2e-3
@@ -164,12 +165,19 @@ def _interpolate_axis(array: Array, positions: Array, axis: int, order: int) -> 
         return np.take(array, nearest, axis=axis)
     low = np.floor(clipped).astype(np.intp)
     weight = (clipped - low).astype(np.float32).reshape([-1 if a == axis else 1 for a in range(array.ndim)])
+    high = np.minimum(low + 1, n - 1)
     values = array.astype(np.float32, copy=False)
-    out: Array = np.take(values, low, axis=axis)
-    step = np.take(values, np.minimum(low + 1, n - 1), axis=axis)
-    step -= out
-    step *= weight
-    out += step
+    shape = (*values.shape[:axis], len(positions), *values.shape[axis + 1 :])
+    out: Array = np.empty(shape, np.float32)
+    step = max(1, BLOCK_VALUES * len(positions) // max(out.size, 1))
+    for start in range(0, len(positions), step):  # in blocks, because the differences would take the memory of `out`
+        block = slice(start, start + step)
+        target = out[(slice(None),) * axis + (block,)]
+        np.take(values, low[block], axis=axis, out=target)
+        differences = np.take(values, high[block], axis=axis)
+        differences -= target
+        differences *= weight[(slice(None),) * axis + (block,)]
+        target += differences
     return out
 
 

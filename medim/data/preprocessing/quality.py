@@ -124,7 +124,7 @@ def measure_quality(volume: Volume) -> QualityMetrics:
     background = p1 + BACKGROUND_FRACTION * (p99 - p1)
     foreground = values > background
     noise = _estimate_noise(volume, background)
-    signal = float(np.median(values[foreground])) - p1 if noise else 0.0
+    signal = float(np.median(values[foreground], overwrite_input=True)) - p1 if noise else 0.0
     return QualityMetrics(
         minimum=float(values.min()),
         p1=p1,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from medim.config import validate_section
 from medim.data.preprocessing.geometry import (
+    BLOCK_VALUES,
     compact_affine,
     compute_nearest_rotation,
     expand_affine,
@@ -151,7 +153,8 @@ def normalise(volume: Volume, *, method: Literal["zscore", "range", "symmetric"]
     array = _as_float32(volume)
     flat = array.reshape(len(array), -1)
     if method == "zscore":
-        shift, scale = flat.mean(axis=1, dtype=np.float64), flat.std(axis=1, dtype=np.float64)
+        shift = flat.mean(axis=1, dtype=np.float64)
+        scale = np.array([compute_std(channel, mean) for channel, mean in zip(flat, shift, strict=True)])
     else:
         shift = flat.min(axis=1).astype(np.float64)
         scale = flat.max(axis=1) - shift
@@ -159,9 +162,35 @@ def normalise(volume: Volume, *, method: Literal["zscore", "range", "symmetric"]
             shift, scale = shift + scale / 2, scale / 2
     constant = scale <= 1e-9 * np.abs(shift)
     scale = np.where(constant, 1.0, scale)
-    out = ((flat - shift[:, None]) / scale[:, None]).astype(np.float32)
+    out: Array = np.empty(flat.shape, np.float32)
+    for start in range(0, flat.shape[1], BLOCK_VALUES):  # in blocks, because float64 would take twice the memory
+        block = slice(start, start + BLOCK_VALUES)
+        out[:, block] = (flat[:, block] - shift[:, None]) / scale[:, None]
     out[constant] = 0.0
     return volume.with_array(out.reshape(array.shape))
+
+
+def compute_std(values: Array, mean: float) -> float:
+    """Compute the standard deviation of contiguous float32 values, with the bits of `values.std(dtype=np.float64)`.
+
+    numpy squares the deviations in a float64 copy of all values, and adds the two halves of an array recursively. This
+    function computes the deviations of one part at a time and adds the parts in the same order.
+
+    Args:
+        values: (N,), contiguous.
+        mean: `values.mean(dtype=np.float64)`.
+    """
+    return math.sqrt(_sum_squares(values, mean) / len(values))
+
+
+def _sum_squares(values: Array, mean: float) -> float:
+    """Sum the squared deviations from the mean, in the order of numpy's pairwise summation."""
+    if len(values) <= BLOCK_VALUES:
+        deviations = values - np.float64(mean)
+        return float(np.add.reduce(np.multiply(deviations, deviations, out=deviations)))
+    half = len(values) // 2
+    half -= half % 8
+    return _sum_squares(values[:half], mean) + _sum_squares(values[half:], mean)
 
 
 def crop_foreground(volume: Volume, *, margin: int = 0) -> Volume:
@@ -284,7 +313,9 @@ def preprocess(volume: Volume, steps: Sequence[Step]) -> Volume:
         >>> preprocess(volume, [{"op": "ras"}, {"op": "resample", "spacing": [2, 2, 2]}]).shape
         (3, 3, 5)
     """
-    n_invalid = volume.array.size - int(np.count_nonzero(np.isfinite(volume.array)))
+    values = volume.array.reshape(-1)
+    blocks = (values[start : start + BLOCK_VALUES] for start in range(0, values.size, BLOCK_VALUES))
+    n_invalid = values.size - sum(int(np.count_nonzero(np.isfinite(block))) for block in blocks)
     if n_invalid:
         raise UserError(
             f"image: expected finite voxels, got {n_invalid} of {volume.array.size} that are NaN or infinite. "

@@ -24,7 +24,7 @@ MAX_VOXELS = 1 << 29  # of one image: no scan is this large, a header with more 
 MAX_RATIO = 200
 MIN_RATIO_VOXELS = 1 << 26
 MIN_CHECKED_BYTES = 1 << 28  # for less, the free memory is not measured
-CHUNK_BYTES = 1 << 24  # of stored voxels that are converted at once
+CHUNK_BYTES = 1 << 22  # of stored voxels that are converted at once
 
 
 class ReadError(UserError):

@@ -98,7 +98,7 @@ class PictureReader:
                         array = np.asarray(upright.convert("L"))
                     else:
                         array = np.asarray(upright)
-        except ReadError:
+        except (ReadError, MemoryError):
             raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ReadError("too-large", f"more than {Image.MAX_IMAGE_PIXELS} pixels; X-rays are smaller") from error

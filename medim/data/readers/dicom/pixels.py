@@ -56,16 +56,23 @@ def decode_and_rescale(path: Path) -> Array:
                 frames[index] = values
             if (padding := _find_padding(dataset, stored_values)) is not None:
                 frames[padding] = np.nan
+        except MemoryError:
+            raise
         except Exception as error:  # a broken lookup table, slope or padding value
             raise ReadError("undecodable", f"the rescaling cannot be applied ({type(error).__name__})") from error
     return frames
 
 
 def fill_padding(frames: Array) -> Array:
-    """Replace padding by the lowest value of the other pixels, so that it counts as background."""
-    padding = np.isnan(frames)
-    if padding.any():
-        frames[padding] = 0 if padding.all() else np.nanmin(frames)
+    """Replace padding by the lowest value of the other pixels, so that it counts as background; changes the array."""
+    has_padding, lowest = False, None
+    for frame in frames:  # one after the other, because a mask of all would take a quarter of their memory
+        values = frame[~np.isnan(frame)]
+        has_padding |= values.size < frame.size
+        if values.size:
+            lowest = values.min() if lowest is None else min(lowest, values.min())
+    for frame in frames if has_padding else ():
+        frame[np.isnan(frame)] = 0 if lowest is None else lowest
     return frames
 
 
@@ -82,6 +89,8 @@ def same_pixels(one: Path, other: Path) -> bool:
 def _read_dataset(path: Path) -> pydicom.FileDataset:
     try:
         return pydicom.dcmread(path, force=True)
+    except MemoryError:
+        raise
     except Exception as error:  # pydicom raises many exception types for damaged files
         raise ReadError("unreadable", f"incomplete or invalid DICOM file ({type(error).__name__})") from error
 
@@ -104,7 +113,7 @@ def _decode_stored_values(dataset: pydicom.FileDataset) -> Array:
         values: Array = dataset.pixel_array
         dataset.BitsStored = bits_stored
         values = values.reshape(int(dataset.get("NumberOfFrames") or 1), int(dataset.Rows), int(dataset.Columns))
-    except ReadError:
+    except (ReadError, MemoryError):
         raise
     except Exception as error:  # decoders raise many exception types
         raise ReadError("undecodable", f"the pixels cannot be decoded ({type(error).__name__})") from error

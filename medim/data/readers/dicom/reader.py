@@ -14,7 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from medim.data.readers.base import LPS_TO_RAS, ReadError, flat_volume, ras_grid, ras_volume
+from medim.data.readers.base import (
+    LPS_TO_RAS,
+    ReadError,
+    allocate_volume,
+    check_memory,
+    check_size,
+    flat_volume,
+    ras_grid,
+)
 from medim.data.readers.dicom.header import inspect_dicom_header, looks_like_dicom
 from medim.data.readers.dicom.pixels import decode_frames, fill_padding, same_pixels
 from medim.data.readers.dicom.series import StackResult, group_into_stacks
@@ -29,6 +37,7 @@ from medim.data.readers.inspection import (
 )
 from medim.types import Array, Modality, Volume
 
+_SLICES_PER_COPY = 16  # neighbours along the slices share a cache line of the volume
 MIN_DICOM_BYTES = 132  # preamble and DICM; a shorter file cannot be recognised without a suffix
 DAMAGE_REASONS = {"empty-file", "unreadable", "truncated", "no-pixels", "length-mismatch"}  # of an incomplete copy
 
@@ -145,11 +154,16 @@ class DicomReader:
         slice_plan = self.plan_slices(paths, item)
         if slice_plan.affine is None:
             return flat_volume(fill_padding(decode_frames(slice_plan.files[0]))[0], slice_plan.spacing)
-        array = np.empty((len(slice_plan.slices), *slice_plan.size), np.float32)
+        shape = (*slice_plan.size[::-1], len(slice_plan.slices))
+        check_memory(check_size(shape, 4))
+        volume, grid = allocate_volume(shape, LPS_TO_RAS @ slice_plan.affine)
         all_frames = decode_frames(slice_plan.files[0]) if len(slice_plan.files) == 1 else None
-        for slot, (path, number) in zip(array, slice_plan.slices, strict=True):
-            slot[...] = decode_frames(path)[0] if all_frames is None else all_frames[number]
-        return ras_volume(fill_padding(array).transpose(2, 1, 0), LPS_TO_RAS @ slice_plan.affine)
+        for start in range(0, len(slice_plan.slices), _SLICES_PER_COPY):
+            slices = slice_plan.slices[start : start + _SLICES_PER_COPY]
+            frames = [decode_frames(path)[0] if all_frames is None else all_frames[number] for path, number in slices]
+            grid[..., start : start + len(slices)] = np.stack(frames).T
+        fill_padding(volume.array[0])
+        return volume
 
     def read_folder(self, folder: Path) -> Volume:
         """Read the only series in a folder.
