@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from itertools import pairwise
@@ -318,8 +319,10 @@ def _parse_multipliers(text: str | None) -> tuple[float, ...] | None:
         multipliers = tuple(sorted({float(part) for part in text.split(",")}))
     except ValueError:
         multipliers = ()
-    if len(multipliers) < 2 or min(multipliers) <= 0:
-        raise UsageError(f"--lr-multipliers {text}: expected two or more multipliers above 0 (0.3,1,3), or fixed.")
+    if len(multipliers) < 2 or not all(0 < multiplier < math.inf for multiplier in multipliers):
+        raise UsageError(
+            f"--lr-multipliers {text}: expected two or more finite multipliers above 0 (0.3,1,3), or fixed."
+        )
     return multipliers
 
 

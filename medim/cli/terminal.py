@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import math
 import sys
 import time
 import unicodedata
@@ -37,10 +38,22 @@ class MedimCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the options after old names are replaced by new ones, see `renamed_options`."""
         try:
-            return super().parse_args(ctx, translate_options(args, RENAMED_OPTIONS.get(str(self.name), {})))
+            rest = super().parse_args(ctx, translate_options(args, RENAMED_OPTIONS.get(str(self.name), {})))
+            self._check_finite(ctx)
+            return rest
         except typer.BadParameter as error:
             error.message = _describe_bad_value(error)
             raise
+
+    def _check_finite(self, ctx: Any) -> None:
+        """Reject options whose value is nan or infinite, which the parser and its limits accept."""
+        parameters: list[Any] = list(self.params)
+        for parameter in parameters:
+            value = ctx.params.get(str(parameter.name))
+            numbers = value if isinstance(value, list | tuple) else [value]
+            for number in numbers:
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise typer.BadParameter(f"expected a finite number, got {number}", ctx=ctx, param=parameter)
 
 
 def _describe_bad_value(error: typer.BadParameter) -> str:

@@ -130,6 +130,7 @@ def build_metadata(builder: PackageBuilder) -> bytes:
             "outputs": {
                 "pred": {
                     **common_fields,
+                    "dtype": answer.dtype,
                     "format": "features" if task is None else task.monai_output,
                     "num_channels": answer.shape[1],
                     "spatial_shape": [_format_side(side, contract.signature) for side in answer.shape[2:]],

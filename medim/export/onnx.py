@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -157,12 +157,16 @@ def build_signature(network: nn.Module, sizes: InputSizes, in_channels: int, str
         if not sizes.fixed and grid:
             stride = strides[i - 1] if i else 1
             grid = tuple(side if stride == 1 else f"{side}/{stride}" for side in sides)
-        tensors.append(TensorSpec(name=name, shape=("batch", out.shape[1], *grid)))
+        tensors.append(TensorSpec(name=name, dtype=_name_dtype(out), shape=("batch", out.shape[1], *grid)))
     return Signature(
         inputs=(TensorSpec(name="image", shape=("batch", in_channels, *sides)),),
         outputs=tuple(tensors),
         symbols=symbols,
     )
+
+
+def _name_dtype(output: torch.Tensor) -> Literal["float32", "float64"]:
+    return "float64" if output.dtype == torch.float64 else "float32"
 
 
 def build_score_signature(signature: Signature) -> Signature:

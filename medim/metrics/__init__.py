@@ -19,7 +19,7 @@ from medim.metrics.classification import (
     one_vs_rest_auroc,
     one_vs_rest_precision,
 )
-from medim.metrics.metric import Metric, Statistic
+from medim.metrics.metric import Metric, Statistic, evaluate_metric
 from medim.metrics.ranking import average_precision, rank_auroc
 from medim.metrics.regression import mean_absolute_error, pearson_correlation, r2_score
 from medim.metrics.segmentation import hausdorff_95, mask_dice, surface_dice
@@ -76,7 +76,7 @@ def higher_is_better(key: str) -> bool:
 
 
 def build_statistics(task: str, predictions: Array, targets: Array) -> dict[str, Statistic]:
-    """Build the metrics of predictions as functions of case weights, by name.
+    """Build the metrics of predictions as functions of case weights, by name; undefined if a prediction is not finite.
 
     Args:
         task: name of the task.
@@ -88,7 +88,8 @@ def build_statistics(task: str, predictions: Array, targets: Array) -> dict[str,
         >>> statistics["mae"](np.array([[1.0, 1.0, 1.0], [1.0, 1.0, 2.0]])).round(2).tolist()
         [0.33, 0.5]
     """
-    return {name: partial(METRICS[name].functions[task], predictions, targets) for name in list_metrics(task)}
+    functions = {name: METRICS[name].functions[task] for name in list_metrics(task)}
+    return {name: partial(evaluate_metric, function, predictions, targets) for name, function in functions.items()}
 
 
 def compute_metrics(task: str, predictions: Array, targets: Array) -> dict[str, float | None]:

@@ -19,14 +19,15 @@ class Calibration:
         counts: (B,) number of cases per bin.
         mean_confidence: (B,) mean probability per bin; None for an empty bin.
         accuracy: (B,) share of correct predictions per bin; None for an empty bin.
-        ece: expected calibration error, the mean |predicted - observed| over the cases.
+        ece: expected calibration error, the mean |predicted - observed| over the cases; None if a probability is not
+            finite, and then no case is in a bin.
     """
 
     edges: tuple[float, ...]
     counts: tuple[int, ...]
     mean_confidence: tuple[float | None, ...]
     accuracy: tuple[float | None, ...]
-    ece: float
+    ece: float | None
 
 
 def compute_calibration(probabilities: Array, labels: Array) -> Calibration:
@@ -36,7 +37,9 @@ def compute_calibration(probabilities: Array, labels: Array) -> Calibration:
         probabilities: (N, K), rows sum to one; rows of several runs are concatenated.
         labels: (N,) class indices.
     """
-    confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    is_finite = bool(np.isfinite(probabilities).all())
+    usable = slice(None if is_finite else 0)
+    confidence, correct = probabilities[usable].max(axis=1), probabilities[usable].argmax(axis=1) == labels[usable]
     bins = np.clip(np.ceil(confidence * ECE_BINS) - 1, 0, ECE_BINS - 1).astype(np.intp)
     counts = np.bincount(bins, minlength=ECE_BINS)
     sums = [np.bincount(bins, weights=values, minlength=ECE_BINS) for values in (confidence, correct)]
@@ -45,5 +48,5 @@ def compute_calibration(probabilities: Array, labels: Array) -> Calibration:
         for values in sums
     )
     edges = tuple(float(edge) for edge in np.linspace(0, 1, ECE_BINS + 1))
-    ece = float(calibration_error(probabilities, labels, np.ones((1, len(labels))))[0])
+    ece = float(calibration_error(probabilities, labels, np.ones((1, len(labels))))[0]) if is_finite else None
     return Calibration(edges, tuple(int(count) for count in counts), mean_confidence, accuracy, ece)

@@ -60,6 +60,19 @@ class Metric:
         return self.higher_is_better and self.limits[1] == 1.0
 
 
+def evaluate_metric(function: MetricFunction, predictions: Array, targets: Array, weights: Array) -> Array:
+    """Values (R,) of a metric function; NaN if a prediction is not finite, such as of a network that diverged.
+
+    Examples:
+        >>> count_hits = lambda predictions, targets, weights: weights @ (predictions == targets)
+        >>> evaluate_metric(count_hits, np.array([1.0, np.nan]), np.array([1.0, 2.0]), np.ones((1, 2)))
+        array([nan])
+    """
+    if not np.isfinite(predictions).all():
+        return np.full(len(weights), np.nan)
+    return function(predictions, targets, weights)
+
+
 def divide_or_nan(numerator: Array, denominator: Array) -> Array:
     """Quotients (R,), NaN if the denominator is not positive.
 

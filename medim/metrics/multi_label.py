@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from medim.metrics.bootstrap import MetricEstimate, bootstrap_intervals
-from medim.metrics.metric import MetricFunction, Statistic
+from medim.metrics.metric import MetricFunction, Statistic, evaluate_metric
 from medim.types import Array
 
 
@@ -53,7 +53,8 @@ def multi_label_metrics(
     for k, finding in enumerate(classes):
         rows = has_label[:, k]
         columns = probabilities[rows, k], labels[rows, k] == 1
-        by_finding |= estimate({f"{name}_{finding}": partial(f, *columns) for name, f in functions.items()}, rows)
+        statistics = {f"{name}_{finding}": partial(evaluate_metric, f, *columns) for name, f in functions.items()}
+        by_finding |= estimate(statistics, rows)
     return estimates | {
         f"{name}_{finding}": by_finding[f"{name}_{finding}"] for name in functions for finding in classes
     }
@@ -77,7 +78,7 @@ def mean_statistics(
         """Average the findings, each over its labelled images; NaN if no finding has positives and negatives."""
         if not findings:
             return np.full(len(weights), np.nan)
-        values = [function(scores, present, weights[:, rows]) for rows, scores, present in findings]
+        values = [evaluate_metric(function, scores, present, weights[:, rows]) for rows, scores, present in findings]
         return np.asarray(np.mean(values, axis=0))
 
     return {name: partial(average_over_findings, function) for name, function in functions.items()}

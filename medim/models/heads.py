@@ -5,6 +5,7 @@ To add a head, write a class that implements `Head` and add a line to `HEADS` (`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -118,7 +119,8 @@ class ClassificationHead(nn.Module):
     @torch.no_grad()
     def start_from(self, probe: LinearProbe) -> None:
         """Copy a probe of `inputs`; its mean and standard deviation become the statistics of the norm."""
-        self.norm.running_mean, self.norm.running_var = probe.mean.clone(), probe.std.square()
+        self.norm.get_buffer("running_mean").copy_(probe.mean)
+        self.norm.get_buffer("running_var").copy_(probe.std.square())
         self.linear.weight.copy_(probe.weight)
         self.linear.bias.copy_(probe.bias)
 
@@ -144,7 +146,8 @@ class MultiLabelHead(ClassificationHead):
 class RegressionHead(ClassificationHead):
     """The network of `classification` with one number per output; mean squared error of the standardised target.
 
-    Outputs are in the unit of the target. The linear layer predicts `(target - mean) / std`.
+    The linear layer predicts `(target - mean) / std`. Outputs are in the unit of the target, in float64: with a large
+    mean and a small standard deviation, float32 would round the differences of targets away.
 
     Args:
         channels: channels of the encoder's maps.
@@ -168,24 +171,25 @@ class RegressionHead(ClassificationHead):
         hidden: tuple[int, ...] = (),
     ) -> None:
         super().__init__(channels, summary_channels, out_channels, maps=maps, hidden=hidden)
-        if std <= 0:
-            raise ValueError(f"regression: expected std above 0, got {std}")
+        if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+            raise ValueError(f"regression: expected a finite mean and a finite std above 0, got {mean} and {std}")
         self.target_mean, self.target_std = mean, std
 
     def forward(self, features: Features) -> torch.Tensor:
-        """Predictions (N, out_channels)."""
+        """Predictions (N, out_channels), float64."""
         standardised: torch.Tensor = super().forward(features)
-        return standardised.float() * self.target_std + self.target_mean
+        return standardised.double() * self.target_std + self.target_mean
 
     def loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Mean squared error in units of `std`; target (N, out_channels)."""
-        return nn.functional.mse_loss(logits.float() / self.target_std, target.float() / self.target_std)
+        errors = (logits.double() - target.double()) / self.target_std
+        return errors.float().square().mean()
 
     @torch.no_grad()
     def start_from(self, probe: LinearProbe) -> None:
         """Copy a probe of `inputs` that predicts the target in its own unit."""
-        bias = (probe.bias - self.target_mean) / self.target_std
-        super().start_from(LinearProbe(probe.mean, probe.std, probe.weight / self.target_std, bias))
+        bias = (probe.bias.double() - self.target_mean) / self.target_std
+        super().start_from(LinearProbe(probe.mean, probe.std, probe.weight.double() / self.target_std, bias))
 
 
 class SegmentationHead(nn.Module):

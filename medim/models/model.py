@@ -61,9 +61,19 @@ def as_numpy_function(module: nn.Module) -> Callable[[Array], Array]:
         with torch.inference_mode():
             answer = module(torch.from_numpy(np.ascontiguousarray(image, np.float32)).to(device))
         output = answer.summary if isinstance(answer, Features) else answer
-        return np.asarray(output.float().cpu().numpy())
+        return to_numpy(output)
 
     return run_module
+
+
+def to_numpy(output: torch.Tensor) -> Array:
+    """Copy an output to a numpy array; half precision becomes float32, and float64 stays.
+
+    Examples:
+        >>> to_numpy(torch.ones(1, dtype=torch.bfloat16)).dtype.name
+        'float32'
+    """
+    return np.asarray(output.to(torch.promote_types(output.dtype, torch.float32)).cpu().numpy())
 
 
 def build_encoder(spec: NetworkSpec) -> nn.Module:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from medim.models.model import Model
+from medim.models.model import Model, to_numpy
 from medim.types import Array, Features
 
 OOD_FEATURES = "watched"  # name of the output
@@ -60,7 +60,7 @@ def as_numpy_predictor(source: nn.Module) -> Callable[[Array], tuple[Array, Arra
     def run_network(image: Array) -> tuple[Array, Array]:
         with torch.inference_mode():
             outputs = network(torch.from_numpy(np.ascontiguousarray(image, np.float32)).to(device))
-        answer, features = (np.asarray(out.float().cpu().numpy()) for out in (outputs[0], outputs[-1]))
+        answer, features = (to_numpy(out) for out in (outputs[0], outputs[-1]))
         return answer, features
 
     return run_network

@@ -49,7 +49,7 @@ class TensorSpec(_Strict):
     """
 
     name: str
-    dtype: Literal["float32"] = "float32"
+    dtype: Literal["float32", "float64"] = "float32"
     shape: tuple[int | str, ...]
 
 

@@ -95,6 +95,7 @@ def _render_comparison(arms: Sequence[RunSummary], gaps: Mapping[str, MetricEsti
     headline = (
         f"{metric_name(first_key)}: {_format_gap(first_key, gaps.get(first_key), [m.get(first_key) for m in metrics])}"
     )
+    scores = [*unit_interval_metrics(metrics[0]), *unit_interval_metrics(metrics[1], second=True)]
     return ReportSection(
         anchor="comparison",
         title="Pretrained against scratch",
@@ -108,13 +109,7 @@ def _render_comparison(arms: Sequence[RunSummary], gaps: Mapping[str, MetricEsti
                 wide=True,
             )
         ],
-        figures=[
-            figures.interval_plot(
-                [*unit_interval_metrics(metrics[0]), *unit_interval_metrics(metrics[1], second=True)],
-                "Both arms, with their intervals",
-                arms=ARM_NAMES,
-            )
-        ],
+        figures=[figures.interval_plot(scores, "Both arms, with their intervals", arms=ARM_NAMES)] if scores else [],
     )
 
 

@@ -133,7 +133,11 @@ def interval_plot(rows: Sequence[IntervalRow], caption: str, *, arms: tuple[str,
 
 
 def strip_plot(values: Mapping[str, Sequence[float]], label: str, caption: str, *, dot: str = "image") -> Figure:
-    """Plot values between 0 and 1: one line per class, one dot per case (named by `dot`), and the median."""
+    """Plot values between 0 and 1: one line per class, one dot per case (named by `dot`), and the median.
+
+    Values that are not finite are omitted.
+    """
+    values = {name: finite for name, numbers in values.items() if (finite := [v for v in numbers if np.isfinite(v)])}
     with open_canvas(0.8 + 0.5 * len(values)) as (canvas, axes):
         for line_number, numbers in enumerate(values.values()):
             ordered = np.sort(np.asarray(numbers))
@@ -159,7 +163,7 @@ def volume_scatter(
     caption: str,
     quantity: str = "volume, ml",
 ) -> Figure:
-    """Plot predicted against true values, with the line of equality.
+    """Plot predicted against true values, with the line of equality; values that are not finite have no dot.
 
     Args:
         truth: true values by class.
@@ -180,6 +184,7 @@ def volume_scatter(
             }
             axes.plot(truth[name], predicted[name], linestyle="none", markersize=4.5, label=name, **style)
         values = np.concatenate([np.asarray(v, float) for v in (*truth.values(), *predicted.values())])
+        values = values[np.isfinite(values)]
         axis_limit = max(float(np.max(values, initial=0)) * 1.05, 0.0) or 1.0
         low = min(float(np.min(values, initial=0)) * 1.05, 0.0)
         axes.plot([low, axis_limit], [low, axis_limit], color=SOFT, linewidth=1.2, linestyle=(0, (4, 3)))
@@ -200,12 +205,16 @@ def volume_scatter(
 def reliability_diagram(confidence: Array, is_correct: Array, ece: float | None, caption: str) -> Figure:
     """Plot the share of correct predictions against the predicted probability, in ten bins.
 
+    Cases without a finite probability are omitted.
+
     Args:
         confidence: (N,) probability of the predicted class.
         is_correct: (N,) whether the prediction is correct.
         ece: calibration error of `metrics.json`, for the text alternative.
         caption: caption of the figure.
     """
+    is_finite = np.isfinite(confidence)
+    confidence, is_correct = confidence[is_finite], is_correct[is_finite]
     bins = np.clip(np.ceil(confidence * 10) - 1, 0, 9).astype(int)
     bin_masks = [(b, bins == b) for b in range(10) if (bins == b).any()]
     x, y = ([float(v[mask].mean()) for _, mask in bin_masks] for v in (confidence, is_correct.astype(float)))
@@ -302,6 +311,6 @@ def thin_curve(steps: Array, values: Array) -> tuple[Array, Array]:
 
 def _set_unit_axis(axes: Axes, values: Sequence[float]) -> None:
     """Set the axis from the tenth below the smallest value (at most 0.8) to 1; a dot plot does not need a zero."""
-    low = min(0.8, np.floor(min(values) * 10) / 10)
+    low = min(0.8, np.floor(min(values, default=1.0) * 10) / 10)
     axes.set_xlim(low - 0.02 * (1 - low), 1 + 0.02 * (1 - low))
     axes.xaxis.set_major_locator(MaxNLocator(5))

@@ -129,8 +129,9 @@ def build_evaluation_section(folder: Path, anchor: str) -> ReportSection:
         ("Model started from", format_value(summary.get("init"))),
     ]
     details = find_task_by_title(str(summary.get("task"))).describe_evaluation(valid_rows, classes)
-    plots = [figures.interval_plot(unit_interval_metrics(metrics), "Metrics with their intervals")]
-    plots += [_draw_plot(plot, metrics) for plot in details.plots]
+    scores = unit_interval_metrics(metrics)
+    plots = [figures.interval_plot(scores, "Metrics with their intervals")] if scores else []
+    plots += [draw_plot(plot, metrics) for plot in details.plots]
     after = [ReportTable(table.caption, table.head, table.rows) for table in details.tables]
     rejections = Counter(str(row["rejected"]) for row in rows if row.get("rejected"))
     if rejections:
@@ -184,7 +185,8 @@ def _parse_curve(name: str, rows: Sequence[Mapping[str, str]]) -> figures.LossCu
     )
 
 
-def _draw_plot(plot: Plot, metrics: Mapping[str, Any]) -> Figure:
+def draw_plot(plot: Plot, metrics: Mapping[str, Any]) -> Figure:
+    """Draw a plot of an evaluation."""
     if isinstance(plot, StripPlot):
         return figures.strip_plot(plot.values, plot.label, plot.title)
     if isinstance(plot, AgreementPlot):

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from medim.data.index.index import ImageRecord, Index
+from medim.tasks.regression import parse_number
 from medim.tasks.task import (
     AnswerRow,
     CaseRow,
@@ -22,6 +23,7 @@ from medim.types import Array, Volume
 
 TRUTH = "truth"  # metric in `results.parquet` that holds the number of the true class
 N_MISTAKES = 5
+MAX_RARE_CLASSES = 10  # more classes than this need two images each, and integers if they are numbers
 
 
 class Classification(Task):
@@ -46,7 +48,9 @@ class Classification(Task):
         return not index.findings
 
     def find_training_error(self, index: Index) -> str | None:
-        """Labels of a single class."""
+        """Labels of a single class, or of too many classes."""
+        if reason := _find_class_count_error(index):
+            return f"--task classification: expected a label per class, got {reason}."
         if len(index.labels) > 1:
             return None
         return (
@@ -145,6 +149,19 @@ class Classification(Task):
         probabilities, labels = self.study_arrays(columns, classes)
         score, predicted = probabilities[case, labels[case]], classes[int(probabilities[case].argmax())]
         return f"truth {classes[labels[case]]}, its probability {score:.3f}, predicted {predicted}"
+
+
+def _find_class_count_error(index: Index) -> str | None:
+    """Describe labels that are no classes, with a remedy: measured numbers, or a label of its own for most images."""
+    labels, count = index.labels, sum(record.label is not None for record in index.records)
+    if len(labels) <= MAX_RARE_CLASSES:
+        return None
+    numbers = [parse_number(label) for label in labels]
+    if None not in numbers and (2 * len(labels) > count or any(number % 1 for number in numbers if number is not None)):
+        return f"{len(labels)} different numbers for {count} images (first: {labels[0]}). Use --task regression"
+    if 2 * len(labels) > count:
+        return f"{len(labels)} different labels for {count} images (first: {labels[0]!r}). Check the label column"
+    return None
 
 
 def softmax_probabilities(logits: Array) -> Array:

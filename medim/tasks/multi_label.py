@@ -64,7 +64,7 @@ class MultiLabel(Task):
 
     def encode_targets(self, records: Sequence[ImageRecord], classes: Sequence[str]) -> Array | None:
         """(N, K) of 1 (present), 0 (absent) and NaN (unknown)."""
-        return np.array([encode_findings(record.label, classes) for record in records])
+        return np.array([encode_findings(record.label, classes) for record in records], np.float32)
 
     def make_blank_targets(self, count: int, shape: Sequence[int]) -> Array:
         """(count, 2) of absent findings."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -22,6 +22,8 @@ from medim.tasks.task import (
 )
 from medim.types import Array, Volume
 
+MAX_VALUE = 1e38  # of a label, below the largest float32
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 TARGET = "value"  # the one class name of a network; label codes of a package may name a unit
 N_WORST = 5
 
@@ -58,7 +60,7 @@ class Regression(Task):
         return (TARGET,)
 
     def accepts_labels(self, index: Index) -> bool:
-        """Labels that are finite numbers."""
+        """Labels that are numbers, see `parse_number`."""
         return all(parse_number(record.label) is not None for record in index.records if record.label is not None)
 
     def label_form_error(self, index: Index) -> str:
@@ -66,16 +68,16 @@ class Regression(Task):
         labels = (record.label for record in index.records if record.label is not None)
         label = next(label for label in labels if parse_number(label) is None)
         return (
-            f"--task regression: expected numbers as labels, got {label!r}. Use --labels CSV with columns image,label "
-            "and finite numbers, and leave unknown labels empty."
+            f"--task regression: expected numbers from -{MAX_VALUE:g} to {MAX_VALUE:g} as labels, got {label!r}. Use "
+            "--labels CSV with columns image,label and numbers such as 12.5 or 1e-3, and leave unknown labels empty."
         )
 
     def find_training_error(self, index: Index) -> str | None:
-        """Labels that are all equal."""
-        labels = {parse_number(record.label) for record in index.records if record.label is not None}
-        if len(labels) > 1:
+        """Labels without a standard deviation: equal ones, or numbers so small that it is 0."""
+        targets = self.encode_targets([record for record in index.records if record.label is not None], (TARGET,))
+        if targets.std() > 0 and targets.min() < targets.max():
             return None
-        return f"--task regression: expected labels that differ, got {labels.pop():g} alone. Check the label column."
+        return f"--task regression: expected labels that differ, got {targets[0, 0]:g} alone. Check the label column."
 
     def fit_head(self, head: Mapping[str, Any], records: Sequence[ImageRecord]) -> dict[str, Any]:
         """The head with mean and standard deviation of the training labels."""
@@ -127,8 +129,8 @@ class Regression(Task):
         return EvaluationDetails([plot], [table])
 
     def answer_columns(self, answer: Array, volume: Volume, classes: Sequence[str]) -> AnswerRow:
-        """`value`, with eight significant digits."""
-        return {classes[0]: float(f"{float(answer[0]):.8g}")}
+        """`value`, with twelve significant digits."""
+        return {classes[0]: float(f"{float(answer[0]):.12g}")}
 
     def to_probe_columns(
         self, predictions: Array, records: Sequence[ImageRecord], classes: Sequence[str]
@@ -154,14 +156,13 @@ class Regression(Task):
 
 
 def parse_number(label: str | None) -> float | None:
-    """The number of a label; None if it is missing or not finite.
+    """The number of a label; None if there is no label, or no decimal number of at most `MAX_VALUE` in size.
 
     Examples:
-        >>> parse_number("12.5"), parse_number("large")
-        (12.5, None)
+        >>> parse_number("12.5"), parse_number("-1e-3"), parse_number("1_178"), parse_number("1e202")
+        (12.5, -0.001, None, None)
     """
-    try:
-        number = float(label) if label else math.nan
-    except ValueError:
+    if not label or not NUMBER.fullmatch(label.strip()):
         return None
-    return number if math.isfinite(number) else None
+    number = float(label)
+    return number if abs(number) <= MAX_VALUE else None

@@ -50,8 +50,11 @@ def test_a_study_prints_a_line_an_arm_and_budget_and_the_command_that_repeats_it
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--lr-multipliers", "fast"], 2, "two or more multipliers"),
-        (["--lr-multipliers", "1"], 2, "two or more multipliers"),
+        (["--lr-multipliers", "fast"], 2, "two or more finite multipliers"),
+        (["--lr-multipliers", "1"], 2, "two or more finite multipliers"),
+        (["--lr-multipliers", "nan,1"], 2, "two or more finite multipliers"),
+        (["--lr-multipliers", "1,inf"], 2, "two or more finite multipliers"),
+        (["--max-hours", "nan"], 2, "expected a finite number, got nan"),
         (["--lr-multipliers", "0.3,1"], 2, "budget 4 is too small"),
         (["--encoder", "dim=elsewhere"], 2, "another arm"),
         (["--fail-on-contamination"], 1, "unknown:"),

@@ -63,3 +63,17 @@ def test_debug_shows_the_traceback_and_an_exit_code_of_the_command_is_kept() -> 
 def test_letters_of_every_script_are_kept() -> None:
     text = "Größe 磁共振 سماعة\tline\n"
     assert escape_control_characters(text) == text
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999"])
+@pytest.mark.parametrize("option", ["--hours", "--share"])
+def test_an_option_with_a_number_that_is_not_finite_is_a_usage_error(option: str, text: str) -> None:
+    application = typer.Typer()
+
+    @register_command(application)
+    def command(hours: float = 1.0, share: list[float] | None = None) -> None:
+        raise AssertionError(hours, share)
+
+    result = CliRunner().invoke(application, [option, text])
+    assert result.exit_code == 2
+    assert "expected a finite number" in result.output

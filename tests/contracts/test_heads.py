@@ -140,4 +140,4 @@ def test_a_head_that_starts_from_a_probe_answers_as_the_probe(section: dict[str,
     head.start_from(probe)
     rows = inputs.movedim(1, -1).reshape(-1, width)
     expected = ((rows - probe.mean) / probe.std) @ probe.weight.T + probe.bias
-    torch.testing.assert_close(head(given).movedim(1, -1).reshape(-1, CLASSES), expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(head(given).movedim(1, -1).reshape(-1, CLASSES).float(), expected, atol=1e-3, rtol=1e-3)

@@ -9,6 +9,7 @@ import pytest
 
 from medim.metrics import METRICS, higher_is_better
 from medim.reports.page import metric_name
+from medim.reports.runs import draw_plot
 from medim.tasks import TASKS
 from medim.types import Array
 from tests.contracts.task_samples import make_sample
@@ -67,6 +68,18 @@ def test_perfect_predictions_have_the_best_value_and_others_are_within_the_limit
     assert best == pytest.approx(metric.limits[1] if metric.higher_is_better else metric.limits[0])
     assert metric.limits[0] <= value <= metric.limits[1]
     assert value < best if metric.higher_is_better else value > best
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("task", [name for name, task in TASKS.items() if not task.dense])
+def test_a_prediction_that_is_not_finite_leaves_every_metric_undefined(task: str, value: float) -> None:
+    sample = make_sample(task)
+    number = next(name for name, kind in sample.task.case_columns.items() if kind == "number" and name != "true_value")
+    rows = [{**row, number: value} if row["image"] == sample.rows[0]["image"] else row for row in sample.rows]
+    metrics = TASKS[task].summarise_cases(rows, sample.classes, resamples=20)
+    assert [name for name, metric in metrics.items() if metric["value"] is not None] == []
+    page = [*sample.task.describe_evaluation(rows, sample.classes).plots]
+    assert all(draw_plot(plot, metrics).svg for plot in page)
 
 
 @every_function

@@ -74,3 +74,14 @@ def test_the_same_seed_gives_the_same_answer(name: str) -> None:
     first, again = (PROBES[name].predict(train_x, train_y, test_x, seed=3, groups=groups) for _ in range(2))
     assert first.settings == again.settings
     np.testing.assert_array_equal(first.predictions, again.predictions)
+
+
+@every_regression
+def test_a_large_offset_of_the_labels_changes_no_difference_of_predictions(name: str) -> None:
+    rng = np.random.default_rng(0)
+    train_x, test_x = (rng.normal(size=(count, 6)).astype(np.float32) for count in (60, 30))
+    labels = 10 * train_x.astype(np.float64).sum(axis=1)
+    plain, shifted = (
+        PROBES[name].predict(train_x, labels + offset, test_x, seed=0).predictions - offset for offset in (0.0, 1e9)
+    )
+    np.testing.assert_allclose(shifted, plain, atol=1e-3)

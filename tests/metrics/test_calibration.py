@@ -33,3 +33,11 @@ def test_an_empty_bin_has_no_value_and_the_result_is_json() -> None:
     found = compute_calibration(np.array([[0.0, 1.0]]), np.array([1]))
     assert (found.mean_confidence[0], found.accuracy[0], found.counts[-1], found.accuracy[-1]) == (None, None, 1, 1.0)
     json.dumps(asdict(found), allow_nan=False)
+
+
+def test_a_probability_that_is_not_finite_leaves_the_error_undefined() -> None:
+    probabilities = np.array([[0.2, 0.8], [np.nan, np.nan]])
+    found = compute_calibration(probabilities, np.array([1, 0]))
+    assert found.ece is None
+    assert sum(found.counts) == 0
+    json.dumps(asdict(found), allow_nan=False)

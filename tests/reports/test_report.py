@@ -316,6 +316,17 @@ def test_rejected_images_are_told_with_their_reasons(tmp_path: Path, index: Inde
     assert "unknown-class" in write_report_page(tmp_path / "out").read_text()
 
 
+def test_an_evaluation_without_a_defined_score_has_a_page(
+    tmp_path: Path, index: Index, classifier: dict[str, Any]
+) -> None:
+    evaluate(make_run(tmp_path / "run", classifier), index, tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    for metric in content["metrics"].values():
+        metric |= {"value": None, "ci_low": None, "ci_high": None}
+    (tmp_path / "out" / "metrics.json").write_text(json.dumps(content))
+    assert "not defined" in write_report_page(tmp_path / "out").read_text()
+
+
 @pytest.fixture
 def browser() -> Iterator[Any]:
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[dev]'")

@@ -114,7 +114,7 @@ class LabelledDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
                 f"{keys_without_mask[0]})."
             )
         self._images = _ImageBoxes(store, keys, tuple(shape), cache_bytes)
-        kind = np.float32 if targets is not None and np.ndim(targets) == 2 else np.int64
+        kind = None if targets is not None and np.ndim(targets) == 2 else np.int64
         self._targets = None if targets is None else torch.from_numpy(np.asarray(targets, kind))
         self._augment = Augmentation(augmentations, spatial_dims=len(shape))
 
@@ -126,7 +126,7 @@ class LabelledDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         """Return image `i` with its target, with all random choices derived from `seed`.
 
         Returns:
-            Image (C, *shape) float32, and target: int64 () or (*shape), or float32 (K,).
+            Image (C, *shape) float32, and target: int64 () or (*shape), or float (K,) of the type of `targets`.
         """
         i, seed = item
         rng = np.random.default_rng(seed)

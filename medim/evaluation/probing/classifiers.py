@@ -124,13 +124,16 @@ def ridge_probe(
     `cross-validation`. The predictions (N,) are in the unit of `train_y`.
     """
     scaler, regression, settings = fit_ridge(train_x, train_y, seed=seed, groups=groups)
-    return ProbePrediction(regression.predict(scaler.transform(test_x)), settings)
+    return ProbePrediction(regression.predict(scaler.transform(test_x.astype(np.float64))), settings)
 
 
 def fit_ridge(
     x: Array, y: Array, *, seed: int, groups: Array | None = None
 ) -> tuple[StandardScaler, Ridge, ProbeSettings]:
-    """Fit the scaler and the regression of `ridge_probe`, and return them with the settings.
+    """Fit the scaler and the regression of `ridge_probe` in float64, and return them with the settings.
+
+    scikit-learn rounds the targets to the type of the features, and float32 would round the differences of targets with
+    a large mean away.
 
     Args:
         x: (M, d) features.
@@ -139,7 +142,7 @@ def fit_ridge(
         groups: (M,) subject of each row; None: each row is of another subject.
     """
     scaler = StandardScaler().fit(x)
-    features, subjects = scaler.transform(x), np.arange(len(x)) if groups is None else groups
+    features, subjects = scaler.transform(x.astype(np.float64)), np.arange(len(x)) if groups is None else groups
     n_folds = min(N_FOLDS, len(np.unique(subjects)))
     if n_folds < MIN_CLASS_SUBJECTS:
         alpha = x.size / FIXED_PENALTY

@@ -68,10 +68,11 @@ def _plot_calibrations(study: StudyView) -> list[Figure]:
     plots = []
     for budget, labels in study.budgets.items():
         arms = [arm for arm in (study.best["arm"], SCRATCH) if results.seeds(arm, budget)]
-        lines = {arm_title(arm): _compute_calibration(study, arm, budget) for arm in arms}
-        plots.append(
-            figures.plot_reliability(lines, f"Calibration of the probabilities with {pluralise(labels, 'label')}")
-        )
+        calibrations = {arm_title(arm): _compute_calibration(study, arm, budget) for arm in arms}
+        lines = {name: calibration for name, calibration in calibrations.items() if calibration.ece is not None}
+        if lines:
+            caption = f"Calibration of the probabilities with {pluralise(labels, 'label')}"
+            plots.append(figures.plot_reliability(lines, caption))
     return plots
 
 

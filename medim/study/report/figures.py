@@ -68,7 +68,7 @@ def plot_reliability(lines: Mapping[str, Calibration], caption: str) -> Figure:
     """Plot the share of correct predictions against the predicted probability, for two arms.
 
     Args:
-        lines: name to calibration, the arm first.
+        lines: name to calibration with an error, the arm first.
         caption: caption of the figure.
     """
     descriptions = []

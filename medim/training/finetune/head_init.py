@@ -60,7 +60,7 @@ def fit_probe(rows: Array, labels: Array, *, classes: int, seed: int) -> LinearP
 
 
 def fit_ridge_probe(rows: Array, targets: Array, *, seed: int) -> LinearProbe:
-    """Fit the `ridge` probe of `medim probe` to one target, and return its weights.
+    """Fit the `ridge` probe of `medim probe` to one target, and return its weights in float64.
 
     Args:
         rows: features (n, d).
@@ -69,7 +69,7 @@ def fit_ridge_probe(rows: Array, targets: Array, *, seed: int) -> LinearProbe:
     """
     scaler, regression, _ = fit_ridge(rows, targets[:, 0], seed=seed)
     weight, bias = regression.coef_.reshape(1, -1), np.atleast_1d(regression.intercept_)
-    return LinearProbe(*(torch.from_numpy(a).float() for a in (scaler.mean_, scaler.scale_, weight, bias)))
+    return LinearProbe(*(torch.from_numpy(a).double() for a in (scaler.mean_, scaler.scale_, weight, bias)))
 
 
 def fit_finding_probes(rows: Array, labels: Array, *, seed: int) -> LinearProbe:

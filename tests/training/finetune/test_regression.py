@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from medim.predict.dicom.source import read_dicom_source
 from medim.predict.dicom.structured_report import build_values_report
 from medim.predict.predict import predict
 from medim.reports.report import write_report_page
-from medim.training.finetune.run import finetune
+from medim.tasks import TASKS
+from medim.training.finetune.run import finetune, open_labelled_cohort
 from medim.training.finetune.targets import select_head
 from medim.types import UserError
 
@@ -162,8 +164,45 @@ def walk_content(item: Dataset) -> list[Dataset]:
     return children + [inner for child in children for inner in walk_content(child)]
 
 
-@pytest.mark.parametrize("label", ["large", "nan", "inf"])
+@pytest.mark.parametrize(
+    "label", ["large", "nan", "inf", "1e202", "-1e39", "1_178", "١٢", "１２", "0x10", "1e", "95,17"]
+)
 def test_labels_that_are_no_numbers_are_refused(config: FinetuneConfig, index: Index, label: str) -> None:
     records = (replace(index.records[0], label=label), *index.records[1:])
-    with pytest.raises(UserError, match=f"expected numbers as labels, got '{label}'"):
+    with pytest.raises(UserError, match=f"expected numbers from -1e\\+38 to 1e\\+38 as labels, got '{label}'"):
         select_head(config, replace(index, records=records))
+
+
+def with_labels(index: Index, labels: Sequence[str]) -> Index:
+    """The same images with other labels, repeated as often as needed."""
+    records = tuple(replace(r, label=labels[n % len(labels)]) for n, r in enumerate(index.records))
+    return replace(index, records=records)
+
+
+@pytest.mark.parametrize("labels", [["5"], ["1e-300", "2e-300"]])
+def test_labels_without_a_standard_deviation_are_refused(
+    config: FinetuneConfig, index: Index, tmp_path: Path, labels: list[str]
+) -> None:
+    with pytest.raises(UserError, match="expected labels that differ"):
+        open_labelled_cohort(config, with_labels(index, labels), split_seed=0, store=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "remedy"),
+    [
+        ([f"{1000 + 1.5 * n}" for n in range(40)], "40 different numbers for 80 images.*--task regression"),
+        ([f"{n}" for n in range(80)], "80 different numbers for 80 images.*--task regression"),
+        ([f"report {n}" for n in range(80)], "80 different labels for 80 images.*Check the label column"),
+    ],
+)
+def test_classification_of_measurements_is_refused(
+    config: FinetuneConfig, index: Index, tmp_path: Path, labels: list[str], remedy: str
+) -> None:
+    classes = config.model_copy(update={"task": "classification", "head": {"name": "classification"}})
+    with pytest.raises(UserError, match=remedy):
+        open_labelled_cohort(classes, with_labels(index, labels), split_seed=0, store=tmp_path)
+
+
+@pytest.mark.parametrize("labels", [["0", "0.5", "1"], [f"{n}" for n in range(20)]])
+def test_few_numbers_may_be_classes(index: Index, labels: list[str]) -> None:
+    assert TASKS["classification"].find_training_error(with_labels(index, labels)) is None
