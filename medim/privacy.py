@@ -19,6 +19,7 @@ from functools import lru_cache
 from itertools import permutations
 from pathlib import Path, PurePath
 
+from medim.neutral_names import is_neutral_name, list_identifying_words
 from medim.types import UserError
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,11 @@ _MIN_PARTIAL_LENGTH = 4
 _MIN_NAME_LENGTH = 2  # an initial occurs in many names of files
 _MAX_NUMBER_LENGTH = 16  # of an ID; a UID is longer and matches as a whole
 _MIN_DATE_LENGTH = 6  # day, month and year of two digits each
+_SUFFIX = re.compile(  # of a file that a reader accepts, or a table; others may be parts of a name, as in `J.Smith`
+    r"(.+?)(\.(?:nii|dcm|dicom|ima|img|hdr|png|jpe?g|tiff?|bmp|np[yz]|mh[ad]|nh?rrd|z?raw|csv|tsv|json|txt|xml|zip|tar)"
+    r"(?:\.gz)?)",
+    re.IGNORECASE,
+)
 
 
 def load_site_key() -> bytes:
@@ -120,6 +126,15 @@ def identity_tokens(identities: Iterable[str], names: Iterable[str] = ()) -> fro
     return frozenset(_hash_word(key, spelling) for spelling in spellings)
 
 
+def text_tokens(texts: Iterable[str]) -> frozenset[int]:
+    """Compute the tokens of free texts, such as the description in a NIfTI header: each text, and its words.
+
+    Words that are neutral (`medim.neutral_names`) are left out.
+    """
+    names = list(texts)
+    return identity_tokens(names, (word for text in names for word in list_identifying_words(text)))
+
+
 class Scrubber:
     """Scrubber of paths: replaces the parts that contain an identity attribute of a file by pseudonyms.
 
@@ -130,14 +145,18 @@ class Scrubber:
 
     Args:
         identities: tokens from `identity_tokens`.
+        keep_names: keep the other parts; False replaces all parts that are not neutral (`medim.neutral_names`), because
+            a file may be named after a person that its header does not contain.
     """
 
-    def __init__(self, identities: Iterable[int]) -> None:
+    def __init__(self, identities: Iterable[int], *, keep_names: bool = True) -> None:
         self._tokens = frozenset(identities)
+        self._keep_names = keep_names
 
     def scrub_part(self, part: str) -> str:
         """Return one part of a path, or its pseudonym with the file suffix kept."""
-        return scrubbed_name(part) if self.contains_identity(part) else part
+        is_hidden = self.contains_identity(part) or not (self._keep_names or is_neutral_name(part))
+        return scrubbed_name(part) if is_hidden else part
 
     def contains_identity(self, part: str) -> bool:
         """Whether a part of a path contains an identity, or bytes that are not UTF-8 and cannot be recorded."""
@@ -165,6 +184,31 @@ def scrubbed_name(part: str) -> str:
     """Return the replacement in an index for a path part that contains an identity."""
     stem, suffix = _split_suffix(part)
     return make_pseudonym(stem, prefix="p") + suffix
+
+
+def hide_name(name: str) -> str:
+    """Return a name if it is neutral, or its pseudonym.
+
+    Examples:
+        >>> hide_name("T1_axial")
+        'T1_axial'
+    """
+    return Scrubber((), keep_names=False).scrub_part(name)
+
+
+def format_path(path: str | Path) -> str:
+    """Format the path of images or of a table for a message, without names that are not neutral.
+
+    A path in the working folder is given relative to it, any other only by its last part.
+
+    Examples:
+        >>> format_path("scans/labels.csv"), format_path("/home/doe/study/subjects.csv")
+        ('scans/labels.csv', 'subjects.csv')
+    """
+    absolute = Path(os.path.normpath(Path(path).absolute()))
+    is_inside = absolute.is_relative_to(Path.cwd()) and absolute != Path.cwd()
+    shown = absolute.relative_to(Path.cwd()) if is_inside else PurePath(absolute.name or "/")
+    return "/".join(map(hide_name, shown.parts))
 
 
 def resolve_scrubbed_path(folder: Path, scrubbed_path: str) -> Path:
@@ -199,7 +243,10 @@ def resolve_scrubbed_path(folder: Path, scrubbed_path: str) -> Path:
 @lru_cache(maxsize=256)
 def _map_scrubbed_names(folder: str, mtime_ns: int, key: bytes) -> dict[str, str]:
     """Map the scrubbed names in a folder to the real names; cached, because a folder can have thousands of patients."""
-    names = sorted((entry.name for entry in Path(folder).iterdir()), reverse=True)
+    try:
+        names = sorted((entry.name for entry in Path(folder).iterdir()), reverse=True)
+    except OSError:  # a folder without read permission, such as a parent of the user's home
+        names = []
     return {scrubbed_name(name): name for name in names}
 
 
@@ -261,5 +308,5 @@ def _iterate_spellings(words: list[str]) -> Iterator[str]:
 
 def _split_suffix(part: str) -> tuple[str, str]:
     """Split a file name into stem and suffix (`.nii.gz` is one suffix; the `.5` of a UID is not a suffix)."""
-    match = re.fullmatch(r"(.+?)((?:\.nii|\.tar)?\.[A-Za-z][A-Za-z0-9]{0,4})", part)
+    match = _SUFFIX.fullmatch(part)
     return (match[1], match[2]) if match else (part, "")

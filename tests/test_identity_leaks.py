@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from medim.cli import app
 from medim.config import FinetuneConfig, PretrainConfig, dump_config
 from tests.data.synthetic import write_series
+from tests.identity_harness import build_configs, run_trees
 from tests.training.conftest import *  # noqa: F403  (its fixtures)
 
 WORD, DATE, ROOT = "Zzyzx", "19371123", "1.2.826.0.31415"
@@ -158,3 +159,14 @@ def test_nothing_that_medim_writes_or_says_tells_who_when_or_where(
     }
     assert found == set()
     assert [trace for trace in TRACES if trace in (told + caplog.text).lower().encode()] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tree", ["NIfTI", "BIDS", "PNG, many images", "npz", "DICOM, de-identified"])
+def test_no_byte_of_any_output_names_a_person_of_a_tree_that_is_named_after_its_patients(
+    tree: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    for outcome in run_trees(tmp_path, build_configs(), [tree])[tree]:
+        assert bool(outcome.exit_code) == outcome.command.fails, f"{outcome.command.words}: {outcome.text}"
+        assert outcome.hits == set(), outcome.command.words

@@ -16,7 +16,18 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 GROUND = frozenset(
-    {"types", "version", "files", "migrations", "renamed_keys", "config", "model_spec", "privacy", "signals"}
+    {
+        "types",
+        "version",
+        "files",
+        "migrations",
+        "renamed_keys",
+        "config",
+        "model_spec",
+        "neutral_names",
+        "privacy",
+        "signals",
+    }
     | {"signing", "integrity"}
 )
 DATA = frozenset(
@@ -34,7 +45,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {  # a folder or a module: those it may 
     "signals": frozenset({"types"}),
     "signing": frozenset({"types"}),
     "integrity": frozenset({"types", "files", "signing"}),
-    "privacy": frozenset({"types", "files"}),
+    "neutral_names": frozenset(),
+    "privacy": frozenset({"types", "files", "neutral_names"}),
     "renamed_keys": frozenset({"types"}),
     "config": frozenset({"types", "files", "renamed_keys"}),
     "model_spec": frozenset({"types", "files", "config", "migrations"}),

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from medim.cli.data import example, fetch, index, preprocess
+from medim.cli.data import example, fetch, index, locate, preprocess
 from medim.cli.evaluation import evaluate, probe, report, study
 from medim.cli.package import embed, export, predict, verify
 from medim.cli.serve import serve_app
@@ -82,6 +82,7 @@ for command in (
     example,
     fetch,
     index,
+    locate,
     preprocess,
     plan,
     pretrain,

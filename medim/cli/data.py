@@ -1,4 +1,4 @@
-"""Commands that fetch, index and preprocess images: `example`, `fetch`, `index`, `preprocess`."""
+"""Commands that fetch, index and preprocess images: `example`, `fetch`, `index`, `locate`, `preprocess`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from medim.cli.options import ConfigOption, LabelsOption, OutOption, OverwriteOption, SeedOption, SubjectsOption
-from medim.cli.terminal import console, print_result, show_progress
+from medim.cli.options import (
+    ConfigOption,
+    KeepNamesOption,
+    LabelsOption,
+    OutOption,
+    OverwriteOption,
+    SeedOption,
+    SubjectsOption,
+)
+from medim.cli.terminal import console, escape_control_characters, print_result, show_progress
 from medim.types import Modality, UsageError, UserError
 
 
@@ -77,6 +85,7 @@ def index(
     out: OutOption,
     labels: LabelsOption = None,
     subjects: SubjectsOption = None,
+    keep_names: KeepNamesOption = False,
     jobs: Annotated[
         int | None, typer.Option(metavar="N", help="Number of processes. Default: one per core.", min=1)
     ] = None,
@@ -96,6 +105,7 @@ def index(
 
     source_paths = [resolve_data_argument(source, modality) for source in sources]
     build_options: Any = {
+        "keep_names": keep_names,
         "jobs": jobs or count_cpus(),
         "remember": not no_cache,
         "progress": show_progress("inspected", "files"),
@@ -115,6 +125,20 @@ def index(
     print_result("index", {**counts, "written to": out})
 
 
+def locate(
+    source: Annotated[Path, typer.Argument(help="An index, or the folder of images that the keys are from.")],
+    keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="Keys of images, as in the column image.")],
+) -> None:
+    """Print the files of image keys.
+
+    Names of files and folders that may identify people are pseudonyms in every other output.
+    """
+    from medim.data.index.locate import locate_files
+
+    for path in [path for key in keys for path in locate_files(source, key)]:
+        console.print(escape_control_characters(str(path)), markup=False, highlight=False, soft_wrap=True)
+
+
 def preprocess(
     source: Annotated[Path, typer.Argument(help="Images, or an index.")],
     modality: Annotated[
@@ -122,6 +146,7 @@ def preprocess(
     ],
     out: OutOption,
     config: ConfigOption = None,
+    keep_names: KeepNamesOption = False,
     jobs: Annotated[int, typer.Option(metavar="N", help="Number of processes.")] = 1,
 ) -> None:
     """Preprocess images into a store.
@@ -136,7 +161,7 @@ def preprocess(
     if out.exists() and not (out / "store.json").is_file() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out}: expected a store, or an empty or new folder. Choose another --out.")
     resolve_pretrain_config(config or modality)
-    image_index, _ = open_source(source, modality)
+    image_index, _ = open_source(source, modality, keep_names=keep_names)
     steps = resolve_pretrain_config(config or modality, index=image_index).preprocessing
     cohort = open_cohort(image_index, image_index.records, steps, split_seed=0, store=out, jobs=jobs)
     rows = flag_images(image_index.records, cohort.quality_metrics())

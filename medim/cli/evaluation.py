@@ -16,6 +16,7 @@ from medim.cli.options import (
     ConfigOption,
     DataOption,
     FailOnContaminationOption,
+    KeepNamesOption,
     LabelsOption,
     OutOption,
     OverwriteOption,
@@ -56,6 +57,7 @@ class EvaluateArguments:
     fail_on_contamination: FailOnContaminationOption = False
     labels: LabelsOption = None
     subjects: SubjectsOption = None
+    keep_names: KeepNamesOption = False
     public_key: PublicKeyOption = None
     overwrite: OverwriteOption = False
 
@@ -78,6 +80,7 @@ def evaluate(arguments: EvaluateArguments) -> None:
         locate_weights(arguments.model)[1].modality,
         labels=arguments.labels,
         subjects=arguments.subjects,
+        keep_names=arguments.keep_names,
     )
     options = EvaluateOptions(
         split=arguments.split,
@@ -139,6 +142,7 @@ class ProbeArguments:
     ] = None
     labels: LabelsOption = None
     subjects: SubjectsOption = None
+    keep_names: KeepNamesOption = False
     split_seed: SplitSeedOption = 0
     fail_on_contamination: FailOnContaminationOption = False
     public_key: PublicKeyOption = None
@@ -166,6 +170,7 @@ def probe(arguments: ProbeArguments) -> None:
         locate_weights(arguments.encoder)[1].modality,
         labels=arguments.labels,
         subjects=arguments.subjects,
+        keep_names=arguments.keep_names,
     )
     encoder_name = arguments.encoder.resolve().name
     folder = arguments.out or arguments.encoder.with_name(f"{encoder_name}-probe-{arguments.protocol}")
@@ -246,6 +251,7 @@ class StudyArguments:
     ] = None
     labels: LabelsOption = None
     subjects: SubjectsOption = None
+    keep_names: KeepNamesOption = False
     groups: Annotated[
         Path | None,
         typer.Option(
@@ -286,7 +292,11 @@ def study(arguments: StudyArguments) -> None:
     config_args = arguments.task, spec.modality, first_run, arguments.config, arguments.set_ or []
     resolve_finetune_config(*config_args)
     image_index, store = open_source(
-        arguments.data, spec.modality, labels=arguments.labels, subjects=arguments.subjects
+        arguments.data,
+        spec.modality,
+        labels=arguments.labels,
+        subjects=arguments.subjects,
+        keep_names=arguments.keep_names,
     )
     settings = resolve_finetune_config(*config_args, index=image_index)
     options = StudyOptions(

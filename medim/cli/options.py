@@ -21,6 +21,12 @@ LabelsOption = Annotated[
 SubjectsOption = Annotated[
     Path | None, typer.Option("--subjects", metavar="FILE", help="CSV with columns image,subject.")
 ]
+KeepNamesOption = Annotated[
+    bool,
+    typer.Option(
+        "--keep-names", help="Keep the names of files and folders that may identify people. Only for public data."
+    ),
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key. May be repeated.")
 ]

@@ -9,6 +9,7 @@ import typer
 
 from medim.cli.options import (
     InputsArgument,
+    KeepNamesOption,
     OutOption,
     OverwriteOption,
     PublicKeyOption,
@@ -68,15 +69,17 @@ def predict(
     labelmap: Annotated[
         bool, typer.Option("--labelmap", help="Write SEG objects of type LABELMAP, which older viewers cannot display.")
     ] = False,
+    keep_names: KeepNamesOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Apply a package to images and write one answer per image."""
     from medim.package.package import load_package
+    from medim.predict.predict import ImageSource
     from medim.predict.predict import predict as run
 
     rows = run(
         load_package(package, public_key=public_key),
-        inputs,
+        ImageSource(inputs, keep_names),
         out,
         output_format=output_format,
         labelmap=labelmap,
@@ -98,6 +101,7 @@ def embed(
         ),
     ] = None,
     public_key: PublicKeyOption = None,
+    keep_names: KeepNamesOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the content of --mi-map-dir.")] = False,
 ) -> None:
     """Extract features, one row per image.
@@ -105,7 +109,7 @@ def embed(
     With --mi-map-dir, mutual-information maps are written too.
     """
     from medim.package.package import load_package
-    from medim.predict.predict import embed_images
+    from medim.predict.predict import ImageSource, embed_images
 
     network: Any
     if (encoder / "medim.json").is_file():
@@ -119,7 +123,12 @@ def embed(
 
         network = open_encoder(encoder)
     images, features = embed_images(
-        network, inputs, out, maps=mi_map_dir, overwrite=overwrite, progress=show_progress("embedded")
+        network,
+        ImageSource(inputs, keep_names),
+        out,
+        maps=mi_map_dir,
+        overwrite=overwrite,
+        progress=show_progress("embedded"),
     )
     output_rows = {"written to": out, **({"maps in": mi_map_dir} if mi_map_dir else {})}
     print_result("embed", {"images": len(images), "features": features.shape[1], **output_rows})

@@ -22,6 +22,7 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from medim.cli.renamed_options import RENAMED_OPTIONS, translate_options
+from medim.cli.traceback_text import describe_os_error, format_traceback
 from medim.types import UserError
 from medim.version import install_command
 
@@ -94,8 +95,12 @@ def register_command(
                 with _active_bars:
                     body(**options) if arguments_class is None else body(arguments_class(**options))
             except (Exception, KeyboardInterrupt) as error:
-                if with_traceback or isinstance(error, _CONTROL_FLOW):
+                if isinstance(error, _CONTROL_FLOW):
                     raise
+                if with_traceback:
+                    Console(stderr=True, soft_wrap=True).print(
+                        escape_control_characters(format_traceback(error)), markup=False, highlight=False
+                    )
                 Console(stderr=True, soft_wrap=True).print(
                     escape_control_characters(f"medim: {_format_error(error)}"), markup=False, highlight=False
                 )
@@ -159,7 +164,9 @@ def _format_error(error: BaseException) -> str:
         return "interrupted. Files written so far are complete. Run the command again (with --resume, if it has that)."
     if isinstance(error, MemoryError):
         return "not enough memory. Use smaller batches or images, or a machine with more memory."
-    if isinstance(error, UserError | OSError | ImportError):
+    if isinstance(error, OSError):
+        return describe_os_error(error)
+    if isinstance(error, UserError | ImportError):
         return str(error)
     return (  # without the message, which may contain names of files or patients
         f"unexpected error ({type(error).__name__}). Run the command again with --debug to see where, and report it."

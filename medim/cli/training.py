@@ -14,6 +14,7 @@ from medim.cli.options import (
     DataOption,
     DevicesOption,
     FailOnContaminationOption,
+    KeepNamesOption,
     LabelsOption,
     NodesOption,
     OutOption,
@@ -60,6 +61,7 @@ class PretrainArguments:
         bool, typer.Option("--stop-on-collapse", help="Stop the run if it diverges or collapses.")
     ] = False
     subjects: SubjectsOption = None
+    keep_names: KeepNamesOption = False
 
 
 @handle_shutdown_signals()
@@ -75,7 +77,9 @@ def pretrain(arguments: PretrainArguments) -> None:
     config_args = arguments.config or arguments.modality, _list_overrides(arguments)
     settings = resolve_pretrain_config(*config_args)  # a mistake in it shows before images are read
     _check_modality(settings.modality, arguments)
-    image_index, store = open_source(arguments.data, arguments.modality, subjects=arguments.subjects)
+    image_index, store = open_source(
+        arguments.data, arguments.modality, subjects=arguments.subjects, keep_names=arguments.keep_names
+    )
     settings = resolve_pretrain_config(*config_args, index=image_index)
     folder = arguments.out or Path("runs") / f"{settings.name}-{settings.hash}"
     options = PretrainOptions(
@@ -140,6 +144,7 @@ class FinetuneArguments:
     ] = None
     labels: LabelsOption = None
     subjects: SubjectsOption = None
+    keep_names: KeepNamesOption = False
     config: ConfigOption = None
     set_: SetOption = None
     seed: SeedOption = 0
@@ -187,7 +192,11 @@ def finetune(arguments: FinetuneArguments) -> None:
     )
     settings = resolve_finetune_config(*config_args)  # mistakes in options and configuration show before reading
     image_index, store = open_source(
-        arguments.data, settings.modality, labels=arguments.labels, subjects=arguments.subjects
+        arguments.data,
+        settings.modality,
+        labels=arguments.labels,
+        subjects=arguments.subjects,
+        keep_names=arguments.keep_names,
     )
     settings = resolve_finetune_config(*config_args, index=image_index)
     summary = run(settings, image_index, arguments.out, options, store=store)
@@ -222,6 +231,7 @@ class PlanArguments:
     accelerator: AcceleratorOption = "auto"
     precision: PrecisionOption = None
     subjects: SubjectsOption = None
+    keep_names: KeepNamesOption = False
     json: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the estimate to this JSON file.")
     ] = None
@@ -245,7 +255,9 @@ def plan(arguments: PlanArguments) -> None:
     config_args = config_name, _list_overrides(arguments)
     settings = resolve_pretrain_config(*config_args)  # a mistake in it shows before images are read
     _check_modality(settings.modality, arguments)
-    image_index, store = open_source(arguments.data, settings.modality, subjects=arguments.subjects)
+    image_index, store = open_source(
+        arguments.data, settings.modality, subjects=arguments.subjects, keep_names=arguments.keep_names
+    )
     settings = resolve_pretrain_config(*config_args, index=image_index)
     estimate = run(
         settings,

@@ -9,13 +9,19 @@ from medim.data.index.index import Index, build_index
 from medim.data.parallel import count_cpus
 from medim.data.public.fetch import resolve_data_argument
 from medim.files import prepare_output_folder
+from medim.privacy import format_path
 from medim.types import Modality, UserError
 
 log = logging.getLogger(__name__)
 
 
 def open_source(
-    data: Path | None, modality: Modality, *, labels: Path | None = None, subjects: Path | None = None
+    data: Path | None,
+    modality: Modality,
+    *,
+    labels: Path | None = None,
+    subjects: Path | None = None,
+    keep_names: bool = False,
 ) -> tuple[Index, Path | None]:
     """Open or build the index of a data source.
 
@@ -25,6 +31,7 @@ def open_source(
         modality: modality of the images.
         labels: CSV with labels to join.
         subjects: CSV with subjects to join.
+        keep_names: as in `build_index`.
 
     Returns:
         The index, and the folder of the store if `data` is a store.
@@ -40,17 +47,18 @@ def open_source(
         index = Index.read(data)
         if index.modality != modality:
             raise UserError(
-                f"{data}: expected an index of {modality} images, got {index.modality}. "
+                f"{format_path(data)}: expected an index of {modality} images, got {index.modality}. "
                 f"Give --modality {index.modality}."
             )
-        option = "--labels" if labels else "--subjects" if subjects else None
+        option = "--labels" if labels else "--subjects" if subjects else "--keep-names" if keep_names else None
         if option:
             raise UserError(
-                f"{data}: {option} has no effect on an existing index. "
+                f"{format_path(data)}: {option} has no effect on an existing index. "
                 f"Give {option} to `medim index`, or give the images themselves to --data."
             )
         return index, data if (data / "store.json").is_file() else None
-    return build_index(data, modality, labels=labels, subjects=subjects, jobs=count_cpus()), None
+    index = build_index(data, modality, labels=labels, subjects=subjects, keep_names=keep_names, jobs=count_cpus())
+    return index, None
 
 
 def _prepare_builtin_cohort(modality: Modality) -> Path:

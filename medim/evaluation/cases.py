@@ -78,7 +78,7 @@ def score_cases(
             progress(done, len(records))
     if rows and all(row.get("rejected") for row in rows):
         raise AllRejectedError(
-            f"{index.root}: all {len(records)} images to evaluate were rejected; the first: "
+            f"{index.source_name}: all {len(records)} images to evaluate were rejected; the first: "
             f"{rows[0]['image']}: {rows[0]['detail']}",
             index,
         )
@@ -150,17 +150,18 @@ def _score_case(network: Predictor, index: Index, record: ImageRecord, case_filt
             return []
         mask = index.open_mask(record) if task.dense else None
     except Exception as error:  # a decoder may raise any exception; count the case and continue
-        return [_rejection_row(getattr(error, "reason", "unreadable"), error, index)]
+        return [_rejection_row(getattr(error, "reason", "unreadable"), error)]
     case = LabelledCase(record=record, volume=volume, mask=mask, classes=network.classes, source_classes=index.classes)
     if target_error := task.find_target_error(case):
         return [{"rejected": target_error[0], "detail": target_error[1]}]
     try:
         answer = network(volume)
     except UserError as error:
-        return [_rejection_row("not-for-this-model", error, index)]
+        return [_rejection_row("not-for-this-model", error)]
     return task.score_case(answer, case)
 
 
-def _rejection_row(reason: str, error: Exception, index: Index) -> CaseRow:
-    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return {"rejected": reason, "detail": text.replace(f"{index.root}/", "")}
+def _rejection_row(reason: str, error: Exception) -> CaseRow:
+    """Describe an error; the message of a library is left out, as it may contain the path of the file."""
+    detail = str(error) if isinstance(error, UserError) else f"the image cannot be read ({type(error).__name__})"
+    return {"rejected": reason, "detail": detail}

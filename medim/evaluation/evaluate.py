@@ -198,7 +198,9 @@ def select_records(
         split = "test" if any(record.split == "test" for record in labelled) else "val" if same_index else "all"
     selection = tuple(record for record in labelled if split == "all" or splits.get(record.image) == split)
     if not selection:
-        raise UserError(f"{index.root}: there are no labelled images in split {split!r}. Choose another --split.")
+        raise UserError(
+            f"{index.source_name}: there are no labelled images in split {split!r}. Choose another --split."
+        )
     return selection, split
 
 

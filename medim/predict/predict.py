@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
@@ -27,7 +27,22 @@ from medim.types import Array, Modality, UsageError, UserError
 
 SCHEMA_VERSION = 2
 AnswerFormat = Literal["nifti", "dicom"]
-PredictInputs = Index | Path | Sequence[Path]
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Images to index.
+
+    Attributes:
+        paths: files and folders.
+        keep_names: as in `build_index`.
+    """
+
+    paths: Sequence[Path]
+    keep_names: bool = False
+
+
+PredictInputs = Index | ImageSource | Path | Sequence[Path]
 AnswerProgress = Callable[[int, int], None]  # arguments: processed images, total number of images
 DEFAULT_LIMITS = DecodingLimits()
 # Peak memory of a prediction per voxel of the image, without the network: measured 14 for one of 67 million voxels
@@ -208,10 +223,9 @@ def _open_index(inputs: PredictInputs, modality: Modality, rejections_file: Path
     if isinstance(inputs, Index):
         index = inputs
     else:
-        paths = [Path(path) for path in ([inputs] if isinstance(inputs, str | Path) else inputs)]
+        source = inputs if isinstance(inputs, ImageSource) else ImageSource(_list_paths(inputs))
         try:
-            is_single_index = len(paths) == 1 and is_index(paths[0])
-            index = Index.read(paths[0]) if is_single_index else build_index(paths, modality)
+            index = _open_source(source, modality)
         except AllRejectedError as error:
             error.write_rejections(rejections_file)
             raise
@@ -220,6 +234,18 @@ def _open_index(inputs: PredictInputs, modality: Modality, rejections_file: Path
             f"expected images of modality {modality}, got an index of {index.modality}. Use another package."
         )
     return index
+
+
+def _list_paths(inputs: Path | Sequence[Path]) -> list[Path]:
+    return [Path(path) for path in ([inputs] if isinstance(inputs, str | Path) else inputs)]
+
+
+def _open_source(source: ImageSource, modality: Modality) -> Index:
+    if len(source.paths) != 1 or not is_index(source.paths[0]):
+        return build_index(source.paths, modality, keep_names=source.keep_names)
+    if source.keep_names:
+        raise UserError("--keep-names has no effect on an existing index. Give --keep-names to `medim index`.")
+    return Index.read(source.paths[0])
 
 
 def _iterate_answers(

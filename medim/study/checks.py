@@ -65,8 +65,8 @@ def check_one_class_per_image(index: Index) -> None:
     """
     if index.findings:
         raise UserError(
-            f"{index.root}: expected one class per image, got labels of {len(index.findings)} findings. Study one "
-            "finding at a time: use --labels CSV with columns image,label."
+            f"{index.source_name}: expected one class per image, got labels of {len(index.findings)} findings. "
+            "Study one finding at a time: use --labels CSV with columns image,label."
         )
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from medim.config import FinetuneConfig
 from medim.data.index.index import Index
 from medim.evaluation.probing.label_budget import Budget
 from medim.migrations import read_migrated_json
-from medim.privacy import Scrubber, identity_tokens
+from medim.privacy import Scrubber, format_path, identity_tokens
 from medim.signals import StoppedError
 from medim.study.audit.audit import write_audit
 from medim.study.audit_study import audit_study
@@ -114,11 +115,18 @@ def _read_previous_hours(out: Path) -> float:
 def _format_repeat_command(command: Sequence[str], context: StudyContext) -> str:
     """Format the command that repeats the study, with the steps timed here and without identities in paths."""
     scrubber = Scrubber(identity_tokens(context.cohort.index.identity_parts))
-    words = ["/".join(scrubber.scrub_part(part) for part in word.split("/")) for word in command]
+    pieces = ([_format_command_piece(piece, scrubber) for piece in re.split(r"([=,])", word)] for word in command)
+    words = ["".join(parts) for parts in pieces]
     overrides = (
         [] if context.config.eval_steps is not None else ["--set", f"eval_steps={list(context.design.eval_steps)}"]
     )
     return shlex.join([*words, *overrides]) if words else ""
+
+
+def _format_command_piece(piece: str, scrubber: Scrubber) -> str:
+    """Format a piece of a command line: a path as in messages, and all else unchanged."""
+    is_path = "/" in piece or (piece not in ("", ".") and Path(piece).exists())
+    return scrubber.scrub_path(PurePath(format_path(piece))) if is_path else piece
 
 
 def _raise_if_incomplete(scheduler: Scheduler, out: Path) -> None:

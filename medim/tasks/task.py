@@ -199,7 +199,7 @@ class Task(ABC):
     def describe_missing_targets(self, index: Index) -> str:
         """Describe an index without targets of this task, and the remedy."""
         count = len(index.records)
-        return f"{index.root}: none of {count} images has a {self.target_field}. {self.target_remedy}"
+        return f"{index.source_name}: none of {count} images has a {self.target_field}. {self.target_remedy}"
 
     @property
     def first_class_index(self) -> int:
@@ -224,7 +224,7 @@ class Task(ABC):
 
     def label_form_error(self, index: Index) -> str:
         """Error message where `accepts_labels` is false."""
-        return f"head {self.name}: expected other labels than those of {index.root}."
+        return f"head {self.name}: expected other labels than those of {index.source_name}."
 
     def find_training_error(self, index: Index) -> str | None:
         """Error message for labelled images from which the task cannot be learnt, or None."""

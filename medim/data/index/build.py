@@ -7,6 +7,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -29,7 +30,8 @@ from medim.data.readers import READERS, collect_images, find_reader
 from medim.data.readers.base import Reader
 from medim.data.readers.dicom.reader import DicomReader, mark_damaged_neighbours
 from medim.data.readers.inspection import CollectionResult, ImageInfo, RejectedFile
-from medim.privacy import Scrubber, make_pseudonym
+from medim.neutral_names import is_neutral_name
+from medim.privacy import Scrubber, format_path, make_pseudonym, scrubbed_name
 from medim.types import Modality, UserError
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ def build_records(
     *,
     labels: Path | None = None,
     subjects: Path | None = None,
+    keep_names: bool = False,
 ) -> IndexContent:
     """Find images, join the tables and remove identities; see `medim.data.index.index.build_index`."""
     root = find_common_root(sources)
@@ -67,7 +70,9 @@ def build_records(
     exclude_masks(layout, label_tables, root)
     layout.rejected += unreadable
     if not layout.images and not layout.rejected and not layout.unmatched_masks:
-        raise UserError(f"{', '.join(map(str, sources))}: expected image files, found none. Choose another folder.")
+        raise UserError(
+            f"{', '.join(map(format_path, sources))}: expected image files, found none. Choose another folder."
+        )
     images, rejected = _inspect_files(layout.images, modality, scanner)
     if n_multi_valued := sum("several-labels" in image.quality for image in images):
         log.warning(
@@ -75,24 +80,21 @@ def build_records(
         )
     images, wrong_dimensions = _filter_dimensions(images, modality)
     rejected += wrong_dimensions + layout.rejected
-    pending_records = _create_pending_records(images, layout, sources)
+    pending_records = _create_pending_records(images, layout, sources, keep_names=keep_names)
     check_participant_tables(pending_records, layout)
     join_subjects(pending_records, load_join_tables(layout, "subjects", subjects), layout, root)
     join_labels(pending_records, label_tables, root)
     pending_records, mask_rejected, highest = check_masks(pending_records, layout, scanner)
     rejected += mask_rejected
     all_files: list[ImageInfo | RejectedFile] = [*images, *rejected, *_identities_of_skipped(layout, modality, scanner)]
-    scrubber = Scrubber(identity for image in all_files for identity in image.identities)
+    scrubber = Scrubber((token for image in all_files for token in image.identities), keep_names=keep_names)
     names = tuple(
         layout.classes[value] if value < len(layout.classes) else f"label-{value + 1}" for value in range(highest)
     )
     return IndexContent(
         root=root,
         records=_create_image_records(pending_records, root, scrubber, modality),
-        rejected=tuple(
-            Rejection(scrubber.scrub_path(_relative_path(r.path, root)), r.reason, r.detail)
-            for r in sorted(dict.fromkeys(rejected), key=lambda r: r.path)
-        ),
+        rejected=_create_rejections(rejected, root, scrubber),
         classes=layout.classes or names,
         identity_parts=frozenset(part for part in root.parts if scrubber.contains_identity(part)),
         series={(d.image.files[0], d.image.shape): d.image.files for d in pending_records if d.image.series},
@@ -117,9 +119,9 @@ def resolve_sources(sources: Sequence[Path]) -> list[Path]:
         raise UserError("expected a file or folder to index, got none.")
     for source in sources:
         if not source.exists():
-            raise UserError(f"{source}: expected a file or folder here, found none. Check the path.")
+            raise UserError(f"{format_path(source)}: expected a file or folder here, found none. Check the path.")
         if is_system_path(source.resolve()) or source.resolve() == Path("/"):
-            raise UserError(f"{source}: expected a folder of images, got one of the operating system.")
+            raise UserError(f"{format_path(source)}: expected a folder of images, got one of the operating system.")
     return [source.resolve() for source in sources]
 
 
@@ -185,10 +187,19 @@ def _filter_dimensions(images: Sequence[ImageInfo], modality: Modality) -> tuple
     return [image for image in images if len(image.shape) == dims], list(rejected.values())
 
 
+def _create_rejections(rejected: Sequence[RejectedFile], root: Path, scrubber: Scrubber) -> tuple[Rejection, ...]:
+    """Convert rejected files to rejections without identities, sorted by their written paths."""
+    rejections = (
+        Rejection(scrubber.scrub_path(_relative_path(file.path, root)), file.reason, file.detail)
+        for file in sorted(dict.fromkeys(rejected), key=lambda file: file.path)
+    )
+    return tuple(sorted(rejections, key=lambda rejection: rejection.path.split("/")))
+
+
 def _create_pending_records(
-    images: Sequence[ImageInfo], layout: Layout, sources: Sequence[Path]
+    images: Sequence[ImageInfo], layout: Layout, sources: Sequence[Path], *, keep_names: bool
 ) -> list[PendingRecord]:
-    """Create one pending record per image, sorted by path, with the labels and splits of its folders."""
+    """Create one pending record per image, with the labels and splits of its folders."""
     pictures = [reader for reader in READERS if reader.class_folders]
     picture_paths = [
         image.files[0] for image in images if not image.item and any(r.accepts(image.files[0]) for r in pictures)
@@ -198,7 +209,9 @@ def _create_pending_records(
     for image in sorted(images, key=_image_sort_key):
         path = image.files[0]
         folder_labels = labels_by_path.get(path, FolderLabels())
-        split = folder_labels.split
+        folder_label, split = folder_labels.label, folder_labels.split
+        if folder_label and not (keep_names or is_neutral_name(folder_label)):
+            folder_label = scrubbed_name(folder_label)  # the folder of a class may be that of a patient
         folder = layout.find_folder(path)
         if folder:
             image = replace(image, sequence=image.sequence or folder.sequence(path, image.item))
@@ -207,7 +220,7 @@ def _create_pending_records(
             PendingRecord(
                 image=image,
                 subject=image.subject or (make_pseudonym(folder_labels.subject) if folder_labels.subject else None),
-                label=image.label or folder_labels.label,
+                label=image.label or folder_label,
                 mask=layout.masks.get(path),
                 split=image.split or split,
             )
@@ -217,41 +230,48 @@ def _create_pending_records(
 
 def _image_sort_key(image: ImageInfo) -> tuple[tuple[str, ...], int, int]:
     """Sort key of an image: its path; inside an archive, its split and number."""
+    return image.files[0].parts, *_item_sort_key(image)
+
+
+def _item_sort_key(image: ImageInfo) -> tuple[int, int]:
+    """Sort key of an image inside an archive: its split and number."""
     split, _, number = (image.item or "").rpartition("/")
-    return image.files[0].parts, ("train", "val", "test").index(split) if split else 0, int(number or 0)
+    return ("train", "val", "test").index(split) if split else 0, int(number or 0)
 
 
 def _create_image_records(
     pending_records: Sequence[PendingRecord], root: Path, scrubber: Scrubber, modality: Modality
 ) -> tuple[ImageRecord, ...]:
-    """Convert pending records to records without identities."""
+    """Convert pending records to records without identities.
+
+    They are sorted by their written paths, because the order of the real ones would reveal that of the names.
+    """
     keys = _assign_image_keys(pending_records, root, scrubber)
-    records = []
+    records: list[tuple[tuple[list[str], int, int], ImageRecord]] = []
     for pending, key in zip(pending_records, keys, strict=True):
         image = pending.image
         path = scrubber.scrub_path(_relative_path(image.files[0], root))
         dims = len(image.shape)
-        records.append(
-            ImageRecord(
-                image=key,
-                path=f"{path}#{image.item}" if image.item else path,
-                subject=pending.subject or "",
-                session=image.session,
-                series=image.series,
-                modality=modality,
-                sequence=scrubber.scrub_text(image.sequence),
-                shape=tuple(int(length) for length in image.shape),
-                spacing=tuple(float(length) for length in np.linalg.norm(image.affine[:3, :dims], axis=0)),
-                affine=tuple(float(value) for value in image.affine.ravel()),
-                scanner=scrubber.scrub_text(image.scanner),
-                field_strength=image.field_strength,
-                label=pending.label,
-                mask=scrubber.scrub_path(_relative_path(pending.mask, root)) if pending.mask else None,
-                split=pending.split,
-                quality=" ".join(image.quality) or None,
-            )
+        record = ImageRecord(
+            image=key,
+            path=f"{path}#{image.item}" if image.item else path,
+            subject=pending.subject or "",
+            session=image.session,
+            series=image.series,
+            modality=modality,
+            sequence=scrubber.scrub_text(image.sequence),
+            shape=tuple(int(length) for length in image.shape),
+            spacing=tuple(float(length) for length in np.linalg.norm(image.affine[:3, :dims], axis=0)),
+            affine=tuple(float(value) for value in image.affine.ravel()),
+            scanner=scrubber.scrub_text(image.scanner),
+            field_strength=image.field_strength,
+            label=pending.label,
+            mask=scrubber.scrub_path(_relative_path(pending.mask, root)) if pending.mask else None,
+            split=pending.split,
+            quality=" ".join(image.quality) or None,
         )
-    return tuple(records)
+        records.append(((path.split("/"), *_item_sort_key(image)), record))
+    return tuple(record for _, record in sorted(records, key=itemgetter(0)))
 
 
 def _assign_image_keys(pending_records: Sequence[PendingRecord], root: Path, scrubber: Scrubber) -> list[str]:

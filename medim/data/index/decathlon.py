@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from medim.data.readers.inspection import RejectedFile
-from medim.files import read_json
+from medim.files import decode_json
+from medim.privacy import format_path
 from medim.types import UserError
 
 _CHANNEL_PATTERN = re.compile(r"(.+)_(\d{4})")
@@ -69,7 +70,9 @@ def read_decathlon_folder(path: Path, files: Collection[Path], images: Iterable[
         UserError: the `dataset.json` is damaged.
     """
     description_path = path / "dataset.json"
-    description = read_json(description_path) if description_path in files else {}
+    description: dict[str, Any] = {}
+    if description_path in files:
+        description = decode_json(description_path.read_bytes(), Path(format_path(description_path)))
     training_items = description.get("training")
     if description and not isinstance(training_items, list) and not (path / "imagesTr").is_dir():
         return None
@@ -180,7 +183,8 @@ def _parse_training_pairs(folder: Path, items: Sequence[Any]) -> dict[Path, Path
             pairs[resolve_path(item)] = None
         else:
             raise UserError(
-                f'{folder / "dataset.json"}: expected {{"image": path, "label": path}} under "training", got {item!r}.'
+                f'{format_path(folder / "dataset.json")}: expected {{"image": path, "label": path}} under "training", '
+                f"got {type(item).__name__}."
             )
     return pairs
 
@@ -205,7 +209,7 @@ def _parse_class_names(labels: object, description_path: Path) -> tuple[str, ...
             names.setdefault(max(regions, default=0), f"label-{max(regions, default=0)}")
         except (OverflowError, TypeError, ValueError) as error:
             raise UserError(
-                f'{description_path}: expected "labels" as {{"0": "background", "1": name}}, got {labels}.'
+                f'{format_path(description_path)}: expected "labels" as {{"0": "background", "1": name}}, got {labels}.'
             ) from error
     if max(names, default=0) > _MAX_CLASS:
         raise UserError(f'{description_path}: expected mask values up to {_MAX_CLASS} in "labels", got {max(names)}.')

@@ -37,13 +37,14 @@ from medim.data.readers import DICOM, ReadError, find_reader, read_image, read_m
 from medim.data.readers.base import check_voxels
 from medim.data.readers.dicom.reader import SlicePlan
 from medim.files import json_sha256, read_json, write_json
-from medim.privacy import Scrubber, identity_tokens, make_pseudonym, resolve_scrubbed_path, scrubbed_name
+from medim.privacy import Scrubber, format_path, identity_tokens, make_pseudonym, resolve_scrubbed_path, scrubbed_name
 from medim.types import Modality, UsageError, UserError, Volume
 
 __all__ = ["AllRejectedError", "ImageRecord", "Index", "Rejection", "build_index", "is_index"]
 
 log = logging.getLogger(__name__)
 _OTHER_MODALITY: dict[Modality, tuple[int, Modality]] = {"mri": (2, "xray"), "xray": (3, "mri")}
+_VERSION_WITH_NAMES = 2  # schema version of earlier indexes, whose paths contain names that are now pseudonyms
 _LABEL_REASON_PREFIX = "label-"  # of rejections of labels without an image
 
 
@@ -83,6 +84,7 @@ class Index:
         rejected: all other files of the source.
         classes: names of the mask values 1..K; without masks, the sorted class labels.
         identity_parts: parts of `root` that contain an identity.
+        keep_names: whether names of files and folders that are not neutral were kept.
         n_inspected: number of files opened to build the index; the others were unchanged since the last time.
     """
 
@@ -92,14 +94,16 @@ class Index:
     rejected: tuple[Rejection, ...] = ()
     classes: tuple[str, ...] = ()
     identity_parts: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+    keep_names: bool = field(default=False, repr=False, compare=False)
     n_inspected: int = field(default=0, repr=False, compare=False)
     _series: SeriesFiles = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def hash(self) -> str:
-        """Hex digest of the records and classes, independent of the location of the source and of the site key.
+        """Hex digest of the records and classes, independent of the location of the source.
 
-        Subjects and series enter by their order, not by their pseudonyms.
+        Subjects and series enter by their order, not by their pseudonyms. The hash depends on the site key only if
+        names in paths were replaced by pseudonyms.
         """
         numbers: dict[str | None, int] = {}
 
@@ -109,6 +113,11 @@ class Index:
 
         rows = [hash_row(record) for record in self.records]
         return json_sha256([self.modality, self.classes, rows])
+
+    @property
+    def source_name(self) -> str:
+        """Name of the source for messages, or its pseudonym."""
+        return self.root.name if self.keep_names else format_path(self.root.name)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -213,14 +222,20 @@ class Index:
             table = path
         if table is None or not (folder / "summary.json").is_file():
             raise UserError(
-                f"{path}: expected an index (index.parquet or index.csv, and summary.json). Run `medim index`."
+                f"{format_path(path)}: expected an index (index.parquet or index.csv, and summary.json). "
+                "Run `medim index`."
             )
         summary = read_json(folder / "summary.json")
         version, modality = summary.get("schema_version"), summary.get("modality")
-        if version != SCHEMA_VERSION or modality not in get_args(Modality):
+        if version not in (_VERSION_WITH_NAMES, SCHEMA_VERSION) or modality not in get_args(Modality):
             raise UserError(
-                f"{folder}: expected an index of schema version {SCHEMA_VERSION}, got {version}. "
+                f"{format_path(folder)}: expected an index of schema version {SCHEMA_VERSION}, got {version}. "
                 "Run `medim index` again."
+            )
+        if version == _VERSION_WITH_NAMES:
+            log.warning(
+                "the index was written by an earlier version, which kept the names of NIfTI, PNG and other files. If "
+                "they may identify people, run `medim index` again"
             )
         if summary.get("site") != make_pseudonym("site"):
             log.warning("the index was made with another site key: scrubbed paths cannot be resolved, subjects differ")
@@ -236,16 +251,18 @@ class Index:
             rejected=read_rejections(folder / "rejected.csv"),
             classes=tuple(str(name) for name in summary.get("classes", ())),
             identity_parts=_find_identity_parts(root, source),
+            keep_names=bool(summary.get("keep_names", version == _VERSION_WITH_NAMES)),
         )
 
     def _summary(self, out: Path) -> dict[str, object]:
         relative = Path(os.path.relpath(self.root, out.resolve()))
-        scrub = Scrubber(identity_tokens(self.identity_parts))
+        scrub = Scrubber(identity_tokens(self.identity_parts), keep_names=False)
         return {
             "schema_version": SCHEMA_VERSION,
             "modality": self.modality,
             "source": scrub.scrub_path(relative),
             "site": make_pseudonym("site"),
+            "keep_names": self.keep_names,
             "counts": {
                 "images": len(self.records),
                 "subjects": len({record.subject for record in self.records}),
@@ -308,12 +325,18 @@ def is_index(path: Path) -> bool:
     return (path / "summary.json").is_file() and any((path / f"index.{kind}").is_file() for kind in ("parquet", "csv"))
 
 
+def is_public_folder(path: Path) -> bool:
+    """Whether a path is in a data set that `medim fetch` downloaded, so that its names are public."""
+    return any((folder / "fetched.json").is_file() for folder in (path, *path.parents))
+
+
 def build_index(
     source: Path | Sequence[Path],
     modality: Modality,
     *,
     labels: Path | None = None,
     subjects: Path | None = None,
+    keep_names: bool = False,
     jobs: int = 1,
     remember: bool = True,
     progress: ProgressCallback | None = None,
@@ -323,7 +346,8 @@ def build_index(
     NIfTI files, pictures and arrays are read once in full; of DICOM files only the header is read. Results are cached
     until the size or time of a file changes. The subject of an image is taken from `subjects` or a `subjects.csv` in
     the source; else from the DICOM PatientID with its issuer, the BIDS `sub-` entity, or the file stem (or its folder,
-    if stems repeat from folder to folder). It is always recorded as a pseudonym.
+    if stems repeat from folder to folder). It is always recorded as a pseudonym, and so are the parts of paths that
+    contain an identity of a file's header or that are not neutral (`medim.neutral_names`).
 
     Args:
         source: files and folders in any layout of `docs/reference/cli.md`; several are combined in one index.
@@ -331,6 +355,8 @@ def build_index(
         labels: CSV with columns `image` or `subject`, and `label`, `mask` (path) or `split`; default: a `labels.csv`
             in the source.
         subjects: CSV with columns `image`, `subject`.
+        keep_names: keep names of files and folders that are not neutral, except identities of headers; for public data.
+            Names are kept of data sets of `medim fetch`, too.
         jobs: number of processes; with more than one, a script needs the usual `if __name__ == "__main__":`.
         remember: skip files that have not changed; see `medim.data.index.scan_cache`.
         progress: called with the number of processed files, and of all files of the same format.
@@ -353,7 +379,8 @@ def build_index(
     source_list = [source] if isinstance(source, str | os.PathLike) else list(source)
     sources = resolve_sources([Path(place) for place in source_list])
     scanner = FileScanner(find_common_root(sources) if remember else None, jobs=jobs, progress=progress)
-    content = build_records(sources, modality, scanner, labels=labels, subjects=subjects)
+    keep_names = keep_names or all(map(is_public_folder, sources))
+    content = build_records(sources, modality, scanner, labels=labels, subjects=subjects, keep_names=keep_names)
     index = Index(
         root=content.root,
         modality=modality,
@@ -361,6 +388,7 @@ def build_index(
         rejected=content.rejected,
         classes=content.classes or _list_labels(content.records),
         identity_parts=content.identity_parts,
+        keep_names=keep_names,
         n_inspected=scanner.n_inspected,
         _series=content.series,
     )
@@ -386,7 +414,7 @@ def _build_rejection_error(index: Index) -> AllRejectedError:
     problem += f"; files: {_count_reasons(rest)}" if rest else ""
     problem += f"; labels: {_count_reasons(labels)}" if labels else ""
     remedy = f"Use --modality {other_modality}." if others else "Check the path, or the files."
-    return AllRejectedError(f"{index.root}: {problem}. {remedy}", index)
+    return AllRejectedError(f"{index.source_name}: {problem}. {remedy}", index)
 
 
 def _count_reasons(rejections: Sequence[Rejection]) -> str:

@@ -14,7 +14,7 @@ from medim.data.index.layouts import Layout
 from medim.data.index.subject_names import infer_subjects
 from medim.data.index.tables import CsvTable, ImageMatcher, check_participants, merge_tables, read_table
 from medim.data.readers.inspection import ImageInfo, RejectedFile
-from medim.privacy import make_pseudonym
+from medim.privacy import format_path, make_pseudonym
 from medim.types import UserError
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,8 @@ def exclude_masks(layout: Layout, tables: FolderTables, root: Path) -> None:
         path = table.find_mask(cell, root)
         if path is None:
             raise UserError(
-                f"{table.path}, line {line}: expected the path of a mask, relative to this table or to the source."
+                f"{format_path(table.path)}, line {line}: expected the path of a mask, relative to this "
+                "table or to the source."
             )
         masks.add(path)
         layout.unmatched_masks.setdefault(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from medim.data.index.decathlon import DecathlonFolder, file_stem, read_decathlon_folder
 from medim.data.readers.inspection import RejectedFile
+from medim.privacy import format_path
 from medim.types import Split, UserError
 
 _DESCRIPTION_FILES = {"dataset.json", "dataset_description.json", "participants.tsv", "participants.json", "DICOMDIR"}
@@ -116,7 +117,8 @@ def _add_decathlon_folder(layout: Layout, folder: DecathlonFolder) -> None:
     """
     if folder.classes and layout.classes not in ((), folder.classes):
         raise UserError(
-            f"{folder.path}: expected the classes {layout.classes} of the other folders, got {folder.classes}."
+            f"{format_path(folder.path)}: expected the classes {layout.classes} of the other folders, got "
+            f"{folder.classes}."
         )
     layout.decathlon_folders.append(folder)
     layout.classes = layout.classes or folder.classes

@@ -13,7 +13,7 @@ from medim.files import write_bytes, write_csv
 from medim.types import UserError
 from medim.version import install_command
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)

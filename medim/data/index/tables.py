@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from medim.data.index.decathlon import file_stem
 from medim.data.labels import detect_finding_columns, format_findings, parse_finding
 from medim.data.readers.inspection import ImageInfo
-from medim.privacy import make_pseudonym, scrubbed_name
+from medim.privacy import format_path, hide_name, make_pseudonym, scrubbed_name
 from medim.types import UserError
 
 log = logging.getLogger(__name__)
@@ -69,10 +69,10 @@ def read_table(path: Path, kind: str, *, from_user: bool) -> CsvTable | None:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file. Check --{kind}.") from None
+        raise UserError(f"{format_path(path)}: no such file. Check --{kind}.") from None
     except (OSError, UnicodeDecodeError) as error:
         problem = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else "expected a CSV file in UTF-8"
-        raise UserError(f"{path}: {problem}. Check --{kind}.") from error
+        raise UserError(f"{format_path(path)}: {problem}. Check --{kind}.") from error
     delimiter = max(",;\t", key=next(iter(text.splitlines()), "").count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
@@ -83,7 +83,9 @@ def read_table(path: Path, kind: str, *, from_user: bool) -> CsvTable | None:
         )
         rows = tuple(row for row in numbered_rows if any(row[1].values()))
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: expected a row of a CSV file, got {error}.") from error
+        raise UserError(
+            f"{format_path(path)}, line {reader.line_num}: expected a row of a CSV file, got {error}."
+        ) from error
     may_have_findings = kind == "labels" and from_user and not {"label", "mask"} & set(columns)
     findings = detect_finding_columns([cells for _, cells in rows]) if may_have_findings else ()
     has_columns = {"image", "subject"} <= set(columns)
@@ -97,12 +99,13 @@ def read_table(path: Path, kind: str, *, from_user: bool) -> CsvTable | None:
         if from_user:
             hint = " Findings need two or more columns of 1, 0 and empty cells." if kind == "labels" else ""
             raise UserError(
-                f"{path}: expected the columns {expected_columns}; got {', '.join(columns) or 'none'}.{hint}"
+                f"{format_path(path)}: expected the columns {expected_columns}; got "
+                f"{', '.join(map(hide_name, columns)) or 'none'}.{hint}"
             )
-        log.warning("%s is ignored: it does not have the columns %s", path.name, expected_columns)
+        log.warning("%s is ignored: it does not have the columns %s", format_path(path.name), expected_columns)
         return None
     if findings:
-        log.info("%s: labels of %d findings: %s", path.name, len(findings), ", ".join(findings))
+        log.info("%s: labels of %d findings: %s", format_path(path.name), len(findings), ", ".join(findings))
         for _, cells in rows:
             cells["label"] = format_findings({name: parse_finding(cells[name]) for name in findings}) or ""
     return CsvTable(path, rows, from_user)
@@ -207,7 +210,7 @@ def match_rows(
         indices = matcher.find_images(image) if image else subject_indices & matcher.indices
         if image and len(matcher.get_files(indices)) > 1:
             raise UserError(
-                f"{table.path}, line {line}: expected the name of one image, got a name that matches "
+                f"{format_path(table.path)}, line {line}: expected the name of one image, got a name that matches "
                 f"{len(indices)} images. Give more of its path."
             )
         if not indices:
@@ -216,14 +219,14 @@ def match_rows(
         yield line, cells, indices
     if unmatched_lines and len(unmatched_lines) == len(table.rows) and table.from_user:
         raise UserError(
-            f"{table.path}: expected names of images in the source; none of the {len(unmatched_lines)} rows matches. "
-            "Give the path relative to the source, or the file name."
+            f"{format_path(table.path)}: expected names of images in the source; none of the "
+            f"{len(unmatched_lines)} rows matches. Give the path relative to the source, or the file name."
         )
     if unmatched_lines:
         line_list = ", ".join(map(str, unmatched_lines[:5])) + (", ..." if len(unmatched_lines) > 5 else "")
         log.warning(
             "%s: %d of %d rows do not match any image (lines %s)",
-            table.path.name,
+            format_path(table.path.name),
             len(unmatched_lines),
             len(table.rows),
             line_list,
@@ -246,7 +249,7 @@ def merge_tables(
                     cell = cells.get(column, "")
                     if cell and cells_by_image[index].setdefault(column, (cell, table))[0] != cell:
                         raise UserError(
-                            f"{table.path}, line {line}: expected one {column} per image, but an earlier row has "
-                            "another one. Remove the wrong row."
+                            f"{format_path(table.path)}, line {line}: expected one {column} per image, but an "
+                            "earlier row has another one. Remove the wrong row."
                         )
     return cells_by_image

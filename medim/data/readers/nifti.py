@@ -23,7 +23,8 @@ from medim.data.readers.base import (
 )
 from medim.data.readers.inspection import FileInspection, ImageInfo, RejectedFile
 from medim.data.readers.nifti_header import NiftiHeader, open_unzipped, read_nifti_header
-from medim.privacy import identity_tokens, make_pseudonym
+from medim.neutral_names import is_neutral_name
+from medim.privacy import make_pseudonym, text_tokens
 from medim.types import Array, Volume
 
 _HEADER_SIZES = (b"\x5c\x01\x00\x00", b"\x00\x00\x01\x5c", b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")  # 348, 540
@@ -47,7 +48,7 @@ class NiftiReader:
     def inspect(self, path: Path) -> FileInspection:
         """Read the whole file once in constant memory, because damage is only detected by decompressing the voxels."""
         header = _read_single_file_header(path)
-        identities = identity_tokens(header.texts)
+        identities = text_tokens(header.texts)
         ranges = [VoxelRange() for _ in range(header.volumes)]
         try:
             _check_intent(header)
@@ -138,7 +139,7 @@ def _parse_bids_names(path: Path) -> _BidsNames:
         "subject": make_pseudonym(subject[1]) if subject else None,
         "aliases": (make_pseudonym(f"sub-{subject[1]}"),) if subject else (),
         "session": make_pseudonym(session[1]) if subject and session else None,
-        "sequence": suffix[1] if suffix else None,
+        "sequence": suffix[1] if suffix and is_neutral_name(suffix[1]) else None,
     }
 
 
@@ -166,7 +167,7 @@ def _read_one_volume(path: Path, header: NiftiHeader, item: str | None, *, as_ma
     """
     last = header.volumes - 1
     if last and item is None:
-        raise ReadError("several-volumes", f"the file has {last + 1} volumes; select one, as in {path.name}#0")
+        raise ReadError("several-volumes", f"the file has {last + 1} volumes; select one by its number, such as #0")
     if item is not None and not (last and item.isdecimal() and int(item) <= last):
         names = f"0 to {last}" if last else "one volume, without a number"
         raise ReadError("no-such-item", f"no volume '{item}' in the file; it has {names}")

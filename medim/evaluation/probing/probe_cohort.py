@@ -53,7 +53,7 @@ def open_probe_cohort(
         entry = cohort.store.get_entry(key)
         if (len(entry.shape), entry.channels) != (spec.spatial_dims, spec.in_channels):
             raise UserError(
-                f"{index.root}: expected {spec.spatial_dims}D images of {spec.in_channels} channel(s), as the "
+                f"{index.source_name}: expected {spec.spatial_dims}D images of {spec.in_channels} channel(s), as the "
                 f"encoder takes, got {len(entry.shape)}D of {entry.channels}. Give images like those it was trained on."
             )
     return cohort
@@ -79,22 +79,22 @@ def _check_labels(index: Index, task: Task, train: Sequence[ImageRecord], val: S
         return
     if index.findings:
         raise UserError(
-            f"{index.root}: expected one class per image, got findings. A probe predicts one class: give --labels CSV "
-            "with columns image,label, or fine-tune (`medim finetune --task classification`)."
+            f"{index.source_name}: expected one class per image, got findings. A probe predicts one class: give "
+            "--labels CSV with columns image,label, or fine-tune (`medim finetune --task classification`)."
         )
     train_classes, val_classes = _present_classes(index, train), _present_classes(index, val)
     for part, part_classes in (("training", train_classes), ("validation", val_classes)):
         if not part_classes:
             raise UserError(
-                f"{index.root}: there are no images with a class label in the {part} split. A probe "
+                f"{index.source_name}: there are no images with a class label in the {part} split. A probe "
                 "classifies whole images: give --labels CSV with columns image,label."
             )
     if len(train_classes) < 2:
-        raise UserError(f"{index.root}: expected labels of 2 or more classes, got only {train_classes[0]!r}.")
+        raise UserError(f"{index.source_name}: expected labels of 2 or more classes, got only {train_classes[0]!r}.")
     unknown_labels = [name for name in val_classes if name not in train_classes]
     if unknown_labels:
         raise UserError(
-            f"{index.root}: expected every label of the validation split in the training split too, got "
+            f"{index.source_name}: expected every label of the validation split in the training split too, got "
             f"{', '.join(unknown_labels)} in validation only. Choose another --split-seed, or exclude these images."
         )
 
@@ -105,8 +105,10 @@ def _check_numbers(index: Index, task: Task, train: Sequence[ImageRecord], val: 
     for part, records in (("training", train), ("validation", val)):
         if not any(record.label is not None for record in records):
             raise UserError(
-                f"{index.root}: there are no images with a number as label in the {part} split. Give --labels CSV with "
-                "columns image,label."
+                f"{index.source_name}: there are no images with a number as label in the {part} split. Give "
+                "--labels CSV with columns image,label."
             )
     if len({float(str(record.label)) for record in train if record.label is not None}) < 2:
-        raise UserError(f"{index.root}: expected labels that differ in the training split. Check the label column.")
+        raise UserError(
+            f"{index.source_name}: expected labels that differ in the training split. Check the label column."
+        )

@@ -10,9 +10,11 @@ from pathlib import Path, PurePosixPath
 
 from medim.data.index.decathlon import file_stem
 from medim.data.index.records import ImageRecord
+from medim.data.index.tables import SCRUBBED_PREFIX
 from medim.evaluation.cases import summarise_cases
 from medim.metrics.bootstrap import MIN_SUBJECTS, MetricEstimate
-from medim.privacy import make_pseudonym
+from medim.neutral_names import is_neutral_name
+from medim.privacy import format_path, hide_name, make_pseudonym, scrubbed_name
 from medim.tasks.task import CaseRow
 from medim.types import UserError
 
@@ -58,6 +60,10 @@ def read_groups(path: Path, records: Sequence[ImageRecord]) -> Groups:
             ignored.
         records: images of the index.
 
+    Returns:
+        The groups. If a value of a column is not neutral (`medim.neutral_names`), such as a physician, all values of
+        the column are replaced by numbers.
+
     Raises:
         UserError: the table cannot be read, lacks the columns, matches no image, has two values for one image, or has a
             column that identifies subjects.
@@ -67,44 +73,54 @@ def read_groups(path: Path, records: Sequence[ImageRecord]) -> Groups:
             reader = csv.DictReader(file)
             rows, columns = list(reader), list(reader.fieldnames or ())
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as a CSV file in UTF-8: {error}.") from error
+        raise UserError(
+            f"{format_path(path)}: cannot be read as a CSV file in UTF-8 ({type(error).__name__})."
+        ) from error
     key = next((name for name in ("image", "subject") if name in columns), None)
     group_columns = [name for name in columns if name and name not in ("image", "subject")]
     if key is None or not group_columns:
         raise UserError(
-            f"{path}: expected a column image or subject, and one or more columns to group by, got "
-            f"{', '.join(columns) or 'none'}."
+            f"{format_path(path)}: expected a column image or subject, and one or more columns to group by, got "
+            f"{', '.join(map(hide_name, columns)) or 'none'}."
         )
     images_by_name = _index_images_by_name(records, key)
     groups: Groups = {name: {} for name in group_columns}
     for line, row in enumerate(rows, start=2):
         cell = (row[key] or "").strip()
-        for image in images_by_name.get(cell) or images_by_name.get(make_pseudonym(cell)) or []:
+        name_of_cell = cell if key == "subject" else _hide_all_parts(cell)
+        for image in images_by_name.get(name_of_cell) or images_by_name.get(make_pseudonym(cell)) or []:
             for name in group_columns:
                 value = (row[name] or "").strip()
                 if value and groups[name].setdefault(image, value) != value:
-                    raise UserError(f"{path}, line {line}: expected one {name} per image, got a second value.")
+                    raise UserError(
+                        f"{format_path(path)}, line {line}: expected one {name} per image, got a second value."
+                    )
     if not any(groups.values()):
         raise UserError(
-            f"{path}: none of the {len(rows)} rows matches the {key} of an image in the index. "
+            f"{format_path(path)}: none of the {len(rows)} rows matches the {key} of an image in the index. "
             f"Write each {key} as in that column of the index, or as in --subjects."
         )
     subjects = {record.image: record.subject for record in records}
     for name, values in groups.items():
         _check_no_identity(path, name, values, subjects)
-    return groups
+    return {
+        name: values if all(map(is_neutral_name, values.values())) else _number(values)
+        for name, values in groups.items()
+    }
 
 
 def number_values(groups: Groups) -> Groups:
     """Replace the values of columns with more than twelve values by numbers, because they may be dates or names."""
-    result: Groups = {}
-    for column, values in groups.items():
-        names = sorted(set(values.values()))
-        value_names = {
-            name: name if len(names) <= MAX_NAMED_VALUES else f"value {n}" for n, name in enumerate(names, start=1)
-        }
-        result[column] = {image: value_names[value] for image, value in values.items()}
-    return result
+    return {
+        column: values if len(set(values.values())) <= MAX_NAMED_VALUES else _number(values)
+        for column, values in groups.items()
+    }
+
+
+def _number(values: dict[str, str]) -> dict[str, str]:
+    """Replace values by `value 1`, `value 2`, ... in the order of their first rows, which is that of the table."""
+    numbers = {value: f"value {number}" for number, value in enumerate(dict.fromkeys(values.values()), start=1)}
+    return {image: numbers[value] for image, value in values.items()}
 
 
 def compute_group_metrics(
@@ -163,8 +179,9 @@ def _check_no_identity(path: Path, column: str, values: Mapping[str, str], subje
         or (len(subjects_by_value) > MAX_NAMED_VALUES and 2 * single_count > len(subjects_by_value))
     ):
         raise UserError(
-            f"{path}: column {column} may identify subjects: {single_count} of its {len(subjects_by_value)} values "
-            "belong to one subject each, like names, numbers or dates. Remove the column, or merge its values."
+            f"{format_path(path)}: column {column} may identify subjects: {single_count} of its "
+            f"{len(subjects_by_value)} values belong to one subject each, like names, numbers or dates. "
+            "Remove the column, or merge its values."
         )
 
 
@@ -174,6 +191,12 @@ def _index_images_by_name(records: Sequence[ImageRecord], key: str) -> dict[str,
     for record in records:
         path = PurePosixPath(record.path)
         names = {record.subject} if key == "subject" else {record.image, record.path, path.name, file_stem(path.name)}
-        for name in names:
+        for name in names if key == "subject" else set(map(_hide_all_parts, names)):
             images_by_name.setdefault(name, []).append(record.image)
     return images_by_name
+
+
+def _hide_all_parts(path: str) -> str:
+    """Replace all parts of a path by pseudonyms, so that a real path equals that of an index."""
+    parts = path.replace("\\", "/").split("/")
+    return "/".join(part if SCRUBBED_PREFIX.match(part) else scrubbed_name(part) for part in parts)

@@ -21,7 +21,7 @@ from PIL import Image
 
 from medim.data.index.index import AllRejectedError, Index, build_index, is_index
 from medim.data.readers import ReadError, read_volume
-from medim.privacy import scrubbed_name
+from medim.privacy import hide_name, scrubbed_name
 from medim.types import Modality, UsageError, UserError
 from tests.data.synthetic import (
     dataset,
@@ -78,7 +78,7 @@ def test_the_hippocampus_set_is_198_images_of_68_subjects(shared_data: Path) -> 
 
 
 def test_the_mri_series_are_5_of_2_subjects(shared_data: Path) -> None:
-    index = build_index(shared_data / "mri-dicom", "mri")
+    index = build_index(shared_data / "mri-dicom", "mri", keep_names=True)
     assert [record.image for record in index.records] == [
         "Study1/13_HCropVolume",
         "Study1/36459-FLAIRreg-76244",
@@ -99,7 +99,7 @@ def test_the_xrays_are_4_and_a_duplicate(shared_data: Path) -> None:
 
 
 def test_the_difficult_dicom_files_are_sorted_out(shared_data: Path) -> None:
-    index = build_index(shared_data / "dicom-formats", "mri")
+    index = build_index(shared_data / "dicom-formats", "mri", keep_names=True)
     assert {
         record.image: record.shape[2] if "emri" in record.image else min(record.shape) for record in index.records
     } == {  # the given names of two patients are MR2 and RG3
@@ -346,7 +346,8 @@ def test_labels_of_dicom_are_joined_by_folder_patient_or_uid(tmp_path: Path) -> 
         write_series(tmp_path / "s" / name, PatientID=name.upper(), SeriesInstanceUID=f"1.2.{name[1]}")
     (tmp_path / "l.csv").write_text("image,subject,label\np1,,one\n,P2,two\n1.2.3,,three\n")
     index = build_index(tmp_path / "s", "mri", labels=tmp_path / "l.csv")
-    assert [record.label for record in index.records] == ["one", "two", "three"]
+    labels = {record.image: record.label for record in index.records}
+    assert labels == {scrubbed_name("p1"): "one", scrubbed_name("p2"): "two", scrubbed_name("p3"): "three"}
 
 
 def test_masks_are_joined_and_are_no_images(tmp_path: Path) -> None:
@@ -407,7 +408,7 @@ def test_what_dataset_json_does_not_list_is_unlabelled_or_refused(tmp_path: Path
     write_nifti(source / "labelsTr" / "alone.nii.gz", np.ones((4, 5, 6), np.uint8))
     write_nifti(source / "imagesTs" / "t.nii.gz")
     (source / "imagesTr" / "b.nii.gz").unlink()
-    index = build_index(source, "mri")
+    index = build_index(source, "mri", keep_names=True)
     assert {record.image: record.mask for record in index.records} == {
         "imagesTr/a": "labelsTr/a.nii.gz",
         "imagesTr/c": "labelsTr/c.nii.gz",
@@ -583,8 +584,8 @@ def test_images_of_another_modality_are_counted_and_the_modality_to_use_is_named
     (tmp_path / "imagesTr" / "broken.nii.gz").write_text("junk")
     with pytest.raises(
         AllRejectedError,
-        match=rf"^{tmp_path}: expected 2D images \(--modality xray\), got \d 3D images; files: .*1 unreadable.*; "
-        r"labels: \d label-[a-z-]+\. Use --modality mri\.$",
+        match=rf"^{hide_name(tmp_path.name)}: expected 2D images \(--modality xray\), got \d 3D images; "
+        r"files: .*1 unreadable.*; labels: \d label-[a-z-]+\. Use --modality mri\.$",
     ):
         build_index(tmp_path, "xray", remember=False)
 
@@ -645,7 +646,7 @@ def test_what_is_written_is_read_again(tmp_path: Path, monkeypatch: pytest.Monke
         assert again.hash == index.hash
         assert again.records[0].spacing == index.records[0].spacing
     summary = json.loads((tmp_path / "i" / "summary.json").read_text())
-    assert summary["schema_version"] == 2
+    assert summary["schema_version"] == 3
     assert summary["counts"] == {"images": 10, "subjects": 10, "labelled": 9, "masks": 0, "rejected": 1}
     assert summary["reasons"] == {"not-an-image": 1}
     assert summary["hash"] == index.hash
@@ -698,7 +699,7 @@ def test_another_schema_version_is_refused(tmp_path: Path) -> None:
     sample(tmp_path / "s").write(tmp_path / "i")
     summary = json.loads((tmp_path / "i" / "summary.json").read_text())
     (tmp_path / "i" / "summary.json").write_text(json.dumps(summary | {"schema_version": 99}))
-    with pytest.raises(UserError, match="schema version 2, got 99"):
+    with pytest.raises(UserError, match="schema version 3, got 99"):
         Index.read(tmp_path / "i")
 
 

@@ -24,7 +24,7 @@ def test_pipes_and_broken_links_are_named_and_not_waited_for(tmp_path: Path) -> 
     os.mkfifo(source / "pipe.dcm")
     (source / "nowhere").symlink_to("gone")
     (source / "circle").symlink_to("circle")
-    index = build_index(source, "mri")
+    index = build_index(source, "mri", keep_names=True)
     assert [record.image for record in index.records] == ["a"]
     assert {r.path: r.reason for r in index.rejected} == dict.fromkeys(("circle", "nowhere", "pipe.dcm"), "not-a-file")
     with pytest.raises(ReadError, match="found no file"):
@@ -136,7 +136,7 @@ def test_a_link_to_a_parent_or_to_the_operating_system_is_rejected_and_not_walke
         (source / name).symlink_to(target)
     write_nifti(tmp_path / "other" / "b.nii")
     (source / "b").symlink_to(tmp_path / "other")
-    index = build_index(source, "mri", remember=False)
+    index = build_index(source, "mri", keep_names=True, remember=False)
     assert [record.image for record in index.records] == ["a", "b/b"]
     assert {r.path: r.reason for r in index.rejected} == dict.fromkeys(
         ("kernel", "null", "root", "self", "up"), "outside-folder"
