@@ -83,7 +83,7 @@ _WORDS = """
     signa optima discovery
 
     age ages years yrs sex male female men women adult adults child children pediatric paediatric inpatient
-    outpatient emergency ward urban rural
+    outpatient emergency ward urban rural north south east west
 
     brats isles msd acdc oasis adni ixi nih kermany tcia medmnist pneumoniamnist breastmnist chestmnist organamnist
     organcmnist organsmnist retinamnist bloodmnist nodulemnist organmnist vesselmnist fracturemnist adrenalmnist

@@ -241,7 +241,7 @@ def list_volume_commands(place: Path, tree: Path, run: Path) -> list[Command]:
         ["embed", "run", data, "--out", "features.csv"],
         *(["report", folder] for folder in ("index", "store", "run", "model", "measured", "study")),
     ]  # fmt: skip
-    return [*map(lambda words: Command(words=words), lines), *list_failures(place, tree, run, "mri"), *(
+    return [*(Command(words=words) for words in lines), *list_failures(place, tree, run, "mri"), *(
         Command(words=words, fails=True)
         for words in (
             ["evaluate", "model", "--data", data, "--out", "unlabelled"],
