@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,23 +77,28 @@ def fetch(
     print_result("fetch", {**rows, **({"note": note} if note else {}), state: fetch_result.folder})
 
 
-def index(
-    sources: Annotated[list[Path], typer.Argument(help="Image files, folders, or names of fetched public sets.")],
+@dataclass(frozen=True, kw_only=True)
+class IndexArguments:
+    """Command-line arguments of `medim index`."""
+
+    sources: Annotated[list[Path], typer.Argument(help="Image files, folders, or names of fetched public sets.")]
     modality: Annotated[
         Modality, typer.Option(help="Modality of the images to use; images of other modalities are rejected.")
-    ],
-    out: OutOption,
-    labels: LabelsOption = None,
-    subjects: SubjectsOption = None,
-    keep_names: KeepNamesOption = False,
+    ]
+    out: OutOption
+    labels: LabelsOption = None
+    subjects: SubjectsOption = None
+    keep_names: KeepNamesOption = False
     jobs: Annotated[
         int | None, typer.Option(metavar="N", help="Number of processes. Default: one per core.", min=1)
-    ] = None,
+    ] = None
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Open every file, including files that have not changed.")
-    ] = False,
-    overwrite: OverwriteOption = False,
-) -> None:
+    ] = False
+    overwrite: OverwriteOption = False
+
+
+def index(arguments: IndexArguments) -> None:
     """List the images of a source, and the rejected files.
 
     Each rejected file is listed with the reason.
@@ -103,15 +108,18 @@ def index(
     from medim.data.public.fetch import resolve_data_argument
     from medim.files import prepare_output_folder
 
-    source_paths = [resolve_data_argument(source, modality) for source in sources]
-    build_options: Any = {
-        "keep_names": keep_names,
-        "jobs": jobs or count_cpus(),
-        "remember": not no_cache,
-        "progress": show_progress("inspected", "files"),
-    }
+    out, overwrite = arguments.out, arguments.overwrite
     try:
-        image_index = build_index(source_paths, modality, labels=labels, subjects=subjects, **build_options)
+        image_index = build_index(
+            [resolve_data_argument(source, arguments.modality) for source in arguments.sources],
+            arguments.modality,
+            labels=arguments.labels,
+            subjects=arguments.subjects,
+            keep_names=arguments.keep_names,
+            jobs=arguments.jobs or count_cpus(),
+            remember=not arguments.no_cache,
+            progress=show_progress("inspected", "files"),
+        )
     except AllRejectedError as error:
         error.write_rejections(prepare_output_folder(out, overwrite=overwrite) / "rejected.csv")
         raise

@@ -7,7 +7,7 @@ labels of test images) are paired by name.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -70,9 +70,7 @@ def read_decathlon_folder(path: Path, files: Collection[Path], images: Iterable[
         UserError: the `dataset.json` is damaged.
     """
     description_path = path / "dataset.json"
-    description: dict[str, Any] = {}
-    if description_path in files:
-        description = decode_json(description_path.read_bytes(), Path(format_path(description_path)))
+    description = _read_description(description_path) if description_path in files else {}
     training_items = description.get("training")
     if description and not isinstance(training_items, list) and not (path / "imagesTr").is_dir():
         return None
@@ -117,6 +115,11 @@ def read_decathlon_folder(path: Path, files: Collection[Path], images: Iterable[
 def file_stem(name: str) -> str:
     """Return a file name without its suffix; `.nii.gz` is one suffix."""
     return name[:-7] if name.lower().endswith(".nii.gz") else Path(name).stem
+
+
+def _read_description(path: Path) -> Mapping[str, Any]:
+    """Read a `dataset.json`; a message contains no folder above it."""
+    return decode_json(path.read_bytes(), Path(format_path(path)))
 
 
 def _reject_unmatched_mask(mask: Path, training_names: set[str]) -> RejectedFile:

@@ -14,6 +14,7 @@ from typing import cast, get_args
 
 from medim.data.index.build import (
     DIMENSIONS,
+    IndexContent,
     SeriesFiles,
     build_records,
     describe_wrong_dimensions,
@@ -346,8 +347,8 @@ def build_index(
     NIfTI files, pictures and arrays are read once in full; of DICOM files only the header is read. Results are cached
     until the size or time of a file changes. The subject of an image is taken from `subjects` or a `subjects.csv` in
     the source; else from the DICOM PatientID with its issuer, the BIDS `sub-` entity, or the file stem (or its folder,
-    if stems repeat from folder to folder). It is always recorded as a pseudonym, and so are the parts of paths that
-    contain an identity of a file's header or that are not neutral (`medim.neutral_names`).
+    if stems repeat from folder to folder). It is recorded as a pseudonym, and so are parts of paths that contain an
+    identity of a header or that are not neutral (`medim.neutral_names`).
 
     Args:
         source: files and folders in any layout of `docs/reference/cli.md`; several are combined in one index.
@@ -355,8 +356,7 @@ def build_index(
         labels: CSV with columns `image` or `subject`, and `label`, `mask` (path) or `split`; default: a `labels.csv`
             in the source.
         subjects: CSV with columns `image`, `subject`.
-        keep_names: keep names of files and folders that are not neutral, except identities of headers; for public data.
-            Names are kept of data sets of `medim fetch`, too.
+        keep_names: keep names that are not neutral, except identities of headers; always for sets of `medim fetch`.
         jobs: number of processes; with more than one, a script needs the usual `if __name__ == "__main__":`.
         remember: skip files that have not changed; see `medim.data.index.scan_cache`.
         progress: called with the number of processed files, and of all files of the same format.
@@ -376,12 +376,19 @@ def build_index(
         raise UsageError(f"modality: expected {' or '.join(get_args(Modality))}, got {modality!r}.")
     if jobs < 1:
         raise UsageError(f"--jobs: expected 1 or more processes, got {jobs}.")
-    source_list = [source] if isinstance(source, str | os.PathLike) else list(source)
-    sources = resolve_sources([Path(place) for place in source_list])
+    sources = resolve_sources([Path(source)] if isinstance(source, str | os.PathLike) else list(map(Path, source)))
     scanner = FileScanner(find_common_root(sources) if remember else None, jobs=jobs, progress=progress)
-    keep_names = keep_names or all(map(is_public_folder, sources))
+    keep_names |= all(map(is_public_folder, sources))
     content = build_records(sources, modality, scanner, labels=labels, subjects=subjects, keep_names=keep_names)
-    index = Index(
+    index = _create_index(content, modality, keep_names=keep_names, n_inspected=scanner.n_inspected)
+    if not index.records:
+        raise _build_rejection_error(index)
+    return index
+
+
+def _create_index(content: IndexContent, modality: Modality, *, keep_names: bool, n_inspected: int) -> Index:
+    """Create the index of images that were found."""
+    return Index(
         root=content.root,
         modality=modality,
         records=content.records,
@@ -389,12 +396,9 @@ def build_index(
         classes=content.classes or _list_labels(content.records),
         identity_parts=content.identity_parts,
         keep_names=keep_names,
-        n_inspected=scanner.n_inspected,
+        n_inspected=n_inspected,
         _series=content.series,
     )
-    if not index.records:
-        raise _build_rejection_error(index)
-    return index
 
 
 def _build_rejection_error(index: Index) -> AllRejectedError:
