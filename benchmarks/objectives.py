@@ -175,7 +175,7 @@ def compare_widths(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """
     if arguments.data is None:
         raise SystemExit("widths: specify --data pneumoniamnist.npz.")
-    index, rows = build_index(arguments.data, "xray"), []
+    index, rows = build_index(arguments.data, "xray", keep_names=True), []
     print("width  AUROC (sd)      balanced accuracy (sd)  step / encoder")
     for width in arguments.widths:
         config = load_config("pretrain", arguments.preset, list_width_overrides(width, arguments.steps))

@@ -62,7 +62,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     base = load_config("pretrain", arguments.preset, [f"max_steps={arguments.steps}", "checkpoint_selection=loss"])
-    index, out = build_index(arguments.data, base.modality), arguments.out
+    index, out = build_index(arguments.data, base.modality, keep_names=True), arguments.out
     for arm, sections in build_arms(base).items():
         if arm in (arguments.only or build_arms(base)):
             views = base.views.model_copy(update={"count": 2} if arm in TWO_VIEWS else {})

@@ -61,7 +61,7 @@ def main() -> None:
         "xray-28": (arguments.xray, "xray"),
     }
     for preset, settings in SETTINGS.items():
-        index, rows, chance = build_index(*sources[preset]), [], 0.0
+        index, rows, chance = build_index(*sources[preset], keep_names=True), [], 0.0
         curves: dict[str, dict[str, RunSeries]] = {title: {} for title in PANELS}
         for name, changes in settings.items():
             config = load_config("pretrain", preset, changes)

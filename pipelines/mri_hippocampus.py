@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--only-run", action="store_true", help="do not write the page")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    index, out, store = build_index(arguments.data, "mri"), arguments.out, arguments.out / "store"
+    index, out, store = build_index(arguments.data, "mri", keep_names=True), arguments.out, arguments.out / "store"
 
     settings = load_config("pretrain", "mri-crop")
     encoders = {seed: out / f"encoder-{seed}" for seed in SEEDS}

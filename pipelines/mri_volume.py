@@ -48,7 +48,9 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     out, schedule = arguments.out, load_config("finetune", arguments.config)
-    index = build_index(arguments.data, "mri", labels=label_by_volume(arguments.data, out / "labels.csv"))
+    index = build_index(
+        arguments.data, "mri", labels=label_by_volume(arguments.data, out / "labels.csv"), keep_names=True
+    )
     crop_steps = [step for step in schedule.preprocessing if step["op"] != "centre"]
     crops = audit_images(index, crop_steps, load_config("finetune", "mri-crop-segmentation").views.shape, out)
     common = audit_images(index, schedule.preprocessing, schedule.views.shape, out)
@@ -73,7 +75,7 @@ def main() -> None:
 
 def label_by_volume(data: Path, path: Path) -> Path:
     """Write label and split of each image; the label is the mask volume compared with the training median."""
-    index = build_index(data, "mri")
+    index = build_index(data, "mri", keep_names=True)
     splits = assign_splits(index, seed=0)
     masks = {record.image: index.open_mask(record) for record in index.records if record.mask}
     ml = {k: np.count_nonzero(m.array) * abs(np.linalg.det(m.affine[:3, :3])) / 1000 for k, m in masks.items()}

@@ -50,7 +50,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, nargs="+", required=True)
     parser.add_argument("--page", type=Path, help="page into which the table is written")
     arguments = parser.parse_args()
-    index, dicom = build_index(arguments.data, "mri"), build_index(arguments.dicom, "mri")
+    index, dicom = (
+        build_index(arguments.data, "mri", keep_names=True),
+        build_index(arguments.dicom, "mri", keep_names=True),
+    )
     results = {}
     for run in arguments.runs:
         kind = locate_weights(run)[1].kind

@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    index, out = build_index(arguments.data, "xray"), arguments.out
+    index, out = build_index(arguments.data, "xray", keep_names=True), arguments.out
     results = {arm: [measure_arm(arm, 0, index, out)] for arm in ARMS}
     columns = list(results["DIM(L), InfoNCE"][0][1])
     for arm in sorted(results, key=lambda arm: -results[arm][0][1]["summary", "1%"])[:2]:

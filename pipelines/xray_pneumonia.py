@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--only-run", action="store_true", help="do not write the page")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    index, out, store = build_index(arguments.data, "xray"), arguments.out, arguments.out / "store"
+    index, out, store = build_index(arguments.data, "xray", keep_names=True), arguments.out, arguments.out / "store"
     settings = load_config("pretrain", "xray-28")
     schedules = {
         arm: load_config("finetune", "xray-28-classification", [f"head_init={head}"]) for arm, head in HEADS.items()
