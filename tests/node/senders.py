@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,7 @@ def renew_uids(datasets: Iterable[Dataset], number: int) -> list[Dataset]:
     )
     copies = []
     for k, dataset in enumerate(datasets):
-        copy = Dataset(dataset)
-        copy.file_meta = FileMetaDataset(dataset.file_meta)
+        copy = deepcopy(dataset)
         copy.SeriesInstanceUID, copy.StudyInstanceUID = series, study
         copy.SOPInstanceUID = generate_uid(entropy_srcs=[str(number), str(k)])
         copy.file_meta.MediaStorageSOPInstanceUID = copy.SOPInstanceUID
@@ -140,6 +140,7 @@ class Archive:
             if self.statuses and (status := self.statuses.pop(0)):
                 return status
             dataset = event.dataset
+            dataset.file_meta = event.file_meta
             self.deliveries[str(dataset.SOPInstanceUID)] += 1
             self.objects[str(dataset.SOPInstanceUID)] = dataset
         return 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -11,8 +13,6 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,19 +20,20 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 from pydicom.uid import SegmentationStorage
+from typer.testing import CliRunner
 
+from medim.cli import app
 from medim.export.builder import ExportOptions
 from medim.export.export import export
 from medim.node.journal import Journal, find_broken_event
 from medim.node.processes import list_roles
 from medim.node.settings import read_settings
-from medim.node.spool import Spool
 from medim.predict.predict import predict
 from tests.export.packages import make_run
-from tests.node.senders import Archive, free_port, make_series, renew_uids, send, send_all, write_slices
+from tests.node.harness import REPOSITORY, node, read_crop, wait_for
+from tests.node.senders import Archive, make_series, renew_uids, send, send_all, write_slices
 
 pytestmark = pytest.mark.slow
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -40,76 +41,6 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("node")
     run = make_run(folder / "run", "segmenter")
     return export(run, folder / "package", ExportOptions(label_codes="hippocampus")).folder
-
-
-class Node:
-    """A running node.
-
-    Attributes:
-        port: port of the receiver.
-        metrics: port of the metrics.
-        spool: folder of the node.
-        log: file of standard error.
-    """
-
-    def __init__(self, package: Path, folder: Path, *options: object) -> None:
-        self.port, self.metrics = free_port(), free_port()
-        self.spool, self.log = Spool(folder / "spool"), folder / "node.log"
-        words = ["serve", package, "--spool", self.spool.root, "--listen", f"127.0.0.1:{self.port}"]
-        words += ["--metrics", f"127.0.0.1:{self.metrics}", "--quiet-time", 1.5, "--min-free", 0, *options]
-        self._command = [sys.executable, "-m", "medim.cli", *map(str, words)]
-        self.start()
-
-    def start(self) -> None:
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(self._command, stderr=log, stdout=log, cwd=REPOSITORY)
-        try:
-            wait_for(lambda: b"receiver-started" in self.log.read_bytes(), 60)
-        except AssertionError:
-            self.process.kill()
-            raise
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(timeout=30)
-
-    def states(self) -> dict[str, int]:
-        with sqlite3.connect(self.spool.journal, timeout=30) as database:
-            return dict(database.execute("SELECT state || ' ' || reason, COUNT(*) FROM series GROUP BY 1").fetchall())
-
-    def find_process(self, role: str) -> int | None:
-        """The process ID of a role, by the command line of the children of the supervisor."""
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                if parent == self.process.pid and role.encode() in (folder / "cmdline").read_bytes().split(b"\0"):
-                    return int(folder.name)
-            except (OSError, ValueError, IndexError):
-                continue
-        return None
-
-
-@contextmanager
-def node(package: Path, folder: Path, *options: object) -> Iterator[Node]:
-    running = Node(package, folder, *options)
-    try:
-        yield running
-    finally:
-        if running.process.poll() is None:
-            assert running.stop() == 0
-
-
-def wait_for(condition: Callable[[], object], seconds: float) -> None:
-    """Wait until a condition is true."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "the condition did not become true"
-        time.sleep(0.1)
-
-
-def read_crop(data: Path) -> list[Dataset]:
-    """A small volume with the geometry of a real scanner; its headers have ImagesInAcquisition."""
-    return [pydicom.dcmread(path) for path in sorted((data / "mri-dicom" / "Study1" / "13_HCropVolume").glob("*.dcm"))]
 
 
 def segmentations(archive: Archive) -> dict[str, Dataset]:
@@ -193,8 +124,8 @@ def test_late_images_hold_the_series_and_the_operator_answers_it_again(segmenter
         send(images[-1:], running.port)
         wait_for(lambda: running.states() == {"held late-instances": 1, "held missing-slices": 1}, 30)
         (key,) = [one.key for one in Journal(running.spool.journal).list_series() if one.reason == "late-instances"]
-        retry = [sys.executable, "-m", "medim.cli", "serve", "retry", key, "--spool", str(running.spool.root)]
-        subprocess.run(retry, check=True, cwd=REPOSITORY, capture_output=True)
+        retry = CliRunner().invoke(app, ["serve", "retry", key, "--spool", str(running.spool.root)])
+        assert retry.exit_code == 0, retry.output
         wait_for(lambda: len(archive.objects) == 4, 60)
         assert archive.series()[images[0].SeriesInstanceUID] == 2
 
@@ -223,14 +154,9 @@ def test_no_identity_is_in_the_journal_the_log_and_the_metrics(segmenter: Path, 
         metrics = urllib.request.urlopen(f"http://127.0.0.1:{running.metrics}/metrics", timeout=10).read()
         assert running.states() == {"answered ": 1, "rejected localizer": 1, "held single-slice": 1}
         commands = [["status"], *(["show", one.key] for one in Journal(running.spool.journal).list_series())]
-        outputs = [
-            subprocess.run(
-                [sys.executable, "-m", "medim.cli", "serve", *words, "--spool", str(running.spool.root)],
-                check=True, cwd=REPOSITORY, capture_output=True,
-            )
-            for words in commands
-        ]  # fmt: skip
-    texts = [metrics, running.log.read_bytes(), *(one.stdout + one.stderr for one in outputs)]
+        outputs = [CliRunner().invoke(app, ["serve", *words, "--spool", str(running.spool.root)]) for words in commands]
+    assert [one.exit_code for one in outputs] == [0] * 4
+    texts = [metrics, running.log.read_bytes(), *(one.output.encode() for one in outputs)]
     texts += [path.read_bytes() for path in running.spool.root.glob("*") if path.is_file()]
     texts += [str(path.relative_to(running.spool.root)).encode() for path in running.spool.root.rglob("*")]
     with sqlite3.connect(running.spool.journal) as database:
@@ -240,3 +166,21 @@ def test_no_identity_is_in_the_journal_the_log_and_the_metrics(segmenter: Path, 
     assert len(texts) > 8
     assert [trace for trace in traces for text in texts if trace in text.lower()] == []
     assert any(b"Quillon" in path.read_bytes() for path in running.spool.outbox.iterdir())
+
+
+def test_an_orthanc_sends_answers_queries_and_receives_each_answer_once(
+    segmenter: Path, shared_data: Path, tmp_path: Path
+) -> None:
+    isolate = ["unshare", "--net"]
+    if shutil.which("Orthanc") is None:
+        pytest.skip("Orthanc is not installed: apt-get install --no-install-recommends orthanc orthanc-dicomweb")
+    if subprocess.run([*isolate, "true"], capture_output=True, check=False).returncode:
+        isolate += ["--map-root-user"]
+        if subprocess.run([*isolate, "true"], capture_output=True, check=False).returncode:
+            pytest.skip("no network namespace can be made here: expected root, or unprivileged user namespaces")
+    crop = shared_data / "mri-dicom" / "Study1" / "13_HCropVolume"
+    visit = [*isolate, sys.executable, "-m", "tests.node.neighbour", tmp_path, segmenter, crop]
+    result = subprocess.run(list(map(str, visit)), cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    assert counts == {"orthanc": 96 + 6, "images": 96, "states": {"answered ": 3}}
