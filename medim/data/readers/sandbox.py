@@ -258,9 +258,16 @@ def _read_into(stream: IO[bytes], buffer: memoryview) -> None:
 def sandboxed_decoding(limits: DecodingLimits) -> Iterator[None]:
     """Make readers decode in a separate process inside the block.
 
+    A block inside another one with the same limits uses its process, so that a program that calls `predict` for one
+    image at a time starts the process once.
+
     Args:
         limits: limits per file.
     """
+    outer_decoder = DECODER.get()
+    if isinstance(outer_decoder, DecoderProcess) and outer_decoder.limits == limits:
+        yield
+        return
     decoder = DecoderProcess(limits)
     token = DECODER.set(decoder)
     try:

@@ -58,7 +58,8 @@ def test_the_code_base_gives_the_codes_of_the_table_and_no_others() -> None:
     sources = {
         path: path.read_text() for path in (REPOSITORY / "medim").rglob("*.py") if path.name != "rejection_codes.py"
     }
-    assert {code for source in sources.values() for code in given(ast.parse(source))} <= set(REJECTION_REASONS)
+    codes = {code for source in sources.values() for code in given(ast.parse(source))} - {""}  # no reason
+    assert codes <= set(REJECTION_REASONS)
     assert [code for code in REJECTION_REASONS if not any(f'"{code}"' in source for source in sources.values())] == []
 
 

@@ -18,7 +18,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from medim.data.index.scan_cache import inspect_file
 from medim.data.readers import DICOM, READERS, ReadError, find_reader, read_mask, read_volume, sandbox
-from medim.data.readers.base import flat_volume
+from medim.data.readers.base import DECODER, flat_volume
 from medim.data.readers.dicom.pixels import decode_frames
 from medim.data.readers.inspection import INSPECTION_ADAPTER
 from medim.data.readers.raster import NumpyReader
@@ -100,6 +100,23 @@ def test_a_reader_that_a_script_inserts_reads_in_the_process_of_the_script(tmp_p
             assert read_volume(tmp_path / "a.csv").shape == (4, 6)
     finally:
         del READERS[0]
+
+
+def test_a_block_inside_another_uses_its_process_unless_the_limits_differ(tmp_path: Path) -> None:
+    path = write_nifti(tmp_path / "a.nii", noise(4, 5, 6))
+    with sandboxed_decoding(LIMITS):
+        outer = DECODER.get()
+        assert isinstance(outer, DecoderProcess)
+        read_volume(path)
+        process = outer._process
+        with sandboxed_decoding(LIMITS):
+            read_volume(path)
+            assert DECODER.get() is outer
+        assert outer._process is process is not None
+        with sandboxed_decoding(replace(LIMITS, voxels=119)), pytest.raises(ReadError, match=r"\[too-large\]"):
+            read_volume(path)
+        assert DECODER.get() is outer
+    assert DECODER.get() is None
 
 
 def test_no_memory_for_a_reply_ends_the_process_and_the_next_file_is_read(
