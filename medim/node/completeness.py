@@ -100,6 +100,7 @@ class Closer:
         self._settings, self._spool, self._journal = settings, spool, journal
         self._geometries: dict[str, tuple[int, Geometry]] = {}  # version and result by series
         self._query_times: dict[str, float] = {}
+        self._last_time = 0.0
 
     def run(self, is_stopped: Callable[[], bool]) -> None:
         """Decide about all series until `is_stopped`."""
@@ -116,7 +117,10 @@ class Closer:
 
     def decide_all(self) -> None:
         """Decide about each series that is receiving images."""
-        self._journal.shift_clock()
+        now = time.time()
+        if now < self._last_time or not self._last_time:
+            self._journal.shift_clock()
+        self._last_time = now
         series_list = self._journal.list_series("receiving")
         for series in series_list:
             decision = decide_series(series, time.time(), self._settings, lambda series=series: self._inspect(series))  # type: ignore[misc]

@@ -61,7 +61,7 @@ def renew_uids(datasets: Iterable[Dataset], number: int) -> list[Dataset]:
     for k, dataset in enumerate(datasets):
         copy = deepcopy(dataset)
         copy.SeriesInstanceUID, copy.StudyInstanceUID = series, study
-        copy.SOPInstanceUID = generate_uid(entropy_srcs=[str(number), str(k)])
+        copy.SOPInstanceUID = generate_uid(entropy_srcs=[f"image {number} {k}"])
         copy.file_meta.MediaStorageSOPInstanceUID = copy.SOPInstanceUID
         copies.append(copy)
     return copies
@@ -96,9 +96,9 @@ def send(
 
 def send_all(datasets: Sequence[Dataset], port: int, **options: Any) -> None:
     """Send until each object has been confirmed, as a PACS does."""
-    left, end = list(datasets), time.monotonic() + 120
+    left, end, statuses = list(datasets), time.monotonic() + 120, list[int | None]()
     while left:
-        assert time.monotonic() < end, f"{len(left)} objects were not confirmed"
+        assert time.monotonic() < end, f"{len(left)} objects were not confirmed: {set(statuses)}"
         statuses = send(left, port, **options)
         left = [dataset for dataset, status in zip(left, statuses, strict=True) if status != 0]
         time.sleep(0.2 if left else 0.0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,21 @@ def test_a_delivered_series_is_deleted_from_the_spool(settings: NodeSettings, sp
     assert spool.list_series() == []
     assert not spool.locate_answer("2.25.1").exists()
     assert [one.state for one in journal.list_series()] == ["purged"]
+
+
+def test_a_clock_that_is_set_back_delays_no_series(
+    settings: NodeSettings, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: now + 3600)
+        with running(settings, spool) as receiver:
+            send_to(receiver, make_series(0, ImagesInAcquisition=8))
+        journal = Journal(spool.journal)
+        journal.close_association()
+        closer = Closer(settings, spool, journal)
+        closer.decide_all()
+    closer.decide_all()
+    monkeypatch.setattr(time, "time", lambda: now + settings.quiet_seconds + 10)
+    closer.decide_all()
+    assert [one.state for one in journal.list_series()] == ["ready"]
