@@ -7,8 +7,10 @@ constructor. A new class therefore needs no change here, and no class receives a
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
+import logging
 import re
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,21 +22,20 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
     TypeAdapter,
     ValidationError,
     model_validator,
 )
 
 from medim.files import json_sha256
+from medim.parsing import MAX_NUMBER, MAX_YAML_BYTES, find_extreme_number, parse_yaml, read_text
 from medim.renamed_keys import RUN, translate_config, translate_item, translate_preset, translate_section
 from medim.types import Modality, UsageError, UserError
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
+log = logging.getLogger(__name__)
 Section = dict[str, Any]
 Command = Literal["pretrain", "finetune"]
 OptimiserName = Literal["adamw", "adam", "radam"]
@@ -42,10 +43,21 @@ SelectionCriterion = Literal["probe", "loss"]
 Schedule = Literal["cosine", "constant", "multistep"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Decay = typing.Annotated[float, Field(ge=0, lt=1)]
+Size = typing.Annotated[int, Field(ge=1, le=65_536)]  # channels, voxels or units of a layer
+SizeOrZero = typing.Annotated[int, Field(ge=0, le=65_536)]
+Overlap = typing.Annotated[float, Field(ge=0, lt=1)]  # of adjacent windows, as a fraction of a window
+Share = typing.Annotated[float, Field(gt=0, lt=1)]
+PositiveNumber = typing.Annotated[float, Field(gt=0)]
+Percentile = typing.Annotated[float, Field(ge=0, le=100)]
+Millimetres = typing.Annotated[float, Field(gt=0, le=1000)]
+_Steps = typing.Annotated[int, Field(ge=1, le=10**9)]
+_ViewSide = typing.Annotated[int, Field(ge=2, le=4096)]
 T = typing.TypeVar("T")
 # Keys added later: they enter the hash only if they differ from the default, so that other runs keep their hash.
 KEYS_ADDED_LATER = ("compile", "gradient_cache_chunk", "checkpoint_selection")
 _TEST_PRESET_PREFIX = "test-"  # presets of the test suite, left out of messages
+MAX_EXTENDED_FILES = 20
+MAX_WORKERS = 256  # loading processes; PyTorch warns if a machine has fewer cores
 AUTO = "auto"  # placeholder for numbers that depend on the images; `medim.training.auto_config` fills them in
 
 
@@ -56,7 +68,9 @@ class _StrictConfig(BaseModel):
 class ViewsConfig(_StrictConfig):
     """Views of a batch: crops of the preprocessed image and their random augmentation."""
 
-    shape: tuple[PositiveInt, ...] = Field(description="size of a view, in voxels of the preprocessed image")
+    shape: tuple[_ViewSide, ...] = Field(
+        min_length=2, max_length=3, description="size of a view, in voxels of the preprocessed image"
+    )
     count: Literal[1, 2] = Field(
         1, description="views per image; with 2, the summary of one is compared with the maps of the other"
     )
@@ -83,9 +97,9 @@ class RunConfig(_StrictConfig):
     preprocessing: list[Section] = Field(description="deterministic steps; saved with the encoder")
     views: ViewsConfig = Field(description="crops and augmentation of a batch")
     encoder: Section = Field(description="an entry of ENCODERS and its options")
-    max_steps: PositiveInt = Field(description="optimiser steps of the whole run")
-    batch_size: PositiveInt = Field(description="images per step, over all devices")
-    lr: PositiveFloat = Field(description="peak learning rate")
+    max_steps: _Steps = Field(description="optimiser steps of the whole run")
+    batch_size: Size = Field(description="images per step, over all devices")
+    lr: float = Field(gt=0, le=10, description="peak learning rate")
     optimiser: OptimiserName = Field("adamw", description="adamw, adam or radam; the last two reproduce papers")
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="the optimiser's decay rates of its two moments")
     schedule: Schedule = Field(
@@ -93,27 +107,36 @@ class RunConfig(_StrictConfig):
         description="learning rate after warm-up: cosine decay to zero, constant, or multistep: divided by 5 at each "
         "of lr_milestones",
     )
-    lr_milestones: tuple[PositiveInt, ...] = Field(
+    lr_milestones: tuple[_Steps, ...] = Field(
         (), description="steps at which the schedule `multistep` reduces the learning rate"
     )
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up, at most max_steps")
     weight_decay: float = Field(
-        0.01, ge=0, description="weight decay of matrices; decoupled from the gradient only in AdamW"
+        0.01, ge=0, le=100, description="weight decay of matrices; decoupled from the gradient only in AdamW"
     )
-    gradient_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
-    checkpoint_every_steps: PositiveInt = Field(100, description="steps between two checkpoints")
+    gradient_clip: float = Field(1.0, ge=0, le=1e6, description="largest gradient norm; 0 does not clip")
+    checkpoint_every_steps: _Steps = Field(100, description="steps between two checkpoints")
     precision: Precision = Field(
         "32-true",
         description="Lightning's precision; objective scores are always fp32, and so is everything on a CPU without "
         "bf16 arithmetic",
     )
-    workers: int = Field(0, ge=0, description="loading processes; 0 loads in the training process")
-    prefetch: PositiveInt = Field(2, description="batches that each loading process prepares in advance")
+    workers: int = Field(0, ge=0, le=MAX_WORKERS, description="loading processes; 0 loads in the training process")
+    prefetch: int = Field(2, ge=1, le=1000, description="batches that each loading process prepares in advance")
 
     @model_validator(mode="before")
     @classmethod
     def _translate_old_keys(cls, content: Any) -> Any:
         return translate_config(content) if isinstance(content, Mapping) else content
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> RunConfig:
+        if self.warmup_steps > self.max_steps:
+            raise ValueError(
+                f"warmup_steps: expected at most max_steps ({self.max_steps}), got {self.warmup_steps}. "
+                "Reduce warmup_steps, or increase max_steps"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_lr_milestones(self) -> RunConfig:
@@ -151,7 +174,7 @@ class PretrainConfig(RunConfig):
     decoder: Section | None = Field(
         None, description="an entry of DECODERS, for objectives that decode; saved with the encoder"
     )
-    gradient_cache_chunk: PositiveInt | None = Field(
+    gradient_cache_chunk: Size | None = Field(
         None,
         description="images per forward pass of encoder and decoder, without stored activations: less memory, one "
         "more forward pass, the same gradient; null: the whole batch at once",
@@ -170,15 +193,17 @@ class FinetuneConfig(RunConfig):
     task: str = Field(description="task to learn")
     decoder: Section | None = Field(None, description="an entry of DECODERS; segmentation needs one")
     head: Section = Field(description="an entry of HEADS and its options")
-    pretrained_lr_scale: NonNegativeFloat = Field(
+    pretrained_lr_scale: float = Field(
         1.0,
+        ge=0,
+        le=1e6,
         description="learning rate of the pretrained parts (encoder, decoder) relative to lr; 0 freezes them. New "
         "parts use lr",
     )
     head_init: Literal["random", "probe"] = Field(
         "random", description="probe: initialise the head from a linear probe of the features"
     )
-    eval_steps: tuple[PositiveInt, ...] | None = Field(
+    eval_steps: tuple[_Steps, ...] | None = Field(
         None,
         description="steps after which the validation split is measured, for information only; null: none, or a "
         "number that `medim study` derives from its time budget",
@@ -207,7 +232,8 @@ def read_config(command: Command, name_or_path: str) -> Section:
     and its `views` are merged key by key.
 
     Raises:
-        UsageError: no such preset or file, not a YAML mapping, or files that extend each other in a cycle.
+        UsageError: no such preset or file, not a YAML mapping (see `medim.parsing.parse_yaml`), or files that extend
+            each other in a cycle.
 
     Examples:
         >>> _ = Path("short.yaml").write_text("{extends: mri-crop, max_steps: 100}")
@@ -225,21 +251,41 @@ def _read_extended(command: Command, name_or_path: str, ancestors: tuple[str, ..
         raise UsageError(
             f"--config {name_or_path}: {unknown_preset_message('preset or file', name_or_path, preset_paths)}"
         )
-    try:
-        file_content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: expected YAML ({error}).") from error
-    if not isinstance(file_content, dict):
-        raise UsageError(f"{path}: expected a YAML mapping, got {type(file_content).__name__}.")
-    content: Section = translate_config(file_content)
+    content: Section = translate_config(read_yaml_mapping(path))
     base = content.pop("extends", None)
     if base is not None:
         if str(base) in (*ancestors, path.stem, str(path)):
             raise UsageError(f"{path}: extends {base}, which extends {path}. Remove one of the two `extends`.")
+        if len(ancestors) > 2 * MAX_EXTENDED_FILES:
+            raise UsageError(f"{path}: expected at most {MAX_EXTENDED_FILES} files that extend each other, got more.")
         extended = _read_extended(command, str(base), (*ancestors, path.stem, str(path)))
         views = {**extended.get("views", {}), **content["views"]} if isinstance(content.get("views"), dict) else None
+        inherits_warmup = "warmup_steps" not in content
         content = {**extended, "name": path.stem, **content, **({"views": views} if views else {})}
+        if inherits_warmup:
+            _shorten_warmup(content)
     return {"name": path.stem, **content}
+
+
+def read_yaml_mapping(path: Path) -> Section:
+    """Read a YAML file whose content is a mapping with text keys.
+
+    Raises:
+        UsageError: the file cannot be read, or is not such a mapping; see `medim.parsing.parse_yaml`.
+    """
+    try:
+        content = parse_yaml(read_text(path, MAX_YAML_BYTES))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}). Check the path.") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: expected YAML ({error}). Correct the file.") from error
+    except UserError as error:
+        raise UsageError(str(error)) from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: expected a YAML mapping, got {type(content).__name__}. Correct the file.")
+    if not all(isinstance(key, str) for key in content):
+        raise UsageError(f"{path}: expected names as keys, got {next(k for k in content if not isinstance(k, str))!r}.")
+    return content
 
 
 def apply_overrides(content: Section, assignments: Iterable[str]) -> Section:
@@ -254,16 +300,16 @@ def apply_overrides(content: Section, assignments: Iterable[str]) -> Section:
         >>> apply_overrides(content, ["views.shape=[32,32,32]", "max_steps=100"])
         {'max_steps': 100, 'views': {'shape': [32, 32, 32]}}
     """
-    content = translate_config(yaml.safe_load(yaml.safe_dump(content)))
+    content = translate_config(copy.deepcopy(content))
     given_keys: dict[tuple[str, ...], str] = {}  # place: last part of the path as given
     for assignment in assignments:
         path, equals, value = assignment.partition("=")
         if not equals:
             raise UsageError(f"--set {assignment}: expected key=value.")
         try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UsageError(f"--set {assignment}: expected YAML after the equals sign ({error}).") from error
+            value = parse_yaml(value)
+        except ValueError as error:
+            raise UsageError(f"--set {assignment[:200]}: expected YAML after the equals sign ({error}).") from error
         target: Any = content
         *parents, last = path.split(".")
         for part in parents:
@@ -278,7 +324,17 @@ def apply_overrides(content: Section, assignments: Iterable[str]) -> Section:
                 raise UsageError(f"--set {assignment}: {given} and {last} are names of one key. Use {key} only.")
         else:
             raise UsageError(f"--set {assignment}: {'.'.join(parents)} is a {type(target).__name__} without keys.")
+    if ("max_steps",) in given_keys and ("warmup_steps",) not in given_keys:
+        _shorten_warmup(content)
     return content
+
+
+def _shorten_warmup(content: Section) -> None:
+    """Reduce the warm-up of a preset to a tenth of the steps, if there are fewer steps than the preset warms up."""
+    steps, warmup = content.get("max_steps"), content.get("warmup_steps", 0)
+    if type(steps) is int and type(warmup) is int and 0 < steps < warmup:
+        content["warmup_steps"] = steps // 10
+        log.info("warmup_steps: %d instead of %d, because max_steps is %d", steps // 10, warmup, steps)
 
 
 def _section_of(parents: Sequence[str], target: Section) -> str:
@@ -309,6 +365,10 @@ def load_config(command: Command, name_or_path: str, assignments: Sequence[str] 
 def check_config(command: Command, content: Section, *, source: str) -> RunConfig:
     """Validate the content of a configuration without `auto` values; see `load_config`."""
     config_class = CONFIG_CLASSES[command]
+    if extreme := find_extreme_number(content):
+        raise UsageError(
+            f"config {source}: {extreme[0]}: expected a finite number of at most {MAX_NUMBER:g}, got {extreme[1]:.4g}."
+        )
     try:
         config = config_class.model_validate(content)
     except ValidationError as error:
@@ -356,11 +416,15 @@ def validate_section(
         raise UsageError(unknown_name_message(key, str(name), table))
     constructor = table[name]
     parameters = inspect.signature(constructor).parameters
-    hints = typing.get_type_hints(constructor.__init__ if inspect.isclass(constructor) else constructor)
+    hints = typing.get_type_hints(
+        constructor.__init__ if inspect.isclass(constructor) else constructor, include_extras=True
+    )
     allowed = [p for p in parameters if p not in set(run_args)]
     for option, value in options.items():
         if option not in allowed:
-            raise UsageError(f"{name}: {unknown_name_message('option', option, allowed)}")
+            raise UsageError(f"{name}: {unknown_name_message('option', str(option), allowed)}")
+        if extreme := find_extreme_number(value, (name, option)):
+            raise UsageError(f"{extreme[0]}: expected a finite number of at most {MAX_NUMBER:g}, got {extreme[1]:.4g}.")
         try:
             options[option] = TypeAdapter(hints[option]).validate_python(value)
         except ValidationError as error:

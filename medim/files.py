@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -13,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from medim.parsing import MAX_JSON_BYTES, encode_csv, parse_json, read_limited
 from medim.types import UserError
 
 
@@ -74,7 +73,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: the file is missing, not JSON, or not an object.
     """
     try:
-        return decode_json(path.read_bytes(), path)
+        return decode_json(read_limited(path, MAX_JSON_BYTES), path)
     except FileNotFoundError:
         raise UserError(f"{path}: expected a JSON file here, found none.") from None
 
@@ -87,24 +86,20 @@ def decode_json(data: bytes, path: Path) -> dict[str, object]:
         path: the file, for the message.
 
     Raises:
-        UserError: the bytes are not JSON, or not an object.
+        UserError: the bytes are not JSON (see `parse_json`), or not an object.
     """
     try:
-        content = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: expected JSON, got something else ({error}).") from error
+        content = parse_json(data)
+    except ValueError as error:
+        raise UserError(f"{path}: expected JSON, got something else ({error}). Copy the file again.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, got a {type(content).__name__}.")
+        raise UserError(f"{path}: expected a JSON object, got a {type(content).__name__}. Copy the file again.")
     return content
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a CSV file with a header line; None becomes an empty cell."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(["" if cell is None else cell for cell in row] for row in rows)
-    write_text(path, buffer.getvalue())
+    """Write a CSV file with a header line, see `medim.parsing.encode_csv`."""
+    write_bytes(path, encode_csv(columns, rows))
 
 
 def file_sha256(path: Path) -> str:

@@ -6,13 +6,13 @@ unchanged.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 from medim.files import read_json
+from medim.parsing import CsvContent, read_csv
 
 FileKind = Literal[
     "run",
@@ -129,11 +129,16 @@ def read_migrated_json(path: Path, kind: FileKind) -> dict[str, Any]:
     return rename_keys(read_json(path), kind)
 
 
-def read_migrated_csv(file: TextIO, kind: FileKind) -> csv.DictReader[str]:
-    """Open the rows of a CSV file, with the column names of this version."""
-    reader = csv.DictReader(file)
-    reader.fieldnames = rename_columns(reader.fieldnames or (), kind)
-    return reader
+def read_migrated_csv(path: Path, kind: FileKind, *, remedy: str = "Copy it again.") -> CsvContent:
+    """Read a CSV file that medim wrote, with the column names of this version.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    content = read_csv(path, remedy=remedy)
+    columns = tuple(rename_columns(content.columns, kind))
+    rows = tuple(dict(zip(columns, row.values(), strict=True)) for row in content.rows)
+    return CsvContent(columns, rows, content.lines)
 
 
 def rename_keys(content: Mapping[str, Any], kind: FileKind) -> dict[str, Any]:

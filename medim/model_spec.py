@@ -9,23 +9,94 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal
 
-from medim.config import Section
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from medim.config import Section, Size, describe_value_error
 from medim.files import read_json
 from medim.migrations import FILE_KEYS, rename_keys
 from medim.types import Modality, Step, UserError
 
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 SCHEMA_VERSION = 2
-_NETWORK_KEYS: dict[str, type | tuple[type, ...]] = {
-    "encoder": Mapping,
-    "in_channels": int,
-    "spatial_dims": int,
-    "input_shape": (list, tuple),
-}
-_INPUT_KEYS: dict[str, type | tuple[type, ...]] = {"kind": str, "modality": str, "preprocessing": (list, tuple)}
-_HEAD_KEYS: dict[str, type | tuple[type, ...]] = {"head": Mapping, "out_channels": int, "classes": (list, tuple)}
+_Sizes = list[Size] | tuple[Size, ...]
 _PROVENANCE_KEYS = ("config_hash", "index_hash", "seed", "split_seed", "parent")
+
+
+class _Content(BaseModel):
+    """Base of the schemas of the files; keys of a later version are allowed."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _NamedSection(_Content):
+    name: str
+
+
+class _StepSection(_Content):
+    op: str
+
+
+class _InferenceSection(_Content):
+    mode: str
+
+
+class _NetworkContent(_Content):
+    encoder: _NamedSection
+    in_channels: Size
+    spatial_dims: Literal[2, 3]
+    input_shape: _Sizes
+    decoder: _NamedSection | None = None
+    head: _NamedSection | None = None
+    out_channels: Size | None = None
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> _NetworkContent:
+        if len(self.input_shape) != self.spatial_dims:
+            raise ValueError(f"expected an input_shape of {self.spatial_dims} sides, got {list(self.input_shape)}")
+        return self
+
+
+class _ProvenanceContent(_Content):
+    config_hash: str | None = None
+    index_hash: str | None = None
+    seed: int | None = None
+    split_seed: int | None = None
+    parent: str | None = None
+
+
+class _SelectionContent(_Content):
+    step: int | None = None
+    last_step: int | None = None
+    reason: str | None = None
+    n_labels: int = 0
+
+
+class _EncoderContent(_NetworkContent):
+    kind: str
+    modality: Modality
+    preprocessing: list[_StepSection] | tuple[_StepSection, ...]
+    inference: _InferenceSection = _InferenceSection(mode="whole")
+    classes: list[str] | tuple[str, ...] = ()
+    preset: str = ""
+    provenance: _ProvenanceContent | None = None
+    checkpoint_selection: _SelectionContent | None = None
+    channels: _Sizes | None = None
+    strides: _Sizes | None = None
+    summary_channels: Size | None = None
+    receptive_field_voxels: _Sizes | None = None
+    receptive_field_mm: list[list[float]] | None = None
+    sha256: str = ""
+
+
+class _ModelContent(_EncoderContent):
+    head: _NamedSection
+    out_channels: Size
+    classes: list[str] | tuple[str, ...]
+    inference: _InferenceSection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +132,7 @@ class NetworkSpec:
         Raises:
             UserError: a key is missing or has another type.
         """
-        _check_keys(content, _NETWORK_KEYS, source)
+        _check_content(content, _NetworkContent, source)
         return NetworkSpec(**_select_network(content))
 
 
@@ -171,9 +242,9 @@ class ModelSpec(NetworkSpec):
             UserError: a key is missing or has another type.
         """
         content = rename_keys(content, "model_spec")
-        _check_keys(content, _INPUT_KEYS | _NETWORK_KEYS, source)
+        _check_content(content, _EncoderContent, source)
         if content["kind"] != "encoder":
-            _check_keys(content, _HEAD_KEYS | {"inference": Mapping}, source)
+            _check_content(content, _ModelContent, source)
         values = {key: content[key] for key in ("kind", "modality", "inference", "preset", "sha256") if key in content}
         has_layout = all(key in content for key in FeatureLayout.__dataclass_fields__)
         layout = {key: content[key] for key in FeatureLayout.__dataclass_fields__} if has_layout else {}
@@ -250,14 +321,32 @@ def _select_network(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**required, "input_shape": tuple(content["input_shape"]), **optional}
 
 
-def _check_keys(
-    content: Mapping[str, Any], expected_types: Mapping[str, type | tuple[type, ...]], source: Path | str
-) -> None:
-    for key, expected_type in expected_types.items():
-        if not isinstance(content.get(key), expected_type):
-            problem = f"got {content[key]!r}" if key in content else "which is missing"
-            version = cast(Mapping[str, Any], content.get("provenance") or {}).get("medim", "unknown")
-            raise UserError(
-                f"{source}: expected the key {key!r} of a network's spec, {problem} (written by medim {version}). "
-                "Copy the file again, or train or export again with this version."
-            )
+def _check_content(content: Mapping[str, Any], schema: type[_Content], source: Path | str) -> None:
+    """Check the keys of a spec and their values against a schema.
+
+    Raises:
+        UserError: a key is missing or has another value.
+    """
+    try:
+        schema.model_validate(content)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(str(part) for part in fault["loc"] if not str(part).startswith(("list[", "tuple[")))
+        if fault["type"] == "missing":
+            problem = f"expected the key {key!r} of a network's spec, which is missing"
+        elif key:
+            problem = f"expected the key {key!r} of a network's spec to be {_describe_value(fault)}"
+        else:
+            problem = fault["msg"].removeprefix("Value error, ")
+        provenance = content.get("provenance")
+        version = provenance.get("medim", "unknown") if isinstance(provenance, Mapping) else "unknown"
+        raise UserError(
+            f"{source}: {problem} (written by medim {version}). "
+            "Copy the file again, or train or export again with this version."
+        ) from None
+
+
+def _describe_value(fault: ErrorDetails) -> str:
+    """Describe the expected and the given value of a key, without a long text."""
+    expected, _, given = describe_value_error(fault).removeprefix("expected ").partition(", got ")
+    return f"{expected}, got {given[:100].removesuffix('.')}"

@@ -151,7 +151,7 @@ def test_an_unknown_preset_lists_the_nearest_and_all() -> None:
     [
         (b"[1, 2]", "a YAML mapping, got list"),
         (b"a: [1", "YAML"),
-        (b"\xff\xfe\x00", "YAML"),
+        (b"\xff\xfe\x00", "text in UTF-8"),
         (b"", "a YAML mapping, got NoneType"),
     ],
 )

@@ -312,8 +312,8 @@ def test_the_old_name_of_a_preset_is_the_preset_with_a_warning(
     assert warnings_of(caplog) == []
     assert load_config("pretrain", old) == expected
     path = tmp_path / "mine.yaml"
-    path.write_text(f"extends: {old}\nmax_steps: 7\n")
-    assert load_config("pretrain", str(path)) == expected.model_copy(update={"name": "mine", "max_steps": 7})
+    path.write_text(f"extends: {old}\nmax_steps: 70\n")
+    assert load_config("pretrain", str(path)) == expected.model_copy(update={"name": "mine", "max_steps": 70})
     assert [message.split(";")[0] for message in warnings_of(caplog)] == [f"preset {old} is now {new}"]
 
 

@@ -157,7 +157,7 @@ def _score_case(network: Predictor, index: Index, record: ImageRecord, case_filt
     try:
         answer = network(volume)
     except UserError as error:
-        return [_rejection_row("not-for-this-model", error)]
+        return [_rejection_row(error.reason if isinstance(error, ReadError) else "not-for-this-model", error)]
     return task.score_case(answer, case)
 
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from medim.config import validate_section
+from medim.config import Size, validate_section
 from medim.data.preprocessing.quality import measure_quality
 from medim.data.preprocessing.steps import preprocess, restore_grid
+from medim.data.readers import ReadError
 from medim.inference.ood import FeatureRecorder, OODDetector, OODResult, PredictWithFeatures, ood_features
 from medim.inference.sliding_window import pad_image, sliding_window
 from medim.tasks import ENCODER, find_task_of_kind
@@ -21,7 +22,7 @@ from medim.tasks.task import Task
 from medim.types import Array, Modality, PredictFn, Step, UserError, Volume
 
 
-def whole_image(run: PredictFn, image: Array, *, multiple_of: int = 1) -> Array:
+def whole_image(run: PredictFn, image: Array, *, multiple_of: Size = 1) -> Array:
     """Run the network on the whole image.
 
     The image is centred and padded with the minimum of each channel to a multiple of the largest stride.
@@ -122,6 +123,7 @@ class Predictor:
 
         Raises:
             UserError: the number of dimensions or channels of the image differs from that of the training images.
+            ReadError: the output of the network is not finite.
         """
         return self._compute_answer(self.run, volume, self._preprocess_volume(volume))
 
@@ -158,6 +160,11 @@ class Predictor:
 
     def _compute_answer(self, run: PredictFn, volume: Volume, input_volume: Volume) -> Array:
         logits = run_inference(run, input_volume, self.inference)
+        if not np.isfinite(logits).all():
+            raise ReadError(
+                "non-finite-answer",
+                "the output of the network is NaN or infinite: its weights, or values of this image, are extreme",
+            )
         return logits if self.kind == ENCODER else self.task.to_answer(logits, input_volume, volume)
 
     def _preprocess_volume(self, volume: Volume) -> Volume:

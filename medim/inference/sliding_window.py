@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from medim.config import Overlap, Size
 from medim.types import Array, PredictFn, UserError
 
 SIGMA = 0.125  # SD of the Gaussian window weight as a fraction of the window size (value of MONAI and nnU-Net)
 
 
-def sliding_window(run: PredictFn, image: Array, *, roi: tuple[int, ...], overlap: float = 0.5) -> Array:
+def sliding_window(run: PredictFn, image: Array, *, roi: tuple[Size, ...], overlap: Overlap = 0.5) -> Array:
     """Run the network on overlapping windows and blend the logits with Gaussian weights.
 
     Window positions and weights are those of MONAI's `sliding_window_inference(mode="gaussian")`. Windows of constant

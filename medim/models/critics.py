@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.functional import embedding, linear
 from torch.utils.checkpoint import checkpoint
 
+from medim.config import Size
 from medim.types import UsageError
 
 OutputNorm = Literal["layer", "batch", "none"]
@@ -76,7 +77,7 @@ class EncodeAndDot(nn.Module):
         channels: int,
         summary_channels: int,
         *,
-        width: int = 2048,
+        width: Size = 2048,
         local_norm: OutputNorm = "layer",
         summary_norm: OutputNorm = "layer",
         scale_scores: bool = False,

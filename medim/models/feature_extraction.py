@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from medim.models.layers import pool_features
-from medim.types import Array
+from medim.types import Array, UserError
 
 BATCH_IMAGES, BATCH_VOXELS = 256, 1 << 22
 
@@ -31,6 +31,25 @@ def batch_images(images: Iterable[Array]) -> Iterator[torch.Tensor]:
         batch.append(image)
     if batch:
         yield torch.from_numpy(np.stack(batch).astype(np.float32, copy=False))
+
+
+def check_finite_features(features: Array, name: str) -> Array:
+    """Return features (N, d) if all are finite.
+
+    Args:
+        features: result of `extract_features`.
+        name: name of the encoder, for the message.
+
+    Raises:
+        UserError: a feature is NaN or infinite.
+    """
+    count = int((~np.isfinite(features).all(axis=1)).sum())
+    if count:
+        raise UserError(
+            f"{name}: the features of {count} of {len(features)} images are NaN or infinite. Use an encoder that has "
+            "not diverged, and images without extreme values."
+        )
+    return features
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ from monai.losses.dice import DiceCELoss
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from medim.config import Size
 from medim.models.layers import build_pointwise_conv, check_level, pool_features
 from medim.types import Features
 
@@ -85,7 +86,7 @@ class ClassificationHead(nn.Module):
         out_channels: int,
         *,
         maps: tuple[int, ...] = (),
-        hidden: tuple[int, ...] = (),
+        hidden: tuple[Size, ...] = (),
     ) -> None:
         super().__init__()
         self.maps = tuple(check_level("classification.maps", level, len(channels)) for level in maps)
@@ -168,7 +169,7 @@ class RegressionHead(ClassificationHead):
         mean: float = 0.0,
         std: float = 1.0,
         maps: tuple[int, ...] = (),
-        hidden: tuple[int, ...] = (),
+        hidden: tuple[Size, ...] = (),
     ) -> None:
         super().__init__(channels, summary_channels, out_channels, maps=maps, hidden=hidden)
         if not (math.isfinite(mean) and math.isfinite(std) and std > 0):

@@ -8,10 +8,12 @@ classifier), `encoder`, `decoder`, `head` (sections of the tables), `in_channels
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import nn
 
@@ -33,7 +35,11 @@ def save_model(folder: Path, name: str, module: nn.Module, spec: ModelSpec | Sec
         name: `encoder`, `decoder`, `critic` or `model`.
         module: module with the weights to save.
         spec: specification of the network and its input (see the module docstring).
+
+    Raises:
+        UserError: a weight is NaN or infinite, because the training diverged; nothing is written.
     """
+    check_finite_weights(module.state_dict(), f"{folder / name}.safetensors")
     weights = folder / f"{name}.safetensors"
     write_bytes(
         weights, safetensors.torch.save({key: value.contiguous() for key, value in module.state_dict().items()})
@@ -76,15 +82,36 @@ def load_weights(module: nn.Module, weights: Path, *, prefix: str = "") -> None:
         prefix: load only the keys with this prefix, and remove it.
 
     Raises:
-        UserError: the file is damaged, or its keys or shapes differ from those of the module.
+        UserError: the file is damaged, its keys or shapes differ from those of the module, or a weight is not finite.
     """
     try:
         tensors = safetensors.torch.load_file(weights)
+        check_finite_weights(tensors, weights)
         module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     except SafetensorError as error:
         raise UserError(f"{weights}: expected a safetensors file ({error}). Copy it again.") from error
     except RuntimeError as error:
         raise UserError(f"{weights}: the weights do not fit this network: {error}") from error
+
+
+def check_finite_weights(tensors: Mapping[str, torch.Tensor], place: Path | str) -> None:
+    """Check that all weights are finite.
+
+    Args:
+        tensors: weights and running statistics by name.
+        place: file or network that they belong to, for the message.
+
+    Raises:
+        UserError: a number is NaN or infinite.
+    """
+    count = sum(
+        int(tensor.numel() - torch.isfinite(tensor).sum()) for tensor in tensors.values() if tensor.is_floating_point()
+    )
+    if count:
+        raise UserError(
+            f"{place}: {count} weights are NaN or infinite, so the training has diverged. Train again with a lower lr, "
+            "with gradient_clip=1 and with warmup_steps."
+        )
 
 
 def load_model(path: Path) -> tuple[Model, ModelSpec]:

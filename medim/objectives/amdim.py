@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from medim.config import Size
 from medim.models.layers import check_level
 from medim.objectives.mutual_information import compute_retrieval, count_classes, infonce
 from medim.objectives.objective import Encode, Term
@@ -43,7 +44,7 @@ class AMDIM(nn.Module):
         view_count: int,
         *,
         levels: tuple[int, int] = (-1, -2),
-        width: int = 1024,
+        width: Size = 1024,
         score_penalty: float = 0.04,
         clip: float = 20.0,
     ) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from medim.config import SizeOrZero
 from medim.models.layers import check_level
 from medim.objectives.objective import Encode, Term
 from medim.types import Views
@@ -42,8 +43,8 @@ class Coordinates(nn.Module):
         *,
         kind: Literal["absolute", "relative"] = "absolute",
         feature_level: int = 1,
-        hidden: int = 512,
-        points: int = 0,
+        hidden: SizeOrZero = 512,
+        points: SizeOrZero = 0,
         use_summary: bool = True,
     ) -> None:
         super().__init__()

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from medim.config import Size, SizeOrZero
 from medim.models.cpc_context import ContextNetwork
 from medim.models.layers import check_level
 from medim.objectives.objective import Encode, Term
@@ -50,10 +51,10 @@ class CPC(nn.Module):
         grids: tuple[tuple[int, ...], ...],
         *,
         feature_level: int = -1,
-        steps: int = 5,
-        skip: int = 1,
-        layers: int = 4,
-        negatives: int = 0,
+        steps: Size = 5,
+        skip: SizeOrZero = 1,
+        layers: Size = 4,
+        negatives: SizeOrZero = 0,
         scale_scores: bool = False,
     ) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from medim.config import Share, Size, SizeOrZero
 from medim.objectives.objective import Encode, Term
 from medim.objectives.occlusion import check_cubes, draw_cube_mask, occlude_image
 from medim.types import Features, UsageError, Views
@@ -54,11 +55,11 @@ class DenseDIM(nn.Module):
         decoded_channels: int,
         aligned: bool,
         *,
-        width: int = 64,
-        points: int = 160,
+        width: Size = 64,
+        points: SizeOrZero = 160,
         negatives: DenseNegatives = "same_image",
-        mask_patch_size: int = 8,
-        mask_ratio: float = 0.6,
+        mask_patch_size: Size = 8,
+        mask_ratio: Share = 0.6,
         scale_scores: bool = True,
         clip: float = 20.0,
         score_penalty: float = 0.04,

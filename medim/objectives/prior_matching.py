@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import softplus
 
+from medim.config import Size
 from medim.objectives.objective import Encode, Term
 from medim.types import Views
 
@@ -33,7 +34,7 @@ class PriorMatching(nn.Module):
         summary_channels: int,
         *,
         prior: Literal["uniform", "gaussian"] = "uniform",
-        hidden: tuple[int, ...] = (1000, 200),
+        hidden: tuple[Size, ...] = (1000, 200),
         gradient_penalty: float = 1.0,
     ) -> None:
         super().__init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from medim.config import Share, Size
 from medim.models.layers import build_pointwise_conv
 from medim.objectives.objective import Encode, Term
 from medim.objectives.occlusion import check_cubes, draw_cube_mask, occlude_image
@@ -36,8 +37,8 @@ class Reconstruction(nn.Module):
         input_shape: tuple[int, ...],
         decoded_channels: int,
         *,
-        mask_patch_size: int = 8,
-        mask_ratio: float = 0.6,
+        mask_patch_size: Size = 8,
+        mask_ratio: Share = 0.6,
     ) -> None:
         super().__init__()
         if not decoded_channels:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+from medim.config import PositiveNumber, Size, SizeOrZero
 from medim.models.layers import check_channels
 from medim.objectives.contrastive_term import compute_spread
 from medim.objectives.mutual_information import compute_retrieval, infonce
@@ -38,9 +39,9 @@ class SimCLR(nn.Module):
         summary_channels: int,
         view_count: int,
         *,
-        width: int = 128,
-        hidden: int = 0,
-        temperature: float = 0.1,
+        width: Size = 128,
+        hidden: SizeOrZero = 0,
+        temperature: PositiveNumber = 0.1,
     ) -> None:
         super().__init__()
         hidden = hidden or summary_channels

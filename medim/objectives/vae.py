@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from medim.config import Size
 from medim.models.decoders import ImageDecoder
 from medim.models.layers import Norm, pool_map
 from medim.objectives.objective import Encode, Term
@@ -44,7 +45,7 @@ class VAE(nn.Module):
         input_shape: tuple[int, ...],
         *,
         beta: float = 1.0,
-        decoder_channels: tuple[int, ...] = (512, 256, 128, 64),
+        decoder_channels: tuple[Size, ...] = (512, 256, 128, 64),
         norm: Norm = "bn",
     ) -> None:
         super().__init__()
@@ -78,7 +79,7 @@ def beta_vae(
     input_shape: tuple[int, ...],
     *,
     beta: float = 4.0,
-    decoder_channels: tuple[int, ...] = (512, 256, 128, 64),
+    decoder_channels: tuple[Size, ...] = (512, 256, 128, 64),
     norm: Norm = "bn",
 ) -> VAE:
     """VAE with a larger weight of the KL divergence: a sparser summary with less information (Higgins et al. 2017).

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -10,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from medim.inference.ood import OODResult
+from medim.parsing import encode_csv
 from medim.types import Array, UserError
 from medim.version import install_command
 
@@ -52,13 +52,13 @@ def _encode_npz(rows: Sequence[FeatureRow]) -> bytes:
 
 
 def _encode_csv(rows: Sequence[FeatureRow]) -> bytes:
-    text, features = io.StringIO(), stack_features(rows)
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "subject", *(f"f{i}" for i in range(features.shape[1])), *OOD_COLUMNS])
-    for row, values in zip(rows, features, strict=True):
-        shortest_decimals = map(str, values)  # of float32
-        writer.writerow([row.image, row.subject, *shortest_decimals, *row.ood_result.columns.values()])
-    return text.getvalue().encode()
+    features = stack_features(rows)
+    columns = ["image", "subject", *(f"f{i}" for i in range(features.shape[1])), *OOD_COLUMNS]
+    lines = (  # `str` gives the shortest decimals of float32
+        [row.image, row.subject, *map(str, values), *row.ood_result.columns.values()]
+        for row, values in zip(rows, features, strict=True)
+    )
+    return encode_csv(columns, lines)
 
 
 def _encode_parquet(rows: Sequence[FeatureRow]) -> bytes:

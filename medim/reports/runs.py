@@ -11,8 +11,9 @@ import numpy as np
 
 from medim.data.contamination import describe_counts
 from medim.evaluation.cases import read_cases
-from medim.migrations import read_migrated_csv, read_migrated_json
+from medim.migrations import read_migrated_json
 from medim.reports import figures
+from medim.reports.history_rows import HistoryRow, read_history_rows
 from medim.reports.page import (
     INTERVALS_NOTE,
     Banner,
@@ -31,7 +32,6 @@ from medim.reports.svg import Figure
 from medim.reports.training_curves import VERDICT_BANNERS, plot_health
 from medim.tasks import find_task_by_title
 from medim.tasks.task import AgreementPlot, Plot, StripPlot
-from medim.types import UserError
 
 
 def build_pretraining_section(folder: Path, anchor: str) -> ReportSection:
@@ -157,30 +157,30 @@ def build_unfinished_section(folder: Path, anchor: str) -> ReportSection:
 def read_history(path: Path, names: Sequence[str]) -> list[figures.LossCurve]:
     """Read the curves of `history.csv`, in the order of `names`.
 
-    Its columns are `step`, `name`, `loss`, `chance` and `val`. A row contains a training or a validation loss;
-    other cells are empty.
+    Raises:
+        UserError: the file is damaged.
     """
     if not path.is_file():
         return []
-    rows: dict[str, list[dict[str, str]]] = {name: [] for name in names}
-    with path.open(newline="") as file:
-        reader = read_migrated_csv(file, "history")
-        if not {"step", "name", "loss", "chance", "val"} <= set(reader.fieldnames or ()):
-            raise UserError(f"{path}: expected columns step, name, loss, chance, val; got {reader.fieldnames}.")
-        for row in reader:
-            if row["name"] in rows:
-                rows[row["name"]].append(row)
-    return [_parse_curve(name, name_rows) for name, name_rows in rows.items() if any(row["loss"] for row in name_rows)]
+    rows: dict[str, list[HistoryRow]] = {name: [] for name in names}
+    for row in read_history_rows(path):
+        if row.name in rows:
+            rows[row.name].append(row)
+    return [
+        _build_curve(name, name_rows)
+        for name, name_rows in rows.items()
+        if any(row.loss is not None for row in name_rows)
+    ]
 
 
-def _parse_curve(name: str, rows: Sequence[Mapping[str, str]]) -> figures.LossCurve:
-    loss_rows = [row for row in rows if row["loss"]]
-    levels = [float(row["chance"]) for row in rows if row["chance"]]
+def _build_curve(name: str, rows: Sequence[HistoryRow]) -> figures.LossCurve:
+    losses = [(row.step, row.loss) for row in rows if row.loss is not None]
+    levels = [row.chance for row in rows if row.chance is not None]
     return figures.LossCurve(
         name=name,
-        steps=np.array([int(row["step"]) for row in loss_rows]),
-        loss=np.array([float(row["loss"]) for row in loss_rows]),
-        val=[(int(row["step"]), float(row["val"])) for row in rows if row["val"]],
+        steps=np.array([step for step, _ in losses]),
+        loss=np.array([loss for _, loss in losses]),
+        val=[(row.step, row.val) for row in rows if row.val is not None],
         chance=levels[-1] if levels else None,
     )
 

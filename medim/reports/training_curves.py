@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from medim.migrations import read_migrated_csv
 from medim.reports import figures
+from medim.reports.history_rows import read_history_rows
 from medim.reports.page import Banner
 from medim.reports.svg import Figure
 
@@ -79,9 +79,8 @@ def _read_points(path: Path) -> StepValues:
     points_by_name: StepValues = {}
     if not path.is_file():
         return points_by_name
-    with path.open(newline="") as file:
-        for row in read_migrated_csv(file, "history"):
-            value = row.get("val") or (row.get("loss") if row["name"].startswith(GRADIENT_PREFIX) else "")
-            if value and math.isfinite(float(value)):
-                points_by_name.setdefault(row["name"], []).append((int(row["step"]), float(value)))
+    for row in read_history_rows(path):
+        value = row.val if row.val is not None or not row.name.startswith(GRADIENT_PREFIX) else row.loss
+        if value is not None and math.isfinite(value):
+            points_by_name.setdefault(row.name, []).append((row.step, value))
     return points_by_name

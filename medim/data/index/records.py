@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from medim.files import write_bytes, write_csv
+from medim.parsing import read_csv
 from medim.types import UserError
 from medim.version import install_command
 
@@ -77,6 +77,7 @@ INDEX_COLUMNS = tuple(field.name for field in fields(ImageRecord))
 REJECTION_COLUMNS = tuple(field.name for field in fields(Rejection))
 _LIST_TYPES: dict[str, Callable[[Any], Any]] = {"shape": int, "spacing": float, "affine": float}
 _FLOAT_COLUMNS = {"field_strength"}
+_REMEDY = "Run `medim index` again."
 _REQUIRED_COLUMNS = {"image", "path", "subject", "modality"}
 
 
@@ -116,9 +117,8 @@ def read_records(path: Path) -> tuple[ImageRecord, ...]:
     Raises:
         UserError: pyarrow is missing, or the file is damaged or lacks a column.
     """
-    read_rows: Callable[[Path], Sequence[Mapping[str, object]]]
-    read_rows = _read_parquet_rows if path.suffix == ".parquet" else _read_csv_rows
-    rows = read_rows(path)
+    rows: Iterable[Mapping[str, object]]
+    rows = _read_parquet_rows(path) if path.suffix == ".parquet" else read_csv(path, remedy=_REMEDY)
     try:
         return tuple(ImageRecord(**{name: _decode_cell(name, row[name]) for name in INDEX_COLUMNS}) for row in rows)
     except KeyError as error:
@@ -133,10 +133,16 @@ def write_rejections(path: Path, rejected: Sequence[Rejection]) -> None:
 
 
 def read_rejections(path: Path) -> tuple[Rejection, ...]:
-    """Read `rejected.csv`; an empty tuple if the file does not exist."""
+    """Read `rejected.csv`; an empty tuple if the file does not exist.
+
+    Raises:
+        UserError: the file is damaged or lacks a column.
+    """
     if not path.exists():
         return ()
-    return tuple(Rejection(row["path"], row["reason"], row["detail"]) for row in _read_csv_rows(path))
+    content = read_csv(path, remedy=_REMEDY)
+    content.require_columns(path, REJECTION_COLUMNS, remedy=_REMEDY)
+    return tuple(Rejection(row["path"], row["reason"], row["detail"]) for row in content)
 
 
 def _read_parquet_rows(path: Path) -> list[dict[str, object]]:
@@ -152,11 +158,6 @@ def _read_parquet_rows(path: Path) -> list[dict[str, object]]:
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: expected a parquet file, got an invalid or truncated file ({error}).") from error
     return rows
-
-
-def _read_csv_rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def _encode_cell(value: Any) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import re
 from collections import defaultdict
@@ -15,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from medim.data.index.decathlon import file_stem
 from medim.data.labels import detect_finding_columns, format_findings, parse_finding
 from medim.data.readers.inspection import ImageInfo
+from medim.parsing import read_csv
 from medim.privacy import format_path, hide_name, make_pseudonym, scrubbed_name
 from medim.types import UserError
 
@@ -67,25 +66,17 @@ def read_table(path: Path, kind: str, *, from_user: bool) -> CsvTable | None:
         UserError: a table given by the user is missing or has other columns.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        content = read_csv(path, delimiters=",;\t", complete=False, remedy=f"Check --{kind}.")
     except FileNotFoundError:
         raise UserError(f"{format_path(path)}: no such file. Check --{kind}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        problem = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else "expected a CSV file in UTF-8"
-        raise UserError(f"{format_path(path)}: {problem}. Check --{kind}.") from error
-    delimiter = max(",;\t", key=next(iter(text.splitlines()), "").count)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    try:
-        columns = [_BIDS_COLUMNS.get(name.strip().lower(), name.strip().lower()) for name in reader.fieldnames or ()]
-        reader.fieldnames = columns
-        numbered_rows = (
-            (reader.line_num, {name: _clean_cell(cell) for name, cell in row.items() if name}) for row in reader
-        )
-        rows = tuple(row for row in numbered_rows if any(row[1].values()))
-    except csv.Error as error:
-        raise UserError(
-            f"{format_path(path)}, line {reader.line_num}: expected a row of a CSV file, got {error}."
-        ) from error
+    except OSError as error:
+        raise UserError(f"{format_path(path)}: cannot be read ({error.strerror}). Check --{kind}.") from error
+    columns = [_BIDS_COLUMNS.get(name.strip().lower(), name.strip().lower()) for name in content.columns]
+    numbered_rows = (
+        (line, {name: _clean_cell(row[key]) for key, name in zip(content.columns, columns, strict=True) if name})
+        for line, row in zip(content.lines, content, strict=True)
+    )
+    rows = tuple(row for row in numbered_rows if any(row[1].values()))
     may_have_findings = kind == "labels" and from_user and not {"label", "mask"} & set(columns)
     findings = detect_finding_columns([cells for _, cells in rows]) if may_have_findings else ()
     has_columns = {"image", "subject"} <= set(columns)
@@ -124,8 +115,12 @@ def check_participants(path: Path, subject_names: Iterable[Iterable[str | None]]
         path: the table; only its column `participant_id` is read.
         subject_names: names (pseudonyms) of the subject of each image.
     """
-    rows = csv.DictReader(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), delimiter="\t")
-    participants = {make_pseudonym(str(row.get("participant_id") or "").strip()) for row in rows}
+    try:
+        rows = read_csv(path, delimiters="\t", complete=False)
+    except UserError as error:
+        log.warning("participants are not compared with the images: %s", error)
+        return
+    participants = {make_pseudonym(row.get("participant_id", "").strip()) for row in rows}
     subjects = {frozenset(name for name in names if name) for names in subject_names}
     n_unlisted = sum(not names & participants for names in subjects)
     n_absent = len(participants - frozenset().union(*subjects))

@@ -158,8 +158,7 @@ def read_quality(folder: Path) -> tuple[ImageQuality, ...]:
     path = folder / QUALITY_FILE
     if not path.is_file():
         return ()
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(read_migrated_csv(file, "quality"))
+    rows = read_migrated_csv(path, "quality", remedy="Run `medim preprocess` again.")
     try:
         return tuple(_parse_quality_row(row) for row in rows)
     except (KeyError, ValueError, TypeError) as error:

@@ -7,7 +7,6 @@ or the smallest budget.
 
 from __future__ import annotations
 
-import csv
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 from medim.data.fingerprints import merge_groups, shared_images
 from medim.data.labels import stratification_labels
 from medim.files import write_csv
+from medim.parsing import read_csv
 from medim.types import Split, UsageError, UserError
 
 if TYPE_CHECKING:
@@ -169,8 +169,9 @@ def read_splits(path: Path) -> dict[str, Split]:
     Raises:
         UserError: the file is damaged.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        splits = {row.get("image", ""): row.get("split", "") for row in csv.DictReader(file)}
+    content = read_csv(path)
+    content.require_columns(path, ("image", "split"))
+    splits = {row["image"]: row["split"] for row in content}
     unknown_splits = set(splits.values()) - set(get_args(Split))
     if unknown_splits:
         raise UserError(

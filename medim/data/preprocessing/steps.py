@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from medim.config import validate_section
+from medim.config import Millimetres, Percentile, Size, SizeOrZero, validate_section
 from medim.data.preprocessing.geometry import (
     BLOCK_VALUES,
     compact_affine,
@@ -70,7 +70,7 @@ def reorient_to_ras(volume: Volume) -> Volume:
 
 
 def resample(
-    volume: Volume, *, spacing: tuple[float, ...], order: Literal[0, 1, 3] = 1, antialias: bool = False
+    volume: Volume, *, spacing: tuple[Millimetres, ...], order: Literal[0, 1, 3] = 1, antialias: bool = False
 ) -> Volume:
     """Resample to a spacing. The first voxel keeps its position; the grid ends at the voxel nearest to the last one.
 
@@ -102,7 +102,7 @@ def resample(
     return volume.with_array(resample_to(array, volume.affine, affine, shape, order=order), affine)
 
 
-def resize(volume: Volume, *, shape: tuple[int, ...], keep_aspect: bool = True, antialias: bool = True) -> Volume:
+def resize(volume: Volume, *, shape: tuple[Size, ...], keep_aspect: bool = True, antialias: bool = True) -> Volume:
     """Scale the image to a shape in voxels by linear interpolation; the extent, measured at voxel borders, is kept.
 
     Args:
@@ -127,7 +127,7 @@ def resize(volume: Volume, *, shape: tuple[int, ...], keep_aspect: bool = True, 
     return pad_or_crop(volume.with_array(inner_array, affine), shape=shape)
 
 
-def clip_percentiles(volume: Volume, *, lower: float = 0.5, upper: float = 99.5) -> Volume:
+def clip_percentiles(volume: Volume, *, lower: Percentile = 0.5, upper: Percentile = 99.5) -> Volume:
     """Clip each channel to its percentiles, so that a few very bright voxels do not determine the scale.
 
     Args:
@@ -193,7 +193,7 @@ def _sum_squares(values: Array, mean: float) -> float:
     return _sum_squares(values[:half], mean) + _sum_squares(values[half:], mean)
 
 
-def crop_foreground(volume: Volume, *, margin: int = 0) -> Volume:
+def crop_foreground(volume: Volume, *, margin: SizeOrZero = 0) -> Volume:
     """Crop the border in which every channel has its minimum (air, or the zeros around a stripped brain).
 
     Args:
@@ -214,7 +214,7 @@ def crop_foreground(volume: Volume, *, margin: int = 0) -> Volume:
     return _extract_window(volume, start, tuple(b - a for a, b in zip(start, stop, strict=True)))
 
 
-def pad_or_crop(volume: Volume, *, shape: tuple[int, ...]) -> Volume:
+def pad_or_crop(volume: Volume, *, shape: tuple[Size, ...]) -> Volume:
     """Crop or pad around the centre to a shape; padding has each channel's minimum.
 
     Args:
@@ -226,7 +226,7 @@ def pad_or_crop(volume: Volume, *, shape: tuple[int, ...]) -> Volume:
     return _extract_window(volume, start, target_shape)
 
 
-def crop_around_centre(volume: Volume, *, shape: tuple[int, ...]) -> Volume:
+def crop_around_centre(volume: Volume, *, shape: tuple[Size, ...]) -> Volume:
     """Crop one field of view around the centre of mass, so that the size of the original image is no longer visible.
 
     The window is inside the image if it fits. In smaller images, edge voxels are continued, so that no padding marks
@@ -252,7 +252,7 @@ def crop_around_centre(volume: Volume, *, shape: tuple[int, ...]) -> Volume:
     return volume.with_array(resample_to(volume.array, volume.affine, affine, target_shape.tolist(), order=0), affine)
 
 
-def pad_to_multiple(volume: Volume, *, multiple: int) -> Volume:
+def pad_to_multiple(volume: Volume, *, multiple: Size) -> Volume:
     """Pad around the centre to a multiple of the network's stride; padding has each channel's minimum.
 
     Args:

@@ -30,7 +30,7 @@ from medim.files import json_sha256, prepare_output_folder, write_json
 from medim.metrics import build_statistics
 from medim.metrics.bootstrap import N_RESAMPLES, bootstrap_intervals
 from medim.model_spec import ModelSpec
-from medim.models.feature_extraction import batch_images, extract_features
+from medim.models.feature_extraction import batch_images, check_finite_features, extract_features
 from medim.models.serialization import load_encoder, locate_weights
 from medim.tasks import TASKS
 from medim.tasks.task import Task
@@ -187,7 +187,7 @@ def _iterate_arms(
         """
         batches = batch_images(volume.array for volume in volumes.read_volumes(feature_records))
         try:
-            return extract_features(network, batches, maps=levels)
+            features = extract_features(network, batches, maps=levels)
         except RuntimeError as error:
             raise UserError(
                 f"encoder: it does not accept whole preprocessed images ({error}). It was "

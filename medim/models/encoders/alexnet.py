@@ -8,6 +8,7 @@ import torch
 from monai.networks.layers.factories import Pool
 from torch import nn
 
+from medim.config import Size, SizeOrZero
 from medim.models.layers import (
     Norm,
     Pooling,
@@ -50,11 +51,11 @@ class AlexNet(nn.Module):
         spatial_dims: int,
         input_shape: tuple[int, ...],
         *,
-        channels: tuple[int, int, int, int, int] = (96, 192, 384, 384, 192),
+        channels: tuple[Size, Size, Size, Size, Size] = (96, 192, 384, 384, 192),
         norm: Norm = "bn",
         summary: Pooling = "flatten",
-        hidden: int = 4096,
-        summary_channels: int = 64,
+        hidden: SizeOrZero = 4096,
+        summary_channels: Size = 64,
     ) -> None:
         super().__init__()
         check_channels("alexnet", channels)

@@ -10,6 +10,7 @@ from monai.networks.layers.factories import Conv, Pool
 from torch import nn
 from torch.nn.functional import pad
 
+from medim.config import Size
 from medim.models.layers import (
     Norm,
     build_conv_block,
@@ -53,10 +54,10 @@ class AMDIMEncoder(nn.Module):
         spatial_dims: int,
         *,
         size: Literal[32, 64, 128] = 32,
-        width: int = 128,
-        depth: int = 3,
+        width: Size = 128,
+        depth: Size = 3,
         norm: Norm = "none",
-        summary_channels: int = 1024,
+        summary_channels: Size = 1024,
     ) -> None:
         super().__init__()
         check_channels("amdim", (width,), option="width")

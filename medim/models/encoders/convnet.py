@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from medim.config import Size, SizeOrZero
 from medim.models.layers import (
     Activation,
     Norm,
@@ -54,16 +55,16 @@ class ConvNet(nn.Module):
         spatial_dims: int,
         input_shape: tuple[int, ...],
         *,
-        channels: tuple[int, ...] = (64, 128, 256),
-        kernel_size: int = 4,
-        stride: int = 2,
+        channels: tuple[Size, ...] = (64, 128, 256),
+        kernel_size: Size = 4,
+        stride: Size = 2,
         padding: int | None = None,
         norm: Norm = "bn",
         first_norm: bool = True,
         activation: Activation = "relu",
         summary: Pooling = "flatten",
-        hidden: int = 1024,
-        summary_channels: int = 64,
+        hidden: SizeOrZero = 1024,
+        summary_channels: Size = 64,
     ) -> None:
         super().__init__()
         check_channels("convnet", channels)

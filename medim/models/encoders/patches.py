@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from medim.config import Section, build_from_section
+from medim.config import Section, Size, SizeOrZero, build_from_section
 from medim.models.layers import SummaryNetwork, compute_level_origins, compute_level_strides, level_receptive_field
 from medim.types import Features, UsageError
 
@@ -36,10 +36,10 @@ class PatchEncoder(nn.Module):
         spatial_dims: int,
         encoders: Mapping[str, Callable[..., nn.Module]],
         *,
-        patch: int = 16,
-        stride: int = 0,
+        patch: Size = 16,
+        stride: SizeOrZero = 0,
         encoder: Section = {"name": "convnet", "norm": "none", "hidden": 0, "summary_channels": 256},  # noqa: B006
-        summary_channels: int = 64,
+        summary_channels: Size = 64,
     ) -> None:
         super().__init__()
         self._patch, self._stride = patch, stride or max(patch // 2, 1)

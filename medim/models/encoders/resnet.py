@@ -7,6 +7,7 @@ from monai.networks.layers.factories import Conv
 from monai.networks.nets.resnet import ResNetBottleneck
 from torch import nn
 
+from medim.config import Size, SizeOrZero
 from medim.models.layers import (
     Norm,
     Pooling,
@@ -50,12 +51,12 @@ class ResNet(nn.Module):
         spatial_dims: int,
         input_shape: tuple[int, ...],
         *,
-        widths: tuple[int, ...] = (64, 128, 256),
-        blocks: tuple[int, ...] = (2, 2, 2),
+        widths: tuple[Size, ...] = (64, 128, 256),
+        blocks: tuple[Size, ...] = (2, 2, 2),
         norm: Norm = "bn",
         summary: Pooling = "flatten",
-        hidden: int = 1024,
-        summary_channels: int = 64,
+        hidden: SizeOrZero = 1024,
+        summary_channels: Size = 64,
     ) -> None:
         super().__init__()
         check_channels("resnet", widths, option="widths")

@@ -6,6 +6,7 @@ import torch
 from monai.networks.blocks.dynunet_block import UnetBasicBlock
 from torch import nn
 
+from medim.config import Size
 from medim.models.layers import (
     Norm,
     check_channels,
@@ -44,9 +45,9 @@ class UNetEncoder(nn.Module):
         in_channels: int,
         spatial_dims: int,
         *,
-        channels: tuple[int, ...] = (16, 32, 64, 128),
+        channels: tuple[Size, ...] = (16, 32, 64, 128),
         norm: Norm = "in",
-        summary_channels: int = 64,
+        summary_channels: Size = 64,
     ) -> None:
         super().__init__()
         check_channels("unet", channels)

@@ -23,7 +23,7 @@ from medim.evaluation.cases import summarise_cases
 from medim.evaluation.probing.baselines import principal_components
 from medim.files import write_json
 from medim.metrics.bootstrap import MIN_SUBJECTS, MetricEstimate
-from medim.models.feature_extraction import batch_images, extract_features
+from medim.models.feature_extraction import batch_images, check_finite_features, extract_features
 from medim.models.serialization import load_encoder
 from medim.study.audit.duplicates import Duplicates, find_duplicates
 from medim.study.audit.groups import (
@@ -235,7 +235,8 @@ def _iter_features(
     for name, run in encoders.items():
         network: Any = load_encoder(run).to("cuda" if torch.cuda.is_available() else "cpu")
         batches = batch_images(volume.array for volume in _load_volumes(cohort, records))
-        yield name, extract_features(network, batches, maps=range(len(network.channels)))
+        features = extract_features(network, batches, maps=range(len(network.channels)))
+        yield name, check_finite_features(features, f"encoder {name}")
     shape = tuple(window or cohort.store.get_entry(cohort.keys[records[0].image]).shape)
     yield PIXELS, principal_components(_load_volumes(cohort, train), _load_volumes(cohort, records), shape=shape)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from medim.data.index.tables import SCRUBBED_PREFIX
 from medim.evaluation.cases import summarise_cases
 from medim.metrics.bootstrap import MIN_SUBJECTS, MetricEstimate
 from medim.neutral_names import is_neutral_name
+from medim.parsing import read_csv
 from medim.privacy import format_path, hide_name, make_pseudonym, scrubbed_name
 from medim.tasks.task import CaseRow
 from medim.types import UserError
@@ -69,13 +69,10 @@ def read_groups(path: Path, records: Sequence[ImageRecord]) -> Groups:
             column that identifies subjects.
     """
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            rows, columns = list(reader), list(reader.fieldnames or ())
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(
-            f"{format_path(path)}: cannot be read as a CSV file in UTF-8 ({type(error).__name__})."
-        ) from error
+        content = read_csv(path, complete=False, remedy="Check --groups.")
+    except OSError as error:
+        raise UserError(f"{format_path(path)}: cannot be read ({error.strerror}). Check --groups.") from error
+    columns = content.columns
     key = next((name for name in ("image", "subject") if name in columns), None)
     group_columns = [name for name in columns if name and name not in ("image", "subject")]
     if key is None or not group_columns:
@@ -85,7 +82,7 @@ def read_groups(path: Path, records: Sequence[ImageRecord]) -> Groups:
         )
     images_by_name = _index_images_by_name(records, key)
     groups: Groups = {name: {} for name in group_columns}
-    for line, row in enumerate(rows, start=2):
+    for line, row in zip(content.lines, content, strict=True):
         cell = (row[key] or "").strip()
         name_of_cell = cell if key == "subject" else _hide_all_parts(cell)
         for image in images_by_name.get(name_of_cell) or images_by_name.get(make_pseudonym(cell)) or []:
@@ -97,7 +94,7 @@ def read_groups(path: Path, records: Sequence[ImageRecord]) -> Groups:
                     )
     if not any(groups.values()):
         raise UserError(
-            f"{format_path(path)}: none of the {len(rows)} rows matches the {key} of an image in the index. "
+            f"{format_path(path)}: none of the {len(content.rows)} rows matches the {key} of an image in the index. "
             f"Write each {key} as in that column of the index, or as in --subjects."
         )
     subjects = {record.image: record.subject for record in records}

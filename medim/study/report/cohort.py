@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from pathlib import Path
 
+from medim.parsing import read_csv
 from medim.reports.page import Banner, ReportSection, ReportTable, format_value, pluralise
 from medim.study.report.view import StudyView
 
@@ -73,7 +73,8 @@ def count_shared_subjects(folder: Path) -> int | None:
     files = sorted(folder.glob("*.csv"))
     n_shared = 0
     for path in files:
-        with path.open(newline="", encoding="utf-8") as file:
-            pairs = {(row["subject"], row["split"]) for row in csv.DictReader(file)}
+        content = read_csv(path)
+        content.require_columns(path, ("subject", "split"))
+        pairs = {(row["subject"], row["split"]) for row in content}
         n_shared = max(n_shared, sum(count > 1 for count in Counter(subject for subject, _ in pairs).values()))
     return n_shared if files else None

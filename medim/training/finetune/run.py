@@ -207,10 +207,10 @@ def _train(run: _FinetuneRun, checkpoint: Path | None, start_step: int) -> None:
 def _save_model(run: _FinetuneRun) -> None:
     """Write the model, its detector, its losses and the record of its training images."""
     out, data, model = run.out, run.data, run.module.model.eval()
+    write_csv(out / "history.csv", HISTORY_COLUMNS, run.module.rows)
     save_model(out / "model", "model", model, run.spec)
     if run.options.fit_ood_detector:
         save_ood_detector(out / "model", model, data.cohort, run.spec)
-    write_csv(out / "history.csv", HISTORY_COLUMNS, run.module.rows)
     history = _build_unknown_history(run.options.encoder) if data.encoder_history is None else data.encoder_history
     history.extended("finetune", data.cohort.cases(data.train)).write(out / "model")
 

@@ -21,6 +21,7 @@ from medim.data.loading.splits import write_splits
 from medim.files import json_sha256, prepare_output_folder, write_json
 from medim.model_spec import ModelSpec
 from medim.models.model import build_decoder, build_encoder
+from medim.models.serialization import check_finite_weights
 from medim.signals import handle_shutdown_signals
 from medim.training.engine.checkpoints import find_newest_checkpoint, list_corrupt_checkpoints
 from medim.training.engine.gradients import weight_norm
@@ -79,7 +80,8 @@ def pretrain(
         Content of `summary.json`.
 
     Raises:
-        UserError: there are too few subjects, `out` is not empty, or a device is not available.
+        UserError: there are too few subjects, `out` is not empty, a device is not available, or the weights at the end
+            are not finite (`history.csv` is written, but no encoder).
         UsageError: a section cannot be built, or the run cannot be distributed over the devices.
         StoppedError: SIGTERM or SIGUSR1 arrived; a checkpoint was saved.
     """
@@ -203,11 +205,12 @@ def _save_results(run: _PretrainRun, tracker: Tracker, summary: dict[str, Any], 
     """Write encoder, detector, training history and summary, and log them."""
     out, spec = run.out, run.spec
     encoder_spec = replace(spec, checkpoint_selection=summary["checkpoint_selection"])
+    run.history.write(out / "history.csv")
+    check_finite_weights(run.module.state_dict(), f"{out}: step {summary['checkpoint_selection']['step']}")
     write_encoder(out / "encoder", run.module, encoder_spec, run.config.objectives)
     save_ood_detector(out / "encoder", run.module.encoder, run.cohort, spec)
     trained_cases = run.cohort.cases(run.cohort.records("train"))
     TrainingHistory().extended("pretrain", trained_cases).write(out / "encoder")
-    run.history.write(out / "history.csv")
     summary["corrupt_checkpoints"] = list_corrupt_checkpoints(out / "checkpoints")
     summary["seconds"] = time.perf_counter() - start_time
     write_json(out / "summary.json", summary)

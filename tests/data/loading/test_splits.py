@@ -245,7 +245,7 @@ class TestStored:
 
     def test_a_damaged_file_is_told(self, tmp_path: Path) -> None:
         (tmp_path / "split.csv").write_text("image,part\na,train\n")
-        with pytest.raises(UserError, match="expected columns image and split"):
+        with pytest.raises(UserError, match="expected the columns image, split"):
             read_splits(tmp_path / "split.csv")
 
     def test_it_is_taken_as_labels_whatever_its_images_are_called(self, tmp_path: Path) -> None:
