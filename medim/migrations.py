@@ -7,12 +7,17 @@ unchanged.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
+
+from pydantic import TypeAdapter, ValidationError
 
 from medim.files import read_json
 from medim.parsing import CsvContent, read_csv
+from medim.types import UserError
+
+T = TypeVar("T")
 
 FileKind = Literal[
     "run",
@@ -127,6 +132,36 @@ def read_migrated_json(path: Path, kind: FileKind) -> dict[str, Any]:
         UserError: the file is missing, not JSON, or not an object.
     """
     return rename_keys(read_json(path), kind)
+
+
+def read_checked_json(path: Path, kind: FileKind | None, schema: type[T]) -> T:
+    """Read a JSON object, rename old keys, and check the content against a schema.
+
+    Args:
+        path: the file.
+        kind: kind of the file; None if no version had other keys.
+        schema: a `TypedDict`; other keys than those of the schema are allowed.
+
+    Returns:
+        The content with all keys of the file.
+
+    Raises:
+        UserError: the file is missing or not JSON, or a value is missing or of another type.
+    """
+    content = read_json(path) if kind is None else read_migrated_json(path, kind)
+    try:
+        _build_adapter(cast(Any, schema)).validate_python(content, strict=True)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(map(str, fault["loc"]))
+        problem = "which is missing" if fault["type"] == "missing" else f"got {str(fault['input'])[:100]!r}"
+        raise UserError(f"{path}: expected a valid value of {key!r}, {problem}. Copy the file again.") from None
+    return cast(T, content)
+
+
+@cache
+def _build_adapter(schema: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(schema)
 
 
 def read_migrated_csv(path: Path, kind: FileKind, *, remedy: str = "Copy it again.") -> CsvContent:

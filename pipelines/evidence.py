@@ -67,11 +67,10 @@ def evaluate_statistic(statistic: Statistic, cases: int) -> float:
 def read_series(run: Path) -> dict[str, RunSeries]:
     """Read the series of a run's history: training values by name, validation values by `held out <name>`."""
     series: dict[str, RunSeries] = {}
-    with (run / "history.csv").open(newline="") as file:
-        for row in read_migrated_csv(file, "history"):
-            if value := row["val"] or row["loss"]:
-                name = f"{'held out ' if row['val'] else ''}{row['name']}"
-                series.setdefault(name, []).append((int(row["step"]), float(value)))
+    for row in read_migrated_csv(run / "history.csv", "history"):
+        if value := row["val"] or row["loss"]:
+            name = f"{'held out ' if row['val'] else ''}{row['name']}"
+            series.setdefault(name, []).append((int(row["step"]), float(value)))
     return series
 
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medim.data.index.index import AllRejectedError, ImageRecord, Index
+from medim.data.readers import ReadError
 from medim.files import write_bytes
 from medim.inference.network import Predictor
 from medim.metrics.bootstrap import N_RESAMPLES, MetricEstimate

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import TypedDict  # pydantic needs this form before Python 3.12
 
 from medim.data.contamination import TrainingHistory, load_training_history
 from medim.export import onnx
 from medim.inference.ood import OOD_FILE
-from medim.migrations import read_migrated_json
+from medim.migrations import read_checked_json
 from medim.model_spec import ModelSpec
 from medim.models.model import as_numpy_function
 from medim.models.ood_features import WithOODFeatures
@@ -58,7 +60,7 @@ class FinishedRun:
     spec: ModelSpec
     weights: Path
     sizes: onnx.InputSizes
-    summary: dict[str, Any]  # content of summary.json; empty if the run has none
+    summary: Mapping[str, Any]  # content of summary.json; empty if the run has none
     training_history: TrainingHistory | None  # None if the run has no fingerprints
     ood_statistics: bytes | None  # statistics of the out-of-distribution detector; None if the run has none
 
@@ -106,7 +108,7 @@ def load_finished_run(folder: Path) -> FinishedRun:
             )
         )
     summary_file = folder / "summary.json"
-    run_summary = read_migrated_json(summary_file, "run") if summary_file.is_file() else {}
+    run_summary = _read_run_summary(summary_file) if summary_file.is_file() else {}
     return FinishedRun(
         folder=folder,
         graphs=tuple(graphs),
@@ -117,6 +119,19 @@ def load_finished_run(folder: Path) -> FinishedRun:
         training_history=load_training_history(folder),
         ood_statistics=_read_ood_statistics(weights),
     )
+
+
+class _RunSummary(TypedDict, total=False):
+    command: str
+    init: str | None
+    n_labelled: int | None
+    objectives: dict[str, float] | None
+    steps: int | None
+    val: Mapping[str, Any] | None
+
+
+def _read_run_summary(file: Path) -> Mapping[str, Any]:
+    return read_checked_json(file, "run", _RunSummary)
 
 
 def _read_ood_statistics(weights: Path) -> bytes | None:

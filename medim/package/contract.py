@@ -16,6 +16,7 @@ from medim.model_spec import ModelSpec
 from medim.package.dicom_rules import DicomRules
 from medim.package.label_codes import LabelCode as LabelCodes
 from medim.package.schema import StrictModel as _Strict
+from medim.parsing import parse_json
 from medim.tasks import ENCODER, find_task_of_kind, is_dense, map_tasks_by_kind
 from medim.tasks.task import Inversion, OutputActivation
 from medim.types import Modality, Step, UserError
@@ -196,9 +197,28 @@ class Contract(_Strict):
         label_names = tuple((label.index, label.name) for label in self.labels)
         if self.labels and label_names != tuple(enumerate(self.classes, start=first_index)):
             raise ValueError(f"the labels {label_names} do not match the classes {self.classes}")
+        self._check_architecture()
         if self.score_map and (self.kind != ENCODER or self.score_map.signature.inputs != self.signature.inputs):
             raise ValueError("a score map requires an encoder with the same input")
         return self
+
+    def _check_architecture(self) -> None:
+        """Check that the network of `architecture` is the one that the other keys describe."""
+        try:
+            spec = self.spec
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        pairs = {
+            "kind": (self.kind, spec.kind),
+            "modality": (self.modality, spec.modality),
+            "classes": (list(self.classes), list(spec.classes)),
+            "preprocess": (list(self.preprocess), list(spec.preprocessing)),
+            "in_channels": (self.in_channels, spec.in_channels),
+            "spatial_dims": (self.spatial_dims, spec.spatial_dims),
+        }
+        for key, (own, built) in pairs.items():
+            if own != built:
+                raise ValueError(f"{key} {own} differs from {built} in `architecture`")
 
     @property
     def spec(self) -> ModelSpec:
@@ -224,7 +244,7 @@ def parse_contract(data: bytes) -> Contract:
             inconsistent.
     """
     try:
-        return Contract.model_validate_json(data)
+        return Contract.model_validate(parse_json(data))
     except ValidationError as error:
         for fault in error.errors():
             version = fault["input"]
@@ -236,3 +256,5 @@ def parse_contract(data: bytes) -> Contract:
         raise PackageError(
             f"medim.json: expected the contract of a package (schema {SCHEMA_VERSION}), got {reasons}. Export it again."
         ) from None
+    except ValueError as error:
+        raise PackageError(f"medim.json: expected JSON ({error}). Copy the package again.") from None

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from medim.integrity import PackageError
 from medim.package.contract import NOT_REPORTED, Contract
 from medim.package.gate import GateResult
+from medim.parsing import parse_json
 
 CardFields = dict[str, object]  # value of each field of a section; None: not reported
 CARD_FILE, CARD_PAGE = "model_card.json", "MODEL_CARD.md"
@@ -235,12 +236,14 @@ def parse_model_card(data: bytes) -> ModelCard:
         PackageError: the data are not JSON or not a model card.
     """
     try:
-        return ModelCard.model_validate_json(data)
+        return ModelCard.model_validate(parse_json(data))
     except ValidationError as error:
         reasons = "; ".join(str(e["msg"]) for e in error.errors())
         raise PackageError(
             f"{CARD_FILE}: expected a model card (schema 1), got {reasons}. Export the package again."
         ) from None
+    except ValueError as error:
+        raise PackageError(f"{CARD_FILE}: expected JSON ({error}). Copy the package again.") from None
 
 
 def _fill_not_reported(value: object) -> object:

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from medim.parsing import MAX_JSON_BYTES, parse_json, read_limited
 from medim.types import UserError
 
 _S = TypeVar("_S", bound="StrictModel")
@@ -30,9 +31,11 @@ def read_strict_json(path: Path, kind: type[_S], description: str) -> _S:
         UserError: the file is missing or does not match the model; the message lists each invalid key.
     """
     try:
-        return kind.model_validate_json(path.read_bytes())
+        return kind.model_validate(parse_json(read_limited(path, MAX_JSON_BYTES)))
     except OSError as error:
         raise UserError(f"{path}: expected {description}, got '{error.strerror}'. Check the path.") from None
     except ValidationError as error:
         reasons = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
         raise UserError(f"{path}: expected {description}, got {reasons}. Correct the file.") from None
+    except ValueError as error:
+        raise UserError(f"{path}: expected {description} as JSON ({error}). Correct the file.") from None

@@ -10,8 +10,9 @@ from typing import Any
 from medim.evaluation.cases import read_cases
 from medim.metrics import higher_is_better
 from medim.metrics.bootstrap import MetricEstimate
-from medim.migrations import read_migrated_json
+from medim.migrations import read_checked_json
 from medim.reports import figures
+from medim.reports.content import ComparedContent
 from medim.reports.page import (
     INTERVALS_NOTE,
     Banner,
@@ -32,7 +33,7 @@ ONE_RUN_NOTE = (
 )
 
 
-RunSummary = tuple[Path, dict[str, Any]]  # folder and summary
+RunSummary = tuple[Path, ComparedContent]  # folder and summary
 
 
 def build_comparison_section(folders: Mapping[str, Path], kinds: Mapping[str, str]) -> ReportSection | None:
@@ -46,7 +47,7 @@ def build_comparison_section(folders: Mapping[str, Path], kinds: Mapping[str, st
     """
     for kind in ("evaluate", "finetune"):
         paths = [path for name, path in folders.items() if kinds[name] == kind]
-        runs = [(path, read_migrated_json(path / "summary.json", "run")) for path in paths]
+        runs = [(path, read_checked_json(path / "summary.json", "run", ComparedContent)) for path in paths]
         arms = [[run for run in runs if run[1].get("init") == arm] for arm in ARM_NAMES]
         for pair in itertools.product(*arms):
             if pair[0][1].get("task") != pair[1][1].get("task"):

@@ -12,7 +12,7 @@ _COLUMNS = ("step", "name", "loss", "chance", "val")
 
 
 @dataclass(frozen=True)
-class HistoryRow:
+class LossRecord:
     """One row, with a training or a validation loss; None for an empty cell.
 
     Attributes:
@@ -30,7 +30,7 @@ class HistoryRow:
     val: float | None
 
 
-def read_history_rows(path: Path) -> list[HistoryRow]:
+def read_history_rows(path: Path) -> list[LossRecord]:
     """Read `history.csv`.
 
     Raises:
@@ -42,7 +42,7 @@ def read_history_rows(path: Path) -> list[HistoryRow]:
     for line, row in zip(content.lines, content, strict=True):
         try:
             numbers = {name: float(row[name]) if row[name] else None for name in ("loss", "chance", "val")}
-            rows.append(HistoryRow(step=int(row["step"]), name=row["name"], **numbers))
+            rows.append(LossRecord(step=int(row["step"]), name=row["name"], **numbers))
         except ValueError as error:
             raise UserError(f"{path}, line {line}: expected numbers ({error}). Copy the file again.") from None
     return rows

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from medim.files import read_json
+from medim.migrations import read_checked_json
+from medim.reports.content import GateReportContent, PackageContent
 from medim.reports.page import Banner, ReportSection, ReportTable, format_bytes, format_value, pluralise
 
 
 def build_package_section(folder: Path, anchor: str) -> ReportSection:
     """Build the section of a package: intended use, input and output, and the acceptance gates of the export."""
-    contract = read_json(folder / "medim.json")
+    contract = read_checked_json(folder / "medim.json", None, PackageContent)
     report_path = folder / "parity" / "report.json"
-    gates = read_json(report_path).get("gates", {}) if report_path.is_file() else {}
+    gates = read_checked_json(report_path, None, GateReportContent).get("gates", {}) if report_path.is_file() else {}
     rows = [
         (
             name.replace("_", " "),
@@ -21,7 +22,6 @@ def build_package_section(folder: Path, anchor: str) -> ReportSection:
             format_value(gate.get("allowed")),
         )
         for name, gate in gates.items()
-        if isinstance(gate, dict)
     ]
     all_gates_pass = bool(rows) and all(row[1] == "pass" for row in rows)
     headline = f"{contract.get('name')} {contract.get('version')}, {contract.get('kind')}"

@@ -12,9 +12,11 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from medim.files import read_json, write_text
+from medim.files import write_text
+from medim.migrations import read_checked_json
 from medim.reports.cohort import build_cohort_section
 from medim.reports.comparison import build_comparison_section
+from medim.reports.content import CommandContent
 from medim.reports.package import build_package_section
 from medim.reports.page import ReportSection
 from medim.reports.runs import (
@@ -103,8 +105,8 @@ def detect_kind(folder: Path) -> str | None:
         return "unfinished" if (folder / "config.yaml").is_file() else None
     if (folder / "index.parquet").is_file() or (folder / "index.csv").is_file():
         return "index"
-    command = read_json(folder / "summary.json").get("command")
-    return command if isinstance(command, str) and command in SECTION_BUILDERS else None
+    command = read_checked_json(folder / "summary.json", None, CommandContent).get("command")
+    return command if command in SECTION_BUILDERS else None
 
 
 def _list_parts(folder: Path) -> Mapping[str, Path]:

@@ -11,9 +11,11 @@ import numpy as np
 
 from medim.data.contamination import describe_counts
 from medim.evaluation.cases import read_cases
-from medim.migrations import read_migrated_json
+from medim.migrations import read_checked_json
+from medim.parsing import MAX_YAML_BYTES, read_text
 from medim.reports import figures
-from medim.reports.history_rows import HistoryRow, read_history_rows
+from medim.reports.content import EvaluationContent, FinetuneContent, PretrainContent
+from medim.reports.history_rows import LossRecord, read_history_rows
 from medim.reports.page import (
     INTERVALS_NOTE,
     Banner,
@@ -36,7 +38,7 @@ from medim.tasks.task import AgreementPlot, Plot, StripPlot
 
 def build_pretraining_section(folder: Path, anchor: str) -> ReportSection:
     """Build the section of a pretraining run: verdict, losses with their chance levels, health of the features."""
-    summary = read_migrated_json(folder / "summary.json", "run")
+    summary = read_checked_json(folder / "summary.json", "run", PretrainContent)
     losses, chance = summary.get("loss", {}), summary.get("chance", {})
     weights = summary.get("objectives", {})
     rows = [
@@ -79,7 +81,7 @@ def build_pretraining_section(folder: Path, anchor: str) -> ReportSection:
 
 def build_finetuning_section(folder: Path, anchor: str) -> ReportSection:
     """Build the section of a fine-tuning run: initial weights, label budget and validation metrics."""
-    summary = read_migrated_json(folder / "summary.json", "run")
+    summary = read_checked_json(folder / "summary.json", "run", FinetuneContent)
     validation = summary.get("val") or {}
     metrics = validation.get("metrics", validation)
     start = {"pretrained": "pretrained weights", "scratch": "fresh weights (from scratch)"}.get(
@@ -112,7 +114,7 @@ def build_finetuning_section(folder: Path, anchor: str) -> ReportSection:
 
 def build_evaluation_section(folder: Path, anchor: str) -> ReportSection:
     """Build the section of an evaluation: metrics, excluded subjects, and results per case."""
-    summary = read_migrated_json(folder / "metrics.json", "run")
+    summary = read_checked_json(folder / "metrics.json", "run", EvaluationContent)
     rows = read_cases(folder / "cases.parquet")
     metrics, classes = summary["metrics"], summary["classes"]
     valid_rows = [row for row in rows if not row.get("rejected")]
@@ -162,7 +164,7 @@ def read_history(path: Path, names: Sequence[str]) -> list[figures.LossCurve]:
     """
     if not path.is_file():
         return []
-    rows: dict[str, list[HistoryRow]] = {name: [] for name in names}
+    rows: dict[str, list[LossRecord]] = {name: [] for name in names}
     for row in read_history_rows(path):
         if row.name in rows:
             rows[row.name].append(row)
@@ -173,7 +175,7 @@ def read_history(path: Path, names: Sequence[str]) -> list[figures.LossCurve]:
     ]
 
 
-def _build_curve(name: str, rows: Sequence[HistoryRow]) -> figures.LossCurve:
+def _build_curve(name: str, rows: Sequence[LossRecord]) -> figures.LossCurve:
     losses = [(row.step, row.loss) for row in rows if row.loss is not None]
     levels = [row.chance for row in rows if row.chance is not None]
     return figures.LossCurve(
@@ -238,7 +240,7 @@ def _format_selection(selection: Mapping[str, Any] | None) -> str:
 
 def _config_details(folder: Path) -> list[tuple[str, str]]:
     path = folder / "config.yaml"
-    return [("Configuration", path.read_text())] if path.is_file() else []
+    return [("Configuration", read_text(path, MAX_YAML_BYTES))] if path.is_file() else []
 
 
 def _list_values(summary: Mapping[str, Any]) -> tuple[str, str]:

@@ -9,11 +9,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
+from typing import NotRequired
+
+from typing_extensions import TypedDict  # pydantic needs this form before Python 3.12
 
 from medim.config import FinetuneConfig
 from medim.data.index.index import Index
 from medim.evaluation.probing.label_budget import Budget
-from medim.migrations import read_migrated_json
+from medim.migrations import read_checked_json
 from medim.privacy import Scrubber, format_path, identity_tokens
 from medim.signals import StoppedError
 from medim.study.audit.audit import write_audit
@@ -102,14 +105,19 @@ def _collect_study_parameters(context: StudyContext) -> dict[str, object]:
     return {"task": design.task, **names, "seeds": design.seeds, "index_hash": context.cohort.index.hash}
 
 
+class _PreviousSummary(TypedDict):
+    command: str
+    wall_hours: NotRequired[float]
+
+
 def _read_previous_hours(out: Path) -> float:
     """Read the duration of the earlier calls in hours."""
     if not (out / "summary.json").is_file():
         return 0.0
-    summary = read_migrated_json(out / "summary.json", "study")
+    summary = read_checked_json(out / "summary.json", "study", _PreviousSummary)
     if summary.get("command") != "study":
         raise UserError(f"{out}: --resume expected a study, got {summary.get('command')}. Use another --out.")
-    return float(summary["wall_hours"])
+    return float(summary.get("wall_hours", 0.0))
 
 
 def _format_repeat_command(command: Sequence[str], context: StudyContext) -> str:

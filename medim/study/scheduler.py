@@ -9,14 +9,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from medim.files import read_json, write_json
+from typing_extensions import TypedDict  # pydantic needs this form before Python 3.12
+
+from medim.files import write_json
 from medim.metrics import higher_is_better
+from medim.migrations import read_checked_json
 from medim.study.cell import StudyContext, read_selection_score
 from medim.study.design import Cell
 from medim.study.lr_selection import best_multiplier
 
 log = logging.getLogger(__name__)
 SELECTION_FILE = "chosen.json"
+
+
+class _LrSelectionContent(TypedDict):
+    multiple: float
 
 
 @dataclass(kw_only=True)
@@ -116,7 +123,7 @@ class Scheduler:
             is_higher_better = higher_is_better(self.context.design.primary_metric)
             best = best_multiplier(scores, higher_is_better=is_higher_better)
             write_json(file, {"schema_version": 1, "multiple": best})
-        return float(read_json(file)["multiple"])
+        return float(read_checked_json(file, None, _LrSelectionContent)["multiple"])
 
     def _selection_file(self, cell: Cell) -> Path:
         """Path of the file with the selected factor for the arm and budget of a cell."""

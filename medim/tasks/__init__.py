@@ -14,7 +14,7 @@ from medim.tasks.multi_label import MultiLabel
 from medim.tasks.regression import Regression
 from medim.tasks.segmentation import Segmentation
 from medim.tasks.task import CaseRow, Task
-from medim.types import UsageError
+from medim.types import UsageError, UserError
 
 TASKS: dict[str, Task] = {
     "segmentation": Segmentation(),
@@ -47,9 +47,12 @@ def find_task_of_kind(kind: str) -> Task:
     """Task of a network.
 
     Raises:
-        KeyError: an encoder, or an unknown kind.
+        UserError: an encoder, or an unknown kind.
     """
-    return map_tasks_by_kind()[kind]
+    tasks = map_tasks_by_kind()
+    if kind not in tasks:
+        raise UserError(f"expected a fine-tuned model: {unknown_name_message('kind', kind, tasks)} Train it again.")
+    return tasks[kind]
 
 
 def map_tasks_by_kind() -> dict[str, Task]:

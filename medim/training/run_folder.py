@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
-import yaml
-
-from medim.config import RunConfig, dump_config
+from medim.config import RunConfig, dump_config, read_yaml_mapping
 from medim.files import read_json, write_json, write_text
 from medim.renamed_keys import translate_config, translate_preset
 from medim.types import UsageError, UserError
@@ -27,17 +25,21 @@ def write_config(out: Path, config: RunConfig, **inputs: str | float | None) -> 
         UserError: the folder contains a run with another configuration or other inputs.
     """
     path, text = out / "config.yaml", dump_config(config)
-    if path.is_file() and path.read_text() != text and not _is_same_config(path, config):
+    if path.is_file() and path.read_bytes() != text.encode() and not _is_same_config(path, config):
         raise UserError(
             f"{path}: --resume needs the same configuration, but it differs. Use --overwrite to start over."
         )
     file, content = out / "inputs.json", {"schema_version": 1, **inputs}
     if file.is_file():
+        recorded = read_json(file)
+        if "schema_version" not in recorded:
+            raise UserError(f"{file}: expected the inputs of the run, got no schema_version. Use --overwrite.")
         differences = [
             f"{key} {previous} (now {content.get(key)})"
-            for key, previous in read_json(file).items()
+            for key, previous in recorded.items()
             if previous != content.get(key)
         ]
+        differences += [f"no {key} (now {value})" for key, value in content.items() if key not in recorded and value]
         if differences:
             raise UserError(
                 f"{file}: --resume needs the same inputs; the run had {', '.join(differences)}. "
@@ -54,10 +56,8 @@ def read_run_config(path: Path, config_class: type[ConfigT]) -> ConfigT | None:
     values.
     """
     try:
-        content = yaml.safe_load(path.read_text())
-        content = translate_config(content, warn=False) if isinstance(content, dict) else {}
-        config = config_class.model_validate(content)
-    except (OSError, ValueError, yaml.YAMLError, UsageError):
+        config = config_class.model_validate(translate_config(read_yaml_mapping(path), warn=False))
+    except (ValueError, UsageError):
         return None
     return config.model_copy(update={"name": translate_preset(config.name, warn=False)})
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,24 @@ def test_an_image_that_the_network_does_not_take_is_rejected_and_nothing_left_is
     assert raised.value.exit_code == 4
     assert [row["reason"] for row in rows_of(tmp_path / "out" / "rejected.csv")] == ["not-for-this-network"]
     assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_an_image_with_a_non_finite_answer_is_rejected(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name, seed in (("a", 0), ("b", 1)):
+        pixels = np.random.default_rng(seed).integers(0, 255, (8, 8)).astype(np.uint8)
+        pixels[0, 0] = 255 * seed
+        Image.fromarray(pixels).save(source / f"{name}.png")
+
+    def run_overflowing(image: Array) -> Array:
+        return np.where(image[:, :1, :1, :1] > 0, np.inf, np.concatenate([image, -image], axis=1)).astype(np.float32)
+
+    network = replace(BRIGHT, run=run_overflowing, modality="xray", spatial_dims=2, preprocessing=())
+    rows = predict(network, source, tmp_path / "out")
+    assert [row["image"] for row in rows] == ["a"]
+    rejected = rows_of(tmp_path / "out" / "rejected.csv")
+    assert [(row["path"], row["reason"]) for row in rejected] == [("b.png", "non-finite-answer")]
 
 
 def test_a_source_without_any_image_is_exit_4_and_its_reasons_are_written(

@@ -10,7 +10,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import cast, get_args
+from typing import NotRequired, get_args
+
+from typing_extensions import TypedDict  # pydantic needs this form before Python 3.12
 
 from medim.data.index.build import (
     DIMENSIONS,
@@ -37,7 +39,8 @@ from medim.data.labels import count_labels, finding_names
 from medim.data.readers import DICOM, ReadError, find_reader, read_image, read_mask, split_item
 from medim.data.readers.base import check_voxels
 from medim.data.readers.dicom.reader import SlicePlan
-from medim.files import json_sha256, read_json, write_json
+from medim.files import json_sha256, write_json
+from medim.migrations import read_checked_json
 from medim.privacy import Scrubber, format_path, identity_tokens, make_pseudonym, resolve_scrubbed_path, scrubbed_name
 from medim.types import Modality, UsageError, UserError, Volume
 
@@ -72,6 +75,17 @@ class AllRejectedError(UserError):
         """Write the reasons to a CSV file, which the message then names."""
         write_rejections(path, self.index.rejected)
         self.rejections_file = path
+
+
+class _IndexSummary(TypedDict):
+    """Keys of `summary.json` that are read."""
+
+    schema_version: int
+    modality: Modality
+    source: str
+    site: NotRequired[str]
+    classes: NotRequired[list[str]]
+    keep_names: NotRequired[bool]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,11 +240,12 @@ class Index:
                 f"{format_path(path)}: expected an index (index.parquet or index.csv, and summary.json). "
                 "Run `medim index`."
             )
-        summary = read_json(folder / "summary.json")
-        version, modality = summary.get("schema_version"), summary.get("modality")
-        if version not in (_VERSION_WITH_NAMES, SCHEMA_VERSION) or modality not in get_args(Modality):
+        file = folder / "summary.json"
+        summary = read_checked_json(file, None, _IndexSummary)
+        version = summary["schema_version"]
+        if version not in (_VERSION_WITH_NAMES, SCHEMA_VERSION):
             raise UserError(
-                f"{format_path(folder)}: expected an index of schema version {SCHEMA_VERSION}, got {version}. "
+                f"{format_path(file)}: expected an index of schema version {SCHEMA_VERSION}, got {version}. "
                 "Run `medim index` again."
             )
         if version == _VERSION_WITH_NAMES:
@@ -240,17 +255,17 @@ class Index:
             )
         if summary.get("site") != make_pseudonym("site"):
             log.warning("the index was made with another site key: scrubbed paths cannot be resolved, subjects differ")
-        source = str(summary.get("source"))
+        source = summary["source"]
         try:
             root = resolve_scrubbed_path(folder.resolve(), source).resolve()
         except UserError:
             root = (folder.resolve() / source).resolve()  # a missing source is reported when a file is opened
         return cls(
             root=root,
-            modality=cast(Modality, modality),
+            modality=summary["modality"],
             records=read_records(table),
             rejected=read_rejections(folder / "rejected.csv"),
-            classes=tuple(str(name) for name in summary.get("classes", ())),
+            classes=tuple(summary.get("classes", ())),
             identity_parts=_find_identity_parts(root, source),
             keep_names=bool(summary.get("keep_names", version == _VERSION_WITH_NAMES)),
         )

@@ -77,7 +77,7 @@ INDEX_COLUMNS = tuple(field.name for field in fields(ImageRecord))
 REJECTION_COLUMNS = tuple(field.name for field in fields(Rejection))
 _LIST_TYPES: dict[str, Callable[[Any], Any]] = {"shape": int, "spacing": float, "affine": float}
 _FLOAT_COLUMNS = {"field_strength"}
-_REMEDY = "Run `medim index` again."
+_INDEX_REMEDY = "Run `medim index` again."
 _REQUIRED_COLUMNS = {"image", "path", "subject", "modality"}
 
 
@@ -118,7 +118,7 @@ def read_records(path: Path) -> tuple[ImageRecord, ...]:
         UserError: pyarrow is missing, or the file is damaged or lacks a column.
     """
     rows: Iterable[Mapping[str, object]]
-    rows = _read_parquet_rows(path) if path.suffix == ".parquet" else read_csv(path, remedy=_REMEDY)
+    rows = _read_parquet_rows(path) if path.suffix == ".parquet" else read_csv(path, remedy=_INDEX_REMEDY)
     try:
         return tuple(ImageRecord(**{name: _decode_cell(name, row[name]) for name in INDEX_COLUMNS}) for row in rows)
     except KeyError as error:
@@ -140,8 +140,8 @@ def read_rejections(path: Path) -> tuple[Rejection, ...]:
     """
     if not path.exists():
         return ()
-    content = read_csv(path, remedy=_REMEDY)
-    content.require_columns(path, REJECTION_COLUMNS, remedy=_REMEDY)
+    content = read_csv(path, remedy=_INDEX_REMEDY)
+    content.require_columns(path, REJECTION_COLUMNS, remedy=_INDEX_REMEDY)
     return tuple(Rejection(row["path"], row["reason"], row["detail"]) for row in content)
 
 

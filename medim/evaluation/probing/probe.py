@@ -183,7 +183,7 @@ def _iterate_arms(
         """Compute the features (N, d) of the images.
 
         Raises:
-            UserError: the network does not accept images of this size.
+            UserError: the network does not accept images of this size, or its features are not finite.
         """
         batches = batch_images(volume.array for volume in volumes.read_volumes(feature_records))
         try:
@@ -194,6 +194,7 @@ def _iterate_arms(
                 f"trained on {list(spec.input_shape)}; pretrain with a preprocessing that ends in that shape "
                 "(pad_or_crop or resize), or with summary: mean_max."
             ) from error
+        return check_finite_features(features, "encoder")
 
     yield "encoder", seeds, compute_features(encoder)
     if baselines:

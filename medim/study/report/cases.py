@@ -6,7 +6,8 @@ from collections import defaultdict
 
 import numpy as np
 
-from medim.files import read_json
+from medim.migrations import read_checked_json
+from medim.reports.content import WorstCasesContent
 from medim.reports.figures import strip_plot
 from medim.reports.page import Banner, ContactSheet, ReportSection, ReportTable, Tile, format_value, pluralise
 from medim.study.design import SCRATCH
@@ -21,12 +22,14 @@ MAX_TABLE_SUBJECTS = 10  # rows of the table
 def build_cases_section(study: StudyView) -> ReportSection:
     """Build the section: pictures of the worst cases, the metric by subject, and a table of the worst subjects."""
     path = study.folder / WORST_CASES_FILE
-    worst = read_json(path) if path.is_file() else {"arm": None, "budget": None, "tiles": []}
+    worst: WorstCasesContent = {"arm": None, "budget": None, "tiles": []}
+    if path.is_file():
+        worst = read_checked_json(path, None, WorstCasesContent)
     tiles = [Tile(tile["caption"], tile["alt"], tile["source"]) for tile in worst["tiles"]]
     task = find_task(study.summary["task"])
     metric_label, lowest_text = task.case_label, task.worst_case_text
     sheet = None
-    if tiles:
+    if tiles and worst["arm"] and worst["budget"] in study.budgets:
         parts = [
             f"The {pluralise(len(tiles), 'evaluation case')} {lowest_text}, of {arm_title(worst['arm'])} with "
             f"{pluralise(study.budgets[worst['budget']], 'label')}, encoder 0, subset 0.",

@@ -8,8 +8,8 @@ from importlib.resources import files
 from string import Formatter
 from typing import Any
 
-import yaml
-
+from medim.config import read_yaml_mapping
+from medim.parsing import MAX_YAML_BYTES, read_text
 from medim.renamed_keys import translate_config
 from medim.reports.page import (
     NOT_REPORTED,
@@ -249,9 +249,9 @@ def _list_hashes(summary: StudySummary) -> str:
 
 def _read_config_text(study: StudyView) -> str:
     path = study.folder / "config.yaml"
-    return path.read_text(encoding="utf-8") if path.is_file() else NOT_REPORTED
+    return read_text(path, MAX_YAML_BYTES) if path.is_file() else NOT_REPORTED
 
 
 def _read_study_config(study: StudyView) -> Mapping[str, Any]:
     path = study.folder / "config.yaml"
-    return translate_config(yaml.safe_load(path.read_text(encoding="utf-8")), warn=False) if path.is_file() else {}
+    return translate_config(read_yaml_mapping(path), warn=False) if path.is_file() else {}

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from medim.files import write_json
-from medim.migrations import read_migrated_json
+from medim.migrations import read_checked_json
+from medim.reports.content import CurveContent, HealthContent, PretrainContent, PretrainingContent
 from medim.reports.figures import LossCurve, loss_curve, thin_curve
 from medim.reports.page import NOT_REPORTED, Banner, ReportSection, ReportTable, format_value, pluralise
 from medim.reports.runs import read_history
@@ -94,17 +95,16 @@ def unhealthy_pretraining(study: StudyView, arm: str) -> str:
     )
 
 
-def _read_pretraining(study: StudyView) -> dict[str, list[Any]]:
+def _read_pretraining(study: StudyView) -> dict[str, list[HealthContent | None]]:
     """Read the recorded health of each pretraining run by arm; None for runs without records."""
     path = study.folder / PRETRAINING_FILE
-    arms: dict[str, list[Any]] = read_migrated_json(path, "pretraining")["arms"] if path.is_file() else {}
-    return arms
+    return read_checked_json(path, "pretraining", PretrainingContent)["arms"] if path.is_file() else {}
 
 
 def _read_health(run: Path) -> dict[str, Any] | None:
     for folder in (run, run.parent):
         file = folder / "summary.json"
-        summary = read_migrated_json(file, "run") if file.is_file() else {}
+        summary: PretrainContent = read_checked_json(file, "run", PretrainContent) if file.is_file() else {}
         if summary.get("command") == "pretrain":
             curves = read_history(folder / "history.csv", [name for name in summary.get("loss", {}) if "/" not in name])
             return {
@@ -121,18 +121,18 @@ def _curve_to_dict(curve: LossCurve) -> dict[str, Any]:
     return {"name": curve.name, "points": points, "val": list(curve.val), "chance": curve.chance}
 
 
-def _curve_from_dict(content: dict[str, Any]) -> LossCurve:
+def _curve_from_dict(content: CurveContent) -> LossCurve:
     steps, loss = np.array(content["points"], dtype=np.float64).reshape(-1, 2).T
     return LossCurve(
         name=content["name"],
         steps=steps,
         loss=loss,
-        val=[(step, value) for step, value in content["val"]],
+        val=[(int(step), value) for step, value in content["val"]],
         chance=content["chance"],
     )
 
 
-def _build_health_row(name: str, run: dict[str, Any] | None) -> tuple[str, ...]:
+def _build_health_row(name: str, run: HealthContent | None) -> tuple[str, ...]:
     if run is None:
         return (name, *[NOT_REPORTED] * 5)
     losses = "; ".join(

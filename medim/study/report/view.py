@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+from medim.files import read_json
 from medim.metrics.bootstrap import Resamples, compute_scores, draw_resamples
-from medim.migrations import read_migrated_json
+from medim.migrations import read_checked_json
 from medim.study.audit.audit import AUDIT
 from medim.study.content import AuditContent, ComparisonRow, StudySummary
 from medim.study.design import SCRATCH
@@ -47,7 +48,7 @@ class StudyView:
     def audit(self) -> AuditContent | None:
         """Content of `audit.json`; None if the study has no audit."""
         path = self.folder / AUDIT
-        return cast(AuditContent, read_migrated_json(path, "audit")) if path.is_file() else None
+        return read_checked_json(path, "audit", AuditContent) if path.is_file() else None
 
     @property
     def metric(self) -> str:
@@ -138,10 +139,32 @@ def open_study(folder: Path) -> StudyView:
     Raises:
         UserError: its `summary.json` is missing or not that of a study.
     """
-    summary = read_migrated_json(folder / "summary.json", "study")
-    if summary.get("command") != "study":
-        raise UserError(f"{folder}: expected a study, got {summary.get('command')}. Run `medim study` first.")
-    return StudyView(folder, cast(StudySummary, summary))
+    path = folder / "summary.json"
+    command = read_json(path).get("command")
+    if command != "study":
+        raise UserError(f"{folder}: expected a study, got {command}. Run `medim study` first.")
+    summary = read_checked_json(path, "study", StudySummary)
+    _check_names(path, summary)
+    return StudyView(folder, summary)
+
+
+def _check_names(path: Path, summary: StudySummary) -> None:
+    """Check that comparisons are between arms and budgets of the study.
+
+    Raises:
+        UserError: a name is unknown, or an arm with a verdict has no comparison.
+    """
+    comparisons = summary["comparisons"]
+    arms = {entry["name"] for entry in summary["arms"]}
+    rows = comparisons["rows"] if comparisons else []
+    names = [row["arm"] for row in rows if row["arm"] not in arms]
+    names += [row["budget"] for row in rows if row["budget"] not in summary["budgets"]]
+    names += [arm for arm in (comparisons or {"overall": {}})["overall"] if arm not in {row["arm"] for row in rows}]
+    if names:
+        raise UserError(
+            f"{path}: expected arms and budgets of the study in its comparisons, got {names[0][:100]!r}. "
+            "Run `medim study --resume`, or copy the folder again."
+        )
 
 
 def rank_key(row: ComparisonRow) -> tuple[Any, ...]:

@@ -305,7 +305,7 @@ def test_a_single_training_subject_is_refused(
     [
         ({"encoder": {"name": "unett"}}, "Did you mean 'unet'"),
         ({"encoder": {"name": "unet", "channels": []}}, "unet.channels: expected one or more"),
-        ({"encoder": {"name": "convnet", "channels": [4, -8]}}, "convnet.channels: expected one or more"),
+        ({"encoder": {"name": "convnet", "channels": [4, -8]}}, "convnet.channels.1: expected a number of at least 1"),
         ({"objectives": [{"name": "localdim"}]}, "Did you mean 'local_dim'"),
         ({"objectives": [{"name": "amdim"}]}, "Set views.count: 2"),
         ({"objectives": [{"name": "simclr"}]}, "Set views.count: 2"),
