@@ -297,8 +297,11 @@ def encode_csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> byte
     """Encode a CSV file with a header line; None becomes an empty cell, and `escape_formula` is applied."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(map(escape_formula, columns))
-    writer.writerows(["" if cell is None else escape_formula(cell) for cell in row] for row in rows)
+    quoting_writer = csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    for row in (columns, *rows):
+        cells = ["" if cell is None else escape_formula(cell) for cell in row]
+        has_return = any(isinstance(cell, str) and "\r" in cell for cell in cells)  # not quoted before Python 3.13
+        (quoting_writer if has_return else writer).writerow(cells)
     return buffer.getvalue().encode()
 
 

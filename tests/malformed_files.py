@@ -255,7 +255,7 @@ def try_damage(
 ) -> Result:
     """Run the command of a target on a copy of the folder with one damaged file."""
     shutil.rmtree(work, ignore_errors=True)
-    copied = {Path(part).parts[0] for part in (target.file, *target.command) if (base / part).exists()}
+    copied = {Path(part).parts[0] for part in (target.file, *target.command) if part != "." and (base / part).exists()}
     work.mkdir()
     for name in copied:
         source = base / name

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -125,18 +127,19 @@ class ModelCard(BaseModel):
     @property
     def markdown(self) -> str:
         """Model card as Markdown."""
-        lines = [f"# {self.title}", "", f"> **{self.banner}**", ""]
+        lines = [f"# {escape_markdown(self.title)}", "", f"> **{escape_markdown(self.banner)}**", ""]
         for section, fields in self.sections.items():
             lines += [f"## {section}", "", "| field | CLAIM 2024 | value |", "| --- | --- | --- |"]
             for name, value in fields.items():
                 rows = _flatten_card_metrics(value, name) if isinstance(value, Mapping) else {name: value}
                 lines += [
-                    f"| {key} | {FIELDS[section][name] or ''} | {_format_card_cell(v)} |" for key, v in rows.items()
+                    f"| {escape_markdown(key)} | {FIELDS[section][name] or ''} | {_format_card_cell(v)} |"
+                    for key, v in rows.items()
                 ]
             lines.append("")
         lines += ["## Gates at export", "", "| gate | verdict | measured | allowed |", "| --- | --- | --- | --- |"]
         for name, gate in self.gates.items():
-            outcome = gate.get("why") or _format_card_cell(gate["measured"])
+            outcome = _format_card_cell(gate.get("why") or gate["measured"])
             lines.append(f"| {name} | {gate['verdict']} | {outcome} | {_format_card_cell(gate.get('allowed', ''))} |")
         return "\n".join([*lines, "", f"{self.not_reported} fields are {NOT_REPORTED}.", ""])
 
@@ -272,4 +275,14 @@ def _format_card_cell(value: object) -> str:
     if value == NOT_REPORTED:
         return f"**{NOT_REPORTED}**"
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return escape_markdown(text)
+
+
+def escape_markdown(text: str) -> str:
+    r"""Escape HTML, and the characters of Markdown that may change the table or a link.
+
+    Examples:
+        >>> escape_markdown("<script>|`x`")
+        '&lt;script&gt;\\|\\`x\\`'
+    """
+    return re.sub(r"([\\`|\[\]])", r"\\\1", html.escape(" ".join(text.splitlines()), quote=False))

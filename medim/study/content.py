@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict  # pydantic needs this form before Python 3.12
 
@@ -145,24 +145,24 @@ class CellCounts(TypedDict):
 
 
 class PreparationFacts(TypedDict):
-    """Entries of `summary.json` that are recorded before the first cell."""
+    """Entries of `summary.json` that are recorded before the first cell; files of earlier versions lack some."""
 
     arms: list[ArmEntry]
     counts: CohortCounts
     train_val_duplicates: dict[str, int]
     contamination: dict[str, list[ContaminationCounts | None]]
-    n_selection_labels: dict[str, int]
-    strict: bool
-    no_lr_selection: dict[str, str]
-    jobs: int
+    n_selection_labels: NotRequired[dict[str, int]]
+    strict: NotRequired[bool]
+    no_lr_selection: NotRequired[dict[str, str]]
+    jobs: NotRequired[int]
 
 
 class StudyFacts(PreparationFacts):
     """Entries of `summary.json` that are not derived from the cells."""
 
-    wall_hours: float
-    rejected_cases: int
-    command_line: str
+    wall_hours: NotRequired[float]
+    rejected_cases: NotRequired[int]
+    command_line: NotRequired[str]
 
 
 class StudySummary(StudyFacts):
@@ -175,7 +175,7 @@ class StudySummary(StudyFacts):
     metric: str
     budgets: dict[str, int]
     seeds: int
-    probe_seeds: int | None
+    probe_seeds: NotRequired[int | None]
     split_seed: int
     eval_steps: list[int]
     steps: int

@@ -111,7 +111,9 @@ def test_an_image_of_another_kind_than_the_network_takes_is_a_rejected_row(
     rows = score_cases(build_predictor(by_size, make_spec(classifier)), index, records)
     assert [row.get("rejected") for row in rows] == [None, None, "unknown-class"]
     with pytest.raises(AllRejectedError, match="expected a 2D image"):
-        validate_network(by_size, index, index.records, make_spec({**classifier, "spatial_dims": 2}))
+        validate_network(
+            by_size, index, index.records, make_spec({**classifier, "spatial_dims": 2, "input_shape": [8, 8]})
+        )
 
 
 def test_a_fault_of_the_network_is_no_rejection(index: Index, segmenter: dict[str, Any]) -> None:

@@ -143,3 +143,19 @@ def test_running_statistics_travel_with_the_weights(tmp_path: Path) -> None:
     again = torch.nn.BatchNorm1d(3)
     load_weights(again, tmp_path / "norm.safetensors")
     assert torch.equal(again.running_mean, norm.running_mean)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_neither_written_nor_read(value: float, tmp_path: Path) -> None:
+    encoder = encoder_run(tmp_path / "good")
+    with torch.no_grad():
+        next(encoder.parameters()).view(-1)[0] = value
+    with pytest.raises(UserError, match="1 weights are NaN or infinite, so the training has diverged"):
+        save_model(tmp_path / "bad" / "encoder", "encoder", encoder, make_spec({"kind": "encoder", **SPEC}))
+    assert not (tmp_path / "bad").exists()
+    weights = tmp_path / "good" / "encoder" / "encoder.safetensors"
+    safetensors.torch.save_file(encoder.state_dict(), weights)
+    spec = weights.with_name("encoder.json")
+    write_json(spec, {**read_json(spec), "sha256": file_sha256(weights)})
+    with pytest.raises(UserError, match=r"encoder\.safetensors: 1 weights are NaN or infinite"):
+        load_encoder(tmp_path / "good")

@@ -23,6 +23,7 @@ from medim.export.builder import ExportOptions
 from medim.export.export import export
 from medim.files import json_sha256, read_json, write_json
 from medim.models.serialization import load_encoder, load_model
+from medim.package.contract import parse_contract
 from medim.package.gate import gate_result
 from medim.package.golden import make_phantom
 from medim.package.package import Package, PackageError, load_package, verify_package, write_sums
@@ -470,3 +471,20 @@ def test_gates_count_flips_but_not_ties() -> None:
     assert result["verdict"] == "fail"
     same = checks.check_random_inputs(torch, torch, 1, [(64, 64)])
     assert (same["verdict"], same["measured"]) == ("pass", 0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("classes", ["pneumonia", "normal"], "classes .* differs from .* in `architecture`"),
+        ("metrics", {"auroc": float("nan")}, "expected a finite number, got NaN"),
+        ("architecture", {}, "expected the key"),
+    ],
+)
+def test_a_contract_that_contradicts_itself_is_refused(
+    key: str, value: Any, message: str, packages: dict[str, Package]
+) -> None:
+    content = json.loads((packages["classifier"].folder / "medim.json").read_text())
+    assert parse_contract(json.dumps(content).encode()).classes == ("normal", "pneumonia")
+    with pytest.raises(PackageError, match=message):
+        parse_contract(json.dumps({**content, key: value}).encode())

@@ -244,7 +244,7 @@ def test_the_curves_are_those_of_the_history(tmp_path: Path) -> None:
 
 def test_a_history_without_its_columns_is_refused(tmp_path: Path) -> None:
     (tmp_path / "history.csv").write_text("epoch,loss\n1,2\n")
-    with pytest.raises(UserError, match="expected columns step, name"):
+    with pytest.raises(UserError, match="expected the columns step, name"):
         read_history(tmp_path / "history.csv", ["loss"])
 
 

@@ -55,7 +55,7 @@ class AlexNet(nn.Module):
         norm: Norm = "bn",
         summary: Pooling = "flatten",
         hidden: SizeOrZero = 4096,
-        summary_channels: Size = 64,
+        summary_channels: SizeOrZero = 64,
     ) -> None:
         super().__init__()
         check_channels("alexnet", channels)

@@ -64,7 +64,7 @@ class ConvNet(nn.Module):
         activation: Activation = "relu",
         summary: Pooling = "flatten",
         hidden: SizeOrZero = 1024,
-        summary_channels: Size = 64,
+        summary_channels: SizeOrZero = 64,
     ) -> None:
         super().__init__()
         check_channels("convnet", channels)

@@ -56,7 +56,7 @@ class ResNet(nn.Module):
         norm: Norm = "bn",
         summary: Pooling = "flatten",
         hidden: SizeOrZero = 1024,
-        summary_channels: Size = 64,
+        summary_channels: SizeOrZero = 64,
     ) -> None:
         super().__init__()
         check_channels("resnet", widths, option="widths")

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
@@ -93,6 +94,25 @@ def test_a_run_leaves_the_weights_of_the_step_it_has_chosen(
         summary["steps"],
     ) == (2, 6, 6)
     assert file_sha256(tmp_path / "long" / WEIGHTS) == file_sha256(tmp_path / "short" / WEIGHTS)
+
+
+class _Diverging(pl.Callback):
+    """Overwrites a weight of the encoder with NaN after the first step."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+        with torch.no_grad():
+            next(module.encoder.parameters()).view(-1)[0] = float("nan")
+
+
+def test_a_diverged_run_leaves_its_history_but_no_encoder(
+    pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
+) -> None:
+    config = pretrain_config.model_copy(update={"max_steps": 2})
+    with pytest.raises(UserError, match=r"weights are NaN or infinite, so the training has diverged\. Train again"):
+        pretrain(config, cohort_index, tmp_path / "run", store=tmp_path / "store", callbacks=(_Diverging(),))
+    assert (tmp_path / "run" / "history.csv").is_file()
+    assert not (tmp_path / "run" / "encoder").exists()
+    assert not (tmp_path / "run" / "summary.json").exists()
 
 
 def test_a_run_leaves_its_split_and_what_it_has_seen(undisturbed: Path, cohort_index: Index) -> None:
