@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from medim.config import Section, build_from_section
+from medim.config import Section, build_from_section, validate_section
 from medim.model_spec import NetworkSpec
 from medim.models.decoders import DECODERS
 from medim.models.encoders import ENCODERS
@@ -103,6 +103,20 @@ def build_decoder(section: Section, encoder: Any, spatial_dims: int) -> nn.Modul
     return build_from_section(
         DECODERS, section, channels=encoder.channels, strides=encoder.strides, spatial_dims=spatial_dims
     )
+
+
+def check_sections(spec: NetworkSpec) -> None:
+    """Check the names and options of encoder, decoder and head, without building them.
+
+    Raises:
+        UsageError: see `medim.config.validate_section`.
+    """
+    validate_section(ENCODERS, spec.encoder, run_args=("in_channels", "spatial_dims", "input_shape", "encoders"))
+    part_args = ("channels", "strides", "summary_channels", "spatial_dims", "out_channels")
+    if spec.decoder is not None:
+        validate_section(DECODERS, spec.decoder, run_args=part_args)
+    if spec.head is not None:
+        validate_section(HEADS, spec.head, run_args=part_args)
 
 
 def build_model(spec: NetworkSpec) -> Model:

@@ -21,7 +21,7 @@ from medim.config import Section
 from medim.files import decode_json, file_sha256, write_bytes, write_json
 from medim.integrity import read_with_digest, verify_checksums
 from medim.model_spec import SCHEMA_VERSION, ModelSpec, read_spec
-from medim.models.model import Model, build_encoder, build_model
+from medim.models.model import Model, build_encoder, build_model, check_sections
 from medim.types import UserError
 
 
@@ -59,6 +59,7 @@ def locate_weights(path: Path) -> tuple[Path, ModelSpec]:
         for name in ("model", "encoder"):
             if (folder / f"{name}.json").is_file():
                 spec = read_spec(folder / f"{name}.json")
+                _check_network(spec, folder / f"{name}.json")
                 return verify_sha256(folder / f"{name}.safetensors", spec.sha256), spec
     contract = path / "medim.json"
     if contract.is_file():
@@ -66,11 +67,24 @@ def locate_weights(path: Path) -> tuple[Path, ModelSpec]:
         content = decode_json(read_with_digest(contract, manifest.sums["medim.json"]), contract)
         architecture = content.get("architecture")
         spec = ModelSpec.from_json(architecture if isinstance(architecture, dict) else {}, contract)
+        _check_network(spec, contract)
         return verify_sha256(path / "models" / "model.safetensors", spec.sha256), spec
     raise UserError(
         f"{path}: expected a finished run (RUN/encoder or RUN/model) or a package, found neither. Check the path, or "
         "finish the run with --resume."
     )
+
+
+def _check_network(spec: ModelSpec, file: Path) -> None:
+    """Check that the network of a spec can be built with this version.
+
+    Raises:
+        UserError: a section has an unknown name or option, or a value of the wrong type.
+    """
+    try:
+        check_sections(spec)
+    except UserError as error:
+        raise UserError(f"{file}: {error} Copy the file again, or train again with this version.") from error
 
 
 def load_weights(module: nn.Module, weights: Path, *, prefix: str = "") -> None:
