@@ -3,7 +3,7 @@
 A damaged file must end with exit code 1 to 4 and one message that names the file, without a traceback, an unexpected
 error or a wait of more than `MAX_SECONDS`; or the command must succeed, where the change has no meaning for it.
 
-`python -m tests.malformed_files FOLDER [COUNT [TEXT]]` runs the cases on the runs in a folder (the names of the runs are
+`python -m tests.malformed_files FOLDER [COUNT [TEXT]]` runs the cases on the runs in a folder (their names are
 in `list_targets`) and prints the failures: all cases or a number per target, of all targets or of those with a text.
 """
 
