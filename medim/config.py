@@ -251,7 +251,11 @@ def _read_extended(command: Command, name_or_path: str, ancestors: tuple[str, ..
         raise UsageError(
             f"--config {name_or_path}: {unknown_preset_message('preset or file', name_or_path, preset_paths)}"
         )
-    content: Section = translate_config(read_yaml_mapping(path))
+    file_content = read_yaml_mapping(path)
+    try:
+        content: Section = translate_config(file_content)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
     base = content.pop("extends", None)
     if base is not None:
         if str(base) in (*ancestors, path.stem, str(path)):

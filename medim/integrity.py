@@ -146,6 +146,8 @@ def require_signature(path: Path | None, public_key: Path | None) -> None:
     """
     if public_key is None:
         return
+    if path is not None and not path.exists():
+        raise UserError(f"{path}: there is no such file or folder. Check the path of the package.")
     if path is None or not (path / SUMS).is_file():
         raise UsageError(
             "--public-key: expected a package, got a run or no weights. Export the run with --private-key, or leave "

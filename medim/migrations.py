@@ -65,6 +65,7 @@ FILE_KEYS: dict[FileKind, dict[str, str]] = {  # kind of file: {path of the old 
         "excluded_seen_images": "n_excluded_images",
         "bootstrap.over": "unit",
         "rows.*.c_from": "c_source",
+        "maps": "levels",
     },
     "history": {"held_out": "val"},  # columns of history.csv
     "study": {  # summary.json of a study

@@ -120,7 +120,8 @@ def _translate_mapping(content: Mapping[str, object], section: str, *, warn: boo
     for key, value in content.items():
         new_key, new_value = translate_item(section, key, value, warn=warn)
         if new_key != key and new_key in content:
-            raise UsageError(f"{key}: this key is now {new_key}, and both are given. Remove {key}.")
+            place = "" if section == RUN else f"{section}."
+            raise UsageError(f"{place}{key}: this key is now {new_key}, and both are given. Remove {key}.")
         result[new_key] = new_value
     return result
 

@@ -115,6 +115,7 @@ def test_a_store_of_an_earlier_version_is_read() -> None:
     file = next((OLD / "store").glob("*/*.b2nd"))
     metrics = Store(OLD / "store").get_entry(file.stem).metrics
     assert metrics is not None
+    assert Store(OLD / "store").is_intact(file.stem)
     assert 0 < metrics.background_fraction < 1 < metrics.n_unique_values
 
 

@@ -236,6 +236,7 @@ def test_the_old_and_the_new_name_together_are_refused(both: Section, tmp_path: 
     path.write_text(yaml.safe_dump({**FULL["pretrain"], **both}))
     with pytest.raises(UsageError, match=remedy) as error:
         load_config("pretrain", str(path))
+    assert str(path) in str(error.value)
     assert error.value.exit_code == 2
     with pytest.raises(UsageError, match=remedy):
         build_config("pretrain", both)

@@ -15,7 +15,7 @@ from medim.cli.options import (
     PublicKeyOption,
 )
 from medim.cli.terminal import print_result, show_progress
-from medim.types import UsageError
+from medim.types import UsageError, UserError
 
 
 def export(
@@ -115,6 +115,8 @@ def embed(
     if (encoder / "medim.json").is_file():
         network = load_package(encoder, public_key=public_key)
     elif public_key is not None:
+        if not encoder.exists():
+            raise UserError(f"{encoder}: there is no such file or folder. Check the path of the package.")
         raise UsageError(
             "--public-key: expected a package, got a run. Export the run with --private-key, or leave --public-key out."
         )

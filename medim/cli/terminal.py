@@ -243,10 +243,12 @@ def _build_bar(verb: str, unit: str, unit_size: int) -> Callable[[int, int], Non
 
 
 def format_intervals(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """Format each metric with its 95 % interval."""
+    """Format each metric, by its title, with its 95 % interval."""
+    from medim.reports.page import metric_name
+
     rows = metrics.get("metrics", metrics)
     return {
-        k: f"{format_or_dash(v['value'])} [{format_or_dash(v['ci_low'])}, {format_or_dash(v['ci_high'])}]"
+        metric_name(k): f"{format_or_dash(v['value'])} [{format_or_dash(v['ci_low'])}, {format_or_dash(v['ci_high'])}]"
         for k, v in rows.items()
         if isinstance(v, dict)
     }

@@ -138,7 +138,7 @@ def _read_ood_statistics(weights: Path) -> bytes | None:
     file, old_file = weights.with_name(OOD_FILE), weights.with_name("reference.npz")
     if old_file.is_file() and not file.is_file():
         raise UserError(
-            f"{old_file}: made by an earlier version of medim. Train the run again, or delete the file to export "
-            "without an out-of-distribution score."
+            f"{old_file}: made by an earlier version of medim. Train the run again and export it, or delete the file "
+            "and export without an out-of-distribution score."
         )
     return file.read_bytes() if file.is_file() else None

@@ -250,7 +250,9 @@ def parse_contract(data: bytes) -> Contract:
             version = fault["input"]
             if fault["loc"] == ("schema_version",) and isinstance(version, int) and version < SCHEMA_VERSION:
                 raise PackageError(
-                    f"medim.json: schema version {version}, made by an earlier version of medim: export it again."
+                    f"medim.json: schema version {version}, made by an earlier version of medim: export it again. "
+                    "If the run has model/reference.npz or encoder/reference.npz, delete that file first (the new "
+                    "package has no out-of-distribution score), or train the run again."
                 ) from None
         reasons = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'contract'}: {e['msg']}" for e in error.errors())
         raise PackageError(

@@ -132,7 +132,7 @@ def test_probe_writes_beside_the_run_and_prints_a_line_for_each_kind_of_features
     assert result.exit_code == 0, result.output
     content = json.loads((tmp_path / "run-probe-knn" / "probe.json").read_text())
     assert [(row["budget"], row["subsets"]) for row in content["summary"][:3]] == [("50%", 2), ("100%", 1), ("4", 2)]
-    assert content["maps"] == [1]
+    assert content["levels"] == [1]
     assert all(f"{name}, 100% labels" in result.output for name in ("encoder", "random", "pixels"))
     again = CliRunner().invoke(app, [*command, "--no-baselines"])
     assert again.exit_code == 1
@@ -167,3 +167,14 @@ def test_preprocess_writes_the_quality_of_every_image_and_counts_the_flags(tmp_p
     (store / "quality.csv").unlink()
     assert CliRunner().invoke(app, command).exit_code == 0
     assert (store / "quality.csv").read_bytes() == written
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [(["absent"], "no such file or folder"), (["."], "expected a package, got a run")]
+)
+def test_a_public_key_needs_a_package(words: list[str], message: str, tmp_path: Path) -> None:
+    encoder = tmp_path / words[0]
+    options = ["--out", str(tmp_path / "f.npz"), "--public-key", "key.pem"]
+    result = CliRunner().invoke(app, ["embed", str(encoder), str(tmp_path), *options])
+    assert result.exit_code in (1, 2)
+    assert message in result.stderr

@@ -9,7 +9,7 @@ import typer
 from rich.markup import MarkupError
 from typer.testing import CliRunner
 
-from medim.cli.terminal import escape_control_characters, print_result, register_command
+from medim.cli.terminal import escape_control_characters, format_intervals, print_result, register_command
 from medim.types import UserError
 
 HOSTILE = "a[/]b [red]c\x1b[31m\x1b]0;title\x07 \u202egnp.exe\r"
@@ -79,3 +79,11 @@ def test_an_option_with_a_number_that_is_not_finite_is_a_usage_error(option: str
     result = CliRunner().invoke(application, [option, text])
     assert result.exit_code == 2
     assert "expected a finite number" in result.output
+
+
+def test_metrics_have_their_titles() -> None:
+    row = {"value": 0.5, "ci_low": 0.25, "ci_high": 0.75}
+    assert format_intervals({"metrics": {"r2": row, "hd95_left": row}}) == {
+        "R2": "0.5 [0.25, 0.75]",
+        "HD95 left, mm": "0.5 [0.25, 0.75]",
+    }

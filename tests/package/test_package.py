@@ -265,6 +265,7 @@ def test_a_package_of_an_earlier_version_is_refused(copied: Path) -> None:
     write_sums(copied)
     with pytest.raises(PackageError, match="made by an earlier version of medim: export it again") as raised:
         load_package(copied)
+    assert "reference.npz, delete that file first" in str(raised.value)
     assert raised.value.exit_code == 3
 
 

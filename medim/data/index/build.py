@@ -82,7 +82,7 @@ def build_records(
     rejected += wrong_dimensions + layout.rejected
     pending_records = _create_pending_records(images, layout, sources, keep_names=keep_names)
     check_participant_tables(pending_records, layout)
-    join_subjects(pending_records, load_join_tables(layout, "subjects", subjects), layout, root)
+    join_subjects(pending_records, load_join_tables(layout, "subjects", subjects), label_tables, layout, root)
     join_labels(pending_records, label_tables, root)
     pending_records, mask_rejected, highest = check_masks(pending_records, layout, scanner)
     rejected += mask_rejected

@@ -68,12 +68,19 @@ def check_participant_tables(pending_records: Sequence[PendingRecord], layout: L
         check_participants(path, ((pending.subject, *pending.image.aliases) for pending in tree_records))
 
 
-def join_subjects(pending_records: Sequence[PendingRecord], tables: FolderTables, layout: Layout, root: Path) -> None:
-    """Set the subject of each pending record: from a table, else from the file, else from its path."""
+def join_subjects(
+    pending_records: Sequence[PendingRecord],
+    tables: FolderTables,
+    label_tables: FolderTables,
+    layout: Layout,
+    root: Path,
+) -> None:
+    """Set the subject of each pending record: of a table of subjects, the file, a table of labels, or the path."""
     cells_by_image = merge_tables(_add_matchers(tables, pending_records), {}, ("subject", "split"))
     for index, cells in cells_by_image.items():
         if "subject" in cells:
             pending_records[index].subject = make_pseudonym(cells["subject"][0])
+    _join_subjects_of_labels(pending_records, label_tables)
     without_subject = [pending for pending in pending_records if pending.subject is None]
     names = _infer_subjects_from_paths(
         [pending for pending in without_subject if layout.find_folder(pending.image.files[0]) is None], root
@@ -84,6 +91,20 @@ def join_subjects(pending_records: Sequence[PendingRecord], tables: FolderTables
     for index, cells in cells_by_image.items():
         if "split" in cells:
             pending_records[index].split = cells["split"][0]
+
+
+def _join_subjects_of_labels(pending_records: Sequence[PendingRecord], tables: FolderTables) -> None:
+    """Set missing subjects from the rows of label tables that have an image and a subject."""
+    subjects: dict[int, str] = {}
+    for table, matcher in _add_matchers(tables, pending_records):
+        for _, cells in table.rows:
+            if cells.get("image") and cells.get("subject"):
+                indices = matcher.find_images(cells["image"])
+                subjects |= {index: cells["subject"] for index in indices if pending_records[index].subject is None}
+    for index, subject in subjects.items():
+        pending_records[index].subject = make_pseudonym(subject)
+    if subjects:
+        log.info("%d images have the subject of the table of labels", len(subjects))
 
 
 def _infer_subjects_from_paths(pending_records: Sequence[PendingRecord], root: Path) -> dict[Path, str]:

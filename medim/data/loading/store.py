@@ -30,7 +30,9 @@ from medim.files import cache_folder, json_sha256, read_json, write_bytes, write
 from medim.migrations import rename_keys
 from medim.types import Array, Step, UsageError, UserError, Volume
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+KEY_VERSION = 3  # part of every key; unchanged by a version that changes the header only
+READABLE_VERSIONS = frozenset({3, SCHEMA_VERSION})
 CHUNK_SIDE, BLOCK_SIDE = 64, 16  # voxels per side: of a chunk (unit of access) and of a block (unit of decompression)
 MAX_FLOAT16_ERROR = 1 / 200  # largest rounding error, in standard deviations of the image, for storage as float16
 MAX_OPEN_FILES = 64
@@ -40,8 +42,8 @@ Box = tuple[slice, ...]
 
 
 def locate_default_store() -> Path:
-    """Return the folder `store` in the user's cache folder."""
-    return cache_folder() / "store"
+    """Return the folder of the store in the user's cache folder; another schema version has another folder."""
+    return cache_folder() / f"store-{SCHEMA_VERSION}"
 
 
 class ImageHeader(TypedDict):
@@ -106,7 +108,7 @@ class Store:
 
     def compute_key(self, index: Index, record: ImageRecord, steps: Sequence[Step]) -> str:
         """Compute the key of an image after these steps: 32 hex digits that depend on the source and the steps."""
-        return json_sha256([SCHEMA_VERSION, index.fingerprint(record), record.mask is not None, list(steps)])[:32]
+        return json_sha256([KEY_VERSION, index.fingerprint(record), record.mask is not None, list(steps)])[:32]
 
     def add(self, index: Index, record: ImageRecord, steps: Sequence[Step]) -> str:
         """Preprocess an image (and its mask) into the store, unless an intact copy exists; replaces damaged copies.
@@ -391,7 +393,7 @@ def _encode_frame(array: Array, header: Mapping[str, object]) -> bytes:
 
 
 def _parse_entry(array: Any, content: Any) -> StoreEntry:
-    if content["schema_version"] != SCHEMA_VERSION:
+    if content["schema_version"] not in READABLE_VERSIONS:
         raise ValueError(f"schema_version {content['schema_version']}")
     header = cast(ImageHeader, rename_keys(content, "store_entry"))
     return StoreEntry(

@@ -118,7 +118,7 @@ def probe(encoder: Path, index: Index, out: Path, options: ProbeOptions | None =
         "command": "probe",
         "protocol": options.protocol,
         "encoder_sha256": spec.sha256,
-        "maps": levels,
+        "levels": levels,
         **_describe_images(task, cohort, contamination),
         "split_seed": options.split_seed,
         "index_hash": index.hash,

@@ -87,7 +87,7 @@ def _send_record(client: MlflowClient, outbox: Outbox, record: OutboxRecord) -> 
         return
     run = outbox.state["run"]
     if "params" in record:
-        params = [Param(name, value) for name, value in record["params"].items()]
+        params = _select_new_parameters(client, run, record["params"])
         for start in range(0, len(params), 100):
             client.log_batch(run, params=params[start : start + 100])
     elif "tags" in record:
@@ -98,6 +98,15 @@ def _send_record(client: MlflowClient, outbox: Outbox, record: OutboxRecord) -> 
         _register_encoder(client, run, outbox.out, record["model"])
     else:
         client.set_terminated(run, record["end"])
+
+
+def _select_new_parameters(client: MlflowClient, run: str, parameters: Mapping[str, str]) -> list[Param]:
+    """Select the parameters that the run does not have; MLflow refuses to change the others, which are logged."""
+    logged: Mapping[str, str] = client.get_run(run).data.params
+    changed = sorted(name for name, value in parameters.items() if logged.get(name, value) != value)
+    if changed:
+        log.warning("tracking: MLflow keeps the earlier values of the parameters %s", ", ".join(changed))
+    return [Param(name, value) for name, value in parameters.items() if name not in logged]
 
 
 def _locate_artifact(out: Path, name: str) -> Path:

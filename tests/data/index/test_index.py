@@ -758,3 +758,17 @@ def test_opening_gives_what_read_volume_gives(tmp_path: Path) -> None:
     with pytest.raises(ReadError, match=r"\[no-mask\]"):
         index.open_mask(record)
     assert isinstance(pydicom.dcmread(index.locate(record)), pydicom.FileDataset)
+
+
+def test_a_table_of_labels_gives_the_subjects_that_the_files_do_not(tmp_path: Path) -> None:
+    source = tmp_path / "s"
+    source.mkdir()
+    for name in ("a", "b", "c", "d"):
+        np.save(source / f"{name}.npy", np.random.default_rng(ord(name)).random((8, 8)).astype(np.float32))
+    (tmp_path / "l.csv").write_text("image,subject,label\na,p1,x\nb,p1,y\nc,p2,x\n")
+    subjects = {r.image: r.subject for r in build_index(source, "xray", labels=tmp_path / "l.csv").records}
+    assert subjects["a"] == subjects["b"]
+    assert len({subjects["a"], subjects["c"], subjects["d"]}) == 3
+    (tmp_path / "s.csv").write_text("image,subject\na,q1\nb,q2\nc,q3\n")
+    index = build_index(source, "xray", labels=tmp_path / "l.csv", subjects=tmp_path / "s.csv")
+    assert len({r.subject for r in index.records}) == 4

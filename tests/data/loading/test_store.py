@@ -156,17 +156,19 @@ class TestContent:
     ) -> None:
         key = store.add(index, index.records[0], STEPS)
         monkeypatch.setattr("medim.data.loading.store.SCHEMA_VERSION", SCHEMA_VERSION + 1)
+        monkeypatch.setattr("medim.data.loading.store.READABLE_VERSIONS", {SCHEMA_VERSION + 1})
         assert not Store(store.folder).is_intact(key)
         newer = Store(store.folder)
-        assert newer.add(index, index.records[0], STEPS) != key
+        assert newer.add(index, index.records[0], STEPS) == key
+        assert newer.is_intact(key)
         assert json.loads((store.folder / "store.json").read_text())["schema_version"] == SCHEMA_VERSION + 1
 
     def test_the_default_folder_follows_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MEDIM_CACHE", "/a")
-        assert locate_default_store() == Path("/a/store")
+        assert locate_default_store() == Path(f"/a/store-{SCHEMA_VERSION}")
         monkeypatch.delenv("MEDIM_CACHE")
         monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-        assert locate_default_store() == Path("/b/medim/store")
+        assert locate_default_store() == Path(f"/b/medim/store-{SCHEMA_VERSION}")
 
 
 class TestKey:

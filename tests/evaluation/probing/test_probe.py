@@ -83,7 +83,7 @@ def test_every_arm_has_a_row_for_each_budget_and_seed_and_its_cases_give_its_met
         *[("random", "10", 0), ("random", "100%", 0), ("random", "10", 1)],
         *[("pixels", "10", 0), ("pixels", "10", 1), ("pixels", "100%", 0)],
     ]
-    assert (found["n"], found["maps"], found["classes"], found["contamination"]) == (20, [0, 1], ["0", "1"], None)
+    assert (found["n"], found["levels"], found["classes"], found["contamination"]) == (20, [0, 1], ["0", "1"], None)
     table = pq.read_table(tmp_path / "out" / "cases.parquet")
     assert table.schema.metadata[b"schema_version"] == b"1"
     rows = table.to_pylist()

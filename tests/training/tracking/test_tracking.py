@@ -127,9 +127,11 @@ def test_what_a_server_refuses_is_told_and_the_rest_goes_on(
     pretrain_config: PretrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with track_run("pretrain", pretrain_config, tmp_path, seed=0, index_hash="x") as tracker:
-        tracker.log_hyperparams({"seed": 1})  # a parameter does not change
+        tracker.log_hyperparams({"seed": 1, "renamed_key": 2})  # a logged parameter does not change
         log_results(tracker, {"loss": 1.0}, [tmp_path / "absent.csv"])
-    assert "params was rejected" in caplog.text
+    assert "MLflow keeps the earlier values of the parameters seed" in caplog.text
+    assert "params was rejected" not in caplog.text
+    assert run_of(tmp_path).data.params["renamed_key"] == "2"
     assert "artifact was rejected" in caplog.text
     assert run_of(tmp_path).data.params["seed"] == "0"
     assert run_of(tmp_path).data.metrics["loss"] == 1.0
