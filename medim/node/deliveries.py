@@ -119,3 +119,13 @@ def list_purgeable(journal: Journal, keep_seconds: float) -> list[str]:
 def list_answers(journal: Journal, series: str) -> list[str]:
     """List the names of the answers of a series."""
     return [str(row["id"]) for row in journal.query("SELECT id FROM answer WHERE series = ? ORDER BY id", series)]
+
+
+def list_earlier_reports(journal: Journal, series: str, set_sha: str) -> list[str]:
+    """List the names of the newest reports about another set of images of a series."""
+    rows = journal.query(
+        "SELECT id, kind FROM answer WHERE series = ? AND set_sha != ? AND kind LIKE 'sr-%' AND at = "
+        "(SELECT MAX(at) FROM answer WHERE series = ? AND set_sha != ?)",
+        *(series, set_sha, series, set_sha),
+    )
+    return [str(row["id"]) for row in sorted(rows, key=lambda row: int(row["kind"].removeprefix("sr-")))]

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from medim.data.index.index import AllRejectedError
 from medim.data.readers.dicom.header_scan import scan_header
-from medim.node.deliveries import AnswerFile, commit_answers
+from medim.node.deliveries import AnswerFile, commit_answers, list_earlier_reports
 from medim.node.event_log import log_failure
 from medim.node.journal import Journal
+from medim.node.predecessor import add_predecessor
 from medim.node.series import ClaimedSeries, make_key
 from medim.node.settings import NodeSettings
 from medim.node.spool import Spool, hash_dataset
@@ -91,7 +92,9 @@ class Worker:
             with deterministic_uids(f"{claim.key}/{claim.set_sha}/{self._package.sha256}"):
                 rows = predict(self._package, paths, work / "answer", output_format="dicom")
             names = [str(row[column]) for row in rows for column in ("file", "report") if row.get(column)]
-            files = self._move_to_outbox([work / "answer" / name for name in names])
+            answer_paths = [work / "answer" / name for name in names]
+            self._refer_to_earlier(claim, answer_paths)
+            files = self._move_to_outbox(answer_paths)
             destinations = [str(destination) for destination in self._settings.forward]
             commit_answers(self._journal, self._name, claim, self._package.sha256, files, destinations)
         except AllRejectedError as error:
@@ -124,6 +127,14 @@ class Worker:
             if digest != claim.digests[sop]:
                 raise SpoolDamageError(sop)
         return list(paths.values())
+
+    def _refer_to_earlier(self, claim: ClaimedSeries, paths: Sequence[Path]) -> None:
+        """Let the reports name the reports about an earlier set of images of the series, in the same order."""
+        earlier_names = list_earlier_reports(self._journal, claim.key, claim.set_sha)
+        reports = [path for path in paths if path.name.endswith(".sr.dcm")]
+        for path, name in zip(reports, earlier_names, strict=False):
+            if self._spool.locate_answer(name).is_file():
+                add_predecessor(path, self._spool.locate_answer(name))
 
     def _move_to_outbox(self, paths: Sequence[Path]) -> list[AnswerFile]:
         """Move the objects of an answer to the outbox, under the names of their SOPInstanceUIDs."""

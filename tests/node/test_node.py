@@ -19,7 +19,7 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom.dataset import Dataset
-from pydicom.uid import SegmentationStorage
+from pydicom.uid import Comprehensive3DSRStorage, SegmentationStorage
 from typer.testing import CliRunner
 
 from medim.cli import app
@@ -128,6 +128,11 @@ def test_late_images_hold_the_series_and_the_operator_answers_it_again(segmenter
         assert retry.exit_code == 0, retry.output
         wait_for(lambda: len(archive.objects) == 4, 60)
         assert archive.series()[images[0].SeriesInstanceUID] == 2
+        reports = [one for one in archive.objects.values() if one.SOPClassUID == Comprehensive3DSRStorage]
+        (replacement,) = [one for one in reports if "PredecessorDocumentsSequence" in one]
+        study = replacement.PredecessorDocumentsSequence[0]
+        reference = study.ReferencedSeriesSequence[0].ReferencedSOPSequence[0]
+        assert {reference.ReferencedSOPInstanceUID, replacement.SOPInstanceUID} == {r.SOPInstanceUID for r in reports}
 
 
 def test_no_identity_is_in_the_journal_the_log_and_the_metrics(segmenter: Path, tmp_path: Path) -> None:

@@ -100,6 +100,31 @@ def test_a_larger_set_of_images_has_other_uids(settings: NodeSettings, spool: Sp
     assert len(list_answers(journal, series.key)) == 2
 
 
+def test_a_report_on_a_larger_set_of_images_names_the_report_that_it_replaces(
+    settings: NodeSettings, spool: Spool, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def report(package: object, paths: Sequence[Path], out: Path, **_: object) -> list[dict[str, str]]:
+        answer_in_seg(package, paths, out)
+        (out / "image.seg.dcm").rename(out / "image.sr.dcm")
+        return [{"image": "image", "file": "image.sr.dcm"}]
+
+    monkeypatch.setattr(worker_module, "predict", report)
+    worker = make_worker(settings, spool, journal)
+    worker.answer_next()
+    series = journal.list_series("answered")[0]
+    (first,) = list_answers(journal, series.key)
+    with running(settings.model_copy(update={"late": "replace"}), spool) as receiver:
+        send_to(receiver, make_series(0, 4))
+    journal.set_state(series.key, series.version + 1, "ready")
+    while worker.answer_next():
+        pass
+    (second,) = set(list_answers(journal, series.key)) - {first}
+    assert "PredecessorDocumentsSequence" not in pydicom.dcmread(spool.locate_answer(first))
+    (study,) = pydicom.dcmread(spool.locate_answer(second)).PredecessorDocumentsSequence
+    (sop,) = study.ReferencedSeriesSequence[0].ReferencedSOPSequence
+    assert sop.ReferencedSOPInstanceUID == first
+
+
 def test_a_file_that_changed_in_the_spool_is_not_predicted(
     settings: NodeSettings, spool: Spool, journal: Journal
 ) -> None:
