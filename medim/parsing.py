@@ -49,24 +49,27 @@ class _UniqueKeyLoader(_SafeLoader):  # type: ignore[misc]  # CSafeLoader has no
         return super().construct_mapping(node, deep=deep)
 
 
-def read_limited(path: Path, max_bytes: int) -> bytes:
-    """Read a regular file of limited size.
+def read_limited(path: Path, max_bytes: int, *, place: str | None = None) -> bytes:
+    """Read a regular file of limited size; messages name `place`, or the path.
 
     Raises:
         UserError: the file is a pipe, a device or a folder, or it is larger than `max_bytes`.
         OSError: the file cannot be opened.
     """
+    place = place or str(path)
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{path}: expected a file, got a folder, a pipe or a device. Save the content as a file first.")
+        raise UserError(
+            f"{place}: expected a file, got a folder, a pipe or a device. Save the content as a file first."
+        )
     if status.st_size > max_bytes:
         raise UserError(
-            f"{path}: expected a file of at most {max_bytes:,} bytes, got {status.st_size:,}. Check the path."
+            f"{place}: expected a file of at most {max_bytes:,} bytes, got {status.st_size:,}. Check the path."
         )
     return path.read_bytes()
 
 
-def read_text(path: Path, max_bytes: int) -> str:
+def read_text(path: Path, max_bytes: int, *, place: str | None = None) -> str:
     """Read a UTF-8 text file of limited size, without a byte order mark.
 
     Raises:
@@ -74,11 +77,13 @@ def read_text(path: Path, max_bytes: int) -> str:
         OSError: the file cannot be opened.
     """
     try:
-        text = read_limited(path, max_bytes).decode("utf-8-sig")
+        text = read_limited(path, max_bytes, place=place).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected text in UTF-8 ({error}). Save it in UTF-8, or copy it again.") from None
+        raise UserError(
+            f"{place or path}: expected text in UTF-8 ({error}). Save it in UTF-8, or copy it again."
+        ) from None
     if "\0" in text:
-        raise UserError(f"{path}: expected text, got NUL characters. Save it in UTF-8, or copy it again.")
+        raise UserError(f"{place or path}: expected text, got NUL characters. Save it in UTF-8, or copy it again.")
     return text
 
 
@@ -257,7 +262,14 @@ class CsvContent:
             raise UserError(f"{path}: expected the columns {', '.join(expected)}, got {names}. {remedy}")
 
 
-def read_csv(path: Path, *, delimiters: str = ",", complete: bool = True, remedy: str = "Copy it again.") -> CsvContent:
+def read_csv(
+    path: Path,
+    *,
+    delimiters: str = ",",
+    complete: bool = True,
+    remedy: str = "Copy it again.",
+    place: str | None = None,
+) -> CsvContent:
     """Read a CSV file with a header line, and remove the apostrophes of `escape_formula`.
 
     Args:
@@ -265,30 +277,32 @@ def read_csv(path: Path, *, delimiters: str = ",", complete: bool = True, remedy
         delimiters: possible separators; the most frequent one in the header line is used.
         complete: whether every row must have a cell for each column, as in the files that medim writes.
         remedy: sentence at the end of a message.
+        place: name of the file in messages, without identities; None for the path.
 
     Raises:
         UserError: the file is not regular, not UTF-8 or not CSV, or a row is incomplete.
         OSError: the file cannot be opened.
     """
-    text = read_text(path, MAX_CSV_BYTES)
+    place = place or str(path)
+    text = read_text(path, MAX_CSV_BYTES, place=place)
     delimiter = max(delimiters, key=next(iter(text.splitlines()), "").count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows, lines = [], []
     try:
         columns = tuple(unescape_formula(name) for name in next(reader, []))
         if complete and len(set(columns)) < len(columns):
-            raise UserError(f"{path}: expected one column per name, got {', '.join(columns)[:200]}. {remedy}")
+            raise UserError(f"{place}: expected one column per name, got {', '.join(columns)[:200]}. {remedy}")
         for cells in filter(None, reader):
             if complete and len(cells) != len(columns):
                 raise UserError(
-                    f"{path}, line {reader.line_num}: expected {len(columns)} cells, got {len(cells)}. {remedy}"
+                    f"{place}, line {reader.line_num}: expected {len(columns)} cells, got {len(cells)}. {remedy}"
                 )
             padded = [*cells, *[""] * (len(columns) - len(cells))]
             rows.append(dict(zip(columns, map(unescape_formula, padded), strict=False)))
             lines.append(reader.line_num)
     except csv.Error as error:
         raise UserError(
-            f"{path}, line {reader.line_num}: expected a row of a CSV file, got {error}. {remedy}"
+            f"{place}, line {reader.line_num}: expected a row of a CSV file, got {error}. {remedy}"
         ) from None
     return CsvContent(columns, tuple(rows), tuple(lines))
 

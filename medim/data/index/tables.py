@@ -66,7 +66,7 @@ def read_table(path: Path, kind: str, *, from_user: bool) -> CsvTable | None:
         UserError: a table given by the user is missing or has other columns.
     """
     try:
-        content = read_csv(path, delimiters=",;\t", complete=False, remedy=f"Check --{kind}.")
+        content = read_csv(path, delimiters=",;\t", complete=False, remedy=f"Check --{kind}.", place=format_path(path))
     except FileNotFoundError:
         raise UserError(f"{format_path(path)}: no such file. Check --{kind}.") from None
     except OSError as error:
@@ -116,7 +116,7 @@ def check_participants(path: Path, subject_names: Iterable[Iterable[str | None]]
         subject_names: names (pseudonyms) of the subject of each image.
     """
     try:
-        rows = read_csv(path, delimiters="\t", complete=False)
+        rows = read_csv(path, delimiters="\t", complete=False, place=format_path(path))
     except UserError as error:
         log.warning("participants are not compared with the images: %s", error)
         return

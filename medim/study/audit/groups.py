@@ -69,7 +69,7 @@ def read_groups(path: Path, records: Sequence[ImageRecord]) -> Groups:
             column that identifies subjects.
     """
     try:
-        content = read_csv(path, complete=False, remedy="Check --groups.")
+        content = read_csv(path, complete=False, remedy="Check --groups.", place=format_path(path))
     except OSError as error:
         raise UserError(f"{format_path(path)}: cannot be read ({error.strerror}). Check --groups.") from error
     columns = content.columns

@@ -69,7 +69,7 @@ def test_a_subject_is_meant_by_the_sites_name_or_the_pseudonym(
 def test_a_table_that_is_none_is_refused(tmp_path: Path, records: list[ImageRecord], text: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         read_groups(table(tmp_path, text), records)
-    with pytest.raises(UserError, match="cannot be read as a CSV file"):
+    with pytest.raises(UserError, match="cannot be read"):
         read_groups(tmp_path / "absent.csv", records)
 
 
