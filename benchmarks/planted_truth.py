@@ -27,7 +27,7 @@ from medim.config import check_config
 from medim.data.example.cohort import make_example
 from medim.data.index.index import Index, build_index
 from medim.evaluation.cases import read_cases
-from medim.files import prepare_output_folder, read_json, write_json
+from medim.files import read_json, write_json
 from medim.metrics.bootstrap import Scores, compute_scores, draw_resamples, weighted_mean
 from medim.study.statistics.intervals import Comparison, compare_to_scratch
 from medim.training.finetune.run import finetune
@@ -86,7 +86,7 @@ def describe_comparison(comparison: Comparison) -> dict[str, Any]:
 def run_planted_study(out: Path) -> list[Comparison]:
     """Compare the Dice of both arms with training from scratch, paired over encoders, label subsets and subjects."""
     if not (out / "source" / "nifti" / "dataset.json").is_file():
-        make_example(prepare_output_folder(out / "source", overwrite=True), subjects=SUBJECTS, spacing=SPACING)
+        make_example(out / "source", subjects=SUBJECTS, spacing=SPACING, overwrite=True)
     source = out / "source" / "nifti"
     folders = (
         source,

@@ -86,7 +86,7 @@ def compare_cell_overhead(folder: Path, rounds: int) -> dict[str, float]:
         cohort=cohort,
         subsets=subsets,
     )
-    with track_study(folder / "study", {}) as tracker:
+    with track_study(folder / "study", "study", {}) as tracker:
         context = StudyContext(**{**vars(context), "parent_run": tracker.version})
         cell_seconds = measure_median_seconds(lambda number: run_cell(context, Cell(arm, number, BUDGET), 1.0), rounds)
     costs = measure_costs(context, 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -111,36 +110,3 @@ def file_sha256(path: Path) -> str:
 def json_sha256(content: Any) -> str:
     """Compute the SHA-256 hex digest of a JSON-serialisable object, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def prepare_output_folder(out: Path, *, overwrite: bool = False, resume: bool = False) -> Path:
-    """Create the output folder of a run.
-
-    Args:
-        out: output folder.
-        overwrite: empty the folder first, if it has content and was created by this function.
-        resume: keep the content of the folder.
-
-    Raises:
-        UserError: `out` is not empty and neither flag is given, it is a file, or it cannot be written.
-    """
-    if out.is_file():
-        raise UserError(f"{out}: expected a folder for the output, got a file. Choose another --out.")
-    marker = out / ".medim"
-    has_content = out.is_dir() and any(path != marker for path in out.iterdir())
-    if has_content and not resume:
-        if not overwrite:
-            raise UserError(
-                f"{out}: expected an empty or new folder. "
-                "Use another --out, --resume if the command can continue, or --overwrite to start over."
-            )
-        if not marker.is_file():
-            raise UserError(f"{out}: --overwrite empties only folders created by medim. Empty it yourself.")
-        shutil.rmtree(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not (has_content and resume):
-            marker.touch()
-    except OSError as error:
-        raise UserError(f"{out}: could not be written ({error.strerror}). Choose another --out.") from error
-    return out

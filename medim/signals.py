@@ -1,6 +1,6 @@
 """Shutdown on SIGTERM and SIGUSR1: the run saves a checkpoint and exits with code 75, so that it can be resumed.
 
-Outside of training, a signal ends the process at once, like Ctrl-C: every file is complete or absent, and the last
+Outside of training, a signal ends the command at once, like Ctrl-C: every file is complete or absent, and the last
 checkpoint contains all training so far. During training, the signal is recorded and handled between two steps.
 """
 
@@ -89,10 +89,13 @@ def current_request() -> ShutdownRequest:
 
 
 @contextmanager
-def handle_shutdown_signals() -> Iterator[None]:
+def handle_shutdown_signals(*, remedy: str = "the same command with --resume continues") -> Iterator[None]:
     """Handle the signals inside the block; previously installed handlers are called too.
 
     Has no effect inside another `handle_shutdown_signals` or outside of the main thread.
+
+    Args:
+        remedy: second part of the message, for the user.
 
     Raises:
         StoppedError: a signal arrived.
@@ -116,10 +119,7 @@ def handle_shutdown_signals() -> Iterator[None]:
             signal.signal(number, forward_signal)
         yield
     except _ShutdownRequested:
-        raise StoppedError(
-            f"stopped by {request.signal_name}; all written files are complete, and the same command with --resume "
-            f"continues."
-        ) from None
+        raise StoppedError(f"stopped by {request.signal_name}; all written files are complete, and {remedy}.") from None
     finally:
         for number, handler in previous_handlers.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)

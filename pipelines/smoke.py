@@ -19,9 +19,10 @@ from rich.table import Table
 
 from medim.data.example.cohort import make_example
 from medim.data.index.index import build_index
-from medim.evaluation.evaluate import evaluate
+from medim.evaluation.evaluate import EvaluateOptions, evaluate
+from medim.export.builder import ExportOptions
 from medim.export.export import export
-from medim.files import prepare_output_folder, write_json
+from medim.files import write_json
 from medim.predict.predict import predict
 from medim.reports.report import write_report_page
 from medim.training.finetune.config import resolve_finetune_config as finetune_config
@@ -43,7 +44,7 @@ def main() -> None:
         parser.error(f"--accelerator {arguments.accelerator}: no CUDA device is available. Run `medim doctor`.")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("medim").setLevel(logging.INFO)
-    out, console, seconds = prepare_output_folder(arguments.out, overwrite=True), Console(), {}
+    out, console, seconds = arguments.out, Console(), {}
     times = [time.perf_counter()]
 
     def report_part(part: str, result: Any) -> Any:
@@ -52,10 +53,11 @@ def main() -> None:
         console.rule(f"{part}: {seconds[part]:.0f} s", align="left")
         return result
 
-    common = {"store": out / "store", "accelerator": arguments.accelerator}
+    common = {"store": out / "store", "accelerator": arguments.accelerator, "overwrite": True}
 
-    make_example(out / "cohort", subjects=24, spacing=SPACING, formats=("nifti",))
-    report_part("example", make_example(out / "series", subjects=1, spacing=SPACING, formats=("dicom",)))
+    make_example(out / "cohort", subjects=24, spacing=SPACING, formats=("nifti",), overwrite=True)
+    series = make_example(out / "series", subjects=1, spacing=SPACING, formats=("dicom",), overwrite=True)
+    report_part("example", series)
     index = report_part("index", build_index(out / "cohort" / "nifti", "mri"))
     report_part("pretrain", pretrain(pretrain_config("mri-demo", index=index), index, out / "pretrain", **common))
     schedule = finetune_config("segmentation", "mri", out / "pretrain", None, index=index)
@@ -63,10 +65,11 @@ def main() -> None:
     report_part("finetune", finetune(schedule, index, out / "finetune", **budget))
     report_part("from scratch", finetune(schedule, index, out / "scratch", from_scratch=True, **budget))
     arms = {"pretrained": "finetune", "from scratch": "scratch"}
-    results = {arm: evaluate(out / run, index, out / f"evaluate-{run}") for arm, run in arms.items()}
+    again = EvaluateOptions(overwrite=True)
+    results = {arm: evaluate(out / run, index, out / f"evaluate-{run}", again) for arm, run in arms.items()}
     report_part("evaluate", None)
-    package = report_part("export", export(out / "finetune", out / "package"))
-    report_part("predict", predict(package, [out / "series" / "dicom" / "EX-001_1"], out / "prediction"))
+    package = report_part("export", export(out / "finetune", out / "package", ExportOptions(overwrite=True)))
+    report_part("predict", predict(package, [series / "dicom" / "EX-001_1"], out / "prediction", overwrite=True))
     page = report_part("report", write_report_page(out))
     write_json(out / "seconds.json", seconds)
 

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import pytest
 
-from medim.files import file_sha256, json_sha256, prepare_output_folder, read_json, write_bytes, write_csv, write_json
+from medim.files import file_sha256, json_sha256, read_json, write_bytes, write_csv, write_json
 from medim.types import UserError
 
 
@@ -111,41 +111,3 @@ def test_the_digest_of_an_object_ignores_key_order_and_sees_every_value() -> Non
     content = {"a": 1, "b": {"c": [1, 2], "d": None}}
     assert json_sha256(content) == json_sha256(json.loads('{"b": {"d": null, "c": [1, 2]}, "a": 1}'))
     assert json_sha256(content) != json_sha256({"a": 1, "b": {"c": [2, 1], "d": None}})
-
-
-def test_a_fresh_folder_is_made_with_its_parents(tmp_path: Path) -> None:
-    assert prepare_output_folder(tmp_path / "runs" / "one").is_dir()
-    assert prepare_output_folder(tmp_path / "runs" / "one").is_dir(), "an empty folder is fresh"
-
-
-def test_a_folder_that_holds_something_is_kept_unless_the_user_says_otherwise(tmp_path: Path) -> None:
-    out = prepare_output_folder(tmp_path / "run")
-    (out / "summary.json").write_text("{}")
-    with pytest.raises(UserError, match=r"--resume.*--overwrite"):
-        prepare_output_folder(out)
-    assert (out / "summary.json").is_file()
-    prepare_output_folder(out, resume=True)
-    assert (out / "summary.json").is_file()
-    prepare_output_folder(out, overwrite=True)
-    assert [path.name for path in out.iterdir()] == [".medim"]
-
-
-def test_overwrite_never_empties_a_folder_that_medim_did_not_make(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("precious")
-    prepare_output_folder(tmp_path, resume=True)
-    with pytest.raises(UserError, match="Empty it yourself"):
-        prepare_output_folder(tmp_path, overwrite=True)
-    assert (tmp_path / "thesis.tex").read_text() == "precious"
-
-
-def test_a_file_in_the_way_of_a_folder_is_not_removed(tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("precious")
-    with pytest.raises(UserError, match="got a file"):
-        prepare_output_folder(tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out").read_text() == "precious"
-
-
-def test_an_output_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"run: could not be written .*Choose another --out"):
-        prepare_output_folder(tmp_path / "file" / "run")

@@ -29,7 +29,7 @@ GROUND = frozenset(
         "privacy",
         "signals",
     }
-    | {"signing", "integrity"}
+    | {"signing", "integrity", "output_folder"}
 )
 DATA = frozenset(
     {"data/labels", "data/memory", "data/parallel", "data/fingerprints", "data/preprocessing", "data/readers"}
@@ -41,9 +41,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {  # a folder or a module: those it may 
     "types": frozenset(),
     "version": frozenset(),
     "doctor": frozenset({"version"}),
-    "parsing": frozenset({"types"}),
-    "files": frozenset({"types", "parsing"}),
-    "migrations": frozenset({"types", "parsing", "files"}),
+    "output_folder": frozenset({"types"}),
     "signals": frozenset({"types"}),
     "signing": frozenset({"types"}),
     "integrity": frozenset({"types", "files", "signing"}),

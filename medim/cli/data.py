@@ -31,14 +31,18 @@ def example(
 ) -> None:
     """Write a simulated cohort of brain MRI (NIfTI or DICOM)."""
     from medim.data.example.cohort import make_example
-    from medim.files import prepare_output_folder
 
-    prepare_output_folder(out, overwrite=overwrite)
     format_names: Any = formats.split(",")
-    folder = make_example(
-        out, subjects=subjects, spacing=spacing, formats=format_names, seed=seed, progress=show_progress("wrote")
+    make_example(
+        out,
+        subjects=subjects,
+        spacing=spacing,
+        formats=format_names,
+        seed=seed,
+        overwrite=overwrite,
+        progress=show_progress("wrote"),
     )
-    print_result("example", {"subjects": subjects, "written to": folder})
+    print_result("example", {"subjects": subjects, "written to": out})
 
 
 def fetch(
@@ -106,24 +110,27 @@ def index(arguments: IndexArguments) -> None:
     from medim.data.index.index import AllRejectedError, build_index
     from medim.data.parallel import count_cpus
     from medim.data.public.fetch import resolve_data_argument
-    from medim.files import prepare_output_folder
+    from medim.output_folder import output_folder, write_rejection_file
 
     out, overwrite = arguments.out, arguments.overwrite
+    source_paths = [resolve_data_argument(source, arguments.modality) for source in arguments.sources]
+    inputs = [path for path in (*source_paths, arguments.labels, arguments.subjects) if path is not None]
     try:
-        image_index = build_index(
-            [resolve_data_argument(source, arguments.modality) for source in arguments.sources],
-            arguments.modality,
-            labels=arguments.labels,
-            subjects=arguments.subjects,
-            keep_names=arguments.keep_names,
-            jobs=arguments.jobs or count_cpus(),
-            remember=not arguments.no_cache,
-            progress=show_progress("inspected", "files"),
-        )
+        with output_folder(out, "index", overwrite=overwrite, inputs=inputs) as folder:
+            image_index = build_index(
+                source_paths,
+                arguments.modality,
+                labels=arguments.labels,
+                subjects=arguments.subjects,
+                keep_names=arguments.keep_names,
+                jobs=arguments.jobs or count_cpus(),
+                remember=not arguments.no_cache,
+                progress=show_progress("inspected", "files"),
+            )
+            image_index.write(folder, final_folder=out)
     except AllRejectedError as error:
-        error.write_rejections(prepare_output_folder(out, overwrite=overwrite) / "rejected.csv")
+        write_rejection_file(out, "index", error.write_rejections)
         raise
-    image_index.write(prepare_output_folder(out, overwrite=overwrite))
     counts = {
         "images": len(image_index.records),
         "subjects": len({r.subject for r in image_index.records}),

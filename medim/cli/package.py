@@ -13,6 +13,7 @@ from medim.cli.options import (
     OutOption,
     OverwriteOption,
     PublicKeyOption,
+    ResumeOption,
 )
 from medim.cli.terminal import print_result, show_progress
 from medim.types import UsageError, UserError
@@ -70,6 +71,7 @@ def predict(
         bool, typer.Option("--labelmap", help="Write SEG objects of type LABELMAP, which older viewers cannot display.")
     ] = False,
     keep_names: KeepNamesOption = False,
+    resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Apply a package to images and write one answer per image."""
@@ -84,6 +86,7 @@ def predict(
         output_format=output_format,
         labelmap=labelmap,
         overwrite=overwrite,
+        resume=resume,
         progress=show_progress("predicted"),
     )
     for row in rows:
@@ -102,7 +105,10 @@ def embed(
     ] = None,
     public_key: PublicKeyOption = None,
     keep_names: KeepNamesOption = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the content of --mi-map-dir.")] = False,
+    resume: ResumeOption = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier --out and the content of --mi-map-dir.")
+    ] = False,
 ) -> None:
     """Extract features, one row per image.
 
@@ -130,6 +136,7 @@ def embed(
         out,
         maps=mi_map_dir,
         overwrite=overwrite,
+        resume=resume,
         progress=show_progress("embedded"),
     )
     output_rows = {"written to": out, **({"maps in": mi_map_dir} if mi_map_dir else {})}

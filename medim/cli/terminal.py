@@ -23,12 +23,17 @@ from typer.core import TyperCommand
 
 from medim.cli.renamed_options import RENAMED_OPTIONS, translate_options
 from medim.cli.traceback_text import describe_os_error, format_traceback
+from medim.signals import handle_shutdown_signals
 from medim.types import UserError
 from medim.version import install_command
 
 console = Console()
 stderr_console = Console(stderr=True)
 _active_bars = ExitStack()  # bars on the terminal
+_REMEDIES = {  # whether the command has --resume: advice after a signal
+    True: "the same command with --resume continues",
+    False: "the same command starts again",
+}
 _CONTROL_FLOW = (typer.Exit, typer.Abort, typer.BadParameter)  # handled by typer
 _CONTROL_CATEGORIES = {"Cc", "Cf", "Zl", "Zp"}  # control and format characters, line and paragraph separators
 
@@ -92,7 +97,7 @@ def register_command(
             is_quiet, with_traceback = options.pop("quiet"), options.pop("debug")
             _configure_logging(is_quiet)
             try:
-                with _active_bars:
+                with _active_bars, handle_shutdown_signals(remedy=_REMEDIES["resume" in options]):
                     body(**options) if arguments_class is None else body(arguments_class(**options))
             except (Exception, KeyboardInterrupt) as error:
                 if isinstance(error, _CONTROL_FLOW):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -17,6 +19,19 @@ Result = TypeVar("Result")
 def count_cpus() -> int:
     """Count the processors available to this process."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _exit_with_parent() -> None:
+    """Start a thread that ends this worker when the main process ends, even by a kill."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait_for_parent() -> None:
+        """Wait for the end of the main process."""
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait_for_parent, daemon=True).start()
 
 
 def map_in_processes(
@@ -39,7 +54,8 @@ def map_in_processes(
     batches: list[Sequence[Item]] = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
     while batches:
         crash_numbers: list[int] = []
-        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_exit_with_parent) as pool:
             numbers = {pool.submit(work, batch): number for number, batch in enumerate(batches)}
             try:
                 for future in as_completed(list(numbers)):

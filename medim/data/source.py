@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 from medim.data.index.index import Index, build_index
 from medim.data.parallel import count_cpus
 from medim.data.public.fetch import resolve_data_argument
-from medim.files import prepare_output_folder
+from medim.output_folder import acquire_lock
 from medim.privacy import format_path
 from medim.types import Modality, UserError
 
@@ -71,9 +72,11 @@ def _prepare_builtin_cohort(modality: Modality) -> Path:
     from medim.data.loading.store import locate_default_store
 
     folder = locate_default_store().parent / "example"
-    if not (folder / "nifti" / "dataset.json").is_file():
-        log.info("no --data: creating the built-in cohort in the cache (simulated subjects from the MNI152 template)")
-        make_example(prepare_output_folder(folder, overwrite=True))
-    else:
-        log.info("no --data: using the built-in cohort (simulated subjects from the MNI152 template)")
+    with acquire_lock(folder.with_name(".example.lock"), wait=True):
+        if not (folder / "nifti" / "dataset.json").is_file():
+            log.info("no --data: creating the built-in cohort in the cache (simulated from the MNI152 template)")
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier version that was killed
+            make_example(folder)
+        else:
+            log.info("no --data: using the built-in cohort (simulated subjects from the MNI152 template)")
     return folder / "nifti"

@@ -21,13 +21,14 @@ from medim.data.index.index import ImageRecord, Index
 from medim.data.loading.splits import assign_splits as split_subjects
 from medim.data.loading.splits import read_splits
 from medim.evaluation.cases import CaseProgress, CaseSummary, score_cases, summarise_cases, write_cases
-from medim.files import prepare_output_folder, write_json
+from medim.files import write_json
 from medim.inference.network import Predictor
 from medim.metrics.bootstrap import N_RESAMPLES
 from medim.model_spec import ModelSpec
 from medim.models.model import as_numpy_function
 from medim.models.serialization import load_encoder, load_model
 from medim.objectives.score_map import load_score_map
+from medim.output_folder import output_folder
 from medim.package.package import load_package
 from medim.tasks import ENCODER, find_task_of_kind
 from medim.tasks.task import CaseRow
@@ -119,30 +120,30 @@ def evaluate(
     start = time.perf_counter()
     network, spec = open_network(model)
     records, split = select_records(index, spec, split=options.split, split_file=_find_split_file(model))
-    prepare_output_folder(out, overwrite=options.overwrite)
-    log.info("evaluating %d images (%s)", len(records), split)
-    case_filter = ContaminationFilter(
-        load_training_history(model),
-        include_training_subjects=options.include_training_subjects,
-        fail_on_contamination=options.fail_on_contamination,
-    )
-    rows = score_cases(network, index, records, case_filter=case_filter, progress=progress)
-    contamination, exclusion_counts = case_filter.result(f"model {model}", len(rows))
-    content = {
-        "schema_version": SCHEMA_VERSION,
-        "command": "evaluate",
-        "task": network.task.title,
-        "split": split,
-        "contamination": contamination,
-        **exclusion_counts,
-        **summarise_cases(rows, network.kind, network.classes, seed=options.seed),
-        **_describe_inputs(network, spec, index),
-        "bootstrap": {"unit": "subject", "resamples": N_RESAMPLES, "seed": options.seed, "level": 0.95},
-    }
-    write_json(out / "metrics.json", content)
-    write_cases(out / "cases.parquet", rows, network.kind)
-    summary = {**content, **_describe_execution(model, rows, time.perf_counter() - start, len(records))}
-    write_json(out / "summary.json", summary)
+    with output_folder(out, "evaluate", overwrite=options.overwrite, inputs=[model, index.root]) as folder:
+        log.info("evaluating %d images (%s)", len(records), split)
+        case_filter = ContaminationFilter(
+            load_training_history(model),
+            include_training_subjects=options.include_training_subjects,
+            fail_on_contamination=options.fail_on_contamination,
+        )
+        rows = score_cases(network, index, records, case_filter=case_filter, progress=progress)
+        contamination, exclusion_counts = case_filter.result(f"model {model}", len(rows))
+        content = {
+            "schema_version": SCHEMA_VERSION,
+            "command": "evaluate",
+            "task": network.task.title,
+            "split": split,
+            "contamination": contamination,
+            **exclusion_counts,
+            **summarise_cases(rows, network.kind, network.classes, seed=options.seed),
+            **_describe_inputs(network, spec, index),
+            "bootstrap": {"unit": "subject", "resamples": N_RESAMPLES, "seed": options.seed, "level": 0.95},
+        }
+        write_json(folder / "metrics.json", content)
+        write_cases(folder / "cases.parquet", rows, network.kind)
+        summary = {**content, **_describe_execution(model, rows, time.perf_counter() - start, len(records))}
+        write_json(folder / "summary.json", summary)
     return summary
 
 
@@ -242,6 +243,7 @@ def build_predictor(run: PredictFn, spec: ModelSpec) -> Predictor:
         classes=spec.classes,
         preprocessing=spec.preprocessing,
         inference=spec.inference,
+        sha256=spec.sha256,
     )
 
 

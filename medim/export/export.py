@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +20,8 @@ from medim.export.monai_bundle import CHECKPOINT, INFERENCE, LOGGING, METADATA
 from medim.export.run import load_finished_run
 from medim.export.sbom import LOCK, SBOM, build_sbom, lock_file
 from medim.files import encode_json, write_bytes
-from medim.integrity import SUMS
+from medim.integrity import SIGNATURE, SUMS
+from medim.output_folder import SYSTEM_FILES, acquire_lock
 from medim.package.contract import (
     GOLDEN,
     GRAPH,
@@ -114,8 +114,8 @@ PACKAGE_PARTS: dict[
 def export(run: Path, out: Path, options: ExportOptions | None = None) -> Package:
     """Export a run as a package.
 
-    The package is built in a temporary folder and renamed to `out`, so that `out` is complete or absent. Exports are
-    reproducible: the same run gives the same bytes.
+    The package is built in a folder beside `out` and renamed to `out`, so that `out` is complete or absent, and an
+    earlier package is replaced by a complete one. Exports are reproducible: the same run gives the same bytes.
 
     Args:
         run: run with a folder `encoder/` or `model/`.
@@ -128,23 +128,58 @@ def export(run: Path, out: Path, options: ExportOptions | None = None) -> Packag
     """
     options = options or ExportOptions()
     run, out = Path(run), Path(out)
-    has_content = out.is_dir() and any(out.iterdir())
-    if out.is_file() or (has_content and not options.overwrite):
-        raise UserError(f"{out}: expected an empty or new folder. Use --overwrite to replace it, or another --out.")
-    if has_content and not (out / SUMS).is_file():
-        raise UserError(f"{out}: --overwrite replaces only a package. Choose another --out.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        with _use_one_thread():
-            _build_package(create_builder(load_finished_run(run), options), folder, out)
-        folder.chmod(0o755)
-        if out.is_dir():
-            shutil.rmtree(out)
-        folder.replace(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with _open_package_folder(out.resolve(), overwrite=options.overwrite) as folder, _use_one_thread():
+        _build_package(create_builder(load_finished_run(run), options), folder, out)
     return load_package(out)
+
+
+@contextmanager
+def _open_package_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Lock the folder of a package, and provide a folder beside it, which takes its place at the end.
+
+    A package must not contain other files, so `medim.output_folder.output_folder` does not apply. After a kill between
+    the two renamings at the end, the next export restores the earlier package first.
+
+    Raises:
+        UserError: `out` contains something besides a package, or a package and `overwrite` is not set; another export
+            writes there; or the folder cannot be written.
+    """
+    new, old, lock = (out.with_name(f".{out.name}.medim-{name}") for name in ("new", "old", "lock"))
+    try:
+        with acquire_lock(lock, wait=False):
+            try:
+                if old.is_dir() and not out.exists():
+                    old.rename(out)
+                _check_package_folder(out, overwrite=overwrite)
+                shutil.rmtree(new, ignore_errors=True)
+                new.mkdir()
+                yield new
+                if out.is_dir():
+                    out.rename(old)
+                new.rename(out)
+            finally:
+                for folder in (new, old):
+                    if out.is_dir() or folder == new:
+                        shutil.rmtree(folder, ignore_errors=True)
+                lock.unlink()
+    except BlockingIOError:
+        raise UserError(f"{out}: another export is writing there. Wait for it, or choose another --out.") from None
+
+
+def _check_package_folder(out: Path, *, overwrite: bool) -> None:
+    files = [path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()] if out.is_dir() else []
+    if (out.exists() and not out.is_dir()) or (files and not overwrite):
+        raise UserError(f"{out}: expected an empty or new folder. Use --overwrite to replace it, or another --out.")
+    if not files:
+        return
+    if SUMS not in files:
+        raise UserError(f"{out}: --overwrite replaces only a package. Choose another --out.")
+    listed = {line.split(maxsplit=1)[-1].strip() for line in (out / SUMS).read_text(errors="replace").splitlines()}
+    foreign = sorted(set(files) - listed - {SUMS, SIGNATURE} - SYSTEM_FILES)
+    if foreign:
+        raise UserError(
+            f"{out}: --overwrite would delete {foreign[0]}, which is no part of the package. Move it to another folder."
+        )
 
 
 def _build_package(builder: PackageBuilder, folder: Path, out: Path) -> None:

@@ -95,6 +95,7 @@ class Predictor:
             input image.
         predict_with_features: the network with OOD features as its second output.
         ood_detector: out-of-distribution detector.
+        sha256: digest of the weights; empty if unknown.
     """
 
     run: PredictFn
@@ -108,6 +109,7 @@ class Predictor:
     score_map: PredictFn | None = None
     predict_with_features: PredictWithFeatures | None = None
     ood_detector: OODDetector | None = None
+    sha256: str = ""
 
     @property
     def task(self) -> Task:

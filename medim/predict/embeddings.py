@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,6 +37,18 @@ class FeatureRow(NamedTuple):
 def stack_features(rows: Sequence[FeatureRow]) -> Array:
     """Stack the features of all rows: (N, d) float32."""
     return np.stack([row.features for row in rows]).astype(np.float32)
+
+
+def encode_features(features: Array, ood_result: OODResult) -> list[str | float | None]:
+    """Encode features (d,) as base64 of little-endian float32, with score and feature group, for a journal."""
+    data = base64.b64encode(np.asarray(features, "<f4").tobytes()).decode("ascii")
+    return [data, ood_result.score, ood_result.feature_group]
+
+
+def decode_features(content: Sequence[Any]) -> tuple[Array, OODResult]:
+    """Decode the result of `encode_features`."""
+    data, score, feature_group = content
+    return np.frombuffer(base64.b64decode(data), "<f4"), OODResult(score, feature_group)
 
 
 def _encode_npz(rows: Sequence[FeatureRow]) -> bytes:

@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,14 @@ from medim.data.index.records import write_rejections
 from medim.data.readers import ReadError
 from medim.data.readers.base import check_memory
 from medim.data.readers.sandbox import DecodingLimits, sandboxed_decoding
-from medim.files import prepare_output_folder, write_bytes, write_csv, write_json
+from medim.files import write_bytes, write_csv, write_json
 from medim.inference.network import Predictor
+from medim.output_folder import acquire_lock, output_folder, write_rejection_file
 from medim.package.package import Package
 from medim.predict.answer import Answer, AnswerWriter, PredictionRow
-from medim.predict.embeddings import WRITERS, FeatureRow, stack_features
+from medim.predict.embeddings import WRITERS, FeatureRow, decode_features, encode_features, stack_features
 from medim.predict.outputs import write_map, write_mask
+from medim.predict.progress import JOURNAL, Entry, ProgressJournal, open_journal
 from medim.tasks import ENCODER
 from medim.types import Array, Modality, UsageError, UserError
 
@@ -58,6 +61,7 @@ def predict(
     output_format: AnswerFormat = "nifti",
     labelmap: bool = False,
     overwrite: bool = False,
+    resume: bool = False,
     progress: AnswerProgress | None = None,
     limits: DecodingLimits = DEFAULT_LIMITS,
 ) -> list[PredictionRow]:
@@ -80,7 +84,8 @@ def predict(
         out: output folder.
         output_format: output format.
         labelmap: write a segmentation as one label map (LABELMAP), which older viewers do not support.
-        overwrite: delete the content of `out` first.
+        overwrite: replace an earlier prediction when the new one is complete.
+        resume: continue a prediction that was stopped, with the same package and images.
         progress: callback after each image.
         limits: limits for decoding an image, which runs in a separate process.
 
@@ -96,18 +101,29 @@ def predict(
     if network.kind == ENCODER:
         raise UserError("predict: expected a fine-tuned model, got an encoder. Use `medim embed`.")
     write_answer = _select_writer(package, output_format, labelmap=labelmap)
-    folder = prepare_output_folder(out, overwrite=overwrite)
-    with sandboxed_decoding(limits):
-        index = _open_index(inputs, network.modality, folder / "rejected.csv")
-        answers = _iterate_answers(package, index, progress, limits)
-        rows, rejections = _write_answers(answers, index, folder, write_answer)
-    write_rejections(folder / "rejected.csv", rejections)
-    if not rows:
-        raise _build_rejection_error(index, rejections, folder / "rejected.csv")
-    write_csv(folder / "predictions.csv", list(rows[0]), (list(row.values()) for row in rows))
-    counts = {"images": len(index.records), "predicted": len(rows), "rejected": len(rejections)}
-    summary = {"schema_version": SCHEMA_VERSION, "package": _describe_package(package), "counts": counts}
-    write_json(folder / "summary.json", summary)
+    try:
+        with (
+            output_folder(
+                out, "predict", overwrite=overwrite, resume=resume, inputs=_list_input_paths(inputs), resumable=True
+            ) as folder,
+            sandboxed_decoding(limits),
+        ):
+            index = _open_index(inputs, network.modality)
+            settings = {"format": output_format, "labelmap": labelmap, **_identify_inputs(package, index)}
+            with open_journal(folder / JOURNAL, settings) as journal:
+                answers = _iterate_answers(package, index, journal, progress, limits)
+                rows, rejections = _write_answers(answers, index, folder, journal, write_answer)
+            if not rows:
+                (folder / JOURNAL).unlink()
+                raise _build_rejection_error(index, rejections)
+            write_rejections(folder / "rejected.csv", rejections)
+            write_csv(folder / "predictions.csv", list(rows[0]), (list(row.values()) for row in rows))
+            counts = {"images": len(index.records), "predicted": len(rows), "rejected": len(rejections)}
+            summary = {"schema_version": SCHEMA_VERSION, "package": _describe_package(package), "counts": counts}
+            write_json(folder / "summary.json", summary)
+    except AllRejectedError as error:
+        write_rejection_file(out, "predict", error.write_rejections)
+        raise
     return rows
 
 
@@ -118,6 +134,7 @@ def embed_images(
     *,
     maps: Path | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     progress: AnswerProgress | None = None,
     limits: DecodingLimits = DEFAULT_LIMITS,
 ) -> tuple[tuple[str, ...], Array]:
@@ -135,7 +152,8 @@ def embed_images(
         inputs: index, or input of `build_index`.
         out: output file with suffix `.npz`, `.csv` or `.parquet`.
         maps: output folder of the maps; None for no maps.
-        overwrite: delete the content of `maps` first.
+        overwrite: replace an earlier `out` and the result in `maps` when the new ones are complete.
+        resume: continue an extraction that was stopped, with the same encoder and images.
         progress: callback after each image.
         limits: as in `predict`.
 
@@ -143,8 +161,8 @@ def embed_images(
         Image keys and features (N, d).
 
     Raises:
-        UserError: the package is not an encoder, maps are requested from an encoder without local critic, `maps` is
-            not empty, or pyarrow is missing for `.parquet`.
+        UserError: the package is not an encoder, maps are requested from an encoder without local critic, `out` exists,
+            `maps` is not empty, or pyarrow is missing for `.parquet`.
         UsageError: the suffix of `out` is unknown.
         AllRejectedError: all inputs were rejected.
     """
@@ -156,56 +174,115 @@ def embed_images(
         raise UsageError(f"--out {out}: expected a file ending in {', '.join(WRITERS)}.")
     if maps is not None:
         network.require_score_map()
-        prepare_output_folder(maps, overwrite=overwrite)
     rejections_file = out.with_name(f"{out.name}.rejected.csv")
-    with sandboxed_decoding(limits):
-        index = _open_index(inputs, network.modality, rejections_file)
-        answers = _iterate_answers(package, index, progress, limits)
-        rows, rejections = _collect_features(answers, index, network, maps)
-    if rejections:
-        write_rejections(rejections_file, rejections)
-    if not rows:
-        raise _build_rejection_error(index, rejections, rejections_file)
-    write_bytes(out, encode_rows(rows))
+    journal_file = out.with_name(f".{out.name}.{JOURNAL}")
+    _check_output_file(out, journal_file, overwrite=overwrite, resume=resume)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(sandboxed_decoding(limits))
+            if maps is not None:
+                paths = _list_input_paths(inputs)
+                maps = stack.enter_context(
+                    output_folder(maps, "embed", overwrite=overwrite, resume=resume, inputs=paths, resumable=True)
+                )
+            index = _open_index(inputs, network.modality)
+            settings = {"maps": maps is not None, **_identify_inputs(package, index)}
+            journal = stack.enter_context(open_journal(journal_file, settings))
+            answers = _iterate_answers(package, index, journal, progress, limits)
+            rows, rejections = _collect_features(answers, index, network, journal, maps)
+            if not rows:
+                raise _build_rejection_error(index, rejections)
+            write_bytes(out, encode_rows(rows))
+            rejections_file.unlink(missing_ok=True)
+            if rejections:
+                write_rejections(rejections_file, rejections)
+            journal_file.unlink()
+    except AllRejectedError as error:
+        journal_file.unlink(missing_ok=True)
+        error.write_rejections(rejections_file)
+        raise
     return tuple(row.image for row in rows), stack_features(rows)
 
 
+def _check_output_file(out: Path, journal_file: Path, *, overwrite: bool, resume: bool) -> None:
+    """Check that the output file and the journal of a stopped command may be replaced or continued.
+
+    Raises:
+        UserError: they exist, and neither flag is given; or `out` is a folder.
+    """
+    if out.is_dir():
+        raise UserError(f"{out}: expected a file for the output, got a folder. Choose another --out.")
+    if out.exists() and not overwrite and not (resume and journal_file.is_file()):
+        raise UserError(f"{out}: expected a new file. Use --overwrite to replace it, or choose another --out.")
+    if journal_file.is_file() and not resume:
+        if not overwrite:
+            raise UserError(
+                f"{out}: an earlier command was stopped. Use --resume to continue it, or --overwrite to start over."
+            )
+        with acquire_lock(journal_file, wait=False) as file:
+            file.truncate(0)
+
+
 def _write_answers(
-    answers: Iterable[Answer | Rejection], index: Index, folder: Path, write_answer: AnswerWriter
+    answers: Iterable[tuple[ImageRecord, Answer | Rejection]],
+    index: Index,
+    folder: Path,
+    journal: ProgressJournal,
+    write_answer: AnswerWriter,
 ) -> tuple[list[PredictionRow], list[Rejection]]:
     """Write the files of each answer; return the rows of `predictions.csv` and all rejections."""
-    rows, rejections = [], [*index.rejected]
     names = _make_file_names(index.records)
-    for answer in answers:
+    for record, answer in answers:
         if isinstance(answer, Rejection):
-            rejections.append(answer)
+            journal.add(record.image, _encode_rejection(answer))
             continue
         try:
-            row = write_answer(folder / names[answer.record.image], index, answer)
-            rows.append({**row, **answer.ood_result.columns})
+            row = write_answer(folder / names[record.image], index, answer)
+            journal.add(record.image, {"row": {**row, **answer.ood_result.columns}})
         except ReadError as error:
-            rejections.append(Rejection(answer.record.path, error.reason, error.detail))
-    return rows, rejections
+            journal.add(record.image, _encode_rejection(Rejection(record.path, error.reason, error.detail)))
+    entries = [journal.entries[record.image] for record in index.records]
+    return [entry["row"] for entry in entries if "row" in entry], [*index.rejected, *_decode_rejections(entries)]
 
 
 def _collect_features(
-    answers: Iterable[Answer | Rejection], index: Index, network: Predictor, maps: Path | None
+    answers: Iterable[tuple[ImageRecord, Answer | Rejection]],
+    index: Index,
+    network: Predictor,
+    journal: ProgressJournal,
+    maps: Path | None,
 ) -> tuple[list[FeatureRow], list[Rejection]]:
     """Collect the features of all images and write their mutual-information maps; return rows and all rejections."""
-    rows, rejections, map_rows = [], [*index.rejected], []
     names = _make_file_names(index.records)
-    for answer in answers:
+    for record, answer in answers:
         if isinstance(answer, Rejection):
-            rejections.append(answer)
+            journal.add(record.image, _encode_rejection(answer))
             continue
-        image, volume = answer.record.image, answer.volume
-        rows.append(FeatureRow(image, answer.record.subject, answer.prediction, answer.ood_result))
+        entry: Entry = {"features": encode_features(answer.prediction, answer.ood_result)}
         if maps is not None:
-            path, scores = write_map(maps / names[image], network.predict_score_map(volume), volume)
-            map_rows.append({"image": image, "file": path.name, **scores})
+            path, scores = write_map(
+                maps / names[record.image], network.predict_score_map(answer.volume), answer.volume
+            )
+            entry["map"] = {"image": record.image, "file": path.name, **scores}
+        journal.add(record.image, entry)
+    entries = [journal.entries[record.image] for record in index.records]
+    map_rows = [entry["map"] for entry in entries if "map" in entry]
     if maps is not None and map_rows:
         write_csv(maps / "maps.csv", list(map_rows[0]), (list(row.values()) for row in map_rows))
-    return rows, rejections
+    rows = [
+        FeatureRow(record.image, record.subject, *decode_features(entry["features"]))
+        for record, entry in zip(index.records, entries, strict=True)
+        if "features" in entry
+    ]
+    return rows, [*index.rejected, *_decode_rejections(entries)]
+
+
+def _encode_rejection(rejection: Rejection) -> Entry:
+    return {"rejected": [rejection.path, rejection.reason, rejection.detail]}
+
+
+def _decode_rejections(entries: Iterable[Entry]) -> list[Rejection]:
+    return [Rejection(*entry["rejected"]) for entry in entries if "rejected" in entry]
 
 
 def _get_predictor(package: Package | Predictor) -> Predictor:
@@ -219,25 +296,33 @@ def _describe_package(package: Package | Predictor) -> dict[str, str] | None:
     return {"name": package.contract.name, "version": package.contract.version, "sha256": package.sha256}
 
 
-def _open_index(inputs: PredictInputs, modality: Modality, rejections_file: Path) -> Index:
+def _identify_inputs(package: Package | Predictor, index: Index) -> dict[str, str]:
+    """Digests of the network and the images, which must be the same to continue."""
+    return {
+        "network_sha256": package.sha256,
+        "index_hash": index.hash,
+    }
+
+
+def _list_input_paths(inputs: PredictInputs) -> list[Path]:
+    if isinstance(inputs, Index):
+        return [inputs.root]
+    if isinstance(inputs, ImageSource):
+        return list(inputs.paths)
+    return [Path(path) for path in ([inputs] if isinstance(inputs, str | Path) else inputs)]
+
+
+def _open_index(inputs: PredictInputs, modality: Modality) -> Index:
     if isinstance(inputs, Index):
         index = inputs
     else:
-        source = inputs if isinstance(inputs, ImageSource) else ImageSource(_list_paths(inputs))
-        try:
-            index = _open_source(source, modality)
-        except AllRejectedError as error:
-            error.write_rejections(rejections_file)
-            raise
+        source = inputs if isinstance(inputs, ImageSource) else ImageSource(_list_input_paths(inputs))
+        index = _open_source(source, modality)
     if index.modality != modality:
         raise UserError(
             f"expected images of modality {modality}, got an index of {index.modality}. Use another package."
         )
     return index
-
-
-def _list_paths(inputs: Path | Sequence[Path]) -> list[Path]:
-    return [Path(path) for path in ([inputs] if isinstance(inputs, str | Path) else inputs)]
 
 
 def _open_source(source: ImageSource, modality: Modality) -> Index:
@@ -249,11 +334,17 @@ def _open_source(source: ImageSource, modality: Modality) -> Index:
 
 
 def _iterate_answers(
-    package: Package | Predictor, index: Index, progress: AnswerProgress | None, limits: DecodingLimits
-) -> Iterator[Answer | Rejection]:
-    """Predict each image; yield the prediction, or the reason why there is none."""
+    package: Package | Predictor,
+    index: Index,
+    journal: ProgressJournal,
+    progress: AnswerProgress | None,
+    limits: DecodingLimits,
+) -> Iterator[tuple[ImageRecord, Answer | Rejection]]:
+    """Predict each image that the journal lacks; yield the prediction, or the reason why there is none."""
     network = _get_predictor(package)
     for number, record in enumerate(index.records, start=1):
+        if record.image in journal.entries:
+            continue
         try:
             _check_completeness(record)
             limits.check_image(index.locate(record).stat().st_size, math.prod(record.shape))
@@ -266,13 +357,13 @@ def _iterate_answers(
             prediction, ood_result = network.predict_with_ood(volume)
         except UserError as error:
             reason, detail = getattr(error, "reason", "not-for-this-network"), getattr(error, "detail", str(error))
-            yield Rejection(record.path, reason, detail)
+            yield record, Rejection(record.path, reason, detail)
         except OSError as error:
-            yield Rejection(record.path, "unreadable", f"the file cannot be opened ({error.strerror})")
+            yield record, Rejection(record.path, "unreadable", f"the file cannot be opened ({error.strerror})")
         except MemoryError:
-            yield Rejection(record.path, "too-much-memory", "the image does not fit into memory")
+            yield record, Rejection(record.path, "too-much-memory", "the image does not fit into memory")
         else:
-            yield Answer(record=record, volume=volume, prediction=prediction, ood_result=ood_result)
+            yield record, Answer(record=record, volume=volume, prediction=prediction, ood_result=ood_result)
         if progress is not None:
             progress(number, len(index.records))
 
@@ -330,16 +421,14 @@ def _make_file_names(records: Sequence[ImageRecord]) -> dict[str, str]:
     name_counts: dict[str, int] = {}
     for name in names.values():
         name_counts[name.lower()] = name_counts.get(name.lower(), 0) + 1
-    reserved = {"", "summary", "predictions", "rejected"}
+    reserved = {"", "summary", "predictions", "rejected", "progress"}
     for key, name in names.items():
         if name_counts[name.lower()] > 1 or name.lower() in reserved:
             names[key] = f"{name or 'image'}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     return names
 
 
-def _build_rejection_error(index: Index, rejections: Sequence[Rejection], rejections_file: Path) -> AllRejectedError:
+def _build_rejection_error(index: Index, rejections: Sequence[Rejection]) -> AllRejectedError:
     first_rejection = f"{rejections[0].path}: {rejections[0].detail}" if rejections else "the source contains no image"
     message = f"all {len(rejections)} inputs were rejected by this package. First: {first_rejection}."
-    error = AllRejectedError(message, replace(index, records=(), rejected=tuple(rejections)))
-    error.rejections_file = rejections_file
-    return error
+    return AllRejectedError(message, replace(index, records=(), rejected=tuple(rejections)))

@@ -12,8 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from medim.files import write_text
-from medim.migrations import read_checked_json
+from medim.output_folder import record_output_file
 from medim.reports.cohort import build_cohort_section
 from medim.reports.comparison import build_comparison_section
 from medim.reports.content import CommandContent
@@ -74,6 +73,7 @@ def write_report_page(folder: Path) -> Path:
         sections.insert(0, comparison_section)
     path = folder / PAGE_NAME
     write_text(path, render_page(folder.resolve().name, sections))
+    record_output_file(path)
     return path
 
 

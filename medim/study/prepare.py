@@ -12,7 +12,7 @@ from medim.config import FinetuneConfig, dump_config
 from medim.data.index.index import Index
 from medim.data.loading.splits import write_splits
 from medim.evaluation.probing.label_budget import Budget
-from medim.files import prepare_output_folder, read_json, write_json, write_text
+from medim.files import read_json, write_json, write_text
 from medim.models.serialization import locate_weights
 from medim.renamed_keys import translate_config
 from medim.study import checks
@@ -115,7 +115,6 @@ def prepare_study(
         checks.check_one_class_per_image(index)
     groups = read_groups(options.groups, index.records) if options.groups else {}
     check_target(out if options.resume else None)
-    prepare_output_folder(out, resume=options.resume, overwrite=options.overwrite)
     cohort = open_labelled_cohort(config, index, split_seed=options.split_seed, store=options.store, jobs=options.jobs)
     checks.check_disjoint_splits(cohort)
     checks.check_evaluation_split(task, cohort)

@@ -16,7 +16,7 @@ from typing_extensions import TypedDict  # pydantic needs this form before Pytho
 from medim.config import FinetuneConfig
 from medim.data.index.index import Index
 from medim.evaluation.probing.label_budget import Budget
-from medim.migrations import read_checked_json
+from medim.output_folder import output_folder
 from medim.privacy import Scrubber, format_path, identity_tokens
 from medim.signals import StoppedError
 from medim.study.audit.audit import write_audit
@@ -35,6 +35,10 @@ from medim.training.tracking.tracking import log_results, track_study
 from medim.types import UserError
 
 log = logging.getLogger(__name__)
+STUDY_FILES = (  # patterns of all files of a study
+    *("config.yaml", "design.json", "pretraining.json", "audit.json", "summary.json", "results.parquet", "report.html"),
+    *("worst.json", "mlflow.json", "mlflow.jsonl", "splits/*", "cells/*", "selection/*"),
+)
 
 
 def study(
@@ -66,10 +70,34 @@ def study(
         StoppedError: cells remain, because of `max_hours` or a signal; the completed ones are in the results.
     """
     options = options or StudyOptions()
+    inputs = [index.root, *(run for arm in arms for run in arm.runs)]
+    with output_folder(
+        out,
+        "study",
+        overwrite=options.overwrite,
+        resume=options.resume,
+        inputs=[*inputs, *([options.groups] if options.groups else [])],
+        direct_files=STUDY_FILES,
+    ) as folder:
+        return _run_study(task, config, index, arms, budgets, folder, options, name=out.resolve().name)
+
+
+def _run_study(
+    task: str,
+    config: FinetuneConfig,
+    index: Index,
+    arms: tuple[Arm, ...],
+    budgets: Sequence[Budget],
+    out: Path,
+    options: StudyOptions,
+    *,
+    name: str,
+) -> StudySummary:
+    """Run the study in a prepared folder."""
     start, previous_hours = time.monotonic(), _read_previous_hours(out) if options.resume else 0.0
     setup = prepare_study(task, config, index, arms, budgets, out, options)
     cells = setup.context.design.list_cells(setup.context.subsets)
-    with track_study(out, _collect_study_parameters(setup.context)) as tracker:
+    with track_study(out, name, _collect_study_parameters(setup.context)) as tracker:
         context = replace(setup.context, parent_run=tracker.version)
         deadline = None if options.max_hours is None else start + 3600 * options.max_hours
         estimator = DurationEstimator(context, setup.costs, cells)
@@ -87,7 +115,7 @@ def study(
         summary = write_summary(out, scheduler, facts)
         write_audit(out, audit_study(context, setup.groups))
         write_report_data(context)
-        write_study_page(out)
+        write_study_page(out, title=name)
         files = [out / "summary.json", out / DESIGN]
         log_results(tracker, {"cells": len(cells), "cells_left": len(scheduler.remaining)}, files)
         _raise_if_incomplete(scheduler, out)

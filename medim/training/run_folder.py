@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
 
 from medim.config import RunConfig, dump_config, read_yaml_mapping
 from medim.files import read_json, write_json, write_text
+from medim.output_folder import output_folder
 from medim.renamed_keys import translate_config, translate_preset
 from medim.types import UsageError, UserError
 
+RUN_FILES = (  # patterns of all files of a run
+    *("config.yaml", "inputs.json", "split.csv", "history.csv", "summary.json", "mlflow.json", "mlflow.jsonl"),
+    *(
+        "checkpoints/*",
+        "encoder/*",
+        "model/*",
+        "cases*.parquet",
+        "losses.svg",
+        "rankme.svg",
+        "views.png",
+        "report.html",
+    ),
+)
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+
+def open_run_folder(
+    out: Path, command: str, *, overwrite: bool, resume: bool, inputs: Iterable[Path]
+) -> AbstractContextManager[Path]:
+    """Lock the folder of a run and provide the folder to train in, see `medim.output_folder.output_folder`."""
+    return output_folder(out, command, overwrite=overwrite, resume=resume, inputs=inputs, direct_files=RUN_FILES)
 
 
 def write_config(out: Path, config: RunConfig, **inputs: str | float | None) -> None:

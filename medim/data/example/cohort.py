@@ -7,8 +7,6 @@ twice with individual contrast, coil bias and noise (`brain`). The images show n
 from __future__ import annotations
 
 import gzip
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +15,8 @@ import numpy as np
 
 from medim.data.example import brain
 from medim.data.example.scan import ExampleScan
-from medim.files import prepare_output_folder, write_bytes, write_csv, write_json
+from medim.files import write_bytes, write_csv, write_json
+from medim.output_folder import output_folder
 from medim.types import UsageError, UserError
 
 ExampleFormat = Literal["nifti", "dicom"]
@@ -73,14 +72,14 @@ def make_example(
     spacing: float = 2.0,
     formats: Sequence[ExampleFormat] = ("nifti",),
     seed: int = 0,
+    overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write the example cohort; the same arguments give the same bytes.
 
     `out/nifti` has the Medical Segmentation Decathlon layout (`dataset.json`, `imagesTr/`, `labelsTr/`), `out/dicom`
     one folder of MR Image Storage slices per scan. Both contain `subjects.csv` (image, subject) and `labels.csv`
-    (image, label), with the file name or the series folder as `image`. Each folder is written to a temporary location
-    and renamed, so it is complete or absent.
+    (image, label), with the file name or the series folder as `image`.
 
     Args:
         out: a new or empty folder.
@@ -88,6 +87,7 @@ def make_example(
         spacing: voxel size in mm, 1 to 8.
         formats: "nifti", "dicom" or both.
         seed: random seed, 0 or more.
+        overwrite: replace an earlier cohort.
         progress: called with (scans written, total scans).
 
     Returns:
@@ -102,28 +102,25 @@ def make_example(
         PosixPath('cohort')
     """
     _check_example_arguments(subjects, spacing, formats, seed)
-    prepare_output_folder(out)
     total = sum(sessions for _, sessions in plan_cohort(subjects, seed=seed))
-    staging = Path(tempfile.mkdtemp(dir=out, prefix=".partial-"))
-    try:
-        rows: list[tuple[str, str, str]] = []
-        for done, scan in enumerate(simulate_scans(subjects, spacing=spacing, seed=seed), start=1):
-            if "nifti" in formats:
-                _write_scan_nifti(scan, staging / "nifti")
-            if "dicom" in formats:
-                from medim.data.example.dicom import write_dicom_series
+    with output_folder(out, "example", overwrite=overwrite) as folder:
+        try:
+            rows: list[tuple[str, str, str]] = []
+            for done, scan in enumerate(simulate_scans(subjects, spacing=spacing, seed=seed), start=1):
+                if "nifti" in formats:
+                    _write_scan_nifti(scan, folder / "nifti")
+                if "dicom" in formats:
+                    from medim.data.example.dicom import write_dicom_series
 
-                write_dicom_series(scan, staging / "dicom" / scan.name, seed=seed)
-            rows.append((scan.name, scan.subject, scan.label))
-            if progress is not None:
-                progress(done, total)
-        _write_metadata(staging, rows, formats)
-        for folder in sorted(staging.iterdir()):
-            folder.rename(out / folder.name)
-    except OSError as error:
-        raise UserError(f"{out}: could not be written ({error}). Free some space or choose another --out.") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+                    write_dicom_series(scan, folder / "dicom" / scan.name, seed=seed)
+                rows.append((scan.name, scan.subject, scan.label))
+                if progress is not None:
+                    progress(done, total)
+            _write_metadata(folder, rows, formats)
+        except OSError as error:
+            raise UserError(
+                f"{out}: could not be written ({error}). Free some space or choose another --out."
+            ) from error
     return out
 
 

@@ -214,13 +214,18 @@ class Index:
         states = [(status.st_size, status.st_mtime_ns) for status in (path.stat() for path in files)]
         return json_sha256([make_pseudonym(str(self.root)), record.path, record.mask, states])
 
-    def write(self, out: Path) -> None:
-        """Write `index.parquet` (`index.csv` in the light install), `rejected.csv`, and `summary.json` last."""
+    def write(self, out: Path, *, final_folder: Path | None = None) -> None:
+        """Write `index.parquet` (`index.csv` in the light install), `rejected.csv`, and `summary.json` last.
+
+        Args:
+            out: folder to write to.
+            final_folder: folder that the files will be read from, if they are moved there; None: `out`.
+        """
         out.mkdir(parents=True, exist_ok=True)
         (out / "summary.json").unlink(missing_ok=True)
         write_records(out, self.records)
         write_rejections(out / "rejected.csv", self.rejected)
-        write_json(out / "summary.json", self._summary(out))
+        write_json(out / "summary.json", self._summary(final_folder or out))
 
     @classmethod
     def read(cls, path: Path) -> Index:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from medim.data.readers.inspection import RejectedFile
+from medim.output_folder import is_result_folder
+
+log = logging.getLogger(__name__)
 
 _FOLDER_UNREADABLE = "a folder that cannot be opened; its content is unknown. Check its permissions"
 _FILE_UNREADABLE = "a file without read permission. Check its permissions"
@@ -23,11 +27,14 @@ def list_readable_files(sources: Iterable[Path]) -> list[Path]:
 def list_files(sources: Iterable[Path]) -> tuple[list[Path], list[RejectedFile]]:
     """List every file of the sources, once and sorted. Links are followed; names that start with a dot are skipped.
 
+    Folders with results of medim inside a source, such as predicted masks, are skipped, too: they are no new images.
+
     Returns:
         The files, and the rejected entries: unreadable folders and files, broken links, pipes.
     """
     files: set[Path] = set()
     unreadable: dict[Path, RejectedFile] = {}
+    n_result_folders = 0
     for source in sources:
         if source.is_file():
             files.add(source)
@@ -51,13 +58,18 @@ def list_files(sources: Iterable[Path]) -> tuple[list[Path], list[RejectedFile]]
                 if entry.is_symlink() and _leads_out_of_data(path):
                     unreadable[path] = RejectedFile(path=path, reason="outside-folder", detail=_LINK_TO_SYSTEM)
                 elif _query_entry(entry.is_dir):
-                    pending_folders.append(path)
+                    if is_result_folder(path):
+                        n_result_folders += 1
+                    else:
+                        pending_folders.append(path)
                 elif not _query_entry(entry.is_file):
                     unreadable[path] = RejectedFile(path=path, reason="not-a-file", detail=_NOT_A_FILE)
                 elif not os.access(path, os.R_OK):
                     unreadable[path] = RejectedFile(path=path, reason="unreadable", detail=_FILE_UNREADABLE)
                 else:
                     files.add(path)
+    if n_result_folders:
+        log.info("skipped %d folders of the source, which contain results of medim", n_result_folders)
     return sorted(files), list(unreadable.values())
 
 

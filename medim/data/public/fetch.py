@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import difflib
-import fcntl
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +22,7 @@ from medim.data.public.download import download_file
 from medim.data.public.manifest import SCHEMA_VERSION, Download, Manifest, read_manifest
 from medim.data.public.tcia import check_series, is_series_entry, list_series
 from medim.files import cache_folder, file_sha256, write_json, write_text
+from medim.output_folder import acquire_lock
 from medim.types import Modality, UsageError, UserError
 
 log = logging.getLogger(__name__)
@@ -141,7 +140,7 @@ def _lock_folder(folder: Path, name: str) -> Iterator[None]:
     marker = folder / ".medim"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _acquire_lock(marker):
+        with acquire_lock(marker, wait=True):
             try:
                 yield
             finally:
@@ -152,27 +151,6 @@ def _lock_folder(folder: Path, name: str) -> Iterator[None]:
                     folder.rmdir()
     except OSError as error:
         raise UserError(f"{folder}: {name} could not be written ({error.strerror}). Choose another --out.") from error
-
-
-@contextlib.contextmanager
-def _acquire_lock(marker: Path) -> Iterator[None]:
-    """Acquire an exclusive lock on a file; repeats if the previous owner removed the file in the meantime.
-
-    `filelock` would not replace the loop: it raises an error if the previous owner removed the folder, too.
-    """
-    while True:
-        marker.parent.mkdir(parents=True, exist_ok=True)
-        file = marker.open("a")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("%s: another medim fetch is using this folder; waiting for it", marker.parent)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        if marker.exists() and os.path.samestat(os.fstat(file.fileno()), marker.stat()):
-            break
-        file.close()
-    with file:
-        yield
 
 
 def _download_entry(

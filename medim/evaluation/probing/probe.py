@@ -26,12 +26,13 @@ from medim.evaluation.probing.baselines import build_random_encoder, principal_c
 from medim.evaluation.probing.classifiers import PROBES, ProbePrediction
 from medim.evaluation.probing.label_budget import Budget, draw_probe_subsets, number_subjects
 from medim.evaluation.probing.probe_cohort import open_probe_cohort
-from medim.files import json_sha256, prepare_output_folder, write_json
+from medim.files import json_sha256, write_json
 from medim.metrics import build_statistics
 from medim.metrics.bootstrap import N_RESAMPLES, bootstrap_intervals
 from medim.model_spec import ModelSpec
 from medim.models.feature_extraction import batch_images, check_finite_features, extract_features
 from medim.models.serialization import load_encoder, locate_weights
+from medim.output_folder import output_folder
 from medim.tasks import TASKS
 from medim.tasks.task import Task
 from medim.types import Array, UsageError, UserError
@@ -110,23 +111,23 @@ def probe(encoder: Path, index: Index, out: Path, options: ProbeOptions | None =
     cohort = options.cohort or _open_cohort(index, task, spec, options)
     contamination = _check_encoder_contamination(encoder, cohort, fail_on_contamination=options.fail_on_contamination)
     subsets = draw_probe_subsets(cohort, task, options.budgets, options.seeds)
-    prepare_output_folder(out, overwrite=options.overwrite)
-    arms = _iterate_arms(network, spec, cohort, levels, [seed for _, seed in subsets], baselines=options.baselines)
-    rows, cases = _measure_arms(options.protocol, arms, subsets, cohort)
-    content = {
-        "schema_version": SCHEMA_VERSION,
-        "command": "probe",
-        "protocol": options.protocol,
-        "encoder_sha256": spec.sha256,
-        "levels": levels,
-        **_describe_images(task, cohort, contamination),
-        "split_seed": options.split_seed,
-        "index_hash": index.hash,
-        "rows": rows,
-        "summary": summarise_probes(rows, task.metrics),
-    }
-    write_parquet(out / "cases.parquet", pa.concat_tables(cases))
-    write_json(out / "probe.json", content)
+    with output_folder(out, "probe", overwrite=options.overwrite, inputs=[encoder, index.root]) as folder:
+        arms = _iterate_arms(network, spec, cohort, levels, [seed for _, seed in subsets], baselines=options.baselines)
+        rows, cases = _measure_arms(options.protocol, arms, subsets, cohort)
+        content = {
+            "schema_version": SCHEMA_VERSION,
+            "command": "probe",
+            "protocol": options.protocol,
+            "encoder_sha256": spec.sha256,
+            "levels": levels,
+            **_describe_images(task, cohort, contamination),
+            "split_seed": options.split_seed,
+            "index_hash": index.hash,
+            "rows": rows,
+            "summary": summarise_probes(rows, task.metrics),
+        }
+        write_parquet(folder / "cases.parquet", pa.concat_tables(cases))
+        write_json(folder / "probe.json", content)
     return content
 
 

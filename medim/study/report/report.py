@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from medim.files import read_json, write_text
+from medim.output_folder import record_output_file
 from medim.reports.report import PAGE_NAME, render_page
 from medim.study.cell import StudyContext
 from medim.study.report.audit import build_audit_section
@@ -31,11 +32,12 @@ STUDY_SECTIONS = (
 )  # in the order of the page
 
 
-def write_study_page(folder: Path) -> Path:
+def write_study_page(folder: Path, *, title: str = "") -> Path:
     """Write `report.html` into the folder of a study.
 
     Args:
         folder: folder of the study, complete or interrupted.
+        title: title of the page; empty for the name of the folder.
 
     Returns:
         Path of the page.
@@ -44,7 +46,9 @@ def write_study_page(folder: Path) -> Path:
         UserError: there is no study, or one of its files is damaged.
     """
     study = open_study(folder)
-    write_text(folder / PAGE_NAME, render_page(folder.resolve().name, [section(study) for section in STUDY_SECTIONS]))
+    sections = [build_section(study) for build_section in STUDY_SECTIONS]
+    write_text(folder / PAGE_NAME, render_page(title or folder.resolve().name, sections))
+    record_output_file(folder / PAGE_NAME)
     return folder / PAGE_NAME
 
 

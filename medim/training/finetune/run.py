@@ -20,7 +20,7 @@ from medim.data.loading.datasets import LabelledDataset
 from medim.data.loading.splits import select_label_budget, write_splits
 from medim.evaluation.cases import CaseSummary, write_cases
 from medim.evaluation.evaluate import validate_network
-from medim.files import prepare_output_folder, write_csv, write_json
+from medim.files import write_csv, write_json
 from medim.model_spec import SCHEMA_VERSION, ModelSpec
 from medim.models.model import Model, as_numpy_function, build_model
 from medim.models.serialization import load_weights, locate_weights, save_model
@@ -37,7 +37,7 @@ from medim.training.finetune.summary import FinetuneSummary
 from medim.training.finetune.targets import select_head, task_of_config
 from medim.training.fit_ood import save_ood_detector
 from medim.training.pretrain.history import HISTORY_COLUMNS
-from medim.training.run_folder import write_config
+from medim.training.run_folder import open_run_folder, write_config
 from medim.training.tracking.tracking import Tracker, check_target, log_results, track_run
 from medim.types import UserError
 from medim.version import collect_versions
@@ -98,7 +98,17 @@ def finetune(
     config = select_head(config, index)
     dry_run_finetuning(config, options.encoder)
     check_accelerator(options.accelerator)
-    _prepare_output(out, options)
+    inputs = [path for path in (options.encoder, index.root) if path is not None]
+    with open_run_folder(out, "finetune", overwrite=options.overwrite, resume=options.resume, inputs=inputs) as folder:
+        return _finetune_in(folder, config, index, options, start_time)
+
+
+def _finetune_in(
+    out: Path, config: FinetuneConfig, index: Index, options: FinetuneOptions, start_time: float
+) -> FinetuneSummary:
+    """Train and measure in a prepared folder; a study has already checked the tracking server for its runs."""
+    if options.parent_run is None:
+        check_target(out if options.resume else None)
     data = _open_labelled_data(config, index, options)
     run = _build_run(config, data, out, options)
     checkpoint, start_step = _prepare_run_folder(run)
@@ -112,13 +122,6 @@ def finetune(
         summary = _measure(run, start_time)
         _log_summary(tracker, summary, out)
     return summary
-
-
-def _prepare_output(out: Path, options: FinetuneOptions) -> None:
-    """Prepare the output folder; a study has already checked the tracking server for its runs."""
-    if options.parent_run is None:
-        check_target(out if options.resume else None)
-    prepare_output_folder(out, resume=options.resume, overwrite=options.overwrite)
 
 
 def _open_labelled_data(config: FinetuneConfig, index: Index, options: FinetuneOptions) -> _LabelledData:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from medim.data.index.index import ImageRecord, Index
 from medim.data.loading.cohort import Cohort, open_cohort
 from medim.data.loading.datasets import ViewDataset
 from medim.data.loading.splits import write_splits
-from medim.files import json_sha256, prepare_output_folder, write_json
+from medim.files import json_sha256, write_json
 from medim.model_spec import ModelSpec
 from medim.models.model import build_decoder, build_encoder
 from medim.models.serialization import check_finite_weights
@@ -39,7 +39,7 @@ from medim.training.pretrain.online_probe import AlignmentMetric, OnlineProbe, o
 from medim.training.pretrain.options import PretrainOptions
 from medim.training.pretrain.save_encoder import write_encoder
 from medim.training.pretrain.summary import build_pretrain_summary, format_online_probe
-from medim.training.run_folder import write_config
+from medim.training.run_folder import open_run_folder, write_config
 from medim.training.tracking.tracking import Tracker, check_target, log_encoder, log_results, track_run
 from medim.types import UserError
 from medim.version import __version__
@@ -89,8 +89,8 @@ def pretrain(
     options = replace(options or PretrainOptions(), **changes)
     plan = planned_group(options.accelerator, options.devices, options.nodes)
     dry_run_pretraining(config, plan)
-    with launched(options.accelerator, plan) as group:
-        cohort = _open_run_cohort(config, index, out, options, group)
+    with launched(options.accelerator, plan) as group, _open_folder(config, index, out, options, group) as out:
+        cohort = _open_run_cohort(index, config, options, group)
         config = _fit_batch_size(config, cohort.records("train"), cohort.records("val"), group)
         checkpoint, start_step = _prepare_run_folder(config, cohort, out, options, group)
         run = _build_run(config, cohort, out, options, group)
@@ -103,16 +103,26 @@ def pretrain(
     return summary
 
 
-def _open_run_cohort(
+@contextmanager
+def _open_folder(
     config: PretrainConfig, index: Index, out: Path, options: PretrainOptions, group: ProcessGroup
-) -> Cohort:
-    """Prepare the output folder and preprocess the images, in the first process before the others."""
+) -> Iterator[Path]:
+    """Check that all processes have the same inputs, and lock the folder of the run in the first one."""
     flags = {"resume": options.resume, "stop_on_collapse": options.stop_on_collapse}
     group.check_same(medim=__version__, config=config.hash, index=index.hash, **options.seeds, **flags)
+    with ExitStack() as stack:
+        folder = out
+        with group.main_process_first():
+            if group.is_main:
+                flags = {"overwrite": options.overwrite, "resume": options.resume}
+                folder = stack.enter_context(open_run_folder(out, "pretrain", **flags, inputs=[index.root]))
+                check_target(folder if options.resume else None)
+        yield group.broadcast(folder)
+
+
+def _open_run_cohort(index: Index, config: PretrainConfig, options: PretrainOptions, group: ProcessGroup) -> Cohort:
+    """Preprocess the images, in the first process before the others."""
     with group.main_process_first():
-        if group.is_main:
-            check_target(out if options.resume else None)
-            prepare_output_folder(out, resume=options.resume, overwrite=options.overwrite)
         cohort = open_cohort(
             index, index.records, config.preprocessing, split_seed=options.split_seed, store=options.store
         )

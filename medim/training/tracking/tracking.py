@@ -184,7 +184,7 @@ def track_run(
 
 
 @contextmanager
-def track_study(out: Path, parameters: Mapping[str, Any]) -> Iterator[Tracker]:
+def track_study(out: Path, name: str, parameters: Mapping[str, Any]) -> Iterator[Tracker]:
     """Open or resume the MLflow run of a study, the parent of the runs of its cells.
 
     The run exists on the server when the context is entered. At the end, the unsent records of the cells are sent.
@@ -193,6 +193,7 @@ def track_study(out: Path, parameters: Mapping[str, Any]) -> Iterator[Tracker]:
 
     Args:
         out: folder of the study.
+        name: name of the run.
         parameters: nested mapping, logged as flat parameters.
 
     Raises:
@@ -200,7 +201,7 @@ def track_study(out: Path, parameters: Mapping[str, Any]) -> Iterator[Tracker]:
     """
     outbox = Outbox(out)
     has_run = "run" in outbox.state
-    run = {"experiment": STUDY_EXPERIMENT, "name": out.resolve().name}
+    run = {"experiment": STUDY_EXPERIMENT, "name": name}
     with _open_run(outbox, run, {}, parameters, PATIENCE_SECONDS, send_now=not has_run) as tracker:
         yield tracker
     for cell in sorted(path.parent for path in out.glob(f"*/**/{RECORDS}")):

@@ -1,0 +1,91 @@
+"""Journal of processed images, with which `medim predict` and `medim embed` continue after a stop."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from medim.output_folder import acquire_lock
+from medim.types import UserError
+
+JOURNAL = "progress.jsonl"  # in the folder of a prediction
+SCHEMA_VERSION = 1
+Entry = dict[str, Any]  # result of one image, or "rejected": [path, reason, detail]
+
+
+class ProgressJournal:
+    """Append-only file: a line with the inputs of the command, then a line per image.
+
+    A line is on the disk before the next image begins. The last line is ignored if a kill has cut it.
+
+    Args:
+        file: the file, opened for reading and writing.
+        path: its path, for messages.
+        inputs: everything besides the image that the results depend on.
+
+    Raises:
+        UserError: the journal is that of other inputs.
+    """
+
+    def __init__(self, file: IO[str], path: Path, inputs: Mapping[str, Any]) -> None:
+        self._file = file
+        lines, end = _read_complete_lines(file)
+        header = {"schema_version": SCHEMA_VERSION, **inputs}
+        if lines and lines[0] != header:
+            changes = sorted(key for key in header if lines[0].get(key) != header[key])
+            raise UserError(
+                f"{path.name}: --resume needs the same inputs; these have changed: {', '.join(changes) or 'all'}. "
+                "Use --overwrite to start over."
+            )
+        file.seek(end)
+        file.truncate()
+        self.entries: dict[str, Entry] = {str(line.pop("image")): line for line in lines[1:]}
+        if not lines:
+            self._append(header)
+
+    def add(self, image: str, entry: Entry) -> None:
+        """Record the result of an image, whose files have been written."""
+        self._append({"image": image, **entry})
+        self.entries[image] = entry
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(line, allow_nan=True) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+@contextmanager
+def open_journal(path: Path, inputs: Mapping[str, Any]) -> Iterator[ProgressJournal]:
+    """Lock and open a journal, and read the results of an earlier call.
+
+    Raises:
+        UserError: another command uses the journal, it is that of other inputs, or it cannot be written.
+    """
+    try:
+        with acquire_lock(path, wait=False) as file:
+            yield ProgressJournal(file, path, inputs)
+    except BlockingIOError:
+        raise UserError(
+            f"{path}: another medim command is writing there. Wait for it, or choose another --out."
+        ) from None
+
+
+def _read_complete_lines(file: IO[str]) -> tuple[list[dict[str, Any]], int]:
+    """Read the lines up to the first damaged one; return them with the position after the last of them."""
+    file.seek(0)
+    lines: list[dict[str, Any]] = []
+    end = 0
+    for text in file.read().splitlines(keepends=True):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break
+        if not text.endswith("\n") or not isinstance(line, dict) or (lines and "image" not in line):
+            break
+        lines.append(line)
+        end += len(text)  # JSON is written in ASCII
+    return lines, end
