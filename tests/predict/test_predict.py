@@ -408,3 +408,116 @@ def test_results_of_another_run_are_kept_unless_told_otherwise(packages: dict[st
         predict(packages["classifier"], source, tmp_path / "out")
     predict(packages["classifier"], source, tmp_path / "out", overwrite=True)
     assert json.dumps(sorted(path.name for path in (tmp_path / "out").iterdir())) == before
+
+
+def read_all(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def stop_after(number: int) -> Any:
+    def progress(done: int, total: int) -> None:
+        if done == number:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_a_stopped_prediction_continues_and_gives_the_files_of_an_uninterrupted_one(
+    packages: dict[str, Package], tmp_path: Path
+) -> None:
+    source, package = _pictures(tmp_path / "in"), packages["classifier"]
+    predict(package, source, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        predict(package, source, tmp_path / "out", progress=stop_after(3))
+    with (tmp_path / "out" / ".medim-new" / "progress.jsonl").open("a") as journal:
+        journal.write('{"image": "cut by a ki')
+    with pytest.raises(UserError, match="--resume"):
+        predict(package, source, tmp_path / "out")
+    processed = []
+    predict(package, source, tmp_path / "out", resume=True, progress=lambda done, _: processed.append(done))
+    assert processed == [4, 5]
+    whole, resumed = read_all(tmp_path / "whole"), read_all(tmp_path / "out")
+    assert {**resumed, ".medim": b""} == {**whole, ".medim": b""}
+    assert predict(package, source, tmp_path / "out", resume=True, progress=stop_after(1)), "complete: nothing is done"
+
+
+def test_a_prediction_is_not_continued_with_other_images_or_another_package(
+    packages: dict[str, Package], tmp_path: Path
+) -> None:
+    source = _pictures(tmp_path / "in")
+    with pytest.raises(KeyboardInterrupt):
+        predict(packages["classifier"], source, tmp_path / "out", progress=stop_after(2))
+    (source / "b.png").unlink()
+    with pytest.raises(UserError, match=r"have changed: index_hash.*--overwrite"):
+        predict(packages["classifier"], source, tmp_path / "out", resume=True)
+    predict(packages["classifier"], source, tmp_path / "out", overwrite=True)
+    assert len(rows_of(tmp_path / "out" / "predictions.csv")) == 4
+
+
+def test_a_prediction_that_fails_changes_no_byte_of_the_earlier_one(
+    packages: dict[str, Package], tmp_path: Path
+) -> None:
+    source = _pictures(tmp_path / "in")
+    predict(packages["classifier"], source, tmp_path / "out")
+    before = read_all(tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("no image")
+    for wrong in (tmp_path / "nosuch", tmp_path / "empty", tmp_path / "text"):
+        with pytest.raises(UserError):
+            predict(packages["classifier"], wrong, tmp_path / "out", overwrite=True)
+        after = read_all(tmp_path / "out")
+        assert {**after, ".medim": b""} == {**before, ".medim": b""}
+    assert [row["path"] for row in rows_of(tmp_path / "out.rejected.csv")] == ["a.txt"]
+    with pytest.raises(UserError, match="--overwrite"):
+        predict(packages["classifier"], source, source, overwrite=True)
+    assert len(list(source.iterdir())) == 3
+
+
+def test_masks_written_inside_a_source_do_not_become_images(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    rng = np.random.default_rng(0)
+    nibabel.save(nibabel.Nifti1Image(rng.uniform(0, 99, (12, 12, 8)), np.eye(4)), source / "a.nii.gz")  # type: ignore[no-untyped-call]
+    for number in range(2):
+        assert len(predict(BRIGHT, source, source / f"answers-{number}")) == 1
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".csv"])
+def test_a_stopped_embedding_continues_and_gives_the_same_file(
+    packages: dict[str, Package], tmp_path: Path, suffix: str
+) -> None:
+    source, package = _pictures(tmp_path / "in"), packages["encoder"]
+    out = tmp_path / f"out{suffix}"
+    embed_images(package, source, tmp_path / f"whole{suffix}")
+    with pytest.raises(KeyboardInterrupt):
+        embed_images(package, source, out, progress=stop_after(3))
+    with pytest.raises(UserError, match="--resume"):
+        embed_images(package, source, out)
+    processed = []
+    embed_images(package, source, out, resume=True, progress=lambda done, _: processed.append(done))
+    assert processed == [4, 5]
+    if suffix == ".csv":
+        assert out.read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
+    else:
+        one, two = np.load(out), np.load(tmp_path / f"whole{suffix}")
+        assert all(np.array_equal(one[name], two[name], equal_nan=one[name].dtype.kind == "f") for name in one)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", f"out{suffix}", f"whole{suffix}"]
+
+
+def test_an_existing_file_is_not_replaced_by_features_and_stale_rejections_are_removed(
+    packages: dict[str, Package], tmp_path: Path
+) -> None:
+    source = _pictures(tmp_path / "in")
+    (tmp_path / "labels.csv").write_text("precious")
+    (tmp_path / "labels.csv.rejected.csv").write_text("of an earlier call")
+    with pytest.raises(UserError, match=r"expected a new file.*--overwrite"):
+        embed_images(packages["encoder"], source, tmp_path / "labels.csv")
+    assert (tmp_path / "labels.csv").read_text() == "precious"
+    with pytest.raises(AllRejectedError):
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "empty" / "a.txt").write_text("no image")
+        embed_images(packages["encoder"], tmp_path / "empty", tmp_path / "labels.csv", overwrite=True)
+    assert (tmp_path / "labels.csv").read_text() == "precious"
+    embed_images(packages["encoder"], source, tmp_path / "labels.csv", overwrite=True)
+    assert not (tmp_path / "labels.csv.rejected.csv").exists()
