@@ -85,10 +85,6 @@ def output_folder(
     Raises:
         UserError: `out` is a file, cannot be written, is used by another command, or is not empty and cannot be
             continued or replaced.
-
-    Examples:
-        >>> with output_folder(Path("answers"), "predict") as folder:  # doctest: +SKIP
-        ...     (folder / "answer.json").write_text("{}")
     """
     _check_before_locking(out, overwrite=overwrite, resume=resume)
     with _open_marker(out) as marker:
@@ -106,8 +102,8 @@ def output_folder(
         is_direct = folder == out
         foreign = _list_foreign_files(out, previous, direct_files)
         record = OutputRecord(command, "writing", os.getpid(), () if is_direct else _list_files(out, foreign))
+        keeps_earlier = not is_direct and _has_content(out)
         try:
-            keeps_earlier = previous is not None and not is_direct and _has_content(out)
             _write_record(marker, replace(previous, process=os.getpid()) if previous and keeps_earlier else record)
             folder.mkdir(exist_ok=True)
             yield folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,6 +46,7 @@ class ImageSource:
 
 
 PredictInputs = Index | ImageSource | Path | Sequence[Path]
+AnswerIterator = Callable[[ProgressJournal], Iterator[tuple[ImageRecord, Answer | Rejection]]]
 AnswerProgress = Callable[[int, int], None]  # arguments: processed images, total number of images
 DEFAULT_LIMITS = DecodingLimits()
 # Peak memory of a prediction per voxel of the image, without the network: measured 14 for one of 67 million voxels
@@ -101,29 +102,41 @@ def predict(
     if network.kind == ENCODER:
         raise UserError("predict: expected a fine-tuned model, got an encoder. Use `medim embed`.")
     write_answer = _select_writer(package, output_format, labelmap=labelmap)
+    settings: dict[str, object] = {"format": output_format, "labelmap": labelmap}
+    paths = _list_input_paths(inputs)
     try:
         with (
-            output_folder(
-                out, "predict", overwrite=overwrite, resume=resume, inputs=_list_input_paths(inputs), resumable=True
-            ) as folder,
+            output_folder(out, "predict", overwrite=overwrite, resume=resume, inputs=paths, resumable=True) as folder,
             sandboxed_decoding(limits),
         ):
             index = _open_index(inputs, network.modality)
-            settings = {"format": output_format, "labelmap": labelmap, **_identify_inputs(package, index)}
-            with open_journal(folder / JOURNAL, settings) as journal:
-                answers = _iterate_answers(package, index, journal, progress, limits)
-                rows, rejections = _write_answers(answers, index, folder, journal, write_answer)
-            if not rows:
-                (folder / JOURNAL).unlink()
-                raise _build_rejection_error(index, rejections)
-            write_rejections(folder / "rejected.csv", rejections)
-            write_csv(folder / "predictions.csv", list(rows[0]), (list(row.values()) for row in rows))
-            counts = {"images": len(index.records), "predicted": len(rows), "rejected": len(rejections)}
-            summary = {"schema_version": SCHEMA_VERSION, "package": _describe_package(package), "counts": counts}
-            write_json(folder / "summary.json", summary)
+            settings |= _identify_inputs(package, index)
+            iterate_answers = partial(_iterate_answers, package, index, progress=progress, limits=limits)
+            return _predict_index(package, index, folder, settings, write_answer, iterate_answers)
     except AllRejectedError as error:
         write_rejection_file(out, "predict", error.write_rejections)
         raise
+
+
+def _predict_index(
+    package: Package | Predictor,
+    index: Index,
+    folder: Path,
+    settings: Mapping[str, object],
+    write_answer: AnswerWriter,
+    iterate_answers: AnswerIterator,
+) -> list[PredictionRow]:
+    """Write the answers that the journal of the folder lacks, the tables and, last, the summary."""
+    with open_journal(folder / JOURNAL, settings) as journal:
+        rows, rejections = _write_answers(iterate_answers(journal), index, folder, journal, write_answer)
+    if not rows:
+        (folder / JOURNAL).unlink()
+        raise _build_rejection_error(index, rejections)
+    write_rejections(folder / "rejected.csv", rejections)
+    write_csv(folder / "predictions.csv", list(rows[0]), (list(row.values()) for row in rows))
+    counts = {"images": len(index.records), "predicted": len(rows), "rejected": len(rejections)}
+    summary = {"schema_version": SCHEMA_VERSION, "package": _describe_package(package), "counts": counts}
+    write_json(folder / "summary.json", summary)
     return rows
 
 
@@ -167,11 +180,7 @@ def embed_images(
         AllRejectedError: all inputs were rejected.
     """
     network = _get_predictor(package)
-    if network.kind != ENCODER:
-        raise UserError(f"embed: expected an encoder, got a {network.kind}. Use the export of a pretraining run.")
-    encode_rows = WRITERS.get(out.suffix)
-    if encode_rows is None:
-        raise UsageError(f"--out {out}: expected a file ending in {', '.join(WRITERS)}.")
+    encode_rows = _select_encoding(network, out)
     if maps is not None:
         network.require_score_map()
     rejections_file = out.with_name(f"{out.name}.rejected.csv")
@@ -188,20 +197,41 @@ def embed_images(
             index = _open_index(inputs, network.modality)
             settings = {"maps": maps is not None, **_identify_inputs(package, index)}
             journal = stack.enter_context(open_journal(journal_file, settings))
-            answers = _iterate_answers(package, index, journal, progress, limits)
+            answers = _iterate_answers(package, index, journal, progress=progress, limits=limits)
             rows, rejections = _collect_features(answers, index, network, journal, maps)
             if not rows:
                 raise _build_rejection_error(index, rejections)
             write_bytes(out, encode_rows(rows))
-            rejections_file.unlink(missing_ok=True)
-            if rejections:
-                write_rejections(rejections_file, rejections)
-            journal_file.unlink()
     except AllRejectedError as error:
         journal_file.unlink(missing_ok=True)
         error.write_rejections(rejections_file)
         raise
+    journal_file.unlink()
+    _replace_rejections(rejections_file, rejections)
     return tuple(row.image for row in rows), stack_features(rows)
+
+
+def _select_encoding(network: Predictor, out: Path) -> Callable[[Sequence[FeatureRow]], bytes]:
+    """Select the function that encodes features for a suffix.
+
+    Raises:
+        UserError: the network is not an encoder.
+        UsageError: the suffix is unknown.
+    """
+    if network.kind != ENCODER:
+        raise UserError(f"embed: expected an encoder, got a {network.kind}. Use the export of a pretraining run.")
+    encode_rows = WRITERS.get(out.suffix)
+    if encode_rows is None:
+        raise UsageError(f"--out {out}: expected a file ending in {', '.join(WRITERS)}.")
+    return encode_rows
+
+
+def _replace_rejections(file: Path, rejections: Sequence[Rejection]) -> None:
+    """Write the rejections of a command, or remove those of an earlier one if there are none."""
+    if rejections:
+        write_rejections(file, rejections)
+    else:
+        file.unlink(missing_ok=True)
 
 
 def _check_output_file(out: Path, journal_file: Path, *, overwrite: bool, resume: bool) -> None:
@@ -298,10 +328,7 @@ def _describe_package(package: Package | Predictor) -> dict[str, str] | None:
 
 def _identify_inputs(package: Package | Predictor, index: Index) -> dict[str, str]:
     """Digests of the network and the images, which must be the same to continue."""
-    return {
-        "network_sha256": package.sha256,
-        "index_hash": index.hash,
-    }
+    return {"network_sha256": package.sha256, "index_hash": index.hash}
 
 
 def _list_input_paths(inputs: PredictInputs) -> list[Path]:
@@ -337,6 +364,7 @@ def _iterate_answers(
     package: Package | Predictor,
     index: Index,
     journal: ProgressJournal,
+    *,
     progress: AnswerProgress | None,
     limits: DecodingLimits,
 ) -> Iterator[tuple[ImageRecord, Answer | Rejection]]:

@@ -7,14 +7,23 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypedDict
 
 from medim.output_folder import acquire_lock
+from medim.predict.answer import PredictionRow
 from medim.types import UserError
 
 JOURNAL = "progress.jsonl"  # in the folder of a prediction
 SCHEMA_VERSION = 1
-Entry = dict[str, Any]  # result of one image, or "rejected": [path, reason, detail]
+
+
+class Entry(TypedDict, total=False):
+    """Result of one image."""
+
+    row: PredictionRow  # of `predictions.csv`
+    features: list[str | float | None]  # as `encode_features` gives them
+    map: dict[str, str | float]  # row of `maps.csv`
+    rejected: list[str]  # path, reason, detail
 
 
 class ProgressJournal:
@@ -74,10 +83,10 @@ def open_journal(path: Path, inputs: Mapping[str, Any]) -> Iterator[ProgressJour
         ) from None
 
 
-def _read_complete_lines(file: IO[str]) -> tuple[list[dict[str, Any]], int]:
+def _read_complete_lines(file: IO[str]) -> tuple[list[Any], int]:
     """Read the lines up to the first damaged one; return them with the position after the last of them."""
     file.seek(0)
-    lines: list[dict[str, Any]] = []
+    lines: list[Any] = []
     end = 0
     for text in file.read().splitlines(keepends=True):
         try:

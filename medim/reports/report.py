@@ -12,6 +12,8 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from medim.files import write_text
+from medim.migrations import read_checked_json
 from medim.output_folder import record_output_file
 from medim.reports.cohort import build_cohort_section
 from medim.reports.comparison import build_comparison_section

@@ -16,6 +16,7 @@ from typing_extensions import TypedDict  # pydantic needs this form before Pytho
 from medim.config import FinetuneConfig
 from medim.data.index.index import Index
 from medim.evaluation.probing.label_budget import Budget
+from medim.migrations import read_checked_json
 from medim.output_folder import output_folder
 from medim.privacy import Scrubber, format_path, identity_tokens
 from medim.signals import StoppedError

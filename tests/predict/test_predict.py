@@ -514,9 +514,9 @@ def test_an_existing_file_is_not_replaced_by_features_and_stale_rejections_are_r
     with pytest.raises(UserError, match=r"expected a new file.*--overwrite"):
         embed_images(packages["encoder"], source, tmp_path / "labels.csv")
     assert (tmp_path / "labels.csv").read_text() == "precious"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.txt").write_text("no image")
     with pytest.raises(AllRejectedError):
-        (tmp_path / "empty").mkdir()
-        (tmp_path / "empty" / "a.txt").write_text("no image")
         embed_images(packages["encoder"], tmp_path / "empty", tmp_path / "labels.csv", overwrite=True)
     assert (tmp_path / "labels.csv").read_text() == "precious"
     embed_images(packages["encoder"], source, tmp_path / "labels.csv", overwrite=True)
