@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -102,15 +102,13 @@ def predict(
     if network.kind == ENCODER:
         raise UserError("predict: expected a fine-tuned model, got an encoder. Use `medim embed`.")
     write_answer = _select_writer(package, output_format, labelmap=labelmap)
-    settings: dict[str, object] = {"format": output_format, "labelmap": labelmap}
-    paths = _list_input_paths(inputs)
     try:
         with (
-            output_folder(out, "predict", overwrite=overwrite, resume=resume, inputs=paths, resumable=True) as folder,
+            _open_folder(out, "predict", inputs, overwrite=overwrite, resume=resume) as folder,
             sandboxed_decoding(limits),
         ):
             index = _open_index(inputs, network.modality)
-            settings |= _identify_inputs(package, index)
+            settings = {"format": output_format, "labelmap": labelmap, **_identify_inputs(package, index)}
             iterate_answers = partial(_iterate_answers, package, index, progress=progress, limits=limits)
             return _predict_index(package, index, folder, settings, write_answer, iterate_answers)
     except AllRejectedError as error:
@@ -153,9 +151,9 @@ def embed_images(
 ) -> tuple[tuple[str, ...], Array]:
     """Extract the features of all images of a source, one row per image.
 
-    `.npz` files contain `image` (keys), `subject` (pseudonyms) and `features` (N, d) float32. `.csv` and `.parquet`
-    files contain the columns `image`, `subject`, `f0`, `f1`, ... All formats contain the columns `ood_score`,
-    `ood` and `ood_feature_group` of `medim.inference.ood`. Files without features are listed in `<out>.rejected.csv`.
+    `.npz` files contain `image` (keys), `subject` (pseudonyms) and `features` (N, d) float32, `.csv` and `.parquet` the
+    columns `image`, `subject`, `f0`, `f1`, ...; all contain the columns of `medim.inference.ood.OODResult`.
+    Files without features are listed in `<out>.rejected.csv`.
 
     With `maps`, the mutual-information map of each image is written on its native grid (see `write_map`). `maps.csv`
     has one row per map: image, file, mean, lowest and highest score.
@@ -174,33 +172,24 @@ def embed_images(
         Image keys and features (N, d).
 
     Raises:
-        UserError: the package is not an encoder, maps are requested from an encoder without local critic, `out` exists,
-            `maps` is not empty, or pyarrow is missing for `.parquet`.
+        UserError: the package is not an encoder, or has no local critic for maps, `out` exists, or `maps` is not empty.
         UsageError: the suffix of `out` is unknown.
         AllRejectedError: all inputs were rejected.
     """
     network = _get_predictor(package)
     encode_rows = _select_encoding(network, out)
+    rejections_file, journal_file = out.with_name(f"{out.name}.rejected.csv"), out.with_name(f".{out.name}.{JOURNAL}")
+    _check_output_file(out, journal_file, overwrite=overwrite, resume=resume)
     if maps is not None:
         network.require_score_map()
-    rejections_file = out.with_name(f"{out.name}.rejected.csv")
-    journal_file = out.with_name(f".{out.name}.{JOURNAL}")
-    _check_output_file(out, journal_file, overwrite=overwrite, resume=resume)
+    map_folders = (
+        nullcontext() if maps is None else _open_folder(maps, "embed", inputs, overwrite=overwrite, resume=resume)
+    )
     try:
-        with ExitStack() as stack:
-            stack.enter_context(sandboxed_decoding(limits))
-            if maps is not None:
-                paths = _list_input_paths(inputs)
-                maps = stack.enter_context(
-                    output_folder(maps, "embed", overwrite=overwrite, resume=resume, inputs=paths, resumable=True)
-                )
+        with sandboxed_decoding(limits), map_folders as map_folder:
             index = _open_index(inputs, network.modality)
-            settings = {"maps": maps is not None, **_identify_inputs(package, index)}
-            journal = stack.enter_context(open_journal(journal_file, settings))
-            answers = _iterate_answers(package, index, journal, progress=progress, limits=limits)
-            rows, rejections = _collect_features(answers, index, network, journal, maps)
-            if not rows:
-                raise _build_rejection_error(index, rejections)
+            iterate_answers = partial(_iterate_answers, package, index, progress=progress, limits=limits)
+            rows, rejections = _extract_features(package, index, journal_file, iterate_answers, map_folder)
             write_bytes(out, encode_rows(rows))
     except AllRejectedError as error:
         journal_file.unlink(missing_ok=True)
@@ -209,6 +198,30 @@ def embed_images(
     journal_file.unlink()
     _replace_rejections(rejections_file, rejections)
     return tuple(row.image for row in rows), stack_features(rows)
+
+
+def _extract_features(
+    package: Package | Predictor,
+    index: Index,
+    journal_file: Path,
+    iterate_answers: AnswerIterator,
+    maps: Path | None,
+) -> tuple[list[FeatureRow], list[Rejection]]:
+    """Extract the features that the journal lacks; return rows and all rejections."""
+    settings = {"maps": maps is not None, **_identify_inputs(package, index)}
+    with open_journal(journal_file, settings) as journal:
+        rows, rejections = _collect_features(iterate_answers(journal), index, _get_predictor(package), journal, maps)
+    if not rows:
+        raise _build_rejection_error(index, rejections)
+    return rows, rejections
+
+
+def _open_folder(
+    out: Path, command: str, inputs: PredictInputs, *, overwrite: bool, resume: bool
+) -> AbstractContextManager[Path]:
+    """Lock a folder of answers that a stopped command can continue, see `output_folder`."""
+    paths = _list_input_paths(inputs)
+    return output_folder(out, command, overwrite=overwrite, resume=resume, inputs=paths, resumable=True)
 
 
 def _select_encoding(network: Predictor, out: Path) -> Callable[[Sequence[FeatureRow]], bytes]:
