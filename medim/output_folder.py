@@ -32,7 +32,7 @@ READY = ".medim-ready"  # complete result on its way to its place
 REPLACED = ".medim-old"  # earlier result on its way to deletion
 INTERNAL_NAMES = frozenset({MARKER, STAGING, READY, REPLACED})
 SYSTEM_FILES = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})  # written by file managers
-SUMMARY = "summary.json"  # its presence means success: the first to leave and the last to arrive
+SUMMARY_FILE = "summary.json"  # its presence means success: the first to leave and the last to arrive
 SOURCE_COMMANDS = frozenset({"example", "fetch"})  # commands whose results are images to read
 
 State = Literal["writing", "stopped", "removing", "installing", "rejected", "complete"]
@@ -392,12 +392,12 @@ def _finish_replacement(out: Path, marker: IO[str], record: OutputRecord) -> Out
     if record.state == "removing":
         replaced.mkdir(exist_ok=True)
         names = {file.partition("/")[0] for file in record.files}
-        for name in sorted(names, key=lambda name: name != SUMMARY):
+        for name in sorted(names, key=lambda name: name != SUMMARY_FILE):
             if os.path.lexists(out / name):
                 (out / name).rename(replaced / name)
         record = replace(record, state="installing", files=_list_files(ready))
         _write_record(marker, record)
-    for path in sorted(ready.iterdir(), key=lambda path: path.name == SUMMARY):
+    for path in sorted(ready.iterdir(), key=lambda path: path.name == SUMMARY_FILE):
         path.rename(out / path.name)
     ready.rmdir()
     record = replace(record, state="complete")

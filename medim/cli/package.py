@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -59,34 +60,39 @@ def verify(package: Annotated[Path, typer.Argument(help="A package.")], public_k
     )
 
 
-def predict(
-    package: Annotated[Path, typer.Argument(help="A package.")],
-    inputs: InputsArgument,
-    out: OutOption,
-    public_key: PublicKeyOption = None,
+@dataclass(frozen=True, kw_only=True)
+class PredictArguments:
+    """Command-line arguments of `medim predict`."""
+
+    package: Annotated[Path, typer.Argument(help="A package.")]
+    inputs: InputsArgument
+    out: OutOption
+    public_key: PublicKeyOption = None
     output_format: Annotated[
         Literal["nifti", "dicom"], typer.Option("--format", help="nifti: NIfTI, PNG and JSON. dicom: DICOM SEG and SR.")
-    ] = "nifti",
+    ] = "nifti"
     labelmap: Annotated[
         bool, typer.Option("--labelmap", help="Write SEG objects of type LABELMAP, which older viewers cannot display.")
-    ] = False,
-    keep_names: KeepNamesOption = False,
-    resume: ResumeOption = False,
-    overwrite: OverwriteOption = False,
-) -> None:
+    ] = False
+    keep_names: KeepNamesOption = False
+    resume: ResumeOption = False
+    overwrite: OverwriteOption = False
+
+
+def predict(arguments: PredictArguments) -> None:
     """Apply a package to images and write one answer per image."""
     from medim.package.package import load_package
     from medim.predict.predict import ImageSource
     from medim.predict.predict import predict as run
 
     rows = run(
-        load_package(package, public_key=public_key),
-        ImageSource(inputs, keep_names),
-        out,
-        output_format=output_format,
-        labelmap=labelmap,
-        overwrite=overwrite,
-        resume=resume,
+        load_package(arguments.package, public_key=arguments.public_key),
+        ImageSource(arguments.inputs, arguments.keep_names),
+        arguments.out,
+        output_format=arguments.output_format,
+        labelmap=arguments.labelmap,
+        overwrite=arguments.overwrite,
+        resume=arguments.resume,
         progress=show_progress("predicted"),
     )
     for row in rows:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from medim.data.index.index import AllRejectedError, ImageRecord, Index, Rejection, build_index, is_index
 from medim.data.index.records import write_rejections
@@ -54,17 +54,33 @@ DEFAULT_LIMITS = DecodingLimits()
 BYTES_PER_VOXEL = 16
 
 
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions:
+    """Options of `predict`.
+
+    Attributes:
+        output_format: output format.
+        labelmap: write a segmentation as one label map (LABELMAP), which older viewers do not support.
+        overwrite: replace an earlier prediction when the new one is complete.
+        resume: continue a prediction that was stopped, with the same package and images.
+        progress: callback after each image.
+        limits: limits for decoding an image, which runs in a separate process.
+    """
+
+    output_format: AnswerFormat = "nifti"
+    labelmap: bool = False
+    overwrite: bool = False
+    resume: bool = False
+    progress: AnswerProgress | None = None
+    limits: DecodingLimits = DEFAULT_LIMITS
+
+
 def predict(
     package: Package | Predictor,
     inputs: PredictInputs,
     out: Path,
-    *,
-    output_format: AnswerFormat = "nifti",
-    labelmap: bool = False,
-    overwrite: bool = False,
-    resume: bool = False,
-    progress: AnswerProgress | None = None,
-    limits: DecodingLimits = DEFAULT_LIMITS,
+    options: PredictOptions | None = None,
+    **changes: Any,
 ) -> list[PredictionRow]:
     """Apply a segmenter, a classifier or a regression model to all images of a source.
 
@@ -83,12 +99,8 @@ def predict(
         package: segmenter, classifier or regression model.
         inputs: index, or input of `build_index`.
         out: output folder.
-        output_format: output format.
-        labelmap: write a segmentation as one label map (LABELMAP), which older viewers do not support.
-        overwrite: replace an earlier prediction when the new one is complete.
-        resume: continue a prediction that was stopped, with the same package and images.
-        progress: callback after each image.
-        limits: limits for decoding an image, which runs in a separate process.
+        options: options of the prediction; None uses the defaults.
+        **changes: single options by name, such as `resume=True`; they replace those of `options`.
 
     Returns:
         Rows of `predictions.csv`.
@@ -98,18 +110,19 @@ def predict(
         UsageError: `output_format` is unknown, or `labelmap` does not apply.
         AllRejectedError: there is no prediction for any input (exit code 4); `rejected.csv` is written.
     """
-    network = _get_predictor(package)
+    options, network = replace(options or PredictOptions(), **changes), _get_predictor(package)
     if network.kind == ENCODER:
         raise UserError("predict: expected a fine-tuned model, got an encoder. Use `medim embed`.")
+    output_format, labelmap, limits = options.output_format, options.labelmap, options.limits
     write_answer = _select_writer(package, output_format, labelmap=labelmap)
     try:
         with (
-            _open_folder(out, "predict", inputs, overwrite=overwrite, resume=resume) as folder,
+            _open_folder(out, "predict", inputs, overwrite=options.overwrite, resume=options.resume) as folder,
             sandboxed_decoding(limits),
         ):
             index = _open_index(inputs, network.modality)
             settings = {"format": output_format, "labelmap": labelmap, **_identify_inputs(package, index)}
-            iterate_answers = partial(_iterate_answers, package, index, progress=progress, limits=limits)
+            iterate_answers = partial(_iterate_answers, package, index, progress=options.progress, limits=limits)
             return _predict_index(package, index, folder, settings, write_answer, iterate_answers)
     except AllRejectedError as error:
         write_rejection_file(out, "predict", error.write_rejections)
