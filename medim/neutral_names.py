@@ -59,7 +59,7 @@ _WORDS = """
     magnitude mag real imag complex fieldmap fmap fieldmaps phasediff bold sbref rest resting func functional anat
     anatomical anatomy dyn dynamic cine tof angio angiography venography ce cemra gd gado gadolinium km inj pd pdw
     pdt unit star inplane mese megre mpm mtr mts irt tb map maps mt mtsat rms tgse dess medic merge hyper weighted
-    weighting sos noise gain
+    weighting sos noise gain inverted picture pictures photo photos
 
     abdomen abdominal ankle aorta atrium atrial bladder bone bowel brain brains breast breasts cardiac cerebral
     cervical chest colon cspine elbow femur finger foot heart heads head hip hips hippocampus hippocampal hepatic

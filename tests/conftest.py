@@ -33,8 +33,15 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Cache, site key and MLflow database of this run lie in a temporary folder; no telemetry is sent."""
+    """Put cache, site key and MLflow database into a temporary folder; send no telemetry.
+
+    The site key is fixed, because seeded splits depend on it where names are replaced by pseudonyms.
+    """
     home = tmp_path_factory.mktemp("home")
+    key_file = home / "config" / "medim" / "site.key"
+    key_file.parent.mkdir(parents=True)
+    key_file.write_text("0123456789abcdef" * 4)
+    key_file.chmod(0o600)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEDIM_CACHE", str(home / "cache"))
         patch.setenv("XDG_CONFIG_HOME", str(home / "config"))

@@ -157,7 +157,7 @@ def test_every_page_that_a_module_names_exists() -> None:
 def test_the_page_on_the_command_line_names_every_command_and_no_other() -> None:
     hooks = runpy.run_path(str(REPOSITORY / "docs" / "hooks.py"))
     table = (REPOSITORY / "docs" / "reference" / "cli.md").read_text().split("## For every command")[0]
-    named = set(re.findall(r"`medim ([a-z]+(?: [a-z]+)?)(?: NAME)?`", table))
+    named = set(re.findall(r"`medim ([a-z]+(?: [a-z]+)?)(?: NAME| SOURCE KEY)?`", table))
     assert named == set(hooks["list_commands"]())
 
 

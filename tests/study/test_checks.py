@@ -118,7 +118,7 @@ def test_labels_that_chose_an_encoders_step_are_counted_and_told(
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("encoder", {"name": "other"}), ("preprocessing", []), ("input_shape", [16, 16])]
+    ("key", "value"), [("encoder", {"name": "resnet"}), ("preprocessing", []), ("input_shape", [16, 16])]
 )
 def test_arms_with_different_networks_are_refused(encoders: list[Path], tmp_path: Path, key: str, value: Any) -> None:
     shutil.copytree(encoders[0], tmp_path / "other")

@@ -96,10 +96,10 @@ def test_a_huge_weight_decay_is_told_as_collapsed(xrays: Index, store: Path, tmp
     assert ailment(run(XRAY, xrays, tmp_path, store, f"weight_decay={0.4 / config.lr}", "max_steps=100")) == "collapsed"
 
 
-def test_a_learning_rate_ten_thousand_times_too_high_is_told_as_diverged(
+def test_a_learning_rate_thousands_of_times_too_high_is_told_as_diverged(
     xrays: Index, store: Path, tmp_path: Path
 ) -> None:
-    lr = 10_000 * resolve_pretrain_config(XRAY).lr
+    lr = 2_500 * resolve_pretrain_config(XRAY).lr
     assert ailment(run(XRAY, xrays, tmp_path, store, f"lr={lr}", "max_steps=60")) == "diverged"
 
 

@@ -87,6 +87,7 @@ def read_volume(path: str | Path) -> Volume:
 
     Examples:
         >>> import nibabel
+        >>> import numpy as np
         >>> voxels = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
         >>> nibabel.save(nibabel.Nifti1Image(voxels, np.diag([1.0, 1.0, 2.0, 1.0])), "scan.nii.gz")
         >>> volume = read_volume("scan.nii.gz")
