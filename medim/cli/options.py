@@ -38,7 +38,7 @@ SeedOption = Annotated[
 SplitSeedOption = Annotated[
     int, typer.Option("--split-seed", metavar="N", help="Random seed of the split by subject.", min=0, max=MAX_SEED)
 ]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its newest checkpoint.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue a stopped command in --out.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the content of --out.")]
 FailOnContaminationOption = Annotated[
     bool,

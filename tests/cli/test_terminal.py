@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import time
 
 import pytest
 import typer
@@ -87,3 +90,23 @@ def test_metrics_have_their_titles() -> None:
         "R2": "0.5 [0.25, 0.75]",
         "HD95 left, mm": "0.5 [0.25, 0.75]",
     }
+
+
+@pytest.mark.parametrize(("resume", "remedy"), [(True, "with --resume continues"), (False, "starts again")])
+def test_a_signal_ends_every_command_with_exit_75_and_the_remedy(resume: bool, remedy: str) -> None:
+    app = typer.Typer()
+
+    def wait(resume: bool = False) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    def wait_without() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    register_command(app, "wait")(wait if resume else wait_without)
+    result = CliRunner().invoke(app, [])
+    assert result.exit_code == 75
+    assert "stopped by SIGTERM" in result.output
+    assert remedy in result.output
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
