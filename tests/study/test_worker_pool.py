@@ -100,7 +100,7 @@ def test_a_process_whose_study_was_killed_is_asked_to_stop(tmp_path: Path) -> No
     wait_for(tmp_path / "asked")
 
 
-def wait_for(path: Path, seconds: float = 30) -> None:
+def wait_for(path: Path, seconds: float = 120) -> None:
     """Wait until a file is there.
 
     Raises:
