@@ -118,8 +118,8 @@ class RunConfig(_StrictConfig):
     checkpoint_every_steps: _Steps = Field(100, description="steps between two checkpoints")
     precision: Precision = Field(
         "32-true",
-        description="Lightning's precision; objective scores are always fp32, and so is everything on a CPU without "
-        "bf16 arithmetic",
+        description="Lightning's precision; objective scores are always fp32, and so is everything on a CPU in 3D "
+        "or without bf16 arithmetic",
     )
     workers: int = Field(0, ge=0, le=MAX_WORKERS, description="loading processes; 0 loads in the training process")
     prefetch: int = Field(2, ge=1, le=1000, description="batches that each loading process prepares in advance")

@@ -20,6 +20,7 @@ from medim.study.cell import StudyContext, read_cell_summary
 from medim.study.design import ArmProtocol, Cell
 from medim.study.lr_selection import HOLDOUT_SHARE
 from medim.training.engine.optim import build_optimiser
+from medim.training.engine.trainer import choose_precision
 from medim.training.finetune.run import build_finetune_loader, build_model_spec
 
 log = logging.getLogger(__name__)
@@ -138,9 +139,10 @@ def _time_step(context: StudyContext, *, frozen: bool) -> float:
     main_optimiser, _ = build_optimiser([(model, 1.0)], **config.optimisation)
     head: Any = model.head
     loader = build_finetune_loader(config, cohort, cohort.records("train"), spec.classes, steps=1 + STEPS, seed=0)
+    precision = choose_precision(config.precision, context.accelerator, config.spatial_dims)
     durations, start = [], time.perf_counter()
     for image, target in loader:
-        with torch.autocast(_get_device_name(context), torch.bfloat16, enabled=config.precision == "bf16-mixed"):
+        with torch.autocast(_get_device_name(context), torch.bfloat16, enabled=precision == "bf16-mixed"):
             loss = head.loss(model(image.to(_get_device_name(context))), target.to(_get_device_name(context)))
         main_optimiser.zero_grad()
         loss.backward()

@@ -103,7 +103,7 @@ def make_trainer(
         max_steps=config.max_steps,
         max_epochs=-1,
         **trainer_options(accelerator, group),
-        precision=choose_precision(config.precision, accelerator),
+        precision=choose_precision(config.precision, accelerator, config.spatial_dims),
         callbacks=[*callbacks, checkpoints, progress],
         logger=logger,
         plugins=[ChecksumCheckpointIO(), *slurm_environment()],
@@ -124,20 +124,28 @@ def make_trainer(
     return trainer
 
 
-def choose_precision(precision: Precision, accelerator: str = "auto") -> Precision:
-    """Choose a precision that the device supports in hardware.
+def choose_precision(precision: Precision, accelerator: str, spatial_dims: int) -> Precision:
+    """Choose a precision in which the device computes fast and correctly.
 
     On a CPU without bf16 arithmetic the result is fp32; without AVX-512 BF16, AMX or similar instructions, convolutions
     of PyTorch take tens of times as long in bf16 as in fp32 (`benchmarks/layout_and_precision.py`). On a CPU with bf16,
     fp16 becomes bf16, because fp16 needs a loss scaler and is fast only on GPUs.
 
+    In 3D the result on a CPU is fp32: with AVX-512 BF16, the convolutions of PyTorch 2.13 (oneDNN) compute the gradient
+    of a 3 x 3 x 3 kernel from uninitialised memory if the map is two voxels deep (up to 1e37 times the right value),
+    and wrong outputs for some maps of one voxel. Maps of 2D networks have no such error.
+
     Args:
         precision: precision in the configuration.
         accelerator: device kind, in the terms of Lightning.
+        spatial_dims: 2 or 3.
     """
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
     if precision != "32-true" and on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         log.info("precision: this CPU has no bf16 arithmetic, so the run uses fp32 (32-true)")
+        return "32-true"
+    if precision != "32-true" and on_cpu and spatial_dims == 3:
+        log.info("precision: 3D convolutions in bf16 are not reliable on CPUs, so the run uses fp32 (32-true)")
         return "32-true"
     return "bf16-mixed" if precision == "16-mixed" and on_cpu else precision
 
