@@ -23,6 +23,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Literal
 
+from medim.privacy import format_path
 from medim.types import UserError
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ REPLACED = ".medim-old"  # earlier result on its way to deletion
 INTERNAL_NAMES = frozenset({MARKER, STAGING, READY, REPLACED})
 SYSTEM_FILES = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})  # written by file managers
 SUMMARY_FILE = "summary.json"  # its presence means success: the first to leave and the last to arrive
-SOURCE_COMMANDS = frozenset({"example", "fetch"})  # commands whose results are images to read
+SOURCE_COMMANDS = frozenset({"example", "fetch"})  # their results are images to read
 
 State = Literal["writing", "stopped", "removing", "installing", "rejected", "complete"]
 
@@ -80,7 +81,7 @@ def output_folder(
         resumable: keep an incomplete result after an error. Implied by `direct_files`.
 
     Yields:
-        Folder for the files of the result: `out`, or a subfolder whose content is moved to `out` at the end.
+        Folder for the files of the result: `out`, or a subfolder; its content is moved to `out` at the end.
 
     Raises:
         UserError: `out` is a file, cannot be written, is used by another command, or is not empty and cannot be
@@ -124,7 +125,7 @@ def write_rejection_file(out: Path, command: str, write: Callable[[Path], None])
         command: name of the command.
         write: function that writes a file to a path.
     """
-    if _has_content(out) and getattr(read_record(out), "state", "") != "rejected":
+    if _has_content(out) and not _is_rejection(read_record(out), command):
         write(out.resolve().with_name(f"{out.resolve().name}.rejected.csv"))
         return
     with _open_marker(out) as marker:
@@ -187,7 +188,10 @@ def acquire_lock(path: Path, *, wait: bool) -> Iterator[IO[str]]:
             raise
         file.close()
     with file:
-        yield file
+        try:
+            yield file
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing alone would leave it to forked processes, such as loaders
 
 
 def _lock_file(file: IO[str], path: Path, *, wait: bool) -> None:
@@ -206,7 +210,7 @@ def _lock_file(file: IO[str], path: Path, *, wait: bool) -> None:
 
 @contextmanager
 def _open_marker(out: Path) -> Iterator[IO[str]]:
-    """Lock `out`; what is created for the lock is removed again if the folder stays empty."""
+    """Lock `out`; remove the marker, and `out` if it is new, if the folder stays empty."""
     is_new, is_marked = not out.exists(), (out / MARKER).exists()
     with ExitStack() as stack:
         try:
@@ -290,7 +294,9 @@ def _check_replaceable(
     """Refuse to replace inputs of the command, results of other commands, and files that no command wrote."""
     for path in inputs:
         if path.resolve().is_relative_to(out.resolve()):
-            raise UserError(f"{out}: --overwrite would delete {path}, an input of this command. Choose another --out.")
+            raise UserError(
+                f"{out}: --overwrite would delete {format_path(path)}, an input of this command. Choose another --out."
+            )
     if previous is not None and previous.command != command:
         raise UserError(
             f"{out}: --overwrite replaces only a result of `medim {command}`; this folder contains one of "
@@ -328,7 +334,7 @@ def _list_files(out: Path, excluded: Iterable[str] = ()) -> tuple[str, ...]:
 
 
 def _list_foreign_files(out: Path, record: OutputRecord | None, direct_files: Sequence[str]) -> list[str]:
-    """List the files that do not belong to the result: not recorded, and not of a result whose recording was cut."""
+    """List the files that do not belong to the result: neither recorded, nor of a training that was killed."""
     recorded = set(record.files) if record else set()
     patterns = () if record and record.state == "complete" else direct_files
     return [
@@ -350,7 +356,7 @@ def _settle_failure(
     *,
     keep: bool,
 ) -> None:
-    """Keep what `--resume` can continue and remove the rest, after an error or a stop."""
+    """Keep the files that `--resume` can continue and remove the others, after an error or a stop."""
     with suppress(OSError):  # such as a full disk; the error of the command is the one to report
         if folder == out:
             if _has_content(out):
@@ -363,7 +369,7 @@ def _settle_failure(
 
 
 def _replace_result(out: Path, marker: IO[str], record: OutputRecord) -> None:
-    """Exchange the earlier result, whose files the record lists, for the one in `.medim-new`.
+    """Exchange the earlier result (the files of the record) for the one in `.medim-new`.
 
     Each step is recorded first, so that `_complete_replacement` can finish the exchange after a kill.
     """

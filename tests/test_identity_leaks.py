@@ -5,16 +5,10 @@ Whatever medim writes or says on the way from files to a package, a prediction a
 
 from __future__ import annotations
 
-import gzip
-import io
 import logging
-import sqlite3
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet
 import pytest
 from pydicom.datadict import DicomDictionary
 from typer.testing import CliRunner
@@ -22,7 +16,7 @@ from typer.testing import CliRunner
 from medim.cli import app
 from medim.config import FinetuneConfig, PretrainConfig, dump_config
 from tests.data.synthetic import write_series
-from tests.identity_harness import build_configs, run_trees
+from tests.identity_harness import build_configs, list_texts, run_trees
 from tests.training.conftest import *  # noqa: F403  (its fixtures)
 
 WORD, DATE, ROOT = "Zzyzx", "19371123", "1.2.826.0.31415"
@@ -72,29 +66,6 @@ def hospital(tmp_path: Path) -> Path:
     return root
 
 
-def spoken(path: Path) -> Iterator[bytes]:
-    """The bytes of a file, and what lies packed in them."""
-    data = path.read_bytes()
-    yield data
-    yield path.name.encode()
-    if data[:2] == b"\x1f\x8b":
-        yield gzip.decompress(data)
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            yield from (name.encode() + archive.read(name) for name in archive.namelist())
-    if path.suffix == ".parquet":
-        table = pyarrow.parquet.read_table(path)
-        yield repr((table.to_pylist(), table.schema.metadata)).encode()
-    if data[:15] == b"SQLite format 3":
-        with sqlite3.connect(path) as database:
-            yield "\n".join(database.iterdump()).encode()
-    if path.suffix == ".b2nd":
-        import blosc2
-
-        array = blosc2.open(str(path), mode="r")
-        yield repr(dict(array.schunk.vlmeta.getall())).encode()
-
-
 @pytest.mark.slow
 def test_nothing_that_medim_writes_or_says_tells_who_when_or_where(
     hospital: Path,
@@ -117,7 +88,7 @@ def test_nothing_that_medim_writes_or_says_tells_who_when_or_where(
     labels, series = str(tmp_path / "labels.csv"), str(next(hospital.glob("*/*/*")))
     data, told = ["--data", str(hospital), "--labels", labels], ""
     assert all(
-        trace in b"".join(spoken(next(hospital.rglob("*.dcm")))).lower() for trace in TRACES if b"-" not in trace
+        trace in b"".join(list_texts(next(hospital.rglob("*.dcm")))).lower() for trace in TRACES if b"-" not in trace
     )
     for line in (
         ["index", str(hospital), "--modality", "mri", "--labels", labels, "--out", "index"],
@@ -153,7 +124,7 @@ def test_nothing_that_medim_writes_or_says_tells_who_when_or_where(
     found = {
         f"{path.relative_to(out)}: {trace.decode()}"
         for path in files
-        for text in spoken(path)
+        for text in list_texts(path)
         for trace in TRACES
         if trace in text.lower()
     }

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {  # a folder or a module: those it may 
     "doctor": frozenset({"version"}),
     "parsing": frozenset({"types"}),
     "files": frozenset({"types", "parsing"}),
-    "output_folder": frozenset({"types"}),
+    "output_folder": frozenset({"types", "privacy"}),
     "migrations": frozenset({"types", "parsing", "files"}),
     "signals": frozenset({"types"}),
     "signing": frozenset({"types"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -319,3 +320,15 @@ def test_a_file_in_the_way_and_a_folder_that_cannot_be_created_are_named(tmp_pat
     with pytest.raises(UserError, match="could not be written"):
         write_result(tmp_path / "out")
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_lock_ends_with_the_command_although_a_forked_process_is_still_there(tmp_path: Path) -> None:
+    end = multiprocessing.get_context("fork").Event()
+    with output_folder(tmp_path / "out", "index") as folder:
+        (folder / "summary.json").write_text("first")
+        loader = multiprocessing.get_context("fork").Process(target=end.wait)
+        loader.start()
+    write_result(tmp_path / "out", overwrite=True)
+    end.set()
+    loader.join()
+    assert list_files(tmp_path / "out")["summary.json"] == "new"

@@ -82,7 +82,7 @@ class PredictArguments:
 def predict(arguments: PredictArguments) -> None:
     """Apply a package to images and write one answer per image."""
     from medim.package.package import load_package
-    from medim.predict.predict import ImageSource
+    from medim.predict.images import ImageSource
     from medim.predict.predict import predict as run
 
     rows = run(
@@ -121,7 +121,8 @@ def embed(
     With --mi-map-dir, mutual-information maps are written too.
     """
     from medim.package.package import load_package
-    from medim.predict.predict import ImageSource, embed_images
+    from medim.predict.embed import embed_images
+    from medim.predict.images import ImageSource
 
     network: Any
     if (encoder / "medim.json").is_file():

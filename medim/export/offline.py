@@ -14,7 +14,8 @@ import numpy as np
 from medim.package.contract import GOLDEN
 from medim.package.golden import GoldenInput
 from medim.package.package import Package, load_package, verify_package
-from medim.predict.predict import embed_images, predict
+from medim.predict.embed import embed_images
+from medim.predict.predict import predict
 from medim.tasks import ENCODER
 
 ISOLATION_COMMANDS = (("unshare", "--net"), ("unshare", "--map-root-user", "--net"))  # as root, as another user

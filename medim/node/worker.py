@@ -15,6 +15,7 @@ from pathlib import Path
 
 from medim.data.index.index import AllRejectedError
 from medim.data.readers.dicom.header_scan import scan_header
+from medim.data.readers.sandbox import sandboxed_decoding
 from medim.node.deliveries import AnswerFile, commit_answers, list_earlier_reports
 from medim.node.event_log import log_failure
 from medim.node.journal import Journal
@@ -24,6 +25,7 @@ from medim.node.settings import NodeSettings
 from medim.node.spool import Spool, hash_dataset
 from medim.package.package import Package
 from medim.predict.dicom.uids import deterministic_uids
+from medim.predict.images import DEFAULT_LIMITS
 from medim.predict.predict import predict
 from medim.types import UserError
 
@@ -54,14 +56,15 @@ class Worker:
         """Predict series until `is_stopped`."""
         limit_memory(self._settings.memory_bytes)
         self.fail_interrupted()
-        while not is_stopped():
-            try:
-                is_idle = not self.answer_next()
-            except (sqlite3.Error, OSError) as error:  # a locked journal, a full disk
-                log_failure("worker-failed", error)
-                is_idle = True
-            if is_idle:
-                time.sleep(_IDLE_SECONDS)
+        with sandboxed_decoding(DEFAULT_LIMITS):  # one decoding process for all series
+            while not is_stopped():
+                try:
+                    is_idle = not self.answer_next()
+                except (sqlite3.Error, OSError) as error:  # a locked journal, a full disk
+                    log_failure("worker-failed", error)
+                    is_idle = True
+                if is_idle:
+                    time.sleep(_IDLE_SECONDS)
 
     def fail_interrupted(self) -> None:
         """Count the attempts that ended with the last process of this name as failed."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, TypedDict
 
+from medim.data.index.index import Rejection
 from medim.output_folder import acquire_lock
 from medim.predict.answer import PredictionRow
 from medim.types import UserError
@@ -57,7 +58,7 @@ class ProgressJournal:
             self._append(header)
 
     def add(self, image: str, entry: Entry) -> None:
-        """Record the result of an image, whose files have been written."""
+        """Record the result of an image after its files are written."""
         self._append({"image": image, **entry})
         self.entries[image] = entry
 
@@ -72,15 +73,42 @@ def open_journal(path: Path, inputs: Mapping[str, Any]) -> Iterator[ProgressJour
     """Lock and open a journal, and read the results of an earlier call.
 
     Raises:
-        UserError: another command uses the journal, it is that of other inputs, or it cannot be written.
+        UserError: another command uses the journal, or it is that of other inputs.
     """
-    try:
-        with acquire_lock(path, wait=False) as file:
-            yield ProgressJournal(file, path, inputs)
-    except BlockingIOError:
-        raise UserError(
-            f"{path}: another medim command is writing there. Wait for it, or choose another --out."
-        ) from None
+    with _lock_journal(path) as file:
+        yield ProgressJournal(file, path, inputs)
+
+
+def empty_journal(path: Path) -> None:
+    """Remove the results of an earlier call.
+
+    Raises:
+        UserError: another command uses the journal.
+    """
+    with _lock_journal(path) as file:
+        file.truncate(0)
+
+
+@contextmanager
+def _lock_journal(path: Path) -> Iterator[IO[str]]:
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(acquire_lock(path, wait=False))
+        except BlockingIOError:
+            raise UserError(
+                f"{path}: another medim command is writing this file. Wait for it, or choose another --out."
+            ) from None
+        yield file
+
+
+def encode_rejection(rejection: Rejection) -> Entry:
+    """Encode a rejection as an entry of the journal."""
+    return {"rejected": [rejection.path, rejection.reason, rejection.detail]}
+
+
+def decode_rejections(entries: Iterable[Entry]) -> list[Rejection]:
+    """Decode the rejections among entries of the journal."""
+    return [Rejection(*entry["rejected"]) for entry in entries if "rejected" in entry]
 
 
 def _read_complete_lines(file: IO[str]) -> tuple[list[Any], int]:

@@ -25,7 +25,8 @@ from medim.inference.ood import OOD_FILE, FeatureRecorder, ood_features
 from medim.models.ood_features import as_numpy_predictor
 from medim.models.serialization import load_encoder, load_model
 from medim.package.package import Package, PackageError, load_package, verify_package, write_sums
-from medim.predict.predict import embed_images, predict
+from medim.predict.embed import embed_images
+from medim.predict.predict import predict
 from medim.training.fit_ood import fit_detector
 from medim.types import Array, Volume
 from tests.export.packages import SPECS, make_run

@@ -153,7 +153,8 @@ def hook(event, arguments):
 
 from medim import load_package
 from medim.package.package import verify_package
-from medim.predict.predict import embed_images, predict
+from medim.predict.embed import embed_images
+from medim.predict.predict import predict
 import onnxruntime, scipy.ndimage, highdicom
 sys.addaudithook(hook)
 verify_package(package)

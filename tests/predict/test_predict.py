@@ -24,7 +24,8 @@ from medim.data.readers import base
 from medim.files import read_json
 from medim.inference.network import Predictor
 from medim.package.package import Package
-from medim.predict.predict import embed_images, predict
+from medim.predict.embed import embed_images
+from medim.predict.predict import predict
 from medim.types import Array, UsageError, UserError, Volume
 from tests.data.readers.test_bombs import BOMBS, sparse_nifti
 
@@ -327,7 +328,8 @@ for missing in ("torch", "monai", "pandas", "pyarrow", "SimpleITK", "onnx", "skl
 from pathlib import Path
 from medim import load_package
 from medim.package.package import verify_package
-from medim.predict.predict import embed_images, predict
+from medim.predict.embed import embed_images
+from medim.predict.predict import predict
 segmenter, encoder, series, picture, out = map(Path, sys.argv[1:])
 assert [check.verdict for check in verify_package(segmenter)] == ["not run", *["pass"] * 5]
 print(len(predict(load_package(segmenter), series, out / "masks")))
@@ -521,3 +523,11 @@ def test_an_existing_file_is_not_replaced_by_features_and_stale_rejections_are_r
     assert (tmp_path / "labels.csv").read_text() == "precious"
     embed_images(packages["encoder"], source, tmp_path / "labels.csv", overwrite=True)
     assert not (tmp_path / "labels.csv.rejected.csv").exists()
+
+
+def test_features_do_not_replace_the_images_that_they_are_of(packages: dict[str, Package], tmp_path: Path) -> None:
+    source = _pictures(tmp_path / "in") / "set.npz"
+    before = source.read_bytes()
+    with pytest.raises(UserError, match="another file than the images"):
+        embed_images(packages["encoder"], source, source, overwrite=True)
+    assert source.read_bytes() == before

@@ -34,7 +34,7 @@ from medim.objectives import OBJECTIVES
 from medim.objectives.objective import encoder_info
 from medim.objectives.score_map import MutualInformationMap, load_score_map
 from medim.package.package import Package, PackageError, load_onnx_session, load_package, verify_package, write_sums
-from medim.predict.predict import embed_images
+from medim.predict.embed import embed_images
 from medim.types import Array, UserError, Volume
 from tests.export.packages import OBJECTIVE, SPECS, STEPS_3D, make_run, make_run_with_critic
 from tests.predict.test_predict import oblique
@@ -264,7 +264,7 @@ for missing in ("torch", "monai", "pandas", "pyarrow", "SimpleITK", "onnx", "skl
 from pathlib import Path
 from medim import load_package
 from medim.package.package import verify_package
-from medim.predict.predict import embed_images
+from medim.predict.embed import embed_images
 package, picture, out = map(Path, sys.argv[1:])
 assert [check.verdict for check in verify_package(package)] == ["not run", *["pass"] * 6]
 embed_images(load_package(package), picture, out / "features.csv", maps=out / "maps")
