@@ -182,6 +182,7 @@ print(peak() - before - scores.numel() * 4 / 2**20)
 """
 
 
+@pytest.mark.slow
 def test_beyond_scores_and_their_gradient_a_bound_needs_little_memory() -> None:
     """The plain form holds the 64 MiB of scores three times more; a block is 4 MiB, whatever their size."""
     ran = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)

@@ -79,6 +79,7 @@ def test_the_same_study_twice_gives_the_same_bytes(small: Study, tmp_path: Path)
     assert (tmp_path / "one" / "results.parquet").read_bytes() == (tmp_path / "two" / "results.parquet").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_study_killed_between_and_inside_cells_goes_on_to_the_same_bytes(
     small: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,6 +219,7 @@ def test_a_cell_that_fails_is_told_and_the_others_are_kept(
     assert summary["cells"]["failed"][0]["cell"] == "dim, 4 labels, encoder 0, subset 0"
 
 
+@pytest.mark.slow
 def test_a_rate_that_could_not_be_tried_is_not_chosen_and_not_tried_again(
     small: Study, schedule: FinetuneConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

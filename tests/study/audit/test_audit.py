@@ -63,6 +63,7 @@ def rows(images: Cohort) -> list[CaseRow]:
     ]
 
 
+@pytest.mark.slow
 def test_the_size_of_crops_tells_until_all_have_one_field_of_view(source: Path, tmp_path: Path) -> None:
     crops = audit(
         cohort(source, tmp_path, [{"op": "normalise"}]), kind="classifier", classes=CLASSES, window=[12, 10, 9]

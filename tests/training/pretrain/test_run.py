@@ -166,6 +166,7 @@ def test_the_same_command_twice_gives_the_same_bytes_and_another_seed_gives_othe
     assert file_sha256(undisturbed / WEIGHTS) != file_sha256(tmp_path / "other" / WEIGHTS)
 
 
+@pytest.mark.slow
 def test_loading_processes_do_not_change_a_byte(
     undisturbed: Path, pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
 ) -> None:
@@ -281,6 +282,7 @@ def test_resume_without_a_checkpoint_starts_at_step_0(
     assert summary["resumed_from_steps"] == []
 
 
+@pytest.mark.slow
 def test_resume_may_load_with_other_processes(
     pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
 ) -> None:
