@@ -15,6 +15,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
@@ -178,7 +179,8 @@ def list_texts(path: Path) -> Iterator[bytes]:
         table = pyarrow.parquet.read_table(path)
         yield repr((table.to_pylist(), table.schema.metadata)).encode()
     if data[:15] == b"SQLite format 3":
-        with sqlite3.connect(path) as database:
+        # Immutable: opening it otherwise removes its files -wal and -shm, which are read as they are.
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True)) as database:
             yield "\n".join(database.iterdump()).encode()
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         with Image.open(path) as picture:

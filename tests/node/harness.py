@@ -42,14 +42,14 @@ class Node:
         with self.log.open("a") as log:
             self.process = subprocess.Popen(self._command, stderr=log, stdout=log, cwd=REPOSITORY)
         try:
-            wait_for(lambda: b"receiver-started" in self.log.read_bytes(), 60)
+            wait_for(lambda: b"receiver-started" in self.log.read_bytes(), 120)
         except AssertionError:
             self.process.kill()
             raise
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(timeout=30)
+        return self.process.wait(timeout=120)
 
     def states(self) -> dict[str, int]:
         with sqlite3.connect(self.spool.journal, timeout=30) as database:

@@ -73,7 +73,8 @@ def test_every_series_is_answered_once_through_kills_of_all_processes(
             kills = 0
             roles = list_roles(read_settings(running.spool.root))
             end = time.monotonic() + 25
-            while time.monotonic() < end and len(segmentations(archive)) < 6:
+            while kills < 4 or (time.monotonic() < end and len(segmentations(archive)) < 6):
+                assert time.monotonic() < end + 100, f"{kills} kills"
                 time.sleep(rng.uniform(0.5, 2.5))
                 victim = running.find_process(roles[kills % len(roles)])
                 if victim is not None and kills < 8:
@@ -83,7 +84,6 @@ def test_every_series_is_answered_once_through_kills_of_all_processes(
                 sender.join(60)
             wait_for(lambda: len(segmentations(archive)) == 6 and running.states() == {"answered ": 6}, 90)
             time.sleep(2)
-        assert kills >= 4
         assert archive.series() == {images[0].SeriesInstanceUID: 1 for images in series.values()}
         assert len(archive.objects) == 12  # a segmentation and a report of each
     with sqlite3.connect(running.spool.journal) as database:
@@ -155,9 +155,9 @@ def test_no_identity_is_in_the_journal_the_log_and_the_metrics(segmenter: Path, 
         send(localizer, running.port)
         send([broken], running.port)
         send([broken], running.port, called="QUILLON")
-        wait_for(lambda: len(archive.objects) == 2 and len(running.states()) == 3, 60)
+        states = {"answered ": 1, "rejected localizer": 1, "held single-slice": 1}
+        wait_for(lambda: len(archive.objects) == 2 and running.states() == states, 60)
         metrics = urllib.request.urlopen(f"http://127.0.0.1:{running.metrics}/metrics", timeout=10).read()
-        assert running.states() == {"answered ": 1, "rejected localizer": 1, "held single-slice": 1}
         commands = [["status"], *(["show", one.key] for one in Journal(running.spool.journal).list_series())]
         outputs = [CliRunner().invoke(app, ["serve", *words, "--spool", str(running.spool.root)]) for words in commands]
     assert [one.exit_code for one in outputs] == [0] * 4
