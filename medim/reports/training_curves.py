@@ -16,8 +16,14 @@ VERDICT_BANNERS: dict[str, Banner] = {
     "learning": Banner(
         "good",
         "Learning",
-        "On the validation subjects, every objective with a chance level ended below it by at least 5 % and "
-        "three standard errors.",
+        "On the validation subjects, every objective with a chance level ended below it by at least 0.1 nat "
+        "and three standard errors.",
+    ),
+    "weak": Banner(
+        "care",
+        "Weak",
+        "On the validation subjects, every objective is better than an uninformed network, but at least one by "
+        "less than 0.1 nat. Train longer before you use this encoder.",
     ),
     "at-chance": Banner(
         "care",

@@ -84,7 +84,7 @@ def build_objectives(
         in_channels: number of channels of an image.
 
     Raises:
-        UsageError: the options of a section do not match its constructor.
+        UsageError: the options of a section do not match its constructor, or no weight is above 0.
     """
     views = config.views
     is_geometric = any(step["op"] in GEOMETRIC for step in views.augmentations)
@@ -97,10 +97,12 @@ def build_objectives(
     for section in config.objectives:
         options = dict(section)
         weight = options.pop("weight", 1.0)
-        if not isinstance(weight, int | float):
-            raise UsageError(f"{options.get('name')}.weight: expected a number, got {weight!r}.")
+        if not isinstance(weight, int | float) or weight < 0:
+            raise UsageError(f"{options.get('name')}.weight: expected a number of at least 0, got {weight!r}.")
         objective = build_from_section(OBJECTIVES, options, **info, view_count=views.count, aligned=is_aligned)
         name = str(options["name"])
         counts[name] += 1
         objectives[f"{name}_{counts[name]}" if counts[name] > 1 else name] = (objective, float(weight))
+    if not any(weight for _, weight in objectives.values()):
+        raise UsageError("objectives: expected an objective with a weight above 0, got weight 0 for all of them.")
     return objectives

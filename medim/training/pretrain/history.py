@@ -31,7 +31,9 @@ from medim.training.tracking.tracking import set_tag
 
 log = logging.getLogger(__name__)
 DIVERGENCE_PATIENCE = 25  # steps
-FIRST_VALIDATION_STEP = 250  # every run is validated at this step; before it, the verdict at-chance is not reported
+FIRST_VALIDATION_STEP = (
+    250  # every run is validated at this step; before it, the verdicts weak and at-chance are not reported
+)
 HISTORY_COLUMNS = ("step", "name", "loss", "chance", "val")
 ENCODER_METRIC_NAMES = ("rankme", "feature_std", "weight_norm", "alignment", "uniformity", "probe", "probe_error")
 NON_OBJECTIVE_PREFIXES = ("gradient_norm/", "verdict/")  # prefixes of rows that do not belong to an objective
@@ -47,7 +49,8 @@ class MetricHistory(pl.Callback):
         summary_trained: whether an objective uses the summary; if not, a collapsed summary does not affect the verdict.
         encoder_metrics: other metrics of the encoder at each validation; see `medim.training.pretrain.online_probe`.
         selection: selection of the step to save the weights of; None disables selection.
-        weights: weight by objective in the validation loss for the selection; the default is 1.
+        weights: weight by objective in the validation loss for the selection; the default is 1. An objective of weight
+            0 has no effect on the verdict.
         first_norm: norm of the encoder weights before the first step, the reference of the metric `weight_norm`.
 
     Attributes:
@@ -124,9 +127,10 @@ class MetricHistory(pl.Callback):
             values = {name: term.loss, **{f"{name}/{key}": value for key, value in term.diagnostics.items()}}
             for key, value in values.items():
                 metrics[key] = self._add_row(step, key, float(value.detach()), term.chance if key == name else None)
-                if not math.isfinite(metrics[key]):
+                if not math.isfinite(metrics[key]) and self._weight(name):
                     self._non_finite = self._non_finite or f"{key} was {metrics[key]} at step {step}"
-            self._track_divergence(step, name, metrics[name], term.chance)
+            if self._weight(name):
+                self._track_divergence(step, name, metrics[name], term.chance)
         for part, norm in outputs.get("gradient_norms", {}).items():
             metrics[f"gradient_norm/{part}"] = self._add_row(step, f"gradient_norm/{part}", float(norm), None)
         if trainer.logger and step % max(1, int(trainer.max_steps) // 200) == 0:
@@ -182,7 +186,7 @@ class MetricHistory(pl.Callback):
         if self.selection is not None:
             self.selection.update(step, *self._selection_score(), self._selection_metrics(), module)
         report = self.compute_verdict()
-        if report.verdict != "at-chance" or step >= min(FIRST_VALIDATION_STEP, trainer.max_steps):
+        if report.verdict not in ("weak", "at-chance") or step >= min(FIRST_VALIDATION_STEP, trainer.max_steps):
             self._report_verdict(trainer, report)
         trainer.should_stop |= self._stop_on_collapse and (self.has_collapsed or report.verdict == "collapsed")
         self._step_end = time.perf_counter()
@@ -265,14 +269,17 @@ class MetricHistory(pl.Callback):
 
     def compute_verdict(self) -> VerdictReport:
         """Compute the current verdict with the reason."""
-        levels = {name: chance for name, chance in self.chance_levels().items() if chance is not None}
-        if not levels:
-            levels = {name: self.curve(name)[0] for name in self.chance_levels()}
+        trained_levels = {name: chance for name, chance in self.chance_levels().items() if self._weight(name)}
+        levels = {name: chance for name, chance in trained_levels.items() if chance is not None}
+        has_chance = bool(levels)
+        if not has_chance:
+            levels = {name: self.curve(name)[0] for name in trained_levels}
         non_finite = self._non_finite or (self._above_chance if self._stop_on_collapse else "")
         weight_shrinkage = describe_shrinkage(self.measures.get("weight_norm", math.nan), self._first_norm)
         return judge_run(
             levels,
             self.held_out,
+            has_chance=has_chance,
             non_finite=non_finite,
             above_chance=self._above_chance,
             collapse=self._describe_collapse(),
@@ -328,15 +335,16 @@ class MetricHistory(pl.Callback):
             set_tag(trainer.logger, "verdict", report.verdict)
             set_tag(trainer.logger, "verdict_step", str(step))
 
+    def _weight(self, term: str) -> float:
+        """Weight of the objective of a term."""
+        return self._weights.get(term.partition("/")[0], 1.0)
+
     def _weighted_loss(self) -> tuple[float, float]:
         """Compute the weighted validation loss with its error, of the terms with a chance level, or of all terms."""
         levels = self.chance_levels()
-        terms = [name for name, level in levels.items() if level is not None] or [*levels]
-        pairs = [
-            (self._weights.get(name.partition("/")[0], 1.0), *self.held_out[name])
-            for name in terms
-            if name in self.held_out
-        ]
+        trained_terms = [name for name in levels if self._weight(name)]
+        terms = [name for name in trained_terms if levels[name] is not None] or trained_terms
+        pairs = [(self._weight(name), *self.held_out[name]) for name in terms if name in self.held_out]
         error = math.sqrt(sum((weight * error) ** 2 for weight, _, error in pairs))
         return sum(weight * mean for weight, mean, _ in pairs), error
 

@@ -117,8 +117,12 @@ class PretrainModule(pl.LightningModule):
         return {"terms": self._compute_terms(encode, views), "summary": encode.clean.summary}
 
     def total_loss(self, terms: dict[str, Term]) -> torch.Tensor:
-        """Sum all terms with their weights; the name of a term begins with that of its objective."""
-        return torch.stack([self.weights[name.partition("/")[0]] * term.loss for name, term in terms.items()]).sum()
+        """Sum the terms with their weights; the name of a term begins with that of its objective.
+
+        Objectives of weight 0 are only measured: their terms are left out, as 0 times NaN is NaN.
+        """
+        weights = {name: self.weights[name.partition("/")[0]] for name in terms}
+        return torch.stack([weight * terms[name].loss for name, weight in weights.items() if weight]).sum()
 
     def _compute_terms(self, encode: StepEncoder, views: Views) -> dict[str, Term]:
         terms = {}

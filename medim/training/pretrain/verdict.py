@@ -6,11 +6,15 @@ import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-TrainingVerdict = Literal["learning", "at-chance", "collapsed", "diverged", "not-measured"]
+TrainingVerdict = Literal["learning", "weak", "at-chance", "collapsed", "diverged", "not-measured"]
+MIN_GAIN = 0.1  # nats below chance from which a term is learnt
+MIN_WEAK_GAIN = 0.01  # nats; smaller gains over chance are noise of the rounding and of few batches
+MIN_RELATIVE_GAIN = 0.05  # the same for a loss without a chance level, of its first value
 MIN_RANKME, MIN_FEATURE_STD = 1.5, 0.05  # summaries below these limits have collapsed
 MIN_NORM_RATIO = 0.1  # ratio of final to initial weight norm; below it, a run that learns nothing has collapsed
 ADVICE: dict[TrainingVerdict, str] = {
     "learning": "",
+    "weak": "Train longer; if the validation loss no longer falls, increase the learning rate or the batch size.",
     "at-chance": "Check that the sample views show anatomy; increase the learning rate tenfold, then the batch size; "
     "use larger crops or weaker augmentation; a long run may only need more steps.",
     "collapsed": "Check that the images are not blank or identical after preprocessing; lower weight_decay; lower the "
@@ -32,6 +36,7 @@ def judge_run(
     levels: Mapping[str, float],
     held_out: Mapping[str, tuple[float, float]],
     *,
+    has_chance: bool = True,
     non_finite: str = "",
     above_chance: str = "",
     collapse: str = "",
@@ -39,15 +44,20 @@ def judge_run(
 ) -> VerdictReport:
     """Determine the verdict from the last validation losses of a run.
 
-    `learning`: every term is below its level by at least 5 % of the level (of 1 nat if the level is 0) and three
-    standard errors. `diverged`: a loss is not finite, or a term is above its level by the same margin, or a training
-    loss was far above its level and the run has not learnt since. `collapsed`: the validation summaries have collapsed
-    to a point or line, or nothing is learnt and the weights of the encoder have shrunk. `not-measured`: no term has a
-    validation loss, and the run has not diverged. `at-chance`: all other cases.
+    `learning`: every term is below its level by at least 0.1 nat and three standard errors. The margin does not depend
+    on the level, log(classes), which is a property of the grid of locations and not of the encoder. `weak`: every term
+    is below its level by three standard errors and 0.01 nat, but a term by less than 0.1 nat. `diverged`: a loss is not
+    finite, or a term is above its level by the margin of `learning`, or a training loss was far above its level and the
+    run has not learnt since. `collapsed`: the validation summaries have collapsed to a point or line, or a term is not
+    learnt and the weights of the encoder have shrunk. `not-measured`: no term has a validation loss, and the run has
+    not diverged.
+    `at-chance`: all other cases.
 
     Args:
-        levels: chance level by term, or first loss by term if no term has a chance level.
+        levels: chance level by term in nats, or first loss by term if no term has a chance level.
         held_out: mean and standard error of the validation loss by term.
+        has_chance: whether the levels are chance levels. If not, the margin is 5 % of the level, as the losses have
+            no common unit.
         non_finite: description of a training loss that was not finite, or empty.
         above_chance: description of a training loss that stayed far above chance, or empty.
         collapse: description of a collapse of the summaries, or empty.
@@ -55,21 +65,16 @@ def judge_run(
 
     Examples:
         >>> judge_run({"local_dim": 5.0}, {"local_dim": (3.1, 0.1)})
-        VerdictReport(verdict='learning', why='local_dim: 3.1 held out, 5 at chance, a gain of 0.3 needed')
+        VerdictReport(verdict='learning', why='local_dim: 3.1 held out, 5 at chance: gain 2.7 bits, needed 0.43')
     """
     if non_finite:
         return VerdictReport("diverged", non_finite)
-    gains = []
-    for name, level in levels.items():
-        if name in held_out:
-            mean, error = held_out[name]
-            gain, need = level - mean, max(0.05 * (abs(level) or 1.0), 3 * error)
-            text = f"{name}: {mean:.3g} held out, {level:.3g} at chance, a gain of {need:.2g} needed"
-            gains.append((gain, need, text))
-    above = [text for gain, need, text in gains if not gain >= -need]
-    if above or not all(math.isfinite(gain) for gain, _, _ in gains):
+    measured_terms = [name for name in levels if name in held_out]
+    gains = [_measure_gain(name, levels[name], *held_out[name], has_chance) for name in measured_terms]
+    above = [one.text for one in gains if not one.gain >= -one.need]
+    if above or not all(math.isfinite(one.gain) for one in gains):
         return VerdictReport("diverged", "; ".join(above))
-    is_learning = bool(gains) and all(gain >= need for gain, need, _ in gains)
+    is_learning = bool(gains) and all(one.gain >= one.need for one in gains)
     if above_chance and (collapse or not is_learning):
         return VerdictReport("diverged", above_chance)
     if collapse or (weight_shrinkage and not is_learning):
@@ -77,8 +82,32 @@ def judge_run(
     if not gains:
         return VerdictReport("not-measured", "there is no validation loss")
     if is_learning:
-        return VerdictReport("learning", "; ".join(text for _, _, text in gains))
-    return VerdictReport("at-chance", "; ".join(text for gain, need, text in gains if gain < need))
+        return VerdictReport("learning", "; ".join(one.text for one in gains))
+    is_weak = all(one.gain >= max(MIN_WEAK_GAIN, 3 * one.error) for one in gains)
+    return VerdictReport(
+        "weak" if is_weak else "at-chance", "; ".join(one.text for one in gains if one.gain < one.need)
+    )
+
+
+class _Gain(NamedTuple):
+    """Gain of a term over its level, in the unit of its loss."""
+
+    gain: float
+    need: float
+    error: float
+    text: str
+
+
+def _measure_gain(name: str, level: float, mean: float, error: float, has_chance: bool) -> _Gain:
+    gain = level - mean
+    if not has_chance:
+        need = max(MIN_RELATIVE_GAIN * abs(level), 3 * error)
+        text = f"{name}: {mean:.3g} held out, {level:.3g} at the first step: gain {gain:.2g}, needed {need:.2g}"
+        return _Gain(gain, need, error, text)
+    need = max(MIN_GAIN, 3 * error)
+    bits, needed_bits = gain / math.log(2), need / math.log(2)
+    text = f"{name}: {mean:.3g} held out, {level:.3g} at chance: gain {bits:.2g} bits, needed {needed_bits:.2g}"
+    return _Gain(gain, need, error, text)
 
 
 def describe_collapse(rankme: float, feature_std: float) -> str:

@@ -103,11 +103,19 @@ def test_a_step_moves_encoder_critic_and_adversary(tmp_path: Path) -> None:
 
 
 def test_an_objective_without_weight_moves_nothing_but_its_adversary(tmp_path: Path) -> None:
-    module = module_of({"local_dim": (dim(), 0.0), "prior_matching": (PriorMatching(6, hidden=(8,)), 0.0)})
+    module = module_of({"fixed": (Scripted(fixed=1.0), 1.0), "prior_matching": (PriorMatching(6, hidden=(8,)), 0.0)})
+    alone = module_of({"fixed": (Scripted(fixed=1.0), 1.0)})
     before = copies(module)
     fit(module, tmp_path)
-    assert {name for name in moved(module, before) if "discriminator" not in name} == set()
+    fit(alone, tmp_path)
     assert any("discriminator" in name for name in moved(module, before))
+    assert moved(alone, copies(module)) == set()
+
+
+def test_an_objective_without_weight_may_be_nan(tmp_path: Path) -> None:
+    module = module_of({"fixed": (Scripted(fixed=1.0), 1.0), "broken": (Scripted(broken=float("nan")), 0.0)})
+    fit(module, tmp_path)
+    assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
 
 
 def test_a_rate_near_zero_leaves_the_encoder_where_it_was(tmp_path: Path) -> None:

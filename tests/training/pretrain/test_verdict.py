@@ -13,9 +13,27 @@ LEVELS = {"dim": 4.0}
 
 
 def test_a_verdict_names_the_term_its_loss_and_what_was_needed() -> None:
-    found = judge_run({"dim": 4.0, "coordinates": 3.0}, {"dim": (2.0, 0.1), "coordinates": (2.95, 0.01)})
+    found = judge_run({"dim": 4.0, "coordinates": 3.0}, {"dim": (2.0, 0.1), "coordinates": (2.95, 0.02)})
     assert found.verdict == "at-chance"
-    assert found.why == "coordinates: 2.95 held out, 3 at chance, a gain of 0.15 needed"
+    assert found.why == "coordinates: 2.95 held out, 3 at chance: gain 0.072 bits, needed 0.14"
+
+
+@pytest.mark.parametrize("level", [2.0, 8.04, 12.0])
+def test_the_needed_gain_does_not_depend_on_the_number_of_classes(level: float) -> None:
+    verdicts = [judge_run({"dim": level}, {"dim": (level - gain, 0.01)}).verdict for gain in (0.02, 0.05, 0.099, 0.101)]
+    assert verdicts == ["at-chance", "weak", "weak", "learning"]
+
+
+def test_a_run_is_weak_only_if_each_of_its_terms_is_better_than_chance() -> None:
+    levels = {"dim": 4.0, "coordinates": 3.0}
+    assert judge_run(levels, {"dim": (2.0, 0.01), "coordinates": (2.95, 0.01)}).verdict == "weak"
+    assert judge_run(levels, {"dim": (2.0, 0.01), "coordinates": (3.0, 0.0)}).verdict == "at-chance"
+
+
+def test_a_loss_without_a_chance_level_needs_a_share_of_its_first_value() -> None:
+    report = judge_run({"vae": 0.5}, {"vae": (0.45, 0.001)}, has_chance=False)
+    assert report == ("learning", "vae: 0.45 held out, 0.5 at the first step: gain 0.05, needed 0.025")
+    assert judge_run({"vae": 0.5}, {"vae": (0.49, 0.001)}, has_chance=False).verdict == "weak"
 
 
 def test_a_loss_that_is_no_number_outweighs_all_else() -> None:
