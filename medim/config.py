@@ -54,7 +54,7 @@ _Steps = typing.Annotated[int, Field(ge=1, le=10**9)]
 _ViewSide = typing.Annotated[int, Field(ge=2, le=4096)]
 T = typing.TypeVar("T")
 # Keys added later: they enter the hash only if they differ from the default, so that other runs keep their hash.
-KEYS_ADDED_LATER = ("compile", "gradient_cache_chunk", "checkpoint_selection")
+KEYS_ADDED_LATER = {"compile": False, "gradient_cache_chunk": None, "checkpoint_selection": "probe"}  # first default
 _TEST_PRESET_PREFIX = "test-"  # presets of the test suite, left out of messages
 MAX_EXTENDED_FILES = 20
 MAX_WORKERS = 256  # loading processes; PyTorch warns if a machine has fewer cores
@@ -160,10 +160,10 @@ class RunConfig(_StrictConfig):
         """Twelve hex digits that identify the computation.
 
         The preset name and the data-loading settings are excluded. Keys of `KEYS_ADDED_LATER` are included only if
-        they do not have their default value, so that a new key changes no hash.
+        they do not have the value that all earlier runs had, so that a new key changes no hash.
         """
         fields = type(self).model_fields
-        unset_keys = {key for key in KEYS_ADDED_LATER if key in fields and getattr(self, key) == fields[key].default}
+        unset_keys = {key for key, first in KEYS_ADDED_LATER.items() if key in fields and getattr(self, key) == first}
         return json_sha256(self.model_dump(mode="json", exclude={"name", "workers", "prefetch", *unset_keys}))[:12]
 
 
@@ -181,9 +181,9 @@ class PretrainConfig(RunConfig):
     )
     compile: bool = Field(False, description="compile encoder and decoder with torch.compile")
     checkpoint_selection: SelectionCriterion = Field(
-        "probe",
-        description="criterion that selects the saved step. probe: an online probe of labelled training subjects; the "
-        "validation loss if there are too few labels. loss: the validation loss, even if there are labels",
+        "loss",
+        description="criterion that selects the saved step. loss: the validation loss, without labels. probe: an "
+        "online probe of labelled training subjects; the validation loss if there are too few labels",
     )
 
 

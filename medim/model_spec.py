@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 2
 _Sizes = list[Size] | tuple[Size, ...]
-_PROVENANCE_KEYS = ("config_hash", "index_hash", "seed", "split_seed", "parent")
+_PROVENANCE_KEYS = ("config_hash", "index_hash", "seed", "split_seed", "parent", "n_selection_labels")
 
 
 class _Content(BaseModel):
@@ -66,6 +66,7 @@ class _ProvenanceContent(_Content):
     seed: int | None = None
     split_seed: int | None = None
     parent: str | None = None
+    n_selection_labels: int | None = None
 
 
 class _SelectionContent(_Content):
@@ -146,6 +147,7 @@ class Provenance:
         seed: random seed of weights, batches and augmentation.
         split_seed: random seed of the split by subject.
         parent: sha256 of the encoder that a fine-tuning started from; None for fresh weights.
+        n_selection_labels: labels that selected the checkpoint of that encoder.
         versions: of medim, python and the libraries, by name.
     """
 
@@ -154,6 +156,7 @@ class Provenance:
     seed: int | None = None
     split_seed: int | None = None
     parent: str | None = None
+    n_selection_labels: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -227,8 +230,10 @@ class ModelSpec(NetworkSpec):
 
     @property
     def n_selection_labels(self) -> int:
-        """Labels that the online probe used to select the checkpoint."""
-        return int((self.checkpoint_selection or {}).get("n_labels", 0))
+        """Labels that the online probe used to select the checkpoint of the encoder, or of the encoder of a model."""
+        if self.is_encoder:
+            return int((self.checkpoint_selection or {}).get("n_labels", 0))
+        return self.provenance.n_selection_labels or 0
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], source: Path | str) -> ModelSpec:

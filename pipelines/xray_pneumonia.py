@@ -55,7 +55,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     index, out, store = build_index(arguments.data, "xray", keep_names=True), arguments.out, arguments.out / "store"
-    settings = load_config("pretrain", "xray-28")
+    settings = load_config("pretrain", "xray-28", ["checkpoint_selection=probe"])  # as for the published figures
     schedules = {
         arm: load_config("finetune", "xray-28-classification", [f"head_init={head}"]) for arm, head in HEADS.items()
     }

@@ -125,11 +125,12 @@ def test_a_dumped_config_loads_to_the_same_run(command: Command, name: str, tmp_
 
 
 def test_what_changes_no_number_is_not_in_the_hash_and_newer_keys_count_where_they_are_set() -> None:
-    assert load_config("pretrain", "mri-crop").hash == "fdd5d87468b2", (
+    assert load_config("pretrain", "mri-crop", ["checkpoint_selection=probe"]).hash == "fdd5d87468b2", (
         "runs and studies keep their names until keys are renamed"
     )
     assert configured().hash == configured(workers=3, prefetch=4).hash
     assert configured().hash == configured(compile=False, gradient_cache_chunk=None).hash
+    assert configured().hash != configured(checkpoint_selection="probe").hash
     assert len({configured().hash, configured(compile=True).hash, configured(gradient_cache_chunk=8).hash}) == 3
 
 

@@ -151,6 +151,7 @@ def _describe_inputs(network: Predictor, spec: ModelSpec, index: Index) -> dict[
     return {
         "classes": list(network.classes),
         "init": "pretrained" if spec.provenance.parent else "scratch",
+        "n_selection_labels": spec.n_selection_labels,
         "model_sha256": spec.sha256,
         "index_hash": index.hash,
     }

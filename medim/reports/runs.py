@@ -91,6 +91,7 @@ def build_finetuning_section(folder: Path, anchor: str) -> ReportSection:
         ("Task", format_value(summary.get("task"))),
         ("Started from", format_value(start)),
         ("Labelled images used", format_value(summary.get("n_labelled"))),
+        *_selection_label_facts(summary),
         ("Images excluded (no label)", format_value(summary.get("n_unlabelled"))),
         ("Validation images", _format_image_counts(validation)),
         *_contamination_facts(summary),
@@ -127,6 +128,7 @@ def build_evaluation_section(folder: Path, anchor: str) -> ReportSection:
         ("Split", split),
         ("Subjects excluded (in the training data)", format_value(summary.get("n_excluded_subjects"))),
         *_contamination_facts(summary),
+        *_selection_label_facts(summary),
         ("Rejected images", format_value(summary.get("rejected"))),
         ("Model started from", format_value(summary.get("init"))),
     ]
@@ -207,6 +209,13 @@ def _build_headline(metrics: Mapping[str, Any], split_text: str) -> Banner:
 def _contamination_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Counts of evaluated images that were part of the training data."""
     return [(name.capitalize(), text) for name, text in describe_counts(summary.get("contamination")).items()]
+
+
+def _selection_label_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Number of labels that selected the step of the encoder; nothing for fresh weights and results of old versions."""
+    if summary.get("init") != "pretrained" or "n_selection_labels" not in summary:
+        return []
+    return [("Labels that selected the encoder's step", format_value(summary["n_selection_labels"]))]
 
 
 def _format_image_counts(counts: Mapping[str, Any]) -> str:

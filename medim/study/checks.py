@@ -165,7 +165,7 @@ def count_selection_labels(arms: Iterable[Arm]) -> dict[str, int]:
     if listing := ", ".join(f"{name} ({labels})" for name, labels in selection_labels.items() if labels):
         log.warning(
             "labels of training subjects were used to select the step of encoders, in addition to the label budgets: "
-            "%s. To avoid this, pretrain with --set checkpoint_selection=loss",
+            "%s. To avoid this, pretrain with checkpoint_selection=loss, the default",
             listing,
         )
     return selection_labels

@@ -289,6 +289,7 @@ def _build_finetune_summary(run: _FinetuneRun, evaluation: CaseSummary | None, s
         "task": config.task,
         "init": "pretrained" if run.spec.provenance.parent else "scratch",
         "n_labelled": len(run.data.train),
+        "n_selection_labels": run.spec.n_selection_labels,
         "n_unlabelled": len(cohort.index.records) - len(cohort.keys) - len(cohort.rejections),
         "steps": module.global_step,
         "resumed_from_steps": get_resume_steps(module.trainer),
@@ -319,28 +320,35 @@ def _prepare_model(
     pretrained: list[torch.nn.Module] = []
     if encoder:
         parent, pretrained = _load_pretrained(model, encoder)
-        spec = replace(spec, provenance=replace(spec.provenance, parent=parent))
+        if parent.n_selection_labels:
+            log.warning(
+                "%d labels of training subjects selected the step of the encoder, in addition to the label budget. To "
+                "avoid this, pretrain with checkpoint_selection=loss, the default",
+                parent.n_selection_labels,
+            )
+        origin = replace(spec.provenance, parent=parent.sha256, n_selection_labels=parent.n_selection_labels)
+        spec = replace(spec, provenance=origin)
     if config.pretrained_lr_scale == 0:
         model.freeze(pretrained)
     return model, pretrained, spec
 
 
-def _load_pretrained(model: Model, encoder: Path) -> tuple[str, list[torch.nn.Module]]:
+def _load_pretrained(model: Model, encoder: Path) -> tuple[ModelSpec, list[torch.nn.Module]]:
     """Load the weights of an encoder, and those of its decoder if both sides have one.
 
     Returns:
-        SHA-256 of the encoder, and the loaded parts of the model.
+        Spec of the encoder, and the loaded parts of the model.
     """
     weights, spec = locate_weights(encoder)
     if not spec.is_encoder:
         load_weights(model.encoder, weights, prefix="encoder.")
-        return spec.sha256, [model.encoder]
+        return spec, [model.encoder]
     load_weights(model.encoder, weights)
     decoder = weights.with_name("decoder.safetensors")
     if model.decoder is None or not decoder.is_file():
-        return spec.sha256, [model.encoder]
+        return spec, [model.encoder]
     load_weights(model.decoder, decoder)
-    return spec.sha256, [model.encoder, model.decoder]
+    return spec, [model.encoder, model.decoder]
 
 
 def _build_unknown_history(encoder: Path | None) -> TrainingHistory:

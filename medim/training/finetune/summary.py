@@ -23,6 +23,7 @@ class FinetuneSummary(TypedDict):
     task: str
     init: str
     n_labelled: int
+    n_selection_labels: int
     n_unlabelled: int
     steps: int
     resumed_from_steps: list[int]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,11 @@ from medim.data.index.index import Index, build_index
 from medim.data.loading.cohort import open_cohort
 from medim.data.loading.splits import assign_splits
 from medim.evaluation.cases import read_cases
+from medim.evaluation.evaluate import evaluate
 from medim.files import file_sha256
 from medim.models.model import build_model
 from medim.models.serialization import load_encoder, load_model
+from medim.reports.report import write_report_page
 from medim.training.finetune.config import dry_run_finetuning, resolve_finetune_config
 from medim.training.finetune.module import FinetuneModule
 from medim.training.finetune.options import FinetuneOptions
@@ -518,3 +521,27 @@ def test_options_by_name_replace_those_of_the_object_and_a_misspelt_one_is_refus
     with pytest.raises(TypeError, match="sede"):
         finetune(finetune_config, Index(root=Path(), modality="mri", records=()), tmp_path / "out", options, sede=3)
     assert not (tmp_path / "out").exists()
+
+
+def test_labels_that_selected_the_encoders_step_are_counted_in_all_later_results(
+    encoder: Path, finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path, caplog: Any
+) -> None:
+    by_probe = tmp_path / "by-probe"
+    shutil.copytree(encoder, by_probe)
+    spec_file = by_probe / "encoder" / "encoder.json"
+    content = json.loads(spec_file.read_text())
+    spec_file.write_text(json.dumps(content | {"checkpoint_selection": {"step": 1, "n_labels": 60}}))
+    for parent, count in ((by_probe, 60), (encoder, 0)):
+        run, answers = tmp_path / f"run-{count}", tmp_path / f"evaluation-{count}"
+        caplog.clear()
+        summary = finetune(finetune_config, cohort_index, run, encoder=parent, store=store)
+        assert summary["n_selection_labels"] == count
+        assert ("labels of training subjects selected" in caplog.text) == bool(count)
+        assert evaluate(run, cohort_index, answers)["n_selection_labels"] == count
+        for folder in (run, answers):
+            row = f"Labels that selected the encoder&#39;s step</dt><dd>{count}<"
+            assert row in write_report_page(folder).read_text()
+    again = finetune(finetune_config, cohort_index, tmp_path / "again", encoder=tmp_path / "run-60", store=store)
+    assert again["n_selection_labels"] == 60
+    twin = finetune(finetune_config, cohort_index, tmp_path / "twin", encoder=by_probe, from_scratch=True, store=store)
+    assert twin["n_selection_labels"] == 0

@@ -48,7 +48,7 @@ def cohort(folder: Path, labels: dict[str, Any]) -> Cohort:
 @pytest.fixture
 def config(pretrain_config: PretrainConfig) -> PretrainConfig:
     views = ViewsConfig(shape=(SIDE, SIDE), augmentations=[{"op": "noise", "probability": 1.0}])
-    return pretrain_config.model_copy(update={"views": views})
+    return pretrain_config.model_copy(update={"views": views, "checkpoint_selection": "probe"})
 
 
 def opened(config: PretrainConfig, found: Cohort) -> OnlineProbe | None:
