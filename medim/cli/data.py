@@ -12,10 +12,14 @@ from medim.cli.options import (
     ConfigOption,
     KeepNamesOption,
     LabelsOption,
+    ModalityOption,
     OutOption,
     OverwriteOption,
+    PreprocessingJobsOption,
     SeedOption,
     SubjectsOption,
+    check_modality,
+    require_modality,
 )
 from medim.cli.terminal import console, escape_control_characters, print_result, show_progress
 from medim.types import Modality, UsageError, UserError
@@ -156,13 +160,11 @@ def locate(
 
 def preprocess(
     source: Annotated[Path, typer.Argument(help="Images, or an index.")],
-    modality: Annotated[
-        Modality, typer.Option(help="Modality of the images to use; images of other modalities are rejected.")
-    ],
     out: OutOption,
+    modality: ModalityOption = None,
     config: ConfigOption = None,
     keep_names: KeepNamesOption = False,
-    jobs: Annotated[int, typer.Option(metavar="N", help="Number of processes.")] = 1,
+    jobs: PreprocessingJobsOption = 1,
 ) -> None:
     """Preprocess images into a store.
 
@@ -175,9 +177,11 @@ def preprocess(
 
     if out.exists() and not (out / "store.json").is_file() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out}: expected a store, or an empty or new folder. Choose another --out.")
-    resolve_pretrain_config(config or modality)
-    image_index, _ = open_source(source, modality, keep_names=keep_names)
-    steps = resolve_pretrain_config(config or modality, index=image_index).preprocessing
+    preset = config or modality or require_modality(source)
+    settings = resolve_pretrain_config(preset)
+    check_modality(settings.modality, modality, config)
+    image_index, _ = open_source(source, settings.modality, keep_names=keep_names)
+    steps = resolve_pretrain_config(preset, index=image_index).preprocessing
     cohort = open_cohort(image_index, image_index.records, steps, split_seed=0, store=out, jobs=jobs)
     rows = flag_images(image_index.records, cohort.quality_metrics())
     write_quality(out, rows)

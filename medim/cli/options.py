@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from medim.types import Modality, UsageError, UserError
+
 DataOption = Annotated[
     Path | None,
     typer.Option(
@@ -29,6 +31,17 @@ KeepNamesOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key. May be repeated.")
+]
+ModalityOption = Annotated[
+    Modality | None,
+    typer.Option(
+        "--modality",
+        help="Modality of the images to use; images of other modalities are rejected. Default: that of --config, of "
+        "--encoder, or of the index, store or public set in --data.",
+    ),
+]
+PreprocessingJobsOption = Annotated[
+    int, typer.Option("--jobs", metavar="N", help="Number of processes that preprocess images.", min=1)
 ]
 MAX_SEED = 2**32 - 1  # what numpy and torch both take
 SeedOption = Annotated[
@@ -79,3 +92,27 @@ PublicKeyOption = Annotated[
         "--public-key", metavar="FILE", help="Ed25519 public key (PEM). Exit code 3 if it did not sign the package."
     ),
 ]
+
+
+def require_modality(data: Path | None) -> Modality:
+    """Read the modality that `--data` records.
+
+    Raises:
+        UsageError: the images have no index, so `--modality` is required.
+    """
+    from medim.data.source import find_modality
+
+    modality = find_modality(data)
+    if modality is None:
+        raise UsageError("--modality: mri or xray is required, because --data is not an index, store or public set.")
+    return modality
+
+
+def check_modality(modality: Modality, option: Modality | None, config: str | None) -> None:
+    """Check that `--modality` is that of the configuration.
+
+    Raises:
+        UserError: they differ.
+    """
+    if option not in (None, modality):
+        raise UserError(f"--config {config}: this configuration is for {modality}, but --modality is {option}.")

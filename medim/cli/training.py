@@ -16,21 +16,25 @@ from medim.cli.options import (
     FailOnContaminationOption,
     KeepNamesOption,
     LabelsOption,
+    ModalityOption,
     NodesOption,
     OutOption,
     OverwriteOption,
     PrecisionOption,
+    PreprocessingJobsOption,
     PublicKeyOption,
     ResumeOption,
     SeedOption,
     SetOption,
     SplitSeedOption,
     SubjectsOption,
+    check_modality,
+    require_modality,
 )
 from medim.cli.terminal import format_intervals, format_loss, format_or_dash, print_result
 from medim.signals import handle_shutdown_signals
 from medim.tasks import TASK_OPTIONS
-from medim.types import Modality, UsageError, UserError
+from medim.types import UsageError
 
 if TYPE_CHECKING:
     from medim.training.plan.estimate import PlanEstimate
@@ -40,15 +44,14 @@ if TYPE_CHECKING:
 class PretrainArguments:
     """Command-line arguments of `medim pretrain`."""
 
-    modality: Annotated[
-        Modality, typer.Option(help="Modality of the images to use; images of other modalities are rejected.")
-    ]
+    modality: ModalityOption = None
     data: DataOption = None
     config: ConfigOption = None
     set_: SetOption = None
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Folder of the run. Default: runs/<preset>-<hash>.")
     ] = None
+    jobs: PreprocessingJobsOption = 1
     seed: SeedOption = 0
     split_seed: SplitSeedOption = 0
     resume: ResumeOption = False
@@ -74,11 +77,11 @@ def pretrain(arguments: PretrainArguments) -> None:
     from medim.training.pretrain.options import PretrainOptions
     from medim.training.pretrain.run import pretrain as run
 
-    config_args = arguments.config or arguments.modality, _list_overrides(arguments)
+    config_args = _select_config(arguments), _list_overrides(arguments)
     settings = resolve_pretrain_config(*config_args)  # a mistake in it shows before images are read
-    _check_modality(settings.modality, arguments)
+    check_modality(settings.modality, arguments.modality, arguments.config)
     image_index, store = open_source(
-        arguments.data, arguments.modality, subjects=arguments.subjects, keep_names=arguments.keep_names
+        arguments.data, settings.modality, subjects=arguments.subjects, keep_names=arguments.keep_names
     )
     settings = resolve_pretrain_config(*config_args, index=image_index)
     folder = arguments.out or Path("runs") / f"{settings.name}-{settings.hash}"
@@ -92,6 +95,7 @@ def pretrain(arguments: PretrainArguments) -> None:
         nodes=arguments.nodes,
         stop_on_collapse=arguments.stop_on_collapse,
         store=store,
+        jobs=arguments.jobs,
     )
     summary = run(settings, image_index, folder, options)
     if is_main_process():
@@ -134,9 +138,7 @@ class FinetuneArguments:
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Train the network of the encoder from fresh weights, as a baseline.")
     ] = False
-    modality: Annotated[Modality | None, typer.Option(help="Modality of the images. Required without --encoder.")] = (
-        None
-    )
+    modality: ModalityOption = None
     labelled: Annotated[int | None, typer.Option(metavar="N", help="Label budget in images.")] = None
     label_fraction: Annotated[
         float | None,
@@ -154,6 +156,7 @@ class FinetuneArguments:
     fail_on_contamination: FailOnContaminationOption = False
     public_key: PublicKeyOption = None
     accelerator: AcceleratorOption = "auto"
+    jobs: PreprocessingJobsOption = 1
 
 
 @handle_shutdown_signals()
@@ -177,7 +180,10 @@ def finetune(arguments: FinetuneArguments) -> None:
             "--from-scratch."
         )
     require_signature(encoder_path, arguments.public_key)
-    config_args = arguments.task, arguments.modality, encoder_path, arguments.config, arguments.set_ or []
+    modality = arguments.modality
+    if modality is None and encoder_path is None and arguments.config is None:
+        modality = require_modality(arguments.data)
+    config_args = arguments.task, modality, encoder_path, arguments.config, arguments.set_ or []
     options = FinetuneOptions(
         encoder=encoder_path,
         from_scratch=arguments.from_scratch,
@@ -189,8 +195,10 @@ def finetune(arguments: FinetuneArguments) -> None:
         overwrite=arguments.overwrite,
         fail_on_contamination=arguments.fail_on_contamination,
         accelerator=arguments.accelerator,
+        jobs=arguments.jobs,
     )
     settings = resolve_finetune_config(*config_args)  # mistakes in options and configuration show before reading
+    check_modality(settings.modality, arguments.modality, arguments.config)
     image_index, store = open_source(
         arguments.data,
         settings.modality,
@@ -217,9 +225,7 @@ def finetune(arguments: FinetuneArguments) -> None:
 class PlanArguments:
     """Command-line arguments of `medim plan`."""
 
-    modality: Annotated[
-        Modality | None, typer.Option(help="Modality of the images. Default: from the configuration.")
-    ] = None
+    modality: ModalityOption = None
     data: DataOption = None
     config: ConfigOption = None
     set_: SetOption = None
@@ -249,12 +255,9 @@ def plan(arguments: PlanArguments) -> None:
     from medim.training.plan.plan import plan_pretraining as run
     from medim.training.pretrain.config import resolve_pretrain_config
 
-    config_name = arguments.config or arguments.modality
-    if config_name is None:
-        raise UsageError("expected --config (name of a preset or a YAML file) or --modality mri or xray.")
-    config_args = config_name, _list_overrides(arguments)
+    config_args = _select_config(arguments), _list_overrides(arguments)
     settings = resolve_pretrain_config(*config_args)  # a mistake in it shows before images are read
-    _check_modality(settings.modality, arguments)
+    check_modality(settings.modality, arguments.modality, arguments.config)
     image_index, store = open_source(
         arguments.data, settings.modality, subjects=arguments.subjects, keep_names=arguments.keep_names
     )
@@ -290,13 +293,9 @@ def _list_overrides(arguments: PretrainArguments | PlanArguments) -> list[str]:
     return [*(arguments.set_ or []), *([f"precision={arguments.precision}"] if arguments.precision else [])]
 
 
-def _check_modality(modality: Modality, arguments: PretrainArguments | PlanArguments) -> None:
-    """Check that `--modality` is that of the configuration."""
-    if arguments.modality not in (None, modality):
-        raise UserError(
-            f"--config {arguments.config}: this configuration is for {modality}, "
-            f"but --modality is {arguments.modality}."
-        )
+def _select_config(arguments: PretrainArguments | PlanArguments) -> str:
+    """Select the name of the configuration: `--config`, or the preset of the modality."""
+    return arguments.config or arguments.modality or require_modality(arguments.data)
 
 
 def _format_plan(estimate: PlanEstimate) -> dict[str, str]:

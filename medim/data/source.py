@@ -6,14 +6,32 @@ import logging
 import shutil
 from pathlib import Path
 
-from medim.data.index.index import Index, build_index
+from medim.data.index.index import Index, build_index, is_index, read_modality
 from medim.data.parallel import count_cpus
-from medim.data.public.fetch import resolve_data_argument
+from medim.data.public.fetch import find_public_set, resolve_data_argument
 from medim.output_folder import acquire_lock
 from medim.privacy import format_path
 from medim.types import Modality, UserError
 
 log = logging.getLogger(__name__)
+
+
+def find_modality(data: Path | None) -> Modality | None:
+    """Find the modality that a data source records; None for images without an index.
+
+    Args:
+        data: as in `open_source`.
+
+    Examples:
+        >>> find_modality(None)  # the built-in cohort
+        'mri'
+    """
+    if data is None:
+        return "mri"
+    if is_index(data):
+        return read_modality(data)
+    public_set = find_public_set(data)
+    return public_set.modality if public_set else None
 
 
 def open_source(
@@ -44,12 +62,12 @@ def open_source(
     if data is None:
         data = _prepare_builtin_cohort(modality)
     data = resolve_data_argument(data, modality)
-    if (data / "index.parquet").is_file() or (data / "index.csv").is_file():
+    if is_index(data) or any((data / f"index.{kind}").is_file() for kind in ("parquet", "csv")):
         index = Index.read(data)
         if index.modality != modality:
             raise UserError(
                 f"{format_path(data)}: expected an index of {modality} images, got {index.modality}. "
-                f"Give --modality {index.modality}."
+                f"Use a configuration, encoder or --modality for {index.modality}, or other images."
             )
         option = "--labels" if labels else "--subjects" if subjects else "--keep-names" if keep_names else None
         if option:

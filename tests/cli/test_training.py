@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import medim.training.finetune.run as finetuning
 import medim.training.plan.plan as planning
+import medim.training.pretrain.run as pretraining
 from medim.cli import app
 from medim.cli.training import _format_pretraining
 from medim.files import read_json
+from medim.types import UserError
 
 TOLD: dict[str, Any] = {
     "hours": 1.5,
@@ -88,7 +91,7 @@ def test_a_plan_that_does_not_fit_leaves_with_one_sentence(pictures: Path, monke
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        ([], 2, "expected --config"),
+        (["--data", "."], 2, "--modality: mri or xray is required"),
         (["--config", "xray-29"], 2, "Did you mean 'xray-28'?"),
         (["--config", "xray-28", "--modality", "mri"], 1, "this configuration is for xray"),
         (["--config", "xray-28"], 1, "X-rays have no built-in cohort"),
@@ -98,6 +101,48 @@ def test_a_plan_that_does_not_fit_leaves_with_one_sentence(pictures: Path, monke
 def test_what_cannot_be_planned_is_told_at_once(options: list[str], code: int, message: str) -> None:
     done = CliRunner().invoke(app, ["plan", *options])
     assert (done.exit_code, message in done.output) == (code, True), done.output
+
+
+@pytest.mark.parametrize("source", ["index", "store"])
+def test_the_modality_is_that_of_the_index_or_store(
+    source: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, calls = str(tmp_path / source), []
+    made = CliRunner().invoke(app, ["index", str(pictures), "--modality", "xray", "--out", str(tmp_path / "index")])
+    assert made.exit_code == 0, made.output
+    if source == "store":
+        made = CliRunner().invoke(app, ["preprocess", str(tmp_path / "index"), "--jobs", "2", "--out", data])
+        assert made.exit_code == 0, made.output
+
+    def record(config: Any, index: Any, out: Path, options: Any, **_: Any) -> None:
+        calls.append((config.modality, index.modality, options.jobs))
+        raise UserError("recorded")
+
+    monkeypatch.setattr(pretraining, "pretrain", record)
+    monkeypatch.setattr(finetuning, "finetune", record)
+    for command in (["pretrain"], ["finetune", "--task", "classification"]):
+        arguments = [*command, "--data", data, "--jobs", "3", "--out", str(tmp_path / "run")]
+        assert "recorded" in CliRunner().invoke(app, arguments).output
+        refused = CliRunner().invoke(app, [*arguments, "--modality", "mri"])
+        assert (refused.exit_code, "expected an index of mri images, got xray" in refused.output) == (1, True)
+    assert calls == [("xray", "xray", 3)] * 2
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "plan", "preprocess"])
+def test_the_modality_of_images_without_an_index_is_required(command: str, pictures: Path, tmp_path: Path) -> None:
+    arguments = {"preprocess": [str(pictures)], "finetune": ["--task", "classification", "--data", str(pictures)]}
+    words = [command, *arguments.get(command, ["--data", str(pictures)]), "--out", str(tmp_path / "out")]
+    refused = CliRunner().invoke(app, words)
+    assert (refused.exit_code, "--modality: mri or xray is required" in refused.output) == (2, True), refused.output
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "preprocess"])
+def test_a_configuration_of_another_modality_is_refused(command: str, pictures: Path, tmp_path: Path) -> None:
+    config = "xray-28-classification" if command == "finetune" else "xray-28"
+    arguments = {"preprocess": [str(pictures)], "finetune": ["--task", "classification", "--data", str(pictures)]}
+    words = [command, *arguments.get(command, ["--data", str(pictures)]), "--out", str(tmp_path / "out")]
+    refused = CliRunner().invoke(app, [*words, "--config", config, "--modality", "mri"])
+    assert (refused.exit_code, "this configuration is for xray" in refused.output) == (1, True), refused.output
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ from medim.migrations import read_checked_json
 from medim.privacy import Scrubber, format_path, identity_tokens, make_pseudonym, resolve_scrubbed_path, scrubbed_name
 from medim.types import Modality, UsageError, UserError, Volume
 
-__all__ = ["AllRejectedError", "ImageRecord", "Index", "Rejection", "build_index", "is_index"]
+__all__ = ["AllRejectedError", "ImageRecord", "Index", "Rejection", "build_index", "is_index", "read_modality"]
 
 log = logging.getLogger(__name__)
 _OTHER_MODALITY: dict[Modality, tuple[int, Modality]] = {"mri": (2, "xray"), "xray": (3, "mri")}
@@ -337,6 +337,19 @@ def _list_labels(records: Sequence[ImageRecord]) -> tuple[str, ...]:
     """List the findings, or else the sorted classes."""
     labels = [record.label for record in records]
     return finding_names(labels) or sort_labels(labels)
+
+
+def read_modality(path: Path) -> Modality:
+    """Read the modality of an index without its records.
+
+    Args:
+        path: folder of the index, or its table.
+
+    Raises:
+        UserError: its `summary.json` cannot be read.
+    """
+    folder = path if path.is_dir() else path.parent
+    return read_checked_json(folder / "summary.json", None, _IndexSummary)["modality"]
 
 
 def is_index(path: Path) -> bool:

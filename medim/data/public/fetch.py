@@ -104,6 +104,12 @@ def locate_public_folder(name: str) -> Path:
     return cache_folder() / "public" / name
 
 
+def find_public_set(data: Path) -> PublicSet | None:
+    """Find the public data set that `--data` names; None for a path."""
+    name = {key.casefold(): key for key in PUBLIC_SETS}.get(str(data).casefold())
+    return None if data.exists() or name is None else PUBLIC_SETS[name]
+
+
 def resolve_data_argument(data: Path, modality: Modality) -> Path:
     """Resolve `--data`: an existing path, else the folder of a downloaded public data set.
 

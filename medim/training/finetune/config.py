@@ -39,7 +39,7 @@ def resolve_finetune_config(
 
     Args:
         task: segmentation, classification or regression; findings (several labels per image) are a classification.
-        modality: modality; required without an encoder.
+        modality: modality; required without an encoder and `name`.
         encoder: pretraining run or package, or None.
         name: preset or file.
         assignments: `key=value` overrides.
@@ -47,11 +47,12 @@ def resolve_finetune_config(
 
     Raises:
         UserError: the encoder is of another modality.
-        UsageError: neither encoder nor modality is given; or see `medim.training.auto_config.resolve_run_config`.
+        UsageError: neither encoder, modality nor `name` is given; or see
+            `medim.training.auto_config.resolve_run_config`.
     """
     find_task(task)
-    if encoder is None and modality is None:
-        raise UsageError("--modality: mri or xray is required without --encoder.")
+    if encoder is None and modality is None and name is None:
+        raise UsageError("--modality: mri or xray is required without --encoder and --config.")
     spec = locate_weights(encoder)[1] if encoder else None
     if spec and modality and spec.modality != modality:
         raise UserError(

@@ -26,6 +26,7 @@ class FinetuneOptions:
         overwrite: empty the run's folder first.
         accelerator: device kind, in the terms of Lightning.
         store: folder of preprocessed images; None: the user's cache.
+        jobs: number of processes that preprocess images which are not in the store.
         fail_on_contamination: refuse if the encoder or the training split contains an image or subject of the
             validation split.
         cohort: result of `open_labelled_cohort` for this index, shared by several runs; `store` is then not used.
@@ -47,6 +48,7 @@ class FinetuneOptions:
     overwrite: bool = False
     accelerator: str = "auto"
     store: Path | None = None
+    jobs: int = 1
     fail_on_contamination: bool = False
     cohort: Cohort | None = None
     parent_run: str | None = None

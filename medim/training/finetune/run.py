@@ -131,6 +131,7 @@ def _open_labelled_data(config: FinetuneConfig, index: Index, options: FinetuneO
         index,
         split_seed=options.split_seed,
         store=options.store,
+        jobs=options.jobs,
         fail_on_contamination=options.fail_on_contamination,
     )
     train = select_label_budget(

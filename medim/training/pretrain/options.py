@@ -23,6 +23,7 @@ class PretrainOptions:
         nodes: machines; None: as many as torchrun or SLURM started, else one.
         stop_on_collapse: end a run that has diverged or collapsed, with that verdict.
         store: folder of preprocessed images; None: the user's cache.
+        jobs: number of processes that preprocess images which are not in the store.
         callbacks: additional Lightning callbacks, such as a timer.
     """
 
@@ -35,6 +36,7 @@ class PretrainOptions:
     nodes: int | None = None
     stop_on_collapse: bool = False
     store: Path | None = None
+    jobs: int = 1
     callbacks: Sequence[pl.Callback] = ()
 
     @property

@@ -124,7 +124,12 @@ def _open_run_cohort(index: Index, config: PretrainConfig, options: PretrainOpti
     """Preprocess the images, in the first process before the others."""
     with group.main_process_first():
         cohort = open_cohort(
-            index, index.records, config.preprocessing, split_seed=options.split_seed, store=options.store
+            index,
+            index.records,
+            config.preprocessing,
+            split_seed=options.split_seed,
+            store=options.store,
+            jobs=options.jobs,
         )
     group.check_same(images=json_sha256(sorted(cohort.keys)))
     return cohort
