@@ -483,7 +483,7 @@ def _get_item(target: Any, part: str, assignment: str) -> Any:
 def unknown_name_message(kind: str, name: str, choices: Iterable[str]) -> str:
     """Format the message about an unknown name, with the nearest and all valid names."""
     names = sorted(choices)
-    return f"no {kind} {name!r}.{_suggest_name(name, names)} There are: {', '.join(names) or 'none'}."
+    return f"no {kind} {name!r}.{suggest_name(name, names)} There are: {', '.join(names) or 'none'}."
 
 
 def unknown_preset_message(kind: str, name: str, preset_names: Iterable[str]) -> str:
@@ -492,7 +492,7 @@ def unknown_preset_message(kind: str, name: str, preset_names: Iterable[str]) ->
     return f"{unknown_name_message(kind, name, names)} See `medim config list`."
 
 
-def _suggest_name(name: str, names: Sequence[str]) -> str:
+def suggest_name(name: str, names: Sequence[str]) -> str:
     """Format the question for the nearest name, after a space; empty if no name is near."""
     matches = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f" Did you mean {matches[0]!r}?" if matches else ""
@@ -509,7 +509,7 @@ def describe_value_error(error: ErrorDetails) -> str:
         expected cosine, constant or multistep, got 'cosin'. Did you mean 'cosine'?
     """
     value = error["input"]
-    hint = _suggest_name(value, _list_choices(error)) if isinstance(value, str) else ""
+    hint = suggest_name(value, _list_choices(error)) if isinstance(value, str) else ""
     return f"expected {_describe_expected_value(error)}, got {value!r}.{hint}"
 
 

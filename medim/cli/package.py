@@ -20,35 +20,67 @@ from medim.cli.terminal import print_result, show_progress
 from medim.types import UsageError, UserError
 
 
-def export(
-    run: Annotated[Path, typer.Argument(help="A pretraining or fine-tuning run.")],
-    out: OutOption,
+@dataclass(frozen=True, kw_only=True)
+class ExportArguments:
+    """Command-line arguments of `medim export`."""
+
+    run: Annotated[Path, typer.Argument(help="A pretraining or fine-tuning run.")]
+    out: OutOption
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the package. Default: its modality and kind.")
+    ] = None
+    version: Annotated[str, typer.Option(metavar="X.Y.Z", help="Version of the package.")] = "0.1.0"
+    intended_use: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Intended use, for the contract and the model card.")
+    ] = None
+    card: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="YAML file with the fields of the model card that the run does not record."),
+    ] = None
+    licence: Annotated[Path | None, typer.Option(metavar="FILE", help="Text file with the licence of the weights.")] = (
+        None
+    )
     private_key: Annotated[
         Path | None,
         typer.Option("--private-key", metavar="FILE", help="Ed25519 private key (PEM) that signs the package."),
-    ] = None,
+    ] = None
     label_codes: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="JSON file with the codes of the classes, or the shipped one: hippocampus."),
-    ] = None,
+    ] = None
     dicom_rules: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="JSON file with rules for DICOM images. Default: the rules of the modality."),
-    ] = None,
-    overwrite: OverwriteOption = False,
-) -> None:
+    ] = None
+    overwrite: OverwriteOption = False
+
+
+def export(arguments: ExportArguments) -> None:
     """Export a run as a package.
 
     It contains weights, ONNX graph, preprocessing and test results.
     """
     from medim.export.builder import ExportOptions
     from medim.export.export import export as run_export
+    from medim.package.model_card import CARD_FILE, parse_model_card
 
     options = ExportOptions(
-        private_key=private_key, label_codes=label_codes, dicom_rules=dicom_rules, overwrite=overwrite
+        name=arguments.name,
+        version=arguments.version,
+        intended_use=arguments.intended_use,
+        card=arguments.card,
+        licence=arguments.licence,
+        private_key=arguments.private_key,
+        label_codes=arguments.label_codes,
+        dicom_rules=arguments.dicom_rules,
+        overwrite=arguments.overwrite,
     )
-    package = run_export(run, out, options)
-    print_result("export", {"kind": package.contract.kind, "written to": out})
+    package = run_export(arguments.run, arguments.out, options)
+    n_open = parse_model_card(package.read_file(CARD_FILE)).not_reported
+    open_fields = f"{n_open} not reported" + ("" if arguments.card else "; --card FILE answers them")
+    print_result(
+        "export", {"kind": package.contract.kind, "fields of the card": open_fields, "written to": arguments.out}
+    )
 
 
 def verify(package: Annotated[Path, typer.Argument(help="A package.")], public_key: PublicKeyOption = None) -> None:

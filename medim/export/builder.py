@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from medim.export import onnx
+from medim.export.card_answers import check_card_text, read_card_answers
 from medim.export.run import ExportGraph, FinishedRun
 from medim.files import json_sha256
 from medim.inference.ood import FALSE_POSITIVE_RATE, OOD_FILE, OODDetector
@@ -28,9 +29,10 @@ from medim.package.dicom_rules import load_dicom_rules
 from medim.package.gate import GateResult
 from medim.package.golden import GoldenInput, make_phantom
 from medim.package.label_codes import read_label_codes
+from medim.package.model_card import CardFields, ModelCard, build_model_card
 from medim.package.onnx_session import OnnxSession, load_onnx_session
 from medim.signing import key_to_hex, load_private_key
-from medim.types import UserError, Volume
+from medim.types import UsageError, UserError, Volume
 
 PROVENANCE_VALUE = re.compile(r"[\w.+:-]{0,128}")
 
@@ -43,6 +45,7 @@ class ExportOptions:
         name: name of the package; None: `<modality>-<kind>`.
         version: semantic version of the package.
         intended_use: intended use for the contract and the model card.
+        card: YAML file with values of the model card that the run does not record; see `medim.export.card_answers`.
         licence: licence text of the weights; without it, the package states that no licence was specified.
         private_key: Ed25519 private key (PEM) that signs SHA256SUMS.
         label_codes: codes of the classes: file, or name of a built-in one; see `medim.package.label_codes`.
@@ -52,7 +55,8 @@ class ExportOptions:
 
     name: str | None = None
     version: str = "0.1.0"
-    intended_use: str = NOT_REPORTED
+    intended_use: str | None = None
+    card: Path | None = None
     licence: Path | None = None
     private_key: Path | None = None
     label_codes: Path | str | None = None
@@ -77,6 +81,7 @@ class PackageBuilder:
     run: FinishedRun
     contract: Contract
     options: ExportOptions
+    card_answers: Mapping[str, CardFields] = field(default_factory=dict)
     gates: dict[str, GateResult] = field(default_factory=dict)
 
     @cached_property
@@ -88,6 +93,11 @@ class PackageBuilder:
     def goldens(self) -> dict[str, GoldenInput]:
         """Golden inputs by file name."""
         return {exported_graph.graph.golden: exported_graph.golden for exported_graph in self.graphs.values()}
+
+    def build_card(self) -> ModelCard:
+        """Build the model card, with the gates measured so far."""
+        licence = self.options.licence is not None
+        return build_model_card(self.contract, self.gates, self.run.summary, licence=licence, answers=self.card_answers)
 
     def _export_graph(self, graph: ExportGraph) -> ExportedGraph:
         data = onnx.to_onnx(graph.network, self.run.sizes, graph.signature)
@@ -112,7 +122,9 @@ def create_builder(run: FinishedRun, options: ExportOptions) -> PackageBuilder:
 
     Raises:
         UserError: the run contains data that are not valid in a contract.
+        UsageError: the file of `card` is not valid, or answers a field that the run or another option determines.
     """
+    intended_use, answers = _read_card_options(options)
     spec, steps = run.spec, list(run.spec.preprocessing)
     first, *others = run.graphs
     content = Contract.model_construct(
@@ -121,7 +133,7 @@ def create_builder(run: FinishedRun, options: ExportOptions) -> PackageBuilder:
         version=options.version,
         kind=spec.kind,
         modality=spec.modality,
-        intended_use=options.intended_use,
+        intended_use=intended_use,
         preprocess=tuple(steps),
         preprocess_sha256=json_sha256(steps),
         inference=spec.inference,
@@ -138,9 +150,23 @@ def create_builder(run: FinishedRun, options: ExportOptions) -> PackageBuilder:
         signed_by=key_to_hex(load_private_key(options.private_key).public_key()) if options.private_key else None,
     )
     try:
-        return PackageBuilder(run, parse_contract(content.model_dump_json().encode()), options)
+        contract = parse_contract(content.model_dump_json().encode())
     except PackageError as error:
         raise UserError(f"{run.weights.parent}: the run cannot be exported: {error}") from error
+    builder = PackageBuilder(run, contract, options, answers)
+    builder.build_card()  # a wrong answer shows before the graphs are exported
+    return builder
+
+
+def _read_card_options(options: ExportOptions) -> tuple[str, dict[str, CardFields]]:
+    """Read the intended use, and the other answers to fields of the model card."""
+    answers = read_card_answers(options.card) if options.card else {}
+    answer = answers.get("Intended use", {}).pop("intended use", None)
+    if options.intended_use is None:
+        return NOT_REPORTED if answer is None else str(answer), answers
+    if answer is not None:
+        raise UsageError(f"{options.card}: the intended use is also given by --intended-use. Remove one of them.")
+    return check_card_text(options.intended_use, "--intended-use"), answers
 
 
 def _describe_ood_statistics(run: FinishedRun) -> OODStatistics | None:

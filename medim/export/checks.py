@@ -88,7 +88,11 @@ def check_phantom_answer(golden: GoldenInput, ort: PredictFn, contract: Contract
 
 
 def check_privacy(
-    folder: Path, words: set[str], own_text: str, text_of: Mapping[str, Callable[[bytes], bytes]]
+    folder: Path,
+    words: set[str],
+    own_text: str,
+    text_of: Mapping[str, Callable[[bytes], bytes]],
+    intended_text: Mapping[str, str] | None = None,
 ) -> GateResult:
     """Check that no file contains absolute paths, user or host names; `measured` is the number of findings.
 
@@ -97,13 +101,14 @@ def check_privacy(
         words: strings of `identifying_strings`.
         own_text: vocabulary of medim; its words are not reported.
         text_of: by file suffix, function that removes the parts of a file that cannot contain text.
+        intended_text: by file, text that the user wrote for it, such as the names of the authors.
     """
     findings: dict[str, list[str]] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name, data = path.relative_to(folder).as_posix(), path.read_bytes()
-        extract_text = text_of.get(path.suffix)
+        extract_text, allowed_text = text_of.get(path.suffix), f"{own_text} {(intended_text or {}).get(name, '')}"
         for part, text in [(name, extract_text(data))] if extract_text else text_parts(name, data):
-            hits = find_identifying_strings(text, words, own_text=own_text)
+            hits = find_identifying_strings(text, words, own_text=allowed_text)
             if hits:
                 findings[part] = hits
     return gate_result(sum(map(len, findings.values())), 0, found=findings)

@@ -32,12 +32,14 @@ from medim.package.contract import (
     WEIGHTS,
 )
 from medim.package.gate import GateResult
-from medim.package.model_card import CARD_FILE, CARD_PAGE, ModelCard, build_model_card
+from medim.package.model_card import CARD_FILE, CARD_PAGE
 from medim.package.package import Package, load_package, write_sums
+from medim.parsing import read_text
 from medim.types import UserError
 from medim.version import __version__
 
 SCHEMA_VERSION = 1
+MAX_LICENCE_BYTES = 2**20
 NO_LICENCE = b"""\
 The exporter of this package specified no licence for its weights: request permission before you use them.
 The software medim is licensed under the Apache License, Version 2.0.
@@ -75,15 +77,14 @@ def _dump_gate_report(builder: PackageBuilder) -> bytes:
     return encode_json({"schema_version": SCHEMA_VERSION, "gates": builder.gates, "versions": versions})
 
 
-def _build_card(builder: PackageBuilder) -> ModelCard:
-    return build_model_card(
-        builder.contract, builder.gates, builder.run.summary, licence=builder.options.licence is not None
-    )
-
-
 def _read_licence_file(builder: PackageBuilder) -> bytes:
     licence_file = builder.options.licence
-    return NO_LICENCE if licence_file is None else licence_file.read_bytes()
+    if licence_file is None:
+        return NO_LICENCE
+    try:
+        return read_text(licence_file, MAX_LICENCE_BYTES).encode()
+    except OSError as error:
+        raise UserError(f"{licence_file}: cannot be read ({error.strerror}). Check the path.") from error
 
 
 PartBuilder = Callable[[PackageBuilder], bytes | None]
@@ -99,8 +100,8 @@ PACKAGE_PARTS: dict[
     STATISTICS: lambda builder: builder.run.ood_statistics,
     FINGERPRINTS_FILE: _dump_fingerprints,
     REPORT: _dump_gate_report,
-    CARD_FILE: lambda builder: encode_json(_build_card(builder).model_dump(mode="json")),
-    CARD_PAGE: lambda builder: _build_card(builder).markdown.encode(),
+    CARD_FILE: lambda builder: encode_json(builder.build_card().model_dump(mode="json")),
+    CARD_PAGE: lambda builder: builder.build_card().markdown.encode(),
     "LICENSE": _read_licence_file,
     LOCK: lambda builder: lock_file(),
     SBOM: lambda builder: build_sbom(builder.contract),
@@ -129,7 +130,9 @@ def export(run: Path, out: Path, options: ExportOptions | None = None) -> Packag
     options = options or ExportOptions()
     run, out = Path(run), Path(out)
     with _open_package_folder(out.resolve(), overwrite=options.overwrite) as folder, _use_one_thread():
-        _build_package(create_builder(load_finished_run(run), options), folder, out)
+        builder = create_builder(load_finished_run(run), options)
+        _read_licence_file(builder)  # a wrong path shows before the graphs are exported
+        _build_package(builder, folder, out)
     return load_package(out)
 
 

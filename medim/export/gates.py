@@ -30,7 +30,7 @@ from medim.models.serialization import load_weights
 from medim.objectives import OBJECTIVES
 from medim.package.contract import GOLDEN, RESEARCH_ONLY, Contract
 from medim.package.gate import GateResult, gate_result, skip_gate
-from medim.package.model_card import FIELDS
+from medim.package.model_card import CARD_FILE, CARD_PAGE, FIELDS
 from medim.tasks import is_dense
 from medim.types import Array
 
@@ -61,7 +61,13 @@ def run_folder_gates(
     words = identifying_strings([*private_folders, folder])
     isolation = network_isolation_command()
     return {
-        PRIVACY_GATE: checks.check_privacy(folder, words, _collect_vocabulary(builder), {".onnx": onnx.strip_weights}),
+        PRIVACY_GATE: checks.check_privacy(
+            folder,
+            words,
+            _collect_vocabulary(builder),
+            {".onnx": onnx.strip_weights},
+            dict.fromkeys((CARD_FILE, CARD_PAGE), str(builder.card_answers)),
+        ),
         OFFLINE_GATE: NETWORK_ISOLATION_UNAVAILABLE if isolation is None else _run_offline_gate(folder, isolation),
         REPEAT_GATE: _run_repeat_gate(folder, export_again),
     }

@@ -16,6 +16,7 @@ from medim.integrity import PackageError
 from medim.package.contract import NOT_REPORTED, Contract
 from medim.package.gate import GateResult
 from medim.parsing import parse_json
+from medim.types import UsageError
 
 CardFields = dict[str, object]  # value of each field of a section; None: not reported
 CARD_FILE, CARD_PAGE = "model_card.json", "MODEL_CARD.md"
@@ -145,7 +146,12 @@ class ModelCard(BaseModel):
 
 
 def build_model_card(
-    contract: Contract, gates: Mapping[str, GateResult], summary: Mapping[str, Any], *, licence: bool = False
+    contract: Contract,
+    gates: Mapping[str, GateResult],
+    summary: Mapping[str, Any],
+    *,
+    licence: bool = False,
+    answers: Mapping[str, CardFields] | None = None,
 ) -> ModelCard:
     """Build the model card of a package.
 
@@ -154,6 +160,10 @@ def build_model_card(
         gates: gate results of the parity report by name.
         summary: content of the run's `summary.json`; empty if the run has none.
         licence: whether the package has a licence for its weights.
+        answers: values of fields that the run does not determine, by section and field.
+
+    Raises:
+        UsageError: there is an answer to a field that the run determines.
     """
     values: dict[str, CardFields] = {
         "Identity": _describe_identity(contract, licence=licence),
@@ -164,6 +174,14 @@ def build_model_card(
         "Oversight": _describe_oversight(contract),
         "Evaluation": {"on the run's validation split": dict(contract.metrics) or None},
     }
+    for section, fields in (answers or {}).items():
+        for name, answer in fields.items():
+            if _fill_not_reported(values[section].get(name)) != NOT_REPORTED:
+                raise UsageError(
+                    f"model card: {section}: {name}: the run or another option determines this field "
+                    f"({values[section][name]!s}). Remove the answer {answer!r}."
+                )
+            values[section][name] = answer
     sections = {
         section: {name: _fill_not_reported(values[section].get(name)) for name in fields}
         for section, fields in FIELDS.items()
