@@ -379,6 +379,8 @@ def check_config(command: Command, content: Section, *, source: str) -> RunConfi
         raise UsageError(
             f"config {source}: " + " ".join(_describe_config_error(config_class, e) for e in error.errors())
         ) from None
+    if path := _find_converted_boolean(content, config):
+        raise UsageError(f"config {source}: {_describe_boolean(path)}")
     if remaining_keys := auto_keys(content):
         raise UsageError(f"config {source}: {', '.join(remaining_keys)}: no rule for {AUTO!r} here; give a value.")
     return config
@@ -433,6 +435,8 @@ def validate_section(
             options[option] = TypeAdapter(hints[option]).validate_python(value)
         except ValidationError as error:
             raise UsageError(_describe_option_error(f"{name}.{option}", value, error.errors())) from None
+        if path := _find_converted_boolean(value, options[option], f"{name}.{option}"):
+            raise UsageError(_describe_boolean(path))
     missing = [p for p in allowed if parameters[p].default is inspect.Parameter.empty and p not in options]
     if missing:
         raise UsageError(f"{name}: {', '.join(missing)} must be given.")
@@ -542,6 +546,36 @@ def _describe_config_error(config_class: type[BaseModel], error: ErrorDetails) -
     if not error["loc"]:  # a check of several keys, with a sentence of its own
         return error["msg"].removeprefix("Value error, ").removesuffix(".") + "."
     return f"{key_path}: {describe_value_error(error)}"
+
+
+def _find_converted_boolean(content: Any, values: Any, path: str = "") -> str | None:
+    """Find a `true` or `false` that the validation converted to a number.
+
+    Args:
+        content: content before the validation.
+        values: content after it.
+        path: dotted path of the content.
+
+    Returns:
+        Dotted path of the first one; None if there is none.
+    """
+    if isinstance(content, bool):
+        return None if isinstance(values, bool) else path
+    pairs: Iterable[tuple[Any, Any, Any]] = ()
+    if isinstance(content, Mapping) and isinstance(values, BaseModel):
+        pairs = ((key, item, getattr(values, key, item)) for key, item in content.items() if isinstance(key, str))
+    elif isinstance(content, Mapping) and isinstance(values, Mapping):
+        pairs = ((key, item, values.get(key, item)) for key, item in content.items())
+    elif isinstance(content, list | tuple) and isinstance(values, list | tuple) and len(content) == len(values):
+        pairs = zip(range(len(content)), content, values, strict=True)
+    matches = (
+        _find_converted_boolean(item, value, f"{path}.{key}" if path else str(key)) for key, item, value in pairs
+    )
+    return next((match for match in matches if match is not None), None)
+
+
+def _describe_boolean(path: str) -> str:
+    return f"{path}: expected a number, got true or false."
 
 
 def _describe_option_error(option_path: str, value: Any, errors: Sequence[ErrorDetails]) -> str:

@@ -65,24 +65,24 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_bytes(path, encode_json(content))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+def read_json(path: Path, *, place: str | None = None) -> dict[str, Any]:
+    """Read a JSON object; messages name `place`, or the path.
 
     Raises:
         UserError: the file is missing, not JSON, or not an object.
     """
     try:
-        return decode_json(read_limited(path, MAX_JSON_BYTES), path)
+        return decode_json(read_limited(path, MAX_JSON_BYTES, place=place), place or path)
     except FileNotFoundError:
-        raise UserError(f"{path}: expected a JSON file here, found none.") from None
+        raise UserError(f"{place or path}: expected a JSON file here, found none.") from None
 
 
-def decode_json(data: bytes, path: Path) -> dict[str, object]:
+def decode_json(data: bytes, place: Path | str) -> dict[str, object]:
     """Decode the bytes of a JSON object.
 
     Args:
         data: content of the file.
-        path: the file, for the message.
+        place: the file, for the message.
 
     Raises:
         UserError: the bytes are not JSON (see `parse_json`), or not an object.
@@ -90,9 +90,9 @@ def decode_json(data: bytes, path: Path) -> dict[str, object]:
     try:
         content = parse_json(data)
     except ValueError as error:
-        raise UserError(f"{path}: expected JSON, got something else ({error}). Copy the file again.") from error
+        raise UserError(f"{place}: expected JSON, got something else ({error}). Copy the file again.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, got a {type(content).__name__}. Copy the file again.")
+        raise UserError(f"{place}: expected a JSON object, got a {type(content).__name__}. Copy the file again.")
     return content
 
 

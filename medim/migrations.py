@@ -126,22 +126,23 @@ FILE_VALUES: dict[FileKind, dict[str, dict[str, str]]] = {  # kind of file: {pat
 }
 
 
-def read_migrated_json(path: Path, kind: FileKind) -> dict[str, Any]:
-    """Read a JSON object, with the keys of this version.
+def read_migrated_json(path: Path, kind: FileKind, *, place: str | None = None) -> dict[str, Any]:
+    """Read a JSON object, with the keys of this version; messages name `place`, or the path.
 
     Raises:
         UserError: the file is missing, not JSON, or not an object.
     """
-    return rename_keys(read_json(path), kind)
+    return rename_keys(read_json(path, place=place), kind)
 
 
-def read_checked_json(path: Path, kind: FileKind | None, schema: type[T]) -> T:
+def read_checked_json(path: Path, kind: FileKind | None, schema: type[T], *, place: str | None = None) -> T:
     """Read a JSON object, rename old keys, and check the content against a schema.
 
     Args:
         path: the file.
         kind: kind of the file; None if no version had other keys.
         schema: a `TypedDict`; other keys than those of the schema are allowed.
+        place: name of the file in messages, without identities; None for the path.
 
     Returns:
         The content with all keys of the file.
@@ -149,14 +150,16 @@ def read_checked_json(path: Path, kind: FileKind | None, schema: type[T]) -> T:
     Raises:
         UserError: the file is missing or not JSON, or a value is missing or of another type.
     """
-    content = read_json(path) if kind is None else read_migrated_json(path, kind)
+    content = read_json(path, place=place) if kind is None else read_migrated_json(path, kind, place=place)
     try:
         _build_adapter(cast(Any, schema)).validate_python(content, strict=True)
     except ValidationError as error:
         fault = error.errors()[0]
         key = ".".join(map(str, fault["loc"]))
         problem = "which is missing" if fault["type"] == "missing" else f"got {str(fault['input'])[:100]!r}"
-        raise UserError(f"{path}: expected a valid value of {key!r}, {problem}. Copy the file again.") from None
+        raise UserError(
+            f"{place or path}: expected a valid value of {key!r}, {problem}. Copy the file again."
+        ) from None
     return cast(T, content)
 
 

@@ -245,11 +245,11 @@ class CsvContent:
         """Iterate over the rows."""
         return iter(self.rows)
 
-    def require_columns(self, path: Path, columns: Iterable[str], *, remedy: str = "Copy it again.") -> None:
+    def require_columns(self, place: Path | str, columns: Iterable[str], *, remedy: str = "Copy it again.") -> None:
         """Check that the file has columns.
 
         Args:
-            path: the file, for the message.
+            place: the file, for the message.
             columns: expected names.
             remedy: sentence at the end of the message.
 
@@ -259,7 +259,7 @@ class CsvContent:
         expected = tuple(columns)
         if not set(expected) <= set(self.columns):
             names = ", ".join(self.columns)[:200] or "none"
-            raise UserError(f"{path}: expected the columns {', '.join(expected)}, got {names}. {remedy}")
+            raise UserError(f"{place}: expected the columns {', '.join(expected)}, got {names}. {remedy}")
 
 
 def read_csv(

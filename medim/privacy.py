@@ -211,6 +211,17 @@ def format_path(path: str | Path) -> str:
     return "/".join(map(hide_name, shown.parts))
 
 
+def format_result_path(path: str | Path) -> str:
+    """Format the path of a file that medim named, such as `summary.json`, without names in its folders.
+
+    Examples:
+        >>> format_result_path("indexes/doe/summary.json").endswith("/summary.json")
+        True
+    """
+    path = Path(path)
+    return f"{format_path(path.parent)}/{path.name}"
+
+
 def resolve_scrubbed_path(folder: Path, scrubbed_path: str) -> Path:
     """Find the real path of a path that a `Scrubber` wrote.
 

@@ -359,3 +359,26 @@ def test_bind_serves_functions_under_another_key() -> None:
     )
     assert function is resize
     assert options == {"shape": (2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("assignment", "path"),
+    [
+        ("lr=true", "lr"),
+        ("max_steps=true", "max_steps"),
+        ("views.count=true", "views.count"),
+        ("betas=[true, 0.9]", "betas.0"),
+    ],
+)
+def test_a_boolean_is_no_number(assignment: str, path: str) -> None:
+    with pytest.raises(UsageError, match=rf"{path}: expected .*, got (true or false|True)"):
+        load_config("pretrain", "mri-crop", [assignment])
+
+
+def test_a_boolean_in_a_section_is_no_number() -> None:
+    def build(channels: tuple[int, ...], *, bias: bool = False) -> None:
+        """A constructor."""
+
+    validate_section({"a": build}, {"name": "a", "channels": [4], "bias": True})
+    with pytest.raises(UsageError, match=r"a\.channels\.1: expected a number, got true or false"):
+        validate_section({"a": build}, {"name": "a", "channels": [4, True]})

@@ -65,7 +65,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {  # a folder or a module: those it may 
     "data/example": GROUND,
     "data/loading": GROUND | INDEX,
     "data/source": GROUND | INDEX | {"data/public", "data/example", "data/loading"},
-    "models": GROUND,
+    "models": GROUND | {"data/preprocessing"},
     "objectives": GROUND | {"models"},
     "metrics": GROUND,
     "tasks": GROUND | INDEX | {"metrics"},

@@ -15,7 +15,9 @@ import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, get_args
+
+from typing_extensions import TypedDict  # pydantic needs this form before Python 3.12
 
 from medim.data.fingerprints import compute_fingerprint
 from medim.data.index.index import ImageRecord
@@ -29,8 +31,20 @@ SCHEMA_VERSION = 1
 FINGERPRINTS_FILE = "fingerprints.json"
 TrainingKind = Literal["pretrain", "finetune"]
 CaseIdentity = tuple[str, str]  # fingerprint and subject of an image
-# {kind: {"images": count, "subjects": count}}; a count is None if it is unknown
-ContaminationCounts = dict[str, dict[str, int | None]]
+
+
+class ContaminationEntry(TypedDict):
+    """Numbers of images and subjects in one kind of training; None if unknown."""
+
+    images: int | None
+    subjects: int | None
+
+
+class ContaminationCounts(TypedDict):
+    """Numbers of images and subjects in the training data of a network."""
+
+    pretrain: ContaminationEntry
+    finetune: ContaminationEntry
 
 
 class TrainingSetEntry(TypedDict):
@@ -104,8 +118,9 @@ class TrainingHistory:
 
     def count_cases(self, cases: Sequence[CaseIdentity]) -> ContaminationCounts:
         """Count the images, and their subjects, that were in the training sets of each kind."""
-        counts: ContaminationCounts = {}
-        for kind in get_args(TrainingKind):
+
+        def count_kind(kind: TrainingKind) -> ContaminationEntry:
+            """Count for one kind."""
             training_sets = [origin for origin in self.training_sets if origin.kind == kind]
             has_record = kind not in self.unknown_kinds
             images = sum(any(o.has_image(image) for o in training_sets) for image, _ in cases)
@@ -113,8 +128,9 @@ class TrainingHistory:
                 any(o.has_subject(subject) for o in training_sets) for subject in {subject for _, subject in cases}
             )
             all_same_site = has_record and all(origin.same_site for origin in training_sets)
-            counts[kind] = {"images": images if has_record else None, "subjects": n_subjects if all_same_site else None}
-        return counts
+            return {"images": images if has_record else None, "subjects": n_subjects if all_same_site else None}
+
+        return {"pretrain": count_kind("pretrain"), "finetune": count_kind("finetune")}
 
     def extended(self, kind: TrainingKind, cases: Iterable[CaseIdentity]) -> TrainingHistory:
         """Return the history with one more training."""
@@ -186,8 +202,8 @@ def check_contamination(
         UserError: `fail_on_contamination`, and there is an overlap or the history is incomplete.
     """
     counts = None if history is None else history.count_cases(cases)
-    numbers = [number for row in (counts or {}).values() for number in row.values()]
-    is_incomplete = counts is None or any(row["images"] is None for row in counts.values())
+    is_incomplete = counts is None or None in (counts["pretrain"]["images"], counts["finetune"]["images"])
+    numbers = list_counts(counts)
     has_overlap = any(numbers)
     subjects = {subject for _, subject in cases}
     total = f"{_pluralise_noun(len(cases), 'image')} of {_pluralise_noun(len(subjects), 'subject')}"
@@ -199,7 +215,7 @@ def check_contamination(
             f"{'with ' + FINGERPRINTS_FILE if is_incomplete else 'trained without them'}, or omit this option."
         )
     if history != TrainingHistory():
-        log.log(logging.WARNING if has_overlap or counts is None or None in numbers else logging.INFO, "%s", sentence)
+        log.log(logging.WARNING if has_overlap or None in numbers else logging.INFO, "%s", sentence)
     return counts
 
 
@@ -266,12 +282,23 @@ class ContaminationFilter:
         }
 
 
+def list_counts(counts: ContaminationCounts | None) -> list[int | None]:
+    """List the numbers of images and subjects of both kinds of training; None for each unknown number."""
+    if counts is None:
+        return [None]
+    return [
+        number for kind in (counts["pretrain"], counts["finetune"]) for number in (kind["images"], kind["subjects"])
+    ]
+
+
 def describe_counts(counts: ContaminationCounts | None) -> dict[str, str]:
     """Format the counts for display: {"seen in pretraining": "2 images, 1 subject", ...}."""
-    names = {"pretrain": "seen in pretraining", "finetune": "seen in fine-tuning"}
     if counts is None:
         return {"seen": f"unknown: the weights have no {FINGERPRINTS_FILE}"}
-    return {name: _format_counts(**counts[kind]) for kind, name in names.items()}
+    return {
+        "seen in pretraining": _format_counts(**counts["pretrain"]),
+        "seen in fine-tuning": _format_counts(**counts["finetune"]),
+    }
 
 
 def _format_counts(images: int | None, subjects: int | None) -> str:

@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from medim.config import Section
+from medim.data.preprocessing.steps import check_steps
 from medim.files import decode_json, file_sha256, write_bytes, write_json
-from medim.integrity import read_with_digest, verify_checksums
+from medim.integrity import COPY_AGAIN, SUMS, PackageError, read_with_digest, verify_checksums
 from medim.model_spec import SCHEMA_VERSION, ModelSpec, read_spec
 from medim.models.model import Model, build_encoder, build_model, check_sections
 from medim.types import UserError
@@ -62,8 +63,10 @@ def locate_weights(path: Path) -> tuple[Path, ModelSpec]:
                 _check_network(spec, folder / f"{name}.json")
                 return verify_sha256(folder / f"{name}.safetensors", spec.sha256), spec
     contract = path / "medim.json"
-    if contract.is_file():
+    if contract.is_file() or (path / SUMS).is_file():
         manifest = verify_checksums(path)
+        if "medim.json" not in manifest.sums:
+            raise PackageError(f"{path}: expected the contract medim.json of a package, which is missing. {COPY_AGAIN}")
         content = decode_json(read_with_digest(contract, manifest.sums["medim.json"]), contract)
         architecture = content.get("architecture")
         spec = ModelSpec.from_json(architecture if isinstance(architecture, dict) else {}, contract)
@@ -76,13 +79,14 @@ def locate_weights(path: Path) -> tuple[Path, ModelSpec]:
 
 
 def _check_network(spec: ModelSpec, file: Path) -> None:
-    """Check that the network of a spec can be built with this version.
+    """Check that the network of a spec can be built, and its input prepared, with this version.
 
     Raises:
-        UserError: a section has an unknown name or option, or a value of the wrong type.
+        UserError: a section or a preprocessing step has an unknown name or option, or a value of the wrong type.
     """
     try:
         check_sections(spec)
+        check_steps(spec.preprocessing)
     except UserError as error:
         raise UserError(f"{file}: {error} Copy the file again, or train again with this version.") from error
 

@@ -18,6 +18,7 @@ from medim.models.serialization import load_encoder, load_weights, locate_weight
 from medim.objectives import OBJECTIVES
 from medim.objectives.objective import encoder_info
 from medim.renamed_keys import translate_section
+from medim.types import UserError
 
 
 class MutualInformationMap(nn.Module):
@@ -64,8 +65,10 @@ def load_score_map(path: Path) -> MutualInformationMap | None:
     """
     folder = locate_weights(path)[0].parent
     spec = read_json(folder / "critic.json") if (folder / "critic.json").is_file() else {}
-    if not isinstance(spec.get("objective"), dict):  # runs of early versions contain the name only
+    if isinstance(spec.get("objective", ""), str):  # runs of early versions contain the name only
         return None
+    if not isinstance(spec["objective"], dict):
+        raise UserError(f"{folder / 'critic.json'}: expected a section as objective, got another value. Copy it again.")
     encoder: Any = load_encoder(path)
     view_options = {"in_channels": encoder.spec.in_channels, "spatial_dims": encoder.spec.spatial_dims}
     build_options = encoder_info(encoder, None, **view_options, input_shape=encoder.spec.input_shape)

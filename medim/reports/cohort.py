@@ -213,7 +213,7 @@ def _build_flag_table(rows: Sequence[ImageQuality], sheet_quality: Mapping[str, 
 
 def _build_lookalike_tables(records: Sequence[ImageRecord], rows: Sequence[ImageQuality]) -> list[ReportTable]:
     """Tables of near-duplicates: pairs of two subjects may leak between splits, pairs of one subject are expected."""
-    record_by_image = {record.image: record for record in records}
+    split_by_image = {record.image: record.split for record in records}
     subject_pairs = {
         (min(row.image, other), max(row.image, other)): row.hamming_other_subject or 0
         for row in rows
@@ -240,7 +240,7 @@ def _build_lookalike_tables(records: Sequence[ImageRecord], rows: Sequence[Image
             one,
             two,
             format_value(distance),
-            " and ".join(format_value(record_by_image[image].split) for image in (one, two)),
+            " and ".join(format_value(split_by_image.get(image)) for image in (one, two)),
         )
         for distance, one, two in pairs[:MAX_PAIRS]
     ]

@@ -25,6 +25,7 @@ from medim.reports.page import (
 )
 from medim.tasks import find_task_of_rows
 from medim.tasks.task import CaseRow
+from medim.types import UserError
 
 ARM_NAMES = ("pretrained", "scratch")
 ONE_RUN_NOTE = (
@@ -79,7 +80,15 @@ def compute_differences(
 def _pair_differences(pair: Sequence[RunSummary]) -> dict[str, MetricEstimate]:
     one, two = (read_cases(folder / "cases.parquet") for folder, _ in pair)
     classes = [summary["classes"] for _, summary in pair]
-    return compute_differences(one, two, classes[0]) if classes[0] == classes[1] else {}
+    if classes[0] != classes[1]:
+        return {}
+    try:
+        return compute_differences(one, two, classes[0])
+    except (LookupError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{pair[0][0] / 'cases.parquet'}, {pair[1][0] / 'cases.parquet'}: expected the cases of metrics.json beside"
+            f" them, got others ({type(error).__name__}). Run `medim evaluate` again."
+        ) from error
 
 
 def _render_comparison(arms: Sequence[RunSummary], gaps: Mapping[str, MetricEstimate]) -> ReportSection:

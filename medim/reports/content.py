@@ -6,6 +6,7 @@ from typing import Any
 
 from typing_extensions import TypedDict  # pydantic needs this form before Python 3.12
 
+from medim.data.contamination import ContaminationCounts
 from medim.metrics.bootstrap import MetricEstimate
 from medim.types import Step
 
@@ -55,20 +56,6 @@ class PretrainContent(MachineContent, total=False):
     feature_std: float | None
 
 
-class ContaminationEntry(TypedDict):
-    """Numbers of one kind of training; None if unknown."""
-
-    images: int | None
-    subjects: int | None
-
-
-class ContaminationContent(TypedDict):
-    """Numbers of evaluated images and subjects in the training data."""
-
-    pretrain: ContaminationEntry
-    finetune: ContaminationEntry
-
-
 class MetricsContent(TypedDict, total=False):
     """Metrics of the validation split."""
 
@@ -83,7 +70,7 @@ class FinetuneContent(MachineContent, total=False):
     task: str
     init: str
     val: MetricsContent | None
-    contamination: ContaminationContent | None
+    contamination: ContaminationCounts | None
     n_labelled: int | None
     index_hash: str
 
@@ -101,7 +88,7 @@ class EvaluationContent(_EvaluationNumbers, total=False):
     n: int | None
     subjects: int | None
     init: str | None
-    contamination: ContaminationContent | None
+    contamination: ContaminationCounts | None
 
 
 class ComparedContent(TypedDict, total=False):

@@ -34,6 +34,7 @@ from medim.reports.svg import Figure
 from medim.reports.training_curves import VERDICT_BANNERS, plot_health
 from medim.tasks import find_task_by_title
 from medim.tasks.task import AgreementPlot, Plot, StripPlot
+from medim.types import UserError
 
 
 def build_pretraining_section(folder: Path, anchor: str) -> ReportSection:
@@ -132,7 +133,14 @@ def build_evaluation_section(folder: Path, anchor: str) -> ReportSection:
         ("Rejected images", format_value(summary.get("rejected"))),
         ("Model started from", format_value(summary.get("init"))),
     ]
-    details = find_task_by_title(str(summary.get("task"))).describe_evaluation(valid_rows, classes)
+    task = find_task_by_title(str(summary.get("task")))
+    try:
+        details = task.describe_evaluation(valid_rows, classes)
+    except (LookupError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{folder / 'cases.parquet'}: expected the cases of metrics.json beside it, got others "
+            f"({type(error).__name__}). Run `medim evaluate` again."
+        ) from error
     scores = unit_interval_metrics(metrics)
     plots = [figures.interval_plot(scores, "Metrics with their intervals")] if scores else []
     plots += [draw_plot(plot, metrics) for plot in details.plots]

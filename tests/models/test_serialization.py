@@ -120,6 +120,24 @@ def test_a_file_that_is_no_safetensors_is_refused_unread(tmp_path: Path) -> None
         load_weights(torch.nn.Linear(1, 1), tmp_path / "w.safetensors")
 
 
+@pytest.mark.parametrize("steps", [[{"op": "nosuch"}], [{"op": "normalise", "method": 5}], [{"op": "resample"}]])
+def test_preprocessing_that_this_version_cannot_run_is_refused_by_the_name_of_the_file(
+    steps: list[dict[str, object]], tmp_path: Path
+) -> None:
+    encoder_run(tmp_path)
+    file = tmp_path / "encoder" / "encoder.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "preprocessing": steps}))
+    with pytest.raises(UserError, match=r"encoder\.json: .*(op|normalise|resample)"):
+        load_encoder(tmp_path)
+
+
+def test_a_package_without_its_contract_is_an_invalid_package(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    write_sums(tmp_path)
+    with pytest.raises(PackageError, match=r"medim\.json"):
+        locate_weights(tmp_path)
+
+
 def test_weights_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
     save_model(tmp_path, "w", torch.nn.Linear(2, 3), {"kind": "x"})
     with pytest.raises(UserError, match=r"(?s)do not fit this network.*weight"):

@@ -135,6 +135,12 @@ def test_a_store_tells_the_figures_of_every_image_and_who_looks_alike(tmp_path: 
         ["copy", "i00", "0", "not reported and not reported"]
     ]
     assert len(tiles(html)) == 24
+    path = out / "quality.csv"
+    path.write_text(path.read_text().replace(",i00,", ",nosuch,"))
+    html = write_report_page(out).read_text()
+    assert ["copy", "nosuch", "0", "not reported and not reported"] in cells(
+        html, "Near-duplicate images of two subjects"
+    )
 
 
 def test_the_histograms_are_told_in_words(tmp_path: Path) -> None:

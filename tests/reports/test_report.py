@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 from medim.data.index.index import Index, build_index
@@ -325,6 +326,20 @@ def test_an_evaluation_without_a_defined_score_has_a_page(
         metric |= {"value": None, "ci_low": None, "ci_high": None}
     (tmp_path / "out" / "metrics.json").write_text(json.dumps(content))
     assert "not defined" in write_report_page(tmp_path / "out").read_text()
+
+
+@pytest.mark.parametrize("key", ["classes", "columns"])
+def test_cases_that_do_not_fit_the_metrics_are_refused_by_name(
+    key: str, tmp_path: Path, index: Index, classifier: dict[str, Any]
+) -> None:
+    evaluate(make_run(tmp_path / "run", classifier), index, tmp_path / "out")
+    if key == "classes":
+        content = json.loads((tmp_path / "out" / "metrics.json").read_text())
+        (tmp_path / "out" / "metrics.json").write_text(json.dumps({**content, "classes": ["x", "y"]}))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"a": [1]}), tmp_path / "out" / "cases.parquet")
+    with pytest.raises(UserError, match=r"cases\.parquet: expected the cases of metrics\.json"):
+        write_report_page(tmp_path / "out")
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from medim.data.readers.inspection import RejectedFile
-from medim.files import decode_json
-from medim.privacy import format_path
+from medim.files import read_json
+from medim.privacy import format_path, format_result_path
 from medim.types import UserError
 
 _CHANNEL_PATTERN = re.compile(r"(.+)_(\d{4})")
@@ -118,8 +118,8 @@ def file_stem(name: str) -> str:
 
 
 def _read_description(path: Path) -> Mapping[str, Any]:
-    """Read a `dataset.json`; a message contains no folder above it."""
-    return decode_json(path.read_bytes(), Path(format_path(path)))
+    """Read a `dataset.json`; a message contains no names of folders."""
+    return read_json(path, place=format_result_path(path))
 
 
 def _reject_unmatched_mask(mask: Path, training_names: set[str]) -> RejectedFile:

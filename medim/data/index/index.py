@@ -41,7 +41,15 @@ from medim.data.readers.base import check_voxels
 from medim.data.readers.dicom.reader import SlicePlan
 from medim.files import json_sha256, write_json
 from medim.migrations import read_checked_json
-from medim.privacy import Scrubber, format_path, identity_tokens, make_pseudonym, resolve_scrubbed_path, scrubbed_name
+from medim.privacy import (
+    Scrubber,
+    format_path,
+    format_result_path,
+    identity_tokens,
+    make_pseudonym,
+    resolve_scrubbed_path,
+    scrubbed_name,
+)
 from medim.types import Modality, UsageError, UserError, Volume
 
 __all__ = ["AllRejectedError", "ImageRecord", "Index", "Rejection", "build_index", "is_index", "read_modality"]
@@ -246,11 +254,11 @@ class Index:
                 "Run `medim index`."
             )
         file = folder / "summary.json"
-        summary = read_checked_json(file, None, _IndexSummary)
+        summary = read_checked_json(file, None, _IndexSummary, place=format_result_path(file))
         version = summary["schema_version"]
         if version not in (_VERSION_WITH_NAMES, SCHEMA_VERSION):
             raise UserError(
-                f"{format_path(file)}: expected an index of schema version {SCHEMA_VERSION}, got {version}. "
+                f"{format_result_path(file)}: expected an index of schema version {SCHEMA_VERSION}, got {version}. "
                 "Run `medim index` again."
             )
         if version == _VERSION_WITH_NAMES:

@@ -10,6 +10,7 @@ from typing import Any
 
 from medim.files import write_bytes, write_csv
 from medim.parsing import read_csv
+from medim.privacy import format_result_path
 from medim.types import UserError
 from medim.version import install_command
 
@@ -118,13 +119,14 @@ def read_records(path: Path) -> tuple[ImageRecord, ...]:
         UserError: pyarrow is missing, or the file is damaged or lacks a column.
     """
     rows: Iterable[Mapping[str, object]]
-    rows = _read_parquet_rows(path) if path.suffix == ".parquet" else read_csv(path, remedy=_INDEX_REMEDY)
+    place = format_result_path(path)
+    rows = _read_parquet_rows(path) if path.suffix == ".parquet" else read_csv(path, remedy=_INDEX_REMEDY, place=place)
     try:
         return tuple(ImageRecord(**{name: _decode_cell(name, row[name]) for name in INDEX_COLUMNS}) for row in rows)
     except KeyError as error:
-        raise UserError(f"{path}: expected the column {error} of an index. Run `medim index` again.") from error
+        raise UserError(f"{place}: expected the column {error} of an index. Run `medim index` again.") from error
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: expected the values of an index, got {error}. Run `medim index` again.") from error
+        raise UserError(f"{place}: expected the values of an index, got {error}. Run `medim index` again.") from error
 
 
 def write_rejections(path: Path, rejected: Sequence[Rejection]) -> None:
@@ -140,23 +142,25 @@ def read_rejections(path: Path) -> tuple[Rejection, ...]:
     """
     if not path.exists():
         return ()
-    content = read_csv(path, remedy=_INDEX_REMEDY)
-    content.require_columns(path, REJECTION_COLUMNS, remedy=_INDEX_REMEDY)
+    place = format_result_path(path)
+    content = read_csv(path, remedy=_INDEX_REMEDY, place=place)
+    content.require_columns(place, REJECTION_COLUMNS, remedy=_INDEX_REMEDY)
     return tuple(Rejection(row["path"], row["reason"], row["detail"]) for row in content)
 
 
 def _read_parquet_rows(path: Path) -> list[dict[str, object]]:
+    place = format_result_path(path)
     try:
         import pyarrow.parquet
     except ModuleNotFoundError:
         raise UserError(
-            f"{path}: reading parquet requires pyarrow, which is not installed. Run: {install_command('train')}; "
+            f"{place}: reading parquet requires pyarrow, which is not installed. Run: {install_command('train')}; "
             "or run `medim index` here to write CSV."
         ) from None
     try:
         rows: list[dict[str, object]] = pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path}: expected a parquet file, got an invalid or truncated file ({error}).") from error
+        raise UserError(f"{place}: expected a parquet file, got an invalid or truncated file ({error}).") from error
     return rows
 
 

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from medim.files import read_json
+from medim.privacy import format_result_path
 from medim.types import Modality, UserError
 
 SCHEMA_VERSION = 1
@@ -68,7 +69,9 @@ def read_manifest(path: Path) -> Manifest:
         UserError: the file is missing or damaged.
     """
     try:
-        return _ADAPTER.validate_python(read_json(path))
+        return _ADAPTER.validate_python(read_json(path, place=format_result_path(path)))
     except ValidationError as error:
         place = ".".join(map(str, error.errors()[0]["loc"]))
-        raise UserError(f"{path}: '{place}' is missing or invalid. Use another --out to download the set.") from None
+        raise UserError(
+            f"{format_result_path(path)}: '{place}' is missing or invalid. Use another --out to download the set."
+        ) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from medim.data.contamination import describe_counts
+from medim.data.contamination import describe_counts, list_counts
 from medim.reports.page import Banner, ReportSection, ReportTable, format_value, metric_name, pluralise
 from medim.study.content import ComparisonRow
 from medim.study.report.audit import alarming_shortcuts, format_size_auroc
@@ -165,7 +165,7 @@ def _contamination_caveat(study: StudyView) -> str:
     """Caveat for arms that were trained on images or subjects of the evaluation split, or without a record of it."""
     exposed_arms, unknown_arms = [], []
     for arm, runs in study.summary["contamination"].items():
-        numbers = [n for run in runs for kind in (run or {"?": {"?": None}}).values() for n in kind.values()]
+        numbers = [number for run in runs for number in list_counts(run)]
         if any(numbers):
             exposed_arms.append(arm)
         elif None in numbers:

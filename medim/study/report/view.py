@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from medim.files import read_json
+from medim.metrics import find_metric
 from medim.metrics.bootstrap import Resamples, compute_scores, draw_resamples
 from medim.migrations import read_checked_json
 from medim.study.audit.audit import AUDIT
@@ -152,8 +153,13 @@ def _check_names(path: Path, summary: StudySummary) -> None:
     """Check that comparisons are between arms and budgets of the study.
 
     Raises:
-        UserError: a name is unknown, or an arm with a verdict has no comparison.
+        UserError: a name of a metric, arm or budget is unknown, or an arm with a verdict has no comparison.
     """
+    if find_metric(summary["metric"]) is None:
+        raise UserError(
+            f"{path}: expected the name of a metric, got {summary['metric'][:100]!r}. "
+            "Run `medim study --resume`, or copy the folder again."
+        )
     comparisons = summary["comparisons"]
     arms = {entry["name"] for entry in summary["arms"]}
     rows = comparisons["rows"] if comparisons else []

@@ -21,7 +21,6 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from lightning.pytorch.loggers import Logger
-from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID
 
@@ -70,7 +69,9 @@ def check_target(resume_folder: Path | None = None) -> None:
         else:
             _make_database(uri)
             MlflowClient(tracking_uri=uri)
-    except (OSError, ValueError, MlflowException) as error:
+    except UserError:
+        raise
+    except Exception as error:  # MLflow raises errors of its database libraries
         public_uri = urlunsplit(uri_parts._replace(netloc=uri_parts.netloc.rpartition("@")[2]))
         if resume_folder and (resume_folder / STATE).is_file():
             log.warning(
@@ -78,9 +79,15 @@ def check_target(resume_folder: Path | None = None) -> None:
             )
             return
         raise UserError(
-            f"MLFLOW_TRACKING_URI={public_uri}: no MLflow server or database available: {error}. "
-            "Start the server, correct the address, or unset the variable to track in a local file."
+            f"MLFLOW_TRACKING_URI={public_uri}: no MLflow server or database available: {_first_line(error)}. "
+            "Start the server, correct the address, or unset the variable to track in a local file; move a damaged "
+            "mlflow.db away."
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of a message, without the SQL below it."""
+    return str(error).partition("\n")[0]
 
 
 def _make_database(uri: str) -> None:

@@ -361,3 +361,17 @@ def test_on_paper_no_table_is_cut(page: Path, browser: Any) -> None:
     tab.emulate_media(media="print")
     assert tab.evaluate("[...document.querySelectorAll('table')].every(t => t.getBoundingClientRect().right <= 702)")
     tab.close()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("metric", "nosuch"),
+        ("contamination", {"dim": [{"pretrain": {}, "finetune": {}}]}),
+        ("contamination", {"dim": [{}]}),
+    ],
+)
+def test_a_value_that_no_study_writes_is_refused_by_the_name_of_the_file(study_of: Study, key: str, value: Any) -> None:
+    folder = change(study_of(0.1), **{key: value})
+    with pytest.raises(UserError, match=r"summary\.json: expected"):
+        write_study_page(folder)

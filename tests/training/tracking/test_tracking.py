@@ -52,6 +52,15 @@ def test_a_target_of_no_known_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -
         check_target()
 
 
+@pytest.mark.parametrize("content", [b"no database", b"SQLite format 3\0" + bytes(84) + b"\xff" * 4000])
+def test_a_damaged_database_is_refused_by_name(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mlflow.db").write_bytes(content)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    with pytest.raises(UserError, match=r"mlflow\.db: no MLflow server or database available") as refusal:
+        check_target()
+    assert "\n" not in str(refusal.value)
+
+
 def test_a_server_that_listens_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
