@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
-from monai.losses.dice import DiceCELoss
+from monai.losses.dice import DiceLoss
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -205,7 +205,7 @@ class SegmentationHead(nn.Module):
     def __init__(self, channels: tuple[int, ...], spatial_dims: int, out_channels: int) -> None:
         super().__init__()
         self.conv: Any = build_pointwise_conv(spatial_dims, channels[0], out_channels)
-        self._loss = DiceCELoss(to_onehot_y=True, softmax=True, batch=True, include_background=False)
+        self._dice = DiceLoss(to_onehot_y=True, softmax=True, batch=True, include_background=False)
 
     def forward(self, features: Features) -> torch.Tensor:
         """Compute logits (N, out_channels, ...)."""
@@ -213,7 +213,9 @@ class SegmentationHead(nn.Module):
 
     def loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Dice (over the batch, without the background) plus cross-entropy; target (N, ...) class indices."""
-        return self._loss(logits.float(), target.unsqueeze(1))
+        wide_logits, mask = logits.float(), target.unsqueeze(1)
+        dice: torch.Tensor = self._dice(wide_logits, mask)
+        return dice + mask_cross_entropy(wide_logits, mask)
 
     def inputs(self, features: Features) -> torch.Tensor:
         """The decoded map (N, channels, ...)."""
@@ -225,6 +227,22 @@ class SegmentationHead(nn.Module):
         weight = probe.weight / probe.std
         self.conv.weight.copy_(weight.reshape(self.conv.weight.shape))
         self.conv.bias.copy_(probe.bias - weight @ probe.mean)
+
+
+def mask_cross_entropy(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy over the voxels of masks, in nats.
+
+    `torch.nn.functional.cross_entropy` has no deterministic implementation for masks on CUDA.
+
+    Args:
+        logits: (N, K, ...).
+        mask: class indices (N, 1, ...), 0 to K - 1.
+
+    Examples:
+        >>> round(mask_cross_entropy(torch.zeros(1, 2, 3, 3), torch.ones(1, 1, 3, 3)).item(), 4)  # log 2
+        0.6931
+    """
+    return -logits.log_softmax(dim=1).gather(1, mask.long()).mean()
 
 
 HEADS: dict[str, Callable[..., nn.Module]] = {

@@ -12,6 +12,7 @@ import torch
 from monai.networks.layers.factories import Conv
 from monai.networks.layers.utils import get_norm_layer
 from torch import nn
+from torch.nn.functional import avg_pool2d
 
 from medim.types import Features, UsageError
 
@@ -111,6 +112,32 @@ def use_channels_last(module: nn.Module) -> None:
         if weight.ndim in (4, 5):
             layout = torch.channels_last if weight.ndim == 4 else torch.channels_last_3d
             weight.data = weight.data.contiguous(memory_format=layout)
+
+
+class MeanPool3d(nn.Module):
+    """`torch.nn.AvgPool3d`, computed as the mean over two axes, then over the third.
+
+    The gradient of `AvgPool3d` has no deterministic implementation on CUDA; that of `avg_pool2d` has.
+
+    Args:
+        kernel_size: side of the window, in cells.
+        stride: distance between windows, in cells.
+
+    Examples:
+        >>> MeanPool3d(2, 1)(torch.arange(8.0).reshape(1, 1, 2, 2, 2)).item()
+        3.5
+    """
+
+    def __init__(self, kernel_size: int, stride: int) -> None:
+        super().__init__()
+        self.kernel_size, self.stride = kernel_size, stride
+
+    def forward(self, map_: torch.Tensor) -> torch.Tensor:
+        """Map (N, C, ...) to (N, C, ...), without padding."""
+        planes = avg_pool2d(map_.flatten(1, 2), self.kernel_size, self.stride)  # (N, C * D, ...)
+        columns = planes.reshape(*map_.shape[:3], -1)
+        means = avg_pool2d(columns, (self.kernel_size, 1), (self.stride, 1))
+        return means.reshape(*means.shape[:3], *planes.shape[2:])
 
 
 def pool_map(map_: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from medim.study.design import LR_MULTIPLIERS, Arm, Design
 from medim.study.lr_selection import describe_subset_shortage
 from medim.study.time_estimate import Costs, intermediate_eval_steps, measure_costs
 from medim.tasks import find_task
-from medim.training.engine.launch import check_accelerator
+from medim.training.engine.launch import find_device
 from medim.training.finetune.config import dry_run_finetuning
 from medim.training.finetune.run import open_labelled_cohort
 from medim.training.run_folder import read_run_config
@@ -108,7 +108,7 @@ def prepare_study(
         UsageError: budgets or options are invalid.
     """
     dry_run_finetuning(config)
-    check_accelerator(options.accelerator)
+    find_device(options.accelerator)
     checks.check_networks(arms)
     metric = checks.check_metric(task, options.metric, index)
     if find_task(task).has_class_labels:

@@ -6,12 +6,13 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from monai.networks.layers.factories import Conv, Pool
+from monai.networks.layers.factories import Conv
 from torch import nn
 from torch.nn.functional import pad
 
 from medim.config import Size
 from medim.models.layers import (
+    MeanPool3d,
     Norm,
     build_conv_block,
     build_norm,
@@ -120,7 +121,7 @@ class _ResidualUnit(nn.Module):
             nn.ReLU(inplace=True),
             last_layer,
         )
-        self.shortcut = Pool[Pool.AVG, spatial_dims](kernel_size, stride)
+        self.shortcut = (nn.AvgPool2d if spatial_dims == 2 else MeanPool3d)(kernel_size, stride)
         self._channel_padding = [0, 0] * spatial_dims + [0, out_channels - in_channels]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -66,8 +66,8 @@ def planned_group(accelerator: str, devices: int | None, nodes: int | None) -> P
     return ProcessGroup(0, *world_shape(devices, nodes), kind="cuda" if on_cuda else "cpu")
 
 
-def check_accelerator(accelerator: str) -> None:
-    """Check that this machine has the device for a run of one process.
+def find_device(accelerator: str) -> torch.device:
+    """Find the device of a run of one process.
 
     Args:
         accelerator: device kind, in the terms of Lightning.
@@ -75,7 +75,8 @@ def check_accelerator(accelerator: str) -> None:
     Raises:
         UserError: the device is not available.
     """
-    _build_strategy(accelerator, SINGLE_PROCESS)
+    device: torch.device = _build_strategy(accelerator, SINGLE_PROCESS)[0].root_device
+    return device
 
 
 @contextmanager
@@ -94,7 +95,7 @@ def launched(accelerator: str, plan: ProcessGroup) -> Iterator[ProcessGroup]:
         UserError: the devices are not available, or another process failed.
     """
     if plan.count == 1:
-        check_accelerator(accelerator)
+        find_device(accelerator)
         _rank_holder.rank = 0  # also for one of several independent runs in a SLURM job
         yield SINGLE_PROCESS
         return

@@ -78,7 +78,6 @@ def make_trainer(
     callbacks: list[Callback],
     accelerator: str = "auto",
     validate: bool = True,
-    clip: float = 0.0,
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> pl.Trainer:
     """Build a trainer for a run that counts steps instead of epochs.
@@ -90,7 +89,6 @@ def make_trainer(
         callbacks: callbacks of the run.
         accelerator: device kind, in the terms of Lightning.
         validate: whether to validate at every checkpoint.
-        clip: largest gradient norm, for modules without their own clipping; 0 disables clipping.
         group: the processes of the run.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -112,7 +110,6 @@ def make_trainer(
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
-        gradient_clip_val=clip or None,
         limit_val_batches=1.0 if validate else 0,
         val_check_interval=min(config.checkpoint_every_steps, config.max_steps),
         check_val_every_n_epoch=None,
@@ -155,6 +152,8 @@ def run_trainer(
 ) -> None:
     """Run the trainer with channels-last convolutions, from a checkpoint if one is given.
 
+    The module stays on the device of the training.
+
     Raises:
         StoppedError: SIGTERM or SIGUSR1 arrived; the step in progress was saved.
         KeyboardInterrupt: the user interrupted the run; Lightning alone would exit with a bare exit code.
@@ -168,6 +167,12 @@ def run_trainer(
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, CheckpointCallback):
             callback.restore_random_state()  # needed if no step was left
+    return_to_device(trainer, module)
+
+
+def return_to_device(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Move a module back to the device of the training, from which Lightning moves it to the CPU after each run."""
+    module.to(trainer.strategy.root_device)
 
 
 def peak_memory() -> int:

@@ -26,7 +26,8 @@ def start_head_as_probe(
     this (LP-FT: Kumar et al. 2022, arXiv 2202.10054).
 
     Args:
-        model: encoder, decoder and head; normalisation layers use batch statistics, as in the training steps.
+        model: encoder, decoder and head, on any device; normalisation layers use batch statistics, as in the training
+            steps.
         batches: labelled images (N, C, ...) and targets: class indices (N,) or (N, ...), or findings (N, K).
         classes: number of classes, K.
         seed: random seed of the folds and of the selection of voxels.
@@ -106,10 +107,11 @@ def _collect_head_inputs(
     """
     chunks: list[tuple[Array, Array]] = []
     head: Any = model.head
+    device = next(model.parameters()).device
     for image, target in batches:
-        features = model.encoder(image)
+        features = model.encoder(image.to(device))
         x = head.inputs(features if model.decoder is None else model.decoder(features)).float()
-        rows = x.movedim(1, -1).reshape(-1, x.shape[1]).numpy()
+        rows = x.movedim(1, -1).reshape(-1, x.shape[1]).cpu().numpy()
         findings = target.is_floating_point()
         chunks.append((rows, target.numpy()) if findings else _subsample(rows, target.reshape(-1).numpy(), rng))
     rows, labels = (np.concatenate(parts) for parts in zip(*chunks, strict=True))

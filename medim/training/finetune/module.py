@@ -15,6 +15,7 @@ from medim.evaluation.cases import write_cases
 from medim.evaluation.evaluate import validate_network
 from medim.model_spec import ModelSpec
 from medim.models.model import Model, as_numpy_function
+from medim.training.engine.gradients import clip_gradients, unscale_fused_gradients
 from medim.training.engine.optim import build_optimiser
 from medim.types import UserError
 
@@ -61,6 +62,11 @@ class FinetuneModule(pl.LightningModule):
             )
         self.rows.append((self.global_step + 1, "loss", float(loss.detach()), None, None))
         return loss
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Clip the gradient, after unscaling."""
+        unscale_fused_gradients(optimizer, getattr(self.trainer.precision_plugin, "scaler", None))
+        clip_gradients(optimizer, self._config.gradient_clip)
 
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         """Add the history to the checkpoint."""

@@ -26,7 +26,7 @@ from medim.models.model import Model, as_numpy_function, build_model
 from medim.models.serialization import load_weights, locate_weights, save_model
 from medim.signals import handle_shutdown_signals
 from medim.training.engine.checkpoints import find_newest_checkpoint, get_resume_steps, list_corrupt_checkpoints
-from medim.training.engine.launch import check_accelerator
+from medim.training.engine.launch import find_device
 from medim.training.engine.sampler import StepSampler, step_loader
 from medim.training.engine.trainer import make_trainer, peak_memory, run_trainer
 from medim.training.finetune.config import dry_run_finetuning
@@ -97,7 +97,7 @@ def finetune(
     options = replace(options or FinetuneOptions(), **changes)
     config = select_head(config, index)
     dry_run_finetuning(config, options.encoder)
-    check_accelerator(options.accelerator)
+    find_device(options.accelerator)
     inputs = [path for path in (options.encoder, index.root) if path is not None]
     with open_run_folder(out, "finetune", overwrite=options.overwrite, resume=options.resume, inputs=inputs) as folder:
         return _finetune_in(folder, config, index, options, start_time)
@@ -194,7 +194,6 @@ def _train(run: _FinetuneRun, checkpoint: Path | None, start_step: int) -> None:
         callbacks=[validation],
         accelerator=run.options.accelerator,
         validate=False,
-        clip=config.gradient_clip,
     )
     loader = build_finetune_loader(
         config,
@@ -363,6 +362,7 @@ def _initialise_head(run: _FinetuneRun) -> None:
     config, data, classes, seed = run.config, run.data, run.spec.classes, run.options.seed
     n_batches = min(HEAD_PROBE_BATCHES, -(-len(data.train) // config.batch_size))
     batches = build_finetune_loader(config, data.cohort, data.train, classes, steps=n_batches, seed=seed, augment=False)
+    run.module.to(find_device(run.options.accelerator))
     start_head_as_probe(run.module.model, batches, classes=run.spec.out_channels or 0, seed=seed)
 
 

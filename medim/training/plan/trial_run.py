@@ -195,7 +195,7 @@ def _time_run(
         _divide_time(_subtract_times(timing.step_ends[-1], timing.step_ends[warm - 1]), steps - warm) if warm else first
     )
     validation = _divide_time(_sum_times(timing.validation_times), len(timing.validation_times))
-    reference, n_reference = _time_reference(config, cohort, out / "run" / "encoder")
+    reference, n_reference = _time_reference(cohort, out / "run" / "encoder", timing.device)
     parts = {
         "start": _subtract_times(timing.start, start),
         "first_step": _subtract_times(first, step),
@@ -274,12 +274,12 @@ def _time_read(config: PretrainConfig, cohort: Cohort) -> Timestamp:
     return _subtract_times(*times)
 
 
-def _time_reference(config: PretrainConfig, cohort: Cohort, encoder: Path) -> tuple[Timestamp, int]:
+def _time_reference(cohort: Cohort, encoder: Path, device: torch.device) -> tuple[Timestamp, int]:
     """Measure the time per image for the statistics of the out-of-distribution detector, and count the images."""
     if not (encoder / OOD_FILE).is_file():
         return (0.0, 0.0), 0
     records = cohort.records("train")
-    network: Any = load_encoder(encoder)
+    network: Any = load_encoder(encoder).to(device)
     start = timestamp()
     rows = list(iterate_record_features(network, cohort, records[:TIMING_IMAGES], network.spec))
     return _divide_time(elapsed(start), len(rows)), count_reference_images(records, cohort.records("val"))

@@ -13,7 +13,7 @@ from torch.optim import Adam
 from medim.objectives import Term
 from medim.training.engine.gather import GatheredViews
 from medim.training.engine.gradient_cache import check_chunk_support
-from medim.training.engine.gradients import gradient_norms
+from medim.training.engine.gradients import clip_gradients, gradient_norms, unscale_fused_gradients
 from medim.training.engine.optim import build_optimiser
 from medim.training.engine.process_group import SINGLE_PROCESS, ProcessGroup
 from medim.training.engine.sampler import derive_seed
@@ -152,6 +152,7 @@ class PretrainModule(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Measure and clip the gradient of the main optimiser, after unscaling."""
+        unscale_fused_gradients(optimizer, getattr(self.trainer.precision_plugin, "scaler", None))
         self._clip_gradient(optimizer)
 
     def _clip_gradient(self, optimiser: Any) -> None:
@@ -159,8 +160,7 @@ class PretrainModule(pl.LightningModule):
         self._gradient_norms = gradient_norms(
             {"encoder": self.encoder, "decoder": self.decoder, **self.objectives}, parameters
         )
-        if self._clip:
-            nn.utils.clip_grad_norm_(parameters, self._clip)
+        clip_gradients(optimiser, self._clip)
 
     def _prepare_views(self, batch: ViewBatch, step: int, split: int) -> tuple[Views, StepEncoder]:
         generator = torch.Generator().manual_seed(derive_seed(self._seed, step, split, 2))

@@ -28,7 +28,7 @@ from medim.training.engine.gradients import weight_norm
 from medim.training.engine.launch import launched, planned_group
 from medim.training.engine.process_group import ProcessGroup
 from medim.training.engine.sampler import StepSampler, step_loader
-from medim.training.engine.trainer import make_trainer, run_trainer
+from medim.training.engine.trainer import make_trainer, return_to_device, run_trainer
 from medim.training.fit_ood import save_ood_detector
 from medim.training.pretrain.checkpoint_selection import CheckpointSelection
 from medim.training.pretrain.config import build_objectives, dry_run_pretraining
@@ -206,6 +206,7 @@ def _train(run: _PretrainRun, tracker: Tracker | None, checkpoint: Path | None, 
     run_trainer(trainer, run.module, loader, val_loader, checkpoint=checkpoint)
     if validate and run.history.held_out_step != trainer.global_step:
         trainer.validate(run.module, val_loader, verbose=False)
+        return_to_device(trainer, run.module)
     return trainer
 
 
