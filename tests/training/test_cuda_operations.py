@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -42,6 +42,15 @@ SECTIONS: list[tuple[int, dict[str, Any]]] = [  # side of the image, and section
     (32, {"name": "patches", "patch": 16, "encoder": {**SMALL_RESNET, "norm": "none", "hidden": 0}}),
     *((16, {"name": "unet", "channels": [4, 8, 8], "norm": norm, "summary_channels": 8}) for norm in NORMS),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _any_algorithm() -> Iterator[None]:
+    """Allow every algorithm: trainers of other tests leave the restriction on, which some raise on a CPU too."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 def record(step: Callable[[], Any]) -> list[Any]:
