@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 
-from medim.config import PretrainConfig, check_config
+from medim.config import PretrainConfig, check_config, load_config
 from medim.objectives import Term
 from medim.training.engine import process_group as training_ranks
 from medim.training.engine.launch import launched, planned_group, trainer_options
@@ -97,14 +98,15 @@ FAULTS = ("dropped", "mis-scaled", "detached")
 class Noise(Dataset[Any]):
     """Images and places that follow from the item's seed."""
 
-    def __init__(self, count: int) -> None:
-        self._count = count
+    def __init__(self, count: int, shape: Sequence[int]) -> None:
+        self._count, self._shape = count, tuple(shape)
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         image, seed = item
         subject, view = (torch.Generator().manual_seed(n) for n in (image, seed))
-        body = torch.randn(1, 1, *SHAPE, generator=subject)
-        return body + 0.3 * torch.randn(self._count, 1, *SHAPE, generator=view), torch.zeros(self._count, 2)
+        body = torch.randn(1, 1, *self._shape, generator=subject)
+        image = body + 0.3 * torch.randn(self._count, 1, *self._shape, generator=view)
+        return image, torch.zeros(self._count, len(self._shape))
 
 
 def config_of(case: str) -> PretrainConfig:
@@ -132,18 +134,35 @@ def adamw(groups: Any, **options: Any) -> Any:
 
 def trained(case: str, group: ProcessGroup, *, by: Any = descent) -> dict[str, dict[str, torch.Tensor]]:
     """Parameters and buffers before and after the steps of a case, and the losses of the last one."""
-    config = config_of(case)
-    sizes = {"in_channels": 1, "spatial_dims": 2, "input_shape": list(SHAPE)}
+    return train(config_of(case), group, by)
+
+
+def trained_in_float64(group: ProcessGroup, *, by: Any = descent) -> dict[str, dict[str, torch.Tensor]]:
+    """The same for small views of the preset `mri-crop`, with all arithmetic in float64."""
+    short = ["batch_size=8", "max_steps=8", "warmup_steps=0", "precision=32-true", "views.shape=[16, 16, 16]"]
+    config, before = load_config("pretrain", "mri-crop", short), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with patch.object(torch.Tensor, "float", torch.Tensor.double):  # scores are fp32 otherwise
+            return train(config.model_copy(update={"lr": 0.05 if by is descent else config.lr}), group, by)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def train(config: PretrainConfig, group: ProcessGroup, by: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Train on noise; see `trained`."""
+    sizes = {"in_channels": 1, "spatial_dims": config.spatial_dims, "input_shape": list(config.views.shape)}
     spec = make_spec({"encoder": config.encoder, **sizes})
     torch.manual_seed(0)
     losses: dict[str, torch.Tensor] = {}
     with patch.object(training_module, "build_optimiser", by):
         module = _build_module(config, spec, 0, group)
         before = {name: value.clone() for name, value in module.state_dict().items()}
-        sampler = StepSampler([str(n) for n in range(12)], batch_size=BATCH, steps=STEPS, seed=0, group=group)
+        steps, subjects = config.max_steps, [str(n) for n in range(12)]
+        sampler = StepSampler(subjects, batch_size=BATCH, steps=steps, seed=0, group=group)
         quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         trainer = pl.Trainer(
-            max_steps=STEPS,
+            max_steps=steps,
             **trainer_options("cpu", group),
             **quiet,
             callbacks=[Keep(losses)],
@@ -151,7 +170,7 @@ def trained(case: str, group: ProcessGroup, *, by: Any = descent) -> dict[str, d
             use_distributed_sampler=False,
             limit_val_batches=0,
         )
-        trainer.fit(module, step_loader(Noise(config.views.count), sampler, workers=0))
+        trainer.fit(module, step_loader(Noise(config.views.count, config.views.shape), sampler, workers=0))
     return {"before": before, "after": dict(module.state_dict()), "losses": losses}
 
 
@@ -191,6 +210,8 @@ def main(out: Path) -> None:
         for case in CASES:
             torch.save(trained(case, group), out / f"{case}-{group.rank}.pt")
         torch.save(trained("dv", group, by=adamw), out / f"adamw-{group.rank}.pt")
+        for name, by in (("sgd", descent), ("adamw", build_optimiser)):
+            torch.save(trained_in_float64(group, by=by), out / f"float64-{name}-{group.rank}.pt")
         for name in FAULTS:
             with fault(name):
                 torch.save(trained("infonce", group), out / f"{name}-{group.rank}.pt")

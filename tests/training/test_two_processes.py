@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from medim.cli import app
+from medim.training.engine.optim import build_optimiser
 from medim.training.engine.process_group import SINGLE_PROCESS
-from tests.training.processes import CASES, FAULTS, adamw, trained
+from tests.training.processes import CASES, FAULTS, adamw, descent, trained, trained_in_float64
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -95,6 +96,16 @@ def test_two_processes_learn_what_one_learns_from_the_same_batch(case: str, two:
 
 def test_so_do_they_with_adamw(two: Path) -> None:
     assert furthest(trained("dv", SINGLE_PROCESS, by=adamw)["after"], learnt(two, "adamw")["after"]) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "by", "limit"), [("sgd", descent, 1e-12), ("adamw", build_optimiser, 1e-8)])
+def test_in_float64_eight_steps_of_a_preset_differ_by_rounding_alone(
+    name: str, by: Any, limit: float, two: Path
+) -> None:
+    """In fp32 the rounding of a gradient of 0 grows to a step of Adam, and each step amplifies it."""
+    alone, spread = trained_in_float64(SINGLE_PROCESS, by=by), learnt(two, f"float64-{name}")
+    assert furthest(alone["before"], alone["after"]) > 1e-2, "the steps are large enough to tell"
+    assert furthest(alone["after"], spread["after"]) < limit
 
 
 @pytest.mark.parametrize("fault", FAULTS)
