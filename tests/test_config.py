@@ -365,7 +365,7 @@ def test_bind_serves_functions_under_another_key() -> None:
     ("assignment", "path"),
     [
         ("lr=true", "lr"),
-        ("max_steps=true", "max_steps"),
+        ("batch_size=true", "batch_size"),
         ("views.count=true", "views.count"),
         ("betas=[true, 0.9]", "betas.0"),
     ],

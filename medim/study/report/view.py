@@ -49,7 +49,11 @@ class StudyView:
     def audit(self) -> AuditContent | None:
         """Content of `audit.json`; None if the study has no audit."""
         path = self.folder / AUDIT
-        return read_checked_json(path, "audit", AuditContent) if path.is_file() else None
+        if not path.is_file():
+            return None
+        audit = read_checked_json(path, "audit", AuditContent)
+        _check_metrics(path, audit, self.metric)
+        return audit
 
     @property
     def metric(self) -> str:
@@ -149,16 +153,37 @@ def open_study(folder: Path) -> StudyView:
     return StudyView(folder, summary)
 
 
-def _check_names(path: Path, summary: StudySummary) -> None:
-    """Check that comparisons are between arms and budgets of the study.
+def _check_metrics(path: Path, audit: AuditContent, metric: str) -> None:
+    """Check that an audit contains the metrics that the page shows.
 
     Raises:
-        UserError: a name of a metric, arm or budget is unknown, or an arm with a verdict has no comparison.
+        UserError: a metric of a model or of a group is missing.
+    """
+    names = {"auroc", "balanced_accuracy"} if audit["shortcuts"] else set()
+    missing = [name for metrics in audit["models"].values() for name in sorted(names - metrics.keys())]
+    missing += [metric for group in audit["groups"] if group["metrics"] is not None and metric not in group["metrics"]]
+    if missing:
+        raise UserError(
+            f"{path}: expected the metric {missing[0]!r}, which is missing. Run `medim study --resume`, or copy the "
+            "folder again."
+        )
+
+
+def _check_names(path: Path, summary: StudySummary) -> None:
+    """Check the metric and the counts, and that comparisons are between arms and budgets of the study.
+
+    Raises:
+        UserError: a metric, arm or budget is unknown, a count is missing, or an arm with a verdict has no comparison.
     """
     if find_metric(summary["metric"]) is None:
         raise UserError(
             f"{path}: expected the name of a metric, got {summary['metric'][:100]!r}. "
             "Run `medim study --resume`, or copy the folder again."
+        )
+    if not {"images", "subjects"} <= summary["train_val_duplicates"].keys():
+        raise UserError(
+            f"{path}: expected images and subjects in 'train_val_duplicates'. Run `medim study --resume`, or copy the "
+            "folder again."
         )
     comparisons = summary["comparisons"]
     arms = {entry["name"] for entry in summary["arms"]}

@@ -369,9 +369,20 @@ def test_on_paper_no_table_is_cut(page: Path, browser: Any) -> None:
         ("metric", "nosuch"),
         ("contamination", {"dim": [{"pretrain": {}, "finetune": {}}]}),
         ("contamination", {"dim": [{}]}),
+        ("train_val_duplicates", {}),
     ],
 )
 def test_a_value_that_no_study_writes_is_refused_by_the_name_of_the_file(study_of: Study, key: str, value: Any) -> None:
     folder = change(study_of(0.1), **{key: value})
     with pytest.raises(UserError, match=r"summary\.json: expected"):
+        write_study_page(folder)
+
+
+@pytest.mark.parametrize("metric", ["auroc", "balanced_accuracy"])
+def test_an_audit_without_a_metric_of_a_model_is_refused_by_the_name_of_the_file(study_of: Study, metric: str) -> None:
+    folder = change(study_of(0.1), task="classification")
+    audit = audit_of(input_size=0.8)
+    audit["models"] = {name: {k: v for k, v in one.items() if k != metric} for name, one in audit["models"].items()}
+    write_json(folder / "audit.json", audit)
+    with pytest.raises(UserError, match=rf"audit\.json: expected the metric '{metric}'"):
         write_study_page(folder)
