@@ -29,7 +29,8 @@ from medim.types import UserError
 def save_model(folder: Path, name: str, module: nn.Module, spec: ModelSpec | Section) -> None:
     """Write `name.safetensors` and, after it, `name.json`.
 
-    The weights file has no metadata, so that equal weights give equal bytes.
+    The weights file has no metadata, so that equal weights give equal bytes. A tensor with several names, such as a
+    layer that is registered twice, is written once, under its first name.
 
     Args:
         folder: output folder.
@@ -42,9 +43,9 @@ def save_model(folder: Path, name: str, module: nn.Module, spec: ModelSpec | Sec
     """
     check_finite_weights(module.state_dict(), f"{folder / name}.safetensors")
     weights = folder / f"{name}.safetensors"
-    write_bytes(
-        weights, safetensors.torch.save({key: value.contiguous() for key, value in module.state_dict().items()})
-    )
+    state, first_names = module.state_dict(), _map_shared_tensors(module)
+    tensors = {key: _own_storage(tensor) for key, tensor in state.items() if key not in first_names}
+    write_bytes(weights, safetensors.torch.save(tensors))
     content = spec.to_json() if isinstance(spec, ModelSpec) else {"schema_version": SCHEMA_VERSION, **spec}
     write_json(folder / f"{name}.json", {**content, "sha256": file_sha256(weights)})
 
@@ -105,11 +106,30 @@ def load_weights(module: nn.Module, weights: Path, *, prefix: str = "") -> None:
     try:
         tensors = safetensors.torch.load_file(weights)
         check_finite_weights(tensors, weights)
-        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        shared = {name: state[first] for name, first in _map_shared_tensors(module).items() if first in state}
+        module.load_state_dict(shared | state)
     except SafetensorError as error:
         raise UserError(f"{weights}: expected a safetensors file ({error}). Copy it again.") from error
     except RuntimeError as error:
         raise UserError(f"{weights}: the weights do not fit this network: {error}") from error
+
+
+def _map_shared_tensors(module: nn.Module) -> dict[str, str]:
+    """Map the further names of each tensor of a module to its first name."""
+    first_names: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
+    shared = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and first_names.setdefault(key, name) != name:
+            shared[name] = first_names[key]
+    return shared
+
+
+def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """Make a tensor contiguous, with a storage of its own if it is a part of another tensor."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def check_finite_weights(tensors: Mapping[str, torch.Tensor], place: Path | str) -> None:

@@ -53,15 +53,22 @@ def save_ood_detector(folder: Path, network: nn.Module, cohort: Cohort, spec: Mo
     training = network.training
     try:
         data = _fit_from_cohort(network.eval(), cohort, spec).dump()
-    except (
-        UserError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # torch errors occur if a network accepts views but no whole image
+    except Exception as error:  # a network may accept views but no whole image; the weights must not be lost with it
         (folder / OOD_FILE).unlink(missing_ok=True)
         log.warning("no out-of-distribution detector was written: %s", error)
     else:
         write_bytes(folder / OOD_FILE, data)
+    finally:
+        network.train(training)
+
+
+def rehearse_ood_detector(network: nn.Module, cohort: Cohort, spec: ModelSpec) -> None:
+    """Compute the features of one training image, and log if the detector will not be possible for this network."""
+    training = network.training
+    try:
+        next(iterate_record_features(network.eval(), cohort, cohort.records("train")[:1], spec))
+    except Exception as error:
+        log.warning("there will be no out-of-distribution detector for this network: %s", error)
     finally:
         network.train(training)
 

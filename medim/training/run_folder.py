@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+import logging
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,6 +15,8 @@ from medim.output_folder import output_folder
 from medim.renamed_keys import translate_config, translate_preset
 from medim.types import UsageError, UserError
 
+log = logging.getLogger(__name__)
+REHEARSAL_FOLDER = ".medim-rehearsal"
 RUN_FILES = (  # patterns of all files of a run
     *("config.yaml", "inputs.json", "split.csv", "history.csv", "summary.json", "mlflow.json", "mlflow.jsonl"),
     *(
@@ -20,10 +24,9 @@ RUN_FILES = (  # patterns of all files of a run
         "encoder/*",
         "model/*",
         "cases*.parquet",
-        "losses.svg",
-        "rankme.svg",
-        "views.png",
+        "figures/*",
         "report.html",
+        f"{REHEARSAL_FOLDER}/*",
     ),
 )
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -34,6 +37,33 @@ def open_run_folder(
 ) -> AbstractContextManager[Path]:
     """Lock the folder of a run and provide the folder to train in, see `medim.output_folder.output_folder`."""
     return output_folder(out, command, overwrite=overwrite, resume=resume, inputs=inputs, direct_files=RUN_FILES)
+
+
+@contextmanager
+def open_rehearsal_folder(out: Path) -> Iterator[Path]:
+    """Provide an empty folder in that of a run for files that are written before the first step, and remove it."""
+    folder = out / REHEARSAL_FOLDER
+    shutil.rmtree(folder, ignore_errors=True)  # of a killed process
+    try:
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def log_failure(result: str, remedy: str) -> Iterator[None]:
+    """Log an error of any kind instead of raising it, so that a finished training is not lost with a later step.
+
+    Args:
+        result: what is missing then.
+        remedy: what the user can do.
+    """
+    try:
+        yield
+    except Exception as error:
+        log.warning("%s: not written (%s: %s). %s", result, type(error).__name__, error, remedy)
+        log.debug("traceback", exc_info=True)
 
 
 def write_config(out: Path, config: RunConfig, **inputs: str | float | None) -> None:

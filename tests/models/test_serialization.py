@@ -177,3 +177,36 @@ def test_weights_that_are_not_finite_are_neither_written_nor_read(value: float, 
     write_json(spec, {**read_json(spec), "sha256": file_sha256(weights)})
     with pytest.raises(UserError, match=r"encoder\.safetensors: 1 weights are NaN or infinite"):
         load_encoder(tmp_path / "good")
+
+
+class SharedEncoder(torch.nn.Module):
+    """Two names for one layer, and a buffer that is a part of another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Conv2d(1, 2, 3)
+        self.again = self.first
+        self.register_buffer("whole", torch.arange(6.0))
+        self.register_buffer("part", self.whole[:4])
+
+
+def test_a_tensor_with_two_names_is_written_once_and_loaded_under_both(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    saved, other = SharedEncoder(), SharedEncoder()
+    save_model(tmp_path, "encoder", saved, {"kind": "encoder"})
+    tensors = safetensors.torch.load_file(tmp_path / "encoder.safetensors")
+    assert set(tensors) == {"first.weight", "first.bias", "whole", "part"}
+    load_weights(other, tmp_path / "encoder.safetensors")
+    assert torch.equal(other.again.weight, saved.first.weight)
+    assert other.again is other.first
+    inside = torch.nn.ModuleDict({"encoder": SharedEncoder()})
+    save_model(tmp_path, "model", inside, {"kind": "classifier"})
+    load_weights(other, tmp_path / "model.safetensors", prefix="encoder.")
+    assert torch.equal(other.first.weight, inside["encoder"].again.weight)
+
+
+def test_weights_without_a_shared_tensor_are_refused(tmp_path: Path) -> None:
+    state = SharedEncoder().state_dict()
+    safetensors.torch.save_file({"whole": state["whole"]}, tmp_path / "encoder.safetensors")
+    with pytest.raises(UserError, match="the weights do not fit this network"):
+        load_weights(SharedEncoder(), tmp_path / "encoder.safetensors")

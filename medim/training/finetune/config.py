@@ -6,20 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from medim.config import AUTO, FinetuneConfig, apply_overrides, list_presets, read_config, validate_section
 from medim.data.index.index import Index
 from medim.data.loading.augmentations import Augmentation
-from medim.inference.network import INFERENCES
+from medim.inference.network import INFERENCES, run_inference
 from medim.model_spec import NetworkSpec
 from medim.models.decoders import StrideError
-from medim.models.model import build_model
+from medim.models.model import as_numpy_function, build_model
 from medim.models.serialization import locate_weights
 from medim.tasks import find_task
 from medim.training.auto_config import resolve_run_config
 from medim.training.finetune.targets import task_of_config
-from medim.types import Modality, UsageError, UserError
+from medim.types import Modality, UsageError, UserError, Volume
 
 
 def resolve_finetune_config(
@@ -110,6 +111,8 @@ def dry_run_finetuning(config: FinetuneConfig, encoder: Path | None = None) -> N
         with torch.no_grad():
             target = torch.tensor(task_of_config(config).make_blank_targets(count, shape))
             head.loss(model(torch.zeros(count, 1, *shape)), target)
+        blank = Volume(np.zeros((1, *shape), np.float32), np.eye(4), np.eye(4), tuple(shape))
+        run_inference(as_numpy_function(model.eval()), blank, config.inference)
     except StrideError as error:
         place = f"--encoder {encoder}" if encoder else f"config {config.name}"
         raise UsageError(f"{place}: {config.task} {error.requirement}") from error

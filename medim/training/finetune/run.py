@@ -35,9 +35,9 @@ from medim.training.finetune.module import FinetuneModule, ValidationCallback
 from medim.training.finetune.options import FinetuneOptions
 from medim.training.finetune.summary import FinetuneSummary
 from medim.training.finetune.targets import select_head, task_of_config
-from medim.training.fit_ood import save_ood_detector
+from medim.training.fit_ood import rehearse_ood_detector, save_ood_detector
 from medim.training.pretrain.history import HISTORY_COLUMNS
-from medim.training.run_folder import open_run_folder, write_config
+from medim.training.run_folder import log_failure, open_rehearsal_folder, open_run_folder, write_config
 from medim.training.tracking.tracking import Tracker, check_target, log_results, track_run
 from medim.types import UserError
 from medim.version import collect_versions
@@ -117,10 +117,12 @@ def _finetune_in(
     with track_run(
         "finetune", config, out, seed=options.seed, index_hash=index.hash, parent=options.parent_run
     ) as tracker:
+        _rehearse_model(run)
         _train(run, checkpoint, start_step)
         _save_model(run)
         summary = _measure(run, start_time)
-        _log_summary(tracker, summary, out)
+        with log_failure("records of the results for MLflow", "The run folder contains all results."):
+            _log_summary(tracker, summary, out)
     return summary
 
 
@@ -205,6 +207,25 @@ def _train(run: _FinetuneRun, checkpoint: Path | None, start_step: int) -> None:
         start=start_step,
     )
     run_trainer(trainer, run.module, loader, checkpoint=checkpoint)
+
+
+def _rehearse_model(run: _FinetuneRun) -> None:
+    """Write the model, and compute the features of one image for the detector, before the first step.
+
+    What fails here would otherwise fail after the last step.
+
+    Raises:
+        UserError: the weights cannot be written.
+    """
+    with open_rehearsal_folder(run.out) as folder:
+        try:
+            save_model(folder, "model", run.module.model, run.spec)
+        except RuntimeError as error:
+            raise UserError(
+                f"config {run.config.name}: the weights of this model cannot be written ({error}). Use another encoder."
+            ) from error
+    if run.options.fit_ood_detector:
+        rehearse_ood_detector(run.module.model, run.data.cohort, run.spec)
 
 
 def _save_model(run: _FinetuneRun) -> None:

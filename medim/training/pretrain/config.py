@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from medim.config import PretrainConfig, apply_overrides, build_from_section, read_config
@@ -18,7 +19,8 @@ from medim.objectives.objective import encoder_info
 from medim.training.auto_config import resolve_run_config
 from medim.training.engine.gradient_cache import check_chunk_support
 from medim.training.engine.process_group import SINGLE_PROCESS, ProcessGroup
-from medim.types import UsageError
+from medim.training.pretrain.step_encoder import StepEncoder
+from medim.types import UsageError, Views
 
 
 def resolve_pretrain_config(name: str, assignments: Sequence[str] = (), index: Index | None = None) -> PretrainConfig:
@@ -40,7 +42,7 @@ def resolve_pretrain_config(name: str, assignments: Sequence[str] = (), index: I
 
 
 def dry_run_pretraining(config: PretrainConfig, group: ProcessGroup = SINGLE_PROCESS) -> None:
-    """Build every part for one blank image, to detect invalid sections before images are read or files are written.
+    """Compute all losses of a batch of noise, to detect invalid sections before images are read or files are written.
 
     Raises:
         UsageError: the options of a section do not match its constructor, the encoder does not accept views of this
@@ -60,7 +62,7 @@ def dry_run_pretraining(config: PretrainConfig, group: ProcessGroup = SINGLE_PRO
             )
         )
         decoder = build_decoder(config.decoder, encoder, config.spatial_dims) if config.decoder else None
-        build_objectives(config, encoder, decoder, 1)
+        objectives = build_objectives(config, encoder, decoder, 1)
         for network in (encoder, decoder):
             if network is not None:
                 group.with_synced_batch_norm(network)
@@ -70,6 +72,17 @@ def dry_run_pretraining(config: PretrainConfig, group: ProcessGroup = SINGLE_PRO
             f"views.shape {list(shape)}: not possible with the encoder {config.encoder.get('name')!r} ({error}). "
             "Use larger views or fewer channels."
         ) from error
+    images = torch.randn(2, config.views.count, 1, *shape, generator=torch.Generator().manual_seed(0))
+    views = Views(images, torch.zeros(2, config.views.count, config.spatial_dims))
+    with torch.no_grad():
+        for name, (objective, _) in objectives.items():
+            try:
+                objective(StepEncoder(encoder, decoder, views, torch.Generator().manual_seed(0)), views)
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise UsageError(
+                    f"objective {name}: its loss cannot be computed for views.shape {list(shape)} ({error}). "
+                    "Change its options, or the views."
+                ) from error
 
 
 def build_objectives(

@@ -19,6 +19,11 @@ HistoryRow = tuple[int, str, float | None, float | None, float | None]
 N_VIEWS = 6
 
 
+def draw_views(out: Path, config: PretrainConfig) -> Path:
+    """Draw augmented views of a phantom into `figures/views.png` in the folder of a run."""
+    return _save_figure(_plot_views(config), out / "figures" / "views.png")
+
+
 def draw_training_figures(out: Path, config: PretrainConfig, rows: Sequence[HistoryRow]) -> list[Path]:
     """Draw the figures of a run into its folder `figures/`.
 
@@ -30,17 +35,18 @@ def draw_training_figures(out: Path, config: PretrainConfig, rows: Sequence[Hist
     Returns:
         Paths of the figures: `losses.svg`, `views.png` and, if it was measured, `rankme.svg`.
     """
-    folder = out / "figures"
-    folder.mkdir(exist_ok=True)
-    figures = {"losses.svg": _plot_losses(rows), "rankme.svg": _plot_rankme(rows), "views.png": _plot_views(config)}
-    paths = []
-    for name, figure in figures.items():
-        if figure is not None:
-            content = io.BytesIO()
-            figure.savefig(content, format=name.rpartition(".")[2], dpi=100)
-            write_bytes(folder / name, content.getvalue())
-            paths.append(folder / name)
-    return paths
+    figures = {"losses.svg": _plot_losses(rows), "rankme.svg": _plot_rankme(rows)}
+    paths = [_save_figure(figure, out / "figures" / name) for name, figure in figures.items() if figure is not None]
+    views = out / "figures" / "views.png"
+    return [*paths, views if views.is_file() else draw_views(out, config)]
+
+
+def _save_figure(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:], dpi=100)
+    write_bytes(path, content.getvalue())
+    return path
 
 
 def _plot_losses(rows: Sequence[HistoryRow]) -> Figure:

@@ -29,17 +29,17 @@ from medim.training.engine.launch import launched, planned_group
 from medim.training.engine.process_group import ProcessGroup
 from medim.training.engine.sampler import StepSampler, step_loader
 from medim.training.engine.trainer import make_trainer, return_to_device, run_trainer
-from medim.training.fit_ood import save_ood_detector
+from medim.training.fit_ood import rehearse_ood_detector, save_ood_detector
 from medim.training.pretrain.checkpoint_selection import CheckpointSelection
 from medim.training.pretrain.config import build_objectives, dry_run_pretraining
-from medim.training.pretrain.figures import draw_training_figures
+from medim.training.pretrain.figures import draw_training_figures, draw_views
 from medim.training.pretrain.history import MetricHistory
 from medim.training.pretrain.module import PretrainModule
 from medim.training.pretrain.online_probe import AlignmentMetric, OnlineProbe, open_probe
 from medim.training.pretrain.options import PretrainOptions
 from medim.training.pretrain.save_encoder import write_encoder
 from medim.training.pretrain.summary import build_pretrain_summary, format_online_probe
-from medim.training.run_folder import open_run_folder, write_config
+from medim.training.run_folder import log_failure, open_rehearsal_folder, open_run_folder, write_config
 from medim.training.tracking.tracking import Tracker, check_target, log_encoder, log_results, track_run
 from medim.types import UserError
 from medim.version import __version__
@@ -95,6 +95,8 @@ def pretrain(
         checkpoint, start_step = _prepare_run_folder(config, cohort, out, options, group)
         run = _build_run(config, cohort, out, options, group)
         with _open_tracker(run) as tracker:
+            if group.is_main:
+                _rehearse_results(run)
             trainer = _train(run, tracker, checkpoint, start_step)
             selection = _restore_selection(run.history, run.module, trainer.global_step, run.probe)
             summary = _summarise_run(run, trainer, selection)
@@ -217,6 +219,29 @@ def _summarise_run(run: _PretrainRun, trainer: pl.Trainer, selection: dict[str, 
     return summary | {"checkpoint_selection": selection, "probe": probe, "processes": run.group.count}
 
 
+def _rehearse_results(run: _PretrainRun) -> None:
+    """Write the encoder and compute the features of one image for the detector, before the first step.
+
+    What fails here would otherwise fail after the last step.
+
+    Raises:
+        UserError: the weights cannot be written.
+    """
+    selection = CheckpointSelection().summary(0) | {"n_labels": 0}
+    with open_rehearsal_folder(run.out) as folder:
+        try:
+            spec = replace(run.spec, checkpoint_selection=selection)
+            write_encoder(folder, run.module, spec, run.config.objectives)
+        except RuntimeError as error:
+            raise UserError(
+                f"config {run.config.name}: the weights of the encoder cannot be written ({error}). "
+                "Use another encoder."
+            ) from error
+    rehearse_ood_detector(run.module.encoder, run.cohort, run.spec)
+    with log_failure("figures/views.png", "The run continues without it."):
+        draw_views(run.out, run.config)
+
+
 def _save_results(run: _PretrainRun, tracker: Tracker, summary: dict[str, Any], start_time: float) -> None:
     """Write encoder, detector, training history and summary, and log them."""
     out, spec = run.out, run.spec
@@ -230,9 +255,12 @@ def _save_results(run: _PretrainRun, tracker: Tracker, summary: dict[str, Any], 
     summary["corrupt_checkpoints"] = list_corrupt_checkpoints(out / "checkpoints")
     summary["seconds"] = time.perf_counter() - start_time
     write_json(out / "summary.json", summary)
-    figures = draw_training_figures(out, run.config, run.history.rows)
-    log_results(tracker, summary, [out / "config.yaml", out / "summary.json", out / "history.csv", *figures])
-    log_encoder(tracker, run.config.name)
+    figures: list[Path] = []
+    with log_failure("figures", "`medim report` draws them from history.csv."):
+        figures = draw_training_figures(out, run.config, run.history.rows)
+    with log_failure("records of the results for MLflow", "The run folder contains all results."):
+        log_results(tracker, summary, [out / "config.yaml", out / "summary.json", out / "history.csv", *figures])
+        log_encoder(tracker, run.config.name)
 
 
 def _build_history(

@@ -187,6 +187,8 @@ def track_run(
         SHUTDOWN_TIMEOUT if parent else PATIENCE_SECONDS
     )  # a study sends the unsent records of its cells at its end
     with _open_run(Outbox(out), run, tags, parameters, patience) as tracker:
+        if (out / "config.yaml").is_file():
+            log_files(tracker, [out / "config.yaml"])  # an artifact store that refuses files shows at the first step
         yield tracker
 
 
@@ -282,13 +284,18 @@ def set_tag(logger: Any, name: str, value: str) -> None:
 
 
 def log_results(tracker: Tracker, metrics: Mapping[str, object], files: Sequence[Path]) -> None:
-    """Log the final numbers and files of a run; files of its folder `figures` are stored under that name."""
+    """Log the final numbers and files of a run."""
     numbers = {
         name: float(value)
         for name, value in metrics.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
     tracker.log_metrics(numbers)
+    log_files(tracker, files)
+
+
+def log_files(tracker: Tracker, files: Sequence[Path]) -> None:
+    """Log files of a run as artifacts; those of its folder `figures` are stored under that name."""
     for file in files:
         target = file.parent.name if file.parent.name == "figures" else ""
         tracker.add({"artifact": f"{target}/{file.name}".lstrip("/"), "to": target})

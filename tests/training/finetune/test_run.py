@@ -545,3 +545,43 @@ def test_labels_that_selected_the_encoders_step_are_counted_in_all_later_results
     assert again["n_selection_labels"] == 60
     twin = finetune(finetune_config, cohort_index, tmp_path / "twin", encoder=by_probe, from_scratch=True, store=store)
     assert twin["n_selection_labels"] == 0
+
+
+def test_an_inference_that_cannot_run_shows_before_images_are_read(
+    finetune_config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("planted")
+
+    monkeypatch.setattr("medim.training.finetune.config.run_inference", refuse)
+    with pytest.raises(UsageError, match="planted"):
+        dry_run_finetuning(finetune_config)
+
+
+def test_a_model_that_cannot_be_written_ends_the_run_before_its_first_step(
+    finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("Some tensors share memory")
+
+    monkeypatch.setattr("medim.models.serialization.safetensors.torch.save", refuse)
+    monkeypatch.setattr("medim.training.finetune.run.run_trainer", lambda *_, **__: pytest.fail("a step was made"))
+    with pytest.raises(UserError, match="the weights of this model cannot be written"):
+        finetune(finetune_config, cohort_index, tmp_path / "run", store=store)
+
+
+def test_a_failure_of_the_tracking_after_the_last_step_loses_nothing(
+    finetune_config: FinetuneConfig,
+    cohort_index: Index,
+    tmp_path: Path,
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise KeyError("planted")
+
+    monkeypatch.setattr("medim.training.finetune.run.log_results", refuse)
+    finetune(finetune_config, cohort_index, tmp_path / "run", store=store)
+    assert "records of the results for MLflow: not written (KeyError: 'planted')" in caplog.text
+    assert (tmp_path / "run" / "summary.json").is_file()

@@ -19,7 +19,7 @@ from medim.data.contamination import load_training_history
 from medim.data.fingerprints import compute_fingerprint
 from medim.data.index.index import Index
 from medim.data.loading.splits import assign_splits
-from medim.files import file_sha256
+from medim.files import file_sha256, read_json
 from medim.models.serialization import save_model
 from medim.objectives.coordinates import compute_offset_entropy
 from medim.objectives.score_map import load_score_map
@@ -239,7 +239,8 @@ def test_a_signal_while_the_encoder_is_written_is_answered_and_costs_no_step(
 
     def requeue(*given: Any, **options: Any) -> None:
         save_model(*given, **options)
-        os.kill(os.getpid(), signal.SIGUSR1)
+        if given[0].name == "encoder":  # not in the rehearsal
+            os.kill(os.getpid(), signal.SIGUSR1)
 
     with monkeypatch.context() as patch:
         patch.setattr("medim.training.pretrain.save_encoder.save_model", requeue)
@@ -472,3 +473,70 @@ def test_options_are_given_as_an_object_or_by_name_and_a_misspelt_one_is_refused
     assert file_sha256(tmp_path / "one" / WEIGHTS) == file_sha256(tmp_path / "two" / WEIGHTS)
     with pytest.raises(TypeError, match="sede"):
         pretrain(config, cohort_index, tmp_path / "three", sede=3)
+
+
+def break_now(*_: Any, **__: Any) -> Any:
+    raise IndexError("planted")
+
+
+def test_weights_that_cannot_be_written_end_the_run_before_its_first_step(
+    pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("Some tensors share memory")
+
+    monkeypatch.setattr("medim.models.serialization.safetensors.torch.save", refuse)
+    monkeypatch.setattr("medim.training.pretrain.run.run_trainer", lambda *_, **__: pytest.fail("a step was made"))
+    with pytest.raises(UserError, match=r"weights of the encoder cannot be written \(Some tensors share memory\)"):
+        pretrain(pretrain_config, cohort_index, tmp_path / "run", store=tmp_path / "store")
+    assert not (tmp_path / "run" / ".medim-rehearsal").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("pretrain.run.draw_training_figures", "figures: not written (IndexError: planted)"),
+        ("pretrain.run.log_results", "records of the results for MLflow: not written (IndexError: planted)"),
+        ("fit_ood.fit_detector", "no out-of-distribution detector was written: planted"),
+        ("fit_ood._fit_from_cohort", "no out-of-distribution detector was written: planted"),
+    ],
+)
+def test_what_fails_after_the_last_step_never_loses_the_encoder(
+    place: str,
+    message: str,
+    pretrain_config: PretrainConfig,
+    cohort_index: Index,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(f"medim.training.{place}", break_now)
+    monkeypatch.setattr("medim.training.fit_ood.MIN_TRAINING_SUBJECTS", 2)
+    monkeypatch.setattr("medim.training.fit_ood.MIN_HELD_OUT_SUBJECTS", 1)
+    summary = pretrain(pretrain_config, cohort_index, tmp_path / "run", store=tmp_path / "store")
+    assert message in caplog.text
+    assert read_json(tmp_path / "run" / "summary.json")["steps"] == summary["steps"]
+    medim.load_encoder(tmp_path / "run")
+
+
+def test_an_objective_whose_loss_cannot_be_computed_shows_before_images_are_read(
+    pretrain_config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medim.objectives.infomax.LocalDIM.forward", break_now)
+    with pytest.raises(UsageError, match=r"objective local_dim: its loss cannot be computed for .*planted"):
+        dry_run_pretraining(pretrain_config)
+
+
+def test_a_network_that_accepts_no_whole_image_is_reported_before_the_first_step(
+    pretrain_config: PretrainConfig,
+    cohort_index: Index,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("medim.training.fit_ood.iterate_record_features", break_now)
+    monkeypatch.setattr("medim.training.pretrain.run.run_trainer", break_now)
+    with pytest.raises(IndexError):
+        pretrain(pretrain_config, cohort_index, tmp_path / "run", store=tmp_path / "store")
+    assert "there will be no out-of-distribution detector for this network: planted" in caplog.text
+    assert (tmp_path / "run" / "figures" / "views.png").is_file()
