@@ -1,12 +1,15 @@
-"""Shutdown on SIGTERM and SIGUSR1: the run saves a checkpoint and exits with code 75, so that it can be resumed.
+"""Shutdown on Ctrl-C, SIGTERM and SIGUSR1: a run saves a checkpoint and exits with code 75, and can be resumed.
 
-Outside of training, a signal ends the command at once, like Ctrl-C: every file is complete or absent, and the last
-checkpoint contains all training so far. During training, the signal is recorded and handled between two steps.
+Outside of training, a signal ends the command at once: every file is complete or absent, and the last checkpoint
+contains all training so far. During training, the signal is recorded and handled between two steps. Ctrl-C after
+another signal ends the process without saving.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +17,9 @@ from typing import Any, NoReturn
 
 from medim.types import UserError
 
-SIGNAL_NAMES = ("SIGTERM", "SIGUSR1")
+SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
+INTERRUPT_NOTE = b"\nmedim: stopping after the current step; press Ctrl-C again to leave at once\n"
+SHOW_CURSOR = b"\x1b[?25h"  # progress bars hide it
 
 
 class StoppedError(UserError):
@@ -43,7 +48,8 @@ class ShutdownRequest:
 
     def __init__(self) -> None:
         self.signal_name = ""
-        self._deferring = self._exiting = False
+        self._n_deferring = 0
+        self._exiting = False
 
     def notify(self, name: str) -> None:
         """Record a signal, and exit at once unless exits are `deferred`."""
@@ -53,11 +59,11 @@ class ShutdownRequest:
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """Only record signals inside the block; exit at its end, also after an error, unless `respond` was called."""
-        self._deferring = True
+        self._n_deferring += 1
         try:
             yield
         finally:
-            self._deferring = False
+            self._n_deferring -= 1
             self._exit_if_requested()
 
     def respond(self, saved_state: str) -> NoReturn:
@@ -74,8 +80,12 @@ class ShutdownRequest:
             f"stopped by {self.signal_name or 'a signal to another process'}; {saved_state}, --resume continues."
         )
 
+    def close(self) -> None:
+        """Ignore later signals, because the work is done."""
+        self._exiting = True
+
     def _exit_if_requested(self) -> None:
-        if self.signal_name and not self._deferring and not self._exiting:
+        if self.signal_name and not self._n_deferring and not self._exiting:
             self._exiting = True  # further signals have no effect during the exit
             raise _ShutdownRequested
 
@@ -109,8 +119,10 @@ def handle_shutdown_signals(*, remedy: str = "the same command with --resume con
     request = _active_request = ShutdownRequest()
 
     def forward_signal(number: int, frame: Any) -> None:
+        if number == signal.SIGINT:
+            leave_at_next_interrupt(is_second=bool(request.signal_name))
         previous_handler = previous_handlers[signal.Signals(number)]
-        if callable(previous_handler):
+        if callable(previous_handler) and previous_handler is not signal.default_int_handler:
             previous_handler(number, frame)
         request.notify(signal.Signals(number).name)
 
@@ -118,9 +130,34 @@ def handle_shutdown_signals(*, remedy: str = "the same command with --resume con
         for number in numbers:
             signal.signal(number, forward_signal)
         yield
+        request.close()
     except _ShutdownRequested:
         raise StoppedError(f"stopped by {request.signal_name}; all written files are complete, and {remedy}.") from None
     finally:
+        request.close()
         for number, handler in previous_handlers.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         _active_request = None
+
+
+@contextmanager
+def separate_requests() -> Iterator[None]:
+    """Let `handle_shutdown_signals` inside the block act as if it was not inside another one."""
+    global _active_request
+    outer_request, _active_request = _active_request, None
+    try:
+        yield
+    finally:
+        _active_request = outer_request
+
+
+def leave_at_next_interrupt(*, is_second: bool) -> None:
+    """Let the next Ctrl-C end the process by the signal; tell the user, unless this is the second signal already.
+
+    The note is written without the buffers of Python, which a signal handler must not use.
+    """
+    is_set = signal.signal(signal.SIGINT, signal.SIG_DFL) == signal.SIG_DFL  # by an inner block
+    if not is_set and sys.stderr is not None and sys.stderr.isatty():
+        os.write(2, SHOW_CURSOR + (b"" if is_second else INTERRUPT_NOTE))
+    if is_second:
+        signal.raise_signal(signal.SIGINT)

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {  # a folder or a module: those it may 
     "doctor": frozenset({"version"}),
     "parsing": frozenset({"types"}),
     "files": frozenset({"types", "parsing"}),
-    "output_folder": frozenset({"types", "privacy"}),
+    "output_folder": frozenset({"types", "files", "privacy"}),
     "migrations": frozenset({"types", "parsing", "files"}),
     "signals": frozenset({"types"}),
     "signing": frozenset({"types"}),
@@ -95,11 +95,13 @@ MAY_IMPORT: dict[str, frozenset[str]] = {  # a folder or a module: those it may 
         "training",
         "study",
     },
+    "__main__": frozenset({"cli"}),
     "__init__": frozenset({"version"}),  # its public names lazily
 }
 LIGHT = frozenset(  # run without the [train] extra; everything else may import torch
     {
         "__init__",
+        "__main__",
         "doctor",
         "cli",
         "data/source",

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from medim.signals import StoppedError, current_request, handle_shutdown_signals
+from medim.signals import StoppedError, current_request, handle_shutdown_signals, separate_requests
 
-SIGNALS = [signal.SIGTERM, signal.SIGUSR1]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 
 
 @pytest.fixture(autouse=True)
@@ -107,3 +110,92 @@ def test_inside_another_the_outer_one_answers() -> None:
 def test_a_run_without_a_signal_is_left_alone() -> None:
     with handle_shutdown_signals(), current_request().deferred():
         pass
+
+
+def test_a_block_inside_a_deferred_one_does_not_exit() -> None:
+    done = []
+
+    @handle_shutdown_signals()
+    def work() -> None:
+        with current_request().deferred():
+            with current_request().deferred():
+                os.kill(os.getpid(), signal.SIGTERM)
+            done.append("the rest of the outer block")
+
+    with pytest.raises(StoppedError):
+        work()
+    assert done == ["the rest of the outer block"]
+
+
+def test_a_signal_after_the_work_changes_nothing() -> None:
+    with handle_shutdown_signals():
+        request = current_request()
+        request.close()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_separate_requests_stop_the_inner_work_and_not_the_outer() -> None:
+    done = []
+
+    @handle_shutdown_signals()
+    def train() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.append("too far")
+
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with handle_shutdown_signals():
+        previous = signal.signal(signal.SIGTERM, lambda *_: None)  # as a study does
+        with separate_requests(), pytest.raises(StoppedError):
+            train()
+        signal.signal(signal.SIGTERM, previous)
+        done.append("the next cell is not started")
+    assert done == ["the next cell is not started"]
+
+
+IMPATIENT = """
+import os, signal, sys, time
+from medim.signals import current_request, handle_shutdown_signals
+with handle_shutdown_signals(), current_request().deferred():
+    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    print("goes on", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(120)
+"""
+
+
+@pytest.mark.parametrize("first", ["SIGINT", "SIGTERM"])
+def test_ctrl_c_after_another_signal_leaves_at_once(first: str) -> None:
+    run = subprocess.run([sys.executable, "-c", IMPATIENT, first], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (-signal.SIGINT, "goes on\n", "")
+
+
+ENTRY = """
+import os, signal, sys
+from medim.__main__ import main
+
+number = getattr(signal, sys.argv[2])
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "medim.cli":
+            os.kill(os.getpid(), number)
+
+if sys.argv[1] == "early":
+    sys.meta_path.insert(0, Finder())
+sys.argv[1:] = ["--version"]
+try:
+    main()
+finally:
+    os.kill(os.getpid(), number)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_a_signal_before_the_command_line_is_imported_exits_with_75_and_one_after_the_command_does_not(
+    name: str,
+) -> None:
+    repository = Path(__file__).resolve().parent.parent
+    for when, code, text in (("early", 75, f"medim: stopped by {name} "), ("late", 0, "")):
+        command = [sys.executable, "-c", ENTRY, when, name]
+        run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=repository)
+        assert (run.returncode, run.stderr[: len(text)], "Traceback" in run.stderr) == (code, text, False)

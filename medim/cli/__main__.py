@@ -1,6 +1,6 @@
-"""`python -m medim.cli`."""
+"""`python -m medim.cli`, the same as `python -m medim`."""
 
-from medim.cli import main
+from runpy import run_module
 
 if __name__ == "__main__":
-    main()
+    run_module("medim", run_name="__main__")

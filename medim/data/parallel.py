@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +22,14 @@ def count_cpus() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _exit_with_parent() -> None:
-    """Start a thread that ends this worker when the main process ends, even by a kill."""
+def _prepare_worker() -> None:
+    """End this worker with the main process, and ignore Ctrl-C, which a terminal sends to all processes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    exit_with_parent()
+
+
+def exit_with_parent() -> None:
+    """Start a thread that ends this worker when the main process ends, even by a kill before this call."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -32,6 +39,12 @@ def _exit_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=wait_for_parent, daemon=True).start()
+
+
+def _kill_workers(pool: ProcessPoolExecutor) -> None:
+    """End the processes of a pool, as `kill_workers` of Python 3.14 does."""
+    for process in list((pool._processes or {}).values()):
+        process.kill()
 
 
 def map_in_processes(
@@ -55,7 +68,7 @@ def map_in_processes(
     while batches:
         crash_numbers: list[int] = []
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_exit_with_parent) as pool:
+        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_prepare_worker) as pool:
             numbers = {pool.submit(work, batch): number for number, batch in enumerate(batches)}
             try:
                 for future in as_completed(list(numbers)):
@@ -65,6 +78,7 @@ def map_in_processes(
                     else:
                         yield from zip(batches[number], future.result(), strict=True)
             except BaseException:
+                _kill_workers(pool)  # the pool would wait for the batches that are being processed
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         single_items: list[Sequence[Item]] = [[item] for number in sorted(crash_numbers) for item in batches[number]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -142,6 +142,14 @@ def _keeps_model(context: StudyContext, cell: Cell) -> bool:
     """Whether the report shows the worst cases of this model: the first cell of an arm at the largest budget."""
     is_first_cell = (cell.pretrain_seed, cell.subset_seed) == (0, 0)
     return is_first_cell and cell.kind == "finetune" and cell.budget == context.design.budgets[-1]
+
+
+def remove_leftovers(context: StudyContext, cells: Iterable[Cell]) -> None:
+    """Remove the intermediate files of complete cells, which a kill after the end of a cell leaves."""
+    for cell in cells:
+        if cell.kind != "probe" and context.is_complete(cell):
+            keep_model = context.keep_models or _keeps_model(context, cell)
+            _remove_intermediate_files(context.out / cell.folder, keep_model=keep_model)
 
 
 def _remove_intermediate_files(out: Path, *, keep_model: bool) -> None:

@@ -22,7 +22,7 @@ from medim.privacy import Scrubber, format_path, identity_tokens
 from medim.signals import StoppedError
 from medim.study.audit.audit import write_audit
 from medim.study.audit_study import audit_study
-from medim.study.cell import StudyContext
+from medim.study.cell import StudyContext, remove_leftovers
 from medim.study.content import StudyFacts, StudySummary
 from medim.study.design import Arm
 from medim.study.prepare import DESIGN, StudyOptions, prepare_study
@@ -106,6 +106,7 @@ def _run_study(
             context=context, cells=cells, estimate_seconds=estimator, deadline=deadline, jobs=options.jobs
         )
         _log_remaining_cells(scheduler)
+        remove_leftovers(context, cells)
         run_all(scheduler)
         facts: StudyFacts = {
             **setup.facts,

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from medim.data.parallel import count_cpus
-from medim.signals import StoppedError
+from medim.signals import StoppedError, leave_at_next_interrupt, separate_requests
 from medim.study.cell import StudyContext, run_cell
 from medim.study.design import Cell
 from medim.study.scheduler import Scheduler
@@ -75,20 +75,27 @@ def handle_stop_signals(on_stop: Callable[[], None]) -> Iterator[None]:
         yield
         return
 
+    n_interrupts = 0
+
     def request_stop(*_: object) -> None:
         on_stop()
         signal.setitimer(signal.ITIMER_REAL, REMIND_SECONDS)
 
-    def send_reminder(*_: object) -> None:
+    def send_reminder(number: int, _: object) -> None:
+        nonlocal n_interrupts
+        if number == signal.SIGINT:
+            n_interrupts += 1
+            leave_at_next_interrupt(is_second=n_interrupts > 1)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    handlers = {
+    handlers: dict[int, Callable[[int, Any], None]] = {
         signal.SIGTERM: request_stop,
         **dict.fromkeys((signal.SIGINT, signal.SIGUSR1, signal.SIGALRM), send_reminder),
     }
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield
+        with separate_requests():  # so that a training inside handles signals itself, and stops
+            yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in previous.items():

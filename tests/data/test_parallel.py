@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 WORKERS = """
 import os, sys, time
 from pathlib import Path
@@ -21,13 +23,31 @@ if __name__ == "__main__":
     list(map_in_processes(wait, range(2), 2))
 """
 
+LATE_WORKER = """
+import multiprocessing, os, sys, time
+from pathlib import Path
+from medim.training.engine.sampler import prepare_worker
 
-def test_the_workers_of_a_killed_process_end(tmp_path: Path) -> None:
+def load(number):
+    Path(sys.argv[1], str(os.getpid())).touch()
+    multiprocessing.parent_process().join()
+    prepare_worker(0)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    for number in range(2):
+        multiprocessing.get_context("forkserver").Process(target=load, args=(number,)).start()
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("code", [WORKERS, LATE_WORKER], ids=["reading", "starting to load"])
+def test_the_workers_of_a_killed_process_end(code: str, tmp_path: Path) -> None:
     script, workers = tmp_path / "script.py", tmp_path / "workers"
-    script.write_text(WORKERS)
+    script.write_text(code)
     workers.mkdir()
     main = subprocess.Popen([sys.executable, script, workers])
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while len(list(workers.iterdir())) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
     processes = [int(path.name) for path in workers.iterdir()]

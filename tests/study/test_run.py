@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mlflow.tracking import MlflowClient
 from medim.config import FinetuneConfig
 from medim.evaluation.probing.label_budget import Budget
 from medim.files import read_json, write_json
-from medim.signals import StoppedError
+from medim.signals import StoppedError, handle_shutdown_signals
 from medim.study import cell, run
 from medim.study.design import Arm, read_arms
 from medim.study.report.report import write_study_page
@@ -101,7 +102,10 @@ def test_a_study_killed_between_and_inside_cells_goes_on_to_the_same_bytes(
     assert [(folder / "summary.json").is_file() for folder in begun] == [True, False]
     assert (begun[1] / "checkpoints" / "step-2.ckpt").is_file()
     before = (begun[0] / "summary.json").stat().st_mtime_ns
+    (begun[0] / "split.csv").touch()  # as after a kill between the summary and the removal of other files
+    (begun[0] / "checkpoints").mkdir()
     summary = small(resume=True)
+    assert not {"split.csv", "checkpoints"} & {path.name for path in begun[0].iterdir()}
     assert (summary["complete"], summary["n_resumed_cells"]) == (True, 1)
     assert (begun[0] / "summary.json").stat().st_mtime_ns == before
     results = [(tmp_path / name / "results.parquet").read_bytes() for name in ("whole", "study")]
@@ -178,9 +182,17 @@ def test_a_study_out_of_hours_leaves_what_is_done_and_says_what_is_left(
     assert whole["wall_hours"] > summary["wall_hours"] > 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("number", "in_command"),
+    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGUSR1, True)],
+)
 def test_a_signal_in_a_cell_saves_it_and_begins_no_other(
-    small: Study, tmp_path: Path, schedule: FinetuneConfig, monkeypatch: pytest.MonkeyPatch, number: int
+    small: Study,
+    tmp_path: Path,
+    schedule: FinetuneConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    in_command: bool,
 ) -> None:
     def signalled(*given: Any, **options: Any) -> dict[str, Any]:
         os.kill(os.getpid(), number)  # before its first step
@@ -189,7 +201,8 @@ def test_a_signal_in_a_cell_saves_it_and_begins_no_other(
 
     monkeypatch.setattr("medim.study.worker_pool.REMIND_SECONDS", 0.01)
     monkeypatch.setattr(cell, "finetune", signalled)
-    with pytest.raises(StoppedError, match="2 of 2 cells are left"):
+    handlers = handle_shutdown_signals() if in_command else nullcontext()
+    with pytest.raises(StoppedError, match="2 of 2 cells are left"), handlers:
         small(config=schedule.model_copy(update={"max_steps": 2000, "checkpoint_every_steps": 1000}))
     folder = tmp_path / "study" / "cells" / "scratch" / "4" / "0-0"
     assert not (folder / "summary.json").exists()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -279,6 +280,7 @@ def sandboxed_decoding(limits: DecodingLimits) -> Iterator[None]:
 
 def worker_main(limits_json: str) -> None:
     """Run the decoding process: call the functions named on standard input, until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main process handles it
     worker_limits = DecodingLimits(**json.loads(limits_json))
     _set_resource_limits(worker_limits.memory)
     out = os.fdopen(os.dup(1), "wb")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from medim.data.parallel import exit_with_parent
 from medim.signals import SIGNAL_NAMES
 from medim.training.engine.process_group import SINGLE_PROCESS, ProcessGroup
 
@@ -95,8 +96,12 @@ class StepSampler(Sampler[list[SampleItem]]):
         return np.random.default_rng(derive_seed(self._seed, epoch, turn, 1)).permutation(len(self._scans))
 
 
-def ignore_signals(worker: int) -> None:
-    """Ignore SIGTERM and SIGUSR1 in a data-loading worker; the main process handles them."""
+def prepare_worker(worker: int) -> None:
+    """Ignore stop signals in a data-loading worker, because the main process handles them, and end with that process.
+
+    PyTorch's own check watches the parent process, which is the fork server, and that stays as long as its workers.
+    """
+    exit_with_parent()
     for name in SIGNAL_NAMES:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
 
@@ -118,5 +123,5 @@ def step_loader(dataset: Dataset[Any], sampler: StepSampler, *, workers: int, pr
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context="forkserver" if workers else None,
-        worker_init_fn=ignore_signals if workers else None,
+        worker_init_fn=prepare_worker if workers else None,
     )

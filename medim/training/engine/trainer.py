@@ -155,7 +155,7 @@ def run_trainer(
     The module stays on the device of the training.
 
     Raises:
-        StoppedError: SIGTERM or SIGUSR1 arrived; the step in progress was saved.
+        StoppedError: Ctrl-C, SIGTERM or SIGUSR1 arrived; the step in progress was saved.
         KeyboardInterrupt: the user interrupted the run; Lightning alone would exit with a bare exit code.
     """
     use_channels_last(module)

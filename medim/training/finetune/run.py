@@ -91,7 +91,7 @@ def finetune(
         UserError: there are no labels for the task, the weights do not match, `out` is not empty, the
             device is not available, or `fail_on_contamination` applies.
         UsageError: a section cannot be built, or the parts are not compatible.
-        StoppedError: SIGTERM or SIGUSR1 arrived; a checkpoint was saved.
+        StoppedError: Ctrl-C, SIGTERM or SIGUSR1 arrived; a checkpoint was saved.
     """
     start_time = time.perf_counter()
     options = replace(options or FinetuneOptions(), **changes)

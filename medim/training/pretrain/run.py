@@ -83,7 +83,7 @@ def pretrain(
         UserError: there are too few subjects, `out` is not empty, a device is not available, or the weights at the end
             are not finite (`history.csv` is written, but no encoder).
         UsageError: a section cannot be built, or the run cannot be distributed over the devices.
-        StoppedError: SIGTERM or SIGUSR1 arrived; a checkpoint was saved.
+        StoppedError: Ctrl-C, SIGTERM or SIGUSR1 arrived; a checkpoint was saved.
     """
     start_time = time.perf_counter()
     options = replace(options or PretrainOptions(), **changes)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shutil
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -25,6 +25,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID
 
 from medim.config import RunConfig
+from medim.output_folder import acquire_lock
 from medim.signals import current_request, exited_after_saving
 from medim.training.tracking.delivery import send, tracking_uri
 from medim.training.tracking.outbox import RECORDS, STATE, Outbox, OutboxRecord, OutboxSender
@@ -75,7 +76,8 @@ def check_target(resume_folder: Path | None = None) -> None:
         public_uri = urlunsplit(uri_parts._replace(netloc=uri_parts.netloc.rpartition("@")[2]))
         if resume_folder and (resume_folder / STATE).is_file():
             log.warning(
-                "MLFLOW_TRACKING_URI=%s does not respond (%s); the records are kept and sent later", public_uri, error
+                "MLFLOW_TRACKING_URI=%s does not respond (%s); the records are kept and sent later",
+                *(public_uri, _first_line(error)),
             )
             return
         raise UserError(
@@ -94,16 +96,28 @@ def _make_database(uri: str) -> None:
     """Create a missing SQLite file under a temporary name, and move it to its place when it is complete.
 
     MLflow creates the file table by table, so if two runs start at the same time in a new folder, one of them fails.
+    The second run waits. Files of a run that was killed are removed by the next one.
+
+    Raises:
+        Exception: of any kind, if the file cannot be created.
     """
     scheme, _, location = uri.partition(":///")
     path = Path(location)
     if scheme != "sqlite" or not location or path.exists():
         return
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary_folder:
-        database = Path(temporary_folder, path.name)
-        MlflowClient(tracking_uri=f"sqlite:///{database.resolve()}")
-        with suppress(OSError):  # another run was first, or the disk has no hard links: MLflow creates it
-            os.link(database, path)
+    lock, folder = path.with_name(f".{path.name}.lock"), path.with_name(f".{path.name}.new")
+    path.parent.stat()  # raises an error if it is missing
+    with acquire_lock(lock, wait=True):
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            if not path.exists():
+                folder.mkdir()
+                MlflowClient(tracking_uri=f"sqlite:///{(folder / path.name).resolve()}")
+                with suppress(OSError):  # another program was first, or the disk has no hard links: MLflow creates it
+                    os.link(folder / path.name, path)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink()
 
 
 class Tracker(Logger):

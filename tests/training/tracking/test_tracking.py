@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sqlalchemy.exc
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from typer.testing import CliRunner
@@ -80,6 +82,32 @@ def test_runs_that_start_at_once_in_a_new_folder_find_one_whole_database(
     assert [run.exitcode for run in runs] == [0, 0]
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
     assert [one.name for one in MlflowClient(tracking_uri()).search_experiments()] == ["Default"]
+
+
+def test_a_database_that_cannot_be_created_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_disk(**_: object) -> None:
+        cause = sqlite3.OperationalError("database or disk is full")
+        raise sqlalchemy.exc.OperationalError("UPDATE alembic_version", {}, cause)
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setattr("medim.training.tracking.tracking.MlflowClient", fill_disk)
+    with pytest.raises(UserError, match="database or disk is full") as caught:
+        check_target()
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_a_run_that_was_killed_while_it_created_the_database_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (tmp_path / ".mlflow.db.new").mkdir()
+    (tmp_path / ".mlflow.db.new" / "mlflow.db").write_bytes(b"a part")
+    (tmp_path / ".mlflow.db.lock").touch()
+    check_target()
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
 
 
 def run_of(out: Path) -> Run:
