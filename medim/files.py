@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 from medim.parsing import MAX_JSON_BYTES, encode_csv, parse_json, read_limited
 from medim.types import UserError
+
+TEMPORARY_SUFFIX = ".medim-part"
 
 
 def cache_folder() -> Path:
@@ -27,19 +30,27 @@ def cache_folder() -> Path:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically: after a crash, the path contains the old or the new content, never a part of it.
 
+    Where the file system permits, the temporary file has no name until it is complete, so a kill leaves no part of it.
+
     Raises:
         UserError: the folder cannot be written (missing permission, full disk).
     """
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
+        handle = _open_unnamed_file(path.parent)
+        if handle is None:
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=TEMPORARY_SUFFIX)
+            temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+            os.fchmod(file.fileno(), 0o644)
+            if temporary is None:
+                temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+                # The descriptor of a folder, which an absolute source does not need, makes Python follow the link.
+                os.link(f"/proc/self/fd/{file.fileno()}", temporary, src_dir_fd=file.fileno())
         temporary.replace(path)
     except OSError as error:
         raise UserError(
@@ -48,6 +59,22 @@ def write_bytes(path: Path, data: bytes) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _open_unnamed_file(folder: Path) -> int | None:
+    """Open a new file without a name; None if the system or the file system, such as NFS, has no such files."""
+    if not hasattr(os, "O_TMPFILE") or not Path("/proc/self/fd").is_dir():
+        return None
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o600)
+    except OSError:
+        return None
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Remove the temporary files that a killed process left in a folder to which no other process writes."""
+    for path in folder.rglob(f".*{TEMPORARY_SUFFIX}"):
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

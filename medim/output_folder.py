@@ -23,6 +23,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Literal
 
+from medim.files import remove_temporary_files
 from medim.privacy import format_path
 from medim.types import UserError
 
@@ -270,7 +271,9 @@ def _select_folder(
                 f"{out}: --resume continues only a result of `medim {command}`; this folder contains one of "
                 f"`medim {previous.command}`. Choose another --out."
             )
-        return staging if staging.is_dir() or (not direct_files and not _has_content(out)) else out
+        folder = staging if staging.is_dir() or (not direct_files and not _has_content(out)) else out
+        remove_temporary_files(folder)
+        return folder
     if _has_content(out) and not _is_rejection(previous, command):
         if not overwrite:
             _raise_not_empty(out)

@@ -7,12 +7,24 @@ import hashlib
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
-from medim.files import file_sha256, json_sha256, read_json, write_bytes, write_csv, write_json
+from medim.files import (
+    _open_unnamed_file,
+    file_sha256,
+    json_sha256,
+    read_json,
+    remove_temporary_files,
+    write_bytes,
+    write_csv,
+    write_json,
+)
 from medim.types import UserError
 
 
@@ -70,9 +82,44 @@ def test_a_folder_without_permission_is_the_users_error(tmp_path: Path, monkeypa
     def denied(**_: object) -> NoReturn:  # as root, a read-only folder would be written all the same
         raise PermissionError(errno.EACCES, "Permission denied")
 
+    monkeypatch.delattr(os, "O_TMPFILE", raising=False)
     monkeypatch.setattr("medim.files.tempfile.mkstemp", denied)
     with pytest.raises(UserError, match="Permission denied"):
         write_bytes(tmp_path / "file", b"x")
+
+
+KILLED_WRITER = """
+import os, signal, sys
+from pathlib import Path
+from medim.files import write_bytes
+os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[2] == "named":
+    del os.O_TMPFILE
+write_bytes(Path(sys.argv[1]), b"new")
+"""
+
+
+@pytest.mark.parametrize("kind", ["unnamed", "named"])
+def test_a_kill_leaves_the_old_file_and_at_most_a_file_that_is_removed_later(kind: str, tmp_path: Path) -> None:
+    if kind == "unnamed" and _open_unnamed_file(tmp_path) is None:
+        pytest.skip("this file system has no unnamed files")
+    (tmp_path / "sub").mkdir()
+    target = tmp_path / "sub" / "file"
+    write_bytes(target, b"old")
+    command = [sys.executable, "-c", KILLED_WRITER, str(target), kind]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert target.read_bytes() == b"old"
+    assert len(list(target.parent.iterdir())) == (1 if kind == "unnamed" else 2)
+    remove_temporary_files(tmp_path)
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_the_names_of_temporary_files_are_short_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / ("µ" * 120)  # 240 bytes
+    write_bytes(target, b"one")
+    monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    write_bytes(target, b"two")
+    assert [(path, path.read_bytes()) for path in tmp_path.iterdir()] == [(target, b"two")]
 
 
 def test_json_keeps_order_and_letters_and_refuses_nan(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from medim.models.model import as_numpy_function
 from medim.models.ood_features import WithOODFeatures
 from medim.models.serialization import load_encoder, load_model, locate_weights
 from medim.objectives.score_map import load_score_map
+from medim.output_folder import SUMMARY_FILE, read_record
 from medim.package.contract import GOLDEN, GRAPH, SCORE_MAP, SCORE_MAP_GOLDEN, Signature
 from medim.types import PredictFn, UserError
 
@@ -89,6 +90,7 @@ def load_finished_run(folder: Path) -> FinishedRun:
             by an earlier version of medim.
     """
     weights, spec = locate_weights(folder)
+    _check_end(folder)
     if spec.is_encoder:
         encoder: Any = load_encoder(folder)
         module, score_map = encoder, load_score_map(folder)
@@ -107,7 +109,7 @@ def load_finished_run(folder: Path) -> FinishedRun:
                 name="score map: ", file=SCORE_MAP, golden=SCORE_MAP_GOLDEN, network=score_map, signature=signature
             )
         )
-    summary_file = folder / "summary.json"
+    summary_file = folder / SUMMARY_FILE
     run_summary = _read_run_summary(summary_file) if summary_file.is_file() else {}
     return FinishedRun(
         folder=folder,
@@ -119,6 +121,17 @@ def load_finished_run(folder: Path) -> FinishedRun:
         training_history=load_training_history(folder),
         ood_statistics=_read_ood_statistics(weights),
     )
+
+
+def _check_end(folder: Path) -> None:
+    """Reject a run that was stopped after its weights were written, and before its summary was.
+
+    Raises:
+        UserError: the run is not complete.
+    """
+    record = read_record(folder)
+    if record is not None and record.state != "complete" and not (folder / SUMMARY_FILE).is_file():
+        raise UserError(f"{folder}: this run was stopped before its end. Run the same command with --resume first.")
 
 
 class _RunSummary(TypedDict, total=False):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
@@ -75,7 +75,8 @@ def serving() -> Iterator[Publisher]:
             elif publisher.announced != -1:
                 self.send_header("Content-Length", str(publisher.announced or len(body)))
             self.end_headers()
-            self.wfile.write(body[: publisher.cuts.pop(0) if publisher.cuts else None])
+            with suppress(ConnectionError):  # a client that was killed
+                self.wfile.write(body[: publisher.cuts.pop(0) if publisher.cuts else None])
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     publisher.url = f"http://127.0.0.1:{server.server_port}"

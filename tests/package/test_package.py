@@ -283,6 +283,14 @@ def test_statistics_of_an_earlier_version_stop_the_export(tmp_path: Path) -> Non
         export(run, tmp_path / "package")
 
 
+def test_a_run_that_was_stopped_before_its_summary_is_not_exported(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "classifier")
+    (run / "summary.json").unlink(missing_ok=True)
+    (run / ".medim").write_text('{"command": "finetune", "state": "stopped", "process": 1, "files": []}')
+    with pytest.raises(UserError, match="stopped before its end"):
+        export(run, tmp_path / "package")
+
+
 def _flat_input(signature: dict[str, Any]) -> None:
     signature["inputs"][0]["shape"] = ["batch"]
 

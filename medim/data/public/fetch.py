@@ -21,7 +21,7 @@ from medim.data.public.catalog import PUBLIC_SETS, PublicSet
 from medim.data.public.download import download_file
 from medim.data.public.manifest import SCHEMA_VERSION, Download, Manifest, read_manifest
 from medim.data.public.tcia import check_series, is_series_entry, list_series
-from medim.files import cache_folder, file_sha256, write_json, write_text
+from medim.files import cache_folder, file_sha256, remove_temporary_files, write_json, write_text
 from medim.output_folder import acquire_lock
 from medim.types import Modality, UsageError, UserError
 
@@ -147,6 +147,7 @@ def _lock_folder(folder: Path, name: str) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with acquire_lock(marker, wait=True):
+            remove_temporary_files(folder)
             try:
                 yield
             finally:
@@ -200,7 +201,7 @@ def _download_entry(
             f"{entry['sha256']}, got {file_digest.sha256}. Results with the two versions are not comparable. Use "
             "another --out for the new version."
         )
-    if not old_checksums:
+    if not old_checksums or entry["sha256"] is None:  # without it, a kill came between the two files written below
         entry |= {"bytes": file_digest.size, "sha256": file_digest.sha256}
         entry["publisher"]["matched"] = True if entry["publisher"]["from"] else None
     manifest["fetched"] = manifest["fetched"] or datetime.date.today().isoformat()

@@ -316,6 +316,18 @@ def test_a_process_killed_before_the_files_had_their_names_goes_on(publisher: Pu
     assert not (tmp_path / "set" / ".download").exists()
 
 
+def test_a_process_killed_between_the_checksums_and_the_record_goes_on(publisher: Publisher, tmp_path: Path) -> None:
+    bring("Tiny", tmp_path / "set")
+    record = (tmp_path / "set" / "fetched.json").read_bytes()
+    (tmp_path / "set" / "fetched.json").unlink()
+    (tmp_path / "set" / ".fetched.json.12345678.medim-part").write_bytes(record[:10])
+    (tmp_path / "set" / ".download").mkdir()
+    (tmp_path / "set" / "Tiny").rename(tmp_path / "set" / ".download" / "Tiny")
+    bring("Tiny", tmp_path / "set")
+    assert (tmp_path / "set" / "fetched.json").read_bytes() == record
+    assert {path.name for path in (tmp_path / "set").iterdir()} == {".medim", "Tiny", "SHA256SUMS", "fetched.json"}
+
+
 def test_two_at_once_do_the_work_once(publisher: Publisher, tmp_path: Path) -> None:
     got: list[FetchResult] = []
     both = [threading.Thread(target=lambda: got.append(bring("pictures", tmp_path / "set"))) for _ in range(2)]
@@ -343,7 +355,7 @@ def test_one_that_waited_for_another_that_failed_has_the_folder_to_itself(
                 refused.append(True)
 
     waiting = threading.Thread(target=lambda: fetch_public_set("pictures", tmp_path / "set", progress=look))
-    with marker.open("a") as file, caplog.at_level("INFO", logger="medim.data.public.fetch"):
+    with marker.open("a") as file, caplog.at_level("INFO", logger="medim.output_folder"):
         fcntl.flock(file, fcntl.LOCK_EX)
         waiting.start()
         while "waiting for it" not in caplog.text:
