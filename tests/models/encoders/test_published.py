@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import Conv2d, ConvTranspose2d
 
+from medim.config import load_config
 from medim.models.model import build_encoder
+from medim.training.pretrain.config import build_objectives
 from tests.specs import make_spec
 
 ALEX = 9 * (3 * 96 + 96 * 192 + 192 * 384 + 384 * 384 + 384 * 192) + 2 * (96 + 192 + 384 + 384 + 192)
@@ -159,3 +162,18 @@ def test_the_same_layers_have_the_same_fields_in_3d(name: str, options: dict[str
         fields.append([encoder.receptive_field(level) for level in range(len(grids[-1]))])
     assert grids[0] == grids[1]
     assert fields[0] == fields[1]
+
+
+def test_the_vae_preset_has_the_generator_of_the_authors_code() -> None:
+    config = load_config("pretrain", "vae")
+    shape = config.views.shape
+    spec = {"encoder": config.encoder, "in_channels": 3, "spatial_dims": 2, "input_shape": shape}
+    encoder: Any = build_encoder(make_spec(spec))
+    (objective, _), *_ = build_objectives(config, encoder, None, 3).values()
+    decoder: Any = objective.decoder
+    shapes = [tuple(layer.weight.shape) for layer in decoder.modules() if isinstance(layer, Conv2d | ConvTranspose2d)]
+    assert decoder.to_grid.weight.shape == (256 * 4 * 4, 64)
+    assert shapes == [(256, 128, 4, 4), (128, 64, 4, 4), (64, 64, 4, 4), (3, 64, 3, 3)]
+    linear, norms = 64 * 256 * 16, 2 * (256 + 128 + 64 + 64)
+    convolutions = 16 * (256 * 128 + 128 * 64 + 64 * 64) + 9 * 64 * 3 + 3
+    assert sum(p.numel() for p in decoder.parameters()) == linear + norms + convolutions
