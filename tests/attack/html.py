@@ -54,7 +54,7 @@ def list_html_cases(base: Path, _: int) -> list[Case]:
                 cases.append(
                     Case(
                         name=f"{file}: {place}",
-                        kind=file,
+                        kind=name,
                         prepare=partial(_prepare, base, name, file, data),
                         act=partial(run_command, "report", name),
                         check=_check_page,
