@@ -1,4 +1,4 @@
-"""A training step of every small preset on a device that is not there: `python -m tests.training.pretend_device OUT`.
+"""A step of small and fine-tuning presets on a device that is not there: `python -m tests.training.pretend_device OUT`.
 
 PyTorch's fake tensors know shape, type and device but hold nothing, and refuse to mix devices. A build without CUDA
 lacks two things that they need: a guard of the device, which one written in Python takes the place of, and streams for
@@ -20,6 +20,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from monai.losses import dice
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -30,10 +31,12 @@ from medim.objectives import contrastive_term, coordinates, dense, occlusion, re
 from medim.training.engine.process_group import SINGLE_PROCESS
 from medim.training.pretrain.run import _build_module
 from tests.specs import make_spec
+from tests.training.one_step import BATCH, _build_finetuning, build_targets, list_cases
 
 SMALL = [name for name in list_presets("pretrain") if name.startswith("test-")]
 OTHERS, FAULTY = " with drawn negatives and occlusion", " with a tensor left behind"
-CASES = [*SMALL, *(f"test-{n}d-local-dim{OTHERS}" for n in (2, 3)), f"test-2d-coordinates{FAULTY}"]
+FINETUNING = [case for case in list_cases() if case.startswith("finetune ")]
+CASES = [*SMALL, *(f"test-{n}d-local-dim{OTHERS}" for n in (2, 3)), f"test-2d-coordinates{FAULTY}", *FINETUNING]
 DEVICES = ("cuda", "pretend")
 
 
@@ -113,6 +116,18 @@ def level(scores: torch.Tensor, mask: torch.Tensor | None = None) -> float:
     return 1.0
 
 
+class AxisNumbers:
+    """PyTorch for the Dice loss of MONAI, which lists axes by a tensor on the CPU that fake tensors do not hold."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def arange(*bounds: int) -> Any:
+        """Numbers of axes, as a list."""
+        return SimpleNamespace(tolist=lambda: list(range(*bounds)))
+
+
 def left_behind(flat: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """`medim.objectives.coordinates._gather_locations`, but for the move to the device."""
     return flat.gather(1, index.unsqueeze(-1).expand(-1, -1, flat.shape[2]))
@@ -148,6 +163,28 @@ def step(name: str, device: str) -> list[str]:
         return [str(tensor.device) for tensor in [*(t.loss for t in terms.values()), *norms.values(), *gradients]]
 
 
+def finetune_step(case: str, device: str) -> list[str]:
+    """Take the step of a fine-tuning preset (on `cuda` its loss alone); the devices of what was computed."""
+    run = _build_finetuning(case.removeprefix("finetune "), Path(), {})
+    kind = f"{device}:0"
+    targets = build_targets(run.config)
+    with FakeTensorMode(), Strict():
+        move(run.module, kind)
+        image = torch.empty(BATCH, 1, *run.config.views.shape, device=kind)
+        model = run.module.model
+        target = torch.empty(targets.shape, dtype=targets.dtype, device=kind)
+        loss = model.head.loss(model(image), target)
+        if device == "cuda":
+            return [str(loss.device)]
+        (optimiser,), _ = run.module.configure_optimizers()
+        loss.backward()
+        run.module._trainer = SimpleNamespace(precision_plugin=SimpleNamespace())
+        run.module.on_before_optimizer_step(optimiser)
+        optimiser.step()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        return [str(tensor.device) for tensor in (loss, *gradients)]
+
+
 def main(device: str, out: Path) -> None:
     """Write, for each preset, the devices that were met, or the error."""
     kept, found = pretend(device), {}
@@ -158,9 +195,11 @@ def main(device: str, out: Path) -> None:
                     patches.enter_context(patch.object(module, "draw_cube_mask", hidden))
                 patches.enter_context(patch.object(occlusion, "draw_occlusion_mask", hidden))
                 patches.enter_context(patch.object(contrastive_term, "compute_chance", level))
+                patches.enter_context(patch.object(dice, "torch", AxisNumbers()))
                 if name.endswith(FAULTY):
                     patches.enter_context(patch.object(coordinates, "_gather_locations", left_behind))
-                found[name] = sorted(set(step(name, device)))
+                take = finetune_step if name in FINETUNING else step
+                found[name] = sorted(set(take(name, device)))
         except Exception:
             found[name] = traceback.format_exc().splitlines()[-12:]
     out.write_text(json.dumps(found))
