@@ -80,16 +80,17 @@ def _run_on_cpu(cohort: Cohort, name: str) -> Run:
 @pytest.fixture(scope="module")
 def table(request: pytest.FixtureRequest) -> Iterator[Callable[[str, Run, float], None]]:
     """Adds a row of a run to the table that is printed at the end."""
-    rows = [("run", "ms a step", "peak MiB", "first losses, difference to fp32 on the CPU")]
+    rows = [("run", "ms a step", "peak MiB", "difference of the first losses")]
 
     def add(name: str, run: Run, difference: float) -> None:
         rows.append((name, f"{1000 * run.step_seconds:.1f}", f"{run.peak_bytes / 2**20:.0f}", f"{difference:.1e}"))
 
     yield add
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    for row in rows if reporter and len(rows) > 1 else ():
-        reporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    capture: Any = request.config.pluginmanager.get_plugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        print("", *lines, sep="\n")
 
 
 def check(run: Run, device: str) -> None:
