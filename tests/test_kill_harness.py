@@ -1,4 +1,7 @@
-"""A part of the trials of `python -m tests.kill_harness`: signals, limits and two commands at once."""
+"""A part of the trials of `python -m tests.kill_harness`: signals, limits and two commands at once.
+
+`tests/training/test_killed.py` has those of trainings.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,11 @@ Prepared = tuple[ForkServer, Path]
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
-    with prepare(tmp_path_factory.mktemp("harness"), steps=8) as server_and_inputs:
+    with prepare(tmp_path_factory.mktemp("harness"), steps=8, with_packages=False) as server_and_inputs:
         yield server_and_inputs
 
 
-@pytest.mark.parametrize(
-    ("name", "count"), [("index", 9), ("preprocess", 8), ("fetch", 9), ("predict", 7), ("evaluate", 4), ("pretrain", 6)]
-)
+@pytest.mark.parametrize(("name", "count"), [("index", 10), ("preprocess", 9), ("fetch", 10), ("embed", 5)])
 def test_signals_and_limits_change_no_byte_of_a_result(
     name: str, count: int, prepared: Prepared, tmp_path: Path
 ) -> None:
@@ -37,7 +38,7 @@ def test_signals_and_limits_change_no_byte_of_a_result(
         if sum(trials.tally.tried.values()) >= count:
             break
     limits = LimitTrials(trials)
-    for place in rng.sample(list_places(name), 3):
+    for place in list_places(name)[:-1]:  # the last one, memory, depends on the allocator of the machine
         limits.run_trial(0, place, rng)
     assert trials.tally.details == []
     assert sum(trials.tally.tried.values()) >= count

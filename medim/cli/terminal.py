@@ -95,7 +95,7 @@ def register_command(
         def run_command(**options: Any) -> None:
             """Run the function and exit with the code of the error that it raises."""
             is_quiet, with_traceback = options.pop("quiet"), options.pop("debug")
-            _configure_logging(is_quiet)
+            _configure_logging(is_quiet, with_traceback=with_traceback)
             try:
                 with _active_bars, handle_shutdown_signals(remedy=_REMEDIES["resume" in options]):
                     body(**options) if arguments_class is None else body(arguments_class(**options))
@@ -147,8 +147,11 @@ def _list_parameters(body: Callable[..., None]) -> list[inspect.Parameter]:
     ]
 
 
-def _configure_logging(is_quiet: bool) -> None:
-    """Log lines to standard error: through rich on a terminal, plain and unwrapped elsewhere."""
+def _configure_logging(is_quiet: bool, *, with_traceback: bool) -> None:
+    """Log lines to standard error: through rich on a terminal, plain and unwrapped elsewhere.
+
+    Tracebacks that libraries log, such as those of a tracking database on a full disk, are left out by default.
+    """
     if stderr_console.is_terminal:
         handler: logging.Handler = RichHandler(
             console=stderr_console, markup=False, show_path=False, show_level=False, log_time_format="%H:%M:%S"
@@ -158,6 +161,8 @@ def _configure_logging(is_quiet: bool) -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     handler.addFilter(_escape_log_record)
+    if not with_traceback:
+        handler.addFilter(_remove_traceback)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("medim").setLevel(logging.WARNING if is_quiet else logging.INFO)
 
@@ -196,6 +201,12 @@ def escape_control_characters(text: str) -> str:
 def _escape_log_record(record: logging.LogRecord) -> bool:
     """Escape control characters in the message of a log record, and keep the record."""
     record.msg, record.args = escape_control_characters(record.getMessage()), None
+    return True
+
+
+def _remove_traceback(record: logging.LogRecord) -> bool:
+    """Remove the traceback of a log record, and keep the record."""
+    record.exc_info = record.exc_text = record.stack_info = None
     return True
 
 

@@ -92,6 +92,22 @@ def test_metrics_have_their_titles() -> None:
     }
 
 
+@pytest.mark.parametrize("debug", [False, True])
+def test_tracebacks_that_libraries_log_are_shown_with_debug_only(debug: bool) -> None:
+    app = typer.Typer()
+
+    def fail_inside() -> None:
+        try:
+            raise ZeroDivisionError
+        except ZeroDivisionError:
+            logging.getLogger("sqlalchemy.pool").exception("the disk is full")
+
+    register_command(app, "work")(fail_inside)
+    result = CliRunner().invoke(app, ["--debug"] if debug else [])
+    assert "the disk is full" in result.output
+    assert ("Traceback" in result.output) == debug
+
+
 @pytest.mark.parametrize(("resume", "remedy"), [(True, "with --resume continues"), (False, "starts again")])
 def test_a_signal_ends_every_command_with_exit_75_and_the_remedy(resume: bool, remedy: str) -> None:
     app = typer.Typer()

@@ -20,7 +20,7 @@ TRACKED = ("pretrain", "finetune", "study")  # commands that send records to MLf
 
 
 @contextmanager
-def prepare(folder: Path, *, steps: int = 60) -> Iterator[tuple[ForkServer, Path]]:
+def prepare(folder: Path, *, steps: int = 60, with_packages: bool = True) -> Iterator[tuple[ForkServer, Path]]:
     """Start a server and write the inputs; yields both."""
     with ExitStack() as stack:
         environment = {
@@ -33,7 +33,7 @@ def prepare(folder: Path, *, steps: int = 60) -> Iterator[tuple[ForkServer, Path
         }
         server = ForkServer(folder, environment, prefix=PREFIX if can_mount() else (), setup=SETUP)
         stack.callback(server.close)
-        write_inputs(folder / "inputs", server, steps=steps)
+        write_inputs(folder / "inputs", server, steps=steps, with_packages=with_packages)
         yield server, folder / "inputs"
 
 

@@ -94,7 +94,7 @@ TASKS: dict[str, Task] = {
     ),
     "predict": Task(words=["predict", "{inputs}/package", *DATA, "--out", "out"], default_count=20, resumable=True),
     "embed": Task(
-        words=["embed", "{inputs}/encoder", *DATA, "--out", "out.csv", "--mi-map-dir", "out"],
+        words=["embed", "{inputs}/run", *DATA, "--out", "out.csv", "--mi-map-dir", "out"],
         resumable=True,
         outputs=("out.csv", "out"),
     ),
@@ -139,13 +139,14 @@ TASKS: dict[str, Task] = {
 }
 
 
-def write_inputs(folder: Path, server: ForkServer, *, steps: int) -> None:
-    """Write images, tables, configurations, an encoder, a model and their packages.
+def write_inputs(folder: Path, server: ForkServer, *, steps: int, with_packages: bool) -> None:
+    """Write images, tables, configurations and an encoder; with packages, also a model and the packages of both.
 
     Args:
         folder: a new folder.
         server: starts the commands that train and export.
         steps: steps of each training.
+        with_packages: whether to write the inputs of all tasks instead of those that read no model and no package.
     """
     tree = write_nifti_tree(folder / "Osterwind_export")
     write_tables(folder, tree)
@@ -154,9 +155,10 @@ def write_inputs(folder: Path, server: ForkServer, *, steps: int) -> None:
         if name == "finetune.yaml":  # a study selects these steps by the speed of the machine
             config["eval_steps"] = [steps // 2]
         (folder / name).write_text(yaml.safe_dump(config))
-    names = {"pretrain": "run", "finetune": "model"}
+    names = {"pretrain": "run", **({"finetune": "model"} if with_packages else {})}
     commands = [TASKS[name].build_words(folder, "--out", str(folder / target)) for name, target in names.items()]
-    commands += [["export", str(folder / run), "--out", str(folder / package)] for run, package in PACKAGES]
+    if with_packages:
+        commands += [["export", str(folder / run), "--out", str(folder / package)] for run, package in PACKAGES]
     for words in commands:
         run = server.run(words)
         if run.exit_code:

@@ -56,6 +56,7 @@ def check_target(resume_folder: Path | None = None) -> None:
     Raises:
         UserError: the server does not respond, MLflow does not support the URI, or the working folder is read-only.
     """
+    _forward_logs()
     uri = tracking_uri()
     uri_parts = urlsplit(uri)
     try:
@@ -358,3 +359,11 @@ def _set_short_timeouts() -> None:
     """Limit MLflow to one attempt of a few seconds per request, unless the user has set other values."""
     for name, value in MLFLOW_SETTINGS.items():
         os.environ.setdefault(name, value)
+
+
+def _forward_logs() -> None:
+    """Let MLflow log through the handlers of the program instead of its own, which print tracebacks."""
+    logger = logging.getLogger("mlflow")
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)

@@ -110,6 +110,16 @@ def test_files_of_a_run_that_was_killed_while_it_created_the_database_are_remove
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
 
 
+def test_mlflow_logs_through_the_handlers_of_the_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    check_target()
+    logging.getLogger("mlflow.store").error("the disk is full")
+    assert "the disk is full" in caplog.text
+    assert logging.getLogger("mlflow").handlers == []
+
+
 def run_of(out: Path) -> Run:
     """What MLflow knows of the run of a folder."""
     return MlflowClient(tracking_uri()).get_run(medim.files.read_json(out / STATE)["run"])
