@@ -20,7 +20,7 @@ IMPORTS = (
     *("training.tracking.delivery", "data.example.cohort"),
 )
 FORK_SERVER = """
-import importlib, json, os, resource, signal, sys
+import contextlib, importlib, json, os, resource, signal, sys, traceback
 sys.path.insert(0, sys.argv[1])
 for name in json.loads(sys.argv[2]):
     importlib.import_module(f"medim.{name}")
@@ -54,15 +54,18 @@ for line in sys.stdin:
         resource.setrlimit(kind, (limit, resource.getrlimit(kind)[1]))
     try:
         medim.cli.app(sys.argv[1:], prog_name="medim")
+        code = 99
     except SystemExit as end:
         medim.__main__.ignore_late_signals()
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        code = 99
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
+    with contextlib.suppress(OSError):
         sys.stdout.flush()
-        os._exit(end.code if isinstance(end.code, int) else 1)
-    finally:
-        import traceback
-        traceback.print_exc()
         sys.stderr.flush()
-        os._exit(99)
+    os._exit(code)  # exit handlers of libraries would wait for threads of the server
 """
 
 
