@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,16 +63,27 @@ def dry_run_pretraining(config: PretrainConfig, group: ProcessGroup = SINGLE_PRO
         )
         decoder = build_decoder(config.decoder, encoder, config.spatial_dims) if config.decoder else None
         objectives = build_objectives(config, encoder, decoder, 1)
-        for network in (encoder, decoder):
-            if network is not None:
-                group.with_synced_batch_norm(network)
         check_chunk_support(config.gradient_cache_chunk, encoder, decoder)
     except (RuntimeError, ValueError) as error:
         raise UsageError(
             f"views.shape {list(shape)}: not possible with the encoder {config.encoder.get('name')!r} ({error}). "
             "Use larger views or fewer channels."
         ) from error
-    images = torch.randn(2, config.views.count, 1, *shape, generator=torch.Generator().manual_seed(0))
+    dry_run_losses(config, encoder, decoder, objectives)
+    for network in (encoder, decoder):
+        if network is not None:
+            group.with_synced_batch_norm(network)
+
+
+def dry_run_losses(
+    config: PretrainConfig, encoder: nn.Module, decoder: nn.Module | None, objectives: Mapping[str, tuple[Any, float]]
+) -> None:
+    """Compute each loss for two images of noise.
+
+    Raises:
+        UsageError: an objective fails.
+    """
+    images = torch.randn(2, config.views.count, 1, *config.views.shape, generator=torch.Generator().manual_seed(0))
     views = Views(images, torch.zeros(2, config.views.count, config.spatial_dims))
     with torch.no_grad():
         for name, (objective, _) in objectives.items():
@@ -80,8 +91,8 @@ def dry_run_pretraining(config: PretrainConfig, group: ProcessGroup = SINGLE_PRO
                 objective(StepEncoder(encoder, decoder, views, torch.Generator().manual_seed(0)), views)
             except (RuntimeError, ValueError, IndexError) as error:
                 raise UsageError(
-                    f"objective {name}: its loss cannot be computed for views.shape {list(shape)} ({error}). "
-                    "Change its options, or the views."
+                    f"objective {name}: its loss cannot be computed for views.shape {list(config.views.shape)} "
+                    f"({error}). Change its options, or the views."
                 ) from error
 
 

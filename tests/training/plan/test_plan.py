@@ -175,7 +175,8 @@ def test_a_batch_that_failed_is_refused_and_none_as_large_is_suggested(
 def test_a_validation_is_counted_by_the_images_that_it_encodes(pretrain_config: PretrainConfig, parts: Parts) -> None:
     train = [replace(record, subject=f"{i}", label=str(i % 2)) for i, record in enumerate(parts[0] * 30)]
     held_out = [replace(record, subject=f"h{i}") for i, record in enumerate(parts[1] * 30)]
-    config = pretrain_config.model_copy(update={"max_steps": 300, "checkpoint_every_steps": 100})
+    steps = {"max_steps": 300, "checkpoint_every_steps": 100}
+    config = pretrain_config.model_copy(update=steps | {"checkpoint_selection": "probe"})
     asked = min(64, len(train) // 3)
     encoded = 8 * 4 + 2 * 8 + min(64, len(train) - asked) + asked
     assert count_validation_images(config, train, held_out) == encoded
@@ -203,11 +204,10 @@ def test_pairs_and_probe_keep_images_in_memory(pretrain_config: PretrainConfig, 
     train = [replace(record, subject=f"{i}", label=str(i % 2)) for i, record in enumerate(parts[0] * 30)]
     without = [replace(record, label=None) for record in train]
     one = 1e6
-    probe = estimate_cached_bytes(pretrain_config, one, train, parts[1]) - estimate_cached_bytes(
-        pretrain_config, one, without, parts[1]
-    )
+    config = pretrain_config.model_copy(update={"checkpoint_selection": "probe"})
+    probe = estimate_cached_bytes(config, one, train, parts[1]) - estimate_cached_bytes(config, one, without, parts[1])
     assert probe == (64 + min(64, len(train) // 3)) * one
-    large = [estimate_cached_bytes(pretrain_config, GIB, records, parts[1]) for records in (train, without)]
+    large = [estimate_cached_bytes(config, GIB, records, parts[1]) for records in (train, without)]
     assert large == [(2 + 3 / 4) * GIB, (2 + 1 / 4) * GIB], "1 GiB a split, and a quarter for each gauge"
 
 
