@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 TrainingVerdict = Literal["learning", "weak", "at-chance", "collapsed", "diverged", "not-measured"]
 MIN_GAIN = 0.1  # nats below chance from which a term is learnt
 MIN_WEAK_GAIN = 0.01  # nats; smaller gains over chance are noise of the rounding and of few batches
-MIN_RELATIVE_GAIN = 0.05  # the same for a loss without a chance level, of its first value
+RELATIVE_MARGIN = 0.05  # of the level: excess of a diverged loss, and gain of a loss without a chance level
 MIN_RANKME, MIN_FEATURE_STD = 1.5, 0.05  # summaries below these limits have collapsed
 MIN_NORM_RATIO = 0.1  # ratio of final to initial weight norm; below it, a run that learns nothing has collapsed
 ADVICE: dict[TrainingVerdict, str] = {
@@ -47,10 +47,10 @@ def judge_run(
     `learning`: every term is below its level by at least 0.1 nat and three standard errors. The margin does not depend
     on the level, log(classes), which is a property of the grid of locations and not of the encoder. `weak`: every term
     is below its level by three standard errors and 0.01 nat, but a term by less than 0.1 nat. `diverged`: a loss is not
-    finite, or a term is above its level by the margin of `learning`, or a training loss was far above its level and the
-    run has not learnt since. `collapsed`: the validation summaries have collapsed to a point or line, or a term is not
-    learnt and the weights of the encoder have shrunk. `not-measured`: no term has a validation loss, and the run has
-    not diverged.
+    finite, or a term is above its level by 5 % of it (of 1 nat if the level is 0) and three standard errors, more than
+    for random weights, or a training loss was far above its level and the run has not learnt since. `collapsed`: the
+    validation summaries have collapsed to a point or line, or a term is not learnt and the weights of the encoder have
+    shrunk. `not-measured`: no term has a validation loss, and the run has not diverged.
     `at-chance`: all other cases.
 
     Args:
@@ -71,7 +71,7 @@ def judge_run(
         return VerdictReport("diverged", non_finite)
     measured_terms = [name for name in levels if name in held_out]
     gains = [_measure_gain(name, levels[name], *held_out[name], has_chance) for name in measured_terms]
-    above = [one.text for one in gains if not one.gain >= -one.need]
+    above = [one.text for one in gains if not one.gain >= -one.tolerance]
     if above or not all(math.isfinite(one.gain) for one in gains):
         return VerdictReport("diverged", "; ".join(above))
     is_learning = bool(gains) and all(one.gain >= one.need for one in gains)
@@ -94,20 +94,21 @@ class _Gain(NamedTuple):
 
     gain: float
     need: float
+    tolerance: float
     error: float
     text: str
 
 
 def _measure_gain(name: str, level: float, mean: float, error: float, has_chance: bool) -> _Gain:
-    gain = level - mean
+    gain, tolerance = level - mean, max(RELATIVE_MARGIN * (abs(level) or 1.0), 3 * error)
     if not has_chance:
-        need = max(MIN_RELATIVE_GAIN * abs(level), 3 * error)
+        need = tolerance
         text = f"{name}: {mean:.3g} held out, {level:.3g} at the first step: gain {gain:.2g}, needed {need:.2g}"
-        return _Gain(gain, need, error, text)
+        return _Gain(gain, need, tolerance, error, text)
     need = max(MIN_GAIN, 3 * error)
     bits, needed_bits = gain / math.log(2), need / math.log(2)
     text = f"{name}: {mean:.3g} held out, {level:.3g} at chance: gain {bits:.2g} bits, needed {needed_bits:.2g}"
-    return _Gain(gain, need, error, text)
+    return _Gain(gain, need, tolerance, error, text)
 
 
 def describe_collapse(rankme: float, feature_std: float) -> str:
