@@ -324,9 +324,15 @@ def _parse_kind(value: Any) -> TrainingKind:
     raise ValueError(f"kind {value!r}")
 
 
+def _parse_digests(values: object) -> frozenset[str]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError("images and subjects must be lists of texts")
+    return frozenset(values)
+
+
 def _parse_training_set(content: TrainingSetEntry) -> TrainingSet:
     bytes.fromhex(content["salt"])
-    images, subjects = frozenset(content["images"]), frozenset(content["subjects"])
+    images, subjects = _parse_digests(content["images"]), _parse_digests(content["subjects"])
     return TrainingSet(
         kind=_parse_kind(content["kind"]),
         salt=content["salt"],

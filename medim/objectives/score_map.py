@@ -73,6 +73,9 @@ def load_score_map(path: Path) -> MutualInformationMap | None:
     view_options = {"in_channels": encoder.spec.in_channels, "spatial_dims": encoder.spec.spatial_dims}
     build_options = encoder_info(encoder, None, **view_options, input_shape=encoder.spec.input_shape)
     section = translate_section(spec["objective"], warn=False)  # earlier versions wrote old names
-    objective = build_from_section(OBJECTIVES, section, **build_options)
+    try:
+        objective = build_from_section(OBJECTIVES, section, **build_options)
+    except UserError as error:
+        raise UserError(f"{folder / 'critic.json'}: {error} Copy the file again.") from error
     load_weights(objective, verify_sha256(folder / "critic.safetensors", str(spec.get("sha256"))))
     return MutualInformationMap(encoder, objective, spec).eval()

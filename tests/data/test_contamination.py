@@ -109,12 +109,17 @@ def test_what_was_seen_is_told_in_words() -> None:
     assert told["seen in fine-tuning"].startswith("unknown")
 
 
+ORIGIN = {"kind": "pretrain", "salt": "ab", "site": "s", "images": [], "subjects": []}
+
+
 @pytest.mark.parametrize(
     "content",
     [
         {"schema_version": 2, "origins": [], "unknown": []},
         {"schema_version": 1, "origins": [{"kind": "pretrain"}], "unknown": []},
         {"schema_version": 1, "origins": [], "unknown": ["other"]},
+        {"schema_version": 1, "origins": [{**ORIGIN, "subjects": [None]}], "unknown": []},
+        {"schema_version": 1, "origins": [{**ORIGIN, "images": "abc"}], "unknown": []},
         {"schema_version": 1},
     ],
 )

@@ -160,6 +160,17 @@ def test_a_critic_of_an_earlier_version_draws_the_same_map(tmp_path: Path, caplo
     assert caplog.text == ""
 
 
+@pytest.mark.parametrize(
+    "change", [{"name": True}, {"critic": []}, {"critic": {"name": "encode_and_dot", "width": []}}]
+)
+def test_a_damaged_critic_section_is_refused_by_its_file(change: dict[str, object], tmp_path: Path) -> None:
+    network, folder = made(2, (12, 16)), tmp_path / "encoder"
+    save_model(folder, "encoder", network.encoder, make_spec(network.encoder.spec))
+    save_model(folder, "critic", network.objective, {"kind": "critic", "objective": {**SECTION, **change}})
+    with pytest.raises(UserError, match=r"encoder/critic\.json: "):
+        load_score_map(tmp_path)
+
+
 def test_a_saved_critic_draws_the_same_map_and_a_run_without_one_draws_none(tmp_path: Path) -> None:
     network = made(2, (12, 16))
     folder = tmp_path / "encoder"
