@@ -83,7 +83,10 @@ def test_a_success_in_place_of_a_refusal_is_a_fault(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_sample_of_the_attacks_has_no_fault(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.attack", str(tmp_path), "--sample", str(N_CASES)]
-    end = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    environment = {**os.environ, "MEDIM_ATTACK_SECONDS": "240"}
+    end = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1], env=environment
+    )
     faults = [line for line in end.stdout.splitlines() if line.startswith("FAULT")]
     assert (faults, end.returncode) == ([], 0), end.stderr[-2000:]
     assert "| attack | tried |" in end.stdout
