@@ -26,7 +26,7 @@ def main() -> None:
 def handle_early_signals() -> None:
     """End the process with exit code 75 on a signal, until a command handles signals itself."""
     for number in _SIGNALS:
-        signal.signal(number, _leave)
+        signal.signal(number, _exit_on_signal)
 
 
 def ignore_late_signals() -> None:
@@ -35,7 +35,7 @@ def ignore_late_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _leave(number: int, _: object) -> None:
+def _exit_on_signal(number: int, _: object) -> None:
     signals = sys.modules.get("medim.signals")
     if signals is not None and getattr(signals, "_active_request", None) is not None:
         return  # the command handles it

@@ -53,8 +53,8 @@ Millimetres = typing.Annotated[float, Field(gt=0, le=1000)]
 _Steps = typing.Annotated[int, Field(ge=1, le=10**9)]
 _ViewSide = typing.Annotated[int, Field(ge=2, le=4096)]
 T = typing.TypeVar("T")
-# Keys added later: they enter the hash only if they differ from the default, so that other runs keep their hash.
-KEYS_ADDED_LATER = {"compile": False, "gradient_cache_chunk": None, "checkpoint_selection": "probe"}  # first default
+# Keys added later, with the value that all earlier runs had: with this value they do not enter the hash.
+KEYS_ADDED_LATER = {"compile": False, "gradient_cache_chunk": None, "checkpoint_selection": "probe"}
 _TEST_PRESET_PREFIX = "test-"  # presets of the test suite, left out of messages
 MAX_EXTENDED_FILES = 20
 MAX_WORKERS = 256  # loading processes; PyTorch warns if a machine has fewer cores
@@ -163,7 +163,9 @@ class RunConfig(_StrictConfig):
         they do not have the value that all earlier runs had, so that a new key changes no hash.
         """
         fields = type(self).model_fields
-        unset_keys = {key for key, first in KEYS_ADDED_LATER.items() if key in fields and getattr(self, key) == first}
+        unset_keys = {
+            key for key, earlier in KEYS_ADDED_LATER.items() if key in fields and getattr(self, key) == earlier
+        }
         return json_sha256(self.model_dump(mode="json", exclude={"name", "workers", "prefetch", *unset_keys}))[:12]
 
 

@@ -119,6 +119,7 @@ def handle_shutdown_signals(*, remedy: str = "the same command with --resume con
     request = _active_request = ShutdownRequest()
 
     def forward_signal(number: int, frame: Any) -> None:
+        """Call the previous handler, and record the signal."""
         if number == signal.SIGINT:
             leave_at_next_interrupt(is_second=bool(request.signal_name))
         previous_handler = previous_handlers[signal.Signals(number)]

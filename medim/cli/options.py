@@ -1,4 +1,4 @@
-"""Options shared by several commands."""
+"""Options shared by several commands, and their checks."""
 
 from __future__ import annotations
 

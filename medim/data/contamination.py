@@ -325,8 +325,9 @@ def _parse_kind(value: Any) -> TrainingKind:
 
 
 def _parse_digests(values: object) -> frozenset[str]:
+    """Check and convert the salted digests of images or subjects."""
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise ValueError("images and subjects must be lists of texts")
+        raise ValueError("expected lists of texts as images and subjects")
     return frozenset(values)
 
 

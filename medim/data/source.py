@@ -62,6 +62,7 @@ def open_source(
     if data is None:
         data = _prepare_builtin_cohort(modality)
     data = resolve_data_argument(data, modality)
+    # An index without its summary.json is refused by `Index.read`, and not searched for images.
     if is_index(data) or any((data / f"index.{kind}").is_file() for kind in ("parquet", "csv")):
         index = Index.read(data)
         if index.modality != modality:

@@ -55,11 +55,12 @@ def check_card_text(text: str, source: str) -> str:
         UsageError: the text is empty, too long, or contains control characters.
     """
     text = text.strip()
-    if not text or len(text) > MAX_TEXT_LENGTH or _CONTROL_CHARACTER.search(text):
+    if not text or len(text) > MAX_TEXT_LENGTH:
         raise UsageError(
-            f"{source}: expected text of 1 to {MAX_TEXT_LENGTH} characters without control characters, got "
-            f"{len(text)} characters. Correct the text."
+            f"{source}: expected text of 1 to {MAX_TEXT_LENGTH} characters, got {len(text)}. Correct the text."
         )
+    if match := _CONTROL_CHARACTER.search(text):
+        raise UsageError(f"{source}: expected text without control characters, got {match[0]!r}. Remove it.")
     return text
 
 

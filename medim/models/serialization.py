@@ -44,7 +44,7 @@ def save_model(folder: Path, name: str, module: nn.Module, spec: ModelSpec | Sec
     check_finite_weights(module.state_dict(), f"{folder / name}.safetensors")
     weights = folder / f"{name}.safetensors"
     state, first_names = module.state_dict(), _map_shared_tensors(module)
-    tensors = {key: _own_storage(tensor) for key, tensor in state.items() if key not in first_names}
+    tensors = {key: _separate_storage(tensor) for key, tensor in state.items() if key not in first_names}
     write_bytes(weights, safetensors.torch.save(tensors))
     content = spec.to_json() if isinstance(spec, ModelSpec) else {"schema_version": SCHEMA_VERSION, **spec}
     write_json(folder / f"{name}.json", {**content, "sha256": file_sha256(weights)})
@@ -126,7 +126,7 @@ def _map_shared_tensors(module: nn.Module) -> dict[str, str]:
     return shared
 
 
-def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
+def _separate_storage(tensor: torch.Tensor) -> torch.Tensor:
     """Make a tensor contiguous, with a storage of its own if it is a part of another tensor."""
     tensor = tensor.contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

@@ -68,7 +68,10 @@ def load_score_map(path: Path) -> MutualInformationMap | None:
     if isinstance(spec.get("objective", ""), str):  # runs of early versions contain the name only
         return None
     if not isinstance(spec["objective"], dict):
-        raise UserError(f"{folder / 'critic.json'}: expected a section as objective, got another value. Copy it again.")
+        raise UserError(
+            f"{folder / 'critic.json'}: expected a mapping as 'objective', got {spec['objective']!r:.100}. "
+            "Copy the file again."
+        )
     encoder: Any = load_encoder(path)
     view_options = {"in_channels": encoder.spec.in_channels, "spatial_dims": encoder.spec.spatial_dims}
     build_options = encoder_info(encoder, None, **view_options, input_shape=encoder.spec.input_shape)

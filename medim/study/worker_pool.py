@@ -78,10 +78,12 @@ def handle_stop_signals(on_stop: Callable[[], None]) -> Iterator[None]:
     n_interrupts = 0
 
     def request_stop(*_: object) -> None:
+        """Stop the study, and start the reminders."""
         on_stop()
         signal.setitimer(signal.ITIMER_REAL, REMIND_SECONDS)
 
     def send_reminder(number: int, _: object) -> None:
+        """Send SIGTERM to this process, which the training handles."""
         nonlocal n_interrupts
         if number == signal.SIGINT:
             n_interrupts += 1

@@ -56,8 +56,8 @@ def log_failure(result: str, remedy: str) -> Iterator[None]:
     """Log an error of any kind instead of raising it, so that a finished training is not lost with a later step.
 
     Args:
-        result: what is missing then.
-        remedy: what the user can do.
+        result: name of the missing result, for the message.
+        remedy: sentence at the end of the message.
     """
     try:
         yield

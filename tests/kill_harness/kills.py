@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -203,9 +203,14 @@ class TaskTrials:
 def format_table(tallies: dict[str, Tally]) -> str:
     """Format the tallies as a Markdown table."""
     columns = ["command", *SIGNALS, "in all", "too late", *FAULTS, "same bytes in the end", "longest delay, s"]
-    lines = [f"| {' | '.join(columns)} |", "| " + " | ".join("---" for _ in columns) + " |"]
+    rows = []
     for name, tally in tallies.items():
         cells = [name, *(tally.tried[kind] for kind in SIGNALS), sum(tally.tried.values()), tally.late]
-        cells += [*(tally.faults[kind] for kind in FAULTS), tally.resumed, f"{tally.longest_delay:.1f}"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+        rows.append([*cells, *(tally.faults[kind] for kind in FAULTS), tally.resumed, f"{tally.longest_delay:.1f}"])
+    return join_rows(columns, rows)
+
+
+def join_rows(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Join rows of cells to a Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)

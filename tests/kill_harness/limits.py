@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from tests.kill_harness.kills import FAULTS as KILL_FAULTS
-from tests.kill_harness.kills import TaskTrials
+from tests.kill_harness.kills import TaskTrials, join_rows
 
 PLACES = ("full disk", "full cache", "full tracking", "read-only", "file size", "file handles", "memory")
 FAULTS = (*KILL_FAULTS, "no sentence")
@@ -109,9 +109,12 @@ class LimitTrials:
 def format_limits(table: dict[str, LimitTrials]) -> str:
     """Format the results as a Markdown table: failed and passed commands by limit, and faults."""
     columns = ["command", *(f"{place}: failed, done" for place in PLACES), *FAULTS]
-    lines = [f"| {' | '.join(columns)} |", "| " + " | ".join("---" for _ in columns) + " |"]
-    for name, test in table.items():
-        cells = [name, *(f"{test.failed[place]}, {test.passed[place]}" for place in PLACES)]
-        cells += [str(test.trials.tally.faults[kind]) for kind in FAULTS]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = [
+        [
+            name,
+            *(f"{test.failed[place]}, {test.passed[place]}" for place in PLACES),
+            *(test.trials.tally.faults[kind] for kind in FAULTS),
+        ]
+        for name, test in table.items()
+    ]
+    return join_rows(columns, rows)

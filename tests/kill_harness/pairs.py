@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.kill_harness.kills import TaskTrials
+from tests.kill_harness.kills import TaskTrials, join_rows
 from tests.kill_harness.processes import ForkServer, Run
 
 KINDS = ("one folder", "one folder, --overwrite", "one folder, --resume", "one cache", "one database")
@@ -77,9 +77,12 @@ def _share(kind: str, folder: Path) -> dict[str, str]:
 def format_pairs(table: dict[str, PairTrials]) -> str:
     """Format the results as a Markdown table: pairs by kind in which both or one succeeded, and faults."""
     columns = ["command", *(f"{kind}: both, one" for kind in KINDS), *FAULTS]
-    lines = [f"| {' | '.join(columns)} |", "| " + " | ".join("---" for _ in columns) + " |"]
-    for name, test in table.items():
-        cells = [name, *(f"{test.both[kind]}, {test.one[kind]}" for kind in KINDS)]
-        cells += [str(test.trials.tally.faults[kind]) for kind in FAULTS]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = [
+        [
+            name,
+            *(f"{test.both[kind]}, {test.one[kind]}" for kind in KINDS),
+            *(test.trials.tally.faults[kind] for kind in FAULTS),
+        ]
+        for name, test in table.items()
+    ]
+    return join_rows(columns, rows)

@@ -356,8 +356,8 @@ def read_modality(path: Path) -> Modality:
     Raises:
         UserError: its `summary.json` cannot be read.
     """
-    folder = path if path.is_dir() else path.parent
-    return read_checked_json(folder / "summary.json", None, _IndexSummary)["modality"]
+    file = (path if path.is_dir() else path.parent) / "summary.json"
+    return read_checked_json(file, None, _IndexSummary, place=format_result_path(file))["modality"]
 
 
 def is_index(path: Path) -> bool:

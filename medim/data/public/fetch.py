@@ -106,8 +106,13 @@ def locate_public_folder(name: str) -> Path:
 
 def find_public_set(data: Path) -> PublicSet | None:
     """Find the public data set that `--data` names; None for a path."""
-    name = {key.casefold(): key for key in PUBLIC_SETS}.get(str(data).casefold())
-    return None if data.exists() or name is None else PUBLIC_SETS[name]
+    name = _find_set_name(data)
+    return None if name is None else PUBLIC_SETS[name]
+
+
+def _find_set_name(data: Path) -> str | None:
+    """Find the key of the public data set that `--data` names; an existing path has priority."""
+    return None if data.exists() else {key.casefold(): key for key in PUBLIC_SETS}.get(str(data).casefold())
 
 
 def resolve_data_argument(data: Path, modality: Modality) -> Path:
@@ -116,8 +121,8 @@ def resolve_data_argument(data: Path, modality: Modality) -> Path:
     Raises:
         UserError: the data set is missing or incomplete, or has images of another modality.
     """
-    set_name = {key.casefold(): key for key in PUBLIC_SETS}.get(str(data).casefold())
-    if data.exists() or set_name is None:
+    set_name = _find_set_name(data)
+    if set_name is None:
         return data
     if PUBLIC_SETS[set_name].modality != modality:
         raise UserError(

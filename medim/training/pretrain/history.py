@@ -31,9 +31,8 @@ from medim.training.tracking.tracking import set_tag
 
 log = logging.getLogger(__name__)
 DIVERGENCE_PATIENCE = 25  # steps
-FIRST_VALIDATION_STEP = (
-    250  # every run is validated at this step; before it, the verdicts weak and at-chance are not reported
-)
+# Every run is validated at this step; before it, the verdicts weak and at-chance are not reported.
+FIRST_VALIDATION_STEP = 250
 HISTORY_COLUMNS = ("step", "name", "loss", "chance", "val")
 ENCODER_METRIC_NAMES = ("rankme", "feature_std", "weight_norm", "alignment", "uniformity", "probe", "probe_error")
 NON_OBJECTIVE_PREFIXES = ("gradient_norm/", "verdict/")  # prefixes of rows that do not belong to an objective
