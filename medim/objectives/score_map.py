@@ -64,18 +64,21 @@ def load_score_map(path: Path) -> MutualInformationMap | None:
         UserError: there is no run at `path`, or its files are damaged.
     """
     folder = locate_weights(path)[0].parent
-    spec = read_json(folder / "critic.json") if (folder / "critic.json").is_file() else {}
-    if isinstance(spec.get("objective", ""), str):  # runs of early versions contain the name only
+    if not (folder / "critic.json").is_file():
         return None
-    if not isinstance(spec["objective"], dict):
+    spec = read_json(folder / "critic.json")
+    section = spec.get("objective")
+    if isinstance(section, str):  # runs of early versions contain the name only
+        return None
+    if not isinstance(section, dict):
+        value = "no such key" if section is None else repr(section)[:100]
         raise UserError(
-            f"{folder / 'critic.json'}: expected a mapping as 'objective', got {spec['objective']!r:.100}. "
-            "Copy the file again."
+            f"{folder / 'critic.json'}: expected a mapping as 'objective', got {value}. Copy the file again."
         )
     encoder: Any = load_encoder(path)
     view_options = {"in_channels": encoder.spec.in_channels, "spatial_dims": encoder.spec.spatial_dims}
     build_options = encoder_info(encoder, None, **view_options, input_shape=encoder.spec.input_shape)
-    section = translate_section(spec["objective"], warn=False)  # earlier versions wrote old names
+    section = translate_section(section, warn=False)  # earlier versions wrote old names
     try:
         objective = build_from_section(OBJECTIVES, section, **build_options)
     except UserError as error:

@@ -76,9 +76,8 @@ def sample_cases(attacks: dict[Attack, list[Case]], count: int, seed: int) -> di
         count: number of cases in total; more if there are more kinds.
         seed: of the draw.
     """
-    draw = random.Random(seed)
     pairs = [(attack, case) for attack, cases in attacks.items() for case in cases if case.max_seconds == MAX_SECONDS]
-    draw.shuffle(pairs)
+    random.Random(seed).shuffle(pairs)
     kinds = {(attack.title, case.kind): (attack, case) for attack, case in pairs}
     chosen = [*kinds.values()]
     chosen += [pair for pair in pairs if pair not in chosen][: max(0, count - len(chosen))]

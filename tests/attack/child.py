@@ -15,6 +15,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import medim
 from tests.attack.case import Case, Finding, Outcome
 
@@ -22,10 +24,14 @@ _CRASH_CODE = 99  # of a case that raised an error
 
 
 def import_medim() -> None:
-    """Import all modules, which the children then share."""
+    """Import all modules, which the children then share, and limit torch to one thread.
+
+    The children are forks: a fork of a process with a thread pool waits forever in its first parallel operation.
+    """
     for module in pkgutil.walk_packages(medim.__path__, "medim."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
+    torch.set_num_threads(1)
 
 
 @dataclass

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -232,7 +233,19 @@ def _read_position(path: Path) -> float:
     return float(np.dot(normal, header.ImagePositionPatient))
 
 
+def _read_series_uid(data: bytes) -> str | None:
+    """Read the SeriesInstanceUID with pydicom; None if pydicom cannot read it."""
+    import pydicom
+
+    try:
+        return str(pydicom.dcmread(BytesIO(data), stop_before_pixels=True).get("SeriesInstanceUID", ""))
+    except Exception:  # damaged bytes raise errors of many types
+        return None
+
+
 def _build_series_case(series: Path, files: list[Path], file: Path, damage: Damage) -> Case:
+    uid = _read_series_uid(file.read_bytes())
+
     def prepare(folder: Path) -> None:
         """Link the intact slices, and write the damaged one."""
         (folder / "source").mkdir()
@@ -244,11 +257,11 @@ def _build_series_case(series: Path, files: list[Path], file: Path, damage: Dama
         (folder / "source" / file.name).write_bytes(damage.data)
 
     def check(folder: Path, outcome: Outcome) -> Finding | None:
-        """Accept a rejected series, a whole one, and a shorter one with a code of quality."""
+        """Accept a rejected series, a whole one, and a shorter one with a code of quality or without its own UID."""
         if outcome.exit_code not in (0, 4):
             return Finding(EXIT_CODE, f"{outcome.exit_code}: {' '.join(outcome.output.split())[-160:]}")
         for image in json.loads((folder / VOXEL_FILE).read_text())["images"]:
-            if len(files) not in image["shape"] and not image["quality"]:
+            if len(files) not in image["shape"] and not image["quality"] and _read_series_uid(damage.data) == uid:
                 return Finding(VOXELS, f"shape {image['shape']} of {len(files)} slices without a code")
         return None
 

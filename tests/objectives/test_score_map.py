@@ -185,6 +185,9 @@ def test_a_saved_critic_draws_the_same_map_and_a_run_without_one_draws_none(tmp_
     spec = read_json(folder / "critic.json")
     write_json(folder / "critic.json", {**spec, "objective": "local_dim"})  # as early versions wrote it
     assert load_score_map(tmp_path) is None
+    write_json(folder / "critic.json", {key: value for key, value in spec.items() if key != "objective"})
+    with pytest.raises(UserError, match=r"critic\.json: expected a mapping as 'objective', got no such key"):
+        load_score_map(tmp_path)
     write_json(folder / "critic.json", {**spec, "sha256": "0" * 64})
     with pytest.raises(UserError, match="sha256"):
         load_score_map(tmp_path)

@@ -111,7 +111,7 @@ QUALITY_CODES = {
     "colour-to-grey": "A colour picture, read as its luminance.",
     "several-labels": "An image of an archive with several labels that are not binary; they are ignored.",
     "single-slice": "A volume of one slice.",
-    "damaged-neighbour": "A damaged file lies in the folder of the series and may be one of its slices.",
+    "damaged-neighbour": "A rejected file is, or may be, a slice of the series.",
     "fewer-slices-than-numbered": "InstanceNumber starts above 1, or ImagesInAcquisition exceeds the slices present.",
     "odd-slices-left-out": "A few slices of the series do not fit this stack, and are rejected.",
     "frames-left-out": "Some frames of the multi-frame file are in no image.",

@@ -62,12 +62,17 @@ class ImageInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class RejectedFile:
-    """A rejected file, or a rejected series by its first file, with the reason."""
+    """A rejected file, or a rejected series by its first file, with the reason.
+
+    Attributes:
+        series: pseudonym of the SeriesInstanceUID of a DICOM file that was rejected by its header; empty if unknown.
+    """
 
     path: Path = Path()
     reason: str
     detail: str
     identities: frozenset[int] = frozenset()
+    series: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -57,6 +57,7 @@ def looks_like_dicom(path: Path) -> bool:
 def inspect_dicom_header(path: Path) -> FileInspection:
     """Read and validate a header. The result contains the identity tokens even if the file is rejected."""
     file_identities: frozenset[int] = frozenset()
+    series = ""
     try:
         check_not_empty(path)
         scan_result = scan_header(path, _SCAN_KEYWORDS)
@@ -65,6 +66,7 @@ def inspect_dicom_header(path: Path) -> FileInspection:
         file_identities = own_tokens | _read_series_identities(
             load_site_key(), raw_values, scan_result.header.byte_order
         )
+        series = _pseudonymise_uid(scan_result.header, "SeriesInstanceUID")
         series_info = _read_series_info(
             load_site_key(), raw_values, scan_result.header.byte_order, scan_result.syntax in _LOSSY_SYNTAXES
         )
@@ -80,12 +82,12 @@ def inspect_dicom_header(path: Path) -> FileInspection:
             own=tuple(own_tokens),
         )
     except ReadError as error:
-        return FileInspection(rejected=(_reject_file(error, file_identities),))
+        return FileInspection(rejected=(_reject_file(error, file_identities, series),))
     return FileInspection(rejected=(_reject_file(damage, file_identities),) if damage else (), instance=instance)
 
 
-def _reject_file(error: ReadError, file_identities: frozenset[int]) -> RejectedFile:
-    return RejectedFile(reason=error.reason, detail=error.detail, identities=file_identities)
+def _reject_file(error: ReadError, file_identities: frozenset[int], series: str = "") -> RejectedFile:
+    return RejectedFile(reason=error.reason, detail=error.detail, identities=file_identities, series=series)
 
 
 @lru_cache(maxsize=64)

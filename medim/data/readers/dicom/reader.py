@@ -40,6 +40,7 @@ from medim.types import Array, Modality, Volume
 _SLICES_PER_COPY = 16  # neighbours along the slices share a cache line of the volume
 MIN_DICOM_BYTES = 132  # preamble and DICM; a shorter file cannot be recognised without a suffix
 DAMAGE_REASONS = {"empty-file", "unreadable", "truncated", "no-pixels", "length-mismatch"}  # of an incomplete copy
+_EXCLUDED_KINDS = {"localizer", "mosaic", "screen-save", "burned-in"}  # of whole files that may accompany a series
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,9 @@ class DicomReader:
         """
         files = sorted(path for path in folder.iterdir() if path.is_file() and self.accepts(path))
         images, rejected = self.collect_images([self.inspect(path).with_path(path) for path in files], None)
-        damaged_files = [file for file in rejected if file.reason in DAMAGE_REASONS]
+        images = mark_damaged_neighbours(images, rejected)
+        is_marked = any("damaged-neighbour" in image.quality for image in images)
+        damaged_files = [file for file in rejected if is_marked or file.reason in DAMAGE_REASONS]
         if images and damaged_files:
             raise ReadError("incomplete-series", f"a damaged file in this folder: {damaged_files[0].detail}")
         if len(images) == 1:
@@ -188,10 +191,11 @@ class DicomReader:
 
 
 def mark_damaged_neighbours(images: Sequence[ImageInfo], rejected: Sequence[RejectedFile]) -> list[ImageInfo]:
-    """Add the quality code `damaged-neighbour` to series with an unidentified damaged file in their folder.
+    """Add the quality code `damaged-neighbour` to series of which a rejected file is, or may be, a slice.
 
-    A file whose header is unreadable cannot be assigned to a series. It is probably a slice of the only series in its
-    folder if the DICOM reader accepts it, or if it is too short to be recognised and named like the slices.
+    A file with the SeriesInstanceUID of the series is a slice of it. A file without a readable one is probably a slice
+    of the only series in its folder if the DICOM reader accepts it, or if it is too short to be recognised and named
+    like the slices.
 
     Args:
         images: images of a source.
@@ -200,16 +204,17 @@ def mark_damaged_neighbours(images: Sequence[ImageInfo], rejected: Sequence[Reje
     Returns:
         The images in the same order.
     """
+    marked_series = {file.series for file in rejected if file.series and file.reason not in _EXCLUDED_KINDS}
     suspects: dict[Path, list[Path]] = defaultdict(list)
     for file in rejected:
-        if file.reason in {"empty-file", "not-an-image", "unreadable"} and not file.identities:
+        if file.reason in {"empty-file", "not-an-image", "unreadable"} and not file.series:
             suspects[file.path.parent].append(file.path)
     series_by_folder: dict[Path, set[str]] = defaultdict(set)
     for image in images:
         if image.series is not None and len(image.files) > 1:
             for folder in {path.parent for path in image.files} & set(suspects):
                 series_by_folder[folder].add(image.series)
-    marked_series = {
+    marked_series |= {
         series
         for folder, all_series in series_by_folder.items()
         if len(all_series) == 1
@@ -218,7 +223,7 @@ def mark_damaged_neighbours(images: Sequence[ImageInfo], rejected: Sequence[Reje
     }
     return [
         replace(image, quality=tuple(sorted({*image.quality, "damaged-neighbour"})))
-        if image.series in marked_series
+        if image.series in marked_series and len(image.files) > 1
         else image
         for image in images
     ]

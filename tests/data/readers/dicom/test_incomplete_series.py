@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 
 from medim.data.index.index import AllRejectedError, Index, build_index
@@ -106,6 +107,37 @@ def test_a_damaged_file_of_several_frames_does_not_affect_other_files(tmp_path: 
     images, rejected = scan(DICOM, [whole, cut], "mri")
     assert [image.files for image in images] == [(whole,)]
     assert [file.reason for file in rejected] == ["truncated"]
+
+
+@pytest.mark.parametrize(
+    ("tags", "is_slice"),
+    [
+        ({"Rows": 0}, True),
+        ({"SOPClassUID": "1.2.3"}, True),
+        ({"Modality": "MB"}, True),
+        ({"BitsStored": 20}, True),
+        ({"PhotometricInterpretation": "RGB"}, True),
+        ({"PhotometricInterpretation": "RGB", "SeriesInstanceUID": "1.2.3.4"}, False),
+        ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, False),
+    ],
+)
+@pytest.mark.parametrize("position", [0, -1])
+def test_a_series_is_marked_by_a_file_that_its_header_rejects_and_that_has_its_uid(
+    tmp_path: Path, position: int, tags: dict[str, object], is_slice: bool
+) -> None:
+    write_series(tmp_path / "a", noise(8, 4, 6))
+    path = sorted((tmp_path / "a").iterdir())[position]
+    header = pydicom.dcmread(path)
+    for keyword, value in tags.items():
+        setattr(header, keyword, value)
+    header.save_as(path)
+    index = index_without_cache(tmp_path / "a")
+    assert [record.shape[2] for record in index.records] == [7]
+    assert len(index.rejected) == 1
+    assert ("damaged-neighbour" in (index.records[0].quality or "").split()) == is_slice
+    if is_slice:
+        with pytest.raises(ReadError, match="damaged file in this folder"):
+            read_volume(tmp_path / "a")
 
 
 def test_an_empty_file_with_another_kind_of_name_marks_no_series(shared_data: Path, tmp_path: Path) -> None:
