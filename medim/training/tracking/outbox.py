@@ -25,6 +25,7 @@ SendFunction = Callable[["Outbox", list[OutboxRecord]], None]
 RECORDS, STATE = "mlflow.jsonl", "mlflow.json"
 EVERY_SECONDS = 2.0  # between two deliveries, or two attempts
 BATCH_SIZE = 200  # records per delivery
+MAX_STEP = 2**53  # of a record: MLflow stores steps as 64-bit integers
 
 
 class Outbox:
@@ -107,8 +108,8 @@ def _read_state(path: Path) -> dict[str, Any]:
         run, sent, last = state.get("run"), state.get("sent", 0), state.get("last", {})
         if not isinstance(run, str | None) or not isinstance(last, dict):
             raise UserError(f"{path}: expected a run id and a table of steps.")
-        if not all(type(step) is int and step >= 0 for step in (sent, *last.values())):
-            raise UserError(f"{path}: expected steps and counts of 0 or more.")
+        if not all(_is_step(step) for step in (sent, *last.values())):
+            raise UserError(f"{path}: expected steps and counts of 0 to {MAX_STEP}.")
     except UserError as error:
         log.warning("tracking: the state of the delivery is ignored (%s)", error)
         return {}
@@ -116,12 +117,19 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _parse_record(line: str) -> OutboxRecord | None:
-    """Parse the record of a line; None if the line is incomplete."""
+    """Parse the record of a line; None if the line is incomplete or is no record."""
     try:
         content = json.loads(line)
     except ValueError:
         return None
-    return content if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        return None
+    metrics = content.get("metrics", {})
+    return content if isinstance(metrics, dict) and (not metrics or _is_step(content.get("step"))) else None
+
+
+def _is_step(value: object) -> bool:
+    return type(value) is int and 0 <= value <= MAX_STEP
 
 
 class OutboxSender(threading.Thread):

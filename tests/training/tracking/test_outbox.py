@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -100,6 +101,13 @@ def test_spoilt_lines_are_told_and_the_rest_is_sent_once(tmp_path: Path, caplog:
     assert Outbox(tmp_path).pending() == [{"n": 1}, {"n": 3}, {"n": 4}]
 
 
+@pytest.mark.parametrize("damage", [{"step": 10**23}, {"step": -1}, {"step": "a"}, {}, {"step": 1, "metrics": [1]}])
+def test_a_record_without_a_valid_step_is_left_out(tmp_path: Path, damage: dict[str, object]) -> None:
+    damaged, whole = {"metrics": {"loss": 1.0}, **damage}, {"metrics": {"loss": 2.0}, "step": 3}
+    (tmp_path / RECORDS).write_text(f"{json.dumps(damaged)}\n{json.dumps(whole)}\n")
+    assert Outbox(tmp_path).pending() == [whole]
+
+
 def test_a_journal_that_lost_lines_it_had_sent_keeps_what_comes_next(tmp_path: Path) -> None:
     journal = Outbox(tmp_path)
     for n in range(3):
@@ -130,7 +138,16 @@ def test_what_is_measured_is_sent_with_the_rest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ['{"run": 5, "sent": -4}', '{"run": "a", "sent": -4}', '{"last": 3}', '{"last": {"a": "b"}}', "[", "[]"]
+    "content",
+    [
+        '{"run": 5, "sent": -4}',
+        '{"last": {"a": 100000000000000000000000}}',
+        '{"run": "a", "sent": -4}',
+        '{"last": 3}',
+        '{"last": {"a": "b"}}',
+        "[",
+        "[]",
+    ],
 )
 def test_an_invalid_delivery_state_is_reported_and_all_records_are_sent(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
