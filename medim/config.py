@@ -54,7 +54,12 @@ _Steps = typing.Annotated[int, Field(ge=1, le=10**9)]
 _ViewSide = typing.Annotated[int, Field(ge=2, le=4096)]
 T = typing.TypeVar("T")
 # Keys added later, with the value that all earlier runs had: with this value they do not enter the hash.
-KEYS_ADDED_LATER = {"compile": False, "gradient_cache_chunk": None, "checkpoint_selection": "probe"}
+KEYS_ADDED_LATER = {
+    "compile": False,
+    "gradient_cache_chunk": None,
+    "checkpoint_selection": "probe",
+    "balanced_batches": False,
+}
 _TEST_PRESET_PREFIX = "test-"  # presets of the test suite, left out of messages
 MAX_EXTENDED_FILES = 20
 MAX_WORKERS = 256  # loading processes; PyTorch warns if a machine has fewer cores
@@ -204,6 +209,11 @@ class FinetuneConfig(RunConfig):
     )
     head_init: Literal["random", "probe"] = Field(
         "random", description="probe: initialise the head from a linear probe of the features"
+    )
+    balanced_batches: bool = Field(
+        False,
+        description="draw equally many images of each class for a batch, so that rare classes are repeated; only for "
+        "classification with one class per image",
     )
     eval_steps: tuple[_Steps, ...] | None = Field(
         None,

@@ -128,6 +128,9 @@ def test_what_changes_no_number_is_not_in_the_hash_and_newer_keys_count_where_th
     assert load_config("pretrain", "mri-crop", ["checkpoint_selection=probe"]).hash == "fdd5d87468b2", (
         "runs and studies keep their names until keys are renamed"
     )
+    segmentation = load_config("finetune", "mri-crop-segmentation")
+    assert segmentation.hash == segmentation.model_copy(update={"balanced_batches": False}).hash == "72024d73c927"
+    assert segmentation.hash != segmentation.model_copy(update={"balanced_batches": True}).hash
     assert configured().hash == configured(workers=3, prefetch=4).hash
     assert configured().hash == configured(compile=False, gradient_cache_chunk=None).hash
     assert configured().hash != configured(checkpoint_selection="probe").hash

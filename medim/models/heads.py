@@ -9,16 +9,21 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from monai.losses.dice import DiceLoss
+from pydantic import Field
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from medim.config import Size
+from medim.config import PositiveNumber, Size
 from medim.models.layers import build_pointwise_conv, check_level, pool_features
 from medim.types import Features
+
+ClassWeights = Literal["balanced"] | tuple[PositiveNumber, ...] | None
+FocalGamma = Annotated[float, Field(ge=0, le=10)]
+_MIN_ERROR = 1e-12  # of a probability in the focal factor, whose gradient is infinite at 0 for a gamma below 1
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,10 @@ class ClassificationHead(nn.Module):
         out_channels: number of classes.
         maps: indices of maps, appended to the summary as mean and maximum; negative values count from the coarsest map.
         hidden: widths of layers before the linear layer, each with batch norm and ReLU.
+        class_weights: weights of the classes in the cross-entropy, in the order of the classes; `balanced`: a run fits
+            them as the inverse frequency of each class in its labelled training images, with mean 1; null: equal ones.
+        focal_gamma: exponent of the focal loss, which reduces the weight of images that are already classified well
+            (Lin et al. 2017); 0: the cross-entropy.
     """
 
     def __init__(
@@ -87,8 +96,12 @@ class ClassificationHead(nn.Module):
         *,
         maps: tuple[int, ...] = (),
         hidden: tuple[Size, ...] = (),
+        class_weights: ClassWeights = None,
+        focal_gamma: FocalGamma = 0.0,
     ) -> None:
         super().__init__()
+        self.register_buffer("_class_weights", to_weights(class_weights, out_channels), persistent=False)
+        self._focal_gamma = focal_gamma
         self.maps = tuple(check_level("classification.maps", level, len(channels)) for level in maps)
         widths = (summary_channels + sum(2 * channels[level] for level in self.maps), *hidden)
         self.hidden = nn.Sequential(
@@ -109,8 +122,11 @@ class ClassificationHead(nn.Module):
         return self.linear(self.norm(self.inputs(features)))
 
     def loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy in nats; target (N,) class indices."""
-        return nn.functional.cross_entropy(logits.float(), target)
+        """Cross-entropy in nats, weighted as configured; target (N,) class indices."""
+        weights: Any = self._class_weights
+        if weights is None and not self._focal_gamma:
+            return nn.functional.cross_entropy(logits.float(), target)
+        return focal_cross_entropy(logits.float(), target.unsqueeze(1), weights, self._focal_gamma)
 
     def inputs(self, features: Features) -> torch.Tensor:
         """Summary, mean and maximum of the selected maps, passed through the hidden layers: (N, d)."""
@@ -136,6 +152,17 @@ class MultiLabelHead(ClassificationHead):
         maps: as in `classification`.
         hidden: as in `classification`.
     """
+
+    def __init__(
+        self,
+        channels: tuple[int, ...],
+        summary_channels: int,
+        out_channels: int,
+        *,
+        maps: tuple[int, ...] = (),
+        hidden: tuple[Size, ...] = (),
+    ) -> None:
+        super().__init__(channels, summary_channels, out_channels, maps=maps, hidden=hidden)
 
     def loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Mean over the labelled findings, in nats; target (N, out_channels): 1 present, 0 absent, NaN unlabelled."""
@@ -200,22 +227,43 @@ class SegmentationHead(nn.Module):
         channels: channels of the maps, first the decoded map.
         spatial_dims: 2 or 3.
         out_channels: number of classes, background included.
+        dice: `batch`: Dice of all voxels of the batch; `image`: mean of the Dice of each image, in which a small
+            structure counts as much as a large one in another image.
+        class_weights: weights of the classes in the cross-entropy, the background first; `balanced`: a run fits them as
+            the inverse frequency of each class in the voxels of its labelled training images, with mean 1; null: equal
+            ones. Dice always counts the classes equally.
+        focal_gamma: exponent of the focal loss instead of the cross-entropy, which reduces the weight of voxels that
+            are already classified well (Lin et al. 2017); 0: the cross-entropy.
     """
 
-    def __init__(self, channels: tuple[int, ...], spatial_dims: int, out_channels: int) -> None:
+    def __init__(
+        self,
+        channels: tuple[int, ...],
+        spatial_dims: int,
+        out_channels: int,
+        *,
+        dice: Literal["batch", "image"] = "batch",
+        class_weights: ClassWeights = None,
+        focal_gamma: FocalGamma = 0.0,
+    ) -> None:
         super().__init__()
         self.conv: Any = build_pointwise_conv(spatial_dims, channels[0], out_channels)
-        self._dice = DiceLoss(to_onehot_y=True, softmax=True, batch=True, include_background=False)
+        self._dice = DiceLoss(to_onehot_y=True, softmax=True, batch=dice == "batch", include_background=False)
+        self.register_buffer("_class_weights", to_weights(class_weights, out_channels), persistent=False)
+        self._focal_gamma = focal_gamma
 
     def forward(self, features: Features) -> torch.Tensor:
         """Compute logits (N, out_channels, ...)."""
         return self.conv(self.inputs(features))
 
     def loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Dice (over the batch, without the background) plus cross-entropy; target (N, ...) class indices."""
+        """Dice (without the background) plus cross-entropy, weighted as configured; target (N, ...) class indices."""
         wide_logits, mask = logits.float(), target.unsqueeze(1)
+        weights: Any = self._class_weights
         dice: torch.Tensor = self._dice(wide_logits, mask)
-        return dice + mask_cross_entropy(wide_logits, mask)
+        if weights is None and not self._focal_gamma:
+            return dice + mask_cross_entropy(wide_logits, mask)
+        return dice + focal_cross_entropy(wide_logits, mask, weights, self._focal_gamma)
 
     def inputs(self, features: Features) -> torch.Tensor:
         """The decoded map (N, channels, ...)."""
@@ -243,6 +291,51 @@ def mask_cross_entropy(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor
         0.6931
     """
     return -logits.log_softmax(dim=1).gather(1, mask.long()).mean()
+
+
+def focal_cross_entropy(
+    logits: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None, gamma: float
+) -> torch.Tensor:
+    """Weighted mean of (1 - p)^gamma * -log(p) over images or voxels, p being the probability of the true class.
+
+    The mean is over the weights of the true classes, as in `torch.nn.functional.cross_entropy`. `FocalLoss` of MONAI
+    divides by the number of classes instead, and its gradient at p = 1 is NaN for a gamma below 1.
+
+    Args:
+        logits: (N, K) or (N, K, ...).
+        target: class indices (N, 1) or (N, 1, ...), 0 to K - 1.
+        weights: (K,), above 0; None: equal ones.
+        gamma: 0 or more; 0 is the cross-entropy.
+
+    Examples:
+        >>> round(focal_cross_entropy(torch.zeros(1, 2), torch.ones(1, 1), None, 1.0).item(), 4)  # log(2) / 2
+        0.3466
+    """
+    target = target.long()
+    log_probabilities = logits.log_softmax(dim=1).gather(1, target)
+    costs = -log_probabilities
+    if gamma:
+        costs = (-torch.expm1(log_probabilities)).clamp_min(_MIN_ERROR) ** gamma * costs
+    if weights is None:
+        return costs.mean()
+    target_weights = weights[target]
+    return (target_weights * costs).sum() / target_weights.sum()
+
+
+def to_weights(class_weights: ClassWeights, out_channels: int) -> torch.Tensor | None:
+    """Convert the option `class_weights` to a tensor (out_channels,).
+
+    `balanced`, which a run replaces by numbers before its first step, gives equal weights.
+
+    Raises:
+        ValueError: a wrong number of weights.
+    """
+    if class_weights is None:
+        return None
+    weights = [1.0] * out_channels if class_weights == "balanced" else class_weights
+    if len(weights) != out_channels:
+        raise ValueError(f"class_weights: expected {out_channels} numbers, one for each output, got {len(weights)}")
+    return torch.tensor(weights, dtype=torch.float32)
 
 
 HEADS: dict[str, Callable[..., nn.Module]] = {

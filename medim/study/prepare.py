@@ -26,6 +26,7 @@ from medim.tasks import find_task
 from medim.training.engine.launch import find_device
 from medim.training.finetune.config import dry_run_finetuning
 from medim.training.finetune.run import open_labelled_cohort
+from medim.training.finetune.targets import check_class_weights
 from medim.training.run_folder import read_run_config
 from medim.training.tracking.tracking import check_target
 from medim.types import UserError
@@ -108,6 +109,7 @@ def prepare_study(
         UsageError: budgets or options are invalid.
     """
     dry_run_finetuning(config)
+    check_class_weights(config, index)
     find_device(options.accelerator)
     checks.check_networks(arms)
     metric = checks.check_metric(task, options.metric, index)

@@ -16,6 +16,7 @@ from medim.tasks.task import (
     ColumnType,
     EvaluationDetails,
     LabelledCase,
+    MaskSource,
     ReliabilityPlot,
     Task,
 )
@@ -58,9 +59,15 @@ class Classification(Task):
             "Add images of another class, or check the label column."
         )
 
-    def encode_targets(self, records: Sequence[ImageRecord], classes: Sequence[str]) -> Array | None:
+    def encode_targets(self, records: Sequence[ImageRecord], classes: Sequence[str]) -> Array:
         """(N,) class indices."""
         return np.array([classes.index(str(record.label)) for record in records])
+
+    def count_targets(
+        self, records: Sequence[ImageRecord], classes: Sequence[str], read_mask: MaskSource | None = None
+    ) -> Array:
+        """Images of each class."""
+        return np.bincount(self.encode_targets(records, classes), minlength=len(classes))
 
     def make_blank_targets(self, count: int, shape: Sequence[int]) -> Array:
         """(count,) of the first class."""

@@ -17,6 +17,7 @@ from medim.tasks.task import (
     ColumnType,
     EvaluationDetails,
     LabelledCase,
+    MaskSource,
     Quantity,
     Task,
 )
@@ -79,7 +80,13 @@ class Regression(Task):
             return None
         return f"--task regression: expected labels that differ, got {targets[0, 0]:g} alone. Check the label column."
 
-    def fit_head(self, head: Mapping[str, Any], records: Sequence[ImageRecord]) -> dict[str, Any]:
+    def fit_head(
+        self,
+        head: Mapping[str, Any],
+        records: Sequence[ImageRecord],
+        classes: Sequence[str] = (),
+        read_mask: MaskSource | None = None,
+    ) -> dict[str, Any]:
         """The head with mean and standard deviation of the training labels."""
         targets = self.encode_targets(records, (TARGET,))
         if "mean" in head or "std" in head or not len(targets):

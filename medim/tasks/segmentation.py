@@ -20,6 +20,7 @@ from medim.tasks.task import (
     ColumnType,
     EvaluationDetails,
     LabelledCase,
+    MaskSource,
     Plot,
     StripPlot,
     Task,
@@ -62,6 +63,16 @@ class Segmentation(Task):
     def encode_targets(self, records: Sequence[ImageRecord], classes: Sequence[str]) -> Array | None:
         """None: the masks are the targets."""
         return None
+
+    def count_targets(
+        self, records: Sequence[ImageRecord], classes: Sequence[str], read_mask: MaskSource | None = None
+    ) -> Array:
+        """Voxels of the background and of each class."""
+        assert read_mask is not None
+        counts = np.zeros(self.count_outputs(classes), np.int64)
+        for record in records:
+            counts += np.bincount(read_mask(record).reshape(-1), minlength=len(counts))[: len(counts)]
+        return counts
 
     def make_blank_targets(self, count: int, shape: Sequence[int]) -> Array:
         """(count, *shape) of background."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
+
+import numpy as np
 
 from medim.data.index.index import ImageRecord, Index
 from medim.metrics import build_statistics, list_metrics
@@ -18,6 +20,7 @@ AnswerRow = Mapping[str, str | float]  # columns of `predictions.csv`
 ColumnType = Literal["text", "number"]
 OutputActivation = Literal["none", "softmax", "sigmoid"]
 Quantity = Literal["probability", "value"]
+MaskSource = Callable[[ImageRecord], Array]  # reads the preprocessed mask (1, ...) of an image
 Inversion = Literal["none", "resample logits (order 1), then argmax"]
 
 
@@ -230,9 +233,38 @@ class Task(ABC):
         """Error message for labelled images from which the task cannot be learnt, or None."""
         return None
 
-    def fit_head(self, head: Mapping[str, Any], records: Sequence[ImageRecord]) -> dict[str, Any]:
-        """The head section of the model spec, with constants of the training images where the task has some."""
-        return dict(head)
+    def output_names(self, classes: Sequence[str]) -> tuple[str, ...]:
+        """Names of the output channels of a network for these classes."""
+        return ("background", *classes) if self.dense else tuple(classes)
+
+    def fit_head(
+        self,
+        head: Mapping[str, Any],
+        records: Sequence[ImageRecord],
+        classes: Sequence[str] = (),
+        read_mask: MaskSource | None = None,
+    ) -> dict[str, Any]:
+        """The head section of the model spec, with constants of the training images where the task has some.
+
+        Args:
+            head: head section of the configuration.
+            records: labelled training images; without any, the section stays as it is.
+            classes: classes of the network.
+            read_mask: reads the mask of an image, for a dense task.
+        """
+        if head.get("class_weights") != "balanced" or not records:
+            return dict(head)
+        return {**head, "class_weights": balance_weights(self.count_targets(records, classes, read_mask))}
+
+    def count_targets(
+        self, records: Sequence[ImageRecord], classes: Sequence[str], read_mask: MaskSource | None = None
+    ) -> Array:
+        """Count the training targets, images or voxels, of each output channel: (K,) int.
+
+        Raises:
+            ValueError: the targets are no classes.
+        """
+        raise ValueError(f"{self.title}: expected targets that are classes.")
 
     @abstractmethod
     def encode_targets(self, records: Sequence[ImageRecord], classes: Sequence[str]) -> Array | None:
@@ -356,6 +388,20 @@ class Task(ABC):
     def describe_study_case(self, columns: Mapping[str, Array], classes: Sequence[str], case: int) -> str:
         """The answer for one case of a run in a few words."""
         raise UserError(f"study: expected a task that studies support, got {self.title}.")
+
+
+def balance_weights(counts: Array) -> list[float]:
+    """Class weights inverse to the counts, with mean 1; a class without targets gets 1.
+
+    Examples:
+        >>> balance_weights(np.array([30, 10, 0]))
+        [0.5, 1.5, 1.0]
+    """
+    is_present = counts > 0
+    inverse = 1.0 / counts[is_present]
+    weights = np.ones(len(counts))
+    weights[is_present] = inverse / inverse.mean()
+    return [float(weight) for weight in weights]
 
 
 def list_subjects(rows: Sequence[CaseRow]) -> list[str]:

@@ -16,7 +16,14 @@ from medim.types import Features
 
 CLASSES = 3
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "classification": [{}, {"maps": [0, 1]}, {"maps": [-1]}, {"hidden": [7, 6]}],
+    "classification": [
+        {},
+        {"maps": [0, 1]},
+        {"maps": [-1]},
+        {"hidden": [7, 6]},
+        {"class_weights": [0.5, 1.0, 1.5], "focal_gamma": 0.5},
+    ],
+    "segmentation": [{}, {"dice": "image", "class_weights": [0.2, 1.0, 1.8], "focal_gamma": 2.0}],
     "multi_label": [{}, {"maps": [-1], "hidden": [7]}],
 }
 GRIDS: dict[int, tuple[int, ...]] = {2: (8, 6), 3: (8, 6, 4)}

@@ -69,6 +69,13 @@ VARIANTS: dict[str, Section] = {  # options of `local_dim` that no preset has
         "critic": {"name": "encode_and_dot", "width": 8, "local_norm": "batch", "summary_norm": "batch"}
     },
 }
+HEAD_VARIANTS: dict[str, Section] = {  # presets of `finetune`, and options of the head that no preset has
+    "mri-demo-segmentation with dice of each image": {"dice": "image"},
+    "mri-demo-segmentation with class weights": {"class_weights": [0.1, 1.0, 1.5, 1.4]},
+    "mri-demo-segmentation with focal loss": {"focal_gamma": 2.0},
+    "xray-28-classification with class weights": {"class_weights": [0.5, 1.0, 1.5]},
+    "xray-28-classification with focal loss": {"focal_gamma": 0.5},
+}
 CHUNKS = " in chunks"  # of two images
 
 
@@ -78,6 +85,7 @@ def list_cases() -> list[str]:
     finetune = [f"finetune {name}" for name in list_presets("finetune")]
     variants = [f"finetune {name}{FINDINGS}" for name in ("xray-28-classification", "mri-crop-classification")]
     small = [f"pretrain test-{dims}d-local-dim{variant}" for dims in (2, 3) for variant in VARIANTS]
+    variants += [f"finetune {name}" for name in HEAD_VARIANTS]
     return [*pretrain, *small, f"pretrain mri-demo{CHUNKS}", *finetune, *variants]
 
 
@@ -263,9 +271,13 @@ def _pretrain(run: Any) -> None:
 
 
 def _build_finetuning(name: str, out: Path, changes: Section) -> Any:
-    preset = name.removesuffix(FINDINGS)
-    if preset != name:
-        changes = {**changes, "head": {**read_config("finetune", preset)["head"], "name": "multi_label"}}
+    preset, _, variant = name.partition(" ")
+    if variant:
+        content = read_config("finetune", preset)
+        options = {"name": "multi_label"} if f" {variant}" == FINDINGS else HEAD_VARIANTS[name]
+        changes = {**changes, "head": {**content["head"], **options}}
+    if name in HEAD_VARIANTS and content["task"] == "segmentation":
+        changes = {**changes, "views": {**content["views"], "shape": [16, 8, 8]}}  # no other case is as slow in bf16
     config = load_small("finetune", preset, **changes)
     torch.manual_seed(0)
     spec = _build_spec(config)

@@ -207,9 +207,15 @@ TARGETS = {
 }
 
 
-def build_head(name: str, dims: int) -> Any:
-    options = {"spatial_dims": dims} if name == "segmentation" else {"summary_channels": 8, "maps": (0, -1)}
-    return HEADS[name](channels=(4, 8), out_channels=3, **options)
+HEAD_OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "classification": [{}, {"class_weights": (0.5, 1.0, 1.5)}, {"focal_gamma": 0.5}],
+    "segmentation": [{}, {"dice": "image"}, {"class_weights": (0.1, 1.0, 1.9)}, {"focal_gamma": 2.0}],
+}
+
+
+def build_head(name: str, dims: int, **options: Any) -> Any:
+    inputs = {"spatial_dims": dims} if name == "segmentation" else {"summary_channels": 8, "maps": (0, -1)}
+    return HEADS[name](channels=(4, 8), out_channels=3, **inputs, **options)
 
 
 def compute_head_loss(head: Any, name: str, dims: int) -> torch.Tensor:
@@ -219,9 +225,13 @@ def compute_head_loss(head: Any, name: str, dims: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize("name", HEADS)
-def test_every_head_runs_on_cuda(name: str, dims: int) -> None:
-    head = build_head(name, dims)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, options) for name in HEADS for options in HEAD_OPTIONS.get(name, [{}])],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
+)
+def test_every_head_runs_on_cuda(name: str, options: dict[str, Any], dims: int) -> None:
+    head = build_head(name, dims, **options)
     assert find_forbidden(record(lambda: compute_head_loss(head, name, dims))) == []
 
 

@@ -14,12 +14,15 @@ from medim.training.engine.trainer import make_trainer
 from medim.training.finetune.module import FinetuneModule
 from medim.training.pretrain.module import PretrainModule
 from tests.training import one_step
-from tests.training.one_step import list_cases, take_step
+from tests.training.one_step import HEAD_VARIANTS, list_cases, take_step
 
 SEGMENTATION, PRETRAINING = "finetune mri-demo-segmentation", "pretrain test-2d-local-dim"
 
 
-@pytest.mark.parametrize("case", [case for case in list_cases() if case.count(" ") == 1])
+PRESETS_AND_HEADS = [case for case in list_cases() if case.count(" ") == 1 or case.partition(" ")[2] in HEAD_VARIANTS]
+
+
+@pytest.mark.parametrize("case", PRESETS_AND_HEADS)
 def test_a_step_of_every_preset_runs_in_bf16(case: str) -> None:
     assert all(weight.isfinite().all() for weight in take_step(case, "bf16-mixed").weights.values())
 

@@ -37,7 +37,8 @@ class StepSampler(Sampler[list[SampleItem]]):
     do not depend on the process.
 
     Args:
-        subjects: subject of each image.
+        subjects: subject of each image; or the class of each image, for batches with equally many images of each
+            class.
         batch_size: images per batch.
         steps: total number of batches.
         seed: random seed of the run.

@@ -93,15 +93,22 @@ def dry_run_finetuning(config: FinetuneConfig, encoder: Path | None = None) -> N
         UsageError: the options of a section do not match its constructor, or the parts are not compatible with each
             other or with the views.
     """
+    task = task_of_config(config)
+    if config.balanced_batches and not task.has_class_labels:
+        raise UsageError(
+            f"config {config.name}: balanced_batches: expected a classification with one class per image, got "
+            f"{task.title}. Remove balanced_batches."
+        )
     validate_section(INFERENCES, config.inference, key="mode", run_args=("run", "image"))
     Augmentation(config.views.augmentations, spatial_dims=config.spatial_dims)
     shape, count = config.views.shape, min(2, config.batch_size)
+    weights = config.head.get("class_weights")  # one a class, whose number depends on the index
     spec = NetworkSpec(
         encoder=config.encoder,
         decoder=config.decoder,
         head=config.head,
         in_channels=1,
-        out_channels=2,
+        out_channels=len(weights) if isinstance(weights, list | tuple) else 2,
         spatial_dims=config.spatial_dims,
         input_shape=tuple(shape),
     )
@@ -109,7 +116,7 @@ def dry_run_finetuning(config: FinetuneConfig, encoder: Path | None = None) -> N
         model = build_model(spec)
         head: Any = model.head
         with torch.no_grad():
-            target = torch.tensor(task_of_config(config).make_blank_targets(count, shape))
+            target = torch.tensor(task.make_blank_targets(count, shape))
             head.loss(model(torch.zeros(count, 1, *shape)), target)
         blank = Volume(np.zeros((1, *shape), np.float32), np.eye(4), np.eye(4), tuple(shape))
         run_inference(as_numpy_function(model.eval()), blank, config.inference)

@@ -34,12 +34,12 @@ from medim.training.finetune.head_init import start_head_as_probe
 from medim.training.finetune.module import FinetuneModule, ValidationCallback
 from medim.training.finetune.options import FinetuneOptions
 from medim.training.finetune.summary import FinetuneSummary
-from medim.training.finetune.targets import select_head, task_of_config
+from medim.training.finetune.targets import check_class_weights, select_head, task_of_config
 from medim.training.fit_ood import rehearse_ood_detector, save_ood_detector
 from medim.training.pretrain.history import HISTORY_COLUMNS
 from medim.training.run_folder import log_failure, open_rehearsal_folder, open_run_folder, write_config
 from medim.training.tracking.tracking import Tracker, check_target, log_results, track_run
-from medim.types import UserError
+from medim.types import Array, UserError
 from medim.version import collect_versions
 
 log = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ def finetune(
     options = replace(options or FinetuneOptions(), **changes)
     config = select_head(config, index)
     dry_run_finetuning(config, options.encoder)
+    check_class_weights(config, index)
     find_device(options.accelerator)
     inputs = [path for path in (options.encoder, index.root) if path is not None]
     with open_run_folder(out, "finetune", overwrite=options.overwrite, resume=options.resume, inputs=inputs) as folder:
@@ -311,6 +312,7 @@ def _build_finetune_summary(run: _FinetuneRun, evaluation: CaseSummary | None, s
         "init": "pretrained" if run.spec.provenance.parent else "scratch",
         "n_labelled": len(run.data.train),
         "n_selection_labels": run.spec.n_selection_labels,
+        "class_weights": _describe_class_weights(run),
         "n_unlabelled": len(cohort.index.records) - len(cohort.keys) - len(cohort.rejections),
         "steps": module.global_step,
         "resumed_from_steps": get_resume_steps(module.trainer),
@@ -327,6 +329,14 @@ def _build_finetune_summary(run: _FinetuneRun, evaluation: CaseSummary | None, s
         "contamination": run.data.contamination,
         "seconds": time.perf_counter() - start_time,
     }
+
+
+def _describe_class_weights(run: _FinetuneRun) -> dict[str, float] | None:
+    """Weights of the classes in the loss, by name; None if there are none."""
+    weights = (run.spec.head or {}).get("class_weights")
+    if weights is None:
+        return None
+    return dict(zip(task_of_config(run.config).output_names(run.spec.classes), weights, strict=True))
 
 
 def _prepare_model(
@@ -380,7 +390,8 @@ def _build_unknown_history(encoder: Path | None) -> TrainingHistory:
 
 def _initialise_head(run: _FinetuneRun) -> None:
     """Initialise the head as a probe of the labelled images, at most `HEAD_PROBE_BATCHES` batches, unaugmented."""
-    config, data, classes, seed = run.config, run.data, run.spec.classes, run.options.seed
+    config = run.config.model_copy(update={"balanced_batches": False})  # each image once
+    data, classes, seed = run.data, run.spec.classes, run.options.seed
     n_batches = min(HEAD_PROBE_BATCHES, -(-len(data.train) // config.batch_size))
     batches = build_finetune_loader(config, data.cohort, data.train, classes, steps=n_batches, seed=seed, augment=False)
     run.module.to(find_device(run.options.accelerator))
@@ -406,8 +417,9 @@ def build_finetune_loader(
         shape=config.views.shape,
         augmentations=config.views.augmentations if augment else (),
     )
-    images = [r.image for r in records]  # every labelled image is used, including several of one subject
-    sampler = StepSampler(images, batch_size=config.batch_size, steps=steps, seed=seed, start=start)
+    # Every labelled image is used, including several of one subject.
+    groups = [str(r.label) if config.balanced_batches else r.image for r in records]
+    sampler = StepSampler(groups, batch_size=config.batch_size, steps=steps, seed=seed, start=start)
     return step_loader(dataset, sampler, workers=config.workers, prefetch=config.prefetch)
 
 
@@ -417,11 +429,15 @@ def build_model_spec(
     """Build the spec of the model of a run; see `medim.models.serialization`."""
     task = task_of_config(config)
     classes = task.class_names(cohort.index)
+
+    def read_mask(record: ImageRecord) -> Array:
+        return cohort.store.read_mask(cohort.keys[record.image])
+
     return replace(
         cohort.build_spec(config, seed=seed, split_seed=split_seed),
         kind=task.kind,
         decoder=config.decoder,
-        head=task.fit_head(config.head, records),
+        head=task.fit_head(config.head, records, classes, read_mask),
         out_channels=task.count_outputs(classes),
         inference=config.inference,
         classes=tuple(classes),

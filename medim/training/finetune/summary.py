@@ -16,7 +16,12 @@ class TrainingLoss(TypedDict):
 
 
 class FinetuneSummary(TypedDict):
-    """Content of `summary.json`; `val` is the evaluation on the validation split, None if the split is empty."""
+    """Content of `summary.json`.
+
+    Attributes:
+        class_weights: weights of the classes in the loss, by name; None if the head has none.
+        val: evaluation on the validation split; None if the split is empty.
+    """
 
     schema_version: int
     command: str
@@ -24,6 +29,7 @@ class FinetuneSummary(TypedDict):
     init: str
     n_labelled: int
     n_selection_labels: int
+    class_weights: dict[str, float] | None
     n_unlabelled: int
     steps: int
     resumed_from_steps: list[int]

@@ -51,3 +51,20 @@ def select_head(config: FinetuneConfig, index: Index) -> FinetuneConfig:
     if other is None or name in TASKS:
         raise UserError(task.label_form_error(index))
     return config
+
+
+def check_class_weights(config: FinetuneConfig, index: Index) -> None:
+    """Check that a list of class weights has one number for each output of the network.
+
+    Raises:
+        UsageError: another number of weights.
+    """
+    weights, task = config.head.get("class_weights"), task_of_config(config)
+    if not isinstance(weights, list | tuple):
+        return
+    names = task.output_names(task.class_names(index))
+    if len(weights) != len(names):
+        raise UsageError(
+            f"head.class_weights: expected {len(names)} numbers, one for each of {', '.join(names)}, got "
+            f"{len(weights)}. Give one number a class in this order, or balanced."
+        )

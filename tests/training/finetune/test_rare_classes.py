@@ -1,0 +1,166 @@
+"""Class weights, balanced batches and lost classes, from labels of which most are of one class."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+
+from medim.config import FinetuneConfig, check_config
+from medim.data.index.index import Index, build_index
+from medim.files import file_sha256, read_json
+from medim.models.serialization import load_model
+from medim.training.finetune.run import build_finetune_loader, finetune, open_labelled_cohort
+from medim.types import UsageError
+
+WEIGHTS = Path("model") / "model.safetensors"
+CLASSES = ("common", "rare")
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    """40 noisy pictures, of which each fifth is bright and rare."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng, rows = np.random.default_rng(0), ["image,label"]
+    for number in range(40):
+        is_rare = number % 5 == 0
+        np.save(folder / f"p{number:02d}.npy", (rng.normal(0, 0.3, (16, 16)) + 2 * is_rare).astype(np.float32))
+        rows.append(f"p{number:02d},{CLASSES[is_rare]}")
+    table = folder.parent / f"{folder.name}.csv"
+    table.write_text("\n".join(rows) + "\n")
+    return build_index(folder, "xray", labels=table)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+def make_config(**changes: Any) -> FinetuneConfig:
+    content: dict[str, Any] = {
+        "task": "classification",
+        "modality": "xray",
+        "preprocessing": [],
+        "views": {"shape": [16, 16], "augmentations": [{"op": "noise"}]},
+        "encoder": {"name": "convnet", "channels": [4, 8], "summary": "mean_max", "hidden": 0, "summary_channels": 8},
+        "head": {"name": "classification"},
+        "max_steps": 6,
+        "batch_size": 4,
+        "lr": 1e-2,
+        "checkpoint_every_steps": 3,
+    }
+    config = check_config("finetune", {**content, **changes}, source="test")
+    assert isinstance(config, FinetuneConfig)
+    return config
+
+
+def list_used_images(run: Path) -> list[str]:
+    with (run / "split.csv").open() as file:
+        return [row["image"] for row in csv.DictReader(file) if row["used_for_training"] == "yes"]
+
+
+def test_balanced_class_weights_are_fitted_to_the_labelled_training_images(
+    index: Index, tmp_path: Path, store: Path
+) -> None:
+    config = make_config(head={"name": "classification", "class_weights": "balanced"}, max_steps=1)
+    summary = finetune(config, index, tmp_path / "run", labelled=9, store=store, fit_ood_detector=False)
+    labels = {record.image: record.label for record in index.records}
+    used = [labels[image] for image in list_used_images(tmp_path / "run")]
+    counts = np.array([used.count(name) for name in CLASSES])
+    expected = (1 / counts) / (1 / counts).mean()
+    all_counts = np.array([32, 8])
+    assert len(used) == 9
+    assert not np.allclose(expected, (1 / all_counts) / (1 / all_counts).mean())
+    assert summary["class_weights"] == pytest.approx(dict(zip(CLASSES, expected, strict=True)))
+    head = load_model(tmp_path / "run")[1].head
+    assert head is not None
+    assert head["class_weights"] == pytest.approx(list(expected))
+    assert read_json(tmp_path / "run" / "summary.json")["class_weights"] == summary["class_weights"]
+
+
+def test_balanced_class_weights_of_a_segmentation_count_voxels_with_the_background(
+    finetune_config: FinetuneConfig, cohort_index: Index, volumes: Path, tmp_path: Path
+) -> None:
+    config = finetune_config.model_copy(
+        update={"head": {"name": "segmentation", "class_weights": "balanced"}, "max_steps": 1}
+    )
+    options: dict[str, Any] = {"labelled": 2, "store": tmp_path / "store", "fit_ood_detector": False}
+    summary = finetune(config, cohort_index, tmp_path / "run", **options)
+    counts = np.zeros(2)
+    for image in list_used_images(tmp_path / "run"):
+        mask = np.asarray(nibabel.load(volumes / "labelsTr" / f"{Path(image).name}.nii.gz").dataobj)
+        counts += np.bincount(mask.reshape(-1).astype(int), minlength=2)
+    expected = (1 / counts) / (1 / counts).mean()
+    assert summary["class_weights"] == pytest.approx({"background": expected[0], "ball": expected[1]})
+    assert expected[1] > 10 * expected[0]
+
+
+def test_a_run_without_class_weights_states_none(index: Index, tmp_path: Path, store: Path) -> None:
+    summary = finetune(make_config(max_steps=1), index, tmp_path / "run", store=store, fit_ood_detector=False)
+    assert summary["class_weights"] is None
+
+
+def test_balanced_batches_have_equally_many_images_of_each_class(index: Index, store: Path) -> None:
+    """Of the unbalanced batches, some lack the rare class."""
+    shares = {}
+    for is_balanced in (True, False):
+        config = make_config(balanced_batches=is_balanced)
+        cohort = open_labelled_cohort(config, index, split_seed=0, store=store)
+        records = cohort.records("train")
+        loader = build_finetune_loader(config, cohort, records, CLASSES, steps=30, seed=0)
+        shares[is_balanced] = [int(target.sum()) for _, target in loader]
+    assert shares[True] == [2] * 30
+    assert min(shares[False]) == 0
+
+
+def test_a_resumed_run_with_balanced_batches_ends_in_the_same_bytes(index: Index, tmp_path: Path, store: Path) -> None:
+    head = {"name": "classification", "class_weights": "balanced", "focal_gamma": 2.0}
+    config = make_config(balanced_batches=True, head=head)
+    for name in ("whole", "cut"):
+        finetune(config, index, tmp_path / name, store=store, fit_ood_detector=False)
+    (tmp_path / "cut" / "checkpoints" / "step-6.ckpt").unlink()
+    (tmp_path / "cut" / WEIGHTS).unlink()
+    summary = finetune(config, index, tmp_path / "cut", store=store, resume=True, fit_ood_detector=False)
+    assert summary["resumed_from_steps"] == [3]
+    assert file_sha256(tmp_path / "whole" / WEIGHTS) == file_sha256(tmp_path / "cut" / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"head": {"name": "classification", "class_weights": [1.0, 2.0, 3.0]}},
+            r"head.class_weights: expected 2 numbers, one for each of common, rare, got 3\. Give one",
+        ),
+        ({"head": {"name": "classification", "dice": "image"}}, "classification: no option 'dice'"),
+        ({"head": {"name": "classification", "focal_gamma": 11}}, "focal_gamma: expected a number of at most 10"),
+        (
+            {"task": "regression", "head": {"name": "regression"}, "balanced_batches": True},
+            "balanced_batches: expected a classification with one class per image, got regression",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_images_are_read(
+    changes: dict[str, Any], message: str, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medim.data.loading.cohort.fill_store", lambda *_, **__: pytest.fail("an image was read"))
+    if changes.get("task") == "regression":
+        monkeypatch.setattr("medim.training.finetune.run.select_head", lambda config, index: config)
+    with pytest.raises(UsageError, match=message):
+        finetune(make_config(**changes), index, tmp_path / "run", store=tmp_path / "store")
+    assert not list(tmp_path.iterdir())
+
+
+def test_class_weights_of_a_segmentation_need_one_for_the_background(
+    finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path
+) -> None:
+    config = finetune_config.model_copy(update={"head": {"name": "segmentation", "class_weights": [1.0]}})
+    with pytest.raises(UsageError, match="expected 2 numbers, one for each of background, ball, got 1"):
+        finetune(config, cohort_index, tmp_path / "run", store=tmp_path / "store")
+    balanced = finetune_config.model_copy(update={"balanced_batches": True})
+    with pytest.raises(UsageError, match=r"balanced_batches: expected a classification .*, got segmentation"):
+        finetune(balanced, cohort_index, tmp_path / "run", store=tmp_path / "store")
