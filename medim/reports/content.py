@@ -70,6 +70,7 @@ class FinetuneContent(MachineContent, total=False):
     task: str
     init: str
     val: MetricsContent | None
+    lost_classes: dict[str, float]
     contamination: ContaminationCounts | None
     n_labelled: int | None
     index_hash: str

@@ -177,3 +177,15 @@ def count_table(caption: str, name: str, counts: Mapping[Any, int]) -> ReportTab
         for key, count in sorted(counts.items(), key=lambda item: (-item[1], str(item[0])))
     ]
     return ReportTable(caption, (name, "Number"), rows)
+
+
+def format_recall(recall: float) -> str:
+    """Format the fraction of a class that a model finds.
+
+    Examples:
+        >>> format_recall(0.0), format_recall(0.004), format_recall(0.07)
+        ('none', 'less than 1 %', '7 %')
+    """
+    if recall == 0:
+        return "none"
+    return "less than 1 %" if recall < 0.01 else f"{100 * recall:.0f} %"

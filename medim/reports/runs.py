@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from medim.reports.page import (
     count_table,
     format_bytes,
     format_metric,
+    format_recall,
     format_value,
     metric_name,
     metric_table,
@@ -95,6 +97,7 @@ def build_finetuning_section(folder: Path, anchor: str) -> ReportSection:
         *_selection_label_facts(summary),
         ("Images excluded (no label)", format_value(summary.get("n_unlabelled"))),
         ("Validation images", _format_image_counts(validation)),
+        *_lost_class_facts(summary),
         *_contamination_facts(summary),
         ("Steps", format_value(summary.get("steps"))),
         *_machine_facts(summary),
@@ -106,7 +109,9 @@ def build_finetuning_section(folder: Path, anchor: str) -> ReportSection:
     return ReportSection(
         anchor=anchor,
         title=f"Fine-tuning: {folder.name}",
-        banner=_build_headline(metrics, f"on the validation split, from {format_value(start)}"),
+        banner=_add_lost_classes(
+            _build_headline(metrics, f"on the validation split, from {format_value(start)}"), summary
+        ),
         facts=facts,
         tables=[metric_table(metrics, "Validation split", INTERVALS_NOTE)] if metrics else [],
         figures=plots,
@@ -212,6 +217,23 @@ def _build_headline(metrics: Mapping[str, Any], split_text: str) -> Banner:
     if first_key is None:
         return Banner("care", "No metrics", "This run has no metrics.")
     return Banner("plain", f"{metric_name(first_key)}: {format_metric(metrics[first_key])}", f"Measured {split_text}.")
+
+
+def _add_lost_classes(banner: Banner, summary: Mapping[str, Any]) -> Banner:
+    """Add the classes that a model does not find to its headline."""
+    lost = summary.get("lost_classes")
+    if not lost:
+        return banner
+    text = f"{banner.text} The model finds hardly anything of: {', '.join(lost)}. It probably needs more steps."
+    return replace(banner, state="care", text=text)
+
+
+def _lost_class_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Classes that the model does not find, with the fraction of their labels; nothing for results of old versions."""
+    if "lost_classes" not in summary:
+        return []
+    lost = [f"{name} ({format_recall(recall)} of its labels)" for name, recall in summary["lost_classes"].items()]
+    return [("Classes that the model does not find", ", ".join(lost) or "none")]
 
 
 def _contamination_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

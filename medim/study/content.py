@@ -135,6 +135,13 @@ class CellFailure(TypedDict):
     reason: str
 
 
+class LostClassEntry(TypedDict):
+    """A fine-tuned cell whose model does not find some classes, with the fraction of their labels that it finds."""
+
+    cell: str
+    classes: dict[str, float]
+
+
 class CellCounts(TypedDict):
     """State of the cells."""
 
@@ -181,6 +188,7 @@ class StudySummary(StudyFacts):
     steps: int
     learning_rates: dict[str, dict[str, LearningRateEntry]]
     cells: CellCounts
+    lost_classes: NotRequired[list[LostClassEntry]]
     cell_hours: float
     n_resumed_cells: int
     peak_memory_bytes: int | None

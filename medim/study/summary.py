@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from medim.files import write_json
-from medim.study.cell import read_cell_summary, read_selection_score
+from medim.study.cell import StudyContext, read_cell_summary, read_selection_score
 from medim.study.comparisons import build_comparisons
-from medim.study.content import LearningRateEntry, StudyFacts, StudySummary
-from medim.study.design import Arm
+from medim.study.content import LearningRateEntry, LostClassEntry, StudyFacts, StudySummary
+from medim.study.design import Arm, Cell
 from medim.study.scheduler import Scheduler
 from medim.version import collect_versions
 
+log = logging.getLogger(__name__)
 SCHEMA_VERSION = 2
 
 
@@ -51,6 +53,7 @@ def write_summary(out: Path, scheduler: Scheduler, facts: StudyFacts) -> StudySu
             "left": [str(cell) for cell in scheduler.remaining],
             "failed": [{"cell": str(cell), "reason": reason} for cell, reason in scheduler.failures.items()],
         },
+        "lost_classes": _list_lost_classes(context, complete_cells),
         "cell_hours": sum(cell_summary["seconds"] for cell_summary in summaries) / 3600,
         "n_resumed_cells": sum(bool(cell_summary["resumed_from_steps"]) for cell_summary in summaries),
         "peak_memory_bytes": max((cell_summary["peak_memory_bytes"] for cell_summary in summaries), default=None),
@@ -62,7 +65,27 @@ def write_summary(out: Path, scheduler: Scheduler, facts: StudyFacts) -> StudySu
     }
     summary["comparisons"] = build_comparisons(out, summary)
     write_json(out / "summary.json", summary)
+    if lost := summary["lost_classes"]:
+        log.warning(
+            "%d of %d fine-tuned cells do not find some class (first: %s: %s). They were probably not trained long "
+            "enough: increase max_steps (now %d)",
+            len(lost),
+            sum(cell.kind == "finetune" for cell in complete_cells),
+            lost[0]["cell"],
+            ", ".join(lost[0]["classes"]),
+            context.config.max_steps,
+        )
     return summary
+
+
+def _list_lost_classes(context: StudyContext, cells: Sequence[Cell]) -> list[LostClassEntry]:
+    """List the fine-tuned cells whose model does not find some class; cells of earlier versions have no record."""
+    entries: list[LostClassEntry] = []
+    for cell in cells:
+        lost = read_cell_summary(context, cell).get("lost_classes") if cell.kind == "finetune" else None
+        if lost:
+            entries.append({"cell": str(cell), "classes": lost})
+    return entries
 
 
 def _summarise_learning_rates(scheduler: Scheduler) -> dict[str, dict[str, LearningRateEntry]]:

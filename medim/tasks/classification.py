@@ -93,6 +93,12 @@ class Classification(Task):
         """Probabilities (N, K) and class indices (N,)."""
         return class_arrays(rows, classes)
 
+    def measure_recalls(self, rows: Sequence[CaseRow], classes: Sequence[str]) -> dict[str, float]:
+        """Fraction of the images of each class with this prediction."""
+        cases = rows[:: len(classes)]
+        hits = {name: [row["prediction"] == name for row in cases if row["label"] == name] for name in classes}
+        return {name: sum(matches) / len(matches) for name, matches in hits.items() if matches}
+
     def describe_evaluation(self, rows: Sequence[CaseRow], classes: Sequence[str]) -> EvaluationDetails:
         """Reliability of the probabilities, the confusion matrix, and the most confident mistakes."""
         probabilities, labels = class_arrays(rows, classes)

@@ -29,6 +29,7 @@ from medim.tasks.task import (
 from medim.types import Array, Volume
 
 N_WORST = 5
+SIZE_COLUMNS = {3: ("truth_ml", "predicted_ml"), 2: ("truth_mm2", "predicted_mm2")}  # by spatial dimensions
 
 
 class Segmentation(Task):
@@ -48,8 +49,8 @@ class Segmentation(Task):
 
     @property
     def case_columns(self) -> Mapping[str, ColumnType]:
-        """Metrics, and volumes (None in 2D)."""
-        return dict.fromkeys((*self.metrics, "truth_ml", "predicted_ml"), "number")
+        """Metrics, volumes (None in 2D) and areas (None in 3D)."""
+        return dict.fromkeys((*self.metrics, *SIZE_COLUMNS[3], *SIZE_COLUMNS[2]), "number")
 
     @property
     def target_remedy(self) -> str:
@@ -101,17 +102,29 @@ class Segmentation(Task):
         return None
 
     def score_case(self, answer: Array, case: LabelledCase) -> list[CaseRow]:
-        """One row per class: metrics of the case, and in 3D the volumes."""
+        """One row per class: metrics of the case, and the volumes (3D) or areas (2D)."""
         volume, classes = case.volume, case.classes
         truth = _renumber_mask(case.target.array[0], classes, case.source_classes)
         scores = segmentation_metrics(answer, truth, volume.spacing, classes, METRICS)
         rows: list[CaseRow] = [{"class": name, **scores[name]} for name in classes]
-        if volume.spatial_dims == 3:
-            ml_per_voxel = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
-            for value, row in enumerate(rows, start=1):
-                row["truth_ml"] = ml_per_voxel * int((truth == value).sum())
-                row["predicted_ml"] = ml_per_voxel * int((answer == value).sum())
+        dims = volume.spatial_dims
+        voxel = abs(float(np.linalg.det(volume.affine[:dims, :dims])))
+        size = voxel / 1000 if dims == 3 else voxel  # ml or mm2
+        for value, row in enumerate(rows, start=1):
+            for column, labels in zip(SIZE_COLUMNS[dims], (truth, answer), strict=True):
+                row[column] = size * int((labels == value).sum())
         return rows
+
+    def measure_recalls(self, rows: Sequence[CaseRow], classes: Sequence[str]) -> dict[str, float]:
+        """Fraction of the labelled voxels of each class that the network finds, over all cases."""
+        recalls = {}
+        for name, group in _group_by_class(rows, classes).items():
+            columns = SIZE_COLUMNS[2 if any(row.get(SIZE_COLUMNS[3][0]) is None for row in group) else 3]
+            truth, predicted = (np.array([row[column] for row in group], np.float64) for column in columns)
+            overlap = np.array([row["dice"] for row in group], np.float64) * (truth + predicted) / 2
+            if truth.sum() > 0:
+                recalls[name] = float(overlap.sum() / truth.sum())
+        return recalls
 
     def summarise_cases(
         self, rows: Sequence[CaseRow], classes: Sequence[str], *, seed: int = 0, resamples: int = N_RESAMPLES

@@ -326,6 +326,18 @@ class Task(ABC):
         pair = [build_statistics(self.name, *self.case_arrays(rows, classes)) for rows in (one, two)]
         return bootstrap_intervals(subtract_statistics(*pair), list_subjects(one), seed=seed)
 
+    def measure_recalls(self, rows: Sequence[CaseRow], classes: Sequence[str]) -> dict[str, float]:
+        """Fraction of the labelled images or voxels of each class that the network finds; none for other targets.
+
+        Args:
+            rows: rows of cases that were not rejected.
+            classes: classes of the network.
+
+        Returns:
+            A fraction for each class that some case has.
+        """
+        return {}
+
     @abstractmethod
     def describe_evaluation(self, rows: Sequence[CaseRow], classes: Sequence[str]) -> EvaluationDetails:
         """Plots and tables of an evaluation; rows as in `summarise_cases`."""

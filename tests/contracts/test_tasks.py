@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from medim.config import build_from_section
 from medim.metrics import METRICS
 from medim.models.heads import HEADS
 from medim.tasks import TASKS, find_task, find_task_by_title, find_task_of_kind, find_task_of_rows, find_task_of_study
-from medim.types import Features
+from medim.tasks.task import LabelledCase
+from medim.types import Features, Volume
 from tests.contracts.task_samples import CASES, SHAPE, find_index, make_sample
 
 every_task = pytest.mark.parametrize("name", TASKS)
@@ -119,3 +121,61 @@ def test_the_runs_of_a_study_have_the_metrics_of_the_evaluation(name: str) -> No
     assert task.describe_study_case(columns, classes, int(scores.argmin()))
     for text in (task.case_label, task.worst_case_text, task.output_text, task.frozen_text):
         assert text
+
+
+@pytest.mark.parametrize("name", ["classification", "segmentation"])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_the_recall_of_a_class_is_the_fraction_of_its_labels_that_are_found(name: str, dims: int) -> None:
+    """Counted by hand, over the images of a class or the voxels of all images."""
+    task, rng = TASKS[name], np.random.default_rng(0)
+    classes, shape = ("one", "two", "none"), (8, 6, 4)[:dims]
+    rows, hits, labels = [], np.zeros(3), np.zeros(3)
+    for number in range(6):
+        volume = Volume(rng.random((1, *shape), np.float32), np.eye(4), np.diag([2.0, 1.0, 1.0, 1.0]), shape)
+        record = find_index(task).records[number]
+        if name == "segmentation":
+            truth, answer = rng.integers(0, 3, (2, *shape), np.uint8)
+            if number == 0:
+                answer[:] = 1
+            case = LabelledCase(
+                record=record, volume=volume, mask=volume.with_array(truth[None]), classes=classes, source_classes=()
+            )
+        else:
+            truth, answer = number % 2 + 1, np.eye(3)[(0, 1, 1, 0, 0, 2)[number]]
+            case = LabelledCase(
+                record=replace(record, label=classes[truth - 1]),
+                volume=volume,
+                mask=None,
+                classes=classes,
+                source_classes=(),
+            )
+        predicted = answer if name == "segmentation" else answer.argmax() + 1
+        for value in range(1, 4):
+            labels[value - 1] += (truth == value).sum() if name == "segmentation" else truth == value
+            hits[value - 1] += ((truth == value) & (predicted == value)).sum()
+        rows += [{"image": f"i{number}", **row} for row in task.score_case(answer, case)]
+    assert task.measure_recalls(rows, classes) == pytest.approx(
+        {"one": hits[0] / labels[0], "two": hits[1] / labels[1]}
+    )
+    assert 0 < hits[0] < labels[0]
+
+
+@every_task
+def test_targets_that_are_classes_are_counted(name: str) -> None:
+    sample = make_sample(name)
+    task, classes = sample.task, sample.classes
+    if not (task.dense or task.has_class_labels):
+        assert task.measure_recalls(sample.rows, classes) == {}
+        with pytest.raises(ValueError, match="expected targets that are classes"):
+            task.count_targets(sample.index.records, classes)
+        return
+    assert sample.mask is None or sample.mask.array.size == np.prod(SHAPE)
+    counts = task.count_targets(sample.index.records, classes, lambda record: sample.mask.array)  # type: ignore[union-attr]
+    assert len(counts) == len(task.output_names(classes)) == task.count_outputs(classes)
+    assert counts.sum() == CASES * (np.prod(SHAPE) if task.dense else 1)
+    weights = task.fit_head(
+        {"name": name, "class_weights": "balanced"}, sample.index.records, classes, lambda _: sample.mask.array
+    )  # type: ignore[union-attr]
+    assert weights["class_weights"] == pytest.approx(list((1 / counts) / (1 / counts).mean()))
+    unfitted = {"name": name, "class_weights": "balanced"}
+    assert task.fit_head(unfitted, []) == unfitted

@@ -74,6 +74,18 @@ def test_the_results_of_a_cell_are_those_of_medim_finetune(
     assert float(shown(np.ones((1, 12)))[0]) == pytest.approx(alone["val"]["metrics"]["auroc"]["value"])
 
 
+def test_cells_whose_model_does_not_find_a_class_are_listed(
+    small: Study, schedule: FinetuneConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The heads start at 0, and a rate below the smallest number of float32 leaves all answers at the first class."""
+    summary = small(config=schedule.model_copy(update={"lr": 1e-60, "weight_decay": 0.0}))
+    names = [f"{arm}, 4 labels, encoder 0, subset 0" for arm in ("scratch", "dim")]
+    cells = [{"cell": name, "classes": {"up": 0.0}} for name in names]
+    assert summary["lost_classes"] == cells
+    assert f"2 of 2 fine-tuned cells do not find some class (first: {names[0]}: up)" in caplog.text
+    assert "2 fine-tuned cells do not find some class" in (tmp_path / "study" / "report.html").read_text()
+
+
 def test_the_same_study_twice_gives_the_same_bytes(small: Study, tmp_path: Path) -> None:
     for name in ("one", "two"):
         small(tmp_path / name)

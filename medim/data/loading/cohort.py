@@ -93,6 +93,10 @@ class Cohort:
         metrics_by_image = {image: self.store.get_entry(key).metrics for image, key in self.keys.items()}
         return {image: metrics for image, metrics in metrics_by_image.items() if metrics is not None}
 
+    def read_mask(self, record: ImageRecord) -> Array:
+        """Read the preprocessed mask (1, ...) of an image."""
+        return self.store.read_mask(self.keys[record.image])
+
     def store_keys(self, records: Sequence[ImageRecord]) -> list[str]:
         """List the store keys of some images."""
         return [self.keys[record.image] for record in records]

@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from medim.data.contamination import describe_counts, list_counts
-from medim.reports.page import Banner, ReportSection, ReportTable, format_value, metric_name, pluralise
+from medim.reports.page import (
+    Banner,
+    ReportSection,
+    ReportTable,
+    format_recall,
+    format_value,
+    metric_name,
+    pluralise,
+)
 from medim.study.content import ComparisonRow
 from medim.study.report.audit import alarming_shortcuts, format_size_auroc
 from medim.study.report.format import format_difference, format_p_value
@@ -30,6 +38,7 @@ def build_verdict_section(study: StudyView) -> ReportSection:
         _harm_caveat(study, best),
         _contamination_caveat(study),
         _selection_caveat(study),
+        _lost_class_caveat(study),
         alarming_shortcuts(study),
     ]
     caveats += [unhealthy_pretraining(study, best["arm"]), _single_run_caveat(best)]
@@ -86,7 +95,8 @@ def comparison_sentence(row: ComparisonRow) -> str:
 def build_trust_section(study: StudyView) -> ReportSection:
     """Build the section of validity checks: contamination of each encoder, duplicates, completeness of the study."""
     cells, duplicates = study.summary["cells"], study.summary["train_val_duplicates"]
-    caveats = _contamination_caveat(study) + _selection_caveat(study) + alarming_shortcuts(study)
+    caveats = _contamination_caveat(study) + _selection_caveat(study)
+    caveats += _lost_class_caveat(study) + alarming_shortcuts(study)
     clean = study.is_complete and not caveats and not duplicates["images"]
     rows = [
         (
@@ -102,7 +112,6 @@ def build_trust_section(study: StudyView) -> ReportSection:
     ]
     val = study.summary["counts"]["splits"]["val"]
     head = ("Arm", "Encoder", "In pretraining", "In fine-tuning")
-    failed = [(failure["cell"], failure["reason"]) for failure in cells["failed"]]
     n_near = len(study.audit["duplicates"]["near"]) if study.audit else None
     classes = find_task(study.summary["task"]).has_class_labels
     return ReportSection(
@@ -118,6 +127,7 @@ def build_trust_section(study: StudyView) -> ReportSection:
             ("Cells done", f"{cells['done']:,} of {cells['all']:,}"),
             ("Cells that failed", format_value(len(cells["failed"]))),
             ("Complete", format_value(study.is_complete)),
+            *_lost_class_facts(study),
             ("Evaluation split", f"{pluralise(val['images'], 'image')} of {pluralise(val['subjects'], 'subject')}"),
             ("Images with the same pixels in training and evaluation", format_value(duplicates["images"])),
             ("Near-duplicate pairs across the split", format_value(n_near)),
@@ -132,10 +142,26 @@ def build_trust_section(study: StudyView) -> ReportSection:
                 rows,
                 wide=True,
             ),
-            *([ReportTable("Cells that failed", ("Cell", "Reason"), failed, wide=True, prose=True)] if failed else []),
+            *_build_cell_tables(study),
         ],
         details=[("Remaining cells", "\n".join(cells["left"]))] if cells["left"] else [],
     )
+
+
+def _build_cell_tables(study: StudyView) -> list[ReportTable]:
+    """Build the tables of cells that failed, and of those whose model does not find some class."""
+    failed = [(failure["cell"], failure["reason"]) for failure in study.summary["cells"]["failed"]]
+    lost = [
+        (entry["cell"], name, format_recall(recall))
+        for entry in study.summary.get("lost_classes", [])
+        for name, recall in entry["classes"].items()
+    ]
+    lost_head = ("Cell", "Class", "Labels that the model finds")
+    tables = [
+        ReportTable("Cells that failed", ("Cell", "Reason"), failed, wide=True, prose=True),
+        ReportTable("Cells that lost a class", lost_head, lost, wide=True, prose=True),
+    ]
+    return [table for table in tables if table.rows]
 
 
 def _incomplete_caveat(study: StudyView) -> str:
@@ -159,6 +185,25 @@ def _selection_caveat(study: StudyView) -> str:
     label_counts = study.summary.get("n_selection_labels", {})
     arms_text = ", ".join(f"{arm} ({count:,})" for arm, count in label_counts.items() if count)
     return f"Labels outside the budgets selected the pretraining step of: {arms_text}. " if arms_text else ""
+
+
+def _lost_class_caveat(study: StudyView) -> str:
+    """Caveat for cells whose model does not find some class: they are outliers of the means of their arms."""
+    lost = study.summary.get("lost_classes", [])
+    if not lost:
+        return ""
+    verb = "does" if len(lost) == 1 else "do"
+    return (
+        f"{pluralise(len(lost), 'fine-tuned cell')} {verb} not find some class, probably because of too few steps "
+        f"({study.summary['steps']:,}), and may carry a difference between the arms. "
+    )
+
+
+def _lost_class_facts(study: StudyView) -> list[tuple[str, str]]:
+    """Number of cells whose model does not find some class; nothing for studies of earlier versions."""
+    if "lost_classes" not in study.summary:
+        return []
+    return [("Fine-tuned cells whose model does not find some class", format_value(len(study.summary["lost_classes"])))]
 
 
 def _contamination_caveat(study: StudyView) -> str:

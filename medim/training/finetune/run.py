@@ -25,12 +25,14 @@ from medim.model_spec import SCHEMA_VERSION, ModelSpec
 from medim.models.model import Model, as_numpy_function, build_model
 from medim.models.serialization import load_weights, locate_weights, save_model
 from medim.signals import handle_shutdown_signals
+from medim.tasks.task import CaseRow
 from medim.training.engine.checkpoints import find_newest_checkpoint, get_resume_steps, list_corrupt_checkpoints
 from medim.training.engine.launch import find_device
 from medim.training.engine.sampler import StepSampler, step_loader
 from medim.training.engine.trainer import make_trainer, peak_memory, run_trainer
 from medim.training.finetune.config import dry_run_finetuning
 from medim.training.finetune.head_init import start_head_as_probe
+from medim.training.finetune.lost_classes import find_lost_classes, warn_of_lost_classes
 from medim.training.finetune.module import FinetuneModule, ValidationCallback
 from medim.training.finetune.options import FinetuneOptions
 from medim.training.finetune.summary import FinetuneSummary
@@ -39,7 +41,7 @@ from medim.training.fit_ood import rehearse_ood_detector, save_ood_detector
 from medim.training.pretrain.history import HISTORY_COLUMNS
 from medim.training.run_folder import log_failure, open_rehearsal_folder, open_run_folder, write_config
 from medim.training.tracking.tracking import Tracker, check_target, log_results, track_run
-from medim.types import Array, UserError
+from medim.types import UserError
 from medim.version import collect_versions
 
 log = logging.getLogger(__name__)
@@ -243,8 +245,10 @@ def _save_model(run: _FinetuneRun) -> None:
 def _measure(run: _FinetuneRun, start_time: float) -> FinetuneSummary:
     """Measure the model on the validation split, and write `cases.parquet` and `summary.json`."""
     cohort, out, model = run.data.cohort, run.out, run.module.model
-    evaluation = _evaluate_validation(model, cohort.index, run.data.val, run.spec, out / "cases.parquet")
-    summary = _build_finetune_summary(run, evaluation, start_time)
+    evaluation, rows = _evaluate_validation(model, cohort.index, run.data.val, run.spec, out / "cases.parquet")
+    lost = find_lost_classes(model, cohort, run.data.train, rows, run.spec)
+    warn_of_lost_classes(lost, cohort, run.data.train, run.spec, run.config.max_steps)
+    summary = _build_finetune_summary(run, evaluation, lost, start_time)
     write_json(out / "summary.json", summary)
     return summary
 
@@ -294,15 +298,17 @@ def _select_labelled(config: FinetuneConfig, index: Index) -> list[ImageRecord]:
 
 def _evaluate_validation(
     model: Model, index: Index, val: Sequence[ImageRecord], spec: ModelSpec, cases: Path
-) -> CaseSummary | None:
-    """Evaluate the model on the validation split and write the cases; None if the split is empty."""
+) -> tuple[CaseSummary | None, list[CaseRow]]:
+    """Evaluate the model on the validation split and write the cases; None and no cases if the split is empty."""
     log.info("measuring on %d validation images", len(val))
     evaluation, rows = validate_network(as_numpy_function(model), index, val, spec) if val else (None, [])
     write_cases(cases, rows, spec.kind)
-    return evaluation
+    return evaluation, rows
 
 
-def _build_finetune_summary(run: _FinetuneRun, evaluation: CaseSummary | None, start_time: float) -> FinetuneSummary:
+def _build_finetune_summary(
+    run: _FinetuneRun, evaluation: CaseSummary | None, lost_classes: dict[str, float], start_time: float
+) -> FinetuneSummary:
     config, cohort, module = run.config, run.data.cohort, run.module
     losses = [loss for _, _, loss, _, _ in module.rows if loss is not None]
     return {
@@ -318,6 +324,7 @@ def _build_finetune_summary(run: _FinetuneRun, evaluation: CaseSummary | None, s
         "resumed_from_steps": get_resume_steps(module.trainer),
         "loss": {"first": losses[0], "last": losses[-1]},
         "val": evaluation,
+        "lost_classes": lost_classes,
         "peak_memory_bytes": peak_memory(),
         "device": str(module.device),
         "precision": str(module.trainer.precision),
@@ -429,15 +436,11 @@ def build_model_spec(
     """Build the spec of the model of a run; see `medim.models.serialization`."""
     task = task_of_config(config)
     classes = task.class_names(cohort.index)
-
-    def read_mask(record: ImageRecord) -> Array:
-        return cohort.store.read_mask(cohort.keys[record.image])
-
     return replace(
         cohort.build_spec(config, seed=seed, split_seed=split_seed),
         kind=task.kind,
         decoder=config.decoder,
-        head=task.fit_head(config.head, records, classes, read_mask),
+        head=task.fit_head(config.head, records, classes, cohort.read_mask),
         out_channels=task.count_outputs(classes),
         inference=config.inference,
         classes=tuple(classes),

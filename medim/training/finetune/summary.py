@@ -21,6 +21,8 @@ class FinetuneSummary(TypedDict):
     Attributes:
         class_weights: weights of the classes in the loss, by name; None if the head has none.
         val: evaluation on the validation split; None if the split is empty.
+        lost_classes: fraction of the labels that the model finds, by class, if it is below a tenth; see
+            `medim.training.finetune.lost_classes`.
     """
 
     schema_version: int
@@ -35,6 +37,7 @@ class FinetuneSummary(TypedDict):
     resumed_from_steps: list[int]
     loss: TrainingLoss
     val: CaseSummary | None
+    lost_classes: dict[str, float]
     peak_memory_bytes: int
     device: str
     precision: str

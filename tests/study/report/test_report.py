@@ -99,6 +99,26 @@ def test_harm_at_another_budget_and_labels_that_no_budget_paid_make_a_benefit_do
     assert (state, "Pretraining is worse than from scratch for: dim with 80 labels." in text) == ("care", True)
 
 
+def test_cells_that_lost_a_class_are_counted_and_make_a_benefit_doubtful(study_of: Study) -> None:
+    folder = study_of(0.1)
+    title = "Fine-tuned cells whose model does not find some class"
+    assert title not in write_study_page(folder).read_text()  # a study of an earlier version
+    change(folder, lost_classes=[])
+    html = write_study_page(folder).read_text()
+    assert banner(html, "verdict")[0] == "good"
+    assert title in html
+    change(
+        folder,
+        lost_classes=[{"cell": "scratch, 5 labels, encoder 0, subset 0", "classes": {"front": 0.0, "back": 0.06}}],
+    )
+    html = write_study_page(folder).read_text()
+    for section in ("verdict", "counts"):
+        state, _, text = banner(html, section)
+        assert (state, "1 fine-tuned cell does not find some class" in text) == ("care", True)
+    assert "Cells that lost a class" in html
+    assert "6 %" in html
+
+
 def test_one_run_against_one_run_makes_a_benefit_doubtful(study_of: Study) -> None:
     folder = study_of(0.1)
     found = read_json(folder / "summary.json")["comparisons"]

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import csv
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
+import torch
 
 from medim.config import FinetuneConfig, check_config
 from medim.data.index.index import Index, build_index
 from medim.files import file_sha256, read_json
 from medim.models.serialization import load_model
-from medim.training.finetune.run import build_finetune_loader, finetune, open_labelled_cohort
+from medim.reports.report import write_report_page
+from medim.training.finetune.lost_classes import TRAINING_IMAGES, find_lost_classes, warn_of_lost_classes
+from medim.training.finetune.run import build_finetune_loader, build_model_spec, finetune, open_labelled_cohort
 from medim.types import UsageError
 
 WEIGHTS = Path("model") / "model.safetensors"
@@ -164,3 +169,101 @@ def test_class_weights_of_a_segmentation_need_one_for_the_background(
     balanced = finetune_config.model_copy(update={"balanced_batches": True})
     with pytest.raises(UsageError, match=r"balanced_batches: expected a classification .*, got segmentation"):
         finetune(balanced, cohort_index, tmp_path / "run", store=tmp_path / "store")
+
+
+def list_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name.endswith("lost_classes")]
+
+
+def test_a_class_that_is_never_predicted_is_stated_with_advice(
+    index: Index, tmp_path: Path, store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The head starts at 0, and a rate below the smallest number of float32 leaves the answer at the first class."""
+    caplog.set_level(logging.WARNING, "medim")
+    config = make_config(lr=1e-60, weight_decay=0.0, max_steps=1)
+    summary = finetune(config, index, tmp_path / "run", store=store, fit_ood_detector=False)
+    assert summary["lost_classes"] == {"rare": 0.0}
+    assert read_json(tmp_path / "run" / "summary.json")["lost_classes"] == {"rare": 0.0}
+    (warning,) = list_warnings(caplog)
+    assert warning.startswith("class rare: the model finds none of its labels.")
+    assert "increase max_steps (now 1)" in warning
+    html = write_report_page(tmp_path / "run").read_text()
+    assert "The model finds hardly anything of: rare." in html
+    assert "rare (none of its labels)" in html
+
+
+def test_a_trained_model_has_lost_no_class(
+    index: Index, tmp_path: Path, store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "medim")
+    config = make_config(head_init="probe", max_steps=20)
+    summary = finetune(config, index, tmp_path / "run", store=store, fit_ood_detector=False)
+    assert summary["val"] is not None
+    assert summary["val"]["metrics"]["balanced_accuracy"]["value"] > 0.9
+    assert (summary["lost_classes"], list_warnings(caplog)) == ({}, [])
+    assert "Classes that the model does not find" in write_report_page(tmp_path / "run").read_text()
+
+
+def make_split_index(index: Index, rare_part: str) -> Index:
+    """The index with a validation split of ten common pictures, and the rare ones in one part only."""
+    commons = [record.image for record in index.records if record.label == "common"]
+    parts = {record.image: rare_part for record in index.records} | dict.fromkeys(commons, "train")
+    parts |= dict.fromkeys(commons[:10], "val")
+    return replace(index, records=tuple(replace(record, split=parts[record.image]) for record in index.records))
+
+
+def test_a_class_without_validation_images_is_measured_on_training_images(
+    index: Index, tmp_path: Path, store: Path
+) -> None:
+    config = make_config(lr=1e-60, weight_decay=0.0, max_steps=1)
+    split_index = make_split_index(index, "train")
+    summary = finetune(config, split_index, tmp_path / "run", store=store, fit_ood_detector=False)
+    assert summary["val"] is not None
+    assert summary["val"]["n"] == 10
+    assert summary["lost_classes"] == {"rare": 0.0}
+
+
+def test_a_class_without_labelled_training_images_gets_other_advice(
+    index: Index, tmp_path: Path, store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "medim")
+    head = {"name": "classification", "class_weights": "balanced"}
+    config = make_config(lr=1e-60, weight_decay=0.0, max_steps=1, head=head)
+    split_index = make_split_index(index, "val")
+    summary = finetune(config, split_index, tmp_path / "run", store=store, fit_ood_detector=False)
+    assert summary["lost_classes"] == {"rare": 0.0}
+    assert summary["class_weights"] == {"common": 1.0, "rare": 1.0}
+    (warning,) = list_warnings(caplog)
+    assert "No labelled training image has this class" in warning
+
+
+class Constant(torch.nn.Module):
+    """Network with the same class in every voxel."""
+
+    def __init__(self, value: int) -> None:
+        super().__init__()
+        self.value = torch.nn.Parameter(torch.tensor(float(value)))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(len(image), 2, *image.shape[2:])
+        logits[:, int(self.value)] = 1.0
+        return logits
+
+
+def test_a_segmenter_without_validation_images_is_measured_on_some_training_images(
+    finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medim.training.finetune.lost_classes.TRAINING_IMAGES", 3)
+    cohort = open_labelled_cohort(finetune_config, cohort_index, split_seed=0, store=tmp_path / "store")
+    train = cohort.records("train")
+    spec = build_model_spec(finetune_config, cohort, 0, 0, train)
+    opened: list[str] = []
+    read = type(cohort_index).open
+    monkeypatch.setattr(
+        type(cohort_index), "open", lambda self, record: (opened.append(record.image), read(self, record))[1]
+    )
+    assert find_lost_classes(Constant(0), cohort, train, [], spec) == {"ball": 0.0}
+    assert opened == [record.image for record in train[:3]]
+    assert find_lost_classes(Constant(1), cohort, train, [], spec) == {}
+    assert TRAINING_IMAGES >= 3
+    warn_of_lost_classes({}, cohort, train, spec, 1)
