@@ -21,38 +21,43 @@ from torch.utils.checkpoint import checkpoint
 from medim.config import Size
 from medim.types import UsageError
 
-OutputNorm = Literal["layer", "batch", "none"]
+OutputNorm = Literal["layer", "batch", "batch_affine", "none"]
 _MAX_HIDDEN_UNITS = 2**24  # hidden units that a concat-and-convolve critic keeps in memory at a time
 
 
 class _CriticEmbedding(nn.Module):
     """1x1 conv, BN, ReLU, 1x1 conv, plus a linear shortcut initialised as a noisy copy; then a norm over channels.
 
-    `MI1x1ConvNet` of the DIM authors' code (nn_modules/mi_networks.py), over flattened locations (B, C, L).
+    `MI1x1ConvNet` of the DIM authors' code (nn_modules/mi_networks.py), over flattened locations (B, C, L). With
+    `batch_affine`, `ConvHead` of Entodi/fusion (architecture/projection_head), without a shortcut `LatentHead`: neither
+    has a bias.
     """
 
-    def __init__(self, in_channels: int, width: int, norm: OutputNorm) -> None:
+    def __init__(self, in_channels: int, width: int, norm: OutputNorm, *, has_shortcut: bool = True) -> None:
         super().__init__()
         self.block = nn.Sequential(
             nn.Conv1d(in_channels, width, 1, bias=False),
             nn.BatchNorm1d(width),
             nn.ReLU(inplace=True),
-            nn.Conv1d(width, width, 1),
+            nn.Conv1d(width, width, 1, bias=has_shortcut and norm != "batch_affine"),
         )
-        self.shortcut = nn.Conv1d(in_channels, width, 1, bias=False)
-        with torch.no_grad():
-            self.shortcut.weight.uniform_(-0.01, 0.01)
-            diagonal = torch.arange(min(in_channels, width))
-            self.shortcut.weight[diagonal, diagonal, 0] = 1.0
+        self.shortcut: nn.Conv1d | None = None
+        if has_shortcut:
+            self.shortcut = nn.Conv1d(in_channels, width, 1, bias=False)
+            with torch.no_grad():
+                self.shortcut.weight.uniform_(-0.01, 0.01)
+                diagonal = torch.arange(min(in_channels, width))
+                self.shortcut.weight[diagonal, diagonal, 0] = 1.0
         self.norm: nn.Module | None = {
             "layer": nn.LayerNorm(width),
             "batch": nn.BatchNorm1d(width, affine=False),
+            "batch_affine": nn.BatchNorm1d(width),
             "none": None,
         }[norm]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, C, L) to (B, width, L)."""
-        x = self.block(x) + self.shortcut(x)
+        x = self.block(x) if self.shortcut is None else self.block(x) + self.shortcut(x)
         if isinstance(self.norm, nn.LayerNorm):
             return self.norm(x.transpose(1, 2)).transpose(1, 2)
         return x if self.norm is None else self.norm(x)
@@ -68,6 +73,7 @@ class EncodeAndDot(nn.Module):
             32x32 encoder).
         local_norm: norm of the embedded local features.
         summary_norm: norm of the embedded summary.
+        summary_shortcut: add a linear map of the summary to its embedding, as for the local features.
         scale_scores: divide scores by sqrt(width), as AMDIM does.
         clip: soft bound of the scores, clip * tanh(score / clip); 0 disables it (AMDIM: 20).
     """
@@ -80,12 +86,13 @@ class EncodeAndDot(nn.Module):
         width: Size = 2048,
         local_norm: OutputNorm = "layer",
         summary_norm: OutputNorm = "layer",
+        summary_shortcut: bool = True,
         scale_scores: bool = False,
         clip: float = 0.0,
     ) -> None:
         super().__init__()
         self.local = _CriticEmbedding(channels, width, local_norm)
-        self.summary = _CriticEmbedding(summary_channels, width, summary_norm)
+        self.summary = _CriticEmbedding(summary_channels, width, summary_norm, has_shortcut=summary_shortcut)
         self._scale = width**-0.5 if scale_scores else 1.0
         self._clip = clip
 

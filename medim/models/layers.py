@@ -18,7 +18,7 @@ from medim.types import Features, UsageError
 
 Norm = Literal["bn", "in", "gn", "none"]
 Activation = Literal["relu", "leaky_relu"]
-Pooling = Literal["flatten", "mean_max"]
+Pooling = Literal["flatten", "mean_max", "mean"]
 ConvGeometry = Sequence[tuple[int, int, int]]  # kernel size, stride and padding of each layer, in order
 
 
@@ -168,8 +168,9 @@ class SummaryNetwork(nn.Sequential):
     """Network from the last map to the summary: pooling, hidden layers (Linear, BN, ReLU), Linear.
 
     Args:
-        features: length of the pooled map: that of `count_flat_features`, or twice its channels for `mean_max`.
-        pooling: `flatten` (the flattened map) or `mean_max` (its mean and maximum over the grid).
+        features: length of the pooled map: that of `count_flat_features`, its channels for `mean`, or twice its
+            channels for `mean_max`.
+        pooling: `flatten` (the flattened map), `mean_max` (its mean and maximum over the grid) or `mean`.
         hidden: widths of the hidden layers.
         out_channels: length of the summary; 0 omits the last linear layer.
 
@@ -186,11 +187,14 @@ class SummaryNetwork(nn.Sequential):
             layers.append(nn.Linear(widths[-1], out_channels))
         super().__init__(*layers)
         self.out_channels = out_channels or widths[-1]
-        self._flatten = pooling == "flatten"
+        self._pooling = pooling
 
     def forward(self, map_: torch.Tensor) -> torch.Tensor:
         """Map (N, C, ...) to (N, out_channels)."""
-        x = map_.flatten(1) if self._flatten else pool_map(map_)
+        if self._pooling == "mean":
+            x = map_.mean(tuple(range(2, map_.ndim)))
+        else:
+            x = map_.flatten(1) if self._pooling == "flatten" else pool_map(map_)
         for layer in self:
             x = layer(x)
         return x

@@ -30,6 +30,7 @@ class AMDIM(nn.Module):
         levels: indices of the first and the second map; negative values count from the coarsest map.
         width: width of the score space. A summary of this length enters through batch norm only, as in the paper,
             otherwise through a linear layer and batch norm.
+        summary_norm: batch norm of the summary; false for an encoder whose summary has one, such as `amdim`.
         score_penalty: weight of the mean squared score before clipping (0.04 in the paper, 0.05 in later code).
         clip: soft bound of the scores, clip * tanh(score / clip); 0 disables it.
     """
@@ -45,6 +46,7 @@ class AMDIM(nn.Module):
         *,
         levels: tuple[int, int] = (-1, -2),
         width: Size = 1024,
+        summary_norm: bool = True,
         score_penalty: float = 0.04,
         clip: float = 20.0,
     ) -> None:
@@ -57,7 +59,7 @@ class AMDIM(nn.Module):
         self._penalty, self._clip = score_penalty, clip
         same = summary_channels == width
         linear = nn.Identity() if same else nn.Linear(summary_channels, width, bias=False)
-        self.summary = nn.Sequential(linear, nn.BatchNorm1d(width))
+        self.summary = nn.Sequential(linear, nn.BatchNorm1d(width) if summary_norm else nn.Identity())
         self.heads = nn.ModuleList(_ProjectionHead(channels[level], width) for level in self._levels)
 
     def forward(self, encode: Encode, views: Views) -> dict[str, Term]:

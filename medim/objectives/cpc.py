@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from medim.config import Size, SizeOrZero
-from medim.models.cpc_context import ContextNetwork
+from medim.models.cpc_context import CONTEXT_NETWORKS
 from medim.models.layers import check_level
 from medim.objectives.objective import Encode, Term
 from medim.types import UsageError, Views
@@ -38,6 +39,7 @@ class CPC(nn.Module):
         steps: number of rows to predict from each row; fewer at the end of the grid.
         skip: number of rows to skip below the context, because their receptive fields overlap with it.
         layers: gated convolutions of the context network; each extends its reach by one row upwards.
+        context: `vertical`, the vertical stack of the gated PixelCNN, or `pixelcnn`, both stacks as in Lowe et al.
         negatives: local features drawn with replacement for each prediction, except its own; 0 uses all.
         scale_scores: divide scores by sqrt(channels), as AMDIM does.
     """
@@ -54,6 +56,7 @@ class CPC(nn.Module):
         steps: Size = 5,
         skip: SizeOrZero = 1,
         layers: Size = 4,
+        context: Literal["vertical", "pixelcnn"] = "vertical",
         negatives: SizeOrZero = 0,
         scale_scores: bool = False,
     ) -> None:
@@ -72,7 +75,7 @@ class CPC(nn.Module):
         width = channels[level]
         self._negatives = negatives
         self._scale = width**-0.5 if scale_scores else 1.0
-        self.context = ContextNetwork(spatial_dims, width, layers=layers)
+        self.context = CONTEXT_NETWORKS[context](spatial_dims, width, layers=layers)
         self.predict = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in self._offsets)
 
     def forward(self, encode: Encode, views: Views) -> dict[str, Term]:

@@ -75,6 +75,17 @@ def test_each_side_has_its_own_norm() -> None:
     assert critic.local.norm is None
     assert isinstance(critic.summary.norm, nn.BatchNorm1d)
     assert isinstance(EncodeAndDot(6, 5, width=8).summary.norm, nn.LayerNorm)
+    affine = EncodeAndDot(6, 5, width=8, local_norm="batch_affine").local.norm
+    assert isinstance(affine, nn.BatchNorm1d)
+    assert affine.affine
+
+
+def test_the_summary_side_without_a_shortcut_is_two_linear_layers() -> None:
+    side = EncodeAndDot(6, 5, width=8, summary_norm="none", summary_shortcut=False).summary.eval()
+    first, norm, _, second = side.block
+    x = torch.randn(3, 5, 1)
+    hidden = torch.einsum("uc,bcl->bul", first.weight[..., 0], x) / (1 + norm.eps) ** 0.5
+    torch.testing.assert_close(side(x), torch.einsum("uc,bcl->bul", second.weight[..., 0], hidden.relu()))
 
 
 def repeated(critic: ConcatAndConvolve, local: torch.Tensor, summary: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from monai.transforms.intensity.array import (
     RandGaussianNoise,
     RandGaussianSmooth,
     RandScaleIntensity,
+    RandScaleIntensityFixedMean,
     RandShiftIntensity,
 )
 from monai.transforms.spatial.array import RandFlip
@@ -49,32 +50,45 @@ def build_flip(*, spatial_dims: int, axis: int | None = None, probability: float
 
 
 def build_affine(
-    *, spatial_dims: int, rotate: float = 10.0, scale: float = 0.1, translate: float = 0.0, probability: float = 0.5
+    *,
+    spatial_dims: int,
+    rotate: float = 10.0,
+    scale: float = 0.1,
+    translate: float = 0.0,
+    padding: Literal["border", "reflection"] = "border",
+    probability: float = 0.5,
 ) -> RandomizableTransform:
-    """Rotate, scale and translate about the centre of the view; edge values are continued outside.
+    """Rotate, scale and translate about the centre of the view.
 
     Args:
         spatial_dims: 2 or 3.
         rotate: largest angle about each axis, in degrees.
         scale: largest relative change of size along each axis.
         translate: largest shift along each axis, in voxels.
+        padding: values outside of the view: its edge values, or its mirror image.
         probability: probability of applying the transform.
     """
     return _RandomAffine(
         [math.radians(rotate)] * (3 if spatial_dims == 3 else 1),
         [scale] * spatial_dims,
         [translate] * spatial_dims,
+        padding=padding,
         probability=probability,
     )
 
 
-def build_intensity_scale(*, factor: float = 0.1, probability: float = 0.5) -> RandomizableTransform:
+def build_intensity_scale(
+    *, factor: float = 0.1, about_mean: bool = False, probability: float = 0.5
+) -> RandomizableTransform:
     """Multiply by a random number near 1.
 
     Args:
         factor: largest difference of that number from 1.
+        about_mean: multiply the difference from the mean of the view, which changes its contrast only.
         probability: probability of applying the transform.
     """
+    if about_mean:
+        return RandScaleIntensityFixedMean(factors=factor, prob=probability)
     return RandScaleIntensity(factors=factor, prob=probability)
 
 
@@ -222,13 +236,21 @@ class _RandomAffine(RandomizableTransform):
         rotate: largest angles in radians: one in 2D, three in 3D.
         scale: largest relative change of size along each axis.
         translate: largest shift along each axis, in voxels.
+        padding: `border` or `reflection`.
         probability: probability of applying the transform.
     """
 
     def __init__(
-        self, rotate: Sequence[float], scale: Sequence[float], translate: Sequence[float], *, probability: float
+        self,
+        rotate: Sequence[float],
+        scale: Sequence[float],
+        translate: Sequence[float],
+        *,
+        padding: str = "border",
+        probability: float,
     ) -> None:
         super().__init__(probability)
+        self._padding = padding
         self._ranges = [np.asarray(r) for r in (rotate, scale, translate)]
 
     def randomize(self, data: Any = None) -> None:
@@ -249,7 +271,7 @@ class _RandomAffine(RandomizableTransform):
         matrix, shift = rotation * (1 + self._zoom), rotation @ self._shift
         theta = np.column_stack([matrix[::-1, ::-1] * size / size[:, None], 2 * shift[::-1] / size])
         grid = affine_grid(torch.from_numpy(theta[None]).float(), [1, *data.shape], align_corners=False)
-        output = grid_sample(data[None].float(), grid, mode=mode, padding_mode="border", align_corners=False)
+        output = grid_sample(data[None].float(), grid, mode=mode, padding_mode=self._padding, align_corners=False)
         return output[0].to(data.dtype)
 
 

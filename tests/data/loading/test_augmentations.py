@@ -117,12 +117,14 @@ class TestAugmentation:
         torch.testing.assert_close(got[:, :8], image[:, :8])
         assert (got[:, 8:16, 8:16] - 2).abs().max() > 0.05
 
+    @pytest.mark.parametrize("padding", ["border", "reflection"])
     @pytest.mark.parametrize("shape", [(28, 36), (20, 28, 24)])
-    def test_affine_is_monais(self, shape: tuple[int, ...]) -> None:
+    def test_affine_is_monais(self, shape: tuple[int, ...], padding: str) -> None:
         dims = len(shape)
         coarse = torch.rand(1, 1, *(side // 4 for side in shape))
         image = interpolate(coarse, size=shape, mode="bilinear" if dims == 2 else "trilinear")[0]
-        transform = AUGMENTATIONS["affine"](spatial_dims=dims, rotate=25.0, scale=0.2, translate=3.0, probability=1.0)
+        options = {"rotate": 25.0, "scale": 0.2, "translate": 3.0, "padding": padding, "probability": 1.0}
+        transform = AUGMENTATIONS["affine"](spatial_dims=dims, **options)
         transform.set_random_state(5)
         got = transform(image)
         drawn: Any = transform
@@ -131,7 +133,7 @@ class TestAugmentation:
             rotate_params=angles if dims == 3 else angles[0],
             scale_params=[float(1 + zoom) for zoom in drawn._zoom],
             translate_params=[float(shift) for shift in drawn._shift],
-            padding_mode="border",
+            padding_mode=padding,
             image_only=True,
         )
         torch.testing.assert_close(got, torch.as_tensor(oracle(image)), rtol=0, atol=1e-5)
@@ -142,6 +144,18 @@ class TestAugmentation:
         transform.set_random_state(0)
         drawn = np.abs([(transform.randomize(), transform._angles)[1] for _ in range(50)])
         assert 3.0 < drawn.max() <= np.pi
+
+    def test_a_scale_about_the_mean_changes_the_contrast_only(self) -> None:
+        image = torch.rand(1, 8, 8)
+        transform = AUGMENTATIONS["intensity_scale"](factor=0.4, about_mean=True, probability=1.0)
+        transform.set_random_state(3)
+        scales = []
+        for _ in range(20):
+            changed = torch.as_tensor(transform(image))
+            torch.testing.assert_close(changed.mean(), image.mean())
+            scales.append(float(changed.std() / image.std()))
+        assert 0.6 <= min(scales) < 0.8
+        assert 1.2 < max(scales) <= 1.4
 
     def test_no_augmentation_gives_the_image_itself(self) -> None:
         image = torch.rand(1, 4, 4)

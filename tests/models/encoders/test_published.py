@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import Conv2d, ConvTranspose2d
+from torch.nn.functional import conv2d, relu
 
 from medim.config import load_config
 from medim.models.model import build_encoder
+from medim.objectives.amdim import AMDIM
 from medim.training.pretrain.config import build_objectives
 from tests.specs import make_spec
 
@@ -165,11 +167,7 @@ def test_the_same_layers_have_the_same_fields_in_3d(name: str, options: dict[str
 
 
 def test_the_vae_preset_has_the_generator_of_the_authors_code() -> None:
-    config = load_config("pretrain", "vae")
-    shape = config.views.shape
-    spec = {"encoder": config.encoder, "in_channels": 3, "spatial_dims": 2, "input_shape": shape}
-    encoder: Any = build_encoder(make_spec(spec))
-    (objective, _), *_ = build_objectives(config, encoder, None, 3).values()
+    _, objective = build_preset_networks("vae", 3)
     decoder: Any = objective.decoder
     shapes = [tuple(layer.weight.shape) for layer in decoder.modules() if isinstance(layer, Conv2d | ConvTranspose2d)]
     assert decoder.to_grid.weight.shape == (256 * 4 * 4, 64)
@@ -177,3 +175,91 @@ def test_the_vae_preset_has_the_generator_of_the_authors_code() -> None:
     linear, norms = 64 * 256 * 16, 2 * (256 + 128 + 64 + 64)
     convolutions = 16 * (256 * 128 + 128 * 64 + 64 * 64) + 9 * 64 * 3 + 3
     assert sum(p.numel() for p in decoder.parameters()) == linear + norms + convolutions
+
+
+def build_preset_networks(preset: str, in_channels: int) -> tuple[Any, Any]:
+    """Build the encoder of a preset and its first objective."""
+    config = load_config("pretrain", preset)
+    shape = config.views.shape
+    spec = {"encoder": config.encoder, "in_channels": in_channels, "spatial_dims": len(shape), "input_shape": shape}
+    encoder: Any = build_encoder(make_spec(spec))
+    (objective, _), *_ = build_objectives(config, encoder, None, in_channels).values()
+    return encoder, objective
+
+
+def list_shapes(network: torch.nn.Module) -> list[tuple[int, ...]]:
+    return [tuple(parameter.shape) for parameter in network.parameters()]
+
+
+def test_the_cpc_preset_has_the_encoder_and_the_context_of_lowe_et_al() -> None:
+    with torch.device("meta"):
+        encoder, objective = build_preset_networks("cpc", 1)
+        maps = encoder.crop(torch.zeros(2, 1, 16, 16)).maps
+        features = encoder(torch.zeros(2, 1, 64, 64))
+    assert sum(parameter.numel() for parameter in encoder.crop.parameters()) == 8_520_192
+    assert [tuple(map_.shape[1:]) for map_ in maps[:2]] == [(64, 16, 16), (256, 16, 16)]
+    assert tuple(maps[-1].shape[1:]) == (1024, 4, 4)
+    assert tuple(features.maps[0].shape[1:]) == (1024, 7, 7)
+    width = 1024
+    vertical, horizontal = (2 * width, width, 2, 3), (2 * width, width, 1, 3)  # their lower row of 3x3 is masked
+    layer = [vertical, (2 * width, 2 * width, 1, 1), horizontal]
+    last = [(width, width, 1, 1)]
+    weights = [shape for shape in list_shapes(objective.context) if len(shape) == 4]
+    assert weights == [*layer, *last, *3 * [*layer, (2 * width, width, 1, 1), *last], *last]
+    assert list_shapes(objective.predict) == 5 * [(width, width)]
+
+
+def test_a_preactivation_network_is_that_of_lowe_et_al() -> None:
+    """Compare with their equations: relu, then 1x1, relu, 3x3, relu, 1x1, plus the input or a 1x1 of the activated."""
+    torch.manual_seed(0)
+    spec = {"in_channels": 1, "spatial_dims": 2, "input_shape": (16, 16)}
+    options = {"widths": [4, 8], "blocks": [2, 1], "kernel_size": 5, "first_stride": 1, "preactivation": True}
+    summary = {"norm": "none", "summary": "mean", "hidden": 0, "summary_channels": 0}
+    encoder: Any = build_encoder(make_spec({"encoder": {"name": "resnet", **options, **summary}, **spec}))
+    weights = list(encoder.parameters())
+    image = torch.randn(3, 1, 16, 16)
+    x = conv2d(image, *weights[:2], padding=2)
+    start, stem = 2, x
+    for stride, is_projected in ((1, True), (1, False), (2, True)):
+        out = relu(x)
+        first, second, third = (weights[start + 2 * k : start + 2 * k + 2] for k in range(3))
+        shortcut = conv2d(out, *weights[start + 6 : start + 8], stride=stride) if is_projected else x
+        out = relu(conv2d(out, *first))
+        x = conv2d(relu(conv2d(out, *second, stride=stride, padding=1)), *third) + shortcut
+        start += 8 if is_projected else 6
+    assert start == len(weights)
+    features = encoder(image)
+    torch.testing.assert_close(features.maps[0], stem)
+    torch.testing.assert_close(features.maps[-1], x)
+    torch.testing.assert_close(features.summary, x.mean((2, 3)))
+
+
+def test_the_fedorov_preset_has_the_heads_of_the_authors_code() -> None:
+    _, objective = build_preset_networks("fedorov-3d", 1)
+    critic = objective.critic
+    assert list_shapes(critic.summary) == [(64, 64, 1), (64,), (64,), (64, 64, 1)]  # Linear, BN, ReLU, Linear
+    assert list_shapes(critic.local) == [
+        *[(64, 128, 1), (64,), (64,), (64, 64, 1)],
+        *[(64, 128, 1), (64,), (64,)],  # shortcut, and batch norm with its affine part
+    ]
+
+
+def test_the_amdim_preset_normalises_f1_once_and_trains_that_norm() -> None:
+    config = load_config("pretrain", "amdim")
+    section = {**config.encoder, "width": 4, "depth": 1, "summary_channels": 32}
+    encoder: Any = build_encoder(
+        make_spec({"encoder": section, "in_channels": 1, "spatial_dims": 2, "input_shape": (32, 32)})
+    )
+    options = {key: value for key, value in config.objectives[0].items() if key not in ("name", "width")}
+    objective = AMDIM(encoder.channels, 32, 2, width=32, **options)
+    assert not list(objective.summary.parameters())
+    features = encoder(torch.randn(8, 1, 32, 32))
+    torch.testing.assert_close(objective.summary(features.summary), features.summary, rtol=0, atol=0)
+    (weight,) = torch.autograd.grad(objective.summary(features.summary)[:, 0].square().sum(), encoder.f1_norm.weight)
+    assert weight[0] != 0
+
+
+def test_views_of_the_amdim_preset_change_contrast_by_up_to_40_percent() -> None:
+    steps = {step["op"]: step for step in load_config("pretrain", "amdim").views.augmentations}
+    assert steps["intensity_scale"]["factor"] == steps["intensity_shift"]["offset"] == 0.4
+    assert steps["affine"]["padding"] == "reflection"
