@@ -15,6 +15,7 @@ from medim.types import UsageError, UserError
 MAX_FILE_BYTES = 1 << 31  # limit of Protocol Buffers, and so of a graph
 SUMS, SIGNATURE = "SHA256SUMS", "SHA256SUMS.sig"
 MAX_FILES, MAX_SUMS_BYTES, MAX_TEXT_BYTES = 1000, 1 << 20, 1 << 26  # files per package; size of SHA256SUMS and of JSON
+OPTIONAL_FILES = frozenset({"models/model.pt"})  # for MONAI; a registry without pickles leaves it out
 _DESKTOP_FILES = {".DS_Store", "Thumbs.db", "desktop.ini", ".directory"}
 COPY_AGAIN = "Copy the package again from where it was exported."
 
@@ -30,7 +31,7 @@ class ChecksumManifest:
     """SHA256SUMS of a folder, after all files were verified against it.
 
     Attributes:
-        sums: sha256 by path relative to the folder.
+        sums: sha256 by path relative to the folder; without `OPTIONAL_FILES` that are absent.
         data: bytes of SHA256SUMS.
         signature: signature of `data`; None if the package is not signed.
         trusted: whether the signature was verified with a public key of the caller.
@@ -130,7 +131,8 @@ def verify_checksums(folder: Path, *, public_key: Path | None = None) -> Checksu
         )
     sums = _parse_checksums(data, folder / SUMS)
     _compare_checksums(folder, files, sums)
-    return ChecksumManifest(sums, data, signature, trusted=key is not None)
+    present = {name: digest for name, digest in sums.items() if name in files}
+    return ChecksumManifest(present, data, signature, trusted=key is not None)
 
 
 def require_signature(path: Path | None, public_key: Path | None) -> None:
@@ -173,9 +175,10 @@ def _compare_checksums(folder: Path, files: set[str], sums: dict[str, str]) -> N
     """Compare the files of a package with its checksums.
 
     Raises:
-        PackageError: a file is missing, not listed or modified, or an essential file is not part of the package.
+        PackageError: a file is missing (except those of `OPTIONAL_FILES`), not listed or modified, or an essential file
+            is not part of the package.
     """
-    missing_files, extra_files = sorted(sums.keys() - files), sorted(files - sums.keys())
+    missing_files, extra_files = sorted(sums.keys() - files - OPTIONAL_FILES), sorted(files - sums.keys())
     if not missing_files and extra_files and all(PurePosixPath(name).name in _DESKTOP_FILES for name in extra_files):
         raise PackageError(
             f"{folder}: the file manager of a desktop wrote {', '.join(extra_files)} into the package. Delete it."
@@ -185,8 +188,8 @@ def _compare_checksums(folder: Path, files: set[str], sums: dict[str, str]) -> N
             f"{folder}: expected exactly the files of {SUMS}; missing: {missing_files}, not listed: {extra_files}. "
             f"{COPY_AGAIN}"
         )
-    for name, digest in sums.items():
-        if file_sha256(folder / name) != digest:
+    for name in sums.keys() & files:
+        if file_sha256(folder / name) != sums[name]:
             raise PackageError(
                 f"{folder / name}: modified or corrupt; its sha256 differs from the one in {SUMS}. {COPY_AGAIN}"
             )

@@ -12,6 +12,7 @@ from medim.inference.network import Predictor
 from medim.inference.ood import OODDetector
 from medim.integrity import (
     COPY_AGAIN,
+    OPTIONAL_FILES,
     SUMS,
     ChecksumManifest,
     PackageError,
@@ -198,7 +199,7 @@ def verify_package(path: str | Path, *, public_key: Path | None = None) -> list[
     package = load_package(path, public_key=public_key)
     checks = [
         _check_signature(package),
-        VerificationCheck("files", "pass", f"{len(package.sums)} files match {SUMS}"),
+        VerificationCheck("files", "pass", f"{len(package.sums)} files match {SUMS}{_format_absent_files(package)}"),
         VerificationCheck(
             "contract", "pass", f"{package.contract.kind} {package.contract.name} {package.contract.version}"
         ),
@@ -212,6 +213,11 @@ def verify_package(path: str | Path, *, public_key: Path | None = None) -> list[
     if score_map is not None:
         checks.append(_check_golden_input(package, "score map", SCORE_MAP_GOLDEN, score_map))
     return checks
+
+
+def _format_absent_files(package: Package) -> str:
+    absent = sorted(OPTIONAL_FILES - package.sums.keys())
+    return f"; absent, because not needed: {', '.join(absent)}" if absent else ""
 
 
 def _check_signature(package: Package) -> VerificationCheck:
