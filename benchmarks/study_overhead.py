@@ -28,9 +28,9 @@ from medim.files import write_json
 from medim.study.cell import StudyContext, run_cell
 from medim.study.design import Arm, Cell, Design
 from medim.study.time_estimate import measure_costs
+from medim.tracking.tracking import track_study
 from medim.training.finetune.config import resolve_finetune_config
 from medim.training.finetune.run import open_labelled_cohort
-from medim.training.tracking.tracking import track_study
 
 IMAGES = {"train": 2000, "val": 40, "test": 1}
 BUDGET = Budget(labelled=100)

@@ -31,14 +31,17 @@ def run_checks() -> Iterator[EnvironmentCheck]:
         yield from _check_devices()
     yield from _check_codecs()
     yield from _check_disk()
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    yield EnvironmentCheck(
-        "MLflow target", True, "MLFLOW_TRACKING_URI is set" if uri else "mlflow.db in the working folder"
-    )
+    yield EnvironmentCheck("MLflow target", True, _describe_tracking())
     key = os.environ.get("MEDIM_SITE_KEY")
     yield EnvironmentCheck(
         "site key", True, "MEDIM_SITE_KEY is set" if key else "a file in the user's config folder, created at first use"
     )
+
+
+def _describe_tracking() -> str:
+    if os.environ.get("MEDIM_TRACKING", "").strip().lower() == "off":
+        return "none, because MEDIM_TRACKING is off"
+    return "MLFLOW_TRACKING_URI is set" if os.environ.get("MLFLOW_TRACKING_URI") else "mlflow.db in the working folder"
 
 
 def _check_distribution() -> EnvironmentCheck:

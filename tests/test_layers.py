@@ -67,6 +67,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {  # a folder or a module: those it may 
     "data/source": GROUND | INDEX | {"data/public", "data/example", "data/loading"},
     "models": GROUND | {"data/preprocessing"},
     "objectives": GROUND | {"models"},
+    "tracking": GROUND | {"models"},
     "metrics": GROUND,
     "tasks": GROUND | INDEX | {"metrics"},
     "inference": GROUND | INDEX | {"tasks"},
@@ -76,13 +77,17 @@ MAY_IMPORT: dict[str, frozenset[str]] = {  # a folder or a module: those it may 
     "export": GROUND | INDEX | NETWORKS | {"tasks", "inference", "package", "predict"},
     "evaluation": GROUND | LOADING | NETWORKS | {"tasks", "inference", "package", "metrics"},
     "reports": GROUND | LOADING | {"tasks", "metrics", "evaluation"},
-    "training": GROUND | LOADING | NETWORKS | {"tasks", "inference", "metrics", "evaluation", "reports"},
-    "study": GROUND | LOADING | NETWORKS | {"tasks", "inference", "metrics", "evaluation", "reports", "training"},
+    "training": GROUND | LOADING | NETWORKS | {"tracking", "tasks", "inference", "metrics", "evaluation", "reports"},
+    "study": GROUND
+    | LOADING
+    | NETWORKS
+    | {"tracking", "tasks", "inference", "metrics", "evaluation", "reports", "training"},
     "cli": GROUND
     | LOADING
     | NETWORKS
     | {
         "doctor",
+        "tracking",
         "tasks",
         "inference",
         "package",
@@ -126,9 +131,9 @@ HOMES: dict[str, frozenset[str]] = {  # third party: the folders that may import
     "nilearn": frozenset({"data/example"}),
     "monai": frozenset({"data/loading", "models", "metrics", "export"}),
     "lightning": frozenset({"training"}),
-    "psutil": frozenset({"training"}),
+    "psutil": frozenset({"tracking", "training"}),
     "pytorch_lightning": frozenset(),
-    "mlflow": frozenset({"training"}),
+    "mlflow": frozenset({"tracking"}),
     "typer": frozenset({"cli"}),
 }
 HELP = """
@@ -333,7 +338,7 @@ def test_a_planted_bad_import_is_reported(tmp_path: Path, file: str, line: str) 
         ("data/readers/itk.py", "def f():\n    import SimpleITK"),
         ("data/loading/monai_reader.py", "import monai.data"),
         ("export/onnx.py", "import torch\nfrom medim.models.serialization import load_encoder"),
-        ("training/tracking/tracking.py", "import mlflow"),
+        ("tracking/tracking.py", "import mlflow"),
         ("cli/training.py", "import typer\ndef f():\n    from medim.training.pretrain.run import pretrain"),
     ],
 )

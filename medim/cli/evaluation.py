@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +28,7 @@ from medim.cli.options import (
     SubjectsOption,
 )
 from medim.cli.terminal import format_averages, format_intervals, format_or_dash, print_result, show_progress
+from medim.cli.tracking import track_evaluation, track_probe
 from medim.tasks import STUDY_TASKS
 from medim.types import UsageError
 
@@ -74,10 +76,12 @@ def evaluate(arguments: EvaluateArguments) -> None:
     from medim.integrity import require_signature
     from medim.models.serialization import locate_weights
 
+    start = time.time()
     require_signature(arguments.model, arguments.public_key)
+    spec = locate_weights(arguments.model)[1]
     image_index, _ = open_source(
         arguments.data,
-        locate_weights(arguments.model)[1].modality,
+        spec.modality,
         labels=arguments.labels,
         subjects=arguments.subjects,
         keep_names=arguments.keep_names,
@@ -95,6 +99,7 @@ def evaluate(arguments: EvaluateArguments) -> None:
         **describe_counts(metrics["contamination"]),
     }
     print_result("evaluate", {**counts, **format_intervals(metrics), "written to": arguments.out})
+    track_evaluation(arguments.model, spec, arguments.out, metrics, start)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,12 +167,14 @@ def probe(arguments: ProbeArguments) -> None:
     from medim.integrity import require_signature
     from medim.models.serialization import locate_weights
 
+    start = time.time()
     require_signature(arguments.encoder, arguments.public_key)
+    spec = locate_weights(arguments.encoder)[1]
     budgets = [Budget(fraction=f) for f in arguments.label_fraction or ([] if arguments.labelled else [1.0])]
     budgets += [Budget(labelled=n) for n in arguments.labelled or []]
     image_index, store = open_source(
         arguments.data,
-        locate_weights(arguments.encoder)[1].modality,
+        spec.modality,
         labels=arguments.labels,
         subjects=arguments.subjects,
         keep_names=arguments.keep_names,
@@ -188,6 +195,7 @@ def probe(arguments: ProbeArguments) -> None:
     result = run(arguments.encoder, image_index, folder, options)
     counts = {"validation images": result["n"], **describe_counts(result["contamination"])}
     print_result("probe", {**format_averages(result["summary"]), **counts, "written to": folder})
+    track_probe(arguments.encoder, spec, folder, result, start)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +18,7 @@ from medim.cli.options import (
     ResumeOption,
 )
 from medim.cli.terminal import print_result, show_progress
+from medim.cli.tracking import track_export, track_prediction
 from medim.types import UsageError, UserError
 
 
@@ -52,6 +54,13 @@ class ExportArguments:
         Path | None,
         typer.Option(metavar="FILE", help="JSON file with rules for DICOM images. Default: the rules of the modality."),
     ] = None
+    register: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Register the package in MLflow as a new version of the model NAME, with the alias candidate.",
+        ),
+    ] = None
     overwrite: OverwriteOption = False
 
 
@@ -64,6 +73,7 @@ def export(arguments: ExportArguments) -> None:
     from medim.export.export import export as run_export
     from medim.package.model_card import CARD_FILE, parse_model_card
 
+    start = time.time()
     options = ExportOptions(
         name=arguments.name,
         version=arguments.version,
@@ -75,12 +85,17 @@ def export(arguments: ExportArguments) -> None:
         dicom_rules=arguments.dicom_rules,
         overwrite=arguments.overwrite,
     )
+    if arguments.register is not None:
+        from medim.tracking.registry import check_registry
+
+        check_registry(arguments.register)
     package = run_export(arguments.run, arguments.out, options)
     n_open = parse_model_card(package.read_file(CARD_FILE)).not_reported
     open_fields = f"{n_open} not reported" + ("" if arguments.card else "; --card FILE answers them")
     print_result(
         "export", {"kind": package.contract.kind, "fields of the card": open_fields, "written to": arguments.out}
     )
+    track_export(arguments.run, package, arguments.out, arguments.register, start)
 
 
 def verify(package: Annotated[Path, typer.Argument(help="A package.")], public_key: PublicKeyOption = None) -> None:
@@ -117,8 +132,9 @@ def predict(arguments: PredictArguments) -> None:
     from medim.predict.images import ImageSource
     from medim.predict.predict import predict as run
 
+    start, package = time.time(), load_package(arguments.package, public_key=arguments.public_key)
     rows = run(
-        load_package(arguments.package, public_key=arguments.public_key),
+        package,
         ImageSource(arguments.inputs, arguments.keep_names),
         arguments.out,
         output_format=arguments.output_format,
@@ -129,6 +145,7 @@ def predict(arguments: PredictArguments) -> None:
     )
     for row in rows:
         print_result(str(row.pop("image")), row)
+    track_prediction(package, arguments.out, arguments.output_format, start)
 
 
 def embed(

@@ -283,7 +283,7 @@ def sync(
 
     Records are unsent if the MLflow server was not reachable during the run.
     """
-    from medim.training.tracking.tracking import sync_pending
+    from medim.tracking.tracking import sync_pending
 
     print_result("sync", {str(run): f"{sync_pending(run)} records sent" for run in runs})
 

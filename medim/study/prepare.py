@@ -23,12 +23,12 @@ from medim.study.design import LR_MULTIPLIERS, Arm, Design
 from medim.study.lr_selection import describe_subset_shortage
 from medim.study.time_estimate import Costs, intermediate_eval_steps, measure_costs
 from medim.tasks import find_task
+from medim.tracking.target import check_target
 from medim.training.engine.launch import find_device
 from medim.training.finetune.config import dry_run_finetuning
 from medim.training.finetune.run import open_labelled_cohort
 from medim.training.finetune.targets import check_class_weights
 from medim.training.run_folder import read_run_config
-from medim.training.tracking.tracking import check_target
 from medim.types import UserError
 
 DESIGN = "design.json"

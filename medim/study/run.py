@@ -17,6 +17,7 @@ from medim.config import FinetuneConfig
 from medim.data.index.index import Index
 from medim.evaluation.probing.label_budget import Budget
 from medim.migrations import read_checked_json
+from medim.models.serialization import locate_weights
 from medim.output_folder import output_folder
 from medim.privacy import Scrubber, format_path, identity_tokens
 from medim.signals import StoppedError
@@ -32,7 +33,9 @@ from medim.study.scheduler import Scheduler, format_remaining_time
 from medim.study.summary import write_summary
 from medim.study.time_estimate import DurationEstimator
 from medim.study.worker_pool import run_all
-from medim.training.tracking.tracking import log_results, track_study
+from medim.tracking.lineage import Source, make_source
+from medim.tracking.tracker import Tracker
+from medim.tracking.tracking import log_results, name_run, track_study
 from medim.types import UserError
 
 log = logging.getLogger(__name__)
@@ -98,8 +101,9 @@ def _run_study(
     start, previous_hours = time.monotonic(), _read_previous_hours(out) if options.resume else 0.0
     setup = prepare_study(task, config, index, arms, budgets, out, options)
     cells = setup.context.design.list_cells(setup.context.subsets)
-    with track_study(out, name, _collect_study_parameters(setup.context)) as tracker:
-        context = replace(setup.context, parent_run=tracker.version)
+    parameters = _collect_study_parameters(setup.context)
+    with track_study(out, name_run(out, f"{task}-study"), parameters, _list_sources(arms)) as tracker:
+        context = replace(setup.context, parent_run=tracker.run_id)
         deadline = None if options.max_hours is None else start + 3600 * options.max_hours
         estimator = DurationEstimator(context, setup.costs, cells)
         scheduler = Scheduler(
@@ -118,8 +122,7 @@ def _run_study(
         write_audit(out, audit_study(context, setup.groups))
         write_report_data(context)
         write_study_page(out, title=name)
-        files = [out / "summary.json", out / DESIGN]
-        log_results(tracker, {"cells": len(cells), "cells_left": len(scheduler.remaining)}, files)
+        _log_study(tracker, summary, scheduler, out)
         _raise_if_incomplete(scheduler, out)
     return summary
 
@@ -133,6 +136,28 @@ def _collect_study_parameters(context: StudyContext) -> dict[str, object]:
     design = context.design
     names = {"arms": " ".join(arm.name for arm in design.arms), "budgets": " ".join(b.name for b in design.budgets)}
     return {"task": design.task, **names, "seeds": design.seeds, "index_hash": context.cohort.index.hash}
+
+
+def _list_sources(arms: Sequence[Arm]) -> list[Source]:
+    """List the encoders of all arms."""
+    runs = dict.fromkeys(run for arm in arms for run in arm.runs)
+    return [make_source("encoder", locate_weights(run)[1].sha256, run) for run in runs]
+
+
+def _log_study(tracker: Tracker, summary: StudySummary, scheduler: Scheduler, out: Path) -> None:
+    """Log the comparisons with their intervals, as metrics and as a table, and the files without images."""
+    metrics: dict[str, float] = {"cells": len(scheduler.cells), "cells_left": len(scheduler.remaining)}
+    rows = []
+    for row in summary["comparisons"]["rows"] if summary["comparisons"] else []:
+        difference, prefix = row["difference"], f"{row['arm']}/{row['budget']}/"
+        values = {"scratch": row["scratch"], summary["metric"]: row["value"], "difference": difference["value"]}
+        values |= {"difference_low": difference["low"], "difference_high": difference["high"]}
+        metrics |= {f"{prefix}{name}": value for name, value in values.items()}
+        rows.append(
+            {"arm": row["arm"], "budget": row["budget"], **values, "p": row["p_corrected"], "verdict": row["verdict"]}
+        )
+    tracker.log_table("comparisons", rows)
+    log_results(tracker, metrics, [out / "summary.json", out / DESIGN])
 
 
 class _PreviousSummary(TypedDict):

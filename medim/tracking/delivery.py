@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from mlflow.entities import Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
+from medim.tracking.lineage import link_sources, log_weights, set_tags
+from medim.tracking.outbox import Outbox, OutboxRecord
+from medim.tracking.registry import register_encoder, register_package
+from medim.tracking.target import tracking_uri
+from medim.types import UserError
 
-from medim.model_spec import read_spec
-from medim.training.tracking.outbox import Outbox, OutboxRecord
-from medim.version import DISTRIBUTION, __version__
+if TYPE_CHECKING:
+    from mlflow.entities import Metric, Param
+    from mlflow.tracking import MlflowClient
 
 log = logging.getLogger(__name__)
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # MLflow 3 would guess an experiment of GenAI
+TABLES_TAG = "mlflow.loggedArtifacts"  # tables that MLflow displays
 REJECTION_CODES = {
     *("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"),
     *("PERMISSION_DENIED", "ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED", "FEATURE_DISABLED"),
 }
-
-
-def tracking_uri() -> str:
-    """Get `MLFLOW_TRACKING_URI`, or the URI of a SQLite file in the working folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
 
 
 def send(outbox: Outbox, records: Sequence[OutboxRecord]) -> None:
@@ -36,12 +33,16 @@ def send(outbox: Outbox, records: Sequence[OutboxRecord]) -> None:
 
     Args:
         outbox: outbox of the records.
-        records: records with one key for the kind: `run`, `params`, `metrics`, `tags`, `artifact`, `model` or `end`.
+        records: records whose first key is the kind: `run`, `params`, `metrics`, `tags`, `table`, `artifact`,
+            `dataset`, `sources`, `weights`, `model`, `package` or `end`.
 
     Raises:
         Exception: of any kind, if the server did not accept the records. A record that the server rejects permanently
             is logged and left out.
     """
+    from mlflow.entities import Metric
+    from mlflow.tracking import MlflowClient
+
     client = MlflowClient(tracking_uri=tracking_uri())
     numbers: list[Metric] = []
     n_pending = 0
@@ -56,7 +57,7 @@ def send(outbox: Outbox, records: Sequence[OutboxRecord]) -> None:
         numbers, n_pending = [], 0
 
     for record in records:
-        if "metrics" in record:
+        if "metrics" in record and not record.get("on_models"):
             numbers += [Metric(name, v, record["time"], record["step"]) for name, v in record["metrics"].items()]
             n_pending += 1
             continue
@@ -72,9 +73,11 @@ def send(outbox: Outbox, records: Sequence[OutboxRecord]) -> None:
 @contextmanager
 def _skip_rejected(kind: str) -> Iterator[None]:
     """Log and skip a record that can never be sent: rejected by the server, file missing, or library missing."""
+    from mlflow.exceptions import MlflowException
+
     try:
         yield
-    except (MlflowException, FileNotFoundError, ImportError) as error:
+    except (MlflowException, UserError, FileNotFoundError, ImportError) as error:
         if isinstance(error, MlflowException) and error.error_code not in REJECTION_CODES:
             raise
         log.warning("tracking: %s was rejected and left out (%s)", kind, error)
@@ -85,23 +88,70 @@ def _send_record(client: MlflowClient, outbox: Outbox, record: OutboxRecord) -> 
     if "run" in record:
         outbox.state["run"] = _resume_or_create_run(client, outbox.state.get("run"), **record["run"])
         return
-    run = outbox.state["run"]
+    run_id = outbox.state["run"]
     if "params" in record:
-        params = _select_new_parameters(client, run, record["params"])
+        params = _select_new_parameters(client, run_id, record["params"])
         for start in range(0, len(params), 100):
-            client.log_batch(run, params=params[start : start + 100])
+            client.log_batch(run_id, params=params[start : start + 100])
     elif "tags" in record:
-        client.log_batch(run, tags=[RunTag(key, value) for key, value in record["tags"].items()])
+        set_tags(client, run_id, record["tags"])
+    elif "table" in record:
+        _log_table(client, run_id, record["table"], record["content"])
     elif "artifact" in record:
-        client.log_artifact(run, str(_locate_artifact(outbox.out, record["artifact"])), record["to"] or None)
+        client.log_artifact(run_id, str(_locate_artifact(outbox.out, record["artifact"])), record["to"] or None)
+    elif "metrics" in record:
+        _log_model_metrics(client, run_id, record)
+    elif "dataset" in record:
+        _log_dataset(client, run_id, record["dataset"], record["context"])
+    elif "sources" in record:
+        link_sources(client, client.get_run(run_id), record["sources"])
+    elif "weights" in record:
+        log_weights(client, client.get_run(run_id), record["weights"], record["sha256"])
     elif "model" in record:
-        _register_encoder(client, run, outbox.out, record["model"])
+        register_encoder(client, run_id, outbox.out, record["model"])
+    elif "package" in record:
+        register_package(client, client.get_run(run_id), outbox.out, record["package"])
     else:
-        client.set_terminated(run, record["end"])
+        client.set_terminated(run_id, record["end"], record.get("time"))
+
+
+def _log_model_metrics(client: MlflowClient, run_id: str, record: OutboxRecord) -> None:
+    """Log metrics of a run, also as those of the logged models that it measured."""
+    from mlflow.entities import Metric
+
+    inputs = client.get_run(run_id).inputs
+    models: list[str | None] = [model.model_id for model in inputs.model_inputs] if inputs else []
+    for start in range(0, len(names := list(record["metrics"])), 1000):
+        metrics = [
+            Metric(name, record["metrics"][name], record["time"], record["step"], model_id=model, run_id=run_id)
+            for name in names[start : start + 1000]
+            for model in models or [None]
+        ]
+        client.log_batch(run_id, metrics=metrics)
+
+
+def _log_dataset(client: MlflowClient, run_id: str, index_hash: str, context: str) -> None:
+    """Log the hash of an index as the dataset of a run; it is all that is sent about the images."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    source = json.dumps({"index_hash": index_hash})
+    dataset = Dataset(name="index", digest=index_hash[:12], source_type="medim", source=source)
+    client.log_inputs(run_id, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+
+
+def _log_table(client: MlflowClient, run_id: str, name: str, content: Mapping[str, object]) -> None:
+    """Log a table; unlike `MlflowClient.log_table`, which appends, sending it again changes nothing."""
+    client.log_dict(run_id, dict(content), name)
+    logged = json.loads(client.get_run(run_id).data.tags.get(TABLES_TAG, "[]"))
+    entry = {"path": name, "type": "table"}
+    if entry not in logged:
+        set_tags(client, run_id, {TABLES_TAG: json.dumps([*logged, entry])})
 
 
 def _select_new_parameters(client: MlflowClient, run: str, parameters: Mapping[str, str]) -> list[Param]:
     """Select the parameters that the run does not have; MLflow refuses to change the others, which are logged."""
+    from mlflow.entities import Param
+
     logged: Mapping[str, str] = client.get_run(run).data.params
     changed = sorted(name for name, value in parameters.items() if logged.get(name, value) != value)
     if changed:
@@ -123,9 +173,17 @@ def _locate_artifact(out: Path, name: str) -> Path:
 
 
 def _resume_or_create_run(
-    client: MlflowClient, run_id: str | None, *, experiment: str, name: str, tags: Mapping[str, str]
+    client: MlflowClient,
+    run_id: str | None,
+    *,
+    experiment: str,
+    name: str,
+    tags: Mapping[str, str],
+    start: int | None = None,
 ) -> str:
-    """Resume a run, or create it if it is new or was deleted."""
+    """Resume a run, or create it if it is new or was deleted; `start` is the time of its start in milliseconds."""
+    from mlflow.exceptions import MlflowException
+
     if run_id:
         try:
             client.update_run(run_id, status="RUNNING")
@@ -133,51 +191,12 @@ def _resume_or_create_run(
             if error.error_code not in REJECTION_CODES:
                 raise
         else:
-            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+            set_tags(client, run_id, tags)
             return run_id
     experiment_entry = client.get_experiment_by_name(experiment)
-    experiment_id = experiment_entry.experiment_id if experiment_entry else client.create_experiment(experiment)
-    return str(client.create_run(experiment_id, run_name=name, tags=dict(tags)).info.run_id)
-
-
-def _register_encoder(client: MlflowClient, run: str, out: Path, name: str) -> None:
-    """Log an encoder as a model without a pickle, and register it as a new version of `name`.
-
-    The model consists of safetensors and JSON and is loaded by `medim.training.tracking.pyfunc`. It has an explicit
-    signature. `example.npz` contains an example: noise as input and the output of the encoder.
-    """
-    from mlflow.models import Model
-    from mlflow.models.signature import ModelSignature
-    from mlflow.pyfunc import add_to_model
-    from mlflow.types import Schema, TensorSpec
-
-    from medim.training.tracking import pyfunc
-
-    with tempfile.TemporaryDirectory() as temporary_folder:
-        folder = Path(temporary_folder) / "model"
-        (folder / "data").mkdir(parents=True)
-        for part in ("encoder.safetensors", "encoder.json", "card.md"):
-            shutil.copy(out / "encoder" / part, folder / "data" / part)
-        spec = read_spec(folder / "data" / "encoder.json")
-        shape = (spec.in_channels, *spec.input_shape)
-        example = np.random.default_rng(0).standard_normal((1, *shape)).astype(np.float32)
-        output = pyfunc.load_encoder_pyfunc(folder / "data").predict(example)
-        np.savez_compressed(folder / "example.npz", input=example, output=output)
-        dtype = np.dtype(np.float32)
-        signature = ModelSignature(
-            Schema([TensorSpec(dtype, (-1, *shape))]),
-            Schema([TensorSpec(dtype, (-1, *output.shape[1:]))]),
-        )
-        model = Model(artifact_path="encoder", run_id=run, signature=signature, metadata={"example": "example.npz"})
-        (folder / "requirements.txt").write_text(f"{DISTRIBUTION}[train]=={__version__}\n")
-        add_to_model(model, loader_module=pyfunc.__name__, data="data")  # type: ignore[no-untyped-call]
-        model.save(str(folder / "MLmodel"))
-        client.log_artifacts(run, str(folder), "encoder")
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    if not client.search_model_versions(f"name = '{name}' and run_id = '{run}'"):
-        source = f"{client.get_run(run).info.artifact_uri}/encoder"
-        client.create_model_version(name, source=source, run_id=run, await_creation_for=0)
+    experiment_id = (
+        experiment_entry.experiment_id
+        if experiment_entry
+        else client.create_experiment(experiment, tags=EXPERIMENT_TAGS)
+    )
+    return str(client.create_run(experiment_id, start_time=start, run_name=name, tags=dict(tags)).info.run_id)

@@ -33,17 +33,20 @@ class Outbox:
 
     Args:
         out: folder of the run; the unsent records of an earlier process are read.
+        folder: folder of the two files; None: `out`.
 
     Attributes:
+        out: folder of the files that records name.
         state: `run` (run id of MLflow), `sent` (number of records of the file that were sent), `last` (last step of
             each metric).
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, folder: Path | None = None) -> None:
         self.out = out
-        self._path = out / RECORDS
+        self._folder = folder or out
+        self._path = self._folder / RECORDS
         self._lock = threading.Lock()
-        self.state = _read_state(out / STATE)
+        self.state = _read_state(self._folder / STATE)
         self.last: dict[str, int] = self.state.setdefault("last", {})
         self._pending = self._read_pending()
         for record in self._pending:
@@ -61,7 +64,7 @@ class Outbox:
         if len(records) != len(lines) - n_sent or not text.endswith("\n"):
             log.warning("tracking: %s is damaged; %d readable records are left to send", self._path, len(records))
             self.state["sent"] = 0
-            write_json(self.out / STATE, self.state)
+            write_json(self._folder / STATE, self.state)
             write_text(self._path, "".join(json.dumps(record) + "\n" for record in records))
         return records
 
@@ -87,7 +90,7 @@ class Outbox:
         with self._lock:
             del self._pending[:count]
             self.state["sent"] = self.state.get("sent", 0) + count
-            write_json(self.out / STATE, self.state)
+            write_json(self._folder / STATE, self.state)
 
     def close(self) -> None:
         """Close the file, and delete it if no record is pending."""
@@ -95,7 +98,7 @@ class Outbox:
             self._file.close()
             if not self._pending:
                 self.state["sent"] = 0
-                write_json(self.out / STATE, self.state)
+                write_json(self._folder / STATE, self.state)
                 self._path.unlink(missing_ok=True)
 
 
@@ -114,6 +117,11 @@ def _read_state(path: Path) -> dict[str, Any]:
         log.warning("tracking: the state of the delivery is ignored (%s)", error)
         return {}
     return state
+
+
+def format_server_error(error: Exception) -> str:
+    """Format the first line of an error, without passwords in addresses and without the SQL below it."""
+    return re.sub(r"//[^/@\s]*@", "//", str(error).partition("\n")[0])
 
 
 def _parse_record(line: str) -> OutboxRecord | None:
@@ -188,8 +196,10 @@ class OutboxSender(threading.Thread):
         except Exception as error:  # any failure of a server, a network or a disk
             if self._offline_since is None:
                 self._offline_since = time.monotonic()
-                message = re.sub(r"//[^/@\s]*@", "//", str(error))  # remove passwords
-                log.warning("tracking: the server does not accept records (%s); they are kept and sent again", message)
+                log.warning(
+                    "tracking: the server does not accept records (%s); they are kept and sent again",
+                    format_server_error(error),
+                )
             return False
         if self._offline_since is not None:
             log.info("tracking: the server accepts records again after %.0f s", time.monotonic() - self._offline_since)

@@ -17,7 +17,7 @@ MAX_WAIT = 120.0  # seconds for any condition
 IMPORTS = (
     *("data.source", "evaluation.evaluate", "evaluation.probing.probe", "export.export", "predict.embed"),
     *("predict.predict", "reports.page", "study.run", "training.finetune.run", "training.pretrain.run"),
-    *("training.tracking.delivery", "data.example.cohort"),
+    *("tracking.delivery", "data.example.cohort"),
 )
 FORK_SERVER = """
 import contextlib, importlib, json, os, resource, signal, sys, traceback

@@ -23,10 +23,10 @@ from medim.study.report.report import write_study_page
 from medim.study.results import RunKey, open_results
 from medim.study.scheduler import Scheduler
 from medim.study.worker_pool import run_all
+from medim.tracking import tracking
+from medim.tracking.outbox import RECORDS, STATE
 from medim.training.finetune.module import FinetuneModule
 from medim.training.finetune.run import finetune
-from medim.training.tracking import tracking
-from medim.training.tracking.outbox import RECORDS, STATE
 from medim.types import UserError
 
 Study = Callable[..., dict[str, Any]]

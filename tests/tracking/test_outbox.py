@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from medim.training.tracking import outbox as module
-from medim.training.tracking.outbox import RECORDS, STATE, Outbox, OutboxRecord, OutboxSender
+from medim.tracking import outbox as module
+from medim.tracking.outbox import RECORDS, STATE, Outbox, OutboxRecord, OutboxSender
 
 
 class Server:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from medim.training.tracking.system_metrics import SystemMetrics
+from medim.tracking.system_metrics import SystemMetrics
 
 
 def test_a_busy_second_shows_in_percent_and_megabytes(tmp_path: Path) -> None:

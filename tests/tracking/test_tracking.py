@@ -2,14 +2,9 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 import socket
 import sqlite3
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +20,15 @@ from medim.config import PretrainConfig
 from medim.data.index.index import Index
 from medim.models.model import build_encoder
 from medim.models.serialization import save_model
+from medim.tracking import pyfunc, tracking
+from medim.tracking.outbox import RECORDS, STATE, Outbox
+from medim.tracking.target import check_target, tracking_uri
+from medim.tracking.tracking import log_encoder, log_results, sync_pending, track_run
 from medim.training import served
 from medim.training.pretrain.run import pretrain
-from medim.training.tracking import pyfunc, tracking
-from medim.training.tracking.delivery import tracking_uri
-from medim.training.tracking.outbox import RECORDS, STATE, Outbox
-from medim.training.tracking.tracking import check_target, log_encoder, log_results, sync_pending, track_run
 from medim.types import UserError
 from tests.specs import make_spec
+from tests.tracking.server import Server
 
 
 def test_a_server_that_does_not_answer_is_told_at_once_and_without_its_password(
@@ -92,7 +88,7 @@ def test_a_database_that_cannot_be_created_is_one_sentence_and_leaves_nothing(
         raise sqlalchemy.exc.OperationalError("UPDATE alembic_version", {}, cause)
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    monkeypatch.setattr("medim.training.tracking.tracking.MlflowClient", fill_disk)
+    monkeypatch.setattr("mlflow.tracking.MlflowClient", fill_disk)
     with pytest.raises(UserError, match="database or disk is full") as caught:
         check_target()
     assert "\n" not in str(caught.value)
@@ -150,7 +146,7 @@ def test_a_resumed_run_goes_on_in_the_same_record_and_says_nothing_twice(
     pretrain_config: PretrainConfig, tmp_path: Path
 ) -> None:
     def cut() -> None:
-        with track_run("pretrain", pretrain_config, tmp_path, seed=0, index_hash="x") as tracker:
+        with track_run("pretrain", pretrain_config, tmp_path, inputs={"seed": 0, "index_hash": "x"}) as tracker:
             tracker.log_metrics({"loss": 1.0}, 5)
             raise RuntimeError("power cut")
 
@@ -158,8 +154,8 @@ def test_a_resumed_run_goes_on_in_the_same_record_and_says_nothing_twice(
         cut()
     first = run_of(tmp_path)
     assert first.info.status == "FAILED"
-    with track_run("pretrain", pretrain_config, tmp_path, seed=0, index_hash="x") as tracker:
-        assert tracker.version == first.info.run_id
+    with track_run("pretrain", pretrain_config, tmp_path, inputs={"seed": 0, "index_hash": "x"}) as tracker:
+        assert tracker.run_id == first.info.run_id
         tracker.log_metrics({"loss": 1.0, "held_out": 2.0}, 5)
         tracker.log_metrics({"loss": 3.0}, 6)
     assert run_of(tmp_path).info.status == "FINISHED"
@@ -173,8 +169,8 @@ def test_a_resumed_run_goes_on_in_the_same_record_and_says_nothing_twice(
 def test_what_a_server_refuses_is_told_and_the_rest_goes_on(
     pretrain_config: PretrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with track_run("pretrain", pretrain_config, tmp_path, seed=0, index_hash="x") as tracker:
-        tracker.log_hyperparams({"seed": 1, "renamed_key": 2})  # a logged parameter does not change
+    with track_run("pretrain", pretrain_config, tmp_path, inputs={"seed": 0, "index_hash": "x"}) as tracker:
+        tracker.log_parameters({"seed": 1, "renamed_key": 2})  # a logged parameter does not change
         log_results(tracker, {"loss": 1.0}, [tmp_path / "absent.csv"])
     assert "MLflow keeps the earlier values of the parameters seed" in caplog.text
     assert "params was rejected" not in caplog.text
@@ -193,7 +189,7 @@ def test_only_files_inside_the_folder_of_the_run_are_sent(
     (run_folder / "link.txt").symlink_to(tmp_path / "id_rsa")
     (run_folder / "loss.csv").write_text("step\n")
     names = (str(tmp_path / "id_rsa"), "../id_rsa", "link.txt", "loss.csv")
-    with track_run("pretrain", pretrain_config, run_folder, seed=0, index_hash="x") as tracker:
+    with track_run("pretrain", pretrain_config, run_folder, inputs={"seed": 0, "index_hash": "x"}) as tracker:
         for name in names:
             tracker.add({"artifact": name, "to": ""})
     run = run_of(run_folder)
@@ -240,58 +236,6 @@ def test_sync_sends_waiting_records_and_keeps_them_while_the_server_is_away(
     assert run_of(tmp_path).info.status == "FINISHED"
 
 
-class Server:
-    """A real MLflow server on loopback."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Start it and wait until it answers."""
-        database = f"sqlite:///{self._folder / 'server.db'}"
-        environment = {
-            **os.environ,
-            "_MLFLOW_SERVER_FILE_STORE": database,
-            "_MLFLOW_SERVER_REGISTRY_STORE": database,
-            "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
-            "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(self._folder / "artifacts"),
-            "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
-        }
-        served = f"from mlflow.server import app; app.run('127.0.0.1', {self.port}, threaded=True)"
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen([sys.executable, "-c", served], env=environment, **quiet)  # type: ignore[call-overload]
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            assert self._process is not None
-            assert self._process.poll() is None
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
-            except OSError:
-                time.sleep(0.1)
-            else:
-                return
-        raise TimeoutError("the server did not start")
-
-    def stop(self) -> None:
-        """Take it away."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    made = Server(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", made.uri)
-    yield made
-    made.stop()
-
-
 @pytest.mark.slow
 def test_a_server_that_vanishes_and_returns_has_every_number_and_the_encoder_without_a_pickle(
     server: Server,
@@ -311,10 +255,10 @@ def test_a_server_that_vanishes_and_returns_has_every_number_and_the_encoder_wit
     (out / "encoder" / "card.md").write_text("# Encoder")
     server.start()
     check_target()
-    opened = track_run("pretrain", pretrain_config, out, seed=0, index_hash="x")
+    opened = track_run("pretrain", pretrain_config, out, inputs={"seed": 0, "index_hash": "x"})
     with opened as tracker:
         tracker.log_metrics({"loss": 1.0}, 1)
-        while not tracker.version:
+        while not tracker.run_id:
             time.sleep(0.05)
         server.stop()
         began = time.monotonic()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,15 @@ from medim.data.loading.splits import select_label_budget, write_splits
 from medim.evaluation.cases import CaseSummary, write_cases
 from medim.evaluation.evaluate import validate_network
 from medim.files import write_csv, write_json
-from medim.model_spec import SCHEMA_VERSION, ModelSpec
+from medim.model_spec import SCHEMA_VERSION, ModelSpec, read_spec
 from medim.models.model import Model, as_numpy_function, build_model
 from medim.models.serialization import load_weights, locate_weights, save_model
 from medim.signals import handle_shutdown_signals
 from medim.tasks.task import CaseRow
+from medim.tracking.lineage import Source, make_source
+from medim.tracking.target import check_target
+from medim.tracking.tracker import Tracker, flatten_estimates
+from medim.tracking.tracking import log_results, track_run
 from medim.training.engine.checkpoints import find_newest_checkpoint, get_resume_steps, list_corrupt_checkpoints
 from medim.training.engine.launch import find_device
 from medim.training.engine.sampler import StepSampler, step_loader
@@ -40,7 +45,6 @@ from medim.training.finetune.targets import check_class_weights, select_head, ta
 from medim.training.fit_ood import rehearse_ood_detector, save_ood_detector
 from medim.training.pretrain.history import HISTORY_COLUMNS
 from medim.training.run_folder import log_failure, open_rehearsal_folder, open_run_folder, write_config
-from medim.training.tracking.tracking import Tracker, check_target, log_results, track_run
 from medim.types import UserError
 from medim.version import collect_versions
 
@@ -117,9 +121,7 @@ def _finetune_in(
     checkpoint, start_step = _prepare_run_folder(run)
     if config.head_init == "probe" and not checkpoint:
         _initialise_head(run)
-    with track_run(
-        "finetune", config, out, seed=options.seed, index_hash=index.hash, parent=options.parent_run
-    ) as tracker:
+    with _open_tracker(run) as tracker:
         _rehearse_model(run)
         _train(run, checkpoint, start_step)
         _save_model(run)
@@ -253,9 +255,38 @@ def _measure(run: _FinetuneRun, start_time: float) -> FinetuneSummary:
     return summary
 
 
+@contextmanager
+def _open_tracker(run: _FinetuneRun) -> Iterator[Tracker]:
+    """Open the MLflow run, with the encoder that the model starts from."""
+    options, parent = run.options, run.spec.provenance.parent
+    inputs = {
+        "seed": options.seed,
+        "split_seed": options.split_seed,
+        "subset_seed": options.label_seed,
+        "init": "pretrained" if parent else "scratch",
+        "encoder_sha256": parent,
+        "labelled": options.labelled,
+        "label_fraction": options.label_fraction,
+        "n_labelled": len(run.data.train),
+        "index_hash": run.data.cohort.index.hash,
+    }
+    sources: list[Source] = []
+    if parent and options.initial_weights:
+        step = "encoder" if locate_weights(options.initial_weights)[1].is_encoder else "model"
+        sources = [make_source(step, parent, options.initial_weights)]
+    with track_run(
+        "finetune", run.config, run.out, inputs=inputs, sources=sources, parent=options.parent_run
+    ) as tracker:
+        yield tracker
+
+
 def _log_summary(tracker: Tracker, summary: FinetuneSummary, out: Path) -> None:
-    metrics = {f"val/{name}": m["value"] for name, m in summary["val"]["metrics"].items()} if summary["val"] else {}
-    log_results(tracker, {**summary, **metrics}, [out / "config.yaml", out / "summary.json", out / "history.csv"])
+    metrics = flatten_estimates(summary["val"]["metrics"], "val/") if summary["val"] else {}
+    losses = {f"loss/{name}": value for name, value in summary["loss"].items()}
+    log_results(
+        tracker, {**summary, **losses, **metrics}, [out / "config.yaml", out / "summary.json", out / "history.csv"]
+    )
+    tracker.log_weights("model", read_spec(out / "model" / "model.json").sha256)
 
 
 def open_labelled_cohort(

@@ -22,6 +22,7 @@ from medim.data.loading.datasets import ViewDataset
 from medim.data.loading.store import Store
 from medim.inference.ood import OOD_FILE
 from medim.models.serialization import load_encoder
+from medim.tracking.target import check_target, tracking_uri
 from medim.training.engine.resources import (
     children_memory,
     max_memory_allocated,
@@ -37,8 +38,6 @@ from medim.training.plan.workload import (
 )
 from medim.training.pretrain.options import PretrainOptions
 from medim.training.pretrain.run import pretrain
-from medim.training.tracking.delivery import tracking_uri
-from medim.training.tracking.tracking import check_target
 from medim.types import UsageError
 
 MAX_STEPS, MIN_STEPS, TARGET_SECONDS = 60, 5, 20.0

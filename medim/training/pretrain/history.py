@@ -18,6 +18,7 @@ from torch import nn
 from medim.files import write_csv
 from medim.metrics.representation import feature_std, rankme
 from medim.objectives import Term
+from medim.training.engine.tracking_logger import set_tag
 from medim.training.pretrain.checkpoint_selection import CheckpointSelection
 from medim.training.pretrain.verdict import (
     ADVICE,
@@ -27,7 +28,6 @@ from medim.training.pretrain.verdict import (
     describe_shrinkage,
     judge_run,
 )
-from medim.training.tracking.tracking import set_tag
 
 log = logging.getLogger(__name__)
 DIVERGENCE_PATIENCE = 25  # steps

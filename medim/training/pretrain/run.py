@@ -19,15 +19,19 @@ from medim.data.loading.cohort import Cohort, open_cohort
 from medim.data.loading.datasets import ViewDataset
 from medim.data.loading.splits import write_splits
 from medim.files import json_sha256, write_json
-from medim.model_spec import ModelSpec
+from medim.model_spec import ModelSpec, read_spec
 from medim.models.model import build_decoder, build_encoder
 from medim.models.serialization import check_finite_weights
 from medim.signals import handle_shutdown_signals
+from medim.tracking.target import check_target
+from medim.tracking.tracker import Tracker
+from medim.tracking.tracking import log_encoder, log_results, track_run
 from medim.training.engine.checkpoints import find_newest_checkpoint, list_corrupt_checkpoints
 from medim.training.engine.gradients import weight_norm
 from medim.training.engine.launch import launched, planned_group
 from medim.training.engine.process_group import ProcessGroup
 from medim.training.engine.sampler import StepSampler, step_loader
+from medim.training.engine.tracking_logger import TrackingLogger
 from medim.training.engine.trainer import make_trainer, return_to_device, run_trainer
 from medim.training.fit_ood import rehearse_ood_detector, save_ood_detector
 from medim.training.pretrain.checkpoint_selection import CheckpointSelection
@@ -40,7 +44,6 @@ from medim.training.pretrain.options import PretrainOptions
 from medim.training.pretrain.save_encoder import write_encoder
 from medim.training.pretrain.summary import build_pretrain_summary, format_online_probe
 from medim.training.run_folder import log_failure, open_rehearsal_folder, open_run_folder, write_config
-from medim.training.tracking.tracking import Tracker, check_target, log_encoder, log_results, track_run
 from medim.types import UserError
 from medim.version import __version__
 
@@ -184,8 +187,8 @@ def _open_tracker(run: _PretrainRun) -> Iterator[Tracker | None]:
     if not run.group.is_main:
         yield None
         return
-    index_hash = run.cohort.index.hash
-    with track_run("pretrain", run.config, run.out, seed=run.options.seed, index_hash=index_hash) as tracker:
+    inputs = {**run.options.seeds, "index_hash": run.cohort.index.hash}
+    with track_run("pretrain", run.config, run.out, inputs=inputs) as tracker:
         yield tracker
 
 
@@ -199,7 +202,7 @@ def _train(run: _PretrainRun, tracker: Tracker | None, checkpoint: Path | None, 
     trainer = make_trainer(
         config,
         run.out,
-        logger=False if tracker is None else tracker,
+        logger=False if tracker is None else TrackingLogger(tracker),
         callbacks=[run.history, *run.options.callbacks],
         accelerator=run.options.accelerator,
         validate=validate,
@@ -260,6 +263,7 @@ def _save_results(run: _PretrainRun, tracker: Tracker, summary: dict[str, Any], 
         figures = draw_training_figures(out, run.config, run.history.rows)
     with log_failure("records of the results for MLflow", "The run folder contains all results."):
         log_results(tracker, summary, [out / "config.yaml", out / "summary.json", out / "history.csv", *figures])
+        tracker.log_weights("encoder", read_spec(out / "encoder" / "encoder.json").sha256)
         log_encoder(tracker, run.config.name)
 
 

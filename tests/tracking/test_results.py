@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+from typer.testing import CliRunner
+
+from medim.cli import app
+from medim.tracking.lineage import make_source
+from medim.tracking.outbox import RECORDS, STATE
+from medim.tracking.registry import check_registry
+from medim.tracking.results import TrackedResult, track_result
+from medim.tracking.target import SWITCH, tracking_uri
+from medim.tracking.tracker import Tracker, clean_name
+from medim.tracking.tracking import sync_pending, track_run
+from medim.types import UsageError, UserError
+
+ENCODER, MODEL = "a" * 64, "b" * 64
+
+
+def find_runs(command: str, name: str) -> list[Run]:
+    """The runs of a command in MLflow with a name."""
+    client = MlflowClient(tracking_uri())
+    experiment = client.get_experiment_by_name(f"medim-{command}")
+    if experiment is None:
+        return []
+    return [
+        client.get_run(run.info.run_id)
+        for run in client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
+    ]
+
+
+def make_result(folder: Path, **changes: object) -> TrackedResult:
+    """A result of `evaluate` in a folder."""
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.json").write_text("{}")
+    content = {
+        "command": "evaluate",
+        "folder": folder,
+        "name": folder.name,
+        "start": 1e9,
+        "parameters": {"split": "val", "versions": {"medim": "1"}},
+        "metrics": {"n": 4},
+        "model_metrics": {"dice_T1+C": 0.5, "dice_T1(C": 0.6},
+        "tables": {"metrics_table": [{"metric": "dice", "value": 0.5}]},
+        "files": ["metrics.json"],
+    }
+    return TrackedResult(**(content | changes))  # type: ignore[arg-type]
+
+
+def test_a_result_is_one_finished_run_and_leaves_no_file(tmp_path: Path) -> None:
+    track_result(make_result(tmp_path / "result-a"))
+    (run,) = find_runs("evaluate", "result-a")
+    assert (run.info.status, run.info.start_time) == ("FINISHED", 10**12)
+    assert (run.data.params["split"], run.data.params["versions/medim"]) == ("val", "1")
+    assert run.data.metrics["n"] == 4
+    assert sorted(v for name, v in run.data.metrics.items() if name.startswith("dice_T1_C-")) == [0.5, 0.6]
+    artifacts = {file.path for file in MlflowClient(tracking_uri()).list_artifacts(run.info.run_id)}
+    assert artifacts == {"metrics.json", "metrics_table.json"}
+    assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "metrics_table.json", "type": "table"}]
+    assert [path.name for path in (tmp_path / "result-a").iterdir()] == ["metrics.json"]
+
+
+def test_records_of_a_result_wait_while_the_server_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "result-b"
+    with monkeypatch.context() as away:
+        away.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")  # nobody listens
+        track_result(make_result(out))
+    assert "medim sync" in caplog.text
+    assert "secret" not in caplog.text
+    assert (out / RECORDS).is_file()
+    assert sync_pending(out) > 4
+    assert [run.info.status for run in find_runs("evaluate", "result-b")] == ["FINISHED"]
+
+
+def test_records_of_a_package_wait_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "result-c"
+    with monkeypatch.context() as away:
+        away.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        track_result(make_result(out, command="export", package_sha256="c" * 64))
+    assert [path.name for path in out.iterdir()] == ["metrics.json"]
+    assert (tmp_path / ".result-c.medim-mlflow" / RECORDS).is_file()
+    sync_pending(out)
+    (run,) = find_runs("export", "result-c")
+    assert run.data.tags["medim.package.sha256"] == "c" * 64
+    assert [path.name for path in tmp_path.iterdir()] == ["result-c"]
+
+
+def test_an_error_of_tracking_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    result = make_result(tmp_path / "result-d")
+    (tmp_path / "result-d" / RECORDS).mkdir()  # cannot be opened for writing
+    track_result(result)
+    assert "evaluate is not tracked" in caplog.text
+    assert (tmp_path / "result-d" / "metrics.json").is_file()
+
+
+def test_nothing_is_tracked_or_imported_while_tracking_is_off(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from tests.tracking.untracked import track_everything; "
+        "track_everything(Path(sys.argv[1])); print('mlflow' in sys.modules)"
+    )
+    environment = {**os.environ, SWITCH: "off"}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.stdout == "False\n", process.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["result-e"]
+    assert [path.name for path in (tmp_path / "result-e").iterdir()] == ["metrics.json"]
+
+
+def test_another_value_of_the_switch_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(SWITCH, "of")
+    with pytest.raises(UsageError, match=f"{SWITCH}=of: expected on or off"):
+        track_result(make_result(tmp_path / "result-f"))
+
+
+def test_the_source_of_a_run_is_found_by_id_or_digest_and_linked(tmp_path: Path) -> None:
+    def add_run(command: str, name: str, step: str, sha256: str, source: str = "") -> Path:
+        from medim.tracking.tracking import _open_run
+
+        folder = tmp_path / name
+        folder.mkdir()
+        with _open_run(folder, {"experiment": f"medim-{command}", "name": name}, {}, {}, 60.0) as tracker:
+            tracker.log_sources([make_source("encoder", source)] if source else [])
+            tracker.log_weights(step, sha256)
+        return folder
+
+    add_run("pretrain", "encoder-1", "encoder", ENCODER)
+    exact = add_run("finetune", "model-1", "model", MODEL, ENCODER)
+    add_run("finetune", "model-2", "model", MODEL, "d" * 64)  # the same weights again, later
+    track_result(make_result(tmp_path / "result-g", sources=[make_source("model", MODEL, exact)]))
+    track_result(make_result(tmp_path / "result-h", sources=[make_source("model", MODEL)]))
+    track_result(make_result(tmp_path / "result-i", sources=[make_source("model", "e" * 64, exact)]))
+    (by_id,), (by_digest,), (absent,) = (find_runs("evaluate", f"result-{letter}") for letter in "ghi")
+    ((encoder,), (model,), (later,)) = (
+        find_runs(*key) for key in (("pretrain", "encoder-1"), ("finetune", "model-1"), ("finetune", "model-2"))
+    )
+    assert by_id.data.tags["medim.model.run_id"] == model.info.run_id
+    assert by_id.data.tags["medim.encoder.run_id"] == encoder.info.run_id
+    assert by_digest.data.tags["medim.model.run_id"] == later.info.run_id
+    assert "medim.model.run_id" not in absent.data.tags
+    note = by_id.data.tags["mlflow.note.content"]
+    for run in (encoder, model):
+        assert f"(#/experiments/{run.info.experiment_id}/runs/{run.info.run_id})" in note
+    assert f"not tracked on this server | `{'e' * 12}`" in absent.data.tags["mlflow.note.content"]
+    (output,) = model.outputs.model_outputs
+    assert [used.model_id for used in by_id.inputs.model_inputs] == [output.model_id]
+    measured = MlflowClient(tracking_uri()).get_logged_model(output.model_id).metrics
+    assert sorted(metric.value for metric in measured or []) == [0.5, 0.6]
+    assert [used.model_id for used in model.inputs.model_inputs] == [
+        made.model_id for made in encoder.outputs.model_outputs
+    ]
+
+
+def test_a_description_of_the_user_is_not_replaced(tmp_path: Path) -> None:
+    from medim.tracking.delivery import send
+    from medim.tracking.outbox import Outbox
+
+    outbox = Outbox(tmp_path)
+    tags = {"mlflow.note.content": "My note"}
+    outbox.add({"run": {"experiment": "medim-evaluate", "name": "noted", "tags": tags}})
+    Tracker(outbox).log_sources([make_source("model", "f" * 64)])
+    send(outbox, outbox.pending())
+    outbox.close()
+    (run,) = find_runs("evaluate", "noted")
+    assert run.data.tags["mlflow.note.content"] == "My note"
+    assert run.data.tags["medim.model.sha256"] == "f" * 64
+
+
+@pytest.mark.parametrize("content", ["[]", '{"run": 5}', "{"])
+def test_a_damaged_state_of_a_source_has_no_run(content: str, tmp_path: Path) -> None:
+    (tmp_path / STATE).write_text(content)
+    assert make_source("encoder", ENCODER, tmp_path)["run_id"] == ""
+
+
+@pytest.mark.parametrize("name", ["", " ", "a/b", "a:b", "../x", "-x", "x\n", "x" * 129, "x "])
+def test_a_bad_name_of_a_registered_model_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="expected 1 to 128 letters"):
+        check_registry(name)
+
+
+def test_a_store_without_a_registry_is_refused_before_the_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "nonsense://x")
+    result = CliRunner().invoke(app, ["export", str(tmp_path), "--out", str(tmp_path / "p"), "--register", "name"])
+    assert result.exit_code == 1
+    assert "no model registry" in " ".join(result.output.split())
+
+
+def test_registration_is_refused_without_server_and_while_tracking_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+        with monkeypatch.context() as away:
+            away.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{taken.getsockname()[1]}")
+            with pytest.raises(UserError, match="no MLflow server"):
+                check_registry("name")
+    monkeypatch.setenv(SWITCH, "off")
+    with pytest.raises(UsageError, match="turns tracking off"):
+        check_registry("name")
+
+
+@pytest.mark.parametrize("name", ["a+b", "a(b", "a//b", "/a", "a/", "../a", "a/./b", "dice, mean", "ü:"])
+def test_every_name_of_a_metric_is_accepted_by_mlflow(name: str, tmp_path: Path) -> None:
+    from mlflow.utils.validation import _validate_metric_name, _validate_param_name
+
+    _validate_metric_name(clean_name(name))
+    _validate_param_name(clean_name(name))
+
+
+def test_a_training_without_tracking_writes_no_records(
+    pretrain_config: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SWITCH, "off")
+    with track_run("pretrain", pretrain_config, tmp_path, inputs={"index_hash": "x"}) as tracker:  # type: ignore[arg-type]
+        tracker.log_metrics({"loss": 1.0}, 1)
+        assert tracker.run_id == ""
+    assert list(tmp_path.iterdir()) == []
