@@ -87,7 +87,7 @@ def compare_cell_overhead(folder: Path, rounds: int) -> dict[str, float]:
         subsets=subsets,
     )
     with track_study(folder / "study", "study", {}) as tracker:
-        context = StudyContext(**{**vars(context), "parent_run": tracker.version})
+        context = StudyContext(**{**vars(context), "parent_run": tracker.run_id})
         cell_seconds = measure_median_seconds(lambda number: run_cell(context, Cell(arm, number, BUDGET), 1.0), rounds)
     costs = measure_costs(context, 1)
     run_process(-1)  # fills the store
