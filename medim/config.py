@@ -59,6 +59,7 @@ KEYS_ADDED_LATER = {
     "gradient_cache_chunk": None,
     "checkpoint_selection": "probe",
     "balanced_batches": False,
+    "views.foreground_share": 0.0,
 }
 _TEST_PRESET_PREFIX = "test-"  # presets of the test suite, left out of messages
 MAX_EXTENDED_FILES = 20
@@ -82,6 +83,13 @@ class ViewsConfig(_StrictConfig):
     same_crop: bool = Field(True, description="crop all views of an image at the same position")
     augmentations: list[Section] = Field(
         default_factory=list, description="random transforms, sampled anew for each view"
+    )
+    foreground_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="segmentation: probability that a crop is centred on a voxel of a class; 0 draws all positions "
+        "uniformly",
     )
 
     @model_validator(mode="before")
@@ -167,11 +175,13 @@ class RunConfig(_StrictConfig):
         The preset name and the data-loading settings are excluded. Keys of `KEYS_ADDED_LATER` are included only if
         they do not have the value that all earlier runs had, so that a new key changes no hash.
         """
-        fields = type(self).model_fields
-        unset_keys = {
-            key for key, earlier in KEYS_ADDED_LATER.items() if key in fields and getattr(self, key) == earlier
-        }
-        return json_sha256(self.model_dump(mode="json", exclude={"name", "workers", "prefetch", *unset_keys}))[:12]
+        content = self.model_dump(mode="json", exclude={"name", "workers", "prefetch"})
+        for path, earlier in KEYS_ADDED_LATER.items():
+            section, _, key = path.rpartition(".")
+            keys = content[section] if section else content
+            if key in keys and keys[key] == earlier:
+                del keys[key]
+        return json_sha256(content)[:12]
 
 
 class PretrainConfig(RunConfig):
@@ -192,6 +202,15 @@ class PretrainConfig(RunConfig):
         description="criterion that selects the saved step. loss: the validation loss, without labels. probe: an "
         "online probe of labelled training subjects; the validation loss if there are too few labels",
     )
+
+    @model_validator(mode="after")
+    def _check_foreground_share(self) -> PretrainConfig:
+        if self.views.foreground_share:
+            raise ValueError(
+                "views.foreground_share: expected 0 in pretraining, which uses no masks, got "
+                f"{self.views.foreground_share:g}. Set it in the configuration of a segmentation"
+            )
+        return self
 
 
 class FinetuneConfig(RunConfig):

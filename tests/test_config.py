@@ -135,6 +135,9 @@ def test_what_changes_no_number_is_not_in_the_hash_and_newer_keys_count_where_th
     assert configured().hash == configured(compile=False, gradient_cache_chunk=None).hash
     assert configured().hash != configured(checkpoint_selection="probe").hash
     assert len({configured().hash, configured(compile=True).hash, configured(gradient_cache_chunk=8).hash}) == 3
+    assert load_config("finetune", "mri-crop-segmentation").hash == "72024d73c927"
+    assert load_config("finetune", "mri-crop-segmentation", ["views.foreground_share=0.0"]).hash == "72024d73c927"
+    assert load_config("finetune", "mri-crop-segmentation", ["views.foreground_share=0.33"]).hash != "72024d73c927"
 
 
 def test_a_hash_names_the_configuration() -> None:

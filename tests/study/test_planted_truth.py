@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -62,3 +63,35 @@ def test_the_pictures_of_a_null_study_are_its_own_and_both_classes_are_alike_in_
     np.testing.assert_array_equal(first["train_images"], again["train_images"])
     assert (first["train_images"] != other["train_images"]).any()
     assert np.bincount(first["val_labels"].ravel()).tolist() == [null.VAL // 2] * 2
+
+
+def test_the_lesions_of_the_planted_cohort_have_10_mm_and_are_not_separated_by_brightness(
+    benchmark: Callable[[str], Any],
+) -> None:
+    lesions = benchmark("lesion_crops")
+    image, mask = lesions.simulate_lesions(0)
+    np.testing.assert_array_equal(image, lesions.simulate_lesions(0)[0])
+    pieces, count = ndimage.label(mask)
+    assert 1 <= count <= 3
+    for box in ndimage.find_objects(pieces):
+        assert all(4 <= side.stop - side.start <= 10 for side in box)  # 5 voxels of 2 mm; two lesions may touch
+    assert 0.0005 < mask.mean() < 0.002
+    brightest = image > np.median(image[mask == 1])
+    assert (brightest & (mask == 0)).sum() > 0.2 * mask.sum()  # of half of the lesions' voxels
+    assert image[mask == 1].mean() > image.mean() + image.std()
+
+
+@pytest.mark.slow
+def test_the_arms_of_the_lesion_study_differ_in_their_crops_only_and_finished_runs_are_not_repeated(
+    benchmark: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lesions = benchmark("lesion_crops")
+    arms = [lesions.build_lesion_config(share).model_dump() for share in lesions.SHARES.values()]
+    assert [arm["views"].pop("foreground_share") for arm in arms] == [0.0, 0.33]
+    assert arms[0] == arms[1]
+    options: dict[str, Any] = {"seeds": (0, 1), "subsets": (0,), "steps": 2, "subjects": 15}
+    content = lesions.run_lesion_study(tmp_path, **options)
+    assert [row["arm"] for row in content["arms"]] == ["uniform", "foreground"]
+    assert content["comparison"]["low"] <= content["comparison"]["difference"] <= content["comparison"]["high"]
+    monkeypatch.setattr(lesions, "finetune", lambda *_, **__: pytest.fail("a finished run was repeated"))
+    assert lesions.run_lesion_study(tmp_path, **options) == content

@@ -13,10 +13,12 @@ import torch
 from torch.utils.data import Dataset
 
 from medim.data.loading.augmentations import Augmentation
+from medim.data.loading.foreground import ForegroundVoxels
 from medim.data.loading.store import Box, Store
 from medim.types import Array, Step, UserError
 
 CACHE_BYTES = 1 << 30
+FOREGROUND_STREAM = 1  # separates the generator of foreground crops from that of all other choices of an item
 ItemRequest = tuple[int, int]
 
 
@@ -88,6 +90,9 @@ class LabelledDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         targets: one per image: (N,) class indices, or (N, K) numbers; None for segmentation (stored masks).
         shape: spatial shape of an item, cropped and padded as in `ViewDataset` (masks with 0).
         augmentations: geometric ones transform image and mask together (linear and nearest interpolation).
+        foreground_share: probability that a crop is centred on a foreground voxel, as far as the border of the image
+            permits; the other crops are those of 0. Images without foreground, and those not larger than the crop,
+            keep their crops. Needs masks as targets.
         cache_bytes: memory for cached images and masks, per loading process.
 
     Raises:
@@ -103,8 +108,11 @@ class LabelledDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         *,
         shape: tuple[int, ...],
         augmentations: Sequence[Step] = (),
+        foreground_share: float = 0.0,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
+        if targets is not None and foreground_share:
+            raise ValueError("foreground_share: expected masks as targets.")
         if targets is not None and len(targets) != len(keys):
             raise UserError(f"targets: expected one per image ({len(keys)}), got {len(targets)}.")
         keys_without_mask = [key for key in keys if targets is None and not store.get_entry(key).has_mask]
@@ -117,6 +125,7 @@ class LabelledDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         kind = None if targets is not None and np.ndim(targets) == 2 else np.int64
         self._targets = None if targets is None else torch.from_numpy(np.asarray(targets, kind))
         self._augment = Augmentation(augmentations, spatial_dims=len(shape))
+        self._foreground_share = foreground_share
 
     def __len__(self) -> int:
         """Number of images."""
@@ -131,6 +140,10 @@ class LabelledDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         i, seed = item
         rng = np.random.default_rng(seed)
         start = self._images.draw_start(i, rng)
+        if self._foreground_share:
+            foreground_rng = np.random.default_rng((seed, FOREGROUND_STREAM))
+            if foreground_rng.random() < self._foreground_share:
+                start = self._images.centre_on_foreground(i, start, foreground_rng)
         image = torch.from_numpy(self._images.cut_box(i, start))
         augmentation_seed = int(rng.integers(1 << 32))
         if self._targets is not None:
@@ -150,18 +163,38 @@ class _ImageBoxes:
         self._cache: dict[tuple[str, bool], Array] = {}
         self._room = cache_bytes
         self._sizes: dict[str, tuple[int, ...]] = {}
+        self._foreground: dict[str, ForegroundVoxels] = {}
         for key in self.keys[:1]:
             self._get_size(key)
 
     def __getstate__(self) -> dict[str, object]:
         """Give each loading process an empty cache of its own."""
-        return {**self.__dict__, "_cache": {}, "_room": self._cache_bytes}
+        return {**self.__dict__, "_cache": {}, "_foreground": {}, "_room": self._cache_bytes}
 
     def draw_start(self, i: int, rng: np.random.Generator) -> tuple[int, ...]:
         """Draw the start of a box: random along axes larger than the box, centred along smaller ones."""
         size = self._get_size(self.keys[i])
         return tuple(
             int(rng.integers(n - w + 1)) if n > w else -((w - n) // 2) for n, w in zip(size, self._shape, strict=True)
+        )
+
+    def centre_on_foreground(self, i: int, start: tuple[int, ...], rng: np.random.Generator) -> tuple[int, ...]:
+        """Draw the start of a box around a foreground voxel; a box that crosses a border is moved into the image.
+
+        Args:
+            i: number of the image.
+            start: start of a box, which is kept along axes not larger than the box, and without foreground.
+            rng: source of the class and of the voxel.
+        """
+        size = self._get_size(self.keys[i])
+        if all(n <= w for n, w in zip(size, self._shape, strict=True)):
+            return start
+        voxel = self._get_foreground(self.keys[i]).draw_voxel(rng)
+        if voxel is None:
+            return start
+        return tuple(
+            min(max(v - w // 2, 0), n - w) if n > w else p
+            for v, w, n, p in zip(voxel, self._shape, size, start, strict=True)
         )
 
     def cut_box(self, i: int, start: tuple[int, ...], *, mask: bool = False) -> Array:
@@ -190,6 +223,15 @@ class _ImageBoxes:
                 )
             self._sizes[key] = size
         return size
+
+    def _get_foreground(self, key: str) -> ForegroundVoxels:
+        foreground = self._foreground.get(key)
+        if foreground is None:
+            foreground = self._store.read_foreground(key)
+            if foreground.indices.nbytes <= self._room:
+                self._foreground[key] = foreground
+                self._room -= foreground.indices.nbytes
+        return foreground
 
     def _read_box(self, key: str, mask: bool, box: Box) -> Array:
         load: Callable[..., Array] = self._store.read_mask if mask else self._store.read_image

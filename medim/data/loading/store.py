@@ -1,7 +1,8 @@
 """Store of preprocessed images on disk, compressed in small blocks, so that a crop is read without the rest.
 
-Each image and each mask is one `.b2nd` file (Blosc2, LZ4, with a checksum). Its key is derived from the fingerprint of
-the source file and the steps, so a changed file or step has a new key. Two processes with the same key write the same
+Each image and each mask is one `.b2nd` file (Blosc2, LZ4, with a checksum), and so is the list of the foreground voxels
+of a mask. Its key is derived from the fingerprint of the source file and the steps, so a changed file or step has a new
+key. Two processes with the same key write the same
 content, and the final rename is atomic. A store may therefore be filled by several processes and interrupted at any
 time.
 """
@@ -12,6 +13,7 @@ import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,7 @@ import numpy as np
 
 from medim.data.fingerprints import compute_fingerprint
 from medim.data.index.index import ImageRecord, Index, Rejection
+from medim.data.loading.foreground import ForegroundVoxels, list_foreground
 from medim.data.parallel import map_in_processes
 from medim.data.preprocessing.quality import QualityMetrics, measure_quality
 from medim.data.preprocessing.steps import check_steps, preprocess, resample_mask
@@ -140,6 +143,7 @@ class Store:
             if not np.array_equal(labels, mask.array):
                 raise UserError("mask: expected integers from 0 to 255, got other values. Renumber the labels.")
             write_bytes(self._locate_file(key, "mask"), _encode_frame(labels, {"schema_version": SCHEMA_VERSION}))
+            self._write_foreground(key, list_foreground(labels[0]))
         header: ImageHeader = {
             "schema_version": SCHEMA_VERSION,
             "affine": image.affine.ravel().tolist(),
@@ -157,14 +161,22 @@ class Store:
         self._drop_cached(key)
 
     def is_intact(self, key: str) -> bool:
-        """Whether the key is stored, and image and mask pass their checksums."""
+        """Whether the key is stored, and image, mask and list of foreground voxels pass their checksums.
+
+        A missing list, as in stores of earlier versions, is no damage; see `read_foreground`.
+        """
         if not _has_valid_seal(self._locate_file(key, "image")):
             return False
         self._drop_cached(key)
         try:
-            return not self.get_entry(key).has_mask or _has_valid_seal(self._locate_file(key, "mask"))
+            if not self.get_entry(key).has_mask:
+                return True
         except UserError:  # another schema version
             return False
+        foreground = self._locate_file(key, "foreground")
+        return _has_valid_seal(self._locate_file(key, "mask")) and (
+            not foreground.is_file() or _has_valid_seal(foreground)
+        )
 
     def get_entry(self, key: str) -> StoreEntry:
         """Read shape, grid and padding values of an image.
@@ -193,6 +205,32 @@ class Store:
         """Read a mask, or a box of it: (1, ...), uint8; see `read_image`."""
         return self._read_box(key, "mask", box)
 
+    def read_foreground(self, key: str) -> ForegroundVoxels:
+        """Read the foreground voxels of a mask.
+
+        A missing list, as in stores of earlier versions, is computed from the mask. It is also written, unless the
+        store cannot be written.
+
+        Raises:
+            UserError: the key has no mask in the store, or a file is damaged.
+        """
+        if not self._locate_file(key, "foreground").is_file():
+            foreground = list_foreground(self.read_mask(key)[0])
+            with suppress(UserError):
+                self._write_foreground(key, foreground)
+            return foreground
+        shape = self.get_entry(key).shape
+        array = self._open_array(key, "foreground")
+        try:
+            header = array.schunk.vlmeta["medim"]
+            classes, counts = (np.asarray(header[name], np.int64) for name in ("classes", "counts"))
+            foreground = ForegroundVoxels(shape=shape, classes=classes, counts=counts, indices=np.asarray(array[0]))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise self._damage_error(key, "foreground") from error
+        if not foreground.is_valid():
+            raise self._damage_error(key, "foreground")
+        return foreground
+
     def load_volume(self, key: str) -> Volume:
         """Load a whole image as float32 with its affine."""
         entry = self.get_entry(key)
@@ -200,7 +238,15 @@ class Store:
         return Volume(array, entry.affine.copy(), entry.native_affine.copy(), entry.native_shape)
 
     def _locate_file(self, key: str, kind: str) -> Path:
-        return self.folder / key[:2] / (f"{key}.b2nd" if kind == "image" else f"{key}.mask.b2nd")
+        return self.folder / key[:2] / (f"{key}.b2nd" if kind == "image" else f"{key}.{kind}.b2nd")
+
+    def _write_foreground(self, key: str, foreground: ForegroundVoxels) -> None:
+        header = {
+            "schema_version": SCHEMA_VERSION,
+            "classes": foreground.classes.tolist(),
+            "counts": foreground.counts.tolist(),
+        }
+        write_bytes(self._locate_file(key, "foreground"), _encode_frame(foreground.indices[None], header))
 
     def _read_box(self, key: str, kind: str, box: Box | None) -> Array:
         array = self._open_array(key, kind)
@@ -230,7 +276,7 @@ class Store:
 
     def _drop_cached(self, key: str) -> None:
         self._entries.pop(key, None)
-        for kind in ("image", "mask"):
+        for kind in ("image", "mask", "foreground"):
             self._open.pop((key, kind), None)
 
     def _damage_error(self, key: str, kind: str) -> UserError:

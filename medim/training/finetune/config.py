@@ -19,7 +19,7 @@ from medim.models.model import as_numpy_function, build_model
 from medim.models.serialization import locate_weights
 from medim.tasks import find_task
 from medim.training.auto_config import resolve_run_config
-from medim.training.finetune.targets import task_of_config
+from medim.training.finetune.targets import check_task_options, task_of_config
 from medim.types import Modality, UsageError, UserError, Volume
 
 
@@ -79,6 +79,7 @@ def resolve_finetune_config(
         content = {**content, **encoder_options, "views": views}
     config = resolve_run_config("finetune", apply_overrides(content, assignments), index, where=preset)
     assert isinstance(config, FinetuneConfig)
+    check_task_options(config)
     return config
 
 
@@ -93,12 +94,7 @@ def dry_run_finetuning(config: FinetuneConfig, encoder: Path | None = None) -> N
         UsageError: the options of a section do not match its constructor, or the parts are not compatible with each
             other or with the views.
     """
-    task = task_of_config(config)
-    if config.balanced_batches and not task.has_class_labels:
-        raise UsageError(
-            f"config {config.name}: balanced_batches: expected a classification with one class per image, got "
-            f"{task.title}. Remove balanced_batches."
-        )
+    check_task_options(config)
     validate_section(INFERENCES, config.inference, key="mode", run_args=("run", "image"))
     Augmentation(config.views.augmentations, spatial_dims=config.spatial_dims)
     shape, count = config.views.shape, min(2, config.batch_size)
@@ -116,7 +112,7 @@ def dry_run_finetuning(config: FinetuneConfig, encoder: Path | None = None) -> N
         model = build_model(spec)
         head: Any = model.head
         with torch.no_grad():
-            target = torch.tensor(task.make_blank_targets(count, shape))
+            target = torch.tensor(task_of_config(config).make_blank_targets(count, shape))
             head.loss(model(torch.zeros(count, 1, *shape)), target)
         blank = Volume(np.zeros((1, *shape), np.float32), np.eye(4), np.eye(4), tuple(shape))
         run_inference(as_numpy_function(model.eval()), blank, config.inference)

@@ -454,6 +454,7 @@ def build_finetune_loader(
         targets=task_of_config(config).encode_targets(records, classes),
         shape=config.views.shape,
         augmentations=config.views.augmentations if augment else (),
+        foreground_share=config.views.foreground_share,
     )
     # Every labelled image is used, including several of one subject.
     groups = [str(r.label) if config.balanced_batches else r.image for r in records]

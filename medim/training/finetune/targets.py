@@ -29,6 +29,25 @@ def task_of_config(config: FinetuneConfig) -> Task:
     return task
 
 
+def check_task_options(config: FinetuneConfig) -> None:
+    """Check that the options of crops and batches are options of the task.
+
+    Raises:
+        UsageError: `views.foreground_share` without masks, or `balanced_batches` without one class per image.
+    """
+    task = task_of_config(config)
+    if config.views.foreground_share and not task.dense:
+        raise UsageError(
+            f"config {config.name}: views.foreground_share: expected 0 for task {config.task!r}, which uses no masks, "
+            f"got {config.views.foreground_share:g}. Set it for task 'segmentation' only."
+        )
+    if config.balanced_batches and not task.has_class_labels:
+        raise UsageError(
+            f"config {config.name}: balanced_batches: expected a classification with one class per image, got "
+            f"{task.title}. Remove balanced_batches."
+        )
+
+
 def select_head(config: FinetuneConfig, index: Index) -> FinetuneConfig:
     """Select the head for the kind of labels: for findings, `multi_label` replaces `classification`.
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pickle
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -199,3 +200,104 @@ class TestLabelled:
     def test_targets_for_other_images_are_refused(self, store: Store) -> None:
         with pytest.raises(UserError, match=r"one per image \(4\)"):
             LabelledDataset(store, TWO, [0, 1], shape=(8, 8))
+
+
+class TestForegroundCrops:
+    """Two lesions in the masks "aa" (3D) and "bb" (2D): class 1 of many voxels, class 3 of one."""
+
+    @pytest.fixture
+    def lesions(self, tmp_path: Path) -> Store:
+        out = Store(tmp_path / "lesions")
+        mask = np.zeros((1, 12, 13, 13), np.uint8)
+        mask[0, :3, 9:12, 4:8], mask[0, 6, 6, 6] = 1, 3
+        out.put("aa", volume(places(12, 13, 13)), volume(mask))
+        out.put("bb", volume(places(12, 13)), volume(mask.max(-1)))
+        out.put("empty", volume(places(12, 13, 13)), volume(0 * mask))
+        return out
+
+    @pytest.mark.parametrize(("key", "shape"), [("aa", (4, 5, 4)), ("bb", (4, 5))])
+    def test_every_crop_has_a_voxel_of_a_class_at_its_centre_or_ends_at_the_border(
+        self, lesions: Store, key: str, shape: tuple[int, ...]
+    ) -> None:
+        whole = lesions.read_mask(key)[0]
+        data = LabelledDataset(lesions, [key], shape=shape, foreground_share=1.0)
+        crops_of_small_class = 0
+        for seed in range(60):
+            image, mask = (tensor.numpy() for tensor in data[0, seed])
+            first = np.unravel_index(int(image.min()), whole.shape)  # the voxels contain their positions
+            box = tuple(slice(a, a + n) for a, n in zip(first, shape, strict=True))
+            np.testing.assert_array_equal(mask, whole[box])
+            centre = tuple(n // 2 for n in shape)
+            if mask[centre] == 3:
+                assert np.argwhere(mask == 3).tolist() == [list(centre)]
+                crops_of_small_class += 1
+            else:
+                voxels = np.argwhere(whole == 1)
+                limits = np.array(whole.shape) - shape
+                assert (np.clip(voxels - centre, 0, limits) == first).all(1).any()
+        assert 18 < crops_of_small_class < 42
+
+    def test_the_share_is_a_probability_and_the_other_crops_are_those_of_share_0(self, lesions: Store) -> None:
+        def build(share: float) -> LabelledDataset:
+            return LabelledDataset(
+                lesions, ["aa"], shape=(4, 5, 4), augmentations=[{"op": "noise"}], foreground_share=share
+            )
+
+        uniform, mixed, foreground = build(0.0), build(0.33), build(1.0)
+        origins = []
+        for seed in range(200):
+            images = [data[0, seed][0] for data in (uniform, mixed, foreground)]
+            origins.append([torch.equal(images[1], images[0]), torch.equal(images[1], images[2])])
+        assert all(any(row) for row in origins)
+        assert 46 < 200 - sum(is_uniform for is_uniform, _ in origins) < 86
+
+    def test_the_seed_alone_determines_a_crop(self, lesions: Store) -> None:
+        options: dict[str, Any] = {"shape": (4, 5, 4), "augmentations": AUGMENT, "foreground_share": 0.5}
+        data = LabelledDataset(lesions, ["aa", "empty"], **options)
+        items = [[(n % 2, 10 * n + k) for k in range(3)] for n in range(4)]
+        expected = list(DataLoader(data, batch_sampler=items))  # type: ignore[arg-type]
+        (lesions.folder / "aa" / "aa.foreground.b2nd").unlink()  # as in a store of an earlier version
+        uncached = LabelledDataset(Store(lesions.folder), ["aa", "empty"], cache_bytes=0, **options)
+        torch.manual_seed(5)
+        batches = list(DataLoader(uncached, batch_sampler=items, num_workers=2))  # type: ignore[arg-type]
+        for (image, mask), (other, its_mask) in zip(expected, batches, strict=True):
+            assert torch.equal(image, other)
+            assert torch.equal(mask, its_mask)
+
+    @pytest.mark.parametrize(("key", "shape"), [("empty", (4, 5, 4)), ("aa", (12, 13, 13)), ("aa", (16, 13, 18))])
+    def test_images_without_foreground_and_crops_of_whole_images_do_not_change(
+        self, lesions: Store, key: str, shape: tuple[int, ...]
+    ) -> None:
+        uniform, foreground = (
+            LabelledDataset(lesions, [key], shape=shape, augmentations=AUGMENT, foreground_share=share)
+            for share in (0.0, 1.0)
+        )
+        for seed in range(3):
+            for tensor, other in zip(uniform[0, seed], foreground[0, seed], strict=True):
+                assert torch.equal(tensor, other)
+
+    def test_an_axis_that_is_shorter_than_the_crop_is_padded_on_both_sides(self, lesions: Store) -> None:
+        data = LabelledDataset(lesions, ["aa"], shape=(4, 17, 4), foreground_share=1.0)
+        for seed in range(5):
+            image, mask = data[0, seed]
+            assert (image[0, :, :2] == 0).all()
+            assert (image[0, :, -2:] == 0).all()
+            assert (mask > 0).any()
+
+    def test_lists_are_read_once_while_the_cache_has_room(
+        self, lesions: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls: list[str] = []
+        read = Store.read_foreground
+        monkeypatch.setattr(Store, "read_foreground", lambda self, key: calls.append(key) or read(self, key))
+        for cache_bytes, expected in ((1 << 20, 1), (0, 5)):
+            calls.clear()
+            data = LabelledDataset(lesions, ["aa"], shape=(4, 4, 4), foreground_share=1.0, cache_bytes=cache_bytes)
+            for seed in range(5):
+                data[0, seed]
+            assert len(calls) == expected
+            assert len(pickle.loads(pickle.dumps(data))._images._foreground) == 0
+
+    def test_targets_without_masks_are_refused(self, lesions: Store) -> None:
+        with pytest.raises(ValueError, match="foreground_share: expected masks"):
+            LabelledDataset(lesions, ["aa"], [0], shape=(4, 4, 4), foreground_share=0.1)

@@ -13,7 +13,15 @@ import pytest
 
 from medim.data.fingerprints import compute_fingerprint
 from medim.data.index.index import ImageRecord, Index
-from medim.data.loading.store import SCHEMA_VERSION, Store, fill_store, locate_default_store
+from medim.data.loading.foreground import list_foreground
+from medim.data.loading.store import (
+    SCHEMA_VERSION,
+    Store,
+    _encode_frame,
+    _prepare_image,
+    fill_store,
+    locate_default_store,
+)
 from medim.data.preprocessing.quality import measure_quality
 from medim.data.preprocessing.steps import preprocess, resample_mask
 from medim.types import Array, Step, UsageError, UserError, Volume
@@ -171,6 +179,80 @@ class TestContent:
         assert locate_default_store() == Path(f"/b/medim/store-{SCHEMA_VERSION}")
 
 
+class TestForeground:
+    def test_the_list_of_a_mask_is_written_with_it(
+        self, store: Store, index: FakeIndex, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for one in index.records:
+            key = store.add(index, one, STEPS)
+            expected = list_foreground(store.read_mask(key)[0])
+            with monkeypatch.context() as patch:
+                patch.setattr(Store, "read_mask", lambda *_: pytest.fail("the mask was read"))
+                foreground = Store(store.folder).read_foreground(key)
+            assert expected.classes.tolist() == foreground.classes.tolist() == [2]
+            np.testing.assert_array_equal(foreground.counts, expected.counts)
+            np.testing.assert_array_equal(foreground.indices, expected.indices)
+            assert foreground.shape == one.shape
+
+    def test_a_mask_without_foreground_has_an_empty_list(self, store: Store) -> None:
+        store.put("aa", volume(np.zeros((1, 4, 4, 4))), volume(np.zeros((1, 4, 4, 4))))
+        assert store.is_intact("aa")
+        assert store.read_foreground("aa").counts.tolist() == []
+
+    def test_a_list_that_an_earlier_version_did_not_write_is_computed_and_added(
+        self, store: Store, index: FakeIndex
+    ) -> None:
+        key = store.add(index, index.records[0], STEPS)
+        path = store.folder / key[:2] / f"{key}.foreground.b2nd"
+        content = path.read_bytes()
+        path.unlink()
+        older = Store(store.folder)
+        assert older.is_intact(key)
+        np.testing.assert_array_equal(
+            older.read_foreground(key).indices, list_foreground(older.read_mask(key)[0]).indices
+        )
+        assert path.read_bytes() == content
+
+    def test_a_store_that_cannot_be_written_has_lists_too(
+        self, store: Store, index: FakeIndex, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(path: Path, _: bytes) -> None:
+            raise UserError(f"{path}: could not be written (Read-only file system).")
+
+        key = store.add(index, index.records[0], STEPS)
+        expected = store.read_foreground(key)
+        (store.folder / key[:2] / f"{key}.foreground.b2nd").unlink()
+        monkeypatch.setattr("medim.data.loading.store.write_bytes", refuse)
+        np.testing.assert_array_equal(Store(store.folder).read_foreground(key).indices, expected.indices)
+
+    def test_an_image_without_mask_has_no_list(self, store: Store) -> None:
+        store.put("aa", volume(np.zeros((1, 4, 4, 4))))
+        with pytest.raises(UserError, match="not in the store"):
+            store.read_foreground("aa")
+        assert not list(store.folder.rglob("*.foreground.b2nd"))
+
+    @pytest.mark.parametrize(
+        ("indices", "header"),
+        [
+            (np.array([[1, 999]], np.uint16), {"classes": [1], "counts": [2]}),  # outside the mask
+            (np.array([[1, 2]], np.uint16), {"classes": [1], "counts": [3]}),
+            (np.array([[1, 2]], np.uint16), {"classes": [1], "counts": [3, -1]}),
+            (np.array([[1, 2]], np.uint16), {"classes": [1], "counts": "two"}),
+            (np.array([[1, 2]], np.uint16), {"classes": [1]}),
+            (np.array([[1.0, 2.0]], np.float32), {"classes": [1], "counts": [2]}),
+            (np.array([[-1, 2]], np.int16), {"classes": [1], "counts": [2]}),
+            (np.array([[[1], [2]]], np.uint16), {"classes": [1], "counts": [2]}),
+        ],
+    )
+    def test_a_list_that_does_not_fit_its_mask_is_damaged(
+        self, store: Store, indices: Array, header: dict[str, object]
+    ) -> None:
+        store.put("aa", volume(np.zeros((1, 4, 4, 4))), volume(np.ones((1, 4, 4, 4))))
+        (store.folder / "aa" / "aa.foreground.b2nd").write_bytes(_encode_frame(indices, header))
+        with pytest.raises(UserError, match=r"aa\.foreground\.b2nd: damaged\. Run `medim preprocess`"):
+            Store(store.folder).read_foreground("aa")
+
+
 class TestKey:
     def test_steps_and_source_name_the_entry(self, store: Store, index: FakeIndex) -> None:
         one = index.records[0]
@@ -188,7 +270,7 @@ class TestDamage:
         key = store.add(index, one, STEPS)
         assert store.is_intact(key)
         good = store.read_image(key)
-        for kind in (".b2nd", ".mask.b2nd"):
+        for kind in (".b2nd", ".mask.b2nd", ".foreground.b2nd"):
             path = store.folder / key[:2] / f"{key}{kind}"
             content = path.read_bytes()
             assert len(content) > 200
@@ -200,8 +282,8 @@ class TestDamage:
                 assert store.is_intact(key)
                 np.testing.assert_array_equal(store.read_image(key), good)
             path.unlink()
-            assert not store.is_intact(key)
-            store.add(index, one, STEPS)
+            assert store.is_intact(key) == (kind == ".foreground.b2nd")  # earlier versions wrote no lists
+            store.put(key, *_prepare_image(index, one, STEPS))
 
     def test_a_damaged_file_is_an_error_that_says_what_to_run(self, store: Store, index: FakeIndex) -> None:
         key = store.add(index, index.records[0], STEPS)
@@ -294,7 +376,7 @@ class TestFill:
             process.join(60)
         assert [process.exitcode for process in both] == [0, 0]
         assert all(store.is_intact(store.compute_key(index, one, STEPS)) for one in index.records)
-        assert len(list(store.folder.glob("*/*"))) == 24
+        assert len(list(store.folder.glob("*/*"))) == 36
 
     def test_a_store_goes_to_another_process_without_its_open_files(self, store: Store, index: FakeIndex) -> None:
         key = store.add(index, index.records[0], STEPS)

@@ -13,7 +13,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from medim.config import FinetuneConfig, PretrainConfig, ViewsConfig, check_config, load_config
+from medim.config import (
+    FinetuneConfig,
+    PretrainConfig,
+    ViewsConfig,
+    apply_overrides,
+    check_config,
+    load_config,
+    read_config,
+)
 from medim.data.contamination import load_training_history
 from medim.data.index.index import Index, build_index
 from medim.data.loading.cohort import open_cohort
@@ -24,10 +32,11 @@ from medim.files import file_sha256
 from medim.models.model import build_model
 from medim.models.serialization import load_encoder, load_model
 from medim.reports.report import write_report_page
+from medim.training.auto_config import resolve_run_config
 from medim.training.finetune.config import dry_run_finetuning, resolve_finetune_config
 from medim.training.finetune.module import FinetuneModule
 from medim.training.finetune.options import FinetuneOptions
-from medim.training.finetune.run import finetune
+from medim.training.finetune.run import build_finetune_loader, finetune
 from medim.training.pretrain.run import pretrain
 from medim.types import UsageError, UserError
 from tests.specs import make_spec
@@ -308,16 +317,95 @@ def test_the_same_fine_tuning_twice_gives_the_same_bytes(
     assert file_sha256(tmp_path / "a" / WEIGHTS) == file_sha256(tmp_path / "b" / WEIGHTS)
 
 
+@pytest.mark.parametrize("views", [{}, {"shape": [12, 12, 8], "foreground_share": 0.5}])
 def test_a_resumed_fine_tuning_ends_in_the_same_bytes(
-    finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path
+    views: dict[str, Any], finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path
 ) -> None:
-    finetune(finetune_config, cohort_index, tmp_path / "whole", store=store)
-    finetune(finetune_config, cohort_index, tmp_path / "cut", store=store)
+    config = change_views(finetune_config, **views)
+    finetune(config, cohort_index, tmp_path / "whole", store=store)
+    finetune(config, cohort_index, tmp_path / "cut", store=store)
     (tmp_path / "cut" / "checkpoints" / "step-6.ckpt").unlink()
     (tmp_path / "cut" / WEIGHTS).unlink()
-    summary = finetune(finetune_config, cohort_index, tmp_path / "cut", store=store, resume=True)
+    summary = finetune(config, cohort_index, tmp_path / "cut", store=store, resume=True)
     assert summary["resumed_from_steps"] == [3]
     assert file_sha256(tmp_path / "whole" / WEIGHTS) == file_sha256(tmp_path / "cut" / WEIGHTS)
+
+
+def change_views(config: FinetuneConfig, **changes: Any) -> FinetuneConfig:
+    """The configuration with other options of its views, validated."""
+    content = config.model_dump()
+    changed = check_config("finetune", {**content, "views": {**content["views"], **changes}}, source="the test")
+    assert isinstance(changed, FinetuneConfig)
+    return changed
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_crops_around_foreground_do_not_depend_on_the_first_step_or_the_loading_processes(
+    workers: int, finetune_config: FinetuneConfig, cohort_index: Index, store: Path
+) -> None:
+    cohort = open_cohort(cohort_index, cohort_index.records, finetune_config.preprocessing, split_seed=0, store=store)
+    small = {"shape": [8, 8, 8], "augmentations": []}
+    config = change_views(finetune_config, **small, foreground_share=0.5)
+    records = cohort.records("train")
+
+    def batches(config: FinetuneConfig, start: int = 0) -> list[list[torch.Tensor]]:
+        return list(build_finetune_loader(config, cohort, records, ["ball"], steps=12, seed=3, start=start))
+
+    whole = batches(config)
+    for start in (1, 11):
+        tail = batches(config.model_copy(update={"workers": workers}), start)
+        assert len(tail) == 12 - start
+        for batch, expected in zip(tail, whole[start:], strict=True):
+            assert all(torch.equal(*pair) for pair in zip(batch, expected, strict=True))
+    uniform = batches(change_views(finetune_config, **small))
+    is_equal = [
+        torch.equal(a, b) for one, two in zip(whole, uniform, strict=True) for a, b in zip(one[1], two[1], strict=True)
+    ]
+    assert len(is_equal) == 24
+    assert 4 < sum(is_equal) < 20
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_crops_around_foreground_are_refused_in_tasks_without_masks(
+    task: str, finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path
+) -> None:
+    said = f"views.foreground_share: expected 0 for task '{task}', which uses no masks, got 0.33"
+    with pytest.raises(UsageError, match=said):
+        resolve_finetune_config(task, "mri", None, None, ["views.foreground_share=0.33"])
+    config = change_views(finetune_config, foreground_share=0.33)
+    config = config.model_copy(update={"task": task, "head": {"name": task}, "decoder": None})
+    with pytest.raises(UsageError, match=said):
+        finetune(config, cohort_index, tmp_path / "run", store=tmp_path / "store")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "preset", "share", "said"),
+    [
+        (
+            "pretrain",
+            "mri",
+            "0.33",
+            r"views\.foreground_share: expected 0 in pretraining, which uses no masks, got 0\.33",
+        ),
+        ("finetune", "mri-segmentation", "1.01", r"views\.foreground_share: expected a number of at most 1, got 1\.01"),
+        (
+            "finetune",
+            "mri-segmentation",
+            "-0.1",
+            r"views\.foreground_share: expected a number of at least 0, got -0\.1",
+        ),
+        ("finetune", "mri-segmentation", "true", r"views\.foreground_share: expected a number, got true or false"),
+        ("finetune", "mri-segmentation", ".nan", r"foreground_share: expected a finite number"),
+    ],
+)
+def test_an_invalid_share_of_crops_around_foreground_is_refused(
+    command: Any, preset: str, share: str, said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        resolve_run_config(
+            command, apply_overrides(read_config(command, preset), [f"views.foreground_share={share}"]), None, where="x"
+        )
 
 
 @pytest.mark.parametrize("changes", [{"labelled": 2}, {"seed": 1}, {"split_seed": 1}])
