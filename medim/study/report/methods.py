@@ -166,7 +166,7 @@ def _describe_training(config: Mapping[str, Any]) -> dict[str, str | None]:
         f"{pluralise(config['batch_size'], 'image')}, {config['optimiser']}, "
         f"peak rate {config['lr']:g} before selection, {config['schedule']}{drops}, "
         f"warm-up {config['warmup_steps']} steps, weight decay "
-        f"{config['weight_decay']:g}{_describe_pretrained(config)}",
+        f"{config['weight_decay']:g}{_describe_pretrained(config)}{_describe_loss(config)}",
     }
 
 
@@ -177,6 +177,21 @@ def _describe_pretrained(config: Mapping[str, Any]) -> str:
     return slower + (
         ", the head of every arm initialised by a linear probe" if config.get("head_init") == "probe" else ""
     )
+
+
+def _describe_loss(config: Mapping[str, Any]) -> str:
+    """Describe the options of the loss and of the batches that differ from the default."""
+    head = config["head"]
+    weights, gamma = head.get("class_weights"), head.get("focal_gamma")
+    parts = [
+        "Dice of each image" if head.get("dice") == "image" else "",
+        f"focal loss with gamma {gamma:g}" if gamma else "",
+        f"class weights {'from the labelled images' if weights == 'balanced' else format_value(weights)}"
+        if weights
+        else "",
+        "equally many images of each class in a batch" if config.get("balanced_batches") else "",
+    ]
+    return "".join(f", {part}" for part in parts if part)
 
 
 def _format_step(step: Step) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from medim.cli import app
@@ -326,11 +327,19 @@ def test_the_methods_hold_the_numbers_and_what_is_unknown_is_not_reported(html: 
     text = banner(html, "methods")[2]
     assert "Of 95 files or series, 2 were rejected" in text
     assert "40 steps of 2 images, adamw, peak rate 0.001" in text
+    assert "class weights" not in text
     assert "5, 20, 80 images of whole subjects, nested, 2 draws each" in text
     assert "24 runs were evaluated" in text
     assert "medim study --encoder dim=runs/a,runs/b" in html
     assert "f" * 64 in html
     folder = study_of(0.1)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    head = {**config["head"], "dice": "image", "class_weights": "balanced", "focal_gamma": 2.0}
+    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "head": head, "balanced_batches": True}))
+    assert (
+        "Dice of each image, focal loss with gamma 2, class weights from the labelled images, equally many images of "
+        "each class in a batch"
+    ) in banner(write_study_page(folder).read_text(), "methods")[2]
     (folder / "config.yaml").unlink()
     text = banner(write_study_page(folder).read_text(), "methods")[2]
     assert "Every arm uses the same network (not reported)" in text
