@@ -372,7 +372,7 @@ def _build_finetune_summary(
 def _describe_class_weights(run: _FinetuneRun) -> dict[str, float] | None:
     """Weights of the classes in the loss, by name; None if there are none."""
     weights = (run.spec.head or {}).get("class_weights")
-    if weights is None:
+    if not isinstance(weights, list | tuple):
         return None
     return dict(zip(task_of_config(run.config).output_names(run.spec.classes), weights, strict=True))
 
