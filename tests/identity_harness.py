@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import gzip
 import io
 import os
@@ -211,6 +212,7 @@ def run_commands(commands: Sequence[Command], out: Path) -> list[Outcome]:
         text = result.output + "".join(map(str, [result.exception] if result.exception else []))
         outcome = Outcome(command=command, exit_code=result.exit_code, text=text)
         outcome.hits |= {f"output: {trace}" for trace in find_traces(text.encode())}
+        gc.collect()  # closes databases, whose files beside them vanish then
         for path in sorted(path for path in out.rglob("*") if path.is_file()):
             state = path.stat().st_size, path.stat().st_mtime_ns
             if states.get(path) != state:
@@ -237,7 +239,7 @@ def list_volume_commands(place: Path, tree: Path, run: Path) -> list[Command]:
         ["probe", "run", "--data", data, *tables, "--seeds", "1", "--out", "probed"],
         ["study", "--task", "classification", "--encoder", "dim=run", "--data", data, *tables, *small, "--labelled",
          "4", "--seeds", "1", "--lr-multipliers", "fixed", "--groups", str(place / "groups.csv"), "--out", "study"],
-        ["export", "model", "--out", "package"],
+        ["export", "model", "--out", "package", "--register", "classifier"],
         ["predict", "package", data, "--out", "predicted"],
         ["embed", "run", data, "--out", "features.npz", "--mi-map-dir", "maps"],
         ["embed", "run", data, "--out", "features.csv"],

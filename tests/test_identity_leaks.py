@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mlflow.tracking import MlflowClient
 from pydicom.datadict import DicomDictionary
 from typer.testing import CliRunner
 
@@ -46,6 +47,14 @@ def planted(subject: int) -> dict[str, str]:
         elif vr in UNIQUE:
             values[keyword] = f"{ROOT}.{subject}.{tag}"
     return values
+
+
+def list_tracked_commands(folder: Path) -> set[str]:
+    """The commands with finished runs in the MLflow database of a folder."""
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    experiments = {e.experiment_id: e.name for e in client.search_experiments() if e.name.startswith("medim-")}
+    runs = client.search_runs(list(experiments), "attributes.status = 'FINISHED'")
+    return {experiments[run.info.experiment_id].removeprefix("medim-") for run in runs}
 
 
 @pytest.fixture
@@ -107,7 +116,7 @@ def test_nothing_that_medim_writes_or_says_tells_who_when_or_where(
             "model",
         ],
         ["evaluate", "model", *data, "--split", "all", "--out", "measured"],
-        ["export", "model", "--out", "package"],
+        ["export", "model", "--out", "package", "--register", "classifier"],
         ["export", "run", "--out", "encoder-package"],
         ["predict", "package", series, "--out", "predicted"],
         ["embed", "encoder-package", series, "--out", "features.csv"],
@@ -119,6 +128,7 @@ def test_nothing_that_medim_writes_or_says_tells_who_when_or_where(
         done = CliRunner().invoke(app, line)
         assert done.exit_code == 0, f"{line}: {done.output}"
         told += done.output
+    assert list_tracked_commands(out) == {"pretrain", "finetune", "evaluate", "export", "predict"}
     files = [path for path in out.rglob("*") if path.is_file()]
     assert len(files) > 60
     found = {
@@ -141,3 +151,6 @@ def test_no_byte_of_any_output_names_a_person_of_a_tree_that_is_named_after_its_
     for outcome in run_trees(tmp_path, build_configs(), [tree])[tree]:
         assert bool(outcome.exit_code) == outcome.command.fails, f"{outcome.command.words}: {outcome.text}"
         assert outcome.hits == set(), outcome.command.words
+    if tree == "NIfTI":  # all commands
+        commands = {"pretrain", "finetune", "evaluate", "probe", "study", "export", "predict"}
+        assert list_tracked_commands(tmp_path / "out0") == commands

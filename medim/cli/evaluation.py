@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +27,7 @@ from medim.cli.options import (
     SubjectsOption,
 )
 from medim.cli.terminal import format_averages, format_intervals, format_or_dash, print_result, show_progress
-from medim.cli.tracking import track_evaluation, track_probe
+from medim.cli.tracking import start_tracking, track_evaluation, track_probe
 from medim.tasks import STUDY_TASKS
 from medim.types import UsageError
 
@@ -76,7 +75,7 @@ def evaluate(arguments: EvaluateArguments) -> None:
     from medim.integrity import require_signature
     from medim.models.serialization import locate_weights
 
-    start = time.time()
+    start = start_tracking()
     require_signature(arguments.model, arguments.public_key)
     spec = locate_weights(arguments.model)[1]
     image_index, _ = open_source(
@@ -167,7 +166,7 @@ def probe(arguments: ProbeArguments) -> None:
     from medim.integrity import require_signature
     from medim.models.serialization import locate_weights
 
-    start = time.time()
+    start = start_tracking()
     require_signature(arguments.encoder, arguments.public_key)
     spec = locate_weights(arguments.encoder)[1]
     budgets = [Budget(fraction=f) for f in arguments.label_fraction or ([] if arguments.labelled else [1.0])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +17,7 @@ from medim.cli.options import (
     ResumeOption,
 )
 from medim.cli.terminal import print_result, show_progress
-from medim.cli.tracking import track_export, track_prediction
+from medim.cli.tracking import start_tracking, track_export, track_prediction
 from medim.types import UsageError, UserError
 
 
@@ -73,7 +72,7 @@ def export(arguments: ExportArguments) -> None:
     from medim.export.export import export as run_export
     from medim.package.model_card import CARD_FILE, parse_model_card
 
-    start = time.time()
+    start = start_tracking()
     options = ExportOptions(
         name=arguments.name,
         version=arguments.version,
@@ -132,7 +131,7 @@ def predict(arguments: PredictArguments) -> None:
     from medim.predict.images import ImageSource
     from medim.predict.predict import predict as run
 
-    start, package = time.time(), load_package(arguments.package, public_key=arguments.public_key)
+    start, package = start_tracking(), load_package(arguments.package, public_key=arguments.public_key)
     rows = run(
         package,
         ImageSource(arguments.inputs, arguments.keep_names),

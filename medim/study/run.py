@@ -27,15 +27,19 @@ from medim.study.cell import StudyContext, remove_leftovers
 from medim.study.content import StudyFacts, StudySummary
 from medim.study.design import Arm
 from medim.study.prepare import DESIGN, StudyOptions, prepare_study
+from medim.study.report.curves import build_curves_section
 from medim.study.report.report import write_report_data, write_study_page
+from medim.study.report.view import open_study
 from medim.study.results_table import write_results
 from medim.study.scheduler import Scheduler, format_remaining_time
 from medim.study.summary import write_summary
 from medim.study.time_estimate import DurationEstimator
 from medim.study.worker_pool import run_all
 from medim.tracking.lineage import Source, make_source
+from medim.tracking.target import is_tracking_enabled
 from medim.tracking.tracker import Tracker
 from medim.tracking.tracking import log_results, name_run, track_study
+from medim.training.run_folder import log_failure
 from medim.types import UserError
 
 log = logging.getLogger(__name__)
@@ -122,7 +126,8 @@ def _run_study(
         write_audit(out, audit_study(context, setup.groups))
         write_report_data(context)
         write_study_page(out, title=name)
-        _log_study(tracker, summary, scheduler, out)
+        with log_failure("records of the results for MLflow", "The study folder contains all results."):
+            _log_study(tracker, summary, scheduler, out)
         _raise_if_incomplete(scheduler, out)
     return summary
 
@@ -156,7 +161,11 @@ def _log_study(tracker: Tracker, summary: StudySummary, scheduler: Scheduler, ou
         rows.append(
             {"arm": row["arm"], "budget": row["budget"], **values, "p": row["p_corrected"], "verdict": row["verdict"]}
         )
-    tracker.log_table("comparisons", rows)
+    if rows:
+        tracker.log_table("comparisons", rows)
+    if is_tracking_enabled():
+        for number, figure in enumerate(build_curves_section(open_study(out)).figures, start=1):
+            tracker.log_text(f"figures/curve-{number}.svg", str(figure.svg))
     log_results(tracker, metrics, [out / "summary.json", out / DESIGN])
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from medim.tracking.lineage import link_sources, log_weights, set_tags
@@ -33,8 +33,8 @@ def send(outbox: Outbox, records: Sequence[OutboxRecord]) -> None:
 
     Args:
         outbox: outbox of the records.
-        records: records whose first key is the kind: `run`, `params`, `metrics`, `tags`, `table`, `artifact`,
-            `dataset`, `sources`, `weights`, `model`, `package` or `end`.
+        records: records whose first key is the kind: `run`, `params`, `metrics`, `tags`, `table`, `text`,
+            `artifact`, `dataset`, `sources`, `weights`, `model`, `package` or `end`.
 
     Raises:
         Exception: of any kind, if the server did not accept the records. A record that the server rejects permanently
@@ -96,9 +96,12 @@ def _send_record(client: MlflowClient, outbox: Outbox, record: OutboxRecord) -> 
     elif "tags" in record:
         set_tags(client, run_id, record["tags"])
     elif "table" in record:
-        _log_table(client, run_id, record["table"], record["content"])
+        _log_table(client, run_id, _check_artifact_name(record["table"]), record["content"])
+    elif "text" in record:
+        client.log_text(run_id, record["content"], _check_artifact_name(record["text"]))
     elif "artifact" in record:
-        client.log_artifact(run_id, str(_locate_artifact(outbox.out, record["artifact"])), record["to"] or None)
+        target = _check_artifact_name(record["to"])
+        client.log_artifact(run_id, str(_locate_artifact(outbox.out, record["artifact"])), target or None)
     elif "metrics" in record:
         _log_model_metrics(client, run_id, record)
     elif "dataset" in record:
@@ -157,6 +160,18 @@ def _select_new_parameters(client: MlflowClient, run: str, parameters: Mapping[s
     if changed:
         log.warning("tracking: MLflow keeps the earlier values of the parameters %s", ", ".join(changed))
     return [Param(name, value) for name, value in parameters.items() if name not in logged]
+
+
+def _check_artifact_name(name: str) -> str:
+    """Return a name relative to the artifacts of a run.
+
+    Raises:
+        FileNotFoundError: it leaves them. MLflow rejects such a name, too, but with the code of an internal error, so
+            it would be sent for ever.
+    """
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise FileNotFoundError(f"{name[:80]!r} is no name of an artifact")
+    return name
 
 
 def _locate_artifact(out: Path, name: str) -> Path:

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +45,7 @@ class TrackedResult:
         model_metrics: numbers that are also those of the model that was measured.
         index_hash: hash of the images that were measured.
         tables: rows by name of the table.
+        texts: texts that are stored as artifacts, such as figures in SVG, by name.
         files: files of the folder that are stored as artifacts.
         sources: weights and packages that the command used.
         package_sha256: digest of the package that the command wrote.
@@ -60,27 +61,30 @@ class TrackedResult:
     model_metrics: Mapping[str, float] = field(default_factory=dict)
     index_hash: str | None = None
     tables: Mapping[str, Sequence[Mapping[str, object]]] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
     files: Sequence[str] = ()
     sources: Sequence[Source] = ()
     package_sha256: str | None = None
     version: PackageVersion | None = None
 
 
-def track_result(result: TrackedResult) -> None:
-    """Send the run of a finished command; an error of any kind is logged, and unsent records are kept."""
+def track_result(command: str, build_result: Callable[[], TrackedResult]) -> None:
+    """Send the run of a finished command; an error of any kind is logged, and unsent records are kept.
+
+    Args:
+        command: name of the command.
+        build_result: function that collects the content of the run; it is not called if tracking is off.
+    """
     if not is_tracking_enabled():
         return
     if not importlib.util.find_spec("mlflow"):
         log.warning("tracking: mlflow is not installed, so this command is not tracked. pip install mlflow")
         return
-    is_package = result.package_sha256 is not None
-    folder = locate_package_records(result.folder) if is_package else result.folder
     try:
-        n_unsent = _write_and_send(result, folder, is_package=is_package)
+        result = build_result()
+        n_unsent = _write_and_send(result)
     except Exception as error:  # such as a full disk
-        log.warning(
-            "tracking: %s is not tracked (%s). The result is complete", result.command, format_server_error(error)
-        )
+        log.warning("tracking: %s is not tracked (%s). The result is complete", command, format_server_error(error))
         log.debug("traceback", exc_info=True)
         return
     if n_unsent:
@@ -90,8 +94,10 @@ def track_result(result: TrackedResult) -> None:
         )
 
 
-def _write_and_send(result: TrackedResult, folder: Path, *, is_package: bool) -> int:
+def _write_and_send(result: TrackedResult) -> int:
     """Write the records of a result to its outbox, send them, and return the number of unsent ones."""
+    is_package = result.package_sha256 is not None
+    folder = locate_package_records(result.folder) if is_package else result.folder
     if is_package:
         shutil.rmtree(folder, ignore_errors=True)  # records of an earlier package
         folder.mkdir()
@@ -123,6 +129,8 @@ def _write_records(tracker: Tracker, result: TrackedResult) -> None:
     tracker.log_metrics({**result.metrics, "seconds": time.time() - result.start})
     for name, rows in result.tables.items():
         tracker.log_table(name, rows)
+    for name, text in result.texts.items():
+        tracker.log_text(name, text)
     for name in result.files:
         tracker.add({"artifact": name, "to": name.rpartition("/")[0]})
     if result.version:

@@ -75,6 +75,10 @@ class Tracker:
             target = file.parent.name if file.parent.name == "figures" else ""
             self.add({"artifact": f"{target}/{file.name}".lstrip("/"), "to": target})
 
+    def log_text(self, name: str, content: str) -> None:
+        """Log a text, such as a drawing in SVG, as an artifact."""
+        self.add({"text": name, "content": content})
+
     def log_sources(self, sources: Sequence[Source]) -> None:
         """Link the runs that made the weights of this run; the server looks them up when the record arrives."""
         if sources:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from medim.output_folder import INTERNAL_NAMES, MARKER
+from medim.tracking.outbox import RECORDS, STATE
 
 Content = dict[str, Any]  # file and key: value, or file: digest
 # Records of stops, and measurements of the machine, whose number depends on the duration.
@@ -26,13 +27,15 @@ RESUME_RECORDS = re.compile(
 def read_content(folder: Path, outputs: Sequence[str]) -> Content:
     """Read all files of a result by name: the values of JSON objects by key, the digests of other files.
 
-    Files of the exchange of results (`.medim-new` and others) are left out.
+    Files of the exchange of results (`.medim-new` and others) are left out, and the records for MLflow that a kill
+    after the end of a result leaves beside it.
     """
     content: Content = {}
     for output in outputs:
         for path in sorted(_list_files(folder / output)):
             name = path.relative_to(folder).as_posix()
-            if path.name != MARKER and not INTERNAL_NAMES & set(path.relative_to(folder).parts):
+            is_record = path.name in {RECORDS, STATE} and not path.with_name("config.yaml").is_file()
+            if not is_record and path.name != MARKER and not INTERNAL_NAMES & set(path.relative_to(folder).parts):
                 content |= _read_file(name, path)
     return content
 

@@ -273,8 +273,13 @@ def test_each_cell_is_a_child_of_the_study_in_mlflow(small: Study, tmp_path: Pat
     parent = read_json(tmp_path / "study" / STATE)["run"]
     runs = client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
     assert len(runs) == 2
-    assert client.get_run(parent).info.status == "FINISHED"
+    study = client.get_run(parent)
+    assert study.info.status == "FINISHED"
     assert all("val/auroc" in found.data.metrics for found in runs)
+    assert len({found.info.run_name for found in runs}) == 2
+    values = [study.data.metrics[f"dim/4/difference{end}"] for end in ("_low", "", "_high")]
+    assert values == sorted(values)
+    assert {"comparisons.json", "figures"} <= {file.path for file in client.list_artifacts(parent)}
 
 
 def test_a_study_goes_on_while_its_tracking_server_is_away_and_sends_later(

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.evaluation.conftest import segmenter
 from tests.tracking.server import Server
 from tests.training.conftest import cohort_index, finetune_config, pretrain_config, volumes
 
-__all__ = ["cohort_index", "finetune_config", "pretrain_config", "volumes"]
+__all__ = ["cohort_index", "finetune_config", "pretrain_config", "segmenter", "volumes"]
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from medim.cli import app
 from medim.config import FinetuneConfig, PretrainConfig, dump_config
+from medim.data.index.index import Index
 from medim.package.package import verify_package
 from tests.tracking.server import Server
 
@@ -75,6 +76,11 @@ def test_the_main_job_links_a_registered_package_to_its_evaluation_model_and_enc
     )
     _check_links(encoder, model, evaluation, package, prediction)
     _check_results(client, model, evaluation, package, prediction)
+    records = Index.read(Path("index")).records
+    names = {name for record in records for name in (record.image, record.subject) if len(name) > 3}
+    assert len(names) > 10
+    for run in (encoder, model, evaluation, package, prediction):
+        _check_no_names(client, run, names)
     version = client.get_model_version_by_alias("ball segmenter", "candidate")
     assert version.run_id == package.info.run_id
     assert version.tags["medim.package_sha256"] == package.data.tags["medim.package.sha256"]
@@ -90,6 +96,15 @@ def test_the_main_job_links_a_registered_package_to_its_evaluation_model_and_enc
     stored = [path.suffix for path in (tmp_path / "artifacts").rglob("*") if path.is_file()]
     assert len(stored) > 20
     assert not PICKLES & set(stored)
+
+
+def _check_no_names(client: MlflowClient, run: Run, names: set[str]) -> None:
+    """Check that no parameter, tag or artifact contains the key of an image or subject, or a path of this machine."""
+    texts = [*run.data.params.values(), *run.data.tags.values(), *run.data.metrics, run.info.run_name]
+    for file in list_files(client, run):
+        texts.append(Path(client.download_artifacts(run.info.run_id, file)).read_bytes().decode(errors="replace"))
+    for word in (*names, str(Path.cwd()), str(Path.home())):
+        assert [text[:200] for text in texts if word in text] == [], word
 
 
 def _check_links(encoder: Run, model: Run, evaluation: Run, package: Run, prediction: Run) -> None:
@@ -130,7 +145,9 @@ def _check_results(client: MlflowClient, model: Run, evaluation: Run, package: R
     assert measured["dice"] == value
     (dataset,) = evaluation.inputs.dataset_inputs
     assert evaluation.data.params["index_hash"].startswith(dataset.dataset.digest)
-    assert list_files(client, evaluation) == {"metrics.json", "metrics_table.json", "summary.json"}
+    assert list_files(client, evaluation) == {
+        *("metrics.json", "summary.json", "metrics_table.json", "figures/metrics.svg")
+    }
     assert {"medim.json", "MODEL_CARD.md", "package/medim.json", "package/models/model.onnx"} <= list_files(
         client, package
     )

@@ -5,7 +5,9 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow.entities import Run
@@ -13,14 +15,19 @@ from mlflow.tracking import MlflowClient
 from typer.testing import CliRunner
 
 from medim.cli import app
+from medim.cli.tracking import track_probe
+from medim.data.index.index import build_index
+from medim.output_folder import STAGING
 from medim.tracking.lineage import make_source
 from medim.tracking.outbox import RECORDS, STATE
 from medim.tracking.registry import check_registry
 from medim.tracking.results import TrackedResult, track_result
 from medim.tracking.target import SWITCH, tracking_uri
 from medim.tracking.tracker import Tracker, clean_name
-from medim.tracking.tracking import sync_pending, track_run
+from medim.tracking.tracking import name_run, sync_pending, track_run
 from medim.types import UsageError, UserError
+from tests.evaluation.conftest import make_masks, make_run
+from tests.specs import make_spec
 
 ENCODER, MODEL = "a" * 64, "b" * 64
 
@@ -37,6 +44,11 @@ def find_runs(command: str, name: str) -> list[Run]:
     ]
 
 
+def track(result: TrackedResult) -> None:
+    """Track a result."""
+    track_result(result.command, lambda: result)
+
+
 def make_result(folder: Path, **changes: object) -> TrackedResult:
     """A result of `evaluate` in a folder."""
     folder.mkdir(exist_ok=True)
@@ -50,20 +62,21 @@ def make_result(folder: Path, **changes: object) -> TrackedResult:
         "metrics": {"n": 4},
         "model_metrics": {"dice_T1+C": 0.5, "dice_T1(C": 0.6},
         "tables": {"metrics_table": [{"metric": "dice", "value": 0.5}]},
+        "texts": {"figures/metrics.svg": "<svg/>"},
         "files": ["metrics.json"],
     }
     return TrackedResult(**(content | changes))  # type: ignore[arg-type]
 
 
 def test_a_result_is_one_finished_run_and_leaves_no_file(tmp_path: Path) -> None:
-    track_result(make_result(tmp_path / "result-a"))
+    track(make_result(tmp_path / "result-a"))
     (run,) = find_runs("evaluate", "result-a")
     assert (run.info.status, run.info.start_time) == ("FINISHED", 10**12)
     assert (run.data.params["split"], run.data.params["versions/medim"]) == ("val", "1")
     assert run.data.metrics["n"] == 4
     assert sorted(v for name, v in run.data.metrics.items() if name.startswith("dice_T1_C-")) == [0.5, 0.6]
     artifacts = {file.path for file in MlflowClient(tracking_uri()).list_artifacts(run.info.run_id)}
-    assert artifacts == {"metrics.json", "metrics_table.json"}
+    assert artifacts == {"metrics.json", "metrics_table.json", "figures"}
     assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "metrics_table.json", "type": "table"}]
     assert [path.name for path in (tmp_path / "result-a").iterdir()] == ["metrics.json"]
 
@@ -74,7 +87,7 @@ def test_records_of_a_result_wait_while_the_server_is_away(
     out = tmp_path / "result-b"
     with monkeypatch.context() as away:
         away.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")  # nobody listens
-        track_result(make_result(out))
+        track(make_result(out))
     assert "medim sync" in caplog.text
     assert "secret" not in caplog.text
     assert (out / RECORDS).is_file()
@@ -86,7 +99,7 @@ def test_records_of_a_package_wait_beside_it(tmp_path: Path, monkeypatch: pytest
     out = tmp_path / "result-c"
     with monkeypatch.context() as away:
         away.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-        track_result(make_result(out, command="export", package_sha256="c" * 64))
+        track(make_result(out, command="export", package_sha256="c" * 64))
     assert [path.name for path in out.iterdir()] == ["metrics.json"]
     assert (tmp_path / ".result-c.medim-mlflow" / RECORDS).is_file()
     sync_pending(out)
@@ -98,19 +111,18 @@ def test_records_of_a_package_wait_beside_it(tmp_path: Path, monkeypatch: pytest
 def test_an_error_of_tracking_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     result = make_result(tmp_path / "result-d")
     (tmp_path / "result-d" / RECORDS).mkdir()  # cannot be opened for writing
-    track_result(result)
+    track(result)
     assert "evaluate is not tracked" in caplog.text
     assert (tmp_path / "result-d" / "metrics.json").is_file()
 
 
-def test_nothing_is_tracked_or_imported_while_tracking_is_off(tmp_path: Path) -> None:
+def test_nothing_is_tracked_or_imported_while_tracking_is_off_or_predict_has_no_target(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from tests.tracking.untracked import track_everything; "
-        "track_everything(Path(sys.argv[1])); print('mlflow' in sys.modules)"
+        "import sys; from pathlib import Path; from tests.tracking.untracked import run_untracked; "
+        "run_untracked(Path(sys.argv[1])); print('mlflow' in sys.modules)"
     )
-    environment = {**os.environ, SWITCH: "off"}
     command = [sys.executable, "-c", code, str(tmp_path)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    process = subprocess.run(command, env={**os.environ, SWITCH: "off"}, capture_output=True, text=True, check=False)
     assert process.stdout == "False\n", process.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["result-e"]
     assert [path.name for path in (tmp_path / "result-e").iterdir()] == ["metrics.json"]
@@ -119,7 +131,7 @@ def test_nothing_is_tracked_or_imported_while_tracking_is_off(tmp_path: Path) ->
 def test_another_value_of_the_switch_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(SWITCH, "of")
     with pytest.raises(UsageError, match=f"{SWITCH}=of: expected on or off"):
-        track_result(make_result(tmp_path / "result-f"))
+        track(make_result(tmp_path / "result-f"))
 
 
 def test_the_source_of_a_run_is_found_by_id_or_digest_and_linked(tmp_path: Path) -> None:
@@ -136,9 +148,9 @@ def test_the_source_of_a_run_is_found_by_id_or_digest_and_linked(tmp_path: Path)
     add_run("pretrain", "encoder-1", "encoder", ENCODER)
     exact = add_run("finetune", "model-1", "model", MODEL, ENCODER)
     add_run("finetune", "model-2", "model", MODEL, "d" * 64)  # the same weights again, later
-    track_result(make_result(tmp_path / "result-g", sources=[make_source("model", MODEL, exact)]))
-    track_result(make_result(tmp_path / "result-h", sources=[make_source("model", MODEL)]))
-    track_result(make_result(tmp_path / "result-i", sources=[make_source("model", "e" * 64, exact)]))
+    track(make_result(tmp_path / "result-g", sources=[make_source("model", MODEL, exact)]))
+    track(make_result(tmp_path / "result-h", sources=[make_source("model", MODEL)]))
+    track(make_result(tmp_path / "result-i", sources=[make_source("model", "e" * 64, exact)]))
     (by_id,), (by_digest,), (absent,) = (find_runs("evaluate", f"result-{letter}") for letter in "ghi")
     ((encoder,), (model,), (later,)) = (
         find_runs(*key) for key in (("pretrain", "encoder-1"), ("finetune", "model-1"), ("finetune", "model-2"))
@@ -224,3 +236,106 @@ def test_a_training_without_tracking_writes_no_records(
         tracker.log_metrics({"loss": 1.0}, 1)
         assert tracker.run_id == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_light_installation_without_mlflow_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    track(make_result(tmp_path / "result-j"))
+    assert "mlflow is not installed" in caplog.text
+    assert [path.name for path in (tmp_path / "result-j").iterdir()] == ["metrics.json"]
+
+
+def test_an_error_while_a_run_is_collected_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> TrackedResult:
+        raise KeyError("planted")
+
+    track_result("evaluate", fail)
+    assert "evaluate is not tracked ('planted'). The result is complete" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("segmenter", "segmenter"), ("run-2", "run-2"), ("Doe_John", "other"), ("19430217", "other")],
+)
+def test_a_run_is_not_named_after_a_folder_that_may_name_a_person(name: str, expected: str, tmp_path: Path) -> None:
+    assert name_run(tmp_path / name, "other") == expected
+    assert name_run(tmp_path / name / STAGING, "other") == expected
+
+
+def test_a_probe_logs_the_metrics_of_each_budget(segmenter: dict[str, Any], tmp_path: Path) -> None:
+    spec = replace(make_spec(segmenter), kind="encoder", sha256=ENCODER)
+    spread = {"mean": 0.8, "sd": None, "ci_low": 0.7, "ci_high": 0.9}
+    row = {"features": "encoder", "budget": "10%", "subsets": 1, "auroc": spread}
+    content = {
+        "protocol": "linear",
+        "levels": [0],
+        "encoder_sha256": ENCODER,
+        "index_hash": "1" * 64,
+        "split_seed": 0,
+        "classes": ["a", "b"],
+        "split": "val",
+        "n": 4,
+        "subjects": 4,
+        "rejected": 0,
+        "rows": [{"seed": 0}],
+        "summary": [row],
+    }
+    out = tmp_path / "probe"
+    out.mkdir()
+    (out / "probe.json").write_text("{}")
+    track_probe(tmp_path / "encoder", spec, out, content, 1e9)
+    client = MlflowClient(tracking_uri())
+    experiment = client.get_experiment_by_name("medim-probe")
+    assert experiment is not None
+    (run, *_) = client.search_runs([experiment.experiment_id])
+    measured = {name: value for name, value in run.data.metrics.items() if "/" in name}
+    prefix = "encoder/10 percent/auroc"
+    assert measured == {prefix: 0.8, f"{prefix}_low": 0.7, f"{prefix}_high": 0.9}
+    assert run.data.tags["medim.encoder.sha256"] == ENCODER
+
+
+def test_evaluate_is_not_failed_by_a_server_that_is_away(
+    segmenter: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_index(make_masks(tmp_path / "source"), "mri").write(tmp_path / "index")
+    run = make_run(tmp_path / "run", {**segmenter, "provenance": {"parent": ENCODER, "seed": 0}})
+    words = ["evaluate", str(run), "--data", str(tmp_path / "index"), "--out", str(tmp_path / "result-k")]
+    with monkeypatch.context() as away:
+        away.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens
+        result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert {"metrics.json", "summary.json", RECORDS} <= {path.name for path in (tmp_path / "result-k").iterdir()}
+    replaced = CliRunner().invoke(app, [*words, "--overwrite"])
+    assert replaced.exit_code == 0, replaced.output
+    assert not (tmp_path / "result-k" / RECORDS).exists()
+    (tracked,) = find_runs("evaluate", "result-k")
+    assert {"dice", "dice_low", "dice_high", "n"} <= tracked.data.metrics.keys()
+    assert tracked.data.tags["medim.encoder.sha256"] == ENCODER
+
+
+def test_records_from_elsewhere_register_no_folder_that_is_no_package(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "result-l"
+    out.mkdir()
+    (tmp_path / "id_rsa").write_text("secret")
+    (out / "id_rsa").symlink_to(tmp_path / "id_rsa")
+    (out / "SHA256SUMS").write_text(f"{'0' * 64}  id_rsa\n")
+    records: list[dict[str, Any]] = [
+        {"run": {"experiment": "medim-export", "name": out.name, "tags": {}}},
+        {"package": {"name": "stolen", "tags": {}}},
+        {"text": "../../id_rsa", "content": "x"},
+        {"end": "FINISHED"},
+    ]
+    (out / RECORDS).write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert sync_pending(out) == 4
+    (run,) = find_runs("export", out.name)
+    client = MlflowClient(tracking_uri())
+    assert run.info.status == "FINISHED"
+    assert client.list_artifacts(run.info.run_id) == []
+    assert client.search_registered_models("name = 'stolen'") == []
+    assert "package was rejected" in caplog.text
+    assert "text was rejected" in caplog.text

@@ -65,10 +65,13 @@ def test_a_server_that_listens_is_accepted(monkeypatch: pytest.MonkeyPatch) -> N
         check_target()
 
 
-def test_runs_that_start_at_once_in_a_new_folder_find_one_whole_database(
+def test_runs_that_start_at_once_after_one_was_killed_find_one_whole_database(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (tmp_path / ".mlflow.db.new").mkdir()
+    (tmp_path / ".mlflow.db.new" / "mlflow.db").write_bytes(b"a part")
+    (tmp_path / ".mlflow.db.lock").touch()
     started = multiprocessing.get_context("fork")
     runs = [started.Process(target=check_target) for _ in range(2)]
     for run in runs:
@@ -95,21 +98,7 @@ def test_a_database_that_cannot_be_created_is_one_sentence_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_files_of_a_run_that_was_killed_while_it_created_the_database_are_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    (tmp_path / ".mlflow.db.new").mkdir()
-    (tmp_path / ".mlflow.db.new" / "mlflow.db").write_bytes(b"a part")
-    (tmp_path / ".mlflow.db.lock").touch()
-    check_target()
-    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
-
-
-def test_mlflow_logs_through_the_handlers_of_the_program(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+def test_mlflow_logs_through_the_handlers_of_the_program(caplog: pytest.LogCaptureFixture) -> None:
     check_target()
     logging.getLogger("mlflow.store").error("the disk is full")
     assert "the disk is full" in caplog.text
