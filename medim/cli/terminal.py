@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 import math
+import re
 import sys
 import time
 import unicodedata
@@ -35,6 +36,9 @@ _REMEDIES = {  # whether the command has --resume: advice after a signal
     False: "the same command starts again",
 }
 _CONTROL_FLOW = (typer.Exit, typer.Abort, typer.BadParameter)  # handled by typer
+_MEMORY_MESSAGE = re.compile(  # of torch, CUDA, C++ and threads
+    r"can't allocate memory|out of memory|not enough memory|bad_alloc|[Cc]annot allocate|can't start new thread"
+)
 _CONTROL_CATEGORIES = {"Cc", "Cf", "Zl", "Zp"}  # control and format characters, line and paragraph separators
 
 
@@ -172,7 +176,7 @@ def _format_error(error: BaseException) -> str:
         return f"this command needs {error.name}, which is not installed. Run: {install_command('train')}"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted. Files written so far are complete. Run the command again (with --resume, if it has that)."
-    if isinstance(error, MemoryError):
+    if _is_memory_error(error):
         return "not enough memory. Use smaller batches or images, or a machine with more memory."
     if isinstance(error, OSError):
         return describe_os_error(error)
@@ -181,6 +185,15 @@ def _format_error(error: BaseException) -> str:
     return (  # without the message, which may contain names of files or patients
         f"unexpected error ({type(error).__name__}). Run the command again with --debug to see where, and report it."
     )
+
+
+def _is_memory_error(error: BaseException) -> bool:
+    """Whether an error, or the error that caused it, is one of memory: torch raises RuntimeError for it."""
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _MEMORY_MESSAGE.search(str(error))):
+        return True
+    cause = error.__cause__ or error.__context__
+    is_own_message = isinstance(error, UserError | ImportError | OSError)
+    return cause is not None and not is_own_message and _is_memory_error(cause)
 
 
 def escape_control_characters(text: str) -> str:

@@ -52,8 +52,25 @@ def test_an_unexpected_error_is_one_sentence_without_its_message(error: Exceptio
     assert "Doe" not in result.output  # type: ignore[attr-defined]
 
 
-def test_too_little_memory_is_reported_as_such() -> None:
-    result = run(MemoryError())
+def wrap_error(cause: Exception) -> Exception:
+    error = ValueError("x")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("can't start new thread"),
+        wrap_error(RuntimeError("std::bad_alloc")),
+    ],
+)
+def test_too_little_memory_is_reported_as_such(error: Exception) -> None:
+    result = run(error)
     assert result.exit_code == 1  # type: ignore[attr-defined]
     assert "not enough memory" in result.output  # type: ignore[attr-defined]
 

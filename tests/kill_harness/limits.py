@@ -83,7 +83,7 @@ class LimitTrials:
     def _draw_limit(self, place: str, folder: Path, rng: random.Random) -> tuple[dict[str, int], dict[str, str], str]:
         """Draw limits and environment variables; returns them and their description."""
         if place == "file size":
-            size = 4096 + int(rng.random() ** 2 * self._largest)  # the output of the command fits
+            size = 16384 + int(rng.random() ** 2 * self._largest)  # the output of the command fits
             return {"RLIMIT_FSIZE": size}, {}, f"{size} bytes"
         if place == "file handles":
             handles = rng.randrange(3, 15)  # with fewer, the command line itself cannot be imported

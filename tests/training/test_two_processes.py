@@ -169,6 +169,16 @@ def test_pretrain_on_two_devices_ends_in_the_encoder_of_one(command: list[str], 
     check_run(out, alone, said)
 
 
+def test_a_run_that_uses_every_parameter_prints_no_warning_of_ddp(command: list[str], tmp_path: Path) -> None:
+    config = json.loads(Path(command[command.index("--config") + 1]).read_text())
+    config.update(objectives=config["objectives"][:1], decoder=None, max_steps=4, checkpoint_every_steps=2)
+    (tmp_path / "run.yaml").write_text(json.dumps(config))
+    changed = [str(tmp_path / "run.yaml") if word.endswith("run.yaml") else word for word in command]
+    (output,) = all_of([start(*changed, "--devices", "2", "--out", str(tmp_path / "run"))])
+    assert "2 processes" in output
+    assert "find_unused_parameters" not in output
+
+
 def test_a_slurm_job_that_is_warned_saves_in_all_tasks_and_torchrun_ends_it(
     command: list[str], alone: Path, tmp_path: Path
 ) -> None:

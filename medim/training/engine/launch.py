@@ -182,10 +182,15 @@ class TrainerOptions(TypedDict):
     strategy: DDPStrategy | Literal["auto"]
 
 
-def trainer_options(accelerator: str, group: ProcessGroup) -> TrainerOptions:
-    """Build the options of the Lightning trainer for devices and processes."""
-    # Not every backward pass uses every parameter: prior matching has two passes, CPC does not use the summary.
-    strategy: DDPStrategy | Literal["auto"] = DDPStrategy(find_unused_parameters=True) if group.count > 1 else "auto"
+def trainer_options(accelerator: str, group: ProcessGroup, *, find_unused: bool = False) -> TrainerOptions:
+    """Build the options of the Lightning trainer for devices and processes.
+
+    Args:
+        accelerator: device kind, in the terms of Lightning.
+        group: the processes of the run.
+        find_unused: search for parameters without gradient in each backward pass; without need, PyTorch warns of it.
+    """
+    strategy: Any = DDPStrategy(find_unused_parameters=find_unused) if group.count > 1 else "auto"
     return {"accelerator": accelerator, "devices": group.devices, "num_nodes": group.nodes, "strategy": strategy}
 
 

@@ -79,6 +79,7 @@ def make_trainer(
     accelerator: str = "auto",
     validate: bool = True,
     group: ProcessGroup = SINGLE_PROCESS,
+    find_unused: bool = False,
 ) -> pl.Trainer:
     """Build a trainer for a run that counts steps instead of epochs.
 
@@ -90,6 +91,7 @@ def make_trainer(
         accelerator: device kind, in the terms of Lightning.
         validate: whether to validate at every checkpoint.
         group: the processes of the run.
+        find_unused: whether a backward pass may leave parameters without gradient, with several processes.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for harmless in HARMLESS_WARNINGS:
@@ -100,7 +102,7 @@ def make_trainer(
     trainer = pl.Trainer(
         max_steps=config.max_steps,
         max_epochs=-1,
-        **trainer_options(accelerator, group),
+        **trainer_options(accelerator, group, find_unused=find_unused),
         precision=choose_precision(config.precision, accelerator, config.spatial_dims),
         callbacks=[*callbacks, checkpoints, progress],
         logger=logger,

@@ -15,7 +15,7 @@ from medim.data.loading.augmentations import GEOMETRIC, Augmentation
 from medim.model_spec import NetworkSpec
 from medim.models.model import build_decoder, build_encoder
 from medim.objectives import OBJECTIVES
-from medim.objectives.objective import encoder_info
+from medim.objectives.objective import Term, encoder_info
 from medim.training.auto_config import resolve_run_config
 from medim.training.engine.gradient_cache import check_chunk_support
 from medim.training.engine.process_group import SINGLE_PROCESS, ProcessGroup
@@ -54,6 +54,20 @@ def dry_run_pretraining(config: PretrainConfig, group: ProcessGroup = SINGLE_PRO
             f"batch_size: expected 2 or more, because objectives compare images of a batch; got {config.batch_size}."
         )
     Augmentation(config.views.augmentations, spatial_dims=config.spatial_dims)
+    encoder, decoder, objectives = _build_networks(config)
+    with torch.no_grad():
+        dry_run_losses(config, encoder, decoder, objectives)
+    for network in (encoder, decoder):
+        if network is not None:
+            group.with_synced_batch_norm(network)
+
+
+def _build_networks(config: PretrainConfig) -> tuple[Any, Any, dict[str, tuple[Any, float]]]:
+    """Build encoder, decoder (or None) and objectives with their weights.
+
+    Raises:
+        UsageError: see `dry_run_pretraining`.
+    """
     shape = config.views.shape
     try:
         encoder: Any = build_encoder(
@@ -69,31 +83,51 @@ def dry_run_pretraining(config: PretrainConfig, group: ProcessGroup = SINGLE_PRO
             f"views.shape {list(shape)}: not possible with the encoder {config.encoder.get('name')!r} ({error}). "
             "Use larger views or fewer channels."
         ) from error
-    dry_run_losses(config, encoder, decoder, objectives)
-    for network in (encoder, decoder):
-        if network is not None:
-            group.with_synced_batch_norm(network)
+    return encoder, decoder, objectives
+
+
+def has_unused_parameters(config: PretrainConfig) -> bool:
+    """Whether a backward pass of the run leaves a parameter without gradient, as CPC the summary network.
+
+    Adversaries have a backward pass of their own, which leaves the encoder without gradient; with
+    `gradient_cache_chunk`, so has the loss.
+    """
+    encoder, decoder, objectives = _build_networks(config)
+    networks = nn.ModuleList([encoder, *([decoder] if decoder else []), *(part for part, _ in objectives.values())])
+    has_adversary = any(hasattr(objective, "adversary_parameters") for objective, _ in objectives.values())
+    if has_adversary or config.gradient_cache_chunk:
+        return True
+    with torch.enable_grad():
+        terms = dry_run_losses(config, encoder, decoder, objectives)
+        loss = torch.stack([objectives[name][1] * term.loss for name, term in terms if objectives[name][1]]).sum()
+        parameters = [parameter for parameter in networks.parameters() if parameter.requires_grad]
+        return any(gradient is None for gradient in torch.autograd.grad(loss, parameters, allow_unused=True))
 
 
 def dry_run_losses(
     config: PretrainConfig, encoder: nn.Module, decoder: nn.Module | None, objectives: Mapping[str, tuple[Any, float]]
-) -> None:
+) -> list[tuple[str, Term]]:
     """Compute each loss for two images of noise.
+
+    Returns:
+        Name of the objective and term, for each term.
 
     Raises:
         UsageError: an objective fails.
     """
     images = torch.randn(2, config.views.count, 1, *config.views.shape, generator=torch.Generator().manual_seed(0))
     views = Views(images, torch.zeros(2, config.views.count, config.spatial_dims))
-    with torch.no_grad():
-        for name, (objective, _) in objectives.items():
-            try:
-                objective(StepEncoder(encoder, decoder, views, torch.Generator().manual_seed(0)), views)
-            except (RuntimeError, ValueError, IndexError) as error:
-                raise UsageError(
-                    f"objective {name}: its loss cannot be computed for views.shape {list(config.views.shape)} "
-                    f"({error}). Change its options, or the views."
-                ) from error
+    terms: list[tuple[str, Term]] = []
+    for name, (objective, _) in objectives.items():
+        try:
+            encode = StepEncoder(encoder, decoder, views, torch.Generator().manual_seed(0))
+            terms += [(name, term) for term in objective(encode, views).values()]
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise UsageError(
+                f"objective {name}: its loss cannot be computed for views.shape {list(config.views.shape)} "
+                f"({error}). Change its options, or the views."
+            ) from error
+    return terms
 
 
 def build_objectives(

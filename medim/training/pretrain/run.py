@@ -35,7 +35,7 @@ from medim.training.engine.tracking_logger import TrackingLogger
 from medim.training.engine.trainer import make_trainer, return_to_device, run_trainer
 from medim.training.fit_ood import rehearse_ood_detector, save_ood_detector
 from medim.training.pretrain.checkpoint_selection import CheckpointSelection
-from medim.training.pretrain.config import build_objectives, dry_run_pretraining
+from medim.training.pretrain.config import build_objectives, dry_run_pretraining, has_unused_parameters
 from medim.training.pretrain.figures import draw_training_figures, draw_views
 from medim.training.pretrain.history import MetricHistory
 from medim.training.pretrain.module import PretrainModule
@@ -207,6 +207,7 @@ def _train(run: _PretrainRun, tracker: Tracker | None, checkpoint: Path | None, 
         accelerator=run.options.accelerator,
         validate=validate,
         group=run.group,
+        find_unused=run.group.count > 1 and has_unused_parameters(config),
     )
     run_trainer(trainer, run.module, loader, val_loader, checkpoint=checkpoint)
     if validate and run.history.held_out_step != trainer.global_step:
