@@ -41,14 +41,20 @@ def open_run_folder(
 
 @contextmanager
 def open_rehearsal_folder(out: Path) -> Iterator[Path]:
-    """Provide an empty folder in that of a run for files that are written before the first step, and remove it."""
+    """Provide an empty folder in that of a run for files that are written before the first step, and remove it.
+
+    Raises:
+        OSError: the folder cannot be created or removed, as without file handles.
+    """
     folder = out / REHEARSAL_FOLDER
     shutil.rmtree(folder, ignore_errors=True)  # of a killed process
     try:
         folder.mkdir()
         yield folder
-    finally:
+    except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder)
 
 
 @contextmanager
