@@ -90,23 +90,17 @@ def test_balanced_class_weights_are_fitted_to_the_labelled_training_images(
 def test_balanced_class_weights_of_a_segmentation_count_voxels_with_the_background(
     finetune_config: FinetuneConfig, cohort_index: Index, volumes: Path, tmp_path: Path
 ) -> None:
-    config = finetune_config.model_copy(
-        update={"head": {"name": "segmentation", "class_weights": "balanced"}, "max_steps": 1}
-    )
-    options: dict[str, Any] = {"labelled": 2, "store": tmp_path / "store", "fit_ood_detector": False}
-    summary = finetune(config, cohort_index, tmp_path / "run", **options)
+    config = finetune_config.model_copy(update={"head": {"name": "segmentation", "class_weights": "balanced"}})
+    cohort = open_labelled_cohort(config, cohort_index, split_seed=0, store=tmp_path / "store")
+    records = cohort.records("train")[:2]
+    head = build_model_spec(config, cohort, 0, 0, records).head
     counts = np.zeros(2)
-    for image in list_used_images(tmp_path / "run"):
-        mask = np.asarray(nibabel.load(volumes / "labelsTr" / f"{Path(image).name}.nii.gz").dataobj)
+    for record in records:
+        mask = np.asarray(nibabel.load(volumes / "labelsTr" / f"{Path(record.image).name}.nii.gz").dataobj)
         counts += np.bincount(mask.reshape(-1).astype(int), minlength=2)
     expected = (1 / counts) / (1 / counts).mean()
-    assert summary["class_weights"] == pytest.approx({"background": expected[0], "ball": expected[1]})
+    assert head == {"name": "segmentation", "class_weights": pytest.approx(list(expected))}
     assert expected[1] > 10 * expected[0]
-
-
-def test_a_run_without_class_weights_states_none(index: Index, tmp_path: Path, store: Path) -> None:
-    summary = finetune(make_config(max_steps=1), index, tmp_path / "run", store=store, fit_ood_detector=False)
-    assert summary["class_weights"] is None
 
 
 def test_balanced_batches_have_equally_many_images_of_each_class(index: Index, store: Path) -> None:
@@ -200,7 +194,7 @@ def test_a_trained_model_has_lost_no_class(
     summary = finetune(config, index, tmp_path / "run", store=store, fit_ood_detector=False)
     assert summary["val"] is not None
     assert summary["val"]["metrics"]["balanced_accuracy"]["value"] > 0.9
-    assert (summary["lost_classes"], list_warnings(caplog)) == ({}, [])
+    assert (summary["lost_classes"], summary["class_weights"], list_warnings(caplog)) == ({}, None, [])
     assert "Classes that the model does not find" in write_report_page(tmp_path / "run").read_text()
 
 
