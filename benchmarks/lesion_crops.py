@@ -82,8 +82,7 @@ def main() -> None:
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{(out / 'mlflow.db').resolve()}")
     content = run_lesion_study(out, seeds=arguments.seeds, subsets=arguments.subsets, steps=arguments.steps)
     write_json(out / "lesion-crops.json", content)
-    for row in (*content["arms"], content["comparison"]):
-        print("\t".join(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    print(format_tables(content))
 
 
 def run_lesion_study(
@@ -141,35 +140,39 @@ def build_lesion_config(share: float, steps: int = CONFIG["max_steps"]) -> Finet
     return config
 
 
-def read_dice(run: Path) -> dict[str, float]:
-    """Read the Dice of each validation subject."""
-    return {row["subject"]: float(row["dice"]) for row in read_cases(run / "cases.parquet")}
+def read_column(run: Path, column: str) -> dict[str, float]:
+    """Read a column of the results of each validation subject."""
+    return {row["subject"]: float(row[column]) for row in read_cases(run / "cases.parquet")}
 
 
 def score_arm(out: Path, arm: str, seeds: Sequence[int], subsets: Sequence[int]) -> Scores:
     """Compute the mean Dice of each run of an arm on resampled subjects."""
-    values = [[read_dice(locate_run(out, arm, s, t)) for t in subsets] for s in seeds]
+    values = [[read_column(locate_run(out, arm, s, t), "dice") for t in subsets] for s in seeds]
     return compute_scores(
         [[weighted_mean(list(dice.values())) for dice in row] for row in values], draw_resamples(list(values[0][0]))
     )
 
 
 def describe_arm(out: Path, arm: str, scores: Scores, cells: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """Describe an arm: mean Dice with its interval, range of the runs, and runs and cases without any overlap."""
+    """Describe an arm: mean Dice with its interval, range of the runs, cases without any overlap, and volumes."""
     interval = compute_interval(scores, (0.0, 1.0))
-    dice = [list(read_dice(locate_run(out, arm, s, t)).values()) for s, t in cells]
-    means = [float(np.mean(values)) for values in dice]
-    seconds = [read_json(locate_run(out, arm, s, t) / "summary.json")["seconds"] for s, t in cells]
+    runs = [locate_run(out, arm, s, t) for s, t in cells]
+    columns = {
+        name: np.array([list(read_column(run, name).values()) for run in runs])
+        for name in ("dice", "truth_ml", "predicted_ml")
+    }
+    run_means = columns["dice"].mean(axis=1)
     return {
         "arm": arm,
         "dice": interval.value,
         "low": interval.low,
         "high": interval.high,
-        "lowest_run": min(means),
-        "highest_run": max(means),
-        "runs_at_zero": sum(mean == 0 for mean in means),
-        "cases_at_zero": float(np.mean(np.concatenate(dice) == 0)),
-        "seconds": float(np.mean(seconds)),
+        "lowest_run": float(run_means.min()),
+        "highest_run": float(run_means.max()),
+        "cases_at_zero": float((columns["dice"] == 0).mean()),
+        "truth_ml": float(columns["truth_ml"].mean()),
+        "predicted_ml": float(columns["predicted_ml"].mean()),
+        "seconds": float(np.mean([read_json(run / "summary.json")["seconds"] for run in runs])),
     }
 
 
@@ -185,6 +188,22 @@ def describe_comparison(comparison: Comparison, scores: dict[str, Scores]) -> di
         "verdict": comparison.verdict,
         "pairs_up": f"{int((pairs > 0).sum())} of {pairs.size}",
     }
+
+
+def format_tables(content: dict[str, Any]) -> str:
+    """Format the results as the Markdown of docs/results.md."""
+    lines = ["| crops | Dice | lowest and highest run | cases without overlap | predicted and true volume |"]
+    lines.append("| --- | --- | --- | --- | --- |")
+    lines += [
+        f"| {row['arm']} | {row['dice']:.3f} [{row['low']:.3f}, {row['high']:.3f}] | {row['lowest_run']:.3f}, "
+        f"{row['highest_run']:.3f} | {100 * row['cases_at_zero']:.0f} % | {row['predicted_ml']:.2f}, "
+        f"{row['truth_ml']:.2f} ml |"
+        for row in content["arms"]
+    ]
+    gap = content["comparison"]
+    lines += ["", f"Difference **{gap['difference']:+.3f}** [{gap['low']:+.3f}, {gap['high']:+.3f}], "]
+    lines[-1] += f"p = {gap['p']:.2g}, {gap['pairs_up']} pairs up: {gap['verdict']}."
+    return "\n".join(lines)
 
 
 def write_cohort(folder: Path, subjects: int) -> Path:

@@ -180,9 +180,10 @@ def _describe_pretrained(config: Mapping[str, Any]) -> str:
 
 
 def _describe_loss(config: Mapping[str, Any]) -> str:
-    """Describe the options of the loss and of the batches that differ from the default."""
+    """Describe the options of the loss, of the batches and of the crops that differ from the default."""
     head = config["head"]
     weights, gamma = head.get("class_weights"), head.get("focal_gamma")
+    share = config["views"].get("foreground_share")
     parts = [
         "Dice of each image" if head.get("dice") == "image" else "",
         f"focal loss with gamma {gamma:g}" if gamma else "",
@@ -190,6 +191,7 @@ def _describe_loss(config: Mapping[str, Any]) -> str:
         if weights
         else "",
         "equally many images of each class in a batch" if config.get("balanced_batches") else "",
+        f"{100 * share:.3g} % of the crops around foreground" if share else "",
     ]
     return "".join(f", {part}" for part in parts if part)
 

@@ -61,9 +61,10 @@ def warn_of_lost_classes(
     counts = task.count_targets(train, spec.classes, cohort.read_mask)
     for name, recall in lost.items():
         is_labelled = counts[task.first_class_index + spec.classes.index(name)] > 0
+        options = ", head.dice and views.foreground_share" if task.dense else " and balanced_batches"
         advice = (
             f"It was probably not trained long enough: increase max_steps (now {steps}); for rare classes, see also "
-            "head.class_weights, head.dice and balanced_batches"
+            f"head.class_weights{options}"
             if is_labelled
             else "No labelled training image has this class: label some that have it, or use more labels"
         )

@@ -335,10 +335,13 @@ def test_the_methods_hold_the_numbers_and_what_is_unknown_is_not_reported(html: 
     folder = study_of(0.1)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     head = {**config["head"], "dice": "image", "class_weights": "balanced", "focal_gamma": 2.0}
-    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "head": head, "balanced_batches": True}))
+    views = {**config["views"], "foreground_share": 0.33}
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({**config, "head": head, "balanced_batches": True, "views": views})
+    )
     assert (
         "Dice of each image, focal loss with gamma 2, class weights from the labelled images, equally many images of "
-        "each class in a batch"
+        "each class in a batch, 33 % of the crops around foreground"
     ) in banner(write_study_page(folder).read_text(), "methods")[2]
     (folder / "config.yaml").unlink()
     text = banner(write_study_page(folder).read_text(), "methods")[2]

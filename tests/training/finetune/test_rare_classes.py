@@ -180,7 +180,7 @@ def test_a_class_that_is_never_predicted_is_stated_with_advice(
     assert read_json(tmp_path / "run" / "summary.json")["lost_classes"] == {"rare": 0.0}
     (warning,) = list_warnings(caplog)
     assert warning.startswith("class rare: the model finds none of its labels.")
-    assert "increase max_steps (now 1)" in warning
+    assert "increase max_steps (now 1); for rare classes, see also head.class_weights and balanced_batches" in warning
     html = write_report_page(tmp_path / "run").read_text()
     assert "The model finds hardly anything of: rare." in html
     assert "rare (none of its labels)" in html
