@@ -74,18 +74,28 @@ def check_target(resume_folder: Path | None = None) -> None:
     except UserError:
         raise
     except Exception as error:  # MLflow raises errors of its database libraries
-        public_uri = urlunsplit(uri_parts._replace(netloc=uri_parts.netloc.rpartition("@")[2]))
         if resume_folder and (resume_folder / STATE).is_file():
             log.warning(
                 "MLFLOW_TRACKING_URI=%s does not respond (%s); the records are kept and sent later",
-                *(public_uri, format_server_error(error)),
+                *(_format_uri(), format_server_error(error)),
             )
             return
-        raise UserError(
-            f"MLFLOW_TRACKING_URI={public_uri}: no MLflow server or database available: {format_server_error(error)}. "
-            "Start the server, correct the address, or unset the variable to track in a local file; move a damaged "
-            "mlflow.db away."
-        ) from error
+        raise convert_server_error(error) from error
+
+
+def convert_server_error(error: Exception) -> UserError:
+    """Build the error of a command that cannot reach the server or the database."""
+    return UserError(
+        f"MLFLOW_TRACKING_URI={_format_uri()}: no MLflow server or database available: {format_server_error(error)}. "
+        "Start the server, correct the address, or unset the variable to track in a local file; move a damaged "
+        "mlflow.db away."
+    )
+
+
+def _format_uri() -> str:
+    """Format the tracking URI without user and password."""
+    parts = urlsplit(tracking_uri())
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def prepare_database(uri: str) -> None:

@@ -109,7 +109,7 @@ def clean_name(name: str) -> str:
         >>> clean_name("dice_lesion")
         'dice_lesion'
         >>> clean_name("dice_T1+C")
-        'dice_T1_C-3c7b0e'
+        'dice_T1_C-41bc5a'
     """
     cleaned = _INVALID_CHARACTERS.sub("_", name)
     return cleaned if cleaned == name else f"{cleaned}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"

@@ -24,7 +24,13 @@ from medim.signals import current_request, exited_after_saving
 from medim.tracking.delivery import send
 from medim.tracking.lineage import STUDY_EXPERIMENT, Source
 from medim.tracking.outbox import RECORDS, Outbox, OutboxSender
-from medim.tracking.target import forward_logs, is_tracking_enabled, set_short_timeouts, tracking_uri
+from medim.tracking.target import (
+    convert_server_error,
+    forward_logs,
+    is_tracking_enabled,
+    set_short_timeouts,
+    tracking_uri,
+)
 from medim.tracking.tracker import Tracker
 from medim.types import UserError
 from medim.version import __version__
@@ -101,7 +107,7 @@ def track_study(
         sources: encoders of the arms.
 
     Raises:
-        Exception: of any kind, if a new run could not be created.
+        UserError: a new run could not be created.
     """
     run = {"experiment": STUDY_EXPERIMENT, "name": name}
     with _open_run(out, run, {}, parameters, PATIENCE_SECONDS, wait_for_run=True) as tracker:
@@ -137,7 +143,10 @@ def _open_run(
     tracker.add({"run": {**run, "tags": {**list_version_tags(), **tags}}})
     tracker.log_parameters(parameters)
     if wait_for_run and is_new:
-        send(outbox, outbox.pending())
+        try:
+            send(outbox, outbox.pending())
+        except Exception as error:  # MLflow raises errors of its database libraries
+            raise convert_server_error(error) from error
     sender = OutboxSender(outbox, send, measure=lambda: tracker.measure(system_metrics()))
     sender.start()
     try:

@@ -290,7 +290,7 @@ def test_a_probe_logs_the_metrics_of_each_budget(segmenter: dict[str, Any], tmp_
     client = MlflowClient(tracking_uri())
     experiment = client.get_experiment_by_name("medim-probe")
     assert experiment is not None
-    (run, *_) = client.search_runs([experiment.experiment_id])
+    (run, *_) = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])  # of 2001
     measured = {name: value for name, value in run.data.metrics.items() if "/" in name}
     prefix = "encoder/10 percent/auroc"
     assert measured == {prefix: 0.8, f"{prefix}_low": 0.7, f"{prefix}_high": 0.9}

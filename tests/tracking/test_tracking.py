@@ -23,7 +23,7 @@ from medim.models.serialization import save_model
 from medim.tracking import pyfunc, tracking
 from medim.tracking.outbox import RECORDS, STATE, Outbox
 from medim.tracking.target import check_target, tracking_uri
-from medim.tracking.tracking import log_encoder, log_results, sync_pending, track_run
+from medim.tracking.tracking import log_encoder, log_results, sync_pending, track_run, track_study
 from medim.training import served
 from medim.training.pretrain.run import pretrain
 from medim.types import UserError
@@ -56,6 +56,22 @@ def test_a_damaged_database_is_refused_by_name(content: bytes, tmp_path: Path, m
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     with pytest.raises(UserError, match=r"mlflow\.db: no MLflow server or database available") as refusal:
         check_target()
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_study_whose_run_cannot_be_created_ends_with_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("(sqlite3.OperationalError) disk I/O error\n[SQL: INSERT INTO runs]")
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setattr("medim.tracking.tracking.send", fail)
+    with (
+        pytest.raises(UserError, match="no MLflow server or database available") as refusal,
+        track_study(tmp_path, "study", {}),
+    ):
+        pass
     assert "\n" not in str(refusal.value)
 
 

@@ -65,9 +65,13 @@ def test_fine_tuning_measures_on_the_device_of_the_training(
         monkeypatch.setattr(finetuning, name, devices.spy(name))
     monkeypatch.setattr(finetuning, "as_numpy_function", devices.spy("validation"))
     monkeypatch.setattr(finetuning, "validate_network", lambda *_: (None, []))
+    monkeypatch.setattr(
+        finetuning, "find_lost_classes", lambda *arguments: devices.spy("lost classes")(*arguments) or {}
+    )
     config = finetune_config.model_copy(update={"head_init": "probe"})
     summary = finetuning.finetune(config, cohort_index, tmp_path / "run", store=tmp_path / "store")
-    assert devices.found == dict.fromkeys(("start_head_as_probe", "save_model", "save_ood_detector", "validation"), GPU)
+    names = ("start_head_as_probe", "save_model", "save_ood_detector", "validation", "lost classes")
+    assert devices.found == dict.fromkeys(names, GPU)
     assert summary["device"] == "meta"
 
 

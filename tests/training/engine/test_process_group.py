@@ -148,7 +148,9 @@ def test_a_run_of_one_process_starts_nothing() -> None:
         "num_nodes": 1,
         "strategy": "auto",
     }
-    assert trainer_options("cpu", ProcessGroup(0, 2))["strategy"]._ddp_kwargs == {"find_unused_parameters": True}
+    for find_unused in (False, True):
+        strategy: Any = trainer_options("cpu", ProcessGroup(0, 2), find_unused=find_unused)["strategy"]
+        assert strategy._ddp_kwargs == {"find_unused_parameters": find_unused}
 
 
 def test_a_run_of_one_process_waits_for_no_other() -> None:
