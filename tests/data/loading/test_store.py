@@ -274,7 +274,7 @@ class TestDamage:
             path = store.folder / key[:2] / f"{key}{kind}"
             content = path.read_bytes()
             assert len(content) > 200
-            damages = [content[: len(content) // 2], content[:7], b"", *_flipped(content, 25)]
+            damages = [content[: len(content) // 2], content[:7], b"", *_flipped(content, 8)]
             for damaged in damages:
                 path.write_bytes(damaged)
                 assert not store.is_intact(key)

@@ -119,6 +119,7 @@ def package(run: Path) -> Package:
     return load_package(run.parent / "package")
 
 
+@pytest.mark.slow
 def test_a_package_predicts_the_number_of_the_run(
     package: Package, run: Path, index: Index, source: Path, tmp_path: Path
 ) -> None:

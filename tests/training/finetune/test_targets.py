@@ -114,6 +114,7 @@ def test_an_evaluation_keeps_what_was_known_of_each_case(run: Path, index: Index
     assert "Labels per finding, images" in page
 
 
+@pytest.mark.slow
 def test_a_package_answers_with_a_probability_a_finding_and_no_class(
     run: Path, index: Index, source: Path, tmp_path: Path
 ) -> None:
