@@ -13,7 +13,8 @@ import inspect
 import logging
 import re
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -415,6 +416,24 @@ def check_config(command: Command, content: Section, *, source: str) -> RunConfi
     if remaining_keys := auto_keys(content):
         raise UsageError(f"config {source}: {', '.join(remaining_keys)}: no rule for {AUTO!r} here; give a value.")
     return config
+
+
+@contextmanager
+def name_config(config: RunConfig) -> Iterator[None]:
+    """Begin the message of a `UsageError` with the name of the configuration, unless it begins with an option.
+
+    Examples:
+        >>> with name_config(load_config("pretrain", "cpc")):
+        ...     raise UsageError("batch_size: expected 2 or more.")
+        Traceback (most recent call last):
+        medim.types.UsageError: config cpc: batch_size: expected 2 or more.
+    """
+    try:
+        yield
+    except UsageError as error:
+        if str(error).startswith(("config ", "-")):
+            raise
+        raise UsageError(f"config {config.name}: {error}") from error
 
 
 def auto_keys(content: Any, prefix: str = "") -> list[str]:

@@ -85,10 +85,9 @@ class Target:
             update_checksums(package, file)
 
     def _check(self, base: Path, folder: Path, outcome: Outcome) -> Finding | None:
-        if outcome.exit_code == 2 and self.file.endswith(".yaml"):
-            return None  # usage: the message names the key or the section
         if outcome.exit_code:
             names = {f"{Path(self.file).stem}.", Path(self.file).name}  # or the weights beside their spec
+            names |= {f"config {Path(self.file).stem}:"} if self.file.endswith(".yaml") else set()
             names |= {"rejected.csv"} if self.command[0] == "predict" else set()
             names |= {f"{Path(self.file).parts[0]}:", "SHA256SUMS"} if not _is_text(self.file) else set()
             if not any(name in outcome.output for name in names):

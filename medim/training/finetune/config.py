@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from medim.config import AUTO, FinetuneConfig, apply_overrides, list_presets, read_config, validate_section
+from medim.config import (
+    AUTO,
+    FinetuneConfig,
+    apply_overrides,
+    list_presets,
+    name_config,
+    read_config,
+    validate_section,
+)
 from medim.data.index.index import Index
 from medim.data.loading.augmentations import Augmentation
 from medim.inference.network import INFERENCES, run_inference
@@ -94,6 +102,11 @@ def dry_run_finetuning(config: FinetuneConfig, encoder: Path | None = None) -> N
         UsageError: the options of a section do not match its constructor, or the parts are not compatible with each
             other or with the views.
     """
+    with name_config(config):
+        _dry_run_parts(config, encoder)
+
+
+def _dry_run_parts(config: FinetuneConfig, encoder: Path | None) -> None:
     check_task_options(config)
     validate_section(INFERENCES, config.inference, key="mode", run_args=("run", "image"))
     Augmentation(config.views.augmentations, spatial_dims=config.spatial_dims)

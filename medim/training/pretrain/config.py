@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from medim.config import PretrainConfig, apply_overrides, build_from_section, read_config
+from medim.config import PretrainConfig, apply_overrides, build_from_section, name_config, read_config
 from medim.data.index.index import Index
 from medim.data.loading.augmentations import GEOMETRIC, Augmentation
 from medim.model_spec import NetworkSpec
@@ -49,13 +49,14 @@ def dry_run_pretraining(config: PretrainConfig, group: ProcessGroup = SINGLE_PRO
             shape, or batch size or normalisation do not work with several processes.
     """
     group.check_batch(config.batch_size)
-    if config.batch_size < 2:
-        raise UsageError(
-            f"batch_size: expected 2 or more, because objectives compare images of a batch; got {config.batch_size}."
-        )
-    Augmentation(config.views.augmentations, spatial_dims=config.spatial_dims)
-    encoder, decoder, objectives = _build_networks(config)
-    with torch.no_grad():
+    with name_config(config), torch.no_grad():
+        if config.batch_size < 2:
+            raise UsageError(
+                "batch_size: expected 2 or more, because objectives compare images of a batch; "
+                f"got {config.batch_size}."
+            )
+        Augmentation(config.views.augmentations, spatial_dims=config.spatial_dims)
+        encoder, decoder, objectives = _build_networks(config)
         dry_run_losses(config, encoder, decoder, objectives)
     for network in (encoder, decoder):
         if network is not None:
