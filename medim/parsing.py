@@ -184,7 +184,7 @@ def _parse_finite(text: str) -> float:
 
 
 def _check_json_depth(content: Any) -> None:
-    level = [content]
+    level = [content] if isinstance(content, dict | list) else []
     for _ in range(MAX_DEPTH + 1):
         level = [
             item

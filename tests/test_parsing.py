@@ -118,6 +118,13 @@ def test_json_that_is_hostile_or_ambiguous_is_refused_by_its_name(data: bytes, m
         read_json(path)
 
 
+@pytest.mark.parametrize("text", ["null", "3", "true", '"a"', "[]"])
+def test_json_that_is_no_object_is_refused_by_name(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=r"a\.json: expected a JSON object"):
+        read_json(tmp_path / "a.json")
+
+
 def test_json_with_unusual_text_is_read() -> None:
     assert parse_json(b'{"a": "\\ud83d\\ude00", "b": "\\\\u0000"}') == {"a": "\U0001f600", "b": "\\u0000"}
 

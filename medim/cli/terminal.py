@@ -28,8 +28,8 @@ from medim.signals import handle_shutdown_signals
 from medim.types import UserError
 from medim.version import install_command
 
-console = Console()
-stderr_console = Console(stderr=True)
+console = Console(emoji=False)
+stderr_console = Console(stderr=True, emoji=False)
 _active_bars = ExitStack()  # bars on the terminal
 _REMEDIES = {  # whether the command has --resume: advice after a signal
     True: "the same command with --resume continues",
@@ -107,10 +107,10 @@ def register_command(
                 if isinstance(error, _CONTROL_FLOW):
                     raise
                 if with_traceback:
-                    Console(stderr=True, soft_wrap=True).print(
+                    Console(stderr=True, soft_wrap=True, emoji=False).print(
                         escape_control_characters(format_traceback(error)), markup=False, highlight=False
                     )
-                Console(stderr=True, soft_wrap=True).print(
+                Console(stderr=True, soft_wrap=True, emoji=False).print(
                     escape_control_characters(f"medim: {_format_error(error)}"), markup=False, highlight=False
                 )
                 raise typer.Exit(getattr(error, "exit_code", 1)) from None

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medim.types import UserError
+
 if TYPE_CHECKING:
     from medim.model_spec import ModelSpec
     from medim.package.package import Package
@@ -141,10 +143,18 @@ def track_export(run: Path, package: Package, out: Path, register: str | None, s
         out: its folder.
         register: name of the registered model; None for no registration.
         start: start of the command, in seconds since the epoch.
+
+    Raises:
+        UserError: the package could not be registered.
     """
     from medim.tracking.results import track_result
 
-    track_result("export", lambda: _build_export_result(run, package, out, register, start))
+    is_sent = track_result("export", lambda: _build_export_result(run, package, out, register, start))
+    if register and not is_sent:
+        raise UserError(
+            f"--register {register}: the package is complete, but not registered (see above). "
+            f"To register it later: medim sync {out}"
+        )
 
 
 def _build_export_result(run: Path, package: Package, out: Path, register: str | None, start: float) -> TrackedResult:

@@ -17,11 +17,12 @@ from pydantic import Field
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from medim.config import PositiveNumber, Size
+from medim.config import Size
 from medim.models.layers import build_pointwise_conv, check_level, pool_features
 from medim.types import Features
 
-ClassWeights = Literal["balanced"] | tuple[PositiveNumber, ...] | None
+_ClassWeight = Annotated[float, Field(ge=1e-6, le=1e6)]  # within the range of fp32, products included
+ClassWeights = Literal["balanced"] | Annotated[tuple[_ClassWeight, ...], Field(min_length=1)] | None
 FocalGamma = Annotated[float, Field(ge=0, le=10)]
 _MIN_ERROR = 1e-12  # of a probability in the focal factor, whose gradient is infinite at 0 for a gamma below 1
 

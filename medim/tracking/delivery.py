@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from medim.tracking.lineage import link_sources, log_weights, set_tags
-from medim.tracking.outbox import Outbox, OutboxRecord
+from medim.tracking.outbox import Outbox, OutboxRecord, format_server_error
 from medim.tracking.registry import register_encoder, register_package
 from medim.tracking.target import tracking_uri
 from medim.types import UserError
@@ -63,7 +63,8 @@ def send(outbox: Outbox, records: Sequence[OutboxRecord]) -> None:
             continue
         if n_pending:
             flush_metrics()
-        with nullcontext() if "run" in record else _skip_rejected(next(iter(record))):
+        is_required = "run" in record or "package" in record  # a registration was asked for by name
+        with nullcontext() if is_required else _skip_rejected(next(iter(record))):
             _send_record(client, outbox, record)
         outbox.acknowledge(1)
     if n_pending:
@@ -80,7 +81,7 @@ def _skip_rejected(kind: str) -> Iterator[None]:
     except (MlflowException, UserError, FileNotFoundError, ImportError) as error:
         if isinstance(error, MlflowException) and error.error_code not in REJECTION_CODES:
             raise
-        log.warning("tracking: %s was rejected and left out (%s)", kind, error)
+        log.warning("tracking: %s was rejected and left out (%s)", kind, format_server_error(error))
 
 
 def _send_record(client: MlflowClient, outbox: Outbox, record: OutboxRecord) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from medim.integrity import SIGNATURE, SUMS, verify_checksums
 from medim.model_spec import read_spec
 from medim.tracking.lineage import PACKAGE_TAG, format_lineage, format_note
+from medim.tracking.outbox import format_server_error
 from medim.tracking.target import SWITCH, check_target, is_tracking_enabled, tracking_uri
 from medim.types import UsageError, UserError
 from medim.version import DISTRIBUTION, __version__
@@ -64,7 +65,7 @@ def check_registry(name: str) -> None:
     except Exception as error:  # MLflow raises errors of its stores and libraries
         raise UserError(
             f"--register {name}: the tracking server has no model registry that responds "
-            f"({str(error).partition(chr(10))[0][:200]}). Use a server with a registry, or omit --register."
+            f"({format_server_error(error)[:200]}). Use a server with a registry, or omit --register."
         ) from error
 
 

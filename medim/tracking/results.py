@@ -68,30 +68,34 @@ class TrackedResult:
     version: PackageVersion | None = None
 
 
-def track_result(command: str, build_result: Callable[[], TrackedResult]) -> None:
+def track_result(command: str, build_result: Callable[[], TrackedResult]) -> bool:
     """Send the run of a finished command; an error of any kind is logged, and unsent records are kept.
 
     Args:
         command: name of the command.
         build_result: function that collects the content of the run; it is not called if tracking is off.
+
+    Returns:
+        Whether the server has all records.
     """
     if not is_tracking_enabled():
-        return
+        return False
     if not importlib.util.find_spec("mlflow"):
         log.warning("tracking: mlflow is not installed, so this command is not tracked. pip install mlflow")
-        return
+        return False
     try:
         result = build_result()
         n_unsent = _write_and_send(result)
     except Exception as error:  # such as a full disk
         log.warning("tracking: %s is not tracked (%s). The result is complete", command, format_server_error(error))
         log.debug("traceback", exc_info=True)
-        return
+        return False
     if n_unsent:
         log.warning(
             "tracking: %d records did not reach the server and are kept. To send them: medim sync %s",
             *(n_unsent, result.folder),
         )
+    return not n_unsent
 
 
 def _write_and_send(result: TrackedResult) -> int:

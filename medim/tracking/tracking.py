@@ -23,8 +23,9 @@ from medim.privacy import hide_name
 from medim.signals import current_request, exited_after_saving
 from medim.tracking.delivery import send
 from medim.tracking.lineage import STUDY_EXPERIMENT, Source
-from medim.tracking.outbox import RECORDS, Outbox, OutboxSender
+from medim.tracking.outbox import RECORDS, STATE, Outbox, OutboxSender, format_server_error
 from medim.tracking.target import (
+    SWITCH,
     convert_server_error,
     forward_logs,
     is_tracking_enabled,
@@ -32,7 +33,7 @@ from medim.tracking.target import (
     tracking_uri,
 )
 from medim.tracking.tracker import Tracker
-from medim.types import UserError
+from medim.types import UsageError, UserError
 from medim.version import __version__
 
 log = logging.getLogger(__name__)
@@ -223,10 +224,15 @@ def sync_pending(out: Path) -> int:
         Number of records sent; 0 if there were none.
 
     Raises:
+        UsageError: tracking is off.
         UserError: the folder is not that of a tracked run, or the server does not accept the records, which are kept.
     """
+    if not is_tracking_enabled():
+        raise UsageError(f"sync: {SWITCH}=off turns tracking off. Unset it to send the records.")
     folder = out if (out / RECORDS).is_file() else locate_package_records(out)
     if not (folder / RECORDS).is_file():
+        if (out / STATE).is_file():  # all records were sent
+            return 0
         raise UserError(f"{out}: expected the folder of a tracked run, with {RECORDS}. Use the folder of a run.")
     forward_logs()
     set_short_timeouts()
@@ -237,7 +243,7 @@ def sync_pending(out: Path) -> int:
                 send(outbox, records)
             except Exception as error:  # as in `OutboxSender`: MLflow raises many kinds
                 raise UserError(
-                    f"{out}: the tracking server does not accept records ({error}). They are kept."
+                    f"{out}: the tracking server does not accept records ({format_server_error(error)}). They are kept."
                 ) from error
             n_sent += len(records)
     if folder != out:

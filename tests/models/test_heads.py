@@ -164,7 +164,7 @@ def test_balanced_weights_are_equal_before_a_run_fits_them() -> None:
         ({"name": "segmentation", "class_weights": "balancd"}, "segmentation.class_weights: expected balanced or a li"),
         (
             {"name": "segmentation", "class_weights": [1, 0, 1]},
-            "class_weights: expected balanced or a number above 0, got .1, 0, 1",
+            "class_weights: expected balanced or a number of at least 1e-06, got .1, 0, 1",
         ),
         ({"name": "segmentation", "focal_gamma": -1}, "focal_gamma: expected a number of at least 0, got -1"),
         ({"name": "segmentation", "focal_gamma": True}, "focal_gamma: expected a number, got true or false"),

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 from mlflow.tracking import MlflowClient
 from typer.testing import CliRunner
 
 from medim.cli import app
-from medim.cli.tracking import track_probe
+from medim.cli.tracking import track_export, track_probe
 from medim.data.index.index import build_index
 from medim.output_folder import STAGING
 from medim.tracking.lineage import make_source
@@ -316,6 +318,34 @@ def test_evaluate_is_not_failed_by_a_server_that_is_away(
     assert tracked.data.tags["medim.encoder.sha256"] == ENCODER
 
 
+def test_an_export_that_cannot_be_registered_fails_and_keeps_its_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deny(*_: object) -> None:
+        raise MlflowException("no", error_code=PERMISSION_DENIED)
+
+    version: Any = {"name": "denied", "tags": {}}
+    out = tmp_path / "result-m"
+    out.mkdir()
+    result = TrackedResult(
+        command="export",
+        folder=out,
+        name="m",
+        start=0.0,
+        parameters={},
+        metrics={},
+        package_sha256="0",
+        version=version,
+    )
+    package: Any = None  # is not read
+    monkeypatch.setattr("medim.tracking.delivery.register_package", deny)
+    monkeypatch.setattr("medim.cli.tracking._build_export_result", lambda *_: result)
+    with pytest.raises(UserError, match="--register denied: the package is complete, but not registered"):
+        track_export(out, package, out, "denied", 0.0)
+    with pytest.raises(UserError, match="does not accept records"):
+        sync_pending(out)
+
+
 def test_records_from_elsewhere_register_no_folder_that_is_no_package(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -326,16 +356,14 @@ def test_records_from_elsewhere_register_no_folder_that_is_no_package(
     (out / "SHA256SUMS").write_text(f"{'0' * 64}  id_rsa\n")
     records: list[dict[str, Any]] = [
         {"run": {"experiment": "medim-export", "name": out.name, "tags": {}}},
-        {"package": {"name": "stolen", "tags": {}}},
         {"text": "../../id_rsa", "content": "x"},
-        {"end": "FINISHED"},
+        {"package": {"name": "stolen", "tags": {}}},
     ]
     (out / RECORDS).write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert sync_pending(out) == 4
+    with pytest.raises(UserError, match="does not accept records"):
+        sync_pending(out)
     (run,) = find_runs("export", out.name)
     client = MlflowClient(tracking_uri())
-    assert run.info.status == "FINISHED"
     assert client.list_artifacts(run.info.run_id) == []
     assert client.search_registered_models("name = 'stolen'") == []
-    assert "package was rejected" in caplog.text
     assert "text was rejected" in caplog.text

@@ -235,9 +235,16 @@ def test_sync_sends_waiting_records_and_keeps_them_while_the_server_is_away(
         code, output = sync()
         assert code == 1
         assert "does not accept records" in output
-    code, output = sync()
-    assert code == 0
-    assert "2 records sent" in output
+        away.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
+        assert "secret" not in sync()[1]
+        away.setenv("MEDIM_TRACKING", "off")
+        code, output = sync()
+        assert code == 2
+        assert "MEDIM_TRACKING=off" in output
+    for count in (2, 0):
+        code, output = sync()
+        assert code == 0
+        assert f"{count} records sent" in output
     assert run_of(tmp_path).info.status == "FINISHED"
 
 

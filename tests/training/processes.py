@@ -28,6 +28,7 @@ from medim.training.engine.optim import build_optimiser
 from medim.training.engine.process_group import ProcessGroup
 from medim.training.engine.sampler import StepSampler, step_loader
 from medim.training.pretrain import module as training_module
+from medim.training.pretrain.config import has_unused_parameters
 from medim.training.pretrain.run import _build_module
 from tests.specs import make_spec
 
@@ -163,7 +164,7 @@ def train(config: PretrainConfig, group: ProcessGroup, by: Any) -> dict[str, dic
         quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         trainer = pl.Trainer(
             max_steps=steps,
-            **trainer_options("cpu", group),
+            **trainer_options("cpu", group, find_unused=group.count > 1 and has_unused_parameters(config)),
             **quiet,
             callbacks=[Keep(losses)],
             enable_model_summary=False,

@@ -93,12 +93,12 @@ def has_unused_parameters(config: PretrainConfig) -> bool:
     Adversaries have a backward pass of their own, which leaves the encoder without gradient; with
     `gradient_cache_chunk`, so has the loss.
     """
-    encoder, decoder, objectives = _build_networks(config)
-    networks = nn.ModuleList([encoder, *([decoder] if decoder else []), *(part for part, _ in objectives.values())])
-    has_adversary = any(hasattr(objective, "adversary_parameters") for objective, _ in objectives.values())
-    if has_adversary or config.gradient_cache_chunk:
-        return True
-    with torch.enable_grad():
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        encoder, decoder, objectives = _build_networks(config)
+        networks = nn.ModuleList([encoder, *([decoder] if decoder else []), *(part for part, _ in objectives.values())])
+        has_adversary = any(hasattr(objective, "adversary_parameters") for objective, _ in objectives.values())
+        if has_adversary or config.gradient_cache_chunk:
+            return True
         terms = dry_run_losses(config, encoder, decoder, objectives)
         loss = torch.stack([objectives[name][1] * term.loss for name, term in terms if objectives[name][1]]).sum()
         parameters = [parameter for parameter in networks.parameters() if parameter.requires_grad]

@@ -135,6 +135,9 @@ def test_a_resumed_run_with_balanced_batches_ends_in_the_same_bytes(index: Index
             {"head": {"name": "classification", "class_weights": [1.0, 2.0, 3.0]}},
             r"head.class_weights: expected 2 numbers, one for each of common, rare, got 3\. Give one",
         ),
+        ({"head": {"name": "classification", "class_weights": []}}, "class_weights: expected"),
+        ({"head": {"name": "classification", "class_weights": [1.0, 1e9]}}, "class_weights: expected"),
+        ({"head": {"name": "classification", "class_weights": [1e-50, 1e-50]}}, "class_weights: expected"),
         ({"head": {"name": "classification", "dice": "image"}}, "classification: no option 'dice'"),
         ({"head": {"name": "classification", "focal_gamma": 11}}, "focal_gamma: expected a number of at most 10"),
         (
