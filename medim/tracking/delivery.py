@@ -38,7 +38,7 @@ def send(outbox: Outbox, records: Sequence[OutboxRecord]) -> None:
 
     Raises:
         Exception: of any kind, if the server did not accept the records. A record that the server rejects permanently
-            is logged and left out.
+            is logged and left out, except `run` and `package`.
     """
     from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient
