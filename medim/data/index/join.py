@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from medim.data.index.decathlon import file_stem
 from medim.data.index.layouts import Layout
-from medim.data.index.subject_names import infer_subjects
+from medim.data.index.subject_names import infer_subjects, infer_subjects_from_stems
 from medim.data.index.tables import CsvTable, ImageMatcher, check_participants, merge_tables, read_table
 from medim.data.readers.inspection import ImageInfo, RejectedFile
 from medim.privacy import format_path, make_pseudonym
 from medim.types import UserError
 
 log = logging.getLogger(__name__)
+_PSEUDONYM = re.compile(r"s-[0-9a-f]{12}")  # of a subject
 FolderTables = list[tuple[CsvTable, Path | None]]  # each with the folder it applies to; None: all images
 
 
@@ -75,56 +77,135 @@ def join_subjects(
     layout: Layout,
     root: Path,
 ) -> None:
-    """Set the subject of each pending record: of a table of subjects, the file, a table of labels, or the path."""
+    """Set the subject of each pending record: of a table of subjects, a table of labels, the file, or the path.
+
+    Raises:
+        UserError: rows of a table are contradictory, or a table of subjects contradicts one of labels.
+    """
     cells_by_image = merge_tables(_add_matchers(tables, pending_records), {}, ("subject", "split"))
-    for index, cells in cells_by_image.items():
-        if "subject" in cells:
-            pending_records[index].subject = make_pseudonym(cells["subject"][0])
-    _join_subjects_of_labels(pending_records, label_tables)
+    names = {index: cells["subject"][0] for index, cells in cells_by_image.items() if "subject" in cells}
+    label_names = _read_label_subjects(pending_records, label_tables, names)
+    _set_subjects(pending_records, label_names | names)
     without_subject = [pending for pending in pending_records if pending.subject is None]
-    names = _infer_subjects_from_paths(
-        [pending for pending in without_subject if layout.find_folder(pending.image.files[0]) is None], root
-    )
+    inferred_names = _infer_subjects_from_paths(without_subject, layout, root)
     for pending in without_subject:
-        path = pending.image.files[0]
-        pending.subject = make_pseudonym(names.get(path, layout.case_name(path)))
+        pending.subject = make_pseudonym(inferred_names[pending.image.files[0]])
+    _report_subject_names(pending_records, without_subject)
     for index, cells in cells_by_image.items():
         if "split" in cells:
             pending_records[index].split = cells["split"][0]
 
 
-def _join_subjects_of_labels(pending_records: Sequence[PendingRecord], tables: FolderTables) -> None:
-    """Set missing subjects from the rows of label tables that have an image and a subject."""
-    subjects: dict[int, str] = {}
+def _read_label_subjects(
+    pending_records: Sequence[PendingRecord], tables: FolderTables, names: Mapping[int, str]
+) -> dict[int, str]:
+    """Read the subjects of images in the rows of label tables that have an image and a subject.
+
+    Args:
+        pending_records: the images.
+        tables: tables of labels.
+        names: subjects of images in a table of subjects.
+
+    Raises:
+        UserError: two rows have one image and different subjects, or `names` unites subjects of a table of labels or
+            divides one.
+    """
+    label_names: dict[int, str] = {}
+    partners: dict[tuple[str, str], str] = {}  # a subject of one table to that of the other
     for table, matcher in _add_matchers(tables, pending_records):
-        for _, cells in table.rows:
-            if cells.get("image") and cells.get("subject"):
-                indices = matcher.find_images(cells["image"])
-                subjects |= {index: cells["subject"] for index in indices if pending_records[index].subject is None}
-    for index, subject in subjects.items():
-        pending_records[index].subject = make_pseudonym(subject)
-    if subjects:
-        log.info("%d images have the subject of the table of labels", len(subjects))
+        for line, cells in table.rows:
+            image, subject = cells.get("image"), cells.get("subject")
+            for index in matcher.find_images(image) if image and subject else ():
+                if label_names.setdefault(index, str(subject)) != subject:
+                    raise UserError(
+                        f"{format_path(table.path)}, line {line}: expected one subject per image, but an earlier row "
+                        "has another one. Remove the wrong row."
+                    )
+                pair = str(subject), names.get(index)
+                if pair[1] is not None and (
+                    partners.setdefault(("labels", pair[0]), pair[1]) != pair[1]
+                    or partners.setdefault(("subjects", pair[1]), pair[0]) != pair[0]
+                ):
+                    raise UserError(
+                        f"{format_path(table.path)}, line {line}: the table of subjects groups this image with other "
+                        "images than the subject column here. Correct one of the tables, or remove the column."
+                    )
+    return label_names
 
 
-def _infer_subjects_from_paths(pending_records: Sequence[PendingRecord], root: Path) -> dict[Path, str]:
-    """Infer subjects from paths alone. In folders sorted by class or split, each image is a subject."""
-    parts = {d.image.files[0]: _split_path(d.image.files[0], root) for d in pending_records}
+def _set_subjects(pending_records: Sequence[PendingRecord], names: Mapping[int, str]) -> None:
+    """Set the subjects of tables, and of images without a row whose files name a subject that a table renames."""
+    subjects: dict[int, str] = {}
+    new_subjects: dict[str, set[str]] = defaultdict(set)  # by the subject in the file
+    for index, name in names.items():
+        image = pending_records[index].image
+        is_same = image.subject is not None and make_pseudonym(name) in (image.subject, *image.aliases)
+        subjects[index] = str(image.subject) if is_same else _make_subject_pseudonym(name)
+        if image.subject is not None:
+            new_subjects[image.subject].add(subjects[index])
+    for index, pending in enumerate(pending_records):
+        renamed = new_subjects.get(pending.image.subject or "", set())
+        if index in subjects:
+            pending.subject = subjects[index]
+        elif len(renamed) == 1:
+            pending.subject = next(iter(renamed))
+
+
+def _make_subject_pseudonym(name: str) -> str:
+    """Return the pseudonym of a subject; one of an output of medim, such as `split.csv`, is kept."""
+    return name if _PSEUDONYM.fullmatch(name) else make_pseudonym(name)
+
+
+def _infer_subjects_from_paths(pending_records: Sequence[PendingRecord], layout: Layout, root: Path) -> dict[Path, str]:
+    """Infer the subject of each file from its path alone.
+
+    In folders sorted by class or split, each image is a subject, unless file names begin alike.
+    """
+    case_names: dict[Path, str] = {}
+    parts: dict[Path, tuple[str, ...]] = {}
+    for pending in pending_records:
+        path = pending.image.files[0]
+        if layout.find_folder(path) is None:
+            parts[path] = _split_path(path, root)
+        else:
+            case_names[path] = layout.case_name(path)
     labelled_paths = {d.image.files[0] for d in pending_records if d.label is not None or d.split is not None}
+    labelled_paths &= parts.keys()
     subject_names = infer_subjects(path_parts for path, path_parts in parts.items() if path not in labelled_paths)
     repeats = Counter(parts[path][-1] for path in labelled_paths)
     names = {path: subject_names[path_parts] for path, path_parts in parts.items() if path not in labelled_paths}
     names |= {
         path: "/".join(parts[path]) if repeats[parts[path][-1]] > 1 else parts[path][-1] for path in labelled_paths
     }
-    if (n_subjects := len(set(names.values()))) < len(names):
+    if len(set(names.values())) == len(names):
+        starts = infer_subjects_from_stems({path_parts[-1] for path_parts in parts.values()})
+        split_by_path = {d.image.files[0]: d.split for d in pending_records}
+        n_splits = len(set(split_by_path.values()))  # the splits of the source divide subjects that are only guessed
+        names = {
+            path: f"{split_by_path[path] or ''}/{starts[parts[path][-1]]}" if n_splits > 1 else starts[parts[path][-1]]
+            for path in (names if starts else ())
+        } or names
+    return names | case_names
+
+
+def _report_subject_names(pending_records: Sequence[PendingRecord], without_subject: Sequence[PendingRecord]) -> None:
+    """Log the number of subjects that were guessed, or that nothing groups the images by subject."""
+    n_items = sum("/" in (p.image.item or "") and p.subject == p.image.subject for p in pending_records)
+    n_images = len(without_subject) + n_items
+    n_subjects = len({pending.subject for pending in without_subject}) + n_items
+    if n_subjects < n_images:
         log.warning(
-            "%d images have no subject in their metadata: from their file and folder names, %d subjects were inferred. "
-            "Use --subjects to provide the subjects",
-            len(names),
+            "No subject IDs: guessed %d subjects for %d images from file and folder names. Check them, or give "
+            "--subjects",
             n_subjects,
+            n_images,
         )
-    return names
+    elif n_images > 1:
+        log.warning(
+            "No subject IDs: each of %d images counts as its own subject. If patients have several images, results "
+            "are too good. Give --subjects",
+            n_images,
+        )
 
 
 def _split_path(path: Path, root: Path) -> tuple[str, ...]:
@@ -135,7 +216,7 @@ def join_labels(pending_records: Sequence[PendingRecord], tables: FolderTables, 
     """Set the label, mask and split of pending records from tables, by image or by subject."""
     by_subject: dict[str, set[int]] = defaultdict(set)
     for index, pending in enumerate(pending_records):
-        for name in (pending.subject, *pending.image.aliases):
+        for name in {pending.subject, pending.image.subject, *pending.image.aliases}:
             by_subject[name or ""].add(index)
     for index, cells in merge_tables(
         _add_matchers(tables, pending_records), by_subject, ("label", "mask", "split")

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 PathParts = tuple[str, ...]
+_TOKEN = re.compile(r"[^\W_]+")  # letters and digits between separators
+_GROUP_WORDS = {  # words before a number that counts something else than persons
+    "batch", "center", "centre", "class", "day", "epoch", "fold", "group", "hospital", "page", "part", "room",
+    "scanner", "set", "site", "slice", "split", "ward", "week", "year",
+}  # fmt: skip
+_MAX_MEAN_IMAGES = 8  # per subject; with more, a common start is the name of a group of subjects
+_MIN_GROUPED_FRACTION = 0.2  # of the files, in groups of two or more
 
 
 def infer_subjects(paths: Iterable[PathParts]) -> dict[PathParts, str]:
@@ -42,3 +50,42 @@ def _strip_folder_name(path: PathParts) -> str:
     name, folder = path[-1], path[-2] if len(path) > 1 else ""
     rest = name.removeprefix(folder)
     return rest.lstrip("_- .") if folder and not rest[:1].isalnum() else name
+
+
+def infer_subjects_from_stems(names: Collection[str]) -> dict[str, str]:
+    """Infer subjects from file names that begin alike (`pat000_view0`, `pat000_view1`), of the files of one source.
+
+    The shortest start that ends with a number and divides the files into groups of a few images each is taken.
+
+    Args:
+        names: file names without suffix.
+
+    Returns:
+        The start of each name; empty if names do not begin alike.
+
+    Examples:
+        >>> infer_subjects_from_stems(["p1_left", "p1_right", "p2_left", "p2_right"])
+        {'p1_left': 'p1', 'p1_right': 'p1', 'p2_left': 'p2', 'p2_right': 'p2'}
+        >>> infer_subjects_from_stems(["image_001", "image_002", "image_003"])
+        {}
+    """
+    ends = {name: [match.end() for match in _TOKEN.finditer(name)] for name in names}
+    for level in range(max(map(len, ends.values()), default=0) - 1):
+        starts = {
+            name: name[: positions[level]] if level < len(positions) else name for name, positions in ends.items()
+        }
+        counts = Counter(starts.values())
+        groups = [start for start, count in counts.items() if count > 1]
+        n_grouped = sum(counts[start] for start in groups)
+        has_few_images = len(starts) <= _MAX_MEAN_IMAGES * len(counts)
+        if len(groups) > 1 and n_grouped >= _MIN_GROUPED_FRACTION * len(starts) and has_few_images:
+            return starts if all(map(_ends_with_person, groups)) else {}
+    return {}
+
+
+def _ends_with_person(start: str) -> bool:
+    """Whether the start of a file name ends with the number or code of a person, by its last words."""
+    words = _TOKEN.findall(start.lower())
+    last_word = words[-1] if words else ""
+    letters = last_word.rstrip("0123456789") or (words[-2] if len(words) > 1 else "")
+    return any(character.isdigit() for character in last_word) and letters not in _GROUP_WORDS

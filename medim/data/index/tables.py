@@ -20,7 +20,12 @@ from medim.types import UserError
 log = logging.getLogger(__name__)
 SCRUBBED_PREFIX = re.compile(r"(?:^|/)p-[0-9a-f]{12}")
 
-_BIDS_COLUMNS = {"participant_id": "subject"}
+_COLUMN_NAMES = {  # other names of columns in use, the first that a table has counts
+    "image": ("image_index", "image_path", "image_name", "filename", "file_name", "file", "path", "filepath"),
+    "subject": ("subject_id", "participant_id", "patient_id", "patientid", "participant", "patient"),
+    "label": ("finding_labels", "class", "class_name", "category", "target"),
+    "mask": ("mask_path", "segmentation"),
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def read_table(path: Path, kind: str, *, from_user: bool) -> CsvTable | None:
         raise UserError(f"{format_path(path)}: no such file. Check --{kind}.") from None
     except OSError as error:
         raise UserError(f"{format_path(path)}: cannot be read ({error.strerror}). Check --{kind}.") from error
-    columns = [_BIDS_COLUMNS.get(name.strip().lower(), name.strip().lower()) for name in content.columns]
+    columns = _name_columns(content.columns)
     numbered_rows = (
         (line, {name: _clean_cell(row[key]) for key, name in zip(content.columns, columns, strict=True) if name})
         for line, row in zip(content.lines, content, strict=True)
@@ -91,7 +96,7 @@ def read_table(path: Path, kind: str, *, from_user: bool) -> CsvTable | None:
             hint = " Findings need two or more columns of 1, 0 and empty cells." if kind == "labels" else ""
             raise UserError(
                 f"{format_path(path)}: expected the columns {expected_columns}; got "
-                f"{', '.join(map(hide_name, columns)) or 'none'}.{hint}"
+                f"{', '.join(map(hide_name, map(str.strip, content.columns))) or 'none'}.{hint}"
             )
         log.warning("%s is ignored: it does not have the columns %s", format_path(path.name), expected_columns)
         return None
@@ -100,6 +105,22 @@ def read_table(path: Path, kind: str, *, from_user: bool) -> CsvTable | None:
         for _, cells in rows:
             cells["label"] = format_findings({name: parse_finding(cells[name]) for name in findings}) or ""
     return CsvTable(path, rows, from_user)
+
+
+def _name_columns(names: Sequence[str]) -> list[str]:
+    """Translate the usual names of columns: `Patient ID` becomes `subject`, unless there is a column `subject`.
+
+    Examples:
+        >>> _name_columns(["Image Index", "Finding Labels", "Patient ID", "Age"])
+        ['image', 'label', 'subject', 'age']
+    """
+    columns = [name.strip().lower() for name in names]
+    spellings = [re.sub(r"[\s_-]+", "_", name) for name in columns]
+    for column, other_names in _COLUMN_NAMES.items():
+        other_name = next((name for name in other_names if name in spellings), None)
+        if column not in columns and other_name is not None:
+            columns[spellings.index(other_name)] = column
+    return columns
 
 
 def _clean_cell(text: str | None) -> str:

@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from medim.data.index.index import AllRejectedError, Index, build_index, is_index
+from medim.data.loading.splits import assign_splits
 from medim.data.readers import ReadError, read_volume
 from medim.privacy import hide_name, scrubbed_name
 from medim.types import Modality, UsageError, UserError
@@ -308,10 +309,7 @@ def test_subjects_that_are_guessed_from_names_are_told(tmp_path: Path, caplog: p
     for name in ("p1/t1.nii", "p1/t2.nii", "p2/t1.nii", "p2/t2.nii"):
         write_nifti(tmp_path / name)
     build_index(tmp_path, "mri")
-    assert (
-        "4 images have no subject in their metadata: from their file and folder names, 2 subjects were inferred"
-        in caplog.text
-    )
+    assert "No subject IDs: guessed 2 subjects for 4 images from file and folder names" in caplog.text
 
 
 def test_a_table_of_subjects_in_the_source_is_used_and_one_that_is_given_wins(tmp_path: Path) -> None:
@@ -378,7 +376,7 @@ def test_rows_that_mean_nothing_are_counted_without_names(tmp_path: Path, caplog
     ("table", "message"),
     [
         ("image,label\nnone,1\n", "none of the 1 rows"),
-        ("file,label\na,1\n", "columns image or subject, and label or mask; got file, label"),
+        ("Scan,label\na,1\n", "columns image or subject, and label or mask; got Scan, label"),
         ("image,label\na,1\na.nii,2\n", "line 3: expected one label per image"),
         ("image,label\nt1,1\n", "matches 2 images"),
         ("image,mask\na,nowhere.nii\n", "line 2: expected the path of a mask"),
@@ -769,6 +767,76 @@ def test_a_table_of_labels_gives_the_subjects_that_the_files_do_not(tmp_path: Pa
     subjects = {r.image: r.subject for r in build_index(source, "xray", labels=tmp_path / "l.csv").records}
     assert subjects["a"] == subjects["b"]
     assert len({subjects["a"], subjects["c"], subjects["d"]}) == 3
-    (tmp_path / "s.csv").write_text("image,subject\na,q1\nb,q2\nc,q3\n")
+    (tmp_path / "s.csv").write_text("image,subject\na,q1\nb,q1\nc,q3\n")
     index = build_index(source, "xray", labels=tmp_path / "l.csv", subjects=tmp_path / "s.csv")
-    assert len({r.subject for r in index.records}) == 4
+    assert len({r.subject for r in index.records}) == 3
+
+
+@pytest.mark.parametrize("table", ["a,q1\nb,q2\nc,q3\n", "a,q1\nb,q1\nc,q1\n"])
+def test_two_tables_that_group_images_differently_are_refused_with_the_line(tmp_path: Path, table: str) -> None:
+    for name in "abc":
+        picture(tmp_path / "s" / f"{name}.png", seed=ord(name))
+    (tmp_path / "l.csv").write_text("image,subject,label\na,p1,x\nb,p1,y\nc,p2,x\n")
+    (tmp_path / "s.csv").write_text("image,subject\n" + table)
+    with pytest.raises(UserError, match=r"l\.csv, line [34]: the table of subjects groups this image"):
+        build_index(tmp_path / "s", "xray", labels=tmp_path / "l.csv", subjects=tmp_path / "s.csv")
+    (tmp_path / "l.csv").write_text("image,subject,label\na,p1,x\na,p2,x\n")
+    with pytest.raises(UserError, match=r"l\.csv, line 3: expected one subject per image"):
+        build_index(tmp_path / "s", "xray", labels=tmp_path / "l.csv")
+
+
+@pytest.mark.parametrize("column", ["Patient", "patient_id", "PatientID", "participant_id", "Patient ID", "SUBJECT"])
+def test_a_column_of_patients_beside_the_labels_groups_the_images(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, column: str
+) -> None:
+    for name in "abcd":
+        picture(tmp_path / "s" / f"{name}.png", seed=ord(name))
+    (tmp_path / "l.csv").write_text(
+        f"Image Index,Finding Labels,{column}\na.png,x,1\nb.png,y,1\nc.png,x,2\nd.png,y,2\n"
+    )
+    index = build_index(tmp_path / "s", "xray", labels=tmp_path / "l.csv")
+    assert subjects_of(index) == [0, 0, 1, 1]
+    assert [record.label for record in index.records] == ["x", "y", "x", "y"]
+    assert "No subject IDs" not in caplog.text
+
+
+def test_a_column_of_subjects_overrides_the_files_and_their_other_images_follow(tmp_path: Path) -> None:
+    for name, patient in (("1", "A"), ("2", "A"), ("3", "B"), ("4", "C")):
+        save(
+            xray(noise(8, 9, seed=int(name)), PatientID=patient, SOPInstanceUID=f"1.2.{name}"),
+            tmp_path / f"s/{name}.dcm",
+        )
+    (tmp_path / "l.csv").write_text("image,subject,label\n1,study7,x\n3,study7,y\n4,C,x\n")
+    index = build_index(tmp_path / "s", "xray", labels=tmp_path / "l.csv")
+    assert subjects_of(index) == [0, 0, 0, 1]
+    assert index.records[3].subject == build_index(tmp_path / "s", "xray").records[3].subject
+    (tmp_path / "again.csv").write_text(
+        "image,subject,label\n" + "".join(f"{r.image},{r.subject},x\n" for r in index.records)
+    )
+    again = build_index(tmp_path / "s", "xray", labels=tmp_path / "again.csv")
+    assert [r.subject for r in again.records] == [r.subject for r in index.records]
+
+
+def test_images_without_subjects_are_told_once_and_names_that_begin_alike_are_one_subject(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(6):
+        picture(tmp_path / "alone" / f"image_{number:03}.png", seed=number)
+        picture(tmp_path / "views" / f"pat{number // 2:03}_view{number % 2}.png", seed=number)
+    index = build_index(tmp_path / "alone", "xray")
+    assert subjects_of(index) == list(range(6))
+    assert caplog.text.count("No subject IDs: each of 6 images counts as its own subject") == 1
+    caplog.clear()
+    assert subjects_of(build_index(tmp_path / "views", "xray")) == [0, 0, 1, 1, 2, 2]
+    assert "No subject IDs: guessed 3 subjects for 6 images" in caplog.text
+    assert "pat0" not in caplog.text
+
+
+def test_subjects_that_are_guessed_from_starts_of_names_stay_within_the_splits_of_the_source(tmp_path: Path) -> None:
+    for number in range(6):
+        folder = tmp_path / "s" / ("train" if number < 4 else "test")
+        picture(folder / f"person{number % 4 // 2}_bacteria_{number}.png", seed=number)
+    index = build_index(tmp_path / "s", "xray")
+    assert Counter((r.split, r.subject) for r in index.records).most_common()[-1][1] == 2
+    assert len({r.subject for r in index.records}) == 3
+    assign_splits(index)

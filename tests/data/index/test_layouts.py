@@ -85,7 +85,7 @@ def test_participants_serve_as_labels_and_nothing_else_of_them_is_kept(tmp_path:
 def test_without_a_label_column_participants_are_no_table_of_labels(tmp_path: Path) -> None:
     source = bids(tmp_path)
     (source / "participants.tsv").write_text("participant_id\tage\nsub-01\t83\n")
-    with pytest.raises(UserError, match="columns image or subject, and label or mask; got subject, age"):
+    with pytest.raises(UserError, match="columns image or subject, and label or mask; got participant_id, age"):
         build_index(source, "mri", labels=source / "participants.tsv")
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from medim.data.index.subject_names import infer_subjects
+from medim.data.index.subject_names import infer_subjects, infer_subjects_from_stems
 
 CASES = {
     "each file": {"a": "a", "x/b": "b", "y/c": "c"},
@@ -28,3 +28,26 @@ CASES = {
 def test_the_level_of_the_path_that_is_the_subjects_is_found(subjects: dict[str, str]) -> None:
     found = infer_subjects(tuple(path.split("/")) for path in subjects)
     assert {"/".join(path): subject for path, subject in found.items()} == subjects
+
+
+STEMS = {
+    "a patient and a follow-up": {f"{p:08}_{k:03}": f"{p:08}" for p in range(5) for k in range(p + 1)},
+    "a person in several classes": {
+        f"person{p}_{c}_{9 * p + k}": f"person{p}" for p in range(4) for k, c in enumerate("ab")
+    },
+    "a series of a patient": {f"IM-{p:04}-{k:04}-0001": f"IM-{p:04}" for p in (3, 5, 7) for k in (1, 2)},
+    "a patient after words": {f"chest_{p}_{v}": f"chest_{p}" for p in range(9) for v in ("pa", "lateral")},
+    "a code": {f"IXI{p:03}-Guys-08{p}-{s}": f"IXI{p:03}" for p in range(3) for s in ("T1", "T2")},
+    "numbers alone": {f"image_{k:03}" for k in range(20)},
+    "a site": {f"site{s}_{k}" for s in range(3) for k in range(4)},
+    "a hospital's number": {f"hospital_{s}_{k}" for s in range(3) for k in range(4)},
+    "words": {f"{c}_{k}" for c in ("normal", "sick") for k in range(4)},
+    "large groups": {f"b{s}_{k}" for s in range(2) for k in range(50)},
+    "one group of a few": {"p1_a", "p1_b", *(f"x{k}" for k in range(8))},
+    "no separators": {f"JPCLN{k:03}" for k in range(9)},
+}
+
+
+@pytest.mark.parametrize("stems", STEMS.values(), ids=STEMS)
+def test_names_that_begin_with_the_same_number_are_of_one_subject(stems: dict[str, str] | set[str]) -> None:
+    assert infer_subjects_from_stems(list(stems)) == (stems if isinstance(stems, dict) else {})
