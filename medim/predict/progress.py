@@ -108,7 +108,8 @@ def encode_rejection(rejection: Rejection) -> Entry:
 
 def decode_rejections(entries: Iterable[Entry]) -> list[Rejection]:
     """Decode the rejections among entries of the journal."""
-    return [Rejection(*entry["rejected"]) for entry in entries if "rejected" in entry]
+    rows = (entry["rejected"] for entry in entries if "rejected" in entry)
+    return [Rejection(path, reason, detail) for path, reason, detail in rows]
 
 
 def _read_complete_lines(file: IO[str]) -> tuple[list[Any], int]:

@@ -190,7 +190,7 @@ def _filter_dimensions(images: Sequence[ImageInfo], modality: Modality) -> tuple
 def _create_rejections(rejected: Sequence[RejectedFile], root: Path, scrubber: Scrubber) -> tuple[Rejection, ...]:
     """Convert rejected files to rejections without identities, sorted by their written paths."""
     rejections = (
-        Rejection(scrubber.scrub_path(_relative_path(file.path, root)), file.reason, file.detail)
+        Rejection(scrubber.scrub_path(_relative_path(file.path, root)), file.reason, file.detail, file.n_files)
         for file in sorted(dict.fromkeys(rejected), key=lambda file: file.path)
     )
     return tuple(sorted(rejections, key=lambda rejection: rejection.path.split("/")))

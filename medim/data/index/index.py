@@ -450,11 +450,12 @@ def _build_rejection_error(index: Index) -> AllRejectedError:
     files = [rejection for rejection in index.rejected if rejection not in labels]
     others = [rejection for rejection in files if rejection.detail == other_detail]
     rest = [rejection for rejection in files if rejection not in others]
+    n_files = sum(rejection.n_files for rejection in files)
     problem = f"expected {dims}D images (--modality {index.modality}), got "
     problem += (
         f"{len(others)} {other_dims}D image{'s' * (len(others) > 1)}"
         if others
-        else f"{len(files)} file{'s' * (len(files) != 1)} without such an image"
+        else f"{n_files} file{'s' * (n_files != 1)} without such an image"
     )
     problem += f"; files: {_count_reasons(rest)}" if rest else ""
     problem += f"; labels: {_count_reasons(labels)}" if labels else ""
@@ -463,8 +464,10 @@ def _build_rejection_error(index: Index) -> AllRejectedError:
 
 
 def _count_reasons(rejections: Sequence[Rejection]) -> str:
-    """Format the number of rejections for each reason, the most frequent first."""
-    counts = Counter(rejection.reason for rejection in rejections)
+    """Format the number of rejected files for each reason, the most frequent first."""
+    counts: Counter[str] = Counter()
+    for rejection in rejections:
+        counts[rejection.reason] += rejection.n_files
     return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
 
 

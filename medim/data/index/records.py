@@ -67,11 +67,13 @@ class Rejection:
         path: path relative to the source.
         reason: a stable code.
         detail: an explanation.
+        n_files: number of files that the rejection stands for; 1 in tables of earlier versions.
     """
 
     path: str
     reason: str
     detail: str
+    n_files: int = 1
 
 
 INDEX_COLUMNS = tuple(field.name for field in fields(ImageRecord))
@@ -144,8 +146,13 @@ def read_rejections(path: Path) -> tuple[Rejection, ...]:
         return ()
     place = format_result_path(path)
     content = read_csv(path, remedy=_INDEX_REMEDY, place=place)
-    content.require_columns(place, REJECTION_COLUMNS, remedy=_INDEX_REMEDY)
-    return tuple(Rejection(row["path"], row["reason"], row["detail"]) for row in content)
+    content.require_columns(place, REJECTION_COLUMNS[:3], remedy=_INDEX_REMEDY)
+    try:
+        return tuple(
+            Rejection(row["path"], row["reason"], row["detail"], int(row.get("n_files") or 1)) for row in content
+        )
+    except ValueError as error:
+        raise UserError(f"{place}: expected a number in the column n_files. {_INDEX_REMEDY}") from error
 
 
 def _read_parquet_rows(path: Path) -> list[dict[str, object]]:

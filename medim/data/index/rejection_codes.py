@@ -21,7 +21,7 @@ REJECTION_REASONS = {
     "too-large": "The headers specify more than 2^29 voxels, or more bytes than the limit (8 GiB).",
     "compression-ratio": "A large image unpacks to more than 200 times the size of its file.",
     "too-many-files": "A series with more files than the limit for one image.",
-    "too-many-images": "An archive with more than 2^19 images.",
+    "too-many-images": "An archive with more than 2^19 images, or a NIfTI of more than 2^14 volumes.",
     "too-slow": "Decoding the file exceeded the time limit.",
     "too-much-memory": "The image does not fit into the memory limit or the free memory.",
     "changed": "The file has changed since the index was made.",
@@ -66,7 +66,7 @@ REJECTION_REASONS = {
     "incomplete-series": "A slice of the series is damaged, so that the volume would be too short.",
     "uneven-gaps": "Slices are more than 0.1 mm, or a tenth of the gap, away from an even stack.",
     "sheared": "Slices are shifted more than 0.1 mm sideways, as with a tilted gantry.",
-    "duplicate-position": "Slices have the same position, and no attribute in their headers separates them.",
+    "duplicate-position": "Slices have the same position, and neither an attribute nor InstanceNumber separates them.",
     "duplicate": "A copy: same pixels, and same SOPInstanceUID or position in the series, as an earlier file.",
     "conflicting-duplicate": "The same SOPInstanceUID as an earlier file, but different pixels.",
     # labels
@@ -114,5 +114,6 @@ QUALITY_CODES = {
     "damaged-neighbour": "A rejected file is, or may be, a slice of the series.",
     "fewer-slices-than-numbered": "InstanceNumber starts above 1, or ImagesInAcquisition exceeds the slices present.",
     "odd-slices-left-out": "A few slices of the series do not fit this stack, and are rejected.",
+    "long-run": "One of more than 16 volumes of a series or file, as of a functional, diffusion or perfusion run.",
     "frames-left-out": "Some frames of the multi-frame file are in no image.",
 }

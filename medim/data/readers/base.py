@@ -23,6 +23,7 @@ MAX_VOXELS = 1 << 29  # of one image: no scan is this large, a header with more 
 # files of the test data: at most 30 for images in any format, and 286 for masks, to which the ratio does not apply.
 MAX_RATIO = 200
 MIN_RATIO_VOXELS = 1 << 26
+MAX_SHORT_RUN = 16  # sequences of one visit; more volumes in one series or file are a functional or diffusion run
 MIN_CHECKED_BYTES = 1 << 28  # for less, the free memory is not measured
 CHUNK_BYTES = 1 << 22  # of stored voxels that are converted at once
 

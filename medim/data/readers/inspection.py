@@ -66,6 +66,7 @@ class RejectedFile:
 
     Attributes:
         series: pseudonym of the SeriesInstanceUID of a DICOM file that was rejected by its header; empty if unknown.
+        n_files: number of files that the rejection stands for.
     """
 
     path: Path = Path()
@@ -73,6 +74,7 @@ class RejectedFile:
     detail: str
     identities: frozenset[int] = frozenset()
     series: str = ""
+    n_files: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +113,7 @@ class SeriesInfo:
         size: rows, columns.
         spacing: of an X-ray, distance between rows and between columns, in mm.
         n_declared: ImagesInAcquisition, the number of slices according to the scanner; 0 if unknown.
+        reference: pseudonym of the FrameOfReferenceUID of an MRI; empty if unknown.
         quality: codes of accepted irregularities.
         identities: tokens of the identity attributes that the files share.
     """
@@ -126,6 +129,7 @@ class SeriesInfo:
     scanner: str | None
     field_strength: float | None
     n_declared: int = 0
+    reference: str = ""
     quality: tuple[str, ...] = ()
     identities: frozenset[int]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 
 from medim.data.readers.base import (
     CHUNK_BYTES,
+    MAX_SHORT_RUN,
     ReadError,
     VoxelRange,
     allocate_volume,
@@ -33,7 +35,7 @@ _STATISTIC_INTENTS = range(2, 25)
 
 
 class NiftiReader:
-    """Reader of files with one volume, or with up to 16 volumes that are separate images with numbers as names ("3").
+    """Reader of files with one volume, or with several volumes that are separate images with numbers as names ("3").
 
     Trailing axes of length 1 are dropped.
     """
@@ -61,6 +63,7 @@ class NiftiReader:
                 rejected=(RejectedFile(reason=error.reason, detail=error.detail, identities=identities),)
             )
         names = _parse_bids_names(path)
+        quality = (*header.quality, *(("long-run",) if header.volumes > MAX_SHORT_RUN else ()))
         images: list[ImageInfo] = []
         rejected: list[RejectedFile] = []
         for number, voxel_range in enumerate(ranges):
@@ -72,7 +75,7 @@ class NiftiReader:
                 continue
             item = str(number) if header.volumes > 1 else None
             images.append(
-                ImageInfo(shape=shape, affine=affine, item=item, identities=identities, quality=header.quality, **names)
+                ImageInfo(shape=shape, affine=affine, item=item, identities=identities, quality=quality, **names)
             )
         return FileInspection(images=tuple(images), rejected=tuple(rejected))
 
@@ -174,17 +177,18 @@ def _read_one_volume(path: Path, header: NiftiHeader, item: str | None, *, as_ma
     dtype = np.uint8 if as_mask else np.float32
     check_memory(header.data_bytes // header.volumes // header.dtype.itemsize * np.dtype(dtype).itemsize)
     volume, grid = allocate_volume(header.shape, header.affine, dtype)
-    for number, start, stored_values in _iterate_layers(path, header):
-        if number == int(item or 0):
+    wanted = int(item or 0)
+    for number, start, stored_values in _iterate_layers(path, header, wanted):
+        if number == wanted:
             values = _scale_values(stored_values, header)
             grid[..., start : start + len(values)] = (as_class_numbers(values) if as_mask else values).T
     return volume
 
 
-def _iterate_layers(path: Path, header: NiftiHeader) -> Iterator[tuple[int, int, Array]]:
+def _iterate_layers(path: Path, header: NiftiHeader, wanted: int | None = None) -> Iterator[tuple[int, int, Array]]:
     """Yield the voxels as stored, in chunks of layers: number of the volume, first layer, (layers, j, i) values.
 
-    A gzip file is read to its end, which verifies its checksum.
+    A gzip file is read to its end, which verifies its checksum. Of another file, only the wanted volume is read.
 
     Raises:
         ReadError: the voxel data are too short, too long or damaged.
@@ -195,14 +199,21 @@ def _iterate_layers(path: Path, header: NiftiHeader) -> Iterator[tuple[int, int,
     try:
         with open_unzipped(path, header.gzipped) as file:
             n_bytes = len(file.read(header.offset))
-            for number in range(header.volumes):
+            numbers = range(header.volumes)
+            if wanted is not None and not header.gzipped:  # the length of the file has been compared with the header
+                numbers = range(wanted, wanted + 1)
+                volume_bytes = header.data_bytes // header.volumes
+                file.seek(wanted * volume_bytes, os.SEEK_CUR)
+                n_bytes += header.data_bytes - volume_bytes
+            for number in numbers:
                 for start in range(0, n_layers, step):
                     expected_bytes = min(step, n_layers - start) * layer_bytes
                     data = file.read(expected_bytes)
                     n_bytes += len(data)
                     if len(data) == expected_bytes:
                         yield number, start, np.frombuffer(data, header.dtype).reshape(-1, rows, columns)
-            n_bytes += len(file.read(1))
+            if len(numbers) == header.volumes:
+                n_bytes += len(file.read(1))
     except MemoryError:
         raise
     except Exception as error:  # gzip and zlib raise many exception types for damaged data

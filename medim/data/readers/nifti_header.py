@@ -19,7 +19,7 @@ import numpy as np
 from medim.data.readers.base import ReadError, check_length, check_not_empty, check_size, compute_orientation
 from medim.types import Array
 
-MAX_VOLUMES = 16  # sequences of one visit; a file with more is a functional or diffusion run
+MAX_VOLUMES = 1 << 14  # of one file
 _silent_logger = logging.Logger("nibabel", logging.CRITICAL + 1)  # repairs by the header checks are not reported
 _NIFTI2_SIZES = (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")  # NIfTI-2: the header's size, 540
 _TO_MM = {1: 1000.0, 3: 0.001}  # NIFTI_UNITS_METER, NIFTI_UNITS_MICRON; all other units are read as mm
@@ -131,9 +131,7 @@ def _split_axes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
     volumes = shape[3] if len(shape) > 3 else 1
     if volumes > MAX_VOLUMES:
         raise ReadError(
-            "several-volumes",
-            f"shape {shape}: a functional or diffusion run; at most {MAX_VOLUMES} volumes are read as images. "
-            "Split the file, or average it to one volume",
+            "too-many-images", f"shape {shape}: {volumes:,} volumes; the limit of one file is {MAX_VOLUMES:,}"
         )
     return shape[:3], volumes
 

@@ -658,7 +658,7 @@ def test_the_light_index_has_the_columns_of_the_contract(tmp_path: Path, monkeyp
     assert columns == (
         "image,path,subject,session,series,modality,sequence,shape,spacing,affine,scanner,field_strength,label,mask,split,quality"
     )
-    assert (tmp_path / "i" / "rejected.csv").read_text().splitlines()[0] == "path,reason,detail"
+    assert (tmp_path / "i" / "rejected.csv").read_text().splitlines()[0] == "path,reason,detail,n_files"
     with pytest.raises(UserError, match="pyarrow"):
         Index.read(next(iter([_parquet(tmp_path)])))
 

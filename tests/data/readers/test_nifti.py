@@ -11,10 +11,10 @@ import nibabel
 import numpy as np
 import pytest
 
-from medim.data.readers import ReadError, read_mask, read_volume
+from medim.data.readers import DICOM, ReadError, read_mask, read_volume
 from medim.data.readers.inspection import FileInspection
 from medim.data.readers.nifti import NiftiReader
-from tests.data.synthetic import noise, write_nifti
+from tests.data.synthetic import noise, scan, write_nifti, write_series
 
 
 def reason_of(path: Path) -> str:
@@ -97,7 +97,7 @@ def test_a_header_that_announces_more_than_the_file_holds_takes_no_memory(tmp_pa
 
 def test_what_is_not_one_scalar_volume_is_refused(tmp_path: Path) -> None:
     assert reason_of(write_nifti(tmp_path / "a.nii", noise(4, 5, 6, 2))) == "several-volumes"
-    assert reason_of(write_nifti(tmp_path / "many.nii", noise(4, 5, 6, 17))) == "several-volumes"
+    assert reason_of(write_nifti(tmp_path / "many.nii", noise(1, 1, 2, (1 << 14) + 1))) == "too-many-images"
     assert reason_of(write_nifti(tmp_path / "vector.nii", noise(4, 5, 6, 1, 3))) == "not-scalar"
     assert reason_of(write_nifti(tmp_path / "b.nii", noise(4, 5))) == "wrong-dimensions"
     colour = np.zeros((4, 5, 6), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
@@ -208,6 +208,23 @@ def test_a_form_code_that_nobody_knows_is_refused(tmp_path: Path) -> None:
 
 
 # --- voxels
+
+
+@pytest.mark.parametrize("volumes", [16, 17])
+@pytest.mark.parametrize("suffix", ["nii", "nii.gz"])
+def test_a_long_run_is_read_alike_in_nifti_and_dicom(tmp_path: Path, volumes: int, suffix: str) -> None:
+    array = noise(4, 5, 3, volumes)
+    path = write_nifti(tmp_path / f"run.{suffix}", array)
+    sight = NiftiReader().inspect(path)
+    quality = ("long-run",) if volumes > 16 else ()
+    assert [(image.item, image.quality) for image in sight.images] == [(str(k), quality) for k in range(volumes)]
+    np.testing.assert_array_equal(read_volume(f"{path}#{volumes - 2}").array[0], array[..., volumes - 2])
+    if suffix == "nii":
+        for k in range(volumes):
+            write_series(tmp_path / "dicom" / str(k), array[..., k].T, TemporalPositionIdentifier=k + 1)
+        images, refused = scan(DICOM, sorted((tmp_path / "dicom").glob("*/*")), "mri")
+        assert [image.quality for image in images] == [quality] * volumes
+        assert refused == []
 
 
 def test_each_of_several_volumes_is_an_image(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -77,6 +77,15 @@ def read_frame_planes(header: DicomHeader, count: int) -> tuple[FramePlane, ...]
     return tuple(frame for frame in frames if frame is not None) if None not in frames else ()
 
 
+def read_frame_types(header: DicomHeader) -> list[list[str]]:
+    """Read FrameType of each frame of a multi-frame object with functional groups; an empty list if none has one."""
+    shared_groups = header.items(_FUNCTIONAL_GROUPS[0])
+    groups = header.items(_FUNCTIONAL_GROUPS[1])
+    levels = [[group, *shared_groups] for group in groups] or ([shared_groups] if shared_groups else [])
+    types = [_find_texts(level, FRAME_KEYS["image type"][:1]) for level in levels]
+    return types if any(types) else []
+
+
 def check_pixel_spacing(values: Sequence[float]) -> tuple[float, float]:
     """Check that the pixel spacing consists of two positive lengths in mm.
 
@@ -139,26 +148,30 @@ def _check_position(position: tuple[float, ...]) -> tuple[float, ...]:
 def _read_frame_key(levels: Sequence[DicomHeader], name: str) -> str:
     """Read the value of a key of a frame, in a form that tolerates rounding and contains no free text."""
     if name in _TEXT_KEYS:
-        texts = next((values for values in (_find_texts(levels, path) for path in FRAME_KEYS[name]) if values), [])
+        texts = _find_texts(levels, FRAME_KEYS[name])
         return make_pseudonym("\\".join(texts), prefix="k") if texts else ""
     return " ".join(f"{number:.4g}" for number in _find_numbers(levels, FRAME_KEYS[name]))
 
 
 def _find_numbers(levels: Sequence[DicomHeader], paths: Sequence[str]) -> tuple[float, ...]:
+    return next((numbers for h, keyword in _open_paths(levels, paths) if (numbers := h.numbers(keyword))), ())
+
+
+def _find_texts(levels: Sequence[DicomHeader], paths: Sequence[str]) -> list[str]:
+    return next((texts for h, keyword in _open_paths(levels, paths) if (texts := h.texts(keyword))), [])
+
+
+def _open_paths(levels: Sequence[DicomHeader], paths: Sequence[str]) -> Iterator[tuple[DicomHeader, str]]:
+    """Yield the headers that may contain an attribute, with its keyword.
+
+    All paths of a level come before the next level, because the value of the object may summarise those of its frames
+    (MIXED).
+    """
     for level in levels:
         for path in paths:
             *sequences, keyword = path.split("/")
             for header in _open_sequences(level, sequences):
-                if numbers := header.numbers(keyword):
-                    return numbers
-    return ()
-
-
-def _find_texts(levels: Sequence[DicomHeader], path: str) -> list[str]:
-    *sequences, keyword = path.split("/")
-    return next(
-        (texts for level in levels for h in _open_sequences(level, sequences) if (texts := h.texts(keyword))), []
-    )
+                yield header, keyword
 
 
 def _open_sequences(header: DicomHeader, sequences: Sequence[str]) -> list[DicomHeader]:

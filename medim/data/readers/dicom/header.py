@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Set
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian
 
 from medim.data.readers.base import ReadError, check_compression, check_not_empty, check_size
 from medim.data.readers.dicom import identifiers as identities
-from medim.data.readers.dicom.frames import ATTRIBUTES, check_pixel_spacing, read_frame_planes
+from medim.data.readers.dicom.frames import ATTRIBUTES, check_pixel_spacing, read_frame_planes, read_frame_types
 from medim.data.readers.dicom.header_scan import UNDEFINED, HeaderScan, has_all_fragments, scan_header
 from medim.data.readers.dicom.values import DicomHeader, silence_pydicom
 from medim.data.readers.inspection import DicomFile, FileInspection, RejectedFile, SeriesInfo
@@ -70,6 +72,7 @@ def inspect_dicom_header(path: Path) -> FileInspection:
         series_info = _read_series_info(
             load_site_key(), raw_values, scan_result.header.byte_order, scan_result.syntax in _LOSSY_SYNTAXES
         )
+        series_info = _add_frame_types(series_info, scan_result.header)
         count = max(scan_result.header.integer("NumberOfFrames", 1), 1)
         damage = _find_pixel_damage(path, scan_result, count)
         instance = DicomFile(
@@ -131,9 +134,24 @@ def _read_series_info(key: bytes, raw_values: tuple[bytes | None, ...], byte_ord
         scanner=scrub.scrub_text(scanner or None),
         field_strength=field,
         n_declared=header.integer("ImagesInAcquisition", 0),
+        reference=_pseudonymise_uid(header, "FrameOfReferenceUID") if kind == "mri" else "",
         quality=quality,
         identities=series_identities,
     )
+
+
+def _add_frame_types(series_info: SeriesInfo, header: DicomHeader) -> SeriesInfo:
+    """Apply the rules for ImageType to the types of the frames, because that of the object may be MIXED.
+
+    Raises:
+        ReadError: all frames are of a type that is rejected.
+    """
+    types = [{value.upper() for value in values} for values in read_frame_types(header)]
+    if not types:
+        return series_info
+    _check_image_type(set.intersection(*types))
+    codes = {code for code, keyword, value in _QUALITY_RULES if keyword == "ImageType" and value in set.union(*types)}
+    return replace(series_info, quality=tuple(sorted({*series_info.quality, *codes})))
 
 
 def _build_series_header(raw_values: tuple[bytes | None, ...], byte_order: str) -> DicomHeader:
@@ -167,17 +185,25 @@ def _check_image_header(header: DicomHeader) -> None:
         raise ReadError("colour", "a colour image; expected MONOCHROME1 or MONOCHROME2")
     if header.text("BurnedInAnnotation").upper() == "YES":
         raise ReadError("burned-in", "the header declares annotations burned into the pixels")
-    kinds = {value.upper() for value in header.texts("ImageType")}
+    _check_image_type({value.upper() for value in header.texts("ImageType")})
+    allocated, stored = header.integer("BitsAllocated", 16), header.integer("BitsStored", 0)
+    highest = header.integer("HighBit", stored - 1)
+    if allocated not in {8, 16, 32} or not stored - 1 <= highest < allocated:
+        raise ReadError("bit-depth", f"{stored} of {allocated} bits up to bit {highest}; expected 8, 16 or 32 bits")
+
+
+def _check_image_type(kinds: Set[str]) -> None:
+    """Reject images by the values of ImageType or FrameType.
+
+    Raises:
+        ReadError: a value is that of a localizer, a mosaic or a screen capture.
+    """
     if "LOCALIZER" in kinds:
         raise ReadError("localizer", "a localizer, not a diagnostic series")
     if "MOSAIC" in kinds:
         raise ReadError("mosaic", "a mosaic of slices in one image")
     if kinds & _SCREEN_TYPES:
         raise ReadError("screen-save", "a screen capture")
-    allocated, stored = header.integer("BitsAllocated", 16), header.integer("BitsStored", 0)
-    highest = header.integer("HighBit", stored - 1)
-    if allocated not in {8, 16, 32} or not stored - 1 <= highest < allocated:
-        raise ReadError("bit-depth", f"{stored} of {allocated} bits up to bit {highest}; expected 8, 16 or 32 bits")
 
 
 def _find_quality_codes(header: DicomHeader, is_lossy: bool) -> tuple[str, ...]:

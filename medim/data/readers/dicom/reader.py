@@ -7,15 +7,17 @@ stack are rejected with a reason. The native grid of a series is (column, row, s
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from medim.data.readers.base import (
     LPS_TO_RAS,
+    MAX_SHORT_RUN,
     ReadError,
     allocate_volume,
     check_memory,
@@ -24,8 +26,8 @@ from medim.data.readers.base import (
     ras_grid,
 )
 from medim.data.readers.dicom.header import inspect_dicom_header, looks_like_dicom
-from medim.data.readers.dicom.pixels import decode_frames, fill_padding, same_pixels
-from medim.data.readers.dicom.series import StackResult, group_into_stacks
+from medim.data.readers.dicom.pixels import decode_frames, fill_padding, hash_pixels, same_pixels
+from medim.data.readers.dicom.series import SeriesFrames, StackResult, group_into_stacks
 from medim.data.readers.dicom.stack import Stack
 from medim.data.readers.inspection import (
     CollectionResult,
@@ -106,7 +108,7 @@ class DicomReader:
             group_images, group_rejected = _build_images(group)
             image_infos += group_images
             rejected += group_rejected
-        return image_infos, rejected + copies
+        return _mark_long_runs(image_infos), rejected + copies
 
     def read(self, path: Path, item: str | None = None) -> Volume:
         """Read one file: an X-ray, a slice, or the frames of a multi-frame object.
@@ -229,6 +231,17 @@ def mark_damaged_neighbours(images: Sequence[ImageInfo], rejected: Sequence[Reje
     ]
 
 
+def _mark_long_runs(images: Sequence[ImageInfo]) -> list[ImageInfo]:
+    """Add the quality code `long-run` to the volumes of series with many, as a functional or diffusion run has."""
+    counts = Counter(image.series or "" for image in images if len(image.shape) == 3)
+    return [
+        replace(image, quality=tuple(sorted({*image.quality, "long-run"})))
+        if image.series and counts[image.series] > MAX_SHORT_RUN
+        else image
+        for image in images
+    ]
+
+
 def _may_be_slice(path: Path, folder: Path, images: Sequence[ImageInfo], series: str) -> bool:
     """Whether a file with an unreadable header may be a slice of a series in its folder."""
     if looks_like_dicom(path):
@@ -300,19 +313,31 @@ def _group_dicom_files(instances: Sequence[DicomFile]) -> list[list[DicomFile]]:
 
 
 def _stack_dicom_files(group: Sequence[DicomFile]) -> StackResult:
-    """Stack the frames of a group; rejects the whole group if its files are of several patients."""
+    """Stack the frames of a group; rejects the whole group if its files are of several patients or studies."""
     first = group[0]
-    if len({instance.origin.subject for instance in group}) > 1:
-        error = ReadError("mixed-references", "the slices are of several patients; expected one")
-        return [], [(list(range(len(group))), error)]
-    if len(group) == first.count == 1 and not first.frames and "secondary-capture" in first.origin.quality:
-        return group_into_stacks([_make_capture_plane(first)], lambda one, other: False)
-    frames: list[FramePlane | None] = []
+    for name, values in (
+        ("patients", {instance.origin.subject for instance in group}),
+        ("studies", {instance.origin.study for instance in group}),
+    ):
+        if len(values) > 1:
+            error = ReadError("mixed-references", f"the slices are of several {name}; expected one")
+            return [], [(list(range(len(group))), error)]
+    planes: list[FramePlane | None] = []
     for instance in group:
-        frames += instance.frames or [None] * instance.count
-    if first.count > 1:
-        return group_into_stacks(frames, lambda one, other: False)
-    return group_into_stacks(frames, lambda one, other: same_pixels(group[one].path, group[other].path))
+        planes += instance.frames or [None] * instance.count
+    if len(group) == first.count == 1 and not first.frames and "secondary-capture" in first.origin.quality:
+        planes = [_make_capture_plane(first)]
+    if first.count > 1:  # frames of one file, of which copies are not searched
+        numbers, references = range(1, first.count + 1), [""] * first.count
+        return group_into_stacks(SeriesFrames(planes, numbers, references, lambda index: str(index).encode()))
+    return group_into_stacks(
+        SeriesFrames(
+            planes,
+            numbers=[instance.number for instance in group],
+            references=[instance.origin.reference for instance in group],
+            hash_pixels=cache(lambda index: hash_pixels(group[index].path)),
+        )
+    )
 
 
 def _make_capture_plane(instance: DicomFile) -> FramePlane:
@@ -407,4 +432,6 @@ def _reject_files(group: Sequence[DicomFile], error: ReadError) -> RejectedFile:
     """Build the rejection of a file, or of several files represented by the first one."""
     detail = f"{error.detail} (series of {len(group)} files)" if len(group) > 1 else error.detail
     identities = frozenset().union(*(instance.identities for instance in group))
-    return RejectedFile(path=group[0].path, reason=error.reason, detail=detail, identities=identities)
+    return RejectedFile(
+        path=group[0].path, reason=error.reason, detail=detail, identities=identities, n_files=len(group)
+    )

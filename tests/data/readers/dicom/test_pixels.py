@@ -246,6 +246,76 @@ def test_the_echoes_of_a_multi_frame_object_are_images_of_their_own(tmp_path: Pa
         assert caught.value.reason == reason
 
 
+def magnitude_and_phase(path: Path, level: str, name: str, values: tuple[Any, Any], summary: Any) -> Path:
+    """An enhanced object of two parts of three slices, whose object or shared group summarises what its frames say."""
+    made = enhanced(noise(6, 4, 6), [[1.0, 2.0, 3.0 * (k // 2)] for k in range(6)])
+    sequence, keyword = name.split("/")
+    for k, group in enumerate(made.PerFrameFunctionalGroupsSequence):
+        own = pydicom.Dataset()
+        setattr(own, keyword, values[k % 2])
+        setattr(group, sequence, [own])
+    if level == "object":
+        setattr(made, {"FrameType": "ImageType", "EffectiveEchoTime": "EchoTime"}.get(keyword, keyword), summary)
+    else:
+        own = pydicom.Dataset()
+        setattr(own, keyword, summary)
+        setattr(made.SharedFunctionalGroupsSequence[0], sequence, [own])
+    return save(made, path)
+
+
+@pytest.mark.parametrize("level", ["object", "shared"])
+@pytest.mark.parametrize(
+    ("name", "values", "summary"),
+    [
+        ("MRImageFrameTypeSequence/ComplexImageComponent", ("MAGNITUDE", "PHASE"), "MIXED"),
+        ("MRImageFrameTypeSequence/FrameType", (["ORIGINAL", "A"], ["ORIGINAL", "B"]), ["ORIGINAL", "MIXED"]),
+        ("MREchoSequence/EffectiveEchoTime", (2.5, 5.0), 2.5),
+        ("MRTimingAndRelatedParametersSequence/FlipAngle", (5.0, 9.0), 5.0),
+        ("MRDiffusionSequence/DiffusionBValue", (50.0, 800.0), 50.0),
+    ],
+)
+def test_what_a_frame_says_counts_before_its_object(
+    tmp_path: Path, level: str, name: str, values: tuple[Any, Any], summary: Any
+) -> None:
+    path = magnitude_and_phase(tmp_path / "a.dcm", level, name, values, summary)
+    keys = [frame.keys for frame in DICOM.inspect(path).instance.frames]  # type: ignore[union-attr]
+    assert len(set(keys)) == 2
+    assert [image.item for image in scan(DICOM, [path], "mri")[0]] == ["0", "1"]
+
+
+def test_frames_that_nothing_tells_apart_are_volumes_by_their_order(tmp_path: Path) -> None:
+    path = save(enhanced(noise(6, 4, 6), [[1.0, 2.0, 3.0 * (k // 2)] for k in range(6)]), tmp_path / "a.dcm")
+    for made in (pydicom.dcmread(path),):
+        for group in made.PerFrameFunctionalGroupsSequence:
+            del group.PixelValueTransformationSequence
+        made.save_as(path)
+    assert [image.item for image in scan(DICOM, [path], "mri")[0]] == ["0", "1"]
+    for item in (0, 1):
+        array = read_volume(f"{path}#{item}").array[0][::-1, ::-1].transpose(2, 1, 0)
+        np.testing.assert_array_equal(array, noise(6, 4, 6)[item::2])
+
+
+@pytest.mark.parametrize(
+    ("types", "reason", "quality"),
+    [
+        (["LOCALIZER"] * 3, "localizer", None),
+        (["LOCALIZER", "NONE", "NONE"], None, ()),
+        (["DERIVED", "NONE", "NONE"], None, ("derived",)),
+    ],
+)
+def test_the_types_of_frames_count_beside_that_of_their_object(
+    tmp_path: Path, types: list[str], reason: str | None, quality: tuple[str, ...] | None
+) -> None:
+    made = enhanced(noise(3, 4, 6), [[1.0, 2.0, 3.0 * k] for k in range(3)], ImageType=["MIXED", "PRIMARY"])
+    for group, kind in zip(made.PerFrameFunctionalGroupsSequence, types, strict=True):
+        own = pydicom.Dataset()
+        own.FrameType = ["ORIGINAL", "PRIMARY", kind]
+        group.MRImageFrameTypeSequence = [own]
+    found, refused = scan(DICOM, [save(made, tmp_path / "a.dcm")], "mri")
+    assert [image.quality for image in found] == ([] if quality is None else [quality])
+    assert [one.reason for one in refused] == ([] if reason is None else [reason])
+
+
 def test_frames_that_are_in_no_image_are_said(tmp_path: Path) -> None:
     path = several_echoes(tmp_path / "a.dcm", spoil=True)
     (image,) = scan(DICOM, [path], "mri")[0]

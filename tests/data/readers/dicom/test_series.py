@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom.uid import generate_uid
 
-from medim.data.index.index import build_index
+from medim.data.index.index import AllRejectedError, build_index
 from medim.data.readers import DICOM
+from medim.data.readers.dicom import pixels
+from medim.data.readers.dicom.pixels import decode_frames
 from tests.data.synthetic import AXIAL, dataset, noise, save, scan, write_series
 
 SAGITTAL = (0.0, 1.0, 0.0, 0.0, 0.0, -1.0)
@@ -86,9 +89,154 @@ def test_a_key_that_counts_the_slices_of_one_volume_splits_nothing(tmp_path: Pat
     assert [len(image) for image in told(tmp_path)[0]] == [5]
 
 
-def test_scans_that_no_key_tells_apart_are_refused(tmp_path: Path) -> None:
-    repeated(tmp_path, 2, "InstanceNumber", [1, 2])
+@pytest.mark.parametrize("values", [[None, None], [1, 1], [0, 1]], ids=["no number", "one number", "a number of 0"])
+def test_scans_that_no_key_tells_apart_are_refused(tmp_path: Path, values: list[int | None]) -> None:
+    repeated(tmp_path, 2, "InstanceNumber", values)
     assert told(tmp_path) == ([], [("0-0.dcm", "duplicate-position")], [])
+
+
+def time_series(folder: Path, volumes: int, slices: int, number: Any, **tags: Any) -> None:
+    """Volumes that InstanceNumber alone tells apart; `number(volume, slice)` gives it, None leaves the file out."""
+    places = [[10.0, 20.0, 30.0 + 2 * k] for k in range(slices)]
+    for volume in range(volumes):
+        for k in range(slices):
+            if (count := number(volume, k)) is not None:
+                own = {name: value(volume, k) if callable(value) else value for name, value in tags.items()}
+                made = dataset(noise(4, 6, seed=k) + 10 * volume, ImagePositionPatient=places[k], **own)
+                made.InstanceNumber = count
+                save(made, folder / f"{count:05d}-{volume}-{k}.dcm")
+
+
+def volumes_of(folder: Path) -> list[set[str]]:
+    """Numbers of the volumes that the files of each image are of."""
+    return [{name.split("-")[1] for name in image} for image in told(folder)[0]]
+
+
+ORDERS = {
+    "volume by volume": lambda volume, k: 100 * volume + k + 1,
+    "slice by slice": lambda volume, k: 10 * k + volume + 1,
+    "up and down": lambda volume, k: 4 * volume + (k if volume % 2 else 3 - k) + 1,
+    "with gaps": lambda volume, k: 200 * volume + 7 * k + 5,
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_volumes_are_told_apart_by_the_number_at_each_place(tmp_path: Path, order: str) -> None:
+    time_series(tmp_path, 5, 4, ORDERS[order], AcquisitionNumber=lambda volume, k: k + 1)
+    assert volumes_of(tmp_path) == [{str(volume)} for volume in range(5)]
+    index = build_index(tmp_path, "mri", remember=False)
+    means = [index.open(record).array.mean() for record in index.records]
+    np.testing.assert_allclose(np.diff(means), 10.0, atol=1e-3)
+
+
+def test_volumes_of_an_order_stay_within_their_echo_and_component(tmp_path: Path) -> None:
+    """Magnitude and phase of five times: within a place the numbers of the parts do not follow one order."""
+
+    def number(volume: int, k: int) -> int:
+        time, part = divmod(volume, 2)
+        return 100 * time + 10 * ((part + k) % 2) + k + 1
+
+    time_series(tmp_path, 10, 4, number, ComplexImageComponent=lambda volume, k: ("MAGNITUDE", "PHASE")[volume % 2])
+    assert sorted(map(sorted, volumes_of(tmp_path))) == [[str(volume)] for volume in range(10)]
+
+
+def test_a_series_that_was_stopped_keeps_its_whole_volumes(tmp_path: Path) -> None:
+    time_series(tmp_path, 3, 4, lambda volume, k: 4 * volume + k + 1 if volume < 2 or k < 3 else None)
+    images, refused, _ = told(tmp_path)
+    assert [len(image) for image in images] == [4, 4]
+    assert [reason for _, reason in refused] == ["missing-slices"]
+
+
+@pytest.mark.parametrize("lost", [(0, 0), (1, 0), (1, 2), (0, 3)])
+@pytest.mark.parametrize("order", [lambda volume, k: 4 * volume + k + 1, *ORDERS.values()])
+def test_a_volume_with_a_lost_slice_is_never_filled_from_the_next(
+    tmp_path: Path, order: Any, lost: tuple[int, int]
+) -> None:
+    time_series(tmp_path, 3, 4, lambda volume, k: None if (volume, k) == lost else order(volume, k))
+    images, refused, _ = told(tmp_path)
+    assert images == []
+    assert [reason for _, reason in refused] == ["duplicate-position"]
+
+
+def test_a_slice_lost_at_each_place_is_never_filled_from_the_next(tmp_path: Path) -> None:
+    time_series(tmp_path, 5, 4, lambda volume, k: None if volume == k else 4 * volume + k + 1)
+    assert told(tmp_path)[0] == []
+
+
+def test_one_place_is_no_volume_however_it_is_numbered(tmp_path: Path) -> None:
+    """A series that lost its positions would become an image a slice."""
+    write_series(tmp_path, positions=[[0.0, 0.0, 0.0]] * 5, each=[{"InstanceNumber": k + 1} for k in range(5)])
+    assert told(tmp_path)[:2] == ([], [("0.dcm", "duplicate-position")])
+
+
+def test_volumes_of_equal_pixels_are_copies_and_blank_slices_are_not(tmp_path: Path) -> None:
+    def write(folder: Path, seeds: Sequence[int]) -> tuple[list[set[str]], list[tuple[str, str]]]:
+        for turn, seed in enumerate(seeds):
+            slices = noise(4, 4, 6, seed=seed)
+            slices[[0, 3]] = 0.0  # slices at the ends that are blank in every volume
+            for k, path in enumerate(write_series(folder / "x", slices)):
+                made = pydicom.dcmread(path)
+                made.InstanceNumber = 10 * turn + k + 1
+                made.save_as(folder / f"{turn}-{k}.dcm")
+        shutil.rmtree(folder / "x")
+        return told(folder)[:2]
+
+    images, refused = write(tmp_path / "all", [0, 1, 2])
+    assert [len(image) for image in images] == [4, 4, 4]
+    assert refused == []
+    images, refused = write(tmp_path / "copy", [0, 1, 0])
+    assert images == [{f"{turn}-{k}.dcm" for k in range(4)} for turn in range(2)]
+    assert refused == [("2-0.dcm", "duplicate")]
+
+
+def test_pixels_are_decoded_at_most_once_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refusing costs no more than reading: comparing pairs of pixels took an hour for a series of 8,640 files."""
+    decoded: Counter[str] = Counter()
+
+    def decode(path: Path) -> np.ndarray[Any, Any]:
+        decoded[path.name] += 1
+        return decode_frames(path)
+
+    monkeypatch.setattr(pixels, "decode_frames", decode)
+    time_series(tmp_path / "told", 12, 4, ORDERS["volume by volume"])
+    assert len(told(tmp_path / "told")[0]) == 12
+    assert sum(decoded.values()) == 12  # the middle slice of each volume
+    decoded.clear()
+    time_series(tmp_path / "lost", 12, 4, lambda volume, k: None if (volume, k) == (5, 2) else 100 * volume + k + 1)
+    assert told(tmp_path / "lost")[0] == []
+    assert set(decoded.values()) == {1}
+
+
+@pytest.mark.parametrize("count", [12, 40])
+def test_slices_of_two_frames_of_reference_are_never_joined(tmp_path: Path, count: int) -> None:
+    """Evenly spaced, but a table that moved between the halves: the distance between them is unknown."""
+    half = count // 2
+    write_series(tmp_path, noise(count, 4, 6), each=[{"FrameOfReferenceUID": f"1.2.{k // half}"} for k in range(count)])
+    images, refused, _ = told(tmp_path)
+    if count == 12:
+        assert (images, refused) == ([], [("0.dcm", "mixed-references")])
+    else:
+        assert sorted(map(len, images)) == [20, 20]
+        assert refused == []
+
+
+def test_a_slice_of_another_frame_of_reference_is_left_out(tmp_path: Path) -> None:
+    write_series(tmp_path, noise(13, 4, 6), each=[{"FrameOfReferenceUID": f"1.2.{k // 12}"} for k in range(13)])
+    images, refused, quality = told(tmp_path)
+    assert [len(image) for image in images] == [12]
+    assert refused == [("12.dcm", "mixed-references")]
+    assert quality == [("odd-slices-left-out",)]
+
+
+def test_slices_of_two_studies_are_refused(tmp_path: Path) -> None:
+    write_series(tmp_path, each=[{"StudyInstanceUID": f"1.2.{k // 3}"} for k in range(5)])
+    assert told(tmp_path)[:2] == ([], [("0.dcm", "mixed-references")])
+
+
+def test_a_refusal_counts_the_files_of_its_series(tmp_path: Path) -> None:
+    write_series(tmp_path, noise(7, 4, 6), positions=[[0.0, 0.0, 0.0]] * 7)
+    with pytest.raises(AllRejectedError, match=r"got 7 files without such an image; files: 7 duplicate-position"):
+        build_index(tmp_path, "mri", remember=False)
 
 
 def test_a_copy_under_another_uid_is_refused_alone(tmp_path: Path) -> None:
@@ -290,6 +438,8 @@ def split(plane: list[dict[str, Any]], refused: list[tuple[str, str]]) -> list[l
                 parts[one.get(key)].append(one)
             if len(parts) == repeats(plane) and all(repeats(part) == 1 for part in parts.values()):
                 return list(parts.values())
+        if turns := by_order(plane):
+            return turns
         left: list[dict[str, Any]] = []
         for one in plane:
             if any(alike(one, o) for o in left):
@@ -298,6 +448,18 @@ def split(plane: list[dict[str, Any]], refused: list[tuple[str, str]]) -> list[l
                 left.append(one)
         plane = left
     return [plane]
+
+
+def by_order(plane: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The k-th number at each place, where each has as many; echoes and the like apart if every place has them."""
+    places: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    for one in sorted(plane, key=lambda one: one.get("InstanceNumber", 0)):
+        places[place_of(one)].append(one)
+    numbers = [[one.get("InstanceNumber", 0) for one in place] for place in places.values()]
+    clear = all(0 not in place and len(set(place)) == len(place) for place in numbers)
+    if len(places) == 1 or not clear or len({len(place) for place in numbers}) > 1:
+        return []
+    return [list(turn) for turn in zip(*places.values(), strict=True)]
 
 
 def alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
