@@ -69,19 +69,20 @@ MAY_IMPORT: dict[str, frozenset[str]] = {  # a folder or a module: those it may 
     "objectives": GROUND | {"models"},
     "tracking": GROUND | {"models"},
     "metrics": GROUND,
+    "pictures": frozenset({"types"}),
     "tasks": GROUND | INDEX | {"metrics"},
     "inference": GROUND | INDEX | {"tasks"},
     "package": GROUND | INDEX | {"tasks", "inference"},
-    "predict": GROUND | INDEX | {"tasks", "inference", "package"},
+    "predict": GROUND | INDEX | {"pictures", "tasks", "inference", "package"},
     "node": GROUND | INDEX | {"tasks", "inference", "package", "predict"},
     "export": GROUND | INDEX | NETWORKS | {"tasks", "inference", "package", "predict"},
-    "evaluation": GROUND | LOADING | NETWORKS | {"tasks", "inference", "package", "metrics"},
-    "reports": GROUND | LOADING | {"tasks", "metrics", "evaluation"},
+    "evaluation": GROUND | LOADING | NETWORKS | {"pictures", "tasks", "inference", "package", "metrics"},
+    "reports": GROUND | LOADING | {"pictures", "tasks", "metrics", "evaluation"},
     "training": GROUND | LOADING | NETWORKS | {"tracking", "tasks", "inference", "metrics", "evaluation", "reports"},
     "study": GROUND
     | LOADING
     | NETWORKS
-    | {"tracking", "tasks", "inference", "metrics", "evaluation", "reports", "training"},
+    | {"tracking", "pictures", "tasks", "inference", "metrics", "evaluation", "reports", "training"},
     "cli": GROUND
     | LOADING
     | NETWORKS
@@ -112,6 +113,7 @@ LIGHT = frozenset(  # run without the [train] extra; everything else may import 
         "data/source",
         "data/public",
         "metrics",
+        "pictures",
         "tasks",
         "inference",
         "package",

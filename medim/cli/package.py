@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,9 +18,12 @@ from medim.cli.options import (
     PublicKeyOption,
     ResumeOption,
 )
-from medim.cli.terminal import print_result, show_progress
+from medim.cli.terminal import format_or_dash, print_result, print_table, print_warning, show_progress
 from medim.cli.tracking import start_tracking, track_export, track_prediction
 from medim.types import UsageError, UserError
+
+MAX_TABLE_ROWS = 10  # predictions and warnings printed by default
+HIDDEN_COLUMNS = {"ood", "ood_feature_group", "ood_reason"}  # of the printed table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +125,15 @@ class PredictArguments:
     labelmap: Annotated[
         bool, typer.Option("--labelmap", help="Write SEG objects of type LABELMAP, which older viewers cannot display.")
     ] = False
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Write a picture of each image with its prediction to previews/.")
+    ] = False
+    withhold_unusual: Annotated[
+        bool, typer.Option("--withhold-unusual", help="Write no answer for an image that is out of distribution.")
+    ] = False
+    table: Annotated[
+        bool, typer.Option("--table", help="Print all predictions. Default: those of up to ten images.")
+    ] = False
     keep_names: KeepNamesOption = False
     resume: ResumeOption = False
     overwrite: OverwriteOption = False
@@ -138,13 +152,50 @@ def predict(arguments: PredictArguments) -> None:
         arguments.out,
         output_format=arguments.output_format,
         labelmap=arguments.labelmap,
+        preview=arguments.preview,
+        withhold_unusual=arguments.withhold_unusual,
         overwrite=arguments.overwrite,
         resume=arguments.resume,
         progress=show_progress("predicted"),
     )
-    for row in rows:
-        print_result(str(row.pop("image")), row)
+    if arguments.table or len(rows) <= MAX_TABLE_ROWS:
+        print_table("predictions", [{k: v for k, v in row.items() if k not in HIDDEN_COLUMNS} for row in rows])
+    _warn_unusual([row for row in rows if row["ood"]])
+    print_result("predict", _summarise_predictions(rows, arguments))
     track_prediction(package, arguments.out, arguments.output_format, start)
+
+
+def _warn_unusual(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print a warning for each image that is out of distribution, at most `MAX_TABLE_ROWS`."""
+    for row in rows[:MAX_TABLE_ROWS]:
+        group = f"{row['ood_feature_group']}, {format_or_dash(row['ood_score'])} times the limit"
+        print_warning(f"unusual image {row['image']}: {row['ood_reason']} ({group})")
+    if len(rows) > MAX_TABLE_ROWS:
+        print_warning(f"{len(rows) - MAX_TABLE_ROWS} more unusual images: column ood of predictions.csv")
+
+
+def _summarise_predictions(rows: Sequence[Mapping[str, Any]], arguments: PredictArguments) -> dict[str, Any]:
+    """Count the usual, unusual and rejected images, and name the written files."""
+    from csv import DictReader
+
+    out, groups = arguments.out, Counter(str(row["ood_feature_group"]) for row in rows if row["ood"])
+    with (out / "rejected.csv").open(encoding="utf-8", newline="") as file:
+        reasons = Counter(row["reason"] for row in DictReader(file))
+    counts = {"predicted": len(rows), "UNUSUAL": sum(groups.values()), "rejected": sum(reasons.values())}
+    details = {"UNUSUAL": groups, "rejected": reasons}
+    summary: dict[str, Any] = {
+        name: f"{count}{_format_counts(details.get(name, Counter()))}" for name, count in counts.items()
+    }
+    if all(row["ood"] is None for row in rows):
+        summary["UNUSUAL"] = "not known: this package has no out-of-distribution detector"
+    if reasons:
+        summary["reasons"] = out / "rejected.csv"
+    pictures = {"pictures": out / "previews"} if arguments.preview else {}
+    return {**summary, "written to": out / "predictions.csv", **pictures}
+
+
+def _format_counts(counts: Counter[str]) -> str:
+    return f" ({', '.join(f'{name} {n}' for name, n in sorted(counts.items()))})" if counts else ""
 
 
 def embed(

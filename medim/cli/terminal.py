@@ -10,7 +10,7 @@ import re
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Annotated, Any, get_type_hints
@@ -29,6 +29,7 @@ from medim.types import UserError
 from medim.version import install_command
 
 console = Console(emoji=False)
+wide_console = Console(emoji=False, width=10_000)  # for tables that are not printed on a terminal
 stderr_console = Console(stderr=True, emoji=False)
 _active_bars = ExitStack()  # bars on the terminal
 _REMEDIES = {  # whether the command has --resume: advice after a signal
@@ -314,9 +315,30 @@ def print_result(title: str, rows: Mapping[str, Any]) -> None:
     """Print a result as a table of two columns."""
     table = Table(title=_plain_text(title), title_justify="left", show_header=False, box=None, pad_edge=False)
     for name, value in rows.items():
-        text = format_or_dash(value) if value is None or isinstance(value, float) else str(value)
-        table.add_row(_plain_text(name), _plain_text(text))
+        table.add_row(_plain_text(name), _plain_text(_format_value(value)))
     console.print(table, soft_wrap=not sys.stdout.isatty(), markup=False, highlight=False)
+
+
+def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows with the same keys as a table with a header; no rows print nothing."""
+    if not rows:
+        return
+    table = Table(title=_plain_text(title), title_justify="left", box=None, pad_edge=False)
+    for name in rows[0]:
+        table.add_column(_plain_text(name), overflow="fold")
+    for row in rows:
+        table.add_row(*(_plain_text(_format_value(value)) for value in row.values()))
+    (console if sys.stdout.isatty() else wide_console).print(table, markup=False, highlight=False)
+
+
+def print_warning(text: str) -> None:
+    """Print a warning to standard error, in colour on a terminal, also with --quiet."""
+    line = Text(escape_control_characters(f"WARNING {text}"), style="bold yellow")
+    stderr_console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _format_value(value: object) -> str:
+    return format_or_dash(value) if value is None or isinstance(value, float) else str(value)
 
 
 def _plain_text(text: str) -> Text:

@@ -220,8 +220,6 @@ def _build_prediction_result(package: Package, out: Path, output_format: str, st
     from medim.tracking.results import TrackedResult
 
     counts = read_json(out / "summary.json")["counts"]
-    with (out / "predictions.csv").open(encoding="utf-8", newline="") as file:
-        n_unusual = sum(row.get("ood", "").lower() in {"true", "1"} for row in DictReader(file))
     with (out / "rejected.csv").open(encoding="utf-8", newline="") as file:
         reasons = Counter(row["reason"] for row in DictReader(file))
     described = _describe_contract(package)
@@ -231,7 +229,7 @@ def _build_prediction_result(package: Package, out: Path, output_format: str, st
         name=f"{described['name']}-{described['version']}",
         start=start,
         parameters={**described, "format": output_format},
-        metrics={**counts, "ood": n_unusual, **{f"rejected/{reason}": n for reason, n in reasons.items()}},
+        metrics={**counts, **{f"rejected/{reason}": n for reason, n in reasons.items()}},
         sources=_list_package_sources(package.sha256, package.contract.spec),
     )
 

@@ -29,6 +29,15 @@ FEATURE_GROUPS = ("features", "intensities", "geometry")
 GAUSSIAN_FIELDS = ("mean", "scale", "precision", "limit")  # arrays stored per feature group
 COUNT_NAMES = ("images", "subjects", "held_out_images", "held_out_subjects")
 QUANTILES = (1, 5, 25, 50, 75, 95, 99)
+INTENSITY_NAMES = (  # of the intensity features, in their order
+    "lowest intensity",
+    "median intensity",
+    "highest intensity",
+    "fraction of background voxels",
+    "fraction of saturated voxels",
+    *(f"percentile {quantile} of the preprocessed intensities" for quantile in QUANTILES),
+)
+MIN_DEVIATIONS = 3.0  # of a single feature that explains a flag, in standard deviations
 
 PredictWithFeatures = Callable[[Array], tuple[Array, Array]]  # (N, C, ...) to the prediction and OOD features (N, F)
 LimitMethod = Literal["conformal", "normal"]
@@ -42,15 +51,22 @@ class OODResult:
     Attributes:
         score: largest distance divided by its limit; None if the package has no OOD statistics.
         feature_group: feature group with this largest ratio.
+        reason: the feature of the group that differs most from the training images; empty if the score is at most 1.
     """
 
     score: float | None = None
     feature_group: str | None = None
+    reason: str = ""
 
     @property
     def ood(self) -> bool | None:
         """Whether the image is out of distribution."""
         return None if self.score is None else self.score > 1
+
+    def __str__(self) -> str:
+        """Describe a flagged image, such as "geometry 19.8 times the limit (largest voxel size 5 times ...)"."""
+        score = None if self.score is None else f"{self.score:.3g}"
+        return f"{self.feature_group} {score} times the limit ({self.reason})"
 
     @property
     def columns(self) -> dict[str, float | str | None]:
@@ -103,7 +119,8 @@ class OODDetector:
         """
         scores = {name: self._score_group(name, features) for name in self.gaussians}
         group = max(scores, key=lambda name: scores[name])
-        return OODResult(scores[group], group)
+        reason = describe_difference(group, features[group], self.gaussians[group]) if scores[group] > 1 else ""
+        return OODResult(scores[group], group, reason)
 
     def _score_group(self, name: str, features: OODFeatures) -> float:
         gaussian, row = self.gaussians[name], features[name]
@@ -158,6 +175,43 @@ def _parse_gaussian(mean: Array, scale: Array, precision: Array, limit: Array) -
     if shapes != [(mean.size,), (mean.size,), (mean.size, mean.size), ()] or not finite or min(scale.min(), limit) <= 0:
         raise ValueError("a mean, scale, precision or limit of the wrong shape or value")
     return GaussianModel(mean.astype(float), scale.astype(float), precision.astype(float), float(limit))
+
+
+def describe_difference(group: str, row: Array, gaussian: GaussianModel) -> str:
+    """Describe the feature of an image that differs most from the training images, in standard deviations.
+
+    Args:
+        group: feature group.
+        row: (d,) features of the image, see `ood_features`.
+        gaussian: model of the group.
+
+    Returns:
+        Phrase such as "height of the image 5.1 times that of the training images".
+    """
+    deviations = np.nan_to_num((row - gaussian.mean) / gaussian.scale, nan=np.inf)
+    place = int(np.abs(deviations).argmax())
+    if group == "features":
+        return "features of the encoder unlike those of the training images"
+    if not np.isfinite(deviations[place]):
+        return f"{group} beyond the range of numbers"
+    if abs(deviations[place]) < MIN_DEVIATIONS:
+        return f"unusual combination of {'voxel size and field of view' if group == 'geometry' else 'intensities'}"
+    if group == "geometry":
+        ratio = float(np.exp(np.clip(row[place] - gaussian.mean[place], -20, 20)))
+        return f"{_name_geometry(place, len(row) // 3)} {ratio:.3g} times that of the training images"
+    name = INTENSITY_NAMES[place]
+    if "fraction" in name:
+        return f"{name} {100 * row[place]:.3g} %, in the training images {100 * gaussian.mean[place]:.3g} % on average"
+    return f"{name} {'higher' if deviations[place] > 0 else 'lower'} than in the training images"
+
+
+def _name_geometry(place: int, n_axes: int) -> str:
+    """Name an entry of the geometry features: sorted voxel sizes and extents of the file, extents of the input."""
+    kind, axis = divmod(place, n_axes)
+    if kind == 2:
+        return f"extent of the preprocessed image along axis {axis + 1}"
+    order = {2: ("smaller", "larger"), 3: ("smallest", "middle", "largest")}[n_axes]
+    return f"{order[axis]} {'voxel size' if kind == 0 else 'side of the field of view'}"
 
 
 class FeatureRecorder:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from medim.predict.images import (
     open_index,
 )
 from medim.predict.outputs import write_mask
+from medim.predict.preview import PREVIEW_FOLDER, write_preview
 from medim.predict.progress import JOURNAL, ProgressJournal, decode_rejections, encode_rejection, open_journal
 from medim.tasks import ENCODER
 from medim.types import UsageError, UserError
@@ -46,6 +47,8 @@ class PredictOptions:
     Attributes:
         output_format: output format.
         labelmap: write a segmentation as one label map (LABELMAP), which older viewers do not support.
+        preview: write a picture of each image, with the contours of a segmentation, to `previews/`.
+        withhold_unusual: reject an image that is out of distribution, and write no answer for it.
         overwrite: replace an earlier prediction when the new one is complete.
         resume: continue a prediction that was stopped, with the same package and images.
         progress: callback after each image.
@@ -54,6 +57,8 @@ class PredictOptions:
 
     output_format: AnswerFormat = "nifti"
     labelmap: bool = False
+    preview: bool = False
+    withhold_unusual: bool = False
     overwrite: bool = False
     resume: bool = False
     progress: AnswerProgress | None = None
@@ -77,7 +82,7 @@ def predict(
     is written. These files contain the same patient attributes as the image. DICOM images are first checked against the
     rules of the package.
 
-    The columns `ood_score`, `ood` and `ood_feature_group` contain the out-of-distribution score; see
+    The columns `ood_score`, `ood`, `ood_feature_group` and `ood_reason` contain the out-of-distribution score; see
     `medim.inference.ood`.
 
     Args:
@@ -91,27 +96,39 @@ def predict(
         Rows of `predictions.csv`.
 
     Raises:
-        UserError: the package is an encoder, or `out` is not empty.
+        UserError: the package is an encoder, `out` is not empty, or `withhold_unusual` is set for a package without
+            an out-of-distribution detector.
         UsageError: `output_format` is unknown, or `labelmap` does not apply.
         AllRejectedError: there is no prediction for any input (exit code 4); `rejected.csv` is written.
     """
     options, network = replace(options or PredictOptions(), **changes), get_predictor(package)
     if network.kind == ENCODER:
         raise UserError("predict: expected a fine-tuned model, got an encoder. Use `medim embed`.")
-    output_format, labelmap, limits = options.output_format, options.labelmap, options.limits
-    write_answer = _select_writer(package, output_format, labelmap=labelmap)
+    write_answer = _select_writer(package, options)
     try:
         with (
             open_answer_folder(out, "predict", inputs, overwrite=options.overwrite, resume=options.resume) as folder,
-            sandboxed_decoding(limits),
+            sandboxed_decoding(options.limits),
         ):
             index = open_index(inputs, network.modality)
-            settings = {"format": output_format, "labelmap": labelmap, **identify_inputs(package, index)}
-            iterator = partial(iterate_answers, package, index, progress=options.progress, limits=limits)
+            choices = {name: getattr(options, name) for name in ("labelmap", "preview", "withhold_unusual")}
+            settings = {"format": options.output_format, **choices, **identify_inputs(package, index)}
+            iterator = partial(_iterate_answers, package, index, options)
             return _predict_index(package, index, folder, settings, write_answer, iterator)
     except AllRejectedError as error:
         write_rejection_file(out, "predict", error.write_rejections)
         raise
+
+
+def _iterate_answers(
+    package: Package | Predictor, index: Index, options: PredictOptions, journal: ProgressJournal
+) -> Iterator[tuple[ImageRecord, Answer | Rejection]]:
+    """Yield the answer for each image, or the rejection of an unusual image if its answer is withheld."""
+    for record, answer in iterate_answers(package, index, journal, progress=options.progress, limits=options.limits):
+        if options.withhold_unusual and isinstance(answer, Answer) and answer.ood_result.ood:
+            yield record, Rejection(record.path, "unusual", f"no answer by --withhold-unusual: {answer.ood_result}")
+        else:
+            yield record, answer
 
 
 def _predict_index(
@@ -130,7 +147,8 @@ def _predict_index(
         raise build_rejection_error(index, rejections)
     write_rejections(folder / "rejected.csv", rejections)
     write_csv(folder / "predictions.csv", list(rows[0]), (list(row.values()) for row in rows))
-    counts = {"images": len(index.records), "predicted": len(rows), "rejected": len(rejections)}
+    n_unusual = sum(row["ood"] is True for row in rows)
+    counts = {"images": len(index.records), "predicted": len(rows), "unusual": n_unusual, "rejected": len(rejections)}
     summary = {"schema_version": SCHEMA_VERSION, "package": _describe_package(package), "counts": counts}
     write_json(folder / "summary.json", summary)
     return rows
@@ -151,7 +169,8 @@ def _write_answers(
             continue
         try:
             row = write_answer(folder / names[record.image], index, answer)
-            journal.add(record.image, {"row": {**row, **answer.ood_result.columns}})
+            ood_columns = {**answer.ood_result.columns, "ood_reason": answer.ood_result.reason}
+            journal.add(record.image, {"row": {**row, **ood_columns}})
         except ReadError as error:
             journal.add(record.image, encode_rejection(Rejection(record.path, error.reason, error.detail)))
     entries = [journal.entries[record.image] for record in index.records]
@@ -165,13 +184,24 @@ def _describe_package(package: Package | Predictor) -> dict[str, str] | None:
     return {"name": package.contract.name, "version": package.contract.version, "sha256": package.sha256}
 
 
-def _select_writer(package: Package | Predictor, output_format: str, *, labelmap: bool) -> AnswerWriter:
-    """Select the function that writes predictions in a format.
+def _select_writer(package: Package | Predictor, options: PredictOptions) -> AnswerWriter:
+    """Select the function that writes predictions in the format of the options, and pictures if they ask for them.
 
     Raises:
         UsageError: the format is unknown or has no option `labelmap`.
-        UserError: the package does not support the format.
+        UserError: the package does not support the format, or has no detector for `withhold_unusual`.
     """
+    network = get_predictor(package)
+    if options.withhold_unusual and network.ood_detector is None:
+        raise UserError(
+            "--withhold-unusual: this package has no out-of-distribution detector. Export a run that has one, or leave "
+            "the option out."
+        )
+    write_answer = _select_format_writer(package, options.output_format, labelmap=options.labelmap)
+    return partial(_write_with_preview, network, write_answer) if options.preview else write_answer
+
+
+def _select_format_writer(package: Package | Predictor, output_format: str, *, labelmap: bool) -> AnswerWriter:
     if output_format not in get_args(AnswerFormat):
         raise UsageError(f"--format {output_format}: expected {' or '.join(get_args(AnswerFormat))}.")
     if output_format == "dicom":
@@ -185,6 +215,15 @@ def _select_writer(package: Package | Predictor, output_format: str, *, labelmap
     return partial(_write_answer, package)
 
 
+def _write_with_preview(
+    network: Predictor, write_answer: AnswerWriter, stem: Path, index: Index, answer: Answer
+) -> PredictionRow:
+    """Write a prediction and a picture of it."""
+    row = write_answer(stem, index, answer)
+    write_preview(stem.parent / PREVIEW_FOLDER / f"{stem.name}.png", network, answer)
+    return row
+
+
 def _write_answer(package: Package | Predictor, stem: Path, index: Index, answer: Answer) -> PredictionRow:
     """Write a prediction as NIfTI, PNG or JSON; return its row of `predictions.csv`."""
     network, image = get_predictor(package), answer.record.image
@@ -195,5 +234,6 @@ def _write_answer(package: Package | Predictor, stem: Path, index: Index, answer
     path = stem.with_name(f"{stem.name}.json")
     content = {"schema_version": SCHEMA_VERSION, "image": image}
     content |= network.task.answer_content(columns, network.classes)
-    write_json(path, {**content, **answer.ood_result.columns, "package": _describe_package(package)})
+    ood_columns = {**answer.ood_result.columns, "ood_reason": answer.ood_result.reason}
+    write_json(path, {**content, **ood_columns, "package": _describe_package(package)})
     return {"image": image, "file": path.name, **columns}

@@ -13,8 +13,9 @@ from PIL import Image
 from medim.data.index.index import ImageRecord, Index
 from medim.data.preprocessing.quality import QualityMetrics, measure_quality
 from medim.data.readers import ReadError
+from medim.pictures.slices import PLANES, scale_picture, window_intensities
 from medim.reports.page import ContactSheet, Tile, pluralise
-from medim.types import Array, Volume
+from medim.types import Volume
 
 N_TILES = 24
 CELL_PIXELS = {2: 224, 3: 144}  # pixels per side of a picture; a volume has three pictures in a row
@@ -81,28 +82,13 @@ def encode_picture(volume: Volume) -> str:
         canvas = scale_picture(grey, extent * scale)
     else:
         canvas = Image.new("L", (3 * cell, cell))
-        for panel, (axis, rows, columns) in enumerate(((2, 1, 0), (1, 2, 0), (0, 2, 1))):
+        for panel, (axis, rows, columns) in enumerate(PLANES):
             plane = grey.take(grey.shape[axis] // 2, axis)  # its axes point to the right, the front or the top
             view = scale_picture(plane.T[::-1, ::-1], extent[[rows, columns]] * scale)
             canvas.paste(view, (panel * cell + (cell - view.width) // 2, (cell - view.height) // 2))
     buffer = io.BytesIO()
     canvas.save(buffer, "JPEG", quality=JPEG_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def window_intensities(array: Array) -> Array:
-    """Scale intensities from the 1st to the 99th percentile to grey values, uint8."""
-    low, high = np.percentile(array, [1, 99])
-    if low == high:
-        low, high = array.min(), array.max()
-    fractions = np.clip((array - low) / max(high - low, np.finfo(np.float32).tiny), 0, 1)
-    return np.asarray(255 * fractions, np.uint8)
-
-
-def scale_picture(grey: Array, size: Array) -> Image.Image:
-    """Resize grey values (rows, columns) to a size in pixels."""
-    height, width = (max(1, round(float(n))) for n in size)
-    return Image.fromarray(np.ascontiguousarray(grey)).resize((width, height), Image.Resampling.BILINEAR)
 
 
 def _format_grid(record: ImageRecord) -> str:

@@ -13,22 +13,24 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 import medim
+from medim.cli import app
 from medim.data.index.index import build_index
 from medim.data.preprocessing.quality import measure_quality
 from medim.data.preprocessing.steps import preprocess
 from medim.export.export import export
 from medim.files import read_json, write_bytes
 from medim.inference.network import run_inference
-from medim.inference.ood import OOD_FILE, FeatureRecorder, ood_features
+from medim.inference.ood import OOD_FILE, FeatureRecorder, GaussianModel, describe_difference, ood_features
 from medim.models.ood_features import as_numpy_predictor
 from medim.models.serialization import load_encoder, load_model
 from medim.package.package import Package, PackageError, load_package, verify_package, write_sums
 from medim.predict.embed import embed_images
 from medim.predict.predict import predict
 from medim.training.fit_ood import fit_detector
-from medim.types import Array, Volume
+from medim.types import Array, UserError, Volume
 from tests.export.packages import SPECS, make_run
 
 USUAL = ("a.png", "b.png", "c.png")
@@ -99,6 +101,10 @@ def test_inverted_noise_and_another_size_are_flagged_and_the_usual_is_not(
     assert {name for name, row in rows.items() if row["ood"] == "True"} == {"inverted", "noise", "large"}
     assert all((float(row["ood_score"]) > 1) == (row["ood"] == "True") for row in rows.values())
     assert rows["large"]["ood_feature_group"] == "geometry"
+    if kind == "classifier":
+        assert rows["large"]["ood_reason"].startswith(("smaller", "larger", "extent"))
+        assert "4 times that of the training images" in rows["large"]["ood_reason"]
+        assert {rows[name.removesuffix(".png")]["ood_reason"] for name in USUAL} == {""}
 
 
 def test_every_format_and_the_answer_to_one_image_say_the_same(
@@ -135,6 +141,69 @@ def test_onnx_runtime_scores_as_torch_does(
     for record in index.records:
         ours, theirs = (network.predict_with_ood(index.open(record))[1] for network in (package.network, torch))
         assert ours.score == pytest.approx(theirs.score, rel=1e-3)
+
+
+def test_answers_of_unusual_images_are_withheld_on_request(
+    detector_packages: dict[str, Package], packages: dict[str, Package], pictures: Path, tmp_path: Path
+) -> None:
+    package = detector_packages["classifier"]
+    rows = predict(package, pictures, tmp_path / "out", withhold_unusual=True, preview=True)
+    assert [row["image"] for row in rows] == ["a", "b", "c"]
+    rejections = list(csv.DictReader((tmp_path / "out" / "rejected.csv").read_text().splitlines()))
+    assert [(row["path"], row["reason"]) for row in rejections] == [
+        (name, "unusual") for name in ("inverted.png", "large.png", "noise.png")
+    ]
+    assert "times the limit" in rejections[0]["detail"]
+    written = {path.name for path in (tmp_path / "out").rglob("*") if path.suffix in {".json", ".png"}}
+    assert written == {"a.json", "b.json", "c.json", "a.png", "b.png", "c.png", "summary.json"}
+    with pytest.raises(UserError, match="no out-of-distribution detector"):
+        predict(packages["classifier"], pictures, tmp_path / "other", withhold_unusual=True)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_command_counts_the_answers_and_warns_of_unusual_images(
+    detector_packages: dict[str, Package], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pictures, "scans")
+    Path("scans/empty.png").touch()
+    words = ["predict", str(detector_packages["classifier"].folder), "scans", "--out"]
+    ran = CliRunner().invoke(app, [*words, "out"], catch_exceptions=False)
+    assert ran.exit_code == 0
+    output = " ".join(ran.stdout.split())
+    assert "predicted 6 UNUSUAL 3 (geometry 1, intensities 2) rejected 1 (empty-file 1)" in output
+    assert "predictions image file class" in output
+    warnings = [line for line in ran.stderr.splitlines() if line.startswith("WARNING")]
+    assert [line.split(":")[0] for line in warnings] == [
+        f"WARNING unusual image {name}" for name in ("inverted", "large", "noise")
+    ]
+    for number in range(10):
+        shutil.copy("scans/noise.png", f"scans/n{number}.png")
+        with Path(f"scans/n{number}.png").open("ab") as file:
+            file.write(b" ")
+    ran = CliRunner().invoke(app, [*words, "many", "--quiet", "--preview"], catch_exceptions=False)
+    assert "predictions image file class" not in " ".join(ran.stdout.split())
+    assert "many/previews" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("group", "row", "text"),
+    [
+        ("geometry", [3.0, 0, 0, 0, 0, 0, 0, 0, 0], "smallest voxel size 20.1 times that of the training images"),
+        ("geometry", [0, 0, 0, 0, 0, -3.0, 0, 0, 0], "largest side of the field of view 0.0498 times"),
+        ("geometry", [0, 0, 0, 0, 3.0, 0], "extent of the preprocessed image along axis 1 20.1 times"),
+        ("geometry", [1.0] * 9, "unusual combination of voxel size and field of view"),
+        ("geometry", [np.nan] * 9, "geometry beyond the range of numbers"),
+        ("intensities", [0, 0, 0, 5.0, *[0] * 8], "fraction of background voxels 500 %, in the training images 0 %"),
+        ("intensities", [-4.0, *[0] * 11], "lowest intensity lower than in the training images"),
+        ("intensities", [*[0] * 11, 4.0], "percentile 99 of the preprocessed intensities higher than"),
+        ("features", [9.0, 0], "features of the encoder unlike those of the training images"),
+    ],
+)
+def test_the_reason_names_the_value_that_differs_most(group: str, row: list[float], text: str) -> None:
+    d = len(row)
+    gaussian = GaussianModel(np.zeros(d), np.ones(d), np.eye(d), 1.0)
+    assert describe_difference(group, np.array(row), gaussian).startswith(text)
 
 
 LIGHT = """

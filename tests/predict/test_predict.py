@@ -104,9 +104,10 @@ def test_a_dicom_series_and_a_nifti_file_are_segmented_in_one_call(
             np.testing.assert_allclose(row[f"ml_{name}"], (labels == label).sum() * voxel / 1000, atol=1e-5)
     written = rows_of(tmp_path / "out" / "predictions.csv")
     assert [row["image"] for row in written] == [row["image"] for row in rows]
-    assert list(written[0]) == ["image", "file", "ml_anterior", "ml_posterior", "ood_score", "ood", "ood_feature_group"]
+    ood_columns = ["ood_score", "ood", "ood_feature_group", "ood_reason"]
+    assert list(written[0]) == ["image", "file", "ml_anterior", "ml_posterior", *ood_columns]
     summary = read_json(tmp_path / "out" / "summary.json")
-    assert summary["counts"] == {"images": 3, "predicted": 3, "rejected": 0}
+    assert summary["counts"] == {"images": 3, "predicted": 3, "unusual": 0, "rejected": 0}
     assert summary["package"]["sha256"] == packages["segmenter"].sha256
 
 

@@ -80,6 +80,7 @@ REJECTION_REASONS = {
     "no-mask": "A mask was requested for an image without one.",
     # networks
     "not-for-this-network": "An image that the network of a package does not support.",
+    "unusual": "An image out of distribution, whose answer is withheld by `--withhold-unusual`.",
     "non-finite-answer": "An image for which the output of the network is NaN or infinite.",
     # package rules for DICOM images; a modality excluded by the rules is `wrong-modality`, too
     "wrong-sop-class": "A DICOM image of a SOP class that the package does not accept.",

@@ -15,7 +15,7 @@ from medim.data.index.index import ImageRecord, Index
 from medim.evaluation.evaluate import open_network
 from medim.files import write_json
 from medim.inference.network import Predictor
-from medim.reports.contact_sheet import scale_picture, window_intensities
+from medim.pictures.slices import find_edges, resize_labels, scale_picture, window_intensities
 from medim.study.cell import StudyContext
 from medim.study.design import SCRATCH, Arm, Cell
 from medim.study.report.view import StudyView
@@ -73,7 +73,7 @@ def draw_overlay(volume: Volume, truth: Array | None = None, prediction: Array |
     rows, columns = np.indices(picture.shape[:2])
     for labels, colour, is_dashed in zip(planes[1:], (TRUTH_COLOUR, PREDICTION_COLOUR), (False, True), strict=True):
         if labels is not None:
-            edge = _find_edges(_resize_labels(labels, picture.shape[:2]))
+            edge = find_edges(resize_labels(labels, picture.shape[:2]))
             picture[edge & ((rows + columns) // DASH_PIXELS % 2 == 0) if is_dashed else edge] = colour
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "JPEG", quality=85, subsampling=0)
@@ -143,17 +143,3 @@ def _describe_case(study: StudyView, run: RunKey, case_number: int) -> str:
     results = study.results
     assert results is not None
     return results.task.describe_study_case(results.values[run], results.classes, case_number)
-
-
-def _resize_labels(labels: Array, shape: tuple[int, ...]) -> Array:
-    rows, columns = (np.arange(new) * old // new for new, old in zip(shape, labels.shape, strict=True))
-    return labels[np.ix_(rows, columns)]
-
-
-def _find_edges(labels: Array) -> Array:
-    """Mark pixels with a different label above, below, left or right; edges are two pixels wide."""
-    edge = np.zeros(labels.shape, dtype=bool)
-    for axis in (0, 1):
-        is_edge = np.diff(labels.astype(np.int16), axis=axis) != 0
-        edge |= np.insert(is_edge, 0, False, axis=axis) | np.insert(is_edge, is_edge.shape[axis], False, axis=axis)
-    return edge

@@ -1,0 +1,1 @@
+"""Pictures of images and label maps, drawn with Pillow in every installation."""
