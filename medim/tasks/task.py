@@ -21,6 +21,7 @@ ColumnType = Literal["text", "number"]
 OutputActivation = Literal["none", "softmax", "sigmoid"]
 Quantity = Literal["probability", "value"]
 MaskSource = Callable[[ImageRecord], Array]  # reads the preprocessed mask (1, ...) of an image
+_LABEL_MAP_REASONS = {"looks-like-label", "derived-label"}  # of rejected files
 Inversion = Literal["none", "resample logits (order 1), then argmax"]
 
 
@@ -202,7 +203,12 @@ class Task(ABC):
     def describe_missing_targets(self, index: Index) -> str:
         """Describe an index without targets of this task, and the remedy."""
         count = len(index.records)
-        return f"{index.source_name}: none of {count} images has a {self.target_field}. {self.target_remedy}"
+        n_maps = sum(rejection.reason in _LABEL_MAP_REASONS for rejection in index.rejected)
+        maps = f" {n_maps} files are label maps that could not be joined to an image; see rejected.csv."
+        return (
+            f"{index.source_name}: none of {count} images has a {self.target_field}."
+            f"{maps if self.dense and n_maps else ''} {self.target_remedy}"
+        )
 
     @property
     def first_class_index(self) -> int:

@@ -21,6 +21,7 @@ from medim.data.index.join import (
     join_subjects,
     load_join_tables,
 )
+from medim.data.index.label_maps import separate_label_maps
 from medim.data.index.layouts import FolderLabels, Layout, detect_layout, labels_from_folders
 from medim.data.index.masks import check_masks
 from medim.data.index.records import ImageRecord, Rejection
@@ -80,6 +81,10 @@ def build_records(
         )
     images, wrong_dimensions = _filter_dimensions(images, modality)
     rejected += wrong_dimensions + layout.rejected
+    lists_masks = any(cells.get("mask") for table, _ in label_tables for _, cells in table.rows)
+    images, rejected = separate_label_maps(images, rejected, layout, scanner, root=root, may_join=not lists_masks)
+    images, drawings = _reject_drawings(images)
+    rejected += drawings
     pending_records = _create_pending_records(images, layout, sources, keep_names=keep_names)
     check_participant_tables(pending_records, layout)
     join_subjects(pending_records, load_join_tables(layout, "subjects", subjects), label_tables, layout, root)
@@ -185,6 +190,15 @@ def _filter_dimensions(images: Sequence[ImageInfo], modality: Modality) -> tuple
                 path=image.files[0], reason="wrong-dimensions", detail=detail, identities=image.identities
             )
     return [image for image in images if len(image.shape) == dims], list(rejected.values())
+
+
+def _reject_drawings(images: Sequence[ImageInfo]) -> tuple[list[ImageInfo], list[RejectedFile]]:
+    """Reject coloured pictures with flat areas: screenshots and drawings in a tree of X-rays."""
+    drawings = [image for image in images if {"coloured", "drawing-like"} <= set(image.quality)]
+    paths = {image.files[0] for image in drawings}
+    detail = "a coloured picture with flat areas, such as a screenshot or a drawing; an X-ray is grey: save it as such"
+    rejected = [RejectedFile(path=path, reason="looks-like-drawing", detail=detail) for path in sorted(paths)]
+    return [image for image in images if image.files[0] not in paths], rejected
 
 
 def _create_rejections(rejected: Sequence[RejectedFile], root: Path, scrubber: Scrubber) -> tuple[Rejection, ...]:

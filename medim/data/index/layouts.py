@@ -130,7 +130,7 @@ def _add_decathlon_folder(layout: Layout, folder: DecathlonFolder) -> None:
 
 def _explain_bids_rejection(path: Path, duplicate_folders: dict[Path, tuple[str, str]]) -> tuple[str, str] | None:
     """Explain why a file of a BIDS tree is not a structural image; None if it may be one."""
-    suffix = file_stem(path.name).rpartition("_")[2] if path.name.startswith("sub-") else ""
+    suffix = file_stem(path.name).rpartition("_")[2] if path.name.startswith(("sub-", "tpl-", "atlas-")) else ""
     if suffix in _DERIVATIVE_SUFFIXES:
         detail = "a segmentation of the BIDS tree, not an image; join it with --labels (columns image, mask)"
         return "derived-label", detail

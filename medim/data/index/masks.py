@@ -81,9 +81,24 @@ def _check_mask_grid(mask: ImageInfo, image: ImageInfo) -> None:
     if mask.shape != image.shape:
         shapes = "x".join(map(str, mask.shape)), "x".join(map(str, image.shape))
         raise ReadError("label-off-grid", f"the label has {shapes[0]} voxels, the image {shapes[1]}")
-    distance = np.abs(_compute_corners(mask.affine, mask.shape) - _compute_corners(image.affine, image.shape)).max()
-    if distance > _MAX_CORNER_OFFSET * np.linalg.norm(mask.affine[:3, : len(mask.shape)], axis=0).min():
+    distance, limit = _measure_corner_distance(mask, image)
+    if distance > limit:
         raise ReadError("label-off-grid", f"the corners of label and image are up to {distance:.2f} mm apart")
+
+
+def is_on_grid(mask: ImageInfo, image: ImageInfo) -> bool:
+    """Whether a mask is on the voxel grid of an image."""
+    if mask.shape != image.shape:
+        return False
+    distance, limit = _measure_corner_distance(mask, image)
+    return distance <= limit
+
+
+def _measure_corner_distance(mask: ImageInfo, image: ImageInfo) -> tuple[float, float]:
+    """Measure the largest distance between corners of equal shapes, and compute its limit, in mm."""
+    distance = np.abs(_compute_corners(mask.affine, mask.shape) - _compute_corners(image.affine, image.shape)).max()
+    limit = _MAX_CORNER_OFFSET * np.linalg.norm(mask.affine[:3, : len(mask.shape)], axis=0).min()
+    return float(distance), float(limit)
 
 
 def _compute_corners(affine: Array, shape: Sequence[int]) -> Array:

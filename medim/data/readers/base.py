@@ -25,6 +25,11 @@ MAX_RATIO = 200
 MIN_RATIO_VOXELS = 1 << 26
 MAX_SHORT_RUN = 16  # sequences of one visit; more volumes in one series or file are a functional or diffusion run
 MIN_CHECKED_BYTES = 1 << 28  # for less, the free memory is not measured
+_FEW_LEVELS = 16  # distinct values of a label map, whether in flat areas or not
+_FLAT_FRACTION = 0.7  # of equal neighbours in a label map of more levels
+_MAX_LABEL_RANGE = 1 << 16  # from the lowest to the highest value of a label map
+_BLOCK_SIZE = 1 << 15  # voxels that are counted at once
+_SAMPLE_SIZE = 4096  # voxels that are examined first
 CHUNK_BYTES = 1 << 22  # of stored voxels that are converted at once
 
 
@@ -144,7 +149,12 @@ def single_image(volume: Volume, **info: Any) -> FileInspection:
         (2, 2)
     """
     check_voxels(volume.array)
-    return FileInspection(images=(ImageInfo(shape=volume.shape, affine=volume.affine, **info),))
+    counter = LevelCounter(64 if volume.spatial_dims == 2 else 1024)
+    counter.update(volume.array)
+    image = ImageInfo(
+        shape=volume.shape, affine=volume.affine, levels=counter.levels, flatness=counter.flatness, **info
+    )
+    return FileInspection(images=(image,))
 
 
 def ras_volume(array: Array, affine: Array, dtype: type = np.float32) -> Volume:
@@ -261,6 +271,66 @@ class VoxelRange:
             raise ReadError("not-finite", f"{self._n_invalid} of {self._size} voxels are NaN or infinite")
         if self._low == self._high:
             raise ReadError("constant", f"every voxel has the value {self._low:g}")
+
+
+class LevelCounter:
+    """Counter of the levels of an image that is read in parts, to recognise label maps.
+
+    Examples:
+        >>> counter = LevelCounter()
+        >>> counter.update(np.array([[0.0, 0.0, 1.0, 1.0, 1.0, 4.0]]))
+        >>> counter.levels
+        3
+    """
+
+    def __init__(self, max_levels: int = 1024) -> None:
+        self._max_levels = max_levels
+        self._is_image = False
+        self._values: set[int] = set()
+        self._n_pairs = self._n_equal = 0
+
+    def update(self, values: Array) -> None:
+        """Include the voxels of another part: whole rows, with at least two axes."""
+        if self._is_image or values.size == 0:
+            return
+        sample = values.reshape(-1)[:: max(1, values.size // _SAMPLE_SIZE)]
+        self._is_image = not _are_whole(sample) or len(np.unique(sample)) > self._max_levels
+        rows = values.reshape(-1, values.shape[-1])
+        n_rows = max(1, _BLOCK_SIZE // values.shape[-1])
+        for start in range(0, len(rows), n_rows):  # small blocks, because their copies take memory
+            if self._is_image:
+                return
+            self._is_image = not self._count_block(rows[start : start + n_rows])
+        is_flat = self._n_equal >= _FLAT_FRACTION * self._n_pairs
+        self._is_image |= len(self._values) > _FEW_LEVELS and not is_flat
+
+    def _count_block(self, rows: Array) -> bool:
+        """Count the levels and equal neighbours of some rows; whether they may be those of a label map."""
+        if not _are_whole(rows) or float(rows.max()) - float(rows.min()) > _MAX_LABEL_RANGE:
+            return False
+        lowest = int(rows.min())
+        counts = np.bincount((rows.reshape(-1) - lowest).astype(np.int64))
+        self._values.update(int(value) + lowest for value in np.flatnonzero(counts))
+        left, right = rows[:, :-1], rows[:, 1:]
+        is_foreground = (left != 0) | (right != 0)
+        self._n_pairs += int(is_foreground.sum())
+        self._n_equal += int((is_foreground & (left == right)).sum())
+        return len(self._values) <= self._max_levels
+
+    @property
+    def levels(self) -> int:
+        """Number of levels of a label map; 0 for an image."""
+        return 0 if self._is_image else len(self._values)
+
+    @property
+    def flatness(self) -> float:
+        """Fraction of neighbours along a row of a label map with equal values, without background; 0 for an image."""
+        return self._n_equal / self._n_pairs if self.levels and self._n_pairs else 0.0
+
+
+def _are_whole(values: Array) -> bool:
+    """Whether all values are whole numbers."""
+    return values.dtype.kind in "bui" or bool((values == np.rint(values)).all())
 
 
 def check_voxels(array: Array) -> None:

@@ -37,6 +37,9 @@ class ImageInfo:
         series: pseudonym of the DICOM series.
         names: pseudonyms of names that a table may use for the image (its UIDs).
         highest: highest value of a mask.
+        levels: number of distinct values, if they are whole numbers of few levels or in flat areas as in label maps; 0
+            for other images, and if unknown.
+        flatness: fraction of neighbouring voxels with equal values, if there are `levels`.
         quality: stable codes of accepted irregularities; see `docs/reference/rejections.md`.
         identities: tokens of identity attributes, to be kept out of every output.
     """
@@ -56,6 +59,8 @@ class ImageInfo:
     split: str | None = None
     names: tuple[str, ...] = ()
     highest: int = 0
+    levels: int = 0
+    flatness: float = 0.0
     quality: tuple[str, ...] = ()
     identities: frozenset[int] = frozenset()
 

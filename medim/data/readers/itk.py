@@ -16,6 +16,7 @@ import numpy as np
 from medim.data.readers.base import (
     CHUNK_BYTES,
     LPS_TO_RAS,
+    LevelCounter,
     ReadError,
     VoxelRange,
     as_class_numbers,
@@ -55,13 +56,18 @@ class ItkReader:
         """Read the whole file once, with the voxels as stored."""
         image = _read_stored_image(path)
         shape, affine = ras_grid(image.array.shape, image.affine)
-        voxel_range = VoxelRange()
+        voxel_range, counter = VoxelRange(), LevelCounter()
         layers = image.array.transpose()
         step = max(1, CHUNK_BYTES * len(layers) // max(layers.nbytes, 1))
         for start in range(0, len(layers), step):
-            voxel_range.update(as_float(layers[start : start + step]))
+            values = as_float(layers[start : start + step])
+            voxel_range.update(values)
+            counter.update(values)
         voxel_range.check()
-        return FileInspection(images=(ImageInfo(shape=shape, affine=affine, quality=image.quality),))
+        info = ImageInfo(
+            shape=shape, affine=affine, quality=image.quality, levels=counter.levels, flatness=counter.flatness
+        )
+        return FileInspection(images=(info,))
 
     def read(self, path: Path, item: str | None = None) -> Volume:
         """Read the volume, converted from LPS to RAS+.

@@ -13,6 +13,7 @@ import numpy as np
 from medim.data.readers.base import (
     CHUNK_BYTES,
     MAX_SHORT_RUN,
+    LevelCounter,
     ReadError,
     VoxelRange,
     allocate_volume,
@@ -52,12 +53,15 @@ class NiftiReader:
         header = _read_single_file_header(path)
         identities = text_tokens(header.texts)
         ranges = [VoxelRange() for _ in range(header.volumes)]
+        counters = [LevelCounter() for _ in range(header.volumes)]
         try:
             _check_intent(header)
             _check_image_compression(path, header)
             shape, affine = ras_grid(header.shape, header.affine)
             for number, _, values in _iterate_layers(path, header):
-                ranges[number].update(_scale_values(values, header))
+                scaled_values = _scale_values(values, header)
+                ranges[number].update(scaled_values)
+                counters[number].update(scaled_values)
         except ReadError as error:
             return FileInspection(
                 rejected=(RejectedFile(reason=error.reason, detail=error.detail, identities=identities),)
@@ -75,7 +79,16 @@ class NiftiReader:
                 continue
             item = str(number) if header.volumes > 1 else None
             images.append(
-                ImageInfo(shape=shape, affine=affine, item=item, identities=identities, quality=quality, **names)
+                ImageInfo(
+                    shape=shape,
+                    affine=affine,
+                    item=item,
+                    identities=identities,
+                    quality=quality,
+                    levels=counters[number].levels,
+                    flatness=counters[number].flatness,
+                    **names,
+                )
             )
         return FileInspection(images=tuple(images), rejected=tuple(rejected))
 

@@ -34,6 +34,13 @@ _GREY_MODES = {"1", "L", "F", "I"}
 _COLOUR_MODES = {"CMYK", "YCbCr", "LAB", "HSV"}  # the first band of these modes is not a grey image
 _MAX_ARCHIVE_BYTES = 8 << 30  # of all arrays; the largest set of MedMNIST's 28-pixel images has 0.9 GB
 _MAX_ARCHIVE_IMAGES = 1 << 19  # the largest set of MedMNIST has 236,386
+_PALE_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX"}  # with eight bits per band
+_VISIBLE_CHROMA = 24  # difference of the bands of a visible colour, of 255
+_MIN_COLOURED = 0.05  # fraction of visibly coloured pixels in a coloured picture
+_MIN_COLOURED_DRAWING = 0.001  # in a drawing, which may be of black lines with a coloured button
+_FLAT_FRACTION = 0.7  # of equal neighbours outside the background; at most 0.4 in 4,778 X-rays as PNG and JPEG
+_WHITE, _WHITE_FRACTION = 250, 0.6  # background of a page of text
+_MEASURED_ROWS = 256
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's mode L
 
 
@@ -91,6 +98,8 @@ class PictureReader:
                     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
                         quality.append("exif-turned")
                     upright = ImageOps.exif_transpose(image)
+                    if not classes and upright.mode in _PALE_MODES:
+                        quality += _detect_drawing(upright)
                     if classes:
                         array = _read_class_numbers(upright)
                     elif image.mode not in _GREY_MODES and image.mode[:2] != "I;":
@@ -105,6 +114,23 @@ class PictureReader:
         except Exception as error:  # decoders raise many exception types for damaged files
             raise ReadError("unreadable", f"the image is damaged or truncated ({type(error).__name__})") from error
         return flat_volume(as_float(array)), tuple(quality)
+
+
+def _detect_drawing(picture: Image.Image) -> list[str]:
+    """List quality codes of a picture that is coloured, or has flat areas or a white background as in a drawing."""
+    colours = np.asarray(picture.convert("RGB"))
+    rows = colours[:: max(1, len(colours) // _MEASURED_ROWS)].astype(np.int32)
+    coloured_fraction = (np.ptp(rows, axis=-1) > _VISIBLE_CHROMA).mean()
+    numbers = rows @ np.array([1 << 16, 1 << 8, 1])
+    values, counts = np.unique(numbers, return_counts=True)
+    background = values[counts.argmax()]
+    left, right = numbers[:, :-1], numbers[:, 1:]
+    is_foreground = (left != background) | (right != background)
+    flat_fraction = (is_foreground & (left == right)).sum() / max(1, is_foreground.sum())
+    is_page = background & 255 >= _WHITE and counts.max() >= _WHITE_FRACTION * numbers.size
+    is_drawing = flat_fraction >= _FLAT_FRACTION or is_page
+    is_coloured = coloured_fraction >= (_MIN_COLOURED_DRAWING if is_drawing else _MIN_COLOURED)
+    return ["coloured"] * bool(is_coloured) + ["drawing-like"] * bool(is_drawing)
 
 
 def _count_pixel_bytes(picture: Image.Image) -> int:

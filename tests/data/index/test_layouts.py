@@ -51,9 +51,10 @@ def test_a_bids_tree_gives_its_structural_images_and_a_row_for_all_else(
 ) -> None:
     index = build_index(bids(tmp_path), "mri")
     assert [record.image for record in index.records] == ["sub-01/anat/sub-01_T1w", "sub-02/anat/sub-02_T1w"]
+    segmentation = "derivatives/prep/sub-01/anat/sub-01_label-GM_dseg.nii.gz"
+    assert [record.mask for record in index.records] == [segmentation, None]
     assert reasons(index) == {
         "derivatives/prep/sub-01/anat/sub-01_desc-preproc_T1w.nii.gz": "derivative",
-        "derivatives/prep/sub-01/anat/sub-01_label-GM_dseg.nii.gz": "derived-label",
         "sourcedata/sub-01/scan.nii.gz": "source-data",
         "sub-01/dwi/sub-01_dwi.nii.gz": "not-structural",
         "sub-01/fmap/sub-01_phasediff.nii.gz": "not-structural",
@@ -64,9 +65,15 @@ def test_a_bids_tree_gives_its_structural_images_and_a_row_for_all_else(
 
 
 def test_derivatives_are_images_where_they_alone_are_indexed(tmp_path: Path) -> None:
-    index = build_index(bids(tmp_path) / "derivatives", "mri")
+    source = bids(tmp_path) / "derivatives"
+    index = build_index(source, "mri")
     assert [record.sequence for record in index.records] == ["T1w"]
-    assert set(reasons(index).values()) == {"derived-label"}
+    assert index.records[0].mask == "prep/sub-01/anat/sub-01_label-GM_dseg.nii.gz"
+    mask(source / "prep/sub-01/anat/sub-01_desc-brain_mask.nii.gz")
+    index = build_index(source, "mri")
+    assert index.records[0].mask is None
+    assert list(reasons(index).values()) == ["derived-label"] * 2
+    assert {rejection.detail[:28] for rejection in index.rejected} == {"2 label maps fit its image; "}
 
 
 def test_participants_serve_as_labels_and_nothing_else_of_them_is_kept(tmp_path: Path) -> None:

@@ -1,0 +1,270 @@
+"""Recognise label maps among the images of a source, and join them to the images that they belong to.
+
+A label map has whole numbers of few levels or flat areas, a name or folder of labels (`masks/`, `case_seg.nii.gz`), and
+the grid of the image beside it. No single property decides, except names that only label maps have (`_dseg`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from medim.data.index.decathlon import file_stem
+from medim.data.index.layouts import Layout
+from medim.data.index.masks import inspect_mask, is_on_grid
+from medim.data.index.scan_cache import FileScanner
+from medim.data.readers.inspection import ImageInfo, RejectedFile
+
+_LABEL_WORDS = {  # of file and folder names
+    "annotation", "annotations", "aparc", "aseg", "atlas", "contour", "contours", "dseg", "groundtruth", "gt", "label",
+    "labelmap", "labels", "labelstr", "labelsts", "mask", "masks", "parc", "parcellation", "probseg", "roi", "rois",
+    "seg", "segm", "segmentation", "segmentations", "segs", "wmparc",
+}  # fmt: skip
+_LABEL_ENDINGS = ("mask", "masks", "seg", "segmentation", "labels")  # of words such as `brainmask`
+_CERTAIN_WORDS = {"dseg", "probseg", "defacemask"}  # suffixes that images never have
+_IMAGE_WORDS = {  # of file and folder names, left out where names are compared
+    "cxr", "image", "images", "imagestr", "imagests", "img", "imgs", "mri", "orig", "png", "raw", "scan", "scans",
+    "vol", "volume", "volumes", "xray", "xrays",
+}  # fmt: skip
+_MASK_SUFFIXES = {"dseg", "label", "mask", "roi", "seg"}  # BIDS suffixes of segmentations that are masks
+_MASKS_OF_OTHER_READERS = {"constant", "not-an-image"}  # reasons for which a reader rejects a mask as an image
+_MAX_JOINED_LEVELS = 64  # values of a mask that is joined without a table
+_MAX_CASE_IMAGES = 8  # images of one case that share a mask without a name of its own
+_MIN_FLATNESS = 0.6  # of a label map without a name of labels
+_JOIN_REMEDY = "to use it, list it with its image in --labels (columns image, mask)"
+
+Words = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _FileName:
+    """Words of a path below the source.
+
+    Attributes:
+        case: folders without those of images or labels.
+        words: words of the file name without those of images and labels.
+        in_label_folder: whether a folder has a name of labels.
+        is_label: whether file or folder have a name of labels.
+        is_certain: whether only label maps have such a name.
+    """
+
+    case: Words
+    words: Words
+    in_label_folder: bool
+    is_label: bool
+    is_certain: bool
+
+
+@dataclass
+class _LabelMap:
+    """A file that is no image, with the images it belongs to."""
+
+    path: Path
+    name: _FileName
+    info: ImageInfo
+    rejection: RejectedFile
+    images: list[ImageInfo] = field(default_factory=list)
+
+
+def separate_label_maps(
+    images: Sequence[ImageInfo],
+    rejected: Sequence[RejectedFile],
+    layout: Layout,
+    scanner: FileScanner,
+    *,
+    root: Path,
+    may_join: bool,
+) -> tuple[list[ImageInfo], list[RejectedFile]]:
+    """Remove label maps from the images, and add those that fit exactly one image to `layout.masks`.
+
+    Args:
+        images: images of the modality.
+        rejected: all rejected files, with those that the layout rejects by their name.
+        layout: masks that are already known; those found are added.
+        scanner: reads the masks.
+        root: common folder of the sources.
+        may_join: whether masks are joined; otherwise they are all rejected.
+
+    Returns:
+        The other images, and the rejected files with the label maps that belong to no image.
+    """
+    names = {path: _parse_name(path, root) for path in [image.files[0] for image in images]}
+    label_images = _find_label_maps(images, names, layout)
+    label_paths = {image.files[0] for image in label_images}
+    other_images = [image for image in images if image.files[0] not in label_paths]
+    label_maps = [
+        _LabelMap(image.files[0], names[image.files[0]], image, _reject_label(image)) for image in label_images
+    ]
+    label_maps += _find_rejected_masks(rejected, root, scanner)
+    if may_join:
+        _join_label_maps(label_maps, other_images, names, layout, scanner)
+    replaced = {label_map.path for label_map in label_maps}
+    joined = set(layout.masks.values())
+    rejections = [rejection for rejection in rejected if rejection.path not in replaced]
+    rejections += [label_map.rejection for label_map in label_maps if label_map.path not in joined]
+    return other_images, rejections
+
+
+def _parse_name(path: Path, root: Path) -> _FileName:
+    folders = Path(os.path.relpath(path.parent, root)).parts
+    words = _split_words(file_stem(path.name))
+    in_label_folder = any(map(_is_label_folder, folders))
+    return _FileName(
+        case=tuple(folder for folder in folders if not (_is_label_folder(folder) or _is_image_folder(folder))),
+        words=tuple(word for word in words if not _is_label_word(word) and word not in _IMAGE_WORDS),
+        in_label_folder=in_label_folder,
+        is_label=in_label_folder or any(map(_is_label_word, words)),
+        is_certain=bool(words) and words[-1] in _CERTAIN_WORDS,
+    )
+
+
+def _split_words(name: str) -> list[str]:
+    return re.findall(r"[^\W_]+", name.lower())
+
+
+def _is_label_word(word: str) -> bool:
+    return word in _LABEL_WORDS or word.endswith(_LABEL_ENDINGS)
+
+
+def _is_label_folder(folder: str) -> bool:
+    """Whether a folder contains labels; `label_1` may be the folder of a class."""
+    words = _split_words(folder)
+    return bool(words) and not any(map(str.isdigit, words)) and (_is_label_word(words[0]) or _is_label_word(words[-1]))
+
+
+def _is_image_folder(folder: str) -> bool:
+    return any(word in _IMAGE_WORDS for word in _split_words(folder))
+
+
+def _find_label_maps(images: Sequence[ImageInfo], names: dict[Path, _FileName], layout: Layout) -> list[ImageInfo]:
+    """Find the images that are label maps, by their values, names and the images on the same grid."""
+    real_images: dict[tuple[int, ...], list[ImageInfo]] = defaultdict(list)  # by shape
+    for image in images:
+        if not image.levels and not names[image.files[0]].is_label:
+            real_images[image.shape].append(image)
+    label_images = []
+    for image in images:
+        path, name = image.files[0], names[image.files[0]]
+        if image.series or path in layout.masks or (image.item or "").count("/"):
+            continue
+        partners = (
+            other
+            for other in real_images[image.shape]
+            if _share_case(name, names[other.files[0]]) and is_on_grid(image, other)
+        )
+        if name.is_certain or (name.is_label and image.levels):
+            label_images.append(image)
+        elif name.is_label:
+            if any(name.words == names[other.files[0]].words for other in partners):
+                label_images.append(image)
+        elif (
+            image.levels
+            and image.item is None
+            and len(image.shape) == 3
+            and image.levels <= _MAX_JOINED_LEVELS
+            and image.flatness >= _MIN_FLATNESS
+            and any(True for _ in partners)
+        ):
+            label_images.append(image)
+    return label_images
+
+
+def _share_case(label: _FileName, image: _FileName) -> bool:
+    """Whether a label map is in the folder of an image, or in a folder of labels beside it."""
+    return label.case == image.case or (label.in_label_folder and label.case == image.case[:-1])
+
+
+def _reject_label(image: ImageInfo) -> RejectedFile:
+    return RejectedFile(
+        path=image.files[0],
+        reason="looks-like-label",
+        detail=f"a label map, by its name, values or the image beside it; {_JOIN_REMEDY}",
+        identities=image.identities,
+    )
+
+
+def _find_rejected_masks(rejected: Iterable[RejectedFile], root: Path, scanner: FileScanner) -> list[_LabelMap]:
+    """Find masks among the rejected files: segmentations of a BIDS tree, empty masks, and NIfTI files of labels."""
+    candidates = []
+    for rejection in rejected:
+        name = _parse_name(rejection.path, root)
+        suffix = file_stem(rejection.path.name).rpartition("_")[2]
+        if (rejection.reason == "derived-label" and suffix in _MASK_SUFFIXES) or (
+            rejection.reason in _MASKS_OF_OTHER_READERS and name.is_label and rejection.path.suffix
+        ):
+            candidates.append((rejection, name))
+    inspections = scanner(inspect_mask, [rejection.path for rejection, _ in candidates])
+    return [
+        _LabelMap(rejection.path, name, inspection.images[0], rejection)
+        for (rejection, name), inspection in zip(candidates, inspections, strict=True)
+        if inspection.images
+    ]
+
+
+def _join_label_maps(
+    label_maps: Sequence[_LabelMap],
+    images: Sequence[ImageInfo],
+    names: dict[Path, _FileName],
+    layout: Layout,
+    scanner: FileScanner,
+) -> None:
+    """Add masks to the layout: each image gets the one label map that fits, if there is exactly one."""
+    by_shape: dict[tuple[int, ...], list[ImageInfo]] = defaultdict(list)
+    for image in images:
+        if image.files[0] not in layout.masks and not image.series:
+            by_shape[image.shape].append(image)
+    masks_by_image: dict[Path, list[_LabelMap]] = defaultdict(list)
+    for label_map in label_maps:
+        if label_map.info.levels <= _MAX_JOINED_LEVELS:
+            label_map.images = _find_images(label_map, by_shape[label_map.info.shape], names)
+            for path in {image.files[0] for image in label_map.images}:
+                masks_by_image[path].append(label_map)
+    unique_paths = {maps[0].path for maps in masks_by_image.values() if len(maps) == 1}
+    paths = [label_map.path for label_map in label_maps if label_map.path in unique_paths]
+    readable_paths = {
+        path for path, inspection in zip(paths, scanner(inspect_mask, paths), strict=True) if inspection.images
+    }
+    for path, fitting_maps in masks_by_image.items():
+        if len(fitting_maps) == 1:
+            layout.masks |= {path: fitting_maps[0].path} if fitting_maps[0].path in readable_paths else {}
+            continue
+        for label_map in fitting_maps:
+            label_map.rejection = RejectedFile(
+                path=label_map.path,
+                reason=label_map.rejection.reason,
+                detail=f"{len(fitting_maps)} label maps fit its image; to use them, combine them into one file and "
+                "list it in --labels (columns image, mask)",
+                identities=label_map.rejection.identities,
+            )
+
+
+def _find_images(label_map: _LabelMap, images: Sequence[ImageInfo], names: dict[Path, _FileName]) -> list[ImageInfo]:
+    """Find the images that a label map belongs to: of its case and grid, with its name or the start of one."""
+    label, entities = label_map.name, _parse_entities(label_map.path)
+    images = [image for image in images if is_on_grid(label_map.info, image)]
+    if entities:
+        return [image for image in images if entities.items() <= _parse_entities(image.files[0]).items()]
+    images = [image for image in images if _share_case(label, names[image.files[0]])]
+    equal = [image for image in images if names[image.files[0]].words == label.words]
+    if equal:
+        return equal if label.words or len(equal) == 1 else []
+    if not label.words:
+        return images if len(images) == 1 or (label.case and len(images) <= _MAX_CASE_IMAGES) else []
+    return [image for image in images if _is_start(label.words, names[image.files[0]].words)]
+
+
+def _is_start(words: Words, others: Words) -> bool:
+    """Whether one name begins with the words of the other."""
+    length = min(len(words), len(others))
+    return length > 0 and words[:length] == others[:length]
+
+
+def _parse_entities(path: Path) -> dict[str, str]:
+    """Parse subject and session of a BIDS name; empty for other names."""
+    if not path.name.startswith("sub-"):
+        return {}
+    return dict(re.findall(r"(?:^|_)(sub|ses)-([A-Za-z0-9]+)", path.name))
