@@ -38,7 +38,7 @@ _PALE_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX"}  # with eight b
 _VISIBLE_CHROMA = 24  # difference of the bands of a visible colour, of 255
 _MIN_COLOURED = 0.05  # fraction of visibly coloured pixels in a coloured picture
 _MIN_COLOURED_DRAWING = 0.001  # in a drawing, which may be of black lines with a coloured button
-_FLAT_FRACTION = 0.7  # of equal neighbours outside the background; at most 0.4 in 4,778 X-rays as PNG and JPEG
+_FLAT_PICTURE_FRACTION = 0.7  # of equal neighbours outside the background; at most 0.4 in 4,778 X-rays as PNG and JPEG
 _WHITE, _WHITE_FRACTION = 250, 0.6  # background of a page of text
 _MEASURED_ROWS = 256
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's mode L
@@ -128,7 +128,7 @@ def _detect_drawing(picture: Image.Image) -> list[str]:
     is_foreground = (left != background) | (right != background)
     flat_fraction = (is_foreground & (left == right)).sum() / max(1, is_foreground.sum())
     is_page = background & 255 >= _WHITE and counts.max() >= _WHITE_FRACTION * numbers.size
-    is_drawing = flat_fraction >= _FLAT_FRACTION or is_page
+    is_drawing = flat_fraction >= _FLAT_PICTURE_FRACTION or is_page
     is_coloured = coloured_fraction >= (_MIN_COLOURED_DRAWING if is_drawing else _MIN_COLOURED)
     return ["coloured"] * bool(is_coloured) + ["drawing-like"] * bool(is_drawing)
 
