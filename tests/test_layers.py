@@ -29,7 +29,7 @@ GROUND = frozenset(
         "privacy",
         "signals",
     }
-    | {"signing", "integrity", "output_folder"}
+    | {"signing", "integrity", "output_folder", "console"}
 )
 DATA = frozenset(
     {"data/labels", "data/memory", "data/parallel", "data/fingerprints", "data/preprocessing", "data/readers"}
@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {  # a folder or a module: those it may 
     "doctor": frozenset({"version"}),
     "parsing": frozenset({"types"}),
     "files": frozenset({"types", "parsing"}),
+    "console": frozenset(),
     "output_folder": frozenset({"types", "files", "privacy"}),
     "migrations": frozenset({"types", "parsing", "files"}),
     "signals": frozenset({"types"}),

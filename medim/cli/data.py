@@ -21,7 +21,8 @@ from medim.cli.options import (
     check_modality,
     require_modality,
 )
-from medim.cli.terminal import console, escape_control_characters, print_result, show_progress
+from medim.cli.terminal import console, escape_control_characters, print_result
+from medim.console.progress import show_progress
 from medim.types import Modality, UsageError, UserError
 
 

@@ -26,8 +26,9 @@ from medim.cli.options import (
     SplitSeedOption,
     SubjectsOption,
 )
-from medim.cli.terminal import format_averages, format_intervals, format_or_dash, print_result, show_progress
+from medim.cli.terminal import format_averages, format_intervals, format_or_dash, print_result
 from medim.cli.tracking import start_tracking, track_evaluation, track_probe
+from medim.console.progress import show_progress
 from medim.tasks import STUDY_TASKS
 from medim.types import UsageError
 

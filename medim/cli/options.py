@@ -76,6 +76,12 @@ NodesOption = Annotated[
         "--nodes", metavar="N", help="Number of nodes. Default: as started by torchrun or SLURM, else 1.", min=1
     ),
 ]
+NoOodOption = Annotated[
+    bool,
+    typer.Option(
+        "--no-ood", help="Fit no out-of-distribution detector, to save time in a trial. A package needs one to warn."
+    ),
+]
 PrecisionOption = Annotated[
     Literal["32-true", "bf16-mixed", "16-mixed"] | None,
     typer.Option("--precision", help="Number format of the computation. Default: from the configuration."),

@@ -18,8 +18,9 @@ from medim.cli.options import (
     PublicKeyOption,
     ResumeOption,
 )
-from medim.cli.terminal import format_or_dash, print_result, print_table, print_warning, show_progress
+from medim.cli.terminal import format_or_dash, print_result, print_table, print_warning
 from medim.cli.tracking import start_tracking, track_export, track_prediction
+from medim.console.progress import show_progress
 from medim.types import UsageError, UserError
 
 MAX_TABLE_ROWS = 10  # predictions and warnings printed by default

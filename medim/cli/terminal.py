@@ -1,4 +1,4 @@
-"""Common parts of all commands: `--quiet`, `--debug`, errors as messages and exit codes, progress, result tables."""
+"""Common parts of all commands: `--quiet`, `--debug`, errors as messages and exit codes, result tables."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import logging
 import math
 import re
 import sys
-import time
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Annotated, Any, get_type_hints
 
@@ -24,14 +22,13 @@ from typer.core import TyperCommand
 
 from medim.cli.renamed_options import RENAMED_OPTIONS, translate_options
 from medim.cli.traceback_text import describe_os_error, format_traceback
+from medim.console.progress import active_bars, stderr_console
 from medim.signals import handle_shutdown_signals
 from medim.types import UserError
 from medim.version import install_command
 
 console = Console(emoji=False)
 wide_console = Console(emoji=False, width=10_000)  # for tables that are not printed on a terminal
-stderr_console = Console(stderr=True, emoji=False)
-_active_bars = ExitStack()  # bars on the terminal
 _REMEDIES = {  # whether the command has --resume: advice after a signal
     True: "the same command with --resume continues",
     False: "the same command starts again",
@@ -102,7 +99,7 @@ def register_command(
             is_quiet, with_traceback = options.pop("quiet"), options.pop("debug")
             _configure_logging(is_quiet, with_traceback=with_traceback)
             try:
-                with _active_bars, handle_shutdown_signals(remedy=_REMEDIES["resume" in options]):
+                with active_bars, handle_shutdown_signals(remedy=_REMEDIES["resume" in options]):
                     body(**options) if arguments_class is None else body(arguments_class(**options))
             except (Exception, KeyboardInterrupt) as error:
                 if isinstance(error, _CONTROL_FLOW):
@@ -222,54 +219,6 @@ def _remove_traceback(record: logging.LogRecord) -> bool:
     """Remove the traceback of a log record, and keep the record."""
     record.exc_info = record.exc_text = record.stack_info = None
     return True
-
-
-def show_progress(verb: str, unit: str = "images", unit_size: int = 1) -> Callable[[int, int], None]:
-    """Show progress: a bar with rate and time left on a terminal, else a log line every few seconds.
-
-    Args:
-        verb: past participle that starts the line, such as "preprocessed".
-        unit: plural noun of the items.
-        unit_size: number of counts per item, such as 10**6 for bytes shown as MB.
-
-    Returns:
-        Function of the finished count and the total; a total of 0 means unknown.
-    """
-    if stderr_console.is_terminal and logging.getLogger("medim").isEnabledFor(logging.INFO):
-        return _build_bar(verb, unit, unit_size)
-    last = time.monotonic()
-
-    def log_progress(done: int, total: int) -> None:
-        """Log the count at most every 5 s and at the end."""
-        nonlocal last
-        if done == total or time.monotonic() - last > 5:
-            last = time.monotonic()
-            total_text = f" of {total // unit_size}" if total else ""
-            logging.getLogger("medim").info("%s %d%s %s", verb, done // unit_size, total_text, unit)
-
-    return log_progress
-
-
-def _build_bar(verb: str, unit: str, unit_size: int) -> Callable[[int, int], None]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    rate = TextColumn(f"{{task.fields[rate]}} {unit}/s")
-    bar = Progress(
-        TextColumn(verb), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn(), console=stderr_console
-    )
-    task = bar.add_task(verb, total=None, rate="-")
-
-    def update_bar(done: int, total: int) -> None:
-        """Update the bar; the first call shows it and the last one stops it."""
-        if not bar.live.is_started:
-            _active_bars.callback(bar.stop)  # also where an error ends the work
-        bar.start()
-        speed = bar.tasks[task].speed
-        bar.update(task, completed=done // unit_size, total=total // unit_size or None, rate=format_or_dash(speed))
-        if done == total:
-            bar.stop()
-
-    return update_bar
 
 
 def format_intervals(metrics: Mapping[str, Any]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from medim.cli.options import (
     LabelsOption,
     ModalityOption,
     NodesOption,
+    NoOodOption,
     OutOption,
     OverwriteOption,
     PrecisionOption,
@@ -32,6 +33,7 @@ from medim.cli.options import (
     require_modality,
 )
 from medim.cli.terminal import format_intervals, format_loss, format_or_dash, print_result
+from medim.console.progress import format_duration
 from medim.signals import handle_shutdown_signals
 from medim.tasks import TASK_OPTIONS
 from medim.types import UsageError
@@ -63,6 +65,7 @@ class PretrainArguments:
     stop_on_collapse: Annotated[
         bool, typer.Option("--stop-on-collapse", help="Stop the run if it diverges or collapses.")
     ] = False
+    no_ood: NoOodOption = False
     subjects: SubjectsOption = None
     keep_names: KeepNamesOption = False
 
@@ -96,6 +99,7 @@ def pretrain(arguments: PretrainArguments) -> None:
         stop_on_collapse=arguments.stop_on_collapse,
         store=store,
         jobs=arguments.jobs,
+        fit_ood_detector=not arguments.no_ood,
     )
     summary = run(settings, image_index, folder, options)
     if is_main_process():
@@ -157,6 +161,7 @@ class FinetuneArguments:
     public_key: PublicKeyOption = None
     accelerator: AcceleratorOption = "auto"
     jobs: PreprocessingJobsOption = 1
+    no_ood: NoOodOption = False
 
 
 @handle_shutdown_signals()
@@ -196,6 +201,7 @@ def finetune(arguments: FinetuneArguments) -> None:
         fail_on_contamination=arguments.fail_on_contamination,
         accelerator=arguments.accelerator,
         jobs=arguments.jobs,
+        fit_ood_detector=not arguments.no_ood,
     )
     settings = resolve_finetune_config(*config_args)  # mistakes in options and configuration show before reading
     check_modality(settings.modality, arguments.modality, arguments.config)
@@ -308,7 +314,7 @@ def _format_plan(estimate: PlanEstimate) -> dict[str, str]:
     worker_text = f", {_format_gibibytes(estimate['memory_bytes'])} with loading processes" if loads_in_workers else ""
     return {
         "hours": f"{estimate['hours']:.3g} ("
-        + ", ".join(f"{part} {_format_duration(seconds)}" for part, seconds in phase_seconds.items())
+        + ", ".join(f"{part.replace('_', ' ')} {format_duration(seconds)}" for part, seconds in phase_seconds.items())
         + ")",
         "seconds per step": f"{estimate['seconds_per_step']:.3g}, of {estimate['measured_steps']} steps "
         f"of {estimate['measured_batch_size']} images",
@@ -323,7 +329,3 @@ def _format_plan(estimate: PlanEstimate) -> dict[str, str]:
 
 def _format_gibibytes(count: float) -> str:
     return f"{count / 2**30:.2f} GiB"
-
-
-def _format_duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

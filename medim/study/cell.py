@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from medim.config import FinetuneConfig
+from medim.console.progress import shows_bars, titled_bars
 from medim.data.index.index import ImageRecord
 from medim.data.loading.cohort import Cohort
 from medim.evaluation.probing.label_budget import Budget
@@ -79,7 +80,7 @@ def run_cell(context: StudyContext, cell: Cell, lr_multiplier: float) -> None:
     out = context.out / cell.folder
     keep_model = context.keep_models or _keeps_model(context, cell)
     if not context.is_complete(cell):
-        with _warnings_only():
+        with _errors_only(str(cell)):
             if cell.kind == "probe":
                 _run_probe_cell(context, cell, out)
             else:
@@ -160,12 +161,17 @@ def _remove_intermediate_files(out: Path, *, keep_model: bool) -> None:
 
 
 @contextmanager
-def _warnings_only() -> Iterator[None]:
-    """Suppress log messages below ERROR while a cell runs; the study logs one line per cell."""
+def _errors_only(title: str) -> Iterator[None]:
+    """Suppress log messages below ERROR while a cell runs; the study logs one line per cell.
+
+    On the terminal of a study that runs its cells in this process, the progress of the cell is shown under `title`.
+    """
     log = logging.getLogger("medim")
     level = log.level
+    shows_cell = shows_bars()
     log.setLevel(logging.ERROR)
     try:
-        yield
+        with titled_bars(title) if shows_cell else nullcontext():
+            yield
     finally:
         log.setLevel(level)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from scipy.stats import t as student
 from sklearn.covariance import ledoit_wolf
 from torch import nn
 
+from medim.console.progress import show_progress
 from medim.data.index.index import ImageRecord
 from medim.data.loading.cohort import Cohort
 from medim.files import write_bytes
@@ -30,7 +32,7 @@ from medim.inference.ood import (
     sampled_windows,
 )
 from medim.model_spec import ModelSpec
-from medim.models.model import Model
+from medim.models.model import Model, as_numpy_function
 from medim.models.ood_features import as_numpy_predictor
 from medim.types import Array, Step, UserError, Volume
 
@@ -62,28 +64,81 @@ def save_ood_detector(folder: Path, network: nn.Module, cohort: Cohort, spec: Mo
         network.train(training)
 
 
-def rehearse_ood_detector(network: nn.Module, cohort: Cohort, spec: ModelSpec) -> None:
-    """Compute the features of one training image, and log if the detector will not be possible for this network."""
-    training = network.training
+def rehearse_ood_detector(network: nn.Module, cohort: Cohort, spec: ModelSpec) -> float:
+    """Compute the features of one training image, and log if the detector will not be possible for this network.
+
+    Returns:
+        Seconds for this image; 0 if it is not possible.
+    """
+    training, start = network.training, time.perf_counter()
     try:
         next(iterate_record_features(network.eval(), cohort, cohort.records("train")[:1], spec))
     except Exception as error:
         log.warning("there will be no out-of-distribution detector for this network: %s", error)
+        return 0.0
     finally:
         network.train(training)
+    return time.perf_counter() - start
+
+
+def estimate_validation_seconds(model: Model, cohort: Cohort, records: Sequence[ImageRecord], spec: ModelSpec) -> float:
+    """Estimate the time of the inference on images, from the first window of the first image; 0 if it fails."""
+    if not records:
+        return 0.0
+    training, seconds, run = model.training, 0.0, as_numpy_function(model.eval())
+
+    def time_first(place: int, window: Array) -> None:
+        nonlocal seconds
+        if place == 0:
+            start = time.perf_counter()
+            run(window)
+            seconds = time.perf_counter() - start
+
+    try:
+        image = cohort.store.load_volume(cohort.keys[records[0].image])
+        n_windows = len(_map_windows(image, spec.inference, time_first))
+    except Exception as error:  # the validation will report it
+        log.debug("the validation cannot be timed: %s", error)
+        return 0.0
+    finally:
+        model.train(training)
+    return seconds * n_windows * len(records)
+
+
+def count_detector_images(cohort: Cohort) -> int:
+    """Count the images that the detector is fitted to; 0 if there are too few subjects for one."""
+    try:
+        return sum(map(len, _select_images(cohort)))
+    except UserError:
+        return 0
 
 
 def _fit_from_cohort(network: nn.Module, cohort: Cohort, spec: ModelSpec) -> OODDetector:
-    train, val = _select_across_subjects(cohort.records("train")), _select_across_subjects(cohort.records("val"))
+    train, val = _select_images(cohort)
+    log.info("fitting the out-of-distribution detector to %d images", len(train) + len(val))
+    rows: list[OODFeatures] = []
+    show = show_progress("out-of-distribution detector:")
+    for done, row in enumerate(iterate_record_features(network, cohort, (*train, *val), spec), start=1):
+        rows.append(row)
+        show(done, len(train) + len(val))
     subjects, others = ([record.subject for record in records] for records in (train, val))
-    n_subjects = len(set(subjects)), len(set(others))
+    return fit_detector(rows[: len(train)], subjects, rows[len(train) :], others)
+
+
+def _select_images(cohort: Cohort) -> tuple[list[ImageRecord], list[ImageRecord]]:
+    """Select the images of the training and of the validation split that the detector is fitted to.
+
+    Raises:
+        UserError: there are too few subjects.
+    """
+    train, val = _select_across_subjects(cohort.records("train")), _select_across_subjects(cohort.records("val"))
+    n_subjects = tuple(len({record.subject for record in records}) for records in (train, val))
     if n_subjects[0] < MIN_TRAINING_SUBJECTS or n_subjects[1] < MIN_HELD_OUT_SUBJECTS:
         raise UserError(
             f"it needs {MIN_TRAINING_SUBJECTS} or more training subjects and {MIN_HELD_OUT_SUBJECTS} or more "
             f"validation subjects, got {n_subjects[0]} and {n_subjects[1]}."
         )
-    rows, held_out = (list(iterate_record_features(network, cohort, records, spec)) for records in (train, val))
-    return fit_detector(rows, subjects, held_out, others)
+    return train, val
 
 
 def fit_detector(

@@ -72,7 +72,7 @@ def test_a_plan_that_fits_is_printed_and_written(
     command = ["plan", "--config", "xray-28", "--data", str(pictures), "--set", "max_steps=7"]
     done = CliRunner().invoke(app, [*command, "--json", str(tmp_path / "plan.json")])
     assert done.exit_code == 0, done.output
-    assert "1.5 (start 100 s, steps 83 min, validations 3 min" in done.output
+    assert "1.5 (start 100 s, steps 1 h 24 min, validations 4 min," in done.output
     assert "2.00 GiB, 3.00 GiB with loading processes; 8.00 GiB free" in done.output
     assert "a batch of 8 or views of 40x40, by proportion" in done.output
     assert given[0][0].max_steps == 7

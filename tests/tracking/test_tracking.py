@@ -143,7 +143,9 @@ def test_a_run_is_tracked_with_configuration_numbers_figures_and_no_name_of_its_
     listed = {
         file.path for at in ("", "figures") for file in MlflowClient(tracking_uri()).list_artifacts(run.info.run_id, at)
     }
-    assert {"config.yaml", "summary.json", "history.csv", "figures/losses.svg", "figures/views.png"} <= listed
+    assert {"config.yaml", "summary.json", "history.csv", "figures/losses.svg", "figures/phantom.png"} <= listed
+    assert (out / "figures" / "views.png").is_file()
+    assert "figures/views.png" not in listed, "patient images stay on site"
     assert not (out / RECORDS).exists()
 
 

@@ -1,18 +1,16 @@
-"""Lightning trainer with the settings of medim: few log messages, and progress for terminals and log files."""
+"""Lightning trainer with the settings of medim: few log messages, and its own progress."""
 
 from __future__ import annotations
 
 import logging
 import resource
-import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
 from medim.config import Precision, RunConfig
@@ -21,6 +19,7 @@ from medim.signals import current_request
 from medim.training.engine.checkpoints import CheckpointCallback, ChecksumCheckpointIO
 from medim.training.engine.launch import SyncStopCallback, slurm_environment, trainer_options
 from medim.training.engine.process_group import SINGLE_PROCESS, ProcessGroup
+from medim.training.engine.progress import TrainingProgress, choose_progress
 
 log = logging.getLogger(__name__)
 HARMLESS_WARNINGS = (
@@ -29,45 +28,6 @@ HARMLESS_WARNINGS = (
     ".*your dataloader is not resumable",  # StepSampler makes it resumable: it starts at the step of the checkpoint
     "You defined a `validation_step` but have no `val_dataloader`",  # too few subjects to validate; logged
 )
-
-
-class LineProgress(Callback):
-    """Callback that logs the progress every few seconds, for output that is not a terminal."""
-
-    def __init__(self, every_seconds: float = 5.0) -> None:
-        self._every_seconds = every_seconds
-        self._start_time = self._last_time = time.monotonic()
-        self._first_step = 0
-
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Record the start time and step."""
-        self._start_time, self._first_step = time.monotonic(), trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
-    ) -> None:
-        """Log the step, the rate and the time left."""
-        now, step = time.monotonic(), trainer.global_step
-        if now - self._last_time < self._every_seconds and step < trainer.max_steps:
-            return
-        self._last_time = now
-        rate = (step - self._first_step) / max(1e-9, now - self._start_time)
-        log.info(
-            "step %d of %d, %.1f steps/s, %.0f s left%s",
-            *(step, trainer.max_steps, rate, (trainer.max_steps - step) / rate),
-            _format_losses(outputs),
-        )
-
-
-def _format_losses(outputs: Any) -> str:
-    """Format the losses of a step with their chance levels, if the module returns them."""
-    terms = outputs.items() if isinstance(outputs, dict) else ()
-    objective_terms = {name: term for name, term in terms if hasattr(term, "chance")}
-    texts = [
-        f"{name} {float(term.loss.detach()):.3g}" + (f" (chance {term.chance:.3g})" if term.chance is not None else "")
-        for name, term in objective_terms.items()
-    ]
-    return "".join(f", {text}" for text in texts)
 
 
 def make_trainer(
@@ -87,7 +47,7 @@ def make_trainer(
         config: steps, precision and checkpoint interval.
         out: folder of the run.
         logger: logger of the run, or False.
-        callbacks: callbacks of the run.
+        callbacks: callbacks of the run; with a `TrainingProgress`, or the progress has no validation values.
         accelerator: device kind, in the terms of Lightning.
         validate: whether to validate at every checkpoint.
         group: the processes of the run.
@@ -97,14 +57,17 @@ def make_trainer(
     for harmless in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=harmless)
     callbacks = [*callbacks, *([SyncStopCallback(group)] if group.count > 1 else [])]
+    if not any(isinstance(callback, TrainingProgress) for callback in callbacks):
+        callbacks.append(choose_progress())
+    if not group.is_main:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, TrainingProgress)]
     checkpoints = CheckpointCallback(out / "checkpoints", config.checkpoint_every_steps)
-    progress = RichProgressBar(leave=True) if sys.stderr.isatty() and log.isEnabledFor(logging.INFO) else LineProgress()
     trainer = pl.Trainer(
         max_steps=config.max_steps,
         max_epochs=-1,
         **trainer_options(accelerator, group, find_unused=find_unused),
         precision=choose_precision(config.precision, accelerator, config.spatial_dims),
-        callbacks=[*callbacks, checkpoints, progress],
+        callbacks=[*callbacks, checkpoints],
         logger=logger,
         plugins=[ChecksumCheckpointIO(), *slurm_environment()],
         default_root_dir=out,
@@ -116,7 +79,7 @@ def make_trainer(
         val_check_interval=min(config.checkpoint_every_steps, config.max_steps),
         check_val_every_n_epoch=None,
         enable_model_summary=False,
-        enable_progress_bar=isinstance(progress, RichProgressBar),
+        enable_progress_bar=False,
     )
     # The signal handlers of Lightning would requeue SLURM jobs and lose a signal that arrives before the first step.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]

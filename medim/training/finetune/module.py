@@ -13,12 +13,16 @@ from medim.config import FinetuneConfig
 from medim.data.index.index import ImageRecord, Index
 from medim.evaluation.cases import write_cases
 from medim.evaluation.evaluate import validate_network
+from medim.files import write_csv
 from medim.model_spec import ModelSpec
 from medim.models.model import Model, as_numpy_function
 from medim.training.engine.gradients import clip_gradients, unscale_fused_gradients
 from medim.training.engine.optim import build_optimiser
+from medim.training.engine.progress import ValidationStatus
+from medim.training.pretrain.history import HISTORY_COLUMNS
 from medim.types import UserError
 
+N_STATUS_METRICS = 3  # metrics in the progress
 FinetuneRow = tuple[int, str, float | None, None, float | None]  # columns of history.csv
 
 
@@ -81,27 +85,41 @@ class FinetuneModule(pl.LightningModule):
 class ValidationCallback(pl.Callback):
     """Validates after the given steps and adds the metrics to the history; they do not affect the training.
 
+    `history.csv` is renewed after each validation and checkpoint.
+
     Args:
         steps: steps after which to validate.
-        out: folder of the run, for `cases-<step>.parquet`.
+        every: steps between two checkpoints.
+        out: folder of the run, for `history.csv` and `cases-<step>.parquet`.
         index: index of the images.
         records: images of the validation split.
         spec: spec of the model.
+
+    Attributes:
+        status: first metrics of the last validation, for the progress.
     """
 
     def __init__(
-        self, steps: Sequence[int], out: Path, index: Index, records: Sequence[ImageRecord], spec: ModelSpec
+        self, steps: Sequence[int], every: int, out: Path, index: Index, records: Sequence[ImageRecord], spec: ModelSpec
     ) -> None:
-        self._steps, self._out = frozenset(steps), out
+        self.status = ValidationStatus()
+        self._steps, self._every, self._out = frozenset(steps), every, out
         self._index, self._records, self._spec = index, records, spec
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        """Validate with the precision of the run, if this step is one of `steps`."""
+        """Validate with the precision of the run, if this step is one of `steps`; renew the history."""
         assert isinstance(module, FinetuneModule)
-        if trainer.global_step not in self._steps or not self._records:
+        step = trainer.global_step
+        if step in self._steps and self._records:
+            self._validate(trainer, module)
+        elif step % self._every:
             return
+        if step < trainer.max_steps:  # the run writes the last one
+            write_csv(self._out / "history.csv", HISTORY_COLUMNS, module.rows)
+
+    def _validate(self, trainer: pl.Trainer, module: FinetuneModule) -> None:
         with trainer.precision_plugin.forward_context():
             evaluation, cases = validate_network(
                 as_numpy_function(module.model.eval()), self._index, self._records, self._spec
@@ -110,3 +128,5 @@ class ValidationCallback(pl.Callback):
         write_cases(self._out / f"cases-{trainer.global_step}.parquet", cases, self._spec.kind)
         values = {name: metric["value"] for name, metric in evaluation["metrics"].items()}
         module.rows += [(trainer.global_step, f"val/{name}", None, None, value) for name, value in values.items()]
+        first = {name: value for name, value in values.items() if value is not None}
+        self.status = ValidationStatus(trainer.global_step, dict(list(first.items())[:N_STATUS_METRICS]))

@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import torch
 
 from medim.config import FinetuneConfig
+from medim.console.progress import show_progress
 from medim.data.contamination import ContaminationCounts, TrainingHistory, check_contamination, load_training_history
 from medim.data.index.index import ImageRecord, Index
 from medim.data.loading.cohort import Cohort, open_cohort
@@ -33,6 +34,7 @@ from medim.tracking.tracker import Tracker, flatten_estimates
 from medim.tracking.tracking import log_results, track_run
 from medim.training.engine.checkpoints import find_newest_checkpoint, get_resume_steps, list_corrupt_checkpoints
 from medim.training.engine.launch import find_device
+from medim.training.engine.progress import choose_progress
 from medim.training.engine.sampler import StepSampler, step_loader
 from medim.training.engine.trainer import make_trainer, peak_memory, run_trainer
 from medim.training.finetune.config import dry_run_finetuning
@@ -42,7 +44,13 @@ from medim.training.finetune.module import FinetuneModule, ValidationCallback
 from medim.training.finetune.options import FinetuneOptions
 from medim.training.finetune.summary import FinetuneSummary
 from medim.training.finetune.targets import check_class_weights, select_head, task_of_config
-from medim.training.fit_ood import rehearse_ood_detector, save_ood_detector
+from medim.training.finetune.view_figure import draw_labelled_views
+from medim.training.fit_ood import (
+    count_detector_images,
+    estimate_validation_seconds,
+    rehearse_ood_detector,
+    save_ood_detector,
+)
 from medim.training.pretrain.history import HISTORY_COLUMNS
 from medim.training.run_folder import log_failure, open_rehearsal_folder, open_run_folder, write_config
 from medim.types import UserError
@@ -122,8 +130,8 @@ def _finetune_in(
     if config.head_init == "probe" and not checkpoint:
         _initialise_head(run)
     with _open_tracker(run) as tracker:
-        _rehearse_model(run)
-        _train(run, checkpoint, start_step)
+        after_seconds = _rehearse_model(run)
+        _train(run, checkpoint, start_step, after_seconds)
         _save_model(run)
         summary = _measure(run, start_time)
         with log_failure("records of the results for MLflow", "The run folder contains all results."):
@@ -190,15 +198,23 @@ def _prepare_run_folder(run: _FinetuneRun) -> tuple[Path | None, int]:
     return find_newest_checkpoint(out / "checkpoints") if options.resume else (None, 0)
 
 
-def _train(run: _FinetuneRun, checkpoint: Path | None, start_step: int) -> None:
-    """Train to the last step of the schedule."""
+def _train(run: _FinetuneRun, checkpoint: Path | None, start_step: int, after_seconds: float = 0.0) -> None:
+    """Train to the last step of the schedule.
+
+    Args:
+        run: parts of the run.
+        checkpoint: checkpoint to resume from.
+        start_step: its step.
+        after_seconds: estimated time after the last step.
+    """
     config, data, spec = run.config, run.data, run.spec
-    validation = ValidationCallback(config.eval_steps or (), run.out, data.cohort.index, data.val, spec)
+    steps, every = config.eval_steps or (), config.checkpoint_every_steps
+    validation = ValidationCallback(steps, every, run.out, data.cohort.index, data.val, spec)
     trainer = make_trainer(
         config,
         run.out,
         logger=False,
-        callbacks=[validation],
+        callbacks=[validation, choose_progress(lambda: validation.status, after_seconds=after_seconds)],
         accelerator=run.options.accelerator,
         validate=False,
     )
@@ -214,10 +230,13 @@ def _train(run: _FinetuneRun, checkpoint: Path | None, start_step: int) -> None:
     run_trainer(trainer, run.module, loader, checkpoint=checkpoint)
 
 
-def _rehearse_model(run: _FinetuneRun) -> None:
+def _rehearse_model(run: _FinetuneRun) -> float:
     """Write the model, and compute the features of one image for the detector, before the first step.
 
     What fails here would otherwise fail after the last step.
+
+    Returns:
+        Estimated time after the last step, in seconds.
 
     Raises:
         UserError: the weights cannot be written.
@@ -229,8 +248,16 @@ def _rehearse_model(run: _FinetuneRun) -> None:
             raise UserError(
                 f"config {run.config.name}: the weights of this model cannot be written ({error}). Use another encoder."
             ) from error
-    if run.options.fit_ood_detector:
-        rehearse_ood_detector(run.module.model, run.data.cohort, run.spec)
+    data, model, options = run.data, run.module.model, run.options
+    if options.cohort is None:  # no cell of a study
+        with log_failure("figures/views.png", "The run continues without it."):
+            draw_labelled_views(run.out, _build_labelled_dataset(run.config, data.cohort, data.train, run.spec.classes))
+    if torch.accelerator.is_available():  # not run
+        run.module.to(find_device(options.accelerator))
+    seconds = estimate_validation_seconds(model, data.cohort, data.val, run.spec)
+    if options.fit_ood_detector:
+        seconds += rehearse_ood_detector(model, data.cohort, run.spec) * count_detector_images(data.cohort)
+    return seconds
 
 
 def _save_model(run: _FinetuneRun) -> None:
@@ -332,7 +359,10 @@ def _evaluate_validation(
 ) -> tuple[CaseSummary | None, list[CaseRow]]:
     """Evaluate the model on the validation split and write the cases; None and no cases if the split is empty."""
     log.info("measuring on %d validation images", len(val))
-    evaluation, rows = validate_network(as_numpy_function(model), index, val, spec) if val else (None, [])
+    show = show_progress("measured", "validation images")
+    evaluation, rows = (
+        validate_network(as_numpy_function(model), index, val, spec, progress=show) if val else (None, [])
+    )
     write_cases(cases, rows, spec.kind)
     return evaluation, rows
 
@@ -448,7 +478,22 @@ def build_finetune_loader(
     augment: bool = True,
 ) -> Any:
     """Build a loader of labelled images (N, C, ...) and targets, one batch per step, beginning with step `start`."""
-    dataset = LabelledDataset(
+    dataset = _build_labelled_dataset(config, cohort, records, classes, augment=augment)
+    # Every labelled image is used, including several of one subject.
+    groups = [str(r.label) if config.balanced_batches else r.image for r in records]
+    sampler = StepSampler(groups, batch_size=config.batch_size, steps=steps, seed=seed, start=start)
+    return step_loader(dataset, sampler, workers=config.workers, prefetch=config.prefetch)
+
+
+def _build_labelled_dataset(
+    config: FinetuneConfig,
+    cohort: Cohort,
+    records: Sequence[ImageRecord],
+    classes: Sequence[str],
+    *,
+    augment: bool = True,
+) -> LabelledDataset:
+    return LabelledDataset(
         cohort.store,
         cohort.store_keys(records),
         targets=task_of_config(config).encode_targets(records, classes),
@@ -456,10 +501,6 @@ def build_finetune_loader(
         augmentations=config.views.augmentations if augment else (),
         foreground_share=config.views.foreground_share,
     )
-    # Every labelled image is used, including several of one subject.
-    groups = [str(r.label) if config.balanced_batches else r.image for r in records]
-    sampler = StepSampler(groups, batch_size=config.batch_size, steps=steps, seed=seed, start=start)
-    return step_loader(dataset, sampler, workers=config.workers, prefetch=config.prefetch)
 
 
 def build_model_spec(

@@ -61,10 +61,10 @@ def plan_pretraining(
         store: folder of preprocessed images; None is the cache of the user.
 
     Returns:
-        `seconds` of `start`, `steps`, `validations`, `checkpoints`, `end` and `total`; `cpu_seconds` of the process,
-        with the same keys; `peak_memory_bytes` of the training process (or the GPU); `memory_bytes`, which includes the
-        data-loading workers (except on a GPU); `disk_bytes`; `available` (see `measure_free_bytes`); `suggestions` (see
-        `suggest_sizes`); and `refusals`, one sentence per resource that does not suffice.
+        `seconds` of `start`, `steps`, `validations`, `checkpoints`, `ood_detector`, `end` and `total`; `cpu_seconds` of
+        the process, with the same keys; `peak_memory_bytes` of the training process (or the GPU); `memory_bytes`, which
+        includes the data-loading workers (except on a GPU); `disk_bytes`; `available` (see `measure_free_bytes`);
+        `suggestions` (see `suggest_sizes`); and `refusals`, one sentence per resource that does not suffice.
 
     Raises:
         UserError: the steps cannot be run with any batch size.
@@ -119,7 +119,8 @@ def _run_trial_in_process(
                 free_memory,
             )
             try:
-                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                context = multiprocessing.get_context("spawn")
+                with ProcessPoolExecutor(1, mp_context=context, initializer=_silence_logs) as pool:
                     return pool.submit(run_trial, *arguments).result(), batch
             except (BrokenProcessPool, MemoryError):
                 if batch <= 2:
@@ -130,6 +131,11 @@ def _run_trial_in_process(
             smaller = max(2, batch // 2)
             log.info("a batch of %d needs more memory than is free; trying %d", batch, smaller)
             batch = smaller
+
+
+def _silence_logs() -> None:
+    """Turn off the messages of a trial, such as its verdict, which do not concern the planned run."""
+    logging.disable(logging.WARNING)
 
 
 @dataclass(frozen=True)
@@ -186,7 +192,8 @@ def predict_costs(
         "disk": disk["checkpoints"] + disk["run"],
         "store": disk["store"],
     }
-    hints = suggest_sizes(config, memory, batch, free_bytes["memory"] * USABLE_FRACTION)
+    free_memory = free_bytes["memory"] * USABLE_FRACTION
+    hints = suggest_sizes(config, memory, batch, free_memory, image_shape=trial.image_shape)
     return {
         "schema_version": 1,
         "command": "plan",
@@ -224,19 +231,22 @@ def _count_operations(
         "read": _count_store_reads(config, trial, len(train)),
         "validation": count_validations(config, held_out) * view_ratio,
         "checkpoint": count_checkpoints(config),
-        "reference": n_reference - trial.reference_images,
+        "reference": n_reference,
+        "trial_reference": trial.reference_images,
     }
 
 
 def _compute_seconds(unit_seconds: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
     """Compute the seconds of each part of the run and in total, from the seconds per operation of one clock."""
-    seconds = {name: unit_seconds[name] * count for name, count in counts.items()}
+    units = {**unit_seconds, "trial_reference": unit_seconds["reference"]}
+    seconds = {name: units[name] * count for name, count in counts.items()}
     parts = {
         "start": unit_seconds["start"] + seconds["check"] + seconds["prepare"],
         "steps": unit_seconds["first_step"] + seconds["step"] + seconds["read"],
         "validations": seconds["validation"],
         "checkpoints": seconds["checkpoint"],
-        "end": unit_seconds["end"] + seconds["reference"],
+        "ood_detector": seconds["reference"],
+        "end": max(0.0, unit_seconds["end"] - seconds["trial_reference"]),
     }
     return {**parts, "total": sum(parts.values())}
 
@@ -292,7 +302,9 @@ def estimate_disk(config: PretrainConfig, trial: TrialResult) -> dict[str, int]:
     }
 
 
-def suggest_sizes(config: PretrainConfig, memory: MemoryEstimate, trial_batch: int, free: float) -> SizeSuggestions:
+def suggest_sizes(
+    config: PretrainConfig, memory: MemoryEstimate, trial_batch: int, free: float, *, image_shape: tuple[int, ...] = ()
+) -> SizeSuggestions:
     """Compute the largest batch size, and the largest views at the requested batch size, that fit in memory.
 
     Args:
@@ -300,10 +312,12 @@ def suggest_sizes(config: PretrainConfig, memory: MemoryEstimate, trial_batch: i
         memory: memory estimate of the run.
         trial_batch: batch size of the short run; if it is not the requested one, twice this size did not fit.
         free: bytes that a plan may use.
+        image_shape: largest side of a preprocessed image along each axis; no larger views are suggested.
 
     Returns:
         `batch_size`, None if fewer than two images fit, and `views`, None if the coarsest map would have fewer than two
-        cells per side. Both are None if only the end of the run does not fit, which does not depend on them.
+        cells per side, or no larger views are of use. Both are None if only the end of the run does not fit, which does
+        not depend on them.
     """
     room = free - memory.base - memory.workers
     if memory.total(config.batch_size) > free and room >= memory.image * config.batch_size:
@@ -314,10 +328,11 @@ def suggest_sizes(config: PretrainConfig, memory: MemoryEstimate, trial_batch: i
     stride = coarsest_stride(config.encoder, config.spatial_dims)
     factor = max(0.0, voxels) ** (1 / config.spatial_dims)
     sides = [int(n * factor / stride) * stride for n in config.views.shape]
-    return {
-        "batch_size": batch if batch >= 2 else None,
-        "views": sides if min(sides) >= 2 * stride else None,
-    }
+    limits = [-(-side // stride) * stride for side in image_shape] or sides
+    shape = list(config.views.shape)
+    limited = [min(side, max(limit, n)) for side, limit, n in zip(sides, limits, shape, strict=True)]
+    is_useful = min(limited) >= 2 * stride and (limited != shape or sides == shape)
+    return {"batch_size": batch if batch >= 2 else None, "views": limited if is_useful else None}
 
 
 def list_refusals(

@@ -66,6 +66,7 @@ class TrialResult:
         bytes: size of an `image` in the store and `in_memory`, of the images `cached` in RAM by the training process
             and by each worker (`worker_cached`), of a `checkpoint`, of the rows of `history` per step, and of the other
             files of the `run`.
+        image_shape: largest side of a preprocessed image of the short run along each axis.
     """
 
     steps: int
@@ -77,6 +78,7 @@ class TrialResult:
     clocks: dict[str, dict[str, float]]
     memory: dict[str, int]
     bytes: dict[str, float]
+    image_shape: tuple[int, ...] = ()
 
 
 class TimingCallback(pl.Callback):
@@ -229,6 +231,7 @@ def _time_run(
         clocks=clocks,
         memory=memory,
         bytes=sizes,
+        image_shape=_measure_largest_sides(cohort),
     )
 
 
@@ -282,6 +285,12 @@ def _time_reference(cohort: Cohort, encoder: Path, device: torch.device) -> tupl
     start = timestamp()
     rows = list(iterate_record_features(network, cohort, records[:TIMING_IMAGES], network.spec))
     return _divide_time(elapsed(start), len(rows)), count_reference_images(records, cohort.records("val"))
+
+
+def _measure_largest_sides(cohort: Cohort) -> tuple[int, ...]:
+    """Measure the largest side of the preprocessed images along each axis, in voxels."""
+    shapes = [cohort.store.get_entry(key).shape for key in cohort.keys.values()]
+    return tuple(max(sides) for sides in zip(*shapes, strict=True))
 
 
 def _measure_file_sizes(config: PretrainConfig, cohort: Cohort, out: Path) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Figures of a pretraining run for the tracking server: losses with chance levels, RankMe, and sample views."""
+"""Figures of a pretraining run without patient images: losses with chance levels, RankMe, and views of a phantom."""
 
 from __future__ import annotations
 
@@ -19,26 +19,23 @@ HistoryRow = tuple[int, str, float | None, float | None, float | None]
 N_VIEWS = 6
 
 
-def draw_views(out: Path, config: PretrainConfig) -> Path:
-    """Draw augmented views of a phantom into `figures/views.png` in the folder of a run."""
-    return _save_figure(_plot_views(config), out / "figures" / "views.png")
-
-
-def draw_training_figures(out: Path, config: PretrainConfig, rows: Sequence[HistoryRow]) -> list[Path]:
-    """Draw the figures of a run into its folder `figures/`.
+def draw_training_figures(out: Path, rows: Sequence[HistoryRow]) -> list[Path]:
+    """Draw the figures of a run into its folder `figures/`; earlier ones are replaced.
 
     Args:
         out: folder of the run.
-        config: configuration of the run.
         rows: rows of `history.csv`.
 
     Returns:
-        Paths of the figures: `losses.svg`, `views.png` and, if it was measured, `rankme.svg`.
+        Paths of the figures: `losses.svg` and, if it was measured, `rankme.svg`.
     """
     figures = {"losses.svg": _plot_losses(rows), "rankme.svg": _plot_rankme(rows)}
-    paths = [_save_figure(figure, out / "figures" / name) for name, figure in figures.items() if figure is not None]
-    views = out / "figures" / "views.png"
-    return [*paths, views if views.is_file() else draw_views(out, config)]
+    return [_save_figure(figure, out / "figures" / name) for name, figure in figures.items() if figure is not None]
+
+
+def draw_phantom_views(out: Path, config: PretrainConfig) -> Path:
+    """Draw augmented views of a phantom into `figures/phantom.png` of a run, for the tracking server."""
+    return _save_figure(_plot_views(config), out / "figures" / "phantom.png")
 
 
 def _save_figure(figure: Figure, path: Path) -> Path:

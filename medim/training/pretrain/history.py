@@ -18,6 +18,7 @@ from torch import nn
 from medim.files import write_csv
 from medim.metrics.representation import feature_std, rankme
 from medim.objectives import Term
+from medim.training.engine.progress import ValidationStatus
 from medim.training.engine.tracking_logger import set_tag
 from medim.training.pretrain.checkpoint_selection import CheckpointSelection
 from medim.training.pretrain.verdict import (
@@ -51,8 +52,11 @@ class MetricHistory(pl.Callback):
         weights: weight by objective in the validation loss for the selection; the default is 1. An objective of weight
             0 has no effect on the verdict.
         first_norm: norm of the encoder weights before the first step, the reference of the metric `weight_norm`.
+        shortfall: first sentence of the advice, if the run is shorter than its preset; see `describe_shortfall`.
 
     Attributes:
+        on_validated: function without arguments, called after each validation.
+        status: last validation losses and the verdict, for the progress.
         rows: (step, name, training loss or None, chance or None, validation loss or None).
         held_out: (mean, standard error) of the last validation by term. A validation batch with fewer subjects than a
             training batch has fewer classes and a lower chance level; its losses are shifted to the chance level of
@@ -73,6 +77,7 @@ class MetricHistory(pl.Callback):
         selection: CheckpointSelection | None = None,
         weights: Mapping[str, float] | None = None,
         first_norm: float = 0.0,
+        shortfall: str = "",
     ) -> None:
         self._stop_on_collapse = stop_on_collapse
         self._summary_trained = summary_trained
@@ -80,6 +85,9 @@ class MetricHistory(pl.Callback):
         self.selection = selection
         self._weights = weights or {}
         self._first_norm = first_norm
+        self._shortfall = shortfall
+        self.on_validated: Callable[[], None] = lambda: None
+        self.status = ValidationStatus()
         self._steps_above_chance: dict[str, int] = defaultdict(
             int
         )  # steps for which a term has been far above chance without a new minimum
@@ -188,6 +196,8 @@ class MetricHistory(pl.Callback):
         if report.verdict not in ("weak", "at-chance") or step >= min(FIRST_VALIDATION_STEP, trainer.max_steps):
             self._report_verdict(trainer, report)
         trainer.should_stop |= self._stop_on_collapse and (self.has_collapsed or report.verdict == "collapsed")
+        self._update_status(report)
+        self.on_validated()
         self._step_end = time.perf_counter()
 
     @property
@@ -221,6 +231,8 @@ class MetricHistory(pl.Callback):
         self.verdict_changes = [tuple(change) for change in state["said"]]
         if self.selection and state["selection"]:
             self.selection.load_state_dict(state["selection"])
+        if self.held_out:
+            self._update_status(self.compute_verdict())
 
     def write(self, path: Path) -> None:
         """Write the rows as CSV."""
@@ -285,6 +297,16 @@ class MetricHistory(pl.Callback):
             weight_shrinkage=weight_shrinkage,
         )
 
+    def advice(self, verdict: TrainingVerdict) -> str:
+        """Advice for a verdict; for an encoder that has learnt too little, first the number of missing steps if any."""
+        return f"{self._shortfall} {ADVICE[verdict]}".strip() if verdict in ("weak", "at-chance") else ADVICE[verdict]
+
+    def _update_status(self, report: VerdictReport) -> None:
+        """Update the last validation losses of the terms, without diagnostics, and the verdict."""
+        terms, step = self.chance_levels(), max(0, self.held_out_step)
+        values = {name: mean for name, (mean, _) in self.held_out.items() if name in terms}
+        self.status = ValidationStatus(step, values, f"verdict at step {step}: {report.verdict}")
+
     def _describe_collapse(self) -> str:
         return describe_collapse(self.rankme, self.feature_std) if self._summary_trained else ""
 
@@ -329,7 +351,7 @@ class MetricHistory(pl.Callback):
         if report.verdict == "learning":
             log.info("step %d: learning (%s)", step, report.why)
         else:
-            log.warning("step %d: %s (%s). Advice: %s", step, report.verdict, report.why, ADVICE[report.verdict])
+            log.warning("step %d: %s (%s). Advice: %s", step, report.verdict, report.why, self.advice(report.verdict))
         if trainer.logger:
             set_tag(trainer.logger, "verdict", report.verdict)
             set_tag(trainer.logger, "verdict_step", str(step))

@@ -24,6 +24,7 @@ class PretrainOptions:
         stop_on_collapse: end a run that has diverged or collapsed, with that verdict.
         store: folder of preprocessed images; None: the user's cache.
         jobs: number of processes that preprocess images which are not in the store.
+        fit_ood_detector: whether to fit an out-of-distribution detector for a package, see `medim.training.fit_ood`.
         callbacks: additional Lightning callbacks, such as a timer.
     """
 
@@ -37,6 +38,7 @@ class PretrainOptions:
     stop_on_collapse: bool = False
     store: Path | None = None
     jobs: int = 1
+    fit_ood_detector: bool = True
     callbacks: Sequence[pl.Callback] = ()
 
     @property

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
-from medim.config import PretrainConfig
+from medim.config import PretrainConfig, list_presets, read_config
 from medim.data.contamination import TrainingHistory
 from medim.data.index.index import ImageRecord, Index
 from medim.data.loading.cohort import Cohort, open_cohort
@@ -23,32 +24,36 @@ from medim.model_spec import ModelSpec, read_spec
 from medim.models.model import build_decoder, build_encoder
 from medim.models.serialization import check_finite_weights
 from medim.signals import handle_shutdown_signals
-from medim.tracking.target import check_target
+from medim.tracking.target import check_target, is_tracking_enabled
 from medim.tracking.tracker import Tracker
 from medim.tracking.tracking import log_encoder, log_results, track_run
 from medim.training.engine.checkpoints import find_newest_checkpoint, list_corrupt_checkpoints
 from medim.training.engine.gradients import weight_norm
-from medim.training.engine.launch import launched, planned_group
+from medim.training.engine.launch import find_device, launched, planned_group
 from medim.training.engine.process_group import ProcessGroup
+from medim.training.engine.progress import choose_progress
 from medim.training.engine.sampler import StepSampler, step_loader
 from medim.training.engine.tracking_logger import TrackingLogger
 from medim.training.engine.trainer import make_trainer, return_to_device, run_trainer
-from medim.training.fit_ood import rehearse_ood_detector, save_ood_detector
+from medim.training.fit_ood import count_detector_images, rehearse_ood_detector, save_ood_detector
 from medim.training.pretrain.checkpoint_selection import CheckpointSelection
 from medim.training.pretrain.config import build_objectives, dry_run_pretraining, has_unused_parameters
-from medim.training.pretrain.figures import draw_training_figures, draw_views
+from medim.training.pretrain.figures import draw_phantom_views, draw_training_figures
 from medim.training.pretrain.history import MetricHistory
 from medim.training.pretrain.module import PretrainModule
 from medim.training.pretrain.online_probe import AlignmentMetric, OnlineProbe, open_probe
 from medim.training.pretrain.options import PretrainOptions
 from medim.training.pretrain.save_encoder import write_encoder
 from medim.training.pretrain.summary import build_pretrain_summary, format_online_probe
+from medim.training.pretrain.verdict import describe_shortfall
+from medim.training.pretrain.view_figure import draw_views
 from medim.training.run_folder import log_failure, open_rehearsal_folder, open_run_folder, write_config
 from medim.types import UserError
 from medim.version import __version__
 
 log = logging.getLogger(__name__)
 VAL_BATCHES = 8
+FIGURE_SECONDS = 20.0  # shortest time between two drawings of the figures during training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +103,8 @@ def pretrain(
         checkpoint, start_step = _prepare_run_folder(config, cohort, out, options, group)
         run = _build_run(config, cohort, out, options, group)
         with _open_tracker(run) as tracker:
-            if group.is_main:
-                _rehearse_results(run)
-            trainer = _train(run, tracker, checkpoint, start_step)
+            after_seconds = _rehearse_results(run) if group.is_main else 0.0
+            trainer = _train(run, tracker, checkpoint, start_step, after_seconds)
             selection = _restore_selection(run.history, run.module, trainer.global_step, run.probe)
             summary = _summarise_run(run, trainer, selection)
             if tracker is not None:
@@ -192,18 +196,34 @@ def _open_tracker(run: _PretrainRun) -> Iterator[Tracker | None]:
         yield tracker
 
 
-def _train(run: _PretrainRun, tracker: Tracker | None, checkpoint: Path | None, start_step: int) -> pl.Trainer:
-    """Train to the last step, and validate after it."""
+def _train(
+    run: _PretrainRun, tracker: Tracker | None, checkpoint: Path | None, start_step: int, after_seconds: float = 0.0
+) -> pl.Trainer:
+    """Train to the last step, and validate after it.
+
+    Args:
+        run: parts of the run.
+        tracker: tracker of the run, in the first process.
+        checkpoint: checkpoint to resume from.
+        start_step: its step.
+        after_seconds: estimated time after the last step.
+    """
     config, cohort, seed = run.config, run.cohort, run.options.seed
     loader = _build_train_loader(config, cohort, cohort.records("train"), seed=seed, start=start_step, group=run.group)
     val_loader = _build_val_loader(config, cohort, cohort.records("val"), seed=seed)
     validate = val_loader is not None
+    if run.group.is_main:
+        run.history.on_validated = _write_history_during(run)
     run.history.set_validation(val_loader, every=min(config.checkpoint_every_steps, config.max_steps))
     trainer = make_trainer(
         config,
         run.out,
         logger=False if tracker is None else TrackingLogger(tracker),
-        callbacks=[run.history, *run.options.callbacks],
+        callbacks=[
+            run.history,
+            *run.options.callbacks,
+            choose_progress(lambda: run.history.status, after_seconds=after_seconds),
+        ],
         accelerator=run.options.accelerator,
         validate=validate,
         group=run.group,
@@ -223,10 +243,13 @@ def _summarise_run(run: _PretrainRun, trainer: pl.Trainer, selection: dict[str, 
     return summary | {"checkpoint_selection": selection, "probe": probe, "processes": run.group.count}
 
 
-def _rehearse_results(run: _PretrainRun) -> None:
+def _rehearse_results(run: _PretrainRun) -> float:
     """Write the encoder and compute the features of one image for the detector, before the first step.
 
     What fails here would otherwise fail after the last step.
+
+    Returns:
+        Estimated time after the last step, in seconds.
 
     Raises:
         UserError: the weights cannot be written.
@@ -241,9 +264,29 @@ def _rehearse_results(run: _PretrainRun) -> None:
                 f"config {run.config.name}: the weights of the encoder cannot be written ({error}). "
                 "Use another encoder."
             ) from error
-    rehearse_ood_detector(run.module.encoder, run.cohort, run.spec)
+    train = run.cohort.records("train")
     with log_failure("figures/views.png", "The run continues without it."):
-        draw_views(run.out, run.config)
+        draw_views(run.out, run.module, _build_view_dataset(run.config, run.cohort, train))
+    if not run.options.fit_ood_detector:
+        return 0.0
+    if torch.accelerator.is_available():  # not run
+        run.module.to(find_device(run.options.accelerator))
+    return rehearse_ood_detector(run.module.encoder, run.cohort, run.spec) * count_detector_images(run.cohort)
+
+
+def _write_history_during(run: _PretrainRun) -> Callable[[], None]:
+    """Build the function that renews `history.csv`, and the figures if the last ones are old, after a validation."""
+    last = time.monotonic()
+
+    def write_history() -> None:
+        nonlocal last
+        with log_failure("history.csv", "The run continues; it is written again after the next validation."):
+            run.history.write(run.out / "history.csv")
+            if time.monotonic() - last >= FIGURE_SECONDS:
+                draw_training_figures(run.out, run.history.rows)
+                last = time.monotonic()
+
+    return write_history
 
 
 def _save_results(run: _PretrainRun, tracker: Tracker, summary: dict[str, Any], start_time: float) -> None:
@@ -253,7 +296,9 @@ def _save_results(run: _PretrainRun, tracker: Tracker, summary: dict[str, Any], 
     run.history.write(out / "history.csv")
     check_finite_weights(run.module.state_dict(), f"{out}: step {summary['checkpoint_selection']['step']}")
     write_encoder(out / "encoder", run.module, encoder_spec, run.config.objectives)
-    save_ood_detector(out / "encoder", run.module.encoder, run.cohort, spec)
+    if run.options.fit_ood_detector:
+        save_ood_detector(out / "encoder", run.module.encoder, run.cohort, spec)
+    log.info("writing the summary and the figures")
     trained_cases = run.cohort.cases(run.cohort.records("train"))
     TrainingHistory().extended("pretrain", trained_cases).write(out / "encoder")
     summary["corrupt_checkpoints"] = list_corrupt_checkpoints(out / "checkpoints")
@@ -261,7 +306,8 @@ def _save_results(run: _PretrainRun, tracker: Tracker, summary: dict[str, Any], 
     write_json(out / "summary.json", summary)
     figures: list[Path] = []
     with log_failure("figures", "`medim report` draws them from history.csv."):
-        figures = draw_training_figures(out, run.config, run.history.rows)
+        figures = draw_training_figures(out, run.history.rows)
+        figures += [draw_phantom_views(out, run.config)] if is_tracking_enabled() else []
     with log_failure("records of the results for MLflow", "The run folder contains all results."):
         log_results(tracker, summary, [out / "config.yaml", out / "summary.json", out / "history.csv", *figures])
         tracker.log_weights("encoder", read_spec(out / "encoder" / "encoder.json").sha256)
@@ -282,8 +328,16 @@ def _build_history(
         selection=CheckpointSelection("probe" if probe else "val_loss"),
         weights=module.weights,
         first_norm=weight_norm(module.encoder)["weight_norm"],
+        shortfall=describe_shortfall(config.max_steps, _count_preset_steps(config)),
     )
     return history, probe
+
+
+def _count_preset_steps(config: PretrainConfig) -> int:
+    """Steps of the preset that a configuration is based on; those of the configuration if there is no such preset."""
+    if config.name not in list_presets("pretrain"):
+        return config.max_steps
+    return int(read_config("pretrain", config.name).get("max_steps", config.max_steps))
 
 
 def _build_module(config: PretrainConfig, spec: ModelSpec, seed: int, group: ProcessGroup) -> PretrainModule:

@@ -15,7 +15,6 @@ from medim.training.engine.trainer import peak_memory
 from medim.training.pretrain.history import MetricHistory
 from medim.training.pretrain.module import PretrainModule
 from medim.training.pretrain.online_probe import OnlineProbe
-from medim.training.pretrain.verdict import ADVICE
 from medim.version import collect_versions
 
 
@@ -50,7 +49,7 @@ def build_pretrain_summary(
         "diagnostics": history.diagnostics(),
         "verdict": report.verdict,
         "verdict_reason": report.why,
-        "advice": ADVICE[report.verdict],
+        "advice": history.advice(report.verdict),
         "verdict_changes": [
             dict(zip(("step", "verdict", "reason"), change, strict=True)) for change in history.verdict_changes
         ],

@@ -15,9 +15,9 @@ MIN_NORM_RATIO = 0.1  # ratio of final to initial weight norm; below it, a run t
 ADVICE: dict[TrainingVerdict, str] = {
     "learning": "",
     "weak": "Train longer; if the validation loss no longer falls, increase the learning rate or the batch size.",
-    "at-chance": "Check that the sample views show anatomy; increase the learning rate tenfold, then the batch size; "
-    "use larger crops or weaker augmentation; a long run may only need more steps.",
-    "collapsed": "Check that the images are not blank or identical after preprocessing; lower weight_decay; lower the "
+    "at-chance": "Check that the views in figures/views.png show anatomy; increase the learning rate tenfold, then the "
+    "batch size; use larger crops or weaker augmentation; a long run may only need more steps.",
+    "collapsed": "Check that the views in figures/views.png are not blank or identical; lower weight_decay; lower the "
     "learning rate; add an objective that discriminates images (local_dim, simclr).",
     "diverged": "Lower the learning rate tenfold; set gradient_clip=1 and warmup_steps; with 16-mixed precision, use "
     "bf16-mixed or 32-true instead.",
@@ -109,6 +109,18 @@ def _measure_gain(name: str, level: float, mean: float, error: float, has_chance
     bits, needed_bits = gain / math.log(2), need / math.log(2)
     text = f"{name}: {mean:.3g} held out, {level:.3g} at chance: gain {bits:.2g} bits, needed {needed_bits:.2g}"
     return _Gain(gain, need, tolerance, error, text)
+
+
+def describe_shortfall(steps: int, preset_steps: int) -> str:
+    """Describe a run that is shorter than its preset; empty if it is not.
+
+    Examples:
+        >>> describe_shortfall(40, 700)
+        'This run has 40 of the 700 steps of its preset, so first train for all of them.'
+    """
+    if steps >= preset_steps:
+        return ""
+    return f"This run has {steps} of the {preset_steps} steps of its preset, so first train for all of them."
 
 
 def describe_collapse(rankme: float, feature_std: float) -> str:

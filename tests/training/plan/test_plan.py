@@ -141,6 +141,16 @@ def test_where_the_end_of_a_run_does_not_fit_no_batch_is_suggested(
     assert "no batch or view size would fit" in told["refusals"][0]
 
 
+def test_no_views_larger_than_the_images_are_suggested(pretrain_config: PretrainConfig, parts: Parts) -> None:
+    def suggest(shape: tuple[int, ...]) -> list[int] | None:
+        trial = replace(MEASURED, image_shape=shape)
+        return predict_costs(pretrain_config, trial, 4, *parts, free_bytes=there())["suggestions"]["views"]
+
+    assert suggest((16, 16, 16)) is None, "the views have the size of the images"
+    assert suggest((20, 18, 16)) == [20, 20, 16], "padded to the stride of the encoder"
+    assert suggest((100, 100, 100)) == suggest(()) != None  # noqa: E711
+
+
 def test_a_gpu_holds_neither_loading_processes_nor_kept_images(pretrain_config: PretrainConfig, parts: Parts) -> None:
     config = pretrain_config.model_copy(update={"workers": 2})
     told = predict_costs(config, replace(MEASURED, device="cuda"), 4, *parts, free_bytes=there())
@@ -197,7 +207,8 @@ def test_the_ood_detector_looks_at_no_more_images_than_it_does_in_the_run(
     train, held_out = parts[0] * 50, parts[1] * 2
     found = replace(MEASURED, reference_images=20)
     told = predict_costs(pretrain_config, found, 4, train, held_out, free_bytes=there())
-    assert told["seconds"]["end"] == pytest.approx(20 + 0.2 * (256 + len(held_out) - 20))
+    assert told["seconds"]["ood_detector"] == pytest.approx(0.2 * (256 + len(held_out)))
+    assert told["seconds"]["end"] == pytest.approx(20 - 0.2 * 20)
 
 
 def test_pairs_and_probe_keep_images_in_memory(pretrain_config: PretrainConfig, parts: Parts) -> None:

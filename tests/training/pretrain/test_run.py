@@ -25,7 +25,7 @@ from medim.objectives.coordinates import compute_offset_entropy
 from medim.objectives.score_map import load_score_map
 from medim.signals import StoppedError
 from medim.training.engine.checkpoints import find_newest_checkpoint
-from medim.training.engine.trainer import LineProgress
+from medim.training.engine.progress import LineProgress
 from medim.training.pretrain.checkpoint_selection import CheckpointSelection
 from medim.training.pretrain.config import build_objectives, dry_run_pretraining
 from medim.training.pretrain.options import PretrainOptions

@@ -7,7 +7,15 @@ from typing import get_args
 
 import pytest
 
-from medim.training.pretrain.verdict import ADVICE, TrainingVerdict, describe_collapse, describe_shrinkage, judge_run
+from medim.training.pretrain.history import MetricHistory
+from medim.training.pretrain.verdict import (
+    ADVICE,
+    TrainingVerdict,
+    describe_collapse,
+    describe_shortfall,
+    describe_shrinkage,
+    judge_run,
+)
 
 LEVELS = {"dim": 4.0}
 
@@ -78,3 +86,12 @@ def test_weights_that_shrank_are_a_collapse_only_where_nothing_is_learnt() -> No
     assert not describe_shrinkage(float("nan"), at_start=7.0)
     for loss, verdict in ((3.99, "collapsed"), (1.0, "learning")):
         assert judge_run({"dim": 4.0}, {"dim": (loss, 0.01)}, weight_shrinkage=shrunk).verdict == verdict
+
+
+def test_the_advice_on_a_short_run_begins_with_the_missing_steps() -> None:
+    history = MetricHistory(shortfall=describe_shortfall(40, 700))
+    assert history.advice("at-chance").startswith("This run has 40 of the 700 steps of its preset")
+    assert "figures/views.png" in history.advice("at-chance")
+    assert history.advice("collapsed") == ADVICE["collapsed"], "more steps would not help"
+    assert history.advice("learning") == ""
+    assert describe_shortfall(700, 700) == describe_shortfall(900, 700) == ""

@@ -1,0 +1,1 @@
+"""Progress on the terminal, or in the log where there is no terminal."""
