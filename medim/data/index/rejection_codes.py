@@ -95,7 +95,7 @@ REJECTION_REASONS = {
     "mixed-references": "Slices of several patients, studies or frames of reference in one series.",
     # DICOM output
     "not-dicom": "An image of another format, for which no DICOM output can be written.",
-    "no-reference": "A DICOM image without the UIDs or the position that the output must refer to.",
+    "no-reference": "A DICOM image without the UIDs or the position that the output must refer to, or a mosaic.",
 }
 
 QUALITY_CODES = {

@@ -17,6 +17,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 from pydicom.valuerep import validate_value
 
 from medim.data.readers import ReadError
+from medim.data.readers.dicom.frames import FUNCTIONAL_GROUPS
 from medim.data.readers.dicom.reader import SlicePlan
 from medim.data.readers.dicom.values import silence_pydicom
 from medim.types import Array
@@ -57,7 +58,7 @@ _CHECKABLE_VRS = {
     "ST",
     "TM",
 }  # value representations of the patient and study attributes
-_POSITION_TAGS = {tag_for_keyword(name) for name in ("ImagePositionPatient", "PerFrameFunctionalGroupsSequence")}
+_POSITION_TAGS = {tag_for_keyword(name) for name in ("ImagePositionPatient", *FUNCTIONAL_GROUPS)}
 _REQUIRED_UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
 
 
@@ -78,23 +79,35 @@ class DicomSource:
         """Header from which patient and study attributes are copied."""
         return self.datasets[0]
 
+    @property
+    def is_multi_frame(self) -> bool:
+        """Whether the positions of the slices are in functional groups."""
+        return self.plan.affine is not None and any(name in self.first_dataset for name in FUNCTIONAL_GROUPS)
+
     def frames(self, native: Array) -> Array:
-        """Order slices as the frames of the source.
+        """Order a label map as the slices of the source.
 
         Args:
             native: (columns, rows, slices) on the native grid, or (rows, columns).
 
         Returns:
-            (frames, rows, columns); zeros in source frames that are not part of the volume.
+            (slices, rows, columns).
         """
-        if native.ndim == 2:
-            return np.ascontiguousarray(native[None])
-        slices = native.transpose(2, 1, 0)
-        if len(self.datasets) > 1:
-            return np.ascontiguousarray(slices)
-        out = np.zeros((int(self.first_dataset.get("NumberOfFrames") or 1), *slices.shape[1:]), native.dtype)
-        out[[number for _, number in self.plan.slices]] = slices
-        return out
+        return np.ascontiguousarray(native[None] if native.ndim == 2 else native.transpose(2, 1, 0))
+
+    def list_slices(self) -> list[tuple[Dataset, int]]:
+        """List the header and the frame number (from 0) of each slice."""
+        headers = dict(zip(self.plan.files, self.datasets, strict=True))
+        return [(headers[path], number) for path, number in self.plan.slices]
+
+    def find_functional_group(self, header: Dataset, number: int) -> Dataset:
+        """Return the functional groups of a frame, those that all frames share included."""
+        group = Dataset()
+        for name in FUNCTIONAL_GROUPS:
+            items = header.get(name) or []
+            if items:
+                group.update(items[number if name.startswith("PerFrame") else 0])
+        return group
 
 
 def read_dicom_source(plan: SlicePlan) -> DicomSource:
@@ -117,7 +130,12 @@ def read_dicom_source(plan: SlicePlan) -> DicomSource:
             raise ReadError("unreadable", f"the DICOM header is invalid ({type(error).__name__})") from error
         for dataset in datasets:
             _check_references(dataset, in_space=plan.affine is not None)
-    return DicomSource(datasets, plan)
+    source = DicomSource(datasets, plan)
+    if not source.is_multi_frame and len(plan.slices) > len(datasets):
+        raise ReadError(
+            "no-reference", "the slices are in one image (a mosaic), so that an output cannot refer to each of them"
+        )
+    return source
 
 
 def _check_inflated_size(path: Path) -> None:

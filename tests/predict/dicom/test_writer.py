@@ -254,7 +254,9 @@ def test_an_answer_holds_no_attribute_of_patient_study_or_scanner_besides_the_do
     tags |= {"OperatorsName": "Zqoperator", "PatientSpeciesDescription": "", "StudyDate": "20200102"}
     pixels = noise(6, 16, 20).astype(np.uint16)
     if enhanced_source:
-        write_dataset(enhanced(pixels, [[0.0, 0.0, 2.0 * k] for k in range(6)], **tags), tmp_path / "in" / "a.dcm")
+        made = enhanced(pixels, [[0.0, 0.0, 2.0 * k] for k in range(6)], **tags)
+        move_groups(made, ["PixelMeasuresSequence", "PlaneOrientationSequence"], to_frames=True)
+        write_dataset(made, tmp_path / "in" / "a.dcm")
     else:
         write_series(tmp_path / "in", pixels, **tags)
     (row,) = answered(packages["segmenter"], tmp_path / "in", tmp_path / "out")
@@ -289,7 +291,104 @@ def test_frames_of_a_multi_frame_object_are_answered_in_their_own_order(equipmen
     save_dicom(tmp_path / "a.seg.dcm", made)
     found = read_frame_labels(highdicom.seg.segread(tmp_path / "a.seg.dcm"), source)
     rescaled = np.stack([(k + 1) * frame + 100.0 * k for k, frame in enumerate(frames)])
-    np.testing.assert_array_equal(found, levels(rescaled, 400, 1500))
+    np.testing.assert_array_equal(found, levels(rescaled, 400, 1500)[[1, 3, 0, 2]])
+    assert list_references(made) == {(str(source.first_dataset.SOPInstanceUID), k) for k in (1, 2, 3, 4)}
+    assert dciodvfy_errors(tmp_path / "a.seg.dcm") == []
+
+
+def list_references(made: pydicom.Dataset) -> set[tuple[str, int]]:
+    """SOPInstanceUID and frame of the source of each frame of a segmentation."""
+    return {
+        (str(image.ReferencedSOPInstanceUID), int(image.get("ReferencedFrameNumber", 0)))
+        for group in made.PerFrameFunctionalGroupsSequence
+        for image in group.DerivationImageSequence[0].SourceImageSequence
+    }
+
+
+def move_groups(made: pydicom.Dataset, names: list[str], *, to_frames: bool) -> None:
+    """Move functional groups from the shared ones to those of each frame, or the other way round."""
+    (shared,), frames = made.SharedFunctionalGroupsSequence, made.PerFrameFunctionalGroupsSequence
+    for name in names:
+        for frame in frames:
+            if to_frames:
+                frame[name] = shared[name]
+            else:
+                shared[name] = frame[name]
+                del frame[name]
+        if to_frames:
+            del shared[name]
+
+
+def write_several_volumes(path: Path, volumes: int, *, per_frame: bool) -> tuple[Array, np.ndarray[Any, Any]]:
+    """An enhanced object of volumes of 4 slices of an oblique stack, slice by slice; frames and rescaled frames."""
+    direction = np.cross((0.991332, 0.114987, -0.063548), (-0.118794, 0.991118, -0.059771))
+    frames = noise(4 * volumes, 5, 6).astype(np.uint16)
+    places = [list(np.array([-10.5, 7.25, 30.0]) + 3.0 * (k // volumes) * direction) for k in range(4 * volumes)]
+    made = enhanced(frames, places, FrameOfReferenceUID="1.2.3")
+    plane = made.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence[0]
+    plane.ImageOrientationPatient = [0.991332, 0.114987, -0.063548, -0.118794, 0.991118, -0.059771]
+    for k, group in enumerate(made.PerFrameFunctionalGroupsSequence):
+        group.FrameContentSequence = [pydicom.Dataset()]
+        group.FrameContentSequence[0].TemporalPositionIndex = k % volumes + 1
+    if per_frame:
+        move_groups(made, ["PixelMeasuresSequence", "PlaneOrientationSequence"], to_frames=True)
+    write_dataset(made, path)
+    return frames, np.stack([(k + 1) * frame + 100.0 * k for k, frame in enumerate(frames)])
+
+
+@pytest.mark.parametrize("labelmap", [False, True])
+@pytest.mark.parametrize("per_frame", [False, True])
+@pytest.mark.parametrize("volumes", [1, 3])
+def test_each_volume_of_an_enhanced_object_gets_an_answer_on_its_own_frames(
+    volumes: int, per_frame: bool, labelmap: bool, equipment: Equipment, tmp_path: Path
+) -> None:
+    _, rescaled = write_several_volumes(tmp_path / "in" / "a.dcm", volumes, per_frame=per_frame)
+    index = build_index(tmp_path / "in", "mri", remember=False)
+    assert len(index.records) == volumes
+    for number, record in enumerate(index.records):
+        plan, volume = index.plan_slices(record), index.open(record)
+        assert plan is not None
+        source = read_dicom_source(plan)
+        made = segmentation_of(levels(volume.array[0], 800, 2500), volume, source, equipment, labelmap=labelmap)
+        save_dicom(tmp_path / "a.seg.dcm", made)
+        found = highdicom.seg.segread(tmp_path / "a.seg.dcm")
+        np.testing.assert_array_equal(read_frame_labels(found, source), levels(rescaled[number::volumes], 800, 2500))
+        numbers = {volumes * k + number + 1 for k in range(4)}
+        assert list_references(found) <= {(str(source.first_dataset.SOPInstanceUID), k) for k in numbers}
+        assert found.FrameOfReferenceUID == "1.2.3"
+        grid = found.get_volume(combine_segments=True, allow_missing_positions=True)
+        assert grid.spacing == pytest.approx((3.0, 0.5, 0.8), abs=1e-5)
+        to_lps = np.diag([-1.0, -1.0, 1.0, 1.0])
+        # the same voxels in the patient, by the geometry of the answer alone
+        for index_of_slice, row, column in np.argwhere(grid.array)[:20]:
+            point = to_lps @ grid.affine @ [index_of_slice, row, column, 1]
+            i, j, k = np.rint(np.linalg.inv(volume.affine) @ point)[:3].astype(int)
+            assert levels(volume.array[0, i, j, k], 800, 2500) == grid.array[index_of_slice, row, column]
+        report = build_volumes_report(
+            made, class_sizes(levels(volume.array[0], 800, 2500), volume, 2), source, equipment
+        )
+        save_dicom(tmp_path / "a.sr.dcm", report)
+        if not labelmap:
+            assert dciodvfy_errors(tmp_path / "a.seg.dcm", tmp_path / "a.sr.dcm") == []
+
+
+def test_enhanced_objects_of_one_slice_each_get_one_answer(equipment: Equipment, tmp_path: Path) -> None:
+    """A position in the shared groups, as an object of one frame may have it."""
+    frames = noise(4, 5, 6).astype(np.uint16)
+    uids: list[tuple[str, int]] = []
+    for k, pixels in enumerate(frames):
+        made = enhanced(
+            pixels[None], [[1.0, 2.0, 3.0 * k]], FrameOfReferenceUID="1.2.3", SOPInstanceUID=f"1.2.4.{k + 1}"
+        )
+        uids.append((str(made.SOPInstanceUID), 1))
+        move_groups(made, ["PlanePositionSequence"], to_frames=False)
+        write_dataset(made, tmp_path / "in" / f"{k}.dcm")
+    volume, source = opened(tmp_path / "in")
+    made = segmentation_of(levels(volume.array[0], 400, 700), volume, source, equipment, labelmap=False)
+    save_dicom(tmp_path / "a.seg.dcm", made)
+    found = highdicom.seg.segread(tmp_path / "a.seg.dcm")
+    np.testing.assert_array_equal(read_frame_labels(found, source), levels(frames, 400, 700))
+    assert list_references(found) == set(uids)
     assert dciodvfy_errors(tmp_path / "a.seg.dcm") == []
 
 

@@ -29,7 +29,7 @@ FRAME_KEYS = {  # attributes that distinguish frames, in order of preference; al
     "flip angle": ("FlipAngle", "MRTimingAndRelatedParametersSequence/FlipAngle"),
 }
 _TEXT_KEYS = {"image type", "complex component"}
-_FUNCTIONAL_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+FUNCTIONAL_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 _POSITION = ("ImagePositionPatient", "PlanePositionSequence/ImagePositionPatient")
 _ORIENTATION = ("ImageOrientationPatient", "PlaneOrientationSequence/ImageOrientationPatient")
 _SPACING = ("PixelSpacing", "PixelMeasuresSequence/PixelSpacing")
@@ -37,7 +37,7 @@ _GAP = ("SpacingBetweenSlices", "PixelMeasuresSequence/SpacingBetweenSlices")
 _THICKNESS = ("SliceThickness", "PixelMeasuresSequence/SliceThickness")
 _FRAME_PATHS = (_POSITION, _ORIENTATION, _SPACING, _GAP, _THICKNESS, *FRAME_KEYS.values())
 ATTRIBUTES = frozenset(part for paths in _FRAME_PATHS for path in paths for part in path.split("/")) | {
-    *_FUNCTIONAL_GROUPS
+    *FUNCTIONAL_GROUPS
 }
 _AXIAL_ORIENTATION = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 _SLICE_KEYWORDS = tuple(sorted({path for paths in _FRAME_PATHS for path in paths if "/" not in path} - {_POSITION[0]}))
@@ -52,7 +52,7 @@ def read_frame_planes(header: DicomHeader, count: int) -> tuple[FramePlane, ...]
     Raises:
         ReadError: the header is inconsistent or contains an invalid number.
     """
-    groups, shared_groups = header.items(_FUNCTIONAL_GROUPS[1]), header.items(_FUNCTIONAL_GROUPS[0])
+    groups, shared_groups = header.items(FUNCTIONAL_GROUPS[1]), header.items(FUNCTIONAL_GROUPS[0])
     if groups and len(groups) != count:
         raise ReadError("bad-geometry", f"{len(groups)} functional groups for {count} frames")
     if not groups and not shared_groups and count > 1 and not header.raw.get(_POSITION[0]):
@@ -79,8 +79,8 @@ def read_frame_planes(header: DicomHeader, count: int) -> tuple[FramePlane, ...]
 
 def read_frame_types(header: DicomHeader) -> list[list[str]]:
     """Read FrameType of each frame of a multi-frame object with functional groups; an empty list if none has one."""
-    shared_groups = header.items(_FUNCTIONAL_GROUPS[0])
-    groups = header.items(_FUNCTIONAL_GROUPS[1])
+    shared_groups = header.items(FUNCTIONAL_GROUPS[0])
+    groups = header.items(FUNCTIONAL_GROUPS[1])
     levels = [[group, *shared_groups] for group in groups] or ([shared_groups] if shared_groups else [])
     types = [_find_texts(level, FRAME_KEYS["image type"][:1]) for level in levels]
     return types if any(types) else []
