@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
-from monai.networks.blocks.dynunet_block import UnetUpBlock
+from monai.networks.blocks.dynunet_block import UnetBasicBlock, UnetUpBlock
 from monai.networks.layers.factories import Conv
 from monai.networks.layers.utils import get_norm_layer
 from torch import nn
@@ -16,27 +16,48 @@ from medim.models.layers import Norm, check_channels, norm_spec
 from medim.types import Features
 
 
-class StrideError(ValueError):
-    """The encoder has no feature map of stride 1, which a decoder requires.
+class MapShapeError(ValueError):
+    """The maps of an encoder do not divide the image by their strides, as a decoder requires.
 
     Attributes:
         requirement: the message without its subject.
     """
 
-    def __init__(self, strides: tuple[int, ...]) -> None:
+    def __init__(self, shapes: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> None:
+        got, want = (", ".join("x".join(map(str, shape)) for shape in part) for part in (shapes, expected))
         self.requirement = (
-            f"requires an encoder with a feature map of stride 1, got strides {', '.join(map(str, strides))}. Pretrain "
-            "with `encoder: {name: unet}`, such as --config mri-crop."
+            f"requires an encoder with maps of {want} cells for these views, got {got}. Pretrain an encoder whose "
+            "convolutions are padded (unet, convnet or resnet), such as --config mri-crop or --config xray."
         )
         super().__init__(f"UNetDecoder {self.requirement}")
+
+
+def check_map_shapes(maps: Sequence[torch.Tensor], strides: Sequence[int], shape: Sequence[int]) -> None:
+    """Check that the maps of an encoder fit a decoder.
+
+    Args:
+        maps: maps (N, C, ...) of the encoder, fine to coarse.
+        strides: their strides.
+        shape: spatial shape of the image.
+
+    Raises:
+        MapShapeError: a map is not the image divided by its stride.
+    """
+    shapes = [tuple(level.shape[2:]) for level in maps]
+    expected = [tuple(side // stride for side in shape) for stride in strides]
+    if shapes != expected:
+        raise MapShapeError(shapes, expected)
 
 
 class UNetDecoder(nn.Module):
     """The expanding half of a U-Net: transposed convolution, concatenation with the encoder's map, two convolutions.
 
+    If the finest map of the encoder has a stride above 1, a last transposed convolution and two convolutions lead to
+    the grid of the image, without a map to concatenate.
+
     Args:
         channels: channels of the encoder's maps, fine to coarse.
-        strides: strides of the encoder's maps, fine to coarse; the finest must be 1.
+        strides: strides of the encoder's maps, fine to coarse.
         spatial_dims: 2 or 3.
         norm: batch (bn), instance (in), group (gn) or no (none) normalisation.
 
@@ -48,21 +69,28 @@ class UNetDecoder(nn.Module):
         self, channels: tuple[int, ...], strides: tuple[int, ...], spatial_dims: int, *, norm: Norm = "in"
     ) -> None:
         super().__init__()
-        if strides[0] != 1:
-            raise StrideError(strides)
         self.out_channels = channels[0]
         steps = range(len(channels) - 2, -1, -1)
         self.levels = nn.ModuleList(
             UnetUpBlock(spatial_dims, channels[i + 1], channels[i], 3, 1, strides[i + 1] // strides[i], norm_spec(norm))
             for i in steps
         )
+        self.full = nn.Identity() if strides[0] == 1 else _build_upsampling(spatial_dims, channels[0], strides[0], norm)
 
     def forward(self, features: Features) -> Features:
         """Decode maps (N, channels[i], ...) to one map (N, out_channels, ...) at stride 1; the summary is unchanged."""
         *finer, x = features.maps
         for level, skip in zip(self.levels, reversed(finer), strict=True):
             x = level(x, skip)
-        return Features((x,), features.summary)
+        return Features((self.full(x),), features.summary)
+
+
+def _build_upsampling(spatial_dims: int, channels: int, stride: int, norm: Norm) -> nn.Module:
+    """Build a transposed convolution by the stride and two convolutions, as a level of the decoder without its skip."""
+    return nn.Sequential(
+        Conv[Conv.CONVTRANS, spatial_dims](channels, channels, stride, stride, bias=False),
+        UnetBasicBlock(spatial_dims, channels, channels, 3, 1, norm_spec(norm)),
+    )
 
 
 class ImageDecoder(nn.Module):

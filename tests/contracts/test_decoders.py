@@ -14,16 +14,27 @@ from medim.models.serialization import load_model, load_weights, save_model
 from tests.specs import make_spec
 
 SHAPES: dict[int, tuple[int, ...]] = {2: (16, 24), 3: (16, 8, 16)}
+ENCODERS: dict[str, dict[str, Any]] = {  # of finest stride 1, 2 and 4
+    "unet": {"name": "unet", "channels": [4, 8, 8], "summary_channels": 8},
+    "convnet": {"name": "convnet", "channels": [4, 8], "kernel_size": 3, "summary": "mean_max", "hidden": 0},
+    "convnet-4": {"name": "convnet", "channels": [4], "stride": 4, "summary": "mean_max", "hidden": 0},
+}
 every_decoder = pytest.mark.parametrize(
-    ("name", "dims"), [pytest.param(name, dims, id=f"{name}-{dims}d") for name in DECODERS for dims in (2, 3)]
+    ("name", "dims"),
+    [
+        pytest.param((decoder, encoder), dims, id=f"{decoder}-{encoder}-{dims}d")
+        for decoder in DECODERS
+        for encoder in ENCODERS
+        for dims in (2, 3)
+    ],
 )
 
 
-def spec_of(name: str, dims: int) -> dict[str, Any]:
+def spec_of(name: tuple[str, str], dims: int) -> dict[str, Any]:
     return {
         "kind": "segmenter",
-        "encoder": {"name": "unet", "channels": [4, 8, 8], "summary_channels": 8},
-        "decoder": {"name": name},
+        "encoder": ENCODERS[name[1]],
+        "decoder": {"name": name[0]},
         "head": {"name": "segmentation"},
         "in_channels": 1,
         "out_channels": 3,
@@ -32,10 +43,10 @@ def spec_of(name: str, dims: int) -> dict[str, Any]:
     }
 
 
-def make(name: str, dims: int) -> tuple[Any, Any]:
+def make(name: tuple[str, str], dims: int) -> tuple[Any, Any]:
     torch.manual_seed(0)
     encoder = build_encoder(make_spec(spec_of(name, dims)))
-    return encoder, build_decoder({"name": name}, encoder, dims)
+    return encoder, build_decoder({"name": name[0]}, encoder, dims)
 
 
 def images(dims: int) -> torch.Tensor:
@@ -43,7 +54,7 @@ def images(dims: int) -> torch.Tensor:
 
 
 @every_decoder
-def test_the_last_map_lies_on_the_images_own_grid(name: str, dims: int) -> None:
+def test_the_last_map_lies_on_the_images_own_grid(name: tuple[str, str], dims: int) -> None:
     encoder, decoder = make(name, dims)
     features = encoder(images(dims))
     decoded = decoder(features)
@@ -52,7 +63,7 @@ def test_the_last_map_lies_on_the_images_own_grid(name: str, dims: int) -> None:
 
 
 @every_decoder
-def test_gradients_reach_every_parameter_and_every_map(name: str, dims: int) -> None:
+def test_gradients_reach_every_parameter_and_every_map(name: tuple[str, str], dims: int) -> None:
     encoder, decoder = make(name, dims)
     features = encoder(images(dims))
     for found in features.maps:
@@ -64,7 +75,7 @@ def test_gradients_reach_every_parameter_and_every_map(name: str, dims: int) -> 
 
 
 @every_decoder
-def test_reordering_a_batch_reorders_its_decoding(name: str, dims: int) -> None:
+def test_reordering_a_batch_reorders_its_decoding(name: tuple[str, str], dims: int) -> None:
     encoder, decoder = make(name, dims)
     order = torch.tensor([2, 0, 1])
     straight, shuffled = (decoder(encoder(x)).maps[0] for x in (images(dims), images(dims)[order]))
@@ -72,7 +83,7 @@ def test_reordering_a_batch_reorders_its_decoding(name: str, dims: int) -> None:
 
 
 @every_decoder
-def test_bf16_changes_the_decoding_by_rounding_only(name: str, dims: int) -> None:
+def test_bf16_changes_the_decoding_by_rounding_only(name: tuple[str, str], dims: int) -> None:
     encoder, decoder = make(name, dims)
     exact = decoder(encoder(images(dims))).maps[0]
     with torch.autocast("cpu", torch.bfloat16):
@@ -81,12 +92,14 @@ def test_bf16_changes_the_decoding_by_rounding_only(name: str, dims: int) -> Non
 
 
 @every_decoder
-def test_a_saved_decoder_and_a_saved_model_come_back_bit_for_bit(name: str, dims: int, tmp_path: Path) -> None:
+def test_a_saved_decoder_and_a_saved_model_come_back_bit_for_bit(
+    name: tuple[str, str], dims: int, tmp_path: Path
+) -> None:
     torch.manual_seed(3)
     model = build_model(make_spec(spec_of(name, dims)))
     save_model(tmp_path / "model", "model", model, make_spec(spec_of(name, dims)))
     again, spec = load_model(tmp_path)
-    assert spec.decoder == {"name": name}
+    assert spec.decoder == {"name": name[0]}
     assert torch.equal(again(images(dims)), model.eval()(images(dims)))
     assert model.decoder is not None
     save_model(tmp_path, "decoder", model.decoder, {"kind": "decoder"})

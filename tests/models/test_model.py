@@ -82,11 +82,15 @@ def test_the_segmenters_loss_is_dice_over_the_batch_without_background_plus_cros
     torch.testing.assert_close(loss, torch.stack(dice).mean() + entropy)
 
 
-def test_a_decoder_needs_a_map_at_stride_one() -> None:
-    with pytest.raises(
-        ValueError, match=r"feature map of stride 1, got strides 2, 4\. Pretrain with `encoder: \{name: unet\}`"
-    ):
-        UNetDecoder((4, 8), (2, 4), 2)
+@pytest.mark.parametrize("strides", [(2, 4), (4, 8), (3, 6)])
+def test_a_decoder_leads_strided_maps_to_the_grid_of_the_image(strides: tuple[int, int]) -> None:
+    decoder = UNetDecoder((4, 8), strides, 2)
+    maps = tuple(torch.rand(2, n, 24 // stride, 48 // stride) for n, stride in zip((4, 8), strides, strict=True))
+    assert decoder(Features(maps, torch.rand(2, 8))).maps[0].shape == (2, 4, 24, 48)
+
+
+def test_a_decoder_with_a_map_of_stride_one_has_the_parameters_of_earlier_versions() -> None:
+    assert {name.split(".")[0] for name in UNetDecoder((4, 8), (1, 2), 2).state_dict()} == {"levels"}
 
 
 def test_the_decoder_uses_every_map_at_its_place() -> None:

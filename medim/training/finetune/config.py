@@ -22,7 +22,7 @@ from medim.data.index.index import Index
 from medim.data.loading.augmentations import Augmentation
 from medim.inference.network import INFERENCES, run_inference
 from medim.model_spec import NetworkSpec
-from medim.models.decoders import StrideError
+from medim.models.decoders import MapShapeError, check_map_shapes
 from medim.models.model import as_numpy_function, build_model
 from medim.models.serialization import locate_weights
 from medim.tasks import find_task
@@ -125,11 +125,14 @@ def _dry_run_parts(config: FinetuneConfig, encoder: Path | None) -> None:
         model = build_model(spec)
         head: Any = model.head
         with torch.no_grad():
+            if config.decoder:
+                encoder_part: Any = model.encoder
+                check_map_shapes(encoder_part(torch.zeros(count, 1, *shape)).maps, encoder_part.strides, shape)
             target = torch.tensor(task_of_config(config).make_blank_targets(count, shape))
             head.loss(model(torch.zeros(count, 1, *shape)), target)
         blank = Volume(np.zeros((1, *shape), np.float32), np.eye(4), np.eye(4), tuple(shape))
         run_inference(as_numpy_function(model.eval()), blank, config.inference)
-    except StrideError as error:
+    except MapShapeError as error:
         place = f"--encoder {encoder}" if encoder else f"config {config.name}"
         raise UsageError(f"{place}: {config.task} {error.requirement}") from error
     except (RuntimeError, ValueError, IndexError) as error:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 from medim.config import (
     FinetuneConfig,
@@ -452,6 +453,40 @@ def test_classification_tells_bright_pictures_from_striped_ones(tmp_path: Path) 
     assert summary["val"]["metrics"]["auroc"]["value"] > 0.95
 
 
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_segmentation_of_x_rays_works_with_the_strided_encoder_of_their_preset(
+    tmp_path: Path, pretrained: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:48, :64]
+    table = ["image,mask"]
+    for number in range(24):
+        y, x = rng.integers(14, 34), rng.integers(14, 50)
+        disc = (rows - y) ** 2 + (columns - x) ** 2 < 90
+        image = rng.integers(0, 60, disc.shape) + 120 * disc
+        for kind, pixels in (("image", image), ("mask", disc)):
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{kind}{number}.png")
+        table.append(f"image{number}.png,mask{number}.png")
+    (tmp_path / "masks.csv").write_text("\n".join(table))
+    index = build_index(tmp_path, "xray", labels=tmp_path / "masks.csv")
+    assert len(index.records) == 24
+    changes = ["encoder.channels=[8,16,16]", "checkpoint_every_steps=80"]
+    encoder = None
+    if pretrained:
+        content = apply_overrides(read_config("pretrain", "xray"), [*changes, "max_steps=1", "batch_size=8"])
+        config = resolve_run_config("pretrain", content, index, where="xray")
+        assert isinstance(config, PretrainConfig)
+        pretrain(config, index, encoder := tmp_path / "encoder", store=tmp_path / "store")
+    content = apply_overrides(
+        read_config("finetune", "xray-segmentation"), [*changes, "max_steps=80", "lr=0.01", "batch_size=8"]
+    )
+    config = resolve_run_config("finetune", content, index, where="xray-segmentation")
+    assert isinstance(config, FinetuneConfig)
+    summary = finetune(config, index, tmp_path / "run", encoder=encoder, store=tmp_path / "store")
+    assert summary["init"] == ("pretrained" if pretrained else "scratch")
+    assert summary["val"]["metrics"]["dice"]["value"] > 0.8
+
+
 def test_a_task_without_labels_says_what_to_give(
     finetune_config: FinetuneConfig, volumes: Path, tmp_path: Path
 ) -> None:
@@ -524,10 +559,12 @@ def test_invalid_options_are_rejected_before_images_are_read_or_files_are_writte
     assert not list(tmp_path.iterdir())
 
 
-def test_an_encoder_without_a_full_resolution_map_is_refused_by_its_path(finetune_config: FinetuneConfig) -> None:
-    config = finetune_config.model_copy(update={"encoder": {"name": "convnet", "channels": [4, 8]}})
+def test_an_encoder_whose_maps_do_not_divide_the_view_is_refused_by_its_path(finetune_config: FinetuneConfig) -> None:
+    encoder = {"name": "convnet", "channels": [4, 8], "padding": 0, "summary": "mean_max"}
+    config = finetune_config.model_copy(update={"encoder": encoder})
     message = (
-        r"^--encoder runs/enc: segmentation requires an encoder with .* stride 1, got strides 2, 4\. Pretrain with"
+        r"^--encoder runs/enc: segmentation requires an encoder with maps of 8x12x8, 4x6x4 cells for these views, got "
+        r"7x11x7, 2x4x2\. Pretrain an encoder whose convolutions are padded \(unet, convnet or resnet\)"
     )
     with pytest.raises(UsageError, match=message):
         dry_run_finetuning(config, Path("runs/enc"))
