@@ -67,6 +67,7 @@ def output_folder(
     resume: bool = False,
     inputs: Iterable[Path] = (),
     direct_files: Sequence[str] = (),
+    start_files: Sequence[str] = (),
     resumable: bool = False,
 ) -> Iterator[Path]:
     """Lock an output folder, and provide the folder to write the result to.
@@ -79,6 +80,8 @@ def output_folder(
         inputs: files and folders that the command reads; `overwrite` is refused for a folder that is or contains one.
         direct_files: patterns of the files that the command writes to a new `out` directly, such as "checkpoints/*";
             empty if the result appears when it is complete.
+        start_files: those of `direct_files` that contain no work yet, such as the configuration; a folder with nothing
+            else, of a command that failed or was stopped early, is used as a new one.
         resumable: keep an incomplete result after an error. Implied by `direct_files`.
 
     Yields:
@@ -91,6 +94,9 @@ def output_folder(
     _check_before_locking(out, overwrite=overwrite, resume=resume)
     with _open_marker(out) as marker:
         previous = _complete_replacement(out, marker)
+        if not resume and _is_unstarted(out, previous, command, start_files):
+            log.info("%s: replacing the files of an attempt that had no checkpoint and no result", out)
+            _remove_content(out)
         folder = _select_folder(
             out,
             previous,
@@ -289,6 +295,25 @@ def _select_folder(
 def _is_rejection(record: OutputRecord | None, command: str) -> bool:
     """Whether a folder contains nothing but the reasons why the same command wrote no result."""
     return record is not None and (record.state, record.command) == ("rejected", command)
+
+
+def _is_unstarted(out: Path, previous: OutputRecord | None, command: str, start_files: Sequence[str]) -> bool:
+    """Whether a folder contains only files from the start of the same command, which is not running any more."""
+    if previous is None or previous.command != command or previous.state not in {"writing", "stopped"}:
+        return False
+    files = [file for file in _list_files(out) if file.rpartition("/")[2] not in SYSTEM_FILES]
+    return bool(files) and all(any(fnmatchcase(file, pattern) for pattern in start_files) for file in files)
+
+
+def _remove_content(out: Path) -> None:
+    """Remove everything from a folder, except its lock."""
+    for path in out.iterdir():
+        if path.name in INTERNAL_NAMES:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _check_replaceable(

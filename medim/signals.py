@@ -7,6 +7,7 @@ another signal ends the process without saving.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from typing import Any, NoReturn
 
 from medim.types import UserError
 
+log = logging.getLogger(__name__)
 SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
 INTERRUPT_NOTE = b"\nmedim: stopping after the current step; press Ctrl-C again to leave at once\n"
 SHOW_CURSOR = b"\x1b[?25h"  # progress bars hide it
@@ -139,6 +141,19 @@ def handle_shutdown_signals(*, remedy: str = "the same command with --resume con
         for number, handler in previous_handlers.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         _active_request = None
+
+
+@contextmanager
+def finish_at_signal(note: str) -> Iterator[None]:
+    """End the block at a signal, and let the command end as done, because its result is complete.
+
+    Args:
+        note: message to log, with what was left out.
+    """
+    try:
+        yield
+    except (_ShutdownRequested, KeyboardInterrupt):
+        log.warning("%s", note)
 
 
 @contextmanager

@@ -332,3 +332,54 @@ def test_a_lock_ends_with_the_command_although_a_forked_process_is_still_there(t
     end.set()
     loader.join()
     assert list_files(tmp_path / "out")["summary.json"] == "new"
+
+
+START = ("config.yaml", "figures/*")
+
+
+def start_run(out: Path, *files: str, command: str = "pretrain") -> None:
+    with suppress(RuntimeError), output_folder(out, command, direct_files=RUN, start_files=START) as folder:
+        for file in files:
+            (folder / file).parent.mkdir(exist_ok=True)
+            (folder / file).write_text("first")
+        raise RuntimeError("no device")
+
+
+def test_a_folder_without_a_checkpoint_and_a_result_is_taken_again(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    start_run(out, "config.yaml", "figures/views.png")
+    with output_folder(out, "pretrain", direct_files=RUN, start_files=START) as folder:
+        assert folder == out
+        assert list_files(out) == {}
+        (folder / "summary.json").write_text("second")
+    assert list_files(out) == {"summary.json": "second"}
+
+
+@pytest.mark.parametrize(
+    ("files", "command"),
+    [
+        (("config.yaml", "checkpoints/step-5.ckpt"), "pretrain"),
+        (("config.yaml", "notes.txt"), "pretrain"),
+        (("config.yaml",), "finetune"),
+        (("summary.json",), "pretrain"),
+    ],
+    ids=["checkpoint", "foreign file", "other command", "summary"],
+)
+def test_a_folder_with_anything_else_is_not_taken_again(tmp_path: Path, files: tuple[str, ...], command: str) -> None:
+    start_run(tmp_path / "run", *files, command=command)
+    with (
+        pytest.raises(UserError, match="expected an empty or new folder"),
+        output_folder(tmp_path / "run", "pretrain", direct_files=RUN, start_files=START),
+    ):
+        pass
+    assert list_files(tmp_path / "run") == dict.fromkeys(sorted(files), "first")
+
+
+def test_a_complete_run_of_start_files_only_is_a_result(tmp_path: Path) -> None:
+    with output_folder(tmp_path / "run", "pretrain", direct_files=RUN, start_files=START) as folder:
+        (folder / "config.yaml").write_text("complete")
+    with (
+        pytest.raises(UserError, match="expected an empty or new folder"),
+        output_folder(tmp_path / "run", "pretrain", direct_files=RUN, start_files=START),
+    ):
+        pass

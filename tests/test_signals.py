@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from medim.signals import StoppedError, current_request, handle_shutdown_signals, separate_requests
+from medim.signals import (
+    StoppedError,
+    current_request,
+    finish_at_signal,
+    handle_shutdown_signals,
+    separate_requests,
+)
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 
@@ -199,3 +205,18 @@ def test_a_signal_before_the_command_line_is_imported_exits_with_75_and_one_afte
         command = [sys.executable, "-c", ENTRY, when, name]
         run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=repository)
         assert (run.returncode, run.stderr[: len(text)], "Traceback" in run.stderr) == (code, text, False)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_after_the_result_is_complete_ends_only_the_rest(
+    number: signal.Signals, caplog: pytest.LogCaptureFixture
+) -> None:
+    done = []
+    with handle_shutdown_signals():
+        done.append("result")
+        with finish_at_signal("the result is complete"):
+            os.kill(os.getpid(), number)
+            done.append("the rest")
+        done.append("summary")
+    assert done == ["result", "summary"]
+    assert "the result is complete" in caplog.text

@@ -47,6 +47,9 @@ STUDY_FILES = (  # patterns of all files of a study
     *("config.yaml", "design.json", "pretraining.json", "audit.json", "summary.json", "results.parquet", "report.html"),
     *("worst.json", "mlflow.json", "mlflow.jsonl", "splits/*", "cells/*", "selection/*"),
 )
+STUDY_START_FILES = (  # files before the first cell
+    *("config.yaml", "design.json", "pretraining.json", "mlflow.json", "mlflow.jsonl", "splits/*"),
+)
 
 
 def study(
@@ -86,6 +89,7 @@ def study(
         resume=options.resume,
         inputs=[*inputs, *([options.groups] if options.groups else [])],
         direct_files=STUDY_FILES,
+        start_files=STUDY_START_FILES,
     ) as folder:
         return _run_study(task, config, index, arms, budgets, folder, options, name=out.resolve().name)
 

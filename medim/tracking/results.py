@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medim.output_folder import record_output_file
+from medim.signals import finish_at_signal
 from medim.tracking.lineage import PACKAGE_TAG, Source
 from medim.tracking.outbox import RECORDS, STATE, Outbox, format_server_error
 from medim.tracking.target import forward_logs, is_tracking_enabled, prepare_database, set_short_timeouts, tracking_uri
@@ -83,9 +84,15 @@ def track_result(command: str, build_result: Callable[[], TrackedResult]) -> boo
     if not importlib.util.find_spec("mlflow"):
         log.warning("tracking: mlflow is not installed, so this command is not tracked. pip install mlflow")
         return False
+    n_unsent = 0
+    is_sent = False
     try:
         result = build_result()
-        n_unsent = _write_and_send(result)
+        with finish_at_signal(
+            f"tracking: stopped by a signal; the result is complete. To send the records: medim sync {result.folder}"
+        ):
+            n_unsent = _write_and_send(result)
+            is_sent = True
     except Exception as error:  # such as a full disk
         log.warning("tracking: %s is not tracked (%s). The result is complete", command, format_server_error(error))
         log.debug("traceback", exc_info=True)
@@ -95,7 +102,7 @@ def track_result(command: str, build_result: Callable[[], TrackedResult]) -> boo
             "tracking: %d records did not reach the server and are kept. To send them: medim sync %s",
             *(n_unsent, result.folder),
         )
-    return not n_unsent
+    return is_sent and not n_unsent
 
 
 def _write_and_send(result: TrackedResult) -> int:

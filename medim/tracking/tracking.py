@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from medim.config import RunConfig
 from medim.output_folder import INTERNAL_NAMES
 from medim.privacy import hide_name
-from medim.signals import current_request, exited_after_saving
+from medim.signals import current_request, exited_after_saving, finish_at_signal
 from medim.tracking.delivery import send
 from medim.tracking.lineage import STUDY_EXPERIMENT, Source
 from medim.tracking.outbox import RECORDS, STATE, Outbox, OutboxSender, format_server_error
@@ -158,7 +158,8 @@ def _open_run(
         _warn_unsent(sender.finish(SHUTDOWN_TIMEOUT), outbox.out)
         raise
     tracker.add({"end": "FINISHED"})
-    _warn_unsent(sender.finish(patience), outbox.out)
+    with finish_at_signal(f"tracking: stopped by a signal; the run is complete. To send the records: medim sync {out}"):
+        _warn_unsent(sender.finish(patience), outbox.out)
 
 
 def _warn_unsent(n_unsent: int, out: Path) -> None:

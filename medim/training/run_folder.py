@@ -29,6 +29,10 @@ RUN_FILES = (  # patterns of all files of a run
         f"{REHEARSAL_FOLDER}/*",
     ),
 )
+RUN_START_FILES = (  # files before the first checkpoint
+    *("config.yaml", "inputs.json", "split.csv", "history.csv", "mlflow.json", "mlflow.jsonl", "figures/*"),
+    f"{REHEARSAL_FOLDER}/*",
+)
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
@@ -36,7 +40,15 @@ def open_run_folder(
     out: Path, command: str, *, overwrite: bool, resume: bool, inputs: Iterable[Path]
 ) -> AbstractContextManager[Path]:
     """Lock the folder of a run and provide the folder to train in, see `medim.output_folder.output_folder`."""
-    return output_folder(out, command, overwrite=overwrite, resume=resume, inputs=inputs, direct_files=RUN_FILES)
+    return output_folder(
+        out,
+        command,
+        overwrite=overwrite,
+        resume=resume,
+        inputs=inputs,
+        direct_files=RUN_FILES,
+        start_files=RUN_START_FILES,
+    )
 
 
 @contextmanager

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from medim.cli import app
 from medim.cli.tracking import track_export, track_probe
 from medim.data.index.index import build_index
 from medim.output_folder import STAGING
+from medim.signals import handle_shutdown_signals
 from medim.tracking.lineage import make_source
 from medim.tracking.outbox import RECORDS, STATE
 from medim.tracking.registry import check_registry
@@ -367,3 +369,17 @@ def test_records_from_elsewhere_register_no_folder_that_is_no_package(
     assert client.list_artifacts(run.info.run_id) == []
     assert client.search_registered_models("name = 'stolen'") == []
     assert "text was rejected" in caplog.text
+
+
+def test_ctrl_c_while_a_server_hangs_leaves_the_result_done_and_the_records_pending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def hang(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the signal had no effect")
+
+    monkeypatch.setattr("medim.tracking.results._send_all", hang)
+    with handle_shutdown_signals():
+        assert not track_result("evaluate", lambda: make_result(tmp_path))
+    assert f"the result is complete. To send the records: medim sync {tmp_path}" in caplog.text
+    assert (tmp_path / RECORDS).is_file(), "they are kept"
