@@ -7,12 +7,14 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from medim.config import RunConfig, dump_config, read_yaml_mapping
 from medim.files import read_json, write_json, write_text
-from medim.output_folder import output_folder
+from medim.models.serialization import locate_weights
+from medim.output_folder import SUMMARY_FILE, OutputRecord, output_folder
 from medim.renamed_keys import translate_config, translate_preset
+from medim.training.engine.checkpoints import find_newest_checkpoint
 from medim.types import UsageError, UserError
 
 log = logging.getLogger(__name__)
@@ -82,6 +84,29 @@ def log_failure(result: str, remedy: str) -> Iterator[None]:
     except Exception as error:
         log.warning("%s: not written (%s: %s). %s", result, type(error).__name__, error, remedy)
         log.debug("traceback", exc_info=True)
+
+
+def read_finished_summary(out: Path, record: OutputRecord | None) -> dict[str, Any] | None:
+    """Read `summary.json` of a run that `--resume` need not continue.
+
+    Args:
+        out: folder of the run.
+        record: record of the folder before this command; see `medim.output_folder.read_record`.
+
+    Returns:
+        Content of `summary.json`; None if the run is not complete, or lacks a file or has a damaged one.
+    """
+    if record is None or record.state != "complete" or not all((out / file).is_file() for file in record.files):
+        return None
+    try:
+        summary = read_json(out / SUMMARY_FILE)
+        locate_weights(out)
+    except UserError:
+        return None
+    if find_newest_checkpoint(out / "checkpoints")[1] != summary.get("steps"):
+        return None
+    log.info("%s: already finished, with %d steps; nothing is left to do", out, summary["steps"])
+    return summary
 
 
 def write_config(out: Path, config: RunConfig, **inputs: str | float | None) -> None:

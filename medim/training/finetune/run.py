@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -26,6 +26,7 @@ from medim.files import write_csv, write_json
 from medim.model_spec import SCHEMA_VERSION, ModelSpec, read_spec
 from medim.models.model import Model, as_numpy_function, build_model
 from medim.models.serialization import load_weights, locate_weights, save_model
+from medim.output_folder import OutputRecord, read_record
 from medim.signals import handle_shutdown_signals
 from medim.tasks.task import CaseRow
 from medim.tracking.lineage import Source, make_source
@@ -52,7 +53,13 @@ from medim.training.fit_ood import (
     save_ood_detector,
 )
 from medim.training.pretrain.history import HISTORY_COLUMNS
-from medim.training.run_folder import log_failure, open_rehearsal_folder, open_run_folder, write_config
+from medim.training.run_folder import (
+    log_failure,
+    open_rehearsal_folder,
+    open_run_folder,
+    read_finished_summary,
+    write_config,
+)
 from medim.types import UserError
 from medim.version import collect_versions
 
@@ -114,12 +121,18 @@ def finetune(
     check_class_weights(config, index)
     find_device(options.accelerator)
     inputs = [path for path in (options.encoder, index.root) if path is not None]
+    record = read_record(out) if options.resume else None
     with open_run_folder(out, "finetune", overwrite=options.overwrite, resume=options.resume, inputs=inputs) as folder:
-        return _finetune_in(folder, config, index, options, start_time)
+        return _finetune_in(folder, config, index, options, start_time, record)
 
 
 def _finetune_in(
-    out: Path, config: FinetuneConfig, index: Index, options: FinetuneOptions, start_time: float
+    out: Path,
+    config: FinetuneConfig,
+    index: Index,
+    options: FinetuneOptions,
+    start_time: float,
+    record: OutputRecord | None,
 ) -> FinetuneSummary:
     """Train and measure in a prepared folder; a study has already checked the tracking server for its runs."""
     if options.parent_run is None:
@@ -127,6 +140,9 @@ def _finetune_in(
     data = _open_labelled_data(config, index, options)
     run = _build_run(config, data, out, options)
     checkpoint, start_step = _prepare_run_folder(run)
+    finished = read_finished_summary(out, record)
+    if finished is not None:
+        return cast(FinetuneSummary, finished)
     if config.head_init == "probe" and not checkpoint:
         _initialise_head(run)
     with _open_tracker(run) as tracker:

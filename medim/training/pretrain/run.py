@@ -23,6 +23,7 @@ from medim.files import json_sha256, write_json
 from medim.model_spec import ModelSpec, read_spec
 from medim.models.model import build_decoder, build_encoder
 from medim.models.serialization import check_finite_weights
+from medim.output_folder import OutputRecord, read_record
 from medim.signals import handle_shutdown_signals
 from medim.tracking.target import check_target, is_tracking_enabled
 from medim.tracking.tracker import Tracker
@@ -47,7 +48,13 @@ from medim.training.pretrain.save_encoder import write_encoder
 from medim.training.pretrain.summary import build_pretrain_summary, format_online_probe
 from medim.training.pretrain.verdict import describe_shortfall
 from medim.training.pretrain.view_figure import draw_views
-from medim.training.run_folder import log_failure, open_rehearsal_folder, open_run_folder, write_config
+from medim.training.run_folder import (
+    log_failure,
+    open_rehearsal_folder,
+    open_run_folder,
+    read_finished_summary,
+    write_config,
+)
 from medim.types import UserError
 from medim.version import __version__
 
@@ -97,10 +104,14 @@ def pretrain(
     options = replace(options or PretrainOptions(), **changes)
     plan = planned_group(options.accelerator, options.devices, options.nodes)
     dry_run_pretraining(config, plan)
-    with launched(options.accelerator, plan) as group, _open_folder(config, index, out, options, group) as out:
+    with launched(options.accelerator, plan) as group, _open_folder(config, index, out, options, group) as opened:
+        out, record = opened
         cohort = _open_run_cohort(index, config, options, group)
         config = _fit_batch_size(config, cohort.records("train"), cohort.records("val"), group)
         checkpoint, start_step = _prepare_run_folder(config, cohort, out, options, group)
+        finished = group.broadcast(read_finished_summary(out, record) if options.resume and group.is_main else None)
+        if finished is not None:
+            return finished
         run = _build_run(config, cohort, out, options, group)
         with _open_tracker(run) as tracker:
             after_seconds = _rehearse_results(run) if group.is_main else 0.0
@@ -115,18 +126,22 @@ def pretrain(
 @contextmanager
 def _open_folder(
     config: PretrainConfig, index: Index, out: Path, options: PretrainOptions, group: ProcessGroup
-) -> Iterator[Path]:
-    """Check that all processes have the same inputs, and lock the folder of the run in the first one."""
+) -> Iterator[tuple[Path, OutputRecord | None]]:
+    """Check that all processes have the same inputs, and lock the folder of the run in the first one.
+
+    Yields:
+        Folder to train in, and the record of the folder before this command.
+    """
     flags = {"resume": options.resume, "stop_on_collapse": options.stop_on_collapse}
     group.check_same(medim=__version__, config=config.hash, index=index.hash, **options.seeds, **flags)
     with ExitStack() as stack:
-        folder = out
+        folder, record = out, read_record(out)
         with group.main_process_first():
             if group.is_main:
                 flags = {"overwrite": options.overwrite, "resume": options.resume}
                 folder = stack.enter_context(open_run_folder(out, "pretrain", **flags, inputs=[index.root]))
                 check_target(folder if options.resume else None)
-        yield group.broadcast(folder)
+        yield group.broadcast(folder), record
 
 
 def _open_run_cohort(index: Index, config: PretrainConfig, options: PretrainOptions, group: ProcessGroup) -> Cohort:

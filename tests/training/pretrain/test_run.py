@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 import os
 import signal
@@ -275,6 +276,30 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert find_newest_checkpoint(undisturbed / "checkpoints") == (newest, 6)
 
 
+def test_a_finished_run_is_resumed_at_once_and_a_damaged_one_is_repaired(
+    undisturbed: Path,
+    pretrain_config: PretrainConfig,
+    cohort_index: Index,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "medim")
+    before = {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr("medim.training.pretrain.run.run_trainer", break_now)
+        summary = pretrain(pretrain_config, cohort_index, undisturbed, store=tmp_path / "store", resume=True)
+    assert summary == read_json(undisturbed / "summary.json")
+    assert "already finished, with 6 steps; nothing is left to do" in caplog.text
+    assert {path: path.read_bytes() for path in before if path.name != ".medim"} == {
+        path: content for path, content in before.items() if path.name != ".medim"
+    }
+    weights = (undisturbed / WEIGHTS).read_bytes()
+    (undisturbed / WEIGHTS).write_bytes(weights[:-8])
+    pretrain(pretrain_config, cohort_index, undisturbed, store=tmp_path / "store", resume=True)
+    assert (undisturbed / WEIGHTS).read_bytes() == weights
+
+
 def test_resume_without_a_checkpoint_starts_at_step_0(
     pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
 ) -> None:
@@ -288,6 +313,7 @@ def test_resume_may_load_with_other_processes(
     pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
 ) -> None:
     first = pretrain(pretrain_config, cohort_index, tmp_path / "run", store=tmp_path / "store")
+    (tmp_path / "run" / "checkpoints" / "step-6.ckpt").unlink()
     other = pretrain_config.model_copy(update={"workers": 1, "prefetch": 3})
     again = pretrain(other, cohort_index, tmp_path / "run", store=tmp_path / "store", resume=True)
     assert again["loss"] == first["loss"]
