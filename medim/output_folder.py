@@ -80,8 +80,7 @@ def output_folder(
         inputs: files and folders that the command reads; `overwrite` is refused for a folder that is or contains one.
         direct_files: patterns of the files that the command writes to a new `out` directly, such as "checkpoints/*";
             empty if the result appears when it is complete.
-        start_files: those of `direct_files` that contain no work yet, such as the configuration; a folder with nothing
-            else, of a command that failed or was stopped early, is used as a new one.
+        start_files: those without work, such as "config.yaml"; a folder with nothing else is used as a new one.
         resumable: keep an incomplete result after an error. Implied by `direct_files`.
 
     Yields:
@@ -95,18 +94,9 @@ def output_folder(
     with _open_marker(out) as marker:
         previous = _complete_replacement(out, marker)
         if not resume and _is_unstarted(out, previous, command, start_files):
-            log.info("%s: replacing the files of an attempt that had no checkpoint and no result", out)
             _remove_content(out)
-        folder = _select_folder(
-            out,
-            previous,
-            command,
-            overwrite=overwrite,
-            resume=resume,
-            resumable=resumable,
-            inputs=inputs,
-            direct_files=direct_files,
-        )
+        flags = {"overwrite": overwrite, "resume": resume, "resumable": resumable}
+        folder = _select_folder(out, previous, command, **flags, inputs=inputs, direct_files=direct_files)
         is_direct = folder == out
         foreign = _list_foreign_files(out, previous, direct_files)
         record = OutputRecord(command, "writing", os.getpid(), () if is_direct else _list_files(out, foreign))
@@ -306,7 +296,8 @@ def _is_unstarted(out: Path, previous: OutputRecord | None, command: str, start_
 
 
 def _remove_content(out: Path) -> None:
-    """Remove everything from a folder, except its lock."""
+    """Remove the files of an attempt without a checkpoint and a result from a folder, except its lock."""
+    log.info("%s: replacing the files of an attempt that had no checkpoint and no result", out)
     for path in out.iterdir():
         if path.name in INTERNAL_NAMES:
             continue
