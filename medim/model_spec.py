@@ -9,9 +9,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from medim.config import Section, Size, describe_value_error
 from medim.files import read_json
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 2
 _Sizes = list[Size] | tuple[Size, ...]
+_MaskValue = Annotated[int, Field(ge=1, le=65535)]
 _PROVENANCE_KEYS = ("config_hash", "index_hash", "seed", "split_seed", "parent", "n_selection_labels")
 
 
@@ -82,6 +83,7 @@ class _EncoderContent(_NetworkContent):
     preprocessing: list[_StepSection] | tuple[_StepSection, ...]
     inference: _InferenceSection = _InferenceSection(mode="whole")
     classes: list[str] | tuple[str, ...] = ()
+    class_values: list[_MaskValue] | tuple[_MaskValue, ...] = ()
     preset: str = ""
     provenance: _ProvenanceContent | None = None
     checkpoint_selection: _SelectionContent | None = None
@@ -98,6 +100,13 @@ class _ModelContent(_EncoderContent):
     out_channels: Size
     classes: list[str] | tuple[str, ...]
     inference: _InferenceSection
+
+    @model_validator(mode="after")
+    def _check_class_values(self) -> Self:
+        values = list(self.class_values)
+        if values and (len(values) != len(self.classes) or values != sorted(set(values))):
+            raise ValueError(f"expected one of the ascending class_values for each of {len(self.classes)} classes")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +212,8 @@ class ModelSpec(NetworkSpec):
         preprocessing: steps that prepare an image.
         inference: section of INFERENCES.
         classes: names of the classes, without background; empty for an encoder.
+        class_values: value of each class in mask files, of a segmenter; empty in specs of earlier versions, whose
+            values are the numbers of the classes, and for other kinds.
         preset: name of the configuration.
         provenance: origin.
         checkpoint_selection: the checkpoint whose weights were saved, and the reason; None for a model.
@@ -216,6 +227,7 @@ class ModelSpec(NetworkSpec):
     preprocessing: tuple[Step, ...]
     inference: Section = field(default_factory=lambda: {"mode": "whole"})
     classes: tuple[str, ...] = ()
+    class_values: tuple[int, ...] = ()
     preset: str = ""
     provenance: Provenance = Provenance()
     checkpoint_selection: Mapping[str, Any] | None = None
@@ -259,6 +271,7 @@ class ModelSpec(NetworkSpec):
             **values,
             preprocessing=tuple(content["preprocessing"]),
             classes=tuple(content.get("classes", ())),
+            class_values=tuple(content.get("class_values", ())),
             provenance=Provenance.from_json(content.get("provenance") or {}),
             checkpoint_selection=content.get("checkpoint_selection"),
             layout=FeatureLayout(**layout) if layout else None,
@@ -278,6 +291,7 @@ class ModelSpec(NetworkSpec):
             "preprocessing": list(self.preprocessing),
             "inference": self.inference,
             "classes": list(self.classes),
+            **({"class_values": list(self.class_values)} if self.class_values else {}),
             "preset": self.preset,
         }
         if self.provenance != Provenance():

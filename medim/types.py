@@ -23,6 +23,7 @@ PredictFn = Callable[[Array], Array]  # a network: (N, C, ...) float32 to (N, K,
 Modality = Literal["mri", "xray"]
 Split = Literal["train", "val", "test"]
 Step = dict[str, Any]  # one preprocessing step: {"op": name, **options}
+IGNORE_INDEX = 255  # class number of the voxels of a mask that nobody has labelled
 
 
 class UserError(Exception):

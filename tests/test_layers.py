@@ -32,7 +32,15 @@ GROUND = frozenset(
     | {"signing", "integrity", "output_folder", "console"}
 )
 DATA = frozenset(
-    {"data/labels", "data/memory", "data/parallel", "data/fingerprints", "data/preprocessing", "data/readers"}
+    {
+        "data/labels",
+        "data/mask_classes",
+        "data/memory",
+        "data/parallel",
+        "data/fingerprints",
+        "data/preprocessing",
+        "data/readers",
+    }
 )
 INDEX = DATA | {"data/index", "data/contamination"}
 LOADING = INDEX | {"data/public", "data/example", "data/loading", "data/source"}
@@ -55,6 +63,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {  # a folder or a module: those it may 
     "config": frozenset({"types", "parsing", "files", "renamed_keys"}),
     "model_spec": frozenset({"types", "files", "config", "migrations"}),
     "data/labels": GROUND,
+    "data/mask_classes": GROUND,
     "data/memory": GROUND,
     "data/parallel": GROUND,
     "data/fingerprints": GROUND,

@@ -222,15 +222,46 @@ def _remove_traceback(record: logging.LogRecord) -> bool:
 
 
 def format_intervals(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """Format each metric, by its title, with its 95 % interval."""
+    """Format each metric, by its title, with its unit and its 95 % interval; then the meaning of the interval."""
+    from medim.metrics import find_metric
+    from medim.metrics.segmentation import MISSED_NOTE
     from medim.reports.page import metric_name
 
-    rows = metrics.get("metrics", metrics)
-    return {
-        metric_name(k): f"{format_or_dash(v['value'])} [{format_or_dash(v['ci_low'])}, {format_or_dash(v['ci_high'])}]"
-        for k, v in rows.items()
-        if isinstance(v, dict)
-    }
+    estimates = {key: value for key, value in metrics.get("metrics", metrics).items() if isinstance(value, dict)}
+    lines = {}
+    for key, estimate in estimates.items():
+        match = find_metric(key)
+        unit = f" {match[0].unit}" if match and match[0].unit else ""
+        lines[metric_name(key).removesuffix(f",{unit}")] = _format_estimate(estimate, unit)
+    if any(estimate["ci_low"] is not None for estimate in estimates.values()):
+        subjects = f" over {metrics['subjects']:,} subjects" if metrics.get("subjects") else ""
+        lines["in brackets"] = f"95 % CI{subjects}"
+    if any(estimate.get("missed") for estimate in estimates.values()):
+        lines["missed"] = MISSED_NOTE
+    return lines
+
+
+def _format_estimate(estimate: Mapping[str, float | None], unit: str) -> str:
+    """Format `value unit [low, high]` with the number of missed structures; a dash if the value is not defined."""
+    value, low, high = (estimate[part] for part in ("value", "ci_low", "ci_high"))
+    text = "-" if value is None else f"{format_significant(value)}{unit}"
+    if low is not None and high is not None:
+        text += f" [{format_significant(low)}, {format_significant(high)}]"
+    if value is None:
+        text += " (in no true mask)" if "missed" in estimate else ""
+    elif estimate.get("missed"):
+        text += f", {estimate['missed']} of {estimate['n']} missed"
+    return text
+
+
+def format_significant(value: float) -> str:
+    """Format a number with three significant digits.
+
+    Examples:
+        >>> [format_significant(value) for value in (0.9996, 0.0002173, 12.0, 1234.5)]
+        ['1.00', '0.000217', '12.0', '1,234']
+    """
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
 
 
 def format_averages(summary: Iterable[Mapping[str, Any]]) -> dict[str, str]:

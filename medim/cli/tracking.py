@@ -55,7 +55,7 @@ def _build_evaluation_result(
     from medim.tracking.tracking import name_run
     from medim.version import collect_versions
 
-    names = ("task", "split", "init", "model_sha256", "index_hash", "runtime", "classes", "bootstrap")
+    names = ("task", "split", "init", "model_sha256", "index_hash", "runtime", "classes", "metric_rule", "bootstrap")
     counts = ("n", "subjects", "rejected", "n_excluded_subjects", "n_selection_labels", "seconds_per_image")
     rows = [{"metric": name, **estimate} for name, estimate in summary["metrics"].items()]
     return TrackedResult(

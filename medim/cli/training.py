@@ -39,6 +39,7 @@ from medim.tasks import TASK_OPTIONS
 from medim.types import UsageError
 
 if TYPE_CHECKING:
+    from medim.training.finetune.summary import FinetuneSummary
     from medim.training.plan.estimate import PlanEstimate
 
 
@@ -217,7 +218,7 @@ def finetune(arguments: FinetuneArguments) -> None:
     print_result(
         "finetune",
         {
-            "labelled images": summary["n_labelled"],
+            **_format_labels(summary),
             "start": summary["init"],
             **({} if summary["init"] == "scratch" else describe_contamination(summary["contamination"])),
             **describe_input(settings, image_index),
@@ -292,6 +293,13 @@ def sync(
     from medim.tracking.tracking import sync_pending
 
     print_result("sync", {str(run): f"{sync_pending(run)} records sent" for run in runs})
+
+
+def _format_labels(summary: FinetuneSummary) -> dict[str, str]:
+    """Format the number of labelled images, and the classes with their numbers of images."""
+    counts = [f"{name} {count['train']} + {count['val']}" for name, count in summary["classes"].items()]
+    classes = {"classes": f"{len(counts)}, with training + validation images: {', '.join(counts)}"} if counts else {}
+    return {"labelled images": str(summary["n_labelled"]), **classes}
 
 
 def _list_overrides(arguments: PretrainArguments | PlanArguments) -> list[str]:

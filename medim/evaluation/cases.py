@@ -15,6 +15,7 @@ from medim.data.readers import ReadError
 from medim.files import write_bytes
 from medim.inference.network import Predictor
 from medim.metrics.bootstrap import N_RESAMPLES, MetricEstimate
+from medim.metrics.segmentation import METRIC_RULE
 from medim.tasks import find_task_of_kind
 from medim.tasks.task import CaseRow, ColumnType, LabelledCase
 from medim.types import UserError, Volume
@@ -34,12 +35,15 @@ class CaseSummary(TypedDict):
         n: number of evaluated images.
         subjects: number of their subjects.
         rejected: number of rejected images.
-        metrics: value, ci_low, ci_high and n by metric.
+        metric_rule: version of the rule for classes without a voxel; see `medim.metrics.segmentation`.
+        metrics: value, ci_low, ci_high and n by metric, and for distances `missed`, the cases in which the prediction
+            lacks the structure.
     """
 
     n: int
     subjects: int
     rejected: int
+    metric_rule: int
     metrics: dict[str, MetricEstimate]
 
 
@@ -77,6 +81,7 @@ def score_cases(
         rows.extend({**keys, **row} for row in _score_case(network, index, record, case_filter))
         if progress:
             progress(done, len(records))
+    network.task.clear_unmeasured_classes([row for row in rows if not row.get("rejected")])
     if rows and all(row.get("rejected") for row in rows):
         raise AllRejectedError(
             f"{index.source_name}: all {len(records)} images to evaluate were rejected; the first: "
@@ -109,6 +114,7 @@ def summarise_cases(
         "n": len(images),
         "subjects": len({subject for _, subject in images}),
         "rejected": n_rejected,
+        "metric_rule": METRIC_RULE,
         "metrics": metrics,
     }
 

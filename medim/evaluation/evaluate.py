@@ -242,6 +242,7 @@ def build_predictor(run: PredictFn, spec: ModelSpec) -> Predictor:
         spatial_dims=spec.spatial_dims,
         in_channels=spec.in_channels,
         classes=spec.classes,
+        class_values=spec.class_values,
         preprocessing=spec.preprocessing,
         inference=spec.inference,
         sha256=spec.sha256,

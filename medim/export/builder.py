@@ -142,7 +142,9 @@ def create_builder(run: FinishedRun, options: ExportOptions) -> PackageBuilder:
         score_map=next((ScoreMapSpec(signature=g.signature, critic=g.network.spec) for g in others), None),
         reference=_describe_ood_statistics(run),
         classes=run.classes,
-        labels=read_label_codes(options.label_codes, run.classes, spec.kind) if options.label_codes else (),
+        labels=read_label_codes(options.label_codes, run.classes, spec.kind, spec.class_values)
+        if options.label_codes
+        else (),
         dicom_in=load_dicom_rules(spec.modality, options.dicom_rules),
         architecture=spec.to_json(),
         provenance=_check_provenance(spec.provenance.to_json()),

@@ -8,11 +8,13 @@ addition to MONAI.
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from medim.data.mask_classes import is_identity
 from medim.export.builder import PackageBuilder
 from medim.export.monai_native import BundleSection, dynunet_options, is_monai_native, to_dynunet, to_monai_transforms
 from medim.export.sbom import find_version
@@ -244,17 +246,29 @@ def _build_inferer(contract: Contract) -> BundleSection:
     return {"_target_": "SlidingWindowInferer", **windows, "padding_mode": "replicate", "sw_batch_size": 1}
 
 
+def _build_value_mapping(values: Sequence[int]) -> list[BundleSection]:
+    """Build the transform from class numbers to the values of the mask files; none where they are equal."""
+    if is_identity(values):
+        return []
+    numbers = list(range(len(values) + 1))
+    return [{"_target_": "MapLabelValued", "keys": "pred", "orig_labels": numbers, "target_labels": [0, *values]}]
+
+
 def _build_postprocessing(contract: Contract) -> list[BundleSection]:
     if is_dense(contract.kind):
         return [
             {"_target_": "ResampleToMatchd", "keys": "pred", "key_dst": "source", "mode": "bilinear"},
             {"_target_": "AsDiscreted", "keys": "pred", "argmax": True},
+            *_build_value_mapping(contract.spec.class_values),
             {
                 "_target_": "SaveImaged",
                 "keys": "pred",
                 "output_dir": "@output_dir",
                 "output_postfix": "seg",
-                "output_dtype": {"_target_": "numpy.dtype", "dtype": "uint8"},
+                "output_dtype": {
+                    "_target_": "numpy.dtype",
+                    "dtype": "uint8" if max(contract.spec.class_values, default=0) < 256 else "uint16",
+                },
                 "resample": False,
                 "separate_folder": False,
             },

@@ -89,6 +89,7 @@ class Predictor:
         spatial_dims: 2 or 3.
         in_channels: number of image channels.
         classes: class names; for a segmenter without the background.
+        class_values: value of each class in the files of a segmenter; empty if they are the numbers 1, 2, ...
         preprocessing: deterministic preprocessing steps in order.
         inference: mode and options of `run_inference`.
         score_map: for an encoder with its local critic, function that computes scores (N, 1, ...) on the grid of its
@@ -104,6 +105,7 @@ class Predictor:
     spatial_dims: int
     in_channels: int
     classes: tuple[str, ...]
+    class_values: tuple[int, ...] = ()
     preprocessing: tuple[Step, ...]
     inference: Step
     score_map: PredictFn | None = None
@@ -120,8 +122,8 @@ class Predictor:
         """Predict an image.
 
         Returns:
-            Label map (*volume.shape) uint8 of a segmenter, probabilities (K,) of a classifier, or summary vector (d,)
-            of an encoder.
+            Class numbers (*volume.shape) uint8 of a segmenter, probabilities (K,) of a classifier, or summary vector
+            (d,) of an encoder.
 
         Raises:
             UserError: the number of dimensions or channels of the image differs from that of the training images.

@@ -149,6 +149,22 @@ def weighted_mean(values: Sequence[float] | Array) -> Statistic:
     return lambda weights: divide_or_nan(weights @ finite_column, weights @ valid)
 
 
+def mean_of_statistics(statistics: Sequence[Statistic]) -> Statistic:
+    """Build the mean of statistics, over those that are defined; NaN if none is.
+
+    Examples:
+        >>> mean = mean_of_statistics([weighted_mean([0.5, 1.0]), weighted_mean([0.25, float("nan")])])
+        >>> mean(np.array([[1.0, 1.0], [0.0, 1.0]])).tolist()
+        [0.5, 1.0]
+    """
+
+    def evaluate(weights: Array) -> Array:
+        values = np.array([statistic(weights) for statistic in statistics]).reshape(-1, len(weights))
+        return divide_or_nan(np.nansum(values, axis=0), np.isfinite(values).sum(axis=0))
+
+    return evaluate
+
+
 def bootstrap_intervals(
     statistics: Mapping[str, Statistic], subjects: Sequence[str], *, seed: int = 0, resamples: int = N_RESAMPLES
 ) -> dict[str, MetricEstimate]:
@@ -177,15 +193,6 @@ def bootstrap_intervals(
     draw = _resample_subjects(subjects, seed, resamples if len(set(subjects)) > 1 else 0)
     values = _evaluate_statistics([list(statistics.values())], draw)[0]
     return {name: _summarise_resamples(row, empty) for name, row in zip(statistics, values, strict=True)}
-
-
-def mean_over_subjects(
-    values: Sequence[float | None], subjects: Sequence[str], *, seed: int = 0, resamples: int = N_RESAMPLES
-) -> MetricEstimate:
-    """Compute the mean over the cases with a value, and its interval over subjects (`bootstrap_intervals`)."""
-    defined_pairs = [(v, s) for v, s in zip(values, subjects, strict=True) if v is not None and np.isfinite(v)]
-    mean = weighted_mean([v for v, _ in defined_pairs])
-    return bootstrap_intervals({"mean": mean}, [s for _, s in defined_pairs], seed=seed, resamples=resamples)["mean"]
 
 
 def _resample_subjects(subjects: Sequence[str], seed: int, resamples: int) -> Resamples:

@@ -28,8 +28,8 @@ class Metric:
             `classification`: probabilities (N, K), class indices (N,); `multi_label`: probabilities (N,), presence (N,)
             bool, of the labelled images of one finding; `regression`: numbers (N,), numbers (N,).
         mask_function: function of two masks of a case, not empty and cropped to their common bounding box; makes this a
-            metric of `segmentation`. Its value over cases is their mean. If both masks are empty, the value of a score
-            (see `is_score`) is 1, and if one of them is empty, 0; other metrics are undefined.
+            metric of `segmentation`. Its value over cases is their mean. `medim.metrics.segmentation` defines the value
+            if a mask is empty.
         mean_title: title of the mean over the classes, where the metric has a value per class.
         unit: unit, empty for numbers without one.
         higher_is_better: direction.
@@ -53,6 +53,11 @@ class Metric:
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks of the metric."""
         return (*self.functions, *(["segmentation"] if self.mask_function else []))
+
+    @property
+    def is_distance(self) -> bool:
+        """Whether the metric is a distance in mm, which has a penalty for a missed structure."""
+        return self.unit == "mm" and not self.higher_is_better
 
     @property
     def is_score(self) -> bool:

@@ -1,18 +1,18 @@
 """Segmentation metrics of a case: Dice, HD95 and surface Dice, computed by MONAI.
 
-Values for empty masks (both: neither truth nor prediction contains the class; one: only one of them contains it):
+Values of a case in which truth or prediction does not contain the class:
 
-| metric | both empty | one empty |
-| --- | --- | --- |
-| Dice | 1 | 0 |
-| surface Dice | 1 | 0 |
-| HD95 | None | None |
+| metric | neither contains it | only the truth (missed) | only the prediction |
+| --- | --- | --- | --- |
+| Dice, surface Dice | None | 0 | 0 |
+| HD95 | None | diagonal of the image | None |
 
 None is excluded from the mean; `n` of each metric is the number of cases with a value.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,6 +23,12 @@ from medim.metrics.metric import Metric
 from medim.types import Array
 
 SURFACE_TOLERANCE_MM = 1.0
+METRIC_RULE = 2  # version of this table; 1: Dice of a class that neither contains was 1, and a miss had no distance
+MISSED_NOTE = "A missed structure counts with the diagonal of its image as distance."
+FIRST_RULE_NOTE = (
+    "Metric rule 1, of an earlier version of medim: a class that neither truth nor prediction contains counted as Dice "
+    "1, also in the mean, and a missed structure had no distance. Measure again to compare with new results."
+)
 _ROUNDING_MM = 1e-3  # headers may store 1 mm as 0.9999999 or 1.0000001
 
 
@@ -52,7 +58,11 @@ def surface_dice(prediction: Array, truth: Array, spacing: Sequence[float]) -> f
 
 
 def segmentation_metrics(
-    prediction: Array, truth: Array, spacing: Sequence[float], classes: Sequence[str], metrics: Mapping[str, Metric]
+    prediction: Array,
+    truth: Array,
+    spacing: Sequence[float],
+    classes: Sequence[str],
+    metrics: Mapping[str, Metric],
 ) -> dict[str, dict[str, float | None]]:
     """Compare a label map with the truth, class by class.
 
@@ -75,6 +85,7 @@ def segmentation_metrics(
             f"{len(spacing)} spacings. Bring the mask onto the image's grid first."
         )
     spacing_mm = [float(mm) for mm in spacing]
+    diagonal = math.hypot(*(n * mm for n, mm in zip(truth.shape, spacing_mm, strict=True)))
     scores: dict[str, dict[str, float | None]] = {}
     for value, class_name in enumerate(classes, start=1):
         masks = prediction == value, truth == value
@@ -85,10 +96,19 @@ def segmentation_metrics(
             if metric.mask_function is None:
                 continue
             if box is None:
-                scores[class_name][name] = float(all(is_empty)) if metric.is_score else None
+                scores[class_name][name] = _value_of_empty_mask(metric, is_empty[0], is_empty[1], diagonal)
             else:
                 scores[class_name][name] = metric.mask_function(masks[0][box], masks[1][box], spacing_mm)
     return scores
+
+
+def _value_of_empty_mask(metric: Metric, no_prediction: bool, no_truth: bool, diagonal: float) -> float | None:
+    """Value of a metric if prediction, truth or both are empty; `diagonal` of the image in mm."""
+    if no_prediction and no_truth:
+        return None
+    if metric.is_score:
+        return 0.0
+    return diagonal if metric.is_distance and not no_truth else None
 
 
 def _call_monai(compute: Callable[..., Any], prediction: Array, truth: Array, *args: Any, **options: Any) -> float:

@@ -19,7 +19,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from medim.config import Size
 from medim.models.layers import build_pointwise_conv, check_level, pool_features
-from medim.types import Features
+from medim.types import IGNORE_INDEX, Features
 
 _ClassWeight = Annotated[float, Field(ge=1e-6, le=1e6)]  # within the range of fp32, products included
 ClassWeights = Literal["balanced"] | Annotated[tuple[_ClassWeight, ...], Field(min_length=1)] | None
@@ -250,6 +250,7 @@ class SegmentationHead(nn.Module):
         super().__init__()
         self.conv: Any = build_pointwise_conv(spatial_dims, channels[0], out_channels)
         self._dice = DiceLoss(to_onehot_y=True, softmax=True, batch=dice == "batch", include_background=False)
+        self._masked_dice = DiceLoss(batch=dice == "batch", include_background=False)  # of probabilities
         self.register_buffer("_class_weights", to_weights(class_weights, out_channels), persistent=False)
         self._focal_gamma = focal_gamma
 
@@ -258,13 +259,32 @@ class SegmentationHead(nn.Module):
         return self.conv(self.inputs(features))
 
     def loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Dice (without the background) plus cross-entropy, weighted as configured; target (N, ...) class indices."""
+        """Dice (without the background) plus cross-entropy, weighted as configured.
+
+        Args:
+            logits: (N, out_channels, ...).
+            target: class indices (N, ...); voxels of `IGNORE_INDEX` count in neither part.
+        """
         wide_logits, mask = logits.float(), target.unsqueeze(1)
         weights: Any = self._class_weights
+        is_ignored = mask == IGNORE_INDEX
+        if bool(is_ignored.any()):
+            return self._masked_loss(wide_logits, mask, ~is_ignored)
         dice: torch.Tensor = self._dice(wide_logits, mask)
         if weights is None and not self._focal_gamma:
             return dice + mask_cross_entropy(wide_logits, mask)
         return dice + focal_cross_entropy(wide_logits, mask, weights, self._focal_gamma)
+
+    def _masked_loss(self, logits: torch.Tensor, mask: torch.Tensor, is_labelled: torch.Tensor) -> torch.Tensor:
+        """The loss over the voxels with a label: logits (N, K, ...), mask and is_labelled (N, 1, ...)."""
+        weights: Any = self._class_weights
+        indices = mask.masked_fill(~is_labelled, 0).long()
+        truth = torch.zeros_like(logits).scatter_(1, indices, 1.0) * is_labelled
+        dice: torch.Tensor = self._masked_dice(logits.softmax(dim=1) * is_labelled, truth)
+        voxel_logits = logits.movedim(1, -1)[is_labelled[:, 0]]  # (voxels, K)
+        if not len(voxel_logits):
+            return dice * 0.0
+        return dice + focal_cross_entropy(voxel_logits, mask[is_labelled].unsqueeze(1), weights, self._focal_gamma)
 
     def inputs(self, features: Features) -> torch.Tensor:
         """The decoded map (N, channels, ...)."""

@@ -68,13 +68,16 @@ class LabelCodesFile(StrictModel):
     labels: Annotated[tuple[LabelCode, ...], Field(min_length=1, max_length=255)]
 
 
-def read_label_codes(schema: Path | str, classes: Sequence[str], kind: str) -> tuple[LabelCode, ...]:
+def read_label_codes(
+    schema: Path | str, classes: Sequence[str], kind: str, class_values: Sequence[int] = ()
+) -> tuple[LabelCode, ...]:
     """Read label codes and check them against the classes of a run.
 
     Args:
         schema: JSON file, or name of a built-in one.
         classes: class names of the run. Case is ignored in the comparison; the spelling of the run is used.
         kind: kind of model.
+        class_values: value of each class in mask files, which may stand for the index of the class.
 
     Raises:
         UserError: classes, indices or their order differ from those of the run, a segment has no codes, a threshold
@@ -85,8 +88,12 @@ def read_label_codes(schema: Path | str, classes: Sequence[str], kind: str) -> t
         path = list_builtin_labels().get(str(schema), path)
     labels = read_strict_json(path, LabelCodesFile, "label codes (docs/how-to/answer-in-dicom.md)").labels
     task = map_tasks_by_kind().get(kind)
-    expected = list(enumerate(classes, start=task.first_class_index if task else 0))
-    if [(label.index, label.name.casefold()) for label in labels] != [(i, name.casefold()) for i, name in expected]:
+    first_index = task.first_class_index if task else 0
+    expected = list(enumerate(classes, start=first_index))
+    names = [name.casefold() for name in classes]
+    indices = range(first_index, first_index + len(classes)), class_values
+    given_pairs = [(label.index, label.name.casefold()) for label in labels]
+    if given_pairs not in [list(zip(numbers, names, strict=False)) for numbers in indices]:
         raise UserError(
             f"{schema}: expected the classes {expected} of the run, in this order, got "
             f"{[(label.index, label.name) for label in labels]}. Write one label per class."
@@ -100,7 +107,10 @@ def read_label_codes(schema: Path | str, classes: Sequence[str], kind: str) -> t
             raise UserError(f"{schema}, {label.name}: `unit` applies only to a regressor. Remove it.")
         for code in filter(None, (label.category, label.type, *label.modifiers)):
             _check_concept_code(code, f"{schema}, {label.name}")
-    return tuple(label.model_copy(update={"name": name}) for label, name in zip(labels, classes, strict=True))
+    return tuple(
+        label.model_copy(update={"index": index, "name": name})
+        for label, (index, name) in zip(labels, expected, strict=True)
+    )
 
 
 def list_builtin_labels() -> dict[str, Path]:

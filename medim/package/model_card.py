@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from medim.data.mask_classes import is_identity
 from medim.integrity import PackageError
 from medim.package.contract import NOT_REPORTED, Contract
 from medim.package.gate import GateResult
@@ -211,13 +212,21 @@ def _describe_model(contract: Contract) -> CardFields:
         "kind": contract.kind,
         "modality": contract.modality,
         "input": f"{contract.spatial_dims}D, {contract.in_channels} channel(s)",
-        "classes": ", ".join(contract.classes) or "none: the output is a feature vector",
+        "classes": _list_classes(contract) or "none: the output is a feature vector",
         "encoder": _format_card_section(spec.encoder),
         "decoder and head": ", ".join(_format_card_section(p) for p in (spec.decoder, spec.head) if p) or "none",
         "parent encoder (sha256)": contract.provenance.get("parent"),
         "weights (sha256)": spec.sha256,
         "explainability": "mutual-information map" if contract.score_map else None,
     }
+
+
+def _list_classes(contract: Contract) -> str:
+    """List the classes, with their values where these are not the numbers of the classes."""
+    values = contract.spec.class_values
+    if is_identity(values):
+        return ", ".join(contract.classes)
+    return ", ".join(f"{name} (value {value})" for name, value in zip(contract.classes, values, strict=True))
 
 
 def _describe_data(contract: Contract, summary: Mapping[str, Any]) -> CardFields:

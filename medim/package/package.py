@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from medim.data.mask_classes import to_file_values
 from medim.inference.network import Predictor
 from medim.inference.ood import OODDetector
 from medim.integrity import (
@@ -34,6 +35,7 @@ from medim.package.contract import (
 from medim.package.golden import GoldenInput
 from medim.package.model_card import CARD_FILE, parse_model_card
 from medim.package.onnx_session import OnnxSession, load_onnx_session
+from medim.tasks import is_dense
 from medim.types import Array, PredictFn, UserError, Volume
 
 ARRAY_ERRORS = (  # raised for invalid arrays
@@ -132,6 +134,7 @@ class Package:
             spatial_dims=contract.spatial_dims,
             in_channels=contract.in_channels,
             classes=contract.classes,
+            class_values=contract.spec.class_values,
             preprocessing=contract.preprocess,
             inference=contract.inference,
             score_map=self._run_score_map if contract.score_map else None,
@@ -145,8 +148,9 @@ class Package:
         return self.score_map(image)
 
     def __call__(self, volume: Volume) -> Array:
-        """Predict one image; see `Predictor`."""
-        return self.network(volume)
+        """Predict one image; see `Predictor`. A label map has the values of the mask files of training."""
+        prediction = self.network(volume)
+        return to_file_values(prediction, self.network.class_values) if is_dense(self.contract.kind) else prediction
 
 
 def load_package(path: str | Path, *, public_key: Path | None = None) -> Package:

@@ -19,12 +19,12 @@ from medim.types import Array, Volume
 def write_mask(stem: Path, labels: Array, volume: Volume) -> Path:
     """Write a label map on the voxel grid of the source file.
 
-    3D label maps are written as NIfTI (`.nii.gz`) with qform and sform, 2D label maps as 8-bit PNG with the labels as
-    grey values.
+    3D label maps are written as NIfTI (`.nii.gz`) with qform and sform, 2D label maps as 8-bit PNG (16-bit for values
+    above 255) with the labels as grey values.
 
     Args:
         stem: output path without suffix.
-        labels: (*volume.shape) uint8.
+        labels: (*volume.shape) values of the classes, uint8 or uint16.
         volume: original image.
 
     Returns:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from medim.data.index.index import AllRejectedError, ImageRecord, Index, Rejection
 from medim.data.index.records import write_rejections
+from medim.data.mask_classes import to_file_values
 from medim.data.readers import ReadError
 from medim.data.readers.sandbox import DecodingLimits, sandboxed_decoding
 from medim.files import write_csv, write_json
@@ -229,7 +230,8 @@ def _write_answer(package: Package | Predictor, stem: Path, index: Index, answer
     network, image = get_predictor(package), answer.record.image
     columns = network.task.answer_columns(answer.prediction, answer.volume, network.classes)
     if network.task.dense:
-        path = write_mask(stem, answer.prediction, answer.volume)
+        labels = to_file_values(answer.prediction, network.class_values)
+        path = write_mask(stem, labels, answer.volume)
         return {"image": image, "file": path.name, **columns}
     path = stem.with_name(f"{stem.name}.json")
     content = {"schema_version": SCHEMA_VERSION, "image": image}

@@ -18,6 +18,7 @@ from medim.reports.page import (
     Banner,
     ReportSection,
     ReportTable,
+    describe_metric_rule,
     format_metric,
     interval_cell,
     metric_name,
@@ -102,6 +103,8 @@ def _render_comparison(arms: Sequence[RunSummary], gaps: Mapping[str, MetricEsti
     split_text = "the same images" if gaps else "the validation split"
     labelled = [summary.get("n_labelled") for _, summary in arms]
     budget = f" with {labelled[0]} labelled images each" if labelled[0] and labelled[0] == labelled[1] else ""
+    rules = [describe_metric_rule(summary.get("task"), summary.get("val") or summary) for _, summary in arms]
+    notes = " ".join([ONE_RUN_NOTE, *filter(None, dict.fromkeys(rules))])
     headline = (
         f"{metric_name(first_key)}: {_format_gap(first_key, gaps.get(first_key), [m.get(first_key) for m in metrics])}"
     )
@@ -109,7 +112,7 @@ def _render_comparison(arms: Sequence[RunSummary], gaps: Mapping[str, MetricEsti
     return ReportSection(
         anchor="comparison",
         title="Pretrained against scratch",
-        banner=Banner("plain", headline, f"Pretrained minus scratch, on {split_text}{budget}. {ONE_RUN_NOTE}"),
+        banner=Banner("plain", headline, f"Pretrained minus scratch, on {split_text}{budget}. {notes}"),
         tables=[
             ReportTable(
                 "Both arms",

@@ -61,6 +61,7 @@ class MetricsContent(TypedDict, total=False):
 
     n: int | None
     subjects: int | None
+    metric_rule: int
     metrics: dict[str, MetricEstimate]
 
 
@@ -88,6 +89,7 @@ class EvaluationContent(_EvaluationNumbers, total=False):
 
     n: int | None
     subjects: int | None
+    metric_rule: int
     init: str | None
     contamination: ContaminationCounts | None
 
@@ -100,6 +102,7 @@ class ComparedContent(TypedDict, total=False):
     index_hash: str
     classes: list[str]
     n_labelled: int | None
+    metric_rule: int
     metrics: dict[str, MetricEstimate]
     val: MetricsContent | None
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from medim.metrics import find_metric, higher_is_better
+from medim.metrics.segmentation import FIRST_RULE_NOTE, METRIC_RULE, MISSED_NOTE
 from medim.reports.figures import IntervalRow, format_interval, format_number
 from medim.reports.svg import Figure
 
@@ -138,7 +139,8 @@ def metric_name(key: str) -> str:
 def format_metric(metric: Mapping[str, Any] | float | None) -> str:
     """Format value and interval of a metric, given as an entry of `metrics.json` or as a number."""
     if isinstance(metric, Mapping):
-        return format_interval(metric.get("value"), metric.get("ci_low"), metric.get("ci_high"))
+        text = format_interval(metric.get("value"), metric.get("ci_low"), metric.get("ci_high"))
+        return f"{text}, {metric['missed']:,} of {metric['n']:,} missed" if metric.get("missed") else text
     return "not defined" if metric is None else format_number(float(metric))
 
 
@@ -154,7 +156,20 @@ def metric_table(metrics: Mapping[str, Any], caption: str, note: str = "") -> Re
         better = "higher" if higher_is_better(key) else "lower"
         cases = format_value(metric.get("n")) if isinstance(metric, Mapping) else NOT_REPORTED
         rows.append((metric_name(key), interval_cell(format_metric(metric)), better, cases))
+    if any(isinstance(metric, Mapping) and metric.get("missed") for metric in metrics.values()):
+        note = f"{note} {MISSED_NOTE}".strip()
     return ReportTable(caption, ("Metric", "Value (95 % interval)", "Better", "Images"), rows, note, wide=True)
+
+
+def describe_metric_rule(task: object, summary: Mapping[str, Any]) -> str:
+    """Describe the metric rule of a segmentation if it is that of an earlier version; else an empty text.
+
+    Args:
+        task: name or title of the task.
+        summary: numbers of an evaluation, or of a study; an empty mapping without any.
+    """
+    is_old = str(task) == "segmentation" and summary and summary.get("metric_rule", 1) < METRIC_RULE
+    return FIRST_RULE_NOTE if is_old else ""
 
 
 def unit_interval_metrics(metrics: Mapping[str, Any], *, second: bool = False) -> list[IntervalRow]:

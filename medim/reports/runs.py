@@ -23,6 +23,7 @@ from medim.reports.page import (
     ReportSection,
     ReportTable,
     count_table,
+    describe_metric_rule,
     format_bytes,
     format_metric,
     format_recall,
@@ -97,6 +98,7 @@ def build_finetuning_section(folder: Path, anchor: str) -> ReportSection:
         *_selection_label_facts(summary),
         ("Images excluded (no label)", format_value(summary.get("n_unlabelled"))),
         ("Validation images", _format_image_counts(validation)),
+        *_metric_rule_facts(summary.get("task"), validation),
         *_lost_class_facts(summary),
         *_contamination_facts(summary),
         ("Steps", format_value(summary.get("steps"))),
@@ -136,6 +138,7 @@ def build_evaluation_section(folder: Path, anchor: str) -> ReportSection:
         *_contamination_facts(summary),
         *_selection_label_facts(summary),
         ("Rejected images", format_value(summary.get("rejected"))),
+        *_metric_rule_facts(summary.get("task"), summary),
         ("Model started from", format_value(summary.get("init"))),
     ]
     task = find_task_by_title(str(summary.get("task")))
@@ -226,6 +229,12 @@ def _add_lost_classes(banner: Banner, summary: Mapping[str, Any]) -> Banner:
         return banner
     text = f"{banner.text} The model finds hardly anything of: {', '.join(lost)}. It probably needs more steps."
     return replace(banner, state="care", text=text)
+
+
+def _metric_rule_facts(task: object, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The metric rule, if it is that of an earlier version."""
+    text = describe_metric_rule(task, summary)
+    return [("Metric rule", text)] if text else []
 
 
 def _lost_class_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -124,7 +124,7 @@ def check_evaluation_split(task: str, cohort: Cohort) -> None:
     else:
         names = ("background", *(cohort.index.classes))
         values = ((r.subject, v) for r in val for v in np.unique(cohort.store.read_mask(cohort.keys[r.image])))
-        subject_counts = Counter(names[value] for _, value in set(values))
+        subject_counts = Counter(names[value] for _, value in set(values) if value < len(names))
         class_names, minimum = cohort.index.classes, 1
     shortages = [f"{subject_counts[name]} with {name}" for name in class_names if subject_counts[name] < minimum]
     if shortages:

@@ -180,6 +180,7 @@ class StudySummary(StudyFacts):
     task: str
     complete: bool
     metric: str
+    metric_rule: NotRequired[int]
     budgets: dict[str, int]
     seeds: int
     probe_seeds: NotRequired[int | None]

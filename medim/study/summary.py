@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medim.files import write_json
+from medim.metrics.segmentation import METRIC_RULE
 from medim.study.cell import StudyContext, read_cell_summary, read_selection_score
 from medim.study.comparisons import build_comparisons
 from medim.study.content import LearningRateEntry, LostClassEntry, StudyFacts, StudySummary
@@ -39,6 +40,7 @@ def write_summary(out: Path, scheduler: Scheduler, facts: StudyFacts) -> StudySu
         "complete": not scheduler.remaining
         and all(context.is_complete(cell) for cell in cells if cell.kind != "selection"),
         "metric": design.primary_metric,
+        "metric_rule": METRIC_RULE,
         "budgets": {budget.name: len(context.subsets[budget, 0]) for budget in design.budgets},
         "seeds": design.seeds,
         "probe_seeds": design.probe_seeds,

@@ -14,6 +14,7 @@ from medim.tasks.task import (
     AnswerRow,
     CaseRow,
     CaseTable,
+    ClassSource,
     ColumnType,
     EvaluationDetails,
     LabelledCase,
@@ -96,6 +97,12 @@ class Regression(Task):
     def encode_targets(self, records: Sequence[ImageRecord], classes: Sequence[str]) -> Array:
         """(N, 1) of numbers."""
         return np.array([[float(str(record.label))] for record in records], dtype=np.float64).reshape(-1, 1)
+
+    def count_class_images(
+        self, records: Sequence[ImageRecord], classes: Sequence[str], list_classes: ClassSource | None = None
+    ) -> dict[str, int]:
+        """None: the targets are numbers."""
+        return {}
 
     def make_blank_targets(self, count: int, shape: Sequence[int]) -> Array:
         """(count, 2) of zeros."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -9,7 +11,13 @@ import numpy as np
 from medim.data.index.index import ImageRecord, Index
 from medim.data.preprocessing.steps import restore_grid
 from medim.metrics import METRICS
-from medim.metrics.bootstrap import N_RESAMPLES, MetricEstimate, mean_over_subjects, weighted_mean
+from medim.metrics.bootstrap import (
+    N_RESAMPLES,
+    MetricEstimate,
+    bootstrap_intervals,
+    mean_of_statistics,
+    weighted_mean,
+)
 from medim.metrics.metric import Statistic
 from medim.metrics.segmentation import segmentation_metrics
 from medim.tasks.task import (
@@ -17,6 +25,7 @@ from medim.tasks.task import (
     AnswerRow,
     CaseRow,
     CaseTable,
+    ClassSource,
     ColumnType,
     EvaluationDetails,
     LabelledCase,
@@ -25,8 +34,9 @@ from medim.tasks.task import (
     StripPlot,
     Task,
     list_subjects,
+    subtract_statistics,
 )
-from medim.types import Array, Volume
+from medim.types import IGNORE_INDEX, Array, Volume
 
 N_WORST = 5
 SIZE_COLUMNS = {3: ("truth_ml", "predicted_ml"), 2: ("truth_mm2", "predicted_mm2")}  # by spatial dimensions
@@ -61,6 +71,20 @@ class Segmentation(Task):
         """Names of the mask values 1, 2, ..."""
         return index.classes
 
+    def class_values(self, index: Index) -> tuple[int, ...]:
+        """Value of each class in the mask files."""
+        return index.class_values or tuple(range(1, len(index.classes) + 1))
+
+    def find_training_error(self, index: Index) -> str | None:
+        """Masks with regions of nnU-Net, which overlap."""
+        if not index.regions:
+            return None
+        return (
+            f"{index.source_name}: dataset.json defines the regions {', '.join(map(repr, index.regions))} as unions of "
+            'several mask values, but a voxel has one class here. Name each value in "labels" instead, such as '
+            '{"background": 0, "edema": 1, "core": 2}.'
+        )
+
     def encode_targets(self, records: Sequence[ImageRecord], classes: Sequence[str]) -> Array | None:
         """None: the masks are the targets."""
         return None
@@ -75,6 +99,14 @@ class Segmentation(Task):
             counts += np.bincount(read_mask(record).reshape(-1), minlength=len(counts))[: len(counts)]
         return counts
 
+    def count_class_images(
+        self, records: Sequence[ImageRecord], classes: Sequence[str], list_classes: ClassSource | None = None
+    ) -> dict[str, int]:
+        """Count the images whose mask contains each class."""
+        assert list_classes is not None
+        counts = Counter(number for record in records for number in list_classes(record))
+        return {name: counts[number] for number, name in enumerate(classes, start=1)}
+
     def make_blank_targets(self, count: int, shape: Sequence[int]) -> Array:
         """(count, *shape) of background."""
         return np.zeros((count, *shape), np.int64)
@@ -84,8 +116,8 @@ class Segmentation(Task):
         return to_label_map(logits, input_volume, volume)
 
     def find_class_error(self, classes: Sequence[str], source_classes: Sequence[str]) -> str | None:
-        """Masks with other class names; the order may differ."""
-        if not source_classes or set(classes) == set(source_classes):
+        """Masks with other class names; the order may differ, and classes may be missing."""
+        if set(source_classes) <= set(classes):
             return None
         return (
             f"masks: expected the model's classes ({', '.join(classes)}), got {', '.join(source_classes)}. Name them "
@@ -97,14 +129,18 @@ class Segmentation(Task):
         mask, volume = case.target, case.volume
         if mask.shape != volume.shape:
             return "mask-off-grid", f"expected a mask on the image's grid {volume.shape}, got {mask.shape}"
-        if mask.array.max() > len(case.classes):
-            return "unknown-class", f"expected mask values 0 to {len(case.classes)}, got {mask.array.max()}"
+        highest = mask.array.max(where=mask.array != IGNORE_INDEX, initial=0)
+        if highest > len(case.source_classes or case.classes):
+            return "unknown-class", f"expected class numbers 0 to {len(case.classes)}, got {highest}"
         return None
 
     def score_case(self, answer: Array, case: LabelledCase) -> list[CaseRow]:
-        """One row per class: metrics of the case, and the volumes (3D) or areas (2D)."""
+        """One row per class: metrics of the case, and the volumes (3D) or areas (2D), over the voxels with a label."""
         volume, classes = case.volume, case.classes
-        truth = _renumber_mask(case.target.array[0], classes, case.source_classes)
+        mask = case.target.array[0]
+        is_ignored = mask == IGNORE_INDEX
+        mask, answer = (np.where(is_ignored, 0, labels) for labels in (mask, answer))
+        truth = _renumber_mask(mask, classes, case.source_classes)
         scores = segmentation_metrics(answer, truth, volume.spacing, classes, METRICS)
         rows: list[CaseRow] = [{"class": name, **scores[name]} for name in classes]
         dims = volume.spatial_dims
@@ -115,13 +151,19 @@ class Segmentation(Task):
                 row[column] = size * int((labels == value).sum())
         return rows
 
+    def clear_unmeasured_classes(self, rows: Sequence[CaseRow]) -> None:
+        """Remove the metrics of classes that the truth of no case contains; their sizes stay."""
+        measured_classes = {row["class"] for row in rows if _get_sizes(row)[0] > 0}
+        for row in rows:
+            if row["class"] not in measured_classes:
+                row.update(dict.fromkeys(self.metrics))
+
     def measure_recalls(self, rows: Sequence[CaseRow], classes: Sequence[str]) -> dict[str, float]:
         """Fraction of the labelled voxels of each class that the network finds, over all cases."""
         recalls = {}
         for name, group in _group_by_class(rows, classes).items():
-            columns = SIZE_COLUMNS[2 if any(row.get(SIZE_COLUMNS[3][0]) is None for row in group) else 3]
-            truth, predicted = (np.array([row[column] for row in group], np.float64) for column in columns)
-            overlap = np.array([row["dice"] for row in group], np.float64) * (truth + predicted) / 2
+            truth, predicted = np.array([_get_sizes(row) for row in group], np.float64).reshape(-1, 2).T
+            overlap = np.array([row["dice"] or 0.0 for row in group], np.float64) * (truth + predicted) / 2
             if truth.sum() > 0:
                 recalls[name] = float(overlap.sum() / truth.sum())
         return recalls
@@ -129,38 +171,53 @@ class Segmentation(Task):
     def summarise_cases(
         self, rows: Sequence[CaseRow], classes: Sequence[str], *, seed: int = 0, resamples: int = N_RESAMPLES
     ) -> dict[str, MetricEstimate]:
-        """Mean Dice over the classes, then each metric of each class."""
-        subjects = list_subjects(rows)
-        rows_by_class = _group_by_class(rows, classes)
-        means = np.mean([[row["dice"] for row in rows_by_class[name]] for name in classes], axis=0)
-        metrics = {"dice": mean_over_subjects(list(means), subjects, seed=seed, resamples=resamples)}
-        for metric in self.metrics:
-            for name in classes:
-                values = [row[metric] for row in rows_by_class[name]]
-                metrics[f"{metric}_{name}"] = mean_over_subjects(values, subjects, seed=seed, resamples=resamples)
-        return metrics
+        """Mean Dice over the classes, then each metric of each class; `missed` counts cases without the structure."""
+        subjects, columns = list_subjects(rows), _build_columns(rows, classes)
+        estimates = {
+            name: _estimate(statistic, [columns[key] for key in keys], subjects, seed=seed, resamples=resamples)
+            for name, (statistic, keys) in self._list_statistics(columns, classes).items()
+        }
+        for metric in (name for name in self.metrics if METRICS[name].is_distance):
+            for name, group in _group_by_class(rows, classes).items():
+                estimates[f"{metric}_{name}"]["missed"] = sum(_is_missed(row) for row in group)
+        return estimates
 
     def compare_cases(
         self, one: Sequence[CaseRow], two: Sequence[CaseRow], classes: Sequence[str], *, seed: int = 0
     ) -> dict[str, MetricEstimate]:
-        """Mean differences of the cases; a metric that one side does not define for a case is left out there."""
+        """Differences of the metrics; a distance that one side does not define for a case is left out there."""
         subjects = list_subjects(one)
+        sides = [_build_columns(rows, classes) for rows in (one, two)]
+        for key in (key for key in sides[0] if METRICS[key[0]].is_distance):
+            is_undefined = np.isnan(sides[0][key]) | np.isnan(sides[1][key])
+            for columns in sides:
+                columns[key] = np.where(is_undefined, np.nan, columns[key])
+        statistics = [self._list_statistics(columns, classes) for columns in sides]
         differences = {}
-        for metric in self.metrics:
-            for number, name in enumerate(classes):
-                sides = ([row.get(metric) for row in rows[number :: len(classes)]] for rows in (one, two))
-                gaps = [None if a is None or b is None else a - b for a, b in zip(*sides, strict=True)]
-                differences[f"{metric}_{name}"] = mean_over_subjects(gaps, subjects, seed=seed)
-        means = [
-            np.mean([[row["dice"] for row in rows[k :: len(classes)]] for k in range(len(classes))], axis=0)
-            for rows in (one, two)
-        ]
-        return {"dice": mean_over_subjects(list(means[0] - means[1]), subjects, seed=seed), **differences}
+        for name, (first, keys) in statistics[0].items():
+            second = statistics[1][name][0]
+            gap = subtract_statistics({name: first}, {name: second})[name]
+            values = [columns[key] for columns in sides for key in keys]
+            differences[name] = _estimate(gap, values, subjects, seed=seed)
+        return differences
+
+    def _list_statistics(
+        self, columns: Mapping[tuple[str, str], Array], classes: Sequence[str]
+    ) -> dict[str, tuple[Statistic, list[tuple[str, str]]]]:
+        """Statistics by name, each with the keys of its columns: mean Dice over classes, then by metric and class."""
+        dice_keys = [(self.metric, name) for name in classes]
+        mean_dice = mean_of_statistics([weighted_mean(columns[key]) for key in dice_keys])
+        keys = [(metric, name) for metric in self.metrics for name in classes]
+        by_class = {
+            f"{metric}_{name}": (weighted_mean(columns[metric, name]), [(metric, name)]) for metric, name in keys
+        }
+        return {self.metric: (mean_dice, dice_keys), **by_class}
 
     def describe_evaluation(self, rows: Sequence[CaseRow], classes: Sequence[str]) -> EvaluationDetails:
         """Dice by class, predicted against true volumes, and the images with the lowest Dice."""
         groups = _group_by_class(rows, classes)
-        dice = {name: [row["dice"] for row in group] for name, group in groups.items()}
+        columns = _build_columns(rows, classes)
+        dice = {name: list(columns["dice", name][np.isfinite(columns["dice", name])]) for name in classes}
         plots: list[Plot] = [StripPlot(dice, "Dice", "Dice by class")]
         if all(row["truth_ml"] is not None for row in rows):
             truth, predicted = (
@@ -168,11 +225,11 @@ class Segmentation(Task):
                 for side in ("truth_ml", "predicted_ml")
             )
             plots.append(AgreementPlot(truth, predicted, "Predicted against true volumes"))
-        rows_by_image: dict[str, list[CaseRow]] = {}
-        for row in rows:
-            rows_by_image.setdefault(row["image"], []).append(row)
-        worst = sorted(rows_by_image.items(), key=lambda item: np.mean([row["dice"] for row in item[1]]))[:N_WORST]
-        cells = [(image, *(f"{row['dice']:.3f}" for row in group)) for image, group in worst]
+        images = list(dict.fromkeys(row["image"] for row in rows))
+        scores = np.array([columns["dice", name] for name in classes]).reshape(len(classes), -1)  # (classes, images)
+        means = mean_of_statistics([weighted_mean(row) for row in scores])(np.eye(len(images)))
+        worst = [k for k in np.argsort(means, kind="stable")[:N_WORST] if np.isfinite(means[k])]
+        cells = [(images[k], *(_format_dice(value) for value in scores[:, k])) for k in worst]
         return EvaluationDetails(plots, [CaseTable("The five images with the lowest Dice", ("Image", *classes), cells)])
 
     def answer_columns(self, answer: Array, volume: Volume, classes: Sequence[str]) -> AnswerRow:
@@ -187,12 +244,17 @@ class Segmentation(Task):
 
     def to_study_rows(self, case_rows: Sequence[CaseRow]) -> list[tuple[str, float | None]]:
         """Mean Dice, then each metric of each class."""
-        dice = float(np.mean([row["dice"] for row in case_rows]))
+        scores = [row["dice"] for row in case_rows if row["dice"] is not None]
+        dice = float(np.mean(scores)) if scores else None
         return [("dice", dice), *((f"{name}_{row['class']}", row[name]) for name in self.metrics for row in case_rows)]
 
     def study_statistics(self, columns: Mapping[str, Array], classes: Sequence[str]) -> dict[str, Statistic]:
-        """Weighted mean of each metric over the cases that define it."""
-        return {name: weighted_mean(column) for name, column in columns.items()}
+        """Weighted mean of each metric over the cases that define it; mean Dice is that of the classes."""
+        statistics = {name: weighted_mean(column) for name, column in columns.items()}
+        names = [f"{self.metric}_{name}" for name in classes]
+        if names and self.metric in statistics and set(names) <= statistics.keys():
+            statistics[self.metric] = mean_of_statistics([statistics[name] for name in names])
+        return statistics
 
     def study_case_scores(self, columns: Mapping[str, Array], classes: Sequence[str]) -> Array:
         """Mean Dice of each case."""
@@ -200,8 +262,8 @@ class Segmentation(Task):
 
     def describe_study_case(self, columns: Mapping[str, Array], classes: Sequence[str], case: int) -> str:
         """Dice, in all and of each class."""
-        parts = ", ".join(f"{name} {columns[f'dice_{name}'][case]:.3f}" for name in classes)
-        return f"Dice {columns['dice'][case]:.3f} ({parts})"
+        parts = ", ".join(f"{name} {_format_dice(columns[f'dice_{name}'][case])}" for name in classes)
+        return f"Dice {_format_dice(columns['dice'][case])} ({parts})"
 
 
 def to_label_map(logits: Array, input_volume: Volume, volume: Volume) -> Array:
@@ -246,9 +308,61 @@ def _group_by_class(rows: Sequence[CaseRow], classes: Sequence[str]) -> dict[str
     return {name: [row for row in rows if row["class"] == name] for name in classes}
 
 
+def _get_sizes(row: CaseRow) -> tuple[float, float]:
+    """Size of truth and prediction, ml in 3D and mm2 in 2D; NaN in 2D rows of earlier versions."""
+    names = SIZE_COLUMNS[2 if row.get(SIZE_COLUMNS[3][0]) is None else 3]
+    truth, predicted = (math.nan if row.get(name) is None else float(row[name]) for name in names)
+    return truth, predicted
+
+
+def _is_missed(row: CaseRow) -> bool:
+    """Whether the truth of a case contains the class and the prediction does not."""
+    truth, predicted = _get_sizes(row)
+    return truth > 0 and predicted == 0
+
+
+def _build_columns(rows: Sequence[CaseRow], classes: Sequence[str]) -> dict[tuple[str, str], Array]:
+    """Values (N,) by metric and class, NaN if not defined; none of a class that the truth of no case contains.
+
+    A class that neither truth nor prediction of a case contains has no value, also in rows of the metric rule 1.
+    """
+    columns = {}
+    for name, group in _group_by_class(rows, classes).items():
+        sizes = np.array([_get_sizes(row) for row in group], np.float64).reshape(-1, 2)
+        is_defined = (sizes != 0).any(axis=1) & (sizes[:, 0] != 0).any()
+        for metric in (metric for metric in METRICS if METRICS[metric].mask_function):
+            values = np.array([row[metric] for row in group], np.float64)  # None becomes NaN
+            columns[metric, name] = np.where(is_defined, values, np.nan)
+    return columns
+
+
+def _estimate(
+    statistic: Statistic,
+    columns: Sequence[Array],
+    subjects: Sequence[str],
+    *,
+    seed: int = 0,
+    resamples: int = N_RESAMPLES,
+) -> MetricEstimate:
+    """Estimate a statistic with its interval over subjects; `n` is the number of cases with a value in some column."""
+    is_defined = np.isfinite(np.array(columns).reshape(len(columns), -1)).any(axis=0)
+
+    def expand_weights(weights: Array) -> Array:
+        full_weights = np.zeros((len(weights), len(is_defined)))
+        full_weights[:, is_defined] = weights
+        return statistic(full_weights)
+
+    kept_subjects = [subject for subject, keep in zip(subjects, is_defined, strict=True) if keep]
+    return bootstrap_intervals({"value": expand_weights}, kept_subjects, seed=seed, resamples=resamples)["value"]
+
+
+def _format_dice(value: float) -> str:
+    return f"{value:.3f}" if np.isfinite(value) else "-"
+
+
 def _renumber_mask(mask: Array, classes: Sequence[str], source_classes: Sequence[str]) -> Array:
     """Mask values as numbered by the network; unchanged where the source names no classes."""
     if not source_classes:
         return mask
-    mapping = np.array([0, *(list(classes).index(name) + 1 for name in source_classes)], dtype=np.uint8)
+    mapping = np.array([0, *(list(classes).index(name) + 1 for name in source_classes)], dtype=np.uint16)
     return np.asarray(mapping[mask])

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from medim.data.index.index import ImageRecord, Index
+from medim.data.labels import count_labels
 from medim.metrics import build_statistics, list_metrics
 from medim.metrics.bootstrap import N_RESAMPLES, MetricEstimate, bootstrap_intervals
 from medim.metrics.metric import Statistic
@@ -22,6 +23,7 @@ OutputActivation = Literal["none", "softmax", "sigmoid"]
 Quantity = Literal["probability", "value"]
 MaskSource = Callable[[ImageRecord], Array]  # reads the preprocessed mask (1, ...) of an image
 _LABEL_MAP_REASONS = {"looks-like-label", "derived-label"}  # of rejected files
+ClassSource = Callable[[ImageRecord], Sequence[int]]  # lists the numbers of the classes in the mask of an image
 Inversion = Literal["none", "resample logits (order 1), then argmax"]
 
 
@@ -223,6 +225,10 @@ class Task(ABC):
         """Classes that a network learns from an index, without the background."""
         return index.labels
 
+    def class_values(self, index: Index) -> tuple[int, ...]:
+        """Value of each class in the mask files of an index; empty where the targets are not masks."""
+        return ()
+
     def accepts_labels(self, index: Index) -> bool:
         """Whether the labels of an index are of the form that the task learns from."""
         return True
@@ -272,6 +278,19 @@ class Task(ABC):
         """
         raise ValueError(f"{self.title}: expected targets that are classes.")
 
+    def count_class_images(
+        self, records: Sequence[ImageRecord], classes: Sequence[str], list_classes: ClassSource | None = None
+    ) -> dict[str, int]:
+        """Count the images with each class; empty where the targets are no classes.
+
+        Args:
+            records: labelled images.
+            classes: classes of the network.
+            list_classes: lists the numbers of the classes in the mask of an image, for a dense task.
+        """
+        counts = count_labels(record.label for record in records)
+        return {name: counts[name] for name in classes}
+
     @abstractmethod
     def encode_targets(self, records: Sequence[ImageRecord], classes: Sequence[str]) -> Array | None:
         """Training targets, first axis the images; None where the masks are the targets."""
@@ -305,6 +324,13 @@ class Task(ABC):
         Args:
             answer: as `to_answer` returns it.
             case: the image and its target.
+        """
+
+    def clear_unmeasured_classes(self, rows: Sequence[CaseRow]) -> None:  # noqa: B027
+        """Remove the metrics of classes that the truth of no case contains.
+
+        Args:
+            rows: rows of all cases of an evaluation that were not rejected; changed in place.
         """
 
     def case_arrays(self, rows: Sequence[CaseRow], classes: Sequence[str]) -> tuple[Array, Array]:

@@ -116,17 +116,18 @@ def clean_name(name: str) -> str:
 
 
 def flatten_estimates(estimates: Mapping[str, Mapping[str, Any]], prefix: str = "") -> dict[str, float]:
-    """Flatten metrics with intervals to `<prefix><name>`, `<prefix><name>_low` and `<prefix><name>_high`.
+    """Flatten metrics with intervals to `<prefix><name>`, `<prefix><name>_low`, `..._high` and `..._missed`.
 
     Args:
-        estimates: by name: `value`, and optionally `ci_low` and `ci_high`; None if it is not defined, and left out.
+        estimates: by name: `value`, and optionally `ci_low`, `ci_high` and `missed`; None if it is not defined, and
+            left out.
         prefix: beginning of all names.
 
     Examples:
         >>> flatten_estimates({"dice": {"value": 0.8, "ci_low": 0.7, "ci_high": None}}, "val/")
         {'val/dice': 0.8, 'val/dice_low': 0.7}
     """
-    suffixes = (("", "value"), ("_low", "ci_low"), ("_high", "ci_high"))
+    suffixes = (("", "value"), ("_low", "ci_low"), ("_high", "ci_high"), ("_missed", "missed"))
     return {
         f"{prefix}{name}{suffix}": number
         for name, estimate in estimates.items()

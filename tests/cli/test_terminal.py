@@ -102,10 +102,29 @@ def test_an_option_with_a_number_that_is_not_finite_is_a_usage_error(option: str
 
 
 def test_metrics_have_their_titles() -> None:
-    row = {"value": 0.5, "ci_low": 0.25, "ci_high": 0.75}
+    row = {"value": 0.5, "ci_low": 0.25, "ci_high": 0.75, "n": 14}
     assert format_intervals({"metrics": {"r2": row, "hd95_left": row}}) == {
-        "R2": "0.5 [0.25, 0.75]",
-        "HD95 left, mm": "0.5 [0.25, 0.75]",
+        "R2": "0.500 [0.250, 0.750]",
+        "HD95 left": "0.500 mm [0.250, 0.750]",
+        "in brackets": "95 % CI",
+    }
+
+
+def test_three_digits_the_subjects_and_missed_structures_stand_in_the_lines() -> None:
+    none = {"value": None, "ci_low": None, "ci_high": None, "n": 0}
+    metrics = {
+        "surface_dice_tail": {"value": 0.0002173, "ci_low": 0.0, "ci_high": 0.99962, "n": 14},
+        "hd95_tail": {"value": 4.8463, "ci_low": 3.0, "ci_high": 123.4, "n": 14, "missed": 2},
+        "hd95_head": {**none, "missed": 0},
+        "dice_head": none,
+    }
+    assert format_intervals({"subjects": 14, "metrics": metrics}) == {
+        "Surface Dice at 1 mm, tail": "0.000217 [0.00, 1.00]",
+        "HD95 tail": "4.85 mm [3.00, 123], 2 of 14 missed",
+        "HD95 head": "- (in no true mask)",
+        "Dice, head": "-",
+        "in brackets": "95 % CI over 14 subjects",
+        "missed": "A missed structure counts with the diagonal of its image as distance.",
     }
 
 

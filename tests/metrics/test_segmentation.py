@@ -65,9 +65,9 @@ def test_each_class_is_scored_by_its_own_label() -> None:
     truth = box((10, 10), slice(0, 4), value=1) + box((10, 10), slice(6, 10), value=2)
     prediction = np.where(truth == 1, 1, 0).astype(np.uint8)
     found = segmentation_metrics(prediction, truth, (1, 1), ["one", "two", "three"])
-    assert [found[name]["dice"] for name in ("one", "two", "three")] == [1, 0, 1]
-    assert [found[name]["surface_dice"] for name in ("one", "two", "three")] == [1, 0, 1]
-    assert [found[name]["hd95"] for name in ("one", "two", "three")] == [0, None, None]
+    assert [found[name]["dice"] for name in ("one", "two", "three")] == [1, 0, None]
+    assert [found[name]["surface_dice"] for name in ("one", "two", "three")] == [1, 0, None]
+    assert [found[name]["hd95"] for name in ("one", "two", "three")] == [0, pytest.approx(200**0.5), None]
 
 
 def test_neither_an_empty_mask_nor_a_full_one_raises_a_warning() -> None:
@@ -75,7 +75,9 @@ def test_neither_an_empty_mask_nor_a_full_one_raises_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert segmentation_metrics(full, full, (1, 1, 1), ["it"])["it"]["dice"] == 1
-        assert segmentation_metrics(empty, full, (1, 1, 1), ["it"])["it"] == {
+        missed = segmentation_metrics(empty, full, (1, 1, 1), ["it"])["it"]
+        assert missed == {"dice": 0, "hd95": pytest.approx(75**0.5), "surface_dice": 0}
+        assert segmentation_metrics(full, empty, (1, 1, 1), ["it"])["it"] == {
             "dice": 0,
             "hd95": None,
             "surface_dice": 0,

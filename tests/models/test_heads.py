@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from medim.config import build_from_section
 from medim.models.heads import HEADS, LinearProbe, MultiLabelHead, RegressionHead, focal_cross_entropy
-from medim.types import Features, UsageError
+from medim.types import IGNORE_INDEX, Features, UsageError
 
 NAN = math.nan
 
@@ -179,3 +179,30 @@ def test_another_number_of_class_weights_than_of_outputs_is_refused() -> None:
     for name in GRIDS:
         with pytest.raises(ValueError, match="class_weights: expected 3 numbers, one for each output, got 2"):
             build_head(name, class_weights=(1.0, 2.0))
+
+
+@pytest.mark.parametrize("options", [{}, {"dice": "image"}, {"class_weights": (1.0, 2.0, 3.0), "focal_gamma": 2.0}])
+def test_voxels_without_a_label_change_neither_the_loss_nor_its_gradient(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    head = HEADS["segmentation"]((4,), 2, 3, **options)
+    logits = torch.randn(2, 3, 6, 6, requires_grad=True)
+    target = torch.randint(0, 3, (2, 6, 6))
+    target[:, :, 4:] = IGNORE_INDEX
+    loss = head.loss(logits, target)
+    loss.backward()
+    gradient = logits.grad
+    assert gradient is not None
+    assert gradient[..., 4:].abs().max() == 0
+    assert gradient[..., :4].abs().max() > 0
+    part = head.loss(logits[..., :4], target[..., :4])
+    assert loss.item() == pytest.approx(part.item(), abs=1e-6)
+
+
+def test_a_batch_without_any_label_has_a_finite_loss() -> None:
+    head = HEADS["segmentation"]((4,), 2, 3)
+    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
+    loss = head.loss(logits, torch.full((1, 4, 4), IGNORE_INDEX))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()

@@ -173,6 +173,21 @@ def test_a_mask_of_a_picture_is_a_picture_of_its_size(tmp_path: Path) -> None:
     assert rows[0]["mm2_bright"] == mask.sum()
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(255, np.uint8), (2035, np.uint16)])
+def test_a_mask_has_the_values_of_the_mask_files_of_training(tmp_path: Path, value: int, dtype: Any) -> None:
+    image = np.zeros((12, 8, 8), np.float32)
+    image[3:6, 2:5, 2:5] = 100
+    nibabel.save(nibabel.Nifti1Image(image, np.eye(4)), tmp_path / "scan.nii.gz")  # type: ignore[no-untyped-call, attr-defined]
+    row = predict(replace(BRIGHT, class_values=(value,)), tmp_path / "scan.nii.gz", tmp_path / "out")[0]
+    written: Any = nibabel.load(tmp_path / "out" / str(row["file"]))  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(np.asarray(written.dataobj), value * (image > 50))
+    assert written.get_data_dtype() == dtype
+    network = replace(BRIGHT, modality="xray", spatial_dims=2, preprocessing=RANGE[2:], class_values=(value,))
+    row = predict(network, _pictures(tmp_path / "in") / "a.png", tmp_path / "pictures")[0]
+    with Image.open(tmp_path / "pictures" / str(row["file"])) as picture:
+        assert set(np.unique(np.asarray(picture))) == {0, value}
+
+
 def test_what_cannot_be_read_is_rejected_with_a_reason_and_the_rest_is_done(shared_data: Path, tmp_path: Path) -> None:
     good = next((shared_data / "mri-hippocampus" / "imagesTr").glob("*.nii.gz"))
     bad = shared_data / "bad-inputs" / "imagesTr" / "hippocampus_truncated.nii.gz"
@@ -219,6 +234,7 @@ def test_an_image_that_needs_more_than_the_free_memory_is_not_read(
 
 LIMITED_PREDICTION = """
 import resource, sys
+from dataclasses import replace
 from pathlib import Path
 from medim.predict.predict import predict
 from tests.predict.test_predict import BRIGHT
@@ -326,6 +342,7 @@ LIGHT = """
 import sys
 for missing in ("torch", "monai", "pandas", "pyarrow", "SimpleITK", "onnx", "sklearn"):
     sys.modules[missing] = None
+from dataclasses import replace
 from pathlib import Path
 from medim import load_package
 from medim.package.package import verify_package

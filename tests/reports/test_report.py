@@ -14,7 +14,6 @@ import pytest
 
 from medim.data.index.index import Index, build_index
 from medim.evaluation.evaluate import evaluate
-from medim.metrics.bootstrap import mean_over_subjects
 from medim.reports.comparison import compute_differences
 from medim.reports.report import write_report_page
 from medim.reports.runs import read_history
@@ -286,9 +285,7 @@ def test_a_difference_is_over_the_images_both_have_a_value_of() -> None:
     assert found["dice"]["value"] == pytest.approx(0.1)
     assert found["dice"]["ci_low"] == pytest.approx(0.1)  # every image gains the same: pairing leaves no spread
     assert (found["hd95_it"]["value"], found["hd95_it"]["n"]) == (2.0, 19)
-    assert (
-        found["dice_it"] == mean_over_subjects([0.1] * 20, [f"s{k}" for k in range(20)]) or found["dice_it"]["n"] == 20
-    )
+    assert found["dice_it"]["n"] == 20
     assert compute_differences(better[1:], rows, ["it"]) == {}
 
 

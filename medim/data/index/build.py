@@ -27,6 +27,7 @@ from medim.data.index.masks import check_masks
 from medim.data.index.records import ImageRecord, Rejection
 from medim.data.index.scan_cache import FileScanner
 from medim.data.index.walk import is_system_path, list_files
+from medim.data.mask_classes import MaskClasses, describe_classes
 from medim.data.readers import READERS, collect_images, find_reader
 from medim.data.readers.base import Reader
 from medim.data.readers.dicom.reader import DicomReader, mark_damaged_neighbours
@@ -49,7 +50,7 @@ class IndexContent:
     root: Path
     records: tuple[ImageRecord, ...]
     rejected: tuple[Rejection, ...]
-    classes: tuple[str, ...]
+    mask_classes: MaskClasses
     identity_parts: frozenset[str]
     series: SeriesFiles = field(repr=False)
 
@@ -89,18 +90,17 @@ def build_records(
     check_participant_tables(pending_records, layout)
     join_subjects(pending_records, load_join_tables(layout, "subjects", subjects), label_tables, layout, root)
     join_labels(pending_records, label_tables, root)
-    pending_records, mask_rejected, highest = check_masks(pending_records, layout, scanner)
+    pending_records, mask_rejected, mask_classes = check_masks(pending_records, layout, scanner)
     rejected += mask_rejected
     all_files: list[ImageInfo | RejectedFile] = [*images, *rejected, *_identities_of_skipped(layout, modality, scanner)]
     scrubber = Scrubber((token for image in all_files for token in image.identities), keep_names=keep_names)
-    names = tuple(
-        layout.classes[value] if value < len(layout.classes) else f"label-{value + 1}" for value in range(highest)
-    )
+    if any(pending.mask is not None for pending in pending_records):
+        log.info("%s", describe_classes(mask_classes))
     return IndexContent(
         root=root,
         records=_create_image_records(pending_records, root, scrubber, modality),
         rejected=_create_rejections(rejected, root, scrubber),
-        classes=layout.classes or names,
+        mask_classes=mask_classes,
         identity_parts=frozenset(part for part in root.parts if scrubber.contains_identity(part)),
         series={(d.image.files[0], d.image.shape): d.image.files for d in pending_records if d.image.series},
     )

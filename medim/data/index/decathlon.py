@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from medim.data.mask_classes import MAX_MASK_VALUE, MaskClasses, check_class_count
 from medim.data.readers.inspection import RejectedFile
 from medim.files import read_json
 from medim.privacy import format_path, format_result_path
 from medim.types import UserError
 
 _CHANNEL_PATTERN = re.compile(r"(.+)_(\d{4})")
-_MAX_CLASS = 255  # highest value of a mask, see `read_mask`
+_IGNORE_NAME = "ignore"  # reserved by nnU-Net for voxels without a label
 _NON_SEQUENCE_NAMES = {"mri", "mr", "ct"}  # dataset.json of a single-channel task often contains only the modality
 
 
@@ -28,7 +29,7 @@ class DecathlonFolder:
 
     Attributes:
         path: path of the folder.
-        classes: names of the mask values 1..K.
+        classes: names of the mask values.
         channel_names: names of the channels, or of the volumes in a file.
         channels: case and channel number of each single-channel file.
         masks: mask by image.
@@ -38,7 +39,7 @@ class DecathlonFolder:
     """
 
     path: Path
-    classes: tuple[str, ...]
+    classes: MaskClasses
     channel_names: tuple[str, ...]
     channels: dict[Path, tuple[str, int]] = field(default_factory=dict)
     masks: dict[Path, Path] = field(default_factory=dict)
@@ -97,7 +98,7 @@ def read_decathlon_folder(path: Path, files: Collection[Path], images: Iterable[
     )
     return DecathlonFolder(
         path=path,
-        classes=_parse_class_names(description.get("labels"), description_path),
+        classes=_parse_mask_classes(description.get("labels"), description_path),
         channel_names=_parse_channel_names(description.get("channel_names") or description.get("modality")),
         channels=channels,
         masks=mask_by_image,
@@ -199,21 +200,59 @@ def _parse_channel_names(channels: object) -> tuple[str, ...]:
     return tuple(str(channels[str(k)]) for k in range(len(channels)))
 
 
-def _parse_class_names(labels: object, description_path: Path) -> tuple[str, ...]:
-    """Parse the names of the mask values 1..K from {"0": "background", "1": name} or {name: 1}, except regions."""
+def _parse_mask_classes(labels: object, description_path: Path) -> MaskClasses:
+    """Parse the names of the mask values from {"0": "background", "1": name} or {name: 1}.
+
+    The value named `ignore` marks voxels without a label, as in nnU-Net. A list of several values is a region of
+    nnU-Net; a value that occurs only in regions gets a name from them.
+
+    Raises:
+        UserError: a value is not an integer of a mask, or two names or values are equal.
+    """
     if not isinstance(labels, dict):
-        return ()
-    try:
-        names = {int(key): str(value) for key, value in labels.items()}
-    except ValueError:
-        try:
-            names = {int(value): str(key) for key, value in labels.items() if not isinstance(value, list)}
-            regions = [int(part) for value in labels.values() if isinstance(value, list) for part in value]
-            names.setdefault(max(regions, default=0), f"label-{max(regions, default=0)}")
-        except (OverflowError, TypeError, ValueError) as error:
+        return MaskClasses()
+    place = format_path(description_path)
+    pairs = _parse_value_names(labels, place)
+    names: dict[int, str] = {}
+    for name, values in pairs:
+        if not values or not all(0 <= value <= MAX_MASK_VALUE for value in values):
             raise UserError(
-                f'{format_path(description_path)}: expected "labels" as {{"0": "background", "1": name}}, got {labels}.'
-            ) from error
-    if max(names, default=0) > _MAX_CLASS:
-        raise UserError(f'{description_path}: expected mask values up to {_MAX_CLASS} in "labels", got {max(names)}.')
-    return tuple(names.get(value, f"label-{value}") for value in range(1, max(names, default=0) + 1))
+                f'{place}: expected mask values from 0 to {MAX_MASK_VALUE} in "labels", got {name!r}: '
+                f"{', '.join(map(str, values)) or 'none'}."
+            )
+        if len(values) > 1 or values == (0,):
+            continue
+        if values[0] in names or name in names.values():
+            raise UserError(
+                f'{place}: expected one name per mask value in "labels", got value {values[0]} and name {name!r} twice.'
+            )
+        names[values[0]] = name
+    regions = {name: values for name, values in pairs if len(values) > 1}
+    for value in sorted({value for values in regions.values() for value in values} - {0, *names}):
+        names[value] = f"part of {' and '.join(name for name, values in regions.items() if value in values)}"
+    ignore_value = next((value for value, name in names.items() if name.strip().lower() == _IGNORE_NAME), None)
+    class_values = tuple(sorted(value for value in names if value != ignore_value))
+    check_class_count(place, class_values)
+    return MaskClasses(
+        names=tuple(names[value] for value in class_values),
+        values=class_values,
+        ignore_value=ignore_value,
+        regions=tuple(regions),
+    )
+
+
+def _parse_value_names(labels: Mapping[str, Any], place: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Parse {"1": name} or {name: 1} or {name: [1, 2]} to names with their values.
+
+    Raises:
+        UserError: the labels have another form.
+    """
+    try:
+        return [(str(name), (int(value),)) for value, name in labels.items()]
+    except ValueError:
+        pass  # not numbered by value
+    try:
+        values = [value if isinstance(value, list) else [value] for value in labels.values()]
+        return [(str(name), tuple(map(int, numbers))) for name, numbers in zip(labels, values, strict=True)]
+    except (OverflowError, TypeError, ValueError) as error:
+        raise UserError(f'{place}: expected "labels" as {{"0": "background", "1": name}}, got {labels}.') from error

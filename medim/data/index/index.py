@@ -36,6 +36,7 @@ from medim.data.index.records import (
 from medim.data.index.scan_cache import FileScanner, ProgressCallback, inspect_file
 from medim.data.index.walk import list_readable_files
 from medim.data.labels import count_labels, finding_names
+from medim.data.mask_classes import MAX_CLASSES, format_values, is_identity, to_class_numbers
 from medim.data.readers import DICOM, ReadError, find_reader, read_image, read_mask, split_item
 from medim.data.readers.base import check_voxels
 from medim.data.readers.dicom.reader import SlicePlan
@@ -93,6 +94,9 @@ class _IndexSummary(TypedDict):
     source: str
     site: NotRequired[str]
     classes: NotRequired[list[str]]
+    class_values: NotRequired[list[int]]
+    ignore_value: NotRequired[int | None]
+    regions: NotRequired[list[str]]
     keep_names: NotRequired[bool]
 
 
@@ -105,7 +109,10 @@ class Index:
         modality: "mri" or "xray".
         records: the images, sorted by path; all seeded operations depend on this order.
         rejected: all other files of the source.
-        classes: names of the mask values 1..K; without masks, the sorted class labels.
+        classes: names of the classes of the masks, by their number 1..K; without masks, the sorted class labels.
+        class_values: value of each class in the mask files; empty if they are the numbers 1..K.
+        ignore_value: value of voxels without a label in the mask files, or None.
+        regions: names of regions of nnU-Net, which are unions of several values.
         identity_parts: parts of `root` that contain an identity.
         keep_names: whether names of files and folders that are not neutral were kept.
         n_inspected: number of files opened to build the index; the others were unchanged since the last time.
@@ -116,6 +123,9 @@ class Index:
     records: tuple[ImageRecord, ...]
     rejected: tuple[Rejection, ...] = ()
     classes: tuple[str, ...] = ()
+    class_values: tuple[int, ...] = ()
+    ignore_value: int | None = None
+    regions: tuple[str, ...] = ()
     identity_parts: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
     keep_names: bool = field(default=False, repr=False, compare=False)
     n_inspected: int = field(default=0, repr=False, compare=False)
@@ -135,7 +145,15 @@ class Index:
             return asdict(record) | orders | {"quality": None}  # quality is derived from the files
 
         rows = [hash_row(record) for record in self.records]
-        return json_sha256([self.modality, self.classes, rows])
+        # identical to the hash of earlier versions where the values are the numbers of the classes
+        return json_sha256([self.modality, self.classes, rows, *filter(None, [self.mask_mapping])])
+
+    @property
+    def mask_mapping(self) -> list[object]:
+        """Values of the classes, and the ignored value; empty if all values are the numbers of the classes."""
+        if is_identity(self.class_values) and self.ignore_value is None:
+            return []
+        return [list(self.class_values), self.ignore_value]
 
     @property
     def source_name(self) -> str:
@@ -197,11 +215,13 @@ class Index:
         return volume
 
     def open_mask(self, record: ImageRecord) -> Volume:
-        """Read the mask of an image: uint8 (1, ...), on the grid of the image.
+        """Read the mask of an image: class numbers, uint8 (1, ...), on the grid of the image.
+
+        The values of the file are converted to the numbers 1..K of the classes; voxels without a label become
+        `IGNORE_INDEX`.
 
         Raises:
-            ReadError: the record has no mask, or the mask cannot be read or contains values above the number of
-                classes.
+            ReadError: the record has no mask, or the mask cannot be read or contains values that are no class.
         """
         if record.mask is None:
             raise ReadError("no-mask", "expected a record with a mask", path=record.path)
@@ -209,10 +229,12 @@ class Index:
             mask = read_mask(resolve_scrubbed_path(self.root, record.mask))
         except ReadError as error:
             raise error.with_path(record.mask) from error
-        if self.classes and mask.array.max() > len(self.classes):
-            detail = f"the mask contains the value {mask.array.max()}; expected 0 to {len(self.classes)}"
-            raise ReadError("unknown-class", detail, path=record.mask)
-        return mask
+        values = self.class_values or range(1, min(len(self.classes), MAX_CLASSES) + 1)
+        try:
+            return mask.with_array(to_class_numbers(mask.array, values, self.ignore_value))
+        except ValueError as error:
+            detail = f"the mask contains the value {error}; the classes of the index are {format_values(values)}"
+            raise ReadError("unknown-class", detail, path=record.mask) from error
 
     def fingerprint(self, record: ImageRecord) -> str:
         """Compute a hex digest that changes with the size or time of the source files of an image or its mask."""
@@ -279,6 +301,9 @@ class Index:
             records=read_records(table),
             rejected=read_rejections(folder / "rejected.csv"),
             classes=tuple(summary.get("classes", ())),
+            class_values=tuple(summary.get("class_values", ())),
+            ignore_value=summary.get("ignore_value"),
+            regions=tuple(summary.get("regions", ())),
             identity_parts=_find_identity_parts(root, source),
             keep_names=bool(summary.get("keep_names", version == _VERSION_WITH_NAMES)),
         )
@@ -303,6 +328,9 @@ class Index:
             "labels": dict(count_labels(record.label for record in self.records)),
             "reasons": dict(sorted(Counter(rejection.reason for rejection in self.rejected).items())),
             "classes": list(self.classes),
+            "class_values": list(self.class_values),
+            "ignore_value": self.ignore_value,
+            "regions": list(self.regions),
             "hash": self.hash,
         }
 
@@ -434,7 +462,10 @@ def _create_index(content: IndexContent, modality: Modality, *, keep_names: bool
         modality=modality,
         records=content.records,
         rejected=content.rejected,
-        classes=content.classes or _list_labels(content.records),
+        classes=content.mask_classes.names or _list_labels(content.records),
+        class_values=() if is_identity(content.mask_classes.values) else content.mask_classes.values,
+        ignore_value=content.mask_classes.ignore_value,
+        regions=content.mask_classes.regions,
         identity_parts=content.identity_parts,
         keep_names=keep_names,
         n_inspected=n_inspected,

@@ -219,7 +219,7 @@ def _join_label_maps(
             by_shape[image.shape].append(image)
     masks_by_image: dict[Path, list[_LabelMap]] = defaultdict(list)
     for label_map in label_maps:
-        if label_map.info.levels <= _MAX_JOINED_LEVELS:
+        if max(label_map.info.levels, len(label_map.info.values)) <= _MAX_JOINED_LEVELS:
             label_map.images = _find_images(label_map, by_shape[label_map.info.shape], names)
             for path in {image.files[0] for image in label_map.images}:
                 masks_by_image[path].append(label_map)

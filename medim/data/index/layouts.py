@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from medim.data.index.decathlon import DecathlonFolder, file_stem, read_decathlon_folder
+from medim.data.mask_classes import MaskClasses
 from medim.data.readers.inspection import RejectedFile
 from medim.privacy import format_path
 from medim.types import Split, UserError
@@ -41,7 +42,7 @@ class Layout:
         masks: mask by image.
         unmatched_masks: masks without an image, with the reason.
         decathlon_folders: folders in Medical Segmentation Decathlon layout.
-        classes: names of the mask values 1..K.
+        classes: names of the mask values.
         tables: `labels.csv` and `subjects.csv` files.
         participants: `participants.tsv` files.
         rejected: files that are not images.
@@ -51,7 +52,7 @@ class Layout:
     masks: dict[Path, Path] = field(default_factory=dict)
     unmatched_masks: dict[Path, RejectedFile] = field(default_factory=dict)
     decathlon_folders: list[DecathlonFolder] = field(default_factory=list)
-    classes: tuple[str, ...] = ()
+    classes: MaskClasses = field(default_factory=MaskClasses)
     tables: list[Path] = field(default_factory=list)
     participants: list[Path] = field(default_factory=list)
     rejected: list[RejectedFile] = field(default_factory=list)
@@ -115,10 +116,10 @@ def _add_decathlon_folder(layout: Layout, folder: DecathlonFolder) -> None:
     Raises:
         UserError: the folder has other classes than the folders before it.
     """
-    if folder.classes and layout.classes not in ((), folder.classes):
+    if folder.classes and layout.classes and layout.classes != folder.classes:
         raise UserError(
-            f"{format_path(folder.path)}: expected the classes {layout.classes} of the other folders, got "
-            f"{folder.classes}."
+            f"{format_path(folder.path)}: expected the classes {_list_names(layout.classes)} of the other folders, got "
+            f"{_list_names(folder.classes)}. Index folders with different classes separately."
         )
     layout.decathlon_folders.append(folder)
     layout.classes = layout.classes or folder.classes
@@ -126,6 +127,11 @@ def _add_decathlon_folder(layout: Layout, folder: DecathlonFolder) -> None:
     layout.unmatched_masks |= folder.unmatched_masks
     layout.rejected += folder.rejected
     layout.drop_masks([*folder.masks.values(), *folder.unmatched_masks])
+
+
+def _list_names(classes: MaskClasses) -> str:
+    """List the names of mask values with the values, for a message."""
+    return ", ".join(f"{name} ({value})" for name, value in zip(classes.names, classes.values, strict=True))
 
 
 def _explain_bids_rejection(path: Path, duplicate_folders: dict[Path, tuple[str, str]]) -> tuple[str, str] | None:

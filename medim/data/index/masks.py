@@ -10,6 +10,7 @@ import numpy as np
 from medim.data.index.join import PendingRecord
 from medim.data.index.layouts import Layout
 from medim.data.index.scan_cache import FileScanner
+from medim.data.mask_classes import MaskClasses, format_values, list_values, name_values
 from medim.data.readers import ReadError, read_mask
 from medim.data.readers.inspection import FileInspection, ImageInfo, RejectedFile
 from medim.types import Array
@@ -18,26 +19,29 @@ _MAX_CORNER_OFFSET = 0.05  # largest distance between the corners of mask and im
 
 
 def inspect_mask(path: Path) -> FileInspection:
-    """Inspect the grid and the highest value of a mask."""
+    """Inspect the grid and the values of a mask."""
     mask = read_mask(path)
-    return FileInspection(images=(ImageInfo(shape=mask.shape, affine=mask.affine, highest=int(mask.array.max())),))
+    return FileInspection(images=(ImageInfo(shape=mask.shape, affine=mask.affine, values=list_values(mask.array)),))
 
 
 def check_masks(
     pending_records: Sequence[PendingRecord], layout: Layout, scanner: FileScanner
-) -> tuple[list[PendingRecord], list[RejectedFile], int]:
+) -> tuple[list[PendingRecord], list[RejectedFile], MaskClasses]:
     """Reject image and mask if the mask cannot be read or is on another grid.
 
     Returns:
-        The accepted pending records, the rejected files, and the highest value in any mask.
+        The accepted pending records, the rejected files, and the classes of the masks.
+
+    Raises:
+        UserError: the masks have too many values for classes.
     """
     paths = list(dict.fromkeys(pending.mask for pending in pending_records if pending.mask is not None))
     inspections = dict(zip(paths, scanner(inspect_mask, paths), strict=True))
-    valid_records, rejected, highest = [], [], 0
+    valid_records, rejected, values = [], [], set[int]()
     for pending in pending_records:
         image = pending.image
         try:
-            value = _check_mask(inspections[pending.mask], image, layout) if pending.mask is not None else 0
+            mask_values = _check_mask(inspections[pending.mask], image, layout) if pending.mask is not None else ()
         except ReadError as error:
             reason = error.reason if error.reason in {"label-off-grid", "unknown-class"} else "label-unreadable"
             detail = f"its label: {error.detail}"
@@ -47,16 +51,16 @@ def check_masks(
             rejected.append(RejectedFile(path=pending.mask or Path(), reason=error.reason, detail=error.detail))
             continue
         valid_records.append(pending)
-        highest = max(highest, value)
+        values.update(mask_values)
     unmatched_masks = set(layout.unmatched_masks) | set(layout.masks.values())
     for path in unmatched_masks - set(paths):
         default = RejectedFile(path=path, reason="label-without-image", detail="a label without a readable image")
         rejected.append(layout.unmatched_masks.get(path, default))
-    return valid_records, rejected, highest
+    return valid_records, rejected, layout.classes or name_values(values)
 
 
-def _check_mask(inspection: FileInspection, image: ImageInfo, layout: Layout) -> int:
-    """Check a mask and return its highest value.
+def _check_mask(inspection: FileInspection, image: ImageInfo, layout: Layout) -> tuple[int, ...]:
+    """Check a mask and return its values.
 
     Raises:
         ReadError: the mask cannot be read, is on another grid, or contains a class without a name.
@@ -64,12 +68,13 @@ def _check_mask(inspection: FileInspection, image: ImageInfo, layout: Layout) ->
     if inspection.rejected:
         raise ReadError(inspection.rejected[0].reason, inspection.rejected[0].detail)
     _check_mask_grid(inspection.images[0], image)
-    highest = inspection.images[0].highest
-    if layout.classes and highest > len(layout.classes):
+    values = inspection.images[0].values
+    if layout.classes and (unknown_values := layout.classes.find_unknown_values(values)):
         raise ReadError(
-            "unknown-class", f"the label contains the value {highest}, dataset.json has {len(layout.classes)} classes"
+            "unknown-class",
+            f"the label contains the value {format_values(unknown_values)}, which dataset.json does not name",
         )
-    return highest
+    return values
 
 
 def _check_mask_grid(mask: ImageInfo, image: ImageInfo) -> None:

@@ -77,7 +77,7 @@ REJECTION_REASONS = {
     "label-unreadable": "An image with a label that cannot be read.",
     "derived-label": "A segmentation of a BIDS tree, not an image.",
     "looks-like-label": "A label map among the images that could not be joined to one of them.",
-    "not-a-mask": "A mask with values that are not integers from 0 to 255, or in colour without a palette.",
+    "not-a-mask": "A mask with values that are not integers from 0 to 65535, in colour without a palette, or JPEG.",
     "unknown-class": "A mask with a value that has no class.",
     "no-mask": "A mask was requested for an image without one.",
     # networks

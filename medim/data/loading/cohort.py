@@ -97,6 +97,11 @@ class Cohort:
         """Read the preprocessed mask (1, ...) of an image."""
         return self.store.read_mask(self.keys[record.image])
 
+    def list_mask_classes(self, record: ImageRecord) -> list[int]:
+        """List the numbers of the classes in the mask of an image."""
+        numbers: list[int] = self.store.read_foreground(self.keys[record.image]).classes.tolist()
+        return numbers
+
     def store_keys(self, records: Sequence[ImageRecord]) -> list[str]:
         """List the store keys of some images."""
         return [self.keys[record.image] for record in records]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from medim.data.preprocessing.geometry import BLOCK_VALUES
-from medim.types import Array
+from medim.types import IGNORE_INDEX, Array
 
 N_VALUES = 256  # of a mask, which is uint8
 MAX_CLASS_VOXELS = 10_000  # per class, as in nnU-Net
@@ -60,7 +60,7 @@ def list_foreground(mask: Array) -> ForegroundVoxels:
     A class of more than `MAX_CLASS_VOXELS` voxels is represented by a random sample, which depends on the mask only.
 
     Args:
-        mask: spatial shape, uint8; 0 is background.
+        mask: class numbers, spatial shape, uint8; 0 is background, and voxels of `IGNORE_INDEX` are left out.
 
     Examples:
         >>> foreground = list_foreground(np.array([[0, 2], [1, 2]], np.uint8))
@@ -71,6 +71,7 @@ def list_foreground(mask: Array) -> ForegroundVoxels:
     blocks = [flat[start : start + BLOCK_VALUES] for start in range(0, flat.size, BLOCK_VALUES)]  # to limit memory
     sizes = np.array([np.bincount(block, minlength=N_VALUES) for block in blocks]).reshape(-1, N_VALUES)
     totals = sizes.sum(axis=0)
+    totals[IGNORE_INDEX] = 0
     classes = np.flatnonzero(totals[1:]) + 1
     samples = {int(value): _sample_ranks(int(totals[value]), int(value)) for value in classes}
     voxels: dict[int, list[Array]] = {value: [] for value in samples}
@@ -79,7 +80,7 @@ def list_foreground(mask: Array) -> ForegroundVoxels:
         positions = np.flatnonzero(block)
         positions = positions[np.argsort(block[positions], kind="stable")]  # class by class, ascending within a class
         start = 0
-        for value in map(int, np.flatnonzero(block_sizes[1:]) + 1):
+        for value in map(int, np.flatnonzero(block_sizes[1:IGNORE_INDEX]) + 1):
             stop, rank = start + int(block_sizes[value]), int(ranks[value])
             low, high = np.searchsorted(samples[value], (rank, rank + stop - start))
             voxels[value].append(number * BLOCK_VALUES + positions[start:stop][samples[value][low:high] - rank])

@@ -111,7 +111,9 @@ class Store:
 
     def compute_key(self, index: Index, record: ImageRecord, steps: Sequence[Step]) -> str:
         """Compute the key of an image after these steps: 32 hex digits that depend on the source and the steps."""
-        return json_sha256([KEY_VERSION, index.fingerprint(record), record.mask is not None, list(steps)])[:32]
+        mask_mapping = [index.mask_mapping] if record.mask is not None and index.mask_mapping else []
+        parts = [KEY_VERSION, index.fingerprint(record), record.mask is not None, list(steps), *mask_mapping]
+        return json_sha256(parts)[:32]
 
     def add(self, index: Index, record: ImageRecord, steps: Sequence[Step]) -> str:
         """Preprocess an image (and its mask) into the store, unless an intact copy exists; replaces damaged copies.

@@ -124,10 +124,10 @@ def read_mask(path: str | Path) -> Volume:
     """Read a segmentation mask. Like `read_volume`, but a palette image gives the palette indices as class numbers.
 
     Returns:
-        uint8 (1, D, H, W) or (1, H, W). An empty mask is valid.
+        Values as in the file, (1, D, H, W) or (1, H, W): uint8, or uint16 if one is above 255. An empty mask is valid.
 
     Raises:
-        ReadError: as `read_volume`, or a voxel is not an integer from 0 to 255.
+        ReadError: as `read_volume`, or a voxel is not an integer from 0 to 65535.
     """
     file, item = split_item(path)
     reader = find_reader(file) if file.is_file() else None
@@ -145,7 +145,7 @@ def read_mask(path: str | Path) -> Volume:
 
 
 def read_class_numbers(reader: Reader, file: Path, item: str | None) -> Volume:
-    """Read a mask in this process as uint8, see `read_mask`."""
+    """Read a mask in this process, see `read_mask`."""
     if isinstance(reader, MaskReader):
         return reader.read_mask(file, item)
     volume = reader.read(file, item)

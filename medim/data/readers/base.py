@@ -100,10 +100,10 @@ class MaskReader(Protocol):
     """Reader with a separate method for masks: one that needs less memory, or that reads other values than `read`."""
 
     def read_mask(self, path: Path, item: str | None = None) -> Volume:
-        """Read a mask as uint8 class numbers.
+        """Read the values of a mask: uint8, or uint16 if one is above 255.
 
         Raises:
-            ReadError: the file cannot be read, or a voxel is not an integer from 0 to 255.
+            ReadError: the file cannot be read, or a voxel is not an integer from 0 to 65535.
         """
         ...
 
@@ -434,17 +434,22 @@ def as_float(array: Array) -> Array:
 
 
 def as_class_numbers(values: Array) -> Array:
-    """Convert the voxels of a mask to uint8.
+    """Convert the voxels of a mask to uint8, or to uint16 if a value is above 255.
 
     Raises:
-        ReadError: a voxel is not an integer from 0 to 255.
+        ReadError: a voxel is not an integer from 0 to 65535.
     """
-    labels = np.empty(values.shape, np.uint8)
+    labels = np.empty(values.shape, np.uint8 if values.dtype in (np.uint8, np.bool_) else np.uint16)
     step = max(1, CHUNK_BYTES * len(values) // max(values.nbytes, 1))
     for start in range(0, len(values), step):
         numbers = as_float(values[start : start + step])
         with np.errstate(invalid="ignore"):
             labels[start : start + step] = numbers
         if not np.array_equal(labels[start : start + step], numbers):
-            raise ReadError("not-a-mask", "expected integers from 0 to 255, one per class")
-    return labels
+            raise ReadError("not-a-mask", "expected integers from 0 to 65535, one per class")
+    return narrow_class_numbers(labels)
+
+
+def narrow_class_numbers(labels: Array) -> Array:
+    """Convert mask values to uint8 if none is above 255."""
+    return labels.astype(np.uint8) if labels.itemsize > 1 and labels.max(initial=0) < 256 else labels

@@ -36,7 +36,7 @@ class ImageInfo:
         session: pseudonym of the visit.
         series: pseudonym of the DICOM series.
         names: pseudonyms of names that a table may use for the image (its UIDs).
-        highest: highest value of a mask.
+        values: distinct values of a mask, ascending.
         levels: number of distinct values, if they are whole numbers of few levels or in flat areas as in label maps; 0
             for other images, and if unknown.
         flatness: fraction of neighbouring voxels with equal values, if there are `levels`.
@@ -58,7 +58,7 @@ class ImageInfo:
     label: str | None = None
     split: str | None = None
     names: tuple[str, ...] = ()
-    highest: int = 0
+    values: tuple[int, ...] = ()
     levels: int = 0
     flatness: float = 0.0
     quality: tuple[str, ...] = ()

@@ -80,14 +80,14 @@ class ItkReader:
         return ras_volume(image.array, image.affine)
 
     def read_mask(self, path: Path, item: str | None = None) -> Volume:
-        """Read the volume as uint8 class numbers. Masks may be compressed more than images.
+        """Read the values of a mask as uint8 or uint16. Masks may be compressed more than images.
 
         Raises:
-            ReadError: as `read`, or a voxel is not an integer from 0 to 255.
+            ReadError: as `read`, or a voxel is not an integer from 0 to 65535.
         """
         image = _read_stored_image(path, copy_bytes=2, is_mask=True)
         labels = as_class_numbers(image.array.transpose()).transpose()
-        return ras_volume(labels, image.affine, np.uint8)
+        return ras_volume(labels, image.affine, labels.dtype)
 
 
 @dataclass(frozen=True)

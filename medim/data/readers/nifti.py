@@ -22,6 +22,7 @@ from medim.data.readers.base import (
     check_compression,
     check_length,
     check_memory,
+    narrow_class_numbers,
     ras_grid,
 )
 from medim.data.readers.inspection import FileInspection, ImageInfo, RejectedFile
@@ -104,10 +105,10 @@ class NiftiReader:
         return _read_one_volume(path, header, item, as_mask=False)
 
     def read_mask(self, path: Path, item: str | None = None) -> Volume:
-        """Read the volume as uint8 class numbers. Masks may be compressed more than images.
+        """Read the values of a mask as uint8 or uint16. Masks may be compressed more than images.
 
         Raises:
-            ReadError: as `read`, or a voxel is not an integer from 0 to 255.
+            ReadError: as `read`, or a voxel is not an integer from 0 to 65535.
         """
         return _read_one_volume(path, _read_single_file_header(path), item, as_mask=True)
 
@@ -187,7 +188,8 @@ def _read_one_volume(path: Path, header: NiftiHeader, item: str | None, *, as_ma
     if item is not None and not (last and item.isdecimal() and int(item) <= last):
         names = f"0 to {last}" if last else "one volume, without a number"
         raise ReadError("no-such-item", f"no volume '{item}' in the file; it has {names}")
-    dtype = np.uint8 if as_mask else np.float32
+    is_byte = header.dtype.kind == "u" and header.dtype.itemsize == 1 and header.scaling == (1.0, 0.0)
+    dtype = (np.uint8 if is_byte else np.uint16) if as_mask else np.float32
     check_memory(header.data_bytes // header.volumes // header.dtype.itemsize * np.dtype(dtype).itemsize)
     volume, grid = allocate_volume(header.shape, header.affine, dtype)
     wanted = int(item or 0)
@@ -195,7 +197,7 @@ def _read_one_volume(path: Path, header: NiftiHeader, item: str | None, *, as_ma
         if number == wanted:
             values = _scale_values(stored_values, header)
             grid[..., start : start + len(values)] = (as_class_numbers(values) if as_mask else values).T
-    return volume
+    return volume.with_array(narrow_class_numbers(volume.array)) if as_mask else volume
 
 
 def _iterate_layers(path: Path, header: NiftiHeader, wanted: int | None = None) -> Iterator[tuple[int, int, Array]]:

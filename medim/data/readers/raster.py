@@ -74,7 +74,8 @@ class PictureReader:
         """Read a mask. Class numbers are the grey values, or the palette indices independent of their colours.
 
         Raises:
-            ReadError: as `read`, or the image is in colour without a palette, or a value is above 255.
+            ReadError: as `read`, or the image is in colour without a palette, or a value is above 65535, or the
+                file is a JPEG with more than two values.
         """
         volume = self._read_picture(path, classes=True)[0]
         return volume.with_array(as_class_numbers(volume.array))
@@ -102,6 +103,8 @@ class PictureReader:
                         quality += _detect_drawing(upright)
                     if classes:
                         array = _read_class_numbers(upright)
+                        if image.format == "JPEG" and len(np.unique(array)) > 2:
+                            raise ReadError("not-a-mask", "JPEG compression changes the values; use PNG for masks")
                     elif image.mode not in _GREY_MODES and image.mode[:2] != "I;":
                         quality.append("colour-to-grey")
                         array = np.asarray(upright.convert("L"))

@@ -41,7 +41,7 @@ _START_TIMEOUT = 60.0  # seconds to start the process
 _PIPE_BYTES = 1 << 20
 _MAX_REPLY_BYTES = 1 << 30  # of an inspection
 _AFFINE_FIELDS = ("affine", "native_affine")
-_DTYPES = {"float32": np.float32, "uint8": np.uint8}
+_DTYPES = {"float32": np.float32, "uint8": np.uint8, "uint16": np.uint16}
 _PACKAGE_ROOT = Path(__file__).resolve().parents[3]
 _WORKER_CODE = (
     "import sys; sys.path.insert(0, sys.argv[1]); "

@@ -18,6 +18,7 @@ from highdicom.seg import SegmentAlgorithmTypeValues, SegmentationTypeValues, Se
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian
 
+from medim.data.mask_classes import is_identity
 from medim.package.label_codes import LabelCode
 from medim.predict.dicom.equipment import SEGMENTATION_SERIES, Equipment, build_modifiers, to_coded_concept
 from medim.predict.dicom.source import DicomSource, suppress_warnings
@@ -160,6 +161,9 @@ def _describe_segment(label: LabelCode, equipment: Equipment) -> SegmentDescript
         tracking_id=label.name,
         display_color=highdicom.color.CIELabColor.from_rgb(*label.colour) if label.colour else None,
     )
+    values = equipment.contract.spec.class_values
+    if not is_identity(values):
+        description.SegmentDescription = f"value {values[label.index - 1]} in mask files"
     if modifier_codes := build_modifiers(label):
         description.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = modifier_codes
     return description

@@ -9,6 +9,7 @@ from medim.reports.page import (
     Banner,
     ReportSection,
     ReportTable,
+    describe_metric_rule,
     format_recall,
     format_value,
     metric_name,
@@ -39,6 +40,7 @@ def build_verdict_section(study: StudyView) -> ReportSection:
         _contamination_caveat(study),
         _selection_caveat(study),
         _lost_class_caveat(study),
+        _metric_rule_caveat(study),
         alarming_shortcuts(study),
     ]
     caveats += [unhealthy_pretraining(study, best["arm"]), _single_run_caveat(best)]
@@ -197,6 +199,12 @@ def _lost_class_caveat(study: StudyView) -> str:
         f"{pluralise(len(lost), 'fine-tuned cell')} {verb} not find some class, probably because of too few steps "
         f"({study.summary['steps']:,}), and may carry a difference between the arms. "
     )
+
+
+def _metric_rule_caveat(study: StudyView) -> str:
+    """Caveat for results of the metric rule of an earlier version."""
+    text = describe_metric_rule(study.summary["task"], study.summary)
+    return f"{text} " if text else ""
 
 
 def _lost_class_facts(study: StudyView) -> list[tuple[str, str]]:

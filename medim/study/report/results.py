@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from medim.metrics import higher_is_better
+from medim.metrics.segmentation import MISSED_NOTE
 from medim.reports.page import (
     Banner,
     ReportSection,
@@ -124,7 +125,10 @@ def _build_metric_tables(study: StudyView) -> list[ReportTable]:
     ]
     caption = f"All metrics with {pluralise(study.budgets[largest], 'label')}"
     partial = any("\ncases" in row[2] for row in rows)
-    note = "A distance is undefined if truth or prediction lacks the class; such cases are excluded: also check Dice. "
+    note = (
+        "A metric is undefined if neither truth nor prediction contains the class, and a distance if the truth lacks "
+        f"it; such cases are excluded. {MISSED_NOTE}"
+    )
     return [ReportTable(caption, ("Arm", "Metric", "Value", "Better"), rows, note if partial else "", wide=True)]
 
 

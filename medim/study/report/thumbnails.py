@@ -21,7 +21,7 @@ from medim.study.design import SCRATCH, Arm, Cell
 from medim.study.report.view import StudyView
 from medim.study.results import RunKey
 from medim.tasks import find_task
-from medim.types import Array, Volume
+from medim.types import IGNORE_INDEX, Array, Volume
 
 WORST_CASES_FILE = "worst.json"
 N_CASES = 6
@@ -129,6 +129,7 @@ def _draw_case(index: Index, record: ImageRecord, network: Predictor | None) -> 
     if network is None:
         return draw_overlay(volume), "the middle slice" if volume.spatial_dims == 3 else "the whole picture"
     truth = index.open_mask(record).array[0]
+    truth[truth == IGNORE_INDEX] = 0
     view_text = (
         f"axial slice {largest_slice(truth) + 1} of {truth.shape[2]}" if truth.ndim == 3 else "the whole picture"
     )

@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from medim.evaluation.probing.classifiers import fit_linear, fit_ridge
 from medim.models.heads import LinearProbe, RegressionHead
 from medim.models.model import Model
-from medim.types import Array
+from medim.types import IGNORE_INDEX, Array
 
 ROWS_PER_CLASS = 4000
 
@@ -112,8 +112,13 @@ def _collect_head_inputs(
         features = model.encoder(image.to(device))
         x = head.inputs(features if model.decoder is None else model.decoder(features)).float()
         rows = x.movedim(1, -1).reshape(-1, x.shape[1]).cpu().numpy()
-        findings = target.is_floating_point()
-        chunks.append((rows, target.numpy()) if findings else _subsample(rows, target.reshape(-1).numpy(), rng))
+        if target.is_floating_point():
+            chunks.append((rows, target.numpy()))
+            continue
+        labels = target.reshape(-1).numpy()
+        if target.ndim > 1:  # masks, in which voxels may have no label
+            rows, labels = rows[labels != IGNORE_INDEX], labels[labels != IGNORE_INDEX]
+        chunks.append(_subsample(rows, labels, rng))
     rows, labels = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
     return (rows, labels) if labels.ndim == 2 else _subsample(rows, labels, rng)
 
@@ -121,5 +126,5 @@ def _collect_head_inputs(
 def _subsample(rows: Array, labels: Array, rng: np.random.Generator) -> tuple[Array, Array]:
     """Draw at most `ROWS_PER_CLASS` rows of each class at random."""
     class_indices = [rng.permutation(np.flatnonzero(labels == label))[:ROWS_PER_CLASS] for label in np.unique(labels)]
-    indices = np.sort(np.concatenate(class_indices))
+    indices = np.sort(np.concatenate([np.empty(0, np.intp), *class_indices]))
     return rows[indices], labels[indices]

@@ -23,6 +23,7 @@ from medim.data.loading.splits import select_label_budget, write_splits
 from medim.evaluation.cases import CaseSummary, write_cases
 from medim.evaluation.evaluate import validate_network
 from medim.files import write_csv, write_json
+from medim.metrics.segmentation import METRIC_RULE
 from medim.model_spec import SCHEMA_VERSION, ModelSpec, read_spec
 from medim.models.model import Model, as_numpy_function, build_model
 from medim.models.serialization import load_weights, locate_weights, save_model
@@ -43,7 +44,7 @@ from medim.training.finetune.head_init import start_head_as_probe
 from medim.training.finetune.lost_classes import find_lost_classes, warn_of_lost_classes
 from medim.training.finetune.module import FinetuneModule, ValidationCallback
 from medim.training.finetune.options import FinetuneOptions
-from medim.training.finetune.summary import FinetuneSummary
+from medim.training.finetune.summary import ClassCounts, FinetuneSummary
 from medim.training.finetune.targets import check_class_weights, select_head, task_of_config
 from medim.training.finetune.view_figure import draw_labelled_views
 from medim.training.fit_ood import (
@@ -312,6 +313,7 @@ def _open_tracker(run: _FinetuneRun) -> Iterator[Tracker]:
         "label_fraction": options.label_fraction,
         "n_labelled": len(run.data.train),
         "index_hash": run.data.cohort.index.hash,
+        "metric_rule": METRIC_RULE,
     }
     sources: list[Source] = []
     if parent and options.initial_weights:
@@ -395,6 +397,7 @@ def _build_finetune_summary(
         "init": "pretrained" if run.spec.provenance.parent else "scratch",
         "n_labelled": len(run.data.train),
         "n_selection_labels": run.spec.n_selection_labels,
+        "classes": _count_classes(run),
         "class_weights": _describe_class_weights(run),
         "n_unlabelled": len(cohort.index.records) - len(cohort.keys) - len(cohort.rejections),
         "steps": module.global_step,
@@ -413,6 +416,13 @@ def _build_finetune_summary(
         "contamination": run.data.contamination,
         "seconds": time.perf_counter() - start_time,
     }
+
+
+def _count_classes(run: _FinetuneRun) -> dict[str, ClassCounts]:
+    """Count the training and validation images with each class."""
+    task, classes, list_classes = task_of_config(run.config), run.spec.classes, run.data.cohort.list_mask_classes
+    train, val = (task.count_class_images(part, classes, list_classes) for part in (run.data.train, run.data.val))
+    return {name: {"train": train[name], "val": val[name]} for name in train}
 
 
 def _describe_class_weights(run: _FinetuneRun) -> dict[str, float] | None:
@@ -533,4 +543,5 @@ def build_model_spec(
         out_channels=task.count_outputs(classes),
         inference=config.inference,
         classes=tuple(classes),
+        class_values=task.class_values(cohort.index),
     )

@@ -194,7 +194,7 @@ def test_channels_of_a_case_are_images_of_one_subject(tmp_path: Path, version: i
     assert [r.mask for r in index.records][::2] == ["labelsTr/p1.nii.gz", "labelsTr/p2.nii.gz"]
     assert index.records[0].mask == index.records[1].mask
     assert len({r.subject for r in index.records}) == 2
-    assert index.classes == {1: ("one", "two"), 2: ("label-1", "two"), None: ("label-1", "label-2")}[version]
+    assert index.classes == {1: ("one", "two"), 2: ("part of whole", "two"), None: ("label-1", "label-2")}[version]
 
 
 def test_a_number_that_is_a_patients_is_no_channel(tmp_path: Path) -> None:

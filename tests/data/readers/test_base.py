@@ -80,8 +80,8 @@ def test_a_range_by_parts_is_that_of_the_whole() -> None:
         assert len(set(reasons)) == len(reasons) // 2
 
 
-@pytest.mark.parametrize("value", [-1.0, 0.5, 256.0, np.nan, np.inf, 1e30])
-def test_class_numbers_are_integers_from_0_to_255(value: float) -> None:
+@pytest.mark.parametrize("value", [-1.0, 0.5, 65536.0, np.nan, np.inf, 1e30])
+def test_mask_values_are_integers_from_0_to_65535(value: float) -> None:
     classes = np.arange(256.0).reshape(4, 8, 8)
     np.testing.assert_array_equal(as_class_numbers(classes), classes.astype(np.uint8))
     classes[2, 3, 4] = value

@@ -89,6 +89,7 @@ def summary_of(name: str, budgets: tuple[str, ...]) -> dict[str, Any]:
         "task": "segmentation",
         "complete": True,
         "metric": "dice",
+        "metric_rule": 2,
         "budgets": {budget: BUDGETS[budget][0] for budget in budgets},
         "seeds": 2,
         "split_seed": 0,
