@@ -17,7 +17,7 @@ from medim.config import Section, build_from_section
 from medim.models.critics import CRITICS
 from medim.models.layers import build_unpadded_conv, check_level
 from medim.objectives.contrastive_term import contrastive_term
-from medim.objectives.foreground import find_foreground_cells as foreground_cells
+from medim.objectives.foreground import find_foreground_cells
 from medim.objectives.mutual_information import EstimatorName, NegativeScheme
 from medim.objectives.objective import Encode, Term
 from medim.objectives.occlusion import OcclusionBlock, block_size, encode_occluded
@@ -35,6 +35,8 @@ class LocalDIM(nn.Module):
         summary_channels: length of the summary.
         input_shape: spatial shape of the views.
         receptive_fields: side of the receptive field of a cell of each map, in voxels.
+        origins: centre of the first cell of each map, in voxels.
+        strides: distance between the cells of each map, in voxels.
         estimator: mutual-information bound: infonce, jsd or dv.
         feature_level: index of the map of the local features (default 1, the second map, as in the paper); negative
             values count from the coarsest map.
@@ -60,6 +62,8 @@ class LocalDIM(nn.Module):
         summary_channels: int,
         input_shape: tuple[int, ...],
         receptive_fields: tuple[int, ...],
+        origins: tuple[float, ...],
+        strides: tuple[int, ...],
         *,
         estimator: EstimatorName = "jsd",
         feature_level: int = 1,
@@ -81,6 +85,7 @@ class LocalDIM(nn.Module):
         self._summary_level = summary_level
         self.reads_summary = summary_level is None
         self._foreground = foreground
+        self._origin, self._stride = origins[level], strides[level]
         self._block = block_size(occlusion, input_shape, receptive_fields, level)
         self._contrast = partial(
             contrastive_term, estimator=estimator, negatives=negatives, score_penalty=score_penalty
@@ -96,7 +101,9 @@ class LocalDIM(nn.Module):
         local = encode.clean.maps[self._level]  # (N, C, ...)
         grid, foreground_mask = tuple(local.shape[2:]), None
         if self._foreground is not None:
-            foreground_mask = foreground_cells(views.image.flatten(0, 1), grid, self._foreground)  # (N, L)
+            foreground_mask = find_foreground_cells(
+                views.image.flatten(0, 1), grid, self._foreground, origin=self._origin, stride=self._stride
+            )
         summary = self._make_summaries(encode_occluded(encode, views, self._block))
         return {"local_dim": self._contrast(self.critic, local.flatten(2), summary, encode, views, foreground_mask)}
 

@@ -97,6 +97,8 @@ class EncoderInfo(TypedDict):
     input_shape: tuple[int, ...]
     decoded_channels: int
     receptive_fields: tuple[int, ...]
+    origins: tuple[float, ...]
+    strides: tuple[int, ...]
 
 
 def encoder_info(
@@ -127,4 +129,6 @@ def encoder_info(
         "input_shape": input_shape,
         "decoded_channels": decoder.out_channels if decoder else 0,
         "receptive_fields": tuple(encoder.receptive_field(level) for level in range(len(maps))),
+        "origins": encoder.origins,
+        "strides": encoder.strides,
     }

@@ -105,6 +105,8 @@ def objective_of(section: dict[str, Any], dims: int, encoder: UNetEncoder, count
         aligned=True,
         decoded_channels=1,
         receptive_fields=tuple(encoder.receptive_field(level) for level in range(2)),
+        origins=encoder.origins,
+        strides=encoder.strides,
     )
 
 

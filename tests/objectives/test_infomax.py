@@ -50,7 +50,8 @@ def objective_of(encoder: Any, shape: tuple[int, ...] = (12, 16), **options: Any
     torch.manual_seed(2)
     options = {"critic": CRITIC, **options}
     fields = tuple(encoder.receptive_field(level) for level in range(len(encoder.channels)))
-    return LocalDIM(encoder.channels, encoder.summary_channels, shape, fields, **options).eval()
+    places = encoder.origins, encoder.strides
+    return LocalDIM(encoder.channels, encoder.summary_channels, shape, fields, *places, **options).eval()
 
 
 def test_with_one_view_the_loss_is_the_cross_entropy_of_the_views_own_scores() -> None:
@@ -285,7 +286,8 @@ def train(estimator: Any, shape: tuple[int, ...], *, shuffled: bool, steps: int 
     dims = len(shape)
     encoder = ConvNet(1, dims, shape, channels=(8, 16), kernel_size=3, hidden=0, summary_channels=8, summary="mean_max")
     critic = {"name": "encode_and_dot", "width": 16, "scale_scores": True}
-    objective = LocalDIM(encoder.channels, 8, shape, (3, 7), estimator=estimator, critic=critic)
+    places = encoder.origins, encoder.strides
+    objective = LocalDIM(encoder.channels, 8, shape, (3, 7), *places, estimator=estimator, critic=critic)
     optimiser = torch.optim.Adam([*encoder.parameters(), *objective.parameters()], lr=5e-3)
     generator = torch.Generator().manual_seed(1)
     found = []

@@ -82,6 +82,7 @@ def join_subjects(
     Raises:
         UserError: rows of a table are contradictory, or a table of subjects contradicts one of labels.
     """
+    _unite_issuers(pending_records)
     cells_by_image = merge_tables(_add_matchers(tables, pending_records), {}, ("subject", "split"))
     names = {index: cells["subject"][0] for index, cells in cells_by_image.items() if "subject" in cells}
     label_names = _read_label_subjects(pending_records, label_tables, names)
@@ -131,6 +132,17 @@ def _read_label_subjects(
                         "images than the subject column here. Correct one of the tables, or remove the column."
                     )
     return label_names
+
+
+def _unite_issuers(pending_records: Sequence[PendingRecord]) -> None:
+    """Make images of one PatientID one subject if some of them name no IssuerOfPatientID.
+
+    They may be of one patient, who must not stand in two splits. If all name an issuer, the issuers separate them.
+    """
+    without_issuer = {pending.image.subject for pending in pending_records if not pending.image.aliases}
+    for pending in pending_records:
+        for alias in without_issuer.intersection(pending.image.aliases):
+            pending.subject = alias
 
 
 def _set_subjects(pending_records: Sequence[PendingRecord], names: Mapping[int, str]) -> None:

@@ -81,7 +81,7 @@ def furthest(one: Gradients, other: Gradients) -> float:
 def infonce(encoder: Any, side: int, level: int = -1) -> LocalDIM:
     critic = {"name": "encode_and_dot", "width": 16, "local_norm": "none", "summary_norm": "none", "scale_scores": True}
     fields = tuple(encoder.receptive_field(i) for i in range(len(encoder.channels)))
-    shapes = encoder.channels, encoder.summary_channels, (side, side), fields
+    shapes = encoder.channels, encoder.summary_channels, (side, side), fields, encoder.origins, encoder.strides
     return LocalDIM(*shapes, feature_level=level, critic=critic, batch_norm_summary=True)
 
 

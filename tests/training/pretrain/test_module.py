@@ -27,7 +27,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`"
 
 
 def dim() -> LocalDIM:
-    return LocalDIM((4, 8), 6, SHAPE, (5, 11), critic={"name": "encode_and_dot", "width": 8}, occlusion=4)
+    return LocalDIM(
+        (4, 8), 6, SHAPE, (5, 11), (0.0, 0.5), (1, 2), critic={"name": "encode_and_dot", "width": 8}, occlusion=4
+    )
 
 
 class Scripted(nn.Module):
