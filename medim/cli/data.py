@@ -21,7 +21,7 @@ from medim.cli.options import (
     check_modality,
     require_modality,
 )
-from medim.cli.terminal import console, escape_control_characters, print_result
+from medim.cli.terminal import console, escape_control_characters, print_result, print_source
 from medim.console.progress import show_progress
 from medim.types import Modality, UsageError, UserError
 
@@ -113,6 +113,8 @@ def index(arguments: IndexArguments) -> None:
     Each rejected file is listed with the reason.
     """
     from medim.data.index.index import AllRejectedError, build_index
+    from medim.data.index.records import REJECTIONS_FILE
+    from medim.data.loading.source_summary import describe_source
     from medim.data.parallel import count_cpus
     from medim.data.public.fetch import resolve_data_argument
     from medim.output_folder import output_folder, write_rejection_file
@@ -142,7 +144,8 @@ def index(arguments: IndexArguments) -> None:
         "rejected": len(image_index.rejected),
         "files opened": image_index.n_inspected,
     }
-    print_result("index", {**counts, "written to": out})
+    details = describe_source(image_index, rejections_file=out / REJECTIONS_FILE)
+    print_result("index", {**counts, **details, "written to": out})
 
 
 def locate(
@@ -171,6 +174,7 @@ def preprocess(
 
     `pretrain` and `finetune` read images from it.
     """
+    from medim.data.index.records import REJECTIONS_FILE
     from medim.data.loading.cohort import open_cohort
     from medim.data.loading.quality_table import add_record_flags, count_flags, flag_images, write_quality
     from medim.data.source import open_source
@@ -182,6 +186,7 @@ def preprocess(
     settings = resolve_pretrain_config(preset)
     check_modality(settings.modality, modality, config)
     image_index, _ = open_source(source, settings.modality, keep_names=keep_names)
+    print_source(image_index, rejections_file=out / REJECTIONS_FILE)
     steps = resolve_pretrain_config(preset, index=image_index).preprocessing
     cohort = open_cohort(image_index, image_index.records, steps, split_seed=0, store=out, jobs=jobs)
     rows = flag_images(image_index.records, cohort.quality_metrics())

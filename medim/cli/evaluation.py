@@ -26,7 +26,7 @@ from medim.cli.options import (
     SplitSeedOption,
     SubjectsOption,
 )
-from medim.cli.terminal import format_averages, format_intervals, format_or_dash, print_result
+from medim.cli.terminal import format_averages, format_intervals, format_or_dash, print_result, print_source
 from medim.cli.tracking import start_tracking, track_evaluation, track_probe
 from medim.console.progress import show_progress
 from medim.tasks import STUDY_TASKS
@@ -70,6 +70,7 @@ def evaluate(arguments: EvaluateArguments) -> None:
     Each metric has a 95 % interval over subjects.
     """
     from medim.data.contamination import describe_counts
+    from medim.data.index.records import REJECTIONS_FILE
     from medim.data.source import open_source
     from medim.evaluation.evaluate import EvaluateOptions
     from medim.evaluation.evaluate import evaluate as run
@@ -86,6 +87,7 @@ def evaluate(arguments: EvaluateArguments) -> None:
         subjects=arguments.subjects,
         keep_names=arguments.keep_names,
     )
+    print_source(image_index, rejections_file=arguments.out / REJECTIONS_FILE)
     options = EvaluateOptions(
         split=arguments.split,
         include_training_subjects=arguments.include_training_subjects,
@@ -160,6 +162,7 @@ def probe(arguments: ProbeArguments) -> None:
     A simple classifier or regression is fitted to its features.
     """
     from medim.data.contamination import describe_counts
+    from medim.data.index.records import REJECTIONS_FILE
     from medim.data.source import open_source
     from medim.evaluation.probing.label_budget import Budget
     from medim.evaluation.probing.probe import ProbeOptions
@@ -181,6 +184,7 @@ def probe(arguments: ProbeArguments) -> None:
     )
     encoder_name = arguments.encoder.resolve().name
     folder = arguments.out or arguments.encoder.with_name(f"{encoder_name}-probe-{arguments.protocol}")
+    print_source(image_index, split_seed=arguments.split_seed, rejections_file=folder / REJECTIONS_FILE)
     options = ProbeOptions(
         protocol=arguments.protocol,
         budgets=budgets,
@@ -283,6 +287,7 @@ def study(arguments: StudyArguments) -> None:
 
     The comparison is over label budgets, seeds and subjects.
     """
+    from medim.data.index.records import REJECTIONS_FILE
     from medim.data.source import open_source
     from medim.evaluation.probing.label_budget import Budget
     from medim.study.checks import check_networks
@@ -306,6 +311,7 @@ def study(arguments: StudyArguments) -> None:
         subjects=arguments.subjects,
         keep_names=arguments.keep_names,
     )
+    print_source(image_index, split_seed=arguments.split_seed, rejections_file=arguments.out / REJECTIONS_FILE)
     settings = resolve_finetune_config(*config_args, index=image_index)
     options = StudyOptions(
         seeds=arguments.seeds,

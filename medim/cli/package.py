@@ -220,6 +220,7 @@ def embed(
 
     With --mi-map-dir, mutual-information maps are written too.
     """
+    from medim.data.index.records import REJECTIONS_FILE
     from medim.package.package import load_package
     from medim.predict.embed import embed_images
     from medim.predict.images import ImageSource
@@ -246,5 +247,7 @@ def embed(
         resume=resume,
         progress=show_progress("embedded"),
     )
-    output_rows = {"written to": out, **({"maps in": mi_map_dir} if mi_map_dir else {})}
+    rejections_file = out.with_name(f"{out.name}.{REJECTIONS_FILE}")
+    rejections = {"rejected": f"see {rejections_file}"} if rejections_file.exists() else {}
+    output_rows = {**rejections, "written to": out, **({"maps in": mi_map_dir} if mi_map_dir else {})}
     print_result("embed", {"images": len(images), "features": features.shape[1], **output_rows})

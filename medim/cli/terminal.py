@@ -11,10 +11,11 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Annotated, Any, get_type_hints
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleRenderable
 from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
@@ -27,6 +28,9 @@ from medim.signals import handle_shutdown_signals
 from medim.types import UserError
 from medim.version import install_command
 
+if TYPE_CHECKING:
+    from medim.data.index.index import Index
+
 console = Console(emoji=False)
 wide_console = Console(emoji=False, width=10_000)  # for tables that are not printed on a terminal
 _REMEDIES = {  # whether the command has --resume: advice after a signal
@@ -38,6 +42,18 @@ _MEMORY_MESSAGE = re.compile(  # of torch, CUDA, C++ and threads
     r"can't allocate memory|out of memory|not enough memory|bad_alloc|[Cc]annot allocate|can't start new thread"
 )
 _CONTROL_CATEGORIES = {"Cc", "Cf", "Zl", "Zp"}  # control and format characters, line and paragraph separators
+
+
+class _ColouredHandler(RichHandler):
+    """Log lines for a terminal; warnings are coloured."""
+
+    def render_message(self, record: logging.LogRecord, message: str) -> ConsoleRenderable:
+        """Render a message, in yellow if it is a warning and in red if it is an error or a leakage of images."""
+        text = super().render_message(record, message)
+        if isinstance(text, Text) and record.levelno >= logging.WARNING:
+            is_severe = record.levelno >= logging.ERROR or message.startswith("WARNING leakage")
+            text.stylize("bold red" if is_severe else "yellow")
+        return text
 
 
 class MedimCommand(TyperCommand):
@@ -155,7 +171,7 @@ def _configure_logging(is_quiet: bool, *, with_traceback: bool) -> None:
     Tracebacks that libraries log, such as those of a tracking database on a full disk, are left out by default.
     """
     if stderr_console.is_terminal:
-        handler: logging.Handler = RichHandler(
+        handler: logging.Handler = _ColouredHandler(
             console=stderr_console, markup=False, show_path=False, show_level=False, log_time_format="%H:%M:%S"
         )
         handler.setFormatter(logging.Formatter("%(message)s"))
@@ -291,12 +307,32 @@ def format_or_dash(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
+def print_source(index: Index, *, split_seed: int | None = None, rejections_file: Path | None = None) -> None:
+    """Print what a command reads: files, images, subjects, classes, and what is left out; nothing with `--quiet`.
+
+    Args:
+        index: the images.
+        split_seed: seed of the split by subject; None prints only splits of the source.
+        rejections_file: file that the command writes with the reason of each file that is left out.
+    """
+    from medim.data.loading.source_summary import describe_source
+
+    if logging.getLogger("medim").isEnabledFor(logging.INFO):
+        _print_table(
+            stderr_console, "source", describe_source(index, split_seed=split_seed, rejections_file=rejections_file)
+        )
+
+
 def print_result(title: str, rows: Mapping[str, Any]) -> None:
     """Print a result as a table of two columns."""
+    _print_table(console, title, rows)
+
+
+def _print_table(target: Console, title: str, rows: Mapping[str, Any]) -> None:
     table = Table(title=_plain_text(title), title_justify="left", show_header=False, box=None, pad_edge=False)
     for name, value in rows.items():
         table.add_row(_plain_text(name), _plain_text(_format_value(value)))
-    console.print(table, soft_wrap=not sys.stdout.isatty(), markup=False, highlight=False)
+    target.print(table, soft_wrap=not target.is_terminal, markup=False, highlight=False)
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -32,7 +32,7 @@ from medim.cli.options import (
     check_modality,
     require_modality,
 )
-from medim.cli.terminal import format_intervals, format_loss, format_or_dash, print_result
+from medim.cli.terminal import format_intervals, format_loss, format_or_dash, print_result, print_source
 from medim.console.progress import format_duration
 from medim.signals import handle_shutdown_signals
 from medim.tasks import TASK_OPTIONS
@@ -74,6 +74,7 @@ class PretrainArguments:
 @handle_shutdown_signals()
 def pretrain(arguments: PretrainArguments) -> None:
     """Pretrain an encoder on unlabelled images."""
+    from medim.data.index.records import REJECTIONS_FILE
     from medim.data.source import open_source
     from medim.training.auto_config import describe_input
     from medim.training.engine.launch import is_main_process
@@ -89,6 +90,8 @@ def pretrain(arguments: PretrainArguments) -> None:
     )
     settings = resolve_pretrain_config(*config_args, index=image_index)
     folder = arguments.out or Path("runs") / f"{settings.name}-{settings.hash}"
+    if is_main_process():
+        print_source(image_index, split_seed=arguments.split_seed, rejections_file=folder / REJECTIONS_FILE)
     options = PretrainOptions(
         seed=arguments.seed,
         split_seed=arguments.split_seed,
@@ -172,6 +175,7 @@ def finetune(arguments: FinetuneArguments) -> None:
     With --from-scratch, the same network is trained from fresh weights.
     """
     from medim.data.contamination import describe_counts as describe_contamination
+    from medim.data.index.records import REJECTIONS_FILE
     from medim.data.source import open_source
     from medim.integrity import require_signature
     from medim.training.auto_config import describe_input
@@ -213,6 +217,7 @@ def finetune(arguments: FinetuneArguments) -> None:
         subjects=arguments.subjects,
         keep_names=arguments.keep_names,
     )
+    print_source(image_index, split_seed=arguments.split_seed, rejections_file=arguments.out / REJECTIONS_FILE)
     settings = resolve_finetune_config(*config_args, index=image_index)
     summary = run(settings, image_index, arguments.out, options, store=store)
     print_result(
@@ -269,6 +274,7 @@ def plan(arguments: PlanArguments) -> None:
         arguments.data, settings.modality, subjects=arguments.subjects, keep_names=arguments.keep_names
     )
     settings = resolve_pretrain_config(*config_args, index=image_index)
+    print_source(image_index, split_seed=arguments.split_seed)
     estimate = run(
         settings,
         image_index,

@@ -12,7 +12,7 @@ import hashlib
 import hmac
 import logging
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 FINGERPRINTS_FILE = "fingerprints.json"
 TrainingKind = Literal["pretrain", "finetune"]
+_KIND_NOUNS: dict[TrainingKind, str] = {"pretrain": "pretraining", "finetune": "fine-tuning"}
 CaseIdentity = tuple[str, str]  # fingerprint and subject of an image
 
 
@@ -186,6 +187,7 @@ def check_contamination(
     *,
     weights_name: str,
     fail_on_contamination: bool = False,
+    excluded_kinds: Collection[TrainingKind] = (),
 ) -> ContaminationCounts | None:
     """Count evaluation images that were used in training, and log the counts.
 
@@ -194,6 +196,7 @@ def check_contamination(
         cases: images of the evaluation.
         weights_name: name of the weights, for messages.
         fail_on_contamination: raise an error if an image or subject was used in training, or if this is unknown.
+        excluded_kinds: kinds of training whose images are not evaluated.
 
     Returns:
         The counts; None if there is no training history.
@@ -209,14 +212,44 @@ def check_contamination(
     total = f"{_pluralise_noun(len(cases), 'image')} of {_pluralise_noun(len(subjects), 'subject')}"
     summary = "; ".join(f"{name} {text}" for name, text in describe_counts(counts).items())
     sentence = f"{weights_name}: of {total} in the evaluation, {summary}"
+    leaks = [] if counts is None else _describe_leaks(counts, len(cases), len(subjects), excluded_kinds)
     if fail_on_contamination and (has_overlap or is_incomplete):
         raise UserError(
             f"{sentence}. --fail-on-contamination allows none. Evaluate on other images, use weights "
             f"{'with ' + FINGERPRINTS_FILE if is_incomplete else 'trained without them'}, or omit this option."
         )
-    if history != TrainingHistory():
-        log.log(logging.WARNING if has_overlap or None in numbers else logging.INFO, "%s", sentence)
+    if history == TrainingHistory():
+        return counts
+    for leak in leaks:
+        log.warning("%s", leak)
+    if None in numbers:
+        log.warning("WARNING leakage unknown: %s", sentence)
+    elif not leaks:
+        log.info("Leakage check: none of %s was used to train the %s", total, weights_name)
     return counts
+
+
+def _describe_leaks(
+    counts: ContaminationCounts, n_images: int, n_subjects: int, excluded_kinds: Collection[TrainingKind]
+) -> list[str]:
+    """Describe the evaluation images, or other images of their subjects, that were used in a training."""
+    leaks = []
+    kinds: dict[TrainingKind, ContaminationEntry] = {"pretrain": counts["pretrain"], "finetune": counts["finetune"]}
+    for kind, entry in kinds.items():
+        images, subjects = entry["images"] or 0, entry["subjects"]
+        if images:
+            text = f"{images} of {_pluralise_noun(n_images, 'evaluation image')} ({images / n_images:.0%}) "
+            text += f"{'was' if images == 1 else 'were'} used in {_KIND_NOUNS[kind]} ("
+            text += f"{subjects} of {_pluralise_noun(n_subjects, 'subject')})" if subjects else "recognised by pixels; "
+            text += "" if subjects else f"subject IDs {'unknown' if subjects is None else 'differ'})"
+        elif subjects:
+            text = f"other images of {subjects} of {_pluralise_noun(n_subjects, 'evaluation subject')} were used in "
+            text += _KIND_NOUNS[kind]
+        else:
+            continue
+        consequence = "They are left out" if kind in excluded_kinds else "Results are too good"
+        leaks.append(f"WARNING leakage: {text}. {consequence}. --fail-on-contamination refuses them")
+    return leaks
 
 
 class ContaminationFilter:
@@ -266,8 +299,13 @@ class ContaminationFilter:
         Raises:
             UserError: `fail_on_contamination`, and there was an overlap; or no image remains.
         """
+        excluded_kinds: tuple[TrainingKind, ...] = () if self._include_training_subjects else ("finetune",)
         counts = check_contamination(
-            self._history, self._cases, weights_name=model_name, fail_on_contamination=self._fail_on_contamination
+            self._history,
+            self._cases,
+            weights_name=model_name,
+            fail_on_contamination=self._fail_on_contamination,
+            excluded_kinds=excluded_kinds,
         )
         if not n_rows:
             raise UserError(
@@ -304,6 +342,8 @@ def describe_counts(counts: ContaminationCounts | None) -> dict[str, str]:
 def _format_counts(images: int | None, subjects: int | None) -> str:
     if images is None:
         return f"unknown: the initial weights had no {FINGERPRINTS_FILE}"
+    if images and subjects == 0:
+        return f"{_pluralise_noun(images, 'image')} (subject IDs differ)"
     subject_text = "subjects unknown (another site key)" if subjects is None else _pluralise_noun(subjects, "subject")
     return f"{_pluralise_noun(images, 'image')}, {subject_text}"
 

@@ -76,6 +76,7 @@ def open_source(
                 f"{format_path(data)}: {option} has no effect on an existing index. "
                 f"Give {option} to `medim index`, or give the images themselves to --data."
             )
+        index.log_unidentified()
         return index, data if (data / "store.json").is_file() else None
     index = build_index(data, modality, labels=labels, subjects=subjects, keep_names=keep_names, jobs=count_cpus())
     return index, None

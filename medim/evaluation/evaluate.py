@@ -18,6 +18,7 @@ import torch
 
 from medim.data.contamination import ContaminationFilter, load_training_history
 from medim.data.index.index import ImageRecord, Index
+from medim.data.index.records import REJECTIONS_FILE, write_rejections
 from medim.data.loading.splits import assign_splits as split_subjects
 from medim.data.loading.splits import read_splits
 from medim.evaluation.cases import CaseProgress, CaseSummary, score_cases, summarise_cases, write_cases
@@ -140,6 +141,7 @@ def evaluate(
             **_describe_inputs(network, spec, index),
             "bootstrap": {"unit": "subject", "resamples": N_RESAMPLES, "seed": options.seed, "level": 0.95},
         }
+        write_rejections(folder / REJECTIONS_FILE, index.rejected)
         write_json(folder / "metrics.json", content)
         write_cases(folder / "cases.parquet", rows, network.kind)
         summary = {**content, **_describe_execution(model, rows, time.perf_counter() - start, len(records))}

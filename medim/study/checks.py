@@ -14,6 +14,7 @@ import numpy as np
 from medim.data.contamination import ContaminationCounts, check_contamination, load_training_history
 from medim.data.index.index import ImageRecord, Index
 from medim.data.loading.cohort import Cohort
+from medim.data.loading.splits import warn_label_shortage
 from medim.evaluation.probing.label_budget import Budget
 from medim.metrics.bootstrap import MIN_SUBJECTS
 from medim.model_spec import ModelSpec
@@ -184,6 +185,8 @@ def draw_label_subsets(
         UsageError: two budgets have the same number of labels, or a budget is out of range.
     """
     train = cohort.records("train")
+    for budget in budgets:
+        warn_label_shortage(train, budget.labelled)
     subsets: dict[tuple[Budget, int], tuple[ImageRecord, ...]] = {}
     for budget in dict.fromkeys(budgets):
         for seed in range(seeds):

@@ -10,6 +10,7 @@ from typing import Any
 
 from medim.config import FinetuneConfig, dump_config
 from medim.data.index.index import Index
+from medim.data.index.records import REJECTIONS_FILE, write_rejections
 from medim.data.loading.splits import write_splits
 from medim.evaluation.probing.label_budget import Budget
 from medim.files import read_json, write_json, write_text
@@ -138,6 +139,7 @@ def prepare_study(
     costs = cache(partial(measure_costs, context, options.jobs))
     context = _fix_design(context, costs)
     write_text(out / CONFIG, dump_config(config))
+    write_rejections(out / REJECTIONS_FILE, (*index.rejected, *cohort.rejections))
     for seed in range(options.seeds):
         write_splits(out / "splits" / f"{seed}.csv", index, cohort.splits, cohort.records("train"), seed=seed)
     facts: PreparationFacts = {

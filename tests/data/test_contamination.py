@@ -72,9 +72,8 @@ def test_another_site_knows_the_images_and_not_the_subjects(
         "pretrain": {"images": 1, "subjects": None},
         "finetune": {"images": 0, "subjects": 0},
     }
-    assert "encoder e: of 2 images of 2 subjects in the evaluation, seen in pretraining 1 image, subjects unknown" in (
-        caplog.text
-    )
+    leak = "WARNING leakage: 1 of 2 evaluation images (50%) was used in pretraining (recognised by pixels; subject IDs "
+    assert leak + "unknown). Results are too good. --fail-on-contamination refuses them" in caplog.text
     assert check_contamination(seen, [STRANGER], weights_name="encoder e", fail_on_contamination=True)
 
 
@@ -100,6 +99,22 @@ def test_strict_refuses_what_was_seen_and_what_cannot_be_known(
     lines = len(caplog.records)
     assert check_contamination(TrainingHistory(), CASES, weights_name="fresh weights", fail_on_contamination=True)
     assert len(caplog.records) == lines, "fresh weights have nothing to say"
+
+
+def test_images_recognised_under_other_subject_ids_are_a_leakage_without_subjects(
+    seen: TrainingHistory, caplog: pytest.LogCaptureFixture
+) -> None:
+    cases = [(CASES[0][0], "s-renamed"), (STRANGER[0], "s-other"), (STRANGER[0], CASES[0][1])]
+    counts = check_contamination(seen, cases[:2], weights_name="encoder e")
+    assert (
+        "1 of 2 evaluation images (50%) was used in pretraining (recognised by pixels; subject IDs differ)"
+        in caplog.text
+    )
+    assert describe_counts(counts)["seen in pretraining"] == "1 image (subject IDs differ)"
+    caplog.clear()
+    check_contamination(seen, cases[2:], weights_name="encoder e", excluded_kinds=["pretrain"])
+    leak = "WARNING leakage: other images of 1 of 1 evaluation subject were used in pretraining. They are left out"
+    assert leak in caplog.text
 
 
 def test_what_was_seen_is_told_in_words() -> None:

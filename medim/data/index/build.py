@@ -52,6 +52,8 @@ class IndexContent:
     rejected: tuple[Rejection, ...]
     mask_classes: MaskClasses
     identity_parts: frozenset[str]
+    n_files: int
+    unidentified: tuple[int, int]
     series: SeriesFiles = field(repr=False)
 
 
@@ -75,6 +77,7 @@ def build_records(
         raise UserError(
             f"{', '.join(map(format_path, sources))}: expected image files, found none. Choose another folder."
         )
+    n_files = len({*layout.images, *layout.masks.values(), *layout.unmatched_masks}) + len(layout.rejected)
     images, rejected = _inspect_files(layout.images, modality, scanner)
     if n_multi_valued := sum("several-labels" in image.quality for image in images):
         log.warning(
@@ -88,7 +91,8 @@ def build_records(
     rejected += drawings
     pending_records = _create_pending_records(images, layout, sources, keep_names=keep_names)
     check_participant_tables(pending_records, layout)
-    join_subjects(pending_records, load_join_tables(layout, "subjects", subjects), label_tables, layout, root)
+    subject_tables = load_join_tables(layout, "subjects", subjects)
+    unidentified = join_subjects(pending_records, subject_tables, label_tables, layout, root)
     join_labels(pending_records, label_tables, root)
     pending_records, mask_rejected, mask_classes = check_masks(pending_records, layout, scanner)
     rejected += mask_rejected
@@ -102,6 +106,8 @@ def build_records(
         rejected=_create_rejections(rejected, root, scrubber),
         mask_classes=mask_classes,
         identity_parts=frozenset(part for part in root.parts if scrubber.contains_identity(part)),
+        n_files=n_files,
+        unidentified=unidentified,
         series={(d.image.files[0], d.image.shape): d.image.files for d in pending_records if d.image.series},
     )
 

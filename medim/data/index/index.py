@@ -98,6 +98,7 @@ class _IndexSummary(TypedDict):
     ignore_value: NotRequired[int | None]
     regions: NotRequired[list[str]]
     keep_names: NotRequired[bool]
+    counts: NotRequired[dict[str, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,8 @@ class Index:
         identity_parts: parts of `root` that contain an identity.
         keep_names: whether names of files and folders that are not neutral were kept.
         n_inspected: number of files opened to build the index; the others were unchanged since the last time.
+        n_files: number of files of the source that may be images or masks; 0 if unknown.
+        unidentified: number of images without a subject ID, and of the subjects guessed for them.
     """
 
     root: Path
@@ -129,6 +132,8 @@ class Index:
     identity_parts: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
     keep_names: bool = field(default=False, repr=False, compare=False)
     n_inspected: int = field(default=0, repr=False, compare=False)
+    n_files: int = field(default=0, repr=False, compare=False)
+    unidentified: tuple[int, int] = field(default=(0, 0), repr=False, compare=False)
     _series: SeriesFiles = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -290,7 +295,7 @@ class Index:
             )
         if summary.get("site") != make_pseudonym("site"):
             log.warning("the index was made with another site key: scrubbed paths cannot be resolved, subjects differ")
-        source = summary["source"]
+        source, counts = summary["source"], summary.get("counts", {})
         try:
             root = resolve_scrubbed_path(folder.resolve(), source).resolve()
         except UserError:
@@ -306,7 +311,26 @@ class Index:
             regions=tuple(summary.get("regions", ())),
             identity_parts=_find_identity_parts(root, source),
             keep_names=bool(summary.get("keep_names", version == _VERSION_WITH_NAMES)),
+            n_files=counts.get("files", 0),
+            unidentified=(counts.get("images_without_subject_id", 0), counts.get("guessed_subjects", 0)),
         )
+
+    def log_unidentified(self) -> None:
+        """Log that nothing identifies the subjects of images, or that they were guessed."""
+        n_images, n_subjects = self.unidentified
+        if n_subjects < n_images:
+            log.warning(
+                "No subject IDs: guessed %d subjects for %d images from file and folder names. Check them, or give "
+                "--subjects",
+                n_subjects,
+                n_images,
+            )
+        elif n_images > 1:
+            log.warning(
+                "No subject IDs: each of %d images counts as its own subject. If patients have several images, "
+                "results are too good. Give --subjects",
+                n_images,
+            )
 
     def _summary(self, out: Path) -> dict[str, object]:
         relative = Path(os.path.relpath(self.root, out.resolve()))
@@ -323,6 +347,9 @@ class Index:
                 "labelled": sum(record.label is not None for record in self.records),
                 "masks": sum(record.mask is not None for record in self.records),
                 "rejected": len(self.rejected),
+                "files": self.n_files,
+                "images_without_subject_id": self.unidentified[0],
+                "guessed_subjects": self.unidentified[1],
             },
             "splits": dict(sorted(Counter(record.split for record in self.records if record.split).items())),
             "labels": dict(count_labels(record.label for record in self.records)),
@@ -441,6 +468,37 @@ def build_index(
         >>> index.records[0].shape
         (3, 3, 3)
     """
+    index = _build_index(
+        source,
+        modality,
+        labels=labels,
+        subjects=subjects,
+        keep_names=keep_names,
+        jobs=jobs,
+        remember=remember,
+        progress=progress,
+    )
+    index.log_unidentified()
+    return index
+
+
+def find_images(source: Sequence[Path], modality: Modality, *, keep_names: bool = False) -> Index:
+    """Build the index of images that are only read, and not split by subject."""
+    return _build_index(source, modality, keep_names=keep_names)
+
+
+def _build_index(
+    source: Path | Sequence[Path],
+    modality: Modality,
+    *,
+    labels: Path | None = None,
+    subjects: Path | None = None,
+    keep_names: bool = False,
+    jobs: int = 1,
+    remember: bool = True,
+    progress: ProgressCallback | None = None,
+) -> Index:
+    """Build the index; see `build_index`."""
     if modality not in get_args(Modality):
         raise UsageError(f"modality: expected {' or '.join(get_args(Modality))}, got {modality!r}.")
     if jobs < 1:
@@ -469,6 +527,8 @@ def _create_index(content: IndexContent, modality: Modality, *, keep_names: bool
         identity_parts=content.identity_parts,
         keep_names=keep_names,
         n_inspected=n_inspected,
+        n_files=content.n_files,
+        unidentified=content.unidentified,
         _series=content.series,
     )
 

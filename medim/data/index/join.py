@@ -76,8 +76,11 @@ def join_subjects(
     label_tables: FolderTables,
     layout: Layout,
     root: Path,
-) -> None:
+) -> tuple[int, int]:
     """Set the subject of each pending record: of a table of subjects, a table of labels, the file, or the path.
+
+    Returns:
+        Number of images without a subject ID, and of the subjects that were guessed for them.
 
     Raises:
         UserError: rows of a table are contradictory, or a table of subjects contradicts one of labels.
@@ -91,10 +94,11 @@ def join_subjects(
     inferred_names = _infer_subjects_from_paths(without_subject, layout, root)
     for pending in without_subject:
         pending.subject = make_pseudonym(inferred_names[pending.image.files[0]])
-    _report_subject_names(pending_records, without_subject)
     for index, cells in cells_by_image.items():
         if "split" in cells:
             pending_records[index].split = cells["split"][0]
+    n_items = sum("/" in (p.image.item or "") and p.subject == p.image.subject for p in pending_records)
+    return len(without_subject) + n_items, len({pending.subject for pending in without_subject}) + n_items
 
 
 def _read_label_subjects(
@@ -198,26 +202,6 @@ def _infer_subjects_from_paths(pending_records: Sequence[PendingRecord], layout:
             for path in (names if starts else ())
         } or names
     return names | case_names
-
-
-def _report_subject_names(pending_records: Sequence[PendingRecord], without_subject: Sequence[PendingRecord]) -> None:
-    """Log the number of subjects that were guessed, or that nothing groups the images by subject."""
-    n_items = sum("/" in (p.image.item or "") and p.subject == p.image.subject for p in pending_records)
-    n_images = len(without_subject) + n_items
-    n_subjects = len({pending.subject for pending in without_subject}) + n_items
-    if n_subjects < n_images:
-        log.warning(
-            "No subject IDs: guessed %d subjects for %d images from file and folder names. Check them, or give "
-            "--subjects",
-            n_subjects,
-            n_images,
-        )
-    elif n_images > 1:
-        log.warning(
-            "No subject IDs: each of %d images counts as its own subject. If patients have several images, results "
-            "are too good. Give --subjects",
-            n_images,
-        )
 
 
 def _split_path(path: Path, root: Path) -> tuple[str, ...]:

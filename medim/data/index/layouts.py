@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from medim.data.index.decathlon import DecathlonFolder, file_stem, read_decathlon_folder
+from medim.data.index.tables import SPLIT_NAMES
 from medim.data.mask_classes import MaskClasses
 from medim.data.readers.inspection import RejectedFile
 from medim.privacy import format_path
@@ -27,8 +28,6 @@ _DUPLICATE_FOLDERS = {  # folders of a BIDS tree with other versions of its imag
     "derivatives": ("derivative", "derived from the images of the BIDS tree; to use it, index that folder alone"),
     "sourcedata": ("source-data", "source of the images of the BIDS tree; to use it, index that folder alone"),
 }
-_SPLIT_FOLDERS: dict[str, Split] = {"train": "train", "training": "train", "val": "val", "valid": "val"}
-_SPLIT_FOLDERS |= {"validation": "val", "test": "test", "testing": "test"}
 _MAX_CLASSES = 100
 _MIN_CLASS_SIZE = 10  # pictures per class; folders of patients contain fewer
 
@@ -186,8 +185,8 @@ def labels_from_folders(paths: Iterable[Path], sources: Sequence[Path]) -> dict[
     for source, source_paths in paths_by_source.items():
         folders = {path: list(path.relative_to(source).parts[:-1]) for path in source_paths}
         splits: dict[Path, Split] = {}
-        if all(parts and parts[0].lower() in _SPLIT_FOLDERS for parts in folders.values()):
-            splits = {path: _SPLIT_FOLDERS[parts.pop(0).lower()] for path, parts in folders.items()}
+        if all(parts and parts[0].lower() in SPLIT_NAMES for parts in folders.values()):
+            splits = {path: SPLIT_NAMES[parts.pop(0).lower()] for path, parts in folders.items()}
         sizes = Counter(parts[0] for parts in folders.values() if parts)
         has_subfolders = all(folders.values()) and len(sizes) >= 2
         are_classes = has_subfolders and len(sizes) <= _MAX_CLASSES and min(sizes.values()) >= _MIN_CLASS_SIZE

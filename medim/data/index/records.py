@@ -15,6 +15,7 @@ from medim.types import UserError
 from medim.version import install_command
 
 SCHEMA_VERSION = 3
+REJECTIONS_FILE = "rejected.csv"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,17 +9,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import get_args
 
 from medim.data.index.decathlon import file_stem
 from medim.data.labels import detect_finding_columns, format_findings, parse_finding
 from medim.data.readers.inspection import ImageInfo
 from medim.parsing import read_csv
 from medim.privacy import format_path, hide_name, make_pseudonym, scrubbed_name
-from medim.types import UserError
+from medim.types import Split, UserError
 
 log = logging.getLogger(__name__)
 SCRUBBED_PREFIX = re.compile(r"(?:^|/)p-[0-9a-f]{12}")
 
+SPLIT_NAMES: dict[str, Split] = {  # of folders and cells, in lower case
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
+    "testing": "test",
+}  # fmt: skip
 _COLUMN_NAMES = {  # other names of columns in use, the first that a table has counts
     "image": ("image_index", "image_path", "image_name", "filename", "file_name", "file", "path", "filepath"),
     "subject": ("subject_id", "participant_id", "patient_id", "patientid", "participant", "patient"),
@@ -100,11 +105,34 @@ def read_table(path: Path, kind: str, *, from_user: bool) -> CsvTable | None:
             )
         log.warning("%s is ignored: it does not have the columns %s", format_path(path.name), expected_columns)
         return None
+    for line, cells in rows:
+        if "split" in cells:
+            cells["split"] = parse_split(cells["split"], f"{format_path(path)}, line {line}")
     if findings:
         log.info("%s: labels of %d findings: %s", format_path(path.name), len(findings), ", ".join(findings))
         for _, cells in rows:
             cells["label"] = format_findings({name: parse_finding(cells[name]) for name in findings}) or ""
     return CsvTable(path, rows, from_user)
+
+
+def parse_split(cell: str, place: str) -> str:
+    """Parse the name of a split in any usual spelling; empty for an empty cell.
+
+    Raises:
+        UserError: the name is unknown.
+
+    Examples:
+        >>> parse_split("Training", "labels.csv, line 2")
+        'train'
+    """
+    split = SPLIT_NAMES.get(cell.lower(), "")
+    if cell and not split:
+        others = ", ".join(sorted(SPLIT_NAMES.keys() - get_args(Split)))
+        raise UserError(
+            f"{place}: expected split train, val or test (or {others}), "
+            f"got {hide_name(cell)!r}. Correct the cell, or rename the column."
+        )
+    return split
 
 
 def _name_columns(names: Sequence[str]) -> list[str]:

@@ -243,6 +243,20 @@ def select_label_budget(
     return tuple(r for r in usable if r.subject in subjects)
 
 
+def warn_label_shortage(records: Sequence[ImageRecord], labelled: int | None) -> None:
+    """Log that a label budget is larger than the number of labelled images.
+
+    Args:
+        records: images of the training split.
+        labelled: label budget in images, or None.
+    """
+    n_available = len(_filter_labelled(records))
+    if labelled is not None and labelled > n_available:
+        log.warning(
+            "--labelled %d: the training split has %d labelled images; all of them are used", labelled, n_available
+        )
+
+
 def _filter_labelled(records: Sequence[ImageRecord]) -> list[ImageRecord]:
     return [record for record in records if record.label is not None or record.mask is not None]
 

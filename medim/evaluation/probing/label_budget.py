@@ -9,7 +9,7 @@ import numpy as np
 
 from medim.data.index.index import ImageRecord
 from medim.data.loading.cohort import Cohort
-from medim.data.loading.splits import check_label_budget, select_label_budget
+from medim.data.loading.splits import check_label_budget, select_label_budget, warn_label_shortage
 from medim.tasks.task import Task
 from medim.types import Array, UserError
 
@@ -52,6 +52,7 @@ def draw_probe_subsets(
     subsets = {}
     labelled = cohort.labelled_records("train")
     for label_budget in dict.fromkeys(budgets):
+        warn_label_shortage(labelled, label_budget.labelled)
         for seed in dict.fromkeys(seeds):
             subset = label_budget.draw_subset(labelled, seed)
             if len(subset) == len(labelled) and seed != seeds[0]:

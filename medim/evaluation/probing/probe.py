@@ -20,6 +20,7 @@ import torch
 
 from medim.data.contamination import ContaminationCounts, check_contamination, load_training_history
 from medim.data.index.index import ImageRecord, Index
+from medim.data.index.records import REJECTIONS_FILE, write_rejections
 from medim.data.loading.cohort import Cohort, VolumeCache
 from medim.evaluation.cases import write_parquet
 from medim.evaluation.probing.baselines import build_random_encoder, principal_components
@@ -126,6 +127,8 @@ def probe(encoder: Path, index: Index, out: Path, options: ProbeOptions | None =
             "rows": rows,
             "summary": summarise_probes(rows, task.metrics),
         }
+        if options.cohort is None:  # of a study, the folder of the study has it
+            write_rejections(folder / REJECTIONS_FILE, (*index.rejected, *cohort.rejections))
         write_parquet(folder / "cases.parquet", pa.concat_tables(cases))
         write_json(folder / "probe.json", content)
     return content

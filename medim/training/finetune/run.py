@@ -17,9 +17,10 @@ from medim.config import FinetuneConfig
 from medim.console.progress import show_progress
 from medim.data.contamination import ContaminationCounts, TrainingHistory, check_contamination, load_training_history
 from medim.data.index.index import ImageRecord, Index
+from medim.data.index.records import REJECTIONS_FILE, write_rejections
 from medim.data.loading.cohort import Cohort, open_cohort
 from medim.data.loading.datasets import LabelledDataset
-from medim.data.loading.splits import select_label_budget, write_splits
+from medim.data.loading.splits import select_label_budget, warn_label_shortage, write_splits
 from medim.evaluation.cases import CaseSummary, write_cases
 from medim.evaluation.evaluate import validate_network
 from medim.files import write_csv, write_json
@@ -169,6 +170,8 @@ def _open_labelled_data(config: FinetuneConfig, index: Index, options: FinetuneO
     train = select_label_budget(
         cohort.records("train"), labelled=options.labelled, fraction=options.label_fraction, seed=options.label_seed
     )
+    if options.cohort is None:  # a study has reported it
+        warn_label_shortage(cohort.records("train"), options.labelled)
     val, weights = cohort.records("val"), options.initial_weights
     encoder_history = load_training_history(weights) if weights else TrainingHistory()
     weights_name = f"encoder {options.encoder}" if options.encoder else "fresh weights"
@@ -210,6 +213,8 @@ def _prepare_run_folder(run: _FinetuneRun) -> tuple[Path | None, int]:
         label_fraction=options.label_fraction,
         subset_seed=options.label_seed,
     )
+    if options.cohort is None:  # of a study, the folder of the study has it
+        write_rejections(out / REJECTIONS_FILE, (*cohort.index.rejected, *cohort.rejections))
     split, train = out / "split.csv", cohort.records("train")
     write_splits(split, cohort.index, cohort.splits, train, seed=options.label_seed, labelled_records=run.data.train)
     return find_newest_checkpoint(out / "checkpoints") if options.resume else (None, 0)

@@ -16,9 +16,10 @@ import torch
 from medim.config import PretrainConfig, list_presets, read_config
 from medim.data.contamination import TrainingHistory
 from medim.data.index.index import ImageRecord, Index
+from medim.data.index.records import REJECTIONS_FILE, write_rejections
 from medim.data.loading.cohort import Cohort, open_cohort
 from medim.data.loading.datasets import ViewDataset
-from medim.data.loading.splits import write_splits
+from medim.data.loading.splits import assign_splits, write_splits
 from medim.files import json_sha256, write_json
 from medim.model_spec import ModelSpec, read_spec
 from medim.models.model import build_decoder, build_encoder
@@ -106,6 +107,7 @@ def pretrain(
     dry_run_pretraining(config, plan)
     with launched(options.accelerator, plan) as group, _open_folder(config, index, out, options, group) as opened:
         out, record = opened
+        _check_subject_count(index, options, group)
         cohort = _open_run_cohort(index, config, options, group)
         config = _fit_batch_size(config, cohort.records("train"), cohort.records("val"), group)
         checkpoint, start_step = _prepare_run_folder(config, cohort, out, options, group)
@@ -144,6 +146,25 @@ def _open_folder(
         yield group.broadcast(folder), record
 
 
+def _check_subject_count(index: Index, options: PretrainOptions, group: ProcessGroup) -> None:
+    """Check the number of training subjects before images are preprocessed.
+
+    Raises:
+        UserError: there are too few.
+    """
+    splits = assign_splits(index, seed=options.split_seed)
+    n_train = len({record.subject for record in index.records if splits[record.image] == "train"})
+    if n_train < max(2, group.count):
+        raise _build_subject_error(n_train, len({record.subject for record in index.records}), group)
+
+
+def _build_subject_error(n_train: int, n_subjects: int, group: ProcessGroup) -> UserError:
+    return UserError(
+        f"pretraining: expected at least {max(2, group.count)} subjects to train on, got {n_train} of {n_subjects} in "
+        "all. Add images of other patients, or check the subjects of the images (--subjects)."
+    )
+
+
 def _open_run_cohort(index: Index, config: PretrainConfig, options: PretrainOptions, group: ProcessGroup) -> Cohort:
     """Preprocess the images, in the first process before the others."""
     with group.main_process_first():
@@ -172,6 +193,7 @@ def _prepare_run_folder(
         if group.is_main:
             train = cohort.records("train")
             write_config(out, config, **options.seeds, index_hash=cohort.index.hash)
+            write_rejections(out / REJECTIONS_FILE, (*cohort.index.rejected, *cohort.rejections))
             write_splits(out / "split.csv", cohort.index, cohort.splits, train, seed=options.seed)
             checkpoint = find_newest_checkpoint(out / "checkpoints") if options.resume else checkpoint
     return group.broadcast(checkpoint)
@@ -376,12 +398,8 @@ def _fit_batch_size(
     config: PretrainConfig, train: tuple[ImageRecord, ...], val: tuple[ImageRecord, ...], group: ProcessGroup
 ) -> PretrainConfig:
     n_train, n_val = (len({r.subject for r in records}) for records in (train, val))
-    minimum = max(2, group.count)
-    if n_train < minimum:
-        raise UserError(
-            f"pretraining: expected at least {minimum} subjects to train on, got {n_train}. "
-            "Add images, or check the subject column of the index."
-        )
+    if n_train < max(2, group.count):
+        raise _build_subject_error(n_train, n_train + n_val, group)
     if n_val < 2:
         log.warning("validation subjects: %d; without at least 2, there are no validation losses and no verdict", n_val)
     if n_train < config.batch_size:

@@ -658,7 +658,16 @@ def test_what_is_written_is_read_again(tmp_path: Path, monkeypatch: pytest.Monke
         assert again.records[0].spacing == index.records[0].spacing
     summary = json.loads((tmp_path / "i" / "summary.json").read_text())
     assert summary["schema_version"] == 3
-    assert summary["counts"] == {"images": 10, "subjects": 10, "labelled": 9, "masks": 0, "rejected": 1}
+    assert summary["counts"] == {
+        "images": 10,
+        "subjects": 10,
+        "labelled": 9,
+        "masks": 0,
+        "rejected": 1,
+        "files": 3,
+        "images_without_subject_id": 9,
+        "guessed_subjects": 9,
+    }
     assert summary["reasons"] == {"not-an-image": 1}
     assert summary["hash"] == index.hash
     assert summary["source"] == "../s"
