@@ -64,7 +64,7 @@ def test_it_is_counted_as_one_image_and_refused_when_strict_with_exit_code_1(
     seen = json.loads((tmp_path / "a" / "summary.json").read_text())["contamination"]
     assert seen == {"pretrain": {"images": 1, "subjects": None}, "finetune": {"images": 0, "subjects": 0}}
     assert "1 image, subjects unknown (another site key)" in done.output
-    assert "WARNING leakage: 1 of 4 evaluation images (25%) was used in pretraining" in caplog.text
+    assert "WARNING leakage: 1 of 4 evaluation images (25%) was used in pretraining" in done.output
     assert "8 images of 8 subjects" in done.output
     assert "train 4 subjects (4 images), val 4 subjects (4 images)" in done.output
     assert (tmp_path / "a" / "rejected.csv").read_text() == "path,reason,detail\n"
