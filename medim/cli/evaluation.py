@@ -26,7 +26,8 @@ from medim.cli.options import (
     SplitSeedOption,
     SubjectsOption,
 )
-from medim.cli.terminal import format_averages, format_intervals, format_or_dash, print_result, print_source
+from medim.cli.sources import read_source
+from medim.cli.terminal import format_averages, format_intervals, format_or_dash, print_result
 from medim.cli.tracking import start_tracking, track_evaluation, track_probe
 from medim.console.progress import show_progress
 from medim.tasks import STUDY_TASKS
@@ -70,8 +71,6 @@ def evaluate(arguments: EvaluateArguments) -> None:
     Each metric has a 95 % interval over subjects.
     """
     from medim.data.contamination import describe_counts
-    from medim.data.index.records import REJECTIONS_FILE
-    from medim.data.source import open_source
     from medim.evaluation.evaluate import EvaluateOptions
     from medim.evaluation.evaluate import evaluate as run
     from medim.integrity import require_signature
@@ -80,14 +79,7 @@ def evaluate(arguments: EvaluateArguments) -> None:
     start = start_tracking()
     require_signature(arguments.model, arguments.public_key)
     spec = locate_weights(arguments.model)[1]
-    image_index, _ = open_source(
-        arguments.data,
-        spec.modality,
-        labels=arguments.labels,
-        subjects=arguments.subjects,
-        keep_names=arguments.keep_names,
-    )
-    print_source(image_index, rejections_file=arguments.out / REJECTIONS_FILE)
+    image_index, _ = read_source(arguments, spec.modality, out=arguments.out)
     options = EvaluateOptions(
         split=arguments.split,
         include_training_subjects=arguments.include_training_subjects,
@@ -162,8 +154,6 @@ def probe(arguments: ProbeArguments) -> None:
     A simple classifier or regression is fitted to its features.
     """
     from medim.data.contamination import describe_counts
-    from medim.data.index.records import REJECTIONS_FILE
-    from medim.data.source import open_source
     from medim.evaluation.probing.label_budget import Budget
     from medim.evaluation.probing.probe import ProbeOptions
     from medim.evaluation.probing.probe import probe as run
@@ -175,16 +165,9 @@ def probe(arguments: ProbeArguments) -> None:
     spec = locate_weights(arguments.encoder)[1]
     budgets = [Budget(fraction=f) for f in arguments.label_fraction or ([] if arguments.labelled else [1.0])]
     budgets += [Budget(labelled=n) for n in arguments.labelled or []]
-    image_index, store = open_source(
-        arguments.data,
-        spec.modality,
-        labels=arguments.labels,
-        subjects=arguments.subjects,
-        keep_names=arguments.keep_names,
-    )
     encoder_name = arguments.encoder.resolve().name
     folder = arguments.out or arguments.encoder.with_name(f"{encoder_name}-probe-{arguments.protocol}")
-    print_source(image_index, split_seed=arguments.split_seed, rejections_file=folder / REJECTIONS_FILE)
+    image_index, store = read_source(arguments, spec.modality, out=folder)
     options = ProbeOptions(
         protocol=arguments.protocol,
         budgets=budgets,
@@ -287,8 +270,6 @@ def study(arguments: StudyArguments) -> None:
 
     The comparison is over label budgets, seeds and subjects.
     """
-    from medim.data.index.records import REJECTIONS_FILE
-    from medim.data.source import open_source
     from medim.evaluation.probing.label_budget import Budget
     from medim.study.checks import check_networks
     from medim.study.design import read_arms
@@ -304,14 +285,7 @@ def study(arguments: StudyArguments) -> None:
     first_run = next(run for arm in arms for run in arm.runs)
     config_args = arguments.task, spec.modality, first_run, arguments.config, arguments.set_ or []
     resolve_finetune_config(*config_args)
-    image_index, store = open_source(
-        arguments.data,
-        spec.modality,
-        labels=arguments.labels,
-        subjects=arguments.subjects,
-        keep_names=arguments.keep_names,
-    )
-    print_source(image_index, split_seed=arguments.split_seed, rejections_file=arguments.out / REJECTIONS_FILE)
+    image_index, store = read_source(arguments, spec.modality, out=arguments.out)
     settings = resolve_finetune_config(*config_args, index=image_index)
     options = StudyOptions(
         seeds=arguments.seeds,

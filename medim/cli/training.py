@@ -32,7 +32,8 @@ from medim.cli.options import (
     check_modality,
     require_modality,
 )
-from medim.cli.terminal import format_intervals, format_loss, format_or_dash, print_result, print_source
+from medim.cli.sources import read_source, show_source
+from medim.cli.terminal import format_intervals, format_loss, format_or_dash, print_result
 from medim.console.progress import format_duration
 from medim.signals import handle_shutdown_signals
 from medim.tasks import TASK_OPTIONS
@@ -74,8 +75,6 @@ class PretrainArguments:
 @handle_shutdown_signals()
 def pretrain(arguments: PretrainArguments) -> None:
     """Pretrain an encoder on unlabelled images."""
-    from medim.data.index.records import REJECTIONS_FILE
-    from medim.data.source import open_source
     from medim.training.auto_config import describe_input
     from medim.training.engine.launch import is_main_process
     from medim.training.pretrain.config import resolve_pretrain_config
@@ -85,13 +84,11 @@ def pretrain(arguments: PretrainArguments) -> None:
     config_args = _select_config(arguments), _list_overrides(arguments)
     settings = resolve_pretrain_config(*config_args)  # a mistake in it shows before images are read
     check_modality(settings.modality, arguments.modality, arguments.config)
-    image_index, store = open_source(
-        arguments.data, settings.modality, subjects=arguments.subjects, keep_names=arguments.keep_names
-    )
+    image_index, store = read_source(arguments, settings.modality, show=False)
     settings = resolve_pretrain_config(*config_args, index=image_index)
     folder = arguments.out or Path("runs") / f"{settings.name}-{settings.hash}"
     if is_main_process():
-        print_source(image_index, split_seed=arguments.split_seed, rejections_file=folder / REJECTIONS_FILE)
+        show_source(arguments, image_index, folder)
     options = PretrainOptions(
         seed=arguments.seed,
         split_seed=arguments.split_seed,
@@ -175,8 +172,6 @@ def finetune(arguments: FinetuneArguments) -> None:
     With --from-scratch, the same network is trained from fresh weights.
     """
     from medim.data.contamination import describe_counts as describe_contamination
-    from medim.data.index.records import REJECTIONS_FILE
-    from medim.data.source import open_source
     from medim.integrity import require_signature
     from medim.training.auto_config import describe_input
     from medim.training.finetune.config import resolve_finetune_config
@@ -210,14 +205,7 @@ def finetune(arguments: FinetuneArguments) -> None:
     )
     settings = resolve_finetune_config(*config_args)  # mistakes in options and configuration show before reading
     check_modality(settings.modality, arguments.modality, arguments.config)
-    image_index, store = open_source(
-        arguments.data,
-        settings.modality,
-        labels=arguments.labels,
-        subjects=arguments.subjects,
-        keep_names=arguments.keep_names,
-    )
-    print_source(image_index, split_seed=arguments.split_seed, rejections_file=arguments.out / REJECTIONS_FILE)
+    image_index, store = read_source(arguments, settings.modality, out=arguments.out)
     settings = resolve_finetune_config(*config_args, index=image_index)
     summary = run(settings, image_index, arguments.out, options, store=store)
     print_result(
@@ -260,7 +248,6 @@ def plan(arguments: PlanArguments) -> None:
 
     A few real steps are measured.
     """
-    from medim.data.source import open_source
     from medim.files import write_json
     from medim.training.auto_config import describe_input
     from medim.training.plan.plan import check_plan
@@ -270,11 +257,8 @@ def plan(arguments: PlanArguments) -> None:
     config_args = _select_config(arguments), _list_overrides(arguments)
     settings = resolve_pretrain_config(*config_args)  # a mistake in it shows before images are read
     check_modality(settings.modality, arguments.modality, arguments.config)
-    image_index, store = open_source(
-        arguments.data, settings.modality, subjects=arguments.subjects, keep_names=arguments.keep_names
-    )
+    image_index, store = read_source(arguments, settings.modality)
     settings = resolve_pretrain_config(*config_args, index=image_index)
-    print_source(image_index, split_seed=arguments.split_seed)
     estimate = run(
         settings,
         image_index,

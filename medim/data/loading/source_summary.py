@@ -13,7 +13,7 @@ from medim.data.loading.splits import assign_splits
 from medim.privacy import format_result_path
 from medim.types import UserError
 
-_MAX_CLASSES = 12  # listed; the others are counted
+_MAX_LISTED_CLASSES = 12  # listed; the others are counted
 _SPLITS = ("train", "val", "test")
 _NOTABLE_QUALITY = {  # codes of images that may not be what they seem
     "coloured", "damaged-neighbour", "drawing-like", "fewer-slices-than-numbered", "frames-left-out",
@@ -45,14 +45,17 @@ def describe_source(
         rows["split"] = ", ".join(_describe_split(part, records, splits) for part in _SPLITS if part in splits.values())
     if class_counts := count_labels(record.label for record in records):
         n_unlabelled = sum(record.label is None for record in records)
-        rows["classes"] = _list_counts(class_counts, _MAX_CLASSES) + (
+        rows["classes"] = _list_counts(class_counts, _MAX_LISTED_CLASSES) + (
             f"; {n_unlabelled} without label" if n_unlabelled else ""
         )
     if n_masks := sum(record.mask is not None for record in records):
         rows["masks"] = f"{n_masks} of {_count_nouns(len(records), 'image')}; classes: {', '.join(index.classes)}"
     if index.rejected:
+        reasons: Counter[str] = Counter()
+        for rejection in index.rejected:
+            reasons[rejection.reason] += rejection.n_files
         place = f" -> {format_result_path(rejections_file)}" if rejections_file else ""
-        rows["left out"] = _list_counts(Counter(rejection.reason for rejection in index.rejected)) + place
+        rows["left out"] = _list_counts(reasons) + place
     quality = Counter(code for record in records for code in (record.quality or "").split() if code in _NOTABLE_QUALITY)
     if quality:
         rows["to check"] = _list_counts(quality)
@@ -62,7 +65,7 @@ def describe_source(
 def _describe_counts(index: Index) -> str:
     n_subjects = len({record.subject for record in index.records})
     text = f"{_count_nouns(len(index.records), 'image')} of {_count_nouns(n_subjects, 'subject')}"
-    n_rejected = len(index.rejected)
+    n_rejected = sum(rejection.n_files for rejection in index.rejected)
     return (
         (f"{_count_nouns(index.n_files, 'file')}: " if index.n_files else "")
         + text

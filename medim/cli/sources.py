@@ -1,0 +1,47 @@
+"""Read the images of a command from its arguments, and print what was read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medim.cli.terminal import print_source
+from medim.types import Modality
+
+if TYPE_CHECKING:
+    from medim.data.index.index import Index
+
+
+def read_source(
+    arguments: Any, modality: Modality, *, out: Path | None = None, show: bool = True
+) -> tuple[Index, Path | None]:
+    """Open or build the index in `--data` with the tables and options of a command.
+
+    Args:
+        arguments: arguments with `data`, and optionally `labels`, `subjects`, `keep_names` and `split_seed`.
+        modality: modality of the images.
+        out: folder in which the command writes `rejected.csv`, for the printed block.
+        show: whether to print what was read.
+
+    Returns:
+        The index, and the folder of the store if the data are a store.
+
+    Raises:
+        UserError: as `medim.data.source.open_source`.
+    """
+    from medim.data.source import open_source
+
+    names = ("labels", "subjects", "keep_names")
+    options = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    index, store = open_source(arguments.data, modality, **options)
+    if show:
+        show_source(arguments, index, out)
+    return index, store
+
+
+def show_source(arguments: Any, index: Index, out: Path | None) -> None:
+    """Print what a command reads."""
+    from medim.data.index.records import REJECTIONS_FILE
+
+    rejections_file = None if out is None else out / REJECTIONS_FILE
+    print_source(index, split_seed=getattr(arguments, "split_seed", None), rejections_file=rejections_file)
