@@ -96,17 +96,29 @@ def _check_devices() -> Iterator[EnvironmentCheck]:
 
 
 def _check_codecs() -> Iterator[EnvironmentCheck]:
-    from pydicom.pixels.decoders.base import get_decoder
-    from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, JPEGLosslessSV1, JPEGLSLossless, RLELossless
+    from pydicom.uid import (
+        JPEG2000Lossless,
+        JPEGBaseline8Bit,
+        JPEGExtended12Bit,
+        JPEGLosslessSV1,
+        JPEGLSLossless,
+        RLELossless,
+    )
 
-    for syntax in (JPEGBaseline8Bit, JPEGLosslessSV1, JPEG2000Lossless, JPEGLSLossless, RLELossless):
-        is_available = get_decoder(syntax).is_available
-        yield EnvironmentCheck(
-            f"DICOM {syntax.name}",
-            is_available,
-            "decodes" if is_available else "no decoder",
-            "" if is_available else "pip install python-gdcm pylibjpeg-openjpeg",
-        )
+    from medim.data.readers import ReadError
+    from medim.data.readers.dicom.codestreams import CODEC_REMEDY, check_codec, check_extended_jpeg
+
+    for syntax in (
+        JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLosslessSV1, JPEG2000Lossless, JPEGLSLossless, RLELossless
+    ):  # fmt: skip
+        try:
+            check_codec(syntax)
+            if syntax == JPEGExtended12Bit:
+                check_extended_jpeg()
+        except ReadError:
+            yield EnvironmentCheck(f"DICOM {syntax.name}", False, "no decoder", CODEC_REMEDY)
+        else:
+            yield EnvironmentCheck(f"DICOM {syntax.name}", True, "decodes")
 
 
 def _check_disk() -> Iterator[EnvironmentCheck]:

@@ -48,7 +48,6 @@ NETWORKS = frozenset({"models", "objectives"})
 MAY_IMPORT: dict[str, frozenset[str]] = {  # a folder or a module: those it may import, besides itself; lowest first
     "types": frozenset(),
     "version": frozenset(),
-    "doctor": frozenset({"version"}),
     "parsing": frozenset({"types"}),
     "files": frozenset({"types", "parsing"}),
     "console": frozenset(),
@@ -69,6 +68,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {  # a folder or a module: those it may 
     "data/fingerprints": GROUND,
     "data/preprocessing": GROUND,
     "data/readers": GROUND | {"data/labels", "data/memory", "data/preprocessing"},
+    "doctor": frozenset({"version", "data/readers"}),
     "data/index": GROUND | DATA,
     "data/contamination": GROUND | DATA | {"data/index"},
     "data/public": GROUND | INDEX,

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from medim.cli.options import (
+    MODALITY_HELP,
     ConfigOption,
     KeepNamesOption,
     LabelsOption,
@@ -91,9 +92,7 @@ class IndexArguments:
     """Command-line arguments of `medim index`."""
 
     sources: Annotated[list[Path], typer.Argument(help="Image files, folders, or names of fetched public sets.")]
-    modality: Annotated[
-        Modality, typer.Option(help="Modality of the images to use; images of other modalities are rejected.")
-    ]
+    modality: Annotated[Modality, typer.Option(help=MODALITY_HELP)]
     out: OutOption
     labels: LabelsOption = None
     subjects: SubjectsOption = None

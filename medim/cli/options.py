@@ -32,12 +32,16 @@ KeepNamesOption = Annotated[
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key. May be repeated.")
 ]
+MODALITY_HELP = (
+    "Modality of the images to use; images of other modalities are rejected. mri: 3D (DICOM MR). xray: 2D (DICOM CR, "
+    "DX, RG, MG, IO, PX, and single images of RF and XA)."
+)
 ModalityOption = Annotated[
     Modality | None,
     typer.Option(
         "--modality",
-        help="Modality of the images to use; images of other modalities are rejected. Default: that of --config, of "
-        "--encoder, or of the index, store or public set in --data.",
+        help=f"{MODALITY_HELP} Default: that of --config, of --encoder, or of the index, store or public set in "
+        "--data.",
     ),
 ]
 PreprocessingJobsOption = Annotated[

@@ -24,7 +24,7 @@ from medim.types import Array, Modality
 
 CodeString = Annotated[str, Field(pattern=r"^[A-Z0-9_][A-Z0-9 _]{0,15}$")]  # DICOM's CS
 RegionCode = Annotated[str, Field(pattern=r"^(SCT|SRT):[A-Za-z0-9-]{1,16}$")]  # code in AnatomicRegionSequence
-DicomModality = Literal["MR", "CR", "DX", "RG"]
+DicomModality = Literal["MR", "CR", "DX", "RG", "MG", "IO", "PX", "RF", "XA"]
 SlicePlane = Literal["sagittal", "coronal", "axial"]  # slice normal along x, y, z
 SopClass = Literal[
     "MRImageStorage",
@@ -33,6 +33,12 @@ SopClass = Literal[
     "ComputedRadiographyImageStorage",
     "DigitalXRayImageStorageForPresentation",
     "DigitalXRayImageStorageForProcessing",
+    "DigitalMammographyXRayImageStorageForPresentation",
+    "DigitalMammographyXRayImageStorageForProcessing",
+    "DigitalIntraOralXRayImageStorageForPresentation",
+    "DigitalIntraOralXRayImageStorageForProcessing",
+    "XRayRadiofluoroscopicImageStorage",
+    "XRayAngiographicImageStorage",
     "SecondaryCaptureImageStorage",
     "MultiFrameGrayscaleByteSecondaryCaptureImageStorage",
     "MultiFrameGrayscaleWordSecondaryCaptureImageStorage",
@@ -139,7 +145,7 @@ DEFAULT_RULES: dict[Modality, DicomRules] = {
         slices=CountRange(minimum=2),  # a single slice is not a volume
     ),
     "xray": DicomRules(
-        modality=("CR", "DX", "RG"),
+        modality=("CR", "DX", "RG"),  # mammograms, dental films and fluoroscopy only by rules of the package
         sop_class=(
             "ComputedRadiographyImageStorage",
             "DigitalXRayImageStorageForPresentation",  # images "For Processing" have another appearance

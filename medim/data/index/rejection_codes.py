@@ -25,7 +25,7 @@ REJECTION_REASONS = {
     "too-slow": "Decoding the file exceeded the time limit.",
     "too-much-memory": "The image does not fit into the memory limit or the free memory.",
     "changed": "The file has changed since the index was made.",
-    "reader-missing": "The library for this format is not installed.",
+    "reader-missing": "The library for this format or its compression is not installed, or there is none.",
     "worker-died": "The process that read the file was killed or crashed.",
     "reader-failed": "A reader raised an unexpected error.",
     "preprocessing-failed": "A step of the preprocessing cannot be applied to the image.",
@@ -52,7 +52,7 @@ REJECTION_REASONS = {
     # voxels
     "empty-image": "An axis of length 0.",
     "constant": "Every voxel has the same value.",
-    "not-finite": "Voxels are NaN or infinite.",
+    "not-finite": "Voxels are infinite; or all voxels, or numbers of an array, are NaN.",
     # geometry
     "bad-geometry": "Spacing, orientation or position is not finite, zero, or inconsistent.",
     "sform-qform-conflict": "The sform and qform are mirror images, or rotated against each other in the same space.",
@@ -104,10 +104,10 @@ QUALITY_CODES = {
     "lossy": "Compressed with loss at some point.",
     "inverted": "Stored with low values bright (MONOCHROME1); read with high values bright.",
     "for-processing": "An X-ray with raw detector values, not processed for display.",
-    "padded": "The header declares a padding value; such pixels are read as the lowest of the other values.",
+    "padded": "Voxels with the padding value of the header, or NaN, are read as the lowest of the other values.",
     "overlay-left-out": "Graphics over the image are left out.",
     "detector-spacing": "An X-ray with a pixel spacing measured on the detector or film, not in the patient.",
-    "no-spacing": "An image of unknown spacing: 1 mm is assumed.",
+    "no-spacing": "An image of unknown or invalid spacing: 1 mm is assumed.",
     "no-place": "A volume of unknown position and orientation in the patient; its axes may be wrong.",
     "sform-qform-differ": "The sform and qform of a NIfTI header differ; the sform is used.",
     "exif-turned": "A picture that was rotated according to its EXIF orientation.",
@@ -119,6 +119,7 @@ QUALITY_CODES = {
     "damaged-neighbour": "A rejected file is, or may be, a slice of the series.",
     "fewer-slices-than-numbered": "InstanceNumber starts above 1, or ImagesInAcquisition exceeds the slices present.",
     "odd-slices-left-out": "A few slices of the series do not fit this stack, and are rejected.",
+    "bytes-after-pixels": "Padding after the last pixel, shorter than a row and a column, or up to 512 zeros.",
     "long-run": "One of more than 16 volumes of a series or file, as of a functional, diffusion or perfusion run.",
     "frames-left-out": "Some frames of the multi-frame file are in no image.",
 }

@@ -239,24 +239,40 @@ def flat_volume(array: Array, spacing: Sequence[float] = (1.0, 1.0)) -> Volume:
 class VoxelRange:
     """Range of the voxels of an image that is read in parts.
 
+    Args:
+        nan_is_padding: whether NaN marks padding, which `fill_padding` replaces; otherwise, NaN is invalid.
+
     Examples:
         >>> voxel_range = VoxelRange()
         >>> voxel_range.update(np.array([1.0, 2.0]))
         >>> voxel_range.check()
     """
 
-    def __init__(self) -> None:
-        self._size = self._n_invalid = 0
+    def __init__(self, *, nan_is_padding: bool = False) -> None:
+        self._size = self._n_invalid = self._n_nan = 0
         self._low, self._high = math.inf, -math.inf
+        self._nan_is_padding = nan_is_padding
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether some voxels are NaN, which counts as padding."""
+        return self._n_nan > 0
 
     def update(self, values: Array) -> None:
         """Include the voxels of another part, as float32 or integers."""
         if values.size == 0:
             return
+        self._size += values.size
         low, high = float(values.min()), float(values.max())
+        if self._nan_is_padding and math.isnan(low):
+            is_nan = np.isnan(values)
+            self._n_nan += int(is_nan.sum())
+            values = values[~is_nan]
+            if values.size == 0:
+                return
+            low, high = float(values.min()), float(values.max())
         if not (math.isfinite(low) and math.isfinite(high)):
             self._n_invalid += int(values.size - np.isfinite(values).sum())
-        self._size += values.size
         self._low, self._high = min(self._low, low), max(self._high, high)
 
     def check(self) -> None:
@@ -267,10 +283,30 @@ class VoxelRange:
         """
         if self._size == 0:
             raise ReadError("empty-image", "the image has an axis of length 0")
+        if self._n_nan == self._size:
+            raise ReadError("not-finite", "every voxel is NaN")
         if self._n_invalid:
             raise ReadError("not-finite", f"{self._n_invalid} of {self._size} voxels are NaN or infinite")
         if self._low == self._high:
-            raise ReadError("constant", f"every voxel has the value {self._low:g}")
+            padding = ", except padding (NaN)" if self.has_padding else ""
+            raise ReadError("constant", f"every voxel has the value {self._low:g}{padding}")
+
+
+def fill_padding(layers: Array) -> Array:
+    """Replace NaN, which marks padding, by the lowest of the other values, so that it counts as background.
+
+    Args:
+        layers: (N, ...) float32, changed in place; an array of NaN is unchanged.
+    """
+    has_padding, lowest = False, None
+    for layer in layers:  # one after the other, because a mask of all would take a quarter of their memory
+        values = layer[~np.isnan(layer)]
+        has_padding |= values.size < layer.size
+        if values.size:
+            lowest = values.min() if lowest is None else min(lowest, values.min())
+    for layer in layers if has_padding and lowest is not None else ():
+        layer[np.isnan(layer)] = lowest
+    return layers
 
 
 class LevelCounter:

@@ -26,6 +26,7 @@ from medim.data.readers.base import (
     check_memory,
     check_not_empty,
     check_size,
+    fill_padding,
     ras_grid,
     ras_volume,
 )
@@ -43,7 +44,7 @@ _NRRD_SPACES = {  # NRRD spaces that ITK converts to patient coordinates
 
 
 class ItkReader:
-    """Reader of files with one scalar volume."""
+    """Reader of files with one scalar volume. NaN is padding, as in NIfTI."""
 
     name = "MetaImage, NRRD"
     class_folders = False
@@ -56,17 +57,16 @@ class ItkReader:
         """Read the whole file once, with the voxels as stored."""
         image = _read_stored_image(path)
         shape, affine = ras_grid(image.array.shape, image.affine)
-        voxel_range, counter = VoxelRange(), LevelCounter()
+        voxel_range, counter = VoxelRange(nan_is_padding=True), LevelCounter()
         layers = image.array.transpose()
         step = max(1, CHUNK_BYTES * len(layers) // max(layers.nbytes, 1))
         for start in range(0, len(layers), step):
             values = as_float(layers[start : start + step])
             voxel_range.update(values)
-            counter.update(values)
+            counter.update(np.where(np.isnan(values), 0, values) if voxel_range.has_padding else values)
         voxel_range.check()
-        info = ImageInfo(
-            shape=shape, affine=affine, quality=image.quality, levels=counter.levels, flatness=counter.flatness
-        )
+        quality = (*image.quality, *(("padded",) if voxel_range.has_padding else ()))
+        info = ImageInfo(shape=shape, affine=affine, quality=quality, levels=counter.levels, flatness=counter.flatness)
         return FileInspection(images=(info,))
 
     def read(self, path: Path, item: str | None = None) -> Volume:
@@ -77,7 +77,10 @@ class ItkReader:
                 folder.
         """
         image = _read_stored_image(path, copy_bytes=4)
-        return ras_volume(image.array, image.affine)
+        volume = ras_volume(image.array, image.affine)
+        if image.array.dtype.kind == "f":
+            fill_padding(volume.array[0])
+        return volume
 
     def read_mask(self, path: Path, item: str | None = None) -> Volume:
         """Read the values of a mask as uint8 or uint16. Masks may be compressed more than images.

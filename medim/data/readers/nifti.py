@@ -22,6 +22,7 @@ from medim.data.readers.base import (
     check_compression,
     check_length,
     check_memory,
+    fill_padding,
     narrow_class_numbers,
     ras_grid,
 )
@@ -39,7 +40,8 @@ _STATISTIC_INTENTS = range(2, 25)
 class NiftiReader:
     """Reader of files with one volume, or with several volumes that are separate images with numbers as names ("3").
 
-    Trailing axes of length 1 are dropped.
+    Trailing axes of length 1 are dropped. NaN is padding, as programs write it that move an image onto another grid
+    (SPM); it is read as the lowest of the other values.
     """
 
     name = "NIfTI"
@@ -53,7 +55,7 @@ class NiftiReader:
         """Read the whole file once in constant memory, because damage is only detected by decompressing the voxels."""
         header = _read_single_file_header(path)
         identities = text_tokens(header.texts)
-        ranges = [VoxelRange() for _ in range(header.volumes)]
+        ranges = [VoxelRange(nan_is_padding=True) for _ in range(header.volumes)]
         counters = [LevelCounter() for _ in range(header.volumes)]
         try:
             _check_intent(header)
@@ -62,13 +64,15 @@ class NiftiReader:
             for number, _, values in _iterate_layers(path, header):
                 scaled_values = _scale_values(values, header)
                 ranges[number].update(scaled_values)
+                if ranges[number].has_padding:
+                    scaled_values = np.where(np.isnan(scaled_values), 0, scaled_values)
                 counters[number].update(scaled_values)
         except ReadError as error:
             return FileInspection(
                 rejected=(RejectedFile(reason=error.reason, detail=error.detail, identities=identities),)
             )
         names = _parse_bids_names(path)
-        quality = (*header.quality, *(("long-run",) if header.volumes > MAX_SHORT_RUN else ()))
+        run_quality = (*header.quality, *(("long-run",) if header.volumes > MAX_SHORT_RUN else ()))
         images: list[ImageInfo] = []
         rejected: list[RejectedFile] = []
         for number, voxel_range in enumerate(ranges):
@@ -79,6 +83,7 @@ class NiftiReader:
                 rejected.append(RejectedFile(reason=error.reason, detail=detail, identities=identities))
                 continue
             item = str(number) if header.volumes > 1 else None
+            quality = (*run_quality, *(("padded",) if voxel_range.has_padding else ()))
             images.append(
                 ImageInfo(
                     shape=shape,
@@ -197,7 +202,11 @@ def _read_one_volume(path: Path, header: NiftiHeader, item: str | None, *, as_ma
         if number == wanted:
             values = _scale_values(stored_values, header)
             grid[..., start : start + len(values)] = (as_class_numbers(values) if as_mask else values).T
-    return volume.with_array(narrow_class_numbers(volume.array)) if as_mask else volume
+    if as_mask:
+        return volume.with_array(narrow_class_numbers(volume.array))
+    if header.dtype.kind == "f":
+        fill_padding(volume.array[0])
+    return volume
 
 
 def _iterate_layers(path: Path, header: NiftiHeader, wanted: int | None = None) -> Iterator[tuple[int, int, Array]]:

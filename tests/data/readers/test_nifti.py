@@ -11,7 +11,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from medim.data.readers import DICOM, ReadError, read_mask, read_volume
+from medim.data.readers import DICOM, ReadError, find_reader, read_mask, read_volume
 from medim.data.readers.inspection import FileInspection
 from medim.data.readers.nifti import NiftiReader
 from tests.data.synthetic import noise, scan, write_nifti, write_series
@@ -106,11 +106,52 @@ def test_what_is_not_one_scalar_volume_is_refused(tmp_path: Path) -> None:
 
 
 def test_voxels_that_teach_nothing_are_refused(tmp_path: Path) -> None:
-    for name, value in (("nan", np.nan), ("inf", np.inf)):
+    for name, value in (("inf", np.inf), ("-inf", -np.inf)):
         array = noise(4, 5, 6)
         array[1, 2, 3] = value
         assert reason_of(write_nifti(tmp_path / f"{name}.nii.gz", array)) == "not-finite"
+        array[:2, 0] = np.nan
+        assert reason_of(write_nifti(tmp_path / f"{name}-nan.nii.gz", array)) == "not-finite"
+    assert reason_of(write_nifti(tmp_path / "nan.nii", np.full((4, 5, 6), np.nan, np.float32))) == "not-finite"
+    almost_flat = np.where(noise(4, 5, 6) > 500, np.float32(3), np.float32(np.nan))
+    assert reason_of(write_nifti(tmp_path / "nan-and-3.nii", almost_flat)) == "constant"
     assert reason_of(write_nifti(tmp_path / "flat.nii.gz", np.full((4, 5, 6), 3, np.int16))) == "constant"
+
+
+@pytest.mark.parametrize("suffix", ["nii", "nii.gz", "mha", "nrrd"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_nan_is_background_as_the_padding_of_dicom_is(tmp_path: Path, suffix: str, dtype: type) -> None:
+    array = (noise(5, 6, 7) - 400).astype(dtype)
+    array[:2], array[:, -1:], array[..., :1] = np.nan, np.nan, np.nan
+    path = tmp_path / f"a.{suffix}"
+    if suffix.startswith("nii"):
+        write_nifti(path, array)
+    else:
+        itk = pytest.importorskip("SimpleITK")
+        image = itk.GetImageFromArray(array.T)
+        image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))  # to the right and the front
+        itk.WriteImage(image, str(path))
+    reader = find_reader(path)
+    assert reader is not None
+    (image_info,) = reader.inspect(path).images
+    assert image_info.quality == ("padded",)
+    expected = np.where(np.isnan(array), np.nanmin(array), array)
+    np.testing.assert_array_equal(read_volume(path).array[0], expected)
+
+
+def test_each_volume_of_a_file_has_its_own_background(tmp_path: Path) -> None:
+    array = np.stack([noise(4, 5, 6) + 1000 * k for k in range(3)], axis=-1)
+    array[0, ..., 1:] = np.nan
+    array[..., 2] = np.nan
+    path = write_nifti(tmp_path / "a.nii.gz", array)
+    sight = NiftiReader().inspect(path)
+    assert [image.quality for image in sight.images] == [(), ("padded",)]
+    assert [one.reason for one in sight.rejected] == ["not-finite"]
+    assert read_volume(f"{path}#1").array[0, 0].max() == np.nanmin(array[..., 1])
+    with pytest.raises(ReadError, match="not-finite"):
+        read_volume(f"{path}#2")
+    with pytest.raises(ReadError, match="not-a-mask"):
+        read_mask(f"{path}#1")
 
 
 def test_an_affine_that_flattens_space_is_refused(tmp_path: Path) -> None:

@@ -1,12 +1,110 @@
-"""Check compressed frames before decoding: GDCM aborts the process if their size contradicts the header."""
+"""Codecs of compressed pixels: which are installed, checks of a frame before decoding, and JPEG Extended of 12 bits.
+
+GDCM aborts the process if the size of a frame contradicts the header. pydicom passes no JPEG Extended of 12 bits to it,
+although it decodes them.
+"""
 
 from __future__ import annotations
 
+import importlib
 import struct
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.uid import (
+    JPEG2000,
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGExtended12Bit,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+)
 
 from medim.data.readers.base import ReadError
+from medim.types import Array
+
+CODEC_REMEDY = "pip install python-gdcm pylibjpeg-openjpeg pyjpegls"
+DECODER_PLUGINS: dict[str, str] = {  # GDCM aborts the process on some damaged frames, so it decodes only plain JPEG
+    JPEGLSLossless: "pyjpegls",
+    JPEGLSNearLossless: "pyjpegls",
+    JPEG2000Lossless: "pylibjpeg",
+    JPEG2000: "pylibjpeg",
+}
 
 _NON_FRAME_MARKERS = {0xC4, 0xC8, 0xCC}  # markers in 0xC0 to 0xCF that do not start a frame
+
+
+_EXTENDED_JPEG_VALUE = 3000  # of all pixels
+_EXTENDED_JPEG = bytes.fromhex(
+    "ffd8ffdb0043000201010101010201010102020202020403020202020504040304060506060605060606070908060709070606080b08090a0a"
+    "0a0a0a06080b0c0b0a0c090a0a0affc1000b100008000801011100ffc4001400010000000000000000000000000000000effc4001410010000"
+    "0000000000000000000000000000ffda0008010100003f005dc0ffd9"
+)
+
+
+@lru_cache(maxsize=64)
+def check_codec(syntax: str) -> None:
+    """Check that the pixels of a transfer syntax can be decoded here.
+
+    Raises:
+        ReadError: there is no decoder, or it is not installed; the message contains the remedy.
+    """
+    uid = UID(syntax)
+    if not syntax or (uid.is_transfer_syntax and not uid.is_encapsulated) or uid == DeflatedExplicitVRLittleEndian:
+        return
+    name = uid.name if uid.name != uid else "an unknown transfer syntax"
+    try:
+        decoder = get_decoder(uid)
+    except NotImplementedError:
+        detail = f"pixels in {name}, for which there is no decoder. Convert them, as with gdcmconv --raw or dcmdjpeg"
+        raise ReadError("reader-missing", detail) from None
+    plugin = "gdcm" if uid == JPEGExtended12Bit else DECODER_PLUGINS.get(uid)
+    is_installed = plugin in decoder.available_plugins if plugin else decoder.is_available
+    if not is_installed:
+        raise ReadError("reader-missing", f"pixels in {name}, whose decoder is not installed. Run: {CODEC_REMEDY}")
+
+
+def decode_extended_jpeg(data: bytes, rows: int, columns: int, bits_stored: int, *, signed: bool) -> Array:
+    """Decode a frame of JPEG Extended with more than 8 bits, after `check_frame`.
+
+    Returns:
+        (rows, columns) uint16 or int16 stored values.
+
+    Raises:
+        ReadError: the frame is damaged.
+    """
+    gdcm: Any = importlib.import_module("gdcm")  # has no type annotations
+    fragment, fragments = gdcm.Fragment(), gdcm.SequenceOfFragments.New()
+    fragment.SetByteStringValue(data)
+    fragments.AddFragment(fragment)
+    element = gdcm.DataElement(gdcm.Tag(0x7FE0, 0x0010))
+    element.SetValue(fragments.__ref__())
+    image = gdcm.Image()
+    image.SetNumberOfDimensions(2)
+    image.SetDimensions((columns, rows, 1))
+    image.SetDataElement(element)
+    image.SetPhotometricInterpretation(gdcm.PhotometricInterpretation(gdcm.PhotometricInterpretation.MONOCHROME2))
+    image.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGExtendedProcess2_4))
+    image.SetPixelFormat(gdcm.PixelFormat(1, 16, bits_stored, bits_stored - 1, int(signed)))
+    values = image.GetBuffer().encode("utf-8", "surrogateescape")  # GDCM returns bytes as text
+    if len(values) != 2 * rows * columns:
+        raise ReadError("undecodable", "the compressed pixels are damaged")
+    return np.frombuffer(values, "<i2" if signed else "<u2").reshape(rows, columns)
+
+
+def check_extended_jpeg() -> None:
+    """Decode a frame of 8 x 8 pixels of 12 bits in JPEG Extended.
+
+    Raises:
+        ReadError: GDCM is missing, or decodes other values.
+    """
+    check_codec(JPEGExtended12Bit)
+    values = decode_extended_jpeg(_EXTENDED_JPEG, 8, 8, 12, signed=False)
+    if not (values == _EXTENDED_JPEG_VALUE).all():
+        raise ReadError("undecodable", f"JPEG Extended of 12 bits is decoded wrongly. Run: {CODEC_REMEDY}")
 
 
 def check_frame(data: bytes, rows: int, columns: int, bits_allocated: int) -> None:

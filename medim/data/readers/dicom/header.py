@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Set
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian
 
 from medim.data.readers.base import ReadError, check_compression, check_not_empty, check_size
 from medim.data.readers.dicom import identifiers as identities
+from medim.data.readers.dicom.codestreams import check_codec
 from medim.data.readers.dicom.frames import ATTRIBUTES, check_pixel_spacing, read_frame_planes, read_frame_types
 from medim.data.readers.dicom.header_scan import UNDEFINED, HeaderScan, has_all_fragments, scan_header
 from medim.data.readers.dicom.values import DicomHeader, silence_pydicom
@@ -19,7 +21,17 @@ from medim.data.readers.inspection import DicomFile, FileInspection, RejectedFil
 from medim.privacy import Scrubber, identity_tokens, load_site_key, make_pseudonym
 from medim.types import Modality
 
-MODALITIES: dict[str, Modality] = {"MR": "mri", "CR": "xray", "DX": "xray", "RG": "xray"}
+MODALITIES: dict[str, Modality] = {  # of X-rays, single images of any part of the body: projections, no CT
+    "MR": "mri",
+    "CR": "xray",  # computed radiography
+    "DX": "xray",  # digital radiography
+    "RG": "xray",  # radiographic film, digitised
+    "MG": "xray",  # mammography
+    "IO": "xray",  # dental film or sensor in the mouth
+    "PX": "xray",  # dental panorama
+    "RF": "xray",  # fluoroscopy
+    "XA": "xray",  # angiography
+}
 _IMAGE_KEYWORDS = (
     "SpecificCharacterSet", "SOPClassUID", "Modality", "ImageType", "BurnedInAnnotation", "Manufacturer",
     "ManufacturerModelName", "MagneticFieldStrength", "ScanningSequence", "EchoPulseSequence", "AcquisitionContrast",
@@ -75,6 +87,10 @@ def inspect_dicom_header(path: Path) -> FileInspection:
         series_info = _add_frame_types(series_info, scan_result.header)
         count = max(scan_result.header.integer("NumberOfFrames", 1), 1)
         damage = _find_pixel_damage(path, scan_result, count)
+        if damage is None:
+            check_codec(scan_result.syntax)
+            if _count_excess_bytes(scan_result, count):
+                series_info = replace(series_info, quality=tuple(sorted({*series_info.quality, "bytes-after-pixels"})))
         instance = DicomFile(
             sop=_pseudonymise_uid(scan_result.header, "SOPInstanceUID", digits=24),
             number=scan_result.header.integer("InstanceNumber", 0),
@@ -130,7 +146,7 @@ def _read_series_info(key: bytes, raw_values: tuple[bytes | None, ...], byte_ord
         aliases=(make_pseudonym(patient),) if patient and issuer else (),
         size=(header.integer("Rows"), header.integer("Columns")),
         spacing=spacing,
-        sequence=scrub.scrub_text(sequence or None) if kind == "mri" else None,
+        sequence=scrub.scrub_text(sequence or None) if kind == "mri" else header.text("Modality"),
         scanner=scrub.scrub_text(scanner or None),
         field_strength=field,
         n_declared=header.integer("ImagesInAcquisition", 0),
@@ -221,12 +237,14 @@ def _find_quality_codes(header: DicomHeader, is_lossy: bool) -> tuple[str, ...]:
 
 
 def _read_xray_spacing(header: DicomHeader) -> tuple[tuple[float, float], tuple[str, ...]]:
-    """Read row and column spacing in mm, with quality codes."""
-    if header.numbers("PixelSpacing"):
-        return check_pixel_spacing(header.numbers("PixelSpacing")), ()
-    for keyword in ("ImagerPixelSpacing", "NominalScannedPixelSpacing"):
-        if header.numbers(keyword):
-            return check_pixel_spacing(header.numbers(keyword)), ("detector-spacing",)
+    """Read row and column spacing in mm, with quality codes.
+
+    An X-ray can be used without a spacing, so an invalid one, such as 0 or a text, counts as missing.
+    """
+    for keyword in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"):
+        with suppress(ReadError):
+            if values := header.numbers(keyword):
+                return check_pixel_spacing(values), (() if keyword == "PixelSpacing" else ("detector-spacing",))
     return (1.0, 1.0), ("no-spacing",)
 
 
@@ -256,13 +274,43 @@ def _find_pixel_damage(path: Path, scan_result: HeaderScan, count: int) -> ReadE
     available_bytes = min(scan_result.length, scan_result.size - scan_result.start)
     if available_bytes < expected_bytes:
         return ReadError("truncated", f"{available_bytes} bytes of pixels; the header specifies {expected_bytes}")
-    if scan_result.length > expected_bytes + expected_bytes % 2:
+    if scan_result.length > expected_bytes + expected_bytes % 2 and not _is_padding(path, scan_result, size):
         return ReadError(
             "length-mismatch", f"{scan_result.length} bytes of pixels; the header specifies {expected_bytes}"
         )
     if not _has_valid_tail(path, scan_result):
         return ReadError("length-mismatch", "bytes that are no DICOM element follow the pixels")
     return None
+
+
+def _count_excess_bytes(scan_result: HeaderScan, count: int) -> int:
+    """Count the bytes of the pixel data after the last pixel, except one byte that makes its length even."""
+    header = scan_result.header
+    size = (header.integer("Rows"), header.integer("Columns"), count)
+    expected_bytes = check_size(size, header.integer("BitsAllocated", 16) // 8)
+    if scan_result.length == UNDEFINED:
+        return 0
+    return max(0, scan_result.length - expected_bytes - expected_bytes % 2)
+
+
+def _is_padding(path: Path, scan_result: HeaderScan, size: tuple[int, int, int]) -> bool:
+    """Whether the excess bytes of the pixel data are padding and not the sign of another shape.
+
+    With wrong rows or columns, the excess would be a multiple of a column or a row. Padding is shorter than both, or
+    consists of up to `_BLOCK_BYTES` zeros.
+    """
+    rows, columns, count = size
+    excess = _count_excess_bytes(scan_result, count)
+    line_bytes = [n * scan_result.header.integer("BitsAllocated", 16) // 8 for n in (rows, columns)]
+    if excess < min(line_bytes):
+        return True
+    if excess > _BLOCK_BYTES or any(excess % length == 0 for length in line_bytes):
+        return False
+    if scan_result.syntax == DeflatedExplicitVRLittleEndian:
+        return False
+    with path.open("rb") as file:
+        file.seek((scan_result.start or 0) + scan_result.length - excess)
+        return not any(file.read(excess))
 
 
 def _has_valid_tail(path: Path, scan_result: HeaderScan) -> bool:

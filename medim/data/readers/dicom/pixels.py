@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,12 @@ import numpy as np
 import pydicom
 from pydicom.encaps import generate_frames
 from pydicom.pixels.processing import apply_modality_lut
-from pydicom.uid import JPEG2000, JPEG2000Lossless, JPEGLSLossless, JPEGLSNearLossless, RLELossless
+from pydicom.uid import JPEGExtended12Bit, RLELossless
 
 from medim.data.readers.base import DECODER, ReadError
-from medim.data.readers.dicom.codestreams import check_frame
+from medim.data.readers.dicom.codestreams import DECODER_PLUGINS, check_codec, check_frame, decode_extended_jpeg
 from medim.data.readers.dicom.values import silence_pydicom
 from medim.types import Array
-
-_DECODERS: dict[str, str] = {  # GDCM aborts the process on some damaged frames, so it decodes only plain JPEG
-    JPEGLSLossless: "pyjpegls",
-    JPEGLSNearLossless: "pyjpegls",
-    JPEG2000Lossless: "pylibjpeg",
-    JPEG2000: "pylibjpeg",
-}
 
 
 def decode_frames(path: Path) -> Array:
@@ -64,19 +58,6 @@ def decode_and_rescale(path: Path) -> Array:
     return frames
 
 
-def fill_padding(frames: Array) -> Array:
-    """Replace padding by the lowest value of the other pixels, so that it counts as background; changes the array."""
-    has_padding, lowest = False, None
-    for frame in frames:  # one after the other, because a mask of all would take a quarter of their memory
-        values = frame[~np.isnan(frame)]
-        has_padding |= values.size < frame.size
-        if values.size:
-            lowest = values.min() if lowest is None else min(lowest, values.min())
-    for frame in frames if has_padding else ():
-        frame[np.isnan(frame)] = 0 if lowest is None else lowest
-    return frames
-
-
 def same_pixels(one: Path, other: Path) -> bool:
     """Whether two files contain the same image, independent of their transfer syntax."""
     return filecmp.cmp(one, other, shallow=False) or hash_pixels(one) == hash_pixels(other)
@@ -114,13 +95,21 @@ def _decode_stored_values(dataset: pydicom.FileDataset) -> Array:
         bits, bits_stored = int(dataset.BitsAllocated), int(dataset.BitsStored)
         unused_high_bits = bits - 1 - int(dataset.get("HighBit", bits_stored - 1))
         has_bit_cells = not syntax.is_encapsulated or syntax == RLELossless
+        check_codec(syntax)
         if has_bit_cells:  # pydicom would clear bits as if the value occupied the lowest bits of its cell
             dataset.BitsStored, dataset.HighBit = bits, bits - 1
         else:
-            for frame in generate_frames(dataset.PixelData, number_of_frames=int(dataset.get("NumberOfFrames") or 1)):
+            for frame in _generate_frames(dataset):
                 check_frame(frame, int(dataset.Rows), int(dataset.Columns), bits)
-        dataset.pixel_array_options(decoding_plugin=_DECODERS.get(syntax, ""))
-        values: Array = dataset.pixel_array
+        values: Array
+        if syntax == JPEGExtended12Bit and bits == 16:
+            size, signed = (int(dataset.Rows), int(dataset.Columns)), bool(dataset.get("PixelRepresentation"))
+            values = np.stack(
+                [decode_extended_jpeg(frame, *size, bits_stored, signed=signed) for frame in _generate_frames(dataset)]
+            )
+        else:
+            dataset.pixel_array_options(decoding_plugin=DECODER_PLUGINS.get(syntax, ""))
+            values = dataset.pixel_array
         dataset.BitsStored = bits_stored
         values = values.reshape(int(dataset.get("NumberOfFrames") or 1), int(dataset.Rows), int(dataset.Columns))
     except (ReadError, MemoryError):
@@ -131,6 +120,10 @@ def _decode_stored_values(dataset: pydicom.FileDataset) -> Array:
         # the shifts preserve the sign of signed values
         values = np.right_shift(np.left_shift(values, unused_high_bits), bits - bits_stored)
     return values
+
+
+def _generate_frames(dataset: pydicom.FileDataset) -> Iterator[bytes]:
+    return generate_frames(dataset.PixelData, number_of_frames=int(dataset.get("NumberOfFrames") or 1))
 
 
 def _compute_value_range(dataset: pydicom.FileDataset) -> tuple[int, int]:

@@ -22,11 +22,12 @@ from medim.data.readers.base import (
     allocate_volume,
     check_memory,
     check_size,
+    fill_padding,
     flat_volume,
     ras_grid,
 )
 from medim.data.readers.dicom.header import inspect_dicom_header, looks_like_dicom
-from medim.data.readers.dicom.pixels import decode_frames, fill_padding, hash_pixels, same_pixels
+from medim.data.readers.dicom.pixels import decode_frames, hash_pixels, same_pixels
 from medim.data.readers.dicom.series import SeriesFrames, StackResult, group_into_stacks
 from medim.data.readers.dicom.stack import Stack
 from medim.data.readers.inspection import (
@@ -68,7 +69,7 @@ class SlicePlan:
 
 
 class DicomReader:
-    """Reader of the modalities MR (3D) and CR, DX, RG (2D)."""
+    """Reader of MR (3D) and of X-rays (2D): CR, DX, RG, MG, IO, PX, and single images of RF and XA."""
 
     name = "DICOM"
     class_folders = False

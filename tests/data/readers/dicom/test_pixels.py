@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,20 @@ from pydicom.uid import (
     ExplicitVRBigEndian,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
+    JPEGExtended12Bit,
     JPEGLSLossless,
     RLELossless,
     SecondaryCaptureImageStorage,
+    UID_dictionary,
 )
 
 from medim.data.index.rejection_codes import QUALITY_CODES
 from medim.data.readers import DICOM, ReadError, read_volume
+from medim.data.readers.dicom import codestreams
 from medim.data.readers.dicom.header_scan import scan_header as walk
+from medim.data.readers.dicom.pixels import decode_frames
+from medim.data.readers.sandbox import DecodingLimits, sandboxed_decoding
+from medim.doctor import run_checks
 from medim.types import Modality
 from tests.data.synthetic import dataset, enhanced, noise, save, scan, write_series, xray
 
@@ -161,6 +169,128 @@ def test_a_jpeg_of_another_size_or_depth_is_refused(tmp_path: Path, shared_data:
 def test_more_pixels_than_announced_are_refused(tmp_path: Path) -> None:
     path = save(dataset(noise(4, 6), PixelData=bytes(4 * 6 * 2 + 12)), tmp_path / "a.dcm")
     assert DICOM.inspect(path).rejected[0].reason == "length-mismatch"
+
+
+@pytest.mark.parametrize("tail", [b"\7" * 30, bytes(30), bytes(100), bytes(512)], ids=len)
+def test_padding_after_the_pixels_is_accepted_and_said(tmp_path: Path, tail: bytes) -> None:
+    for name, made in (("a", mri(PixelData=None)), ("b", xray(noise(4, 6), PixelData=None))):
+        made.Rows, made.Columns, made.PixelData = 17, 19, noise(17, 19).astype(np.uint16).tobytes() + tail
+        path = save(made, tmp_path / f"{name}.dcm")
+        (image,) = scan(DICOM, [path], "mri" if name == "a" else "xray")[0]
+        assert "bytes-after-pixels" in image.quality
+        array = read_volume(path).array[0]
+        np.testing.assert_array_equal(array[::-1, ::-1, 0].T if name == "a" else array, noise(17, 19))
+
+
+@pytest.mark.parametrize("excess", [34, 38, 76, 514], ids=["a column", "a row", "two rows", "a block and more"])
+def test_the_bytes_of_another_shape_are_no_padding(tmp_path: Path, excess: int) -> None:
+    pixels = noise(17, 19).astype(np.uint16)
+    path = save(xray(pixels, PixelData=pixels.tobytes() + bytes(excess)), tmp_path / "a.dcm")
+    assert DICOM.inspect(path).rejected[0].reason == "length-mismatch"
+
+
+@pytest.mark.parametrize("value", [[0, 0], [0.2, 0.0], [0.2], [-0.1, -0.1], "nonsense"], ids=str)
+def test_an_x_ray_without_a_valid_spacing_is_read_without_one(tmp_path: Path, value: Any) -> None:
+    made = xray(noise(4, 6), PixelSpacing=[1.0, 1.0])
+    save(made, tmp_path / "a.dcm")
+    old = b"1.0\\1.0 "
+    text = value if isinstance(value, str) else "\\".join(map(str, value))
+    raw = (tmp_path / "a.dcm").read_bytes()
+    assert raw.count(old) == 1
+    (tmp_path / "a.dcm").write_bytes(raw.replace(old, text[:8].encode().ljust(8)))
+    (image,) = scan(DICOM, [tmp_path / "a.dcm"], "xray")[0]
+    assert image.quality == ("no-spacing",)
+    assert read_volume(tmp_path / "a.dcm").spacing == (1.0, 1.0)
+
+
+def test_the_spacing_of_the_detector_stands_in_for_an_invalid_one(tmp_path: Path) -> None:
+    path = save(xray(noise(4, 6), PixelSpacing=[0, 0], ImagerPixelSpacing=[0.2, 0.3]), tmp_path / "a.dcm")
+    assert scan(DICOM, [path], "xray")[0][0].quality == ("detector-spacing",)
+    assert read_volume(path).spacing == (0.2, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("modality", "name"),
+    [
+        ("CR", "Computed Radiography Image Storage"),
+        ("DX", "Digital X-Ray Image Storage - For Presentation"),
+        ("RG", "Secondary Capture Image Storage"),
+        ("MG", "Digital Mammography X-Ray Image Storage - For Presentation"),
+        ("IO", "Digital Intra-Oral X-Ray Image Storage - For Presentation"),
+        ("PX", "Digital X-Ray Image Storage - For Presentation"),
+        ("RF", "X-Ray Radiofluoroscopic Image Storage"),
+        ("XA", "X-Ray Angiographic Image Storage"),
+    ],
+)
+def test_every_kind_of_x_ray_is_one_and_a_cine_is_none(tmp_path: Path, modality: str, name: str) -> None:
+    sop_class = next(uid for uid, entry in UID_dictionary.items() if entry[0] == name)
+    path = save(xray(noise(4, 6), Modality=modality, SOPClassUID=sop_class), tmp_path / "a.dcm")
+    (image,) = scan(DICOM, [path], "xray")[0]
+    assert image.sequence == modality
+    path = save(xray(noise(3, 4, 6), Modality=modality, SOPClassUID=sop_class), tmp_path / "b.dcm")
+    assert [one.reason for one in scan(DICOM, [path], "xray")[1]] == ["several-volumes"]
+
+
+def compressed(path: Path, *options: str) -> Path:
+    """Compress a DICOM file with GDCM's program, which python-gdcm brings."""
+    program = Path(sys.executable).with_name("gdcmconv")
+    if not program.exists():
+        pytest.skip("gdcmconv is not installed: pip install python-gdcm")
+    made = path.with_stem(f"{path.stem}-packed")
+    subprocess.run([program, *options, path, made], check=True, capture_output=True)
+    return made
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_jpeg_extended_of_12_bits_is_read(tmp_path: Path, frames: int) -> None:
+    y, x = np.mgrid[:40, :48]
+    pixels = (1000 + 20 * x + 15 * y + 300 * np.arange(frames)[:, None, None]).astype(np.uint16)
+    tags = {"BitsStored": 12, "HighBit": 11, "RescaleSlope": 2, "RescaleIntercept": -100}
+    plain = save(dataset(pixels if frames > 1 else pixels[0], **tags), tmp_path / "a.dcm")
+    packed = compressed(plain, "--jpeg", "--lossy", "-q", "95")
+    assert pydicom.dcmread(packed).file_meta.TransferSyntaxUID == JPEGExtended12Bit
+    away = np.abs(decode_frames(packed) - (2.0 * pixels - 100))
+    assert away.max() <= 18
+    assert away.mean() < 4
+    itk = pytest.importorskip("SimpleITK")
+    theirs = itk.GetArrayFromImage(itk.ReadImage(str(packed)))
+    np.testing.assert_array_equal(decode_frames(packed), theirs.reshape(frames, 40, 48))
+
+
+def test_a_damaged_frame_of_jpeg_extended_costs_its_own_file_at_most(tmp_path: Path) -> None:
+    y, x = np.mgrid[:40, :48]
+    plain = save(dataset((1000 + 20 * x + 15 * y).astype(np.uint16), BitsStored=12, HighBit=11), tmp_path / "a.dcm")
+    packed = compressed(plain, "--jpeg", "--lossy", "-q", "95")
+    raw = packed.read_bytes()
+    start = raw.index(b"\xff\xda") + 10
+    packed.write_bytes(raw[: start - 40] + bytes(40) + raw[start:])
+    with sandboxed_decoding(DecodingLimits()), pytest.raises(ReadError, match=r"undecodable|worker-died"):
+        decode_frames(packed)
+
+
+def test_a_compression_without_decoder_is_found_by_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    y, x = np.mgrid[:40, :48]
+    plain = save(xray((x + y).astype(np.uint16), BitsStored=12, HighBit=11), tmp_path / "in" / "a.dcm")
+    packed = compressed(plain, "--j2k")
+    assert scan(DICOM, [packed], "xray")[1] == []
+    raw = packed.read_bytes()
+    packed.write_bytes(raw.replace(b"1.2.840.10008.1.2.4.90", b"1.2.840.10008.1.2.4.96"))  # no syntax of today
+    (rejected,) = scan(DICOM, [packed], "xray")[1]
+    assert (rejected.reason, "gdcmconv" in rejected.detail) == ("reader-missing", True)
+    packed.write_bytes(raw)
+    codestreams.check_codec.cache_clear()
+    monkeypatch.setattr(codestreams, "DECODER_PLUGINS", {"1.2.840.10008.1.2.4.90": "absent"})
+    (rejected,) = scan(DICOM, [packed], "xray")[1]
+    assert (rejected.reason, "pip install" in rejected.detail) == ("reader-missing", True)
+    codestreams.check_codec.cache_clear()
+
+
+def test_doctor_decodes_jpeg_extended(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "DICOM JPEG Extended (Process 2 and 4)"
+    assert {check.name: check.ok for check in run_checks()}[name]
+    monkeypatch.setattr(codestreams, "decode_extended_jpeg", lambda *args, **options: np.zeros((8, 8)))
+    (check,) = (check for check in run_checks() if check.name == name)
+    assert (check.ok, "python-gdcm" in check.remedy) == (False, True)
 
 
 def mri(**tags: Any) -> Any:
