@@ -6,19 +6,23 @@ contains two or more findings; any other label is a class.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 from medim.types import UserError
 
+log = logging.getLogger(__name__)
 Findings = Mapping[str, bool | None]  # name to present, absent, or unknown (None)
 _SIGNS = {True: "+", False: "-", None: "?"}
 _PRESENCE_BY_SIGN = {sign: presence for presence, sign in _SIGNS.items()}
 _LABEL_PATTERN = re.compile(r"[+?-][^|]+(\|[+?-][^|]+)+")
 _KEY_COLUMNS = {"image", "subject", "split"}
+_ABSENCES = {"no finding", "no findings", "normal"}  # cells without any of the findings of a table
+_MISSING = {"", "n/a", "na", "#n/a", "<na>", "nan", "nat", "none", "null", "nil", "-", "--", "?", "."}
 _UNCERTAIN = -1.0  # code of an uncertain finding in CheXpert and MIMIC-CXR
 
 
@@ -92,13 +96,93 @@ def stratification_labels(labels: Sequence[Iterable[str]]) -> list[tuple[str, ..
     ]
 
 
+def is_missing(cell: str) -> bool:
+    """Whether a table cell is a missing value, in one of the usual spellings.
+
+    Examples:
+        >>> [is_missing(cell) for cell in ("", "NaN", " null", "0", "nothing")]
+        [True, True, True, False, False]
+    """
+    return cell.strip().lower() in _MISSING
+
+
+def unify_labels(labels: Sequence[str | None]) -> list[str | None]:
+    """Unify labels that differ only in case or blanks, and split lists of findings as in `edema|mass`.
+
+    A list of findings contains those that are present, as in the tables of ChestX-ray14; all other findings of the
+    labels are absent. `No Finding` and `normal` are then lists without any. The log reports what was changed.
+
+    Returns:
+        The labels in their order: classes, or findings in the form of `format_findings`.
+
+    Raises:
+        UserError: a list of findings contains another one and `No Finding`.
+
+    Examples:
+        >>> unify_labels(["edema|mass", "mass", "No Finding", None])
+        ['+edema|+mass', '-edema|+mass', '-edema|-mass', None]
+    """
+    is_list = any(label is not None and "|" in label and not parse_findings(label) for label in labels)
+    if is_list and any(parse_findings(label) for label in labels):
+        return list(labels)  # `check_label_kind` reports the mixture
+    cells = [None if label is None else _split_label(label, is_list=is_list) for label in labels]
+    spellings = _unify_spellings(part for parts in cells if parts for part in parts)
+    unified = [None if parts is None else [spellings[part] for part in parts] for parts in cells]
+    if not is_list:
+        return [None if parts is None else parts[0] for parts in unified]
+    absences = {name for name in spellings.values() if name.lower() in _ABSENCES}
+    names = sorted({name for parts in unified if parts for name in parts} - absences)
+    for parts in unified:
+        if parts and absences & set(parts) and len(set(parts)) > 1:
+            raise UserError(f"labels: expected a list of findings, got {'|'.join(parts)!r}. Correct the label column.")
+    log.info(
+        "several findings in one label: split at '|' into %d findings (%s); findings that a label does not list are "
+        "absent%s",
+        len(names),
+        ", ".join(names),
+        f", and {' and '.join(map(repr, sorted(absences)))} lists none" if absences else "",
+    )
+    if len(names) < 2:
+        raise UserError(f"labels: expected two or more findings in labels with '|', got {', '.join(names) or 'none'}.")
+    return [None if parts is None else format_findings({name: name in parts for name in names}) for parts in unified]
+
+
+def _split_label(label: str, *, is_list: bool) -> list[str]:
+    """Split a label into findings, without empty ones; a class, and findings with signs, are one part."""
+    parts = [part.strip() for part in label.split("|")] if is_list else [label]
+    return list(dict.fromkeys(part for part in parts if part)) or [label]
+
+
+def _unify_spellings(names: Iterable[str]) -> dict[str, str]:
+    """Map each name to the most frequent spelling of those that differ only in case, blanks or decimals."""
+    counts = Counter(names)
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(counts, key=lambda name: (-counts[name], name)):
+        groups[name if parse_findings(name) else _spelling_key(name)].append(name)
+    for spellings in groups.values():
+        if len(spellings) > 1:
+            log.warning(
+                "the labels %s differ only in case, blanks or decimals and count as one class, %r. Correct the labels "
+                "if they are several",
+                ", ".join(f"{name!r} ({counts[name]} images)" for name in spellings),
+                spellings[0],
+            )
+    return {name: spellings[0] for spellings in groups.values() for name in spellings}
+
+
+def _spelling_key(name: str) -> str:
+    if re.fullmatch(r"\d+\.0*", name):  # a class number that a spreadsheet has written with decimals
+        return str(int(float(name)))
+    return re.sub(r"\s+", " ", name.strip()).casefold()
+
+
 def parse_finding(cell: str) -> bool | None:
-    """Parse a table cell: 1 present, 0 absent; empty, `nan` or -1 (uncertain) unknown.
+    """Parse a table cell: 1 present, 0 absent; a missing value (`is_missing`) or -1 (uncertain) unknown.
 
     Raises:
         ValueError: the cell has another value.
     """
-    number = float(cell) if cell else math.nan
+    number = math.nan if is_missing(cell) else float(cell)
     if math.isnan(number) or number == _UNCERTAIN:
         return None
     if number not in (0.0, 1.0):

@@ -25,6 +25,7 @@ from medim.types import Array, Volume
 TRUTH = "truth"  # metric in `results.parquet` that holds the number of the true class
 N_MISTAKES = 5
 MAX_RARE_CLASSES = 10  # more classes than this need two images each, and integers if they are numbers
+MAX_NUMBERS = 20  # more different numbers than this are measurements
 
 
 class Classification(Task):
@@ -167,12 +168,18 @@ class Classification(Task):
 def _find_class_count_error(index: Index) -> str | None:
     """Describe labels that are no classes, with a remedy: measured numbers, or a label of its own for most images."""
     labels, count = index.labels, sum(record.label is not None for record in index.records)
-    if len(labels) <= MAX_RARE_CLASSES:
-        return None
-    numbers = [parse_number(label) for label in labels]
-    if None not in numbers and (2 * len(labels) > count or any(number % 1 for number in numbers if number is not None)):
-        return f"{len(labels)} different numbers for {count} images (first: {labels[0]}). Use --task regression"
-    if 2 * len(labels) > count:
+    numbers = [number for number in map(parse_number, labels) if number is not None]
+    is_often_unique, has_fractions = 2 * len(labels) > count, any(number % 1 for number in numbers)
+    if len(numbers) == len(labels) > 2 and (
+        len(labels) > MAX_NUMBERS
+        or (has_fractions and (is_often_unique or len(labels) > MAX_RARE_CLASSES))
+        or (is_often_unique and len(labels) > MAX_RARE_CLASSES)
+    ):
+        return (
+            f"{len(labels)} different numbers for {count} images (first: {labels[0]}), which look like a measurement. "
+            "Use --task regression; for classes, write words such as class-7"
+        )
+    if is_often_unique and len(labels) > MAX_RARE_CLASSES:
         return f"{len(labels)} different labels for {count} images (first: {labels[0]!r}). Check the label column"
     return None
 

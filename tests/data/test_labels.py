@@ -149,3 +149,46 @@ def test_a_rare_finding_is_on_both_sides_of_a_split_and_in_a_small_budget(tmp_pa
         both = {parts[record.image] for record in free if record.label and "+2" in record.label}
         assert both == {"train", "val"}
         assert any("+2" in str(record.label) for record in select_label_budget(free, labelled=5, seed=seed))
+
+
+@pytest.mark.parametrize("cell", ["", "NaN", "nan", "NA", "N/A", "n/a", "None", "null", "NULL", "-", "?", " <NA> "])
+def test_a_missing_label_is_missing_however_it_is_written(
+    pictures: Path, caplog: pytest.LogCaptureFixture, cell: str
+) -> None:
+    index = indexed(pictures, f"image,label\np0,a\np1,{cell}\np2,b\n")
+    assert [record.label for record in index.records] == ["a", None, "b", None]
+    assert ("1 labels count as missing" in caplog.text) == bool(cell.strip())
+    findings = indexed(pictures, f"image,edema,mass\np0,1,{cell}\np1,{cell},0\np2,0,1\n")
+    assert [record.label for record in findings.records] == ["+edema|?mass", "?edema|-mass", "-edema|+mass", None]
+
+
+def test_several_findings_in_a_cell_are_split_as_chestxray14_writes_them(
+    pictures: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    index = indexed(pictures, "Image Index,Finding Labels\np0,Mass|Edema\np1,No Finding\np2,edema \np3,Mass | Edema\n")
+    assert index.findings == ("Edema", "Mass")
+    labels = [record.label for record in index.records]
+    assert labels == ["+Edema|+Mass", "-Edema|-Mass", "+Edema|-Mass", "+Edema|+Mass"]
+    assert "split at '|' into 2 findings (Edema, Mass)" in caplog.text
+    assert "'No Finding' lists none" in caplog.text
+    with pytest.raises(UserError, match=r"expected a list of findings, got 'Mass\|No Finding'"):
+        indexed(pictures, "image,label\np0,Mass|No Finding\np1,Edema\n")
+    with pytest.raises(UserError, match=r"expected two or more findings in labels with '\|', got Mass"):
+        indexed(pictures, "image,label\np0,Mass|Mass\np1,No Finding\n")
+
+
+@pytest.mark.parametrize(
+    ("cells", "labels"),
+    [
+        (("NORMAL", "normal", "normal", "ill"), ["normal", "normal", "normal", "ill"]),
+        (("No  mass", "No mass", "no mass", "no mass"), ["no mass"] * 4),
+        (("1", "1.0", "1", "2"), ["1", "1", "1", "2"]),
+    ],
+)
+def test_labels_that_differ_in_case_blanks_or_decimals_are_one_class_with_a_warning(
+    pictures: Path, caplog: pytest.LogCaptureFixture, cells: tuple[str, ...], labels: list[str]
+) -> None:
+    table = "".join(f"p{number},{cell}\n" for number, cell in enumerate(cells))
+    assert [record.label for record in indexed(pictures, f"image,label\n{table}").records] == labels
+    assert "differ only in case, blanks or decimals and count as one class" in caplog.text

@@ -14,6 +14,7 @@ from medim.data.index.decathlon import file_stem
 from medim.data.index.layouts import Layout
 from medim.data.index.subject_names import infer_subjects, infer_subjects_from_stems
 from medim.data.index.tables import CsvTable, ImageMatcher, check_participants, merge_tables, read_table
+from medim.data.labels import unify_labels
 from medim.data.readers.inspection import ImageInfo, RejectedFile
 from medim.privacy import format_path, make_pseudonym
 from medim.types import UserError
@@ -209,7 +210,11 @@ def _split_path(path: Path, root: Path) -> tuple[str, ...]:
 
 
 def join_labels(pending_records: Sequence[PendingRecord], tables: FolderTables, root: Path) -> None:
-    """Set the label, mask and split of pending records from tables, by image or by subject."""
+    """Set the label, mask and split of pending records from tables, by image or by subject.
+
+    Raises:
+        UserError: rows are contradictory, or labels are invalid lists of findings.
+    """
     by_subject: dict[str, set[int]] = defaultdict(set)
     for index, pending in enumerate(pending_records):
         for name in {pending.subject, pending.image.subject, *pending.image.aliases}:
@@ -223,6 +228,8 @@ def join_labels(pending_records: Sequence[PendingRecord], tables: FolderTables, 
         if "mask" in cells:
             cell, table = cells["mask"]
             pending.mask = table.find_mask(cell, root)
+    for pending, label in zip(pending_records, unify_labels([p.label for p in pending_records]), strict=True):
+        pending.label = label
 
 
 def _add_matchers(

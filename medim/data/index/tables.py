@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import get_args
 
 from medim.data.index.decathlon import file_stem
-from medim.data.labels import detect_finding_columns, format_findings, parse_finding
+from medim.data.labels import detect_finding_columns, format_findings, is_missing, parse_finding
 from medim.data.readers.inspection import ImageInfo
 from medim.parsing import read_csv
 from medim.privacy import format_path, hide_name, make_pseudonym, scrubbed_name
@@ -83,10 +83,12 @@ def read_table(path: Path, kind: str, *, from_user: bool) -> CsvTable | None:
         raise UserError(f"{format_path(path)}: cannot be read ({error.strerror}). Check --{kind}.") from error
     columns = _name_columns(content.columns)
     numbered_rows = (
-        (line, {name: _clean_cell(row[key]) for key, name in zip(content.columns, columns, strict=True) if name})
+        (line, {name: _clean_cell(row[key], name) for key, name in zip(content.columns, columns, strict=True) if name})
         for line, row in zip(content.lines, content, strict=True)
     )
     rows = tuple(row for row in numbered_rows if any(row[1].values()))
+    if "label" in columns:
+        _report_missing_labels(path, [row[content.columns[columns.index("label")]] for row in content])
     may_have_findings = kind == "labels" and from_user and not {"label", "mask"} & set(columns)
     findings = detect_finding_columns([cells for _, cells in rows]) if may_have_findings else ()
     has_columns = {"image", "subject"} <= set(columns)
@@ -151,10 +153,20 @@ def _name_columns(names: Sequence[str]) -> list[str]:
     return columns
 
 
-def _clean_cell(text: str | None) -> str:
-    """Clean a cell; `n/a` is the missing value of BIDS."""
+def _clean_cell(text: str | None, column: str) -> str:
+    """Clean a cell; a missing value becomes an empty text. A file may be called `none`."""
     value = (text or "").strip()
-    return "" if value == "n/a" else value
+    return "" if value == "n/a" or (column != "image" and is_missing(value)) else value
+
+
+def _report_missing_labels(path: Path, cells: Iterable[str | None]) -> None:
+    """Log how many labels are missing values that are written as a word."""
+    counts = Counter(cell.strip() for cell in cells if cell and cell.strip() and is_missing(cell))
+    if counts:
+        log.warning(
+            "%s: %d labels count as missing (%s). If this is a class, give it another name",
+            *(format_path(path.name), counts.total(), ", ".join(f"{name} {n}" for name, n in counts.most_common())),
+        )
 
 
 def check_participants(path: Path, subject_names: Iterable[Iterable[str | None]]) -> None:

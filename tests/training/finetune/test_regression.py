@@ -192,6 +192,7 @@ def test_labels_without_a_standard_deviation_are_refused(
     ("labels", "remedy"),
     [
         ([f"{1000 + 1.5 * n}" for n in range(40)], "40 different numbers for 80 images.*--task regression"),
+        ([f"{18 + n % 30}" for n in range(80)], "30 different numbers for 80 images.*look like a measurement"),
         ([f"{n}" for n in range(80)], "80 different numbers for 80 images.*--task regression"),
         ([f"report {n}" for n in range(80)], "80 different labels for 80 images.*Check the label column"),
     ],
