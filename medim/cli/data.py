@@ -19,6 +19,7 @@ from medim.cli.options import (
     PreprocessingJobsOption,
     SeedOption,
     SubjectsOption,
+    WhereOption,
     check_modality,
     require_modality,
 )
@@ -97,6 +98,7 @@ class IndexArguments:
     labels: LabelsOption = None
     subjects: SubjectsOption = None
     keep_names: KeepNamesOption = False
+    where: WhereOption = None
     jobs: Annotated[
         int | None, typer.Option(metavar="N", help="Number of processes. Default: one per core.", min=1)
     ] = None
@@ -113,12 +115,15 @@ def index(arguments: IndexArguments) -> None:
     """
     from medim.data.index.index import AllRejectedError, build_index
     from medim.data.index.records import REJECTIONS_FILE
-    from medim.data.loading.source_summary import describe_source
+    from medim.data.index.selection import parse_condition
+    from medim.data.loading.source_summary import describe_source, warn_mixed_sizes
     from medim.data.parallel import count_cpus
     from medim.data.public.fetch import resolve_data_argument
     from medim.output_folder import output_folder, write_rejection_file
 
     out, overwrite = arguments.out, arguments.overwrite
+    if arguments.where is not None:
+        parse_condition(arguments.where)  # a mistake in it shows before images are read
     source_paths = [resolve_data_argument(source, arguments.modality) for source in arguments.sources]
     inputs = [path for path in (*source_paths, arguments.labels, arguments.subjects) if path is not None]
     try:
@@ -133,6 +138,7 @@ def index(arguments: IndexArguments) -> None:
                 remember=not arguments.no_cache,
                 progress=show_progress("inspected", "files"),
             )
+            image_index = image_index if arguments.where is None else image_index.select(arguments.where)
             image_index.write(folder, final_folder=out)
     except AllRejectedError as error:
         write_rejection_file(out, "index", error.write_rejections)
@@ -143,6 +149,7 @@ def index(arguments: IndexArguments) -> None:
         "rejected": len(image_index.rejected),
         "files opened": image_index.n_inspected,
     }
+    warn_mixed_sizes(image_index)
     details = describe_source(image_index, rejections_file=out / REJECTIONS_FILE)
     print_result("index", {**counts, **details, "written to": out})
 
@@ -167,6 +174,7 @@ def preprocess(
     modality: ModalityOption = None,
     config: ConfigOption = None,
     keep_names: KeepNamesOption = False,
+    where: WhereOption = None,
     jobs: PreprocessingJobsOption = 1,
 ) -> None:
     """Preprocess images into a store.
@@ -185,6 +193,7 @@ def preprocess(
     settings = resolve_pretrain_config(preset)
     check_modality(settings.modality, modality, config)
     image_index, _ = open_source(source, settings.modality, keep_names=keep_names)
+    image_index = image_index if where is None else image_index.select(where)
     print_source(image_index, rejections_file=out / REJECTIONS_FILE)
     steps = resolve_pretrain_config(preset, index=image_index).preprocessing
     cohort = open_cohort(image_index, image_index.records, steps, split_seed=0, store=out, jobs=jobs)

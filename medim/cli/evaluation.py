@@ -25,6 +25,7 @@ from medim.cli.options import (
     SetOption,
     SplitSeedOption,
     SubjectsOption,
+    WhereOption,
 )
 from medim.cli.sources import read_source
 from medim.cli.terminal import format_averages, format_intervals, format_or_dash, print_result
@@ -61,6 +62,7 @@ class EvaluateArguments:
     labels: LabelsOption = None
     subjects: SubjectsOption = None
     keep_names: KeepNamesOption = False
+    where: WhereOption = None
     public_key: PublicKeyOption = None
     overwrite: OverwriteOption = False
 
@@ -142,6 +144,7 @@ class ProbeArguments:
     labels: LabelsOption = None
     subjects: SubjectsOption = None
     keep_names: KeepNamesOption = False
+    where: WhereOption = None
     split_seed: SplitSeedOption = 0
     fail_on_contamination: FailOnContaminationOption = False
     public_key: PublicKeyOption = None
@@ -247,6 +250,7 @@ class StudyArguments:
     labels: LabelsOption = None
     subjects: SubjectsOption = None
     keep_names: KeepNamesOption = False
+    where: WhereOption = None
     groups: Annotated[
         Path | None,
         typer.Option(

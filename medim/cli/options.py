@@ -23,6 +23,14 @@ LabelsOption = Annotated[
 SubjectsOption = Annotated[
     Path | None, typer.Option("--subjects", metavar="FILE", help="CSV with columns image,subject.")
 ]
+WhereOption = Annotated[
+    str | None,
+    typer.Option(
+        "--where",
+        metavar="CONDITION",
+        help='Use only images of which the columns of the index satisfy this, such as "sequence=T1w and spacing_z<3".',
+    ),
+]
 KeepNamesOption = Annotated[
     bool,
     typer.Option(

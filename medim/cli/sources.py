@@ -18,7 +18,7 @@ def read_source(
     """Open or build the index in `--data` with the tables and options of a command.
 
     Args:
-        arguments: arguments with `data`, and optionally `labels`, `subjects`, `keep_names` and `split_seed`.
+        arguments: arguments with `data` and `where`, and optionally `labels`, `subjects`, `keep_names`, `split_seed`.
         modality: modality of the images.
         out: folder in which the command writes `rejected.csv`, for the printed block.
         show: whether to print what was read.
@@ -27,13 +27,18 @@ def read_source(
         The index, and the folder of the store if the data are a store.
 
     Raises:
-        UserError: as `medim.data.source.open_source`.
+        UserError: as `medim.data.source.open_source`, or no image satisfies `where`.
+        UsageError: `where` is invalid.
     """
+    from medim.data.index.selection import parse_condition
     from medim.data.source import open_source
 
     names = ("labels", "subjects", "keep_names")
     options = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    if arguments.where is not None:
+        parse_condition(arguments.where)  # a mistake in it shows before images are read
     index, store = open_source(arguments.data, modality, **options)
+    index = index if arguments.where is None else index.select(arguments.where)
     if show:
         show_source(arguments, index, out)
     return index, store

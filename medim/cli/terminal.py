@@ -44,7 +44,7 @@ _MEMORY_MESSAGE = re.compile(  # of torch, CUDA, C++ and threads
 _CONTROL_CATEGORIES = {"Cc", "Cf", "Zl", "Zp"}  # control and format characters, line and paragraph separators
 
 
-class _ColouredHandler(RichHandler):
+class ColouredHandler(RichHandler):
     """Log lines for a terminal; warnings are coloured."""
 
     def render_message(self, record: logging.LogRecord, message: str) -> ConsoleRenderable:
@@ -171,7 +171,7 @@ def _configure_logging(is_quiet: bool, *, with_traceback: bool) -> None:
     Tracebacks that libraries log, such as those of a tracking database on a full disk, are left out by default.
     """
     if stderr_console.is_terminal:
-        handler: logging.Handler = _ColouredHandler(
+        handler: logging.Handler = ColouredHandler(
             console=stderr_console, markup=False, show_path=False, show_level=False, log_time_format="%H:%M:%S"
         )
         handler.setFormatter(logging.Formatter("%(message)s"))
@@ -315,8 +315,9 @@ def print_source(index: Index, *, split_seed: int | None = None, rejections_file
         split_seed: seed of the split by subject; None prints only splits of the source.
         rejections_file: file that the command writes with the reason of each file that is left out.
     """
-    from medim.data.loading.source_summary import describe_source
+    from medim.data.loading.source_summary import describe_source, warn_mixed_sizes
 
+    warn_mixed_sizes(index)
     if logging.getLogger("medim").isEnabledFor(logging.INFO):
         _print_table(
             stderr_console, "source", describe_source(index, split_seed=split_seed, rejections_file=rejections_file)

@@ -29,6 +29,7 @@ from medim.cli.options import (
     SetOption,
     SplitSeedOption,
     SubjectsOption,
+    WhereOption,
     check_modality,
     require_modality,
 )
@@ -70,6 +71,7 @@ class PretrainArguments:
     no_ood: NoOodOption = False
     subjects: SubjectsOption = None
     keep_names: KeepNamesOption = False
+    where: WhereOption = None
 
 
 @handle_shutdown_signals()
@@ -152,6 +154,7 @@ class FinetuneArguments:
     labels: LabelsOption = None
     subjects: SubjectsOption = None
     keep_names: KeepNamesOption = False
+    where: WhereOption = None
     config: ConfigOption = None
     set_: SetOption = None
     seed: SeedOption = 0
@@ -238,6 +241,7 @@ class PlanArguments:
     precision: PrecisionOption = None
     subjects: SubjectsOption = None
     keep_names: KeepNamesOption = False
+    where: WhereOption = None
     json: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the estimate to this JSON file.")
     ] = None

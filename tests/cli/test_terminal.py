@@ -10,9 +10,16 @@ import time
 import pytest
 import typer
 from rich.markup import MarkupError
+from rich.text import Text
 from typer.testing import CliRunner
 
-from medim.cli.terminal import escape_control_characters, format_intervals, print_result, register_command
+from medim.cli.terminal import (
+    ColouredHandler,
+    escape_control_characters,
+    format_intervals,
+    print_result,
+    register_command,
+)
 from medim.types import UserError
 
 HOSTILE = "a[/]b [red]c\x1b[31m\x1b]0;title\x07 \u202egnp.exe\r"
@@ -162,3 +169,19 @@ def test_a_signal_ends_every_command_with_exit_75_and_the_remedy(resume: bool, r
     assert "stopped by SIGTERM" in result.output
     assert remedy in result.output
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    ("level", "message", "style"),
+    [
+        (logging.INFO, "measured 8 of 8 images", None),
+        (logging.WARNING, "No subject IDs: each of 8 images counts as its own subject", "yellow"),
+        (logging.WARNING, "WARNING leakage: 1 of 4 evaluation images (25%) was used in pretraining", "bold red"),
+    ],
+)
+def test_warnings_are_coloured_on_a_terminal_and_leakage_is_red(level: int, message: str, style: str | None) -> None:
+    record = logging.LogRecord("medim", level, __file__, 1, message, None, None)
+    text = ColouredHandler(markup=False).render_message(record, message)
+    assert isinstance(text, Text)
+    assert text.plain == message
+    assert any(span.style == style for span in text.spans) is (style is not None)

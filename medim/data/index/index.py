@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NotRequired, get_args
@@ -34,6 +34,7 @@ from medim.data.index.records import (
     write_rejections,
 )
 from medim.data.index.scan_cache import FileScanner, ProgressCallback, inspect_file
+from medim.data.index.selection import describe_columns, parse_condition
 from medim.data.index.walk import list_readable_files
 from medim.data.labels import count_labels, finding_names
 from medim.data.mask_classes import MAX_CLASSES, format_values, is_identity, to_class_numbers
@@ -313,6 +314,37 @@ class Index:
             keep_names=bool(summary.get("keep_names", version == _VERSION_WITH_NAMES)),
             n_files=counts.get("files", 0),
             unidentified=(counts.get("images_without_subject_id", 0), counts.get("guessed_subjects", 0)),
+        )
+
+    def select(self, where: str) -> Index:
+        """Return the index of the images that satisfy a condition; the others are rejected with `not-selected`.
+
+        Args:
+            where: condition on the columns, see `medim.data.index.selection`.
+
+        Raises:
+            UsageError: the condition is invalid.
+            UserError: no image satisfies it.
+        """
+        condition = parse_condition(where)
+        records = tuple(record for record in self.records if condition(record))
+        if not records:
+            raise UserError(
+                f"{self.source_name}: none of {len(self.records)} images satisfies --where {where[:200]!r}. "
+                f"{describe_columns(self.records, where)}"
+            )
+        images = {record.image for record in records}
+        others = tuple(
+            Rejection(record.path, "not-selected", "an image that does not satisfy --where")
+            for record in self.records
+            if record.image not in images
+        )
+        has_label_classes = self.classes == _list_labels(self.records)
+        return replace(
+            self,
+            records=records,
+            rejected=(*self.rejected, *others),
+            classes=_list_labels(records) if has_label_classes else self.classes,
         )
 
     def log_unidentified(self) -> None:

@@ -41,6 +41,7 @@ REJECTION_REASONS = {
     "localizer": "A localizer, by its image type.",
     "screen-save": "A screen capture, by its image type.",
     "mosaic": "Slices arranged as a mosaic in one image.",
+    "not-selected": "An image that does not satisfy the condition of `--where`.",
     "not-structural": "A functional, diffusion, perfusion or field-map run of a BIDS tree.",
     "derivative": "A file of a BIDS tree's `derivatives`.",
     "source-data": "A file of a BIDS tree's `sourcedata`.",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from medim.data.index.index import Index
@@ -13,6 +14,8 @@ from medim.data.loading.splits import assign_splits
 from medim.privacy import format_result_path
 from medim.types import UserError
 
+log = logging.getLogger(__name__)
+_MIXED_FACTOR = 3  # of fields of view or voxel sizes, from which images are of several kinds
 _MAX_LISTED_CLASSES = 12  # listed; the others are counted
 _SPLITS = ("train", "val", "test")
 _NOTABLE_QUALITY = {  # codes of images that may not be what they seem
@@ -48,6 +51,9 @@ def describe_source(
         rows["classes"] = _list_counts(class_counts, _MAX_LISTED_CLASSES) + (
             f"; {n_unlabelled} without label" if n_unlabelled else ""
         )
+    sequences = Counter(record.sequence for record in records if record.sequence)
+    if len(sequences) > 1:
+        rows["sequences"] = _list_counts(sequences, _MAX_LISTED_CLASSES)
     if n_masks := sum(record.mask is not None for record in records):
         rows["masks"] = f"{n_masks} of {_count_nouns(len(records), 'image')}; classes: {', '.join(index.classes)}"
     if index.rejected:
@@ -60,6 +66,25 @@ def describe_source(
     if quality:
         rows["to check"] = _list_counts(quality)
     return rows
+
+
+def warn_mixed_sizes(index: Index) -> None:
+    """Log a warning if fields of view or voxel sizes of the images differ by a factor, as of heads and crops."""
+    records = [record for record in index.records if "no-spacing" not in (record.quality or "").split()]
+    fields_of_view = [max(s * n for s, n in zip(r.spacing, r.shape, strict=True)) for r in records]
+    _warn_mixed_lengths("fields of view", "fov_x", fields_of_view)
+    _warn_mixed_lengths("voxel sizes", "spacing_z", [max(record.spacing) for record in records])
+
+
+def _warn_mixed_lengths(name: str, column: str, lengths: Sequence[float]) -> None:
+    """Log a warning if lengths in mm differ by more than a factor; `column` is an example for `--where`."""
+    low, high = min(lengths, default=1.0), max(lengths, default=1.0)
+    if high > _MIXED_FACTOR * low:
+        log.warning(
+            "The %s of the images differ by a factor of %.1f (%.3g to %.3g mm): are these images of one kind? If not, "
+            'choose some with --where, such as --where "%s<%.3g"',
+            *(name, high / low, low, high, column, (low + high) / 2),
+        )
 
 
 def _describe_counts(index: Index) -> str:
