@@ -16,7 +16,7 @@ from medim.types import UsageError
 Condition = Callable[[ImageRecord], bool]
 Value = float | str | None
 
-_TOKEN = re.compile(
+_CONDITION_TOKEN = re.compile(
     r"\s*(?:(?P<symbol>[(),])|(?P<comparison><=|>=|!=|==|=|<|>)|\"(?P<double>[^\"]*)\"|'(?P<single>[^']*)'"
     r"|(?P<word>[^\s(),<>=!\"']+))"
 )
@@ -24,7 +24,7 @@ _COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     "=": operator.eq, "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt,
     ">=": operator.ge,
 }  # fmt: skip
-_AXES = "xyz"
+_AXIS_LETTERS = "xyz"
 _SIZES: dict[str, Callable[[ImageRecord, int], float]] = {  # columns of each axis, such as spacing_z
     "spacing": lambda record, axis: record.spacing[axis],
     "shape": lambda record, axis: record.shape[axis],
@@ -33,10 +33,10 @@ _SIZES: dict[str, Callable[[ImageRecord, int], float]] = {  # columns of each ax
 _TEXT_COLUMNS = tuple(
     field.name for field in fields(ImageRecord) if field.name not in {"shape", "spacing", "affine", "field_strength"}
 )
-_NUMBER_COLUMNS = ("field_strength", *(f"{name}_{axis}" for name in _SIZES for axis in _AXES))
+_NUMBER_COLUMNS = ("field_strength", *(f"{name}_{axis}" for name in _SIZES for axis in _AXIS_LETTERS))
 WHERE_COLUMNS = (*_TEXT_COLUMNS, *_NUMBER_COLUMNS)
-_MAX_VALUES = 8  # of a column in a message
-_MAX_LENGTH, _MAX_DEPTH = 2000, 20  # of a condition, and of its parentheses
+_MAX_COLUMN_VALUES = 8  # of a column in a message
+_MAX_CONDITION_LENGTH, _MAX_NESTING = 2000, 20  # of a condition, and of its parentheses
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,11 @@ class _ConditionParser:
         return condition
 
     def _split(self, text: str) -> list[_Token]:
-        if len(text) > _MAX_LENGTH:
-            raise UsageError(f"--where: expected at most {_MAX_LENGTH} characters, got {len(text)}.")
+        if len(text) > _MAX_CONDITION_LENGTH:
+            raise UsageError(f"--where: expected at most {_MAX_CONDITION_LENGTH} characters, got {len(text)}.")
         tokens, position = [], 0
         while position < len(text.rstrip()):
-            match = _TOKEN.match(text, position)
+            match = _CONDITION_TOKEN.match(text, position)
             if match is None:
                 raise self._error(f"expected words, numbers and quoted texts, got {text[position:].strip()[:20]!r}")
             kind = str(match.lastgroup)
@@ -124,8 +124,8 @@ class _ConditionParser:
 
     def _parse_nested(self, parse: Callable[[], Condition]) -> Condition:
         self._depth += 1
-        if self._depth > _MAX_DEPTH:
-            raise self._error(f"expected at most {_MAX_DEPTH} nested parentheses")
+        if self._depth > _MAX_NESTING:
+            raise self._error(f"expected at most {_MAX_NESTING} nested parentheses")
         condition = parse()
         self._depth -= 1
         return condition
@@ -226,7 +226,7 @@ def _read_number(record: ImageRecord, column: str) -> float | None:
     if column == "field_strength":
         return record.field_strength
     name, _, axis = column.partition("_")
-    number = _AXES.index(axis)
+    number = _AXIS_LETTERS.index(axis)
     return _SIZES[name](record, number) if number < len(record.shape) else None
 
 
@@ -239,6 +239,6 @@ def describe_columns(records: Sequence[ImageRecord], where: str) -> str:
             numbers = [number for record in records if (number := _read_number(record, column)) is not None]
             texts.append(f"{column}: {min(numbers):.3g} to {max(numbers):.3g}" if numbers else f"{column}: none")
         else:
-            counts = Counter(getattr(record, column) or "none" for record in records).most_common(_MAX_VALUES)
+            counts = Counter(getattr(record, column) or "none" for record in records).most_common(_MAX_COLUMN_VALUES)
             texts.append(f"{column}: {', '.join(f'{value} {count}' for value, count in counts)}")
     return f"Values in the index: {'; '.join(texts)}."
