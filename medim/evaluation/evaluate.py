@@ -21,6 +21,7 @@ from medim.data.index.index import ImageRecord, Index
 from medim.data.index.records import REJECTIONS_FILE, write_rejections
 from medim.data.loading.splits import assign_splits as split_subjects
 from medim.data.loading.splits import read_splits
+from medim.evaluation.case_pictures import PICTURES_FILE, write_case_pictures
 from medim.evaluation.cases import CaseProgress, CaseSummary, score_cases, summarise_cases, write_cases
 from medim.files import write_json
 from medim.inference.network import Predictor
@@ -106,7 +107,7 @@ def evaluate(
     Args:
         model: a fine-tuning run (run by torch) or a package (run by ONNX Runtime).
         index: the images.
-        out: folder for `metrics.json`, `cases.parquet` and, last, `summary.json`.
+        out: folder for `metrics.json`, `cases.parquet`, `pictures.json` (patient images) and, last, `summary.json`.
         options: options of the evaluation.
         progress: called after each case.
 
@@ -144,6 +145,7 @@ def evaluate(
         write_rejections(folder / REJECTIONS_FILE, index.rejected)
         write_json(folder / "metrics.json", content)
         write_cases(folder / "cases.parquet", rows, network.kind)
+        write_case_pictures(folder / PICTURES_FILE, index, records, rows, network)
         summary = {**content, **_describe_execution(model, rows, time.perf_counter() - start, len(records))}
         write_json(folder / "summary.json", summary)
     return summary

@@ -7,6 +7,7 @@ from typing import Any
 from typing_extensions import TypedDict  # pydantic needs this form before Python 3.12
 
 from medim.data.contamination import ContaminationCounts
+from medim.evaluation.case_pictures import CasePicture
 from medim.metrics.bootstrap import MetricEstimate
 from medim.types import Step
 
@@ -134,12 +135,10 @@ class PretrainingContent(TypedDict):
     arms: dict[str, list[HealthContent | None]]
 
 
-class TileContent(TypedDict):
-    """An image of a contact sheet."""
+class PicturesContent(TypedDict):
+    """Content of `pictures.json` of an evaluation."""
 
-    caption: str
-    alt: str
-    source: str | None
+    pictures: list[CasePicture]
 
 
 class WorstCasesContent(TypedDict):
@@ -147,7 +146,7 @@ class WorstCasesContent(TypedDict):
 
     arm: str | None
     budget: str | None
-    tiles: list[TileContent]
+    tiles: list[CasePicture]
 
 
 class GateContent(TypedDict, total=False):

@@ -56,11 +56,12 @@ class Tile:
 
 @dataclass(frozen=True)
 class ContactSheet:
-    """A contact sheet: caption, note, and the images with their captions."""
+    """A contact sheet: caption, note, and the images with their captions; `large` for pictures of several slices."""
 
     caption: str
     note: str
     tiles: Sequence[Tile]
+    large: bool = False
 
 
 @dataclass(frozen=True)

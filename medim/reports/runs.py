@@ -11,17 +11,20 @@ from typing import Any
 import numpy as np
 
 from medim.data.contamination import describe_counts
+from medim.evaluation.case_pictures import PICTURES_FILE
 from medim.evaluation.cases import read_cases
 from medim.migrations import read_checked_json
 from medim.parsing import MAX_YAML_BYTES, read_text
 from medim.reports import figures
-from medim.reports.content import EvaluationContent, FinetuneContent, PretrainContent
+from medim.reports.content import EvaluationContent, FinetuneContent, PicturesContent, PretrainContent
 from medim.reports.history_rows import LossRecord, read_history_rows
 from medim.reports.page import (
     INTERVALS_NOTE,
     Banner,
+    ContactSheet,
     ReportSection,
     ReportTable,
+    Tile,
     count_table,
     describe_metric_rule,
     format_bytes,
@@ -163,8 +166,28 @@ def build_evaluation_section(folder: Path, anchor: str) -> ReportSection:
         facts=facts,
         tables=[metric_table(metrics, "Metrics, in each image's own space", INTERVALS_NOTE)],
         figures=plots,
+        sheet=_build_case_sheet(folder, is_dense=task.dense),
         after=after,
         details=[_list_values({key: value for key, value in summary.items() if key != "metrics"})],
+    )
+
+
+def _build_case_sheet(folder: Path, *, is_dense: bool) -> ContactSheet | None:
+    """Build the sheet of the worst, typical and best cases; None for an evaluation without pictures."""
+    path = folder / PICTURES_FILE
+    if not path.is_file():
+        return None
+    pictures = read_checked_json(path, None, PicturesContent)["pictures"]
+    tiles = [Tile(picture["caption"], picture["alt"], picture["source"]) for picture in pictures]
+    return ContactSheet("Worst, typical and best cases", describe_pictures(is_dense=is_dense), tiles, large=True)
+
+
+def describe_pictures(*, is_dense: bool) -> str:
+    """Describe the pictures of cases: slices, contours, and that they are patient images."""
+    contours = "Slices through the largest area of the label; above the label, below the prediction. "
+    return (
+        f"{contours if is_dense else ''}The patient's right is on the left; in a sagittal slice the front is on the "
+        "left. This page contains patient images: do not send it outside your site."
     )
 
 

@@ -134,13 +134,15 @@ class Segmentation(Task):
             return "unknown-class", f"expected class numbers 0 to {len(case.classes)}, got {highest}"
         return None
 
+    def read_truth(self, case: LabelledCase) -> Array:
+        """Mask in the class numbers of the network; voxels without a label are background."""
+        mask = case.target.array[0]
+        return _renumber_mask(np.where(mask == IGNORE_INDEX, 0, mask), case.classes, case.source_classes)
+
     def score_case(self, answer: Array, case: LabelledCase) -> list[CaseRow]:
         """One row per class: metrics of the case, and the volumes (3D) or areas (2D), over the voxels with a label."""
-        volume, classes = case.volume, case.classes
-        mask = case.target.array[0]
-        is_ignored = mask == IGNORE_INDEX
-        mask, answer = (np.where(is_ignored, 0, labels) for labels in (mask, answer))
-        truth = _renumber_mask(mask, classes, case.source_classes)
+        volume, classes, truth = case.volume, case.classes, self.read_truth(case)
+        answer = np.where(case.target.array[0] == IGNORE_INDEX, 0, answer)
         scores = segmentation_metrics(answer, truth, volume.spacing, classes, METRICS)
         rows: list[CaseRow] = [{"class": name, **scores[name]} for name in classes]
         dims = volume.spatial_dims

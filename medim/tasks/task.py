@@ -317,6 +317,14 @@ class Task(ABC):
     def find_target_error(self, case: LabelledCase) -> tuple[str, str] | None:
         """Rejection code and detail of a case whose target cannot be scored, or None."""
 
+    def read_truth(self, case: LabelledCase) -> Array:
+        """Label map of a case in the class numbers of the network: (*volume.shape), for a dense task.
+
+        Raises:
+            ValueError: the task is not dense.
+        """
+        raise ValueError(f"{self.title}: expected a task with masks.")
+
     @abstractmethod
     def score_case(self, answer: Array, case: LabelledCase) -> list[CaseRow]:
         """Rows of one case, without the key columns.

@@ -10,8 +10,9 @@ from medim.migrations import read_checked_json
 from medim.reports.content import WorstCasesContent
 from medim.reports.figures import strip_plot
 from medim.reports.page import Banner, ContactSheet, ReportSection, ReportTable, Tile, format_value, pluralise
+from medim.reports.runs import describe_pictures
 from medim.study.design import SCRATCH
-from medim.study.report.thumbnails import CONTOUR_LEGEND, WORST_CASES_FILE, case_scores
+from medim.study.report.thumbnails import WORST_CASES_FILE, case_scores
 from medim.study.report.view import StudyView, arm_title
 from medim.study.results import RunKey
 from medim.tasks import find_task
@@ -30,16 +31,12 @@ def build_cases_section(study: StudyView) -> ReportSection:
     metric_label, lowest_text = task.case_label, task.worst_case_text
     sheet = None
     if tiles and worst["arm"] and worst["budget"] in study.budgets:
-        parts = [
-            f"The {pluralise(len(tiles), 'evaluation case')} {lowest_text}, of {arm_title(worst['arm'])} with "
-            f"{pluralise(study.budgets[worst['budget']], 'label')}, encoder 0, subset 0.",
-            f"{CONTOUR_LEGEND.capitalize()}." if task.dense else "",
-            "Volumes are shown by an axial slice, with a mask the one with its largest area; the patient's right "
-            "is on the left.",
-            "This page contains patient images: do not send it outside your site.",
-        ]
-        note = " ".join(filter(None, parts))
-        sheet = ContactSheet("Worst cases", note, tiles)
+        note = (
+            f"Evaluation cases of {arm_title(worst['arm'])} with "
+            f"{pluralise(study.budgets[worst['budget']], 'label')}, encoder 0, subset 0: the three {lowest_text}, "
+            f"two typical ones and the best one. {describe_pictures(is_dense=task.dense)}"
+        )
+        sheet = ContactSheet("Worst, typical and best cases", note, tiles, large=True)
     means = _mean_by_subject(study)
     figures, tables = [], []
     if means:
