@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from medim.package.package import load_package
 
 
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted(__all__)
+
+
 def __getattr__(name: str) -> Any:
     """Import the five public functions on first access, so that `import medim` stays fast."""
     if name not in _HOME:

@@ -327,6 +327,8 @@ def read_yaml_mapping(path: Path) -> Section:
 def apply_overrides(content: Section, assignments: Iterable[str]) -> Section:
     """Apply `key=value` assignments; keys may be dotted (`views.shape=[64,64,64]`, `objectives.0.weight=2`).
 
+    An item of a list has the name of its section, too (`objectives.local_dim.weight=2`).
+
     Raises:
         UsageError: an assignment without `=`, a path to a key or item that does not exist, or two assignments with the
             old and the new name of a key.
@@ -351,8 +353,7 @@ def apply_overrides(content: Section, assignments: Iterable[str]) -> Section:
         for part in parents:
             target = _get_item(target, part, assignment)
         if isinstance(target, list):
-            _get_item(target, last, assignment)
-            target[int(last)] = translate_section(value)
+            target[_find_position(target, last, assignment)] = translate_section(value)
         elif isinstance(target, dict):
             key, target[key] = translate_item(_section_of(parents, target), last, value)
             given = given_keys.setdefault((*parents, key), last)
@@ -522,15 +523,20 @@ def build_from_section(
 def _get_item(target: Any, part: str, assignment: str) -> Any:
     if isinstance(target, dict) and part in target:
         return target[part]
-    if isinstance(target, list) and part.isdigit() and int(part) < len(target):
-        return target[int(part)]
-    keys = (
-        list(target)
-        if isinstance(target, dict)
-        else [str(i) for i in range(len(target))]
-        if isinstance(target, list)
-        else []
-    )
+    if isinstance(target, list):
+        return target[_find_position(target, part, assignment)]
+    keys = list(target) if isinstance(target, dict) else []
+    raise UsageError(f"--set {assignment}: {unknown_name_message('key', part, keys)}")
+
+
+def _find_position(items: Sequence[Any], part: str, assignment: str) -> int:
+    """Find an item of a list by its number, or by the name of its section if no other has it."""
+    if part.isdigit() and int(part) < len(items):
+        return int(part)
+    names = [str(item.get("name") or item.get("op") or "") if isinstance(item, dict) else "" for item in items]
+    if names.count(part) == 1:
+        return names.index(part)
+    keys = [name if name and names.count(name) == 1 else str(place) for place, name in enumerate(names)]
     raise UsageError(f"--set {assignment}: {unknown_name_message('key', part, keys)}")
 
 
@@ -541,9 +547,15 @@ def unknown_name_message(kind: str, name: str, choices: Iterable[str]) -> str:
 
 
 def unknown_preset_message(kind: str, name: str, preset_names: Iterable[str]) -> str:
-    """Format the message about an unknown preset, without the presets of the test suite."""
-    names = [preset for preset in preset_names if not preset.startswith(_TEST_PRESET_PREFIX)]
-    return f"{unknown_name_message(kind, name, names)} See `medim config list`."
+    """Format the message about an unknown preset with the three nearest, without the presets of the test suite."""
+    names = sorted(preset for preset in preset_names if not preset.startswith(_TEST_PRESET_PREFIX))
+    starts = [preset for preset in names if len(name) > 2 and preset.startswith(name)]
+    nearest = list(dict.fromkeys([*starts, *difflib.get_close_matches(name, names, n=3, cutoff=0.5)]))[:3]
+    listing = " or ".join(
+        [", ".join(map(repr, nearest[:-1])), repr(nearest[-1])] if nearest[1:] else map(repr, nearest)
+    )
+    question = f" Did you mean {listing}?" if nearest else ""
+    return f"no {kind} {name!r}.{question} `medim config list --all` lists all."
 
 
 def suggest_name(name: str, names: Sequence[str]) -> str:

@@ -62,12 +62,21 @@ class Volume:
         >>> volume = Volume(np.zeros((1, 4, 4, 3), np.float32), affine=grid, native_affine=grid, native_shape=(4, 4, 3))
         >>> volume.spatial_dims, volume.shape, volume.spacing
         (3, (4, 4, 3), (1.0, 1.0, 2.5))
+        >>> volume
+        Volume(4 x 4 x 3 voxels of 1 x 1 x 2.5 mm, float32, RAS)
     """
 
     array: Array
     affine: Array
     native_affine: Array
     native_shape: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        """Describe the image in one line, without its voxels."""
+        spacing = " x ".join(f"{side:.3g}" for side in self.spacing)
+        size = " x ".join(map(str, self.shape))
+        channels = f", {self.array.shape[0]} channels" if self.array.shape[0] > 1 else ""
+        return f"Volume({size} voxels of {spacing} mm{channels}, {self.array.dtype}, {_orientation(self.affine)})"
 
     @property
     def spatial_dims(self) -> int:
@@ -87,6 +96,13 @@ class Volume:
     def with_array(self, array: Array, affine: Array | None = None) -> Volume:
         """Return a copy with other voxels, on the grid of `affine` (default: the same grid)."""
         return replace(self, array=array, affine=self.affine if affine is None else affine)
+
+
+def _orientation(affine: Array) -> str:
+    """Letters of the directions in which the voxel axes of an affine point, such as RAS."""
+    directions = affine[:3, :3]
+    axes = np.abs(directions).argmax(axis=0)
+    return "".join(("LPI", "RAS")[int(directions[axis, i] > 0)][axis] for i, axis in enumerate(axes))
 
 
 @dataclass(frozen=True, eq=False)

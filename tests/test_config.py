@@ -21,6 +21,7 @@ from medim.config import (
     list_presets,
     load_config,
     read_config,
+    unknown_preset_message,
     validate_section,
 )
 from medim.models.critics import CRITICS
@@ -147,8 +148,8 @@ def test_a_hash_names_the_configuration() -> None:
     assert configured().hash != configured(encoder={"name": "unet", "norm": "bn"}).hash
 
 
-def test_an_unknown_preset_lists_the_nearest_and_all() -> None:
-    with pytest.raises(UsageError, match=r"mri-corp.*'mri-crop'.*xray-28") as error:
+def test_an_unknown_preset_lists_the_nearest() -> None:
+    with pytest.raises(UsageError, match=r"mri-corp.*'mri-crop'.*config list --all") as error:
         load_config("pretrain", "mri-corp")
     assert error.value.exit_code == 2
 
@@ -293,7 +294,7 @@ def test_a_number_in_the_notation_of_every_day_is_a_number() -> None:
     [
         ("max_steps", "expected key=value"),
         ("veiws.count=2", "no key 'veiws'. Did you mean 'views'"),
-        ("objectives.1.weight=2", "no key '1'.*There are: 0"),
+        ("objectives.1.weight=2", "no key '1'.*There are: local_dim"),
         ("objectives.one=2", "no key 'one'"),
         ("lr.peak=2", "lr is a float without keys"),
         ("lr.a.b=2", "no key 'a'"),
@@ -303,6 +304,28 @@ def test_a_number_in_the_notation_of_every_day_is_a_number() -> None:
 def test_an_assignment_that_leads_nowhere_says_where_it_stopped(assignment: str, reason: str) -> None:
     with pytest.raises(UsageError, match=f"--set .*{reason}"):
         apply_overrides(MINIMAL, [assignment])
+
+
+def test_an_item_of_a_list_is_set_by_the_name_of_its_section() -> None:
+    content = {
+        **MINIMAL,
+        "objectives": [{"name": "local_dim"}, {"name": "coordinates", "weight": 0.5}],
+        "preprocessing": [{"op": "flip"}, {"op": "flip"}, {"op": "zscore"}],
+    }
+    assignments = ["objectives.coordinates.weight=2", "objectives.0.weight=3", "preprocessing.zscore={op: minmax}"]
+    changed = apply_overrides(content, assignments)
+    assert changed["objectives"] == [{"name": "local_dim", "weight": 3}, {"name": "coordinates", "weight": 2}]
+    assert changed["preprocessing"][2] == {"op": "minmax"}
+    with pytest.raises(UsageError, match=r"no key 'flip'.*There are: 0, 1, zscore"):
+        apply_overrides(content, ["preprocessing.flip.axis=1"])
+
+
+def test_an_unknown_preset_is_answered_by_the_three_nearest_alone() -> None:
+    message = unknown_preset_message("preset", "mri-crop-seg", list_presets("finetune"))
+    assert "'mri-crop-segmentation'" in message
+    assert message.count("mri") == 4
+    assert message.endswith("`medim config list --all` lists all.")
+    assert "Did you mean" not in unknown_preset_message("preset", "zzz", list_presets("pretrain"))
 
 
 def test_a_misspelt_assignment_is_caught_by_the_check() -> None:

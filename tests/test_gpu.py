@@ -239,7 +239,7 @@ def test_the_plan_of_a_run_and_the_devices_are_reported(device: str, cohort: Coh
         str(cohort.images),
         "--config",
         "mri-demo",
-        "--accelerator",
+        "--device",
         device,
     ]
     _run_medim(*command, "--set", "batch_size=4", "--json", str(tmp_path / "plan.json"))
@@ -263,7 +263,7 @@ def test_two_gpus_learn_what_one_learns(norm: str, cohort: Cohort, tmp_path: Pat
     )
     short = ["max_steps=10", "batch_size=8", "checkpoint_every_steps=10", "lr=1.0e-4", encoder]
     command = ["pretrain", "--modality", "mri", "--data", str(cohort.images), "--config", "test-3d-local-dim"]
-    command += ["--accelerator", "cuda", *(word for setting in short for word in ("--set", setting))]
+    command += ["--device", "cuda", *(word for setting in short for word in ("--set", setting))]
     weights = []
     for devices in ("1", "2"):
         out = tmp_path / devices

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import medim
 from medim import doctor
 from medim.version import DISTRIBUTION, install_command
 
@@ -56,3 +57,8 @@ def test_doctor_reports_the_unrelated_medim_where_it_is_installed(monkeypatch: p
     assert (before.ok, after.ok) == (True, False)
     assert "medim 0.1.2" in after.status
     assert "pip uninstall medim" in after.remedy
+
+
+def test_completion_in_a_notebook_offers_the_public_names_alone() -> None:
+    assert dir(medim) == sorted(medim.__all__)
+    assert all(getattr(medim, name) for name in dir(medim))

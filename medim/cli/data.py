@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
 from medim.cli.options import (
     MODALITY_HELP,
@@ -23,9 +26,12 @@ from medim.cli.options import (
     check_modality,
     require_modality,
 )
-from medim.cli.terminal import console, escape_control_characters, print_result, print_source
+from medim.cli.terminal import console, escape_control_characters, print_result, print_source, wide_console
 from medim.console.progress import show_progress
 from medim.types import Modality, UsageError, UserError
+
+if TYPE_CHECKING:
+    from medim.data.public.catalog import PublicSet
 
 
 def example(
@@ -72,8 +78,7 @@ def fetch(
     from medim.data.public.fetch import fetch_public_set as fetch_set
 
     if list_:
-        for set_name, public_set in PUBLIC_SETS.items():
-            console.print(f"{set_name}: {public_set.describe()}", markup=False, highlight=False, soft_wrap=True)
+        _print_public_sets(PUBLIC_SETS)
         return
     if name is None:
         raise UsageError("expected the name of a public set: medim fetch NAME. List the names with: medim fetch --list")
@@ -86,6 +91,19 @@ def fetch(
     }
     state = "written to" if fetch_result.is_new else "was there, every file as it was fetched"
     print_result("fetch", {**rows, **({"note": note} if note else {}), state: fetch_result.folder})
+
+
+def _print_public_sets(public_sets: Mapping[str, PublicSet]) -> None:
+    """Print a table of the public data sets, and a line for each with checksums and notes."""
+    table = Table("name", "modality", "images", "licence", "content", box=None, pad_edge=False)
+    for name, public_set in public_sets.items():
+        count = f"{public_set.images:,}" if public_set.images else "not known"
+        table.add_row(name, public_set.modality, count, public_set.licence, public_set.title)
+    (console if sys.stdout.isatty() else wide_console).print(table, markup=False, highlight=False)
+    for name, public_set in public_sets.items():
+        sums = f"md5 from {public_set.sums}" if public_set.sums else "no published checksum, sha256 recorded"
+        note = f"; {public_set.note}" if public_set.note else ""
+        console.print(f"{name}: {sums}{note}", markup=False, highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from medim.cli.options import (
-    AcceleratorOption,
     ConfigOption,
     DataOption,
+    DeviceOption,
     FailOnContaminationOption,
     KeepNamesOption,
     LabelsOption,
@@ -65,6 +65,7 @@ class EvaluateArguments:
     where: WhereOption = None
     public_key: PublicKeyOption = None
     overwrite: OverwriteOption = False
+    device: DeviceOption = "auto"
 
 
 def evaluate(arguments: EvaluateArguments) -> None:
@@ -87,6 +88,7 @@ def evaluate(arguments: EvaluateArguments) -> None:
         include_training_subjects=arguments.include_training_subjects,
         fail_on_contamination=arguments.fail_on_contamination,
         overwrite=arguments.overwrite,
+        device=arguments.device,
     )
     metrics = run(arguments.model, image_index, arguments.out, options, progress=show_progress("measured"))
     counts = {
@@ -149,6 +151,7 @@ class ProbeArguments:
     fail_on_contamination: FailOnContaminationOption = False
     public_key: PublicKeyOption = None
     overwrite: OverwriteOption = False
+    device: DeviceOption = "auto"
 
 
 def probe(arguments: ProbeArguments) -> None:
@@ -181,6 +184,7 @@ def probe(arguments: ProbeArguments) -> None:
         overwrite=arguments.overwrite,
         store=store,
         fail_on_contamination=arguments.fail_on_contamination,
+        device=arguments.device,
     )
     result = run(arguments.encoder, image_index, folder, options)
     counts = {"validation images": result["n"], **describe_counts(result["contamination"])}
@@ -266,7 +270,7 @@ class StudyArguments:
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Save the weights of every cell.")] = False
     resume: ResumeOption = False
     overwrite: OverwriteOption = False
-    accelerator: AcceleratorOption = "auto"
+    device: DeviceOption = "auto"
 
 
 def study(arguments: StudyArguments) -> None:
@@ -303,7 +307,7 @@ def study(arguments: StudyArguments) -> None:
         keep_models=arguments.keep_models,
         resume=arguments.resume,
         overwrite=arguments.overwrite,
-        accelerator=arguments.accelerator,
+        accelerator=arguments.device,
         store=store,
         groups=arguments.groups,
         command=repeat_command(sys.argv),

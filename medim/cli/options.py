@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from medim.config import suggest_name
 from medim.types import Modality, UsageError, UserError
 
 DataOption = Annotated[
@@ -71,8 +74,42 @@ FailOnContaminationOption = Annotated[
         "--fail-on-contamination", help="Fail if a test image or subject was in the training data of the weights."
     ),
 ]
-Accelerator = Literal["auto", "cpu", "cuda", "gpu", "mps"]
-AcceleratorOption = Annotated[Accelerator, typer.Option("--accelerator", help="Device kind.")]
+DEVICES = ("auto", "cpu", "cuda", "gpu", "mps")
+_NUMBERED_DEVICE = re.compile(r"(?:cuda|gpu):(\d{1,3})")
+
+
+def parse_device(text: str) -> str:
+    """Parse `--device`; with `cuda:N`, the other GPUs are hidden from this command.
+
+    Raises:
+        BadParameter: there is no such kind of device.
+    """
+    name = text.strip().lower()
+    if match := _NUMBERED_DEVICE.fullmatch(name):
+        visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
+        number = int(match[1])
+        if visible and number >= len(visible):
+            raise typer.BadParameter(
+                f"CUDA_VISIBLE_DEVICES has {len(visible)} GPUs, so expected cuda:0 to cuda:{len(visible) - 1}, "
+                f"got {text!r}."
+            )
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[number] if visible else match[1]
+        return "cuda"
+    if name not in DEVICES:
+        hint = suggest_name(name, DEVICES)
+        raise typer.BadParameter(f"expected auto, cpu, cuda, cuda:N (GPU number N) or mps, got {text!r}.{hint}")
+    return name
+
+
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="[auto|cpu|cuda|cuda:N|mps]",
+        help="Device; cuda:1 is the second GPU. Packages run on the CPU.",
+        parser=parse_device,
+    ),
+]
 DevicesOption = Annotated[
     int | None,
     typer.Option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ def export(arguments: ExportArguments) -> None:
     """
     from medim.export.builder import ExportOptions
     from medim.export.export import export as run_export
+    from medim.package.contract import REPORT
     from medim.package.model_card import CARD_FILE, parse_model_card
 
     start = start_tracking()
@@ -98,9 +100,25 @@ def export(arguments: ExportArguments) -> None:
     n_open = parse_model_card(package.read_file(CARD_FILE)).not_reported
     open_fields = f"{n_open} not reported" + ("" if arguments.card else "; --card FILE answers them")
     print_result(
-        "export", {"kind": package.contract.kind, "fields of the card": open_fields, "written to": arguments.out}
+        "export",
+        {
+            "kind": package.contract.kind,
+            "version": f"{package.contract.name} {package.contract.version}",
+            "sha256": package.sha256,
+            "gates": _format_gates(json.loads(package.read_file(REPORT))["gates"]),
+            "fields of the card": open_fields,
+            "written to": arguments.out,
+        },
     )
     track_export(arguments.run, package, arguments.out, arguments.register, start)
+
+
+def _format_gates(gates: Mapping[str, Mapping[str, object]]) -> str:
+    """Count the gates by verdict, with the reasons of those that were not run."""
+    skipped = {name: gate.get("why", "") for name, gate in gates.items() if gate["verdict"] == "not run"}
+    n_passed = sum(gate["verdict"] == "pass" for gate in gates.values())
+    reasons = f", {len(skipped)} not run ({'; '.join(f'{name}: {why}' for name, why in skipped.items())})"
+    return f"{n_passed} of {len(gates)} passed{reasons if skipped else ''}"
 
 
 def verify(package: Annotated[Path, typer.Argument(help="A package.")], public_key: PublicKeyOption = None) -> None:

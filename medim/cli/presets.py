@@ -1,23 +1,43 @@
-"""Print a preset as YAML in which each value is preceded by its description from the code."""
+"""Print, copy and compare configurations: YAML in which each value is preceded by its description from the code."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import re
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel
 
-from medim.config import AUTO, CONFIG_CLASSES, Section, ViewsConfig, list_presets, read_config, unknown_preset_message
+from medim.config import (
+    AUTO,
+    CONFIG_CLASSES,
+    Command,
+    Section,
+    ViewsConfig,
+    list_presets,
+    read_config,
+    unknown_name_message,
+    unknown_preset_message,
+)
+from medim.files import write_text
 from medim.renamed_keys import translate_preset
-from medim.types import UsageError
+from medim.types import UsageError, UserError
 
 OptionTables = dict[str, Mapping[str, Callable[..., Any]]]  # config key: the table its sections name entries of
 WIDTH = 120
+START_PRESETS: tuple[tuple[Command, str], ...] = (  # of `medim config list` without --all
+    ("pretrain", "mri-demo"),
+    ("pretrain", "mri"),
+    ("pretrain", "xray"),
+    ("finetune", "mri-segmentation"),
+    ("finetune", "xray-classification"),
+)
 
 
 def render_preset(name: str) -> str:
@@ -26,21 +46,115 @@ def render_preset(name: str) -> str:
     Raises:
         UsageError: no such preset.
     """
-    texts = []
-    name = translate_preset(name)
+    return render_config(name)
+
+
+def render_config(name: str, content: Section | None = None) -> str:
+    """Render a configuration with its header: every key and option with description and value, including defaults.
+
+    Args:
+        name: name of a preset, path of a YAML file, or folder of a run.
+        content: resolved content; None takes the values of `name`, where `auto` may be left.
+
+    Raises:
+        UsageError: no such preset or file, or it contains unknown keys.
+    """
+    command, path, values = _read_any_config(name)
+    kind = CONFIG_CLASSES[command]
+    lines = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    tables, rules = _load_tables()
+    for key, value in _fill_defaults(kind, values if content is None else content).items():
+        lines += ["", *_render_item(key, value, kind.model_fields[key].description, tables, rules, key_path=key)]
+    return "\n".join(lines)
+
+
+def read_preset_title(path: Path) -> str:
+    """Read the first sentence of the header of a preset."""
+    lines = itertools.takewhile(lambda line: line.startswith("# ") and line[2] != " ", path.read_text().splitlines())
+    text = " ".join(line.removeprefix("# ") for line in lines)
+    return re.split(r"(?<=[\w)`]\.) (?=[A-Za-z])", text, maxsplit=1)[0]
+
+
+def resolve_content(name: str, data: Path) -> Section:
+    """Resolve the `auto` values of a configuration for the images of a source.
+
+    Raises:
+        UsageError: see `render_config`.
+        UserError: the images cannot be read.
+    """
+    from medim.data.source import open_source
+    from medim.training.auto_config import resolve_run_config
+
+    command, _, content = _read_any_config(name)
+    index, _ = open_source(data, content["modality"])
+    return resolve_run_config(command, content, index, where=name).model_dump(mode="json")
+
+
+def copy_config(name: str, file: Path) -> None:
+    """Copy a configuration into a new file, with descriptions.
+
+    Raises:
+        UserError: the file exists.
+        UsageError: see `render_config`.
+    """
+    text = render_config(name)
+    if file.exists():
+        raise UserError(f"{file}: this file exists. Choose another name, or delete it.")
+    write_text(file, text + "\n")
+
+
+def compare_configs(first: str, second: str) -> dict[str, str]:
+    """List the dotted keys in which two configurations differ, with both values."""
+    flat = []
+    for name in (first, second):
+        command, _, content = _read_any_config(name)
+        flat.append(dict(_list_values(_fill_defaults(CONFIG_CLASSES[command], content))))
+    keys = dict.fromkeys([*flat[0], *flat[1]])
+    pairs = {key: tuple(str(values.get(key, "-")) for values in flat) for key in keys}
+    return {key: f"{one} -> {other}" for key, (one, other) in pairs.items() if one != other}
+
+
+def _list_values(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """List all values by dotted key; items of a list of sections have the name of the section."""
+    items: Iterable[tuple[str, Any]] = ()
+    if isinstance(content, dict):
+        items = content.items()
+    elif isinstance(content, list) and content and isinstance(content[0], dict):
+        items = ((str(item.get("name") or item.get("op") or place), item) for place, item in enumerate(content))
+    else:
+        yield prefix, list(content) if isinstance(content, tuple) else content
+    for key, value in items:
+        yield from _list_values(value, f"{prefix}.{key}" if prefix else key)
+
+
+def _read_any_config(name: str) -> tuple[Command, Path, Section]:
+    """Read a preset, a YAML file or the configuration of a run; return its command, file and content.
+
+    Raises:
+        UsageError: there is none, or it has keys of no command.
+    """
+    path = Path(name)
+    if path.is_dir() and (path / "config.yaml").is_file():
+        path = path / "config.yaml"
+    presets = {command: list_presets(command) for command in CONFIG_CLASSES}
+    if translate_preset(name) in {preset for names in presets.values() for preset in names}:
+        command = next(command for command, names in presets.items() if translate_preset(name) in names)
+        return command, presets[command][translate_preset(name)], read_config(command, name)
+    if not path.is_file():
+        preset_names = [preset for names in presets.values() for preset in names]
+        raise UsageError(f"config: {unknown_preset_message('preset or file', name, preset_names)}")
+    problem: UsageError | None = None
     for command, kind in CONFIG_CLASSES.items():
-        path = list_presets(command).get(name)
-        if path is None:
+        try:
+            content = read_config(command, str(path))
+        except UsageError as error:  # such as a preset of the other command that it extends
+            problem = problem or error
             continue
-        header = [line for line in path.read_text().splitlines() if line.startswith("#")]
-        tables, rules = _load_tables()
-        for key, value in _fill_defaults(kind, read_config(command, name)).items():
-            header += ["", *_render_item(key, value, kind.model_fields[key].description, tables, rules, key_path=key)]
-        texts.append("\n".join(header))
-    if not texts:
-        preset_names = [preset for command in CONFIG_CLASSES for preset in list_presets(command)]
-        raise UsageError(f"config show: {unknown_preset_message('preset', name, preset_names)}")
-    return "\n".join(texts)
+        if unknown_keys := sorted(content.keys() - kind.model_fields.keys()):
+            problem = UsageError(f"{name}: {unknown_name_message('key', unknown_keys[0], kind.model_fields)}")
+        else:
+            return command, path, content
+    raise problem or UsageError(f"{name}: expected a configuration of pretrain or finetune.")
 
 
 def parse_docstring(entry: Callable[..., Any]) -> tuple[str, dict[str, str]]:

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 
 RENAMED_OPTIONS: dict[str, dict[str, str]] = {  # command: old option -> new option
     "index": {"--reread": "--no-cache"},
-    "finetune": {"--strict": "--fail-on-contamination"},
+    "plan": {"--accelerator": "--device"},
+    "pretrain": {"--accelerator": "--device"},
+    "finetune": {"--strict": "--fail-on-contamination", "--accelerator": "--device"},
     "evaluate": {"--strict": "--fail-on-contamination", "--include-seen": "--include-training-subjects"},
     "probe": {
         "--map": "--levels",
@@ -19,6 +21,7 @@ RENAMED_OPTIONS: dict[str, dict[str, str]] = {  # command: old option -> new opt
         "--probe": "--frozen",
         "--learning-rates": "--lr-multipliers",
         "--strict": "--fail-on-contamination",
+        "--accelerator": "--device",
     },
     "export": {"--sign": "--private-key", "--labels-schema": "--label-codes", "--dicom-in": "--dicom-rules"},
     "verify": {"--trust": "--public-key"},

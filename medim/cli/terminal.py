@@ -150,6 +150,14 @@ def _find_arguments_class(body: Callable[..., None]) -> type | None:
 
 def _list_parameters(body: Callable[..., None]) -> list[inspect.Parameter]:
     """List the arguments of a command in the order of its help: the parameters, or the fields of their dataclass."""
+    parameters = _list_declared_parameters(body)
+    for parameter in parameters:
+        for option in getattr(parameter.annotation, "__metadata__", ()):
+            option.case_sensitive = False  # of choices: MRI is mri
+    return parameters
+
+
+def _list_declared_parameters(body: Callable[..., None]) -> list[inspect.Parameter]:
     arguments_class = _find_arguments_class(body)
     if arguments_class is None:
         return list(inspect.signature(body, eval_str=True).parameters.values())

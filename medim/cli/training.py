@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from medim.cli.options import (
-    AcceleratorOption,
     ConfigOption,
     DataOption,
+    DeviceOption,
     DevicesOption,
     FailOnContaminationOption,
     KeepNamesOption,
@@ -61,7 +61,7 @@ class PretrainArguments:
     split_seed: SplitSeedOption = 0
     resume: ResumeOption = False
     overwrite: OverwriteOption = False
-    accelerator: AcceleratorOption = "auto"
+    device: DeviceOption = "auto"
     devices: DevicesOption = None
     nodes: NodesOption = None
     precision: PrecisionOption = None
@@ -96,7 +96,7 @@ def pretrain(arguments: PretrainArguments) -> None:
         split_seed=arguments.split_seed,
         resume=arguments.resume,
         overwrite=arguments.overwrite,
-        accelerator=arguments.accelerator,
+        accelerator=arguments.device,
         devices=arguments.devices,
         nodes=arguments.nodes,
         stop_on_collapse=arguments.stop_on_collapse,
@@ -163,7 +163,7 @@ class FinetuneArguments:
     overwrite: OverwriteOption = False
     fail_on_contamination: FailOnContaminationOption = False
     public_key: PublicKeyOption = None
-    accelerator: AcceleratorOption = "auto"
+    device: DeviceOption = "auto"
     jobs: PreprocessingJobsOption = 1
     no_ood: NoOodOption = False
 
@@ -202,7 +202,7 @@ def finetune(arguments: FinetuneArguments) -> None:
         resume=arguments.resume,
         overwrite=arguments.overwrite,
         fail_on_contamination=arguments.fail_on_contamination,
-        accelerator=arguments.accelerator,
+        accelerator=arguments.device,
         jobs=arguments.jobs,
         fit_ood_detector=not arguments.no_ood,
     )
@@ -220,8 +220,16 @@ def finetune(arguments: FinetuneArguments) -> None:
             **describe_input(settings, image_index),
             **format_intervals(summary["val"] or {}),
             "written to": arguments.out,
+            **_suggest_comparison(arguments.out),
         },
     )
+
+
+def _suggest_comparison(out: Path) -> dict[str, str]:
+    """Suggest the report on the folder of a run, if it contains other runs."""
+    folder = out.resolve().parent
+    others = [path for path in folder.glob("*/summary.json") if path.parent != out.resolve()]
+    return {"compare with other runs": f"medim report {out.parent}"} if others else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +245,7 @@ class PlanArguments:
         typer.Option(metavar="FOLDER", help="Folder of the planned run, whose disk is checked. Default: runs/."),
     ] = None
     split_seed: SplitSeedOption = 0
-    accelerator: AcceleratorOption = "auto"
+    device: DeviceOption = "auto"
     precision: PrecisionOption = None
     subjects: SubjectsOption = None
     keep_names: KeepNamesOption = False
@@ -268,7 +276,7 @@ def plan(arguments: PlanArguments) -> None:
         image_index,
         arguments.out or Path("runs"),
         split_seed=arguments.split_seed,
-        accelerator=arguments.accelerator,
+        accelerator=arguments.device,
         store=store,
     )
     if arguments.json:

@@ -68,7 +68,7 @@ def open_source(
         if index.modality != modality:
             raise UserError(
                 f"{format_path(data)}: expected an index of {modality} images, got {index.modality}. "
-                f"Use a configuration, encoder or --modality for {index.modality}, or other images."
+                f"Use {modality} images, or a configuration, encoder or package for {index.modality}."
             )
         option = "--labels" if labels else "--subjects" if subjects else "--keep-names" if keep_names else None
         if option:

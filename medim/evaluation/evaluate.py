@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from medim.data.contamination import ContaminationFilter, load_training_history
 from medim.data.index.index import ImageRecord, Index
 from medim.data.index.records import REJECTIONS_FILE, write_rejections
@@ -27,6 +25,7 @@ from medim.files import write_json
 from medim.inference.network import Predictor
 from medim.metrics.bootstrap import N_RESAMPLES
 from medim.model_spec import ModelSpec
+from medim.models.device import choose_device
 from medim.models.model import as_numpy_function
 from medim.models.serialization import load_encoder, load_model
 from medim.objectives.score_map import load_score_map
@@ -82,6 +81,7 @@ class EvaluateOptions:
         fail_on_contamination: raise an error if an image or subject was used in pretraining or fine-tuning.
         seed: random seed of the bootstrap.
         overwrite: empty the output folder first.
+        device: auto, cpu, cuda or mps, for a run; a package runs on the CPU.
     """
 
     split: SplitChoice | None = None
@@ -89,6 +89,7 @@ class EvaluateOptions:
     fail_on_contamination: bool = False
     seed: int = 0
     overwrite: bool = False
+    device: str = "auto"
 
 
 def evaluate(
@@ -120,7 +121,7 @@ def evaluate(
     """
     options = options or EvaluateOptions()
     start = time.perf_counter()
-    network, spec = open_network(model)
+    network, spec = open_network(model, options.device)
     records, split = select_records(index, spec, split=options.split, split_file=_find_split_file(model))
     with output_folder(out, "evaluate", overwrite=options.overwrite, inputs=[model, index.root]) as folder:
         log.info("evaluating %d images (%s)", len(records), split)
@@ -210,15 +211,21 @@ def select_records(
     return selection, split
 
 
-def open_network(path: Path) -> tuple[Predictor, ModelSpec]:
+def open_network(path: Path, device: str = "auto") -> tuple[Predictor, ModelSpec]:
     """Open a fine-tuned network and its spec: a package with ONNX Runtime, a run with torch.
 
+    Args:
+        path: run or package.
+        device: auto, cpu, cuda or mps, for a run.
+
     Raises:
-        UserError: there is no run or package at `path`, it is damaged, or it contains only an encoder.
+        UserError: the device is not available, there is no run or package at `path`, it is damaged, or it contains
+            only an encoder.
     """
     if not _is_package(path):
+        torch_device = choose_device(device)
         model, spec = load_model(path)
-        return build_predictor(as_numpy_function(model.to("cuda" if torch.cuda.is_available() else "cpu")), spec), spec
+        return build_predictor(as_numpy_function(model.to(torch_device)), spec), spec
     package = load_package(path)
     if package.contract.kind == ENCODER:
         raise UserError(

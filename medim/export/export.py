@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,7 +149,13 @@ def _open_package_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     new, old, lock = (out.with_name(f".{out.name}.medim-{name}") for name in ("new", "old", "lock"))
     try:
-        with acquire_lock(lock, wait=False):
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(acquire_lock(lock, wait=False))
+            except BlockingIOError:
+                raise
+            except OSError as error:
+                raise UserError(f"{out}: cannot be written ({error.strerror}). Choose another --out.") from error
             try:
                 if old.is_dir() and not out.exists():
                     old.rename(out)

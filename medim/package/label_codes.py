@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, SerializerFunctionWrapHandler, model_serializer
 
+from medim.config import suggest_name
 from medim.package.schema import StrictModel, read_strict_json
 from medim.tasks import map_tasks_by_kind
 from medim.types import UserError
@@ -85,7 +86,13 @@ def read_label_codes(
     """
     path = Path(schema)
     if not path.exists():
-        path = list_builtin_labels().get(str(schema), path)
+        builtin = list_builtin_labels()
+        if str(schema) not in builtin:
+            hint = suggest_name(str(schema), sorted(builtin))
+            raise UserError(
+                f"--label-codes {schema}: no such file.{hint} Shipped label codes: {', '.join(sorted(builtin))}."
+            )
+        path = builtin[str(schema)]
     labels = read_strict_json(path, LabelCodesFile, "label codes (docs/how-to/answer-in-dicom.md)").labels
     task = map_tasks_by_kind().get(kind)
     first_index = task.first_class_index if task else 0

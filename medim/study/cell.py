@@ -135,6 +135,7 @@ def _run_probe_cell(context: StudyContext, cell: Cell, out: Path) -> None:
         baselines=cell.arm == first_arm and cell.pretrain_seed == 0,  # independent of pretraining: once per study
         overwrite=True,
         cohort=context.cohort,
+        device=context.accelerator,
     )
     probe(cell.arm.runs[cell.pretrain_seed], context.cohort.index, out, options)
 

@@ -20,7 +20,7 @@ from tests.test_signing import write_keys
 
 EARLIER_STUDY = Path(__file__).resolve().parents[1] / "earlier_version" / "study"
 N_PICTURES = 60
-TRAIN = ("--accelerator", "cpu")
+TRAIN = ("--device", "cpu")
 PRETRAIN_CONFIG = """modality: xray
 preprocessing: [{op: normalise, method: zscore}]
 encoder: {name: unet, channels: [4, 8], summary_channels: 8}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from medim.cli import app
+from medim.cli.options import parse_device
 from medim.cli.terminal import register_command
 from medim.data.index.index import Index, build_index
 from medim.data.loading.quality_table import read_quality
@@ -66,7 +68,8 @@ def test_a_seed_that_no_generator_takes_is_wrong_usage(option: str, value: str, 
     [
         ("--modality", "ct", "expected mri or xray, got 'ct'."),
         ("--precision", "fp16", "expected 32-true, bf16-mixed or 16-mixed, got 'fp16'."),
-        ("--accelerator", "cdua", "got 'cdua'. Did you mean 'cuda'?"),
+        ("--device", "cdua", "got 'cdua'. Did you mean 'cuda'?"),
+        ("--device", "cuda:x", "expected auto, cpu, cuda, cuda:N (GPU number N) or mps, got 'cuda:x'."),
         ("--devices", "two", "expected an integer, got 'two'."),
     ],
 )
@@ -178,3 +181,47 @@ def test_a_public_key_needs_a_package(words: list[str], message: str, tmp_path: 
     result = CliRunner().invoke(app, ["embed", str(encoder), str(tmp_path), *options])
     assert result.exit_code in (1, 2)
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("words", [["-h"], ["pretrain", "-h"], ["config", "show", "-h"]])
+def test_the_short_option_of_help_is_understood(words: list[str]) -> None:
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0
+    assert result.output.startswith("Usage: ")
+
+
+def test_choices_may_be_written_in_capitals(tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        app, ["index", str(tmp_path / "none"), "--modality", "MRI", "--out", str(tmp_path / "out")]
+    )
+    assert "expected a file or folder here" in result.output, "the option was accepted"
+
+
+@pytest.mark.parametrize(
+    ("visible", "device", "expected"),
+    [
+        ("", "cuda:1", "1"),
+        ("4,7", "CUDA:1", "7"),
+        ("GPU-a,GPU-b", "gpu:0", "GPU-a"),
+        ("4,7", "cuda", "4,7"),
+        ("", "cpu", ""),
+    ],
+)
+def test_a_numbered_device_hides_the_other_gpus(
+    visible: str, device: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert parse_device(device) in ("cuda", "cpu")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
+
+
+def test_a_device_beyond_the_visible_ones_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    with pytest.raises(typer.BadParameter, match="expected cuda:0 to cuda:1, got 'cuda:2'"):
+        parse_device("cuda:2")
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "plan", "study", "evaluate", "probe"])
+def test_every_command_with_a_network_has_the_same_option_for_the_device(command: str) -> None:
+    output = CliRunner().invoke(app, [command, "--help"]).output
+    assert "--device" in output

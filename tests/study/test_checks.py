@@ -168,6 +168,6 @@ def test_an_unavailable_device_is_rejected_before_images_are_read_or_files_are_w
     run_study: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("medim.data.loading.cohort.fill_store", lambda *_, **__: pytest.fail("an image was read"))
-    with pytest.raises(UserError, match="--accelerator tpu: not available on this machine"):
+    with pytest.raises(UserError, match="--device tpu: not available on this machine"):
         run_study(accelerator="tpu")
     assert not list(tmp_path.iterdir())

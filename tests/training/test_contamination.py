@@ -57,7 +57,7 @@ def test_it_is_counted_as_one_image_and_refused_when_strict_with_exit_code_1(
 ) -> None:
     caplog.set_level(logging.INFO)
     command = ["finetune", "--task", "classification", "--encoder", str(package), "--set", "max_steps=1"]
-    command += ["--set", "batch_size=2", "--accelerator", "cpu"]
+    command += ["--set", "batch_size=2", "--device", "cpu"]
     planted = [*command, "--data", str(evaluation_set(tmp_path / "planted", planted=True))]
     done = CliRunner().invoke(app, [*planted, "--out", str(tmp_path / "a")])
     assert done.exit_code == 0, done.output

@@ -135,7 +135,7 @@ def command(volumes: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str
     }
     (folder / "run.yaml").write_text(json.dumps(options))
     source = ["--modality", "mri", "--data", str(volumes), "--subjects", str(volumes / "subjects.csv")]
-    return ["-m", "medim.cli", "pretrain", *source, "--config", str(folder / "run.yaml"), "--accelerator", "cpu"]
+    return ["-m", "medim.cli", "pretrain", *source, "--config", str(folder / "run.yaml"), "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")

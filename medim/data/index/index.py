@@ -574,7 +574,7 @@ def _build_rejection_error(index: Index) -> AllRejectedError:
     others = [rejection for rejection in files if rejection.detail == other_detail]
     rest = [rejection for rejection in files if rejection not in others]
     n_files = sum(rejection.n_files for rejection in files)
-    problem = f"expected {dims}D images (--modality {index.modality}), got "
+    problem = f"expected {dims}D {index.modality} images, got "
     problem += (
         f"{len(others)} {other_dims}D image{'s' * (len(others) > 1)}"
         if others
@@ -582,7 +582,7 @@ def _build_rejection_error(index: Index) -> AllRejectedError:
     )
     problem += f"; files: {_count_reasons(rest)}" if rest else ""
     problem += f"; labels: {_count_reasons(labels)}" if labels else ""
-    remedy = f"Use --modality {other_modality}." if others else "Check the path, or the files."
+    remedy = f"Use them as modality {other_modality}." if others else "Check the path, or the files."
     return AllRejectedError(f"{index.source_name}: {problem}. {remedy}", index)
 
 

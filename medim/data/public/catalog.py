@@ -53,8 +53,8 @@ class PublicSet:
     Examples:
         >>> texts = {"title": "chest X-rays", "licence": "CC BY 4.0", "citation": "Doe et al. 2024"}
         >>> chest = PublicSet(modality="xray", **texts, sums=None, images=5856)
-        >>> chest.describe()
-        'xray; chest X-rays; 5,856 images; CC BY 4.0; no published checksum: sha256 recorded at first download'
+        >>> chest.images, chest.files
+        (5856, ())
     """
 
     modality: Modality
@@ -67,13 +67,6 @@ class PublicSet:
     dicom: tuple[str, ...] = ()
     images: int | None = None
     note: str = ""
-
-    def describe(self) -> str:
-        """Format the description for `medim fetch --list`."""
-        size = f"{self.images:,} images" if self.images else "size unknown"
-        sums = f"md5 from {self.sums}" if self.sums else "no published checksum: sha256 recorded at first download"
-        note = f"; {self.note}" if self.note else ""
-        return f"{self.modality}; {self.title}; {size}; {self.licence}; {sums}{note}"
 
 
 _MEDMNIST = "Yang et al. MedMNIST v2. Scientific Data 10, 41 (2023). https://doi.org/10.1038/s41597-022-01721-8"

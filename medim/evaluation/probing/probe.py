@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from medim.data.contamination import ContaminationCounts, check_contamination, load_training_history
 from medim.data.index.index import ImageRecord, Index
@@ -31,6 +30,7 @@ from medim.files import json_sha256, write_json
 from medim.metrics import build_statistics
 from medim.metrics.bootstrap import N_RESAMPLES, bootstrap_intervals
 from medim.model_spec import ModelSpec
+from medim.models.device import choose_device
 from medim.models.feature_extraction import batch_images, check_finite_features, extract_features
 from medim.models.serialization import load_encoder, locate_weights
 from medim.output_folder import output_folder
@@ -59,6 +59,7 @@ class ProbeOptions:
         fail_on_contamination: raise an error if the encoder or the training split shares an image or subject with the
             validation split.
         cohort: the preprocessed images, if they are open already; `store` and the split are then not used.
+        device: auto, cpu, cuda or mps.
     """
 
     protocol: str = "linear"
@@ -71,6 +72,7 @@ class ProbeOptions:
     store: Path | None = None
     fail_on_contamination: bool = False
     cohort: Cohort | None = None
+    device: str = "auto"
 
 
 def probe(encoder: Path, index: Index, out: Path, options: ProbeOptions | None = None) -> dict[str, Any]:
@@ -104,7 +106,7 @@ def probe(encoder: Path, index: Index, out: Path, options: ProbeOptions | None =
     """
     options = options or ProbeOptions()
     spec = _read_encoder_spec(encoder)
-    network: Any = load_encoder(encoder).to(_torch_device())
+    network: Any = load_encoder(encoder).to(choose_device(options.device))
     levels = _check_levels(options.levels, len(network.channels))
     if options.protocol not in PROBES:
         raise UsageError(f"--protocol {options.protocol}: expected one of {', '.join(PROBES)}.")
@@ -203,7 +205,8 @@ def _iterate_arms(
     yield "encoder", seeds, compute_features(encoder)
     if baselines:
         for seed in dict.fromkeys(seeds):
-            untrained = build_random_encoder(spec, volumes.read_volumes(train), seed=seed, device=_torch_device())
+            device = str(next(encoder.parameters()).device)
+            untrained = build_random_encoder(spec, volumes.read_volumes(train), seed=seed, device=device)
             yield "random", [seed], compute_features(untrained)
         fit_images, images = volumes.read_volumes(train), volumes.read_volumes(feature_records)
         yield "pixels", seeds, principal_components(fit_images, images, shape=spec.input_shape)
@@ -310,10 +313,6 @@ def _describe_images(task: Task, cohort: Cohort, contamination: ContaminationCou
         "rejected": len(cohort.rejections),
         "split": "val",
     }
-
-
-def _torch_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _read_encoder_spec(path: Path) -> ModelSpec:

@@ -226,7 +226,7 @@ def _build_strategy(accelerator: str, plan: ProcessGroup) -> tuple[Any, int]:
     except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
         count = f" --devices {plan.devices} --nodes {plan.nodes}" if plan.count > 1 else ""
         raise UserError(
-            f"--accelerator {accelerator}{count}: not available on this machine ({error}). "
+            f"--device {accelerator}{count}: not available on this machine ({error}). "
             "Run `medim doctor` to list the devices."
         ) from error
     return trainer.strategy, trainer.global_rank

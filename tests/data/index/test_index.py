@@ -595,8 +595,8 @@ def test_images_of_another_modality_are_counted_and_the_modality_to_use_is_named
     (tmp_path / "imagesTr" / "broken.nii.gz").write_text("junk")
     with pytest.raises(
         AllRejectedError,
-        match=rf"^{hide_name(tmp_path.name)}: expected 2D images \(--modality xray\), got \d 3D images; "
-        r"files: .*1 unreadable.*; labels: \d label-[a-z-]+\. Use --modality mri\.$",
+        match=rf"^{hide_name(tmp_path.name)}: expected 2D xray images, got \d 3D images; "
+        r"files: .*1 unreadable.*; labels: \d label-[a-z-]+\. Use them as modality mri\.$",
     ):
         build_index(tmp_path, "xray", remember=False)
 
@@ -612,7 +612,7 @@ def test_when_every_input_is_refused_the_reasons_are_counted(tmp_path: Path) -> 
     (tmp_path / "a.nii.gz").touch()
     picture(tmp_path / "b.png")
     with pytest.raises(
-        AllRejectedError, match=r"got 1 2D image; files: 1 empty-file\. Use --modality xray\.$"
+        AllRejectedError, match=r"got 1 2D image; files: 1 empty-file\. Use them as modality xray\.$"
     ) as caught:
         build_index(tmp_path, "mri")
     assert caught.value.exit_code == 4

@@ -221,7 +221,7 @@ def test_what_was_removed_comes_again_and_must_be_what_it_was(publisher: Publish
 def test_no_publishers_sum_is_told_and_none_is_made_up(publisher: Publisher, tmp_path: Path) -> None:
     record = bring("unsummed", tmp_path / "set").manifest
     assert record["archives"][0]["publisher"] == {"md5": None, "from": None, "matched": None}
-    assert "no published checksum" in PUBLIC_SETS["unsummed"].describe()
+    assert "unsummed: no published checksum" in CliRunner().invoke(app, ["fetch", "--list"]).output
 
 
 @pytest.mark.parametrize(
@@ -406,7 +406,7 @@ def test_many_labels_an_image_are_findings(publisher: Publisher, tmp_path: Path)
     index = build_index(tmp_path / "chest.npz", "xray")
     assert len(index.records) == 12
     assert all((record.label or "").count("|") == 13 for record in index.records)
-    assert "14 findings" in PUBLIC_SETS["chestmnist"].describe()
+    assert "14 findings" in PUBLIC_SETS["chestmnist"].title
 
 
 def test_the_command_writes_checks_and_lists(publisher: Publisher, tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_a_terminal_shows_the_losses_of_a_run(tmp_path: Path) -> None:
         arrays |= {f"{part}_images": images, f"{part}_labels": np.zeros((8, 1), int)}
     np.savez(tmp_path / "noise.npz", **arrays)
     command = [sys.executable, "-m", "medim", "pretrain", "--data", "noise.npz", "--config", "test-2d-local-dim"]
-    command += ["--set", "max_steps=4", "--set", "checkpoint_every_steps=2", "--out", "run", "--accelerator", "cpu"]
+    command += ["--set", "max_steps=4", "--set", "checkpoint_every_steps=2", "--out", "run", "--device", "cpu"]
     main, terminal = pty.openpty()
     environment = {**os.environ, "COLUMNS": "100", "TERM": "xterm", "MEDIM_TRACKING": "off"}
     process = subprocess.Popen(command, stderr=terminal, stdout=subprocess.PIPE, cwd=tmp_path, env=environment)

@@ -536,10 +536,10 @@ def test_parts_that_do_not_fit_are_refused_before_anything_is_written(
         ({"labelled": 0}, UsageError, "--labelled: expected at least 1 image, got 0"),
         ({"label_fraction": 5.0}, UsageError, "--label-fraction: expected above 0 and up to 1, got 5.0"),
         ({"labelled": 4, "label_fraction": 0.5}, UsageError, "expected one of them, got both"),
-        ({"accelerator": "tpu"}, UserError, "--accelerator tpu: not available on this machine"),
-        ({"accelerator": "abacus"}, UserError, "--accelerator abacus: not available on this machine"),
+        ({"accelerator": "tpu"}, UserError, "--device tpu: not available on this machine"),
+        ({"accelerator": "abacus"}, UserError, "--device abacus: not available on this machine"),
         pytest.param(
-            *({"accelerator": "gpu"}, UserError, "--accelerator gpu: not available on this machine"),
+            *({"accelerator": "gpu"}, UserError, "--device gpu: not available on this machine"),
             marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has a GPU"),
         ),
     ],

@@ -428,7 +428,7 @@ def test_an_unavailable_device_is_rejected_before_images_are_read_or_files_are_w
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("medim.data.loading.cohort.fill_store", lambda *_, **__: pytest.fail("an image was read"))
-    with pytest.raises(UserError, match=f"--accelerator {options}: not available on this machine"):
+    with pytest.raises(UserError, match=f"--device {options}: not available on this machine"):
         pretrain(pretrain_config, cohort_index, tmp_path / "run", accelerator="tpu", devices=devices)
     assert not list(tmp_path.iterdir())
 
