@@ -76,7 +76,9 @@ class Segmentation(Task):
         return index.class_values or tuple(range(1, len(index.classes) + 1))
 
     def find_training_error(self, index: Index) -> str | None:
-        """Masks with regions of nnU-Net, which overlap."""
+        """Masks with regions of nnU-Net, which overlap, or without any class."""
+        if not index.classes:
+            return f"{index.source_name}: the masks contain only background. Check them, or add masks with a class."
         if not index.regions:
             return None
         return (

@@ -126,6 +126,8 @@ def flatten_estimates(estimates: Mapping[str, Mapping[str, Any]], prefix: str = 
     Examples:
         >>> flatten_estimates({"dice": {"value": 0.8, "ci_low": 0.7, "ci_high": None}}, "val/")
         {'val/dice': 0.8, 'val/dice_low': 0.7}
+        >>> flatten_estimates({"hd95_tumour": {"value": 12.5, "missed": 3}})
+        {'hd95_tumour': 12.5, 'hd95_tumour_missed': 3}
     """
     suffixes = (("", "value"), ("_low", "ci_low"), ("_high", "ci_high"), ("_missed", "missed"))
     return {

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -195,6 +196,24 @@ def test_the_page_is_whole_and_refers_to_nothing_but_itself(html: str) -> None:
     assert {reference[:23] for reference in outer} == {"data:,", "data:image/jpeg;base64,"}
     assert "script" not in page.tags
     assert "http" not in words(html).replace("http-equiv", "")
+
+
+def test_results_of_an_earlier_metric_rule_are_named_and_misses_stand_beside_distances(
+    demo: tuple[Path, Index], html: str, tmp_path: Path
+) -> None:
+    assert html.count("Metric rule 1, of an earlier version") == 3  # both fine-tunings and the comparison
+    evaluation = shutil.copytree(demo[0] / "evaluate", tmp_path / "evaluate")
+    content = json.loads((evaluation / "metrics.json").read_text())
+    assert content["metric_rule"] == 2
+    content["metrics"]["hd95_front"] |= {"value": 7.5, "ci_low": None, "ci_high": None, "n": 8, "missed": 3}
+    (evaluation / "metrics.json").write_text(json.dumps(content))
+    new = write_report_page(tmp_path).read_text()
+    assert "Metric rule 1" not in new
+    assert "3 of 8 missed" in new
+    assert "A missed structure counts with the diagonal of its image as distance." in new
+    del content["metric_rule"]
+    (evaluation / "metrics.json").write_text(json.dumps(content))
+    assert "Metric rule 1, of an earlier version" in write_report_page(tmp_path).read_text()
 
 
 def test_every_figure_has_its_words(html: str) -> None:

@@ -547,12 +547,13 @@ def _build_index(
 
 def _create_index(content: IndexContent, modality: Modality, *, keep_names: bool, n_inspected: int) -> Index:
     """Create the index of images that were found."""
+    has_masks = any(record.mask is not None for record in content.records)
     return Index(
         root=content.root,
         modality=modality,
         records=content.records,
         rejected=content.rejected,
-        classes=content.mask_classes.names or _list_labels(content.records),
+        classes=content.mask_classes.names if has_masks else _list_labels(content.records),
         class_values=() if is_identity(content.mask_classes.values) else content.mask_classes.values,
         ignore_value=content.mask_classes.ignore_value,
         regions=content.mask_classes.regions,

@@ -180,3 +180,11 @@ def test_a_store_does_not_reuse_masks_of_other_numbers(tmp_path: Path) -> None:
 def test_a_value_that_appears_after_indexing_is_an_error_that_lists_the_classes() -> None:
     with pytest.raises(ValueError, match=r"^3, 9$"):
         to_class_numbers(np.array([0, 1, 3, 9], np.uint8), (1, 2))
+
+
+def test_masks_without_any_class_cannot_be_learnt_even_beside_labels_of_images(tmp_path: Path) -> None:
+    source = decathlon(tmp_path, values(0), None)
+    (source / "labels.csv").write_text("image,label\nc0,sick\nc1,well\n")
+    index = build_index(source, "mri")
+    assert (index.classes, index.labels) == ((), ("sick", "well"))
+    assert "only background" in str(find_task("segmentation").find_training_error(index))
